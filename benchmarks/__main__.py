@@ -1,0 +1,110 @@
+"""`python -m benchmarks`: measure, print the tables, write JSON, report and plots."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from . import real_model, report, results, runner
+from .machine import describe
+from .shapes import Cell, full_cells, headline_cells
+from .targets import MISS, evaluate
+from .timing import Plan
+
+# kind -> (plan of each cell, seconds after which no further cell begins)
+_PLANS = {
+    "headline": (Plan(min_rounds=5, max_rounds=15, seconds=3.0), 210.0),
+    "full": (Plan(min_rounds=5, max_rounds=11, seconds=2.0, patience=1.7), 1140.0),
+}
+_REAL_HEADLINES = ("query step bf16", "query forward fp32", "intermediate step fp32")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Latency and memory of one LoRA linear on this machine, ours and the others.",
+    )
+    parser.add_argument("--full", action="store_true", help="the whole grid, at most 20 minutes")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="output folder")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all variants")
+    parser.add_argument("--machine", default="", help="what to call this machine in the report")
+    parser.add_argument("--only", default="", help="only cells whose name contains this text")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells")
+    parser.add_argument("--no-plots", action="store_true", help="no PNG files")
+    return parser.parse_args(arguments)
+
+
+def with_progress(cells: Sequence[Cell]) -> Iterator[Cell]:
+    """The cells, with a progress bar, or a line each where tqdm is missing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for number, cell in enumerate(cells, start=1):
+            print(f"[{number}/{len(cells)}] {cell.id}", file=sys.stderr, flush=True)
+            yield cell
+        return
+    with tqdm(total=len(cells), unit="cell", dynamic_ncols=True) as bar:
+        for cell in cells:
+            bar.set_postfix_str(cell.id)
+            yield cell
+            bar.update()
+
+
+def chosen_cells(full: bool, only: str) -> list[Cell]:
+    """The cells of a run, real layers after the single-cell targets."""
+    real = real_model.real_cells()
+    if not full:
+        real = [c for c in real if any(part in c.id for part in _REAL_HEADLINES)]
+    cells = full_cells() if full else headline_cells()
+    cells = [*cells[:10], *real, *cells[10:]]
+    return [cell for cell in cells if only in cell.id]
+
+
+def finish(document: results.Document, path: Path, with_plots: bool) -> int:
+    """Targets, report and plots; prints the report. Returns the exit status."""
+    results.write(document, path)
+    report_path = report.write(document, path, with_plots)
+    print(report.text(document))
+    print(f"written: {path}, {report_path}")
+    wrong = [r["cell"]["id"] for r in document["cells"] if r["status"] == "wrong"]
+    for name in wrong:
+        print(f"WRONG: {name}: ours disagrees with naive", file=sys.stderr)
+    missed = sum(row["verdict"] == MISS for row in document["targets"])
+    if missed:
+        print(f"{missed} targets are missed", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 1 if ours is wrong anywhere, 130 after an interrupt, else 0."""
+    options = parse(arguments)
+    cells = chosen_cells(options.full, options.only)
+    if options.list:
+        print("\n".join(cell.id for cell in cells))
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    kind = "full" if options.full else "headline"
+    plan, budget_s = _PLANS[kind]
+    document = results.new_document(kind, describe("cpu", options.machine))
+    path = options.out / "results.json"
+    makers = {"real": real_model.make_real}
+    interrupted = False
+    try:
+        runner.run(with_progress(cells), document, path, plan, makers, budget_s)
+        document["numerics"] = real_model.numerics([c for c in cells if c.group == "real"])
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: the report covers the cells measured so far", file=sys.stderr)
+    document["targets"] = evaluate(document)
+    status = finish(document, path, not options.no_plots)
+    return 130 if interrupted else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Measure cells one by one: check, time, memory. A failing variant does not stop its cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import memory, results
+from .agreement import disagreements, outputs
+from .problem import Problem, make_problem
+from .shapes import STEP, Cell
+from .timing import Meter, Plan, Timing, calibrate, interleaved, meter_for
+from .variants import BUILDERS, OURS, Builder, Unavailable, Variant, floor_of, names_for
+
+ERROR_LENGTH = 300  # characters of an error's text that are kept
+
+ProblemMaker = Callable[[Cell], Problem]
+
+
+def _text(error: BaseException) -> str:
+    first = str(error).strip().split("\n", 1)[0]
+    kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+    return f"{kind}{first}"[:ERROR_LENGTH]
+
+
+def _call(variant: Variant, problem: Problem, mode: str) -> Callable[[], None]:
+    """One timed call; each takes the next input of the rotation."""
+    pairs = problem.rotation()
+    call, adapters = variant.call, variant.adapters
+    if mode != STEP:
+        return lambda: call(next(pairs)[0])
+
+    def step() -> None:
+        x, grad = next(pairs)
+        x.grad = None
+        for adapter in adapters:
+            adapter.grad = None
+        call(x).backward(grad)
+
+    return step
+
+
+def _check(
+    cell: Cell,
+    problem: Problem,
+    variants: Mapping[str, Variant],
+    builders: Mapping[str, Builder],
+    errors: dict[str, str],
+) -> dict[str, list[str]]:
+    """Compare with naive, without dropout: name -> what disagrees."""
+    expected = outputs(builders["naive"](problem, 0.0), problem, cell.mode)
+    wrong = {}
+    for name, variant in variants.items():
+        if not variant.adapters or name in ("naive", "ours_no_dropout"):
+            continue
+        if cell.dropout_p and name == "compiled":
+            continue  # without dropout it would be another program
+        if name not in OURS and not cell.all_peers:
+            continue
+        try:
+            same = builders[name](problem, 0.0) if cell.dropout_p else variant
+            found = disagreements(outputs(same, problem, cell.mode), expected)
+        except Exception as error:
+            errors[name] = _text(error)
+            continue
+        if found:
+            wrong[name] = found
+    return wrong
+
+
+def _time(
+    cell: Cell,
+    problem: Problem,
+    variants: Mapping[str, Variant],
+    meter: Meter,
+    plan: Plan,
+    errors: dict[str, str],
+) -> dict[str, dict[str, Any]]:
+    functions: dict[str, Callable[[], None]] = {}
+    timings: dict[str, Timing] = {}
+    with nullcontext() if cell.mode == STEP else torch.no_grad():
+        for name, variant in variants.items():
+            function = _call(variant, problem, cell.mode)
+            try:
+                timings[name] = calibrate(function, meter, plan)
+                functions[name] = function
+            except Exception as error:
+                errors[name] = _text(error)
+        if functions:
+            interleaved(functions, timings, meter, plan)
+    return {name: timing.summary() for name, timing in timings.items() if timing.samples}
+
+
+def _memory(
+    cell: Cell, problem: Problem, variants: Mapping[str, Variant], errors: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    x, grad = problem.inputs[0], problem.grads[0]
+    found = {}
+    for name, variant in variants.items():
+        entry = {}
+
+        def clear(variant: Variant = variant) -> None:
+            for leaf in (x, *variant.adapters):
+                leaf.grad = None
+
+        def forward(variant: Variant = variant) -> torch.Tensor:
+            return variant.call(x)
+
+        def step(variant: Variant = variant) -> None:
+            variant.call(x).backward(grad)
+
+        try:
+            if cell.mode == STEP:
+                entry["peak"] = memory.peak_bytes(step, cell.device, clear)
+                base = [problem.weight, *variant.adapters]
+                base += [problem.bias] if problem.bias is not None else []
+                entry["saved"] = memory.saved_bytes(forward, base)
+            else:
+                with torch.no_grad():
+                    entry["peak"] = memory.peak_bytes(forward, cell.device)
+        except Exception as error:
+            errors[name] = _text(error)
+            continue
+        finally:
+            clear()
+        found[name] = entry
+    return found
+
+
+def run_cell(
+    cell: Cell,
+    plan: Plan,
+    make: ProblemMaker = make_problem,
+    builders: Mapping[str, Builder] = BUILDERS,
+    meter: Meter | None = None,
+) -> results.Result:
+    """Measure one cell. Times in ms, memory in bytes.
+
+    The entry's status is "ok", "wrong" (one of ours disagrees with naive) or "error" (nothing could
+    be measured).
+    """
+    result: results.Result = {"cell": cell.as_dict(), "status": "ok", "errors": {}, "notes": {}}
+    errors = result["errors"]
+    torch.manual_seed(0)
+    try:
+        problem = make(cell)
+        variants: dict[str, Variant] = {}
+        for name in names_for(cell):
+            try:
+                variants[name] = builders[name](problem, cell.dropout_p)
+            except Exception as error:
+                errors[name] = _text(error)
+        wrong = _check(cell, problem, variants, builders, errors)
+        variants = {name: v for name, v in variants.items() if name not in errors}
+        result["disagreements"] = wrong
+        result["timing"] = _time(
+            cell, problem, variants, meter or meter_for(cell.device), plan, errors
+        )
+        result["memory"] = _memory(cell, problem, variants, errors) if cell.memory else {}
+        result["notes"] = {name: v.note for name, v in variants.items() if v.note}
+    except Exception as error:
+        result["status"], result["error"] = "error", _text(error)
+        return result
+    if any(name in wrong for name in OURS):
+        result["status"] = "wrong"
+    elif floor_of(cell.mode) not in result["timing"]:
+        result["status"], result["error"] = "error", "the floor could not be measured"
+    return result
+
+
+def run(
+    cells: Iterable[Cell],
+    document: results.Document,
+    path: Path,
+    plan: Plan,
+    makers: Mapping[str, ProblemMaker] | None = None,
+    budget_s: float = float("inf"),
+) -> None:
+    """Measure cells into the document and write it after each one.
+
+    makers: a cell group -> how to make its tensors, where not at random
+    budget_s: cells that have not begun by then are listed in document["skipped"]
+    """
+    makers = makers or {}
+    start = time.monotonic()
+    results.write(document, path)
+    for cell in cells:
+        if time.monotonic() - start > budget_s:
+            document["skipped"].append(cell.id)
+            continue
+        document["cells"].append(run_cell(cell, plan, makers.get(cell.group, make_problem)))
+        results.write(document, path)
+    document["seconds"] = round(time.monotonic() - start, 1)
+    document["complete"] = True
+    results.write(document, path)

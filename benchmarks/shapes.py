@@ -1,0 +1,180 @@
+"""What is measured: the cells of the headline run and of the full grid, in order of importance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+FORWARD = "forward"  # under no_grad
+STEP = "step"  # forward and backward; x requires grad, the base weight does not
+
+GRID_ROWS = (1, 16, 512, 2048)
+GRID_WIDTHS = (1024, 4096)
+GRID_RANKS = (8, 16, 64)
+DTYPES = ("float32", "bfloat16")
+DROPOUT = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured situation: y [rows, out] = LoRA linear of x [rows, in] at one rank and dtype."""
+
+    mode: str
+    dtype: str
+    rows: int
+    in_features: int
+    out_features: int
+    rank: int = 16
+    dropout_p: float = 0.0
+    bias: bool = True
+    layer: str = ""  # a named projection; empty for a square of the grid
+    group: str = "grid"  # grid | model | real | call
+    device: str = "cpu"
+    all_peers: bool = True  # False: only the peers that the targets need
+    compiled: bool = False  # also torch.compile, which takes seconds to compile
+    memory: bool = True
+
+    @property
+    def id(self) -> str:
+        """A readable name, unique within a run."""
+        place = self.layer or f"{self.in_features}x{self.out_features}"
+        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.dtype]
+        dropout = f" dropout {self.dropout_p:g}" if self.dropout_p else ""
+        return f"{place} {self.mode} {short} M={self.rows} r={self.rank}{dropout}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and the id, for the JSON."""
+        return {"id": self.id, **asdict(self)}
+
+
+def square(mode: str, dtype: str, width: int, rows: int, **fields: Any) -> Cell:
+    """A cell with K = N = width."""
+    return Cell(mode, dtype, rows, width, width, **fields)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of a named model, and the numbers of rows at which it is used."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: str
+    forward_rows: tuple[int, ...]
+    step_rows: tuple[int, ...]
+
+    def cell(self, mode: str, rows: int, **fields: Any) -> Cell:
+        """A cell of this layer."""
+        return Cell(
+            mode,
+            self.dtype,
+            rows,
+            self.in_features,
+            self.out_features,
+            bias=self.bias,
+            layer=self.name,
+            group="model",
+            **fields,
+        )
+
+
+PROJECTIONS = (
+    Projection("MiniLM-L6 query", 384, 384, True, "float32", (128, 2048), (2048,)),
+    Projection("MiniLM-L6 intermediate", 384, 1536, True, "float32", (128, 2048), (2048,)),
+    Projection("GPT-2 medium c_attn", 1024, 3072, True, "float32", (1, 1024), (1024,)),
+    Projection("GPT-2 medium c_fc", 1024, 4096, True, "float32", (1, 1024), (1024,)),
+    Projection("GPT-2 medium mlp.c_proj", 4096, 1024, True, "float32", (1, 1024), (1024,)),
+    Projection("Qwen2.5 7B q_proj", 3584, 3584, True, "bfloat16", (1, 512), (2048,)),
+    Projection("Qwen2.5 7B k_proj", 3584, 512, True, "bfloat16", (1, 512), (2048,)),
+    Projection("Llama-3.1 8B q_proj", 4096, 4096, False, "bfloat16", (1, 512), (2048,)),
+    Projection("Llama-3.1 8B k_proj", 4096, 1024, False, "bfloat16", (1, 512), (2048,)),
+    Projection("Llama-3.1 8B up_proj", 4096, 14336, False, "bfloat16", (1, 512), (512,)),
+    Projection("Llama-3.1 8B down_proj", 14336, 4096, False, "bfloat16", (1, 512), (512,)),
+    Projection("Mistral 7B v_proj", 4096, 1024, False, "bfloat16", (16,), (1024,)),
+    Projection("Mistral 7B gate_proj", 4096, 14336, False, "bfloat16", (16,), ()),
+)
+
+
+def call_cells(device: str = "cpu") -> list[Cell]:
+    """The cost of a call itself: tensors so small that nothing else counts."""
+    return [
+        Cell(mode, "float32", 2, 8, 8, rank=2, layer="call", group="call", device=device)
+        for mode in (FORWARD, STEP)
+    ]
+
+
+def target_cells() -> list[Cell]:
+    """The cells that the acceptance figures other than "never slower" are read from."""
+    forward = [square(FORWARD, "float32", 4096, rows) for rows in (16, 512, 2048)]
+    forward += [square(FORWARD, "bfloat16", 4096, rows) for rows in (512, 2048)]
+    forward += [square(FORWARD, "bfloat16", 1024, 2048, dropout_p=DROPOUT)]
+    step = [square(STEP, "bfloat16", width, 2048, dropout_p=DROPOUT) for width in (4096, 1024)]
+    return [*call_cells(), *step, *forward]
+
+
+def headline_cells() -> list[Cell]:
+    """The cells of the short run: every single-cell target, and a few that show the range."""
+    by_name = {p.name: p for p in PROJECTIONS}
+    return [
+        *target_cells(),
+        square(FORWARD, "bfloat16", 4096, 16),
+        square(FORWARD, "float32", 1024, 16),
+        square(FORWARD, "bfloat16", 1024, 2048, compiled=True),
+        square(STEP, "bfloat16", 1024, 2048, compiled=True),
+        square(STEP, "float32", 1024, 2048, dropout_p=DROPOUT),
+        by_name["GPT-2 medium c_fc"].cell(FORWARD, 1024),
+        by_name["Qwen2.5 7B k_proj"].cell(FORWARD, 512),
+        by_name["Llama-3.1 8B q_proj"].cell(FORWARD, 1),
+    ]
+
+
+def grid_cells() -> list[Cell]:
+    """The whole grid. Forward with dropout and the memory figures are taken at rank 16 only."""
+    kinds = ((FORWARD, 0.0), (STEP, 0.0), (STEP, DROPOUT), (FORWARD, DROPOUT))
+    cells = []
+    for rank in sorted(GRID_RANKS, key=lambda rank: rank != 16):
+        main = rank == 16
+        for dtype, (mode, dropout_p), width, rows in product(DTYPES, kinds, GRID_WIDTHS, GRID_ROWS):
+            if main or (mode, dropout_p) != (FORWARD, DROPOUT):
+                fields = {"rank": rank, "dropout_p": dropout_p, "all_peers": main, "memory": main}
+                cells.append(square(mode, dtype, width, rows, **fields))
+    return cells
+
+
+def full_cells() -> list[Cell]:
+    """The headline cells, the projections of named models, then the rest of the grid."""
+    models = [
+        projection.cell(mode, rows, dropout_p=DROPOUT if mode == STEP else 0.0, all_peers=False)
+        for projection in PROJECTIONS
+        for mode, counts in ((FORWARD, projection.forward_rows), (STEP, projection.step_rows))
+        for rows in counts
+    ]
+    unique: dict[str, Cell] = {}
+    for cell in [*headline_cells(), *models, *grid_cells()]:
+        unique.setdefault(cell.id, cell)
+    return list(unique.values())
+
+
+def gpu_cells(device: str) -> list[Cell]:
+    """A first set for a CUDA device; on the CPU the same set with fewer rows, to try the code."""
+    rows = (1, 16, 2048, 8192) if device == "cuda" else (1, 16)
+    cells = [*call_cells(device)]
+    for dtype in ("bfloat16", "float16"):
+        for rank in (16, 64):
+            for count in rows:
+                fields = {"rank": rank, "device": device}
+                cells.append(square(FORWARD, dtype, 4096, count, **fields))
+                if count >= 16:
+                    cells.append(square(STEP, dtype, 4096, count, dropout_p=DROPOUT, **fields))
+    if device == "cuda":
+        compiled = square(STEP, "bfloat16", 4096, 2048, device=device, compiled=True)
+        cells.append(compiled)
+        cells.append(replace(compiled, mode=FORWARD))
+        cells += [
+            replace(p.cell(STEP, 8192, dropout_p=DROPOUT), device=device)
+            for p in PROJECTIONS
+            if "Llama" in p.name
+        ]
+    return cells

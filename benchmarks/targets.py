@@ -1,0 +1,187 @@
+"""The acceptance figures of the CPU: what must hold, what was measured, pass or miss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .results import Document, Ratio, Result, ratio, worst_ratio
+from .shapes import DROPOUT, FORWARD, GRID_RANKS, GRID_ROWS, GRID_WIDTHS, STEP
+
+PASS, MISS, UNKNOWN = "pass", "miss", "not measured"
+
+# value, lower and upper quartile; None where the cell lacks a variant
+Figure = tuple[float, float, float]
+Measure = Callable[[Result], Figure | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """value <= limit in one kind of cell."""
+
+    name: str
+    limit: float
+    measure: Measure
+    where: dict[str, Any]  # fields of the cell; a tuple stands for any of its values
+    unit: str = "x"
+    aggregate: bool = False  # one line for all cells together, showing the worst
+
+
+def _figure(found: Ratio | None) -> Figure | None:
+    return None if found is None else (found.median, found.p25, found.p75)
+
+
+def time_ratio(over: str, *unders: str) -> Measure:
+    """Time of one variant by that of the fastest of others."""
+    return lambda result: _figure(worst_ratio(result, over, unders))
+
+
+def peak_ratio(over: str, under: str) -> Measure:
+    """Peak bytes of one variant by those of another."""
+
+    def measure(result: Result) -> Figure | None:
+        memory = result.get("memory", {})
+        if over not in memory or under not in memory:
+            return None
+        return (memory[over]["peak"] / memory[under]["peak"],) * 3
+
+    return measure
+
+
+_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def workspace_mib(name: str, adapter_dtype: str | None = None) -> Measure:
+    """Peak of a step, less its output and its three gradients: MiB."""
+
+    def measure(result: Result) -> Figure | None:
+        if name not in result.get("memory", {}):
+            return None
+        cell = result["cell"]
+        n, k, m, r = (cell[f] for f in ("out_features", "in_features", "rows", "rank"))
+        element = _ELEMENT[cell["dtype"]]
+        adapter = _ELEMENT[adapter_dtype or cell["dtype"]]
+        results = m * (n + k) * element + r * (n + k) * adapter
+        return ((result["memory"][name]["peak"] - results) / 2**20,) * 3
+
+    return measure
+
+
+def _single(mode: str, dtype: str, width: int, rows: int, dropout_p: float = 0.0) -> dict[str, Any]:
+    size = {"in_features": width, "out_features": width, "rows": rows, "rank": 16}
+    return {"mode": mode, "dtype": dtype, "dropout_p": dropout_p, "group": "grid", **size}
+
+
+def _targets() -> list[Target]:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        for rows in (512, 2048):
+            where = _single(FORWARD, dtype, 4096, rows)
+            found.append(Target("ours / merged", 1.04, time_ratio("ours", "merged"), where))
+    packed = time_ratio("ours_packed", "merged")
+    for dtype, rows, limit in (
+        ("float32", 16, 0.55),
+        ("float32", 512, 0.75),
+        ("float32", 2048, 0.85),
+        ("bfloat16", 2048, 1.0),
+    ):
+        where = _single(FORWARD, dtype, 4096, rows)
+        found.append(Target("ours packed / merged", limit, packed, where))
+    for width, same, fp32 in ((4096, 1.06, 1.10), (1024, 1.12, 1.20)):
+        where = _single(STEP, "bfloat16", width, 2048, DROPOUT)
+        found.append(Target("ours / frozen", same, time_ratio("ours", "frozen"), where))
+        name = "ours fp32 adapters / frozen"
+        found.append(Target(name, fp32, time_ratio("ours_fp32", "frozen"), where))
+    for mode in (FORWARD, STEP):
+        where = _single(mode, "bfloat16", 1024, 2048, DROPOUT)
+        measure = time_ratio("ours", "ours_no_dropout")
+        found.append(Target("ours with dropout / without", 1.05, measure, where))
+    for width in (4096, 1024):
+        where = _single(STEP, "bfloat16", width, 2048, DROPOUT)
+        for ours, adapter in (("ours", None), ("ours_fp32", "float32")):
+            label = "ours" if adapter is None else "ours fp32 adapters"
+            name = f"peak memory, {label} / frozen"
+            found.append(Target(name, 1.05, peak_ratio(ours, "frozen"), where))
+            name = f"workspace, {label}"
+            found.append(Target(name, 4.0, workspace_mib(ours, adapter), where, unit=" MiB"))
+    for mode in (FORWARD, STEP):
+        where = {"group": "call", "mode": mode}
+        found.append(Target("a call, ours / PEFT", 0.7, time_ratio("ours", "peft"), where))
+    for mode in (FORWARD, STEP):
+        for dtype in ("float32", "bfloat16"):
+            where = {"mode": mode, "dtype": dtype, "group": "grid", "rows": GRID_ROWS}
+            where |= {"in_features": GRID_WIDTHS, "rank": GRID_RANKS, "dropout_p": (0.0, DROPOUT)}
+            pairs = [("ours / PEFT", time_ratio("ours", "peft"))]
+            if dtype == "bfloat16":
+                pairs = [
+                    ("ours / faster PEFT", time_ratio("ours", "peft", "peft_default")),
+                    ("ours / PEFT default", time_ratio("ours", "peft_default")),
+                    ("ours fp32 adapters / PEFT default", time_ratio("ours_fp32", "peft_default")),
+                ]
+            for name, measure in pairs:
+                found.append(Target(name, 1.0, measure, where, aggregate=True))
+    return found
+
+
+TARGETS = _targets()
+
+
+def _matches(cell: dict[str, Any], where: dict[str, Any]) -> bool:
+    for key, wanted in where.items():
+        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+        if cell[key] not in allowed:
+            return False
+    return True
+
+
+def _describe(where: dict[str, Any]) -> str:
+    if where["group"] == "call":
+        return f"{where['mode']}, 2x8, K=N=8, r=2"
+    dropout = f", dropout {where['dropout_p']:g}" if isinstance(where["dropout_p"], float) else ""
+    if dropout == ", dropout 0":
+        dropout = ""
+    short = {"float32": "fp32", "bfloat16": "bf16"}[where["dtype"]]
+    if isinstance(where["rows"], tuple):
+        return f"{where['mode']}, {short}, the grid"
+    size = f"K=N={where['in_features']}, M={where['rows']}, r={where['rank']}"
+    return f"{where['mode']}, {short}, {size}{dropout}"
+
+
+def _row(target: Target, found: Sequence[tuple[Result, Figure]]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": target.name,
+        "where": _describe(target.where),
+        "limit": target.limit,
+        "unit": target.unit,
+        "measured": None,
+        "verdict": UNKNOWN,
+        "note": "",
+    }
+    if not found:
+        return row
+    worst, (value, p25, p75) = max(found, key=lambda entry: entry[1][0])
+    row |= {"measured": value, "p25": p25, "p75": p75}
+    row["verdict"] = PASS if value <= target.limit else MISS
+    if target.aggregate:
+        missed = sum(figure[0] > target.limit for _, figure in found)
+        row["note"] = f"worst of {len(found)} cells, {missed} miss: {worst['cell']['id']}"
+    return row
+
+
+def evaluate(document: Document) -> list[dict[str, Any]]:
+    """One row for each target: limit, measured value with quartiles, verdict.
+
+    Cells that are wrong or failed count as not measured; a target whose cells the run does not have
+    is "not measured", too.
+    """
+    rows = []
+    for target in TARGETS:
+        found = []
+        for result in document["cells"]:
+            if result["status"] == "ok" and _matches(result["cell"], target.where):
+                figure = target.measure(result)
+                if figure is not None:
+                    found.append((result, figure))
+        rows.append(_row(target, found))
+    return rows

@@ -1,0 +1,274 @@
+"""The ways to compute one LoRA linear that are compared, and the two floors below them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .problem import Problem
+from .shapes import FORWARD, Cell
+
+OURS = ("ours", "ours_fp32", "ours_packed")
+
+LABELS = {
+    "merged": "merged",
+    "frozen": "frozen",
+    "ours": "ours",
+    "ours_packed": "ours packed",
+    "ours_fp32": "ours fp32 adapters",
+    "ours_no_dropout": "ours, dropout 0",
+    "peft": "PEFT",
+    "peft_default": "PEFT default (fp32 adapters)",
+    "naive": "naive",
+    "loralib": "loralib",
+    "unsloth": "Unsloth style",
+    "compiled": "torch.compile(naive)",
+}
+
+
+class Unavailable(RuntimeError):
+    """This variant does not exist in this cell; the text says why."""
+
+
+@dataclass
+class Variant:
+    """y = call(x). adapters are the leaves lora_a [r, K], lora_b [N, r], empty for a floor."""
+
+    call: Callable[[Tensor], Tensor]
+    adapters: tuple[Tensor, ...] = ()
+    note: str = ""  # for the report, e.g. the route that was taken
+
+
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An nn.Linear around existing tensors; nothing in it requires grad."""
+    n, k = weight.shape
+    layer = nn.Linear(k, n, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def merged(problem: Problem, dropout_p: float) -> Variant:
+    """The inference floor: the adapter merged into the weight."""
+    return Variant(frozen_linear(problem.merged, problem.bias))
+
+
+def frozen(problem: Problem, dropout_p: float) -> Variant:
+    """The floor of a training step: the base layer alone, forward and gradient of x."""
+    return Variant(frozen_linear(problem.weight, problem.bias))
+
+
+def _ours(problem: Problem, dropout_p: float, dtype: torch.dtype, weight: object) -> Variant:
+    from lora_ext import lora_linear
+
+    lora_a, lora_b = problem.adapters(dtype)
+    bias, scaling = problem.bias, problem.scaling
+
+    def call(x: Tensor) -> Tensor:
+        return lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p)
+
+    return Variant(call, (lora_a, lora_b))
+
+
+def ours(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext with adapters in the dtype of x."""
+    return _ours(problem, dropout_p, problem.dtype, problem.weight)
+
+
+def ours_fp32(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext with float32 adapters on a half base."""
+    return _ours(problem, dropout_p, torch.float32, problem.weight)
+
+
+def ours_packed(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext with the weight packed beforehand."""
+    packed = problem.packed
+    if not packed.is_packed:
+        raise Unavailable(f"not packed: {packed.reason}")
+    variant = _ours(problem, dropout_p, problem.dtype, packed)
+    route, reason = packed.route(problem.inputs[0].shape[:-1].numel())
+    variant.note = f"{route} ({reason}); the packed copies take {packed.nbytes / 2**20:.1f} MiB"
+    return variant
+
+
+def ours_no_dropout(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext without dropout, to see what its dropout costs."""
+    return ours(problem, 0.0)
+
+
+def _naive(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    dropped = F.dropout(x, dropout_p) if dropout_p else x
+    return F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_a), lora_b) * scaling
+
+
+def naive(problem: Problem, dropout_p: float) -> Variant:
+    """Plain torch: base, A, B, mul, add."""
+    lora_a, lora_b = problem.adapters(problem.dtype)
+    weight, bias, scaling = problem.weight, problem.bias, problem.scaling
+
+    def call(x: Tensor) -> Tensor:
+        return _naive(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
+
+    return Variant(call, (lora_a, lora_b))
+
+
+def compiled(problem: Problem, dropout_p: float) -> Variant:
+    """torch.compile of naive; the reset keeps each cell clear of the recompilation limit."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # no worker processes beside the measurement
+    torch.compiler.reset()
+    function = torch.compile(_naive, fullgraph=True, dynamic=False)
+    lora_a, lora_b = problem.adapters(problem.dtype)
+    weight, bias, scaling = problem.weight, problem.bias, problem.scaling
+
+    def call(x: Tensor) -> Tensor:
+        return function(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
+
+    return Variant(call, (lora_a, lora_b))
+
+
+def _peft(problem: Problem, dropout_p: float, autocast_adapter_dtype: bool) -> Variant:
+    from peft import LoraConfig, get_peft_model
+
+    rank = problem.lora_a.shape[0]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(problem.scaling * rank),
+        lora_dropout=dropout_p,
+        target_modules=["layer"],
+    )
+    base = nn.Module()
+    base.layer = frozen_linear(problem.weight, problem.bias)
+    get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    layer = base.layer
+    adapters = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    with torch.no_grad():
+        adapters[0].copy_(problem.lora_a)
+        adapters[1].copy_(problem.lora_b)
+    return Variant(layer.train(), adapters)
+
+
+def peft(problem: Problem, dropout_p: float) -> Variant:
+    """PEFT with adapters in the dtype of the base weight."""
+    return _peft(problem, dropout_p, autocast_adapter_dtype=False)
+
+
+def peft_default(problem: Problem, dropout_p: float) -> Variant:
+    """PEFT's default: float32 adapters, x upcast in each call."""
+    return _peft(problem, dropout_p, autocast_adapter_dtype=True)
+
+
+def loralib(problem: Problem, dropout_p: float) -> Variant:
+    """Microsoft's loralib, unmerged."""
+    import loralib
+
+    (n, k), rank = problem.weight.shape, problem.lora_a.shape[0]
+    layer = loralib.Linear(
+        k,
+        n,
+        r=rank,
+        lora_alpha=int(problem.scaling * rank),
+        lora_dropout=dropout_p,
+        merge_weights=False,
+        bias=problem.bias is not None,
+    )
+    base = frozen_linear(problem.weight, problem.bias)
+    layer.weight, layer.bias = base.weight, base.bias
+    lora_a, lora_b = problem.adapters(problem.dtype)
+    layer.lora_A, layer.lora_B = nn.Parameter(lora_a.detach()), nn.Parameter(lora_b.detach())
+    return Variant(layer, (layer.lora_A, layer.lora_B))
+
+
+class AddmmLora(torch.autograd.Function):
+    """The hand-fused form over library calls: in-place addmm_, x A^T computed again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling):
+        rows = x.reshape(-1, x.shape[-1])
+        out = F.linear(rows, weight, bias)
+        out.addmm_(rows @ lora_a.t(), lora_b.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        ctx.scaling = scaling
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_rank = grad @ lora_b
+        dlora_a = (grad_rank.t() @ rows).mul_(ctx.scaling)
+        dlora_b = (grad.t() @ (rows @ lora_a.t())).mul_(ctx.scaling)
+        dx = (grad @ weight).addmm_(grad_rank, lora_a, alpha=ctx.scaling)
+        return dx.view(x.shape), None, None, dlora_a, dlora_b, None
+
+
+def unsloth(problem: Problem, dropout_p: float) -> Variant:
+    """Unsloth's form, in our own writing; its fused path takes no dropout."""
+    if dropout_p:
+        raise Unavailable("its fused path has no dropout and falls back to PEFT")
+    lora_a, lora_b = problem.adapters(problem.dtype)
+    weight, bias, scaling = problem.weight, problem.bias, problem.scaling
+
+    def call(x: Tensor) -> Tensor:
+        return AddmmLora.apply(x, weight, bias, lora_a, lora_b, scaling)
+
+    return Variant(call, (lora_a, lora_b))
+
+
+Builder = Callable[[Problem, float], Variant]
+
+BUILDERS: dict[str, Builder] = {
+    f.__name__: f
+    for f in (
+        merged,
+        frozen,
+        ours,
+        ours_fp32,
+        ours_packed,
+        ours_no_dropout,
+        naive,
+        peft,
+        peft_default,
+        loralib,
+        unsloth,
+        compiled,
+    )
+}
+
+
+def floor_of(mode: str) -> str:
+    """The variant that the ratios of this mode refer to."""
+    return "merged" if mode == FORWARD else "frozen"
+
+
+def names_for(cell: Cell) -> list[str]:
+    """The variants measured in a cell, in the order of the tables."""
+    half = cell.dtype in ("bfloat16", "float16")
+    chosen = {
+        "ours": True,
+        "ours_packed": cell.device == "cpu",
+        "ours_fp32": half,
+        "ours_no_dropout": cell.dropout_p > 0,
+        "peft": True,
+        "peft_default": half,
+        "naive": cell.all_peers,
+        "loralib": cell.all_peers,
+        "unsloth": cell.all_peers and not cell.dropout_p,
+        "compiled": cell.compiled,
+    }
+    return [floor_of(cell.mode), *(name for name, wanted in chosen.items() if wanted)]

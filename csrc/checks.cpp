@@ -1,0 +1,101 @@
+#include "checks.h"
+
+#include <cmath>
+
+#include "check.h"
+
+namespace lora_ext {
+namespace {
+
+constexpr int64_t kMaxRank = 512;
+
+bool supported(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+bool half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+void check_same_device(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+  LORA_EXT_CHECK(tensor.device() == x.device(), "expected ", name, " on x's device ", x.device(),
+                 ", but got ", tensor.device(), "; move one of them with .to()");
+}
+
+void check_shapes(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                  const at::Tensor& lora_b, const std::optional<at::Tensor>& bias) {
+  LORA_EXT_CHECK(x.dim() >= 1, "expected x of shape [..., in_features], but got a 0-d tensor");
+  LORA_EXT_CHECK(weight.dim() == 2, "expected weight of shape [out_features, in_features], but got ",
+                 weight.dim(), " dimensions: ", weight.sym_sizes());
+  LORA_EXT_CHECK(lora_a.dim() == 2, "expected lora_a of shape [rank, in_features], but got ",
+                 lora_a.dim(), " dimensions: ", lora_a.sym_sizes());
+  LORA_EXT_CHECK(lora_b.dim() == 2, "expected lora_b of shape [out_features, rank], but got ",
+                 lora_b.dim(), " dimensions: ", lora_b.sym_sizes());
+  const c10::SymInt in_features = weight.sym_size(1), out_features = weight.sym_size(0);
+  const c10::SymInt rank = lora_a.sym_size(0);
+  LORA_EXT_CHECK(x.sym_size(-1) == in_features, "expected x of shape [..., ", in_features,
+                 "] for weight ", weight.sym_sizes(), ", but got ", x.sym_sizes());
+  LORA_EXT_CHECK(lora_a.sym_size(1) == in_features, "expected lora_a of shape [rank, ", in_features,
+                 "] for weight ", weight.sym_sizes(), ", but got ", lora_a.sym_sizes());
+  LORA_EXT_CHECK(rank >= 1 && rank <= kMaxRank, "expected a rank from 1 to ", kMaxRank,
+                 ", but got rank ", rank, " from lora_a ", lora_a.sym_sizes(),
+                 rank == 0 ? "; call torch.nn.functional.linear where there is no adapter" : "");
+  LORA_EXT_CHECK(lora_b.sym_size(0) == out_features && lora_b.sym_size(1) == rank,
+                 "expected lora_b of shape [", out_features, ", ", rank, "] for weight ",
+                 weight.sym_sizes(), " and lora_a ", lora_a.sym_sizes(), ", but got ",
+                 lora_b.sym_sizes());
+  if (bias) {
+    LORA_EXT_CHECK(bias->dim() == 1 && bias->sym_size(0) == out_features,
+                   "expected bias of shape [", out_features, "], but got ", bias->sym_sizes());
+  }
+}
+
+void check_dtypes(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                  const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
+                  bool cast_weight) {
+  const at::ScalarType dtype = x.scalar_type();
+  LORA_EXT_CHECK_TYPE(supported(dtype),
+                      "expected x of dtype float64, float32, bfloat16 or float16, but got ", dtype);
+  LORA_EXT_CHECK_TYPE(weight.scalar_type() == dtype ||
+                          (cast_weight && supported(weight.scalar_type())),
+                      "expected weight of x's dtype ", dtype, ", but got ", weight.scalar_type(),
+                      "; cast one of them, or run under torch.autocast");
+  const at::ScalarType adapter = lora_a.scalar_type();
+  LORA_EXT_CHECK_TYPE(adapter == dtype || (half(dtype) && adapter == at::kFloat),
+                      "expected lora_a of x's dtype ", dtype,
+                      half(dtype) ? " or float32" : "", ", but got ", adapter);
+  LORA_EXT_CHECK_TYPE(lora_b.scalar_type() == adapter, "expected lora_b of lora_a's dtype ",
+                      adapter, ", but got ", lora_b.scalar_type());
+  if (bias) {
+    LORA_EXT_CHECK_TYPE(bias->scalar_type() == dtype || bias->scalar_type() == at::kFloat ||
+                            (cast_weight && supported(bias->scalar_type())),
+                        "expected bias of x's dtype ", dtype, " or float32, but got ",
+                        bias->scalar_type());
+  }
+}
+
+}  // namespace
+
+void check_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                   const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
+                   double dropout_p, const std::optional<at::Tensor>& seed, bool cast_weight) {
+  check_shapes(x, weight, lora_a, lora_b, bias);
+  check_dtypes(x, weight, lora_a, lora_b, bias, cast_weight);
+  check_same_device("weight", weight, x);
+  check_same_device("lora_a", lora_a, x);
+  check_same_device("lora_b", lora_b, x);
+  if (bias) check_same_device("bias", *bias, x);
+  LORA_EXT_CHECK(std::isfinite(scaling), "expected a finite scaling, but got ", scaling);
+  LORA_EXT_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "expected dropout_p in [0, 1), but got ",
+                 dropout_p);
+  if (dropout_p > 0.0) {
+    LORA_EXT_CHECK(seed.has_value(), "expected a seed with dropout_p = ", dropout_p,
+                   ": an int64 tensor of one element on x's device");
+    LORA_EXT_CHECK_TYPE(seed->scalar_type() == at::kLong, "expected seed of dtype int64, but got ",
+                        seed->scalar_type());
+    LORA_EXT_CHECK(seed->sym_numel() == 1, "expected seed of one element, but got shape ",
+                   seed->sym_sizes());
+    check_same_device("seed", *seed, x);
+  }
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,67 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+namespace lora_ext::cpu {
+namespace {
+
+constexpr const char* kLibrary = "library";
+
+struct Choice {
+  const char* name;
+  const SkinnyKernels* general;   // any dtype; null on the library route
+  const SkinnyKernels* bfloat16;  // null on the library route
+};
+
+std::vector<Choice> choices() {
+  std::vector<Choice> found;
+  if (amx_kernels() != nullptr && avx512_kernels() != nullptr) {
+    found.push_back({amx_kernels()->name, avx512_kernels(), amx_kernels()});
+  }
+  for (const SkinnyKernels* kernels : {avx512_kernels(), avx2_kernels(), portable_kernels()}) {
+    if (kernels != nullptr) found.push_back({kernels->name, kernels, kernels});
+  }
+  return found;
+}
+
+const std::vector<Choice>& available() {
+  static const std::vector<Choice> found = choices();
+  return found;
+}
+
+std::atomic<const Choice*>& current() {
+  static std::atomic<const Choice*> choice{&available().front()};
+  return choice;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Choice& choice : available()) names.emplace_back(choice.name);
+  return names;
+}
+
+std::string current_isa() { return current().load()->name; }
+
+bool set_isa(const std::string& name) {
+  static const Choice library{kLibrary, nullptr, nullptr};
+  if (name == kLibrary || name == "auto") {
+    current().store(name == kLibrary ? &library : &available().front());
+    return true;
+  }
+  for (const Choice& choice : available()) {
+    if (name == choice.name) {
+      current().store(&choice);
+      return true;
+    }
+  }
+  return false;
+}
+
+const SkinnyKernels* kernels_for(Dtype dtype) {
+  const Choice* choice = current().load();
+  return dtype == Dtype::kBFloat16 ? choice->bfloat16 : choice->general;
+}
+
+}  // namespace lora_ext::cpu

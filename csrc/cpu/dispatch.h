@@ -1,0 +1,23 @@
+// Which instruction set the CPU kernels use: the best that the processor has, or one set by hand.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "skinny.h"
+
+namespace lora_ext::cpu {
+
+// "amx", "avx512", "avx2", "portable", as far as this build and processor have them, best first.
+std::vector<std::string> available_isas();
+
+// The name in use; "library" when every call takes the ATen route.
+std::string current_isa();
+
+// One of available_isas(), "library", or "auto" for the best. False: not available.
+bool set_isa(const std::string& name);
+
+// The kernels for activations of `dtype`, null on the library route.
+const SkinnyKernels* kernels_for(Dtype dtype);
+
+}  // namespace lora_ext::cpu

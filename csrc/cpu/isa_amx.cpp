@@ -1,0 +1,1 @@
+namespace lora_ext::cpu { struct SkinnyKernels; const SkinnyKernels* amx_kernels() { return nullptr; } }

@@ -1,0 +1,125 @@
+// The skinny passes for AVX2 with FMA and F16C. Compiled on every x86-64 build by a target
+// pragma, chosen at run time; other architectures get a null table.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "skinny.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace lora_ext::cpu {
+namespace {
+
+#include "simd_dropout.h"
+#include "simd_passes.h"
+
+struct Avx2 {
+  using Vec = __m256;
+  static constexpr int kLanes = 8;
+  static constexpr int kTileRows = 6;  // 12 accumulators of 16 registers
+  static constexpr int kDropoutWords = 1;
+
+  static Vec zero() { return _mm256_setzero_ps(); }
+  static Vec broadcast(float value) { return _mm256_set1_ps(value); }
+  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static Vec load(const BFloat16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static Vec load(const Float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+  static void store(BFloat16* p, Vec v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(
+        _mm256_add_epi32(bits, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7FFF))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i out = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static void store(Float16* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec keep(Vec v, uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+  }
+
+  // Four calls in the 64-bit lanes; a word needs only its low half for the next product.
+  static void dropout_words(const uint64_t* products, const DropoutRow& row,
+                            const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
+    const __m256i mul0 = _mm256_set1_epi64x(philox::kMul0);
+    const __m256i mul1 = _mm256_set1_epi64x(philox::kMul1);
+    const __m256i product = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(products));
+    __m256i c0 = _mm256_set1_epi64x(row.c0), c1 = _mm256_set1_epi64x(row.c1);
+    __m256i c2 =
+        _mm256_xor_si256(_mm256_srli_epi64(product, 32), _mm256_set1_epi64x(row.c2_part));
+    __m256i c3 = product;
+    for (int round = 2; round < philox::kRounds; ++round) {
+      const __m256i p0 = _mm256_mul_epu32(c0, mul0);
+      const __m256i p1 = _mm256_mul_epu32(c2, mul1);
+      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1),
+                            _mm256_set1_epi64x(keys.k0[round]));
+      c1 = p1;
+      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3),
+                            _mm256_set1_epi64x(keys.k1[round]));
+      c3 = p0;
+    }
+    const __m256i low = kept_words(c0, c1, keep_count);   // columns 0..15
+    const __m256i high = kept_words(c2, c3, keep_count);  // columns 16..31
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xD8);
+    *words = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+  }
+
+  // 16-bit lanes: the four draws of a in order, then those of b; all ones where kept.
+  static __m256i kept_words(__m256i a, __m256i b, uint32_t keep_count) {
+    const __m256i mixed = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA);
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m256i draws = _mm256_permutevar8x32_epi32(mixed, order);
+    const __m256i last = _mm256_set1_epi16(static_cast<short>(keep_count - 1));
+    return _mm256_cmpeq_epi16(_mm256_max_epu16(draws, last), last);
+  }
+};
+
+constexpr SkinnyKernels kKernels = make_kernels<Avx2>("avx2");
+
+}  // namespace
+}  // namespace lora_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__
+
+namespace lora_ext::cpu {
+
+const SkinnyKernels* avx2_kernels() {
+#if defined(__x86_64__)
+  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                __builtin_cpu_supports("f16c");
+  return supported ? &kKernels : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace lora_ext::cpu

@@ -1,0 +1,96 @@
+// The skinny passes for AVX-512 (F, BW, DQ, VL). Compiled on every x86-64 build by a target
+// pragma, chosen at run time; other architectures get a null table.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "skinny.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#endif
+
+namespace lora_ext::cpu {
+namespace {
+
+#include "simd_avx512_dropout.h"
+#include "simd_dropout.h"
+#include "simd_passes.h"
+
+struct Avx512 {
+  using Vec = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kTileRows = 12;  // 24 accumulators of 32 registers
+  static constexpr int kDropoutWords = 2;
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec broadcast(float value) { return _mm512_set1_ps(value); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static Vec load(const BFloat16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static Vec load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  static void store(BFloat16* p, Vec v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(
+        _mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7FFF))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i out = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+  }
+  static void store(Float16* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec keep(Vec v, uint32_t bits) {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
+  }
+
+  static void dropout_words(const uint64_t* products, const DropoutRow& row,
+                            const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
+    avx512_dropout_words(products, row.c0, row.c1, row.c2_part, keys.k0, keys.k1, keep_count,
+                         words);
+  }
+};
+
+constexpr SkinnyKernels kKernels = make_kernels<Avx512>("avx512");
+
+}  // namespace
+}  // namespace lora_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__
+
+namespace lora_ext::cpu {
+
+const SkinnyKernels* avx512_kernels() {
+#if defined(__x86_64__)
+  static const bool supported =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return supported ? &kKernels : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace lora_ext::cpu

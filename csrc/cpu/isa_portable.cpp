@@ -1,0 +1,75 @@
+// The skinny passes in GCC/Clang vector extensions: any processor, 128-bit registers assumed.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "skinny.h"
+
+namespace lora_ext::cpu {
+namespace {
+
+#include "simd_dropout.h"
+#include "simd_passes.h"
+
+struct Portable {
+  typedef float Vec __attribute__((vector_size(16)));
+  static constexpr int kLanes = 4;
+  static constexpr int kTileRows = 4;
+  static constexpr int kDropoutWords = 1;
+
+  static Vec zero() { return Vec{}; }
+  static Vec broadcast(float value) { return Vec{value, value, value, value}; }
+  static Vec load(const float* p) {
+    Vec v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  template <class T>
+  static Vec load(const T* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  static void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  template <class T>
+  static void store(T* p, Vec v) {
+    for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+  }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec multiply(Vec a, Vec b) { return a * b; }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec keep(Vec v, uint32_t bits) {
+    for (int i = 0; i < kLanes; ++i) v[i] = (bits >> i & 1u) != 0 ? v[i] : 0.0f;
+    return v;
+  }
+
+  static void dropout_words(const uint64_t* products, const DropoutRow& row,
+                            const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
+    uint32_t bits = 0;
+    for (int q = 0; q < 4; ++q) {
+      uint32_t c0 = row.c0, c1 = row.c1;
+      uint32_t c2 = static_cast<uint32_t>(products[q] >> 32) ^ row.c2_part;
+      uint32_t c3 = static_cast<uint32_t>(products[q]);
+      for (int round = 2; round < philox::kRounds; ++round) {
+        const uint64_t p0 = uint64_t{philox::kMul0} * c0;
+        const uint64_t p1 = uint64_t{philox::kMul1} * c2;
+        c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.k0[round];
+        c1 = static_cast<uint32_t>(p1);
+        c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.k1[round];
+        c3 = static_cast<uint32_t>(p0);
+      }
+      const uint32_t draws[4] = {c0, c1, c2, c3};
+      for (int j = 0; j < 4; ++j) {
+        bits |= uint32_t{(draws[j] & 0xFFFFu) < keep_count} << (8 * j + 2 * q);
+        bits |= uint32_t{(draws[j] >> 16) < keep_count} << (8 * j + 2 * q + 1);
+      }
+    }
+    *words = bits;
+  }
+};
+
+constexpr SkinnyKernels kKernels = make_kernels<Portable>("portable");
+
+}  // namespace
+
+const SkinnyKernels* portable_kernels() { return &kKernels; }
+
+}  // namespace lora_ext::cpu

@@ -1,0 +1,81 @@
+// Dropout bits of a block, in vector code of the including file's instruction set.
+//
+// Included after `#pragma GCC target`, inside an anonymous namespace per file. The two first
+// Philox rounds are split by hand (philox.h): with counter (row_lo, group, 0, row_hi)
+//
+//     round 1   c0 = group ^ k0               c2 = hi(M0 row_lo) ^ row_hi ^ k1    c3 = lo(M0 row_lo)
+//     round 2   c0 = hi(M1 c2) ^ k0'          c1 = lo(M1 c2)                      (row only)
+//               c2 = hi(M0 (group ^ k0)) ^ c3 ^ k1'    c3 = lo(M0 (group ^ k0))   (table of groups)
+//
+// which leaves 9 of 14 multiplications per call. Isa::kDropoutWords words are made at a time by
+// Isa::dropout_words(table, RowState, keys, keep_count, words).
+#pragma once
+
+struct DropoutKeys {
+  uint32_t k0[philox::kRounds];
+  uint32_t k1[philox::kRounds];
+
+  explicit DropoutKeys(uint64_t seed) {
+    k0[0] = static_cast<uint32_t>(seed);
+    k1[0] = static_cast<uint32_t>(seed >> 32);
+    for (int round = 1; round < philox::kRounds; ++round) {
+      k0[round] = k0[round - 1] + philox::kWeyl0;
+      k1[round] = k1[round - 1] + philox::kWeyl1;
+    }
+  }
+};
+
+// What rounds 1 and 2 leave of a row; the round-2 words c2 and c3 still need the group's product.
+struct DropoutRow {
+  uint32_t c0, c1;   // after round 2
+  uint32_t c2_part;  // c3 of round 1, xor k1'; xor hi(product) gives c2 of round 2
+
+  DropoutRow(uint64_t row, const DropoutKeys& keys) {
+    const uint64_t p0 = uint64_t{philox::kMul0} * static_cast<uint32_t>(row);
+    const uint32_t c2 =
+        static_cast<uint32_t>(p0 >> 32) ^ static_cast<uint32_t>(row >> 32) ^ keys.k1[0];
+    const uint64_t p1 = uint64_t{philox::kMul1} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ keys.k0[1];
+    c1 = static_cast<uint32_t>(p1);
+    c2_part = static_cast<uint32_t>(p0) ^ keys.k1[1];
+  }
+};
+
+// 512 columns at a time: 64 groups of products, 512 B of table.
+constexpr int64_t kDropoutSlab = 512;
+
+template <class Isa>
+void dropout_bits(const Dropout& dropout, Range rows, Range cols, uint32_t* bits, int64_t pitch) {
+  const DropoutKeys keys(dropout.seed);
+  const uint64_t first_col = static_cast<uint64_t>(dropout.col_offset + cols.begin);
+  const int shift = static_cast<int>(first_col % 32);
+  const int64_t num_words = (cols.end - cols.begin + 31) / 32;
+  constexpr int64_t kSlabWords = kDropoutSlab / 32;
+  for (int64_t word0 = 0; word0 < num_words; word0 += kSlabWords) {
+    const int64_t out_words = std::min(kSlabWords, num_words - word0);
+    // One word more than asked for feeds the funnel shift of a misaligned first column.
+    const int64_t draw_words = out_words + (shift != 0);
+    uint64_t products[(kSlabWords + 2 * Isa::kDropoutWords) * 4];
+    uint32_t words[kSlabWords + 2 * Isa::kDropoutWords];
+    const uint64_t group0 = (first_col / 32 + word0) * 4;
+    const int64_t rounded = (draw_words + Isa::kDropoutWords - 1) / Isa::kDropoutWords;
+    for (int64_t i = 0; i < rounded * Isa::kDropoutWords * 4; ++i) {
+      products[i] = uint64_t{philox::kMul0} * (static_cast<uint32_t>(group0 + i) ^ keys.k0[0]);
+    }
+    for (int64_t m = rows.begin; m < rows.end; ++m) {
+      const DropoutRow row(static_cast<uint64_t>(dropout.row_offset + m), keys);
+      for (int64_t i = 0; i < rounded; ++i) {
+        Isa::dropout_words(products + i * Isa::kDropoutWords * 4, row, keys, dropout.keep_count,
+                           words + i * Isa::kDropoutWords);
+      }
+      uint32_t* out = bits + (m - rows.begin) * pitch + word0;
+      if (shift == 0) {
+        for (int64_t i = 0; i < out_words; ++i) out[i] = words[i];
+      } else {
+        for (int64_t i = 0; i < out_words; ++i) {
+          out[i] = words[i] >> shift | words[i + 1] << (32 - shift);
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,116 @@
+// The skinny passes of a LoRA linear on the CPU: what surrounds the base GEMM.
+//
+//     shrink   T[m, j]  = scale * sum_c mask(m, c) P[m, c] Q[c, j]          S = drop(x) A^T, dS = dY B
+//     expand   Y[m, c] += scale * mask(m, c) sum_j T[m, j] U[j, c]          Y += S B^T, dX += dS A
+//     wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]          dA = dS^T drop(x), dB^T = S^T dY
+//
+// rows = M, cols = K or N, rank = r. P and Y are in the activation dtype and are converted in
+// registers; T is float; Q and U are packed once a call from the adapters, whatever their dtype.
+// Expand and wgrad over the same columns share one pass, and with it one mask.
+//
+// One table of functions per instruction set. Each is torch-free and single-threaded over a range
+// of rows or columns; lora_cpu.cpp spreads ranges over threads. An element's sum has the same
+// order whatever the ranges, so results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../philox.h"
+#include "dtypes.h"
+
+namespace lora_ext::cpu {
+
+constexpr int64_t kMaxRank = 512;
+
+struct Dropout {
+  uint64_t seed = 0;
+  int64_t row_offset = 0;
+  int64_t col_offset = 0;
+  uint32_t keep_count = philox::kKeepOne;
+
+  bool enabled() const { return keep_count < philox::kKeepOne; }
+};
+
+// A strided view of an adapter: element (j, c) for rank index j and column c.
+struct AdapterView {
+  const void* data;
+  Dtype dtype;
+  int64_t rank_pitch;
+  int64_t col_pitch;
+  int64_t rank;
+  int64_t cols;
+};
+
+struct ShrinkArgs {
+  const void* p;  // [rows, cols], row pitch p_pitch elements
+  Dtype dtype;
+  int64_t p_pitch;
+  int64_t cols;
+  int64_t rank;
+  const void* q;  // packed by pack_shrink
+  bool q_is_half;  // the adapter was bfloat16: one bfloat16 term holds it exactly
+  float scale;
+  float* t;  // [rows, rank]
+  Dropout dropout;
+};
+
+struct ExpandArgs {
+  void* y;  // [rows, cols], row pitch y_pitch elements; null: no expand
+  Dtype dtype;
+  int64_t y_pitch;
+  int64_t cols;
+  int64_t rank;
+  const void* u;  // packed by pack_expand
+  bool u_is_half;  // as q_is_half
+  float scale;
+  const float* t;  // [rows, rank]
+  Dropout dropout;
+};
+
+struct WgradArgs {
+  const void* p;  // [rows, cols], row pitch p_pitch elements
+  Dtype dtype;
+  int64_t p_pitch;
+  int64_t rows;
+  int64_t rank;
+  const float* t;  // [rows, rank]
+  float scale;
+  void* g;  // element (j, c) at j * g_rank_pitch + c * g_col_pitch
+  Dtype g_dtype;
+  int64_t g_rank_pitch;
+  int64_t g_col_pitch;
+  Dropout dropout;
+};
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+struct SkinnyKernels {
+  const char* name;
+  int64_t row_granule;  // ranges of rows start at multiples of this
+  int64_t col_granule;  // ranges of columns start at multiples of this
+
+  int64_t (*shrink_panel_bytes)(int64_t rank, int64_t cols);
+  void (*pack_shrink)(const AdapterView& adapter, void* panel);
+  int64_t (*expand_panel_bytes)(int64_t rank, int64_t cols);
+  void (*pack_expand)(const AdapterView& adapter, void* panel);
+
+  void (*shrink)(const ShrinkArgs& args, Range rows);
+  void (*expand)(const ExpandArgs& args, Range rows);
+  // Columns [cols) of G; with a non-null expand.y also of Y, which shares T and the mask.
+  void (*wgrad)(const WgradArgs& args, const ExpandArgs& expand, Range cols);
+
+  // Bit c of word c / 32 in a row of `pitch` words is set when (row0 + m, col0 + c) is kept.
+  void (*dropout_bits)(const Dropout& dropout, Range rows, Range cols, uint32_t* bits,
+                       int64_t pitch);
+};
+
+// Null where this build or this processor lacks the instruction set.
+const SkinnyKernels* portable_kernels();
+const SkinnyKernels* avx2_kernels();
+const SkinnyKernels* avx512_kernels();
+const SkinnyKernels* amx_kernels();  // bfloat16 activations only
+
+}  // namespace lora_ext::cpu

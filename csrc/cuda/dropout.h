@@ -1,0 +1,26 @@
+// Dropout on CUDA: parameters and launcher, free of torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace lora_ext::cuda {
+
+enum class Element { kFloat64, kFloat32, kBFloat16, kFloat16, kMask };
+
+struct DropoutParams {
+  const void* x;  // [rows, cols], row pitch x_pitch elements; not read for kMask
+  void* out;      // [rows, cols], row pitch out_pitch elements; kMask: bool
+  int64_t rows, cols;
+  int64_t x_pitch, out_pitch;
+  const int64_t* seed;  // one element on the device: a graph replay reads the new value
+  int64_t row_offset, col_offset;
+  uint32_t keep_count;
+  double keep_scale;
+};
+
+// out = kept ? keep_scale * x : 0, or the mask itself. Asynchronous on `stream`.
+cudaError_t launch_dropout(Element element, const DropoutParams& params, cudaStream_t stream);
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,117 @@
+// Dropout as an op of its own: the mask, and a masked copy for the library route.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "check.h"
+#include "cpu/skinny.h"
+#include "lora_linear.h"
+
+#ifdef LORA_EXT_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace lora_ext {
+namespace {
+
+// Best available: the bits are the same in all.
+const cpu::SkinnyKernels& dropout_kernels() {
+  static const cpu::SkinnyKernels& kernels =
+      cpu::avx512_kernels() != nullptr ? *cpu::avx512_kernels()
+      : cpu::avx2_kernels() != nullptr ? *cpu::avx2_kernels()
+                                       : *cpu::portable_kernels();
+  return kernels;
+}
+
+// Calls row(m, bits) for each row of the mask, bits as words of 32 columns.
+template <class Row>
+void for_mask_rows(const DropoutArgs& args, int64_t first_row, int64_t rows, int64_t cols,
+                   const Row& row) {
+  const cpu::Dropout dropout{static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()),
+                             args.row_offset + first_row, args.col_offset, args.keep_count()};
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, cols));
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> bits(static_cast<size_t>((cols + 31) / 32));
+    for (int64_t m = begin; m < end; ++m) {
+      dropout_kernels().dropout_bits(dropout, {m, m + 1}, {0, cols}, bits.data(),
+                                     static_cast<int64_t>(bits.size()));
+      row(m, bits.data());
+    }
+  });
+}
+
+bool is_kept(const uint32_t* bits, int64_t c) { return (bits[c / 32] >> (c % 32) & 1u) != 0; }
+
+// out = keep ? scale * x : 0; x and out may be the same tensor.
+void drop_cpu(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout, int64_t first_row) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, x.scalar_type(), "lora_ext_drop", [&] {
+        using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        const auto scale = static_cast<acc_t>(dropout.keep_scale());
+        const auto* in = x.const_data_ptr<scalar_t>();
+        auto* to = out.mutable_data_ptr<scalar_t>();
+        const int64_t cols = x.size(1);
+        for_mask_rows(dropout, first_row, x.size(0), cols, [&](int64_t m, const uint32_t* bits) {
+          for (int64_t c = 0; c < cols; ++c) {
+            const auto value = static_cast<acc_t>(in[m * x.stride(0) + c]) * scale;
+            to[m * out.stride(0) + c] = static_cast<scalar_t>(is_kept(bits, c) ? value : acc_t{0});
+          }
+        });
+      });
+}
+
+void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
+               int64_t first_row) {
+  if (x.is_cpu()) return drop_cpu(x, out, dropout, first_row);
+#ifdef LORA_EXT_WITH_CUDA
+  if (x.is_cuda()) return cuda::drop(x, out, dropout, first_row);
+#endif
+  LORA_EXT_CHECK(false, "expected CPU tensors with dropout in this build, but got ", x.device(),
+                 "; lora_ext.build_info() says why CUDA kernels were not built");
+}
+
+at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p,
+                        int64_t row_offset, int64_t col_offset) {
+  LORA_EXT_CHECK(rows >= 0 && cols >= 0 && row_offset >= 0 && col_offset >= 0,
+                 "expected rows, cols and offsets >= 0, but got ", rows, ", ", cols, ", ",
+                 row_offset, ", ", col_offset);
+  LORA_EXT_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "expected dropout_p in [0, 1), but got ",
+                 dropout_p);
+  LORA_EXT_CHECK_TYPE(seed.scalar_type() == at::kLong && seed.numel() == 1,
+                      "expected seed as one int64 element, but got ", seed.scalar_type(), " ",
+                      seed.sizes());
+  const DropoutArgs args{dropout_p, seed, row_offset, col_offset};
+  at::Tensor mask = at::empty({rows, cols}, seed.options().dtype(at::kBool));
+#ifdef LORA_EXT_WITH_CUDA
+  if (seed.is_cuda()) {
+    cuda::dropout_mask(mask, args);
+    return mask;
+  }
+#endif
+  auto* out = mask.mutable_data_ptr<bool>();
+  for_mask_rows(args, 0, rows, cols, [&](int64_t m, const uint32_t* bits) {
+    for (int64_t c = 0; c < cols; ++c) out[m * cols + c] = is_kept(bits, c);
+  });
+  return mask;
+}
+
+}  // namespace
+
+at::Tensor dropped(const at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  drop_into(x, out, dropout, first_row);
+  return out;
+}
+
+void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
+  drop_into(x, x, dropout, first_row);
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) { m.impl("dropout_mask", TORCH_FN(dropout_mask)); }
+
+#ifdef LORA_EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) { m.impl("dropout_mask", TORCH_FN(dropout_mask)); }
+#endif
+
+}  // namespace lora_ext

@@ -1,0 +1,149 @@
+// The LoRA linear in ATen calls.
+//
+// Adapters in the activation dtype: the low-rank product accumulates in place. On the CPU the base
+// comes first (addmm_ reads what at::linear wrote); on CUDA the expand comes first and the base
+// GEMM accumulates onto it with beta = 1, which saves the pass that a separate add would make.
+//
+// Adapters wider than the activations: row blocks in the adapters' dtype, in PEFT's order of
+// operations (base rounded, delta scaled, added wide, rounded), so that Y and dX have PEFT's bits.
+// A block is at most kBlockBytes of temporaries: there is no wide copy of x or of the output.
+#include "library_route.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include "base_linear.h"
+
+namespace lora_ext::library_route {
+namespace {
+
+constexpr int64_t kBlockBytes = 2 << 20;
+
+// Calls visit(first_row, row_count) over blocks whose wide copy stays under kBlockBytes.
+template <class Visit>
+void for_row_blocks(int64_t rows, int64_t columns, at::ScalarType dtype, const Visit& visit) {
+  const int64_t row_bytes =
+      std::max<int64_t>(1, columns * static_cast<int64_t>(c10::elementSize(dtype)));
+  const int64_t block = std::max<int64_t>(16, kBlockBytes / row_bytes);
+  for (int64_t row = 0; row < rows; row += block) visit(row, std::min(block, rows - row));
+}
+
+bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
+  return x.scalar_type() != lora_a.scalar_type();
+}
+
+at::Tensor shrink_rows(const ForwardArgs& args, int64_t row, int64_t count) {
+  at::Tensor x = args.x.narrow(0, row, count);
+  if (wide_adapters(args.x, args.lora_a)) {
+    x = x.to(args.lora_a.scalar_type());
+    if (args.dropout.enabled()) drop_(x, args.dropout, row);
+  } else if (args.dropout.enabled()) {
+    x = dropped(x, args.dropout, row);
+  }
+  return at::mm(x, args.lora_a.t());
+}
+
+Forward forward_wide(const ForwardArgs& args) {
+  const int64_t rows = args.x.size(0);
+  const at::ScalarType wide = args.lora_a.scalar_type();
+  Forward out{base_forward(args), at::empty({rows, args.lora_a.size(0)}, args.lora_a.options())};
+  const int64_t columns = std::max(args.x.size(1), out.y.size(1));
+  for_row_blocks(rows, columns, wide, [&](int64_t row, int64_t count) {
+    at::Tensor s = out.s.narrow(0, row, count);
+    s.copy_(shrink_rows(args, row, count));
+    at::Tensor y = out.y.narrow(0, row, count);
+    y.copy_(at::mm(s, args.lora_b.t()).mul_(args.scaling).add_(y));
+  });
+  return out;
+}
+
+Forward forward_same(const ForwardArgs& args) {
+  const at::Tensor s = shrink_rows(args, 0, args.x.size(0));
+  at::Tensor y;
+  if (args.x.is_cpu() || args.packed) {
+    y = base_forward(args);
+    y.addmm_(s, args.lora_b.t(), 1, args.scaling);
+  } else {
+    y = at::empty({args.x.size(0), args.weight.size(0)}, args.x.options());
+    if (args.bias) {
+      at::addmm_out(y, *args.bias, s, args.lora_b.t(), 1, args.scaling);
+    } else {
+      at::mm_out(y, s, args.lora_b.t());
+      if (args.scaling != 1.0) y.mul_(args.scaling);
+    }
+    y.addmm_(args.x, args.weight.t());
+  }
+  return {y, s.to(accumulation_dtype(s.scalar_type()))};
+}
+
+Backward backward_wide(const BackwardArgs& args) {
+  const int64_t rows = args.x.size(0);
+  const at::TensorOptions wide = args.lora_a.options();
+  Backward out;
+  if (args.need_dlora_a) out.dlora_a = at::zeros(args.lora_a.sizes(), wide);
+  at::Tensor dlora_b_t;  // [r, N]: see backward_same
+  if (args.need_dlora_b) dlora_b_t = at::zeros({args.lora_b.size(1), args.lora_b.size(0)}, wide);
+  if (args.need_dx) out.dx = base_backward(args);
+  const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
+  for_row_blocks(rows, columns, args.lora_a.scalar_type(), [&](int64_t row, int64_t count) {
+    at::Tensor grad = args.grad.narrow(0, row, count).to(wide).mul_(args.scaling);
+    if (args.need_dlora_b) dlora_b_t.addmm_(args.s.narrow(0, row, count).to(wide).t(), grad);
+    if (!args.need_dlora_a && !args.need_dx) return;
+    const at::Tensor ds = at::mm(grad, args.lora_b);
+    grad.reset();
+    if (args.need_dlora_a) {
+      at::Tensor x = args.x.narrow(0, row, count).to(wide);
+      if (args.dropout.enabled()) drop_(x, args.dropout, row);
+      out.dlora_a.addmm_(ds.t(), x);
+    }
+    if (args.need_dx) {
+      at::Tensor delta = at::mm(ds, args.lora_a);
+      if (args.dropout.enabled()) drop_(delta, args.dropout, row);
+      // PEFT's autograd rounds the delta on its way through the cast of x, then adds.
+      out.dx.narrow(0, row, count).add_(delta.to(out.dx.scalar_type()));
+    }
+  });
+  if (args.need_dlora_b) out.dlora_b = dlora_b_t.t().contiguous();
+  return out;
+}
+
+Backward backward_same(const BackwardArgs& args) {
+  Backward out;
+  if (args.need_dlora_b) {
+    // As (S^T dY)^T: MKL's gemm is 8 times slower the other way round when r <= 8.
+    const at::Tensor s = args.s.to(args.grad.scalar_type());
+    out.dlora_b = at::mm(s.t(), args.grad).mul_(args.scaling).t().contiguous();
+  }
+  if (args.need_dx) out.dx = base_backward(args);
+  if (!args.need_dlora_a && !args.need_dx) return out;
+  const at::Tensor ds = at::mm(args.grad, args.lora_b).mul_(args.scaling);
+  const bool drop = args.dropout.enabled();
+  if (args.need_dlora_a) {
+    out.dlora_a = at::mm(ds.t(), drop ? dropped(args.x, args.dropout, 0) : args.x);
+  }
+  if (args.need_dx) {
+    if (drop) {
+      at::Tensor delta = at::mm(ds, args.lora_a);
+      drop_(delta, args.dropout, 0);
+      out.dx.add_(delta);
+    } else {
+      out.dx.addmm_(ds, args.lora_a);
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+Forward forward(const ForwardArgs& args) {
+  return wide_adapters(args.x, args.lora_a) ? forward_wide(args) : forward_same(args);
+}
+
+Backward backward(const BackwardArgs& args) {
+  return wide_adapters(args.x, args.lora_a) ? backward_wide(args) : backward_same(args);
+}
+
+}  // namespace lora_ext::library_route

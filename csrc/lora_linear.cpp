@@ -1,0 +1,145 @@
+// The op layer: lora_ext::lora_linear, lora_linear_forward and lora_linear_backward for real
+// tensors on the CPU and on CUDA. Checks, flattens to 2-D, picks the route of the device.
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include "base_linear.h"
+#include "check.h"
+#include "checks.h"
+#include "cpu/lora_cpu.h"
+#include "library_route.h"
+#include "ops.h"
+
+namespace lora_ext {
+namespace {
+
+// [..., C] as [M, C] with unit stride in C; a view wherever the strides allow it.
+at::Tensor flattened(const at::Tensor& tensor) {
+  const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+  const at::Tensor flat = tensor.reshape({rows, tensor.size(-1)});
+  return flat.stride(1) == 1 ? flat : flat.contiguous();
+}
+
+std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
+  std::vector<int64_t> sizes = tensor.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+std::optional<at::Tensor> cast(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
+  return tensor ? std::optional<at::Tensor>(tensor->to(dtype)) : std::nullopt;
+}
+
+DropoutArgs dropout_args(double p, const std::optional<at::Tensor>& seed, int64_t row_offset,
+                         int64_t col_offset) {
+  LORA_EXT_CHECK(row_offset >= 0 && col_offset >= 0,
+                 "expected row_offset and col_offset >= 0, but got ", row_offset, " and ",
+                 col_offset);
+  return {p, seed, row_offset, col_offset};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
+    double dropout_p, const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset,
+    bool cast_weight, const std::optional<at::Tensor>& packed) {
+  check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, cast_weight);
+  const at::ScalarType dtype = x.scalar_type();
+  const ForwardArgs args{flattened(x),
+                         weight.to(dtype),
+                         lora_a,
+                         lora_b,
+                         cast(bias, dtype),
+                         scaling,
+                         dropout_args(dropout_p, seed, row_offset, col_offset),
+                         packed};
+  if (args.x.size(0) == 0 || weight.numel() == 0) {
+    const at::Tensor bias_row = args.bias ? *args.bias : at::zeros({weight.size(0)}, x.options());
+    at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
+    if (y.numel() != 0) y.copy_(bias_row.expand_as(y));
+    return {y, at::zeros({args.x.size(0), lora_a.size(0)},
+                         x.options().dtype(accumulation_dtype(dtype)))};
+  }
+  Forward out = x.is_cpu() ? cpu::forward(args) : library_route::forward(args);
+  return {out.y.view(with_last(x, weight.size(0))), out.s};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, const at::Tensor& s, double scaling, double dropout_p,
+    const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset, bool cast_weight,
+    const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask) {
+  check_forward(x, weight, lora_a, lora_b, std::nullopt, scaling, dropout_p, seed, cast_weight);
+  const at::ScalarType dtype = x.scalar_type();
+  LORA_EXT_CHECK(grad.sizes() == at::IntArrayRef(with_last(x, weight.size(0))),
+                 "expected grad of shape ", with_last(x, weight.size(0)), ", but got ",
+                 grad.sizes());
+  const bool need_low_rank = output_mask[0] || output_mask[1] || output_mask[2];
+  Backward out;
+  if (x.numel() == 0 || weight.numel() == 0) {
+    if (output_mask[0]) out.dx = at::zeros(x.sizes(), x.options());
+    if (output_mask[1]) out.dlora_a = at::zeros(lora_a.sizes(), lora_a.options());
+    if (output_mask[2]) out.dlora_b = at::zeros(lora_b.sizes(), lora_b.options());
+  } else if (need_low_rank) {
+    const at::Tensor flat_x = flattened(x);
+    LORA_EXT_CHECK(s.dim() == 2 && s.size(0) == flat_x.size(0) && s.size(1) == lora_a.size(0),
+                   "expected s of shape [", flat_x.size(0), ", ", lora_a.size(0), "], but got ",
+                   s.sizes());
+    LORA_EXT_CHECK_TYPE(s.scalar_type() == accumulation_dtype(dtype), "expected s of dtype ",
+                        accumulation_dtype(dtype), ", but got ", s.scalar_type());
+    const BackwardArgs args{flattened(grad.to(dtype)),
+                            flat_x,
+                            weight.to(dtype),
+                            lora_a,
+                            lora_b,
+                            s.contiguous(),
+                            scaling,
+                            dropout_args(dropout_p, seed, row_offset, col_offset),
+                            packed_t,
+                            output_mask[0],
+                            output_mask[1],
+                            output_mask[2]};
+    out = x.is_cpu() ? cpu::backward(args) : library_route::backward(args);
+    if (output_mask[0]) out.dx = out.dx.view(x.sizes());
+  }
+  at::Tensor dbias;
+  if (output_mask[3]) {
+    const at::ScalarType wide = accumulation_dtype(dtype);
+    dbias = grad.numel() == 0 ? at::zeros({weight.size(0)}, grad.options().dtype(wide))
+                              : at::sum(flattened(grad), {0}, false, wide);
+  }
+  return {out.dx, out.dlora_a, out.dlora_b, dbias};
+}
+
+at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                       const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
+                       double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                       int64_t row_offset, int64_t col_offset, bool cast_weight,
+                       const std::optional<at::Tensor>& packed,
+                       const std::optional<at::Tensor>& /*packed_t*/) {
+  return std::get<0>(lora_linear_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
+                                         row_offset, col_offset, cast_weight, packed));
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
+  m.impl("lora_linear", TORCH_FN(lora_linear));
+  m.impl("lora_linear_forward", TORCH_FN(lora_linear_forward));
+  m.impl("lora_linear_backward", TORCH_FN(lora_linear_backward));
+}
+
+// A packed weight is an mkldnn tensor, whose key goes before the CPU's.
+TORCH_LIBRARY_IMPL(lora_ext, MkldnnCPU, m) {
+  m.impl("lora_linear", TORCH_FN(lora_linear));
+  m.impl("lora_linear_forward", TORCH_FN(lora_linear_forward));
+  m.impl("lora_linear_backward", TORCH_FN(lora_linear_backward));
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
+  m.impl("lora_linear", TORCH_FN(lora_linear));
+  m.impl("lora_linear_forward", TORCH_FN(lora_linear_forward));
+  m.impl("lora_linear_backward", TORCH_FN(lora_linear_backward));
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,80 @@
+// One LoRA linear, forward and backward, on 2-D tensors: the contract between the op layer
+// (lora_linear.cpp, checks and shapes) and the routes that compute it.
+//
+//     S  = drop(X) A^T            Y  = X W^T + s S B^T + bias
+//     dS = s dY B                 dX = dY W + mask * (dS A)
+//     dA = dS^T drop(X)           dB = s dY^T S                  (never dW)
+//
+// drop(X) = keep_scale * mask * X, with the mask of philox.h. S keeps keep_scale, not s.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "philox.h"
+
+namespace lora_ext {
+
+struct DropoutArgs {
+  double p = 0.0;
+  std::optional<at::Tensor> seed;  // int64, one element, on x's device
+  int64_t row_offset = 0;
+  int64_t col_offset = 0;
+
+  bool enabled() const { return p > 0.0 && keep_count() < philox::kKeepOne; }
+  uint32_t keep_count() const { return philox::keep_count_of(p); }
+  double keep_scale() const { return philox::keep_scale_of(keep_count()); }
+};
+
+// M rows, K = in features, N = out features, r = rank.
+struct ForwardArgs {
+  at::Tensor x;       // [M, K], last stride 1
+  at::Tensor weight;  // [N, K], dtype of x
+  at::Tensor lora_a;  // [r, K]
+  at::Tensor lora_b;  // [N, r]
+  std::optional<at::Tensor> bias;  // [N], dtype of x
+  double scaling;
+  DropoutArgs dropout;
+  std::optional<at::Tensor> packed;  // oneDNN's layout of weight
+};
+
+struct BackwardArgs {
+  at::Tensor grad;    // dY [M, N], last stride 1, dtype of x
+  at::Tensor x;       // [M, K], last stride 1
+  at::Tensor weight;  // [N, K], dtype of x
+  at::Tensor lora_a;  // [r, K]
+  at::Tensor lora_b;  // [N, r]
+  at::Tensor s;       // [M, r], accumulation dtype
+  double scaling;
+  DropoutArgs dropout;
+  std::optional<at::Tensor> packed_t;  // oneDNN's layout of weight^T
+  bool need_dx;
+  bool need_dlora_a;
+  bool need_dlora_b;
+};
+
+struct Forward {
+  at::Tensor y;  // [M, N]
+  at::Tensor s;  // [M, r]
+};
+
+struct Backward {
+  at::Tensor dx;       // [M, K], undefined when not needed
+  at::Tensor dlora_a;  // [r, K]
+  at::Tensor dlora_b;  // [N, r]
+};
+
+// The dtype in which S is kept and sums are made: float for half types, else the type itself.
+inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 || dtype == at::kHalf ? at::kFloat : dtype;
+}
+
+// keep_scale * mask * x of rows [first_row, ...) as a new tensor; x is [rows, K].
+at::Tensor dropped(const at::Tensor& x, const DropoutArgs& dropout, int64_t first_row);
+// x *= keep_scale * mask in place; x is a temporary of ours.
+void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row);
+
+}  // namespace lora_ext

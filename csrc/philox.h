@@ -1,0 +1,76 @@
+// The dropout mask of lora_ext: Philox-4x32 with 7 rounds, the same bits on every device.
+//
+// An element (row, col) is kept when its 16-bit draw is below keep_count, so that a keep
+// probability is a multiple of 1/65536. One Philox call decides 8 elements of one row:
+//
+//     counter = (row_lo, group, 0, row_hi)     group = (col / 32) * 4 + (col % 8) / 2
+//     key     = (seed_lo, seed_hi)
+//     draw    = 16-bit half (col % 2) of word (col % 32) / 8
+//
+// In a run of 32 columns, word j of the four calls holds columns 8j .. 8j+7 in order, which is
+// how mma fragments and vector registers hold them too. Rounds 1 and 2 split into a part of the
+// row and a part of the column, so vector code computes each once (see cpu/simd_dropout.h).
+//
+// Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Seven rounds are
+// the fewest that pass BigCrush there.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LORA_EXT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define LORA_EXT_HOST_DEVICE inline
+#endif
+
+namespace lora_ext::philox {
+
+constexpr int kRounds = 7;
+constexpr uint32_t kMul0 = 0xD2511F53u;
+constexpr uint32_t kMul1 = 0xCD9E8D57u;
+constexpr uint32_t kWeyl0 = 0x9E3779B9u;
+constexpr uint32_t kWeyl1 = 0xBB67AE85u;
+constexpr uint32_t kKeepOne = 65536;  // keep_count of a dropout that keeps everything
+
+struct Words {
+  uint32_t w[4];
+};
+
+LORA_EXT_HOST_DEVICE Words draw(uint64_t seed, uint64_t row, uint32_t group) {
+  uint32_t c0 = static_cast<uint32_t>(row), c1 = group;
+  uint32_t c2 = 0, c3 = static_cast<uint32_t>(row >> 32);
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(kMul0) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(kMul1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += kWeyl0;
+    k1 += kWeyl1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+LORA_EXT_HOST_DEVICE uint32_t group_of(uint64_t col) {
+  return static_cast<uint32_t>(col / 32 * 4 + col % 8 / 2);
+}
+
+LORA_EXT_HOST_DEVICE bool kept(const Words& words, uint64_t col, uint32_t keep_count) {
+  const uint32_t word = words.w[col % 32 / 8];
+  return ((word >> (col % 2 * 16)) & 0xFFFFu) < keep_count;
+}
+
+// Keep probability in steps of 1/65536, never zero.
+inline uint32_t keep_count_of(double dropout_p) {
+  const double count = (1.0 - dropout_p) * kKeepOne + 0.5;
+  return count < 1.0 ? 1u : static_cast<uint32_t>(count);
+}
+
+// The inverted-dropout scale of the probability that is really used.
+inline double keep_scale_of(uint32_t keep_count) {
+  return static_cast<double>(kKeepOne) / keep_count;
+}
+
+}  // namespace lora_ext::philox

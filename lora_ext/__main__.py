@@ -1,0 +1,5 @@
+"""`python -m lora_ext` prints how this copy was built: the table to put in a bug report."""
+
+from .build_info import build_info
+
+print(build_info())

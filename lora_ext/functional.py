@@ -1,0 +1,107 @@
+"""The fused LoRA linear as functions."""
+
+import torch
+from torch import Tensor
+
+from .prepack import PackedWeight
+
+_forward = torch.ops.lora_ext.lora_linear.default
+_mask = torch.ops.lora_ext.dropout_mask.default
+
+# Seeds are any non-negative int64.
+_SEED_LIMIT = 2**63 - 1
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """An int64 seed tensor of one element on `device`, drawn from torch's default generator.
+
+    It repeats when the generator's state repeats (activation checkpointing restores it) and
+    differs in each replay of a CUDA graph, whose captured generator advances.
+    """
+    return torch.randint(_SEED_LIMIT, (), dtype=torch.int64, device=device)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """A frozen linear layer with a low-rank update (Hu et al. 2021, LoRA).
+
+        y = x W^T + scaling * (drop(x) lora_a^T) lora_b^T + bias
+
+    Differentiable once in x, lora_a, lora_b and bias, each computed only if needed; never in
+    weight. Saved for backward: x, the [M, r] product drop(x) lora_a^T and a seed of 8 bytes.
+
+    Args:
+        x: ``[..., in_features]``; float64, float32, bfloat16 or float16; any strides.
+        weight: ``[out_features, in_features]`` in x's dtype, frozen; or a `PackedWeight` of it.
+            Under ``torch.autocast`` any floating dtype: it is cast for the product and again in
+            backward, and the cast copy is not saved.
+        lora_a: ``[r, in_features]``, 1 <= r <= 512, in x's dtype, or float32 with a half x. float32
+            adapters are never rounded to half: their products keep float32 grade, and their
+            gradients are float32.
+        lora_b: ``[out_features, r]`` in lora_a's dtype.
+        bias: ``[out_features]`` in x's dtype or float32.
+        scaling: factor of the update: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout_p: probability in [0, 1) that an element of x is zero in the update (not in the base
+            product), as PEFT's lora_dropout. The keep probability is rounded to 1/65536 and the
+            kept elements are divided by the rounded value. The mask is a function of a seed that
+            each call draws from torch's generator and of (row, column); it is never stored. An
+            element that is dropped does not propagate NaN.
+        training: False turns dropout off.
+
+    Returns:
+        ``[..., out_features]`` in x's dtype (the autocast dtype under autocast).
+
+    Raises:
+        RuntimeError: shapes, rank, devices or numbers do not fit; weight requires grad under grad
+            mode; a second backward.
+        TypeError: a dtype does not fit.
+    """
+    packed = packed_t = None
+    if isinstance(weight, PackedWeight):
+        weight, packed, packed_t = weight.operands(x)
+    if dropout_p == 0.0 or not training:
+        return _forward(
+            x, weight, lora_a, lora_b, bias, scaling, 0.0, None, 0, 0, False, packed, packed_t
+        )
+    seed = draw_seed(x.device)
+    return _forward(
+        x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, 0, 0, False, packed, packed_t
+    )
+
+
+def dropout_mask(
+    seed: int | Tensor,
+    rows: int,
+    cols: int,
+    dropout_p: float,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The mask that `lora_linear` applies: ``[rows, cols]`` of bool, True where x is kept.
+
+    Element (i, j) is Philox-4x32-7 (Salmon et al. 2011) of the seed, row_offset + i and
+    col_offset + j: the same on every device and instruction set, so that a shard computes its part
+    of the whole mask. Rows are those of x flattened to ``[M, in_features]``.
+
+    Args:
+        seed: an int, or an int64 tensor of one element (then `device` is the tensor's).
+        rows, cols: the shape.
+        dropout_p: probability in [0, 1); kept with round(65536 (1 - dropout_p)) / 65536.
+        row_offset, col_offset: of the first element in the whole mask, >= 0.
+        device: where to compute it when seed is an int.
+
+    Raises:
+        RuntimeError: a number is out of range.
+    """
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor(seed, dtype=torch.int64, device=device)
+    return _mask(seed, rows, cols, dropout_p, row_offset, col_offset)

@@ -1,0 +1,163 @@
+"""A frozen weight kept in oneDNN's packed layout, for the CPU."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# Rows at which oneDNN's layout is chosen; its blocked layouts serve all batch sizes alike.
+_LAYOUT_ROWS = 512
+# A single float32 row is a GEMV, in which MKL was 1.3 to 1.6 times faster than oneDNN's blocks.
+_MIN_PACKED_ROWS = {torch.float32: 2, torch.bfloat16: 1}
+_PACKABLE = (torch.float32, torch.bfloat16)
+
+
+class PackedWeight:
+    """A frozen weight with a packed copy, accepted by `lora_linear` in the weight's place.
+
+    The pack is a cache: copies, pickles and state dicts hold the weight alone. It is dropped by
+    `drop` and by anything that moves or casts the weight to another tensor. Writes through
+    ``weight.data`` do not change the version counter that autograd keeps, so nothing can notice
+    them cheaply: call `drop` after such a write, or `verify` to compare a checksum.
+
+    Attributes:
+        weight: the original ``[out_features, in_features]`` tensor, never a copy.
+        reason: why there is no pack, or an empty string.
+        debug: set ``PackedWeight.debug = True`` to call `verify` in every `lora_linear` call.
+    """
+
+    debug: ClassVar[bool] = False
+
+    def __init__(
+        self, weight: Tensor, packed: Tensor | None, packed_t: Tensor | None, reason: str
+    ) -> None:
+        self.weight = weight
+        self.reason = reason
+        self._packed = packed
+        self._packed_t = packed_t
+        self._version = _version(weight)
+        self._checksum = _checksum(weight) if packed is not None else None
+
+    @property
+    def is_packed(self) -> bool:
+        return self._packed is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed copies, 0 when not packed (oneDNN may pad a few more)."""
+        copies = (self._packed is not None) + (self._packed_t is not None)
+        return copies * self.weight.numel() * self.weight.element_size()
+
+    def drop(self, reason: str = "dropped") -> None:
+        """Frees the packed copies; calls go on with the plain weight."""
+        self._packed = self._packed_t = self._checksum = None
+        self.reason = reason
+
+    def verify(self) -> None:
+        """Compares a sampled checksum of the weight with that of the pack.
+
+        Raises:
+            RuntimeError: the weight was written to since it was packed.
+        """
+        if self._checksum is not None and self._checksum != _checksum(self.weight):
+            raise RuntimeError(
+                "lora_ext.PackedWeight: expected the weight as it was packed, but it was written to "
+                "since; call prepack again after a merge, unmerge or any write to weight.data"
+            )
+
+    def route(self, rows: int) -> tuple[str, str]:
+        """("packed" or "unpacked", reason) for a call on `rows` rows."""
+        if self._packed is None:
+            return "unpacked", self.reason
+        if _version(self.weight) != self._version:
+            return "unpacked", "the weight was written to since it was packed"
+        if rows < _MIN_PACKED_ROWS[self.weight.dtype]:
+            return "unpacked", f"fewer than {_MIN_PACKED_ROWS[self.weight.dtype]} rows"
+        return "packed", "oneDNN packed weight"
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(weight, packed, packed transposed) for a call on x, None where plain is used."""
+        if self._packed is None or torch.compiler.is_compiling():
+            return self.weight, None, None
+        if _version(self.weight) != self._version:
+            self.drop("the weight was written to since it was packed")
+            return self.weight, None, None
+        if PackedWeight.debug:
+            self.verify()
+        rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
+        if rows < _MIN_PACKED_ROWS[self.weight.dtype]:
+            return self.weight, None, None
+        return self.weight, self._packed, self._packed_t
+
+    def to(self, *args, **kwargs) -> "PackedWeight":
+        """The weight moved or cast by ``Tensor.to``; the pack does not travel."""
+        moved = self.weight.to(*args, **kwargs)
+        return self if moved is self.weight else PackedWeight(moved, None, None, "moved by .to()")
+
+    def __reduce__(self) -> tuple:
+        return PackedWeight, (self.weight, None, None, "copied or unpickled: call prepack again")
+
+    def __repr__(self) -> str:
+        state = f"packed, {self.nbytes} bytes" if self.is_packed else f"unpacked: {self.reason}"
+        return f"PackedWeight({list(self.weight.shape)}, {self.weight.dtype}, {state})"
+
+
+def prepack(weight: Tensor, *, backward: bool = False) -> PackedWeight:
+    """Packs a frozen CPU weight in oneDNN's layout once, for all later calls of `lora_linear`.
+
+    Args:
+        weight: ``[out_features, in_features]``; float32 and bfloat16 on the CPU are packed, all
+            else comes back unpacked with the reason.
+        backward: also pack the transpose, for dX in training: a second copy.
+
+    Returns:
+        A `PackedWeight`; ``is_packed``, ``reason`` and ``nbytes`` say what was done.
+
+    Raises:
+        RuntimeError: weight is not 2-D, or requires grad (only a frozen weight stays valid).
+    """
+    if weight.dim() != 2:
+        raise RuntimeError(
+            "lora_ext.prepack: expected weight of shape [out_features, in_features], "
+            f"but got {list(weight.shape)}"
+        )
+    if weight.requires_grad:
+        raise RuntimeError(
+            "lora_ext.prepack: expected a frozen weight, but got one that requires grad; "
+            "call weight.requires_grad_(False)"
+        )
+    reason = _unpackable_reason(weight)
+    if reason:
+        return PackedWeight(weight, None, None, reason)
+    plain = weight.detach()
+    return PackedWeight(weight, _reorder(plain), _reorder(plain.t()) if backward else None, "")
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _LAYOUT_ROWS)
+
+
+def _unpackable_reason(weight: Tensor) -> str:
+    if weight.device.type != "cpu":
+        return f"on {weight.device}: packing is for the CPU"
+    if weight.dtype not in _PACKABLE:
+        return f"{weight.dtype}: oneDNN packs float32 and bfloat16"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no bfloat16 in oneDNN (AVX-512 is needed)"
+    if weight.numel() == 0:
+        return "empty"
+    return ""
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def _checksum(weight: Tensor) -> int:
+    """Of at most about 4096 elements spread over the weight: their bits, summed with weights."""
+    flat = weight.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // 4096)].contiguous()
+    bits = sample.view(torch.int16 if sample.element_size() == 2 else torch.int32).to(torch.int64)
+    return int((bits * torch.arange(1, bits.numel() + 1)).sum())

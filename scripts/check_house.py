@@ -1,0 +1,62 @@
+"""Checks three rules of this repository that no linter knows, and prints each breach.
+
+1. Inline assembly stays under csrc/ptx/, one function per instruction.
+2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
+3. No file names a folder of somebody's machine.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CXX_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
+
+ASM = re.compile(r"\b(?:asm|__asm__)\b\s*(?:volatile\b|__volatile__\b)?\s*\(")
+TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](?:torch|ATen|c10|caffe2)/')
+TORCH_FREE = re.compile(r"csrc/(?:(?:kernel|tile|ptx)/.*|cuda/[^/]*\.cuh?|cpu/isa_[^/]*\.cpp)")
+MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|Users|opt|mnt|srv|scratch|data)/\w")
+
+
+def tracked_files() -> list[str]:
+    """Every file that git tracks or would add."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return sorted(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
+
+
+def breaches(name: str, text: str) -> list[tuple[int, str]]:
+    """The (line number, what is wrong) pairs of one file."""
+    is_cxx = Path(name).suffix in CXX_SUFFIXES
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if is_cxx and not name.startswith("csrc/ptx/") and ASM.search(line):
+            found.append((number, "inline assembly belongs in csrc/ptx/"))
+        if TORCH_FREE.fullmatch(name) and TORCH_INCLUDE.match(line):
+            found.append((number, "this file must compile without torch's headers"))
+        if MACHINE_PATH.search(line):
+            found.append((number, "names a folder of one machine"))
+    return found
+
+
+def main() -> int:
+    count = 0
+    for name in tracked_files():
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # an image or another binary file
+            continue
+        for number, what in breaches(name, text):
+            print(f"{name}:{number}: {what}")
+            count += 1
+    return min(count, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Compiles lora_ext._C: torch's BuildExtension for the C++ files, one nvcc rule for the CUDA files.
+
+No .cu file includes torch, so one nvcc command serves CPU and CUDA builds of torch alike, and both
+link the static CUDA runtime. docs/build.md gives the reasons.
+
+Environment, read at build time only:
+    LORA_EXT_CUDA         auto (default): CUDA kernels if nvcc can build a program here;
+                          1: fail if it cannot;  0: CPU kernels only
+    TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; default: DEFAULT_ARCHS
+    CUDA_HOME             CUDA toolkit; default: that of the nvcc on PATH
+    CXX                   C++ compiler, g++ 12 or clang 14 or newer; default: c++
+    MAX_JOBS              compilers at a time; default: one a core and 3 GiB of memory
+"""
+
+import ctypes
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.errors import CompileError
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension
+except ImportError:  # an sdist, or the metadata alone, needs no torch
+    from setuptools.command.build_ext import build_ext as BuildExtension
+
+    torch = None
+
+# sm_80 code also runs on 8.6 and 8.9, and its PTX on 10.x and 12.x; 9.0a is Hopper's own set.
+DEFAULT_ARCHS = "8.0+PTX;9.0a"
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# Without exclude-libs, the shared CUDA runtime that torch loads would answer our calls.
+CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]
+GIB_PER_JOB = 3  # a C++ file that includes torch peaks near 1.5 GiB
+CUDA_ADVICE = "put a working CUDA toolkit on PATH or in CUDA_HOME, then reinstall"
+
+PROBE = """
+#include <cuda_runtime.h>
+__global__ void probe() {}
+int main() { probe<<<1, 1>>>(); }
+"""
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path("csrc").glob(pattern))
+
+
+def default_jobs() -> int:
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(gib // GIB_PER_JOB)))
+
+
+def cxx_command() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def run(command: list[str], **options) -> tuple[int, str]:
+    """Runs a command; returns its exit status and what it printed."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
+    )
+    return done.returncode, done.stdout
+
+
+def openmp_flags(compiler: str) -> list[str]:
+    """Returns ["-fopenmp"] if torch's own OpenMP runtime answers this compiler's calls, else [].
+
+    The extension is compiled with OpenMP but linked without: its calls resolve to the runtime that
+    torch loaded. A second one would ignore torch.set_num_threads, and its omp_get_thread_num
+    would say 0 in every thread, so that each would do the whole loop.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    call = "__kmpc_fork_call" if "clang" in compiler else "GOMP_parallel"
+    return ["-fopenmp"] if hasattr(ctypes.CDLL(str(library)), call) else []
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    """["8.0+PTX"] -> the -gencode flags for sm_80 code and compute_80 PTX."""
+    flags = []
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if match is None:
+            expected = "entries like 8.0, 9.0a or 8.0+PTX"
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected {expected}, but got {arch!r}")
+        number = match[1] + match[2]
+        for code in ["sm", "compute"] if match[3] else ["sm"]:
+            flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
+    return flags
+
+
+class CudaToolkit:
+    """One nvcc, its flags, and the folders it compiles and links with (known after `probe`)."""
+
+    def __init__(self) -> None:
+        home = os.environ.get("CUDA_HOME")
+        path = os.path.join(home, "bin") if home else f"{os.environ['PATH']}:/usr/local/cuda/bin"
+        self.nvcc = shutil.which("nvcc", path=path)
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHS
+        self.archs = re.split(r"[;,\s]+", archs)
+        self.flags = [*NVCC_FLAGS, *arch_flags(self.archs)]
+        if "CXX" in os.environ:
+            self.flags += ["-ccbin", next(word for word in cxx_command() if "ccache" not in word)]
+        self.version = ""
+        self.include_dirs: list[str] = []
+        self.library_dirs: list[str] = []
+
+    def probe(self) -> str:
+        """Builds a small program; returns "" if that worked, else one sentence on why not."""
+        if self.nvcc is None:
+            return f"No nvcc was found: {CUDA_ADVICE}."
+        with tempfile.TemporaryDirectory() as folder:
+            program = Path(folder, "probe.cu")
+            program.write_text(PROBE)
+            there = {"cwd": folder, "env": {**os.environ, "TMPDIR": folder}}
+            # The nvcc on PATH may be a wrapper; its dry run says where the toolkit is.
+            settings = run([self.nvcc, "--dryrun", str(program)], **there)[1]
+            self.include_dirs = self._folders(settings, "INCLUDES")
+            self.library_dirs = self._folders(settings, "LIBRARIES")
+            release = re.search(r"release ([\d.]+)", run([self.nvcc, "--version"])[1])
+            self.version = release[1] if release else "of unknown version"
+            link = ["-shared", "-cudart=static", "-o", f"{program}.so"]
+            status, said = run([self.nvcc, *self.flags, str(program), *link], **there)
+        if status == 0 and self.include_dirs and self.library_dirs:
+            return ""
+        lines = said.strip().splitlines() or ["it names no include and library folders"]
+        error = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
+        return f"nvcc {self.version} cannot build a program here ({error}): {CUDA_ADVICE}."
+
+    @staticmethod
+    def _folders(settings: str, name: str) -> list[str]:
+        line = re.search(rf"^#\$ {name}=(.*)$", settings, re.MULTILINE)
+        return [os.path.normpath(flag[2:]) for flag in shlex.split(line[1])] if line else []
+
+    def compile(self, source: str, build_temp: str) -> str:
+        """Compiles one .cu file, unless its object is up to date; returns the object's path."""
+        target = Path(build_temp, source).with_suffix(".cu.o")
+        depends, stamp = target.with_suffix(".d"), target.with_suffix(".command")
+        command = [str(self.nvcc), *self.flags, "-Icsrc", "-MD", "-MF", str(depends)]
+        command += ["-c", source, "-o", str(target)]
+        made_by = f"nvcc {self.version}: {shlex.join(command)}"
+        if target.exists() and stamp.exists() and stamp.read_text() == made_by:
+            inputs = [Path(word) for word in depends.read_text().replace("\\\n", " ").split()[1:]]
+            made_at = target.stat().st_mtime
+            if all(path.exists() and path.stat().st_mtime <= made_at for path in inputs):
+                return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        print(shlex.join(command), flush=True)
+        status, said = run(command)
+        sys.stdout.write(said)
+        if status != 0:
+            raise CompileError(f"nvcc failed on {source}")
+        stamp.write_text(made_by)
+        return str(target)
+
+
+def without_cuda(reason: str) -> dict:
+    print(f"lora_ext: building without CUDA kernels. {reason}", flush=True)
+    return {"cuda": False, "cuda_version": None, "cuda_archs": [], "cuda_reason": reason}
+
+
+class BuildExt(BuildExtension):
+    """Gives the extension its torch and CUDA settings, builds it, writes lora_ext/_build.json."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # setuptools compares dates alone, and a new torch may have older ones
+        if torch is not None:
+            self.build_temp = f"{self.build_temp}-torch{torch.__version__}"
+
+    def build_extensions(self) -> None:
+        if torch is None:
+            raise CompileError("lora_ext compiles against torch>=2.11, and there is no torch here")
+        os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+        compiler = run([*cxx_command(), "--version"])[1].partition("\n")[0]
+        openmp = openmp_flags(compiler)
+        (extension,) = self.extensions
+        extension.extra_compile_args += [*CXX_FLAGS, *openmp]
+        extension.include_dirs += cpp_extension.include_paths()
+        extension.library_dirs += cpp_extension.library_paths()
+        extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
+        facts = {
+            "version": self.distribution.get_version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "compiler": compiler,
+            "openmp": bool(openmp),
+            **self.add_cuda(extension),
+        }
+        super().build_extensions()
+        package = Path(self.get_ext_fullpath(extension.name)).parent
+        Path(package, "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    def add_cuda(self, extension: Extension) -> dict:
+        """Compiles the .cu files where LORA_EXT_CUDA and the toolkit allow; returns the facts."""
+        choice = os.environ.get("LORA_EXT_CUDA", "").strip() or "auto"
+        if choice not in ("auto", "0", "1"):
+            raise CompileError(f"LORA_EXT_CUDA: expected auto, 0 or 1, but got {choice!r}")
+        if choice == "0":
+            return without_cuda("LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall.")
+        toolkit = CudaToolkit()
+        reason = toolkit.probe()
+        if reason and choice == "1":
+            raise CompileError(f"LORA_EXT_CUDA=1, but the CUDA kernels cannot be built. {reason}")
+        if reason:
+            return without_cuda(reason)
+        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+            jobs = [
+                pool.submit(toolkit.compile, path, self.build_temp) for path in sources("cuda/*.cu")
+            ]
+            extension.extra_objects += [job.result() for job in jobs]
+        extension.define_macros.append(("LORA_EXT_WITH_CUDA", "1"))
+        extension.include_dirs += toolkit.include_dirs
+        extension.library_dirs += toolkit.library_dirs
+        extension.extra_link_args += CUDART_LINK
+        return {
+            "cuda": True,
+            "cuda_version": toolkit.version,
+            "cuda_archs": toolkit.archs,
+            "cuda_reason": "",
+        }
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "lora_ext._C",
+            sources("*.cpp") + sources("cpu/*.cpp"),
+            include_dirs=[str(Path("csrc").resolve())],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)
