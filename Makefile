@@ -10,6 +10,8 @@ SHELL := /bin/bash
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
+# ninja is found here, where it compiles in parallel.
+export PATH := $(abspath $(VENV)/bin):$(PATH)
 COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 CXX_FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

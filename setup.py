@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,7 @@ except ImportError:  # an sdist, or the metadata alone, needs no torch
 # sm_80 code also runs on 8.6 and 8.9, and its PTX on 10.x and 12.x; 9.0a is Hopper's own set.
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+CXX_FLAGS += ["-ffp-contract=off"]  # a multiply-add is fused where a kernel says so, nowhere else
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Without exclude-libs, the shared CUDA runtime that torch loads would answer our calls.
 CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
@@ -178,8 +180,14 @@ class BuildExt(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.force = True  # setuptools compares dates alone, and a new torch may have older ones
-        if torch is not None:
-            self.build_temp = f"{self.build_temp}-torch{torch.__version__}"
+        if torch is not None:  # one folder a torch; setuptools gives editable builds a passing one
+            tags = [sysconfig.get_platform(), sys.implementation.cache_tag, torch.__version__]
+            self.build_temp = os.path.join("build", "-".join(["temp", *tags]))
+
+    def run(self) -> None:
+        super().run()
+        package = Path(self.get_ext_fullpath("lora_ext._C")).parent  # in the tree, if editable
+        Path(package, "_build.json").write_text(json.dumps(self.facts, indent=2) + "\n")
 
     def build_extensions(self) -> None:
         if torch is None:
@@ -192,7 +200,7 @@ class BuildExt(BuildExtension):
         extension.include_dirs += cpp_extension.include_paths()
         extension.library_dirs += cpp_extension.library_paths()
         extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
-        facts = {
+        self.facts = {
             "version": self.distribution.get_version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -201,8 +209,6 @@ class BuildExt(BuildExtension):
             **self.add_cuda(extension),
         }
         super().build_extensions()
-        package = Path(self.get_ext_fullpath(extension.name)).parent
-        Path(package, "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     def add_cuda(self, extension: Extension) -> dict:
         """Compiles the .cu files where LORA_EXT_CUDA and the toolkit allow; returns the facts."""

@@ -11,7 +11,7 @@ import torch
 
 from . import real_model, report, results, runner
 from .machine import describe
-from .shapes import Cell, full_cells, headline_cells
+from .shapes import Cell, full_cells, headline_cells, target_cells
 from .targets import MISS, evaluate
 from .timing import Plan
 
@@ -60,8 +60,9 @@ def chosen_cells(full: bool, only: str) -> list[Cell]:
     real = real_model.real_cells()
     if not full:
         real = [c for c in real if any(part in c.id for part in _REAL_HEADLINES)]
-    cells = full_cells() if full else headline_cells()
-    cells = [*cells[:10], *real, *cells[10:]]
+    first = target_cells()
+    others = full_cells() if full else headline_cells()
+    cells = [*first, *real, *(cell for cell in others if cell not in first)]
     return [cell for cell in cells if only in cell.id]
 
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     makers = {"real": real_model.make_real}
     interrupted = False
     try:
-        runner.run(with_progress(cells), document, path, plan, makers, budget_s)
+        runner.run(with_progress(cells), len(cells), document, path, plan, makers, budget_s)
         document["numerics"] = real_model.numerics([c for c in cells if c.group == "real"])
     except KeyboardInterrupt:
         interrupted = True

@@ -1,4 +1,7 @@
-"""PNG plots of a run, one for each question; every title says which kind of device."""
+"""PNG plots of a run, one for each question; every title says which kind of device.
+
+Cells in which other processes disturbed too many samples are left out.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import FuncFormatter
 
-from .results import Document, Result, ratio, worst_ratio
-from .shapes import DROPOUT, FORWARD, STEP
+from .results import Document, Result, is_disturbed, ratio, worst_ratio
+from .shapes import DROPOUT, FORWARD, SHORT, STEP
 from .variants import LABELS, floor_of
 
 # Ours are filled and in one family of colours, peers are hollow.
@@ -29,6 +32,7 @@ _STYLE: dict[str, dict[str, Any]] = {
     "unsloth": {"color": "#7b52ab", "marker": "P"},
     "compiled": {"color": "#00a3a3", "marker": "X"},
 }
+_TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 20, 40, 80)
 _MOST_LINES = 60  # of a dot plot; a longer one is cut to the main rank
 
 
@@ -44,7 +48,7 @@ def _save(figure: Any, folder: Path, name: str) -> str:
 
 def _chosen(document: Document, mode: str) -> list[Result]:
     results = [r for r in document["cells"] if r["cell"]["mode"] == mode and r["status"] == "ok"]
-    results = [r for r in results if r["cell"]["group"] != "call"]
+    results = [r for r in results if r["cell"]["group"] != "call" and not is_disturbed(r)]
     if len(results) > _MOST_LINES:
         results = [r for r in results if r["cell"]["rank"] == 16]
     groups = ("real", "model", "grid")
@@ -85,8 +89,7 @@ def _dots(
         )
     axes.axvline(1.0, color="black", linewidth=1.2, zorder=2)
     axes.set_xscale("log")
-    ticks = [t for t in (0.4, 0.5, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 20, 40, 80)]
-    axes.set_xticks([t for t in ticks if smallest * 0.9 <= t <= largest * 1.1], minor=False)
+    axes.set_xticks([t for t in _TICKS if smallest / 1.08 <= t <= largest * 1.08])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.minorticks_off()
     axes.set_xlim(smallest / 1.08, largest * 1.08)
@@ -133,12 +136,14 @@ def _memory(document: Document, mark: str) -> Any | None:
 def _grid(document: Document, mark: str) -> Any | None:
     """Ours by the faster PEFT over rows and ranks, one panel for each dtype, width and mode."""
     cells = [r for r in document["cells"] if r["cell"]["group"] == "grid" and r["status"] == "ok"]
+    cells = [r for r in cells if not is_disturbed(r)]
     cells = [r for r in cells if r["cell"]["in_features"] == r["cell"]["out_features"]]
     ranks = sorted({r["cell"]["rank"] for r in cells})
     if len(ranks) < 2:
         return None
     rows = sorted({r["cell"]["rows"] for r in cells})
-    columns = [(mode, p) for mode, p in ((FORWARD, 0.0), (STEP, 0.0), (STEP, DROPOUT))]
+    measured = {(r["cell"]["mode"], r["cell"]["dropout_p"]) for r in cells}
+    columns = [c for c in ((FORWARD, 0.0), (STEP, 0.0), (STEP, DROPOUT)) if c in measured]
     panels = sorted({(r["cell"]["dtype"], r["cell"]["in_features"]) for r in cells}, reverse=True)
     values = {}
     for result in cells:
@@ -148,7 +153,11 @@ def _grid(document: Document, mark: str) -> Any | None:
             key = (cell["dtype"], cell["in_features"], cell["mode"], cell["dropout_p"])
             values[(*key, cell["rank"], cell["rows"])] = found.median
     figure, grid = plt.subplots(
-        len(panels), len(columns), figsize=(11, 2.1 * len(panels)), squeeze=False, sharex=True
+        len(panels),
+        len(columns),
+        figsize=(1 + 3.4 * len(columns), 2.1 * len(panels)),
+        squeeze=False,
+        sharex=True,
     )
     norm = TwoSlopeNorm(1.0, vmin=0.4, vmax=1.2)
     for line, (dtype, width) in zip(grid, panels, strict=True):
@@ -164,9 +173,8 @@ def _grid(document: Document, mark: str) -> Any | None:
                         axes.text(j, i, f"{number:.2f}", ha="center", va="center", fontsize=9)
             axes.set_xticks(range(len(rows)), [f"M={m}" for m in rows])
             axes.set_yticks(range(len(ranks)), [f"r={rank}" for rank in ranks])
-            short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
             dropout = f", dropout {p:g}" if p else ""
-            axes.set_title(f"{short}, K=N={width}, {mode}{dropout}", fontsize=9)
+            axes.set_title(f"{SHORT[dtype]}, K=N={width}, {mode}{dropout}", fontsize=9)
             axes.tick_params(length=0)
     title = f"{mark}: time of ours by the faster PEFT (below 1: ours is faster)"
     figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")

@@ -15,12 +15,15 @@ _METHOD = """\
   threads. Inputs and upstream gradients rotate through several copies.
 - A sample during which our own threads waited more than 3% of the time for a core is dropped and
   taken again; "n (dropped)" counts the samples of the variant with the fewest and all that were
-  dropped in the cell. "!" marks a cell in which too few were clean: its disturbed ones count.
+  dropped in the cell. "!" marks a cell in which too few were clean: it stands for nothing, and no
+  target is read from it.
 - Ratios are medians over the rounds of the quotient within a round, with quartiles in brackets.
 - forward runs under no_grad, in training mode, so that dropout is on where a cell has it. step is
   forward and backward with a random upstream gradient; x and the adapters get gradients.
 - merged is nn.Linear with the adapter merged in; frozen is the base nn.Linear, forward and gradient
   of x. Before the timing each of ours, without dropout, is compared with naive.
+- ours fp32 and PEFT default have float32 adapters on a half base, which is what PEFT does unless
+  told otherwise; the others have adapters in the dtype of the base.
 - Memory is what torch's allocator holds at its peak above what was live before the call. Scratch
   memory that a library takes elsewhere is not seen. Saved bytes leave out weights and adapters.\
 """
@@ -56,7 +59,7 @@ def _sections(document: Document) -> list[tuple[str, str]]:
     pytest = document.get("pytest", {})
     failed = "\n".join(f"- {text}" for text in tables.failures(document))
     return [
-        ("GPU tests", pytest.get("summary", "")),
+        ("Tests marked gpu", pytest.get("summary", "")),
         ("Targets", tables.targets(document["targets"])),
         ("Forward, as a multiple of merged", tables.latency(document, FORWARD)),
         ("Training step, as a multiple of frozen", tables.latency(document, STEP)),
@@ -93,10 +96,10 @@ def write(document: Document, json_path: Path, with_plots: bool = True) -> Path:
     if with_plots:
         try:
             from . import plots
-        except ImportError as error:
-            print(f"no plots: {error}", file=sys.stderr)
-        else:
+
             images = plots.draw(document, json_path.parent, place(document))
+        except Exception as error:  # the figures themselves must not be lost to a picture
+            print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
     path = json_path.with_name("report.md")
     path.write_text(text(document, images))
     return path

@@ -49,6 +49,11 @@ def read(path: Path) -> Document:
     return document
 
 
+def is_disturbed(result: Result) -> bool:
+    """True if a variant of the cell has too few clean samples: its times are no measurement."""
+    return any(timing["disturbed"] for timing in result.get("timing", {}).values())
+
+
 @dataclass(frozen=True)
 class Ratio:
     """Median and quartiles of a quotient of two times, over rounds in which both were clean."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from .shapes import STEP, Cell
 from .timing import Meter, Plan, Timing, calibrate, interleaved, meter_for
 from .variants import BUILDERS, OURS, Builder, Unavailable, Variant, floor_of, names_for
 
-ERROR_LENGTH = 300  # characters of an error's text that are kept
+_ERROR_LENGTH = 300  # characters of an error's text that are kept
+_SHARES = 2.0
 
 ProblemMaker = Callable[[Cell], Problem]
 
@@ -25,7 +27,7 @@ ProblemMaker = Callable[[Cell], Problem]
 def _text(error: BaseException) -> str:
     first = str(error).strip().split("\n", 1)[0]
     kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
-    return f"{kind}{first}"[:ERROR_LENGTH]
+    return f"{kind}{first}"[:_ERROR_LENGTH]
 
 
 def _call(variant: Variant, problem: Problem, mode: str) -> Callable[[], None]:
@@ -175,25 +177,29 @@ def run_cell(
 
 def run(
     cells: Iterable[Cell],
+    count: int,
     document: results.Document,
     path: Path,
     plan: Plan,
     makers: Mapping[str, ProblemMaker] | None = None,
     budget_s: float = float("inf"),
 ) -> None:
-    """Measure cells into the document and write it after each one.
+    """Measure `count` cells into the document and write it after each one.
 
     makers: a cell group -> how to make its tensors, where not at random
-    budget_s: cells that have not begun by then are listed in document["skipped"]
+    budget_s: no cell may retry for longer than _SHARES times its equal part of what is left of it,
+        and cells that have not begun by then are listed in document["skipped"]
     """
     makers = makers or {}
     start = time.monotonic()
     results.write(document, path)
-    for cell in cells:
-        if time.monotonic() - start > budget_s:
+    for index, cell in enumerate(cells):
+        left_s = budget_s - (time.monotonic() - start)
+        if left_s < 0:
             document["skipped"].append(cell.id)
             continue
-        document["cells"].append(run_cell(cell, plan, makers.get(cell.group, make_problem)))
+        own = replace(plan, limit_s=_SHARES * left_s / max(1, count - index))
+        document["cells"].append(run_cell(cell, own, makers.get(cell.group, make_problem)))
         results.write(document, path)
     document["seconds"] = round(time.monotonic() - start, 1)
     document["complete"] = True

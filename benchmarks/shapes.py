@@ -14,6 +14,7 @@ GRID_WIDTHS = (1024, 4096)
 GRID_RANKS = (8, 16, 64)
 DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.05
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,8 @@ class Cell:
     def id(self) -> str:
         """A readable name, unique within a run."""
         place = self.layer or f"{self.in_features}x{self.out_features}"
-        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.dtype]
         dropout = f" dropout {self.dropout_p:g}" if self.dropout_p else ""
-        return f"{place} {self.mode} {short} M={self.rows} r={self.rank}{dropout}"
+        return f"{place} {self.mode} {SHORT[self.dtype]} M={self.rows} r={self.rank}{dropout}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields and the id, for the JSON."""

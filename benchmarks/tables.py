@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .results import Document, Result, ratio
+from .results import Document, Result, is_disturbed, ratio
 from .shapes import STEP
 from .variants import LABELS, floor_of
 
@@ -14,19 +14,19 @@ _PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "compiled")
 _OURS = ("ours", "ours_packed", "ours_fp32")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with padded columns: the first to the left, numbers to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """A Markdown table with padded columns, to the right except for the columns `left`."""
     if not rows:
         return ""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     widths = [max(3, width) for width in widths]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+        columns = enumerate(zip(cells, widths, strict=True))
+        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in columns]
         return "| " + " | ".join(padded) + " |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
@@ -88,7 +88,7 @@ def latency(document: Document, mode: str, real: bool = False) -> str:
         row += [_ratio_text(result, name, floor) for name in peers]
         row.append(_ratio_text(result, "ours", "peft"))
         dropped = sum(t["dropped"] for t in timing.values())
-        disturbed = "!" if any(t["disturbed"] for t in timing.values()) else ""
+        disturbed = "!" if is_disturbed(result) else ""
         row.append(f"{min(t['n'] for t in timing.values())} ({dropped}){disturbed}")
         rows.append(row)
     return table(header, rows)
@@ -115,7 +115,7 @@ def memory(document: Document, mode: str) -> str:
     names = [n for n in _present(results, (*_OURS, *_PEERS), "memory") if n != "compiled"]
     saved = [n for n in ("ours", "peft", "peft_default") if n in names] if mode == STEP else []
     header = ["cell", f"{floor} peak", *(LABELS[n] for n in names)]
-    header += [f"saved: {LABELS[n].split(' (')[0]}" for n in saved]
+    header += [f"saved: {LABELS[n]}" for n in saved]
     rows = []
     for result in results:
         found = result["memory"]
@@ -141,7 +141,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> str:
         verdict = row["verdict"].upper() if row["verdict"] == "miss" else row["verdict"]
         limit = f"{row['limit']:g}{unit}"
         shown.append([f"{row['name']}: {row['where']}", limit, measured, verdict, row["note"]])
-    return table(["target", "at most", "measured (quartiles)", "verdict", "note"], shown)
+    return table(["target", "at most", "measured (quartiles)", "verdict", "note"], shown, (0, 3, 4))
 
 
 def numerics(entries: Sequence[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ Function = Callable[[], object]
 
 _NS_PER_MS = 1e6
 _SWITCH_NS = 3_000_000  # what one involuntary context switch costs us, where only they are counted
-_LEAST_CLEAN = 3  # fewer clean samples than this, and the disturbed ones count as well
+_LEAST_CLEAN = 3  # with fewer clean samples a variant counts as disturbed
 
 
 def _schedstat_wait_ns() -> int:
@@ -109,6 +109,7 @@ class Plan:
     max_rounds: int = 15
     seconds: float = 3.0  # after min_rounds, stop here
     patience: float = 2.5  # give up retrying after this many times the undisturbed duration
+    limit_s: float = float("inf")  # give up after this, but not before the first round
     batch_ms: float = 15.0  # calls shorter than this are timed several at a time
     max_wait: float = 0.03  # a sample that waited for a larger fraction is dropped
     attempts: int = 3  # tries at a clean sample within a round
@@ -130,9 +131,15 @@ class Timing:
         return [s for s in self.samples if s is not None]
 
     def summary(self) -> dict[str, object]:
-        """Median and quartiles in ms, the number of samples and of those dropped."""
+        """Median and quartiles in ms, the number of samples and of those dropped.
+
+        Disturbed means too few clean samples; the figures then come from the faster half of all.
+        """
         disturbed = len(self.clean) < _LEAST_CLEAN
-        values = sorted(self.clean + self.dropped if disturbed else self.clean)
+        values = sorted(self.clean)
+        if disturbed:  # others only ever slow us down
+            values = sorted(self.clean + self.dropped)
+            values = values[: -(-len(values) // 2)]
         return {
             "ms": statistics.median(values),
             "p25": values[len(values) // 4],
@@ -171,8 +178,8 @@ def interleaved(
     order = random.Random(seed)
     start = now()
     undisturbed_s = plan.min_rounds * sum(t.batch_s for t in timings.values())
-    limit_s = plan.patience * max(plan.seconds, undisturbed_s)
-    while (elapsed := now() - start) <= limit_s:
+    limit_s = min(plan.limit_s, plan.patience * max(plan.seconds, undisturbed_s))
+    while (elapsed := now() - start) <= limit_s or not any(t.samples for t in timings.values()):
         fewest = min(len(t.clean) for t in timings.values())
         if fewest >= plan.max_rounds or (fewest >= plan.min_rounds and elapsed >= plan.seconds):
             break

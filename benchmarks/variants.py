@@ -19,14 +19,14 @@ LABELS = {
     "frozen": "frozen",
     "ours": "ours",
     "ours_packed": "ours packed",
-    "ours_fp32": "ours fp32 adapters",
+    "ours_fp32": "ours fp32",
     "ours_no_dropout": "ours, dropout 0",
     "peft": "PEFT",
-    "peft_default": "PEFT default (fp32 adapters)",
+    "peft_default": "PEFT default",
     "naive": "naive",
     "loralib": "loralib",
-    "unsloth": "Unsloth style",
-    "compiled": "torch.compile(naive)",
+    "unsloth": "Unsloth-style",
+    "compiled": "torch.compile",
 }
 
 

@@ -9,7 +9,7 @@
 #include "lora_linear.h"
 
 #ifdef LORA_EXT_WITH_CUDA
-#include "cuda/launch.h"
+#include "cuda_launch.h"
 #endif
 
 namespace lora_ext {

@@ -2,4 +2,5 @@
 
 from .build_info import build_info
 
-print(build_info())
+if __name__ == "__main__":
+    print(build_info())

@@ -124,6 +124,7 @@ def build_info() -> BuildInfo:
     )
     try:
         extension = importlib.import_module("lora_ext._C")
+        info["cuda"] = bool(extension.with_cuda)
         info["cpu_isa"] = extension.cpu_isa()
         info["cpu_isas_available"] = list(extension.available_cpu_isas())
     except Exception as error:  # ImportError, or whatever its first call raises

@@ -83,6 +83,17 @@ at::Tensor shrink(const SkinnyKernels& kernels, const at::Tensor& p, const Adapt
   return t;
 }
 
+// T in the layout that a pass reads: t itself, or packed over threads.
+at::Tensor packed_t(const TLayout& layout, const at::Tensor& t, bool u_is_half) {
+  if (layout.bytes == nullptr) return t;
+  const int64_t rows = t.size(0), rank = t.size(1);
+  at::Tensor out = at::empty({layout.bytes(rows, rank, u_is_half)}, at::kByte);
+  parallel_ranges(rows, layout.row_granule, 8 * rank, [&](Range range) {
+    layout.pack(t.const_data_ptr<float>(), rank, u_is_half, range, out.mutable_data_ptr());
+  });
+  return out;
+}
+
 ExpandArgs expand_args(at::Tensor& y, const at::Tensor& t, const at::Tensor& panel,
                        const AdapterView& adapter, double scale, const Dropout& dropout) {
   return {y.mutable_data_ptr(),
@@ -93,14 +104,15 @@ ExpandArgs expand_args(at::Tensor& y, const at::Tensor& t, const at::Tensor& pan
           panel.const_data_ptr(),
           adapter.dtype == Dtype::kBFloat16,
           static_cast<float>(scale),
-          t.const_data_ptr<float>(),
+          t.const_data_ptr(),
           dropout};
 }
 
 void expand(const SkinnyKernels& kernels, at::Tensor& y, const at::Tensor& t,
             const AdapterView& adapter, double scale, const Dropout& dropout) {
   const at::Tensor panel = packed(adapter, kernels.expand_panel_bytes, kernels.pack_expand);
-  const ExpandArgs args = expand_args(y, t, panel, adapter, scale, dropout);
+  const at::Tensor rows_t = packed_t(kernels.expand_t, t, adapter.dtype == Dtype::kBFloat16);
+  const ExpandArgs args = expand_args(y, rows_t, panel, adapter, scale, dropout);
   parallel_ranges(y.size(0), kernels.row_granule, adapter.cols * adapter.rank,
                   [&](Range range) { kernels.expand(args, range); });
 }
@@ -109,12 +121,13 @@ void expand(const SkinnyKernels& kernels, at::Tensor& y, const at::Tensor& t,
 void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& t, at::Tensor& g,
            int64_t rank_dim, double scale, const Dropout& dropout, const ExpandArgs& expand) {
   const int64_t rank = t.size(1);
+  const at::Tensor columns_t = packed_t(kernels.wgrad_t, t, false);
   const WgradArgs args{p.const_data_ptr(),
                        dtype_of(p.scalar_type()),
                        p.stride(0),
                        p.size(0),
                        rank,
-                       t.const_data_ptr<float>(),
+                       columns_t.const_data_ptr(),
                        static_cast<float>(scale),
                        g.mutable_data_ptr(),
                        dtype_of(g.scalar_type()),
@@ -180,8 +193,9 @@ Backward backward(const BackwardArgs& args) {
     return out;
   }
   const at::Tensor panel = packed(lora_a, kernels->expand_panel_bytes, kernels->pack_expand);
+  const at::Tensor rows_t = packed_t(kernels->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
   wgrad(*kernels, args.x, ds, out.dlora_a, 0, keep_scale, dropout,
-        expand_args(out.dx, ds, panel, lora_a, keep_scale, dropout));
+        expand_args(out.dx, rows_t, panel, lora_a, keep_scale, dropout));
   return out;
 }
 

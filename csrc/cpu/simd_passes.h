@@ -241,7 +241,8 @@ void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col
   alignas(64) float sums[kExpandRows * kColBlock];
   const int64_t lanes = round_up(cols, Isa::kLanes);
   for (int64_t i = 0; i < rows; ++i) std::fill_n(sums + i * kColBlock, lanes, 0.0f);
-  multiply_block<Isa>(rows, lanes, args.rank, args.t + row * args.rank, args.rank, 1,
+  const float* t = static_cast<const float*>(args.t) + row * args.rank;
+  multiply_block<Isa>(rows, lanes, args.rank, t, args.rank, 1,
                       static_cast<const float*>(args.u) + col, round_up(args.cols, Isa::kLanes),
                       sums, kColBlock);
   add_block<Isa>(static_cast<T*>(args.y) + row * args.y_pitch + col, args.y_pitch, rows, cols, bits,
@@ -299,8 +300,9 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
       }
       stage<Isa>(element<T>(args.p, m * args.p_pitch + c), args.p_pitch, block_rows, block_cols,
                  lanes, drop ? bits : nullptr, kBitsPitch, staged, kColBlock);
-      multiply_block<Isa>(args.rank, lanes, block_rows, args.t + m * args.rank, 1, args.rank,
-                          staged, kColBlock, sums, kColBlock);
+      const float* t = static_cast<const float*>(args.t) + m * args.rank;
+      multiply_block<Isa>(args.rank, lanes, block_rows, t, 1, args.rank, staged, kColBlock, sums,
+                          kColBlock);
       if (expand.y == nullptr) continue;
       for (int64_t i = 0; i < block_rows; i += kExpandRows) {
         expand_block<Isa, T>(expand, m + i, std::min(kExpandRows, block_rows - i), c, block_cols,
@@ -335,6 +337,8 @@ constexpr SkinnyKernels make_kernels(const char* name) {
           pack_shrink<Isa>,
           expand_panel_bytes<Isa>,
           pack_expand<Isa>,
+          TLayout{kRowGranule, nullptr, nullptr},
+          TLayout{kRowGranule, nullptr, nullptr},
           shrink_any<Isa>,
           expand_any<Isa>,
           wgrad_any<Isa>,

@@ -5,7 +5,8 @@
 //     wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]          dA = dS^T drop(x), dB^T = S^T dY
 //
 // rows = M, cols = K or N, rank = r. P and Y are in the activation dtype and are converted in
-// registers; T is float; Q and U are packed once a call from the adapters, whatever their dtype.
+// registers; T is float; Q and U are packed once a call from the adapters, whatever their dtype,
+// and T into what expand and wgrad read, unless that is T itself.
 // Expand and wgrad over the same columns share one pass, and with it one mask.
 //
 // One table of functions per instruction set. Each is torch-free and single-threaded over a range
@@ -63,7 +64,7 @@ struct ExpandArgs {
   const void* u;  // packed by pack_expand
   bool u_is_half;  // as q_is_half
   float scale;
-  const float* t;  // [rows, rank]
+  const void* t;  // [rows, rank], packed by pack_expand_t if there is one
   Dropout dropout;
 };
 
@@ -73,7 +74,7 @@ struct WgradArgs {
   int64_t p_pitch;
   int64_t rows;
   int64_t rank;
-  const float* t;  // [rows, rank]
+  const void* t;  // [rows, rank], packed by pack_wgrad_t if there is one
   float scale;
   void* g;  // element (j, c) at j * g_rank_pitch + c * g_col_pitch
   Dtype g_dtype;
@@ -87,6 +88,13 @@ struct Range {
   int64_t end;
 };
 
+// T in the layout of a pass: rows starting at multiples of row_granule are packed independently.
+struct TLayout {
+  int64_t row_granule;
+  int64_t (*bytes)(int64_t rows, int64_t rank, bool u_is_half);
+  void (*pack)(const float* t, int64_t rank, bool u_is_half, Range rows, void* packed);
+};
+
 struct SkinnyKernels {
   const char* name;
   int64_t row_granule;  // ranges of rows start at multiples of this
@@ -96,6 +104,8 @@ struct SkinnyKernels {
   void (*pack_shrink)(const AdapterView& adapter, void* panel);
   int64_t (*expand_panel_bytes)(int64_t rank, int64_t cols);
   void (*pack_expand)(const AdapterView& adapter, void* panel);
+  TLayout expand_t;  // bytes is null where the pass reads T itself
+  TLayout wgrad_t;
 
   void (*shrink)(const ShrinkArgs& args, Range rows);
   void (*expand)(const ExpandArgs& args, Range rows);

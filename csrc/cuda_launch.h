@@ -1,7 +1,7 @@
 // Where tensors become raw pointers: device guard, current stream, launch errors.
 #pragma once
 
-#include "../lora_linear.h"
+#include "lora_linear.h"
 
 namespace lora_ext::cuda {
 

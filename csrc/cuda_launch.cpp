@@ -1,13 +1,13 @@
 // Current stream and device through c10's virtual guard: no CUDA header of torch, no libc10_cuda,
 // so that one source links against a CPU torch and a CUDA torch alike.
 #ifdef LORA_EXT_WITH_CUDA
-#include "launch.h"
+#include "cuda_launch.h"
 
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-#include "../check.h"
-#include "dropout.h"
+#include "check.h"
+#include "cuda/dropout.h"
 
 namespace lora_ext::cuda {
 namespace {

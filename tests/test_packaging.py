@@ -1,0 +1,335 @@
+"""The build and what it says of itself: version, files shipped, build_info, choice of torch."""
+
+import importlib
+import importlib.metadata
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+import lora_ext
+
+# By its module name: the attribute lora_ext.build_info is the function.
+info_module = importlib.import_module("lora_ext.build_info")
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(lora_ext.__file__).parent
+KEYS = [
+    "version",
+    "extension",
+    "torch_built",
+    "torch_running",
+    "torch_cuda",
+    "compiler",
+    "openmp",
+    "cuda",
+    "cuda_version",
+    "cuda_archs",
+    "cuda_reason",
+    "cpu_isa",
+    "cpu_isas_available",
+]
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """The names that setup.py defines, without a build."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    for variable in ("CUDA_HOME", "CXX", "LORA_EXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    return runpy.run_path("setup.py")
+
+
+@pytest.fixture
+def build_ext(setup_py, monkeypatch):
+    """setup.py's build command for an extension of no sources."""
+    monkeypatch.setenv("MAX_JOBS", "1")
+    extension = setuptools.Extension("lora_ext._C", [])
+    return setup_py["BuildExt"](setuptools.Distribution({"ext_modules": [extension]})), extension
+
+
+@pytest.fixture
+def facts(monkeypatch, tmp_path):
+    """Replaces the facts of the build by what the test writes; returns the function to do so."""
+    path = tmp_path / "_build.json"
+    monkeypatch.setattr(info_module, "_FACTS_FILE", path)
+    return path.write_text
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "build_backend")
+    return importlib.import_module("lora_ext_backend")
+
+
+# Version and files
+
+
+def test_version_has_one_source():
+    stated = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert stated == [lora_ext.__version__]
+    assert importlib.metadata.version("lora_ext") == lora_ext.__version__
+    assert json.loads((PACKAGE / "_build.json").read_text())["version"] == lora_ext.__version__
+    for path in [ROOT / "setup.py", *PACKAGE.rglob("*.py")]:
+        assert lora_ext.__version__ not in path.read_text(), f"{path.name} repeats the version"
+
+
+def test_metadata_asks_for_torch_and_safetensors_alone():
+    needed = [
+        requirement
+        for requirement in importlib.metadata.requires("lora_ext") or []
+        if "extra ==" not in requirement
+    ]
+    assert sorted(needed) == ["safetensors", "torch>=2.11"]
+
+
+def test_a_wheel_ships_every_file_of_the_package(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    distribution = setuptools.Distribution({"script_name": "setup.py"})
+    distribution.parse_config_files()
+    command = build_py(distribution)
+    command.ensure_finalized()
+    modules = {Path(path).resolve() for _, _, path in command.find_all_modules()}
+    data = {
+        Path(folder, name).resolve() for _, folder, _, names in command.data_files for name in names
+    }
+    wanted = {
+        path
+        for path in (ROOT / "lora_ext").rglob("*")
+        if path.suffix in {".py", ".pyi"} or path.name in {"py.typed", "_build.json"}
+    }
+    assert wanted <= modules | data
+    assert ROOT / "lora_ext" / "py.typed" in data
+    assert len(wanted) > 5
+
+
+# What is loaded
+
+
+def test_one_openmp_runtime_is_loaded():
+    """A second one would ignore torch.set_num_threads: setup.py links none."""
+    if lora_ext.build_info()["openmp"] is not True:
+        pytest.skip("built without OpenMP: torch's runtime does not answer this compiler")
+    script = (
+        "import lora_ext, re; maps = open('/proc/self/maps').read(); "
+        r"print(*set(re.findall(r'\S*/lib(?:gomp|omp|iomp5)\S*', maps)))"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True).split()
+    assert len(loaded) == 1, loaded
+
+
+def test_dispatcher_and_build_info_agree_on_cuda():
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for op in ("lora_linear_forward", "lora_linear_backward", "dropout_mask"):
+        name = f"lora_ext::{op}"
+        assert has_kernel(name, "CPU")
+        assert has_kernel(name, "Meta")
+        assert has_kernel(name, "CUDA") == lora_ext.build_info()["cuda"]
+
+
+# build_info
+
+
+def test_build_info_describes_this_build():
+    info = lora_ext.build_info()
+    recorded = json.loads((PACKAGE / "_build.json").read_text())
+    assert list(info) == KEYS
+    assert info["extension"] == "loaded"
+    assert info["version"] == lora_ext.__version__
+    assert info["torch_running"] == torch.__version__
+    assert info["torch_built"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert info["torch_cuda"] == torch.version.cuda
+    assert info["cuda"] == recorded["cuda"]
+    assert info["cpu_isa"] in [*info["cpu_isas_available"], "library"]
+    assert re.search(r"\d+\.\d+", info["compiler"])
+    if info["cuda"]:
+        assert info["cuda_archs"]
+        assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
+        assert info["cuda_reason"] == ""
+    else:
+        assert info["cuda_archs"] == []
+        assert info["cuda_version"] is None
+        assert info["cuda_reason"].endswith("reinstall.")
+
+
+def test_build_info_prints_a_table():
+    lines = str(lora_ext.build_info()).splitlines()
+    assert [line.split()[0] for line in lines] == KEYS
+    assert len({line.index(line.split(maxsplit=1)[1]) for line in lines}) == 1
+    assert f"version             {lora_ext.__version__}" in lines
+    assert not any(re.search(r"True|False|None|\[", line) for line in lines)
+
+
+def test_python_m_lora_ext_prints_the_table():
+    printed = subprocess.check_output([sys.executable, "-m", "lora_ext"], cwd=ROOT, text=True)
+    assert printed == f"{lora_ext.build_info()}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [(None, "is missing"), ("{", "cannot be read"), ("[1]", "holds no table")],
+)
+def test_build_info_says_what_is_wrong_with_its_facts(facts, written, complaint):
+    if written is not None:
+        facts(written)
+    info = lora_ext.build_info()
+    assert complaint in info["torch_built"]
+    assert "pip install ." in info["torch_built"]
+    assert str(info)
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: x"), RuntimeError("boom")])
+def test_build_info_survives_an_extension_that_does_not_load(monkeypatch, error):
+    real_import = importlib.import_module
+
+    def failing_import(name):
+        if name == "lora_ext._C":
+            raise error
+        return real_import(name)
+
+    monkeypatch.setattr(importlib, "import_module", failing_import)
+    info = lora_ext.build_info()
+    assert list(info) == KEYS
+    assert info["extension"] == f"not loaded: {error}"
+    assert info["cpu_isa"].startswith("unknown")
+    assert info["cpu_isas_available"] == []
+
+
+@pytest.mark.parametrize(
+    ("built", "running", "same"),
+    [
+        ("2.13.0+cpu", "2.13.0+cpu", True),
+        ("2.13.0+cpu", "2.13.1+cu130", True),
+        ("2.13.0", "2.14.0", False),
+        ("2.1.0", "2.13.0", False),
+    ],
+)
+def test_torch_mismatch_compares_releases(facts, monkeypatch, built, running, same):
+    facts(json.dumps({"torch": built}))
+    monkeypatch.setattr(info_module, "_running_torch", lambda: (running, None))
+    message = info_module.torch_mismatch()
+    assert (message == "") == same
+    if not same:
+        assert built in message
+        assert running in message
+        assert message in info_module.import_error_hint()
+
+
+def test_import_error_hint_without_a_build(facts):
+    hint = info_module.import_error_hint()
+    assert "_build.json is missing" in hint
+    assert "pip install ." in hint
+
+
+# setup.py
+
+
+def test_arch_flags(setup_py):
+    assert setup_py["arch_flags"](["8.0+PTX", "9.0a", "12.0"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+    ]
+    with pytest.raises(CompileError, match=r"expected entries like .* but got 'Hopper'"):
+        setup_py["arch_flags"](["Hopper"])
+
+
+def test_arch_list_is_honoured(setup_py, monkeypatch):
+    assert setup_py["CudaToolkit"]().archs == ["8.0+PTX", "9.0a"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a; 10.0+PTX")
+    assert setup_py["CudaToolkit"]().archs == ["8.6", "9.0a", "10.0+PTX"]
+
+
+def test_no_flag_names_a_processor(setup_py):
+    flags = setup_py["CXX_FLAGS"] + setup_py["NVCC_FLAGS"]
+    assert not [flag for flag in flags if flag.startswith(("-m", "-Ofast", "-ffast-math"))]
+
+
+@pytest.mark.parametrize("choice", ["auto", "0", "1", "yes"])
+def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice):
+    command, extension = build_ext
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_EXT_CUDA", choice)
+    if choice in ("1", "yes"):
+        with pytest.raises(CompileError, match=r"No nvcc was found|expected auto, 0 or 1"):
+            command.add_cuda(extension)
+        return
+    facts = command.add_cuda(extension)
+    assert facts["cuda"] is False
+    assert ("No nvcc was found" if choice == "auto" else "LORA_EXT_CUDA=0") in facts["cuda_reason"]
+    assert extension.define_macros == []
+    assert extension.extra_objects == []
+
+
+def test_an_nvcc_that_cannot_compile_is_no_toolkit(build_ext, monkeypatch, tmp_path):
+    command, extension = build_ext
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: error: no host compiler'\nexit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    reason = command.add_cuda(extension)["cuda_reason"]
+    assert "no host compiler" in reason
+    assert reason.endswith("then reinstall.")
+
+
+# The PEP 517 backend
+
+
+def test_backend_builds_against_the_torch_of_the_target(backend, monkeypatch):
+    assert torch.__path__[0].startswith(tuple(backend.target_path()))
+    assert not [need for need in backend.build_requirements() if need.startswith("torch")]
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    assert backend.build_requirements() == ["ninja"]
+
+
+@pytest.mark.parametrize("found", ["", "2.10.1+cu126", "1.13"])
+def test_backend_takes_the_torch_that_pip_will_install(backend, monkeypatch, found):
+    report = {"install": [{"metadata": {"name": "torch", "version": "2.12.1"}}]}
+
+    def run_in_target(arguments):
+        return json.dumps(report if "pip" in arguments else [found, ["site-packages"]])
+
+    monkeypatch.setattr(backend, "run_in_target", run_in_target)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: "ninja")
+    assert backend.build_requirements() == ["torch==2.12.1"]
+
+
+def test_backend_without_pip_leaves_the_choice_to_the_installer(backend, monkeypatch):
+    def run_in_target(arguments):
+        if "pip" in arguments:
+            raise subprocess.CalledProcessError(1, arguments)
+        return json.dumps(["", []])
+
+    monkeypatch.setattr(backend, "run_in_target", run_in_target)
+    assert backend.build_requirements()[-1] == "torch>=2.11"
+
+
+# scripts/check_house.py
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "wrong"),
+    [
+        ("csrc/cuda/shrink.cu", 'asm volatile("nanosleep.u32 1;");', True),
+        ("csrc/ptx/wgmma.h", 'asm volatile("wgmma.fence.sync.aligned;");', False),
+        ("csrc/cuda/shrink.cu", "#include <ATen/core/Tensor.h>", True),
+        ("csrc/cpu/isa_avx2.cpp", "#include <c10/util/BFloat16.h>", True),
+        ("csrc/cpu/lora_cpu.cpp", "#include <ATen/Parallel.h>", False),
+        ("docs/build.md", "cd /" + "home/somebody/lora_ext", True),
+        ("docs/build.md", "src/" + "home/index.md", False),
+    ],
+)
+def test_house_rules(name, line, wrong):
+    breaches = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["breaches"]
+    assert [number for number, _ in breaches(name, f"\n{line}\n")] == ([2] if wrong else [])
