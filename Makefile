@@ -10,25 +10,33 @@ SHELL := /bin/bash
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
-# ninja is found here, where it compiles in parallel.
-export PATH := $(abspath $(VENV)/bin):$(PATH)
 COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 CXX_FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-gpu bench bench-full gpu clean
+.PHONY: build lint format test test-gpu bench bench-full gpu sanitize clean
 
 build: $(VENV)/.built
 
-# A base interpreter that already has torch lends it to the environment: nothing is downloaded twice, and
-# `make gpu` needs no network on a machine that has torch.
+# A PYTHON that has torch lends its packages to the environment: nothing is downloaded twice, and
+# `make gpu` needs no network on a machine that has torch. A .pth file lends them even where PYTHON is
+# in a virtual environment itself, which --system-site-packages would pass over.
 $(VENV)/.torch:
-	site=$$($(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" if u.find_spec("torch") else "")')
-	$(PYTHON) -m venv $$site $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	$(PYTHON) -c "$$LENT_PACKAGES" >$$site/lent.pth
 	$(PY) -c 'import torch, setuptools' 2>/dev/null || $(PIP) install 'torch>=2.11' 'setuptools>=77' ninja
 	touch $@
 
+define LENT_PACKAGES
+import importlib.util, sys
+if importlib.util.find_spec("torch"):
+    print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+endef
+export LENT_PACKAGES
+
+# ninja, which compiles in parallel, is looked for on the PATH.
 $(VENV)/.built: $(VENV)/.torch $(COMPILED)
-	$(PIP) install --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
 # By name, so that pip reads the extras of the copy just installed and compiles nothing again.
@@ -66,6 +74,18 @@ bench-full: $(VENV)/.extras
 
 gpu: $(VENV)/.built
 	$(PY) -m benchmarks.gpu $(ARGS)
+
+# In a copy, since an editable build would replace the extension that everything else uses. The
+# sanitizer must be loaded before Python is, and libstdc++ with it for exceptions to pass through.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
+sanitize: $(VENV)/.extras
+	mkdir -p build/sanitize
+	cp -a setup.py pyproject.toml LICENSE README.md $(FOLDERS) build/sanitize
+	cd build/sanitize
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" LORA_EXT_CUDA=0 $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	preload=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so)
+	LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info lora_ext/_C.*.so lora_ext/_build.json

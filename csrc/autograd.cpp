@@ -80,8 +80,7 @@ at::Tensor lora_linear_autograd(const at::Tensor& x, const at::Tensor& weight,
     LORA_EXT_CHECK(!weight.requires_grad(),
                    "expected a frozen weight, but got one that requires grad: no gradient is "
                    "computed for it; call weight.requires_grad_(False)");
-    if (x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad() ||
-        wants_grad(bias)) {
+    if (x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad() || wants_grad(bias)) {
       return LoraLinearFunction::apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
                                        std::move(row_offset), std::move(col_offset), cast_weight,
                                        packed, packed_t);
@@ -124,8 +123,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_
         grad, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, std::move(row_offset),
         std::move(col_offset), cast_weight, packed_t, output_mask);
   }
-  const bool differentiable = grad.requires_grad() || x.requires_grad() || lora_a.requires_grad() ||
-                              lora_b.requires_grad();
+  const bool differentiable =
+      grad.requires_grad() || x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad();
   if (at::GradMode::is_enabled() && differentiable) {
     variable_list defined;
     for (const at::Tensor& tensor : out) {

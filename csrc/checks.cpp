@@ -24,8 +24,9 @@ void check_same_device(const char* name, const at::Tensor& tensor, const at::Ten
 void check_shapes(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                   const at::Tensor& lora_b, const std::optional<at::Tensor>& bias) {
   LORA_EXT_CHECK(x.dim() >= 1, "expected x of shape [..., in_features], but got a 0-d tensor");
-  LORA_EXT_CHECK(weight.dim() == 2, "expected weight of shape [out_features, in_features], but got ",
-                 weight.dim(), " dimensions: ", weight.sym_sizes());
+  LORA_EXT_CHECK(weight.dim() == 2,
+                 "expected weight of shape [out_features, in_features], but got ", weight.dim(),
+                 " dimensions: ", weight.sym_sizes());
   LORA_EXT_CHECK(lora_a.dim() == 2, "expected lora_a of shape [rank, in_features], but got ",
                  lora_a.dim(), " dimensions: ", lora_a.sym_sizes());
   LORA_EXT_CHECK(lora_b.dim() == 2, "expected lora_b of shape [out_features, rank], but got ",
@@ -55,14 +56,14 @@ void check_dtypes(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   const at::ScalarType dtype = x.scalar_type();
   LORA_EXT_CHECK_TYPE(supported(dtype),
                       "expected x of dtype float64, float32, bfloat16 or float16, but got ", dtype);
-  LORA_EXT_CHECK_TYPE(weight.scalar_type() == dtype ||
-                          (cast_weight && supported(weight.scalar_type())),
-                      "expected weight of x's dtype ", dtype, ", but got ", weight.scalar_type(),
-                      "; cast one of them, or run under torch.autocast");
+  LORA_EXT_CHECK_TYPE(
+      weight.scalar_type() == dtype || (cast_weight && supported(weight.scalar_type())),
+      "expected weight of x's dtype ", dtype, ", but got ", weight.scalar_type(),
+      "; cast one of them, or run under torch.autocast");
   const at::ScalarType adapter = lora_a.scalar_type();
   LORA_EXT_CHECK_TYPE(adapter == dtype || (half(dtype) && adapter == at::kFloat),
-                      "expected lora_a of x's dtype ", dtype,
-                      half(dtype) ? " or float32" : "", ", but got ", adapter);
+                      "expected lora_a of x's dtype ", dtype, half(dtype) ? " or float32" : "",
+                      ", but got ", adapter);
   LORA_EXT_CHECK_TYPE(lora_b.scalar_type() == adapter, "expected lora_b of lora_a's dtype ",
                       adapter, ", but got ", lora_b.scalar_type());
   if (bias) {

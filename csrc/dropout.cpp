@@ -45,20 +45,19 @@ bool is_kept(const uint32_t* bits, int64_t c) { return (bits[c / 32] >> (c % 32)
 
 // out = keep ? scale * x : 0; x and out may be the same tensor.
 void drop_cpu(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout, int64_t first_row) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kBFloat16, at::kHalf, x.scalar_type(), "lora_ext_drop", [&] {
-        using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-        const auto scale = static_cast<acc_t>(dropout.keep_scale());
-        const auto* in = x.const_data_ptr<scalar_t>();
-        auto* to = out.mutable_data_ptr<scalar_t>();
-        const int64_t cols = x.size(1);
-        for_mask_rows(dropout, first_row, x.size(0), cols, [&](int64_t m, const uint32_t* bits) {
-          for (int64_t c = 0; c < cols; ++c) {
-            const auto value = static_cast<acc_t>(in[m * x.stride(0) + c]) * scale;
-            to[m * out.stride(0) + c] = static_cast<scalar_t>(is_kept(bits, c) ? value : acc_t{0});
-          }
-        });
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "lora_ext_drop", [&] {
+    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    const auto scale = static_cast<acc_t>(dropout.keep_scale());
+    const auto* in = x.const_data_ptr<scalar_t>();
+    auto* to = out.mutable_data_ptr<scalar_t>();
+    const int64_t cols = x.size(1);
+    for_mask_rows(dropout, first_row, x.size(0), cols, [&](int64_t m, const uint32_t* bits) {
+      for (int64_t c = 0; c < cols; ++c) {
+        const auto value = static_cast<acc_t>(in[m * x.stride(0) + c]) * scale;
+        to[m * out.stride(0) + c] = static_cast<scalar_t>(is_kept(bits, c) ? value : acc_t{0});
+      }
+    });
+  });
 }
 
 void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,

@@ -11,7 +11,6 @@
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
@@ -68,12 +67,9 @@ Forward forward_same(const ForwardArgs& args) {
     y.addmm_(s, args.lora_b.t(), 1, args.scaling);
   } else {
     y = at::empty({args.x.size(0), args.weight.size(0)}, args.x.options());
-    if (args.bias) {
-      at::addmm_out(y, *args.bias, s, args.lora_b.t(), 1, args.scaling);
-    } else {
-      at::mm_out(y, s, args.lora_b.t());
-      if (args.scaling != 1.0) y.mul_(args.scaling);
-    }
+    // beta = 0 ignores what y holds; the scaling rides on the GEMM's alpha.
+    const at::Tensor& start = args.bias ? *args.bias : y;
+    at::addmm_out(y, start, s, args.lora_b.t(), args.bias ? 1 : 0, args.scaling);
     y.addmm_(args.x, args.weight.t());
   }
   return {y, s.to(accumulation_dtype(s.scalar_type()))};

@@ -38,6 +38,12 @@ DropoutArgs dropout_args(double p, const std::optional<at::Tensor>& seed, int64_
   return {p, seed, row_offset, col_offset};
 }
 
+// Autocast is decided once, by autocast.cpp; inside, no ATen call may cast again. A backward that
+// runs inside `with torch.autocast` would otherwise round float32 adapters.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
@@ -45,6 +51,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
     double dropout_p, const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset,
     bool cast_weight, const std::optional<at::Tensor>& packed) {
+  const NoAutocast no_autocast;
   check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, cast_weight);
   const at::ScalarType dtype = x.scalar_type();
   const ForwardArgs args{flattened(x),
@@ -71,6 +78,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const at::Tensor& lora_b, const at::Tensor& s, double scaling, double dropout_p,
     const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset, bool cast_weight,
     const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask) {
+  const NoAutocast no_autocast;
   check_forward(x, weight, lora_a, lora_b, std::nullopt, scaling, dropout_p, seed, cast_weight);
   const at::ScalarType dtype = x.scalar_type();
   LORA_EXT_CHECK(grad.sizes() == at::IntArrayRef(with_last(x, weight.size(0))),

@@ -31,10 +31,10 @@ struct DropoutArgs {
 
 // M rows, K = in features, N = out features, r = rank.
 struct ForwardArgs {
-  at::Tensor x;       // [M, K], last stride 1
-  at::Tensor weight;  // [N, K], dtype of x
-  at::Tensor lora_a;  // [r, K]
-  at::Tensor lora_b;  // [N, r]
+  at::Tensor x;                    // [M, K], last stride 1
+  at::Tensor weight;               // [N, K], dtype of x
+  at::Tensor lora_a;               // [r, K]
+  at::Tensor lora_b;               // [N, r]
   std::optional<at::Tensor> bias;  // [N], dtype of x
   double scaling;
   DropoutArgs dropout;

@@ -29,8 +29,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward_meta(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
     double dropout_p, const std::optional<at::Tensor>& seed, c10::SymInt /*row_offset*/,
-    c10::SymInt /*col_offset*/, bool cast_weight,
-    const std::optional<at::Tensor>& /*packed*/) {
+    c10::SymInt /*col_offset*/, bool cast_weight, const std::optional<at::Tensor>& /*packed*/) {
   check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, cast_weight);
   return {empty(with_last(x, weight.sym_size(0)), x, x.scalar_type()),
           empty({rows_of(x), lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
@@ -39,8 +38,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward_meta(
 at::Tensor lora_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                             const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
                             double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
-                            c10::SymInt row_offset, c10::SymInt col_offset,
-                            bool cast_weight, const std::optional<at::Tensor>& packed,
+                            c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
+                            const std::optional<at::Tensor>& packed,
                             const std::optional<at::Tensor>& /*packed_t*/) {
   return std::get<0>(lora_linear_forward_meta(x, weight, lora_a, lora_b, bias, scaling, dropout_p,
                                               seed, row_offset, col_offset, cast_weight, packed));
@@ -49,9 +48,9 @@ at::Tensor lora_linear_meta(const at::Tensor& x, const at::Tensor& weight, const
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_meta(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const at::Tensor& /*s*/, double scaling, double dropout_p,
-    const std::optional<at::Tensor>& seed, c10::SymInt /*row_offset*/,
-    c10::SymInt /*col_offset*/, bool cast_weight,
-    const std::optional<at::Tensor>& /*packed_t*/, std::array<bool, 4> output_mask) {
+    const std::optional<at::Tensor>& seed, c10::SymInt /*row_offset*/, c10::SymInt /*col_offset*/,
+    bool cast_weight, const std::optional<at::Tensor>& /*packed_t*/,
+    std::array<bool, 4> output_mask) {
   check_forward(x, weight, lora_a, lora_b, std::nullopt, scaling, dropout_p, seed, cast_weight);
   at::Tensor dx, dlora_a, dlora_b, dbias;
   if (output_mask[0]) dx = empty(x.sym_sizes(), x, x.scalar_type());

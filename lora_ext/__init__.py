@@ -12,11 +12,12 @@ import torch  # noqa: F401  (its libraries must be loaded before the extension)
 from .build_info import build_info, version
 
 try:
-    from . import _C
+    from . import _C  # noqa: F401  (registers the ops)
 except ImportError as error:
     raise ImportError(
-        f"lora_ext: the compiled extension does not load ({error}). It was built for another torch or "
-        "is missing; reinstall with: pip install --no-build-isolation --force-reinstall --no-deps lora_ext"
+        f"lora_ext: the compiled extension does not load ({error}). It is missing or was built for "
+        "another torch; reinstall with: "
+        "pip install --no-build-isolation --force-reinstall --no-deps lora_ext"
     ) from error
 
 from . import reference

@@ -127,15 +127,6 @@ def test_one_openmp_runtime_is_loaded():
     assert len(loaded) == 1, loaded
 
 
-def test_dispatcher_and_build_info_agree_on_cuda():
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in ("lora_linear_forward", "lora_linear_backward", "dropout_mask"):
-        name = f"lora_ext::{op}"
-        assert has_kernel(name, "CPU")
-        assert has_kernel(name, "Meta")
-        assert has_kernel(name, "CUDA") == lora_ext.build_info()["cuda"]
-
-
 # build_info
 
 
@@ -148,7 +139,7 @@ def test_build_info_describes_this_build():
     assert info["torch_running"] == torch.__version__
     assert info["torch_built"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert info["torch_cuda"] == torch.version.cuda
-    assert info["cuda"] == recorded["cuda"]
+    assert info["cuda"] == recorded["cuda"] == lora_ext._C.with_cuda
     assert info["cpu_isa"] in [*info["cpu_isas_available"], "library"]
     assert re.search(r"\d+\.\d+", info["compiler"])
     if info["cuda"]:

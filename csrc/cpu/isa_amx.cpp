@@ -49,10 +49,10 @@ struct AmxDropout {
   }
 };
 
-constexpr int64_t kTileRows = 16;    // rows of a tile, and columns of a float tile
-constexpr int64_t kTileDepth = 32;   // bfloat16 elements of a tile row
+constexpr int64_t kTileRows = 16;   // rows of a tile, and columns of a float tile
+constexpr int64_t kTileDepth = 32;  // bfloat16 elements of a tile row
 constexpr int64_t kTileElements = kTileRows * kTileDepth;
-constexpr int64_t kRowBlock = 32;    // rows of a block of shrink and expand: two tiles
+constexpr int64_t kRowBlock = 32;      // rows of a block of shrink and expand: two tiles
 constexpr int64_t kShrinkDepth = 512;  // staged columns of shrink: 32 KB
 constexpr int64_t kColBlock = 64;      // columns of a block of expand and wgrad: four tiles
 constexpr int64_t kWgradRows = 128;    // staged rows of wgrad: 16 KB
@@ -117,8 +117,7 @@ inline __m512 load_adapter(const AdapterView& adapter, int64_t index, int64_t pi
 
 // Two rows of sixteen as pairs (a[i], b[i]): one row of a B tile.
 inline __m512i interleave(__m256i a, __m256i b) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(a),
-                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
 }
 
 // ---- shrink: T = P Q ----
@@ -138,9 +137,8 @@ void pack_shrink(const AdapterView& adapter, void* panel) {
       for (int64_t k = 0; k < kTileDepth; k += 2) {
         const auto column = [&](int64_t col) {
           const int64_t index = j * adapter.rank_pitch + col * adapter.col_pitch;
-          return Split(col < adapter.cols
-                           ? load_adapter(adapter, index, adapter.rank_pitch, ranks)
-                           : _mm512_setzero_ps());
+          return Split(col < adapter.cols ? load_adapter(adapter, index, adapter.rank_pitch, ranks)
+                                          : _mm512_setzero_ps());
         };
         const Split even = column(c + k), odd = column(c + k + 1);
         _mm512_store_si512(out + k * kTileRows, interleave(even.hi, odd.hi));
@@ -221,7 +219,7 @@ void shrink(const ShrinkArgs& args, Range rows) {
       int64_t a_pitch = args.p_pitch;
       if (drop) {
         dropout_bits<AmxDropout>(args.dropout, {m, m + block_rows}, {c, c + depth}, bits,
-                                        kShrinkDepth / 32);
+                                 kShrinkDepth / 32);
       }
       if (drop || block_rows < kRowBlock || depth % kTileDepth != 0) {
         stage_rows(a, a_pitch, block_rows, depth, drop ? bits : nullptr, kShrinkDepth / 32, staged);
@@ -378,8 +376,7 @@ void expand(const ExpandArgs& args, Range rows) {
     for (int64_t c = 0; c < args.cols; c += kColBlock) {
       if (drop && c % kMaskCols == 0) {
         dropout_bits<AmxDropout>(args.dropout, {m, m + block_rows},
-                                        {c, std::min(c + kMaskCols, args.cols)}, bits,
-                                        kMaskCols / 32);
+                                 {c, std::min(c + kMaskCols, args.cols)}, bits, kMaskCols / 32);
       }
       expand_block(args, m, block_rows, c, drop ? bits + c % kMaskCols / 32 : nullptr,
                    kMaskCols / 32);
@@ -474,16 +471,34 @@ void wgrad_tiles(const BFloat16* t_hi, const BFloat16* t_lo, const BFloat16* p, 
   _tile_stored(3, sums + 3 * kTileRows, kSumStride);
 }
 
+// One 64-column block of sums, along the contiguous dimension of g: dlora_b is [N, rank].
 template <class T>
-void store_wgrad(const WgradArgs& args, Range cols, const float* sums, int64_t rank_pad) {
-  T* out = static_cast<T*>(args.g);
-  for (int64_t c = cols.begin; c < cols.end; c += kColBlock, sums += rank_pad * kColBlock) {
-    const int64_t count = std::min(kColBlock, cols.end - c);
-    for (int64_t j = 0; j < args.rank; ++j) {
-      for (int64_t i = 0; i < count; ++i) {
-        from_float(args.scale * sums[j * kColBlock + i],
-                   &out[j * args.g_rank_pitch + (c + i) * args.g_col_pitch]);
+void store_block(const WgradArgs& args, int64_t col, int64_t cols, const float* sums) {
+  T* out = static_cast<T*>(args.g) + col * args.g_col_pitch;
+  if (args.g_rank_pitch == 1) {
+    for (int64_t i = 0; i < cols; ++i) {
+      for (int64_t j = 0; j < args.rank; ++j) {
+        from_float(args.scale * sums[j * kColBlock + i], &out[i * args.g_col_pitch + j]);
       }
+    }
+    return;
+  }
+  for (int64_t j = 0; j < args.rank; ++j) {
+    for (int64_t i = 0; i < cols; ++i) {
+      from_float(args.scale * sums[j * kColBlock + i],
+                 &out[j * args.g_rank_pitch + i * args.g_col_pitch]);
+    }
+  }
+}
+
+void store_wgrad(const WgradArgs& args, Range cols, const float* sums) {
+  const int64_t block_sums = round_up(args.rank, kTileRows) * kColBlock;
+  for (int64_t c = cols.begin; c < cols.end; c += kColBlock, sums += block_sums) {
+    const int64_t count = std::min(kColBlock, cols.end - c);
+    if (args.g_dtype == Dtype::kBFloat16) {
+      store_block<BFloat16>(args, c, count, sums);
+    } else {
+      store_block<float>(args, c, count, sums);
     }
   }
 }
@@ -527,11 +542,7 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
         }
       }
     }
-    if (args.g_dtype == Dtype::kBFloat16) {
-      store_wgrad<BFloat16>(args, {c0, c1}, sums, rank_pad);
-    } else {
-      store_wgrad<float>(args, {c0, c1}, sums, rank_pad);
-    }
+    store_wgrad(args, {c0, c1}, sums);
   }
 }
 
@@ -577,9 +588,8 @@ bool has_amx() {
 }  // namespace
 
 const SkinnyKernels* amx_kernels() {
-  static const bool supported =
-      has_amx() && __builtin_cpu_supports("avx512bf16") && avx512_kernels() != nullptr &&
-      request_tiles();
+  static const bool supported = has_amx() && __builtin_cpu_supports("avx512bf16") &&
+                                avx512_kernels() != nullptr && request_tiles();
   return supported ? &kKernels : nullptr;
 }
 

@@ -69,8 +69,7 @@ struct Avx2 {
     const __m256i mul1 = _mm256_set1_epi64x(philox::kMul1);
     const __m256i product = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(products));
     __m256i c0 = _mm256_set1_epi64x(row.c0), c1 = _mm256_set1_epi64x(row.c1);
-    __m256i c2 =
-        _mm256_xor_si256(_mm256_srli_epi64(product, 32), _mm256_set1_epi64x(row.c2_part));
+    __m256i c2 = _mm256_xor_si256(_mm256_srli_epi64(product, 32), _mm256_set1_epi64x(row.c2_part));
     __m256i c3 = product;
     for (int round = 2; round < philox::kRounds; ++round) {
       const __m256i p0 = _mm256_mul_epu32(c0, mul0);

@@ -39,9 +39,9 @@ Dropout dropout_of(const DropoutArgs& args) {
 
 // [rank, cols] as the kernels see it: lora_a directly, lora_b transposed.
 AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
-  return {adapter.const_data_ptr(),     dtype_of(adapter.scalar_type()),
-          adapter.stride(rank_dim),     adapter.stride(1 - rank_dim),
-          adapter.size(rank_dim),       adapter.size(1 - rank_dim)};
+  return {adapter.const_data_ptr(), dtype_of(adapter.scalar_type()),
+          adapter.stride(rank_dim), adapter.stride(1 - rank_dim),
+          adapter.size(rank_dim),   adapter.size(1 - rank_dim)};
 }
 
 template <class Bytes, class Pack>
@@ -56,7 +56,8 @@ template <class Run>
 void parallel_ranges(int64_t size, int64_t granule, int64_t work_per_item, const Run& run) {
   constexpr int64_t kMinWork = 1 << 18;  // multiply-adds worth a thread's start, about 5 us
   const int64_t granules = (size + granule - 1) / granule;
-  const int64_t grain = std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, granule * work_per_item));
+  const int64_t grain =
+      std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, granule * work_per_item));
   at::parallel_for(0, granules, grain, [&](int64_t begin, int64_t end) {
     run(Range{begin * granule, std::min(end * granule, size)});
   });
@@ -160,8 +161,8 @@ Forward forward(const ForwardArgs& args) {
   if (kernels == nullptr) return library_route::forward(args);
   at::Tensor y = base_forward(args);
   const double keep_scale = args.dropout.enabled() ? args.dropout.keep_scale() : 1.0;
-  at::Tensor s = shrink(*kernels, args.x, view_of(args.lora_a, 0), keep_scale,
-                        dropout_of(args.dropout));
+  at::Tensor s =
+      shrink(*kernels, args.x, view_of(args.lora_a, 0), keep_scale, dropout_of(args.dropout));
   expand(*kernels, y, s, view_of(args.lora_b, 1), args.scaling, Dropout{});
   return {y, s};
 }

@@ -3,8 +3,9 @@
 // Included after `#pragma GCC target`, inside an anonymous namespace per file. The two first
 // Philox rounds are split by hand (philox.h): with counter (row_lo, group, 0, row_hi)
 //
-//     round 1   c0 = group ^ k0               c2 = hi(M0 row_lo) ^ row_hi ^ k1    c3 = lo(M0 row_lo)
-//     round 2   c0 = hi(M1 c2) ^ k0'          c1 = lo(M1 c2)                      (row only)
+//     round 1   c0 = group ^ k0               c2 = hi(M0 row_lo) ^ row_hi ^ k1    c3 = lo(M0
+//     row_lo) round 2   c0 = hi(M1 c2) ^ k0'          c1 = lo(M1 c2)                      (row
+//     only)
 //               c2 = hi(M0 (group ^ k0)) ^ c3 ^ k1'    c3 = lo(M0 (group ^ k0))   (table of groups)
 //
 // which leaves 9 of 14 multiplications per call. Isa::kDropoutWords words are made at a time by

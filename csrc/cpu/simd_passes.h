@@ -18,7 +18,7 @@ constexpr int64_t kColBlock = 128;     // columns per block of expand and wgrad
 constexpr int64_t kWgradRows = 64;     // rows per staged block of wgrad: 32 KB of floats
 constexpr int64_t kExpandRows = 16;    // rows per block of expand: 8 KB of sums
 constexpr int64_t kRowGranule = 4;
-constexpr int64_t kColGranule = 32;    // one word of dropout bits
+constexpr int64_t kColGranule = 32;  // one word of dropout bits
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -267,13 +267,23 @@ void expand(const ExpandArgs& args, Range rows) {
   }
 }
 
+// One block of sums, along the contiguous dimension of g: dlora_b is [N, rank].
 template <class T>
 void store_wgrad(const WgradArgs& args, Range cols, const float* sums) {
-  T* out = static_cast<T*>(args.g);
+  T* out = static_cast<T*>(args.g) + cols.begin * args.g_col_pitch;
+  const int64_t count = cols.end - cols.begin;
+  if (args.g_rank_pitch == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < args.rank; ++j) {
+        from_float(args.scale * sums[j * kColBlock + i], &out[i * args.g_col_pitch + j]);
+      }
+    }
+    return;
+  }
   for (int64_t j = 0; j < args.rank; ++j) {
-    for (int64_t c = cols.begin; c < cols.end; ++c) {
-      const float value = args.scale * sums[j * kColBlock + c - cols.begin];
-      from_float(value, &out[j * args.g_rank_pitch + c * args.g_col_pitch]);
+    for (int64_t i = 0; i < count; ++i) {
+      from_float(args.scale * sums[j * kColBlock + i],
+                 &out[j * args.g_rank_pitch + i * args.g_col_pitch]);
     }
   }
 }

@@ -1,8 +1,9 @@
 // The skinny passes of a LoRA linear on the CPU: what surrounds the base GEMM.
 //
-//     shrink   T[m, j]  = scale * sum_c mask(m, c) P[m, c] Q[c, j]          S = drop(x) A^T, dS = dY B
-//     expand   Y[m, c] += scale * mask(m, c) sum_j T[m, j] U[j, c]          Y += S B^T, dX += dS A
-//     wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]          dA = dS^T drop(x), dB^T = S^T dY
+//     shrink   T[m, j]  = scale * sum_c mask(m, c) P[m, c] Q[c, j]          S = drop(x) A^T, dS =
+//     dY B expand   Y[m, c] += scale * mask(m, c) sum_j T[m, j] U[j, c]          Y += S B^T, dX +=
+//     dS A wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]          dA = dS^T drop(x),
+//     dB^T = S^T dY
 //
 // rows = M, cols = K or N, rank = r. P and Y are in the activation dtype and are converted in
 // registers; T is float; Q and U are packed once a call from the adapters, whatever their dtype,
@@ -48,7 +49,7 @@ struct ShrinkArgs {
   int64_t p_pitch;
   int64_t cols;
   int64_t rank;
-  const void* q;  // packed by pack_shrink
+  const void* q;   // packed by pack_shrink
   bool q_is_half;  // the adapter was bfloat16: one bfloat16 term holds it exactly
   float scale;
   float* t;  // [rows, rank]
@@ -61,7 +62,7 @@ struct ExpandArgs {
   int64_t y_pitch;
   int64_t cols;
   int64_t rank;
-  const void* u;  // packed by pack_expand
+  const void* u;   // packed by pack_expand
   bool u_is_half;  // as q_is_half
   float scale;
   const void* t;  // [rows, rank], packed by pack_expand_t if there is one

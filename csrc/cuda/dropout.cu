@@ -67,8 +67,9 @@ cudaError_t launch(const DropoutParams& params, cudaStream_t stream) {
   const int64_t groups = params.rows * ((params.cols + 31) / 32 * 4 + 4);
   const int64_t blocks = (groups + kThreads - 1) / kThreads;
   if (params.rows == 0 || params.cols == 0) return cudaSuccess;
-  dropout_kernel<T><<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0,
-                      stream>>>(params);
+  dropout_kernel<T>
+      <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(
+          params);
   return cudaGetLastError();
 }
 
