@@ -24,13 +24,15 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	$(PYTHON) -c "$$LENT_PACKAGES" >$$site/lent.pth
-	$(PY) -c 'import torch, setuptools' 2>/dev/null || $(PIP) install 'torch>=2.11' 'setuptools>=77' ninja
+	$(PY) -c 'import torch, setuptools' 2>/dev/null ||
+	    $(PIP) install 'torch>=2.11' 'setuptools>=77' ninja
 	touch $@
 
 define LENT_PACKAGES
-import importlib.util, sys
-if importlib.util.find_spec("torch"):
-    print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+import importlib.metadata, sys
+for torch in importlib.metadata.distributions(name="torch"):
+    if tuple(map(int, torch.version.split(".")[:2])) >= (2, 11):
+        print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 endef
 export LENT_PACKAGES
 
@@ -83,7 +85,8 @@ sanitize: $(VENV)/.extras
 	mkdir -p build/sanitize
 	cp -a setup.py pyproject.toml LICENSE README.md $(FOLDERS) build/sanitize
 	cd build/sanitize
-	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" LORA_EXT_CUDA=0 $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	export CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" LORA_EXT_CUDA=0
+	$(abspath $(PY)) setup.py --quiet build_ext --inplace
 	preload=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so)
 	LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest $(ARGS)
 

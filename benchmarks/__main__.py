@@ -17,8 +17,8 @@ from .timing import Plan
 
 # kind -> (plan of each cell, seconds after which no further cell begins)
 _PLANS = {
-    "headline": (Plan(min_rounds=5, max_rounds=15, seconds=3.0), 210.0),
-    "full": (Plan(min_rounds=5, max_rounds=11, seconds=2.0, patience=1.7), 1140.0),
+    "headline": (Plan(min_rounds=5, max_rounds=15, seconds=3.0), 200.0),
+    "full": (Plan(min_rounds=5, max_rounds=11, seconds=2.0, patience=1.7), 1110.0),
 }
 _REAL_HEADLINES = ("query step bf16", "query forward fp32", "intermediate step fp32")
 

@@ -3,11 +3,10 @@
 #include <cmath>
 
 #include "check.h"
+#include "bounds.h"
 
 namespace lora_ext {
 namespace {
-
-constexpr int64_t kMaxRank = 512;
 
 bool supported(at::ScalarType dtype) {
   return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||

@@ -7,6 +7,7 @@
 #include "skinny.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #if defined(__clang__)
@@ -107,14 +108,26 @@ constexpr SkinnyKernels kKernels = make_kernels<Avx2>("avx2");
 #else
 #pragma GCC pop_options
 #endif
+
+namespace lora_ext::cpu {
+namespace {
+
+// Not a name that every compiler's __builtin_cpu_supports knows.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1u) != 0;
+}
+
+}  // namespace
+}  // namespace lora_ext::cpu
 #endif  // __x86_64__
 
 namespace lora_ext::cpu {
 
 const SkinnyKernels* avx2_kernels() {
 #if defined(__x86_64__)
-  static const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                __builtin_cpu_supports("f16c");
+  static const bool supported =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   return supported ? &kKernels : nullptr;
 #else
   return nullptr;

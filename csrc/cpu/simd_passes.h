@@ -20,10 +20,6 @@ constexpr int64_t kExpandRows = 16;    // rows per block of expand: 8 KB of sums
 constexpr int64_t kRowGranule = 4;
 constexpr int64_t kColGranule = 32;  // one word of dropout bits
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 template <class Isa, int kRows, int kVecs>
 void micro_kernel(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
                   int64_t b_pitch, float* c, int64_t c_pitch) {

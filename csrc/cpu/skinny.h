@@ -17,12 +17,11 @@
 
 #include <cstdint>
 
+#include "../bounds.h"
 #include "../philox.h"
 #include "dtypes.h"
 
 namespace lora_ext::cpu {
-
-constexpr int64_t kMaxRank = 512;
 
 struct Dropout {
   uint64_t seed = 0;
@@ -83,6 +82,10 @@ struct WgradArgs {
   int64_t g_col_pitch;
   Dropout dropout;
 };
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 struct Range {
   int64_t begin;

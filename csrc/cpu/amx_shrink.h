@@ -1,0 +1,125 @@
+// shrink on AMX tiles: T = P Q.
+// Included by isa_amx.cpp after its target pragma, inside its anonymous namespace.
+#pragma once
+
+// Panel: for each 32 columns, each 16 ranks, each term, one B tile: [16 column pairs][16 ranks][2].
+int64_t shrink_panel_bytes(int64_t rank, int64_t cols) {
+  return round_up(cols, kTileDepth) * round_up(rank, kTileRows) * 2 * 2;
+}
+
+void pack_shrink(const AdapterView& adapter, void* panel) {
+  const bool is_half = adapter.dtype == Dtype::kBFloat16;
+  const int64_t terms = is_half ? 1 : 2;
+  auto* out = static_cast<BFloat16*>(panel);
+  for (int64_t c = 0; c < adapter.cols; c += kTileDepth) {
+    for (int64_t j = 0; j < adapter.rank; j += kTileRows, out += terms * kTileElements) {
+      const int64_t ranks = std::min(kTileRows, adapter.rank - j);
+      for (int64_t k = 0; k < kTileDepth; k += 2) {
+        const auto column = [&](int64_t col) {
+          const int64_t index = j * adapter.rank_pitch + col * adapter.col_pitch;
+          return Split(col < adapter.cols ? load_adapter(adapter, index, adapter.rank_pitch, ranks)
+                                          : _mm512_setzero_ps());
+        };
+        const Split even = column(c + k), odd = column(c + k + 1);
+        _mm512_store_si512(out + k * kTileRows, interleave(even.hi, odd.hi));
+        if (!is_half) {
+          _mm512_store_si512(out + kTileElements + k * kTileRows, interleave(even.lo, odd.lo));
+        }
+      }
+    }
+  }
+}
+
+// Rows [0, rows) and columns [0, cols) of src, masked, zero-padded to 32 columns and 32 rows.
+void stage_rows(const BFloat16* src, int64_t src_pitch, int64_t rows, int64_t cols,
+                const uint32_t* bits, int64_t bits_pitch, BFloat16* dst) {
+  for (int64_t m = 0; m < kRowBlock; ++m) {
+    BFloat16* out = dst + m * kShrinkDepth;
+    for (int64_t c = 0; c < cols; c += kTileDepth) {
+      uint32_t keep = m < rows ? 0xFFFFFFFFu : 0u;
+      if (cols - c < kTileDepth) keep &= (1u << (cols - c)) - 1;
+      if (bits != nullptr && m < rows) keep &= bits[m * bits_pitch + c / 32];
+      // Lanes that are masked off are not read: no address beyond the row is touched.
+      const __m512i value = _mm512_maskz_loadu_epi16(keep, src + m * src_pitch + c);
+      _mm512_storeu_si512(out + c, value);
+    }
+  }
+}
+
+// Adds two row tiles by up to two rank tiles of one staged block to sums [32, rank_pad].
+template <int kRankTiles>
+void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloat16* b,
+                  int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch) {
+  const auto stride = static_cast<int>(sums_pitch * 4);
+  const auto a_stride = static_cast<int>(a_pitch * 2);
+  _tile_loadd(0, sums, stride);
+  _tile_loadd(1, sums + kTileRows * sums_pitch, stride);
+  if constexpr (kRankTiles == 2) {
+    _tile_loadd(2, sums + kTileRows, stride);
+    _tile_loadd(3, sums + kTileRows * sums_pitch + kTileRows, stride);
+  }
+  for (int64_t k = 0; k < depth; k += kTileDepth, b += b_step) {
+    _tile_loadd(4, a + k, a_stride);
+    _tile_loadd(5, a + kTileRows * a_pitch + k, a_stride);
+    for (int64_t term = 0; term < terms; ++term) {
+      _tile_loadd(6, b + term * kTileElements, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      if constexpr (kRankTiles == 2) {
+        _tile_loadd(7, b + (terms + term) * kTileElements, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, sums, stride);
+  _tile_stored(1, sums + kTileRows * sums_pitch, stride);
+  if constexpr (kRankTiles == 2) {
+    _tile_stored(2, sums + kTileRows, stride);
+    _tile_stored(3, sums + kTileRows * sums_pitch + kTileRows, stride);
+  }
+}
+
+void shrink(const ShrinkArgs& args, Range rows) {
+  const TileConfig config;
+  const int64_t rank_pad = round_up(args.rank, kTileRows);
+  const int64_t terms = args.q_is_half ? 1 : 2;
+  const int64_t b_step = rank_pad / kTileRows * terms * kTileElements;  // one step of 32 columns
+  const auto* q = static_cast<const BFloat16*>(args.q);
+  const bool drop = args.dropout.enabled();
+  alignas(64) BFloat16 staged[kRowBlock * kShrinkDepth];
+  alignas(64) float sums[kRowBlock * kMaxRank];
+  uint32_t bits[kRowBlock * kShrinkDepth / 32];
+  for (int64_t m = rows.begin; m < rows.end; m += kRowBlock) {
+    const int64_t block_rows = std::min(kRowBlock, rows.end - m);
+    std::memset(sums, 0, static_cast<size_t>(kRowBlock * rank_pad) * sizeof(float));
+    for (int64_t c = 0; c < args.cols; c += kShrinkDepth) {
+      const int64_t depth = std::min(kShrinkDepth, args.cols - c);
+      const BFloat16* a = static_cast<const BFloat16*>(args.p) + m * args.p_pitch + c;
+      int64_t a_pitch = args.p_pitch;
+      if (drop) {
+        dropout_bits<AmxDropout>(args.dropout, {m, m + block_rows}, {c, c + depth}, bits,
+                                 kShrinkDepth / 32);
+      }
+      if (drop || block_rows < kRowBlock || depth % kTileDepth != 0) {
+        stage_rows(a, a_pitch, block_rows, depth, drop ? bits : nullptr, kShrinkDepth / 32, staged);
+        a = staged;
+        a_pitch = kShrinkDepth;
+      }
+      const BFloat16* b = q + c / kTileDepth * b_step;
+      int64_t j = 0;
+      for (; j + 2 * kTileRows <= rank_pad; j += 2 * kTileRows) {
+        shrink_tiles<2>(a, a_pitch, depth, b + j / kTileRows * terms * kTileElements, b_step, terms,
+                        sums + j, rank_pad);
+      }
+      if (j < rank_pad) {
+        shrink_tiles<1>(a, a_pitch, depth, b + j / kTileRows * terms * kTileElements, b_step, terms,
+                        sums + j, rank_pad);
+      }
+    }
+    for (int64_t i = 0; i < block_rows; ++i) {
+      float* t = args.t + (m + i) * args.rank;
+      for (int64_t j = 0; j < args.rank; ++j) t[j] = args.scale * sums[i * rank_pad + j];
+    }
+  }
+}

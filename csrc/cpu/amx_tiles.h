@@ -1,0 +1,79 @@
+// Tiles, two-term splits and adapter loads of the AMX passes.
+// Included by isa_amx.cpp after its target pragma, inside its anonymous namespace.
+#pragma once
+
+struct AmxDropout {
+  static constexpr int kDropoutWords = 2;
+  static void dropout_words(const uint64_t* products, const DropoutRow& row,
+                            const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
+    avx512_dropout_words(products, row.c0, row.c1, row.c2_part, keys.k0, keys.k1, keep_count,
+                         words);
+  }
+};
+
+constexpr int64_t kTileRows = 16;   // rows of a tile, and columns of a float tile
+constexpr int64_t kTileDepth = 32;  // bfloat16 elements of a tile row
+constexpr int64_t kTileElements = kTileRows * kTileDepth;
+constexpr int64_t kRowBlock = 32;      // rows of a block of shrink and expand: two tiles
+constexpr int64_t kShrinkDepth = 512;  // staged columns of shrink: 32 KB
+constexpr int64_t kColBlock = 64;      // columns of a block of expand and wgrad: four tiles
+constexpr int64_t kWgradRows = 128;    // staged rows of wgrad: 16 KB
+
+// Tiles 0-3 hold sums, 4-5 the A side, 6-7 the B side; all are 16 rows of 64 bytes.
+struct TileConfig {
+  alignas(64) uint8_t bytes[64] = {};
+
+  TileConfig() {
+    bytes[0] = 1;  // palette
+    for (int tile = 0; tile < 8; ++tile) {
+      bytes[16 + 2 * tile] = 64;
+      bytes[48 + tile] = kTileRows;
+    }
+    _tile_loadconfig(bytes);
+  }
+  ~TileConfig() { _tile_release(); }
+};
+
+inline __m256i to_half(__m512 value) {
+  const __m256bh half = _mm512_cvtneps_pbh(value);
+  __m256i bits;
+  std::memcpy(&bits, &half, sizeof(bits));
+  return bits;
+}
+
+inline __m512 to_wide(__m256i half) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// Sixteen floats as hi + lo; an infinite or NaN hi stands alone, since Inf - Inf is NaN.
+struct Split {
+  __m256i hi, lo;
+
+  explicit Split(__m512 value) : hi(to_half(value)) {
+    const __m512 rest = _mm512_sub_ps(value, to_wide(hi));
+    lo = to_half(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(rest, rest, _CMP_ORD_Q), rest));
+  }
+};
+
+// Sixteen (at most `count`) elements of an adapter along one dimension, zero beyond.
+inline __m512 load_adapter(const AdapterView& adapter, int64_t index, int64_t pitch,
+                           int64_t count) {
+  const auto exists = static_cast<__mmask16>(count >= 16 ? 0xFFFFu : (1u << count) - 1);
+  if (adapter.dtype == Dtype::kBFloat16) {
+    const auto* in = static_cast<const BFloat16*>(adapter.data) + index;
+    if (pitch == 1) return to_wide(_mm256_maskz_loadu_epi16(exists, in));
+    alignas(64) float values[16] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(count, 16); ++i) values[i] = to_float(in[i * pitch]);
+    return _mm512_load_ps(values);
+  }
+  const auto* in = static_cast<const float*>(adapter.data) + index;
+  if (pitch == 1) return _mm512_maskz_loadu_ps(exists, in);
+  alignas(64) float values[16] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(count, 16); ++i) values[i] = in[i * pitch];
+  return _mm512_load_ps(values);
+}
+
+// Two rows of sixteen as pairs (a[i], b[i]): one row of a B tile.
+inline __m512i interleave(__m256i a, __m256i b) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}

@@ -1,0 +1,246 @@
+"""Problems, runs of them by lora_ext, by the reference and in float64, and measures of error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora_ext
+from lora_ext.reference import lora_linear_reference
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+HALVES = (BF16, F16)
+
+# (dtype of x and weight, dtype of the adapters): all that lora_linear accepts.
+DTYPE_PAIRS = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
+
+# Below this many rows the CPU takes ATen; from it on its own kernels run.
+KERNEL_ROWS = 48
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "f")
+
+
+def pair_id(pair: tuple[torch.dtype, torch.dtype]) -> str:
+    return f"{short(pair[0])}-{short(pair[1])}"
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return F32 if dtype in HALVES else dtype
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One LoRA linear with the gradient of its output; M rows, K in, N out, rank r."""
+
+    x: Tensor  # [..., K]
+    weight: Tensor  # [N, K]
+    lora_a: Tensor  # [r, K]
+    lora_b: Tensor  # [N, r]
+    bias: Tensor | None  # [N]
+    grad: Tensor  # [..., N]
+    scaling: float
+
+    @property
+    def rows(self) -> int:
+        return self.x[..., 0].numel() if self.x.shape[-1] else self.x.shape[:-1].numel()
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        given = (self.x, self.weight, self.lora_a, self.lora_b, self.bias, self.grad)
+        return tuple(tensor for tensor in given if tensor is not None)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return replace(
+            self,
+            x=self.x.to(dtype),
+            weight=self.weight.to(dtype),
+            lora_a=self.lora_a.to(dtype),
+            lora_b=self.lora_b.to(dtype),
+            bias=None if self.bias is None else self.bias.to(dtype),
+            grad=self.grad.to(dtype),
+        )
+
+
+def make_problem(
+    lead: int | tuple[int, ...],
+    in_features: int,
+    out_features: int,
+    rank: int,
+    pair: tuple[torch.dtype, torch.dtype] = (F32, F32),
+    device: str = "cpu",
+    *,
+    bias: bool = True,
+    scaling: float = 0.7,
+    seed: int = 0,
+    integers: int = 0,
+) -> Problem:
+    """Normal numbers scaled so that base and update are of order 1, or integers in [-n, n]."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = (lead,) if isinstance(lead, int) else lead
+
+    def draw(*shape: int, dtype: torch.dtype, spread: float = 1.0) -> Tensor:
+        if integers:
+            values = torch.randint(-integers, integers + 1, shape, generator=generator)
+        else:
+            values = torch.randn(shape, generator=generator, dtype=F64) * spread
+        return values.to(dtype).to(device)
+
+    half = max(in_features, 1) ** -0.5
+    return Problem(
+        x=draw(*lead, in_features, dtype=pair[0]),
+        weight=draw(out_features, in_features, dtype=pair[0], spread=half),
+        lora_a=draw(rank, in_features, dtype=pair[1], spread=half),
+        lora_b=draw(out_features, rank, dtype=pair[1], spread=rank**-0.5),
+        bias=draw(out_features, dtype=pair[0]) if bias else None,
+        grad=draw(*lead, out_features, dtype=pair[0]),
+        scaling=scaling,
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    y: Tensor
+    dx: Tensor
+    dlora_a: Tensor
+    dlora_b: Tensor
+    dbias: Tensor | None
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if value is not None]
+
+
+def leaf(tensor: Tensor | None) -> Tensor | None:
+    """The same memory, strides and all, as a leaf that wants a gradient."""
+    return None if tensor is None else tensor.detach().requires_grad_()
+
+
+def differentiate(problem: Problem, forward) -> Run:
+    """Runs forward(x, lora_a, lora_b, bias) and its backward."""
+    leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b, problem.bias)]
+    y = forward(*leaves)
+    y.backward(problem.grad)
+    return Run(y.detach(), *(None if t is None else t.grad for t in leaves))
+
+
+def run_ours(
+    problem: Problem,
+    dropout_p: float = 0.0,
+    seed: int = 1,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    weight: Tensor | lora_ext.PackedWeight | None = None,
+) -> Run:
+    """lora_ext with the mask of a given seed; `weight` in place of the problem's, e.g. packed."""
+    weight = problem.weight if weight is None else weight
+    packed = packed_t = None
+    if isinstance(weight, lora_ext.PackedWeight):
+        weight, packed, packed_t = weight.operands(problem.x)
+    seeds = torch.tensor(seed, device=problem.x.device) if dropout_p else None
+    tail = (problem.scaling, dropout_p, seeds, row_offset, col_offset, False, packed, packed_t)
+
+    def forward(x, lora_a, lora_b, bias):
+        return torch.ops.lora_ext.lora_linear(x, weight, lora_a, lora_b, bias, *tail)
+
+    return differentiate(problem, forward)
+
+
+def keep_scale_of(dropout_p: float) -> float:
+    """1 / keep probability, which is a multiple of 1/65536."""
+    return 65536 / max(1, int((1 - dropout_p) * 65536 + 0.5))
+
+
+def mask_of(
+    problem: Problem, dropout_p: float, seed: int = 1, row_offset: int = 0, col_offset: int = 0
+) -> Tensor | None:
+    """[M, K] of bool, None without dropout."""
+    if not dropout_p:
+        return None
+    shape = (problem.rows, problem.in_features)
+    return lora_ext.dropout_mask(
+        seed, *shape, dropout_p, row_offset, col_offset, device=problem.x.device
+    )
+
+
+def run_reference(problem: Problem, mask: Tensor | None = None, keep_scale: float = 1.0) -> Run:
+    """PEFT's order of operations in the problem's dtypes."""
+
+    def forward(x, lora_a, lora_b, bias):
+        return lora_linear_reference(
+            x, problem.weight, lora_a, lora_b, bias, problem.scaling, mask, keep_scale
+        )
+
+    return differentiate(problem, forward)
+
+
+def run_float64(problem: Problem, mask: Tensor | None = None, keep_scale: float = 1.0) -> Run:
+    return run_reference(problem.to(F64), mask, keep_scale)
+
+
+def max_error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact).abs().max().item()
+
+
+def rms_error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact).square().mean().sqrt().item()
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Largest error over the largest magnitude."""
+    return max_error(value, exact) / exact.abs().max().item()
+
+
+def base_of(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The base layer's y and dx in float64."""
+    wide = problem.to(F64)
+    return F.linear(wide.x, wide.weight, wide.bias), wide.grad @ wide.weight
+
+
+def assert_exact(run: Run, problem: Problem, mask: Tensor | None = None, scale: float = 1.0):
+    """Every element of an integer problem is the exact one, rounded as its dtype must round it.
+
+    In float32 and float64 nothing rounds. A half y is base rounded, plus the update, rounded; a
+    half dx has room for two routes: the update is rounded before the add, as in PEFT, or is not.
+    """
+    exact = run_float64(problem, mask, scale)
+    dtype = problem.x.dtype
+
+    def rounded(value: Tensor) -> Tensor:
+        return value.to(dtype).double()
+
+    base_y, base_dx = base_of(problem)
+    delta_y, delta_dx = exact.y - base_y, exact.dx - base_dx
+    y = rounded(rounded(base_y) + delta_y)
+    dx_once = rounded(rounded(base_dx) + delta_dx)
+    dx_twice = rounded(rounded(base_dx) + rounded(delta_dx))
+    assert torch.equal(run.y.double(), y), difference("y", run.y, y)
+    close = (run.dx.double() == dx_once) | (run.dx.double() == dx_twice)
+    assert close.all(), difference("dx", run.dx, dx_once)
+    for name in ("dlora_a", "dlora_b", "dbias"):
+        value = getattr(run, name)
+        if value is not None:
+            wanted = getattr(exact, name).to(value.dtype)
+            assert torch.equal(value, wanted), difference(name, value, wanted)
+
+
+def difference(name: str, value: Tensor, wanted: Tensor) -> str:
+    """Where two tensors differ, for a failure's message."""
+    wrong = (value.double() != wanted.double()).nonzero()
+    shown = [
+        f"{tuple(at.tolist())}: {value[tuple(at)].item()} for {wanted[tuple(at)].item()}"
+        for at in wrong[:4]
+    ]
+    return f"{name} differs in {len(wrong)} of {value.numel()} elements: {'; '.join(shown)}"
+
+
+def assert_same_bits(run: Run, other: Run) -> None:
+    for (name, value), (_, wanted) in zip(run.items(), other.items(), strict=True):
+        assert torch.equal(value, wanted), difference(name, value, wanted)
