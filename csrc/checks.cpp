@@ -2,8 +2,8 @@
 
 #include <cmath>
 
-#include "check.h"
 #include "bounds.h"
+#include "check.h"
 
 namespace lora_ext {
 namespace {
