@@ -93,7 +93,7 @@ void stage(const T* src, int64_t src_pitch, int64_t rows, int64_t cols, int64_t 
   const int64_t whole = cols / kLanes * kLanes;
   for (int64_t m = 0; m < rows; ++m) {
     const T* in = src + m * src_pitch;
-    const uint32_t* keep = bits + m * bits_pitch;
+    const uint32_t* keep = bits == nullptr ? nullptr : bits + m * bits_pitch;
     float* out = dst + m * dst_pitch;
     if (bits != nullptr) {
       for (int64_t c = 0; c < whole; c += kLanes) {
@@ -120,7 +120,7 @@ void add_block(T* y, int64_t y_pitch, int64_t rows, int64_t cols, const uint32_t
   for (int64_t m = 0; m < rows; ++m) {
     T* out = y + m * y_pitch;
     const float* in = sum + m * sum_pitch;
-    const uint32_t* keep = bits + m * bits_pitch;
+    const uint32_t* keep = bits == nullptr ? nullptr : bits + m * bits_pitch;
     for (int64_t c = 0; c < whole; c += kLanes) {
       auto delta = Isa::multiply(Isa::load(in + c), factor);
       if (bits != nullptr) delta = Isa::keep(delta, keep[c / 32] >> (c % 32));
