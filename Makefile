@@ -42,11 +42,11 @@ $(VENV)/.built: $(VENV)/.torch $(COMPILED)
 	touch $@
 
 # By name, so that pip reads the extras of the copy just installed and compiles nothing again.
-$(VENV)/.extras: $(VENV)/.built
+$(VENV)/.extras: pyproject.toml | $(VENV)/.built
 	$(PIP) install 'lora_ext[test,bench]'
 	touch $@
 
-$(VENV)/.tools: $(VENV)/.built
+$(VENV)/.tools: pyproject.toml | $(VENV)/.built
 	$(PIP) install 'lora_ext[dev]'
 	touch $@
 

@@ -1,12 +1,13 @@
 """PEP 517 backend: setuptools, plus the choice of the torch to compile against.
 
 A C++ extension works only with the torch release that it was compiled for, but an isolated build
-gets the newest torch, whatever the environment that will run it holds. So this backend looks for
-torch in that environment and compiles against that one. Where there is none yet, it asks pip which
-release pip is going to install there, and has the build use the same.
+gets the newest torch, whatever the environment that will run it holds. So this backend asks the
+target's pip which torch the target is going to hold. If that is the one there now, the extension is
+compiled against it, in place; if pip is about to install one, the build requires the same release.
 """
 
 import glob
+import importlib.util
 import json
 import os
 import shutil
@@ -28,7 +29,9 @@ __all__ = [
 ]
 
 MINIMUM_TORCH = (2, 11)
-ANY_TORCH = "torch>=2.11"
+TORCH = "torch>=2.11"
+
+ASK_PIP = ["-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--report", "-", TORCH]
 
 LOOK_FOR_TORCH = """
 import importlib.metadata, json, sys
@@ -38,8 +41,6 @@ except importlib.metadata.PackageNotFoundError:
     version = ""
 print(json.dumps([version, [path for path in sys.path if path]]))
 """
-
-ASK_PIP = ["-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
 
 
 def run_in_target(arguments: list[str]) -> str:
@@ -64,23 +65,23 @@ def target_path() -> list[str]:
     return path if recent else []
 
 
-def torch_to_come() -> str:
-    """The requirement for the torch that pip will install beside lora_ext; any, without pip."""
+def torch_requirements() -> list[str]:
+    """What the build must install to have the torch that the target is going to hold."""
     try:
-        report = json.loads(run_in_target([*ASK_PIP, "--report", "-", ANY_TORCH]))
-        return f"torch=={report['install'][0]['metadata']['version']}"
-    except (subprocess.CalledProcessError, ValueError, LookupError):
-        return ANY_TORCH
+        coming = json.loads(run_in_target(ASK_PIP))["install"]
+    except (subprocess.CalledProcessError, ValueError, LookupError):  # no pip, or one before 22.2
+        return [] if target_path() else [TORCH]
+    return [f"torch=={package['metadata']['version']}" for package in coming]
 
 
 def build_requirements() -> list[str]:
-    ninja = [] if shutil.which("ninja") else ["ninja"]
-    return ninja if target_path() else [*ninja, torch_to_come()]
+    return torch_requirements() + ([] if shutil.which("ninja") else ["ninja"])
 
 
 def use_target_torch() -> None:
-    """Makes the target's torch importable here, behind all that the build environment holds."""
-    sys.path.extend(path for path in target_path() if path not in sys.path)
+    """Makes the target's torch importable here, unless the build has a torch of its own."""
+    if importlib.util.find_spec("torch") is None:
+        sys.path.extend(path for path in target_path() if path not in sys.path)
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -24,7 +24,6 @@ at::Tensor lora_linear_autocast(const at::Tensor& x, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& packed_t) {
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  const bool same = weight.scalar_type() == dtype;  // a pack is in the weight's own dtype
   return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), weight,
                           adapter_for(lora_a, dtype, device), adapter_for(lora_b, dtype, device),
                           bias, scaling, dropout_p, seed, std::move(row_offset),

@@ -21,6 +21,8 @@ bool wants_grad(const std::optional<at::Tensor>& tensor) {
   return tensor && tensor->requires_grad();
 }
 
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+
 std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
@@ -76,6 +78,11 @@ at::Tensor lora_linear_autograd(const at::Tensor& x, const at::Tensor& weight,
                                 c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
                                 const std::optional<at::Tensor>& packed,
                                 const std::optional<at::Tensor>& packed_t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(x) && !has_tangent(weight) && !has_tangent(lora_a) && !has_tangent(lora_b) &&
+          !(bias && has_tangent(*bias)),
+      "lora_ext.lora_linear: expected reverse-mode autograd, but got a forward-mode tangent; use "
+      "lora_ext.reference.lora_linear_reference for forward mode");
   if (at::GradMode::is_enabled()) {
     LORA_EXT_CHECK(!weight.requires_grad(),
                    "expected a frozen weight, but got one that requires grad: no gradient is "

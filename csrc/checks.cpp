@@ -4,6 +4,7 @@
 
 #include "bounds.h"
 #include "check.h"
+#include "lora_linear.h"
 
 namespace lora_ext {
 namespace {
@@ -73,11 +74,30 @@ void check_dtypes(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   }
 }
 
+void check_seed(const at::Tensor& seed) {
+  LORA_EXT_CHECK_TYPE(seed.scalar_type() == at::kLong, "expected seed of dtype int64, but got ",
+                      seed.scalar_type());
+  LORA_EXT_CHECK(seed.sym_numel() == 1, "expected seed of one element, but got shape ",
+                 seed.sym_sizes());
+}
+
+void check_probability(double dropout_p) {
+  LORA_EXT_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "expected dropout_p in [0, 1), but got ",
+                 dropout_p);
+}
+
+void check_offsets(const c10::SymInt& row_offset, const c10::SymInt& col_offset) {
+  LORA_EXT_CHECK(row_offset >= 0 && col_offset >= 0,
+                 "expected row_offset and col_offset >= 0, but got ", row_offset, " and ",
+                 col_offset);
+}
+
 }  // namespace
 
 void check_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                    const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
-                   double dropout_p, const std::optional<at::Tensor>& seed, bool cast_weight) {
+                   double dropout_p, const std::optional<at::Tensor>& seed,
+                   const c10::SymInt& row_offset, const c10::SymInt& col_offset, bool cast_weight) {
   check_shapes(x, weight, lora_a, lora_b, bias);
   check_dtypes(x, weight, lora_a, lora_b, bias, cast_weight);
   check_same_device("weight", weight, x);
@@ -85,17 +105,47 @@ void check_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tens
   check_same_device("lora_b", lora_b, x);
   if (bias) check_same_device("bias", *bias, x);
   LORA_EXT_CHECK(std::isfinite(scaling), "expected a finite scaling, but got ", scaling);
-  LORA_EXT_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "expected dropout_p in [0, 1), but got ",
-                 dropout_p);
+  check_probability(dropout_p);
+  check_offsets(row_offset, col_offset);
   if (dropout_p > 0.0) {
     LORA_EXT_CHECK(seed.has_value(), "expected a seed with dropout_p = ", dropout_p,
                    ": an int64 tensor of one element on x's device");
-    LORA_EXT_CHECK_TYPE(seed->scalar_type() == at::kLong, "expected seed of dtype int64, but got ",
-                        seed->scalar_type());
-    LORA_EXT_CHECK(seed->sym_numel() == 1, "expected seed of one element, but got shape ",
-                   seed->sym_sizes());
+    check_seed(*seed);
     check_same_device("seed", *seed, x);
   }
+}
+
+void check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                    const at::Tensor& lora_a, const at::Tensor& lora_b, const at::Tensor& s,
+                    double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                    const c10::SymInt& row_offset, const c10::SymInt& col_offset,
+                    bool cast_weight) {
+  check_forward(x, weight, lora_a, lora_b, std::nullopt, scaling, dropout_p, seed, row_offset,
+                col_offset, cast_weight);
+  std::vector<c10::SymInt> y_sizes = x.sym_sizes().vec();
+  y_sizes.back() = weight.sym_size(0);
+  LORA_EXT_CHECK(grad.sym_sizes().equals(y_sizes), "expected grad of shape ",
+                 c10::SymIntArrayRef(y_sizes), ", but got ", grad.sym_sizes());
+  c10::SymInt rows = 1;
+  for (int64_t dim = 0; dim < x.dim() - 1; ++dim) rows = rows * x.sym_size(dim);
+  const std::vector<c10::SymInt> s_sizes = {rows, lora_a.sym_size(0)};
+  LORA_EXT_CHECK(s.sym_sizes().equals(s_sizes), "expected s of shape ",
+                 c10::SymIntArrayRef(s_sizes), ", but got ", s.sym_sizes());
+  const at::ScalarType sum_dtype = accumulation_dtype(x.scalar_type());
+  LORA_EXT_CHECK_TYPE(s.scalar_type() == sum_dtype, "expected s of dtype ", sum_dtype, ", but got ",
+                      s.scalar_type());
+  check_same_device("grad", grad, x);
+  check_same_device("s", s, x);
+}
+
+void check_dropout_mask(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& cols,
+                        double dropout_p, const c10::SymInt& row_offset,
+                        const c10::SymInt& col_offset) {
+  LORA_EXT_CHECK(rows >= 0 && cols >= 0, "expected rows and cols >= 0, but got ", rows, " and ",
+                 cols);
+  check_probability(dropout_p);
+  check_offsets(row_offset, col_offset);
+  check_seed(seed);
 }
 
 }  // namespace lora_ext

@@ -10,6 +10,18 @@ namespace lora_ext {
 // Shapes, dtypes, devices and numbers of one call; throws with tensor, expected and got.
 void check_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                    const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
-                   double dropout_p, const std::optional<at::Tensor>& seed, bool cast_weight);
+                   double dropout_p, const std::optional<at::Tensor>& seed,
+                   const c10::SymInt& row_offset, const c10::SymInt& col_offset, bool cast_weight);
+
+// The same for a backward, with dY [..., N] and S [M, r].
+void check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                    const at::Tensor& lora_a, const at::Tensor& lora_b, const at::Tensor& s,
+                    double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                    const c10::SymInt& row_offset, const c10::SymInt& col_offset, bool cast_weight);
+
+// Seed and numbers of dropout_mask.
+void check_dropout_mask(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& cols,
+                        double dropout_p, const c10::SymInt& row_offset,
+                        const c10::SymInt& col_offset);
 
 }  // namespace lora_ext

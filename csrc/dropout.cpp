@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "check.h"
+#include "checks.h"
 #include "cpu/skinny.h"
 #include "lora_linear.h"
 
@@ -72,14 +73,7 @@ void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
 
 at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p,
                         int64_t row_offset, int64_t col_offset) {
-  LORA_EXT_CHECK(rows >= 0 && cols >= 0 && row_offset >= 0 && col_offset >= 0,
-                 "expected rows, cols and offsets >= 0, but got ", rows, ", ", cols, ", ",
-                 row_offset, ", ", col_offset);
-  LORA_EXT_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "expected dropout_p in [0, 1), but got ",
-                 dropout_p);
-  LORA_EXT_CHECK_TYPE(seed.scalar_type() == at::kLong && seed.numel() == 1,
-                      "expected seed as one int64 element, but got ", seed.scalar_type(), " ",
-                      seed.sizes());
+  check_dropout_mask(seed, rows, cols, dropout_p, row_offset, col_offset);
   const DropoutArgs args{dropout_p, seed, row_offset, col_offset};
   at::Tensor mask = at::empty({rows, cols}, seed.options().dtype(at::kBool));
 #ifdef LORA_EXT_WITH_CUDA

@@ -26,16 +26,14 @@ std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
   return sizes;
 }
 
-std::optional<at::Tensor> cast(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
-  return tensor ? std::optional<at::Tensor>(tensor->to(dtype)) : std::nullopt;
+// A pack is in the weight's own dtype: no use where the weight is cast.
+std::optional<at::Tensor> pack_for(const at::Tensor& weight, at::ScalarType dtype,
+                                   const std::optional<at::Tensor>& packed) {
+  return weight.scalar_type() == dtype ? packed : std::nullopt;
 }
 
-DropoutArgs dropout_args(double p, const std::optional<at::Tensor>& seed, int64_t row_offset,
-                         int64_t col_offset) {
-  LORA_EXT_CHECK(row_offset >= 0 && col_offset >= 0,
-                 "expected row_offset and col_offset >= 0, but got ", row_offset, " and ",
-                 col_offset);
-  return {p, seed, row_offset, col_offset};
+std::optional<at::Tensor> cast(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
+  return tensor ? std::optional<at::Tensor>(tensor->to(dtype)) : std::nullopt;
 }
 
 // Autocast is decided once, by autocast.cpp; inside, no ATen call may cast again. A backward that
@@ -52,7 +50,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     double dropout_p, const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset,
     bool cast_weight, const std::optional<at::Tensor>& packed) {
   const NoAutocast no_autocast;
-  check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, cast_weight);
+  check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, row_offset, col_offset,
+                cast_weight);
   const at::ScalarType dtype = x.scalar_type();
   const ForwardArgs args{flattened(x),
                          weight.to(dtype),
@@ -60,8 +59,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
                          lora_b,
                          cast(bias, dtype),
                          scaling,
-                         dropout_args(dropout_p, seed, row_offset, col_offset),
-                         packed};
+                         DropoutArgs{dropout_p, seed, row_offset, col_offset},
+                         pack_for(weight, dtype, packed)};
   if (args.x.size(0) == 0 || weight.numel() == 0) {
     const at::Tensor bias_row = args.bias ? *args.bias : at::zeros({weight.size(0)}, x.options());
     at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
@@ -79,11 +78,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset, bool cast_weight,
     const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask) {
   const NoAutocast no_autocast;
-  check_forward(x, weight, lora_a, lora_b, std::nullopt, scaling, dropout_p, seed, cast_weight);
+  check_backward(grad, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, row_offset,
+                 col_offset, cast_weight);
   const at::ScalarType dtype = x.scalar_type();
-  LORA_EXT_CHECK(grad.sizes() == at::IntArrayRef(with_last(x, weight.size(0))),
-                 "expected grad of shape ", with_last(x, weight.size(0)), ", but got ",
-                 grad.sizes());
   const bool need_low_rank = output_mask[0] || output_mask[1] || output_mask[2];
   Backward out;
   if (x.numel() == 0 || weight.numel() == 0) {
@@ -91,21 +88,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     if (output_mask[1]) out.dlora_a = at::zeros(lora_a.sizes(), lora_a.options());
     if (output_mask[2]) out.dlora_b = at::zeros(lora_b.sizes(), lora_b.options());
   } else if (need_low_rank) {
-    const at::Tensor flat_x = flattened(x);
-    LORA_EXT_CHECK(s.dim() == 2 && s.size(0) == flat_x.size(0) && s.size(1) == lora_a.size(0),
-                   "expected s of shape [", flat_x.size(0), ", ", lora_a.size(0), "], but got ",
-                   s.sizes());
-    LORA_EXT_CHECK_TYPE(s.scalar_type() == accumulation_dtype(dtype), "expected s of dtype ",
-                        accumulation_dtype(dtype), ", but got ", s.scalar_type());
     const BackwardArgs args{flattened(grad.to(dtype)),
-                            flat_x,
+                            flattened(x),
                             weight.to(dtype),
                             lora_a,
                             lora_b,
                             s.contiguous(),
                             scaling,
-                            dropout_args(dropout_p, seed, row_offset, col_offset),
-                            packed_t,
+                            DropoutArgs{dropout_p, seed, row_offset, col_offset},
+                            pack_for(weight, dtype, packed_t),
                             output_mask[0],
                             output_mask[1],
                             output_mask[2]};

@@ -28,9 +28,10 @@ at::Tensor empty(c10::SymIntArrayRef sizes, const at::Tensor& like, at::ScalarTy
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward_meta(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
-    double dropout_p, const std::optional<at::Tensor>& seed, c10::SymInt /*row_offset*/,
-    c10::SymInt /*col_offset*/, bool cast_weight, const std::optional<at::Tensor>& /*packed*/) {
-  check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, cast_weight);
+    double dropout_p, const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
+    c10::SymInt col_offset, bool cast_weight, const std::optional<at::Tensor>& /*packed*/) {
+  check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, row_offset, col_offset,
+                cast_weight);
   return {empty(with_last(x, weight.sym_size(0)), x, x.scalar_type()),
           empty({rows_of(x), lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
 }
@@ -47,11 +48,12 @@ at::Tensor lora_linear_meta(const at::Tensor& x, const at::Tensor& weight, const
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_meta(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-    const at::Tensor& lora_b, const at::Tensor& /*s*/, double scaling, double dropout_p,
-    const std::optional<at::Tensor>& seed, c10::SymInt /*row_offset*/, c10::SymInt /*col_offset*/,
+    const at::Tensor& lora_b, const at::Tensor& s, double scaling, double dropout_p,
+    const std::optional<at::Tensor>& seed, c10::SymInt row_offset, c10::SymInt col_offset,
     bool cast_weight, const std::optional<at::Tensor>& /*packed_t*/,
     std::array<bool, 4> output_mask) {
-  check_forward(x, weight, lora_a, lora_b, std::nullopt, scaling, dropout_p, seed, cast_weight);
+  check_backward(grad, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, row_offset,
+                 col_offset, cast_weight);
   at::Tensor dx, dlora_a, dlora_b, dbias;
   if (output_mask[0]) dx = empty(x.sym_sizes(), x, x.scalar_type());
   if (output_mask[1]) dlora_a = empty(lora_a.sym_sizes(), lora_a, lora_a.scalar_type());
@@ -63,9 +65,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_
 }
 
 at::Tensor dropout_mask_meta(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
-                             double /*dropout_p*/, c10::SymInt /*row_offset*/,
-                             c10::SymInt /*col_offset*/) {
-  return empty({std::move(rows), std::move(cols)}, seed, at::kBool);
+                             double dropout_p, c10::SymInt row_offset, c10::SymInt col_offset) {
+  check_dropout_mask(seed, rows, cols, dropout_p, row_offset, col_offset);
+  return empty({rows, cols}, seed, at::kBool);
 }
 
 }  // namespace

@@ -67,7 +67,13 @@ def lora_linear(
     packed = packed_t = None
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
-    if dropout_p == 0.0 or not training:
+    if not training:
+        if not 0.0 <= dropout_p < 1.0:
+            raise RuntimeError(
+                f"lora_ext.lora_linear: expected dropout_p in [0, 1), but got {dropout_p}"
+            )
+        dropout_p = 0.0
+    if dropout_p == 0.0:
         return _forward(
             x, weight, lora_a, lora_b, bias, scaling, 0.0, None, 0, 0, False, packed, packed_t
         )

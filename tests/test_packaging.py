@@ -277,33 +277,52 @@ def test_an_nvcc_that_cannot_compile_is_no_toolkit(build_ext, monkeypatch, tmp_p
 # The PEP 517 backend
 
 
-def test_backend_builds_against_the_torch_of_the_target(backend, monkeypatch):
+@pytest.fixture
+def target(backend, monkeypatch):
+    """Lets the test say which torch the target holds, and what its pip reports (None: no pip)."""
+
+    def pretend(held, report):
+        def run_in_target(arguments):
+            if "pip" not in arguments:
+                return json.dumps([held, ["site-packages"]])
+            if report is None:
+                raise subprocess.CalledProcessError(1, arguments)
+            return json.dumps(report)
+
+        monkeypatch.setattr(backend, "run_in_target", run_in_target)
+        monkeypatch.setattr(backend.shutil, "which", lambda name: name)
+
+    return pretend
+
+
+def test_backend_finds_the_torch_that_is_installed(backend):
     assert torch.__path__[0].startswith(tuple(backend.target_path()))
-    assert not [need for need in backend.build_requirements() if need.startswith("torch")]
-    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
-    assert backend.build_requirements() == ["ninja"]
 
 
-@pytest.mark.parametrize("found", ["", "2.10.1+cu126", "1.13"])
-def test_backend_takes_the_torch_that_pip_will_install(backend, monkeypatch, found):
-    report = {"install": [{"metadata": {"name": "torch", "version": "2.12.1"}}]}
-
-    def run_in_target(arguments):
-        return json.dumps(report if "pip" in arguments else [found, ["site-packages"]])
-
-    monkeypatch.setattr(backend, "run_in_target", run_in_target)
-    monkeypatch.setattr(backend.shutil, "which", lambda name: "ninja")
+@pytest.mark.parametrize("held", ["", "2.10.1+cu126", "2.14.0"])
+def test_backend_requires_the_torch_that_pip_will_install(backend, target, held):
+    target(held, {"install": [{"metadata": {"name": "torch", "version": "2.12.1"}}]})
     assert backend.build_requirements() == ["torch==2.12.1"]
 
 
-def test_backend_without_pip_leaves_the_choice_to_the_installer(backend, monkeypatch):
-    def run_in_target(arguments):
-        if "pip" in arguments:
-            raise subprocess.CalledProcessError(1, arguments)
-        return json.dumps(["", []])
+def test_backend_requires_no_torch_where_pip_keeps_the_one_there(backend, target):
+    target("2.12.1", {"install": []})
+    assert backend.build_requirements() == []
 
-    monkeypatch.setattr(backend, "run_in_target", run_in_target)
-    assert backend.build_requirements()[-1] == "torch>=2.11"
+
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [("", ["torch>=2.11"]), ("2.10.1", ["torch>=2.11"]), ("1.13", ["torch>=2.11"]), ("2.11.0", [])],
+)
+def test_backend_without_pip_looks_for_torch_itself(backend, target, held, wanted):
+    target(held, None)
+    assert backend.build_requirements() == wanted
+
+
+def test_backend_asks_for_ninja_where_there_is_none(backend, target, monkeypatch):
+    target("2.12.1", {"install": []})
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    assert backend.build_requirements() == ["ninja"]
 
 
 # scripts/check_house.py

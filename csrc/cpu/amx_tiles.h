@@ -45,11 +45,19 @@ inline __m512 to_wide(__m256i half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Sixteen floats as hi + lo; an infinite or NaN hi stands alone, since Inf - Inf is NaN.
+// Sixteen floats as hi + lo. A finite float that rounds to infinity is cut instead; an infinite or
+// NaN hi stands alone, since Inf - Inf is NaN.
 struct Split {
   __m256i hi, lo;
 
-  explicit Split(__m512 value) : hi(to_half(value)) {
+  explicit Split(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i largest = _mm512_set1_epi32(0x7F7FFFFF), half = _mm512_set1_epi32(0x7F7F8000);
+    const __m512i size = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 overflows =
+        _mm512_cmpge_epu32_mask(size, half) & _mm512_cmple_epu32_mask(size, largest);
+    hi = _mm256_mask_mov_epi16(to_half(value), overflows,
+                               _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
     const __m512 rest = _mm512_sub_ps(value, to_wide(hi));
     lo = to_half(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(rest, rest, _CMP_ORD_Q), rest));
   }

@@ -1,0 +1,443 @@
+"""Autograd: gradients by finite differences, which of them exist, and what is kept for them."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    DTYPE_PAIRS,
+    F32,
+    F64,
+    HALVES,
+    accumulation_dtype,
+    make_problem,
+    mask_of,
+    pair_id,
+    run_float64,
+    run_ours,
+)
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+import lora_ext
+from lora_ext.reference import lora_linear_reference
+
+OP = torch.ops.lora_ext.lora_linear
+INPUTS = ("x", "lora_a", "lora_b", "bias")
+
+
+def arguments(problem, wanted=INPUTS):
+    """{name: tensor} of one call; those wanted are leaves that require grad."""
+    tensors = {name: getattr(problem, name) for name in (*INPUTS, "weight")}
+    return {
+        name: tensor.detach().clone().requires_grad_() if name in wanted else tensor
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("lead", [(5,), (2, 3), ()], ids=str)
+def test_gradcheck(device, dropout_p, bias, lead):
+    problem = make_problem(lead, 7, 6, 3, (F64, F64), device, bias=bias)
+    seed = torch.tensor(9, device=device)
+    leaves = arguments(problem)
+    weight = leaves.pop("weight")
+
+    def layer(x, lora_a, lora_b, bias=None):
+        return OP(x, weight, lora_a, lora_b, bias, 0.7, dropout_p, seed)
+
+    assert gradcheck(layer, tuple(leaves.values()))
+
+
+def test_gradcheck_would_see_a_wrong_mask_in_backward(device):
+    """The mask of another seed in backward alone is caught: the test above rests on it."""
+    problem = make_problem(5, 7, 6, 3, (F64, F64), device, bias=False)
+
+    class OtherMaskInBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            rest = (problem.weight, problem.lora_a, problem.lora_b, None, 0.7, 0.4)
+            return OP(x, *rest, torch.tensor(9, device=device))
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            x = x.detach().requires_grad_()
+            with torch.enable_grad():
+                rest = (problem.weight, problem.lora_a, problem.lora_b, None, 0.7, 0.4)
+                y = OP(x, *rest, torch.tensor(10, device=device))
+            return torch.autograd.grad(y, x, grad)
+
+    x = problem.x.requires_grad_()
+    assert not gradcheck(OtherMaskInBackward.apply, x, raise_exception=False)
+
+
+# ---- which gradients exist ----
+
+SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(INPUTS, n)]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
+@pytest.mark.parametrize("rows", [7, 60])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_any_combination_of_requires_grad(isa, device, wanted, rows, dropout_p):
+    """Each gradient has the same bits whatever else is asked for, and the rest stay None."""
+    problem = make_problem(rows, 40, 70, 5, device=device, scaling=0.5, integers=3)
+    seed = torch.tensor(1, device=device)
+    leaves = arguments(problem, wanted)
+    y = OP(**leaves, scaling=0.5, dropout_p=dropout_p, seed=seed)
+    y.backward(problem.grad)
+    exact = run_float64(problem, mask_of(problem, dropout_p), 2.0 if dropout_p else 1.0)
+    for name, tensor in leaves.items():
+        assert tensor.requires_grad == (name in wanted)
+        if name in wanted:
+            assert torch.equal(tensor.grad.double(), getattr(exact, f"d{name}")), name
+        else:
+            assert tensor.grad is None, name
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
+def test_only_needed_gradients_are_computed(isa, device, wanted):
+    """autograd.grad may ask for less than requires grad: the op returns None for the others."""
+    problem = make_problem(60, 40, 70, 5, device=device)
+    _, s = torch.ops.lora_ext.lora_linear_forward(
+        problem.x, problem.weight, problem.lora_a, problem.lora_b, None,
+        0.7, 0.0, None, 0, 0, False, None,
+    )  # fmt: skip
+    mask = [name in wanted for name in INPUTS]
+    out = torch.ops.lora_ext.lora_linear_backward(
+        problem.grad, problem.x, problem.weight, problem.lora_a, problem.lora_b, s,
+        0.7, 0.0, None, 0, 0, False, None, mask,
+    )  # fmt: skip
+    assert [gradient is not None for gradient in out] == mask
+
+
+def test_no_base_gemm_without_dx(library_route):
+    """x of the first layer needs no gradient: dX = dY W, the largest product, is not computed."""
+    problem = make_problem(60, 40, 70, 5)
+
+    def matmuls_of_backward(wanted):
+        leaves = arguments(problem, wanted)
+        y = OP(**leaves)
+        with torch.autograd.profiler.profile() as profile:
+            y.backward(problem.grad)
+        return sum(event.name in ("aten::mm", "aten::addmm") for event in profile.function_events)
+
+    all_of_them = matmuls_of_backward(INPUTS)
+    assert matmuls_of_backward(("lora_a", "lora_b")) < all_of_them
+    assert matmuls_of_backward(("lora_b",)) == 1
+    assert matmuls_of_backward(("bias",)) == 0
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+def test_gradients_have_the_dtype_of_their_tensor(isa, device, pair):
+    problem = make_problem(60, 40, 70, 5, pair, device)
+    run = run_ours(problem, 0.5)
+    assert run.dx.dtype == run.dbias.dtype == run.y.dtype == pair[0]
+    assert run.dlora_a.dtype == run.dlora_b.dtype == pair[1]
+    for name, value in run.items():
+        assert value.is_contiguous(), name
+
+
+def test_output_without_any_requires_grad_is_a_leaf(isa, device):
+    problem = make_problem(60, 40, 70, 5, device=device)
+    assert not OP(**arguments(problem, wanted=())).requires_grad
+
+
+# ---- the weight is frozen ----
+
+
+def test_weight_that_requires_grad_is_an_error_under_grad_mode(device):
+    problem = make_problem(60, 40, 70, 5, device=device)
+    problem.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"expected a frozen weight.*requires_grad_"):
+        OP(**arguments(problem))
+    with pytest.raises(RuntimeError, match="expected a frozen weight"):
+        OP(**arguments(problem, wanted=()))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weight_that_requires_grad_is_fine_without_grad_mode(isa, device, mode):
+    problem = make_problem(60, 40, 70, 5, device=device)
+    frozen = OP(**arguments(problem, wanted=()))
+    problem.weight.requires_grad_()
+    with mode():
+        y = OP(**arguments(problem))
+    assert not y.requires_grad
+    assert torch.equal(y, frozen)
+
+
+# ---- higher derivatives and other modes ----
+
+
+def test_double_backward_raises_and_names_the_reference(device):
+    problem = make_problem(6, 5, 4, 3, (F64, F64), device, bias=False)
+    leaves = arguments(problem)
+    y = OP(**leaves)
+    (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"first derivatives only.*reference"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
+def test_double_backward_raises_for_every_gradient(device, wanted):
+    problem = make_problem(6, 5, 4, 3, (F64, F64), device, bias=False)
+    leaves = arguments(problem)
+    y = OP(**leaves)
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaves[wanted], create_graph=True)
+    assert gradient.requires_grad
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        gradient.sum().backward()
+
+
+def test_reference_has_second_derivatives(device):
+    problem = make_problem(3, 4, 3, 2, (F64, F64), device, bias=False)
+    leaves = arguments(problem)
+    weight = leaves.pop("weight")
+    inputs = tuple(leaves.values())
+    assert gradgradcheck(lambda x, a, b: lora_linear_reference(x, weight, a, b), inputs)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_ad_raises_or_is_right(device, requires_grad):
+    """A lost tangent is a wrong derivative that nobody notices."""
+    problem = make_problem(6, 5, 4, 3, (F64, F64), device)
+    tangent = torch.randn_like(problem.x)
+    with forward_ad.dual_level():
+        primal = problem.x.detach().requires_grad_(requires_grad)
+        x = forward_ad.make_dual(primal, tangent)
+        try:
+            y = OP(x, problem.weight, problem.lora_a, problem.lora_b, problem.bias)
+        except (RuntimeError, NotImplementedError):
+            return
+        got = forward_ad.unpack_dual(y).tangent
+    assert got is not None, "the tangent of x was dropped in silence"
+    delta = problem.weight + problem.lora_b @ problem.lora_a
+    torch.testing.assert_close(got, tangent @ delta.t())
+
+
+def test_functorch_raises_or_is_right(device):
+    problem = make_problem(6, 5, 4, 3, (F64, F64), device)
+    rest = (problem.weight, problem.lora_a, problem.lora_b, problem.bias)
+    try:
+        dx = torch.func.grad(lambda x: (OP(x, *rest) * problem.grad).sum())(problem.x)
+    except RuntimeError:
+        return
+    torch.testing.assert_close(
+        dx, run_float64(type(problem)(**{**vars(problem), "scaling": 1.0})).dx
+    )
+
+
+# ---- what is saved ----
+
+
+def storages_saved_by(call):
+    """call()'s result, {address: bytes} of the storages that autograd saves, the tensors saved."""
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    by_address = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    return result, by_address, saved
+
+
+def address(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [20, 96])
+def test_saved_is_x_and_s_and_a_seed(isa, device, pair, dropout_p, rows):
+    problem = make_problem(rows, 64, 80, 5, pair, device)
+    leaves = arguments(problem)
+
+    def call():
+        names = ("x", "weight", "lora_a", "lora_b", "bias")
+        return lora_ext.lora_linear(*(leaves[n] for n in names), 0.7, dropout_p)
+
+    _, storages, _ = storages_saved_by(call)
+    references = {address(leaves[name]) for name in ("weight", "lora_a", "lora_b")}
+    assert references <= set(storages), "they are saved as they are, not copied"
+    assert address(leaves["x"]) in storages
+    of_our_own = {k: v for k, v in storages.items() if k not in references}
+    x_bytes = leaves["x"].untyped_storage().nbytes()
+    s_bytes = rows * 5 * accumulation_dtype(pair[0]).itemsize
+    assert sum(of_our_own.values()) == x_bytes + s_bytes + (8 if dropout_p else 0)
+
+
+@pytest.mark.parametrize("view", ["transposed", "gaps", "expanded"])
+def test_no_copy_of_a_strided_x_is_saved(isa, device, view):
+    x = {
+        "transposed": lambda: torch.randn(64, 96, device=device).t(),
+        "gaps": lambda: torch.randn(96, 80, device=device)[:, 3:67],
+        "expanded": lambda: torch.randn(1, 64, device=device).expand(96, 64),
+    }[view]()
+    problem = make_problem(96, 64, 80, 5, device=device)
+    lora_a = problem.lora_a.requires_grad_()
+    _, storages, _ = storages_saved_by(lambda: OP(x, problem.weight, lora_a, problem.lora_b))
+    assert address(x) in storages
+    s_bytes = 96 * 5 * 4
+    assert sum(storages.values()) == s_bytes + sum(
+        t.untyped_storage().nbytes() for t in (x, problem.weight, lora_a, problem.lora_b)
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast_saves_the_weight_itself(isa, device, dtype):
+    problem = make_problem(96, 64, 80, 5, device=device)
+    leaves = arguments(problem)
+
+    def call():
+        with torch.autocast(device, dtype):
+            return OP(**leaves)
+
+    y, storages, saved = storages_saved_by(call)
+    assert y.dtype == dtype
+    assert address(leaves["weight"]) in storages
+    copies = [t for t in saved if t.shape == leaves["weight"].shape and t.dtype == dtype]
+    assert not copies, "a cast copy of the weight is saved"
+    assert address(leaves["lora_a"]) in storages
+    assert address(leaves["lora_b"]) in storages
+
+
+def test_nothing_is_saved_without_grad(isa, device):
+    problem = make_problem(96, 64, 80, 5, device=device)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert storages_saved_by(lambda: OP(**arguments(problem)))[1] == {}
+    assert storages_saved_by(lambda: OP(**arguments(problem, wanted=())))[1] == {}
+
+
+def test_saved_tensors_may_be_moved_by_hooks(isa, device):
+    """Offloading packs copies: backward reads what unpack returns, not what forward held."""
+    problem = make_problem(96, 64, 80, 5, device=device)
+    plain = run_ours(problem, 0.3)
+    with saved_tensors_hooks(lambda t: t.clone().cpu(), lambda t: t.clone().to(device)):
+        offloaded = run_ours(problem, 0.3)
+    for name, value in plain.items():
+        assert torch.equal(value, getattr(offloaded, name)), name
+
+
+# ---- inputs are read only ----
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [20, 96])
+def test_no_input_is_written_to(isa, device, pair, dropout_p, rows):
+    problem = make_problem(rows, 64, 80, 5, pair, device)
+    before = [tensor.clone() for tensor in problem.tensors]
+    versions = [tensor._version for tensor in problem.tensors]
+    run_ours(problem, dropout_p)
+    for tensor, copy, version in zip(problem.tensors, before, versions, strict=True):
+        assert torch.equal(tensor, copy)
+        assert tensor._version == version
+
+
+def test_outputs_share_no_memory_with_inputs(isa, device):
+    problem = make_problem(96, 64, 64, 5, device=device)
+    run = run_ours(problem, 0.5)
+    addresses = [address(t) for t in (*problem.tensors, *(value for _, value in run.items()))]
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_output_may_be_changed_in_place(isa, device):
+    """y is not saved: relu_ on it, as models do, is allowed and leaves the gradients right."""
+    problem = make_problem(96, 64, 80, 5, device=device)
+    gradients = []
+    for relu in (torch.relu, torch.relu_):
+        leaves = arguments(problem)
+        relu(OP(**leaves)).backward(problem.grad)
+        gradients.append([leaves[name].grad for name in INPUTS])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b"])
+def test_writing_to_a_saved_tensor_is_caught(device, name):
+    problem = make_problem(96, 64, 80, 5, device=device)
+    leaves = arguments(problem)
+    inputs = {**leaves, "x": leaves["x"] * 1, "lora_a": leaves["lora_a"] * 1}
+    inputs["lora_b"] = leaves["lora_b"] * 1
+    y = OP(**inputs)
+    with torch.no_grad():
+        inputs[name].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(problem.grad)
+
+
+def test_retain_graph(isa, device):
+    problem = make_problem(96, 64, 80, 5, (BF16, F32), device)
+    leaves = arguments(problem)
+    y = lora_ext.lora_linear(**leaves, dropout_p=0.5)
+    y.backward(problem.grad, retain_graph=True)
+    first = {name: leaves[name].grad.clone() for name in INPUTS}
+    for leaf in leaves.values():
+        leaf.grad = None
+    y.backward(problem.grad)
+    for name, gradient in first.items():
+        assert torch.equal(gradient, leaves[name].grad), name
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward(problem.grad)
+
+
+def test_gradients_accumulate(isa, device):
+    problem = make_problem(96, 64, 80, 5, device=device)
+    leaves = arguments(problem)
+    for _ in range(2):
+        OP(**leaves).backward(problem.grad)
+    once = run_ours(type(problem)(**{**vars(problem), "scaling": 1.0}))
+    for name in INPUTS:
+        torch.testing.assert_close(
+            leaves[name].grad, 2 * getattr(once, f"d{name}"), rtol=1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize("grad", ["expanded", "transposed", "sliced", "one element"])
+def test_gradient_of_y_may_have_any_strides(isa, device, grad):
+    """sum() hands an expanded gradient to backward, a transpose after the layer a strided one."""
+    problem = make_problem(60, 40, 70, 5, device=device, scaling=0.5, integers=3)
+    strided = {
+        "expanded": lambda: torch.ones((), device=device).expand(60, 70),
+        "transposed": lambda: problem.grad.t().contiguous().t(),
+        "sliced": lambda: torch.cat([problem.grad, problem.grad], 1)[:, 70:],
+        "one element": lambda: problem.grad[:, :1].expand(60, 70),
+    }[grad]()
+    problem = type(problem)(**{**vars(problem), "grad": strided})
+    ours, exact = run_ours(problem, 0.5), run_float64(problem, mask_of(problem, 0.5), 2.0)
+    for name, value in ours.items():
+        assert torch.equal(value.double(), getattr(exact, name)), name
+
+
+def test_accumulate_grad_sees_a_tensor_of_its_own(device):
+    """Hooks that change a gradient in place change nothing else."""
+    problem = make_problem(60, 40, 70, 5, device=device)
+    leaves = arguments(problem)
+    for name in INPUTS:
+        leaves[name].register_hook(lambda gradient: gradient.zero_())
+    OP(**leaves).backward(problem.grad)
+    assert all(not leaves[name].grad.any() for name in INPUTS)
+
+
+def test_a_layer_in_a_custom_thread(device):
+    """Autograd's worker threads run backward; Python threads run layers at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    problem = make_problem(96, 64, 80, 5, device=device, integers=3, scaling=0.5)
+    alone = run_ours(problem, 0.5)
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda _: run_ours(problem, 0.5), range(16)))
+    for run in runs:
+        for name, value in alone.items():
+            assert torch.equal(value, getattr(run, name)), name

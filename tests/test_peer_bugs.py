@@ -1,0 +1,459 @@
+"""Bugs that other LoRA and kernel projects had, as tests of this one.
+
+Docstrings name the peers' public reports.
+"""
+
+import faulthandler
+import gc
+import mmap
+import multiprocessing
+import threading
+import weakref
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    DTYPE_PAIRS,
+    F16,
+    F32,
+    F64,
+    Problem,
+    assert_exact,
+    assert_same_bits,
+    leaf,
+    make_problem,
+    mask_of,
+    pair_id,
+    run_float64,
+    run_ours,
+)
+
+import lora_ext
+
+OP = torch.ops.lora_ext.lora_linear
+EXACT_PAIRS = [(F32, F32), (BF16, F32), (F16, F32)]
+
+
+# ---- sizes ----
+
+
+def spread(values, pitch, storage_offset=0):
+    """A copy of values [rows, cols] with rows `pitch` elements apart, in memory that is not there.
+
+    On the CPU the address range is reserved only: the pages of the rows are all that is allocated.
+    """
+    rows, cols = values.shape
+    elements = pitch * (rows - 1) + cols + storage_offset
+    if values.is_cuda:
+        flat = torch.empty(elements, dtype=values.dtype, device=values.device)
+    else:
+        without_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | without_reserve
+        try:
+            memory = mmap.mmap(-1, elements * values.element_size(), flags=flags)
+        except OSError as error:
+            pytest.skip(f"no address range of {elements} elements: {error}")
+        flat = torch.frombuffer(memory, dtype=values.dtype)
+    return flat.as_strided((rows, cols), (pitch, 1), storage_offset).copy_(values)
+
+
+def with_spread(problem, names, pitch, storage_offset=0):
+    changed = {name: spread(getattr(problem, name), pitch, storage_offset) for name in names}
+    return Problem(**{**vars(problem), **changed})
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("boundary", [2**31 - 1, 2**31, 2**31 + 1])
+@pytest.mark.parametrize("name", ["x", "grad"])
+def test_row_times_stride_beyond_int32(isa, device, dtype, boundary, name):
+    """vllm#53028, vllm#53034: row * stride in 32 bits. Row 64 begins at the boundary, 65 beyond."""
+    problem = make_problem(66, 64, 32, 4, (dtype, F32), device, scaling=0.5, integers=2)
+    pitch, rest = divmod(boundary, 64)
+    far = with_spread(problem, [name], pitch, rest)
+    assert_exact(run_ours(far, 0.5), problem, mask_of(problem, 0.5), 2.0)
+
+
+def in_a_child(check, *arguments):
+    """Runs check(*arguments) in a fork of this process, so that a crash is a failure and no more."""
+    child = multiprocessing.get_context("fork").Process(target=check, args=arguments)
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+        pytest.fail("the child hangs")
+    assert child.exitcode == 0, f"the child ended with {child.exitcode}"
+
+
+def check_far_rows(dtype, names):
+    faulthandler.disable()  # pytest's: the exit code says enough
+    problem = make_problem(64, 64, 32, 4, (dtype, F32), scaling=0.5, integers=2)
+    far = with_spread(problem, names, 2**30 + 64)
+    assert_exact(run_ours(far), problem)
+    assert_exact(run_ours(far, 0.5), problem, mask_of(problem, 0.5), 2.0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("names", [["x"], ["grad"], ["lora_a"], ["lora_b"]], ids="-".join)
+def test_a_row_pitch_beyond_2_to_the_31_bytes(isa, dtype, names):
+    """bitsandbytes#1784, #2067: overflow at 2^30 and 2^31; here the pitch itself is beyond."""
+    spread(torch.zeros(64, 64, dtype=dtype), 2**30 + 64)  # skips where no such range is to be had
+    in_a_child(check_far_rows, dtype, names)
+
+
+@pytest.mark.parametrize("pair", EXACT_PAIRS, ids=pair_id)
+def test_every_rank(isa, device, pair):
+    """lorax#70: wrong at some ranks. Every rank to 257 in one wide pass, and beyond by 17."""
+    for rank in [*range(1, 258), *range(258, 513, 17)]:
+        problem = make_problem(48, 33, 31, rank, pair, device, bias=False, integers=3)
+        problem.weight.zero_()
+        seed = torch.tensor(rank, device=device)
+        tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+        y = OP(*tensors, None, 0.5, 0.5, seed)
+        x, a, b = (t.double() for t in (problem.x, problem.lora_a, problem.lora_b))
+        exact = (mask_of(problem, 0.5, rank) * x) @ a.t() @ b.t()
+        assert torch.equal(y, exact.to(pair[0])), rank
+
+
+@pytest.mark.parametrize("pair", EXACT_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("out_features", [1, 2, 3, 5, 31, 1003, 3424, 3425])
+def test_any_number_of_outputs(isa, device, pair, out_features):
+    """vllm#4708: no kernel for 3424 outputs."""
+    sizes = (48, 33, out_features, 8)
+    problem = make_problem(*sizes, pair, device, scaling=0.25, integers=1)
+    assert_exact(run_ours(problem, 0.5), problem, mask_of(problem, 0.5), 2.0)
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """torch fills what torch.empty returns with NaN, bytes with 255, which are NaN as floats."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# rows, in_features, out_features
+TILES = [
+    (1, 1, 1),
+    (48, 16, 16),
+    (48, 32, 64),
+    (64, 64, 64),
+    (49, 17, 65),
+    (96, 128, 128),
+    (63, 31, 1),
+]
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rows_in_out", TILES, ids=lambda s: "x".join(map(str, s)))
+def test_no_tile_reads_what_was_not_written(isa, device, nan_in_new_memory, pair, rows_in_out):
+    """vllm#48590: NaN from expand where there is one tile. New memory is NaN, results are not."""
+    for rank in (1, 8, 15, 16, 17, 32, 33, 129):
+        problem = make_problem(*rows_in_out, rank, pair, device)
+        for dropout_p in (0.0, 0.5):
+            for name, value in run_ours(problem, dropout_p).items():
+                assert value.isfinite().all(), (rank, dropout_p, name)
+
+
+def test_a_call_remembers_nothing_of_the_call_before(isa, device):
+    """vllm#51121: state prepared for a full batch used on a part of it."""
+    problem = make_problem(200, 65, 97, 9, device=device, scaling=0.5, integers=3)
+    packed = lora_ext.prepack(problem.weight, backward=True)
+    for weight in (problem.weight, packed):
+        run_ours(problem, 0.5, weight=weight)
+        for rows in (199, 61, 48, 47, 1, 0, 200):
+            part = {name: getattr(problem, name)[:rows] for name in ("x", "grad")}
+            part = Problem(**{**vars(problem), **part})
+            assert_exact(run_ours(part, 0.5, weight=weight), part, mask_of(part, 0.5), 2.0)
+
+
+# ---- layouts ----
+
+
+@pytest.mark.parametrize("pair", EXACT_PAIRS, ids=pair_id)
+def test_x_that_is_not_contiguous(isa, device, pair):
+    """vllm#35889: an assert on a strided x, such as heads that attention leaves transposed."""
+    heads = make_problem((2, 4, 15), 16, 16, 4, pair, device, integers=3).x
+    x = heads.transpose(1, 2).flatten(2)  # [2, 15, 64]
+    qkv = torch.cat([x, x, x], -1)
+    for strided in (qkv[..., 64:128], x.transpose(0, 1), qkv[:, ::3, :64]):
+        lead = tuple(strided.shape[:-1])
+        problem = make_problem(lead, 64, 30, 4, pair, device, scaling=0.5, integers=3)
+        problem = Problem(**{**vars(problem), "x": strided})
+        assert_exact(run_ours(problem, 0.5), problem, mask_of(problem, 0.5), 2.0)
+
+
+@pytest.mark.parametrize("pair", EXACT_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "grad"])
+@pytest.mark.parametrize("stride", [0, 1, 12345])
+def test_any_stride_of_a_dimension_of_one(isa, device, pair, name, stride):
+    """pytorch#195066: a product on the CPU was wrong where a dimension of 1 has stride 0."""
+    for sizes in [(1, 33, 31, 4), (60, 1, 31, 4), (60, 33, 1, 4), (60, 33, 31, 1), (1, 1, 1, 1)]:
+        problem = make_problem(*sizes, pair, device, scaling=0.5, integers=3)
+        tensor = getattr(problem, name)
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        strides = [stride if size == 1 else step for size, step in steps]
+        odd = Problem(**{**vars(problem), name: tensor.as_strided(tensor.shape, strides)})
+        assert_exact(run_ours(odd, 0.5), problem, mask_of(problem, 0.5), 2.0)
+
+
+# ---- dtypes ----
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rows", [5, 60])
+def test_no_dtype_is_read_as_another(isa, device, pair, rows):
+    """bitsandbytes#1540: float16 on the CPU was read as float32."""
+    problem = make_problem(rows, 64, 48, 8, pair, device)
+    exact = run_float64(problem, mask_of(problem, 0.5), 2.0)
+    for name, value in run_ours(problem, 0.5).items():
+        torch.testing.assert_close(
+            value.double(), getattr(exact, name), rtol=0.02, atol=0.02 * exact.y.abs().max().item()
+        )
+
+
+DTYPES = [F64, F32, BF16, F16]
+
+
+@pytest.mark.parametrize("cast", [None, BF16, F16], ids=str)
+@pytest.mark.parametrize("adapters", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", DTYPES, ids=str)
+@pytest.mark.parametrize("x", DTYPES, ids=str)
+def test_every_mixture_of_dtypes_runs_or_is_refused(device, cast, adapters, weight, x):
+    """unsloth#320, unsloth#7020: mixed float32 and bfloat16 crashed in the middle of a step."""
+    problem = make_problem(60, 32, 48, 4, device=device, bias=False)
+    tensors = [problem.x.to(x), problem.weight.to(weight)]
+    tensors += [problem.lora_a.to(adapters), problem.lora_b.to(adapters)]
+    leaves = [tensors[0].requires_grad_(), *(t.requires_grad_() for t in tensors[2:])]
+    inside = x if cast is None or x == F64 else cast
+    try:
+        with torch.autocast(device, cast or BF16, enabled=cast is not None):
+            y = OP(*tensors)
+    except TypeError as error:
+        assert "expected" in str(error)
+        fits = cast is not None or (weight == x and (adapters == x or adapters == F32 != x != F64))
+        assert not fits or x == F64 or adapters == F64
+        return
+    assert y.dtype == inside
+    y.sum().backward()
+    wanted = torch.nn.functional.linear(problem.x, problem.weight + problem.lora_b @ problem.lora_a)
+    torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.1)
+    for tensor in leaves:
+        assert tensor.grad.dtype == tensor.dtype
+        assert tensor.grad.isfinite().all()
+
+
+# ---- gradients ----
+
+
+@pytest.mark.parametrize("pair", EXACT_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rows", [30, 90])
+def test_dropout_is_in_dx_too(isa, device, pair, rows):
+    """fms-acceleration#97: with fused dropout dx was wrong, dlora_a and dlora_b right."""
+    problem = make_problem(rows, 70, 50, 6, pair, device, scaling=0.5, integers=3)
+    problem.weight.zero_()
+    mask, run = mask_of(problem, 0.5), run_ours(problem, 0.5)
+    assert torch.equal(run.dx, run_float64(problem, mask, 2.0).dx.to(pair[0]))
+    assert not run.dx[~mask].any()
+    assert run.dx[mask].any()
+
+
+@pytest.mark.parametrize("scaling", [-1.0, -0.25, 0.0])
+def test_negative_scaling(isa, device, scaling):
+    """peft#2918: adapters with a negative weight were added with the wrong sign."""
+    problem = make_problem(60, 33, 31, 4, device=device, scaling=scaling, integers=3)
+    assert_exact(run_ours(problem, 0.5), problem, mask_of(problem, 0.5), 2.0)
+
+
+def test_no_write_into_what_others_own(isa, device):
+    """peft#1372, unsloth#895: an in-place result or gradient broke leaves, views and other layers.
+
+    x is a leaf that three layers share, in one case a view of one; hooks see each gradient; the
+    graph is run twice.
+    """
+    problem = make_problem(60, 40, 40, 4, device=device, scaling=0.5, integers=2)
+    tensors = (problem.weight, problem.lora_a, problem.lora_b)
+    whole = torch.cat([problem.x, problem.x]).requires_grad_()
+    x = whole[60:]
+    before = whole.detach().clone()
+    layers = [OP(x, *tensors, None, 0.5) for _ in range(3)]
+    total = layers[0] + layers[1] * 2 + torch.tanh(layers[2])
+    grad = torch.ones_like(total)
+    (first,) = torch.autograd.grad(total, whole, grad, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(total, whole, grad)
+    assert torch.equal(first, second)
+    assert torch.equal(first, kept)
+    assert torch.equal(whole.detach(), before)
+    assert grad.eq(1).all()
+    assert not first[:60].any()
+
+
+def test_requires_grad_differs_between_calls(isa, device):
+    """pytorch#141039, in eager mode: a frozen call between two trained ones changes neither."""
+    problem = make_problem(60, 40, 30, 4, device=device)
+    trained = run_ours(problem, 0.5)
+    seed = torch.tensor(1, device=device)
+    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b, problem.bias)
+    with torch.no_grad():
+        frozen = OP(*tensors, problem.scaling, 0.5, seed)
+    assert torch.equal(frozen, trained.y)
+    assert_same_bits(run_ours(problem, 0.5), trained)
+
+
+def test_adapters_that_do_not_fit_read_nothing(device):
+    """onnxruntime#27518, llama.cpp#29128: a shape from a file led to a read out of bounds."""
+    problem = make_problem(60, 40, 30, 4, device=device)
+    shapes = [(4, 40), (40, 4), (4, 39), (4, 41), (5, 40), (160,), (1, 160), (0, 40), (4, 0)]
+    others = [(30, 4), (4, 30), (30, 5), (29, 4), (31, 4), (120,), (0, 4), (30, 0)]
+    for a in shapes:
+        for b in others:
+            lora_a, lora_b = torch.zeros(a, device=device), torch.zeros(b, device=device)
+            if a in [(4, 40), (5, 40)] and b == (30, a[0]):
+                OP(problem.x, problem.weight, lora_a, lora_b)
+            else:
+                with pytest.raises(RuntimeError, match="expected"):
+                    OP(problem.x, problem.weight, lora_a, lora_b)
+
+
+# ---- repeats, threads, lifetimes ----
+
+
+def test_250_repeats(isa, device, two_threads):
+    """flash-attention#359, #2481: races that show once in many runs."""
+    problem = make_problem(96, 200, 160, 16, (BF16, F32), device)
+    first = run_ours(problem, 0.3)
+    for _ in range(250):
+        assert_same_bits(run_ours(problem, 0.3), first)
+
+
+def test_layers_in_eight_threads(isa, device):
+    """Races between callers: eight Python threads, a seed of its own each."""
+    problem = make_problem(96, 100, 80, 8, device=device)
+    alone = [run_ours(problem, 0.3, seed=seed) for seed in range(8)]
+    wrong = []
+
+    def work(seed):
+        for _ in range(10):
+            run = run_ours(problem, 0.3, seed=seed)
+            if not torch.equal(run.dlora_a, alone[seed].dlora_a) or not torch.equal(
+                run.y, alone[seed].y
+            ):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_nothing_outlives_its_owner(isa, device):
+    """torchtune#904: a cache kept models alive."""
+    problem = make_problem(60, 40, 30, 4, device=device)
+    tensors = [leaf(t.clone()) for t in (problem.x, problem.lora_a, problem.lora_b)]
+    weight = problem.weight.clone()
+    packed = lora_ext.prepack(weight, backward=True)
+    y = lora_ext.lora_linear(tensors[0], packed, *tensors[1:], dropout_p=0.5)
+    y.sum().backward()
+    watched = [weakref.ref(t) for t in (*tensors, weight, packed, y)]
+    del tensors, weight, packed, y
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * len(watched)
+
+
+def test_memory_is_flat_over_many_calls(isa):
+    """torchtune#904 again: 300 calls allocate no more than the first few."""
+    import resource
+
+    problem = make_problem(256, 256, 256, 16, (BF16, F32))
+
+    def peak():
+        for _ in range(150):
+            run_ours(problem, 0.3)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    first = peak()
+    assert peak() <= first + 4096  # KiB
+
+
+# ---- CUDA ----
+
+
+def two_devices():
+    return pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+
+
+@pytest.mark.gpu
+@two_devices()
+def test_tensors_on_a_device_that_is_not_the_current_one():
+    """pytorch#54077, FBGEMM#5113: a missing device guard."""
+    problem = make_problem(60, 40, 30, 4, device="cuda:1", scaling=0.5, integers=3)
+    with torch.cuda.device(0):
+        run = run_ours(problem, 0.5)
+    assert run.y.device == torch.device("cuda:1")
+    assert_exact(run, problem, mask_of(problem, 0.5), 2.0)
+
+
+def needs_cuda():
+    return pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_cuda()
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_graph_replay_with_new_inputs(dropout_p):
+    """pytorch#114048: a kernel off the current stream is not captured, and replay does nothing."""
+    problem = make_problem(60, 40, 30, 4, device="cuda", scaling=0.5, integers=3)
+    x = problem.x.clone()
+    seed = torch.tensor(1, device="cuda")
+    tensors = (problem.weight, problem.lora_a, problem.lora_b, problem.bias, 0.5, dropout_p, seed)
+    with torch.no_grad():
+        OP(x, *tensors)  # loads kernels before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = OP(x, *tensors)
+        for new_seed in (1, 2):
+            x.copy_(make_problem(60, 40, 30, 4, device="cuda", integers=3, seed=new_seed).x)
+            seed.fill_(new_seed)
+            graph.replay()
+            assert torch.equal(y, OP(x, *tensors))
+
+
+@pytest.mark.gpu
+@needs_cuda()
+def test_a_graph_draws_a_new_mask_at_each_replay():
+    """A seed drawn on the host would be frozen into the graph."""
+    problem = make_problem(60, 40, 30, 4, device="cuda")
+    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    with torch.no_grad():
+        lora_ext.lora_linear(*tensors, dropout_p=0.5)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = lora_ext.lora_linear(*tensors, dropout_p=0.5)
+        graph.replay()
+        first = y.clone()
+        graph.replay()
+    assert not torch.equal(first, y)
+
+
+@pytest.mark.gpu
+@needs_cuda()
+def test_a_side_stream():
+    """Work queued on another stream is waited for by nobody but that stream."""
+    problem = make_problem(256, 256, 256, 16, device="cuda", scaling=0.5, integers=3)
+    expected = run_ours(problem, 0.5)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = Problem(**{**vars(problem), "x": torch.zeros_like(problem.x)})
+        torch.cuda._sleep(10_000_000)
+        late.x.copy_(problem.x)
+        run = run_ours(late, 0.5)
+    stream.synchronize()
+    assert_same_bits(run, expected)

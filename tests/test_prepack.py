@@ -1,0 +1,482 @@
+"""PackedWeight: the same numbers from a packed copy, which no change of the weight outlives."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    DTYPE_PAIRS,
+    F16,
+    F32,
+    F64,
+    make_problem,
+    max_error,
+    pair_id,
+    run_float64,
+    run_ours,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lora_ext
+from lora_ext import PackedWeight, lora_linear, prepack
+
+PACKED_PAIRS = [(F32, F32), (BF16, F32), (BF16, BF16)]
+
+
+def packable(dtype) -> bool:
+    supported = torch.backends.mkldnn.is_available()
+    return supported and (dtype == F32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@pytest.fixture(params=PACKED_PAIRS, ids=pair_id)
+def pair(request):
+    if not packable(request.param[0]):
+        pytest.skip(f"oneDNN does not pack {request.param[0]} on this processor")
+    return request.param
+
+
+@pytest.fixture
+def debug():
+    PackedWeight.debug = True
+    yield
+    PackedWeight.debug = False
+
+
+def packed_weight(dtype=F32, shape=(70, 40), **options) -> PackedWeight:
+    packed = prepack(torch.randn(shape).to(dtype), **options)
+    assert packed.is_packed, packed.reason
+    return packed
+
+
+def call(weight, rows=60, **options):
+    """lora_linear of a fixed problem on a given weight."""
+    problem = make_problem(rows, 40, 70, 5)
+    return lora_linear(problem.x, weight, problem.lora_a, problem.lora_b, **options)
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [(2, 40, 70, 5), (61, 129, 95, 8), (200, 256, 192, 16)], ids=str)
+def test_packed_agrees_with_unpacked(isa, pair, backward, bias, dropout_p, sizes):
+    """Both are bounded by the errors that a product in this dtype makes against float64."""
+    from helpers import keep_scale_of, mask_of
+
+    problem = make_problem(*sizes, pair, bias=bias)
+    packed = prepack(problem.weight, backward=backward)
+    assert packed.is_packed
+    plain = run_ours(problem, dropout_p)
+    with_pack = run_ours(problem, dropout_p, weight=packed)
+    scale = keep_scale_of(dropout_p) if dropout_p else 1.0
+    exact = run_float64(problem, mask_of(problem, dropout_p), scale)
+    for name in ("y", "dx"):
+        wanted = getattr(exact, name)
+        floor = 4 * torch.finfo(F32).eps * wanted.abs().max().item()
+        bound = 2 * max_error(getattr(plain, name), wanted) + floor
+        assert max_error(getattr(with_pack, name), wanted) <= bound, name
+    for name in ("dlora_a", "dlora_b"):  # the base product has no part in them
+        assert torch.equal(getattr(with_pack, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize("rows", [2, 17, 60])
+def test_packed_integers_are_exact(isa, pair, rows):
+    problem = make_problem(rows, 77, 83, 4, pair, scaling=0.5, integers=1)
+    packed = prepack(problem.weight, backward=True)
+    exact = run_float64(problem)
+    run = run_ours(problem, weight=packed)
+    for name, value in run.items():
+        assert torch.equal(value, getattr(exact, name).to(value.dtype)), name
+
+
+@pytest.mark.parametrize("view", ["expanded", "transposed", "gaps", "shifted", "three dimensions"])
+def test_packed_takes_any_strides_of_x(pair, view):
+    packed = packed_weight(pair[0], (70, 40), backward=True)
+    x = {
+        "expanded": lambda: torch.randn(1, 40).to(pair[0]).expand(60, 40),
+        "transposed": lambda: torch.randn(40, 60).to(pair[0]).t(),
+        "gaps": lambda: torch.randn(60, 50).to(pair[0])[:, 3:43],
+        "shifted": lambda: torch.randn(60 * 40 + 1).to(pair[0])[1:].view(60, 40),
+        "three dimensions": lambda: torch.randn(3, 20, 40).to(pair[0]),
+    }[view]()
+    lora_a, lora_b = torch.randn(5, 40).to(pair[1]), torch.randn(70, 5).to(pair[1])
+    results = []
+    for weight in (packed, packed.weight):
+        leaf = x.detach().requires_grad_()
+        y = lora_linear(leaf, weight, lora_a, lora_b)
+        y.sum().backward()
+        results.append((y, leaf.grad))
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if pair[0] == F32 else {"rtol": 2e-2, "atol": 0.25}
+    for packed_value, plain_value in zip(*results, strict=True):
+        torch.testing.assert_close(packed_value, plain_value, **tolerance)
+
+
+def test_the_pack_is_really_used():
+    """With another weight's pack the result is that weight's: proof of the route, and no more."""
+    wrong, right = packed_weight(), packed_weight()
+    wrong._packed = right._packed
+    assert torch.allclose(call(wrong), call(right.weight), atol=1e-4)
+    assert not torch.allclose(call(wrong), call(wrong.weight), atol=1e-1)
+
+
+def test_the_transposed_pack_is_really_used():
+    wrong, right = packed_weight(backward=True), packed_weight(backward=True)
+    wrong._packed_t = right._packed_t
+    gradients = []
+    for weight in (wrong, wrong.weight, right.weight):
+        problem = make_problem(60, 40, 70, 5)
+        x = problem.x.requires_grad_()
+        lora_linear(x, weight, problem.lora_a, problem.lora_b).backward(problem.grad)
+        gradients.append(x.grad)
+    got, of_wrong, of_right = gradients
+    assert torch.allclose(got, of_right, atol=1e-4)
+    assert not torch.allclose(got, of_wrong, atol=1e-1)
+
+
+def test_empty_batch_and_one_row():
+    packed = packed_weight()
+    assert call(packed, rows=0).shape == (0, 70)
+    assert torch.equal(call(packed, rows=1), call(packed.weight, rows=1))  # float32: unpacked
+
+
+# ---- what is packed, and what not, and why ----
+
+
+@pytest.mark.parametrize("dtype", [F16, F64], ids=str)
+def test_other_dtypes_stay_unpacked_with_a_reason(dtype):
+    packed = prepack(torch.randn(70, 40).to(dtype))
+    assert not packed.is_packed
+    assert packed.nbytes == 0
+    assert str(dtype) in packed.reason
+    assert packed.route(64) == ("unpacked", packed.reason)
+    problem = make_problem(60, 40, 70, 5, (dtype, dtype))
+    tensors = (problem.lora_a, problem.lora_b)
+    y = lora_linear(problem.x, packed, *tensors)
+    assert torch.equal(y, lora_linear(problem.x, packed.weight, *tensors))
+
+
+def test_other_devices_stay_unpacked_with_a_reason():
+    packed = prepack(torch.empty(70, 40, device="meta"))
+    assert not packed.is_packed
+    assert "meta" in packed.reason
+
+
+@pytest.mark.gpu
+def test_cuda_stays_unpacked_with_a_reason():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    packed = prepack(torch.randn(70, 40, device="cuda"))
+    assert not packed.is_packed
+    assert "cuda" in packed.reason
+    problem = make_problem(60, 40, 70, 5, device="cuda")
+    tensors = (problem.lora_a, problem.lora_b)
+    y = lora_linear(problem.x, packed, *tensors)
+    assert torch.equal(y, lora_linear(problem.x, packed.weight, *tensors))
+
+
+@pytest.mark.parametrize("shape", [(0, 40), (70, 0)])
+def test_nothing_to_pack(shape):
+    packed = prepack(torch.empty(shape))
+    assert not packed.is_packed
+    assert packed.reason
+
+
+def test_the_original_weight_is_kept_and_not_changed():
+    weight = torch.randn(70, 40)
+    before, version = weight.clone(), weight._version
+    packed = prepack(weight, backward=True)
+    assert packed.weight is weight
+    assert torch.equal(weight, before)
+    assert weight._version == version
+    assert packed.reason == ""
+
+
+@pytest.mark.parametrize("layout", ["transposed", "gaps", "shifted"])
+def test_a_strided_weight(layout):
+    weight = {
+        "transposed": lambda: torch.randn(40, 70).t(),
+        "gaps": lambda: torch.randn(70, 50)[:, 3:43],
+        "shifted": lambda: torch.randn(70 * 40 + 1)[1:].view(70, 40),
+    }[layout]()
+    packed = prepack(weight, backward=True)
+    assert packed.is_packed
+    assert torch.allclose(call(packed), call(weight), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_nbytes(dtype):
+    if not packable(dtype):
+        pytest.skip("not packed on this processor")
+    one, two = (packed_weight(dtype, (64, 32), backward=b) for b in (False, True))
+    assert one.nbytes == 64 * 32 * dtype.itemsize
+    assert two.nbytes == 2 * one.nbytes
+
+
+def test_route():
+    packed = packed_weight()
+    assert packed.route(64)[0] == "packed"
+    route, reason = packed.route(1)
+    assert route == "unpacked"
+    assert "2 rows" in reason
+    with torch.no_grad():
+        packed.weight.add_(1)
+    route, reason = packed.route(64)
+    assert route == "unpacked"
+    assert "written to" in reason
+
+
+def test_repr_says_what_it_is():
+    packed = packed_weight()
+    assert "packed, 11200 bytes" in repr(packed)
+    packed.drop("for a merge")
+    assert "unpacked: for a merge" in repr(packed)
+
+
+# ---- what drops the pack ----
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_copies_and_pickles_hold_the_weight_alone(how):
+    packed = packed_weight(backward=True)
+    other = how(packed)
+    assert packed.is_packed
+    assert not other.is_packed
+    assert "prepack again" in other.reason
+    assert torch.equal(other.weight, packed.weight)
+    assert torch.equal(call(other), call(packed.weight))
+
+
+def test_a_pickle_holds_no_packed_bytes():
+    weight = torch.randn(256, 256)
+    assert len(pickle.dumps(prepack(weight, backward=True))) < 1.2 * weight.nbytes
+
+
+def test_torch_save_and_load(tmp_path):
+    packed = packed_weight()
+    torch.save({"weight": packed}, tmp_path / "weight.pt")
+    loaded = torch.load(tmp_path / "weight.pt", weights_only=False)["weight"]
+    assert not loaded.is_packed
+    assert torch.equal(loaded.weight, packed.weight)
+
+
+def test_to_another_dtype_or_device_drops_the_pack():
+    packed = packed_weight()
+    assert packed.to(F32) is packed
+    assert packed.to("cpu") is packed
+    for other in (packed.to(F64), packed.to("meta"), packed.to(F32, copy=True)):
+        assert not other.is_packed
+        assert ".to()" in other.reason
+    assert packed.is_packed
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_write_in_place_drops_the_pack(backward):
+    packed = packed_weight(backward=backward)
+    call(packed)
+    with torch.no_grad():
+        packed.weight.mul_(2)
+    y = call(packed)
+    assert torch.equal(y, call(packed.weight))
+    assert not packed.is_packed
+    assert "written to" in packed.reason
+    assert packed.nbytes == 0
+
+
+def test_a_write_through_a_view_drops_the_pack():
+    packed = packed_weight()
+    with torch.no_grad():
+        packed.weight[3].zero_()
+    assert torch.equal(call(packed), call(packed.weight))
+    assert not packed.is_packed
+
+
+def test_load_state_dict_drops_the_pack():
+    layer = torch.nn.Linear(40, 70, bias=False).requires_grad_(False)
+    packed = prepack(layer.weight)
+    layer.load_state_dict({"weight": torch.randn(70, 40)})
+    assert torch.equal(call(packed), call(layer.weight))
+    assert not packed.is_packed
+
+
+def test_a_write_to_weight_data_is_found_by_verify():
+    """It changes no version counter, and peft's merge writes so."""
+    packed = packed_weight()
+    packed.verify()
+    packed.weight.data += 0.01
+    with pytest.raises(RuntimeError, match="written to since; call prepack again"):
+        packed.verify()
+
+
+@pytest.mark.parametrize("shape", [(70, 40), (300, 257)])
+def test_verify_finds_any_write_of_all_elements(shape):
+    for write in (torch.neg, torch.zeros_like, lambda w: w * 1.001, lambda w: w.roll(1)):
+        packed = packed_weight(shape=shape)
+        packed.weight.data.copy_(write(packed.weight.data))
+        with pytest.raises(RuntimeError, match="written to"):
+            packed.verify()
+
+
+def test_a_write_to_weight_data_raises_in_debug_mode(debug):
+    packed = packed_weight()
+    call(packed)
+    packed.weight.data += 0.01
+    with pytest.raises(RuntimeError, match="written to"):
+        call(packed)
+
+
+def test_verify_of_what_is_not_packed():
+    packed = packed_weight()
+    packed.drop()
+    packed.weight.data += 1
+    packed.verify()
+    prepack(torch.randn(4, 4, dtype=F64)).verify()
+
+
+def test_drop():
+    packed = packed_weight(backward=True)
+    plain = call(packed.weight)
+    packed.drop()
+    assert not packed.is_packed
+    assert packed.nbytes == 0
+    assert packed.route(64) == ("unpacked", "dropped")
+    assert torch.equal(call(packed), plain)
+    packed.drop("again, for another reason")
+    assert packed.reason == "again, for another reason"
+
+
+def test_drop_between_forward_and_backward():
+    """Backward keeps the pack that its forward pass was given; nothing dangles."""
+    packed = packed_weight(backward=True)
+    problem = make_problem(60, 40, 70, 5)
+    x = problem.x.requires_grad_()
+    y = lora_linear(x, packed, problem.lora_a, problem.lora_b)
+    packed.drop()
+    y.backward(problem.grad)
+    wanted = problem.grad @ (packed.weight + problem.lora_b @ problem.lora_a)
+    torch.testing.assert_close(x.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_write_between_forward_and_backward_is_caught():
+    packed = packed_weight(backward=True)
+    problem = make_problem(60, 40, 70, 5)
+    y = lora_linear(problem.x.requires_grad_(), packed, problem.lora_a, problem.lora_b)
+    with torch.no_grad():
+        packed.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(problem.grad)
+
+
+def test_a_pack_is_freed_with_its_last_user():
+    import weakref
+
+    packed = packed_weight(backward=True)
+    watched = [weakref.ref(packed), weakref.ref(packed._packed), weakref.ref(packed._packed_t)]
+    call(packed)
+    del packed
+    assert [ref() for ref in watched] == [None] * 3
+
+
+# ---- together with the rest of torch ----
+
+
+def test_prepack_in_inference_mode():
+    with torch.inference_mode():
+        packed = packed_weight()
+        assert torch.allclose(call(packed), call(packed.weight), atol=1e-4)
+    assert packed.is_packed
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_under_autocast(dtype):
+    """A pack in the autocast dtype is used; any other gives way to a cast of the weight."""
+    if not packable(dtype):
+        pytest.skip("not packed on this processor")
+    packed = packed_weight(dtype, backward=True)
+    results = []
+    for weight in (packed, packed.weight):
+        problem = make_problem(60, 40, 70, 5)
+        x = problem.x.requires_grad_()
+        with torch.autocast("cpu", BF16):
+            y = lora_linear(x, weight, problem.lora_a, problem.lora_b)
+        y.backward(problem.grad.to(BF16))
+        results.append((y, x.grad))
+    for packed_value, plain_value in zip(*results, strict=True):
+        torch.testing.assert_close(packed_value, plain_value, rtol=2e-2, atol=0.1)
+
+
+def test_float64_under_autocast_gives_way_to_the_weight():
+    """Autocast leaves float64 alone, so that the pack of a bfloat16 weight does not fit x."""
+    if not packable(BF16):
+        pytest.skip("bfloat16 is not packed on this processor")
+    packed = packed_weight(BF16)
+    problem = make_problem(60, 40, 70, 5, (F64, F64))
+    with torch.autocast("cpu", BF16):
+        y, plain = (
+            lora_linear(problem.x, weight, problem.lora_a, problem.lora_b)
+            for weight in (packed, packed.weight)
+        )
+    assert torch.equal(y, plain)
+
+
+def test_weight_that_requires_grad_later_is_refused():
+    packed = packed_weight()
+    packed.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="expected a frozen weight"):
+        call(packed)
+
+
+def test_a_dtype_that_does_not_fit_is_refused_before_the_pack_is_read():
+    packed = packed_weight(BF16) if packable(BF16) else packed_weight()
+    problem = make_problem(60, 40, 70, 5, (F64, F64))
+    with pytest.raises(TypeError, match="expected weight of x's dtype"):
+        lora_linear(problem.x, packed, problem.lora_a, problem.lora_b)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_compile_falls_back_to_the_weight(backward):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    packed = packed_weight(backward=backward)
+    problem = make_problem(60, 40, 70, 5)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(x):
+        return lora_linear(x, packed, problem.lora_a, problem.lora_b)
+
+    assert torch.equal(step(problem.x), call(packed.weight))
+    assert packed.is_packed
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_checkpoint_with_a_packed_weight():
+    from torch.utils.checkpoint import checkpoint
+
+    packed = packed_weight(backward=True)
+    gradients = []
+    for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        torch.manual_seed(2)
+        problem = make_problem(60, 40, 70, 5)
+        x = problem.x.requires_grad_()
+        adapters = (problem.lora_a, problem.lora_b)
+        y = wrap(lambda x, adapters=adapters: lora_linear(x, packed, *adapters, dropout_p=0.5), x)
+        y.backward(problem.grad)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+def test_every_dtype_runs_or_raises(pair):
+    """Of a packed float32 weight: no route reads it as another dtype."""
+    packed = prepack(torch.randn(70, 40))
+    problem = make_problem(60, 40, 70, 5, pair)
+    tensors = (problem.lora_a, problem.lora_b)
+    if pair[0] == F32:
+        assert lora_ext.lora_linear(problem.x, packed, *tensors).dtype == F32
+    else:
+        with pytest.raises(TypeError):
+            lora_ext.lora_linear(problem.x, packed, *tensors)

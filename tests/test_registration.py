@@ -1,0 +1,463 @@
+"""The ops as torch sees them: schemas, dispatch keys, shapes without data, compile, export."""
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    HALVES,
+    leaf,
+    make_problem,
+    pair_id,
+    relative_error,
+    run_float64,
+    run_ours,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import lora_ext
+from lora_ext import _C
+
+OPS = torch.ops.lora_ext
+NAMES = ("lora_linear", "lora_linear_forward", "lora_linear_backward", "dropout_mask")
+
+
+# ---- registration ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", ["CPU", "Meta", "AutogradCPU", "AutogradCUDA"])
+def test_every_op_has_a_kernel_for(name, key):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"lora_ext::{name}", key)
+
+
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA", "MkldnnCPU", "CUDA"])
+def test_the_public_op_has_a_kernel_for(key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lora_ext::lora_linear", key)
+
+
+def test_dropout_mask_has_a_cuda_kernel_where_cuda_is_built():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key("lora_ext::dropout_mask", "CUDA")
+    assert has == _C.with_cuda
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ops_declare_no_mutation(name):
+    op = getattr(OPS, name).default
+    assert not op._schema.is_mutable
+    assert torch.Tag.pt2_compliant_tag in op.tags
+    aliased = (*op._schema.arguments, *op._schema.returns)
+    assert all(argument.alias_info is None for argument in aliased)
+
+
+# ---- opcheck ----
+
+SAMPLES = {
+    "plain": ((60,), (F32, F32), {}),
+    "one row": ((), (F32, F32), {}),
+    "batch": ((2, 3, 10), (BF16, BF16), {"bias": False}),
+    "wide adapters": ((60,), (BF16, F32), {}),
+    "float16": ((7,), (F16, F32), {}),
+    "float64": ((60,), (F64, F64), {}),
+    "no rows": ((0,), (F32, F32), {}),
+}
+
+
+def sample(name, device):
+    lead, pair, options = SAMPLES[name]
+    return make_problem(lead, 16, 24, 3, pair, device, **options)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck_lora_linear(device, name, dropout_p):
+    problem = sample(name, device)
+    seed = torch.tensor(3, device=device) if dropout_p else None
+    leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b, problem.bias)]
+    inputs = (leaves[0], problem.weight, *leaves[1:], 0.7, dropout_p, seed, 2, 1)
+    torch.library.opcheck(OPS.lora_linear.default, inputs)
+
+
+def test_opcheck_strided_inputs(device):
+    problem = sample("plain", device)
+    x = torch.cat([problem.x] * 2, 1)[:, 16:].requires_grad_()
+    rest = (t.t().contiguous().t() for t in (problem.weight, problem.lora_a, problem.lora_b))
+    torch.library.opcheck(OPS.lora_linear.default, (x, *rest))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck_lora_linear_forward(device, name, dropout_p):
+    problem = sample(name, device)
+    seed = torch.tensor(3, device=device) if dropout_p else None
+    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b, problem.bias)
+    inputs = (*tensors, 0.7, dropout_p, seed, 2, 1, False, None)
+    torch.library.opcheck(OPS.lora_linear_forward.default, inputs)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(
+    "mask", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 1, 1, 0)]
+)
+def test_opcheck_lora_linear_backward(device, name, mask):
+    problem = sample(name, device)
+    seed = torch.tensor(3, device=device)
+    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    tail = (0.7, 0.5, seed, 2, 1, False, None)
+    _, s = OPS.lora_linear_forward(*tensors, problem.bias, *tail)
+    inputs = (problem.grad, *tensors, s, *tail, [bool(m) for m in mask])
+    torch.library.opcheck(OPS.lora_linear_backward.default, inputs)
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (0, 9), (1, 130)])
+def test_opcheck_dropout_mask(device, shape):
+    seed = torch.tensor(3, device=device)
+    torch.library.opcheck(OPS.dropout_mask.default, (seed, *shape, 0.3, 5, 3))
+
+
+# ---- shapes without data ----
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_meta_agrees_with_real(device, name):
+    """Shape, dtype and strides of every output."""
+    problem = sample(name, device)
+    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    tail = (0.7, 0.0, None, 0, 0, False, None)
+
+    def outputs(place):
+        x, weight, lora_a, lora_b = (t.to(place) for t in tensors)
+        bias = None if problem.bias is None else problem.bias.to(place)
+        y, s = OPS.lora_linear_forward(x, weight, lora_a, lora_b, bias, *tail)
+        grads = OPS.lora_linear_backward(
+            problem.grad.to(place), x, weight, lora_a, lora_b, s, *tail, [True] * 4
+        )
+        return (OPS.lora_linear(x, weight, lora_a, lora_b, bias), y, s, *grads)
+
+    for real, meta in zip(outputs(device), outputs("meta"), strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (meta.shape, meta.dtype, meta.stride())
+
+
+def test_meta_of_a_layer_larger_than_memory():
+    x = torch.empty(8, 4096, 2**20, dtype=BF16, device="meta")
+    weight = torch.empty(2**20, 2**20, dtype=BF16, device="meta")
+    lora_a, lora_b = torch.empty(64, 2**20, device="meta"), torch.empty(2**20, 64, device="meta")
+    assert lora_ext.lora_linear(x, weight, lora_a, lora_b, dropout_p=0.1).shape == x.shape
+
+
+def test_fake_mode(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        problem = make_fake(device)
+        run = run_ours(problem, 0.3)
+        assert run.y.shape == (60, 24)
+        assert run.dlora_a.dtype == F32
+
+
+def make_fake(device):
+    """A problem whose tensors hold no data."""
+    from helpers import Problem
+
+    def empty(*shape, dtype=BF16):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    adapters = {"lora_a": empty(3, 16, dtype=F32), "lora_b": empty(24, 3, dtype=F32)}
+    plain = {"x": empty(60, 16), "weight": empty(24, 16), "bias": empty(24), "grad": empty(60, 24)}
+    return Problem(**plain, **adapters, scaling=0.5)
+
+
+# ---- torch.compile ----
+
+
+@pytest.fixture
+def counter():
+    """A backend that counts the graphs it is given and runs them through AOTAutograd."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def step_of(problem, **options):
+    """A training step as a function of x and the adapters, for eager and for compile."""
+
+    def step(x, lora_a, lora_b):
+        y = lora_ext.lora_linear(
+            x, problem.weight, lora_a, lora_b, problem.bias, problem.scaling, **options
+        )
+        return y * 2
+
+    return step
+
+
+def run_step(step, problem, wanted=("x", "lora_a", "lora_b")):
+    tensors = {n: getattr(problem, n).detach().clone() for n in ("x", "lora_a", "lora_b")}
+    for name in wanted:
+        tensors[name].requires_grad_()
+    torch.manual_seed(11)
+    y = step(*tensors.values())
+    if wanted:
+        y.backward(problem.grad)
+    return y.detach(), *(t.grad for t in tensors.values())
+
+
+def assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=pair_id)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_compiled_step_is_one_graph_with_the_same_bits(device, counter, pair, dropout_p):
+    problem = make_problem((2, 30), 16, 24, 3, pair, device)
+    step = step_of(problem, dropout_p=dropout_p)
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    assert_same(run_step(compiled, problem), run_step(step, problem))
+    assert counter.frame_count == 1
+
+
+def test_compiled_with_dynamic_rows_does_not_recompile(device, counter):
+    def step(x, lora_a, lora_b, weight, bias):
+        return lora_ext.lora_linear(x, weight, lora_a, lora_b, bias, 0.7, dropout_p=0.3)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (8, 60, 51, 130, 1000):
+        problem = make_problem(rows, 16, 24, 3, device=device)
+        frozen = (problem.weight, problem.bias)
+        eager, one_graph = (
+            run_step(lambda *adapted, f=f, frozen=frozen: f(*adapted, *frozen), problem)
+            for f in (step, compiled)
+        )
+        assert_same(one_graph, eager)
+    assert counter.frame_count == 1
+
+
+def test_compiled_where_requires_grad_differs(device, counter):
+    problem = make_problem(60, 16, 24, 3, device=device)
+    step = step_of(problem, dropout_p=0.3)
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    subsets = [("x", "lora_a", "lora_b"), ("lora_a", "lora_b"), ("x",), ("lora_b",), ()]
+    for wanted in subsets:
+        assert_same(run_step(compiled, problem, wanted), run_step(step, problem, wanted))
+    assert counter.frame_count <= len(subsets)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compiled_without_grad(device, counter, mode):
+    problem = make_problem(60, 16, 24, 3, device=device)
+    step = step_of(problem)
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    with mode():
+        assert_same(run_step(compiled, problem, ()), run_step(step, problem, ()))
+
+
+def test_compiled_under_autocast(device, counter):
+    problem = make_problem(60, 16, 24, 3, device=device)
+    plain = step_of(problem, dropout_p=0.3)
+
+    def step(*tensors):
+        with torch.autocast(device, BF16):
+            return plain(*tensors)
+
+    problem = type(problem)(**{**vars(problem), "grad": problem.grad.to(BF16)})
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    assert_same(run_step(compiled, problem), run_step(step, problem))
+
+
+def test_compiled_dropout_draws_a_new_mask_each_call(device, counter):
+    problem = make_problem(60, 16, 24, 3, device=device)
+    compiled = torch.compile(step_of(problem, dropout_p=0.5), backend=counter, fullgraph=True)
+    tensors = (problem.x, problem.lora_a, problem.lora_b)
+    assert not torch.equal(compiled(*tensors), compiled(*tensors))
+
+
+def test_checkpoint_in_a_compiled_step_with_dropout(device, counter):
+    """The recomputation in backward must draw the forward pass's seed again."""
+    problem = make_problem(60, 16, 24, 3, device=device)
+    plain = step_of(problem, dropout_p=0.5)
+
+    def step(*tensors):
+        return checkpoint(plain, *tensors, use_reentrant=False)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    eager = run_step(plain, problem)
+    assert_same(run_step(step, problem), eager)
+    assert_same(run_step(compiled, problem), eager)
+
+
+@pytest.mark.slow
+def test_inductor(device):
+    """Code generation too: its own generator draws the seed, so that only the masks must agree."""
+    torch._dynamo.reset()
+    weight = torch.zeros(24, 16, device=device)
+    lora_a, lora_b = torch.ones(1, 16, device=device), torch.ones(24, 1, device=device)
+
+    @torch.compile(fullgraph=True)
+    def step(x):
+        return lora_ext.lora_linear(x, weight, lora_a, lora_b, dropout_p=0.5)
+
+    # x = 2^k in column k: a row of y spells its mask in binary, and dx is the mask times 2 N.
+    x = torch.exp2(torch.arange(16.0, device=device)).repeat(60, 1).requires_grad_()
+    y = step(x)
+    y.sum().backward()
+    forward_mask = (y[:, :1].long() // 2) >> torch.arange(16, device=device) & 1
+    assert torch.equal(x.grad, forward_mask * 48.0)
+    assert 0.3 < forward_mask.float().mean().item() < 0.7
+    torch._dynamo.reset()
+
+
+# ---- export ----
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, problem, dropout_p=0.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(problem.weight, requires_grad=False)
+        self.lora_a = torch.nn.Parameter(problem.lora_a)
+        self.lora_b = torch.nn.Parameter(problem.lora_b)
+        self.dropout_p = dropout_p
+
+    def forward(self, x):
+        return lora_ext.lora_linear(
+            x, self.weight, self.lora_a, self.lora_b, None, 0.5, self.dropout_p, self.training
+        )
+
+
+def test_export(device):
+    problem = make_problem(60, 16, 24, 3, device=device)
+    layer = Layer(problem, 0.3).eval()
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(layer, (problem.x,), dynamic_shapes=({0: rows},))
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets == ["lora_ext.lora_linear.default"]
+    for x in (problem.x, torch.randn(7, 16, device=device)):
+        assert torch.equal(exported.module()(x), layer(x))
+
+
+def test_exported_program_is_saved_and_loaded(tmp_path):
+    problem = make_problem(60, 16, 24, 3)
+    layer = Layer(problem).eval()
+    torch.export.save(torch.export.export(layer, (problem.x,)), tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2")
+    assert torch.equal(loaded.module()(problem.x), layer(problem.x))
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast_dtypes(isa, device, dtype):
+    problem = make_problem(60, 40, 70, 5, device=device)
+    with torch.autocast(device, dtype):
+        leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b, problem.bias)]
+        y = OPS.lora_linear(leaves[0], problem.weight, *leaves[1:], 0.7)
+    y.backward(problem.grad.to(dtype))
+    assert y.dtype == dtype
+    assert all(tensor.grad.dtype == F32 for tensor in leaves)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [20, 90])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_autocast_does_not_round_the_adapters(isa, device, dtype, rows, dropout_p):
+    """The bits of a call on x and weight already cast, with the float32 adapters as they are."""
+    problem = make_problem(rows, 40, 70, 5, device=device)
+    cast = {n: getattr(problem, n).to(dtype) for n in ("x", "weight", "bias", "grad")}
+    by_hand = run_ours(type(problem)(**{**vars(problem), **cast}), dropout_p)
+    leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b, problem.bias)]
+    with torch.autocast(device, dtype):
+        seed = torch.tensor(1, device=device)
+        y = OPS.lora_linear(leaves[0], problem.weight, *leaves[1:], 0.7, dropout_p, seed)
+    y.backward(cast["grad"])
+    assert torch.equal(y, by_hand.y)
+    assert torch.equal(leaves[0].grad, by_hand.dx.float())
+    assert torch.equal(leaves[1].grad, by_hand.dlora_a)
+    assert torch.equal(leaves[2].grad, by_hand.dlora_b)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_autocast_gradients_have_float32_grade(isa, device, dtype):
+    problem = make_problem(90, 40, 70, 5, device=device)
+    cast = {n: getattr(problem, n).to(dtype).float() for n in ("x", "weight", "bias", "grad")}
+    exact = run_float64(type(problem)(**{**vars(problem), **cast}))
+    leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b)]
+    with torch.autocast(device, dtype):
+        y = OPS.lora_linear(leaves[0], problem.weight, *leaves[1:], problem.bias, problem.scaling)
+    y.backward(problem.grad.to(dtype))
+    assert relative_error(leaves[1].grad, exact.dlora_a) <= 1e-5
+    assert relative_error(leaves[2].grad, exact.dlora_b) <= 1e-5
+
+
+def test_autocast_casts_half_adapters_of_another_dtype(device):
+    problem = make_problem(60, 40, 70, 5, (F16, F16), device)
+    with torch.autocast(device, BF16):
+        y = OPS.lora_linear(problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    assert y.dtype == BF16
+
+
+def test_autocast_leaves_float64_alone(device):
+    """As torch's own linear: autocast never casts float64."""
+    problem = make_problem(60, 40, 70, 5, (F64, F64), device)
+    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    with torch.autocast(device, BF16):
+        y = OPS.lora_linear(*tensors)
+    assert torch.equal(y, OPS.lora_linear(*tensors))
+
+
+def test_autocast_switched_off_inside(device):
+    problem = make_problem(60, 40, 70, 5, device=device)
+    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    with torch.autocast(device, BF16), torch.autocast(device, enabled=False):
+        y = OPS.lora_linear(*tensors)
+    assert torch.equal(y, OPS.lora_linear(*tensors))
+
+
+def test_backward_inside_an_autocast_region(isa, device):
+    """It is what some training loops do; the gradients are the same."""
+    problem = make_problem(60, 40, 70, 5, device=device)
+    gradients = []
+    for inside in (False, True):
+        leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b)]
+        with torch.autocast(device, BF16):
+            y = OPS.lora_linear(leaves[0], problem.weight, *leaves[1:])
+            if inside:
+                y.backward(problem.grad.to(BF16))
+        if not inside:
+            y.backward(problem.grad.to(BF16))
+        gradients.append([t.grad for t in leaves])
+    assert_same(*gradients)
+
+
+# ---- other modes ----
+
+
+def test_inference_mode_tensors(isa, device):
+    with torch.inference_mode():
+        problem = make_problem(60, 40, 70, 5, device=device)
+        tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+        inside = lora_ext.lora_linear(*tensors, dropout_p=0.5)
+        assert inside.is_inference()
+    assert lora_ext.lora_linear(*tensors).shape == (60, 70)
+
+
+def test_torch_function_overrides_see_the_op(device):
+    """A TorchDispatchMode, as profilers and flop counters use, sees the ops by name."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    problem = make_problem(60, 40, 70, 5, device=device)
+    with Recorder():
+        run_ours(problem)
+    assert "lora_ext.lora_linear_forward.default" in seen
+    assert "lora_ext.lora_linear_backward.default" in seen
+    assert len([name for name in seen if name.startswith("lora_ext")]) == 2

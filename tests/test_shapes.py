@@ -1,0 +1,408 @@
+"""Every shape and every memory layout: exact integers, so that one wrong index is a failure."""
+
+from functools import partial
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    HALVES,
+    KERNEL_ROWS,
+    Problem,
+    assert_exact,
+    assert_same_bits,
+    make_problem,
+    mask_of,
+    pair_id,
+    run_ours,
+)
+from hypothesis import HealthCheck, given, settings
+
+import lora_ext
+
+OP = torch.ops.lora_ext.lora_linear
+EXACT_PAIRS = [(F64, F64), (F32, F32), (BF16, F32), (F16, F32)]
+
+# Fixtures that last a function are set once for all examples, which is what is wanted here.
+properties = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+# ---- layouts: each takes a contiguous tensor and returns an equal one that lies differently ----
+
+
+def contiguous(t):
+    return t.contiguous()
+
+
+def transposed(t):
+    """The last two dimensions swapped in memory."""
+    return t if t.dim() < 2 else t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def permuted(t):
+    """All dimensions reversed in memory."""
+    order = tuple(reversed(range(t.dim())))
+    return t.permute(order).contiguous().permute(order)
+
+
+def shifted(t, between=7.0):
+    """One element into its storage: 2 bytes off any alignment for a half."""
+    storage = torch.full((t.numel() + 2,), between, dtype=t.dtype, device=t.device)
+    return storage[1:-1].view(t.shape).copy_(t)
+
+
+def gaps(t, between=7.0):
+    """Rows apart in memory, something else between them and around."""
+    if t.dim() == 0:
+        return t
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), between)
+    return wide[..., 2:-3].copy_(t)
+
+
+def every_other(t, between=7.0):
+    """Stride 2 in the last dimension."""
+    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), between)
+    return wide[..., ::2].copy_(t)
+
+
+def odd_strides_of_ones(t):
+    """Dimensions of size 1 with a stride that no contiguous tensor has; it is never stepped."""
+    strides = [
+        777 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
+    ]
+    return t.contiguous().as_strided(t.shape, strides)
+
+
+def zero_strides_of_ones(t):
+    strides = [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return t.contiguous().as_strided(t.shape, strides)
+
+
+def expanded(t):
+    """The first row repeated with stride 0: another tensor, not an equal one."""
+    return t if t.dim() < 2 or t.shape[0] == 0 else t[:1].expand(t.shape)
+
+
+EQUAL = [
+    contiguous,
+    transposed,
+    permuted,
+    shifted,
+    gaps,
+    every_other,
+    odd_strides_of_ones,
+    zero_strides_of_ones,
+]
+layouts = st.sampled_from([*EQUAL, expanded])
+
+
+def laid_out(problem: Problem, **how) -> Problem:
+    changed = {
+        name: how[name](value) if name in how and isinstance(value, torch.Tensor) else value
+        for name, value in vars(problem).items()
+    }
+    return Problem(**changed)
+
+
+# ---- properties ----
+
+ROWS = [0, 1, 2, 15, 16, 17, 47, 48, 49, 64, 65, 127, 128, 129]
+widths = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 129, 257]))
+
+
+@st.composite
+def leads(draw):
+    """Leading dimensions, none to three, whose product is a number of rows to look at."""
+    rows = draw(st.sampled_from(ROWS))
+    dims = draw(st.integers(0, 3))
+    if dims == 0:
+        return ()
+    factors = [f for f in range(1, rows + 1) if rows and rows % f == 0] or [1, 3]
+    first = [draw(st.sampled_from(factors)) for _ in range(dims - 1)]
+    lead = []
+    for factor in first:
+        if rows and rows % factor == 0:
+            lead.append(factor)
+            rows //= factor
+        else:
+            lead.append(1)
+    return (*lead, rows)
+
+
+@given(
+    lead=leads(),
+    in_features=widths,
+    out_features=widths,
+    rank=st.one_of(st.integers(1, 20), st.integers(1, 257)),
+    pair=st.sampled_from(EXACT_PAIRS),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    bias=st.booleans(),
+    how=st.fixed_dictionaries(
+        {name: layouts for name in ("x", "weight", "lora_a", "lora_b", "grad")}
+    ),
+    seed=st.integers(0, 1000),
+)
+@properties
+def test_any_shape_and_layout(
+    isa, device, lead, in_features, out_features, rank, pair, dropout_p, bias, how, seed
+):
+    sizes = (lead, in_features, out_features, rank)
+    problem = make_problem(*sizes, pair, device, bias=bias, scaling=0.25, seed=seed, integers=2)
+    problem = laid_out(problem, **how)
+    run = run_ours(problem, dropout_p, seed)
+    assert run.y.shape == (*lead, out_features)
+    assert run.dx.shape == (*lead, in_features)
+    mask = mask_of(problem, dropout_p, seed)
+    assert_exact(run, problem, mask, 2.0 if dropout_p else 1.0)
+
+
+# ---- the corners by name ----
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1, 1), (48,), (3, 1, 16), (2, 3, 8, 2)], ids=str)
+@pytest.mark.parametrize("pair", EXACT_PAIRS, ids=pair_id)
+def test_leading_dimensions(isa, device, lead, pair):
+    problem = make_problem(lead, 19, 23, 4, pair, device, scaling=0.5, integers=3)
+    run = run_ours(problem, 0.5)
+    assert run.y.shape == (*lead, 23)
+    assert_exact(run, problem, mask_of(problem, 0.5), 2.0)
+
+
+@pytest.mark.parametrize("lead", [(0,), (0, 5), (5, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_no_rows(isa, device, lead, dropout_p):
+    """An empty batch, as the last step of a data loader or an expert without tokens has."""
+    run = run_ours(make_problem(lead, 19, 23, 4, device=device), dropout_p)
+    assert run.y.shape == (*lead, 23)
+    assert run.dx.shape == (*lead, 19)
+    for name in ("dlora_a", "dlora_b", "dbias"):
+        assert not getattr(run, name).any(), name
+
+
+@pytest.mark.parametrize("rows", [0, 1, 60])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_no_in_features(isa, device, rows, dropout_p):
+    problem = make_problem(rows, 0, 23, 4, device=device)
+    run = run_ours(problem, dropout_p)
+    assert torch.equal(run.y, problem.bias.expand(rows, 23))
+    assert run.dx.shape == (rows, 0)
+    assert run.dlora_a.shape == (4, 0)
+    assert not run.dlora_b.any()
+    torch.testing.assert_close(run.dbias, problem.grad.sum(0))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 60])
+def test_no_out_features(isa, device, rows):
+    run = run_ours(make_problem(rows, 19, 0, 4, device=device), 0.5)
+    assert run.y.shape == (rows, 0)
+    assert run.dx.shape == (rows, 19)
+    assert not run.dx.any()
+    assert not run.dlora_a.any()
+    assert run.dlora_b.shape == (0, 4)
+
+
+# ---- what is not finite, and NaN in memory that is not ours to read ----
+#
+# The base product is torch's, and in many sizes oneDNN's bfloat16 product multiplies what lies
+# behind a row of x by the zeros that pad the weight: a NaN there reaches y without lora_ext. So y
+# and dx are looked at in sizes where torch keeps rows apart, and in odd sizes what the kernels
+# alone compute: S, dlora_a and dlora_b.
+
+ALL_PAIRS = [*EXACT_PAIRS, (BF16, BF16), (F16, F16)]
+EVEN, ODD = (96, 64, 32), (77, 83, 5)  # in_features, out_features, rank
+
+
+def s_of(problem, dropout_p=0.0):
+    seed = torch.tensor(1, device=problem.x.device)
+    return torch.ops.lora_ext.lora_linear_forward(
+        problem.x, problem.weight, problem.lora_a, problem.lora_b, problem.bias,
+        problem.scaling, dropout_p, seed, 0, 0, False, None,
+    )[1]  # fmt: skip
+
+
+def in_nan(problem):
+    """Guard bands: whatever reads one element too far brings a NaN home."""
+    bands = dict.fromkeys(("x", "weight", "lora_a", "lora_b", "grad"), gaps) | {"bias": shifted}
+    return laid_out(problem, **{n: partial(f, between=float("nan")) for n, f in bands.items()})
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [17, 61])
+def test_nan_around_every_input_stays_outside(isa, device, pair, dropout_p, rows):
+    problem = in_nan(make_problem(rows, *EVEN, pair, device))
+    for name, value in run_ours(problem, dropout_p).items():
+        assert value.isfinite().all(), name
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [KERNEL_ROWS, 61])
+def test_kernels_read_no_nan_around_odd_sizes(isa, device, pair, dropout_p, rows):
+    if isa == "library" and pair[0] == BF16:
+        pytest.skip("torch's own product reads it")
+    problem = in_nan(make_problem(rows, *ODD, pair, device))
+    assert s_of(problem, dropout_p).isfinite().all()
+    run = run_ours(problem, dropout_p)
+    assert run.dlora_a.isfinite().all()
+    assert run.dlora_b.isfinite().all()
+    if pair[0] != BF16:
+        assert run.y.isfinite().all()
+        assert run.dx.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rows", [9, 67])
+def test_what_is_not_finite_stays_in_its_row(isa, device, value, pair, rows):
+    problem = make_problem(rows, *EVEN, pair, device)
+    plain = run_ours(problem)
+    bad_rows = torch.tensor([0, 3, rows - 1], device=device)
+    problem.x[bad_rows, torch.tensor([0, 38, 95], device=device)] = value
+    y = run_ours(problem).y
+    assert not y[bad_rows].isfinite().any()
+    others = torch.ones(rows, dtype=torch.bool, device=device)
+    others[bad_rows] = False
+    assert torch.equal(y[others], plain.y[others])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+def test_kernels_keep_odd_rows_apart(isa, device, value, pair):
+    if isa == "library" and pair[0] == BF16:
+        pytest.skip("torch's own product mixes them")
+    problem = make_problem(67, *ODD, pair, device)
+    plain = s_of(problem)
+    problem.x[[0, 3, 66], [0, 38, 76]] = value
+    s = s_of(problem)
+    assert not s[[0, 3, 66]].isfinite().any()
+    others = [row for row in range(67) if row not in (0, 3, 66)]
+    assert torch.equal(s[others], plain[others])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [9, 67])
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+def test_a_gradient_that_is_not_finite_stays_in_its_row(isa, device, value, rows, pair):
+    """A loss scaler finds an overflow by what is not finite in any gradient."""
+    problem = make_problem(rows, *EVEN, pair, device)
+    plain = run_ours(problem)
+    problem.grad[4, 7] = value
+    run = run_ours(problem)
+    assert not run.dx[4].isfinite().any()
+    others = [row for row in range(rows) if row != 4]
+    assert torch.equal(run.dx[others], plain.dx[others])
+    assert not run.dlora_a.isfinite().any()
+    assert not run.dlora_b[7].isfinite().any()
+    assert run.dbias.isfinite().sum() == EVEN[1] - 1
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rows", [9, 67])
+def test_inf_times_a_zero_lora_b_is_nan(isa, device, pair, rows):
+    """As the naive formula has it: a fresh adapter does not hide an overflow in x."""
+    problem = make_problem(rows, *EVEN, pair, device, bias=False)
+    problem.weight.fill_(1)
+    problem.lora_b.zero_()
+    problem.x[2, 3] = float("inf")
+    y = run_ours(problem).y
+    assert y[2].isnan().all()
+    assert y.isnan().any(1).sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [9, 67])
+def test_large_finite_adapters_stay_finite(isa, device, dtype, rows):
+    """A float32 that rounds to infinity in bfloat16 is still a number; times 1e-30 a plain one."""
+    problem = make_problem(rows, 33, 31, 2, (dtype, F32), device, bias=False, scaling=1.0)
+    for tensor in (problem.weight, problem.lora_a, problem.lora_b, problem.x):
+        tensor.zero_()
+    problem.x[:, 0] = 1
+    problem.lora_a[0, 0] = 3.4e38
+    problem.lora_b[:, 0] = 1e-30
+    y = run_ours(problem).y
+    torch.testing.assert_close(y.double(), torch.full_like(y, 3.4e8).double(), rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [F32, *HALVES], ids=str)
+@pytest.mark.parametrize("rows", [9, 67])
+def test_small_adapters_do_not_vanish(isa, device, dtype, rows):
+    """Products of numbers far below 1, as a decayed adapter has: 1e-30 times 1e30."""
+    problem = make_problem(rows, 33, 31, 2, (dtype, F32), device, bias=False, scaling=1.0)
+    for tensor in (problem.weight, problem.lora_a, problem.lora_b, problem.x):
+        tensor.zero_()
+    problem.x[:, 0] = 1
+    problem.lora_a[0, 0] = 1e-30
+    problem.lora_b[:, 0] = 1.2345e30
+    y = run_ours(problem).y
+    torch.testing.assert_close(y.double(), torch.full_like(y, 1.2345).double(), rtol=4e-3, atol=0)
+
+
+# ---- determinism ----
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rows", [20, 150])
+def test_50_repeats_have_the_same_bits(isa, device, two_threads, pair, rows):
+    problem = make_problem(rows, 130, 140, 9, pair, device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = run_ours(problem, 0.3)
+        for _ in range(49):
+            assert_same_bits(run_ours(problem, 0.3), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids=pair_id)
+def test_number_of_threads_does_not_change_the_bits(isa, pair, request):
+    """The sizes give each of two threads work in every pass: M r K is 16 times the least.
+
+    The weight is zero: the base product is the library's, and so are its promises.
+    """
+    problem = make_problem(300, 900, 800, 16, pair)
+    problem.weight.zero_()
+    one = run_ours(problem, 0.3)
+    request.getfixturevalue("two_threads")
+    assert torch.get_num_threads() == 2
+    two = run_ours(problem, 0.3)
+    for name in ("y", "dx", "dlora_a", "dlora_b"):
+        if isa == "library" or pair[0] == F64:  # a library's own products
+            torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0.01, atol=0.01)
+        else:
+            assert torch.equal(getattr(one, name), getattr(two, name)), name
+
+
+def test_rows_of_x_may_be_one_row(isa, device):
+    """Stride 0 over rows: nothing of ours may write through x, and each row of y is the same."""
+    row = make_problem(1, 77, 83, 5, device=device)
+    problem = make_problem(64, 77, 83, 5, device=device)
+    y = OP(row.x.expand(64, 77), problem.weight, problem.lora_a, problem.lora_b)
+    assert torch.equal(y, y[:1].expand_as(y))
+
+
+def test_negative_view(device):
+    """A lazily negated tensor, as .imag of a conjugate is."""
+    z = torch.randn(60, 40, dtype=torch.complex64, device=device)
+    problem = make_problem(60, 40, 30, 3, device=device)
+    rest = (problem.weight, problem.lora_a, problem.lora_b)
+    negated = z.conj().imag
+    assert negated.is_neg()
+    assert torch.equal(OP(negated, *rest), OP(negated.resolve_neg(), *rest))
+
+
+def test_parameters_and_subclasses_of_tensor(device):
+    problem = make_problem(60, 40, 30, 3, device=device)
+    rest = [torch.nn.Parameter(t, requires_grad=False) for t in (problem.weight, problem.lora_a)]
+    y = lora_ext.lora_linear(problem.x, *rest, torch.nn.Parameter(problem.lora_b))
+    assert type(y) is torch.Tensor
+    assert y.requires_grad
