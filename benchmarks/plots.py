@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import FuncFormatter
 
-from .results import Document, Result, is_disturbed, ratio, worst_ratio
+from .results import Document, Result, in_order, is_disturbed, ratio, worst_ratio
 from .shapes import DROPOUT, FORWARD, SHORT, STEP
 from .variants import LABELS, floor_of
 
@@ -51,12 +51,7 @@ def _chosen(document: Document, mode: str) -> list[Result]:
     results = [r for r in results if r["cell"]["group"] != "call" and not is_disturbed(r)]
     if len(results) > _MOST_LINES:
         results = [r for r in results if r["cell"]["rank"] == 16]
-    groups = ("real", "model", "grid")
-    order = ("dtype", "dropout_p", "in_features", "rows", "rank")
-    return sorted(
-        results,
-        key=lambda r: (groups.index(r["cell"]["group"]), *(r["cell"][field] for field in order)),
-    )
+    return in_order(results)
 
 
 def _dots(

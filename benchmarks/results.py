@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,18 @@ def read(path: Path) -> Document:
 def is_disturbed(result: Result) -> bool:
     """True if a variant of the cell has too few clean samples: its times are no measurement."""
     return any(timing["disturbed"] for timing in result.get("timing", {}).values())
+
+
+def in_order(results: Iterable[Result]) -> list[Result]:
+    """Sorted for reading: real layers, named models, the grid; then by dtype, dropout and size."""
+    groups = ("call", "real", "model", "grid")
+    fields = ("dtype", "dropout_p", "in_features", "out_features", "rows", "rank")
+
+    def key(result: Result) -> tuple[Any, ...]:
+        cell = result["cell"]
+        return (groups.index(cell["group"]), *(cell[field] for field in fields))
+
+    return sorted(results, key=key)
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class Projection:
 
 
 PROJECTIONS = (
-    Projection("MiniLM-L6 query", 384, 384, True, "float32", (128, 2048), (2048,)),
-    Projection("MiniLM-L6 intermediate", 384, 1536, True, "float32", (128, 2048), (2048,)),
+    Projection("MiniLM-L6 query", 384, 384, True, "float32", (128,), (128,)),
+    Projection("MiniLM-L6 intermediate", 384, 1536, True, "float32", (128,), (128,)),
     Projection("GPT-2 medium c_attn", 1024, 3072, True, "float32", (1, 1024), (1024,)),
     Projection("GPT-2 medium c_fc", 1024, 4096, True, "float32", (1, 1024), (1024,)),
     Projection("GPT-2 medium mlp.c_proj", 4096, 1024, True, "float32", (1, 1024), (1024,)),

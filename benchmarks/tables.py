@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .results import Document, Result, is_disturbed, ratio
+from .results import Document, Result, in_order, is_disturbed, ratio
 from .shapes import STEP
 from .variants import LABELS, floor_of
 
@@ -63,7 +63,7 @@ def _name_of(result: Result) -> str:
 def _of_mode(document: Document, mode: str, real: bool = False) -> list[Result]:
     return [
         r
-        for r in document["cells"]
+        for r in in_order(document["cells"])
         if r["cell"]["mode"] == mode
         and r["status"] != "error"
         and r["cell"]["group"] != "call"
@@ -110,7 +110,7 @@ def call_overhead(document: Document) -> str:
 def memory(document: Document, mode: str) -> str:
     """Peak bytes above what was live before, as a multiple of the floor's, and saved bytes."""
     floor = floor_of(mode)
-    results = [r for r in document["cells"] if r["cell"]["mode"] == mode]
+    results = [r for r in in_order(document["cells"]) if r["cell"]["mode"] == mode]
     results = [r for r in results if floor in r.get("memory", {}) and r["cell"]["group"] != "call"]
     names = [n for n in _present(results, (*_OURS, *_PEERS), "memory") if n != "compiled"]
     saved = [n for n in ("ours", "peft", "peft_default") if n in names] if mode == STEP else []

@@ -27,8 +27,7 @@ at::Tensor lora_linear_autocast(const at::Tensor& x, const at::Tensor& weight,
   return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), weight,
                           adapter_for(lora_a, dtype, device), adapter_for(lora_b, dtype, device),
                           bias, scaling, dropout_p, seed, std::move(row_offset),
-                          std::move(col_offset), /*cast_weight=*/true, same ? packed : std::nullopt,
-                          same ? packed_t : std::nullopt);
+                          std::move(col_offset), /*cast_weight=*/true, packed, packed_t);
 }
 
 }  // namespace

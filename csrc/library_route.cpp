@@ -1,12 +1,14 @@
 // The LoRA linear in ATen calls.
 //
-// Adapters in the activation dtype: the low-rank product accumulates in place. On the CPU the base
-// comes first (addmm_ reads what at::linear wrote); on CUDA the expand comes first and the base
-// GEMM accumulates onto it with beta = 1, which saves the pass that a separate add would make.
+// Adapters in the activation dtype, float or double on the CPU: the low-rank product accumulates in
+// place. On the CPU the base comes first (addmm_ reads what at::linear wrote); on CUDA the expand
+// comes first and the base GEMM accumulates onto it with beta = 1, which saves the pass that a
+// separate add would make.
 //
-// Adapters wider than the activations: row blocks in the adapters' dtype, in PEFT's order of
-// operations (base rounded, delta scaled, added wide, rounded), so that Y and dX have PEFT's bits.
-// A block is at most kBlockBytes of temporaries: there is no wide copy of x or of the output.
+// Adapters wider than the activations, and half ones on the CPU: row blocks in the wide dtype, in
+// PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y and dX
+// have PEFT's bits. A block is at most kBlockBytes of temporaries: there is no wide copy of x or of
+// the output.
 #include "library_route.h"
 
 #include <ATen/ops/addmm.h>
@@ -32,6 +34,12 @@ void for_row_blocks(int64_t rows, int64_t columns, at::ScalarType dtype, const V
 
 bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
   return x.scalar_type() != lora_a.scalar_type();
+}
+
+// The CPU library's half GEMMs of small size round on the way (rms 1.17 times PEFT's, seen in dX):
+// there the low-rank part runs in float whatever the adapters' dtype.
+bool half_on_cpu(const at::Tensor& x) {
+  return x.is_cpu() && accumulation_dtype(x.scalar_type()) != x.scalar_type();
 }
 
 at::Tensor shrink_rows(const ForwardArgs& args, int64_t row, int64_t count) {
@@ -135,11 +143,24 @@ Backward backward_same(const BackwardArgs& args) {
 }  // namespace
 
 Forward forward(const ForwardArgs& args) {
-  return wide_adapters(args.x, args.lora_a) ? forward_wide(args) : forward_same(args);
+  if (wide_adapters(args.x, args.lora_a)) return forward_wide(args);
+  if (!half_on_cpu(args.x)) return forward_same(args);
+  ForwardArgs wide = args;
+  wide.lora_a = args.lora_a.to(at::kFloat);
+  wide.lora_b = args.lora_b.to(at::kFloat);
+  return forward_wide(wide);
 }
 
 Backward backward(const BackwardArgs& args) {
-  return wide_adapters(args.x, args.lora_a) ? backward_wide(args) : backward_same(args);
+  if (wide_adapters(args.x, args.lora_a)) return backward_wide(args);
+  if (!half_on_cpu(args.x)) return backward_same(args);
+  BackwardArgs wide = args;
+  wide.lora_a = args.lora_a.to(at::kFloat);
+  wide.lora_b = args.lora_b.to(at::kFloat);
+  Backward out = backward_wide(wide);
+  if (args.need_dlora_a) out.dlora_a = out.dlora_a.to(args.lora_a.scalar_type());
+  if (args.need_dlora_b) out.dlora_b = out.dlora_b.to(args.lora_b.scalar_type());
+  return out;
 }
 
 }  // namespace lora_ext::library_route

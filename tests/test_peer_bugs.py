@@ -75,7 +75,7 @@ def test_row_times_stride_beyond_int32(isa, device, dtype, boundary, name):
 
 
 def in_a_child(check, *arguments):
-    """Runs check(*arguments) in a fork of this process, so that a crash is a failure and no more."""
+    """Runs check(*arguments) in a fork of this process: a crash is a failure, and no more."""
     child = multiprocessing.get_context("fork").Process(target=check, args=arguments)
     child.start()
     child.join(60)
@@ -321,7 +321,7 @@ def test_adapters_that_do_not_fit_read_nothing(device):
 # ---- repeats, threads, lifetimes ----
 
 
-def test_250_repeats(isa, device, two_threads):
+def test_250_repeats(device, two_threads):
     """flash-attention#359, #2481: races that show once in many runs."""
     problem = make_problem(96, 200, 160, 16, (BF16, F32), device)
     first = run_ours(problem, 0.3)

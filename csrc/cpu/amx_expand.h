@@ -90,8 +90,8 @@ void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += kTileDepth) {
-      _tile_loadd(4, t + k, static_cast<int>(depth * 2));
-      _tile_loadd(5, t + kTileRows * depth + k, static_cast<int>(depth * 2));
+      _tile_loadd(4, t + k, depth * 2);
+      _tile_loadd(5, t + kTileRows * depth + k, depth * 2);
       _tile_loadd(6, u + pair * depth + k * kTileRows, 64);
       _tile_loadd(7, u + (pair + kTileRows) * depth + k * kTileRows, 64);
       _tile_dpbf16ps(0, 4, 6);

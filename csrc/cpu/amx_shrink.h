@@ -50,8 +50,8 @@ void stage_rows(const BFloat16* src, int64_t src_pitch, int64_t rows, int64_t co
 template <int kRankTiles>
 void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloat16* b,
                   int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch) {
-  const auto stride = static_cast<int>(sums_pitch * 4);
-  const auto a_stride = static_cast<int>(a_pitch * 2);
+  const int64_t stride = sums_pitch * 4;
+  const int64_t a_stride = a_pitch * 2;
   _tile_loadd(0, sums, stride);
   _tile_loadd(1, sums + kTileRows * sums_pitch, stride);
   if constexpr (kRankTiles == 2) {
