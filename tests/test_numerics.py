@@ -214,11 +214,16 @@ def test_integers_are_exact_with_half_adapters(isa, device, dtype, dropout_p, ro
 @pytest.mark.parametrize("pair", INTEGER_PAIRS, ids=pair_id)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_integers_are_exact_over_many_blocks(isa, device, pair, dropout_p):
-    """More rows, columns and outputs than any block of the kernels, and not multiples of one."""
-    for sizes in [(291, 1091, 37, 3), (131, 37, 1093, 19), (65, 515, 67, 300)]:
-        problem = make_problem(*sizes, pair, device, scaling=0.25, seed=sizes[0], integers=2)
+    """More rows, columns, outputs and ranks than any block, and not multiples of one.
+
+    The last two sizes are wide enough for three blocks of rows on the ATen route.
+    """
+    shapes = [(291, 1091, 37, 3), (131, 37, 1093, 19), (65, 515, 67, 300)]
+    for sizes in [*shapes, (150, 8191, 11, 2), (150, 11, 8191, 2)]:
+        problem = make_problem(*sizes, pair, device, scaling=0.25, seed=sizes[0], integers=1)
         run = run_ours(problem, dropout_p, seed=3)
-        assert_exact(run, problem, mask_of(problem, dropout_p, seed=3), 2.0 if dropout_p else 1.0)
+        mask = mask_of(problem, dropout_p, seed=3)
+        assert_exact(run, problem, mask, 2.0 if dropout_p else 1.0)
 
 
 # ---- against the real PEFT layer ----

@@ -29,7 +29,7 @@ EXACT_PAIRS = [(F64, F64), (F32, F32), (BF16, F32), (F16, F32)]
 
 # Fixtures that last a function are set once for all examples, which is what is wanted here.
 properties = settings(
-    max_examples=100,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     database=None,
