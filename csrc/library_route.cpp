@@ -1,14 +1,13 @@
 // The LoRA linear in ATen calls.
 //
-// Adapters in the activation dtype, float or double on the CPU: the low-rank product accumulates in
-// place. On the CPU the base comes first (addmm_ reads what at::linear wrote); on CUDA the expand
-// comes first and the base GEMM accumulates onto it with beta = 1, which saves the pass that a
-// separate add would make.
+// Adapters in the activation dtype: the low-rank product accumulates in place. On the CPU the base
+// comes first (addmm_ reads what at::linear wrote); on CUDA the expand comes first and the base
+// GEMM accumulates onto it with beta = 1, which saves the pass that a separate add would make.
 //
-// Adapters wider than the activations, and half ones on the CPU: row blocks in the wide dtype, in
-// PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y and dX
-// have PEFT's bits. A block is at most kBlockBytes of temporaries: there is no wide copy of x or of
-// the output.
+// Adapters wider than the activations (and half ones in the CPU's backward): row blocks in the wide
+// dtype, in PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y
+// and dX have PEFT's bits. A block is at most kBlockBytes of temporaries: there is no wide copy of
+// x or of the output.
 #include "library_route.h"
 
 #include <ATen/ops/addmm.h>
@@ -36,8 +35,8 @@ bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
   return x.scalar_type() != lora_a.scalar_type();
 }
 
-// The CPU library's half GEMMs of small size round on the way (rms 1.17 times PEFT's, seen in dX):
-// there the low-rank part runs in float whatever the adapters' dtype.
+// The CPU library's half GEMMs of small size round on the way (rms of dX 1.17 times PEFT's): there
+// the low-rank part of backward runs in float whatever the adapters' dtype.
 bool half_on_cpu(const at::Tensor& x) {
   return x.is_cpu() && accumulation_dtype(x.scalar_type()) != x.scalar_type();
 }
@@ -83,18 +82,33 @@ Forward forward_same(const ForwardArgs& args) {
   return {y, s.to(accumulation_dtype(s.scalar_type()))};
 }
 
+// Whether dlora_b is computed as (S^T dY)^T: MKL's gemm is 8 times slower the other way round when
+// r <= 8. Above, the transposition costs more than it saves.
+bool transposed_dlora_b(const at::Tensor& s) { return s.size(1) <= 8; }
+
 Backward backward_wide(const BackwardArgs& args) {
   const int64_t rows = args.x.size(0);
   const at::TensorOptions wide = args.lora_a.options();
   Backward out;
   if (args.need_dlora_a) out.dlora_a = at::zeros(args.lora_a.sizes(), wide);
-  at::Tensor dlora_b_t;  // [r, N]: see backward_same
-  if (args.need_dlora_b) dlora_b_t = at::zeros({args.lora_b.size(1), args.lora_b.size(0)}, wide);
+  const bool transposed = transposed_dlora_b(args.s);
+  at::Tensor dlora_b_t;  // [r, N]
+  if (args.need_dlora_b) {
+    dlora_b_t = transposed ? at::zeros({args.lora_b.size(1), args.lora_b.size(0)}, wide)
+                           : at::zeros(args.lora_b.sizes(), wide).t();
+  }
   if (args.need_dx) out.dx = base_backward(args);
   const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
   for_row_blocks(rows, columns, args.lora_a.scalar_type(), [&](int64_t row, int64_t count) {
     at::Tensor grad = args.grad.narrow(0, row, count).to(wide).mul_(args.scaling);
-    if (args.need_dlora_b) dlora_b_t.addmm_(args.s.narrow(0, row, count).to(wide).t(), grad);
+    if (args.need_dlora_b) {
+      const at::Tensor s = args.s.narrow(0, row, count).to(wide);
+      if (transposed) {
+        dlora_b_t.addmm_(s.t(), grad);
+      } else {
+        dlora_b_t.t().addmm_(grad.t(), s);
+      }
+    }
     if (!args.need_dlora_a && !args.need_dx) return;
     const at::Tensor ds = at::mm(grad, args.lora_b);
     grad.reset();
@@ -117,9 +131,10 @@ Backward backward_wide(const BackwardArgs& args) {
 Backward backward_same(const BackwardArgs& args) {
   Backward out;
   if (args.need_dlora_b) {
-    // As (S^T dY)^T: MKL's gemm is 8 times slower the other way round when r <= 8.
     const at::Tensor s = args.s.to(args.grad.scalar_type());
-    out.dlora_b = at::mm(s.t(), args.grad).mul_(args.scaling).t().contiguous();
+    out.dlora_b = transposed_dlora_b(s) ? at::mm(s.t(), args.grad).t().contiguous()
+                                        : at::mm(args.grad.t(), s);
+    out.dlora_b.mul_(args.scaling);
   }
   if (args.need_dx) out.dx = base_backward(args);
   if (!args.need_dlora_a && !args.need_dx) return out;
@@ -143,12 +158,7 @@ Backward backward_same(const BackwardArgs& args) {
 }  // namespace
 
 Forward forward(const ForwardArgs& args) {
-  if (wide_adapters(args.x, args.lora_a)) return forward_wide(args);
-  if (!half_on_cpu(args.x)) return forward_same(args);
-  ForwardArgs wide = args;
-  wide.lora_a = args.lora_a.to(at::kFloat);
-  wide.lora_b = args.lora_b.to(at::kFloat);
-  return forward_wide(wide);
+  return wide_adapters(args.x, args.lora_a) ? forward_wide(args) : forward_same(args);
 }
 
 Backward backward(const BackwardArgs& args) {

@@ -9,16 +9,15 @@ bias; the weight is frozen. `prepack` keeps a frozen weight in oneDNN's packed l
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-from .build_info import build_info, version
+from .build_info import build_info, import_error_hint, torch_mismatch, version
+
+if torch_mismatch():
+    raise ImportError(torch_mismatch())
 
 try:
     from . import _C  # noqa: F401  (registers the ops)
 except ImportError as error:
-    raise ImportError(
-        f"lora_ext: the compiled extension does not load ({error}). It is missing or was built for "
-        "another torch; reinstall with: "
-        "pip install --no-build-isolation --force-reinstall --no-deps lora_ext"
-    ) from error
+    raise ImportError(import_error_hint()) from error
 
 from . import reference
 from .functional import dropout_mask, lora_linear

@@ -5,6 +5,11 @@ every kernel set of this processor and under "library" (ATen alone); one that ta
 on CUDA, once. What runs on CUDA has the marker `gpu`.
 """
 
+import os
+
+# Read when cuBLAS starts: without it torch refuses products under use_deterministic_algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 
@@ -33,11 +38,22 @@ def why_no_cuda() -> str:
 
 
 @pytest.fixture
-def device(request) -> str:
-    reason = why_no_cuda() if request.param == "cuda" else ""
+def device(request):
+    if request.param != "cuda":
+        yield request.param
+        return
+    reason = why_no_cuda()
     if reason:
         pytest.skip(reason)
-    return request.param
+    # cuBLAS may add the parts of a half product in half, where integers are not exact.
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield "cuda"
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)
 
 
 @pytest.fixture

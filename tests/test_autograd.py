@@ -1,6 +1,7 @@
 """Autograd: gradients by finite differences, which of them exist, and what is kept for them."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -432,8 +433,6 @@ def test_accumulate_grad_sees_a_tensor_of_its_own(device):
 
 def test_a_layer_in_a_custom_thread(device):
     """Autograd's worker threads run backward; Python threads run layers at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
     problem = make_problem(96, 64, 80, 5, device=device, integers=3, scaling=0.5)
     alone = run_ours(problem, 0.5)
     with ThreadPoolExecutor(4) as pool:

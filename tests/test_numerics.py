@@ -34,7 +34,7 @@ from lora_ext import _C
 OUTPUTS = ("y", "dx", "dlora_a", "dlora_b", "dbias")
 GRADIENTS_OF_ADAPTERS = ("dlora_a", "dlora_b")
 
-# M, K, N, r: odd sizes, one rank, a rank above a register tile, rows below and at the kernels' 48.
+# M, K, N, r: odd sizes, one rank, a rank above a register tile, rows below and at KERNEL_ROWS.
 SHAPES = [
     (67, 129, 95, 5),
     (130, 257, 64, 17),
@@ -311,7 +311,9 @@ def test_every_route_was_reached():
     for name in _C.available_cpu_isas():
         _C.set_cpu_isa(name)
         assert _C.cpu_library_reason(48, 257, BF16, F32) == ""
-        assert "rows" in _C.cpu_library_reason(17, 8, BF16, F32)
+        assert _C.cpu_library_reason(8, 32, BF16, F32) == ""
+        assert "rows" in _C.cpu_library_reason(7, 8, BF16, F32)
+        assert "rank above 32" in _C.cpu_library_reason(47, 33, BF16, F32)
         assert "float64" in _C.cpu_library_reason(200, 8, F64, F64)
     _C.set_cpu_isa("library")
     assert "library" in _C.cpu_library_reason(48, 8, F32, F32)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from helpers import (
     F16,
     F32,
     F64,
+    keep_scale_of,
     make_problem,
+    mask_of,
     max_error,
     pair_id,
     run_float64,
     run_ours,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext import PackedWeight, lora_linear, prepack
@@ -65,8 +69,6 @@ def call(weight, rows=60, **options):
 @pytest.mark.parametrize("sizes", [(2, 40, 70, 5), (61, 129, 95, 8), (200, 256, 192, 16)], ids=str)
 def test_packed_agrees_with_unpacked(isa, pair, backward, bias, dropout_p, sizes):
     """Both are bounded by the errors that a product in this dtype makes against float64."""
-    from helpers import keep_scale_of, mask_of
-
     problem = make_problem(*sizes, pair, bias=bias)
     packed = prepack(problem.weight, backward=backward)
     assert packed.is_packed
@@ -371,8 +373,6 @@ def test_a_write_between_forward_and_backward_is_caught():
 
 
 def test_a_pack_is_freed_with_its_last_user():
-    import weakref
-
     packed = packed_weight(backward=True)
     watched = [weakref.ref(packed), weakref.ref(packed._packed), weakref.ref(packed._packed_t)]
     call(packed)
@@ -454,8 +454,6 @@ def test_compile_falls_back_to_the_weight(backward):
 
 
 def test_checkpoint_with_a_packed_weight():
-    from torch.utils.checkpoint import checkpoint
-
     packed = packed_weight(backward=True)
     gradients = []
     for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):

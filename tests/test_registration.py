@@ -8,6 +8,7 @@ from helpers import (
     F32,
     F64,
     HALVES,
+    Problem,
     leaf,
     make_problem,
     pair_id,
@@ -16,6 +17,8 @@ from helpers import (
     run_ours,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
@@ -149,8 +152,6 @@ def test_meta_of_a_layer_larger_than_memory():
 
 
 def test_fake_mode(device):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         problem = make_fake(device)
         run = run_ours(problem, 0.3)
@@ -160,7 +161,6 @@ def test_fake_mode(device):
 
 def make_fake(device):
     """A problem whose tensors hold no data."""
-    from helpers import Problem
 
     def empty(*shape, dtype=BF16):
         return torch.empty(shape, dtype=dtype, device=device)
@@ -444,10 +444,8 @@ def test_inference_mode_tensors(isa, device):
     assert lora_ext.lora_linear(*tensors).shape == (60, 70)
 
 
-def test_torch_function_overrides_see_the_op(device):
-    """A TorchDispatchMode, as profilers and flop counters use, sees the ops by name."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
+def test_dispatch_modes_see_the_ops(device):
+    """Flop counters and other modes see each op once, by name."""
     seen = []
 
     class Recorder(TorchDispatchMode):
