@@ -171,7 +171,7 @@ def _grid(document: Document, mark: str) -> Any | None:
             dropout = f", dropout {p:g}" if p else ""
             axes.set_title(f"{SHORT[dtype]}, K=N={width}, {mode}{dropout}", fontsize=9)
             axes.tick_params(length=0)
-    title = f"{mark}: time of ours by the faster PEFT (below 1: ours is faster)"
+    title = f"{mark}: time of ours by the faster PEFT (below 1: ours is faster; blank: disturbed)"
     figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     return figure

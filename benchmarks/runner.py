@@ -198,7 +198,8 @@ def run(
         if left_s < 0:
             document["skipped"].append(cell.id)
             continue
-        own = replace(plan, limit_s=_SHARES * left_s / max(1, count - index))
+        share_s = _SHARES * left_s / max(1, count - index)
+        own = replace(plan.times(cell.effort), limit_s=share_s * cell.effort)
         document["cells"].append(run_cell(cell, own, makers.get(cell.group, make_problem)))
         results.write(document, path)
     document["seconds"] = round(time.monotonic() - start, 1)

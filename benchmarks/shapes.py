@@ -14,6 +14,7 @@ GRID_WIDTHS = (1024, 4096)
 GRID_RANKS = (8, 16, 64)
 DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.05
+TARGET_EFFORT = 2.0
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -35,6 +36,7 @@ class Cell:
     all_peers: bool = True  # False: only the peers that the targets need
     compiled: bool = False  # also torch.compile, which takes seconds to compile
     memory: bool = True
+    effort: float = 1.0  # how much longer than other cells to measure
 
     @property
     def id(self) -> str:
@@ -111,7 +113,8 @@ def target_cells() -> list[Cell]:
     forward += [square(FORWARD, "bfloat16", 4096, rows) for rows in (512, 2048)]
     forward += [square(FORWARD, "bfloat16", 1024, 2048, dropout_p=DROPOUT)]
     step = [square(STEP, "bfloat16", width, 2048, dropout_p=DROPOUT) for width in (4096, 1024)]
-    return [*call_cells(), *step, *forward]
+    cells = [*call_cells(), *step, *forward]
+    return [replace(cell, effort=TARGET_EFFORT) for cell in cells]
 
 
 def headline_cells() -> list[Cell]:

@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -114,6 +114,15 @@ class Plan:
     max_wait: float = 0.03  # a sample that waited for a larger fraction is dropped
     attempts: int = 3  # tries at a clean sample within a round
     warmup_ms: float = 50.0
+
+    def times(self, effort: float) -> Plan:
+        """The plan of a cell that deserves `effort` times the rounds."""
+        return replace(
+            self,
+            min_rounds=round(self.min_rounds * effort),
+            max_rounds=round(self.max_rounds * effort),
+            seconds=self.seconds * effort,
+        )
 
 
 @dataclass
