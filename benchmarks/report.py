@@ -12,7 +12,8 @@ from .shapes import FORWARD, STEP
 
 _METHOD = """\
 - The variants of a cell take turns in one process, in a new order each round; all use the same
-  threads. Inputs and upstream gradients rotate through several copies.
+  threads. Inputs and upstream gradients rotate through several copies. An untimed call precedes
+  each batch, so that a variant finds caches and allocator as it leaves them itself.
 - A sample during which our own threads waited more than 3% of the time for a core is dropped and
   taken again; "n (dropped)" counts the samples of the variant with the fewest and all that were
   dropped in the cell. "!" marks a cell in which too few were clean: it stands for nothing, and no

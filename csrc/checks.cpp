@@ -90,6 +90,9 @@ void check_offsets(const c10::SymInt& row_offset, const c10::SymInt& col_offset)
   LORA_EXT_CHECK(row_offset >= 0 && col_offset >= 0,
                  "expected row_offset and col_offset >= 0, but got ", row_offset, " and ",
                  col_offset);
+  // A group of the mask is numbered in 32 bits, four for each 32 columns.
+  LORA_EXT_CHECK(col_offset <= int64_t{1} << 34, "expected col_offset <= 2^34, but got ",
+                 col_offset);
 }
 
 }  // namespace

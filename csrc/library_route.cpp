@@ -128,17 +128,23 @@ Backward backward_wide(const BackwardArgs& args) {
   return out;
 }
 
+// scaling * a b. On half tensors mul_(scaling) would round the scaling itself to half; a GEMM's
+// alpha stays float. beta = 0 ignores what the output holds.
+at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scaling) {
+  at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  return at::addmm_out(out, out, a, b, 0, scaling);
+}
+
 Backward backward_same(const BackwardArgs& args) {
   Backward out;
   if (args.need_dlora_b) {
     const at::Tensor s = args.s.to(args.grad.scalar_type());
-    out.dlora_b = transposed_dlora_b(s) ? at::mm(s.t(), args.grad).t().contiguous()
-                                        : at::mm(args.grad.t(), s);
-    out.dlora_b.mul_(args.scaling);
+    out.dlora_b = transposed_dlora_b(s) ? scaled_mm(s.t(), args.grad, args.scaling).t().contiguous()
+                                        : scaled_mm(args.grad.t(), s, args.scaling);
   }
   if (args.need_dx) out.dx = base_backward(args);
   if (!args.need_dlora_a && !args.need_dx) return out;
-  const at::Tensor ds = at::mm(args.grad, args.lora_b).mul_(args.scaling);
+  const at::Tensor ds = scaled_mm(args.grad, args.lora_b, args.scaling);
   const bool drop = args.dropout.enabled();
   if (args.need_dlora_a) {
     out.dlora_a = at::mm(ds.t(), drop ? dropped(args.x, args.dropout, 0) : args.x);

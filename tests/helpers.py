@@ -17,7 +17,8 @@ HALVES = (BF16, F16)
 # (dtype of x and weight, dtype of the adapters): all that lora_linear accepts.
 DTYPE_PAIRS = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
 
-# Below this many rows the CPU takes ATen; from it on its own kernels run.
+# From this many rows on the CPU's own kernels run at every rank; at ranks up to 32 they run from 8
+# rows on. Below these numbers ATen computes.
 KERNEL_ROWS = 48
 
 

@@ -86,7 +86,7 @@ SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(INPUTS, n)]
 
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
-@pytest.mark.parametrize("rows", [7, 60])
+@pytest.mark.parametrize("rows", [7, 9, 60])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_any_combination_of_requires_grad(isa, device, wanted, rows, dropout_p):
     """Each gradient has the same bits whatever else is asked for, and the rest stay None."""

@@ -189,6 +189,17 @@ def test_integers_are_exact_at_every_rank(isa, device, pair, dropout_p, ranks):
         )
 
 
+@pytest.mark.parametrize("pair", INTEGER_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rank", [3, 16, 32, 33])
+def test_integers_are_exact_at_every_number_of_rows(isa, device, pair, rank):
+    """From one row, across the choice of the route, to two of the tallest tiles and one row."""
+    for rows in range(1, 66):
+        sizes = (rows, 5 + rows % 31, 3 + rows % 37, rank)
+        problem = make_problem(*sizes, pair, device, scaling=0.25, seed=rows, integers=8)
+        run = run_ours(problem, 0.5, seed=rows)
+        assert_exact(run, problem, mask_of(problem, 0.5, seed=rows), 2.0)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_integers_are_exact_in_float64(device, dropout_p):
     for rank in (1, 7, 64, 257, 512):
