@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     makers = {"real": real_model.make_real}
     interrupted = False
     try:
-        runner.run(with_progress(cells), len(cells), document, path, plan, makers, budget_s)
+        runner.run(cells, document, path, plan, makers, budget_s, with_progress)
         document["numerics"] = real_model.numerics([c for c in cells if c.group == "real"])
     except KeyboardInterrupt:
         interrupted = True

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tests_failed = document["pytest"]["status"] not in (0, 5)  # 5: no test is marked so
         print(f"pytest -m gpu: {document['pytest']['summary']}", flush=True)
     cells = gpu_cells(options.device)
-    runner.run(with_progress(cells), len(cells), document, path, _PLAN, budget_s=_BUDGET_S)
+    runner.run(cells, document, path, _PLAN, budget_s=_BUDGET_S, progress=with_progress)
     status = finish(document, path, with_plots=True)
     return 1 if tests_failed else status
 

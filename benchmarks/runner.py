@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .timing import Meter, Plan, Timing, calibrate, interleaved, meter_for
 from .variants import BUILDERS, OURS, Builder, Unavailable, Variant, floor_of, names_for
 
 _ERROR_LENGTH = 300  # characters of an error's text that are kept
-_SHARES = 2.0
+_SHARES = 1.3
 
 ProblemMaker = Callable[[Cell], Problem]
 
@@ -176,30 +176,33 @@ def run_cell(
 
 
 def run(
-    cells: Iterable[Cell],
-    count: int,
+    cells: Sequence[Cell],
     document: results.Document,
     path: Path,
     plan: Plan,
     makers: Mapping[str, ProblemMaker] | None = None,
     budget_s: float = float("inf"),
+    progress: Callable[[Sequence[Cell]], Iterable[Cell]] = iter,
 ) -> None:
-    """Measure `count` cells into the document and write it after each one.
+    """Measure the cells into the document and write it after each one.
 
     makers: a cell group -> how to make its tensors, where not at random
-    budget_s: no cell may retry for longer than _SHARES times its equal part of what is left of it,
-        and cells that have not begun by then are listed in document["skipped"]
+    budget_s: no cell is timed for longer than _SHARES times its part of what is left of it, by
+        effort, and cells that have not begun by then are listed in document["skipped"]
+    progress: passes the cells on and shows where the run is
     """
     makers = makers or {}
     start = time.monotonic()
+    effort_left = sum(cell.effort for cell in cells)
     results.write(document, path)
-    for index, cell in enumerate(cells):
+    for cell in progress(cells):
         left_s = budget_s - (time.monotonic() - start)
         if left_s < 0:
             document["skipped"].append(cell.id)
             continue
-        share_s = _SHARES * left_s / max(1, count - index)
-        own = replace(plan.times(cell.effort), limit_s=share_s * cell.effort)
+        limit_s = _SHARES * left_s * cell.effort / effort_left
+        effort_left -= cell.effort
+        own = replace(plan.times(cell.effort), limit_s=limit_s)
         document["cells"].append(run_cell(cell, own, makers.get(cell.group, make_problem)))
         results.write(document, path)
     document["seconds"] = round(time.monotonic() - start, 1)

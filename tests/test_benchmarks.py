@@ -56,7 +56,7 @@ def test_tiny_run_renders_report(tmp_path):
         small(shapes.FORWARD, "bfloat16", dropout_p=0.05),
         *shapes.call_cells(),
     ]
-    runner.run(cells, len(cells), document, path, QUICK)
+    runner.run(cells, document, path, QUICK)
     document["targets"] = evaluate(document)
     results.write(document, path)
     assert [r["status"] for r in document["cells"]] == ["ok"] * 4, document["cells"]
@@ -84,17 +84,16 @@ def test_plots_are_drawn(tmp_path):
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_interrupted_json_stays_valid(tmp_path, monkeypatch):
+def test_interrupted_json_stays_valid(tmp_path):
     path = tmp_path / "results.json"
     document = results.new_document("headline", MACHINE)
 
-    def cells():
-        yield small()
+    def interrupt(cells):
+        yield cells[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "BUILDERS", without(*SLOW_TO_IMPORT))
     with pytest.raises(KeyboardInterrupt):
-        runner.run(cells(), 2, document, path, QUICK)
+        runner.run([small(), small(shapes.FORWARD)], document, path, QUICK, progress=interrupt)
     read = results.read(path)
     assert not read["complete"]
     assert [r["cell"]["id"] for r in read["cells"]] == [small().id]
