@@ -87,38 +87,6 @@ void wgrad_tiles(const BFloat16* t_hi, const BFloat16* t_lo, const BFloat16* p, 
   _tile_stored(3, sums + 3 * kTileRows, kSumStride);
 }
 
-// One 64-column block of sums, along the contiguous dimension of g: dlora_b is [N, rank].
-template <class T>
-void store_block(const WgradArgs& args, int64_t col, int64_t cols, const float* sums) {
-  T* out = static_cast<T*>(args.g) + col * args.g_col_pitch;
-  if (args.g_rank_pitch == 1) {
-    for (int64_t i = 0; i < cols; ++i) {
-      for (int64_t j = 0; j < args.rank; ++j) {
-        from_float(args.scale * sums[j * kColBlock + i], &out[i * args.g_col_pitch + j]);
-      }
-    }
-    return;
-  }
-  for (int64_t j = 0; j < args.rank; ++j) {
-    for (int64_t i = 0; i < cols; ++i) {
-      from_float(args.scale * sums[j * kColBlock + i],
-                 &out[j * args.g_rank_pitch + i * args.g_col_pitch]);
-    }
-  }
-}
-
-void store_wgrad(const WgradArgs& args, Range cols, const float* sums) {
-  const int64_t block_sums = round_up(args.rank, kTileRows) * kColBlock;
-  for (int64_t c = cols.begin; c < cols.end; c += kColBlock, sums += block_sums) {
-    const int64_t count = std::min(kColBlock, cols.end - c);
-    if (args.g_dtype == Dtype::kBFloat16) {
-      store_block<BFloat16>(args, c, count, sums);
-    } else {
-      store_block<float>(args, c, count, sums);
-    }
-  }
-}
-
 // Columns go in slabs whose sums fit 128 KB; a block of rows draws the mask of a whole slab.
 void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   const TileConfig config;
@@ -158,6 +126,8 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
         }
       }
     }
-    store_wgrad(args, {c0, c1}, sums);
+    for (int64_t c = c0; c < c1; c += kColBlock) {
+      store_wgrad(args, {c, std::min(c + kColBlock, c1)}, sums + (c - c0) * rank_pad, kColBlock);
+    }
   }
 }

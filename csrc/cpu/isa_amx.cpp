@@ -40,6 +40,7 @@ namespace {
 #include "simd_avx512_dropout.h"
 #include "simd_dropout.h"
 // clang-format off
+#include "wgrad_store.h"
 #include "amx_tiles.h"
 #include "amx_shrink.h"
 #include "amx_expand.h"

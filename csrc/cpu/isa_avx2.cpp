@@ -21,7 +21,10 @@ namespace lora_ext::cpu {
 namespace {
 
 #include "simd_dropout.h"
+// clang-format off
+#include "wgrad_store.h"
 #include "simd_passes.h"
+// clang-format on
 
 struct Avx2 {
   using Vec = __m256;

@@ -22,7 +22,10 @@ namespace {
 
 #include "simd_avx512_dropout.h"
 #include "simd_dropout.h"
+// clang-format off
+#include "wgrad_store.h"
 #include "simd_passes.h"
+// clang-format on
 
 struct Avx512 {
   using Vec = __m512;

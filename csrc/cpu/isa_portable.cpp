@@ -9,7 +9,10 @@ namespace lora_ext::cpu {
 namespace {
 
 #include "simd_dropout.h"
+// clang-format off
+#include "wgrad_store.h"
 #include "simd_passes.h"
+// clang-format on
 
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));

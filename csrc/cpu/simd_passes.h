@@ -134,19 +134,6 @@ void add_block(T* y, int64_t y_pitch, int64_t rows, int64_t cols, const uint32_t
   }
 }
 
-// Calls run with a value of the element type that `dtype` names.
-template <class Run>
-void with_dtype(Dtype dtype, const Run& run) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return run(BFloat16{});
-    case Dtype::kFloat16:
-      return run(Float16{});
-    default:
-      return run(float{});
-  }
-}
-
 template <class Isa>
 int64_t shrink_panel_bytes(int64_t rank, int64_t cols) {
   return cols * round_up(rank, Isa::kLanes) * static_cast<int64_t>(sizeof(float));
@@ -263,31 +250,6 @@ void expand(const ExpandArgs& args, Range rows) {
   }
 }
 
-// One block of sums, along the contiguous dimension of g: dlora_b is [N, rank].
-template <class T>
-void store_wgrad(const WgradArgs& args, Range cols, const float* sums) {
-  T* out = static_cast<T*>(args.g) + cols.begin * args.g_col_pitch;
-  const int64_t count = cols.end - cols.begin;
-  if (args.g_rank_pitch == 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j < args.rank; ++j) {
-        from_float(args.scale * sums[j * kColBlock + i], &out[i * args.g_col_pitch + j]);
-      }
-    }
-    return;
-  }
-  for (int64_t j = 0; j < args.rank; ++j) {
-    for (int64_t i = 0; i < count; ++i) {
-      from_float(args.scale * sums[j * kColBlock + i],
-                 &out[j * args.g_rank_pitch + i * args.g_col_pitch]);
-    }
-  }
-}
-
-inline void store_wgrad_any(const WgradArgs& args, Range cols, const float* sums) {
-  with_dtype(args.g_dtype, [&](auto type) { store_wgrad<decltype(type)>(args, cols, sums); });
-}
-
 template <class Isa, class T>
 void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   constexpr int64_t kBitsPitch = kColBlock / 32;
@@ -315,7 +277,7 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
                              drop ? bits + i * kBitsPitch : nullptr, kBitsPitch);
       }
     }
-    store_wgrad_any(args, {c, c + block_cols}, sums);
+    store_wgrad(args, {c, c + block_cols}, sums, kColBlock);
   }
 }
 
