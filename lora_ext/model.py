@@ -1,0 +1,217 @@
+"""Adapters of a whole model: all its layers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import BIASES
+from .modules import LoRALayer
+
+# Attribute of a module that is trained whole: the names of the adapters that it belongs to.
+SAVED_BY = "lora_ext_saved_by"
+
+# Wrappers of torch (activation checkpointing, FSDP1) that state dicts leave out of the keys.
+_UNNAMED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def named_modules(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """The model's ``named_modules`` with the paths that its state dict has."""
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        yield ".".join(part for part in path.split(".") if part not in _UNNAMED), module
+
+
+def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, LoRALayer]]:
+    """The (path, layer) pairs of the layers with adapters; shared ones once, or at each path."""
+    for path, module in named_modules(model, remove_duplicate):
+        if isinstance(module, LoRALayer):
+            yield path, module
+
+
+def saved_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """The (path, module) pairs that an adapter's config named in modules_to_save."""
+    for path, module in named_modules(model):
+        names = getattr(module, SAVED_BY, ())
+        if names if adapter is None else adapter in names:
+            yield path, module
+
+
+def reshard(model: nn.Module) -> None:
+    """Takes back the whole parameters that FSDP2 leaves in its root after a forward without a
+    backward: each rank has a copy of them, rounded by the mixed precision policy."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # slow to import; absent if unused
+    if fsdp is not None:
+        sharded: list[Any] = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+        for module in sharded:
+            module.reshard()
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters, in the order in which the layers have them."""
+    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.adapters))
+
+
+def checked_names(model: nn.Module, names: str | Iterable[str], function: str) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    known = adapter_names(model)
+    if len(set(names)) != len(names) or not set(names) <= set(known):
+        raise ValueError(
+            f"lora_ext.{function}: expected different names out of {known}, but got {list(names)}"
+        )
+    return names
+
+
+def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Makes exactly these adapters active and trainable; where several are, their updates add up.
+
+    Modules that were trained whole for an adapter exist once: they stay as they are.
+
+    Raises:
+        ValueError: no layer has one of the names, or a name comes twice.
+    """
+    names = checked_names(model, names, "set_adapter")
+    for _, layer in lora_layers(model):
+        layer.set_adapter([name for name in names if name in layer.adapters])
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forgets an adapter in every layer. The layers stay, as does what else is active.
+
+    Raises:
+        ValueError: no layer has the name.
+    """
+    checked_names(model, name, "delete_adapter")
+    for _, layer in lora_layers(model):
+        if name in layer.adapters:
+            layer.delete_adapter(name)
+    for _, module in saved_modules(model, name):
+        setattr(module, SAVED_BY, tuple(n for n in getattr(module, SAVED_BY) if n != name))
+
+
+def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
+    """Merges adapters into a second weight in every layer, or, on an error, in none.
+
+    W + sum of scaling * B A in float32, rounded once. What the model computes stays the same:
+    active adapters that are not merged are added as before. The weights themselves are kept:
+    `unmerge` is exact and state dicts hold them. See `LoRALayer.merge`.
+
+    Args:
+        names: active adapters; None merges what is active in each layer.
+
+    Raises:
+        ValueError: no layer has one of the names, or it is not active.
+        RuntimeError: an update is not finite, or a weight is sharded.
+    """
+    if names is not None:
+        names = checked_names(model, names, "merge")
+        for path, layer in lora_layers(model):
+            layer.check_active([name for name in names if name in layer.adapters], f" at {path!r}")
+    for layer, merged in compute_merged(model, names, "merge"):
+        layer.install_merged(*merged)
+
+
+def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function: str) -> list:
+    """All that merging makes, before any layer is changed."""
+    reshard(model)
+    wanted = None if names is None else checked_names(model, names, function)
+    return [
+        (
+            layer,
+            layer.compute_merged(
+                None if wanted is None else [name for name in wanted if name in layer.adapters]
+            ),
+        )
+        for _, layer in lora_layers(model)
+    ]
+
+
+def unmerge(model: nn.Module) -> None:
+    """Drops the merged weights; the weights have the bits that they always had."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model computes what it did before it had adapters."""
+    with ExitStack() as stack:
+        for _, layer in lora_layers(model):
+            stack.enter_context(layer.disable_adapters())
+        yield model
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freezes all but the active adapters, the modules to save and, if asked, biases.
+
+    loralib's function of this name, with inactive adapters frozen too.
+
+    Args:
+        bias: "none", "all", or "lora_only", the biases of layers with adapters.
+
+    Raises:
+        ValueError: bias is none of them.
+    """
+    if bias not in BIASES:
+        raise ValueError(
+            f"lora_ext.mark_only_lora_as_trainable: expected bias in {BIASES}, but got {bias!r}"
+        )
+    own = {
+        id(parameter)
+        for _, layer in lora_layers(model)
+        for table in layer.tables().values()
+        for parameter in table.values()
+    }
+    for name, parameter in model.named_parameters():
+        is_bias = name.split(".")[-1] == "bias" and id(parameter) not in own
+        parameter.requires_grad_(bias == "all" and is_bias)
+    for _, layer in lora_layers(model):
+        layer.set_adapter(layer.active_adapters)
+        if bias == "lora_only" and layer.bias is not None:
+            layer.bias.requires_grad_(True)
+    for _, module in saved_modules(model):
+        module.requires_grad_(True)
+
+
+def lora_state_dict(
+    model: nn.Module, bias: str = "none", adapter: str | None = None
+) -> dict[str, Tensor]:
+    """The part of ``model.state_dict()`` that training changes; load it with ``strict=False``.
+
+    Args:
+        bias: which biases to include: "none", "all", or "lora_only", those of layers with adapters.
+        adapter: one adapter's tensors alone; None for all.
+
+    Returns:
+        Keys ``<path>.lora_a.<adapter>`` and so on, the biases, and the parameters and buffers of
+        modules to save; tensors share memory with the model.
+
+    Raises:
+        ValueError: bias is none of the three, or no layer has the adapter.
+    """
+    if bias not in BIASES:
+        raise ValueError(f"lora_ext.lora_state_dict: expected bias in {BIASES}, but got {bias!r}")
+    if adapter is not None:
+        checked_names(model, adapter, "lora_state_dict")
+    own: set[str] = set()
+    wanted: set[str] = set()
+    for path, layer in lora_layers(model, remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for table, entries in layer.tables().items():
+            own |= {f"{prefix}{table}.{n}" for n in list(entries)}
+            wanted |= {f"{prefix}{table}.{n}" for n in list(entries) if adapter in (None, n)}
+        if bias == "lora_only" and layer.bias is not None:
+            wanted.add(f"{prefix}bias")
+    saved = tuple(f"{path}." for path, _ in saved_modules(model, adapter))
+    return {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if key in wanted
+        or key.startswith(saved)
+        or (bias == "all" and key.split(".")[-1] == "bias" and key not in own)
+    }

@@ -1,0 +1,9 @@
+"""Drop-in layers with named low-rank adapters on a frozen weight."""
+
+from .base import LoRALayer
+from .conv import LoRAConv2d
+from .embedding import LoRAEmbedding
+from .linear import LoRALinear
+from .merged_linear import LoRAMergedLinear
+
+__all__ = ["LoRAConv2d", "LoRAEmbedding", "LoRALayer", "LoRALinear", "LoRAMergedLinear"]

@@ -1,0 +1,94 @@
+"""LoRAEmbedding: nn.Embedding with adapters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import AdapterSpec
+from . import initialize
+from .base import LoRALayer
+from .linear import DEFAULT_ADAPTER
+
+
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """A drop-in for nn.Embedding with low-rank adapters on a frozen table.
+
+        y = W[ids] + scaling * lora_a[:, ids]^T lora_b^T
+
+    lora_a is ``[r, num_embeddings]``, zero at first, lora_b ``[embedding_dim, r]``, normal at
+    first, as in loralib and PEFT. There is nothing for dropout to act on: a spec's dropout is
+    ignored, as PEFT ignores it. The update is a lookup and a small product by torch.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: nn.Embedding's.
+        r: rank; 0 adds no adapter.
+        alpha, use_rslora, adapter_dtype: as in `LoRALinear`.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    bias = None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        alpha: float = 8.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        spec = AdapterSpec(r, alpha, use_rslora=use_rslora) if r != 0 else None
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self._init_lora()
+        if spec is not None:
+            self.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
+
+    @classmethod
+    def _check_base(cls, base: nn.Module) -> None:
+        super()._check_base(base)
+        if base.max_norm is not None:
+            raise ValueError(
+                "lora_ext.LoRAEmbedding: expected an embedding without max_norm, but got "
+                f"max_norm={base.max_norm}, which writes to the weight that LoRA freezes"
+            )
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def initialize(self, name: str) -> None:
+        spec = self.adapters[name]
+        if spec.subtracts_init or spec.lora_bias:
+            what = f"init {spec.init!r}" if spec.subtracts_init else "lora_bias"
+            raise ValueError(f"lora_ext.LoRAEmbedding: {what} is for linear layers only")
+        initialize.embedding_(self.lora_a[name], self.lora_b[name])
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.computes_base:
+            return self._look_up(input, self.base_operands()[0])
+        y = self._look_up(input, self.base_operands()[0])
+        for name in self.added_adapters:
+            lora_a, lora_b = self.factors(name)
+            # A sparse gradient could not pass the transposition.
+            update = self._look_up(input, lora_a.t(), sparse=False) @ lora_b.t()
+            y = y + update * self.adapters[name].scaling
+        return y.to(self.weight.dtype)
+
+    def _look_up(self, ids: Tensor, table: Tensor, sparse: bool | None = None) -> Tensor:
+        return F.embedding(
+            ids,
+            table,
+            self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse if sparse is None else sparse,
+        )
+
+    def _adapted_path(self, rows: int | None) -> tuple[str, str]:
+        return "library", "an embedding's update is a lookup and a small product by torch"

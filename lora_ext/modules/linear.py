@@ -1,0 +1,124 @@
+"""LoRALinear: nn.Linear with adapters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import AdapterSpec
+from .fused import FusedLoRALayer
+
+DEFAULT_ADAPTER = "default"
+
+
+class LoRALinear(FusedLoRALayer, nn.Linear):
+    """A drop-in for nn.Linear with low-rank adapters on a frozen weight (Hu et al. 2021).
+
+        y = x W^T + bias + scaling * (drop(x) lora_a^T) lora_b^T
+
+    The weight is frozen and keeps nn.Linear's keys in the state dict; the bias is trained or not as
+    the caller wants. Further adapters come by `add_adapter`; `set_adapter` chooses one or several.
+
+    Args:
+        in_features, out_features, bias, device, dtype: nn.Linear's.
+        r: rank; 0 adds no adapter.
+        alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
+        fan_in_fan_out: the weight is stored as ``[in, out]``, as transformers' Conv1D has it.
+        adapter_dtype: of lora_a ``[r, in]`` and lora_b ``[out, r]``; None is float32 on a half
+            weight, else the weight's dtype.
+
+    Shape:
+        x ``[..., in_features]`` in the weight's dtype to y ``[..., out_features]``.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming",
+        lora_bias: bool = False,
+        fan_in_fan_out: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        # Before anything is allocated.
+        spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._init_lora()
+        self.fan_in_fan_out = fan_in_fan_out
+        if fan_in_fan_out:
+            self.weight = nn.Parameter(self.weight.detach().t().contiguous())
+        if spec is not None:
+            self.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        r: int = 8,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming",
+        lora_bias: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """The layer around an existing one, whose weight, bias and hooks it shares.
+
+        Args:
+            linear: an nn.Linear, or transformers' Conv1D; frozen from now on.
+            r, alpha, dropout, use_rslora, init, lora_bias, adapter_dtype: the constructor's.
+
+        Raises:
+            TypeError: linear is neither (a subclass may compute something else).
+            ValueError: a number is out of its range.
+        """
+        spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
+        layer = cls.around(linear)
+        if spec is not None:
+            layer.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
+        return layer
+
+    @classmethod
+    def _check_base(cls, base: nn.Module) -> None:
+        if not is_conv1d(base):
+            super()._check_base(base)
+
+    def _init_lora(self, base: nn.Module | None = None) -> None:
+        super()._init_lora(base)
+        if base is not None:
+            self.fan_in_fan_out = is_conv1d(base)
+            self.out_features, self.in_features = self.matrix(self.weight).shape
+
+    def as_base(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        if self.fan_in_fan_out and self.base_type is nn.Linear:
+            weight = weight.t().contiguous()  # nn.Linear has no other layout
+        return super().as_base(weight, bias)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.computes_base:
+            return self.adapted(input)
+        weight, bias = self.base_operands()
+        return F.linear(input, self.matrix(weight), bias)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer with weight ``[in, out]``; without an
+    import of transformers."""
+    kind = type(module)
+    return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")

@@ -1,0 +1,80 @@
+"""LoRAMergedLinear: one weight for several projections, each with factors of its own or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import MAX_RANK, AdapterSpec
+from .linear import LoRALinear
+
+
+class LoRAMergedLinear(LoRALinear):
+    """loralib's MergedLinear: out_features are G equal groups, such as Q, K and V.
+
+        y[group] = x W[group]^T + scaling * (drop(x) lora_a[group]^T) lora_b[group]^T
+
+    with an update for the E groups that ``enable_lora`` names. Stored as loralib stores it: lora_a
+    ``[E r, in]``, lora_b ``[E out / G, r]``. One call of the fused op with the factors
+    ``[E r, in]`` and ``[out, E r]``, the second in blocks.
+
+    Make it with `enable_groups` around a layer that has no adapter yet, or by
+    `lora_ext.convert_loralib`.
+    """
+
+    enable_lora: tuple[bool, ...] = (True,)
+
+    def enable_groups(self, enable_lora: Sequence[bool]) -> None:
+        """Says which groups have an update; before the first adapter.
+
+        Raises:
+            ValueError: there is an adapter, the number of groups does not divide out_features, or
+                none is enabled.
+        """
+        if self.adapters:
+            raise ValueError(
+                "lora_ext.LoRAMergedLinear.enable_groups: expected a layer without adapters, whose "
+                f"shapes depend on the groups, but got {list(self.adapters)}; delete them first"
+            )
+        enable = tuple(map(bool, enable_lora))
+        if not any(enable) or self.out_features % len(enable):
+            raise ValueError(
+                "lora_ext.LoRAMergedLinear: expected enable_lora with at least one True and a "
+                f"length that divides out_features = {self.out_features}, but got {list(enable)}"
+            )
+        self.enable_lora = enable
+
+    def _check_new(self, name: str, spec: AdapterSpec) -> None:
+        super()._check_new(name, spec)
+        where, enabled = "lora_ext.LoRAMergedLinear.add_adapter", sum(self.enable_lora)
+        if spec.subtracts_init:
+            raise ValueError(f"{where}: init {spec.init!r} is for layers with one group only")
+        if spec.r * enabled > MAX_RANK:
+            raise ValueError(
+                f"{where}: expected r times the {enabled} enabled groups to be at most {MAX_RANK}, "
+                f"but got r = {spec.r}"
+            )
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        groups, enabled = len(self.enable_lora), sum(self.enable_lora)
+        return (enabled * r, self.in_features), (self.out_features // groups * enabled, r)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        lora_a, lora_b = self.lora_a[name], self.lora_b[name]
+        groups, enabled = len(self.enable_lora), sum(self.enable_lora)
+        r, height = lora_b.shape[1], self.out_features // groups
+        blocks = iter(lora_b.split(height))
+        rows, place = [], 0
+        for enable in self.enable_lora:
+            if enable:
+                rows.append(F.pad(next(blocks), (place * r, (enabled - 1 - place) * r)))
+                place += 1
+            else:
+                rows.append(lora_b.new_zeros(height, enabled * r))
+        return lora_a, torch.cat(rows)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, enable_lora={list(self.enable_lora)}"
