@@ -3,8 +3,10 @@
     y = x W^T + scaling * (drop(x) lora_a^T) lora_b^T + bias
 
 `lora_linear` computes the layer and, through autograd, the gradients of x, lora_a, lora_b and
-bias; the weight is frozen. `prepack` keeps a frozen weight in oneDNN's packed layout on the CPU.
-`build_info` says what was compiled and which kernels run here.
+bias; the weight is frozen. `LoRALinear` is the layer, `apply_lora` puts it into a model, and
+`save_adapter` and `load_adapter` keep adapters in PEFT's format. `prepack` keeps a frozen weight in
+oneDNN's packed layout on the CPU. `explain` says what a model's layers run, `build_info` what was
+compiled and which kernels run here.
 """
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
@@ -20,17 +22,68 @@ except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
 from . import reference
+from .adapters import (
+    AdapterConfig,
+    AdapterError,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
+from .apply import apply_lora, merge_and_unload, unload
+from .config import AdapterSpec, LoRAConfig
 from .functional import dropout_mask, lora_linear
+from .loralib import convert_loralib, load_loralib_state_dict, loralib_state_dict
+from .model import (
+    delete_adapter,
+    disable_adapters,
+    lora_layers,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge,
+    set_adapter,
+    unmerge,
+)
+from .modules import LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMergedLinear
+from .optimizer import lora_plus_groups
 from .prepack import PackedWeight, prepack
+from .reports import explain, trainable_parameters
 
 __version__ = version()
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterSpec",
+    "LoRAConfig",
+    "LoRAConv2d",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "LoRAMergedLinear",
     "PackedWeight",
     "__version__",
+    "apply_lora",
     "build_info",
+    "convert_loralib",
+    "delete_adapter",
+    "disable_adapters",
     "dropout_mask",
+    "explain",
+    "load_adapter",
+    "load_loralib_state_dict",
+    "lora_layers",
     "lora_linear",
+    "lora_plus_groups",
+    "lora_state_dict",
+    "loralib_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge",
+    "merge_and_unload",
     "prepack",
+    "read_adapter_config",
     "reference",
+    "save_adapter",
+    "set_adapter",
+    "trainable_parameters",
+    "unload",
+    "unmerge",
 ]

@@ -1,0 +1,84 @@
+"""The tensors of a file against a plan, from the header alone: nothing is read or allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .errors import AdapterError, shown, some
+from .layout import PREFIX, features
+from .plan import Plan
+from .tensors import Entry
+
+
+def check_keys(plan: Plan, header: Mapping[str, Entry]) -> None:
+    """Every tensor has a place, and every place its tensor.
+
+    Raises:
+        AdapterError: one is missing or one too many.
+    """
+    needed = {slot.key for target in plan.targets for slot in target.slots}
+    needed |= {key for key, entry in plan.stored.items() if entry.written}
+    missing = needed - set(header)
+    unknown = {key for key in header if key not in needed and not plan.may_hold(key)}
+    if unknown and missing == needed:
+        raise AdapterError(
+            f"expected tensors such as {some(needed, 2)}, but none matches; got {some(unknown, 2)}"
+        )
+    if (unknown and not missing) or any("lora_magnitude_vector" in key for key in unknown):
+        raise AdapterError(f"expected no other tensors, but got {_why_unknown(plan, unknown)}")
+    if missing:
+        also = f"; there are {some(unknown, 2)} instead" if unknown else ""
+        raise AdapterError(
+            f"expected a tensor for all that the config targets, but {some(missing)} is missing"
+            f"{also}; without it the base's result would be served"
+        )
+
+
+def _why_unknown(plan: Plan, unknown: set[str]) -> str:
+    for key in sorted(unknown):
+        if "lora_magnitude_vector" in key:
+            return f"{shown(key, 200)}: DoRA, which is not supported"
+        module = plan.modules.get(key.removeprefix(PREFIX).split(".lora_")[0])
+        if ".lora_" in key and module is not None:
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            return f"{shown(key, 200)}, of a {name} that the config does not target"
+    return some(unknown)
+
+
+def check_entries(plan: Plan, header: Mapping[str, Entry]) -> None:
+    """Shapes and dtypes.
+
+    Raises:
+        AdapterError: a rank is not the config's, a size not the model's, or a dtype cannot be used.
+    """
+    for target in plan.targets:
+        for slot in target.slots:
+            entry = header[slot.key]
+            _check_floating(entry)
+            if entry.shape != slot.shape:
+                in_features, out_features = features(target.layer)
+                raise AdapterError(
+                    f"{shown(slot.key, 200)}: expected shape {list(slot.shape)} (rank "
+                    f"{target.spec.r} by the config, {in_features} in and {out_features} out "
+                    f"features), but got {list(entry.shape)}"
+                )
+    for key in plan.stored.keys() & header.keys():
+        entry, tensor = header[key], plan.stored[key].tensor
+        if entry.shape != tuple(tensor.shape):
+            raise AdapterError(
+                f"{shown(key, 200)}: expected shape {list(tensor.shape)} as in the model, but got "
+                f"{list(entry.shape)}; if it was resized for the adapter, resize the model's"
+            )
+        if tensor.is_floating_point():
+            _check_floating(entry)
+        elif entry.dtype != tensor.dtype:
+            raise AdapterError(
+                f"{shown(key, 200)}: expected {tensor.dtype} as in the model, but got {entry.dtype}"
+            )
+
+
+def _check_floating(entry: Entry) -> None:
+    if not entry.dtype.is_floating_point:
+        raise AdapterError(
+            f"{shown(entry.name, 200)}: expected a floating dtype, but got {entry.dtype}"
+        )

@@ -1,0 +1,255 @@
+"""What PEFT's format stores of one adapter of a model: its config, derived from the layers, and its
+tensors."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BIASES, AdapterSpec
+from ..model import adapter_names, lora_layers, saved_modules
+from ..modules import LoRAEmbedding, LoRALayer
+from ..patterns.automaton import Budget
+from .errors import AdapterError, some
+from .layout import PREFIX, bias_key, plain_spec, slots
+from .owners import BIAS_SAVED_BY, bias_of, tensors_of
+from .peft_config import MAX_NAME, AdapterConfig
+from .targets import base_modules, saved_paths, targeted_paths
+
+_SPECIAL = frozenset(".^$*+?{}[]\\|()")
+_STEPS = 100_000_000
+_PEFT_PARTS = (
+    "base_layer",
+    "lora_dropout",
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "default",
+)
+
+
+class Content:
+    """One adapter as PEFT stores it.
+
+    Args:
+        model: has the adapter.
+        adapter: its name.
+        bias: "none", "all" or "lora_only"; None finds out.
+
+    Raises:
+        AdapterError: the model has no such adapter, or the format cannot express it.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str, bias: str | None) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.every = base_modules(model, remove_duplicate=False)
+        self.layers = {p: layer for p, layer in lora_layers(model) if adapter in layer.adapters}
+        if not self.layers:
+            raise AdapterError(
+                f"expected one of the adapters {adapter_names(model)}, but got {adapter!r}"
+            )
+        if "" in self.layers:
+            raise AdapterError("expected a model that holds layers, but got the layer itself")
+        if bias not in (None, *BIASES):
+            raise AdapterError(f"expected bias to be None or one of {BIASES}, but got {bias!r}")
+        self.specs = {path: self._plain_spec(path, layer) for path, layer in self.layers.items()}
+        self.saved = self._find_saved()
+        self.bias = bias or self._find_bias()
+        self.lora_bias = any(spec.lora_bias for spec in self.specs.values())
+        embeddings = [p for p, layer in self.layers.items() if isinstance(layer, LoRAEmbedding)]
+        if self.lora_bias and embeddings:
+            raise AdapterError(
+                "expected no lora_bias beside embeddings, which have none in PEFT, but got both: "
+                f"{embeddings[0]!r} is an embedding"
+            )
+
+    @property
+    def has_conv1d(self) -> bool:
+        return any(getattr(layer, "fan_in_fan_out", False) for layer in self.layers.values())
+
+    def _plain_spec(self, path: str, layer: LoRALayer) -> AdapterSpec:
+        try:
+            return plain_spec(layer.adapters[self.adapter], layer.rank(self.adapter))
+        except ValueError as error:
+            raise AdapterError(f"{path!r} as a plain LoRA: {error}") from None
+
+    # ---- tensors ----
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+        """(name in the file, tensor, shape in the file), in the order of the layers."""
+        for path, layer in self.layers.items():
+            lora_a, lora_b = layer.factors(self.adapter)
+            values = {"lora_a": lora_a, "lora_b": lora_b}
+            if self.adapter in layer.lora_bias:
+                values["lora_bias"] = layer.lora_bias[self.adapter]
+            for slot in slots(path, layer, self.specs[path].r, self.lora_bias):
+                value = values.get(slot.table)
+                yield slot.key, torch.zeros(slot.shape) if value is None else value, slot.shape
+        stored = {f"{PREFIX}{p}.{n}": t for p, m in self.saved.items() for n, t in _state(m)}
+        if self.bias != "none":
+            for path, module in {"": self.model, **self.every}.items():
+                bias = bias_of(module)
+                if bias is not None and (self.bias == "all" or path in self.layers):
+                    stored[bias_key(path, path in self.layers)] = bias
+        for key, tensor in stored.items():
+            yield key, tensor, tuple(tensor.shape)
+
+    # ---- config ----
+
+    def config(
+        self, base_model_name_or_path: str | None, revision: str | None, task_type: str | None
+    ) -> AdapterConfig:
+        """The config that selects these layers, and no others, in PEFT."""
+        use_rslora = _most_common(spec.use_rslora for spec in self.specs.values())
+        ranks = {path: spec.r for path, spec in self.specs.items()}
+        alphas = {path: _alpha(spec, use_rslora) for path, spec in self.specs.items()}
+        dropouts = [spec.dropout for spec in self.specs.values()]
+        if len(set(dropouts)) > 1:
+            warnings.warn(
+                "lora_ext.save_adapter: PEFT's format has one dropout for all layers; of "
+                f"{sorted(set(dropouts))} the most common is stored",
+                stacklevel=4,
+            )
+        r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        target_modules, exclude_modules = self._find_names()
+        return AdapterConfig(
+            r=r,
+            alpha=alpha,
+            dropout=_most_common(dropouts),
+            use_rslora=use_rslora,
+            lora_bias=self.lora_bias,
+            bias=self.bias,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            modules_to_save=self.saved_names,
+            rank_pattern={_anchored(path): n for path, n in ranks.items() if n != r},
+            alpha_pattern={_anchored(path): a for path, a in alphas.items() if a != alpha},
+            base_model_name_or_path=base_model_name_or_path,
+            revision=revision,
+            task_type=task_type,
+        )
+
+    def _find_names(self) -> tuple[str | tuple[str, ...], tuple[str, ...]]:
+        """(target_modules, exclude_modules) that select exactly the layers: the last parts of their
+        paths if that will do, else the paths, which may select others whose paths end alike."""
+        paths = tuple(self.layers)
+        short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        others = tuple(p for p in self._selected(paths, ()) if p not in self.layers)
+        expression = "|".join(map(_escaped, paths))
+        candidates = [(short, ()), (paths, ()), (paths, others)]
+        if len(expression) <= MAX_NAME:
+            candidates.append((expression, ()))
+        for targets, excluded in candidates:
+            if set(self._selected(targets, excluded)) == set(paths):
+                return targets, excluded
+        raise AdapterError(
+            f"expected layers that PEFT's target_modules can select, but {some(paths)} cannot be "
+            f"told from {some(others)}, or are inside modules to save"
+        )
+
+    def _selected(self, targets: str | tuple[str, ...], excluded: tuple[str, ...]) -> list[str]:
+        config = AdapterConfig(
+            target_modules=targets,
+            exclude_modules=excluded,
+            modules_to_save=self.saved_names,
+        )
+        return targeted_paths(self.model, config, Budget("the selection of layers", _STEPS))
+
+    # ---- what is stored whole ----
+
+    def _find_saved(self) -> dict[str, nn.Module]:
+        """Path -> module to save, with those that PEFT's names cannot leave out: PEFT copies each
+        of them, so tied tensors are stored for every module that holds them."""
+        modules = self.every
+        paths = {path for path, _ in saved_modules(self.model, self.adapter)}
+        while True:
+            if "" in paths:
+                raise AdapterError("expected modules to save inside the model, but got all of it")
+            held = {id(t) for path in paths for _, t in _state(self.every[path])}
+            tied = {p for p, m in modules.items() if any(id(t) in held for _, t in tensors_of(m))}
+            more = {p for p in tied if not any(f"{p}.".startswith(f"{r}.") for r in paths)}
+            self.saved_names = self._saved_names(paths | more)
+            found = set(saved_paths(self.model, self.saved_names)) | paths | more
+            if found == paths:
+                break
+            paths = found
+        for path in paths:
+            inside = [p for p in paths if p.startswith(f"{path}.")]
+            parts = self.every[path].modules()
+            if inside or any(isinstance(part, LoRALayer) for part in parts):
+                what = f"{inside[0]!r}, which is one too" if inside else "layers with adapters"
+                raise AdapterError(
+                    f"expected modules to save that PEFT can copy one by one, but {path!r} holds "
+                    f"{what}"
+                )
+        return {path: self.every[path] for path in sorted(paths)}
+
+    def _saved_names(self, paths: set[str]) -> tuple[str, ...]:
+        short = tuple(sorted({path.rpartition(".")[2] for path in paths}))
+        if set(saved_paths(self.model, short)) == paths and not _clashes(short):
+            return short
+        names = tuple(sorted(paths))
+        for name, part in _clashes(names):
+            raise AdapterError(
+                f"expected modules to save that PEFT can name, but got {name!r}, with which PEFT's "
+                f"{part!r} ends"
+            )
+        return names
+
+    def _find_bias(self) -> str:
+        """The mode that covers the biases that are trained, or came with the adapter."""
+        inside = {id(part) for module in self.saved.values() for part in module.modules()}
+        owners = [
+            module
+            for module in (self.model, *base_modules(self.model).values())
+            if id(module) not in inside and self._owns_bias(module)
+        ]
+        adapted = {id(layer) for layer in self.layers.values()}
+        if not owners:
+            return "none"
+        return "lora_only" if all(id(module) in adapted for module in owners) else "all"
+
+    def _owns_bias(self, module: nn.Module) -> bool:
+        bias = bias_of(module)
+        return bias is not None and (
+            bias.requires_grad or self.adapter in getattr(module, BIAS_SAVED_BY, ())
+        )
+
+
+def _clashes(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The (name, part) pairs in which a name in modules_to_save is the end of a part of PEFT's own
+    layers, which PEFT would try to copy too."""
+    return [(name, part) for name in names for part in _PEFT_PARTS if part.endswith(name)]
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.state_dict(keep_vars=True).items())
+
+
+def _most_common(values):
+    return Counter(values).most_common(1)[0][0]
+
+
+def _alpha(spec: AdapterSpec, use_rslora: bool) -> float:
+    """The alpha that gives the spec's scaling with this convention; an integer where it is one."""
+    alpha = spec.alpha
+    if spec.use_rslora != use_rslora:
+        alpha = spec.scaling * (math.sqrt(spec.r) if use_rslora else spec.r)
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def _escaped(path: str) -> str:
+    return "".join(f"\\{char}" if char in _SPECIAL else char for char in path)
+
+
+def _anchored(path: str) -> str:
+    """A key of rank_pattern that matches this path alone."""
+    return f"^{_escaped(path)}"

@@ -1,0 +1,22 @@
+"""The error of adapter files, and how values are shown in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AdapterError(ValueError):
+    """An adapter folder cannot be read or written; the model and the folder are unchanged."""
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """``repr(value)``, cut at `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def some(names: Any, limit: int = 4) -> str:
+    """The first few names and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(shown(name, 160) for name in names[:limit]) + more

@@ -1,0 +1,307 @@
+r"""The two files of an adapter as one: read as a pair that belongs together, replaced at once.
+
+    adapter_config.json           adapter_model.safetensors
+    adapter_config.json.next      adapter_model.safetensors.next      while a save is under way
+    adapter_config.json.tmp       adapter_model.safetensors.tmp       not complete; never read
+
+A save writes .tmp files and makes them durable. If the config keeps its bytes, one rename replaces
+the weights. Otherwise, by renames alone, each made durable before the next:
+
+    1  config.tmp -> config.next         nothing is promised yet: a reader ignores .next files
+    2  weights.tmp -> weights.next       both .next files stand: ready
+    3  config.next -> config             the commit: weights.next without config.next
+    4  weights.next -> weights
+
+A reader that finds weights.next without config.next takes the weights from there, and the next save
+does step 4 first. A kill at any moment leaves the old adapter or the new one to `open_adapter`.
+Where both .next files stand, weights.next is removed first, so that no step of cleaning up can look
+like a commit. A reader that meets a save looks again until the pair stood still while it opened it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from .errors import AdapterError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
+MAX_CONFIG_BYTES = 1 << 20
+_PICKLE = "adapter_model.bin"
+_NEXT = ".next"
+_TMP = ".tmp"
+_CARD_TMP = "adapter_card.tmp"
+_OWN = (*(name + end for name in (WEIGHTS, CONFIG) for end in ("", _NEXT, _TMP)), _CARD_TMP)
+_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class OpenAdapter:
+    """The files of one adapter, as they stood together.
+
+    Attributes:
+        config: bytes of adapter_config.json.
+        weights: file descriptor of the safetensors file, open for reading.
+        weights_name: that file's name in the folder.
+    """
+
+    config: bytes
+    weights: int
+    weights_name: str
+
+
+@contextmanager
+def open_adapter(folder: str) -> Iterator[OpenAdapter]:
+    """Opens the pair of files of an adapter.
+
+    Raises:
+        AdapterError: a file is missing, no regular file, a link that leaves the folder (the Hugging
+            Face cache's links to its blobs are allowed), or a config of more than 1 MiB.
+    """
+    if not os.path.isdir(folder):
+        what = "a file" if os.path.exists(folder) else "nothing there"
+        raise AdapterError(f"expected a folder with {CONFIG} and {WEIGHTS}, but got {what}")
+    for _ in range(_ATTEMPTS):
+        with ExitStack() as stack:
+            state = _pending(folder)
+            name = WEIGHTS + _NEXT if state == (False, True) else WEIGHTS
+            descriptors = {}
+            try:
+                for part in (CONFIG, name):
+                    descriptors[part] = _open_regular(folder, part)
+                    stack.callback(os.close, descriptors[part])
+            except AdapterError:
+                if _pending(folder) != state:
+                    continue
+                raise
+            if _pending(folder) != state or not all(
+                _is_same(folder, part, descriptor) for part, descriptor in descriptors.items()
+            ):
+                continue
+            yield OpenAdapter(_read_config(descriptors[CONFIG]), descriptors[name], name)
+            return
+    raise AdapterError("expected files that stand still, but they are replaced all the time")
+
+
+def _pending(folder: str) -> tuple[bool, bool]:
+    """Whether (config.next, weights.next) are there."""
+    config, weights = (os.path.lexists(os.path.join(folder, n + _NEXT)) for n in (CONFIG, WEIGHTS))
+    return config, weights
+
+
+def _open_regular(folder: str, name: str) -> int:
+    path = os.path.join(folder, name)
+    try:
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            path = _resolved_link(folder, name)
+        # A FIFO in the file's place would block open() until somebody writes to it.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise AdapterError(_missing(folder, name)) from None
+    except OSError as error:
+        raise AdapterError(f"{name}: expected a readable file, but got {error.strerror}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise AdapterError(f"{name}: expected a regular file, but got {_kind(mode)}")
+    return descriptor
+
+
+def _resolved_link(folder: str, name: str) -> str:
+    """Where a link leads, if that is inside the folder or among the blobs of its cache."""
+    target = os.path.realpath(os.path.join(folder, name), strict=True)
+    home = os.path.realpath(folder)
+    parts = home.split(os.sep)
+    # models--<owner>--<name>/snapshots/<revision>/... links to models--<owner>--<name>/blobs/<hash>
+    caches = [os.sep.join(parts[:i]) for i, part in enumerate(parts[:-1]) if part == "snapshots"]
+    inside = target.startswith(home + os.sep)
+    if not inside and os.path.dirname(target) not in [os.path.join(c, "blobs") for c in caches]:
+        raise AdapterError(
+            f"{name}: expected a file in the folder, but it is a link to {target!r}; copy the file"
+        )
+    return target
+
+
+def _is_same(folder: str, name: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(os.path.join(folder, name)), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _read_config(descriptor: int) -> bytes:
+    size = os.fstat(descriptor).st_size
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterError(
+            f"{CONFIG}: expected at most {MAX_CONFIG_BYTES} bytes, but it has {size}"
+        )
+    data = b""
+    while chunk := os.read(descriptor, MAX_CONFIG_BYTES + 1 - len(data)):
+        data += chunk
+    if len(data) > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{CONFIG}: expected at most {MAX_CONFIG_BYTES} bytes, but it has more")
+    return data
+
+
+def _missing(folder: str, name: str) -> str:
+    if name == WEIGHTS and os.path.lexists(os.path.join(folder, _PICKLE)):
+        return (
+            f"expected {WEIGHTS}, but there is only {_PICKLE}, a pickle, which can run any code "
+            "when it is loaded; save the adapter as safetensors"
+        )
+    return f"expected {name}, but the folder has none; it is one of the two files of an adapter"
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        "a directory": stat.S_ISDIR,
+        "a link": stat.S_ISLNK,
+        "a FIFO": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+    }
+    return next((kind for kind, is_kind in kinds.items() if is_kind(mode)), "a device")
+
+
+# ---- writing ----
+
+
+def replace_adapter(
+    folder: str, config: bytes, weights: Callable[[], Iterable[memoryview | bytes]], card: bytes
+) -> None:
+    """Puts an adapter in the place of what the folder holds, or leaves that as it is.
+
+    Other files in the folder are not touched; README.md is written if there is none.
+
+    Args:
+        folder: made if it does not exist.
+        config: bytes of adapter_config.json.
+        weights: makes the pieces of the safetensors file.
+        card: bytes of README.md.
+
+    Raises:
+        AdapterError: another process is saving there, or one of the files is a link or no regular
+            file.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    os.makedirs(folder, exist_ok=True)
+    for name in _OWN:
+        path = os.path.join(folder, name)
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise AdapterError(
+                f"{name}: expected a regular file to replace, but got "
+                f"{_kind(os.lstat(path).st_mode)}; remove it or save to another folder"
+            )
+    with _locked(folder) as directory:
+        _Save(folder, directory).run(config, weights, card)
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[int]:
+    """The folder's descriptor, locked against other saves; a kill frees the lock."""
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AdapterError(
+                "expected to be alone, but another save to this folder is under way; save from one "
+                "process, or to another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield directory
+    finally:
+        # A forked child may hold a copy of the descriptor, which close() alone would leave locked.
+        with suppress(OSError):
+            fcntl.flock(directory, fcntl.LOCK_UN)
+        os.close(directory)
+
+
+class _Save:
+    """One replacement of an adapter, under the folder's lock."""
+
+    def __init__(self, folder: str, directory: int) -> None:
+        self.folder = folder
+        self.directory = directory
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def exists(self, name: str) -> bool:
+        return os.path.lexists(self.path(name))
+
+    def run(
+        self, config: bytes, weights: Callable[[], Iterable[memoryview | bytes]], card: bytes
+    ) -> None:
+        self.recover()
+        try:
+            # All that needs space comes before the first rename.
+            self.write(WEIGHTS + _TMP, weights())
+            same_config = self.exists(WEIGHTS) and self.holds(CONFIG, config)
+            if not same_config:
+                self.write(CONFIG + _TMP, [config])
+            if not self.exists(CARD):
+                self.write(_CARD_TMP, [card])
+            if same_config:
+                self.rename(WEIGHTS + _TMP, WEIGHTS)
+            else:
+                self.rename(CONFIG + _TMP, CONFIG + _NEXT)
+                self.rename(WEIGHTS + _TMP, WEIGHTS + _NEXT)
+                self.rename(CONFIG + _NEXT, CONFIG)  # the commit
+                self.rename(WEIGHTS + _NEXT, WEIGHTS)
+            if self.exists(_CARD_TMP):
+                self.rename(_CARD_TMP, CARD)
+        except BaseException:
+            with suppress(OSError):
+                self.clean_up()
+            raise
+
+    def recover(self) -> None:
+        """Finishes or forgets what a killed save left."""
+        if self.exists(WEIGHTS + _NEXT) and not self.exists(CONFIG + _NEXT):
+            self.rename(WEIGHTS + _NEXT, WEIGHTS)
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        if self.exists(CONFIG + _NEXT):  # no commit: weights.next goes first
+            self.remove(WEIGHTS + _NEXT)
+            self.remove(CONFIG + _NEXT)
+        for name in (WEIGHTS + _TMP, CONFIG + _TMP, _CARD_TMP):
+            self.remove(name)
+
+    def holds(self, name: str, data: bytes) -> bool:
+        """Whether the file has exactly these bytes."""
+        try:
+            descriptor = _open_regular(self.folder, name)
+        except AdapterError:
+            return False
+        with open(descriptor, "rb") as file:
+            return file.read(len(data) + 1) == data
+
+    def write(self, name: str, pieces: Iterable[memoryview | bytes]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self.path(name), flags, 0o666)
+        try:
+            for piece in pieces:
+                rest = memoryview(piece)
+                while rest:
+                    rest = rest[os.write(descriptor, rest[: 1 << 26]) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        os.replace(self.path(source), self.path(target))
+        os.fsync(self.directory)
+
+    def remove(self, name: str) -> None:
+        if self.exists(name):
+            os.unlink(self.path(name))
+            os.fsync(self.directory)

@@ -1,0 +1,239 @@
+"""Loading an adapter from PEFT's folder: all of it is checked first, then all of it applied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..apply import install
+from ..model import SAVED_BY, adapter_names, mark_only_lora_as_trainable, reshard
+from ..modules import LoRALayer
+from ..modules.linear import DEFAULT_ADAPTER
+from .check import check_entries, check_keys
+from .errors import AdapterError, shown
+from .folder import CONFIG, open_adapter
+from .owners import BIAS_SAVED_BY, Owners, check_real, inner_model
+from .peft_config import AdapterConfig, parse_config
+from .plan import Plan, Stored, Target
+from .tensors import Entry, read_header, read_tensor
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter: str = DEFAULT_ADAPTER,
+    trainable: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Adds an adapter from a folder in PEFT's format to a model, in place.
+
+    Read are ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT 0.21.2 writes them;
+    never a pickle, and nothing that the config names is imported or opened. Layers are replaced as
+    by `apply_lora`. The first adapter of a model becomes active and the rest of it is frozen; a
+    further one waits for `set_adapter`. Stored biases and modules to save are written into the
+    model's own parameters. init "pissa" and "olora" stand for another weight, W - scaling * B0 A0:
+    A0 and B0 are computed again from W, as PEFT does, and the weight is kept.
+
+    Args:
+        model: the base that the adapter was trained on, with or without other adapters.
+        folder: a local path.
+        adapter: the name that it gets here.
+        trainable: whether it is to be trained further, or frozen.
+        adapter_dtype: of its factors; None is float32 on a half base, else the base's dtype,
+            whatever the file holds (PEFT's autocast_adapter_dtype).
+
+    Returns:
+        The model.
+
+    Raises:
+        AdapterError: a ValueError. A file is missing, broken or not plain LoRA; its tensors are not
+            exactly those of the modules that its config names, in name, shape, rank and kind; a
+            value is not finite; the name is taken; or what it stores belongs to another adapter.
+            The model is then unchanged, as it is after any other error.
+    """
+    folder = os.fspath(folder)
+    inner = inner_model(model)
+    reshard(inner)
+    try:
+        if adapter in adapter_names(inner):
+            raise AdapterError(
+                f"expected a new adapter name, but the model has {adapter!r}; delete_adapter it "
+                "first or choose another name"
+            )
+        if adapter_dtype is not None and not adapter_dtype.is_floating_point:
+            raise AdapterError(f"expected a floating adapter_dtype, but got {adapter_dtype}")
+        with open_adapter(folder) as files:
+            with _naming(CONFIG):
+                config = parse_config(files.config)
+                plan = Plan(inner, config)
+            with _naming(files.weights_name):
+                header = read_header(files.weights)
+                check_keys(plan, header)
+                check_entries(plan, header)
+                _read(plan, files.weights, header, adapter_dtype)
+                _check_owners(plan)
+        _apply(plan, adapter, trainable, adapter_dtype)
+    except ValueError as error:
+        raise AdapterError(f"lora_ext.load_adapter: {folder}: {error}") from None
+    return model
+
+
+def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
+    """What an adapter's config says, without a model: rank, targets, the base's name and so on.
+
+    Raises:
+        AdapterError: a file is missing, or the config is not that of a plain LoRA.
+    """
+    folder = os.fspath(folder)
+    try:
+        with open_adapter(folder) as files, _naming(CONFIG):
+            return parse_config(files.config)
+    except ValueError as error:
+        raise AdapterError(f"lora_ext.read_adapter_config: {folder}: {error}") from None
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Puts the file's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise AdapterError(f"{file}: {error}") from None
+
+
+def _read(
+    plan: Plan, file: int, header: dict[str, Entry], adapter_dtype: torch.dtype | None
+) -> None:
+    """Reads all tensors into memory, in the dtypes in which they will be used."""
+    for target in plan.targets:
+        dtype = _factor_dtype(target.layer, adapter_dtype)
+        for slot in target.slots:
+            value = _read_finite(file, header[slot.key], dtype)
+            target.values[slot.table] = value.reshape(slot.shape[:2])
+    for key in plan.stored.keys() & header.keys():
+        stored = plan.stored[key]
+        check_real(shown(key, 200), stored.tensor)
+        value = _read_finite(file, header[key], stored.tensor.dtype)
+        if stored.written:
+            stored.value = value
+        elif not torch.equal(value, stored.tensor.detach().cpu()):
+            raise AdapterError(
+                f"{shown(key, 200)}: expected the model's own weight, but got another, for which "
+                "the adapter was trained; load that into the model first"
+            )
+
+
+def _read_finite(file: int, entry: Entry, dtype: torch.dtype) -> Tensor:
+    value = read_tensor(file, entry).to(dtype)
+    if dtype.is_floating_point and not torch.isfinite(value).all():
+        raise AdapterError(
+            f"{shown(entry.name, 200)}: expected finite values in {dtype}, but got NaN or infinity"
+        )
+    return value
+
+
+def _factor_dtype(layer: LoRALayer, adapter_dtype: torch.dtype | None) -> torch.dtype:
+    if adapter_dtype is not None:
+        return adapter_dtype
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+
+
+def _written(plan: Plan) -> Iterator[tuple[Stored, Tensor]]:
+    for stored in plan.stored.values():
+        if stored.value is not None:
+            yield stored, stored.value
+
+
+def _check_owners(plan: Plan) -> None:
+    """What is written may not change what another adapter or a tied module relies on."""
+    owners = Owners(plan.model)
+    writers: dict[int, set[int]] = {}
+    for stored, _ in _written(plan):
+        writers.setdefault(id(stored.tensor), set()).add(id(stored.holder))
+    first: dict[int, tuple[Stored, Tensor]] = {}
+    for stored, value in _written(plan):
+        owners.check_free(stored.key, stored.tensor, value, writers[id(stored.tensor)])
+        other, before = first.setdefault(id(stored.tensor), (stored, value))
+        if not torch.equal(before, value):
+            raise AdapterError(
+                f"expected equal values for tied tensors, but {shown(other.key, 200)} and "
+                f"{shown(stored.key, 200)} differ; untie them in the model first"
+            )
+
+
+def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype | None) -> None:
+    """Adds the adapter to all layers, or, on any error, to none."""
+    model = plan.model
+    is_first = not adapter_names(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = {id(target.layer): target.layer.active_adapters for target in plan.targets}
+    new = {id(t.module): t.layer for t in plan.targets if t.layer is not t.module}
+    undo: list[tuple[Tensor, Tensor]] = []
+    try:
+        for target in plan.targets:
+            _add(target, adapter, adapter_dtype)
+        with torch.no_grad():
+            for stored, value in _written(plan):
+                undo.append((stored.tensor, stored.tensor.detach().clone()))
+                stored.tensor.copy_(value)
+        install(model, dict(new))
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in reversed(undo):
+                tensor.copy_(value)
+        install(model, {id(t.layer): t.module for t in plan.targets if id(t.module) in new})
+        for target in plan.targets:
+            if target.layer is target.module and adapter in target.layer.adapters:
+                target.layer.delete_adapter(adapter)
+                target.layer.active_adapters = active[id(target.layer)]
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        raise
+    _mark(plan, adapter)
+    if is_first:
+        mark_only_lora_as_trainable(model, plan.config.bias)
+        if not trainable:
+            model.requires_grad_(False)
+        return
+    for target in plan.targets:
+        layer = target.layer
+        layer.active_adapters = () if id(target.module) in new else active[id(layer)]
+        if layer.bias is not None and id(target.module) in new:
+            layer.bias.requires_grad_(False)
+        for table in (layer.lora_a, layer.lora_b, layer.lora_bias):
+            if adapter in table:
+                table[adapter].requires_grad_(trainable)
+    for stored, _ in _written(plan):
+        if isinstance(stored.tensor, nn.Parameter):
+            stored.tensor.requires_grad_(trainable)
+
+
+def _add(target: Target, adapter: str, dtype: torch.dtype | None) -> None:
+    layer = target.layer
+    try:
+        layer.add_adapter(adapter, target.spec, dtype)
+    except ValueError as error:
+        raise AdapterError(f"{target.path!r}: {error}") from None
+    with torch.no_grad():
+        for table, value in target.values.items():
+            getattr(layer, table)[adapter].copy_(value)
+
+
+def _mark(plan: Plan, adapter: str) -> None:
+    """Notes on the modules what belongs to the adapter besides its factors."""
+    layers = {id(target.module): target.layer for target in plan.targets}
+    owned = [(root, SAVED_BY) for root in plan.saved.values()]
+    if plan.config.bias != "none":
+        inside = {id(module) for root in plan.saved.values() for module in root.modules()}
+        owned += [
+            (layers.get(id(stored.holder), stored.holder), BIAS_SAVED_BY)
+            for stored, _ in _written(plan)
+            if id(stored.holder) not in inside
+        ]
+    for module, attribute in owned:
+        names = getattr(module, attribute, ())
+        setattr(module, attribute, (*(name for name in names if name != adapter), adapter))

@@ -1,0 +1,148 @@
+"""Saving an adapter in PEFT's folder format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..model import reshard
+from ..modules.linear import DEFAULT_ADAPTER
+from .content import Content
+from .errors import AdapterError, shown
+from .folder import replace_adapter
+from .owners import inner_model, is_sharded
+from .peft_config import AdapterConfig, check_information, render_config
+from .tensors import encode, is_storable
+
+_TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter: str = DEFAULT_ADAPTER,
+    *,
+    bias: str | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes an adapter to a folder in the format of PEFT 0.21.2, for PEFT and `load_adapter`.
+
+    Written are ``adapter_config.json``, ``adapter_model.safetensors`` and, if there is none, a
+    ``README.md``; other files are not touched. A kill at any moment leaves the adapter that the
+    folder held or the new one (`docs/adapters.md`). The config is derived from the layers: the most
+    common rank and alpha, and patterns for the rest. What is no plain LoRA is written as one with
+    the same product: PiSSA and OLoRA with rank 2 r, merged projections with one dense pair.
+
+    With parameters sharded by FSDP2 every rank calls it; rank 0 writes. Else one process calls it.
+
+    Args:
+        model: holds the adapter.
+        folder: a local path; made if it does not exist.
+        adapter: which one.
+        bias: which biases of the base to store: "none", "all" or "lora_only"; None stores those
+            that are trained or came with the adapter.
+        base_model_name_or_path, revision, task_type: information for the config.
+
+    Raises:
+        AdapterError: a ValueError. The model has no such adapter, PEFT's format cannot express it,
+            a value is not finite, another save to the folder is under way, or a file is a link.
+        OSError: the folder cannot be written, or the disk is full.
+
+    In both cases the folder holds what it held.
+    """
+    folder = os.fspath(folder)
+    inner = inner_model(model)
+    reshard(inner)
+    try:
+        information = {
+            "base_model_name_or_path": base_model_name_or_path,
+            "revision": revision,
+            "task_type": task_type,
+        }
+        for name, value in information.items():
+            check_information(name, value)
+        if task_type not in (None, *_TASK_TYPES):
+            raise AdapterError(f"expected task_type in {_TASK_TYPES}, but got {shown(task_type)}")
+        content = Content(inner, adapter, bias)
+        config = content.config(**information)
+        tensors, is_collective = _whole(content.tensors())
+        data = render_config(config, content.has_conv1d)
+        _write(folder, data, tensors, _card(config), is_collective)
+    except ValueError as error:
+        raise AdapterError(f"lora_ext.save_adapter: {folder}: {error}") from None
+
+
+def _whole(
+    tensors: Iterable[tuple[str, Tensor, tuple[int, ...]]],
+) -> tuple[dict[str, Tensor], bool]:
+    """The tensors on the CPU, on rank 0 if some are sharded, and whether some are.
+
+    Every rank takes part in the gathering and sees the same values, so all refuse the same.
+    """
+    whole: dict[str, Tensor] = {}
+    is_collective = False
+    for key, tensor, shape in tensors:
+        tensor = tensor.detach()
+        if is_sharded(tensor):
+            is_collective = True
+            tensor = tensor.full_tensor()  # type: ignore[attr-defined]  # DTensor's
+        if tensor.is_meta or not is_storable(tensor.dtype):
+            what = "one on the meta device" if tensor.is_meta else str(tensor.dtype)
+            raise AdapterError(f"{key}: expected a tensor with values to store, but got {what}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterError(f"{key}: expected finite values, but got NaN or infinity")
+        if not is_collective or dist.get_rank() == 0:
+            whole[key] = tensor.reshape(shape).cpu().contiguous()
+    return whole, is_collective
+
+
+def _write(
+    folder: str, config: bytes, tensors: dict[str, Tensor], card: bytes, is_collective: bool
+) -> None:
+    if not is_collective:
+        replace_adapter(folder, config, lambda: encode(tensors), card)
+        return
+    failure: list[str | None] = [None]
+    try:
+        if dist.get_rank() == 0:
+            replace_adapter(folder, config, lambda: encode(tensors), card)
+    except BaseException as error:
+        failure[0] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise AdapterError(f"rank 0 could not write: {failure[0]}")
+
+
+def _card(config: AdapterConfig) -> bytes:
+    """A model card with the metadata that the Hugging Face hub reads."""
+    base = config.base_model_name_or_path
+    head = ["---", "library_name: peft", "tags:", "- lora"]
+    if base is not None:
+        head.insert(1, f"base_model: {json.dumps(base)}")
+    text = [
+        *head,
+        "---",
+        "",
+        "# LoRA adapter",
+        "",
+        f"Rank {config.r}, alpha {config.alpha:g}; see `adapter_config.json`. Load it with",
+        "`lora_ext.load_adapter` or `peft.PeftModel.from_pretrained`.",
+        "",
+    ]
+    return "\n".join(text).encode()
