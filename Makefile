@@ -13,7 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 CXX_FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-gpu bench bench-full gpu sanitize clean
+.PHONY: build lint format test test-gpu nightly bench bench-full bench-models demo gpu sanitize clean
 
 build: $(VENV)/.built
 
@@ -68,11 +68,20 @@ test: $(VENV)/.extras
 test-gpu: $(VENV)/.extras
 	$(PY) -m pytest -m gpu $(ARGS)
 
+nightly: $(VENV)/.extras
+	$(PY) -m pytest -m nightly $(ARGS)
+
 bench: $(VENV)/.extras
 	$(PY) -m benchmarks $(ARGS)
 
 bench-full: $(VENV)/.extras
 	$(PY) -m benchmarks --full $(ARGS)
+
+bench-models: $(VENV)/.extras
+	$(PY) -m benchmarks.models $(ARGS)
+
+demo: $(VENV)/.extras
+	$(PY) -m benchmarks.finetune $(ARGS)
 
 gpu: $(VENV)/.built
 	$(PY) -m benchmarks.gpu $(ARGS)

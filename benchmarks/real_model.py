@@ -10,7 +10,6 @@ import importlib
 import inspect
 import math
 import os
-import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .agreement import error_of, outputs
 from .problem import Problem
+from .sentences import sentences_of
 from .shapes import DROPOUT, FORWARD, STEP, Cell
 from .variants import BUILDERS
 
@@ -48,7 +48,7 @@ def real_cells() -> list[Cell]:
 
 
 def sentences() -> Iterator[str]:
-    """English sentences of at least six words from docstrings of the standard library."""
+    """Different English sentences from docstrings of the standard library."""
     seen: set[str] = set()
     for module_name in _MODULES:
         module = importlib.import_module(module_name)
@@ -57,14 +57,10 @@ def sentences() -> Iterator[str]:
             if inspect.isclass(member):
                 members += [m for _, m in inspect.getmembers(member, inspect.isroutine)]
         for member in members:
-            for paragraph in (inspect.getdoc(member) or "").split("\n\n"):
-                if ">>>" in paragraph:
-                    continue
-                for part in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
-                    words = re.fullmatch(r"[A-Z][\w ,;:()'\"-]*[.!?]", part)
-                    if words and len(part.split()) >= 6 and part not in seen:
-                        seen.add(part)
-                        yield part
+            for sentence in sentences_of(inspect.getdoc(member) or ""):
+                if sentence not in seen:
+                    seen.add(sentence)
+                    yield sentence
 
 
 @cache

@@ -35,7 +35,8 @@ def place(document: Document) -> str:
     return "GPU" if document["machine"]["device"] == "cuda" else "CPU"
 
 
-def _machine(document: Document) -> str:
+def machine_lines(document: Document) -> str:
+    """What a run was measured on, indented as code."""
     machine: dict[str, Any] = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     build = machine["lora_ext"]
@@ -83,7 +84,7 @@ def text(document: Document, images: list[str] | None = None) -> str:
     complete = "" if document["complete"] else " (interrupted)"
     parts = [
         f"# {mark} report: LoRA linear, {document['kind']} run{complete}",
-        _machine(document),
+        machine_lines(document),
         *(f"## {heading} ({mark})\n\n{body}" for heading, body in _sections(document) if body),
         *(f"![{Path(name).stem} ({mark})]({name})" for name in images or []),
         f"## Method ({mark})\n\n{_METHOD}",

@@ -10,11 +10,14 @@ from torch import nn
 
 from .config import LoRAConfig
 from .model import (
+    BIAS_SAVED_BY,
     SAVED_BY,
     adapter_names,
     compute_merged,
+    disown,
     lora_layers,
     mark_only_lora_as_trainable,
+    own,
     reshard,
 )
 from .modules import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
@@ -80,23 +83,28 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAP
                 layer.delete_adapter(adapter)
             raise
     install(model, replaced)
+    biases = _trained_biases(model, layers, config.bias)
     for module in saved:
-        setattr(module, SAVED_BY, (*getattr(module, SAVED_BY, ()), adapter))
+        own(module, SAVED_BY, adapter)
+    for module in biases:
+        own(module, BIAS_SAVED_BY, adapter)
     if not others:
         mark_only_lora_as_trainable(model, config.bias)
         return model
     for layer in layers:
         if len(layer.adapters) == 1:
             layer.set_adapter(())  # as in the layers that have other adapters
-    for name, parameter in model.named_parameters():
-        if config.bias == "all" and name.split(".")[-1] == "bias":
-            parameter.requires_grad_(True)
-    for layer in layers:
-        if config.bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
+    for module in biases:
+        module.get_parameter("bias").requires_grad_(True)
     for module in saved:
         module.requires_grad_(True)
     return model
+
+
+def _trained_biases(model: nn.Module, layers: list[LoRALayer], bias: str) -> list[nn.Module]:
+    """The modules whose own bias a config's `bias` trains."""
+    modules = {"none": (), "lora_only": layers, "all": model.modules()}[bias]
+    return [module for module in modules if module._parameters.get("bias") is not None]
 
 
 @contextmanager
@@ -291,6 +299,7 @@ def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = No
         weight = layer.weight if weight is None else weight
         replaced[id(layer)] = layer.as_base(weight, layer.bias if bias is None else bias)
     install(model, replaced)
+    disown(model)
     return model
 
 
@@ -307,6 +316,7 @@ def unload(model: nn.Module) -> nn.Module:
     for layer in layers:
         layer.check_whole("unload")
     install(model, {id(layer): layer.as_base(layer.weight, layer.bias) for layer in layers})
+    disown(model)
     return model
 
 

@@ -14,6 +14,8 @@ from .modules import LoRALayer
 
 # Attribute of a module that is trained whole: the names of the adapters that it belongs to.
 SAVED_BY = "lora_ext_saved_by"
+# Attribute of a module: the names of the adapters with which its bias is trained and stored.
+BIAS_SAVED_BY = "lora_ext_bias_saved_by"
 
 # Wrappers of torch (activation checkpointing, FSDP1) that state dicts leave out of the keys.
 _UNNAMED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -40,6 +42,23 @@ def saved_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tupl
         names = getattr(module, SAVED_BY, ())
         if names if adapter is None else adapter in names:
             yield path, module
+
+
+def own(module: nn.Module, attribute: str, adapter: str) -> None:
+    """Notes that what the attribute (SAVED_BY, BIAS_SAVED_BY) speaks of is the adapter's too."""
+    names = getattr(module, attribute, ())
+    setattr(module, attribute, (*(name for name in names if name != adapter), adapter))
+
+
+def disown(model: nn.Module, adapter: str | None = None) -> None:
+    """Takes back what `own` noted for an adapter, or for all."""
+    for module in model.modules():
+        for attribute in (SAVED_BY, BIAS_SAVED_BY):
+            names = [n for n in getattr(module, attribute, ()) if adapter not in (None, n)]
+            if names:
+                setattr(module, attribute, tuple(names))
+            elif hasattr(module, attribute):
+                delattr(module, attribute)
 
 
 def reshard(model: nn.Module) -> None:
@@ -90,8 +109,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for _, layer in lora_layers(model):
         if name in layer.adapters:
             layer.delete_adapter(name)
-    for _, module in saved_modules(model, name):
-        setattr(module, SAVED_BY, tuple(n for n in getattr(module, SAVED_BY) if n != name))
+    disown(model, name)
 
 
 def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:

@@ -396,8 +396,13 @@ def test_rows_of_x_may_be_one_row(isa, device):
     """Stride 0 over rows: nothing of ours may write through x, and each row of y is the same."""
     row = make_problem(1, 77, 83, 5, device=device)
     problem = make_problem(64, 77, 83, 5, device=device)
+    before = row.x.clone()
     y = OP(row.x.expand(64, 77), problem.weight, problem.lora_a, problem.lora_b)
-    assert torch.equal(y, y[:1].expand_as(y))
+    assert torch.equal(row.x, before)
+    if isa == "library":  # MKL sums the last rows in another order on some processors
+        torch.testing.assert_close(y, y[:1].expand_as(y))
+    else:
+        assert torch.equal(y, y[:1].expand_as(y))
 
 
 def test_negative_view(device):

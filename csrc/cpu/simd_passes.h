@@ -12,8 +12,8 @@
 // Staging reads P once, converts it to float and zeroes what dropout drops.
 #pragma once
 
-constexpr int64_t kShrinkDepth = 256;  // columns per staged block of shrink
-constexpr int64_t kRowBlock = 24;      // rows per staged block of shrink: 24 KB of floats
+constexpr int64_t kShrinkDepth = 128;  // columns per staged block of shrink
+constexpr int64_t kRowBlock = 24;      // rows per staged block of shrink: 12 KB of floats
 constexpr int64_t kColBlock = 128;     // columns per block of expand and wgrad
 constexpr int64_t kWgradRows = 64;     // rows per staged block of wgrad: 32 KB of floats
 constexpr int64_t kExpandRows = 16;    // rows per block of expand: 8 KB of sums

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BIASES, AdapterSpec
-from ..model import adapter_names, lora_layers, saved_modules
+from ..model import BIAS_SAVED_BY, adapter_names, lora_layers, saved_modules
 from ..modules import LoRAEmbedding, LoRALayer
 from ..patterns.automaton import Budget
 from .errors import AdapterError, some
 from .layout import PREFIX, bias_key, plain_spec, slots
-from .owners import BIAS_SAVED_BY, bias_of, tensors_of
+from .owners import bias_of, tensors_of
 from .peft_config import MAX_NAME, AdapterConfig
 from .targets import base_modules, saved_paths, targeted_paths
 

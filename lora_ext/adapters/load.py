@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import install
-from ..model import SAVED_BY, adapter_names, mark_only_lora_as_trainable, reshard
+from ..model import (
+    BIAS_SAVED_BY,
+    SAVED_BY,
+    adapter_names,
+    mark_only_lora_as_trainable,
+    own,
+    reshard,
+)
 from ..modules import LoRALayer
 from ..modules.linear import DEFAULT_ADAPTER
 from .check import check_entries, check_keys
 from .errors import AdapterError, shown
 from .folder import CONFIG, open_adapter
-from .owners import BIAS_SAVED_BY, Owners, check_real, inner_model
+from .owners import Owners, check_real, inner_model
 from .peft_config import AdapterConfig, parse_config
 from .plan import Plan, Stored, Target
 from .tensors import Entry, read_header, read_tensor
@@ -235,5 +242,4 @@ def _mark(plan: Plan, adapter: str) -> None:
             if id(stored.holder) not in inside
         ]
     for module, attribute in owned:
-        names = getattr(module, attribute, ())
-        setattr(module, attribute, (*(name for name in names if name != adapter), adapter))
+        own(module, attribute, adapter)

@@ -7,11 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..model import SAVED_BY, named_modules, saved_modules
+from ..model import BIAS_SAVED_BY, SAVED_BY, named_modules, saved_modules
 from .errors import AdapterError, shown
-
-# Attribute of a module: the names of the adapters with which its bias is stored.
-BIAS_SAVED_BY = "lora_ext_bias_saved_by"
 
 
 def inner_model(model: nn.Module) -> nn.Module:

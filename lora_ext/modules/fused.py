@@ -31,7 +31,7 @@ class FusedLoRALayer(LoRALayer):
         names = self.added_adapters
         if x.is_nested or self._obstacle(names):
             return self._added_by_torch(x, names)
-        lora_a, lora_b, scaling = self._stacked(names)
+        lora_a, lora_b, scaling = self._stacked(names, x)
         dropout_p = self.adapters[names[0]].dropout
         weight, bias = self._operand(), self._bias_with(names)
         return lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, self.training)
@@ -74,20 +74,24 @@ class FusedLoRALayer(LoRALayer):
     def _dropout(self, name: str) -> float:
         return self.adapters[name].dropout if self.training else 0.0
 
-    def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
-        """(A ``[R, in]``, B ``[out, R]``, scaling) with the adapters' summed product."""
-        scaling = self.adapters[names[0]].scaling
-        if len(names) == 1:
-            return *self.factors(names[0]), scaling
+    def _stacked(self, names: Sequence[str], x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(A ``[R, in]``, B ``[out, R]``, scaling) with the adapters' summed product.
+
+        Half adapters that x, as the op will see it, does not match become float32.
+        """
         factors = [self.factors(name) for name in names]
-        lora_a = torch.cat([a for a, _ in factors])
         scalings = [self.adapters[name].scaling for name in names]
-        if all(value == scaling for value in scalings):
-            return lora_a, torch.cat([b for _, b in factors], dim=1), scaling
-        if lora_a.dtype in (torch.bfloat16, torch.float16):
-            # A half B times a scaling would be rounded again.
-            lora_a = lora_a.float()
-            factors = [(a, b.float()) for a, b in factors]
+        one_scaling = all(value == scalings[0] for value in scalings)
+        dtype = factors[0][0].dtype
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        # A half B times a scaling would be rounded again.
+        if is_half and not (one_scaling and dtype == _compute_dtype(x)):
+            factors = [(a.float(), b.float()) for a, b in factors]
+        if len(names) == 1:
+            return *factors[0], scalings[0]
+        lora_a = torch.cat([a for a, _ in factors])
+        if one_scaling:
+            return lora_a, torch.cat([b for _, b in factors], dim=1), scalings[0]
         lora_b = [b * value for (_, b), value in zip(factors, scalings, strict=True)]
         return lora_a, torch.cat(lora_b, dim=1), 1.0
 
@@ -151,3 +155,11 @@ class FusedLoRALayer(LoRALayer):
     def _load_from_state_dict(self, *args, **kwargs):
         self.packed = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or that to which autocast will bring it."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

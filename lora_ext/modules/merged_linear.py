@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import MAX_RANK, AdapterSpec
@@ -66,15 +64,11 @@ class LoRAMergedLinear(LoRALinear):
         lora_a, lora_b = self.lora_a[name], self.lora_b[name]
         groups, enabled = len(self.enable_lora), sum(self.enable_lora)
         r, height = lora_b.shape[1], self.out_features // groups
-        blocks = iter(lora_b.split(height))
-        rows, place = [], 0
-        for enable in self.enable_lora:
-            if enable:
-                rows.append(F.pad(next(blocks), (place * r, (enabled - 1 - place) * r)))
-                place += 1
-            else:
-                rows.append(lora_b.new_zeros(height, enabled * r))
-        return lora_a, torch.cat(rows)
+        places = [group for group, enable in enumerate(self.enable_lora) if enable]
+        dense = lora_b.new_zeros(self.out_features, enabled * r)
+        for i, (group, block) in enumerate(zip(places, lora_b.split(height), strict=True)):
+            dense[group * height : (group + 1) * height, i * r : (i + 1) * r] = block
+        return lora_a, dense
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, enable_lora={list(self.enable_lora)}"

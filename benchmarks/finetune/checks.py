@@ -1,0 +1,95 @@
+"""What a run claims. Each claim says what was found, and holds or not; none is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .data import NEAR
+from .round_trip import TOLERANCE
+from .variants import LABELS
+
+Document = dict[str, Any]
+Check = dict[str, Any]
+
+LEAST_TRAIN = 2000
+LEAST_HELD_OUT = 400
+LEAST_GAIN = 0.10  # of accuracy above the majority class
+MOST_DEVIATION = 1e-3
+
+
+def _check(claim: str, found: str, holds: bool) -> Check:
+    return {"claim": claim, "found": found, "holds": bool(holds)}
+
+
+def _data(document: Document) -> list[Check]:
+    data = document["data"]
+    train, held_out = sum(data["train"].values()), sum(data["held_out"].values())
+    shared, similarity = data["definitions_on_both_sides"], data["largest_similarity"]
+    return [
+        _check(
+            f"at least {LEAST_TRAIN} training and {LEAST_HELD_OUT} held-out texts",
+            f"{train} and {held_out}",
+            train >= LEAST_TRAIN and held_out >= LEAST_HELD_OUT,
+        ),
+        _check(
+            f"no definition on both sides, no similarity of {NEAR:g} or more between the sides",
+            f"{shared} definitions, largest similarity {similarity:.3f}",
+            shared == 0 and similarity < NEAR,
+        ),
+    ]
+
+
+def _accuracy(document: Document) -> list[Check]:
+    majority = document["data"]["majority"]
+    claim = f"{100 * LEAST_GAIN:g} points above the majority class ({majority:.1%}) on held-out"
+    return [
+        _check(f"{LABELS[name]}: {claim}", f"{found:.1%}", found >= majority + LEAST_GAIN)
+        for name, found in document["accuracy"].items()
+        if name.startswith("ours")
+    ]
+
+
+def _agreement(document: Document) -> list[Check]:
+    deviation = document["deviation"]
+    found = "not finite" if deviation is None else f"{deviation:.1e}"
+    return [
+        _check(
+            f"without dropout each step's loss within {MOST_DEVIATION:g} of PEFT's, relative",
+            f"largest deviation {found}",
+            deviation is not None and deviation <= MOST_DEVIATION,
+        )
+    ]
+
+
+def _predictions(document: Document) -> list[Check]:
+    trip = document["round_trip"]
+    texts = trip["texts"]
+
+    def same(name: str, claim: str) -> Check:
+        difference, answers = trip[name]["difference"], trip[name]["same_answers"]
+        shown = "not finite" if difference is None else f"{difference:.1e}"
+        return _check(
+            f"{claim}: same answer to every held-out text, logits within {TOLERANCE:g} of the "
+            "largest",
+            f"{answers} of {texts} answers, {shown}",
+            answers == texts and difference is not None and difference <= TOLERANCE,
+        )
+
+    identical = trip["reloaded"]["identical"]
+    found = "identical" if identical else f"differ by {trip['reloaded']['difference']}"
+    before = trip["unadapted"]["same_answers"]
+    return [
+        _check(
+            "saved and loaded into a new model: logits bit for bit those of the trained model",
+            f"{found}; before loading {before} of {texts} answers are the same",
+            identical and not trip["unadapted"]["identical"],
+        ),
+        same("merged", "merged"),
+        same("peft", "the folder opened by PEFT"),
+    ]
+
+
+def evaluate(document: Document) -> list[Check]:
+    """All claims in the order of the run."""
+    parts = (_data, _agreement, _accuracy, _predictions)
+    return [check for part in parts for check in part(document)]

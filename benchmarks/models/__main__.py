@@ -1,0 +1,54 @@
+"""`python -m benchmarks.models`: measure, print the report, write JSON, Markdown and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..machine import describe
+from ..timing import Plan
+from . import report
+from .cases import all_cases
+from .step import measure
+
+_PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.models",
+        description="Training steps of whole models on this machine: frozen, ours, PEFT's.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/models"))
+    parser.add_argument("--machine", default="", help="what to call this machine in the report")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 130 after an interrupt, with what was measured written."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    document = {"machine": describe("cpu", options.machine), "cases": []}
+    interrupted = False
+    try:
+        for case in all_cases():
+            if options.only in case.id:
+                progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+                document["cases"].append(measure(case, _PLAN, progress))
+    except KeyboardInterrupt:
+        interrupted = True
+    if document["cases"]:
+        (options.out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+        text = report.text(document, report.plot(document, options.out))
+        (options.out / "report.md").write_text(text)
+        print(text)
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

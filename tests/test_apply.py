@@ -1,0 +1,367 @@
+"""apply_lora: which modules get an adapter, which are refused; a failure changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from adapter_helpers import make_ids, make_zoo
+from helpers import BF16, F32, F64
+from layer_helpers import assert_same_state, exact, randomize, snapshot
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_ext
+from lora_ext import LoRAConfig, LoRAConv2d, LoRAEmbedding, LoRALinear, apply_lora, lora_layers
+
+
+def adapted(model, *patterns, **words):
+    """The paths that patterns choose in a copy of the model."""
+    model = apply_lora(copy.deepcopy(model), LoRAConfig(patterns, **words))
+    return [path for path, _ in lora_layers(model)]
+
+
+BLOCKS = [f"layers.{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "paths"),
+    [
+        (["q_proj"], [f"{block}.q_proj" for block in BLOCKS]),
+        (["layers.1.q_proj"], ["layers.1.q_proj"]),
+        (["1.q_proj", "emb"], ["emb", "layers.1.q_proj"]),
+        (["*_proj"], [f"{block}.q_proj" for block in BLOCKS]),
+        (["layers.[02].*"], ["layers.0.q_proj", "layers.0.mlp", "layers.2.q_proj", "layers.2.mlp"]),
+        ([r"re:layers\.\d\.mlp|conv"], [*(f"{block}.mlp" for block in BLOCKS), "conv"]),
+        (["c_attn"], ["c_attn"]),
+        (["head.?"], ["head.0", "head.1"]),
+    ],
+    ids=str,
+)
+def test_patterns(patterns, paths):
+    assert adapted(make_zoo(), *patterns) == paths
+
+
+def test_all_linear():
+    linear = [f"{block}.{name}" for block in BLOCKS for name in ("q_proj", "mlp")]
+    linear += ["c_attn", "head.0", "head.1"]
+    zoo = make_zoo()
+    assert adapted(zoo, "all-linear") == linear
+    assert adapted(zoo, "emb", "all-linear", "conv") == ["emb", *linear[:7], "conv", *linear[7:]]
+    assert adapted(zoo, "all-linear", exclude_modules="layers.*", modules_to_save="head.1") == [
+        "c_attn",
+        "head.0",
+    ]
+    zoo.get_output_embeddings = lambda: zoo.head[1]
+    apply_lora(zoo, LoRAConfig("all-linear"))
+    assert type(zoo.head[1]) is nn.Linear
+    assert type(zoo.head[0]) is LoRALinear
+    with pytest.raises(ValueError, match="'all-linear', but the Embedding has none left"):
+        apply_lora(nn.Embedding(3, 3), LoRAConfig("all-linear"))
+    with pytest.raises(ValueError, match="'all-linear', but the Zoo has none left"):
+        adapted(make_zoo(), "all-linear", modules_to_save=["layers", "c_attn", "head"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words", "message"),
+    [
+        (["q_prj"], {}, r"'q_prj' to match a module.*near it: 'q_proj'"),
+        (["layers.0.q_pro"], {}, r"near it: 'layers.0.q_proj'"),
+        (["zzz"], {}, r"there are: 'c_attn', 'conv', 'emb', 'mlp', 'q_proj'"),
+        (
+            ["q_proj", "norm"],
+            {},
+            r"'norm' names 'norm', a torch.nn.modules.normalization.LayerNorm",
+        ),
+        (["layers"], {}, r"names 'layers', a torch.nn.modules.container.ModuleList"),
+        (["q_proj"], {"exclude_modules": "*q_proj"}, "take away all that it matches"),
+        (["head.0"], {"modules_to_save": "head"}, "take away all that it matches"),
+        (["q_proj"], {"modules_to_save": "haed"}, r"modules_to_save 'haed'.*near it: 'head'"),
+        (["re:(a+)+b|norm.*"], {}, "names 'norm'"),
+        (["emb", "q_proj"], {"lora_bias": True}, r"lora_bias is for linear.*\(at 'emb'\)"),
+        (["conv", "q_proj"], {"r": 11, "init": "pissa"}, r"at most 10, but got 11 \(at 'conv'\)"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_adapted_changes_nothing(patterns, words, message):
+    model = make_zoo(F32)
+    model.norm.requires_grad_(False)
+    state, modules = snapshot(model), list(model.named_modules())
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, LoRAConfig(patterns, **words))
+    assert_same_state(model, state)
+    assert [(n, id(m)) for n, m in model.named_modules()] == [(n, id(m)) for n, m in modules]
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def refused():
+    class Sub(nn.Linear):
+        pass
+
+    yield "subclass", Sub(4, 4), "Sub; expected nn.Linear"
+    yield "parametrized", nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "ParametrizedLin"
+    yield "spectral_norm", nn.utils.spectral_norm(nn.Linear(4, 4)), r"computed from.*\(at 'odd'\)"
+    patched = nn.Linear(4, 4)
+    patched.forward = patched.forward
+    yield "patched", patched, r"forward is replaced.*\(at 'odd'\)"
+    yield "conv3x3", nn.Conv2d(4, 4, 3), "Conv2d; expected .* 1x1 nn.Conv2d without groups"
+    yield "groups", nn.Conv2d(4, 4, 1, groups=2), "Conv2d; expected .* 1x1 nn.Conv2d without groups"
+    yield "max_norm", nn.Embedding(4, 4, max_norm=1.0), r"without max_norm.*\(at 'odd'\)"
+    yield "lazy", nn.LazyLinear(4), "LazyLinear; expected nn.Linear"
+    yield "rnn", nn.LSTM(4, 4), "LSTM; expected nn.Linear"
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in refused()])
+def test_modules_that_are_refused_by_name(name):
+    module, message = next((m, text) for n, m, text in refused() if n == name)
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "odd": module})
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, LoRAConfig(["plain", "odd"]))
+    assert all(a is b for a, b in zip(model.modules(), before, strict=True))
+    assert model.plain.weight.requires_grad
+
+
+def test_a_glob_passes_over_what_a_name_may_not_say():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))
+    assert adapted(model, "*") == ["0", "3"]
+    assert adapted(model, "re:[0-3]") == ["0", "3"]
+
+
+def test_out_proj_of_multihead_attention():
+    """It is a subclass that torch's attention reads without calling it."""
+    model = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match=r"'out_proj', a .*NonDynamicallyQuantizableLinear"):
+        apply_lora(model, LoRAConfig("out_proj"))
+    assert adapted(nn.TransformerDecoderLayer(8, 2, 16), "all-linear") == ["linear1", "linear2"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("second", [False, True])
+def test_an_interrupt_changes_nothing(monkeypatch, error, second):
+    model = make_zoo(BF16)
+    if second:
+        apply_lora(model, LoRAConfig(["q_proj", "emb"]), "first")
+        lora_ext.merge(model)
+    state, modules = snapshot(model), list(model.modules())
+    flags = [p.requires_grad for p in model.parameters()]
+    inits = []
+
+    def fail_at_the_third(self, name):
+        inits.append(name)
+        if len(inits) == 3:
+            raise error
+
+    monkeypatch.setattr(LoRALinear, "initialize", fail_at_the_third)
+    with pytest.raises(error):
+        apply_lora(model, LoRAConfig(["emb", "q_proj", "mlp"]), "second")
+    assert_same_state(model, state)
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(layer.merged == second for _, layer in lora_layers(model))
+
+
+# ---- what is replaced ----
+
+
+def test_replaced_in_place_with_shared_parameters():
+    model, ids = make_zoo(), make_ids()
+    parameters = {name: p for name, p in model.named_parameters()}
+    y, state = model(ids), snapshot(model)
+    assert apply_lora(model, LoRAConfig(["emb", "q_proj", "c_attn", "conv"])) is model
+    assert [type(layer) for _, layer in lora_layers(model)] == [
+        LoRAEmbedding,
+        *[LoRALinear] * 4,
+        LoRAConv2d,
+    ]
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert torch.allclose(model(ids), y)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        name for name in after if ".lora_" in name
+    }
+
+
+def test_a_module_at_two_paths_stays_one():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": nn.ModuleList([shared])})
+    apply_lora(model, LoRAConfig("a.0", r=2))
+    assert isinstance(model["a"][0], LoRALinear)
+    assert model["b"][0] is model["a"][0]
+    assert len(list(lora_layers(model))) == 1
+    assert [path for path, _ in lora_layers(model, remove_duplicate=False)] == ["a.0", "b.0"]
+    assert len({id(p) for p in model.parameters()}) == len(list(model.named_parameters())) == 4
+    keys = set(lora_ext.lora_state_dict(model))
+    assert keys == {f"{p}.lora_{t}.default" for p in ("a.0", "b.0") for t in "ab"}
+    lora_ext.merge_and_unload(model)
+    assert model["b"][0] is model["a"][0]
+    assert type(model["a"][0]) is nn.Linear
+
+
+def test_tied_parameters_stay_tied():
+    model = nn.ModuleDict({"emb": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model.head.weight = model.emb.weight
+    apply_lora(model, LoRAConfig(["emb", "head"], r=2))
+    assert model.emb.weight is model.head.weight
+    assert not model.emb.weight.requires_grad
+
+
+def test_the_model_itself_may_not_be_the_layer():
+    with pytest.raises(ValueError, match="expected target_modules"):
+        apply_lora(nn.Linear(4, 4), LoRAConfig("*"))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("adapter_dtype", [None, BF16, F32], ids=str)
+def test_adapter_dtype(dtype, adapter_dtype):
+    model = make_zoo(dtype)
+    apply_lora(model, LoRAConfig(["q_proj", "emb"], adapter_dtype=adapter_dtype))
+    expected = adapter_dtype or (F64 if dtype == F64 else F32)
+    assert {model.emb.lora_a["default"].dtype, model.emb.lora_b["default"].dtype} == {expected}
+
+
+def test_rank_and_alpha_patterns():
+    model = make_zoo()
+    ranks, alphas = {"layers.1.q_proj": 2, "q_proj": 3, "*": 5}, {"re:layers.*": 10.0}
+    apply_lora(
+        model, LoRAConfig(["q_proj", "conv"], rank_pattern=ranks, alpha_pattern=alphas, alpha=1.0)
+    )
+    found = {path: (s.r, s.alpha) for path, s in specs_of(model)}
+    assert found == {
+        "layers.0.q_proj": (3, 10.0),
+        "layers.1.q_proj": (2, 10.0),
+        "layers.2.q_proj": (3, 10.0),
+        "conv": (5, 1.0),
+    }
+
+
+def specs_of(model, adapter="default"):
+    return [(path, layer.adapters[adapter]) for path, layer in lora_layers(model)]
+
+
+# ---- modules to save ----
+
+
+def test_modules_to_save():
+    model = make_zoo()
+    apply_lora(model, LoRAConfig(["q_proj"], modules_to_save=["head", "norm"]), "a")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    assert trained == {n for n, _ in model.named_parameters() if n.startswith(("head", "norm"))}
+    assert model.head.lora_ext_saved_by == model.norm.lora_ext_saved_by == ("a",)
+    apply_lora(model, LoRAConfig(["mlp"], modules_to_save="norm"), "b")
+    assert model.norm.lora_ext_saved_by == ("a", "b")
+    lora_ext.delete_adapter(model, "a")
+    assert not hasattr(model.head, "lora_ext_saved_by")
+    assert model.norm.lora_ext_saved_by == ("b",)
+    lora_ext.unload(model)
+    assert not hasattr(model.norm, "lora_ext_saved_by")
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_biases_belong_to_their_adapter(bias, tmp_path):
+    """Saved with it though frozen by now, and free again when it is deleted."""
+    model = randomize(apply_lora(make_zoo(), LoRAConfig(["q_proj"], bias=bias), "a"))
+    model.requires_grad_(False)
+    lora_ext.save_adapter(model, tmp_path, "a")
+    assert lora_ext.read_adapter_config(tmp_path).bias == bias
+    owned = {path for path, m in model.named_modules() if hasattr(m, "lora_ext_bias_saved_by")}
+    adapted = {path for path, _ in lora_layers(model)}
+    with_bias = {path for path, m in model.named_modules() if getattr(m, "bias", None) is not None}
+    assert owned == {"none": set(), "lora_only": adapted, "all": with_bias}[bias]
+    lora_ext.delete_adapter(model, "a")
+    assert not any(hasattr(m, "lora_ext_bias_saved_by") for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "saved", ["layers.0.q_proj", "layers.0", "layers", "layers.*", "re:layers.*"]
+)
+def test_an_adapted_layer_cannot_be_trained_whole(saved):
+    """Its weight would be trained under the adapter, or its forward would raise."""
+    model = apply_lora(make_zoo(), LoRAConfig(["q_proj"]), "a")
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="modules_to_save to hold no adapted weight, but a"):
+        apply_lora(model, LoRAConfig(["emb"], modules_to_save=saved), "b")
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_tied_weight_cannot_be_frozen_and_trained():
+    model = nn.ModuleDict({"emb": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model.head.weight = model.emb.weight
+    with pytest.raises(ValueError, match="a Linear that it names holds or shares that of 'emb'"):
+        apply_lora(model, LoRAConfig("emb", modules_to_save="head"))
+    assert type(model.emb) is nn.Embedding
+
+
+# ---- a second adapter ----
+
+
+def test_a_second_adapter_waits():
+    model = make_zoo()
+    apply_lora(model, LoRAConfig(["q_proj", "conv"]), "a")
+    randomize(model)
+    ids, y = make_ids(), model(make_ids())
+    before = {n for n, p in model.named_parameters() if p.requires_grad}
+    apply_lora(model, LoRAConfig(["conv", "mlp"]), "b")
+    for _, layer in lora_layers(model):
+        if "b" in layer.adapters:
+            nn.init.normal_(layer.lora_b["b"])
+    assert torch.equal(model(ids), y)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == before
+    assert {layer.active_adapters for _, layer in lora_layers(model)} == {("a",), ()}
+    lora_ext.set_adapter(model, "b")
+    assert not torch.allclose(model(ids), y)
+
+
+def test_an_existing_adapter_is_not_touched():
+    """A failing second call deleted what was trained."""
+    model = make_zoo()
+    apply_lora(model, LoRAConfig(["q_proj", "conv"]), "a")
+    randomize(model)
+    state = snapshot(model)
+    for targets in (["q_proj"], ["mlp"], ["mlp", "conv"]):
+        with pytest.raises(ValueError, match="but the model has 'a'; delete_adapter it first"):
+            apply_lora(model, LoRAConfig(targets), "a")
+        assert_same_state(model, state)
+
+
+def test_adapters_after_none_is_active_or_left():
+    model = make_zoo()
+    apply_lora(model, LoRAConfig("q_proj"), "a")
+    lora_ext.set_adapter(model, [])
+    apply_lora(model, LoRAConfig(["q_proj", "conv"]), "b")
+    assert {layer.active_adapters for _, layer in lora_layers(model)} == {()}
+    lora_ext.delete_adapter(model, "a")
+    lora_ext.delete_adapter(model, "b")
+    apply_lora(model, LoRAConfig(["q_proj", "mlp"], bias="lora_only"), "c")
+    layers = [layer for path, layer in lora_layers(model) if path != "conv"]
+    assert {layer.active_adapters for layer in layers} == {("c",)}
+    assert all(layer.bias is None or layer.bias.requires_grad for layer in layers)
+
+
+@pytest.mark.parametrize("first", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("second", ["none", "all", "lora_only"])
+def test_biases_of_two_configs(first, second):
+    """Biases exist once: a further config adds to what is trained, and freezes nothing."""
+    model = make_zoo()
+    apply_lora(model, LoRAConfig("q_proj", bias=first), "a")
+    apply_lora(model, LoRAConfig(["conv", "c_attn"], bias=second), "b")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    biases = {n for n, _ in model.named_parameters() if n.endswith("bias")}
+    of = {"a": {n for n in biases if "q_proj" in n}, "b": {"conv.bias", "c_attn.bias"}}
+    wanted = set()
+    for name, mode in (("a", first), ("b", second)):
+        wanted |= {"none": set(), "all": biases, "lora_only": of[name]}[mode]
+    assert trained == wanted
+
+
+def test_conv1d_needs_no_import_of_transformers():
+    model = nn.Sequential(Conv1D(6, 4)).double()
+    x = torch.randn(3, 4, dtype=F64)
+    y = model(x)
+    apply_lora(model, LoRAConfig("0", r=2))
+    assert model[0].fan_in_fan_out
+    assert torch.allclose(model(x), y)
+    randomize(model)
+    assert torch.allclose(model(x), exact(model[0], x))
+    assert type(lora_ext.unload(model)[0]) is Conv1D

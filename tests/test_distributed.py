@@ -1,0 +1,602 @@
+"""Two processes on the CPU: DistributedDataParallel and FSDP2 train as one process does.
+
+The processes start once and run all cases; a case that fails or hangs in one of them fails alone.
+What both compute is compared with the two halves of the batch in one process, whose gradients are
+averaged: the same sums, so that the bits agree.
+"""
+
+import copy
+import datetime
+import json
+import os
+import time
+import traceback
+import weakref
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from helpers import BF16, F32
+from torch import nn
+
+import lora_ext
+from lora_ext import AdapterSpec, LoRAConfig, apply_lora, lora_layers, lora_state_dict
+
+WORLD = 2
+# Of one collective, and of all cases together: a deadlock fails instead of hanging.
+COLLECTIVE_SECONDS, ALL_SECONDS = 15, 120
+
+CASES = {}
+
+
+def case(function):
+    """A test that runs in both processes; its argument is the rank."""
+    CASES[function.__name__] = function
+    return function
+
+
+# ---- starting the processes ----
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """case -> the tracebacks of the processes in which it failed."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    folder = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        context = mp.spawn(run_cases, (str(folder), list(CASES)), nprocs=WORLD, join=False)
+    deadline = time.monotonic() + ALL_SECONDS
+    try:
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                break
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+    reports = [folder / f"rank{rank}.json" for rank in range(WORLD)]
+    found = [json.loads(path.read_text()) if path.exists() else {} for path in reports]
+    unfinished = "the process did not come to its end"
+    return {
+        name: [f"rank {rank}: {report.get(name, unfinished)}" for rank, report in enumerate(found)]
+        for name in CASES
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes(outcomes, name):
+    failures = [text for text in outcomes[name] if not text.endswith(": ok")]
+    assert not failures, "\n".join(failures)
+
+
+def run_cases(rank, folder, names):
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    report = {}
+    connected = False
+    for name in names:
+        if not connected:
+            start_group(rank, folder / f"group_{name}")
+        try:
+            case_folder = folder / name
+            case_folder.mkdir(exist_ok=True)
+            os.chdir(case_folder)
+            torch.manual_seed(0)
+            CASES[name](rank)
+            report[name] = "ok"
+        except BaseException:
+            report[name] = traceback.format_exc()
+        (folder / f"rank{rank}.json").write_text(json.dumps(report))
+        # A process that failed may have left the other in a collective: both connect anew.
+        store.set(f"{name}/{rank}", report[name])
+        connected = all(store.get(f"{name}/{one}") == b"ok" for one in range(WORLD))
+        if not connected:
+            dist.destroy_process_group()
+    if connected:
+        dist.destroy_process_group()
+
+
+def start_group(rank, path):
+    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD, timeout=timeout
+    )
+
+
+# ---- models and steps ----
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(F.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.mix = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        x = self.mix(x.movedim(-1, 1).unsqueeze(-1)).squeeze(-1).movedim(1, -1)
+        return self.head(x)
+
+
+LAYERS = ("embed", "up", "down", "mix", "head")
+LINEAR = ("up", "down", "head")
+
+
+def make_net(dtype=F32, second=False, targets=LAYERS, **options):
+    """The same in every process: an adapter in each layer, and another one if asked for."""
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    apply_lora(net, LoRAConfig(targets, r=3, alpha=6, **options))
+    if second:
+        apply_lora(net, LoRAConfig(targets, r=2, alpha=2, **options), "second")
+    for _, layer in lora_layers(net):
+        for table in (layer.lora_a, layer.lora_b, layer.lora_bias):
+            for parameter in table.values():
+                nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def batches(steps=2):
+    """Of token ids, the same in every process."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(11, (steps, 8, 5), generator=generator)
+
+
+def half(ids, rank):
+    return ids.chunk(WORLD)[rank]
+
+
+def loss_of(model, ids):
+    return model(ids).float().square().mean()
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(lora_ext.lora_plus_groups(model, 0.01))
+
+
+def train_alone(net, steps=2, forward=None, seeds=None):
+    """Steps on the averaged gradients of the halves; the gradients of the last step.
+
+    Args:
+        seeds: rank -> seed of that process's dropout.
+    """
+    optimizer = optimizer_of(net)
+    for ids in batches(steps):
+        optimizer.zero_grad()
+        for rank in range(WORLD):
+            if seeds:
+                torch.manual_seed(seeds[rank])
+            (loss_of(forward or net, half(ids, rank)) / WORLD).backward()
+        optimizer.step()
+    return gradients_of(net)
+
+
+def train_together(net, rank, steps=2, forward=None, seeds=None):
+    optimizer = optimizer_of(net)
+    for ids in batches(steps):
+        optimizer.zero_grad()
+        if seeds:
+            torch.manual_seed(seeds[rank])
+        loss_of(forward or net, half(ids, rank)).backward()
+        optimizer.step()
+    return gradients_of(net)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def plain_name(name):
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def gradients_of(net):
+    """Name -> gradient of the trained, whole."""
+    return {
+        plain_name(name): whole(parameter.grad).clone()
+        for name, parameter in net.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def values_of(net):
+    return {plain_name(n): whole(parameter).detach() for n, parameter in net.named_parameters()}
+
+
+def assert_equal(first, second):
+    """The same names in the same order, the same bits."""
+    assert list(first) == list(second)
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0, msg=name)
+
+
+def assert_trained_alike(net, alone, gradients, expected):
+    """Same gradients in the last of several steps, and the same parameters after it."""
+    trained = [plain_name(n) for n, p in net.named_parameters() if p.requires_grad]
+    assert sorted(gradients) == sorted(trained)
+    assert all(value.abs().max() > 0 for value in expected.values())
+    assert_equal(gradients, expected)
+    assert_equal(values_of(net), values_of(alone))
+
+
+def assert_raises(kind, text, function):
+    with pytest.raises(kind, match=text):
+        function()
+
+
+# ---- DistributedDataParallel ----
+
+
+def parallel(net, **options):
+    return nn.parallel.DistributedDataParallel(net, **options)
+
+
+@case
+def ddp_has_the_averaged_gradients(rank):
+    """Bit for bit, and each process has them; the halves alone have others."""
+    net, alone = make_net(), make_net()
+    gradients = train_together(net, rank, 1, parallel(net))
+    assert_equal(gradients, train_alone(alone, 1))
+    assert all(name.split(".")[-2] in ("lora_a", "lora_b") for name in gradients)
+    own = make_net()
+    loss_of(own, half(batches(1)[0], rank)).backward()
+    assert not torch.equal(own.head.lora_a["default"].grad, gradients["head.lora_a.default"])
+
+
+@case
+def ddp_trains_as_one_process(rank):
+    for options in ({}, {"init": "pissa", "targets": LINEAR}, {"bias": "all"}):
+        net, alone = make_net(**options), make_net(**options)
+        wrapped = parallel(net, gradient_as_bucket_view=True)
+        gradients = train_together(net, rank, 3, wrapped)
+        assert_trained_alike(net, alone, gradients, train_alone(alone, 3))
+
+
+@case
+def ddp_after_another_adapter_was_set(rank):
+    """A fresh wrap, without find_unused_parameters; the first adapter stays as it was."""
+    net, alone = make_net(second=True), make_net(second=True)
+    train_together(net, rank, 1, parallel(net))
+    train_alone(alone, 1)
+    before = {name: value.clone() for name, value in values_of(net).items()}
+    for one in (net, alone):
+        one.zero_grad()
+        lora_ext.set_adapter(one, "second")
+    gradients = train_together(net, rank, 2, parallel(net))
+    assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
+    assert {name.split(".")[-1] for name in gradients} == {"second"}
+    for name, value in values_of(net).items():
+        assert torch.equal(value, before[name]) == (not name.endswith(".second")), name
+    for one in (net, alone):
+        one.zero_grad()
+        lora_ext.set_adapter(one, ["default", "second"])
+    gradients = train_together(net, rank, 2, parallel(net))
+    assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
+    assert {name.split(".")[-1] for name in gradients} == {"default", "second"}
+
+
+@case
+def ddp_with_dropout_checkpointing_and_compile(rank):
+    """Each process draws its own masks; the recomputation draws them again."""
+    seeds = [11, 12]
+    alone = make_net(dropout=0.4)
+    expected = train_alone(alone, 2, seeds=seeds)
+    for wrap in (checkpointed, compiled):
+        net = wrap(make_net(dropout=0.4))
+        gradients = train_together(net, rank, 2, parallel(net), seeds=seeds)
+        assert_trained_alike(net, alone, gradients, expected)
+
+
+def checkpointed(net):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for number, block in enumerate(net.blocks):
+        net.blocks[number] = checkpoint_wrapper(block)
+    return net
+
+
+def compiled(net):
+    for block in net.blocks:
+        block.compile(backend="aot_eager")
+    return net
+
+
+# ---- FSDP2 ----
+
+
+def shard(net, layers=False, **options):
+    """By blocks, or by layers, and the root: parameters become DTensors on both processes."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in [layer for _, layer in lora_layers(net)] if layers else net.blocks:
+        fully_shard(module, **options)
+    return fully_shard(net, **options)
+
+
+def bfloat16_policy():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32, cast_forward_inputs=False)
+
+
+@case
+def fsdp_has_the_averaged_gradients(rank):
+    kept = {"reshard_after_forward": False}
+    for layers, options in ((False, {}), (True, {}), (False, kept)):
+        net, alone = shard(make_net(), layers, **options), make_net()
+        assert_equal(train_together(net, rank, 1), train_alone(alone, 1))
+        weight = net.blocks[0].up.weight
+        assert weight.to_local().numel() * WORLD == weight.numel()
+
+
+@case
+def fsdp_trains_as_one_process(rank):
+    """By blocks and by layers; bfloat16 weights stay frozen beside float32 factors."""
+    by_blocks, by_layers = False, True
+    for layers, options in (
+        (by_blocks, {"dtype": BF16}),
+        (by_layers, {"dtype": BF16}),
+        (by_blocks, {"dtype": BF16, "targets": LINEAR, "lora_bias": True}),
+        (by_layers, {"targets": LINEAR, "lora_bias": True}),
+        (by_blocks, {"targets": LINEAR, "init": "pissa"}),
+        (by_layers, {"targets": LINEAR, "init": "pissa"}),
+        (by_layers, {"bias": "all"}),
+    ):
+        net, alone = make_net(**options), make_net(**options)
+        frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
+        shard(net, layers)
+        gradients = train_together(net, rank, 2)
+        assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
+        assert all(value.dtype == F32 for value in gradients.values())
+        for name, value in values_of(net).items():
+            assert name not in frozen or torch.equal(value, frozen[name]), name
+
+
+@case
+def fsdp_stores_the_weight_of_transposed_layers(rank):
+    """fan_in_fan_out and PiSSA hand views and copies of gathered parameters to autograd."""
+    from torch.distributed.fsdp import fully_shard
+
+    def make():
+        torch.manual_seed(0)
+        first = lora_ext.LoRALinear(16, 24, r=2, fan_in_fan_out=True)
+        second = lora_ext.LoRALinear(24, 8, r=2, init="olora")
+        net = nn.Sequential(nn.Embedding(11, 16).requires_grad_(False), first, second)
+        for layer in (first, second):
+            nn.init.normal_(layer.lora_b["default"])
+            layer.bias.requires_grad_(False)
+        return net
+
+    net, alone = make(), make()
+    for layer in net[1:]:
+        fully_shard(layer)
+    fully_shard(net)
+    gradients = train_together(net, rank, 2)
+    assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
+
+
+@case
+def fsdp_mixed_precision(rank):
+    """Its policy casts weights and factors to bfloat16: the gradients of such a model, averaged in
+    float32."""
+    net, half_net = make_net(), make_net()
+    shard(net, mp_policy=bfloat16_policy())
+    half_net.to(BF16)
+    gradients = train_together(net, rank, 1)
+    ids = batches(1)[0]
+    halves = []
+    for one in range(WORLD):
+        half_net.zero_grad()
+        loss_of(half_net, half(ids, one)).backward()
+        halves.append({name: value.float() for name, value in gradients_of(half_net).items()})
+    expected = {name: (value + halves[1][name]) / WORLD for name, value in halves[0].items()}
+    assert all(value.dtype == F32 for value in gradients.values())
+    assert_equal(gradients, expected)
+
+
+@case
+def fsdp_under_autocast(rank):
+    net, alone = make_net(), make_net()
+    shard(net)
+
+    def under_autocast(model):
+        def forward(ids):
+            with torch.autocast("cpu", BF16):
+                return model(ids)
+
+        return forward
+
+    gradients = train_together(net, rank, 1, under_autocast(net))
+    assert_equal(gradients, train_alone(alone, 1, under_autocast(alone)))
+
+
+@case
+def fsdp_with_checkpointing_and_dropout(rank):
+    """The recomputation gathers the parameters, and draws the masks, again."""
+    seeds = [11, 12]
+    alone = make_net(dropout=0.4)
+    expected = train_alone(alone, 2, seeds=seeds)
+    assert_differs(expected, train_alone(make_net(dropout=0.4), 2, seeds=[11, 13]))
+    for wrap in (checkpointed, compiled):
+        net = shard(wrap(make_net(dropout=0.4)))
+        gradients = train_together(net, rank, 2, seeds=seeds)
+        assert_trained_alike(net, alone, gradients, expected)
+
+
+def assert_differs(first, second):
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+@case
+def fsdp_after_another_adapter_was_set(rank):
+    """No fresh wrap is needed: the sharded parameters say what is trained."""
+    net, alone = shard(make_net(second=True)), make_net(second=True)
+    for names in ("default", "second", ["second", "default"]):
+        for one in (net, alone):
+            one.zero_grad()
+            lora_ext.set_adapter(one, names)
+        gradients = train_together(net, rank, 2)
+        assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
+    with torch.no_grad(), lora_ext.disable_adapters(net), lora_ext.disable_adapters(alone):
+        ids = half(batches(1)[0], rank)
+        torch.testing.assert_close(net(ids), alone(ids))
+
+
+# ---- state of sharded models ----
+
+
+@case
+def state_dicts_of_shards(rank):
+    """The keys of the plain model; whole tensors are its values; they load into it and back."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    plain = make_net(second=True, modules_to_save=("blocks.1.up",), targets=("embed", "head"))
+    for net in (shard(copy.deepcopy(plain)), shard(checkpointed(copy.deepcopy(plain)))):
+        whole_state = {key: whole(value) for key, value in net.state_dict().items()}
+        assert_equal(whole_state, dict(plain.state_dict()))
+        for options in ({}, {"adapter": "second"}, {"bias": "lora_only"}, {"bias": "all"}):
+            ours = {k: whole(v) for k, v in lora_state_dict(net, **options).items()}
+            assert_equal(ours, lora_state_dict(plain, **options))
+        full = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
+        loaded = make_net(second=True, modules_to_save=("blocks.1.up",), targets=("embed", "head"))
+        nn.init.normal_(loaded.head.weight)
+        loaded.load_state_dict(full)
+        assert_equal(dict(loaded.state_dict()), dict(plain.state_dict()))
+        other = {key: value + 1 for key, value in full.items()}
+        set_model_state_dict(net, dict(other), options=StateDictOptions(full_state_dict=True))
+        assert_equal(
+            {k: whole(v) for k, v in lora_state_dict(net).items()},
+            {key: value + 1 for key, value in lora_state_dict(plain).items()},
+        )
+        loaded.load_state_dict(other)
+        ids = half(batches(1)[0], rank)
+        torch.testing.assert_close(net(ids), loaded(ids))
+
+
+@case
+def shards_made_on_the_meta_device(rank):
+    """Adapters added, then sharded, before any value exists."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    plain = make_net()
+    with torch.device("meta"):
+        net = apply_lora(Net(), LoRAConfig(LAYERS, r=3, alpha=6))
+    shard(net)
+    net.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(net, plain.state_dict() if rank == 0 else {}, options=options)
+    gradients = train_together(net, rank, 2)
+    assert_trained_alike(net, plain, gradients, train_alone(plain, 2))
+
+
+@case
+def adapters_saved_from_shards(rank):
+    """After an evaluation too, which leaves the root's parameters gathered and rounded."""
+    from safetensors.torch import load_file
+
+    from lora_ext.adapters import load_adapter, save_adapter
+
+    plain = make_net()
+    if rank == 0:
+        save_adapter(plain, "plain")
+    for net in (
+        shard(make_net(), mp_policy=bfloat16_policy()),
+        shard(checkpointed(make_net())),
+        checkpointed(make_net()) if rank == 0 else None,
+    ):
+        if net is None:
+            continue
+        with torch.no_grad():
+            net(half(batches(1)[0], rank))
+        save_adapter(net, "ours")
+        if rank == 0:
+            files = [
+                load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "ours")
+            ]
+            assert_equal(*files)
+    dist.barrier()
+    other = checkpointed(make_net())
+    load_adapter(other, "plain", "loaded")
+    for key, value in lora_state_dict(other, adapter="loaded").items():
+        assert torch.equal(value, lora_state_dict(plain)[key.replace("loaded", "default")]), key
+
+
+@case
+def what_needs_whole_weights_is_refused(rank):
+    """Before a forward and after one, which gathers the root's parameters and keeps them."""
+    ids = half(batches(1)[0], rank)
+    expected = make_net(second=True)(ids)
+    more = LoRAConfig(LAYERS, r=2)
+    for net in (shard(make_net(second=True)), shard(make_net(second=True), layers=True)):
+        for _ in range(2):
+            merging = partial(assert_raises, RuntimeError, "merge: .*sharded .*before fully_shard")
+            merging(partial(lora_ext.merge, net))
+            merging(partial(lora_ext.merge_and_unload, net))
+            merging(net.blocks[0].up.merge)
+            refused = partial(assert_raises, RuntimeError, "expected a whole weight, but")
+            refused(partial(lora_ext.unload, net))
+            refused(partial(apply_lora, net, more, "third"))
+            refused(partial(net.blocks[0].up.add_adapter, "third", AdapterSpec(2, 2.0)))
+            refused(partial(net.blocks[0].up.delete_adapter, "second"))
+            refused(partial(lora_ext.delete_adapter, net, "second"))
+            assert all(not layer.merged for _, layer in lora_layers(net))
+            assert {tuple(layer.adapters) for _, layer in lora_layers(net)} == {
+                ("default", "second")
+            }
+            with torch.no_grad():
+                torch.testing.assert_close(net(ids), expected)
+
+
+@case
+def merged_and_then_sharded(rank):
+    """The other way around: the merged weight is a whole copy in each process, used as it is."""
+    net, plain = make_net().eval(), make_net().eval()
+    lora_ext.merge(net)
+    ids = half(batches(1)[0], rank)
+    with torch.no_grad():
+        torch.testing.assert_close(shard(net)(ids), plain(ids), rtol=1e-5, atol=1e-5)
+
+
+@case
+def packs_are_not_used_and_not_kept_after_sharding(rank):
+    """A pack holds the whole weight, and would hide that a shard was loaded."""
+    net, plain = make_net(), make_net()
+    layers = [net.blocks[0].up, net.blocks[1].down, net.head]
+    for layer in layers:
+        assert layer.pack_weight().is_packed
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    shard(net)
+    assert {row.path for row in lora_ext.explain(net, 100)} <= {"fused", "library"}
+    for one in (net, plain):
+        state = {key: torch.ones_like(value) for key, value in one.state_dict().items()}
+        one.load_state_dict(state)
+    ids = half(batches(1)[0], rank)
+    torch.testing.assert_close(net(ids), plain(ids))
+    assert all(layer.packed is None for layer in layers)
+    assert all(weight() is None for weight in weights)

@@ -1,0 +1,366 @@
+"""The fine-tuning demonstration: its texts, its training loop, what it claims and reports."""
+
+import copy
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_benchmarks import MACHINE
+from torch import nn
+
+from benchmarks.finetune import __main__ as finetune
+from benchmarks.finetune import checks, classifier, data, plots, report, training, variants
+from benchmarks.finetune.classifier import Batch, Classifier
+from benchmarks.finetune.data import Text
+from benchmarks.sentences import sentences_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.read()
+
+
+# The texts
+
+
+def test_enough_texts_of_every_area(dataset):
+    train, held_out = dataset.counts(dataset.train), dataset.counts(dataset.held_out)
+    assert list(train) == list(held_out) == list(data.AREAS)
+    assert sum(train.values()) == len(dataset.train) >= checks.LEAST_TRAIN
+    assert sum(held_out.values()) == len(dataset.held_out) >= checks.LEAST_HELD_OUT
+    assert min(train.values()) > 200
+    assert min(held_out.values()) > 40
+    assert dataset.majority() < 0.2
+
+
+def test_held_out_texts_are_new(dataset):
+    train, held_out = ({t.sentence for t in part} for part in (dataset.train, dataset.held_out))
+    assert len(train) == len(dataset.train)
+    assert len(held_out) == len(dataset.held_out)
+    assert not train & held_out
+    assert dataset.definitions_on_both_sides() == 0
+    assert dataset.largest_similarity() < data.NEAR
+
+
+def test_texts_do_not_depend_on_the_hash_seed(dataset):
+    code = (
+        "import hashlib\nfrom benchmarks.finetune import data\nd = data.read()\n"
+        "print(hashlib.sha256(repr((d.train, d.held_out)).encode()).hexdigest())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    expected = repr((dataset.train, dataset.held_out)).encode()
+    assert found.strip() == hashlib.sha256(expected).hexdigest()
+
+
+def test_sentences_are_whole_and_without_code():
+    docstring = (
+        "Return the number of words in the text.  Too short.\n"
+        "Takes `markup` and so is left out of this.\n\n"
+        ">>> count('no sentence of a doctest is taken here')\n\n"
+        "lower case sentences are not taken either here.\nDoes a question count as one, too?"
+    )
+    assert list(sentences_of(docstring)) == [
+        "Return the number of words in the text.",
+        "Does a question count as one, too?",
+    ]
+
+
+def test_sources_are_parsed_with_definitions(tmp_path):
+    (tmp_path / "random.py").write_text(
+        '"""Numbers that nobody can foresee at all."""\n'
+        "raise RuntimeError('imported')\n"
+        "class Outer:\n"
+        '    """A thing that holds an inner thing."""\n'
+        "    def method(self):\n"
+        '        """This method belongs to the outer class."""\n'
+        "        class Inner:\n"
+        '            """The inner class counts as outer, too."""\n'
+    )
+    (tmp_path / "json" / "tests").mkdir(parents=True)
+    (tmp_path / "json" / "__init__.py").write_text(
+        '"""Encode and decode the data of programs.  Said in two areas, so taken from none."""\n'
+    )
+    (tmp_path / "json" / "tests" / "__init__.py").write_text(
+        '"""Tests are no part of what is described."""\n'
+    )
+    (tmp_path / "queue.py").write_text('"""Said in two areas, so taken from none."""\n')
+    areas = list(data.AREAS)
+    numbers, internet = areas.index("numbers and data types"), areas.index("internet data")
+    assert data.all_texts(tmp_path) == [
+        Text("Numbers that nobody can foresee at all.", numbers, "random.py:"),
+        Text("A thing that holds an inner thing.", numbers, "random.py:Outer"),
+        Text("This method belongs to the outer class.", numbers, "random.py:Outer"),
+        Text("The inner class counts as outer, too.", numbers, "random.py:Outer"),
+        Text("Encode and decode the data of programs.", internet, "json/__init__.py:"),
+    ]
+
+
+def test_no_sources_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="use a Python that comes with its sources"):
+        data.read(tmp_path)
+
+
+def test_near_duplicates_are_found_as_by_comparing_all(dataset):
+    texts = list(dataset.train[::5])
+    texts += [Text(t.sentence.split(None, 4)[4], t.label, t.origin) for t in texts[::2]]
+    sets, expected = [], []
+    for text in texts:
+        found = data.words(text.sentence)
+        if all(len(found & kept) < data.NEAR * len(found | kept) for kept in sets):
+            sets.append(found)
+            expected.append(text)
+    assert data.without_near_duplicates(texts) == expected
+    assert len(texts) * 2 // 3 < len(expected) < len(texts)
+
+
+def test_split_keeps_definitions_whole():
+    texts = [
+        Text(f"{label} {i}", label, f"{label}:{i // 30}") for label in range(9) for i in range(900)
+    ]
+    found = data.split(texts)
+    assert found.definitions_on_both_sides() == 0
+    for label in range(9):
+        held_out = [t for t in found.held_out if t.label == label]
+        assert len(held_out) == data.HELD_OUT_PER_AREA // 30 * 30
+        assert sum(t.label == label for t in found.train) == data.TRAIN_PER_AREA
+
+
+# The training
+
+
+class TinyEncoder(nn.Module):
+    """The shape of a BERT, with layers of the names that the adapters look for."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Embedding(40, 16)
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.dense = nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embeddings(input_ids)
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / 4
+        scores = scores.masked_fill(attention_mask[:, None] == 0, float("-inf"))
+        x = x + self.dense(torch.tanh(scores.softmax(-1) @ self.value(x)))
+        return SimpleNamespace(last_hidden_state=x)
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    model = Classifier(TinyEncoder(), 16, 3)
+    model.encoder.requires_grad_(False)
+    return model
+
+
+def tiny_batches(count):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(40, (count, 8, 5), generator=generator)
+    mask = torch.ones(8, 5, dtype=torch.long)
+    mask[:3, 4:] = 0
+    return [Batch(part, mask, part[:, 0] % 3) for part in ids]
+
+
+def test_training_agrees_with_peft_and_learns(tiny):
+    found = variants.make_variants(tiny, list(variants.LABELS))
+    batches = tiny_batches(4)
+    lines = []
+    curves = training.train(found, batches * 10, lines.append)
+    assert training.largest_deviation(curves["ours"].losses, curves["peft"].losses) < 1e-4
+    for name, curve in curves.items():
+        assert len(curve.losses) == len(curve.passes.samples) == len(curve.updates.samples) == 40
+        assert training.recent_loss(curve.losses, 4) < curve.losses[0], name
+        assert training.step_memory(found[name], batches[0]) > 0
+    assert len(lines) == 8
+    assert "step 40 of 40" in lines[-1]
+    logits = training.predict(found["ours"].model, batches)
+    assert logits.shape == (32, 3)
+    assert found["ours"].model.training
+    labels = torch.cat([batch.labels for batch in batches])
+    logits[:8] = -torch.nn.functional.one_hot(labels[:8], 3).float()
+    logits[8:] = torch.nn.functional.one_hot(labels[8:], 3)
+    assert training.accuracy(logits, batches) == 0.75
+
+
+def test_variants_start_alike_and_leave_the_base(tiny):
+    before = copy.deepcopy(tiny.state_dict())
+    found = variants.make_variants(tiny, list(variants.LABELS))
+    ours = found["ours"].trainable
+    assert sum(name.startswith("encoder.") for name in ours) == 8
+    for name in ("peft", "ours_dropout", "peft_dropout"):
+        assert found[name].trainable.keys() == ours.keys()
+        assert all(torch.equal(p, ours[key]) for key, p in found[name].trainable.items())
+    assert found["frozen"].trainable.keys() == {"head.weight", "head.bias"}
+    training.train(found, tiny_batches(1), lambda line: None)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tiny.state_dict().items())
+
+
+def test_padding_changes_no_logits(tiny):
+    ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long)
+    padded = torch.tensor([[1, 2, 3, 7]]), torch.tensor([[1, 1, 1, 0]])
+    assert torch.allclose(tiny(ids, mask), tiny(*padded), atol=1e-6)
+
+
+def test_training_order_groups_by_length():
+    lengths = [(i * 37) % 60 for i in range(1000)]
+    order = classifier.training_order(lengths, 16, seed=3)
+    assert order == classifier.training_order(lengths, 16, seed=3)
+    assert order != classifier.training_order(lengths, 16, seed=4)
+    assert len(order) == len(set(order)) == 992
+    rows = [[lengths[i] for i in order[start : start + 16]] for start in range(0, 992, 16)]
+    padding = sum(16 * max(row) - sum(row) for row in rows)
+    assert padding < 0.2 * sum(map(sum, rows))
+    assert rows != sorted(rows)
+
+
+def test_deviation_is_relative_and_sees_nan():
+    assert training.largest_deviation([2.0, 1.01], [2.0, 1.0]) == pytest.approx(0.01)
+    assert training.largest_deviation([2.0, float("nan")], [2.0, 1.0]) == float("inf")
+    with pytest.raises(ValueError, match="curves of one length"):
+        training.largest_deviation([1.0], [1.0, 2.0])
+
+
+# Claims and report
+
+
+def document():
+    """A finished run of three steps in which every claim holds."""
+    timing = {
+        "ms": 10.0,
+        "p25": 9.0,
+        "p75": 11.0,
+        "n": 3,
+        "dropped": 0,
+        "disturbed": False,
+        "inner": 1,
+        "samples": [9.0, 10.0, 11.0],
+    }
+    names = list(variants.LABELS)
+    same = {"identical": False, "same_answers": 500, "difference": 1e-6}
+    found = {
+        "schema": report.SCHEMA,
+        "machine": MACHINE,
+        "data": {
+            "train": {"one area": 1000, "another": 1500},
+            "held_out": {"one area": 300, "another": 200},
+            "majority": 0.6,
+            "examples": {"one area": "A sentence of one area.", "another": "Another sentence."},
+            "definitions_on_both_sides": 0,
+            "largest_similarity": 0.5,
+        },
+        "settings": {
+            "rank": 16,
+            "alpha": 32,
+            "targets": variants.TARGETS,
+            "rows": 16,
+            "steps": 3,
+            "tokens": 960,
+            "learning_rate": 2e-3,
+            "head_only_rate": 3e-2,
+            "trainable": 1000,
+            "parameters": 100000,
+            "encoder_bytes": 400000,
+        },
+        "losses": {name: [2.0, 1.5, 1.0] for name in names},
+        "deviation": 1e-6,
+        "timing": {name: timing for name in names},
+        "updates": {name: timing for name in names},
+        "accuracy": {name: 0.8 for name in names},
+        "memory": {name: 2**20 for name in names},
+        "round_trip": {
+            "texts": 500,
+            "unadapted": {"identical": False, "same_answers": 90, "difference": 0.7},
+            "reloaded": {"identical": True, "same_answers": 500, "difference": 0.0},
+            "merged": same,
+            "peft": same,
+            "files": {"adapter_model.safetensors": 4000},
+        },
+        "peft_files": {"adapter_model.safetensors": 4000},
+        "half": {"skipped": "a frozen step takes 90 ms, 10 ms in float32"},
+        "seconds": 100.0,
+    }
+    found = json.loads(json.dumps(found))
+    found["checks"] = checks.evaluate(found)
+    return found
+
+
+BREACHES = {
+    "too few texts": lambda d: d["data"]["train"].update(another=900),
+    "too few held-out texts": lambda d: d["data"]["held_out"].update(another=50),
+    "a definition on both sides": lambda d: d["data"].update(definitions_on_both_sides=1),
+    "near duplicates": lambda d: d["data"].update(largest_similarity=0.6),
+    "accuracy": lambda d: d["accuracy"].update(ours_dropout=0.69),
+    "other losses": lambda d: d.update(deviation=2e-3),
+    "losses that are no numbers": lambda d: d.update(deviation=None),
+    "reloaded differs": lambda d: d["round_trip"]["reloaded"].update(identical=False),
+    "nothing to load": lambda d: d["round_trip"]["unadapted"].update(identical=True),
+    "merged answers otherwise": lambda d: d["round_trip"]["merged"].update(same_answers=499),
+    "merged logits differ": lambda d: d["round_trip"]["merged"].update(difference=1e-3),
+    "merged logits are no numbers": lambda d: d["round_trip"]["merged"].update(difference=None),
+    "PEFT answers otherwise": lambda d: d["round_trip"]["peft"].update(same_answers=499),
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES.values(), ids=BREACHES)
+def test_each_claim_can_fail(breach):
+    found = document()
+    assert all(check["holds"] for check in found["checks"])
+    breach(found)
+    found["checks"] = checks.evaluate(found)
+    assert [check["holds"] for check in found["checks"]].count(False) == 1
+    assert "**NO**" in report.text(found)
+
+
+def test_exit_status_says_that_a_claim_fails(monkeypatch, tmp_path, capsys):
+    found = document()
+    monkeypatch.setattr(finetune, "run", lambda options, say: found)
+    arguments = ["--out", str(tmp_path), "--no-plots"]
+    assert finetune.main(arguments) == 0
+    found["deviation"] = 0.5
+    found["checks"] = checks.evaluate(found)
+    assert finetune.main(arguments) == 1
+    assert "DOES NOT HOLD: without dropout" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
+def test_report_shows_every_model_and_text(tmp_path):
+    found = document()
+    path = report.write(found, tmp_path)
+    text = path.read_text()
+    for label in variants.LABELS.values():
+        assert f"| {label}" in text
+    for expected in (
+        "A sentence of one area.",
+        "80.0%",
+        "60.0%",
+        f"![finetune (CPU)]({plots.NAME})",
+    ):
+        assert expected in text
+    assert "Not measured: a frozen step takes 90 ms" in text
+    assert (tmp_path / plots.NAME).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_is_rendered_again_from_the_file(tmp_path, capsys):
+    found = document()
+    found["half"] = {"timing": {"frozen": found["timing"]["frozen"]}, "memory": {"frozen": 2**20}}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert report.main([str(tmp_path / "results.json")]) == 0
+    assert "Not measured" not in (tmp_path / "report.md").read_text()
+    (tmp_path / "other.json").write_text("{}")
+    assert report.main([str(tmp_path / "other.json")]) == 2
+    assert "expected lora_ext.finetune" in capsys.readouterr().err

@@ -1,0 +1,369 @@
+"""A layer as an nn.Module: adapters by name, hooks, copies, pickles and state dicts."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from helpers import F16, F32, F64
+from layer_helpers import (
+    IN,
+    KINDS,
+    MATRIX_KINDS,
+    OUT,
+    adapter_parameters,
+    assert_same_state,
+    exact,
+    make_input,
+    make_layer,
+    randomize,
+    snapshot,
+)
+from torch import nn
+
+from lora_ext import (
+    AdapterSpec,
+    LoRALinear,
+)
+
+SPEC = AdapterSpec(4, 6.0)
+
+# ---- adapters by name ----
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "keys", "items", "update", "training", "_keys", "_parameters", "forward"]
+)
+def test_names_that_cannot_be_used(name):
+    layer = make_layer("linear")
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match="expected a name"):
+        layer.add_adapter(name, SPEC)
+    assert_same_state(layer, before)
+    layer.train().eval()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "0", "ä b", "lora_a", "x" * 200])
+def test_odd_names_work(name):
+    layer = make_layer("linear", {name: SPEC, "other": SPEC})
+    loaded = make_layer("linear", {name: SPEC, "other": SPEC})
+    loaded.load_state_dict(layer.state_dict())
+    x = make_input("linear")
+    assert torch.equal(layer(x), loaded(x))
+    copy.deepcopy(layer).delete_adapter(name)
+
+
+def test_unknown_and_repeated_names():
+    layer = make_layer("linear", {"a": SPEC, "b": SPEC})
+    with pytest.raises(ValueError, match="exists already"):
+        layer.add_adapter("a", SPEC)
+    for method in (layer.set_adapter, layer.merge):
+        for names in ("c", ["a", "c"], ["a", "a"]):
+            with pytest.raises(ValueError, match=r"different names out of \['a', 'b'\]"):
+                method(names)
+    with pytest.raises(ValueError, match="delete_adapter"):
+        layer.delete_adapter("c")
+    assert layer.active_adapters == ("a", "b")
+
+
+def test_what_is_trained():
+    layer = LoRALinear(6, 5, r=0)
+    layer.add_adapter("a", SPEC)
+    layer.add_adapter("b", AdapterSpec(2, 1.0, lora_bias=True))
+
+    def trained():
+        return {n for n, p in layer.named_parameters() if p.requires_grad}
+
+    assert layer.active_adapters == ("a",)
+    assert trained() == {"bias", "lora_a.a", "lora_b.a"}
+    layer.set_adapter("b")
+    assert trained() == {"bias", "lora_a.b", "lora_b.b", "lora_bias.b"}
+    layer.set_adapter(name for name in ("b", "a"))
+    assert layer.active_adapters == ("b", "a")
+    layer.bias.requires_grad_(False)
+    layer.set_adapter([])
+    assert trained() == set()
+    layer.add_adapter("c", SPEC)
+    assert layer.active_adapters == ()
+    assert trained() == set()
+    for name in ("a", "b", "c"):
+        layer.delete_adapter(name)
+    layer.add_adapter("d", AdapterSpec(2, 1.0, init="pissa"))
+    assert trained() == {"lora_a.d", "lora_b.d"}  # and not what is subtracted
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+@pytest.mark.parametrize("at", ["initialize", "zeros"])
+def test_adding_is_all_or_nothing(monkeypatch, error, at):
+    layer = make_layer("linear", {"a": SPEC})
+    layer.bias.requires_grad_(False)
+    before, parameters = snapshot(layer), [p.requires_grad for p in layer.parameters()]
+
+    def fail(*args, **kwargs):
+        raise error("here")
+
+    if at == "initialize":
+        monkeypatch.setattr(layer, "initialize", fail)
+    else:
+        monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(error):
+        layer.add_adapter("b", AdapterSpec(4, 4.0, lora_bias=True))
+    assert_same_state(layer, before)
+    assert list(layer.adapters) == ["a"]
+    assert [p.requires_grad for p in layer.parameters()] == parameters
+
+
+def test_adapters_made_in_inference_mode_can_train():
+    layer = LoRALinear(6, 5, r=0)
+    with torch.inference_mode():
+        layer.add_adapter("a", AdapterSpec(2, 2.0, lora_bias=True, init="pissa"))
+    x = torch.randn(3, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in adapter_parameters(layer))
+
+
+def test_disabled_blocks_may_overlap():
+    """Blocks of two threads, or of generators, that do not nest: the last one gives back."""
+    layer = make_layer("linear")
+    first, second = layer.disable_adapters(), layer.disable_adapters()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not layer.adapters_enabled
+    assert layer.path() == ("base", "adapters are disabled")
+    second.__exit__(None, None, None)
+    assert layer.adapters_enabled
+    with pytest.raises(KeyError), layer.disable_adapters():
+        raise KeyError
+    assert layer.adapters_enabled
+
+
+def test_disabling_in_eight_threads():
+    layer, x = make_layer("linear"), make_input("linear")
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            with layer.disable_adapters(), torch.no_grad():
+                if not torch.equal(layer(x), base):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert layer.adapters_enabled
+
+
+# ---- hooks ----
+
+
+def test_hooks_move_and_their_handles_still_remove_them():
+    base, calls = nn.Linear(IN, OUT), []
+
+    def note(name):
+        return lambda *args, **kwargs: calls.append(name)
+
+    handles = [
+        base.register_forward_pre_hook(note("pre")),
+        base.register_forward_pre_hook(note("pre with kwargs"), with_kwargs=True),
+        base.register_forward_hook(note("post"), always_call=True),
+        base.register_forward_hook(note("post with kwargs"), with_kwargs=True),
+        base.register_full_backward_hook(note("backward")),
+        base.register_full_backward_pre_hook(note("backward pre")),
+    ]
+    layer = LoRALinear.from_linear(base)
+    handles.append(layer.register_forward_hook(note("later")))
+    del base
+    x = torch.randn(3, IN, requires_grad=True)
+    layer(x).sum().backward()
+    expected = ["pre", "pre with kwargs", "post", "post with kwargs", "later"]
+    assert calls == [*expected, "backward pre", "backward"]
+    restored = layer.as_base(layer.weight, layer.bias)
+    calls.clear()
+    restored(x).sum().backward()
+    assert calls == [*expected, "backward pre", "backward"]
+    calls.clear()
+    for handle in handles:
+        handle.remove()
+    layer(x).sum().backward()
+    restored(x).sum().backward()
+    assert calls == []
+
+
+def test_hooks_see_and_change_what_passes():
+    layer = make_layer("linear", dtype=F64)
+    x = make_input("linear", F64).requires_grad_()
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    layer.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.allclose(layer(x), exact(layer, 2 * x) + 1)
+    grads = []
+    layer.register_full_backward_hook(lambda module, into, out: grads.append((into[0], out[0])))
+    layer(x).sum().backward()
+    ((into, out),) = grads
+    assert out.eq(1).all()
+    assert torch.allclose(x.grad, 2 * into)
+
+
+def test_a_copy_has_hooks_of_its_own():
+    layer, calls = make_layer("linear"), []
+    handle = layer.register_forward_hook(lambda *args: calls.append(1))
+    other = copy.deepcopy(layer)
+    handle.remove()
+    layer(make_input("linear"))
+    assert not calls
+    other(make_input("linear"))
+    assert calls
+
+
+def test_a_layer_holds_neither_its_base_nor_its_hooks_alive():
+    base = nn.Linear(4, 4)
+    layer = LoRALinear.from_linear(base)
+    watched = weakref.ref(base)
+    del base
+    gc.collect()
+    assert watched() is None
+    watched = [weakref.ref(layer), weakref.ref(layer.lora_a["default"])]
+    layer.delete_adapter("default")
+    gc.collect()
+    assert watched[1]() is None
+    del layer
+    gc.collect()
+    assert watched[0]() is None
+
+
+# ---- copies and state ----
+
+
+def by_torch_save(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+WAYS["torch.save"] = by_torch_save
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_are_whole_and_independent(kind, way, merged):
+    spec = AdapterSpec(3, 2.0, lora_bias=kind != "embedding")
+    layer, x = make_layer(kind, {"a": SPEC, "b": spec}).eval(), make_input(kind)
+    if hasattr(layer, "pack_weight"):
+        layer.pack_weight()
+    if merged:
+        layer.merge()
+    with torch.no_grad():
+        y = layer(x)
+        other = WAYS[way](layer)
+        assert_same_state(other, snapshot(layer))
+        assert other.active_adapters == ("a", "b")
+        assert other.merged_adapters == layer.merged_adapters
+        assert not {p.data_ptr() for p in layer.parameters()} & {
+            p.data_ptr() for p in other.parameters()
+        }
+        randomize(layer, seed=9)
+        layer.delete_adapter("a")
+        torch.testing.assert_close(other(x), y, rtol=1e-6, atol=1e-6)
+        assert torch.equal(other.as_base(other.weight, other.bias)(x), layer_base(layer)(x))
+
+
+def layer_base(layer):
+    return layer.as_base(layer.weight, layer.bias)
+
+
+def test_state_dict_keys():
+    layer = make_layer("linear", {"a": AdapterSpec(2, 1.0, lora_bias=True)})
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_a.a", "lora_b.a", "lora_bias.a"]
+    layer.merge()
+    assert len(layer.state_dict()) == 5
+    pissa = LoRALinear(6, 5, r=2, init="pissa")
+    assert [k for k in pissa.state_dict() if "init" in k] == [
+        "lora_a_init.default",
+        "lora_b_init.default",
+    ]
+
+
+def test_checkpoints_of_the_base_load(tmp_path):
+    base = nn.Linear(IN, OUT)
+    for assign in (False, True):
+        layer = make_layer("linear")
+        layer.pack_weight()
+        layer.merge()
+        result = layer.load_state_dict(base.state_dict(), strict=False, assign=assign)
+        assert result.unexpected_keys == []
+        assert set(result.missing_keys) == {"lora_a.default", "lora_b.default"}
+        assert torch.equal(layer.weight, base.weight)
+        assert not layer.weight.requires_grad
+        assert not layer.merged
+        assert layer.packed is None
+        x = torch.randn(40, IN)
+        assert torch.allclose(layer(x).double(), exact(layer, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_a_state_dict_restores_an_adapter(init):
+    layer = make_layer("linear", {"a": AdapterSpec(2, 1.0, init=init)})
+    other = make_layer("linear", {"a": AdapterSpec(2, 1.0, init=init)})
+    other.weight.requires_grad_(False).normal_()
+    x = make_input("linear")
+    assert not torch.equal(layer(x), other(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("kind", MATRIX_KINDS)
+def test_casting_and_moving(kind):
+    layer = make_layer(kind, dtype=F32)
+    layer.pack_weight()
+    layer.merge()
+    layer.double()
+    assert layer.packed is None
+    assert layer.merged_weight.dtype == F64
+    assert layer.lora_a["default"].dtype == F64
+    x = make_input(kind, F64)
+    assert torch.allclose(layer(x), exact(layer, x), atol=1e-5)
+    layer.unmerge()
+    layer.half()
+    assert layer(make_input(kind, F16)).dtype == F16
+    layer.float()
+    x = make_input(kind)
+    assert torch.allclose(layer(x).double(), exact(layer, x), atol=1e-5)
+
+
+def test_meta_weights_are_given_later():
+    layer = LoRALinear(6, 5, device="meta").to_empty(device="cpu")
+    values = LoRALinear(6, 5).state_dict()
+    layer.load_state_dict(values)
+    x = torch.randn(3, 6)
+    assert torch.equal(layer(x), nn.functional.linear(x, values["weight"], values["bias"]))
+
+
+def test_functional_call_uses_the_weight_it_is_given():
+    layer = make_layer("linear").eval()
+    layer.pack_weight()
+    x = torch.randn(64, IN)
+    other = make_layer("linear").eval()
+    other.weight.normal_()
+    given = {name: p.detach() for name, p in other.named_parameters()}
+    y = torch.func.functional_call(layer, given, x)
+    torch.testing.assert_close(y, other(x))
+
+
+def test_repr_is_one_line():
+    layer = make_layer("linear", {"a": SPEC, "b": AdapterSpec(2, 1.0, 0.1)})
+    layer.set_adapter("b")
+    assert repr(layer) == (
+        "LoRALinear(in_features=12, out_features=18, bias=True, "
+        "adapters={a (inactive): r=4, alpha=6, dropout=0; b: r=2, alpha=1, dropout=0.1})"
+    )

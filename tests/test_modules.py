@@ -1,0 +1,358 @@
+"""What a layer with adapters computes: against float64, torch and its own promises."""
+
+import pytest
+import torch
+from helpers import BF16, F16, F32, F64, HALVES, KERNEL_ROWS, max_error, rms_error, short
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_helpers import (
+    IN,
+    KINDS,
+    MATRIX_KINDS,
+    OUT,
+    adapter_parameters,
+    exact,
+    forward,
+    in_peft_order,
+    make_input,
+    make_layer,
+    randomize,
+)
+from torch import nn
+
+from lora_ext import AdapterSpec, LoRAConv2d, LoRAEmbedding, LoRALinear
+
+SPECS = {"a": AdapterSpec(4, 6.0), "b": AdapterSpec(3, 2.0, use_rslora=True)}
+
+
+def assert_no_worse_than_peft(layer, x):
+    """The rules of docs/numerics.md, with room for the last bit of a sum of a few numbers."""
+    with torch.no_grad():
+        y, wanted, plain = layer(x), exact(layer, x), in_peft_order(layer, x)
+    assert y.dtype == plain.dtype
+    assert y.shape == plain.shape
+    floor = torch.finfo(F32 if y.dtype != F64 else F64).eps * wanted.abs().max().item()
+    assert max_error(y, wanted) <= 2 * max_error(plain, wanted) + 4 * floor
+    assert rms_error(y, wanted) <= 1.05 * rms_error(plain, wanted) + floor
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=short)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_against_float64(kind, dtype, adapters):
+    specs = dict(list(SPECS.items())[:adapters])
+    assert_no_worse_than_peft(make_layer(kind, specs, dtype), make_input(kind, dtype, (40, 5)))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_adapters(kind, dtype):
+    layer = make_layer(kind, SPECS, dtype, dtype)
+    assert {p.dtype for p in adapter_parameters(layer)} == {dtype}
+    assert_no_worse_than_peft(layer, make_input(kind, dtype, (40, 5)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_combination_of_adapters(data):
+    kind = data.draw(st.sampled_from(KINDS))
+    draw_spec = st.builds(
+        AdapterSpec,
+        r=st.integers(1, 5),
+        alpha=st.floats(-4, 4),
+        dropout=st.sampled_from([0.0, 0.3]),
+        use_rslora=st.booleans(),
+        lora_bias=st.booleans() if kind != "embedding" else st.just(False),
+    )
+    specs = data.draw(st.dictionaries(st.sampled_from("abcd"), draw_spec, min_size=1))
+    active = data.draw(st.lists(st.sampled_from(sorted(specs)), unique=True))
+    layer = make_layer(kind, specs, F64).eval()
+    layer.set_adapter(active)
+    lead = data.draw(st.sampled_from([(0,), (1,), (3,), (2, 3), (1, 0, 2), (KERNEL_ROWS,)]))
+    x = make_input(kind, F64, lead)
+    assert torch.allclose(layer(x), exact(layer, x), rtol=1e-10, atol=1e-10)
+    wanted = {id(p) for name in active for p in parameters_of(layer, name)}
+    assert {id(p) for p in layer.parameters() if p.requires_grad} - {id(layer.bias)} == wanted
+
+
+def parameters_of(layer, name):
+    tables = (layer.lora_a, layer.lora_b, layer.lora_bias)
+    return [table[name] for table in tables if name in table]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_against_float64(kind):
+    """Of x, every active factor and bias; none of the weight or of what is not active."""
+    bias = kind != "embedding"
+    specs = {
+        "a": AdapterSpec(4, 6.0, lora_bias=bias),
+        "b": AdapterSpec(3, 2.0, use_rslora=True),
+        "idle": AdapterSpec(2, 1.0, lora_bias=bias),
+    }
+    layer = make_layer(kind, specs, F64)
+    layer.set_adapter(["b", "a"])
+    x = make_input(kind, F64)
+    if x.is_floating_point():
+        x.requires_grad_()
+    inputs = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    assert len(inputs) == (4 if kind == "embedding" else 7)
+    y = layer(x)
+    grad = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(3))
+    ours = torch.autograd.grad(y, inputs, grad)
+    # An embedding's padding has no gradient, but its row of lora_a counts for lora_b, as in PEFT.
+    wanted = in_peft_order(layer, x) if kind == "embedding" else exact(layer, x)
+    theirs = torch.autograd.grad(wanted, inputs, grad)
+    for value, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert all(p.grad is None for p in parameters_of(layer, "idle"))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_an_embedding_of_any_gradient(sparse):
+    """With sparse=True too, whose gradient of a table cannot be transposed."""
+    base = nn.Embedding(9, 6, padding_idx=1, scale_grad_by_freq=not sparse, sparse=sparse).double()
+    layer = LoRAEmbedding.around(base)
+    layer.add_adapter("a", AdapterSpec(3, 1.0))
+    randomize(layer)
+    ids = torch.tensor([[1, 2, 2], [0, 8, 1]])
+    layer(ids).sum().backward()
+    grad = layer.lora_a["a"].grad
+    assert grad[:, 1].eq(0).all()  # the padding
+    assert grad[:, [0, 2, 8]].ne(0).all()
+    assert grad[:, [3, 4, 5, 6, 7]].eq(0).all()
+    assert torch.allclose(layer(ids), exact(layer, ids))
+
+
+# ---- several adapters ----
+
+
+def test_ranks_that_sum_to_more_than_512():
+    specs = {f"a{i}": AdapterSpec(200, 100.0) for i in range(3)}
+    for dtype in (F32, BF16):
+        layer = make_layer("linear", specs, dtype)
+        assert layer.path()[0] == "library"
+        assert "512" in layer.path()[1]
+        assert_no_worse_than_peft(layer, make_input("linear", dtype, (64,)))
+        layer.set_adapter(["a2", "a0"])
+        assert "more than 512" not in layer.path()[1]
+        assert_no_worse_than_peft(layer, make_input("linear", dtype, (64,)))
+
+
+def test_adapters_of_different_dtypes():
+    layer = make_layer("linear", {"a": AdapterSpec(4, 6.0)}, BF16)
+    layer.add_adapter("b", AdapterSpec(3, 2.0), BF16)
+    randomize(layer)
+    for names in (["a", "b"], ["b", "a"]):
+        layer.set_adapter(names)
+        assert layer.path() == (
+            "library",
+            f"adapters {names[0]!r} and {names[1]!r} differ in dtype: added by torch",
+        )
+        assert_no_worse_than_peft(layer, make_input("linear", BF16, (64,)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+def test_a_small_lora_bias_is_not_lost(dtype):
+    """On a half base a float32 lora_bias is added in float32, as PEFT does, and not rounded."""
+    layer = make_layer("linear", {"a": AdapterSpec(4, 4.0, lora_bias=True)}, dtype)
+    nn.init.ones_(layer.bias)
+    nn.init.constant_(layer.lora_bias["a"], 2.0**-10)  # lost beside a bfloat16 bias of 1
+    x = make_input("linear", dtype, (2000,))
+    assert_no_worse_than_peft(layer, x)
+    with torch.no_grad():
+        assert (layer(x).double() - exact(layer, x)).mean().abs() < 2e-4
+    assert (layer.path()[0] == "library") == (dtype == BF16)
+
+
+def test_lora_bias_without_a_bias():
+    layer = LoRALinear(IN, OUT, bias=False, lora_bias=True, r=2, dtype=F64)
+    randomize(layer)
+    x = make_input("linear", F64)
+    assert torch.allclose(layer(x), exact(layer, x))
+    assert not torch.allclose(layer(x), layer(x) - layer.lora_bias["default"])
+
+
+# ---- dropout ----
+
+
+def kept_inputs(layer, rows):
+    """[rows, IN] of bool: which elements of x reach the update; W is 0, A and B pass x through."""
+    x = torch.ones(rows, IN)
+    with torch.no_grad():
+        return layer(x)[:, :IN] != 0
+
+
+def see_through_layer(*dropouts):
+    layer = LoRALinear(IN, IN, bias=False, r=0)
+    nn.init.zeros_(layer.weight)
+    for i, dropout in enumerate(dropouts):
+        layer.add_adapter(f"a{i}", AdapterSpec(IN, float(IN), dropout))
+        nn.init.eye_(layer.lora_a[f"a{i}"])
+        nn.init.eye_(layer.lora_b[f"a{i}"])
+    layer.set_adapter(list(layer.adapters))
+    return layer
+
+
+@pytest.mark.parametrize("rows", [4, 4000])
+def test_dropout_statistics(rows):
+    """Rate and scale, by the op's library route and by its kernels; in training only."""
+    layer = see_through_layer(0.3)
+    repeats = 8000 // rows
+    kept = torch.cat([kept_inputs(layer, rows) for _ in range(repeats)])
+    spread = (0.3 * 0.7 / kept.numel()) ** 0.5
+    assert abs(kept.float().mean().item() - 0.7) < 5 * spread
+    assert (kept.float().mean(0) - 0.7).abs().max() < 5 * spread * IN**0.5
+    y = layer(torch.ones(rows, IN))
+    values = y[y != 0]
+    assert torch.allclose(values, torch.full_like(values, 1 / 0.7), rtol=1e-4)
+    assert not torch.equal(kept_inputs(layer, 200), kept_inputs(layer, 200))
+    layer.eval()
+    assert kept_inputs(layer, rows).all()
+
+
+def test_the_mask_is_that_of_the_seed():
+    layer = see_through_layer(0.5)
+    masks = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        masks.append(kept_inputs(layer, 100))
+    assert torch.equal(*masks)
+
+
+def test_masks_of_several_adapters():
+    """One mask for adapters of one dropout; masks of their own for others, none without dropout."""
+    x = torch.ones(500, IN)
+    with torch.no_grad():
+        one = see_through_layer(0.5, 0.5)(x)
+        assert set(one.unique().tolist()) == {0.0, 4.0}
+        two = see_through_layer(0.5, 0.75)(x)
+        assert set(two.unique().tolist()) == {0.0, 2.0, 4.0, 6.0}
+        assert set(see_through_layer(0.0, 0.5)(x).unique().tolist()) == {1.0, 3.0}
+        assert set(see_through_layer(0.5, 0.75).eval()(x).unique().tolist()) == {2.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_random_number_is_drawn_without_dropout(kind):
+    specs = {"a": AdapterSpec(4, 6.0), "b": AdapterSpec(3, 2.0, dropout=0.5)}
+    layer, x = make_layer(kind, specs), make_input(kind)
+    before = torch.get_rng_state()
+    layer.eval()(x)
+    layer.train().set_adapter("a")
+    layer(x)
+    layer.set_adapter(["a", "b"])
+    with layer.disable_adapters():
+        layer(x)
+    layer.merge()
+    layer(x)
+    assert torch.equal(before, torch.get_rng_state())
+    layer.unmerge()
+    layer(x)
+    assert torch.equal(before, torch.get_rng_state()) == (kind == "embedding")
+
+
+# ---- inputs ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_that_are_not_contiguous(kind):
+    layer = make_layer(kind, SPECS, F64)
+    x = make_input(kind, F64, (6, 8))
+    for strided in (x.transpose(0, -1).contiguous().transpose(0, -1), x.flip(0), x[1:][:, ::2]):
+        if kind == "conv2d" and strided.shape[1] != IN:
+            continue
+        assert torch.allclose(layer(strided), exact(layer, strided))
+    if kind == "conv2d":
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(layer(last), exact(layer, x))
+        assert torch.allclose(layer(x[0]), exact(layer, x)[0])
+
+
+@pytest.mark.parametrize("kind", MATRIX_KINDS)
+def test_empty_inputs_have_gradients(kind):
+    layer = make_layer(kind, SPECS)
+    x = make_input(kind)[:0].requires_grad_()
+    y = layer(x)
+    assert y.shape == exact(layer, x).shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad.eq(0).all() for p in adapter_parameters(layer))
+
+
+def test_a_strided_convolution():
+    base = nn.Conv2d(IN, OUT, 1, stride=(2, 3)).double()
+    layer = LoRAConv2d.around(base)
+    layer.add_adapter("a", AdapterSpec(4, 6.0))
+    randomize(layer)
+    x = torch.randn(2, IN, 7, 8, dtype=F64, requires_grad=True)
+    wanted = exact(layer, x)
+    assert torch.allclose(layer(x), wanted)
+    (ours,) = torch.autograd.grad(layer(x).sum(), x)
+    assert torch.allclose(ours, torch.autograd.grad(wanted.sum(), x)[0])
+
+
+def test_keyword_arguments_of_the_base():
+    """Callers may name the argument as nn.Linear, nn.Conv2d and nn.Embedding do."""
+    for kind in ("linear", "conv2d", "embedding"):
+        layer, x = make_layer(kind), make_input(kind)
+        assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("cast", HALVES, ids=short)
+@pytest.mark.parametrize("kind", MATRIX_KINDS)
+def test_autocast(kind, cast):
+    """float32 layers under autocast: half outputs, float32 gradients, the error of one rounding."""
+    layer, x = make_layer(kind, SPECS), make_input(kind, lead=(64,)).requires_grad_()
+    with torch.autocast("cpu", cast):
+        y = layer(x)
+        with layer.disable_adapters():
+            assert torch.equal(layer(x), forward(layer, x, layer.weight, layer.bias))
+    assert y.dtype == cast
+    eps = torch.finfo(cast).eps
+    scale = exact(layer, x).abs().max().item()
+    assert max_error(y.detach(), exact(layer, x).detach()) < 8 * eps * scale
+    y.float().sum().backward()
+    for tensor in (x, *adapter_parameters(layer)):
+        assert tensor.grad.dtype == F32
+        assert tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta_device(kind):
+    layer = make_layer(kind, SPECS).to("meta")
+    x = make_input(kind).to("meta")
+    assert layer(x).shape == exact(make_layer(kind, SPECS), make_input(kind)).shape
+    assert layer(x).device.type == "meta"
+
+
+def test_nested_tensors():
+    """torch's encoder hands them on; the op has no kernel for them, torch's products have."""
+    layer = make_layer("linear", SPECS, F64).eval()
+    parts = [torch.randn(n, IN, dtype=F64) for n in (3, 5)]
+    with torch.no_grad():
+        y = layer(torch.nested.nested_tensor(parts))
+        for part, value in zip(parts, y.unbind(), strict=True):
+            assert torch.allclose(value, exact(layer, part))
+
+
+# ---- errors ----
+
+
+def test_wrong_inputs_are_named():
+    layer = make_layer("linear")
+    with pytest.raises(RuntimeError, match=r"lora_ext\.lora_linear: expected x of shape"):
+        layer(torch.randn(3, IN + 1))
+    with pytest.raises(TypeError, match="dtype"):
+        layer(torch.randn(3, IN, dtype=F64))
+    with pytest.raises(RuntimeError, match=r"LoRAConv2d: expected x of shape"):
+        make_layer("conv2d")(torch.randn(3, IN))
+    with pytest.raises(IndexError):
+        make_layer("embedding")(torch.tensor([99]))
+
+
+def test_a_weight_that_is_trained_is_refused():
+    layer = make_layer("linear")
+    layer.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="frozen"):
+        layer(make_input("linear"))

@@ -1,0 +1,355 @@
+"""The layers beside real PEFT with the same tensors: outputs, gradients, patterns and inits."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import BF16, F32, F64, HALVES, max_error, rms_error, short
+from layer_helpers import exact, randomize
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_ext
+from lora_ext import LoRAConfig, apply_lora, lora_layers
+
+HEIGHT = 40
+MAKERS = {
+    "linear": lambda: nn.Linear(24, HEIGHT),
+    "linear without bias": lambda: nn.Linear(24, HEIGHT, bias=False),
+    "conv1d": lambda: Conv1D(HEIGHT, 24),
+    "embedding": lambda: nn.Embedding(50, HEIGHT, padding_idx=3),
+    "conv2d": lambda: nn.Conv2d(24, HEIGHT, 1),
+    "strided conv2d": lambda: nn.Conv2d(24, HEIGHT, 1, stride=2),
+}
+
+
+def make_x(kind, dtype, rows=60):
+    generator = torch.Generator().manual_seed(2)
+    if kind == "embedding":
+        return torch.randint(0, 50, (rows,), generator=generator)
+    shape = (2, 24, 5, 6) if "conv2d" in kind else (rows, 24)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def peft_of(model, adapters, **options):
+    """PEFT's model on a copy, with the adapters {name: words of LoraConfig}, all active."""
+    names = list(adapters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = copy.deepcopy(model)
+        configs = {name: LoraConfig(**words) for name, words in adapters.items()}
+        peft = get_peft_model(base, configs[names[0]], names[0], **options)
+        for name in names[1:]:
+            peft.add_adapter(name, configs[name], **options)
+        peft.base_model.set_adapter(names)
+    return peft
+
+
+def ours_of(model, adapters, adapter_dtype=None):
+    """The same by apply_lora on another copy."""
+    own = {"lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
+    model = copy.deepcopy(model)
+    for name, words in adapters.items():
+        words = {own.get(key, key): value for key, value in words.items()}
+        apply_lora(model, LoRAConfig(**words, adapter_dtype=adapter_dtype), name)
+    lora_ext.set_adapter(model, list(adapters))
+    return randomize(model)
+
+
+@torch.no_grad()
+def give_factors(ours, peft):
+    """Writes our factors into PEFT's layers."""
+    theirs = {path: m for path, m in peft.base_model.model.named_modules() if is_peft(m)}
+    for path, layer in lora_layers(ours):
+        for name in layer.adapters:
+            pairs = peft_tensors(theirs[path], name)
+            for table, target in pairs.items():
+                target.copy_(getattr(layer, table)[name].reshape(target.shape))
+    assert theirs.keys() == dict(lora_layers(ours)).keys()
+
+
+def is_peft(module):
+    return isinstance(module, LoraLayer)
+
+
+def peft_tensors(layer, name):
+    if name in layer.lora_embedding_A:
+        pair = (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
+        return dict(zip(("lora_a", "lora_b"), pair, strict=True))
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    found = {"lora_a": a.weight, "lora_b": b.weight}
+    return found if b.bias is None else {**found, "lora_bias": b.bias}
+
+
+def run(model, x):
+    """(y, dx or None, gradients by (layer, table, adapter))."""
+    x = x.clone().requires_grad_(x.is_floating_point())
+    y = model(x)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype)
+    y.backward(grad)
+    return y.detach(), x.grad
+
+
+def grads_of(model):
+    found = {}
+    for path, layer in model.named_modules():
+        if is_peft(layer):
+            path = path.removeprefix("base_model.model.")
+            for name in layer.scaling:
+                found |= {(path, t, name): p.grad for t, p in peft_tensors(layer, name).items()}
+        elif isinstance(layer, lora_ext.modules.LoRALayer):
+            for table in ("lora_a", "lora_b", "lora_bias"):
+                entries = getattr(layer, table).items()
+                found |= {(path, table, name): p.grad for name, p in entries}
+    return found
+
+
+ADAPTERS = {
+    "one": {"a": {"r": 4, "lora_alpha": 6.0}},
+    "rslora": {"a": {"r": 4, "lora_alpha": 6.0, "use_rslora": True}},
+    "lora_bias": {"a": {"r": 4, "lora_alpha": 6.0, "lora_bias": True}},
+    "three": {
+        "a": {"r": 4, "lora_alpha": 6.0},
+        "b": {"r": 2, "lora_alpha": -3.0},
+        "c": {"r": 5, "lora_alpha": 5.0, "use_rslora": True},
+    },
+}
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_same_in_float64(kind, adapters):
+    """Outputs and all gradients, to the last few bits."""
+    if kind == "embedding" and adapters == "lora_bias":
+        pytest.skip("PEFT has no lora_bias on embeddings")
+    words = {n: {**w, "target_modules": ["0"]} for n, w in ADAPTERS[adapters].items()}
+    model = nn.Sequential(MAKERS[kind]()).double()
+    ours, peft = ours_of(model, words), peft_of(model, words)
+    give_factors(ours, peft)
+    x = make_x(kind, F64)
+    for value, wanted in zip(run(ours, x), run(peft, x), strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    grads, wanted = grads_of(ours), grads_of(peft)
+    assert grads.keys() == wanted.keys()
+    for key, value in grads.items():
+        assert value is not None, key
+        torch.testing.assert_close(value, wanted[key].reshape(value.shape), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adapters", ["one", "rslora", "lora_bias"])
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if "conv2d" not in kind])
+def test_same_bits_as_pefts_default(library_route, kind, dtype, adapters):
+    """docs/numerics.md: float32 adapters on a half base without dropout, Y and dX, where ATen
+    computes."""
+    if kind == "embedding" and adapters == "lora_bias":
+        pytest.skip("PEFT has no lora_bias on embeddings")
+    words = {n: {**w, "target_modules": ["0"]} for n, w in ADAPTERS[adapters].items()}
+    model = nn.Sequential(MAKERS[kind]()).to(dtype)
+    ours, peft = ours_of(model, words), peft_of(model, words)
+    give_factors(ours, peft)
+    x = make_x(kind, dtype)
+    y, dx = run(ours, x)
+    wanted_y, wanted_dx = run(peft, x)
+    assert y.dtype == wanted_y.dtype
+    assert torch.equal(y, wanted_y)
+    if dx is not None:
+        assert torch.equal(dx, wanted_dx)
+
+
+@pytest.mark.parametrize("different", ["dtype", "dropout", "rank"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+def test_same_bits_where_torch_adds(dtype, different):
+    """Adapters that one call cannot hold are added in PEFT's order, bit for bit."""
+    words = {
+        "a": {"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]},
+        "b": {"r": 3, "lora_alpha": 5.0, "target_modules": ["0"]},
+    }
+    if different == "dropout":
+        words["b"]["lora_dropout"] = 0.5
+    if different == "rank":
+        words["b"]["r"] = 510
+    model = nn.Sequential(nn.Linear(24, HEIGHT)).to(dtype)
+    ours, peft = ours_of(model, words), peft_of(model, words)
+    if different == "dtype":
+        for table in (ours[0].lora_a, ours[0].lora_b):
+            table["b"].data = table["b"].data.to(BF16)
+        peft.base_model.model[0].lora_A["b"].to(BF16)
+        peft.base_model.model[0].lora_B["b"].to(BF16)
+    give_factors(ours, peft)
+    assert ours[0].path()[0] == "library"
+    outputs = []
+    for m in (ours, peft):
+        torch.manual_seed(11)  # the same dropout mask
+        outputs.append(m(make_x("linear", dtype)))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("half_adapters", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_errors_no_larger_than_pefts(kind, dtype, half_adapters):
+    """On the kernels' route, against float64, with PEFT's float32 or half adapters."""
+    words = {n: {**w, "target_modules": ["0"]} for n, w in ADAPTERS["three"].items()}
+    model = nn.Sequential(MAKERS[kind]()).to(dtype)
+    ours = ours_of(model, words, dtype if half_adapters else None)
+    peft = peft_of(model, words, autocast_adapter_dtype=not half_adapters)
+    give_factors(ours, peft)
+    x = make_x(kind, dtype, rows=400)
+    with torch.no_grad():
+        y, theirs, wanted = ours(x), peft(x), exact(ours[0], x)
+    assert y.dtype == theirs.dtype == dtype
+    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted) + 1e-6
+    assert rms_error(y, wanted) <= 1.05 * rms_error(theirs, wanted)
+
+
+@pytest.mark.parametrize("cast", HALVES, ids=short)
+def test_autocast_beside_peft(cast):
+    words = {"a": {"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]}}
+    model = nn.Sequential(nn.Linear(24, HEIGHT))
+    ours, peft = ours_of(model, words), peft_of(model, words)
+    give_factors(ours, peft)
+    x = make_x("linear", F32, 400)
+    with torch.no_grad(), torch.autocast("cpu", cast):
+        y, theirs = ours(x), peft(x)
+    wanted = exact(ours[0], x).detach()
+    assert y.dtype == theirs.dtype == cast
+    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted)
+    assert rms_error(y, wanted) <= 1.05 * rms_error(theirs, wanted)
+
+
+# ---- configs ----
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return x + self.mlp(torch.tanh(self.q_proj(x)) * self.k_proj(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Block() for _ in range(11)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"target_modules": ["q_proj", "mlp.0"], "rank_pattern": {"q_proj": 3}},
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "rank_pattern": {"layers.1.q_proj": 2, "q_proj": 5},
+            "alpha_pattern": {"k_proj": 2.5},
+        },
+        {"target_modules": ["k_proj"], "rank_pattern": {"layers.1.k_proj": 2}, "use_rslora": True},
+        {"target_modules": ["mlp.0", "head"], "alpha_pattern": {"head": 1.0, "mlp.0": 7.0}},
+        {"target_modules": ["mlp.2"], "exclude_modules": ["layers.3.mlp.2", "0.mlp.2"]},
+    ],
+    ids=str,
+)
+def test_patterns_as_pefts(words):
+    """The same layers with the same ranks and scalings; layers.1 is not layers.10."""
+    words = {"r": 4, "lora_alpha": 8.0, **words}
+    model = Net().double()
+    ours, peft = ours_of(model, {"a": words}), peft_of(model, {"a": words})
+    theirs = {p: m for p, m in peft.base_model.model.named_modules() if is_peft(m)}
+    layers = dict(lora_layers(ours))
+    assert layers.keys() == theirs.keys()
+    for path, layer in layers.items():
+        assert layer.adapters["a"].r == theirs[path].r["a"], path
+        assert layer.adapters["a"].scaling == theirs[path].scaling["a"], path
+    give_factors(ours, peft)
+    x = torch.randn(5, 8, dtype=F64)
+    torch.testing.assert_close(ours(x), peft(x), rtol=1e-12, atol=1e-12)
+
+
+def trainable_names(model):
+    names = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    return {n.removeprefix("base_model.model.").replace(".base_layer", "") for n in names}
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_what_is_trained_as_in_peft(bias):
+    words = {"target_modules": ["q_proj"], "bias": bias}
+    model = Net()
+    assert trainable_names(ours_of(model, {"a": words})) == trainable_names(
+        peft_of(model, {"a": words})
+    )
+
+
+# ---- inits ----
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "conv2d"])
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_first_values_are_distributed_as_pefts(kind, init):
+    words = {"r": 64, "lora_alpha": 6.0, "target_modules": ["0"]}
+    model = nn.Sequential(MAKERS[kind]())
+    peft = peft_of(model, {"a": {**words, "init_lora_weights": init}})
+    config = LoRAConfig("0", 64, 6.0, init="kaiming" if init is True else init)
+    ours = apply_lora(copy.deepcopy(model), config, "a")
+    for table, theirs in peft_tensors(peft.base_model.model[0], "a").items():
+        value = getattr(ours[0], table)["a"]
+        assert value.std().item() == pytest.approx(theirs.std().item(), rel=0.1), table
+        assert value.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.4), table
+
+
+def with_init(init, dtype):
+    """(the plain model, ours, PEFT's), after the same step from PEFT's factors."""
+    words = {"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]}
+    model = nn.Sequential(nn.Linear(24, HEIGHT)).to(dtype)
+    peft = peft_of(model, {"a": {**words, "init_lora_weights": init}})
+    config = LoRAConfig("0", 4, 6.0, init="kaiming" if init is True else init)
+    ours = apply_lora(copy.deepcopy(model), config, "a")
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for table, theirs in peft_tensors(peft.base_model.model[0], "a").items():
+            value = getattr(ours[0], table)["a"]
+            assert value.dtype == theirs.dtype == F32
+            if init is True:
+                value.copy_(theirs)
+            tolerance = 1e-4 if dtype == F32 else 1e-2  # PEFT rounds the factors to bfloat16
+            torch.testing.assert_close(value, theirs, rtol=tolerance, atol=tolerance)
+            step = 0.1 * torch.randn(theirs.shape, generator=generator)
+            value += step
+            theirs += step
+    return model, ours, peft
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+def test_pissa_and_olora_are_pefts_function(init, dtype):
+    """PEFT trains on W - s B0 A0, we on W + s (B A - B0 A0)."""
+    model, ours, peft = with_init(init, dtype)
+    assert torch.equal(ours[0].weight, model[0].weight)
+    x = make_x("linear", dtype, 400)
+    with torch.no_grad():
+        y, theirs, wanted = ours(x), peft(x), exact(ours[0], x)
+    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted)
+    if dtype == F32:
+        torch.testing.assert_close(y, theirs, rtol=1e-4, atol=1e-4)
+    else:  # PEFT rounds W - s B0 A0 to bfloat16 once more
+        assert rms_error(y, wanted) <= 0.9 * rms_error(theirs, wanted)
+
+
+@pytest.mark.parametrize("init", [True, "pissa", "olora"])
+def test_merging_gives_pefts_weight(init):
+    _, ours, peft = with_init(init, F32)
+    merged, theirs = lora_ext.merge_and_unload(ours), peft.merge_and_unload()
+    assert type(merged[0]) is type(theirs[0]) is nn.Linear
+    torch.testing.assert_close(merged[0].weight, theirs[0].weight, rtol=1e-5, atol=1e-5)
