@@ -527,6 +527,7 @@ BAD_TENSORS = {
 
 @pytest.mark.parametrize(("edit", "message"), BAD_TENSORS.values(), ids=BAD_TENSORS.keys())
 def test_bad_tensors(edit, message, folder):
+    """vllm#34186: with keys that matched nothing, the base model was served in silence."""
     edit_tensors(folder, edit)
     assert_refused(folder, f"{WEIGHTS}: .*{message}")
 
@@ -800,6 +801,7 @@ sys.addaudithook(record)  # an audit hook cannot be removed: this one sleeps out
 
 
 def test_nothing_that_a_config_names_is_imported_or_opened(folder):
+    """peft#3085, #2888: a config led to an import."""
     global RECORDED
     names = {
         "auto_mapping": {"base_model_class": "Popen", "parent_library": "antigravity"},

@@ -96,7 +96,7 @@ def test_peft_2918_negative_weights(kind):
     assert torch.allclose(layer.merged_weight, layer.weight, rtol=1e-12, atol=1e-12)
 
 
-def test_peft_3608_3756_several_adapters_merged_or_not():
+def test_peft_3608_3763_several_adapters_merged_or_not():
     """Merged adapters differed from unmerged ones, and merging a subset dropped the others."""
     model, ids = make_model("a", "b", "c"), make_ids()
     for active in ("a", ["a", "b"], ["c", "a", "b"]):
