@@ -1,0 +1,141 @@
+// mbarrier objects: barriers in shared memory that count arrivals and the bytes of bulk copies.
+//
+// A phase completes when the pending arrivals and the pending bytes are both zero; the next begins
+// at once. Phases alternate in parity; the first has parity 0.
+#pragma once
+
+#include "ptx/target.h"
+#include "ptx/thread.h"
+
+namespace lora_ext::ptx {
+
+// mbarrier.init (sm_80): an 8-byte aligned object whose every phase takes `count` arrivals.
+LORA_EXT_DEVICE void mbarrier_init(uint32_t bar, uint32_t count) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+#else
+  emulator::mbarrier_init(bar, count);
+#endif
+}
+
+// mbarrier.inval (sm_80): ends the object, so that its memory may hold something else.
+LORA_EXT_DEVICE void mbarrier_inval(uint32_t bar) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+#else
+  emulator::mbarrier_inval(bar);
+#endif
+}
+
+// mbarrier.arrive (sm_80): one arrival, with release semantics in the block.
+LORA_EXT_DEVICE void mbarrier_arrive(uint32_t bar) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+#else
+  emulator::mbarrier_arrive(bar);
+#endif
+}
+
+// mbarrier.arrive.release.cluster (sm_90): one arrival at the object that block `rank` of the
+// cluster has at `bar`.
+LORA_EXT_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_shared(bar, rank))
+      : "memory");
+#else
+  emulator::mbarrier_arrive_cluster(bar, rank);
+#endif
+}
+
+// mbarrier.arrive.expect_tx (sm_90): adds `bytes` to the pending bytes, then arrives.
+LORA_EXT_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+#else
+  emulator::mbarrier_arrive_expect_tx(bar, bytes);
+#endif
+}
+
+// mbarrier.expect_tx (sm_90): adds `bytes` to the pending bytes.
+LORA_EXT_DEVICE void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.expect_tx.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+#else
+  emulator::mbarrier_expect_tx(bar, bytes);
+#endif
+}
+
+// mbarrier.try_wait.parity (sm_90): true, with acquire semantics, if the phase of this parity has
+// completed; may suspend the thread for a while first.
+LORA_EXT_DEVICE bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
+#ifdef __CUDACC__
+  uint32_t completed;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(completed)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return completed != 0;
+#else
+  return emulator::mbarrier_try_wait(bar, parity);
+#endif
+}
+
+// mbarrier.try_wait.parity in a loop (sm_90): waits until the phase of this parity has completed.
+LORA_EXT_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
+#ifdef __CUDACC__
+  while (!mbarrier_try_wait(bar, parity)) {
+  }
+#else
+  emulator::mbarrier_wait(bar, parity);
+#endif
+}
+
+// mbarrier.try_wait.parity.acquire.cluster (sm_90): as mbarrier_try_wait, for data that threads of
+// other blocks wrote before they arrived. What bulk copies brought needs it not, and ptxas
+// invalidates L1 for it (CCTL.IVALL): it is no wait for a main loop.
+LORA_EXT_DEVICE bool mbarrier_try_wait_cluster(uint32_t bar, uint32_t parity) {
+#ifdef __CUDACC__
+  uint32_t completed;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(completed)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return completed != 0;
+#else
+  return emulator::mbarrier_try_wait(bar, parity);  // there an acquire has every scope
+#endif
+}
+
+// mbarrier.try_wait.parity.acquire.cluster in a loop (sm_90).
+LORA_EXT_DEVICE void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) {
+#ifdef __CUDACC__
+  while (!mbarrier_try_wait_cluster(bar, parity)) {
+  }
+#else
+  emulator::mbarrier_wait(bar, parity);
+#endif
+}
+
+// fence.mbarrier_init (sm_90): makes this thread's mbarrier.init visible to the cluster and to the
+// async proxy, once a barrier has followed.
+LORA_EXT_DEVICE void fence_mbarrier_init() {
+#ifdef __CUDACC__
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  emulator::fence_mbarrier_init();
+#endif
+}
+
+}  // namespace lora_ext::ptx

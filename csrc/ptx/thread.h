@@ -1,0 +1,76 @@
+// Who a thread is and where its block's shared memory lies.
+//
+// Shared addresses are 32-bit, as in PTX's .shared state space. A shared::cta address is also a
+// shared::cluster address: that of the block's own memory.
+#pragma once
+
+#include "ptx/target.h"
+
+namespace lora_ext::ptx {
+
+// %laneid (every sm): the lane of this thread in its warp, 0..31.
+LORA_EXT_DEVICE uint32_t lane_index() {
+#ifdef __CUDACC__
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#else
+  return emulator::lane_index();
+#endif
+}
+
+// %cluster_ctarank (sm_90): the rank of this block in its cluster; 0 without clusters.
+LORA_EXT_DEVICE uint32_t cluster_rank() {
+#ifdef __CUDACC__
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return emulator::cluster_rank();
+#endif
+}
+
+// %cluster_nctarank (sm_90): the number of blocks in the cluster; 1 without clusters.
+LORA_EXT_DEVICE uint32_t cluster_size() {
+#ifdef __CUDACC__
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+#else
+  return emulator::cluster_size();
+#endif
+}
+
+// cvta.to.shared (every sm): the shared address of a generic pointer into shared memory.
+LORA_EXT_DEVICE uint32_t shared_address(const void* pointer) {
+#ifdef __CUDACC__
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+#else
+  return emulator::shared_address(pointer);
+#endif
+}
+
+// The launch's dynamic shared memory. 1024 bytes is the alignment that a tile with the 128-byte
+// swizzle needs (PTX ISA, "Swizzling modes").
+LORA_EXT_DEVICE unsigned char* dynamic_shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(1024) unsigned char lora_ext_shared_memory[];
+  return lora_ext_shared_memory;
+#else
+  return emulator::dynamic_shared_memory();
+#endif
+}
+
+// mapa.shared::cluster (sm_90): the address, in block `rank`'s shared memory, of what `address` is
+// in this block's.
+LORA_EXT_DEVICE uint32_t map_shared(uint32_t address, uint32_t rank) {
+#ifdef __CUDACC__
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+#else
+  return emulator::map_shared(address, rank);
+#endif
+}
+
+}  // namespace lora_ext::ptx
