@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: the GPU tests, then a first set of cells on a CUDA device."""
+"""`python -m benchmarks.gpu`: golden vectors, the GPU tests, a first set of cells, on CUDA."""
 
 from __future__ import annotations
 
@@ -20,33 +20,41 @@ from .timing import Plan
 
 _PLAN = Plan(min_rounds=7, max_rounds=15, seconds=1.5)
 _BUDGET_S = 300.0
-_TESTS_TIMEOUT_S = 600.0
+_STAGE_TIMEOUT_S = 600.0
 _KEPT_LINES = 15
 
 
-def run_tests() -> dict[str, Any]:
-    """Run `pytest -m gpu`; returns its exit status, seconds and last lines."""
+def run_stage(command: Sequence[str], folder: str = ".") -> dict[str, Any]:
+    """Run a Python module; returns its exit status, seconds and last lines."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE"]
     try:
         done = subprocess.run(
-            command,
-            cwd=Path(__file__).parent.parent,
+            [sys.executable, "-m", *command],
+            cwd=Path(__file__).parent.parent / folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=_TESTS_TIMEOUT_S,
+            timeout=_STAGE_TIMEOUT_S,
         )
         status, lines = done.returncode, done.stdout.strip().splitlines()
     except subprocess.TimeoutExpired:
-        status, lines = -1, [f"stopped after {_TESTS_TIMEOUT_S:.0f} s"]
+        status, lines = -1, [f"stopped after {_STAGE_TIMEOUT_S:.0f} s"]
     return {
-        "command": "pytest -m gpu",
+        "command": " ".join(command),
         "status": status,
         "seconds": round(time.monotonic() - start, 1),
         "summary": lines[-1] if lines else "",
         "tail": lines[-_KEPT_LINES:],
     }
+
+
+def run_conformance() -> dict[str, Any]:
+    """Execute every function of csrc/ptx/ on the GPU and keep what it returned."""
+    return run_stage(["emulator.conformance.produce"], folder="tests")
+
+
+def run_tests() -> dict[str, Any]:
+    return run_stage(["pytest", "-m", "gpu", "-q", "-rfE"])
 
 
 def missing_device(device: str) -> str:
@@ -77,8 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / "results.json"
     tests_failed = False
     if not options.no_tests:
+        if options.device == "cuda":
+            document["conformance"] = run_conformance()
+            tests_failed = document["conformance"]["status"] != 0
+            print(f"conformance: {document['conformance']['summary']}", flush=True)
         document["pytest"] = run_tests()
-        tests_failed = document["pytest"]["status"] not in (0, 5)  # 5: no test is marked so
+        tests_failed |= document["pytest"]["status"] not in (0, 5)  # 5: no test is marked so
         print(f"pytest -m gpu: {document['pytest']['summary']}", flush=True)
     cells = gpu_cells(options.device)
     runner.run(cells, document, path, _PLAN, budget_s=_BUDGET_S, progress=with_progress)

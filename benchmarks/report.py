@@ -58,9 +58,10 @@ def machine_lines(document: Document) -> str:
 
 def _sections(document: Document) -> list[tuple[str, str]]:
     """(heading, body) in order; sections without a body are left out."""
-    pytest = document.get("pytest", {})
+    pytest, conformance = (document.get(stage, {}) for stage in ("pytest", "conformance"))
     failed = "\n".join(f"- {text}" for text in tables.failures(document))
     return [
+        ("Golden vectors of the PTX functions", conformance.get("summary", "")),
         ("Tests marked gpu", pytest.get("summary", "")),
         ("Targets", tables.targets(document["targets"])),
         ("Forward, as a multiple of merged", tables.latency(document, FORWARD)),

@@ -1,0 +1,191 @@
+"""Compiles the execution layer, the specimens and the self tests into build/emulator/.
+
+Three flavours:
+
+    plain  optimised
+    asan   AddressSanitizer and UndefinedBehaviorSanitizer
+    race   kernels with -fsanitize=thread, whose callbacks the layer's race checker implements
+
+An object is compiled anew when its command or the content of a file that it includes has changed.
+From a shell, `python -m emulator.build [FLAVOUR ...]` in tests/ builds everything.
+"""
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator.cuda_headers import include_dirs
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "tests" / "emulator"
+BUILD = ROOT / "build" / "emulator"
+CXX = os.environ.get("CXX", "g++")
+JOBS = 2
+
+FLAGS = [
+    *("-std=c++20", "-fPIE", "-fno-omit-frame-pointer", "-ftrivial-auto-var-init=pattern"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
+]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    flags: tuple[str, ...]
+    kernel_flags: tuple[str, ...] = ()  # of the sources that contain kernels
+    link_flags: tuple[str, ...] = ()
+
+
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAVOURS = {
+    "plain": Flavour(("-O2", "-g")),
+    "asan": Flavour(("-O1", "-g1", *SANITIZE), link_flags=SANITIZE),
+    "race": Flavour(
+        ("-O2", "-g1", "-DEMULATOR_RACE"),
+        (
+            *("-O1", "-fsanitize=thread", "-Wno-tsan"),
+            *("--param=tsan-instrument-func-entry-exit=0", "--param=tsan-distinguish-volatile=1"),
+        ),
+    ),
+}
+
+
+def has_x86_64_v3() -> bool:
+    words = Path("/proc/cpuinfo").read_text().split()
+    return {"avx2", "bmi2", "fma", "f16c", "movbe"} <= set(words)
+
+
+def common_flags() -> list[str]:
+    machine = ["-march=x86-64-v3"] if has_x86_64_v3() else []
+    system = [f"-isystem{path}" for path in include_dirs()]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", *system]
+    return [*FLAGS, *machine, *includes]
+
+
+def library_sources(flavour: str) -> list[Path]:
+    found = [*EMULATOR.glob("*.cpp"), *EMULATOR.glob("*.S")]
+    if flavour == "race":
+        return sorted([*found, *EMULATOR.glob("race/*.cpp")])
+    return sorted(path for path in found if path.name != "race.cpp")
+
+
+SELFTEST_MAIN = "selftests/selftest.cpp"
+
+
+def specimens() -> list[str]:
+    return ["specimens/reduction.cpp", "specimens/gemm_mma_sync.cpp", "specimens/gemm_wgmma.cpp"]
+
+
+def selftests(flavour: str) -> list[str]:
+    """Those of a flavour: with race or asan in its name, one is for that flavour alone."""
+    found = sorted(str(path.relative_to(EMULATOR)) for path in EMULATOR.glob("selftests/*.cpp"))
+    others = [name for name in FLAVOURS if name != flavour]
+    return [
+        name
+        for name in found
+        if name != SELFTEST_MAIN and not set(Path(name).stem.split("_")) & set(others)
+    ]
+
+
+@dataclass(frozen=True)
+class Object:
+    """One compilation, for a flavour: the source is relative to tests/emulator/."""
+
+    flavour: str
+    source: str
+    kernels: bool
+
+    @property
+    def path(self) -> Path:
+        return BUILD / self.flavour / "objects" / (self.source.replace("/", "-") + ".o")
+
+    def command(self) -> list[str]:
+        flavour = FLAVOURS[self.flavour]
+        flags = [*flavour.flags, *(flavour.kernel_flags if self.kernels else ())]
+        source = str(EMULATOR / self.source)
+        return [CXX, *common_flags(), *flags, "-MMD", "-c", source, "-o", str(self.path)]
+
+    def key(self) -> str:
+        """A hash of the command and of the files that the last compilation read, "" without one."""
+        read = self.dependencies()
+        if not read or not all(path.exists() for path in read):
+            return ""
+        digest = hashlib.sha256(shlex.join(self.command()).encode())
+        for path in read:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def dependencies(self) -> list[Path]:
+        """The files that the last compilation read."""
+        depfile = self.path.with_suffix(".d")
+        if not depfile.exists():
+            return []
+        text = depfile.read_text().replace("\\\n", " ")
+        return [Path(name) for name in text.partition(": ")[2].split()]
+
+    def compile(self) -> None:
+        stamp = self.path.with_suffix(".key")
+        if self.path.exists() and stamp.exists() and stamp.read_text() == self.key() != "":
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        started = time.time()
+        run_tool(self.command())
+        if all(path.stat().st_mtime < started for path in self.dependencies()):
+            stamp.write_text(self.key())
+
+
+def run_tool(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)}\nfailed:\n{done.stderr}")
+    if done.stderr:
+        print(done.stderr, file=sys.stderr)
+
+
+def objects_of(flavour: str, program: str) -> list[Object]:
+    library = [str(path.relative_to(EMULATOR)) for path in library_sources(flavour)]
+    objects = [Object(flavour, source, kernels=False) for source in library]
+    if not program.startswith("specimens/"):
+        main = Object(flavour, SELFTEST_MAIN, kernels=False)
+        return [Object(flavour, program, kernels=True), main, *objects]
+    kernels = program.replace(".cpp", "_kernels.cpp")
+    host = [Object(flavour, source, kernels=False) for source in (program, "specimens/driver.cpp")]
+    return [Object(flavour, kernels, kernels=True), *host, *objects]
+
+
+def build_programs(wanted: list[tuple[str, str]]) -> list[Path]:
+    """Compiles and links programs, given as (flavour, source), and returns the executables."""
+    needed = {key: objects_of(*key) for key in wanted}
+    unique = dict.fromkeys(item for objects in needed.values() for item in objects)
+    # The long compilations first, so that no core is idle at the end.
+    ordered = sorted(unique, key=lambda item: not item.kernels)
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(Object.compile, ordered))
+        return list(pool.map(lambda key: link(*key, needed[key]), wanted))
+
+
+def link(flavour: str, program: str, objects: list[Object]) -> Path:
+    executable = BUILD / flavour / Path(program).stem
+    inputs = [item.path for item in objects]
+    if executable.exists() and all(
+        executable.stat().st_mtime_ns > path.stat().st_mtime_ns for path in inputs
+    ):
+        return executable
+    flags = ["-pie", *FLAVOURS[flavour].link_flags]
+    run_tool([CXX, *flags, *map(str, inputs), "-o", str(executable), "-pthread"])
+    return executable
+
+
+if __name__ == "__main__":
+    flavours = sys.argv[1:] or list(FLAVOURS)
+    programs = [
+        (flavour, name) for flavour in flavours for name in [*specimens(), *selftests(flavour)]
+    ]
+    for built in build_programs(programs):
+        print(built.relative_to(ROOT))

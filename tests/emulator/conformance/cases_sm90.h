@@ -1,0 +1,250 @@
+// Conformance cases of sm_90's functions but for TMA and wgmma.
+#pragma once
+
+#include "emulator/conformance/cases_sm80.h"
+#include "ptx/grid_dependency.h"
+#include "ptx/mbarrier.h"
+#include "ptx/registers.h"
+
+namespace conformance {
+
+// ---- matrix_move.h
+// ----------------------------------------------------------------------------------------------------
+
+template <int kCount, bool kTranspose>
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[kCount]) {
+  if constexpr (kCount == 1) {
+    kTranspose ? ptx::stmatrix_x1_trans(address, r) : ptx::stmatrix_x1(address, r);
+  } else if constexpr (kCount == 2) {
+    kTranspose ? ptx::stmatrix_x2_trans(address, r) : ptx::stmatrix_x2(address, r);
+  } else {
+    kTranspose ? ptx::stmatrix_x4_trans(address, r) : ptx::stmatrix_x4(address, r);
+  }
+}
+
+// rows [32]: the row that each lane addresses, no two the same.
+template <int kCount, bool kTranspose>
+__global__ void store_rows(const uint32_t* in, const uint32_t* rows, unsigned char* out) {
+  unsigned char* const shared = ptx::dynamic_shared_memory();
+  for (uint32_t i = threadIdx.x; i < kRows * kRowBytes; i += 32) shared[i] = 0;
+  __syncthreads();
+  uint32_t r[kCount];
+  for (int i = 0; i < kCount; ++i) r[i] = in[i * 32 + threadIdx.x];
+  store_matrices<kCount, kTranspose>(ptx::shared_address(shared) + kRowBytes * rows[threadIdx.x],
+                                     r);
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < kRows * kRowBytes; i += 32) out[i] = shared[i];
+}
+
+template <int kCount, bool kTranspose>
+void case_stmatrix(Recorder& recorder) {
+  const std::string name = "stmatrix_x" + std::to_string(kCount) + (kTranspose ? "_trans" : "");
+  Random random = recorder.begin(name, {name});
+  auto in = recorder.input("in", random.integers<uint32_t>(32 * kCount), {kCount, 32});
+  std::vector<uint32_t> order(kRows);
+  for (uint32_t i = 0; i < kRows; ++i) {
+    order[i] = i;
+    std::swap(order[i], order[random.below(i + 1)]);
+  }
+  order.resize(32);
+  auto rows = recorder.input("rows", order);
+  DeviceArray<uint8_t> out(std::vector<uint8_t>(kRows * kRowBytes, 0));
+  launch({1, 32, kRows * kRowBytes}, store_rows<kCount, kTranspose>, in.data(), rows.data(),
+         out.data());
+  recorder.output("out", out);
+}
+
+// ---- clusters
+// ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void synchronize_cluster() {
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
+// Each block reads its right neighbour's integers, then writes numbers into its memory.
+__global__ void exchange_in_cluster(const uint32_t* integers, const float* numbers,
+                                    uint32_t* identity, uint32_t* read, float* written) {
+  unsigned char* const shared = ptx::dynamic_shared_memory();
+  auto* const own_integers = reinterpret_cast<uint32_t*>(shared);
+  auto* const own_numbers = reinterpret_cast<float*>(shared) + blockDim.x;
+  const uint32_t thread = threadIdx.x, place = blockIdx.x * blockDim.x + thread;
+  const uint32_t peer = (ptx::cluster_rank() + 1) % ptx::cluster_size();
+  own_integers[thread] = integers[place];
+  own_numbers[thread] = 0;
+  if (thread == 0) {
+    identity[3 * blockIdx.x] = ptx::cluster_rank();
+    identity[3 * blockIdx.x + 1] = ptx::cluster_size();
+    const uint32_t address = ptx::shared_address(shared);
+    identity[3 * blockIdx.x + 2] =
+        ptx::map_shared(address + 20, peer) - ptx::map_shared(address, peer);
+  }
+  synchronize_cluster();
+  const uint32_t integer = ptx::shared_address(own_integers + thread);
+  const uint32_t number = ptx::shared_address(own_numbers + thread);
+  read[place] = ptx::load_shared_cluster<uint32_t>(ptx::map_shared(integer, peer));
+  ptx::store_shared_cluster<float>(ptx::map_shared(number, peer), numbers[place]);
+  ptx::fence_acq_rel_cluster();
+  ptx::cluster_arrive_relaxed();
+  ptx::cluster_wait();
+  written[place] = own_numbers[thread] +
+                   ptx::load_shared_cluster<float>(ptx::map_shared(number, ptx::cluster_rank()));
+  ptx::store_shared_cluster<uint32_t>(ptx::map_shared(integer, ptx::cluster_rank()), 0);
+}
+
+inline void case_cluster(Recorder& recorder) {
+  Random random =
+      recorder.begin("cluster", {"cluster_rank", "cluster_size", "map_shared", "cluster_arrive",
+                                 "cluster_wait", "cluster_arrive_relaxed", "fence_acq_rel_cluster",
+                                 "load_shared_cluster", "store_shared_cluster"});
+  constexpr uint32_t kBlocks = 8, kThreads = 64;
+  auto integers = recorder.input("integers", random.integers<uint32_t>(kBlocks * kThreads));
+  auto numbers = recorder.input("numbers", addends(random, kBlocks * kThreads, true));
+  DeviceArray<uint32_t> identity(std::vector<uint32_t>(3 * kBlocks, 0));
+  DeviceArray<uint32_t> read(std::vector<uint32_t>(kBlocks * kThreads, 0));
+  DeviceArray<float> written(std::vector<float>(kBlocks * kThreads, 0));
+  launch({kBlocks, kThreads, 8 * kThreads, 4}, exchange_in_cluster, integers.data(), numbers.data(),
+         identity.data(), read.data(), written.data());
+  recorder.output("identity", identity, {kBlocks, 3});
+  recorder.output("read", read);
+  recorder.output("written", written);
+}
+
+// ---- mbarrier.h
+// -------------------------------------------------------------------------------------------------------
+
+// Two phases of 64 arrivals. seen: what try_wait says for parity 1 and 0, before the first phase
+// has completed and after the second; then of another object at the same address.
+__global__ void wait_for_phases(const uint32_t* in, uint32_t* out, uint32_t* seen) {
+  unsigned char* const shared = ptx::dynamic_shared_memory();
+  auto* const values = reinterpret_cast<uint32_t*>(shared + 64);
+  const uint32_t bar = ptx::shared_address(shared), thread = threadIdx.x;
+  const auto look = [&](uint32_t at) {
+    __syncthreads();
+    if (thread == 0) {
+      seen[at] = ptx::mbarrier_try_wait(bar, 1);
+      seen[at + 1] = ptx::mbarrier_try_wait(bar, 0);
+    }
+    __syncthreads();
+  };
+  if (thread == 0) ptx::mbarrier_init(bar, 64);
+  look(0);
+  for (uint32_t phase = 0; phase < 2; ++phase) {
+    values[64 * phase + thread] = in[64 * phase + thread];
+    ptx::mbarrier_arrive(bar);
+    ptx::mbarrier_wait(bar, phase);
+    out[64 * phase + thread] = values[64 * phase + (thread ^ 33)];
+  }
+  look(2);
+  if (thread == 0) {
+    ptx::mbarrier_inval(bar);
+    ptx::mbarrier_init(bar, 1);
+    ptx::mbarrier_arrive(bar);
+  }
+  look(4);
+  if (thread == 0) ptx::mbarrier_inval(bar);
+}
+
+inline void case_mbarrier(Recorder& recorder) {
+  Random random = recorder.begin("mbarrier", {"mbarrier_init", "mbarrier_inval", "mbarrier_arrive",
+                                              "mbarrier_wait", "mbarrier_try_wait"});
+  auto in = recorder.input("in", random.integers<uint32_t>(128));
+  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0)), seen(std::vector<uint32_t>(6, 7));
+  launch({1, 64, 64 + 512}, wait_for_phases, in.data(), out.data(), seen.data());
+  recorder.output("out", out);
+  recorder.output("seen", seen);
+}
+
+// Every thread of the pair gives a value to both blocks and arrives at both blocks' objects.
+__global__ void arrive_in_cluster(const uint32_t* in, uint32_t* out, uint32_t* seen) {
+  unsigned char* const shared = ptx::dynamic_shared_memory();
+  auto* const values = reinterpret_cast<uint32_t*>(shared + 64);
+  const uint32_t bar = ptx::shared_address(shared), thread = threadIdx.x;
+  const uint32_t place = blockIdx.x * 32 + thread;
+  if (thread == 0) {
+    ptx::mbarrier_init(bar, 64);
+    ptx::fence_mbarrier_init();
+  }
+  synchronize_cluster();
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const uint32_t slot = ptx::shared_address(values + place);
+    ptx::store_shared_cluster<uint32_t>(ptx::map_shared(slot, rank), in[place] + rank);
+    ptx::mbarrier_arrive_cluster(bar, rank);
+  }
+  ptx::mbarrier_wait_cluster(bar, 0);
+  for (uint32_t i = 0; i < 2; ++i) out[64 * blockIdx.x + 32 * i + thread] = values[32 * i + thread];
+  seen[place] = ptx::mbarrier_try_wait_cluster(bar, 0);
+  synchronize_cluster();
+}
+
+inline void case_mbarrier_cluster(Recorder& recorder) {
+  Random random = recorder.begin(
+      "mbarrier_cluster", {"mbarrier_arrive_cluster", "mbarrier_wait_cluster",
+                           "mbarrier_try_wait_cluster", "fence_mbarrier_init", "mbarrier_init"});
+  auto in = recorder.input("in", random.integers<uint32_t>(64));
+  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0)), seen(std::vector<uint32_t>(64, 7));
+  launch({2, 32, 64 + 256, 2}, arrive_in_cluster, in.data(), out.data(), seen.data());
+  recorder.output("out", out);
+  recorder.output("seen", seen);
+}
+
+// ---- registers.h, grid_dependency.h
+// -----------------------------------------------------------------------------------
+
+// 168 registers a thread at launch; 40 for the first warpgroup leave 232 for the others.
+__global__ void __launch_bounds__(384, 1) trade_registers(const uint32_t* in, uint32_t* out) {
+  const uint32_t value = in[threadIdx.x];
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<40>();
+    out[threadIdx.x] = value + 1;
+  } else {
+    ptx::setmaxnreg_inc<232>();
+    out[threadIdx.x] = value * 3;
+  }
+}
+
+inline void case_registers(Recorder& recorder) {
+  Random random = recorder.begin("registers", {"setmaxnreg_dec", "setmaxnreg_inc"});
+  auto in = recorder.input("in", random.integers<uint32_t>(384));
+  DeviceArray<uint32_t> out(std::vector<uint32_t>(384, 0));
+  launch({1, 384}, trade_registers, in.data(), out.data());
+  recorder.output("out", out);
+}
+
+__global__ void write_and_launch_dependents(const uint32_t* in, uint32_t* middle) {
+  ptx::griddepcontrol_launch_dependents();
+  const uint32_t place = blockIdx.x * blockDim.x + threadIdx.x;
+  middle[place] = in[place] * 5;
+}
+__global__ void wait_and_read(const uint32_t* middle, uint32_t* out, uint32_t count) {
+  const uint32_t place = blockIdx.x * blockDim.x + threadIdx.x;
+  ptx::griddepcontrol_wait();
+  out[place] = middle[count - 1 - place] + 1;
+}
+
+inline void case_grid_dependency(Recorder& recorder) {
+  Random random = recorder.begin("grid_dependency",
+                                 {"griddepcontrol_wait", "griddepcontrol_launch_dependents"});
+  auto in = recorder.input("in", random.integers<uint32_t>(4 * 64));
+  DeviceArray<uint32_t> middle(std::vector<uint32_t>(4 * 64, 0)),
+      out(std::vector<uint32_t>(4 * 64, 0));
+  launch({4, 64}, write_and_launch_dependents, in.data(), middle.data());
+  launch({4, 64, 0, 1, true}, wait_and_read, middle.data(), out.data(), 4u * 64u);
+  recorder.output("out", out);
+}
+
+inline void record_sm90(Recorder& recorder) {
+  case_stmatrix<1, false>(recorder);
+  case_stmatrix<2, false>(recorder);
+  case_stmatrix<4, false>(recorder);
+  case_stmatrix<1, true>(recorder);
+  case_stmatrix<2, true>(recorder);
+  case_stmatrix<4, true>(recorder);
+  case_cluster(recorder);
+  case_mbarrier(recorder);
+  case_mbarrier_cluster(recorder);
+  case_registers(recorder);
+  case_grid_dependency(recorder);
+}
+
+}  // namespace conformance

@@ -1,0 +1,93 @@
+"""Compiles conformance.cu and runs it.
+
+    python -m emulator.conformance.produce [FOLDER]    (in tests/, on a machine with a GPU)
+
+writes the GPU's golden vectors into golden/, or into FOLDER. Commit the file.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from emulator import build
+from emulator.conformance import vectors
+from emulator.cuda_headers import nvcc
+
+FOLDER = Path(__file__).resolve().parent
+SOURCE = FOLDER / "conformance.cu"
+GOLDEN = FOLDER / "golden"
+
+
+def compile_for_emulator(source: Path, target: Path, *flags: str) -> Path:
+    build.run_tool([build.CXX, *flags, *build.common_flags(), "-c", str(source), "-o", str(target)])
+    return target
+
+
+def library() -> dict[str, Path]:
+    """The execution layer's objects by the name of their source, compiled as far as needed."""
+    sources = [str(path.relative_to(build.EMULATOR)) for path in build.library_sources("plain")]
+    objects = {source: build.Object("plain", source, kernels=False) for source in sources}
+    with ThreadPoolExecutor(build.JOBS) as pool:
+        list(pool.map(build.Object.compile, objects.values()))
+    return {source: item.path for source, item in objects.items()}
+
+
+def link_for_emulator(objects: list[Path], target: Path) -> Path:
+    build.run_tool([build.CXX, "-pie", *map(str, objects), "-o", str(target), "-pthread"])
+    return target
+
+
+def compile_cases_for_emulator(target: Path) -> Path:
+    """conformance.cu as C++."""
+    return compile_for_emulator(SOURCE, target, "-O0", "-DCONFORMANCE_ARCH=90", "-x", "c++")
+
+
+def build_for_gpu(target: Path, compute_capability: int) -> Path:
+    """Compiles conformance.cu for a GPU: for 90 all cases, for any other those of sm_80."""
+    compiler = nvcc()
+    if compiler is None:
+        raise RuntimeError("expected nvcc on PATH or a toolkit in CUDA_HOME, but found none")
+    sm90 = compute_capability == 90
+    arch = "90a" if sm90 else str(compute_capability)
+    flags = ["-std=c++20", f"-DCONFORMANCE_ARCH={90 if sm90 else 80}"]
+    flags += [f"-I{build.ROOT / 'csrc'}", f"-I{build.ROOT / 'tests'}", "-cudart=static"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    build.run_tool([compiler, *flags, "-o", str(target), str(SOURCE)])
+    return target
+
+
+def run(program: Path, target: Path, *options: str) -> Path:
+    """Runs the program, which writes `target`."""
+    done = subprocess.run([program, target, *options], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{program.name} exited with {done.returncode}:\n{done.stderr}")
+    return target
+
+
+def gpu_compute_capability() -> int:
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"expected a GPU that nvidia-smi sees, but got: {error}") from error
+    return int(said.strip().replace(".", ""))
+
+
+def main(folder: Path) -> Path:
+    with tempfile.TemporaryDirectory() as scratch:
+        program = build_for_gpu(Path(scratch, "conformance"), gpu_compute_capability())
+        written = run(program, Path(scratch, "vectors.json"))
+        name = vectors.load(written).producer["name"]
+        target = folder / (re.sub(r"\W+", "-", name.lower()).strip("-") + ".json")
+        target.write_text(written.read_text())
+    return target
+
+
+if __name__ == "__main__":
+    try:
+        print(main(Path(sys.argv[1]) if len(sys.argv) > 1 else GOLDEN))
+    except RuntimeError as error:
+        sys.exit(str(error))

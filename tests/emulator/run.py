@@ -1,0 +1,99 @@
+"""Runs the host programs of the specimens and says how each run ended."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+from dataclasses import dataclass
+
+from emulator.build import BUILD, ROOT
+
+# asan: fibers leave stack frames that are never returned from; a planted fault ends a run in the
+# middle.
+SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a kernel.
+
+    `outcome`: clean, result (a wrong number), an emulator::ErrorKind, sanitizer, crash or hang.
+    """
+
+    flavour: str
+    case: dict
+    outcome: str
+    message: str
+
+    @property
+    def command(self) -> str:
+        """What replays exactly this run, from the root of the repository."""
+        case = self.case
+        fixed = {
+            name: case[name]
+            for name in ("seed", "size", "variant", "schedule", "completion", "resident")
+        }
+        words = [f"build/emulator/{self.flavour}/{case['specimen']}"]
+        for name, value in fixed.items():
+            words += [f"--{name}", str(value)]
+        if case["fault"]:
+            words += ["--fault", case["fault"]]
+        options = " ".join(f"{name}={value}" for name, value in SANITIZER_OPTIONS.items())
+        return (options + " " if self.flavour == "asan" else "") + shlex.join(words)
+
+    def describe(self) -> str:
+        return f"{self.outcome}: {self.message}\nreplay with: {self.command}"
+
+
+def execute(command: list[str], timeout: float) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **SANITIZER_OPTIONS}
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as expired:
+        stdout, stderr = ((part or b"").decode() for part in (expired.stdout, expired.stderr))
+        return subprocess.CompletedProcess(command, -signal.SIGKILL, stdout, f"{stderr}\ntimeout")
+
+
+def how_it_ended(done: subprocess.CompletedProcess) -> str:
+    """The outcome of a run that ended its program."""
+    if "AddressSanitizer" in done.stderr or "runtime error:" in done.stderr:
+        return "sanitizer"
+    if done.stderr.endswith("timeout"):
+        return "hang"
+    return "crash"
+
+
+def run_specimen(flavour: str, specimen: str, *arguments: str, timeout: float = 300) -> list[Run]:
+    """Runs a built specimen until its cases are through or one, the last, is not clean."""
+    command = [str(BUILD / flavour / specimen), *arguments]
+    done = execute(command, timeout)
+    runs = []
+    for line in done.stdout.splitlines():
+        try:
+            case = json.loads(line)
+        except json.JSONDecodeError:  # the program ended within this run
+            case = json.loads(line + "}")
+            runs.append(Run(flavour, case, how_it_ended(done), done.stderr.strip()))
+        else:
+            if "outcome" in case:
+                runs.append(Run(flavour, case, case["outcome"], case["message"]))
+    clean = all(run.outcome == "clean" for run in runs)
+    if not runs or clean != (done.returncode == 0):
+        raise RuntimeError(
+            f"{shlex.join(command)}\nended with status {done.returncode} after {len(runs)} runs:\n"
+            f"{done.stderr}"
+        )
+    return runs
+
+
+def fault_sites(flavour: str, specimen: str, *arguments: str) -> set[str]:
+    """The fault sites that clean runs of a specimen come by."""
+    done = execute([str(BUILD / flavour / specimen), "--list-faults", *arguments], timeout=300)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line["site"] for line in lines if "site" in line}

@@ -1,0 +1,171 @@
+// TMA stores against a plain placement of elements, bulk groups, and both misused.
+#include "emulator/selftests/sm90_tiles.h"
+
+namespace {
+
+using namespace emulator;
+using namespace emulator::selftest;
+
+constexpr auto kMisuse = ErrorKind::Misuse;
+
+TEST(store_writes_every_element_inside_and_nothing_else) {
+  for (const Tiling& tiling : kTilings) {
+    const uint32_t bytes = tiling.box_bytes();
+    const auto before = pattern(tiling.pitch() * tiling.height, 2), tile = pattern(bytes, 3);
+    GlobalBuffer<unsigned char> tensor(before, "tensor"), source(tile, "tile");
+    const CUtensorMap map = tiling.map(tensor.data());
+    for (const Corner corner : kCorners) {
+      std::copy(before.begin(), before.end(), tensor.begin());
+      run(blocks_of(kThreads, bytes), [&] {
+        for (uint32_t i = thread_index(); i < bytes; i += kThreads) {
+          dynamic_shared_memory()[i] = source[i];
+        }
+        fence_proxy_async_shared();
+        syncthreads();
+        if (thread_index() == 0) {
+          tma_store_2d(&map, 0, corner.x, corner.y);
+          bulk_commit_group();
+          bulk_wait_group(0);
+        }
+      });
+      auto expected = before;
+      for (uint32_t row = 0; row < tiling.rows; ++row) {
+        for (uint32_t column = 0; column < tiling.columns; ++column) {
+          const int64_t x = corner.x + int64_t{column}, y = corner.y + int64_t{row};
+          if (!tiling.inside(x, y)) continue;
+          for (uint32_t byte = 0; byte < tiling.element_bytes; ++byte) {
+            expected[y * tiling.pitch() + x * tiling.element_bytes + byte] =
+                tile[tiling.place(row, column, byte)];
+          }
+        }
+      }
+      CHECK(tensor.to_vector() == expected);
+    }
+  }
+}
+
+TEST(source_may_be_overwritten_once_read) {
+  Fixture f;
+  run_everywhere(
+      blocks_of(1, kShared),
+      [&] {
+        for (int tile = 0; tile < 4; ++tile) {
+          bulk_wait_group_read(0);
+          fill_tile(static_cast<unsigned char>(10 + tile));
+          tma_store_2d(&f.map, 0, 0, tile * 16);
+          bulk_commit_group();
+        }
+        bulk_wait_group(0);
+      },
+      [&] {
+        for (int row = 0; row < 64; ++row)
+          CHECK(f.tensor[row * kTile.pitch() + 9] == 10 + row / 16);
+      });
+}
+
+#ifndef EMULATOR_RACE  // where these are races
+TEST(source_overwritten_too_early) {
+  Fixture f;
+  run(blocks_of(1, kShared), [&] {
+    fill_tile(1);
+    tma_store_2d(&f.map, 0, 0, 0);
+    bulk_commit_group();
+    fill_tile(2);
+    bulk_wait_group(0);
+  });
+  CHECK(f.tensor[0] == 2);
+}
+
+TEST(read_does_not_mean_written) {
+  Fixture f;
+  f.tensor[0] = 77;
+  unsigned char after_read = 0, after_write = 0;
+  run(blocks_of(1, kShared), [&] {
+    fill_tile(1);
+    tma_store_2d(&f.map, 0, 0, 0);
+    bulk_commit_group();
+    bulk_wait_group_read(0);
+    after_read = f.tensor[0];
+    bulk_wait_group(0);
+    after_write = f.tensor[0];
+  });
+  CHECK(after_read == 77 && after_write == 1);
+}
+#endif
+
+TEST(groups_are_waited_for_in_order) {
+  Fixture f;
+  run_everywhere(blocks_of(1, kShared), [&] {
+    fill_tile(5);
+    for (int tile = 0; tile < 3; ++tile) {
+      tma_store_2d(&f.map, 0, 0, tile * 16);
+      bulk_commit_group();
+    }
+    bulk_wait_group(1);
+    CHECK(f.tensor[0] == 5 && f.tensor[16 * kTile.pitch()] == 5);
+    bulk_wait_group(5);
+    bulk_commit_group();  // an empty group
+    bulk_wait_group(0);
+    CHECK(f.tensor[32 * kTile.pitch()] == 5);
+  });
+}
+
+TEST(groups_not_waited_for) {
+  Fixture f;
+  const auto store_and = [&](const std::function<void()>& rest) {
+    run(blocks_of(1, kShared), [&] {
+      fill_tile(1);
+      tma_store_2d(&f.map, 0, 0, 0);
+      rest();
+    });
+  };
+  const auto kExit = ErrorKind::ExitCheck;
+  CHECK_FAILS(kExit, "1 TMA stores in no bulk group", store_and([] {}));
+  CHECK_FAILS(kExit, "in no bulk group", store_and([] { bulk_wait_group(0); }));
+  CHECK_FAILS(kExit, "without bulk_wait_group<0>", store_and([] { bulk_commit_group(); }));
+  CHECK_FAILS(kExit, "without bulk_wait_group<0>", store_and([] {
+                bulk_commit_group();
+                bulk_wait_group(1);
+              }));
+  CHECK_FAILS(kExit, "without bulk_wait_group<0>", store_and([] {
+                bulk_commit_group();
+                bulk_wait_group_read(0);
+              }));
+}
+
+TEST(groups_are_of_one_thread) {
+  Fixture f;
+  CHECK_FAILS(ErrorKind::ExitCheck, "thread 0", run(blocks_of(32, kShared), [&] {
+                if (thread_index() == 0) fill_tile(1);
+                syncthreads();
+                if (thread_index() == 0) {
+                  tma_store_2d(&f.map, 0, 0, 0);
+                  bulk_commit_group();
+                }
+                syncthreads();
+                if (thread_index() == 1) bulk_wait_group(0);
+              }));
+}
+
+TEST(misused_stores) {
+  Fixture f;
+  const auto store = [](const CUtensorMap& map, uint32_t src, int32_t y = 0) {
+    run(blocks_of(1, kShared), [&] {
+      for (uint32_t i = 0; i < kShared; ++i) dynamic_shared_memory()[i] = 1;
+      fence_proxy_async_shared();
+      tma_store_2d(&map, src, 0, y);
+      bulk_commit_group();
+      bulk_wait_group(0);
+    });
+  };
+  store(f.map, 1024);
+  CHECK_FAILS(kMisuse, "expected a multiple of 1024", store(f.map, 512));
+  CHECK_FAILS(kMisuse, "lie outside", store(f.map, kShared - 1024));
+  CHECK_FAILS(kMisuse, "reaches its own block only", store(f.map, 1024 | 1u << 25));
+  CHECK_FAILS(kMisuse, "holds no tensor map", store(CUtensorMap{}, 1024));
+  Tiling beyond = kTile;
+  beyond.height = 200;
+  CHECK_FAILS(kMisuse, "tensor", store(beyond.map(f.tensor.data()), 0, 60));
+}
+
+}  // namespace

@@ -1,0 +1,35 @@
+"""The specimens as they are raise no alarm, whatever the schedule, the size and the operands."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from emulator import build, mutants, run
+
+pytestmark = pytest.mark.kernels
+
+SEEDS = 200
+
+
+@pytest.mark.parametrize("flavour", build.FLAVOURS)
+@pytest.mark.parametrize("specimen", mutants.SOURCES)
+def test_clean_runs_raise_no_alarm(specimen, flavour, programs, pytestconfig):
+    fault = pytestconfig.getoption("--plant", default=None)
+    planted = ["--fault", fault] if fault else []
+    half = SEEDS // 2
+    ranges = [f"1:{1 + half}", f"{1 + half}:{1 + 2 * half}"]
+    with ThreadPoolExecutor(build.JOBS) as pool:
+        halves = pool.map(
+            lambda seeds: run.run_specimen(flavour, specimen, "--seeds", seeds, *planted), ranges
+        )
+        runs = [each for some in halves for each in some]
+    failed = [each.describe() for each in runs if each.outcome != "clean"]
+    assert not failed, "\n".join(failed)
+    assert len(runs) == 2 * half
+
+
+@pytest.mark.parametrize("specimen", mutants.SOURCES)
+def test_the_cases_come_by_every_fault_site(specimen, programs):
+    reached = run.fault_sites("plain", specimen, "--seeds", "1:37")
+    written = {mutant.name.split(":")[0] for mutant in mutants.mutants(specimen)}
+    assert reached == written
