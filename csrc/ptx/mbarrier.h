@@ -114,7 +114,7 @@ LORA_EXT_DEVICE bool mbarrier_try_wait_cluster(uint32_t bar, uint32_t parity) {
       : "memory");
   return completed != 0;
 #else
-  return emulator::mbarrier_try_wait(bar, parity);  // there an acquire has every scope
+  return emulator::mbarrier_try_wait_cluster(bar, parity);
 #endif
 }
 
@@ -124,7 +124,7 @@ LORA_EXT_DEVICE void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) {
   while (!mbarrier_try_wait_cluster(bar, parity)) {
   }
 #else
-  emulator::mbarrier_wait(bar, parity);
+  emulator::mbarrier_wait_cluster(bar, parity);
 #endif
 }
 

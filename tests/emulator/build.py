@@ -67,11 +67,15 @@ def common_flags() -> list[str]:
     return [*FLAGS, *machine, *includes]
 
 
+SOURCES = {".cpp", ".S"}
+LIBRARY = ("machine", "threads", "memory", "copies", "matrix", "counts")
+
+
 def library_sources(flavour: str) -> list[Path]:
-    found = [*EMULATOR.glob("*.cpp"), *EMULATOR.glob("*.S")]
+    folders = [EMULATOR, *(EMULATOR / name for name in LIBRARY)]
     if flavour == "race":
-        return sorted([*found, *EMULATOR.glob("race/*.cpp")])
-    return sorted(path for path in found if path.name != "race.cpp")
+        folders.append(EMULATOR / "race")
+    return sorted(path for folder in folders for path in folder.iterdir() if path.suffix in SOURCES)
 
 
 SELFTEST_MAIN = "selftests/selftest.cpp"

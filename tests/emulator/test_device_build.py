@@ -1,37 +1,40 @@
 """The specimens are CUDA: nvcc compiles them, without spills and without serialised wgmmas."""
 
-import re
-import subprocess
-
 import pytest
 
-from emulator import build, cuda_headers
+from emulator import cuda_headers, device_build
 
 pytestmark = pytest.mark.kernels
 
-ARCHITECTURES = {"sm_80": "device_build_sm80.cu", "sm_90a": "device_build_sm90a.cu"}
 
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", device_build.SOURCES)
 def test_specimens_compile_for_the_device(architecture, tmp_path):
-    nvcc = cuda_headers.nvcc()
-    if nvcc is None:
+    if cuda_headers.nvcc() is None:
         pytest.skip("no nvcc found: put a CUDA toolkit's nvcc on PATH or set CUDA_HOME")
     cubin = tmp_path / "specimens.cubin"
-    source = build.EMULATOR / "specimens" / ARCHITECTURES[architecture]
-    command = [nvcc, "-std=c++20", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
-    command += [f"-I{build.ROOT / 'csrc'}", f"-I{build.ROOT / 'tests'}", str(source), "-o", cubin]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-    report = done.stderr
-    kernels = report.count("Compiling entry function")
-    assert kernels >= 5
-    assert report.count("0 bytes spill stores, 0 bytes spill loads") == kernels
-    # C7504 to C7519: setmaxnreg ignored, or wgmma serialised. Only notes to ptxas, but a kernel
-    # three times slower.
-    assert not re.search(r"C75\d\d", report)
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
-    assert max(registers) <= (168 if architecture == "sm_90a" else 128)
+    report = device_build.compile_specimens(architecture, cubin)
+    assert device_build.objections(architecture, report) == []
     # Nothing of the fault sites is left.
     assert b"consumer." not in cubin.read_bytes() and b"copy." not in cubin.read_bytes()
+
+
+GOOD_KERNEL = """ptxas info    : Compiling entry function 'kernel' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+"""
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("0 bytes stack", "128 bytes stack"),
+        ("0 bytes spill stores", "8 bytes spill stores"),
+        ("Used 168", "Used 176"),
+        ("used 1 barriers", "(C7510) wgmma.mma_async instructions are serialized"),
+        ("Compiling entry function", "Compiling"),
+    ],
+)
+def test_a_bad_report_is_objected_to(good, bad):
+    assert device_build.objections("sm_90a", GOOD_KERNEL * 5) == []
+    worse = GOOD_KERNEL * 4 + GOOD_KERNEL.replace(good, bad)
+    assert len(device_build.objections("sm_90a", worse)) == 1

@@ -1,8 +1,10 @@
 """Every barrier, fence, wait, count and predicate of the specimens carries a fault site."""
 
+import re
+
 import pytest
 
-from emulator import mutants
+from emulator import build, mutants
 
 
 @pytest.mark.parametrize("specimen", mutants.SOURCES)
@@ -47,3 +49,14 @@ def test_a_guarded_statement_is_accepted(monkeypatch):
     assert mutants.unguarded("any") == []
     names = [mutant.name for mutant in mutants.mutants("any")]
     assert names == ["a", "b", "c:low", "c:high"]
+
+
+def test_the_documented_table_lists_the_mutants_of_the_source():
+    table = (build.ROOT / "docs" / "emulation-mutants.md").read_text()
+    documented = re.findall(r"^\| (\w+) \| (\S+) \| [a-z_]+ \|", table, re.MULTILINE)
+    written = [mutant for name in mutants.SOURCES for mutant in mutants.mutants(name)]
+    assert documented == [(mutant.specimen, mutant.name) for mutant in written]
+    assert (
+        f"{len(written)} of {len(written)} caught"
+        in (build.ROOT / "docs" / "emulation.md").read_text()
+    )

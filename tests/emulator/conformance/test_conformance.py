@@ -201,15 +201,15 @@ def test_damaged_files_are_refused(program, tmp_path, right, wrong):
 
 def test_a_wrong_layer_fails(ours, cases, tmp_path):
     """A layer that is wrong about one fragment, where `ours` takes the GPU's place."""
-    layouts = (produce.build.EMULATOR / "layouts.h").read_text()
+    layouts = (produce.build.EMULATOR / "matrix" / "layouts.h").read_text()
     right, wrong = "at.col + 8 * (reg / 2)", "at.col + 8 * (1 - reg / 2)"
     assert layouts.count(right) == 1
-    folder = tmp_path / "emulator"
-    folder.mkdir()
+    folder = tmp_path / "emulator" / "matrix"
+    folder.mkdir(parents=True)
     (folder / "layouts.h").write_text(layouts.replace(right, wrong))
-    source = produce.build.EMULATOR / "mma.cpp"
+    source = produce.build.EMULATOR / "matrix" / "mma.cpp"
     mma = produce.compile_for_emulator(source, tmp_path / "mma.o", f"-I{tmp_path}")
-    objects = [cases, *{**produce.library(), "mma.cpp": mma}.values()]
+    objects = [cases, *{**produce.library(), "matrix/mma.cpp": mma}.values()]
     program = produce.link_for_emulator(objects, tmp_path / "wrong")
     layer = vectors.load(produce.run(program, tmp_path / "wrong.json", "--inputs"))
     differing = {line.partition(":")[0] for line in vectors.compare(layer, ours)}

@@ -4,7 +4,7 @@ import itertools
 import re
 from pathlib import Path
 
-from emulator import build
+from emulator import build, cuda_headers, device_build
 from emulator.hostile.faults import SOURCES, Fault
 
 PROGRAM = "specimens/gemm_wgmma.cpp"
@@ -75,9 +75,7 @@ def compile_edited(flavour: str, source: str, kernels: bool, include: Path, fold
 
 
 def build_edited(fault: Fault, flavour: str) -> str:
-    """Builds the specimen with a fault's edits; the other objects are those of build_programs.
-    Returns its name for run_specimen.
-    """
+    """Builds the specimen with a fault's edits and returns its name for run_specimen."""
     folder = build.BUILD / "hostile" / fault.name
     changed = write_sources(fault, folder / "include")
     folder = folder / flavour
@@ -91,3 +89,15 @@ def build_edited(fault: Fault, flavour: str) -> str:
     executable = build.BUILD / name
     build.run_tool([build.CXX, *flags, *map(str, inputs), "-o", str(executable), "-pthread"])
     return name
+
+
+def device_objections(fault: Fault) -> str:
+    """What the device build of the edited sources is refused for; "" without nvcc."""
+    if cuda_headers.nvcc() is None:
+        return ""
+    folder = build.BUILD / "hostile" / fault.name
+    try:
+        report = device_build.compile_specimens("sm_90a", folder / "cubin", folder / "include")
+    except RuntimeError as refused:
+        return re.search(r"error: [^(\n]*", str(refused))[0].strip()
+    return "; ".join(dict.fromkeys(device_build.objections("sm_90a", report)))

@@ -28,9 +28,9 @@ static size_t __cvta_generic_to_shared(const void* pointer) {
 #include <string>
 #include <vector>
 
-#include "emulator/descriptor.h"
-#include "emulator/layouts.h"
-#include "emulator/swizzle.h"
+#include "emulator/copies/swizzle.h"
+#include "emulator/matrix/descriptor.h"
+#include "emulator/matrix/layouts.h"
 #include "ptx/descriptor.h"
 
 namespace {

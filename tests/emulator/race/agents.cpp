@@ -1,6 +1,8 @@
 // Bookkeeping of threads and asynchronous operations; see agents.h.
 #include "emulator/race/agents.h"
 
+#include <algorithm>
+
 #include "emulator/race/report.h"
 
 namespace emulator::race {
@@ -30,8 +32,14 @@ ThreadState& Agents::begin_thread(Thread& thread) {
     auto [cluster, is_new_cluster] =
         clusters_.try_emplace(block.cluster, ClusterInfo{next_cluster_, 0});
     next_cluster_ += is_new_cluster;
-    blocks_.push_back(
-        {block.index, block.grid().index, block.thread_count, cluster->second.serial, 0, {}});
+    blocks_.push_back({block.index,
+                       block.grid().index,
+                       block.thread_count,
+                       cluster->second.serial,
+                       0,
+                       {},
+                       {},
+                       {}});
   }
   if (free_threads_.empty()) {
     free_threads_.push_back(static_cast<uint32_t>(threads_.size()));
@@ -45,6 +53,7 @@ ThreadState& Agents::begin_thread(Thread& thread) {
   state->cluster = info.cluster;
   start(state->knowledge.seen, state->id, 1);
   for (View& view : state->knowledge.proxied) start(view, state->id, 0);
+  start(state->knowledge.performed, state->id, 0);
   threads_[thread.race_id] = std::move(state);
   return *threads_[thread.race_id];
 }
@@ -52,13 +61,35 @@ ThreadState& Agents::begin_thread(Thread& thread) {
 void Agents::end_thread(Thread& thread) {
   const Block& block = thread.block();
   BlockInfo& info = blocks_[state(thread).id.block];
+  info.known_at_exit.release(state(thread).knowledge.seen);
+  info.known_at_exit.release(state(thread).knowledge.performed);
   threads_[thread.race_id] = nullptr;
   free_threads_.push_back(thread.race_id);
   if (++info.ended < info.threads) return;
+  check_peer_accesses(info);
   // The memory of Block and Cluster may serve others from here on: forget whose it was.
   running_.erase(&block);
   if (++clusters_[block.cluster].blocks_ended == block.cluster->blocks.size())
     clusters_.erase(block.cluster);
+}
+
+void Agents::peer_access(const ThreadState& thread, const Block& peer, const Site* site) {
+  const auto found = running_.find(&peer);
+  if (found == running_.end() || found->second == thread.id.block) return;
+  auto& accesses = blocks_[found->second].peer_accesses;
+  const auto last = std::find_if(accesses.begin(), accesses.end(),
+                                 [&](const auto& access) { return access.agent == thread.id; });
+  const BlockInfo::PeerAccess access{thread.id, thread.epoch(), site};
+  last == accesses.end() ? accesses.push_back(access) : void(*last = access);
+}
+
+void Agents::check_peer_accesses(const BlockInfo& block) const {
+  const ClockRef& known = block.known_at_exit.clock();
+  for (const auto& access : block.peer_accesses) {
+    if (known && known->at(access.agent) >= access.epoch) continue;
+    const uint3& at = block.index;
+    report_peer_access(format("block (%u,%u,%u)", at.x, at.y, at.z), access.agent, access.site);
+  }
 }
 
 uint32_t Agents::fork(ThreadState& thread, Proxy proxy, const Site* issued_at) {
@@ -98,6 +129,7 @@ Actor Agents::actor(uint32_t index, const char* what) {
   actor.id = state.id;
   actor.epoch = state.epoch;
   actor.seen = &state.issuer.seen;
+  actor.performed = &state.issuer.performed;
   actor.flags = kAsynchronous;
   if (state.proxy == Proxy::Async) {
     actor.flags |= kAsyncProxy;

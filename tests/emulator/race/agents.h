@@ -8,17 +8,19 @@
 #include <unordered_map>
 #include <vector>
 
-#include "emulator/machine.h"
-#include "emulator/race.h"
+#include "emulator/machine/machine.h"
 #include "emulator/race/clocks.h"
+#include "emulator/race/race.h"
 #include "emulator/race/shadow.h"
 
 namespace emulator::race {
 
-// G, and P for each Space (race.h).
+// G, and P for each Space (race.h). `performed` knows, beside G, of accesses that are over but
+// whose writes need not be visible: it orders a later write, not a later read.
 struct Knowledge {
   View seen;
   View proxied[2];
+  View performed;
 };
 
 constexpr int kScopes = 3;  // Scope::Block, Cluster, Gpu
@@ -59,6 +61,7 @@ class Agents {
 
   // A new operation of `thread`, knowing what the thread knows now.
   uint32_t fork(ThreadState& thread, Proxy proxy, const Site* issued_at);
+  void peer_access(const ThreadState& thread, const Block& peer, const Site* site);
   OperationState& operation(uint32_t index) { return *operations_[index]; }
   Actor actor(uint32_t index, const char* what);
 
@@ -69,7 +72,17 @@ class Agents {
     uint3 index{};
     uint32_t grid = 0, threads = 0, cluster = 0, ended = 0;
     std::vector<uint32_t> issuers;  // thread of each asynchronous slot
+    struct PeerAccess {
+      AgentId agent;
+      Epoch epoch;
+      const Site* site;
+    };
+    std::vector<PeerAccess> peer_accesses;  // to its shared memory: the last of each thread
+    SyncClock known_at_exit;
   };
+  // Every access of a peer has happened before the end of the block, at which its memory is gone.
+  void check_peer_accesses(const BlockInfo& block) const;
+
   std::vector<BlockInfo> blocks_;  // by serial number
   std::unordered_map<const Block*, uint32_t> running_;
   struct ClusterInfo {

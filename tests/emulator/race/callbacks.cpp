@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "emulator/race.h"
 #include "emulator/race/checker.h"
+#include "emulator/race/race.h"
 
 namespace {
 

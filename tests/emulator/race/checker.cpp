@@ -2,7 +2,7 @@
 // checker.h.
 #include "emulator/race/checker.h"
 
-#include "emulator/counters.h"
+#include "emulator/counts/counters.h"
 
 namespace emulator::race {
 
@@ -21,6 +21,7 @@ Actor Checker::actor(const ThreadState& thread, uint8_t flags) const {
   actor.id = thread.id;
   actor.epoch = thread.epoch();
   actor.seen = &thread.knowledge.seen;
+  actor.performed = &thread.knowledge.performed;
   actor.flags = flags;
   return actor;
 }

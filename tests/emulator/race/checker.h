@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "emulator/fail.h"
+#include "emulator/machine/fail.h"
 #include "emulator/race/agents.h"
 #include "emulator/race/shadow.h"
 #include "emulator/race/sync_objects.h"

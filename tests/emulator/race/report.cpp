@@ -4,7 +4,7 @@
 #include <cstring>
 #include <unordered_set>
 
-#include "emulator/fail.h"
+#include "emulator/machine/fail.h"
 #include "emulator/race/checker.h"
 #include "emulator/race/symbolise.h"
 
@@ -99,6 +99,16 @@ const Site* site_with_name(const Site& site, const char* what) {
   Site named = site;
   named.what = what;
   return interned(named);
+}
+
+void report_peer_access(const std::string& block, AgentId agent, const Site* site) {
+  if (!checker().raises_faults()) return;
+  checker().fault(
+      ErrorKind::Race,
+      "the end of " + block + ", unordered after an access to its shared memory\n    " +
+          format("%s by %s\n      in %s", site->what, checker().agents.name(agent).c_str(),
+                 position(nullptr, site).c_str()) +
+          "\n    missing: a barrier of the cluster between the two");
 }
 
 void report_fault(Fault fault, const Region& region, size_t offset, const Actor& actor,

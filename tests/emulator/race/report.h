@@ -13,6 +13,8 @@ const Site* site_with_name(const Site& site, const char* what);
 
 // Reports a fault of `actor` at `offset` bytes into `region`; `earlier` is the access it conflicts
 // with.
+/// A block ended although an access of `agent` to its shared memory need not be over.
+void report_peer_access(const std::string& block, AgentId agent, const Site* site);
 void report_fault(Fault fault, const Region& region, size_t offset, const Actor& actor,
                   const Access& earlier, bool writes, bool earlier_wrote);
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "emulator/config.h"
+#include "emulator/machine/config.h"
 #include "emulator/race/report.h"
 
 namespace emulator::race {
@@ -120,15 +120,16 @@ void Shadow::for_runs(const Actor& actor, bool writes, const void* memory, size_
     run(*region, &region->cells[last / kCellBytes], size_t{1}, uint8_t{kLowByte});
 }
 
-bool Shadow::ordered(const Access& earlier, const Actor& actor, Space space,
-                     bool earlier_wrote) const {
+bool Shadow::ordered(const Access& earlier, const Actor& actor, Space space, bool earlier_wrote,
+                     bool writes) const {
   if (earlier.flags & kHost) return true;
   // The async proxy sees a generic write only through a proxy fence; reads that it overwrites need
   // none.
   const View* proxy = actor.through_proxy[static_cast<int>(space)];
   if (proxy && earlier_wrote && !(earlier.flags & kAsyncProxy))
     return proxy->knows(earlier.agent, earlier.epoch);
-  return earlier.agent == actor.id || actor.seen->knows(earlier.agent, earlier.epoch);
+  return earlier.agent == actor.id || actor.seen->knows(earlier.agent, earlier.epoch) ||
+         (writes && actor.performed->knows(earlier.agent, earlier.epoch));
 }
 
 void Shadow::check_write_before(const Region& region, const Cell& cell, const Actor& actor,
@@ -144,7 +145,7 @@ void Shadow::check_write_before(const Region& region, const Cell& cell, const Ac
   }
   const Access& earlier = accesses_[index];
   if ((earlier.flags & mask) && !both_atomic(earlier, actor) &&
-      !ordered(earlier, actor, region.space, true))
+      !ordered(earlier, actor, region.space, true, writes))
     report_fault(Fault::Conflict, region, offset, actor, earlier, writes, true);
 }
 
@@ -153,7 +154,7 @@ void Shadow::check_reads_before(const Region& region, const Cell& cell, const Ac
   for (uint32_t index = cell.reads; index; index = accesses_[index].previous) {
     const Access& earlier = accesses_[index];
     if ((earlier.flags & mask) && !both_atomic(earlier, actor) &&
-        !ordered(earlier, actor, region.space, false))
+        !ordered(earlier, actor, region.space, false, true))
       report_fault(Fault::Conflict, region,
                    static_cast<size_t>(&cell - region.cells.data()) * kCellBytes, actor, earlier,
                    true, false);

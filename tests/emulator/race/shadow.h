@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "emulator/race.h"
 #include "emulator/race/clocks.h"
+#include "emulator/race/race.h"
 
 namespace emulator::race {
 
@@ -73,7 +73,8 @@ struct Region {
 struct Actor {
   AgentId id;
   Epoch epoch = 0;
-  const View* seen = nullptr;  // G: what happened before
+  const View* seen = nullptr;       // G: what happened before
+  const View* performed = nullptr;  // what, moreover, a write is ordered after
   const View* through_proxy[2] = {
       nullptr, nullptr};  // P by Space: for generic writes, if the access is in the async proxy
   uint8_t flags = 0;      // kAtomic, kAsynchronous, kAsyncProxy
@@ -109,7 +110,8 @@ class Shadow {
   };
   template <class Run>
   void for_runs(const Actor& actor, bool writes, const void* memory, size_t bytes, Run run);
-  bool ordered(const Access& earlier, const Actor& actor, Space space, bool earlier_wrote) const;
+  bool ordered(const Access& earlier, const Actor& actor, Space space, bool earlier_wrote,
+               bool writes) const;
   void check_write_before(const Region& region, const Cell& cell, const Actor& actor, uint8_t mask,
                           bool writes) const;
   void check_reads_before(const Region& region, const Cell& cell, const Actor& actor,

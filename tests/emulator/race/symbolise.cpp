@@ -9,7 +9,7 @@
 #include <map>
 #include <string_view>
 
-#include "emulator/fail.h"
+#include "emulator/machine/fail.h"
 
 namespace emulator::race {
 namespace {

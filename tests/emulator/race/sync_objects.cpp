@@ -7,6 +7,7 @@ namespace {
 void acquire_clocks(Knowledge& knowledge, SyncClocks& clocks) {
   knowledge.seen.acquire(clocks.seen);
   for (int space = 0; space < 2; ++space) knowledge.proxied[space].acquire(clocks.proxied[space]);
+  if (clocks.performed.clock()) knowledge.performed.acquire(clocks.performed);
 }
 
 uint32_t place_of(const ThreadState& thread, Scope scope) {
@@ -18,6 +19,7 @@ uint32_t place_of(const ThreadState& thread, Scope scope) {
 void SyncClocks::release(Knowledge& knowledge) {
   seen.release(knowledge.seen);
   for (int space = 0; space < 2; ++space) proxied[space].release(knowledge.proxied[space]);
+  if (knowledge.performed.base()) performed.release(knowledge.performed);
 }
 
 SyncClocks* SyncObjects::Object::at(Scope scope, uint32_t place, bool create) {
@@ -49,6 +51,13 @@ void SyncObjects::acquire(ThreadState& thread, const void* sync) {
 void SyncObjects::acquire(OperationState& operation, const void* sync) {
   const auto object = objects_.find(sync);
   if (object != objects_.end()) acquire_clocks(operation.issuer, object->second.clocks);
+}
+
+void SyncObjects::acquire_performed(ThreadState& thread, const void* sync) {
+  const auto object = objects_.find(sync);
+  if (object == objects_.end()) return;
+  thread.knowledge.performed.acquire(object->second.clocks.seen);
+  thread.knowledge.performed.acquire(object->second.clocks.performed);
 }
 
 void SyncObjects::complete(const OperationState& operation, const void* sync) {
@@ -94,6 +103,23 @@ void SyncObjects::fence(ThreadState& thread, Scope scope) {
   for (int i = 0; i <= widest; ++i)
     thread.fenced[i] = std::make_unique<Knowledge>(thread.knowledge);
   thread.next_epoch();
+}
+
+void SyncObjects::fence_only(ThreadState& thread, const void* sync) {
+  const auto object = objects_.find(sync);
+  if (object == objects_.end()) return;
+  for (int i = 0; i <= static_cast<int>(Scope::Cluster); ++i) {
+    auto& fenced = thread.fenced[i];
+    if (!fenced) {
+      fenced = std::make_unique<Knowledge>();
+      for (View* view :
+           {&fenced->seen, &fenced->proxied[0], &fenced->proxied[1], &fenced->performed}) {
+        view->self = thread.id;
+        view->own = 0;
+      }
+    }
+    fenced->seen.acquire(object->second.clocks.seen);
+  }
 }
 
 }  // namespace emulator::race

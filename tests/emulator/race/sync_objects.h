@@ -10,7 +10,7 @@
 namespace emulator::race {
 
 struct SyncClocks {
-  SyncClock seen, proxied[2];
+  SyncClock seen, proxied[2], performed;
   void release(Knowledge& knowledge);
 };
 
@@ -23,6 +23,7 @@ class SyncObjects {
   void release_fenced(ThreadState& thread, const void* sync, Scope scope);
   void acquire(ThreadState& thread, const void* sync);
   void acquire(OperationState& operation, const void* sync);
+  void acquire_performed(ThreadState& thread, const void* sync);
   void complete(const OperationState& operation, const void* sync);
 
   // Relaxed atomics and the fences around them. A store or read-modify-write publishes what its
@@ -30,6 +31,8 @@ class SyncObjects {
   // fence. The scopes of both fences must reach the other thread.
   void atomic(ThreadState& thread, const void* address, AtomicAccess access);
   void fence(ThreadState& thread, Scope scope);
+  // A fence of at most cluster scope for what `sync` has gathered alone.
+  void fence_only(ThreadState& thread, const void* sync);
 
  private:
   struct Object {

@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-#include "emulator/config.h"
+#include "emulator/machine/config.h"
 #include "emulator/selftests/selftest.h"
 
 namespace emulator::selftest {

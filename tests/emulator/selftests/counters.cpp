@@ -1,5 +1,5 @@
 // The counters against kernels whose traffic is known by hand.
-#include "emulator/counters.h"
+#include "emulator/counts/counters.h"
 
 #include "emulator/selftests/race_kernels.h"
 #include "ptx/matrix_move.h"

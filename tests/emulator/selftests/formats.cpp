@@ -1,13 +1,13 @@
 // Conversions of bf16 and fp16: every 16-bit pattern, and floats around every rounding boundary,
 // against CUDA's headers.
-#include "emulator/formats.h"
+#include "emulator/matrix/formats.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
 
-#include "emulator/config.h"
+#include "emulator/machine/config.h"
 #include "emulator/selftests/selftest.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // The L2 model against sequences whose traffic is counted by hand.
-#include "emulator/l2_model.h"
+#include "emulator/counts/l2_model.h"
 
 #include "emulator/selftests/selftest.h"
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "emulator/counters.h"
+#include "emulator/counts/counters.h"
 #include "emulator/selftests/sm90_kernels.h"
 #include "ptx/matrix_move.h"
 #include "ptx/mma.h"

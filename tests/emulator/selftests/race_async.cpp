@@ -1,9 +1,9 @@
 // The race checker and asynchronous operations: cp.async, mbarriers, TMA, wgmma, and the two
 // proxies.
-#include "emulator/mbarrier.h"
+#include "emulator/copies/mbarrier.h"
+#include "emulator/copies/tma.h"
+#include "emulator/matrix/wgmma.h"
 #include "emulator/selftests/race_kernels.h"
-#include "emulator/tma.h"
-#include "emulator/wgmma.h"
 
 namespace emulator::selftest {
 namespace {

@@ -5,7 +5,7 @@
 #include <exception>
 #include <string>
 
-#include "emulator/fail.h"
+#include "emulator/machine/fail.h"
 
 namespace emulator::selftest {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "emulator/swizzle.h"
+#include "emulator/copies/swizzle.h"
 
 namespace emulator::selftest {
 

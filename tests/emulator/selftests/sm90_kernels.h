@@ -3,16 +3,16 @@
 
 #include <functional>
 
-#include "emulator/barriers.h"
-#include "emulator/cluster.h"
-#include "emulator/global_memory.h"
-#include "emulator/launch.h"
-#include "emulator/mbarrier.h"
-#include "emulator/memory.h"
-#include "emulator/scheduler.h"
+#include "emulator/copies/mbarrier.h"
+#include "emulator/copies/tma.h"
+#include "emulator/machine/launch.h"
+#include "emulator/machine/scheduler.h"
+#include "emulator/memory/global_memory.h"
+#include "emulator/memory/memory.h"
+#include "emulator/memory/shared_memory.h"
 #include "emulator/selftests/selftest.h"
-#include "emulator/shared_memory.h"
-#include "emulator/tma.h"
+#include "emulator/threads/barriers.h"
+#include "emulator/threads/cluster.h"
 
 namespace emulator::selftest {
 

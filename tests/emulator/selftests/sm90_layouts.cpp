@@ -6,12 +6,12 @@
 #include <random>
 #include <vector>
 
-#include "emulator/descriptor.h"
-#include "emulator/fail.h"
+#include "emulator/copies/tensor_map.h"
+#include "emulator/machine/fail.h"
+#include "emulator/matrix/descriptor.h"
+#include "emulator/matrix/wgmma_arithmetic.h"
 #include "emulator/selftests/selftest.h"
 #include "emulator/selftests/sm90_descriptor.h"
-#include "emulator/tensor_map.h"
-#include "emulator/wgmma_arithmetic.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // TMA loads and multicasts against a plain placement of elements, and misused.
-#include "emulator/counters.h"
+#include "emulator/counts/counters.h"
 #include "emulator/selftests/sm90_tiles.h"
 
 namespace {

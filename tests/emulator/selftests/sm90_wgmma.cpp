@@ -3,9 +3,9 @@
 #include <random>
 #include <vector>
 
+#include "emulator/matrix/wgmma.h"
 #include "emulator/selftests/sm90_descriptor.h"
 #include "emulator/selftests/sm90_kernels.h"
-#include "emulator/wgmma.h"
 
 namespace {
 

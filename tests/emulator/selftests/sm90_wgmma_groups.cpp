@@ -2,11 +2,12 @@
 // that an accumulator counts the k of what has executed.
 #include <cmath>
 
-#include "emulator/counters.h"
+#include "emulator/counts/counters.h"
+#include "emulator/matrix/matrix_move.h"
+#include "emulator/matrix/wgmma.h"
 #include "emulator/selftests/sm90_descriptor.h"
 #include "emulator/selftests/sm90_kernels.h"
-#include "emulator/warp.h"
-#include "emulator/wgmma.h"
+#include "emulator/threads/warp.h"
 
 namespace {
 
@@ -223,11 +224,29 @@ TEST(fence_is_required) {
   const char* const kText = "expected wgmma_fence";
   CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) { multiply(d); }));
   CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) {
+                float e[8] = {};
                 wgmma_fence();
                 multiply(d);
                 wgmma_commit_group();
-                multiply(d);
+                multiply(e);
               }));
+  CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) {
+                const uint32_t a[4] = {};
+                wgmma_fence();
+                multiply(d);
+                wgmma_commit_group();
+                wgmma_rs(kShape, d, a, kB, true);
+              }));
+  // wgmmas of one shape on the accumulators in flight follow each other without.
+  run_warpgroup([](float* d) {
+    wgmma_fence();
+    multiply(d);
+    wgmma_commit_group();
+    multiply(d);
+    wgmma_commit_group();
+    wgmma_wait_group(0);
+    CHECK(d[3] == 32);
+  });
   CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) {
                 wgmma_fence();
                 multiply(d);
@@ -298,6 +317,28 @@ TEST(fragments_rewritten_in_flight) {
   };
   kernel(true);
   CHECK_FAILS(kMisuse, "registers of a were rewritten", kernel(false));
+}
+
+TEST(fragments_loaded_at_the_wrong_time) {
+  const auto kernel = [](bool fence_after, bool wait) {
+    run_warpgroup([=](float* d) {
+      uint32_t a[4];
+      const uint32_t row = thread_index() % 16 * 16;
+      ldmatrix(4, false, a, row);
+      if (!fence_after) wgmma_fence();
+      ldmatrix(4, false, a, row);
+      if (fence_after) wgmma_fence();
+      wgmma_rs(kShape, d, a, kB, true);
+      wgmma_commit_group();
+      if (wait) wgmma_wait_group(0);
+      ldmatrix(4, false, a, row);
+      wgmma_wait_group(0);
+      CHECK(d[2] == 16);
+    });
+  };
+  kernel(true, true);
+  CHECK_FAILS(kMisuse, "loaded after wgmma_fence", kernel(false, true));
+  CHECK_FAILS(kMisuse, "loaded while a wgmma in flight reads them", kernel(true, false));
 }
 
 TEST(groups_not_waited_for) {

@@ -6,9 +6,9 @@
 #include <map>
 #include <stdexcept>
 
-#include "emulator/config.h"
-#include "emulator/fail.h"
 #include "emulator/fault.h"
+#include "emulator/machine/config.h"
+#include "emulator/machine/fail.h"
 
 namespace specimens {
 namespace {

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "emulator/launch.h"
+#include "emulator/machine/launch.h"
 
 namespace specimens {
 

@@ -1,10 +1,10 @@
 // Runs the clustered GEMM of gemm_wgmma.h behind the grid that prepares its bias.
 #include "emulator/specimens/gemm_wgmma.h"
 
+#include "emulator/copies/tensor_map.h"
 #include "emulator/emulator.h"
 #include "emulator/specimens/driver.h"
 #include "emulator/specimens/reference.h"
-#include "emulator/tensor_map.h"
 
 namespace specimens {
 

@@ -1,0 +1,51 @@
+// Launching kernels: emulator::launch runs one grid, a Stream runs several in order, with
+// programmatic dependent launch.
+#pragma once
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "emulator/machine/machine.h"
+
+namespace emulator {
+
+/// Grids that execute in order. They run inside synchronize(), or not at all.
+class Stream {
+ public:
+  Stream() = default;
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  /// Queues `kernel(args...)`. The arguments are copied once; every thread receives them by the
+  /// kernel's own parameter types. Fails if the configuration breaks a launch limit.
+  template <class... Parameters, class... Arguments>
+  void launch(const LaunchConfig& launch_config, void (*kernel)(Parameters...),
+              Arguments&&... arguments) {
+    enqueue(launch_config, [kernel, parameters = std::tuple<std::decay_t<Parameters>...>(
+                                        std::forward<Arguments>(arguments)...)] {
+      std::apply(kernel, parameters);
+    });
+  }
+  /// The same for a callable without arguments.
+  void launch(const LaunchConfig& launch_config, std::function<void()> kernel) {
+    enqueue(launch_config, std::move(kernel));
+  }
+
+  /// Runs the queued grids to completion; throws Error at the first fault, after which the stream
+  /// is empty.
+  void synchronize();
+
+ private:
+  void enqueue(const LaunchConfig& launch_config, std::function<void()> body);
+  std::vector<std::unique_ptr<Grid>> queue_;
+};
+
+/// Runs one grid to completion.
+template <class Kernel, class... Arguments>
+void launch(const LaunchConfig& launch_config, Kernel&& kernel, Arguments&&... arguments) {
+  Stream stream;
+  stream.launch(launch_config, std::forward<Kernel>(kernel), std::forward<Arguments>(arguments)...);
+  stream.synchronize();
+}
+
+}  // namespace emulator
