@@ -67,7 +67,7 @@ def common_flags() -> list[str]:
     return [*FLAGS, *machine, *includes]
 
 
-SOURCES = {".cpp", ".S"}
+SUFFIXES = {".cpp", ".S"}
 LIBRARY = ("machine", "threads", "memory", "copies", "matrix", "counts")
 
 
@@ -75,14 +75,18 @@ def library_sources(flavour: str) -> list[Path]:
     folders = [EMULATOR, *(EMULATOR / name for name in LIBRARY)]
     if flavour == "race":
         folders.append(EMULATOR / "race")
-    return sorted(path for folder in folders for path in folder.iterdir() if path.suffix in SOURCES)
+    return sorted(
+        path for folder in folders for path in folder.iterdir() if path.suffix in SUFFIXES
+    )
 
 
 SELFTEST_MAIN = "selftests/selftest.cpp"
 
 
-def specimens() -> list[str]:
-    return ["specimens/reduction.cpp", "specimens/gemm_mma_sync.cpp", "specimens/gemm_wgmma.cpp"]
+def source_of(specimen: str) -> str:
+    """The host program of a specimen or of one of the package's own kernels, by its name."""
+    folder = "kernels" if (EMULATOR / "kernels" / f"{specimen}.cpp").exists() else "specimens"
+    return f"{folder}/{specimen}.cpp"
 
 
 def selftests(flavour: str) -> list[str]:
@@ -155,7 +159,7 @@ def run_tool(command: list[str]) -> None:
 def objects_of(flavour: str, program: str) -> list[Object]:
     library = [str(path.relative_to(EMULATOR)) for path in library_sources(flavour)]
     objects = [Object(flavour, source, kernels=False) for source in library]
-    if not program.startswith("specimens/"):
+    if not program.startswith(("specimens/", "kernels/")):
         main = Object(flavour, SELFTEST_MAIN, kernels=False)
         return [Object(flavour, program, kernels=True), main, *objects]
     kernels = program.replace(".cpp", "_kernels.cpp")
@@ -187,9 +191,13 @@ def link(flavour: str, program: str, objects: list[Object]) -> Path:
 
 
 if __name__ == "__main__":
+    from emulator.mutants import SOURCES
+
     flavours = sys.argv[1:] or list(FLAVOURS)
     programs = [
-        (flavour, name) for flavour in flavours for name in [*specimens(), *selftests(flavour)]
+        (flavour, name)
+        for flavour in flavours
+        for name in [*map(source_of, SOURCES), *selftests(flavour)]
     ]
     for built in build_programs(programs):
         print(built.relative_to(ROOT))

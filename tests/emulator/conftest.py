@@ -20,7 +20,7 @@ def program_of(item) -> list[tuple[str, str]]:
         return [(parameters["flavour"], parameters["source"])]
     if "specimen" in parameters:
         flavours = [parameters["flavour"]] if "flavour" in parameters else build.FLAVOURS
-        return [(flavour, f"specimens/{parameters['specimen']}.cpp") for flavour in flavours]
+        return [(flavour, build.source_of(parameters["specimen"])) for flavour in flavours]
     return []
 
 

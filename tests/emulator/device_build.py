@@ -1,28 +1,44 @@
-"""Compiles the specimens with nvcc and says what ptxas would hold against them."""
+"""Compiles specimens and kernels with nvcc and says what ptxas would hold against them."""
 
 import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
-from emulator import build, cuda_headers
-
-SOURCES = {"sm_80": "device_build_sm80.cu", "sm_90a": "device_build_sm90a.cu"}
-MAX_REGISTERS = {"sm_80": 128, "sm_90a": 168}
+from emulator import cuda_headers
+from emulator.build import EMULATOR, ROOT
 
 
-def compile_specimens(architecture: str, cubin: Path, *includes: Path) -> str:
+@dataclass(frozen=True)
+class DeviceBuild:
+    source: str  # relative to tests/emulator/
+    architecture: str
+    max_registers: int
+
+
+SPECIMENS_SM80 = DeviceBuild("specimens/device_build_sm80.cu", "sm_80", 128)
+SPECIMENS_SM90A = DeviceBuild("specimens/device_build_sm90a.cu", "sm_90a", 168)
+KERNELS_SM80 = DeviceBuild("kernels/device_build_sm80.cu", "sm_80", 255)
+BUILDS = {
+    "specimens_sm80": SPECIMENS_SM80,
+    "specimens_sm90a": SPECIMENS_SM90A,
+    "kernels_sm80": KERNELS_SM80,
+}
+
+
+def compile_kernels(build: DeviceBuild, cubin: Path, *includes: Path) -> str:
     """Writes the cubin and returns ptxas' report. `includes` come before the repository's own."""
-    folders = [*includes, build.ROOT / "csrc", build.ROOT / "tests"]
-    source = build.EMULATOR / "specimens" / SOURCES[architecture]
+    folders = [*includes, ROOT / "csrc", ROOT / "tests"]
     command = [cuda_headers.nvcc() or "nvcc", "-std=c++20", "-O3", "-cubin", "-Xptxas", "-v"]
-    command += [f"-arch={architecture}", *(f"-I{folder}" for folder in folders), str(source)]
-    done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+    command += [f"-arch={build.architecture}", *(f"-I{folder}" for folder in folders)]
+    command += [str(EMULATOR / build.source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc exited with {done.returncode}:\n{done.stderr}")
     return done.stderr
 
 
-def objections(architecture: str, report: str) -> list[str]:
+def objections(build: DeviceBuild, report: str) -> list[str]:
     """What is wrong with the kernels of a report."""
     kernels = report.count("Compiling entry function")
     found = [] if kernels >= 5 else [f"expected at least 5 kernels, but found {kernels}"]
@@ -35,6 +51,6 @@ def objections(architecture: str, report: str) -> list[str]:
     # times slower.
     found += [line for line in report.splitlines() if re.search(r"C75\d\d", line)]
     registers = max(map(int, re.findall(r"Used (\d+) registers", report)), default=0)
-    if registers > MAX_REGISTERS[architecture]:
-        found.append(f"{registers} registers, more than {MAX_REGISTERS[architecture]}")
+    if registers > build.max_registers:
+        found.append(f"{registers} registers, more than {build.max_registers}")
     return found

@@ -11,29 +11,16 @@
 //   Fault::count("s", right, low, high)       s:low, s:high      low, or high
 //   Fault::flag("s", condition)               s:always, s:never  true, or false
 #pragma once
-#include <vector_types.h>  // __host__ and __device__, which mean nothing to a host compiler
-
 #include <cstdint>
 #include <set>
 #include <string>
 #include <type_traits>
 
+#include "kernel/fault.h"
+
 namespace emulator {
 
-struct NoFault {
-  __host__ __device__ static constexpr bool skip(const char*) { return false; }
-  __host__ __device__ static constexpr bool swap(const char*) { return false; }
-  template <class V>
-  __host__ __device__ static constexpr V value(const char*, V right, std::type_identity_t<V>) {
-    return right;
-  }
-  template <class V>
-  __host__ __device__ static constexpr V count(const char*, V right, std::type_identity_t<V>,
-                                               std::type_identity_t<V>) {
-    return right;
-  }
-  __host__ __device__ static constexpr bool flag(const char*, bool right) { return right; }
-};
+using lora_ext::kernel::NoFault;
 
 // Plants one mutant, named as in the table above; an empty name plants none.
 void plant_fault(const char* mutant);

@@ -1,6 +1,6 @@
-"""Finds, in the source of the specimens, every fault site and everything that should carry one.
+"""Finds, in the source of kernels, every fault site and everything that should carry one.
 
-A specimen wraps each barrier, fence, wait, count and predicate in a fault site (fault.h). The
+A kernel wraps each barrier, fence, wait, count and predicate in a fault site (fault.h). The
 mutants that the tests run are exactly the sites found here, and `unguarded` finds what has none, so
 a synchronisation that is added later cannot stay without a mutant.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SPECIMENS = Path(__file__).parent / "specimens"
+KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "kernel"
 SOURCES = {
     "reduction": ["reduction.h"],
     "gemm_mma_sync": ["gemm_mma_sync.h"],
@@ -19,6 +20,12 @@ SOURCES = {
         "gemm_wgmma_consumer.h",
         "gemm_wgmma.h",
     ],
+    "lora_gemm_sm80": [
+        "lora_gemm_sm80.h",
+        "lora_gemm_sm80_copy.h",
+        "lora_gemm_sm80_epilogue.h",
+    ],
+    "lora_shrink_sm80": ["lora_shrink_sm80.h", "lora_gemm_sm80_copy.h"],
 }
 
 # The mutants of a site, by the function that makes it one.
@@ -99,6 +106,14 @@ HINTS = {
     "ptx::griddepcontrol_launch_dependents",  # the next grid itself waits
 }
 
+# These mutants compute the same, only slower: the tests demand that they, and no others, pass.
+SPEED_ONLY = {
+    "mask.in_step:never",  # a draw for each element, where one in eight would do
+    "shrink.draw:always",  # again for the other half of the columns that a draw decides
+    "shrink.mask_in_step:never",  # as mask.in_step
+    "store.whole_chunk:never",  # eight stores of 2 bytes, where one of 16 would do
+}
+
 SITE = re.compile(r'Fault::(skip|swap|value|count|flag)\(\s*"([^"]+)"')
 CALL = re.compile(r"\b((?:ptx::)?[a-z_][a-z0-9_]*)\s*(?:<[^<>;()]*(?:::[^<>;()]*)*>)?\(")
 CONSTANT_BOUND = re.compile(r"[\w\s]+[<>]=?\s*(?:\d+|k[A-Z]\w*|\w+::k[A-Z]\w*|[\s*/+()-])+")
@@ -117,7 +132,8 @@ def strip_comments(text: str) -> str:
 
 
 def sources(specimen: str) -> dict[str, str]:
-    return {name: strip_comments((SPECIMENS / name).read_text()) for name in SOURCES[specimen]}
+    folder = KERNELS if specimen.startswith("lora_") else SPECIMENS
+    return {name: strip_comments((folder / name).read_text()) for name in SOURCES[specimen]}
 
 
 def mutants(specimen: str) -> list[Mutant]:

@@ -2,7 +2,7 @@
 
 from emulator import build, run
 
-CASES = {"gemm_mma_sync": "even", "gemm_wgmma": "deep"}
+CASES = {"gemm_mma_sync": "even", "gemm_wgmma": "deep", "lora_gemm_sm80": "wide"}
 
 
 def mflops(flavour: str, specimen: str, size: str) -> float:
@@ -16,7 +16,7 @@ def main() -> None:
     print("| specimen | size | " + " | ".join(build.FLAVOURS) + " |")
     print("|---|---|" + "---|" * len(build.FLAVOURS))
     for specimen, size in CASES.items():
-        build.build_programs([(flavour, f"specimens/{specimen}.cpp") for flavour in build.FLAVOURS])
+        build.build_programs([(flavour, build.source_of(specimen)) for flavour in build.FLAVOURS])
         cells = [f"{mflops(flavour, specimen, size):.0f}" for flavour in build.FLAVOURS]
         print(f"| {specimen} | {size} | " + " | ".join(cells) + " |")
 

@@ -1,4 +1,4 @@
-"""The specimens are CUDA: nvcc compiles them, without spills and without serialised wgmmas."""
+"""nvcc compiles the same source, without spills and without serialised wgmmas."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from emulator import cuda_headers, device_build
 pytestmark = pytest.mark.kernels
 
 
-@pytest.mark.parametrize("architecture", device_build.SOURCES)
-def test_specimens_compile_for_the_device(architecture, tmp_path):
+@pytest.mark.parametrize("name", device_build.BUILDS)
+def test_kernels_compile_for_the_device(name, tmp_path):
     if cuda_headers.nvcc() is None:
         pytest.skip("no nvcc found: put a CUDA toolkit's nvcc on PATH or set CUDA_HOME")
-    cubin = tmp_path / "specimens.cubin"
-    report = device_build.compile_specimens(architecture, cubin)
-    assert device_build.objections(architecture, report) == []
+    cubin = tmp_path / "kernels.cubin"
+    report = device_build.compile_kernels(device_build.BUILDS[name], cubin)
+    assert device_build.objections(device_build.BUILDS[name], report) == []
     # Nothing of the fault sites is left.
     assert b"consumer." not in cubin.read_bytes() and b"copy." not in cubin.read_bytes()
 
@@ -35,6 +35,6 @@ ptxas info    : Used 168 registers, used 1 barriers
     ],
 )
 def test_a_bad_report_is_objected_to(good, bad):
-    assert device_build.objections("sm_90a", GOOD_KERNEL * 5) == []
+    assert device_build.objections(device_build.SPECIMENS_SM90A, GOOD_KERNEL * 5) == []
     worse = GOOD_KERNEL * 4 + GOOD_KERNEL.replace(good, bad)
-    assert len(device_build.objections("sm_90a", worse)) == 1
+    assert len(device_build.objections(device_build.SPECIMENS_SM90A, worse)) == 1

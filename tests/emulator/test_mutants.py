@@ -35,7 +35,7 @@ def judge(mutant: mutants.Mutant) -> Verdict:
 @pytest.fixture(scope="module")
 def verdicts():
     """Of all specimens' mutants; the table is written whether or not all are caught."""
-    sources = [f"specimens/{name}.cpp" for name in mutants.SOURCES]
+    sources = [build.source_of(name) for name in mutants.SOURCES]
     build.build_programs([(flavour, source) for flavour, _ in STEPS for source in sources])
     todo = [mutant for name in mutants.SOURCES for mutant in mutants.mutants(name)]
     with ThreadPoolExecutor(build.JOBS) as pool:
@@ -60,11 +60,12 @@ def table(verdicts: list[Verdict]) -> str:
         mutant, caught = verdict.mutant, verdict.caught
         cells = [mutant.specimen, mutant.name]
         if caught is None:
-            cells += ["**missed**" if verdict.reached else "**not reached**", "", "", ""]
+            reached = "speed only" if mutant.name in mutants.SPEED_ONLY else "**missed**"
+            cells += [reached if verdict.reached else "**not reached**", "", "", ""]
         else:
             cells += [caught.outcome, caught.flavour, str(caught.case["seed"]), headline(caught)]
         lines.append("| " + " | ".join(cells) + " |")
-    kinds = [verdict.caught.outcome if verdict.caught else "missed" for verdict in verdicts]
+    kinds = [verdict.caught.outcome if verdict.caught else "not caught" for verdict in verdicts]
     lines += ["", *(f"- {kind}: {kinds.count(kind)}" for kind in sorted(set(kinds)))]
     return "\n".join(lines) + "\n"
 
@@ -72,8 +73,10 @@ def table(verdicts: list[Verdict]) -> str:
 @pytest.mark.parametrize("specimen", mutants.SOURCES)
 def test_every_mutant_is_caught(specimen, programs, verdicts):
     mine = [verdict for verdict in verdicts if verdict.mutant.specimen == specimen]
-    missed = [verdict.mutant.name for verdict in mine if verdict.caught is None]
+    missed = {verdict.mutant.name for verdict in mine if verdict.caught is None}
+    harmless = {verdict.mutant.name for verdict in mine} & mutants.SPEED_ONLY
     assert mine
-    assert not missed, (
-        f"not caught: {missed}; replay with build/emulator/race/{specimen} --fault NAME"
+    assert missed == harmless, (
+        f"not caught: {missed - harmless}, caught though only slower: {harmless - missed};"
+        f" replay with build/emulator/race/{specimen} --fault NAME"
     )

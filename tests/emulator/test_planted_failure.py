@@ -14,6 +14,8 @@ WRONG_RESULT = {
     "reduction": "max.elements:low",
     "gemm_mma_sync": "copy.rows:low",
     "gemm_wgmma": "consumer.s_rows:low",
+    "lora_gemm_sm80": "copy.rows:low",
+    "lora_shrink_sm80": "reduce.splits:low",
 }
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from emulator import build, cuda_headers, device_build
+from emulator.device_build import SPECIMENS_SM90A as SM90A
 from emulator.hostile.faults import SOURCES, Fault
 
 PROGRAM = "specimens/gemm_wgmma.cpp"
@@ -97,7 +98,7 @@ def device_objections(fault: Fault) -> str:
         return ""
     folder = build.BUILD / "hostile" / fault.name
     try:
-        report = device_build.compile_specimens("sm_90a", folder / "cubin", folder / "include")
+        report = device_build.compile_kernels(SM90A, folder / "cubin", folder / "include")
     except RuntimeError as refused:
         return re.search(r"error: [^(\n]*", str(refused))[0].strip()
-    return "; ".join(dict.fromkeys(device_build.objections("sm_90a", report)))
+    return "; ".join(dict.fromkeys(device_build.objections(SM90A, report)))

@@ -1,0 +1,80 @@
+// lora_gemm: the LoRA linear's large product with the low-rank product in the same accumulators.
+//
+//     Y = P Q + mask * (T U) + bias
+//
+//     forward   Y  = X W^T + S B^T + bias       P = X,  Q = W^T, T = S,  U = B^T,   S holds scaling
+//     dX        dX = dY W + mask * (dS A)       P = dY, Q = W,   T = dS, U = A
+//
+// Q and U lie K-major, as [N, K] and [N, rank] (forward: the linear layer's own W and B), or
+// MN-major, as [K, N] and [rank, N] (dX: the same W, and A). Without a mask the low-rank product is
+// the last steps along k of the same loop. With one it comes first, is masked in the accumulators,
+// and the loop goes on into them: mask * (T U) is never stored.
+//
+// A factor in fp32 is the sum of two halves of T's type, hi + lo, and T U the sum of three terms
+// (hi hi + hi lo + lo hi; lo lo is below fp32's rounding): each term is a pair of T and U.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel/mask.h"
+
+namespace lora_ext::kernel {
+
+constexpr int kMaxLowRankTerms = 3;
+
+// Pitches are the elements from one row to the next. m, n, k and rank fit an int, offsets need not.
+template <class T>
+struct LoraGemmParams {
+  const T* p;  // [m, k]
+  const T* q;  // [n, k] or [k, n]
+  struct {
+    const T* t;  // [m, rank]
+    const T* u;  // [n, rank] or [rank, n]
+  } low_rank[kMaxLowRankTerms];
+  const float* bias;  // [n], or null
+  T* y;               // [m, n]
+  int64_t p_pitch, q_pitch, t_pitch, u_pitch, y_pitch;
+  int m, n, k, rank, terms;
+
+  Mask mask;  // of Y; for masked kernels only
+};
+
+// What a kernel may take for granted of addresses, pitches and boundaries.
+enum class Alignment {
+  kVector,   // all pointers to 16-bit elements and all pitches are multiples of 16 bytes
+  kElement,  // none: loads and stores are single elements
+};
+
+// A tile of Y, kM x kN, that kM / kWarpM x kN / kWarpN warps compute in steps of 64 along k.
+template <int kM_, int kN_, int kWarpM_, int kWarpN_, int kStages_>
+struct LoraGemmTile {
+  static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = kWarpN_, kStages = kStages_;
+  static constexpr int kK = 64;
+  static constexpr int kWarps = (kM / kWarpM) * (kN / kWarpN);
+  static constexpr int kThreads = 32 * kWarps;
+
+  // Shared memory: the ring of stages, each a tile of P or T and one of Q or U; then a slab of 16
+  // rows for each warp, from which rows of Y leave in whole 16-byte chunks. 16 bytes more than a
+  // row keep the slab's rows in different banks.
+  static constexpr uint32_t kLeftBytes = kM * kK * 2, kRightBytes = kN * kK * 2;
+  static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes;
+  static constexpr uint32_t kSlabPitch = kWarpN * 2 + 16;
+  static constexpr uint32_t kSlabs = kStages * kStageBytes;
+  static constexpr uint32_t kSharedBytes = kSlabs + kWarps * 16 * kSlabPitch;
+
+  static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kWarpM % 16 == 0 && kWarpN % 32 == 0);
+  static_assert(kM * 8 % kThreads == 0 && kN * 8 % kThreads == 0, "chunks of 16 bytes a thread");
+  static_assert(kN % 64 == 0, "MN-major tiles are panels of 64 columns");
+};
+
+// A masked kernel draws while it holds the accumulators: with 128 of them a thread it would spill.
+template <class Tile>
+constexpr bool fits_mask = Tile::kWarpM * Tile::kWarpN <= 64 * 32;
+
+using LoraGemmTile128x256 = LoraGemmTile<128, 256, 64, 64, 3>;  // 162 KiB: sm_80, sm_90
+using LoraGemmTile128x128 = LoraGemmTile<128, 128, 64, 32, 3>;  // 106 KiB: sm_80, sm_90
+using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;    // 77 KiB: sm_86, sm_89 and others
+static_assert(LoraGemmTile128x256::kSharedBytes <= 163 * 1024, "what sm_80 gives to a block");
+static_assert(LoraGemmTile128x64::kSharedBytes <= 99 * 1024, "what sm_86 gives to a block");
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,164 @@
+// lora_shrink on mma.sync: a block makes one tile of Z, [64, 64], from one split of k. Grid: row
+// tiles, column tiles, splits.
+#pragma once
+#include "kernel/fault.h"
+#include "kernel/lora_gemm_sm80_copy.h"
+#include "kernel/lora_shrink.h"
+#include "kernel/rounded.h"
+#include "ptx/matrix_move.h"
+#include "ptx/mma.h"
+
+namespace lora_ext::kernel {
+
+template <class T, bool kMasked, Alignment kAlignment, class Fault>
+struct LoraShrinkSm80 {
+  using Tile = LoraShrinkTile;
+  using Copy = LoraGemmCopy<T, Tile, /*kMNMajor=*/false, kAlignment, Fault>;
+  static constexpr int kColumnBlocks = Tile::kN / 8;
+
+  const LoraShrinkParams<T>& p;
+  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row0 = static_cast<int>(blockIdx.x) * Tile::kM + warp * 16;
+  const int first_step = static_cast<int>(blockIdx.z) * p.steps_per_split;
+  const int all_steps = (p.k + Tile::kK - 1) / Tile::kK;
+  const int end_step = min(first_step + p.steps_per_split, all_steps);
+
+  __device__ __forceinline__ void load(int step) const {
+    if (Fault::flag("shrink.load_exists", step < Fault::count("shrink.load_steps", end_step,
+                                                              end_step - 1, end_step + 1))) {
+      const Copy copy{p.m, p.columns, shared};
+      copy.copy_step((step - first_step) % Tile::kStages, p.x, p.x_pitch, p.a, p.a_pitch, p.k,
+                     step * Tile::kK, static_cast<int>(blockIdx.x) * Tile::kM,
+                     static_cast<int>(blockIdx.y) * Tile::kN);
+    }
+    if (!Fault::skip("shrink.commit")) ptx::cp_async_commit_group();
+  }
+
+  // Zeroes the dropped of two neighbouring elements, whose draws are the halves of `draws`.
+  __device__ __forceinline__ void keep_or_drop(uint32_t& pair, uint32_t draws) const {
+    const bool low = Fault::flag("shrink.kept_low", (draws & 0xFFFF) < p.mask.keep_count);
+    const bool high = Fault::flag("shrink.kept_high", draws >> 16 < p.mask.keep_count);
+    pair &= static_cast<uint32_t>(low) * 0xFFFFu | static_cast<uint32_t>(high) * 0xFFFF0000u;
+  }
+
+  // A fragment holds rows l / 4 and l / 4 + 8 (registers 0 and 1), columns 2 (l % 4) and the next,
+  // then the same 8 columns further (2 and 3). Two fragments along k use the four words of a draw.
+  struct Draws {
+    philox::Words rows[2];
+  };
+  __device__ __forceinline__ void mask(uint32_t (&a)[4], Draws& draws, int k16, int column) const {
+    const auto seed = static_cast<uint64_t>(*p.mask.seed);
+    const auto row = static_cast<uint64_t>(p.mask.row_offset + row0 + lane / 4);
+    const auto at = static_cast<uint64_t>(p.mask.col_offset + column + lane % 4 * 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (Fault::flag("shrink.mask_in_step", p.mask.in_step())) {
+        if (Fault::flag("shrink.draw", k16 % 2 == 0))
+          draws.rows[half] = philox::draw(seed, row + half * 8, philox::group_of(at));
+        keep_or_drop(a[half], draws.rows[half].w[k16 % 2 * 2]);
+        keep_or_drop(a[half + 2], draws.rows[half].w[k16 % 2 * 2 + 1]);
+      } else {
+#pragma unroll
+        for (int right = 0; right < 2; ++right) {
+          const uint64_t first = at + right * 8;
+          const uint32_t low = draw_for_element(seed, row + half * 8, first) & 0xFFFF;
+          const uint32_t high = draw_for_element(seed, row + half * 8, first + 1) << 16;
+          keep_or_drop(a[half + right * 2], low | high);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(float (&acc)[kColumnBlocks][4], int step) const {
+    const uint32_t left =
+        shared + static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+    const uint32_t right = left + Tile::kLeftBytes;
+    Draws draws{};
+#pragma unroll
+    for (int k16 = 0; k16 < Tile::kK / 16; ++k16) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4(a, left + row_chunk_offset(warp * 16 + lane % 16, k16 * 2 + lane / 16));
+      if constexpr (kMasked) mask(a, draws, k16, step * Tile::kK + k16 * 16);
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; j += 2) {
+        const int column = j * 8 + lane / 16 * 8 + lane % 8;
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, right + row_chunk_offset(column, k16 * 2 + lane / 8 % 2));
+        ptx::mma_m16n8k16<T>(acc[j], a, {b[0], b[1]});
+        ptx::mma_m16n8k16<T>(acc[j + 1], a, {b[2], b[3]});
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const float (&acc)[kColumnBlocks][4]) const {
+    float* z = p.z + static_cast<int64_t>(blockIdx.z) * p.m * p.columns;
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = row0 + e / 2 * 8 + lane / 4;
+        const int column = static_cast<int>(blockIdx.y) * Tile::kN + j * 8 + lane % 4 * 2 + e % 2;
+        if (Fault::flag("shrink.inside", row < Fault::count("shrink.rows", p.m, p.m - 1, p.m + 1) &&
+                                             column < Fault::count("shrink.columns", p.columns,
+                                                                   p.columns - 1, p.columns + 1)))
+          z[static_cast<int64_t>(row) * p.columns + column] = acc[j][e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    for (int i = 0;
+         i < Fault::count("shrink.prologue", Tile::kStages - 1, Tile::kStages - 2, Tile::kStages);
+         ++i)
+      load(first_step + i);
+    float acc[kColumnBlocks][4];
+#pragma unroll
+    for (int i = 0; i < kColumnBlocks * 4; ++i) acc[i / 4][i % 4] = 0.f;
+    for (int step = first_step;
+         step < Fault::count("shrink.steps", end_step, end_step - 1, end_step + 1); ++step) {
+      if (Fault::swap("shrink.wait_one_group_less")) {
+        ptx::cp_async_wait_group<Tile::kStages - 1>();
+      } else if (!Fault::skip("shrink.wait")) {
+        ptx::cp_async_wait_group<Tile::kStages - 2>();
+      }
+      if (!Fault::skip("shrink.barrier")) __syncthreads();  // both ends of the ring
+      load(step + Tile::kStages - 1);
+      multiply(acc, step);
+    }
+    store(acc);
+  }
+};
+
+template <class T, bool kMasked, Alignment kAlignment, class Fault = NoFault>
+__global__ void __launch_bounds__(LoraShrinkTile::kThreads)
+    lora_shrink_sm80(const __grid_constant__ LoraShrinkParams<T> p) {
+  LoraShrinkSm80<T, kMasked, kAlignment, Fault>{p}.run();
+}
+
+// One thread an element of S. The order of the sum is fixed: results repeat bit for bit.
+template <class T, class Fault = NoFault>
+__global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
+  const int64_t count = static_cast<int64_t>(p.m) * p.rank;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       i < Fault::count("reduce.elements", count, count - 1, count + 1); i += step) {
+    const int64_t row = i / p.rank, column = i % p.rank;
+    float sum = 0.f;
+    for (int split = 0; split < Fault::count("reduce.splits", p.splits, p.splits - 1, p.splits + 1);
+         ++split) {
+      const float* z = p.z + (static_cast<int64_t>(split) * p.m + row) * p.terms * p.rank + column;
+      for (int term = 0; term < Fault::count("reduce.terms", p.terms, p.terms - 1, p.terms + 1);
+           ++term)
+        sum += z[static_cast<int64_t>(term) * p.rank];
+    }
+    const float s = sum * p.keep_scale, t = s * p.scaling;
+    p.s[i] = s;
+    const T hi = rounded<T>(t);
+    p.t[0][row * p.t_pitch + column] = hi;
+    if (Fault::flag("reduce.has_lo", p.t[1] != nullptr))
+      p.t[1][row * p.t_pitch + column] = rounded<T>(t - static_cast<float>(hi));
+  }
+}
+
+}  // namespace lora_ext::kernel

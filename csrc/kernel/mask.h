@@ -1,0 +1,31 @@
+// The dropout mask inside a kernel: draws of philox.h, in the order in which fragments hold
+// elements.
+#pragma once
+#include "philox.h"
+
+namespace lora_ext::kernel {
+
+// The mask of philox.h at (row_offset + row, col_offset + column) of the masked matrix.
+struct Mask {
+  const int64_t* seed;  // on the device, so that the replay of a graph sees a new one
+  int64_t row_offset, col_offset;
+  uint32_t keep_count;
+  float keep_scale;
+
+  // Whether one draw decides, in four fragments of 8 columns side by side that begin at a multiple
+  // of 32, exactly the 8 elements of a row that a lane holds.
+  __device__ __forceinline__ bool in_step() const { return col_offset % 32 == 0; }
+};
+
+// The 16 bits that decide one element, in the low half. The word is picked by masks, since an array
+// indexed at run time would lie in local memory.
+__device__ __forceinline__ uint32_t draw_for_element(uint64_t seed, uint64_t row, uint64_t column) {
+  const philox::Words words = philox::draw(seed, row, philox::group_of(column));
+  uint32_t picked = 0;
+#pragma unroll
+  for (uint32_t word = 0; word < 4; ++word)
+    picked |= words.w[word] & (0u - static_cast<uint32_t>(column % 32 / 8 == word));
+  return picked >> column % 2 * 16;
+}
+
+}  // namespace lora_ext::kernel
