@@ -1,8 +1,6 @@
-// lora_shrink and lora_reduce: the skinny product of the LoRA linear, split along k.
+// lora_shrink: the skinny product of the LoRA linear, split along k. lora_reduce.h adds the splits.
 //
 //     Z[split] = drop(X) A^T                   over the split's share of k       [m, columns]
-//     S        = keep_scale * sum of Z         over splits and terms, in order   [m, rank]
-//     T        = scaling * S                   in X's type, as hi and lo         [m, rank] each
 //
 // A is [columns, k], and columns = terms * rank: with fp32 adapters A's two halves lie one below
 // the other, hi first. Forward calls it with X and A; dS = dY B with dY and B^T laid out as [r, n].
@@ -24,16 +22,6 @@ struct LoraShrinkParams {
   int m, k, columns;
   int splits, steps_per_split;  // of 64 along k
   Mask mask;                    // of X; for masked kernels only
-};
-
-template <class T>
-struct LoraReduceParams {
-  const float* z;  // [splits, m, terms * rank]
-  float* s;        // [m, rank]
-  T* t[2];         // [m, rank], hi and lo; lo may be null
-  int64_t t_pitch;
-  int m, rank, splits, terms;
-  float keep_scale, scaling;
 };
 
 // 64 rows of X; four warps of 16 rows each. X is read once for every 64 columns.

@@ -4,7 +4,6 @@
 #include "kernel/fault.h"
 #include "kernel/lora_gemm_sm80_copy.h"
 #include "kernel/lora_shrink.h"
-#include "kernel/rounded.h"
 #include "ptx/matrix_move.h"
 #include "ptx/mma.h"
 
@@ -134,31 +133,6 @@ template <class T, bool kMasked, Alignment kAlignment, class Fault = NoFault>
 __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
     lora_shrink_sm80(const __grid_constant__ LoraShrinkParams<T> p) {
   LoraShrinkSm80<T, kMasked, kAlignment, Fault>{p}.run();
-}
-
-// One thread an element of S. The order of the sum is fixed: results repeat bit for bit.
-template <class T, class Fault = NoFault>
-__global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
-  const int64_t count = static_cast<int64_t>(p.m) * p.rank;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < Fault::count("reduce.elements", count, count - 1, count + 1); i += step) {
-    const int64_t row = i / p.rank, column = i % p.rank;
-    float sum = 0.f;
-    for (int split = 0; split < Fault::count("reduce.splits", p.splits, p.splits - 1, p.splits + 1);
-         ++split) {
-      const float* z = p.z + (static_cast<int64_t>(split) * p.m + row) * p.terms * p.rank + column;
-      for (int term = 0; term < Fault::count("reduce.terms", p.terms, p.terms - 1, p.terms + 1);
-           ++term)
-        sum += z[static_cast<int64_t>(term) * p.rank];
-    }
-    const float s = sum * p.keep_scale, t = s * p.scaling;
-    p.s[i] = s;
-    const T hi = rounded<T>(t);
-    p.t[0][row * p.t_pitch + column] = hi;
-    if (Fault::flag("reduce.has_lo", p.t[1] != nullptr))
-      p.t[1][row * p.t_pitch + column] = rounded<T>(t - static_cast<float>(hi));
-  }
 }
 
 }  // namespace lora_ext::kernel

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from emulator import mutants
 from emulator.cuda_headers import include_dirs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,8 +86,7 @@ SELFTEST_MAIN = "selftests/selftest.cpp"
 
 def source_of(specimen: str) -> str:
     """The host program of a specimen or of one of the package's own kernels, by its name."""
-    folder = "kernels" if (EMULATOR / "kernels" / f"{specimen}.cpp").exists() else "specimens"
-    return f"{folder}/{specimen}.cpp"
+    return f"{'kernels' if mutants.of_package(specimen) else 'specimens'}/{specimen}.cpp"
 
 
 def selftests(flavour: str) -> list[str]:
@@ -156,9 +156,13 @@ def run_tool(command: list[str]) -> None:
         print(done.stderr, file=sys.stderr)
 
 
+def library_objects(flavour: str) -> list[Object]:
+    sources = [str(path.relative_to(EMULATOR)) for path in library_sources(flavour)]
+    return [Object(flavour, source, kernels=False) for source in sources]
+
+
 def objects_of(flavour: str, program: str) -> list[Object]:
-    library = [str(path.relative_to(EMULATOR)) for path in library_sources(flavour)]
-    objects = [Object(flavour, source, kernels=False) for source in library]
+    objects = library_objects(flavour)
     if not program.startswith(("specimens/", "kernels/")):
         main = Object(flavour, SELFTEST_MAIN, kernels=False)
         return [Object(flavour, program, kernels=True), main, *objects]
@@ -191,13 +195,11 @@ def link(flavour: str, program: str, objects: list[Object]) -> Path:
 
 
 if __name__ == "__main__":
-    from emulator.mutants import SOURCES
-
     flavours = sys.argv[1:] or list(FLAVOURS)
     programs = [
         (flavour, name)
         for flavour in flavours
-        for name in [*map(source_of, SOURCES), *selftests(flavour)]
+        for name in [*map(source_of, mutants.SOURCES), *selftests(flavour)]
     ]
     for built in build_programs(programs):
         print(built.relative_to(ROOT))

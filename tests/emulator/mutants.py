@@ -25,7 +25,7 @@ SOURCES = {
         "lora_gemm_sm80_copy.h",
         "lora_gemm_sm80_epilogue.h",
     ],
-    "lora_shrink_sm80": ["lora_shrink_sm80.h", "lora_gemm_sm80_copy.h"],
+    "lora_shrink_sm80": ["lora_shrink_sm80.h", "lora_reduce.h", "lora_gemm_sm80_copy.h"],
 }
 
 # The mutants of a site, by the function that makes it one.
@@ -131,8 +131,13 @@ def strip_comments(text: str) -> str:
     return re.sub(r"^#[^\n]*", "", text, flags=re.MULTILINE)
 
 
+def of_package(specimen: str) -> bool:
+    """Whether it is a kernel of the package rather than one that lives with the tests."""
+    return specimen.startswith("lora_")
+
+
 def sources(specimen: str) -> dict[str, str]:
-    folder = KERNELS if specimen.startswith("lora_") else SPECIMENS
+    folder = KERNELS if of_package(specimen) else SPECIMENS
     return {name: strip_comments((folder / name).read_text()) for name in SOURCES[specimen]}
 
 

@@ -28,11 +28,10 @@ def compile_for_emulator(source: Path, target: Path, *flags: str) -> Path:
 
 def library() -> dict[str, Path]:
     """The execution layer's objects by the name of their source, compiled as far as needed."""
-    sources = [str(path.relative_to(build.EMULATOR)) for path in build.library_sources("plain")]
-    objects = {source: build.Object("plain", source, kernels=False) for source in sources}
+    objects = build.library_objects("plain")
     with ThreadPoolExecutor(build.JOBS) as pool:
-        list(pool.map(build.Object.compile, objects.values()))
-    return {source: item.path for source, item in objects.items()}
+        list(pool.map(build.Object.compile, objects))
+    return {item.source: item.path for item in objects}
 
 
 def link_for_emulator(objects: list[Path], target: Path) -> Path:

@@ -1,5 +1,6 @@
 // The kernels as nvcc compiles them: every tile, orientation and alignment.
 #include "kernel/lora_gemm_sm80.h"
+#include "kernel/lora_reduce.h"
 #include "kernel/lora_shrink_sm80.h"
 
 namespace lora_ext::kernel {

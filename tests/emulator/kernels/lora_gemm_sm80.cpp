@@ -4,7 +4,6 @@
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
 #include "emulator/kernels/operand.h"
-#include "emulator/kernels/reference_mask.h"
 #include "emulator/specimens/driver.h"
 
 namespace lora_ext::kernel {
@@ -18,7 +17,7 @@ using emulator::GlobalBuffer;
 using emulator::PlantedFault;
 using kernels::Layout;
 using kernels::Operand;
-using kernels::ReferenceMask;
+using kernels::RandomMask;
 using specimens::Bounded;
 using specimens::Case;
 using specimens::Numbers;
@@ -70,11 +69,7 @@ std::string run_gemm(const Case& run) {
   GlobalBuffer<T> y(y_offset + static_cast<size_t>(m) * y_pitch, "y");
   y.fill(specimens::from_double<T>(kBetweenRows));
 
-  const ReferenceMask mask{random(), static_cast<int64_t>(random() % 2 ? 0 : (1ll << 33) + 5),
-                           static_cast<int64_t>(random() % 2 ? 0 : random() % 100), 49152};
-  const std::vector<int64_t> seed_value = {static_cast<int64_t>(mask.seed)};
-  const GlobalBuffer<int64_t> seed(seed_value, "seed");
-  const float keep_scale = numbers == Numbers::Integers ? 2.f : 65536.f / 49152.f;
+  const RandomMask mask(numbers, random);
 
   LoraGemmParams<T> params{};
   params.p = p->data(), params.q = q->data(), params.y = y.data() + y_offset;
@@ -83,7 +78,7 @@ std::string run_gemm(const Case& run) {
   for (int i = 0; i < terms; ++i) params.low_rank[i] = {t[i]->data(), u[i]->data()};
   params.bias = with_bias ? bias_buffer.data() : nullptr;
   params.m = m, params.n = n, params.k = k, params.rank = rank, params.terms = terms;
-  params.mask = {seed.data(), mask.row_offset, mask.col_offset, mask.keep_count, keep_scale};
+  params.mask = mask.parameters();
 
   const int tiles = ((m + Tile::kM - 1) / Tile::kM) * ((n + Tile::kN - 1) / Tile::kN);
   const int blocks = 1 + static_cast<int>(random() % tiles);  // fewer blocks walk over more tiles
@@ -104,7 +99,7 @@ std::string run_gemm(const Case& run) {
       if (j < n) {
         for (int l = 0; l < k; ++l)
           expected.add(p->matrix(i, l) * (kMNMajor ? q->matrix(l, j) : q->matrix(j, l)));
-        const double factor = !kMasked ? 1 : mask.kept(i, j) ? keep_scale : 0;
+        const double factor = kMasked ? mask.factor(i, j) : 1;
         for (int term = 0; term < terms; ++term) {
           const auto &left = t[term]->matrix, &factors = u[term]->matrix;
           for (int l = 0; l < rank; ++l)
@@ -141,16 +136,15 @@ std::string run_variant(const Case& run) {
 int main(int argc, char** argv) {
   using lora_ext::kernel::run_variant;
 #define NAME(variant, ...) #variant,
-  return specimens::specimen_main(
-      argc, argv,
-      {.name = "lora_gemm_sm80",
-       .sizes = {{"even", 256, 128, 128},
-                 {"odd", 131, 77, 99},
-                 {"shallow", 130, 70, 61},
-                 {"tall", 1200, 65, 72},
-                 {"wide", 70, 300, 200},
-                 {"tiny", 3, 1, 5}},
-       .variants = {LORA_GEMM_SM80_VARIANTS(NAME)},
-       .run = run_variant,
-       .flops = [](const specimens::Size& size) { return 2.0 * size.m * size.n * size.k; }});
+  return specimens::specimen_main(argc, argv,
+                                  {.name = "lora_gemm_sm80",
+                                   .sizes = {{"even", 256, 128, 128},
+                                             {"odd", 131, 77, 99},
+                                             {"shallow", 130, 70, 61},
+                                             {"tall", 1200, 65, 72},
+                                             {"wide", 70, 300, 200},
+                                             {"tiny", 3, 1, 5}},
+                                   .variants = {LORA_GEMM_SM80_VARIANTS(NAME)},
+                                   .run = run_variant,
+                                   .flops = specimens::gemm_flops});
 }

@@ -3,7 +3,6 @@
 
 #include "emulator/emulator.h"
 #include "emulator/kernels/operand.h"
-#include "emulator/kernels/reference_mask.h"
 #include "emulator/specimens/driver.h"
 
 namespace lora_ext::kernel {
@@ -18,7 +17,7 @@ namespace {
 using emulator::GlobalBuffer;
 using emulator::PlantedFault;
 using kernels::Operand;
-using kernels::ReferenceMask;
+using kernels::RandomMask;
 using specimens::Bounded;
 using specimens::Case;
 using specimens::Numbers;
@@ -32,11 +31,7 @@ std::string run_shrink(const Case& run) {
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   const int terms = 1 + static_cast<int>(random() % 2), columns = terms * rank;
   const Operand<T, kAlignment> x(m, k, numbers, random, "x"), a(columns, k, numbers, random, "a");
-  const ReferenceMask mask{random(), static_cast<int64_t>(random() % 2 ? 0 : (1ll << 33) + 5),
-                           static_cast<int64_t>(random() % 2 ? 0 : random() % 100), 49152};
-  const std::vector<int64_t> seed_value = {static_cast<int64_t>(mask.seed)};
-  const GlobalBuffer<int64_t> seed(seed_value, "seed");
-  const float keep_scale = numbers == Numbers::Integers ? 2.f : 65536.f / 49152.f;
+  const RandomMask mask(numbers, random);
   const float scaling = numbers == Numbers::Integers ? 0.5f : 1.7f;
 
   const int steps = (k + 63) / 64;
@@ -55,13 +50,13 @@ std::string run_shrink(const Case& run) {
   shrink.x_pitch = x.pitch(), shrink.a_pitch = a.pitch();
   shrink.m = m, shrink.k = k, shrink.columns = columns;
   shrink.splits = splits, shrink.steps_per_split = steps_per_split;
-  shrink.mask = {seed.data(), mask.row_offset, mask.col_offset, mask.keep_count, keep_scale};
+  shrink.mask = mask.parameters();
   LoraReduceParams<T> reduce{};
   reduce.z = z.data(), reduce.s = s.data(), reduce.t[0] = hi.data();
   reduce.t[1] = with_lo ? lo.data() : nullptr;
   reduce.t_pitch = t_pitch, reduce.m = m, reduce.rank = rank;
   reduce.splits = splits, reduce.terms = terms;
-  reduce.keep_scale = kMasked ? keep_scale : 1.f, reduce.scaling = scaling;
+  reduce.keep_scale = kMasked ? mask.keep_scale : 1.f, reduce.scaling = scaling;
 
   using Tile = LoraShrinkTile;
   const auto blocks_of = [](int count, int size) {
@@ -81,7 +76,7 @@ std::string run_shrink(const Case& run) {
     for (int j = 0; j < rank; ++j) {
       Bounded expected;
       for (int l = 0; l < k; ++l) {
-        const double factor = !kMasked ? 1 : mask.kept(i, l) ? keep_scale : 0;
+        const double factor = kMasked ? mask.factor(i, l) : 1;
         for (int term = 0; term < terms; ++term)
           expected.add(factor * x.matrix(i, l) * a.matrix(term * rank + j, l));
       }
@@ -125,15 +120,14 @@ std::string run_variant(const Case& run) {
 int main(int argc, char** argv) {
   using lora_ext::kernel::run_variant;
 #define NAME(variant, ...) #variant,
-  return specimens::specimen_main(
-      argc, argv,
-      {.name = "lora_shrink_sm80",
-       .sizes = {{"even", 128, 16, 512},
-                 {"odd", 131, 17, 435},
-                 {"wide", 66, 129, 200},
-                 {"shallow", 65, 8, 61},
-                 {"tiny", 3, 1, 5}},
-       .variants = {LORA_SHRINK_SM80_VARIANTS(NAME)},
-       .run = run_variant,
-       .flops = [](const specimens::Size& size) { return 2.0 * size.m * size.n * size.k; }});
+  return specimens::specimen_main(argc, argv,
+                                  {.name = "lora_shrink_sm80",
+                                   .sizes = {{"even", 128, 16, 512},
+                                             {"odd", 131, 17, 435},
+                                             {"wide", 66, 129, 200},
+                                             {"shallow", 65, 8, 61},
+                                             {"tiny", 3, 1, 5}},
+                                   .variants = {LORA_SHRINK_SM80_VARIANTS(NAME)},
+                                   .run = run_variant,
+                                   .flops = specimens::gemm_flops});
 }

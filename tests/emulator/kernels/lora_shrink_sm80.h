@@ -1,6 +1,7 @@
 // The instances of lora_shrink_sm80 and lora_reduce that the tests run, with planted faults.
 #pragma once
 #include "emulator/fault.h"
+#include "kernel/lora_reduce.h"
 #include "kernel/lora_shrink_sm80.h"
 
 // X(variant, T, masked, alignment)

@@ -2,12 +2,13 @@
 #include "emulator/machine/fiber.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
+
+#include "emulator/machine/pages.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -41,11 +42,6 @@ std::vector<FiberStack>& stack_pool() {
   return pool;
 }
 
-size_t page_bytes() {
-  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
-}
-
 FiberStack map_stack(size_t bytes) {
   static unsigned count = 0;
   void* memory = mmap(nullptr, bytes + page_bytes(), PROT_READ | PROT_WRITE,
@@ -75,7 +71,7 @@ FiberStack take_stack(size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   bytes *= 2;  // redzones between locals
 #endif
-  bytes = (bytes + page_bytes() - 1) / page_bytes() * page_bytes();
+  bytes = whole_pages(bytes);
   auto& pool = stack_pool();
   while (!pool.empty()) {
     const FiberStack stack = pool.back();

@@ -2,13 +2,13 @@
 #include "emulator/memory/global_memory.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
 #include "emulator/machine/config.h"
+#include "emulator/machine/pages.h"
 #include "emulator/race/race.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -26,17 +26,10 @@ std::vector<GlobalRange>& ranges() {
   return all;
 }
 
-size_t page_bytes() {
-  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
-}
-
 // A buffer's mapping: an inaccessible page, the guard zone, the data, the guard zone up to the end
 // of a page, an inaccessible page. The first zone takes a page's last bytes, so that the data begin
 // at a page.
-size_t writable_bytes(size_t bytes) {
-  return page_bytes() + (bytes + kGuardBytes + page_bytes() - 1) / page_bytes() * page_bytes();
-}
+size_t writable_bytes(size_t bytes) { return page_bytes() + whole_pages(bytes + kGuardBytes); }
 
 void add_range(GlobalRange range) {
   // A buffer of the host's arrives filled, one of ours as poison.

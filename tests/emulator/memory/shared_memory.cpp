@@ -2,13 +2,14 @@
 #include "emulator/memory/shared_memory.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
+
+#include "emulator/machine/pages.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -20,14 +21,7 @@ namespace {
 constexpr unsigned char kTailByte =
     0xC5;  // between the end of the memory and the end of its last page
 
-size_t page_bytes() {
-  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
-}
-
-size_t mapped_bytes(uint32_t bytes) {
-  return (std::max<size_t>(bytes, 1) + page_bytes() - 1) / page_bytes() * page_bytes();
-}
+size_t mapped_bytes(uint32_t bytes) { return whole_pages(std::max<size_t>(bytes, 1)); }
 
 // Address space for the largest block is reserved once per arena, between two inaccessible pages,
 // and reused.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator import cuda_headers
+from emulator import build, cuda_headers
 from emulator.oracles import oracle_tools
 
 pytestmark = pytest.mark.kernels
@@ -21,7 +21,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in cuda_headers.include_dirs():
         folders += [folder, folder / "cccl"]
     command = [
-        "g++",
+        build.CXX,
         "-std=c++20",
         "-O0",
         "-w",

@@ -40,6 +40,9 @@ struct Specimen {
   std::function<double(const Size&)> flops;
 };
 
+// Of a GEMM: 2 m n k.
+inline double gemm_flops(const Size& size) { return 2.0 * size.m * size.n * size.k; }
+
 // Runs what the stream holds, and counts the time as that of the kernels.
 void run_timed(emulator::Stream& stream);
 

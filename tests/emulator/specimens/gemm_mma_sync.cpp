@@ -88,5 +88,5 @@ int main(int argc, char** argv) {
                  {"tiny", 3, 1, 5}},
        .variants = {"bf16_k_major", "bf16_mn_major", "fp16_k_major", "fp16_mn_major"},
        .run = run_variant,
-       .flops = [](const Size& size) { return 2.0 * size.m * size.n * size.k; }});
+       .flops = gemm_flops});
 }
