@@ -13,7 +13,8 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
 CXX_FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models demo gpu sanitize clean
+.PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models demo gpu
+.PHONY: sass traffic sanitize clean
 
 build: $(VENV)/.built
 
@@ -66,15 +67,22 @@ test: $(VENV)/.extras
 	$(PY) -m pytest $(ARGS)
 
 # CUTLASS's headers judge the kernels' PTX and layouts; the tests use none of its dependencies, 55 MB.
+# nvdisasm shows what ptxas made of them, 5 MB.
 # Kernels include CUDA's headers on the host, too; without a toolkit, three wheels of 7 MB have them.
 $(VENV)/.kernel-oracles: tests/emulator/cuda_headers.py | $(VENV)/.extras
-	$(PIP) install --no-deps 'nvidia-cutlass==4.2.0.0'
+	$(PIP) install --no-deps 'nvidia-cutlass==4.2.0.0' 'nvidia-cuda-nvdisasm>=13'
 	$(PY) $< >/dev/null ||
 	    $(PIP) install --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 	touch $@
 
 test-kernels: $(VENV)/.kernel-oracles
 	$(PY) -m pytest -m kernels tests/emulator $(ARGS)
+
+sass: $(VENV)/.kernel-oracles
+	$(PY) scripts/sass.py $(ARGS)
+
+traffic: $(VENV)/.extras
+	$(PY) -m benchmarks.traffic $(ARGS)
 
 test-gpu: $(VENV)/.extras
 	$(PY) -m pytest -m gpu $(ARGS)

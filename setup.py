@@ -42,7 +42,7 @@ except ImportError:  # an sdist, or the metadata alone, needs no torch
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 CXX_FLAGS += ["-ffp-contract=off"]  # a multiply-add is fused where a kernel says so, nowhere else
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Without exclude-libs, the shared CUDA runtime that torch loads would answer our calls.
 CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]

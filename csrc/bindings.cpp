@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/lora_cpu.h"
+#include "plan_bindings.h"
 
 #ifdef LORA_EXT_WITH_CUDA
 constexpr bool kWithCuda = true;
@@ -41,4 +42,5 @@ PYBIND11_MODULE(_C, m) {
         return cpu::library_reason(rows, rank, x, adapters);
       },
       py::arg("rows"), py::arg("rank"), py::arg("x_dtype"), py::arg("adapter_dtype"));
+  lora_ext::bind_plan(m);
 }

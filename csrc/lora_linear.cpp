@@ -10,6 +10,11 @@
 #include "library_route.h"
 #include "ops.h"
 
+#ifdef LORA_EXT_WITH_CUDA
+#include "kernel_launch.h"
+#include "kernel_route.h"
+#endif
+
 namespace lora_ext {
 namespace {
 
@@ -36,6 +41,34 @@ std::optional<at::Tensor> cast(const std::optional<at::Tensor>& tensor, at::Scal
   return tensor ? std::optional<at::Tensor>(tensor->to(dtype)) : std::nullopt;
 }
 
+// The kernels add a bias in x's dtype or float32.
+std::optional<at::Tensor> bias_for_kernels(const std::optional<at::Tensor>& bias,
+                                           at::ScalarType dtype) {
+  if (!bias) return std::nullopt;
+  return (bias->scalar_type() == at::kFloat ? *bias : bias->to(dtype)).contiguous();
+}
+
+Forward run_forward(ForwardArgs args, const std::optional<at::Tensor>& bias) {
+  const at::ScalarType dtype = args.x.scalar_type();
+#ifdef LORA_EXT_WITH_CUDA
+  if (kernel_launch::has_kernels(args.x.device())) {
+    args.bias = bias_for_kernels(bias, dtype);
+    if (std::optional<Forward> out = kernel_route::forward(args)) return *std::move(out);
+  }
+#endif
+  args.bias = cast(bias, dtype);
+  return args.x.is_cpu() ? cpu::forward(args) : library_route::forward(args);
+}
+
+Backward run_backward(const BackwardArgs& args) {
+#ifdef LORA_EXT_WITH_CUDA
+  if (kernel_launch::has_kernels(args.x.device())) {
+    if (std::optional<Backward> out = kernel_route::backward(args)) return *std::move(out);
+  }
+#endif
+  return args.x.is_cpu() ? cpu::backward(args) : library_route::backward(args);
+}
+
 // Autocast is decided once, by autocast.cpp; inside, no ATen call may cast again. A backward that
 // runs inside `with torch.autocast` would otherwise round float32 adapters.
 struct NoAutocast {
@@ -57,18 +90,19 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
                          weight.to(dtype),
                          lora_a,
                          lora_b,
-                         cast(bias, dtype),
+                         std::nullopt,
                          scaling,
                          DropoutArgs{dropout_p, seed, row_offset, col_offset},
                          pack_for(weight, dtype, packed)};
   if (args.x.size(0) == 0 || weight.numel() == 0) {
-    const at::Tensor bias_row = args.bias ? *args.bias : at::zeros({weight.size(0)}, x.options());
+    const at::Tensor bias_row = bias ? bias->to(dtype) : at::zeros({weight.size(0)}, x.options());
     at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
     if (y.numel() != 0) y.copy_(bias_row.expand_as(y));
     return {y, at::zeros({args.x.size(0), lora_a.size(0)},
                          x.options().dtype(accumulation_dtype(dtype)))};
   }
-  Forward out = x.is_cpu() ? cpu::forward(args) : library_route::forward(args);
+  // Under autocast the bias is rounded as the weight is.
+  Forward out = run_forward(args, cast_weight ? cast(bias, dtype) : bias);
   return {out.y.view(with_last(x, weight.size(0))), out.s};
 }
 
@@ -100,7 +134,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
                             output_mask[0],
                             output_mask[1],
                             output_mask[2]};
-    out = x.is_cpu() ? cpu::backward(args) : library_route::backward(args);
+    out = run_backward(args);
     if (output_mask[0]) out.dx = out.dx.view(x.sizes());
   }
   at::Tensor dbias;

@@ -35,7 +35,7 @@ struct ForwardArgs {
   at::Tensor weight;               // [N, K], dtype of x
   at::Tensor lora_a;               // [r, K]
   at::Tensor lora_b;               // [N, r]
-  std::optional<at::Tensor> bias;  // [N], dtype of x
+  std::optional<at::Tensor> bias;  // [N], dtype of x; for the kernel route also float32
   double scaling;
   DropoutArgs dropout;
   std::optional<at::Tensor> packed;  // oneDNN's layout of weight

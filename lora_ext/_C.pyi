@@ -20,3 +20,59 @@ def cpu_library_reason(
     rows: int, rank: int, x_dtype: torch.dtype, adapter_dtype: torch.dtype
 ) -> str:
     """Why a call takes the library route, or "" when the vector kernels take it."""
+
+class Card:
+    """What a GPU gives to kernels; sizes in bytes, arch is 10 major + minor."""
+
+    arch: int
+    sms: int
+    shared_per_sm: int
+    shared_per_block: int
+    def __init__(self, arch: int, sms: int, shared_per_sm: int, shared_per_block: int) -> None: ...
+
+class Problem:
+    """One LoRA linear as the planner sees it (csrc/plan.h)."""
+
+    half_dtype: bool
+    float_adapters: bool
+    dropout: bool
+    weight_row_major: bool
+    aligned: bool
+    aligned_a: bool
+    aligned_b: bool
+    need_dx: bool
+    need_dlora_a: bool
+    need_dlora_b: bool
+    def __init__(self, m: int, n: int, k: int, rank: int) -> None: ...
+
+class Plan:
+    """Kernels, tile, splits, workspace in bytes, and the reason; str() lists the launches."""
+
+    kernel: bool
+    reason: str
+    workspace: int
+    columns: int
+    panels: int
+    one_pass: bool
+    tile: str
+    blocks: int
+    shrink_splits: int
+    dlora_a_splits: int
+    dlora_b_splits: int
+
+def plan_forward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
+def plan_backward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
+
+# In builds with CUDA kernels only.
+def cuda_card(device: torch.device) -> Card: ...
+def cuda_check_result(
+    device: torch.device,
+    plan: Plan,
+    backward: bool,
+    dtype: torch.dtype,
+    float_adapters: bool,
+    dropout: bool,
+) -> str: ...
+def cuda_warmup(device: torch.device) -> list[str]: ...
+def set_cuda_route(name: str) -> None: ...
+def cuda_route() -> str: ...

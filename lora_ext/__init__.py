@@ -32,6 +32,7 @@ from .adapters import (
 from .apply import apply_lora, merge_and_unload, unload
 from .config import AdapterSpec, LoRAConfig
 from .functional import dropout_mask, lora_linear
+from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, warmup
 from .loralib import convert_loralib, load_loralib_state_dict, loralib_state_dict
 from .model import (
     delete_adapter,
@@ -51,9 +52,11 @@ from .reports import explain, trainable_parameters
 __version__ = version()
 
 __all__ = [
+    "CARDS",
     "AdapterConfig",
     "AdapterError",
     "AdapterSpec",
+    "CallPlan",
     "LoRAConfig",
     "LoRAConv2d",
     "LoRAEmbedding",
@@ -78,12 +81,15 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "merge_and_unload",
+    "plan",
     "prepack",
     "read_adapter_config",
     "reference",
     "save_adapter",
     "set_adapter",
+    "set_cuda_route",
     "trainable_parameters",
     "unload",
     "unmerge",
+    "warmup",
 ]

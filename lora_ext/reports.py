@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
-from torch import nn
+from torch import Tensor, nn
 
+from .kernel_plan import CallPlan, explain_call
 from .model import adapter_names, lora_layers
 
 
@@ -47,13 +49,38 @@ class Explanation(list[LayerPath]):
         )
 
 
-def explain(model: nn.Module, rows: int | None = None) -> Explanation:
-    """Says for each layer with adapters how its next forward is computed, and why so.
+@overload
+def explain(model: nn.Module, rows: int | None = None) -> Explanation: ...
+
+
+@overload
+def explain(
+    model: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float = 0.0
+) -> CallPlan: ...
+
+
+def explain(model, *arguments, **named):
+    """Says how layers, or one call on given tensors, are computed, and why so.
+
+        print(lora_ext.explain(model))                          # each layer's next forward
+        print(lora_ext.explain(x, weight, lora_a, lora_b))      # one call of lora_linear
 
     Args:
-        model: a model, or one layer.
-        rows: rows of x (batch times sequence), which choose the kernel; None for many.
+        model: a model, or one layer; or x, followed by weight, lora_a, lora_b and dropout_p as
+            `lora_linear` takes them.
+        rows: with a model, rows of x (batch times sequence), which choose the kernel; None for
+            many.
+
+    Returns:
+        A table of layers, or a `CallPlan`: on CUDA, the kernels, their tiles, splits and workspace
+        for forward and backward, and what their check on this device has said.
     """
+    if isinstance(model, Tensor):
+        return explain_call(model, *arguments, **named)
+    return _explain_model(model, *arguments, **named)
+
+
+def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
     return Explanation(
         LayerPath(name, type(layer).__name__, *layer.path(rows))
         for name, layer in lora_layers(model)

@@ -1,8 +1,12 @@
 """Fixtures: a test runs once for each device, and on the CPU for each instruction set it asks for.
 
-A test that takes `device` runs on the CPU and on CUDA. One that takes `isa` runs on the CPU under
-every kernel set of this processor and under "library" (ATen alone); one that takes both also runs
-on CUDA, once. What runs on CUDA has the marker `gpu`.
+A test that takes `device` runs on the CPU and on CUDA, there by our kernels and by the library
+route. One that takes `isa` runs on the CPU under every kernel set of this processor and under
+"library" (ATen alone); one that takes both also runs on CUDA. What runs on CUDA has the marker
+`gpu`.
+
+In the emulated package (tests/emulator/package), CPU tensors stand for CUDA's: `device` is the CPU
+and `isa` is None, as on CUDA.
 """
 
 import os
@@ -12,23 +16,38 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from helpers import EMULATED
 
 from lora_ext import _C
 
-CUDA = pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)
-CUDA_ONCE = pytest.param("cuda", None, id="cuda", marks=pytest.mark.gpu)
+CUDA = ("cuda", "cuda-library")  # the kernels; torch's products
+
+
+def pytest_configure(config):
+    # Kernels that fail their check are replaced by the library route, which would pass the tests.
+    config.addinivalue_line("filterwarnings", "error:lora_ext. the kernels")
 
 
 def pytest_generate_tests(metafunc):
-    if "isa" in metafunc.fixturenames:
+    asked = {"isa", "device"} & set(metafunc.fixturenames)
+    if EMULATED and asked:
+        values = {
+            "device": pytest.param("cpu", id="emulated"),
+            "isa": pytest.param(None, id="emulated"),
+        }
+        for name in sorted(asked):
+            metafunc.parametrize(name, [values[name]], indirect=True)
+    elif "isa" in asked:
         names = [*_C.available_cpu_isas(), "library"]
-        if "device" in metafunc.fixturenames:
+        if "device" in asked:
             on_cpu = [pytest.param("cpu", name, id=f"cpu-{name}") for name in names]
-            metafunc.parametrize(("device", "isa"), [*on_cpu, CUDA_ONCE], indirect=True)
+            on_cuda = [pytest.param(name, None, id=name, marks=pytest.mark.gpu) for name in CUDA]
+            metafunc.parametrize(("device", "isa"), [*on_cpu, *on_cuda], indirect=True)
         else:
             metafunc.parametrize("isa", names, indirect=True)
-    elif "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", [pytest.param("cpu", id="cpu"), CUDA], indirect=True)
+    elif "device" in asked:
+        on_cuda = [pytest.param(name, id=name, marks=pytest.mark.gpu) for name in CUDA]
+        metafunc.parametrize("device", [pytest.param("cpu", id="cpu"), *on_cuda], indirect=True)
 
 
 def why_no_cuda() -> str:
@@ -38,9 +57,18 @@ def why_no_cuda() -> str:
 
 
 @pytest.fixture
+def cuda():
+    """For tests of what there is on CUDA alone; they have the marker `gpu`."""
+    reason = why_no_cuda()
+    if reason:
+        pytest.skip(reason)
+    return "cuda"
+
+
+@pytest.fixture
 def device(request):
-    if request.param != "cuda":
-        yield request.param
+    if request.param == "cpu":
+        yield "cpu"
         return
     reason = why_no_cuda()
     if reason:
@@ -51,7 +79,9 @@ def device(request):
     before = [getattr(matmul, name) for name in names]
     for name in names:
         setattr(matmul, name, False)
+    _C.set_cuda_route("kernel" if request.param == "cuda" else "library")
     yield "cuda"
+    _C.set_cuda_route("auto")
     for name, value in zip(names, before, strict=True):
         setattr(matmul, name, value)
 
@@ -71,8 +101,12 @@ def isa(request):
 def library_route():
     """The CPU's ATen route, whatever the number of rows."""
     _C.set_cpu_isa("library")
+    if EMULATED:
+        _C.set_cuda_route("library")
     yield
     _C.set_cpu_isa("auto")
+    if EMULATED:
+        _C.set_cuda_route("auto")
 
 
 @pytest.fixture(autouse=True)

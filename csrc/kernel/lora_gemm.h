@@ -10,8 +10,8 @@
 // the last steps along k of the same loop. With one it comes first, is masked in the accumulators,
 // and the loop goes on into them: mask * (T U) is never stored.
 //
-// A factor in fp32 is the sum of two halves of T's type, hi + lo, and T U the sum of three terms
-// (hi hi + hi lo + lo hi; lo lo is below fp32's rounding): each term is a pair of T and U.
+// A factor in fp32 is two halves of T's type (halves.h), and T U three terms: lo hi, hi lo, hi hi,
+// in this order (lo lo is below fp32's rounding). Each term is a pair of T and U.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,11 @@ struct LoraGemmParams {
     const T* t;  // [m, rank]
     const T* u;  // [n, rank] or [rank, n]
   } low_rank[kMaxLowRankTerms];
-  const float* bias;  // [n], or null
-  T* y;               // [m, n]
+  const void* bias;  // [n], in float or T; or null
+  T* y;              // [m, n]
   int64_t p_pitch, q_pitch, t_pitch, u_pitch, y_pitch;
   int m, n, k, rank, terms;
+  bool float_bias;
 
   Mask mask;  // of Y; for masked kernels only
 };

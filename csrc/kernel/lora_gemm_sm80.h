@@ -8,9 +8,10 @@
 // is stored. Lines to start reading at: run() is the main loop, load() what a step brings.
 #pragma once
 #include "kernel/fault.h"
+#include "kernel/halves.h"
 #include "kernel/lora_gemm.h"
-#include "kernel/lora_gemm_sm80_copy.h"
 #include "kernel/lora_gemm_sm80_epilogue.h"
+#include "kernel/tile_copy_sm80.h"
 #include "ptx/matrix_move.h"
 #include "ptx/mma.h"
 
@@ -18,7 +19,7 @@ namespace lora_ext::kernel {
 
 template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment, class Fault>
 struct LoraGemmSm80 {
-  using Copy = LoraGemmCopy<T, Tile, kMNMajor, kAlignment, Fault>;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
   using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment, Fault>;
   using Accumulators = typename Epilogue::Accumulators;
 
@@ -66,18 +67,36 @@ struct LoraGemmSm80 {
     }
   }
 
+  // Starts the copies of 64 along k of left [m, k] and right [n, k] or [k, n].
+  __device__ __forceinline__ void copy_step(int stage, const T* left, int64_t left_pitch,
+                                            const T* right, int64_t right_pitch, int k, int k0,
+                                            const Place& at) const {
+    const Copy copy{shared};
+    const uint32_t tile = static_cast<uint32_t>(stage) * Tile::kStageBytes;
+    copy.template copy_tile<Tile::kM, Tile::kK>(tile, {left, left_pitch, p.m, k}, at.row, k0);
+    if constexpr (kMNMajor) {
+      copy.template copy_tile<Tile::kK, Tile::kN>(tile + Tile::kLeftBytes,
+                                                  {right, right_pitch, k, p.n}, k0, at.column);
+    } else {
+      copy.template copy_tile<Tile::kN, Tile::kK>(tile + Tile::kLeftBytes,
+                                                  {right, right_pitch, p.n, k}, at.column, k0);
+    }
+  }
+
+  __device__ __forceinline__ int step_of_low_rank(int index) const {
+    return index + (1 - kMasked) * main_steps;
+  }
+
   __device__ __forceinline__ void load(int tile, int step, int stage) const {
-    const Copy copy{p.m, p.n, shared};
     const Place at = place_of(tile);
     const Step what = step_of(step);
     if (Fault::flag("load.low_rank", what.low_rank)) {
       const int term = what.index / steps_per_term;
       const auto& factors = p.low_rank[term];
-      copy.copy_step(stage, factors.t, p.t_pitch, factors.u, p.u_pitch, p.rank,
-                     (what.index - term * steps_per_term) * Tile::kK, at.row, at.column);
+      copy_step(stage, factors.t, p.t_pitch, factors.u, p.u_pitch, p.rank,
+                (what.index - term * steps_per_term) * Tile::kK, at);
     } else {
-      copy.copy_step(stage, p.p, p.p_pitch, p.q, p.q_pitch, p.k, what.index * Tile::kK, at.row,
-                     at.column);
+      copy_step(stage, p.p, p.p_pitch, p.q, p.q_pitch, p.k, what.index * Tile::kK, at);
     }
   }
 
@@ -100,7 +119,8 @@ struct LoraGemmSm80 {
       uint32_t pair[4];
       if constexpr (kMNMajor) {
         const int row = k16 * 16 + lane % 16;
-        ptx::ldmatrix_x4_trans(pair, tile + panel_chunk_offset(row, column / 8 + lane / 16));
+        ptx::ldmatrix_x4_trans(pair,
+                               tile + panel_chunk_offset<Tile::kK>(row, column / 8 + lane / 16));
       } else {
         const int row = column + lane / 16 * 8 + lane % 8;
         ptx::ldmatrix_x4(pair, tile + row_chunk_offset(row, k16 * 2 + lane / 8 % 2));
@@ -141,6 +161,27 @@ struct LoraGemmSm80 {
       for (int j = 0; j < Epilogue::kColumnBlocks; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.f;
+      }
+    }
+  }
+
+  // The terms with lo, which is kept kLoScale times as large, come before hi hi: around them the
+  // sum is scaled, too. Powers of two, hence exact.
+  template <bool kEnter>
+  __device__ __forceinline__ void scale_for_lo(Accumulators& acc, int step) const {
+    constexpr float kFactor = kEnter ? kLoScale<T> : 1.f / kLoScale<T>;
+    if constexpr (kFactor != 1.f && !(kEnter && kMasked)) {  // masked, the sum begins here, with 0
+      constexpr int kTermsBefore = kEnter ? 0 : kMaxLowRankTerms - 1;
+      const int first = step_of_low_rank(kTermsBefore * steps_per_term);
+      if (Fault::flag("loop.lo_terms", p.terms == kMaxLowRankTerms && step == first)) {
+#pragma unroll
+        for (int i = 0; i < Epilogue::kRowBlocks; ++i) {
+#pragma unroll
+          for (int j = 0; j < Epilogue::kColumnBlocks; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[i][j][e] *= kFactor;
+          }
+        }
       }
     }
   }
@@ -189,6 +230,8 @@ struct LoraGemmSm80 {
         if (!Fault::skip("loop.barrier")) __syncthreads();
         load_next(next);
         const Step what = step_of(step);
+        scale_for_lo<true>(acc, step);
+        scale_for_lo<false>(acc, step);
         multiply(acc, stage, k16_steps_of(what));
         if constexpr (kMasked) {
           if (Fault::flag("loop.mask", step == low_rank_steps - 1))

@@ -86,6 +86,13 @@ struct LoraGemmEpilogue {
     }
   }
 
+  __device__ __forceinline__ float bias_of(int column) const {
+    if (Fault::flag("store.no_bias", p.bias == nullptr || column >= p.n)) return 0.f;
+    if (Fault::flag("store.float_bias", p.float_bias))
+      return static_cast<const float*>(p.bias)[column];
+    return static_cast<float>(static_cast<const T*>(p.bias)[column]);
+  }
+
   // The warp's part of Y, 16 rows at a time.
   __device__ __forceinline__ void store(const Accumulators& acc, int row0, int column0) const {
     constexpr int kChunks = Tile::kWarpN / 8;
@@ -99,12 +106,10 @@ struct LoraGemmEpilogue {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int column = column0 + j * 8 + lane % 4 * 2 + e % 2;
-          const bool has_bias = Fault::flag("store.bias", p.bias != nullptr && column < p.n);
-          const float bias = has_bias ? p.bias[column] : 0.f;
           const int row = e / 2 * 8 + lane / 4;
           T* pair =
               reinterpret_cast<T*>(slab + row * Tile::kSlabPitch + (j * 8 + lane % 4 * 2) * 2);
-          pair[e % 2] = rounded<T>(acc[i][j][e] + bias);
+          pair[e % 2] = rounded<T>(acc[i][j][e] + bias_of(column));
         }
       }
       if (!Fault::skip("store.slab_full")) __syncwarp();

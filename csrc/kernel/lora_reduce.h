@@ -1,49 +1,49 @@
-// lora_reduce: from the splits of lora_shrink to S, and to the factor T of lora_gemm.
+// lora_reduce: the sum of the splits of a skinny product, in one fixed order.
 //
-//     S = keep_scale * sum of Z         over splits and terms, in order   [m, rank]
-//     T = scaling * S                   in X's type, as hi and lo         [m, rank] each
+//     S = keep_scale * sum of Z         over splits, hi + lo / kLoScale   [m, rank]
+//     T = scaling * S                   in X's type, as hi and lo         [m, width] each
 #pragma once
 
 #include <cstdint>
 
-#include "kernel/fault.h"
-#include "kernel/rounded.h"
+#include "kernel/sum_of_splits.h"
 #include "ptx/target.h"
 
 namespace lora_ext::kernel {
 
 template <class T>
 struct LoraReduceParams {
-  const float* z;  // [splits, m, terms * rank]
-  float* s;        // [m, rank]
-  T* t[2];         // [m, rank], hi and lo; lo may be null
+  const float*
+      z;     // [splits, m, z_pitch]: the rank's columns, with two terms lo's from lo_column on
+  float* s;  // [m, rank], or null
+  T* t[2];   // [m, width], hi and lo; lo may be null
   int64_t t_pitch;
   int m, rank, splits, terms;
+  int z_pitch, lo_column;
+  int width;  // >= rank; T's columns past the rank become zero
   float keep_scale, scaling;
 };
 
-// One thread an element of S. The order of the sum is fixed: results repeat bit for bit.
+// One thread an element of T.
 template <class T, class Fault = NoFault>
 __global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
-  const int64_t count = static_cast<int64_t>(p.m) * p.rank;
+  const int64_t count = static_cast<int64_t>(p.m) * p.width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
        i < Fault::count("reduce.elements", count, count - 1, count + 1); i += step) {
-    const int64_t row = i / p.rank, column = i % p.rank;
-    float sum = 0.f;
-    for (int split = 0; split < Fault::count("reduce.splits", p.splits, p.splits - 1, p.splits + 1);
-         ++split) {
-      const float* z = p.z + (static_cast<int64_t>(split) * p.m + row) * p.terms * p.rank + column;
-      for (int term = 0; term < Fault::count("reduce.terms", p.terms, p.terms - 1, p.terms + 1);
-           ++term)
-        sum += z[static_cast<int64_t>(term) * p.rank];
+    const int64_t row = i / p.width, column = i % p.width;
+    float t = 0.f;
+    if (Fault::flag("reduce.in_rank", column < p.rank)) {
+      const float s =
+          p.keep_scale * sum_of_splits<T, Fault>(p.z + row * p.z_pitch + column, p.splits,
+                                                 static_cast<int64_t>(p.m) * p.z_pitch, p.terms,
+                                                 p.lo_column);
+      if (Fault::flag("reduce.has_s", p.s != nullptr)) p.s[row * p.rank + column] = s;
+      t = p.scaling * s;
     }
-    const float s = sum * p.keep_scale, t = s * p.scaling;
-    p.s[i] = s;
-    const T hi = rounded<T>(t);
-    p.t[0][row * p.t_pitch + column] = hi;
+    p.t[0][row * p.t_pitch + column] = high_half<T, Fault>(t);
     if (Fault::flag("reduce.has_lo", p.t[1] != nullptr))
-      p.t[1][row * p.t_pitch + column] = rounded<T>(t - static_cast<float>(hi));
+      p.t[1][row * p.t_pitch + column] = low_half<T, Fault>(t);
   }
 }
 

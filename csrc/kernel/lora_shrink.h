@@ -1,9 +1,10 @@
 // lora_shrink: the skinny product of the LoRA linear, split along k. lora_reduce.h adds the splits.
 //
-//     Z[split] = drop(X) A^T                   over the split's share of k       [m, columns]
+//     forward   Z[split] = drop(X) A^T     over the split's share of k       [m, columns]
+//     dS        Z[split] = dY B            over the split's share of n
 //
-// A is [columns, k], and columns = terms * rank: with fp32 adapters A's two halves lie one below
-// the other, hi first. Forward calls it with X and A; dS = dY B with dY and B^T laid out as [r, n].
+// The right operand lies K-major, as [columns, k] (forward: A), or MN-major, as [k, columns] (dS:
+// B). With fp32 adapters its hi and lo halves lie one after the other along `columns`.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +17,16 @@ namespace lora_ext::kernel {
 template <class T>
 struct LoraShrinkParams {
   const T* x;  // [m, k]
-  const T* a;  // [columns, k]
+  const T* a;  // [columns, k] or [k, columns]
   float* z;    // [splits, m, columns]
   int64_t x_pitch, a_pitch;
   int m, k, columns;
-  int splits, steps_per_split;  // of 64 along k
-  Mask mask;                    // of X; for masked kernels only
+  int steps_per_split;  // of 64 along k
+  Mask mask;            // of X; for masked kernels only
 };
 
-// 64 rows of X; four warps of 16 rows each. X is read once for every 64 columns.
-using LoraShrinkTile = LoraGemmTile<64, 64, 16, 64, 4>;
+// 64 rows of X; four warps of 16 rows each. X is read once for every 64 columns. Three stages, 48
+// KiB: three blocks on an SM of sm_80, two on one of sm_86.
+using LoraShrinkTile = LoraGemmTile<64, 64, 16, 64, 3>;
 
 }  // namespace lora_ext::kernel

@@ -2,17 +2,18 @@
 // tiles, column tiles, splits.
 #pragma once
 #include "kernel/fault.h"
-#include "kernel/lora_gemm_sm80_copy.h"
+#include "kernel/fragment_mask.h"
 #include "kernel/lora_shrink.h"
+#include "kernel/tile_copy_sm80.h"
 #include "ptx/matrix_move.h"
 #include "ptx/mma.h"
 
 namespace lora_ext::kernel {
 
-template <class T, bool kMasked, Alignment kAlignment, class Fault>
+template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment, class Fault>
 struct LoraShrinkSm80 {
   using Tile = LoraShrinkTile;
-  using Copy = LoraGemmCopy<T, Tile, /*kMNMajor=*/false, kAlignment, Fault>;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
   static constexpr int kColumnBlocks = Tile::kN / 8;
 
   const LoraShrinkParams<T>& p;
@@ -26,19 +27,21 @@ struct LoraShrinkSm80 {
   __device__ __forceinline__ void load(int step) const {
     if (Fault::flag("shrink.load_exists", step < Fault::count("shrink.load_steps", end_step,
                                                               end_step - 1, end_step + 1))) {
-      const Copy copy{p.m, p.columns, shared};
-      copy.copy_step((step - first_step) % Tile::kStages, p.x, p.x_pitch, p.a, p.a_pitch, p.k,
-                     step * Tile::kK, static_cast<int>(blockIdx.x) * Tile::kM,
-                     static_cast<int>(blockIdx.y) * Tile::kN);
+      const Copy copy{shared};
+      const uint32_t tile =
+          static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+      const int k0 = step * Tile::kK, column0 = static_cast<int>(blockIdx.y) * Tile::kN;
+      copy.template copy_tile<Tile::kM, Tile::kK>(tile, {p.x, p.x_pitch, p.m, p.k},
+                                                  static_cast<int>(blockIdx.x) * Tile::kM, k0);
+      if constexpr (kMNMajor) {
+        copy.template copy_tile<Tile::kK, Tile::kN>(tile + Tile::kLeftBytes,
+                                                    {p.a, p.a_pitch, p.k, p.columns}, k0, column0);
+      } else {
+        copy.template copy_tile<Tile::kN, Tile::kK>(tile + Tile::kLeftBytes,
+                                                    {p.a, p.a_pitch, p.columns, p.k}, column0, k0);
+      }
     }
     if (!Fault::skip("shrink.commit")) ptx::cp_async_commit_group();
-  }
-
-  // Zeroes the dropped of two neighbouring elements, whose draws are the halves of `draws`.
-  __device__ __forceinline__ void keep_or_drop(uint32_t& pair, uint32_t draws) const {
-    const bool low = Fault::flag("shrink.kept_low", (draws & 0xFFFF) < p.mask.keep_count);
-    const bool high = Fault::flag("shrink.kept_high", draws >> 16 < p.mask.keep_count);
-    pair &= static_cast<uint32_t>(low) * 0xFFFFu | static_cast<uint32_t>(high) * 0xFFFF0000u;
   }
 
   // A fragment holds rows l / 4 and l / 4 + 8 (registers 0 and 1), columns 2 (l % 4) and the next,
@@ -55,15 +58,15 @@ struct LoraShrinkSm80 {
       if (Fault::flag("shrink.mask_in_step", p.mask.in_step())) {
         if (Fault::flag("shrink.draw", k16 % 2 == 0))
           draws.rows[half] = philox::draw(seed, row + half * 8, philox::group_of(at));
-        keep_or_drop(a[half], draws.rows[half].w[k16 % 2 * 2]);
-        keep_or_drop(a[half + 2], draws.rows[half].w[k16 % 2 * 2 + 1]);
+        keep_or_drop<Fault>(a[half], draws.rows[half].w[k16 % 2 * 2], p.mask);
+        keep_or_drop<Fault>(a[half + 2], draws.rows[half].w[k16 % 2 * 2 + 1], p.mask);
       } else {
 #pragma unroll
         for (int right = 0; right < 2; ++right) {
           const uint64_t first = at + right * 8;
           const uint32_t low = draw_for_element(seed, row + half * 8, first) & 0xFFFF;
           const uint32_t high = draw_for_element(seed, row + half * 8, first + 1) << 16;
-          keep_or_drop(a[half + right * 2], low | high);
+          keep_or_drop<Fault>(a[half + right * 2], low | high, p.mask);
         }
       }
     }
@@ -81,9 +84,13 @@ struct LoraShrinkSm80 {
       if constexpr (kMasked) mask(a, draws, k16, step * Tile::kK + k16 * 16);
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; j += 2) {
-        const int column = j * 8 + lane / 16 * 8 + lane % 8;
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, right + row_chunk_offset(column, k16 * 2 + lane / 8 % 2));
+        if constexpr (kMNMajor) {
+          ptx::ldmatrix_x4_trans(b, right + row_chunk_offset(k16 * 16 + lane % 16, j + lane / 16));
+        } else {
+          const int column = j * 8 + lane / 16 * 8 + lane % 8;
+          ptx::ldmatrix_x4(b, right + row_chunk_offset(column, k16 * 2 + lane / 8 % 2));
+        }
         ptx::mma_m16n8k16<T>(acc[j], a, {b[0], b[1]});
         ptx::mma_m16n8k16<T>(acc[j + 1], a, {b[2], b[3]});
       }
@@ -129,10 +136,10 @@ struct LoraShrinkSm80 {
   }
 };
 
-template <class T, bool kMasked, Alignment kAlignment, class Fault = NoFault>
+template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment, class Fault = NoFault>
 __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
     lora_shrink_sm80(const __grid_constant__ LoraShrinkParams<T> p) {
-  LoraShrinkSm80<T, kMasked, kAlignment, Fault>{p}.run();
+  LoraShrinkSm80<T, kMNMajor, kMasked, kAlignment, Fault>{p}.run();
 }
 
 }  // namespace lora_ext::kernel

@@ -1,6 +1,8 @@
 // The dropout mask inside a kernel: draws of philox.h, in the order in which fragments hold
 // elements.
 #pragma once
+#include <vector_types.h>  // __device__, which means nothing to a host compiler
+
 #include "philox.h"
 
 namespace lora_ext::kernel {

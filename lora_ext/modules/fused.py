@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import _C
 from ..config import MAX_RANK
 from ..functional import lora_linear
+from ..kernel_plan import plan
 from ..prepack import PackedWeight, prepack
 from .base import LoRALayer
 
@@ -121,14 +122,33 @@ class FusedLoRALayer(LoRALayer):
         weight = self.weight
         if weight.device.type == "cpu":
             reason = _C.cpu_library_reason(rows, rank, weight.dtype, self.lora_a[names[0]].dtype)
+        elif weight.device.type == "cuda" and _C.with_cuda:
+            return self._cuda_path(rows, rank, names)
         else:
-            reason = f"{weight.device.type}: cuBLAS computes base and update"
+            reason = f"{weight.device.type}: torch's products compute base and update"
         if reason:
             return "library", reason
         operand = self._operand()
         if isinstance(operand, PackedWeight) and operand.route(rows)[0] == "packed":
             return "packed", f"{_C.cpu_isa()} kernels, oneDNN packed weight, rank {rank}"
         return "fused", f"{_C.cpu_isa()} kernels, rank {rank}"
+
+    def _cuda_path(self, rows: int, rank: int, names: Sequence[str]) -> tuple[str, str]:
+        weight = self.matrix(self.weight)
+        forward = plan(
+            min(rows, 2**16),
+            weight.shape[1],
+            weight.shape[0],
+            rank,
+            card=weight.device,
+            dtype=weight.dtype,
+            adapter_dtype=self.lora_a[names[0]].dtype,
+            dropout=any(self._dropout(name) > 0 for name in names),
+            route=_C.cuda_route(),
+        ).forward
+        if forward is None or not forward.kernel:
+            return "library", forward.reason if forward else ""
+        return "fused", f"CUDA kernels, {forward.tile} tiles, rank {rank}"
 
     def pack_weight(self, backward: bool = False) -> PackedWeight:
         """Keeps a copy of the weight in oneDNN's layout for the CPU (`lora_ext.prepack`).

@@ -43,6 +43,8 @@ class Flavour:
 
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# Of the shared library in tests/emulator/package, which Python loads.
+EXTENSION = Flavour(("-O2", "-g1", "-fPIC"))
 FLAVOURS = {
     "plain": Flavour(("-O2", "-g")),
     "asan": Flavour(("-O1", "-g1", *SANITIZE), link_flags=SANITIZE),
@@ -82,6 +84,7 @@ def library_sources(flavour: str) -> list[Path]:
 
 
 SELFTEST_MAIN = "selftests/selftest.cpp"
+PLANNER = ["../../csrc/plan.cpp"]
 
 
 def source_of(specimen: str) -> str:
@@ -113,7 +116,7 @@ class Object:
         return BUILD / self.flavour / "objects" / (self.source.replace("/", "-") + ".o")
 
     def command(self) -> list[str]:
-        flavour = FLAVOURS[self.flavour]
+        flavour = EXTENSION if self.flavour == "extension" else FLAVOURS[self.flavour]
         flags = [*flavour.flags, *(flavour.kernel_flags if self.kernels else ())]
         source = str(EMULATOR / self.source)
         return [CXX, *common_flags(), *flags, "-MMD", "-c", source, "-o", str(self.path)]
@@ -167,7 +170,8 @@ def objects_of(flavour: str, program: str) -> list[Object]:
         main = Object(flavour, SELFTEST_MAIN, kernels=False)
         return [Object(flavour, program, kernels=True), main, *objects]
     kernels = program.replace(".cpp", "_kernels.cpp")
-    host = [Object(flavour, source, kernels=False) for source in (program, "specimens/driver.cpp")]
+    sources = [program, "specimens/driver.cpp", *PLANNER]
+    host = [Object(flavour, source, kernels=False) for source in sources]
     return [Object(flavour, kernels, kernels=True), *host, *objects]
 
 

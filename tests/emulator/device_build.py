@@ -1,4 +1,4 @@
-"""Compiles specimens and kernels with nvcc and says what ptxas would hold against them."""
+"""Compiles specimens with nvcc and says what ptxas would hold against them."""
 
 import re
 import subprocess
@@ -18,11 +18,9 @@ class DeviceBuild:
 
 SPECIMENS_SM80 = DeviceBuild("specimens/device_build_sm80.cu", "sm_80", 128)
 SPECIMENS_SM90A = DeviceBuild("specimens/device_build_sm90a.cu", "sm_90a", 168)
-KERNELS_SM80 = DeviceBuild("kernels/device_build_sm80.cu", "sm_80", 255)
 BUILDS = {
     "specimens_sm80": SPECIMENS_SM80,
     "specimens_sm90a": SPECIMENS_SM90A,
-    "kernels_sm80": KERNELS_SM80,
 }
 
 

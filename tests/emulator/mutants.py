@@ -20,12 +20,23 @@ SOURCES = {
         "gemm_wgmma_consumer.h",
         "gemm_wgmma.h",
     ],
-    "lora_gemm_sm80": [
-        "lora_gemm_sm80.h",
-        "lora_gemm_sm80_copy.h",
-        "lora_gemm_sm80_epilogue.h",
+    "lora_gemm_sm80": ["lora_gemm_sm80.h", "tile_copy_sm80.h", "lora_gemm_sm80_epilogue.h"],
+    "lora_shrink_sm80": [
+        "lora_shrink_sm80.h",
+        "fragment_mask.h",
+        "lora_reduce.h",
+        "sum_of_splits.h",
+        "tile_copy_sm80.h",
     ],
-    "lora_shrink_sm80": ["lora_shrink_sm80.h", "lora_reduce.h", "lora_gemm_sm80_copy.h"],
+    "lora_wgrad_sm80": [
+        "lora_wgrad_sm80.h",
+        "fragment_mask.h",
+        "lora_reduce_wgrad.h",
+        "sum_of_splits.h",
+        "tile_copy_sm80.h",
+    ],
+    "lora_dsdb_sm80": ["lora_dsdb_sm80.h", "tile_copy_sm80.h"],
+    "lora_split": ["lora_split.h", "halves.h"],
 }
 
 # The mutants of a site, by the function that makes it one.
@@ -84,6 +95,7 @@ DATA = {
     "ptx::cluster_size",
     "ptx::cp_async_16",
     "ptx::dynamic_shared_memory",
+    "ptx::ldmatrix_x2_trans",
     "ptx::ldmatrix_x4",
     "ptx::ldmatrix_x4_trans",
     "ptx::load_shared_cluster",
@@ -111,6 +123,8 @@ SPEED_ONLY = {
     "mask.in_step:never",  # a draw for each element, where one in eight would do
     "shrink.draw:always",  # again for the other half of the columns that a draw decides
     "shrink.mask_in_step:never",  # as mask.in_step
+    "wgrad.mask_in_step:never",  # as mask.in_step
+    "wgrad.no_tile:never",  # blocks beyond the narrower of two products multiply zeros
     "store.whole_chunk:never",  # eight stores of 2 bytes, where one of 16 would do
 }
 

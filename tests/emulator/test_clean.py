@@ -32,4 +32,4 @@ def test_clean_runs_raise_no_alarm(specimen, flavour, programs, pytestconfig):
 def test_the_cases_come_by_every_fault_site(specimen, programs):
     reached = run.fault_sites("plain", specimen, "--seeds", "1:37")
     written = {mutant.name.split(":")[0] for mutant in mutants.mutants(specimen)}
-    assert reached == written
+    assert written <= reached  # and those of shared code that another specimen's mutants cover

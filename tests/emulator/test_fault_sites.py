@@ -10,7 +10,7 @@ from emulator import build, mutants
 @pytest.mark.parametrize("specimen", mutants.SOURCES)
 def test_all_synchronisation_carries_a_fault_site(specimen):
     assert mutants.unguarded(specimen) == []
-    assert len(mutants.mutants(specimen)) > 30
+    assert len(mutants.mutants(specimen)) >= 9
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ WRONG_RESULT = {
     "gemm_wgmma": "consumer.s_rows:low",
     "lora_gemm_sm80": "copy.rows:low",
     "lora_shrink_sm80": "reduce.splits:low",
+    "lora_wgrad_sm80": "reduce.splits:low",
+    "lora_dsdb_sm80": "copy.rows:low",
+    "lora_split": "split.inside:never",
 }
 
 

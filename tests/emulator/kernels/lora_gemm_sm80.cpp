@@ -5,6 +5,7 @@
 #include "emulator/emulator.h"
 #include "emulator/kernels/operand.h"
 #include "emulator/specimens/driver.h"
+#include "kernel/halves.h"
 
 namespace lora_ext::kernel {
 
@@ -53,18 +54,25 @@ std::string run_gemm(const Case& run) {
   const int rank = kRanks[random() % std::size(kRanks)];
   const int terms = random() % 3 == 0 ? 3 : 1;
   const bool with_bias = !kMasked && random() % 4 != 0;
-  const auto operand = [&](int rows, int columns, const char* what) {
-    return std::make_unique<Operand<T, kAlignment>>(rows, columns, numbers, random, what);
+  const auto operand = [&](int rows, int columns, const char* what, bool may_be_far) {
+    return std::make_unique<Operand<T, kAlignment>>(rows, columns, numbers, random, what,
+                                                    may_be_far);
   };
-  const auto right = [&](int depth, const char* what) {
-    return kMNMajor ? operand(depth, n, what) : operand(n, depth, what);
+  const auto right = [&](int depth, const char* what, bool may_be_far) {
+    return kMNMajor ? operand(depth, n, what, may_be_far) : operand(n, depth, what, may_be_far);
   };
 
-  const auto p = operand(m, k, "p"), q = right(k, "q");
+  const auto p = operand(m, k, "p", true), q = right(k, "q", true);
   std::unique_ptr<Operand<T, kAlignment>> t[3], u[3];
-  for (int i = 0; i < terms; ++i) t[i] = operand(m, rank, "t"), u[i] = right(rank, "u");
-  const auto bias = specimens::random_matrix<float>(1, n, n, numbers, random);
-  const GlobalBuffer<float> bias_buffer(bias.values, "bias");
+  for (int i = 0; i < terms; ++i) {
+    t[i] = operand(m, rank, "t", false);  // of one pitch
+    u[i] = right(rank, "u", false);
+  }
+  const bool float_bias = random() % 2;
+  const auto bias = specimens::random_matrix<T>(1, n, n, numbers, random);
+  const std::vector<float> widened(bias.values.begin(), bias.values.end());
+  const GlobalBuffer<T> bias_buffer(bias.values, "bias");
+  const GlobalBuffer<float> float_bias_buffer(widened, "bias in float");
   const int y_pitch = Layout<kAlignment>::pitch(n) + 8, y_offset = Layout<kAlignment>::kOffset;
   GlobalBuffer<T> y(y_offset + static_cast<size_t>(m) * y_pitch, "y");
   y.fill(specimens::from_double<T>(kBetweenRows));
@@ -76,7 +84,11 @@ std::string run_gemm(const Case& run) {
   params.p_pitch = p->pitch(), params.q_pitch = q->pitch(), params.y_pitch = y_pitch;
   params.t_pitch = t[0]->pitch(), params.u_pitch = u[0]->pitch();
   for (int i = 0; i < terms; ++i) params.low_rank[i] = {t[i]->data(), u[i]->data()};
-  params.bias = with_bias ? bias_buffer.data() : nullptr;
+  if (with_bias) {
+    params.bias = float_bias ? static_cast<const void*>(float_bias_buffer.data())
+                             : static_cast<const void*>(bias_buffer.data());
+  }
+  params.float_bias = float_bias;
   params.m = m, params.n = n, params.k = k, params.rank = rank, params.terms = terms;
   params.mask = mask.parameters();
 
@@ -99,8 +111,9 @@ std::string run_gemm(const Case& run) {
       if (j < n) {
         for (int l = 0; l < k; ++l)
           expected.add(p->matrix(i, l) * (kMNMajor ? q->matrix(l, j) : q->matrix(j, l)));
-        const double factor = kMasked ? mask.factor(i, j) : 1;
         for (int term = 0; term < terms; ++term) {
+          const double scale = term < terms - 1 ? 1.0 / kLoScale<T> : 1.0;  // lo comes first
+          const double factor = scale * (kMasked ? mask.factor(i, j) : 1);
           const auto &left = t[term]->matrix, &factors = u[term]->matrix;
           for (int l = 0; l < rank; ++l)
             expected.add(factor * left(i, l) * (kMNMajor ? factors(l, j) : factors(j, l)));

@@ -24,38 +24,44 @@ using specimens::Numbers;
 
 constexpr float kBetweenRows = -12345;
 
-template <class T, bool kMasked, Alignment kAlignment>
+template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment>
 std::string run_shrink(const Case& run) {
   const auto [name, m, rank, k] = run.size;
   std::mt19937_64 random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
-  const int terms = 1 + static_cast<int>(random() % 2), columns = terms * rank;
-  const Operand<T, kAlignment> x(m, k, numbers, random, "x"), a(columns, k, numbers, random, "a");
+  const int terms = 1 + static_cast<int>(random() % 2), width = specimens::padded(rank);
+  const int lo_column = random() % 2 ? rank : width, columns = terms * lo_column;
+  const Operand<T, kAlignment> x(m, k, numbers, random, "x");
+  const Operand<T, kAlignment> a(kMNMajor ? k : columns, kMNMajor ? columns : k, numbers, random,
+                                 "a");
   const RandomMask mask(numbers, random);
-  const float scaling = numbers == Numbers::Integers ? 0.5f : 1.7f;
+  // The small one leads half below its smallest normal number.
+  const float scaling = numbers == Numbers::Integers ? 0.5f : random() % 2 ? 1.7f : 1.7e-5f;
 
   const int steps = (k + 63) / 64;
   const int steps_per_split = 1 + static_cast<int>(random() % steps);
   const int splits = (steps + steps_per_split - 1) / steps_per_split;
   GlobalBuffer<float> z(static_cast<size_t>(splits) * m * columns, "z");
   GlobalBuffer<float> s(static_cast<size_t>(m) * rank, "s");
-  const int t_pitch = rank + 3;
-  const bool with_lo = random() % 2;
+  const int t_pitch = width + 3;
+  const bool with_s = random() % 4, with_lo = random() % 2;
   GlobalBuffer<T> hi(static_cast<size_t>(m) * t_pitch, "hi"), lo(hi.size(), "lo");
-  hi.fill(specimens::from_double<T>(kBetweenRows)),
-      lo.fill(specimens::from_double<T>(kBetweenRows));
+  hi.fill(specimens::from_double<T>(kBetweenRows));
+  lo.fill(specimens::from_double<T>(kBetweenRows));
+  s.fill(kBetweenRows);
 
   LoraShrinkParams<T> shrink{};
   shrink.x = x.data(), shrink.a = a.data(), shrink.z = z.data();
   shrink.x_pitch = x.pitch(), shrink.a_pitch = a.pitch();
   shrink.m = m, shrink.k = k, shrink.columns = columns;
-  shrink.splits = splits, shrink.steps_per_split = steps_per_split;
+  shrink.steps_per_split = steps_per_split;
   shrink.mask = mask.parameters();
   LoraReduceParams<T> reduce{};
-  reduce.z = z.data(), reduce.s = s.data(), reduce.t[0] = hi.data();
+  reduce.z = z.data(), reduce.s = with_s ? s.data() : nullptr, reduce.t[0] = hi.data();
   reduce.t[1] = with_lo ? lo.data() : nullptr;
   reduce.t_pitch = t_pitch, reduce.m = m, reduce.rank = rank;
   reduce.splits = splits, reduce.terms = terms;
+  reduce.z_pitch = columns, reduce.lo_column = lo_column, reduce.width = width;
   reduce.keep_scale = kMasked ? mask.keep_scale : 1.f, reduce.scaling = scaling;
 
   using Tile = LoraShrinkTile;
@@ -67,41 +73,49 @@ std::string run_shrink(const Case& run) {
                               static_cast<unsigned>(splits)),
                  .block = dim3(Tile::kThreads),
                  .shared_bytes = Tile::kSlabs},
-                lora_shrink_sm80<T, kMasked, kAlignment, PlantedFault>, shrink);
+                lora_shrink_sm80<T, kMNMajor, kMasked, kAlignment, PlantedFault>, shrink);
   stream.launch({.grid = dim3(1 + static_cast<unsigned>(random() % 3)), .block = dim3(256)},
                 lora_reduce<T, PlantedFault>, reduce);
   specimens::run_timed(stream);
 
+  const double between = specimens::to_double(specimens::from_double<T>(kBetweenRows));
   for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < rank; ++j) {
+    for (int j = 0; j < t_pitch; ++j) {
+      const size_t at = static_cast<size_t>(i) * t_pitch + j;
+      const double high = specimens::to_double(hi[at]), low = specimens::to_double(lo[at]);
+      if (j >= rank) {  // zero, then what was there
+        const double expected = j < width ? 0 : between;
+        if (high != expected) return emulator::format("hi[%d][%d] is %g", i, j, high);
+        if (low != (with_lo ? expected : between))
+          return emulator::format("lo[%d][%d] is %g", i, j, low);
+        continue;
+      }
       Bounded expected;
       for (int l = 0; l < k; ++l) {
         const double factor = kMasked ? mask.factor(i, l) : 1;
-        for (int term = 0; term < terms; ++term)
-          expected.add(factor * x.matrix(i, l) * a.matrix(term * rank + j, l));
+        for (int term = 0; term < terms; ++term) {
+          const int column = term * lo_column + j;
+          const double right = kMNMajor ? a.matrix(l, column) : a.matrix(column, l);
+          expected.add((term ? 1 / kLoScale<T> : 1) * factor * x.matrix(i, l) * right);
+        }
       }
       const double error = numbers == Numbers::Integers ? 0 : expected.error();
-      const float got = s[static_cast<size_t>(i) * rank + j];
-      std::string difference = specimens::compare("s", i, j, got, expected.value, error);
+      const double got = s[static_cast<size_t>(i) * rank + j];
+      std::string difference =
+          specimens::compare("s", i, j, static_cast<float>(got),
+                             with_s ? expected.value : kBetweenRows, with_s ? error : 0);
       if (!difference.empty()) return difference;
 
-      // The halves against the S that was written: one rounding of scaling * S, then the rest.
-      const double t = static_cast<double>(got) * scaling, unit = specimens::rounding_unit<T>();
-      const size_t at = static_cast<size_t>(i) * t_pitch + j;
-      const double high = specimens::to_double(hi[at]),
-                   low = with_lo ? specimens::to_double(lo[at]) : 0;
-      const double left = with_lo ? unit * unit + 0x1p-22 : unit;
-      difference = specimens::compare("t", i, j, high + low, t, left * std::fabs(t) + 0x1p-24);
+      // The halves: one rounding of scaling * S, and of what it leaves.
+      if (!with_lo && low != between) return "lo was written";
+      const double t = scaling * (with_s ? got : expected.value);
+      const double unit = specimens::rounding_unit<T>();
+      const double relative = with_lo ? unit * unit + 0x1p-23 : unit + 0x1p-23;
+      const double floor = with_lo ? 0x1p-25 / kLoScale<T> : 0x1p-25;
+      difference =
+          specimens::compare("t", i, j, high + (with_lo ? low / kLoScale<T> : 0), t,
+                             relative * std::fabs(t) + floor + (with_s ? 0 : scaling * error));
       if (!difference.empty()) return difference;
-      if (!with_lo && specimens::to_double(lo[at]) !=
-                          specimens::to_double(specimens::from_double<T>(kBetweenRows)))
-        return "lo was written";
-    }
-    for (int j = rank; j < t_pitch; ++j) {
-      const T between = hi[static_cast<size_t>(i) * t_pitch + j];
-      if (specimens::to_double(between) !=
-          specimens::to_double(specimens::from_double<T>(kBetweenRows)))
-        return "hi was written between its rows";
     }
   }
   return "";

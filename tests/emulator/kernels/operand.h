@@ -1,5 +1,10 @@
 // Random operands and masks in global memory, for the kernels' host programs.
 #pragma once
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+
 #include "emulator/kernels/reference_mask.h"
 #include "emulator/memory/global_memory.h"
 #include "emulator/specimens/reference.h"
@@ -18,21 +23,66 @@ struct Layout {
   }
 };
 
+// Address space whose pages exist once they are written: rows so far apart that offsets need 64
+// bits.
+class SparseMemory {
+ public:
+  explicit SparseMemory(size_t bytes) : bytes_(bytes) {
+    if (bytes == 0) return;
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    memory_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+    if (memory_ == MAP_FAILED) {
+      std::perror("cannot map rows that are far apart");
+      std::abort();
+    }
+  }
+  ~SparseMemory() {
+    if (bytes_ != 0) munmap(memory_, bytes_);
+  }
+  SparseMemory(const SparseMemory&) = delete;
+  SparseMemory& operator=(const SparseMemory&) = delete;
+  void* data() const { return memory_; }
+
+ private:
+  size_t bytes_;
+  void* memory_ = nullptr;
+};
+
+// Row-major in T, with NaN between the rows, or with rows 2 GiB apart: from the third on, their
+// offsets overflow 32 bits. The race checker's shadow has no room for that.
 template <class T, Alignment kAlignment>
 struct Operand {
   using Here = Layout<kAlignment>;
+  static constexpr int64_t kFarPitch = (int64_t{1} << 30) + 8;
   specimens::Matrix<T> matrix;
+  bool far_apart;
+  SparseMemory sparse;
   emulator::GlobalBuffer<T> buffer;
 
   Operand(int rows, int columns, specimens::Numbers numbers, std::mt19937_64& random,
-          const char* name)
+          const char* name, bool may_be_far = true)
       : matrix(specimens::random_matrix<T>(rows, columns, Here::pitch(columns), numbers, random)),
-        buffer(Here::kOffset + matrix.values.size(), name) {
-    buffer.fill(specimens::from_double<T>(NAN));
-    std::copy(matrix.values.begin(), matrix.values.end(), buffer.begin() + Here::kOffset);
+        far_apart(may_be_far && random() % 8 == 0 && rows >= 3 && rows <= 70 && !kRaceChecked),
+        sparse(far_apart ? static_cast<size_t>(rows) * kFarPitch * sizeof(T) : 0),
+        buffer(far_apart ? 0 : Here::kOffset + matrix.values.size(), name) {
+    if (far_apart) {
+      for (int i = 0; i < rows; ++i)
+        std::copy_n(&matrix.at(i, 0), columns, rows_apart() + i * kFarPitch);
+    } else {
+      buffer.fill(specimens::from_double<T>(NAN));
+      std::copy(matrix.values.begin(), matrix.values.end(), buffer.begin() + Here::kOffset);
+    }
   }
-  const T* data() const { return buffer.data() + Here::kOffset; }
-  int64_t pitch() const { return matrix.pitch; }
+  const T* data() const { return far_apart ? rows_apart() : buffer.data() + Here::kOffset; }
+  int64_t pitch() const { return far_apart ? kFarPitch : matrix.pitch; }
+
+ private:
+#ifdef EMULATOR_RACE
+  static constexpr bool kRaceChecked = true;
+#else
+  static constexpr bool kRaceChecked = false;
+#endif
+  T* rows_apart() const { return static_cast<T*>(sparse.data()) + Here::kOffset; }
 };
 
 // A mask at random offsets, with a seed in global memory. With integers the scale is one, too.

@@ -1,6 +1,7 @@
 // Launching kernels: emulator::launch runs one grid, a Stream runs several in order, with
 // programmatic dependent launch.
 #pragma once
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -21,10 +22,11 @@ class Stream {
   template <class... Parameters, class... Arguments>
   void launch(const LaunchConfig& launch_config, void (*kernel)(Parameters...),
               Arguments&&... arguments) {
-    enqueue(launch_config, [kernel, parameters = std::tuple<std::decay_t<Parameters>...>(
-                                        std::forward<Arguments>(arguments)...)] {
-      std::apply(kernel, parameters);
-    });
+    // Constructed in place: of a temporary, g++ 12 with -ftrivial-auto-var-init clears not only the
+    // padding, if it holds an array of structs that have some.
+    const auto parameters = std::make_shared<const std::tuple<std::decay_t<Parameters>...>>(
+        std::forward<Arguments>(arguments)...);
+    enqueue(launch_config, [kernel, parameters] { std::apply(kernel, *parameters); });
   }
   /// The same for a callable without arguments.
   void launch(const LaunchConfig& launch_config, std::function<void()> kernel) {

@@ -1,0 +1,14 @@
+#include "cuda/lora_linear_launch.h"
+
+namespace lora_ext::cuda {
+
+cudaError_t forward_fp16(const plan::Plan& plan, const kernel::LoraLinearForward& operands,
+                         cudaStream_t stream) {
+  return forward_on<__half>(plan, operands, stream);
+}
+cudaError_t backward_fp16(const plan::Plan& plan, const kernel::LoraLinearBackward& operands,
+                          cudaStream_t stream) {
+  return backward_on<__half>(plan, operands, stream);
+}
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,48 @@
+// Launches kernels on a stream and keeps the first error.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <mutex>
+#include <set>
+#include <utility>
+
+namespace lora_ext::cuda {
+
+class StreamLaunch {
+ public:
+  explicit StreamLaunch(cudaStream_t stream) : stream_(stream) {}
+
+  template <class Params>
+  void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
+                  const Params& params) {
+    if (error_ == cudaSuccess)
+      error_ = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+    if (error_ != cudaSuccess) return;
+    kernel<<<grid, threads, shared_bytes, stream_>>>(params);
+    error_ = cudaGetLastError();
+  }
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  // Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device.
+  static cudaError_t allow_shared(const void* kernel, uint32_t shared_bytes) {
+    if (shared_bytes <= 48 * 1024) return cudaSuccess;
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> allowed;
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const std::lock_guard lock(mutex);
+    if (allowed.contains({kernel, device})) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error == cudaSuccess) allowed.insert({kernel, device});
+    return error;
+  }
+
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace lora_ext::cuda

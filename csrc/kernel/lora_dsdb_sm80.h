@@ -1,0 +1,186 @@
+// lora_dsdb on mma.sync: a block walks over its split of the rows, 64 at a time, and for each of
+// them over the 128-column chunks of its panel. Grid: panels, splits.
+#pragma once
+#include "kernel/fault.h"
+#include "kernel/lora_dsdb.h"
+#include "kernel/tile_copy_sm80.h"
+#include "ptx/matrix_move.h"
+#include "ptx/mma.h"
+
+namespace lora_ext::kernel {
+
+template <class T, int kColumns, Alignment kAlignment, class Fault>
+struct LoraDsdbSm80 {
+  using Tile = LoraDsdbTile<kColumns>;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
+  static constexpr int kDsBlocks = kColumns / 16, kDbBlocks = kColumns / 8;
+  using Ds = float[kDsBlocks][4];  // 16 rows x half the columns of this warp
+  using Db = float[kDbBlocks][4];  // 16 columns of dY x all columns, for one chunk
+
+  const LoraDsdbParams<T>& p;
+  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int n0 = static_cast<int>(blockIdx.x) * Tile::kN;
+  const int chunks = min((p.n - n0 + Tile::kChunkN - 1) / Tile::kChunkN, Tile::kChunks);
+  const int first_step = static_cast<int>(blockIdx.y) * p.steps_per_split;
+  const int all_steps = (p.m + Tile::kM - 1) / Tile::kM;
+  const int end_step = min(first_step + p.steps_per_split, all_steps);
+
+  __device__ __forceinline__ void load_b() const {
+    const Copy copy{shared};
+    copy.template copy_tile<Tile::kN, kColumns, Tile::kColumnChunks>(
+        Tile::kB, {p.b, p.b_pitch, p.n, p.columns}, n0, 0);
+  }
+
+  // The next chunk to load. Rows of s S come with the first chunk of their step.
+  struct Loads {
+    int step, chunk = 0, stage = 0;
+  };
+  __device__ __forceinline__ void load_next(Loads& next) const {
+    if (Fault::flag("dsdb.load_exists", next.step < Fault::count("dsdb.load_steps", end_step,
+                                                                 end_step - 1, end_step + 1))) {
+      const Copy copy{shared};
+      const int row0 = next.step * Tile::kM;
+      constexpr int kSThreads = Tile::kM * Tile::kColumnChunks;
+      if (Fault::flag("dsdb.load_s", next.chunk == 0) &&
+          Fault::flag("dsdb.s_threads", threadIdx.x < kSThreads)) {
+        copy.template copy_tile<Tile::kM, kColumns, Tile::kColumnChunks>(
+            s_tile(next.step), {p.s, p.s_pitch, p.m, p.columns}, row0, 0);
+      }
+      copy.template copy_tile<Tile::kM, Tile::kChunkN>(
+          static_cast<uint32_t>(next.stage) * Tile::kDyBytes, {p.dy, p.dy_pitch, p.m, p.n}, row0,
+          n0 + next.chunk * Tile::kChunkN);
+      ++next.chunk;
+      if (Fault::flag("dsdb.load_step_ends", next.chunk == chunks)) {
+        next.chunk = 0;
+        ++next.step;
+      }
+    }
+    next.stage = (next.stage + 1) % Tile::kStages;
+    if (!Fault::skip("dsdb.commit")) ptx::cp_async_commit_group();
+  }
+  // As many as there are stages: of a panel with one chunk, the copies are two steps ahead.
+  __device__ __forceinline__ static uint32_t s_tile(int step) {
+    return Tile::kS + static_cast<uint32_t>(step % Tile::kStages) * Tile::kSBytes;
+  }
+
+  // Warps 0..3 and 4..7: the 64 rows, 16 each, and one half of the columns.
+  __device__ __forceinline__ void multiply_ds(Ds& ds, uint32_t dy, int chunk) const {
+#pragma unroll
+    for (int k16 = 0; k16 < Tile::kChunkN / 16; ++k16) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4(
+          a, dy + panel_chunk_offset<Tile::kM>(warp % 4 * 16 + lane % 16, k16 * 2 + lane / 16));
+      const int row = chunk * Tile::kChunkN + k16 * 16 + lane % 16, first = warp / 4 * kDsBlocks;
+      if constexpr (kDsBlocks == 1) {
+        uint32_t b[2];
+        ptx::ldmatrix_x2_trans(b, shared + Tile::kB + row_chunk_offset<kDbBlocks>(row, first));
+        ptx::mma_m16n8k16<T>(ds[0], a, b);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kDsBlocks; j += 2) {
+          uint32_t b[4];
+          ptx::ldmatrix_x4_trans(
+              b, shared + Tile::kB + row_chunk_offset<kDbBlocks>(row, first + j + lane / 16));
+          ptx::mma_m16n8k16<T>(ds[j], a, {b[0], b[1]});
+          ptx::mma_m16n8k16<T>(ds[j + 1], a, {b[2], b[3]});
+        }
+      }
+    }
+  }
+
+  // Each warp: 16 of the chunk's columns of dY, and all columns of s S.
+  __device__ __forceinline__ void multiply_db(Db& db, uint32_t dy, uint32_t s) const {
+#pragma unroll
+    for (int m16 = 0; m16 < Tile::kM / 16; ++m16) {
+      uint32_t a[4];
+      const int row = m16 * 16 + lane / 16 * 8 + lane % 8;
+      ptx::ldmatrix_x4_trans(a, dy + panel_chunk_offset<Tile::kM>(row, warp * 2 + lane / 8 % 2));
+#pragma unroll
+      for (int j = 0; j < kDbBlocks; j += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(
+            b, s + row_chunk_offset<kDbBlocks>(m16 * 16 + lane % 16, j + lane / 16));
+        ptx::mma_m16n8k16<T>(db[j], a, {b[0], b[1]});
+        ptx::mma_m16n8k16<T>(db[j + 1], a, {b[2], b[3]});
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_ds(const Ds& ds, int step) const {
+    if (Fault::flag("dsdb.no_z", p.z == nullptr)) return;
+    float* z = p.z + static_cast<int64_t>(blockIdx.x) * p.m * p.columns;
+#pragma unroll
+    for (int j = 0; j < kDsBlocks; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = step * Tile::kM + warp % 4 * 16 + e / 2 * 8 + lane / 4;
+        const int column = (warp / 4 * kDsBlocks + j) * 8 + lane % 4 * 2 + e % 2;
+        if (Fault::flag("dsdb.z_inside", row < Fault::count("dsdb.z_rows", p.m, p.m - 1, p.m + 1) &&
+                                             column < Fault::count("dsdb.z_columns", p.columns,
+                                                                   p.columns - 1, p.columns + 1)))
+          z[static_cast<int64_t>(row) * p.columns + column] = ds[j][e];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_db(const Db (&db)[Tile::kChunks]) const {
+    if (Fault::flag("dsdb.no_g", p.g == nullptr)) return;
+    float* g = p.g + static_cast<int64_t>(blockIdx.y) * p.columns * p.n;
+#pragma unroll
+    for (int i = 0; i < Tile::kChunks * kDbBlocks * 4; ++i) {
+      const int chunk = i / (kDbBlocks * 4), j = i / 4 % kDbBlocks, e = i % 4;
+      const int n = n0 + chunk * Tile::kChunkN + warp * 16 + e / 2 * 8 + lane / 4;
+      const int column = j * 8 + lane % 4 * 2 + e % 2;
+      if (Fault::flag("dsdb.g_inside", n < Fault::count("dsdb.g_n", p.n, p.n - 1, p.n + 1) &&
+                                           column < Fault::count("dsdb.g_columns", p.columns,
+                                                                 p.columns - 1, p.columns + 1)))
+        g[static_cast<int64_t>(column) * p.n + n] = db[chunk][j][e];
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    Loads next{first_step};
+    load_b();
+    for (int i = 0;
+         i < Fault::count("dsdb.prologue", Tile::kStages - 1, Tile::kStages - 2, Tile::kStages);
+         ++i)
+      load_next(next);
+    Db db[Tile::kChunks];
+#pragma unroll
+    for (int i = 0; i < Tile::kChunks * kDbBlocks * 4; ++i)
+      db[i / (kDbBlocks * 4)][i / 4 % kDbBlocks][i % 4] = 0.f;
+    uint32_t stage = 0;
+    for (int step = first_step;
+         step < Fault::count("dsdb.steps", end_step, end_step - 1, end_step + 1); ++step) {
+      Ds ds;
+#pragma unroll
+      for (int i = 0; i < kDsBlocks * 4; ++i) ds[i / 4][i % 4] = 0.f;
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+        if (Fault::flag("dsdb.past_n", chunk >= chunks)) break;
+        if (Fault::swap("dsdb.wait_one_group_less")) {
+          ptx::cp_async_wait_group<Tile::kStages - 1>();
+        } else if (!Fault::skip("dsdb.wait")) {
+          ptx::cp_async_wait_group<Tile::kStages - 2>();
+        }
+        if (!Fault::skip("dsdb.barrier")) __syncthreads();  // both ends of the ring
+        load_next(next);
+        const uint32_t dy = shared + stage * Tile::kDyBytes;
+        multiply_ds(ds, dy, chunk);
+        multiply_db(db[chunk], dy, shared + s_tile(step));
+        stage = (stage + 1) % Tile::kStages;
+      }
+      store_ds(ds, step);
+    }
+    store_db(db);
+  }
+};
+
+template <class T, int kColumns, Alignment kAlignment, class Fault = NoFault>
+__global__ void __launch_bounds__(LoraDsdbTile<kColumns>::kThreads)
+    lora_dsdb_sm80(const __grid_constant__ LoraDsdbParams<T> p) {
+  LoraDsdbSm80<T, kColumns, kAlignment, Fault>{p}.run();
+}
+
+}  // namespace lora_ext::kernel

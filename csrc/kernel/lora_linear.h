@@ -1,0 +1,49 @@
+// The operands of a planned LoRA linear, as raw pointers.
+//
+//     forward    S = drop(X) A^T            Y  = X W^T + s S B^T + bias
+//     backward   dS = s dY B                dX = dY W + mask * (dS A)
+//                dA = dS^T drop(X)          dB = s dY^T S
+#pragma once
+
+#include <cstdint>
+
+#include "kernel/mask.h"
+#include "plan.h"
+
+namespace lora_ext::kernel {
+
+struct Matrix {
+  const void* data;
+  int64_t row_stride, column_stride;
+};
+
+// What forward and backward share. Adapters are in float or, like everything else, in T.
+struct LoraLinearOperands {
+  int64_t m, n, k;
+  int rank;
+  const void *x, *weight;
+  int64_t x_pitch, weight_pitch;
+  Matrix a, b;
+  bool float_adapters;
+  float scaling;
+  bool dropout;
+  Mask mask;  // keep_scale is 1 without dropout
+  unsigned char* workspace;
+};
+
+struct LoraLinearForward : LoraLinearOperands {
+  const void* bias;  // in float or T; or null
+  bool float_bias;
+  void* y;   // [m, n], contiguous
+  float* s;  // [m, rank]
+};
+
+struct LoraLinearBackward : LoraLinearOperands {
+  const void* dy;
+  int64_t dy_pitch;
+  const float* s;  // [m, rank]
+  void* dx;        // [m, k], contiguous; or null
+  void *da, *db;   // [rank, k] and [n, rank], in the adapters' type; or null
+};
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,161 @@
+// lora_wgrad on mma.sync: a block makes one tile of a product, [64, 128], from one split of the
+// rows. Grid: tiles along c, tiles along the columns of U, splits of both products.
+#pragma once
+#include "kernel/fault.h"
+#include "kernel/fragment_mask.h"
+#include "kernel/lora_wgrad.h"
+#include "kernel/tile_copy_sm80.h"
+#include "ptx/matrix_move.h"
+#include "ptx/mma.h"
+
+namespace lora_ext::kernel {
+
+template <class T, bool kMasked, Alignment kAlignment, class Fault>
+struct LoraWgradSm80 {
+  using Tile = LoraWgradTile;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
+  static constexpr int kRowBlocks = 2, kColumnBlocks = Tile::kColumns / 8;
+  using Accumulators = float[kRowBlocks][kColumnBlocks][4];
+
+  const LoraWgradParams<T>& p;
+  const LoraWgradProduct<T>& product;
+  const int split;
+  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int c0 = static_cast<int>(blockIdx.x) * Tile::kC;
+  const int column0 = static_cast<int>(blockIdx.y) * Tile::kColumns;
+  const int first_step = split * product.steps_per_split;
+  const int all_steps = (p.m + Tile::kM - 1) / Tile::kM;
+  const int end_step = min(first_step + product.steps_per_split, all_steps);
+
+  __device__ __forceinline__ void load(int step) const {
+    if (Fault::flag("wgrad.load_exists", step < Fault::count("wgrad.load_steps", end_step,
+                                                             end_step - 1, end_step + 1))) {
+      const Copy copy{shared};
+      const uint32_t tile =
+          static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+      copy.template copy_tile<Tile::kM, Tile::kC>(
+          tile, {product.p, product.p_pitch, p.m, product.c}, step * Tile::kM, c0);
+      copy.template copy_tile<Tile::kM, Tile::kColumns>(
+          tile + Tile::kLeftBytes, {product.u, product.u_pitch, p.m, product.columns},
+          step * Tile::kM, column0);
+    }
+    if (!Fault::skip("wgrad.commit")) ptx::cp_async_commit_group();
+  }
+
+  // The fragments of P^T hold one column of P in a lane, two rows a register: row 2 (l % 4) and the
+  // next, the same 8 rows further in registers 2 and 3. A draw decides eight elements of one row,
+  // of which this lane holds four and lane l ^ 4, with the neighbouring column, the others: each
+  // draws for one of the two rows, and they exchange.
+  __device__ __forceinline__ void mask(uint32_t (&a)[kRowBlocks][4], int row0) const {
+    const auto seed = static_cast<uint64_t>(*p.mask.seed);
+    const auto at = static_cast<uint64_t>(p.mask.col_offset + c0 + warp * 32 + lane / 4);
+    const bool odd = Fault::flag("wgrad.odd_column", lane / 4 % 2 != 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto row = static_cast<uint64_t>(p.mask.row_offset + row0 + half * 8 + lane % 4 * 2);
+      if (Fault::flag("wgrad.mask_in_step", p.mask.in_step())) {
+        const philox::Words own = philox::draw(seed, row + odd, philox::group_of(at));
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, own.w[word], 4);
+          const uint32_t draws = odd ? (other >> 16 | (own.w[word] & 0xFFFF0000u))
+                                     : ((own.w[word] & 0xFFFFu) | other << 16);
+          keep_or_drop<Fault>(a[word / 2][half * 2 + word % 2], draws, p.mask);
+        }
+      } else {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const uint32_t low = draw_for_element(seed, row, at + word * 8) & 0xFFFF;
+          const uint32_t high = draw_for_element(seed, row + 1, at + word * 8) << 16;
+          keep_or_drop<Fault>(a[word / 2][half * 2 + word % 2], low | high, p.mask);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(Accumulators& acc, int step) const {
+    const uint32_t left =
+        shared + static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+    const uint32_t right = left + Tile::kLeftBytes;
+#pragma unroll
+    for (int m16 = 0; m16 < Tile::kM / 16; ++m16) {
+      uint32_t a[kRowBlocks][4];
+#pragma unroll
+      for (int i = 0; i < kRowBlocks; ++i) {
+        const int row = m16 * 16 + lane / 16 * 8 + lane % 8;
+        ptx::ldmatrix_x4_trans(
+            a[i], left + panel_chunk_offset<Tile::kM>(row, warp * 4 + i * 2 + lane / 8 % 2));
+      }
+      if constexpr (kMasked) {
+        if (Fault::flag("wgrad.masked", product.masked)) mask(a, step * Tile::kM + m16 * 16);
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; j += 2) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, right + row_chunk_offset(m16 * 16 + lane % 16, j + lane / 16));
+#pragma unroll
+        for (int i = 0; i < kRowBlocks; ++i) {
+          ptx::mma_m16n8k16<T>(acc[i][j], a[i], {b[0], b[1]});
+          ptx::mma_m16n8k16<T>(acc[i][j + 1], a[i], {b[2], b[3]});
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const Accumulators& acc) const {
+    float* g = product.g + static_cast<int64_t>(split) * product.columns * product.c;
+#pragma unroll
+    for (int i = 0; i < kRowBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int c = c0 + warp * 32 + i * 16 + e / 2 * 8 + lane / 4;
+          const int column = column0 + j * 8 + lane % 4 * 2 + e % 2;
+          if (Fault::flag("wgrad.inside",
+                          c < Fault::count("wgrad.c", product.c, product.c - 1, product.c + 1) &&
+                              column < Fault::count("wgrad.columns", product.columns,
+                                                    product.columns - 1, product.columns + 1)))
+            g[static_cast<int64_t>(column) * product.c + c] = acc[i][j][e];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    if (Fault::flag("wgrad.no_tile", c0 >= product.c || column0 >= product.columns)) return;
+    for (int i = 0;
+         i < Fault::count("wgrad.prologue", Tile::kStages - 1, Tile::kStages - 2, Tile::kStages);
+         ++i)
+      load(first_step + i);
+    Accumulators acc;
+#pragma unroll
+    for (int i = 0; i < kRowBlocks * kColumnBlocks * 4; ++i)
+      acc[i / (kColumnBlocks * 4)][i / 4 % kColumnBlocks][i % 4] = 0.f;
+    for (int step = first_step;
+         step < Fault::count("wgrad.steps", end_step, end_step - 1, end_step + 1); ++step) {
+      if (Fault::swap("wgrad.wait_one_group_less")) {
+        ptx::cp_async_wait_group<Tile::kStages - 1>();
+      } else if (!Fault::skip("wgrad.wait")) {
+        ptx::cp_async_wait_group<Tile::kStages - 2>();
+      }
+      if (!Fault::skip("wgrad.barrier")) __syncthreads();  // both ends of the ring
+      load(step + Tile::kStages - 1);
+      multiply(acc, step);
+    }
+    store(acc);
+  }
+};
+
+template <class T, bool kMasked, Alignment kAlignment, class Fault = NoFault>
+__global__ void __launch_bounds__(LoraWgradTile::kThreads)
+    lora_wgrad_sm80(const __grid_constant__ LoraWgradParams<T> p) {
+  const int split = static_cast<int>(blockIdx.z);
+  const bool second = Fault::flag("wgrad.second_product", split >= p.product[0].splits);
+  LoraWgradSm80<T, kMasked, kAlignment, Fault>{p, p.product[second],
+                                               second ? split - p.product[0].splits : split}
+      .run();
+}
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,88 @@
+// From global memory into tiles of shared memory, in 16-byte chunks of 8 elements.
+//
+// A tile is one or more panels side by side, each with rows of kChunks chunks. Chunks of a row are
+// swizzled, so that the eight rows of an ldmatrix lie in different banks. What lies outside the
+// matrix is zero.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernel/lora_gemm.h"
+#include "ptx/cp_async.h"
+#include "ptx/thread.h"
+
+namespace lora_ext::kernel {
+
+// Where a chunk lies in a panel. Eight rows of 16-byte chunks c fall into eight different 16-byte
+// columns of the 128 bytes of all banks: with rows of 8 chunks by c ^ row, with shorter rows after
+// as many rows as share those 128 bytes.
+template <int kChunks = 8>
+__device__ __forceinline__ uint32_t row_chunk_offset(int row, int chunk) {
+  static_assert(kChunks == 2 || kChunks == 4 || kChunks == 8);
+  return static_cast<uint32_t>(row * kChunks + (chunk ^ row / (8 / kChunks) % kChunks)) * 16;
+}
+// And in a tile of panels with kRows rows of 8 chunks each.
+template <int kRows>
+__device__ __forceinline__ uint32_t panel_chunk_offset(int row, int chunk) {
+  return static_cast<uint32_t>(chunk / 8 * kRows * 128) + row_chunk_offset(row, chunk % 8);
+}
+
+template <class T, int kThreads, Alignment kAlignment, class Fault>
+struct TileCopy {
+  struct Matrix {
+    const T* data;
+    int64_t pitch;
+    int rows, columns;
+  };
+
+  const uint32_t shared;
+
+  // Brings the 8 elements from `column` on of a row into the chunk at `to`.
+  __device__ __forceinline__ void copy_chunk(uint32_t to, const Matrix& matrix, int row,
+                                             int column) const {
+    const int left =
+        Fault::count("copy.columns", matrix.columns, matrix.columns - 1, matrix.columns + 1) -
+        column;
+    const bool inside = Fault::flag(
+        "copy.inside",
+        row < Fault::count("copy.rows", matrix.rows, matrix.rows - 1, matrix.rows + 1) && left > 0);
+    const int64_t offset = static_cast<int64_t>(row) * matrix.pitch + column;
+    const T* source =
+        matrix.data + Fault::value("copy.offset", offset, static_cast<int32_t>(offset));
+    const int elements = Fault::flag("copy.outside", !inside)         ? 0
+                         : Fault::flag("copy.whole_chunk", left >= 8) ? 8
+                                                                      : left;
+    if constexpr (kAlignment == Alignment::kVector) {
+      ptx::cp_async_16(shared + to, source, static_cast<uint32_t>(elements) * sizeof(T));
+    } else {
+      T* chunk = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        chunk[i] = Fault::flag("copy.element", i < elements) ? source[i] : T(0.f);
+    }
+  }
+
+  // Rows [first_row, first_row + kRows), columns [first_column, first_column + kColumns), in
+  // panels of kChunks chunks a row. Of a tile with fewer chunks than threads, its first threads
+  // copy one each, and the others must not call.
+  template <int kRows, int kColumns, int kChunks = 8>
+  __device__ __forceinline__ void copy_tile(uint32_t tile, const Matrix& matrix, int first_row,
+                                            int first_column) const {
+    constexpr int kRowChunks = kColumns / 8, kAll = kRows * kRowChunks;
+    static_assert(kRowChunks % kChunks == 0);
+    static_assert(kAll % kThreads == 0 || kAll < kThreads);
+    constexpr int kCopies = (kAll + kThreads - 1) / kThreads;
+    // Element-wise, a chunk is code enough: unrolled, the kernels would spill.
+    constexpr int kUnrolled = kAlignment == Alignment::kVector ? kCopies : 1;
+#pragma unroll kUnrolled
+    for (int i = 0; i < kCopies; ++i) {
+      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int row = index / kRowChunks, chunk = index % kRowChunks;
+      const auto panel = static_cast<uint32_t>(chunk / kChunks * kRows * kChunks * 16);
+      copy_chunk(tile + panel + row_chunk_offset<kChunks>(row, chunk % kChunks), matrix,
+                 first_row + row, first_column + chunk * 8);
+    }
+  }
+};
+
+}  // namespace lora_ext::kernel

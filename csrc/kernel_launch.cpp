@@ -1,0 +1,156 @@
+#ifdef LORA_EXT_WITH_CUDA
+#include "kernel_launch.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "check.h"
+#include "cuda/lora_linear.h"
+
+namespace lora_ext::kernel_launch {
+namespace {
+
+// A tensor's rows can be copied in 16-byte chunks.
+bool aligned(const at::Tensor& tensor) {
+  const auto bytes = static_cast<int64_t>(tensor.element_size());
+  return tensor.stride(-1) == 1 && tensor.stride(0) * bytes % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// Of a result [rows, columns] that torch's allocator aligns.
+bool aligned_rows(int64_t columns) { return columns % 8 == 0; }
+
+bool half_type(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+template <class Args>
+plan::Problem common_problem(const Args& args) {
+  plan::Problem problem{};
+  problem.m = args.x.size(0), problem.n = args.weight.size(0), problem.k = args.x.size(1);
+  problem.rank = args.lora_a.size(0);
+  problem.half_dtype = half_type(args.x.scalar_type());
+  problem.float_adapters = args.lora_a.scalar_type() == at::kFloat;
+  problem.dropout = args.dropout.enabled();
+  problem.weight_row_major = args.weight.stride(1) == 1;
+  problem.aligned_a = aligned(args.lora_a), problem.aligned_b = aligned(args.lora_b);
+  return problem;
+}
+
+kernel::Matrix matrix_of(const at::Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+template <class Args>
+kernel::LoraLinearOperands common_operands(const Args& args, const at::Tensor& workspace) {
+  kernel::LoraLinearOperands o{};
+  o.m = args.x.size(0), o.n = args.weight.size(0), o.k = args.x.size(1);
+  o.rank = static_cast<int>(args.lora_a.size(0));
+  o.x = args.x.const_data_ptr(), o.x_pitch = args.x.stride(0);
+  o.weight = args.weight.const_data_ptr(), o.weight_pitch = args.weight.stride(0);
+  o.a = matrix_of(args.lora_a), o.b = matrix_of(args.lora_b);
+  o.float_adapters = args.lora_a.scalar_type() == at::kFloat;
+  o.scaling = static_cast<float>(args.scaling);
+  o.dropout = args.dropout.enabled();
+  o.mask.keep_count = philox::kKeepOne, o.mask.keep_scale = 1.f;
+  if (o.dropout) {
+    o.mask = {args.dropout.seed->template const_data_ptr<int64_t>(), args.dropout.row_offset,
+              args.dropout.col_offset, args.dropout.keep_count(),
+              static_cast<float>(args.dropout.keep_scale())};
+  }
+  o.workspace = workspace.mutable_data_ptr<uint8_t>();
+  return o;
+}
+
+at::Tensor workspace_for(const plan::Plan& plan, const at::Tensor& like) {
+  return at::empty({plan.workspace}, like.options().dtype(at::kByte));
+}
+
+// The current stream of a CUDA device. Elsewhere, in tests, there is none.
+void* stream_of(const at::Device& device) {
+  if (!device.is_cuda()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+cuda::Half half_of(at::ScalarType dtype) {
+  return dtype == at::kHalf ? cuda::Half::kFloat16 : cuda::Half::kBFloat16;
+}
+
+void check_launch(const std::string& error, const at::Device& device) {
+  LORA_EXT_CHECK(error.empty(), "launching the kernels on ", device, " failed: ", error);
+}
+
+}  // namespace
+
+bool has_kernels(const at::Device& device) { return cuda::has_kernels(device.is_cuda()); }
+
+plan::Card card_of(const at::Device& device) {
+  static std::mutex mutex;
+  static std::unordered_map<int, plan::Card> cards;
+  const std::lock_guard lock(mutex);
+  const auto [card, missing] = cards.try_emplace(device.index());
+  if (missing) card->second = cuda::card_of(device.index());
+  return card->second;
+}
+
+bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_of(device)); }
+
+plan::Problem problem_of(const ForwardArgs& args) {
+  plan::Problem problem = common_problem(args);
+  problem.aligned = aligned(args.x) && aligned(args.weight) && aligned_rows(problem.n);
+  return problem;
+}
+
+plan::Problem problem_of(const BackwardArgs& args) {
+  plan::Problem problem = common_problem(args);
+  problem.aligned =
+      aligned(args.grad) && aligned(args.weight) && aligned(args.x) && aligned_rows(problem.k);
+  problem.need_dx = args.need_dx, problem.need_dlora_a = args.need_dlora_a;
+  problem.need_dlora_b = args.need_dlora_b;
+  return problem;
+}
+
+Forward run(const plan::Plan& plan, const ForwardArgs& args) {
+  const at::Device device = args.x.device();
+  const c10::DeviceGuard guard(device);
+  const at::Tensor workspace = workspace_for(plan, args.x);
+  Forward out{at::empty({args.x.size(0), args.weight.size(0)}, args.x.options()),
+              at::empty({args.x.size(0), args.lora_a.size(0)}, args.x.options().dtype(at::kFloat))};
+  kernel::LoraLinearForward operands{};
+  static_cast<kernel::LoraLinearOperands&>(operands) = common_operands(args, workspace);
+  if (args.bias) {
+    operands.bias = args.bias->const_data_ptr();
+    operands.float_bias = args.bias->scalar_type() == at::kFloat;
+  }
+  operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
+  check_launch(
+      cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
+      device);
+  return out;
+}
+
+Backward run(const plan::Plan& plan, const BackwardArgs& args) {
+  const at::Device device = args.x.device();
+  const c10::DeviceGuard guard(device);
+  const at::Tensor workspace = workspace_for(plan, args.x);
+  Backward out;
+  if (args.need_dx) out.dx = at::empty({args.x.size(0), args.x.size(1)}, args.x.options());
+  if (args.need_dlora_a) out.dlora_a = at::empty(args.lora_a.sizes(), args.lora_a.options());
+  if (args.need_dlora_b) out.dlora_b = at::empty(args.lora_b.sizes(), args.lora_b.options());
+  kernel::LoraLinearBackward operands{};
+  static_cast<kernel::LoraLinearOperands&>(operands) = common_operands(args, workspace);
+  operands.dy = args.grad.const_data_ptr(), operands.dy_pitch = args.grad.stride(0);
+  operands.s = args.s.const_data_ptr<float>();
+  operands.dx = args.need_dx ? out.dx.mutable_data_ptr() : nullptr;
+  operands.da = args.need_dlora_a ? out.dlora_a.mutable_data_ptr() : nullptr;
+  operands.db = args.need_dlora_b ? out.dlora_b.mutable_data_ptr() : nullptr;
+  check_launch(
+      cuda::launch_backward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
+      device);
+  return out;
+}
+
+}  // namespace lora_ext::kernel_launch
+#endif  // LORA_EXT_WITH_CUDA

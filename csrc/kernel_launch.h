@@ -1,0 +1,21 @@
+// From tensors to a planned launch: problem, workspace, operands, stream.
+#pragma once
+
+#include "lora_linear.h"
+#include "plan.h"
+
+namespace lora_ext::kernel_launch {
+
+bool has_kernels(const at::Device& device);  // CUDA devices; in tests, the CPU
+plan::Card card_of(const at::Device& device);
+bool is_capturing(const at::Device& device);  // on the current stream
+
+plan::Problem problem_of(const ForwardArgs& args);
+plan::Problem problem_of(const BackwardArgs& args);
+
+// Launches what the plan says on the current stream; the results are allocated here. Throws if a
+// launch fails.
+Forward run(const plan::Plan& plan, const ForwardArgs& args);
+Backward run(const plan::Plan& plan, const BackwardArgs& args);
+
+}  // namespace lora_ext::kernel_launch

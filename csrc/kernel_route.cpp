@@ -1,0 +1,68 @@
+#ifdef LORA_EXT_WITH_CUDA
+#include "kernel_route.h"
+
+#include <atomic>
+
+#include "kernel_check.h"
+#include "kernel_launch.h"
+
+namespace lora_ext::kernel_route {
+namespace {
+
+std::atomic<plan::Choice>& choice() {
+  static std::atomic<plan::Choice> current{plan::Choice::kAuto};
+  return current;
+}
+
+plan::Plan plan_of(const ForwardArgs& args) {
+  return plan::forward(kernel_launch::card_of(args.x.device()), kernel_launch::problem_of(args),
+                       choice());
+}
+plan::Plan plan_of(const BackwardArgs& args) {
+  return plan::backward(kernel_launch::card_of(args.x.device()), kernel_launch::problem_of(args),
+                        choice());
+}
+
+template <class Args>
+kernel_check::Kernels kernels_of(const plan::Plan& plan, const Args& args) {
+  return kernel_check::kernels_of(plan, std::is_same_v<Args, BackwardArgs>, args.x.scalar_type(),
+                                  args.lora_a.scalar_type() == at::kFloat, args.dropout.enabled());
+}
+
+// Whether the kernels may run: they have passed their check, or pass it now.
+template <class Args>
+bool may_run(const plan::Plan& plan, const Args& args) {
+  const at::Device device = args.x.device();
+  const kernel_check::Kernels kernels = kernels_of(plan, args);
+  if (kernel_check::result(device, kernels).empty()) return true;
+  if (kernel_launch::is_capturing(device)) return false;
+  return kernel_check::check(device, kernel_launch::card_of(device), kernels).empty();
+}
+
+template <class Result, class Args>
+std::optional<Result> run(const Args& args) {
+  const plan::Plan plan = plan_of(args);
+  if (!plan.kernel || !may_run(plan, args)) return std::nullopt;
+  return kernel_launch::run(plan, args);
+}
+
+}  // namespace
+
+std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
+std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
+
+std::vector<std::string> warmup(const at::Device& device) {
+  const plan::Card card = kernel_launch::card_of(device);
+  std::vector<std::string> failed;
+  for (const kernel_check::Kernels& kernels : kernel_check::all_kernels(card)) {
+    const std::string result = kernel_check::check(device, card, kernels);
+    if (!result.empty()) failed.push_back(kernels.name() + ": " + result);
+  }
+  return failed;
+}
+
+void set_choice(plan::Choice wanted) { choice() = wanted; }
+plan::Choice current_choice() { return choice(); }
+
+}  // namespace lora_ext::kernel_route
+#endif  // LORA_EXT_WITH_CUDA

@@ -1,0 +1,27 @@
+// The kernel route: a LoRA linear by the kernels of csrc/kernel/, where the planner chooses them.
+//
+// Until a card has measured evidence, the first use of each kernel on a device compares a small
+// case with the library route. A kernel that disagrees, or cannot be launched, is not used there
+// again, and one warning says so.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "lora_linear.h"
+#include "plan.h"
+
+namespace lora_ext::kernel_route {
+
+// nullopt where the planner, a check or a capture in progress wants the library route.
+std::optional<Forward> forward(const ForwardArgs& args);
+std::optional<Backward> backward(const BackwardArgs& args);
+
+// Checks every kernel of the device now; one line for each that failed.
+std::vector<std::string> warmup(const at::Device& device);
+
+void set_choice(plan::Choice choice);
+plan::Choice current_choice();
+
+}  // namespace lora_ext::kernel_route

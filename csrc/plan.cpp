@@ -1,0 +1,212 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <climits>
+#include <sstream>
+
+#include "bounds.h"
+
+namespace lora_ext::plan {
+namespace {
+
+constexpr int64_t kStep = 64;     // along the split dimension, in all skinny kernels
+constexpr int64_t kMinSteps = 4;  // of a split: the copies need two to get going
+constexpr int64_t kAlignBytes = 256;
+
+int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
+
+const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
+
+bool fits(const TileFacts& tile, const Card& card, bool masked) {
+  return tile.shared <= card.shared_per_block && (tile.masks || !masked);
+}
+
+// The tile with the least predicted time: whole waves of tiles, each as long as its area.
+Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked) {
+  const TileFacts* best = nullptr;
+  double best_time = 0;
+  for (const TileFacts& tile : kTiles) {
+    if (!fits(tile, card, masked)) continue;
+    if (!vector && tile.tile != Tile::k128x64) continue;
+    const int64_t waves = blocks_of(blocks_of(m, tile.rows) * blocks_of(n, tile.columns), card.sms);
+    const double time = static_cast<double>(waves * tile.rows * tile.columns) / tile.efficiency;
+    if (best == nullptr || time < best_time) best = &tile, best_time = time;
+  }
+  const int64_t resident =
+      std::clamp<int64_t>(card.shared_per_sm / (best->shared + 1024), 1, best->resident);
+  const int64_t tiles = blocks_of(m, best->rows) * blocks_of(n, best->columns);
+  return {best->tile, vector, static_cast<int>(std::min(tiles, card.sms * resident))};
+}
+
+// Enough splits for two blocks on every SM, but none shorter than kMinSteps.
+Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
+  const int64_t steps = blocks_of(length, kStep);
+  const int64_t wanted = std::max<int64_t>(1, 2 * card.sms / blocks);
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / kMinSteps));
+  const int64_t per_split = blocks_of(steps, splits);
+  return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
+}
+
+struct Workspace {
+  int64_t bytes = 0;
+  int64_t take(int64_t elements, int64_t size) {
+    const int64_t offset = bytes;
+    bytes += rounded_up(elements * size, kAlignBytes);
+    return offset;
+  }
+};
+
+bool has_warpgroup_products(int arch) { return arch == 90 || arch == 100 || arch == 103; }
+
+// Why the library route computes a problem; "" if the kernels may.
+std::string library_reason(const Card& card, const Problem& p, Choice choice) {
+  if (choice == Choice::kLibrary) return "the library route was asked for";
+  if (!p.half_dtype) return "the kernels compute bfloat16 and float16";
+  if (card.arch < 80) return "the kernels need compute capability 8.0 or later";
+  if (!p.weight_row_major) return "the weight is not row-major";
+  if (p.rank > kMaxRank) return "the rank is above 512";
+  if (std::max({p.m, p.n, p.k}) > INT_MAX / 2) return "a size is above 2^30";
+  if (blocks_of(p.m, kStep) * blocks_of(p.n, kStep) > INT_MAX) return "above 2^31 tiles";
+  if (choice == Choice::kAuto && has_warpgroup_products(card.arch) && !p.float_adapters) {
+    return "this card's warpgroup products, which the library uses, are predicted to be faster";
+  }
+  return "";
+}
+
+std::string kernel_reason(const Card& card, const Problem& p, Choice choice) {
+  if (choice == Choice::kKernel) return "the kernels were asked for";
+  if (has_warpgroup_products(card.arch)) return "float32 adapters take many passes in the library";
+  return p.float_adapters ? "one pass, where the library would widen x for float32 adapters"
+                          : "one pass over the output, where the library makes two";
+}
+
+Plan begin(const Card& card, const Problem& p, Choice choice) {
+  Plan plan;
+  plan.reason = library_reason(card, p, choice);
+  plan.kernel = plan.reason.empty();
+  if (!plan.kernel) return plan;
+  plan.reason = kernel_reason(card, p, choice);
+  plan.terms = p.float_adapters ? 2 : 1;
+  plan.width = static_cast<int>(rounded_up(p.rank, 8));
+  plan.columns = plan.terms * plan.width;
+  plan.vector = p.aligned;
+  return plan;
+}
+
+// A where it lies, if its rows are whole chunks of the kernels' type.
+void place_a(Plan& plan, Workspace& workspace, const Problem& p) {
+  plan.a_pitch = rounded_up(p.k, 8);
+  const bool as_it_is = !p.float_adapters && p.aligned_a;
+  if (!as_it_is) plan.a = workspace.take(plan.terms * p.rank * plan.a_pitch, 2);
+}
+
+void place_b(Plan& plan, Workspace& workspace, const Problem& p) {
+  const bool as_it_is = !p.float_adapters && p.aligned_b && p.rank % 8 == 0;
+  if (!as_it_is) plan.b = workspace.take(p.n * plan.columns, 2);
+}
+
+std::string describe_gemm(const Gemm& gemm) {
+  std::ostringstream text;
+  text << "lora_gemm " << facts_of(gemm.tile).name << (gemm.vector ? "" : ", element-wise copies")
+       << ", " << gemm.blocks << " blocks";
+  return text.str();
+}
+
+}  // namespace
+
+const char* name_of(Tile tile) { return facts_of(tile).name; }
+
+std::vector<Tile> tiles_of(const Card& card, bool masked) {
+  std::vector<Tile> tiles;
+  for (const TileFacts& tile : kTiles)
+    if (fits(tile, card, masked)) tiles.push_back(tile.tile);
+  return tiles;
+}
+
+Plan forward(const Card& card, const Problem& p, Choice choice) {
+  Plan plan = begin(card, p, choice);
+  if (!plan.kernel) return plan;
+  Workspace workspace;
+  place_a(plan, workspace, p);
+  place_b(plan, workspace, p);
+  plan.z_columns = static_cast<int>(plan.terms * p.rank);
+  plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
+  plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
+  plan.t = workspace.take(p.m * plan.columns, 2);
+  plan.gemm = choose_gemm(card, p.m, p.n, plan.vector, false);
+  plan.workspace = workspace.bytes;
+  return plan;
+}
+
+Plan backward(const Card& card, const Problem& p, Choice choice) {
+  Plan plan = begin(card, p, choice);
+  if (!plan.kernel) return plan;
+  const bool need_ds = p.need_dx || p.need_dlora_a;
+  Workspace workspace;
+  if (p.need_dx) place_a(plan, workspace, p);
+  if (need_ds) place_b(plan, workspace, p);
+  if (p.need_dlora_b) plan.s = workspace.take(p.m * plan.columns, 2);
+
+  // One pass over dY where its partial sums of dS, 8 bytes for each row, column and panel (4
+  // written and 4 read), are at most half of what the second pass would read, 2 bytes an element.
+  plan.z_columns = plan.columns;
+  const int64_t panels = blocks_of(p.n, 16384 / (plan.columns <= 16 ? 16 : 32));
+  plan.one_pass =
+      need_ds && p.need_dlora_b && plan.columns <= 32 && 8 * plan.columns * panels <= p.n;
+  if (plan.one_pass) {
+    plan.panels = static_cast<int>(panels);
+    plan.dlora_b = choose_splits(card, 2 * plan.panels, p.m);  // one block an SM
+  } else {
+    if (need_ds) {
+      plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.columns, 64), p.n);
+    }
+    if (p.need_dlora_b) {
+      plan.dlora_b = choose_splits(card, blocks_of(p.n, 128) * blocks_of(plan.columns, 64), p.m);
+    }
+  }
+  if (p.need_dlora_a) {
+    plan.dlora_a = choose_splits(card, blocks_of(p.k, 128) * blocks_of(plan.columns, 64), p.m);
+  }
+  if (need_ds) {
+    const int64_t sums = plan.one_pass ? plan.panels : plan.shrink.splits;
+    plan.z = workspace.take(sums * p.m * plan.z_columns, 4);
+    plan.t = workspace.take(p.m * plan.columns, 2);
+  }
+  if (p.need_dlora_b) plan.g_b = workspace.take(plan.dlora_b.splits * plan.columns * p.n, 4);
+  if (p.need_dlora_a) plan.g_a = workspace.take(plan.dlora_a.splits * plan.columns * p.k, 4);
+  if (p.need_dx) plan.gemm = choose_gemm(card, p.m, p.k, plan.vector, p.dropout);
+  plan.workspace = workspace.bytes;
+  return plan;
+}
+
+std::string Plan::describe() const {
+  if (!kernel) return "library: " + reason;
+  std::ostringstream text;
+  text << "kernels: " << reason << "\n";
+  if (a != kNone || b != kNone || s != kNone) {
+    text << "  lora_split " << (a != kNone ? "A " : "") << (b != kNone ? "B " : "")
+         << (s != kNone ? "S " : "") << "into " << (terms == 2 ? "hi and lo" : "whole chunks")
+         << "\n";
+  }
+  if (one_pass) {
+    text << "  lora_dsdb " << panels << " panels, " << dlora_b.splits << " splits\n";
+  } else if (shrink.splits > 0) {
+    text << "  lora_shrink " << shrink.splits << " splits of " << shrink.steps_per_split
+         << " steps\n";
+  }
+  if (t != kNone) text << "  lora_reduce\n";
+  if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << "\n";
+  const bool db_apart = dlora_b.splits > 0 && !one_pass;
+  if (dlora_a.splits > 0 || db_apart) {
+    text << "  lora_wgrad";
+    if (dlora_a.splits > 0) text << " A: " << dlora_a.splits << " splits";
+    if (db_apart) text << " B: " << dlora_b.splits << " splits";
+    text << "\n";
+  }
+  if (g_a != kNone || g_b != kNone) text << "  lora_reduce_wgrad\n";
+  text << "  workspace " << workspace << " bytes";
+  return text.str();
+}
+
+}  // namespace lora_ext::plan

@@ -1,0 +1,107 @@
+// The planner: which kernels compute a LoRA linear on a GPU, how they are split, and where in one
+// workspace their intermediates lie. Pure host code without torch or CUDA; equal inputs give equal
+// plans.
+//
+//     problem (shape, dtypes, alignment, card)  ->  plan (route and reason, tiles, splits, offsets)
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lora_ext::plan {
+
+// What a card gives to kernels. `arch` is 10 major + minor.
+struct Card {
+  int arch;
+  int sms;
+  int64_t shared_per_sm, shared_per_block;  // bytes; a block can have at most the second
+};
+
+// Which route the user asks for; kAuto leaves it to the planner.
+enum class Choice { kAuto, kKernel, kLibrary };
+
+// A LoRA linear's operands. "aligned": unit stride in a row, and pointer and row pitch are
+// multiples of 16 bytes.
+struct Problem {
+  int64_t m, n, k, rank;
+  bool half_dtype = true;       // x's: bfloat16 or half; others stay on the library route
+  bool float_adapters = false;  // else of x's dtype
+  bool dropout = false;
+  bool weight_row_major = true;  // [n, k] with unit stride along k
+  bool aligned = true;           // x, the weight and y (forward); dY, the weight and dX (backward)
+  bool aligned_a = true, aligned_b = true;
+  bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
+};
+
+enum class Tile { k128x256, k128x128, k128x64 };
+
+// The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sm80.h asserts it): rows,
+// columns, shared memory in bytes, resident blocks an SM at most (by registers), and the share of
+// the tensor cores' rate that they can use. 128 x 64 loads a third more bytes for each product than
+// 128 x 128, which loads a third more than 128 x 256; how much of that shows is predicted, not
+// measured.
+struct TileFacts {
+  Tile tile;
+  const char* name;
+  int64_t rows, columns, shared;
+  int resident;
+  double efficiency;
+  bool masks;
+};
+constexpr TileFacts kTiles[] = {
+    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false},
+    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true},
+};
+
+const char* name_of(Tile tile);
+// Those that fit a card; masked: for a product under a mask.
+std::vector<Tile> tiles_of(const Card& card, bool masked);
+
+struct Gemm {
+  Tile tile;
+  bool vector;  // Alignment::kVector
+  int blocks;   // persistent
+};
+
+// A grid's last dimension: `splits` shares of a sum, each of steps_per_split steps of 64.
+struct Splits {
+  int splits = 0, steps_per_split = 0;
+};
+
+constexpr int64_t kNone = -1;  // an offset of what is not in the workspace
+
+struct Plan {
+  bool kernel = false;  // else the library route
+  std::string reason;
+  int terms = 1;          // hi alone, or hi and lo
+  int width = 0;          // the rank in whole chunks: columns of each of S, dS, B
+  int columns = 0;        // terms * width
+  bool vector = true;     // of skinny kernels
+  int64_t workspace = 0;  // bytes
+
+  Gemm gemm{};  // Y, or dX
+  // Byte offsets of halves: A [terms * rank, a_pitch], B [n, columns], and T, which is S or dS,
+  // [m, columns].
+  int64_t a = kNone, b = kNone, t = kNone;
+  int64_t a_pitch = 0;
+  // Partial sums of S or dS.
+  int64_t z = kNone;
+  int z_columns = 0;
+  Splits shrink{};  // of k, or of n
+
+  // Backward only.
+  bool one_pass = false;  // lora_dsdb makes dS and dB
+  int panels = 0;         // its partial sums of dS
+  int64_t s = kNone;      // halves of s S, [m, columns]
+  Splits dlora_b{}, dlora_a{};
+  int64_t g_b = kNone, g_a = kNone;  // partial sums of gradients
+
+  std::string describe() const;
+};
+
+Plan forward(const Card& card, const Problem& problem, Choice choice);
+Plan backward(const Card& card, const Problem& problem, Choice choice);
+
+}  // namespace lora_ext::plan

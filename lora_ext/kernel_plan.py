@@ -1,0 +1,209 @@
+"""Which CUDA kernels compute a LoRA linear: the planner's answer for shapes, cards and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+HALVES = (torch.bfloat16, torch.float16)
+
+# Compute capability times 10, SMs, and bytes of shared memory: of an SM, of a block at most.
+CARDS = {
+    "A100": _C.Card(80, 108, 167936, 166912),
+    "A10": _C.Card(86, 72, 102400, 101376),
+    "L40S": _C.Card(89, 142, 102400, 101376),
+    "H100": _C.Card(90, 132, 233472, 232448),
+    "B200": _C.Card(100, 148, 233472, 232448),
+    "RTX 5090": _C.Card(120, 170, 102400, 101376),
+}
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """How one call of `lora_linear` computes; str() is for people.
+
+    Attributes:
+        forward, backward: the plans, each with ``kernel`` (False: the library route), ``reason``,
+            ``workspace`` (bytes) and more; None on the CPU.
+        forward_check, backward_check: what the device's check has said about the kernels: "passed",
+            "not yet", or what failed; "" without kernels or without a device.
+        cpu: "" on CUDA; on the CPU, the kernels or the reason for the library route.
+    """
+
+    forward: _C.Plan | None
+    backward: _C.Plan | None
+    forward_check: str = ""
+    backward_check: str = ""
+    cpu: str = ""
+
+    def __str__(self) -> str:
+        if self.cpu:
+            return self.cpu
+        parts = (
+            ("forward", self.forward, self.forward_check),
+            ("backward", self.backward, self.backward_check),
+        )
+        return "\n".join(
+            f"{name}: {plan}" + (f"\n  check on this device: {check}" if check else "")
+            for name, plan, check in parts
+        )
+
+
+def plan(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    *,
+    card: str | torch.device = "A100",
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_dtype: torch.dtype | None = None,
+    dropout: bool = False,
+    aligned: bool = True,
+    route: str = "auto",
+) -> CallPlan:
+    """The plan for a shape on a card, which need not be there: pure arithmetic.
+
+    Args:
+        rows, in_features, out_features, rank: M, K, N and r of `lora_linear`.
+        card: a name in ``lora_ext.CARDS``, or a CUDA device.
+        dtype: of x and weight.
+        adapter_dtype: of lora_a and lora_b; default: dtype.
+        dropout: whether dropout_p > 0.
+        aligned: whether rows of every operand begin at multiples of 16 bytes.
+        route: "auto", "kernel" or "library", as `set_cuda_route` takes it.
+
+    Raises:
+        ValueError: the card, the route or a size is not one.
+    """
+    if min(rows, in_features, out_features, rank) < 1:
+        raise ValueError(
+            "lora_ext.plan: expected sizes of at least 1, but got"
+            f" {(rows, in_features, out_features, rank)}"
+        )
+    problem = _C.Problem(rows, out_features, in_features, rank)
+    problem.half_dtype = dtype in HALVES
+    problem.float_adapters = (adapter_dtype or dtype) == torch.float32
+    problem.dropout = dropout
+    problem.aligned = problem.aligned_a = problem.aligned_b = aligned
+    chosen = _card(card)
+    return CallPlan(
+        _C.plan_forward(chosen, problem, route), _C.plan_backward(chosen, problem, route)
+    )
+
+
+def _card(card: str | torch.device) -> _C.Card:
+    if isinstance(card, torch.device):
+        if not _C.with_cuda:
+            raise ValueError("lora_ext.plan: this build has no CUDA kernels; name a card")
+        return _C.cuda_card(card)
+    if card not in CARDS:
+        raise ValueError(f"lora_ext.plan: expected one of {', '.join(CARDS)}, but got {card!r}")
+    return CARDS[card]
+
+
+def _aligned(tensor: Tensor) -> bool:
+    pitch = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(-1) == 1 and pitch % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def _flat(x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def explain_call(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float = 0.0
+) -> CallPlan:
+    """How ``lora_linear(x, weight, lora_a, lora_b, dropout_p=...)`` computes, and its backward."""
+    x, weight, lora_a, lora_b = (t.detach() for t in (_flat(x), weight, lora_a, lora_b))
+    rows, rank = x.shape[0], lora_a.shape[0]
+    if x.device.type == "cpu":
+        reason = _C.cpu_library_reason(rows, rank, x.dtype, lora_a.dtype)
+        return CallPlan(
+            None, None, cpu=f"library: {reason}" if reason else f"{_C.cpu_isa()} kernels"
+        )
+    if x.device.type != "cuda" or not _C.with_cuda:
+        return CallPlan(None, None, cpu=f"library: no kernels for {x.device} in this build")
+    return explain_cuda_call(x, weight, lora_a, lora_b, dropout_p)
+
+
+def explain_cuda_call(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float
+) -> CallPlan:
+    """`explain_call` for operands that the kernel route takes; x is [M, K]."""
+    problem = _C.Problem(x.shape[0], weight.shape[0], x.shape[1], lora_a.shape[0])
+    problem.half_dtype = x.dtype in HALVES
+    problem.float_adapters = lora_a.dtype == torch.float32
+    problem.dropout = dropout_p > 0.0
+    problem.weight_row_major = weight.stride(1) == 1
+    problem.aligned_a, problem.aligned_b = _aligned(lora_a), _aligned(lora_b)
+    inputs = _aligned(x) and _aligned(weight)
+    card, route = _C.cuda_card(x.device), _C.cuda_route()
+    problem.aligned = inputs and weight.shape[0] % 8 == 0
+    forward = _C.plan_forward(card, problem, route)
+    # The gradient of y comes in contiguous rows.
+    problem.aligned = inputs and weight.shape[0] % 8 == 0 and x.shape[1] % 8 == 0
+    backward = _C.plan_backward(card, problem, route)
+
+    def check(plan: _C.Plan, backward: bool) -> str:
+        if not plan.kernel:
+            return ""
+        return _C.cuda_check_result(
+            x.device, plan, backward, x.dtype, problem.float_adapters, problem.dropout
+        )
+
+    return CallPlan(forward, backward, check(forward, False), check(backward, True))
+
+
+def warmup(device: torch.device | str | None = None) -> Sequence[str]:
+    """Checks every CUDA kernel on a device now, instead of at its first use.
+
+    Until a card has measured evidence, a kernel's first use there compares a small case with the
+    library route; if they disagree, the kernel is not used and a warning says so. That first use
+    synchronises. Under a CUDA graph's capture it cannot, and the call takes the library route: call
+    this first. Torch's random generators stay as they are.
+
+    Args:
+        device: a CUDA device; default: the current one.
+
+    Returns:
+        A line for each kernel that failed; empty if all may be used.
+
+    Raises:
+        RuntimeError: the build has no CUDA kernels, or there is no such device.
+    """
+    if not _C.with_cuda:
+        raise RuntimeError(
+            "lora_ext.warmup: this build has no CUDA kernels; lora_ext.build_info() says why"
+        )
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _C.cuda_warmup(device)
+
+
+def set_cuda_route(name: str) -> None:
+    """Chooses the route of half-precision calls on CUDA, for the whole process.
+
+    Args:
+        name: "auto" lets the planner choose, "kernel" takes our kernels wherever they can compute
+            the call, "library" takes torch's products.
+
+    Raises:
+        ValueError: the name is none of these.
+        RuntimeError: the build has no CUDA kernels.
+    """
+    if not _C.with_cuda:
+        raise RuntimeError(
+            "lora_ext.set_cuda_route: this build has no CUDA kernels;"
+            " lora_ext.build_info() says why"
+        )
+    _C.set_cuda_route(name)

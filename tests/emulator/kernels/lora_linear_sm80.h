@@ -1,0 +1,13 @@
+// The whole LoRA linear in emulation: plans run as they run on a GPU, on a stream of the layer.
+#pragma once
+#include "emulator/emulator.h"
+#include "kernel/lora_linear_sm80.h"
+
+namespace lora_ext::kernel {
+
+template <class T>
+void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands);
+template <class T>
+void backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands);
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,150 @@
+// Runs lora_split on one to three matrices of any size, stride and type.
+#include "emulator/kernels/lora_split.h"
+
+#include "emulator/emulator.h"
+#include "emulator/specimens/driver.h"
+#include "emulator/specimens/reference.h"
+
+namespace lora_ext::kernel {
+
+#define EXTERN_INSTANCE(variant, ...) extern LORA_SPLIT_INSTANCE(__VA_ARGS__);
+LORA_SPLIT_VARIANTS(EXTERN_INSTANCE)
+
+namespace {
+
+using emulator::GlobalBuffer;
+using emulator::PlantedFault;
+using specimens::Case;
+
+constexpr double kUnwritten = -12345;
+
+// A matrix of any magnitude from 2^-20 on, [rows, columns] or transposed, and where its halves go.
+template <class T>
+struct Source {
+  int rows, columns, width, pitch;
+  bool transposed, in_float, with_lo;
+  float scale;
+  std::vector<double> values;  // [rows, columns]
+  GlobalBuffer<float> floats;
+  GlobalBuffer<T> halves, hi, lo;
+
+  Source(int rows_, int columns_, std::mt19937_64& random)
+      : rows(rows_),
+        columns(columns_),
+        width(columns + static_cast<int>(random() % 9)),
+        pitch(width + static_cast<int>(random() % 3)),
+        transposed(random() % 2),
+        in_float(random() % 2),
+        with_lo(random() % 2),
+        scale(random() % 2 ? 1.f : 1.7f),
+        values(static_cast<size_t>(rows) * columns),
+        floats(in_float ? values.size() : 0, "matrix"),
+        halves(in_float ? 0 : values.size(), "matrix"),
+        hi(static_cast<size_t>(rows) * pitch, "hi"),
+        lo(hi.size(), "lo") {
+    hi.fill(specimens::from_double<T>(kUnwritten)), lo.fill(specimens::from_double<T>(kUnwritten));
+    std::uniform_real_distribution<double> real(-1, 1);
+    std::vector<float> as_floats(values.size());
+    std::vector<T> as_halves(values.size());
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) {
+        auto value = static_cast<float>(std::ldexp(real(random), -static_cast<int>(random() % 21)));
+        // Above bfloat16's largest number, below float's.
+        if (std::is_same_v<T, __nv_bfloat16> && in_float && with_lo && random() % 50 == 0)
+          value = 3.4e38f / scale;
+        const size_t at =
+            transposed ? static_cast<size_t>(j) * rows + i : static_cast<size_t>(i) * columns + j;
+        as_floats[at] = value, as_halves[at] = specimens::from_double<T>(value);
+        values[static_cast<size_t>(i) * columns + j] =
+            in_float ? value : specimens::to_double(as_halves[at]);
+      }
+    }
+    floats.fill(0), halves.fill(specimens::from_double<T>(0));  // which also tells the race checker
+    if (in_float) {
+      std::copy(as_floats.begin(), as_floats.end(), floats.begin());
+    } else {
+      std::copy(as_halves.begin(), as_halves.end(), halves.begin());
+    }
+  }
+
+  LoraSplitMatrix<T> parameters() {
+    LoraSplitMatrix<T> matrix{};
+    matrix.m = in_float ? static_cast<const void*>(floats.data())
+                        : static_cast<const void*>(halves.data());
+    matrix.halves[0] = hi.data(), matrix.halves[1] = with_lo ? lo.data() : nullptr;
+    matrix.row_stride = transposed ? 1 : columns, matrix.column_stride = transposed ? rows : 1;
+    matrix.pitch = pitch, matrix.rows = rows, matrix.columns = columns, matrix.width = width;
+    matrix.in_float = in_float, matrix.scale = scale;
+    return matrix;
+  }
+
+  std::string compare() const {
+    const double unwritten = specimens::to_double(specimens::from_double<T>(kUnwritten));
+    const double unit = specimens::rounding_unit<T>();
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < pitch; ++j) {
+        const size_t at = static_cast<size_t>(i) * pitch + j;
+        const double high = specimens::to_double(hi[at]), low = specimens::to_double(lo[at]);
+        if (j >= width && (high != unwritten || low != unwritten))
+          return emulator::format("[%d][%d], between the rows, was written", i, j);
+        if (j >= width) continue;
+        if (!with_lo && low != unwritten) return emulator::format("lo[%d][%d] was written", i, j);
+        const double value = j < columns ? scale * values[static_cast<size_t>(i) * columns + j] : 0;
+        // 2^-24 for scale * value in float; then a rounding each, with the halves' own floor.
+        const double relative = 0x1p-24 + (with_lo ? unit * unit : unit);
+        const double floor = j >= columns ? 0 : 0x1p-25 / (with_lo ? kLoScale<T> : 1.f);
+        const std::string difference =
+            specimens::compare("hi + lo", i, j, high + (with_lo ? low / kLoScale<T> : 0), value,
+                               relative * std::fabs(value) + floor);
+        if (!difference.empty()) return difference;
+      }
+    }
+    return "";
+  }
+};
+
+template <class T>
+std::string run_split(const Case& run) {
+  const auto [name, rows, columns, count] = run.size;
+  std::mt19937_64 random(run.seed);
+  std::vector<std::unique_ptr<Source<T>>> sources;
+  LoraSplitParams<T> params{};
+  for (int i = 0; i < count; ++i) {  // of unequal sizes, that one grid covers
+    sources.push_back(
+        std::make_unique<Source<T>>(1 + static_cast<int>(random() % rows), columns, random));
+    params.matrix[i] = sources[static_cast<size_t>(i)]->parameters();
+  }
+  emulator::Stream stream;
+  stream.launch(
+      {.grid = dim3(1 + static_cast<unsigned>(random() % 3), static_cast<unsigned>(count)),
+       .block = dim3(256)},
+      lora_split<T, PlantedFault>, params);
+  specimens::run_timed(stream);
+  for (const auto& source : sources) {
+    const std::string difference = source->compare();
+    if (!difference.empty()) return difference;
+  }
+  return "";
+}
+
+std::string run_variant(const Case& run) {
+#define RUN(name, ...) \
+  if (run.variant == #name) return run_split<__VA_ARGS__>(run);
+  LORA_SPLIT_VARIANTS(RUN)
+  return "no such variant";
+}
+
+}  // namespace
+}  // namespace lora_ext::kernel
+
+int main(int argc, char** argv) {
+  using lora_ext::kernel::run_variant;
+#define NAME(variant, ...) #variant,
+  return specimens::specimen_main(
+      argc, argv,
+      {.name = "lora_split",
+       .sizes = {{"three", 60, 24, 3}, {"two", 35, 17, 2}, {"one", 300, 1, 1}},
+       .variants = {LORA_SPLIT_VARIANTS(NAME)},
+       .run = run_variant,
+       .flops = [](const specimens::Size& size) { return 1.0 * size.m * size.n * size.k; }});
+}

@@ -1,0 +1,11 @@
+// lora_wgrad_sm80 and lora_reduce_wgrad with planted faults.
+#include "emulator/kernels/lora_wgrad_sm80.h"
+
+namespace lora_ext::kernel {
+
+#define INSTANCE(variant, ...) LORA_WGRAD_SM80_INSTANCE(__VA_ARGS__);
+LORA_WGRAD_SM80_VARIANTS(INSTANCE)
+LORA_REDUCE_WGRAD_INSTANCE(__nv_bfloat16);
+LORA_REDUCE_WGRAD_INSTANCE(__half);
+
+}  // namespace lora_ext::kernel

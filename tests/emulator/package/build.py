@@ -1,0 +1,83 @@
+"""Builds build/emulator/package/lora_ext: the package, with the kernels running in emulation.
+
+The Python and C++ sources are the package's own, and device.cpp stands for csrc/cuda/: planner,
+tensors, workspace, checks and autograd run as they do on a GPU, on CPU tensors.
+"""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from emulator import build
+
+PACKAGE = build.BUILD / "package"
+FLAVOUR = "extension"
+KERNELS = "kernels/lora_linear_sm80_kernels.cpp"
+DEVICE = "package/device.cpp"
+COPIED = ("lora_ext", "tests", "benchmarks", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class TorchObject(build.Object):
+    """A source that includes torch."""
+
+    def command(self) -> list[str]:
+        folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+        macros = ["-DLORA_EXT_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C", "-ffp-contract=off", "-w"]
+        return [*super().command(), *macros, "-fopenmp", *(f"-isystem{path}" for path in folders)]
+
+
+def objects() -> list[build.Object]:
+    csrc = build.ROOT / "csrc"
+    with_torch = sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])
+    names = [f"../../{path.relative_to(build.ROOT)}" for path in with_torch]
+    names = [name for name in names if not name.endswith("/cuda_launch.cpp")]
+    return [
+        build.Object(FLAVOUR, KERNELS, kernels=True),
+        *(TorchObject(FLAVOUR, name, kernels=False) for name in [*names, DEVICE]),
+        *build.library_objects(FLAVOUR),
+    ]
+
+
+def make() -> Path:
+    """Compiles what has changed and copies the rest; returns the folder to run Python in."""
+    compiled = objects()
+    with ThreadPoolExecutor(build.JOBS) as pool:
+        list(pool.map(build.Object.compile, compiled))
+    PACKAGE.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source, target = build.ROOT / name, PACKAGE / name
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            ignored = shutil.ignore_patterns("_C.*.so", "__pycache__", "results")
+            shutil.copytree(source, target, ignore=ignored)
+        else:
+            shutil.copy(source, target)
+    library = PACKAGE / "lora_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    linked = [f"-L{path}" for path in cpp_extension.library_paths()]
+    linked += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
+    build.run_tool(
+        [build.CXX, "-shared", *(str(each.path) for each in compiled), *linked, "-o", str(library)]
+    )
+    return PACKAGE
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python in the emulated package."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=PACKAGE,
+        env={**build.os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+if __name__ == "__main__":
+    print(make())

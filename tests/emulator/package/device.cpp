@@ -1,0 +1,75 @@
+// The kernel route's device in the emulated package: CPU tensors, kernels in the execution layer.
+//
+// LORA_EXT_EMULATED_FAULT plants a mutant. LORA_EXT_EMULATED_CAPTURE=1 says that a graph is being
+// captured. LORA_EXT_EMULATED_ARCH is the card, 80 by default.
+#include <cstdlib>
+#include <string>
+
+#include "cuda/lora_linear.h"
+#include "cuda_launch.h"
+#include "emulator/fault.h"
+#include "emulator/kernels/lora_linear_sm80.h"
+#include "emulator/machine/config.h"
+#include "emulator/machine/fail.h"
+
+namespace lora_ext::cuda {
+namespace {
+
+std::string environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// Runs one direction; an error of the layer is that of a launch. A call at a time: the layer has
+// one machine.
+template <class Run>
+std::string run(const Run& enqueue) {
+  emulator::Config& config = emulator::config();
+  config.schedule = emulator::Schedule::RunAhead;
+  config.completion = emulator::Completion::Late;
+  config.resident_clusters = 8;
+  const std::string fault = environment("LORA_EXT_EMULATED_FAULT");
+  emulator::plant_fault(fault.c_str());
+  try {
+    emulator::Stream stream;
+    enqueue(stream);
+    stream.synchronize();
+  } catch (const emulator::Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+bool has_kernels(bool) { return true; }
+
+plan::Card card_of(int) {
+  const std::string arch = environment("LORA_EXT_EMULATED_ARCH");
+  const int number = arch.empty() ? 80 : std::stoi(arch);
+  return number == 86 ? plan::Card{86, 16, 102400, 101376} : plan::Card{number, 8, 167936, 166912};
+}
+
+bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }
+
+std::string launch_forward(Half half, const plan::Plan& plan,
+                           const kernel::LoraLinearForward& operands, void*) {
+  return run([&](emulator::Stream& stream) {
+    half == Half::kBFloat16 ? kernel::forward<__nv_bfloat16>(stream, plan, operands)
+                            : kernel::forward<__half>(stream, plan, operands);
+  });
+}
+
+std::string launch_backward(Half half, const plan::Plan& plan,
+                            const kernel::LoraLinearBackward& operands, void*) {
+  return run([&](emulator::Stream& stream) {
+    half == Half::kBFloat16 ? kernel::backward<__nv_bfloat16>(stream, plan, operands)
+                            : kernel::backward<__half>(stream, plan, operands);
+  });
+}
+
+// Of CUDA tensors, which there are none of.
+void drop(const at::Tensor&, at::Tensor&, const DropoutArgs&, int64_t) { std::abort(); }
+void dropout_mask(at::Tensor&, const DropoutArgs&) { std::abort(); }
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,153 @@
+"""The package in emulation: its own tests, and what it does about kernels that are wrong."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from emulator.package import build
+
+pytestmark = pytest.mark.kernels
+
+# Tests of the op, which run as on CUDA, each file at a time.
+SUITES = {
+    "test_numerics.py": 120,
+    "test_autograd.py": 100,
+    "test_shapes.py": 200,
+    "test_dropout.py": 60,
+    "test_registration.py": 100,
+    "test_peer_bugs.py": 60,
+}
+
+CALL = """
+import os, sys, warnings
+import torch, lora_ext
+from lora_ext import _C
+from lora_ext.kernel_plan import explain_cuda_call
+
+def call():
+    torch.manual_seed(0)
+    x = torch.randn(70, 96, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(136, 96, dtype=torch.bfloat16)
+    a = (0.1 * torch.randn(16, 96)).requires_grad_()
+    b = (0.1 * torch.randn(136, 16)).requires_grad_()
+    y = lora_ext.lora_linear(x, w, a, b, None, 2.0, 0.1)
+    y.sum().backward()
+    plan = explain_cuda_call(x.detach(), w, a.detach(), b.detach(), 0.1)
+    return (y.detach(), x.grad, a.grad, b.grad), plan
+
+def library():
+    _C.set_cuda_route("library")
+    results, _ = call()
+    _C.set_cuda_route("auto")
+    return results
+
+def same(first, second):
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package():
+    return build.make()
+
+
+def python(code: str, **environment: str) -> str:
+    done = build.run(["-c", CALL + code], LORA_EXT_EMULATED_ARCH="80", **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_tests_of_the_op_pass_on_the_kernels():
+    def run(suite: str):
+        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{suite}"]
+        return suite, build.run(words, LORA_EXT_EMULATED_ARCH="80")
+
+    with ThreadPoolExecutor(2) as pool:
+        for suite, done in pool.map(run, SUITES):
+            assert done.returncode == 0, f"{suite}\n{done.stdout[-3000:]}"
+            passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+            assert passed >= SUITES[suite], suite
+
+
+def test_kernels_run_and_differ_from_the_library_by_rounding():
+    python("""
+results, plan = call()
+assert plan.forward_check == plan.backward_check == "passed", plan
+expected = library()
+assert not same(results, expected)  # another order of rounding: the kernels ran
+for got, wanted in zip(results, expected):
+    assert (got - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+again, _ = call()
+assert same(again, results)
+""")
+
+
+@pytest.mark.parametrize("fault", ["reduce.splits:low", "shrink.steps:low", "store.rows:low"])
+def test_a_wrong_kernel_is_found_and_not_used(fault):
+    said = python(
+        """
+results, plan = call()
+assert plan.forward_check not in ("passed", "not yet"), plan
+os.environ["LORA_EXT_EMULATED_FAULT"] = ""
+assert same(results, library())
+results, _ = call()
+assert same(results, library())  # not even once the fault is gone
+print(plan)
+""",
+        LORA_EXT_EMULATED_FAULT=fault,
+    )
+    assert said.count("failed their check") >= 1 and "the library route is" in said
+    assert "check on this device: " in said
+
+
+def test_a_first_use_under_capture_takes_the_library_route():
+    python(
+        """
+results, plan = call()
+assert plan.forward_check == plan.backward_check == "not yet"
+assert same(results, library())
+os.environ["LORA_EXT_EMULATED_CAPTURE"] = "0"
+call()
+os.environ["LORA_EXT_EMULATED_CAPTURE"] = "1"
+results, plan = call()
+assert plan.forward_check == plan.backward_check == "passed"
+assert not same(results, library())
+""",
+        LORA_EXT_EMULATED_CAPTURE="1",
+    )
+
+
+@pytest.mark.parametrize("arch", ["80", "86"])
+def test_warmup_checks_everything_and_draws_nothing(arch):
+    python(
+        """
+before = torch.get_rng_state()
+assert lora_ext.warmup("cpu") == []
+assert torch.equal(torch.get_rng_state(), before)
+_, plan = call()
+os.environ["LORA_EXT_EMULATED_FAULT"] = "reduce.splits:low"  # which no check sees any more
+assert lora_ext.warmup("cpu") == []
+""".replace("80", arch),
+    )
+
+
+def test_warmup_names_the_kernels_that_failed():
+    said = python(
+        'print(*lora_ext.warmup("cpu"), sep="\\n")', LORA_EXT_EMULATED_FAULT="mask.kept_low:never"
+    )
+    lines = [line for line in said.splitlines() if line.startswith(("forward", "backward"))]
+    assert lines and all("dropout" in line for line in lines)
+
+
+def test_misaligned_operands_take_the_element_wise_kernels():
+    python("""
+x = torch.randn(70, 97, dtype=torch.bfloat16)[:, 1:]
+w = torch.randn(136, 96, dtype=torch.bfloat16)
+a, b = torch.randn(16, 96), torch.randn(136, 16)
+y = lora_ext.lora_linear(x, w, a, b)
+expected = lora_ext.lora_linear(x.contiguous(), w, a, b)
+plan = explain_cuda_call(x, w, a, b, 0.0)
+assert "element-wise" in str(plan.forward) and plan.forward_check == "passed", plan
+assert torch.equal(y, expected)
+""")

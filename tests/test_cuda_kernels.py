@@ -1,0 +1,149 @@
+"""The kernel route on a GPU: graphs, streams, far offsets, and agreement with the library route."""
+
+import pytest
+import torch
+
+import lora_ext
+from lora_ext import _C
+
+pytestmark = pytest.mark.gpu
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def kernels(cuda):
+    """The kernels, whatever the planner prefers on this card."""
+    lora_ext.set_cuda_route("kernel")
+    yield
+    lora_ext.set_cuda_route("auto")
+
+
+def operands(rows, in_features, out_features, rank, dtype=BF16, adapters=None):
+    def made(*shape, size=1.0, to=dtype):
+        return (size * torch.randn(*shape, device="cuda")).to(to)
+
+    adapters = adapters or dtype
+    x, w = made(rows, in_features), made(out_features, in_features)
+    a = made(rank, in_features, size=0.1, to=adapters)
+    b = made(out_features, rank, size=0.1, to=adapters)
+    return x, w, a, b
+
+
+def step(x, w, a, b, dropout_p=0.0):
+    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+    y = lora_ext.lora_linear(leaves[0], w, *leaves[1:], None, 2.0, dropout_p)
+    y.backward(torch.ones_like(y))
+    return (y.detach(), *(leaf.grad for leaf in leaves))
+
+
+def library(*arguments, **named):
+    lora_ext.set_cuda_route("library")
+    try:
+        return step(*arguments, **named)
+    finally:
+        lora_ext.set_cuda_route("kernel")
+
+
+def assert_near(got, expected, dtype):
+    for one, other in zip(got, expected, strict=True):
+        allowed = (2**-8 if dtype == F16 else 2**-5) * other.abs().max()
+        assert (one.double() - other.double()).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["half adapters", "float32 adapters"])
+@pytest.mark.parametrize(
+    "shape",
+    [(512, 1024, 1024, 16), (333, 515, 777, 13), (4096, 2048, 4096, 64), (1, 4096, 4096, 8)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_kernels_agree_with_the_library_route(shape, dtype, wide):
+    given = operands(*shape, dtype, F32 if wide else None)
+    assert_near(step(*given), library(*given), dtype)
+    plan = lora_ext.explain(*given)
+    assert plan.forward_check == plan.backward_check == "passed", plan
+
+
+def test_dropout_keeps_what_the_library_route_keeps():
+    given = operands(512, 1024, 768, 16)
+    torch.manual_seed(3)
+    ours = step(*given, dropout_p=0.2)
+    torch.manual_seed(3)
+    assert_near(ours, library(*given, dropout_p=0.2), BF16)
+
+
+def test_repeats_have_the_same_bits():
+    given = operands(2048, 2048, 2048, 16, adapters=F32)
+    first = step(*given)
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(step(*given), first, strict=True))
+
+
+def captured(run):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph, out
+
+
+def test_graph_replays_have_the_same_bits():
+    assert list(lora_ext.warmup()) == []
+    x, w, a, b = operands(1024, 1024, 1024, 16)
+    expected = lora_ext.lora_linear(x, w, a, b)
+    graph, out = captured(lambda: lora_ext.lora_linear(x, w, a, b))
+    for _ in range(1000):
+        graph.replay()
+    assert torch.equal(out, expected)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, lora_ext.lora_linear(x, w, a, b))
+
+
+def test_graph_replays_draw_new_masks():
+    assert list(lora_ext.warmup()) == []
+    x, w, a, b = operands(256, 256, 256, 16)
+    graph, out = captured(lambda: lora_ext.lora_linear(x, w, a, b, None, 1.0, 0.5))
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(out, first)
+
+
+def test_a_side_stream_is_followed():
+    given = operands(1024, 1024, 1024, 16)
+    expected = step(*given)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # kernels on another stream would run ahead of this
+        x = given[0] * 1
+        got = step(x, *given[1:])
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_more_than_2_to_the_31_elements():
+    rows, features = 2**31 // 4096 + 100, 4096
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of memory")
+    x, w, a, b = operands(64, features, features, 8)
+    many = torch.zeros(rows, features, device="cuda", dtype=BF16)
+    many[-64:] = x
+    y = lora_ext.lora_linear(many, w, a, b)
+    assert_near([y[-64:]], [lora_ext.lora_linear(x, w, a, b)], BF16)
+    assert not y[:-64].any()
+
+
+def test_nothing_is_written_to_inputs():
+    given = operands(300, 520, 264, 12, adapters=F32)
+    copies = [t.clone() for t in given]
+    step(*given, dropout_p=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
+
+
+def test_card_is_described():
+    card = _C.cuda_card(torch.device("cuda", 0))
+    major, minor = torch.cuda.get_device_capability(0)
+    assert card.arch == 10 * major + minor
+    assert card.sms == torch.cuda.get_device_properties(0).multi_processor_count

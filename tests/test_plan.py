@@ -1,0 +1,156 @@
+"""The planner: pure arithmetic, for cards that need not be here."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_ext
+from lora_ext import _C
+
+HOPPER_OR_LATER = ("H100", "B200")
+sizes = st.integers(1, 20000)
+
+
+def plans(*shape, **options):
+    found = lora_ext.plan(*shape, **options)
+    return found.forward, found.backward
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    rows=sizes,
+    in_features=sizes,
+    out_features=sizes,
+    rank=st.integers(1, 512),
+    card=st.sampled_from(sorted(lora_ext.CARDS)),
+    adapters=st.sampled_from([torch.bfloat16, torch.float32]),
+    dropout=st.booleans(),
+    aligned=st.booleans(),
+)
+def test_every_plan_can_be_launched(
+    rows, in_features, out_features, rank, card, adapters, dropout, aligned
+):
+    shape = (rows, in_features, out_features, rank)
+    options = {"adapter_dtype": adapters, "dropout": dropout, "aligned": aligned, "card": card}
+    forward, backward = plans(*shape, route="kernel", **options)
+    sms = lora_ext.CARDS[card].sms
+    for plan, steps in ((forward, in_features), (backward, out_features)):
+        assert plan.kernel
+        assert 1 <= plan.blocks <= 3 * sms
+        assert plan.columns >= rank * (2 if adapters == torch.float32 else 1)
+        assert 0 < plan.workspace < 2**40 and plan.workspace % 256 == 0
+        for splits in (plan.shrink_splits, plan.dlora_a_splits, plan.dlora_b_splits):
+            assert 0 <= splits <= max(1, -(-max(steps, rows) // 64)) and splits < 65536
+        assert str(plan).startswith("kernels: ")
+    assert backward.dlora_a_splits >= 1 and backward.dlora_b_splits >= 1
+    assert (backward.shrink_splits == 0) == backward.one_pass == (backward.panels > 0)
+    if lora_ext.CARDS[card].shared_per_block < 106 * 1024 or not aligned:
+        assert forward.tile == backward.tile == "128 x 64"
+    if dropout:
+        assert backward.tile != "128 x 256"
+    again = plans(*shape, route="kernel", **options)
+    assert [str(plan) for plan in again] == [str(forward), str(backward)]
+
+
+@pytest.mark.parametrize("card", sorted(lora_ext.CARDS))
+def test_warpgroup_cards_take_kernels_for_float32_adapters_only(card):
+    shape = (8192, 4096, 4096, 16)
+    for plan in plans(*shape, card=card):
+        assert plan.kernel == (card not in HOPPER_OR_LATER)
+    for plan in plans(*shape, card=card, adapter_dtype=torch.float32):
+        assert plan.kernel
+    for plan in plans(*shape, card=card, route="kernel"):
+        assert plan.kernel
+    for plan in plans(*shape, card=card, adapter_dtype=torch.float32, route="library"):
+        assert not plan.kernel and plan.reason == "the library route was asked for"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float32}, "bfloat16 and float16"),
+        ({"dtype": torch.float64}, "bfloat16 and float16"),
+        ({"route": "library"}, "asked for"),
+    ],
+)
+def test_what_kernels_cannot_compute_has_a_reason(options, reason):
+    for plan in plans(64, 64, 64, 8, **options):
+        assert not plan.kernel and reason in plan.reason and str(plan) == f"library: {plan.reason}"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"arch": 75}, "compute capability 8.0"),
+        ({"rank": 513}, "above 512"),
+        ({"m": 2**31}, "2^30"),
+        ({"row_major": False}, "not row-major"),
+    ],
+)
+def test_limits_of_the_kernels_have_reasons(change, reason):
+    card = _C.Card(change.get("arch", 80), 108, 167936, 166912)
+    problem = _C.Problem(change.get("m", 64), 64, 64, change.get("rank", 8))
+    problem.weight_row_major = change.get("row_major", True)
+    for planned in (_C.plan_forward(card, problem, "kernel"), _C.plan_backward(card, problem)):
+        assert not planned.kernel and reason in planned.reason
+
+
+def test_large_problems_fill_the_card_with_the_largest_tile():
+    forward, backward = plans(8192, 4096, 4096, 16)
+    assert forward.tile == backward.tile == "128 x 256" and forward.blocks == 108
+    assert backward.one_pass and backward.panels == 4
+    small, _ = plans(512, 1024, 1024, 16)
+    assert small.tile != "128 x 256"  # 16 tiles of it would leave 92 SMs idle
+
+
+def test_one_pass_over_dy_ends_where_its_sums_cost_as_much_as_a_second():
+    wide = {"adapter_dtype": torch.float32}
+    assert plans(4096, 4096, 4096, 32)[1].one_pass
+    assert not plans(4096, 4096, 4096, 33)[1].one_pass
+    assert plans(4096, 4096, 4096, 16, **wide)[1].one_pass
+    assert not plans(4096, 4096, 4096, 17, **wide)[1].one_pass
+    assert not plans(4096, 4096, 64, 16)[1].one_pass  # 64 columns of dY, and 16 of sums
+
+
+def test_workspace_is_small_beside_the_activations():
+    for plan in plans(8192, 4096, 4096, 16):
+        assert plan.workspace <= 0.2 * 2 * 8192 * 4096
+
+
+def test_bad_arguments_are_explained():
+    with pytest.raises(ValueError, match=r"expected one of A100, .*, but got 'V100'"):
+        lora_ext.plan(1, 1, 1, 1, card="V100")
+    with pytest.raises(ValueError, match="sizes of at least 1"):
+        lora_ext.plan(0, 1, 1, 1)
+    with pytest.raises(ValueError, match="expected one of auto, kernel, library"):
+        lora_ext.plan(1, 1, 1, 1, route="fast")
+
+
+def test_explain_of_tensors_on_the_cpu_says_what_runs():
+    x, w = torch.randn(5, 64, 48), torch.randn(32, 48)
+    a, b = torch.randn(8, 48), torch.randn(32, 8)
+    assert str(lora_ext.explain(x, w, a, b)) == f"{_C.cpu_isa()} kernels"
+    assert "library" in str(lora_ext.explain(x.double(), w.double(), a.double(), b.double()))
+
+
+@pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
+def test_without_kernels_there_is_nothing_to_warm_up():
+    for call in (lora_ext.warmup, lambda: lora_ext.set_cuda_route("kernel")):
+        with pytest.raises(RuntimeError, match="no CUDA kernels"):
+            call()
+
+
+@pytest.mark.gpu
+def test_explain_of_tensors_on_cuda_shows_plan_and_check(cuda):
+    half = {"device": cuda, "dtype": torch.bfloat16}
+    x, w = torch.randn(64, 128, **half), torch.randn(256, 128, **half)
+    a, b = torch.randn(8, 128, device=cuda), torch.randn(256, 8, device=cuda)
+    lora_ext.lora_linear(x, w, a, b)
+    text = str(lora_ext.explain(x, w, a, b))
+    assert "lora_gemm" in text and "check on this device: passed" in text
+
+
+@pytest.mark.gpu
+def test_warmup_passes_on_this_card(cuda):
+    assert list(lora_ext.warmup(cuda)) == []

@@ -1,0 +1,55 @@
+"""The traffic model: requests counted by hand, and figures that are those of the code."""
+
+import json
+import shutil
+
+import pytest
+
+from benchmarks.traffic import __main__ as model
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+SMALL = (2048, 1024, 1024, 16)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    model.build()
+    return {(row["direction"], row["variant"]): row for row in model.trace(SMALL)}
+
+
+def test_requests_of_the_merged_product_are_those_of_its_tiles(rows):
+    # 128 x 64 tiles of Y (the planner's choice: three waves of them are shorter than two of 128 x
+    # 128): each asks for its rows of X and of W, once.
+    m, k, n, _ = SMALL
+    loads = 2 * k * (m * (n // 64) + n * (m // 128))
+    for direction in ("forward", "backward"):
+        assert rows[direction, "merged"]["requested"] == loads + 2 * m * n
+
+
+def test_naive_adds_its_passes(rows):
+    m, k, n, r = SMALL
+    x, y, s = 2 * m * k, 2 * m * n, 2 * m * r
+    adapters = 2 * r * (k + n)
+    passes = x + s + (s + y) + 2 * y + 3 * y + adapters
+    extra = rows["forward", "naive"]["requested"] - rows["forward", "merged"]["requested"]
+    assert extra == passes
+
+
+def test_ours_moves_less_than_naive_and_at_least_the_floor(rows):
+    for direction in ("forward", "backward"):
+        merged, ours, naive = (rows[direction, name] for name in model.VARIANTS)
+        assert merged["requested"] < ours["requested"] < naive["requested"]
+        assert merged["dram"] < ours["dram"] < naive["dram"]
+        assert 0 < ours["over"] < 0.1
+
+
+def test_the_committed_figures_are_those_of_this_code(rows):
+    kept = json.loads((model.OUT / "results.json").read_text())
+    mine = [row for row in kept if tuple(row["shape"]) == SMALL]
+    assert {(r["direction"], r["variant"]): r["requested"] for r in mine} == {
+        key: row["requested"] for key, row in rows.items()
+    }
+    table = model.table(kept)
+    assert table in (model.OUT / "report.md").read_text()
+    assert table in (model.ROOT / "docs" / "kernels.md").read_text()
