@@ -62,8 +62,9 @@ std::string compare_all(const Backward& got, const Backward& expected, const Ker
 template <class Args>
 std::string run_case(const plan::Card& card, const Kernels& kernels, const Args& args) {
   const plan::Problem problem = kernel_launch::problem_of(args);
-  plan::Plan plan = kernels.backward ? plan::backward(card, problem, plan::Choice::kKernel)
-                                     : plan::forward(card, problem, plan::Choice::kKernel);
+  const plan::Choice route = kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel;
+  plan::Plan plan =
+      kernels.backward ? plan::backward(card, problem, route) : plan::forward(card, problem, route);
   plan.gemm.tile = kernels.tile;
   const Kernels planned =
       kernels_of(plan, kernels.backward, kernels.dtype, kernels.float_adapters, kernels.dropout);
@@ -123,7 +124,7 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
 std::string Kernels::name() const {
   std::string text = backward ? "backward" : "forward";
   text += dtype == at::kHalf ? " float16 " : " bfloat16 ";
-  text += plan::name_of(tile);
+  text += hybrid ? "hybrid" : plan::name_of(tile);
   if (!vector) text += " element-wise";
   if (float_adapters) text += " float32 adapters";
   if (dropout) text += " dropout";
@@ -135,14 +136,9 @@ std::string Kernels::name() const {
 Kernels kernels_of(const plan::Plan& plan, bool backward, at::ScalarType dtype, bool float_adapters,
                    bool dropout) {
   const bool has_gemm = plan.gemm.blocks > 0;  // not where dX is not needed
-  return {backward,
-          dtype,
-          has_gemm ? plan.gemm.tile : plan::Tile::k128x64,
-          plan.vector,
-          float_adapters,
-          dropout,
-          plan.one_pass,
-          plan.one_pass && plan.columns > 16};
+  return {backward,    dtype,         has_gemm ? plan.gemm.tile : plan::Tile::k128x64,
+          plan.hybrid, plan.vector,   float_adapters,
+          dropout,     plan.one_pass, plan.one_pass && plan.columns > 16};
 }
 
 std::vector<Kernels> all_kernels(const plan::Card& card) {
@@ -157,6 +153,11 @@ std::vector<Kernels> all_kernels(const plan::Card& card) {
         kernels.tile = tile, kernels.vector = vector;
         all.push_back(kernels);
       }
+    }
+    kernels.tile = plan::Tile::k128x64, kernels.hybrid = true;
+    for (const bool vector : {true, false}) {
+      kernels.vector = vector;
+      all.push_back(kernels);
     }
   };
   for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf}) {

@@ -16,7 +16,7 @@ struct Kernels {
   bool backward;
   at::ScalarType dtype;
   plan::Tile tile;
-  bool vector, float_adapters, dropout;
+  bool hybrid, vector, float_adapters, dropout;
   bool one_pass, wide;  // lora_dsdb, and its instance for more than 16 columns; backward only
 
   auto operator<=>(const Kernels&) const = default;

@@ -128,6 +128,7 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
+  if (plan.hybrid) out.y.addmm_(args.x, args.weight.t());
   return out;
 }
 
@@ -149,6 +150,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   check_launch(
       cuda::launch_backward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
+  if (plan.hybrid && args.need_dx) out.dx.addmm_(args.grad, args.weight);
   return out;
 }
 

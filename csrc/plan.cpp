@@ -22,8 +22,17 @@ bool fits(const TileFacts& tile, const Card& card, bool masked) {
   return tile.shared <= card.shared_per_block && (tile.masks || !masked);
 }
 
-// The tile with the least predicted time: whole waves of tiles, each as long as its area.
-Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked) {
+Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bool vector) {
+  const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
+  const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
+  const int64_t tiles = blocks_of(m, tile.rows) * blocks_of(n, tile.columns);
+  return {tile.tile, vector, static_cast<int>(std::min(tiles, card.sms * resident))};
+}
+
+// The tile with the least predicted time: whole waves of tiles, each as long as its area. Where it
+// only adds a low-rank product, the smallest, of which most fit on an SM.
+Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked, bool hybrid) {
+  if (hybrid) return with_tile(card, facts_of(Tile::k128x64), m, n, vector);
   const TileFacts* best = nullptr;
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
@@ -33,10 +42,7 @@ Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool maske
     const double time = static_cast<double>(waves * tile.rows * tile.columns) / tile.efficiency;
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }
-  const int64_t resident =
-      std::clamp<int64_t>(card.shared_per_sm / (best->shared + 1024), 1, best->resident);
-  const int64_t tiles = blocks_of(m, best->rows) * blocks_of(n, best->columns);
-  return {best->tile, vector, static_cast<int>(std::min(tiles, card.sms * resident))};
+  return with_tile(card, *best, m, n, vector);
 }
 
 // Enough splits for two blocks on every SM, but none shorter than kMinSteps.
@@ -57,8 +63,6 @@ struct Workspace {
   }
 };
 
-bool has_warpgroup_products(int arch) { return arch == 90 || arch == 100 || arch == 103; }
-
 // Why the library route computes a problem; "" if the kernels may.
 std::string library_reason(const Card& card, const Problem& p, Choice choice) {
   if (choice == Choice::kLibrary) return "the library route was asked for";
@@ -68,17 +72,29 @@ std::string library_reason(const Card& card, const Problem& p, Choice choice) {
   if (p.rank > kMaxRank) return "the rank is above 512";
   if (std::max({p.m, p.n, p.k}) > INT_MAX / 2) return "a size is above 2^30";
   if (blocks_of(p.m, kStep) * blocks_of(p.n, kStep) > INT_MAX) return "above 2^31 tiles";
-  if (choice == Choice::kAuto && has_warpgroup_products(card.arch) && !p.float_adapters) {
-    return "this card's warpgroup products, which the library uses, are predicted to be faster";
-  }
   return "";
 }
 
-std::string kernel_reason(const Card& card, const Problem& p, Choice choice) {
-  if (choice == Choice::kKernel) return "the kernels were asked for";
-  if (has_warpgroup_products(card.arch)) return "float32 adapters take many passes in the library";
-  return p.float_adapters ? "one pass, where the library would widen x for float32 adapters"
-                          : "one pass over the output, where the library makes two";
+// Without a mask, half adapters leave nothing to our kernels in forward: x A^T is one pass over x
+// in the library, too, and the expand is its own first pass over Y.
+bool library_forward(const Problem& p, Choice choice) {
+  return choice == Choice::kAuto && !p.float_adapters && !p.dropout;
+}
+
+// mma.sync reaches 0.8 to 0.9 of the library's rate on cards whose tensor cores it was made for,
+// half of it or less where there are warpgroup products. That costs more than the pass over Y or dX
+// that the whole product in one kernel saves (benchmarks/model.py: predicted). So the planner
+// leaves base products to the library until a card has shown otherwise.
+std::string kernel_reason(Choice choice) {
+  switch (choice) {
+    case Choice::kKernel:
+      return "the kernels were asked for";
+    case Choice::kHybrid:
+      return "the hybrid route was asked for";
+    default:
+      return "the library's base product is predicted to be faster than ours, and our kernels for "
+             "all else";
+  }
 }
 
 Plan begin(const Card& card, const Problem& p, Choice choice) {
@@ -86,7 +102,8 @@ Plan begin(const Card& card, const Problem& p, Choice choice) {
   plan.reason = library_reason(card, p, choice);
   plan.kernel = plan.reason.empty();
   if (!plan.kernel) return plan;
-  plan.reason = kernel_reason(card, p, choice);
+  plan.reason = kernel_reason(choice);
+  plan.hybrid = choice != Choice::kKernel;
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, 8));
   plan.columns = plan.terms * plan.width;
@@ -126,6 +143,11 @@ std::vector<Tile> tiles_of(const Card& card, bool masked) {
 
 Plan forward(const Card& card, const Problem& p, Choice choice) {
   Plan plan = begin(card, p, choice);
+  if (plan.kernel && library_forward(p, choice)) {
+    plan.kernel = plan.hybrid = false;
+    plan.reason =
+        "half adapters without dropout: the library is predicted to be as fast in forward";
+  }
   if (!plan.kernel) return plan;
   Workspace workspace;
   place_a(plan, workspace, p);
@@ -134,7 +156,7 @@ Plan forward(const Card& card, const Problem& p, Choice choice) {
   plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
   plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
   plan.t = workspace.take(p.m * plan.columns, 2);
-  plan.gemm = choose_gemm(card, p.m, p.n, plan.vector, false);
+  plan.gemm = choose_gemm(card, p.m, p.n, plan.vector, false, plan.hybrid);
   plan.workspace = workspace.bytes;
   return plan;
 }
@@ -175,7 +197,7 @@ Plan backward(const Card& card, const Problem& p, Choice choice) {
   }
   if (p.need_dlora_b) plan.g_b = workspace.take(plan.dlora_b.splits * plan.columns * p.n, 4);
   if (p.need_dlora_a) plan.g_a = workspace.take(plan.dlora_a.splits * plan.columns * p.k, 4);
-  if (p.need_dx) plan.gemm = choose_gemm(card, p.m, p.k, plan.vector, p.dropout);
+  if (p.need_dx) plan.gemm = choose_gemm(card, p.m, p.k, plan.vector, p.dropout, plan.hybrid);
   plan.workspace = workspace.bytes;
   return plan;
 }
@@ -183,7 +205,7 @@ Plan backward(const Card& card, const Problem& p, Choice choice) {
 std::string Plan::describe() const {
   if (!kernel) return "library: " + reason;
   std::ostringstream text;
-  text << "kernels: " << reason << "\n";
+  text << (hybrid ? "hybrid: " : "kernels: ") << reason << "\n";
   if (a != kNone || b != kNone || s != kNone) {
     text << "  lora_split " << (a != kNone ? "A " : "") << (b != kNone ? "B " : "")
          << (s != kNone ? "S " : "") << "into " << (terms == 2 ? "hi and lo" : "whole chunks")
@@ -196,7 +218,8 @@ std::string Plan::describe() const {
          << " steps\n";
   }
   if (t != kNone) text << "  lora_reduce\n";
-  if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << "\n";
+  if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
+  if (hybrid && gemm.blocks > 0) text << "  the library's base product, onto it\n";
   const bool db_apart = dlora_b.splits > 0 && !one_pass;
   if (dlora_a.splits > 0 || db_apart) {
     text << "  lora_wgrad";

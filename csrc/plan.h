@@ -18,8 +18,9 @@ struct Card {
   int64_t shared_per_sm, shared_per_block;  // bytes; a block can have at most the second
 };
 
-// Which route the user asks for; kAuto leaves it to the planner.
-enum class Choice { kAuto, kKernel, kLibrary };
+// Which route the user asks for; kAuto leaves it to the planner. kHybrid: base products by the
+// library, everything else by the kernels.
+enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 
 // A LoRA linear's operands. "aligned": unit stride in a row, and pointer and row pitch are
 // multiples of 16 bytes.
@@ -74,6 +75,7 @@ constexpr int64_t kNone = -1;  // an offset of what is not in the workspace
 
 struct Plan {
   bool kernel = false;  // else the library route
+  bool hybrid = false;  // X W^T or dY W by the library, onto the low-rank product by lora_gemm
   std::string reason;
   int terms = 1;          // hi alone, or hi and lo
   int width = 0;          // the rank in whole chunks: columns of each of S, dS, B

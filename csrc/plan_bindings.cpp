@@ -17,12 +17,13 @@ namespace py = pybind11;
 
 const std::map<std::string, plan::Choice> kChoices = {{"auto", plan::Choice::kAuto},
                                                       {"kernel", plan::Choice::kKernel},
+                                                      {"hybrid", plan::Choice::kHybrid},
                                                       {"library", plan::Choice::kLibrary}};
 
 plan::Choice choice_of(const std::string& name) {
   const auto found = kChoices.find(name);
   if (found != kChoices.end()) return found->second;
-  throw py::value_error("lora_ext: expected one of auto, kernel, library, but got " + name);
+  throw py::value_error("lora_ext: expected one of auto, hybrid, kernel, library, but got " + name);
 }
 
 #ifdef LORA_EXT_WITH_CUDA
@@ -80,6 +81,7 @@ void bind_plan(py::module& m) {
       .def_readwrite("need_dlora_b", &plan::Problem::need_dlora_b);
   py::class_<plan::Plan>(m, "Plan")
       .def_readonly("kernel", &plan::Plan::kernel)
+      .def_readonly("hybrid", &plan::Plan::hybrid)
       .def_readonly("reason", &plan::Plan::reason)
       .def_readonly("workspace", &plan::Plan::workspace)
       .def_readonly("columns", &plan::Plan::columns)

@@ -49,6 +49,7 @@ class Plan:
     """Kernels, tile, splits, workspace in bytes, and the reason; str() lists the launches."""
 
     kernel: bool
+    hybrid: bool
     reason: str
     workspace: int
     columns: int

@@ -28,8 +28,9 @@ class CallPlan:
     """How one call of `lora_linear` computes; str() is for people.
 
     Attributes:
-        forward, backward: the plans, each with ``kernel`` (False: the library route), ``reason``,
-            ``workspace`` (bytes) and more; None on the CPU.
+        forward, backward: the plans, each with ``kernel`` (False: the library route), ``hybrid``
+            (the library's base product, our kernels for the rest), ``reason``, ``workspace``
+            (bytes) and more; None on the CPU.
         forward_check, backward_check: what the device's check has said about the kernels: "passed",
             "not yet", or what failed; "" without kernels or without a device.
         cpu: "" on CUDA; on the CPU, the kernels or the reason for the library route.
@@ -76,7 +77,7 @@ def plan(
         adapter_dtype: of lora_a and lora_b; default: dtype.
         dropout: whether dropout_p > 0.
         aligned: whether rows of every operand begin at multiples of 16 bytes.
-        route: "auto", "kernel" or "library", as `set_cuda_route` takes it.
+        route: "auto", "kernel", "hybrid" or "library", as `set_cuda_route` takes it.
 
     Raises:
         ValueError: the card, the route or a size is not one.
@@ -194,8 +195,9 @@ def set_cuda_route(name: str) -> None:
     """Chooses the route of half-precision calls on CUDA, for the whole process.
 
     Args:
-        name: "auto" lets the planner choose, "kernel" takes our kernels wherever they can compute
-            the call, "library" takes torch's products.
+        name: "auto" lets the planner choose; "kernel" takes our kernels wherever they can compute
+            the call; "hybrid" the same, but torch's products for x W^T and dY W; "library" takes
+            torch's products for everything.
 
     Raises:
         ValueError: the name is none of these.

@@ -16,14 +16,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from helpers import EMULATED
+from helpers import EMULATED, EMULATED_ROUTE
 
 from lora_ext import _C
 
-CUDA = ("cuda", "cuda-library")  # the kernels; torch's products
+# Test id -> route: our kernels, around torch's base product, torch's products alone.
+CUDA = {"cuda": "kernel", "cuda-hybrid": "hybrid", "cuda-library": "library"}
 
 
 def pytest_configure(config):
+    if EMULATED:
+        _C.set_cuda_route(EMULATED_ROUTE)
     # Kernels that fail their check are replaced by the library route, which would pass the tests.
     config.addinivalue_line("filterwarnings", "error:lora_ext. the kernels")
 
@@ -79,7 +82,7 @@ def device(request):
     before = [getattr(matmul, name) for name in names]
     for name in names:
         setattr(matmul, name, False)
-    _C.set_cuda_route("kernel" if request.param == "cuda" else "library")
+    _C.set_cuda_route(CUDA[request.param])
     yield "cuda"
     _C.set_cuda_route("auto")
     for name, value in zip(names, before, strict=True):
@@ -106,7 +109,7 @@ def library_route():
     yield
     _C.set_cpu_isa("auto")
     if EMULATED:
-        _C.set_cuda_route("auto")
+        _C.set_cuda_route(EMULATED_ROUTE)
 
 
 @pytest.fixture(autouse=True)

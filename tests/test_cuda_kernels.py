@@ -11,11 +11,11 @@ pytestmark = pytest.mark.gpu
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def kernels(cuda):
+@pytest.fixture(autouse=True, params=["kernel", "hybrid"])
+def route(cuda, request):
     """The kernels, whatever the planner prefers on this card."""
-    lora_ext.set_cuda_route("kernel")
-    yield
+    lora_ext.set_cuda_route(request.param)
+    yield request.param
     lora_ext.set_cuda_route("auto")
 
 
@@ -38,11 +38,12 @@ def step(x, w, a, b, dropout_p=0.0):
 
 
 def library(*arguments, **named):
+    before = _C.cuda_route()
     lora_ext.set_cuda_route("library")
     try:
         return step(*arguments, **named)
     finally:
-        lora_ext.set_cuda_route("kernel")
+        lora_ext.set_cuda_route(before)
 
 
 def assert_near(got, expected, dtype):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import lora_ext
 from lora_ext import _C
 
-HOPPER_OR_LATER = ("H100", "B200")
 sizes = st.integers(1, 20000)
 
 
@@ -54,15 +53,19 @@ def test_every_plan_can_be_launched(
 
 
 @pytest.mark.parametrize("card", sorted(lora_ext.CARDS))
-def test_warpgroup_cards_take_kernels_for_float32_adapters_only(card):
-    shape = (8192, 4096, 4096, 16)
-    for plan in plans(*shape, card=card):
-        assert plan.kernel == (card not in HOPPER_OR_LATER)
-    for plan in plans(*shape, card=card, adapter_dtype=torch.float32):
-        assert plan.kernel
-    for plan in plans(*shape, card=card, route="kernel"):
-        assert plan.kernel
-    for plan in plans(*shape, card=card, adapter_dtype=torch.float32, route="library"):
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
+def test_base_products_are_the_library_s_until_a_card_is_measured(card, adapters):
+    shape, options = (8192, 4096, 4096, 16), {"card": card, "adapter_dtype": adapters}
+    for plan in plans(*shape, dropout=True, **options):
+        assert plan.kernel and plan.hybrid and "predicted" in plan.reason
+        assert "the library's base product, onto it" in str(plan) and plan.tile == "128 x 64"
+    forward, backward = plans(*shape, **options)
+    assert forward.kernel == (adapters == torch.float32)
+    assert forward.hybrid or forward.reason.startswith("half adapters without dropout")
+    assert backward.hybrid
+    for plan in plans(*shape, route="kernel", **options):
+        assert plan.kernel and not plan.hybrid
+    for plan in plans(*shape, route="library", **options):
         assert not plan.kernel and plan.reason == "the library route was asked for"
 
 
@@ -97,10 +100,10 @@ def test_limits_of_the_kernels_have_reasons(change, reason):
 
 
 def test_large_problems_fill_the_card_with_the_largest_tile():
-    forward, backward = plans(8192, 4096, 4096, 16)
+    forward, backward = plans(8192, 4096, 4096, 16, route="kernel")
     assert forward.tile == backward.tile == "128 x 256" and forward.blocks == 108
     assert backward.one_pass and backward.panels == 4
-    small, _ = plans(512, 1024, 1024, 16)
+    small, _ = plans(512, 1024, 1024, 16, route="kernel")
     assert small.tile != "128 x 256"  # 16 tiles of it would leave 92 SMs idle
 
 
@@ -123,7 +126,7 @@ def test_bad_arguments_are_explained():
         lora_ext.plan(1, 1, 1, 1, card="V100")
     with pytest.raises(ValueError, match="sizes of at least 1"):
         lora_ext.plan(0, 1, 1, 1)
-    with pytest.raises(ValueError, match="expected one of auto, kernel, library"):
+    with pytest.raises(ValueError, match="expected one of auto, hybrid, kernel, library"):
         lora_ext.plan(1, 1, 1, 1, route="fast")
 
 

@@ -10,6 +10,8 @@
 // the last steps along k of the same loop. With one it comes first, is masked in the accumulators,
 // and the loop goes on into them: mask * (T U) is never stored.
 //
+// With k = 0, P and Q may be null: Y = mask * (T U) + bias, onto which the library accumulates P Q.
+//
 // A factor in fp32 is two halves of T's type (halves.h), and T U three terms: lo hi, hi lo, hi hi,
 // in this order (lo lo is below fp32's rounding). Each term is a pair of T and U.
 #pragma once

@@ -34,7 +34,7 @@ struct LoraLinearOperands {
 struct LoraLinearForward : LoraLinearOperands {
   const void* bias;  // in float or T; or null
   bool float_bias;
-  void* y;   // [m, n], contiguous
+  void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
   float* s;  // [m, rank]
 };
 
@@ -42,7 +42,7 @@ struct LoraLinearBackward : LoraLinearOperands {
   const void* dy;
   int64_t dy_pitch;
   const float* s;  // [m, rank]
-  void* dx;        // [m, k], contiguous; or null
+  void* dx;        // [m, k], contiguous, or null; in a hybrid plan without dY W
   void *da, *db;   // [rank, k] and [n, rank], in the adapters' type; or null
 };
 

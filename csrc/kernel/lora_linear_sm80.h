@@ -4,6 +4,9 @@
 //     backward   split A, B, S -> dsdb: Z, G_B  (or shrink: Z) -> reduce: T = dS -> gemm: dX
 //                -> wgrad: G_A (and G_B) -> reduce_wgrad: dA, dB
 //
+// In a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and
+// dX.
+//
 // A launcher is called as launch(kernel, grid, threads, shared bytes, parameters) and decides where
 // kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the execution layer.
 #pragma once
@@ -180,6 +183,7 @@ class LoraLinearSm80 {
 
   // T U: T is S or dS in the workspace. The terms with lo first, as lora_gemm.h has them.
   void low_rank(LoraGemmParams<T>& gemm, const Halves& u) const {
+    if (plan_.hybrid) gemm.k = 0;
     gemm.q = in_t(o_.weight), gemm.q_pitch = o_.weight_pitch;
     gemm.m = static_cast<int>(o_.m), gemm.rank = o_.rank;
     const Halves t = in_columns(plan_.t);

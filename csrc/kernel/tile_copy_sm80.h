@@ -73,7 +73,7 @@ struct TileCopy {
     static_assert(kAll % kThreads == 0 || kAll < kThreads);
     constexpr int kCopies = (kAll + kThreads - 1) / kThreads;
     // Element-wise, a chunk is code enough: unrolled, the kernels would spill.
-    constexpr int kUnrolled = kAlignment == Alignment::kVector ? kCopies : 1;
+    [[maybe_unused]] constexpr int kUnrolled = kAlignment == Alignment::kVector ? kCopies : 1;
 #pragma unroll kUnrolled
     for (int i = 0; i < kCopies; ++i) {
       const int index = static_cast<int>(threadIdx.x) + i * kThreads;

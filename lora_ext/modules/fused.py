@@ -148,6 +148,8 @@ class FusedLoRALayer(LoRALayer):
         ).forward
         if forward is None or not forward.kernel:
             return "library", forward.reason if forward else ""
+        if forward.hybrid:
+            return "fused", f"CUDA kernels around the library's base product, rank {rank}"
         return "fused", f"CUDA kernels, {forward.tile} tiles, rank {rank}"
 
     def pack_weight(self, backward: bool = False) -> PackedWeight:

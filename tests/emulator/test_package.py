@@ -58,10 +58,13 @@ def python(code: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_tests_of_the_op_pass_on_the_kernels():
+@pytest.mark.parametrize("route", ["kernel", "hybrid"])
+def test_the_tests_of_the_op_pass_on_the_kernels(route):
+    environment = {"LORA_EXT_EMULATED_ARCH": "80", "LORA_EXT_EMULATED_ROUTE": route}
+
     def run(suite: str):
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{suite}"]
-        return suite, build.run(words, LORA_EXT_EMULATED_ARCH="80")
+        return suite, build.run(words, **environment)
 
     with ThreadPoolExecutor(2) as pool:
         for suite, done in pool.map(run, SUITES):

@@ -48,9 +48,10 @@ std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int6
 
 template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
 std::string run_gemm(const Case& run) {
-  const auto [name, m, n, k] = run.size;
+  const auto [name, m, n, depth] = run.size;
   std::mt19937_64 random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
+  const int k = random() % 6 == 0 ? 0 : depth;  // the low-rank product alone
   const int rank = kRanks[random() % std::size(kRanks)];
   const int terms = random() % 3 == 0 ? 3 : 1;
   const bool with_bias = !kMasked && random() % 4 != 0;
@@ -62,7 +63,7 @@ std::string run_gemm(const Case& run) {
     return kMNMajor ? operand(depth, n, what, may_be_far) : operand(n, depth, what, may_be_far);
   };
 
-  const auto p = operand(m, k, "p", true), q = right(k, "q", true);
+  const auto p = operand(m, depth, "p", true), q = right(depth, "q", true);
   std::unique_ptr<Operand<T, kAlignment>> t[3], u[3];
   for (int i = 0; i < terms; ++i) {
     t[i] = operand(m, rank, "t", false);  // of one pitch
@@ -80,7 +81,8 @@ std::string run_gemm(const Case& run) {
   const RandomMask mask(numbers, random);
 
   LoraGemmParams<T> params{};
-  params.p = p->data(), params.q = q->data(), params.y = y.data() + y_offset;
+  if (k > 0) params.p = p->data(), params.q = q->data();
+  params.y = y.data() + y_offset;
   params.p_pitch = p->pitch(), params.q_pitch = q->pitch(), params.y_pitch = y_pitch;
   params.t_pitch = t[0]->pitch(), params.u_pitch = u[0]->pitch();
   for (int i = 0; i < terms; ++i) params.low_rank[i] = {t[i]->data(), u[i]->data()};

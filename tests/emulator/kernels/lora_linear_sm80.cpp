@@ -171,6 +171,7 @@ class LinearTest {
     dropout_ = random_() % 2;
     aligned_ = random_() % 3 != 0;
     card_ = kCards[random_() % std::size(kCards)];
+    choice_ = random_() % 2 ? plan::Choice::kKernel : plan::Choice::kHybrid;
     scaling_ = numbers_ == Numbers::Integers ? 0.5f : random_() % 2 ? 1.7f : 0.013f;
     mask_ = std::make_unique<RandomMask>(numbers_, random_);
     // Adapters of a fresh layer, and gradients, are small.
@@ -244,7 +245,7 @@ class LinearTest {
   std::string forward_pass() {
     plan::Problem p = problem();
     p.aligned = x_->aligned() && w_->aligned() && n_ % 8 == 0;
-    const plan::Plan plan = plan::forward(card_, p, plan::Choice::kKernel);
+    const plan::Plan plan = plan::forward(card_, p, choice_);
     if (!plan.kernel) return "no kernel: " + plan.reason;
     GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
@@ -256,6 +257,13 @@ class LinearTest {
     static_cast<LoraLinearOperands&>(f) = operands(workspace.data());
     f.bias = with_bias ? bias->data() : nullptr, f.float_bias = float_bias;
     f.y = y.data(), f.s = s_->data();
+    const Values x = values_of(x_->exact), w = values_of(w_->exact);
+    Values out = product(
+        m_, n_, k_, 1, x, [&](int i, int l) { return x.at(i, l); }, w,
+        [&](int j, int l) { return w.at(j, l); });
+    if (plan.hybrid) out = Values(m_, n_);  // which is the library's
+    for (int i = 0; with_bias && i < m_; ++i)
+      for (int j = 0; j < n_; ++j) out.value[out.at(i, j)] += bias->exact(0, j);
     emulator::Stream stream;
     forward<T>(stream, plan, f);
     specimens::run_timed(stream);
@@ -263,19 +271,12 @@ class LinearTest {
     const Values s = shrunk(), t = scaled_halves(s), b = adapter(*b_);
     std::string difference = compare("s", s, [&](size_t at) { return (*s_)[at]; }, 0, exact());
     if (!difference.empty()) return difference;
-    const Values x = values_of(x_->exact), w = values_of(w_->exact);
-    Values out = product(
-        m_, n_, k_, 1, x, [&](int i, int l) { return x.at(i, l); }, w,
-        [&](int j, int l) { return w.at(j, l); });
-    const Values low_rank = product(
+    Values low_rank = product(
         m_, n_, rank_, 1, t, [&](int i, int l) { return t.at(i, l); }, b,
         [&](int j, int l) { return b.at(j, l); });
-    for (int i = 0; i < m_; ++i) {
-      for (int j = 0; j < n_; ++j) {
-        const size_t at = out.at(i, j);
-        out.value[at] += low_rank.value[at] + (with_bias ? bias->exact(0, j) : 0);
-        out.error[at] += low_rank.error[at] + 3 * 0x1p-23 * (out.magnitude[at] + 1);
-      }
+    for (size_t at = 0; at < out.size(); ++at) {
+      out.value[at] += low_rank.value[at];
+      out.error[at] += low_rank.error[at] + 3 * 0x1p-23 * (out.magnitude[at] + 1);
     }
     return compare(
         "y", rounded(out), [&](size_t at) { return specimens::to_double(y[at]); }, unit(), exact());
@@ -295,7 +296,7 @@ class LinearTest {
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
     p.need_dx = needs & 1, p.need_dlora_a = needs & 2, p.need_dlora_b = needs & 4;
-    const plan::Plan plan = plan::backward(card_, p, plan::Choice::kKernel);
+    const plan::Plan plan = plan::backward(card_, p, choice_);
     if (!plan.kernel) return "no kernel: " + plan.reason;
     GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
@@ -306,31 +307,41 @@ class LinearTest {
     static_cast<LoraLinearOperands&>(g) = operands(workspace.data());
     g.dy = dy_->data(), g.dy_pitch = dy_->row_stride, g.s = s_->data();
     g.dx = p.need_dx ? dx.data() : nullptr;
+    const Values dy = values_of(dy_->exact), w = values_of(w_->exact);
+    Values base(0, 0);
+    if (p.need_dx) {
+      base = product(
+          m_, k_, n_, 1, dy, [&](int i, int l) { return dy.at(i, l); }, w,
+          [&](int j, int l) { return w.at(l, j); });
+      if (plan.hybrid) base = Values(m_, k_);
+    }
     g.da = p.need_dlora_a ? da.data() : nullptr, g.db = p.need_dlora_b ? db.data() : nullptr;
     emulator::Stream stream;
     backward<T>(stream, plan, g);
     specimens::run_timed(stream);
 
-    const Values dy = values_of(dy_->exact), b = adapter(*b_);
+    const Values b = adapter(*b_);
     const Values ds = scaled_halves(product(
         m_, rank_, n_, 1, dy, [&](int i, int l) { return dy.at(i, l); }, b,
         [&](int j, int l) { return b.at(l, j); }));
     std::string difference;
     if (p.need_dx) {
-      const Values w = values_of(w_->exact), a = adapter(*a_);
-      Values out = product(
-          m_, k_, n_, 1, dy, [&](int i, int l) { return dy.at(i, l); }, w,
-          [&](int j, int l) { return w.at(l, j); });
-      const Values low_rank = product(
+      const Values a = adapter(*a_);
+      Values low_rank = product(
           m_, k_, rank_, 1, ds, [&](int i, int l) { return ds.at(i, l); }, a,
           [&](int j, int l) { return a.at(l, j); });
       for (int i = 0; i < m_; ++i) {
         for (int j = 0; j < k_; ++j) {
-          const size_t at = out.at(i, j);
-          out.value[at] += mask(i, j) * low_rank.value[at];
-          out.error[at] += mask(i, j) * low_rank.error[at] +
-                           3 * 0x1p-23 * (out.magnitude[at] + mask(i, j) * low_rank.magnitude[at]);
+          const size_t at = low_rank.at(i, j);
+          low_rank.value[at] *= mask(i, j), low_rank.error[at] *= mask(i, j);
+          low_rank.magnitude[at] *= mask(i, j);
         }
+      }
+      Values& out = base;
+      for (size_t at = 0; at < out.size(); ++at) {
+        out.value[at] += low_rank.value[at];
+        out.error[at] +=
+            low_rank.error[at] + 3 * 0x1p-23 * (out.magnitude[at] + low_rank.magnitude[at]);
       }
       difference = compare(
           "dx", rounded(out), [&](size_t at) { return specimens::to_double(dx[at]); }, unit(),
@@ -392,6 +403,7 @@ class LinearTest {
   Numbers numbers_;
   bool float_adapters_, dropout_, aligned_;
   plan::Card card_;
+  plan::Choice choice_;
   float scaling_;
   std::unique_ptr<RandomMask> mask_;
   std::unique_ptr<Stored<T>> x_, w_, a_, b_, dy_;
