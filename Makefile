@@ -102,8 +102,9 @@ bench-models: $(VENV)/.extras
 demo: $(VENV)/.extras
 	$(PY) -m benchmarks.finetune $(ARGS)
 
+# QUICK=1: what matters most, in 8 minutes. DEVICE=cpu: every stage without a GPU, to try the code.
 gpu: $(VENV)/.built
-	$(PY) -m benchmarks.gpu $(ARGS)
+	$(PY) -m benchmarks.gpu $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 # In a copy, since an editable build would replace the extension that everything else uses. The
 # sanitizer must be loaded before Python is, and libstdc++ with it for exceptions to pass through.

@@ -58,11 +58,10 @@ def machine_lines(document: Document) -> str:
 
 def _sections(document: Document) -> list[tuple[str, str]]:
     """(heading, body) in order; sections without a body are left out."""
-    pytest, conformance = (document.get(stage, {}) for stage in ("pytest", "conformance"))
     failed = "\n".join(f"- {text}" for text in tables.failures(document))
     return [
-        ("Golden vectors of the PTX functions", conformance.get("summary", "")),
-        ("Tests marked gpu", pytest.get("summary", "")),
+        ("Stages", tables.stages(document.get("stages", {}))),
+        ("Predicted and measured", tables.predictions(document.get("predictions", []))),
         ("Targets", tables.targets(document["targets"])),
         ("Forward, as a multiple of merged", tables.latency(document, FORWARD)),
         ("Training step, as a multiple of frozen", tables.latency(document, STEP)),

@@ -134,6 +134,11 @@ def _memory(
     return found
 
 
+def cell_of(result: results.Result) -> Cell:
+    """The cell of an entry."""
+    return Cell(**{name: value for name, value in result["cell"].items() if name != "id"})
+
+
 def run_cell(
     cell: Cell,
     plan: Plan,

@@ -7,11 +7,11 @@ from typing import Any
 
 from .results import Document, Result, in_order, is_disturbed, ratio
 from .shapes import STEP
-from .variants import LABELS, floor_of
+from .variants import LABELS, ROUTES, floor_of
 
 NOTHING = "-"
 _PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "compiled")
-_OURS = ("ours", "ours_packed", "ours_fp32")
+_OURS = ("ours", "ours_packed", "ours_fp32", *ROUTES)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -176,3 +176,33 @@ def failures(document: Document) -> list[str]:
         found.append(f"{LABELS[variant]}: left out of {where}: {text}")
     found += [f"{name}: not begun within the time" for name in document["skipped"]]
     return found
+
+
+def stages(results: dict[str, dict[str, Any]]) -> str:
+    """What each stage of a GPU run said."""
+    rows = [
+        [name, result["status"], f"{result['seconds']:.0f} s", result["summary"]]
+        for name, result in results.items()
+    ]
+    return table(["stage", "status", "took", "summary"], rows, left=(0, 1, 3))
+
+
+def predictions(entries: Sequence[dict[str, Any]]) -> str:
+    """The model's times beside the measured ones, the worst first."""
+
+    def off(entry: dict[str, Any]) -> float:
+        return entry["measured_us"] / entry["predicted_us"]
+
+    rows = [
+        [
+            entry["cell"],
+            LABELS.get(entry["variant"], entry["variant"]),
+            milliseconds(entry["predicted_us"] / 1e3),
+            milliseconds(entry["measured_us"] / 1e3),
+            f"{off(entry):.2f}",
+            entry["longest"],
+        ]
+        for entry in sorted(entries, key=off, reverse=True)
+    ]
+    header = ["cell", "variant", "predicted", "measured", "measured / predicted", "longest launch"]
+    return table(header, rows, left=(0, 1, 5))

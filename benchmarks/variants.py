@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .problem import Problem
 from .shapes import FORWARD, Cell
 
-OURS = ("ours", "ours_fp32", "ours_packed")
+ROUTES = ("ours_kernel", "ours_library", "ours_fp32_kernel")
+OURS = ("ours", "ours_fp32", "ours_packed", *ROUTES)
 
 LABELS = {
     "merged": "merged",
@@ -20,6 +21,9 @@ LABELS = {
     "ours": "ours",
     "ours_packed": "ours packed",
     "ours_fp32": "ours fp32",
+    "ours_kernel": "ours, kernel route",
+    "ours_library": "ours, library route",
+    "ours_fp32_kernel": "ours fp32, kernel route",
     "ours_no_dropout": "ours, dropout 0",
     "peft": "PEFT",
     "peft_default": "PEFT default",
@@ -94,6 +98,41 @@ def ours_packed(problem: Problem, dropout_p: float) -> Variant:
     route, reason = packed.route(problem.inputs[0].shape[:-1].numel())
     variant.note = f"{route} ({reason}); the packed copies take {packed.nbytes / 2**20:.1f} MiB"
     return variant
+
+
+def _on_route(problem: Problem, dtype: torch.dtype, dropout_p: float, route: str) -> Variant:
+    """lora_ext on one of CUDA's routes, for the length of each call and of its backward."""
+    from lora_ext import set_cuda_route
+
+    variant = _ours(problem, dropout_p, dtype, problem.weight)
+
+    def call(x: Tensor) -> Tensor:
+        set_cuda_route(route)
+        try:
+            y = variant.call(x)
+        finally:
+            set_cuda_route("auto")
+        if y.requires_grad:
+            y.register_hook(lambda grad: set_cuda_route(route))
+            x.register_hook(lambda grad: set_cuda_route("auto"))
+        return y
+
+    return Variant(call, variant.adapters)
+
+
+def ours_kernel(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext, all in our own kernels (CUDA)."""
+    return _on_route(problem, problem.dtype, dropout_p, "kernel")
+
+
+def ours_library(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext's library route (CUDA)."""
+    return _on_route(problem, problem.dtype, dropout_p, "library")
+
+
+def ours_fp32_kernel(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext, all in our own kernels, with float32 adapters on a half base (CUDA)."""
+    return _on_route(problem, torch.float32, dropout_p, "kernel")
 
 
 def ours_no_dropout(problem: Problem, dropout_p: float) -> Variant:
@@ -239,6 +278,9 @@ BUILDERS: dict[str, Builder] = {
         frozen,
         ours,
         ours_fp32,
+        ours_kernel,
+        ours_library,
+        ours_fp32_kernel,
         ours_packed,
         ours_no_dropout,
         naive,
@@ -259,8 +301,10 @@ def floor_of(mode: str) -> str:
 def names_for(cell: Cell) -> list[str]:
     """The variants measured in a cell, in the order of the tables."""
     half = cell.dtype in ("bfloat16", "float16")
+    routes = dict.fromkeys(ROUTES, half and cell.device == "cuda")
     chosen = {
         "ours": True,
+        **routes,
         "ours_packed": cell.device == "cpu",
         "ours_fp32": half,
         "ours_no_dropout": cell.dropout_p > 0,

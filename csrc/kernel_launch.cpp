@@ -35,6 +35,7 @@ plan::Problem common_problem(const Args& args) {
   problem.float_adapters = args.lora_a.scalar_type() == at::kFloat;
   problem.dropout = args.dropout.enabled();
   problem.weight_row_major = args.weight.stride(1) == 1;
+  problem.aligned_weight = aligned(args.weight);
   problem.aligned_a = aligned(args.lora_a), problem.aligned_b = aligned(args.lora_b);
   return problem;
 }
@@ -99,14 +100,13 @@ bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_o
 
 plan::Problem problem_of(const ForwardArgs& args) {
   plan::Problem problem = common_problem(args);
-  problem.aligned = aligned(args.x) && aligned(args.weight) && aligned_rows(problem.n);
+  problem.aligned = aligned(args.x) && aligned_rows(problem.n);
   return problem;
 }
 
 plan::Problem problem_of(const BackwardArgs& args) {
   plan::Problem problem = common_problem(args);
-  problem.aligned =
-      aligned(args.grad) && aligned(args.weight) && aligned(args.x) && aligned_rows(problem.k);
+  problem.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k);
   problem.need_dx = args.need_dx, problem.need_dlora_a = args.need_dlora_a;
   problem.need_dlora_b = args.need_dlora_b;
   return problem;

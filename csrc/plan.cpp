@@ -68,7 +68,7 @@ std::string library_reason(const Card& card, const Problem& p, Choice choice) {
   if (choice == Choice::kLibrary) return "the library route was asked for";
   if (!p.half_dtype) return "the kernels compute bfloat16 and float16";
   if (card.arch < 80) return "the kernels need compute capability 8.0 or later";
-  if (!p.weight_row_major) return "the weight is not row-major";
+  if (choice == Choice::kKernel && !p.weight_row_major) return "the weight is not row-major";
   if (p.rank > kMaxRank) return "the rank is above 512";
   if (std::max({p.m, p.n, p.k}) > INT_MAX / 2) return "a size is above 2^30";
   if (blocks_of(p.m, kStep) * blocks_of(p.n, kStep) > INT_MAX) return "above 2^31 tiles";
@@ -107,7 +107,7 @@ Plan begin(const Card& card, const Problem& p, Choice choice) {
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, 8));
   plan.columns = plan.terms * plan.width;
-  plan.vector = p.aligned;
+  plan.vector = p.aligned && (plan.hybrid || p.aligned_weight);
   return plan;
 }
 

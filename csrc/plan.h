@@ -30,7 +30,8 @@ struct Problem {
   bool float_adapters = false;  // else of x's dtype
   bool dropout = false;
   bool weight_row_major = true;  // [n, k] with unit stride along k
-  bool aligned = true;           // x, the weight and y (forward); dY, the weight and dX (backward)
+  bool aligned = true;           // x and y (forward); dY, x and dX (backward)
+  bool aligned_weight = true;
   bool aligned_a = true, aligned_b = true;
   bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
 };

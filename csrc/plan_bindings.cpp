@@ -74,6 +74,7 @@ void bind_plan(py::module& m) {
       .def_readwrite("dropout", &plan::Problem::dropout)
       .def_readwrite("weight_row_major", &plan::Problem::weight_row_major)
       .def_readwrite("aligned", &plan::Problem::aligned)
+      .def_readwrite("aligned_weight", &plan::Problem::aligned_weight)
       .def_readwrite("aligned_a", &plan::Problem::aligned_a)
       .def_readwrite("aligned_b", &plan::Problem::aligned_b)
       .def_readwrite("need_dx", &plan::Problem::need_dx)

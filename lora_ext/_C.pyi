@@ -38,6 +38,7 @@ class Problem:
     dropout: bool
     weight_row_major: bool
     aligned: bool
+    aligned_weight: bool
     aligned_a: bool
     aligned_b: bool
     need_dx: bool

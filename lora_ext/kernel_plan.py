@@ -91,7 +91,8 @@ def plan(
     problem.half_dtype = dtype in HALVES
     problem.float_adapters = (adapter_dtype or dtype) == torch.float32
     problem.dropout = dropout
-    problem.aligned = problem.aligned_a = problem.aligned_b = aligned
+    problem.aligned = problem.aligned_weight = aligned
+    problem.aligned_a = problem.aligned_b = aligned
     chosen = _card(card)
     return CallPlan(
         _C.plan_forward(chosen, problem, route), _C.plan_backward(chosen, problem, route)
@@ -144,12 +145,12 @@ def explain_cuda_call(
     problem.dropout = dropout_p > 0.0
     problem.weight_row_major = weight.stride(1) == 1
     problem.aligned_a, problem.aligned_b = _aligned(lora_a), _aligned(lora_b)
-    inputs = _aligned(x) and _aligned(weight)
+    problem.aligned_weight = _aligned(weight)
     card, route = _C.cuda_card(x.device), _C.cuda_route()
-    problem.aligned = inputs and weight.shape[0] % 8 == 0
+    problem.aligned = _aligned(x) and weight.shape[0] % 8 == 0
     forward = _C.plan_forward(card, problem, route)
     # The gradient of y comes in contiguous rows.
-    problem.aligned = inputs and weight.shape[0] % 8 == 0 and x.shape[1] % 8 == 0
+    problem.aligned = problem.aligned and x.shape[1] % 8 == 0
     backward = _C.plan_backward(card, problem, route)
 
     def check(plan: _C.Plan, backward: bool) -> str:

@@ -95,8 +95,20 @@ def test_limits_of_the_kernels_have_reasons(change, reason):
     card = _C.Card(change.get("arch", 80), 108, 167936, 166912)
     problem = _C.Problem(change.get("m", 64), 64, 64, change.get("rank", 8))
     problem.weight_row_major = change.get("row_major", True)
-    for planned in (_C.plan_forward(card, problem, "kernel"), _C.plan_backward(card, problem)):
+    for planned in (
+        _C.plan_forward(card, problem, "kernel"),
+        _C.plan_backward(card, problem, "kernel"),
+    ):
         assert not planned.kernel and reason in planned.reason
+
+
+def test_a_transposed_weight_is_no_obstacle_to_the_hybrid_route():
+    problem = _C.Problem(64, 64, 64, 8)
+    problem.weight_row_major = problem.aligned_weight = False
+    problem.float_adapters = True
+    card = lora_ext.CARDS["A100"]
+    for planned in (_C.plan_forward(card, problem), _C.plan_backward(card, problem)):
+        assert planned.hybrid and "element-wise" not in str(planned)
 
 
 def test_large_problems_fill_the_card_with_the_largest_tile():

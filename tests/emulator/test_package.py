@@ -154,3 +154,15 @@ plan = explain_cuda_call(x, w, a, b, 0.0)
 assert "element-wise" in str(plan.forward) and plan.forward_check == "passed", plan
 assert torch.equal(y, expected)
 """)
+
+
+def test_a_transposed_weight_takes_the_hybrid_route():
+    python("""
+x, w = torch.randn(70, 96, dtype=torch.bfloat16), torch.randn(96, 136, dtype=torch.bfloat16).t()
+a, b = torch.randn(16, 96), torch.randn(136, 16)
+plan = explain_cuda_call(x, w, a, b, 0.0)
+y = lora_ext.lora_linear(x, w, a, b)
+assert plan.forward.hybrid and "element-wise" not in str(plan.forward), plan
+expected = lora_ext.lora_linear(x.float(), w.float(), a, b)
+assert (y.float() - expected).abs().max() <= 2**-6 * expected.abs().max()
+""")

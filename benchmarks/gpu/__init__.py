@@ -1,0 +1,1 @@
+"""Minutes on a GPU: golden vectors, tests, sanitizers and measurements, resumable."""
