@@ -1,0 +1,40 @@
+"""docs/verification.md says what the result files say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+spec = importlib.util.spec_from_file_location("verification", ROOT / "scripts" / "verification.py")
+verification = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(verification)
+
+
+def test_the_page_is_what_the_files_say():
+    assert verification.PAGE.read_text() == verification.page(), "run scripts/verification.py"
+
+
+def test_a_changed_figure_changes_the_page(tmp_path, monkeypatch):
+    for path in verification.RESULTS.rglob("results.json"):
+        copy = tmp_path / path.relative_to(verification.RESULTS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    headline = tmp_path / "xeon-amx-2-cores" / "headline" / "results.json"
+    document = json.loads(headline.read_text())
+    document["targets"][0]["measured"] = 7.77
+    headline.write_text(json.dumps(document))
+    gpu = {
+        "kind": "gpu",
+        "machine": {**document["machine"], "device": "cuda", "name": "a card"},
+        "stages": {"kernels": {"status": "done", "summary": "31 passed"}},
+    }
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "results.json").write_text(json.dumps(gpu))
+    monkeypatch.setattr(verification, "RESULTS", tmp_path)
+    monkeypatch.setattr(verification, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    mutants = (ROOT / "docs" / "emulation-mutants.md").read_text()
+    (tmp_path / "docs" / "emulation-mutants.md").write_text(mutants)
+    text = verification.page()
+    assert "7.77x" in text and "## a card" in text and "| kernels | done | 31 passed |" in text
