@@ -166,3 +166,18 @@ assert plan.forward.hybrid and "element-wise" not in str(plan.forward), plan
 expected = lora_ext.lora_linear(x.float(), w.float(), a, b)
 assert (y.float() - expected).abs().max() <= 2**-6 * expected.abs().max()
 """)
+
+
+def test_a_launch_that_fails_is_an_error_of_the_call():
+    python("""
+call()
+os.environ["LORA_EXT_EMULATED_FAULT"] = "shrink.commit"  # found when the block ends
+try:
+    call()
+except RuntimeError as error:
+    assert "lora_ext.lora_linear: launching the kernels on cpu failed: " in str(error), error
+else:
+    raise AssertionError("no error")
+os.environ["LORA_EXT_EMULATED_FAULT"] = ""
+call()
+""")
