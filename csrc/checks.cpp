@@ -14,8 +14,6 @@ bool supported(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
-bool half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
-
 void check_same_device(const char* name, const at::Tensor& tensor, const at::Tensor& x) {
   LORA_EXT_CHECK(tensor.device() == x.device(), "expected ", name, " on x's device ", x.device(),
                  ", but got ", tensor.device(), "; move one of them with .to()");
@@ -61,8 +59,8 @@ void check_dtypes(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
       "expected weight of x's dtype ", dtype, ", but got ", weight.scalar_type(),
       "; cast one of them, or run under torch.autocast");
   const at::ScalarType adapter = lora_a.scalar_type();
-  LORA_EXT_CHECK_TYPE(adapter == dtype || (half(dtype) && adapter == at::kFloat),
-                      "expected lora_a of x's dtype ", dtype, half(dtype) ? " or float32" : "",
+  LORA_EXT_CHECK_TYPE(adapter == dtype || (is_half(dtype) && adapter == at::kFloat),
+                      "expected lora_a of x's dtype ", dtype, is_half(dtype) ? " or float32" : "",
                       ", but got ", adapter);
   LORA_EXT_CHECK_TYPE(lora_b.scalar_type() == adapter, "expected lora_b of lora_a's dtype ",
                       adapter, ", but got ", lora_b.scalar_type());

@@ -24,14 +24,12 @@ bool aligned(const at::Tensor& tensor) {
 // Of a result [rows, columns] that torch's allocator aligns.
 bool aligned_rows(int64_t columns) { return columns % 8 == 0; }
 
-bool half_type(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
-
 template <class Args>
 plan::Problem common_problem(const Args& args) {
   plan::Problem problem{};
   problem.m = args.x.size(0), problem.n = args.weight.size(0), problem.k = args.x.size(1);
   problem.rank = args.lora_a.size(0);
-  problem.half_dtype = half_type(args.x.scalar_type());
+  problem.half_dtype = is_half(args.x.scalar_type());
   problem.float_adapters = args.lora_a.scalar_type() == at::kFloat;
   problem.dropout = args.dropout.enabled();
   problem.weight_row_major = args.weight.stride(1) == 1;

@@ -37,9 +37,7 @@ bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
 
 // The CPU library's half GEMMs of small size round on the way (rms of dX 1.17 times PEFT's): there
 // the low-rank part of backward runs in float whatever the adapters' dtype.
-bool half_on_cpu(const at::Tensor& x) {
-  return x.is_cpu() && accumulation_dtype(x.scalar_type()) != x.scalar_type();
-}
+bool half_on_cpu(const at::Tensor& x) { return x.is_cpu() && is_half(x.scalar_type()); }
 
 at::Tensor shrink_rows(const ForwardArgs& args, int64_t row, int64_t count) {
   at::Tensor x = args.x.narrow(0, row, count);

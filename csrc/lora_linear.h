@@ -67,9 +67,11 @@ struct Backward {
   at::Tensor dlora_b;  // [N, r]
 };
 
+inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+
 // The dtype in which S is kept and sums are made: float for half types, else the type itself.
 inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 || dtype == at::kHalf ? at::kFloat : dtype;
+  return is_half(dtype) ? at::kFloat : dtype;
 }
 
 // keep_scale * mask * x of rows [first_row, ...) as a new tensor; x is [rows, K].

@@ -4,7 +4,7 @@
 
 #include "emulator/emulator.h"
 #include "emulator/kernels/operand.h"
-#include "emulator/specimens/driver.h"
+#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 
@@ -86,27 +86,18 @@ std::string run_dsdb(const Case& run) {
   return "";
 }
 
-std::string run_variant(const Case& run) {
-#define RUN(name, ...) \
-  if (run.variant == #name) return run_dsdb<__VA_ARGS__>(run);
-  LORA_DSDB_SM80_VARIANTS(RUN)
-  return "no such variant";
-}
+#define VARIANT(name, ...) {#name, run_dsdb<__VA_ARGS__>},
+const std::vector<kernels::Variant> kVariants = {LORA_DSDB_SM80_VARIANTS(VARIANT)};
 
 }  // namespace
 }  // namespace lora_ext::kernel
 
 int main(int argc, char** argv) {
-  using lora_ext::kernel::run_variant;
-#define NAME(variant, ...) #variant,
-  return specimens::specimen_main(argc, argv,
-                                  {.name = "lora_dsdb_sm80",
-                                   .sizes = {{"even", 256, 1024, 32},
-                                             {"odd", 131, 1101, 32},
-                                             {"narrow", 200, 70, 32},
-                                             {"shallow", 61, 300, 32},
-                                             {"tiny", 3, 1, 32}},
-                                   .variants = {LORA_DSDB_SM80_VARIANTS(NAME)},
-                                   .run = run_variant,
-                                   .flops = specimens::gemm_flops});
+  return kernels::variants_main(argc, argv, "lora_dsdb_sm80",
+                                {{"even", 256, 1024, 32},
+                                 {"odd", 131, 1101, 32},
+                                 {"narrow", 200, 70, 32},
+                                 {"shallow", 61, 300, 32},
+                                 {"tiny", 3, 1, 32}},
+                                lora_ext::kernel::kVariants);
 }

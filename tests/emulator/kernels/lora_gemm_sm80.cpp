@@ -4,7 +4,7 @@
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
 #include "emulator/kernels/operand.h"
-#include "emulator/specimens/driver.h"
+#include "emulator/kernels/variants.h"
 #include "kernel/halves.h"
 
 namespace lora_ext::kernel {
@@ -138,28 +138,19 @@ std::string run_gemm(const Case& run) {
   return "";
 }
 
-std::string run_variant(const Case& run) {
-#define RUN(name, ...) \
-  if (run.variant == #name) return run_gemm<__VA_ARGS__>(run);
-  LORA_GEMM_SM80_VARIANTS(RUN)
-  return "no such variant";
-}
+#define VARIANT(name, ...) {#name, run_gemm<__VA_ARGS__>},
+const std::vector<kernels::Variant> kVariants = {LORA_GEMM_SM80_VARIANTS(VARIANT)};
 
 }  // namespace
 }  // namespace lora_ext::kernel
 
 int main(int argc, char** argv) {
-  using lora_ext::kernel::run_variant;
-#define NAME(variant, ...) #variant,
-  return specimens::specimen_main(argc, argv,
-                                  {.name = "lora_gemm_sm80",
-                                   .sizes = {{"even", 256, 128, 128},
-                                             {"odd", 131, 77, 99},
-                                             {"shallow", 130, 70, 61},
-                                             {"tall", 1200, 65, 72},
-                                             {"wide", 70, 300, 200},
-                                             {"tiny", 3, 1, 5}},
-                                   .variants = {LORA_GEMM_SM80_VARIANTS(NAME)},
-                                   .run = run_variant,
-                                   .flops = specimens::gemm_flops});
+  return kernels::variants_main(argc, argv, "lora_gemm_sm80",
+                                {{"even", 256, 128, 128},
+                                 {"odd", 131, 77, 99},
+                                 {"shallow", 130, 70, 61},
+                                 {"tall", 1200, 65, 72},
+                                 {"wide", 70, 300, 200},
+                                 {"tiny", 3, 1, 5}},
+                                lora_ext::kernel::kVariants);
 }

@@ -3,7 +3,7 @@
 
 #include "emulator/emulator.h"
 #include "emulator/kernels/operand.h"
-#include "emulator/specimens/driver.h"
+#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 
@@ -16,6 +16,7 @@ namespace {
 
 using emulator::GlobalBuffer;
 using emulator::PlantedFault;
+using kernels::blocks_of;
 using kernels::Operand;
 using kernels::RandomMask;
 using specimens::Bounded;
@@ -65,9 +66,6 @@ std::string run_shrink(const Case& run) {
   reduce.keep_scale = kMasked ? mask.keep_scale : 1.f, reduce.scaling = scaling;
 
   using Tile = LoraShrinkTile;
-  const auto blocks_of = [](int count, int size) {
-    return static_cast<unsigned>((count + size - 1) / size);
-  };
   emulator::Stream stream;
   stream.launch({.grid = dim3(blocks_of(m, Tile::kM), blocks_of(columns, Tile::kN),
                               static_cast<unsigned>(splits)),
@@ -121,27 +119,18 @@ std::string run_shrink(const Case& run) {
   return "";
 }
 
-std::string run_variant(const Case& run) {
-#define RUN(name, ...) \
-  if (run.variant == #name) return run_shrink<__VA_ARGS__>(run);
-  LORA_SHRINK_SM80_VARIANTS(RUN)
-  return "no such variant";
-}
+#define VARIANT(name, ...) {#name, run_shrink<__VA_ARGS__>},
+const std::vector<kernels::Variant> kVariants = {LORA_SHRINK_SM80_VARIANTS(VARIANT)};
 
 }  // namespace
 }  // namespace lora_ext::kernel
 
 int main(int argc, char** argv) {
-  using lora_ext::kernel::run_variant;
-#define NAME(variant, ...) #variant,
-  return specimens::specimen_main(argc, argv,
-                                  {.name = "lora_shrink_sm80",
-                                   .sizes = {{"even", 128, 16, 512},
-                                             {"odd", 131, 17, 435},
-                                             {"wide", 66, 129, 200},
-                                             {"shallow", 65, 8, 61},
-                                             {"tiny", 3, 1, 5}},
-                                   .variants = {LORA_SHRINK_SM80_VARIANTS(NAME)},
-                                   .run = run_variant,
-                                   .flops = specimens::gemm_flops});
+  return kernels::variants_main(argc, argv, "lora_shrink_sm80",
+                                {{"even", 128, 16, 512},
+                                 {"odd", 131, 17, 435},
+                                 {"wide", 66, 129, 200},
+                                 {"shallow", 65, 8, 61},
+                                 {"tiny", 3, 1, 5}},
+                                lora_ext::kernel::kVariants);
 }

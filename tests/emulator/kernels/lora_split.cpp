@@ -2,7 +2,7 @@
 #include "emulator/kernels/lora_split.h"
 
 #include "emulator/emulator.h"
-#include "emulator/specimens/driver.h"
+#include "emulator/kernels/variants.h"
 #include "emulator/specimens/reference.h"
 
 namespace lora_ext::kernel {
@@ -127,24 +127,14 @@ std::string run_split(const Case& run) {
   return "";
 }
 
-std::string run_variant(const Case& run) {
-#define RUN(name, ...) \
-  if (run.variant == #name) return run_split<__VA_ARGS__>(run);
-  LORA_SPLIT_VARIANTS(RUN)
-  return "no such variant";
-}
+#define VARIANT(name, ...) {#name, run_split<__VA_ARGS__>},
+const std::vector<kernels::Variant> kVariants = {LORA_SPLIT_VARIANTS(VARIANT)};
 
 }  // namespace
 }  // namespace lora_ext::kernel
 
 int main(int argc, char** argv) {
-  using lora_ext::kernel::run_variant;
-#define NAME(variant, ...) #variant,
-  return specimens::specimen_main(
-      argc, argv,
-      {.name = "lora_split",
-       .sizes = {{"three", 60, 24, 3}, {"two", 35, 17, 2}, {"one", 300, 1, 1}},
-       .variants = {LORA_SPLIT_VARIANTS(NAME)},
-       .run = run_variant,
-       .flops = [](const specimens::Size& size) { return 1.0 * size.m * size.n * size.k; }});
+  return kernels::variants_main(argc, argv, "lora_split",
+                                {{"three", 60, 24, 3}, {"two", 35, 17, 2}, {"one", 300, 1, 1}},
+                                lora_ext::kernel::kVariants);
 }

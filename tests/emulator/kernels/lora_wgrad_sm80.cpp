@@ -4,7 +4,7 @@
 
 #include "emulator/emulator.h"
 #include "emulator/kernels/gradient.h"
-#include "emulator/specimens/driver.h"
+#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 
@@ -17,6 +17,7 @@ namespace {
 
 using emulator::GlobalBuffer;
 using emulator::PlantedFault;
+using kernels::blocks_of;
 using kernels::Gradient;
 using kernels::Operand;
 using kernels::RandomMask;
@@ -62,9 +63,6 @@ std::string run_wgrad(const Case& run) {
   }
 
   using Tile = LoraWgradTile;
-  const auto blocks_of = [](int count, int size) {
-    return static_cast<unsigned>((count + size - 1) / size);
-  };
   emulator::Stream stream;
   stream.launch({.grid = dim3(blocks_of(widest, Tile::kC), blocks_of(columns, Tile::kColumns),
                               static_cast<unsigned>(splits)),
@@ -93,27 +91,18 @@ std::string run_wgrad(const Case& run) {
   return "";
 }
 
-std::string run_variant(const Case& run) {
-#define RUN(name, ...) \
-  if (run.variant == #name) return run_wgrad<__VA_ARGS__>(run);
-  LORA_WGRAD_SM80_VARIANTS(RUN)
-  return "no such variant";
-}
+#define VARIANT(name, ...) {#name, run_wgrad<__VA_ARGS__>},
+const std::vector<kernels::Variant> kVariants = {LORA_WGRAD_SM80_VARIANTS(VARIANT)};
 
 }  // namespace
 }  // namespace lora_ext::kernel
 
 int main(int argc, char** argv) {
-  using lora_ext::kernel::run_variant;
-#define NAME(variant, ...) #variant,
-  return specimens::specimen_main(argc, argv,
-                                  {.name = "lora_wgrad_sm80",
-                                   .sizes = {{"even", 512, 16, 128},
-                                             {"odd", 435, 17, 131},
-                                             {"wide", 200, 67, 130},
-                                             {"shallow", 61, 8, 65},
-                                             {"tiny", 5, 1, 3}},
-                                   .variants = {LORA_WGRAD_SM80_VARIANTS(NAME)},
-                                   .run = run_variant,
-                                   .flops = specimens::gemm_flops});
+  return kernels::variants_main(argc, argv, "lora_wgrad_sm80",
+                                {{"even", 512, 16, 128},
+                                 {"odd", 435, 17, 131},
+                                 {"wide", 200, 67, 130},
+                                 {"shallow", 61, 8, 65},
+                                 {"tiny", 5, 1, 3}},
+                                lora_ext::kernel::kVariants);
 }

@@ -1,0 +1,34 @@
+// The main program of a kernel's host program: a table of its instances by name.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "emulator/specimens/driver.h"
+
+namespace kernels {
+
+struct Variant {
+  const char* name;
+  std::string (*run)(const specimens::Case&);
+};
+
+// Blocks of `size` that cover `count`, as a grid wants them.
+inline unsigned blocks_of(int count, int size) {
+  return static_cast<unsigned>((count + size - 1) / size);
+}
+
+inline int variants_main(int argc, char** argv, const char* name,
+                         const std::vector<specimens::Size>& sizes,
+                         const std::vector<Variant>& variants) {
+  specimens::Specimen specimen{
+      .name = name, .sizes = sizes, .variants = {}, .run = {}, .flops = specimens::gemm_flops};
+  for (const Variant& variant : variants) specimen.variants.push_back(variant.name);
+  specimen.run = [&](const specimens::Case& run) -> std::string {
+    for (const Variant& variant : variants)
+      if (run.variant == variant.name) return variant.run(run);
+    return "no such variant";
+  };
+  return specimens::specimen_main(argc, argv, specimen);
+}
+
+}  // namespace kernels
