@@ -155,12 +155,11 @@ def _plans(machine: Machine, s: _Shape) -> lora_ext.CallPlan:
 
 def _lora_gemm(machine: Machine, plan, s: _Shape, m: int, n: int, k: int) -> Launch:
     tile = tuple(int(word) for word in plan.tile.split(" x "))
-    rate = {"128 x 256": 1.0, "128 x 128": 0.9, "128 x 64": 0.8}[plan.tile]
     terms = 3 if s.wide else 1
     depth = k + terms * 16 * _blocks(s.r, 16)
     moved = BYTES * (m * k + n * k + m * n + terms * s.r * (m + n))
     flop = _wave_flop(machine, m, n, depth, (tile[0], tile[1]))
-    return Launch("lora_gemm", moved, flop, machine.mma_share * rate)
+    return Launch("lora_gemm", moved, flop, machine.mma_share * plan.tile_efficiency)
 
 
 def ours_forward(machine: Machine, s: _Shape) -> list[Launch]:

@@ -63,8 +63,8 @@ template <class Args>
 std::string run_case(const plan::Card& card, const Kernels& kernels, const Args& args) {
   const plan::Problem problem = kernel_launch::problem_of(args);
   const plan::Choice route = kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel;
-  plan::Plan plan =
-      kernels.backward ? plan::backward(card, problem, route) : plan::forward(card, problem, route);
+  plan::Plan plan = kernels.backward ? plan::backward(card, problem, {route})
+                                     : plan::forward(card, problem, {route});
   plan.gemm.tile = kernels.tile;
   const Kernels planned =
       kernels_of(plan, kernels.backward, kernels.dtype, kernels.float_adapters, kernels.dropout);

@@ -5,6 +5,7 @@
 
 #include "kernel_check.h"
 #include "kernel_launch.h"
+#include "winners.h"
 
 namespace lora_ext::kernel_route {
 namespace {
@@ -15,12 +16,14 @@ std::atomic<plan::Choice>& choice() {
 }
 
 plan::Plan plan_of(const ForwardArgs& args) {
-  return plan::forward(kernel_launch::card_of(args.x.device()), kernel_launch::problem_of(args),
-                       choice());
+  const plan::Card card = kernel_launch::card_of(args.x.device());
+  const plan::Problem problem = kernel_launch::problem_of(args);
+  return plan::forward(card, problem, winners::request_for(card, problem, false, choice()));
 }
 plan::Plan plan_of(const BackwardArgs& args) {
-  return plan::backward(kernel_launch::card_of(args.x.device()), kernel_launch::problem_of(args),
-                        choice());
+  const plan::Card card = kernel_launch::card_of(args.x.device());
+  const plan::Problem problem = kernel_launch::problem_of(args);
+  return plan::backward(card, problem, winners::request_for(card, problem, true, choice()));
 }
 
 template <class Args>
@@ -46,7 +49,18 @@ std::optional<Result> run(const Args& args) {
   return kernel_launch::run(plan, args);
 }
 
+template <class Args>
+Explained explained(const Args& args) {
+  const plan::Plan plan = plan_of(args);
+  if (!plan.kernel) return {plan, ""};
+  const std::string result = kernel_check::result(args.x.device(), kernels_of(plan, args));
+  return {plan, result.empty() ? "passed" : result};
+}
+
 }  // namespace
+
+Explained explain(const ForwardArgs& args) { return explained(args); }
+Explained explain(const BackwardArgs& args) { return explained(args); }
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
 std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }

@@ -29,15 +29,18 @@ Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bo
   return {tile.tile, vector, static_cast<int>(std::min(tiles, card.sms * resident))};
 }
 
-// The tile with the least predicted time: whole waves of tiles, each as long as its area. Where it
-// only adds a low-rank product, the smallest, of which most fit on an SM.
-Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked, bool hybrid) {
+// The tile that is asked for, if it can be had; else that with the least predicted time: whole
+// waves of tiles, each as long as its area. Where it only adds a low-rank product, the smallest, of
+// which most fit on an SM.
+Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked, bool hybrid,
+                 const std::optional<Tile>& asked) {
   if (hybrid) return with_tile(card, facts_of(Tile::k128x64), m, n, vector);
   const TileFacts* best = nullptr;
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
     if (!fits(tile, card, masked)) continue;
     if (!vector && tile.tile != Tile::k128x64) continue;
+    if (tile.tile == asked) return with_tile(card, tile, m, n, vector);
     const int64_t waves = blocks_of(blocks_of(m, tile.rows) * blocks_of(n, tile.columns), card.sms);
     const double time = static_cast<double>(waves * tile.rows * tile.columns) / tile.efficiency;
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
@@ -64,7 +67,10 @@ struct Workspace {
 };
 
 // Why the library route computes a problem; "" if the kernels may.
-std::string library_reason(const Card& card, const Problem& p, Choice choice) {
+std::string library_reason(const Card& card, const Problem& p, const Request& request) {
+  const Choice choice = request.choice;
+  if (choice == Choice::kLibrary && !request.measured.empty())
+    return "fastest as measured " + request.measured;
   if (choice == Choice::kLibrary) return "the library route was asked for";
   if (!p.half_dtype) return "the kernels compute bfloat16 and float16";
   if (card.arch < 80) return "the kernels need compute capability 8.0 or later";
@@ -85,8 +91,9 @@ bool library_forward(const Problem& p, Choice choice) {
 // half of it or less where there are warpgroup products. That costs more than the pass over Y or dX
 // that the whole product in one kernel saves (benchmarks/model.py: predicted). So the planner
 // leaves base products to the library until a card has shown otherwise.
-std::string kernel_reason(Choice choice) {
-  switch (choice) {
+std::string kernel_reason(const Request& request) {
+  if (!request.measured.empty()) return "fastest as measured " + request.measured;
+  switch (request.choice) {
     case Choice::kKernel:
       return "the kernels were asked for";
     case Choice::kHybrid:
@@ -97,13 +104,13 @@ std::string kernel_reason(Choice choice) {
   }
 }
 
-Plan begin(const Card& card, const Problem& p, Choice choice) {
+Plan begin(const Card& card, const Problem& p, const Request& request) {
   Plan plan;
-  plan.reason = library_reason(card, p, choice);
+  plan.reason = library_reason(card, p, request);
   plan.kernel = plan.reason.empty();
   if (!plan.kernel) return plan;
-  plan.reason = kernel_reason(choice);
-  plan.hybrid = choice != Choice::kKernel;
+  plan.reason = kernel_reason(request);
+  plan.hybrid = request.choice != Choice::kKernel;
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, 8));
   plan.columns = plan.terms * plan.width;
@@ -133,6 +140,13 @@ std::string describe_gemm(const Gemm& gemm) {
 }  // namespace
 
 const char* name_of(Tile tile) { return facts_of(tile).name; }
+double efficiency_of(Tile tile) { return facts_of(tile).efficiency; }
+
+std::optional<Tile> tile_named(const std::string& name) {
+  for (const TileFacts& tile : kTiles)
+    if (name == tile.name) return tile.tile;
+  return std::nullopt;
+}
 
 std::vector<Tile> tiles_of(const Card& card, bool masked) {
   std::vector<Tile> tiles;
@@ -141,9 +155,9 @@ std::vector<Tile> tiles_of(const Card& card, bool masked) {
   return tiles;
 }
 
-Plan forward(const Card& card, const Problem& p, Choice choice) {
-  Plan plan = begin(card, p, choice);
-  if (plan.kernel && library_forward(p, choice)) {
+Plan forward(const Card& card, const Problem& p, const Request& request) {
+  Plan plan = begin(card, p, request);
+  if (plan.kernel && library_forward(p, request.choice)) {
     plan.kernel = plan.hybrid = false;
     plan.reason =
         "half adapters without dropout: the library is predicted to be as fast in forward";
@@ -156,13 +170,13 @@ Plan forward(const Card& card, const Problem& p, Choice choice) {
   plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
   plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
   plan.t = workspace.take(p.m * plan.columns, 2);
-  plan.gemm = choose_gemm(card, p.m, p.n, plan.vector, false, plan.hybrid);
+  plan.gemm = choose_gemm(card, p.m, p.n, plan.vector, false, plan.hybrid, request.tile);
   plan.workspace = workspace.bytes;
   return plan;
 }
 
-Plan backward(const Card& card, const Problem& p, Choice choice) {
-  Plan plan = begin(card, p, choice);
+Plan backward(const Card& card, const Problem& p, const Request& request) {
+  Plan plan = begin(card, p, request);
   if (!plan.kernel) return plan;
   const bool need_ds = p.need_dx || p.need_dlora_a;
   Workspace workspace;
@@ -197,7 +211,9 @@ Plan backward(const Card& card, const Problem& p, Choice choice) {
   }
   if (p.need_dlora_b) plan.g_b = workspace.take(plan.dlora_b.splits * plan.columns * p.n, 4);
   if (p.need_dlora_a) plan.g_a = workspace.take(plan.dlora_a.splits * plan.columns * p.k, 4);
-  if (p.need_dx) plan.gemm = choose_gemm(card, p.m, p.k, plan.vector, p.dropout, plan.hybrid);
+  if (p.need_dx) {
+    plan.gemm = choose_gemm(card, p.m, p.k, plan.vector, p.dropout, plan.hybrid, request.tile);
+  }
   plan.workspace = workspace.bytes;
   return plan;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,22 @@ struct Card {
   int arch;
   int sms;
   int64_t shared_per_sm, shared_per_block;  // bytes; a block can have at most the second
+  std::string
+      name{};  // the driver's, by which measurements are kept; "" for a card in the abstract
 };
 
-// Which route the user asks for; kAuto leaves it to the planner. kHybrid: base products by the
-// library, everything else by the kernels.
+// Which route is asked for; kAuto leaves it to the planner. kHybrid: base products by the library,
+// everything else by the kernels.
 enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
+
+enum class Tile { k128x256, k128x128, k128x64 };
+
+// A route, and for kKernel perhaps a tile, asked for by the user or by a measurement (winners.h).
+struct Request {
+  Choice choice = Choice::kAuto;
+  std::optional<Tile> tile{};
+  std::string measured{};  // where: the end of "fastest as measured ..."; "" if the user asks
+};
 
 // A LoRA linear's operands. "aligned": unit stride in a row, and pointer and row pitch are
 // multiples of 16 bytes.
@@ -35,8 +47,6 @@ struct Problem {
   bool aligned_a = true, aligned_b = true;
   bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
 };
-
-enum class Tile { k128x256, k128x128, k128x64 };
 
 // The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sm80.h asserts it): rows,
 // columns, shared memory in bytes, resident blocks an SM at most (by registers), and the share of
@@ -58,6 +68,8 @@ constexpr TileFacts kTiles[] = {
 };
 
 const char* name_of(Tile tile);
+std::optional<Tile> tile_named(const std::string& name);
+double efficiency_of(Tile tile);
 // Those that fit a card; masked: for a product under a mask.
 std::vector<Tile> tiles_of(const Card& card, bool masked);
 
@@ -104,7 +116,7 @@ struct Plan {
   std::string describe() const;
 };
 
-Plan forward(const Card& card, const Problem& problem, Choice choice);
-Plan backward(const Card& card, const Problem& problem, Choice choice);
+Plan forward(const Card& card, const Problem& problem, const Request& request);
+Plan backward(const Card& card, const Problem& problem, const Request& request);
 
 }  // namespace lora_ext::plan

@@ -17,7 +17,7 @@ if torch_mismatch():
     raise ImportError(torch_mismatch())
 
 try:
-    from . import _C  # noqa: F401  (registers the ops)
+    from . import _C
 except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
@@ -48,8 +48,12 @@ from .modules import LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMergedLinear
 from .optimizer import lora_plus_groups
 from .prepack import PackedWeight, prepack
 from .reports import explain, trainable_parameters
+from .tune import load_tables
 
 __version__ = version()
+
+if _C.with_cuda:
+    load_tables()
 
 __all__ = [
     "CARDS",

@@ -25,11 +25,13 @@ std::string text_of(cudaError_t error) {
 bool has_kernels(bool is_cuda) { return is_cuda; }
 
 plan::Card card_of(int device) {
+  cudaDeviceProp properties{};
+  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) properties.name[0] = 0;
   return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
               attribute(cudaDevAttrComputeCapabilityMinor, device),
           attribute(cudaDevAttrMultiProcessorCount, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), properties.name};
 }
 
 bool is_capturing(void* stream) {

@@ -181,3 +181,43 @@ else:
 os.environ["LORA_EXT_EMULATED_FAULT"] = ""
 call()
 """)
+
+
+TUNE = """
+from pathlib import Path
+from lora_ext import tune
+shape = tune.Shape(70, 96, 136, 16, True, True)
+path = Path({path!r})
+table = tune.tune([shape], "cpu", path=path, rounds=3)
+assert tune.read_table(path) == table
+forward, backward = table.entries
+"""
+
+
+def test_tuning_times_every_route_and_the_planner_goes_by_it(tmp_path):
+    python(
+        TUNE.format(path=str(tmp_path / "table.json"))
+        + """
+tiles = {"kernel 128 x 256", "kernel 128 x 128", "kernel 128 x 64"}
+assert set(forward.us) == {"library", "hybrid"} | tiles, forward
+assert set(backward.us) == {"library", "hybrid"} | tiles - {"kernel 128 x 256"}, backward
+_, plan = call()
+assert "fastest as measured on emulated sm_80" in str(plan), plan
+won = tune.Entry(shape, False, "kernel", "128 x 128", {})
+tune.write_table(table.with_entries([won]), path)
+from lora_ext.tune import tables
+tables.install([tune.read_table(path)])
+results, plan = call()
+assert plan.forward.tile == "128 x 128" and not plan.forward.hybrid, plan
+assert not same(results, library())
+"""
+    )
+
+
+def test_kernels_that_fail_their_check_cannot_win(tmp_path):
+    said = python(
+        TUNE.format(path=str(tmp_path / "table.json"))
+        + 'assert set(forward.us) == {"library"} and forward.route == "library", forward',
+        LORA_EXT_EMULATED_FAULT="shrink.steps:low",
+    )
+    assert "failed their check" in said

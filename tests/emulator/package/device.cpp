@@ -47,7 +47,9 @@ bool has_kernels(bool) { return true; }
 plan::Card card_of(int) {
   const std::string arch = environment("LORA_EXT_EMULATED_ARCH");
   const int number = arch.empty() ? 80 : std::stoi(arch);
-  return number == 86 ? plan::Card{86, 16, 102400, 101376} : plan::Card{number, 8, 167936, 166912};
+  const std::string name = "emulated sm_" + std::to_string(number);
+  return number == 86 ? plan::Card{86, 16, 102400, 101376, name}
+                      : plan::Card{number, 8, 167936, 166912, name};
 }
 
 bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }
