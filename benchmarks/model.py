@@ -19,7 +19,7 @@ import torch
 
 import lora_ext
 
-from .shapes import FORWARD, Cell
+from .shapes import BACKWARD, FORWARD, Cell
 
 BYTES = 2  # of a half
 FLOAT = 4
@@ -382,7 +382,10 @@ def launches_of(machine: Machine, cell: Cell, variant: str) -> list[Launch]:
     shape = _shape(cell, wide)
     if cell.mode == FORWARD:
         return forward(machine, shape)
-    return [] if backward is None else [*forward(machine, shape), *backward(machine, shape)]
+    if backward is None:
+        return []
+    first = [] if cell.mode == BACKWARD else forward(machine, shape)
+    return [*first, *backward(machine, shape)]
 
 
 def predicted_us(machine: Machine, cell: Cell, variant: str) -> float | None:

@@ -10,7 +10,7 @@ cards that were measured come with the package, in `lora_ext/tune/measured`.
 
 from .shape import Shape, shapes_of
 from .table import Entry, Table, TableError, read_table, write_table
-from .tables import load_tables, user_folder
+from .tables import load_tables, table_path, user_folder
 from .trial import tune
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "load_tables",
     "read_table",
     "shapes_of",
+    "table_path",
     "tune",
     "user_folder",
     "write_table",

@@ -35,6 +35,17 @@ def file_of(table: Table, folder: Path) -> Path:
     return folder / f"{_slug(table.card)}{_suffix(table.torch, table.lora_ext)}"
 
 
+def table_path(folder: Path, device: torch.device | None = None) -> Path:
+    """The file in a folder for a device with this torch and lora_ext.
+
+    Args:
+        folder: any; the user's is `user_folder()`.
+        device: a CUDA device; default: the current one.
+    """
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    return file_of(empty_table(_C.cuda_card(device).name), folder)
+
+
 def table_at(path: Path, card: str) -> Table:
     """The table in a file, if it is the card's for this torch and lora_ext; else an empty one."""
     empty = empty_table(card)

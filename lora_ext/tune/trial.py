@@ -17,7 +17,7 @@ from .. import _C
 from ..functional import draw_seed
 from .shape import Shape
 from .table import Entry, Table, write_table
-from .tables import empty_table, file_of, install, load_tables, table_at, user_folder
+from .tables import install, load_tables, table_at, table_path, user_folder
 
 LIBRARY = "library"
 _DROPOUT = 0.05
@@ -237,7 +237,7 @@ def tune(
         device = torch.device("cuda", torch.cuda.current_device())
     device = torch.device(device)
     card = _C.cuda_card(device)
-    path = path or file_of(empty_table(card.name), user_folder())
+    path = path or table_path(user_folder(), device)
     table = table_at(path, card.name)
     failed: OSError | None = None
     with _planner_listens(card), torch.no_grad():
