@@ -20,7 +20,22 @@ SOURCES = {
         "gemm_wgmma_consumer.h",
         "gemm_wgmma.h",
     ],
-    "lora_gemm_sm80": ["lora_gemm_sm80.h", "tile_copy_sm80.h", "lora_gemm_sm80_epilogue.h"],
+    "lora_gemm_sm80": [
+        "lora_gemm_sm80.h",
+        "tile_copy_sm80.h",
+        "lora_gemm_sm80_epilogue.h",
+        "accumulator_mask.h",
+        "bias.h",
+    ],
+    "lora_gemm_sm90a": [
+        "lora_gemm_sm90a.h",
+        "lora_gemm_sm90a_block.h",
+        "lora_gemm_sm90a_producer.h",
+        "lora_gemm_sm90a_consumer.h",
+        "lora_gemm_sm90a_epilogue.h",
+        "accumulator_mask.h",
+        "bias.h",
+    ],
     "lora_shrink_sm80": [
         "lora_shrink_sm80.h",
         "fragment_mask.h",
