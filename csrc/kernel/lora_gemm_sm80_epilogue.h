@@ -52,16 +52,17 @@ struct LoraGemmEpilogue {
                           static_cast<int>(threadIdx.x) / 32 * 16 * Tile::kSlabPitch;
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
+      float of_columns[kColumnBlocks][2];
+      bias.load(of_columns, column0 + lane % 4 * 2);
       if (!Fault::skip("store.slab_free")) __syncwarp();
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int column = column0 + j * 8 + lane % 4 * 2 + e % 2;
           const int row = e / 2 * 8 + lane / 4;
           T* pair =
               reinterpret_cast<T*>(slab + row * Tile::kSlabPitch + (j * 8 + lane % 4 * 2) * 2);
-          pair[e % 2] = rounded<T>(acc[i][j][e] + bias.at(column));
+          pair[e % 2] = rounded<T>(acc[i][j][e] + of_columns[j][e % 2]);
         }
       }
       if (!Fault::skip("store.slab_full")) __syncwarp();

@@ -22,13 +22,8 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault = NoFault>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    lora_gemm_sm90a(const __grid_constant__ LoraGemmMaps maps,
-                    const __grid_constant__ LoraGemmParams<T> p) {
-  static_assert(kMNMajor || !kMasked, "only dX is masked");
-  const LoraGemmSm90aBlock<T, Tile, Fault> block{maps, p};
-  block.set_up();
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+__device__ __forceinline__ void take_role(const LoraGemmSm90aBlock<T, Tile, Fault>& block) {
   // From lane 0, so that ptxas knows that a warp agrees on its role.
   const int warpgroup =
       __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Tile::kWarpgroup, 0);
@@ -48,7 +43,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>{block, warpgroup - 1}.consume();
   }
-  block.leave();
+}
+
+// Empty for other architectures, where nothing launches it.
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault = NoFault>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    lora_gemm_sm90a(const __grid_constant__ LoraGemmMaps maps,
+                    const __grid_constant__ LoraGemmParams<T> p) {
+  static_assert(kMNMajor || !kMasked, "only dX is masked");
+  if constexpr (ptx::kHasSm90a) {
+    const LoraGemmSm90aBlock<T, Tile, Fault> block{maps, p};
+    block.set_up();
+    take_role<T, Tile, kMNMajor, kMasked, kTail>(block);
+    block.leave();
+  }
 }
 
 }  // namespace lora_ext::kernel

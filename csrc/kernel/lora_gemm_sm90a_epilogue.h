@@ -67,25 +67,32 @@ struct LoraGemmSm90aEpilogue {
     if (!Fault::skip("epilogue.slab_free")) warpgroup_barrier();
   }
 
-  // 64 x 64 accumulators, 32 a thread: two blocks of 8 columns are four 8 x 8 matrices of a warp's
-  // 16 rows. Chunk c of row r lies at c ^ (r % 8), as the swizzle has it.
+  // 64 x 64 accumulators, 32 a thread, in blocks of 8 columns.
   __device__ __forceinline__ void fill(uint32_t slab, const float* acc, int column0) const {
+    constexpr int kBatch = Tile::kAccumulators > 128 ? 2 : 8;  // of loads, as registers allow
     const Bias<T, Fault> bias{p.bias, p.float_bias, p.n};
-    const int row = warp * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t packed[4];
+    for (int first = 0; first < 8; first += kBatch) {
+      float added[kBatch][2];
+      bias.load(added, column0 + first * 8 + lane % 4 * 2);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = column0 + j * 16 + half * 8 + lane % 4 * 2;
-        const float low = bias.at(column), high = bias.at(column + 1);
-        const float* block = acc + j * 8 + half * 4;
-        packed[half * 2] = rounded_pair<T>(block[0] + low, block[1] + high);
-        packed[half * 2 + 1] = rounded_pair<T>(block[2] + low, block[3] + high);
-      }
-      const int chunk = (j * 2 + lane / 16) ^ (row % 8);
-      ptx::stmatrix_x4(slab + static_cast<uint32_t>(row * 8 + chunk) * 16, packed);
+      for (int i = 0; i < kBatch; i += 2) store_blocks(slab, first + i, acc, &added[i]);
     }
+  }
+
+  // Two blocks are four 8 x 8 matrices of a warp's 16 rows: of each block the upper, then the lower
+  // one. Chunk c of row r lies at c ^ (r % 8), as the swizzle has it.
+  __device__ __forceinline__ void store_blocks(uint32_t slab, int block, const float* acc,
+                                               const float (*bias)[2]) const {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float *pair = acc + block * 4 + i * 2, *added = bias[i / 2];
+      packed[i] = rounded_pair<T>(pair[0] + added[0], pair[1] + added[1]);
+    }
+    const int row = warp * 16 + lane % 16;
+    const int chunk = (block + lane / 16) ^ (row % 8);
+    ptx::stmatrix_x4(slab + static_cast<uint32_t>(row * 8 + chunk) * 16, packed);
   }
 
   __device__ __forceinline__ void send(uint32_t slab, int column, int row) const {

@@ -35,8 +35,9 @@ struct LoraGemmSm90aTile {
   static constexpr int kThreads =
       (1 + kConsumers) * kWarpgroup;  // a producer warpgroup comes first
   static constexpr int kConsumerM = kPingpong ? kM : kM / kConsumers;
-  static constexpr int kRowsApart = kM - kConsumerM;  // the consumers' parts of a tile
-  static constexpr int kRowBlocks = kConsumerM / 64;  // a wgmma makes 64 rows
+  static constexpr int kRowsApart = kM - kConsumerM;         // the consumers' parts of a tile
+  static constexpr int kRowBlocks = kConsumerM / 64;         // a wgmma makes 64 rows
+  static constexpr int kAccumulators = kRowBlocks * kN / 2;  // of a thread
   // Warps of a block that read a stage, each of which says when it is done with it.
   static constexpr int kReaders = (kPingpong ? 1 : kConsumers) * 4;
 
@@ -61,7 +62,7 @@ struct LoraGemmSm90aTile {
   static_assert(kLeftBytes % 1024 == 0 && kRightBytes % 2048 == 0 && kSlabBytes % 1024 == 0,
                 "tiles and their halves repeat the swizzle's pattern of 1024 bytes");
   static_assert(kN % 64 == 0 && kN <= 256, "panels and slabs of 64 columns; a wgmma's widest");
-  static_assert(kRowBlocks * kN / 2 <= 192, "accumulators, of 232 registers a thread");
+  static_assert(kAccumulators <= 192, "of 232 registers a thread");
 
   // Boxes of TMA, 64 elements wide: rows of each operand's box.
   static constexpr int kLeftBoxRows = kM, kStoreBoxRows = 64;
