@@ -1,8 +1,8 @@
 """What ptxas and the disassembler say of every CUDA kernel: `make sass`.
 
-Compiles csrc/cuda/lora_linear_*.cu for one architecture and writes build/sass/ARCH.json: registers,
-shared memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with.
-Prints the same as a table, then what is wrong; the exit status is 1 if anything is.
+Compiles csrc/cuda/lora_*.cu for one architecture and writes build/sass/ARCH.json: registers, shared
+memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with. Prints
+the same as tables, then what is wrong; the exit status is 1 if anything is.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
 
@@ -22,7 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sass"
 SOURCES = ("lora_linear_bf16", "lora_linear_fp16")
+SOURCES_OF = {
+    "sm_80": SOURCES,
+    "sm_90a": (*SOURCES, "lora_gemm_sm90a_bf16", "lora_gemm_sm90a_fp16"),
+}
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
+OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
 
 # Shared memory of an SM and of a block at most, in bytes, for compiled code's smallest card.
 SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
@@ -35,6 +40,7 @@ CONSTANTS = """
 #include <cstdio>
 #include "kernel/lora_dsdb.h"
 #include "kernel/lora_gemm.h"
+#include "kernel/lora_gemm_sm90a_tile.h"
 #include "kernel/lora_shrink.h"
 #include "kernel/lora_wgrad.h"
 using namespace lora_ext::kernel;
@@ -46,6 +52,12 @@ int main() {
   print<LoraGemmTile128x256>("lora_gemm_128x256", LoraGemmTile128x256::kSharedBytes);
   print<LoraGemmTile128x128>("lora_gemm_128x128", LoraGemmTile128x128::kSharedBytes);
   print<LoraGemmTile128x64>("lora_gemm_128x64", LoraGemmTile128x64::kSharedBytes);
+  print<LoraGemmSm90aTile128x256>("lora_gemm_sm90a_128x256",
+                                  LoraGemmSm90aTile128x256::kSharedBytes);
+  print<LoraGemmSm90aTile128x128>("lora_gemm_sm90a_128x128",
+                                  LoraGemmSm90aTile128x128::kSharedBytes);
+  print<LoraGemmSm90aTile128x192Pingpong>("lora_gemm_sm90a_128x192",
+                                          LoraGemmSm90aTile128x192Pingpong::kSharedBytes);
   print<LoraShrinkTile>("lora_shrink", LoraShrinkTile::kSlabs);
   print<LoraWgradTile>("lora_wgrad", LoraWgradTile::kSharedBytes);
   print<LoraDsdbTile<16>>("lora_dsdb_16", LoraDsdbTile<16>::kSharedBytes);
@@ -66,6 +78,7 @@ class Kernel:
     stack_bytes: int = 0
     spill_bytes: int = 0
     opcodes: dict[str, int] = field(default_factory=dict)
+    groups: list[int] = field(default_factory=list)  # wgmmas of each step that waits once
 
     def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
         """Blocks that an SM holds at a time; 0 if one does not fit."""
@@ -76,6 +89,19 @@ class Kernel:
         by_shared = shared_per_sm // (self.shared_bytes + RESERVED_PER_BLOCK)
         return min(REGISTERS_PER_SM // registers, by_shared, THREADS_PER_SM // self.threads)
 
+    @property
+    def is_sm90a(self) -> bool:
+        return self.name.startswith("lora_gemm_sm90a")
+
+    def objections_to_groups(self) -> list[str]:
+        """A step's wgmmas follow each other: ptxas put no wait between them."""
+        blocks = 2 if "pingpong" in self.name else 1  # of 64 rows
+        tail = int(self.name.rsplit(" ", 1)[1])
+        whole = {4 * blocks, tail * blocks}
+        if set(self.groups) == whole and sum(self.groups) == self.opcodes["HGMMA"]:
+            return []
+        return [f"groups of {self.groups} HGMMA, expected {sorted(whole)}"]
+
     def objections(self) -> list[str]:
         """What is wrong, one line each."""
         found = []
@@ -83,7 +109,10 @@ class Kernel:
             found.append(f"{self.stack_bytes} bytes of stack, {self.spill_bytes} of spills")
         if self.opcodes["LDL"] or self.opcodes["STL"]:
             found.append(f"{self.opcodes['LDL']} LDL and {self.opcodes['STL']} STL")
-        if "lora_reduce" not in self.name and "lora_split" not in self.name:
+        if self.is_sm90a:
+            found += [f"no {name}" for name in OPCODES_SM90A if not self.opcodes[name]]
+            found += self.objections_to_groups()
+        elif "lora_reduce" not in self.name and "lora_split" not in self.name:
             wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
         if self.blocks(*SHARED[self.arch]) == 0:
@@ -95,6 +124,8 @@ def name_of(demangled: str) -> str:
     """A kernel and its template arguments in short."""
     call = demangled.removeprefix("void ").replace("lora_ext::kernel::", "").split(">(")[0]
     kernel, _, rest = call.partition("<")
+    if kernel == "lora_gemm_sm90a":
+        return name_of_sm90a(rest)
     tile = re.search(r"LoraGemmTile<(\d+), (\d+)", rest)
     rest = re.sub(r"LoraGemmTile<[^>]*>, ", "", rest)
     words = [kernel.removesuffix("_sm80")]
@@ -108,6 +139,18 @@ def name_of(demangled: str) -> str:
     words += [number[1] for number in [re.search(r", (16|32), ", rest)] if number]
     words += ["element"] if "Alignment)1" in rest else []
     return " ".join(words)
+
+
+def name_of_sm90a(arguments: str) -> str:
+    """Of "__half, LoraGemmSm90aTile<256, 4, (Sm90aSchedule)0>, true, false, 1, NoFault"."""
+    pattern = r"(\w+), LoraGemmSm90aTile<(\d+), \d+, \(?\w+\)?(\d)>, (\w+), (\w+), (\d)"
+    half, columns, schedule, mn_major, masked, tail = re.match(pattern, arguments).groups()
+    words = ["lora_gemm_sm90a", f"128x{columns}"]
+    words += ["pingpong"] if schedule == "1" else []
+    words += ["fp16" if half == "__half" else "bf16"]
+    words += ["MN-major"] if mn_major == "true" else []
+    words += ["masked"] if masked == "true" else []
+    return " ".join([*words, "tail", tail])
 
 
 def constants() -> dict[str, tuple[int, int]]:
@@ -151,6 +194,20 @@ def compile_source(source: str, arch: str) -> tuple[str, Path]:
     return done.stderr, cubin
 
 
+INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([.\w]*)", re.MULTILINE
+)
+
+
+def wgmma_groups(instructions: list[tuple[str, str]]) -> list[int]:
+    """How many HGMMA there are from each WARPGROUP.ARRIVE to the wait that follows."""
+    steps = "".join(
+        {"HGMMA": "h", "WARPGROUP": "a" if suffix.startswith(".ARRIVE") else "w"}.get(name, "")
+        for name, suffix in instructions
+    )
+    return [len(group) for group in re.findall(r"a(h+)w", steps)]
+
+
 def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Kernel]:
     entries = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
@@ -169,10 +226,12 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
     kernels = []
     for (mangled, stack, stores, loads, registers), name in zip(entries, names, strict=True):
         shared, threads = launch_of(name, known)
-        used = re.findall(
-            r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", bodies[mangled], re.MULTILINE
-        )
-        counts = {opcode: used.count(opcode) for opcode in OPCODES}
+        instructions = INSTRUCTION.findall(bodies[mangled])
+        used = [opcode for opcode, _ in instructions]
+        wanted = [*OPCODES, *(OPCODES_SM90A if name.startswith("lora_gemm_sm90a") else ())]
+        counts = {opcode: used.count(opcode) for opcode in wanted}
+        if "MULTICAST" in counts:
+            counts["MULTICAST"] = sum("MULTICAST" in suffix for _, suffix in instructions)
         kernels.append(
             Kernel(
                 name,
@@ -183,6 +242,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
                 int(stack),
                 int(stores) + int(loads),
                 counts,
+                wgmma_groups(instructions),
             )
         )
     return kernels
@@ -193,7 +253,7 @@ def examine(arch: str) -> tuple[list[Kernel], list[str]]:
     BUILD.mkdir(parents=True, exist_ok=True)
     known, disassembler = constants(), nvdisasm()
     with ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(lambda source: compile_source(source, arch), SOURCES))
+        compiled = list(pool.map(lambda source: compile_source(source, arch), SOURCES_OF[arch]))
     kernels, wrong = [], []
     for report, cubin in compiled:
         done = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True)
@@ -217,26 +277,27 @@ def row(kernel: Kernel) -> dict:
     return {**asdict(kernel), **blocks}
 
 
-def table(kernels: list[Kernel]) -> str:
-    lines = [
-        "| kernel | threads | shared KiB | registers | blocks an SM | on 8.6, 8.9 | HMMA | LDSM |"
-        " LDGSTS | BAR |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def table(kernels: list[Kernel], opcodes: tuple[str, ...]) -> str:
+    columns = ["kernel", "threads", "shared KiB", "registers", "blocks an SM", "on 8.6, 8.9"]
+    lines = [[*columns, *opcodes], ["---"] * (len(columns) + len(opcodes))]
     for kernel in sorted(kernels, key=lambda each: each.name):
         found = row(kernel)
         cells = [kernel.name, kernel.threads, f"{kernel.shared_bytes / 1024:.0f}", kernel.registers]
         cells += [found["blocks_per_sm"], found["blocks_per_sm_86"]]
-        cells += [kernel.opcodes[name] for name in ("HMMA", "LDSM", "LDGSTS", "BAR")]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, *(kernel.opcodes[name] for name in opcodes)])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 if __name__ == "__main__":
     failed = False
     for wanted in sys.argv[1:] or ["sm_80"]:
         examined, problems = examine(wanted)
-        print(f"{wanted}: {len(examined)} kernels\n\n{table(examined)}\n")
+        print(f"{wanted}: {len(examined)} kernels\n")
+        on_wgmma = [kernel for kernel in examined if kernel.is_sm90a]
+        others = [kernel for kernel in examined if not kernel.is_sm90a]
+        print(table(others, ("HMMA", "LDSM", "LDGSTS", "BAR")), "\n")
+        if on_wgmma:
+            print(table(on_wgmma, OPCODES_SM90A), "\n")
         print("\n".join(problems) or "no spill, no local memory, no serialised product")
         failed |= bool(problems)
     sys.exit(failed)

@@ -25,7 +25,6 @@ class StreamLaunch {
 
   cudaError_t error() const { return error_; }
 
- private:
   // Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device.
   static cudaError_t allow_shared(const void* kernel, uint32_t shared_bytes) {
     if (shared_bytes <= 48 * 1024) return cudaSuccess;
@@ -41,6 +40,7 @@ class StreamLaunch {
     return error;
   }
 
+ private:
   cudaStream_t stream_;
   cudaError_t error_ = cudaSuccess;
 };

@@ -10,3 +10,14 @@
 #include "emulator/emulator.h"
 #define LORA_EXT_DEVICE inline
 #endif
+
+namespace lora_ext::ptx {
+
+// Whether instructions of sm_90a alone (wgmma, setmaxnreg) may be used where this is compiled for.
+#if defined(__CUDACC__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasSm90a = false;
+#else
+constexpr bool kHasSm90a = true;
+#endif
+
+}  // namespace lora_ext::ptx

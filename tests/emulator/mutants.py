@@ -20,7 +20,22 @@ SOURCES = {
         "gemm_wgmma_consumer.h",
         "gemm_wgmma.h",
     ],
-    "lora_gemm_sm80": ["lora_gemm_sm80.h", "tile_copy_sm80.h", "lora_gemm_sm80_epilogue.h"],
+    "lora_gemm_sm80": [
+        "lora_gemm_sm80.h",
+        "tile_copy_sm80.h",
+        "lora_gemm_sm80_epilogue.h",
+        "accumulator_mask.h",
+        "bias.h",
+    ],
+    "lora_gemm_sm90a": [
+        "lora_gemm_sm90a.h",
+        "lora_gemm_sm90a_block.h",
+        "lora_gemm_sm90a_producer.h",
+        "lora_gemm_sm90a_consumer.h",
+        "lora_gemm_sm90a_epilogue.h",
+        "accumulator_mask.h",
+        "bias.h",
+    ],
     "lora_shrink_sm80": [
         "lora_shrink_sm80.h",
         "fragment_mask.h",
@@ -121,6 +136,8 @@ HINTS = {
 # These mutants compute the same, only slower: the tests demand that they, and no others, pass.
 SPEED_ONLY = {
     "mask.in_step:never",  # a draw for each element, where one in eight would do
+    "producer.first_tile:always",  # waits again for a kernel that has ended
+    "setup.main_product:never",  # two tensor maps less are prefetched
     "shrink.draw:always",  # again for the other half of the columns that a draw decides
     "shrink.mask_in_step:never",  # as mask.in_step
     "wgrad.mask_in_step:never",  # as mask.in_step

@@ -38,6 +38,14 @@ constexpr double rounding_unit() {
   return std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
 }
 
+// What rounding to T may change in a number of this size: also below fp16's smallest normal number,
+// where neighbours are 2^-24 apart. (bf16's are as small as float's.)
+template <class T>
+double rounding_error(double magnitude) {
+  const double least = std::is_same_v<T, __half> ? 0x1p-25 : 0;
+  return std::fmax(rounding_unit<T>() * magnitude, least);
+}
+
 // Row-major [rows, columns], rows `pitch` elements apart; what lies between the rows is NaN.
 template <class T>
 struct Matrix {

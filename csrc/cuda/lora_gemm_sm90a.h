@@ -1,0 +1,14 @@
+// lora_gemm on wgmma and TMA, launched on a stream of a card with compute capability 9.0.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "kernel/lora_gemm_sm90a_launch.h"
+
+namespace lora_ext::cuda {
+
+cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__nv_bfloat16>& params,
+                            const kernel::Sm90aChoice& choice, cudaStream_t stream);
+cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__half>& params,
+                            const kernel::Sm90aChoice& choice, cudaStream_t stream);
+
+}  // namespace lora_ext::cuda

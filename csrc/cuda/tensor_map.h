@@ -1,0 +1,24 @@
+// Tensor maps of row-major matrices, encoded by the driver.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace lora_ext::cuda {
+
+struct TensorMapKey {
+  const void* data;
+  CUtensorMapDataType type;  // of 16 bits an element
+  int rows, columns;
+  int64_t pitch;  // elements
+  int box_rows;
+  bool operator==(const TensorMapKey&) const = default;
+};
+
+// Boxes of box_rows x 64 elements under the 128-byte swizzle, zeros outside. Maps are kept, for
+// each thread, by their key: a weight's is encoded once. The driver's function is found at run
+// time, so that nothing links libcuda.
+cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map);
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,42 @@
+// The bias of Y's columns, in float or in the type of Y.
+#pragma once
+#include "kernel/fault.h"
+
+namespace lora_ext::kernel {
+
+template <class T, class Fault>
+struct Bias {
+  const void* data;  // [n], or null
+  bool in_float;
+  int n;
+
+  // Of two neighbouring columns in each of kBlocks blocks of 8, as a lane holds them in
+  // accumulators of mma and wgmma; the first is `column`. 0 without a bias and past the last
+  // column.
+  template <int kBlocks>
+  __device__ __forceinline__ void load(float (&values)[kBlocks][2], int column) const {
+    if (Fault::flag("bias.none", data == nullptr)) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) values[i][0] = values[i][1] = 0.f;
+    } else if (Fault::flag("bias.in_float", in_float)) {
+      load_from(values, static_cast<const float*>(data), column);
+    } else {
+      load_from(values, static_cast<const T*>(data), column);
+    }
+  }
+
+  template <int kBlocks, class Element>
+  __device__ __forceinline__ void load_from(float (&values)[kBlocks][2], const Element* bias,
+                                            int column) const {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = column + i * 8 + e;
+        values[i][e] = Fault::flag("bias.inside", at < n) ? static_cast<float>(bias[at]) : 0.f;
+      }
+    }
+  }
+};
+
+}  // namespace lora_ext::kernel

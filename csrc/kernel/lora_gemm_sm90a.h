@@ -1,0 +1,62 @@
+// lora_gemm on wgmma and TMA (sm_90a).
+//
+//   global --TMA, half of Q multicast--> ring of stages --wgmma--> accumulators --slab, TMA--> Y
+//
+// Three warpgroups: a producer that loads, and two consumers that multiply and store. Blocks come
+// in clusters of two, one tile below the other, and are persistent: each cluster walks over pairs
+// of tiles, and loads run ahead of the products across the end of a tile.
+//
+//   lora_gemm_sm90a_tile.h      tiles, registers, the layout of shared memory
+//   lora_gemm_sm90a_block.h     barriers, ring, order of the tiles, begin and end
+//   lora_gemm_sm90a_producer.h  load
+//   lora_gemm_sm90a_consumer.h  multiply, release: the main loop
+//   lora_gemm_sm90a_epilogue.h  mask, bias, rounding, store
+//
+// Launched in clusters of Tile::kClusterSize (a launch attribute, so that the source compiles for
+// every architecture), and, if T is written by the kernel before, with programmatic stream
+// serialization or without: then griddepcontrol.wait finds nothing to wait for.
+#pragma once
+#include "kernel/lora_gemm_sm90a_consumer.h"
+#include "kernel/lora_gemm_sm90a_producer.h"
+#include "ptx/registers.h"
+
+namespace lora_ext::kernel {
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+__device__ __forceinline__ void take_role(const LoraGemmSm90aBlock<T, Tile, Fault>& block) {
+  // From lane 0, so that ptxas knows that a warp agrees on its role.
+  const int warpgroup =
+      __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Tile::kWarpgroup, 0);
+  if (Fault::flag("role.producer", warpgroup == 0)) {
+    if (Fault::swap("role.producer_keeps_more")) {
+      ptx::setmaxnreg_dec<Tile::kProducerRegisters + 16>();
+    } else if (!Fault::skip("role.producer_registers")) {
+      ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
+    }
+    if (Fault::flag("role.loader", threadIdx.x == 0))
+      LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked, Fault>{block}.produce();
+  } else {
+    if (Fault::swap("role.consumer_takes_more")) {
+      ptx::setmaxnreg_inc<Tile::kConsumerRegisters + 8>();
+    } else {
+      ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
+    }
+    LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>{block, warpgroup - 1}.consume();
+  }
+}
+
+// Empty for other architectures, where nothing launches it.
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault = NoFault>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    lora_gemm_sm90a(const __grid_constant__ LoraGemmMaps maps,
+                    const __grid_constant__ LoraGemmParams<T> p) {
+  static_assert(kMNMajor || !kMasked, "only dX is masked");
+  if constexpr (ptx::kHasSm90a) {
+    const LoraGemmSm90aBlock<T, Tile, Fault> block{maps, p};
+    block.set_up();
+    take_role<T, Tile, kMNMajor, kMasked, kTail>(block);
+    block.leave();
+  }
+}
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,129 @@
+// What the roles of lora_gemm on sm_90a share: where things lie, the ring of stages, the order of
+// the tiles, and how a block begins and ends.
+#pragma once
+#include <cuda.h>
+
+#include "kernel/fault.h"
+#include "kernel/lora_gemm.h"
+#include "kernel/lora_gemm_sm90a_tile.h"
+#include "ptx/barrier.h"
+#include "ptx/mbarrier.h"
+#include "ptx/thread.h"
+#include "ptx/tma.h"
+
+namespace lora_ext::kernel {
+
+// The operands of LoraGemmParams as TMA sees them, in boxes 64 elements wide under the 128-byte
+// swizzle. With k = 0, p and q are never used.
+struct LoraGemmMaps {
+  CUtensorMap p;  // [m, k], boxes of Tile::kLeftBoxRows
+  CUtensorMap q;  // [n, k] or [k, n], boxes of Tile::kRightBoxRows
+  struct {
+    CUtensorMap t, u;  // as p and q, with the rank in k's place
+  } low_rank[kMaxLowRankTerms];
+  CUtensorMap y;  // [m, n], boxes of Tile::kStoreBoxRows
+};
+
+// A position in the ring of stages. Two mbarriers guard each stage: full, when its bytes have come,
+// and empty, when its readers have left. `parity` is that of the phase of full to wait for. Stages
+// are empty at first, so that of empty is one phase behind.
+template <int kStages, class Fault>
+struct StageRing {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    ++slot;
+    if (Fault::flag("ring.wraps", slot == kStages)) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  // Passes the stages of a tile that the other consumer takes.
+  __device__ __forceinline__ void skip(int steps) {
+    slot += steps;
+    parity ^= static_cast<uint32_t>(slot / kStages) & 1;
+    slot %= kStages;
+  }
+};
+
+template <class T, class Tile, class Fault>
+struct LoraGemmSm90aBlock {
+  using Ring = StageRing<Tile::kStages, Fault>;
+
+  const LoraGemmMaps& maps;
+  const LoraGemmParams<T>& p;
+  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
+  const uint32_t rank = ptx::cluster_rank();
+  const int first_tile = static_cast<int>(blockIdx.x) / Tile::kClusterSize;
+  const int tile_stride = static_cast<int>(gridDim.x) / Tile::kClusterSize;  // clusters
+  const int row_pairs = (p.m + Tile::kPairM - 1) / Tile::kPairM;
+  const int column_tiles = (p.n + Tile::kN - 1) / Tile::kN;
+  const int tiles = row_pairs * column_tiles;  // pairs of them, one for each block of a cluster
+  const int main_steps = (p.k + Tile::kK - 1) / Tile::kK;
+  const int steps_per_term = (p.rank + Tile::kK - 1) / Tile::kK;
+  const int steps = main_steps + steps_per_term * p.terms;
+
+  __device__ __forceinline__ uint32_t full(int slot) const {
+    return shared + Tile::kFull + 8 * static_cast<uint32_t>(slot);
+  }
+  __device__ __forceinline__ uint32_t empty(int slot) const {
+    return shared + Tile::kEmpty + 8 * static_cast<uint32_t>(slot);
+  }
+  __device__ __forceinline__ uint32_t left(int slot) const {
+    return shared + static_cast<uint32_t>(slot) * Tile::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t right(int slot) const {
+    return left(slot) + Tile::kLeftBytes;
+  }
+
+  // Clusters walk over tiles in an order that keeps eight pairs of row blocks of P and about as
+  // many columns of Q in L2.
+  struct Place {
+    int row, column;  // of the block's tile
+  };
+  __device__ __forceinline__ Place place_of(int tile) const {
+    constexpr int kGroup = 8;
+    const int first = tile / (kGroup * column_tiles) * kGroup;
+    const int height =
+        Fault::flag("raster.whole_group", row_pairs - first >= kGroup) ? kGroup : row_pairs - first;
+    const int within = tile - first * column_tiles;
+    return {(first + within % height) * Tile::kPairM + static_cast<int>(rank) * Tile::kM,
+            within / height * Tile::kN};
+  }
+
+  __device__ __forceinline__ void set_up() const {
+    // Readers in both blocks: what this block multicasts lands in both.
+    constexpr int kLeave = Tile::kClusterSize * Tile::kReaders;
+    if (Fault::flag("setup.thread", threadIdx.x == 0)) {
+      for (int slot = 0; slot < Tile::kStages; ++slot) {
+        ptx::mbarrier_init(full(slot), Fault::count("setup.full_count", 1u, 0u, 2u));
+        ptx::mbarrier_init(empty(slot),
+                           Fault::count("setup.empty_count", kLeave, kLeave - 1, kLeave + 1));
+      }
+      if (!Fault::skip("setup.fence_init")) ptx::fence_mbarrier_init();
+      ptx::prefetch_tensor_map(&maps.low_rank[0].t);
+      ptx::prefetch_tensor_map(&maps.low_rank[0].u);
+      ptx::prefetch_tensor_map(&maps.y);
+      if (Fault::flag("setup.main_product", p.k > 0)) {
+        ptx::prefetch_tensor_map(&maps.p);
+        ptx::prefetch_tensor_map(&maps.q);
+      }
+    }
+    // Nobody may arrive at a barrier of the peer's, or multicast to it, before it is initialised.
+    if (Fault::swap("setup.block_barrier_only")) {
+      __syncthreads();
+    } else {
+      if (!Fault::skip("setup.arrive")) ptx::cluster_arrive();
+      if (!Fault::skip("setup.wait")) ptx::cluster_wait();
+    }
+  }
+
+  // A block stays until its peer has no arrival at its barriers under way.
+  __device__ __forceinline__ void leave() const {
+    if (!Fault::skip("leave.arrive")) ptx::cluster_arrive();
+    if (!Fault::skip("leave.wait")) ptx::cluster_wait();
+  }
+};
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,195 @@
+// A consumer warpgroup of lora_gemm on sm_90a: from full stages through the tensor core to the
+// accumulators of one tile, or of its own 64 rows of it.
+//
+//   consume()    its tiles, one after the other
+//   compute()    one tile: the steps of P Q and of T U
+//   step()       one stage: wait until it is full, multiply, release the stage before
+//   multiply()   the wgmmas of a stage
+//   release()    tells both producers that a stage may be filled again
+//
+// wgmma runs asynchronously: while the products of a step are under way, those of the step before
+// are waited for, and only then may its stage be released. In between nothing touches the
+// accumulators (PTX ISA, wgmma.fence), or ptxas would make every wgmma wait for the one before.
+#pragma once
+#include "kernel/halves.h"
+#include "kernel/lora_gemm_sm90a_epilogue.h"
+#include "ptx/wgmma.h"
+
+namespace lora_ext::kernel {
+
+// kTail: the wgmmas of 16 along k that the last step of T U needs; 64 - 16 kTail of its 64 would
+// only multiply zeros. A constant, since ptxas cannot pipeline a number known at run time (C7519).
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+struct LoraGemmSm90aConsumer {
+  using Block = LoraGemmSm90aBlock<T, Tile, Fault>;
+  using Epilogue = LoraGemmSm90aEpilogue<T, Tile, Fault>;
+  using Accumulators = typename Epilogue::Accumulators;
+  using Ring = typename Block::Ring;
+  static constexpr int kAll = Tile::kK / 16;
+
+  const Block& block;
+  const int consumer;  // 0 or 1
+  const int lane = threadIdx.x % 32;
+  const Epilogue epilogue{block.maps, block.p, consumer};
+
+  // How far a tile has come.
+  struct Progress {
+    Ring ring;
+    int held = -1;  // the stage that wgmmas under way may still read
+    bool accumulate = false;
+  };
+
+  __device__ __forceinline__ void consume() const {
+    Ring ring;
+    int tile = block.first_tile, stride = block.tile_stride;
+    if constexpr (Tile::kPingpong) {
+      tile += consumer * stride;
+      ring.skip(consumer * block.steps);
+      stride *= Tile::kConsumers;
+    }
+    for (; tile < Fault::count("consumer.tiles", block.tiles, block.tiles - 1, block.tiles + 1);
+         tile += stride) {
+      Accumulators acc;
+      compute(acc, ring, tile);
+      epilogue.store(acc, block.place_of(tile));
+      if constexpr (Tile::kPingpong) ring.skip(block.steps);
+    }
+    epilogue.drain();
+  }
+
+  __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile) const {
+    Progress now{ring};
+    if constexpr (Tile::kPingpong) wait_for_turn(tile);
+    if constexpr (kMasked) {
+      multiply_low_rank(acc, now);
+      finish(now);
+      epilogue.mask(acc, block.place_of(tile));
+    }
+    multiply_main(acc, now);
+    if constexpr (!kMasked) multiply_low_rank(acc, now);
+    if constexpr (Tile::kPingpong) pass_turn(tile);
+    finish(now);
+    ring = now.ring;
+  }
+
+  __device__ __forceinline__ void multiply_main(Accumulators& acc, Progress& now) const {
+    const int steps = block.main_steps;
+    for (int i = 0; i < Fault::count("consumer.main_steps", steps, steps - 1, steps + 1); ++i)
+      step<kAll>(acc, now);
+  }
+
+  __device__ __forceinline__ void multiply_low_rank(Accumulators& acc, Progress& now) const {
+    const int terms = block.p.terms, whole = block.steps_per_term - 1;
+    for (int term = 0; term < Fault::count("consumer.terms", terms, terms - 1, terms + 1); ++term) {
+      scale_for_lo(acc, now, term);
+      for (int i = 0; i < Fault::count("consumer.whole_steps", whole, whole - 1, whole + 1); ++i)
+        step<kAll>(acc, now);
+      step<kTail>(acc, now);
+    }
+  }
+
+  // The terms with lo, which is kept kLoScale times as large, come before hi hi: around them the
+  // sum is scaled, too. Powers of two, hence exact.
+  __device__ __forceinline__ void scale_for_lo(Accumulators& acc, Progress& now, int term) const {
+    if constexpr (kLoScale<T> != 1.f) {
+      const bool enter = Fault::flag("consumer.enter_lo", term == 0 && now.accumulate);
+      const bool leave = Fault::flag("consumer.leave_lo", term == kMaxLowRankTerms - 1);
+      if (Fault::flag("consumer.lo_terms", block.p.terms == kMaxLowRankTerms && (enter || leave))) {
+        finish(now);
+        const float factor = enter ? kLoScale<T> : 1.f / kLoScale<T>;
+#pragma unroll
+        for (int i = 0; i < Tile::kRowBlocks; ++i) {
+#pragma unroll
+          for (int e = 0; e < Tile::kN / 2; ++e) acc[i][e] *= factor;
+        }
+      }
+    }
+  }
+
+  // One stage, of which kSteps times 16 along k are multiplied.
+  template <int kSteps>
+  __device__ __forceinline__ void step(Accumulators& acc, Progress& now) const {
+    if (!Fault::skip("consumer.wait_full")) {
+      ptx::mbarrier_wait(block.full(now.ring.slot),
+                         Fault::value("consumer.parity", now.ring.parity, now.ring.parity ^ 1));
+    }
+    multiply<kSteps>(acc, now);
+    if (Fault::swap("consumer.wait_one_group_less")) {
+      ptx::wgmma_wait_group<2>();
+    } else if (!Fault::skip("consumer.wait_previous")) {
+      ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended
+    }
+    if (Fault::flag("consumer.holds", now.held >= 0)) release(now.held);
+    now.held = now.ring.slot;
+    now.ring.advance();
+  }
+
+  // Rows of 128 bytes: K-major, 16 of k are 32 bytes of a row, and groups of eight rows lie 1024
+  // bytes apart. MN-major, 16 of k are 16 rows of each panel.
+  template <int kSteps>
+  __device__ __forceinline__ void multiply(Accumulators& acc, Progress& now) const {
+    constexpr ptx::Major kMajor = kMNMajor ? ptx::Major::kMN : ptx::Major::kK;
+    constexpr uint32_t kGroup = 8 * Tile::kRowBytes;
+    constexpr uint32_t kRightStep = kMNMajor ? 16 * Tile::kRowBytes : 32;
+    constexpr uint32_t kPanels = kMNMajor ? Tile::kPanelBytes : 16;
+    const uint32_t left = block.left(now.ring.slot) +
+                          static_cast<uint32_t>(consumer * Tile::kRowsApart) * Tile::kRowBytes;
+    const uint32_t right = block.right(now.ring.slot);
+    if (!Fault::skip("consumer.fence")) ptx::wgmma_fence();
+#pragma unroll
+    for (int k16 = 0; k16 < kSteps; ++k16) {
+      const uint64_t b =
+          ptx::matrix_descriptor(right + k16 * kRightStep, kPanels, kGroup, ptx::Swizzle::k128);
+#pragma unroll
+      for (int i = 0; i < Tile::kRowBlocks; ++i) {
+        const uint64_t a = ptx::matrix_descriptor(left + i * 64 * Tile::kRowBytes + k16 * 32, 16,
+                                                  kGroup, ptx::Swizzle::k128);
+        ptx::wgmma_ss<T, Tile::kN, ptx::Major::kK, kMajor>(
+            acc[i], a, b, Fault::flag("consumer.accumulate", now.accumulate || k16 > 0));
+      }
+    }
+    if (!Fault::skip("consumer.commit")) ptx::wgmma_commit_group();
+    now.accumulate = true;
+  }
+
+  // Until the accumulators may be touched and no stage is held.
+  __device__ __forceinline__ void finish(Progress& now) const {
+    if (Fault::swap("consumer.finish_one_group_less")) {
+      ptx::wgmma_wait_group<1>();
+    } else if (!Fault::skip("consumer.finish")) {
+      ptx::wgmma_wait_group<0>();
+    }
+    if (Fault::flag("consumer.holds_last", now.held >= 0)) release(now.held);
+    now.held = -1;
+  }
+
+  // Once a warp, to both blocks, since either's producer multicasts into the stage.
+  __device__ __forceinline__ void release(int slot) const {
+    constexpr int kBlocks = Tile::kClusterSize;
+    if (Fault::flag("consumer.releaser", lane < Fault::count("consumer.release_blocks", kBlocks,
+                                                             kBlocks - 1, kBlocks + 1))) {
+      if (!Fault::skip("consumer.release"))
+        ptx::mbarrier_arrive_cluster(block.empty(slot), static_cast<uint32_t>(lane));
+    }
+  }
+
+  // Pingpong: consumers take turns at the tensor core, tile by tile. Without, the one that comes
+  // second would wait for phases more than a lap of the ring ahead, whose parity says nothing.
+  static constexpr uint32_t kTurnBarrier = 1 + Tile::kConsumers;
+  static constexpr uint32_t kTurnThreads = Tile::kConsumers * Tile::kWarpgroup;
+
+  __device__ __forceinline__ void wait_for_turn(int tile) const {
+    if (Fault::flag("consumer.has_previous", tile >= block.tile_stride)) {
+      if (!Fault::skip("consumer.wait_for_turn"))
+        ptx::bar_sync(kTurnBarrier + static_cast<uint32_t>(consumer), kTurnThreads);
+    }
+  }
+  __device__ __forceinline__ void pass_turn(int tile) const {
+    if (Fault::flag("consumer.has_next", tile + block.tile_stride < block.tiles)) {
+      if (!Fault::skip("consumer.pass_turn"))
+        ptx::bar_arrive(kTurnBarrier + static_cast<uint32_t>(1 - consumer), kTurnThreads);
+    }
+  }
+};
+
+}  // namespace lora_ext::kernel

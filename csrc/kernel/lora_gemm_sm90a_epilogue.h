@@ -1,0 +1,121 @@
+// From the accumulators of lora_gemm on sm_90a to Y: the mask on the low-rank product, the bias in
+// float32, one rounding, and slabs of 64 x 64 that leave by TMA.
+//
+//   accumulators --bias, round, stmatrix--> slab, swizzled --TMA--> Y, clipped at its edges
+//
+// wgmma's accumulators are those of m16n8: of each block of 8 columns, lane l of warp w holds rows
+// 16 w + l / 4 and 8 more, columns 2 (l % 4) and the next.
+#pragma once
+#include "kernel/accumulator_mask.h"
+#include "kernel/bias.h"
+#include "kernel/lora_gemm_sm90a_block.h"
+#include "kernel/rounded.h"
+#include "ptx/fence.h"
+#include "ptx/matrix_move.h"
+
+namespace lora_ext::kernel {
+
+template <class T, class Tile, class Fault>
+struct LoraGemmSm90aEpilogue {
+  using Accumulators = float[Tile::kRowBlocks][Tile::kN / 2];
+  using Place = typename LoraGemmSm90aBlock<T, Tile, Fault>::Place;
+
+  const LoraGemmMaps& maps;
+  const LoraGemmParams<T>& p;
+  const int consumer;
+  const int thread = threadIdx.x % Tile::kWarpgroup;
+  const int warp = thread / 32, lane = thread % 32;
+  const uint32_t slabs = ptx::shared_address(ptx::dynamic_shared_memory()) + Tile::kStaging +
+                         static_cast<uint32_t>(consumer) * Tile::kSlabs * Tile::kSlabBytes;
+
+  __device__ __forceinline__ int first_row(const Place& at, int row_block) const {
+    return at.row + consumer * Tile::kRowsApart + row_block * 64;
+  }
+
+  // mask * accumulators, which hold T U alone.
+  __device__ __forceinline__ void mask(Accumulators& acc, const Place& at) const {
+    const AccumulatorMask<Tile::kN / 8, Fault> mask{p.mask};
+#pragma unroll
+    for (int i = 0; i < Tile::kRowBlocks; ++i)
+      mask.apply(acc[i], first_row(at, i) + warp * 16 + lane / 4, at.column + lane % 4 * 2);
+  }
+
+  __device__ __forceinline__ void store(const Accumulators& acc, const Place& at) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kRowBlocks; ++i) {
+#pragma unroll
+      for (int part = 0; part < Tile::kN / 64; ++part) {
+        constexpr int kParts = Tile::kN / 64;
+        const uint32_t slab =
+            slabs + static_cast<uint32_t>((i * kParts + part) % Tile::kSlabs) * Tile::kSlabBytes;
+        wait_until_free();
+        fill(slab, &acc[i][part * 32], at.column + part * 64);
+        send(slab, at.column + part * 64, first_row(at, i));
+      }
+    }
+  }
+
+  // Until the store before last has read its slab, which is filled next.
+  __device__ __forceinline__ void wait_until_free() const {
+    if (Fault::value("epilogue.waiter", thread == 0, false)) {
+      if (Fault::swap("epilogue.wait_one_group_less")) {
+        ptx::bulk_wait_group_read<Tile::kSlabs>();
+      } else if (!Fault::skip("epilogue.wait_read")) {
+        ptx::bulk_wait_group_read<Tile::kSlabs - 1>();
+      }
+    }
+    if (!Fault::skip("epilogue.slab_free")) warpgroup_barrier();
+  }
+
+  // 64 x 64 accumulators, 32 a thread, in blocks of 8 columns.
+  __device__ __forceinline__ void fill(uint32_t slab, const float* acc, int column0) const {
+    constexpr int kBatch = Tile::kAccumulators > 128 ? 2 : 8;  // of loads, as registers allow
+    const Bias<T, Fault> bias{p.bias, p.float_bias, p.n};
+#pragma unroll
+    for (int first = 0; first < 8; first += kBatch) {
+      float added[kBatch][2];
+      bias.load(added, column0 + first * 8 + lane % 4 * 2);
+#pragma unroll
+      for (int i = 0; i < kBatch; i += 2) store_blocks(slab, first + i, acc, &added[i]);
+    }
+  }
+
+  // Two blocks are four 8 x 8 matrices of a warp's 16 rows: of each block the upper, then the lower
+  // one. Chunk c of row r lies at c ^ (r % 8), as the swizzle has it.
+  __device__ __forceinline__ void store_blocks(uint32_t slab, int block, const float* acc,
+                                               const float (*bias)[2]) const {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float *pair = acc + block * 4 + i * 2, *added = bias[i / 2];
+      packed[i] = rounded_pair<T>(pair[0] + added[0], pair[1] + added[1]);
+    }
+    const int row = warp * 16 + lane % 16;
+    const int chunk = (block + lane / 16) ^ (row % 8);
+    ptx::stmatrix_x4(slab + static_cast<uint32_t>(row * 8 + chunk) * 16, packed);
+  }
+
+  __device__ __forceinline__ void send(uint32_t slab, int column, int row) const {
+    if (!Fault::skip("epilogue.proxy_fence")) ptx::fence_proxy_async_shared();
+    if (!Fault::skip("epilogue.slab_full")) warpgroup_barrier();
+    if (Fault::flag("epilogue.sender", thread == 0)) {
+      ptx::tma_store_2d(&maps.y, slab, column, row);
+      if (!Fault::skip("epilogue.commit")) ptx::bulk_commit_group();
+    }
+  }
+
+  // The writes, too, belong to this grid, and shared memory must last until they have read it.
+  __device__ __forceinline__ void drain() const {
+    if (Fault::value("epilogue.drainer", thread == 0, false)) {
+      if (!Fault::skip("epilogue.drain")) ptx::bulk_wait_group<0>();
+    }
+  }
+
+  __device__ __forceinline__ void warpgroup_barrier() const {
+    constexpr uint32_t kThreads = Tile::kWarpgroup;
+    ptx::bar_sync(Fault::value("epilogue.barrier_id", 1u + static_cast<uint32_t>(consumer), 1u),
+                  Fault::count("epilogue.barrier_threads", kThreads, kThreads - 32, kThreads + 32));
+  }
+};
+
+}  // namespace lora_ext::kernel

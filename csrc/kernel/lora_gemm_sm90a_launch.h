@@ -1,0 +1,119 @@
+// From LoraGemmParams to a launch of lora_gemm_sm90a: its tensor maps and its instance.
+//
+// Requires what TMA does: pointers and pitches that are multiples of 16 bytes. m, n, k and the rank
+// may be anything.
+#pragma once
+#include <algorithm>
+
+#include "kernel/lora_gemm_sm90a.h"
+
+namespace lora_ext::kernel {
+
+// How a launcher of lora_gemm_sm90a is to launch it.
+struct Sm90aLaunch {
+  dim3 grid, cluster;
+  unsigned threads;
+  uint32_t shared_bytes;
+  // Whether it may start while the kernel before, which must be one that writes T, still runs. That
+  // one must not be launched so itself, unless it waits for its predecessor: what else lora_gemm
+  // reads and writes must be ready by then.
+  bool dependent;
+};
+
+enum class Sm90aTile { k128x256, k128x128, k128x128Pingpong, k128x192Pingpong };
+
+// The 16s along k that the last 64 of the rank need. Three are made in four: a rank of 48 is rare,
+// and a quarter more kernels are not.
+constexpr int tail_of(int rank) {
+  const int sixteens = (rank - 1) % 64 / 16 + 1;
+  return sixteens == 3 ? 4 : sixteens;
+}
+
+// encode(const T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements
+// wide under the 128-byte swizzle, which reads zeros outside.
+template <class Tile, bool kMNMajor, class T, class Encode>
+LoraGemmMaps maps_of(const LoraGemmParams<T>& p, Encode&& encode) {
+  const auto left = [&](const T* data, int depth, int64_t pitch) {
+    return encode(data, p.m, depth, pitch, Tile::kLeftBoxRows);
+  };
+  const auto right = [&](const T* data, int depth, int64_t pitch) {
+    constexpr int kRows = Tile::template kRightBoxRows<kMNMajor>;
+    return kMNMajor ? encode(data, depth, p.n, pitch, kRows)
+                    : encode(data, p.n, depth, pitch, kRows);
+  };
+  LoraGemmMaps maps{};
+  if (p.k > 0) maps.p = left(p.p, p.k, p.p_pitch), maps.q = right(p.q, p.k, p.q_pitch);
+  for (int i = 0; i < p.terms; ++i) {
+    maps.low_rank[i].t = left(p.low_rank[i].t, p.rank, p.t_pitch);
+    maps.low_rank[i].u = right(p.low_rank[i].u, p.rank, p.u_pitch);
+  }
+  maps.y = encode(p.y, p.m, p.n, p.y_pitch, Tile::kStoreBoxRows);
+  return maps;
+}
+
+// Pairs of tiles, each for a cluster.
+template <class Tile, class T>
+int64_t pairs_of_tiles(const LoraGemmParams<T>& p) {
+  const int64_t row_pairs = (p.m + Tile::kPairM - 1) / Tile::kPairM;
+  return row_pairs * ((p.n + Tile::kN - 1) / Tile::kN);
+}
+
+// use(kernel) with the instance for a rank.
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Use>
+void with_instance_for(int rank, Use&& use) {
+  switch (tail_of(rank)) {
+    case 1:
+      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 1, Fault>);
+    case 2:
+      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 2, Fault>);
+    default:
+      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 4, Fault>);
+  }
+}
+
+// Which of the kernels computes a product.
+struct Sm90aChoice {
+  Sm90aTile tile;
+  bool mn_major, masked;  // dX, and dX with dropout
+  bool dependent;         // as in Sm90aLaunch
+};
+
+// launch(kernel, Sm90aLaunch, maps, params) launches, launch.encode(...) is the encode of maps_of,
+// and launch.clusters(kernel, Sm90aLaunch) how many clusters are resident at a time.
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Launch>
+void launch_tile(const LoraGemmParams<T>& p, bool dependent, Launch& launch) {
+  with_instance_for<T, Tile, kMNMajor, kMasked, Fault>(p.rank, [&](auto kernel) {
+    const dim3 cluster(Tile::kClusterSize);
+    Sm90aLaunch how{cluster, cluster, Tile::kThreads, Tile::kSharedBytes, dependent};
+    const int64_t most = launch.clusters(kernel, how);
+    how.grid.x *= static_cast<unsigned>(std::min<int64_t>(pairs_of_tiles<Tile>(p), most));
+    const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
+    launch(kernel, how, maps_of<Tile, kMNMajor>(p, encode), p);
+  });
+}
+
+template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
+void launch_product(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
+  const auto with = [&]<class Tile>() {
+    launch_tile<T, Tile, kMNMajor, kMasked, Fault>(p, choice.dependent, launch);
+  };
+  switch (choice.tile) {
+    case Sm90aTile::k128x256:
+      return with.template operator()<LoraGemmSm90aTile128x256>();
+    case Sm90aTile::k128x128:
+      return with.template operator()<LoraGemmSm90aTile128x128>();
+    case Sm90aTile::k128x128Pingpong:
+      return with.template operator()<LoraGemmSm90aTile128x128Pingpong>();
+    case Sm90aTile::k128x192Pingpong:
+      return with.template operator()<LoraGemmSm90aTile128x192Pingpong>();
+  }
+}
+
+template <class T, class Fault, class Launch>
+void launch_lora_gemm_sm90a(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
+  if (!choice.mn_major) return launch_product<T, false, false, Fault>(p, choice, launch);
+  if (!choice.masked) return launch_product<T, true, false, Fault>(p, choice, launch);
+  return launch_product<T, true, true, Fault>(p, choice, launch);
+}
+
+}  // namespace lora_ext::kernel

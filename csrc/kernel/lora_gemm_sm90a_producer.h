@@ -1,0 +1,100 @@
+// The producer of lora_gemm on sm_90a: one thread of a block keeps the ring of stages filled by
+// TMA.
+//
+// A stage holds 64 along k of the block's own rows of P or T, and of its columns of Q or U, which
+// the two blocks of a cluster share: each loads half and multicasts it to both. What lies outside
+// an operand arrives as zeros, and counts as bytes all the same.
+#pragma once
+#include "kernel/lora_gemm_sm90a_block.h"
+#include "ptx/fence.h"
+#include "ptx/grid_dependency.h"
+
+namespace lora_ext::kernel {
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault>
+struct LoraGemmSm90aProducer {
+  using Block = LoraGemmSm90aBlock<T, Tile, Fault>;
+  using Ring = typename Block::Ring;
+  using Place = typename Block::Place;
+
+  const Block& block;
+  const LoraGemmMaps& maps = block.maps;
+
+  // Tile by tile, the steps in the order in which consumers take them.
+  __device__ __forceinline__ void produce() const {
+    Ring ring;
+    bool t_is_written = false;
+    for (int tile = block.first_tile;
+         tile < Fault::count("producer.tiles", block.tiles, block.tiles - 1, block.tiles + 1);
+         tile += block.tile_stride) {
+      const Place at = block.place_of(tile);
+      if constexpr (!kMasked) load_main_product(ring, at);
+      if (Fault::flag("producer.first_tile", !t_is_written)) wait_for_t();
+      t_is_written = true;
+      load_low_rank_product(ring, at);
+      if constexpr (kMasked) load_main_product(ring, at);
+    }
+  }
+
+  // T comes from the kernel before, which may still run; nothing else here depends on it. What that
+  // kernel wrote by ordinary stores is read through the async proxy.
+  __device__ __forceinline__ void wait_for_t() const {
+    if (!Fault::skip("producer.wait_for_t")) ptx::griddepcontrol_wait();
+    if (!Fault::skip("producer.proxy_fence")) ptx::fence_proxy_async_global();
+  }
+
+  __device__ __forceinline__ void load_main_product(Ring& ring, const Place& at) const {
+    const int steps = block.main_steps;
+    for (int step = 0; step < Fault::count("producer.main_steps", steps, steps - 1, steps + 1);
+         ++step)
+      load(ring, &maps.p, &maps.q, step * Tile::kK, at);
+  }
+
+  __device__ __forceinline__ void load_low_rank_product(Ring& ring, const Place& at) const {
+    const int terms = block.p.terms, steps = block.steps_per_term;
+    for (int term = 0; term < Fault::count("producer.terms", terms, terms - 1, terms + 1); ++term) {
+      const auto& factors = maps.low_rank[term];
+      for (int step = 0; step < Fault::count("producer.term_steps", steps, steps - 1, steps + 1);
+           ++step)
+        load(ring, &factors.t, &factors.u, step * Tile::kK, at);
+    }
+  }
+
+  // Fills one stage, once it is empty.
+  __device__ __forceinline__ void load(Ring& ring, const CUtensorMap* left,
+                                       const CUtensorMap* right, int k0, const Place& at) const {
+    constexpr uint32_t kBytes = Tile::kStageBytes;
+    if (!Fault::skip("producer.wait_empty")) {
+      ptx::mbarrier_wait(block.empty(ring.slot),
+                         Fault::value("producer.parity", ring.parity ^ 1, ring.parity));
+    }
+    if (!Fault::skip("producer.expect")) {
+      ptx::mbarrier_arrive_expect_tx(
+          block.full(ring.slot),
+          Fault::count("producer.bytes", kBytes, kBytes - 128, kBytes + 128));
+    }
+    ptx::tma_load_2d(block.left(ring.slot), left, block.full(ring.slot), k0, at.row);
+    multicast_half(ring, right, k0, at.column);
+    ring.advance();
+  }
+
+  // K-major halves are columns of Y, MN-major ones rows of k in every panel of 64 columns.
+  __device__ __forceinline__ void multicast_half(const Ring& ring, const CUtensorMap* right, int k0,
+                                                 int column) const {
+    constexpr int kHalf = Tile::template kRightBoxRows<kMNMajor>;
+    const auto both = Fault::count("producer.multicast", uint16_t{0b11}, 0b01, 0b111);
+    const int first = static_cast<int>(block.rank) * kHalf;
+    const uint32_t half = block.right(ring.slot) + block.rank * kHalf * Tile::kRowBytes;
+    if constexpr (kMNMajor) {
+#pragma unroll
+      for (int panel = 0; panel < Tile::kN / 64; ++panel) {
+        ptx::tma_load_2d_multicast(half + panel * Tile::kPanelBytes, right, block.full(ring.slot),
+                                   column + panel * 64, k0 + first, both);
+      }
+    } else {
+      ptx::tma_load_2d_multicast(half, right, block.full(ring.slot), k0, column + first, both);
+    }
+  }
+};
+
+}  // namespace lora_ext::kernel

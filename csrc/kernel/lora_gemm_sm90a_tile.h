@@ -1,0 +1,78 @@
+// Tiles of lora_gemm on sm_90a: their shape, who computes what of them, and where everything lies
+// in a block's shared memory.
+//
+//   tile of Y, 128 x kN        stages of the ring, kStages of them       staging of Y
+//
+//     kN columns               left  128 x 64   P or T                   of each consumer two
+//    +----------+              right kN x 64    Q or U                   slabs of 64 x 64: one
+//    |   128    |              (K-major) or 64 x kN as panels of         is stored while the
+//    |   rows   |              64 columns (MN-major)                     other is filled
+//    +----------+
+//
+// A row of a stage or slab is 64 elements = 128 bytes = the width of the 128-byte swizzle.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_ext::kernel {
+
+// How the two consumer warpgroups share the work.
+enum class Sm90aSchedule {
+  kCooperative,  // each computes 64 rows of every tile
+  kPingpong,     // each computes every other tile: one stores while the other multiplies
+};
+
+template <int kN_, int kStages_, Sm90aSchedule kSchedule_>
+struct LoraGemmSm90aTile {
+  static constexpr int kM = 128, kN = kN_, kK = 64, kStages = kStages_;
+  static constexpr bool kPingpong = kSchedule_ == Sm90aSchedule::kPingpong;
+
+  // Blocks of a cluster, one below the other, share their tile of Q: each loads half of it for
+  // both.
+  static constexpr int kClusterSize = 2, kPairM = kClusterSize * kM;
+
+  static constexpr int kWarpgroup = 128, kConsumers = 2;
+  static constexpr int kThreads =
+      (1 + kConsumers) * kWarpgroup;  // a producer warpgroup comes first
+  static constexpr int kConsumerM = kPingpong ? kM : kM / kConsumers;
+  static constexpr int kRowsApart = kM - kConsumerM;         // the consumers' parts of a tile
+  static constexpr int kRowBlocks = kConsumerM / 64;         // a wgmma makes 64 rows
+  static constexpr int kAccumulators = kRowBlocks * kN / 2;  // of a thread
+  // Warps of a block that read a stage, each of which says when it is done with it.
+  static constexpr int kReaders = (kPingpong ? 1 : kConsumers) * 4;
+
+  // A thread is launched with 168 registers, 65,536 / 384 in whole eights. The producer gives back
+  // what it does not need: 128 x 40 + 256 x 232 = 64,512.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
+
+  static constexpr uint32_t kRowBytes = kK * 2;
+  static constexpr uint32_t kLeftBytes = kM * kRowBytes, kRightBytes = kN * kRowBytes;
+  static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes;
+  static constexpr uint32_t kPanelBytes = kK * kRowBytes;  // MN-major: 64 of k x 64 columns
+  static constexpr uint32_t kSlabBytes = 64 * kRowBytes;
+  static constexpr int kSlabs = 2;
+
+  static constexpr uint32_t kStaging = kStages * kStageBytes;
+  static constexpr uint32_t kFull = kStaging + kConsumers * kSlabs * kSlabBytes;  // mbarriers
+  static constexpr uint32_t kEmpty = kFull + 8 * kStages;
+  static constexpr uint32_t kSharedBytes = kEmpty + 8 * kStages;
+
+  static_assert(kSharedBytes <= 227 * 1024, "what sm_90 gives to a block");
+  static_assert(kLeftBytes % 1024 == 0 && kRightBytes % 2048 == 0 && kSlabBytes % 1024 == 0,
+                "tiles and their halves repeat the swizzle's pattern of 1024 bytes");
+  static_assert(kN % 64 == 0 && kN <= 256, "panels and slabs of 64 columns; a wgmma's widest");
+  static_assert(kAccumulators <= 192, "of 232 registers a thread");
+
+  // Boxes of TMA, 64 elements wide: rows of each operand's box.
+  static constexpr int kLeftBoxRows = kM, kStoreBoxRows = 64;
+  template <bool kMNMajor>
+  static constexpr int kRightBoxRows = (kMNMajor ? kK : kN) / kClusterSize;
+};
+
+using LoraGemmSm90aTile128x256 = LoraGemmSm90aTile<256, 4, Sm90aSchedule::kCooperative>;
+using LoraGemmSm90aTile128x128 = LoraGemmSm90aTile<128, 6, Sm90aSchedule::kCooperative>;
+using LoraGemmSm90aTile128x128Pingpong = LoraGemmSm90aTile<128, 6, Sm90aSchedule::kPingpong>;
+using LoraGemmSm90aTile128x192Pingpong = LoraGemmSm90aTile<192, 4, Sm90aSchedule::kPingpong>;
+
+}  // namespace lora_ext::kernel
