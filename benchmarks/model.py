@@ -12,6 +12,7 @@ times in microseconds, sizes as in `lora_ext.plan`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,7 @@ class Machine:
         card: its name in ``lora_ext.CARDS``.
         tflops: of the library's dense half product at 4096 x 4096 x 4096.
         mma_share: the part of it that mma.sync reaches: about 1 where the library uses it, too.
+        wgmma_share: the part of it that our kernels on wgmma reach, where there are some.
         dram_gb_s: of a copy, read and written bytes together.
         gap_us: from the end of a kernel to the start of the next, in a graph.
         calibrated: whether tflops and dram_gb_s were measured on the card at hand.
@@ -44,6 +46,7 @@ class Machine:
     mma_share: float
     dram_gb_s: float
     gap_us: float = 1.5
+    wgmma_share: float = 0.97
     calibrated: bool = False
 
     @property
@@ -94,12 +97,13 @@ class Launch:
         return max(arithmetic, memory) + machine.gap_us
 
 
-def _waves(machine: Machine, m: int, n: int, tile: tuple[int, int]) -> int:
-    return _blocks(_blocks(m, tile[0]) * _blocks(n, tile[1]), machine.sms)
-
-
-def _wave_flop(machine: Machine, m: int, n: int, k: int, tile: tuple[int, int]) -> float:
-    return 2.0 * _waves(machine, m, n, tile) * machine.sms * tile[0] * tile[1] * k
+def _wave_flop(
+    machine: Machine, m: int, n: int, k: int, tile: tuple[int, int], sms_of_tile: int = 1
+) -> float:
+    """Of whole waves of tiles, each by one SM or, on wgmma, by a pair."""
+    at_once = machine.sms // sms_of_tile
+    waves = _blocks(_blocks(m, tile[0]) * _blocks(n, tile[1]), at_once)
+    return 2.0 * waves * at_once * tile[0] * tile[1] * k
 
 
 # What the library chooses among, the smaller tiles at a lower rate.
@@ -154,12 +158,14 @@ def _plans(machine: Machine, s: _Shape) -> lora_ext.CallPlan:
 
 
 def _lora_gemm(machine: Machine, plan, s: _Shape, m: int, n: int, k: int) -> Launch:
-    tile = tuple(int(word) for word in plan.tile.split(" x "))
+    rows, columns = (int(number) for number in re.findall(r"\d+", plan.tile))
+    tile = (2 * rows, columns) if plan.wgmma else (rows, columns)
     terms = 3 if s.wide else 1
     depth = k + terms * 16 * _blocks(s.r, 16)
     moved = BYTES * (m * k + n * k + m * n + terms * s.r * (m + n))
-    flop = _wave_flop(machine, m, n, depth, (tile[0], tile[1]))
-    return Launch("lora_gemm", moved, flop, machine.mma_share * plan.tile_efficiency)
+    flop = _wave_flop(machine, m, n, depth, tile, 2 if plan.wgmma else 1)
+    share = machine.wgmma_share if plan.wgmma else machine.mma_share
+    return Launch("lora_gemm", moved, flop, share * plan.tile_efficiency)
 
 
 def ours_forward(machine: Machine, s: _Shape) -> list[Launch]:

@@ -15,15 +15,19 @@ std::atomic<plan::Choice>& choice() {
   return current;
 }
 
-plan::Plan plan_of(const ForwardArgs& args) {
-  const plan::Card card = kernel_launch::card_of(args.x.device());
-  const plan::Problem problem = kernel_launch::problem_of(args);
-  return plan::forward(card, problem, winners::request_for(card, problem, false, choice()));
+std::atomic<bool>& early_launch() {
+  static std::atomic<bool> enabled{true};
+  return enabled;
 }
-plan::Plan plan_of(const BackwardArgs& args) {
+
+template <class Args>
+plan::Plan plan_of(const Args& args) {
+  constexpr bool kBackward = std::is_same_v<Args, BackwardArgs>;
   const plan::Card card = kernel_launch::card_of(args.x.device());
   const plan::Problem problem = kernel_launch::problem_of(args);
-  return plan::backward(card, problem, winners::request_for(card, problem, true, choice()));
+  plan::Request request = winners::request_for(card, problem, kBackward, choice());
+  request.early_launch = early_launch();
+  return kBackward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
 }
 
 template <class Args>
@@ -77,6 +81,7 @@ std::vector<std::string> warmup(const at::Device& device) {
 
 void set_choice(plan::Choice wanted) { choice() = wanted; }
 plan::Choice current_choice() { return choice(); }
+void set_early_launch(bool enabled) { early_launch() = enabled; }
 
 }  // namespace lora_ext::kernel_route
 #endif  // LORA_EXT_WITH_CUDA

@@ -32,5 +32,7 @@ std::vector<std::string> warmup(const at::Device& device);
 
 void set_choice(plan::Choice choice);
 plan::Choice current_choice();
+// Whether a kernel may begin before the one before it ends (programmatic dependent launch).
+void set_early_launch(bool enabled);
 
 }  // namespace lora_ext::kernel_route

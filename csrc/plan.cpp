@@ -16,36 +16,71 @@ constexpr int64_t kAlignBytes = 256;
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
 
-const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
+constexpr int64_t kMostWgmmaRank = 256;
+// The rate of mma.sync over that of wgmma, where there are both (predicted).
+constexpr double kMmaSyncShare = 0.55;
+
+// Why no kernel with wgmma and TMA computes a product on a card; "" if one may.
+std::string why_no_wgmma(const Card& card, const Problem& p, bool vector) {
+  if (card.arch != 90) return "only compute capability 9.0 has it";
+  if (!card.tensor_maps) return "the driver encodes no tensor maps";
+  if (!vector) return "rows do not begin at multiples of 16 bytes";
+  if (p.rank > kMostWgmmaRank) return "the rank is above 256";
+  return "";
+}
 
 bool fits(const TileFacts& tile, const Card& card, bool masked) {
-  return tile.shared <= card.shared_per_block && (tile.masks || !masked);
+  return tile.shared <= card.shared_per_block && (tile.masks || !masked) &&
+         (!tile.wgmma || (card.arch == 90 && card.tensor_maps));
+}
+
+// Of the card's fastest products.
+double rate_of(const TileFacts& tile, const Card& card) {
+  return card.arch == 90 && !tile.wgmma ? kMmaSyncShare * tile.efficiency : tile.efficiency;
+}
+
+// Blocks that have work; wgmma's come in pairs of rows.
+int64_t blocks_with_work(const TileFacts& tile, int64_t m, int64_t n) {
+  const int64_t together = tile.wgmma ? 2 : 1;
+  return together * blocks_of(m, together * tile.rows) * blocks_of(n, tile.columns);
 }
 
 Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bool vector) {
   const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
   const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
-  const int64_t tiles = blocks_of(m, tile.rows) * blocks_of(n, tile.columns);
-  return {tile.tile, vector, static_cast<int>(std::min(tiles, card.sms * resident))};
+  const int64_t blocks = std::min(blocks_with_work(tile, m, n), card.sms * resident);
+  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma};
 }
 
 // The tile that is asked for, if it can be had; else that with the least predicted time: whole
-// waves of tiles, each as long as its area. Where it only adds a low-rank product, the smallest, of
-// which most fit on an SM.
-Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked, bool hybrid,
+// waves of tiles, each as long as its area.
+Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked, bool wgmma,
                  const std::optional<Tile>& asked) {
-  if (hybrid) return with_tile(card, facts_of(Tile::k128x64), m, n, vector);
   const TileFacts* best = nullptr;
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
-    if (!fits(tile, card, masked)) continue;
+    if (!fits(tile, card, masked) || (tile.wgmma && !wgmma)) continue;
     if (!vector && tile.tile != Tile::k128x64) continue;
     if (tile.tile == asked) return with_tile(card, tile, m, n, vector);
-    const int64_t waves = blocks_of(blocks_of(m, tile.rows) * blocks_of(n, tile.columns), card.sms);
-    const double time = static_cast<double>(waves * tile.rows * tile.columns) / tile.efficiency;
+    const int64_t waves = blocks_of(blocks_with_work(tile, m, n), card.sms);
+    const double time = static_cast<double>(waves * tile.rows * tile.columns) / rate_of(tile, card);
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }
   return with_tile(card, *best, m, n, vector);
+}
+
+// Of Y or dX, [p.m, n]. Where it only adds a low-rank product, the smallest tile, of which most fit
+// on an SM.
+void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool masked,
+                const Request& request) {
+  if (plan.hybrid) {
+    plan.gemm = with_tile(card, facts_of(Tile::k128x64), p.m, n, plan.vector);
+    return;
+  }
+  const std::string why = why_no_wgmma(card, p, plan.vector);
+  plan.gemm = choose_gemm(card, p.m, n, plan.vector, masked, why.empty(), request.tile);
+  plan.gemm.early = plan.gemm.early && request.early_launch;
+  if (card.arch == 90) plan.no_wgmma = why;
 }
 
 // Enough splits for two blocks on every SM, but none shorter than kMinSteps.
@@ -133,14 +168,11 @@ void place_b(Plan& plan, Workspace& workspace, const Problem& p) {
 std::string describe_gemm(const Gemm& gemm) {
   std::ostringstream text;
   text << "lora_gemm " << facts_of(gemm.tile).name << (gemm.vector ? "" : ", element-wise copies")
-       << ", " << gemm.blocks << " blocks";
+       << ", " << gemm.blocks << " blocks" << (gemm.early ? ", begins early" : "");
   return text.str();
 }
 
 }  // namespace
-
-const char* name_of(Tile tile) { return facts_of(tile).name; }
-double efficiency_of(Tile tile) { return facts_of(tile).efficiency; }
 
 std::optional<Tile> tile_named(const std::string& name) {
   for (const TileFacts& tile : kTiles)
@@ -170,7 +202,7 @@ Plan forward(const Card& card, const Problem& p, const Request& request) {
   plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
   plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
   plan.t = workspace.take(p.m * plan.columns, 2);
-  plan.gemm = choose_gemm(card, p.m, p.n, plan.vector, false, plan.hybrid, request.tile);
+  place_gemm(plan, card, p, p.n, false, request);
   plan.workspace = workspace.bytes;
   return plan;
 }
@@ -211,9 +243,7 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   }
   if (p.need_dlora_b) plan.g_b = workspace.take(plan.dlora_b.splits * plan.columns * p.n, 4);
   if (p.need_dlora_a) plan.g_a = workspace.take(plan.dlora_a.splits * plan.columns * p.k, 4);
-  if (p.need_dx) {
-    plan.gemm = choose_gemm(card, p.m, p.k, plan.vector, p.dropout, plan.hybrid, request.tile);
-  }
+  if (p.need_dx) place_gemm(plan, card, p, p.k, p.dropout, request);
   plan.workspace = workspace.bytes;
   return plan;
 }
@@ -235,6 +265,7 @@ std::string Plan::describe() const {
   }
   if (t != kNone) text << "  lora_reduce\n";
   if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
+  if (!no_wgmma.empty()) text << "  without wgmma: " << no_wgmma << "\n";
   if (hybrid && gemm.blocks > 0) text << "  the library's base product, onto it\n";
   const bool db_apart = dlora_b.splits > 0 && !one_pass;
   if (dlora_a.splits > 0 || db_apart) {

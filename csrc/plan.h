@@ -17,21 +17,31 @@ struct Card {
   int arch;
   int sms;
   int64_t shared_per_sm, shared_per_block;  // bytes; a block can have at most the second
-  std::string
-      name{};  // the driver's, by which measurements are kept; "" for a card in the abstract
+  std::string name{};       // the driver's, by which measurements are kept; "" in the abstract
+  bool tensor_maps = true;  // the driver encodes them, which TMA needs
 };
 
 // Which route is asked for; kAuto leaves it to the planner. kHybrid: base products by the library,
 // everything else by the kernels.
 enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 
-enum class Tile { k128x256, k128x128, k128x64 };
+// Of kernel/lora_gemm_sm80.h, then of kernel/lora_gemm_sm90a.h.
+enum class Tile {
+  k128x256,
+  k128x128,
+  k128x64,
+  kWgmma128x256,
+  kWgmma128x128,
+  kPingpong128x192,
+  kPingpong128x128,
+};
 
 // A route, and for kKernel perhaps a tile, asked for by the user or by a measurement (winners.h).
 struct Request {
   Choice choice = Choice::kAuto;
   std::optional<Tile> tile{};
-  std::string measured{};  // where: the end of "fastest as measured ..."; "" if the user asks
+  std::string measured{};    // where: the end of "fastest as measured ..."; "" if the user asks
+  bool early_launch = true;  // a kernel may begin before the one before it ends, where it can wait
 };
 
 // A LoRA linear's operands. "aligned": unit stride in a row, and pointer and row pitch are
@@ -48,11 +58,11 @@ struct Problem {
   bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
 };
 
-// The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sm80.h asserts it): rows,
-// columns, shared memory in bytes, resident blocks an SM at most (by registers), and the share of
-// the tensor cores' rate that they can use. 128 x 64 loads a third more bytes for each product than
-// 128 x 128, which loads a third more than 128 x 256; how much of that shows is predicted, not
-// measured.
+// The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sequence.h and
+// lora_gemm_sm90a_launch.h assert it): rows, columns, shared memory in bytes, resident blocks an SM
+// at most (by registers), and the share of the rate of mma.sync, or of wgmma, that they can use.
+// 128 x 64 loads a third more bytes for each product than 128 x 128, which loads a third more than
+// 128 x 256; how much of that shows is predicted, not measured.
 struct TileFacts {
   Tile tile;
   const char* name;
@@ -60,23 +70,28 @@ struct TileFacts {
   int resident;
   double efficiency;
   bool masks;
+  bool wgmma;  // on compute capability 9.0 alone, in pairs of blocks one below the other
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false},
-    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true},
-    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true},
+    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false, false},
+    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true, false},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true, false},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 229440, 1, 1.0, true, true},
+    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 229472, 1, 0.85, true, true},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 196672, 1, 0.97, true, true},
+    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 229472, 1, 0.9, true, true},
 };
+constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
-const char* name_of(Tile tile);
 std::optional<Tile> tile_named(const std::string& name);
-double efficiency_of(Tile tile);
 // Those that fit a card; masked: for a product under a mask.
 std::vector<Tile> tiles_of(const Card& card, bool masked);
 
 struct Gemm {
   Tile tile;
   bool vector;  // Alignment::kVector
-  int blocks;   // persistent
+  int blocks;   // persistent; of wgmma, as many as may be resident
+  bool early;   // begins before the kernel that writes T has ended, and waits for it; wgmma's alone
 };
 
 // A grid's last dimension: `splits` shares of a sum, each of steps_per_split steps of 64.
@@ -112,6 +127,8 @@ struct Plan {
   int64_t s = kNone;      // halves of s S, [m, columns]
   Splits dlora_b{}, dlora_a{};
   int64_t g_b = kNone, g_a = kNone;  // partial sums of gradients
+
+  std::string no_wgmma;  // on compute capability 9.0: why gemm has none
 
   std::string describe() const;
 };

@@ -61,6 +61,7 @@ void bind_device(py::module& m) {
   m.def(
       "set_cuda_route", [](const std::string& name) { kernel_route::set_choice(choice_of(name)); },
       py::arg("name"));
+  m.def("set_early_launch", &kernel_route::set_early_launch, py::arg("enabled"));
   m.def("cuda_route", [] {
     for (const auto& [name, choice] : kChoices)
       if (choice == kernel_route::current_choice()) return name;
@@ -92,7 +93,7 @@ void bind_winners(py::module& m) {
       [](const plan::Card& card, bool masked) {
         std::vector<std::string> names;
         for (const plan::Tile tile : plan::tiles_of(card, masked))
-          names.emplace_back(plan::name_of(tile));
+          names.emplace_back(plan::facts_of(tile).name);
         return names;
       },
       py::arg("card"), py::arg("masked"));
@@ -102,8 +103,9 @@ void bind_winners(py::module& m) {
 
 void bind_plan(py::module& m) {
   py::class_<plan::Card>(m, "Card")
-      .def(py::init<int, int, int64_t, int64_t, std::string>(), py::arg("arch"), py::arg("sms"),
-           py::arg("shared_per_sm"), py::arg("shared_per_block"), py::arg("name") = "")
+      .def(py::init<int, int, int64_t, int64_t, std::string, bool>(), py::arg("arch"),
+           py::arg("sms"), py::arg("shared_per_sm"), py::arg("shared_per_block"),
+           py::arg("name") = "", py::arg("tensor_maps") = true)
       .def_readonly("name", &plan::Card::name)
       .def_readonly("arch", &plan::Card::arch)
       .def_readonly("sms", &plan::Card::sms)
@@ -131,9 +133,13 @@ void bind_plan(py::module& m) {
       .def_readonly("columns", &plan::Plan::columns)
       .def_readonly("panels", &plan::Plan::panels)
       .def_readonly("one_pass", &plan::Plan::one_pass)
-      .def_property_readonly("tile", [](const plan::Plan& p) { return plan::name_of(p.gemm.tile); })
-      .def_property_readonly("tile_efficiency",
-                             [](const plan::Plan& p) { return plan::efficiency_of(p.gemm.tile); })
+      .def_property_readonly("tile",
+                             [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).name; })
+      .def_property_readonly("wgmma",
+                             [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).wgmma; })
+      .def_property_readonly(
+          "tile_efficiency",
+          [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).efficiency; })
       .def_property_readonly("blocks", [](const plan::Plan& p) { return p.gemm.blocks; })
       .def_property_readonly("shrink_splits", [](const plan::Plan& p) { return p.shrink.splits; })
       .def_property_readonly("dlora_a_splits", [](const plan::Plan& p) { return p.dlora_a.splits; })

@@ -30,7 +30,13 @@ class Card:
     shared_per_block: int
     name: str
     def __init__(
-        self, arch: int, sms: int, shared_per_sm: int, shared_per_block: int, name: str = ""
+        self,
+        arch: int,
+        sms: int,
+        shared_per_sm: int,
+        shared_per_block: int,
+        name: str = "",
+        tensor_maps: bool = True,
     ) -> None: ...
 
 class Problem:
@@ -61,6 +67,7 @@ class Plan:
     one_pass: bool
     tile: str
     tile_efficiency: float
+    wgmma: bool
     blocks: int
     shrink_splits: int
     dlora_a_splits: int
@@ -115,4 +122,5 @@ def explain_backward(
 ) -> Explained: ...
 def cuda_warmup(device: torch.device) -> list[str]: ...
 def set_cuda_route(name: str) -> None: ...
+def set_early_launch(enabled: bool) -> None: ...
 def cuda_route() -> str: ...

@@ -168,6 +168,23 @@ def warmup(device: torch.device | str | None = None) -> Sequence[str]:
     return _C.cuda_warmup(device)
 
 
+def set_early_launch(enabled: bool) -> None:
+    """Whether a kernel may begin before the one before it has ended, for the whole process.
+
+    Programmatic dependent launch, on compute capability 9.0: `lora_gemm` begins while the kernel
+    that makes its low-rank operand still runs, and waits for it. On by default.
+
+    Raises:
+        RuntimeError: the build has no CUDA kernels.
+    """
+    if not _C.with_cuda:
+        raise RuntimeError(
+            "lora_ext.set_early_launch: this build has no CUDA kernels;"
+            " lora_ext.build_info() says why"
+        )
+    _C.set_early_launch(enabled)
+
+
 def set_cuda_route(name: str) -> None:
     """Chooses the route of half-precision calls on CUDA, for the whole process.
 

@@ -56,13 +56,18 @@ def test_orders_that_must_hold(name, mode, dropout_p):
 @pytest.mark.parametrize("adapters", ["ours", "ours_fp32"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 def test_the_planner_takes_the_fastest_route(name, rows, width, adapters, dropout_p):
-    """csrc/plan.cpp has no rates; the model, which has, agrees with it to 3 %."""
+    """csrc/plan.cpp has no rates; the model, which has, agrees with it to 3 %.
+
+    On Hopper the planner leaves up to 6 % to the library's base product, which is known to be fast,
+    until our kernel on wgmma has been measured.
+    """
+    allowed = 1.06 if name == "H100" else 1.03
     machine = model.MACHINES[name]
     cell = replace(
         LARGE, mode=STEP, rows=rows, in_features=width, out_features=width, dropout_p=dropout_p
     )
     others = [us(machine, cell, f"{adapters}_{route}") for route in ("kernel", "library")]
-    assert us(machine, cell, adapters) <= 1.03 * min(others)
+    assert us(machine, cell, adapters) <= allowed * min(others)
 
 
 def test_what_is_not_modelled_has_no_prediction():

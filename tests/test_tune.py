@@ -62,7 +62,7 @@ def test_the_planner_takes_the_winner_and_says_so():
     assert not backward.kernel and backward.reason.startswith("fastest as measured")
 
 
-@pytest.mark.parametrize("tile", ["128 x 256", "128 x 128", "128 x 64"])
+@pytest.mark.parametrize("tile", _C.tiles_of(_C.Card(*H100), False))
 def test_every_tile_can_win(tile):
     tables.install([table(entry(tile=tile))])
     assert planned().tile == tile
@@ -260,12 +260,17 @@ def test_the_library_stays_unless_another_clearly_wins(kernel, winner):
     assert trial._fastest(times) == winner
 
 
-def test_candidates_are_what_the_card_can_do():
-    card = _C.Card(*H100)
-    forward = trial.candidates_for(card, moved(dropout=True), backward=False)
-    masked = trial.candidates_for(card, moved(dropout=True), backward=True)
-    assert [c.name for c in forward[:2]] == ["library", "hybrid"] and len(forward) == 5
-    assert "kernel 128 x 256" not in [c.name for c in masked] and len(masked) == 4
+@pytest.mark.parametrize(
+    ("card", "forward", "masked"),
+    [((80, 108, 167936, 166912), 3, 2), (H100, 7, 6)],
+    ids=["A100", "H100"],
+)
+def test_candidates_are_what_the_card_can_do(card, forward, masked):
+    shape = moved(dropout=True)
+    found = [c.name for c in trial.candidates_for(_C.Card(*card), shape, backward=False)]
+    assert found[:2] == ["library", "hybrid"] and len(found) == 2 + forward
+    found = [c.name for c in trial.candidates_for(_C.Card(*card), shape, backward=True)]
+    assert "kernel 128 x 256" not in found and len(found) == 2 + masked
 
 
 def test_shapes_of_a_model():

@@ -30,7 +30,7 @@ namespace {
 
 namespace plan = lora_ext::plan;
 
-constexpr plan::Card kCard{80, 108, 167936, 166912};  // A100
+const plan::Card kCard{80, 108, 167936, 166912};  // A100
 constexpr int64_t kStep = 64;
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }

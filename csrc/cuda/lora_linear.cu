@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/lora_linear.h"
+#include "cuda/tensor_map.h"
 
 namespace lora_ext::cuda {
 
@@ -31,7 +32,9 @@ plan::Card card_of(int device) {
               attribute(cudaDevAttrComputeCapabilityMinor, device),
           attribute(cudaDevAttrMultiProcessorCount, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), properties.name};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          properties.name,
+          has_tensor_maps()};
 }
 
 bool is_capturing(void* stream) {

@@ -5,6 +5,7 @@
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
 #include "emulator/kernels/operand.h"
+#include "emulator/kernels/tensor_map.h"
 #include "emulator/kernels/variants.h"
 #include "kernel/halves.h"
 #include "kernel/lora_gemm_sm90a_launch.h"
@@ -39,22 +40,6 @@ int draw_rank(std::mt19937_64& random) {
     const int last = rank % 64 == 0 ? 64 : rank % 64;
     if (kTail == (last <= 16 ? 1 : last <= 32 ? 2 : 4)) return rank;
   }
-}
-
-template <class T>
-CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
-  CUtensorMap map;
-  const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * sizeof(T)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[] = {1, 1};
-  const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = emulator::encode_tensor_map_tiled(
-      &map, type, 2, const_cast<T*>(data), dimensions, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw std::runtime_error(emulator::tensor_map_error());
-  return map;
 }
 
 // What lies past the rank is not multiplied, beyond the last step's 16s, each tile of Y asks once
@@ -149,7 +134,7 @@ std::string run_gemm(const Case& run) {
                  .shared_bytes = Tile::kSharedBytes,
                  .programmatic_dependent = random() % 2 != 0},
                 lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, kTail, PlantedFault>,
-                maps_of<Tile, kMNMajor>(params, encode<T>), params);
+                maps_of<Tile, kMNMajor>(params, kernels::tensor_map<T>), params);
   emulator::reset_counters();
   specimens::run_timed(stream);
 

@@ -7,13 +7,16 @@
 // In a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and
 // dX.
 //
-// A launcher is called as launch(kernel, grid, threads, shared bytes, parameters) and decides where
-// kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the execution layer.
+// A launcher is called as launch(kernel, grid, threads, shared bytes, parameters), and for gemm on
+// wgmma, whose instances are compiled elsewhere, as launch.lora_gemm_sm90a(parameters, choice). It
+// decides where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the execution
+// layer.
 #pragma once
 #include <algorithm>
 
 #include "kernel/lora_dsdb_sm80.h"
 #include "kernel/lora_gemm_sm80.h"
+#include "kernel/lora_gemm_sm90a_choice.h"
 #include "kernel/lora_linear.h"
 #include "kernel/lora_reduce.h"
 #include "kernel/lora_reduce_wgrad.h"
@@ -28,14 +31,14 @@ constexpr bool is_as_planned(const plan::TileFacts& facts) {
   return facts.rows == Tile::kM && facts.columns == Tile::kN &&
          facts.shared == Tile::kSharedBytes && facts.masks == fits_mask<Tile>;
 }
-static_assert(is_as_planned<LoraGemmTile128x256>(plan::kTiles[0]));
-static_assert(is_as_planned<LoraGemmTile128x128>(plan::kTiles[1]));
-static_assert(is_as_planned<LoraGemmTile128x64>(plan::kTiles[2]));
+static_assert(is_as_planned<LoraGemmTile128x256>(plan::facts_of(plan::Tile::k128x256)));
+static_assert(is_as_planned<LoraGemmTile128x128>(plan::facts_of(plan::Tile::k128x128)));
+static_assert(is_as_planned<LoraGemmTile128x64>(plan::facts_of(plan::Tile::k128x64)));
 
 template <class T, class Fault, class Launch>
-class LoraLinearSm80 {
+class LoraLinearSequence {
  public:
-  LoraLinearSm80(const plan::Plan& plan, const LoraLinearOperands& operands, Launch& launch)
+  LoraLinearSequence(const plan::Plan& plan, const LoraLinearOperands& operands, Launch& launch)
       : plan_(plan), o_(operands), launch_(launch) {}
 
   void forward(const LoraLinearForward& f) {
@@ -200,16 +203,19 @@ class LoraLinearSm80 {
 
   template <bool kMNMajor, bool kMasked>
   void launch_gemm(const LoraGemmParams<T>& params) {
-    if (!plan_.gemm.vector)
+    const plan::Gemm& gemm = plan_.gemm;
+    if (plan::facts_of(gemm.tile).wgmma)
+      return launch_.lora_gemm_sm90a(params, {gemm.tile, kMNMajor, kMasked, gemm.early});
+    if (!gemm.vector)
       return run_gemm<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kElement>(params);
-    switch (plan_.gemm.tile) {
+    switch (gemm.tile) {
       case plan::Tile::k128x256:
         if constexpr (!kMasked)
           return run_gemm<LoraGemmTile128x256, kMNMajor, kMasked, Alignment::kVector>(params);
         [[fallthrough]];  // the planner gives no masked product this tile
       case plan::Tile::k128x128:
         return run_gemm<LoraGemmTile128x128, kMNMajor, kMasked, Alignment::kVector>(params);
-      case plan::Tile::k128x64:
+      default:
         return run_gemm<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kVector>(params);
     }
   }

@@ -2,7 +2,7 @@
 // through the kernels, in one workspace of exactly the planned size.
 //
 // A bound follows each value: `error` is what representations and float sums may add to it.
-#include "emulator/kernels/lora_linear_sm80.h"
+#include "emulator/kernels/lora_linear_sequence.h"
 
 #include "emulator/kernels/operand.h"
 #include "emulator/machine/config.h"
@@ -17,8 +17,11 @@ using specimens::Case;
 using specimens::Numbers;
 
 // 108 SMs make short splits, two make whole walks; sm_86 has less shared memory.
-constexpr plan::Card kCards[] = {
-    {80, 108, 167936, 166912}, {80, 2, 167936, 166912}, {86, 16, 102400, 101376}};
+const plan::Card kCards[] = {{80, 108, 167936, 166912},
+                             {80, 2, 167936, 166912},
+                             {86, 16, 102400, 101376},
+                             {90, 132, 233472, 232448},
+                             {90, 4, 233472, 232448}};
 
 // float64 values with their errors, row-major.
 struct Values {
@@ -423,7 +426,7 @@ std::string run_variant(const Case& run) {
 
 int main(int argc, char** argv) {
   return specimens::specimen_main(argc, argv,
-                                  {.name = "lora_linear_sm80",
+                                  {.name = "lora_linear_sequence",
                                    .sizes = {{"even", 128, 256, 128},
                                              {"odd", 131, 277, 99},
                                              {"tall", 300, 64, 72},
