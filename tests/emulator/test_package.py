@@ -223,3 +223,26 @@ def test_kernels_that_fail_their_check_cannot_win(tmp_path):
         LORA_EXT_EMULATED_FAULT="shrink.steps:low",
     )
     assert "failed their check" in said
+
+
+TILES = """
+from lora_ext.tune import Entry, Shape, tables
+card = _C.cuda_card(torch.device("cpu"))
+expected = library()
+for tile in _C.tiles_of(card, True):
+    won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", tile, {}) for back in (0, 1)]
+    tables.install([tables.empty_table(card.name).with_entries(won)])
+    results, plan = call()
+    assert plan.forward.tile == plan.backward.tile == tile, plan
+    assert plan.forward_check == plan.backward_check == "passed", plan
+    for got, wanted in zip(results, expected):
+        assert (got - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+    print(tile)
+"""
+
+
+def test_every_tile_of_hopper_agrees_with_the_library():
+    done = build.run(["-c", CALL + TILES], LORA_EXT_EMULATED_ARCH="90")
+    assert done.returncode == 0, done.stderr
+    tiles = done.stdout.splitlines()
+    assert "wgmma 128 x 256" in tiles and "pingpong 128 x 192" in tiles and len(tiles) == 6
