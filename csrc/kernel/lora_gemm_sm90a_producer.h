@@ -83,8 +83,9 @@ struct LoraGemmSm90aProducer {
                                                  int column) const {
     constexpr int kHalf = Tile::template kRightBoxRows<kMNMajor>;
     const auto both = Fault::count("producer.multicast", uint16_t{0b11}, 0b01, 0b111);
-    const int first = static_cast<int>(block.rank) * kHalf;
-    const uint32_t half = block.right(ring.slot) + block.rank * kHalf * Tile::kRowBytes;
+    const uint32_t mine = Fault::value("producer.half", block.rank, 0u);
+    const int first = static_cast<int>(mine) * kHalf;
+    const uint32_t half = block.right(ring.slot) + mine * kHalf * Tile::kRowBytes;
     if constexpr (kMNMajor) {
 #pragma unroll
       for (int panel = 0; panel < Tile::kN / 64; ++panel) {

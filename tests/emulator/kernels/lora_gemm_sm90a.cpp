@@ -11,8 +11,8 @@
 
 namespace lora_ext::kernel {
 
-#define EXTERN_INSTANCE(variant, ...) extern LORA_GEMM_SM90A_INSTANCE(__VA_ARGS__);
-LORA_GEMM_SM90A_VARIANTS(EXTERN_INSTANCE)
+#define EXTERN_INSTANCES(variant, ...) LORA_GEMM_SM90A_INSTANCES(extern template, __VA_ARGS__)
+LORA_GEMM_SM90A_VARIANTS(EXTERN_INSTANCES)
 extern template __global__ void write_t(const __half*, __half*, int);
 extern template __global__ void write_t(const __nv_bfloat16*, __nv_bfloat16*, int);
 
@@ -31,40 +31,54 @@ using Operand = kernels::Operand<T, Alignment::kVector>;
 
 constexpr double kBetweenRows = -12345;
 
-// A rank from 1 to 256, often a small one, whose last 64 take kTail times 16 along k.
-template <int kTail>
-int draw_rank(std::mt19937_64& random) {
-  for (;;) {
-    const int rank = 1 + static_cast<int>(random() % (random() % 2 ? 256 : 64));
-    const int last = rank % 64 == 0 ? 64 : rank % 64;
-    if (kTail == (last <= 16 ? 1 : last <= 32 ? 2 : 4)) return rank;
-  }
-}
+// Launches as csrc/cuda/ does, on a card that holds `most` clusters.
+struct Launch {
+  emulator::Stream& stream;
+  int64_t most;
 
-template <class T>
-CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
-  CUtensorMap map;
-  const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * sizeof(T)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[] = {1, 1};
-  const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = emulator::encode_tensor_map_tiled(
-      &map, type, 2, const_cast<T*>(data), dimensions, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw std::runtime_error(emulator::tensor_map_error());
-  return map;
-}
+  template <class T>
+  CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
+    CUtensorMap map;
+    const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(columns),
+                                     static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * sizeof(T)};
+    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[] = {1, 1};
+    const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUresult result = emulator::encode_tensor_map_tiled(
+        &map, type, 2, const_cast<T*>(data), dimensions, strides, box, element_strides,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) throw std::runtime_error(emulator::tensor_map_error());
+    return map;
+  }
+
+  template <class Kernel>
+  int64_t clusters(Kernel, const Sm90aLaunch&) const {
+    return most;
+  }
+
+  template <class Params>
+  void operator()(void (*kernel)(LoraGemmMaps, Params), const Sm90aLaunch& how,
+                  const LoraGemmMaps& maps, const Params& params) {
+    stream.launch({.grid = how.grid,
+                   .block = dim3(how.threads),
+                   .cluster = how.cluster,
+                   .shared_bytes = how.shared_bytes,
+                   .programmatic_dependent = how.dependent},
+                  kernel, maps, params);
+  }
+};
 
 // What lies past the rank is not multiplied, beyond the last step's 16s, each tile of Y asks once
 // for its rows of P and T and each pair of tiles once for their columns of Q and U, rows of slabs
 // lie in different banks, and Y is written once. "" or what differs.
-template <class Tile, int kTail>
+template <class Tile>
 std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t terms) {
   const int64_t pairs = (m + Tile::kPairM - 1) / Tile::kPairM,
                 column_tiles = (n + Tile::kN - 1) / Tile::kN;
-  const int64_t k16_steps = (k + 63) / 64 * 4 + terms * ((rank - 1) / 64 * 4 + kTail);
+  const int64_t last = rank % 64 == 0 ? 64 : rank % 64, tail = last <= 16 ? 1 : last <= 32 ? 2 : 4;
+  const int64_t k16_steps = (k + 63) / 64 * 4 + terms * ((rank - 1) / 64 * 4 + tail);
   const int64_t flop = 2 * pairs * column_tiles * Tile::kPairM * Tile::kN * 16 * k16_steps;
   const int64_t loaded = (column_tiles * m + pairs * n) * (k + terms * rank) * 2;
   const emulator::Counters counted = emulator::counters();
@@ -85,13 +99,13 @@ std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int6
       static_cast<long long>(counted.matrix_conflicts));
 }
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
+template <class T, class Tile, bool kMNMajor, bool kMasked>
 std::string run_gemm(const Case& run) {
   const auto [name, m, n, depth] = run.size;
   std::mt19937_64 random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
-  const int k = random() % 6 == 0 ? 0 : depth;  // the low-rank product alone
-  const int rank = draw_rank<kTail>(random);
+  const int k = random() % 4 == 0 ? 0 : depth;  // the low-rank product alone
+  const int rank = 1 + static_cast<int>(random() % (random() % 2 ? 256 : 64));
   const int terms = random() % 3 == 0 ? 3 : 1;
   const bool with_bias = !kMasked && random() % 4 != 0;
   const auto operand = [&](int rows, int columns, const char* what, bool may_be_far) {
@@ -120,7 +134,6 @@ std::string run_gemm(const Case& run) {
 
   const RandomMask mask(numbers, random);
 
-  if (tail_of(rank) != kTail) return emulator::format("tail_of(%d) is %d", rank, tail_of(rank));
   LoraGemmParams<T> params{};
   if (k > 0) params.p = p->data(), params.q = q->data();
   params.y = y.data();
@@ -141,19 +154,13 @@ std::string run_gemm(const Case& run) {
     stream.launch({.grid = dim3(2), .block = dim3(128)}, write_t<T>, t[i]->data(),
                   written_t[i]->data(), elements);
   }
-  const unsigned tiles = kernels::blocks_of(m, Tile::kPairM) * kernels::blocks_of(n, Tile::kN);
-  const unsigned clusters = 1 + static_cast<unsigned>(random() % tiles);  // fewer walk over more
-  stream.launch({.grid = dim3(clusters * Tile::kClusterSize),
-                 .block = dim3(Tile::kThreads),
-                 .cluster = dim3(Tile::kClusterSize),
-                 .shared_bytes = Tile::kSharedBytes,
-                 .programmatic_dependent = random() % 2 != 0},
-                lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, kTail, PlantedFault>,
-                maps_of<Tile, kMNMajor>(params, encode<T>), params);
+  const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
+  Launch launch{stream, 1 + static_cast<int64_t>(random() % (pairs + 1))};  // few walk over many
+  launch_tile<T, Tile, kMNMajor, kMasked, PlantedFault>(params, random() % 2 != 0, launch);
   emulator::reset_counters();
   specimens::run_timed(stream);
 
-  const std::string counted = compare_counters<Tile, kTail>(m, n, k, rank, terms);
+  const std::string counted = compare_counters<Tile>(m, n, k, rank, terms);
   if (!counted.empty()) return counted;
 
   for (int i = 0; i < m; ++i) {
