@@ -3,7 +3,7 @@
 #include "emulator/kernels/lora_gemm_sm90a.h"
 
 #include "emulator/counts/counters.h"
-#include "emulator/emulator.h"
+#include "emulator/kernels/cluster_launch.h"
 #include "emulator/kernels/operand.h"
 #include "emulator/kernels/variants.h"
 #include "kernel/halves.h"
@@ -30,45 +30,6 @@ template <class T>
 using Operand = kernels::Operand<T, Alignment::kVector>;
 
 constexpr double kBetweenRows = -12345;
-
-// Launches as csrc/cuda/ does, on a card that holds `most` clusters.
-struct Launch {
-  emulator::Stream& stream;
-  int64_t most;
-
-  template <class T>
-  CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
-    CUtensorMap map;
-    const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(columns),
-                                     static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * sizeof(T)};
-    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[] = {1, 1};
-    const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const CUresult result = emulator::encode_tensor_map_tiled(
-        &map, type, 2, const_cast<T*>(data), dimensions, strides, box, element_strides,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) throw std::runtime_error(emulator::tensor_map_error());
-    return map;
-  }
-
-  template <class Kernel>
-  int64_t clusters(Kernel, const Sm90aLaunch&) const {
-    return most;
-  }
-
-  template <class Params>
-  void operator()(void (*kernel)(LoraGemmMaps, Params), const Sm90aLaunch& how,
-                  const LoraGemmMaps& maps, const Params& params) {
-    stream.launch({.grid = how.grid,
-                   .block = dim3(how.threads),
-                   .cluster = how.cluster,
-                   .shared_bytes = how.shared_bytes,
-                   .programmatic_dependent = how.dependent},
-                  kernel, maps, params);
-  }
-};
 
 // What lies past the rank is not multiplied, beyond the last step's 16s, each tile of Y asks once
 // for its rows of P and T and each pair of tiles once for their columns of Q and U, rows of slabs
@@ -155,7 +116,8 @@ std::string run_gemm(const Case& run) {
                   written_t[i]->data(), elements);
   }
   const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
-  Launch launch{stream, 1 + static_cast<int64_t>(random() % (pairs + 1))};  // few walk over many
+  kernels::ClusterLaunch launch{
+      stream, 1 + static_cast<int64_t>(random() % (pairs + 1))};  // few walk over many
   launch_tile<T, Tile, kMNMajor, kMasked, PlantedFault>(params, random() % 2 != 0, launch);
   emulator::reset_counters();
   specimens::run_timed(stream);
