@@ -52,4 +52,27 @@ void launch_in_grid(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
   }
 }
 
+// Pingpong tiles have no in-grid kernel: what would take one takes the cooperative tile of its
+// size.
+template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
+void launch_in_grid_product(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                            const InGridFactor<T>& factor, Sm90aTile tile, Launch& launch) {
+  if (tile == Sm90aTile::k128x256)
+    return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked, Fault>(p, in, factor,
+                                                                                 launch);
+  return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked, Fault>(p, in, factor,
+                                                                               launch);
+}
+
+template <class T, class Fault, class Launch>
+void launch_lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                                    const InGridFactor<T>& factor, const Sm90aChoice& choice,
+                                    Launch& launch) {
+  if (!choice.mn_major)
+    return launch_in_grid_product<T, false, false, Fault>(p, in, factor, choice.tile, launch);
+  if (!choice.masked)
+    return launch_in_grid_product<T, true, false, Fault>(p, in, factor, choice.tile, launch);
+  return launch_in_grid_product<T, true, true, Fault>(p, in, factor, choice.tile, launch);
+}
+
 }  // namespace lora_ext::kernel
