@@ -12,6 +12,7 @@ times in microseconds, sizes as in `lora_ext.plan`.
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -97,13 +98,10 @@ class Launch:
         return max(arithmetic, memory) + machine.gap_us
 
 
-def _wave_flop(
-    machine: Machine, m: int, n: int, k: int, tile: tuple[int, int], sms_of_tile: int = 1
-) -> float:
-    """Of whole waves of tiles, each by one SM or, on wgmma, by a pair."""
-    at_once = machine.sms // sms_of_tile
-    waves = _blocks(_blocks(m, tile[0]) * _blocks(n, tile[1]), at_once)
-    return 2.0 * waves * at_once * tile[0] * tile[1] * k
+def _wave_flop(machine: Machine, m: int, n: int, k: int, tile: tuple[int, int]) -> float:
+    """Of whole waves of tiles, one an SM."""
+    waves = _blocks(_blocks(m, tile[0]) * _blocks(n, tile[1]), machine.sms)
+    return 2.0 * waves * machine.sms * tile[0] * tile[1] * k
 
 
 # What the library chooses among, the smaller tiles at a lower rate.
@@ -157,15 +155,34 @@ def _plans(machine: Machine, s: _Shape) -> lora_ext.CallPlan:
     )
 
 
+def _makespan(jobs: Iterable[float], workers: int) -> float:
+    """When the last job ends, each in its turn taken by the worker that is free first."""
+    free = [0.0] * workers
+    for job in jobs:
+        heapq.heapreplace(free, free[0] + job)
+    return max(free)
+
+
+# A job that makes T of a pair of row blocks, as a share of a pair of tiles of 128 x 256: it fills
+# stages of a third of the bytes, each in about that share of the time that a tile multiplies one.
+_JOB = 0.3
+
+
 def _lora_gemm(machine: Machine, plan, s: _Shape, m: int, n: int, k: int) -> Launch:
     rows, columns = (int(number) for number in re.findall(r"\d+", plan.tile))
-    tile = (2 * rows, columns) if plan.wgmma else (rows, columns)
     terms = 3 if s.wide else 1
     depth = k + terms * 16 * _blocks(s.r, 16)
     moved = BYTES * (m * k + n * k + m * n + terms * s.r * (m + n))
-    flop = _wave_flop(machine, m, n, depth, tile, 2 if plan.wgmma else 1)
-    share = machine.wgmma_share if plan.wgmma else machine.mma_share
-    return Launch("lora_gemm", moved, flop, share * plan.tile_efficiency)
+    if not plan.wgmma:
+        flop = _wave_flop(machine, m, n, depth, (rows, columns))
+        return Launch("lora_gemm", moved, flop, machine.mma_share * plan.tile_efficiency)
+    # Pairs of blocks, one below the other, on pairs of SMs.
+    pairs, row_pairs = machine.sms // 2, _blocks(m, 2 * rows)
+    jobs = [_JOB * 256 / columns] * (row_pairs if plan.in_grid else 0)
+    tiles = _makespan([*jobs, *[1.0] * (row_pairs * _blocks(n, columns))], pairs)
+    flop = 2.0 * tiles * pairs * 2 * rows * columns * depth
+    moved += BYTES * (s.r * k + m * s.r) if plan.in_grid else 0
+    return Launch("lora_gemm", moved, flop, machine.wgmma_share * plan.tile_efficiency)
 
 
 def ours_forward(machine: Machine, s: _Shape) -> list[Launch]:
@@ -176,9 +193,12 @@ def ours_forward(machine: Machine, s: _Shape) -> list[Launch]:
     launches = []
     if s.wide:
         launches.append(Launch("lora_split", s.r * (s.k + s.n) * (FLOAT + 2 * BYTES)))
-    sums = plan.shrink_splits * s.m * columns * FLOAT
-    launches.append(Launch("lora_shrink", BYTES * (s.m * s.k + s.r * s.k) + sums))
-    launches.append(Launch("lora_reduce", sums + s.m * columns * (BYTES + FLOAT)))
+    if not plan.in_grid:
+        sums = plan.shrink_splits * s.m * columns * FLOAT
+        launches.append(Launch("lora_shrink", BYTES * (s.m * s.k + s.r * s.k) + sums))
+        launches.append(Launch("lora_reduce", sums + s.m * columns * (BYTES + FLOAT)))
+    else:
+        launches.append(Launch("flags", 0.0))
     return [*launches, _lora_gemm(machine, plan, s, s.m, s.n, s.k)]
 
 

@@ -64,9 +64,10 @@ template <class Args>
 std::string run_case(const plan::Card& card, const Kernels& kernels, const Args& args) {
   const plan::Problem problem = kernel_launch::problem_of(args);
   const plan::Choice route = kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel;
-  plan::Plan plan = kernels.backward ? plan::backward(card, problem, {route})
-                                     : plan::forward(card, problem, {route});
-  plan.gemm.tile = kernels.tile;
+  plan::Request request{route};
+  if (!kernels.hybrid) request.tile = kernels.tile;
+  const plan::Plan plan = kernels.backward ? plan::backward(card, problem, request)
+                                           : plan::forward(card, problem, request);
   const Kernels planned =
       kernels_of(plan, kernels.backward, kernels.dtype, kernels.float_adapters, kernels.dropout);
   if (planned != kernels) return "the small case takes other kernels: " + planned.name();
@@ -85,7 +86,8 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const Args&
 // Columns up to 16, up to 32, and more, with one half of an adapter or two; and the tail.
 int64_t rank_for(const Kernels& kernels) {
   if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
-  return kernels.tail == 1 ? 72 : kernels.tail == 2 ? 88 : 40;
+  const int64_t whole = plan::facts_of(kernels.tile).in_grid ? 0 : 64;
+  return kernels.tail == 1 ? whole + 8 : kernels.tail == 2 ? whole + 24 : 40;
 }
 
 // Rows, columns and depth that no tile divides, the second wide enough for one pass over dY. An odd
@@ -166,7 +168,8 @@ std::vector<Kernels> all_kernels(const plan::Card& card) {
   };
   std::vector<Kernels> all;
   const auto add = [&](Kernels kernels) {
-    for (const plan::Tile tile : plan::tiles_of(card, kernels.backward && kernels.dropout)) {
+    const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
+    for (const plan::Tile tile : plan::tiles_of(card, call)) {
       for (const bool vector : {true, false}) {
         if (!vector && tile != plan::Tile::k128x64) continue;
         kernels.tile = tile, kernels.vector = vector;

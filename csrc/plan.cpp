@@ -16,7 +16,7 @@ constexpr int64_t kAlignBytes = 256;
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
 
-constexpr int64_t kMostWgmmaRank = 256;
+constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;
 // The rate of mma.sync over that of wgmma, where there are both (predicted).
 constexpr double kMmaSyncShare = 0.55;
 
@@ -29,9 +29,18 @@ std::string why_no_wgmma(const Card& card, const Problem& p, bool vector) {
   return "";
 }
 
-bool fits(const TileFacts& tile, const Card& card, bool masked) {
+// In forward alone: backward needs another pass over dY for dB anyway, and lora_dsdb makes both in
+// one. Not of dropped X, which a tensor core cannot take from shared memory as it came; and of one
+// half, one step of T U.
+bool fits_in_grid(const Call& call) {
+  return !call.backward && !call.dropout && !call.float_adapters;
+}
+
+bool fits(const TileFacts& tile, const Card& card, const Call& call) {
+  const bool masked = call.backward && call.dropout;
   return tile.shared <= card.shared_per_block && (tile.masks || !masked) &&
-         (!tile.wgmma || (card.arch == 90 && card.tensor_maps));
+         (!tile.wgmma || (card.arch == 90 && card.tensor_maps)) &&
+         (!tile.in_grid || fits_in_grid(call));
 }
 
 // Of the card's fastest products.
@@ -49,36 +58,40 @@ Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bo
   const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
   const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
   const int64_t blocks = std::min(blocks_with_work(tile, m, n), card.sms * resident);
-  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma};
+  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma && !tile.in_grid};
 }
 
 // The tile that is asked for, if it can be had; else that with the least predicted time: whole
-// waves of tiles, each as long as its area.
-Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked, bool wgmma,
-                 const std::optional<Tile>& asked) {
+// waves of tiles, each as long as its area. Where T can be made in the same grid it is, which saves
+// two launches.
+Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, bool backward, bool vector,
+                 bool wgmma, const std::optional<Tile>& asked) {
+  const Call call{backward, p.float_adapters, p.dropout};
+  const bool in_grid = wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank;
   const TileFacts* best = nullptr;
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
-    if (!fits(tile, card, masked) || (tile.wgmma && !wgmma)) continue;
+    if (!fits(tile, card, call) || (tile.wgmma && !wgmma) || (tile.in_grid && !in_grid)) continue;
     if (!vector && tile.tile != Tile::k128x64) continue;
-    if (tile.tile == asked) return with_tile(card, tile, m, n, vector);
-    const int64_t waves = blocks_of(blocks_with_work(tile, m, n), card.sms);
+    if (tile.tile == asked) return with_tile(card, tile, p.m, n, vector);
+    if (tile.in_grid != in_grid) continue;
+    const int64_t waves = blocks_of(blocks_with_work(tile, p.m, n), card.sms);
     const double time = static_cast<double>(waves * tile.rows * tile.columns) / rate_of(tile, card);
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }
-  return with_tile(card, *best, m, n, vector);
+  return with_tile(card, *best, p.m, n, vector);
 }
 
 // Of Y or dX, [p.m, n]. Where it only adds a low-rank product, the smallest tile, of which most fit
 // on an SM.
-void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool masked,
+void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool backward,
                 const Request& request) {
   if (plan.hybrid) {
     plan.gemm = with_tile(card, facts_of(Tile::k128x64), p.m, n, plan.vector);
     return;
   }
   const std::string why = why_no_wgmma(card, p, plan.vector);
-  plan.gemm = choose_gemm(card, p.m, n, plan.vector, masked, why.empty(), request.tile);
+  plan.gemm = choose_gemm(card, p, n, backward, plan.vector, why.empty(), request.tile);
   plan.gemm.early = plan.gemm.early && request.early_launch;
   if (card.arch == 90) plan.no_wgmma = why;
 }
@@ -180,10 +193,10 @@ std::optional<Tile> tile_named(const std::string& name) {
   return std::nullopt;
 }
 
-std::vector<Tile> tiles_of(const Card& card, bool masked) {
+std::vector<Tile> tiles_of(const Card& card, const Call& call) {
   std::vector<Tile> tiles;
   for (const TileFacts& tile : kTiles)
-    if (fits(tile, card, masked)) tiles.push_back(tile.tile);
+    if (fits(tile, card, call)) tiles.push_back(tile.tile);
   return tiles;
 }
 
@@ -198,11 +211,17 @@ Plan forward(const Card& card, const Problem& p, const Request& request) {
   Workspace workspace;
   place_a(plan, workspace, p);
   place_b(plan, workspace, p);
-  plan.z_columns = static_cast<int>(plan.terms * p.rank);
-  plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
-  plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
-  plan.t = workspace.take(p.m * plan.columns, 2);
   place_gemm(plan, card, p, p.n, false, request);
+  const TileFacts& tile = facts_of(plan.gemm.tile);
+  if (tile.in_grid) {
+    plan.flag_count = 2 * kFlagsApart + 2 * blocks_of(p.m, 2 * tile.rows);
+    plan.flags = workspace.take(plan.flag_count, 4);
+  } else {
+    plan.z_columns = static_cast<int>(plan.terms * p.rank);
+    plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
+    plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
+  }
+  plan.t = workspace.take(p.m * plan.columns, 2);
   plan.workspace = workspace.bytes;
   return plan;
 }
@@ -243,7 +262,7 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   }
   if (p.need_dlora_b) plan.g_b = workspace.take(plan.dlora_b.splits * plan.columns * p.n, 4);
   if (p.need_dlora_a) plan.g_a = workspace.take(plan.dlora_a.splits * plan.columns * p.k, 4);
-  if (p.need_dx) place_gemm(plan, card, p, p.k, p.dropout, request);
+  if (p.need_dx) place_gemm(plan, card, p, p.k, true, request);
   plan.workspace = workspace.bytes;
   return plan;
 }
@@ -263,7 +282,7 @@ std::string Plan::describe() const {
     text << "  lora_shrink " << shrink.splits << " splits of " << shrink.steps_per_split
          << " steps\n";
   }
-  if (t != kNone) text << "  lora_reduce\n";
+  if (z != kNone) text << "  lora_reduce\n";
   if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
   if (!no_wgmma.empty()) text << "  without wgmma: " << no_wgmma << "\n";
   if (hybrid && gemm.blocks > 0) text << "  the library's base product, onto it\n";

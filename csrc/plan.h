@@ -25,11 +25,13 @@ struct Card {
 // everything else by the kernels.
 enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 
-// Of kernel/lora_gemm_sm80.h, then of kernel/lora_gemm_sm90a.h.
+// Of kernel/lora_gemm_sm80.h, of lora_gemm_sm90a_in_grid.h, and of lora_gemm_sm90a.h.
 enum class Tile {
   k128x256,
   k128x128,
   k128x64,
+  kInGrid128x256,
+  kInGrid128x128,
   kWgmma128x256,
   kWgmma128x128,
   kPingpong128x192,
@@ -70,22 +72,29 @@ struct TileFacts {
   int resident;
   double efficiency;
   bool masks;
-  bool wgmma;  // on compute capability 9.0 alone, in pairs of blocks one below the other
+  bool wgmma;    // on compute capability 9.0 alone, in pairs of blocks one below the other
+  bool in_grid;  // makes T, too, where fits_in_grid allows it
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false, false},
-    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true, false},
-    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true, false},
-    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 229440, 1, 1.0, true, true},
-    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 229472, 1, 0.85, true, true},
-    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 196672, 1, 0.97, true, true},
-    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 229472, 1, 0.9, true, true},
+    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false, false, false},
+    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true, false, false},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true, false, false},
+    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 229480, 1, 1.0, false, true, true},
+    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 229512, 1, 0.85, false, true, true},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 229440, 1, 1.0, true, true, false},
+    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 229472, 1, 0.85, true, true, false},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 196672, 1, 0.97, true, true, false},
+    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 229472, 1, 0.9, true, true, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
 std::optional<Tile> tile_named(const std::string& name);
-// Those that fit a card; masked: for a product under a mask.
-std::vector<Tile> tiles_of(const Card& card, bool masked);
+// A call, as far as it decides which tiles can compute it.
+struct Call {
+  bool backward, float_adapters, dropout;
+};
+// Those that a card has for a call, of some rank.
+std::vector<Tile> tiles_of(const Card& card, const Call& call);
 
 struct Gemm {
   Tile tile;
@@ -99,7 +108,8 @@ struct Splits {
   int splits = 0, steps_per_split = 0;
 };
 
-constexpr int64_t kNone = -1;  // an offset of what is not in the workspace
+constexpr int64_t kNone = -1;        // an offset of what is not in the workspace
+constexpr int64_t kFlagsApart = 32;  // of 4 bytes: flags that different blocks write, by 128 bytes
 
 struct Plan {
   bool kernel = false;  // else the library route
@@ -118,6 +128,7 @@ struct Plan {
   int64_t a_pitch = 0;
   // Partial sums of S or dS.
   int64_t z = kNone;
+  int64_t flags = kNone;  // in_grid: uint32, ticket, finished and ready at kFlagsApart each
   int z_columns = 0;
   Splits shrink{};  // of k, or of n
 
@@ -128,6 +139,7 @@ struct Plan {
   Splits dlora_b{}, dlora_a{};
   int64_t g_b = kNone, g_a = kNone;  // partial sums of gradients
 
+  int64_t flag_count = 0;
   std::string no_wgmma;  // on compute capability 9.0: why gemm has none
 
   std::string describe() const;

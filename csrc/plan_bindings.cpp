@@ -90,13 +90,14 @@ void bind_winners(py::module& m) {
   m.def("replace_winners", &winners::replace, py::arg("card"), py::arg("winners"));
   m.def(
       "tiles_of",
-      [](const plan::Card& card, bool masked) {
+      [](const plan::Card& card, bool backward, bool float_adapters, bool dropout) {
         std::vector<std::string> names;
-        for (const plan::Tile tile : plan::tiles_of(card, masked))
+        for (const plan::Tile tile : plan::tiles_of(card, {backward, float_adapters, dropout}))
           names.emplace_back(plan::facts_of(tile).name);
         return names;
       },
-      py::arg("card"), py::arg("masked"));
+      py::arg("card"), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
+      py::arg("dropout"));
 }
 
 }  // namespace
@@ -137,6 +138,8 @@ void bind_plan(py::module& m) {
                              [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).name; })
       .def_property_readonly("wgmma",
                              [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).wgmma; })
+      .def_property_readonly(
+          "in_grid", [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).in_grid; })
       .def_property_readonly(
           "tile_efficiency",
           [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).efficiency; })

@@ -68,6 +68,7 @@ class Plan:
     tile: str
     tile_efficiency: float
     wgmma: bool
+    in_grid: bool
     blocks: int
     shrink_splits: int
     dlora_a_splits: int
@@ -75,7 +76,8 @@ class Plan:
 
 def plan_forward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
 def plan_backward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
-def tiles_of(card: Card, masked: bool) -> list[str]: ...
+def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool) -> list[str]:
+    """The tiles that the card has for a call of some rank."""
 
 class Winner:
     """The route that was fastest for one layer and number of rows on a card (csrc/winners.h)."""

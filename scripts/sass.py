@@ -22,10 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sass"
 SOURCES = ("lora_linear_bf16", "lora_linear_fp16")
-SOURCES_OF = {
-    "sm_80": SOURCES,
-    "sm_90a": (*SOURCES, "lora_gemm_sm90a_bf16", "lora_gemm_sm90a_fp16"),
-}
+SOURCES_SM90A = tuple(
+    f"{kernel}_sm90a_{half}"
+    for kernel in ("lora_gemm", "lora_gemm_in_grid")
+    for half in ("bf16", "fp16")
+)
+SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
 
@@ -40,7 +42,7 @@ CONSTANTS = """
 #include <cstdio>
 #include "kernel/lora_dsdb.h"
 #include "kernel/lora_gemm.h"
-#include "kernel/lora_gemm_sm90a_tile.h"
+#include "kernel/lora_gemm_sm90a_jobs.h"
 #include "kernel/lora_shrink.h"
 #include "kernel/lora_wgrad.h"
 using namespace lora_ext::kernel;
@@ -48,16 +50,19 @@ template <class Tile>
 void print(const char* name, unsigned shared) {
   std::printf("%s %u %d\\n", name, shared, Tile::kThreads);
 }
+template <class Tile>
+void print_sm90a(const char* name) {
+  std::printf("lora_gemm_sm90a_%s %u %d\\n", name, Tile::kSharedBytes, Tile::kThreads);
+  const unsigned with_jobs = JobTile<Tile>::kSharedBytes;
+  std::printf("lora_gemm_in_grid_sm90a_%s %u %d\\n", name, with_jobs, Tile::kThreads);
+}
 int main() {
   print<LoraGemmTile128x256>("lora_gemm_128x256", LoraGemmTile128x256::kSharedBytes);
   print<LoraGemmTile128x128>("lora_gemm_128x128", LoraGemmTile128x128::kSharedBytes);
   print<LoraGemmTile128x64>("lora_gemm_128x64", LoraGemmTile128x64::kSharedBytes);
-  print<LoraGemmSm90aTile128x256>("lora_gemm_sm90a_128x256",
-                                  LoraGemmSm90aTile128x256::kSharedBytes);
-  print<LoraGemmSm90aTile128x128>("lora_gemm_sm90a_128x128",
-                                  LoraGemmSm90aTile128x128::kSharedBytes);
-  print<LoraGemmSm90aTile128x192Pingpong>("lora_gemm_sm90a_128x192",
-                                          LoraGemmSm90aTile128x192Pingpong::kSharedBytes);
+  print_sm90a<LoraGemmSm90aTile128x256>("128x256");
+  print_sm90a<LoraGemmSm90aTile128x128>("128x128");
+  print_sm90a<LoraGemmSm90aTile128x192Pingpong>("128x192");
   print<LoraShrinkTile>("lora_shrink", LoraShrinkTile::kSlabs);
   print<LoraWgradTile>("lora_wgrad", LoraWgradTile::kSharedBytes);
   print<LoraDsdbTile<16>>("lora_dsdb_16", LoraDsdbTile<16>::kSharedBytes);
@@ -91,7 +96,11 @@ class Kernel:
 
     @property
     def is_sm90a(self) -> bool:
-        return self.name.startswith("lora_gemm_sm90a")
+        return "sm90a" in self.name
+
+    @property
+    def in_grid(self) -> bool:
+        return "in_grid" in self.name
 
     def objections_to_groups(self) -> list[str]:
         """A step's wgmmas follow each other: ptxas put no wait between them."""
@@ -110,7 +119,9 @@ class Kernel:
         if self.opcodes["LDL"] or self.opcodes["STL"]:
             found.append(f"{self.opcodes['LDL']} LDL and {self.opcodes['STL']} STL")
         if self.is_sm90a:
-            found += [f"no {name}" for name in OPCODES_SM90A if not self.opcodes[name]]
+            # What makes T itself waits for no other grid.
+            wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
+            found += [f"no {name}" for name in wanted if not self.opcodes[name]]
             found += self.objections_to_groups()
         elif "lora_reduce" not in self.name and "lora_split" not in self.name:
             wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
@@ -124,8 +135,8 @@ def name_of(demangled: str) -> str:
     """A kernel and its template arguments in short."""
     call = demangled.removeprefix("void ").replace("lora_ext::kernel::", "").split(">(")[0]
     kernel, _, rest = call.partition("<")
-    if kernel == "lora_gemm_sm90a":
-        return name_of_sm90a(rest)
+    if kernel.endswith("sm90a"):
+        return name_of_sm90a(kernel, rest)
     tile = re.search(r"LoraGemmTile<(\d+), (\d+)", rest)
     rest = re.sub(r"LoraGemmTile<[^>]*>, ", "", rest)
     words = [kernel.removesuffix("_sm80")]
@@ -141,11 +152,11 @@ def name_of(demangled: str) -> str:
     return " ".join(words)
 
 
-def name_of_sm90a(arguments: str) -> str:
+def name_of_sm90a(kernel: str, arguments: str) -> str:
     """Of "__half, LoraGemmSm90aTile<256, 4, (Sm90aSchedule)0>, true, false, 1, NoFault"."""
     pattern = r"(\w+), LoraGemmSm90aTile<(\d+), \d+, \(?\w+\)?(\d)>, (\w+), (\w+), (\d)"
     half, columns, schedule, mn_major, masked, tail = re.match(pattern, arguments).groups()
-    words = ["lora_gemm_sm90a", f"128x{columns}"]
+    words = [kernel, f"128x{columns}"]
     words += ["pingpong"] if schedule == "1" else []
     words += ["fp16" if half == "__half" else "bf16"]
     words += ["MN-major"] if mn_major == "true" else []
@@ -228,7 +239,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
         shared, threads = launch_of(name, known)
         instructions = INSTRUCTION.findall(bodies[mangled])
         used = [opcode for opcode, _ in instructions]
-        wanted = [*OPCODES, *(OPCODES_SM90A if name.startswith("lora_gemm_sm90a") else ())]
+        wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
         counts = {opcode: used.count(opcode) for opcode in wanted}
         if "MULTICAST" in counts:
             counts["MULTICAST"] = sum("MULTICAST" in suffix for _, suffix in instructions)

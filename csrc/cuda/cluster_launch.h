@@ -43,12 +43,12 @@ class ClusterLaunch {
     return most > 0 ? most : 1;
   }
 
-  template <class Params>
-  void operator()(void (*kernel)(kernel::LoraGemmMaps, Params), const kernel::Sm90aLaunch& how,
-                  const kernel::LoraGemmMaps& maps, const Params& params) {
+  template <class... Params>
+  void operator()(void (*kernel)(Params...), const kernel::Sm90aLaunch& how,
+                  const Params&... params) {
     if (error_ != cudaSuccess) return;
     Configuration configuration(how, stream_);
-    error_ = cudaLaunchKernelEx(&configuration.launch, kernel, maps, params);
+    error_ = cudaLaunchKernelEx(&configuration.launch, kernel, params...);
   }
 
   cudaError_t error() const { return error_; }

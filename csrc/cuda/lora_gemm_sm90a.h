@@ -6,6 +6,7 @@
 
 #include "kernel/lora_gemm.h"
 #include "kernel/lora_gemm_sm90a_choice.h"
+#include "kernel/lora_gemm_sm90a_in_grid_params.h"
 
 namespace lora_ext::cuda {
 
@@ -13,5 +14,15 @@ cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__nv_bfloat16>& params,
                             const kernel::Sm90aChoice& choice, cudaStream_t stream);
 cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__half>& params,
                             const kernel::Sm90aChoice& choice, cudaStream_t stream);
+
+// The same, with T made in the same grid: fits_in_grid(params) must hold.
+cudaError_t lora_gemm_in_grid_sm90a(const kernel::LoraGemmParams<__nv_bfloat16>& params,
+                                    const kernel::LoraInGridParams<__nv_bfloat16>& in,
+                                    const kernel::InGridFactor<__nv_bfloat16>& factor,
+                                    const kernel::Sm90aChoice& choice, cudaStream_t stream);
+cudaError_t lora_gemm_in_grid_sm90a(const kernel::LoraGemmParams<__half>& params,
+                                    const kernel::LoraInGridParams<__half>& in,
+                                    const kernel::InGridFactor<__half>& factor,
+                                    const kernel::Sm90aChoice& choice, cudaStream_t stream);
 
 }  // namespace lora_ext::cuda

@@ -22,8 +22,10 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
-__device__ __forceinline__ void take_role(const LoraGemmSm90aBlock<T, Tile, Fault>& block) {
+// produce() in the first warpgroup, consume(0) and consume(1) in the others, which take over most
+// of its registers.
+template <class Tile, class Fault, class Produce, class Consume>
+__device__ __forceinline__ void take_role(const Produce& produce, const Consume& consume) {
   // From lane 0, so that ptxas knows that a warp agrees on its role.
   const int warpgroup =
       __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Tile::kWarpgroup, 0);
@@ -33,15 +35,14 @@ __device__ __forceinline__ void take_role(const LoraGemmSm90aBlock<T, Tile, Faul
     } else if (!Fault::skip("role.producer_registers")) {
       ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
     }
-    if (Fault::flag("role.loader", threadIdx.x == 0))
-      LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked, Fault>{block}.produce();
+    produce();
   } else {
     if (Fault::swap("role.consumer_takes_more")) {
       ptx::setmaxnreg_inc<Tile::kConsumerRegisters + 8>();
     } else {
       ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
     }
-    LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>{block, warpgroup - 1}.consume();
+    consume(warpgroup - 1);
   }
 }
 
@@ -54,7 +55,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if constexpr (ptx::kHasSm90a) {
     const LoraGemmSm90aBlock<T, Tile, Fault> block{maps, p};
     block.set_up();
-    take_role<T, Tile, kMNMajor, kMasked, kTail>(block);
+    take_role<Tile, Fault>(
+        [&] {
+          if (Fault::flag("role.loader", threadIdx.x == 0))
+            LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked, Fault>{block}.produce();
+        },
+        [&](int consumer) {
+          LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>{block, consumer}
+              .consume();
+        });
     block.leave();
   }
 }

@@ -119,10 +119,14 @@ struct LoraGemmSm90aBlock {
     }
   }
 
-  // A block stays until its peer has no arrival at its barriers under way.
+  // A block stays until no arrival of its peer's at its barriers can be under way any more.
   __device__ __forceinline__ void leave() const {
-    if (!Fault::skip("leave.arrive")) ptx::cluster_arrive();
-    if (!Fault::skip("leave.wait")) ptx::cluster_wait();
+    if (Fault::swap("leave.block_barrier_only")) {
+      __syncthreads();
+    } else {
+      if (!Fault::skip("leave.arrive")) ptx::cluster_arrive();
+      if (!Fault::skip("leave.wait")) ptx::cluster_wait();
+    }
   }
 };
 

@@ -72,7 +72,10 @@ struct LoraGemmSm90aConsumer {
     ring = now.ring;
   }
 
-  __device__ __forceinline__ void multiply_main(Accumulators& acc, Progress& now) const {
+  // Accumulators of 64 x 2 kHalf, a row block each.
+  template <int kHalf>
+  __device__ __forceinline__ void multiply_main(float (&acc)[Tile::kRowBlocks][kHalf],
+                                                Progress& now) const {
     const int steps = block.main_steps;
     for (int i = 0; i < Fault::count("consumer.main_steps", steps, steps - 1, steps + 1); ++i)
       step<kAll>(acc, now);
@@ -107,8 +110,8 @@ struct LoraGemmSm90aConsumer {
   }
 
   // One stage, of which kSteps times 16 along k are multiplied.
-  template <int kSteps>
-  __device__ __forceinline__ void step(Accumulators& acc, Progress& now) const {
+  template <int kSteps, int kHalf>
+  __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now) const {
     if (!Fault::skip("consumer.wait_full")) {
       ptx::mbarrier_wait(block.full(now.ring.slot),
                          Fault::value("consumer.parity", now.ring.parity, now.ring.parity ^ 1));
@@ -124,27 +127,31 @@ struct LoraGemmSm90aConsumer {
     now.ring.advance();
   }
 
-  // Rows of 128 bytes: K-major, 16 of k are 32 bytes of a row, and groups of eight rows lie 1024
-  // bytes apart. MN-major, 16 of k are 16 rows of each panel.
-  template <int kSteps>
-  __device__ __forceinline__ void multiply(Accumulators& acc, Progress& now) const {
+  // The wgmmas of a stage, whose rows are 128 bytes. K-major, 16 of k are 32 bytes of a row, and
+  // groups of eight rows lie 1024 bytes apart. MN-major, 16 of k are 16 rows of each panel.
+  template <int kSteps, int kHalf>
+  __device__ __forceinline__ void multiply(float (&acc)[Tile::kRowBlocks][kHalf],
+                                           Progress& now) const {
     constexpr ptx::Major kMajor = kMNMajor ? ptx::Major::kMN : ptx::Major::kK;
-    constexpr uint32_t kGroup = 8 * Tile::kRowBytes;
-    constexpr uint32_t kRightStep = kMNMajor ? 16 * Tile::kRowBytes : 32;
-    constexpr uint32_t kPanels = kMNMajor ? Tile::kPanelBytes : 16;
+    constexpr uint32_t kGroup = 8 * Tile::kRowBytes, kAlongRow = 32;
+    constexpr uint32_t kAlongRight = kMNMajor ? 16 * Tile::kRowBytes : kAlongRow;
+    constexpr uint32_t kPanels = kMNMajor ? Tile::kPanelBytes : 16;  // K-major: not used
     const uint32_t left = block.left(now.ring.slot) +
                           static_cast<uint32_t>(consumer * Tile::kRowsApart) * Tile::kRowBytes;
     const uint32_t right = block.right(now.ring.slot);
     if (!Fault::skip("consumer.fence")) ptx::wgmma_fence();
 #pragma unroll
     for (int k16 = 0; k16 < kSteps; ++k16) {
-      const uint64_t b =
-          ptx::matrix_descriptor(right + k16 * kRightStep, kPanels, kGroup, ptx::Swizzle::k128);
+      const uint64_t b = ptx::matrix_descriptor(
+          right + k16 * Fault::value("consumer.along_right", kAlongRight, 2 * kAlongRight),
+          Fault::value("consumer.panels", kPanels, kGroup), kGroup, ptx::Swizzle::k128);
 #pragma unroll
       for (int i = 0; i < Tile::kRowBlocks; ++i) {
-        const uint64_t a = ptx::matrix_descriptor(left + i * 64 * Tile::kRowBytes + k16 * 32, 16,
-                                                  kGroup, ptx::Swizzle::k128);
-        ptx::wgmma_ss<T, Tile::kN, ptx::Major::kK, kMajor>(
+        const uint64_t a = ptx::matrix_descriptor(
+            left + i * 64 * Tile::kRowBytes +
+                k16 * Fault::value("consumer.along_row", kAlongRow, 2 * kAlongRow),
+            16, kGroup, ptx::Swizzle::k128);
+        ptx::wgmma_ss<T, 2 * kHalf, ptx::Major::kK, kMajor>(
             acc[i], a, b, Fault::flag("consumer.accumulate", now.accumulate || k16 > 0));
       }
     }

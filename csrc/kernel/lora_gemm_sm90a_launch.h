@@ -32,17 +32,27 @@ static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kWgmma12
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x192Pingpong>(plan::Tile::kPingpong128x192));
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128Pingpong>(plan::Tile::kPingpong128x128));
 
-// encode(const T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements
-// wide under the 128-byte swizzle, which reads zeros outside.
+// Boxes of P and T, and of Q and U (in-grid also A), as TMA brings them into stages. encode(const
+// T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements wide under the
+// 128-byte swizzle, which reads zeros outside.
+template <class Tile, class T, class Encode>
+CUtensorMap left_map(const T* data, int rows, int depth, int64_t pitch, Encode&& encode) {
+  return encode(data, rows, depth, pitch, Tile::kLeftBoxRows);
+}
+template <class Tile, bool kMNMajor, int kColumns, class T, class Encode>
+CUtensorMap right_map(const T* data, int columns, int depth, int64_t pitch, Encode&& encode) {
+  constexpr int kRows = Tile::template kRightBoxRows<kMNMajor, kColumns>;
+  return kMNMajor ? encode(data, depth, columns, pitch, kRows)
+                  : encode(data, columns, depth, pitch, kRows);
+}
+
 template <class Tile, bool kMNMajor, class T, class Encode>
 LoraGemmMaps maps_of(const LoraGemmParams<T>& p, Encode&& encode) {
   const auto left = [&](const T* data, int depth, int64_t pitch) {
-    return encode(data, p.m, depth, pitch, Tile::kLeftBoxRows);
+    return left_map<Tile>(data, p.m, depth, pitch, encode);
   };
   const auto right = [&](const T* data, int depth, int64_t pitch) {
-    constexpr int kRows = Tile::template kRightBoxRows<kMNMajor>;
-    return kMNMajor ? encode(data, depth, p.n, pitch, kRows)
-                    : encode(data, p.n, depth, pitch, kRows);
+    return right_map<Tile, kMNMajor, Tile::kN>(data, p.n, depth, pitch, encode);
   };
   LoraGemmMaps maps{};
   if (p.k > 0) maps.p = left(p.p, p.k, p.p_pitch), maps.q = right(p.q, p.k, p.q_pitch);
@@ -59,6 +69,10 @@ template <class Tile, class T>
 int64_t pairs_of_tiles(const LoraGemmParams<T>& p) {
   const int64_t row_pairs = (p.m + Tile::kPairM - 1) / Tile::kPairM;
   return row_pairs * ((p.n + Tile::kN - 1) / Tile::kN);
+}
+
+inline unsigned clusters_for(int64_t jobs, int64_t resident) {
+  return static_cast<unsigned>(std::min(jobs, resident));
 }
 
 // use(kernel) with the instance for a rank.
@@ -81,8 +95,7 @@ void launch_tile(const LoraGemmParams<T>& p, bool dependent, Launch& launch) {
   with_instance_for<T, Tile, kMNMajor, kMasked, Fault>(p.rank, [&](auto kernel) {
     const dim3 cluster(Tile::kClusterSize);
     Sm90aLaunch how{cluster, cluster, Tile::kThreads, Tile::kSharedBytes, dependent};
-    const int64_t most = launch.clusters(kernel, how);
-    how.grid.x *= static_cast<unsigned>(std::min<int64_t>(pairs_of_tiles<Tile>(p), most));
+    how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how));
     const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
     launch(kernel, how, maps_of<Tile, kMNMajor>(p, encode), p);
   });

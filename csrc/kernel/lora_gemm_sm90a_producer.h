@@ -47,7 +47,7 @@ struct LoraGemmSm90aProducer {
     const int steps = block.main_steps;
     for (int step = 0; step < Fault::count("producer.main_steps", steps, steps - 1, steps + 1);
          ++step)
-      load(ring, &maps.p, &maps.q, step * Tile::kK, at);
+      load<Tile::kN>(ring, &maps.p, &maps.q, step * Tile::kK, at);
   }
 
   __device__ __forceinline__ void load_low_rank_product(Ring& ring, const Place& at) const {
@@ -56,14 +56,17 @@ struct LoraGemmSm90aProducer {
       const auto& factors = maps.low_rank[term];
       for (int step = 0; step < Fault::count("producer.term_steps", steps, steps - 1, steps + 1);
            ++step)
-        load(ring, &factors.t, &factors.u, step * Tile::kK, at);
+        load<Tile::kN>(ring, &factors.t, &factors.u, step * Tile::kK, at);
     }
   }
 
-  // Fills one stage, once it is empty.
+  // Fills one stage, once it is empty; kColumns of the right operand belong to it.
+  template <int kColumns>
   __device__ __forceinline__ void load(Ring& ring, const CUtensorMap* left,
                                        const CUtensorMap* right, int k0, const Place& at) const {
-    constexpr uint32_t kBytes = Tile::kStageBytes;
+    constexpr uint32_t kBytes =
+        Tile::kLeftBytes +
+        (kMNMajor ? (kColumns + 63) / 64 * Tile::kPanelBytes : kColumns * Tile::kRowBytes);
     if (!Fault::skip("producer.wait_empty")) {
       ptx::mbarrier_wait(block.empty(ring.slot),
                          Fault::value("producer.parity", ring.parity ^ 1, ring.parity));
@@ -74,20 +77,22 @@ struct LoraGemmSm90aProducer {
           Fault::count("producer.bytes", kBytes, kBytes - 128, kBytes + 128));
     }
     ptx::tma_load_2d(block.left(ring.slot), left, block.full(ring.slot), k0, at.row);
-    multicast_half(ring, right, k0, at.column);
+    multicast_half<kColumns>(ring, right, k0, at.column);
     ring.advance();
   }
 
   // K-major halves are columns of Y, MN-major ones rows of k in every panel of 64 columns.
+  template <int kColumns>
   __device__ __forceinline__ void multicast_half(const Ring& ring, const CUtensorMap* right, int k0,
                                                  int column) const {
-    constexpr int kHalf = Tile::template kRightBoxRows<kMNMajor>;
+    constexpr int kHalf = Tile::template kRightBoxRows<kMNMajor, kColumns>;
     const auto both = Fault::count("producer.multicast", uint16_t{0b11}, 0b01, 0b111);
-    const int first = static_cast<int>(block.rank) * kHalf;
-    const uint32_t half = block.right(ring.slot) + block.rank * kHalf * Tile::kRowBytes;
+    const uint32_t mine = Fault::value("producer.half", block.rank, 0u);
+    const int first = static_cast<int>(mine) * kHalf;
+    const uint32_t half = block.right(ring.slot) + mine * kHalf * Tile::kRowBytes;
     if constexpr (kMNMajor) {
 #pragma unroll
-      for (int panel = 0; panel < Tile::kN / 64; ++panel) {
+      for (int panel = 0; panel < (kColumns + 63) / 64; ++panel) {
         ptx::tma_load_2d_multicast(half + panel * Tile::kPanelBytes, right, block.full(ring.slot),
                                    column + panel * 64, k0 + first, both);
       }

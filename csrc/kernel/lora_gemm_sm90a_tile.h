@@ -66,8 +66,8 @@ struct LoraGemmSm90aTile {
 
   // Boxes of TMA, 64 elements wide: rows of each operand's box.
   static constexpr int kLeftBoxRows = kM, kStoreBoxRows = 64;
-  template <bool kMNMajor>
-  static constexpr int kRightBoxRows = (kMNMajor ? kK : kN) / kClusterSize;
+  template <bool kMNMajor, int kColumns = kN>
+  static constexpr int kRightBoxRows = (kMNMajor ? kK : kColumns) / kClusterSize;
 };
 
 using LoraGemmSm90aTile128x256 = LoraGemmSm90aTile<256, 4, Sm90aSchedule::kCooperative>;

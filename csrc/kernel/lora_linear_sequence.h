@@ -1,6 +1,6 @@
 // The LoRA linear as a sequence of kernels: follows a plan (plan.h) on operands in one workspace.
 //
-//     forward    split A, B -> shrink: Z -> reduce: S, T -> gemm: Y
+//     forward    split A, B -> shrink: Z -> reduce: S, T -> gemm: Y      (or in-grid gemm: S, T, Y)
 //     backward   split A, B, S -> dsdb: Z, G_B  (or shrink: Z) -> reduce: T = dS -> gemm: dX
 //                -> wgrad: G_A (and G_B) -> reduce_wgrad: dA, dB
 //
@@ -8,15 +8,16 @@
 // dX.
 //
 // A launcher is called as launch(kernel, grid, threads, shared bytes, parameters), and for gemm on
-// wgmma, whose instances are compiled elsewhere, as launch.lora_gemm_sm90a(parameters, choice). It
-// decides where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the execution
-// layer.
+// wgmma, whose instances are compiled elsewhere, as launch.lora_gemm_sm90a(parameters, choice) or
+// launch.lora_gemm_in_grid_sm90a(...); launch.clear(flags, count) makes flags zero. It decides
+// where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the execution layer.
 #pragma once
 #include <algorithm>
 
 #include "kernel/lora_dsdb_sm80.h"
 #include "kernel/lora_gemm_sm80.h"
 #include "kernel/lora_gemm_sm90a_choice.h"
+#include "kernel/lora_gemm_sm90a_in_grid_params.h"
 #include "kernel/lora_linear.h"
 #include "kernel/lora_reduce.h"
 #include "kernel/lora_reduce_wgrad.h"
@@ -43,16 +44,23 @@ class LoraLinearSequence {
 
   void forward(const LoraLinearForward& f) {
     split(/*a=*/true, /*b=*/true, nullptr);
-    LoraShrinkParams<T> shrink = shrink_params(o_.x, o_.x_pitch, o_.k);
-    shrink.a = a_halves().hi, shrink.a_pitch = a_halves().pitch, shrink.mask = o_.mask;
-    launch_shrink<false>(shrink, o_.dropout);
-    reduce(plan_.shrink.splits, static_cast<int>(o_.rank), f.s, o_.mask.keep_scale);
+    const bool in_grid = plan::facts_of(plan_.gemm.tile).in_grid;
+    if (!in_grid) {
+      LoraShrinkParams<T> shrink = shrink_params(o_.x, o_.x_pitch, o_.k);
+      shrink.a = a_halves().hi, shrink.a_pitch = a_halves().pitch, shrink.mask = o_.mask;
+      launch_shrink<false>(shrink, o_.dropout);
+      reduce(plan_.shrink.splits, static_cast<int>(o_.rank), f.s, o_.mask.keep_scale);
+    }
     LoraGemmParams<T> gemm{};
     gemm.p = in_t(o_.x), gemm.p_pitch = o_.x_pitch, gemm.y = static_cast<T*>(f.y);
     gemm.n = static_cast<int>(o_.n), gemm.k = static_cast<int>(o_.k), gemm.y_pitch = o_.n;
     gemm.bias = f.bias, gemm.float_bias = f.float_bias;
     low_rank(gemm, b_halves());
-    launch_gemm<false, false>(gemm);
+    if (in_grid) {
+      launch_in_grid(gemm, f.s);
+    } else {
+      launch_gemm<false, false>(gemm);
+    }
   }
 
   void backward(const LoraLinearBackward& g) {
@@ -199,6 +207,19 @@ class LoraLinearSequence {
       gemm.terms = 1;
       gemm.low_rank[0] = {t.hi, u.hi};
     }
+  }
+
+  // Workspace comes as the allocator has it, so the flags are cleared before each launch.
+  void launch_in_grid(const LoraGemmParams<T>& params, float* s) {
+    auto* flags = at<uint32_t>(plan_.flags);
+    launch_.clear(flags, plan_.flag_count);
+    LoraInGridParams<T> in{};
+    in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
+    in.s = s, in.scaling = o_.scaling;
+    in.ticket = flags, in.finished = flags + plan::kFlagsApart;
+    in.ready = flags + 2 * plan::kFlagsApart;
+    launch_.lora_gemm_in_grid_sm90a(params, in, {a_halves().hi, a_halves().pitch},
+                                    {plan_.gemm.tile, false, false, false});
   }
 
   template <bool kMNMajor, bool kMasked>

@@ -48,7 +48,9 @@ class Candidate:
 
 def candidates_for(card: _C.Card, shape: Shape, backward: bool) -> list[Candidate]:
     """All that the card can do for a shape; the library first."""
-    tiles = _C.tiles_of(card, backward and shape.dropout)
+    tiles = _C.tiles_of(
+        card, backward=backward, float_adapters=shape.float_adapters, dropout=shape.dropout
+    )
     kernels = [Candidate("kernel", tile) for tile in tiles]
     return [Candidate(LIBRARY), Candidate("hybrid"), *kernels]
 

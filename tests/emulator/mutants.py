@@ -36,6 +36,10 @@ SOURCES = {
         "accumulator_mask.h",
         "bias.h",
     ],
+    "lora_gemm_in_grid_sm90a": [
+        "lora_gemm_sm90a_in_grid.h",
+        "lora_gemm_sm90a_jobs.h",
+    ],
     "lora_shrink_sm80": [
         "lora_shrink_sm80.h",
         "fragment_mask.h",

@@ -229,7 +229,7 @@ TILES = """
 from lora_ext.tune import Entry, Shape, tables
 card = _C.cuda_card(torch.device("cpu"))
 expected = library()
-for tile in _C.tiles_of(card, True):
+for tile in _C.tiles_of(card, backward=True, float_adapters=True, dropout=True):
     won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", tile, {}) for back in (0, 1)]
     tables.install([tables.empty_table(card.name).with_entries(won)])
     results, plan = call()

@@ -16,6 +16,7 @@ WRONG_RESULT = {
     "gemm_wgmma": "consumer.s_rows:low",
     "lora_gemm_sm80": "copy.rows:low",
     "lora_gemm_sm90a": "epilogue.sender:never",
+    "lora_gemm_in_grid_sm90a": "in_grid.row_inside:never",
     "lora_shrink_sm80": "reduce.splits:low",
     "lora_wgrad_sm80": "reduce.splits:low",
     "lora_dsdb_sm80": "copy.rows:low",

@@ -3,17 +3,16 @@
 #include "emulator/kernels/lora_gemm_sm90a.h"
 
 #include "emulator/counts/counters.h"
-#include "emulator/emulator.h"
+#include "emulator/kernels/cluster_launch.h"
 #include "emulator/kernels/operand.h"
-#include "emulator/kernels/tensor_map.h"
 #include "emulator/kernels/variants.h"
 #include "kernel/halves.h"
 #include "kernel/lora_gemm_sm90a_launch.h"
 
 namespace lora_ext::kernel {
 
-#define EXTERN_INSTANCE(variant, ...) extern LORA_GEMM_SM90A_INSTANCE(__VA_ARGS__);
-LORA_GEMM_SM90A_VARIANTS(EXTERN_INSTANCE)
+#define EXTERN_INSTANCES(variant, ...) LORA_GEMM_SM90A_INSTANCES(extern template, __VA_ARGS__)
+LORA_GEMM_SM90A_VARIANTS(EXTERN_INSTANCES)
 extern template __global__ void write_t(const __half*, __half*, int);
 extern template __global__ void write_t(const __nv_bfloat16*, __nv_bfloat16*, int);
 
@@ -32,24 +31,15 @@ using Operand = kernels::Operand<T, Alignment::kVector>;
 
 constexpr double kBetweenRows = -12345;
 
-// A rank from 1 to 256, often a small one, whose last 64 take kTail times 16 along k.
-template <int kTail>
-int draw_rank(std::mt19937_64& random) {
-  for (;;) {
-    const int rank = 1 + static_cast<int>(random() % (random() % 2 ? 256 : 64));
-    const int last = rank % 64 == 0 ? 64 : rank % 64;
-    if (kTail == (last <= 16 ? 1 : last <= 32 ? 2 : 4)) return rank;
-  }
-}
-
 // What lies past the rank is not multiplied, beyond the last step's 16s, each tile of Y asks once
 // for its rows of P and T and each pair of tiles once for their columns of Q and U, rows of slabs
 // lie in different banks, and Y is written once. "" or what differs.
-template <class Tile, int kTail>
+template <class Tile>
 std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t terms) {
   const int64_t pairs = (m + Tile::kPairM - 1) / Tile::kPairM,
                 column_tiles = (n + Tile::kN - 1) / Tile::kN;
-  const int64_t k16_steps = (k + 63) / 64 * 4 + terms * ((rank - 1) / 64 * 4 + kTail);
+  const int64_t last = rank % 64 == 0 ? 64 : rank % 64, tail = last <= 16 ? 1 : last <= 32 ? 2 : 4;
+  const int64_t k16_steps = (k + 63) / 64 * 4 + terms * ((rank - 1) / 64 * 4 + tail);
   const int64_t flop = 2 * pairs * column_tiles * Tile::kPairM * Tile::kN * 16 * k16_steps;
   const int64_t loaded = (column_tiles * m + pairs * n) * (k + terms * rank) * 2;
   const emulator::Counters counted = emulator::counters();
@@ -70,13 +60,13 @@ std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int6
       static_cast<long long>(counted.matrix_conflicts));
 }
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
+template <class T, class Tile, bool kMNMajor, bool kMasked>
 std::string run_gemm(const Case& run) {
   const auto [name, m, n, depth] = run.size;
   std::mt19937_64 random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
-  const int k = random() % 6 == 0 ? 0 : depth;  // the low-rank product alone
-  const int rank = draw_rank<kTail>(random);
+  const int k = random() % 4 == 0 ? 0 : depth;  // the low-rank product alone
+  const int rank = 1 + static_cast<int>(random() % (random() % 2 ? 256 : 64));
   const int terms = random() % 3 == 0 ? 3 : 1;
   const bool with_bias = !kMasked && random() % 4 != 0;
   const auto operand = [&](int rows, int columns, const char* what, bool may_be_far) {
@@ -105,7 +95,6 @@ std::string run_gemm(const Case& run) {
 
   const RandomMask mask(numbers, random);
 
-  if (tail_of(rank) != kTail) return emulator::format("tail_of(%d) is %d", rank, tail_of(rank));
   LoraGemmParams<T> params{};
   if (k > 0) params.p = p->data(), params.q = q->data();
   params.y = y.data();
@@ -126,19 +115,14 @@ std::string run_gemm(const Case& run) {
     stream.launch({.grid = dim3(2), .block = dim3(128)}, write_t<T>, t[i]->data(),
                   written_t[i]->data(), elements);
   }
-  const unsigned tiles = kernels::blocks_of(m, Tile::kPairM) * kernels::blocks_of(n, Tile::kN);
-  const unsigned clusters = 1 + static_cast<unsigned>(random() % tiles);  // fewer walk over more
-  stream.launch({.grid = dim3(clusters * Tile::kClusterSize),
-                 .block = dim3(Tile::kThreads),
-                 .cluster = dim3(Tile::kClusterSize),
-                 .shared_bytes = Tile::kSharedBytes,
-                 .programmatic_dependent = random() % 2 != 0},
-                lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, kTail, PlantedFault>,
-                maps_of<Tile, kMNMajor>(params, kernels::tensor_map<T>), params);
+  const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
+  kernels::ClusterLaunch launch{
+      stream, 1 + static_cast<int64_t>(random() % (pairs + 1))};  // few walk over many
+  launch_tile<T, Tile, kMNMajor, kMasked, PlantedFault>(params, random() % 2 != 0, launch);
   emulator::reset_counters();
   specimens::run_timed(stream);
 
-  const std::string counted = compare_counters<Tile, kTail>(m, n, k, rank, terms);
+  const std::string counted = compare_counters<Tile>(m, n, k, rank, terms);
   if (!counted.empty()) return counted;
 
   for (int i = 0; i < m; ++i) {

@@ -4,8 +4,8 @@
 
 namespace lora_ext::kernel {
 
-#define INSTANCE(variant, ...) LORA_GEMM_SM90A_INSTANCE(__VA_ARGS__);
-LORA_GEMM_SM90A_VARIANTS(INSTANCE)
+#define INSTANCES(variant, ...) LORA_GEMM_SM90A_INSTANCES(template, __VA_ARGS__)
+LORA_GEMM_SM90A_VARIANTS(INSTANCES)
 
 template __global__ void write_t(const __half*, __half*, int);
 template __global__ void write_t(const __nv_bfloat16*, __nv_bfloat16*, int);

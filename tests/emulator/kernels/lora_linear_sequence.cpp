@@ -203,6 +203,15 @@ class LinearTest {
     return p;
   }
 
+  // Any of the card's tiles, or the planner's.
+  plan::Request request(bool backward) {
+    plan::Request asked{choice_};
+    asked.early_launch = random_() % 2;
+    const auto tiles = plan::tiles_of(card_, {backward, float_adapters_, dropout_});
+    if (random_() % 3 != 0) asked.tile = tiles[random_() % tiles.size()];
+    return asked;
+  }
+
   LoraLinearOperands operands(unsigned char* workspace) const {
     LoraLinearOperands o{};
     o.m = m_, o.n = n_, o.k = k_, o.rank = rank_;
@@ -248,7 +257,7 @@ class LinearTest {
   std::string forward_pass() {
     plan::Problem p = problem();
     p.aligned = x_->aligned() && w_->aligned() && n_ % 8 == 0;
-    const plan::Plan plan = plan::forward(card_, p, {choice_});
+    const plan::Plan plan = plan::forward(card_, p, request(false));
     if (!plan.kernel) return "no kernel: " + plan.reason;
     GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
@@ -299,7 +308,7 @@ class LinearTest {
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
     p.need_dx = needs & 1, p.need_dlora_a = needs & 2, p.need_dlora_b = needs & 4;
-    const plan::Plan plan = plan::backward(card_, p, {choice_});
+    const plan::Plan plan = plan::backward(card_, p, request(true));
     if (!plan.kernel) return "no kernel: " + plan.reason;
     GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");

@@ -1,11 +1,17 @@
 // Every kernel of the LoRA linear with planted faults, as the plans call for them.
 #include "emulator/fault.h"
+#include "emulator/kernels/cluster_launch.h"
 #include "emulator/kernels/lora_linear_sequence.h"
-#include "emulator/kernels/tensor_map.h"
-#include "kernel/lora_gemm_sm90a_launch.h"
+#include "kernel/lora_gemm_sm90a_in_grid_launch.h"
 
 namespace lora_ext::kernel {
 namespace {
+
+constexpr int64_t kClusters = 3;
+
+void clear_flags(uint32_t* flags, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) flags[i] = 0;
+}
 
 struct Launch {
   emulator::Stream& stream;
@@ -18,26 +24,17 @@ struct Launch {
 
   template <class T>
   void lora_gemm_sm90a(const LoraGemmParams<T>& params, const Sm90aChoice& choice) const {
-    launch_lora_gemm_sm90a<T, emulator::PlantedFault>(params, choice, *this);
+    kernels::ClusterLaunch clusters{stream, kClusters};
+    launch_lora_gemm_sm90a<T, emulator::PlantedFault>(params, choice, clusters);
   }
-  // What launch_lora_gemm_sm90a asks for.
   template <class T>
-  CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) const {
-    return kernels::tensor_map(data, rows, columns, pitch, box_rows);
+  void lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
+                               const InGridFactor<T>& factor, const Sm90aChoice& choice) const {
+    kernels::ClusterLaunch clusters{stream, kClusters};
+    launch_lora_gemm_in_grid_sm90a<T, emulator::PlantedFault>(params, in, factor, choice, clusters);
   }
-  template <class Kernel>
-  int64_t clusters(Kernel, const Sm90aLaunch&) const {
-    return 3;
-  }
-  template <class Params>
-  void operator()(void (*kernel)(LoraGemmMaps, Params), const Sm90aLaunch& how,
-                  const LoraGemmMaps& maps, const Params& params) const {
-    stream.launch({.grid = how.grid,
-                   .block = dim3(how.threads),
-                   .cluster = how.cluster,
-                   .shared_bytes = how.shared_bytes,
-                   .programmatic_dependent = how.dependent},
-                  kernel, maps, params);
+  void clear(uint32_t* flags, int64_t count) const {
+    stream.launch({.grid = dim3(1), .block = dim3(1)}, clear_flags, flags, count);
   }
 };
 

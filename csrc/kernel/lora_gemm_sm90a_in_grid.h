@@ -1,0 +1,155 @@
+// lora_gemm on sm_90a that makes its own T: one launch instead of lora_shrink, lora_reduce and
+// lora_gemm.
+//
+//     T = scaling P A          forward S = X A^T, backward dS = dY B
+//     Y = P Q + mask * (T U) + bias
+//
+// P passes a second time through the same ring, the first N columns of whose right tiles then hold
+// A instead of Q. T goes to global memory, since wgrad reads it, too, and each tile's producer
+// waits for its row block of T before it loads it. For one term of rank 64 at most, and P without
+// dropout: forward with dropout, and float32 adapters, take T from lora_reduce.
+#pragma once
+#include "kernel/lora_gemm_sm90a.h"
+#include "kernel/lora_gemm_sm90a_jobs.h"
+
+namespace lora_ext::kernel {
+
+struct LoraInGridMaps {
+  LoraGemmMaps gemm;
+  CUtensorMap a;  // [rank, k] or [k, rank], boxes of kRightBoxRows of kShrinkColumns
+};
+
+// Columns of T that a job makes: those of the tail, since the rank is one step of T U at most.
+template <int kTail>
+constexpr int kShrinkColumns = 16 * kTail;
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+struct LoraInGridProducer {
+  using Jobs = LoraGemmSm90aJobs<T, Tile, Fault>;
+  using Producer = LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked, Fault>;
+
+  const LoraInGridMaps& maps;
+  const Jobs& jobs;
+  const Producer producer{jobs.block};
+
+  __device__ __forceinline__ void produce() const {
+    typename Producer::Ring ring;
+    typename Jobs::Ring tickets;
+    for (;;) {
+      const int job = jobs.next(tickets, true);
+      if (Fault::flag("in_grid.produced", job >= jobs.count())) return;
+      if (Fault::flag("in_grid.loads_a", jobs.makes_t(job))) {
+        load_shrink(ring, jobs.row_of(job));
+      } else {
+        load_tile(ring, jobs.block.place_of(jobs.tile_of(job)));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_shrink(typename Producer::Ring& ring, int row) const {
+    const int steps = jobs.block.main_steps;
+    for (int step = 0; step < Fault::count("in_grid.loads", steps, steps - 1, steps + 1); ++step) {
+      producer.template load<kShrinkColumns<kTail>>(ring, &maps.gemm.p, &maps.a, step * Tile::kK,
+                                                    {row, 0});
+    }
+  }
+
+  __device__ __forceinline__ void load_tile(typename Producer::Ring& ring,
+                                            const typename Producer::Place& at) const {
+    if constexpr (!kMasked) producer.load_main_product(ring, at);
+    jobs.wait_until_ready(at.row);
+    producer.load_low_rank_product(ring, at);
+    if constexpr (kMasked) producer.load_main_product(ring, at);
+  }
+};
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+struct LoraInGridConsumer {
+  using Jobs = LoraGemmSm90aJobs<T, Tile, Fault>;
+  using Consumer = LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>;
+  static constexpr int kSums = kShrinkColumns<kTail> / 2;  // of a thread
+  using Sums = float[Tile::kRowBlocks][kSums];
+
+  const Jobs& jobs;
+  const int consumer_index;
+  const Consumer consumer{jobs.block, consumer_index};
+
+  __device__ __forceinline__ void consume() const {
+    typename Consumer::Ring ring;
+    typename Jobs::Ring tickets;
+    for (;;) {
+      const int job = jobs.next(tickets, consumer.lane == 0);
+      if (Fault::flag("in_grid.consumed", job >= jobs.count())) break;
+      if (Fault::flag("in_grid.makes_t", jobs.makes_t(job))) {
+        shrink(ring, jobs.row_of(job));
+      } else {
+        typename Consumer::Accumulators acc;
+        consumer.compute(acc, ring, jobs.tile_of(job));
+        consumer.epilogue.store(acc, jobs.block.place_of(jobs.tile_of(job)));
+      }
+    }
+    consumer.epilogue.drain();
+  }
+
+  // The block's rows of T from `row` on, 64 for each consumer.
+  __device__ __forceinline__ void shrink(typename Consumer::Ring& ring, int row) const {
+    Sums sums;
+    typename Consumer::Progress now{ring};
+    consumer.multiply_main(sums, now);
+    consumer.finish(now);
+    ring = now.ring;
+    store(sums, row);
+    if (!Fault::skip("in_grid.written")) consumer.epilogue.warpgroup_barrier();
+    if (Fault::flag("in_grid.publisher", consumer.epilogue.thread == 0)) jobs.publish(row);
+  }
+
+  __device__ __forceinline__ void store(const Sums& sums, int row) const {
+    const auto& p = jobs.block.p;
+    const auto& epilogue = consumer.epilogue;
+    const int first_row = epilogue.first_row({row, 0}, 0) + epilogue.warp * 16 + epilogue.lane / 4;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int to_row = first_row + i / 2 % 2 * 8;
+      const int column = i / 4 * 8 + epilogue.lane % 4 * 2 + i % 2;
+      if (Fault::flag("in_grid.row_inside", to_row < p.m)) {
+        if (Fault::flag("in_grid.column_inside", column < jobs.in.width)) {
+          jobs.in.t[to_row * jobs.in.t_pitch + column] =
+              high_half<T, Fault>(jobs.in.scaling * sums[0][i]);
+        }
+        if (Fault::flag("in_grid.has_s", jobs.in.s != nullptr && column < p.rank))
+          jobs.in.s[static_cast<int64_t>(to_row) * p.rank + column] = sums[0][i];
+      }
+    }
+  }
+};
+
+// As lora_gemm_sm90a, but never launched as a dependent: it draws tickets at once, which the kernel
+// before may not have set back yet.
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault = NoFault>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    lora_gemm_in_grid_sm90a(const __grid_constant__ LoraInGridMaps maps,
+                            const __grid_constant__ LoraGemmParams<T> p,
+                            const __grid_constant__ LoraInGridParams<T> in) {
+  static_assert(kMNMajor || !kMasked, "only dX is masked");
+  static_assert(!Tile::kPingpong, "a job for T is for both consumers");
+  if constexpr (ptx::kHasSm90a) {
+    const LoraGemmSm90aBlock<T, Tile, Fault> block{maps.gemm, p};
+    const LoraGemmSm90aJobs<T, Tile, Fault> jobs{block, in};
+    jobs.set_up();
+    block.set_up();
+    take_role<Tile, Fault>(
+        [&] {
+          if (Fault::flag("in_grid.loader", threadIdx.x == 0))
+            LoraInGridProducer<T, Tile, kMNMajor, kMasked, kTail, Fault>{maps, jobs}.produce();
+          if (Fault::flag("in_grid.scheduler", block.rank == 0 && threadIdx.x == 32))
+            jobs.schedule();
+        },
+        [&](int consumer) {
+          LoraInGridConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>{jobs, consumer}.consume();
+        });
+    block.leave();
+    if (Fault::flag("in_grid.cleaner", block.rank == 0 && threadIdx.x == 0)) jobs.clean_up();
+  }
+}
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,72 @@
+// From parameters to a launch of lora_gemm_in_grid_sm90a.
+#pragma once
+#include "kernel/lora_gemm_sm90a_in_grid.h"
+#include "kernel/lora_gemm_sm90a_launch.h"
+
+namespace lora_ext::kernel {
+
+template <class Tile>
+constexpr bool is_in_grid_as_planned(plan::Tile tile) {
+  const plan::TileFacts& facts = plan::facts_of(tile);
+  return facts.tile == tile && facts.in_grid && facts.rows == Tile::kM &&
+         facts.columns == Tile::kN && facts.shared == JobTile<Tile>::kSharedBytes;
+}
+static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kInGrid128x256));
+static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kInGrid128x128));
+
+// How many 32-bit flags LoraInGridParams::ready has.
+template <class Tile, class T>
+int64_t ready_flags(const LoraGemmParams<T>& p) {
+  return (p.m + Tile::kPairM - 1) / Tile::kPairM * Tile::kClusterSize;
+}
+
+// As launch_tile of lora_gemm_sm90a_launch.h; p.low_rank[0].t is in.t.
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault, class Launch>
+void launch_in_grid_tail(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                         const InGridFactor<T>& factor, Launch& launch) {
+  const auto kernel = lora_gemm_in_grid_sm90a<T, Tile, kMNMajor, kMasked, kTail, Fault>;
+  const dim3 cluster(Tile::kClusterSize);
+  Sm90aLaunch how{cluster, cluster, Tile::kThreads, JobTile<Tile>::kSharedBytes, false};
+  how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how));
+  const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
+  const LoraInGridMaps maps{maps_of<Tile, kMNMajor>(p, encode),
+                            right_map<Tile, kMNMajor, kShrinkColumns<kTail>>(factor.a, p.rank, p.k,
+                                                                             factor.pitch, encode)};
+  launch(kernel, how, maps, p, in);
+}
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Launch>
+void launch_in_grid(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                    const InGridFactor<T>& factor, Launch& launch) {
+  switch (tail_of(p.rank)) {
+    case 1:
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 1, Fault>(p, in, factor, launch);
+    case 2:
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 2, Fault>(p, in, factor, launch);
+    default:
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4, Fault>(p, in, factor, launch);
+  }
+}
+
+template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
+void launch_in_grid_product(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                            const InGridFactor<T>& factor, plan::Tile tile, Launch& launch) {
+  if (tile == plan::Tile::kInGrid128x256)
+    return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked, Fault>(p, in, factor,
+                                                                                 launch);
+  return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked, Fault>(p, in, factor,
+                                                                               launch);
+}
+
+template <class T, class Fault, class Launch>
+void launch_lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                                    const InGridFactor<T>& factor, const Sm90aChoice& choice,
+                                    Launch& launch) {
+  if (!choice.mn_major)
+    return launch_in_grid_product<T, false, false, Fault>(p, in, factor, choice.tile, launch);
+  if (!choice.masked)
+    return launch_in_grid_product<T, true, false, Fault>(p, in, factor, choice.tile, launch);
+  return launch_in_grid_product<T, true, true, Fault>(p, in, factor, choice.tile, launch);
+}
+
+}  // namespace lora_ext::kernel

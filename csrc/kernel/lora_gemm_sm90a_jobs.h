@@ -1,0 +1,140 @@
+// The jobs of lora_gemm_in_grid_sm90a: how clusters draw them, how those that make T tell those
+// that read it, and how the last cluster leaves all as it was.
+//
+//   tickets   0 .. row pairs - 1    T of two row blocks, one for each block of the cluster
+//             then                  the tiles of Y
+//
+// A job for T waits for nothing, and a tile only for jobs with smaller tickets, which running
+// clusters have drawn: so the grid ends even if one cluster alone is resident.
+#pragma once
+#include "kernel/lora_gemm_sm90a_block.h"
+#include "kernel/lora_gemm_sm90a_in_grid_params.h"
+#include "ptx/fence.h"
+#include "ptx/memory.h"
+
+namespace lora_ext::kernel {
+
+// Shared memory behind the tile's: a ring of jobs that the scheduler has drawn ahead.
+template <class Tile>
+struct JobTile {
+  static constexpr int kTickets = 2;
+  static constexpr uint32_t kFull = Tile::kSharedBytes;  // mbarriers
+  static constexpr uint32_t kEmpty = kFull + 8 * kTickets;
+  static constexpr uint32_t kTicket = kEmpty + 8 * kTickets;
+  static constexpr uint32_t kSharedBytes = kTicket + 4 * kTickets;
+  static_assert(kSharedBytes <= 227 * 1024, "what sm_90 gives to a block");
+};
+
+template <class T, class Tile, class Fault>
+struct LoraGemmSm90aJobs {
+  using Plan = JobTile<Tile>;
+  using Block = LoraGemmSm90aBlock<T, Tile, Fault>;
+  using Ring = StageRing<Plan::kTickets, Fault>;
+  // Who reads a ticket: in each block its producer and the warps of its consumers.
+  static constexpr int kReaders = Tile::kClusterSize * (1 + Tile::kReaders);
+
+  const Block& block;
+  const LoraInGridParams<T>& in;
+
+  __device__ __forceinline__ uint32_t full(int slot) const {
+    return block.shared + Plan::kFull + 8 * static_cast<uint32_t>(slot);
+  }
+  __device__ __forceinline__ uint32_t empty(int slot) const {
+    return block.shared + Plan::kEmpty + 8 * static_cast<uint32_t>(slot);
+  }
+  __device__ __forceinline__ uint32_t ticket(int slot) const {
+    return block.shared + Plan::kTicket + 4 * static_cast<uint32_t>(slot);
+  }
+
+  __device__ __forceinline__ int count() const { return block.row_pairs + block.tiles; }
+  __device__ __forceinline__ bool makes_t(int job) const { return job < block.row_pairs; }
+  // Of a job for T the first row; of a tile its place.
+  __device__ __forceinline__ int row_of(int job) const {
+    return job * Tile::kPairM + static_cast<int>(block.rank) * Tile::kM;
+  }
+  __device__ __forceinline__ int tile_of(int job) const { return job - block.row_pairs; }
+
+  // Before the block's own set-up, whose fence and barrier publish this, too.
+  __device__ __forceinline__ void set_up() const {
+    if (Fault::flag("jobs.setup_thread", threadIdx.x == 0)) {
+      for (int slot = 0; slot < Plan::kTickets; ++slot) {
+        ptx::mbarrier_init(full(slot), Fault::count("jobs.full_count", 1u, 0u, 2u));
+        ptx::mbarrier_init(empty(slot),
+                           Fault::count("jobs.empty_count", kReaders, kReaders - 1, kReaders + 1));
+      }
+    }
+  }
+
+  // One thread of the cluster draws its jobs, the last a ticket past them all, for both blocks.
+  __device__ __forceinline__ void schedule() const {
+    Ring ring;
+    int job = 0;
+    do {
+      if (!Fault::skip("jobs.wait_empty")) {
+        ptx::mbarrier_wait(empty(ring.slot),
+                           Fault::value("jobs.schedule_parity", ring.parity ^ 1, ring.parity));
+      }
+      job = static_cast<int>(ptx::atomic_add_relaxed_gpu(in.ticket, 1));
+      for (uint32_t to = 0; to < Fault::count("jobs.blocks", Tile::kClusterSize + 0u, 1u, 3u);
+           ++to) {
+        ptx::store_shared_cluster<uint32_t>(ptx::map_shared(ticket(ring.slot), to),
+                                            static_cast<uint32_t>(job));
+        if (!Fault::skip("jobs.arrive_full")) ptx::mbarrier_arrive_cluster(full(ring.slot), to);
+      }
+      ring.advance();
+    } while (Fault::flag("jobs.more", job < count()));
+  }
+
+  // The next job; `reader` is the one of the threads that call together which tells the scheduler.
+  __device__ __forceinline__ int next(Ring& ring, bool reader) const {
+    if (!Fault::skip("jobs.wait_full")) {
+      ptx::mbarrier_wait_cluster(full(ring.slot),
+                                 Fault::value("jobs.parity", ring.parity, ring.parity ^ 1));
+    }
+    const int job = static_cast<int>(ptx::load_shared_cluster<uint32_t>(ticket(ring.slot)));
+    if (Fault::flag("jobs.warp_reads", threadIdx.x >= Tile::kWarpgroup)) {
+      if (!Fault::skip("jobs.syncwarp")) __syncwarp();  // every lane has read it
+    }
+    if (Fault::flag("jobs.reader", reader)) {
+      if (!Fault::skip("jobs.arrive_empty")) ptx::mbarrier_arrive_cluster(empty(ring.slot), 0);
+    }
+    ring.advance();
+    return job;
+  }
+
+  // A consumer has written its rows of the block of T that begins at `row`; called behind a barrier
+  // of its threads by one of them.
+  __device__ __forceinline__ void publish(int row) const {
+    if (!Fault::skip("jobs.publish")) ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);
+  }
+  // Until all consumers have. T was written by ordinary stores, and is read by TMA.
+  __device__ __forceinline__ void wait_until_ready(int row) const {
+    const uint32_t* ready = in.ready + row / Tile::kM;
+    while (!Fault::skip("jobs.wait_until_ready") &&
+           ptx::load_acquire_gpu(ready) < Fault::count("jobs.ready_parts", Tile::kConsumers + 0u,
+                                                       Tile::kConsumers - 1u,
+                                                       Tile::kConsumers + 1u)) {
+    }
+    if (!Fault::skip("jobs.proxy_fence")) ptx::fence_proxy_async_global();
+  }
+
+  // By one thread of the cluster, after all others of both blocks have come to leave(). Nobody
+  // reads flags or draws tickets any more once every cluster has counted itself.
+  __device__ __forceinline__ void clean_up() const {
+    if (!Fault::skip("jobs.release_fence")) ptx::fence_acq_rel_gpu();
+    const uint32_t before = ptx::atomic_add_relaxed_gpu(in.finished, 1);
+    const auto clusters = static_cast<uint32_t>(block.tile_stride);
+    if (Fault::flag("jobs.last_cluster", before == Fault::count("jobs.clusters", clusters - 1,
+                                                                clusters - 2, clusters))) {
+      if (!Fault::skip("jobs.acquire_fence")) ptx::fence_acq_rel_gpu();
+      const int blocks = block.row_pairs * Tile::kClusterSize;
+      for (int i = 0; i < Fault::count("jobs.flags", blocks, blocks - 1, blocks + 1); ++i)
+        in.ready[i] = 0;
+      if (!Fault::skip("jobs.reset_ticket")) *in.ticket = 0;
+      // Atomic: no fence comes between the other clusters' counting and this.
+      if (!Fault::skip("jobs.reset_finished")) atomicExch(in.finished, 0u);
+    }
+  }
+};
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,47 @@
+// Launches kernels of sm_90a in the execution layer.
+#pragma once
+#include "emulator/emulator.h"
+#include "kernel/lora_gemm_sm90a_launch.h"
+
+namespace kernels {
+
+// Launches as csrc/cuda/ does, on a card that holds `most` clusters.
+struct ClusterLaunch {
+  emulator::Stream& stream;
+  int64_t most;
+
+  template <class T>
+  CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
+    CUtensorMap map;
+    const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(columns),
+                                     static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * sizeof(T)};
+    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[] = {1, 1};
+    const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUresult result = emulator::encode_tensor_map_tiled(
+        &map, type, 2, const_cast<T*>(data), dimensions, strides, box, element_strides,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) throw std::runtime_error(emulator::tensor_map_error());
+    return map;
+  }
+
+  template <class Kernel>
+  int64_t clusters(Kernel, const lora_ext::kernel::Sm90aLaunch&) const {
+    return most;
+  }
+
+  template <class... Params>
+  void operator()(void (*kernel)(Params...), const lora_ext::kernel::Sm90aLaunch& how,
+                  const Params&... params) {
+    stream.launch({.grid = how.grid,
+                   .block = dim3(how.threads),
+                   .cluster = how.cluster,
+                   .shared_bytes = how.shared_bytes,
+                   .programmatic_dependent = how.dependent},
+                  kernel, params...);
+  }
+};
+
+}  // namespace kernels

@@ -1,0 +1,182 @@
+// Runs lora_gemm_in_grid_sm90a on odd sizes, ranks and pitches, with one cluster resident and with
+// many, and looks whether it leaves its flags as it found them.
+#include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
+
+#include "emulator/kernels/cluster_launch.h"
+#include "emulator/kernels/operand.h"
+#include "emulator/kernels/variants.h"
+#include "kernel/lora_gemm_sm90a_in_grid_launch.h"
+
+namespace lora_ext::kernel {
+
+#define EXTERN_INSTANCES(variant, ...) \
+  LORA_GEMM_IN_GRID_SM90A_INSTANCES(extern template, __VA_ARGS__)
+LORA_GEMM_IN_GRID_SM90A_VARIANTS(EXTERN_INSTANCES)
+
+namespace {
+
+using emulator::GlobalBuffer;
+using emulator::PlantedFault;
+using kernels::RandomMask;
+using specimens::Bounded;
+using specimens::Case;
+using specimens::Numbers;
+
+constexpr double kBetweenRows = -12345;
+
+// Whether a stored value is the sum, rounded to its type; "" or the difference.
+template <class T>
+std::string compare_rounded(const char* name, int row, int column, T got, const Bounded& sum,
+                            bool exact) {
+  const double error =
+      exact ? 0 : sum.error() + specimens::rounding_error<T>(std::fabs(sum.value) + sum.error());
+  const double rounded = specimens::to_double(specimens::from_double<T>(sum.value));
+  return specimens::compare(name, row, column, got, exact ? rounded : sum.value, error);
+}
+
+template <class T, class Tile, bool kMNMajor, bool kMasked>
+struct Problem {
+  using Operand = kernels::Operand<T, Alignment::kVector>;
+
+  const int m, n, k;
+  std::mt19937_64 random;
+  const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
+  const bool exact = numbers == Numbers::Integers;
+  const int rank = 1 + static_cast<int>(random() % 64);
+  const int width = specimens::padded(rank), t_pitch = width + 8,
+            y_pitch = specimens::padded(n) + 8;
+  const float scaling = exact ? 0.5f : 1.7f;
+  const bool with_bias = !kMasked && random() % 2 != 0, with_s = random() % 2 != 0;
+  const Operand p{m, k, numbers, random, "p"};
+  const Operand q = right(n, k, "q"), a = right(rank, k, "a"), u = right(n, rank, "u");
+  const specimens::Matrix<float> bias = specimens::random_matrix<float>(1, n, n, numbers, random);
+  const GlobalBuffer<float> bias_buffer{bias.values, "bias"};
+  const RandomMask mask{numbers, random};
+  GlobalBuffer<T> t{static_cast<size_t>(m) * t_pitch, "t"};
+  GlobalBuffer<float> s{static_cast<size_t>(m) * rank, "s"};
+  GlobalBuffer<T> y{static_cast<size_t>(m) * y_pitch, "y"};
+
+  explicit Problem(const Case& run)
+      : m(run.size.m), n(run.size.n), k(run.size.k), random(run.seed) {
+    t.fill(specimens::from_double<T>(kBetweenRows));
+    s.fill(static_cast<float>(kBetweenRows));
+    y.fill(specimens::from_double<T>(kBetweenRows));
+  }
+
+  Operand right(int columns, int depth, const char* name) {
+    return kMNMajor ? Operand(depth, columns, numbers, random, name)
+                    : Operand(columns, depth, numbers, random, name);
+  }
+  static double right_at(const Operand& operand, int k, int column) {
+    return kMNMajor ? operand.matrix(k, column) : operand.matrix(column, k);
+  }
+
+  LoraGemmParams<T> params() {
+    LoraGemmParams<T> params{};
+    params.p = p.data(), params.q = q.data(), params.y = y.data();
+    params.p_pitch = p.pitch(), params.q_pitch = q.pitch(), params.y_pitch = y_pitch;
+    params.low_rank[0] = {t.data(), u.data()}, params.t_pitch = t_pitch, params.u_pitch = u.pitch();
+    params.bias = with_bias ? bias_buffer.data() : nullptr, params.float_bias = true;
+    params.m = m, params.n = n, params.k = k, params.rank = rank, params.terms = 1;
+    params.mask = mask.parameters();
+    return params;
+  }
+
+  // S, T from the sum that it holds, and Y from T as it was stored: each rounding counts once.
+  std::string check() const {
+    std::string difference;
+    for (int i = 0; i < m && difference.empty(); ++i) {
+      for (int j = 0; j < t_pitch && difference.empty(); ++j) difference = check_t(i, j);
+      for (int j = 0; j < y_pitch && difference.empty(); ++j) difference = check_y(i, j);
+    }
+    return difference;
+  }
+
+  std::string check_t(int i, int j) const {
+    const T got = t[static_cast<size_t>(i) * t_pitch + j];
+    Bounded sum;
+    if (j >= width) {
+      sum.value = kBetweenRows;
+      return compare_rounded("t's padding", i, j, got, sum, true);
+    }
+    for (int l = 0; l < k && j < rank; ++l) sum.add(p.matrix(i, l) * right_at(a, l, j));
+    if (j < rank) {
+      const float in_float = s[static_cast<size_t>(i) * rank + j];
+      const double expected = with_s ? sum.value : kBetweenRows;
+      const std::string difference =
+          specimens::compare("s", i, j, in_float, expected, exact || !with_s ? 0 : sum.error());
+      if (!difference.empty()) return difference;
+    }
+    sum.value *= scaling, sum.magnitude *= scaling;
+    return compare_rounded("t", i, j, got, sum, exact);
+  }
+
+  std::string check_y(int i, int j) const {
+    const T got = y[static_cast<size_t>(i) * y_pitch + j];
+    Bounded sum;
+    if (j >= n) {
+      sum.value = kBetweenRows;
+      return compare_rounded("y's padding", i, j, got, sum, true);
+    }
+    for (int l = 0; l < k; ++l) sum.add(p.matrix(i, l) * right_at(q, l, j));
+    const double factor = kMasked ? mask.factor(i, j) : 1;
+    for (int l = 0; l < rank; ++l) {
+      const double from_t = specimens::to_double(t[static_cast<size_t>(i) * t_pitch + l]);
+      sum.add(factor * from_t * right_at(u, l, j));
+    }
+    if (with_bias) sum.add(bias(0, j));
+    return compare_rounded("y", i, j, got, sum, exact);
+  }
+};
+
+template <class T, class Tile, bool kMNMajor, bool kMasked>
+std::string run_gemm(const Case& run) {
+  Problem<T, Tile, kMNMajor, kMasked> problem(run);
+  const LoraGemmParams<T> params = problem.params();
+  const auto flags = static_cast<size_t>(ready_flags<Tile>(params));
+  GlobalBuffer<uint32_t> ready(std::vector<uint32_t>(flags), "ready"),
+      ticket(std::vector<uint32_t>(1), "ticket"), finished(std::vector<uint32_t>(1), "finished");
+  const LoraInGridParams<T> in{.t = problem.t.data(),
+                               .s = problem.with_s ? problem.s.data() : nullptr,
+                               .t_pitch = problem.t_pitch,
+                               .width = problem.width,
+                               .scaling = problem.scaling,
+                               .ticket = ticket.data(),
+                               .finished = finished.data(),
+                               .ready = ready.data()};
+
+  emulator::Stream stream;
+  const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
+  kernels::ClusterLaunch launch{stream, 1 + static_cast<int64_t>(problem.random() % (pairs + 1))};
+  launch_in_grid<T, Tile, kMNMajor, kMasked, PlantedFault>(
+      params, in, {problem.a.data(), problem.a.pitch()}, launch);
+  specimens::run_timed(stream);
+
+  std::string difference = problem.check();
+  const auto check_zero = [&](const char* name, const GlobalBuffer<uint32_t>& buffer, size_t size) {
+    for (size_t i = 0; i < size && difference.empty(); ++i)
+      difference = specimens::compare(name, 0, static_cast<int>(i), double(buffer[i]), 0, 0);
+  };
+  check_zero("ready", ready, flags);
+  check_zero("ticket", ticket, 1);
+  check_zero("finished", finished, 1);
+  return difference;
+}
+
+#define VARIANT(name, ...) {#name, run_gemm<__VA_ARGS__>},
+const std::vector<kernels::Variant> kVariants = {LORA_GEMM_IN_GRID_SM90A_VARIANTS(VARIANT)};
+
+}  // namespace
+}  // namespace lora_ext::kernel
+
+int main(int argc, char** argv) {
+  return kernels::variants_main(argc, argv, "lora_gemm_in_grid_sm90a",
+                                {{"even", 256, 256, 128},
+                                 {"odd", 131, 77, 99},
+                                 {"wide", 70, 600, 200},
+                                 {"tall", 1200, 65, 40},
+                                 {"tiles", 520, 270, 130},
+                                 {"deep", 40, 24, 700},
+                                 {"tiny", 3, 1, 5}},
+                                lora_ext::kernel::kVariants);
+}
