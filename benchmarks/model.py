@@ -178,7 +178,8 @@ def _lora_gemm(machine: Machine, plan, s: _Shape, m: int, n: int, k: int) -> Lau
         return Launch("lora_gemm", moved, flop, machine.mma_share * plan.tile_efficiency)
     # Pairs of blocks, one below the other, on pairs of SMs.
     pairs, row_pairs = machine.sms // 2, _blocks(m, 2 * rows)
-    jobs = [_JOB * 256 / columns] * (row_pairs if plan.in_grid else 0)
+    together = plan.pairs_per_ticket
+    jobs = [_JOB * 256 / columns * together] * (_blocks(row_pairs, together) if plan.in_grid else 0)
     tiles = _makespan([*jobs, *[1.0] * (row_pairs * _blocks(n, columns))], pairs)
     flop = 2.0 * tiles * pairs * 2 * rows * columns * depth
     moved += BYTES * (s.r * k + m * s.r) if plan.in_grid else 0

@@ -63,15 +63,18 @@ Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bo
 
 // The tile that is asked for, if it can be had; else that with the least predicted time: whole
 // waves of tiles, each as long as its area. Where T can be made in the same grid it is, which saves
-// two launches.
+// two launches, unless there is not a tile for every cluster: then all would wait for T.
 Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, bool backward, bool vector,
                  bool wgmma, const std::optional<Tile>& asked) {
   const Call call{backward, p.float_adapters, p.dropout};
-  const bool in_grid = wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank;
+  const bool may_in_grid = wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank;
+  const bool in_grid =
+      may_in_grid && blocks_with_work(facts_of(Tile::kInGrid128x256), p.m, n) > card.sms;
   const TileFacts* best = nullptr;
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
-    if (!fits(tile, card, call) || (tile.wgmma && !wgmma) || (tile.in_grid && !in_grid)) continue;
+    if (!fits(tile, card, call) || (tile.wgmma && !wgmma) || (tile.in_grid && !may_in_grid))
+      continue;
     if (!vector && tile.tile != Tile::k128x64) continue;
     if (tile.tile == asked) return with_tile(card, tile, p.m, n, vector);
     if (tile.in_grid != in_grid) continue;
@@ -80,6 +83,18 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, bool backward, b
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }
   return with_tile(card, *best, p.m, n, vector);
+}
+
+// Whole waves of tiles leave some clusters idle at the end. If those alone make T before their
+// first tile, it costs no time, as long as they are done when the others have their first tiles: a
+// pair of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and two are tried.
+int choose_pairs_per_ticket(const Card& card, const TileFacts& tile, int64_t m, int64_t n) {
+  constexpr int kMost = 2;
+  const int64_t clusters = card.sms / 2, row_pairs = blocks_of(m, 2 * tile.rows);
+  const int64_t tiles = row_pairs * blocks_of(n, tile.columns);
+  const int64_t idle = rounded_up(tiles, clusters) - tiles;
+  if (row_pairs <= idle || tile.columns < 256) return 1;
+  return blocks_of(row_pairs, kMost) <= idle ? kMost : 1;
 }
 
 // Of Y or dX, [p.m, n]. Where it only adds a low-rank product, the smallest tile, of which most fit
@@ -216,6 +231,7 @@ Plan forward(const Card& card, const Problem& p, const Request& request) {
   if (tile.in_grid) {
     plan.flag_count = 2 * kFlagsApart + 2 * blocks_of(p.m, 2 * tile.rows);
     plan.flags = workspace.take(plan.flag_count, 4);
+    plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, p.m, p.n);
   } else {
     plan.z_columns = static_cast<int>(plan.terms * p.rank);
     plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);

@@ -140,7 +140,8 @@ struct Plan {
   int64_t g_b = kNone, g_a = kNone;  // partial sums of gradients
 
   int64_t flag_count = 0;
-  std::string no_wgmma;  // on compute capability 9.0: why gemm has none
+  int pairs_per_ticket = 1;  // of row blocks, whose part of T one cluster makes at a time
+  std::string no_wgmma;      // on compute capability 9.0: why gemm has none
 
   std::string describe() const;
 };

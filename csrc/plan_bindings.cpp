@@ -134,6 +134,7 @@ void bind_plan(py::module& m) {
       .def_readonly("columns", &plan::Plan::columns)
       .def_readonly("panels", &plan::Plan::panels)
       .def_readonly("one_pass", &plan::Plan::one_pass)
+      .def_readonly("pairs_per_ticket", &plan::Plan::pairs_per_ticket)
       .def_property_readonly("tile",
                              [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).name; })
       .def_property_readonly("wgmma",

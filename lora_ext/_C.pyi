@@ -69,6 +69,7 @@ class Plan:
     tile_efficiency: float
     wgmma: bool
     in_grid: bool
+    pairs_per_ticket: int
     blocks: int
     shrink_splits: int
     dlora_a_splits: int

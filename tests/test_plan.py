@@ -52,6 +52,7 @@ def test_every_plan_can_be_launched(
         assert ("begins early" in str(plan)) == (plan.wgmma and not plan.in_grid)
     assert not backward.in_grid
     in_grid = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
+    in_grid = in_grid and 2 * -(-rows // 256) * -(-out_features // 256) > sms
     assert forward.in_grid == in_grid and (forward.shrink_splits == 0) == in_grid
     if dropout:
         assert backward.tile != "128 x 256"
@@ -145,6 +146,19 @@ def test_hopper_s_tiles_fit_the_problem():
     assert "in-grid 128 x 256" in tiles and len(tiles) > 1
     dropped = plans(8192, 4096, 4096, 16, card="H100", route="kernel", dropout=True)
     assert [plan.tile for plan in dropped] == ["wgmma 128 x 256"] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "out_features", "pairs"),
+    [
+        (8192, 4096, 2),  # 512 tiles on 66 clusters: 16 idle in the last wave, and 32 pairs of rows
+        (8192, 14336, 1),  # 1792: 56 idle, one pair each
+        (8448, 4096, 1),  # 528: none idle
+    ],
+)
+def test_clusters_that_would_be_idle_make_t(rows, out_features, pairs):
+    forward, _ = plans(rows, 4096, out_features, 16, card="H100", route="kernel")
+    assert forward.in_grid and forward.pairs_per_ticket == pairs
 
 
 def test_one_pass_over_dy_ends_where_its_sums_cost_as_much_as_a_second():

@@ -39,7 +39,7 @@ struct LoraInGridProducer {
       const int job = jobs.next(tickets, true);
       if (Fault::flag("in_grid.produced", job >= jobs.count())) return;
       if (Fault::flag("in_grid.loads_a", jobs.makes_t(job))) {
-        load_shrink(ring, jobs.row_of(job));
+        jobs.for_rows_of(job, [&](int row) { load_shrink(ring, row); });
       } else {
         load_tile(ring, jobs.block.place_of(jobs.tile_of(job)));
       }
@@ -81,7 +81,7 @@ struct LoraInGridConsumer {
       const int job = jobs.next(tickets, consumer.lane == 0);
       if (Fault::flag("in_grid.consumed", job >= jobs.count())) break;
       if (Fault::flag("in_grid.makes_t", jobs.makes_t(job))) {
-        shrink(ring, jobs.row_of(job));
+        jobs.for_rows_of(job, [&](int row) { shrink(ring, row); });
       } else {
         typename Consumer::Accumulators acc;
         consumer.compute(acc, ring, jobs.tile_of(job));

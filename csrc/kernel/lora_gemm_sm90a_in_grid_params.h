@@ -15,6 +15,7 @@ struct LoraInGridParams {
   int64_t t_pitch;
   int width;  // whole 16-byte chunks
   float scaling;
+  int pairs_per_ticket;  // pairs of row blocks of T that a cluster makes at a time
 
   // All zero at launch, and again after it, so that the replay of a graph finds them so.
   uint32_t* ticket;    // [1], the next job

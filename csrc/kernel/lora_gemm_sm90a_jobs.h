@@ -1,8 +1,8 @@
 // The jobs of lora_gemm_in_grid_sm90a: how clusters draw them, how those that make T tell those
 // that read it, and how the last cluster leaves all as it was.
 //
-//   tickets   0 .. row pairs - 1    T of two row blocks, one for each block of the cluster
-//             then                  the tiles of Y
+//   tickets   first    T of pairs of row blocks, one for each block of the cluster
+//             then     the tiles of Y
 //
 // A job for T waits for nothing, and a tile only for jobs with smaller tickets, which running
 // clusters have drawn: so the grid ends even if one cluster alone is resident.
@@ -46,13 +46,21 @@ struct LoraGemmSm90aJobs {
     return block.shared + Plan::kTicket + 4 * static_cast<uint32_t>(slot);
   }
 
-  __device__ __forceinline__ int count() const { return block.row_pairs + block.tiles; }
-  __device__ __forceinline__ bool makes_t(int job) const { return job < block.row_pairs; }
-  // Of a job for T the first row; of a tile its place.
-  __device__ __forceinline__ int row_of(int job) const {
-    return job * Tile::kPairM + static_cast<int>(block.rank) * Tile::kM;
+  // Where the last wave of tiles leaves clusters idle, fewer of them make more of T each, so that
+  // none of those that multiply to the end has begun later.
+  const int jobs_for_t = (block.row_pairs + in.pairs_per_ticket - 1) / in.pairs_per_ticket;
+
+  __device__ __forceinline__ int count() const { return jobs_for_t + block.tiles; }
+  __device__ __forceinline__ bool makes_t(int job) const { return job < jobs_for_t; }
+  __device__ __forceinline__ int tile_of(int job) const { return job - jobs_for_t; }
+  // visit(first row of the block's part) for the pairs of row blocks of a job for T.
+  template <class Visit>
+  __device__ __forceinline__ void for_rows_of(int job, const Visit& visit) const {
+    const int first = job * in.pairs_per_ticket;
+    const int end = min(first + in.pairs_per_ticket, block.row_pairs);
+    for (int pair = first; pair < Fault::count("jobs.pairs", end, end - 1, end + 1); ++pair)
+      visit(pair * Tile::kPairM + static_cast<int>(block.rank) * Tile::kM);
   }
-  __device__ __forceinline__ int tile_of(int job) const { return job - block.row_pairs; }
 
   // Before the block's own set-up, whose fence and barrier publish this, too.
   __device__ __forceinline__ void set_up() const {

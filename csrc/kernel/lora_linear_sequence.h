@@ -215,7 +215,7 @@ class LoraLinearSequence {
     launch_.clear(flags, plan_.flag_count);
     LoraInGridParams<T> in{};
     in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
-    in.s = s, in.scaling = o_.scaling;
+    in.s = s, in.scaling = o_.scaling, in.pairs_per_ticket = plan_.pairs_per_ticket;
     in.ticket = flags, in.finished = flags + plan::kFlagsApart;
     in.ready = flags + 2 * plan::kFlagsApart;
     launch_.lora_gemm_in_grid_sm90a(params, in, {a_halves().hi, a_halves().pitch},
