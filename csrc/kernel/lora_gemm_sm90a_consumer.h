@@ -60,7 +60,7 @@ struct LoraGemmSm90aConsumer {
   __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile) const {
     Progress now{ring};
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
-    if constexpr (kMasked) {
+    if constexpr (kMasked) {  // T U first, since the mask is for it alone
       multiply_low_rank(acc, now);
       finish(now);
       epilogue.mask(acc, block.place_of(tile));
