@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+, := ,
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
@@ -103,6 +104,9 @@ demo: $(VENV)/.extras
 	$(PY) -m benchmarks.finetune $(ARGS)
 
 # QUICK=1: what matters most, in 8 minutes. DEVICE=cpu: every stage without a GPU, to try the code.
+# Built for the card at hand alone, if there is one.
+gpu: export TORCH_CUDA_ARCH_LIST ?= $(subst 9.0,9.0a,$(shell nvidia-smi -i 0 --query-gpu=compute_cap \
+    --format=csv$(,)noheader 2>/dev/null))
 gpu: $(VENV)/.built
 	$(PY) -m benchmarks.gpu $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .problem import Problem
-from .shapes import STEP
+from .shapes import FORWARD
 from .variants import Variant
 
 # Largest and rms difference from naive that rounding explains, relative to the largest and the rms
@@ -49,9 +49,9 @@ def error_of(actual: Tensor, expected: Tensor) -> Error:
 
 
 def outputs(variant: Variant, problem: Problem, mode: str) -> dict[str, Tensor]:
-    """The output on the first input and, for a step, dx, dlora_a and dlora_b."""
+    """The output on the first input and, unless it is a forward, dx, dlora_a and dlora_b."""
     x = problem.inputs[0]
-    if mode != STEP:
+    if mode == FORWARD:
         with torch.no_grad():
             return {"out": variant.call(x)}
     out = variant.call(x)

@@ -15,7 +15,7 @@ Function = Callable[[], object]
 
 
 @contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """The profiler's C++ side writes a line to the terminal at each start and stop."""
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -42,7 +42,7 @@ def _no_collection() -> Iterator[None]:
 
 def _cpu_peak_bytes(function: Function) -> int:
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _silent_stderr(), profiler:
+    with silent_stderr(), profiler:
         function()
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]

@@ -12,6 +12,8 @@ times in microseconds, sizes as in `lora_ext.plan`.
 
 from __future__ import annotations
 
+import heapq
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -19,7 +21,7 @@ import torch
 
 import lora_ext
 
-from .shapes import FORWARD, Cell
+from .shapes import BACKWARD, FORWARD, Cell
 
 BYTES = 2  # of a half
 FLOAT = 4
@@ -34,6 +36,7 @@ class Machine:
         card: its name in ``lora_ext.CARDS``.
         tflops: of the library's dense half product at 4096 x 4096 x 4096.
         mma_share: the part of it that mma.sync reaches: about 1 where the library uses it, too.
+        wgmma_share: the part of it that our kernels on wgmma reach, where there are some.
         dram_gb_s: of a copy, read and written bytes together.
         gap_us: from the end of a kernel to the start of the next, in a graph.
         calibrated: whether tflops and dram_gb_s were measured on the card at hand.
@@ -44,6 +47,7 @@ class Machine:
     mma_share: float
     dram_gb_s: float
     gap_us: float = 1.5
+    wgmma_share: float = 0.97
     calibrated: bool = False
 
     @property
@@ -94,12 +98,10 @@ class Launch:
         return max(arithmetic, memory) + machine.gap_us
 
 
-def _waves(machine: Machine, m: int, n: int, tile: tuple[int, int]) -> int:
-    return _blocks(_blocks(m, tile[0]) * _blocks(n, tile[1]), machine.sms)
-
-
 def _wave_flop(machine: Machine, m: int, n: int, k: int, tile: tuple[int, int]) -> float:
-    return 2.0 * _waves(machine, m, n, tile) * machine.sms * tile[0] * tile[1] * k
+    """Of whole waves of tiles, one an SM."""
+    waves = _blocks(_blocks(m, tile[0]) * _blocks(n, tile[1]), machine.sms)
+    return 2.0 * waves * machine.sms * tile[0] * tile[1] * k
 
 
 # What the library chooses among, the smaller tiles at a lower rate.
@@ -153,14 +155,34 @@ def _plans(machine: Machine, s: _Shape) -> lora_ext.CallPlan:
     )
 
 
+def _makespan(jobs: Iterable[float], workers: int) -> float:
+    """When the last job ends, each in its turn taken by the worker that is free first."""
+    free = [0.0] * workers
+    for job in jobs:
+        heapq.heapreplace(free, free[0] + job)
+    return max(free)
+
+
+# A job that makes T of a pair of row blocks, as a share of a pair of tiles of 128 x 256: it fills
+# stages of a third of the bytes, each in about that share of the time that a tile multiplies one.
+_JOB = 0.3
+
+
 def _lora_gemm(machine: Machine, plan, s: _Shape, m: int, n: int, k: int) -> Launch:
-    tile = tuple(int(word) for word in plan.tile.split(" x "))
-    rate = {"128 x 256": 1.0, "128 x 128": 0.9, "128 x 64": 0.8}[plan.tile]
+    rows, columns = (int(number) for number in re.findall(r"\d+", plan.tile))
     terms = 3 if s.wide else 1
     depth = k + terms * 16 * _blocks(s.r, 16)
     moved = BYTES * (m * k + n * k + m * n + terms * s.r * (m + n))
-    flop = _wave_flop(machine, m, n, depth, (tile[0], tile[1]))
-    return Launch("lora_gemm", moved, flop, machine.mma_share * rate)
+    if not plan.wgmma:
+        flop = _wave_flop(machine, m, n, depth, (rows, columns))
+        return Launch("lora_gemm", moved, flop, machine.mma_share * plan.tile_efficiency)
+    # Pairs of blocks, one below the other, on pairs of SMs.
+    pairs, row_pairs = machine.sms // 2, _blocks(m, 2 * rows)
+    jobs = [_JOB * 256 / columns] * (row_pairs if plan.in_grid else 0)
+    tiles = _makespan([*jobs, *[1.0] * (row_pairs * _blocks(n, columns))], pairs)
+    flop = 2.0 * tiles * pairs * 2 * rows * columns * depth
+    moved += BYTES * (s.r * k + m * s.r) if plan.in_grid else 0
+    return Launch("lora_gemm", moved, flop, machine.wgmma_share * plan.tile_efficiency)
 
 
 def ours_forward(machine: Machine, s: _Shape) -> list[Launch]:
@@ -171,9 +193,12 @@ def ours_forward(machine: Machine, s: _Shape) -> list[Launch]:
     launches = []
     if s.wide:
         launches.append(Launch("lora_split", s.r * (s.k + s.n) * (FLOAT + 2 * BYTES)))
-    sums = plan.shrink_splits * s.m * columns * FLOAT
-    launches.append(Launch("lora_shrink", BYTES * (s.m * s.k + s.r * s.k) + sums))
-    launches.append(Launch("lora_reduce", sums + s.m * columns * (BYTES + FLOAT)))
+    if not plan.in_grid:
+        sums = plan.shrink_splits * s.m * columns * FLOAT
+        launches.append(Launch("lora_shrink", BYTES * (s.m * s.k + s.r * s.k) + sums))
+        launches.append(Launch("lora_reduce", sums + s.m * columns * (BYTES + FLOAT)))
+    else:
+        launches.append(Launch("flags", 0.0))
     return [*launches, _lora_gemm(machine, plan, s, s.m, s.n, s.k)]
 
 
@@ -383,7 +408,10 @@ def launches_of(machine: Machine, cell: Cell, variant: str) -> list[Launch]:
     shape = _shape(cell, wide)
     if cell.mode == FORWARD:
         return forward(machine, shape)
-    return [] if backward is None else [*forward(machine, shape), *backward(machine, shape)]
+    if backward is None:
+        return []
+    first = [] if cell.mode == BACKWARD else forward(machine, shape)
+    return [*first, *backward(machine, shape)]
 
 
 def predicted_us(machine: Machine, cell: Cell, variant: str) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import results, tables
 from .results import Document
-from .shapes import FORWARD, STEP
+from .shapes import BACKWARD, FORWARD, STEP
 
 _METHOD = """\
 - The variants of a cell take turns in one process, in a new order each round; all use the same
@@ -25,9 +25,19 @@ _METHOD = """\
   of x. Before the timing each of ours, without dropout, is compared with naive.
 - ours fp32 and PEFT default have float32 adapters on a half base, which is what PEFT does unless
   told otherwise; the others have adapters in the dtype of the base.
+- backward is that of an output made before. On a GPU, L2 is overwritten before each call; a graph
+  replay is one call captured in a CUDA graph, in turn with the others. Triton pair is the structure
+  of LoRAFusion in our own writing.
 - Memory is what torch's allocator holds at its peak above what was live before the call. Scratch
   memory that a library takes elsewhere is not seen. Saved bytes leave out weights and adapters.\
 """
+
+
+_LATENCIES = {
+    "Forward, as a multiple of merged": FORWARD,
+    "Backward, as a multiple of frozen": BACKWARD,
+    "Training step, as a multiple of frozen": STEP,
+}
 
 
 def place(document: Document) -> str:
@@ -63,14 +73,19 @@ def _sections(document: Document) -> list[tuple[str, str]]:
         ("Stages", tables.stages(document.get("stages", {}))),
         ("Predicted and measured", tables.predictions(document.get("predictions", []))),
         ("Targets", tables.targets(document["targets"])),
-        ("Forward, as a multiple of merged", tables.latency(document, FORWARD)),
-        ("Training step, as a multiple of frozen", tables.latency(document, STEP)),
+        *(
+            (f"{heading}, graph replays", tables.latency(document, mode, key="graph"))
+            for heading, mode in _LATENCIES.items()
+        ),
+        *((heading, tables.latency(document, mode)) for heading, mode in _LATENCIES.items()),
         ("A call on tiny tensors", tables.call_overhead(document)),
         ("MiniLM on English sentences, forward", tables.latency(document, FORWARD, real=True)),
         ("MiniLM on English sentences, step", tables.latency(document, STEP, real=True)),
         ("MiniLM, errors against float64", tables.numerics(document.get("numerics", []))),
         ("Peak memory of a step, as a multiple of frozen", tables.memory(document, STEP)),
         ("Peak memory of a forward, as a multiple of merged", tables.memory(document, FORWARD)),
+        ("Furthest from their predictions", tables.profiles(document.get("stages", {}))),
+        ("Clocks and power", tables.clocks(document)),
         ("Left out and failed", failed),
     ]
 
@@ -81,7 +96,7 @@ def text(document: Document, images: list[str] | None = None) -> str:
     images: file names of plots, relative to the report
     """
     mark = place(document)
-    complete = "" if document["complete"] else " (interrupted)"
+    complete = "" if document["complete"] else " (incomplete)"
     parts = [
         f"# {mark} report: LoRA linear, {document['kind']} run{complete}",
         machine_lines(document),
@@ -92,14 +107,22 @@ def text(document: Document, images: list[str] | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _pictures(document: Document, folder: Path) -> list[str]:
+    if document["kind"] == "gpu":
+        from .gpu import plots as gpu_plots
+
+        return gpu_plots.draw(document, folder)
+    from . import plots
+
+    return plots.draw(document, folder, place(document))
+
+
 def write(document: Document, json_path: Path, with_plots: bool = True) -> Path:
     """Write report.md and the plots beside the JSON file; returns the report's path."""
     images: list[str] = []
     if with_plots:
         try:
-            from . import plots
-
-            images = plots.draw(document, json_path.parent, place(document))
+            images = _pictures(document, json_path.parent)
         except Exception as error:  # the figures themselves must not be lost to a picture
             print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
     path = json_path.with_name("report.md")

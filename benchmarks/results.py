@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,22 @@ def write(document: Document, path: Path) -> None:
     """Replace the file in one step: a reader or an interrupt never sees half a document."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def keep(document: Document, path: Path) -> bool:
+    """`write`, but a disk that is full is a word on stderr: what was kept before stays."""
+    try:
+        write(document, path)
+    except OSError as error:
+        print(f"{path} is not written: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def read(path: Path) -> Document:
@@ -76,9 +91,12 @@ class Ratio:
     n: int
 
 
-def ratio(result: Result, over: str, under: str) -> Ratio | None:
-    """Time of variant `over` by that of `under` in one cell; None if either was not measured."""
-    timing = result.get("timing", {})
+def ratio(result: Result, over: str, under: str, key: str = "timing") -> Ratio | None:
+    """Time of variant `over` by that of `under` in one cell; None if either was not measured.
+
+    key: "timing" for calls, "graph" for replays of CUDA graphs
+    """
+    timing = result.get(key, {})
     if over not in timing or under not in timing:
         return None
     a, b = timing[over], timing[under]

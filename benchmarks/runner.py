@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,48 @@ import torch
 
 from . import memory, results
 from .agreement import disagreements, outputs
+from .calls import call_of
 from .problem import Problem, make_problem
-from .shapes import STEP, Cell
-from .timing import Meter, Plan, Timing, calibrate, interleaved, meter_for
+from .shapes import FORWARD, STEP, Cell
+from .timing import CpuMeter, Function, Meter, Plan, Timing, calibrate, interleaved
 from .variants import BUILDERS, OURS, Builder, Unavailable, Variant, floor_of, names_for
 
 _ERROR_LENGTH = 300  # characters of an error's text that are kept
 _SHARES = 1.3
 
+_REPLAYED = " replayed"
+
 ProblemMaker = Callable[[Cell], Problem]
+
+
+@dataclass(frozen=True)
+class Means:
+    """How calls are timed on a device.
+
+    Attributes:
+        meter: times a number of calls.
+        capture: makes a graph of a call and returns its replay; None where there are no graphs.
+        watch: reads clocks, power and temperature; None where there is nothing to read.
+    """
+
+    meter: Meter
+    capture: Callable[[Callable[[], Function]], Function] | None = None
+    watch: Callable[[], dict[str, Any] | None] | None = None
+
+
+def means_for(device: str) -> Means:
+    """The means of a device type."""
+    if device != "cuda":
+        return Means(CpuMeter())
+    from . import card, cuda_timing
+
+    return Means(cuda_timing.CudaMeter(), cuda_timing.captured, card.readings)
 
 
 def _text(error: BaseException) -> str:
     first = str(error).strip().split("\n", 1)[0]
     kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
     return f"{kind}{first}"[:_ERROR_LENGTH]
-
-
-def _call(variant: Variant, problem: Problem, mode: str) -> Callable[[], None]:
-    """One timed call; each takes the next input of the rotation."""
-    pairs = problem.rotation()
-    call, adapters = variant.call, variant.adapters
-    if mode != STEP:
-        return lambda: call(next(pairs)[0])
-
-    def step() -> None:
-        x, grad = next(pairs)
-        x.grad = None
-        for adapter in adapters:
-            adapter.grad = None
-        call(x).backward(grad)
-
-    return step
 
 
 def _check(
@@ -79,23 +90,43 @@ def _time(
     cell: Cell,
     problem: Problem,
     variants: Mapping[str, Variant],
-    meter: Meter,
+    means: Means,
     plan: Plan,
-    errors: dict[str, str],
-) -> dict[str, dict[str, Any]]:
-    functions: dict[str, Callable[[], None]] = {}
+    result: results.Result,
+) -> None:
+    """Puts the times of calls into result["timing"], and of graphs' replays into ["graph"].
+
+    Both take turns in the same rounds. A call that cannot be captured has a note, and no replay.
+    """
+    functions: dict[str, Function] = {}
     timings: dict[str, Timing] = {}
-    with nullcontext() if cell.mode == STEP else torch.no_grad():
+    grad_mode = torch.no_grad if cell.mode == FORWARD else nullcontext
+
+    def prepare(key: str, function: Function) -> None:
+        timings[key] = calibrate(function, means.meter, plan)
+        functions[key] = function
+
+    with grad_mode():
         for name, variant in variants.items():
-            function = _call(variant, problem, cell.mode)
+            make = partial(call_of, variant, problem, cell.mode)
             try:
-                timings[name] = calibrate(function, meter, plan)
-                functions[name] = function
+                prepare(name, make())
             except Exception as error:
-                errors[name] = _text(error)
+                result["errors"][name] = _text(error)
+                continue
+            if means.capture is None:
+                continue
+            try:
+                prepare(name + _REPLAYED, means.capture(make))
+            except Exception as error:
+                result["notes"][name] = f"no graph: {_text(error)}"
         if functions:
-            interleaved(functions, timings, meter, plan)
-    return {name: timing.summary() for name, timing in timings.items() if timing.samples}
+            interleaved(functions, timings, means.meter, plan)
+    measured = {key: timing.summary() for key, timing in timings.items() if timing.samples}
+    result["timing"] = {k: t for k, t in measured.items() if not k.endswith(_REPLAYED)}
+    if means.capture is not None:
+        replays = {k: t for k, t in measured.items() if k.endswith(_REPLAYED)}
+        result["graph"] = {k.removesuffix(_REPLAYED): t for k, t in replays.items()}
 
 
 def _memory(
@@ -144,7 +175,7 @@ def run_cell(
     plan: Plan,
     make: ProblemMaker = make_problem,
     builders: Mapping[str, Builder] = BUILDERS,
-    meter: Meter | None = None,
+    means: Means | None = None,
 ) -> results.Result:
     """Measure one cell. Times in ms, memory in bytes.
 
@@ -165,11 +196,13 @@ def run_cell(
         wrong = _check(cell, problem, variants, builders, errors)
         variants = {name: v for name, v in variants.items() if name not in errors}
         result["disagreements"] = wrong
-        result["timing"] = _time(
-            cell, problem, variants, meter or meter_for(cell.device), plan, errors
-        )
-        result["memory"] = _memory(cell, problem, variants, errors) if cell.memory else {}
         result["notes"] = {name: v.note for name, v in variants.items() if v.note}
+        means = means or means_for(cell.device)
+        before = means.watch() if means.watch else None
+        _time(cell, problem, variants, means, plan, result)
+        if means.watch:
+            result["card"] = {"before": before, "after": means.watch()}
+        result["memory"] = _memory(cell, problem, variants, errors) if cell.memory else {}
     except Exception as error:
         result["status"], result["error"] = "error", _text(error)
         return result
@@ -199,7 +232,7 @@ def run(
     makers = makers or {}
     start = time.monotonic()
     effort_left = sum(cell.effort for cell in cells)
-    results.write(document, path)
+    results.keep(document, path)
     for cell in progress(cells):
         left_s = budget_s - (time.monotonic() - start)
         if left_s < 0:
@@ -209,7 +242,7 @@ def run(
         effort_left -= cell.effort
         own = replace(plan.times(cell.effort), limit_s=limit_s)
         document["cells"].append(run_cell(cell, own, makers.get(cell.group, make_problem)))
-        results.write(document, path)
+        results.keep(document, path)
     document["seconds"] = round(time.monotonic() - start, 1)
     document["complete"] = True
-    results.write(document, path)
+    results.keep(document, path)

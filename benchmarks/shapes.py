@@ -8,6 +8,7 @@ from typing import Any
 
 FORWARD = "forward"  # under no_grad
 STEP = "step"  # forward and backward; x requires grad, the base weight does not
+BACKWARD = "backward"  # of a forward that was done before
 
 GRID_ROWS = (1, 16, 512, 2048)
 GRID_WIDTHS = (1024, 4096)
@@ -158,26 +159,3 @@ def full_cells() -> list[Cell]:
     for cell in [*headline_cells(), *models, *grid_cells()]:
         unique.setdefault(cell.id, cell)
     return list(unique.values())
-
-
-def gpu_cells(device: str) -> list[Cell]:
-    """A first set for a CUDA device; on the CPU the same set with fewer rows, to try the code."""
-    rows = (1, 16, 2048, 8192) if device == "cuda" else (1, 16)
-    cells = [*call_cells(device)]
-    for dtype in ("bfloat16", "float16"):
-        for rank in (16, 64):
-            for count in rows:
-                fields = {"rank": rank, "device": device}
-                cells.append(square(FORWARD, dtype, 4096, count, **fields))
-                if count >= 16:
-                    cells.append(square(STEP, dtype, 4096, count, dropout_p=DROPOUT, **fields))
-    if device == "cuda":
-        compiled = square(STEP, "bfloat16", 4096, 2048, device=device, compiled=True)
-        cells.append(compiled)
-        cells.append(replace(compiled, mode=FORWARD))
-        cells += [
-            replace(p.cell(STEP, 8192, dropout_p=DROPOUT), device=device)
-            for p in PROJECTIONS
-            if "Llama" in p.name
-        ]
-    return cells

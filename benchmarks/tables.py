@@ -10,7 +10,7 @@ from .shapes import STEP
 from .variants import LABELS, ROUTES, floor_of
 
 NOTHING = "-"
-_PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "compiled")
+_PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "triton_pair", "compiled")
 _OURS = ("ours", "ours_packed", "ours_fp32", *ROUTES)
 
 
@@ -42,8 +42,10 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.2f} MiB" if count >= 2**17 else f"{count / 2**10:.2f} KiB"
 
 
-def _ratio_text(result: Result, over: str, under: str, spread: bool = False) -> str:
-    found = ratio(result, over, under)
+def _ratio_text(
+    result: Result, over: str, under: str, spread: bool = False, key: str = "timing"
+) -> str:
+    found = ratio(result, over, under, key)
     if found is None:
         return NOTHING
     quartiles = f" ({found.p25:.2f}-{found.p75:.2f})" if spread else ""
@@ -71,22 +73,25 @@ def _of_mode(document: Document, mode: str, real: bool = False) -> list[Result]:
     ]
 
 
-def latency(document: Document, mode: str, real: bool = False) -> str:
-    """Each variant's time as a multiple of the floor's, and ours as a multiple of PEFT's."""
+def latency(document: Document, mode: str, real: bool = False, key: str = "timing") -> str:
+    """Each variant's time as a multiple of the floor's, and ours as a multiple of PEFT's.
+
+    key: "timing" for calls, "graph" for replays of CUDA graphs
+    """
     results = _of_mode(document, mode, real)
     floor = floor_of(mode)
-    ours, peers = _present(results, _OURS), _present(results, _PEERS)
+    ours, peers = _present(results, _OURS, key), _present(results, _PEERS, key)
     header = ["cell", floor, *(LABELS[name] for name in ours)]
     header += [LABELS[name] for name in peers] + ["ours / PEFT", "n (dropped)"]
     rows = []
     for result in results:
-        timing = result["timing"]
+        timing = result.get(key, {})
         if floor not in timing:
             continue
         row = [_name_of(result), milliseconds(timing[floor]["ms"])]
-        row += [_ratio_text(result, name, floor, spread=name == "ours") for name in ours]
-        row += [_ratio_text(result, name, floor) for name in peers]
-        row.append(_ratio_text(result, "ours", "peft"))
+        row += [_ratio_text(result, name, floor, name == "ours", key) for name in ours]
+        row += [_ratio_text(result, name, floor, key=key) for name in peers]
+        row.append(_ratio_text(result, "ours", "peft", key=key))
         dropped = sum(t["dropped"] for t in timing.values())
         disturbed = "!" if is_disturbed(result) else ""
         row.append(f"{min(t['n'] for t in timing.values())} ({dropped}){disturbed}")
@@ -206,3 +211,41 @@ def predictions(entries: Sequence[dict[str, Any]]) -> str:
     ]
     header = ["cell", "variant", "predicted", "measured", "measured / predicted", "longest launch"]
     return table(header, rows, left=(0, 1, 5))
+
+
+def profiles(results: dict[str, dict[str, Any]]) -> str:
+    """The kernels of the calls that are furthest from their predictions, and what ncu counted."""
+    found = results.get("profile", {})
+    rows = []
+    for one in found.get("profiles", []):
+        call = f"{LABELS[one['variant']]}, {one['cell']}"
+        predicted = ", ".join(f"{name} {us:.1f}" for name, us in one["predicted"])
+        least = sorted((us for _, us in one["kernels"]), reverse=True)[:_LISTED][-1:]
+        longest = [(kernel, us) for kernel, us in one["kernels"] if us >= least[0]]
+        for number, (kernel, us) in enumerate(longest):
+            first = number == 0
+            rows.append([call if first else "", kernel[:60], f"{us:.1f}", predicted * first])
+    header = ["call", "kernel", "us", "launches predicted, us"]
+    listed = table(header, rows, left=(0, 1, 3))
+    counted = [
+        [entry["kernel"][:60], *(f"{entry[n]:.4g}" if n in entry else NOTHING for n in _COUNTED)]
+        for entry in found.get("counters", [])
+    ]
+    return "\n\n".join(part for part in (listed, table(["ncu", *_COUNTED], counted)) if part)
+
+
+_LISTED = 14  # kernels of a call, the longest of them
+_COUNTED = ("us", "DRAM bytes read", "DRAM bytes written", "tensor pipes busy, %")
+
+
+def clocks(document: Document) -> str:
+    """What the card said before and after the first, the middle and the last cell."""
+    read = [r for r in document["cells"] if (r.get("card") or {}).get("after")]
+    rows = []
+    for result in dict.fromkeys((0, len(read) // 2, len(read) - 1)) if read else ():
+        card = read[result]["card"]
+        for when in ("before", "after"):
+            values = card[when] or {}
+            rows.append([read[result]["cell"]["id"], when, *map(str, values.values())])
+    names = list((read[0]["card"]["after"]) if read else ())
+    return table(["cell", "read", *names], rows, left=(0, 1))

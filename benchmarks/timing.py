@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 Function = Callable[[], object]
 
 _NS_PER_MS = 1e6
@@ -81,26 +79,6 @@ class CpuMeter:
         return Sample(elapsed / inner / _NS_PER_MS, waited / max(elapsed, 1))
 
 
-class CudaMeter:
-    """CUDA events on the current stream."""
-
-    def __call__(self, function: Function, inner: int) -> Sample:
-        """Time `inner` calls."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(inner):
-            function()
-        end.record()
-        end.synchronize()
-        return Sample(start.elapsed_time(end) / inner, 0.0)
-
-
-def meter_for(device: str) -> Meter:
-    """The meter of a device type."""
-    return CudaMeter() if device == "cuda" else CpuMeter()
-
-
 @dataclass(frozen=True)
 class Plan:
     """How long to measure a cell. Times in the unit of the name."""
@@ -111,6 +89,7 @@ class Plan:
     patience: float = 2.5  # give up retrying after this many times the undisturbed duration
     limit_s: float = float("inf")  # give up after this, but not before the first round
     batch_ms: float = 15.0  # calls shorter than this are timed several at a time
+    max_inner: int = 2**31  # at most so many at a time
     max_wait: float = 0.03  # a sample that waited for a larger fraction is dropped
     lead_in_s: float = 0.12  # batches up to this long follow an untimed call of their own
     attempts: int = 3  # tries at a clean sample within a round
@@ -168,7 +147,7 @@ def calibrate(function: Function, meter: Meter, plan: Plan) -> Timing:
     ms = meter(function, 1).ms
     if ms < plan.warmup_ms:
         ms = meter(function, max(1, min(100, int(plan.warmup_ms / 5 / max(ms, 1e-4))))).ms
-    inner = max(1, int(plan.batch_ms / max(ms, 1e-4)))
+    inner = max(1, min(plan.max_inner, int(plan.batch_ms / max(ms, 1e-4))))
     return Timing(inner, inner * ms / 1e3)
 
 

@@ -30,6 +30,7 @@ LABELS = {
     "naive": "naive",
     "loralib": "loralib",
     "unsloth": "Unsloth-style",
+    "triton_pair": "Triton pair",
     "compiled": "torch.compile",
 }
 
@@ -269,6 +270,21 @@ def unsloth(problem: Problem, dropout_p: float) -> Variant:
     return Variant(call, (lora_a, lora_b))
 
 
+def triton_pair(problem: Problem, dropout_p: float) -> Variant:
+    """LoRAFusion's structure in Triton, in our own writing (CUDA)."""
+    if problem.bias is not None:
+        raise Unavailable("its fused kernel takes no bias")
+    from .triton_pair import TritonPair
+
+    lora_a, lora_b = problem.adapters(problem.dtype)
+    weight, scaling = problem.weight, problem.scaling
+
+    def call(x: Tensor) -> Tensor:
+        return TritonPair.apply(x, weight, lora_a, lora_b, scaling, dropout_p)
+
+    return Variant(call, (lora_a, lora_b))
+
+
 Builder = Callable[[Problem, float], Variant]
 
 BUILDERS: dict[str, Builder] = {
@@ -288,6 +304,7 @@ BUILDERS: dict[str, Builder] = {
         peft_default,
         loralib,
         unsloth,
+        triton_pair,
         compiled,
     )
 }
@@ -313,6 +330,7 @@ def names_for(cell: Cell) -> list[str]:
         "naive": cell.all_peers,
         "loralib": cell.all_peers,
         "unsloth": cell.all_peers and not cell.dropout_p,
+        "triton_pair": half and cell.device == "cuda" and cell.all_peers,
         "compiled": cell.compiled,
     }
     return [floor_of(cell.mode), *(name for name, wanted in chosen.items() if wanted)]

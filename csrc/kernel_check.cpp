@@ -8,6 +8,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "kernel/lora_gemm_sm90a_choice.h"
 #include "kernel_launch.h"
 #include "library_route.h"
 
@@ -63,9 +64,10 @@ template <class Args>
 std::string run_case(const plan::Card& card, const Kernels& kernels, const Args& args) {
   const plan::Problem problem = kernel_launch::problem_of(args);
   const plan::Choice route = kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel;
-  plan::Plan plan =
-      kernels.backward ? plan::backward(card, problem, route) : plan::forward(card, problem, route);
-  plan.gemm.tile = kernels.tile;
+  plan::Request request{route};
+  if (!kernels.hybrid) request.tile = kernels.tile;
+  const plan::Plan plan = kernels.backward ? plan::backward(card, problem, request)
+                                           : plan::forward(card, problem, request);
   const Kernels planned =
       kernels_of(plan, kernels.backward, kernels.dtype, kernels.float_adapters, kernels.dropout);
   if (planned != kernels) return "the small case takes other kernels: " + planned.name();
@@ -81,16 +83,19 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const Args&
   }
 }
 
+// Columns up to 16, up to 32, and more, with one half of an adapter or two; and the tail.
+int64_t rank_for(const Kernels& kernels) {
+  if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
+  const int64_t whole = plan::facts_of(kernels.tile).in_grid ? 0 : 64;
+  return kernels.tail == 1 ? whole + 8 : kernels.tail == 2 ? whole + 24 : 40;
+}
+
 // Rows, columns and depth that no tile divides, the second wide enough for one pass over dY. An odd
 // depth and width make rows unaligned.
 std::string run_small_case(const at::Device& device, const plan::Card& card,
                            const Kernels& kernels) {
   const int64_t m = 200, n = kernels.vector ? 536 : 531, k = kernels.vector ? 264 : 259;
-  // Columns up to 16, up to 32, and more, with one half of an adapter or two.
-  const int64_t rank = !kernels.one_pass        ? 40
-                       : !kernels.wide          ? 8
-                       : kernels.float_adapters ? 12
-                                                : 20;
+  const int64_t rank = rank_for(kernels);
   const auto options = at::TensorOptions().device(device).dtype(kernels.dtype);
   const auto adapter = options.dtype(kernels.float_adapters ? at::kFloat : kernels.dtype);
   DropoutArgs dropout;
@@ -124,21 +129,37 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
 std::string Kernels::name() const {
   std::string text = backward ? "backward" : "forward";
   text += dtype == at::kHalf ? " float16 " : " bfloat16 ";
-  text += hybrid ? "hybrid" : plan::name_of(tile);
+  text += hybrid ? "hybrid" : plan::facts_of(tile).name;
   if (!vector) text += " element-wise";
   if (float_adapters) text += " float32 adapters";
   if (dropout) text += " dropout";
   if (one_pass) text += " one pass";
   if (wide) text += " wide";
+  if (tail != 0) text += " tail " + std::to_string(tail);
   return text;
 }
 
 Kernels kernels_of(const plan::Plan& plan, bool backward, at::ScalarType dtype, bool float_adapters,
                    bool dropout) {
   const bool has_gemm = plan.gemm.blocks > 0;  // not where dX is not needed
-  return {backward,    dtype,         has_gemm ? plan.gemm.tile : plan::Tile::k128x64,
-          plan.hybrid, plan.vector,   float_adapters,
-          dropout,     plan.one_pass, plan.one_pass && plan.columns > 16};
+  const bool wgmma = has_gemm && plan::facts_of(plan.gemm.tile).wgmma;
+  return {backward,
+          dtype,
+          has_gemm ? plan.gemm.tile : plan::Tile::k128x64,
+          plan.hybrid,
+          plan.vector,
+          float_adapters,
+          dropout,
+          plan.one_pass,
+          plan.one_pass && plan.columns > 16,
+          wgmma ? kernel::tail_of(plan.width) : 0};
+}
+
+// Those with which a call can ask for the kernels. One pass over dY is for few columns.
+std::vector<int> tails_of(const Kernels& kernels) {
+  if (!plan::facts_of(kernels.tile).wgmma) return {0};
+  if (!kernels.one_pass) return {1, 2, 4};
+  return {kernels.wide && !kernels.float_adapters ? 2 : 1};
 }
 
 std::vector<Kernels> all_kernels(const plan::Card& card) {
@@ -147,14 +168,18 @@ std::vector<Kernels> all_kernels(const plan::Card& card) {
   };
   std::vector<Kernels> all;
   const auto add = [&](Kernels kernels) {
-    for (const plan::Tile tile : plan::tiles_of(card, kernels.backward && kernels.dropout)) {
+    const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
+    for (const plan::Tile tile : plan::tiles_of(card, call)) {
       for (const bool vector : {true, false}) {
         if (!vector && tile != plan::Tile::k128x64) continue;
         kernels.tile = tile, kernels.vector = vector;
-        all.push_back(kernels);
+        for (const int tail : tails_of(kernels)) {
+          kernels.tail = tail;
+          all.push_back(kernels);
+        }
       }
     }
-    kernels.tile = plan::Tile::k128x64, kernels.hybrid = true;
+    kernels.tile = plan::Tile::k128x64, kernels.hybrid = true, kernels.tail = 0;
     for (const bool vector : {true, false}) {
       kernels.vector = vector;
       all.push_back(kernels);

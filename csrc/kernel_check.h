@@ -17,6 +17,7 @@ struct Kernels {
   plan::Tile tile;
   bool hybrid, vector, float_adapters, dropout;
   bool one_pass, wide;  // lora_dsdb, and its instance for more than 16 columns; backward only
+  int tail;             // of the rank, which selects instances of wgmma's tiles; else 0
 
   auto operator<=>(const Kernels&) const = default;
   std::string name() const;

@@ -5,6 +5,7 @@
 
 #include "kernel_check.h"
 #include "kernel_launch.h"
+#include "winners.h"
 
 namespace lora_ext::kernel_route {
 namespace {
@@ -14,13 +15,19 @@ std::atomic<plan::Choice>& choice() {
   return current;
 }
 
-plan::Plan plan_of(const ForwardArgs& args) {
-  return plan::forward(kernel_launch::card_of(args.x.device()), kernel_launch::problem_of(args),
-                       choice());
+std::atomic<bool>& early_launch() {
+  static std::atomic<bool> enabled{true};
+  return enabled;
 }
-plan::Plan plan_of(const BackwardArgs& args) {
-  return plan::backward(kernel_launch::card_of(args.x.device()), kernel_launch::problem_of(args),
-                        choice());
+
+template <class Args>
+plan::Plan plan_of(const Args& args) {
+  constexpr bool kBackward = std::is_same_v<Args, BackwardArgs>;
+  const plan::Card card = kernel_launch::card_of(args.x.device());
+  const plan::Problem problem = kernel_launch::problem_of(args);
+  plan::Request request = winners::request_for(card, problem, kBackward, choice());
+  request.early_launch = early_launch();
+  return kBackward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
 }
 
 template <class Args>
@@ -46,7 +53,18 @@ std::optional<Result> run(const Args& args) {
   return kernel_launch::run(plan, args);
 }
 
+template <class Args>
+Explained explained(const Args& args) {
+  const plan::Plan plan = plan_of(args);
+  if (!plan.kernel) return {plan, ""};
+  const std::string result = kernel_check::result(args.x.device(), kernels_of(plan, args));
+  return {plan, result.empty() ? "passed" : result};
+}
+
 }  // namespace
+
+Explained explain(const ForwardArgs& args) { return explained(args); }
+Explained explain(const BackwardArgs& args) { return explained(args); }
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
 std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
@@ -63,6 +81,7 @@ std::vector<std::string> warmup(const at::Device& device) {
 
 void set_choice(plan::Choice wanted) { choice() = wanted; }
 plan::Choice current_choice() { return choice(); }
+void set_early_launch(bool enabled) { early_launch() = enabled; }
 
 }  // namespace lora_ext::kernel_route
 #endif  // LORA_EXT_WITH_CUDA

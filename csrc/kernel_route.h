@@ -18,10 +18,21 @@ namespace lora_ext::kernel_route {
 std::optional<Forward> forward(const ForwardArgs& args);
 std::optional<Backward> backward(const BackwardArgs& args);
 
+// What forward and backward would do, and what the check of those kernels has said: "passed", "not
+// yet", or what failed; "" without kernels. Of args.grad only the rows' alignment counts.
+struct Explained {
+  plan::Plan plan;
+  std::string check;
+};
+Explained explain(const ForwardArgs& args);
+Explained explain(const BackwardArgs& args);
+
 // Checks every kernel of the device now; one line for each that failed.
 std::vector<std::string> warmup(const at::Device& device);
 
 void set_choice(plan::Choice choice);
 plan::Choice current_choice();
+// Whether a kernel may begin before the one before it ends (programmatic dependent launch).
+void set_early_launch(bool enabled);
 
 }  // namespace lora_ext::kernel_route

@@ -16,33 +16,84 @@ constexpr int64_t kAlignBytes = 256;
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
 
-const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
+constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;
+// The rate of mma.sync over that of wgmma, where there are both (predicted).
+constexpr double kMmaSyncShare = 0.55;
 
-bool fits(const TileFacts& tile, const Card& card, bool masked) {
-  return tile.shared <= card.shared_per_block && (tile.masks || !masked);
+// Why no kernel with wgmma and TMA computes a product on a card; "" if one may.
+std::string why_no_wgmma(const Card& card, const Problem& p, bool vector) {
+  if (card.arch != 90) return "only compute capability 9.0 has it";
+  if (!card.tensor_maps) return "the driver encodes no tensor maps";
+  if (!vector) return "rows do not begin at multiples of 16 bytes";
+  if (p.rank > kMostWgmmaRank) return "the rank is above 256";
+  return "";
+}
+
+// In forward alone: backward needs another pass over dY for dB anyway, and lora_dsdb makes both in
+// one. Not of dropped X, which a tensor core cannot take from shared memory as it came; and of one
+// half, one step of T U.
+bool fits_in_grid(const Call& call) {
+  return !call.backward && !call.dropout && !call.float_adapters;
+}
+
+bool fits(const TileFacts& tile, const Card& card, const Call& call) {
+  const bool masked = call.backward && call.dropout;
+  return tile.shared <= card.shared_per_block && (tile.masks || !masked) &&
+         (!tile.wgmma || (card.arch == 90 && card.tensor_maps)) &&
+         (!tile.in_grid || fits_in_grid(call));
+}
+
+// Of the card's fastest products.
+double rate_of(const TileFacts& tile, const Card& card) {
+  return card.arch == 90 && !tile.wgmma ? kMmaSyncShare * tile.efficiency : tile.efficiency;
+}
+
+// Blocks that have work; wgmma's come in pairs of rows.
+int64_t blocks_with_work(const TileFacts& tile, int64_t m, int64_t n) {
+  const int64_t together = tile.wgmma ? 2 : 1;
+  return together * blocks_of(m, together * tile.rows) * blocks_of(n, tile.columns);
 }
 
 Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bool vector) {
   const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
   const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
-  const int64_t tiles = blocks_of(m, tile.rows) * blocks_of(n, tile.columns);
-  return {tile.tile, vector, static_cast<int>(std::min(tiles, card.sms * resident))};
+  const int64_t blocks = std::min(blocks_with_work(tile, m, n), card.sms * resident);
+  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma && !tile.in_grid};
 }
 
-// The tile with the least predicted time: whole waves of tiles, each as long as its area. Where it
-// only adds a low-rank product, the smallest, of which most fit on an SM.
-Gemm choose_gemm(const Card& card, int64_t m, int64_t n, bool vector, bool masked, bool hybrid) {
-  if (hybrid) return with_tile(card, facts_of(Tile::k128x64), m, n, vector);
+// The tile that is asked for, if it can be had; else that with the least predicted time: whole
+// waves of tiles, each as long as its area. Where T can be made in the same grid it is, which saves
+// two launches.
+Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, bool backward, bool vector,
+                 bool wgmma, const std::optional<Tile>& asked) {
+  const Call call{backward, p.float_adapters, p.dropout};
+  const bool in_grid = wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank;
   const TileFacts* best = nullptr;
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
-    if (!fits(tile, card, masked)) continue;
+    if (!fits(tile, card, call) || (tile.wgmma && !wgmma) || (tile.in_grid && !in_grid)) continue;
     if (!vector && tile.tile != Tile::k128x64) continue;
-    const int64_t waves = blocks_of(blocks_of(m, tile.rows) * blocks_of(n, tile.columns), card.sms);
-    const double time = static_cast<double>(waves * tile.rows * tile.columns) / tile.efficiency;
+    if (tile.tile == asked) return with_tile(card, tile, p.m, n, vector);
+    if (tile.in_grid != in_grid) continue;
+    const int64_t waves = blocks_of(blocks_with_work(tile, p.m, n), card.sms);
+    const double time = static_cast<double>(waves * tile.rows * tile.columns) / rate_of(tile, card);
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }
-  return with_tile(card, *best, m, n, vector);
+  return with_tile(card, *best, p.m, n, vector);
+}
+
+// Of Y or dX, [p.m, n]. Where it only adds a low-rank product, the smallest tile, of which most fit
+// on an SM.
+void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool backward,
+                const Request& request) {
+  if (plan.hybrid) {
+    plan.gemm = with_tile(card, facts_of(Tile::k128x64), p.m, n, plan.vector);
+    return;
+  }
+  const std::string why = why_no_wgmma(card, p, plan.vector);
+  plan.gemm = choose_gemm(card, p, n, backward, plan.vector, why.empty(), request.tile);
+  plan.gemm.early = plan.gemm.early && request.early_launch;
+  if (card.arch == 90) plan.no_wgmma = why;
 }
 
 // Enough splits for two blocks on every SM, but none shorter than kMinSteps.
@@ -64,7 +115,10 @@ struct Workspace {
 };
 
 // Why the library route computes a problem; "" if the kernels may.
-std::string library_reason(const Card& card, const Problem& p, Choice choice) {
+std::string library_reason(const Card& card, const Problem& p, const Request& request) {
+  const Choice choice = request.choice;
+  if (choice == Choice::kLibrary && !request.measured.empty())
+    return "fastest as measured " + request.measured;
   if (choice == Choice::kLibrary) return "the library route was asked for";
   if (!p.half_dtype) return "the kernels compute bfloat16 and float16";
   if (card.arch < 80) return "the kernels need compute capability 8.0 or later";
@@ -85,8 +139,9 @@ bool library_forward(const Problem& p, Choice choice) {
 // half of it or less where there are warpgroup products. That costs more than the pass over Y or dX
 // that the whole product in one kernel saves (benchmarks/model.py: predicted). So the planner
 // leaves base products to the library until a card has shown otherwise.
-std::string kernel_reason(Choice choice) {
-  switch (choice) {
+std::string kernel_reason(const Request& request) {
+  if (!request.measured.empty()) return "fastest as measured " + request.measured;
+  switch (request.choice) {
     case Choice::kKernel:
       return "the kernels were asked for";
     case Choice::kHybrid:
@@ -97,13 +152,13 @@ std::string kernel_reason(Choice choice) {
   }
 }
 
-Plan begin(const Card& card, const Problem& p, Choice choice) {
+Plan begin(const Card& card, const Problem& p, const Request& request) {
   Plan plan;
-  plan.reason = library_reason(card, p, choice);
+  plan.reason = library_reason(card, p, request);
   plan.kernel = plan.reason.empty();
   if (!plan.kernel) return plan;
-  plan.reason = kernel_reason(choice);
-  plan.hybrid = choice != Choice::kKernel;
+  plan.reason = kernel_reason(request);
+  plan.hybrid = request.choice != Choice::kKernel;
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, 8));
   plan.columns = plan.terms * plan.width;
@@ -126,24 +181,28 @@ void place_b(Plan& plan, Workspace& workspace, const Problem& p) {
 std::string describe_gemm(const Gemm& gemm) {
   std::ostringstream text;
   text << "lora_gemm " << facts_of(gemm.tile).name << (gemm.vector ? "" : ", element-wise copies")
-       << ", " << gemm.blocks << " blocks";
+       << ", " << gemm.blocks << " blocks" << (gemm.early ? ", begins early" : "");
   return text.str();
 }
 
 }  // namespace
 
-const char* name_of(Tile tile) { return facts_of(tile).name; }
+std::optional<Tile> tile_named(const std::string& name) {
+  for (const TileFacts& tile : kTiles)
+    if (name == tile.name) return tile.tile;
+  return std::nullopt;
+}
 
-std::vector<Tile> tiles_of(const Card& card, bool masked) {
+std::vector<Tile> tiles_of(const Card& card, const Call& call) {
   std::vector<Tile> tiles;
   for (const TileFacts& tile : kTiles)
-    if (fits(tile, card, masked)) tiles.push_back(tile.tile);
+    if (fits(tile, card, call)) tiles.push_back(tile.tile);
   return tiles;
 }
 
-Plan forward(const Card& card, const Problem& p, Choice choice) {
-  Plan plan = begin(card, p, choice);
-  if (plan.kernel && library_forward(p, choice)) {
+Plan forward(const Card& card, const Problem& p, const Request& request) {
+  Plan plan = begin(card, p, request);
+  if (plan.kernel && library_forward(p, request.choice)) {
     plan.kernel = plan.hybrid = false;
     plan.reason =
         "half adapters without dropout: the library is predicted to be as fast in forward";
@@ -152,17 +211,23 @@ Plan forward(const Card& card, const Problem& p, Choice choice) {
   Workspace workspace;
   place_a(plan, workspace, p);
   place_b(plan, workspace, p);
-  plan.z_columns = static_cast<int>(plan.terms * p.rank);
-  plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
-  plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
+  place_gemm(plan, card, p, p.n, false, request);
+  const TileFacts& tile = facts_of(plan.gemm.tile);
+  if (tile.in_grid) {
+    plan.flag_count = 2 * kFlagsApart + 2 * blocks_of(p.m, 2 * tile.rows);
+    plan.flags = workspace.take(plan.flag_count, 4);
+  } else {
+    plan.z_columns = static_cast<int>(plan.terms * p.rank);
+    plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
+    plan.z = workspace.take(plan.shrink.splits * p.m * plan.z_columns, 4);
+  }
   plan.t = workspace.take(p.m * plan.columns, 2);
-  plan.gemm = choose_gemm(card, p.m, p.n, plan.vector, false, plan.hybrid);
   plan.workspace = workspace.bytes;
   return plan;
 }
 
-Plan backward(const Card& card, const Problem& p, Choice choice) {
-  Plan plan = begin(card, p, choice);
+Plan backward(const Card& card, const Problem& p, const Request& request) {
+  Plan plan = begin(card, p, request);
   if (!plan.kernel) return plan;
   const bool need_ds = p.need_dx || p.need_dlora_a;
   Workspace workspace;
@@ -197,7 +262,7 @@ Plan backward(const Card& card, const Problem& p, Choice choice) {
   }
   if (p.need_dlora_b) plan.g_b = workspace.take(plan.dlora_b.splits * plan.columns * p.n, 4);
   if (p.need_dlora_a) plan.g_a = workspace.take(plan.dlora_a.splits * plan.columns * p.k, 4);
-  if (p.need_dx) plan.gemm = choose_gemm(card, p.m, p.k, plan.vector, p.dropout, plan.hybrid);
+  if (p.need_dx) place_gemm(plan, card, p, p.k, true, request);
   plan.workspace = workspace.bytes;
   return plan;
 }
@@ -217,8 +282,9 @@ std::string Plan::describe() const {
     text << "  lora_shrink " << shrink.splits << " splits of " << shrink.steps_per_split
          << " steps\n";
   }
-  if (t != kNone) text << "  lora_reduce\n";
+  if (z != kNone) text << "  lora_reduce\n";
   if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
+  if (!no_wgmma.empty()) text << "  without wgmma: " << no_wgmma << "\n";
   if (hybrid && gemm.blocks > 0) text << "  the library's base product, onto it\n";
   const bool db_apart = dlora_b.splits > 0 && !one_pass;
   if (dlora_a.splits > 0 || db_apart) {

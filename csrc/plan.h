@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,34 @@ struct Card {
   int arch;
   int sms;
   int64_t shared_per_sm, shared_per_block;  // bytes; a block can have at most the second
+  std::string name{};       // the driver's, by which measurements are kept; "" in the abstract
+  bool tensor_maps = true;  // the driver encodes them, which TMA needs
 };
 
-// Which route the user asks for; kAuto leaves it to the planner. kHybrid: base products by the
-// library, everything else by the kernels.
+// Which route is asked for; kAuto leaves it to the planner. kHybrid: base products by the library,
+// everything else by the kernels.
 enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
+
+// Of kernel/lora_gemm_sm80.h, of lora_gemm_sm90a_in_grid.h, and of lora_gemm_sm90a.h.
+enum class Tile {
+  k128x256,
+  k128x128,
+  k128x64,
+  kInGrid128x256,
+  kInGrid128x128,
+  kWgmma128x256,
+  kWgmma128x128,
+  kPingpong128x192,
+  kPingpong128x128,
+};
+
+// A route, and for kKernel perhaps a tile, asked for by the user or by a measurement (winners.h).
+struct Request {
+  Choice choice = Choice::kAuto;
+  std::optional<Tile> tile{};
+  std::string measured{};    // where: the end of "fastest as measured ..."; "" if the user asks
+  bool early_launch = true;  // a kernel may begin before the one before it ends, where it can wait
+};
 
 // A LoRA linear's operands. "aligned": unit stride in a row, and pointer and row pitch are
 // multiples of 16 bytes.
@@ -36,13 +60,11 @@ struct Problem {
   bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
 };
 
-enum class Tile { k128x256, k128x128, k128x64 };
-
-// The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sm80.h asserts it): rows,
-// columns, shared memory in bytes, resident blocks an SM at most (by registers), and the share of
-// the tensor cores' rate that they can use. 128 x 64 loads a third more bytes for each product than
-// 128 x 128, which loads a third more than 128 x 256; how much of that shows is predicted, not
-// measured.
+// The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sequence.h and
+// lora_gemm_sm90a_launch.h assert it): rows, columns, shared memory in bytes, resident blocks an SM
+// at most (by registers), and the share of the rate of mma.sync, or of wgmma, that they can use.
+// 128 x 64 loads a third more bytes for each product than 128 x 128, which loads a third more than
+// 128 x 256; how much of that shows is predicted, not measured.
 struct TileFacts {
   Tile tile;
   const char* name;
@@ -50,21 +72,35 @@ struct TileFacts {
   int resident;
   double efficiency;
   bool masks;
+  bool wgmma;    // on compute capability 9.0 alone, in pairs of blocks one below the other
+  bool in_grid;  // makes T, too, where fits_in_grid allows it
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false},
-    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true},
-    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true},
+    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false, false, false},
+    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true, false, false},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true, false, false},
+    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 229480, 1, 1.0, false, true, true},
+    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 229512, 1, 0.85, false, true, true},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 229440, 1, 1.0, true, true, false},
+    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 229472, 1, 0.85, true, true, false},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 196672, 1, 0.97, true, true, false},
+    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 229472, 1, 0.9, true, true, false},
 };
+constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
-const char* name_of(Tile tile);
-// Those that fit a card; masked: for a product under a mask.
-std::vector<Tile> tiles_of(const Card& card, bool masked);
+std::optional<Tile> tile_named(const std::string& name);
+// A call, as far as it decides which tiles can compute it.
+struct Call {
+  bool backward, float_adapters, dropout;
+};
+// Those that a card has for a call, of some rank.
+std::vector<Tile> tiles_of(const Card& card, const Call& call);
 
 struct Gemm {
   Tile tile;
   bool vector;  // Alignment::kVector
-  int blocks;   // persistent
+  int blocks;   // persistent; of wgmma, as many as may be resident
+  bool early;   // begins before the kernel that writes T has ended, and waits for it; wgmma's alone
 };
 
 // A grid's last dimension: `splits` shares of a sum, each of steps_per_split steps of 64.
@@ -72,7 +108,8 @@ struct Splits {
   int splits = 0, steps_per_split = 0;
 };
 
-constexpr int64_t kNone = -1;  // an offset of what is not in the workspace
+constexpr int64_t kNone = -1;        // an offset of what is not in the workspace
+constexpr int64_t kFlagsApart = 32;  // of 4 bytes: flags that different blocks write, by 128 bytes
 
 struct Plan {
   bool kernel = false;  // else the library route
@@ -91,6 +128,7 @@ struct Plan {
   int64_t a_pitch = 0;
   // Partial sums of S or dS.
   int64_t z = kNone;
+  int64_t flags = kNone;  // in_grid: uint32, ticket, finished and ready at kFlagsApart each
   int z_columns = 0;
   Splits shrink{};  // of k, or of n
 
@@ -101,10 +139,13 @@ struct Plan {
   Splits dlora_b{}, dlora_a{};
   int64_t g_b = kNone, g_a = kNone;  // partial sums of gradients
 
+  int64_t flag_count = 0;
+  std::string no_wgmma;  // on compute capability 9.0: why gemm has none
+
   std::string describe() const;
 };
 
-Plan forward(const Card& card, const Problem& problem, Choice choice);
-Plan backward(const Card& card, const Problem& problem, Choice choice);
+Plan forward(const Card& card, const Problem& problem, const Request& request);
+Plan backward(const Card& card, const Problem& problem, const Request& request);
 
 }  // namespace lora_ext::plan

@@ -3,9 +3,11 @@
 #include <map>
 
 #include "plan.h"
+#include "winners.h"
 
 #ifdef LORA_EXT_WITH_CUDA
-#include "kernel_check.h"
+#include <ATen/ops/empty.h>
+
 #include "kernel_launch.h"
 #include "kernel_route.h"
 #endif
@@ -27,25 +29,39 @@ plan::Choice choice_of(const std::string& name) {
 }
 
 #ifdef LORA_EXT_WITH_CUDA
+kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& weight,
+                                        const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                        double dropout_p) {
+  return kernel_route::explain(
+      ForwardArgs{x, weight, lora_a, lora_b, {}, 1.0, DropoutArgs{dropout_p}, {}});
+}
+
+// The gradient of y comes in contiguous rows, of which one tells the alignment.
+kernel_route::Explained explain_backward(const at::Tensor& x, const at::Tensor& weight,
+                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                         double dropout_p) {
+  const at::Tensor grad = at::empty({1, weight.size(0)}, x.options());
+  return kernel_route::explain(BackwardArgs{
+      grad, x, weight, lora_a, lora_b, {}, 1.0, DropoutArgs{dropout_p}, {}, true, true, true});
+}
+
 void bind_device(py::module& m) {
   m.def(
       "cuda_card", [](const at::Device& device) { return kernel_launch::card_of(device); },
       py::arg("device"));
-  m.def(
-      "cuda_check_result",
-      [](const at::Device& device, const plan::Plan& plan, bool backward,
-         const at::ScalarType& dtype, bool float_adapters, bool dropout) {
-        const std::string result = kernel_check::result(
-            device, kernel_check::kernels_of(plan, backward, dtype, float_adapters, dropout));
-        return result.empty() ? "passed" : result;
-      },
-      py::arg("device"), py::arg("plan"), py::arg("backward"), py::arg("dtype"),
-      py::arg("float_adapters"), py::arg("dropout"));
+  py::class_<kernel_route::Explained>(m, "Explained")
+      .def_readonly("plan", &kernel_route::Explained::plan)
+      .def_readonly("check", &kernel_route::Explained::check);
+  m.def("explain_forward", &explain_forward, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
+        py::arg("lora_b"), py::arg("dropout_p"));
+  m.def("explain_backward", &explain_backward, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
+        py::arg("lora_b"), py::arg("dropout_p"));
   m.def("cuda_warmup", &kernel_route::warmup, py::arg("device"),
         py::call_guard<py::gil_scoped_release>());
   m.def(
       "set_cuda_route", [](const std::string& name) { kernel_route::set_choice(choice_of(name)); },
       py::arg("name"));
+  m.def("set_early_launch", &kernel_route::set_early_launch, py::arg("enabled"));
   m.def("cuda_route", [] {
     for (const auto& [name, choice] : kChoices)
       if (choice == kernel_route::current_choice()) return name;
@@ -56,12 +72,42 @@ void bind_device(py::module& m) {
 void bind_device(py::module&) {}
 #endif
 
+winners::Winner winner_of(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
+                          int64_t k, int64_t rank, const std::string& route,
+                          const std::string& tile, const std::string& measured) {
+  const plan::Choice choice = choice_of(route);
+  const std::optional<plan::Tile> asked = plan::tile_named(tile);
+  if (choice == plan::Choice::kAuto) throw py::value_error("lora_ext: auto wins nothing");
+  if (!tile.empty() && !asked) throw py::value_error("lora_ext: there is no tile " + tile);
+  return {{backward, float_adapters, dropout, n, k, rank}, rows, {choice, asked, measured}};
+}
+
+void bind_winners(py::module& m) {
+  py::class_<winners::Winner>(m, "Winner")
+      .def(py::init(&winner_of), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
+           py::arg("dropout"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("rank"),
+           py::arg("route"), py::arg("tile"), py::arg("measured"));
+  m.def("replace_winners", &winners::replace, py::arg("card"), py::arg("winners"));
+  m.def(
+      "tiles_of",
+      [](const plan::Card& card, bool backward, bool float_adapters, bool dropout) {
+        std::vector<std::string> names;
+        for (const plan::Tile tile : plan::tiles_of(card, {backward, float_adapters, dropout}))
+          names.emplace_back(plan::facts_of(tile).name);
+        return names;
+      },
+      py::arg("card"), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
+      py::arg("dropout"));
+}
+
 }  // namespace
 
 void bind_plan(py::module& m) {
   py::class_<plan::Card>(m, "Card")
-      .def(py::init<int, int, int64_t, int64_t>(), py::arg("arch"), py::arg("sms"),
-           py::arg("shared_per_sm"), py::arg("shared_per_block"))
+      .def(py::init<int, int, int64_t, int64_t, std::string, bool>(), py::arg("arch"),
+           py::arg("sms"), py::arg("shared_per_sm"), py::arg("shared_per_block"),
+           py::arg("name") = "", py::arg("tensor_maps") = true)
+      .def_readonly("name", &plan::Card::name)
       .def_readonly("arch", &plan::Card::arch)
       .def_readonly("sms", &plan::Card::sms)
       .def_readonly("shared_per_sm", &plan::Card::shared_per_sm)
@@ -88,7 +134,15 @@ void bind_plan(py::module& m) {
       .def_readonly("columns", &plan::Plan::columns)
       .def_readonly("panels", &plan::Plan::panels)
       .def_readonly("one_pass", &plan::Plan::one_pass)
-      .def_property_readonly("tile", [](const plan::Plan& p) { return plan::name_of(p.gemm.tile); })
+      .def_property_readonly("tile",
+                             [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).name; })
+      .def_property_readonly("wgmma",
+                             [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).wgmma; })
+      .def_property_readonly(
+          "in_grid", [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).in_grid; })
+      .def_property_readonly(
+          "tile_efficiency",
+          [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).efficiency; })
       .def_property_readonly("blocks", [](const plan::Plan& p) { return p.gemm.blocks; })
       .def_property_readonly("shrink_splits", [](const plan::Plan& p) { return p.shrink.splits; })
       .def_property_readonly("dlora_a_splits", [](const plan::Plan& p) { return p.dlora_a.splits; })
@@ -98,15 +152,18 @@ void bind_plan(py::module& m) {
   m.def(
       "plan_forward",
       [](const plan::Card& card, const plan::Problem& problem, const std::string& name) {
-        return plan::forward(card, problem, choice_of(name));
+        return plan::forward(card, problem,
+                             winners::request_for(card, problem, false, choice_of(name)));
       },
       py::arg("card"), py::arg("problem"), choice);
   m.def(
       "plan_backward",
       [](const plan::Card& card, const plan::Problem& problem, const std::string& name) {
-        return plan::backward(card, problem, choice_of(name));
+        return plan::backward(card, problem,
+                              winners::request_for(card, problem, true, choice_of(name)));
       },
       py::arg("card"), py::arg("problem"), choice);
+  bind_winners(m);
   bind_device(m);
 }
 

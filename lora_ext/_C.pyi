@@ -28,7 +28,16 @@ class Card:
     sms: int
     shared_per_sm: int
     shared_per_block: int
-    def __init__(self, arch: int, sms: int, shared_per_sm: int, shared_per_block: int) -> None: ...
+    name: str
+    def __init__(
+        self,
+        arch: int,
+        sms: int,
+        shared_per_sm: int,
+        shared_per_block: int,
+        name: str = "",
+        tensor_maps: bool = True,
+    ) -> None: ...
 
 class Problem:
     """One LoRA linear as the planner sees it (csrc/plan.h)."""
@@ -57,6 +66,9 @@ class Plan:
     panels: int
     one_pass: bool
     tile: str
+    tile_efficiency: float
+    wgmma: bool
+    in_grid: bool
     blocks: int
     shrink_splits: int
     dlora_a_splits: int
@@ -64,17 +76,53 @@ class Plan:
 
 def plan_forward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
 def plan_backward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
+def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool) -> list[str]:
+    """The tiles that the card has for a call of some rank."""
+
+class Winner:
+    """The route that was fastest for one layer and number of rows on a card (csrc/winners.h)."""
+
+    def __init__(
+        self,
+        *,
+        backward: bool,
+        float_adapters: bool,
+        dropout: bool,
+        rows: int,
+        n: int,
+        k: int,
+        rank: int,
+        route: str,
+        tile: str,
+        measured: str,
+    ) -> None: ...
+
+def replace_winners(card: str, winners: list[Winner]) -> None:
+    """Puts these in place of all that the planner knew of a card, by the driver's name for it."""
 
 # In builds with CUDA kernels only.
+class Explained:
+    """A plan, and what the check of its kernels has said."""
+
+    plan: Plan
+    check: str
+
 def cuda_card(device: torch.device) -> Card: ...
-def cuda_check_result(
-    device: torch.device,
-    plan: Plan,
-    backward: bool,
-    dtype: torch.dtype,
-    float_adapters: bool,
-    dropout: bool,
-) -> str: ...
+def explain_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    dropout_p: float,
+) -> Explained: ...
+def explain_backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    dropout_p: float,
+) -> Explained: ...
 def cuda_warmup(device: torch.device) -> list[str]: ...
 def set_cuda_route(name: str) -> None: ...
+def set_early_launch(enabled: bool) -> None: ...
 def cuda_route() -> str: ...

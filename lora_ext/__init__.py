@@ -17,7 +17,7 @@ if torch_mismatch():
     raise ImportError(torch_mismatch())
 
 try:
-    from . import _C  # noqa: F401  (registers the ops)
+    from . import _C
 except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
@@ -32,7 +32,7 @@ from .adapters import (
 from .apply import apply_lora, merge_and_unload, unload
 from .config import AdapterSpec, LoRAConfig
 from .functional import dropout_mask, lora_linear
-from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, warmup
+from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_early_launch, warmup
 from .loralib import convert_loralib, load_loralib_state_dict, loralib_state_dict
 from .model import (
     delete_adapter,
@@ -48,8 +48,12 @@ from .modules import LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMergedLinear
 from .optimizer import lora_plus_groups
 from .prepack import PackedWeight, prepack
 from .reports import explain, trainable_parameters
+from .tune import load_tables
 
 __version__ = version()
+
+if _C.with_cuda:
+    load_tables()
 
 __all__ = [
     "CARDS",
@@ -88,6 +92,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_cuda_route",
+    "set_early_launch",
     "trainable_parameters",
     "unload",
     "unmerge",

@@ -109,11 +109,6 @@ def _card(card: str | torch.device) -> _C.Card:
     return CARDS[card]
 
 
-def _aligned(tensor: Tensor) -> bool:
-    pitch = tensor.stride(0) * tensor.element_size()
-    return tensor.stride(-1) == 1 and pitch % 16 == 0 and tensor.data_ptr() % 16 == 0
-
-
 def _flat(x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
@@ -139,28 +134,9 @@ def explain_cuda_call(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float
 ) -> CallPlan:
     """`explain_call` for operands that the kernel route takes; x is [M, K]."""
-    problem = _C.Problem(x.shape[0], weight.shape[0], x.shape[1], lora_a.shape[0])
-    problem.half_dtype = x.dtype in HALVES
-    problem.float_adapters = lora_a.dtype == torch.float32
-    problem.dropout = dropout_p > 0.0
-    problem.weight_row_major = weight.stride(1) == 1
-    problem.aligned_a, problem.aligned_b = _aligned(lora_a), _aligned(lora_b)
-    problem.aligned_weight = _aligned(weight)
-    card, route = _C.cuda_card(x.device), _C.cuda_route()
-    problem.aligned = _aligned(x) and weight.shape[0] % 8 == 0
-    forward = _C.plan_forward(card, problem, route)
-    # The gradient of y comes in contiguous rows.
-    problem.aligned = problem.aligned and x.shape[1] % 8 == 0
-    backward = _C.plan_backward(card, problem, route)
-
-    def check(plan: _C.Plan, backward: bool) -> str:
-        if not plan.kernel:
-            return ""
-        return _C.cuda_check_result(
-            x.device, plan, backward, x.dtype, problem.float_adapters, problem.dropout
-        )
-
-    return CallPlan(forward, backward, check(forward, False), check(backward, True))
+    forward = _C.explain_forward(x, weight, lora_a, lora_b, dropout_p)
+    backward = _C.explain_backward(x, weight, lora_a, lora_b, dropout_p)
+    return CallPlan(forward.plan, backward.plan, forward.check, backward.check)
 
 
 def warmup(device: torch.device | str | None = None) -> Sequence[str]:
@@ -190,6 +166,23 @@ def warmup(device: torch.device | str | None = None) -> Sequence[str]:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _C.cuda_warmup(device)
+
+
+def set_early_launch(enabled: bool) -> None:
+    """Whether a kernel may begin before the one before it has ended, for the whole process.
+
+    Programmatic dependent launch, on compute capability 9.0: `lora_gemm` begins while the kernel
+    that makes its low-rank operand still runs, and waits for it. On by default.
+
+    Raises:
+        RuntimeError: the build has no CUDA kernels.
+    """
+    if not _C.with_cuda:
+        raise RuntimeError(
+            "lora_ext.set_early_launch: this build has no CUDA kernels;"
+            " lora_ext.build_info() says why"
+        )
+    _C.set_early_launch(enabled)
 
 
 def set_cuda_route(name: str) -> None:

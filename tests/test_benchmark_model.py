@@ -56,13 +56,18 @@ def test_orders_that_must_hold(name, mode, dropout_p):
 @pytest.mark.parametrize("adapters", ["ours", "ours_fp32"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 def test_the_planner_takes_the_fastest_route(name, rows, width, adapters, dropout_p):
-    """csrc/plan.cpp has no rates; the model, which has, agrees with it to 3 %."""
+    """csrc/plan.cpp has no rates; the model, which has, agrees with it to 3 %.
+
+    On Hopper the planner leaves up to 10 % to the library's base product, which is known to be fast
+    and to end, until our kernel on wgmma has been measured.
+    """
+    allowed = 1.10 if name == "H100" else 1.03
     machine = model.MACHINES[name]
     cell = replace(
         LARGE, mode=STEP, rows=rows, in_features=width, out_features=width, dropout_p=dropout_p
     )
     others = [us(machine, cell, f"{adapters}_{route}") for route in ("kernel", "library")]
-    assert us(machine, cell, adapters) <= 1.03 * min(others)
+    assert us(machine, cell, adapters) <= allowed * min(others)
 
 
 def test_what_is_not_modelled_has_no_prediction():
@@ -87,4 +92,22 @@ def test_calibration_replaces_both_ceilings():
 def test_the_longest_launch_is_named():
     launches = model.launches_of(EXACT, LARGE, "ours_kernel")
     assert model.limiting(launches, EXACT) == "lora_gemm"
+    assert [launch.name for launch in launches] == ["flags", "lora_gemm"]
+    launches = model.launches_of(EXACT, replace(LARGE, rank=128), "ours_kernel")
     assert [launch.name for launch in launches] == ["lora_shrink", "lora_reduce", "lora_gemm"]
+
+
+def test_workers_take_the_next_job_when_they_are_free():
+    assert model._makespan([1.0] * 6, 3) == 2.0
+    assert model._makespan([0.5, 0.5, 1.0, 1.0, 1.0], 3) == 1.5
+    assert model._makespan([1.0] * 7, 3) == 3.0
+
+
+def test_s_in_the_same_grid_costs_little_and_less_than_before_it():
+    machine = replace(model.MACHINES["H100"], wgmma_share=1.0)
+    for rows, k, n in ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192)):
+        cell = replace(LARGE, rows=rows, in_features=k, out_features=n)
+        merged = us(machine, cell, "merged")
+        in_grid = us(machine, cell, "ours_kernel") / merged
+        external = us(machine, replace(cell, dropout_p=0.05), "ours_kernel") / merged
+        assert 1.0 < in_grid <= 1.03 and in_grid < external

@@ -97,7 +97,7 @@ def test_interrupted_json_stays_valid(tmp_path):
     read = results.read(path)
     assert not read["complete"]
     assert [r["cell"]["id"] for r in read["cells"]] == [small().id]
-    assert "(interrupted)" in report.text(read)
+    assert "(incomplete)" in report.text(read)
 
 
 def test_failed_write_keeps_the_previous_document(tmp_path):

@@ -66,6 +66,73 @@ def test_kernels_agree_with_the_library_route(shape, dtype, wide):
     assert plan.forward_check == plan.backward_check == "passed", plan
 
 
+def won_by(tile, shape, wide, dropout, backward):
+    rows, k, n, rank = shape
+    return _C.Winner(
+        backward=backward,
+        float_adapters=wide,
+        dropout=dropout,
+        rows=rows,
+        n=n,
+        k=k,
+        rank=rank,
+        route="kernel",
+        tile=tile,
+        measured="by nobody",
+    )
+
+
+@pytest.mark.parametrize(
+    "rank", [8, 24, 40, 136]
+)  # the tails 1, 2 and 4, and a rank of 64 and more
+@pytest.mark.parametrize("wide", [False, True], ids=["half adapters", "float32 adapters"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_every_tile_agrees_with_the_library_route(rank, wide, dropout_p):
+    card, shape = _C.cuda_card(torch.device("cuda", 0)), (520, 1096, 776, rank)
+    given = operands(*shape, BF16, F32 if wide else None)
+    torch.manual_seed(5)
+    expected = library(*given, dropout_p=dropout_p)
+    lora_ext.set_cuda_route("auto")
+    try:
+        call = {"float_adapters": wide, "dropout": dropout_p > 0}
+        backwards = _C.tiles_of(card, backward=True, **call)
+        for tile in _C.tiles_of(card, backward=False, **call):
+            tiles = (tile, tile if tile in backwards else backwards[0])
+            won = [won_by(t, shape, wide, dropout_p > 0, i == 1) for i, t in enumerate(tiles)]
+            _C.replace_winners(card.name, won)
+            torch.manual_seed(5)
+            assert_near(step(*given, dropout_p=dropout_p), expected, BF16)
+            plan = lora_ext.explain(*given, dropout_p)
+            assert "in-grid" in tile or plan.forward.tile == tile
+            assert plan.backward.tile == tiles[1]
+            assert plan.forward_check == plan.backward_check == "passed", plan
+    finally:
+        _C.replace_winners(card.name, [])
+        lora_ext.tune.load_tables()
+
+
+def test_memory_that_is_freed_and_used_again_is_read_where_it_is():
+    """Tensor maps are kept by address and shape: the same again after other shapes."""
+    for _ in range(3):
+        for rows in (512, 256, 512, 1024):
+            given = operands(rows, 1024, 1024, 16)
+            assert_near(step(*given), library(*given), BF16)
+            del given
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_kernels_that_begin_early_give_the_same_bits(early):
+    given = operands(2048, 1024, 1024, 16)
+    lora_ext.set_early_launch(False)
+    expected = step(*given)
+    lora_ext.set_early_launch(early)
+    try:
+        for _ in range(100):
+            assert all(torch.equal(a, b) for a, b in zip(step(*given), expected, strict=True))
+    finally:
+        lora_ext.set_early_launch(True)
+
+
 def test_dropout_keeps_what_the_library_route_keeps():
     given = operands(512, 1024, 768, 16)
     torch.manual_seed(3)

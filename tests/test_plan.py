@@ -46,6 +46,13 @@ def test_every_plan_can_be_launched(
     assert (backward.shrink_splits == 0) == backward.one_pass == (backward.panels > 0)
     if lora_ext.CARDS[card].shared_per_block < 106 * 1024 or not aligned:
         assert forward.tile == backward.tile == "128 x 64"
+    for plan in (forward, backward):
+        assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
+        assert ("without wgmma: " in str(plan)) == (card == "H100" and not plan.wgmma)
+        assert ("begins early" in str(plan)) == (plan.wgmma and not plan.in_grid)
+    assert not backward.in_grid
+    in_grid = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
+    assert forward.in_grid == in_grid and (forward.shrink_splits == 0) == in_grid
     if dropout:
         assert backward.tile != "128 x 256"
     again = plans(*shape, route="kernel", **options)
@@ -117,6 +124,27 @@ def test_large_problems_fill_the_card_with_the_largest_tile():
     assert backward.one_pass and backward.panels == 4
     small, _ = plans(512, 1024, 1024, 16, route="kernel")
     assert small.tile != "128 x 256"  # 16 tiles of it would leave 92 SMs idle
+
+
+def test_a_driver_without_tensor_maps_has_no_wgmma():
+    problem = _C.Problem(8192, 4096, 4096, 16)
+    card = _C.Card(90, 132, 233472, 232448, "", False)
+    for planned in (
+        _C.plan_forward(card, problem, "kernel"),
+        _C.plan_backward(card, problem, "kernel"),
+    ):
+        assert planned.kernel and not planned.wgmma
+        assert "without wgmma: the driver encodes no tensor maps" in str(planned)
+    tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
+    assert tiles == ["128 x 256", "128 x 128", "128 x 64"]
+
+
+def test_hopper_s_tiles_fit_the_problem():
+    shapes = ((8192, 4096, 4096), (2048, 1024, 1024), (512, 4096, 1024))
+    tiles = {plans(*shape, 16, card="H100", route="kernel")[0].tile for shape in shapes}
+    assert "in-grid 128 x 256" in tiles and len(tiles) > 1
+    dropped = plans(8192, 4096, 4096, 16, card="H100", route="kernel", dropout=True)
+    assert [plan.tile for plan in dropped] == ["wgmma 128 x 256"] * 2
 
 
 def test_one_pass_over_dy_ends_where_its_sums_cost_as_much_as_a_second():

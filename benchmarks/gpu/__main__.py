@@ -1,6 +1,6 @@
-"""`make gpu`: golden vectors, tests, sanitizers and cells on a GPU, within minutes, resumable.
+"""`make gpu`: proof of what a GPU does, within minutes: golden vectors, tests, times, sanitizers.
 
-    python -m benchmarks.gpu [--quick] [--device cpu] [--out FOLDER] [--budget SECONDS]
+    python -m benchmarks.gpu [--quick] [--device cpu] [--out FOLDER] [--resume FOLDER]
 
 A second run with the same folder goes on where the first stopped: what has a result is not done
 again. With --device cpu every stage runs its part that needs no GPU, to try the code.
@@ -12,22 +12,33 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .. import model, results, runner
-from ..__main__ import finish, with_progress
+from .. import results
+from ..__main__ import finish
 from ..machine import describe
-from ..shapes import gpu_cells
-from ..timing import Plan
-from .stages import run_stages
+from . import checks, measure, profile
+from .run import Run, bring, resumed
+from .stages import Stage, run_stages
 
-_PLAN = Plan(min_rounds=7, max_rounds=15, seconds=1.5)
 _BUDGET_S = 540.0
-_QUICK_CELLS = 12
-_SAME = ("name", "device", "versions")  # of the machine, for results to belong together
+
+# In the order of what would be missed most; three calls of nine minutes do all of it.
+STAGES = (
+    Stage("conformance", 60, checks.conformance),
+    Stage("warmup", 30, checks.warmup),
+    Stage("kernels", 90, checks.kernels),
+    Stage("ceilings", 10, measure.ceilings),
+    Stage("tests", 240, checks.tests, quick=False),
+    Stage("headline", 60, measure.headline),
+    Stage("profile", 60, profile.worst),
+    Stage("tuning", 60, measure.tuning, quick=False),
+    *(Stage(tool, 120, checks.sanitizer(tool), quick=False) for tool in checks.SANITIZERS),
+    Stage("stress", 60, checks.stress),
+    Stage("wide", 60, measure.wide, quick=False),
+)
 
 
 def missing_device(device: str) -> str:
@@ -39,94 +50,46 @@ def missing_device(device: str) -> str:
     return "torch finds no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
-def resumed(path: Path, fresh: results.Document) -> results.Document:
-    """The document at `path` if it is this machine's, else a fresh one; another is kept aside."""
-    if not path.exists():
-        return fresh
-    try:
-        found = results.read(path)
-    except (OSError, ValueError) as error:
-        print(f"{path} is not read ({error}); it is kept as {path.name}.old", file=sys.stderr)
-        path.replace(path.with_name(path.name + ".old"))
-        return fresh
-    if any(found["machine"].get(key) != fresh["machine"][key] for key in _SAME):
-        print(f"{path} is another machine's; it is kept as {path.name}.old", file=sys.stderr)
-        path.replace(path.with_name(path.name + ".old"))
-        return fresh
-    done = len(found["cells"]) + len(found.get("stages", {}))
-    print(f"resuming: {done} results are there", flush=True)
-    found["skipped"] = []
-    return found
-
-
-def predict(document: results.Document) -> None:
-    """Puts predicted and measured times side by side into document["predictions"]."""
-    machine = model.machine_named(document["machine"]["gpu"] or "")
-    document["predictions"] = []
-    if machine is None:
-        return
-    ceilings = document.get("stages", {}).get("ceilings", {})
-    if ceilings.get("status") == "done":
-        machine = model.calibrated(machine, ceilings["tflops"], ceilings["dram_gb_s"])
-    for result in document["cells"]:
-        cell = runner.cell_of(result)
-        for variant, timing in result.get("timing", {}).items():
-            predicted = model.predicted_us(machine, cell, variant)
-            if predicted is not None:
-                launches = model.launches_of(machine, cell, variant)
-                document["predictions"].append(
-                    {
-                        "cell": cell.id,
-                        "variant": variant,
-                        "predicted_us": predicted,
-                        "measured_us": 1e3 * timing["ms"],
-                        "longest": model.limiting(launches, machine),
-                    }
-                )
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/gpu"))
+    parser.add_argument("--resume", type=Path, help="go on with the results in this folder")
+    parser.add_argument("--machine", default="", help="what to call this machine in the report")
+    parser.add_argument("--quick", action="store_true", help="what matters most, in 8 minutes")
+    parser.add_argument("--budget", type=float, default=_BUDGET_S, help="seconds for all of it")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 2 without a device, 1 if a stage failed or ours is wrong anywhere, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/gpu"))
-    parser.add_argument("--machine", default="", help="what to call this machine in the report")
-    parser.add_argument("--quick", action="store_true", help="what matters most, in 8 minutes")
-    parser.add_argument("--budget", type=float, default=_BUDGET_S, help="seconds for all of it")
-    parser.add_argument("--no-stages", action="store_true", help="measure cells only")
+    parser = _parser()
     options = parser.parse_args(arguments)
+    names = [stage.name for stage in STAGES]
+    for name in options.only or []:
+        if name not in names:
+            parser.error(f"expected stages of {', '.join(names)}, but got {name}")
     reason = missing_device(options.device)
     if reason:
         print(f"python -m benchmarks.gpu: {reason}", file=sys.stderr)
         return 2
     end = time.monotonic() + options.budget
-
-    def left() -> float:
-        return end - time.monotonic()
-
-    path = options.out / "results.json"
-    document = resumed(path, results.new_document("gpu", describe(options.device, options.machine)))
+    if options.resume:
+        bring(options.resume, options.out)
+    fresh = results.new_document("gpu", describe(options.device, options.machine))
+    document = resumed(options.out / "results.json", fresh)
     if options.device == "cuda" and document["machine"]["lora_ext"].get("cuda") is not True:
         why = document["machine"]["lora_ext"].get("cuda_reason", "")
         print(f"lora_ext is built without CUDA kernels: {why}", file=sys.stderr)
-
-    def write() -> None:
-        results.write(document, path)
-
-    if not options.no_stages:
-        run_stages(document, options.device, left, write, options.quick)
-    done = {result["cell"]["id"] for result in document["cells"]}
-    cells = [cell for cell in gpu_cells(options.device) if cell.id not in done]
-    plan = _PLAN
-    if options.quick:
-        cells = cells[: max(0, _QUICK_CELLS - len(done))]
-        plan = replace(_PLAN, min_rounds=3, max_rounds=7, seconds=0.5)
-    runner.run(cells, document, path, plan, budget_s=max(0.0, left()), progress=with_progress)
-    predict(document)
-    status = finish(document, path, with_plots=True)
-    failed = [n for n, r in document.get("stages", {}).items() if r["status"] == "failed"]
+    run = Run(options.device, options.out, document, options.quick, end)
+    run_stages(run, [s for s in STAGES if not options.only or s.name in options.only])
+    document["complete"] = all(run.stages.get(name, {}).get("status") == "done" for name in names)
+    measure.predict(run)
+    status = finish(document, run.path, with_plots=True)
+    failed = [name for name, result in run.stages.items() if result["status"] == "failed"]
     for name in failed:
-        print(f"FAILED: {name}: {document['stages'][name]['summary']}", file=sys.stderr)
+        print(f"FAILED: {name}: {run.stages[name]['summary']}", file=sys.stderr)
     return 1 if failed else status
 
 

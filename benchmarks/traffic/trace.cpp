@@ -30,7 +30,7 @@ namespace {
 
 namespace plan = lora_ext::plan;
 
-constexpr plan::Card kCard{80, 108, 167936, 166912};  // A100
+const plan::Card kCard{80, 108, 167936, 166912};  // A100
 constexpr int64_t kStep = 64;
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -250,7 +250,7 @@ void forward(const Shape& s, size_t l2, const std::string& variant) {
   const Matrix x = memory.allocate(s.m, s.k, 2), w = memory.allocate(s.n, s.k, 2);
   const Matrix a = memory.allocate(s.rank, s.k, 2), b = memory.allocate(s.n, s.rank, 2);
   const Matrix y = memory.allocate(s.m, s.n, 2), half = memory.allocate(s.m, s.rank, 2);
-  const plan::Plan planned = plan::forward(kCard, s.problem(), plan::Choice::kKernel);
+  const plan::Plan planned = plan::forward(kCard, s.problem(), {plan::Choice::kKernel});
   if (variant == "ours") {
     const Matrix z = memory.allocate(planned.shrink.splits * s.m, planned.z_columns, 4);
     const Matrix saved = memory.allocate(s.m, s.rank, 4);
@@ -277,7 +277,7 @@ void backward(const Shape& s, size_t l2, const std::string& variant) {
   const Matrix dy = memory.allocate(s.m, s.n, 2), dx = memory.allocate(s.m, s.k, 2);
   const Matrix saved = memory.allocate(s.m, s.rank, variant == "ours" ? 4 : 2);
   const Matrix da = memory.allocate(s.rank, s.k, 2), db = memory.allocate(s.n, s.rank, 2);
-  const plan::Plan planned = plan::backward(kCard, s.problem(), plan::Choice::kKernel);
+  const plan::Plan planned = plan::backward(kCard, s.problem(), {plan::Choice::kKernel});
   const Matrix half = memory.allocate(s.m, planned.columns, 2);
   if (variant == "merged") {
     gemm(memory, planned.gemm, dy, w, true, {}, dx);

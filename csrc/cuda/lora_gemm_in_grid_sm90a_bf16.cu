@@ -1,5 +1,6 @@
 #include "cuda/cluster_launch.h"
 #include "cuda/lora_gemm_sm90a.h"
+#include "kernel/lora_gemm_sm90a_in_grid_launch.h"
 
 namespace lora_ext::cuda {
 

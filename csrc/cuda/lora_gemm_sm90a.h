@@ -1,8 +1,12 @@
 // lora_gemm on wgmma and TMA, launched on a stream of a card with compute capability 9.0.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "kernel/lora_gemm_sm90a_in_grid_launch.h"
+#include "kernel/lora_gemm.h"
+#include "kernel/lora_gemm_sm90a_choice.h"
+#include "kernel/lora_gemm_sm90a_in_grid_params.h"
 
 namespace lora_ext::cuda {
 

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/lora_linear.h"
+#include "cuda/tensor_map.h"
 
 namespace lora_ext::cuda {
 
@@ -25,11 +26,15 @@ std::string text_of(cudaError_t error) {
 bool has_kernels(bool is_cuda) { return is_cuda; }
 
 plan::Card card_of(int device) {
+  cudaDeviceProp properties{};
+  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) properties.name[0] = 0;
   return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
               attribute(cudaDevAttrComputeCapabilityMinor, device),
           attribute(cudaDevAttrMultiProcessorCount, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          properties.name,
+          has_tensor_maps()};
 }
 
 bool is_capturing(void* stream) {

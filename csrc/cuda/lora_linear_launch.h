@@ -2,7 +2,7 @@
 // so that they compile side by side.
 #pragma once
 #include "cuda/stream_launch.h"
-#include "kernel/lora_linear_sm80.h"
+#include "kernel/lora_linear_sequence.h"
 
 namespace lora_ext::cuda {
 
@@ -10,7 +10,7 @@ template <class T>
 cudaError_t forward_on(const plan::Plan& plan, const kernel::LoraLinearForward& operands,
                        cudaStream_t stream) {
   StreamLaunch launch(stream);
-  kernel::LoraLinearSm80<T, kernel::NoFault, StreamLaunch>(plan, operands, launch)
+  kernel::LoraLinearSequence<T, kernel::NoFault, StreamLaunch>(plan, operands, launch)
       .forward(operands);
   return launch.error();
 }
@@ -19,7 +19,7 @@ template <class T>
 cudaError_t backward_on(const plan::Plan& plan, const kernel::LoraLinearBackward& operands,
                         cudaStream_t stream) {
   StreamLaunch launch(stream);
-  kernel::LoraLinearSm80<T, kernel::NoFault, StreamLaunch>(plan, operands, launch)
+  kernel::LoraLinearSequence<T, kernel::NoFault, StreamLaunch>(plan, operands, launch)
       .backward(operands);
   return launch.error();
 }

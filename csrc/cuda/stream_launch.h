@@ -7,6 +7,8 @@
 #include <set>
 #include <utility>
 
+#include "cuda/lora_gemm_sm90a.h"
+
 namespace lora_ext::cuda {
 
 class StreamLaunch {
@@ -21,6 +23,25 @@ class StreamLaunch {
     if (error_ != cudaSuccess) return;
     kernel<<<grid, threads, shared_bytes, stream_>>>(params);
     error_ = cudaGetLastError();
+  }
+
+  template <class T>
+  void lora_gemm_sm90a(const kernel::LoraGemmParams<T>& params, const kernel::Sm90aChoice& choice) {
+    if (error_ == cudaSuccess) error_ = cuda::lora_gemm_sm90a(params, choice, stream_);
+  }
+
+  template <class T>
+  void lora_gemm_in_grid_sm90a(const kernel::LoraGemmParams<T>& params,
+                               const kernel::LoraInGridParams<T>& in,
+                               const kernel::InGridFactor<T>& factor,
+                               const kernel::Sm90aChoice& choice) {
+    if (error_ == cudaSuccess)
+      error_ = cuda::lora_gemm_in_grid_sm90a(params, in, factor, choice, stream_);
+  }
+
+  void clear(uint32_t* flags, int64_t count) {
+    if (error_ == cudaSuccess)
+      error_ = cudaMemsetAsync(flags, 0, static_cast<size_t>(count) * sizeof *flags, stream_);
   }
 
   cudaError_t error() const { return error_; }

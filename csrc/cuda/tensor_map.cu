@@ -18,8 +18,13 @@ Encode find_encode() {
   return usable ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
+Encode encode_function() {
+  static const Encode found = find_encode();
+  return found;
+}
+
 cudaError_t encode(const TensorMapKey& key, CUtensorMap* map) {
-  static const Encode encode_tiled = find_encode();
+  const Encode encode_tiled = encode_function();
   if (encode_tiled == nullptr) return cudaErrorNotSupported;
   const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(key.columns),
                                    static_cast<cuuint64_t>(key.rows)};
@@ -43,6 +48,8 @@ struct Hash {
 };
 
 }  // namespace
+
+bool has_tensor_maps() { return encode_function() != nullptr; }
 
 cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map) {
   constexpr size_t kMost = 4096;  // 700 KiB; activations come at ever new addresses

@@ -21,4 +21,7 @@ struct TensorMapKey {
 // time, so that nothing links libcuda.
 cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map);
 
+// Whether the driver has the function.
+bool has_tensor_maps();
+
 }  // namespace lora_ext::cuda

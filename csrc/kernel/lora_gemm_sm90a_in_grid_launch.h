@@ -5,18 +5,14 @@
 
 namespace lora_ext::kernel {
 
-// A of T = scaling P A, as Q lies: [rank, k], or MN-major [k, rank].
-template <class T>
-struct InGridFactor {
-  const T* a;
-  int64_t pitch;
-};
-
-// Whether one launch can make T, too.
-template <class T>
-bool fits_in_grid(const LoraGemmParams<T>& p) {
-  return p.rank <= 64 && p.terms == 1 && p.k > 0;
+template <class Tile>
+constexpr bool is_in_grid_as_planned(plan::Tile tile) {
+  const plan::TileFacts& facts = plan::facts_of(tile);
+  return facts.tile == tile && facts.in_grid && facts.rows == Tile::kM &&
+         facts.columns == Tile::kN && facts.shared == JobTile<Tile>::kSharedBytes;
 }
+static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kInGrid128x256));
+static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kInGrid128x128));
 
 // How many 32-bit flags LoraInGridParams::ready has.
 template <class Tile, class T>
@@ -52,12 +48,10 @@ void launch_in_grid(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
   }
 }
 
-// Pingpong tiles have no in-grid kernel: what would take one takes the cooperative tile of its
-// size.
 template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
 void launch_in_grid_product(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
-                            const InGridFactor<T>& factor, Sm90aTile tile, Launch& launch) {
-  if (tile == Sm90aTile::k128x256)
+                            const InGridFactor<T>& factor, plan::Tile tile, Launch& launch) {
+  if (tile == plan::Tile::kInGrid128x256)
     return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked, Fault>(p, in, factor,
                                                                                  launch);
   return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked, Fault>(p, in, factor,

@@ -8,25 +8,11 @@
 // clusters have drawn: so the grid ends even if one cluster alone is resident.
 #pragma once
 #include "kernel/lora_gemm_sm90a_block.h"
+#include "kernel/lora_gemm_sm90a_in_grid_params.h"
 #include "ptx/fence.h"
 #include "ptx/memory.h"
 
 namespace lora_ext::kernel {
-
-// What makes T = scaling P A beside the product: A lies as Q does, T is low_rank[0].t.
-template <class T>
-struct LoraInGridParams {
-  T* t;      // [m, width], columns past the rank become zero
-  float* s;  // [m, rank]: P A in float; or null
-  int64_t t_pitch;
-  int width;  // whole 16-byte chunks
-  float scaling;
-
-  // All zero at launch, and again after it, so that the replay of a graph finds them so.
-  uint32_t* ticket;    // [1], the next job
-  uint32_t* finished;  // [1], clusters that have left
-  uint32_t* ready;     // [2 row pairs], consumers that have written their rows of a row block of T
-};
 
 // Shared memory behind the tile's: a ring of jobs that the scheduler has drawn ahead.
 template <class Tile>

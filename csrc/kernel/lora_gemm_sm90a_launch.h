@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernel/lora_gemm_sm90a.h"
+#include "kernel/lora_gemm_sm90a_choice.h"
 
 namespace lora_ext::kernel {
 
@@ -20,14 +21,16 @@ struct Sm90aLaunch {
   bool dependent;
 };
 
-enum class Sm90aTile { k128x256, k128x128, k128x128Pingpong, k128x192Pingpong };
-
-// The 16s along k that the last 64 of the rank need. Three are made in four: a rank of 48 is rare,
-// and a quarter more kernels are not.
-constexpr int tail_of(int rank) {
-  const int sixteens = (rank - 1) % 64 / 16 + 1;
-  return sixteens == 3 ? 4 : sixteens;
+template <class Tile>
+constexpr bool is_wgmma_as_planned(plan::Tile tile) {
+  const plan::TileFacts& facts = plan::facts_of(tile);
+  return facts.tile == tile && facts.wgmma && facts.rows == Tile::kM && facts.columns == Tile::kN &&
+         facts.shared == Tile::kSharedBytes;
 }
+static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kWgmma128x256));
+static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kWgmma128x128));
+static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x192Pingpong>(plan::Tile::kPingpong128x192));
+static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128Pingpong>(plan::Tile::kPingpong128x128));
 
 // Boxes of P and T, and of Q and U (in-grid also A), as TMA brings them into stages. encode(const
 // T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements wide under the
@@ -85,13 +88,6 @@ void with_instance_for(int rank, Use&& use) {
   }
 }
 
-// Which of the kernels computes a product.
-struct Sm90aChoice {
-  Sm90aTile tile;
-  bool mn_major, masked;  // dX, and dX with dropout
-  bool dependent;         // as in Sm90aLaunch
-};
-
 // launch(kernel, Sm90aLaunch, maps, params) launches, launch.encode(...) is the encode of maps_of,
 // and launch.clusters(kernel, Sm90aLaunch) how many clusters are resident at a time.
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Launch>
@@ -111,14 +107,14 @@ void launch_product(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launc
     launch_tile<T, Tile, kMNMajor, kMasked, Fault>(p, choice.dependent, launch);
   };
   switch (choice.tile) {
-    case Sm90aTile::k128x256:
-      return with.template operator()<LoraGemmSm90aTile128x256>();
-    case Sm90aTile::k128x128:
+    case plan::Tile::kWgmma128x128:
       return with.template operator()<LoraGemmSm90aTile128x128>();
-    case Sm90aTile::k128x128Pingpong:
+    case plan::Tile::kPingpong128x128:
       return with.template operator()<LoraGemmSm90aTile128x128Pingpong>();
-    case Sm90aTile::k128x192Pingpong:
+    case plan::Tile::kPingpong128x192:
       return with.template operator()<LoraGemmSm90aTile128x192Pingpong>();
+    default:
+      return with.template operator()<LoraGemmSm90aTile128x256>();
   }
 }
 

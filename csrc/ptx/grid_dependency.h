@@ -16,10 +16,12 @@ LORA_EXT_DEVICE void griddepcontrol_wait() {
 }
 
 // griddepcontrol.launch_dependents (sm_90): the grids that depend on this one may start once all
-// its blocks have come here or exited. It publishes no memory.
+// its blocks have come here or exited. It publishes no memory. Nothing where no grid can depend so.
 LORA_EXT_DEVICE void griddepcontrol_launch_dependents() {
 #ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 #else
   emulator::griddepcontrol_launch_dependents();
 #endif

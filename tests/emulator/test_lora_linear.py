@@ -6,7 +6,7 @@ from emulator import build, run
 
 pytestmark = pytest.mark.kernels
 
-PROGRAM = "lora_linear_sm80"
+PROGRAM = "lora_linear_sequence"
 SEEDS = {"plain": 200, "race": 60, "asan": 30}
 
 

@@ -129,7 +129,7 @@ struct Problem {
   }
 };
 
-template <class T, bool kMNMajor, bool kMasked, class Tile, Sm90aTile kTile>
+template <class T, bool kMNMajor, bool kMasked, class Tile, plan::Tile kTile>
 std::string run_gemm(const Case& run) {
   Problem<T, kMNMajor, kMasked> problem(run);
   const LoraGemmParams<T> params = problem.params();
@@ -163,8 +163,8 @@ std::string run_gemm(const Case& run) {
   return difference;
 }
 
-#define VARIANT(name, T, mn_major, masked, tile) \
-  {#name, run_gemm<T, mn_major, masked, LoraGemmSm90aTile##tile, Sm90aTile::k##tile>},
+#define VARIANT(name, T, mn_major, masked, tile, planned) \
+  {#name, run_gemm<T, mn_major, masked, LoraGemmSm90aTile##tile, plan::Tile::planned>},
 const std::vector<kernels::Variant> kVariants = {LORA_GEMM_IN_GRID_SM90A_VARIANTS(VARIANT)};
 
 }  // namespace

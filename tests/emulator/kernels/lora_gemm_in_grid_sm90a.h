@@ -3,10 +3,10 @@
 #include "emulator/fault.h"
 #include "kernel/lora_gemm_sm90a_in_grid.h"
 
-// All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile)
-#define LORA_GEMM_IN_GRID_SM90A_TILES(X, product, ...) \
-  X(product##_128x256, __VA_ARGS__, 128x256)           \
-  X(product##_128x128, __VA_ARGS__, 128x128)
+// All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
+#define LORA_GEMM_IN_GRID_SM90A_TILES(X, product, ...)       \
+  X(product##_128x256, __VA_ARGS__, 128x256, kInGrid128x256) \
+  X(product##_128x128, __VA_ARGS__, 128x128, kInGrid128x128)
 #define LORA_GEMM_IN_GRID_SM90A_VARIANTS(X)                                   \
   LORA_GEMM_IN_GRID_SM90A_TILES(X, forward_bf16, __nv_bfloat16, false, false) \
   LORA_GEMM_IN_GRID_SM90A_TILES(X, forward_fp16, __half, false, false)        \
@@ -21,7 +21,7 @@
   __global__ void lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail, \
                                           emulator::PlantedFault>(                            \
       LoraInGridMaps, LoraGemmParams<T>, LoraInGridParams<T>)
-#define LORA_GEMM_IN_GRID_SM90A_INSTANCES(keyword, T, mn_major, masked, tile) \
-  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 1);     \
-  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 2);     \
+#define LORA_GEMM_IN_GRID_SM90A_INSTANCES(keyword, T, mn_major, masked, tile, planned) \
+  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \
+  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 2);              \
   keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 4);

@@ -60,7 +60,7 @@ std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int6
       static_cast<long long>(counted.matrix_conflicts));
 }
 
-template <class T, bool kMNMajor, bool kMasked, class Tile, Sm90aTile kTile>
+template <class T, bool kMNMajor, bool kMasked, class Tile, plan::Tile kTile>
 std::string run_gemm(const Case& run) {
   const auto [name, m, n, depth] = run.size;
   std::mt19937_64 random(run.seed);
@@ -157,8 +157,8 @@ std::string run_gemm(const Case& run) {
   return "";
 }
 
-#define VARIANT(name, T, mn_major, masked, tile) \
-  {#name, run_gemm<T, mn_major, masked, LoraGemmSm90aTile##tile, Sm90aTile::k##tile>},
+#define VARIANT(name, T, mn_major, masked, tile, planned) \
+  {#name, run_gemm<T, mn_major, masked, LoraGemmSm90aTile##tile, plan::Tile::planned>},
 const std::vector<kernels::Variant> kVariants = {LORA_GEMM_SM90A_VARIANTS(VARIANT)};
 
 }  // namespace

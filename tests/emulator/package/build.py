@@ -18,7 +18,7 @@ from emulator import build
 
 PACKAGE = build.BUILD / "package"
 FLAVOUR = "extension"
-KERNELS = "kernels/lora_linear_sm80_kernels.cpp"
+KERNELS = "kernels/lora_linear_sequence_kernels.cpp"
 DEVICE = "package/device.cpp"
 COPIED = ("lora_ext", "tests", "benchmarks", "pyproject.toml")
 

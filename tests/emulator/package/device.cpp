@@ -8,7 +8,7 @@
 #include "cuda/lora_linear.h"
 #include "cuda_launch.h"
 #include "emulator/fault.h"
-#include "emulator/kernels/lora_linear_sm80.h"
+#include "emulator/kernels/lora_linear_sequence.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
 
@@ -47,7 +47,10 @@ bool has_kernels(bool) { return true; }
 plan::Card card_of(int) {
   const std::string arch = environment("LORA_EXT_EMULATED_ARCH");
   const int number = arch.empty() ? 80 : std::stoi(arch);
-  return number == 86 ? plan::Card{86, 16, 102400, 101376} : plan::Card{number, 8, 167936, 166912};
+  const std::string name = "emulated sm_" + std::to_string(number);
+  if (number == 86) return {86, 16, 102400, 101376, name};
+  if (number == 90) return {90, 8, 233472, 232448, name};
+  return {number, 8, 167936, 166912, name};
 }
 
 bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }

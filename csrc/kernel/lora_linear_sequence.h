@@ -1,19 +1,23 @@
 // The LoRA linear as a sequence of kernels: follows a plan (plan.h) on operands in one workspace.
 //
-//     forward    split A, B -> shrink: Z -> reduce: S, T -> gemm: Y
+//     forward    split A, B -> shrink: Z -> reduce: S, T -> gemm: Y      (or in-grid gemm: S, T, Y)
 //     backward   split A, B, S -> dsdb: Z, G_B  (or shrink: Z) -> reduce: T = dS -> gemm: dX
 //                -> wgrad: G_A (and G_B) -> reduce_wgrad: dA, dB
 //
 // In a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and
 // dX.
 //
-// A launcher is called as launch(kernel, grid, threads, shared bytes, parameters) and decides where
-// kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the execution layer.
+// A launcher is called as launch(kernel, grid, threads, shared bytes, parameters), and for gemm on
+// wgmma, whose instances are compiled elsewhere, as launch.lora_gemm_sm90a(parameters, choice) or
+// launch.lora_gemm_in_grid_sm90a(...); launch.clear(flags, count) makes flags zero. It decides
+// where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the execution layer.
 #pragma once
 #include <algorithm>
 
 #include "kernel/lora_dsdb_sm80.h"
 #include "kernel/lora_gemm_sm80.h"
+#include "kernel/lora_gemm_sm90a_choice.h"
+#include "kernel/lora_gemm_sm90a_in_grid_params.h"
 #include "kernel/lora_linear.h"
 #include "kernel/lora_reduce.h"
 #include "kernel/lora_reduce_wgrad.h"
@@ -28,28 +32,35 @@ constexpr bool is_as_planned(const plan::TileFacts& facts) {
   return facts.rows == Tile::kM && facts.columns == Tile::kN &&
          facts.shared == Tile::kSharedBytes && facts.masks == fits_mask<Tile>;
 }
-static_assert(is_as_planned<LoraGemmTile128x256>(plan::kTiles[0]));
-static_assert(is_as_planned<LoraGemmTile128x128>(plan::kTiles[1]));
-static_assert(is_as_planned<LoraGemmTile128x64>(plan::kTiles[2]));
+static_assert(is_as_planned<LoraGemmTile128x256>(plan::facts_of(plan::Tile::k128x256)));
+static_assert(is_as_planned<LoraGemmTile128x128>(plan::facts_of(plan::Tile::k128x128)));
+static_assert(is_as_planned<LoraGemmTile128x64>(plan::facts_of(plan::Tile::k128x64)));
 
 template <class T, class Fault, class Launch>
-class LoraLinearSm80 {
+class LoraLinearSequence {
  public:
-  LoraLinearSm80(const plan::Plan& plan, const LoraLinearOperands& operands, Launch& launch)
+  LoraLinearSequence(const plan::Plan& plan, const LoraLinearOperands& operands, Launch& launch)
       : plan_(plan), o_(operands), launch_(launch) {}
 
   void forward(const LoraLinearForward& f) {
     split(/*a=*/true, /*b=*/true, nullptr);
-    LoraShrinkParams<T> shrink = shrink_params(o_.x, o_.x_pitch, o_.k);
-    shrink.a = a_halves().hi, shrink.a_pitch = a_halves().pitch, shrink.mask = o_.mask;
-    launch_shrink<false>(shrink, o_.dropout);
-    reduce(plan_.shrink.splits, static_cast<int>(o_.rank), f.s, o_.mask.keep_scale);
+    const bool in_grid = plan::facts_of(plan_.gemm.tile).in_grid;
+    if (!in_grid) {
+      LoraShrinkParams<T> shrink = shrink_params(o_.x, o_.x_pitch, o_.k);
+      shrink.a = a_halves().hi, shrink.a_pitch = a_halves().pitch, shrink.mask = o_.mask;
+      launch_shrink<false>(shrink, o_.dropout);
+      reduce(plan_.shrink.splits, static_cast<int>(o_.rank), f.s, o_.mask.keep_scale);
+    }
     LoraGemmParams<T> gemm{};
     gemm.p = in_t(o_.x), gemm.p_pitch = o_.x_pitch, gemm.y = static_cast<T*>(f.y);
     gemm.n = static_cast<int>(o_.n), gemm.k = static_cast<int>(o_.k), gemm.y_pitch = o_.n;
     gemm.bias = f.bias, gemm.float_bias = f.float_bias;
     low_rank(gemm, b_halves());
-    launch_gemm<false, false>(gemm);
+    if (in_grid) {
+      launch_in_grid(gemm, f.s);
+    } else {
+      launch_gemm<false, false>(gemm);
+    }
   }
 
   void backward(const LoraLinearBackward& g) {
@@ -198,18 +209,34 @@ class LoraLinearSm80 {
     }
   }
 
+  // Workspace comes as the allocator has it, so the flags are cleared before each launch.
+  void launch_in_grid(const LoraGemmParams<T>& params, float* s) {
+    auto* flags = at<uint32_t>(plan_.flags);
+    launch_.clear(flags, plan_.flag_count);
+    LoraInGridParams<T> in{};
+    in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
+    in.s = s, in.scaling = o_.scaling;
+    in.ticket = flags, in.finished = flags + plan::kFlagsApart;
+    in.ready = flags + 2 * plan::kFlagsApart;
+    launch_.lora_gemm_in_grid_sm90a(params, in, {a_halves().hi, a_halves().pitch},
+                                    {plan_.gemm.tile, false, false, false});
+  }
+
   template <bool kMNMajor, bool kMasked>
   void launch_gemm(const LoraGemmParams<T>& params) {
-    if (!plan_.gemm.vector)
+    const plan::Gemm& gemm = plan_.gemm;
+    if (plan::facts_of(gemm.tile).wgmma)
+      return launch_.lora_gemm_sm90a(params, {gemm.tile, kMNMajor, kMasked, gemm.early});
+    if (!gemm.vector)
       return run_gemm<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kElement>(params);
-    switch (plan_.gemm.tile) {
+    switch (gemm.tile) {
       case plan::Tile::k128x256:
         if constexpr (!kMasked)
           return run_gemm<LoraGemmTile128x256, kMNMajor, kMasked, Alignment::kVector>(params);
         [[fallthrough]];  // the planner gives no masked product this tile
       case plan::Tile::k128x128:
         return run_gemm<LoraGemmTile128x128, kMNMajor, kMasked, Alignment::kVector>(params);
-      case plan::Tile::k128x64:
+      default:
         return run_gemm<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kVector>(params);
     }
   }

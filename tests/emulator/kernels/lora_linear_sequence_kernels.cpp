@@ -1,9 +1,17 @@
 // Every kernel of the LoRA linear with planted faults, as the plans call for them.
 #include "emulator/fault.h"
-#include "emulator/kernels/lora_linear_sm80.h"
+#include "emulator/kernels/cluster_launch.h"
+#include "emulator/kernels/lora_linear_sequence.h"
+#include "kernel/lora_gemm_sm90a_in_grid_launch.h"
 
 namespace lora_ext::kernel {
 namespace {
+
+constexpr int64_t kClusters = 3;
+
+void clear_flags(uint32_t* flags, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) flags[i] = 0;
+}
 
 struct Launch {
   emulator::Stream& stream;
@@ -13,10 +21,25 @@ struct Launch {
     stream.launch({.grid = grid, .block = dim3(threads), .shared_bytes = shared_bytes}, kernel,
                   params);
   }
+
+  template <class T>
+  void lora_gemm_sm90a(const LoraGemmParams<T>& params, const Sm90aChoice& choice) const {
+    kernels::ClusterLaunch clusters{stream, kClusters};
+    launch_lora_gemm_sm90a<T, emulator::PlantedFault>(params, choice, clusters);
+  }
+  template <class T>
+  void lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
+                               const InGridFactor<T>& factor, const Sm90aChoice& choice) const {
+    kernels::ClusterLaunch clusters{stream, kClusters};
+    launch_lora_gemm_in_grid_sm90a<T, emulator::PlantedFault>(params, in, factor, choice, clusters);
+  }
+  void clear(uint32_t* flags, int64_t count) const {
+    stream.launch({.grid = dim3(1), .block = dim3(1)}, clear_flags, flags, count);
+  }
 };
 
 template <class T>
-using Linear = LoraLinearSm80<T, emulator::PlantedFault, const Launch>;
+using Linear = LoraLinearSequence<T, emulator::PlantedFault, const Launch>;
 
 }  // namespace
 

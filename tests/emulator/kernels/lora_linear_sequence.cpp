@@ -2,7 +2,7 @@
 // through the kernels, in one workspace of exactly the planned size.
 //
 // A bound follows each value: `error` is what representations and float sums may add to it.
-#include "emulator/kernels/lora_linear_sm80.h"
+#include "emulator/kernels/lora_linear_sequence.h"
 
 #include "emulator/kernels/operand.h"
 #include "emulator/machine/config.h"
@@ -17,8 +17,11 @@ using specimens::Case;
 using specimens::Numbers;
 
 // 108 SMs make short splits, two make whole walks; sm_86 has less shared memory.
-constexpr plan::Card kCards[] = {
-    {80, 108, 167936, 166912}, {80, 2, 167936, 166912}, {86, 16, 102400, 101376}};
+const plan::Card kCards[] = {{80, 108, 167936, 166912},
+                             {80, 2, 167936, 166912},
+                             {86, 16, 102400, 101376},
+                             {90, 132, 233472, 232448},
+                             {90, 4, 233472, 232448}};
 
 // float64 values with their errors, row-major.
 struct Values {
@@ -200,6 +203,15 @@ class LinearTest {
     return p;
   }
 
+  // Any of the card's tiles, or the planner's.
+  plan::Request request(bool backward) {
+    plan::Request asked{choice_};
+    asked.early_launch = random_() % 2;
+    const auto tiles = plan::tiles_of(card_, {backward, float_adapters_, dropout_});
+    if (random_() % 3 != 0) asked.tile = tiles[random_() % tiles.size()];
+    return asked;
+  }
+
   LoraLinearOperands operands(unsigned char* workspace) const {
     LoraLinearOperands o{};
     o.m = m_, o.n = n_, o.k = k_, o.rank = rank_;
@@ -245,7 +257,7 @@ class LinearTest {
   std::string forward_pass() {
     plan::Problem p = problem();
     p.aligned = x_->aligned() && w_->aligned() && n_ % 8 == 0;
-    const plan::Plan plan = plan::forward(card_, p, choice_);
+    const plan::Plan plan = plan::forward(card_, p, request(false));
     if (!plan.kernel) return "no kernel: " + plan.reason;
     GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
@@ -296,7 +308,7 @@ class LinearTest {
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
     p.need_dx = needs & 1, p.need_dlora_a = needs & 2, p.need_dlora_b = needs & 4;
-    const plan::Plan plan = plan::backward(card_, p, choice_);
+    const plan::Plan plan = plan::backward(card_, p, request(true));
     if (!plan.kernel) return "no kernel: " + plan.reason;
     GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
@@ -423,7 +435,7 @@ std::string run_variant(const Case& run) {
 
 int main(int argc, char** argv) {
   return specimens::specimen_main(argc, argv,
-                                  {.name = "lora_linear_sm80",
+                                  {.name = "lora_linear_sequence",
                                    .sizes = {{"even", 128, 256, 128},
                                              {"odd", 131, 277, 99},
                                              {"tall", 300, 64, 72},

@@ -1,0 +1,112 @@
+"""`python -m benchmarks.gpu.stress`: the same bits, from replays and from streams side by side.
+
+Each worker has inputs of its own and allocates and frees memory between its steps, so that an
+intermediate that is read after its memory went to another stream would show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import lora_ext
+
+from ..cuda_timing import captured
+
+_WORKERS = 4
+_STEPS = {"cuda": 100, "cpu": 10}
+_REPLAYS = {"cuda": 1000, "cpu": 20}
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def step_of(device: str, seed: int) -> Step:
+    """A training step on tensors of its own; returns y and the gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, k, n, rank = (1024, 1024, 2048, 16) if device == "cuda" else (48, 64, 96, 8)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(device, torch.bfloat16)
+
+    x, weight = normal(rows, k).requires_grad_(), normal(n, k)
+    leaves = (x, normal(rank, k).requires_grad_(), normal(n, rank).requires_grad_())
+    grad = normal(rows, n)
+
+    def step() -> tuple[Tensor, ...]:
+        y = lora_ext.lora_linear(leaves[0], weight, leaves[1], leaves[2], None, 2.0)
+        return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+    return step
+
+
+def differing(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether any two tensors differ in a bit."""
+    return not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def replays(device: str, count: int, make: Callable[[str, int], Step] = step_of) -> int:
+    """How many of so many replays of one step (calls, without CUDA) give other bits."""
+    step = make(device, 0)
+    expected = [t.clone() for t in step()]
+    results: list[tuple[Tensor, ...]] = [()]
+
+    def keep() -> None:
+        results[0] = step()
+
+    again = captured(lambda: keep) if device == "cuda" else keep
+    wrong = 0
+    for _ in range(count):
+        again()
+        wrong += differing(results[0], expected)
+    return wrong
+
+
+def side_by_side(device: str, count: int, make: Callable[[str, int], Step] = step_of) -> int:
+    """How many steps give other bits than alone, of so many in each of a few threads."""
+    steps = [make(device, seed) for seed in range(_WORKERS)]
+    expected = [[t.clone() for t in step()] for step in steps]
+    wrong = [0] * _WORKERS
+
+    def work(number: int) -> None:
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        with torch.cuda.stream(stream):
+            for turn in range(count):
+                scratch = torch.full((1 << (10 + turn % 8),), float("nan"), device=device)
+                del scratch
+                wrong[number] += differing(steps[number](), expected[number])
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(_WORKERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(wrong)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 1 if a bit differs."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.stress", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device = parser.parse_args(arguments).device
+    routes = ("kernel", "hybrid", "library") if device == "cuda" else ("",)
+    wrong = 0
+    for route in routes:
+        if route:
+            lora_ext.set_cuda_route(route)
+        found = (replays(device, _REPLAYS[device]), side_by_side(device, _STEPS[device]))
+        print(f"{route or 'cpu'}: {found[0]} replays, {found[1]} steps side by side differ")
+        wrong += sum(found)
+    total = len(routes) * (_REPLAYS[device] + _WORKERS * _STEPS[device])
+    print(f"{wrong} of {total} differ from the first in a bit")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

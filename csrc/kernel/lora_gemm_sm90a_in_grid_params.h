@@ -1,0 +1,38 @@
+// What lora_gemm_in_grid_sm90a takes beside LoraGemmParams: for those who launch it without its
+// source.
+#pragma once
+#include <cstdint>
+
+#include "kernel/lora_gemm.h"
+
+namespace lora_ext::kernel {
+
+// What makes T = scaling P A beside the product: A lies as Q does, T is low_rank[0].t.
+template <class T>
+struct LoraInGridParams {
+  T* t;      // [m, width], columns past the rank become zero
+  float* s;  // [m, rank]: P A in float; or null
+  int64_t t_pitch;
+  int width;  // whole 16-byte chunks
+  float scaling;
+
+  // All zero at launch, and again after it, so that the replay of a graph finds them so.
+  uint32_t* ticket;    // [1], the next job
+  uint32_t* finished;  // [1], clusters that have left
+  uint32_t* ready;     // [2 row pairs], consumers that have written their rows of a row block of T
+};
+
+// A of T = scaling P A, as Q lies: [rank, k], or MN-major [k, rank].
+template <class T>
+struct InGridFactor {
+  const T* a;
+  int64_t pitch;
+};
+
+// Whether one launch can make T, too.
+template <class T>
+bool fits_in_grid(const LoraGemmParams<T>& p) {
+  return p.rank <= 64 && p.terms == 1 && p.k > 0;
+}
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,180 @@
+"""One file of measured winners: JSON for one card, one torch and one version of lora_ext."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import _C
+from ..adapters.errors import AdapterError
+from ..adapters.strict_json import parse_json
+from .shape import Shape
+
+SCHEMA = "lora_ext.tuning"
+SCHEMA_VERSION = 1
+ROUTES = ("library", "hybrid", "kernel")
+_MOST_BYTES = 16 << 20
+_DEPTH = 6
+
+
+class TableError(ValueError):
+    """A file is no table of this format; the text says what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was fastest for one shape.
+
+    Attributes:
+        shape: the layer and its rows.
+        backward: its backward, else its forward.
+        route: "library", "hybrid" or "kernel".
+        tile: with "kernel" the tile, as in "128 x 256"; else "".
+        us: candidate -> median, lower and upper quartile, in microseconds.
+    """
+
+    shape: Shape
+    backward: bool
+    route: str
+    tile: str
+    us: Mapping[str, tuple[float, float, float]]
+
+    @property
+    def key(self) -> tuple[Shape, bool]:
+        """What it is an answer to."""
+        return (self.shape, self.backward)
+
+    def winner(self, measured: str) -> _C.Winner:
+        """As the planner takes it; measured is the end of "fastest as measured"."""
+        shape = self.shape
+        return _C.Winner(
+            backward=self.backward,
+            float_adapters=shape.float_adapters,
+            dropout=shape.dropout,
+            rows=shape.rows,
+            n=shape.out_features,
+            k=shape.in_features,
+            rank=shape.rank,
+            route=self.route,
+            tile=self.tile,
+            measured=measured,
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """The entries of a file, and where they are valid.
+
+    Attributes:
+        card: the driver's name of the GPU.
+        torch: torch.__version__, whose library routes were timed.
+        lora_ext: the version whose kernels were timed.
+        entries: at most one for a shape and direction.
+    """
+
+    card: str
+    torch: str
+    lora_ext: str
+    entries: tuple[Entry, ...]
+
+    def with_entries(self, entries: Iterable[Entry]) -> Table:
+        """The table with entries added; one for the same shape and direction is replaced."""
+        merged = {entry.key: entry for entry in (*self.entries, *entries)}
+        return Table(self.card, self.torch, self.lora_ext, tuple(merged.values()))
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        TableError: it is not one.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise TableError(f"{path}: expected at most {_MOST_BYTES} bytes, but got more")
+    try:
+        return _table(parse_json(data, _DEPTH))
+    except (AdapterError, TableError) as error:
+        raise TableError(f"{path}: {error}") from None
+
+
+def write_table(table: Table, path: Path) -> None:
+    """Replaces the file in one step; whoever reads or interrupts finds the old or the new one."""
+    names = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "card": table.card}
+    names |= {"torch": table.torch, "lora_ext": table.lora_ext}
+    head = json.dumps(names, indent=1)[:-2]
+    lines = ",\n  ".join(json.dumps(_plain(e), allow_nan=False) for e in table.entries)
+    text = f'{head},\n "entries": [\n  {lines}\n ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    own = {"backward": entry.backward, "route": entry.route, "tile": entry.tile}
+    return {**asdict(entry.shape), **own, "us": {name: list(t) for name, t in entry.us.items()}}
+
+
+def _expect(value: Any, kind: type, what: str) -> Any:
+    # bool is an int to Python, but not here
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise TableError(f"expected {what} to be of {kind.__name__}, but got {value!r:.60}")
+    return value
+
+
+def _member(value: Any, name: str, kind: type) -> Any:
+    if not isinstance(value, dict) or name not in value:
+        raise TableError(f"expected an object with {name!r}, but got {value!r:.60}")
+    return _expect(value[name], kind, repr(name))
+
+
+def _table(document: Any) -> Table:
+    schema = (_member(document, "schema", str), _member(document, "schema_version", int))
+    if schema != (SCHEMA, SCHEMA_VERSION):
+        raise TableError(f"expected {SCHEMA} version {SCHEMA_VERSION}, but got {schema}")
+    entries = tuple(map(_entry, _member(document, "entries", list)))
+    if len({entry.key for entry in entries}) < len(entries):
+        raise TableError("expected one entry for a shape and direction, but got two")
+    card, torch, version = (_member(document, name, str) for name in ("card", "torch", "lora_ext"))
+    return Table(card, torch, version, entries)
+
+
+def _entry(value: Any) -> Entry:
+    names = ("rows", "in_features", "out_features", "rank")
+    sizes = {name: _member(value, name, int) for name in names}
+    if not all(1 <= size < 2**40 for size in sizes.values()):
+        raise TableError(f"expected sizes of at least 1 and below 2^40, but got {sizes}")
+    wide, dropout = _member(value, "float_adapters", bool), _member(value, "dropout", bool)
+    shape = Shape(**sizes, float_adapters=wide, dropout=dropout)
+    route, tile = _member(value, "route", str), _member(value, "tile", str)
+    if route not in ROUTES:
+        raise TableError(f"expected a route of {', '.join(ROUTES)}, but got {route!r:.60}")
+    us = {name: _times(name, figures) for name, figures in _member(value, "us", dict).items()}
+    entry = Entry(shape, _member(value, "backward", bool), route, tile, us)
+    try:
+        entry.winner("")
+    except ValueError as error:
+        raise TableError(str(error)) from None
+    return entry
+
+
+def _times(name: str, figures: Any) -> tuple[float, float, float]:
+    if not (isinstance(figures, list) and len(figures) == 3):
+        raise TableError(f"expected three times of {name!r:.60}, but got {figures!r:.60}")
+    median, p25, p75 = (_expect(figure, float, "a time") for figure in figures)
+    return median, p25, p75
