@@ -60,16 +60,15 @@ struct LoraGemmSm90aConsumer {
   __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile) const {
     Progress now{ring};
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
-    if constexpr (kMasked) {
+    if constexpr (kMasked) {  // T U first, since the mask is for it alone
       multiply_low_rank(acc, now);
-      finish(now);
+      wait_for_products();
       epilogue.mask(acc, block.place_of(tile));
     }
     multiply_main(acc, now);
     if constexpr (!kMasked) multiply_low_rank(acc, now);
     if constexpr (Tile::kPingpong) pass_turn(tile);
-    finish(now);
-    ring = now.ring;
+    finish(ring, now);
   }
 
   // Accumulators of 64 x 2 kHalf, a row block each.
@@ -93,12 +92,13 @@ struct LoraGemmSm90aConsumer {
 
   // The terms with lo, which is kept kLoScale times as large, come before hi hi: around them the
   // sum is scaled, too. Powers of two, hence exact.
-  __device__ __forceinline__ void scale_for_lo(Accumulators& acc, Progress& now, int term) const {
+  __device__ __forceinline__ void scale_for_lo(Accumulators& acc, const Progress& now,
+                                               int term) const {
     if constexpr (kLoScale<T> != 1.f) {
       const bool enter = Fault::flag("consumer.enter_lo", term == 0 && now.accumulate);
       const bool leave = Fault::flag("consumer.leave_lo", term == kMaxLowRankTerms - 1);
       if (Fault::flag("consumer.lo_terms", block.p.terms == kMaxLowRankTerms && (enter || leave))) {
-        finish(now);
+        wait_for_products();
         const float factor = enter ? kLoScale<T> : 1.f / kLoScale<T>;
 #pragma unroll
         for (int i = 0; i < Tile::kRowBlocks; ++i) {
@@ -159,15 +159,20 @@ struct LoraGemmSm90aConsumer {
     now.accumulate = true;
   }
 
-  // Until the accumulators may be touched and no stage is held.
-  __device__ __forceinline__ void finish(Progress& now) const {
-    if (Fault::swap("consumer.finish_one_group_less")) {
+  // Until the accumulators may be touched.
+  __device__ __forceinline__ void wait_for_products() const {
+    if (Fault::swap("consumer.wait_all_but_one")) {
       ptx::wgmma_wait_group<1>();
-    } else if (!Fault::skip("consumer.finish")) {
+    } else if (!Fault::skip("consumer.wait_all")) {
       ptx::wgmma_wait_group<0>();
     }
-    if (Fault::flag("consumer.holds_last", now.held >= 0)) release(now.held);
-    now.held = -1;
+  }
+
+  // The end of a product, which has one step at least.
+  __device__ __forceinline__ void finish(Ring& ring, const Progress& now) const {
+    wait_for_products();
+    release(now.held);
+    ring = now.ring;
   }
 
   // Once a warp, to both blocks, since either's producer multicasts into the stage.

@@ -96,8 +96,7 @@ struct LoraInGridConsumer {
     Sums sums;
     typename Consumer::Progress now{ring};
     consumer.multiply_main(sums, now);
-    consumer.finish(now);
-    ring = now.ring;
+    consumer.finish(ring, now);
     store(sums, row);
     if (!Fault::skip("in_grid.written")) consumer.epilogue.warpgroup_barrier();
     if (Fault::flag("in_grid.publisher", consumer.epilogue.thread == 0)) jobs.publish(row);

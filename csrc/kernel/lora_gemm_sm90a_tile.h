@@ -27,13 +27,11 @@ struct LoraGemmSm90aTile {
   static constexpr int kM = 128, kN = kN_, kK = 64, kStages = kStages_;
   static constexpr bool kPingpong = kSchedule_ == Sm90aSchedule::kPingpong;
 
-  // Blocks of a cluster, one below the other, share their tile of Q: each loads half of it for
-  // both.
+  // Blocks of a cluster, one below the other, share their tile of Q: each loads half for both.
   static constexpr int kClusterSize = 2, kPairM = kClusterSize * kM;
 
   static constexpr int kWarpgroup = 128, kConsumers = 2;
-  static constexpr int kThreads =
-      (1 + kConsumers) * kWarpgroup;  // a producer warpgroup comes first
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;  // the producer comes first
   static constexpr int kConsumerM = kPingpong ? kM : kM / kConsumers;
   static constexpr int kRowsApart = kM - kConsumerM;         // the consumers' parts of a tile
   static constexpr int kRowBlocks = kConsumerM / 64;         // a wgmma makes 64 rows
@@ -63,6 +61,8 @@ struct LoraGemmSm90aTile {
                 "tiles and their halves repeat the swizzle's pattern of 1024 bytes");
   static_assert(kN % 64 == 0 && kN <= 256, "panels and slabs of 64 columns; a wgmma's widest");
   static_assert(kAccumulators <= 192, "of 232 registers a thread");
+  static_assert(kRowBlocks * (kN / 64) % kSlabs == 0,
+                "a tile begins with the slab used longest ago");
 
   // Boxes of TMA, 64 elements wide: rows of each operand's box.
   static constexpr int kLeftBoxRows = kM, kStoreBoxRows = 64;

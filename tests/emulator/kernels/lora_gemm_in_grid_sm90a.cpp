@@ -35,7 +35,7 @@ std::string compare_rounded(const char* name, int row, int column, T got, const 
   return specimens::compare(name, row, column, got, exact ? rounded : sum.value, error);
 }
 
-template <class T, class Tile, bool kMNMajor, bool kMasked>
+template <class T, bool kMNMajor, bool kMasked>
 struct Problem {
   using Operand = kernels::Operand<T, Alignment::kVector>;
 
@@ -146,9 +146,9 @@ std::string compare_loads(int64_t m, int64_t n, int64_t k, int64_t rank) {
                           static_cast<long long>(expected), static_cast<long long>(loads));
 }
 
-template <class T, class Tile, bool kMNMajor, bool kMasked>
+template <class T, bool kMNMajor, bool kMasked, class Tile, plan::Tile kTile>
 std::string run_gemm(const Case& run) {
-  Problem<T, Tile, kMNMajor, kMasked> problem(run);
+  Problem<T, kMNMajor, kMasked> problem(run);
   const LoraGemmParams<T> params = problem.params();
   const auto flags = static_cast<size_t>(ready_flags<Tile>(params));
   GlobalBuffer<uint32_t> ready(std::vector<uint32_t>(flags), "ready"),
@@ -166,8 +166,8 @@ std::string run_gemm(const Case& run) {
   emulator::Stream stream;
   const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
   kernels::ClusterLaunch launch{stream, 1 + static_cast<int64_t>(problem.random() % (pairs + 1))};
-  launch_in_grid<T, Tile, kMNMajor, kMasked, PlantedFault>(
-      params, in, {problem.a.data(), problem.a.pitch()}, launch);
+  launch_lora_gemm_in_grid_sm90a<T, PlantedFault>(params, in, {problem.a.data(), problem.a.pitch()},
+                                                  {kTile, kMNMajor, kMasked, false}, launch);
   emulator::reset_counters();
   specimens::run_timed(stream);
 
@@ -183,7 +183,8 @@ std::string run_gemm(const Case& run) {
   return difference;
 }
 
-#define VARIANT(name, ...) {#name, run_gemm<__VA_ARGS__>},
+#define VARIANT(name, T, mn_major, masked, tile, planned) \
+  {#name, run_gemm<T, mn_major, masked, LoraGemmSm90aTile##tile, plan::Tile::planned>},
 const std::vector<kernels::Variant> kVariants = {LORA_GEMM_IN_GRID_SM90A_VARIANTS(VARIANT)};
 
 }  // namespace

@@ -60,7 +60,7 @@ std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int6
       static_cast<long long>(counted.matrix_conflicts));
 }
 
-template <class T, class Tile, bool kMNMajor, bool kMasked>
+template <class T, bool kMNMajor, bool kMasked, class Tile, plan::Tile kTile>
 std::string run_gemm(const Case& run) {
   const auto [name, m, n, depth] = run.size;
   std::mt19937_64 random(run.seed);
@@ -118,7 +118,8 @@ std::string run_gemm(const Case& run) {
   const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
   kernels::ClusterLaunch launch{
       stream, 1 + static_cast<int64_t>(random() % (pairs + 1))};  // few walk over many
-  launch_tile<T, Tile, kMNMajor, kMasked, PlantedFault>(params, random() % 2 != 0, launch);
+  const bool dependent = random() % 2 != 0;
+  launch_lora_gemm_sm90a<T, PlantedFault>(params, {kTile, kMNMajor, kMasked, dependent}, launch);
   emulator::reset_counters();
   specimens::run_timed(stream);
 
@@ -156,7 +157,8 @@ std::string run_gemm(const Case& run) {
   return "";
 }
 
-#define VARIANT(name, ...) {#name, run_gemm<__VA_ARGS__>},
+#define VARIANT(name, T, mn_major, masked, tile, planned) \
+  {#name, run_gemm<T, mn_major, masked, LoraGemmSm90aTile##tile, plan::Tile::planned>},
 const std::vector<kernels::Variant> kVariants = {LORA_GEMM_SM90A_VARIANTS(VARIANT)};
 
 }  // namespace

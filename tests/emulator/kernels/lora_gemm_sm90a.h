@@ -1,33 +1,32 @@
-// The instances of lora_gemm_sm90a that the tests run, with planted faults, and the grid before
+// The instances of lora_gemm_sm90a, with planted faults, and the grid before
 // them that writes T.
 #pragma once
 #include "emulator/fault.h"
 #include "kernel/lora_gemm_sm90a.h"
 
-// X(variant, T, tile, MN-major, masked)
-#define LORA_GEMM_SM90A_VARIANTS(X)                                                      \
-  X(forward_bf16, __nv_bfloat16, LoraGemmSm90aTile128x256, false, false)                 \
-  X(forward_fp16, __half, LoraGemmSm90aTile128x256, false, false)                        \
-  X(dx_bf16, __nv_bfloat16, LoraGemmSm90aTile128x256, true, false)                       \
-  X(dx_masked_fp16, __half, LoraGemmSm90aTile128x256, true, true)                        \
-  X(forward_128, __nv_bfloat16, LoraGemmSm90aTile128x128, false, false)                  \
-  X(dx_128, __half, LoraGemmSm90aTile128x128, true, false)                               \
-  X(dx_masked_128, __nv_bfloat16, LoraGemmSm90aTile128x128, true, true)                  \
-  X(forward_pingpong_128, __half, LoraGemmSm90aTile128x128Pingpong, false, false)        \
-  X(dx_masked_pingpong_128, __nv_bfloat16, LoraGemmSm90aTile128x128Pingpong, true, true) \
-  X(forward_pingpong_192, __nv_bfloat16, LoraGemmSm90aTile128x192Pingpong, false, false) \
-  X(dx_pingpong_192, __half, LoraGemmSm90aTile128x192Pingpong, true, false)              \
-  X(dx_masked_pingpong_192, __nv_bfloat16, LoraGemmSm90aTile128x192Pingpong, true, true)
+// All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
+#define LORA_GEMM_SM90A_TILES(X, product, ...)                                  \
+  X(product##_128x256, __VA_ARGS__, 128x256, kWgmma128x256)                     \
+  X(product##_128x128, __VA_ARGS__, 128x128, kWgmma128x128)                     \
+  X(product##_128x128_pingpong, __VA_ARGS__, 128x128Pingpong, kPingpong128x128) \
+  X(product##_128x192_pingpong, __VA_ARGS__, 128x192Pingpong, kPingpong128x192)
+#define LORA_GEMM_SM90A_VARIANTS(X)                                   \
+  LORA_GEMM_SM90A_TILES(X, forward_bf16, __nv_bfloat16, false, false) \
+  LORA_GEMM_SM90A_TILES(X, forward_fp16, __half, false, false)        \
+  LORA_GEMM_SM90A_TILES(X, dx_bf16, __nv_bfloat16, true, false)       \
+  LORA_GEMM_SM90A_TILES(X, dx_fp16, __half, true, false)              \
+  LORA_GEMM_SM90A_TILES(X, dx_masked_bf16, __nv_bfloat16, true, true) \
+  LORA_GEMM_SM90A_TILES(X, dx_masked_fp16, __half, true, true)
 
 // Of a variant, one for each number of 16s along k in the last step of the rank. To be used in
 // namespace lora_ext::kernel, behind `template` or `extern template`.
-#define LORA_GEMM_SM90A_INSTANCE(T, tile, mn_major, masked, tail)                           \
-  __global__ void lora_gemm_sm90a<T, tile, mn_major, masked, tail, emulator::PlantedFault>( \
-      LoraGemmMaps, LoraGemmParams<T>)
-#define LORA_GEMM_SM90A_INSTANCES(keyword, ...)     \
-  keyword LORA_GEMM_SM90A_INSTANCE(__VA_ARGS__, 1); \
-  keyword LORA_GEMM_SM90A_INSTANCE(__VA_ARGS__, 2); \
-  keyword LORA_GEMM_SM90A_INSTANCE(__VA_ARGS__, 4);
+#define LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, tail)                     \
+  __global__ void lora_gemm_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail, \
+                                  emulator::PlantedFault>(LoraGemmMaps, LoraGemmParams<T>)
+#define LORA_GEMM_SM90A_INSTANCES(keyword, T, mn_major, masked, tile, planned) \
+  keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \
+  keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 2);              \
+  keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 4);
 
 namespace lora_ext::kernel {
 
