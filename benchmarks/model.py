@@ -218,9 +218,9 @@ def ours_backward(machine: Machine, s: _Shape) -> list[Launch]:
     launches = [Launch("lora_split", split)]
     if plan.one_pass:
         launches.append(Launch("lora_dsdb", BYTES * s.m * s.n + halves + sums + grads_b))
-    else:
+    elif not plan.in_grid:
         launches.append(Launch("lora_shrink", BYTES * s.m * s.n + sums))
-    launches.append(Launch("lora_reduce", sums + halves))
+    launches.append(Launch("flags", 0.0) if plan.in_grid else Launch("lora_reduce", sums + halves))
     launches.append(_lora_gemm(machine, plan, s, s.m, s.k, s.n))
     wgrad = BYTES * s.m * s.k + halves + grads_a
     if not plan.one_pass:

@@ -173,6 +173,7 @@ std::vector<Kernels> all_kernels(const plan::Card& card) {
       for (const bool vector : {true, false}) {
         if (!vector && tile != plan::Tile::k128x64) continue;
         kernels.tile = tile, kernels.vector = vector;
+        if (plan::facts_of(tile).in_grid && kernels.one_pass) continue;
         for (const int tail : tails_of(kernels)) {
           kernels.tail = tail;
           all.push_back(kernels);

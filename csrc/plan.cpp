@@ -29,11 +29,10 @@ std::string why_no_wgmma(const Card& card, const Problem& p, bool vector) {
   return "";
 }
 
-// In forward alone: backward needs another pass over dY for dB anyway, and lora_dsdb makes both in
-// one. Not of dropped X, which a tensor core cannot take from shared memory as it came; and of one
-// half, one step of T U.
+// Of one half, one step of T U; and not of dropped X, which a tensor core cannot take from shared
+// memory as it came.
 bool fits_in_grid(const Call& call) {
-  return !call.backward && !call.dropout && !call.float_adapters;
+  return !call.float_adapters && (call.backward || !call.dropout);
 }
 
 bool fits(const TileFacts& tile, const Card& card, const Call& call) {
@@ -64,10 +63,13 @@ Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bo
 // The tile that is asked for, if it can be had; else that with the least predicted time: whole
 // waves of tiles, each as long as its area. Where T can be made in the same grid it is, which saves
 // two launches, unless there is not a tile for every cluster: then all would wait for T.
-Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, bool backward, bool vector,
+Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan, bool backward,
                  bool wgmma, const std::optional<Tile>& asked) {
   const Call call{backward, p.float_adapters, p.dropout};
-  const bool may_in_grid = wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank;
+  const bool vector = plan.vector;
+  // lora_dsdb makes dS without another pass over dY.
+  const bool may_in_grid =
+      wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank && !plan.one_pass;
   const bool in_grid =
       may_in_grid && blocks_with_work(facts_of(Tile::kInGrid128x256), p.m, n) > card.sms;
   const TileFacts* best = nullptr;
@@ -106,7 +108,7 @@ void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool 
     return;
   }
   const std::string why = why_no_wgmma(card, p, plan.vector);
-  plan.gemm = choose_gemm(card, p, n, backward, plan.vector, why.empty(), request.tile);
+  plan.gemm = choose_gemm(card, p, n, plan, backward, why.empty(), request.tile);
   plan.gemm.early = plan.gemm.early && request.early_launch;
   if (card.arch == 90) plan.no_wgmma = why;
 }
@@ -200,6 +202,13 @@ std::string describe_gemm(const Gemm& gemm) {
   return text.str();
 }
 
+void place_flags(Plan& plan, const Card& card, int64_t m, int64_t n, Workspace& workspace) {
+  const TileFacts& tile = facts_of(plan.gemm.tile);
+  plan.flag_count = 2 * kFlagsApart + 2 * blocks_of(m, 2 * tile.rows);
+  plan.flags = workspace.take(plan.flag_count, 4);
+  plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, m, n);
+}
+
 }  // namespace
 
 std::optional<Tile> tile_named(const std::string& name) {
@@ -215,6 +224,8 @@ std::vector<Tile> tiles_of(const Card& card, const Call& call) {
   return tiles;
 }
 
+bool Plan::in_grid() const { return gemm.blocks > 0 && facts_of(gemm.tile).in_grid; }
+
 Plan forward(const Card& card, const Problem& p, const Request& request) {
   Plan plan = begin(card, p, request);
   if (plan.kernel && library_forward(p, request.choice)) {
@@ -227,11 +238,8 @@ Plan forward(const Card& card, const Problem& p, const Request& request) {
   place_a(plan, workspace, p);
   place_b(plan, workspace, p);
   place_gemm(plan, card, p, p.n, false, request);
-  const TileFacts& tile = facts_of(plan.gemm.tile);
-  if (tile.in_grid) {
-    plan.flag_count = 2 * kFlagsApart + 2 * blocks_of(p.m, 2 * tile.rows);
-    plan.flags = workspace.take(plan.flag_count, 4);
-    plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, p.m, p.n);
+  if (plan.in_grid()) {
+    place_flags(plan, card, p.m, p.n, workspace);
   } else {
     plan.z_columns = static_cast<int>(plan.terms * p.rank);
     plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
@@ -257,11 +265,12 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   const int64_t panels = blocks_of(p.n, 16384 / (plan.columns <= 16 ? 16 : 32));
   plan.one_pass =
       need_ds && p.need_dlora_b && plan.columns <= 32 && 8 * plan.columns * panels <= p.n;
+  if (p.need_dx) place_gemm(plan, card, p, p.k, true, request);
   if (plan.one_pass) {
     plan.panels = static_cast<int>(panels);
     plan.dlora_b = choose_splits(card, 2 * plan.panels, p.m);  // one block an SM
   } else {
-    if (need_ds) {
+    if (need_ds && !plan.in_grid()) {
       plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.columns, 64), p.n);
     }
     if (p.need_dlora_b) {
@@ -271,14 +280,15 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   if (p.need_dlora_a) {
     plan.dlora_a = choose_splits(card, blocks_of(p.k, 128) * blocks_of(plan.columns, 64), p.m);
   }
-  if (need_ds) {
+  if (plan.in_grid()) {
+    place_flags(plan, card, p.m, p.k, workspace);
+  } else if (need_ds) {
     const int64_t sums = plan.one_pass ? plan.panels : plan.shrink.splits;
     plan.z = workspace.take(sums * p.m * plan.z_columns, 4);
-    plan.t = workspace.take(p.m * plan.columns, 2);
   }
+  if (need_ds) plan.t = workspace.take(p.m * plan.columns, 2);
   if (p.need_dlora_b) plan.g_b = workspace.take(plan.dlora_b.splits * plan.columns * p.n, 4);
   if (p.need_dlora_a) plan.g_a = workspace.take(plan.dlora_a.splits * plan.columns * p.k, 4);
-  if (p.need_dx) place_gemm(plan, card, p, p.k, true, request);
   plan.workspace = workspace.bytes;
   return plan;
 }

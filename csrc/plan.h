@@ -79,8 +79,8 @@ constexpr TileFacts kTiles[] = {
     {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false, false, false},
     {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.9, true, false, false},
     {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.8, true, false, false},
-    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 229480, 1, 1.0, false, true, true},
-    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 229512, 1, 0.85, false, true, true},
+    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 229480, 1, 1.0, true, true, true},
+    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 229512, 1, 0.85, true, true, true},
     {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 229440, 1, 1.0, true, true, false},
     {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 229472, 1, 0.85, true, true, false},
     {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 196672, 1, 0.97, true, true, false},
@@ -143,6 +143,7 @@ struct Plan {
   int pairs_per_ticket = 1;  // of row blocks, whose part of T one cluster makes at a time
   std::string no_wgmma;      // on compute capability 9.0: why gemm has none
 
+  bool in_grid() const;  // gemm makes T, too
   std::string describe() const;
 };
 

@@ -139,8 +139,7 @@ void bind_plan(py::module& m) {
                              [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).name; })
       .def_property_readonly("wgmma",
                              [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).wgmma; })
-      .def_property_readonly(
-          "in_grid", [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).in_grid; })
+      .def_property_readonly("in_grid", &plan::Plan::in_grid)
       .def_property_readonly(
           "tile_efficiency",
           [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).efficiency; })

@@ -104,7 +104,7 @@ def test_every_tile_agrees_with_the_library_route(rank, wide, dropout_p):
             assert_near(step(*given, dropout_p=dropout_p), expected, BF16)
             plan = lora_ext.explain(*given, dropout_p)
             assert "in-grid" in tile or plan.forward.tile == tile
-            assert plan.backward.tile == tiles[1]
+            assert "in-grid" in tiles[1] or plan.backward.tile == tiles[1]
             assert plan.forward_check == plan.backward_check == "passed", plan
     finally:
         _C.replace_winners(card.name, [])

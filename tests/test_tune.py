@@ -264,7 +264,7 @@ def test_the_library_stays_unless_another_clearly_wins(kernel, winner):
 
 @pytest.mark.parametrize(
     ("card", "forward", "masked"),
-    [((80, 108, 167936, 166912), 3, 2), (H100, 7, 6)],
+    [((80, 108, 167936, 166912), 3, 2), (H100, 7, 8)],
     ids=["A100", "H100"],
 )
 def test_candidates_are_what_the_card_can_do(card, forward, masked):

@@ -2,6 +2,7 @@
 //
 //     forward    split A, B -> shrink: Z -> reduce: S, T -> gemm: Y      (or in-grid gemm: S, T, Y)
 //     backward   split A, B, S -> dsdb: Z, G_B  (or shrink: Z) -> reduce: T = dS -> gemm: dX
+//                (or in-grid gemm: T, dX)
 //                -> wgrad: G_A (and G_B) -> reduce_wgrad: dA, dB
 //
 // In a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and
@@ -44,8 +45,7 @@ class LoraLinearSequence {
 
   void forward(const LoraLinearForward& f) {
     split(/*a=*/true, /*b=*/true, nullptr);
-    const bool in_grid = plan::facts_of(plan_.gemm.tile).in_grid;
-    if (!in_grid) {
+    if (!plan_.in_grid()) {
       LoraShrinkParams<T> shrink = shrink_params(o_.x, o_.x_pitch, o_.k);
       shrink.a = a_halves().hi, shrink.a_pitch = a_halves().pitch, shrink.mask = o_.mask;
       launch_shrink<false>(shrink, o_.dropout);
@@ -56,8 +56,8 @@ class LoraLinearSequence {
     gemm.n = static_cast<int>(o_.n), gemm.k = static_cast<int>(o_.k), gemm.y_pitch = o_.n;
     gemm.bias = f.bias, gemm.float_bias = f.float_bias;
     low_rank(gemm, b_halves());
-    if (in_grid) {
-      launch_in_grid(gemm, f.s);
+    if (plan_.in_grid()) {
+      launch_in_grid(gemm, a_halves(), f.s, {plan_.gemm.tile, false, false, false});
     } else {
       launch_gemm<false, false>(gemm);
     }
@@ -68,12 +68,12 @@ class LoraLinearSequence {
     split(g.dx != nullptr, need_ds, g.db != nullptr ? g.s : nullptr);
     if (plan_.one_pass) {
       launch_dsdb(g);
-    } else if (need_ds) {
+    } else if (need_ds && !plan_.in_grid()) {
       LoraShrinkParams<T> shrink = shrink_params(g.dy, g.dy_pitch, o_.n);
       shrink.a = b_halves().hi, shrink.a_pitch = b_halves().pitch;
       launch_shrink<true>(shrink, false);
     }
-    if (need_ds)
+    if (need_ds && !plan_.in_grid())
       reduce(plan_.one_pass ? plan_.panels : plan_.shrink.splits, plan_.width, nullptr, 1.f);
     if (g.dx != nullptr) {
       LoraGemmParams<T> gemm{};
@@ -81,7 +81,9 @@ class LoraLinearSequence {
       gemm.n = static_cast<int>(o_.k), gemm.k = static_cast<int>(o_.n), gemm.y_pitch = o_.k;
       gemm.mask = o_.mask;
       low_rank(gemm, a_halves());
-      if (o_.dropout) {
+      if (plan_.in_grid()) {
+        launch_in_grid(gemm, b_halves(), nullptr, {plan_.gemm.tile, true, o_.dropout, false});
+      } else if (o_.dropout) {
         launch_gemm<true, true>(gemm);
       } else {
         launch_gemm<true, false>(gemm);
@@ -210,7 +212,8 @@ class LoraLinearSequence {
   }
 
   // Workspace comes as the allocator has it, so the flags are cleared before each launch.
-  void launch_in_grid(const LoraGemmParams<T>& params, float* s) {
+  void launch_in_grid(const LoraGemmParams<T>& params, const Halves& factor, float* s,
+                      const Sm90aChoice& choice) {
     auto* flags = at<uint32_t>(plan_.flags);
     launch_.clear(flags, plan_.flag_count);
     LoraInGridParams<T> in{};
@@ -218,8 +221,7 @@ class LoraLinearSequence {
     in.s = s, in.scaling = o_.scaling, in.pairs_per_ticket = plan_.pairs_per_ticket;
     in.ticket = flags, in.finished = flags + plan::kFlagsApart;
     in.ready = flags + 2 * plan::kFlagsApart;
-    launch_.lora_gemm_in_grid_sm90a(params, in, {a_halves().hi, a_halves().pitch},
-                                    {plan_.gemm.tile, false, false, false});
+    launch_.lora_gemm_in_grid_sm90a(params, in, {factor.hi, factor.pitch}, choice);
   }
 
   template <bool kMNMajor, bool kMasked>
