@@ -9,6 +9,7 @@ the page cannot say what no file shows. --check only compares: exit status 1 if 
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +111,50 @@ def kernels() -> str:
     return "## CUDA kernels\n\n" + table(["claim", "how it is known", "by"], listed)
 
 
+def hopper() -> str:
+    """What benchmarks/model.py says of an H100, for the projections of `make gpu`."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import model
+    from benchmarks.gpu.cells import PROJECTIONS, ROWS
+    from benchmarks.shapes import DROPOUT, FORWARD, STEP, Cell
+
+    machine = model.MACHINES["H100"]
+    equal = replace(machine, wgmma_share=1.0)
+    rows = []
+    for name, (k, n, _) in PROJECTIONS.items():
+        forward = Cell(FORWARD, "bfloat16", ROWS, k, n, rank=16, bias=False)
+        step = replace(forward, mode=STEP, dropout_p=DROPOUT)
+
+        def over(machine, cell, variant):
+            floor = "merged" if cell.mode == FORWARD else "frozen"
+            found = [model.predicted_us(machine, cell, each) for each in (variant, floor)]
+            return f"{found[0] / found[1]:.3f}"
+
+        rows.append(
+            [
+                name,
+                f"{k} x {n}",
+                over(equal, forward, "ours_kernel"),
+                over(equal, replace(forward, dropout_p=DROPOUT), "ours_kernel"),
+                over(machine, forward, "ours_kernel"),
+                over(machine, forward, "ours_fp32_kernel"),
+                over(machine, forward, "ours"),
+                over(machine, step, "ours_kernel"),
+                over(machine, step, "ours"),
+                over(machine, step, "peft_default"),
+            ]
+        )
+    header = ["layer", "in x out", "S in grid, equal loops", "S before it, equal loops",
+              "S in grid", "float32 adapters", "auto", "step", "step, auto", "step, PEFT default"]  # fmt: skip
+    intro = (
+        f"Predicted (`benchmarks/model.py`) for an H100, M = {ROWS}, r = 16, bfloat16: time over that"
+        " of merged (forward) or frozen (step, dropout 0.05). The kernel route, except for the columns"
+        " auto, which is what the planner takes until a card has been measured. equal loops: our main"
+        f" loop as fast as the library's; else at {machine.wgmma_share:g} of it."
+    )
+    return f"## Hopper, predicted\n\n{intro}\n\n{table(header, rows)}"
+
+
 def gpus() -> list[str]:
     """A section for each run of `make gpu` on a GPU."""
     sections = []
@@ -131,7 +176,7 @@ def gpus() -> list[str]:
 
 
 def page() -> str:
-    sections = [HEAD.strip(), kernels(), *gpus(), cpu_targets(), models(), fine_tuning()]
+    sections = [HEAD.strip(), kernels(), hopper(), *gpus(), cpu_targets(), models(), fine_tuning()]
     return "\n\n".join(sections) + "\n"
 
 
