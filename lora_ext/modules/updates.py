@@ -78,10 +78,12 @@ def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float
 
 
 def with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None:
-    """The base's bias with those of the updates."""
+    """The base's bias with those of the updates, summed in float32: the op rounds it once."""
     for update in updates:
         if update.bias is not None:
             added = update.bias * update.scaling
+            if update.bias.dtype in HALVES:
+                added = update.bias.float() * update.scaling
             bias = added if bias is None else bias + added
     return bias
 

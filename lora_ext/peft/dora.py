@@ -1,16 +1,13 @@
-"""DoRA on the fused op (Liu et al. 2024, sections 4.2 and 4.3; peft.tuners.lora.dora).
+"""DoRA (Liu et al. 2024, sections 4.2 and 4.3; peft.tuners.lora.dora).
 
     g = magnitude / ||W + s B A||          one number per output, the norm held constant
     y = g * (x W^T + s (x A^T) B^T) + bias
     y = x W^T + bias + (g - 1) * (xd W^T) + g * s (xd A^T) B^T          with dropout, xd = drop(x)
 
 PEFT makes B A of the weight's size by a product with an identity matrix, a copy of W in x's dtype,
-and their sum, in each forward. Here the norm is taken in blocks of rows of the weight, and the rest
-is one call of the op, or two with dropout:
-
-    u = xd W^T + s (xd A^T) B^T,  y = x W^T + bias + s (xd A^T) B^T + (g - 1) * u
-
-so that what is rounded in u counts by g - 1 only.
+and their sum, in each forward. Here the norm is taken in blocks of rows of the weight; g goes into
+B, so that gradients of the adapters come from dy itself and keep their precision; the rest is added
+to the base product in blocks of rows.
 """
 
 from __future__ import annotations
@@ -19,19 +16,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from ..functional import draw_seed, dropout_mask
-from ..modules.row_blocks import keep_scale, scale_rows
-from ..modules.updates import Update, compute_dtype, stacked
+from ..functional import draw_seed
+from ..modules.row_blocks import combine, drop, shrink
+from ..modules.updates import Update
 from .reasons import has_hooks
 
-# Elements of the weight that are widened at a time for its norm: 16 MiB of float32.
-_BLOCK = 1 << 22
-
-_lora_linear = torch.ops.lora_ext.lora_linear.default
+# Elements of the weight that are widened at a time for its norm: 4 MiB of float32.
+_BLOCK = 1 << 20
 
 
 def reason(layer: Any, names: Sequence[str]) -> str:
@@ -62,20 +58,21 @@ def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
     base = layer._modules["base_layer"]
     weight = base.weight
     weight = weight if type(base) is nn.Linear else weight.t()
-    lora_a, lora_b, scaling = stacked([update], x)
-    norm = weight_norm(weight, update.lora_a, update.lora_b, update.scaling)
-    factor = layer.lora_magnitude_vector[update.name].weight.to(norm.dtype) / norm
+    factor = factor_of(layer, weight, update)
+    scaled = [update._replace(lora_b=(update.lora_b * factor[:, None]).to(update.lora_b.dtype))]
     if update.dropout == 0.0:
-        u = _lora_linear(x, weight, lora_a, lora_b, None, scaling)
-        return scale_rows(u, factor, base.bias)
+        parts = shrink(x, scaled, [None])
+        return combine(base.bias, F.linear(x, weight), factor, parts, scaled)
     seed = draw_seed(x.device)
-    p = update.dropout
-    y = _lora_linear(x, weight, lora_a, lora_b, base.bias, scaling, p, seed)
-    rows = x.numel() // x.shape[-1]
-    keep = dropout_mask(seed, rows, x.shape[-1], p).view(x.shape)
-    dropped = torch.where(keep, x.to(compute_dtype(x)) * keep_scale(p), 0.0)
-    u = _lora_linear(dropped, weight, lora_a, lora_b, None, scaling)
-    return scale_rows(u, factor - 1, y)
+    parts = shrink(x, scaled, [seed])
+    u = F.linear(drop(x, update.dropout, seed), weight)
+    return combine(F.linear(x, weight, base.bias), u, factor - 1, parts, scaled)
+
+
+def factor_of(layer: Any, weight: Tensor, update: Update) -> Tensor:
+    """g ``[out]`` for the weight as ``[out, in]``, at least float32."""
+    norm = weight_norm(weight, update.lora_a, update.lora_b, update.scaling)
+    return layer.lora_magnitude_vector[update.name].weight.to(norm.dtype) / norm
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from ..modules.row_blocks import expand_onto, scale_rows
+from ..modules.row_blocks import combine
 from ..modules.updates import Update
 from . import dora
 from .reasons import ADDED, BASE, PEFT, active_names, adapters_state, has_hooks, is_plain
@@ -112,10 +112,10 @@ def added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
         )
         for update in plan.updates
     ]
-    y = expand_onto(base(ids), parts, plan.updates)
+    y = base(ids)
     if not plan.is_dora:
-        return y
-    update = plan.updates[0]
-    norm = dora.weight_norm(base.weight.t(), update.lora_a, update.lora_b, update.scaling)
-    factor = layer.lora_magnitude_vector[update.name].weight.to(norm.dtype) / norm
-    return scale_rows(y, factor, None)
+        return combine(y, parts=parts, updates=plan.updates)
+    (update,) = plan.updates
+    factor = dora.factor_of(layer, base.weight.t(), update)
+    scaled = update._replace(lora_b=(update.lora_b * factor[:, None]).to(update.lora_b.dtype))
+    return combine(None, y, factor, parts, [scaled])

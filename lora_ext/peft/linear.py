@@ -14,6 +14,7 @@ from ..modules.kernel_path import kernel_path
 from ..modules.row_blocks import add_updates
 from ..modules.updates import Update, obstacle, stacked, with_biases
 from . import dora
+from .quick import quick_forward
 from .reasons import (
     ADDED,
     BASE,
@@ -42,13 +43,16 @@ class Linear(peft_layers.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
+            y = quick_forward(self, x)
+            if y is not None:
+                return y
             plan = plan_of(self, x)
             if plan.path is FUSED:
-                if plan.is_dora:
-                    return dora.linear(self, x, plan.updates[0])
                 return fused(self, x, plan)
             if plan.path is ADDED:
-                return added(self, x, plan)
+                return (
+                    dora.linear(self, x, plan.updates[0]) if plan.is_dora else added(self, x, plan)
+                )
         return super().forward(x, *args, **kwargs)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
@@ -84,7 +88,9 @@ def plan_of(layer: Any, x: Tensor | None) -> LinearPlan:
     kept = base_obstacle(base) or _call_obstacle(base, x, updates)
     if layer.lora_variant and any(name in layer.lora_variant for name in names):
         reason = dora.reason(layer, names) or kept
-        return LinearPlan(PEFT, reason) if reason else LinearPlan(FUSED, "DoRA", updates, True)
+        if reason:
+            return LinearPlan(PEFT, reason)
+        return LinearPlan(ADDED, "DoRA: added to torch's base product", updates, True)
     return LinearPlan(ADDED if kept else FUSED, kept, updates)
 
 
@@ -132,5 +138,4 @@ def path_of(layer: Any, rows: int | None) -> tuple[str, str]:
     plan = plan_of(layer, None)
     if plan.path is not FUSED:
         return plan.path, plan.reason
-    path, reason = kernel_path(matrix_of(layer._modules["base_layer"]), plan.updates, rows)
-    return path, f"{plan.reason}: {reason}" if plan.reason else reason
+    return kernel_path(matrix_of(layer._modules["base_layer"]), plan.updates, rows)

@@ -27,7 +27,7 @@ FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 Route = tuple[str, str]
 
 _DEVICES = ("cpu", "cuda", "meta")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NO_ADAPTERS: Mapping[str, Any] = {}
 
 
@@ -82,7 +82,7 @@ def adapter_reason(layer: Any, name: str) -> str:
     first, second = lora_a.weight, lora_b.weight
     if not (is_plain(first) and is_plain(second)):
         return "a factor is a tensor subclass, such as a sharded one"
-    if first.dtype != second.dtype or first.dtype not in _FLOATS:
+    if first.dtype != second.dtype or first.dtype not in FLOATS:
         return "the factors' dtypes are not the same floating dtype"
     return ""
 
@@ -91,7 +91,7 @@ def input_reason(layer: Any, x: Tensor) -> str:
     """Why this x needs PEFT's own forward, or ""."""
     if not is_plain(x) or x.is_nested or x.dim() == 0:
         return "x is a tensor subclass, nested or a scalar"
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         return "x is not of a floating dtype"
     if x.device.type not in _DEVICES:
         return "no kernels for this device"
@@ -113,7 +113,7 @@ def base_obstacle(base: nn.Module) -> str:
     weight = base._parameters.get("weight")
     if weight is None or not is_plain(weight):
         return "the base weight is computed, quantised or sharded"
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         return "the base weight is not of a floating dtype"
     return ""
 
