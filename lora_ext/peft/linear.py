@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional import lora_linear
 from ..modules.kernel_path import kernel_path
 from ..modules.row_blocks import add_updates
-from ..modules.updates import Update, obstacle, stacked, with_biases
+from ..modules.updates import HALVES, Update, obstacle, stacked, with_biases
 from . import dora
 from .quick import quick_forward
 from .reasons import (
@@ -99,6 +99,9 @@ def _call_obstacle(base: nn.Module, x: Tensor | None, updates: Sequence[Update])
     weight = base.weight
     if weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is trained"
+    if weight.dtype in HALVES and any(update.bias is not None for update in updates):
+        # The op would round the sum of both biases, and sum dy over a float32 copy of it.
+        return "a lora_bias on a half base"
     reason = "" if x is None else dtype_obstacle(x, weight, updates[0].lora_a.dtype)
     return reason or obstacle(updates, weight.dtype)
 

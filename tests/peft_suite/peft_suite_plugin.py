@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import layer as peft_layers
 
 from lora_ext.peft.report import peft_path
 from lora_ext.peft.swap import classes, swap
@@ -39,7 +40,8 @@ class Recorder:
 
         LoraModel.inject_adapter = inject_adapter
         if not self.plain:
-            for kind in classes().values():
+            others = (peft_layers._ConvNd, peft_layers.MultiheadAttention, peft_layers.ParamWrapper)
+            for kind in (*classes().values(), *others):
                 if issubclass(kind, LoraLayer):
                     self._count(kind)
 
