@@ -14,7 +14,7 @@ Under torch.compile the same formulas are traced without blocks, which the compi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class _Shrink(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, probabilities, seeds, *matrices: Tensor) -> tuple[Tensor, ...]:
         rows = _flat(x)
         parts = [x.new_empty((len(rows), a.shape[0]), dtype=a.dtype) for a in matrices]
-        with _without_autocast(x):
+        with without_autocast(x):
             for block in _blocks(rows):
                 wide: dict[torch.dtype, Tensor] = {}
                 for part, a, p, seed in zip(parts, matrices, probabilities, seeds, strict=True):
@@ -123,7 +123,7 @@ class _Shrink(torch.autograd.Function):
         needs_x, needs_a = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_x else None
         dmatrices = _sums_for(matrices, needs_a)
-        with _without_autocast(x):
+        with without_autocast(x):
             for block in _blocks(rows):
                 total = None
                 for i, (grad, a, p, seed) in enumerate(
@@ -161,7 +161,7 @@ class _Combine(torch.autograd.Function):
         bases = base if base is None or base_is_row else _flat(base)
         scaled = None if u is None else _flat(u)
         flat = [_flat(part) for part in parts]
-        with _without_autocast(like):
+        with without_autocast(like):
             for block in _blocks(rows):
                 total = bases if bases is None or base_is_row else bases[block]
                 if scaled is not None:
@@ -198,7 +198,7 @@ class _Combine(torch.autograd.Function):
         columns = [b[:, 0] for b in matrices]
         dmatrices = _sums_for(matrices, needs[count : 2 * count])
         dbiases = _sums_for(columns, needs[2 * count :])
-        with _without_autocast(grad):
+        with without_autocast(grad):
             for block in _blocks(rows):
                 dy = rows[block]
                 if du is not None:
@@ -275,5 +275,6 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
         yield slice(begin, min(begin + step, count))
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    return torch.autocast(tensor.device.type, enabled=False)
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Products in the dtypes that they are given, on the tensor's device."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -22,7 +22,7 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from ..functional import draw_seed
-from ..modules.row_blocks import combine, drop, shrink
+from ..modules.row_blocks import combine, drop, shrink, without_autocast
 from ..modules.updates import Update
 from .reasons import has_hooks
 
@@ -38,8 +38,6 @@ def reason(layer: Any, names: Sequence[str]) -> str:
             return "a variant of LoRA other than DoRA"
     if len(names) > 1:
         return "several active adapters, one of them DoRA"
-    if layer.lora_B[names[0]].bias is not None:
-        return "DoRA with a lora_bias"
     return magnitude_reason(layer, names[0], peft_dora.DoraLinearLayer)
 
 
@@ -90,7 +88,7 @@ def weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float |
     out_features, in_features = weight.shape
     adapter_dtype = lora_a.dtype
     wide = torch.float64 if adapter_dtype == torch.float64 else torch.float32
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         lora_a, lora_b = lora_a.to(wide), lora_b.to(wide) * scaling
         if weight.stride(0) < weight.stride(1):  # stored as [in, out]
             norm = _sum_over_columns(weight, lora_a, lora_b).sqrt_()
