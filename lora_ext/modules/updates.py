@@ -100,7 +100,9 @@ def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or that to which autocast will bring it."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; never for the meta device, which has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

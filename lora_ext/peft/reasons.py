@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..modules.linear import is_conv1d
-from ..modules.updates import HALVES
+from ..modules.updates import HALVES, is_autocast
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
@@ -120,7 +120,7 @@ def base_obstacle(base: nn.Module) -> str:
 
 def dtype_obstacle(x: Tensor, weight: Tensor, adapter: torch.dtype) -> str:
     """Why these dtypes are not one call of the op, or ""."""
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x):
         if torch.float64 in (x.dtype, weight.dtype, adapter):
             return "float64 under autocast"
         return ""
