@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..functional import draw_seed, dropout_mask
-from .updates import Update
+from .updates import HALVES, Update
 
 # Elements of a block: 1 MiB of float32, which stays in a core's cache; on a GPU, which needs more
 # to be busy, 64 MiB.
@@ -50,12 +50,13 @@ def add_updates(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
 def shrink(
     x: Tensor, updates: Sequence[Update], seeds: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """drop(x) A^T ``[..., r]`` in A's dtype for each update, its mask from its seed."""
-    if torch.compiler.is_compiling():
-        pairs = zip(updates, seeds, strict=True)
-        return tuple(_shrunk(x.to(u.lora_a.dtype), u.lora_a, u.dropout, s, 0) for u, s in pairs)
+    """drop(x) A^T ``[..., r]`` in at least float32 for each update, its mask from its seed."""
+    matrices = [_at_least_float32(update.lora_a) for update in updates]
     probabilities = tuple(update.dropout for update in updates)
-    return _Shrink.apply(x, probabilities, tuple(seeds), *(update.lora_a for update in updates))
+    if torch.compiler.is_compiling():
+        triples = zip(matrices, probabilities, seeds, strict=True)
+        return tuple(_shrunk(x.to(a.dtype), a, p, seed, 0) for a, p, seed in triples)
+    return _Shrink.apply(x, probabilities, tuple(seeds), *matrices)
 
 
 def combine(
@@ -65,33 +66,39 @@ def combine(
     parts: Sequence[Tensor] = (),
     updates: Sequence[Update] = (),
 ) -> Tensor:
-    """base + factor * u + sum of scaling * (S B^T + bias), rounded once.
+    """base + factor * u + sum of scaling * (S B^T + b), rounded once.
 
     Args:
         base: ``[..., out]``; ``[out]`` beside u; None for 0 beside u.
         u: ``[..., out]`` or None.
-        factor: ``[out]``, of u.
+        factor: ``[out]``, of u, at least float32.
         parts: S ``[..., r]`` for each update, of `shrink`.
-        updates: of which B, the scaling and the bias are used.
+        updates: of which B, the scaling and the bias are used, in at least float32.
 
     Returns:
         A new tensor of u's shape and dtype, or, without u, of the base's.
     """
-    if torch.compiler.is_compiling():
-        return _combined(base, u, factor, parts, updates)
+    parts = [_at_least_float32(part) for part in parts]
+    matrices = [_at_least_float32(update.lora_b) for update in updates]
+    biases = [u.bias if u.bias is None else _at_least_float32(u.bias) for u in updates]
     scalings = tuple(update.scaling for update in updates)
-    matrices = [update.lora_b for update in updates]
-    biases = [update.bias for update in updates]
+    if torch.compiler.is_compiling():
+        return _combined(base, u, factor, parts, matrices, biases, scalings)
     return _Combine.apply(base, u, factor, scalings, *parts, *matrices, *biases)
 
 
-def _combined(base, u, factor, parts, updates) -> Tensor:
-    like = base if u is None else u
-    total = base
+def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x ``[..., in]`` as `shrink` sees it: the mask of the seed, what is kept divided by its
+    probability."""
+    return _dropped(x, p, seed, 0)
+
+
+def _combined(base, u, factor, parts, matrices, biases, scalings) -> Tensor:
+    total, like = base, base if u is None else u
     if u is not None:
         total = factor * u if base is None else base + factor * u
-    for part, update in zip(parts, updates, strict=True):
-        total = total + F.linear(part, update.lora_b, update.bias) * update.scaling
+    for part, b, bias, s in zip(parts, matrices, biases, scalings, strict=True):
+        total = total + F.linear(part, b, bias) * s
     return total.to(like.dtype)
 
 
@@ -99,48 +106,42 @@ class _Shrink(torch.autograd.Function):
     """S_i = drop_i(x) A_i^T; dx = sum of drop_i(dS_i A_i), dA_i = dS_i^T drop_i(x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probabilities, seeds, *matrices: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, probabilities, seeds, *matrices: Tensor):
         rows = _flat(x)
-        parts = [x.new_empty((len(rows), a.shape[0]), dtype=a.dtype) for a in matrices]
+        parts = tuple(x.new_empty((*x.shape[:-1], len(a)), dtype=a.dtype) for a in matrices)
+        flat = [_flat(part) for part in parts]
         with without_autocast(x):
             for block in _blocks(rows):
-                wide: dict[torch.dtype, Tensor] = {}
-                for part, a, p, seed in zip(parts, matrices, probabilities, seeds, strict=True):
-                    if a.dtype not in wide:
-                        wide[a.dtype] = rows[block].to(a.dtype)
-                    part[block] = _shrunk(wide[a.dtype], a, p, seed, block.start)
+                for part, a, p, seed in zip(flat, matrices, probabilities, seeds, strict=True):
+                    part[block] = _shrunk(rows[block].to(a.dtype), a, p, seed, block.start)
         ctx.save_for_backward(x, *matrices, *seeds)
         ctx.probabilities = probabilities
-        return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in parts)
+        return parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        count = len(ctx.probabilities)
+    def backward(ctx: Any, *grads: Tensor):
         x, *saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor once
+        count = len(ctx.probabilities)
         matrices, seeds = saved[:count], saved[count:]
-        rows = _flat(x)
-        needs_x, needs_a = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_x else None
-        dmatrices = _sums_for(matrices, needs_a)
+        needs_x, needs_matrices = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        dx = x.new_empty(x.shape) if needs_x else None
+        dmatrices = _zeros_for(matrices, needs_matrices)
+        rows, drows = _flat(x), None if dx is None else _flat(dx)
+        calls = [*zip(grads, matrices, dmatrices, ctx.probabilities, seeds, strict=True)]
         with without_autocast(x):
             for block in _blocks(rows):
                 total = None
-                for i, (grad, a, p, seed) in enumerate(
-                    zip(grads, matrices, ctx.probabilities, seeds, strict=True)
-                ):
+                for grad, a, da, p, seed in calls:
                     ds = _flat(grad)[block]
-                    dmatrix = dmatrices[i]
-                    if dmatrix is not None:
+                    if da is not None:
                         dropped = _dropped(rows[block].to(a.dtype), p, seed, block.start)
-                        dmatrix += ds.t() @ dropped
-                    if dx is not None:
-                        part = _dropped(ds @ a, p, seed, block.start)
-                        total = part if total is None else total + part
-                if dx is not None:
-                    dx[block] = total
-        dx = None if dx is None else dx.view(x.shape)
-        return dx, None, None, *_rounded(dmatrices, matrices)
+                        da.addmm_(ds.t(), dropped)
+                    if drows is not None:
+                        total = _sum(_dropped(ds @ a, p, seed, block.start), total)
+                if drows is not None and total is not None:
+                    drows[block] = total
+        return dx, None, None, *dmatrices
 
 
 class _Combine(torch.autograd.Function):
@@ -151,72 +152,69 @@ class _Combine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, base, u, factor, scalings, *tensors: Tensor | None) -> Tensor:
-        count = len(scalings)
-        parts, matrices, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+    def forward(ctx: Any, base, u, factor, scalings, *tensors: Tensor | None):
+        parts, matrices, biases = _thirds(tensors)
         like = base if u is None else u
-        rows = _flat(like)
-        y = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        base_is_row = base is not None and base.dim() == 1 and u is not None
-        bases = base if base is None or base_is_row else _flat(base)
+        y = like.new_empty(like.shape)
+        is_row = base is not None and u is not None and base.dim() == 1
+        bases = None if base is None else _flat(base)
         scaled = None if u is None else _flat(u)
-        flat = [_flat(part) for part in parts]
+        flat, out = [_flat(part) for part in parts], _flat(y)
         with without_autocast(like):
-            for block in _blocks(rows):
-                total = bases if bases is None or base_is_row else bases[block]
+            for block in _blocks(out):
+                total = bases if bases is None or is_row else bases[block]
                 if scaled is not None:
                     total = _sum(factor * scaled[block], total)
                 for part, b, bias, s in zip(flat, matrices, biases, scalings, strict=True):
                     total = _sum(F.linear(part[block], b, bias).mul_(s), total)
-                y[block] = total
+                out[block] = total
         tensor_scalings = [s for s in scalings if isinstance(s, Tensor)]
         ctx.save_for_backward(u, factor, *parts, *matrices, *tensor_scalings)
         ctx.scalings = tuple(None if isinstance(s, Tensor) else s for s in scalings)
-        ctx.row_dtype = base.dtype if base_is_row else None
-        return y.view(like.shape)
+        ctx.row_dtype = base.dtype if is_row else None
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        count = len(ctx.scalings)
+    def backward(ctx: Any, grad: Tensor):
         u, factor, *saved = ctx.saved_tensors
+        count = len(ctx.scalings)
         parts, matrices = saved[:count], saved[count : 2 * count]
         given = iter(saved[2 * count :])
         scalings = [next(given) if s is None else s for s in ctx.scalings]
         needs_base, needs_u, needs_factor, _, *needs = ctx.needs_input_grad
-        rows, flat = _flat(grad), [_flat(part) for part in parts]
-        scaled = None if u is None else _flat(u)
-        dbase = grad if needs_base else None
-        if needs_base and ctx.row_dtype is not None:
-            dbase = rows.sum(0, dtype=_at_least_float32(grad.dtype)).to(ctx.row_dtype)
-        du = torch.empty_like(scaled, memory_format=torch.contiguous_format) if needs_u else None
+        needs_parts, needs_matrices, needs_biases = _thirds(needs)
+        rows = _flat(grad)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dbase = grad if needs_base and ctx.row_dtype is None else None
+        drow = rows.new_zeros(rows.shape[1], dtype=wide) if needs_base and dbase is None else None
+        du = u.new_empty(u.shape) if needs_u else None
         dfactor = torch.zeros_like(factor) if needs_factor else None
-        dparts = [
-            torch.empty_like(part) if wanted else None
-            for part, wanted in zip(flat, needs[:count], strict=True)
-        ]
-        columns = [b[:, 0] for b in matrices]
-        dmatrices = _sums_for(matrices, needs[count : 2 * count])
-        dbiases = _sums_for(columns, needs[2 * count :])
+        pairs = zip(parts, needs_parts, strict=True)
+        dparts = [part.new_empty(part.shape) if wanted else None for part, wanted in pairs]
+        dmatrices = _zeros_for(matrices, needs_matrices)
+        dbiases = _zeros_for([b[:, 0] for b in matrices], needs_biases)
+        calls = [*zip(parts, matrices, scalings, dparts, dmatrices, dbiases, strict=True)]
         with without_autocast(grad):
             for block in _blocks(rows):
-                dy = rows[block]
-                if du is not None:
-                    du[block] = dy * factor
+                dy = rows[block].to(wide)
+                if drow is not None:
+                    drow += dy.sum(0)
                 if dfactor is not None:
-                    dfactor += (dy.to(dfactor.dtype) * scaled[block]).sum(0)
-                for i, (b, s) in enumerate(zip(matrices, scalings, strict=True)):
-                    wide = dy.to(b.dtype) * s
-                    if (dpart := dparts[i]) is not None:
-                        dpart[block] = wide @ b
-                    if (dmatrix := dmatrices[i]) is not None:
-                        dmatrix += wide.t() @ flat[i][block]
-                    if (dbias := dbiases[i]) is not None:
-                        dbias += wide.sum(0, dtype=dbias.dtype)
-        du = None if du is None else du.view(u.shape)
-        dparts = [d if d is None else d.view(p.shape) for d, p in zip(dparts, parts, strict=True)]
-        sums = (*_rounded(dmatrices, matrices), *_rounded(dbiases, columns))
-        return dbase, du, dfactor, None, *dparts, *sums
+                    dfactor += (_flat(u)[block] * dy).sum(0)
+                if du is not None:
+                    _flat(du)[block] = factor * dy
+                for part, b, s, dpart, db, dbias in calls:
+                    ds = dy.to(b.dtype) * s
+                    if dpart is not None:
+                        _flat(dpart)[block] = ds @ b
+                    if db is not None:
+                        db.addmm_(ds.t(), _flat(part)[block])
+                    if dbias is not None:
+                        dbias += ds.sum(0)
+        if drow is not None:
+            dbase = drow.to(ctx.row_dtype)
+        return dbase, du, dfactor, None, *dparts, *dmatrices, *dbiases
 
 
 def _sum(own: Tensor, other: Tensor | None) -> Tensor:
@@ -240,28 +238,19 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None, row: int) -> Tensor:
     return torch.where(keep.view(x.shape), x * keep_scale, 0.0)
 
 
-def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x ``[..., in]`` as `shrink` sees it: the mask of the seed, what is kept divided by its
-    probability."""
-    return _dropped(x, p, seed, 0)
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
-def _sums_for(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Zeros for sums over blocks of rows, at least float32; None where no gradient is wanted."""
-    return [
-        torch.zeros_like(t, dtype=_at_least_float32(t.dtype)) if w else None
-        for t, w in zip(tensors, wanted, strict=True)
-    ]
+def _zeros_for(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Where sums over blocks of rows start; None where no gradient is wanted."""
+    pairs = zip(tensors, wanted, strict=True)
+    return [torch.zeros_like(tensor) if want else None for tensor, want in pairs]
 
 
-def _rounded(sums: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """The sums in the dtypes of the tensors that they are gradients of."""
-    pairs = zip(sums, tensors, strict=True)
-    return [None if total is None else total.to(tensor.dtype) for total, tensor in pairs]
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _thirds(items: Sequence[Any]) -> tuple[Any, Any, Any]:
+    count = len(items) // 3
+    return items[:count], items[count : 2 * count], items[2 * count :]
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
     base = layer._modules["base_layer"]
     weight = base.weight
     weight = weight if type(base) is nn.Linear else weight.t()
-    factor = factor_of(layer, weight, update)
-    scaled = [update._replace(lora_b=(update.lora_b * factor[:, None]).to(update.lora_b.dtype))]
+    factor = factor_of(layer, weight, update, update.lora_a.dtype)
+    scaled = [update._replace(lora_b=update.lora_b * factor[:, None])]
     if update.dropout == 0.0:
         parts = shrink(x, scaled, [None])
         return combine(base.bias, F.linear(x, weight), factor, parts, scaled)
@@ -67,27 +67,33 @@ def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
     return combine(F.linear(x, weight, base.bias), u, factor - 1, parts, scaled)
 
 
-def factor_of(layer: Any, weight: Tensor, update: Update) -> Tensor:
+def factor_of(layer: Any, weight: Tensor, update: Update, rounded_to: torch.dtype) -> Tensor:
     """g ``[out]`` for the weight as ``[out, in]``, at least float32."""
-    norm = weight_norm(weight, update.lora_a, update.lora_b, update.scaling)
+    norm = weight_norm(weight, update.lora_a, update.lora_b, update.scaling, rounded_to)
     return layer.lora_magnitude_vector[update.name].weight.to(norm.dtype) / norm
 
 
 @torch.no_grad()
-def weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
+def weight_norm(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    rounded_to: torch.dtype,
+) -> Tensor:
     """||W + s B A|| of each row ``[out]``, in float32 (float64 for float64) and held constant.
 
-    Rounded once to the adapters' dtype, as PEFT's is: at initialisation the magnitude is this
-    norm, and the layer is the base.
+    At initialisation the magnitude is PEFT's norm, rounded to the dtype in which PEFT computes:
+    with the same rounding here the factor is 1, and the layer is the base.
 
     Args:
         weight: ``[out, in]``, any strides.
         lora_a: ``[r, in]``.
         lora_b: ``[out, r]``.
+        rounded_to: that dtype.
     """
     out_features, in_features = weight.shape
-    adapter_dtype = lora_a.dtype
-    wide = torch.float64 if adapter_dtype == torch.float64 else torch.float32
+    wide = torch.float64 if torch.float64 in (lora_a.dtype, rounded_to) else torch.float32
     with without_autocast(weight):
         lora_a, lora_b = lora_a.to(wide), lora_b.to(wide) * scaling
         if weight.stride(0) < weight.stride(1):  # stored as [in, out]
@@ -100,7 +106,7 @@ def weight_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float |
                 for rows in blocks
             ]
             norm = torch.cat(norms)
-        return norm.to(adapter_dtype).to(wide)
+        return norm.to(rounded_to).to(wide)
 
 
 def _sum_over_columns(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layers
@@ -116,6 +117,8 @@ def added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
     if not plan.is_dora:
         return combine(y, parts=parts, updates=plan.updates)
     (update,) = plan.updates
-    factor = dora.factor_of(layer, base.weight.t(), update)
-    scaled = update._replace(lora_b=(update.lora_b * factor[:, None]).to(update.lora_b.dtype))
+    table = base.weight
+    rounded_to = torch.promote_types(table.dtype, update.lora_a.dtype)
+    factor = dora.factor_of(layer, table.t(), update, rounded_to)
+    scaled = update._replace(lora_b=update.lora_b * factor[:, None])
     return combine(None, y, factor, parts, [scaled])

@@ -87,7 +87,8 @@ def plan_of(layer: Any, x: Tensor | None) -> LinearPlan:
     base = tables["base_layer"]
     kept = base_obstacle(base) or _call_obstacle(base, x, updates)
     if layer.lora_variant and any(name in layer.lora_variant for name in names):
-        reason = dora.reason(layer, names) or kept
+        one_dimension = x is not None and x.dim() == 1  # to which PEFT adds another
+        reason = dora.reason(layer, names) or kept or ("DoRA on one row" if one_dimension else "")
         if reason:
             return LinearPlan(PEFT, reason)
         return LinearPlan(ADDED, "DoRA: added to torch's base product", updates, True)
