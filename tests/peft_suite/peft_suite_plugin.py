@@ -8,11 +8,13 @@ same outcomes without acceleration.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import _http
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora import layer as peft_layers
 
@@ -92,11 +94,17 @@ def pytest_configure(config):
 
 
 def _fail_at_once_without_network() -> None:
-    """No waits between attempts to reach the hub, which some tests need and most machines lack."""
-    from huggingface_hub.utils import _http
+    """No waiting for the hub, which some tests need: each name fails to resolve at once."""
+
+    def unresolved(host, *_, **__):
+        raise socket.gaierror(f"no network in this run: {host}")
 
     class Clock:
         def __getattr__(self, name):
             return (lambda _: None) if name == "sleep" else getattr(time, name)
 
     _http.time = Clock()
+    resolve = socket.getaddrinfo
+    socket.getaddrinfo = lambda host, *rest, **words: (
+        resolve if host in ("localhost", "127.0.0.1", None) else unresolved
+    )(host, *rest, **words)
