@@ -62,11 +62,12 @@ class FusedLoRALayer(LoRALayer):
             return "library", f"{reason}: added by torch"
         path, reason = kernel_path(self.matrix(self.weight), updates, rows)
         operand = self._operand()
-        is_packed = path == "fused" and isinstance(operand, PackedWeight)
-        if is_packed and operand.route(MANY_ROWS if rows is None else rows)[0] == "packed":
-            rank = sum(update.lora_a.shape[0] for update in updates)
-            return "packed", f"{_C.cpu_isa()} kernels, oneDNN packed weight, rank {rank}"
-        return path, reason
+        if path != "fused" or not isinstance(operand, PackedWeight):
+            return path, reason
+        if operand.route(MANY_ROWS if rows is None else rows)[0] != "packed":
+            return path, reason
+        rank = sum(update.lora_a.shape[0] for update in updates)
+        return "packed", f"{_C.cpu_isa()} kernels, oneDNN packed weight, rank {rank}"
 
     def pack_weight(self, backward: bool = False) -> PackedWeight:
         """Keeps a copy of the weight in oneDNN's layout for the CPU (`lora_ext.prepack`).

@@ -120,7 +120,7 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor once
         count = len(ctx.probabilities)
         matrices, seeds = saved[:count], saved[count:]
@@ -152,7 +152,7 @@ class _Combine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, base, u, factor, scalings, *tensors: Tensor | None):
+    def forward(ctx: Any, base: Any, u: Any, factor: Any, scalings: Any, *tensors: Tensor | None):
         parts, matrices, biases = _thirds(tensors)
         like = base if u is None else u
         y = like.new_empty(like.shape)
@@ -162,7 +162,7 @@ class _Combine(torch.autograd.Function):
         flat, out = [_flat(part) for part in parts], _flat(y)
         with without_autocast(like):
             for block in _blocks(out):
-                total = bases if bases is None or is_row else bases[block]
+                total: Any = bases if bases is None or is_row else bases[block]
                 if scaled is not None:
                     total = _sum(factor * scaled[block], total)
                 for part, b, bias, s in zip(flat, matrices, biases, scalings, strict=True):
@@ -171,12 +171,12 @@ class _Combine(torch.autograd.Function):
         tensor_scalings = [s for s in scalings if isinstance(s, Tensor)]
         ctx.save_for_backward(u, factor, *parts, *matrices, *tensor_scalings)
         ctx.scalings = tuple(None if isinstance(s, Tensor) else s for s in scalings)
-        ctx.row_dtype = base.dtype if is_row else None
+        ctx.row_dtype = base.dtype if base is not None and is_row else None
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         u, factor, *saved = ctx.saved_tensors
         count = len(ctx.scalings)
         parts, matrices = saved[:count], saved[count : 2 * count]

@@ -95,7 +95,7 @@ def plan_of(layer: Any, x: Tensor | None) -> LinearPlan:
     return LinearPlan(ADDED if kept else FUSED, kept, updates)
 
 
-def _call_obstacle(base: nn.Module, x: Tensor | None, updates: Sequence[Update]) -> str:
+def _call_obstacle(base: Any, x: Tensor | None, updates: Sequence[Update]) -> str:
     """Why base and updates are not one call of the op, or ""."""
     weight = base.weight
     if weight.requires_grad and torch.is_grad_enabled():
@@ -131,7 +131,7 @@ def added(layer: Any, x: Tensor, plan: LinearPlan) -> Tensor:
     return add_updates(layer._modules["base_layer"](x), x, plan.updates)
 
 
-def matrix_of(base: nn.Module) -> Tensor:
+def matrix_of(base: Any) -> Tensor:
     """The base's weight as ``[out, in]``."""
     weight = base.weight
     return weight if type(base) is nn.Linear else weight.t()

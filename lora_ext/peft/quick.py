@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..config import MAX_RANK
@@ -19,7 +20,7 @@ from .reasons import FLOATS
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
 _is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
-_transforms, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.autograd.forward_ad
+_transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
 def quick_forward(layer: Any, x: Tensor) -> Tensor | None:
