@@ -360,6 +360,20 @@ def test_a_subclass_of_linear_is_called_as_it_is(kind, adapters, dtype):
         torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
+class OneRow(nn.Linear):
+    """Returns a row for all of x, which PEFT's sum broadcasts."""
+
+    def forward(self, input):
+        return super().forward(input[:1])
+
+
+def test_a_base_that_changes_the_shape():
+    torch.manual_seed(0)
+    model = peft_model(nn.Sequential(OneRow(24, 40)), ADAPTERS["three"], ["0"], F64)
+    fast, x = accelerated(model), make_x("linear", F64)
+    assert torch.equal(fast(x), model(x)) and fast(x).shape == (60, 40)
+
+
 def test_a_base_weight_that_is_trained_gets_its_gradient():
     model = layer_model("linear", "one", F64)
     fast, x = accelerated(model), make_x("linear", F64)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..functional import draw_seed, dropout_mask
-from .updates import HALVES, Update
+from .updates import HALVES, Update, added_in_turn
 
 # Elements of a block: 1 MiB of float32, which stays in a core's cache; on a GPU, which needs more
 # to be busy, 64 MiB.
@@ -43,6 +43,8 @@ def add_updates(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
     Returns:
         ``[..., out]`` in the base's dtype: sums in the widest of the dtypes, rounded once.
     """
+    if base.shape != (*x.shape[:-1], updates[0].lora_b.shape[0]):
+        return added_in_turn(base, x, updates)  # a base that changes shapes: torch broadcasts
     seeds = [draw_seed(x.device) if update.dropout else None for update in updates]
     return combine(base, parts=shrink(x, updates, seeds), updates=updates)
 

@@ -75,8 +75,15 @@ def _check(model: object, function: str) -> None:
 
 def _import_peft(function: str) -> None:
     try:
-        import peft  # noqa: F401
+        import peft
     except ImportError as error:
         raise ImportError(
             f"lora_ext.{function}: expected peft to be installed; pip install peft"
+        ) from error
+    try:
+        from . import swap  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"lora_ext.{function}: expected a peft whose LoRA layers are those of 0.21, but got "
+            f"{peft.__version__}, in which something is missing: {error}"
         ) from error
