@@ -458,6 +458,21 @@ def test_variants_that_only_peft_computes(adapters, words, reason):
     assert torch.equal(fast(x), model(x))
 
 
+@pytest.mark.parametrize("change", ["hook", "lora_bias", "offload"])
+def test_dora_that_only_peft_computes(change):
+    model = layer_model("linear", "dora")
+    layer = model.base_model.model[0]
+    if change == "hook":
+        layer.lora_magnitude_vector["a"].register_forward_hook(lambda *_: None)
+    elif change == "lora_bias":
+        layer.lora_B["a"].bias = nn.Parameter(torch.ones(40))
+    else:
+        layer.ephemeral_gpu_offload = True
+    fast, x = accelerated(model), make_x("linear")
+    assert set(paths(fast).values()) == {"peft"}
+    assert torch.equal(fast(x), model(x))
+
+
 def test_layers_without_a_faster_forward_are_listed():
     model = get_peft_model(
         nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 5)),

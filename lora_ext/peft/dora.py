@@ -38,6 +38,8 @@ def reason(layer: Any, names: Sequence[str]) -> str:
             return "a variant of LoRA other than DoRA"
     if len(names) > 1:
         return "several active adapters, one of them DoRA"
+    if layer.lora_B[names[0]].bias is not None:
+        return "DoRA with a lora_bias, which PEFT does not make"
     return magnitude_reason(layer, names[0], peft_dora.DoraLinearLayer)
 
 
@@ -81,7 +83,7 @@ def weight_norm(
     scaling: float | Tensor,
     rounded_to: torch.dtype,
 ) -> Tensor:
-    """||W + s B A|| of each row ``[out]``, in float32 (float64 for float64) and held constant.
+    """||W + s B A|| of each row ``[out]``, in float32 (float64 for float64), a constant.
 
     At initialisation the magnitude is PEFT's norm, rounded to the dtype in which PEFT computes:
     with the same rounding here the factor is 1, and the layer is the base.

@@ -31,7 +31,7 @@ class Embedding(peft_layers.Embedding):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
             plan = plan_of(self, x)
-            if plan.path is ADDED:
+            if plan.path == ADDED:
                 return added(self, x, plan)
         return super().forward(x, *args, **kwargs)
 

@@ -32,7 +32,7 @@ from .reasons import (
 class Linear(peft_layers.Linear):
     """`peft.tuners.lora.Linear` with another forward and nothing else.
 
-        y = base(x) + sum over active adapters of scaling * (drop(x) A^T + bias) B^T
+        y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
 
     Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` gives a layer
     this class, `lora_ext.decelerate` takes it back.
@@ -47,12 +47,12 @@ class Linear(peft_layers.Linear):
             if y is not None:
                 return y
             plan = plan_of(self, x)
-            if plan.path is FUSED:
+            if plan.path == FUSED:
                 return fused(self, x, plan)
-            if plan.path is ADDED:
-                return (
-                    dora.linear(self, x, plan.updates[0]) if plan.is_dora else added(self, x, plan)
-                )
+            if plan.is_dora:
+                return dora.linear(self, x, plan.updates[0])
+            if plan.path == ADDED:
+                return added(self, x, plan)
         return super().forward(x, *args, **kwargs)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
@@ -140,6 +140,6 @@ def matrix_of(base: Any) -> Tensor:
 def path_of(layer: Any, rows: int | None) -> tuple[str, str]:
     """(path, reason) for `explain`, with the kernels that a fused call takes."""
     plan = plan_of(layer, None)
-    if plan.path is not FUSED:
+    if plan.path != FUSED:
         return plan.path, plan.reason
     return kernel_path(matrix_of(layer._modules["base_layer"]), plan.updates, rows)

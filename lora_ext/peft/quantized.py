@@ -1,6 +1,6 @@
 """PEFT's layers over quantised bases: bitsandbytes in 8 and 4 bits, torchao.
 
-    y = base(x) + sum over active adapters of scaling * (drop(x) A^T + bias) B^T
+    y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
 
 The base runs as it is; the rest is added in blocks of rows, without the full-size copies of x, of
 the update and of the base's output that PEFT makes. Each class exists where PEFT has its own.
@@ -21,9 +21,9 @@ from .reasons import ADDED, FUSED, PEFT
 def quantized_plan(layer: Any, x: Tensor | None) -> LinearPlan:
     """The plan of a linear layer whose base is never read, only called."""
     plan = plan_of(layer, x)
-    if plan.is_dora or (plan.path is PEFT and layer.lora_variant):
+    if plan.is_dora or (plan.path == PEFT and layer.lora_variant):
         return LinearPlan(PEFT, "a variant of LoRA on a quantised base")
-    return plan._replace(path=ADDED) if plan.path is FUSED else plan
+    return plan._replace(path=ADDED) if plan.path == FUSED else plan
 
 
 class _Quantized:
@@ -32,7 +32,7 @@ class _Quantized:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
             plan = quantized_plan(self, x)
-            if plan.path is ADDED:
+            if plan.path == ADDED:
                 return added(self, x, plan)
         return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
