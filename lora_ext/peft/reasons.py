@@ -29,7 +29,6 @@ Route = tuple[str, str]
 
 _DEVICES = ("cpu", "cuda", "meta")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_NO_ADAPTERS: Mapping[str, Any] = {}
 
 
 def adapters_state(layer: Any) -> Route | None:
