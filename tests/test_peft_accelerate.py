@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BF16, F16, F32, F64, HALVES, keep_scale_of, max_error, rms_error, short
+from peft import LoraConfig, get_peft_model
 from peft_helpers import (
     ADAPTERS,
     HEIGHT,
@@ -23,6 +24,7 @@ from peft_helpers import (
     reasons,
     step,
 )
+from transformers.pytorch_utils import Conv1D
 
 import lora_ext
 from benchmarks.memory import peak_bytes
@@ -219,6 +221,38 @@ def test_dora_makes_nothing_of_the_weights_size():
     delta = 4 * 4096 * 4096
     # Two blocks of 16 MiB, of 64 MiB that a float32 delta has.
     assert peak < 0.6 * delta
+
+
+@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+@pytest.mark.parametrize("width", [64, 2100])
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d", "embedding"])
+def test_dora_is_the_base_at_initialisation(kind, width, mode):
+    """The magnitude is PEFT's norm: with the same rounding here the factor is 1.
+
+    Weights stored as [in, out] are summed in another order than PEFT's, and PEFT sums float16 in
+    float16: the factor may be 1 up to its last bits. PEFT's default keeps a norm that was rounded
+    to half, and its own y differs from the base.
+    """
+    dtype, half_adapters = mode
+    bases = {
+        "linear": lambda: torch.nn.Linear(width, 600),
+        "linear without bias": lambda: torch.nn.Linear(width, 600, bias=False),
+        "conv1d": lambda: Conv1D(600, width),
+        "embedding": lambda: torch.nn.Embedding(600, width),
+    }
+    base = bases[kind]().to(dtype)
+    model = torch.nn.Sequential(copy.deepcopy(base))
+    config = LoraConfig(target_modules=["0"], r=4, use_dora=True)
+    model = get_peft_model(model, config, autocast_adapter_dtype=not half_adapters)
+    x = torch.randint(600, (5,)) if kind == "embedding" else torch.randn(5, width).to(dtype)
+    with torch.no_grad():
+        wanted, theirs = base(x), model(x)
+        y = lora_ext.accelerate(model)(x)
+    assert set(paths(model).values()) == {"added"}
+    if kind.startswith("linear") and (dtype == F32 or mode == (BF16, True)):
+        assert torch.equal(y, wanted)
+    error, limit = max_error(y, wanted.double()), max_error(theirs, wanted.double())
+    assert error <= 2 * limit + 16 * torch.finfo(dtype).eps * wanted.abs().max().item()
 
 
 @pytest.mark.parametrize("cast", HALVES, ids=short)

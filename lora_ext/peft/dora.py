@@ -60,13 +60,16 @@ def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
     weight = weight if type(base) is nn.Linear else weight.t()
     factor = factor_of(layer, weight, update, update.lora_a.dtype)
     scaled = [update._replace(lora_b=update.lora_b * factor[:, None])]
+    bias = base.bias
     if update.dropout == 0.0:
         parts = shrink(x, scaled, [None])
-        return combine(base.bias, F.linear(x, weight), factor, parts, scaled)
+        # The base's y with its bias, bit for bit, where the factor is 1, as at initialisation.
+        offset = None if bias is None else (1 - factor) * bias
+        return combine(offset, F.linear(x, weight, bias), factor, parts, scaled)
     seed = draw_seed(x.device)
     parts = shrink(x, scaled, [seed])
     u = F.linear(drop(x, update.dropout, seed), weight)
-    return combine(F.linear(x, weight, base.bias), u, factor - 1, parts, scaled)
+    return combine(F.linear(x, weight, bias), u, factor - 1, parts, scaled)
 
 
 def factor_of(layer: Any, weight: Tensor, update: Update, rounded_to: torch.dtype) -> Tensor:
