@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import _http
+from peft import AdaLoraModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora import layer as peft_layers
 
@@ -36,7 +37,7 @@ class Recorder:
 
         def inject_adapter(tuner, model, *args, **kwargs):
             original(tuner, model, *args, **kwargs)
-            self.injected = True
+            self.injected |= not isinstance(tuner, AdaLoraModel)
             if not self.plain:
                 swap(model)
 
