@@ -15,7 +15,7 @@ COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find 
 CXX_FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models demo gpu
-.PHONY: sass traffic sanitize clean
+.PHONY: sass traffic sanitize docs clean
 
 build: $(VENV)/.built
 
@@ -88,8 +88,22 @@ traffic: $(VENV)/.extras
 test-gpu: $(VENV)/.extras
 	$(PY) -m pytest -m gpu $(ARGS)
 
-nightly: $(VENV)/.extras
+# Others' packages that the nightly tests use whole: trainers, quantised layers.
+$(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
+	$(PIP) install 'lora_ext[integrations]'
+	touch $@
+
+nightly: $(VENV)/.integrations
 	$(PY) -m pytest -m nightly $(ARGS)
+	$(PY) -m pytest tests/test_peft_quantized.py $(ARGS)
+
+# The site, in build/site.
+$(VENV)/.docs: pyproject.toml | $(VENV)/.built
+	$(PIP) install 'lora_ext[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	$(PY) -m mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.extras
 	$(PY) -m benchmarks $(ARGS)

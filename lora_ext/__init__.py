@@ -4,9 +4,9 @@
 
 `lora_linear` computes the layer and, through autograd, the gradients of x, lora_a, lora_b and
 bias; the weight is frozen. `LoRALinear` is the layer, `apply_lora` puts it into a model, and
-`save_adapter` and `load_adapter` keep adapters in PEFT's format. `prepack` keeps a frozen weight in
-oneDNN's packed layout on the CPU. `explain` says what a model's layers run, `build_info` what was
-compiled and which kernels run here.
+`save_adapter` and `load_adapter` keep adapters in PEFT's format. `accelerate` runs a model of PEFT
+on the same op. `prepack` keeps a frozen weight in oneDNN's packed layout on the CPU. `explain` says
+what a model's layers run, `build_info` what was compiled and which kernels run here.
 """
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
@@ -46,6 +46,7 @@ from .model import (
 )
 from .modules import LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMergedLinear
 from .optimizer import lora_plus_groups
+from .peft import accelerate, decelerate
 from .prepack import PackedWeight, prepack
 from .reports import explain, trainable_parameters
 from .tune import load_tables
@@ -68,9 +69,11 @@ __all__ = [
     "LoRAMergedLinear",
     "PackedWeight",
     "__version__",
+    "accelerate",
     "apply_lora",
     "build_info",
     "convert_loralib",
+    "decelerate",
     "delete_adapter",
     "disable_adapters",
     "dropout_mask",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .kernel_plan import CallPlan, explain_call
 from .model import adapter_names, lora_layers
+from .peft.report import peft_layers, peft_path
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class LayerPath:
         name: dotted path of the layer in the model.
         kind: its class.
         path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
-            "merged" (one product with the merged weight) or "base" (no update).
+            "merged" (one product with the merged weight) or "base" (no update). Of PEFT's layers
+            also "added" (the base as it is, the update in blocks of rows) and "peft" (PEFT's own
+            forward).
         reason: why.
     """
 
@@ -34,7 +37,7 @@ class Explanation(list[LayerPath]):
 
     def __str__(self) -> str:
         if not self:
-            return "no layer has adapters; see lora_ext.apply_lora"
+            return "no layer has adapters; see lora_ext.apply_lora and lora_ext.accelerate"
         lines: dict[tuple[str, str, str, str], list[str]] = {}
         for layer in self:
             short = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
@@ -66,8 +69,8 @@ def explain(model, *arguments, **named):
         print(lora_ext.explain(x, weight, lora_a, lora_b))      # one call of lora_linear
 
     Args:
-        model: a model, or one layer; or x, followed by weight, lora_a, lora_b and dropout_p as
-            `lora_linear` takes them.
+        model: a model with layers of this package or of PEFT, or one layer; or x, followed by
+            weight, lora_a, lora_b and dropout_p as `lora_linear` takes them.
         rows: with a model, rows of x (batch times sequence), which choose the kernel; None for
             many.
 
@@ -81,9 +84,10 @@ def explain(model, *arguments, **named):
 
 
 def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
+    own = [(name, layer, layer.path(rows)) for name, layer in lora_layers(model)]
+    others = [(name, layer, peft_path(layer, rows)) for name, layer in peft_layers(model)]
     return Explanation(
-        LayerPath(name, type(layer).__name__, *layer.path(rows))
-        for name, layer in lora_layers(model)
+        LayerPath(name, type(layer).__name__, *path) for name, layer, path in own + others
     )
 
 

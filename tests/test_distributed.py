@@ -6,29 +6,20 @@ averaged: the same sums, so that the bits agree.
 """
 
 import copy
-import datetime
-import json
-import os
-import time
-import traceback
 import weakref
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+import two_processes
 from helpers import BF16, F32
 from torch import nn
+from two_processes import WORLD
 
 import lora_ext
 from lora_ext import AdapterSpec, LoRAConfig, apply_lora, lora_layers, lora_state_dict
-
-WORLD = 2
-# Of one collective, and of all cases together: a deadlock fails instead of hanging.
-COLLECTIVE_SECONDS, ALL_SECONDS = 15, 120
 
 CASES = {}
 
@@ -39,77 +30,14 @@ def case(function):
     return function
 
 
-# ---- starting the processes ----
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """case -> the tracebacks of the processes in which it failed."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    folder = tmp_path_factory.mktemp("processes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        context = mp.spawn(run_cases, (str(folder), list(CASES)), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + ALL_SECONDS
-    try:
-        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-            if time.monotonic() > deadline:
-                break
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
-    reports = [folder / f"rank{rank}.json" for rank in range(WORLD)]
-    found = [json.loads(path.read_text()) if path.exists() else {} for path in reports]
-    unfinished = "the process did not come to its end"
-    return {
-        name: [f"rank {rank}: {report.get(name, unfinished)}" for rank, report in enumerate(found)]
-        for name in CASES
-    }
+    return two_processes.run(__name__, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes(outcomes, name):
-    failures = [text for text in outcomes[name] if not text.endswith(": ok")]
-    assert not failures, "\n".join(failures)
-
-
-def run_cases(rank, folder, names):
-    torch.set_num_threads(1)
-    folder = Path(folder)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    report = {}
-    connected = False
-    for name in names:
-        if not connected:
-            start_group(rank, folder / f"group_{name}")
-        try:
-            case_folder = folder / name
-            case_folder.mkdir(exist_ok=True)
-            os.chdir(case_folder)
-            torch.manual_seed(0)
-            CASES[name](rank)
-            report[name] = "ok"
-        except BaseException:
-            report[name] = traceback.format_exc()
-        (folder / f"rank{rank}.json").write_text(json.dumps(report))
-        # A process that failed may have left the other in a collective: both connect anew.
-        store.set(f"{name}/{rank}", report[name])
-        connected = all(store.get(f"{name}/{one}") == b"ok" for one in range(WORLD))
-        if not connected:
-            dist.destroy_process_group()
-    if connected:
-        dist.destroy_process_group()
-
-
-def start_group(rank, path):
-    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD, timeout=timeout
-    )
+    two_processes.check(outcomes[name])
 
 
 # ---- models and steps ----

@@ -1,1 +1,1 @@
-"""Training steps of whole models: frozen, with our adapters, with PEFT's."""
+"""Steps and forwards of whole models: frozen, with our adapters, with PEFT's, accelerated."""

@@ -10,18 +10,19 @@ from pathlib import Path
 
 from ..machine import describe
 from ..timing import Plan
-from . import report
+from . import overhead, report
 from .cases import all_cases
 from .step import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
+_OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models",
-        description="Training steps of whole models on this machine: frozen, ours, PEFT's.",
+        description="Steps and forwards of whole models here: frozen, ours, PEFT's, accelerated.",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/models"))
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.only in case.id:
                 progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
                 document["cases"].append(measure(case, _PLAN, progress))
+        document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
     except KeyboardInterrupt:
         interrupted = True
     if document["cases"]:

@@ -1,4 +1,4 @@
-"""The models: MiniLM with its own weights, and a Llama of random ones."""
+"""The models: MiniLM with its own weights, a Llama and a GPT-2 of random ones."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-BATCH, LENGTH = {"MiniLM": 16, "Llama": 4}, {"MiniLM": 128, "Llama": 512}  # 2048 tokens each
+# 2048 tokens each.
+BATCH, LENGTH = {"MiniLM": 16, "Llama": 4, "GPT-2": 4}, {"MiniLM": 128, "Llama": 512, "GPT-2": 512}
+# How the paths of the layers end.
 _ATTENTION = {
     "MiniLM": ["query", "key", "value", "attention.output.dense"],
     "Llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "GPT-2": ["attn.c_attn", "attn.c_proj"],
 }
 _MLP = {
-    "MiniLM": ["intermediate.dense", "layer.?.output.dense"],
+    "MiniLM": ["intermediate.dense", "output.dense"],
     "Llama": ["gate_proj", "up_proj", "down_proj"],
+    "GPT-2": ["mlp.c_fc", "mlp.c_proj"],
 }
+# GPT-2 has transformers' Conv1D in the place of nn.Linear.
+_LINEAR_KINDS = ("Linear", "Conv1D")
 
 
 @dataclass(frozen=True)
 class Case:
     """One model and the layers of it that get adapters."""
 
-    model: str  # "MiniLM" or "Llama"
+    model: str  # "MiniLM", "Llama" or "GPT-2"
     layers: str  # "attention" or "all linear"
     dtype: str = "bfloat16"  # of the base
 
@@ -31,18 +37,17 @@ class Case:
     def id(self) -> str:
         return f"{self.model} {self.layers} {self.dtype}"
 
-    def is_target(self, path: str) -> bool:
-        """Whether the layer at this path gets an adapter."""
+    def is_target(self, path: str, module: nn.Module) -> bool:
+        """Whether the module at this path gets an adapter."""
         kinds = [*_ATTENTION[self.model], *(_MLP[self.model] if self.layers != "attention" else ())]
-        suffixes = [kind.replace("layer.?.", "") for kind in kinds]
-        return any(path.endswith(f".{suffix}") for suffix in suffixes) and (
-            self.layers != "attention" or "output.dense" not in path or "attention" in path
+        return type(module).__name__ in _LINEAR_KINDS and path.endswith(
+            tuple(f".{kind}" for kind in kinds)
         )
 
 
 def all_cases() -> list[Case]:
-    """Both models, attention only and all linear layers."""
-    return [Case(m, layers) for m in ("MiniLM", "Llama") for layers in ("attention", "all linear")]
+    """All models, attention only and all linear layers."""
+    return [Case(model, layers) for model in BATCH for layers in ("attention", "all linear")]
 
 
 def base_model(case: Case) -> nn.Module:
@@ -62,6 +67,20 @@ def base_model(case: Case) -> nn.Module:
             attention_probs_dropout_prob=0.0,
             add_pooling_layer=False,
         )
+    elif case.model == "GPT-2":
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            n_embd=768,
+            n_layer=4,
+            n_head=12,
+            n_positions=512,
+            vocab_size=4096,
+            use_cache=False,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        model = transformers.GPT2Model(config).to(dtype)
     else:
         torch.manual_seed(0)
         config = transformers.LlamaConfig(

@@ -1,4 +1,4 @@
-"""One training step of a variant, its time and its memory."""
+"""A training step and a forward of a variant, their time and their memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from ..timing import CpuMeter, Plan, calibrate, interleaved
 from .cases import Case, base_model, inputs
 
 RANK, ALPHA = 16, 32
-VARIANTS = ("frozen", "ours", "ours_fp32", "peft", "peft_default")
+# Accelerated: the model of PEFT that the name begins with, after lora_ext.accelerate.
+VARIANTS = (
+    "frozen",
+    "ours",
+    "ours_fp32",
+    "peft",
+    "peft_default",
+    "peft_accelerated",
+    "peft_default_accelerated",
+)
 _COPIES = 3
 _WARMUP_STEPS = 2
 
@@ -26,8 +35,7 @@ _WARMUP_STEPS = 2
 def adapted(case: Case, base: nn.Module, variant: str) -> nn.Module:
     """A copy of the base with the variant's adapters; "frozen" has none."""
     model = copy.deepcopy(base)
-    paths = [path for path, m in model.named_modules() if type(m) is nn.Linear]
-    paths = [path for path in paths if case.is_target(path)]
+    paths = [path for path, module in model.named_modules() if case.is_target(path, module)]
     torch.manual_seed(0)
     if variant == "frozen":
         return model
@@ -40,9 +48,20 @@ def adapted(case: Case, base: nn.Module, variant: str) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=paths)
-    return peft.get_peft_model(
-        model, config, autocast_adapter_dtype=variant == "peft_default"
-    ).base_model.model
+    model = peft.get_peft_model(
+        model, config, autocast_adapter_dtype=variant.startswith("peft_default")
+    )
+    if variant.endswith("accelerated"):
+        lora_ext.accelerate(model)
+        check_fused(model)
+    return model.base_model.model
+
+
+def check_fused(model: nn.Module) -> None:
+    """Raises RuntimeError if a layer would not take the path that is to be measured."""
+    others = [layer for layer in lora_ext.explain(model) if layer.path not in ("fused", "library")]
+    if others:
+        raise RuntimeError(f"expected all layers on the fused op, but got {others}")
 
 
 def step_of(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
@@ -57,6 +76,19 @@ def step_of(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[]
         model(inputs_embeds=x).last_hidden_state.backward(grad)
 
     return step
+
+
+def forward_of(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """A forward for inference on the next input; the model is in eval mode within it."""
+    rotation = itertools.cycle(pairs)
+
+    def forward() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(inputs_embeds=next(rotation)[0].detach())
+        model.train()
+
+    return forward
 
 
 def inputs_to_save(case: Case, model: nn.Module, pair: tuple[Tensor, Tensor]) -> int:
@@ -74,7 +106,7 @@ def inputs_to_save(case: Case, model: nn.Module, pair: tuple[Tensor, Tensor]) ->
     handles = [
         module.register_forward_pre_hook(keep)
         for path, module in model.named_modules()
-        if type(module) is nn.Linear and case.is_target(path)
+        if case.is_target(path, module)
     ]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(inputs_embeds=pair[0])
@@ -92,21 +124,25 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> dict[str
     """Times and peaks of all variants of a case, as plain JSON."""
     base = base_model(case)
     pairs = inputs(case, base, _COPIES)
-    result: dict[str, Any] = {"id": case.id, "timing": {}, "peak": {}, "trainable": {}}
-    steps = {}
+    result: dict[str, Any] = {"id": case.id, "peak": {}, "forward_peak": {}, "trainable": {}}
+    calls: dict[str, dict[str, Callable[[], None]]] = {"timing": {}, "forward": {}}
     for variant in VARIANTS:
         progress(f"{case.id}: {variant}")
         model = adapted(case, base, variant)
-        steps[variant] = step_of(model, pairs)
+        calls["timing"][variant] = step = step_of(model, pairs)
+        calls["forward"][variant] = forward = forward_of(model, pairs)
         for _ in range(_WARMUP_STEPS):
-            steps[variant]()
-        result["peak"][variant] = peak_bytes(steps[variant])
+            step()
+            forward()
+        result["peak"][variant] = peak_bytes(step)
+        result["forward_peak"][variant] = peak_bytes(forward)
         result["trainable"][variant] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if variant == "frozen":
             result["inputs_to_save"] = inputs_to_save(case, model, pairs[0])
-    progress(f"{case.id}: timing")
-    meter = CpuMeter()
-    timings = {name: calibrate(step, meter, plan) for name, step in steps.items()}
-    interleaved(steps, timings, meter, plan)
-    result["timing"] = {name: timing.summary() for name, timing in timings.items()}
+    for what, functions in calls.items():
+        progress(f"{case.id}: {'a step' if what == 'timing' else 'a forward'}")
+        meter = CpuMeter()
+        timings = {name: calibrate(function, meter, plan) for name, function in functions.items()}
+        interleaved(functions, timings, meter, plan)
+        result[what] = {name: timing.summary() for name, timing in timings.items()}
     return result

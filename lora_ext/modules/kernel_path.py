@@ -1,0 +1,52 @@
+"""Which kernels compute one call of `lora_linear`, and why, for `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import _C
+from ..kernel_plan import plan
+from .updates import Update
+
+# Rows of x that stand for "many".
+MANY_ROWS = 2**31
+
+
+def kernel_path(weight: Tensor, updates: Sequence[Update], rows: int | None) -> tuple[str, str]:
+    """("fused" or "library", the reason).
+
+    Args:
+        weight: ``[out, in]`` of the base.
+        updates: what is added.
+        rows: of x flattened to ``[rows, in]``; None for many.
+    """
+    rows = MANY_ROWS if rows is None else rows
+    rank = sum(update.lora_a.shape[0] for update in updates)
+    if weight.device.type == "cuda" and _C.with_cuda:
+        return _cuda_path(weight, updates, rows, rank)
+    if weight.device.type == "cpu":
+        reason = _C.cpu_library_reason(rows, rank, weight.dtype, updates[0].lora_a.dtype)
+    else:
+        reason = f"{weight.device.type}: torch's products compute base and update"
+    return ("library", reason) if reason else ("fused", f"{_C.cpu_isa()} kernels, rank {rank}")
+
+
+def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) -> tuple[str, str]:
+    forward = plan(
+        min(rows, 2**16),
+        weight.shape[1],
+        weight.shape[0],
+        rank,
+        card=weight.device,
+        dtype=weight.dtype,
+        adapter_dtype=updates[0].lora_a.dtype,
+        dropout=any(update.dropout > 0 for update in updates),
+        route=_C.cuda_route(),
+    ).forward
+    if forward is None or not forward.kernel:
+        return "library", forward.reason if forward else ""
+    if forward.hybrid:
+        return "fused", f"CUDA kernels around the library's base product, rank {rank}"
+    return "fused", f"CUDA kernels, {forward.tile} tiles, rank {rank}"

@@ -1,0 +1,108 @@
+"""Low-rank updates of one matrix as values, and how several of them become one call of the op.
+
+Whoever holds the adapters, a layer of this package or one of PEFT, describes the active ones as
+`Update`s; what can be one call, and with which factors, is decided here once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import MAX_RANK
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class Update(NamedTuple):
+    """scaling * ((drop(x) lora_a^T) lora_b^T + bias), the part of one active adapter.
+
+    Attributes:
+        name: of the adapter, for messages.
+        lora_a: ``[r, in]``.
+        lora_b: ``[out, r]``.
+        bias: ``[out]``, PEFT's lora_bias.
+        scaling: a float, or a tensor of one element that changes without a new graph.
+        dropout: the probability that holds in this call, 0 outside training.
+    """
+
+    name: str
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    dropout: float
+
+
+def obstacle(updates: Sequence[Update], dtype: torch.dtype) -> str:
+    """Why the updates of a base in this dtype cannot be one call of the op, or ""."""
+    for update in updates:
+        if update.bias is not None and update.bias.itemsize > dtype.itemsize:
+            return f"the lora_bias of {update.name!r} is wider than y, and the op would round it"
+    first = updates[0]
+    for update in updates[1:]:
+        if update.lora_a.dtype != first.lora_a.dtype:
+            return f"adapters {first.name!r} and {update.name!r} differ in dtype"
+        if update.dropout != first.dropout:
+            return f"adapters {first.name!r} and {update.name!r} differ in dropout"
+    if sum(update.lora_a.shape[0] for update in updates) > MAX_RANK:
+        return f"the ranks of the active adapters sum to more than {MAX_RANK}"
+    return ""
+
+
+def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(A ``[R, in]``, B ``[out, R]``, scaling) with the updates' summed product.
+
+    Half adapters that x, as the op will see it, does not match become float32.
+    """
+    first = updates[0]
+    scalings = [update.scaling for update in updates]
+    in_tensors = any(isinstance(scaling, Tensor) for scaling in scalings)
+    one_scaling = not in_tensors and all(scaling == scalings[0] for scaling in scalings)
+    factors = [(update.lora_a, update.lora_b) for update in updates]
+    dtype = first.lora_a.dtype
+    # A half B times a scaling would be rounded again.
+    if dtype in HALVES and not (one_scaling and dtype == compute_dtype(x)):
+        factors = [(a.float(), b.float()) for a, b in factors]
+    if not one_scaling:
+        pairs = zip(factors, scalings, strict=True)
+        factors = [(a, b * scaling) for (a, b), scaling in pairs]
+    scaling = float(scalings[0]) if one_scaling else 1.0
+    if len(updates) == 1:
+        return *factors[0], scaling
+    return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1), scaling
+
+
+def with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None:
+    """The base's bias with those of the updates, summed in float32: the op rounds it once."""
+    for update in updates:
+        if update.bias is not None:
+            added = update.bias * update.scaling
+            if update.bias.dtype in HALVES:
+                added = update.bias.float() * update.scaling
+            bias = added if bias is None else bias + added
+    return bias
+
+
+def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
+    """The updates added to the base's y in PEFT's order: sums in the widest dtype, rounded once."""
+    total = base
+    for update in updates:
+        dropped = F.dropout(x.to(update.lora_a.dtype), update.dropout)
+        shrunk = F.linear(dropped, update.lora_a)
+        total = total + F.linear(shrunk, update.lora_b, update.bias) * update.scaling
+    return total.to(base.dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or that to which autocast will bring it."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; never for the meta device, which has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

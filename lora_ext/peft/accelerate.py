@@ -1,0 +1,89 @@
+"""One line that puts a PEFT model on the fused op, and one that takes it off."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model) -> Model:
+    """Runs the LoRA layers of a PEFT model on the fused op, in place.
+
+        model = lora_ext.accelerate(get_peft_model(base, LoraConfig(...)))
+
+    Each LoRA layer gets a subclass of its PEFT class whose forward is another; nothing else about
+    it changes. State dict, checkpoints, ``save_pretrained``, merging, adding, switching, disabling
+    and deleting adapters are PEFT's own code on PEFT's own parameters. Layers that later adapters
+    bring are accelerated too. What a layer cannot do faster it leaves to PEFT's forward, each time
+    it is called; ``print(lora_ext.explain(model))`` says which and why.
+
+    Args:
+        model: a PeftModel, or any module that holds PEFT's LoRA layers: a transformers model after
+            ``add_adapter``, one that ``inject_adapter_in_model`` changed, a part of them.
+
+    Returns:
+        The model. Doing it twice is doing it once.
+
+    Raises:
+        ImportError: peft is not installed.
+        TypeError: model is not an nn.Module.
+        ValueError: no module of it is a LoRA layer of PEFT.
+    """
+    _check(model, "accelerate")
+    _import_peft("accelerate")
+    from peft.tuners.lora import LoraLayer
+
+    from .swap import swap
+
+    if not any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ValueError(
+            "lora_ext.accelerate: expected a model with LoRA layers of PEFT, but got a "
+            f"{type(model).__name__} without one; call peft.get_peft_model(model, LoraConfig(...)) "
+            "first, or use lora_ext.apply_lora instead of PEFT"
+        )
+    swap(model)
+    return model
+
+
+def decelerate(model: Model) -> Model:
+    """Gives the layers that `accelerate` changed PEFT's classes again, in place.
+
+    Returns:
+        The model; one that was not accelerated is left as it is.
+
+    Raises:
+        ImportError: peft is not installed.
+        TypeError: model is not an nn.Module.
+    """
+    _check(model, "decelerate")
+    _import_peft("decelerate")
+    from .swap import swap
+
+    swap(model, back=True)
+    return model
+
+
+def _check(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"lora_ext.{function}: expected a model (nn.Module), but got {type(model).__name__}"
+        )
+
+
+def _import_peft(function: str) -> None:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(
+            f"lora_ext.{function}: expected peft to be installed; pip install peft"
+        ) from error
+    try:
+        from . import swap  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"lora_ext.{function}: expected a peft whose LoRA layers are those of 0.21, but got "
+            f"{peft.__version__}, in which something is missing: {error}"
+        ) from error

@@ -1,0 +1,126 @@
+"""DoRA (Liu et al. 2024, sections 4.2 and 4.3; peft.tuners.lora.dora).
+
+    g = magnitude / ||W + s B A||          one number per output, the norm held constant
+    y = g * (x W^T + s (x A^T) B^T) + bias
+    y = x W^T + bias + (g - 1) * (xd W^T) + g * s (xd A^T) B^T          with dropout, xd = drop(x)
+
+PEFT makes B A of the weight's size by a product with an identity matrix, a copy of W in x's dtype,
+and their sum, in each forward. Here the norm is taken in blocks of rows of the weight; g goes into
+B, so that gradients of the adapters come from dy itself and keep their precision; the rest is added
+to the base product in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import dora as peft_dora
+from peft.tuners.lora import variants
+from torch import Tensor, nn
+
+from ..functional import draw_seed
+from ..modules.row_blocks import combine, drop, shrink, without_autocast
+from ..modules.updates import Update
+from .reasons import has_hooks
+
+# Elements of the weight that are widened at a time for its norm: 4 MiB of float32.
+_BLOCK = 1 << 20
+
+
+def reason(layer: Any, names: Sequence[str]) -> str:
+    """Why the active adapters, one of which is a variant of LoRA, need PEFT's forward, or ""."""
+    for name in names:
+        variant = layer.lora_variant.get(name)
+        if variant is not None and type(variant) is not variants.DoraLinearVariant:
+            return "a variant of LoRA other than DoRA"
+    if len(names) > 1:
+        return "several active adapters, one of them DoRA"
+    if layer.lora_B[names[0]].bias is not None:
+        return "DoRA with a lora_bias, which PEFT does not make"
+    return magnitude_reason(layer, names[0], peft_dora.DoraLinearLayer)
+
+
+def magnitude_reason(layer: Any, name: str, kind: type) -> str:
+    """Why the magnitude vector needs PEFT's forward, or ""."""
+    vector = layer.lora_magnitude_vector[name]
+    if type(vector) is not kind or has_hooks(vector):
+        return "DoRA's magnitude vector is not PEFT's own, or has hooks"
+    if layer.ephemeral_gpu_offload:
+        return "DoRA with ephemeral_gpu_offload"
+    return ""
+
+
+def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
+    """y of the equations above, for a base that is exactly nn.Linear or Conv1D."""
+    base = layer._modules["base_layer"]
+    weight = base.weight
+    weight = weight if type(base) is nn.Linear else weight.t()
+    factor = factor_of(layer, weight, update, update.lora_a.dtype)
+    scaled = [update._replace(lora_b=update.lora_b * factor[:, None])]
+    bias = base.bias
+    if update.dropout == 0.0:
+        parts = shrink(x, scaled, [None])
+        # The base's y with its bias, bit for bit, where the factor is 1, as at initialisation.
+        offset = None if bias is None else (1 - factor) * bias
+        return combine(offset, F.linear(x, weight, bias), factor, parts, scaled)
+    seed = draw_seed(x.device)
+    parts = shrink(x, scaled, [seed])
+    u = F.linear(drop(x, update.dropout, seed), weight)
+    return combine(F.linear(x, weight, bias), u, factor - 1, parts, scaled)
+
+
+def factor_of(layer: Any, weight: Tensor, update: Update, rounded_to: torch.dtype) -> Tensor:
+    """g ``[out]`` for the weight as ``[out, in]``, at least float32."""
+    norm = weight_norm(weight, update.lora_a, update.lora_b, update.scaling, rounded_to)
+    return layer.lora_magnitude_vector[update.name].weight.to(norm.dtype) / norm
+
+
+@torch.no_grad()
+def weight_norm(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    rounded_to: torch.dtype,
+) -> Tensor:
+    """||W + s B A|| of each row ``[out]``, in float32 (float64 for float64), a constant.
+
+    At initialisation the magnitude is PEFT's norm, rounded to the dtype in which PEFT computes:
+    with the same rounding here the factor is 1, and the layer is the base.
+
+    Args:
+        weight: ``[out, in]``, any strides.
+        lora_a: ``[r, in]``.
+        lora_b: ``[out, r]``.
+        rounded_to: that dtype.
+    """
+    out_features, in_features = weight.shape
+    wide = torch.float64 if torch.float64 in (lora_a.dtype, rounded_to) else torch.float32
+    with without_autocast(weight):
+        lora_a, lora_b = lora_a.to(wide), lora_b.to(wide) * scaling
+        if weight.stride(0) < weight.stride(1):  # stored as [in, out]
+            norm = _sum_over_columns(weight, lora_a, lora_b).sqrt_()
+        else:
+            step = max(1, _BLOCK // max(1, in_features))
+            blocks = [slice(begin, begin + step) for begin in range(0, out_features, step)]
+            norms = [
+                torch.addmm(weight[rows].to(wide), lora_b[rows], lora_a).norm(dim=1)
+                for rows in blocks
+            ]
+            norm = torch.cat(norms)
+        return norm.to(rounded_to).to(wide)
+
+
+def _sum_over_columns(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """The squares of each row, summed over blocks of columns."""
+    out_features, in_features = weight.shape
+    total = lora_a.new_zeros(out_features)
+    step = max(1, _BLOCK // max(1, out_features))
+    for begin in range(0, in_features, step):
+        columns = slice(begin, begin + step)
+        block = torch.addmm(weight[:, columns].to(lora_a.dtype), lora_b, lora_a[:, columns])
+        total += block.square_().sum(1)
+    return total

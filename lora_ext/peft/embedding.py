@@ -1,0 +1,124 @@
+"""PEFT's embedding layers: a lookup in A, a small product, added in blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import dora as peft_dora
+from peft.tuners.lora import layer as peft_layers
+from peft.tuners.lora import variants
+from torch import Tensor, nn
+
+from ..modules.row_blocks import combine
+from ..modules.updates import Update
+from . import dora
+from .reasons import ADDED, BASE, PEFT, active_names, adapters_state, has_hooks, is_plain
+
+
+class Embedding(peft_layers.Embedding):
+    """`peft.tuners.lora.Embedding` with another forward and nothing else.
+
+        y = base(ids) + sum over active adapters of scaling * A[:, ids]^T B^T
+        y = g * (base(ids) + scaling * A[:, ids]^T B^T)                       for DoRA (`dora`)
+
+    Shape:
+        ids ``[...]`` to y ``[..., embedding_dim]`` in the base weight's dtype.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args or kwargs):
+            plan = plan_of(self, x)
+            if plan.path == ADDED:
+                return added(self, x, plan)
+        return super().forward(x, *args, **kwargs)
+
+    def path(self, rows: int | None = None) -> tuple[str, str]:
+        """How the next forward is computed, and why."""
+        plan = plan_of(self, None)
+        return plan.path, plan.reason
+
+
+class EmbeddingPlan(NamedTuple):
+    """What one forward does."""
+
+    path: str
+    reason: str
+    updates: Sequence[Update] = ()
+    is_dora: bool = False
+
+
+def plan_of(layer: Any, ids: Tensor | None) -> EmbeddingPlan:
+    """The plan for ids, or for plain ones if they are None."""
+    state = adapters_state(layer)
+    if state is not None:
+        return EmbeddingPlan(*state)
+    table = layer._modules["lora_embedding_A"]._parameters
+    names = active_names(layer, table)
+    if not names:
+        return EmbeddingPlan(BASE, "none of the active adapters is in this layer")
+    reason = _reason(layer, ids, names)
+    is_dora = not reason and any(name in layer.lora_variant for name in names)
+    if is_dora:
+        reason = _dora_reason(layer, names)
+    if reason:
+        return EmbeddingPlan(PEFT, reason)
+    updates = [
+        Update(name, table[name], layer.lora_embedding_B[name], None, layer.scaling[name], 0.0)
+        for name in names
+    ]
+    what = "DoRA: " if is_dora else ""
+    return EmbeddingPlan(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
+
+
+def _reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:
+    """Why PEFT's own forward is needed, or ""."""
+    base = layer._modules["base_layer"]
+    if type(base) is not nn.Embedding:
+        return "the base layer is not exactly nn.Embedding"
+    if base.max_norm is not None or base.sparse:
+        return "the base layer has max_norm, which writes to tables, or sparse gradients"
+    if any(name in layer.input_fns or name in layer.output_fns for name in names):
+        return "the adapters are sharded for tensor parallelism"
+    weight = base._parameters.get("weight")
+    if weight is None or not (is_plain(weight) and weight.is_floating_point()):
+        return "the base weight is computed, quantised or sharded"
+    if ids is not None and not is_plain(ids):
+        return "the ids are a tensor subclass"
+    return ""
+
+
+def _dora_reason(layer: Any, names: Sequence[str]) -> str:
+    """Why adapters that are variants of LoRA need PEFT's forward, or ""."""
+    if len(names) > 1:
+        return "several active adapters, one of them DoRA"
+    if type(layer.lora_variant[names[0]]) is not variants.DoraEmbeddingVariant:
+        return "a variant of LoRA other than DoRA"
+    if has_hooks(layer._modules["base_layer"]):
+        return "DoRA on a base layer with hooks"
+    return dora.magnitude_reason(layer, names[0], peft_dora.DoraEmbeddingLayer)
+
+
+def added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
+    """The base as it is, and the updates in blocks of rows."""
+    base = layer._modules["base_layer"]
+    parts = [
+        F.embedding(
+            ids,
+            update.lora_a.t(),
+            base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+        )
+        for update in plan.updates
+    ]
+    y = base(ids)
+    if not plan.is_dora:
+        return combine(y, parts=parts, updates=plan.updates)
+    (update,) = plan.updates
+    table = base.weight
+    rounded_to = torch.promote_types(table.dtype, update.lora_a.dtype)
+    factor = dora.factor_of(layer, table.t(), update, rounded_to)
+    scaled = update._replace(lora_b=update.lora_b * factor[:, None])
+    return combine(None, y, factor, parts, [scaled])

@@ -1,0 +1,64 @@
+"""PEFT's layers over quantised bases: bitsandbytes in 8 and 4 bits, torchao.
+
+    y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
+
+The base runs as it is; the rest is added in blocks of rows, without the full-size copies of x, of
+the update and of the base's output that PEFT makes. Each class exists where PEFT has its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.lora import torchao as peft_torchao
+from torch import Tensor
+
+from .linear import LinearPlan, added, plan_of
+from .reasons import ADDED, FUSED, PEFT
+
+
+def quantized_plan(layer: Any, x: Tensor | None) -> LinearPlan:
+    """The plan of a linear layer whose base is never read, only called."""
+    plan = plan_of(layer, x)
+    if plan.is_dora or (plan.path == PEFT and layer.lora_variant):
+        return LinearPlan(PEFT, "a variant of LoRA on a quantised base")
+    return plan._replace(path=ADDED) if plan.path == FUSED else plan
+
+
+class _Quantized:
+    """The forward of all of them; a mix-in before PEFT's class."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args or kwargs):
+            plan = quantized_plan(self, x)
+            if plan.path == ADDED:
+                return added(self, x, plan)
+        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def path(self, rows: int | None = None) -> tuple[str, str]:
+        """How the next forward is computed, and why."""
+        plan = quantized_plan(self, None)
+        return plan.path, plan.reason
+
+
+class TorchaoLoraLinear(_Quantized, peft_torchao.TorchaoLoraLinear):
+    """`peft.tuners.lora.torchao.TorchaoLoraLinear` with another forward."""
+
+
+CLASSES: dict[type, type] = {peft_torchao.TorchaoLoraLinear: TorchaoLoraLinear}
+
+if is_bnb_available():
+    from peft.tuners.lora import bnb as peft_bnb
+
+    class Linear8bitLt(_Quantized, peft_bnb.Linear8bitLt):
+        """`peft.tuners.lora.bnb.Linear8bitLt` with another forward."""
+
+    CLASSES[peft_bnb.Linear8bitLt] = Linear8bitLt
+
+    if is_bnb_4bit_available():
+
+        class Linear4bit(_Quantized, peft_bnb.Linear4bit):
+            """`peft.tuners.lora.bnb.Linear4bit` with another forward."""
+
+        CLASSES[peft_bnb.Linear4bit] = Linear4bit

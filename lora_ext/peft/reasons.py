@@ -1,0 +1,148 @@
+"""Which way one forward of a PEFT layer goes, and why: asked by each forward and by `explain`.
+
+    fused    one call of `lora_linear` computes base and update
+    added    the base module is called as it is, the update is added in blocks of rows
+    peft     PEFT's own forward
+    base     the base module alone: adapters disabled, merged, or none of the active ones is here
+
+A layer has to earn the faster ways: whatever is not known to give PEFT's result, such as a hook on
+a part that would not be called, takes the next one. Reasons are constants, so that asking is cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..modules.linear import is_conv1d
+from ..modules.updates import HALVES, is_autocast
+
+FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
+
+Route = tuple[str, str]
+
+_DEVICES = ("cpu", "cuda", "meta")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def adapters_state(layer: Any) -> Route | None:
+    """The route of a layer that adds nothing, None of one that adds its active adapters."""
+    if layer._disable_adapters:
+        return BASE, "adapters are disabled"
+    if layer.merged_adapters:
+        return BASE, "merged into the base weight by PEFT"
+    if "forward" in layer.__dict__:
+        return PEFT, "the layer's forward is replaced on the instance"
+    if _has_any_global_hook():
+        return PEFT, "hooks on all modules are registered"
+    return None
+
+
+def active_names(layer: Any, table: Mapping[str, Any]) -> list[str]:
+    """The active adapters that the layer has, in PEFT's order."""
+    active = layer._active_adapter
+    names = (active,) if isinstance(active, str) else active
+    return [name for name in names if name in table]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody watches or changes what passes through the module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def adapter_reason(layer: Any, name: str) -> str:
+    """Why one adapter of a linear layer needs PEFT's own forward, or ""."""
+    tables = layer._modules
+    lora_a, lora_b = tables["lora_A"]._modules[name], tables["lora_B"]._modules[name]
+    dropout = tables["lora_dropout"]._modules[name]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return "a factor is not a plain nn.Linear"
+    if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
+        return "a factor or its dropout has hooks"
+    if "forward" in lora_a.__dict__ or "forward" in lora_b.__dict__:
+        return "a factor's forward is replaced on the instance"
+    if lora_a.bias is not None:
+        return "lora_A has a bias"
+    if type(dropout) is nn.Dropout:
+        if dropout.p >= 1.0:
+            return "the dropout drops everything"
+    elif type(dropout) is not nn.Identity:
+        return "the dropout is not nn.Dropout"
+    first, second = lora_a.weight, lora_b.weight
+    if not (is_plain(first) and is_plain(second)):
+        return "a factor is a tensor subclass, such as a sharded one"
+    if first.dtype != second.dtype or first.dtype not in FLOATS:
+        return "the factors' dtypes are not the same floating dtype"
+    return ""
+
+
+def input_reason(layer: Any, x: Tensor) -> str:
+    """Why this x needs PEFT's own forward, or ""."""
+    if not is_plain(x) or x.is_nested or x.dim() == 0:
+        return "x is a tensor subclass, nested or a scalar"
+    if x.dtype not in FLOATS:
+        return "x is not of a floating dtype"
+    if x.device.type not in _DEVICES:
+        return "no kernels for this device"
+    if _is_transformed():
+        return "a transform of torch.func or forward-mode AD is active"
+    if not layer.cast_input_dtype_enabled:
+        return "casting the input is turned off (cast_input_dtype_enabled)"
+    return ""
+
+
+def base_obstacle(base: nn.Module) -> str:
+    """Why the base module has to be called as it is, or ""."""
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return "the base layer is not exactly nn.Linear or Conv1D"
+    if has_hooks(base):
+        return "the base layer has hooks"
+    if "forward" in base.__dict__:
+        return "the base layer's forward is replaced on the instance"
+    weight = base._parameters.get("weight")
+    if weight is None or not is_plain(weight):
+        return "the base weight is computed, quantised or sharded"
+    if weight.dtype not in FLOATS:
+        return "the base weight is not of a floating dtype"
+    return ""
+
+
+def dtype_obstacle(x: Tensor, weight: Tensor, adapter: torch.dtype) -> str:
+    """Why these dtypes are not one call of the op, or ""."""
+    if is_autocast(x):
+        if torch.float64 in (x.dtype, weight.dtype, adapter):
+            return "float64 under autocast"
+        return ""
+    if x.dtype != weight.dtype:
+        return "x and the base weight differ in dtype"
+    if adapter == x.dtype or (x.dtype in HALVES and adapter in (torch.float32, *HALVES)):
+        return ""
+    if x.dtype == torch.float32 and adapter in HALVES:
+        return ""
+    return "the adapters' dtype is not x's or float32"
+
+
+def _is_transformed() -> bool:
+    """Whether the op would refuse this call, which needs torch's own derivatives."""
+    if torch.compiler.is_compiling():
+        return False
+    if peek_interpreter_stack() is not None:
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor like any other: not a DTensor, not a quantised subclass."""
+    kind = type(tensor)
+    return kind is nn.Parameter or kind is Tensor or issubclass(kind, FakeTensor)

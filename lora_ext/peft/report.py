@@ -1,0 +1,34 @@
+"""The paths of PEFT's layers, for `lora_ext.explain`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .reasons import PEFT, adapters_state
+
+
+def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The (path, layer) pairs of PEFT's LoRA layers; imports nothing that is not imported."""
+    lora: Any = sys.modules.get("peft.tuners.lora.layer")
+    if lora is not None:
+        for path, module in model.named_modules():
+            if isinstance(module, lora.LoraLayer):
+                yield path, module
+
+
+def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:
+    """(path, reason) of a PEFT layer's next forward, accelerated or not."""
+    if hasattr(type(layer), "path"):
+        return layer.path(rows)
+    from .swap import classes
+
+    state = adapters_state(layer)
+    if state is not None:
+        return state
+    if type(layer) in classes():
+        return PEFT, "not accelerated; call lora_ext.accelerate(model)"
+    return PEFT, f"no faster forward for peft's {type(layer).__name__}"

@@ -1,0 +1,35 @@
+"""The classes of PEFT and those that stand in for them, and giving modules the one or the other."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from peft.tuners.lora import layer as peft_layers
+from torch import nn
+
+from .embedding import Embedding
+from .linear import Linear
+from .quantized import CLASSES
+
+
+@cache
+def classes() -> dict[type, type]:
+    """PEFT's class -> ours, a subclass of it with another forward or `inject_adapter`."""
+    from peft.tuners.lora import model as peft_model
+
+    from .tuner import LoraModel
+
+    layers = {peft_layers.Linear: Linear, peft_layers.Embedding: Embedding}
+    return {**layers, **CLASSES, peft_model.LoraModel: LoraModel}
+
+
+def swap(model: nn.Module, back: bool = False) -> int:
+    """Gives each module of exactly a known class the other one; returns how many layers changed."""
+    table = {ours: theirs for theirs, ours in classes().items()} if back else classes()
+    count = 0
+    for module in model.modules():
+        other = table.get(type(module))
+        if other is not None:
+            module.__class__ = other
+            count += isinstance(module, peft_layers.LoraLayer)
+    return count

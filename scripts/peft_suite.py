@@ -1,0 +1,187 @@
+"""Runs PEFT's own LoRA tests on accelerated models and writes what came of it to the docs.
+
+    python scripts/peft_suite.py             # 10 minutes; writes docs/compatibility-suite.md
+    python scripts/peft_suite.py --keep      # takes files that an earlier run recorded from there
+    python scripts/peft_suite.py --only test_custom_models
+
+The source distribution of the installed PEFT is downloaded by pip and unpacked under build/, so
+that nothing of it becomes part of this repository. Each test file runs twice in a process of its
+own, with tests/peft_suite/peft_suite_plugin.py: as it is, and with `lora_ext.accelerate` on every
+LoRA model. A case counts if it injects a LoRA adapter and passes as it is: the rest needs a
+download, a GPU or a package that is not here. PEFT's tests want `pip install datasets diffusers
+parameterized`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "compatibility-suite.md"
+SECONDS = 600  # of one file
+FAST = ("fused", "library", "added")
+# Files whose cases all need models from the hub, or a GPU.
+NEED_DOWNLOADS = {
+    "test_auto",
+    "test_common_gpu",
+    "test_decoder_models",
+    "test_encoder_decoder_models",
+    "test_feature_extraction_models",
+    "test_gptqmodel",
+    "test_gpu_examples",
+    "test_hub_features",
+    "test_seq_classifier",
+    "test_stablediffusion",
+    "test_token_classification_qa",
+    "test_vision_models",
+    "test_xlora",
+}
+# A file's cases that concern LoRA alone, where it holds other methods too: 19000 cases otherwise.
+SELECT = {"test_custom_models": "LoraConfig and not AdaLoraConfig"}
+
+
+def unpacked(folder: Path) -> Path:
+    """The tests of the installed PEFT's release, as a package."""
+    release = f"peft-{version('peft')}"
+    if not (folder / release).is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        source = ["--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder)]
+        subprocess.run([*pip, *source, release.replace("-", "==")], check=True)
+        with tarfile.open(folder / f"{release}.tar.gz") as archive:
+            archive.extractall(folder, filter="data")
+    (folder / release / "tests" / "__init__.py").touch()
+    return folder / release
+
+
+def run(release: Path, name: str, plain: bool, keep: bool = False) -> dict[str, dict]:
+    """Case -> what the plugin noted of it."""
+    record = release.parent / f"{name}-{'plain' if plain else 'accelerated'}.json"
+    if keep and record.exists():
+        return json.loads(record.read_text())
+    record.unlink(missing_ok=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'peft_suite'}",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "peft_suite_plugin", "-q", "--tb=short"]
+    command += ["-o", "addopts=", "--rootdir", ".", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}.py", "--record", str(record)]
+    command += ["-k", SELECT[name]] if name in SELECT else []
+    command += ["--plain"] if plain else []
+    log = record.with_suffix(".log").open("w")
+    try:
+        subprocess.run(
+            command, cwd=release, env=environment, stdout=log, stderr=log, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{name}: more than {SECONDS} s", file=sys.stderr)
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def files(release: Path) -> list[str]:
+    """Test files that mention LoRA's config and run without a download."""
+    found = (release / "tests").glob("test_*.py")
+    named = {path.stem for path in found if "LoraConfig" in path.read_text()}
+    return sorted(named - NEED_DOWNLOADS)
+
+
+def group_of(entry: dict) -> str:
+    """Which forwards a case ran: a fast one, PEFT's alone, or none at all."""
+    if any(path in FAST for path in entry["paths"]):
+        return "fast"
+    return "peft" if any(path.startswith("peft") for path in entry["paths"]) else "none"
+
+
+def report(results: dict[str, tuple[dict, dict]]) -> str:
+    """The document, from file -> (plain, accelerated)."""
+    rows, failures, reasons, left_out = [], [], Counter(), Counter()
+    totals: Counter[str] = Counter()
+    for name, (plain, accelerated) in results.items():
+        counts: Counter[str] = Counter()
+        for case, entry in plain.items():
+            if entry["outcome"] != "passed":
+                left_out[entry["outcome"]] += entry.get("lora", False)
+                continue
+            if not entry.get("lora"):
+                continue
+            ours = accelerated.get(case, {"outcome": "missing", "paths": {}, "why": ""})
+            counts["cases"] += 1
+            counts["passed"] += ours["outcome"] == "passed"
+            counts[group_of(ours)] += 1
+            counts[f"{group_of(ours)} passed"] += ours["outcome"] == "passed"
+            reasons.update(path for path in ours["paths"] if path.startswith("peft: "))
+            if ours["outcome"] != "passed":
+                failures.append((case, ours["outcome"], ours["why"].splitlines()[:1]))
+        if counts["cases"]:
+            totals += counts
+            rows.append((name, counts))
+    rows.append(("all", totals))
+    lines = [
+        f"| {name} | {c['cases']} | {c['passed']} | {c['fast passed']} of {c['fast']} "
+        f"| {c['peft passed']} of {c['peft']} | {c['none passed']} of {c['none']} |"
+        for name, c in rows
+    ]
+    share = 100 * totals["passed"] / max(1, totals["cases"])
+    parts = [
+        "# PEFT's own tests on accelerated models",
+        f"PEFT {version('peft')}, torch {version('torch')}, CPU. Written by "
+        "`python scripts/peft_suite.py`; its docstring says what counts.",
+        f"**{totals['passed']} of {totals['cases']} cases pass, {share:.2f} %**; of those in which "
+        f"a fast path computed a forward, {totals['fast passed']} of {totals['fast']}.",
+        "| file | cases | passed | with a fast forward | with PEFT's forward only "
+        "| without a forward of a LoRA layer |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *lines,
+        "## Why PEFT's own forward ran",
+        "| reason | cases |",
+        "| --- | --- |",
+        *(f"| {text.removeprefix('peft: ')} | {n} |" for text, n in reasons.most_common()),
+        "## Cases that fail accelerated and pass as they are",
+        *(
+            [f"- `{case}`: {outcome}. {' '.join(why)}" for case, outcome, why in failures]
+            or ["None."]
+        ),
+        "## LoRA cases that are left out",
+        ", ".join(f"{count} {outcome}" for outcome, count in left_out.most_common() if count)
+        + " as they are, without acceleration: they need a download, a GPU or another package. "
+        f"Not run at all, since all cases do: {', '.join(sorted(NEED_DOWNLOADS))}.",
+    ]
+    text = "\n\n".join(parts) + "\n"
+    return re.sub(r"\|\n\n\|", "|\n|", text).replace("\n\n- ", "\n- ")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="files whose name contains this text")
+    parser.add_argument("--keep", action="store_true", help="take what was recorded before")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peft-suite")
+    options = parser.parse_args()
+    release = unpacked(options.folder.resolve())
+    results = {}
+    for name in files(release):
+        if options.only in name:
+            print(name, file=sys.stderr, flush=True)
+            both = (run(release, name, plain, options.keep) for plain in (True, False))
+            results[name] = tuple(both)
+    text = report(results)
+    if options.only:
+        print(text)
+    else:
+        DOCUMENT.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A pytest plugin for PEFT's own suite: accelerates every LoRA model and notes which way it ran.
+
+Loaded by `scripts/peft_suite.py`. For each test it records the outcome, whether a LoRA adapter was
+injected, and how often each path of `lora_ext.explain` computed a forward. ``--plain`` records the
+same outcomes without acceleration.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import _http
+from peft import AdaLoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import layer as peft_layers
+
+from lora_ext.peft.report import peft_path
+from lora_ext.peft.swap import classes, swap
+
+
+class Recorder:
+    """What each test did."""
+
+    def __init__(self, plain: bool, out: Path) -> None:
+        self.plain, self.out = plain, out
+        self.results: dict[str, dict] = {}
+        self.paths: Counter[str] = Counter()
+        self.injected = False
+
+    def install(self) -> None:
+        original = LoraModel.inject_adapter
+
+        def inject_adapter(tuner, model, *args, **kwargs):
+            original(tuner, model, *args, **kwargs)
+            self.injected |= not isinstance(tuner, AdaLoraModel)
+            if not self.plain:
+                swap(model)
+
+        LoraModel.inject_adapter = inject_adapter
+        if not self.plain:
+            others = (peft_layers._ConvNd, peft_layers.MultiheadAttention, peft_layers.ParamWrapper)
+            for kind in (*classes().values(), *others):
+                if issubclass(kind, LoraLayer):
+                    self._count(kind)
+
+    def _count(self, kind: type) -> None:
+        forward = kind.forward
+
+        def counted(layer, x, *args, **kwargs):
+            if args or kwargs:
+                self.paths["peft: arguments beside x"] += 1
+            else:
+                path, reason = peft_path(layer)
+                self.paths[f"peft: {reason}" if path == "peft" else path] += 1
+            return forward(layer, x, *args, **kwargs)
+
+        kind.forward = counted
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.paths.clear()
+        self.injected = False
+        yield
+
+    def pytest_runtest_logreport(self, report):
+        entry = self.results.setdefault(report.nodeid, {"outcome": "passed", "why": ""})
+        if report.skipped and entry["outcome"] == "passed":
+            entry["outcome"] = "xfailed" if hasattr(report, "wasxfail") else "skipped"
+        if report.failed:
+            entry["outcome"] = "failed"
+            crash = getattr(report.longrepr, "reprcrash", None)
+            entry["why"] = str(crash.message if crash else report.longrepr)[:300]
+        entry["lora"] = self.injected
+        entry["paths"] = dict(self.paths)
+
+    def pytest_sessionfinish(self):
+        self.out.write_text(json.dumps(self.results, indent=0) + "\n")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--plain", action="store_true", help="record without accelerating")
+    parser.addoption("--record", type=Path, required=True, help="the JSON file to write")
+
+
+def pytest_configure(config):
+    _fail_at_once_without_network()
+    recorder = Recorder(config.getoption("--plain"), config.getoption("--record"))
+    recorder.install()
+    config.pluginmanager.register(recorder)
+
+
+def _fail_at_once_without_network() -> None:
+    """No waiting for the hub, which some tests need: each name fails to resolve at once."""
+
+    def unresolved(host, *_, **__):
+        raise socket.gaierror(f"no network in this run: {host}")
+
+    class Clock:
+        def __getattr__(self, name):
+            return (lambda _: None) if name == "sleep" else getattr(time, name)
+
+    _http.time = Clock()
+    resolve = socket.getaddrinfo
+    socket.getaddrinfo = lambda host, *rest, **words: (
+        resolve if host in ("localhost", "127.0.0.1", None) else unresolved
+    )(host, *rest, **words)

@@ -1,0 +1,89 @@
+"""The benchmark of whole models: what gets adapters, what is compared, what the report says."""
+
+import pytest
+import torch
+from peft_helpers import net
+
+import lora_ext
+from benchmarks.machine import describe
+from benchmarks.models import report
+from benchmarks.models.cases import Case, all_cases, base_model
+from benchmarks.models.overhead import overheads
+from benchmarks.models.step import VARIANTS, adapted, check_fused, forward_of, step_of
+
+# Layers of the models: 6 x (q, k, v, o, up, down), 4 x (q, k, v, o, gate, up, down), 4 x 4.
+COUNTS = {
+    "MiniLM attention": 24,
+    "MiniLM all linear": 36,
+    "Llama attention": 16,
+    "Llama all linear": 28,
+    "GPT-2 attention": 8,
+    "GPT-2 all linear": 16,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.id)
+def test_targets(case):
+    model = base_model(case)
+    found = [path for path, module in model.named_modules() if case.is_target(path, module)]
+    assert len(found) == COUNTS[case.id.removesuffix(" bfloat16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MiniLM", "GPT-2"])
+def test_variants_have_the_same_adapters(name):
+    """PEFT's four have equal parameters; the accelerated ones have all layers on the op."""
+    case = Case(name, "attention")
+    base = base_model(case)
+    x = torch.randn(1, 4, base.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    pairs = [(x, torch.randn_like(x))]
+    for variant in VARIANTS:
+        model = adapted(case, base, variant)
+        step_of(model, pairs)()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert bool(grads) == (variant != "frozen")
+        assert all(grad is not None for grad in grads)
+        forward_of(model, pairs)()
+        assert model.training
+        kinds = {layer.path for layer in lora_ext.explain(model)}
+        if variant.startswith("peft"):
+            assert kinds <= ({"fused", "library"} if "accelerated" in variant else {"peft"})
+        dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+        wide = variant in ("ours_fp32", "peft_default", "peft_default_accelerated")
+        if variant != "frozen":
+            assert dtypes == {torch.float32 if wide else torch.bfloat16}
+
+
+def test_what_is_not_on_the_op_is_not_measured():
+    with pytest.raises(RuntimeError, match="not accelerated"):
+        check_fused(net())
+
+
+def summary(ms):
+    return {"ms": ms, "samples": [ms, 1.1 * ms, None], "disturbed": False}
+
+
+def test_the_report():
+    """Ratios, targets met and missed, and the overhead, from made-up times."""
+    step = dict(zip(VARIANTS, (100, 104, 120, 150, 200, 105, 110), strict=True))
+    case = {
+        "id": "Llama all linear bfloat16",
+        "timing": {name: summary(ms) for name, ms in step.items()},
+        "forward": {name: summary(ms / 2) for name, ms in step.items()},
+        "peak": {name: 2**20 * (10 + place) for place, name in enumerate(VARIANTS)},
+        "forward_peak": dict.fromkeys(VARIANTS, 2**20),
+        "inputs_to_save": 2**20,
+    }
+    times = {"peft": 0.030, "accelerated": 0.015, "peft's ops": 0.014, "our op": 0.011}
+    overhead = {"0": {name: summary(ms) for name, ms in times.items()}}
+    assert overheads(overhead["0"]) == pytest.approx((16, 4))
+    rows = {(row[1], row[2]): row[3:] for row in report.target_rows(case)}
+    assert rows["PEFT default, accelerated", "time"] == ["1.15", "1.10", "met"]
+    assert rows["PEFT, bf16 adapters, accelerated", "time"] == ["1.06", "1.05", "met"]
+    assert rows["ours, float32 adapters", "time"][-1] == "missed"
+    assert rows["PEFT default", "its time over the accelerated"] == ["1.50", "1.82", "met"]
+    assert rows["PEFT, bf16 adapters", "its time over the accelerated"][-1] == "missed"
+    document = {"machine": describe("cpu", "a test"), "cases": [case], "overhead": overhead}
+    text = report.text(document, [])
+    assert "0.25" in text and "Time of a forward" in text

@@ -1,0 +1,125 @@
+"""The documentation: links lead somewhere, code compiles, guides run, the site builds."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_ext
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+# Pages whose code runs as it stands, block after block.
+GUIDES = ("index", "peft", "distributed", "troubleshooting")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def name_of(path):
+    return path.name
+
+
+def prose(text):
+    """The text without code, in which brackets and parentheses are no links."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
+
+
+def anchors(text):
+    """What Markdown's headings can be linked by."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.M):
+        plain = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(plain.strip().replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_links(path):
+    """Relative links lead to files, and to headings where they name one."""
+    for target in LINK.findall(prose(path.read_text())):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{path.name}: {target}"
+        if anchor:
+            assert anchor in anchors(linked.read_text()), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_code_compiles(path):
+    for language, code in FENCE.findall(path.read_text()):
+        assert language, f"{path.name}: a block without a language"
+        if language == "python":
+            compile(textwrap.dedent(code), path.name, "exec")
+
+
+def llama():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_guides_run(guide, tmp_path, monkeypatch, capsys):
+    """With small models under the names that the text speaks of."""
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.chdir(tmp_path)
+    names = {"base_model": llama(), "other_model": llama(), "ids": torch.arange(8)[None]}
+    if guide == "troubleshooting":
+        config = LoraConfig(target_modules=["q_proj", "v_proj"])
+        names["model"] = get_peft_model(names.pop("base_model"), config)
+    blocks = [code for language, code in FENCE.findall((DOCS / f"{guide}.md").read_text())]
+    assert blocks
+    for code in blocks:
+        exec(compile(textwrap.dedent(code), f"{guide}.md", "exec"), names)
+    if guide == "index":
+        assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+        assert "fused" in capsys.readouterr().out
+
+
+def test_every_public_name_is_in_the_reference():
+    written = re.findall(r"^::: lora_ext\.([\w.]+)$", (DOCS / "api.md").read_text(), re.M)
+    assert len(set(written)) == len(written)
+    for name in written:
+        thing = lora_ext
+        for part in name.split("."):
+            thing = getattr(thing, part)
+        assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
+    data = {"__version__", "CARDS", "reference"}
+    assert set(lora_ext.__all__) - data <= set(written)
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r": ([\w-]+\.md)$", nav, re.M)  # in the nav, or in exclude_docs
+    assert sorted(listed) == [path.name for path in PAGES]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocstrings") is None, reason="mkdocstrings is not installed"
+)
+def test_the_site_builds(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lora_ext.accelerate" in (tmp_path / "api" / "index.html").read_text()

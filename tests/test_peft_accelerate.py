@@ -1,0 +1,383 @@
+"""`lora_ext.accelerate` beside PEFT's own forward on the same model: numbers, bits and memory."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BF16, F16, F32, F64, HALVES, keep_scale_of, max_error, rms_error, short
+from peft import LoraConfig, get_peft_model
+from peft_helpers import (
+    ADAPTERS,
+    HEIGHT,
+    KINDS,
+    WIDTH,
+    accelerated,
+    as_float64,
+    exact_model,
+    layer_model,
+    make_ids,
+    make_x,
+    net,
+    paths,
+    peft_model,
+    reasons,
+    step,
+)
+from transformers.pytorch_utils import Conv1D
+
+import lora_ext
+from benchmarks.memory import peak_bytes
+from lora_ext.functional import draw_seed
+from lora_ext.peft.linear import plan_of
+from lora_ext.peft.quick import quick_operands
+
+CASES = [
+    (kind, adapters)
+    for kind in KINDS
+    for adapters in ADAPTERS
+    if (kind, adapters) != ("embedding", "lora_bias")  # PEFT has none
+]
+MODES = [(F32, False), (BF16, False), (BF16, True), (F16, False), (F16, True)]
+
+
+def mode_id(mode):
+    return f"{short(mode[0])}{' half adapters' if mode[1] else ''}"
+
+
+@pytest.mark.parametrize(("kind", "adapters"), CASES)
+def test_same_in_float64(kind, adapters):
+    """Outputs and all gradients, to the last few bits."""
+    model = layer_model(kind, adapters, F64)
+    fast, x = accelerated(model), make_x(kind, F64)
+    found, wanted = step(fast, x), step(model, x)
+    assert found.keys() == wanted.keys()
+    assert len(found) >= 3
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+@pytest.mark.parametrize(("kind", "adapters"), CASES)
+def test_errors_no_larger_than_pefts(kind, adapters, mode):
+    """y, dx and each gradient against float64: at most twice PEFT's error, plus a floor."""
+    dtype, half_adapters = mode
+    model = layer_model(kind, adapters, dtype, half_adapters)
+    fast, x = accelerated(model), make_x(kind, dtype, rows=400)
+    found, theirs = step(fast, x), step(model, x)
+    wanted = step(exact_model(model), as_float64(x), dtype=dtype)
+    assert set(paths(fast).values()) <= {"fused", "added", "library"}
+    assert found.keys() == theirs.keys() == wanted.keys()
+    for name, value in found.items():
+        assert value.dtype == theirs[name].dtype, name
+        scale = wanted[name].abs().max().item()
+        # Products of pairs of halves are exact to 1e-5 (docs/numerics.md).
+        floor = scale * (1e-5 if dtype in HALVES else 1e-6)
+        assert (
+            max_error(value, wanted[name]) <= 2 * max_error(theirs[name], wanted[name]) + floor
+        ), name
+
+
+@pytest.mark.parametrize("adapters", ["one", "rslora"])
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_as_pefts_default(library_route, kind, dtype, adapters):
+    """docs/numerics.md: float32 adapters on a half base without dropout, where ATen computes."""
+    model = layer_model(kind, adapters, dtype)
+    fast, x = accelerated(model), make_x(kind, dtype)
+    found, wanted = step(fast, x), step(model, x)
+    assert torch.equal(found["y"], wanted["y"])
+    if kind != "embedding":
+        assert torch.equal(found["dx"], wanted["dx"])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
+def test_same_bits_with_a_wide_lora_bias(dtype):
+    """The op would round a float32 bias: the base is called, the update added in float32."""
+    model = layer_model("linear", "lora_bias", dtype)
+    fast, x = accelerated(model), make_x("linear", dtype)
+    assert reasons(fast) == {("added", "a lora_bias on a half base")}
+    assert torch.equal(step(fast, x)["y"], step(model, x)["y"])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+@pytest.mark.parametrize("adapters", ["one", "dora"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_dropout_against_float64_with_the_same_mask(kind, adapters, dtype):
+    """y and dx with p = 0.3; the formulas are PEFT's, the mask is `lora_ext.dropout_mask`'s."""
+    model = accelerated(layer_model(kind, adapters, dtype, lora_dropout=0.3))
+    layer, x = model.base_model.model[0], make_x(kind, dtype, 200)
+    assert set(paths(model).values()) == {"added" if adapters == "dora" else "fused"}
+    found = step(model, x)
+    torch.manual_seed(7)
+    mask = lora_ext.dropout_mask(draw_seed(x.device), *x.shape, 0.3)
+    wide = x.double().requires_grad_()
+    y = dropped_reference(layer, wide, mask * keep_scale_of(0.3))
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=F64)
+    y.backward(grad.to(dtype).double())
+    limit = 2e-2 if dtype == BF16 else 2e-6
+    for name, wanted in (("y", y.detach()), ("dx", wide.grad)):
+        assert max_error(found[name], wanted) <= limit * wanted.abs().max().item(), name
+        assert rms_error(found[name], wanted) <= 0.3 * limit * wanted.abs().max().item(), name
+
+
+def dropped_reference(layer, x, factor):
+    """The layer of `lora_ext.peft` in float64 on a dropped x, by the formulas of LoRA and DoRA."""
+    base = layer.base_layer
+    weight = base.weight.double() if isinstance(base, torch.nn.Linear) else base.weight.double().t()
+    bias = base.bias.double()
+    a, b = layer.lora_A["a"].weight.double(), layer.lora_B["a"].weight.double()
+    s, dropped = layer.scaling["a"], x * factor
+    update = s * dropped @ a.t() @ b.t()
+    if not layer.lora_magnitude_vector:
+        return F.linear(x, weight, bias) + update
+    g = layer.lora_magnitude_vector["a"].weight.double() / (weight + s * b @ a).norm(dim=1)
+    return F.linear(x, weight, bias) + (g - 1) * (dropped @ weight.t()) + g * update
+
+
+@pytest.mark.parametrize("adapters", ["one", "three", "dora"])
+def test_dropout_is_on_average_nothing(adapters):
+    """Over many masks the update's mean is the update without dropout; in eval mode it is that."""
+    model = layer_model("linear", adapters, F64, lora_dropout=0.4)
+    fast, x = accelerated(model), make_x("linear", F64, 4)
+    fast.eval()
+    wanted = fast(x)
+    torch.testing.assert_close(wanted, model.eval()(x), rtol=1e-11, atol=1e-11)
+    fast.train()
+    with torch.no_grad():
+        draws = torch.stack([fast(x) for _ in range(2000)])
+    spread = draws.std(0) / len(draws) ** 0.5
+    assert spread.max() > 0
+    assert ((draws.mean(0) - wanted).abs() <= 5 * spread).all()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("mode", MODES[:3], ids=mode_id)
+@pytest.mark.parametrize(("kind", "adapters"), CASES)
+def test_saves_no_more_than_peft(kind, adapters, mode, dropout):
+    """Bytes of distinct tensors that autograd keeps, x and the parameters aside.
+
+    S is float32 where PEFT's is half, as are A and B where the base is called as it is, and several
+    adapters are one pair of factors made anew: nothing of x's size.
+    """
+    model = layer_model(kind, adapters, *mode, lora_dropout=dropout)
+    x = make_x(kind, mode[0], rows=300)
+    rank = sum(words["r"] for words in ADAPTERS[adapters].values())
+    slack = 2 * rank * len(x) if mode[1] else 0
+    if mode[1] or len(ADAPTERS[adapters]) > 1:
+        slack += 4 * rank * (WIDTH + HEIGHT)
+    assert saved_bytes(accelerated(model), x) <= saved_bytes(model, x) + slack
+
+
+def saved_bytes(model, x):
+    kept = {}
+    given = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    given.add(x.untyped_storage().data_ptr())
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address repeats
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(size for pointer, (size, _) in kept.items() if pointer not in given)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("adapters", ["one", "dora", "lora_bias"])
+@pytest.mark.parametrize("half_adapters", [False, True])
+def test_peak_memory_no_larger_than_pefts(half_adapters, adapters, dropout):
+    words = dict(ADAPTERS[adapters]["a"], lora_dropout=dropout)
+    peaks = []
+    for change in (lambda model: model, accelerated):
+        model = change(wide_model(words, half_adapters))
+        x = torch.randn(2048, 512, dtype=BF16, requires_grad=True)
+        grad = torch.randn(2048, 768).to(BF16)
+
+        def run(model=model, x=x, grad=grad):
+            model(x).backward(grad)
+
+        run()
+        peaks.append(peak_bytes(run))
+    assert peaks[1] <= peaks[0]
+
+
+def wide_model(words, half_adapters):
+    base = torch.nn.Sequential(torch.nn.Linear(512, 768))
+    return peft_model(base, {"a": words}, ["0"], BF16, half_adapters)
+
+
+def test_dora_makes_nothing_of_the_weights_size():
+    """Its norm comes in blocks of rows; PEFT holds four tensors of the weight's size and more."""
+
+    base = torch.nn.Sequential(torch.nn.Linear(4096, 4096, bias=False))
+    model = accelerated(peft_model(base, ADAPTERS["dora"], ["0"], BF16))
+    x = torch.randn(8, 4096, dtype=BF16)
+    with torch.no_grad():
+        model(x)
+        peak = peak_bytes(lambda: model(x))
+    delta = 4 * 4096 * 4096
+    # Two blocks of 16 MiB, of 64 MiB that a float32 delta has.
+    assert peak < 0.6 * delta
+
+
+@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+@pytest.mark.parametrize("width", [64, 2100])
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d", "embedding"])
+def test_dora_is_the_base_at_initialisation(kind, width, mode):
+    """The magnitude is PEFT's norm: with the same rounding here the factor is 1.
+
+    Weights stored as [in, out] are summed in another order than PEFT's, and PEFT sums float16 in
+    float16: the factor may be 1 up to its last bits. PEFT's default keeps a norm that was rounded
+    to half, and its own y differs from the base.
+    """
+    dtype, half_adapters = mode
+    bases = {
+        "linear": lambda: torch.nn.Linear(width, 600),
+        "linear without bias": lambda: torch.nn.Linear(width, 600, bias=False),
+        "conv1d": lambda: Conv1D(600, width),
+        "embedding": lambda: torch.nn.Embedding(600, width),
+    }
+    base = bases[kind]().to(dtype)
+    model = torch.nn.Sequential(copy.deepcopy(base))
+    config = LoraConfig(target_modules=["0"], r=4, use_dora=True)
+    model = get_peft_model(model, config, autocast_adapter_dtype=not half_adapters)
+    x = torch.randint(600, (5,)) if kind == "embedding" else torch.randn(5, width).to(dtype)
+    with torch.no_grad():
+        wanted, theirs = base(x), model(x)
+        y = lora_ext.accelerate(model)(x)
+    assert set(paths(model).values()) == {"added"}
+    if kind.startswith("linear") and (dtype == F32 or mode == (BF16, True)):
+        assert torch.equal(y, wanted)
+    error, limit = max_error(y, wanted.double()), max_error(theirs, wanted.double())
+    assert error <= 2 * limit + 16 * torch.finfo(dtype).eps * wanted.abs().max().item()
+
+
+@pytest.mark.parametrize("cast", HALVES, ids=short)
+@pytest.mark.parametrize("adapters", ["one", "three", "dora", "lora_bias"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_autocast_beside_peft(kind, adapters, cast):
+    if (kind, adapters) == ("embedding", "lora_bias"):
+        pytest.skip("PEFT has no lora_bias on embeddings")
+    model = layer_model(kind, adapters)
+    fast, x = accelerated(model), make_x(kind, F32, 400)
+
+    def run(one):
+        with torch.autocast("cpu", cast):
+            y = one(x)
+        y.float().square().sum().backward()
+        return y.detach()
+
+    y, theirs = run(fast), run(model)
+    wanted = exact_model(model)(as_float64(x)).detach()
+    assert y.dtype == theirs.dtype
+    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted) + 1e-6
+    for (name, ours), other in zip(fast.named_parameters(), model.parameters(), strict=True):
+        assert (ours.grad is None) == (other.grad is None), name
+        if ours.grad is not None:
+            error = max_error(ours.grad, other.grad.double())
+            assert error <= 0.05 * other.grad.abs().max().item(), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_bits(adapters, dropout, use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    targets = ["up", "gate", "down"]
+    model = accelerated(net(adapters, lora_dropout=dropout, targets=targets))
+    x = torch.randn(4, 9, 24, requires_grad=True)
+    part = model.base_model.model
+
+    def block(x):
+        return part.down(torch.tanh(part.up(x)) * part.gate(x))
+
+    results = []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        x.grad = None
+        torch.manual_seed(3)
+        run(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 3
+    for ours, wanted in zip(*results, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapters", ["one", "three", "dora"])
+def test_nothing_is_written(kind, adapters):
+    """Neither x nor a parameter nor the base's output changes."""
+    model = accelerated(layer_model(kind, adapters, lora_dropout=0.2))
+    before, x = copy.deepcopy(model.state_dict()), make_x(kind)
+    kept = x.clone()
+    step(model, x)
+    assert torch.equal(x, kept)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("adapters", [name for name in ADAPTERS if name != "lora_bias"])
+def test_a_whole_model(adapters):
+    model = net(adapters, F64)
+    fast, ids = accelerated(model), make_ids()
+    matrices = "added" if adapters == "dora" else "library"  # the kernels do not have float64
+    found, wanted = step(fast, ids), step(model, ids)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+    assert paths(fast) == dict.fromkeys(("up", "gate", "down"), matrices) | {"embed": "added"}
+    if adapters != "dora":
+        assert {paths(accelerated(net(adapters)))[name] for name in ("up", "down")} == {"fused"}
+
+
+def quick_cases():
+    """(what changes, whether the quick decision may still answer)"""
+    yield "nothing", True
+    for name in ("disable", "merge", "train base", "scaling", "p", "hook on A", "hook on base"):
+        yield name, name in ("scaling", "p")
+    for name in ("several", "no such adapter", "x in another dtype", "autocast", "tensor scaling"):
+        yield name, False
+
+
+@pytest.mark.parametrize(("change", "quick"), quick_cases())
+def test_the_quick_decision_is_the_full_one(change, quick):
+    """Where `quick_operands` answers, `plan_of` says fused with the same operands."""
+    model = accelerated(layer_model("linear", "three", lora_dropout=0.25))
+    model.set_adapter("a")
+    layer, x = model.base_model.model[0], make_x("linear")
+    context = torch.autocast("cpu", enabled=change == "autocast")
+    if change == "disable":
+        layer.enable_adapters(False)
+    elif change == "merge":
+        layer.merge()
+    elif change == "train base":
+        layer.base_layer.weight.requires_grad_()
+    elif change == "scaling":
+        layer.set_scale("a", 3.0)
+    elif change == "p":
+        layer.lora_dropout["a"].p = 0.5
+    elif change == "hook on A":
+        layer.lora_A["a"].register_forward_hook(lambda *_: None)
+    elif change == "hook on base":
+        layer.base_layer.register_forward_pre_hook(lambda *_: None)
+    elif change == "several":
+        layer.set_adapter(["a", "b"])
+    elif change == "no such adapter":
+        layer._active_adapter = "zzz"
+    elif change == "x in another dtype":
+        x = x.double()
+    elif change == "tensor scaling":
+        layer.scaling["a"] = torch.tensor(2.0)
+    with context:
+        operands, plan = quick_operands(layer, x), plan_of(layer, x)
+    assert (operands is not None) == quick
+    if quick:
+        weight, lora_a, lora_b, bias, scaling, p = operands
+        (update,) = plan.updates
+        assert plan.path == "fused" and not plan.is_dora
+        assert weight is layer.base_layer.weight and bias is layer.base_layer.bias
+        assert lora_a is update.lora_a and lora_b is update.lora_b
+        assert (scaling, p) == (update.scaling, update.dropout)

@@ -1,0 +1,210 @@
+"""Accelerated layers over quantised bases: bitsandbytes in 4 and 8 bits, torchao; real wheels.
+
+Where a package is not installed its cases are skipped; a stand-in with a base of packed bytes that
+only its own forward can read is always tested.
+"""
+
+import copy
+import importlib.util
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BF16, F32, max_error, short
+from peft import LoraConfig, get_peft_model
+from peft_helpers import accelerated, paths, randomize, reasons, step
+from torch import Tensor, nn
+
+import lora_ext
+from benchmarks.memory import peak_bytes
+
+WIDTH, HEIGHT = 128, 192
+WORDS = {
+    "plain": {"r": 8, "lora_alpha": 16},
+    "dropout": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.2},
+    "lora_bias": {"r": 8, "lora_alpha": 16, "lora_bias": True},
+}
+
+
+class Packed(nn.Module):
+    """A linear layer in 8 bits per row, quantised symmetrically: a stand-in for others' layers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return F.linear(x, (self.weight * self.scale).to(x.dtype), self.bias)
+
+
+def needs(package):
+    found = importlib.util.find_spec(package) is not None
+    return pytest.mark.skipif(not found, reason=f"{package} is not installed")
+
+
+def bnb_model(bits, words, dtype):
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    plain = nn.Linear(WIDTH, HEIGHT)
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(WIDTH, HEIGHT, compute_dtype=dtype, quant_type="nf4")
+    else:
+        layer = bnb.nn.Linear8bitLt(WIDTH, HEIGHT, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    holder = nn.Sequential(layer).to("cpu")
+    holder.is_loaded_in_4bit, holder.is_loaded_in_8bit = bits == 4, bits == 8
+    return wrapped(holder, words)
+
+
+def torchao_model(words, dtype):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(WIDTH, HEIGHT)).to(dtype)
+    quantize_(holder, Int8WeightOnlyConfig())
+    return wrapped(holder, words)
+
+
+def stand_in_model(words, dtype):
+    torch.manual_seed(0)
+    holder = wrapped(nn.Sequential(nn.Linear(WIDTH, HEIGHT)).to(dtype), words)
+    layer = holder.base_model.model[0]
+    layer.base_layer = Packed(layer.base_layer)
+    return holder
+
+
+def wrapped(holder, words):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return randomize(get_peft_model(holder, LoraConfig(target_modules=["0"], **words)))
+
+
+MODELS = {
+    "stand-in": stand_in_model,
+    "bnb 4 bits": lambda words, dtype: bnb_model(4, words, dtype),
+    "bnb 8 bits": lambda words, dtype: bnb_model(8, words, dtype),
+    "torchao": torchao_model,
+}
+KINDS = [
+    "stand-in",
+    pytest.param("bnb 4 bits", marks=needs("bitsandbytes")),
+    pytest.param("bnb 8 bits", marks=needs("bitsandbytes")),
+    pytest.param("torchao", marks=needs("torchao")),
+]
+
+
+def make_x(dtype, rows=60):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(rows, WIDTH, generator=generator).to(dtype)
+
+
+def base_of(model):
+    return model.base_model.model[0].base_layer
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_as_peft(kind, dtype, words):
+    """y, dx and gradients beside PEFT's, without dropout bit for bit in y; the base is called."""
+    if (kind, words) == ("torchao", "lora_bias"):
+        pytest.skip("PEFT has no lora_bias on torchao's layers")
+    model = MODELS[kind](WORDS[words], dtype)
+    assert kind == "torchao" or base_of(model).weight.dtype in (torch.uint8, torch.int8)
+    fast, x = lora_ext.accelerate(copy.deepcopy(model)), make_x(dtype)
+    assert set(paths(fast).values()) == {"added"}
+    if words == "dropout":
+        fast.eval()
+        model.eval()
+    found, wanted = step(fast, x), step(model, x)
+    assert found.keys() == wanted.keys() and len(found) >= 4
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        scale = value.abs().max().item()
+        limit = (1e-5 if dtype == F32 else 1e-2) * scale
+        assert max_error(found[name], value.double()) <= limit, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_training(kind):
+    """The mean over many masks is the update without dropout."""
+    model = lora_ext.accelerate(MODELS[kind](WORDS["dropout"], F32))
+    x = make_x(F32, 3)
+    with torch.no_grad():
+        wanted = model.eval()(x)
+        model.train()
+        draws = torch.stack([model(x) for _ in range(1500)])
+    spread = draws.std(0) / len(draws) ** 0.5
+    assert spread.max() > 0
+    assert ((draws.mean(0) - wanted).abs() <= 5.5 * spread + 1e-5).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_and_back(kind):
+    model = MODELS[kind](WORDS["plain"], BF16)
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    lora_ext.accelerate(model)
+    assert list(model.state_dict()) == keys
+    y = model(make_x(BF16))
+    lora_ext.decelerate(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert (model(make_x(BF16)) - y).abs().max() <= 1e-2 * y.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_is_pefts(kind):
+    if kind == "stand-in":
+        pytest.skip("PEFT cannot merge into it")
+    model = MODELS[kind](WORDS["plain"], F32)
+    if kind == "torchao":
+        model.base_model.model[0].get_apply_tensor_subclass = None
+        with pytest.raises(ValueError, match="get_apply_tensor_subclass"):
+            lora_ext.accelerate(model).merge_adapter()
+        return
+    fast, x = accelerated(model), make_x(F32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast.merge_adapter()
+        model.merge_adapter()
+    assert set(paths(fast).values()) == {"base"}
+    assert torch.equal(fast(x), model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dora_on_a_quantised_base_is_pefts(kind):
+    if kind in ("torchao", "stand-in"):
+        pytest.skip("PEFT cannot initialise it")
+    model = MODELS[kind]({"r": 4, "use_dora": True}, F32)
+    fast = accelerated(model)
+    assert reasons(fast) == {("peft", "a variant of LoRA on a quantised base")}
+    assert torch.equal(fast(make_x(F32)), model(make_x(F32)))
+
+
+@pytest.mark.parametrize("words", ["plain", "dropout"])
+def test_no_full_size_temporaries(words):
+    """Beside the base's own, a step holds what the blocks hold; PEFT's default holds several
+    float32 copies of x and of the output."""
+    peaks = []
+    for change in (accelerated, lambda model: model):
+        model = change(stand_in_model(WORDS[words], BF16))
+        x = make_x(BF16, 16384).requires_grad_()
+        grad = torch.ones(16384, HEIGHT, dtype=BF16)
+
+        def run(model=model, x=x, grad=grad):
+            model(x).backward(grad)
+
+        run()
+        peaks.append(peak_bytes(run))
+    y, dx = 2 * 16384 * HEIGHT, 2 * 16384 * WIDTH
+    blocks = 6 * 2**20 + 16384 * 8 * 4
+    # y of the base and of the layer, then dx twice while autograd adds the two.
+    assert peaks[0] <= 2 * y + 2 * dx + blocks
+    assert peaks[1] >= 1.4 * peaks[0]

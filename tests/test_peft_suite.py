@@ -1,0 +1,64 @@
+"""PEFT's own tests on accelerated models, and what `scripts/peft_suite.py` makes of them."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def load():
+    path = ROOT / "scripts" / "peft_suite.py"
+    spec = importlib.util.spec_from_file_location("peft_suite", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+suite = load()
+
+
+def entry(outcome="passed", lora=True, paths=(), why=""):
+    return {"outcome": outcome, "lora": lora, "paths": dict.fromkeys(paths, 1), "why": why}
+
+
+def test_what_counts():
+    """LoRA cases that pass as they are; a case that is missing or fails accelerated is named."""
+    plain = {name: entry() for name in ("fast", "slow", "bare", "broken", "gone")}
+    plain |= {"offline": entry("failed"), "other method": entry(lora=False)}
+    accelerated = {
+        "fast": entry(paths=["fused", "peft: arguments beside x"]),
+        "slow": entry(paths=["peft: a variant of LoRA other than DoRA"]),
+        "bare": entry(),
+        "broken": entry("failed", paths=["added"], why="assert 1 == 2\nmore"),
+        "offline": entry("failed"),
+    }
+    text = suite.report({"test_some": (plain, accelerated)})
+    assert "**3 of 5 cases pass, 60.00 %**" in text
+    assert "| test_some | 5 | 3 | 1 of 2 | 1 of 1 | 1 of 2 |" in text
+    assert "- `broken`: failed. assert 1 == 2" in text and "- `gone`: missing." in text
+    assert "| a variant of LoRA other than DoRA | 1 |" in text
+    assert "1 failed as they are" in text
+
+
+def test_the_document_has_the_promised_share():
+    text = suite.DOCUMENT.read_text()
+    passed, cases = map(int, text.split("**")[1].split(" cases")[0].split(" of "))
+    assert cases > 2500 and passed / cases >= 0.95
+
+
+@pytest.mark.nightly
+def test_pefts_own_tests(tmp_path):
+    """The largest file, run: at least 95 % of its LoRA cases pass, all of those on a fast path."""
+    try:
+        release = suite.unpacked(tmp_path)
+    except subprocess.CalledProcessError:
+        pytest.skip("peft's source distribution could not be downloaded")
+    plain, accelerated = (suite.run(release, "test_custom_models", way) for way in (True, False))
+    cases = [name for name, one in plain.items() if one["outcome"] == "passed" and one["lora"]]
+    passed = [name for name in cases if accelerated[name]["outcome"] == "passed"]
+    fast = [name for name in cases if suite.group_of(accelerated[name]) == "fast"]
+    assert len(passed) >= 0.95 * len(cases) > 0
+    assert len(fast) > 300 and set(fast) <= set(passed)

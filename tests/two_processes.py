@@ -1,0 +1,95 @@
+"""Cases that run in two processes on the CPU, joined by gloo.
+
+The processes start once and run all cases of a test module; a case that fails or hangs in one of
+them fails alone.
+"""
+
+import datetime
+import importlib
+import json
+import os
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+# Of one collective, and of all cases together: a deadlock fails instead of hanging.
+COLLECTIVE_SECONDS, ALL_SECONDS = 15, 120
+
+
+def run(module, folder):
+    """Runs the functions in the module's CASES, name -> function of the rank, in both processes.
+
+    Returns:
+        case -> a report of each process: "rank 0: ok", or its traceback.
+    """
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    names = list(importlib.import_module(module).CASES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        context = mp.spawn(_run_cases, (module, str(folder), names), nprocs=WORLD, join=False)
+    deadline = time.monotonic() + ALL_SECONDS
+    try:
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                break
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+    reports = [folder / f"rank{rank}.json" for rank in range(WORLD)]
+    found = [json.loads(path.read_text()) if path.exists() else {} for path in reports]
+    unfinished = "the process did not come to its end"
+    return {
+        name: [f"rank {rank}: {report.get(name, unfinished)}" for rank, report in enumerate(found)]
+        for name in names
+    }
+
+
+def check(reports):
+    failures = [text for text in reports if not text.endswith(": ok")]
+    assert not failures, "\n".join(failures)
+
+
+def _run_cases(rank, module, folder, names):
+    torch.set_num_threads(1)
+    cases = importlib.import_module(module).CASES
+    folder = Path(folder)
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    report = {}
+    connected = False
+    for name in names:
+        if not connected:
+            _start_group(rank, folder / f"group_{name}")
+        try:
+            case_folder = folder / name
+            case_folder.mkdir(exist_ok=True)
+            os.chdir(case_folder)
+            torch.manual_seed(0)
+            cases[name](rank)
+            report[name] = "ok"
+        except BaseException:
+            report[name] = traceback.format_exc()
+        (folder / f"rank{rank}.json").write_text(json.dumps(report))
+        # A process that failed may have left the other in a collective: both connect anew.
+        store.set(f"{name}/{rank}", report[name])
+        connected = all(store.get(f"{name}/{one}") == b"ok" for one in range(WORLD))
+        if not connected:
+            dist.destroy_process_group()
+    if connected:
+        dist.destroy_process_group()
+
+
+def _start_group(rank, path):
+    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD, timeout=timeout
+    )
