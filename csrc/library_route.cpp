@@ -6,7 +6,7 @@
 //
 // Adapters wider than the activations (and half ones in the CPU's backward): row blocks in the wide
 // dtype, in PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y
-// and dX have PEFT's bits. A block is at most kBlockBytes of temporaries: there is no wide copy of
+// and dX have PEFT's bits. A block is at most 2 MiB of temporaries: there is no wide copy of
 // x or of the output.
 #include "library_route.h"
 
@@ -16,20 +16,10 @@
 #include <ATen/ops/zeros.h>
 
 #include "base_linear.h"
+#include "row_blocks.h"
 
 namespace lora_ext::library_route {
 namespace {
-
-constexpr int64_t kBlockBytes = 2 << 20;
-
-// Calls visit(first_row, row_count) over blocks whose wide copy stays under kBlockBytes.
-template <class Visit>
-void for_row_blocks(int64_t rows, int64_t columns, at::ScalarType dtype, const Visit& visit) {
-  const int64_t row_bytes =
-      std::max<int64_t>(1, columns * static_cast<int64_t>(c10::elementSize(dtype)));
-  const int64_t block = std::max<int64_t>(16, kBlockBytes / row_bytes);
-  for (int64_t row = 0; row < rows; row += block) visit(row, std::min(block, rows - row));
-}
 
 bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
   return x.scalar_type() != lora_a.scalar_type();

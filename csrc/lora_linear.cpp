@@ -9,6 +9,7 @@
 #include "cpu/lora_cpu.h"
 #include "library_route.h"
 #include "ops.h"
+#include "row_blocks.h"
 
 #ifdef LORA_EXT_WITH_CUDA
 #include "kernel_launch.h"
@@ -67,6 +68,18 @@ Backward run_backward(const BackwardArgs& args) {
   }
 #endif
   return args.x.is_cpu() ? cpu::backward(args) : library_route::backward(args);
+}
+
+// The gradient of a bias, [columns]. On the CPU at::sum makes a wide copy of what it sums.
+at::Tensor sum_of_rows(const at::Tensor& grad, int64_t columns, at::ScalarType wide) {
+  at::Tensor sum = at::zeros({columns}, grad.options().dtype(wide));
+  if (grad.numel() == 0) return sum;
+  const at::Tensor rows = flattened(grad);
+  if (!rows.is_cpu() || rows.scalar_type() == wide) return at::sum(rows, {0}, false, wide);
+  for_row_blocks(rows.size(0), columns, wide, [&](int64_t row, int64_t count) {
+    sum.add_(at::sum(rows.narrow(0, row, count), {0}, false, wide));
+  });
+  return sum;
 }
 
 // Autocast is decided once, by autocast.cpp; inside, no ATen call may cast again. A backward that
@@ -138,11 +151,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     if (output_mask[0]) out.dx = out.dx.view(x.sizes());
   }
   at::Tensor dbias;
-  if (output_mask[3]) {
-    const at::ScalarType wide = accumulation_dtype(dtype);
-    dbias = grad.numel() == 0 ? at::zeros({weight.size(0)}, grad.options().dtype(wide))
-                              : at::sum(flattened(grad), {0}, false, wide);
-  }
+  if (output_mask[3]) dbias = sum_of_rows(grad, weight.size(0), accumulation_dtype(dtype));
   return {out.dx, out.dlora_a, out.dlora_b, dbias};
 }
 
