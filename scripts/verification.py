@@ -144,13 +144,20 @@ def hopper() -> str:
                 over(machine, step, "peft_default"),
             ]
         )
-    header = ["layer", "in x out", "S in grid, equal loops", "S before it, equal loops",
-              "S in grid", "float32 adapters", "auto", "step", "step, auto", "step, PEFT default"]  # fmt: skip
+    header = [
+        "layer",
+        "in x out",
+        "S in grid, equal loops",
+        "S before it, equal loops",
+        "S in grid",
+    ]
+    header += ["float32 adapters", "auto", "step", "step, auto", "step, PEFT default"]
     intro = (
-        f"Predicted (`benchmarks/model.py`) for an H100, M = {ROWS}, r = 16, bfloat16: time over that"
-        " of merged (forward) or frozen (step, dropout 0.05). The kernel route, except for the columns"
-        " auto, which is what the planner takes until a card has been measured. equal loops: our main"
-        f" loop as fast as the library's; else at {machine.wgmma_share:g} of it."
+        f"Predicted (`benchmarks/model.py`) for an H100, M = {ROWS}, r = 16, bfloat16: time over"
+        " that of merged (forward) or frozen (step, dropout 0.05). The kernel route, except for the"
+        " columns auto, which is what the planner takes until a card has been measured. equal"
+        " loops: our main loop as fast as the library's; else at"
+        f" {machine.wgmma_share:g} of it."
     )
     return f"## Hopper, predicted\n\n{intro}\n\n{table(header, rows)}"
 
