@@ -288,6 +288,14 @@ def test_shapes_of_a_model():
     assert all(s.rank == 4 and s.dropout for s in found)
 
 
+def test_shapes_of_a_peft_model():
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Embedding(9, 7)).bfloat16()
+    config = peft.LoraConfig(r=4, target_modules=["0", "1"], lora_dropout=0.1)
+    found = tune.shapes_of(peft.get_peft_model(model, config), [16])
+    assert found == [tune.Shape(16, 48, 32, 4, True, True)]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to time on")
 def test_the_command_without_a_card_says_what_is_missing(capsys):
     assert command.main(["--layer", "64x64"]) == 2
