@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,6 +68,7 @@ def _own_layers(model: nn.Module) -> Iterator[Shape]:
 def _peft_layers(model: nn.Module) -> Iterator[Shape]:
     from ..peft.report import peft_layers
 
+    layer: Any
     for _, layer in peft_layers(model):
         for name, lora_a in layer.lora_A.items():
             if type(lora_a) is nn.Linear:
