@@ -97,8 +97,8 @@ def kernels() -> str:
          "emulator-verified", "`make test-kernels`"],
         [f"{len(rows) - slower} of {len(rows)} mutants caught, {slower} only slower",
          "emulator-verified", "[table](emulation-mutants.md)"],
-        ["the op's own tests pass on the kernels, on two routes", "emulator-verified",
-         "`tests/emulator/test_package.py`"],
+        ["the op's own tests pass on the kernels: two routes for 8.0, and Hopper's",
+         "emulator-verified", "`tests/emulator/test_package.py`"],
         ["no spill, local memory or serialised product in 56 instances for sm_80, 164 for sm_90a",
          "compiled", "`make sass`"],
         [f"requests within one pass, the adapters and 1 % in {within} of {ours} cases", "predicted",
@@ -162,6 +162,26 @@ def hopper() -> str:
     return f"## Hopper, predicted\n\n{intro}\n\n{table(header, rows)}"
 
 
+def peft() -> str:
+    suite = (ROOT / "docs" / "compatibility-suite.md").read_text()
+    found = re.search(
+        r"^\*\*(\d+) of (\d+) cases pass.*?; of those .* (\d+) of (\d+)\.$", suite, re.M
+    )
+    assert found is not None
+    where = re.search(r"^PEFT .*CPU", suite, re.MULTILINE)
+    assert where is not None
+    cases, forwards = f"{found[1]} of {found[2]}", f"{found[3]} of {found[4]}"
+    rows = [
+        ["PEFT's own LoRA tests pass accelerated", cases],
+        ["those of them in which a fast path computes a forward", forwards],
+    ]
+    intro = (
+        f"Measured: {where[0]}; `python scripts/peft_suite.py`, [files](compatibility-suite.md)."
+    )
+    body = table(["claim", "found"], rows)
+    return f"## Models of PEFT, accelerated\n\n{intro}\n\n{body}"
+
+
 def gpus() -> list[str]:
     """A section for each run of `make gpu` on a GPU."""
     sections = []
@@ -183,7 +203,16 @@ def gpus() -> list[str]:
 
 
 def page() -> str:
-    sections = [HEAD.strip(), kernels(), hopper(), *gpus(), cpu_targets(), models(), fine_tuning()]
+    sections = [
+        HEAD.strip(),
+        kernels(),
+        hopper(),
+        *gpus(),
+        cpu_targets(),
+        models(),
+        fine_tuning(),
+        peft(),
+    ]
     return "\n\n".join(sections) + "\n"
 
 
