@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import results
 from ..machine import describe
 from ..timing import Plan
 from . import overhead, report
@@ -41,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.only in case.id:
                 progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
                 document["cases"].append(measure(case, _PLAN, progress))
+                results.write(document, options.out / "results.json")
         document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
     except KeyboardInterrupt:
         interrupted = True
     if document["cases"]:
-        (options.out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+        results.write(document, options.out / "results.json")
         text = report.text(document, report.plot(document, options.out))
         (options.out / "report.md").write_text(text)
         print(text)
