@@ -73,7 +73,7 @@ struct TileFacts {
   double efficiency;
   bool masks;
   bool wgmma;    // on compute capability 9.0 alone, in pairs of blocks one below the other
-  bool in_grid;  // makes T, too, where fits_in_grid allows it
+  bool in_grid;  // makes T, too, where fits_in_grid of plan.cpp allows it
 };
 constexpr TileFacts kTiles[] = {
     {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 1.0, false, false, false},

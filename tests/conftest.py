@@ -129,3 +129,19 @@ def two_threads(one_thread):
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forget_graphs():
+    """Around a test that compiles: nothing compiled before counts, or is left for the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter():
+    """A backend that counts the graphs it is given and runs them through AOTAutograd."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # a second that few tests need
+
+    return CompileCounterWithBackend("aot_eager")

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from helpers import BF16, F32, F64
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -33,20 +32,9 @@ from torch.utils.checkpoint import (
 import lora_ext
 from lora_ext import AdapterSpec, LoRAConfig, LoRALinear, LoRAMergedLinear, apply_lora, lora_layers
 
+pytestmark = pytest.mark.usefixtures("forget_graphs")
+
 IN, OUT = 16, 24
-
-
-@pytest.fixture(autouse=True)
-def forget_graphs():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def counter():
-    """A backend that counts the graphs it is given and runs them through AOTAutograd."""
-    return CompileCounterWithBackend("aot_eager")
 
 
 # ---- layers ----

@@ -29,10 +29,11 @@ from peft_helpers import (
     step,
 )
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_ext
+
+pytestmark = pytest.mark.usefixtures("forget_graphs")
 
 CASES = [
     (kind, adapters)
@@ -40,19 +41,6 @@ CASES = [
     for adapters in ADAPTERS
     if (kind, adapters) != ("embedding", "lora_bias")
 ]
-
-
-@pytest.fixture(autouse=True)
-def forget_graphs():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def counter():
-    """A backend that counts the graphs it is given and runs them through AOTAutograd."""
-    return CompileCounterWithBackend("aot_eager")
 
 
 def assert_close(found, wanted, tolerance):

@@ -1,5 +1,6 @@
 """The Triton baseline computes the layer: on a GPU, or in Triton's interpreter."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def run(device, tolerance, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**__import__("os").environ, **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )

@@ -15,7 +15,7 @@ cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__nv_bfloat16>& params,
 cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__half>& params,
                             const kernel::Sm90aChoice& choice, cudaStream_t stream);
 
-// The same, with T made in the same grid: fits_in_grid(params) must hold.
+// The same, with T made in the same grid, where the planner allows it (plan.cpp).
 cudaError_t lora_gemm_in_grid_sm90a(const kernel::LoraGemmParams<__nv_bfloat16>& params,
                                     const kernel::LoraInGridParams<__nv_bfloat16>& in,
                                     const kernel::InGridFactor<__nv_bfloat16>& factor,

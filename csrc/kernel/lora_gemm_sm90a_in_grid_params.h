@@ -30,10 +30,4 @@ struct InGridFactor {
   int64_t pitch;
 };
 
-// Whether one launch can make T, too.
-template <class T>
-bool fits_in_grid(const LoraGemmParams<T>& p) {
-  return p.rank <= 64 && p.terms == 1 && p.k > 0;
-}
-
 }  // namespace lora_ext::kernel
