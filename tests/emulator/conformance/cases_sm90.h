@@ -233,6 +233,46 @@ inline void case_grid_dependency(Recorder& recorder) {
   recorder.output("out", out);
 }
 
+// Three grids that begin early, and an ordinary one: the third reads past L1 what the first wrote,
+// since the second has waited for it, and one block of it waits for the second, so that the fourth
+// finds what that wrote, late.
+__global__ void wait_and_launch_dependents(uint32_t* late) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  for (int i = 0; i < 200; ++i) __syncthreads();
+  late[blockIdx.x * blockDim.x + threadIdx.x] = blockIdx.x * 7 + threadIdx.x;
+}
+__global__ void read_two_behind(const uint32_t* middle, uint32_t* out) {
+  unsigned char* const shared = ptx::dynamic_shared_memory();
+  const uint32_t place = blockIdx.x * blockDim.x + threadIdx.x;
+  const uint32_t mine = ptx::shared_address(shared + threadIdx.x * 16);
+  ptx::cp_async_16(mine, middle + place / 4 * 4, 16);
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  out[place] = reinterpret_cast<const uint32_t*>(shared + threadIdx.x * 16)[place % 4];
+  if (blockIdx.x == 0) ptx::griddepcontrol_wait();
+}
+__global__ void read_all(const uint32_t* late, const uint32_t* out, uint32_t* sum) {
+  const uint32_t place = blockIdx.x * blockDim.x + threadIdx.x;
+  sum[place] = late[place] + out[place];
+}
+
+inline void case_grid_dependency_chain(Recorder& recorder) {
+  Random random =
+      recorder.begin("grid_dependency_chain",
+                     {"griddepcontrol_wait", "griddepcontrol_launch_dependents", "cp_async_16"});
+  auto in = recorder.input("in", random.integers<uint32_t>(4 * 64));
+  DeviceArray<uint32_t> middle(std::vector<uint32_t>(4 * 64, 0)),
+      late(std::vector<uint32_t>(4 * 64, 0)), out(std::vector<uint32_t>(4 * 64, 0)),
+      sum(std::vector<uint32_t>(4 * 64, 0));
+  launch({4, 64}, write_and_launch_dependents, in.data(), middle.data());
+  launch({4, 64, 0, 1, true}, wait_and_launch_dependents, late.data());
+  launch({4, 64, 64 * 16, 1, true}, read_two_behind, middle.data(), out.data());
+  launch({4, 64}, read_all, late.data(), out.data(), sum.data());
+  recorder.output("out", out);
+  recorder.output("sum", sum);
+}
+
 inline void record_sm90(Recorder& recorder) {
   case_stmatrix<1, false>(recorder);
   case_stmatrix<2, false>(recorder);
@@ -245,6 +285,7 @@ inline void record_sm90(Recorder& recorder) {
   case_mbarrier_cluster(recorder);
   case_registers(recorder);
   case_grid_dependency(recorder);
+  case_grid_dependency_chain(recorder);
 }
 
 }  // namespace conformance

@@ -94,6 +94,7 @@ void count_global(GlobalAccess kind, const void* pointer, size_t bytes) {
 
 void count_mma(uint64_t flop) { state().counters.mma_flop += flop; }
 void count_wgmma(uint64_t flop) { state().counters.wgmma_flop += flop; }
+void count_early_block() { ++state().counters.early_blocks; }
 void count_barrier(BarrierKind kind) { ++state().counters.barriers[static_cast<int>(kind)]; }
 
 void count_shared(const void* warp, uint32_t lane, const void* instruction, uint32_t address,
@@ -163,6 +164,7 @@ std::vector<Entry> entries(const Counters& counters) {
   list.emplace_back("wgmma_flop", counters.wgmma_flop);
   for (int i = 0; i < kBarrierKinds; ++i)
     list.emplace_back(std::string("barriers_") + kBarrierNames[i], counters.barriers[i]);
+  list.emplace_back("early_blocks", counters.early_blocks);
   list.emplace_back("l2_read_sectors", counters.l2.read_sectors);
   list.emplace_back("l2_read_misses", counters.l2.read_misses);
   list.emplace_back("l2_write_sectors", counters.l2.write_sectors);

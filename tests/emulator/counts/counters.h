@@ -32,7 +32,8 @@ struct Counters {
   uint64_t mma_flop = 0, wgmma_flop = 0;  // 2 m n k
   // Arrivals by BarrierKind: threads for barriers, calls for mbarriers.
   uint64_t barriers[kBarrierKinds] = {};
-  L2Traffic l2;  // all zero without use_l2_model()
+  uint64_t early_blocks = 0;  // of a stream's last grid, begun while a block before it still ran
+  L2Traffic l2;               // all zero without use_l2_model()
 
   uint64_t total_global_bytes() const;
   std::string table() const;
@@ -56,6 +57,7 @@ void count_global(GlobalAccess kind, const void* pointer, size_t bytes);
 void count_mma(uint64_t flop);
 void count_wgmma(uint64_t flop);
 void count_barrier(BarrierKind kind);
+void count_early_block();
 
 // One lane's plain access to shared memory. Lanes run one after the other, so requests are put
 // together from the n-th executions of one instruction by the lanes of a warp; where lanes of a

@@ -63,7 +63,7 @@ void Stream::enqueue(const LaunchConfig& launch_config, std::function<void()> bo
   grid->body = std::move(body);
   grid->index = static_cast<uint32_t>(queue_.size());
   grid->previous = queue_.empty() ? nullptr : queue_.back().get();
-  grid->blocks_to_signal = extent.x * extent.y * extent.z;
+  grid->blocks_left = grid->blocks_to_signal = extent.x * extent.y * extent.z;
   grid->clusters_left = grid->blocks_to_signal / (cluster.x * cluster.y * cluster.z);
   grid->completion.grid = grid.get();
   queue_.push_back(std::move(grid));

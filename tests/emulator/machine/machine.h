@@ -161,8 +161,9 @@ struct Block {
   std::vector<std::unique_ptr<Warp>> warps;
   std::array<NamedBarrier, kNamedBarriers> barriers;
   RegisterPool registers;
-  uint32_t operations_in_flight = 0;  ///< asynchronous operations that touch its shared memory
-  bool launched_dependents = false;   ///< griddepcontrol.launch_dependents
+  uint32_t operations_in_flight = 0;    ///< asynchronous operations that touch its shared memory
+  bool launched_dependents = false;     ///< griddepcontrol.launch_dependents
+  bool waited_for_grid_before = false;  ///< griddepcontrol.wait
   std::unique_ptr<Extension> mbarriers;
 
   Grid& grid() const;
@@ -215,8 +216,10 @@ struct Grid {
   Grid* previous = nullptr;                 ///< still there until this one has completed
   std::vector<uint32_t> clusters_to_start;  ///< in random order
   uint32_t clusters_left = 0;               ///< not yet retired
+  uint32_t blocks_left = 0;                 ///< not yet exited
   uint32_t blocks_to_signal = 0;            ///< neither launched their dependents nor exited
   bool complete = false;
+  bool dependents_follow_the_one_before = false;  ///< some block waited for it, then signalled
   GridCompletion completion;
 };
 

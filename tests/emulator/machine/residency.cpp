@@ -6,6 +6,7 @@
 #include <map>
 
 #include "emulator/copies/cp_async.h"
+#include "emulator/counts/counters.h"
 #include "emulator/machine/schedule_policy.h"
 #include "emulator/machine/scheduler.h"
 #include "emulator/memory/shared_memory.h"
@@ -32,7 +33,7 @@ void fiber_main() {
   const Grid& grid = self.block().grid();
   try {
     race_thread_begin(self);
-    if (!grid.launch.programmatic_dependent) acquire_grids_before(grid);
+    acquire_at_start(grid);
     grid.body();
     thread_exits(self);
   } catch (...) {
@@ -127,12 +128,11 @@ void free_cluster(Cluster& cluster) {
   }
 }
 
-// In stream order: a programmatic dependent that ends before the grid before it is not complete
-// yet.
+// In any order: a programmatic dependent that has not waited for the grid before it may complete
+// first, and nothing in PTX keeps the grid after it from starting then.
 void complete_grids() {
   for (auto& grid : machine().grids) {
-    if (grid->clusters_left != 0) return;
-    if (grid->complete) continue;
+    if (grid->clusters_left != 0 || grid->complete) continue;
     grid->complete = true;
     wake_all(grid->completion);
     note_progress();
@@ -192,6 +192,7 @@ void block_exits(Block& block) {
   registers_block_exits(block);
   if (block.mbarriers != nullptr) block.mbarriers->block_exits(block);
   block.state = BlockState::Exited;
+  --block.grid().blocks_left;
   grid_dependency_block_exits(block);
   machine().residency_changed = true;
 }
@@ -212,6 +213,9 @@ bool update_residency() {
 void start_block(Block& block) {
   Machine& m = machine();
   block.state = BlockState::Running;
+  const Grid& grid = block.grid();
+  if (&grid == m.grids.back().get() && grid.previous != nullptr && grid.previous->blocks_left > 0)
+    count_early_block();
   for (uint32_t i = 0; i < block.thread_count; ++i) {
     Thread& thread = block.threads[i];
     thread.stack = take_stack(m.config.stack_bytes);

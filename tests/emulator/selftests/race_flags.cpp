@@ -196,5 +196,39 @@ TEST(a_dependent_grid_waits_for_the_one_before) {
   expect_race("wait", "unordered", run);
 }
 
+// The first writes, the second waits for it and only then lets the third start; an ordinary grid
+// follows them all because one block of the third waits for the second.
+TEST(a_grid_two_behind_follows_what_was_waited_for) {
+  const auto run = [] {
+    GlobalBuffer<int> data(64, "data"), other(32, "other"), result(128, "result");
+    data.fill(0), other.fill(0), result.fill(0);
+    Stream stream;
+    stream.launch(race_launch(2, 32), [&] { data[blockIdx.x * 32 + threadIdx.x] = 1; });
+    LaunchConfig dependent = race_launch(1, 32);
+    dependent.programmatic_dependent = true;
+    stream.launch(dependent, [&] {
+      if (missing("wait first")) griddepcontrol_launch_dependents();
+      if (!missing("wait")) griddepcontrol_wait();
+      griddepcontrol_launch_dependents();
+      other[threadIdx.x] = 1;
+    });
+    dependent.grid = dim3(2);
+    stream.launch(dependent, [&] {
+      const int mine = static_cast<int>(blockIdx.x * 32 + threadIdx.x);
+      result[mine] = data[63 - mine];
+      if (missing("own writes")) result[mine] += other[threadIdx.x];
+      if (blockIdx.x == 0 && !missing("wait at the end")) griddepcontrol_wait();
+    });
+    stream.launch(race_launch(1, 32),
+                  [&] { result[64 + threadIdx.x] = other[threadIdx.x] + result[threadIdx.x]; });
+    stream.synchronize();
+  };
+  expect_clean(run);
+  expect_race("wait", "unordered", run);
+  expect_race("wait first", "unordered", run);
+  expect_race("own writes", "unordered", run);
+  expect_race("wait at the end", "unordered", run);
+}
+
 }  // namespace
 }  // namespace emulator::selftest

@@ -6,6 +6,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "emulator/counts/counters.h"
 #include "emulator/fault.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
@@ -115,6 +116,7 @@ bool run_case(const Specimen& specimen, const Case& run, const std::string& faul
   emulator::plant_fault(fault.c_str());
   std::string outcome = "clean", message;
   kernel_seconds = 0;
+  emulator::reset_counters();
   try {
     message = specimen.run(run);
     if (!message.empty()) outcome = "result";
@@ -123,10 +125,11 @@ bool run_case(const Specimen& specimen, const Case& run, const std::string& faul
     message = error.what();
   }
   std::printf(
-      ", \"outcome\": %s, \"message\": %s, \"reached\": %llu, \"seconds\": %.6f, \"flops\": "
-      "%.0f}\n",
+      ", \"outcome\": %s, \"message\": %s, \"reached\": %llu, "
+      "\"early_blocks\": %llu, \"seconds\": %.6f, \"flops\": %.0f}\n",
       json(outcome).c_str(), json(message).c_str(),
-      static_cast<unsigned long long>(emulator::planted_fault_reached()), kernel_seconds,
+      static_cast<unsigned long long>(emulator::planted_fault_reached()),
+      static_cast<unsigned long long>(emulator::counters().early_blocks), kernel_seconds,
       specimen.flops(run.size));
   std::fflush(stdout);
   return outcome == "clean";

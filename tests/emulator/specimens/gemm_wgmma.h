@@ -48,7 +48,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
 template <class Fault = emulator::NoFault>
 __global__ void __launch_bounds__(128)
     prepare_bias(const float* raw, float scale, float* bias, int n) {
-  ptx::griddepcontrol_launch_dependents();
+  if (!Fault::skip("prepare.lets_gemm_begin")) ptx::griddepcontrol_launch_dependents();
   const int i = static_cast<int>(blockIdx.x * 128 + threadIdx.x);
   if (Fault::flag("prepare.inside", i < Fault::count("prepare.columns", n, n - 1, n + 1))) {
     bias[i] = scale * raw[i];

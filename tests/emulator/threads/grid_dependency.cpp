@@ -9,6 +9,7 @@ namespace {
 void signal(Block& block) {
   if (block.launched_dependents) return;
   block.launched_dependents = true;
+  if (block.waited_for_grid_before) block.grid().dependents_follow_the_one_before = true;
   if (--block.grid().blocks_to_signal == 0) {
     machine().residency_changed = true;
     note_progress();
@@ -23,10 +24,12 @@ std::string GridCompletion::describe() const {
 }
 
 void griddepcontrol_wait() {
-  const Grid& grid = current_thread().block().grid();
-  if (grid.previous == nullptr) return;
-  while (!grid.previous->complete) block_on(grid.previous->completion);
-  acquire_grids_before(grid);
+  Block& block = current_thread().block();
+  Grid* before = block.grid().previous;
+  if (before == nullptr) return;
+  while (!before->complete) block_on(before->completion);
+  block.waited_for_grid_before = true;
+  race_acquire(before);
 }
 
 void griddepcontrol_launch_dependents() {
@@ -34,10 +37,14 @@ void griddepcontrol_launch_dependents() {
   preemption_point();
 }
 
-void acquire_grids_before(const Grid& grid) {
-  for (const Grid* before = grid.previous; before != nullptr; before = before->previous) {
-    race_acquire(before);
-  }
+void acquire_at_start(const Grid& grid) {
+  const Grid* before = grid.previous;
+  if (before == nullptr) return;
+  if (!grid.launch.programmatic_dependent) return race_acquire(before);
+  // A dependent starts behind what was complete when the one before it started or let it start.
+  acquire_at_start(*before);
+  if (before->previous != nullptr && before->dependents_follow_the_one_before)
+    race_acquire(before->previous);
 }
 
 bool may_start(const Grid& grid) {

@@ -9,9 +9,11 @@ struct Block;
 void griddepcontrol_wait();
 void griddepcontrol_launch_dependents();
 
-/// For the race checker: what the grids before `grid` did happens before what the current thread
-/// does.
-void acquire_grids_before(const Grid& grid);
+/// For the race checker: what happens before the start of each thread of `grid`. That is the grid
+/// before it, and with it all that its threads have waited for. For a programmatic dependent it is
+/// only what the one before started behind, and the grid that some block of that one waited for
+/// before it called launch_dependents: a call publishes nothing that its own grid writes.
+void acquire_at_start(const Grid& grid);
 /// Whether `grid` may have resident blocks now: the grid before it is complete, or, for a
 /// programmatic dependent, every block of that one has exited or called launch_dependents.
 bool may_start(const Grid& grid);
