@@ -113,6 +113,8 @@ class CudaToolkit:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHS
         self.archs = re.split(r"[;,\s]+", archs)
         self.flags = [*NVCC_FLAGS, *arch_flags(self.archs)]
+        if {"9.0a", "9.0a+PTX"} & set(self.archs):
+            self.flags.append("-DLORA_EXT_WITH_SM90A")
         if "CXX" in os.environ:
             self.flags += ["-ccbin", next(word for word in cxx_command() if "ccache" not in word)]
         self.version = ""

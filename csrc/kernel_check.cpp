@@ -66,6 +66,7 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const Args&
   const plan::Choice route = kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel;
   plan::Request request{route};
   if (!kernels.hybrid) request.tile = kernels.tile;
+  request.early_launch = kernels.early;
   const plan::Plan plan = kernels.backward ? plan::backward(card, problem, request)
                                            : plan::forward(card, problem, request);
   const Kernels planned =
@@ -136,6 +137,7 @@ std::string Kernels::name() const {
   if (one_pass) text += " one pass";
   if (wide) text += " wide";
   if (tail != 0) text += " tail " + std::to_string(tail);
+  if (early) text += " early";
   return text;
 }
 
@@ -152,7 +154,8 @@ Kernels kernels_of(const plan::Plan& plan, bool backward, at::ScalarType dtype, 
           dropout,
           plan.one_pass,
           plan.one_pass && plan.columns > 16,
-          wgmma ? kernel::tail_of(plan.width) : 0};
+          wgmma ? kernel::tail_of(plan.width) : 0,
+          plan.gemm.early || plan.early_wgrad};
 }
 
 // Those with which a call can ask for the kernels. One pass over dY is for few columns.
@@ -162,7 +165,7 @@ std::vector<int> tails_of(const Kernels& kernels) {
   return {kernels.wide && !kernels.float_adapters ? 2 : 1};
 }
 
-std::vector<Kernels> all_kernels(const plan::Card& card) {
+std::vector<Kernels> all_kernels(const plan::Card& card, bool early_launch) {
   struct Dsdb {
     bool one_pass, wide;
   };
@@ -173,7 +176,9 @@ std::vector<Kernels> all_kernels(const plan::Card& card) {
       for (const bool vector : {true, false}) {
         if (!vector && tile != plan::Tile::k128x64) continue;
         kernels.tile = tile, kernels.vector = vector;
-        if (plan::facts_of(tile).in_grid && kernels.one_pass) continue;
+        const plan::TileFacts& facts = plan::facts_of(tile);
+        if (facts.in_grid && kernels.one_pass) continue;
+        kernels.early = early_launch && facts.wgmma && (kernels.backward || !facts.in_grid);
         for (const int tail : tails_of(kernels)) {
           kernels.tail = tail;
           all.push_back(kernels);
@@ -181,6 +186,7 @@ std::vector<Kernels> all_kernels(const plan::Card& card) {
       }
     }
     kernels.tile = plan::Tile::k128x64, kernels.hybrid = true, kernels.tail = 0;
+    kernels.early = false;
     for (const bool vector : {true, false}) {
       kernels.vector = vector;
       all.push_back(kernels);

@@ -18,6 +18,7 @@ struct Kernels {
   bool hybrid, vector, float_adapters, dropout;
   bool one_pass, wide;  // lora_dsdb, and its instance for more than 16 columns; backward only
   int tail;             // of the rank, which selects instances of wgmma's tiles; else 0
+  bool early;           // some begin before the one before has ended
 
   auto operator<=>(const Kernels&) const = default;
   std::string name() const;
@@ -27,8 +28,8 @@ struct Kernels {
 Kernels kernels_of(const plan::Plan& plan, bool backward, at::ScalarType dtype, bool float_adapters,
                    bool dropout);
 
-// All that a card can be asked for.
-std::vector<Kernels> all_kernels(const plan::Card& card);
+// All that a card can be asked for, with early launches or without.
+std::vector<Kernels> all_kernels(const plan::Card& card, bool early_launch);
 
 // "" where the check has passed, "not yet", or what failed.
 std::string result(const at::Device& device, const Kernels& kernels);

@@ -72,7 +72,7 @@ std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward
 std::vector<std::string> warmup(const at::Device& device) {
   const plan::Card card = kernel_launch::card_of(device);
   std::vector<std::string> failed;
-  for (const kernel_check::Kernels& kernels : kernel_check::all_kernels(card)) {
+  for (const kernel_check::Kernels& kernels : kernel_check::all_kernels(card, early_launch())) {
     const std::string result = kernel_check::check(device, card, kernels);
     if (!result.empty()) failed.push_back(kernels.name() + ": " + result);
   }

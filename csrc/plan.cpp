@@ -23,6 +23,7 @@ constexpr double kMmaSyncShare = 0.55;
 // Why no kernel with wgmma and TMA computes a product on a card; "" if one may.
 std::string why_no_wgmma(const Card& card, const Problem& p, bool vector) {
   if (card.arch != 90) return "only compute capability 9.0 has it";
+  if (!card.sm90a_code) return "this build has no code for 9.0a";
   if (!card.tensor_maps) return "the driver encodes no tensor maps";
   if (!vector) return "rows do not begin at multiples of 16 bytes";
   if (p.rank > kMostWgmmaRank) return "the rank is above 256";
@@ -38,7 +39,7 @@ bool fits_in_grid(const Call& call) {
 bool fits(const TileFacts& tile, const Card& card, const Call& call) {
   const bool masked = call.backward && call.dropout;
   return tile.shared <= card.shared_per_block && (tile.masks || !masked) &&
-         (!tile.wgmma || (card.arch == 90 && card.tensor_maps)) &&
+         (!tile.wgmma || (card.arch == 90 && card.sm90a_code && card.tensor_maps)) &&
          (!tile.in_grid || fits_in_grid(call));
 }
 
@@ -154,7 +155,7 @@ bool library_forward(const Problem& p, Choice choice) {
 
 // mma.sync reaches 0.8 to 0.9 of the library's rate on cards whose tensor cores it was made for,
 // half of it or less where there are warpgroup products. That costs more than the pass over Y or dX
-// that the whole product in one kernel saves (benchmarks/model.py: predicted). So the planner
+// that the whole product in one kernel saves (benchmarks/model/: predicted). So the planner
 // leaves base products to the library until a card has shown otherwise.
 std::string kernel_reason(const Request& request) {
   if (!request.measured.empty()) return "fastest as measured " + request.measured;
@@ -204,7 +205,8 @@ std::string describe_gemm(const Gemm& gemm) {
 
 void place_flags(Plan& plan, const Card& card, int64_t m, int64_t n, Workspace& workspace) {
   const TileFacts& tile = facts_of(plan.gemm.tile);
-  plan.flag_count = 2 * kFlagsApart + 2 * blocks_of(m, 2 * tile.rows);
+  plan.row_blocks = 2 * blocks_of(m, 2 * tile.rows);
+  plan.flag_count = 3 * kFlagsApart + plan.row_blocks;
   plan.flags = workspace.take(plan.flag_count, 4);
   plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, m, n);
 }
@@ -280,6 +282,8 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   if (p.need_dlora_a) {
     plan.dlora_a = choose_splits(card, blocks_of(p.k, 128) * blocks_of(plan.columns, 64), p.m);
   }
+  plan.early_wgrad = plan.gemm.blocks > 0 && facts_of(plan.gemm.tile).wgmma &&
+                     (p.need_dlora_a || (p.need_dlora_b && !plan.one_pass)) && request.early_launch;
   if (plan.in_grid()) {
     place_flags(plan, card, p.m, p.k, workspace);
   } else if (need_ds) {
@@ -317,7 +321,7 @@ std::string Plan::describe() const {
     text << "  lora_wgrad";
     if (dlora_a.splits > 0) text << " A: " << dlora_a.splits << " splits";
     if (db_apart) text << " B: " << dlora_b.splits << " splits";
-    text << "\n";
+    text << (early_wgrad ? ", begins early\n" : "\n");
   }
   if (g_a != kNone || g_b != kNone) text << "  lora_reduce_wgrad\n";
   text << "  workspace " << workspace << " bytes";

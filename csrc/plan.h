@@ -19,6 +19,7 @@ struct Card {
   int64_t shared_per_sm, shared_per_block;  // bytes; a block can have at most the second
   std::string name{};       // the driver's, by which measurements are kept; "" in the abstract
   bool tensor_maps = true;  // the driver encodes them, which TMA needs
+  bool sm90a_code = true;   // this build has some
 };
 
 // Which route is asked for; kAuto leaves it to the planner. kHybrid: base products by the library,
@@ -128,7 +129,7 @@ struct Plan {
   int64_t a_pitch = 0;
   // Partial sums of S or dS.
   int64_t z = kNone;
-  int64_t flags = kNone;  // in_grid: uint32, ticket, finished and ready at kFlagsApart each
+  int64_t flags = kNone;  // in_grid: uint32, ticket, finished, written, ready, kFlagsApart apart
   int z_columns = 0;
   Splits shrink{};  // of k, or of n
 
@@ -139,8 +140,9 @@ struct Plan {
   Splits dlora_b{}, dlora_a{};
   int64_t g_b = kNone, g_a = kNone;  // partial sums of gradients
 
-  int64_t flag_count = 0;
+  int64_t flag_count = 0, row_blocks = 0;  // of T, each with a flag
   int pairs_per_ticket = 1;  // of row blocks, whose part of T one cluster makes at a time
+  bool early_wgrad = false;  // lora_wgrad begins beside the last tiles of dX
   std::string no_wgmma;      // on compute capability 9.0: why gemm has none
 
   bool in_grid() const;  // gemm makes T, too

@@ -104,9 +104,9 @@ void bind_winners(py::module& m) {
 
 void bind_plan(py::module& m) {
   py::class_<plan::Card>(m, "Card")
-      .def(py::init<int, int, int64_t, int64_t, std::string, bool>(), py::arg("arch"),
+      .def(py::init<int, int, int64_t, int64_t, std::string, bool, bool>(), py::arg("arch"),
            py::arg("sms"), py::arg("shared_per_sm"), py::arg("shared_per_block"),
-           py::arg("name") = "", py::arg("tensor_maps") = true)
+           py::arg("name") = "", py::arg("tensor_maps") = true, py::arg("sm90a_code") = true)
       .def_readonly("name", &plan::Card::name)
       .def_readonly("arch", &plan::Card::arch)
       .def_readonly("sms", &plan::Card::sms)
@@ -135,6 +135,7 @@ void bind_plan(py::module& m) {
       .def_readonly("panels", &plan::Plan::panels)
       .def_readonly("one_pass", &plan::Plan::one_pass)
       .def_readonly("pairs_per_ticket", &plan::Plan::pairs_per_ticket)
+      .def_readonly("early_wgrad", &plan::Plan::early_wgrad)
       .def_property_readonly("tile",
                              [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).name; })
       .def_property_readonly("wgmma",

@@ -37,6 +37,7 @@ class Card:
         shared_per_block: int,
         name: str = "",
         tensor_maps: bool = True,
+        sm90a_code: bool = True,
     ) -> None: ...
 
 class Problem:
@@ -70,6 +71,7 @@ class Plan:
     wgmma: bool
     in_grid: bool
     pairs_per_ticket: int
+    early_wgrad: bool
     blocks: int
     shrink_splits: int
     dlora_a_splits: int

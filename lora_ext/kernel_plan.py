@@ -172,7 +172,8 @@ def set_early_launch(enabled: bool) -> None:
     """Whether a kernel may begin before the one before it has ended, for the whole process.
 
     Programmatic dependent launch, on compute capability 9.0: `lora_gemm` begins while the kernel
-    that makes its low-rank operand still runs, and waits for it. On by default.
+    that makes its low-rank operand still runs, and waits for it; `lora_wgrad` begins on SMs that
+    the last tiles of dX leave idle. On by default.
 
     Raises:
         RuntimeError: the build has no CUDA kernels.

@@ -241,6 +241,18 @@ def test_arch_list_is_honoured(setup_py, monkeypatch):
     assert setup_py["CudaToolkit"]().archs == ["8.6", "9.0a", "10.0+PTX"]
 
 
+@pytest.mark.parametrize(
+    ("archs", "has_code"),
+    [("", True), ("8.0 9.0a+PTX", True), ("8.0;9.0", False), ("9.0+PTX", False)],
+)
+def test_kernels_on_wgmma_are_launched_only_where_they_were_compiled(
+    setup_py, monkeypatch, archs, has_code
+):
+    """For other architectures they are empty, and lora_wgrad would wait for what they write."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    assert ("-DLORA_EXT_WITH_SM90A" in setup_py["CudaToolkit"]().flags) == has_code
+
+
 def test_no_flag_names_a_processor(setup_py):
     flags = setup_py["CXX_FLAGS"] + setup_py["NVCC_FLAGS"]
     assert not [flag for flag in flags if flag.startswith(("-m", "-Ofast", "-ffast-math"))]

@@ -51,7 +51,10 @@ def test_every_plan_can_be_launched(
     for plan in (forward, backward):
         assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
         assert ("without wgmma: " in str(plan)) == (card == "H100" and not plan.wgmma)
-        assert ("begins early" in str(plan)) == (plan.wgmma and not plan.in_grid)
+        early = plan.wgmma and not plan.in_grid
+        assert ("blocks, begins early" in str(plan)) == early
+        assert ("splits, begins early" in str(plan)) == plan.early_wgrad
+    assert backward.early_wgrad == backward.wgmma and not forward.early_wgrad
     if backward.in_grid:
         assert backward.shrink_splits == backward.panels == 0 and not backward.one_pass
     in_grid = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
@@ -130,15 +133,22 @@ def test_large_problems_fill_the_card_with_the_largest_tile():
     assert small.tile != "128 x 256"  # 16 tiles of it would leave 92 SMs idle
 
 
-def test_a_driver_without_tensor_maps_has_no_wgmma():
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ({"tensor_maps": False}, "the driver encodes no tensor maps"),
+        ({"sm90a_code": False}, "this build has no code for 9.0a"),
+    ],
+)
+def test_what_wgmma_needs_may_be_missing(missing, reason):
     problem = _C.Problem(8192, 4096, 4096, 16)
-    card = _C.Card(90, 132, 233472, 232448, "", False)
+    card = _C.Card(90, 132, 233472, 232448, **missing)
     for planned in (
         _C.plan_forward(card, problem, "kernel"),
         _C.plan_backward(card, problem, "kernel"),
     ):
         assert planned.kernel and not planned.wgmma
-        assert "without wgmma: the driver encodes no tensor maps" in str(planned)
+        assert f"without wgmma: {reason}" in str(planned)
     tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
     assert tiles == ["128 x 256", "128 x 128", "128 x 64"]
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,14 +22,17 @@ from ..cuda_timing import captured
 _WORKERS = 4
 _STEPS = {"cuda": 100, "cpu": 10}
 _REPLAYS = {"cuda": 1000, "cpu": 20}
+# Rows, K, N, r. Rank 16 has dS of the one pass over dY; rank 40, on Hopper, S and dS of the large
+# products' own grids.
+_SIZES = {"cuda": [(1024, 1024, 2048, 16), (4096, 2048, 2048, 40)], "cpu": [(48, 64, 96, 8)]}
 
 Step = Callable[[], tuple[Tensor, ...]]
 
 
-def step_of(device: str, seed: int) -> Step:
+def step_of(device: str, seed: int, sizes: Sequence[int] | None = None) -> Step:
     """A training step on tensors of its own; returns y and the gradients."""
     generator = torch.Generator().manual_seed(seed)
-    rows, k, n, rank = (1024, 1024, 2048, 16) if device == "cuda" else (48, 64, 96, 8)
+    rows, k, n, rank = sizes or _SIZES[device][0]
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator).to(device, torch.bfloat16)
@@ -97,13 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = parser.parse_args(arguments).device
     routes = ("kernel", "hybrid", "library") if device == "cuda" else ("",)
     wrong = 0
-    for route in routes:
+    cases = [(route, sizes) for route in routes for sizes in _SIZES[device]]
+    for route, sizes in cases:
         if route:
             lora_ext.set_cuda_route(route)
-        found = (replays(device, _REPLAYS[device]), side_by_side(device, _STEPS[device]))
-        print(f"{route or 'cpu'}: {found[0]} replays, {found[1]} steps side by side differ")
+        make = partial(step_of, sizes=sizes)
+        found = (
+            replays(device, _REPLAYS[device], make),
+            side_by_side(device, _STEPS[device], make),
+        )
+        name = f"{route or 'cpu'} {sizes}"
+        print(f"{name}: {found[0]} replays, {found[1]} steps side by side differ")
         wrong += sum(found)
-    total = len(routes) * (_REPLAYS[device] + _WORKERS * _STEPS[device])
+    total = len(cases) * (_REPLAYS[device] + _WORKERS * _STEPS[device])
     print(f"{wrong} of {total} differ from the first in a bit")
     return 1 if wrong else 0
 

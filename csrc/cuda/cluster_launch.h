@@ -62,8 +62,7 @@ class ClusterLaunch {
     Configuration(const kernel::Sm90aLaunch& how, cudaStream_t stream) {
       attributes[0].id = cudaLaunchAttributeClusterDimension;
       attributes[0].val.clusterDim = {how.cluster.x, how.cluster.y, how.cluster.z};
-      attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[1].val.programmaticStreamSerializationAllowed = 1;
+      attributes[1] = StreamLaunch::programmatic();
       launch.gridDim = how.grid, launch.blockDim = dim3(how.threads);
       launch.dynamicSmemBytes = how.shared_bytes, launch.stream = stream;
       launch.attrs = attributes, launch.numAttrs = how.dependent ? 2 : 1;

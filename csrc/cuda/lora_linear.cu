@@ -12,6 +12,13 @@ cudaError_t backward_fp16(const plan::Plan&, const kernel::LoraLinearBackward&, 
 
 namespace {
 
+// setup.py knows; without, kernels on wgmma are empty on every card.
+#ifdef LORA_EXT_WITH_SM90A
+constexpr bool kHasSm90aCode = true;
+#else
+constexpr bool kHasSm90aCode = false;
+#endif
+
 int attribute(cudaDeviceAttr what, int device) {
   int value = 0;
   return cudaDeviceGetAttribute(&value, what, device) == cudaSuccess ? value : 0;
@@ -34,7 +41,8 @@ plan::Card card_of(int device) {
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           properties.name,
-          has_tensor_maps()};
+          has_tensor_maps(),
+          kHasSm90aCode};
 }
 
 bool is_capturing(void* stream) {

@@ -25,6 +25,21 @@ class StreamLaunch {
     error_ = cudaGetLastError();
   }
 
+  // The kernel may start as soon as the one before it lets it (griddepcontrol.launch_dependents).
+  template <class Params>
+  void early(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
+             const Params& params) {
+    if (error_ == cudaSuccess)
+      error_ = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+    if (error_ != cudaSuccess) return;
+    cudaLaunchAttribute attribute = programmatic();
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = grid, launch.blockDim = dim3(threads);
+    launch.dynamicSmemBytes = shared_bytes, launch.stream = stream_;
+    launch.attrs = &attribute, launch.numAttrs = 1;
+    error_ = cudaLaunchKernelEx(&launch, kernel, params);
+  }
+
   template <class T>
   void lora_gemm_sm90a(const kernel::LoraGemmParams<T>& params, const kernel::Sm90aChoice& choice) {
     if (error_ == cudaSuccess) error_ = cuda::lora_gemm_sm90a(params, choice, stream_);
@@ -45,6 +60,13 @@ class StreamLaunch {
   }
 
   cudaError_t error() const { return error_; }
+
+  static cudaLaunchAttribute programmatic() {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return attribute;
+  }
 
   // Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device.
   static cudaError_t allow_shared(const void* kernel, uint32_t shared_bytes) {

@@ -38,6 +38,7 @@ struct LoraGemmParams {
   int64_t p_pitch, q_pitch, t_pitch, u_pitch, y_pitch;
   int m, n, k, rank, terms;
   bool float_bias;
+  bool lets_wgrad_begin;  // on sm_90a: the next grid is lora_wgrad, launched to begin early
 
   Mask mask;  // of Y; for masked kernels only
 };

@@ -33,6 +33,9 @@ struct LoraInGridProducer {
   const Producer producer{jobs.block};
 
   __device__ __forceinline__ void produce() const {
+    // lora_wgrad may take SMs that the last tiles leave idle; it waits for T itself.
+    if (Fault::flag("in_grid.lets_wgrad_begin", jobs.block.p.lets_wgrad_begin))
+      ptx::griddepcontrol_launch_dependents();
     typename Producer::Ring ring;
     typename Jobs::Ring tickets;
     for (;;) {

@@ -14,11 +14,8 @@ constexpr bool is_in_grid_as_planned(plan::Tile tile) {
 static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kInGrid128x256));
 static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kInGrid128x128));
 
-// How many 32-bit flags LoraInGridParams::ready has.
-template <class Tile, class T>
-int64_t ready_flags(const LoraGemmParams<T>& p) {
-  return (p.m + Tile::kPairM - 1) / Tile::kPairM * Tile::kClusterSize;
-}
+static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers &&
+              parts_of_t(1) == LoraGemmSm90aTile128x128::kConsumers);
 
 // As launch_tile of lora_gemm_sm90a_launch.h; p.low_rank[0].t is in.t.
 template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault, class Launch>

@@ -17,11 +17,17 @@ struct LoraInGridParams {
   float scaling;
   int pairs_per_ticket;  // pairs of row blocks of T that a cluster makes at a time
 
+  // Zero at launch. How many consumers have written their rows of a row block of T: all of T is
+  // there at parts_of_t.
+  uint32_t* written;  // [1]
   // All zero at launch, and again after it, so that the replay of a graph finds them so.
   uint32_t* ticket;    // [1], the next job
   uint32_t* finished;  // [1], clusters that have left
   uint32_t* ready;     // [2 row pairs], consumers that have written their rows of a row block of T
 };
+
+// Two consumers write each row block.
+constexpr uint32_t parts_of_t(int64_t row_blocks) { return static_cast<uint32_t>(2 * row_blocks); }
 
 // A of T = scaling P A, as Q lies: [rank, k], or MN-major [k, rank].
 template <class T>

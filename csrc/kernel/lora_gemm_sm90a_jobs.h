@@ -114,6 +114,7 @@ struct LoraGemmSm90aJobs {
   // of its threads by one of them.
   __device__ __forceinline__ void publish(int row) const {
     if (!Fault::skip("jobs.publish")) ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);
+    if (!Fault::skip("jobs.publish_all")) ptx::atomic_add_release_gpu(in.written, 1);
   }
   // Until all consumers have. T was written by ordinary stores, and is read by TMA.
   __device__ __forceinline__ void wait_until_ready(int row) const {

@@ -38,9 +38,15 @@ struct LoraGemmSm90aProducer {
 
   // T comes from the kernel before, which may still run; nothing else here depends on it. What that
   // kernel wrote by ordinary stores is read through the async proxy.
+  //
+  // Once every block has T, lora_wgrad, which reads it, too, may take SMs that the last tiles leave
+  // idle: beside a block of this grid its own do not fit.
   __device__ __forceinline__ void wait_for_t() const {
+    if (Fault::swap("producer.dependents_before_t")) ptx::griddepcontrol_launch_dependents();
     if (!Fault::skip("producer.wait_for_t")) ptx::griddepcontrol_wait();
     if (!Fault::skip("producer.proxy_fence")) ptx::fence_proxy_async_global();
+    if (Fault::flag("producer.lets_wgrad_begin", block.p.lets_wgrad_begin))
+      ptx::griddepcontrol_launch_dependents();
   }
 
   __device__ __forceinline__ void load_main_product(Ring& ring, const Place& at) const {

@@ -27,7 +27,7 @@ struct LoraReduceParams {
 // One thread an element of T. lora_gemm may begin at once: it waits before it reads T.
 template <class T, class Fault = NoFault>
 __global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
-  ptx::griddepcontrol_launch_dependents();
+  if (!Fault::skip("reduce.lets_gemm_begin")) ptx::griddepcontrol_launch_dependents();
   const int64_t count = static_cast<int64_t>(p.m) * p.width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -6,6 +6,9 @@
 //     dB   P = dY,      U = s S     [N, r], here transposed as well
 //
 // One grid makes one product or both. With fp32 adapters U's hi and lo halves lie side by side.
+//
+// Where dX is made by lora_gemm on sm_90a, this grid may begin beside its last tiles (programmatic
+// dependent launch): all operands are ready by then, or `written` says when dS is.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +27,10 @@ struct LoraWgradProduct {
   int c, columns, splits;
   int steps_per_split;  // of 64 rows
   bool masked;          // P; in masked kernels only
+  // Where a grid that may still run makes U, dS (lora_gemm_sm90a_in_grid.h): complete at `parts`.
+  // Else null and 0.
+  const uint32_t* written;
+  uint32_t parts;
 };
 
 template <class T>

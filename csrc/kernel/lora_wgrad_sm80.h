@@ -5,7 +5,9 @@
 #include "kernel/fragment_mask.h"
 #include "kernel/lora_wgrad.h"
 #include "kernel/tile_copy_sm80.h"
+#include "ptx/grid_dependency.h"
 #include "ptx/matrix_move.h"
+#include "ptx/memory.h"
 #include "ptx/mma.h"
 
 namespace lora_ext::kernel {
@@ -15,6 +17,8 @@ struct LoraWgradSm80 {
   using Tile = LoraWgradTile;
   using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
   static constexpr int kRowBlocks = 2, kColumnBlocks = Tile::kColumns / 8;
+  // Beside dX on wgmma, which needs rows of whole chunks.
+  static constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
 
   const LoraWgradParams<T>& p;
@@ -123,6 +127,15 @@ struct LoraWgradSm80 {
     }
   }
 
+  // What follows this grid follows the one before it, too, which may still make dX. One block sees
+  // to that, the first, which always has a tile: any more would hold SMs that others could use. At
+  // the end of the kernel, past the return without a tile, it would cost ten registers on sm_90a
+  // and with them one block of three an SM.
+  __device__ __forceinline__ void wait_for_dx() const {
+    if (Fault::flag("wgrad.waits_for_dx", blockIdx.x + blockIdx.y + blockIdx.z == 0))
+      ptx::griddepcontrol_wait();
+  }
+
   __device__ __forceinline__ void run() const {
     if (Fault::flag("wgrad.no_tile", c0 >= product.c || column0 >= product.columns)) return;
     for (int i = 0;
@@ -145,17 +158,30 @@ struct LoraWgradSm80 {
       multiply(acc, step);
     }
     store(acc);
+    if constexpr (kMayBeginEarly) wait_for_dx();
   }
 };
+
+// Until the grid before has written all of U, which it publishes part by part.
+template <class T, class Fault>
+__device__ __forceinline__ void wait_for_u(const LoraWgradProduct<T>& product) {
+  if (Fault::flag("wgrad.poller", threadIdx.x == 0)) {
+    while (!Fault::skip("wgrad.wait_for_u") && product.parts > 0 &&
+           ptx::load_acquire_gpu(product.written) <
+               Fault::count("wgrad.parts", product.parts, product.parts - 1, product.parts + 1)) {
+    }
+  }
+  if (!Fault::skip("wgrad.all_have_u")) __syncthreads();
+}
 
 template <class T, bool kMasked, Alignment kAlignment, class Fault = NoFault>
 __global__ void __launch_bounds__(LoraWgradTile::kThreads)
     lora_wgrad_sm80(const __grid_constant__ LoraWgradParams<T> p) {
+  using Wgrad = LoraWgradSm80<T, kMasked, kAlignment, Fault>;
   const int split = static_cast<int>(blockIdx.z);
   const bool second = Fault::flag("wgrad.second_product", split >= p.product[0].splits);
-  LoraWgradSm80<T, kMasked, kAlignment, Fault>{p, p.product[second],
-                                               second ? split - p.product[0].splits : split}
-      .run();
+  if constexpr (Wgrad::kMayBeginEarly) wait_for_u<T, Fault>(p.product[second]);
+  Wgrad{p, p.product[second], second ? split - p.product[0].splits : split}.run();
 }
 
 }  // namespace lora_ext::kernel

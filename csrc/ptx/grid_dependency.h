@@ -6,17 +6,21 @@
 namespace lora_ext::ptx {
 
 // griddepcontrol.wait (sm_90): waits until the grids that this one depends on have completed and
-// their memory is visible.
+// their memory is visible. Nothing where no grid can depend so.
 LORA_EXT_DEVICE void griddepcontrol_wait() {
 #ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 #else
   emulator::griddepcontrol_wait();
 #endif
 }
 
 // griddepcontrol.launch_dependents (sm_90): the grids that depend on this one may start once all
-// its blocks have come here or exited. It publishes no memory. Nothing where no grid can depend so.
+// its blocks have come here or exited. It publishes nothing of what they wrote: such a grid may
+// read what was complete when a block that came here last had waited for it, and else must itself
+// wait. Nothing where no grid can depend so.
 LORA_EXT_DEVICE void griddepcontrol_launch_dependents() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900

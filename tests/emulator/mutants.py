@@ -101,6 +101,7 @@ SYNCHRONISATION = {
     "ptx::wgmma_wait_group",
     "ptx::setmaxnreg_dec",
     "ptx::setmaxnreg_inc",
+    "ptx::griddepcontrol_launch_dependents",
     "ptx::griddepcontrol_wait",
     "ptx::load_acquire_gpu",
     "ptx::store_release_gpu",
@@ -134,17 +135,25 @@ DATA = {
 # Hints: without them a kernel is as correct, only slower, so no test of correctness can miss them.
 HINTS = {
     "ptx::prefetch_tensor_map",
-    "ptx::griddepcontrol_launch_dependents",  # the next grid itself waits
 }
 
 # These mutants compute the same, only slower: the tests demand that they, and no others, pass.
 SPEED_ONLY = {
     "mask.in_step:never",  # a draw for each element, where one in eight would do
     "producer.first_tile:always",  # waits again for a kernel that has ended
+    # The next grid begins when this one has ended, or could begin before: it waits where it must.
+    "in_grid.lets_wgrad_begin:always",
+    "in_grid.lets_wgrad_begin:never",
+    "prepare.lets_gemm_begin",
+    "producer.lets_wgrad_begin:always",
+    "producer.lets_wgrad_begin:never",
+    "reduce.lets_gemm_begin",
     "setup.main_product:never",  # two tensor maps less are prefetched
     "shrink.draw:always",  # again for the other half of the columns that a draw decides
     "shrink.mask_in_step:never",  # as mask.in_step
     "wgrad.mask_in_step:never",  # as mask.in_step
+    "wgrad.poller:always",
+    "wgrad.waits_for_dx:always",  # blocks stay where others could run
     "wgrad.no_tile:never",  # blocks beyond the narrower of two products multiply zeros
     "store.whole_chunk:never",  # eight stores of 2 bytes, where one of 16 would do
 }

@@ -36,6 +36,23 @@ def test_clean_runs_raise_no_alarm(specimen, flavour, programs, pytestconfig):
     assert len(runs) == 2 * half
 
 
+@pytest.mark.parametrize(
+    ("specimen", "site"),
+    [
+        ("lora_gemm_sm90a", "producer.lets_wgrad_begin:never"),
+        ("lora_gemm_in_grid_sm90a", "in_grid.lets_wgrad_begin:never"),
+    ],
+)
+def test_the_next_grid_begins_beside_the_last_tiles(specimen, site, programs):
+    def early_blocks(*arguments):
+        runs = run.run_specimen("plain", specimen, "--seeds", "1:57", *arguments)
+        assert all(each.outcome == "clean" for each in runs)
+        return sum(each.case["early_blocks"] for each in runs)
+
+    assert early_blocks() > 0
+    assert early_blocks("--fault", site) == 0
+
+
 @pytest.mark.parametrize("specimen", mutants.SOURCES)
 def test_the_cases_come_by_every_fault_site(specimen, programs):
     reached = run.fault_sites("plain", specimen, "--seeds", "1:37")

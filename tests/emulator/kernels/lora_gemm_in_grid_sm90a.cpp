@@ -1,12 +1,21 @@
 // Runs lora_gemm_in_grid_sm90a on odd sizes, ranks and pitches, with one cluster resident and with
-// many, and looks whether it leaves its flags as it found them.
+// many, before a grid that begins beside it and reads T; and looks whether it leaves its flags as
+// it found them.
 #include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
 
 #include "emulator/counts/counters.h"
 #include "emulator/kernels/cluster_launch.h"
+#include "emulator/kernels/neighbours.h"
 #include "emulator/kernels/operand.h"
 #include "emulator/kernels/variants.h"
 #include "kernel/lora_gemm_sm90a_in_grid_launch.h"
+
+namespace kernels {
+
+extern NEIGHBOUR_COPY_EARLY(__half);
+extern NEIGHBOUR_COPY_EARLY(__nv_bfloat16);
+
+}  // namespace kernels
 
 namespace lora_ext::kernel {
 
@@ -48,6 +57,7 @@ struct Problem {
             y_pitch = specimens::padded(n) + 8;
   const float scaling = exact ? 0.5f : 1.7f;
   const bool with_bias = !kMasked && random() % 2 != 0, with_s = random() % 2 != 0;
+  const bool lets_wgrad_begin = random() % 4 != 0;
   const Operand p{m, k, numbers, random, "p"};
   const Operand q = right(n, k, "q"), a = right(rank, k, "a"), u = right(n, rank, "u");
   const specimens::Matrix<float> bias = specimens::random_matrix<float>(1, n, n, numbers, random);
@@ -79,7 +89,7 @@ struct Problem {
     params.low_rank[0] = {t.data(), u.data()}, params.t_pitch = t_pitch, params.u_pitch = u.pitch();
     params.bias = with_bias ? bias_buffer.data() : nullptr, params.float_bias = true;
     params.m = m, params.n = n, params.k = k, params.rank = rank, params.terms = 1;
-    params.mask = mask.parameters();
+    params.mask = mask.parameters(), params.lets_wgrad_begin = lets_wgrad_begin;
     return params;
   }
 
@@ -150,15 +160,17 @@ template <class T, bool kMNMajor, bool kMasked, class Tile, plan::Tile kTile>
 std::string run_gemm(const Case& run) {
   Problem<T, kMNMajor, kMasked> problem(run);
   const LoraGemmParams<T> params = problem.params();
-  const auto flags = static_cast<size_t>(ready_flags<Tile>(params));
+  const auto flags = static_cast<size_t>(2 * ((problem.m + Tile::kPairM - 1) / Tile::kPairM));
   GlobalBuffer<uint32_t> ready(std::vector<uint32_t>(flags), "ready"),
-      ticket(std::vector<uint32_t>(1), "ticket"), finished(std::vector<uint32_t>(1), "finished");
+      ticket(std::vector<uint32_t>(1), "ticket"), finished(std::vector<uint32_t>(1), "finished"),
+      written(std::vector<uint32_t>(1), "written");
   const LoraInGridParams<T> in{.t = problem.t.data(),
                                .s = problem.with_s ? problem.s.data() : nullptr,
                                .t_pitch = problem.t_pitch,
                                .width = problem.width,
                                .scaling = problem.scaling,
                                .pairs_per_ticket = 1 + static_cast<int>(problem.random() % 3),
+                               .written = written.data(),
                                .ticket = ticket.data(),
                                .finished = finished.data(),
                                .ready = ready.data()};
@@ -168,11 +180,19 @@ std::string run_gemm(const Case& run) {
   kernels::ClusterLaunch launch{stream, 1 + static_cast<int64_t>(problem.random() % (pairs + 1))};
   launch_lora_gemm_in_grid_sm90a<T, PlantedFault>(params, in, {problem.a.data(), problem.a.pitch()},
                                                   {kTile, kMNMajor, kMasked, false}, launch);
+  GlobalBuffer<T> seen_t(problem.t.size(), "t as the next grid sees it");
+  stream.launch({.grid = dim3(2), .block = dim3(128), .programmatic_dependent = true},
+                kernels::copy_early<T>, static_cast<const T*>(problem.t.data()), seen_t.data(),
+                static_cast<int>(seen_t.size()), static_cast<const uint32_t*>(written.data()),
+                parts_of_t(static_cast<int64_t>(flags)));
   emulator::reset_counters();
   specimens::run_timed(stream);
 
   std::string difference = compare_loads<Tile>(problem.m, problem.n, problem.k, problem.rank);
   if (difference.empty()) difference = problem.check();
+  for (size_t i = 0; i < seen_t.size() && difference.empty(); ++i)
+    difference = specimens::compare("t as the next grid sees it", 0, static_cast<int>(i), seen_t[i],
+                                    specimens::to_double(problem.t[i]), 0);
   const auto check_zero = [&](const char* name, const GlobalBuffer<uint32_t>& buffer, size_t size) {
     for (size_t i = 0; i < size && difference.empty(); ++i)
       difference = specimens::compare(name, 0, static_cast<int>(i), double(buffer[i]), 0, 0);

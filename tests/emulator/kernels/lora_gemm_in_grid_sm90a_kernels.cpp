@@ -1,6 +1,7 @@
 // lora_gemm_in_grid_sm90a with planted faults, apart from its host program so that only kernels are
 // instrumented.
 #include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
+#include "emulator/kernels/neighbours.h"
 
 namespace lora_ext::kernel {
 
@@ -8,3 +9,10 @@ namespace lora_ext::kernel {
 LORA_GEMM_IN_GRID_SM90A_VARIANTS(INSTANCES)
 
 }  // namespace lora_ext::kernel
+
+namespace kernels {
+
+NEIGHBOUR_COPY_EARLY(__half);
+NEIGHBOUR_COPY_EARLY(__nv_bfloat16);
+
+}  // namespace kernels

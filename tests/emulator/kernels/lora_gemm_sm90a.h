@@ -1,5 +1,4 @@
-// The instances of lora_gemm_sm90a, with planted faults, and the grid before
-// them that writes T.
+// The instances of lora_gemm_sm90a, with planted faults.
 #pragma once
 #include "emulator/fault.h"
 #include "kernel/lora_gemm_sm90a.h"
@@ -27,16 +26,3 @@
   keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \
   keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 2);              \
   keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 4);
-
-namespace lora_ext::kernel {
-
-// t [elements] = source: the grid before lora_gemm, which may start while this one runs.
-template <class T>
-__global__ void write_t(const T* source, T* t, int elements) {
-  ptx::griddepcontrol_launch_dependents();
-  const int threads = static_cast<int>(gridDim.x * blockDim.x);
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < elements; i += threads)
-    t[i] = source[i];
-}
-
-}  // namespace lora_ext::kernel

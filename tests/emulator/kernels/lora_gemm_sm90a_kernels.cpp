@@ -1,13 +1,20 @@
 // lora_gemm_sm90a with planted faults, apart from its host program so that only kernels are
 // instrumented.
 #include "emulator/kernels/lora_gemm_sm90a.h"
+#include "emulator/kernels/neighbours.h"
 
 namespace lora_ext::kernel {
 
 #define INSTANCES(variant, ...) LORA_GEMM_SM90A_INSTANCES(template, __VA_ARGS__)
 LORA_GEMM_SM90A_VARIANTS(INSTANCES)
 
-template __global__ void write_t(const __half*, __half*, int);
-template __global__ void write_t(const __nv_bfloat16*, __nv_bfloat16*, int);
-
 }  // namespace lora_ext::kernel
+
+namespace kernels {
+
+NEIGHBOUR_COPY(__half);
+NEIGHBOUR_COPY(__nv_bfloat16);
+NEIGHBOUR_COPY_EARLY(__half);
+NEIGHBOUR_COPY_EARLY(__nv_bfloat16);
+
+}  // namespace kernels

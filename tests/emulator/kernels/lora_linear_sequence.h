@@ -7,7 +7,8 @@ namespace lora_ext::kernel {
 
 template <class T>
 void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands);
+// Returns how many kernels were launched to begin early.
 template <class T>
-void backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands);
+int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands);
 
 }  // namespace lora_ext::kernel

@@ -2,6 +2,7 @@
 #include "emulator/fault.h"
 #include "emulator/kernels/cluster_launch.h"
 #include "emulator/kernels/lora_linear_sequence.h"
+#include "emulator/kernels/neighbours.h"
 #include "kernel/lora_gemm_sm90a_in_grid_launch.h"
 
 namespace lora_ext::kernel {
@@ -15,15 +16,27 @@ void clear_flags(uint32_t* flags, int64_t count) {
 
 struct Launch {
   emulator::Stream& stream;
+  int early_launches = 0;
   template <class Params>
   void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
                   const Params& params) const {
     stream.launch({.grid = grid, .block = dim3(threads), .shared_bytes = shared_bytes}, kernel,
                   params);
   }
+  template <class Params>
+  void early(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
+             const Params& params) {
+    ++early_launches;
+    stream.launch({.grid = grid,
+                   .block = dim3(threads),
+                   .shared_bytes = shared_bytes,
+                   .programmatic_dependent = true},
+                  kernel, params);
+  }
 
   template <class T>
-  void lora_gemm_sm90a(const LoraGemmParams<T>& params, const Sm90aChoice& choice) const {
+  void lora_gemm_sm90a(const LoraGemmParams<T>& params, const Sm90aChoice& choice) {
+    early_launches += choice.dependent;
     kernels::ClusterLaunch clusters{stream, kClusters};
     launch_lora_gemm_sm90a<T, emulator::PlantedFault>(params, choice, clusters);
   }
@@ -39,26 +52,33 @@ struct Launch {
 };
 
 template <class T>
-using Linear = LoraLinearSequence<T, emulator::PlantedFault, const Launch>;
+using Linear = LoraLinearSequence<T, emulator::PlantedFault, Launch>;
 
 }  // namespace
 
 template <class T>
 void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands) {
-  const Launch launch{stream};
+  Launch launch{stream};
   Linear<T>(plan, operands, launch).forward(operands);
 }
 template <class T>
-void backward(emulator::Stream& stream, const plan::Plan& plan,
-              const LoraLinearBackward& operands) {
-  const Launch launch{stream};
+int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands) {
+  Launch launch{stream};
   Linear<T>(plan, operands, launch).backward(operands);
+  return launch.early_launches;
 }
 
 #define INSTANCE(T)                                                                         \
   template void forward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearForward&); \
-  template void backward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearBackward&);
+  template int backward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearBackward&);
 INSTANCE(__nv_bfloat16)
 INSTANCE(__half)
 
 }  // namespace lora_ext::kernel
+
+namespace kernels {
+
+NEIGHBOUR_COPY(__nv_bfloat16);
+NEIGHBOUR_COPY(__half);
+
+}  // namespace kernels

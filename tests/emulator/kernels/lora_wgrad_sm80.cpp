@@ -1,10 +1,22 @@
 // Runs lora_wgrad_sm80 and lora_reduce_wgrad on odd sizes: one product or two of unequal width, one
-// or two terms, any number of splits.
+// or two terms, any number of splits. U is written by the grids before: by one that has ended, or
+// by the product beside which lora_wgrad begins, and which the grids after it follow, too.
 #include "emulator/kernels/lora_wgrad_sm80.h"
 
 #include "emulator/emulator.h"
 #include "emulator/kernels/gradient.h"
+#include "emulator/kernels/neighbours.h"
 #include "emulator/kernels/variants.h"
+
+namespace kernels {
+
+extern NEIGHBOUR_COPY(__half);
+extern NEIGHBOUR_COPY(__nv_bfloat16);
+extern NEIGHBOUR_COPY(float);
+extern NEIGHBOUR_PRODUCT(__half);
+extern NEIGHBOUR_PRODUCT(__nv_bfloat16);
+
+}  // namespace kernels
 
 namespace lora_ext::kernel {
 
@@ -34,11 +46,21 @@ std::string run_wgrad(const Case& run) {
   const int terms = 1 + static_cast<int>(random() % 2), width = specimens::padded(rank);
   const int columns = terms * width;
   const RandomMask mask(numbers, random);
+  constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
+  const bool product_writes_u = kMayBeginEarly && random() % 2;
+  constexpr uint32_t kParts = 2;  // blocks of the grids before
+  constexpr int kOffset = kernels::Layout<kAlignment>::kOffset;
 
   LoraWgradParams<T> params{};
   LoraReduceWgradParams sums{};
   params.m = m, params.mask = mask.parameters();
   std::vector<std::unique_ptr<Operand<T, kAlignment>>> p, u;
+  std::vector<std::unique_ptr<GlobalBuffer<T>>> written_u;
+  GlobalBuffer<uint32_t> written(std::vector<uint32_t>(1), "written");
+  GlobalBuffer<float> y(600, "y"), seen_y(600, "y as the last grid sees it");
+  kernels::ProductParams<T> before{};
+  before.written = written.data(), before.parts = product_writes_u ? kParts : 0;
+  before.y = y.data(), before.size = static_cast<int>(y.size());
   std::vector<std::unique_ptr<GlobalBuffer<float>>> partial;
   std::vector<std::unique_ptr<Gradient<T>>> gradient;
   int widest = 0, splits = 0;
@@ -48,15 +70,21 @@ std::string run_wgrad(const Case& run) {
     const int steps = (m + 63) / 64, per_split = 1 + static_cast<int>(random() % steps);
     const int here = (steps + per_split - 1) / per_split;
     p.push_back(std::make_unique<Operand<T, kAlignment>>(m, width_c, numbers, random, "p"));
-    u.push_back(std::make_unique<Operand<T, kAlignment>>(m, columns, numbers, random, "u"));
+    u.push_back(std::make_unique<Operand<T, kAlignment>>(m, columns, numbers, random, "source of u",
+                                                         false));
+    const size_t elements = u[i]->matrix.values.size();
+    written_u.push_back(std::make_unique<GlobalBuffer<T>>(kOffset + elements, "u"));
+    before.from[i] = u[i]->data(), before.to[i] = written_u[i]->data() + kOffset;
+    before.count[i] = static_cast<int>(elements);
     partial.push_back(std::make_unique<GlobalBuffer<float>>(
         static_cast<size_t>(here) * columns * width_c, "partial sums"));
     gradient.push_back(std::make_unique<Gradient<T>>(rank, width_c, random));
     LoraWgradProduct<T>& product = params.product[i];
-    product.p = p[i]->data(), product.u = u[i]->data(), product.g = partial[i]->data();
+    product.p = p[i]->data(), product.u = before.to[i], product.g = partial[i]->data();
     product.p_pitch = p[i]->pitch(), product.u_pitch = u[i]->pitch();
     product.c = width_c, product.columns = columns, product.masked = i == 0;
     product.splits = here, product.steps_per_split = per_split;
+    if (product_writes_u) product.written = written.data(), product.parts = kParts;
     const float scale = numbers == Numbers::Integers ? 0.5f : 1.3f;
     sums.gradient[i] = gradient[i]->reduce(partial[i]->data(), here, terms, columns, width, scale);
     widest = std::max(widest, width_c), splits += here;
@@ -64,17 +92,33 @@ std::string run_wgrad(const Case& run) {
 
   using Tile = LoraWgradTile;
   emulator::Stream stream;
+  for (int i = 0; i < products && !product_writes_u; ++i) {
+    stream.launch({.grid = dim3(kParts), .block = dim3(64)}, kernels::copy<T>, before.from[i],
+                  before.to[i], before.count[i]);
+  }
+  stream.launch({.grid = dim3(kParts),
+                 .block = dim3(64),
+                 .programmatic_dependent = !product_writes_u && random() % 2 != 0},
+                kernels::make_product<T>, before);
   stream.launch({.grid = dim3(blocks_of(widest, Tile::kC), blocks_of(columns, Tile::kColumns),
                               static_cast<unsigned>(splits)),
                  .block = dim3(Tile::kThreads),
-                 .shared_bytes = Tile::kSharedBytes},
+                 .shared_bytes = Tile::kSharedBytes,
+                 .programmatic_dependent = kMayBeginEarly && random() % 4 != 0},
                 lora_wgrad_sm80<T, kMasked, kAlignment, PlantedFault>, params);
   stream.launch(
       {.grid = dim3(1 + static_cast<unsigned>(random() % 3), static_cast<unsigned>(products)),
        .block = dim3(256)},
       lora_reduce_wgrad<T, PlantedFault>, sums);
+  stream.launch({.grid = dim3(2), .block = dim3(64)}, kernels::copy<float>,
+                static_cast<const float*>(y.data()), seen_y.data(), before.size);
   specimens::run_timed(stream);
 
+  for (size_t i = 0; i < y.size(); ++i) {
+    const std::string difference =
+        specimens::compare("y as the last grid sees it", 0, static_cast<int>(i), seen_y[i], 1.0, 0);
+    if (!difference.empty()) return difference;
+  }
   for (int i = 0; i < products; ++i) {
     const std::string difference = gradient[i]->compare(numbers, [&](int r, int column) {
       Bounded expected;

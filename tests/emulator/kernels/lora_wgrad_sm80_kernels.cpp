@@ -1,5 +1,6 @@
 // lora_wgrad_sm80 and lora_reduce_wgrad with planted faults.
 #include "emulator/kernels/lora_wgrad_sm80.h"
+#include "emulator/kernels/neighbours.h"
 
 namespace lora_ext::kernel {
 
@@ -9,3 +10,13 @@ LORA_REDUCE_WGRAD_INSTANCE(__nv_bfloat16);
 LORA_REDUCE_WGRAD_INSTANCE(__half);
 
 }  // namespace lora_ext::kernel
+
+namespace kernels {
+
+NEIGHBOUR_COPY(__half);
+NEIGHBOUR_COPY(__nv_bfloat16);
+NEIGHBOUR_COPY(float);
+NEIGHBOUR_PRODUCT(__half);
+NEIGHBOUR_PRODUCT(__nv_bfloat16);
+
+}  // namespace kernels

@@ -1,0 +1,64 @@
+// The grids before and after a kernel under test, where a grid may begin before the one before it
+// has ended. Kernels' programs instantiate what they use beside their own kernels.
+#pragma once
+#include "emulator/emulator.h"
+#include "ptx/grid_dependency.h"
+#include "ptx/memory.h"
+
+namespace kernels {
+
+// Each thread of the grid in turn: visit(i) for its share of `count`.
+template <class Visit>
+inline void for_each_of_grid(int count, const Visit& visit) {
+  const int threads = static_cast<int>(gridDim.x * blockDim.x);
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < count; i += threads)
+    visit(i);
+}
+
+// to = from; the next grid may start at once.
+template <class V>
+__global__ void copy(const V* from, V* to, int count) {
+  lora_ext::ptx::griddepcontrol_launch_dependents();
+  for_each_of_grid(count, [&](int i) { to[i] = from[i]; });
+}
+
+// The same beside the grid before, for what that one waited for, or publishes in parts.
+template <class V>
+__global__ void copy_early(const V* from, V* to, int count, const uint32_t* written,
+                           uint32_t parts) {
+  while (parts > 0 && lora_ext::ptx::load_acquire_gpu(written) < parts) {
+  }
+  for_each_of_grid(count, [&](int i) { to[i] = from[i]; });
+  if (blockIdx.x == 0) lora_ext::ptx::griddepcontrol_wait();
+}
+
+// In the place of dX before wgrad: y = 1, and wgrad may start when the grid before has ended. If
+// `parts` is not 0 it is this one that writes `to`, and publishes it in so many parts, its blocks.
+template <class V>
+struct ProductParams {
+  const V* from[2];
+  V* to[2];
+  int count[2];
+  uint32_t* written;
+  uint32_t parts;
+  float* y;
+  int size;
+};
+template <class V>
+__global__ void make_product(ProductParams<V> p) {
+  if (p.parts == 0) lora_ext::ptx::griddepcontrol_wait();
+  lora_ext::ptx::griddepcontrol_launch_dependents();
+  for (int which = 0; which < 2 && p.parts > 0; ++which)
+    for_each_of_grid(p.count[which], [&](int i) { p.to[which][i] = p.from[which][i]; });
+  __syncthreads();
+  if (p.parts > 0 && threadIdx.x == 0) lora_ext::ptx::atomic_add_release_gpu(p.written, 1);
+  for (int i = 0; i < 20; ++i) __syncthreads();
+  for_each_of_grid(p.size, [&](int i) { p.y[i] = 1; });
+}
+
+#define NEIGHBOUR_COPY(V) template __global__ void copy<V>(const V*, V*, int)
+#define NEIGHBOUR_COPY_EARLY(V) \
+  template __global__ void copy_early<V>(const V*, V*, int, const uint32_t*, uint32_t)
+#define NEIGHBOUR_PRODUCT(V) template __global__ void make_product<V>(ProductParams<V>)
+
+}  // namespace kernels
