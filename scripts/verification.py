@@ -26,7 +26,7 @@ Written by `python scripts/verification.py` from the result files; a test compar
 - **measured**: timed or counted on the named machine, on the named day, with the command beside it;
 - **emulator-verified**: kernels run by the execution layer on a CPU ([emulation.md](emulation.md));
 - **compiled**: seen in what nvcc and ptxas made of the source;
-- **predicted**: worked out from rates and sizes, by `benchmarks/model.py` or the traffic model.
+- **predicted**: worked out from rates and sizes, by `benchmarks/model/` or the traffic model.
 """
 
 
@@ -121,7 +121,7 @@ def kernels() -> str:
 
 
 def hopper() -> str:
-    """What benchmarks/model.py says of an H100, for the projections of `make gpu`."""
+    """What benchmarks/model/ says of an H100, for the projections of `make gpu`."""
     from benchmarks import model
     from benchmarks.gpu.cells import PROJECTIONS, ROWS
     from benchmarks.shapes import DROPOUT, FORWARD, STEP, Cell
@@ -161,7 +161,7 @@ def hopper() -> str:
     ]
     header += ["float32 adapters", "auto", "step", "step, auto", "step, PEFT default"]
     intro = (
-        f"Predicted (`benchmarks/model.py`) for an H100, M = {ROWS}, r = 16, bfloat16: time over"
+        f"Predicted (`benchmarks/model/`) for an H100, M = {ROWS}, r = 16, bfloat16: time over"
         " that of merged (forward) or frozen (step, dropout 0.05). The kernel route, except for the"
         " columns auto, which is what the planner takes until a card has been measured. equal"
         " loops: our main loop as fast as the library's; else at"

@@ -1,10 +1,13 @@
 """The cost model: figures worked out by hand, orders that must hold, and nothing it cannot know."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks import model
+from benchmarks.model import launch
 from benchmarks.shapes import FORWARD, STEP, Cell
 
 LARGE = Cell(FORWARD, "bfloat16", 8192, 4096, 4096, rank=16, bias=False)
@@ -98,9 +101,58 @@ def test_the_longest_launch_is_named():
 
 
 def test_workers_take_the_next_job_when_they_are_free():
-    assert model._makespan([1.0] * 6, 3) == 2.0
-    assert model._makespan([0.5, 0.5, 1.0, 1.0, 1.0], 3) == 1.5
-    assert model._makespan([1.0] * 7, 3) == 3.0
+    assert launch.ends_of([1.0] * 6, 3) == [2.0] * 3
+    assert launch.ends_of([0.5, 0.5, 1.0, 1.0, 1.0], 3) == [1.0, 1.5, 1.5]
+    assert launch.ends_of([1.0] * 7, 3) == [2.0, 2.0, 3.0]
+
+
+def test_idle_workers_draw_more_than_their_share_and_at_most_all():
+    assert launch.spare_of([3.0, 3.0, 3.0], 1.0) == 0.0
+    quarter = [2.0, *[3.0] * 3]
+    assert launch.spare_of(quarter, 1.0) == pytest.approx(1 / 4)
+    assert launch.spare_of(quarter, 1.0, 2.5) == pytest.approx(2.5 / 4)
+    assert launch.spare_of(quarter, 2.5, 2.5) == pytest.approx(2.5 / 8)
+    assert launch.spare_of(quarter, 4.0, 2.5) == 0.0
+    assert launch.spare_of([2.0, 2.5, 3.0, 3.0], 0.0, 2.5) == pytest.approx(2.5 / 4 / 2 + 1 / 2)
+
+
+def test_what_begins_early_is_done_as_far_as_its_scarcer_need_is():
+    before = model.Launch("a", 0.0, spare_bytes=3.0, spare_flop=5.0)
+    late = model.Launch("b", bytes=12.0, flop=5.0, share=0.5)
+    assert late.after(before) == replace(late, bytes=9.0, flop=3.75)
+    late = model.Launch("b", bytes=4.0, flop=5.0, share=0.5)
+    assert late.after(before) == replace(late, bytes=2.0, flop=2.5)
+    assert model.Launch("b", bytes=2.0, flop=1.0).after(before).bytes == 0.0
+    assert late.after(model.Launch("a", 0.0)) == late
+
+
+def test_gradients_of_the_weights_fill_the_last_wave_of_dx():
+    machine = model.MACHINES["H100"]
+
+    def wgrad(rows, dropout_p=0.0):
+        cell = replace(LARGE, mode=STEP, rows=rows, dropout_p=dropout_p)
+        found = {each.name: each for each in model.launches_of(machine, cell, "ours_kernel")}
+        return found["lora_wgrad"].bytes / (2 * rows * 4096)
+
+    assert wgrad(8192) < 0.1  # 512 tiles on 66 clusters: 16 of them idle in the last wave
+    assert 0.4 < wgrad(8192, 0.05) < 0.6  # and draws take longer than products
+    assert wgrad(8448) > 1.0  # 528: none
+    assert wgrad(1024) > 1.0  # one wave: the first loops end when all is over
+
+
+def test_the_table_in_the_docs_is_what_the_model_says():
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    found = re.findall(r"^\| (\w+) \| (forward|step) \|((?: [\d.]+ \|)+)$", text, re.MULTILINE)
+    assert {(name, mode) for name, mode, _ in found} == {
+        (name, mode) for name in ("A100", "L40S", "H100") for mode in (FORWARD, STEP)
+    }
+    variants = ("ours", "ours_kernel", "ours_library", "ours_fp32", "peft", "peft_default")
+    for name, mode, figures in found:
+        cell = replace(LARGE, mode=mode, dropout_p=0.0 if mode == FORWARD else 0.05)
+        machine = model.MACHINES[name]
+        floor = us(machine, cell, "merged" if mode == FORWARD else "frozen")
+        expected = [f"{us(machine, cell, each) / floor:.2f}" for each in variants]
+        assert figures.replace("|", " ").split() == expected
 
 
 def test_s_in_the_same_grid_costs_little_and_less_than_before_it():

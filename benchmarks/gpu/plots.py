@@ -174,7 +174,7 @@ def _predictions(document: Document) -> Any | None:
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("predicted, us (benchmarks/model.py)")
+    axes.set_xlabel("predicted, us (benchmarks/model/)")
     axes.set_ylabel("measured, us")
     axes.legend(frameon=False, fontsize=8)
     _title(axes, document, "predicted and measured; grey: within 25 %")
