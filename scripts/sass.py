@@ -9,6 +9,7 @@ the same as tables, then what is wrong; the exit status is 1 if anything is.
 nvdisasm comes with CUDA's toolkit or from PyPI (nvidia-cuda-nvdisasm).
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -300,8 +301,10 @@ def table(kernels: list[Kernel], opcodes: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arch", nargs="*", choices=sorted(SOURCES_OF), help="default: sm_80")
     failed = False
-    for wanted in sys.argv[1:] or ["sm_80"]:
+    for wanted in parser.parse_args().arch or ["sm_80"]:
         examined, problems = examine(wanted)
         print(f"{wanted}: {len(examined)} kernels\n")
         on_wgmma = [kernel for kernel in examined if kernel.is_sm90a]
