@@ -1,0 +1,154 @@
+"""Layers in checkpointed regions, eager and compiled: the recomputation draws the same masks."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BF16
+from step_helpers import (
+    IN,
+    ROWS,
+    Pair,
+    assert_same,
+    assert_trained,
+    differing,
+    make,
+    randomized,
+    run,
+)
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import lora_ext
+from lora_ext import LoRAConfig, apply_lora
+
+pytestmark = pytest.mark.usefixtures("forget_graphs")
+
+
+def checkpointed(module, use_reentrant, **options):
+    def step(x):
+        def region(x):
+            return F.relu(module(x))
+
+        return checkpoint(region, x, use_reentrant=use_reentrant, **options)
+
+    return step
+
+
+def plain_region(module):
+    return lambda x: F.relu(module(x))
+
+
+CHECKPOINTED = ["linear", "several", "several, other dropout", "pissa", "strided convolution"]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpoint_with_dropout_gives_the_same_bits(device, name, use_reentrant):
+    """The recomputation draws the forward pass's masks again."""
+    module, x = make(name, 0.4, device)
+    plain = run(plain_region(module), module, x)
+    assert_trained(plain)
+    assert "dx" in differing(run(plain_region(module), module, x, seed=8), plain)
+    assert_same(run(checkpointed(module, use_reentrant), module, x), plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["linear", "several, other dropout"])
+def test_checkpoint_under_autocast(name, use_reentrant):
+    """Backward, outside the region, recomputes under the autocast of forward."""
+    module, x = make(name, 0.4)
+
+    def under_autocast(function):
+        def step(x):
+            with torch.autocast("cpu", BF16):
+                return function(x)
+
+        return step
+
+    plain = run(under_autocast(plain_region(module)), module, x)
+    assert plain["y"].dtype == BF16
+    assert_trained(plain)
+    assert_same(run(under_autocast(checkpointed(module, use_reentrant)), module, x), plain)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_compile_checkpoint_and_dropout(device, counter, name):
+    """peft#3020: the three together, in one graph."""
+    module, x = make(name, 0.4, device)
+    plain = run(plain_region(module), module, x)
+    assert_trained(plain)
+    compiled = torch.compile(checkpointed(module, False), backend=counter, fullgraph=True)
+    assert_same(run(compiled, module, x), plain)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_of_a_compiled_region(counter, use_reentrant):
+    module, x = make("several, other dropout", 0.4)
+    plain = run(plain_region(module), module, x)
+    region = torch.compile(plain_region(module), backend=counter, fullgraph=True)
+
+    def step(x):
+        return checkpoint(region, x, use_reentrant=use_reentrant)
+
+    assert_same(run(step, module, x), plain)
+
+
+def save_products(_context, op, *_args, **_kwargs):
+    """A policy of selective checkpointing: our products are kept, the rest is recomputed."""
+    if op is torch.ops.lora_ext.lora_linear_forward.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_selective_checkpoint(counter):
+    module, x = make("linear", 0.4)
+    plain = run(plain_region(module), module, x)
+    contexts = partial(create_selective_checkpoint_contexts, save_products)
+    step = checkpointed(module, False, context_fn=contexts)
+    assert_same(run(step, module, x), plain)
+    assert_same(run(torch.compile(step, backend=counter, fullgraph=True), module, x), plain)
+
+
+def test_checkpoint_wrapper_is_not_in_the_names(tmp_path):
+    """torch leaves it out of state dicts, and so do all functions that go by names."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    from lora_ext.adapters import load_adapter, save_adapter
+
+    def make_model():
+        torch.manual_seed(0)
+        model = nn.Sequential(Pair(), Pair(), nn.Linear(IN, 2))
+        config = LoRAConfig("all-linear", r=2, dropout=0.4, modules_to_save=("2",))
+        return randomized(apply_lora(model, config))
+
+    plain, wrapped = make_model(), make_model()
+    wrapped[0] = checkpoint_wrapper(wrapped[0])
+    wrapped[1].up = checkpoint_wrapper(wrapped[1].up)
+    wrapped[2] = checkpoint_wrapper(wrapped[2])
+    x = torch.randn(ROWS)
+    assert torch.equal(run(wrapped, wrapped, x)["y"], run(plain, plain, x)["y"])
+    for states in (
+        [lora_ext.lora_state_dict(model, bias="lora_only") for model in (plain, wrapped)],
+        [lora_ext.loralib_state_dict(model) for model in (plain, wrapped)],
+    ):
+        assert len(states[0]) >= 8
+        assert_same(*states)
+    assert [row.name for row in lora_ext.explain(wrapped)] == [
+        row.name for row in lora_ext.explain(plain)
+    ]
+    save_adapter(wrapped, tmp_path)
+    loaded = nn.Sequential(Pair(), Pair(), nn.Linear(IN, 2))
+    loaded.load_state_dict(plain_weights(plain))
+    load_adapter(loaded, tmp_path)
+    assert_same(dict(loaded.state_dict()), dict(plain.state_dict()))
+
+
+def plain_weights(model):
+    return {key: value for key, value in model.state_dict().items() if ".lora_" not in key}

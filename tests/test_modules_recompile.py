@@ -1,0 +1,216 @@
+"""How often torch.compile compiles a layer again.
+
+The tests hold it to these numbers:
+
+    another batch size              once more, then never (once in all with dynamic=True)
+    other values of the adapters    never: copy_, an optimizer, load_state_dict, a new Parameter
+    set_adapter                     once for each choice of names, in their order; never again for
+                                    a choice that was seen
+    requires_grad, no_grad          once for each state that was not seen
+    merge, unmerge, eval, train     once for each state; merging again, never
+    equal layers compiled apart     once for all of them
+"""
+
+import copy
+from contextlib import ExitStack
+from itertools import pairwise
+
+import pytest
+import torch
+from step_helpers import IN, OUT, ROWS, Pair, assert_same, make, randomized, run, several
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+import lora_ext
+from lora_ext import AdapterSpec, LoRAConfig, LoRALinear, apply_lora
+
+pytestmark = pytest.mark.usefixtures("forget_graphs")
+
+
+@pytest.mark.parametrize("name", ["linear", "several", "several, other dropout"])
+def test_batch_sizes_compile_once_more(counter, name):
+    module, _ = make(name, 0.4)
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for count, rows in ((1, 8), (2, 60), (2, 51), (2, 130), (2, 700), (2, 8)):
+        x = torch.randn(rows, IN)
+        assert_same(run(compiled, module, x), run(module, module, x))
+        assert counter.frame_count == count, rows
+
+
+def test_batch_sizes_with_dynamic_shapes_never_recompile(counter):
+    module, _ = make("linear", 0.4)
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for rows in (8, 60, 51, 130, 700):
+        x = torch.randn(rows, IN)
+        assert_same(run(compiled, module, x), run(module, module, x))
+        counts.append(counter.frame_count)
+    # The first call may start over: it makes symbols of floats, and finds that they are constants.
+    assert counts[0] <= 2 and set(counts) == {counts[0]}
+
+
+def test_other_values_do_not_recompile(counter):
+    layer, x = make("linear", 0.4)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+
+    def other_values():
+        return {key: torch.randn_like(value) for key, value in layer.state_dict().items()}
+
+    def check():
+        assert_same(run(compiled, layer, x), run(layer, layer, x))
+        assert counter.frame_count == 1
+        return layer(x).detach()
+
+    results = [check()]
+    with torch.no_grad():
+        layer.lora_b["default"].copy_(torch.randn(OUT, 3))
+    results.append(check())
+    layer.load_state_dict(other_values())
+    results.append(check())
+    layer.lora_a["default"].data = torch.randn(3, IN)
+    results.append(check())
+    layer.lora_b["default"] = nn.Parameter(torch.randn(OUT, 3))
+    results.append(check())
+    frozen = {key: p.requires_grad for key, p in layer.named_parameters()}
+    layer.load_state_dict(other_values(), assign=True)
+    assert frozen == {key: p.requires_grad for key, p in layer.named_parameters()}
+    results.append(check())
+    for first, second in pairwise(results):
+        assert not torch.equal(first, second)
+
+
+def do(action, layer, disabling):
+    if isinstance(action, list):
+        layer.set_adapter(action)
+    elif action == "add and delete":
+        layer.add_adapter("fourth", AdapterSpec(2, 3))
+        layer.delete_adapter("fourth")
+    elif action == "merge second":
+        layer.merge("second")
+    elif action == "disable":
+        disabling.enter_context(layer.disable_adapters())
+    elif action == "enable":
+        disabling.close()
+    else:
+        getattr(layer, action)()
+
+
+# (what is done to the layer, graphs after the next call)
+SWITCHES = [
+    (["default"], 1),
+    (["second"], 2),
+    (["default"], 2),
+    (["third"], 3),
+    (["second"], 3),
+    (["default", "second"], 4),
+    (["second", "default"], 5),  # another order of the sum
+    (["default", "second"], 5),
+    (["default", "second", "third"], 6),
+    ([], 7),
+    (["default"], 7),
+    ("disable", 8),
+    ("enable", 8),
+    ("add and delete", 8),
+    ("eval", 9),
+    ("merge", 10),
+    ("unmerge", 10),
+    ("merge", 10),
+    ("train", 10),
+    ("eval", 10),
+    (["default", "second"], 11),
+    ("merge second", 12),
+    ("unmerge", 12),
+    ("merge second", 12),
+    ("merge", 13),
+    ("train", 13),
+]
+
+
+def test_switching_adapters_compiles_once_for_each_state(counter):
+    layer = several(0.4, dropouts=(0.0, 0.6))
+    x = torch.randn(ROWS)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    results = []
+    with torch._dynamo.config.patch(recompile_limit=32), ExitStack() as disabling:
+        for action, _ in SWITCHES:
+            do(action, layer, disabling)
+            assert_same(run(compiled, layer, x), run(layer, layer, x))
+            results.append((action, counter.frame_count))
+    assert results == SWITCHES
+
+
+def test_equal_blocks_share_a_graph(counter):
+    """Compiling block by block: what the first one compiles serves the others."""
+    model = nn.Sequential(*(Pair() for _ in range(6)))
+    apply_lora(model, LoRAConfig("all-linear", r=2, dropout=0.4))
+    randomized(model)
+    eager = copy.deepcopy(model)
+    for module in model:
+        module.compile(backend=counter, fullgraph=True)
+    x = torch.randn(ROWS)
+    assert_same(run(model, model, x), run(eager, eager, x))
+    assert counter.frame_count == 1
+    for one in (model, eager):
+        apply_lora(one, LoRAConfig("all-linear", r=4), "second")
+        lora_ext.set_adapter(one, "second")
+        torch.manual_seed(1)
+        randomized(one)
+    assert_same(run(model, model, x), run(eager, eager, x))
+    assert counter.frame_count == 2
+
+
+def test_more_adapters_than_torch_keeps_graphs(counter):
+    """Each adapter has its graph: torch keeps 8 unless told otherwise, and then runs eagerly."""
+    layer = LoRALinear(IN, OUT, r=2)
+    names = [f"user{number}" for number in range(4)]
+    for name in names:
+        layer.add_adapter(name, AdapterSpec(2, 4))
+    randomized(layer)
+    x = torch.randn(ROWS)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = torch.compile(layer, backend=counter)
+        for name in names:
+            layer.set_adapter(name)
+            assert_same(run(compiled, layer, x), run(layer, layer, x))
+        assert counter.frame_count == 2
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        with pytest.raises(FailOnRecompileLimitHit):
+            for name in names:
+                layer.set_adapter(name)
+                compiled(x)
+
+
+@pytest.mark.parametrize("name", ["linear", "several, other dropout", "lora_bias"])
+def test_where_requires_grad_differs(counter, name):
+    layer, x = make(name, 0.4)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    states = [
+        ("lora_a", "lora_b"),
+        ("x", "lora_a", "lora_b"),
+        ("x", "lora_b"),
+        ("x", "lora_a", "bias"),
+        ("x",),
+        ("bias",),
+        (),
+    ]
+    for _ in range(2):  # the second time every graph is there
+        for wanted in states:
+            for key, parameter in layer.named_parameters():
+                parameter.requires_grad_(key.split(".")[0] in wanted)
+            eager = run(layer, layer, x, "x" in wanted)
+            assert (eager["bias"] is not None) == ("bias" in wanted)
+            assert_same(run(compiled, layer, x, "x" in wanted), eager)
+    assert counter.frame_count == len(states)
+
+
+@pytest.mark.parametrize("name", ["linear", "merged lora_bias", "embedding", "convolution"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_and_back(counter, name, mode):
+    module, x = make(name, 0.0)
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for _ in range(2):
+        with mode():
+            assert torch.equal(compiled(x), module(x))
+        assert_same(run(compiled, module, x), run(module, module, x))
+    assert counter.frame_count == 2
