@@ -10,6 +10,8 @@ and `isa` is None, as on CUDA.
 """
 
 import os
+import shutil
+import signal
 
 # Read when cuBLAS starts: without it torch refuses products under use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -145,3 +147,33 @@ def counter():
     from torch._dynamo.testing import CompileCounterWithBackend  # a second that few tests need
 
     return CompileCounterWithBackend("aot_eager")
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory):
+    """A valid adapter folder, which tests leave as it is."""
+    from hostile_helpers import save_valid  # PEFT takes seconds that few tests need
+
+    folder = tmp_path_factory.mktemp("pristine")
+    save_valid(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    """A copy of the valid adapter folder, to be broken."""
+    return shutil.copytree(pristine, tmp_path / "adapter")
+
+
+@pytest.fixture
+def no_hang():
+    """A FIFO in the place of a file, or a pattern, would wait for ever."""
+
+    def stop(*_):
+        raise TimeoutError("this hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,252 @@
+"""A broken adapter_config.json: the error names the field or says what is no plain JSON."""
+
+import json
+
+import pytest
+import torch
+from adapter_helpers import CONFIG, make_zoo, read_config, write_config
+from hostile_helpers import assert_refused
+
+from lora_ext.adapters import load_adapter, read_adapter_config
+
+pytestmark = pytest.mark.usefixtures("no_hang")
+
+
+def test_the_folder_is_valid_before_it_is_broken(folder):
+    load_adapter(make_zoo(torch.float32), folder)
+
+
+def fields(**changes):
+    return pytest.param(changes, id=", ".join(f"{k}={str(v)[:30]}" for k, v in changes.items()))
+
+
+class Raw(str):
+    """JSON text for a value that json.dumps would not write."""
+
+
+BAD_FIELDS = [
+    # r
+    (fields(r=0), "r to be an integer of 1 to 512, but got 0"),
+    (fields(r=-2), "r to be an integer"),
+    (fields(r=2.0), r"r to be an integer of 1 to 512, but got 2\.0"),
+    (fields(r=True), "r to be an integer of 1 to 512, but got True"),
+    (fields(r="2"), "r to be an integer of 1 to 512, but got '2'"),
+    (fields(r=None), "r to be an integer"),
+    (fields(r=513), "r to be an integer of 1 to 512, but got 513"),
+    (fields(r=200_000), "but got 200000"),
+    (fields(r=10**400), "r to be an integer of 1 to 512"),
+    (fields(r=3), r"q_proj.lora_A.weight': expected shape \[3, 16\] \(rank 3 by the config"),
+    # numbers
+    (
+        fields(lora_alpha="8"),
+        "lora_alpha to be a number of at most 1e.09 .*got '8'",
+    ),
+    (fields(lora_alpha=True), "lora_alpha"),
+    (fields(lora_alpha=None), "lora_alpha"),
+    (fields(lora_alpha=Raw("NaN")), f"{CONFIG}: expected finite numbers, but got NaN"),
+    (fields(lora_alpha=Raw("-Infinity")), "expected finite numbers, but got -Infinity"),
+    (fields(lora_alpha=Raw("1e999")), "expected finite numbers, but got '1e999'"),
+    (fields(lora_alpha=Raw("9" * 5000)), f"{CONFIG}: expected JSON, but got"),
+    (fields(lora_alpha=10**400), "lora_alpha to be a number of at most"),
+    (fields(lora_alpha=1e300), "lora_alpha to be a number of at most"),
+    (fields(lora_dropout=1.0), r"lora_dropout in \[0, 1\), but got 1\.0"),
+    (fields(lora_dropout=-0.1), "lora_dropout"),
+    (fields(lora_dropout=True), "lora_dropout"),
+    (fields(lora_dropout="0"), "lora_dropout"),
+    # patterns
+    (fields(rank_pattern={"q_proj": 0}), r"rank_pattern\['q_proj'\] to be an integer of 1 to 512"),
+    (fields(rank_pattern={"q_proj": 200_000}), r"rank_pattern\['q_proj'\].*but got 200000"),
+    (fields(rank_pattern={"q_proj": True}), r"rank_pattern\['q_proj'\]"),
+    (fields(rank_pattern={"q_proj": 5}), r"\[5, 16\] \(rank 5 by the config"),
+    (fields(rank_pattern=["q_proj"]), "rank_pattern to be an object"),
+    (fields(rank_pattern={"(a+)+$(": 2}), r"has a group that is not closed"),
+    (fields(rank_pattern={"(?=q)q_proj": 2}), "has a lookahead at 2"),
+    (fields(rank_pattern={"a" * 1025: 2}), "a key of rank_pattern .* at most 1024 characters"),
+    (fields(alpha_pattern={"q_proj": "3"}), r"alpha_pattern\['q_proj'\] to be a number"),
+    (fields(alpha_pattern={"q_proj": Raw("NaN")}), "expected finite numbers, but got NaN"),
+    (fields(alpha_pattern={r"(q)\1": 3}), "a backreference"),
+    # names
+    (fields(target_modules=None), "target_modules to be names or an expression, but got None"),
+    (fields(target_modules=[]), r"target_modules to be names or an expression, but got \[\]"),
+    (fields(target_modules=["q_proj", 3]), "target_modules to be a printable string"),
+    (fields(target_modules={"q_proj": 1}), "target_modules to be a list of names"),
+    (fields(target_modules=["query"]), r"target_modules to match modules of the Zoo.*\('query',\)"),
+    (fields(target_modules=["../../q_proj"]), r"module names in target_modules.*got '\.\./\.\./q_"),
+    (fields(target_modules=["layers..q_proj"]), r"names in target_modules.*'layers\.\.q_"),
+    (fields(target_modules=["a\u0000b"]), "target_modules to be a printable string"),
+    (
+        fields(target_modules="(.*)*x"),
+        r"target_modules to match .*'\(\.\*\)\*x' matches none",
+    ),
+    (fields(target_modules="(a|a)*b"), "matches none"),
+    (fields(target_modules=r"(?!a).*q_proj"), "has a lookahead"),
+    (fields(target_modules=r"((.{64}){64}){64}"), "has more than 4096 states"),
+    (fields(target_modules="[" * 600), "a class that is not closed"),
+    (fields(target_modules="(" * 1000), "more than 64 groups inside each other"),
+    (
+        fields(target_modules=["q_proj", "mlp"]),
+        r"layers.0.mlp.lora_A.weight'.*2 more is missing",
+    ),
+    (
+        fields(target_modules=["q_proj", "head"]),
+        r"at 'head', but the config targets a torch.nn.mod",
+    ),
+    (
+        fields(target_modules=["layers"]),
+        "'layers', but the config targets a torch.nn",
+    ),
+    (
+        fields(target_modules=["layers.0.q_proj"]),
+        r"layers.1.q_proj.lora_A.*does not target",
+    ),
+    (
+        fields(exclude_modules=["layers.1.q_proj"]),
+        r"layers.1.q_proj.lora_A.*does not target",
+    ),
+    (fields(exclude_modules="(?i)Q"), "has a flag"),
+    (fields(modules_to_save=["../norm"]), "module names in modules_to_save"),
+    (fields(modules_to_save="norm"), "modules_to_save to be a list of names, but got 'norm'"),
+    (fields(modules_to_save=None), "no other tensors, but got 'base_model.model.norm.bias'"),
+    (fields(modules_to_save=["norm", "head"]), r"'base_model.model.head.0.bias'.*is missing"),
+    (fields(modules_to_save=["m"] * 1025), "at most 1024 names in modules_to_save"),
+    (fields(layers_to_transform=[0, "1"]), "layers_to_transform to be indices"),
+    (fields(layers_to_transform=True), "layers_to_transform to be indices"),
+    (fields(layers_to_transform=-1), "layers_to_transform to be indices"),
+    (fields(layers_to_transform=0, target_modules="q_proj"), "a list in target_modules beside"),
+    (fields(layers_pattern="(a|b)*"), "names without an expression in layers_pattern"),
+    # choices
+    (fields(peft_type="IA3"), "peft_type 'LORA', but got 'IA3'"),
+    (fields(peft_type="lora"), "peft_type 'LORA', but got 'lora'"),
+    (fields(peft_type=None), "peft_type 'LORA', but got None"),
+    (fields(bias="some"), "bias to be one of"),
+    (fields(bias=["none"]), "bias to be one of"),
+    (
+        fields(bias="none"),
+        r"no other tensors, but got .*layers.0.q_proj.base_layer",
+    ),
+    (fields(bias="all"), r"'base_model.model.c_attn.bias'.*is missing"),
+    (fields(use_rslora=1), "use_rslora to be true or false, but got 1"),
+    (fields(lora_bias="yes"), "lora_bias to be true or false"),
+    (fields(lora_bias=True), r"q_proj.lora_B.bias'.*is missing"),
+    (fields(fan_in_fan_out="x"), "fan_in_fan_out to be true or false"),
+    (fields(inference_mode=0), "inference_mode to be true or false"),
+    (fields(init_lora_weights="corda"), "init_lora_weights='corda' .*by the result of data"),
+    (fields(init_lora_weights="loftq"), "init_lora_weights='loftq' .*of a quantization"),
+    (fields(init_lora_weights="lora_ga"), "init_lora_weights='lora_ga' .*of gradients"),
+    (fields(init_lora_weights="pissa_niter_16"), "'pissa_niter_16' .*of a random decomposition"),
+    (fields(init_lora_weights="new"), "plain LoRA, but got init_lora_weights='new'"),
+    (fields(init_lora_weights=[1]), r"plain LoRA, but got init_lora_weights=\[1\]"),
+    (fields(init_lora_weights="pissa", lora_alpha=-1), "'pissa' for linear layers with a positive"),
+    # information
+    (fields(auto_mapping=["os.system"]), "auto_mapping to be an object"),
+    (
+        fields(auto_mapping={"parent_library": {"x": 1}}),
+        r"auto_mapping\['parent_library'\]",
+    ),
+    (fields(auto_mapping={"base_model_class": "a" * 5000}), "at most 4096 characters"),
+    (fields(base_model_name_or_path=3), "base_model_name_or_path to be a printable string"),
+    (fields(base_model_name_or_path="a\nb"), "base_model_name_or_path to be a printable string"),
+    (fields(revision="\u001b[2J"), "revision to be a printable string"),
+    (fields(task_type="\ud800"), "task_type to be a printable string"),
+    (fields(peft_version=["0.21.2"]), "peft_version to be a printable string"),
+    # variants, at anything but their default
+    (fields(use_dora=True), r"plain LoRA, but got use_dora=True \(DoRA\)"),
+    (fields(use_dora=1), "use_dora=1"),
+    (fields(use_qalora=True), "use_qalora=True"),
+    (fields(use_bdlora={"nblocks": 2}), "use_bdlora="),
+    (fields(velora_config={"num_groups": 4}), "velora_config="),
+    (fields(kasa_config={"beta": 0.1}), "kasa_config="),
+    (fields(arrow_config={"top_k": 3}), "arrow_config="),
+    (fields(monteclora_config={"num_samples": 8}), "monteclora_config="),
+    (fields(alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens=\[1, 2\] \(aLoRA\)"),
+    (fields(layer_replication=[[0, 2]]), "layer_replication="),
+    (fields(target_parameters=["experts.w"]), "target_parameters="),
+    (fields(trainable_token_indices=[1]), "trainable_token_indices="),
+    (fields(trainable_token_indices={"emb": [1]}), "trainable_token_indices="),
+    (fields(megatron_config={"x": 1}), "megatron_config="),
+    (fields(megatron_core="os"), "megatron_core='os'"),
+    (fields(loftq_config={"loftq_bits": 4}), "loftq_config="),
+    (fields(ensure_weight_tying=True), "ensure_weight_tying=True"),
+    (fields(use_dora=True, kasa_config={"a": 1}), "kasa_config=.*; use_dora=True"),
+    (
+        fields(brand_new_variant={"x": 1}),
+        "fields of PEFT 0.21.2, but got 'brand_new_variant'",
+    ),
+    (fields(R=2), "fields of PEFT 0.21.2, but got 'R': 2"),
+]
+
+
+def write_raw(folder, table):
+    text = json.dumps(table, ensure_ascii=True)
+    for value in [
+        *table.values(),
+        *(v for t in table.values() if isinstance(t, dict) for v in t.values()),
+    ]:
+        if isinstance(value, Raw):
+            text = text.replace(json.dumps(value), value)
+    (folder / CONFIG).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [(p.values[0], m) for p, m in BAD_FIELDS],
+    ids=[p.id for p, _ in BAD_FIELDS],
+)
+def test_a_bad_field(changes, message, folder):
+    write_raw(folder, {**read_config(folder), **changes})
+    assert_refused(folder, message)
+
+
+def test_a_field_at_its_default_or_off_is_no_reason(folder):
+    off = {
+        "use_dora": False,
+        "megatron_core": "megatron.core",
+        "loftq_config": {},
+        "layer_replication": [],
+        "rank_pattern": None,
+        "brand_new_variant": None,
+        "another": False,
+        "eva_config": {"rho": 2.0},
+        "corda_config": {"cache_file": "../../etc/passwd"},
+        "runtime_config": {"ephemeral_gpu_offload": True},
+        "qalora_group_size": 32,
+    }
+    write_config(folder, {**read_config(folder), **off})
+    load_adapter(make_zoo(torch.float32), folder)
+
+
+def test_fields_that_are_missing_have_peft_s_defaults(folder):
+    write_config(folder, {"peft_type": "LORA", "target_modules": ["q_proj"]})
+    config = read_adapter_config(folder)
+    assert (config.r, config.alpha, config.bias, config.use_rslora) == (8, 8, "none", False)
+
+
+NOT_JSON = [
+    ("empty", b"", "expected JSON"),
+    ("not an object", b'["peft_type", "LORA"]', "expected an object, but got"),
+    ("a number", b"3", "expected an object"),
+    ("cut short", b'{"peft_type": "LORA", "r', "expected JSON"),
+    ("byte order mark", b'\xef\xbb\xbf{"peft_type": "LORA"}', "a byte order mark; remove it"),
+    ("UTF-16", '{"peft_type": "LORA"}'.encode("utf-16"), "expected UTF-8"),
+    ("not UTF-8", b'{"peft_type": "LORA\xff"}', "expected UTF-8"),
+    ("duplicate key", b'{"peft_type": "LORA", "r": 2, "r": 4}', "each key once, but got 'r' twice"),
+    (
+        "duplicate key inside",
+        b'{"peft_type": "LORA", "rank_pattern": {"q": 2, "q": 4}}',
+        "each key once, but got 'q' twice",
+    ),
+    ("nesting of 17", b'{"a":' * 17 + b"1" + b"}" * 17, "at most 16 levels of nesting"),
+    ("endless nesting", b"[" * 400_000, "at most 16 levels of nesting"),
+    ("endless nesting, closed", b'{"a":' * 90_000 + b"1" + b"}" * 90_000, "levels of nesting"),
+    ("2 MiB", b'{"peft_type": "' + b"a" * (2 << 20) + b'"}', "at most 1048576 bytes, but it has"),
+    ("NUL", b'{"peft_type": "LORA\x00"}', "expected JSON"),
+    ("comment", b'{"peft_type": "LORA"} // ok', "expected JSON"),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [c[1:] for c in NOT_JSON], ids=[c[0] for c in NOT_JSON]
+)
+def test_a_config_that_is_no_plain_json(data, message, folder):
+    (folder / CONFIG).write_bytes(data)
+    assert_refused(folder, f"{CONFIG}: .*{message}")
