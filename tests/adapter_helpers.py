@@ -1,9 +1,10 @@
-"""A small model with every kind of layer, and PEFT's own adapters on it."""
+"""Small models, one of them with every kind of layer, and PEFT's own adapters on them."""
 
 import copy
 import json
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,9 @@ from lora_ext.modules import LoRALayer
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Targets in the Zoo below: layers of every kind, and linear ones alone.
+EVERYTHING = ["emb", "q_proj", "mlp", "c_attn", "conv"]
+LINEAR = ["q_proj", "mlp", "c_attn"]
 
 
 class Block(nn.Module):
@@ -45,6 +49,27 @@ class Zoo(nn.Module):
         x = self.c_attn(x)
         x = self.conv(x.movedim(-1, 1)[..., None])[..., 0].movedim(1, -1)
         return self.head(self.norm(x))
+
+
+class Tree(nn.Module):
+    """Linear layers at the given paths."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        super().__init__()
+        self.paths = paths
+        for path in paths:
+            parent = self
+            *parents, last = path.split(".")
+            for name in parents:
+                if name not in parent._modules:
+                    parent.add_module(name, nn.Module())
+                parent = parent._modules[name]
+            parent.add_module(last, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for path in self.paths:
+            x = torch.tanh(self.get_submodule(path)(x))
+        return x
 
 
 def make_zoo(dtype: torch.dtype = torch.float64) -> Zoo:
