@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from helpers import F32, F64
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,8 @@ import lora_ext
 
 VOCAB, WIDTH, HEIGHT, CLASSES = 30, 24, 40, 5
 KINDS = ("linear", "linear without bias", "conv1d", "embedding")
+# Paths of `lora_ext.explain` on which the op computes, in whole or in part.
+FAST = {"fused", "added", "library"}
 
 # Adapters by a short name: {adapter: words of LoraConfig}.
 ADAPTERS: dict[str, dict[str, dict[str, Any]]] = {
@@ -159,6 +162,17 @@ def paths(model: nn.Module) -> dict[str, str]:
 
 def reasons(model: nn.Module) -> set[tuple[str, str]]:
     return {(layer.path, layer.reason) for layer in lora_ext.explain(model)}
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def assert_same_output(model: nn.Module, other: nn.Module, ids: Tensor | None = None) -> None:
+    """Both compute the same in float64."""
+    ids = make_ids() if ids is None else ids
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), other(ids), rtol=1e-10, atol=1e-10)
 
 
 def as_float64(x: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""Hooks on parts of a layer, subclasses and trained weights of its base: all have their effect."""
+
+import pytest
+import torch
+from helpers import BF16, F64
+from peft_helpers import (
+    ADAPTERS,
+    FAST,
+    accelerated,
+    layer_model,
+    make_ids,
+    make_x,
+    net,
+    paths,
+    peft_model,
+    reasons,
+    step,
+)
+from torch import nn
+
+# ---- hooks ----
+
+
+def attach_forward(module, seen):
+    return module.register_forward_hook(lambda m, i, y: seen.append(y))
+
+
+def attach_pre(module, seen):
+    return module.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+
+
+def attach_backward(module, seen):
+    return module.register_full_backward_hook(lambda m, i, o: seen.append(o[0]))
+
+
+PARTS = {
+    "base": lambda layer: layer.base_layer,
+    "A": lambda layer: layer.lora_A["a"],
+    "B": lambda layer: layer.lora_B["a"],
+    "dropout": lambda layer: layer.lora_dropout["a"],
+}
+
+
+@pytest.mark.parametrize("attach", [attach_forward, attach_pre, attach_backward])
+@pytest.mark.parametrize("part", PARTS)
+def test_hooks_on_the_parts_are_called(part, attach):
+    model = layer_model("linear", "one", F64, lora_dropout=0.2)
+    fast, x = accelerated(model), make_x("linear", F64)
+    calls = {}
+    for name, one in (("fast", fast), ("peft", model)):
+        calls[name] = []
+        handle = attach(PARTS[part](one.base_model.model[0]), calls[name])
+        step(one.eval(), x)
+        if name == "fast":
+            assert paths(one)["0"] == ("added" if part == "base" else "peft")
+        handle.remove()
+    assert len(calls["fast"]) == len(calls["peft"]) == 1
+    torch.testing.assert_close(calls["fast"][0], calls["peft"][0], rtol=1e-11, atol=1e-11)
+    assert set(paths(fast).values()) <= FAST - {"added"}
+
+
+def test_a_hook_that_changes_the_bases_output_is_obeyed():
+    model = layer_model("linear", "one", F64)
+    fast, x = accelerated(model), make_x("linear", F64)
+    for one in (model, fast):
+        one.base_model.model[0].base_layer.register_forward_hook(lambda m, i, y: 3 * y)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_hooks_on_the_layer_and_on_all_modules():
+    model, x, seen = layer_model("linear"), make_x("linear"), []
+    fast = accelerated(model)
+    fast.base_model.model[0].register_forward_hook(lambda m, i, y: seen.append(type(m).__name__))
+    assert paths(fast)["0"] == "fused"
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, i, y: seen.append(type(m).__name__)
+    )
+    try:
+        assert reasons(fast) == {("peft", "hooks on all modules are registered")}
+        fast(x)
+    finally:
+        handle.remove()
+    assert seen.count("Linear") == 5  # the base, A, B, and the layer by both hooks
+
+
+# ---- the base layer ----
+
+
+class Doubling(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Tanh(nn.Linear):
+    """Its output is what tanh saves for backward: writing to it would spoil the gradient."""
+
+    def forward(self, input):
+        return torch.tanh(super().forward(input))
+
+
+@pytest.mark.parametrize("kind", [Doubling, Tanh])
+@pytest.mark.parametrize("adapters", ["one", "three", "lora_bias"])
+@pytest.mark.parametrize("dtype", [F64, BF16])
+def test_a_subclass_of_linear_is_called_as_it_is(kind, adapters, dtype):
+    torch.manual_seed(0)
+    model = peft_model(nn.Sequential(kind(24, 40)), ADAPTERS[adapters], ["0"], dtype)
+    fast, x = accelerated(model), make_x("linear", dtype)
+    assert reasons(fast) == {("added", "the base layer is not exactly nn.Linear or Conv1D")}
+    found, wanted = step(fast, x), step(model, x)
+    for name, value in wanted.items():
+        tolerance = 1e-11 if dtype == F64 else 2e-2
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+class OneRow(nn.Linear):
+    """Returns a row for all of x, which PEFT's sum broadcasts."""
+
+    def forward(self, input):
+        return super().forward(input[:1])
+
+
+def test_a_base_that_changes_the_shape():
+    torch.manual_seed(0)
+    model = peft_model(nn.Sequential(OneRow(24, 40)), ADAPTERS["three"], ["0"], F64)
+    fast, x = accelerated(model), make_x("linear", F64)
+    assert torch.equal(fast(x), model(x)) and fast(x).shape == (60, 40)
+
+
+def test_a_base_weight_that_is_trained_gets_its_gradient():
+    model = layer_model("linear", "one", F64)
+    fast, x = accelerated(model), make_x("linear", F64)
+    for one in (model, fast):
+        one.base_model.model[0].base_layer.weight.requires_grad_()
+    assert reasons(fast) == {("added", "the base weight is trained")}
+    found, wanted = step(fast, x), step(model, x)
+    assert found.keys() == wanted.keys() and any("base_layer.weight" in name for name in found)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_base_bias_that_is_trained_gets_its_gradient(bias):
+    model = net("one", F64, bias=bias)
+    fast, ids = accelerated(model), make_ids()
+    found, wanted = step(fast, ids), step(model, ids)
+    assert found.keys() == wanted.keys() and any("base_layer.bias" in name for name in found)
+    assert paths(fast)["up"] in ("fused", "library")
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)

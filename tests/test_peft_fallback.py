@@ -1,0 +1,114 @@
+"""What only PEFT computes: its own forward runs, and explain says why."""
+
+import pytest
+import torch
+from helpers import F32, F64
+from peft import LoraConfig, get_peft_model
+from peft_helpers import accelerated, layer_model, make_x, paths, reasons
+from torch import nn
+
+import lora_ext
+
+
+def parametrized(layer):
+    nn.utils.parametrizations.weight_norm(layer.lora_A["a"])
+
+
+REASONS = {
+    "a factor is not a plain nn.Linear": parametrized,
+    "the dropout is not nn.Dropout": lambda m: m.lora_dropout.update({"a": nn.AlphaDropout(0.0)}),
+    "the dropout drops everything": lambda m: m.lora_dropout.update({"a": nn.Dropout(1.0)}),
+    "the factors' dtypes are not the same floating dtype": lambda m: m.lora_A["a"].to(F32),
+    "a factor's forward is replaced on the instance": lambda m: setattr(
+        m.lora_B["a"], "forward", m.lora_B["a"].forward
+    ),
+    "casting the input is turned off (cast_input_dtype_enabled)": lambda m: setattr(
+        m, "cast_input_dtype_enabled", False
+    ),
+    "the layer's forward is replaced on the instance": lambda m: setattr(m, "forward", m.forward),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons_for_pefts_forward(reason):
+    """Each is named, and the result is PEFT's, errors included."""
+    model = layer_model("linear", "one", F64)
+    fast, x = accelerated(model), make_x("linear", F64)
+    for one in (model, fast):
+        REASONS[reason](one.base_model.model[0])
+    if "casting" not in reason:  # which holds for an x of another dtype too
+        assert reasons(fast) == {("peft", reason)}
+    outcomes = []
+    for one in (model, fast):
+        try:
+            outcomes.append(one(x))
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        assert torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words", "reason"),
+    [
+        ("three", {"use_dora": True}, "several active adapters, one of them DoRA"),
+        ("one", {"init_lora_weights": "mica"}, "a variant of LoRA other than DoRA"),
+    ],
+)
+def test_variants_that_only_peft_computes(adapters, words, reason):
+    model = layer_model("linear", adapters, **words)
+    fast, x = accelerated(model), make_x("linear")
+    assert reasons(fast) == {("peft", reason)}
+    assert torch.equal(fast(x), model(x))
+
+
+@pytest.mark.parametrize("change", ["hook", "lora_bias", "offload"])
+def test_dora_that_only_peft_computes(change):
+    model = layer_model("linear", "dora")
+    layer = model.base_model.model[0]
+    if change == "hook":
+        layer.lora_magnitude_vector["a"].register_forward_hook(lambda *_: None)
+    elif change == "lora_bias":
+        layer.lora_B["a"].bias = nn.Parameter(torch.ones(40))
+    else:
+        layer.ephemeral_gpu_offload = True
+    fast, x = accelerated(model), make_x("linear")
+    assert set(paths(fast).values()) == {"peft"}
+    assert torch.equal(fast(x), model(x))
+
+
+def test_layers_without_a_faster_forward_are_listed():
+    model = get_peft_model(
+        nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 5)),
+        LoraConfig(target_modules=["0", "2"], r=2),
+    )
+    lora_ext.accelerate(model)
+    assert next((layer.path, layer.reason) for layer in lora_ext.explain(model)) == (
+        "peft",
+        "no faster forward for peft's Conv2d",
+    )
+    assert "Conv2d" in str(lora_ext.explain(model))
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_an_adapter_that_is_not_in_the_layer(kind):
+    model = layer_model(kind, "one")
+    fast, x = accelerated(model), make_x(kind)
+    fast.base_model.model[0]._active_adapter = model.base_model.model[0]._active_adapter = "other"
+    assert {layer.path for layer in lora_ext.explain(fast)} == {"base"}
+    assert torch.equal(fast(x), model(x))
+
+
+def test_torch_func_and_forward_mode_take_pefts_forward():
+    model = layer_model("linear", "one", F64)
+    fast, x = accelerated(model), make_x("linear", F64, 3)
+    tangent = torch.randn_like(x)
+    for transform in (
+        lambda m: torch.func.vmap(m)(x),
+        lambda m: torch.func.grad(lambda x: m(x).square().sum())(x),
+        lambda m: torch.func.jvp(m, (x,), (tangent,))[1],
+        lambda m: torch.func.jacrev(m)(x),
+    ):
+        torch.testing.assert_close(transform(fast), transform(model), rtol=1e-11, atol=1e-11)
