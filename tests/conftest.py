@@ -18,6 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+import two_processes
 from helpers import EMULATED, EMULATED_ROUTE
 
 from lora_ext import _C
@@ -177,3 +178,9 @@ def no_hang():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """Reports of the module's cases in two_processes."""
+    return two_processes.run(request.module.__name__, tmp_path_factory.mktemp("processes"))

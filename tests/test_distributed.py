@@ -1,6 +1,5 @@
 """Two processes on the CPU: DistributedDataParallel and FSDP2 train as one process does.
 
-The processes start once and run all cases; a case that fails or hangs in one of them fails alone.
 What both compute is compared with the two halves of the batch in one process, whose gradients are
 averaged: the same sums, so that the bits agree.
 """
@@ -16,28 +15,12 @@ import torch.nn.functional as F
 import two_processes
 from helpers import BF16, F32
 from torch import nn
-from two_processes import WORLD
+from two_processes import WORLD, half
 
 import lora_ext
 from lora_ext import AdapterSpec, LoRAConfig, apply_lora, lora_layers, lora_state_dict
 
-CASES = {}
-
-
-def case(function):
-    """A test that runs in both processes; its argument is the rank."""
-    CASES[function.__name__] = function
-    return function
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return two_processes.run(__name__, tmp_path_factory.mktemp("processes"))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes(outcomes, name):
-    two_processes.check(outcomes[name])
+case, test_two_processes = two_processes.cases(__name__)
 
 
 # ---- models and steps ----
@@ -90,10 +73,6 @@ def batches(steps=2):
     """Of token ids, the same in every process."""
     generator = torch.Generator().manual_seed(5)
     return torch.randint(11, (steps, 8, 5), generator=generator)
-
-
-def half(ids, rank):
-    return ids.chunk(WORLD)[rank]
 
 
 def loss_of(model, ids):

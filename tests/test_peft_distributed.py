@@ -6,45 +6,25 @@ averaged, by PEFT's own forward and by ours.
 
 from unittest import mock
 
-import pytest
 import torch
 import two_processes
 from helpers import F32
 from peft.tuners.lora import LoraLayer
 from peft_helpers import make_ids, net
 from torch import nn
-from two_processes import WORLD
+from two_processes import WORLD, half
 
 import lora_ext
 from lora_ext.peft import linear, quick
 
-CASES = {}
+case, test_two_processes = two_processes.cases(__name__)
+
 TARGETS = ["up", "gate", "down"]
-
-
-def case(function):
-    """A test that runs in both processes; its argument is the rank."""
-    CASES[function.__name__] = function
-    return function
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return two_processes.run(__name__, tmp_path_factory.mktemp("processes"))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes(outcomes, name):
-    two_processes.check(outcomes[name])
 
 
 def model_of(adapters, accelerate=True, **words):
     model = net(adapters, F32, **words)
     return lora_ext.accelerate(model) if accelerate else model
-
-
-def half(ids, rank):
-    return ids.chunk(WORLD)[rank]
 
 
 def optimizer_of(model):

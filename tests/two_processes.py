@@ -21,16 +21,45 @@ WORLD = 2
 # Of one collective, and of all cases together: a deadlock fails instead of hanging.
 COLLECTIVE_SECONDS, ALL_SECONDS = 15, 120
 
+# module -> {name: function of the rank}; filled where a module is imported, in each process.
+CASES = {}
+
+
+def cases(module):
+    """What a test module of cases begins with: `case, test_two_processes = cases(__name__)`.
+
+    Returns:
+        A decorator of cases, functions that run in both processes with the rank as argument; and
+        the test that has one item for each of them.
+    """
+    found = CASES[module] = {}
+
+    def case(function):
+        found[function.__name__] = function
+        return function
+
+    @pytest.mark.parametrize("name", found)
+    def test_two_processes(outcomes, name):
+        failures = [text for text in outcomes[name] if not text.endswith(": ok")]
+        assert not failures, "\n".join(failures)
+
+    return case, test_two_processes
+
+
+def half(ids, rank):
+    """The rank's part of a batch."""
+    return ids.chunk(WORLD)[rank]
+
 
 def run(module, folder):
-    """Runs the functions in the module's CASES, name -> function of the rank, in both processes.
+    """Runs the module's cases in both processes.
 
     Returns:
         case -> a report of each process: "rank 0: ok", or its traceback.
     """
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    names = list(importlib.import_module(module).CASES)
+    names = list(CASES[module])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -54,14 +83,10 @@ def run(module, folder):
     }
 
 
-def check(reports):
-    failures = [text for text in reports if not text.endswith(": ok")]
-    assert not failures, "\n".join(failures)
-
-
 def _run_cases(rank, module, folder, names):
     torch.set_num_threads(1)
-    cases = importlib.import_module(module).CASES
+    importlib.import_module(module)
+    found = CASES[module]
     folder = Path(folder)
     store = dist.FileStore(str(folder / "store"), WORLD)
     report = {}
@@ -74,7 +99,7 @@ def _run_cases(rank, module, folder, names):
             case_folder.mkdir(exist_ok=True)
             os.chdir(case_folder)
             torch.manual_seed(0)
-            cases[name](rank)
+            found[name](rank)
             report[name] = "ok"
         except BaseException:
             report[name] = traceback.format_exc()
