@@ -18,9 +18,9 @@ LORA_EXT_DEVICE void griddepcontrol_wait() {
 }
 
 // griddepcontrol.launch_dependents (sm_90): the grids that depend on this one may start once all
-// its blocks have come here or exited. It publishes nothing of what they wrote: such a grid may
-// read what was complete when a block that came here last had waited for it, and else must itself
-// wait. Nothing where no grid can depend so.
+// its blocks have come here or exited. It publishes nothing of what they wrote. Such a grid may
+// read what one of them had waited for before it came here; for all else it must itself wait.
+// Nothing where no grid can depend so.
 LORA_EXT_DEVICE void griddepcontrol_launch_dependents() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
