@@ -24,8 +24,11 @@ int attribute(cudaDeviceAttr what, int device) {
   return cudaDeviceGetAttribute(&value, what, device) == cudaSuccess ? value : 0;
 }
 
+// It is the caller's from here on: left behind, torch would report it for its own next kernel.
 std::string text_of(cudaError_t error) {
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 }
 
 }  // namespace
