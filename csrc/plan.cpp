@@ -206,8 +206,7 @@ std::string describe_gemm(const Gemm& gemm) {
 void place_flags(Plan& plan, const Card& card, int64_t m, int64_t n, Workspace& workspace) {
   const TileFacts& tile = facts_of(plan.gemm.tile);
   plan.row_blocks = 2 * blocks_of(m, 2 * tile.rows);
-  plan.flag_count = 3 * kFlagsApart + plan.row_blocks;
-  plan.flags = workspace.take(plan.flag_count, 4);
+  plan.flags = workspace.take(plan.flag_count(), 4);
   plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, m, n);
 }
 
@@ -282,8 +281,8 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   if (p.need_dlora_a) {
     plan.dlora_a = choose_splits(card, blocks_of(p.k, 128) * blocks_of(plan.columns, 64), p.m);
   }
-  plan.early_wgrad = plan.gemm.blocks > 0 && facts_of(plan.gemm.tile).wgmma &&
-                     (p.need_dlora_a || (p.need_dlora_b && !plan.one_pass)) && request.early_launch;
+  plan.early_wgrad = plan.gemm.blocks > 0 && facts_of(plan.gemm.tile).wgmma && plan.has_wgrad() &&
+                     request.early_launch;
   if (plan.in_grid()) {
     place_flags(plan, card, p.m, p.k, workspace);
   } else if (need_ds) {
@@ -316,11 +315,10 @@ std::string Plan::describe() const {
   if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
   if (!no_wgmma.empty()) text << "  without wgmma: " << no_wgmma << "\n";
   if (hybrid && gemm.blocks > 0) text << "  the library's base product, onto it\n";
-  const bool db_apart = dlora_b.splits > 0 && !one_pass;
-  if (dlora_a.splits > 0 || db_apart) {
+  if (has_wgrad()) {
     text << "  lora_wgrad";
     if (dlora_a.splits > 0) text << " A: " << dlora_a.splits << " splits";
-    if (db_apart) text << " B: " << dlora_b.splits << " splits";
+    if (db_apart()) text << " B: " << dlora_b.splits << " splits";
     text << (early_wgrad ? ", begins early\n" : "\n");
   }
   if (g_a != kNone || g_b != kNone) text << "  lora_reduce_wgrad\n";

@@ -140,12 +140,16 @@ struct Plan {
   Splits dlora_b{}, dlora_a{};
   int64_t g_b = kNone, g_a = kNone;  // partial sums of gradients
 
-  int64_t flag_count = 0, row_blocks = 0;  // of T, each with a flag
+  int64_t row_blocks = 0;    // in_grid: of T, each with a flag
   int pairs_per_ticket = 1;  // of row blocks, whose part of T one cluster makes at a time
   bool early_wgrad = false;  // lora_wgrad begins beside the last tiles of dX
   std::string no_wgmma;      // on compute capability 9.0: why gemm has none
 
   bool in_grid() const;  // gemm makes T, too
+  int64_t flag_count() const { return 3 * kFlagsApart + row_blocks; }
+  // lora_wgrad makes a product: that of dA, or that of dB where lora_dsdb does not.
+  bool has_wgrad() const { return dlora_a.splits > 0 || db_apart(); }
+  bool db_apart() const { return dlora_b.splits > 0 && !one_pass; }
   std::string describe() const;
 };
 

@@ -1,9 +1,12 @@
 """The kernel route on a GPU: graphs, streams, far offsets, and agreement with the library route."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import lora_ext
+from benchmarks.gpu import stress
 from lora_ext import _C
 
 pytestmark = pytest.mark.gpu
@@ -173,19 +176,7 @@ def test_graph_replays_have_the_same_bits():
 @pytest.mark.parametrize("shape", [(2048, 1024, 1024, 16), (4096, 2048, 2048, 40)])
 def test_replays_of_a_whole_step_have_the_same_bits(shape):
     assert list(lora_ext.warmup()) == []
-    x, w, a, b = operands(*shape)
-    leaves = [t.requires_grad_() for t in (x, a, b)]
-    grad = torch.randn(shape[0], shape[2], device="cuda", dtype=BF16)
-
-    def run():
-        y = lora_ext.lora_linear(leaves[0], w, *leaves[1:], None, 2.0)
-        return (y.detach(), *torch.autograd.grad(y, leaves, grad))
-
-    expected = [t.clone() for t in run()]
-    graph, out = captured(run)
-    for _ in range(200):
-        graph.replay()
-        assert all(torch.equal(one, other) for one, other in zip(out, expected, strict=True))
+    assert stress.replays("cuda", 200, partial(stress.step_of, sizes=shape)) == 0
 
 
 def test_graph_replays_draw_new_masks():

@@ -47,6 +47,14 @@ def _work(cell: dict[str, Any]) -> tuple[float, float]:
     return products * 2.0 * m * n * k, products * _BYTES * (m * n + m * k + n * k)
 
 
+def _logarithmic(axes: Any, xlabel: str, ylabel: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def _title(axes: Any, document: Document, text: str) -> None:
     machine = document["machine"]
     mark = "GPU" if machine["device"] == "cuda" else "CPU, a trial of the code"
@@ -77,11 +85,8 @@ def _roofline(document: Document) -> Any | None:
     steps = [low * (high / low) ** (i / 99) for i in range(100)]
     roof = [min(ceilings["tflops"], ceilings["dram_gb_s"] * x / 1e3) for x in steps]
     axes.plot(steps, roof, color="black", linewidth=1.2, label="measured ceilings")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("operations for each byte of the base product's operands and result")
-    axes.set_ylabel("TFLOP/s of the base product")
-    axes.legend(frameon=False, fontsize=8)
+    xlabel = "operations for each byte of the base product's operands and result"
+    _logarithmic(axes, xlabel, "TFLOP/s of the base product")
     _title(axes, document, "roofline of the base products, LoRA's own work not counted")
     return figure
 
@@ -172,11 +177,7 @@ def _predictions(document: Document) -> Any | None:
     axes.fill_between(
         ends, [e / 1.25 for e in ends], [e * 1.25 for e in ends], color="#dddddd", zorder=0
     )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("predicted, us (benchmarks/model/)")
-    axes.set_ylabel("measured, us")
-    axes.legend(frameon=False, fontsize=8)
+    _logarithmic(axes, "predicted, us (benchmarks/model/)", "measured, us")
     _title(axes, document, "predicted and measured; grey: within 25 %")
     return figure
 

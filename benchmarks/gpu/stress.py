@@ -29,10 +29,10 @@ _SIZES = {"cuda": [(1024, 1024, 2048, 16), (4096, 2048, 2048, 40)], "cpu": [(48,
 Step = Callable[[], tuple[Tensor, ...]]
 
 
-def step_of(device: str, seed: int, sizes: Sequence[int] | None = None) -> Step:
-    """A training step on tensors of its own; returns y and the gradients."""
+def step_of(device: str, seed: int, sizes: Sequence[int]) -> Step:
+    """A training step on tensors of its own, of M, K, N, r; returns y and the gradients."""
     generator = torch.Generator().manual_seed(seed)
-    rows, k, n, rank = sizes or _SIZES[device][0]
+    rows, k, n, rank = sizes
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator).to(device, torch.bfloat16)
@@ -53,7 +53,7 @@ def differing(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def replays(device: str, count: int, make: Callable[[str, int], Step] = step_of) -> int:
+def replays(device: str, count: int, make: Callable[[str, int], Step]) -> int:
     """How many of so many replays of one step (calls, without CUDA) give other bits."""
     step = make(device, 0)
     expected = [t.clone() for t in step()]
@@ -70,7 +70,7 @@ def replays(device: str, count: int, make: Callable[[str, int], Step] = step_of)
     return wrong
 
 
-def side_by_side(device: str, count: int, make: Callable[[str, int], Step] = step_of) -> int:
+def side_by_side(device: str, count: int, make: Callable[[str, int], Step]) -> int:
     """How many steps give other bits than alone, of so many in each of a few threads."""
     steps = [make(device, seed) for seed in range(_WORKERS)]
     expected = [[t.clone() for t in step()] for step in steps]

@@ -15,20 +15,11 @@ class StreamLaunch {
  public:
   explicit StreamLaunch(cudaStream_t stream) : stream_(stream) {}
 
+  // Early: the kernel may start as soon as the one before it lets it
+  // (griddepcontrol.launch_dependents).
   template <class Params>
   void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
-                  const Params& params) {
-    if (error_ == cudaSuccess)
-      error_ = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
-    if (error_ != cudaSuccess) return;
-    kernel<<<grid, threads, shared_bytes, stream_>>>(params);
-    error_ = cudaGetLastError();
-  }
-
-  // The kernel may start as soon as the one before it lets it (griddepcontrol.launch_dependents).
-  template <class Params>
-  void early(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
-             const Params& params) {
+                  const Params& params, bool early = false) {
     if (error_ == cudaSuccess)
       error_ = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (error_ != cudaSuccess) return;
@@ -36,7 +27,7 @@ class StreamLaunch {
     cudaLaunchConfig_t launch{};
     launch.gridDim = grid, launch.blockDim = dim3(threads);
     launch.dynamicSmemBytes = shared_bytes, launch.stream = stream_;
-    launch.attrs = &attribute, launch.numAttrs = 1;
+    launch.attrs = &attribute, launch.numAttrs = early ? 1 : 0;
     error_ = cudaLaunchKernelEx(&launch, kernel, params);
   }
 

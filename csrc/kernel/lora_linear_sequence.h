@@ -10,7 +10,7 @@
 //
 // Here stands in which order kernels run, in which instance and on which grid;
 // lora_linear_params.h has what they take. A launcher is called as launch(kernel, grid, threads,
-// shared bytes, parameters), as launch.early(...) for a kernel that may start before the one before
+// shared bytes, parameters), with true after them for a kernel that may start before the one before
 // it ends, and for gemm on wgmma, whose instances are compiled elsewhere, as
 // launch.lora_gemm_sm90a(parameters, choice) or launch.lora_gemm_in_grid_sm90a(...);
 // launch.clear(flags, count) makes flags zero. It decides where kernels run: csrc/cuda/ on a stream
@@ -117,7 +117,7 @@ class LoraLinearSequence {
   // Workspace comes as the allocator has it, so the flags are cleared before each launch.
   void in_grid(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
                const InGridFactor<T>& factor, const Sm90aChoice& choice) {
-    launch_.clear(params_.flags(), plan_.flag_count);
+    launch_.clear(params_.flags(), plan_.flag_count());
     launch_.lora_gemm_in_grid_sm90a(params, in, factor, choice);
   }
 
@@ -167,9 +167,7 @@ class LoraLinearSequence {
     const dim3 grid(blocks_of(wgrad.widest, Tile::kC), blocks_of(plan_.columns, Tile::kColumns),
                     wgrad.splits);
     const auto run = [&](auto kernel) {
-      if (plan_.early_wgrad)
-        return launch_.early(kernel, grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params);
-      launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params);
+      launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params, plan_.early_wgrad);
     };
     constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
     if (wgrad.params.product[0].masked) {

@@ -185,7 +185,6 @@ std::string run_gemm(const Case& run) {
                 kernels::copy_early<T>, static_cast<const T*>(problem.t.data()), seen_t.data(),
                 static_cast<int>(seen_t.size()), static_cast<const uint32_t*>(written.data()),
                 parts_of_t(static_cast<int64_t>(flags)));
-  emulator::reset_counters();
   specimens::run_timed(stream);
 
   std::string difference = compare_loads<Tile>(problem.m, problem.n, problem.k, problem.rank);

@@ -19,18 +19,12 @@ struct Launch {
   int early_launches = 0;
   template <class Params>
   void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
-                  const Params& params) const {
-    stream.launch({.grid = grid, .block = dim3(threads), .shared_bytes = shared_bytes}, kernel,
-                  params);
-  }
-  template <class Params>
-  void early(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
-             const Params& params) {
-    ++early_launches;
+                  const Params& params, bool early = false) {
+    early_launches += early;
     stream.launch({.grid = grid,
                    .block = dim3(threads),
                    .shared_bytes = shared_bytes,
-                   .programmatic_dependent = true},
+                   .programmatic_dependent = early},
                   kernel, params);
   }
 
