@@ -26,7 +26,10 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	$(PYTHON) -c "$$LENT_PACKAGES" >$$site/lent.pth
-	$(PY) -c 'import torch, setuptools' 2>/dev/null ||
+	# The old setuptools that Python before 3.12 puts into an environment would hide a newer one.
+	$(PIP) uninstall --yes setuptools
+	$(PY) -c 'import torch, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' \
+	    2>/dev/null ||
 	    $(PIP) install 'torch>=2.11' 'setuptools>=77' ninja
 	touch $@
 
