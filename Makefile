@@ -21,17 +21,28 @@ build: $(VENV)/.built
 
 # A PYTHON that has torch lends its packages to the environment: nothing is downloaded twice, and
 # `make gpu` needs no network on a machine that has torch. A .pth file lends them even where PYTHON is
-# in a virtual environment itself, which --system-site-packages would pass over.
+# in a virtual environment itself, which --system-site-packages would pass over. pip comes that way,
+# too: a system's Python can lack ensurepip.
 $(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --without-pip $(VENV)
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	$(PYTHON) -c "$$LENT_PACKAGES" >$$site/lent.pth
-	# The old setuptools that Python before 3.12 puts into an environment would hide a newer one.
-	$(PIP) uninstall --yes setuptools
-	$(PY) -c 'import torch, setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' \
-	    2>/dev/null ||
-	    $(PIP) install 'torch>=2.11' 'setuptools>=77' ninja
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then
+	    $(PY) -m ensurepip >/dev/null || {
+	        echo "$(PYTHON) has neither pip nor ensurepip: install its package python3-venv" >&2
+	        exit 1
+	    }
+	    # The old setuptools that comes along before Python 3.12 would hide a newer one.
+	    $(PIP) uninstall --yes setuptools
+	fi
+	$(PY) -c "$$BUILDS_WITH" 2>/dev/null || $(PIP) install 'torch>=2.11' 'setuptools>=77' ninja
 	touch $@
+
+define BUILDS_WITH
+import setuptools, torch
+assert int(setuptools.__version__.split(".")[0]) >= 77
+endef
+export BUILDS_WITH
 
 define LENT_PACKAGES
 import importlib.metadata, sys
@@ -41,9 +52,10 @@ for torch in importlib.metadata.distributions(name="torch"):
 endef
 export LENT_PACKAGES
 
-# ninja, which compiles in parallel, is looked for on the PATH.
+# ninja is looked for on the PATH; it may be beside the Python that lends torch.
 $(VENV)/.built: $(VENV)/.torch $(COMPILED)
-	PATH="$(abspath $(VENV)/bin):$$PATH" $(PIP) install --no-build-isolation --no-deps --editable .
+	lender=$$(dirname "$$(command -v $(PYTHON))")
+	PATH="$(abspath $(VENV)/bin):$$lender:$$PATH" $(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
 # By name, so that pip reads the extras of the copy just installed and compiles nothing again.
@@ -121,11 +133,16 @@ demo: $(VENV)/.extras
 	$(PY) -m benchmarks.finetune $(ARGS)
 
 # QUICK=1: what matters most, in 8 minutes. DEVICE=cpu: every stage without a GPU, to try the code.
-# Built for the card at hand alone, if there is one.
-gpu: export TORCH_CUDA_ARCH_LIST ?= $(subst 9.0,9.0a,$(shell nvidia-smi -i 0 --query-gpu=compute_cap \
-    --format=csv$(,)noheader 2>/dev/null))
+# Built for the card at hand alone, whatever the environment's list says: a container's list has 9.0,
+# without Hopper's own kernels. A build without kernels would measure nothing, and is an error. The
+# budget counts from make's start: the first call builds.
+STARTED := $(shell date +%s)
+gpu: export TORCH_CUDA_ARCH_LIST = $(subst 9.0,9.0a,$(shell nvidia-smi -i 0 --query-gpu=compute_cap \
+    --format=csv$(,)noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]+'))
+gpu: export LORA_EXT_CUDA = $(if $(filter cpu,$(DEVICE)),auto,1)
 gpu: $(VENV)/.built
-	$(PY) -m benchmarks.gpu $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	$(PY) -m benchmarks.gpu --started $(STARTED) $(if $(QUICK),--quick) \
+	    $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 # In a copy, since an editable build would replace the extension that everything else uses. The
 # sanitizer must be loaded before Python is, and libstdc++ with it for exceptions to pass through.

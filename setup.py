@@ -9,7 +9,8 @@ Environment, read at build time only:
     TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; default: DEFAULT_ARCHS
     CUDA_HOME             CUDA toolkit; default: that of the nvcc on PATH
     CXX                   C++ compiler, g++ 12 or clang 14 or newer; default: c++
-    MAX_JOBS              compilers at a time; default: one a core and 3 GiB of memory
+    MAX_JOBS              compilers at a time; default: one a core and 2 GiB of memory, but no
+                          fewer than one for four cores
 """
 
 import ctypes
@@ -46,7 +47,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Without exclude-libs, the shared CUDA runtime that torch loads would answer our calls.
 CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]
-GIB_PER_JOB = 3  # a C++ file that includes torch peaks near 1.5 GiB
+GIB_PER_JOB = 2  # a C++ file that includes torch peaks near 1.5 GiB
 CUDA_ADVICE = "put a working CUDA toolkit on PATH or in CUDA_HOME, then reinstall"
 
 PROBE = """
@@ -61,8 +62,10 @@ def sources(pattern: str) -> list[str]:
 
 
 def default_jobs() -> int:
+    """A virtual machine that gets memory as it needs it shows little: it has cores to go by."""
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return max(1, min(len(os.sched_getaffinity(0)), int(gib // GIB_PER_JOB)))
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, max(1, cores // 4, int(gib // GIB_PER_JOB)))
 
 
 def cxx_command() -> list[str]:
@@ -210,7 +213,20 @@ class BuildExt(BuildExtension):
             "openmp": bool(openmp),
             **self.add_cuda(extension),
         }
+        if not cpp_extension.is_ninja_available():
+            self.compile_side_by_side()
         super().build_extensions()
+
+    def compile_side_by_side(self) -> None:
+        """Without ninja setuptools compiles one file after the other, for minutes."""
+        one_by_one = self.compiler.compile
+
+        def compile(sources: list[str], **options) -> list[str]:
+            with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+                objects = pool.map(lambda source: one_by_one([source], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile
 
     def add_cuda(self, extension: Extension) -> dict:
         """Compiles the .cu files where LORA_EXT_CUDA and the toolkit allow; returns the facts."""

@@ -23,6 +23,17 @@ from helpers import EMULATED, EMULATED_ROUTE
 
 from lora_ext import _C
 
+# Of the extras. A machine with a GPU and no network may lack some: what needs them is skipped.
+OPTIONAL = {
+    "hypothesis",
+    "loralib",
+    "matplotlib",
+    "numpy",
+    "peft",
+    "safetensors",
+    "transformers",
+}
+
 # Test id -> route: our kernels, around torch's base product, torch's products alone.
 CUDA = {"cuda": "kernel", "cuda-hybrid": "hybrid", "cuda-library": "library"}
 
@@ -32,6 +43,23 @@ def pytest_configure(config):
         _C.set_cuda_route(EMULATED_ROUTE)
     # Kernels that fail their check are replaced by the library route, which would pass the tests.
     config.addinivalue_line("filterwarnings", "error:lora_ext. the kernels")
+
+
+class Module(pytest.Module):
+    """A file of tests; one that imports a package that is not there is skipped as a whole."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            if isinstance(cause, ModuleNotFoundError) and cause.name in OPTIONAL:
+                pytest.skip(f"needs {cause.name}, which is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return Module.from_parent(parent, path=module_path)
 
 
 def pytest_generate_tests(metafunc):

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -355,3 +356,29 @@ def test_backend_asks_for_ninja_where_there_is_none(backend, target, monkeypatch
 def test_house_rules(name, line, wrong):
     breaches = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["breaches"]
     assert [number for number, _ in breaches(name, f"\n{line}\n")] == ([2] if wrong else [])
+
+
+@pytest.mark.parametrize(
+    ("cores", "gib", "jobs"), [(16, 128, 16), (16, 4, 4), (16, 20, 10), (2, 3, 1), (1, 1, 1)]
+)
+def test_jobs_follow_memory_but_not_far_below_the_cores(monkeypatch, setup_py, cores, gib, jobs):
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gib * 2**18}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert setup_py["default_jobs"]() == jobs
+
+
+def test_without_ninja_files_are_compiled_side_by_side(monkeypatch, build_ext):
+    command, _ = build_ext
+    monkeypatch.setenv("MAX_JOBS", "3")
+    together = threading.Barrier(3, timeout=60)
+
+    class Compiler:
+        def compile(self, sources, output_dir):
+            together.wait()  # for ever, one after the other
+            return [f"{output_dir}/{source}.o" for source in sources]
+
+    command.compiler = Compiler()
+    command.compile_side_by_side()
+    found = command.compiler.compile(["a", "b", "c"], output_dir="out")
+    assert found == ["out/a.o", "out/b.o", "out/c.o"]

@@ -58,12 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--quick", action="store_true", help="what matters most, in 8 minutes")
     parser.add_argument("--budget", type=float, default=_BUDGET_S, help="seconds for all of it")
+    parser.add_argument(
+        "--started", type=float, help="when the budget began, as `date +%%s` says; default: now"
+    )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 2 without a device, 1 if a stage failed or ours is wrong anywhere, else 0."""
+    """Exit status 2 without a device or kernels, 1 if a stage failed or ours is wrong, else 0."""
     parser = _parser()
     options = parser.parse_args(arguments)
     names = [stage.name for stage in STAGES]
@@ -74,14 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason:
         print(f"python -m benchmarks.gpu: {reason}", file=sys.stderr)
         return 2
-    end = time.monotonic() + options.budget
+    spent = 0.0 if options.started is None else max(0.0, time.time() - options.started)
+    end = time.monotonic() + options.budget - spent
     if options.resume:
         bring(options.resume, options.out)
     fresh = results.new_document("gpu", describe(options.device, options.machine))
     document = resumed(options.out / "results.json", fresh)
     if options.device == "cuda" and document["machine"]["lora_ext"].get("cuda") is not True:
         why = document["machine"]["lora_ext"].get("cuda_reason", "")
-        print(f"lora_ext is built without CUDA kernels: {why}", file=sys.stderr)
+        print(
+            f"python -m benchmarks.gpu: lora_ext is built without CUDA kernels ({why}), so there is"
+            " nothing to measure: put a CUDA toolkit's nvcc on PATH, remove .venv/.built, then"
+            " `make gpu` again",
+            file=sys.stderr,
+        )
+        return 2
     run = Run(options.device, options.out, document, options.quick, end)
     run_stages(run, [s for s in STAGES if not options.only or s.name in options.only])
     document["complete"] = all(run.stages.get(name, {}).get("status") == "done" for name in names)

@@ -1,0 +1,97 @@
+"""The Makefile's targets, with a Python in the environment's place that prints how it is called."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SAYS = """#!/bin/sh
+echo "cuda=$LORA_EXT_CUDA archs=$TORCH_CUDA_ARCH_LIST"
+echo "arguments: $*"
+"""
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Runs make with an environment that is built already; returns what it prints."""
+    for variable in ("TORCH_CUDA_ARCH_LIST", "LORA_EXT_CUDA", "MAKEFLAGS", "MAKELEVEL"):
+        monkeypatch.delenv(variable, raising=False)
+    venv = tmp_path / "venv"
+    program(venv / "bin" / "python", SAYS)
+    for stamp in (".torch", ".built", ".extras", ".kernel-oracles"):
+        (venv / stamp).touch()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    program(tmp_path / "tools" / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            ["make", "--silent", f"VENV={venv}", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.smi = tmp_path / "tools" / "nvidia-smi"
+    return run
+
+
+def test_gpu_builds_for_the_card_whatever_the_environment_says(make, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
+    monkeypatch.setenv("LORA_EXT_CUDA", "auto")
+    program(make.smi, "#!/bin/sh\necho 9.0\n")
+    assert "cuda=1 archs=9.0a\n" in make("gpu")
+    program(make.smi, "#!/bin/sh\necho 8.6\n")
+    assert "cuda=1 archs=8.6\n" in make("gpu")
+    assert "cuda=1 archs=8.0 9.0a\n" in make("gpu", "TORCH_CUDA_ARCH_LIST=8.0 9.0a")
+
+
+def test_gpu_takes_the_default_list_where_nvidia_smi_says_nothing_of_use(make):
+    program(make.smi, "#!/bin/sh\necho Failed to initialize NVML: Driver mismatch\n")
+    assert "cuda=1 archs=\n" in make("gpu")
+    assert "cuda=auto archs=\n" in make("gpu", "DEVICE=cpu")
+
+
+def test_gpu_counts_its_budget_from_the_start_of_make(make):
+    before = int(time.time())
+    said = make("gpu", "QUICK=1", "DEVICE=cpu", "ARGS=--only stress")
+    started = re.search(r"-m benchmarks.gpu --started (\d+) --quick --device cpu", said)
+    assert started and before <= int(started[1]) <= time.time()
+    assert said.rstrip().endswith("--only stress")
+
+
+# Debian's python3 without python3-venv: it makes environments, but cannot put pip into them.
+WITHOUT_ENSUREPIP = f"""#!/bin/sh
+case "$*" in
+  "-m venv --without-pip "*) ;;
+  "-m venv "*) echo "ensurepip is not available" >&2; exit 1 ;;
+esac
+exec {sys.executable} "$@"
+"""
+
+
+def test_a_python_without_ensurepip_lends_its_pip_with_torch(tmp_path):
+    python = program(tmp_path / "bin" / "python3", WITHOUT_ENSUREPIP)
+    venv = tmp_path / "new"
+    command = ["make", "--silent", f"VENV={venv}", f"PYTHON={python}", str(venv / ".torch")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = "import pip, setuptools, sys, torch; print(sys.prefix)"
+    found = subprocess.run(
+        [venv / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(venv)
