@@ -50,10 +50,22 @@ CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]
 GIB_PER_JOB = 2  # a C++ file that includes torch peaks near 1.5 GiB
 CUDA_ADVICE = "put a working CUDA toolkit on PATH or in CUDA_HOME, then reinstall"
 
+LEAST_NVCC = (12, 6)  # that of the oldest torch; cudaGetDriverEntryPointByVersion came with 12.5
+LEAST_KERNEL_ARCH = 80
+LEAST_DROPOUT_ARCH = (
+    70  # dropout needs nothing of a card, and the library route runs on any of torch's
+)
+DROPOUT = "csrc/cuda/dropout.cu"
+
 PROBE = """
 #include <cuda_runtime.h>
 __global__ void probe() {}
-int main() { probe<<<1, 1>>>(); }
+int main() {
+  probe<<<1, 1>>>();
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  cudaGetDriverEntryPointByVersion("cuInit", &function, 12000, cudaEnableDefault, &found);
+}
 """
 
 
@@ -92,17 +104,32 @@ def openmp_flags(compiler: str) -> list[str]:
     return ["-fopenmp"] if hasattr(ctypes.CDLL(str(library)), call) else []
 
 
+def arch_number(arch: str) -> str:
+    """Returns "90a" for "9.0a+PTX"."""
+    match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+    if match is None:
+        expected = "entries like 8.0, 9.0a or 8.0+PTX"
+        raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected {expected}, but got {arch!r}")
+    return match[1] + match[2]
+
+
+def is_below(arch: str, least: int) -> bool:
+    return int(arch_number(arch).rstrip("af")) < least
+
+
 def arch_flags(archs: list[str]) -> list[str]:
-    """["8.0+PTX"] -> the -gencode flags for sm_80 code and compute_80 PTX."""
+    """["8.0+PTX"] -> the -gencode flags for sm_80 code and compute_80 PTX.
+
+    Beside 9.0a none for sm_90: a Hopper might load that, in which the kernels on wgmma are empty.
+    """
     flags = []
+    has_90a = "90a" in map(arch_number, archs)
     for arch in archs:
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
-        if match is None:
-            expected = "entries like 8.0, 9.0a or 8.0+PTX"
-            raise CompileError(f"TORCH_CUDA_ARCH_LIST: expected {expected}, but got {arch!r}")
-        number = match[1] + match[2]
-        for code in ["sm", "compute"] if match[3] else ["sm"]:
-            flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
+        number = arch_number(arch)
+        codes = ["compute"] if arch.endswith("+PTX") else []
+        if not (number == "90" and has_90a):
+            codes.insert(0, "sm")
+        flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
     return flags
 
 
@@ -114,9 +141,11 @@ class CudaToolkit:
         path = os.path.join(home, "bin") if home else f"{os.environ['PATH']}:/usr/local/cuda/bin"
         self.nvcc = shutil.which("nvcc", path=path)
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHS
-        self.archs = re.split(r"[;,\s]+", archs)
-        self.flags = [*NVCC_FLAGS, *arch_flags(self.archs)]
-        if {"9.0a", "9.0a+PTX"} & set(self.archs):
+        asked = re.split(r"[;,\s]+", archs)
+        self.old_archs = [arch for arch in asked if is_below(arch, LEAST_KERNEL_ARCH)]
+        self.archs = [arch for arch in asked if arch not in self.old_archs] or ["8.0"]
+        self.flags = [*NVCC_FLAGS]
+        if "90a" in map(arch_number, self.archs):
             self.flags.append("-DLORA_EXT_WITH_SM90A")
         if "CXX" in os.environ:
             self.flags += ["-ccbin", next(word for word in cxx_command() if "ccache" not in word)]
@@ -136,10 +165,16 @@ class CudaToolkit:
             settings = run([self.nvcc, "--dryrun", str(program)], **there)[1]
             self.include_dirs = self._folders(settings, "INCLUDES")
             self.library_dirs = self._folders(settings, "LIBRARIES")
-            release = re.search(r"release ([\d.]+)", run([self.nvcc, "--version"])[1])
-            self.version = release[1] if release else "of unknown version"
+            release = re.search(r"release (\d+)\.(\d+)", run([self.nvcc, "--version"])[1])
+            self.version = ".".join(release.groups()) if release else "of unknown version"
+            if release and tuple(map(int, release.groups())) < LEAST_NVCC:
+                least = ".".join(map(str, LEAST_NVCC))
+                return f"nvcc {self.version} is older than {least}: {CUDA_ADVICE}."
             link = ["-shared", "-cudart=static", "-o", f"{program}.so"]
-            status, said = run([self.nvcc, *self.flags, str(program), *link], **there)
+            kernel_archs = arch_flags(self.archs)
+            status, said = run(
+                [self.nvcc, *self.flags, *kernel_archs, str(program), *link], **there
+            )
         if status == 0 and self.include_dirs and self.library_dirs:
             return ""
         lines = said.strip().splitlines() or ["it names no include and library folders"]
@@ -151,11 +186,30 @@ class CudaToolkit:
         line = re.search(rf"^#\$ {name}=(.*)$", settings, re.MULTILINE)
         return [os.path.normpath(flag[2:]) for flag in shlex.split(line[1])] if line else []
 
+    def archs_of(self, source: str) -> list[str]:
+        """The kernels' architectures; dropout's besides are the older ones that nvcc knows."""
+        if source != DROPOUT:
+            return self.archs
+        listed = run([str(self.nvcc), "--list-gpu-arch"])[1]
+        known = sorted(map(int, re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)))
+        oldest = [f"{arch / 10}" for arch in known if arch >= LEAST_DROPOUT_ARCH][:1]
+        old = [arch for arch in self.old_archs if int(arch_number(arch)) in known]
+        return [*dict.fromkeys([*oldest, *old, *self.archs])]
+
+    def say_old_archs(self) -> None:
+        if self.old_archs:
+            print(
+                f"lora_ext: the kernels need compute capability 8.0: for {' '.join(self.old_archs)}"
+                f" dropout alone is compiled; the kernels are for {' '.join(self.archs)}",
+                flush=True,
+            )
+
     def compile(self, source: str, build_temp: str) -> str:
         """Compiles one .cu file, unless its object is up to date; returns the object's path."""
         target = Path(build_temp, source).with_suffix(".cu.o")
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".command")
-        command = [str(self.nvcc), *self.flags, "-Icsrc", "-MD", "-MF", str(depends)]
+        archs = arch_flags(self.archs_of(source))
+        command = [str(self.nvcc), *self.flags, *archs, "-Icsrc", "-MD", "-MF", str(depends)]
         command += ["-c", source, "-o", str(target)]
         made_by = f"nvcc {self.version}: {shlex.join(command)}"
         if target.exists() and stamp.exists() and stamp.read_text() == made_by:
@@ -241,6 +295,7 @@ class BuildExt(BuildExtension):
             raise CompileError(f"LORA_EXT_CUDA=1, but the CUDA kernels cannot be built. {reason}")
         if reason:
             return without_cuda(reason)
+        toolkit.say_old_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
             jobs = [
                 pool.submit(toolkit.compile, path, self.build_temp) for path in sources("cuda/*.cu")
