@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "cuda/dropout.h"
+#include "cuda/error.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -29,9 +30,8 @@ void run(Element element, const at::Tensor& out, const DropoutParams& params) {
   const c10::DeviceGuard device(out.device());
   const c10::impl::VirtualGuardImpl guard(out.device().type());
   auto* stream = static_cast<cudaStream_t>(guard.getStream(out.device()).native_handle());
-  const cudaError_t error = launch_dropout(element, params, stream);
-  LORA_EXT_CHECK(error == cudaSuccess, "launching dropout on ", out.device(),
-                 " failed: ", cudaGetErrorString(error));
+  const std::string error = text_of(launch_dropout(element, params, stream));
+  LORA_EXT_CHECK(error.empty(), "launching dropout on ", out.device(), " failed: ", error);
 }
 
 DropoutParams params_of(const at::Tensor& out, const DropoutArgs& dropout, int64_t first_row) {

@@ -73,6 +73,12 @@ void* stream_of(const at::Device& device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
+// Without an index a CUDA device is the current one.
+int index_of(const at::Device& device) {
+  if (device.has_index() || !device.is_cuda()) return device.index();
+  return c10::impl::VirtualGuardImpl(device.type()).getDevice().index();
+}
+
 cuda::Half half_of(at::ScalarType dtype) {
   return dtype == at::kHalf ? cuda::Half::kFloat16 : cuda::Half::kBFloat16;
 }
@@ -88,10 +94,17 @@ bool has_kernels(const at::Device& device) { return cuda::has_kernels(device.is_
 plan::Card card_of(const at::Device& device) {
   static std::mutex mutex;
   static std::unordered_map<int, plan::Card> cards;
-  const std::lock_guard lock(mutex);
-  const auto [card, missing] = cards.try_emplace(device.index());
-  if (missing) card->second = cuda::card_of(device.index());
-  return card->second;
+  const int index = index_of(device);
+  plan::Card card;
+  {
+    const std::lock_guard lock(mutex);
+    const auto [known, missing] = cards.try_emplace(index);
+    if (!missing) return known->second;
+    card = known->second = cuda::card_of(index);
+  }
+  if (!card.error.empty())
+    TORCH_WARN("lora_ext: the CUDA kernels cannot be used on ", device, ": ", card.error);
+  return card;
 }
 
 bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_of(device)); }

@@ -20,6 +20,7 @@ struct Card {
   std::string name{};       // the driver's, by which measurements are kept; "" in the abstract
   bool tensor_maps = true;  // the driver encodes them, which TMA needs
   bool sm90a_code = true;   // this build has some
+  std::string error{};      // why the CUDA runtime cannot use the card; "" if it can
 };
 
 // Which route is asked for; kAuto leaves it to the planner. kHybrid: base products by the library,

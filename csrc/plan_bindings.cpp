@@ -8,6 +8,7 @@
 #ifdef LORA_EXT_WITH_CUDA
 #include <ATen/ops/empty.h>
 
+#include "cuda/lora_linear.h"
 #include "kernel_launch.h"
 #include "kernel_route.h"
 #endif
@@ -49,6 +50,7 @@ void bind_device(py::module& m) {
   m.def(
       "cuda_card", [](const at::Device& device) { return kernel_launch::card_of(device); },
       py::arg("device"));
+  m.def("cuda_driver", &cuda::driver);
   py::class_<kernel_route::Explained>(m, "Explained")
       .def_readonly("plan", &kernel_route::Explained::plan)
       .def_readonly("check", &kernel_route::Explained::check);
@@ -104,9 +106,11 @@ void bind_winners(py::module& m) {
 
 void bind_plan(py::module& m) {
   py::class_<plan::Card>(m, "Card")
-      .def(py::init<int, int, int64_t, int64_t, std::string, bool, bool>(), py::arg("arch"),
-           py::arg("sms"), py::arg("shared_per_sm"), py::arg("shared_per_block"),
-           py::arg("name") = "", py::arg("tensor_maps") = true, py::arg("sm90a_code") = true)
+      .def(py::init<int, int, int64_t, int64_t, std::string, bool, bool, std::string>(),
+           py::arg("arch"), py::arg("sms"), py::arg("shared_per_sm"), py::arg("shared_per_block"),
+           py::arg("name") = "", py::arg("tensor_maps") = true, py::arg("sm90a_code") = true,
+           py::arg("error") = "")
+      .def_readonly("error", &plan::Card::error)
       .def_readonly("name", &plan::Card::name)
       .def_readonly("arch", &plan::Card::arch)
       .def_readonly("sms", &plan::Card::sms)

@@ -29,6 +29,7 @@ class Card:
     shared_per_sm: int
     shared_per_block: int
     name: str
+    error: str
     def __init__(
         self,
         arch: int,
@@ -38,6 +39,7 @@ class Card:
         name: str = "",
         tensor_maps: bool = True,
         sm90a_code: bool = True,
+        error: str = "",
     ) -> None: ...
 
 class Problem:
@@ -111,6 +113,7 @@ class Explained:
     check: str
 
 def cuda_card(device: torch.device) -> Card: ...
+def cuda_driver() -> str: ...
 def explain_forward(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -103,6 +103,9 @@ def build_info() -> BuildInfo:
         cuda_version        version of the nvcc that compiled them, None without
         cuda_archs          list of their GPU architectures, such as ["8.0+PTX", "9.0a"]
         cuda_reason         "", or why they are not compiled in and what to do about it
+        cuda_driver         the newest CUDA that the driver here takes, such as "13.0", and what to
+                            do if the kernels need a newer one; "none" without a driver; None
+                            without kernels
         cpu_isa             CPU kernel set in use: "amx", "avx512", "avx2" or "portable"
         cpu_isas_available  list of the kernel sets that this processor runs
     """
@@ -121,10 +124,13 @@ def build_info() -> BuildInfo:
         cuda_version=facts.get("cuda_version"),
         cuda_archs=facts.get("cuda_archs", []),
         cuda_reason=facts.get("cuda_reason", unknown),
+        cuda_driver=None,
     )
     try:
         extension = importlib.import_module("lora_ext._C")
         info["cuda"] = bool(extension.with_cuda)
+        if extension.with_cuda:
+            info["cuda_driver"] = extension.cuda_driver()
         info["cpu_isa"] = extension.cpu_isa()
         info["cpu_isas_available"] = list(extension.available_cpu_isas())
     except Exception as error:  # ImportError, or whatever its first call raises

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .device import indexed
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -72,7 +73,7 @@ def plan(
 
     Args:
         rows, in_features, out_features, rank: M, K, N and r of `lora_linear`.
-        card: a name in ``lora_ext.CARDS``, or a CUDA device.
+        card: a name in ``lora_ext.CARDS``, or a CUDA device; without an index, the current one.
         dtype: of x and weight.
         adapter_dtype: of lora_a and lora_b; default: dtype.
         dropout: whether dropout_p > 0.
@@ -103,7 +104,7 @@ def _card(card: str | torch.device) -> _C.Card:
     if isinstance(card, torch.device):
         if not _C.with_cuda:
             raise ValueError("lora_ext.plan: this build has no CUDA kernels; name a card")
-        return _C.cuda_card(card)
+        return _C.cuda_card(indexed(card))
     if card not in CARDS:
         raise ValueError(f"lora_ext.plan: expected one of {', '.join(CARDS)}, but got {card!r}")
     return CARDS[card]
@@ -160,12 +161,7 @@ def warmup(device: torch.device | str | None = None) -> Sequence[str]:
         raise RuntimeError(
             "lora_ext.warmup: this build has no CUDA kernels; lora_ext.build_info() says why"
         )
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _C.cuda_warmup(device)
+    return _C.cuda_warmup(indexed(device))
 
 
 def set_early_launch(enabled: bool) -> None:

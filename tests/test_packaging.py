@@ -35,6 +35,7 @@ KEYS = [
     "cuda_version",
     "cuda_archs",
     "cuda_reason",
+    "cuda_driver",
     "cpu_isa",
     "cpu_isas_available",
 ]
@@ -147,9 +148,11 @@ def test_build_info_describes_this_build():
         assert info["cuda_archs"]
         assert re.fullmatch(r"\d+\.\d+", info["cuda_version"])
         assert info["cuda_reason"] == ""
+        assert re.match(r"\d+\.\d|none", info["cuda_driver"])
     else:
         assert info["cuda_archs"] == []
         assert info["cuda_version"] is None
+        assert info["cuda_driver"] is None
         assert info["cuda_reason"].endswith("reinstall.")
 
 

@@ -1,5 +1,6 @@
 """Measured dispatch without a GPU: the tables, and what the planner makes of them."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -352,3 +353,26 @@ def test_a_tuned_shape_is_not_slower_than_the_library_by_its_own_table(cuda, tmp
     w = torch.randn(1024, 1024, device=cuda, dtype=torch.bfloat16)
     a, b = w[:16], w[:, :16].contiguous()
     assert "fastest as measured" in str(lora_ext.explain(x, w, a, b, 0.05))
+
+
+def test_a_device_without_an_index_is_the_current_one(monkeypatch, tmp_path):
+    """In every function that takes a device: the driver knows no device of number -1."""
+    asked = []
+
+    def card_of(device):
+        asked.append(device)
+        return _C.Card(*H100, CARD)
+
+    monkeypatch.setattr(_C, "with_cuda", True)
+    monkeypatch.setattr(_C, "cuda_card", card_of, raising=False)
+    monkeypatch.setattr(_C, "cuda_warmup", lambda device: asked.append(device) or [], raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(trial, "_planner_listens", lambda card: contextlib.nullcontext())
+    for device in ("cuda", torch.device("cuda"), None):
+        trial.tune([], device, path=tmp_path / "table.json")
+        tables.table_path(tmp_path, None if device is None else torch.device(device))
+        lora_ext.warmup(device)
+    lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda"))
+    assert asked == 10 * [torch.device("cuda", 3)]
+    lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda", 1))
+    assert asked[-1] == torch.device("cuda", 1)

@@ -6,6 +6,7 @@
 // own column pairs 8 apart in a run of 32, so a warp covers 256 consecutive columns.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include "../philox.h"
 #include "dropout.h"
@@ -67,10 +68,11 @@ cudaError_t launch(const DropoutParams& params, cudaStream_t stream) {
   const int64_t groups = params.rows * ((params.cols + 31) / 32 * 4 + 4);
   const int64_t blocks = (groups + kThreads - 1) / kThreads;
   if (params.rows == 0 || params.cols == 0) return cudaSuccess;
-  dropout_kernel<T>
-      <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(
-          params);
-  return cudaGetLastError();
+  // Its own value is the launch's alone; cudaGetLastError may report an older error.
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+  launch.blockDim = dim3(kThreads), launch.stream = stream;
+  return cudaLaunchKernelEx(&launch, dropout_kernel<T>, params);
 }
 
 }  // namespace

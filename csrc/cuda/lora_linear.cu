@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "cuda/error.h"
 #include "cuda/lora_linear.h"
 #include "cuda/tensor_map.h"
 
@@ -19,39 +20,29 @@ constexpr bool kHasSm90aCode = true;
 constexpr bool kHasSm90aCode = false;
 #endif
 
-int attribute(cudaDeviceAttr what, int device) {
-  int value = 0;
-  return cudaDeviceGetAttribute(&value, what, device) == cudaSuccess ? value : 0;
-}
-
-// It is the caller's from here on: left behind, torch would report it for its own next kernel.
-std::string text_of(cudaError_t error) {
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();
-  return cudaGetErrorString(error);
-}
-
 }  // namespace
 
 bool has_kernels(bool is_cuda) { return is_cuda; }
 
 plan::Card card_of(int device) {
+  plan::Card card{};
   cudaDeviceProp properties{};
-  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) properties.name[0] = 0;
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-              attribute(cudaDevAttrComputeCapabilityMinor, device),
-          attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          properties.name,
-          has_tensor_maps(),
-          kHasSm90aCode};
+  card.error = text_of(cudaGetDeviceProperties(&properties, device));
+  if (!card.error.empty()) return card;
+  card.arch = 10 * properties.major + properties.minor;
+  card.sms = properties.multiProcessorCount;
+  card.shared_per_sm = static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
+  card.shared_per_block = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+  card.name = properties.name;
+  card.tensor_maps = has_tensor_maps();
+  card.sm90a_code = kHasSm90aCode;
+  return card;
 }
 
 bool is_capturing(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  return error != cudaSuccess || status != cudaStreamCaptureStatusNone;
+  return !text_of(error).empty() || status != cudaStreamCaptureStatusNone;
 }
 
 std::string launch_forward(Half half, const plan::Plan& plan,

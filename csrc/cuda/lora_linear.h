@@ -12,7 +12,11 @@ enum class Half { kBFloat16, kFloat16 };
 
 // Whether kernels run on a device of torch's: CUDA's here, the CPU in the emulated implementation.
 bool has_kernels(bool is_cuda);
+// With `error` alone where the device cannot be asked.
 plan::Card card_of(int device);
+// The newest CUDA that the driver takes, such as "12.8", with what to do where this build needs a
+// newer one; "none" without a driver.
+std::string driver();
 // Whether a graph is being captured on the stream: then nothing may synchronise.
 bool is_capturing(void* stream);
 

@@ -11,6 +11,7 @@ import torch
 
 from .. import _C
 from ..build_info import version
+from ..device import indexed
 from .table import Entry, Table, TableError, read_table
 
 PACKAGED = Path(__file__).with_name("measured")
@@ -42,8 +43,7 @@ def table_path(folder: Path, device: torch.device | None = None) -> Path:
         folder: any; the user's is `user_folder()`.
         device: a CUDA device; default: the current one.
     """
-    device = device or torch.device("cuda", torch.cuda.current_device())
-    return file_of(empty_table(_C.cuda_card(device).name), folder)
+    return file_of(empty_table(_C.cuda_card(indexed(device)).name), folder)
 
 
 def table_at(path: Path, card: str) -> Table:

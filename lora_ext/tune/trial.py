@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..device import indexed
 from ..functional import draw_seed
 from .shape import Shape
 from .table import Entry, Table, write_table
@@ -235,9 +236,7 @@ def tune(
         )
     if dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"lora_ext.tune: expected bfloat16 or float16, but got {dtype}")
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    device = torch.device(device)
+    device = indexed(device)
     card = _C.cuda_card(device)
     path = path or table_path(user_folder(), device)
     table = table_at(path, card.name)

@@ -53,6 +53,8 @@ plan::Card card_of(int) {
   return {number, 8, 167936, 166912, name};
 }
 
+std::string driver() { return "none"; }
+
 bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }
 
 std::string launch_forward(Half half, const plan::Plan& plan,

@@ -1,0 +1,21 @@
+"""Which device a call means."""
+
+from __future__ import annotations
+
+import torch
+
+
+def indexed(device: torch.device | str | None = None) -> torch.device:
+    """A device with its index, as cards and their tables are known by it.
+
+    Args:
+        device: ``None`` and a CUDA device without an index mean the current CUDA device; any other
+            device is itself.
+
+    Raises:
+        RuntimeError: the text names no device, or torch's own error where it finds no CUDA device.
+    """
+    device = torch.device("cuda" if device is None else device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
