@@ -5,6 +5,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/lora_cpu.h"
 #include "plan_bindings.h"
+#include "row_blocks.h"
 
 #ifdef LORA_EXT_WITH_CUDA
 constexpr bool kWithCuda = true;
@@ -42,5 +43,11 @@ PYBIND11_MODULE(_C, m) {
         return cpu::library_reason(rows, rank, x, adapters);
       },
       py::arg("rows"), py::arg("rank"), py::arg("x_dtype"), py::arg("adapter_dtype"));
+  m.def(
+      "rows_of_block",
+      [](int64_t columns, const at::ScalarType& dtype, const at::Device& device) {
+        return lora_ext::rows_of_block(columns, dtype, device.type());
+      },
+      py::arg("columns"), py::arg("dtype"), py::arg("device"));
   lora_ext::bind_plan(m);
 }

@@ -6,8 +6,8 @@
 //
 // Adapters wider than the activations (and half ones in the CPU's backward): row blocks in the wide
 // dtype, in PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y
-// and dX have PEFT's bits. A block is at most 2 MiB of temporaries: there is no wide copy of
-// x or of the output.
+// and dX have PEFT's bits. row_blocks.h bounds the wide copies of x, of dY and of an update, of
+// which one lives at a time, the last beside its rounded copy: no temporary grows with the rows.
 #include "library_route.h"
 
 #include <ATen/ops/addmm.h>
@@ -29,25 +29,22 @@ bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
 // the low-rank part of backward runs in float whatever the adapters' dtype.
 bool half_on_cpu(const at::Tensor& x) { return x.is_cpu() && is_half(x.scalar_type()); }
 
-at::Tensor shrink_rows(const ForwardArgs& args, int64_t row, int64_t count) {
-  at::Tensor x = args.x.narrow(0, row, count);
-  if (wide_adapters(args.x, args.lora_a)) {
-    x = x.to(args.lora_a.scalar_type());
-    if (args.dropout.enabled()) drop_(x, args.dropout, row);
-  } else if (args.dropout.enabled()) {
-    x = dropped(x, args.dropout, row);
-  }
-  return at::mm(x, args.lora_a.t());
+// drop(X) of some rows, in the adapters' dtype, which is wider.
+template <class Args>
+at::Tensor wide_rows(const Args& args, int64_t row, int64_t count) {
+  at::Tensor x = args.x.narrow(0, row, count).to(args.lora_a.scalar_type());
+  if (args.dropout.enabled()) drop_(x, args.dropout, row);
+  return x;
 }
 
 Forward forward_wide(const ForwardArgs& args) {
-  const int64_t rows = args.x.size(0);
   const at::ScalarType wide = args.lora_a.scalar_type();
-  Forward out{base_forward(args), at::empty({rows, args.lora_a.size(0)}, args.lora_a.options())};
+  Forward out{base_forward(args),
+              at::empty({args.x.size(0), args.lora_a.size(0)}, args.lora_a.options())};
   const int64_t columns = std::max(args.x.size(1), out.y.size(1));
-  for_row_blocks(rows, columns, wide, [&](int64_t row, int64_t count) {
+  for_row_blocks(args.x, columns, wide, [&](int64_t row, int64_t count) {
     at::Tensor s = out.s.narrow(0, row, count);
-    s.copy_(shrink_rows(args, row, count));
+    at::mm_out(s, wide_rows(args, row, count), args.lora_a.t());
     at::Tensor y = out.y.narrow(0, row, count);
     y.copy_(at::mm(s, args.lora_b.t()).mul_(args.scaling).add_(y));
   });
@@ -55,7 +52,8 @@ Forward forward_wide(const ForwardArgs& args) {
 }
 
 Forward forward_same(const ForwardArgs& args) {
-  const at::Tensor s = shrink_rows(args, 0, args.x.size(0));
+  const bool drop = args.dropout.enabled();
+  const at::Tensor s = at::mm(drop ? dropped(args.x, args.dropout, 0) : args.x, args.lora_a.t());
   at::Tensor y;
   if (args.x.is_cpu() || args.packed) {
     y = base_forward(args);
@@ -67,7 +65,7 @@ Forward forward_same(const ForwardArgs& args) {
     at::addmm_out(y, start, s, args.lora_b.t(), args.bias ? 1 : 0, args.scaling);
     y.addmm_(args.x, args.weight.t());
   }
-  return {y, s.to(accumulation_dtype(s.scalar_type()))};
+  return {y, args.need_s ? s.to(accumulation_dtype(s.scalar_type())) : s};
 }
 
 // Whether dlora_b is computed as (S^T dY)^T: MKL's gemm is 8 times slower the other way round when
@@ -75,7 +73,6 @@ Forward forward_same(const ForwardArgs& args) {
 bool transposed_dlora_b(const at::Tensor& s) { return s.size(1) <= 8; }
 
 Backward backward_wide(const BackwardArgs& args) {
-  const int64_t rows = args.x.size(0);
   const at::TensorOptions wide = args.lora_a.options();
   Backward out;
   if (args.need_dlora_a) out.dlora_a = at::zeros(args.lora_a.sizes(), wide);
@@ -87,7 +84,7 @@ Backward backward_wide(const BackwardArgs& args) {
   }
   if (args.need_dx) out.dx = base_backward(args);
   const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
-  for_row_blocks(rows, columns, args.lora_a.scalar_type(), [&](int64_t row, int64_t count) {
+  for_row_blocks(args.x, columns, wide.dtype().toScalarType(), [&](int64_t row, int64_t count) {
     at::Tensor grad = args.grad.narrow(0, row, count).to(wide).mul_(args.scaling);
     if (args.need_dlora_b) {
       const at::Tensor s = args.s.narrow(0, row, count).to(wide);
@@ -101,9 +98,7 @@ Backward backward_wide(const BackwardArgs& args) {
     const at::Tensor ds = at::mm(grad, args.lora_b);
     grad.reset();
     if (args.need_dlora_a) {
-      at::Tensor x = args.x.narrow(0, row, count).to(wide);
-      if (args.dropout.enabled()) drop_(x, args.dropout, row);
-      out.dlora_a.addmm_(ds.t(), x);
+      out.dlora_a.addmm_(ds.t(), wide_rows(args, row, count));
     }
     if (args.need_dx) {
       at::Tensor delta = at::mm(ds, args.lora_a);

@@ -76,7 +76,7 @@ at::Tensor sum_of_rows(const at::Tensor& grad, int64_t columns, at::ScalarType w
   if (grad.numel() == 0) return sum;
   const at::Tensor rows = flattened(grad);
   if (!rows.is_cpu() || rows.scalar_type() == wide) return at::sum(rows, {0}, false, wide);
-  for_row_blocks(rows.size(0), columns, wide, [&](int64_t row, int64_t count) {
+  for_row_blocks(rows, columns, wide, [&](int64_t row, int64_t count) {
     sum.add_(at::sum(rows.narrow(0, row, count), {0}, false, wide));
   });
   return sum;
@@ -88,25 +88,17 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-    const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
-    double dropout_p, const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset,
-    bool cast_weight, const std::optional<at::Tensor>& packed) {
+Forward checked_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                        const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
+                        double scaling, const DropoutArgs& dropout, bool cast_weight,
+                        const std::optional<at::Tensor>& packed, bool need_s) {
   const NoAutocast no_autocast;
-  check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, row_offset, col_offset,
-                cast_weight);
+  check_forward(x, weight, lora_a, lora_b, bias, scaling, dropout.p, dropout.seed,
+                dropout.row_offset, dropout.col_offset, cast_weight);
   const at::ScalarType dtype = x.scalar_type();
-  const ForwardArgs args{flattened(x),
-                         weight.to(dtype),
-                         lora_a,
-                         lora_b,
-                         std::nullopt,
-                         scaling,
-                         DropoutArgs{dropout_p, seed, row_offset, col_offset},
-                         pack_for(weight, dtype, packed)};
+  const ForwardArgs args{flattened(x), weight.to(dtype), lora_a,  lora_b,
+                         std::nullopt, scaling,          dropout, pack_for(weight, dtype, packed),
+                         need_s};
   if (args.x.size(0) == 0 || weight.numel() == 0) {
     const at::Tensor bias_row = bias ? bias->to(dtype) : at::zeros({weight.size(0)}, x.options());
     at::Tensor y = at::empty(with_last(x, weight.size(0)), x.options());
@@ -116,7 +108,21 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
   }
   // Under autocast the bias is rounded as the weight is.
   Forward out = run_forward(args, cast_weight ? cast(bias, dtype) : bias);
-  return {out.y.view(with_last(x, weight.size(0))), out.s};
+  out.y = out.y.view(with_last(x, weight.size(0)));
+  return out;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
+    double dropout_p, const std::optional<at::Tensor>& seed, int64_t row_offset, int64_t col_offset,
+    bool cast_weight, const std::optional<at::Tensor>& packed) {
+  const Forward out =
+      checked_forward(x, weight, lora_a, lora_b, bias, scaling,
+                      {dropout_p, seed, row_offset, col_offset}, cast_weight, packed, true);
+  return {out.y, out.s};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
@@ -161,8 +167,9 @@ at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::
                        int64_t row_offset, int64_t col_offset, bool cast_weight,
                        const std::optional<at::Tensor>& packed,
                        const std::optional<at::Tensor>& /*packed_t*/) {
-  return std::get<0>(lora_linear_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
-                                         row_offset, col_offset, cast_weight, packed));
+  return checked_forward(x, weight, lora_a, lora_b, bias, scaling,
+                         {dropout_p, seed, row_offset, col_offset}, cast_weight, packed, false)
+      .y;
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {

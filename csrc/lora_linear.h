@@ -39,6 +39,7 @@ struct ForwardArgs {
   double scaling;
   DropoutArgs dropout;
   std::optional<at::Tensor> packed;  // oneDNN's layout of weight
+  bool need_s = true;                // for backward
 };
 
 struct BackwardArgs {
@@ -58,7 +59,7 @@ struct BackwardArgs {
 
 struct Forward {
   at::Tensor y;  // [M, N]
-  at::Tensor s;  // [M, r]
+  at::Tensor s;  // [M, r], accumulation dtype; of any dtype where it is not needed
 };
 
 struct Backward {

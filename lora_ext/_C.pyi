@@ -21,6 +21,9 @@ def cpu_library_reason(
 ) -> str:
     """Why a call takes the library route, or "" when the vector kernels take it."""
 
+def rows_of_block(columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows at a time on the library route with wide adapters, by the wider of in and out."""
+
 class Card:
     """What a GPU gives to kernels; sizes in bytes, arch is 10 major + minor."""
 

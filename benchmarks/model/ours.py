@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 import lora_ext
+from lora_ext import _C
 
 from .launch import (
     BYTES,
@@ -23,7 +24,7 @@ from .launch import (
     wave_flop,
 )
 from .machine import Machine
-from .others import frozen_backward, peft_default_backward, peft_default_forward
+from .others import frozen_backward, merged_forward
 
 
 def _plans(machine: Machine, s: Shape, route: str = "kernel") -> lora_ext.CallPlan:
@@ -140,10 +141,54 @@ def _backward(machine: Machine, s: Shape, plan, gemm: Launch) -> list[Launch]:
     return [*launches, gemm, wgrad, Launch("lora_reduce_wgrad", grads_a + grads_b)]
 
 
+def _wide_blocks(s: Shape) -> list[Shape]:
+    """Of rows, as the library route with float32 adapters takes them."""
+    rows = _C.rows_of_block(max(s.k, s.n), torch.float32, torch.device("cuda"))
+    return [replace(s, m=min(rows, s.m - begin)) for begin in range(0, s.m, rows)]
+
+
+def _wide_x(s: Shape) -> list[Launch]:
+    launches = [Launch("x to float32", s.m * s.k * (BYTES + FLOAT))]
+    if s.dropout:
+        launches.append(passes("dropout of x", s.m * s.k, 2, FLOAT))
+    return launches
+
+
+def _wide_forward(s: Shape) -> list[Launch]:
+    return [
+        *_wide_x(s),
+        Launch("x A^T", s.m * s.k * FLOAT),
+        Launch("S B^T", s.m * s.n * FLOAT),
+        passes("times s", s.m * s.n, 2, FLOAT),
+        Launch("plus", s.m * s.n * (BYTES + 2 * FLOAT)),
+        Launch("round", s.m * s.n * (FLOAT + BYTES)),
+    ]
+
+
+def _wide_backward(s: Shape) -> list[Launch]:
+    launches = [
+        Launch("dY to float32", s.m * s.n * (BYTES + FLOAT)),
+        passes("times s", s.m * s.n, 2, FLOAT),
+        Launch("dB", s.m * s.n * FLOAT),
+        Launch("dS", s.m * s.n * FLOAT),
+        *_wide_x(s),
+        Launch("dA", s.m * s.k * FLOAT),
+        Launch("dS A", s.m * s.k * FLOAT),
+    ]
+    if s.dropout:
+        launches.append(passes("dropout of dS A", s.m * s.k, 2, FLOAT))
+    return [
+        *launches,
+        Launch("round", s.m * s.k * (FLOAT + BYTES)),
+        passes("plus", s.m * s.k, 3),
+    ]
+
+
 def library_forward(machine: Machine, s: Shape) -> list[Launch]:
     """csrc/library_route.cpp: the expand first, the base onto it; float32 adapters by blocks."""
     if s.wide:
-        return peft_default_forward(machine, s)
+        launches = merged_forward(machine, s)
+        return launches + [each for block in _wide_blocks(s) for each in _wide_forward(block)]
     launches = [product(machine, "x A^T", s.m, s.r, s.k)]
     if s.dropout:
         launches.append(Launch("dropout", s.m * s.k * 2 * BYTES))
@@ -154,7 +199,8 @@ def library_forward(machine: Machine, s: Shape) -> list[Launch]:
 def library_backward(machine: Machine, s: Shape) -> list[Launch]:
     """csrc/library_route.cpp."""
     if s.wide:
-        return peft_default_backward(machine, s)
+        launches = frozen_backward(machine, s)
+        return launches + [each for block in _wide_blocks(s) for each in _wide_backward(block)]
     launches = [
         product(machine, "dB", s.n, s.r, s.m),
         *frozen_backward(machine, s),

@@ -1,0 +1,82 @@
+"""The library route: rows in blocks where adapters are wider than activations, and its launches."""
+
+import pytest
+import torch
+from helpers import BF16, F32, F64, make_problem
+from torch.profiler import profile
+
+from benchmarks import model
+from benchmarks.shapes import FORWARD, STEP, Cell
+from lora_ext import _C
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PRODUCTS = ("aten::linear", "aten::mm", "aten::addmm_")
+PASSES = ("aten::mul_", "aten::add_", "aten::copy_", "aten::to")
+
+
+@pytest.mark.parametrize(("on", "mib"), [(CPU, 2), (CUDA, 256)], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("columns", [1, 7, 1024, 4096, 14336, 1 << 20])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_block_is_as_large_as_its_bytes_allow(on, mib, columns, dtype):
+    rows = _C.rows_of_block(columns, dtype, on)
+    row = columns * dtype.itemsize
+    assert rows == 16 or rows * row <= mib << 20 < (rows + 1) * row
+    assert rows >= 16
+
+
+def test_a_training_step_on_cuda_is_a_block_or_two():
+    """Thousands of launches if blocks were of the CPU's size."""
+
+    def blocks(rows, columns, on):
+        return -(-rows // _C.rows_of_block(columns, F32, on))
+
+    assert blocks(4096, 4096, CUDA) == blocks(8192, 4096, CUDA) == 1
+    assert blocks(8192, 14336, CUDA) == 2
+    assert blocks(8192, 14336, CPU) == 228
+
+
+def launched(call) -> int:
+    """Products and passes that the op makes; not zero-fills, nor views and casts to the same."""
+    with profile() as recorded:
+        call()
+    events = recorded.events()
+    (op,) = [event for event in events if event.name.startswith("lora_ext::")]
+    made = [child for child in op.cpu_children if child.name in PRODUCTS + PASSES]
+    return sum(child.name != "aten::to" or bool(child.cpu_children) for child in made)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_cost_model_counts_the_launches_of_the_route(library_route, monkeypatch, blocks):
+    """Of as many blocks on the CPU as the model believes to be on CUDA."""
+    columns = 2048
+    rows = blocks * _C.rows_of_block(columns, F32, CPU) - 1
+    problem = make_problem(rows, columns, 24, 4, (BF16, F32), bias=False)
+    x, weight, a, b = problem.x, problem.weight, problem.lora_a, problem.lora_b
+    ops = torch.ops.lora_ext
+    _, s = ops.lora_linear_forward(x, weight, a, b, None, 0.5, 0.0, None, 0, 0, False, None)
+    tail = (0.5, 0.0, None, 0, 0, False, None)
+    forward = launched(lambda: ops.lora_linear_forward(x, weight, a, b, None, *tail))
+    wanted = [True, True, True, False]
+    backward = launched(
+        lambda: ops.lora_linear_backward(problem.grad, x, weight, a, b, s, *tail, wanted)
+    )
+
+    size = _C.rows_of_block
+    monkeypatch.setattr(_C, "rows_of_block", lambda columns, dtype, _: size(columns, dtype, CPU))
+    found = []
+    for mode in (FORWARD, STEP):
+        cell = Cell(mode, "bfloat16", rows, columns, 24, rank=4, bias=False)
+        found.append(model.launches_of(model.MACHINES["A100"], cell, "ours_fp32_library"))
+    assert len(found[0]) == forward == 1 + 6 * blocks
+    assert len(found[1]) - len(found[0]) == backward == 1 + 9 * blocks
+
+
+def test_without_gradients_s_keeps_its_dtype(library_route):
+    """Nobody reads S then: the pass that widens it for backward is left out."""
+    problem = make_problem(64, 96, 80, 16, (BF16, BF16))
+    operands = (problem.x, problem.weight, problem.lora_a, problem.lora_b, problem.bias)
+    tail = (0.5, 0.0, None, 0, 0, False, None)
+    with torch.no_grad():
+        inference = launched(lambda: torch.ops.lora_ext.lora_linear(*operands, *tail))
+    training = launched(lambda: torch.ops.lora_ext.lora_linear_forward(*operands, *tail))
+    assert (inference, training) == (3, 4)
