@@ -50,4 +50,5 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("columns"), py::arg("dtype"), py::arg("device"));
   lora_ext::bind_plan(m);
+  lora_ext::bind_kernel_set(m);
 }

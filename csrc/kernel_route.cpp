@@ -31,16 +31,16 @@ plan::Plan plan_of(const Args& args) {
 }
 
 template <class Args>
-kernel_check::Kernels kernels_of(const plan::Plan& plan, const Args& args) {
-  return kernel_check::kernels_of(plan, std::is_same_v<Args, BackwardArgs>, args.x.scalar_type(),
-                                  args.lora_a.scalar_type() == at::kFloat, args.dropout.enabled());
+kernel_set::Kernels kernels_of(const plan::Plan& plan, const Args& args) {
+  return kernel_set::of_plan(plan, kernel_launch::problem_of(args),
+                             std::is_same_v<Args, BackwardArgs>, args.x.scalar_type() == at::kHalf);
 }
 
 // Whether the kernels may run: they have passed their check, or pass it now.
 template <class Args>
 bool may_run(const plan::Plan& plan, const Args& args) {
   const at::Device device = args.x.device();
-  const kernel_check::Kernels kernels = kernels_of(plan, args);
+  const kernel_set::Kernels kernels = kernels_of(plan, args);
   if (kernel_check::result(device, kernels).empty()) return true;
   if (kernel_launch::is_capturing(device)) return false;
   return kernel_check::check(device, kernel_launch::card_of(device), kernels).empty();
@@ -72,7 +72,7 @@ std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward
 std::vector<std::string> warmup(const at::Device& device) {
   const plan::Card card = kernel_launch::card_of(device);
   std::vector<std::string> failed;
-  for (const kernel_check::Kernels& kernels : kernel_check::all_kernels(card, early_launch())) {
+  for (const kernel_set::Kernels& kernels : kernel_set::all_of(card, early_launch())) {
     const std::string result = kernel_check::check(device, card, kernels);
     if (!result.empty()) failed.push_back(kernels.name() + ": " + result);
   }

@@ -93,7 +93,7 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
 // pair of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and two are tried.
 int choose_pairs_per_ticket(const Card& card, const TileFacts& tile, int64_t m, int64_t n) {
   constexpr int kMost = 2;
-  const int64_t clusters = card.sms / 2, row_pairs = blocks_of(m, 2 * tile.rows);
+  const int64_t clusters = std::max(1, card.sms / 2), row_pairs = blocks_of(m, 2 * tile.rows);
   const int64_t tiles = row_pairs * blocks_of(n, tile.columns);
   const int64_t idle = rounded_up(tiles, clusters) - tiles;
   if (row_pairs <= idle || tile.columns < 256) return 1;

@@ -23,12 +23,6 @@ const std::map<std::string, plan::Choice> kChoices = {{"auto", plan::Choice::kAu
                                                       {"hybrid", plan::Choice::kHybrid},
                                                       {"library", plan::Choice::kLibrary}};
 
-plan::Choice choice_of(const std::string& name) {
-  const auto found = kChoices.find(name);
-  if (found != kChoices.end()) return found->second;
-  throw py::value_error("lora_ext: expected one of auto, hybrid, kernel, library, but got " + name);
-}
-
 #ifdef LORA_EXT_WITH_CUDA
 kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& weight,
                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
@@ -104,6 +98,12 @@ void bind_winners(py::module& m) {
 
 }  // namespace
 
+plan::Choice choice_of(const std::string& name) {
+  const auto found = kChoices.find(name);
+  if (found != kChoices.end()) return found->second;
+  throw py::value_error("lora_ext: expected one of auto, hybrid, kernel, library, but got " + name);
+}
+
 void bind_plan(py::module& m) {
   py::class_<plan::Card>(m, "Card")
       .def(py::init<int, int, int64_t, int64_t, std::string, bool, bool, std::string>(),
@@ -119,6 +119,10 @@ void bind_plan(py::module& m) {
   py::class_<plan::Problem>(m, "Problem")
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("m"), py::arg("n"), py::arg("k"),
            py::arg("rank"))
+      .def_readonly("m", &plan::Problem::m)
+      .def_readonly("n", &plan::Problem::n)
+      .def_readonly("k", &plan::Problem::k)
+      .def_readonly("rank", &plan::Problem::rank)
       .def_readwrite("half_dtype", &plan::Problem::half_dtype)
       .def_readwrite("float_adapters", &plan::Problem::float_adapters)
       .def_readwrite("dropout", &plan::Problem::dropout)

@@ -1,10 +1,18 @@
-// The planner in lora_ext._C: Card, Problem, Plan, and what the kernels of a device are doing.
+// The planner and its switches in the module lora_ext._C.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <string>
+
+#include "plan.h"
+
 namespace lora_ext {
 
 void bind_plan(pybind11::module& m);
+void bind_kernel_set(pybind11::module& m);  // after bind_plan
+
+// Of "auto", "hybrid", "kernel" or "library"; ValueError for others.
+plan::Choice choice_of(const std::string& name);
 
 }  // namespace lora_ext

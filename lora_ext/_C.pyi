@@ -48,6 +48,10 @@ class Card:
 class Problem:
     """One LoRA linear as the planner sees it (csrc/plan.h)."""
 
+    m: int
+    n: int
+    k: int
+    rank: int
     half_dtype: bool
     float_adapters: bool
     dropout: bool
@@ -86,6 +90,32 @@ def plan_forward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ..
 def plan_backward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
 def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool) -> list[str]:
     """The tiles that the card has for a call of some rank."""
+
+class Kernels:
+    """The kernels that one call uses, as the unit that is checked (csrc/kernel_set.h)."""
+
+    name: str
+    backward: bool
+    float16: bool
+    def small_case(self, card: Card) -> tuple[Problem, Plan]:
+        """What is computed to check them."""
+
+def all_kernels(card: Card, early_launch: bool) -> list[Kernels]:
+    """All that a card can be asked for; none below compute capability 8.0."""
+
+def kernels_of(plan: Plan, problem: Problem, *, backward: bool, float16: bool) -> Kernels:
+    """Those of a plan for the problem, which must be one with kernels."""
+
+def plan_as_asked(
+    card: Card,
+    problem: Problem,
+    *,
+    backward: bool,
+    choice: str,
+    tile: str = "",
+    early_launch: bool = True,
+) -> Plan:
+    """The plan for a route and a tile, or the planner's own where the tile cannot be had."""
 
 class Winner:
     """The route that was fastest for one layer and number of rows on a card (csrc/winners.h)."""

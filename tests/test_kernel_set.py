@@ -1,0 +1,78 @@
+"""Which kernels are checked, and that each check is of the kernels that it is meant for."""
+
+from functools import cache
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_ext
+from lora_ext import _C
+
+T4 = _C.Card(75, 40, 65536, 65536)
+HALF_HOPPER = _C.Card(90, 66, 233472, 232448, sm90a_code=False)  # built without code for 9.0a
+CARDS = {
+    **lora_ext.CARDS,
+    "Hopper without 9.0a": HALF_HOPPER,
+    "MIG": _C.Card(90, 16, 233472, 232448),
+    "one SM": _C.Card(90, 1, 233472, 232448),
+}
+ROUTES = ("auto", "kernel", "hybrid")
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("card", sorted(CARDS))
+def test_each_small_case_takes_the_kernels_that_it_checks(card, early):
+    checked = _C.all_kernels(CARDS[card], early)
+    assert len(checked) >= 64
+    assert len({kernels.name for kernels in checked}) == len(checked)
+    for kernels in checked:
+        problem, plan = kernels.small_case(CARDS[card])
+        backward, float16 = kernels.backward, kernels.float16
+        planned = _C.kernels_of(plan, problem, backward=backward, float16=float16)
+        assert planned == kernels, f"{planned} for {kernels}"
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_card_without_kernels_has_none_to_check(early):
+    assert _C.all_kernels(T4, early) == []
+
+
+@st.composite
+def problems(draw):
+    sizes = st.one_of(st.integers(1, 9), st.integers(1, 20000), st.sampled_from([536, 4096, 2**20]))
+    ranks = st.one_of(st.integers(1, 80), st.integers(1, 512))
+    problem = _C.Problem(draw(sizes), draw(sizes), draw(sizes), draw(ranks))
+    problem.float_adapters, problem.dropout = draw(st.booleans()), draw(st.booleans())
+    aligned = draw(st.booleans())
+    for name in ("aligned", "aligned_weight", "aligned_a", "aligned_b"):
+        setattr(problem, name, aligned or draw(st.booleans()))
+    problem.weight_row_major = problem.aligned_weight or draw(st.booleans())
+    return problem
+
+
+@cache
+def checked_on(card, early):
+    return set(_C.all_kernels(CARDS[card], early))
+
+
+def plans_of(problem, card, backward):
+    """With the kernels' name: every route and tile, needed gradients, early launches or none."""
+    call = {"float_adapters": problem.float_adapters, "dropout": problem.dropout}
+    tiles = _C.tiles_of(card, backward=backward, **call)
+    routes = [("auto", ""), ("hybrid", ""), *(("kernel", tile) for tile in ("", *tiles))]
+    for needs in product((True, False), repeat=3) if backward else [(True, True, True)]:
+        problem.need_dx, problem.need_dlora_a, problem.need_dlora_b = needs
+        for (choice, tile), early in product(routes, (True, False)):
+            asked = {"choice": choice, "tile": tile, "early_launch": early}
+            yield early, _C.plan_as_asked(card, problem, backward=backward, **asked)
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.sampled_from([*CARDS, "H100"]), st.booleans(), st.booleans())
+def test_whatever_a_call_asks_for_is_checked(problem, card, backward, float16):
+    for early, plan in plans_of(problem, CARDS[card], backward):
+        if plan.kernel:
+            kernels = _C.kernels_of(plan, problem, backward=backward, float16=float16)
+            assert kernels in checked_on(card, early)
