@@ -12,6 +12,7 @@ SHELL := /bin/bash
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
+FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models demo gpu
@@ -67,11 +68,16 @@ $(VENV)/.tools: pyproject.toml | $(VENV)/.built
 	$(PIP) install 'lora_ext[dev]'
 	touch $@
 
+# ruff knows the syntax of the oldest Python, vermin the names of its standard library, in which
+# Tensor.long is no Python 2.
+VERMIN := --target=3.10- --violations --no-tips --quiet --exclude long
+
 lint: $(VENV)/.tools
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FORMATTED)
+	$(VENV)/bin/vermin $(VERMIN) $(FOLDERS) setup.py
 	$(PY) scripts/check_house.py
 
 format: $(VENV)/.tools
@@ -147,7 +153,6 @@ gpu: $(VENV)/.built
 # In a copy, since an editable build would replace the extension that everything else uses. The
 # sanitizer must be loaded before Python is, and libstdc++ with it for exceptions to pass through.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
 sanitize: $(VENV)/.extras
 	mkdir -p build/sanitize
 	cp -a setup.py pyproject.toml LICENSE README.md $(FOLDERS) build/sanitize

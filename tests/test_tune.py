@@ -216,7 +216,8 @@ def test_tables_are_read_and_those_of_other_versions_are_not(tmp_path):
     tune.write_table(mine, tables.file_of(mine, tmp_path))
     old = tune.Table(CARD, "1.0", mine.lora_ext, mine.entries)
     tune.write_table(old, tables.file_of(old, tmp_path))
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert tune.load_tables(tmp_path) == [mine]
         assert tune.load_tables(tmp_path / "missing") == []
     assert "measured" in planned().reason
