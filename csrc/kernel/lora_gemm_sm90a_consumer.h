@@ -175,13 +175,14 @@ struct LoraGemmSm90aConsumer {
     ring = now.ring;
   }
 
-  // Once a warp, to both blocks, since either's producer multicasts into the stage.
+  // Once a warp, to both blocks, since either's producer multicasts into the stage. Only wgmma has
+  // read it, so that no release of cluster scope, a memory barrier in the main loop, is needed.
   __device__ __forceinline__ void release(int slot) const {
     constexpr int kBlocks = Tile::kClusterSize;
     if (Fault::flag("consumer.releaser", lane < Fault::count("consumer.release_blocks", kBlocks,
                                                              kBlocks - 1, kBlocks + 1))) {
       if (!Fault::skip("consumer.release"))
-        ptx::mbarrier_arrive_cluster(block.empty(slot), static_cast<uint32_t>(lane));
+        ptx::mbarrier_arrive_remote(block.empty(slot), static_cast<uint32_t>(lane));
     }
   }
 

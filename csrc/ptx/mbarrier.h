@@ -36,8 +36,27 @@ LORA_EXT_DEVICE void mbarrier_arrive(uint32_t bar) {
 #endif
 }
 
-// mbarrier.arrive.release.cluster (sm_90): one arrival at the object that block `rank` of the
-// cluster has at `bar`.
+// mbarrier.arrive at another block's object (sm_90): one arrival at the object that block `rank` of
+// the cluster has at `bar`, for stages that wgmma has read and bulk copies will fill again.
+//
+// Without qualifiers the arrival is .release at .cta scope: it counts, but what this thread wrote
+// or read by ordinary instructions is ordered for its own block alone (PTX ISA, "Morally strong":
+// the scope of either operation must include the thread of the other). What is ordered all the same
+// are operations of the async proxy that this thread has waited for: they are over when it arrives,
+// and a copy that is issued because the phase has completed cannot come before them. The form with
+// .release.cluster would add nothing to that but a MEMBAR.ALL.GPU of every warp at every stage.
+LORA_EXT_DEVICE void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
+#ifdef __CUDACC__
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_shared(bar, rank))
+               : "memory");
+#else
+  emulator::mbarrier_arrive_remote(bar, rank);
+#endif
+}
+
+// mbarrier.arrive.release.cluster (sm_90): as mbarrier_arrive_remote, and what this thread wrote is
+// visible to whoever waits with mbarrier_wait_cluster. ptxas puts MEMBAR.ALL.GPU before it: it is
+// no arrival for a main loop.
 LORA_EXT_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
 #ifdef __CUDACC__
   asm volatile(

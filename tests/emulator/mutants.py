@@ -82,6 +82,7 @@ SYNCHRONISATION = {
     "ptx::cp_async_wait_group",
     "ptx::mbarrier_init",
     "ptx::mbarrier_arrive",
+    "ptx::mbarrier_arrive_remote",
     "ptx::mbarrier_arrive_cluster",
     "ptx::mbarrier_arrive_expect_tx",
     "ptx::mbarrier_expect_tx",

@@ -177,6 +177,34 @@ __global__ void arrive_in_cluster(const uint32_t* in, uint32_t* out, uint32_t* s
   synchronize_cluster();
 }
 
+// Every thread of the pair arrives, in each of two phases, at both blocks' objects: by the default
+// form, which counts at either.
+__global__ void arrive_remotely(uint32_t* seen) {
+  unsigned char* const shared = ptx::dynamic_shared_memory();
+  const uint32_t bar = ptx::shared_address(shared), thread = threadIdx.x;
+  uint32_t* const mine = seen + 4 * (blockIdx.x * 32 + thread);
+  if (thread == 0) {
+    ptx::mbarrier_init(bar, 64);
+    ptx::fence_mbarrier_init();
+  }
+  synchronize_cluster();
+  for (uint32_t phase = 0; phase < 2; ++phase) {
+    mine[2 * phase] = ptx::mbarrier_try_wait(bar, phase & 1);  // this thread has not arrived yet
+    for (uint32_t rank = 0; rank < 2; ++rank) ptx::mbarrier_arrive_remote(bar, rank);
+    ptx::mbarrier_wait(bar, phase & 1);
+    mine[2 * phase + 1] = ptx::mbarrier_try_wait(bar, phase & 1);
+    synchronize_cluster();
+  }
+}
+
+inline void case_mbarrier_remote(Recorder& recorder) {
+  (void)recorder.begin("mbarrier_remote", {"mbarrier_arrive_remote", "mbarrier_wait",
+                                           "mbarrier_try_wait", "fence_mbarrier_init"});
+  DeviceArray<uint32_t> seen(std::vector<uint32_t>(4 * 64, 7));
+  launch({2, 32, 64, 2}, arrive_remotely, seen.data());
+  recorder.output("seen", seen);
+}
+
 inline void case_mbarrier_cluster(Recorder& recorder) {
   Random random = recorder.begin(
       "mbarrier_cluster", {"mbarrier_arrive_cluster", "mbarrier_wait_cluster",
@@ -282,6 +310,7 @@ inline void record_sm90(Recorder& recorder) {
   case_stmatrix<4, true>(recorder);
   case_cluster(recorder);
   case_mbarrier(recorder);
+  case_mbarrier_remote(recorder);
   case_mbarrier_cluster(recorder);
   case_registers(recorder);
   case_grid_dependency(recorder);

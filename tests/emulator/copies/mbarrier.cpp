@@ -203,25 +203,38 @@ void mbarrier_arrive(uint32_t bar) {
   preemption_point();
 }
 
-void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
-  constexpr const char* kWhat = "mbarrier.arrive.shared::cluster";
-  const SharedLocation at = resolve_shared(map_shared(bar, rank), kBytes, kBytes, kWhat);
+namespace {
+
+// `release`: into the sync object of the peer's phase.
+void arrive_at_rank(uint32_t bar, uint32_t rank, const char* what, void (*release)(const void*)) {
+  const SharedLocation at = resolve_shared(map_shared(bar, rank), kBytes, kBytes, what);
   if (at.block == &current_thread().block()) {
-    Mbarrier& mbarrier = own_mbarrier(at.offset, kWhat);
+    Mbarrier& mbarrier = own_mbarrier(at.offset, what);
     race_release(mbarrier.sync_object());
-    count_arrival(mbarrier, kWhat);
+    count_arrival(mbarrier, what);
     preemption_point();
     return;
   }
-  Mbarrier& mbarrier = mbarrier_for_remote(*at.block, at.offset, kWhat);
-  race_read(at.pointer, kBytes, kWhat);
+  Mbarrier& mbarrier = mbarrier_for_remote(*at.block, at.offset, what);
+  race_read(at.pointer, kBytes, what);
   // Released into the phase of now: the phase in which this thread's arrival is due cannot complete
   // without it.
-  race_release(mbarrier.peer_sync_object());
-  engine_push({.what = kWhat, .touches = at.block, .before_release = true, .perform = [at] {
-                 count_arrival(mbarrier_for_remote(*at.block, at.offset, kWhat), kWhat);
+  release(mbarrier.peer_sync_object());
+  engine_push({.what = what, .touches = at.block, .before_release = true, .perform = [at, what] {
+                 count_arrival(mbarrier_for_remote(*at.block, at.offset, what), what);
                }});
   preemption_point();
+}
+
+}  // namespace
+
+void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
+  arrive_at_rank(bar, rank, "mbarrier.arrive.shared::cluster", race_release_finished);
+}
+
+void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
+  arrive_at_rank(bar, rank, "mbarrier.arrive.release.cluster.shared::cluster",
+                 [](const void* sync) { race_release(sync); });
 }
 
 void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {

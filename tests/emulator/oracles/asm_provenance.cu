@@ -112,8 +112,9 @@ MMA(f16, __half)
 VOID(mbarrier_init, (uint32_t bar, uint32_t count), ptx::mbarrier_init(bar, count))
 VOID(mbarrier_inval, (uint32_t bar), ptx::mbarrier_inval(bar))
 VOID(mbarrier_arrive, (uint32_t bar), ptx::mbarrier_arrive(bar))
-VOID(mbarrier_arrive_cluster, (uint32_t bar, uint32_t rank),
-     ptx::mbarrier_arrive_cluster(bar, rank))
+VOID(mbarrier_arrive_remote, (uint32_t bar, uint32_t rank), ptx::mbarrier_arrive_remote(bar, rank))
+WITHOUT_COUNTERPART(VOID(mbarrier_arrive_cluster, (uint32_t bar, uint32_t rank),
+                         ptx::mbarrier_arrive_cluster(bar, rank)))
 VOID(mbarrier_arrive_expect_tx, (uint32_t bar, uint32_t bytes),
      ptx::mbarrier_arrive_expect_tx(bar, bytes))
 VOID(mbarrier_expect_tx, (uint32_t bar, uint32_t bytes), ptx::mbarrier_expect_tx(bar, bytes))

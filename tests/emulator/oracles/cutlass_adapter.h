@@ -110,7 +110,7 @@ using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 ADAPTER void mbarrier_init(uint32_t bar, uint32_t count) { Barrier::init(barrier(bar), count); }
 ADAPTER void mbarrier_inval(uint32_t bar) { Barrier::invalidate(barrier(bar)); }
 ADAPTER void mbarrier_arrive(uint32_t bar) { Barrier::arrive(barrier(bar)); }
-ADAPTER void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
+ADAPTER void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
   Barrier::arrive(barrier(bar), rank, 1);
 }
 ADAPTER void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {

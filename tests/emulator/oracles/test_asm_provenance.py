@@ -23,11 +23,6 @@ ACCEPTED_DIFFERENCES = [
     (r"\.L2::128B", "", "a prefetch hint"),
     (r"^(barrier\.cluster\..*)\.aligned$", r"\1", "lanes of a warp may come at different times"),
     (
-        r"^mbarrier\.arrive\.shared::cluster",
-        "mbarrier.arrive.release.cluster.shared::cluster",
-        "the default scope is .cta, though the object is a peer's",
-    ),
-    (
         r"^(ld|st)\.global\.(\w+)\.gpu\.b32",
         r"\1.\2.gpu.global.u32",
         "order and type of PTX ISA 6.0",
@@ -65,6 +60,10 @@ TRY_WAIT_CLUSTER = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
 EXPECTED = {
     "cluster_size": [store("mov.u32(%cluster_nctarank)")],
     "dynamic_shared_memory": [store("_ZN8lora_ext3ptx22lora_ext_shared_memoryE")],
+    "mbarrier_arrive_cluster": [
+        Event("mapa.shared::cluster.u32", ("param0", "param1")),
+        Event("mbarrier.arrive.release.cluster.shared::cluster.b64", ("_", "[asm0.0]")),
+    ],
     "mbarrier_wait": [
         Event("mbarrier.try_wait.parity.shared::cta.b64", ("[param0]", "param1")),
         Event("branch back", ("not(asm0.0)",)),

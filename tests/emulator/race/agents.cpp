@@ -100,7 +100,8 @@ uint32_t Agents::fork(ThreadState& thread, Proxy proxy, const Site* issued_at) {
   uint32_t index = 0;
   for (uint32_t candidate : thread.operations) {
     OperationState& earlier = *operations_[candidate];
-    if (!earlier.complete || !thread.knowledge.seen.knows(earlier.id, earlier.epoch)) continue;
+    if (!earlier.complete || earlier.proxy != proxy) continue;
+    if (!thread.knowledge.seen.knows(earlier.id, earlier.epoch)) continue;
     state = &earlier;
     index = candidate;
     break;
@@ -110,8 +111,8 @@ uint32_t Agents::fork(ThreadState& thread, Proxy proxy, const Site* issued_at) {
     index = static_cast<uint32_t>(operations_.size());
     operations_.push_back(std::make_unique<OperationState>());
     state = operations_.back().get();
-    state->id = {thread.id.block, block.threads + static_cast<uint32_t>(block.issuers.size())};
-    block.issuers.push_back(thread.id.index);
+    state->id = {thread.id.block, block.threads + static_cast<uint32_t>(block.slots.size())};
+    block.slots.push_back({thread.id.index, proxy});
     thread.operations.push_back(index);
   }
   ++state->epoch;
@@ -144,7 +145,8 @@ std::string Agents::name(AgentId agent) const {
   if (agent.block >= blocks_.size()) return "the host";
   const BlockInfo& block = blocks_[agent.block];
   const bool asynchronous = agent.index >= block.threads;
-  const uint32_t thread = asynchronous ? block.issuers[agent.index - block.threads] : agent.index;
+  const uint32_t thread =
+      asynchronous ? block.slots[agent.index - block.threads].issuer : agent.index;
   std::string text = asynchronous ? "an asynchronous operation issued by " : "";
   text += format("block (%u,%u,%u) thread %u = warp %u lane %u", block.index.x, block.index.y,
                  block.index.z, thread, thread / kWarpSize, thread % kWarpSize);

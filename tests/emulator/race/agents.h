@@ -61,6 +61,18 @@ class Agents {
 
   // A new operation of `thread`, knowing what the thread knows now.
   uint32_t fork(ThreadState& thread, Proxy proxy, const Site* issued_at);
+  // visit(operation, epoch) for each operation of the async proxy, issued in the thread's cluster,
+  // that the thread knows to be over.
+  template <class Visit>
+  void for_each_finished_operation(const ThreadState& thread, const Visit& visit) const {
+    const auto first = [&](uint32_t block) {
+      return blocks_[block].cluster == thread.cluster ? blocks_[block].threads : kNoAgent;
+    };
+    thread.knowledge.seen.for_each(first, [&](AgentId agent, Epoch epoch) {
+      const BlockInfo& block = blocks_[agent.block];
+      if (block.slots[agent.index - block.threads].proxy == Proxy::Async) visit(agent, epoch);
+    });
+  }
   void peer_access(const ThreadState& thread, const Block& peer, const Site* site);
   OperationState& operation(uint32_t index) { return *operations_[index]; }
   Actor actor(uint32_t index, const char* what);
@@ -68,10 +80,15 @@ class Agents {
   std::string name(AgentId agent) const;
 
  private:
+  static constexpr uint32_t kNoAgent = ~0u;
   struct BlockInfo {
     uint3 index{};
     uint32_t grid = 0, threads = 0, cluster = 0, ended = 0;
-    std::vector<uint32_t> issuers;  // thread of each asynchronous slot
+    struct Slot {  // one asynchronous operation of a thread after the other
+      uint32_t issuer;
+      Proxy proxy;
+    };
+    std::vector<Slot> slots;
     struct PeerAccess {
       AgentId agent;
       Epoch epoch;

@@ -125,6 +125,20 @@ class View {
   // Takes over all that `sync` has gathered.
   void acquire(SyncClock& sync);
   const ClockRef& base() const { return base_; }
+  // visit(agent, epoch) for all that is known of agents whose index in their block is first(block)
+  // or more.
+  template <class First, class Visit>
+  void for_each(const First& first, const Visit& visit) const {
+    if (base_) {
+      for (const Clock::Part& part : base_->parts) {
+        const auto& epochs = part.segment->epochs;
+        for (uint32_t index = first(part.block); index < epochs.size(); ++index)
+          if (epochs[index] > 0) visit(AgentId{part.block, index}, epochs[index]);
+      }
+    }
+    for (const Extra& extra : extras_)
+      if (extra.agent.index >= first(extra.agent.block)) visit(extra.agent, extra.epoch);
+  }
 
  private:
   friend class SyncClock;

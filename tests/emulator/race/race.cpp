@@ -95,6 +95,14 @@ void race_release_fenced(const void* sync, Scope scope) {
     checker().sync_objects.release_fenced(*thread, sync, scope);
 }
 
+void race_release_finished(const void* sync) {
+  ThreadState* thread = entering_thread();
+  if (!thread) return;
+  checker().agents.for_each_finished_operation(*thread, [&](race::AgentId operation, auto epoch) {
+    checker().sync_objects.release_finished(operation, epoch, sync);
+  });
+}
+
 void race_fence_only(const void* sync) {
   if (ThreadState* thread = entering_thread()) checker().sync_objects.fence_only(*thread, sync);
 }

@@ -65,6 +65,10 @@ void race_host_write(const void* memory, size_t bytes);
 void race_release(const void* sync, ReleaseMode mode = ReleaseMode::Join);
 void race_acquire(const void* sync);
 void race_release(Thread& thread, const void* sync, ReleaseMode mode = ReleaseMode::Join);
+/// An arrival whose scope leaves out those who wait: of what the current thread knows it releases
+/// only that operations of the async proxy are over, and so only to what overwrites their operands
+/// (performed, in race/agents.h). Generic accesses are released to nobody.
+void race_release_finished(const void* sync);
 /// A relaxed arrival: releases only what the current thread's fences of at least this scope
 /// precede.
 void race_release_fenced(const void* sync, Scope scope);
@@ -122,6 +126,7 @@ inline void race_acquire(const void*) {}
 inline void race_acquire_performed(const void*) {}
 inline void race_release(Thread&, const void*, ReleaseMode = ReleaseMode::Join) {}
 inline void race_fence_only(const void*) {}
+inline void race_release_finished(const void*) {}
 inline void race_release_fenced(const void*, Scope) {}
 inline void race_acquire(Thread&, const void*) {}
 inline void race_forget(const void*) {}

@@ -21,6 +21,10 @@ class SyncObjects {
 
   void release(ThreadState& thread, const void* sync, ReleaseMode mode);
   void release_fenced(ThreadState& thread, const void* sync, Scope scope);
+  // Of an operation that is over, and for what may overwrite its operands alone.
+  void release_finished(AgentId operation, Epoch epoch, const void* sync) {
+    objects_[sync].clocks.performed.release(operation, epoch);
+  }
   void acquire(ThreadState& thread, const void* sync);
   void acquire(OperationState& operation, const void* sync);
   void acquire_performed(ThreadState& thread, const void* sync);

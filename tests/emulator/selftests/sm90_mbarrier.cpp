@@ -224,7 +224,7 @@ TEST(remote_arrival_at_a_block_that_has_exited) {
 
 TEST(remote_arrival_in_flight_when_the_block_exits) {
   bool issued = false;
-  CHECK_FAILS(ErrorKind::ExitCheck, "mbarrier.arrive.shared::cluster",
+  CHECK_FAILS(ErrorKind::ExitCheck, "mbarrier.arrive.release.cluster.shared::cluster",
               run(blocks_of(32, 1024, 2), [&] {
                 init_in_cluster(1);
                 if (cluster_rank() == 0 && thread_index() == 0) {
