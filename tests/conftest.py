@@ -12,6 +12,7 @@ and `isa` is None, as on CUDA.
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 
 # Read when cuBLAS starts: without it torch refuses products under use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -90,13 +91,29 @@ def why_no_cuda() -> str:
     return "" if _C.with_cuda else "lora_ext was built without CUDA kernels"
 
 
+@contextmanager
+def float32_sums():
+    """By default cuBLAS may add the parts of a half product in half, where integers are not exact."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
 @pytest.fixture
 def cuda():
     """For tests of what there is on CUDA alone; they have the marker `gpu`."""
     reason = why_no_cuda()
     if reason:
         pytest.skip(reason)
-    return "cuda"
+    with float32_sums():
+        yield "cuda"
 
 
 @pytest.fixture
@@ -107,17 +124,10 @@ def device(request):
     reason = why_no_cuda()
     if reason:
         pytest.skip(reason)
-    # cuBLAS may add the parts of a half product in half, where integers are not exact.
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
-    before = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
     _C.set_cuda_route(CUDA[request.param])
-    yield "cuda"
+    with float32_sums():
+        yield "cuda"
     _C.set_cuda_route("auto")
-    for name, value in zip(names, before, strict=True):
-        setattr(matmul, name, value)
 
 
 @pytest.fixture

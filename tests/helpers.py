@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 import lora_ext
 from lora_ext.reference import lora_linear_reference
@@ -189,6 +191,50 @@ def run_reference(problem: Problem, mask: Tensor | None = None, keep_scale: floa
 
 def run_float64(problem: Problem, mask: Tensor | None = None, keep_scale: float = 1.0) -> Run:
     return run_reference(problem.to(F64), mask, keep_scale)
+
+
+def product_in_order(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left [m, k] right [k, n] + bias [n], terms added one after the other in at least float32."""
+    wide = accumulation_dtype(left.dtype)
+    total = left.new_zeros((left.shape[0], right.shape[1]), dtype=wide)
+    for column, row in zip(left.to(wide).unbind(1), right.to(wide).unbind(0), strict=True):
+        total.addr_(column, row)
+    return (total if bias is None else total.add_(bias)).to(left.dtype)
+
+
+class _LinearInOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias=None):
+        ctx.save_for_backward(x, weight)
+        return product_in_order(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, *need_bias = ctx.needs_input_grad
+        ones = grad.new_ones((1, len(grad)))
+        return (
+            product_in_order(grad, weight) if need_x else None,
+            product_in_order(grad.t(), x) if need_weight else None,
+            *(product_in_order(ones, grad)[0] if need else None for need in need_bias),
+        )
+
+
+class _InOrder(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        call = _LinearInOrder.apply if func is F.linear else func
+        return call(*args, **(kwargs or {}))
+
+
+def run_in_order(problem: Problem, mask: Tensor | None = None, keep_scale: float = 1.0) -> Run:
+    """`run_reference` of 2-D operands with the products of `product_in_order`.
+
+    A library sums in some other order, which errs less, by how much depends on the library and the
+    processor. What this errs follows from the dtypes and from the lengths of the sums alone.
+    """
+    with _InOrder():
+        return run_reference(problem, mask, keep_scale)
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:

@@ -340,7 +340,9 @@ def test_pissa_and_olora_are_pefts_function(init, dtype):
     x = make_x("linear", dtype, 400)
     with torch.no_grad():
         y, theirs, wanted = ours(x), peft(x), exact(ours[0], x)
-    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted)
+    # Sums of 28 terms differ by some units of the last place with the library that makes them.
+    floor = 8 * torch.finfo(F32).eps * wanted.abs().max().item()
+    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted) + floor
     if dtype == F32:
         torch.testing.assert_close(y, theirs, rtol=1e-4, atol=1e-4)
     else:  # PEFT rounds W - s B0 A0 to bfloat16 once more

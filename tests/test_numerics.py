@@ -1,5 +1,9 @@
 """y and all gradients against float64, in units of what PEFT's order of operations errs.
 
+How much that is depends on how products are summed, so that the yardstick is the larger of two: by
+this machine's library, which makes our base product, too, and in order, which is the same on every
+machine and errs no less than a library that sums in blocks.
+
 Three kinds of evidence. Random numbers bound the rounding error. Integers have no rounding error to
 hide behind: every element must be exact. On the ATen route float32 adapters have PEFT's own bits.
 """
@@ -25,6 +29,7 @@ from helpers import (
     relative_error,
     rms_error,
     run_float64,
+    run_in_order,
     run_ours,
     run_reference,
 )
@@ -47,15 +52,15 @@ pairs = pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
 dropouts = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 
 
-def three_runs(problem, dropout_p):
-    """(lora_ext, PEFT's order in the same dtypes, float64) under one mask."""
-    mask = mask_of(problem, dropout_p)
-    scale = keep_scale_of(dropout_p) if dropout_p else 1.0
-    return (
-        run_ours(problem, dropout_p),
-        run_reference(problem, mask, scale),
-        run_float64(problem, mask, scale),
-    )
+def ours_and_exact(problem, dropout_p):
+    mask, scale = mask_of(problem, dropout_p), keep_scale_of(dropout_p) if dropout_p else 1.0
+    return run_ours(problem, dropout_p), run_float64(problem, mask, scale)
+
+
+def runs_of_peft(problem, dropout_p):
+    """PEFT's order in the same dtypes and under the same mask, by the library and in order."""
+    mask, scale = mask_of(problem, dropout_p), keep_scale_of(dropout_p) if dropout_p else 1.0
+    return [run(problem, mask, scale) for run in (run_reference, run_in_order)]
 
 
 def allowed_ratio(isa) -> float:
@@ -74,14 +79,14 @@ def made_of_half_pairs(isa, pair) -> bool:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_max_error_is_at_most_twice_that_of_peft(isa, device, pair, dropout_p, shape):
     problem = make_problem(*shape, pair, device, scaling=1.3)
-    ours, peft, exact = three_runs(problem, dropout_p)
+    (ours, exact), peft = ours_and_exact(problem, dropout_p), runs_of_peft(problem, dropout_p)
     eps = torch.finfo(accumulation_dtype(pair[0])).eps
     for name in OUTPUTS:
         wanted = getattr(exact, name)
         # Floor: sums of a few hundred terms in another order differ by some units of the last
         # place of the largest. In float64 "exact" is itself such a sum.
         floor = 8 * eps * wanted.abs().max().item()
-        bound = 2 * max_error(getattr(peft, name), wanted) + floor
+        bound = 2 * max(max_error(getattr(run, name), wanted) for run in peft) + floor
         if made_of_half_pairs(isa, pair) and name in GRADIENTS_OF_ADAPTERS:
             bound = 1e-5 * wanted.abs().max().item()
         assert max_error(getattr(ours, name), wanted) <= bound, name
@@ -96,19 +101,19 @@ def test_rms_error_is_at_most_that_of_peft(isa, device, pair, dropout_p):
     twice alike, their errors are independent draws of one size, and an rms over n draws scatters by
     1 / sqrt(2 n) = 1%. A scaling of 1.3 is 1.296875 in bfloat16: a route that rounds it fails.
     """
-    ours_square, peft_square = dict.fromkeys(OUTPUTS, 0.0), dict.fromkeys(OUTPUTS, 0.0)
+    squares = {name: torch.zeros(3) for name in OUTPUTS}
     for seed in range(2):
         shape = (192 + seed, 480 + seed, 352 + seed, 20 + seed)
         problem = make_problem(*shape, pair, device, scaling=1.3, seed=seed)
-        ours, peft, exact = three_runs(problem, dropout_p)
+        (ours, exact), peft = ours_and_exact(problem, dropout_p), runs_of_peft(problem, dropout_p)
         for name in OUTPUTS:
             wanted = getattr(exact, name)
-            ours_square[name] += rms_error(getattr(ours, name), wanted) ** 2
-            peft_square[name] += rms_error(getattr(peft, name), wanted) ** 2
-    for name in OUTPUTS:
+            errors = [rms_error(getattr(run, name), wanted) for run in (ours, *peft)]
+            squares[name] += torch.tensor(errors) ** 2
+    for name, (ours_square, *peft_squares) in squares.items():
         if made_of_half_pairs(isa, pair) and name in GRADIENTS_OF_ADAPTERS:
             continue  # bounded by 1e-5 instead, see test_float32_adapters_have_float32_gradients
-        ratio = (ours_square[name] / peft_square[name]) ** 0.5
+        ratio = (ours_square / max(peft_squares)) ** 0.5
         assert ratio <= allowed_ratio(isa), f"{name}: {ratio:.3f} times PEFT's rms error"
 
 
@@ -117,7 +122,7 @@ def test_rms_error_is_at_most_that_of_peft(isa, device, pair, dropout_p):
 @pytest.mark.parametrize("shape", [*SHAPES, (256, 384, 320, 32)], ids=lambda s: f"M{s[0]}r{s[3]}")
 def test_float32_adapters_have_float32_gradients(isa, device, dtype, dropout_p, shape):
     problem = make_problem(*shape, (dtype, F32), device)
-    ours, _, exact = three_runs(problem, dropout_p)
+    ours, exact = ours_and_exact(problem, dropout_p)
     for name in GRADIENTS_OF_ADAPTERS:
         assert getattr(ours, name).dtype == F32
         assert relative_error(getattr(ours, name), getattr(exact, name)) <= 1e-5, name
@@ -132,7 +137,7 @@ def test_float32_adapters_have_float32_gradients(isa, device, dtype, dropout_p, 
 def test_gradients_would_show_rounded_adapters(isa, device, dtype, dropout_p, rows):
     """dlora_b reads lora_a, dlora_a reads lora_b; either rounded errs 50 times the bound."""
     problem = make_problem(rows, 129, 95, 8, (dtype, F32), device)
-    ours, _, exact = three_runs(problem, dropout_p)
+    ours, exact = ours_and_exact(problem, dropout_p)
     mask, scale = mask_of(problem, dropout_p), keep_scale_of(dropout_p)
     rounded = type(problem)(
         **{
@@ -155,7 +160,7 @@ def test_the_update_is_rounded_once(isa, device, dtype, dropout_p, rows, name):
     """With a zero weight y and dx are the update alone: its only error is the last rounding."""
     problem = make_problem(rows, 129, 195, 8, (dtype, F32), device, bias=False)
     problem.weight.zero_()
-    ours, _, exact = three_runs(problem, dropout_p)
+    ours, exact = ours_and_exact(problem, dropout_p)
     wanted = getattr(exact, name)
     unavoidable = rms_error(wanted.to(dtype), wanted)
     assert rms_error(getattr(ours, name), wanted) <= 1.02 * unavoidable
@@ -316,10 +321,11 @@ def test_error_is_at_most_that_of_the_real_peft_layer(isa, device, pair, dropout
     mask = mask_of(problem, dropout_p)
     scale = keep_scale_of(dropout_p) if dropout_p else 1.0
     ours, peft = run_ours(problem, dropout_p), run_peft(problem, mask, scale)
-    exact = run_float64(problem, mask, scale)
+    in_order, exact = run_in_order(problem, mask, scale), run_float64(problem, mask, scale)
     for name in ("y", "dx"):
         wanted = getattr(exact, name)
-        ratio = rms_error(getattr(ours, name), wanted) / rms_error(getattr(peft, name), wanted)
+        theirs = max(rms_error(getattr(run, name), wanted) for run in (peft, in_order))
+        ratio = rms_error(getattr(ours, name), wanted) / theirs
         assert ratio <= allowed_ratio(isa), f"{name}: {ratio:.3f} times PEFT's rms error"
 
 
