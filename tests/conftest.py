@@ -93,7 +93,7 @@ def why_no_cuda() -> str:
 
 @contextmanager
 def float32_sums():
-    """By default cuBLAS may add the parts of a half product in half, where integers are not exact."""
+    """cuBLAS may, by default, add the parts of a half product in half: integers are not exact."""
     matmul = torch.backends.cuda.matmul
     names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
     before = [getattr(matmul, name) for name in names]
