@@ -6,8 +6,8 @@
 //
 // Adapters wider than the activations (and half ones in the CPU's backward): row blocks in the wide
 // dtype, in PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y
-// and dX have PEFT's bits. row_blocks.h bounds the wide copies of x, of dY and of an update, of
-// which one lives at a time, the last beside its rounded copy: no temporary grows with the rows.
+// and dX have PEFT's bits. row_blocks.h bounds the wide copies of x, of dY, of the base and of an
+// update, of which at most two live at a time: no temporary grows with the rows.
 #include "library_route.h"
 
 #include <ATen/ops/addmm.h>

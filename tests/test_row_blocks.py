@@ -5,7 +5,7 @@ import torch
 from helpers import BF16, F32, F64, make_problem
 from torch.profiler import profile
 
-from benchmarks import model
+from benchmarks import memory, model
 from benchmarks.shapes import FORWARD, STEP, Cell
 from lora_ext import _C
 
@@ -35,9 +35,31 @@ def test_a_training_step_on_cuda_is_a_block_or_two():
     assert blocks(8192, 14336, CPU) == 228
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_two_blocks_bound_what_a_pass_holds(library_route, dropout_p):
+    """Beside its results, in five blocks; docs/numerics.md says so."""
+    columns, rank = 2048, 4
+    rows = 5 * _C.rows_of_block(columns, F32, CPU)
+    problem = make_problem(rows, columns, columns, rank, (BF16, F32), bias=False)
+    seed = torch.tensor(1) if dropout_p else None
+    tail = (0.5, dropout_p, seed, 0, 0, False, None)
+    operands = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    ops, small = torch.ops.lora_ext, 64 * (rows + columns) * rank
+    y, s = ops.lora_linear_forward(*operands, None, *tail)
+    kept = y.nbytes + s.nbytes
+    peak = memory.peak_bytes(lambda: ops.lora_linear_forward(*operands, None, *tail))
+    assert peak <= kept + (4 << 20) + small
+
+    wanted = [True, True, True, False]
+    arguments = (problem.grad, *operands, s, *tail, wanted)
+    kept = sum(result.nbytes for result in ops.lora_linear_backward(*arguments)[:3])
+    peak = memory.peak_bytes(lambda: ops.lora_linear_backward(*arguments))
+    assert peak <= kept + (4 << 20) + small
+
+
 def launched(call) -> int:
     """Products and passes that the op makes; not zero-fills, nor views and casts to the same."""
-    with profile() as recorded:
+    with memory.silent_stderr(), profile() as recorded:
         call()
     events = recorded.events()
     (op,) = [event for event in events if event.name.startswith("lora_ext::")]
