@@ -52,10 +52,11 @@ def outputs(variant: Variant, problem: Problem, mode: str) -> dict[str, Tensor]:
     """The output on the first input and, unless it is a forward, dx, dlora_a and dlora_b."""
     x = problem.inputs[0]
     if mode == FORWARD:
-        with torch.no_grad():
+        with variant, torch.no_grad():
             return {"out": variant.call(x)}
-    out = variant.call(x)
-    grads = torch.autograd.grad(out, (x, *variant.adapters), problem.grads[0])
+    with variant:
+        out = variant.call(x)
+        grads = torch.autograd.grad(out, (x, *variant.adapters), problem.grads[0])
     return {"out": out, **dict(zip(("dx", "dlora_a", "dlora_b"), grads, strict=True))}
 
 

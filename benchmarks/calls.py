@@ -26,7 +26,12 @@ def call_of(variant: Variant, problem: Problem, mode: str) -> Call:
 def _forward(variant: Variant, problem: Problem) -> Call:
     pairs = problem.rotation()
     call = variant.call
-    return lambda: call(next(pairs)[0])
+
+    def forward() -> torch.Tensor:
+        with variant:
+            return call(next(pairs)[0])
+
+    return forward
 
 
 def _step(variant: Variant, problem: Problem) -> Call:
@@ -36,7 +41,8 @@ def _step(variant: Variant, problem: Problem) -> Call:
         x, grad = next(pairs)
         for leaf in (x, *variant.adapters):
             leaf.grad = None
-        variant.call(x).backward(grad)
+        with variant:
+            variant.call(x).backward(grad)
 
     return step
 
@@ -48,9 +54,10 @@ def _backward(variant: Variant, problem: Problem) -> Call:
 
     def backward() -> None:
         x, grad = next(pairs)
-        if id(x) not in outputs:
-            outputs[id(x)] = variant.call(x)
-        torch.autograd.grad(outputs[id(x)], (x, *variant.adapters), grad, retain_graph=True)
+        with variant:
+            if id(x) not in outputs:
+                outputs[id(x)] = variant.call(x)
+            torch.autograd.grad(outputs[id(x)], (x, *variant.adapters), grad, retain_graph=True)
 
     def warm_up() -> None:
         for _ in problem.inputs:

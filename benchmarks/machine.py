@@ -42,6 +42,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def missing_device(device: str) -> str:
+    """Why the device cannot be used; empty if it can."""
+    if device != "cuda" or torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    return "torch finds no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+
+
 def describe(device: str, name: str = "") -> dict[str, Any]:
     """Hardware, software and settings of this run; all values are plain JSON.
 

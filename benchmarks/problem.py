@@ -64,16 +64,18 @@ class Problem:
 def make_problem(cell: Cell, seed: int = 0) -> Problem:
     """Random tensors of unit scale; base and LoRA parts contribute about equally to y."""
     dtype = getattr(torch, cell.dtype)
-    generator = torch.Generator().manual_seed(seed)
+    on_gpu = cell.device == "cuda"  # where the half a billion numbers of a large cell take no time
+    generator = torch.Generator(cell.device if on_gpu else "cpu").manual_seed(seed)
     n, k, r = cell.out_features, cell.in_features, cell.rank
 
     def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * std).to(cell.device, dtype)
+        drawn = torch.randn(*shape, generator=generator, device=generator.device)
+        return drawn.mul_(std).to(cell.device, dtype)
 
     element = torch.empty((), dtype=dtype).element_size()
     copies = -(-_ROTATED_BYTES // (cell.rows * k * element))
     copies = max(_MIN_COPIES, min(_MAX_COPIES, copies))
-    if cell.device == "cuda":
+    if on_gpu:
         copies = 1  # cuda_timing evicts them from the cache
     step = cell.mode != FORWARD
     return Problem(

@@ -26,6 +26,7 @@ _SHARES = 1.3
 _REPLAYED = " replayed"
 
 ProblemMaker = Callable[[Cell], Problem]
+Announce = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def _check(
     variants: Mapping[str, Variant],
     builders: Mapping[str, Builder],
     errors: dict[str, str],
+    announce: Announce,
 ) -> dict[str, list[str]]:
     """Compare with naive, without dropout: name -> what disagrees."""
     expected = outputs(builders["naive"](problem, 0.0), problem, cell.mode)
@@ -75,6 +77,7 @@ def _check(
             continue  # without dropout it would be another program
         if name not in OURS and not cell.all_peers:
             continue
+        announce(f"{name}: check")
         try:
             same = builders[name](problem, 0.0) if cell.dropout_p else variant
             found = disagreements(outputs(same, problem, cell.mode), expected)
@@ -93,6 +96,7 @@ def _time(
     means: Means,
     plan: Plan,
     result: results.Result,
+    announce: Announce,
 ) -> None:
     """Puts the times of calls into result["timing"], and of graphs' replays into ["graph"].
 
@@ -108,6 +112,7 @@ def _time(
 
     with grad_mode():
         for name, variant in variants.items():
+            announce(f"{name}: time")
             make = partial(call_of, variant, problem, cell.mode)
             try:
                 prepare(name, make())
@@ -120,6 +125,7 @@ def _time(
                 prepare(name + _REPLAYED, means.capture(make))
             except Exception as error:
                 result["notes"][name] = f"no graph: {_text(error)}"
+        announce("all in turn")
         if functions:
             interleaved(functions, timings, means.meter, plan)
     measured = {key: timing.summary() for key, timing in timings.items() if timing.samples}
@@ -130,22 +136,29 @@ def _time(
 
 
 def _memory(
-    cell: Cell, problem: Problem, variants: Mapping[str, Variant], errors: dict[str, str]
+    cell: Cell,
+    problem: Problem,
+    variants: Mapping[str, Variant],
+    errors: dict[str, str],
+    announce: Announce,
 ) -> dict[str, dict[str, int]]:
     x, grad = problem.inputs[0], problem.grads[0]
     found = {}
     for name, variant in variants.items():
         entry = {}
+        announce(f"{name}: memory")
 
         def clear(variant: Variant = variant) -> None:
             for leaf in (x, *variant.adapters):
                 leaf.grad = None
 
         def forward(variant: Variant = variant) -> torch.Tensor:
-            return variant.call(x)
+            with variant:
+                return variant.call(x)
 
         def step(variant: Variant = variant) -> None:
-            variant.call(x).backward(grad)
+            with variant:
+                variant.call(x).backward(grad)
 
         try:
             if cell.mode == STEP:
@@ -170,14 +183,22 @@ def cell_of(result: results.Result) -> Cell:
     return Cell(**{name: value for name, value in result["cell"].items() if name != "id"})
 
 
+def share_s(effort: float, effort_left: float, left_s: float) -> float:
+    """How long a cell may be timed: by its part of the effort left, and somewhat longer."""
+    return _SHARES * left_s * effort / effort_left
+
+
 def run_cell(
     cell: Cell,
     plan: Plan,
     make: ProblemMaker = make_problem,
     builders: Mapping[str, Builder] = BUILDERS,
     means: Means | None = None,
+    announce: Announce = lambda what: None,
 ) -> results.Result:
     """Measure one cell. Times in ms, memory in bytes.
+
+    announce: told what is about to run, for whoever must find out what hung
 
     The entry's status is "ok", "wrong" (one of ours disagrees with naive) or "error" (nothing could
     be measured).
@@ -193,16 +214,18 @@ def run_cell(
                 variants[name] = builders[name](problem, cell.dropout_p)
             except Exception as error:
                 errors[name] = _text(error)
-        wrong = _check(cell, problem, variants, builders, errors)
+        wrong = _check(cell, problem, variants, builders, errors, announce)
         variants = {name: v for name, v in variants.items() if name not in errors}
         result["disagreements"] = wrong
         result["notes"] = {name: v.note for name, v in variants.items() if v.note}
         means = means or means_for(cell.device)
         before = means.watch() if means.watch else None
-        _time(cell, problem, variants, means, plan, result)
+        _time(cell, problem, variants, means, plan, result, announce)
         if means.watch:
             result["card"] = {"before": before, "after": means.watch()}
-        result["memory"] = _memory(cell, problem, variants, errors) if cell.memory else {}
+        result["memory"] = {}
+        if cell.memory:
+            result["memory"] = _memory(cell, problem, variants, errors, announce)
     except Exception as error:
         result["status"], result["error"] = "error", _text(error)
         return result
@@ -238,7 +261,7 @@ def run(
         if left_s < 0:
             document["skipped"].append(cell.id)
             continue
-        limit_s = _SHARES * left_s * cell.effort / effort_left
+        limit_s = share_s(cell.effort, effort_left, left_s)
         effort_left -= cell.effort
         own = replace(plan.times(cell.effort), limit_s=limit_s)
         document["cells"].append(run_cell(cell, own, makers.get(cell.group, make_problem)))

@@ -41,11 +41,31 @@ class Unavailable(RuntimeError):
 
 @dataclass
 class Variant:
-    """y = call(x). adapters are the leaves lora_a [r, K], lora_b [N, r], empty for a floor."""
+    """y = call(x), inside a `with` block of the variant, and so is backward.
+
+    Attributes:
+        adapters: the leaves lora_a [r, K], lora_b [N, r], empty for a floor.
+        note: for the report, e.g. the route that was taken.
+        route: of lora_ext on CUDA, for the length of the block; "" is the planner's.
+    """
 
     call: Callable[[Tensor], Tensor]
     adapters: tuple[Tensor, ...] = ()
-    note: str = ""  # for the report, e.g. the route that was taken
+    note: str = ""
+    route: str = ""
+
+    def __enter__(self) -> Variant:
+        self._set(self.route)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set("auto")
+
+    def _set(self, route: str) -> None:
+        if self.route:
+            import lora_ext
+
+            lora_ext.set_cuda_route(route)
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -102,23 +122,10 @@ def ours_packed(problem: Problem, dropout_p: float) -> Variant:
 
 
 def _on_route(problem: Problem, dtype: torch.dtype, dropout_p: float, route: str) -> Variant:
-    """lora_ext on one of CUDA's routes, for the length of each call and of its backward."""
-    from lora_ext import set_cuda_route
-
+    """lora_ext on one of CUDA's routes."""
     variant = _ours(problem, dropout_p, dtype, problem.weight)
-
-    def call(x: Tensor) -> Tensor:
-        set_cuda_route(route)
-        try:
-            y = variant.call(x)
-        finally:
-            set_cuda_route("auto")
-        if y.requires_grad:
-            y.register_hook(lambda grad: set_cuda_route(route))
-            x.register_hook(lambda grad: set_cuda_route("auto"))
-        return y
-
-    return Variant(call, variant.adapters)
+    variant.route = route
+    return variant
 
 
 def ours_kernel(problem: Problem, dropout_p: float) -> Variant:

@@ -3,9 +3,9 @@
     python scripts/keep_gpu_results.py FOLDER NAME
 
 FOLDER is `make gpu`'s --out, NAME what the machine is called under benchmarks/results/. Results,
-report and pictures go there; golden vectors to the conformance tests, which then compare the
-execution layer with them; the table of winners into the package. Then docs/verification.md is
-written anew.
+report and pictures, which are drawn here, go there; golden vectors to the conformance tests, which
+then compare the execution layer with them; the table of winners into the package. Then
+docs/verification.md is written anew.
 """
 
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import results  # noqa: E402
+from benchmarks import report, results  # noqa: E402
 from lora_ext.tune import read_table  # noqa: E402
 
 
@@ -48,12 +48,21 @@ def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
     return found
 
 
+def draw(folder: Path) -> None:
+    """Writes the report again, with pictures: the machine with the GPU may have no plot library."""
+    path = folder / "results.json"
+    report.write(results.read(path), path)
+
+
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         print("usage: python scripts/keep_gpu_results.py FOLDER NAME", file=sys.stderr)
         return 2
+    folder, name = Path(arguments[0]), arguments[1]
     try:
-        chosen = places(Path(arguments[0]), arguments[1])
+        places(folder, name)  # before anything is written
+        draw(folder)
+        chosen = places(folder, name)
     except (OSError, ValueError) as error:
         print(f"keep_gpu_results.py: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import agreement, memory, real_model, report, results, runner, shapes, variants
 from benchmarks.__main__ import chosen_cells
-from benchmarks.gpu.__main__ import missing_device
+from benchmarks.machine import missing_device
 from benchmarks.problem import make_problem
 from benchmarks.targets import MISS, PASS, TARGETS, UNKNOWN, evaluate
 from benchmarks.timing import CpuMeter, Plan, Sample, Timing, interleaved, wait_reader

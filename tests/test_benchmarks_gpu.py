@@ -12,13 +12,15 @@ from dataclasses import replace
 import pytest
 import torch
 from test_benchmarks import MACHINE, QUICK, small, synthetic
+from test_cuda_kernels import smallest_of_each_kind
 
+import lora_ext
 from benchmarks import calls, card, model, report, results, runner, shapes, variants
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import cells, checks, measure, profile, stages, stress
 from benchmarks.gpu.run import Run, bring, resumed
 from benchmarks.problem import make_problem
-from lora_ext import tune
+from lora_ext import _C, tune
 
 H100 = {**MACHINE, "gpu": "NVIDIA H100 80GB HBM3", "device": "cuda"}
 CEILINGS = {"status": "done", "tflops": 600.0, "dram_gb_s": 2500.0, "summary": "", "seconds": 1.0}
@@ -30,9 +32,9 @@ def new_run(folder, machine=MACHINE, device="cuda", seconds=1000.0, quick=False)
 
 
 def stage(name, outcome, called, seconds=1.0, quick=True):
-    def run(given):
+    def run(given, limit_s):
         called.append(name)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return stages.result_of(outcome, name)
 
@@ -49,18 +51,44 @@ def test_each_result_is_written_at_once_and_a_failure_ends_nothing(tmp_path, mon
         stage("fourth", "done", called),
     ]
     stages.run_stages(run, chosen)
-    assert called == ["first", "second", "third", "fourth"] and len(written) == 4
+    assert called == ["first", "second", "third", "fourth"]
     assert "no space left" in run.stages["second"]["summary"]
-    assert [len(json.loads(text)) for text in written] == [1, 2, 3, 4]
+    assert [len(json.loads(text)) for text in written] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert json.loads(written[2])["second"]["status"] == "begun"
 
 
-def test_what_has_a_result_is_not_done_again_unless_it_is_partial(tmp_path):
+def test_what_is_not_done_is_done_again_and_what_failed_comes_last(tmp_path):
     called, run = [], new_run(tmp_path)
-    stages.run_stages(run, [stage("first", "done", called), stage("second", "partial", called)])
-    last = [stage("first", "done", called), stage("second", "done", called)]
-    stages.run_stages(run, [*last, stage("third", "failed", called)])
-    assert called == ["first", "second", "second", "third"]
-    assert run.stages["second"]["status"] == "done"
+    outcomes = {"a": "failed", "b": "done", "c": "missing", "d": "partial", "e": "done"}
+    chosen = [stage(name, outcome, called) for name, outcome in outcomes.items()]
+    stages.run_stages(run, chosen[:4])
+    run.stages["b"]["status"] = "begun"  # as a run leaves it that is killed in it
+    called.clear()
+    stages.run_stages(run, chosen)
+    assert called == ["d", "e", "a", "b", "c"]
+    called.clear()
+    run.checking = "other tests"
+    stages.run_stages(run, chosen)
+    assert called == ["b", "d", "e", "a", "c"]
+
+
+def test_an_interrupt_leaves_a_stage_as_it_was(tmp_path):
+    called, run = [], new_run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_stages(run, [stage("new", KeyboardInterrupt(), called)])
+    assert run.stages == {}
+    stages.run_stages(run, [stage("old", "partial", called)])
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_stages(run, [stage("old", KeyboardInterrupt(), called)])
+    assert run.stages["old"]["status"] == "partial"
+
+
+def test_no_stage_may_take_more_than_thrice_its_time_or_the_time_left(tmp_path):
+    limits = []
+    long = stages.Stage("long", 10, lambda run, s: limits.append(s) or stages.missing(""))
+    stages.run_stages(new_run(tmp_path, seconds=100), [long])
+    stages.run_stages(new_run(tmp_path, seconds=20), [long])
+    assert limits[0] == 30 and 19 < limits[1] <= 20
 
 
 def test_a_stage_that_does_not_fit_waits_for_the_next_call(tmp_path):
@@ -83,26 +111,21 @@ def test_quick_leaves_out_what_is_not(tmp_path):
     assert called == ["a"]
 
 
-def test_commands_that_hang_fail_or_are_not_there_are_results():
-    python = sys.executable
-    assert stages.run_command([python, "-c", "print(7)"], 60)["summary"] == "7"
-    failed = stages.run_command([python, "-c", "raise SystemExit(3)"], 60)
-    assert failed["status"] == "failed"
-    slow = stages.run_command([python, "-c", "import time; time.sleep(60)"], 1.0)
-    assert slow["status"] == "failed" and "stopped after" in slow["summary"]
-    assert stages.run_command(["/no/such/program"], 1)["status"] == "missing"
-    many = [python, "-c", "print(*range(50), sep='\\n')"]
-    assert len(stages.run_command(many, 60)["tail"]) < 50
-    assert len(stages.run_command(many, 60, kept=None)["tail"]) == 50
+def test_sanitizers_see_every_kind_of_tile():
+    """The kinds that csrc/plan.h has, each by its smallest tile."""
+    card = lora_ext.CARDS["H100"]
+    tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
+    chosen = smallest_of_each_kind(tiles)
+    assert len(chosen) == 4 and {"in-grid", "wgmma", "pingpong"} <= {t.split()[0] for t in chosen}
 
 
 def test_missing_tools_are_results(tmp_path, monkeypatch):
     monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     run = new_run(tmp_path)
-    found = checks.sanitizer("memcheck")(run)
+    found = checks.sanitizer("memcheck")(run, 1.0)
     assert found["status"] == "missing" and "compute-sanitizer" in found["summary"]
-    assert profile.worst(run)["status"] == "missing"
-    assert profile._with_ncu(run, small(), "ours") == ([], "no ncu on the PATH")
+    assert profile.worst(run, 1.0)["status"] == "missing"
+    assert profile._with_ncu(run, small(), "ours", 1.0) == ([], "no ncu on the PATH")
 
 
 def test_resuming_needs_the_same_machine(tmp_path, capsys):
@@ -113,7 +136,10 @@ def test_resuming_needs_the_same_machine(tmp_path, capsys):
     fresh = results.new_document("gpu", MACHINE)
     assert resumed(path, fresh)["stages"] == document["stages"]
     other = results.new_document("gpu", {**MACHINE, "name": "another"})
-    assert resumed(path, other) is other
+    assert resumed(path, other) is other and "(name differ)" in capsys.readouterr().err
+    rebuilt = results.new_document("gpu", {**MACHINE, "sources": "of other kernels"})
+    results.write(document, path)
+    assert resumed(path, rebuilt) is rebuilt
     assert not path.exists() and (tmp_path / "results.json.old").exists()
     path.write_text("{ half a docu")
     assert resumed(path, other) is other and "is not read" in capsys.readouterr().err
@@ -205,6 +231,43 @@ def test_backward_alone_gives_the_gradients_of_a_step():
     result = runner.run_cell(cell, QUICK)
     assert result["status"] == "ok", result
     assert {"frozen", "ours", "peft", "naive"} <= set(result["timing"])
+
+
+class Refuses(torch.autograd.Function):
+    """Its backward raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no backward")
+
+
+@pytest.mark.parametrize("mode", [shapes.FORWARD, shapes.STEP, shapes.BACKWARD])
+def test_a_route_holds_for_each_call_and_leaves_nothing_behind(monkeypatch, mode):
+    """On the CPU, which has no routes: of the calls that would set them."""
+    current, seen = ["auto"], []
+    monkeypatch.setattr(lora_ext, "set_cuda_route", lambda name: current.append(name))
+    problem = make_problem(small(mode))
+    variant = variants.ours(problem, 0.0)
+    plain = variant.call
+    variant.route = "kernel"
+    variant.call = lambda x: (seen.append(current[-1]), plain(x))[1]
+    call = calls.call_of(variant, problem, mode)
+    with torch.set_grad_enabled(mode != shapes.FORWARD):
+        for _ in range(5):
+            call()
+            assert current[-1] == "auto"
+    assert seen and set(seen) == {"kernel"}
+    assert not any(x._backward_hooks for x in problem.inputs)
+    if mode == shapes.FORWARD:
+        return
+    variant.call = lambda x: Refuses.apply(plain(x))
+    with pytest.raises(RuntimeError, match="no backward"):
+        calls.call_of(variant, problem, mode)()
+    assert current[-1] == "auto"
 
 
 def test_replays_take_turns_with_calls_and_what_cannot_be_captured_has_a_note():
@@ -335,6 +398,31 @@ def test_a_bit_that_differs_is_counted():
     assert stress.main(["--device", "cpu"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("route", "place", "status"),
+    [("kernel", 0, 1), ("hybrid", 3, 1), ("hybrid", 0, 0), ("library", 0, 0), ("library", 3, 0)],
+)
+def test_only_what_our_kernels_make_owes_equal_bits(monkeypatch, capsys, route, place, status):
+    """One tensor of one route differs; the others are those of the CPU's steps."""
+
+    def step_of(device, seed, sizes):
+        calls = iter(range(10**6))
+
+        def step():
+            found = [torch.zeros(1) for _ in range(4)]
+            found[place] += current[0] == route and next(calls) % 3 == 2
+            return tuple(found)
+
+        return step
+
+    current = [""]
+    monkeypatch.setattr(stress, "step_of", step_of)
+    monkeypatch.setattr(stress.lora_ext, "set_cuda_route", lambda name: current.insert(0, name))
+    monkeypatch.setattr(stress, "ROUTES", {"cpu": ("kernel", "hybrid", "library")})
+    assert stress.main(["--device", "cpu"]) == status
+    assert "for information" in capsys.readouterr().out
+
+
 COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick"]
 
 
@@ -356,6 +444,7 @@ def test_the_whole_run_on_the_cpu_can_be_killed_and_resumed(tmp_path):
     document = results.read(tmp_path / "results.json")
     assert document["cells"]
     assert document["stages"]["kernels"] == kept["stages"]["kernels"]
+    assert "test_plan.py" in (tmp_path / "log.txt").read_text()
     quick = {s.name for s in gpu.STAGES if s.quick}
     assert set(document["stages"]) == quick
     text = (tmp_path / "report.md").read_text()
@@ -422,6 +511,14 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
     (folder / "tuning" / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="schema"):
         keeper().places(folder, "h100")
+
+
+def test_pictures_are_drawn_where_results_are_kept(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured_run(tmp_path).write()
+    keeper().draw(tmp_path)
+    assert (tmp_path / "predictions.png").exists()
+    assert "(predictions.png)" in (tmp_path / "report.md").read_text()
 
 
 def test_a_trial_on_the_cpu_is_not_kept(tmp_path):

@@ -1,5 +1,6 @@
 """The Makefile's targets, with a Python in the environment's place that prints how it is called."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -95,3 +96,34 @@ def test_a_python_without_ensurepip_lends_its_pip_with_torch(tmp_path):
         [venv / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == str(venv)
+
+
+def targets() -> list[str]:
+    """Those that CONTRIBUTING.md names, and those that the Makefile calls phony."""
+    named = re.findall(r"`make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text())
+    phony = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(named) > 10
+    return sorted({*named, *" ".join(phony).split()})
+
+
+def absent(recipe: str) -> list[str]:
+    """Programs of the repository, and modules of Python, that a recipe calls but that are not."""
+    own = r"(?<![\w/.-])((?:scripts|tests|benchmarks|csrc|lora_ext|build_backend)/[\w./-]+\.py)\b"
+    missing = [path for path in re.findall(own, recipe) if not (ROOT / path).exists()]
+    modules = set(re.findall(r"python -m ([\w.]+)", recipe)) - {"venv", "pip", "mkdocs"}
+    return missing + [name for name in sorted(modules) if importlib.util.find_spec(name) is None]
+
+
+def test_what_a_recipe_calls_is_looked_for():
+    recipe = "venv/bin/python scripts/no_such.py && venv/bin/python -m benchmarks.no_such -q"
+    assert absent(recipe) == ["scripts/no_such.py", "benchmarks.no_such"]
+    assert absent("venv/bin/python -m benchmarks.gpu; venv/bin/python scripts/sass.py") == []
+
+
+@pytest.mark.parametrize("target", targets())
+def test_what_a_target_calls_is_there(tmp_path, target):
+    """From nothing: every rule that the target needs is printed."""
+    command = ["make", "--dry-run", f"VENV={tmp_path / 'venv'}", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and absent(done.stdout) == []

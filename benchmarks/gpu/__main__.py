@@ -2,52 +2,78 @@
 
     python -m benchmarks.gpu [--quick] [--device cpu] [--out FOLDER] [--resume FOLDER]
 
-A second run with the same folder goes on where the first stopped: what has a result is not done
-again. With --device cpu every stage runs its part that needs no GPU, to try the code.
+A second run with the same folder goes on where the first stopped: what is done for the same sources
+is not done again, and what failed comes last. Every stage runs in children of its own, each with a
+limit; log.txt has all that they print. With --device cpu every stage runs its part that needs no
+GPU, to try the code.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from .. import results
 from ..__main__ import finish
-from ..machine import describe
-from . import checks, measure, profile
-from .run import Run, bring, resumed
+from . import checks, measure, profile, workers
+from .child import Log
+from .run import Run, bring, checking, commit, resumed, sources
 from .stages import Stage, run_stages
 
 _BUDGET_S = 540.0
 
-# In the order of what would be missed most; three calls of nine minutes do all of it.
+# First whether the kernels are right, then how fast they are. Three calls of nine minutes do all of
+# it. Seconds are what each is expected to take; it is stopped after three times that.
 STAGES = (
-    Stage("conformance", 60, checks.conformance),
-    Stage("warmup", 30, checks.warmup),
+    Stage("conformance", 45, checks.conformance),
+    Stage("warmup", 45, checks.warmup),
     Stage("kernels", 90, checks.kernels),
+    Stage("memcheck", 60, checks.sanitizer("memcheck")),
+    *(Stage(tool, 60, checks.sanitizer(tool), quick=False) for tool in checks.SANITIZERS[1:]),
     Stage("ceilings", 10, measure.ceilings),
-    Stage("tests", 240, checks.tests, quick=False),
-    Stage("headline", 60, measure.headline),
-    Stage("profile", 60, profile.worst),
-    Stage("tuning", 60, measure.tuning, quick=False),
-    *(Stage(tool, 120, checks.sanitizer(tool), quick=False) for tool in checks.SANITIZERS),
+    Stage("headline", 100, measure.headline),
+    Stage("profile", 45, profile.worst),
     Stage("stress", 60, checks.stress),
+    Stage("tuning", 60, measure.tuning, quick=False),
+    Stage("tests", 240, checks.tests, quick=False),
     Stage("wide", 60, measure.wide, quick=False),
 )
 
 
-def missing_device(device: str) -> str:
-    """Why the device cannot be used; empty if it can."""
-    if device != "cuda" or torch.cuda.is_available():
-        return ""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-    return "torch finds no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+def described(run: Run, name: str) -> dict[str, Any]:
+    """The machine, as a child sees it: a driver that hangs must not hang the run.
+
+    Raises:
+        CannotStart: no child could say.
+    """
+    item = workers.Item("device", {"machine": name}, workers.START_S)
+    for _, answer in workers.each(run, "device", [item], time.monotonic() + workers.START_S):
+        if answer.result is None or answer.error:
+            raise workers.CannotStart(answer.error)
+        return answer.result
+    raise workers.CannotStart("there was no time for it")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM, as of a limit outside, ends the children and writes the report like an interrupt."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: the next call goes on from here", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,41 +92,61 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 2 without a device or kernels, 1 if a stage failed or ours is wrong, else 0."""
+    """Exit status 2 without a device or kernels, 1 if a stage failed or ours is wrong, else 0.
+
+    130 after an interrupt.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     names = [stage.name for stage in STAGES]
     for name in options.only or []:
         if name not in names:
             parser.error(f"expected stages of {', '.join(names)}, but got {name}")
-    reason = missing_device(options.device)
-    if reason:
-        print(f"python -m benchmarks.gpu: {reason}", file=sys.stderr)
-        return 2
     spent = 0.0 if options.started is None else max(0.0, time.time() - options.started)
     end = time.monotonic() + options.budget - spent
-    if options.resume:
-        bring(options.resume, options.out)
-    fresh = results.new_document("gpu", describe(options.device, options.machine))
-    document = resumed(options.out / "results.json", fresh)
-    if options.device == "cuda" and document["machine"]["lora_ext"].get("cuda") is not True:
-        why = document["machine"]["lora_ext"].get("cuda_reason", "")
+    log = Log(options.out / "log.txt")
+    empty = results.new_document("gpu", {})
+    run = Run(options.device, options.out, empty, options.quick, end, checking(), log)
+    try:
+        found = described(run, options.machine)
+    except workers.CannotStart as error:
+        found = {"reason": f"no child could describe the device: {error}"}
+    machine = found.get("machine", {})
+    built = machine.get("lora_ext", {})
+    if "reason" in found:
+        print(f"python -m benchmarks.gpu: {found['reason']}", file=sys.stderr)
+        return 2
+    if options.device == "cuda" and built.get("cuda") is not True:
         print(
-            f"python -m benchmarks.gpu: lora_ext is built without CUDA kernels ({why}), so there is"
-            " nothing to measure: put a CUDA toolkit's nvcc on PATH, remove .venv/.built, then"
-            " `make gpu` again",
+            "python -m benchmarks.gpu: lora_ext is built without CUDA kernels"
+            f" ({built.get('cuda_reason', '')}), so there is nothing to measure: put a CUDA"
+            " toolkit's nvcc on PATH, remove .venv/.built, then `make gpu` again",
             file=sys.stderr,
         )
         return 2
-    run = Run(options.device, options.out, document, options.quick, end)
-    run_stages(run, [s for s in STAGES if not options.only or s.name in options.only])
+    absent = found.get("absent", [])
+    if absent:
+        run.say(f"not installed: {', '.join(absent)}; what needs them is left out")
+    if "pytest" in absent:
+        run.say("without pytest neither kernels nor sanitizers are tested: install it first")
+    if options.resume:
+        bring(options.resume, options.out)
+    fresh = results.new_document("gpu", {**machine, "sources": sources(), "commit": commit()})
+    document = resumed(options.out / "results.json", fresh)
+    run = Run(options.device, options.out, document, options.quick, end, run.checking, log)
+    interrupted = True
+    with _interruptible():
+        run_stages(run, [s for s in STAGES if not options.only or s.name in options.only])
+        interrupted = False
     document["complete"] = all(run.stages.get(name, {}).get("status") == "done" for name in names)
     measure.predict(run)
-    status = finish(document, run.path, with_plots=True)
+    # At most 8 files: pictures are drawn from the results afterwards, by `python -m
+    # benchmarks.report`, where there is a plot library.
+    status = finish(document, run.path, with_plots=False)
     failed = [name for name, result in run.stages.items() if result["status"] == "failed"]
     for name in failed:
         print(f"FAILED: {name}: {run.stages[name]['summary']}", file=sys.stderr)
-    return 1 if failed else status
+    return 130 if interrupted else 1 if failed else status
 
 
 if __name__ == "__main__":

@@ -3,75 +3,79 @@
 from __future__ import annotations
 
 import shutil
-import sys
+import time
 from collections.abc import Callable
 
+from . import child
 from .run import Run
-from .stages import Result, missing, run_command
+from .stages import Result, missing, result_of, run_command
+from .workers import Item, each
 
-# A few kernels of each kind under the sanitizers, which make them a hundred times slower.
-_SANITIZED = "test_kernels_agree_with_the_library_route and 333x515x777x13"
+# A few tiles of each kind under the sanitizers, which make them a hundred times slower.
+_SANITIZED = "sanitized and kernel-"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-
 
 _ALL = "--continue-on-collection-errors"  # a file that cannot be imported stops no other
 
 
 def _pytest(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-rfE", _ALL, *arguments]
+    return [child.PYTHON, "-m", "pytest", "-v", "-rfE", "--tb=short", _ALL, *arguments]
 
 
-def conformance(run: Run) -> Result:
+def conformance(run: Run, seconds: float) -> Result:
     """Every function of csrc/ptx/ on the card: golden vectors for the execution layer."""
     if run.device != "cuda":
         return missing("golden vectors come from a GPU")
     folder = run.out.resolve() / "golden"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "emulator.conformance.produce", str(folder)]
-    return run_command(command, run.command_s, "tests")
+    command = [child.PYTHON, "-m", "emulator.conformance.produce", str(folder)]
+    return run_command(run, command, seconds, "tests")
 
 
-def warmup(run: Run) -> Result:
+def warmup(run: Run, seconds: float) -> Result:
     """Every kernel's small case on this card (`lora_ext.warmup`)."""
     if run.device != "cuda":
         return missing("kernels are checked on a GPU")
-    code = "import lora_ext; failed = lora_ext.warmup(); print(*failed, len(failed), sep='\\n')"
-    result = run_command([sys.executable, "-c", code], run.command_s)
-    if result["status"] == "done":
-        result["status"] = "done" if result["summary"] == "0" else "failed"
-        result["summary"] += " kernels failed their check"
-    return result
+    start = time.monotonic()
+    for _, answer in each(run, "warmup", [Item("warmup", {}, seconds)], start + seconds):
+        taken = round(time.monotonic() - start, 1)
+        failed = (answer.result or {}).get("failed", [])
+        summary = answer.error or f"{len(failed)} kernels failed their check"
+        status = "failed" if failed or answer.error else "done"
+        return result_of(status, summary, taken) | {"tail": failed or answer.tail}
+    return result_of("partial", "it did not begin")
 
 
-def kernels(run: Run) -> Result:
+def kernels(run: Run, seconds: float) -> Result:
     """The kernel route against the library route, graphs and streams."""
     if run.device != "cuda":
-        return run_command(_pytest("tests/test_plan.py"), run.command_s)
-    return run_command(_pytest("-m", "gpu", "tests/test_cuda_kernels.py"), run.command_s)
+        return run_command(run, _pytest("tests/test_plan.py"), seconds)
+    return run_command(run, _pytest("-m", "gpu", "tests/test_cuda_kernels.py"), seconds)
 
 
-def tests(run: Run) -> Result:
+def tests(run: Run, seconds: float) -> Result:
     """All tests marked gpu."""
     if run.device != "cuda":
-        return run_command(_pytest("tests/test_benchmark_model.py"), run.command_s)
-    return run_command(_pytest("-m", "gpu", "tests"), run.command_s)
+        return run_command(run, _pytest("tests/test_benchmark_model.py"), seconds)
+    return run_command(run, _pytest("-m", "gpu", "tests"), seconds)
 
 
-def sanitizer(tool: str) -> Callable[[Run], Result]:
+def sanitizer(tool: str) -> Callable[[Run, float], Result]:
     """compute-sanitizer on a few kernels."""
 
-    def check(run: Run) -> Result:
+    def check(run: Run, seconds: float) -> Result:
         found = shutil.which("compute-sanitizer")
         if found is None or run.device != "cuda":
             return missing("no compute-sanitizer on the PATH" if run.device == "cuda" else "no GPU")
-        command = [found, "--tool", tool, "--error-exitcode", "9"]
+        # torch asks CUDA for what a device may lack, and takes the error for an answer.
+        command = [found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
         command += _pytest("-m", "gpu", "tests/test_cuda_kernels.py", "-k", _SANITIZED)
-        return run_command(command, run.command_s)
+        return run_command(run, command, seconds)
 
     return check
 
 
-def stress(run: Run) -> Result:
+def stress(run: Run, seconds: float) -> Result:
     """The same bits from a thousand replays, and from streams that run at the same time."""
-    command = [sys.executable, "-m", "benchmarks.gpu.stress", "--device", run.device]
-    return run_command(command, run.command_s)
+    command = [child.PYTHON, "-m", "benchmarks.gpu.stress", "--device", run.device]
+    return run_command(run, command, seconds)

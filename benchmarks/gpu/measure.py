@@ -1,90 +1,120 @@
-"""Stages that measure: ceilings, cells, and the routes' table for the planner."""
+"""Stages that measure, each in children: ceilings, cells, and the routes' table for the planner."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
-
-import torch
-
-from lora_ext import tune
+from dataclasses import asdict, replace
+from typing import Any
 
 from .. import model, runner
-from ..__main__ import with_progress
 from ..shapes import BACKWARD, FORWARD, Cell
 from ..timing import Plan
-from . import cells
+from . import cells, workers
 from .run import Run
 from .stages import Result, missing, result_of
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=1.2, batch_ms=4.0, max_inner=20, warmup_ms=20.0)
 _QUICK_PLAN = replace(_PLAN, min_rounds=3, max_rounds=5, seconds=0.4)
 _QUICK_CELLS = 14
-_TUNED_SHARE = 0.5  # of the time left
+# Three times what the slowest takes: problem, checks, graphs, memory; then torch.compile's minute.
+_CELL_S, _COMPILED_S = 60.0, 150.0
+_SHAPE_S, _CEILINGS_S = 30.0, 60.0
 
 
-def ceilings(run: Run) -> Result:
-    """The library's half product at 4096 x 4096 x 4096, in TFLOP/s, and a copy, in GB/s."""
-    size, elements = (4096, 2**28) if run.device == "cuda" else (256, 2**20)
-    half = {"device": run.device, "dtype": torch.bfloat16}
-    a, b = torch.randn(size, size, **half), torch.randn(size, size, **half)
-    source, target = (torch.empty(elements, **half) for _ in range(2))
-    product_s = _median_seconds(lambda: torch.mm(a, b), run.device)
-    copy_s = _median_seconds(lambda: target.copy_(source), run.device)
-    tflops, gb_s = 2 * size**3 / product_s / 1e12, 2 * 2 * elements / copy_s / 1e9
-    summary = f"{tflops:.1f} TFLOP/s, {gb_s:.0f} GB/s"
-    return result_of("done", summary, tflops=tflops, dram_gb_s=gb_s)
+def ceilings(run: Run, seconds: float) -> Result:
+    """What the card can do at most, see ceilings.py."""
+    start = time.monotonic()
+    item = workers.Item("ceilings", {}, min(seconds, _CEILINGS_S))
+    for _, answer in workers.each(run, "ceilings", [item], start + seconds):
+        if answer.error:
+            return result_of("failed", answer.error, _since(start), tail=answer.tail)
+        assert answer.result is not None
+        tflops, gb_s = answer.result["tflops"], answer.result["dram_gb_s"]
+        summary = f"{tflops:.1f} TFLOP/s, {gb_s:.0f} GB/s"
+        return result_of("done", summary, _since(start), tflops=tflops, dram_gb_s=gb_s)
+    return result_of("partial", "it did not begin", _since(start))
 
 
-def _median_seconds(function: Callable[[], object], device: str) -> float:
-    """The median of 20 calls after 5."""
-    times = []
-    for _ in range(25):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return sorted(times[5:])[10]
+def _since(start: float) -> float:
+    return round(time.monotonic() - start, 1)
 
 
-def _measure(run: Run, chosen: list[Cell]) -> Result:
+def _todo(run: Run, chosen: list[Cell]) -> list[Cell]:
+    """What the document lacks; last what ended in an error, which may be a hang."""
+    status = {result["cell"]["id"]: result["status"] for result in run.document["cells"]}
+    new = [cell for cell in chosen if cell.id not in status]
+    return new + [cell for cell in chosen if status.get(cell.id) == "error"]
+
+
+def _keep(run: Run, entry: dict[str, Any]) -> None:
+    """Puts a cell's entry in the place of an earlier one, and writes the document."""
+    found = run.document["cells"]
+    name = entry["cell"]["id"]
+    found[:] = [result for result in found if result["cell"]["id"] != name]
+    found.append(entry)
+    run.write()
+
+
+def _measure(run: Run, chosen: list[Cell], seconds: float) -> Result:
     """Measures the cells that the document does not have; partial until it has them all."""
     start = time.monotonic()
+    until = run.until(seconds)
     if run.device == "cpu":
         chosen = cells.on_cpu(chosen)
     if run.quick:
         chosen = chosen[:_QUICK_CELLS]
     document = run.document
-    done = {result["cell"]["id"] for result in document["cells"]}
-    todo = [cell for cell in chosen if cell.id not in done]
+    todo = _todo(run, chosen)
+    by_name = {cell.id: cell for cell in todo}
     plan = _QUICK_PLAN if run.quick else _PLAN
-    document["skipped"] = []
-    runner.run(todo, document, run.path, plan, None, max(0.0, run.left), with_progress)
+    effort_left = sum(cell.effort for cell in todo)
+
+    def ready(item: workers.Item) -> workers.Item:
+        """With the cell's share of what is left."""
+        nonlocal effort_left
+        cell = by_name[item.name]
+        limit_s = runner.share_s(cell.effort, effort_left, until - time.monotonic())
+        effort_left -= cell.effort
+        own = replace(plan.times(cell.effort), limit_s=limit_s)
+        return replace(item, fields={**item.fields, "plan": asdict(own)})
+
+    items = [
+        workers.Item(cell.id, {"cell": asdict(cell)}, _COMPILED_S if cell.compiled else _CELL_S)
+        for cell in todo
+    ]
+    failed = []
+    for item, answer in workers.each(run, "cell", items, until, ready):
+        cell = by_name[item.name]
+        entry = (answer.result or {}).get("entry")
+        if not isinstance(entry, dict) or entry.get("cell") != cell.as_dict():
+            error = answer.error or "an answer without the cell"
+            entry = {"cell": cell.as_dict(), "errors": {}, "notes": {}}
+            entry |= {"status": "error", "error": error, "tail": answer.tail}
+        elif answer.error:  # a fault of the device, after which nothing of the cell can be trusted
+            entry |= {"status": "error", "error": answer.error, "tail": answer.tail}
+        if entry["status"] == "error":
+            failed.append(cell.id)
+        _keep(run, entry)
     predict(run)
     measured = {result["cell"]["id"] for result in document["cells"]}
     missed = [cell.id for cell in chosen if cell.id not in measured]
     document["skipped"] = missed
-    status = "partial" if missed or run.quick else "done"
     summary = f"{len(chosen) - len(missed)} of {len(chosen)} cells"
-    return result_of(status, summary, round(time.monotonic() - start, 1))
+    errors = [cell for cell in _todo(run, chosen) if cell.id in measured]
+    if errors:
+        summary += f", {len(errors)} of them errors, such as {errors[0].id}"
+    status = "failed" if failed else "partial" if missed or errors or run.quick else "done"
+    return result_of(status, summary, _since(start))
 
 
-def headline(run: Run) -> Result:
+def headline(run: Run, seconds: float) -> Result:
     """The cells that matter most."""
-    return _measure(run, cells.headline_cells())
+    return _measure(run, cells.headline_cells(), seconds)
 
 
-def wide(run: Run) -> Result:
+def wide(run: Run, seconds: float) -> Result:
     """The other projections, rows and ranks."""
-    return _measure(run, cells.wide_cells())
+    return _measure(run, cells.wide_cells(), seconds)
 
 
 def predict(run: Run) -> None:
@@ -119,25 +149,40 @@ def predict(run: Run) -> None:
             )
 
 
-def tuning(run: Run) -> Result:
+def tuning(run: Run, seconds: float) -> Result:
     """`lora_ext.tune` for the headline's layers; the table is the one that the package ships."""
     if run.device != "cuda":
         return missing("routes are timed on a GPU")
     start = time.monotonic()
     shapes = {
-        tune.Shape(
-            cell.rows, cell.in_features, cell.out_features, cell.rank, wide, cell.dropout_p > 0
-        )
+        (cell.rows, cell.in_features, cell.out_features, cell.rank, wide, cell.dropout_p > 0)
         for cell in cells.headline_cells()
         for wide in (False, True)
         if cell.mode in (FORWARD, BACKWARD) and cell.group != "call"
     }
-    path = tune.table_path(run.out / "tuning")
-    until = start + _TUNED_SHARE * run.left
-    table = tune.tune(sorted(shapes), path=path, until=until)
-    timed = {entry.shape for entry in table.entries}
-    won = [entry for entry in table.entries if entry.route != "library"]
-    status = "done" if shapes <= timed else "partial"
-    summary = f"{len(timed & shapes)} of {len(shapes)} shapes; {len(won)} of {len(table.entries)}"
-    summary += " entries are not the library's"
-    return result_of(status, summary, round(time.monotonic() - start, 1))
+    names = ("rows", "in_features", "out_features", "rank", "float_adapters", "dropout")
+    known = run.document.setdefault("tuned", {})
+    folder = str((run.out / "tuning").resolve())
+    items = [
+        workers.Item(
+            " ".join(map(str, shape)),
+            {"folder": folder, "shape": dict(zip(names, shape, strict=True))},
+            _SHAPE_S,
+        )
+        for shape in sorted(shapes)
+    ]
+    todo = [i for i in items if i.name not in known] + [i for i in items if known.get(i.name)]
+    last: dict[str, Any] = {}
+    for item, answer in workers.each(run, "tune", todo, start + seconds):
+        known[item.name] = answer.error
+        last = answer.result or last
+        run.write()
+    done = [item for item in items if known.get(item.name) == ""]
+    errors = [item.name for item in items if known.get(item.name)]
+    summary = f"{len(done)} of {len(items)} shapes"
+    if last:
+        summary += f"; {last['not_library']} of {last['entries']} entries are not the library's"
+    if errors:
+        summary += f"; {len(errors)} failed, such as {errors[0]}: {known[errors[0]]}"
+    status = "failed" if errors else "done" if len(done) == len(items) else "partial"
+    return result_of(status, summary, _since(start))

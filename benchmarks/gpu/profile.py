@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,11 +28,15 @@ from ..memory import silent_stderr
 from ..problem import make_problem
 from ..shapes import FORWARD, Cell
 from ..variants import BUILDERS, OURS
+from . import child
 from .run import Run
 from .stages import Result, missing, result_of, run_command
+from .workers import Item, each
 
 _WORST = 3
+_PROFILE_S = 45.0
 _NCU_SECONDS = 120.0
+_NCU_LINES = 10_000
 _METRICS = {
     "gpu__time_duration.sum": "us",
     "dram__bytes_read.sum": "DRAM bytes read",
@@ -108,40 +113,62 @@ def counters(text: str) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def _with_ncu(run: Run, cell: Cell, variant: str) -> tuple[list[dict[str, Any]], str]:
+def _with_ncu(
+    run: Run, cell: Cell, variant: str, seconds: float
+) -> tuple[list[dict[str, Any]], str]:
     """What ncu counted, or nothing and the reason."""
     found = shutil.which("ncu")
     if found is None or run.device != "cuda":
         return [], "no ncu on the PATH"
     command = [found, "--csv", "--profile-from-start", "off", "--clock-control", "none"]
     command += ["--metrics", ",".join(_METRICS)]
-    command += [sys.executable, "-m", "benchmarks.gpu.profile", json.dumps(cell.as_dict()), variant]
-    done = run_command(command, min(_NCU_SECONDS, run.left), kept=None)
+    command += [child.PYTHON, "-m", "benchmarks.gpu.profile", json.dumps(cell.as_dict()), variant]
+    done = run_command(run, command, seconds, kept=_NCU_LINES)
     entries = counters("\n".join(done["tail"]))
     return entries, "" if entries else f"ncu counted nothing: {done['summary']}"
 
 
-def worst(run: Run) -> Result:
+def worst(run: Run, seconds: float) -> Result:
     """The calls of ours that are furthest from their predictions, kernel by kernel."""
     start = time.monotonic()
+    until = start + seconds
     chosen = furthest(run)
     if not chosen:
         return missing("no call of ours has been measured")
-    profiles = []
-    for cell, variant in chosen:
+    items = [
+        Item(
+            f"{variant}, {cell.id}",
+            {"cell": asdict(cell), "variant": variant},
+            min(seconds, _PROFILE_S),
+        )
+        for cell, variant in chosen
+    ]
+    by_name = dict(zip((item.name for item in items), chosen, strict=True))
+    profiles, errors = [], []
+    for item, answer in each(run, "profile", items, until):
+        cell, variant = by_name[item.name]
+        if answer.result is None or answer.error:
+            errors.append(f"{item.name}: {answer.error}")
+            continue
         profiles.append(
             {
                 "cell": cell.id,
                 "variant": variant,
-                "kernels": kernels_of(cell, variant),
+                "kernels": answer.result["kernels"],
                 "predicted": _launches_of(run, cell, variant),
             }
         )
-    counted, reason = _with_ncu(run, *chosen[0])
-    summary = f"{len(profiles)} calls; furthest: {profiles[0]['variant']}, {profiles[0]['cell']}"
+    left = until - time.monotonic()
+    counted, reason = [], "no time for ncu"
+    if left > 0:
+        counted, reason = _with_ncu(run, *chosen[0], min(left, _NCU_SECONDS))
+    summary = f"{len(profiles)} of {len(items)} calls; furthest: {items[0].name}"
     summary += f"; {reason or f'ncu read {len(counted)} kernels'}"
-    seconds = round(time.monotonic() - start, 1)
-    return result_of("done", summary, seconds, profiles=profiles, counters=counted)
+    if errors:
+        summary += f"; failed: {errors[0]}"
+    status = "failed" if errors else "done" if len(profiles) == len(items) else "partial"
+    taken = round(time.monotonic() - start, 1)
+    return result_of(status, summary, taken, profiles=profiles, counters=counted)
 
 
 def main(cell_text: str, variant: str) -> None:

@@ -6,20 +6,24 @@ command that fails, is a result too: the next stage runs.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from . import child
+from .child import ROOT, Child, Late, last_said
 from .run import Run
 
-ROOT = Path(__file__).resolve().parents[2]
-_KEPT_LINES = 15
+_KEPT_LINES, _SEEN_LINES = 15, 200
 
-Result = dict[str, Any]  # "status": "done", "failed", "missing", or "partial": goes on next time
+# "status" is one of
+#     done     not done again for these sources
+#     partial  goes on next time
+#     failed, missing, begun (the run was killed in it)
+#              done again next time, after everything that has not failed
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,41 +34,50 @@ class Stage:
         name: the key of its result.
         seconds: what it is expected to take on 16 cores and one card; there it does not begin with
             less.
-        run: what it does.
+        run: what it does, given how many seconds it may take.
         quick: whether QUICK=1 runs it.
     """
 
     name: str
     seconds: float
-    run: Callable[[Run], Result]
+    run: Callable[[Run, float], Result]
     quick: bool = True
 
 
 def run_command(
-    command: Sequence[str], seconds: float, folder: str = ".", kept: int | None = _KEPT_LINES
+    run: Run,
+    command: Sequence[str],
+    seconds: float,
+    folder: str = ".",
+    kept: int = _KEPT_LINES,
 ) -> Result:
-    """Runs a command; returns its status, seconds and its last lines, `kept` of them, or all."""
+    """Runs a command; returns its status, seconds and its last lines, `kept` of them."""
     start = time.monotonic()
+    lines: deque[str] = deque(maxlen=max(kept, _SEEN_LINES))
+    late = False
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT / folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=max(1.0, seconds),
-        )
-        code, lines = done.returncode, done.stdout.strip().splitlines()
-    except subprocess.TimeoutExpired:
-        code, lines = -1, [f"stopped after {seconds:.0f} s"]
+        with Child(command, run.log, ROOT / folder) as process:
+            try:
+                until = start + max(1.0, seconds)
+                while (line := process.line(until)) is not None:
+                    if line.strip():
+                        lines.append(line)
+            except Late:
+                late = True
+                before = process.pending or last_said(lines) or "nothing"
+                lines += process.last_words()
+                lines.append(f"stopped after {seconds:.0f} s; it last said: {before}")
+            how = process.end
     except OSError as error:
         return missing(str(error))
+    if how and not late:
+        lines.append(f"{last_said(lines)} ({how})" if lines else how)
     return {
-        "status": "done" if code == 0 else "failed",
-        "command": " ".join(command).replace(sys.executable, "python"),
+        "status": "failed" if late or how else "done",
+        "command": " ".join(command).replace(child.PYTHON, "python"),
         "seconds": round(time.monotonic() - start, 1),
         "summary": lines[-1] if lines else "",
-        "tail": lines if kept is None else lines[-kept:],
+        "tail": list(lines)[-kept:],
     }
 
 
@@ -78,18 +91,43 @@ def missing(reason: str) -> Result:
     return result_of("missing", reason)
 
 
+def is_done(run: Run, stage: Stage) -> bool:
+    """Whether it has a result that stands for the sources at hand."""
+    result = run.stages.get(stage.name, {})
+    return result.get("status") == "done" and result.get("checking", "") == run.checking
+
+
+def in_order(run: Run, chosen: Sequence[Stage]) -> list[Stage]:
+    """What is to be done: first what has not failed yet, so that no hang is met first each time."""
+    todo = [s for s in chosen if not is_done(run, s) and (s.quick or not run.quick)]
+    return sorted(todo, key=lambda stage: _has_failed(run, stage))
+
+
+def _has_failed(run: Run, stage: Stage) -> bool:
+    return run.stages.get(stage.name, {}).get("status") in ("failed", "missing", "begun")
+
+
 def run_stages(run: Run, chosen: Sequence[Stage]) -> None:
-    """Runs the stages that have no result or a partial one, as long as the time left allows."""
-    for stage in chosen:
-        before = run.stages.get(stage.name, {"status": "partial"})
-        if before["status"] != "partial" or (run.quick and not stage.quick):
-            continue
+    """Runs the stages that are not done, as long as the time left allows."""
+    for stage in in_order(run, chosen):
         if run.device == "cuda" and run.left < stage.seconds:
             print(f"{stage.name}: {run.left:.0f} s left, it takes {stage.seconds:.0f}: next time")
             continue
-        try:
-            run.stages[stage.name] = stage.run(run)
-        except Exception as error:  # what was measured before must not be lost
-            run.stages[stage.name] = missing(f"{type(error).__name__}: {error}")
+        before = run.stages.get(stage.name)
+        limit_s = run.limit_s(stage.seconds)
+        run.stages[stage.name] = result_of("begun", "the run was killed in it")
         run.write()
-        print(f"{stage.name}: {run.stages[stage.name]['summary']}", flush=True)
+        run.say(f"{stage.name}, at most {limit_s:.0f} s")
+        try:
+            result = stage.run(run, limit_s)
+        except Exception as error:  # what was measured before must not be lost
+            result = result_of("failed", f"{type(error).__name__}: {error}")
+        except BaseException:  # an interrupt says nothing of the stage
+            run.stages.pop(stage.name)
+            if before is not None:
+                run.stages[stage.name] = before
+            run.write()
+            raise
+        run.stages[stage.name] = {**result, "checking": run.checking}
+        run.write()
+        run.say(f"{stage.name}: {result['status']}: {result['summary']}")

@@ -3,12 +3,15 @@
 //
 //     conformance FILE [--inputs] [--schedule SEED]
 //
+// prints each case's name before it begins, and FILE then holds the cases before it.
+//
 // nvcc compiles it for a GPU, g++ for the execution layer, whose schedule the seed chooses: nothing
 // in the file depends on it. With --inputs the file has the operands too, and not just their
 // hashes. CONFORMANCE_ARCH is the architecture that it is compiled for, 80 or 90 (sm_90a).
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #ifdef __CUDACC__
 #include "emulator/conformance/target_cuda.h"
@@ -24,6 +27,21 @@
 #include "emulator/conformance/cases_wgmma.h"
 #endif
 
+namespace {
+
+// In one step: a reader, or whoever ends the program, never leaves half a file.
+void write(const std::string& path, const std::string& text) {
+  const std::string partial = path + ".partial";
+  std::FILE* file = std::fopen(partial.c_str(), "wb");
+  if (file == nullptr || std::fwrite(text.data(), 1, text.size(), file) != text.size() ||
+      std::fclose(file) != 0 || std::rename(partial.c_str(), path.c_str()) != 0) {
+    std::perror(path.c_str());
+    std::exit(2);
+  }
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
   constexpr uint64_t kInputs = 1;  // the seed of the operands, the same on every machine
   bool with_inputs = false;
@@ -38,7 +56,13 @@ int main(int argc, char** argv) {
     return 2;
   }
   conformance::prepare(schedule);
-  conformance::Recorder recorder(kInputs);
+  const std::string producer = conformance::producer();
+  std::vector<std::string> cases;
+  const auto keep = [&](const conformance::Case& complete) {
+    cases.push_back(conformance::json(complete, with_inputs));
+    write(argv[1], conformance::json(producer, kInputs, cases));
+  };
+  conformance::Recorder recorder(kInputs, keep);
   conformance::record_sm80(recorder);
 #if CONFORMANCE_ARCH >= 90
   recorder.set_architecture(90);
@@ -46,13 +70,6 @@ int main(int argc, char** argv) {
   conformance::record_tma(recorder);
   conformance::record_wgmma(recorder);
 #endif
-  const std::string text =
-      conformance::json(conformance::producer(), kInputs, recorder.cases(), with_inputs);
-  std::FILE* file = std::fopen(argv[1], "wb");
-  if (file == nullptr || std::fwrite(text.data(), 1, text.size(), file) != text.size() ||
-      std::fclose(file) != 0) {
-    std::perror(argv[1]);
-    return 2;
-  }
+  recorder.finish();
   return 0;
 }

@@ -59,29 +59,37 @@ def build_for_gpu(target: Path, compute_capability: int) -> Path:
 
 
 def run(program: Path, target: Path, *options: str) -> Path:
-    """Runs the program, which writes `target`."""
-    done = subprocess.run([program, target, *options], capture_output=True, text=True, check=False)
+    """Runs the program, which writes `target`, and prints the cases' names as they begin.
+
+    Raises:
+        RuntimeError: it failed; the last name printed is that of the case which did. `target` has
+            those before it.
+    """
+    done = subprocess.run([program, target, *options], stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{program.name} exited with {done.returncode}:\n{done.stderr}")
     return target
 
 
-def gpu_compute_capability() -> int:
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"]
+def gpu() -> tuple[str, int]:
+    """Name and compute capability of the first GPU."""
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader", "--id=0"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+        name, capability = said.strip().rsplit(", ", 1)
+        return name, int(capability.replace(".", ""))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise RuntimeError(f"expected a GPU that nvidia-smi sees, but got: {error}") from error
-    return int(said.strip().replace(".", ""))
 
 
 def main(folder: Path) -> Path:
+    """Writes the GPU's vectors in place, so that what a hang leaves of them is there."""
+    name, capability = gpu()
+    target = folder / (re.sub(r"\W+", "-", name.lower()).strip("-") + ".json")
     with tempfile.TemporaryDirectory() as scratch:
-        program = build_for_gpu(Path(scratch, "conformance"), gpu_compute_capability())
-        written = run(program, Path(scratch, "vectors.json"))
-        name = vectors.load(written).producer["name"]
-        target = folder / (re.sub(r"\W+", "-", name.lower()).strip("-") + ".json")
-        target.write_text(written.read_text())
+        print("compiling", flush=True)
+        run(build_for_gpu(Path(scratch, "conformance"), capability), target)
+    print(f"{len(vectors.load(target).cases)} cases", flush=True)
     return target
 
 

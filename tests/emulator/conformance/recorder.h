@@ -1,6 +1,10 @@
-// Records what a case reads and writes while it runs.
+// Records what a case reads and writes while it runs. Each case is named before it begins, and the
+// cases before it are on disk by then: a kernel that hangs or faults loses nothing but itself.
 #pragma once
 
+#include <cstdio>
+#include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,7 +15,9 @@ namespace conformance {
 
 class Recorder {
  public:
-  explicit Recorder(uint64_t seed) : seed_(seed) {}
+  // `keep` is called with each case when it is complete.
+  Recorder(uint64_t seed, std::function<void(const Case&)> keep)
+      : seed_(seed), keep_(std::move(keep)) {}
 
   // Of the cases that follow.
   void set_architecture(int architecture) { architecture_ = architecture; }
@@ -20,14 +26,17 @@ class Recorder {
   // leaves the others as they are.
   Random begin(const std::string& name, std::vector<std::string> functions,
                Comparison comparison = Comparison::kExact) {
-    cases_.push_back({name, std::move(functions), comparison, architecture_, {}, {}});
+    finish();
+    std::printf("%s\n", name.c_str());
+    std::fflush(stdout);
+    current_ = Case{name, std::move(functions), comparison, architecture_, {}, {}};
     return Random(hash(name, seed_));
   }
 
   template <typename T>
   DeviceArray<T> input(const std::string& name, const std::vector<T>& values,
                        std::vector<size_t> shape = {}) {
-    cases_.back().inputs.push_back(array(name, values, std::move(shape)));
+    current_->inputs.push_back(array(name, values, std::move(shape)));
     return DeviceArray<T>(values);
   }
 
@@ -35,10 +44,14 @@ class Recorder {
   template <typename T>
   void output(const std::string& name, DeviceArray<T>& values, std::vector<size_t> shape = {}) {
     synchronize();
-    cases_.back().outputs.push_back(array(name, values.to_host(), std::move(shape)));
+    current_->outputs.push_back(array(name, values.to_host(), std::move(shape)));
   }
 
-  const std::vector<Case>& cases() const { return cases_; }
+  // Ends the last case.
+  void finish() {
+    if (current_) keep_(*current_);
+    current_.reset();
+  }
 
  private:
   template <typename T>
@@ -51,8 +64,9 @@ class Recorder {
   }
 
   uint64_t seed_;
+  std::function<void(const Case&)> keep_;
   int architecture_ = 80;
-  std::vector<Case> cases_;
+  std::optional<Case> current_;
 };
 
 }  // namespace conformance

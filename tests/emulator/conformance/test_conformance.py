@@ -5,6 +5,7 @@ layer it runs here; golden/ has what GPUs wrote.
 """
 
 import copy
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_products_are_those_of_numpy(ours):
         else:
             d = case.outputs["d"].data
             assert not vectors.product_differences(name, case, d, "our")
+
+
+def test_a_program_that_ends_early_has_named_its_case_and_kept_those_before(program, tmp_path):
+    """It is killed as soon as it names its twentieth case, as a hang would let it be."""
+    target = tmp_path / "vectors.json"
+    with subprocess.Popen([program, target], stdout=subprocess.PIPE, text=True) as running:
+        names = [running.stdout.readline().strip() for _ in range(20)]
+        running.kill()
+    kept = list(vectors.load(target).cases)
+    assert kept[:19] == names[:19] and len(set(names)) == 20
 
 
 @pytest.mark.parametrize("schedule", range(2, 11))

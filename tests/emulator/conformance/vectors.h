@@ -134,12 +134,12 @@ inline std::string json(const Case& c, bool with_inputs) {
          arrays(c.outputs, true) + "]}";
 }
 
-// `producer` is a JSON object that says which machine executed the cases.
-inline std::string json(const std::string& producer, uint64_t seed, const std::vector<Case>& cases,
-                        bool with_inputs) {
+// `producer` is a JSON object that says which machine executed the cases; `cases` are JSON, too.
+inline std::string json(const std::string& producer, uint64_t seed,
+                        const std::vector<std::string>& cases) {
   return "{\n  \"format\": \"lora_ext conformance vectors\",\n  \"version\": 1,\n  \"producer\": " +
          producer + ",\n  \"seed\": " + std::to_string(seed) + ",\n  \"cases\": [\n" +
-         list(cases, ",\n", [=](const Case& c) { return json(c, with_inputs); }) + "\n  ]\n}\n";
+         list(cases, ",\n", [](const std::string& text) { return text; }) + "\n  ]\n}\n";
 }
 
 }  // namespace conformance

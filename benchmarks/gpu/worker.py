@@ -1,0 +1,136 @@
+"""The child that measures: `python -m benchmarks.gpu.worker TASK DEVICE`.
+
+It says that it is ready, reads an item, a line of JSON, computes, answers with a line of JSON, and
+so on until its input ends. What else it or a library prints is only kept. After each item it asks
+whether the device still works: a fault stays with a process, and every later result would be an
+error, so that the parent (workers.py) goes on with a new child.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+MARK = "@worker "
+_ERROR_LENGTH = 300
+
+# Packages that stages use where they are installed.
+USED = ("pytest", "hypothesis", "numpy", "peft", "loralib", "triton", "transformers", "safetensors")
+
+Fields = dict[str, Any]
+
+
+def _device(fields: Fields, device: str) -> Fields:
+    """What the results are of; "reason" where the device cannot be used."""
+    from ..machine import describe, missing_device
+
+    reason = missing_device(device)
+    if reason:
+        return {"reason": reason}
+    absent = [name for name in USED if importlib.util.find_spec(name) is None]
+    return {"machine": describe(device, fields["machine"]), "absent": absent}
+
+
+def _ceilings(fields: Fields, device: str) -> Fields:
+    from .ceilings import ceilings
+
+    return ceilings(device)
+
+
+def _cell(fields: Fields, device: str) -> Fields:
+    from .. import runner
+    from ..shapes import Cell
+    from ..timing import Plan
+
+    cell = Cell(**fields["cell"])
+    return {"entry": runner.run_cell(cell, Plan(**fields["plan"]), announce=_announce)}
+
+
+def _profile(fields: Fields, device: str) -> Fields:
+    from ..shapes import Cell
+    from .profile import kernels_of
+
+    return {"kernels": kernels_of(Cell(**fields["cell"]), fields["variant"])}
+
+
+def _warmup(fields: Fields, device: str) -> Fields:
+    import lora_ext
+
+    return {"failed": list(lora_ext.warmup())}
+
+
+def _tune(fields: Fields, device: str) -> Fields:
+    from lora_ext import tune
+
+    folder = Path(fields["folder"])
+    table = tune.tune([tune.Shape(**fields["shape"])], path=tune.table_path(folder))
+    won = [entry for entry in table.entries if entry.route != "library"]
+    return {"entries": len(table.entries), "not_library": len(won)}
+
+
+TASKS: dict[str, Callable[[Fields, str], Fields]] = {
+    "device": _device,
+    "ceilings": _ceilings,
+    "cell": _cell,
+    "profile": _profile,
+    "warmup": _warmup,
+    "tune": _tune,
+}
+
+
+def _announce(what: str) -> None:
+    """Says what is about to run."""
+    print(f"  {what}", flush=True)
+
+
+def _text(error: BaseException) -> str:
+    first = str(error).strip().split("\n", 1)[0]
+    return f"{type(error).__name__}: {first}"[:_ERROR_LENGTH]
+
+
+def fault_of(device: str) -> str:
+    """What is wrong with the device since something failed on it; empty if it works."""
+    if device != "cuda":
+        return ""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device=device).item()
+    except Exception as error:
+        return _text(error)
+    return ""
+
+
+def answers(task: str, device: str, lines: Iterator[str]) -> Iterator[Fields]:
+    """An answer to each line; after a device's fault, the last one says so."""
+    yield {"ready": True}
+    for line in lines:
+        answer: Fields = {}
+        try:
+            answer["result"] = TASKS[task](json.loads(line), device)
+        except Exception as error:
+            answer["error"] = _text(error)
+        fault = fault_of(device)
+        if fault:
+            yield {**answer, "fault": fault}
+            return
+        yield answer
+
+
+def main(arguments: list[str]) -> None:
+    """Never returns to what a faulty device would make of an orderly end."""
+    task, device = arguments
+    for answer in answers(task, device, iter(sys.stdin.readline, "")):
+        print(f"\n{MARK}{json.dumps(answer)}", flush=True)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,304 @@
+"""The whole of `make gpu` against a double of a GPU machine, whose every command can go wrong.
+
+The double is a folder of programs: a Python that plays pytest, the conformance program, the stress
+test and the workers; compute-sanitizer; ncu. A file says which of them hang, crash, fail or print
+garbage. Whatever they do, the run goes on, keeps what they printed, leaves no process behind, and
+the next run does again what was not done.
+"""
+
+import json
+import re
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from test_benchmarks import MACHINE, synthetic
+from test_gpu_children import dies
+
+from benchmarks import results
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import cells, child, measure, profile
+from benchmarks.shapes import FORWARD
+
+FAKE = """
+import json, os, signal, subprocess, sys, time
+
+FOLDER = {folder!r}
+MODES = json.load(open(FOLDER + "/modes.json"))
+DATA = json.load(open(FOLDER + "/data.json"))
+
+def misbehave(name):
+    mode = MODES.get(name)
+    if mode is None:
+        return
+    print("about to " + mode + " in " + name, flush=True)
+    if mode == "hang":
+        print("grandchild", subprocess.Popen(["sleep", "600"]).pid, flush=True)
+        time.sleep(600)
+    elif mode == "signal":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif mode == "exit":
+        sys.exit(3)
+    elif mode == "garbage":
+        sys.stdout.buffer.write(bytes(range(256)) * 300 + b"\\n@worker {{\\n@worker []\\n")
+        sys.stdout.flush()
+        os._exit(1)
+
+def say(answer):
+    print("\\n@worker " + json.dumps(answer), flush=True)
+
+def result_of(item, task):
+    if task != "cell":
+        return DATA[task]
+    return {{"entry": DATA["cells"][json.dumps(item["cell"], sort_keys=True)]}}
+
+def work(task):
+    misbehave(task + " before ready")
+    say({{"ready": True}})
+    for number, line in enumerate(sys.stdin):
+        item = json.loads(line)
+        name = item["cell"]["layer"] if task == "cell" else task
+        if MODES.get(name) == "fault":
+            say({{"error": "CUDA error: misaligned address", "fault": "CUDA error: misaligned"}})
+            return
+        misbehave(name)
+        say({{"result": result_of(item, task)}})
+
+arguments = " ".join(sys.argv[1:])
+if "benchmarks.gpu.worker" in arguments:
+    work(sys.argv[3])
+else:
+    kinds = {{"conformance": "conformance", "stress": "stress", "profile": "ncu", "-k san": "tool"}}
+    name = next((kind for text, kind in kinds.items() if text in arguments), None)
+    name = name or ("kernels" if "test_cuda_kernels" in arguments else "tests")
+    name = os.environ.get("DOUBLE", name)
+    misbehave(name)
+    print(DATA["ncu"] if name == "ncu" else name + ": all passed")
+"""
+
+SANITIZER = """#!/bin/sh
+DOUBLE=$2
+export DOUBLE
+while [ "$1" != -m ]; do last=$1; shift; done
+exec "$last" "$@"
+"""
+
+NCU = """#!/bin/sh
+while [ "$1" != -m ]; do last=$1; shift; done
+exec "$last" "$@"
+"""
+
+NCU_SAYS = '''"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","lora_gemm_sm80","gpu__time_duration.sum","ns","351,200"'''
+
+CELLS = [c for c in cells.headline_cells() if (c.group, c.mode) == ("model", FORWARD)][:3]
+WIDE = cells.wide_cells()[:16:8]
+TIMES = {"merged": 1.0, "frozen": 1.0, "ours": 1.1, "peft_default": 2.2}
+
+# What a stage's double is called; of the measured ones, the worker's task.
+COMMANDS = ("conformance", "kernels", "tests", "stress", *gpu.checks.SANITIZERS)
+TASKS = {
+    "warmup": "warmup",
+    "ceilings": "ceilings",
+    "profile": "profile",
+    "tuning": "tune",
+    "headline": CELLS[1].layer,
+    "wide": WIDE[1].layer,
+}
+
+
+@pytest.fixture
+def double(tmp_path, monkeypatch):
+    """Installs the double; returns a function that runs stages of `make gpu` on it."""
+    tools, out = tmp_path / "tools", tmp_path / "out"
+    tools.mkdir()
+    programs = {
+        "python": f"#!{sys.executable} -S\n" + FAKE.format(folder=str(tmp_path)),
+        "compute-sanitizer": SANITIZER,
+        "ncu": NCU,
+    }
+    for name, text in programs.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    machine = {**MACHINE, "device": "cuda", "gpu": "NVIDIA H100", "lora_ext": {"cuda": True}}
+    data = {
+        "device": {"machine": machine},
+        "warmup": {"failed": []},
+        "ceilings": {"tflops": 600.0, "dram_gb_s": 2500.0},
+        "profile": {"kernels": [["lora_gemm_sm80", 351.2]]},
+        "tune": {"entries": 2, "not_library": 1},
+        "ncu": NCU_SAYS,
+        "cells": {
+            json.dumps(asdict(cell), sort_keys=True): synthetic(cell, TIMES)
+            for cell in [*CELLS, *WIDE]
+        },
+    }
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setattr(child, "PYTHON", str(tools / "python"))
+    monkeypatch.setattr(cells, "headline_cells", lambda: CELLS)
+    monkeypatch.setattr(cells, "wide_cells", lambda: WIDE)
+    short = [replace(stage, seconds=5.0) for stage in gpu.STAGES]
+    monkeypatch.setattr(gpu, "STAGES", short)
+
+    def run(*only, modes=None, seconds=2.0, budget="600"):
+        """Exit status and document; `seconds` is the limit of what is to hang."""
+        (tmp_path / "modes.json").write_text(json.dumps(modes or {}))
+        (tmp_path / "data.json").write_text(json.dumps(data))
+        for name in ("_CELL_S", "_COMPILED_S", "_SHAPE_S", "_CEILINGS_S"):
+            monkeypatch.setattr(measure, name, seconds)
+        monkeypatch.setattr(profile, "_PROFILE_S", seconds)
+        monkeypatch.setattr(profile, "_NCU_SECONDS", seconds)
+        hanging = [replace(s, seconds=seconds / 3 if s.name in only else 5.0) for s in short]
+        monkeypatch.setattr(gpu, "STAGES", hanging if modes else short)
+        given = ["--out", str(out), "--budget", budget, *(["--only", *only] if only else [])]
+        status = gpu.main(given)
+        path = out / "results.json"
+        return status, results.read(path) if path.exists() else None
+
+    run.data, run.out, run.tools = data, out, tools
+    return run
+
+
+def grandchildren(folder):
+    return [
+        int(pid)
+        for pid in re.findall(r"^grandchild (\d+)$", (folder / "log.txt").read_text(), re.M)
+    ]
+
+
+def test_a_machine_on_which_all_is_well(double, capsys):
+    status, document = double()
+    assert status == 0 and document["complete"], capsys.readouterr()
+    assert {result["status"] for result in document["stages"].values()} == {"done"}
+    assert list(document["stages"]) == [stage.name for stage in gpu.STAGES]
+    assert {result["cell"]["id"] for result in document["cells"]} == {c.id for c in [*CELLS, *WIDE]}
+    assert document["stages"]["profile"]["counters"] == [
+        {"kernel": "lora_gemm_sm80", "us": pytest.approx(351.2)}
+    ]
+    assert document["machine"]["sources"] and document["predictions"]
+    kept = {path.name for path in double.out.rglob("*") if path.is_file()}
+    assert kept == {"results.json", "report.md", "log.txt"}  # and a golden file and a table: five
+    before = (double.out / "log.txt").stat().st_size
+    assert double()[0] == 0
+    assert "kernels" not in (double.out / "log.txt").read_text()[before:]  # nothing is done twice
+
+
+@pytest.mark.parametrize("mode", ["hang", "signal", "exit", "garbage"])
+@pytest.mark.parametrize("stage", [*COMMANDS, *TASKS])
+def test_a_stage_that_goes_wrong_is_said_kept_and_done_again(double, capsys, stage, mode):
+    if stage == "profile":
+        double("headline")
+    name = TASKS.get(stage, stage)
+    other = "stress" if stage != "stress" else "kernels"
+    status, document = double(stage, other, modes={name: mode})
+    found = document["stages"][stage]
+    assert status == 1 and found["status"] == "failed"
+    log = (double.out / "log.txt").read_text()
+    assert f"about to {mode} in {name}" in log
+    told = json.dumps([found, document["cells"], document.get("tuned")])
+    ends = {"hang": "stopped after", "signal": "SIGSEGV", "exit": "exit status 3"}
+    assert ends.get(mode, "exit status 1") in told
+    if mode != "garbage":
+        assert f"about to {mode} in {name}" in told or mode == "hang"
+    assert document["stages"][other]["status"] == "done"
+    assert all(dies(pid) for pid in grandchildren(double.out))
+    assert len(grandchildren(double.out)) >= (mode == "hang")
+    report = (double.out / "report.md").read_text()
+    assert re.search(rf"^\| {stage} +\| failed +\|", report, re.MULTILINE)
+    status, document = double(stage)
+    assert status == 0 and document["stages"][stage]["status"] == "done"
+    assert all(result["status"] == "ok" for result in document["cells"])
+
+
+@pytest.mark.parametrize("stage", ["headline", "wide"])
+def test_cells_beside_one_that_faults_are_measured(double, stage):
+    status, document = double(stage, modes={TASKS[stage]: "fault"})
+    statuses = {result["cell"]["layer"]: result["status"] for result in document["cells"]}
+    assert status == 1 and statuses.pop(TASKS[stage]) == "error"
+    assert statuses and set(statuses.values()) == {"ok"}
+
+
+def test_cells_that_failed_come_last_when_the_run_goes_on(double):
+    double("headline", modes={CELLS[0].layer: "exit"})
+    log = double.out / "log.txt"
+    before = log.stat().st_size
+    double("headline", "wide")
+    said = log.read_text()[before:]
+    assert CELLS[0].id in said and CELLS[1].id not in said  # what is measured stays
+    assert said.index(WIDE[0].id) < said.index(CELLS[0].id)  # what has not failed goes first
+
+
+def test_children_that_never_start_fail_their_stage_alone(double):
+    status, document = double("ceilings", "stress", modes={"ceilings before ready": "exit"})
+    assert status == 1 and document["stages"]["stress"]["status"] == "done"
+    assert "before it was ready: exit status 3" in document["stages"]["ceilings"]["summary"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "stage", "status", "said"),
+    [
+        ("compute-sanitizer", "memcheck", "missing", "no compute-sanitizer on the PATH"),
+        ("ncu", "profile", "done", "no ncu on the PATH"),
+    ],
+)
+def test_a_missing_tool_is_said(double, tool, stage, status, said):
+    double("headline")
+    (double.tools / tool).unlink()
+    _, document = double(stage, "stress")
+    found = document["stages"][stage]
+    assert found["status"] == status and said in found["summary"]
+    assert document["stages"]["stress"]["status"] == "done"
+
+
+@pytest.mark.parametrize("mode", ["hang", "signal", "exit", "garbage"])
+def test_ncu_may_go_wrong_and_the_profile_is_there(double, mode):
+    double("headline")
+    _, document = double("profile", modes={"ncu": mode})
+    found = document["stages"]["profile"]
+    assert found["status"] == "done" and found["profiles"] and found["counters"] == []
+    assert "ncu counted nothing" in found["summary"]
+    assert all(dies(pid) for pid in grandchildren(double.out))
+
+
+@pytest.mark.parametrize("mode", ["signal", "exit", "garbage"])
+def test_a_device_that_no_child_can_describe_ends_the_run_before_it_begins(double, capsys, mode):
+    status, document = double(modes={"device": mode})
+    assert status == 2 and document is None
+    assert "no child could describe the device" in capsys.readouterr().err
+
+
+def test_a_build_without_kernels_measures_nothing(double, capsys):
+    double.data["device"]["machine"]["lora_ext"] = {"cuda": False, "cuda_reason": "No nvcc."}
+    status, document = double()
+    said = capsys.readouterr().err
+    assert status == 2 and document is None
+    assert "No nvcc." in said and "nothing to measure" in said
+
+
+def test_a_device_that_is_not_there_is_said(double, capsys):
+    double.data["device"] = {"reason": "torch finds no CUDA device"}
+    status, document = double()
+    assert status == 2 and document is None and "finds no CUDA" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named(double, capsys):
+    double.data["device"]["absent"] = ["pytest", "peft"]
+    double("stress")
+    said = capsys.readouterr().out
+    assert "not installed: pytest, peft" in said and "install it first" in said
+
+
+def test_kernels_that_fail_their_check_are_named(double):
+    double.data["warmup"] = {"failed": ["wgmma 128 x 256: dx is wrong"]}
+    status, document = double("warmup")
+    assert status == 1 and document["stages"]["warmup"]["status"] == "failed"
+    assert "wgmma 128 x 256: dx is wrong" in document["stages"]["warmup"]["tail"]
+
+
+def test_another_build_begins_anew(double, monkeypatch, capsys):
+    double("stress")
+    monkeypatch.setattr(gpu, "sources", lambda: "of other kernels")
+    _, document = double("kernels")
+    assert list(document["stages"]) == ["kernels"]
+    assert "sources differ" in capsys.readouterr().err
+    assert (double.out / "results.json.old").exists()
