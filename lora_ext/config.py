@@ -16,6 +16,18 @@ INITS = ("kaiming", "gaussian", "pissa", "olora")
 BIASES = ("none", "all", "lora_only")
 
 
+# Of PEFT's LoraConfig: what to write instead.
+_WORDS_OF_PEFT = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "autocast_adapter_dtype": "adapter_dtype",
+    "layers_to_transform": "a pattern in target_modules, such as 're:.*layers\\.[01]\\.q_proj'",
+    "task_type": "an argument of save_adapter",
+    "use_dora": "in PEFT's layers only: lora_ext.accelerate(peft.get_peft_model(model, config))",
+}
+
+
 def _expect(condition: bool, where: str, expected: str, got: Any) -> None:
     if not condition:
         raise ValueError(f"lora_ext.{where}: expected {expected}, but got {got!r}")
@@ -101,7 +113,7 @@ class LoRAConfig:
     A module is named by its dotted path in the model, such as ``"layers.0.attn.q_proj"``. Patterns
     are of three forms (`lora_ext.patterns`): a name, which is the path or its end at a dot
     (``"q_proj"``, ``"attn.q_proj"``); a glob, if it holds any of ``*?[`` (``"*_proj"``); and
-    ``"re:..."``, a regular expression for the whole path, of the subset that needs linear time.
+    ``"re:..."``, a regular expression for the whole path.
 
     Attributes:
         target_modules: one pattern or several; ``"all-linear"`` is every linear layer (nn.Linear
@@ -118,6 +130,7 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value is out of its range.
+        TypeError: a name is PEFT's; the message has the one here.
     """
 
     target_modules: str | Sequence[str]
@@ -133,6 +146,12 @@ class LoRAConfig:
     bias: str = "none"
     modules_to_save: str | Sequence[str] = ()
     adapter_dtype: torch.dtype | None = None
+
+    def __new__(cls, *args: Any, **given: Any) -> LoRAConfig:
+        for name, ours in _WORDS_OF_PEFT.items():
+            if name in given:
+                raise TypeError(f"lora_ext.LoRAConfig: PEFT's {name} is here {ours}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):

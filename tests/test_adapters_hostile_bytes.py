@@ -67,79 +67,59 @@ def without(field):
 
 
 BAD_FILES = {
-    "empty": (lambda d: b"", "expected a safetensors file, but it has 0 bytes"),
-    "four bytes": (lambda d: d[:4], "but it has 4 bytes"),
-    "cut in the header": (lambda d: d[:100], "its length says .* the file is cut short"),
-    "cut in the data": (lambda d: d[:-1], "bytes of data, but the file has .* it is cut short"),
-    "appended": (lambda d: d + b"x", "or has something appended"),
-    "length of 2^63": (
-        lambda d: bytes(7) + b"\x80" + d[8:],
-        "says 922337203685477580",
+    "empty": lambda d: b"",
+    "four bytes": lambda d: d[:4],
+    "cut in the header": lambda d: d[:100],
+    "cut in the data": lambda d: d[:-1],
+    "appended": lambda d: d + b"x",
+    "length of 2^63": lambda d: bytes(7) + b"\x80" + d[8:],
+    "length of 2^64 - 1": lambda d: b"\xff" * 8 + d[8:],
+    "length of 0": lambda d: bytes(8) + d[8:],
+    "length 40 short": lambda d: (
+        (int.from_bytes(d[:8], "little") - 40).to_bytes(8, "little") + d[8:]
     ),
-    "length of 2^64 - 1": (lambda d: b"\xff" * 8 + d[8:], "says 18446744073709551615"),
-    "length of 0": (lambda d: bytes(8) + d[8:], r"does not begin with '\{'"),
-    "length one short": (
-        lambda d: (int.from_bytes(d[:8], "little") - 40).to_bytes(8, "little") + d[8:],
-        "expected JSON",
-    ),
-    "not JSON": (edit_header(lambda h: b"{this is no header}"), "expected JSON"),
-    "a list": (edit_header(lambda h: b"[1, 2]"), r"does not begin with '\{'"),
-    "leading space": (edit_header(lambda h: b" " + json.dumps(h).encode()), "does not begin with"),
-    "not UTF-8": (edit_header(lambda h: b'{"\xff": 1}'), "expected UTF-8"),
-    "duplicate key": (
-        edit_header(lambda h: json.dumps(h).encode()[:-1] + b', "' + A.encode() + b'": {}}'),
-        "expected each key once",
-    ),
-    "nesting": (edit_header(lambda h: b'{"a":' * 50_000), "levels of nesting"),
-    "NaN": (edit_header(lambda h: b'{"a": NaN}'), "expected finite numbers"),
-    "metadata": (
-        edit_header(lambda h: {**h, "__metadata__": {"a": 1}}),
-        "__metadata__ to be",
-    ),
-    "metadata list": (edit_header(lambda h: {**h, "__metadata__": ["a"]}), "__metadata__ to be"),
-    "entry of another kind": (
-        edit_header(lambda h: {**h, A: 3}),
-        "A.weight': expected an object",
-    ),
-    "no dtype": (without("dtype"), "expected an object of dtype, shape and data_offsets"),
-    "no shape": (without("shape"), "expected an object of dtype, shape and data_offsets"),
-    "one field more": (
-        edit_entry(strides=[1, 2]),
-        "expected an object of dtype, shape and data_off",
-    ),
-    "unknown dtype": (edit_entry(dtype="F7"), "dtype to be one of .*, but got 'F7'"),
-    "dtype of another kind": (edit_entry(dtype=["F32"]), "dtype to be one of"),
+    "not JSON": edit_header(lambda h: b"{this is no header}"),
+    "a list": edit_header(lambda h: b"[1, 2]"),
+    "not UTF-8": edit_header(lambda h: b'{"\xff": 1}'),
+    "nesting": edit_header(lambda h: b'{"a":' * 50_000),
+    "metadata": edit_header(lambda h: {**h, "__metadata__": {"a": 1}}),
+    "entry of another kind": edit_header(lambda h: {**h, A: 3}),
+    "no dtype": without("dtype"),
+    "no shape": without("shape"),
+    "unknown dtype": edit_entry(dtype="F7"),
     # onnxruntime and llama.cpp trusted such shapes and read beyond the data
-    "a larger shape": (edit_entry(shape=[4, 16]), "expected 256 bytes for F32 of shape .*span 128"),
-    "a huge shape": (edit_entry(shape=[1 << 40, 1 << 40]), "data_offsets span 128"),
-    "an overflowing shape": (edit_entry(shape=[1 << 32, 1 << 32, 2]), "data_offsets span 128"),
-    "a size of 2^70": (edit_entry(shape=[1 << 70, 1]), "expected a shape of sizes"),
-    "a negative size": (edit_entry(shape=[-2, -16]), "expected a shape of sizes"),
-    "a size of true": (edit_entry(shape=[True, 32]), "expected a shape of sizes"),
-    "a size of 2.0": (edit_entry(shape=[2.0, 16]), "expected a shape of sizes"),
-    "nine dimensions": (
-        edit_entry(shape=[2, 16, 1, 1, 1, 1, 1, 1, 1]),
-        "expected a shape of sizes",
-    ),
-    "another shape of the size": (edit_entry(shape=[16, 2]), r"expected shape \[2, 16\]"),
-    "another dtype of the size": (edit_entry(dtype="I32"), "expected a floating dtype"),
-    "half the dtype": (edit_entry(dtype="F16"), "expected 64 bytes for F16"),
-    "offsets exchanged": (edit_entry(data_offsets=[128, 0]), "expected its data at"),
-    "offsets beyond": (edit_entry(data_offsets=[1 << 40, (1 << 40) + 128]), "expected its data at"),
-    "negative offsets": (edit_entry(data_offsets=[-128, 0]), r"data_offsets \[begin, end\]"),
-    "three offsets": (edit_entry(data_offsets=[0, 1, 2]), r"data_offsets \[begin, end\]"),
-    "overlapping": (edit_header(same_offsets), "tensors overlap or leave a gap"),
-    "gap": (with_gap, "tensors overlap or leave a gap"),
-    "pickle": (
-        lambda d: pickle.dumps({"a": torch.ones(2)}),
-        "its length says .* is no safetensors",
-    ),
-    "zip": (lambda d: b"PK\x03\x04" + bytes(400), "its length says|does not begin"),
+    "a larger shape": edit_entry(shape=[4, 16]),
+    "a huge shape": edit_entry(shape=[1 << 40, 1 << 40]),
+    "an overflowing shape": edit_entry(shape=[1 << 32, 1 << 32, 2]),
+    "a size of 2^70": edit_entry(shape=[1 << 70, 1]),
+    "a negative size": edit_entry(shape=[-2, -16]),
+    "half the dtype": edit_entry(dtype="F16"),
+    "offsets exchanged": edit_entry(data_offsets=[128, 0]),
+    "offsets beyond": edit_entry(data_offsets=[1 << 40, (1 << 40) + 128]),
+    "negative offsets": edit_entry(data_offsets=[-128, 0]),
+    "overlapping": edit_header(same_offsets),
+    "gap": with_gap,
+    "pickle": lambda d: pickle.dumps({"a": torch.ones(2)}),
+    "zip": lambda d: b"PK\x03\x04" + bytes(400),
 }
 
 
-@pytest.mark.parametrize(("edit", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_a_bad_file(edit, message, folder):
+@pytest.mark.parametrize("edit", BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_file_that_the_safetensors_library_refuses(edit, folder):
+    path = folder / WEIGHTS
+    path.write_bytes(edit(path.read_bytes()))
+    assert_refused(folder, f"{WEIGHTS}: expected a whole safetensors file, but got: .*header")
+
+
+CHANGED_ENTRIES = {
+    "nine dimensions": (edit_entry(shape=[2, 16, *[1] * 7]), r"expected shape \[2, 16\]"),
+    "another shape of the size": (edit_entry(shape=[16, 2]), r"expected shape \[2, 16\]"),
+    "another dtype of the size": (edit_entry(dtype="I32"), "expected a floating dtype"),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), CHANGED_ENTRIES.values(), ids=CHANGED_ENTRIES.keys())
+def test_a_valid_file_of_other_entries(edit, message, folder):
     path = folder / WEIGHTS
     path.write_bytes(edit(path.read_bytes()))
     assert_refused(folder, f"{WEIGHTS}: .*{message}")

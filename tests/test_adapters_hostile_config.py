@@ -39,16 +39,15 @@ BAD_FIELDS = [
     # numbers
     (
         fields(lora_alpha="8"),
-        "lora_alpha to be a number of at most 1e.09 .*got '8'",
+        "lora_alpha to be a finite number, but got '8'",
     ),
     (fields(lora_alpha=True), "lora_alpha"),
-    (fields(lora_alpha=None), "lora_alpha"),
-    (fields(lora_alpha=Raw("NaN")), f"{CONFIG}: expected finite numbers, but got NaN"),
-    (fields(lora_alpha=Raw("-Infinity")), "expected finite numbers, but got -Infinity"),
-    (fields(lora_alpha=Raw("1e999")), "expected finite numbers, but got '1e999'"),
+    (fields(lora_alpha=None), "lora_alpha to be a finite number, but got None"),
+    (fields(lora_alpha=Raw("NaN")), f"{CONFIG}: expected lora_alpha to be a finite .* got nan"),
+    (fields(lora_alpha=Raw("-Infinity")), "lora_alpha to be a finite number, but got -inf"),
+    (fields(lora_alpha=Raw("1e999")), "lora_alpha to be a finite number, but got inf"),
     (fields(lora_alpha=Raw("9" * 5000)), f"{CONFIG}: expected JSON, but got"),
-    (fields(lora_alpha=10**400), "lora_alpha to be a number of at most"),
-    (fields(lora_alpha=1e300), "lora_alpha to be a number of at most"),
+    (fields(lora_alpha=10**400), "lora_alpha to be a finite number"),
     (fields(lora_dropout=1.0), r"lora_dropout in \[0, 1\), but got 1\.0"),
     (fields(lora_dropout=-0.1), "lora_dropout"),
     (fields(lora_dropout=True), "lora_dropout"),
@@ -57,63 +56,19 @@ BAD_FIELDS = [
     (fields(rank_pattern={"q_proj": 0}), r"rank_pattern\['q_proj'\] to be an integer of 1 to 512"),
     (fields(rank_pattern={"q_proj": 200_000}), r"rank_pattern\['q_proj'\].*but got 200000"),
     (fields(rank_pattern={"q_proj": True}), r"rank_pattern\['q_proj'\]"),
-    (fields(rank_pattern={"q_proj": 5}), r"\[5, 16\] \(rank 5 by the config"),
     (fields(rank_pattern=["q_proj"]), "rank_pattern to be an object"),
-    (fields(rank_pattern={"(a+)+$(": 2}), r"has a group that is not closed"),
-    (fields(rank_pattern={"(?=q)q_proj": 2}), "has a lookahead at 2"),
-    (fields(rank_pattern={"a" * 1025: 2}), "a key of rank_pattern .* at most 1024 characters"),
-    (fields(alpha_pattern={"q_proj": "3"}), r"alpha_pattern\['q_proj'\] to be a number"),
-    (fields(alpha_pattern={"q_proj": Raw("NaN")}), "expected finite numbers, but got NaN"),
-    (fields(alpha_pattern={r"(q)\1": 3}), "a backreference"),
+    (fields(alpha_pattern={"q_proj": "3"}), r"alpha_pattern\['q_proj'\] to be a finite number"),
+    (fields(alpha_pattern={"q_proj": Raw("NaN")}), "finite number, but got nan"),
+    (fields(alpha_pattern={"q_proj(": 3}), r"an expression in alpha_pattern, but got 'q_proj\('"),
     # names
-    (fields(target_modules=None), "target_modules to be names or an expression, but got None"),
-    (fields(target_modules=[]), r"target_modules to be names or an expression, but got \[\]"),
-    (fields(target_modules=["q_proj", 3]), "target_modules to be a printable string"),
+    (fields(target_modules=["q_proj", 3]), "target_modules to be a list of names"),
     (fields(target_modules={"q_proj": 1}), "target_modules to be a list of names"),
-    (fields(target_modules=["query"]), r"target_modules to match modules of the Zoo.*\('query',\)"),
-    (fields(target_modules=["../../q_proj"]), r"module names in target_modules.*got '\.\./\.\./q_"),
-    (fields(target_modules=["layers..q_proj"]), r"names in target_modules.*'layers\.\.q_"),
-    (fields(target_modules=["a\u0000b"]), "target_modules to be a printable string"),
-    (
-        fields(target_modules="(.*)*x"),
-        r"target_modules to match .*'\(\.\*\)\*x' matches none",
-    ),
-    (fields(target_modules="(a|a)*b"), "matches none"),
-    (fields(target_modules=r"(?!a).*q_proj"), "has a lookahead"),
-    (fields(target_modules=r"((.{64}){64}){64}"), "has more than 4096 states"),
-    (fields(target_modules="[" * 600), "a class that is not closed"),
-    (fields(target_modules="(" * 1000), "more than 64 groups inside each other"),
-    (
-        fields(target_modules=["q_proj", "mlp"]),
-        r"layers.0.mlp.lora_A.weight'.*2 more is missing",
-    ),
-    (
-        fields(target_modules=["q_proj", "head"]),
-        r"at 'head', but the config targets a torch.nn.mod",
-    ),
-    (
-        fields(target_modules=["layers"]),
-        "'layers', but the config targets a torch.nn",
-    ),
-    (
-        fields(target_modules=["layers.0.q_proj"]),
-        r"layers.1.q_proj.lora_A.*does not target",
-    ),
-    (
-        fields(exclude_modules=["layers.1.q_proj"]),
-        r"layers.1.q_proj.lora_A.*does not target",
-    ),
-    (fields(exclude_modules="(?i)Q"), "has a flag"),
-    (fields(modules_to_save=["../norm"]), "module names in modules_to_save"),
+    (fields(exclude_modules=3), "exclude_modules to be a list of names"),
     (fields(modules_to_save="norm"), "modules_to_save to be a list of names, but got 'norm'"),
+    (fields(modules_to_save=[""]), "names in modules_to_save, none of them empty"),
     (fields(modules_to_save=None), "no other tensors, but got 'base_model.model.norm.bias'"),
     (fields(modules_to_save=["norm", "head"]), r"'base_model.model.head.0.bias'.*is missing"),
     (fields(modules_to_save=["m"] * 1025), "at most 1024 names in modules_to_save"),
-    (fields(layers_to_transform=[0, "1"]), "layers_to_transform to be indices"),
-    (fields(layers_to_transform=True), "layers_to_transform to be indices"),
-    (fields(layers_to_transform=-1), "layers_to_transform to be indices"),
-    (fields(layers_to_transform=0, target_modules="q_proj"), "a list in target_modules beside"),
-    (fields(layers_pattern="(a|b)*"), "names without an expression in layers_pattern"),
     # choices
     (fields(peft_type="IA3"), "peft_type 'LORA', but got 'IA3'"),
     (fields(peft_type="lora"), "peft_type 'LORA', but got 'lora'"),
@@ -125,11 +80,9 @@ BAD_FIELDS = [
         r"no other tensors, but got .*layers.0.q_proj.base_layer",
     ),
     (fields(bias="all"), r"'base_model.model.c_attn.bias'.*is missing"),
-    (fields(use_rslora=1), "use_rslora to be true or false, but got 1"),
+    (fields(use_rslora=2), "use_rslora to be true or false, but got 2"),
     (fields(lora_bias="yes"), "lora_bias to be true or false"),
     (fields(lora_bias=True), r"q_proj.lora_B.bias'.*is missing"),
-    (fields(fan_in_fan_out="x"), "fan_in_fan_out to be true or false"),
-    (fields(inference_mode=0), "inference_mode to be true or false"),
     (fields(init_lora_weights="corda"), "init_lora_weights='corda' .*by the result of data"),
     (fields(init_lora_weights="loftq"), "init_lora_weights='loftq' .*of a quantization"),
     (fields(init_lora_weights="lora_ga"), "init_lora_weights='lora_ga' .*of gradients"),
@@ -137,18 +90,6 @@ BAD_FIELDS = [
     (fields(init_lora_weights="new"), "plain LoRA, but got init_lora_weights='new'"),
     (fields(init_lora_weights=[1]), r"plain LoRA, but got init_lora_weights=\[1\]"),
     (fields(init_lora_weights="pissa", lora_alpha=-1), "'pissa' for linear layers with a positive"),
-    # information
-    (fields(auto_mapping=["os.system"]), "auto_mapping to be an object"),
-    (
-        fields(auto_mapping={"parent_library": {"x": 1}}),
-        r"auto_mapping\['parent_library'\]",
-    ),
-    (fields(auto_mapping={"base_model_class": "a" * 5000}), "at most 4096 characters"),
-    (fields(base_model_name_or_path=3), "base_model_name_or_path to be a printable string"),
-    (fields(base_model_name_or_path="a\nb"), "base_model_name_or_path to be a printable string"),
-    (fields(revision="\u001b[2J"), "revision to be a printable string"),
-    (fields(task_type="\ud800"), "task_type to be a printable string"),
-    (fields(peft_version=["0.21.2"]), "peft_version to be a printable string"),
     # variants, at anything but their default
     (fields(use_dora=True), r"plain LoRA, but got use_dora=True \(DoRA\)"),
     (fields(use_dora=1), "use_dora=1"),
@@ -165,14 +106,8 @@ BAD_FIELDS = [
     (fields(trainable_token_indices={"emb": [1]}), "trainable_token_indices="),
     (fields(megatron_config={"x": 1}), "megatron_config="),
     (fields(megatron_core="os"), "megatron_core='os'"),
-    (fields(loftq_config={"loftq_bits": 4}), "loftq_config="),
     (fields(ensure_weight_tying=True), "ensure_weight_tying=True"),
     (fields(use_dora=True, kasa_config={"a": 1}), "kasa_config=.*; use_dora=True"),
-    (
-        fields(brand_new_variant={"x": 1}),
-        "fields of PEFT 0.21.2, but got 'brand_new_variant'",
-    ),
-    (fields(R=2), "fields of PEFT 0.21.2, but got 'R': 2"),
 ]
 
 
@@ -201,11 +136,17 @@ def test_a_field_at_its_default_or_off_is_no_reason(folder):
     off = {
         "use_dora": False,
         "megatron_core": "megatron.core",
-        "loftq_config": {},
         "layer_replication": [],
         "rank_pattern": None,
         "brand_new_variant": None,
         "another": False,
+        "use_rslora": None,
+        "lora_bias": None,
+        "lora_dropout": None,
+        "init_lora_weights": None,
+        "inference_mode": 0,
+        "fan_in_fan_out": None,
+        "loftq_config": {"loftq_bits": 4},
         "eva_config": {"rho": 2.0},
         "corda_config": {"cache_file": "../../etc/passwd"},
         "runtime_config": {"ephemeral_gpu_offload": True},
@@ -213,6 +154,36 @@ def test_a_field_at_its_default_or_off_is_no_reason(folder):
     }
     write_config(folder, {**read_config(folder), **off})
     load_adapter(make_zoo(torch.float32), folder)
+
+
+def test_what_chooses_or_describes_is_information(folder):
+    """PEFT's loader and its users' trainers write all of these."""
+    table = {
+        **read_config(folder),
+        "auto_mapping": {"base_model_class": ["x"], "unsloth_fixed": True, "deep": {"a": [1]}},
+        "target_modules": r"^(?!.*visual).*(q_proj)$" + "|x" * 5000,
+        "exclude_modules": [],
+        "layers_to_transform": "all",
+        "layers_pattern": {"a": 1},
+        "base_model_name_or_path": "a\nb\u001b[2J",
+        "revision": "\ud800",
+        "task_type": ["CHESS"],
+        "peft_version": 3,
+        "eva_config": {"rho": float("inf")},
+        "megatron_core": None,
+    }
+    write_config(folder, table)
+    load_adapter(make_zoo(torch.float32), folder)
+    config = read_adapter_config(folder)
+    assert config.base_model_name_or_path == "a\nb\u001b[2J"
+    assert config.target_modules == table["target_modules"]
+    assert config.task_type is None
+
+
+def test_a_field_that_is_not_known_is_named_in_a_warning(folder):
+    write_config(folder, {**read_config(folder), "brand_new_variant": {"x": 1}, "R": 2})
+    with pytest.warns(UserWarning, match=r"ignored, as by PEFT: .*'brand_new_variant'.*'R': 2"):
+        load_adapter(make_zoo(torch.float32), folder)
 
 
 def test_fields_that_are_missing_have_peft_s_defaults(folder):
@@ -226,7 +197,7 @@ NOT_JSON = [
     ("not an object", b'["peft_type", "LORA"]', "expected an object, but got"),
     ("a number", b"3", "expected an object"),
     ("cut short", b'{"peft_type": "LORA", "r', "expected JSON"),
-    ("byte order mark", b'\xef\xbb\xbf{"peft_type": "LORA"}', "a byte order mark; remove it"),
+    ("byte order mark", b'\xef\xbb\xbf{"peft_type": "LORA"}', "BOM"),
     ("UTF-16", '{"peft_type": "LORA"}'.encode("utf-16"), "expected UTF-8"),
     ("not UTF-8", b'{"peft_type": "LORA\xff"}', "expected UTF-8"),
     ("duplicate key", b'{"peft_type": "LORA", "r": 2, "r": 4}', "each key once, but got 'r' twice"),

@@ -9,10 +9,18 @@ import sys
 
 import pytest
 import torch
-from adapter_helpers import CONFIG, WEIGHTS, make_zoo, read_config, write_config
+from adapter_helpers import (
+    CONFIG,
+    WEIGHTS,
+    make_zoo,
+    output,
+    read_config,
+    read_tensors,
+    write_config,
+)
 from hostile_helpers import assert_refused
 
-from lora_ext.adapters import load_adapter, read_adapter_config
+from lora_ext.adapters import AdapterError, load_adapter, read_adapter_config
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -23,7 +31,7 @@ def test_files_that_are_missing(folder, tmp_path):
     (folder / WEIGHTS).rename(folder / "elsewhere")
     assert_refused(folder, f"expected {WEIGHTS}, but the folder has none")
     (folder / BIN).write_bytes(pickle.dumps({}))
-    assert_refused(folder, f"there is only {BIN}, a pickle, which can run any code")
+    assert_refused(folder, f"there is only {BIN}, a pickle, which is not read here")
     (folder / "elsewhere").rename(folder / WEIGHTS)
     load_adapter(make_zoo(torch.float32), folder)  # beside a pickle that is not looked at
     (folder / CONFIG).unlink()
@@ -33,6 +41,23 @@ def test_files_that_are_missing(folder, tmp_path):
     assert_refused(tmp_path / "none", f"a folder with {CONFIG} .*, but got nothing there")
     assert_refused(folder / WEIGHTS, "expected a folder .*, but got a file")
     assert_refused("a\0b", "but got nothing there")
+
+
+def test_the_lines_that_convert_a_pickle(folder):
+    base = make_zoo(torch.float32)
+    wanted = output(load_adapter(copy.deepcopy(base), folder))
+    tensors = read_tensors(folder)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors, folder / BIN)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(copy.deepcopy(base), folder)
+    lines = [line[4:] for line in str(caught.value).splitlines() if line.startswith("    ")]
+    exec("\n".join(lines), {})
+    assert torch.equal(output(load_adapter(base, folder)), wanted)
+
+
+def test_a_name_on_the_hub(folder):
+    assert_refused("some-org/adapter_1.0", r"snapshot_download\('some-org/adapter_1.0'\) returns")
 
 
 def test_a_file_of_another_case_is_not_taken(folder):

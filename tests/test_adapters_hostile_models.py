@@ -42,9 +42,9 @@ def hooked_linear():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Linear8bit, r"at 'layers.1.q_proj', but the config targets a .*\.Linear8bit"),
-        (lambda: OwnLinear(16, 16), r"'layers.1.q_proj', but the config targets a .*\.OwnLinear"),
-        (lambda: nn.Bilinear(4, 4, 4), r"targets a torch.nn.modules.linear.Bilinear"),
+        (Linear8bit, r"at 'layers.1.q_proj', but the adapter is for a .*\.Linear8bit"),
+        (lambda: OwnLinear(16, 16), r"'layers.1.q_proj', but the adapter is for a .*\.OwnLinear"),
+        (lambda: nn.Bilinear(4, 4, 4), r"is for a torch.nn.modules.linear.Bilinear"),
         (integer_linear, r"'layers.1.q_proj': .*expected a floating weight, but got torch.int8"),
         (hooked_linear, r"'layers.1.q_proj' cannot be adapted: .*its forward is replaced"),
         (lambda: nn.Linear(16, 8), r"layers.1.q_proj.lora_B.weight': expected shape \[8, 2\]"),
@@ -52,8 +52,8 @@ def hooked_linear():
             lambda: nn.Linear(16, 16, bias=False),
             "no other tensors, .*1.q_proj.base_layer.bias",
         ),
-        (lambda: nn.Identity(), "targets a torch.nn.modules.linear.Identity"),
-        (lambda: nn.Conv2d(16, 16, 3), "targets a torch.nn.modules.conv.Conv2d"),
+        (lambda: nn.Identity(), "is for a torch.nn.modules.linear.Identity"),
+        (lambda: nn.Conv2d(16, 16, 3), "is for a torch.nn.modules.conv.Conv2d"),
     ],
     ids=["8 bit", "subclass", "bilinear", "integer", "hook", "shape", "bias", "identity", "3x3"],
 )
@@ -67,11 +67,18 @@ def test_a_module_that_cannot_have_the_adapter(make, message, folder):
 
 
 def test_a_model_with_more_layers(folder):
+    """As in PEFT they stay as they are, and a warning names them."""
     base = make_zoo(torch.float32)
     base.layers.append(copy.deepcopy(base.layers[0]))
-    assert_refused(
-        folder, r"layers.3.q_proj.lora_A.weight'.*is missing.*base's result would be", base
-    )
+    with pytest.warns(UserWarning, match=r"names 'layers.3.q_proj' too, for which the file has no"):
+        load_adapter(base, folder)
+    assert type(base.layers[3].q_proj) is nn.Linear
+
+
+def test_a_model_with_fewer_layers(folder):
+    base = make_zoo(torch.float32)
+    del base.layers[2]
+    assert_refused(folder, r"no other tensors, but got 'base_model.model.layers.2.q_proj", base)
 
 
 # ---- all or nothing ----

@@ -1,46 +1,66 @@
-"""Expressions of a config that would take ages, and very many of them: they end or are refused."""
+"""A stranger's expressions, and configs with very many: nothing hangs, and most are never run."""
 
 import pytest
 import torch
 from adapter_helpers import CONFIG, make_zoo, read_config, write_config
 from hostile_helpers import assert_refused
 
-from lora_ext.adapters import AdapterError, load_adapter
+from lora_ext import lora_layers
+from lora_ext.adapters import alphas, load_adapter
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
-
-@pytest.mark.parametrize("field", ["target_modules", "rank_pattern"])
-def test_catastrophic_expressions_end(field, folder):
-    """With `re` any of these would take longer than the universe has existed."""
-    table = read_config(folder)
-    expressions = [r"([a-z0-9._]+)+!", r"(\w|\.|\w)*!", "(.*)*!", "((a|.)*)*!"]
-    if field == "target_modules":
-        for expression in expressions:
-            write_config(folder, {**table, "target_modules": expression})
-            assert_refused(folder, "matches none")
-    else:
-        write_config(folder, {**table, "rank_pattern": dict.fromkeys(expressions, 4)})
-        load_adapter(make_zoo(torch.float32), folder)
+# With `re` any of these would take longer than the universe has existed.
+CATASTROPHIC = [r"([a-z0-9._]+)+!", r"(\w|\.|\w)*!", "(.*)*!", "((a|.)*)*!"]
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    ["(.|a|.)*{:05d}", "(a{{64}}){{60}}{:05d}", "{:05d}(a|b)?"],
-    ids=["slow", "large", "many"],
-)
-def test_very_many_patterns_end(pattern, folder):
-    """Within 1 MiB of config; what would take minutes or gigabytes is refused."""
-    patterns = {pattern.format(number): 2 for number in range(40_000)}
-    write_config(folder, {**read_config(folder), "rank_pattern": patterns})
-    assert (folder / CONFIG).stat().st_size < 1 << 20
-    base = make_zoo(torch.float32)
-    with pytest.raises(AdapterError, match="the patterns of the config to take at most"):
-        load_adapter(base, folder)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("expression", [*CATASTROPHIC, "(" * 1000, "[", "a" * 100_000])
+def test_expressions_that_choose_layers_are_never_run(field, expression, folder):
+    """The tensors say which layers have the adapter."""
+    write_config(folder, {**read_config(folder), field: expression})
+    model = load_adapter(make_zoo(torch.float32), folder)
+    assert len(list(lora_layers(model))) == 3
 
 
-def test_very_many_layers_with_a_rank_of_their_own(folder):
-    """One look-up a layer for the keys that are written here, which name one path each."""
-    patterns = {rf"^model\.layers\.{n}\.q_proj": 4 for n in range(20_000)}
+def test_keys_of_rank_pattern_are_never_run(folder):
+    """The shapes say which rank a layer has."""
+    patterns = dict.fromkeys([*CATASTROPHIC, "(", r"(q)\1", *map(str, range(40_000))], 4)
     write_config(folder, {**read_config(folder), "rank_pattern": patterns})
     load_adapter(make_zoo(torch.float32), folder)
+
+
+@pytest.mark.parametrize("expression", CATASTROPHIC)
+def test_catastrophic_keys_of_alpha_pattern_end(expression, folder, monkeypatch):
+    monkeypatch.setattr(alphas, "_SECONDS", 1.0)
+    base = make_zoo(torch.float32)
+    write_config(folder, {**read_config(folder), "alpha_pattern": {expression: 4}})
+    try:
+        load_adapter(base, folder)  # the library sees that some of them cannot match
+    except ValueError as error:
+        assert "alpha_pattern to be matched in 1 s" in str(error)
+
+
+def test_an_alpha_pattern_that_takes_too_long_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(alphas, "_SECONDS", 0.0)
+    write_config(folder, {**read_config(folder), "alpha_pattern": {r".*\.(mlp|none)": 4}})
+    assert_refused(folder, r"alpha_pattern to be matched in 0 s.*; write the modules' names")
+
+
+@pytest.mark.parametrize("pattern", ["(.|a|.)*{:05d}", "(a{{64}}){{60}}{:05d}"])
+def test_very_many_patterns_end(pattern, folder, monkeypatch):
+    """Within 1 MiB of config."""
+    monkeypatch.setattr(alphas, "_SECONDS", 1.0)
+    patterns = {pattern.format(number): 2 for number in range(40_000)}
+    write_config(folder, {**read_config(folder), "alpha_pattern": patterns})
+    assert (folder / CONFIG).stat().st_size < 1 << 20
+    assert_refused(folder, "alpha_pattern to be matched in 1 s")
+
+
+@pytest.mark.parametrize("key", ["(a+)+$(", "(?P<a>", "(?<=a*)b", "*"])
+def test_a_key_that_is_no_expression(key, folder):
+    write_config(folder, {**read_config(folder), "alpha_pattern": {key: 2}})
+    try:
+        load_adapter(make_zoo(torch.float32), folder)  # what `re` alone refuses
+    except ValueError as error:
+        assert "expected an expression in alpha_pattern" in str(error)

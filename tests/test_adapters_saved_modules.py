@@ -76,26 +76,49 @@ class Tied(nn.Module):
         return self.last(torch.tanh(self.lin(self.emb(ids))))
 
 
-def test_a_tied_module_to_save(tmp_path):
-    """PEFT copies the module, and the other keeps the old weight; here both would change."""
+@pytest.mark.parametrize("names", [["emb"], ["last"], ["emb", "last"]], ids=str)
+def test_a_tied_module_to_save(names, tmp_path):
+    """PEFT copies each of them, so that the other keeps the old weight, or they differ."""
     base = Tied().double()
-    theirs = peft_model(base, target_modules=["lin"], modules_to_save=["emb"])
-    save_peft(theirs, tmp_path / "theirs")
-    before = state_of(base)
-    with pytest.raises(AdapterError, match=r"emb.weight.*is tied to 'last.weight'.*untie"):
-        load_adapter(base, tmp_path / "theirs")
-    assert_unchanged(base, before)
-    untied = copy.deepcopy(base)
-    untied.last.weight = nn.Parameter(untied.last.weight.detach().clone())
-    load_adapter(untied, tmp_path / "theirs")
-    torch.testing.assert_close(output(untied), output(theirs))
+    save_peft(peft_model(base, target_modules=["lin"], modules_to_save=names), tmp_path)
+    wanted = output(from_peft(base, tmp_path))
+    ours = load_adapter(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(output(ours), wanted)
+    assert ours.emb.weight is not ours.last.weight
+    if len(names) == 1:
+        other = "last" if names == ["emb"] else "emb"
+        assert torch.equal(ours.get_submodule(other).weight, base.emb.weight)
+    save_adapter(ours, tmp_path / "ours")
+    assert read_config(tmp_path / "ours")["modules_to_save"] == names
+    torch.testing.assert_close(output(from_peft(base, tmp_path / "ours")), wanted)
 
+
+def test_equal_values_stay_tied(tmp_path):
+    base = Tied().double()
     ours = apply_lora(copy.deepcopy(base), LoRAConfig("lin", modules_to_save=("emb",)))
     randomize(p for p in ours.parameters() if p.requires_grad)
     save_adapter(ours, tmp_path / "ours")
     assert read_config(tmp_path / "ours")["modules_to_save"] == ["emb", "last"]
     torch.testing.assert_close(output(from_peft(base, tmp_path / "ours")), output(ours))
-    assert torch.equal(output(load_adapter(base, tmp_path / "ours")), output(ours))
+    again = load_adapter(base, tmp_path / "ours")
+    assert torch.equal(output(again), output(ours))
+    assert again.emb.weight is again.last.weight
+
+
+def test_a_load_that_fails_after_untying_ties_again(tmp_path, monkeypatch):
+    base = Tied().double()
+    save_peft(peft_model(base, target_modules=["lin"], modules_to_save=["last"]), tmp_path)
+    before = state_of(base)
+
+    def fail(*_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr("lora_ext.adapters.load.install", fail)
+    with pytest.raises(MemoryError):
+        load_adapter(base, tmp_path)
+    assert_unchanged(base, before)
+    assert base.last.weight is base.emb.weight
 
 
 def test_modules_to_save_whose_names_end_alike(tmp_path):

@@ -365,3 +365,19 @@ def test_conv1d_needs_no_import_of_transformers():
     randomize(model)
     assert torch.allclose(model(x), exact(model[0], x))
     assert type(lora_ext.unload(model)[0]) is Conv1D
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("lora_alpha", "alpha"),
+        ("lora_dropout", "dropout"),
+        ("init_lora_weights", "init"),
+        ("task_type", "an argument of save_adapter"),
+        ("use_dora", "accelerate"),
+    ],
+)
+def test_a_word_of_peft_is_answered_with_ours(name, ours):
+    with pytest.raises(TypeError, match=rf"PEFT's {name} is here .*{ours}"):
+        LoRAConfig("q_proj", **{name: 8})
+    assert copy.deepcopy(LoRAConfig("q_proj", r=3)) == LoRAConfig("q_proj", r=3)

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from ..config import BIASES, AdapterSpec
 from ..model import BIAS_SAVED_BY, adapter_names, lora_layers, saved_modules
 from ..modules import LoRAEmbedding, LoRALayer
-from ..patterns.automaton import Budget
 from .errors import AdapterError, some
 from .layout import PREFIX, bias_key, plain_spec, slots
 from .owners import bias_of, tensors_of
-from .peft_config import MAX_NAME, AdapterConfig
-from .targets import base_modules, saved_paths, targeted_paths
+from .peft_config import AdapterConfig
+from .targets import base_modules, saved_paths, selected_paths
 
 _SPECIAL = frozenset(".^$*+?{}[]\\|()")
-_STEPS = 100_000_000
+_MAX_EXPRESSION = 1024
 _PEFT_PARTS = (
     "base_layer",
     "lora_dropout",
@@ -145,7 +144,7 @@ class Content:
         others = tuple(p for p in self._selected(paths, ()) if p not in self.layers)
         expression = "|".join(map(_escaped, paths))
         candidates = [(short, ()), (paths, ()), (paths, others)]
-        if len(expression) <= MAX_NAME:
+        if len(expression) <= _MAX_EXPRESSION:
             candidates.append((expression, ()))
         for targets, excluded in candidates:
             if set(self._selected(targets, excluded)) == set(paths):
@@ -156,12 +155,7 @@ class Content:
         )
 
     def _selected(self, targets: str | tuple[str, ...], excluded: tuple[str, ...]) -> list[str]:
-        config = AdapterConfig(
-            target_modules=targets,
-            exclude_modules=excluded,
-            modules_to_save=self.saved_names,
-        )
-        return targeted_paths(self.model, config, Budget("the selection of layers", _STEPS))
+        return selected_paths(self.model, targets, excluded, self.saved_names)
 
     # ---- what is stored whole ----
 

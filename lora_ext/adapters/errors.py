@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+WAY_OUT = (
+    "; PEFT's own layers may take it: lora_ext.accelerate(peft.PeftModel.from_pretrained(model, "
+    "folder))"
+)
+
 
 class AdapterError(ValueError):
     """An adapter folder cannot be read or written; the model and the folder are unchanged."""

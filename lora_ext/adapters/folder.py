@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -65,8 +66,9 @@ def open_adapter(folder: str) -> Iterator[OpenAdapter]:
             Face cache's links to its blobs are allowed), or a config of more than 1 MiB.
     """
     if not os.path.isdir(folder):
-        what = "a file" if os.path.exists(folder) else "nothing there"
-        raise AdapterError(f"expected a folder with {CONFIG} and {WEIGHTS}, but got {what}")
+        raise AdapterError(
+            f"expected a folder with {CONFIG} and {WEIGHTS}, but got {_what_is_there(folder)}"
+        )
     for _ in range(_ATTEMPTS):
         with ExitStack() as stack:
             state = _pending(folder)
@@ -87,6 +89,17 @@ def open_adapter(folder: str) -> Iterator[OpenAdapter]:
             yield OpenAdapter(_read_config(descriptors[CONFIG]), descriptors[name], name)
             return
     raise AdapterError("expected files that stand still, but they are replaced all the time")
+
+
+def _what_is_there(path: str) -> str:
+    if os.path.exists(path):
+        return "a file"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return (
+            "nothing there; if it is a name on the Hugging Face hub, give the folder that "
+            f"huggingface_hub.snapshot_download({path!r}) returns"
+        )
+    return "nothing there"
 
 
 def _pending(folder: str) -> tuple[bool, bool]:
@@ -151,10 +164,16 @@ def _read_config(descriptor: int) -> bytes:
 
 
 def _missing(folder: str, name: str) -> str:
-    if name == WEIGHTS and os.path.lexists(os.path.join(folder, _PICKLE)):
+    pickle = os.path.join(folder, _PICKLE)
+    if name == WEIGHTS and os.path.lexists(pickle):
         return (
-            f"expected {WEIGHTS}, but there is only {_PICKLE}, a pickle, which can run any code "
-            "when it is loaded; save the adapter as safetensors"
+            f"expected {WEIGHTS}, but there is only {_PICKLE}, a pickle, which is not read here; "
+            "convert it with\n"
+            "    import torch\n"
+            "    from safetensors.torch import save_file\n"
+            f"    tensors = torch.load({pickle!r}, map_location='cpu', weights_only=True)\n"
+            "    tensors = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}\n"
+            f"    save_file(tensors, {os.path.join(folder, WEIGHTS)!r})"
         )
     return f"expected {name}, but the folder has none; it is one of the two files of an adapter"
 

@@ -8,6 +8,13 @@ from ..config import AdapterSpec
 from ..modules import LoRAConv2d, LoRAEmbedding, LoRALayer
 
 PREFIX = "base_model.model."
+_ENDS = (
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_B.bias",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,14 @@ class Slot:
     key: str
     table: str
     shape: tuple[int, ...]
+
+
+def path_of_factor(key: str) -> str | None:
+    """The path of the module that a tensor of the file adapts; None for what is no factor."""
+    for end in _ENDS:
+        if key.startswith(PREFIX) and key.endswith(end):
+            return key[len(PREFIX) : -len(end)]
+    return None
 
 
 def features(layer: LoRALayer) -> tuple[int, int]:

@@ -21,12 +21,13 @@ from ..model import (
 from ..modules import LoRALayer
 from ..modules.linear import DEFAULT_ADAPTER
 from .check import check_entries, check_keys
-from .errors import AdapterError, shown
+from .errors import WAY_OUT, AdapterError, shown
 from .folder import CONFIG, open_adapter
 from .owners import Owners, check_real, inner_model
 from .peft_config import AdapterConfig, parse_config
 from .plan import Plan, Stored, Target
-from .tensors import Entry, read_header, read_tensor
+from .targets import warn_of_others
+from .tensors import TensorFile, open_tensors
 
 
 def load_adapter(
@@ -40,10 +41,12 @@ def load_adapter(
 
     Read are ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT 0.21.2 writes them;
     never a pickle, and nothing that the config names is imported or opened. Layers are replaced as
-    by `apply_lora`. The first adapter of a model becomes active and the rest of it is frozen; a
-    further one waits for `set_adapter`. Stored biases and modules to save are written into the
-    model's own parameters. init "pissa" and "olora" stand for another weight, W - scaling * B0 A0:
-    A0 and B0 are computed again from W, as PEFT does, and the weight is kept.
+    by `apply_lora`: those that the tensors name, with the rank that they have. The first adapter of
+    a model becomes active and the rest of it is frozen; a further one waits for `set_adapter`.
+    Stored biases and modules to save are written into the model's own parameters; a tied module to
+    save gets a parameter of its own where PEFT's copy would differ from the rest. init "pissa" and
+    "olora" stand for another weight, W - scaling * B0 A0: A0 and B0 are computed again from W, as
+    PEFT does, and the weight is kept.
 
     Args:
         model: the base that the adapter was trained on, with or without other adapters.
@@ -57,10 +60,10 @@ def load_adapter(
         The model.
 
     Raises:
-        AdapterError: a ValueError. A file is missing, broken or not plain LoRA; its tensors are not
-            exactly those of the modules that its config names, in name, shape, rank and kind; a
-            value is not finite; the name is taken; or what it stores belongs to another adapter.
-            The model is then unchanged, as it is after any other error.
+        AdapterError: a ValueError. A file is missing, broken or not plain LoRA; its tensors do not
+            fit the model in name, shape, rank and kind; a value is not finite; the name is taken;
+            or what it stores belongs to another adapter. The model is then unchanged, as it is
+            after any other error.
     """
     folder = os.fspath(folder)
     inner = inner_model(model)
@@ -74,15 +77,19 @@ def load_adapter(
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             raise AdapterError(f"expected a floating adapter_dtype, but got {adapter_dtype}")
         with open_adapter(folder) as files:
-            with _naming(CONFIG):
+            with _naming(CONFIG), _with_way_out():
                 config = parse_config(files.config)
-                plan = Plan(inner, config)
-            with _naming(files.weights_name):
-                header = read_header(files.weights)
-                check_keys(plan, header)
-                check_entries(plan, header)
-                _read(plan, files.weights, header, adapter_dtype)
+            with (
+                _naming(files.weights_name),
+                open_tensors(files.weights) as file,
+                _with_way_out(),
+            ):
+                plan = Plan(inner, config, file.entries)
+                check_keys(plan, file.entries)
+                check_entries(plan, file.entries)
+                _read(plan, file, adapter_dtype)
                 _check_owners(plan)
+        warn_of_others(inner, config, [target.path for target in plan.targets])
         _apply(plan, adapter, trainable, adapter_dtype)
     except ValueError as error:
         raise AdapterError(f"lora_ext.load_adapter: {folder}: {error}") from None
@@ -112,35 +119,39 @@ def _naming(file: str) -> Iterator[None]:
         raise AdapterError(f"{file}: {error}") from None
 
 
-def _read(
-    plan: Plan, file: int, header: dict[str, Entry], adapter_dtype: torch.dtype | None
-) -> None:
+@contextmanager
+def _with_way_out() -> Iterator[None]:
+    """Says after the message of a ValueError what may take the adapter."""
+    try:
+        yield
+    except ValueError as error:
+        way_out = "" if "PeftModel" in str(error) else WAY_OUT
+        raise AdapterError(f"{error}{way_out}") from None
+
+
+def _read(plan: Plan, file: TensorFile, adapter_dtype: torch.dtype | None) -> None:
     """Reads all tensors into memory, in the dtypes in which they will be used."""
     for target in plan.targets:
         dtype = _factor_dtype(target.layer, adapter_dtype)
         for slot in target.slots:
-            value = _read_finite(file, header[slot.key], dtype)
+            value = file.read(file.entries[slot.key], dtype)
             target.values[slot.table] = value.reshape(slot.shape[:2])
-    for key in plan.stored.keys() & header.keys():
+    for key in plan.stored.keys() & file.entries.keys():
         stored = plan.stored[key]
-        check_real(shown(key, 200), stored.tensor)
-        value = _read_finite(file, header[key], stored.tensor.dtype)
+        tensor = stored.tensor
+        check_real(shown(key, 200), tensor)
+        value = file.read(file.entries[key], tensor.dtype if tensor.is_floating_point() else None)
+        if value.dtype != tensor.dtype:
+            raise AdapterError(
+                f"{shown(key, 200)}: expected {tensor.dtype} as in the model, but got {value.dtype}"
+            )
         if stored.written:
             stored.value = value
-        elif not torch.equal(value, stored.tensor.detach().cpu()):
+        elif not torch.equal(value, tensor.detach().cpu()):
             raise AdapterError(
                 f"{shown(key, 200)}: expected the model's own weight, but got another, for which "
                 "the adapter was trained; load that into the model first"
             )
-
-
-def _read_finite(file: int, entry: Entry, dtype: torch.dtype) -> Tensor:
-    value = read_tensor(file, entry).to(dtype)
-    if dtype.is_floating_point and not torch.isfinite(value).all():
-        raise AdapterError(
-            f"{shown(entry.name, 200)}: expected finite values in {dtype}, but got NaN or infinity"
-        )
-    return value
 
 
 def _factor_dtype(layer: LoRALayer, adapter_dtype: torch.dtype | None) -> torch.dtype:
@@ -156,20 +167,29 @@ def _written(plan: Plan) -> Iterator[tuple[Stored, Tensor]]:
 
 
 def _check_owners(plan: Plan) -> None:
-    """What is written may not change what another adapter or a tied module relies on."""
+    """What is written may not change what another adapter or a tied module relies on: a module that
+    PEFT copies gets a parameter of its own, and anything else is refused."""
     owners = Owners(plan.model)
-    writers: dict[int, set[int]] = {}
-    for stored, _ in _written(plan):
-        writers.setdefault(id(stored.tensor), set()).add(id(stored.holder))
-    first: dict[int, tuple[Stored, Tensor]] = {}
+    groups: dict[int, list[tuple[Stored, Tensor]]] = {}
     for stored, value in _written(plan):
-        owners.check_free(stored.key, stored.tensor, value, writers[id(stored.tensor)])
-        other, before = first.setdefault(id(stored.tensor), (stored, value))
-        if not torch.equal(before, value):
-            raise AdapterError(
-                f"expected equal values for tied tensors, but {shown(other.key, 200)} and "
-                f"{shown(stored.key, 200)} differ; untie them in the model first"
-            )
+        groups.setdefault(id(stored.tensor), []).append((stored, value))
+    for group in groups.values():
+        first, value = group[0]
+        equal = all(torch.equal(value, other) for _, other in group)
+        if equal and torch.equal(value, first.tensor.detach().cpu()):
+            continue
+        owners.check_free(first.key, first.tensor)
+        tied = owners.tied(first.tensor, {id(stored.holder) for stored, _ in group})
+        if equal and not tied:
+            continue
+        for stored, _ in group:
+            stored.untied = stored.is_copied and isinstance(stored.tensor, nn.Parameter)
+            if not stored.untied:
+                others = tied or [other.key for other, _ in group if other is not stored]
+                raise AdapterError(
+                    f"expected {shown(stored.key, 200)} to be one module's alone, but it is tied "
+                    f"to {others[0]!r}, which would change with it; untie them (clone it) first"
+                )
 
 
 def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype | None) -> None:
@@ -180,11 +200,16 @@ def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype
     active = {id(target.layer): target.layer.active_adapters for target in plan.targets}
     new = {id(t.module): t.layer for t in plan.targets if t.layer is not t.module}
     undo: list[tuple[Tensor, Tensor]] = []
+    untied: list[tuple[Stored, Tensor]] = []
     try:
         for target in plan.targets:
             _add(target, adapter, adapter_dtype)
         with torch.no_grad():
             for stored, value in _written(plan):
+                if stored.untied:
+                    untied.append((stored, stored.tensor))
+                    _untie(stored, value)
+                    continue
                 undo.append((stored.tensor, stored.tensor.detach().clone()))
                 stored.tensor.copy_(value)
         install(model, dict(new))
@@ -192,6 +217,8 @@ def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype
         with torch.no_grad():
             for tensor, value in reversed(undo):
                 tensor.copy_(value)
+        for stored, tensor in untied:
+            stored.holder._parameters[stored.name] = tensor  # type: ignore[assignment]
         install(model, {id(t.layer): t.module for t in plan.targets if id(t.module) in new})
         for target in plan.targets:
             if target.layer is target.module and adapter in target.layer.adapters:
@@ -217,6 +244,13 @@ def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype
     for stored, _ in _written(plan):
         if isinstance(stored.tensor, nn.Parameter):
             stored.tensor.requires_grad_(trainable)
+
+
+def _untie(stored: Stored, value: Tensor) -> None:
+    """Gives the holder a parameter of its own, which the model's tied module does not see."""
+    tensor = stored.tensor
+    own = nn.Parameter(value.to(tensor.device), requires_grad=tensor.requires_grad)
+    stored.holder._parameters[stored.name] = stored.tensor = own
 
 
 def _add(target: Target, adapter: str, dtype: torch.dtype | None) -> None:

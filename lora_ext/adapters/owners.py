@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ..model import BIAS_SAVED_BY, SAVED_BY, named_modules, saved_modules
@@ -69,25 +68,14 @@ class Owners:
                 for _, tensor in tensors_of(module):
                     self.claims[id(tensor)] = getattr(root, SAVED_BY)[0]
 
-    def check_free(self, key: str, tensor: Tensor, value: Tensor, writers: set[int]) -> None:
-        """Raises AdapterError if writing would change what others rely on.
-
-        Args:
-            key: name of the tensor in the file.
-            tensor: of the model.
-            value: what would be written.
-            writers: ids of the modules in which the adapter stores it.
-        """
-        if torch.equal(value, tensor.detach().cpu()):
-            return
+    def check_free(self, key: str, tensor: Tensor) -> None:
+        """Raises AdapterError if another adapter has stored values in the tensor."""
         if id(tensor) in self.claims:
             raise AdapterError(
                 f"expected {shown(key, 200)} to be free, but adapter {self.claims[id(tensor)]!r} "
                 "has other values there; the model has room for one"
             )
-        tied = [name for name, module in self.holders[id(tensor)] if id(module) not in writers]
-        if tied:
-            raise AdapterError(
-                f"expected {shown(key, 200)} to be one module's alone, but it is tied to "
-                f"{tied[0]!r}, which the adapter leaves as it is; untie them (clone it) first"
-            )
+
+    def tied(self, tensor: Tensor, writers: set[int]) -> list[str]:
+        """The names of the tensor in modules other than those with these ids."""
+        return [name for name, module in self.holders[id(tensor)] if id(module) not in writers]

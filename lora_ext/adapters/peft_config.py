@@ -1,12 +1,15 @@
 """adapter_config.json: PEFT's LoraConfig, of which all that changes the result is understood.
 
-Fields and defaults are those of PEFT 0.21.2. A field is applied, kept as information, without
-effect once the tensors are saved, or has to be at its default; so is a field that is not known.
+Fields and defaults are those of PEFT 0.21.2. The tensors say which layers have an adapter, and of
+what rank. So the fields that choose layers are kept as information, as is what describes the base;
+a field is applied, or has to be off; one that is not known is ignored with a warning, as PEFT does.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +18,7 @@ from ..config import BIASES, MAX_RANK
 from .errors import AdapterError, shown
 from .strict_json import parse_json
 
-ALL_LINEAR = "all-linear"
-MAX_NAME = 1024
-_MAX_TEXT = 4096
 _MAX_SAVED = 1024
-_MAX_ALPHA = 1e9
-_MAX_INDEX = 1 << 31
-
 _APPLIED = {
     "peft_type",
     "r",
@@ -31,19 +28,24 @@ _APPLIED = {
     "lora_bias",
     "bias",
     "init_lora_weights",
-    "target_modules",
-    "exclude_modules",
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
 }
-_INFORMATION = {"base_model_name_or_path", "revision", "task_type", "peft_version"}
-# Checked, then dropped: which classes to import, training or inference, the layout of the weight
-# (which the module's class says), and settings of a first initialization that is long past.
+_INFORMATION = {
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+}
+# Which layers (the tensors say it), which classes to import, training or inference, the layout of
+# the weight (the module's class says it), and settings of a first initialization, long past.
 _WITHOUT_EFFECT = {
+    "layers_pattern",
     "auto_mapping",
+    "peft_version",
     "inference_mode",
     "fan_in_fan_out",
     "runtime_config",
@@ -51,6 +53,7 @@ _WITHOUT_EFFECT = {
     "eva_config",
     "corda_config",
     "lora_ga_config",
+    "loftq_config",
 }
 # Variants of LoRA and their settings, with the defaults of those whose default is not empty.
 _REFUSED = {
@@ -67,7 +70,6 @@ _REFUSED = {
     "trainable_token_indices": "trainable tokens",
     "megatron_config": "Megatron's parallel layers",
     "megatron_core": "Megatron's parallel layers",
-    "loftq_config": "LoftQ",
     "ensure_weight_tying": "tied adapters",
 }
 _DEFAULTS = {"megatron_core": "megatron.core"}
@@ -90,12 +92,12 @@ class AdapterConfig:
         r, alpha, dropout, use_rslora, lora_bias: as in `lora_ext.AdapterSpec`.
         init: "kaiming", or "pissa" or "olora", where W stands for W - scaling * B0 A0.
         bias: "none", "all" or "lora_only".
-        target_modules: names, or a string: a regular expression or "all-linear".
-        exclude_modules: names, or a string: a regular expression.
         modules_to_save: names of modules that are stored whole.
-        rank_pattern, alpha_pattern: expression -> value where it differs, the first match wins.
-        layers_to_transform: indices of layers; None is all.
-        layers_pattern: names of the lists that the indices count in.
+        rank_pattern: expression -> rank where it differs; the tensors say which is whose.
+        alpha_pattern: expression -> alpha where it differs, the first match wins.
+        target_modules, exclude_modules: names, or a string: a regular expression or "all-linear";
+            information, never used to load.
+        layers_to_transform: indices of layers; information, never used to load.
         base_model_name_or_path, revision, task_type: information, never used.
     """
 
@@ -106,13 +108,12 @@ class AdapterConfig:
     lora_bias: bool = False
     init: str = "kaiming"
     bias: str = "none"
-    target_modules: str | tuple[str, ...] = ()
-    exclude_modules: str | tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    layers_to_transform: frozenset[int] | None = None
-    layers_pattern: tuple[str, ...] = ()
+    target_modules: str | tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = None
@@ -132,9 +133,32 @@ def parse_config(data: bytes) -> AdapterConfig:
     if not isinstance(table, dict):
         raise AdapterError(f"expected an object, but got {shown(table)}")
     if table.get("peft_type") != "LORA":
-        raise AdapterError(f"expected peft_type 'LORA', but got {shown(table.get('peft_type'))}")
+        raise AdapterError(
+            f"expected peft_type 'LORA', but got {shown(table.get('peft_type'))}; what is no LoRA "
+            "is PEFT's alone: peft.PeftModel.from_pretrained(model, folder)"
+        )
     _check_support(table)
-    return _Fields(table).config()
+    fields = _Fields(table)
+    init = table.get("init_lora_weights", True)
+    init = init.lower() if isinstance(init, str) else ""
+    return AdapterConfig(
+        r=_rank("r", table.get("r", 8)),
+        alpha=_alpha("lora_alpha", table.get("lora_alpha", 8)),
+        dropout=fields.dropout(),
+        use_rslora=fields.flag("use_rslora"),
+        lora_bias=fields.flag("lora_bias"),
+        init=init if init in ("pissa", "olora") else "kaiming",
+        bias=fields.bias(),
+        modules_to_save=fields.saved(),
+        rank_pattern=fields.patterns("rank_pattern", _rank),
+        alpha_pattern=fields.patterns("alpha_pattern", _alpha),
+        target_modules=fields.names_or_expression("target_modules"),
+        exclude_modules=fields.names_or_expression("exclude_modules"),
+        layers_to_transform=fields.indices("layers_to_transform"),
+        base_model_name_or_path=fields.text("base_model_name_or_path"),
+        revision=fields.text("revision"),
+        task_type=fields.text("task_type"),
+    )
 
 
 def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
@@ -171,24 +195,18 @@ def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
     return (json.dumps(table, indent=2) + "\n").encode()
 
 
-def check_information(name: str, value: Any) -> str | None:
-    """The value of base_model_name_or_path, revision or task_type, if it is None or a string."""
-    return None if value is None else _text(name, value, _MAX_TEXT)
-
-
 def _list_or_text(names: str | tuple[str, ...]) -> str | list[str]:
     return names if isinstance(names, str) else list(names)
 
 
 def _is_off(name: str, value: Any) -> bool:
-    off = value is None or value is False or value == [] or value == {} or value == ""
-    return off or (name in _DEFAULTS and value == _DEFAULTS[name])
+    return not value or (name in _DEFAULTS and value == _DEFAULTS[name])
 
 
 def _check_support(table: dict[str, Any]) -> None:
     init = table.get("init_lora_weights", True)
     problems = []
-    if not isinstance(init, (bool, str)):
+    if init is not None and not isinstance(init, (bool, str)):
         problems.append(f"init_lora_weights={shown(init)}")
     elif isinstance(init, str) and init.lower() not in (*_PLAIN_INITS, "pissa", "olora"):
         sources = [w for name, w in _CHANGES_WEIGHT.items() if init.lower().startswith(name)]
@@ -205,73 +223,30 @@ def _check_support(table: dict[str, Any]) -> None:
     if problems:
         raise AdapterError(f"expected plain LoRA, but got {'; '.join(problems)}")
     known = _APPLIED | _INFORMATION | _WITHOUT_EFFECT | set(_REFUSED)
-    for name, value in table.items():
-        if name not in known and not _is_off(name, value):
-            raise AdapterError(
-                f"expected the fields of PEFT 0.21.2, but got {shown(name)}: {shown(value)}, which "
-                "is not known; remove it if the adapter's result does not depend on it"
-            )
+    unknown = {n: v for n, v in table.items() if n not in known and not _is_off(n, v)}
+    if unknown:
+        warnings.warn(
+            "lora_ext: adapter_config.json has fields that PEFT 0.21.2 does not have; they are "
+            f"ignored, as by PEFT: {shown(unknown, 300)}",
+            stacklevel=4,
+        )
 
 
 class _Fields:
-    """The fields of the object, one method for each kind of value."""
+    """The fields of the object, one method for each kind of value; null is the default."""
 
     def __init__(self, table: dict[str, Any]) -> None:
-        self.table = table
-
-    def config(self) -> AdapterConfig:
-        init = self.table.get("init_lora_weights", True)
-        init = init.lower() if isinstance(init, str) else ""
-        for name in ("inference_mode", "fan_in_fan_out"):
-            self.flag(name)
-        self.check_auto_mapping()
-        self.text("peft_version")
-        config = AdapterConfig(
-            r=_rank("r", self.table.get("r", 8)),
-            alpha=_alpha("lora_alpha", self.table.get("lora_alpha", 8)),
-            dropout=self.dropout(),
-            use_rslora=self.flag("use_rslora"),
-            lora_bias=self.flag("lora_bias"),
-            init=init if init in ("pissa", "olora") else "kaiming",
-            bias=self.bias(),
-            target_modules=self.names_or_expression("target_modules"),
-            exclude_modules=self.names_or_expression("exclude_modules"),
-            modules_to_save=self.names("modules_to_save", self.table.get("modules_to_save")),
-            rank_pattern=self.patterns("rank_pattern", _rank),
-            alpha_pattern=self.patterns("alpha_pattern", _alpha),
-            layers_to_transform=self.layers(),
-            layers_pattern=self.layers_pattern(),
-            base_model_name_or_path=self.text("base_model_name_or_path"),
-            revision=self.text("revision"),
-            task_type=self.text("task_type"),
-        )
-        if not config.target_modules:
-            raise AdapterError(
-                "expected target_modules to be names or an expression, but got "
-                f"{shown(self.table.get('target_modules'))}"
-            )
-        if isinstance(config.target_modules, str) and (
-            config.layers_to_transform is not None or config.layers_pattern
-        ):
-            raise AdapterError(
-                "expected a list in target_modules beside layers_to_transform and layers_pattern, "
-                f"but got {shown(config.target_modules)}"
-            )
-        if len(config.modules_to_save) > _MAX_SAVED:
-            raise AdapterError(
-                f"expected at most {_MAX_SAVED} names in modules_to_save, but got "
-                f"{len(config.modules_to_save)}"
-            )
-        return config
+        self.table = {name: value for name, value in table.items() if value is not None}
 
     def flag(self, name: str) -> bool:
         value = self.table.get(name, False)
-        if not isinstance(value, bool):
+        if not isinstance(value, int) or value not in (0, 1):
             raise AdapterError(f"expected {name} to be true or false, but got {shown(value)}")
-        return value
+        return bool(value)
 
     def text(self, name: str) -> str | None:
-        return check_information(name, self.table.get(name))
+        value = self.table.get(name)
+        return value if isinstance(value, str) else None
 
     def dropout(self) -> float:
         value = self.table.get("lora_dropout", 0.0)
@@ -285,66 +260,39 @@ class _Fields:
             raise AdapterError(f"expected bias to be one of {BIASES}, but got {shown(value)}")
         return value
 
-    def names(self, name: str, value: Any) -> tuple[str, ...]:
-        if value is None:
-            return ()
-        if not isinstance(value, list):
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.table.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise AdapterError(f"expected {name} to be a list of names, but got {shown(value)}")
-        return tuple(_module_name(name, entry) for entry in value)
+        return tuple(value)
 
-    def names_or_expression(self, name: str) -> str | tuple[str, ...]:
-        value = self.table.get(name)
-        return _text(name, value, MAX_NAME) if isinstance(value, str) else self.names(name, value)
-
-    def patterns(self, name: str, check: Any) -> dict[str, Any]:
-        value = self.table.get(name) or {}
-        if not isinstance(value, dict):
-            raise AdapterError(f"expected {name} to be an object, but got {shown(value)}")
-        return {
-            _text(f"a key of {name}", key, MAX_NAME): check(f"{name}[{shown(key)}]", number)
-            for key, number in value.items()
-        }
-
-    def layers(self) -> frozenset[int] | None:
-        value = self.table.get("layers_to_transform")
-        if value is None or value == []:
-            return None
-        indices: list[Any] = value if isinstance(value, list) else [value]
-        if not all(_is_integer(index) and 0 <= index < _MAX_INDEX for index in indices):
+    def saved(self) -> tuple[str, ...]:
+        names = self.names("modules_to_save")
+        if len(names) > _MAX_SAVED or not all(names):
             raise AdapterError(
-                f"expected layers_to_transform to be indices, but got {shown(value)}"
-            )
-        return frozenset(indices)
-
-    def layers_pattern(self) -> tuple[str, ...]:
-        value = self.table.get("layers_pattern")
-        if isinstance(value, str):
-            value = [value] if value else []
-        names = self.names("layers_pattern", value)
-        if set("".join(names)) & set("^$*+?()[]{}|"):
-            raise AdapterError(
-                f"expected names without an expression in layers_pattern, but got {shown(value)}; "
-                "write the modules' names in target_modules instead"
+                f"expected at most {_MAX_SAVED} names in modules_to_save, none of them empty, but "
+                f"got {len(names)}"
             )
         return names
 
-    def check_auto_mapping(self) -> None:
-        """Plain strings, which name classes for PEFT to import; nothing is imported here."""
-        value = self.table.get("auto_mapping")
-        if value is None:
-            return
+    def names_or_expression(self, name: str) -> str | tuple[str, ...]:
+        value = self.table.get(name)
+        return value if isinstance(value, str) else self.names(name)
+
+    def indices(self, name: str) -> tuple[int, ...]:
+        value = self.table.get(name, [])
+        value = value if isinstance(value, list) else [value]
+        return tuple(index for index in value if isinstance(index, int))
+
+    def patterns(self, name: str, check: Any) -> dict[str, Any]:
+        value = self.table.get(name, {})
         if not isinstance(value, dict):
-            raise AdapterError(f"expected auto_mapping to be an object, but got {shown(value)}")
-        for key, entry in value.items():
-            check_information(f"auto_mapping[{shown(key)}]", entry)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+            raise AdapterError(f"expected {name} to be an object, but got {shown(value)}")
+        return {key: check(f"{name}[{shown(key)}]", number) for key, number in value.items()}
 
 
 def _rank(name: str, value: Any) -> int:
-    if not _is_integer(value) or not 1 <= value <= MAX_RANK:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
         raise AdapterError(
             f"expected {name} to be an integer of 1 to {MAX_RANK}, but got {shown(value)}"
         )
@@ -352,29 +300,9 @@ def _rank(name: str, value: Any) -> int:
 
 
 def _alpha(name: str, value: Any) -> float:
-    # A comparison with NaN is False; an integer may be too large for a float.
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not -_MAX_ALPHA <= value <= _MAX_ALPHA:
-        raise AdapterError(
-            f"expected {name} to be a number of at most {_MAX_ALPHA:g} in magnitude, but got "
-            f"{shown(value)}"
-        )
-    return value
-
-
-def _text(name: str, value: Any, limit: int) -> str:
-    if not isinstance(value, str) or len(value) > limit or not value.isprintable():
-        raise AdapterError(
-            f"expected {name} to be a printable string of at most {limit} characters, but got "
-            f"{shown(value)}"
-        )
-    return value
-
-
-def _module_name(name: str, value: Any) -> str:
-    text = _text(name, value, MAX_NAME)
-    if not all(text.split(".")) or "/" in text or "\\" in text:
-        raise AdapterError(
-            f"expected module names in {name}, such as 'layers.0.q_proj', but got {shown(text)}"
-        )
-    return text
+    try:
+        if not isinstance(value, bool) and math.isfinite(value):
+            return value
+    except (TypeError, OverflowError):  # not a number, or an integer beyond float's range
+        pass
+    raise AdapterError(f"expected {name} to be a finite number, but got {shown(value)}")

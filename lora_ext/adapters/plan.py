@@ -1,8 +1,8 @@
-"""What an adapter's config asks of a model: which layers, and which tensors for them."""
+"""What an adapter's tensors and config ask of a model: which layers, and what for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -12,15 +12,13 @@ from ..config import AdapterSpec
 from ..model import adapter_names, named_modules
 from ..modules import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRAMergedLinear
 from ..modules.linear import is_conv1d
-from ..patterns import PeftTable
-from ..patterns.automaton import Budget
-from .errors import AdapterError, shown
-from .layout import PREFIX, Slot, bias_key, slots
+from .alphas import find_alphas
+from .errors import AdapterError, some
+from .layout import PREFIX, Slot, bias_key, path_of_factor, slots
 from .owners import bias_of, check_real
 from .peft_config import AdapterConfig
-from .targets import base_modules, saved_paths, targeted_paths
-
-_PATTERN_STEPS = 20_000_000
+from .targets import base_modules, saved_paths
+from .tensors import Entry
 
 
 @dataclass
@@ -52,18 +50,33 @@ class Stored:
         tensor: of the model.
         holder: the module that it is a parameter or buffer of.
         written: False if the file may have it, and then with the model's values.
+        is_copied: whether PEFT copies the holder, so that what is tied to it stays as it is.
         value: what is to be written, once it is read.
+        untied: whether the holder gets a parameter of its own instead.
     """
 
     key: str
     tensor: Tensor
     holder: nn.Module
     written: bool
+    is_copied: bool = False
     value: Tensor | None = None
+    untied: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in the holder."""
+        return self.key.rpartition(".")[2]
 
 
 class Plan:
-    """All that a config asks of a model.
+    """All that an adapter asks of a model.
+
+    Args:
+        model: the base, with or without adapters.
+        config: the adapter's.
+        entries: the tensors of its file; their keys say which layers have it, their shapes its
+            rank.
 
     Attributes:
         modules: path -> module of the model, each once.
@@ -76,11 +89,13 @@ class Plan:
         AdapterError: it asks for what the model does not have, or for what cannot be adapted.
     """
 
-    def __init__(self, model: nn.Module, config: AdapterConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: AdapterConfig, entries: Mapping[str, Entry]
+    ) -> None:
         self.model = model
         self.config = config
         self.modules = base_modules(model)
-        self.targets = self._find_targets()
+        self.targets = self._find_targets(entries)
         self.every = base_modules(model, remove_duplicate=False)
         paths = saved_paths(model, config.modules_to_save)
         self.saved = {path: self._saved_module(path) for path in paths}
@@ -98,28 +113,25 @@ class Plan:
                 return True
         return False
 
-    def _find_targets(self) -> list[Target]:
-        budget = Budget("the patterns of the config", _PATTERN_STEPS)
-        ranks = PeftTable(self.config.rank_pattern, budget)
-        alphas = PeftTable(self.config.alpha_pattern, budget)
-        paths = targeted_paths(self.model, self.config, budget)
+    def _find_targets(self, entries: Mapping[str, Entry]) -> list[Target]:
+        wanted = {path_of_factor(key) for key in entries}
+        paths = [path for path in self.modules if path in wanted]
         if not paths:
             raise AdapterError(
-                f"expected target_modules to match modules of the {type(self.model).__name__}, but "
-                f"{shown(self.config.target_modules)} matches none of {len(self.modules)}; is it "
-                "the base model that the adapter was trained on?"
+                f"expected tensors such as '{PREFIX}{_example(self.modules)}.lora_A.weight', of "
+                f"layers of the {type(self.model).__name__}, but none matches; got "
+                f"{some(entries, 2) or 'no tensor'}; is it the adapter's base?"
             )
-        config = self.config
-        return [
-            self._target(path, ranks.get(path, config.r), alphas.get(path, config.alpha))
-            for path in paths
-        ]
+        alphas = find_alphas(paths, self.config)
+        return [self._target(path, alphas[path], entries) for path in paths]
 
-    def _target(self, path: str, r: int, alpha: float) -> Target:
+    def _target(self, path: str, alpha: float, entries: Mapping[str, Entry]) -> Target:
         config, module = self.config, self.modules[path]
         layer = _layer_for(path, module)
+        lora_a = entries.get(slots(path, layer, config.r, False)[0].key)
+        rank = lora_a.shape[0] if lora_a and lora_a.shape else 0
         spec = AdapterSpec(
-            r=r,
+            r=rank if rank in config.rank_pattern.values() else config.r,
             alpha=alpha,
             dropout=config.dropout,
             use_rslora=config.use_rslora,
@@ -163,7 +175,8 @@ class Plan:
             holders = dict(named_modules(root))
             for name, tensor in root.state_dict(keep_vars=True).items():
                 holder = holders[name.rpartition(".")[0]]
-                yield Stored(f"{PREFIX}{path}.{name}", tensor, holder, written=True)
+                key = f"{PREFIX}{path}.{name}"
+                yield Stored(key, tensor, holder, written=True, is_copied=True)
 
     def _embedding_paths(self) -> list[str]:
         """Where PEFT stores a weight that is not trained, since it may have been resized."""
@@ -175,6 +188,11 @@ class Plan:
             except (AttributeError, NotImplementedError):  # transformers' answers for "none"
                 continue
         return [path for path, m in self.modules.items() if any(m is one for one in found)]
+
+
+def _example(modules: Mapping[str, nn.Module]) -> str:
+    adaptable = (path for path, m in modules.items() if replacement_for(m) is not None)
+    return next(adaptable, "<path>")
 
 
 def _layer_for(path: str, module: nn.Module) -> LoRALayer:
@@ -190,7 +208,7 @@ def _layer_for(path: str, module: nn.Module) -> LoRALayer:
         if kind is None:
             raise AdapterError(
                 f"expected nn.Linear, nn.Embedding, Conv1D or a 1x1 nn.Conv2d at {path!r}, but the "
-                f"config targets a {type(module).__module__}.{type(module).__qualname__}"
+                f"adapter is for a {type(module).__module__}.{type(module).__qualname__}"
             )
         try:
             layer = kind.around(module)

@@ -16,8 +16,8 @@ from .content import Content
 from .errors import AdapterError, shown
 from .folder import replace_adapter
 from .owners import inner_model, is_sharded
-from .peft_config import AdapterConfig, check_information, render_config
-from .tensors import encode, is_storable
+from .peft_config import AdapterConfig, render_config
+from .tensors import encode
 
 _TASK_TYPES = (
     "SEQ_CLS",
@@ -74,7 +74,8 @@ def save_adapter(
             "task_type": task_type,
         }
         for name, value in information.items():
-            check_information(name, value)
+            if value is not None and not (isinstance(value, str) and value.isprintable()):
+                raise AdapterError(f"expected {name} to be a printable string, but got {value!r}")
         if task_type not in (None, *_TASK_TYPES):
             raise AdapterError(f"expected task_type in {_TASK_TYPES}, but got {shown(task_type)}")
         content = Content(inner, adapter, bias)
@@ -100,9 +101,10 @@ def _whole(
         if is_sharded(tensor):
             is_collective = True
             tensor = tensor.full_tensor()  # type: ignore[attr-defined]  # DTensor's
-        if tensor.is_meta or not is_storable(tensor.dtype):
-            what = "one on the meta device" if tensor.is_meta else str(tensor.dtype)
-            raise AdapterError(f"{key}: expected a tensor with values to store, but got {what}")
+        if tensor.is_meta:
+            raise AdapterError(
+                f"{key}: expected a tensor with values to store, but got one on the meta device"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterError(f"{key}: expected finite values, but got NaN or infinity")
         if not is_collective or dist.get_rank() == 0:
@@ -114,12 +116,12 @@ def _write(
     folder: str, config: bytes, tensors: dict[str, Tensor], card: bytes, is_collective: bool
 ) -> None:
     if not is_collective:
-        replace_adapter(folder, config, lambda: encode(tensors), card)
+        replace_adapter(folder, config, lambda: [encode(tensors)], card)
         return
     failure: list[str | None] = [None]
     try:
         if dist.get_rank() == 0:
-            replace_adapter(folder, config, lambda: encode(tensors), card)
+            replace_adapter(folder, config, lambda: [encode(tensors)], card)
     except BaseException as error:
         failure[0] = f"{type(error).__name__}: {error}"
         raise

@@ -1,39 +1,29 @@
-"""JSON in which nothing can be hidden: no duplicate keys, no NaN, no endless nesting."""
+"""JSON in which nothing can be hidden: no duplicate keys, no endless nesting."""
 
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from .errors import AdapterError, shown
 
 
 def parse_json(data: bytes, max_depth: int) -> Any:
-    """The value of UTF-8 encoded JSON.
+    """The value of UTF-8 encoded JSON; NaN and Infinity are floats, as in Python's own.
 
     Args:
         data: the bytes; the caller bounds their number.
         max_depth: of lists and objects inside each other.
 
     Raises:
-        AdapterError: not UTF-8, a byte order mark, not JSON, a key twice in one object, a number
-            that is not finite or too long, or too deep; the message is the end of a sentence that
-            begins with the file's name.
+        AdapterError: not UTF-8, not JSON, a key twice in one object, a number that is too long, or
+            too deep; the message is the end of a sentence that begins with the file's name.
     """
     try:
-        text = data.decode("utf-8")
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys)
+        _check_depth(value, max_depth, max_depth)
     except UnicodeDecodeError as error:
         raise AdapterError(f"expected UTF-8, but got {error}") from None
-    if text.startswith("\ufeff"):
-        raise AdapterError("expected JSON, but got a byte order mark; remove it")
-    try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object_of_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-        )
     except RecursionError:
         raise AdapterError(
             f"expected at most {max_depth} levels of nesting, but got more"
@@ -42,7 +32,6 @@ def parse_json(data: bytes, max_depth: int) -> Any:
         raise
     except ValueError as error:
         raise AdapterError(f"expected JSON, but got {error}") from None
-    _check_depth(value, max_depth, max_depth)
     return value
 
 
@@ -53,17 +42,6 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise AdapterError(f"expected each key once, but got {shown(twice)} twice")
     return table
-
-
-def _refuse_constant(name: str) -> Any:
-    raise AdapterError(f"expected finite numbers, but got {name}")
-
-
-def _finite_float(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise AdapterError(f"expected finite numbers, but got {shown(text)}")
-    return number
 
 
 def _check_depth(value: Any, left: int, max_depth: int) -> None:

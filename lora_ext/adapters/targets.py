@@ -1,19 +1,20 @@
-"""Which modules a config means: PEFT's rules, on the paths of the model before it had adapters."""
+"""Which modules a config's names mean: PEFT's rules, on the paths of the model before it had
+adapters."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
+from ..apply import replacement_for
 from ..model import lora_layers, named_modules
-from ..modules import LoRALinear
-from ..modules.linear import is_conv1d
-from ..patterns import full_match, is_name_of
-from ..patterns.automaton import Budget
-from .peft_config import ALL_LINEAR, AdapterConfig
-
-_CLASSIFIER_HEADS = ("score", "classifier")
+from ..modules import LoRALayer
+from ..patterns import is_name_of
+from .errors import some
+from .peft_config import AdapterConfig
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
@@ -24,32 +25,27 @@ def base_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, n
     return {path: module for path, module in named if path and id(module) not in own}
 
 
-def targeted_paths(model: nn.Module, config: AdapterConfig, budget: Budget) -> list[str]:
+def selected_paths(
+    model: nn.Module,
+    targets: str | tuple[str, ...],
+    excluded: tuple[str, ...],
+    saved: tuple[str, ...],
+) -> list[str]:
     """The modules that PEFT gives an adapter, in order.
 
-    Raises:
-        ValueError: an expression is not of the subset that takes linear time, or takes too long.
+    Args:
+        model: with or without adapters.
+        targets: names in target_modules, or an expression that this library wrote.
+        excluded: names in exclude_modules.
+        saved: names in modules_to_save.
     """
-    modules = base_modules(model)
-    wanted = config.target_modules
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        chosen = _all_linear(model, modules, config.task_type)
+    paths = list(base_modules(model))
+    if isinstance(targets, str):
+        chosen = [path for path in paths if re.fullmatch(targets, path)]
     else:
-        chosen = chosen_paths(modules, config, budget)
-    return [path for path in chosen if not _is_in_saved(path, config.modules_to_save)]
-
-
-def chosen_paths(paths: Iterable[str], config: AdapterConfig, budget: Budget) -> list[str]:
-    """Those that target_modules and layers_to_transform name and exclude_modules does not."""
-    targets = _Chooser(config.target_modules, budget)
-    excluded = _Chooser(config.exclude_modules, budget)
-    return [
-        path
-        for path in paths
-        if targets.chooses(path)
-        and (targets.names_exactly(path) or _is_layer_chosen(path, config))
-        and not excluded.chooses(path)
-    ]
+        chosen = _named(paths, targets)
+    out = set(_named(chosen, excluded))
+    return [path for path in chosen if path not in out and not _is_in_saved(path, saved)]
 
 
 def saved_paths(model: nn.Module, names: tuple[str, ...]) -> list[str]:
@@ -58,58 +54,39 @@ def saved_paths(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     return [path for path in base_modules(model, False) if path.endswith(names)] if names else []
 
 
-class _Chooser:
-    """target_modules or exclude_modules: an expression, or names that are a path or its end."""
+def warn_of_others(model: nn.Module, config: AdapterConfig, adapted: Iterable[str]) -> None:
+    """Warns of layers that target_modules names and the file has no tensors for.
 
-    def __init__(self, wanted: str | tuple[str, ...], budget: Budget) -> None:
-        self.expression = wanted if isinstance(wanted, str) else ""
-        self.names = frozenset() if isinstance(wanted, str) else frozenset(wanted)
-        self.budget = budget
-
-    def chooses(self, path: str) -> bool:
-        if self.expression:
-            return full_match(self.expression, path, self.budget)
-        ends = (path[i + 1 :] for i, char in enumerate(path) if char == ".")
-        return path in self.names or any(end in self.names for end in ends)
-
-    def names_exactly(self, path: str) -> bool:
-        return path in self.names
-
-
-def _is_layer_chosen(path: str, config: AdapterConfig) -> bool:
-    """Whether the first number in the path that follows a list of layers is wanted."""
-    if config.layers_to_transform is None:
-        return True
-    parts = path.split(".")
-    for place in range(1, len(parts) - 1):
-        before = ".".join(parts[:place])
-        is_list = (
-            any(is_name_of(name, before) for name in config.layers_pattern)
-            if config.layers_pattern
-            else place >= 2
+    Args:
+        model: before the adapter is added.
+        config: the adapter's; where it chooses by an expression or an index, nothing is said.
+        adapted: the layers that get the adapter.
+    """
+    targets, excluded = config.target_modules, config.exclude_modules
+    if isinstance(targets, str) or isinstance(excluded, str) or config.layers_to_transform:
+        return
+    modules = base_modules(model)
+    selected = selected_paths(model, targets, excluded, config.modules_to_save)
+    others = set(selected).difference(adapted)
+    others = {p for p in others if isinstance(modules[p], LoRALayer) or replacement_for(modules[p])}
+    if others:
+        warnings.warn(
+            f"lora_ext.load_adapter: target_modules names {some(others)} too, for which the file "
+            "has no tensors; they stay as they are",
+            stacklevel=3,
         )
-        if parts[place].isdecimal() and is_list:
-            return int(parts[place]) in config.layers_to_transform
-    return False
+
+
+def _named(paths: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The paths that are one of the names, or end with one at a dot."""
+    wanted = frozenset(names)
+    return [
+        path
+        for path in paths
+        if path in wanted or any(path[i + 1 :] in wanted for i, c in enumerate(path) if c == ".")
+    ]
 
 
 def _is_in_saved(path: str, names: tuple[str, ...]) -> bool:
     parents = [path, *(path[:i] for i, char in enumerate(path) if char == ".")]
     return any(is_name_of(name, parent) for parent in parents for name in names)
-
-
-def _all_linear(
-    model: nn.Module, modules: dict[str, nn.Module], task_type: str | None
-) -> list[str]:
-    """nn.Linear and Conv1D but the output embedding, or a sequence classifier's head."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    if output is None and callable(get_output) and task_type == "SEQ_CLS":
-        heads = (getattr(model, name, None) for name in _CLASSIFIER_HEADS)
-        output = next((head for head in heads if head is not None), None)
-    linear = (nn.Linear, LoRALinear)
-    return [
-        path
-        for path, module in modules.items()
-        if module is not output and (isinstance(module, linear) or is_conv1d(module))
-    ]

@@ -1,0 +1,59 @@
+"""The alpha of each layer by alpha_pattern, whose expressions may be a stranger's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from .errors import AdapterError, shown
+from .peft_config import AdapterConfig
+
+_SECONDS = 10.0
+
+
+def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]:
+    r"""Path -> alpha: that of the first key with ``re.match(rf"(.*\.)?({key})$", path)``, as PEFT.
+
+    The `regex` package matches, since a backtracking match in `re` cannot be ended.
+
+    Raises:
+        AdapterError: a key is no expression, or all of it takes more than ten seconds.
+    """
+    if not config.alpha_pattern:
+        return dict.fromkeys(paths, config.alpha)
+    try:
+        import regex
+    except ImportError:
+        raise AdapterError(
+            "expected the package `regex` for alpha_pattern, but it is not installed; pip install "
+            "regex"
+        ) from None
+    end = time.monotonic() + _SECONDS
+    found: dict[str, float] = {}
+    waiting = list(paths)
+    for key, alpha in config.alpha_pattern.items():
+        try:
+            pattern = regex.compile(rf"(.*\.)?({key})$")
+            hits = {path for path in waiting if pattern.match(path, timeout=_left(end))}
+        except TimeoutError:
+            raise AdapterError(
+                f"expected alpha_pattern to be matched in {_SECONDS:.0f} s, but {shown(key)} is "
+                "not; write the modules' names"
+            ) from None
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise AdapterError(
+                f"expected an expression in alpha_pattern, but got {shown(key)}: {error}"
+            ) from None
+        found |= dict.fromkeys(hits, alpha)
+        waiting = [path for path in waiting if path not in hits]
+        if not waiting:
+            break
+    return dict.fromkeys(waiting, config.alpha) | found
+
+
+def _left(end: float) -> float:
+    """Seconds until `end`; a match that fails at once does not look at the clock itself."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

@@ -1,0 +1,56 @@
+"""Writes docs/adapter-folders.md: what PEFT and load_adapter make of folders of trainers.
+
+python scripts/adapter_table.py
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from adapter_folders import folders
+from adapter_verdicts import TABLE, judge, row
+
+HEAD = """# Folders of trainers
+
+Written by `scripts/adapter_table.py`, checked by `tests/test_adapters_wild.py`: adapter folders as
+trainers and versions of PEFT write them, for tiny models, what PEFT {version} makes of each, and
+what `load_adapter` does. Where it loads, the result is PEFT's. Else the message says what to do:
+
+- accelerate PEFT's: `accelerate(PeftModel.from_pretrained(model, folder))`, whose result is PEFT's;
+- convert: the message has the lines that make `adapter_model.safetensors` of the pickle;
+- PEFT's own: no LoRA.
+
+Of {total} folders {summary}.
+
+| folder | PEFT | load_adapter | why |
+|---|---|---|---|
+"""
+
+
+def main() -> None:
+    import peft
+
+    warnings.simplefilter("ignore")
+    rows = []
+    count: Counter[str] = Counter()
+    for folder in folders():
+        with tempfile.TemporaryDirectory() as parent:
+            verdict = judge(folder, Path(parent) / "adapter")
+        count[verdict.ours] += 1
+        rows.append(row(folder.name, verdict))
+    loaded = count.pop("loads")
+    rest = ", ".join(f"{ours}: {number}" for ours, number in count.most_common())
+    head = HEAD.format(
+        version=peft.__version__, total=len(rows), summary=f"{loaded} load; the others are {rest}"
+    )
+    TABLE.write_text(head + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
