@@ -31,7 +31,7 @@ LAYERS = {
 }
 _MODULES = ("argparse", "decimal", "difflib", "email.message", "fractions", "heapq", "http.client")
 _MODULES += ("ipaddress", "logging", "os", "pathlib", "random", "shutil", "socket", "statistics")
-_MODULES += ("string", "subprocess", "tarfile", "textwrap", "threading", "turtle", "unittest.mock")
+_MODULES += ("string", "subprocess", "tarfile", "textwrap", "threading", "unittest.mock")
 _MODULES += ("builtins", "collections", "functools", "itertools", "math", "tempfile", "zipfile")
 _BATCH = 64  # sentences per model call
 
