@@ -64,6 +64,12 @@ $(VENV)/.extras: pyproject.toml | $(VENV)/.built
 	$(PIP) install 'lora_ext[test,bench]'
 	touch $@
 
+# Kernels include CUDA's headers on the host, too; without a toolkit, three wheels of 7 MB have them.
+$(VENV)/.cuda-headers: tests/emulator/cuda_headers.py | $(VENV)/.built
+	$(PY) $< >/dev/null ||
+	    $(PIP) install --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
+	touch $@
+
 $(VENV)/.tools: pyproject.toml | $(VENV)/.built
 	$(PIP) install 'lora_ext[dev]'
 	touch $@
@@ -72,13 +78,14 @@ $(VENV)/.tools: pyproject.toml | $(VENV)/.built
 # Tensor.long is no Python 2.
 VERMIN := --target=3.10- --violations --no-tips --quiet --exclude long
 
-lint: $(VENV)/.tools
+lint: $(VENV)/.tools $(VENV)/.cuda-headers
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FORMATTED)
 	$(VENV)/bin/vermin $(VERMIN) $(FOLDERS) setup.py
 	$(PY) scripts/check_house.py
+	$(PY) scripts/check_offsets.py
 
 format: $(VENV)/.tools
 	$(VENV)/bin/ruff check --fix-only
@@ -90,11 +97,8 @@ test: $(VENV)/.extras
 
 # CUTLASS's headers judge the kernels' PTX and layouts; the tests use none of its dependencies, 55 MB.
 # nvdisasm shows what ptxas made of them, 5 MB.
-# Kernels include CUDA's headers on the host, too; without a toolkit, three wheels of 7 MB have them.
-$(VENV)/.kernel-oracles: tests/emulator/cuda_headers.py | $(VENV)/.extras
+$(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 	$(PIP) install --no-deps 'nvidia-cutlass==4.2.0.0' 'nvidia-cuda-nvdisasm>=13'
-	$(PY) $< >/dev/null ||
-	    $(PIP) install --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 	touch $@
 
 test-kernels: $(VENV)/.kernel-oracles

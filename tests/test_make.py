@@ -32,7 +32,7 @@ def make(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     venv = tmp_path / "venv"
     program(venv / "bin" / "python", SAYS)
-    for stamp in (".torch", ".built", ".extras", ".kernel-oracles"):
+    for stamp in (".torch", ".built", ".extras", ".kernel-oracles", ".cuda-headers"):
         (venv / stamp).touch()
     monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
     program(tmp_path / "tools" / "nvidia-smi", "#!/bin/sh\nexit 9\n")

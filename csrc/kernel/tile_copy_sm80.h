@@ -47,8 +47,7 @@ struct TileCopy {
         "copy.inside",
         row < Fault::count("copy.rows", matrix.rows, matrix.rows - 1, matrix.rows + 1) && left > 0);
     const int64_t offset = static_cast<int64_t>(row) * matrix.pitch + column;
-    const T* source =
-        matrix.data + Fault::value("copy.offset", offset, static_cast<int32_t>(offset));
+    const T* source = matrix.data + Fault::value("copy.offset", offset, offset << 32 >> 32);
     const int elements = Fault::flag("copy.outside", !inside)         ? 0
                          : Fault::flag("copy.whole_chunk", left >= 8) ? 8
                                                                       : left;

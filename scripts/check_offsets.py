@@ -1,0 +1,41 @@
+"""Finds offsets that are computed in 32 bits in what runs on the device: `make lint`.
+
+clang-tidy, with the queries of .clang-tidy, reads the kernels as the execution layer of
+tests/emulator/ compiles them for the host: one file instantiates them all. Prints what it finds;
+the exit status is 1 then.
+"""
+
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from emulator.build import common_flags  # noqa: E402
+
+ALL_KERNELS = "tests/emulator/kernels/lora_linear_sequence_kernels.cpp"
+
+
+def findings(root: Path = ROOT) -> list[str]:
+    """What is wrong in the kernels of a source tree, "file:line:column: what"."""
+    clang_tidy = Path(sysconfig.get_path("scripts"), "clang-tidy")
+    command = [str(clang_tidy), "--quiet", "--experimental-custom-checks"]
+    command += [f"--config-file={ROOT / '.clang-tidy'}", str(root / ALL_KERNELS), "--"]
+    command += [flag.replace(f"-I{ROOT}", f"-I{root}") for flag in common_flags()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [
+        line.removeprefix(f"{root}/")
+        for line in done.stdout.splitlines()
+        if re.search(r": (error|warning): ", line)
+    ]
+    if done.returncode != 0 and not found:
+        raise RuntimeError(f"clang-tidy failed:\n{done.stdout}{done.stderr}")
+    return found
+
+
+if __name__ == "__main__":
+    problems = findings()
+    print("\n".join(problems), end="\n" if problems else "")
+    sys.exit(bool(problems))

@@ -1,0 +1,100 @@
+"""scripts/check_offsets.py: no edit that computes an offset in 32 bits passes `make lint`."""
+
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from emulator import build
+
+sys.path.insert(0, str(build.ROOT / "scripts"))
+import check_offsets
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(
+        not Path(sysconfig.get_path("scripts"), "clang-tidy").exists(),
+        reason="clang-tidy comes with `make lint`: pip install 'lora_ext[dev]'",
+    ),
+]
+
+PRODUCT, CUT, NARROWED = "a product of 32 bits", "a value of 64 bits is cut", "narrowing conversion"
+# Header of csrc/kernel/, right text, wrong text, what is said of it.
+EDITS = [
+    (
+        "lora_gemm_sm90a_in_grid.h",
+        "jobs.in.t[to_row * jobs.in.t_pitch + column]",
+        "jobs.in.t[static_cast<int>(to_row * jobs.in.t_pitch + column)]",
+        CUT,
+    ),
+    (
+        "lora_gemm_sm90a_in_grid.h",
+        "static_cast<int64_t>(to_row) * p.rank + column",
+        "to_row * p.rank + column",
+        PRODUCT,
+    ),
+    (
+        "lora_gemm_sm80_epilogue.h",
+        "static_cast<int64_t>(row) * p.y_pitch + column",
+        "row * static_cast<int>(p.y_pitch) + column",
+        CUT,
+    ),
+    ("lora_split.h", "const int64_t at = row", "const int at = row", NARROWED),
+    (
+        "lora_shrink_sm80.h",
+        "static_cast<int64_t>(blockIdx.z) * p.m * p.columns",
+        "blockIdx.z * p.m * p.columns",
+        PRODUCT,
+    ),
+    (
+        "lora_dsdb_sm80.h",
+        "static_cast<int64_t>(blockIdx.y) * p.columns * p.n",
+        "static_cast<int64_t>(blockIdx.y * p.columns * p.n)",
+        PRODUCT,
+    ),
+    (
+        "lora_wgrad_sm80.h",
+        "static_cast<int64_t>(column) * product.c + c",
+        "static_cast<uint32_t>(column) * product.c + c",
+        PRODUCT,
+    ),
+    (
+        "lora_reduce.h",
+        "const int64_t count = static_cast<int64_t>(p.m) * p.width",
+        "const int64_t count = p.m * p.width",
+        PRODUCT,
+    ),
+    (
+        "tile_copy_sm80.h",
+        "matrix.data + Fault::value(",
+        "matrix.data + (unsigned)Fault::value(",
+        CUT,
+    ),
+]
+
+
+def test_our_offsets_have_64_bits():
+    assert check_offsets.findings() == []
+
+
+def test_each_of_these_edits_is_seen(tmp_path):
+    for folder in ("csrc", "tests/emulator"):
+        shutil.copytree(build.ROOT / folder, tmp_path / folder)
+    expected = []
+    for header, right, wrong, what in EDITS:
+        path = tmp_path / "csrc" / "kernel" / header
+        text = path.read_text()
+        assert text.count(right) == 1, f"{header} no longer has {right!r} once"
+        line = text[: text.index(right)].count("\n") + 1
+        path.write_text(text.replace(right, wrong))
+        expected.append((f"csrc/kernel/{header}:{line}:", what))
+    found = check_offsets.findings(tmp_path)
+    for place, what in expected:
+        assert any(line.startswith(place) and what in line for line in found), (place, what, found)
+
+
+def test_a_failing_clang_tidy_is_no_clean_bill(tmp_path):
+    with pytest.raises(RuntimeError, match="clang-tidy failed"):
+        check_offsets.findings(tmp_path)
