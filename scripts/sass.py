@@ -2,7 +2,8 @@
 
 Compiles csrc/cuda/lora_*.cu for one architecture and writes build/sass/ARCH.json: registers, shared
 memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with. Prints
-the same as tables, then what is wrong; the exit status is 1 if anything is.
+the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py finds the
+loops, sass_kernels.py says what is wrong with a kernel.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
 
@@ -17,8 +18,10 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
+
+from sass_kernels import OPCODES_SM90A, SHARED, SHARED_OF_CONSUMER_CARDS, Kernel, kernels_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sass"
@@ -29,14 +32,6 @@ SOURCES_SM90A = tuple(
     for half in ("bf16", "fp16")
 )
 SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
-OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
-OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
-
-# Shared memory of an SM and of a block at most, in bytes, for compiled code's smallest card.
-SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
-SHARED_OF_CONSUMER_CARDS = (102400, 101376)  # compute capability 8.6 and 8.9, which run sm_80 code
-REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
-RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
 
 # Dynamic shared memory and threads of the instances, as csrc/kernel/ has them.
 CONSTANTS = """
@@ -72,99 +67,6 @@ int main() {
 """
 
 
-@dataclass
-class Kernel:
-    """One instance on one architecture."""
-
-    name: str
-    arch: str
-    threads: int
-    shared_bytes: int
-    registers: int = 0
-    stack_bytes: int = 0
-    spill_bytes: int = 0
-    opcodes: dict[str, int] = field(default_factory=dict)
-    groups: list[int] = field(default_factory=list)  # wgmmas of each step that waits once
-
-    def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
-        """Blocks that an SM holds at a time; 0 if one does not fit."""
-        if self.shared_bytes > shared_per_block:
-            return 0
-        warps = self.threads // 32
-        registers = -(-self.registers * 32 // 256) * 256 * warps
-        by_shared = shared_per_sm // (self.shared_bytes + RESERVED_PER_BLOCK)
-        return min(REGISTERS_PER_SM // registers, by_shared, THREADS_PER_SM // self.threads)
-
-    @property
-    def is_sm90a(self) -> bool:
-        return "sm90a" in self.name
-
-    @property
-    def in_grid(self) -> bool:
-        return "in_grid" in self.name
-
-    def objections_to_groups(self) -> list[str]:
-        """A step's wgmmas follow each other: ptxas put no wait between them."""
-        blocks = 2 if "pingpong" in self.name else 1  # of 64 rows
-        tail = int(self.name.rsplit(" ", 1)[1])
-        whole = {4 * blocks, tail * blocks}
-        if set(self.groups) == whole and sum(self.groups) == self.opcodes["HGMMA"]:
-            return []
-        return [f"groups of {self.groups} HGMMA, expected {sorted(whole)}"]
-
-    def objections(self) -> list[str]:
-        """What is wrong, one line each."""
-        found = []
-        if self.stack_bytes or self.spill_bytes:
-            found.append(f"{self.stack_bytes} bytes of stack, {self.spill_bytes} of spills")
-        if self.opcodes["LDL"] or self.opcodes["STL"]:
-            found.append(f"{self.opcodes['LDL']} LDL and {self.opcodes['STL']} STL")
-        if self.is_sm90a:
-            # What makes T itself waits for no other grid.
-            wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
-            found += [f"no {name}" for name in wanted if not self.opcodes[name]]
-            found += self.objections_to_groups()
-        elif "lora_reduce" not in self.name and "lora_split" not in self.name:
-            wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
-            found += [f"no {name}" for name in wanted if not self.opcodes[name]]
-        if self.blocks(*SHARED[self.arch]) == 0:
-            found.append("no block fits on an SM")
-        return [f"{self.name} on {self.arch}: {line}" for line in found]
-
-
-def name_of(demangled: str) -> str:
-    """A kernel and its template arguments in short."""
-    call = demangled.removeprefix("void ").replace("lora_ext::kernel::", "").split(">(")[0]
-    kernel, _, rest = call.partition("<")
-    if kernel.endswith("sm90a"):
-        return name_of_sm90a(kernel, rest)
-    tile = re.search(r"LoraGemmTile<(\d+), (\d+)", rest)
-    rest = re.sub(r"LoraGemmTile<[^>]*>, ", "", rest)
-    words = [kernel.removesuffix("_sm80")]
-    words += [f"{tile[1]}x{tile[2]}"] if tile else []
-    words += ["fp16" if rest.startswith("__half") else "bf16"]
-    flags = re.findall(r"\b(true|false)\b", rest)
-    meanings = {"lora_gemm": ["MN-major", "masked"], "lora_shrink": ["MN-major", "masked"]}
-    meanings["lora_wgrad"] = ["masked"]
-    for flag, meaning in zip(flags, meanings.get(words[0], []), strict=False):
-        words += [meaning] if flag == "true" else []
-    words += [number[1] for number in [re.search(r", (16|32), ", rest)] if number]
-    words += ["element"] if "Alignment)1" in rest else []
-    return " ".join(words)
-
-
-def name_of_sm90a(kernel: str, arguments: str) -> str:
-    """Of "__half, LoraGemmSm90aTile<256, 4, (Sm90aSchedule)0>, true, false, 1, NoFault"."""
-    pattern = r"(\w+), LoraGemmSm90aTile<(\d+), \d+, \(?\w+\)?(\d)>, (\w+), (\w+), (\d)"
-    half, columns, schedule, mn_major, masked, tail = re.match(pattern, arguments).groups()
-    words = [kernel, f"128x{columns}"]
-    words += ["pingpong"] if schedule == "1" else []
-    words += ["fp16" if half == "__half" else "bf16"]
-    words += ["MN-major"] if mn_major == "true" else []
-    words += ["masked"] if masked == "true" else []
-    return " ".join([*words, "tail", tail])
-
-
 def constants() -> dict[str, tuple[int, int]]:
     """Shared memory and threads, by name of a tile."""
     source, program = BUILD / "constants.cu", BUILD / "constants"
@@ -176,23 +78,12 @@ def constants() -> dict[str, tuple[int, int]]:
     return {name: (int(shared), int(threads)) for name, shared, threads in rows}
 
 
-def launch_of(name: str, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    kernel, *words = name.split()
-    tiles = [f"{kernel}_{word}" for word in words if f"{kernel}_{word}" in known]
-    return known[tiles[0]] if tiles else known.get(kernel, (0, 256))
-
-
 def nvdisasm() -> str:
     beside = Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13", "bin", "nvdisasm")
     found = shutil.which("nvdisasm") or (str(beside) if beside.exists() else None)
     if found is None:
         sys.exit("sass: no nvdisasm: install a CUDA toolkit that has it, or nvidia-cuda-nvdisasm")
     return found
-
-
-def demangled(names: list[str]) -> list[str]:
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
-    return done.stdout.splitlines()
 
 
 def compile_source(source: str, arch: str) -> tuple[str, Path]:
@@ -204,60 +95,6 @@ def compile_source(source: str, arch: str) -> tuple[str, Path]:
     if done.returncode != 0:
         sys.exit(f"nvcc failed on {source}:\n{done.stderr}")
     return done.stderr, cubin
-
-
-INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([.\w]*)", re.MULTILINE
-)
-
-
-def wgmma_groups(instructions: list[tuple[str, str]]) -> list[int]:
-    """How many HGMMA there are from each WARPGROUP.ARRIVE to the wait that follows."""
-    steps = "".join(
-        {"HGMMA": "h", "WARPGROUP": "a" if suffix.startswith(".ARRIVE") else "w"}.get(name, "")
-        for name, suffix in instructions
-    )
-    return [len(group) for group in re.findall(r"a(h+)w", steps)]
-
-
-def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Kernel]:
-    entries = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
-        r" (\d+) bytes spill loads.*?Used (\d+) registers",
-        report,
-        re.DOTALL,
-    )
-    bodies = dict(
-        re.findall(
-            r"^\.text\.(\w+):\n(.*?)(?=^\.section|^\t\.section|\Z)",
-            disassembly,
-            re.DOTALL | re.MULTILINE,
-        )
-    )
-    names = map(name_of, demangled([entry[0] for entry in entries]))
-    kernels = []
-    for (mangled, stack, stores, loads, registers), name in zip(entries, names, strict=True):
-        shared, threads = launch_of(name, known)
-        instructions = INSTRUCTION.findall(bodies[mangled])
-        used = [opcode for opcode, _ in instructions]
-        wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
-        counts = {opcode: used.count(opcode) for opcode in wanted}
-        if "MULTICAST" in counts:
-            counts["MULTICAST"] = sum("MULTICAST" in suffix for _, suffix in instructions)
-        kernels.append(
-            Kernel(
-                name,
-                arch,
-                threads,
-                shared,
-                int(registers),
-                int(stack),
-                int(stores) + int(loads),
-                counts,
-                wgmma_groups(instructions),
-            )
-        )
-    return kernels
 
 
 def examine(arch: str) -> tuple[list[Kernel], list[str]]:
@@ -291,27 +128,49 @@ def row(kernel: Kernel) -> dict:
 
 def table(kernels: list[Kernel], opcodes: tuple[str, ...]) -> str:
     columns = ["kernel", "threads", "shared KiB", "registers", "blocks an SM", "on 8.6, 8.9"]
+    columns += ["divisions"]
     lines = [[*columns, *opcodes], ["---"] * (len(columns) + len(opcodes))]
     for kernel in sorted(kernels, key=lambda each: each.name):
         found = row(kernel)
         cells = [kernel.name, kernel.threads, f"{kernel.shared_bytes / 1024:.0f}", kernel.registers]
-        cells += [found["blocks_per_sm"], found["blocks_per_sm_86"]]
+        cells += [found["blocks_per_sm"], found["blocks_per_sm_86"], kernel.divisions]
         lines.append([*cells, *(kernel.opcodes[name] for name in opcodes)])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arch", nargs="*", choices=sorted(SOURCES_OF), help="default: sm_80")
+def archs_of(arguments: list[str]) -> list[str]:
+    """The architectures that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # Not by `choices`: before Python 3.12, no argument at all is none of them.
+    parser.add_argument("arch", nargs="*", help="default: sm_80")
+    named = parser.parse_args(arguments).arch
+    for arch in named:
+        if arch not in SOURCES_OF:
+            parser.error(f"expected one of {', '.join(SOURCES_OF)}, but got {arch}")
+    return named or ["sm_80"]
+
+
+def main() -> int:
     failed = False
-    for wanted in parser.parse_args().arch or ["sm_80"]:
-        examined, problems = examine(wanted)
-        print(f"{wanted}: {len(examined)} kernels\n")
+    for arch in archs_of(sys.argv[1:]):
+        examined, problems = examine(arch)
+        print(f"{arch}: {len(examined)} kernels\n")
         on_wgmma = [kernel for kernel in examined if kernel.is_sm90a]
         others = [kernel for kernel in examined if not kernel.is_sm90a]
         print(table(others, ("HMMA", "LDSM", "LDGSTS", "BAR")), "\n")
         if on_wgmma:
             print(table(on_wgmma, OPCODES_SM90A), "\n")
-        print("\n".join(problems) or "no spill, no local memory, no serialised product")
+        dividing = [kernel.divisions for kernel in examined if kernel.divisions]
+        print(f"{sum(dividing)} divisions in main loops, of {len(dividing)} kernels")
+        print(
+            "\n".join(problems)
+            or "no spill, no local memory, no serialised product, no memory barrier in a main loop"
+        )
         failed |= bool(problems)
-    sys.exit(failed)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """`make sass`: every kernel's registers, occupancy and instructions, as ptxas compiles them."""
 
-import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -9,9 +9,9 @@ from emulator import build, cuda_headers
 
 pytestmark = pytest.mark.kernels
 
-spec = importlib.util.spec_from_file_location("sass", build.ROOT / "scripts" / "sass.py")
-sass = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sass)
+sys.path.insert(0, str(build.ROOT / "scripts"))
+import sass  # noqa: E402
+import sass_kernels  # noqa: E402
 
 KERNELS = {"sm_80": 56, "sm_90a": 56 + 72 + 36}
 
@@ -47,11 +47,19 @@ def test_fault_sites_leave_nothing_behind(examined):
         assert all(site not in code for site in (b"copy.", b"loop.", b"consumer.", b"bias."))
 
 
+def loop(main=True, membar=0, wide=None, local=0, divisions=0):
+    wide = membar if wide is None else wide
+    return sass_kernels.MultiplyingLoop("0770-0c80", main, membar, wide, local, divisions)
+
+
+LOOPS = {"loops": [loop(), loop(main=False)]}
+
+
 def kernel(**changes):
     opcodes = {"HMMA": 64, "LDGSTS": 8, "LDSM": 24, "LDL": 0, "STL": 0, "BAR": 1}
     opcodes.update(changes.pop("opcodes", {}))
-    return sass.Kernel(
-        "lora_gemm 128x64 bf16", "sm_80", 128, 78848, 142, opcodes=opcodes, **changes
+    return sass_kernels.Kernel(
+        "lora_gemm 128x64 bf16", "sm_80", 128, 78848, 142, opcodes=opcodes, **{**LOOPS, **changes}
     )
 
 
@@ -65,6 +73,11 @@ def kernel(**changes):
         ({"opcodes": {"HMMA": 0}}, "no HMMA"),
         ({"opcodes": {"LDSM": 0}}, "no LDSM"),
         ({"opcodes": {"LDGSTS": 0}}, "no LDGSTS"),
+        ({"loops": [loop(membar=2)]}, "2 MEMBAR in the loop at 0770-0c80"),
+        ({"loops": [loop(), loop(main=False, membar=1)]}, "1 MEMBAR in the loop"),
+        ({"loops": [loop(membar=1, wide=0)]}, "1 MEMBAR in the loop"),
+        ({"loops": [loop(local=3)]}, "3 LDL and STL in the loop"),
+        ({"loops": []}, "no loop multiplies"),
     ],
 )
 def test_what_is_wrong_is_named(changes, words):
@@ -73,12 +86,12 @@ def test_what_is_wrong_is_named(changes, words):
     assert words in line and line.startswith("lora_gemm 128x64 bf16 on sm_80")
 
 
-def sm90a_kernel(groups=(4, 4, 2), **changed):
-    opcodes = dict.fromkeys([*sass.OPCODES, *sass.OPCODES_SM90A], 1)
+def sm90a_kernel(groups=(4, 4, 2), loops=LOOPS["loops"], kernel="lora_gemm", **changed):
+    opcodes = dict.fromkeys([*sass_kernels.OPCODES, *sass_kernels.OPCODES_SM90A], 1)
     opcodes.update(LDL=0, STL=0, HGMMA=sum(groups))
     opcodes.update(changed)
-    name = "lora_gemm_sm90a 128x256 bf16 MN-major tail 2"
-    return sass.Kernel(name, "sm_90a", 384, 229440, 168, 0, 0, opcodes, list(groups))
+    name = f"{kernel}_sm90a 128x256 bf16 MN-major tail 2"
+    return sass_kernels.Kernel(name, "sm_90a", 384, 229440, 168, 0, 0, opcodes, list(groups), loops)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +112,36 @@ def test_what_is_wrong_with_wgmma_is_named(changes, words):
     assert words in line
 
 
+def test_only_the_jobs_of_an_in_grid_kernel_may_have_memory_barriers():
+    once_a_job, once_a_step = [loop(), loop(main=False, membar=4)], [loop(membar=1)]
+    for name, loops, wrong in [
+        ("lora_gemm", once_a_job, True),
+        ("lora_gemm", [loop(), loop(main=False, membar=4, wide=0)], False),
+        ("lora_gemm", once_a_step, True),
+        ("lora_gemm_in_grid", once_a_job, False),
+        ("lora_gemm_in_grid", once_a_step, True),
+    ]:
+        found = sm90a_kernel(loops=loops, kernel=name).objections()
+        assert any("MEMBAR" in line for line in found) == wrong, (name, loops)
+
+
+def test_divisions_of_main_loops_are_counted():
+    assert kernel(loops=[loop(divisions=2), loop(main=False, divisions=5)]).divisions == 2
+    assert kernel(loops=[loop(divisions=2)]).objections() == []
+
+
+def test_the_command_line():
+    assert sass.archs_of([]) == ["sm_80"]
+    assert sass.archs_of(["sm_90a", "sm_80"]) == ["sm_90a", "sm_80"]
+    with pytest.raises(SystemExit):
+        sass.archs_of(["sm_70"])
+
+
 def test_a_wait_between_wgmmas_divides_their_group():
     step = [("WARPGROUP", ".ARRIVE"), *[("UIADD3", ""), ("HGMMA", ".64x256x16")] * 4]
     wait = ("WARPGROUP", ".DEPBAR.LE")
-    assert sass.wgmma_groups([*step, wait, *step, wait]) == [4, 4]
-    assert sass.wgmma_groups([*step[:3], wait, *step[3:], wait]) == [1]
+    assert sass_kernels.wgmma_groups([*step, wait, *step, wait]) == [4, 4]
+    assert sass_kernels.wgmma_groups([*step[:3], wait, *step[3:], wait]) == [1]
 
 
 def test_blocks_of_an_sm_by_hand():

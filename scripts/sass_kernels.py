@@ -1,0 +1,228 @@
+"""A kernel as ptxas and nvdisasm describe it, and what of it is wrong."""
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+
+import sass_loops
+
+OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
+OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
+
+# Shared memory of an SM and of a block at most, in bytes, for compiled code's smallest card.
+SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
+SHARED_OF_CONSUMER_CARDS = (102400, 101376)  # compute capability 8.6 and 8.9, which run sm_80 code
+REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
+RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
+
+
+@dataclass(frozen=True)
+class MultiplyingLoop:
+    """What a loop with tensor core products holds beside them."""
+
+    place: str  # addresses of its first and last instruction
+    main: bool  # no loop within it multiplies
+    membar: int
+    wide_membar: int  # not of a block alone
+    local: int  # LDL and STL
+    divisions: int
+
+
+@dataclass
+class Kernel:
+    """One instance on one architecture."""
+
+    name: str
+    arch: str
+    threads: int
+    shared_bytes: int
+    registers: int = 0
+    stack_bytes: int = 0
+    spill_bytes: int = 0
+    opcodes: dict[str, int] = field(default_factory=dict)
+    groups: list[int] = field(default_factory=list)  # wgmmas of each step that waits once
+    loops: list[MultiplyingLoop] = field(default_factory=list)
+
+    def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
+        """Blocks that an SM holds at a time; 0 if one does not fit."""
+        if self.shared_bytes > shared_per_block:
+            return 0
+        warps = self.threads // 32
+        registers = -(-self.registers * 32 // 256) * 256 * warps
+        by_shared = shared_per_sm // (self.shared_bytes + RESERVED_PER_BLOCK)
+        return min(REGISTERS_PER_SM // registers, by_shared, THREADS_PER_SM // self.threads)
+
+    @property
+    def is_sm90a(self) -> bool:
+        return "sm90a" in self.name
+
+    @property
+    def in_grid(self) -> bool:
+        return "in_grid" in self.name
+
+    def objections_to_groups(self) -> list[str]:
+        """A step's wgmmas follow each other: ptxas put no wait between them."""
+        blocks = 2 if "pingpong" in self.name else 1  # of 64 rows
+        tail = int(self.name.rsplit(" ", 1)[1])
+        whole = {4 * blocks, tail * blocks}
+        if set(self.groups) == whole and sum(self.groups) == self.opcodes["HGMMA"]:
+            return []
+        return [f"groups of {self.groups} HGMMA, expected {sorted(whole)}"]
+
+    def objections_to_loops(self) -> list[str]:
+        """Memory barriers hold a warp up, those wider than a block until L2 has answered.
+
+        Around the main loop, once a tile, fence.proxy.async is one for the block alone, and an
+        in-grid kernel draws and publishes jobs.
+        """
+        found = []
+        for loop in self.loops:
+            barriers = loop.membar if loop.main else 0 if self.in_grid else loop.wide_membar
+            if barriers:
+                found.append(f"{barriers} MEMBAR in the loop at {loop.place}")
+            if loop.local:
+                found.append(f"{loop.local} LDL and STL in the loop at {loop.place}")
+        multiplies = self.opcodes["HMMA"] or self.opcodes.get("HGMMA")
+        return found if self.loops or not multiplies else ["no loop multiplies"]
+
+    @property
+    def divisions(self) -> int:
+        """In its main loops."""
+        return sum(loop.divisions for loop in self.loops if loop.main)
+
+    def objections(self) -> list[str]:
+        """What is wrong, one line each."""
+        found = []
+        if self.stack_bytes or self.spill_bytes:
+            found.append(f"{self.stack_bytes} bytes of stack, {self.spill_bytes} of spills")
+        if self.opcodes["LDL"] or self.opcodes["STL"]:
+            found.append(f"{self.opcodes['LDL']} LDL and {self.opcodes['STL']} STL")
+        found += self.objections_to_loops()
+        if self.is_sm90a:
+            # What makes T itself waits for no other grid.
+            wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
+            found += [f"no {name}" for name in wanted if not self.opcodes[name]]
+            found += self.objections_to_groups()
+        elif "lora_reduce" not in self.name and "lora_split" not in self.name:
+            wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
+            found += [f"no {name}" for name in wanted if not self.opcodes[name]]
+        if self.blocks(*SHARED[self.arch]) == 0:
+            found.append("no block fits on an SM")
+        return [f"{self.name} on {self.arch}: {line}" for line in found]
+
+
+def name_of(demangled: str) -> str:
+    """A kernel and its template arguments in short."""
+    call = demangled.removeprefix("void ").replace("lora_ext::kernel::", "").split(">(")[0]
+    kernel, _, rest = call.partition("<")
+    if kernel.endswith("sm90a"):
+        return name_of_sm90a(kernel, rest)
+    tile = re.search(r"LoraGemmTile<(\d+), (\d+)", rest)
+    rest = re.sub(r"LoraGemmTile<[^>]*>, ", "", rest)
+    words = [kernel.removesuffix("_sm80")]
+    words += [f"{tile[1]}x{tile[2]}"] if tile else []
+    words += ["fp16" if rest.startswith("__half") else "bf16"]
+    flags = re.findall(r"\b(true|false)\b", rest)
+    meanings = {"lora_gemm": ["MN-major", "masked"], "lora_shrink": ["MN-major", "masked"]}
+    meanings["lora_wgrad"] = ["masked"]
+    for flag, meaning in zip(flags, meanings.get(words[0], []), strict=False):
+        words += [meaning] if flag == "true" else []
+    words += [number[1] for number in [re.search(r", (16|32), ", rest)] if number]
+    words += ["element"] if "Alignment)1" in rest else []
+    return " ".join(words)
+
+
+def name_of_sm90a(kernel: str, arguments: str) -> str:
+    """Of "__half, LoraGemmSm90aTile<256, 4, (Sm90aSchedule)0>, true, false, 1, NoFault"."""
+    pattern = r"(\w+), LoraGemmSm90aTile<(\d+), \d+, \(?\w+\)?(\d)>, (\w+), (\w+), (\d)"
+    half, columns, schedule, mn_major, masked, tail = re.match(pattern, arguments).groups()
+    words = [kernel, f"128x{columns}"]
+    words += ["pingpong"] if schedule == "1" else []
+    words += ["fp16" if half == "__half" else "bf16"]
+    words += ["MN-major"] if mn_major == "true" else []
+    words += ["masked"] if masked == "true" else []
+    return " ".join([*words, "tail", tail])
+
+
+def launch_of(name: str, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    kernel, *words = name.split()
+    tiles = [f"{kernel}_{word}" for word in words if f"{kernel}_{word}" in known]
+    return known[tiles[0]] if tiles else known.get(kernel, (0, 256))
+
+
+def demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([.\w]*)", re.MULTILINE
+)
+
+
+def wgmma_groups(instructions: list[tuple[str, str]]) -> list[int]:
+    """How many HGMMA there are from each WARPGROUP.ARRIVE to the wait that follows."""
+    steps = "".join(
+        {"HGMMA": "h", "WARPGROUP": "a" if suffix.startswith(".ARRIVE") else "w"}.get(name, "")
+        for name, suffix in instructions
+    )
+    return [len(group) for group in re.findall(r"a(h+)w", steps)]
+
+
+def multiplying_loops(text: str) -> list[MultiplyingLoop]:
+    """Those of a kernel's disassembly."""
+    loops = sass_loops.loops_of(text)
+    main = list(sass_loops.main_loops(loops))
+    return [
+        MultiplyingLoop(
+            loop.place,
+            loop in main,
+            loop.count("MEMBAR"),
+            sum(each.opcode == "MEMBAR" and ".CTA" not in each.suffix for each in loop.body),
+            loop.count(*sass_loops.LOCAL),
+            loop.divisions,
+        )
+        for loop in loops
+        if loop.multiplies
+    ]
+
+
+def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Kernel]:
+    entries = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
+        r" (\d+) bytes spill loads.*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    bodies = dict(
+        re.findall(
+            r"^\.text\.(\w+):\n(.*?)(?=^\.section|^\t\.section|\Z)",
+            disassembly,
+            re.DOTALL | re.MULTILINE,
+        )
+    )
+    names = map(name_of, demangled([entry[0] for entry in entries]))
+    kernels = []
+    for (mangled, stack, stores, loads, registers), name in zip(entries, names, strict=True):
+        shared, threads = launch_of(name, known)
+        instructions = INSTRUCTION.findall(bodies[mangled])
+        used = [opcode for opcode, _ in instructions]
+        wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
+        counts = {opcode: used.count(opcode) for opcode in wanted}
+        if "MULTICAST" in counts:
+            counts["MULTICAST"] = sum("MULTICAST" in suffix for _, suffix in instructions)
+        kernels.append(
+            Kernel(
+                name,
+                arch,
+                threads,
+                shared,
+                int(registers),
+                int(stack),
+                int(stores) + int(loads),
+                counts,
+                wgmma_groups(instructions),
+                multiplying_loops(bodies[mangled]),
+            )
+        )
+    return kernels

@@ -1,0 +1,185 @@
+"""The loops of a kernel, from nvdisasm's text: which of them multiply, and what else they hold.
+
+A loop is what leads back to a branch's target, if every path into it passes that target (a natural
+loop of the graph of jumps). Addresses alone would not do: ptxas moves rare paths, such as the
+second try of a wait, behind the rest, and their jumps back are no loops.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+LINE = re.compile(
+    r"^(?P<label>[.$\w]+):\s*$"
+    r"|^\s+/\*(?P<address>[0-9a-f]+)\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
+    r"(?P<opcode>[A-Z0-9]+)(?P<suffix>[.\w]*)(?P<operands>[^;\n]*)",
+    re.MULTILINE,
+)
+JUMPS = {"BRA", "BRX", "JMP", "JMX", "WARPSYNC"}
+ENDS = {"EXIT", "RET"}
+MATRIX = {"HMMA", "HGMMA"}
+LOCAL = {"LDL", "STL"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str
+    suffix: str  # ".64x256x16.F32.BF16"
+    operands: str
+    conditional: bool  # under a predicate, or with one among the operands of a jump
+
+    @property
+    def targets(self) -> list[str]:
+        return re.findall(r"\.L\w+", self.operands) if self.opcode in JUMPS else []
+
+    @property
+    def divides(self) -> bool:
+        """Of any division there is one reciprocal, or one call where the operands have 64 bits.
+
+        ptxas has no division: of 32-bit integers it makes I2F, MUFU.RCP, F2I and some IMAD, of
+        floats MUFU.RCP and a Newton step, of 64-bit integers a call of __cuda_sm20_div_*64 or
+        __cuda_sm20_rem_*64. Division by a constant is a multiplication, and not among them.
+        """
+        if self.opcode == "CALL":
+            return re.search(r"_(div|rem)_", self.operands) is not None
+        return self.opcode == "MUFU" and self.suffix.startswith(".RCP")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of a loop, in the order of their addresses."""
+
+    body: tuple[Instruction, ...]
+
+    @property
+    def multiplies(self) -> bool:
+        return self.count(*MATRIX) > 0
+
+    def count(self, *opcodes: str) -> int:
+        return sum(instruction.opcode in opcodes for instruction in self.body)
+
+    @property
+    def divisions(self) -> int:
+        return sum(instruction.divides for instruction in self.body)
+
+    def within(self, other: "Loop") -> bool:
+        return self != other and set(self.body) <= set(other.body)
+
+    @property
+    def place(self) -> str:
+        return f"{self.body[0].address:04x}-{self.body[-1].address:04x}"
+
+
+def instructions_of(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions of a kernel's text, and which of them each label stands before."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in LINE.finditer(text):
+        if line["label"]:
+            labels[line["label"]] = len(instructions)
+            continue
+        operands = line["operands"]
+        # "BRA UP0, `(.L_x_1)" and "BRA.DIV UR4, `(.L_x_2)", but not "BRA `(.L_x_3)"
+        conditional = line["predicate"] is not None or (
+            line["opcode"] in JUMPS and not operands.lstrip().startswith(("`", "R"))
+        )
+        instructions.append(
+            Instruction(
+                int(line["address"], 16), line["opcode"], line["suffix"], operands, conditional
+            )
+        )
+    return instructions, labels
+
+
+def successors_of(instructions: list[Instruction], labels: dict[str, int]) -> list[list[int]]:
+    """Which instructions may follow each, by index."""
+    found = []
+    for index, instruction in enumerate(instructions):
+        after = [labels[name] for name in instruction.targets if name in labels]
+        leaves = instruction.opcode in ENDS or (instruction.opcode in JUMPS - {"WARPSYNC"})
+        if not leaves or instruction.conditional:
+            after.append(index + 1)
+        found.append([each for each in dict.fromkeys(after) if each < len(instructions)])
+    return found
+
+
+def blocks_of(successors: list[list[int]]) -> tuple[list[range], list[list[int]]]:
+    """Runs of instructions that are entered at the first alone, and which runs follow each."""
+    heads = {0}
+    for index, after in enumerate(successors):
+        if after != [index + 1]:
+            heads.update(after)
+            heads.add(index + 1)
+    starts = sorted(head for head in heads if head < len(successors))
+    ends = [*starts[1:], len(successors)]
+    blocks = [range(start, end) for start, end in zip(starts, ends, strict=True)]
+    number = {block[0]: index for index, block in enumerate(blocks)}
+    return blocks, [[number[each] for each in successors[block[-1]]] for block in blocks]
+
+
+def dominators(successors: list[list[int]]) -> dict[int, set[int]]:
+    """For each block that can be reached from the first: those that every path to it passes."""
+    order: list[int] = []
+    seen, stack = {0}, [(0, iter(successors[0]))]
+    while stack:
+        block, rest = stack[-1]
+        following = next((each for each in rest if each not in seen), None)
+        if following is None:
+            order.append(block)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(successors[following])))
+    order.reverse()
+    before: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for each in successors[block]:
+            before[each].append(block)
+    found = {block: set(order) for block in order}
+    found[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            common = set.intersection(*(found[each] for each in before[block])) | {block}
+            changed |= common != found[block]
+            found[block] = common
+    return found
+
+
+def loops_of(text: str) -> list[Loop]:
+    """The loops of a kernel's text; those with one head are one loop."""
+    instructions, labels = instructions_of(text)
+    if not instructions:
+        return []
+    blocks, successors = blocks_of(successors_of(instructions, labels))
+    above = dominators(successors)
+    before: dict[int, list[int]] = {block: [] for block in above}
+    for block in above:
+        for each in successors[block]:
+            before[each].append(block)
+    bodies: dict[int, set[int]] = {}
+    for tail in above:
+        for head in successors[tail]:
+            if head not in above[tail]:
+                continue
+            body = bodies.setdefault(head, {head})
+            waiting = [tail]
+            while waiting:
+                block = waiting.pop()
+                if block not in body:
+                    body.add(block)
+                    waiting += before[block]
+    return [
+        Loop(tuple(instructions[at] for block in sorted(body) for at in blocks[block]))
+        for body in bodies.values()
+    ]
+
+
+def main_loops(loops: list[Loop]) -> Iterator[Loop]:
+    """Those that multiply and have no loop within that does."""
+    multiplying = [loop for loop in loops if loop.multiplies]
+    for loop in multiplying:
+        if not any(other.within(loop) for other in multiplying):
+            yield loop
