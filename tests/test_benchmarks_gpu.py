@@ -460,7 +460,7 @@ def test_a_full_disk_leaves_what_was_measured(tmp_path):
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
 
     done = subprocess.run(
         command, cwd=stages.ROOT, capture_output=True, text=True, preexec_fn=limit

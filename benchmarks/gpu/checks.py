@@ -9,6 +9,7 @@ from collections.abc import Callable
 from . import child
 from .run import Run
 from .stages import Result, missing, result_of, run_command
+from .suites import run_tests
 from .workers import Item, each
 
 # A few tiles of each kind under the sanitizers, which make them a hundred times slower.
@@ -18,8 +19,14 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _ALL = "--continue-on-collection-errors"  # a file that cannot be imported stops no other
 
 
-def _pytest(*arguments: str) -> list[str]:
-    return [child.PYTHON, "-m", "pytest", "-v", "-rfE", "--tb=short", _ALL, *arguments]
+_HOW = ("-q", "-rfE", "--tb=short", _ALL)
+_TEST_S, _SANITIZED_S = 60.0, 150.0  # limits of one test
+
+
+def _suite(run: Run, name: str, seconds: float, *arguments: str) -> Result:
+    """Tests as a stage, which goes on where it was stopped for want of time."""
+    before = run.stages.get(name, {}).get("ended", {})
+    return run_tests(run, [*_HOW, *arguments], seconds, _TEST_S, before=before)
 
 
 def conformance(run: Run, seconds: float) -> Result:
@@ -49,15 +56,15 @@ def warmup(run: Run, seconds: float) -> Result:
 def kernels(run: Run, seconds: float) -> Result:
     """The kernel route against the library route, graphs and streams."""
     if run.device != "cuda":
-        return run_command(run, _pytest("tests/test_plan.py"), seconds)
-    return run_command(run, _pytest("-m", "gpu", "tests/test_cuda_kernels.py"), seconds)
+        return _suite(run, "kernels", seconds, "tests/test_plan.py")
+    return _suite(run, "kernels", seconds, "-m", "gpu", "tests/test_cuda_kernels.py")
 
 
 def tests(run: Run, seconds: float) -> Result:
     """All tests marked gpu."""
     if run.device != "cuda":
-        return run_command(run, _pytest("tests/test_benchmark_model.py"), seconds)
-    return run_command(run, _pytest("-m", "gpu", "tests"), seconds)
+        return _suite(run, "tests", seconds, "tests/test_benchmark_model.py")
+    return _suite(run, "tests", seconds, "-m", "gpu", "tests")
 
 
 def sanitizer(tool: str) -> Callable[[Run, float], Result]:
@@ -69,8 +76,8 @@ def sanitizer(tool: str) -> Callable[[Run, float], Result]:
             return missing("no compute-sanitizer on the PATH" if run.device == "cuda" else "no GPU")
         # torch asks CUDA for what a device may lack, and takes the error for an answer.
         command = [found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-        command += _pytest("-m", "gpu", "tests/test_cuda_kernels.py", "-k", _SANITIZED)
-        return run_command(run, command, seconds)
+        arguments = [*_HOW, "-m", "gpu", "tests/test_cuda_kernels.py", "-k", _SANITIZED]
+        return run_tests(run, arguments, seconds, _SANITIZED_S, under=command)
 
     return check
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import sys
 import time
@@ -106,6 +107,8 @@ def counters(text: str) -> list[dict[str, Any]]:
         try:
             value = float(row["Metric Value"].replace(",", ""))
         except ValueError:
+            continue
+        if not math.isfinite(value):
             continue
         scale = {"ns": 1e-3, "nsecond": 1e-3, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
         if label:

@@ -6,6 +6,7 @@ command that fails, is a result too: the next stage runs.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -116,10 +117,13 @@ def run_stages(run: Run, chosen: Sequence[Stage]) -> None:
         before = run.stages.get(stage.name)
         limit_s = run.limit_s(stage.seconds)
         run.stages[stage.name] = result_of("begun", "the run was killed in it")
+        if before is not None and before.get("checking") == run.checking and "ended" in before:
+            run.stages[stage.name] |= {"ended": before["ended"], "checking": run.checking}
         run.write()
         run.say(f"{stage.name}, at most {limit_s:.0f} s")
         try:
             result = stage.run(run, limit_s)
+            json.dumps(result, allow_nan=False)  # what cannot be written must not stop all writing
         except Exception as error:  # what was measured before must not be lost
             result = result_of("failed", f"{type(error).__name__}: {error}")
         except BaseException:  # an interrupt says nothing of the stage

@@ -113,7 +113,9 @@ def answers(task: str, device: str, lines: Iterator[str]) -> Iterator[Fields]:
     for line in lines:
         answer: Fields = {}
         try:
-            answer["result"] = TASKS[task](json.loads(line), device)
+            result = TASKS[task](json.loads(line), device)
+            json.dumps(result, allow_nan=False)
+            answer["result"] = result
         except Exception as error:
             answer["error"] = _text(error)
         fault = fault_of(device)
