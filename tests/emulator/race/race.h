@@ -42,7 +42,7 @@ void race_launch_end();
 
 /// Called by a thread as its first and last act. The thread starts knowing nothing but the host's
 /// accesses; the core then calls race_acquire for what else precedes it (the grid before it in the
-/// stream).
+/// stream), and race_proxy_fence where that order holds across proxies.
 void race_thread_begin(Thread& thread);
 void race_thread_end(Thread& thread);
 

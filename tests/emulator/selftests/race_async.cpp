@@ -206,6 +206,39 @@ TEST(global_memory_needs_a_proxy_fence_before_tma) {
   expect_race("global, not shared", "no fence.proxy.async", run);
 }
 
+// The start of a grid orders what the grids before it wrote across proxies, for itself and for a
+// dependent that starts beside it; griddepcontrol.wait does not.
+TEST(the_start_of_a_grid_passes_global_memory_to_tma) {
+  const auto run = [] {
+    GlobalBuffer<float> s(kTileRows * kTileColumns, "s");
+    const CUtensorMap map = tile_map(s);
+    LaunchConfig write = race_launch(2, 128), load = race_launch(1, 128, 16384);
+    write.programmatic_dependent = load.programmatic_dependent = true;
+    const bool beside = missing("grid between") || missing("proxy fence");
+    Stream stream;
+    stream.launch(write, [&] {
+      if (beside) griddepcontrol_launch_dependents();
+      for (uint32_t i = blockIdx.x * 128 + threadIdx.x; i < kTileRows * kTileColumns; i += 256)
+        s[i] = 1;
+    });
+    if (!beside) stream.launch(race_launch(1, 32), [] { griddepcontrol_launch_dependents(); });
+    stream.launch(load, [&] {
+      init_barriers({1});
+      if (threadIdx.x == 0) {
+        if (missing("proxy fence")) griddepcontrol_wait();
+        mbarrier_arrive_expect_tx(kBar, kTileBytes);
+        tma_load_2d(0, &map, kBar, 0, 0);
+      }
+      mbarrier_wait(kBar, 0);
+      CHECK(shared_array<float>()[threadIdx.x] == 1 || missing_edge != "");
+    });
+    stream.synchronize();
+  };
+  expect_clean(run);
+  expect_diagnosis("grid between", run);
+  expect_race("proxy fence", "no fence.proxy.async", run);
+}
+
 // Also what a thread wrote before a load overwrites it must have passed to the async proxy.
 TEST(a_load_over_a_generic_write_needs_a_proxy_fence) {
   const auto run = [] {

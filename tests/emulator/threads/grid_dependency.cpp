@@ -40,7 +40,15 @@ void griddepcontrol_launch_dependents() {
 void acquire_at_start(const Grid& grid) {
   const Grid* before = grid.previous;
   if (before == nullptr) return;
-  if (!grid.launch.programmatic_dependent) return race_acquire(before);
+  if (!grid.launch.programmatic_dependent) {
+    race_acquire(before);
+    // PTX ISA 8.9.4, API synchronization: the completion of a task in a stream synchronizes with
+    // the start of the next one, and these mechanisms "also participate in proxy-preserved base
+    // causality order". So no proxy fence is due for what earlier grids wrote. (Not so the
+    // tensormap proxy; our maps are kernel parameters.) griddepcontrol.wait is not among the
+    // mechanisms: what it alone orders passes to another proxy by a fence.
+    return race_proxy_fence(Space::Global);
+  }
   // A dependent starts behind what was complete when the one before it started or let it start.
   acquire_at_start(*before);
   if (before->previous != nullptr && before->dependents_follow_the_one_before)
