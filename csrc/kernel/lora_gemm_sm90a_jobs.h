@@ -78,9 +78,10 @@ struct LoraGemmSm90aJobs {
     Ring ring;
     int job = 0;
     do {
+      // Of cluster scope, like the readers' arrivals: they have read what is stored anew.
       if (!Fault::skip("jobs.wait_empty")) {
-        ptx::mbarrier_wait(empty(ring.slot),
-                           Fault::value("jobs.schedule_parity", ring.parity ^ 1, ring.parity));
+        ptx::mbarrier_wait_cluster(
+            empty(ring.slot), Fault::value("jobs.schedule_parity", ring.parity ^ 1, ring.parity));
       }
       job = static_cast<int>(ptx::atomic_add_relaxed_gpu(in.ticket, 1));
       for (uint32_t to = 0; to < Fault::count("jobs.blocks", Tile::kClusterSize + 0u, 1u, 3u);
