@@ -61,6 +61,14 @@ Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bo
   return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma && !tile.in_grid};
 }
 
+// Masked tiles take T first, so all clusters stand still while T is made: 0.3 of the time of a tile
+// of 256 columns, if each makes one pair of row blocks at most (predicted; the depth of both is
+// that of the product). The pass over dY that this saves takes the longer the more rows there are:
+// at an H100's rates as long where a quarter of the clusters make T.
+bool masked_t_pays(const Card& card, int64_t m) {
+  return 4 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
+}
+
 // The tile that is asked for, if it can be had; else that with the least predicted time: whole
 // waves of tiles, each as long as its area. Where T can be made in the same grid it is, which saves
 // two launches, unless there is not a tile for every cluster: then all would wait for T.
@@ -71,8 +79,8 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
   // lora_dsdb makes dS without another pass over dY.
   const bool may_in_grid =
       wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank && !plan.one_pass;
-  const bool in_grid =
-      may_in_grid && blocks_with_work(facts_of(Tile::kInGrid128x256), p.m, n) > card.sms;
+  const bool in_grid = may_in_grid && (!p.dropout || masked_t_pays(card, p.m)) &&
+                       blocks_with_work(facts_of(Tile::kInGrid128x256), p.m, n) > card.sms;
   const TileFacts* best = nullptr;
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
@@ -91,8 +99,11 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
 // Whole waves of tiles leave some clusters idle at the end. If those alone make T before their
 // first tile, it costs no time, as long as they are done when the others have their first tiles: a
 // pair of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and two are tried.
-int choose_pairs_per_ticket(const Card& card, const TileFacts& tile, int64_t m, int64_t n) {
+// Masked tiles begin with T, and the sooner the more clusters make it.
+int choose_pairs_per_ticket(const Card& card, const TileFacts& tile, int64_t m, int64_t n,
+                            bool masked) {
   constexpr int kMost = 2;
+  if (masked) return 1;
   const int64_t clusters = std::max(1, card.sms / 2), row_pairs = blocks_of(m, 2 * tile.rows);
   const int64_t tiles = row_pairs * blocks_of(n, tile.columns);
   const int64_t idle = rounded_up(tiles, clusters) - tiles;
@@ -204,11 +215,11 @@ std::string describe_gemm(const Gemm& gemm) {
   return text.str();
 }
 
-void place_flags(Plan& plan, const Card& card, int64_t m, int64_t n, Workspace& workspace) {
+void place_flags(Plan& plan, const Card& card, const Problem& p, int64_t n, Workspace& workspace) {
   const TileFacts& tile = facts_of(plan.gemm.tile);
-  plan.row_blocks = 2 * blocks_of(m, 2 * tile.rows);
+  plan.row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);
   plan.flags = workspace.take(plan.flag_count(), 4);
-  plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, m, n);
+  plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, p.m, n, p.dropout);
 }
 
 }  // namespace
@@ -241,7 +252,7 @@ Plan forward(const Card& card, const Problem& p, const Request& request) {
   place_b(plan, workspace, p);
   place_gemm(plan, card, p, p.n, false, request);
   if (plan.in_grid()) {
-    place_flags(plan, card, p.m, p.n, workspace);
+    place_flags(plan, card, p, p.n, workspace);
   } else {
     plan.z_columns = static_cast<int>(plan.terms * p.rank);
     plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.k);
@@ -285,7 +296,7 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   plan.early_wgrad = plan.gemm.blocks > 0 && facts_of(plan.gemm.tile).wgmma && plan.has_wgrad() &&
                      request.early_launch;
   if (plan.in_grid()) {
-    place_flags(plan, card, p.m, p.k, workspace);
+    place_flags(plan, card, p, p.k, workspace);
   } else if (need_ds) {
     const int64_t sums = plan.one_pass ? plan.panels : plan.shrink.splits;
     plan.z = workspace.take(sums * p.m * plan.z_columns, 4);

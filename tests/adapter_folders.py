@@ -349,9 +349,7 @@ def axolotl() -> list[Folder]:
         one(
             "an expression",
             "vision",
-            {
-                "target_modules": r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|q|v)_proj"
-            },
+            {"target_modules": r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|q|v)_proj"},
         ),
         one("experts", "experts", {"target_modules": ["up_proj"]}),
         one("router and experts", "experts", {"target_modules": ["gate", "up_proj"]}),

@@ -3,11 +3,13 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import lora_ext
 from benchmarks import model
-from benchmarks.model import launch
+from benchmarks.model import launch, ours
 from benchmarks.shapes import FORWARD, STEP, Cell
 
 LARGE = Cell(FORWARD, "bfloat16", 8192, 4096, 4096, rank=16, bias=False)
@@ -163,3 +165,34 @@ def test_s_in_the_same_grid_costs_little_and_less_than_before_it():
         in_grid = us(machine, cell, "ours_kernel") / merged
         external = us(machine, replace(cell, dropout_p=0.05), "ours_kernel") / merged
         assert 1.0 < in_grid <= 1.03 and in_grid < external
+
+
+PLANNED = ("wgmma", "columns", "dlora_a_splits", "dlora_b_splits", "panels", "one_pass")
+
+
+def test_masked_tiles_wait_for_t_where_that_is_predicted_to_be_faster():
+    machine = model.MACHINES["H100"]
+
+    def predicted(rows: int, in_grid: bool, together: int = 1) -> float:
+        shape = launch.Shape(rows, 4096, 4096, 64, dropout=True, wide=False)
+        plan = lora_ext.plan(rows, 4096, 4096, 64, card="H100", route="kernel", dropout=True)
+        wanted = SimpleNamespace(
+            **{name: getattr(plan.backward, name) for name in PLANNED},
+            in_grid=in_grid,
+            early_wgrad=True,
+            tile=f"{'in-grid' if in_grid else 'wgmma'} 128 x 256",
+            tile_efficiency=1.0,
+            shrink_splits=0 if in_grid else 1,
+            pairs_per_ticket=together,
+        )
+        gemm = ours._lora_gemm(machine, wanted, shape, rows, 4096, 4096)
+        launches = ours._backward(machine, shape, wanted, gemm)
+        return sum(each.us(machine) for each in launches)
+
+    for rows in (2048, 3072, 4096, 4352, 6144, 8192, 16384, 65536):
+        chosen = lora_ext.plan(rows, 4096, 4096, 64, card="H100", route="kernel", dropout=True)
+        times = {in_grid: predicted(rows, in_grid) for in_grid in (False, True)}
+        assert times[chosen.backward.in_grid] <= 1.01 * min(times.values()), rows
+        assert times[True] <= predicted(rows, True, together=2)
+    assert predicted(2048, False) < predicted(2048, True)
+    assert predicted(16384, True) < predicted(16384, False)

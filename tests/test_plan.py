@@ -176,6 +176,28 @@ def test_clusters_that_would_be_idle_make_t(rows, out_features, pairs):
     assert forward.in_grid and forward.pairs_per_ticket == pairs
 
 
+@pytest.mark.parametrize(
+    ("rows", "in_features"),
+    [(4352, 4096), (8192, 4096), (8448, 4096), (8192, 14336), (65536, 1024)],
+)
+def test_masked_tiles_wait_for_one_pair_of_row_blocks(rows, in_features):
+    backward = plans(rows, in_features, 4096, 64, card="H100", route="kernel", dropout=True)[1]
+    assert backward.in_grid and backward.pairs_per_ticket == 1
+    backward = plans(rows, in_features, 4096, 64, card="H100", route="kernel")[1]
+    assert backward.in_grid and (backward.pairs_per_ticket == 2) == (
+        rows == 8192 == 2 * in_features
+    )
+
+
+@pytest.mark.parametrize("rows", [1536, 2048, 4096])
+def test_masked_tiles_of_few_rows_do_not_wait_for_t(rows):
+    # 16 pairs of row blocks at most, fewer than a quarter of 66 clusters.
+    shape, on_hopper = (rows, 4096, 4096, 64), {"card": "H100", "route": "kernel"}
+    backward = plans(*shape, **on_hopper, dropout=True)[1]
+    assert backward.wgmma and not backward.in_grid and backward.shrink_splits > 0
+    assert plans(*shape, **on_hopper)[1].in_grid
+
+
 def test_one_pass_over_dy_ends_where_its_sums_cost_as_much_as_a_second():
     wide = {"adapter_dtype": torch.float32}
     assert plans(4096, 4096, 4096, 32)[1].one_pass

@@ -56,9 +56,10 @@ def _lora_gemm(machine: Machine, plan, s: Shape, m: int, n: int, k: int) -> Laun
     # Pairs of blocks, one below the other, on pairs of SMs.
     pairs, row_pairs = machine.sms // 2, blocks_of(m, 2 * rows)
     together = plan.pairs_per_ticket
-    jobs = [_JOB * 256 / columns * together] * (
-        blocks_of(row_pairs, together) if plan.in_grid else 0
-    )
+    making = blocks_of(row_pairs, together) if plan.in_grid else 0
+    if s.dropout:  # masked tiles begin with T: clusters that make none wait for it
+        making = pairs * blocks_of(making, pairs)
+    jobs = [_JOB * 256 / columns * together] * making
     ends = ends_of([*jobs, *[1.0] * (row_pairs * blocks_of(n, columns))], pairs)
     flop = 2.0 * pairs * 2 * rows * columns * depth  # of a wave
     moved += BYTES * (s.r * k + m * s.r) if plan.in_grid else 0
