@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <climits>
+#include <iomanip>
 #include <sstream>
+#include <utility>
 
 #include "bounds.h"
+#include "plan_prediction.h"
 
 namespace lora_ext::plan {
 namespace {
@@ -17,8 +20,6 @@ int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / siz
 int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
 
 constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;
-// The rate of mma.sync over that of wgmma, where there are both (predicted).
-constexpr double kMmaSyncShare = 0.55;
 
 // Why no kernel with wgmma and TMA computes a product on a card; "" if one may.
 std::string why_no_wgmma(const Card& card, const Problem& p, bool vector) {
@@ -43,11 +44,6 @@ bool fits(const TileFacts& tile, const Card& card, const Call& call) {
          (!tile.in_grid || fits_in_grid(call));
 }
 
-// Of the card's fastest products.
-double rate_of(const TileFacts& tile, const Card& card) {
-  return card.arch == 90 && !tile.wgmma ? kMmaSyncShare * tile.efficiency : tile.efficiency;
-}
-
 // Blocks that have work; wgmma's come in pairs of rows.
 int64_t blocks_with_work(const TileFacts& tile, int64_t m, int64_t n) {
   const int64_t together = tile.wgmma ? 2 : 1;
@@ -69,11 +65,13 @@ bool masked_t_pays(const Card& card, int64_t m) {
   return 4 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
 }
 
-// The tile that is asked for, if it can be had; else that with the least predicted time: whole
-// waves of tiles, each as long as its area. Where T can be made in the same grid it is, which saves
-// two launches, unless there is not a tile for every cluster: then all would wait for T.
+// The tile that is asked for, if it can be had; else that whose waves are predicted to end first.
+// Where T can be made in the same grid it is, which saves two launches, unless there is not a tile
+// for every cluster: then all would wait for T.
 Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan, bool backward,
                  bool wgmma, const std::optional<Tile>& asked) {
+  const int64_t depth = backward ? p.n : p.k;
+  const bool masked = backward && p.dropout;
   const Call call{backward, p.float_adapters, p.dropout};
   const bool vector = plan.vector;
   // lora_dsdb makes dS without another pass over dY.
@@ -89,8 +87,7 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
     if (!vector && tile.tile != Tile::k128x64) continue;
     if (tile.tile == asked) return with_tile(card, tile, p.m, n, vector);
     if (tile.in_grid != in_grid) continue;
-    const int64_t waves = blocks_of(blocks_with_work(tile, p.m, n), card.sms);
-    const double time = static_cast<double>(waves * tile.rows * tile.columns) / rate_of(tile, card);
+    const double time = tiles_flop(card, tile, p.m, n, depth, masked);
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }
   return with_tile(card, *best, p.m, n, vector);
@@ -159,27 +156,10 @@ std::string library_reason(const Card& card, const Problem& p, const Request& re
   return "";
 }
 
-// Without a mask, half adapters leave nothing to our kernels in forward: x A^T is one pass over x
-// in the library, too, and the expand is its own first pass over Y.
-bool library_forward(const Problem& p, Choice choice) {
-  return choice == Choice::kAuto && !p.float_adapters && !p.dropout;
-}
-
-// mma.sync reaches 0.8 to 0.9 of the library's rate on cards whose tensor cores it was made for,
-// half of it or less where there are warpgroup products. That costs more than the pass over Y or dX
-// that the whole product in one kernel saves (benchmarks/model/: predicted). So the planner
-// leaves base products to the library until a card has shown otherwise.
 std::string kernel_reason(const Request& request) {
   if (!request.measured.empty()) return "fastest as measured " + request.measured;
-  switch (request.choice) {
-    case Choice::kKernel:
-      return "the kernels were asked for";
-    case Choice::kHybrid:
-      return "the hybrid route was asked for";
-    default:
-      return "the library's base product is predicted to be faster than ours, and our kernels for "
-             "all else";
-  }
+  return request.choice == Choice::kKernel ? "the kernels were asked for"
+                                           : "the hybrid route was asked for";
 }
 
 Plan begin(const Card& card, const Problem& p, const Request& request) {
@@ -188,7 +168,7 @@ Plan begin(const Card& card, const Problem& p, const Request& request) {
   plan.kernel = plan.reason.empty();
   if (!plan.kernel) return plan;
   plan.reason = kernel_reason(request);
-  plan.hybrid = request.choice != Choice::kKernel;
+  plan.hybrid = request.choice == Choice::kHybrid;
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, 8));
   plan.columns = plan.terms * plan.width;
@@ -222,30 +202,8 @@ void place_flags(Plan& plan, const Card& card, const Problem& p, int64_t n, Work
   plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, p.m, n, p.dropout);
 }
 
-}  // namespace
-
-std::optional<Tile> tile_named(const std::string& name) {
-  for (const TileFacts& tile : kTiles)
-    if (name == tile.name) return tile.tile;
-  return std::nullopt;
-}
-
-std::vector<Tile> tiles_of(const Card& card, const Call& call) {
-  std::vector<Tile> tiles;
-  for (const TileFacts& tile : kTiles)
-    if (fits(tile, card, call)) tiles.push_back(tile.tile);
-  return tiles;
-}
-
-bool Plan::in_grid() const { return gemm.blocks > 0 && facts_of(gemm.tile).in_grid; }
-
-Plan forward(const Card& card, const Problem& p, const Request& request) {
+Plan asked_forward(const Card& card, const Problem& p, const Request& request) {
   Plan plan = begin(card, p, request);
-  if (plan.kernel && library_forward(p, request.choice)) {
-    plan.kernel = plan.hybrid = false;
-    plan.reason =
-        "half adapters without dropout: the library is predicted to be as fast in forward";
-  }
   if (!plan.kernel) return plan;
   Workspace workspace;
   place_a(plan, workspace, p);
@@ -263,7 +221,7 @@ Plan forward(const Card& card, const Problem& p, const Request& request) {
   return plan;
 }
 
-Plan backward(const Card& card, const Problem& p, const Request& request) {
+Plan asked_backward(const Card& card, const Problem& p, const Request& request) {
   Plan plan = begin(card, p, request);
   if (!plan.kernel) return plan;
   const bool need_ds = p.need_dx || p.need_dlora_a;
@@ -308,10 +266,85 @@ Plan backward(const Card& card, const Problem& p, const Request& request) {
   return plan;
 }
 
-std::string Plan::describe() const {
-  if (!kernel) return "library: " + reason;
+// The route with the least predicted time; and our own base product only with a lead that is more
+// than a prediction may be off. Half adapters leave nothing but that to our kernels in a forward
+// without a mask: x A^T is one pass over x in the library, too, and the expand its own first over
+// Y.
+Plan predicted_best(const Card& card, const Problem& p, const Request& request, bool backward) {
+  Predicted us;
+  const auto planned = [&](Choice choice, double& time) {
+    Request asked = request;
+    asked.choice = choice;
+    Plan plan = backward ? asked_backward(card, p, asked) : asked_forward(card, p, asked);
+    time = predicted_us(card, p, plan, backward);
+    return plan;
+  };
+  Plan best;
+  us.library = predicted_us(card, p, best, backward);
+  if (backward || p.dropout || p.float_adapters) {
+    Plan hybrid = planned(Choice::kHybrid, us.hybrid);
+    if (us.hybrid <= us.library) best = std::move(hybrid);
+  }
+  best.reason = best.hybrid ? "predicted: the library's base product, our kernels for all else"
+                            : "predicted: the library for everything";
+  if (p.m < kFewestRows) {
+    best.reason += ", as for all fewer than " + std::to_string(kFewestRows) + " rows";
+  } else if (p.weight_row_major) {
+    Plan kernel = planned(Choice::kKernel, us.kernel);
+    const double other = best.hybrid ? us.hybrid : us.library;
+    if (us.kernel < (1.0 - kPredictionError) * other) {
+      best = std::move(kernel);
+      best.reason = "predicted to be over 10 % faster than with the library's base product";
+    }
+  }
+  best.predicted = us;
+  return best;
+}
+
+}  // namespace
+
+std::optional<Tile> tile_named(const std::string& name) {
+  for (const TileFacts& tile : kTiles)
+    if (name == tile.name) return tile.tile;
+  return std::nullopt;
+}
+
+std::vector<Tile> tiles_of(const Card& card, const Call& call) {
+  std::vector<Tile> tiles;
+  for (const TileFacts& tile : kTiles)
+    if (fits(tile, card, call)) tiles.push_back(tile.tile);
+  return tiles;
+}
+
+bool Plan::in_grid() const { return gemm.blocks > 0 && facts_of(gemm.tile).in_grid; }
+
+Plan forward(const Card& card, const Problem& p, const Request& request) {
+  if (request.choice != Choice::kAuto) return asked_forward(card, p, request);
+  Plan library = begin(card, p, request);
+  return library.kernel ? predicted_best(card, p, request, false) : library;
+}
+
+Plan backward(const Card& card, const Problem& p, const Request& request) {
+  if (request.choice != Choice::kAuto) return asked_backward(card, p, request);
+  Plan library = begin(card, p, request);
+  return library.kernel ? predicted_best(card, p, request, true) : library;
+}
+
+// "library 12 us, hybrid 11 us", without what was left out.
+std::string Predicted::describe() const {
   std::ostringstream text;
-  text << (hybrid ? "hybrid: " : "kernels: ") << reason << "\n";
+  text << std::fixed << std::setprecision(1) << "library " << library << " us";
+  if (hybrid > 0) text << ", hybrid " << hybrid << " us";
+  if (kernel > 0) text << ", kernels " << kernel << " us";
+  return text.str();
+}
+
+std::string Plan::describe() const {
+  const std::string times =
+      predicted.library > 0 ? "\n  predicted: " + predicted.describe() : std::string();
+  if (!kernel) return "library: " + reason + times;
+  std::ostringstream text;
+  text << (hybrid ? "hybrid: " : "kernels: ") << reason << times << "\n";
   if (a != kNone || b != kNone || s != kNone) {
     text << "  lora_split " << (a != kNone ? "A " : "") << (b != kNone ? "B " : "")
          << (s != kNone ? "S " : "") << "into " << (terms == 2 ? "hi and lo" : "whole chunks")

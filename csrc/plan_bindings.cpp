@@ -3,6 +3,7 @@
 #include <map>
 
 #include "plan.h"
+#include "plan_prediction.h"
 #include "winners.h"
 
 #ifdef LORA_EXT_WITH_CUDA
@@ -96,6 +97,34 @@ void bind_winners(py::module& m) {
       py::arg("dropout"));
 }
 
+void bind_prediction(py::module& m) {
+  py::class_<plan::Sustained>(m, "Sustained")
+      .def_readonly("tflops", &plan::Sustained::tflops)
+      .def_readonly("dram_gb_s", &plan::Sustained::dram_gb_s)
+      .def_readonly("gap_us", &plan::Sustained::gap_us);
+  py::class_<plan::Launch>(m, "Launch")
+      .def_property_readonly("name", [](const plan::Launch& l) { return std::string(l.name); })
+      .def_readonly("bytes", &plan::Launch::bytes)
+      .def_readonly("flop", &plan::Launch::flop)
+      .def_readonly("times", &plan::Launch::times);
+  m.def("sustained_by", &plan::sustained_by, py::arg("card"));
+  m.def(
+      "library_product",
+      [](const plan::Card& card, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+        return plan::library_product(card, "", rows, columns, depth, accumulate);
+      },
+      py::arg("card"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
+      py::arg("accumulate") = false);
+  m.def(
+      "predicted_launches",
+      [](const plan::Card& card, const plan::Problem& problem, const plan::Plan& plan,
+         bool backward) {
+        const plan::Launches all = plan::launches_of(card, problem, plan, backward);
+        return std::vector<plan::Launch>(all.begin(), all.end());
+      },
+      py::arg("card"), py::arg("problem"), py::arg("plan"), py::arg("backward"));
+}
+
 }  // namespace
 
 plan::Choice choice_of(const std::string& name) {
@@ -149,9 +178,14 @@ void bind_plan(py::module& m) {
       .def_property_readonly("wgmma",
                              [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).wgmma; })
       .def_property_readonly("in_grid", &plan::Plan::in_grid)
-      .def_property_readonly(
-          "tile_efficiency",
-          [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).efficiency; })
+      .def_property_readonly("predicted_us",
+                             [](const plan::Plan& p) {
+                               std::map<std::string, double> us;
+                               if (p.predicted.library > 0) us["library"] = p.predicted.library;
+                               if (p.predicted.hybrid > 0) us["hybrid"] = p.predicted.hybrid;
+                               if (p.predicted.kernel > 0) us["kernel"] = p.predicted.kernel;
+                               return us;
+                             })
       .def_property_readonly("blocks", [](const plan::Plan& p) { return p.gemm.blocks; })
       .def_property_readonly("shrink_splits", [](const plan::Plan& p) { return p.shrink.splits; })
       .def_property_readonly("dlora_a_splits", [](const plan::Plan& p) { return p.dlora_a.splits; })
@@ -172,6 +206,7 @@ void bind_plan(py::module& m) {
                               winners::request_for(card, problem, true, choice_of(name)));
       },
       py::arg("card"), py::arg("problem"), choice);
+  bind_prediction(m);
   bind_winners(m);
   bind_device(m);
 }

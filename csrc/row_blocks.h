@@ -6,13 +6,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "bounds.h"
+
 namespace lora_ext {
 
 // Rows whose copy in `dtype` stays under a bound, but at least 16. On the CPU 2 MiB, which stays in
-// a core's cache. Elsewhere 256 MiB: a GPU takes a tenth of a millisecond or more to read or write
-// as much, many times what a launch costs, and most calls are one block.
+// a core's cache. Elsewhere 256 MiB, so that most calls are one block.
 inline int64_t rows_of_block(int64_t columns, at::ScalarType dtype, at::DeviceType device) {
-  const int64_t bytes = int64_t{1} << (device == at::kCPU ? 21 : 28);
+  const int64_t bytes = device == at::kCPU ? int64_t{1} << 21 : kWideBlockBytes;
   const int64_t row_bytes =
       std::max<int64_t>(1, columns * static_cast<int64_t>(c10::elementSize(dtype)));
   return std::max<int64_t>(16, bytes / row_bytes);

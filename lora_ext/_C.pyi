@@ -76,7 +76,7 @@ class Plan:
     panels: int
     one_pass: bool
     tile: str
-    tile_efficiency: float
+    predicted_us: dict[str, float]
     wgmma: bool
     in_grid: bool
     pairs_per_ticket: int
@@ -116,6 +116,29 @@ def plan_as_asked(
     early_launch: bool = True,
 ) -> Plan:
     """The plan for a route and a tile, or the planner's own where the tile cannot be had."""
+
+class Sustained:
+    """What a card is taken to keep up (csrc/plan_prediction.h)."""
+
+    tflops: float
+    dram_gb_s: float
+    gap_us: float
+
+class Launch:
+    """A predicted launch, in so many parts; flop at the rate of the library's large products."""
+
+    name: str
+    bytes: float
+    flop: float
+    times: int
+
+def sustained_by(card: Card) -> Sustained: ...
+def library_product(
+    card: Card, rows: int, columns: int, depth: int, accumulate: bool = False
+) -> Launch: ...
+def predicted_launches(
+    card: Card, problem: Problem, plan: Plan, backward: bool
+) -> list[Launch]: ...
 
 class Winner:
     """The route that was fastest for one layer and number of rows on a card (csrc/winners.h)."""

@@ -3,17 +3,16 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import lora_ext
 from benchmarks import model
-from benchmarks.model import launch, ours
 from benchmarks.shapes import FORWARD, STEP, Cell
+from lora_ext import _C
 
 LARGE = Cell(FORWARD, "bfloat16", 8192, 4096, 4096, rank=16, bias=False)
-EXACT = model.Machine("H100", 1000.0, 0.5, 1000.0, gap_us=0.0)
+EXACT = model.Machine("H100", 1000.0, 1000.0, gap_us=0.0)
 
 
 def us(machine, cell, variant):
@@ -25,7 +24,6 @@ def us(machine, cell, variant):
 def test_a_launch_is_the_longer_of_arithmetic_and_memory():
     assert model.Launch("a", bytes=3e6, flop=1e9).us(EXACT) == pytest.approx(3.0)
     assert model.Launch("a", bytes=1e6, flop=4e9).us(EXACT) == pytest.approx(4.0)
-    assert model.Launch("a", bytes=1e6, flop=4e9, share=0.5).us(EXACT) == pytest.approx(8.0)
     assert model.Launch("a", 0).us(replace(EXACT, gap_us=2.5)) == pytest.approx(2.5)
 
 
@@ -61,18 +59,13 @@ def test_orders_that_must_hold(name, mode, dropout_p):
 @pytest.mark.parametrize("adapters", ["ours", "ours_fp32"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 def test_the_planner_takes_the_fastest_route(name, rows, width, adapters, dropout_p):
-    """csrc/plan.cpp has no rates; the model, which has, agrees with it to 3 %.
-
-    On Hopper the planner leaves up to 10 % to the library's base product, which is known to be fast
-    and to end, until our kernel on wgmma has been measured.
-    """
-    allowed = 1.10 if name == "H100" else 1.03
+    """Less 10 %, which a prediction may be off, in favour of the library's base product."""
     machine = model.MACHINES[name]
     cell = replace(
         LARGE, mode=STEP, rows=rows, in_features=width, out_features=width, dropout_p=dropout_p
     )
     others = [us(machine, cell, f"{adapters}_{route}") for route in ("kernel", "library")]
-    assert us(machine, cell, adapters) <= allowed * min(others)
+    assert us(machine, cell, adapters) <= 1.0 / 0.9 * min(others)
 
 
 def test_what_is_not_modelled_has_no_prediction():
@@ -100,32 +93,6 @@ def test_the_longest_launch_is_named():
     assert [launch.name for launch in launches] == ["flags", "lora_gemm"]
     launches = model.launches_of(EXACT, replace(LARGE, rank=128), "ours_kernel")
     assert [launch.name for launch in launches] == ["lora_shrink", "lora_reduce", "lora_gemm"]
-
-
-def test_workers_take_the_next_job_when_they_are_free():
-    assert launch.ends_of([1.0] * 6, 3) == [2.0] * 3
-    assert launch.ends_of([0.5, 0.5, 1.0, 1.0, 1.0], 3) == [1.0, 1.5, 1.5]
-    assert launch.ends_of([1.0] * 7, 3) == [2.0, 2.0, 3.0]
-
-
-def test_idle_workers_draw_more_than_their_share_and_at_most_all():
-    assert launch.spare_of([3.0, 3.0, 3.0], 1.0) == 0.0
-    quarter = [2.0, *[3.0] * 3]
-    assert launch.spare_of(quarter, 1.0) == pytest.approx(1 / 4)
-    assert launch.spare_of(quarter, 1.0, 2.5) == pytest.approx(2.5 / 4)
-    assert launch.spare_of(quarter, 2.5, 2.5) == pytest.approx(2.5 / 8)
-    assert launch.spare_of(quarter, 4.0, 2.5) == 0.0
-    assert launch.spare_of([2.0, 2.5, 3.0, 3.0], 0.0, 2.5) == pytest.approx(2.5 / 4 / 2 + 1 / 2)
-
-
-def test_what_begins_early_is_done_as_far_as_its_scarcer_need_is():
-    before = model.Launch("a", 0.0, spare_bytes=3.0, spare_flop=5.0)
-    late = model.Launch("b", bytes=12.0, flop=5.0, share=0.5)
-    assert late.after(before) == replace(late, bytes=9.0, flop=3.75)
-    late = model.Launch("b", bytes=4.0, flop=5.0, share=0.5)
-    assert late.after(before) == replace(late, bytes=2.0, flop=2.5)
-    assert model.Launch("b", bytes=2.0, flop=1.0).after(before).bytes == 0.0
-    assert late.after(model.Launch("a", 0.0)) == late
 
 
 def test_gradients_of_the_weights_fill_the_last_wave_of_dx():
@@ -158,41 +125,32 @@ def test_the_table_in_the_docs_is_what_the_model_says():
 
 
 def test_s_in_the_same_grid_costs_little_and_less_than_before_it():
-    machine = replace(model.MACHINES["H100"], wgmma_share=1.0)
+    machine = model.MACHINES["H100"]
     for rows, k, n in ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192)):
         cell = replace(LARGE, rows=rows, in_features=k, out_features=n)
         merged = us(machine, cell, "merged")
         in_grid = us(machine, cell, "ours_kernel") / merged
         external = us(machine, replace(cell, dropout_p=0.05), "ours_kernel") / merged
-        assert 1.0 < in_grid <= 1.03 and in_grid < external
-
-
-PLANNED = ("wgmma", "columns", "dlora_a_splits", "dlora_b_splits", "panels", "one_pass")
+        # our main loop at 0.97 of the library's, and an epilogue of 128 columns of k
+        loop = (k + 128) / k / 0.97
+        assert loop < in_grid <= 1.03 * loop and in_grid < external
 
 
 def test_masked_tiles_wait_for_t_where_that_is_predicted_to_be_faster():
-    machine = model.MACHINES["H100"]
+    card, machine = lora_ext.CARDS["H100"], model.MACHINES["H100"]
 
-    def predicted(rows: int, in_grid: bool, together: int = 1) -> float:
-        shape = launch.Shape(rows, 4096, 4096, 64, dropout=True, wide=False)
-        plan = lora_ext.plan(rows, 4096, 4096, 64, card="H100", route="kernel", dropout=True)
-        wanted = SimpleNamespace(
-            **{name: getattr(plan.backward, name) for name in PLANNED},
-            in_grid=in_grid,
-            early_wgrad=True,
-            tile=f"{'in-grid' if in_grid else 'wgmma'} 128 x 256",
-            tile_efficiency=1.0,
-            shrink_splits=0 if in_grid else 1,
-            pairs_per_ticket=together,
-        )
-        gemm = ours._lora_gemm(machine, wanted, shape, rows, 4096, 4096)
-        launches = ours._backward(machine, shape, wanted, gemm)
-        return sum(each.us(machine) for each in launches)
+    def predicted(rows: int, in_grid: bool) -> float:
+        problem = _C.Problem(rows, 4096, 4096, 64)
+        problem.dropout = True
+        tile = f"{'in-grid' if in_grid else 'wgmma'} 128 x 256"
+        plan = _C.plan_as_asked(card, problem, backward=True, choice="kernel", tile=tile)
+        assert plan.tile == tile
+        launches = _C.predicted_launches(card, problem, plan, True)
+        return sum(model.Launch(e.name, e.bytes, e.flop, e.times).us(machine) for e in launches)
 
     for rows in (2048, 3072, 4096, 4352, 6144, 8192, 16384, 65536):
         chosen = lora_ext.plan(rows, 4096, 4096, 64, card="H100", route="kernel", dropout=True)
         times = {in_grid: predicted(rows, in_grid) for in_grid in (False, True)}
-        assert times[chosen.backward.in_grid] <= 1.01 * min(times.values()), rows
-        assert times[True] <= predicted(rows, True, together=2)
+        assert times[chosen.backward.in_grid] <= 1.01 * min(times.values()), (rows, times)
     assert predicted(2048, False) < predicted(2048, True)
     assert predicted(16384, True) < predicted(16384, False)

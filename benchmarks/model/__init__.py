@@ -1,19 +1,21 @@
-"""What a LoRA linear should cost on a card: rooflines and schedules, the one place for constants.
+"""What a LoRA linear should cost on a card, and what other packages' launches should cost there.
 
 A call is a sequence of launches. A launch takes the longest of
 
     arithmetic   whole waves of tiles, one tile an SM at a time, at the card's sustained rate
     DRAM         its operands and results once, at the card's sustained bandwidth
 
-and a gap before the next. One that begins early moves part of its bytes on SMs that the last wave
-of the one before leaves idle. That is all: no L2, no clocks that fall, no host that is late (a
-graph replay). `calibrated` puts two measured ceilings of a card in place of the table's. Half
-precision; times in microseconds, sizes as in `lora_ext.plan`.
+and a gap before the next. That is all: no L2, no clocks that fall, no host that is late (a graph
+replay). The rates, this package's launches and the library's products are the planner's own
+(csrc/plan_prediction.h); the launches of others are in `others`. `calibrated` puts two measured
+ceilings of a card in place of the planner's. Half precision; times in microseconds, sizes as in
+`lora_ext.plan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from ..shapes import BACKWARD, FORWARD, Cell
 from . import others, ours
@@ -31,15 +33,20 @@ __all__ = [
     "predicted_us",
 ]
 
+
+def _route(name: str, wide: bool):
+    return partial(ours.forward, name), partial(ours.backward, name), wide
+
+
 _SEQUENCES = {
     "merged": (others.merged_forward, None, False),
     "frozen": (others.merged_forward, others.frozen_backward, False),
-    "ours": (ours.auto_forward, ours.hybrid_backward, False),
-    "ours_fp32": (ours.auto_forward, ours.hybrid_backward, True),
-    "ours_fp32_kernel": (ours.ours_forward, ours.ours_backward, True),
-    "ours_kernel": (ours.ours_forward, ours.ours_backward, False),
-    "ours_library": (ours.library_forward, ours.library_backward, False),
-    "ours_fp32_library": (ours.library_forward, ours.library_backward, True),
+    "ours": _route("auto", False),
+    "ours_fp32": _route("auto", True),
+    "ours_fp32_kernel": _route("kernel", True),
+    "ours_kernel": _route("kernel", False),
+    "ours_library": _route("library", False),
+    "ours_fp32_library": _route("library", True),
     "naive": (others.naive_forward, others.naive_backward, False),
     "peft": (others.naive_forward, others.naive_backward, False),
     "peft_default": (others.peft_default_forward, others.peft_default_backward, True),

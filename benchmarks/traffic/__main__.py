@@ -24,7 +24,12 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "results" / "l2-model-a100" / "traffic"
 PROGRAM = ROOT / "build" / "trace"
-SOURCES = ("benchmarks/traffic/trace.cpp", "csrc/plan.cpp", "tests/emulator/counts/l2_model.cpp")
+SOURCES = (
+    "benchmarks/traffic/trace.cpp",
+    "csrc/plan.cpp",
+    "csrc/plan_prediction.cpp",
+    "tests/emulator/counts/l2_model.cpp",
+)
 
 # M, K, N, r
 SHAPES = (

@@ -47,6 +47,6 @@ def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) 
     ).forward
     if forward is None or not forward.kernel:
         return "library", forward.reason if forward else ""
-    if forward.hybrid:
-        return "fused", f"CUDA kernels around the library's base product, rank {rank}"
-    return "fused", f"CUDA kernels, {forward.tile} tiles, rank {rank}"
+    kernels = "around the library's base product" if forward.hybrid else f"{forward.tile} tiles"
+    basis = "predicted" if forward.predicted_us else forward.reason
+    return "fused", f"CUDA kernels, {kernels}, rank {rank}: {basis}"

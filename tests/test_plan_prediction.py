@@ -1,0 +1,149 @@
+"""Which route the planner takes where nothing was measured: by what it predicts, and how far."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_ext
+from lora_ext import _C
+
+KERNELS = Path(__file__).parents[1] / "docs" / "kernels.md"
+sizes = st.integers(1, 20000)
+shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
+options = st.fixed_dictionaries(
+    {
+        "card": st.sampled_from(sorted(lora_ext.CARDS)),
+        "adapter_dtype": st.sampled_from([torch.bfloat16, torch.float32]),
+        "dropout": st.booleans(),
+        "aligned": st.booleans(),
+    }
+)
+
+
+def plans(*shape, **named):
+    found = lora_ext.plan(*shape, **named)
+    return found.forward, found.backward
+
+
+def route_of(plan):
+    return "library" if not plan.kernel else "hybrid" if plan.hybrid else "kernel"
+
+
+def problem_of(shape, card, adapter_dtype, dropout, aligned):
+    rows, in_features, out_features, rank = shape
+    problem = _C.Problem(rows, out_features, in_features, rank)
+    problem.float_adapters, problem.dropout = adapter_dtype == torch.float32, dropout
+    problem.aligned = problem.aligned_weight = problem.aligned_a = problem.aligned_b = aligned
+    return lora_ext.CARDS[card], problem
+
+
+@settings(deadline=None, max_examples=200)
+@given(shape=shapes, named=options)
+def test_our_base_product_is_taken_where_it_leads_by_more_than_a_prediction_may_be_off(
+    shape, named
+):
+    for plan in plans(*shape, **named):
+        times = plan.predicted_us
+        other = min(times[name] for name in ("library", "hybrid") if name in times)
+        if shape[0] < 64:
+            assert "kernel" not in times
+        if times.get("kernel", other) < 0.9 * other:
+            assert route_of(plan) == "kernel" and plan.reason.startswith("predicted")
+        else:
+            assert times[route_of(plan)] == other and plan.reason.startswith("predicted")
+
+
+@settings(deadline=None, max_examples=200)
+@given(shape=shapes, named=options)
+def test_a_route_is_predicted_to_take_the_sum_of_its_launches(shape, named):
+    card, problem = problem_of(shape, **named)
+    rates = _C.sustained_by(card)
+    for backward, plan in enumerate(plans(*shape, **named)):
+        planner = _C.plan_backward if backward else _C.plan_forward
+        for name, us in plan.predicted_us.items():
+            asked = planner(card, problem, name)
+            found = _C.predicted_launches(card, problem, asked, bool(backward))
+            by_hand = sum(
+                max(one.flop / rates.tflops / 1e6, one.bytes / rates.dram_gb_s / 1e3)
+                + one.times * rates.gap_us
+                for one in found
+            )
+            assert us == pytest.approx(by_hand) and f"{us:.1f} us" in str(plan)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 63), named=options)
+def test_few_rows_leave_the_base_product_to_the_library(rows, named):
+    for plan in plans(rows, 4096, 4096, 16, **named):
+        assert route_of(plan) != "kernel" and "fewer than 64 rows" in plan.reason
+
+
+@pytest.mark.parametrize("card", sorted(set(lora_ext.CARDS) - {"H100"}))
+@pytest.mark.parametrize("rows", [64, 512, 2048, 8192, 32768])
+@pytest.mark.parametrize(("k", "n"), [(1024, 1024), (4096, 4096), (4096, 14336), (8192, 8192)])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_main_loops_on_mma_sync_are_no_default(card, rows, k, n, dropout):
+    for adapters in (torch.bfloat16, torch.float32):
+        for plan in plans(rows, k, n, 16, card=card, adapter_dtype=adapters, dropout=dropout):
+            assert route_of(plan) != "kernel"
+
+
+def test_hopper_takes_ours_where_launches_and_passes_weigh_most():
+    wide, _ = plans(8192, 1024, 1024, 16, card="H100")
+    assert wide.tile == "in-grid 128 x 256" and not wide.hybrid
+    assert "over 10 % faster" in str(wide)
+    large, _ = plans(8192, 8192, 8192, 16, card="H100")
+    assert route_of(large) == "library" and large.predicted_us["kernel"] < 1.1 * sum(
+        [large.predicted_us["library"]]
+    )
+
+
+def test_float32_adapters_are_not_left_to_the_library():
+    for card in lora_ext.CARDS:
+        for plan in plans(4096, 4096, 4096, 16, card=card, adapter_dtype=torch.float32):
+            assert plan.predicted_us["hybrid"] < plan.predicted_us["library"]
+
+
+def test_a_card_has_what_its_generation_has_for_each_sm():
+    h100, half = lora_ext.CARDS["H100"], _C.Card(90, 66, 233472, 232448)
+    whole, part = _C.sustained_by(h100), _C.sustained_by(half)
+    assert part.tflops == pytest.approx(whole.tflops / 2)
+    assert part.dram_gb_s == pytest.approx(whole.dram_gb_s / 2) and part.gap_us == whole.gap_us
+    between = _C.sustained_by(_C.Card(87, 72, 167936, 166912))  # as 8.6, the last before it
+    assert between.tflops == pytest.approx(_C.sustained_by(lora_ext.CARDS["A10"]).tflops)
+
+
+def test_an_epilogue_weighs_more_in_a_shallow_product():
+    def gemm(k):
+        card, problem = problem_of((8192, k, 4096, 16), "H100", torch.bfloat16, False, True)
+        plan = _C.plan_forward(card, problem, "kernel")
+        assert plan.tile == "in-grid 128 x 256"
+        *_, last = _C.predicted_launches(card, problem, plan, False)
+        return last.flop
+
+    # 8 waves of 66 pairs of tiles, k, the rank and 128 columns deep, at 0.97 of the library's rate
+    for k in (512, 4096):
+        assert gemm(k) == pytest.approx(8 * 132 * 2 * 128 * 256 * (k + 16 + 128) / 0.97)
+
+
+def cell(plan):
+    times = plan.predicted_us
+    other = min(times[name] for name in ("library", "hybrid") if name in times)
+    name = plan.tile if route_of(plan) == "kernel" else route_of(plan)
+    return f"{name} {times['kernel'] / other:.2f}" if "kernel" in times else name
+
+
+def test_the_table_of_choices_in_the_docs_is_what_the_planner_says():
+    row = r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \|((?: [^|]+ \|){4})$"
+    found = re.findall(row, KERNELS.read_text(), re.MULTILINE)
+    assert {card for card, *_ in found} == {"A100", "L40S", "H100"}
+    for card, k, n, rows, cells in found:
+        shape = (int(rows), int(k), int(n), 16)
+        half = plans(*shape, card=card)
+        wide = plans(*shape, card=card, adapter_dtype=torch.float32, dropout=True)
+        expected = [cell(plan) for plan in (*half, *wide)]
+        assert [text.strip() for text in cells.split("|")[:-1]] == expected, (card, k, n, rows)
