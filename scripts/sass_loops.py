@@ -15,7 +15,8 @@ LINE = re.compile(
     r"(?P<opcode>[A-Z0-9]+)(?P<suffix>[.\w]*)(?P<operands>[^;\n]*)",
     re.MULTILINE,
 )
-JUMPS = {"BRA", "BRX", "JMP", "JMX", "WARPSYNC"}
+# A call of a label, rather than of a function, comes back to nobody: so ptxas leaves loops on sm_80.
+JUMPS = {"BRA", "BRX", "JMP", "JMX", "WARPSYNC", "CALL"}
 ENDS = {"EXIT", "RET"}
 MATRIX = {"HMMA", "HGMMA"}
 LOCAL = {"LDL", "STL"}
@@ -97,7 +98,7 @@ def successors_of(instructions: list[Instruction], labels: dict[str, int]) -> li
     found = []
     for index, instruction in enumerate(instructions):
         after = [labels[name] for name in instruction.targets if name in labels]
-        leaves = instruction.opcode in ENDS or (instruction.opcode in JUMPS - {"WARPSYNC"})
+        leaves = instruction.opcode in ENDS or (after and instruction.opcode != "WARPSYNC")
         if not leaves or instruction.conditional:
             after.append(index + 1)
         found.append([each for each in dict.fromkeys(after) if each < len(instructions)])

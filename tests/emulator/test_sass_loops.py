@@ -127,6 +127,23 @@ def test_a_jump_back_to_what_it_does_not_always_pass_is_no_loop():
     assert sass_loops.loops_of(text) == []
 
 
+def test_a_call_of_a_label_is_a_jump_out():
+    text = listing("""
+.L_x_0:
+    HMMA.16816.F32.BF16 R4, R8, R12, R4
+    CALL.REL.NOINC `($helper)
+    @P0 CALL.REL.NOINC `(.L_x_1)
+    BRA `(.L_x_0)
+.L_x_1:
+    MEMBAR.ALL.GPU
+    EXIT
+$helper:
+    RET.REL.NODEC R2 `(.text)
+""")
+    [loop] = sass_loops.loops_of(text)
+    assert loop.place == "0000-0030" and loop.multiplies
+
+
 def test_a_jump_by_a_table():
     text = listing("""
 .L_x_0:
