@@ -108,6 +108,8 @@ def kernels() -> str:
          "emulator-verified", "[table](emulation-mutants.md)"],
         ["the op's own tests pass on the kernels: two routes for 8.0, and Hopper's",
          "emulator-verified", "`tests/emulator/test_package.py`"],
+        ["CUDA calls of `csrc/cuda/` are what the plan says and CUDA allows; failing ones are seen",
+         "emulator-verified", "`tests/emulator/test_cuda_runtime.py`"],
         ["no spill, local memory, serialised product, or barrier in a main loop: 56 instances for "
          "sm_80, 164 for sm_90a",
          "compiled", "`make sass`"],

@@ -1,6 +1,7 @@
 #include <functional>
 #include <unordered_map>
 
+#include "cuda/error.h"
 #include "cuda/tensor_map.h"
 
 namespace lora_ext::cuda {
@@ -14,7 +15,7 @@ Encode find_encode() {
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
   const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
                                                              12000, cudaEnableDefault, &found);
-  const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+  const bool usable = text_of(error).empty() && found == cudaDriverEntryPointSuccess;
   return usable ? reinterpret_cast<Encode>(function) : nullptr;
 }
 

@@ -33,46 +33,57 @@ class TorchObject(build.Object):
         return [*super().command(), *macros, "-fopenmp", *(f"-isystem{path}" for path in folders)]
 
 
+def sources(pattern: str) -> list[str]:
+    """Of csrc/, as `build.Object` takes them."""
+    found = sorted((build.ROOT / "csrc").glob(pattern))
+    return [f"../../{path.relative_to(build.ROOT)}" for path in found]
+
+
 def objects() -> list[build.Object]:
-    csrc = build.ROOT / "csrc"
-    with_torch = sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])
-    names = [f"../../{path.relative_to(build.ROOT)}" for path in with_torch]
-    names = [name for name in names if not name.endswith("/cuda_launch.cpp")]
+    with_torch = [*sources("*.cpp"), *sources("cpu/*.cpp"), DEVICE]
+    with_torch.remove("../../csrc/cuda_launch.cpp")
     return [
         build.Object(FLAVOUR, KERNELS, kernels=True),
-        *(TorchObject(FLAVOUR, name, kernels=False) for name in [*names, DEVICE]),
+        *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),
         *build.library_objects(FLAVOUR),
     ]
 
 
 def make() -> Path:
     """Compiles what has changed and copies the rest; returns the folder to run Python in."""
-    compiled = objects()
+    return link(objects(), PACKAGE)
+
+
+def link(compiled: list[build.Object], package: Path) -> Path:
+    """Makes a package in a folder of which these objects are the extension."""
     with ThreadPoolExecutor(build.JOBS) as pool:
         list(pool.map(build.Object.compile, compiled))
-    PACKAGE.mkdir(parents=True, exist_ok=True)
+    package.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        source, target = build.ROOT / name, PACKAGE / name
+        source, target = build.ROOT / name, package / name
         if source.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             ignored = shutil.ignore_patterns("_C.*.so", "__pycache__", "results")
             shutil.copytree(source, target, ignore=ignored)
         else:
             shutil.copy(source, target)
-    library = PACKAGE / "lora_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = package / "lora_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     linked = [f"-L{path}" for path in cpp_extension.library_paths()]
     linked += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
+    linked += ["-Wl,-Bsymbolic"]  # a CUDA runtime that torch brings answers no call of ours
     build.run_tool(
         [build.CXX, "-shared", *(str(each.path) for each in compiled), *linked, "-o", str(library)]
     )
-    return PACKAGE
+    return package
 
 
-def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess:
+def run(
+    arguments: list[str], package: Path = PACKAGE, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs Python in the emulated package."""
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=PACKAGE,
+        cwd=package,
         env={**build.os.environ, **environment},
         capture_output=True,
         text=True,

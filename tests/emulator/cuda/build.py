@@ -1,0 +1,45 @@
+"""Builds build/emulator/cuda/lora_ext: the package with csrc/cuda/ itself, on our CUDA runtime.
+
+All sources are the package's own. runtime.cpp stands for the CUDA runtime and device.cpp for the
+CUDA device of torch, so that a call on CUDA tensors goes the way it goes on a GPU, from the op to
+the CUDA call, and the kernels run in the execution layer.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator import build
+from emulator.package.build import FLAVOUR, TorchObject, link, sources
+
+PACKAGE = build.BUILD / "cuda"
+
+
+@dataclass(frozen=True)
+class CudaObject(build.Object):
+    """A source of csrc/cuda/."""
+
+    def command(self) -> list[str]:
+        runtime = str(build.EMULATOR / "cuda" / "runtime.h")
+        macros = ["-DLORA_EXT_WITH_SM90A", "-w"]
+        command = super().command()
+        at = command.index("-c")
+        return [*command[:at], *macros, "-include", runtime, "-x", "c++", *command[at:]]
+
+
+def objects() -> list[build.Object]:
+    with_torch = [*sources("*.cpp"), *sources("cpu/*.cpp"), "cuda/device.cpp"]
+    return [
+        *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("cuda/*.cu")),
+        *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),
+        build.Object(FLAVOUR, "cuda/runtime.cpp", kernels=False),
+        *build.library_objects(FLAVOUR),
+    ]
+
+
+def make() -> Path:
+    """Compiles what has changed and copies the rest; returns the folder to run Python in."""
+    return link(objects(), PACKAGE)
+
+
+if __name__ == "__main__":
+    print(make())

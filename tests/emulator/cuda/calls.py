@@ -1,0 +1,138 @@
+"""In the package of build.py: CUDA tensors, what the op asks of CUDA, and calls that fail."""
+
+import ctypes
+import json
+import re
+from dataclasses import dataclass
+
+import torch
+
+import lora_ext
+from lora_ext import _C
+from lora_ext.kernel_plan import CallPlan, explain_cuda_call
+
+_runtime = ctypes.CDLL(_C.__file__)
+_runtime.emulated_cuda_record.restype = ctypes.c_char_p
+torch.cuda._lazy_init = lambda: None  # which a torch without CUDA raises an error in
+torch.cuda.current_device = _runtime.emulated_cuda_device
+
+OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_DEVICE, INVALID_DEVICE, NO_IMAGE, LAUNCH_FAILURE = (
+    2,
+    35,
+    100,
+    101,
+    209,
+    719,
+)
+OLDEST_DRIVER = 11080  # of an earlier major version than any toolkit that builds the kernels
+
+be = _runtime.emulated_cuda_be  # (arch, driver version, whether a graph is being captured)
+set_device = _runtime.emulated_cuda_set_device
+current_device = _runtime.emulated_cuda_device
+last_error = _runtime.emulated_cuda_last_error
+
+
+def card(arch: int, version: int = 99000, capturing: bool = False) -> None:
+    be(arch, version, int(capturing))
+
+
+def fail(call: str, nth: int, error: int) -> None:
+    """The nth call of a function from now fails."""
+    _runtime.emulated_cuda_fail(call.encode(), nth, error)
+
+
+def failures_left() -> int:
+    return _runtime.emulated_cuda_still_to_fail()
+
+
+def record() -> list[dict]:
+    """What was asked since the last time; nothing of it may have been refused."""
+    lines = _runtime.emulated_cuda_record().decode().splitlines()
+    calls = [json.loads(line) for line in lines]
+    assert not [call for call in calls if "refused" in call], calls
+    return calls
+
+
+def kernel_of(launch: dict) -> str:
+    """LoraShrinkParams -> "shrink": the family, by the type of its first parameter."""
+    name = re.search(r"::(?:Lora)?(\w+?)(?:Params|Maps)\b", launch["parameters"])
+    assert name, launch
+    return name[1].lower()
+
+
+@dataclass
+class Call:
+    """Operands of one call on a device, whose rows may lie apart, and how it runs."""
+
+    rows: int
+    k: int
+    n: int
+    rank: int
+    device: torch.device
+    float_adapters: bool = False
+    dropout_p: float = 0.0
+    apart: int = 0  # elements between the rows of x, weight, lora_a and the gradient
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        adapters = torch.float32 if self.float_adapters else self.dtype
+
+        def normal(rows: int, columns: int, dtype: torch.dtype, std: float) -> torch.Tensor:
+            whole = torch.full((rows, columns + self.apart), float("nan"), dtype=dtype)
+            whole[:, :columns] = std * torch.randn(rows, columns)
+            return whole.to(self.device)[:, :columns]
+
+        self.x = normal(self.rows, self.k, self.dtype, 1.0)
+        self.grad = normal(self.rows, self.n, self.dtype, 1.0)
+        self.weight = normal(self.n, self.k, self.dtype, self.k**-0.5)
+        self.lora_a = normal(self.rank, self.k, adapters, self.k**-0.5)
+        self.lora_b = normal(self.n, self.rank, adapters, 0.1)
+        self.seed = torch.tensor(7).to(self.device) if self.dropout_p else None
+
+    def forward(self) -> list[torch.Tensor]:
+        """Y and S."""
+        return list(
+            torch.ops.lora_ext.lora_linear_forward(
+                *(self.x, self.weight, self.lora_a, self.lora_b, None, 2.0),
+                *(self.dropout_p, self.seed, 0, 0, False, None),
+            )
+        )
+
+    def backward(self, s: torch.Tensor) -> list[torch.Tensor]:
+        """dX, dA and dB."""
+        return list(
+            torch.ops.lora_ext.lora_linear_backward(
+                *(self.grad, self.x, self.weight, self.lora_a, self.lora_b, s, 2.0),
+                *(self.dropout_p, self.seed, 0, 0, False, None, [True, True, True, False]),
+            )[:3]
+        )
+
+    def both(self) -> list[torch.Tensor]:
+        results = self.forward()
+        return [tensor.cpu() for tensor in [*results, *self.backward(results[1])]]
+
+    def library(self) -> list[torch.Tensor]:
+        route = _C.cuda_route()
+        _C.set_cuda_route("library")
+        try:
+            return self.both()
+        finally:
+            _C.set_cuda_route(route)
+
+    def plan(self) -> CallPlan:
+        return explain_cuda_call(self.x, self.weight, self.lora_a, self.lora_b, self.dropout_p)
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def close(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(
+        (one.float() - other.float()).abs().max() <= 2**-6 * other.float().abs().max()
+        for one, other in zip(results, expected, strict=True)
+    )
+
+
+__all__ = [name for name in dir() if not name.startswith("_")] + ["_C", "lora_ext", "torch"]

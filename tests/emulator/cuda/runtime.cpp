@@ -1,0 +1,328 @@
+// See runtime.h. What is checked is what "CUDA Runtime API" and "CUDA Driver API" ask for.
+#include "emulator/cuda/runtime.h"
+
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <sstream>
+
+namespace emulator::cuda {
+namespace {
+
+// What tests set, and what they read. Kernels run one at a time: the layer has one machine.
+struct Driver {
+  std::recursive_mutex mutex;
+  int arch = 90;
+  int version = CUDART_VERSION;
+  bool capturing = false;
+  std::map<std::string, std::pair<int, int>> failing;       // call -> which one from now, error
+  std::map<std::pair<const void*, int>, int> shared_bytes;  // of (kernel, device), as allowed
+  std::ostringstream record;                                // a line of JSON for each call
+  std::string read;
+};
+Driver& driver() {
+  static Driver one;
+  return one;
+}
+
+thread_local cudaError_t last_error = cudaSuccess;
+thread_local int device_of_thread = 0;
+
+constexpr int kSms = 8;
+int shared_per_block() {
+  return driver().arch == 86 ? 101376 : driver().arch == 90 ? 232448 : 166912;
+}
+
+cudaError_t done(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+// Refused as a real one would, and on record.
+cudaError_t refuse(cudaError_t error, const std::string& reason) {
+  driver().record << R"({"refused": ")" << reason << "\"}\n";
+  return done(error);
+}
+
+// 0, or the error that a test wants of this call.
+int planned_failure(const char* call) {
+  auto& failing = driver().failing;
+  const auto found = failing.find(call);
+  if (found == failing.end() || --found->second.first > 0) return 0;
+  const int error = found->second.second;
+  failing.erase(found);
+  return error;
+}
+
+// Of every call, at its begin: not cudaSuccess if it fails.
+cudaError_t begin(const char* call) {
+  if (driver().version < CUDART_VERSION / 1000 * 1000)
+    return done(driver().version == 0 ? cudaErrorNoDevice : cudaErrorInsufficientDriver);
+  return done(static_cast<cudaError_t>(planned_failure(call)));
+}
+
+std::string demangled(const char* name) {
+  const std::unique_ptr<char, decltype(&std::free)> text(
+      abi::__cxa_demangle(name, nullptr, nullptr, nullptr), std::free);
+  return text == nullptr ? name : text.get();
+}
+
+std::string json(const dim3& size) {
+  std::ostringstream text;
+  text << "[" << size.x << ", " << size.y << ", " << size.z << "]";
+  return text.str();
+}
+
+struct Attributes {
+  dim3 cluster = dim3(1, 1, 1);
+  bool programmatic = false;
+};
+
+// "" or what is wrong.
+std::string read_attributes(const cudaLaunchConfig_t& config, Attributes& out) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      const auto& cluster = attribute.val.clusterDim;
+      out.cluster = dim3(cluster.x, cluster.y, cluster.z);
+    } else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      out.programmatic = attribute.val.programmaticStreamSerializationAllowed != 0;
+    } else {
+      return "an attribute that this runtime does not know";
+    }
+  }
+  return "";
+}
+
+std::string why_invalid(const cudaLaunchConfig_t& config, const Attributes& attributes,
+                        const void* kernel) {
+  const dim3 &grid = config.gridDim, &block = config.blockDim, &cluster = attributes.cluster;
+  const unsigned threads = block.x * block.y * block.z;
+  const unsigned blocks = cluster.x * cluster.y * cluster.z;
+  if (threads == 0 || threads > 1024) return "threads of a block are not in 1..1024";
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "an empty grid";
+  if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return "a grid above the limit";
+  if (blocks == 0 || blocks > 8) return "a cluster is not of 1..8 blocks";
+  if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
+    return "the grid is not of whole clusters";
+  const auto allowed = driver().shared_bytes.find({kernel, device_of_thread});
+  const size_t most = allowed == driver().shared_bytes.end() ? 48 * 1024 : allowed->second;
+  if (config.dynamicSmemBytes > most)
+    return "more dynamic shared memory than this kernel is allowed on this device";
+  return "";
+}
+
+}  // namespace
+
+int current_device() { return device_of_thread; }
+void set_current_device(int device) { device_of_thread = device; }
+cudaStream_t stream_of(int device) {
+  return reinterpret_cast<cudaStream_t>(uintptr_t{16} * (device + 1));
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* parameters,
+                   const Enqueue& enqueue) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaLaunchKernelEx"); error != cudaSuccess) return error;
+  Attributes attributes;
+  std::string wrong = read_attributes(config, attributes);
+  if (wrong.empty()) wrong = why_invalid(config, attributes, kernel);
+  if (!wrong.empty()) return refuse(cudaErrorInvalidConfiguration, wrong);
+  if (config.stream != stream_of(device_of_thread))
+    return refuse(cudaErrorInvalidResourceHandle, "a stream of another device than the current");
+  driver().record << R"({"call": "cudaLaunchKernelEx", "parameters": ")" << demangled(parameters)
+                  << R"(", "grid": )" << json(config.gridDim) << R"(, "cluster": )"
+                  << json(attributes.cluster) << R"(, "threads": )" << config.blockDim.x
+                  << R"(, "shared": )" << config.dynamicSmemBytes << R"(, "programmatic": )"
+                  << (attributes.programmatic ? "true" : "false") << R"(, "device": )"
+                  << device_of_thread << "}\n";
+  emulator::Config& layer = emulator::config();
+  layer.schedule = Schedule::RunAhead, layer.completion = Completion::Late;
+  layer.resident_clusters = 8;
+  try {
+    Stream stream;
+    enqueue(stream, {.grid = config.gridDim,
+                     .block = config.blockDim,
+                     .cluster = attributes.cluster,
+                     .shared_bytes = static_cast<uint32_t>(config.dynamicSmemBytes)});
+    stream.synchronize();
+  } catch (const Error& error) {
+    return refuse(cudaErrorLaunchFailure, name_of(error.kind));
+  }
+  return cudaSuccess;
+}
+
+}  // namespace emulator::cuda
+
+namespace {
+
+using namespace emulator::cuda;
+
+CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
+                const cuuint64_t* dimensions, const cuuint64_t* strides, const cuuint32_t* box,
+                const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
+                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                CUtensorMapFloatOOBfill fill) {
+  const std::lock_guard lock(driver().mutex);
+  if (const int error = planned_failure("cuTensorMapEncodeTiled")) {
+    return static_cast<CUresult>(error);
+  }
+  const CUresult result =
+      emulator::encode_tensor_map_tiled(map, type, rank, data, dimensions, strides, box,
+                                        element_strides, interleave, swizzle, promotion, fill);
+  if (result != CUDA_SUCCESS) {
+    driver().record << R"({"refused": ")" << emulator::tensor_map_error() << "\"}\n";
+    return result;
+  }
+  driver().record << R"({"call": "cuTensorMapEncodeTiled", "data": )"
+                  << reinterpret_cast<uintptr_t>(data) << R"(, "columns": )" << dimensions[0]
+                  << R"(, "rows": )" << dimensions[1] << R"(, "stride": )" << strides[0]
+                  << R"(, "box": [)" << box[0] << ", " << box[1] << "]}\n";
+  return result;
+}
+
+}  // namespace
+
+extern "C" {
+
+// For tests, by ctypes.
+
+void emulated_cuda_be(int arch, int version, int capturing) {
+  driver().arch = arch, driver().version = version, driver().capturing = capturing != 0;
+}
+// The nth call from now of a function fails with an error.
+void emulated_cuda_fail(const char* call, int nth, int error) {
+  driver().failing[call] = {nth, error};
+}
+// Whether a failure that was asked for has not happened.
+int emulated_cuda_still_to_fail() { return static_cast<int>(driver().failing.size()); }
+// The record since the last one.
+const char* emulated_cuda_record() {
+  driver().read = driver().record.str();
+  driver().record.str("");
+  return driver().read.c_str();
+}
+// What cudaGetLastError would return and clear.
+int emulated_cuda_last_error() { return last_error; }
+void emulated_cuda_set_device(int device) { set_current_device(device); }
+int emulated_cuda_device() { return current_device(); }
+
+// The runtime.
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorUnsupportedPtxVersion:
+      return "the provided PTX was compiled with an unsupported toolchain.";
+    case cudaErrorLaunchFailure:
+      return "unspecified launch failure";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+    default:
+      return "another error";
+  }
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver().version;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaGetDevice"); error != cudaSuccess) return error;
+  *device = current_device();
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaGetDeviceProperties"); error != cudaSuccess)
+    return error;
+  if (device < 0 || device >= kDevices) return done(cudaErrorInvalidDevice);
+  std::memset(static_cast<void*>(properties), 0, sizeof *properties);
+  const std::string name = "emulated sm_" + std::to_string(driver().arch);
+  name.copy(properties->name, sizeof properties->name - 1);
+  properties->major = driver().arch / 10, properties->minor = driver().arch % 10;
+  properties->multiProcessorCount = kSms;
+  properties->sharedMemPerBlockOptin = shared_per_block();
+  properties->sharedMemPerMultiprocessor = shared_per_block() + 1024;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaStreamIsCapturing"); error != cudaSuccess) return error;
+  (void)stream;
+  *status = driver().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaFuncSetAttribute"); error != cudaSuccess) return error;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
+    return refuse(cudaErrorInvalidValue, "an attribute that this runtime does not know");
+  if (value < 0 || value > shared_per_block())
+    return refuse(cudaErrorInvalidValue, "more shared memory than a block can have");
+  driver().shared_bytes[{kernel, current_device()}] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaMemsetAsync"); error != cudaSuccess) return error;
+  if (stream != stream_of(current_device()))
+    return refuse(cudaErrorInvalidResourceHandle, "a stream of another device than the current");
+  driver().record << R"({"call": "cudaMemsetAsync", "value": )" << value << R"(, "bytes": )"
+                  << bytes << "}\n";
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaOccupancyMaxActiveClusters"); error != cudaSuccess)
+    return error;
+  Attributes attributes;
+  std::string wrong = read_attributes(*config, attributes);
+  if (wrong.empty()) wrong = why_invalid(*config, attributes, kernel);
+  if (!wrong.empty()) return refuse(cudaErrorInvalidConfiguration, wrong);
+  const dim3& cluster = attributes.cluster;
+  *clusters = kSms / static_cast<int>(cluster.x * cluster.y * cluster.z);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const std::lock_guard lock(driver().mutex);
+  const cudaError_t error = begin("cudaGetDriverEntryPointByVersion");
+  if (error != cudaSuccess) return error;
+  const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0 && version >= 12000;
+  *function = known ? reinterpret_cast<void*>(&encode) : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return flags == cudaEnableDefault ? cudaSuccess : done(cudaErrorInvalidValue);
+}
+
+}  // extern "C"

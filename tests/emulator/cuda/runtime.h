@@ -1,0 +1,61 @@
+// The CUDA runtime for csrc/cuda/ compiled by g++, as far as that calls it: checks what it is
+// asked, keeps a record, runs kernels in the execution layer, and fails where a test wants it to.
+//
+// Included before each source of csrc/cuda/ (-include), so that these launch what they launch on a
+// GPU. runtime.cpp has the functions of cuda_runtime_api.h.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <functional>
+#include <string>
+#include <tuple>
+#include <typeinfo>
+
+#include "emulator/emulator.h"
+
+namespace emulator::cuda {
+
+// Two devices of one kind. Device d has one stream, stream_of(d).
+constexpr int kDevices = 2;
+int current_device();
+void set_current_device(int device);
+cudaStream_t stream_of(int device);
+
+// Queues the kernel on a stream of the layer.
+using Enqueue = std::function<void(Stream&, const LaunchConfig&)>;
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* parameters,
+                   const Enqueue& enqueue);
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel_ex(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                             const Arguments&... arguments) {
+  return launch(*config, reinterpret_cast<const void*>(kernel),
+                typeid(std::tuple<Parameters...>).name(),
+                [&](Stream& stream, const LaunchConfig& launch_config) {
+                  stream.launch(launch_config, kernel, arguments...);
+                });
+}
+
+// One of the sizes of the grid or the block that a thread is in.
+template <const dim3& (*kDimensions)(), unsigned dim3::* kSize>
+struct Size {
+  operator unsigned() const { return kDimensions().*kSize; }
+};
+template <const dim3& (*kDimensions)()>
+struct Dimensions {
+  Size<kDimensions, &dim3::x> x;
+  Size<kDimensions, &dim3::y> y;
+  Size<kDimensions, &dim3::z> z;
+};
+
+}  // namespace emulator::cuda
+
+// Objects as in CUDA, instead of the layer's macros: launch configurations have members of the same
+// names.
+#undef gridDim
+#undef blockDim
+inline constexpr emulator::cuda::Dimensions<emulator::grid_dimensions> gridDim;
+inline constexpr emulator::cuda::Dimensions<emulator::block_dimensions> blockDim;
+
+// The header's own passes untyped pointers on, from which no kernel can be called here.
+#define cudaLaunchKernelEx ::emulator::cuda::launch_kernel_ex

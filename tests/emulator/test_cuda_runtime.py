@@ -1,0 +1,350 @@
+"""csrc/cuda/ on our CUDA runtime: what the op asks of CUDA, and what it does if that fails."""
+
+import pytest
+import torch
+
+from emulator.cuda import build as cuda_build
+from emulator.package import build
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(
+        torch.version.cuda is not None, reason="this torch has a CUDA device itself"
+    ),
+]
+
+BEGIN = """
+import sys, warnings
+sys.path.insert(0, "tests")
+from emulator.cuda.calls import *
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package():
+    cuda_build.make()
+
+
+def python(code: str) -> str:
+    done = build.run(["-c", BEGIN + code], package=cuda_build.PACKAGE)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout + done.stderr
+
+
+# On Hopper: T made in the same grid, in both directions; with dropout, in dX alone; and with float
+# adapters before the product.
+CALLS = [
+    (80, "kernel", "rank=24"),
+    (80, "hybrid", "rank=8, float_adapters=True, dropout_p=0.25"),
+    (86, "kernel", "rank=8, dropout_p=0.25"),
+    (90, "kernel", "rank=40"),
+    (90, "kernel", "rank=40, dropout_p=0.25"),
+    (90, "kernel", "rank=8, float_adapters=True"),
+    (90, "hybrid", "rank=40"),
+]
+
+
+@pytest.mark.parametrize(("arch", "route", "options"), CALLS)
+def test_cuda_is_asked_for_what_the_plan_says(arch, route, options):
+    python(
+        f"""
+card({arch})
+_C.set_cuda_route("{route}")
+set_device(0)
+call = Call(rows=300, k=520, n=528, device=torch.device("cuda", 1), apart=8, {options})
+assert close(call.both(), call.library())
+record()
+results = call.forward()
+forward = record()
+results += call.backward(results[1])
+backward = record()
+assert last_error() == 0 and current_device() == 0 and failures_left() == 0
+
+def launches(calls):
+    return [each for each in calls if each["call"] == "cudaLaunchKernelEx"]
+
+def early(calls):
+    return [kernel_of(each) for each in launches(calls) if each["programmatic"]]
+
+plan = call.plan()
+assert plan.forward_check == plan.backward_check == "passed", plan
+"""
+        + """
+for planned, calls, n, k, results in (
+    (plan.forward, forward, call.n, call.k, results[:1]),
+    (plan.backward, backward, call.k, call.n, results[2:3]),
+):
+    kernels = [kernel_of(each) for each in launches(calls)]
+    assert all(each["device"] == 1 for each in launches(calls))
+    product = "ingrid" if planned.in_grid else "gemm"
+    assert kernels.count(product) == 1, kernels
+    # The product may begin early where it waits for T, and lora_wgrad beside it.
+    assert ("reduce" in kernels) != planned.in_grid
+    assert early(calls) == (
+        [product] * ("begins early" in str(planned).split("lora_wgrad")[0])
+        + ["wgrad"] * planned.early_wgrad
+    ), (kernels, early(calls), str(planned))
+    assert "ingrid" not in early(calls)
+    in_clusters = [kernel_of(each) for each in launches(calls) if each["cluster"] != [1, 1, 1]]
+    assert in_clusters == [product] * planned.wgmma
+    assert all(each["cluster"] in ([1, 1, 1], [2, 1, 1]) for each in launches(calls))
+    names = [each["call"] for each in calls if each["call"] != "cuTensorMapEncodeTiled"]
+    assert names.count("cudaMemsetAsync") == planned.in_grid
+    if planned.in_grid:  # ticket, finished, written, and a flag for each row block, in pairs
+        cleared = names.index("cudaMemsetAsync")
+        flags = 3 * 32 + 2 * ((call.rows + 255) // 256)
+        clear = [each for each in calls if each["call"] == "cudaMemsetAsync"]
+        assert [(each["value"], each["bytes"]) for each in clear] == [(0, 4 * flags)]
+        assert names[cleared:].count("cudaLaunchKernelEx") == len(kernels) - kernels.index("ingrid")
+    maps = {each["data"]: each for each in calls if each["call"] == "cuTensorMapEncodeTiled"}
+    if planned.wgmma:
+        # Kept by their key: those of weight and of results may be of a call before.
+        left = call.x if planned is plan.forward else call.grad
+        expected = [(left, call.rows, k)] if left.data_ptr() in maps else []
+        if call.weight.data_ptr() in maps:
+            expected.append((call.weight, call.n, call.k))
+        for tensor, rows, columns in expected:
+            found = maps[tensor.data_ptr()]
+            assert (found["rows"], found["columns"]) == (rows, columns)
+            assert found["stride"] == 2 * tensor.stride(0) > 2 * columns, found
+        for found in maps.values():
+            assert found["box"][0] == 64 and found["box"][1] <= 256
+    else:
+        assert not maps
+"""
+    )
+
+
+def test_first_use_of_a_tensor_makes_its_map_with_its_own_pitch():
+    python("""
+card(90)
+_C.set_cuda_route("kernel")
+options = dict(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 0))
+Call(**options).both()
+call = Call(**options, apart=16)
+record()
+results = call.forward()
+maps = [each for each in record() if each["call"] == "cuTensorMapEncodeTiled"]
+strides = {each["data"]: (each["rows"], each["columns"], each["stride"]) for each in maps}
+for tensor in (call.x, call.weight, call.lora_a):
+    assert strides[tensor.data_ptr()] == (*tensor.shape, 2 * (tensor.shape[1] + 16)), strides
+assert strides[results[0].data_ptr()] == (300, 520, 2 * 520)
+assert close(call.both(), call.library())
+""")
+
+
+def test_shared_memory_is_allowed_once_on_each_device():
+    """The runtime refuses launches above what was allowed; the record has no refusal."""
+    python("""
+card(90)
+_C.set_cuda_route("kernel")
+for index in (0, 1, 0):
+    call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", index))
+    assert close(call.both(), call.library())
+    assert max(each["shared"] for each in record() if "shared" in each) > 200 * 1024
+""")
+
+
+def test_a_cuda_device_without_an_index_is_the_current_one():
+    python("""
+card(90)
+for index in (1, 0):
+    set_device(index)
+    found = _C.cuda_card(torch.device("cuda"))
+    assert (found.name, found.arch, found.error) == ("emulated sm_90", 90, ""), found.error
+assert last_error() == 0
+assert lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda")).forward.reason
+unknown = _C.cuda_card(torch.device("cuda", 5))
+assert (unknown.arch, unknown.name) == (0, "") and "invalid device ordinal" in unknown.error
+assert last_error() == 0
+""")
+
+
+# Dropout
+
+
+def test_dropout_on_cuda_has_the_bits_of_the_cpu():
+    python("""
+card(75)
+places = ((1, 0, 0), (70, 5, 0), (64, 32, 3), (300, 40, 2**33), (33, 8, 1), (31, 31, 0))
+for columns, first_column, first_row in places:
+    seed = torch.tensor(3**30)
+    masks = [
+        lora_ext.dropout_mask(on, 5, columns, 0.3, row_offset=first_row, col_offset=first_column)
+        for on in (seed, seed.to("cuda"))
+    ]
+    assert torch.equal(masks[0], masks[1].cpu()), (columns, first_column)
+    assert 0 < masks[0].sum() < masks[0].numel() or columns == 1
+assert last_error() == 0 and record()
+""")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_cards_below_8_0_drop_on_the_library_route(dtype):
+    python(
+        f"""
+card(75)
+options = dict(rows=9, k=70, n=24, rank=4, dropout_p=0.25, apart=3, dtype=torch.{dtype})
+call = Call(device=torch.device("cuda", 1), **options)
+_C.set_cpu_isa("library")
+assert close(call.both(), Call(device=torch.device("cpu"), **options).both())
+launches = record()
+assert launches and {{kernel_of(each) for each in launches}} == {{"dropout"}}
+assert last_error() == 0
+"""
+        + """
+if call.dtype in (torch.bfloat16, torch.float16):
+    assert "need compute capability 8.0" in call.plan().forward.reason
+"""
+    )
+
+
+# Calls that fail
+
+
+FAILS = """
+def failing(name, nth, error, text):
+    fail(name, nth, error)
+    set_device(0)
+    try:
+        call.both()
+    except RuntimeError as raised:
+        assert f"launching the kernels on cuda:1 failed: {text}" in str(raised), raised
+    else:
+        raise AssertionError(f"no error for {name} {nth}")
+    assert failures_left() == 0 and last_error() == 0 and current_device() == 0, name
+    assert same(call.both(), expected), name
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_launch_that_fails_is_raised_and_leaves_nothing_behind(arch):
+    """Whichever of the call's launches it is."""
+    python(
+        f"""
+card({arch})
+_C.set_cuda_route("kernel")
+call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
+expected = call.both()
+record()
+call.both()
+count = sum(each["call"] == "cudaLaunchKernelEx" for each in record())
+assert count > 5, count
+"""
+        + FAILS
+        + """
+errors = (
+    (OUT_OF_MEMORY, "out of memory"),
+    (NO_IMAGE, "no kernel image"),
+    (LAUNCH_FAILURE, "unspecified launch failure"),
+)
+for nth in range(1, count + 1):
+    failing("cudaLaunchKernelEx", nth, *errors[nth % 3])
+"""
+    )
+
+
+def test_every_other_call_that_fails_is_raised_and_leaves_nothing_behind():
+    python(
+        """
+card(90)
+_C.set_cuda_route("kernel")
+call = Call(rows=300, k=520, n=520, rank=40, device=torch.device("cuda", 1))
+expected = call.both()
+"""
+        + FAILS
+        + """
+failing("cudaMemsetAsync", 1, OUT_OF_MEMORY, "out of memory")
+failing("cudaMemsetAsync", 2, OUT_OF_MEMORY, "out of memory")
+failing("cudaGetDevice", 1, INVALID_DEVICE, "invalid device ordinal")
+failing("cudaGetDevice", 2, INVALID_DEVICE, "invalid device ordinal")
+call = Call(rows=300, k=520, n=520, rank=40, device=torch.device("cuda", 1))  # maps of its own
+failing("cuTensorMapEncodeTiled", 1, 1, "another error")
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        '"cudaFuncSetAttribute", 1, OUT_OF_MEMORY',
+        '"cudaOccupancyMaxActiveClusters", 1, OUT_OF_MEMORY',
+        '"cudaLaunchKernelEx", 1, NO_IMAGE',
+        '"cudaMemsetAsync", 1, LAUNCH_FAILURE',
+    ],
+)
+def test_kernels_that_cannot_be_launched_at_first_use_leave_the_call_to_the_library(failure):
+    said = python(f"""
+card(90)
+_C.set_cuda_route("kernel")
+call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
+fail({failure})
+results = call.forward()
+assert failures_left() == 0 and last_error() == 0
+_C.set_cuda_route("library")
+assert same(results, call.forward())
+_C.set_cuda_route("kernel")
+assert call.plan().forward_check not in ("passed", "not yet")
+""")
+    assert "failed their check on cuda:1" in said
+
+
+def test_a_stream_that_cannot_be_asked_counts_as_capturing():
+    python("""
+card(90)
+_C.set_cuda_route("kernel")
+call = Call(rows=70, k=72, n=136, rank=8, device=torch.device("cuda", 1))
+fail("cudaStreamIsCapturing", 1, OUT_OF_MEMORY)
+results = call.forward()
+assert failures_left() == 0 and last_error() == 0
+assert call.plan().forward_check == "not yet"
+card(90, capturing=True)
+assert same(call.forward(), results) and call.plan().forward_check == "not yet"
+card(90)
+call.forward()
+assert call.plan().forward_check == "passed" and last_error() == 0
+""")
+
+
+def test_a_driver_without_tensor_maps_leaves_wgmma_out():
+    python("""
+card(90)
+_C.set_cuda_route("kernel")
+fail("cudaGetDriverEntryPointByVersion", 1, OUT_OF_MEMORY)
+call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
+plan = call.plan()
+assert failures_left() == 0 and last_error() == 0
+assert not plan.forward.wgmma and "encodes no tensor maps" in str(plan.forward), plan
+assert close(call.both(), call.library()) and last_error() == 0
+""")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason", "driver"),
+    [
+        ("OLDEST_DRIVER", "driver version is insufficient", "11.8, older than CUDA 1"),
+        ("0", "no CUDA-capable device", "none"),
+    ],
+)
+def test_a_driver_that_cannot_run_the_kernels_is_named(version, reason, driver):
+    said = python(f"""
+card(90, {version})
+options = dict(rows=70, k=72, n=136, rank=8, device=torch.device("cuda", 1))
+call = Call(**options)
+plan = call.plan()
+for part in (plan.forward, plan.backward):
+    assert not part.kernel and "CUDA cannot use the device: " in part.reason, part.reason
+    assert "{reason}" in part.reason, part.reason
+assert same(call.both(), call.library())
+assert str(lora_ext.build_info()["cuda_driver"]).startswith("{driver}")
+try:
+    Call(**options, dropout_p=0.5).both()
+except RuntimeError as raised:
+    assert "launching dropout on cuda:1 failed: " in str(raised) and "{reason}" in str(raised)
+else:
+    raise AssertionError("no error")
+assert last_error() == 0 and current_device() == 0
+""")
+    assert said.count("the CUDA kernels cannot be used on cuda:1") == 1
+    if driver != "none":
+        assert "update the driver, or reinstall" in said
