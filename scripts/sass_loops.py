@@ -15,7 +15,7 @@ LINE = re.compile(
     r"(?P<opcode>[A-Z0-9]+)(?P<suffix>[.\w]*)(?P<operands>[^;\n]*)",
     re.MULTILINE,
 )
-# A call of a label, rather than of a function, comes back to nobody: so ptxas leaves loops on sm_80.
+# A call of a label, not of a function, comes back to nobody: so ptxas leaves loops on sm_80.
 JUMPS = {"BRA", "BRX", "JMP", "JMX", "WARPSYNC", "CALL"}
 ENDS = {"EXIT", "RET"}
 MATRIX = {"HMMA", "HGMMA"}
