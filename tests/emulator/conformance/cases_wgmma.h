@@ -51,13 +51,20 @@ __device__ inline void load_operand(const OperandTile& tile, uint32_t address,
   }
 }
 
+// B of N columns: MN-major, fewer than its boxes are wide leave the rest of one unused, as the
+// kernels have it where T is made.
+template <int N, ptx::Major kMajorB>
+__host__ __device__ constexpr OperandTile tile_of_b(ptx::Swizzle swizzle) {
+  return {kMajorB == ptx::Major::kMN && N < 64 ? 64u : N, kMajorB, swizzle};
+}
+
 // kRegisters: a comes from registers, read from `a` [64, 64] row-major.
 template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB, bool kRegisters>
 __global__ void __launch_bounds__(128)
     multiply_wgmma(const __grid_constant__ CUtensorMap map_a,
                    const __grid_constant__ CUtensorMap map_b, ptx::Swizzle swizzle,
                    const uint16_t* a, const float* c, float* d) {
-  const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b{N, kMajorB, swizzle};
+  const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b = tile_of_b<N, kMajorB>(swizzle);
   const uint32_t shared_a = ptx::shared_address(ptx::dynamic_shared_memory());
   const uint32_t shared_b = shared_a + tile_a.bytes(), bar = shared_b + tile_b.bytes();
   if (threadIdx.x == 0) {
@@ -133,13 +140,14 @@ void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle, bool integers) {
   Random random =
       recorder.begin(name, {function, "wgmma_fence", "wgmma_commit_group", "wgmma_wait_group"},
                      integers ? Comparison::kExact : Comparison::kProduct);
-  const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b{N, kMajorB, swizzle};
+  const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b = tile_of_b<N, kMajorB>(swizzle);
   const auto a = operand<T>(random, kTileM * kTileK, integers);
-  const auto b = operand<T>(random, N * kTileK, integers);  // [N, kTileK]
+  const auto rows_of_b = operand<T>(random, tile_b.rows * kTileK, integers);
+  const std::vector<uint16_t> b(rows_of_b.begin(), rows_of_b.begin() + N * kTileK);  // [N, kTileK]
   auto row_major_a = recorder.input("a", a, {kTileM, kTileK});
   recorder.input("b_transposed", b, {N, kTileK});
   auto c = recorder.input("c", addends(random, kTileM * N, integers), {kTileM, N});
-  DeviceArray<uint16_t> memory_a(stored(a, tile_a)), memory_b(stored(b, tile_b));
+  DeviceArray<uint16_t> memory_a(stored(a, tile_a)), memory_b(stored(rows_of_b, tile_b));
   DeviceArray<float> d(std::vector<float>(kTileM * N, 0));
   launch({1, 128, tile_a.bytes() + tile_b.bytes() + 8},
          multiply_wgmma<T, N, kMajorA, kMajorB, kRegisters>, operand_map(memory_a, tile_a),
@@ -173,6 +181,8 @@ void record_wgmma_of(Recorder& recorder) {
   integers_ss<T, 8, kK, kK>(recorder);
   integers_ss<T, 16, kK, kK>(recorder);
   integers_ss<T, 24, kK, kK>(recorder);
+  integers_ss<T, 16, kK, kMN>(recorder);
+  integers_ss<T, 32, kK, kMN>(recorder);
   integers_rs<T, 32, kK>(recorder);
   integers_ss<T, 40, kK, kK>(recorder);
   integers_ss<T, 48, kK, kK>(recorder);
