@@ -62,6 +62,8 @@ def machine_lines(document: Document) -> str:
         ["disturbance seen by", machine["disturbance_source"]],
         ["date", machine["date"]],
     ]
+    if machine.get("commit"):
+        rows.append(["commit", machine["commit"]])
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"    {key.ljust(width)}  {value}" for key, value in rows)
 

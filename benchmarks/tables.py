@@ -186,7 +186,7 @@ def failures(document: Document) -> list[str]:
 def stages(results: dict[str, dict[str, Any]]) -> str:
     """What each stage of a GPU run said."""
     rows = [
-        [name, result["status"], f"{result['seconds']:.0f} s", result["summary"]]
+        [name, result["status"], f"{result['seconds']:.0f} s", result["summary"].replace("|", "/")]
         for name, result in results.items()
     ]
     return table(["stage", "status", "took", "summary"], rows, left=(0, 1, 3))

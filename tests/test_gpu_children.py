@@ -97,6 +97,8 @@ def test_how_a_command_ended_is_its_result(tmp_path, code, status, said):
     found = stages.run_command(new_run(tmp_path), command_of(code), 60.0)
     assert found["status"] == status and said in found["summary"]
     json.dumps(found, allow_nan=False)
+    assert all(line.replace("\t", "").isprintable() for line in found["tail"])
+    assert len(found["summary"]) <= 400
 
 
 def test_a_program_that_is_not_there_is_missing(tmp_path):

@@ -70,7 +70,9 @@ def last_said(lines: Iterable[str]) -> str:
 
 
 def _decoded(raw: bytes) -> str:
-    return raw.decode("utf-8", errors="replace").rstrip("\r")
+    """Without what a terminal or a table would obey."""
+    text = raw.decode("utf-8", errors="replace").rstrip("\r")
+    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
 
 
 def _alone() -> None:

@@ -18,6 +18,7 @@ from .child import ROOT, Child, Late, last_said
 from .run import Run
 
 _KEPT_LINES, _SEEN_LINES = 15, 200
+_LONGEST = 400  # characters of a summary
 
 # "status" is one of
 #     done     not done again for these sources
@@ -77,14 +78,14 @@ def run_command(
         "status": "failed" if late or how else "done",
         "command": " ".join(command).replace(child.PYTHON, "python"),
         "seconds": round(time.monotonic() - start, 1),
-        "summary": lines[-1] if lines else "",
+        "summary": lines[-1][:_LONGEST] if lines else "",
         "tail": list(lines)[-kept:],
     }
 
 
 def result_of(status: str, summary: str, seconds: float = 0.0, **more: Any) -> Result:
     """A result that no command gave."""
-    return {"status": status, "summary": summary, "seconds": seconds, "tail": [], **more}
+    return {"status": status, "summary": summary[:_LONGEST], "seconds": seconds, "tail": [], **more}
 
 
 def missing(reason: str) -> Result:
