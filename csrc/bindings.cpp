@@ -51,4 +51,5 @@ PYBIND11_MODULE(_C, m) {
       py::arg("columns"), py::arg("dtype"), py::arg("device"));
   lora_ext::bind_plan(m);
   lora_ext::bind_kernel_set(m);
+  lora_ext::bind_kernel_check(m);
 }

@@ -14,10 +14,17 @@
 namespace lora_ext::kernel_launch {
 namespace {
 
-// A tensor's rows can be copied in 16-byte chunks.
+// Of one row, a tensor may have any stride; this is one of whole chunks.
+int64_t pitch_of(const at::Tensor& tensor) {
+  return tensor.size(0) == 1 ? (tensor.size(1) + 7) / 8 * 8 : tensor.stride(0);
+}
+
+// A tensor's rows can be copied in 16-byte chunks, and by a tensor map, which has no place for rows
+// that overlap.
 bool aligned(const at::Tensor& tensor) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
-  return tensor.stride(-1) == 1 && tensor.stride(0) * bytes % 16 == 0 &&
+  const int64_t pitch = pitch_of(tensor);
+  return tensor.stride(-1) == 1 && pitch * bytes % 16 == 0 && pitch >= tensor.size(1) &&
          reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
 }
 
@@ -39,7 +46,7 @@ plan::Problem common_problem(const Args& args) {
 }
 
 kernel::Matrix matrix_of(const at::Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+  return {tensor.const_data_ptr(), pitch_of(tensor), tensor.stride(1)};
 }
 
 template <class Args>
@@ -47,8 +54,8 @@ kernel::LoraLinearOperands common_operands(const Args& args, const at::Tensor& w
   kernel::LoraLinearOperands o{};
   o.m = args.x.size(0), o.n = args.weight.size(0), o.k = args.x.size(1);
   o.rank = static_cast<int>(args.lora_a.size(0));
-  o.x = args.x.const_data_ptr(), o.x_pitch = args.x.stride(0);
-  o.weight = args.weight.const_data_ptr(), o.weight_pitch = args.weight.stride(0);
+  o.x = args.x.const_data_ptr(), o.x_pitch = pitch_of(args.x);
+  o.weight = args.weight.const_data_ptr(), o.weight_pitch = pitch_of(args.weight);
   o.a = matrix_of(args.lora_a), o.b = matrix_of(args.lora_b);
   o.float_adapters = args.lora_a.scalar_type() == at::kFloat;
   o.scaling = static_cast<float>(args.scaling);
@@ -84,7 +91,13 @@ cuda::Half half_of(at::ScalarType dtype) {
 }
 
 void check_launch(const std::string& error, const at::Device& device) {
-  LORA_EXT_CHECK(error.empty(), "launching the kernels on ", device, " failed: ", error);
+  if (error.empty()) return;
+  // cudaErrorMemoryAllocation: what a caller may answer with a smaller batch.
+  TORCH_CHECK_WITH(OutOfMemoryError, error.find("out of memory") == std::string::npos,
+                   "lora_ext.lora_linear: launching the kernels on ", device, " failed: ", error);
+  throw LaunchError(
+      {__func__, __FILE__, static_cast<uint32_t>(__LINE__)},
+      c10::str("lora_ext.lora_linear: launching the kernels on ", device, " failed: ", error));
 }
 
 }  // namespace
@@ -105,6 +118,11 @@ plan::Card card_of(const at::Device& device) {
   if (!card.error.empty())
     TORCH_WARN("lora_ext: the CUDA kernels cannot be used on ", device, ": ", card.error);
   return card;
+}
+
+std::optional<std::string> wait(const at::Device& device, double seconds) {
+  const c10::DeviceGuard guard(device);
+  return cuda::wait(stream_of(device), seconds);
 }
 
 bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_of(device)); }
@@ -153,7 +171,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   if (args.need_dlora_b) out.dlora_b = at::empty(args.lora_b.sizes(), args.lora_b.options());
   kernel::LoraLinearBackward operands{};
   static_cast<kernel::LoraLinearOperands&>(operands) = common_operands(args, workspace);
-  operands.dy = args.grad.const_data_ptr(), operands.dy_pitch = args.grad.stride(0);
+  operands.dy = args.grad.const_data_ptr(), operands.dy_pitch = pitch_of(args.grad);
   operands.s = args.s.const_data_ptr<float>();
   operands.dx = args.need_dx ? out.dx.mutable_data_ptr() : nullptr;
   operands.da = args.need_dlora_a ? out.dlora_a.mutable_data_ptr() : nullptr;

@@ -20,14 +20,17 @@ std::atomic<bool>& early_launch() {
   return enabled;
 }
 
+plan::Plan plan_for(const at::Device& device, const plan::Problem& problem, bool backward) {
+  const plan::Card card = kernel_launch::card_of(device);
+  plan::Request request = winners::request_for(card, problem, backward, choice());
+  request.early_launch = early_launch();
+  return backward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
+}
+
 template <class Args>
 plan::Plan plan_of(const Args& args) {
-  constexpr bool kBackward = std::is_same_v<Args, BackwardArgs>;
-  const plan::Card card = kernel_launch::card_of(args.x.device());
-  const plan::Problem problem = kernel_launch::problem_of(args);
-  plan::Request request = winners::request_for(card, problem, kBackward, choice());
-  request.early_launch = early_launch();
-  return kBackward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
+  return plan_for(args.x.device(), kernel_launch::problem_of(args),
+                  std::is_same_v<Args, BackwardArgs>);
 }
 
 template <class Args>
@@ -43,7 +46,11 @@ bool may_run(const plan::Plan& plan, const Args& args) {
   const kernel_set::Kernels kernels = kernels_of(plan, args);
   if (kernel_check::result(device, kernels).empty()) return true;
   if (kernel_launch::is_capturing(device)) return false;
-  return kernel_check::check(device, kernel_launch::card_of(device), kernels).empty();
+  try {
+    return kernel_check::check(device, kernel_launch::card_of(device), kernels).empty();
+  } catch (const c10::OutOfMemoryError&) {
+    return false;  // this once: the call itself may still have what it needs
+  }
 }
 
 template <class Result, class Args>
@@ -53,35 +60,36 @@ std::optional<Result> run(const Args& args) {
   return kernel_launch::run(plan, args);
 }
 
+Explained explained(const at::Device& device, const plan::Problem& problem, bool backward,
+                    bool float16) {
+  const plan::Plan plan = plan_for(device, problem, backward);
+  if (!plan.kernel) return {plan, ""};
+  const std::string result =
+      kernel_check::result(device, kernel_set::of_plan(plan, problem, backward, float16));
+  return {plan, result.empty() ? "passed" : result};
+}
+
 template <class Args>
 Explained explained(const Args& args) {
-  const plan::Plan plan = plan_of(args);
-  if (!plan.kernel) return {plan, ""};
-  const std::string result = kernel_check::result(args.x.device(), kernels_of(plan, args));
-  return {plan, result.empty() ? "passed" : result};
+  return explained(args.x.device(), kernel_launch::problem_of(args),
+                   std::is_same_v<Args, BackwardArgs>, args.x.scalar_type() == at::kHalf);
 }
 
 }  // namespace
 
 Explained explain(const ForwardArgs& args) { return explained(args); }
 Explained explain(const BackwardArgs& args) { return explained(args); }
+Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16) {
+  return explained(device, problem, false, float16);
+}
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
 std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
 
-std::vector<std::string> warmup(const at::Device& device) {
-  const plan::Card card = kernel_launch::card_of(device);
-  std::vector<std::string> failed;
-  for (const kernel_set::Kernels& kernels : kernel_set::all_of(card, early_launch())) {
-    const std::string result = kernel_check::check(device, card, kernels);
-    if (!result.empty()) failed.push_back(kernels.name() + ": " + result);
-  }
-  return failed;
-}
-
 void set_choice(plan::Choice wanted) { choice() = wanted; }
 plan::Choice current_choice() { return choice(); }
 void set_early_launch(bool enabled) { early_launch() = enabled; }
+bool current_early_launch() { return early_launch(); }
 
 }  // namespace lora_ext::kernel_route
 #endif  // LORA_EXT_WITH_CUDA

@@ -1,13 +1,12 @@
 // The kernel route: a LoRA linear by the kernels of csrc/kernel/, where the planner chooses them.
 //
 // Until a card has measured evidence, the first use of each kernel on a device compares a small
-// case with the library route. A kernel that disagrees, or cannot be launched, is not used there
+// case with the op in float64. A kernel that disagrees, or cannot be launched, is not used there
 // again, and one warning says so.
 #pragma once
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "lora_linear.h"
 #include "plan.h"
@@ -26,13 +25,13 @@ struct Explained {
 };
 Explained explain(const ForwardArgs& args);
 Explained explain(const BackwardArgs& args);
-
-// Checks every kernel of the device now; one line for each that failed.
-std::vector<std::string> warmup(const at::Device& device);
+// Of a forward, without its tensors.
+Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16);
 
 void set_choice(plan::Choice choice);
 plan::Choice current_choice();
 // Whether a kernel may begin before the one before it ends (programmatic dependent launch).
 void set_early_launch(bool enabled);
+bool current_early_launch();
 
 }  // namespace lora_ext::kernel_route

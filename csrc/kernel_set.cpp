@@ -109,13 +109,17 @@ std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
   return all;
 }
 
-// Rows, columns and depth that no tile divides, the second wide enough for one pass over dY. An odd
-// depth and width make rows unaligned.
+// Rows, columns and depth that no tile divides, the second wide enough for one pass over dY, and
+// the last pair of row blocks half empty. An odd depth and width make rows unaligned.
+//
+// Two blocks, or two clusters, compute all tiles: each has a second, so that stages are used again
+// and both consumers of a pingpong tile work, and parts of T come from another cluster.
 SmallCase small_case(const Kernels& kernels) {
-  SmallCase small{{200, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
+  SmallCase small{{264, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
                   {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};
   if (!kernels.hybrid) small.request.tile = kernels.tile;
   small.request.early_launch = kernels.early;
+  small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
   problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
   problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;

@@ -108,16 +108,23 @@ int choose_pairs_per_ticket(const Card& card, const TileFacts& tile, int64_t m, 
   return blocks_of(row_pairs, kMost) <= idle ? kMost : 1;
 }
 
+void limit_blocks(Gemm& gemm, const Request& request) {
+  gemm.most_blocks = request.most_blocks;
+  gemm.blocks = std::min(gemm.blocks, request.most_blocks);
+}
+
 // Of Y or dX, [p.m, n]. Where it only adds a low-rank product, the smallest tile, of which most fit
 // on an SM.
 void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool backward,
                 const Request& request) {
   if (plan.hybrid) {
     plan.gemm = with_tile(card, facts_of(Tile::k128x64), p.m, n, plan.vector);
+    limit_blocks(plan.gemm, request);
     return;
   }
   const std::string why = why_no_wgmma(card, p, plan.vector);
   plan.gemm = choose_gemm(card, p, n, plan, backward, why.empty(), request.tile);
+  limit_blocks(plan.gemm, request);
   plan.gemm.early = plan.gemm.early && request.early_launch;
   if (card.arch == 90) plan.no_wgmma = why;
 }
@@ -152,7 +159,8 @@ std::string library_reason(const Card& card, const Problem& p, const Request& re
   if (choice == Choice::kKernel && !p.weight_row_major) return "the weight is not row-major";
   if (p.rank > kMaxRank) return "the rank is above 512";
   if (std::max({p.m, p.n, p.k}) > INT_MAX / 2) return "a size is above 2^30";
-  if (blocks_of(p.m, kStep) * blocks_of(p.n, kStep) > INT_MAX) return "above 2^31 tiles";
+  if (blocks_of(p.m, kStep) * blocks_of(std::max(p.n, p.k), kStep) > INT_MAX)
+    return "above 2^31 tiles";
   return "";
 }
 

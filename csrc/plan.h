@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -46,6 +47,7 @@ struct Request {
   std::optional<Tile> tile{};
   std::string measured{};    // where: the end of "fastest as measured ..."; "" if the user asks
   bool early_launch = true;  // a kernel may begin before the one before it ends, where it can wait
+  int most_blocks = std::numeric_limits<int>::max();  // of lora_gemm; fewer have more tiles each
 };
 
 // A LoRA linear's operands. "aligned": unit stride in a row, and pointer and row pitch are
@@ -104,6 +106,7 @@ struct Gemm {
   bool vector;  // Alignment::kVector
   int blocks;   // persistent; of wgmma, as many as may be resident
   bool early;   // begins before the kernel that writes T has ended, and waits for it; wgmma's alone
+  int most_blocks = std::numeric_limits<int>::max();  // as the request has it
 };
 
 // A grid's last dimension: `splits` shares of a sum, each of steps_per_split steps of 64.

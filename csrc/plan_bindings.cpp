@@ -32,13 +32,23 @@ kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& w
       ForwardArgs{x, weight, lora_a, lora_b, {}, 1.0, DropoutArgs{dropout_p}, {}});
 }
 
-// The gradient of y comes in contiguous rows, of which one tells the alignment.
+// Without a gradient of y, of one that is contiguous.
 kernel_route::Explained explain_backward(const at::Tensor& x, const at::Tensor& weight,
                                          const at::Tensor& lora_a, const at::Tensor& lora_b,
-                                         double dropout_p) {
-  const at::Tensor grad = at::empty({1, weight.size(0)}, x.options());
-  return kernel_route::explain(BackwardArgs{
-      grad, x, weight, lora_a, lora_b, {}, 1.0, DropoutArgs{dropout_p}, {}, true, true, true});
+                                         double dropout_p, const std::optional<at::Tensor>& grad) {
+  const at::Tensor contiguous = at::empty({0, weight.size(0)}, x.options());
+  return kernel_route::explain(BackwardArgs{grad ? *grad : contiguous,
+                                            x,
+                                            weight,
+                                            lora_a,
+                                            lora_b,
+                                            {},
+                                            1.0,
+                                            DropoutArgs{dropout_p},
+                                            {},
+                                            true,
+                                            true,
+                                            true});
 }
 
 void bind_device(py::module& m) {
@@ -52,9 +62,9 @@ void bind_device(py::module& m) {
   m.def("explain_forward", &explain_forward, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
         py::arg("lora_b"), py::arg("dropout_p"));
   m.def("explain_backward", &explain_backward, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
-        py::arg("lora_b"), py::arg("dropout_p"));
-  m.def("cuda_warmup", &kernel_route::warmup, py::arg("device"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("lora_b"), py::arg("dropout_p"), py::arg("grad") = py::none());
+  m.def("explain_problem", &kernel_route::explain_problem, py::arg("device"), py::arg("problem"),
+        py::arg("float16"));
   m.def(
       "set_cuda_route", [](const std::string& name) { kernel_route::set_choice(choice_of(name)); },
       py::arg("name"));

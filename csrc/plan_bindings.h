@@ -10,7 +10,9 @@
 namespace lora_ext {
 
 void bind_plan(pybind11::module& m);
-void bind_kernel_set(pybind11::module& m);  // after bind_plan
+// After bind_plan.
+void bind_kernel_set(pybind11::module& m);
+void bind_kernel_check(pybind11::module& m);
 
 // Of "auto", "hybrid", "kernel" or "library"; ValueError for others.
 plan::Choice choice_of(const std::string& name);

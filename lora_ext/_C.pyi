@@ -139,6 +139,8 @@ def library_product(
 def predicted_launches(
     card: Card, problem: Problem, plan: Plan, backward: bool
 ) -> list[Launch]: ...
+def plan_numbers(plan: Plan) -> dict[str, int]:
+    """Offsets and pitches in the workspace, shared memory and size of the tile (csrc/plan.h)."""
 
 class Winner:
     """The route that was fastest for one layer and number of rows on a card (csrc/winners.h)."""
@@ -183,8 +185,26 @@ def explain_backward(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     dropout_p: float,
+    grad: torch.Tensor | None = None,
 ) -> Explained: ...
-def cuda_warmup(device: torch.device) -> list[str]: ...
+def explain_problem(device: torch.device, problem: Problem, float16: bool) -> Explained:
+    """A forward on a device, without its tensors."""
+
+def check_kernels(device: torch.device, kernels: Kernels) -> str:
+    """Checks them now, unless it is known: "passed", or what failed (csrc/kernel_check.h)."""
+
+def check_result(device: torch.device, kernels: Kernels) -> str:
+    """ "passed", "not yet", or what failed. The device has an index."""
+
+def check_results(device: torch.device) -> list[tuple[str, str]]:
+    """Names of kernels, and "passed" or what failed. The device has an index."""
+
+def remember_check(device: torch.device, kernels: Kernels, result: str) -> None:
+    """Keeps what another process has found: "passed", or what failed."""
+
+def set_check_timeout(seconds: float) -> None: ...
+def check_timeout() -> float: ...
+def early_launch() -> bool: ...
 def set_cuda_route(name: str) -> None: ...
 def set_early_launch(enabled: bool) -> None: ...
 def cuda_route() -> str: ...

@@ -32,6 +32,7 @@ from .adapters import (
 from .apply import apply_lora, merge_and_unload, unload
 from .config import AdapterSpec, LoRAConfig
 from .functional import dropout_mask, lora_linear
+from .kernel_checks import set_check_timeout
 from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_early_launch, warmup
 from .loralib import convert_loralib, load_loralib_state_dict, loralib_state_dict
 from .model import (
@@ -94,6 +95,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "set_check_timeout",
     "set_cuda_route",
     "set_early_launch",
     "trainable_parameters",

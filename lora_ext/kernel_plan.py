@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _C
 from .device import indexed
+from .kernel_checks import check_kernels
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -88,16 +89,32 @@ def plan(
             "lora_ext.plan: expected sizes of at least 1, but got"
             f" {(rows, in_features, out_features, rank)}"
         )
-    problem = _C.Problem(rows, out_features, in_features, rank)
-    problem.half_dtype = dtype in HALVES
-    problem.float_adapters = (adapter_dtype or dtype) == torch.float32
-    problem.dropout = dropout
+    problem = problem_of(
+        rows, in_features, out_features, rank, dtype, adapter_dtype or dtype, dropout
+    )
     problem.aligned = problem.aligned_weight = aligned
     problem.aligned_a = problem.aligned_b = aligned
     chosen = _card(card)
     return CallPlan(
         _C.plan_forward(chosen, problem, route), _C.plan_backward(chosen, problem, route)
     )
+
+
+def problem_of(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+) -> _C.Problem:
+    """Of contiguous operands, as `plan` takes them."""
+    problem = _C.Problem(rows, out_features, in_features, rank)
+    problem.half_dtype = dtype in HALVES
+    problem.float_adapters = adapter_dtype == torch.float32
+    problem.dropout = dropout
+    return problem
 
 
 def _card(card: str | torch.device) -> _C.Card:
@@ -144,7 +161,7 @@ def warmup(device: torch.device | str | None = None) -> Sequence[str]:
     """Checks every CUDA kernel on a device now, instead of at its first use.
 
     Until a card has measured evidence, a kernel's first use there compares a small case with the
-    library route; if they disagree, the kernel is not used and a warning says so. That first use
+    op in float64; if they disagree, the kernel is not used and a warning says so. That first use
     synchronises. Under a CUDA graph's capture it cannot, and the call takes the library route: call
     this first. Torch's random generators stay as they are.
 
@@ -161,7 +178,7 @@ def warmup(device: torch.device | str | None = None) -> Sequence[str]:
         raise RuntimeError(
             "lora_ext.warmup: this build has no CUDA kernels; lora_ext.build_info() says why"
         )
-    return _C.cuda_warmup(indexed(device))
+    return [f"{name}: {why}" for name, why in check_kernels(device).items()]
 
 
 def set_early_launch(enabled: bool) -> None:

@@ -22,7 +22,9 @@ import torch
 import two_processes
 from helpers import EMULATED, EMULATED_ROUTE
 
+import lora_ext
 from lora_ext import _C
+from lora_ext.kernel_checks import check_results
 
 # Of the extras. A machine with a GPU and no network may lack some: what needs them is skipped.
 OPTIONAL = {
@@ -39,9 +41,19 @@ OPTIONAL = {
 CUDA = {"cuda": "kernel", "cuda-hybrid": "hybrid", "cuda-library": "library"}
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-check-timeout",
+        action="store_true",
+        help="kernels may take any time in the check of their first use, as under a sanitizer",
+    )
+
+
 def pytest_configure(config):
     if EMULATED:
         _C.set_cuda_route(EMULATED_ROUTE)
+    if config.getoption("--no-check-timeout") and _C.with_cuda:
+        lora_ext.set_check_timeout(None)
     # Kernels that fail their check are replaced by the library route, which would pass the tests.
     config.addinivalue_line("filterwarnings", "error:lora_ext. the kernels")
 
@@ -114,6 +126,16 @@ def cuda():
         pytest.skip(reason)
     with float32_sums():
         yield "cuda"
+
+
+@pytest.fixture(autouse=True)
+def no_failed_check(request):
+    """No test passes by the library route where it is the kernels' turn."""
+    yield
+    on_cuda = request.node.get_closest_marker("gpu") and not why_no_cuda()
+    if EMULATED or on_cuda:
+        results = check_results("cpu" if EMULATED else None)
+        assert {name: why for name, why in results.items() if why != "passed"} == {}
 
 
 @pytest.fixture

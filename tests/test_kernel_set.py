@@ -34,6 +34,20 @@ def test_each_small_case_takes_the_kernels_that_it_checks(card, early):
         assert planned == kernels, f"{planned} for {kernels}"
 
 
+@pytest.mark.parametrize("card", sorted(CARDS))
+def test_blocks_of_a_small_case_have_several_tiles(card):
+    for kernels in _C.all_kernels(CARDS[card], True):
+        problem, plan = kernels.small_case(CARDS[card])
+        rows, columns = (int(number) for number in plan.tile.split()[-3::2])
+        together = 2 if plan.wgmma else 1  # blocks of a cluster
+        width = problem.k if kernels.backward else problem.n
+        tiles = -(-problem.m // (together * rows)) * -(-width // columns)
+        # Of a pingpong tile, each of two consumers has one.
+        assert 1 <= plan.blocks <= 2 * together and tiles >= 2 * max(1, plan.blocks // together)
+        if plan.wgmma:  # the second block of the last pair has no rows
+            assert 0 < problem.m % (2 * rows) <= rows
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_a_card_without_kernels_has_none_to_check(early):
     assert _C.all_kernels(T4, early) == []

@@ -366,7 +366,8 @@ def test_a_device_without_an_index_is_the_current_one(monkeypatch, tmp_path):
 
     monkeypatch.setattr(_C, "with_cuda", True)
     monkeypatch.setattr(_C, "cuda_card", card_of, raising=False)
-    monkeypatch.setattr(_C, "cuda_warmup", lambda device: asked.append(device) or [], raising=False)
+    monkeypatch.setattr(_C, "early_launch", lambda: True, raising=False)
+    monkeypatch.setattr(_C, "all_kernels", lambda card, early: [])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(trial, "_planner_listens", lambda card: contextlib.nullcontext())
     for device in ("cuda", torch.device("cuda"), None):

@@ -76,7 +76,8 @@ def sanitizer(tool: str) -> Callable[[Run, float], Result]:
             return missing("no compute-sanitizer on the PATH" if run.device == "cuda" else "no GPU")
         # torch asks CUDA for what a device may lack, and takes the error for an answer.
         command = [found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-        arguments = [*_HOW, "-m", "gpu", "tests/test_cuda_kernels.py", "-k", _SANITIZED]
+        arguments = [*_HOW, "--no-check-timeout", "-m", "gpu", "-k", _SANITIZED]
+        arguments += ["tests/test_cuda_kernels.py"]
         return run_tests(run, arguments, seconds, _SANITIZED_S, under=command)
 
     return check

@@ -2,6 +2,7 @@
 // tests/emulator/ has an implementation that runs the kernels in the execution layer.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "kernel/lora_linear.h"
@@ -19,6 +20,9 @@ plan::Card card_of(int device);
 std::string driver();
 // Whether a graph is being captured on the stream: then nothing may synchronise.
 bool is_capturing(void* stream);
+// Waits until the stream is done, for some seconds at most. "", or the error in which its kernels
+// ended; nullopt if they have not ended.
+std::optional<std::string> wait(void* stream, double seconds);
 
 // Asynchronous on `stream` of the current device. "" or the error of a launch.
 std::string launch_forward(Half half, const plan::Plan& plan,

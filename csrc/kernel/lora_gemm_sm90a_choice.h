@@ -1,13 +1,16 @@
 // Which instance of lora_gemm_sm90a computes a product: for those who launch it without its source.
 #pragma once
+#include <limits>
+
 #include "plan.h"
 
 namespace lora_ext::kernel {
 
 struct Sm90aChoice {
-  plan::Tile tile;        // of wgmma
-  bool mn_major, masked;  // dX, and dX with dropout
-  bool dependent;         // as in Sm90aLaunch
+  plan::Tile tile;                                    // of wgmma
+  bool mn_major, masked;                              // dX, and dX with dropout
+  bool dependent;                                     // as in Sm90aLaunch
+  int most_blocks = std::numeric_limits<int>::max();  // two a cluster
 };
 
 // The 16s along k that the last 64 of the rank need. Three are made in four: a rank of 48 is rare,

@@ -20,11 +20,11 @@ static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers &&
 // As launch_tile of lora_gemm_sm90a_launch.h; p.low_rank[0].t is in.t.
 template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault, class Launch>
 void launch_in_grid_tail(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
-                         const InGridFactor<T>& factor, Launch& launch) {
+                         const InGridFactor<T>& factor, const Sm90aChoice& choice, Launch& launch) {
   const auto kernel = lora_gemm_in_grid_sm90a<T, Tile, kMNMajor, kMasked, kTail, Fault>;
   const dim3 cluster(Tile::kClusterSize);
   Sm90aLaunch how{cluster, cluster, Tile::kThreads, JobTile<Tile>::kSharedBytes, false};
-  how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how));
+  how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how), choice);
   const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
   const LoraInGridMaps maps{maps_of<Tile, kMNMajor>(p, encode),
                             right_map<Tile, kMNMajor, kShrinkColumns<kTail>>(factor.a, p.rank, p.k,
@@ -34,25 +34,29 @@ void launch_in_grid_tail(const LoraGemmParams<T>& p, const LoraInGridParams<T>& 
 
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Launch>
 void launch_in_grid(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
-                    const InGridFactor<T>& factor, Launch& launch) {
+                    const InGridFactor<T>& factor, const Sm90aChoice& choice, Launch& launch) {
   switch (tail_of(p.rank)) {
     case 1:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 1, Fault>(p, in, factor, launch);
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 1, Fault>(p, in, factor, choice,
+                                                                       launch);
     case 2:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 2, Fault>(p, in, factor, launch);
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 2, Fault>(p, in, factor, choice,
+                                                                       launch);
     default:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4, Fault>(p, in, factor, launch);
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4, Fault>(p, in, factor, choice,
+                                                                       launch);
   }
 }
 
 template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
 void launch_in_grid_product(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
-                            const InGridFactor<T>& factor, plan::Tile tile, Launch& launch) {
-  if (tile == plan::Tile::kInGrid128x256)
+                            const InGridFactor<T>& factor, const Sm90aChoice& choice,
+                            Launch& launch) {
+  if (choice.tile == plan::Tile::kInGrid128x256)
     return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked, Fault>(p, in, factor,
-                                                                                 launch);
+                                                                                 choice, launch);
   return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked, Fault>(p, in, factor,
-                                                                               launch);
+                                                                               choice, launch);
 }
 
 template <class T, class Fault, class Launch>
@@ -60,10 +64,10 @@ void launch_lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& p, const LoraInGrid
                                     const InGridFactor<T>& factor, const Sm90aChoice& choice,
                                     Launch& launch) {
   if (!choice.mn_major)
-    return launch_in_grid_product<T, false, false, Fault>(p, in, factor, choice.tile, launch);
+    return launch_in_grid_product<T, false, false, Fault>(p, in, factor, choice, launch);
   if (!choice.masked)
-    return launch_in_grid_product<T, true, false, Fault>(p, in, factor, choice.tile, launch);
-  return launch_in_grid_product<T, true, true, Fault>(p, in, factor, choice.tile, launch);
+    return launch_in_grid_product<T, true, false, Fault>(p, in, factor, choice, launch);
+  return launch_in_grid_product<T, true, true, Fault>(p, in, factor, choice, launch);
 }
 
 }  // namespace lora_ext::kernel

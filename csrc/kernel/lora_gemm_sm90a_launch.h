@@ -71,8 +71,9 @@ int64_t pairs_of_tiles(const LoraGemmParams<T>& p) {
   return row_pairs * ((p.n + Tile::kN - 1) / Tile::kN);
 }
 
-inline unsigned clusters_for(int64_t jobs, int64_t resident) {
-  return static_cast<unsigned>(std::min(jobs, resident));
+inline unsigned clusters_for(int64_t jobs, int64_t resident, const Sm90aChoice& choice) {
+  const int64_t most = std::max(1, choice.most_blocks / 2);
+  return static_cast<unsigned>(std::min({jobs, resident, most}));
 }
 
 // use(kernel) with the instance for a rank.
@@ -91,11 +92,11 @@ void with_instance_for(int rank, Use&& use) {
 // launch(kernel, Sm90aLaunch, maps, params) launches, launch.encode(...) is the encode of maps_of,
 // and launch.clusters(kernel, Sm90aLaunch) how many clusters are resident at a time.
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Launch>
-void launch_tile(const LoraGemmParams<T>& p, bool dependent, Launch& launch) {
+void launch_tile(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
   with_instance_for<T, Tile, kMNMajor, kMasked, Fault>(p.rank, [&](auto kernel) {
     const dim3 cluster(Tile::kClusterSize);
-    Sm90aLaunch how{cluster, cluster, Tile::kThreads, Tile::kSharedBytes, dependent};
-    how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how));
+    Sm90aLaunch how{cluster, cluster, Tile::kThreads, Tile::kSharedBytes, choice.dependent};
+    how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how), choice);
     const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
     launch(kernel, how, maps_of<Tile, kMNMajor>(p, encode), p);
   });
@@ -104,7 +105,7 @@ void launch_tile(const LoraGemmParams<T>& p, bool dependent, Launch& launch) {
 template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
 void launch_product(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
   const auto with = [&]<class Tile>() {
-    launch_tile<T, Tile, kMNMajor, kMasked, Fault>(p, choice.dependent, launch);
+    launch_tile<T, Tile, kMNMajor, kMasked, Fault>(p, choice, launch);
   };
   switch (choice.tile) {
     case plan::Tile::kWgmma128x128:

@@ -44,7 +44,7 @@ class LoraLinearSequence {
     split(params_.split(/*a=*/true, /*b=*/true, nullptr));
     if (plan_.in_grid())
       return in_grid(params_.gemm(f), params_.in_grid(f.s), params_.factor(f),
-                     {plan_.gemm.tile, false, false, false});
+                     {plan_.gemm.tile, false, false, false, plan_.gemm.most_blocks});
     shrink<false>(params_.shrink(), dropout_);
     reduce(params_.reduce(f.s));
     gemm<false, false>(params_.gemm(f));
@@ -71,7 +71,7 @@ class LoraLinearSequence {
     const LoraGemmParams<T> params = params_.gemm(g);
     if (plan_.in_grid())
       return in_grid(params, params_.in_grid(nullptr), params_.factor(g),
-                     {plan_.gemm.tile, true, dropout_, false});
+                     {plan_.gemm.tile, true, dropout_, false, plan_.gemm.most_blocks});
     dropout_ ? gemm<true, true>(params) : gemm<true, false>(params);
   }
 
@@ -125,7 +125,8 @@ class LoraLinearSequence {
   void gemm(const LoraGemmParams<T>& params) {
     const plan::Gemm& gemm = plan_.gemm;
     if (plan::facts_of(gemm.tile).wgmma)
-      return launch_.lora_gemm_sm90a(params, {gemm.tile, kMNMajor, kMasked, gemm.early});
+      return launch_.lora_gemm_sm90a(params,
+                                     {gemm.tile, kMNMajor, kMasked, gemm.early, gemm.most_blocks});
     if (!gemm.vector)
       return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kElement>(params);
     switch (gemm.tile) {

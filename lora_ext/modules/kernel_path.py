@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import _C
-from ..kernel_plan import plan
+from ..kernel_plan import problem_of
 from .updates import Update
 
 # Rows of x that stand for "many".
@@ -34,19 +35,26 @@ def kernel_path(weight: Tensor, updates: Sequence[Update], rows: int | None) -> 
 
 
 def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) -> tuple[str, str]:
-    forward = plan(
+    problem = problem_of(
         min(rows, 2**16),
         weight.shape[1],
         weight.shape[0],
         rank,
-        card=weight.device,
-        dtype=weight.dtype,
-        adapter_dtype=updates[0].lora_a.dtype,
-        dropout=any(update.dropout > 0 for update in updates),
-        route=_C.cuda_route(),
-    ).forward
-    if forward is None or not forward.kernel:
-        return "library", forward.reason if forward else ""
+        weight.dtype,
+        updates[0].lora_a.dtype,
+        any(update.dropout > 0 for update in updates),
+    )
+    return cuda_path(weight.device, problem, weight.dtype)
+
+
+def cuda_path(device: torch.device, problem: _C.Problem, dtype: torch.dtype) -> tuple[str, str]:
+    """`kernel_path` on a device of the kernel route."""
+    explained = _C.explain_problem(device, problem, dtype == torch.float16)
+    forward, check = explained.plan, explained.check
+    if not forward.kernel:
+        return "library", forward.reason
+    if check not in ("passed", "not yet"):
+        return "library", f"the CUDA kernels failed their check on {device}: {check}"
     kernels = "around the library's base product" if forward.hybrid else f"{forward.tile} tiles"
     basis = "predicted" if forward.predicted_us else forward.reason
-    return "fused", f"CUDA kernels, {kernels}, rank {rank}: {basis}"
+    return "fused", f"CUDA kernels, {kernels}, rank {problem.rank}: {basis}"

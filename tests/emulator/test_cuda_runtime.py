@@ -267,8 +267,8 @@ failing("cuTensorMapEncodeTiled", 1, 1, "another error")
 @pytest.mark.parametrize(
     "failure",
     [
-        '"cudaFuncSetAttribute", 1, OUT_OF_MEMORY',
-        '"cudaOccupancyMaxActiveClusters", 1, OUT_OF_MEMORY',
+        '"cudaFuncSetAttribute", 1, LAUNCH_FAILURE',
+        '"cudaOccupancyMaxActiveClusters", 1, NO_IMAGE',
         '"cudaLaunchKernelEx", 1, NO_IMAGE',
         '"cudaMemsetAsync", 1, LAUNCH_FAILURE',
     ],
@@ -287,6 +287,25 @@ _C.set_cuda_route("kernel")
 assert call.plan().forward_check not in ("passed", "not yet")
 """)
     assert "failed their check on cuda:1" in said
+
+
+@pytest.mark.parametrize("call", ["cudaFuncSetAttribute", "cudaLaunchKernelEx"])
+def test_without_memory_for_a_first_use_the_library_computes_it_this_once(call):
+    said = python(f"""
+card(90)
+_C.set_cuda_route("kernel")
+call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
+fail({call!r}, 1, OUT_OF_MEMORY)
+results = call.forward()
+assert failures_left() == 0 and last_error() == 0
+assert call.plan().forward_check == "not yet"
+_C.set_cuda_route("library")
+assert same(results, call.forward())
+_C.set_cuda_route("kernel")
+call.forward()
+assert call.plan().forward_check == "passed"
+""")
+    assert "failed their check" not in said
 
 
 def test_a_stream_that_cannot_be_asked_counts_as_capturing():

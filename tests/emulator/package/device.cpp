@@ -1,9 +1,17 @@
 // The kernel route's device in the emulated package: CPU tensors, kernels in the execution layer.
 //
 // LORA_EXT_EMULATED_FAULT plants a mutant. LORA_EXT_EMULATED_CAPTURE=1 says that a graph is being
-// captured. LORA_EXT_EMULATED_ARCH is the card, 80 by default.
+// captured. LORA_EXT_EMULATED_ARCH is the card, 80 by default. LORA_EXT_EMULATED_HANG says that
+// kernels never end, as seen by "wait", or in "launch". LORA_EXT_EMULATED_THROW says what a launch
+// meets: no "memory", an "error" of torch's, or the "end" of the process.
+#include <c10/util/Exception.h>
+
+#include <chrono>
+#include <cmath>
 #include <cstdlib>
+#include <optional>
 #include <string>
+#include <thread>
 
 #include "cuda/lora_linear.h"
 #include "cuda_launch.h"
@@ -28,6 +36,12 @@ std::string run(const Run& enqueue) {
   config.schedule = emulator::Schedule::RunAhead;
   config.completion = emulator::Completion::Late;
   config.resident_clusters = 8;
+  if (environment("LORA_EXT_EMULATED_HANG") == "launch")
+    std::this_thread::sleep_for(std::chrono::hours(1));
+  const std::string thrown = environment("LORA_EXT_EMULATED_THROW");
+  TORCH_CHECK_WITH(OutOfMemoryError, thrown != "memory", "out of emulated memory");
+  TORCH_CHECK(thrown != "error", "an emulated error");
+  if (thrown == "end") std::abort();
   const std::string fault = environment("LORA_EXT_EMULATED_FAULT");
   emulator::plant_fault(fault.c_str());
   try {
@@ -54,6 +68,12 @@ plan::Card card_of(int) {
 }
 
 std::string driver() { return "none"; }
+
+// Every launch runs to its end.
+std::optional<std::string> wait(void*, double seconds) {
+  const bool ends = environment("LORA_EXT_EMULATED_HANG") != "wait" || std::isinf(seconds);
+  return ends ? std::optional<std::string>("") : std::nullopt;
+}
 
 bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }
 

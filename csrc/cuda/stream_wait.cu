@@ -1,0 +1,37 @@
+#include <cuda_runtime.h>
+
+#include <chrono>
+#include <thread>
+
+#include "cuda/error.h"
+#include "cuda/lora_linear.h"
+
+namespace lora_ext::cuda {
+
+// A query, since nothing that waits in the driver can be left again.
+std::optional<std::string> wait(void* stream, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  cudaEvent_t done = nullptr;
+  cudaError_t error = cudaEventCreateWithFlags(&done, cudaEventDisableTiming);
+  if (error != cudaSuccess) return text_of(error);
+  error = cudaEventRecord(done, static_cast<cudaStream_t>(stream));
+  const Clock::time_point start = Clock::now();
+  bool ended = true;
+  while (error == cudaSuccess) {
+    error = cudaEventQuery(done);
+    if (error != cudaErrorNotReady) break;
+    cudaGetLastError();  // not ready is no error to leave behind
+    error = cudaSuccess;
+    if (std::chrono::duration<double>(Clock::now() - start).count() > seconds) {
+      ended = false;
+      break;
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  const std::string text = text_of(error);
+  cudaEventDestroy(done);
+  if (!ended) return std::nullopt;
+  return text;
+}
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,138 @@
+"""Questions that a child process answers, one after the other, each in a limited time."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import IO
+
+# To import torch and to begin with a device; and for what the host does before each launch.
+_START_S = 300.0
+_HOST_S = 60.0
+
+
+class CannotStart(RuntimeError):
+    """The child ended, or said nothing, before its first answer was begun."""
+
+
+class ChildLost(RuntimeError):
+    """The child ended, or said nothing, in the middle of an answer."""
+
+
+def answers(
+    code: str,
+    request: object,
+    timeout_s: float | None,
+    begins: Callable[[str], object] = lambda name: None,
+) -> Iterator[tuple[str, str]]:
+    """Runs Python code that reads JSON and prints lines ``["begin"|"end", name, result]``.
+
+    The child imports what this process would, and is killed with all it has started when the
+    iteration ends. It need not answer everything: nothing more comes where it ends between answers.
+
+    Args:
+        code: for ``python -c``.
+        request: what the child reads from standard input.
+        timeout_s: of an answer, beside a minute for the host; None: no limit.
+        begins: called with each name that begins.
+
+    Yields:
+        Each name and its result.
+
+    Raises:
+        CannotStart: nothing was begun, which says nothing about any name.
+        ChildLost: with what happened, to the name that had begun.
+    """
+    limit = None if timeout_s is None else timeout_s + _HOST_S
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            start_new_session=True,
+        )
+        try:
+            yield from _conversation(child, request, limit, begins, said)
+        finally:
+            _kill(child)
+
+
+def _conversation(
+    child: subprocess.Popen[str],
+    request: object,
+    limit: float | None,
+    begins: Callable[[str], object],
+    said: IO[str],
+) -> Iterator[tuple[str, str]]:
+    assert child.stdin is not None and child.stdout is not None
+    stdout = child.stdout
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        with stdout:
+            for line in stdout:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    with suppress(BrokenPipeError), child.stdin:  # it may have ended, as its output says
+        json.dump(request, child.stdin)
+    current, begun = "", False
+    while True:
+        try:
+            line = lines.get(timeout=limit if begun else _START_S)
+        except queue.Empty:
+            if current:
+                raise ChildLost(
+                    f"the process that checked it said nothing for {limit:g} s"
+                ) from None
+            raise CannotStart(f"a process said nothing for {_START_S:g} s") from None
+        if line is None:
+            break
+        answer = _parsed(line)
+        if answer is None:
+            continue
+        what, name, result = answer
+        if what == "begin":
+            begun, current = True, name
+            begins(name)
+        else:
+            current = ""
+            yield name, result
+    code = child.wait()
+    said.seek(0)
+    last = said.read().strip().rpartition("\n")[2]
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    if current:
+        raise ChildLost(f"the process that checked it ended with {how}: {last}".removesuffix(": "))
+    if not begun:
+        raise CannotStart(f"a process ended with {how}: {last}".removesuffix(": "))
+
+
+def _parsed(line: str) -> list[str] | None:
+    """None for what others print."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    fits = isinstance(answer, list) and len(answer) == 3 and answer[0] in ("begin", "end")
+    return answer if fits else None
+
+
+def _kill(child: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    # A process in the middle of a driver's call ends when that does.
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=30)

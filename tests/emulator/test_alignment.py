@@ -1,0 +1,131 @@
+"""Operands as views of others, one at a time, through the package's own launch: in emulation.
+
+A copy of 16 bytes from elsewhere is an error of the layer, and so is a tensor map of rows that
+overlap; and the plan shows whether rows that may be copied so are.
+"""
+
+import pytest
+
+from emulator.package import build
+
+pytestmark = pytest.mark.kernels
+
+CASES = """
+import itertools, sys
+import torch, lora_ext
+from lora_ext import _C
+from lora_ext.kernel_checks import check_kernels
+
+_C.set_cuda_route("kernel")
+lora_ext.set_early_launch(False)
+M, K, N = 70, 96, 136
+ROWS = {"x": (M, K), "grad": (M, N), "weight": (N, K), "lora_a": (16, K), "lora_b": (N, 16)}
+forward = torch.ops.lora_ext.lora_linear_forward.default
+backward = torch.ops.lora_ext.lora_linear_backward.default
+
+def numbers(shape, seed):
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made.mul_(0.3).to(torch.bfloat16)
+
+# A view with the numbers of a tensor, and whether its rows are whole chunks that lie apart.
+def pitched(tensor, by):
+    rows, columns = tensor.shape
+    storage = torch.zeros(rows, columns + by, dtype=tensor.dtype)
+    storage[:, :columns] = tensor
+    return storage[:, :columns], (columns + by) % 8 == 0
+
+def sliced(tensor, at):
+    rows, columns = tensor.shape
+    storage = torch.zeros(rows, columns + 8, dtype=tensor.dtype)
+    storage[:, at : at + columns] = tensor
+    return storage[:, at : at + columns], at == 0
+
+def one_row(tensor):
+    return tensor[:1].expand(tensor.shape), False
+
+def overlapping(tensor):
+    rows, columns = tensor.shape
+    storage = tensor.reshape(-1)[: 8 * (rows - 1) + columns].clone()
+    return storage.as_strided((rows, columns), (8, 1)), False
+
+VIEWS = [(pitched, by) for by in (1, 4, 8, 264)] + [(sliced, at) for at in range(8)]
+VIEWS += [(one_row,), (overlapping,)]
+
+def check(names, view, sizes=ROWS):
+    given = {each: numbers(shape, seed) for seed, (each, shape) in enumerate(sizes.items())}
+    make, *how = view
+    fully = {each: given[each].shape[1] % 8 == 0 for each in given}
+    for name in names:
+        given[name], fully[name] = make(given[name], *how)
+    x, grad, weight, a, b = (given[each] for each in ROWS)
+    what = (names, make.__name__, *how)
+    y, s = forward(x, weight, a, b, None, 2.0, 0.0, None, 0, 0, False, None)
+    mask = [True, True, True, False]
+    got = (y, *backward(grad, x, weight, a, b, s, 2.0, 0.0, None, 0, 0, False, None, mask)[:3])
+    wide = [each.double() for each in (x, weight, a, b)]
+    y, s = forward(*wide, None, 2.0, 0.0, None, 0, 0, False, None)
+    grads = backward(grad.double(), *wide, s, 2.0, 0.0, None, 0, 0, False, None, mask)[:3]
+    for one, other in zip(got, (y, *grads)):
+        assert (one.double() - other).abs().max() <= 2**-6 * other.abs().max(), what
+    operands = (x, weight, a, b, 0.0)
+    plans = [_C.explain_forward(*operands), _C.explain_backward(*operands, grad)]
+    assert all(plan.check == "passed" for plan in plans), what
+    said = [str(plan.plan) for plan in plans]
+    # Rows of results are as long as those of weight, or as weight has.
+    vector = [
+        fully["x"] and fully["weight"] and y.shape[1] % 8 == 0,
+        fully["x"] and fully["grad"] and fully["weight"] and x.shape[1] % 8 == 0,
+    ]
+    for text, expected, halves in zip(said, vector, ("A B ", "A B S ")):
+        assert ("element-wise" not in text) == expected, (what, text)
+        split = text.split("lora_split ")[1].split("into")[0] if "lora_split" in text else ""
+        assert ("A" in split) == (not fully["lora_a"]), (what, text)
+        assert ("B" in split) == (not fully["lora_b"]), (what, text)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package():
+    return build.make()
+
+
+def python(code: str, arch: str) -> None:
+    done = build.run(["-c", CASES + code], LORA_EXT_EMULATED_ARCH=arch)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("name", ["x", "grad", "weight", "lora_a", "lora_b"])
+def test_one_operand_at_a_time_lies_otherwise(name, arch):
+    python(f"for view in VIEWS: check([{name!r}], view)", arch)
+
+
+# Whole chunks apart, though no row of a result would be.
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_an_odd_number_of_columns_in_rows_of_whole_chunks(arch):
+    python(
+        """
+odd = {"x": (M, 93), "grad": (M, N), "weight": (N, 93), "lora_a": (16, 93), "lora_b": (N, 16)}
+for names in (["x"], ["weight"], ["lora_a"], ["x", "weight"], ["x", "weight", "lora_a"]):
+    check(names, (pitched, 3), odd)
+odd = {"x": (M, K), "grad": (M, 131), "weight": (131, K), "lora_a": (16, K), "lora_b": (131, 16)}
+check(["grad"], (pitched, 5), odd)
+""",
+        arch,
+    )
+
+
+# Of one row, the stride is any number.
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_one_row_has_no_pitch(arch):
+    python(
+        """
+one = {**ROWS, "x": (1, K), "grad": (1, N)}
+def strided(tensor, by):
+    return tensor.as_strided(tensor.shape, (by, 1)), True
+for name in ("x", "grad"):
+    for by in (0, 1, 8, 96):
+        check([name], (strided, by), one)
+""",
+        arch,
+    )

@@ -1,0 +1,263 @@
+"""How the package checks kernels, in emulation: what it remembers, raises, warns, and where."""
+
+import pytest
+
+from emulator.package import build
+
+pytestmark = pytest.mark.kernels
+
+CALL = """
+import os, time, warnings
+import pytest, torch, lora_ext
+from lora_ext import _C, isolated
+from lora_ext.kernel_checks import check_kernels, check_results
+from lora_ext.kernel_plan import explain_cuda_call
+
+_C.set_cuda_route("hybrid")
+cpu = torch.device("cpu")
+card = _C.cuda_card(cpu)
+
+def operands():
+    torch.manual_seed(0)
+    x, w = torch.randn(70, 96, dtype=torch.bfloat16), torch.randn(136, 96, dtype=torch.bfloat16)
+    return x, w, 0.1 * torch.randn(16, 96), 0.1 * torch.randn(136, 16)
+
+def call():
+    return lora_ext.lora_linear(*operands(), None, 2.0)
+
+def checked():
+    return explain_cuda_call(*operands(), 0.0).forward_check
+
+def library():
+    _C.set_cuda_route("library")
+    y = call()
+    _C.set_cuda_route("hybrid")
+    return y
+
+def emulate(what, value=""):
+    os.environ["LORA_EXT_EMULATED_" + what] = value
+
+def named(start):
+    return [each for each in _C.all_kernels(card, True) if each.name.startswith(start)]
+
+some = named("forward bfloat16 hybrid")
+assert len(some) == 8
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package():
+    return build.make()
+
+
+def python(code: str, arch: str = "80", **environment: str) -> str:
+    done = build.run(["-c", CALL + code], LORA_EXT_EMULATED_ARCH=arch, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_without_memory_for_a_check_nothing_is_remembered():
+    python(
+        """
+y = call()
+assert checked() == "not yet" and torch.equal(y, library())
+failed = check_kernels("cpu", some[:1])
+assert list(failed) == [some[0].name] and "could not be checked: " in failed[some[0].name], failed
+emulate("THROW")
+assert not torch.equal(call(), library()) and checked() == "passed"
+assert check_kernels("cpu", some) == {}
+""",
+        LORA_EXT_EMULATED_THROW="memory",
+    )
+
+
+def test_an_error_that_is_no_launch_s_is_raised_and_not_remembered():
+    python(
+        """
+with pytest.raises(RuntimeError, match="an emulated error"):
+    call()
+assert checked() == "not yet"
+emulate("THROW")
+call()
+assert checked() == "passed"
+""",
+        LORA_EXT_EMULATED_THROW="error",
+    )
+
+
+def test_kernels_that_do_not_end_are_an_error_that_says_to_restart():
+    python(
+        """
+assert _C.check_timeout() == 10
+warnings.simplefilter("ignore")
+with pytest.raises(RuntimeError, match="had not ended 10 s after their launch.*restart it"):
+    call()
+assert checked() == "had not ended 10 s after their launch"
+assert torch.equal(call(), library())
+""",
+        LORA_EXT_EMULATED_HANG="wait",
+    )
+
+
+def test_without_a_limit_a_check_takes_its_time():
+    python(
+        """
+with pytest.raises(ValueError, match="expected seconds > 0, but got 0"):
+    lora_ext.set_check_timeout(0)
+lora_ext.set_check_timeout(None)
+call()
+assert checked() == "passed"
+""",
+        LORA_EXT_EMULATED_HANG="wait",
+    )
+
+
+def test_a_failed_check_is_a_python_warning_of_forward():
+    said = python(
+        """
+warnings.simplefilter("error")
+with pytest.raises(UserWarning, match='the kernels "forward bfloat16 hybrid.*" failed their check'):
+    call()
+assert checked().startswith("y differs from its value in float64 by "), checked()
+warnings.simplefilter("ignore")
+half = [each.half() for each in operands()]
+lora_ext.lora_linear(*half[:2], *operands()[2:])
+failed = {name for name, why in check_results("cpu").items() if why != "passed"}
+assert len(failed) == 2, failed
+""",
+        LORA_EXT_EMULATED_FAULT="reduce.splits:low",
+    )
+    assert said == ""
+
+
+def test_a_launch_error_is_said_without_a_backtrace():
+    said = python("call()", LORA_EXT_EMULATED_FAULT="shrink.commit")
+    assert "failed their check" in said and "launching the kernels on cpu failed: " in said
+    assert "Exception raised from" not in said
+
+
+def test_explain_of_layers_shows_a_failed_check():
+    python(
+        """
+from lora_ext.kernel_plan import problem_of
+from lora_ext.modules.kernel_path import cuda_path
+warnings.simplefilter("ignore")
+problem = problem_of(70, 96, 136, 16, torch.bfloat16, torch.float32, False)
+assert cuda_path(cpu, problem, torch.bfloat16)[0] == "fused"
+call()
+path, reason = cuda_path(cpu, problem, torch.bfloat16)
+assert path == "library" and "failed their check on cpu: y differs" in reason, reason
+""",
+        LORA_EXT_EMULATED_FAULT="reduce.splits:low",
+    )
+
+
+def test_the_reference_does_not_depend_on_the_precision_of_float32_products():
+    python("""
+torch.set_float32_matmul_precision("medium")
+torch.use_deterministic_algorithms(True)
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    wide = [k for k in _C.all_kernels(card, True) if "float32" in k.name and "128 x 64" in k.name]
+    assert check_kernels("cpu", wide) == {}
+""")
+
+
+# In a tile after a block's first: accumulators as the tile before left them; and the turn that one
+# consumer of a pingpong tile leaves to the other.
+@pytest.mark.parametrize(
+    ("arch", "fault", "tiles"),
+    [("80", "loop.clear", "128 x 256"), ("90", "consumer.pass_turn", "pingpong 128 x 192")],
+)
+def test_what_goes_wrong_in_a_second_tile_is_found(arch, fault, tiles):
+    python(
+        f"""
+warnings.simplefilter("ignore")
+asked = named("forward bfloat16 {tiles}")
+failed = check_kernels("cpu", asked)
+assert set(failed) == {{each.name for each in asked}} and failed, failed
+""",
+        arch,
+        LORA_EXT_EMULATED_FAULT=fault,
+    )
+
+
+def test_every_in_grid_kernel_passes():
+    python(
+        """
+in_grid = [k for k in _C.all_kernels(card, True) if "in-grid" in k.name and "bfloat16" in k.name]
+assert len(in_grid) == 30 and check_kernels("cpu", in_grid) == {}
+""",
+        "90",
+    )
+
+
+ISOLATED = """
+begun = []
+def never(*_):
+    raise AssertionError("checked in this process")
+here, _C.check_kernels = _C.check_kernels, never
+warnings.simplefilter("ignore")
+isolated._HOST_S = 0.0
+def check(kernels, timeout_s=10.0):
+    return check_kernels("cpu", kernels, isolated=True, timeout_s=timeout_s, begins=begun.append)
+"""
+
+
+def test_a_child_checks_and_this_process_remembers():
+    python(
+        ISOLATED
+        + """
+assert check(some) == {} and begun == [each.name for each in some]
+assert check_results("cpu") == dict.fromkeys(begun, "passed")
+assert check(some) == {} and len(begun) == 8  # known
+emulate("FAULT", "reduce.splits:low")
+wrong = named("forward float16 128 x 64")[:2]
+failed = check(wrong)
+assert set(failed) == {each.name for each in wrong}
+assert all("differs from its value in float64" in why for why in failed.values()), failed
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "why"),
+    [
+        ("HANG", "launch", "the process that checked it said nothing for 20 s"),
+        ("HANG", "wait", "had not ended 20 s after their launch"),
+        ("THROW", "end", "the process that checked it ended with SIGABRT"),
+    ],
+)
+def test_a_child_that_is_lost_costs_one_check_and_leaves_this_process_alone(what, value, why):
+    python(
+        ISOLATED
+        + f"""
+emulate({what!r}, {value!r})
+failed = check(some[:1], 20.0)
+assert list(failed) == [some[0].name] and failed[some[0].name].startswith({why!r}), failed
+emulate({what!r})
+assert check(some) == failed and len(begun) == 8
+_C.check_kernels = here
+call()
+"""
+    )
+
+
+def test_kernels_are_not_checked_where_every_child_is_lost():
+    python(
+        ISOLATED
+        + """
+emulate("THROW", "end")
+failed = check(some)
+lost = [why for why in failed.values() if "SIGABRT" in why]
+left = [why for why in failed.values() if why.startswith("could not be checked: 4 processes")]
+assert len(lost) == 4 and len(left) == 4 and len(check_results("cpu")) == 4, failed
+"""
+    )
+
+
+def test_where_no_child_can_start_this_process_checks():
+    python("""
+isolated.sys.executable = "/bin/false"
+assert check_kernels("cpu", some, isolated=True) == {}
+assert len(check_results("cpu")) == 8
+""")

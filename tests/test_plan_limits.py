@@ -1,0 +1,96 @@
+"""Whatever is planned fits the card: shared memory, grids, tensor maps, and the workspace."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernel_set import CARDS, plans_of, problems
+
+from lora_ext import _C
+
+MOST_X, MOST_YZ = 2**31 - 1, 65535
+NONE = -1
+
+
+def blocks_of(count, size):
+    return -(-count // size)
+
+
+def regions(problem, plan, at):
+    """Name -> offset, bytes, as csrc/plan.h describes them."""
+    m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
+    sums = plan.panels if plan.one_pass else plan.shrink_splits
+    sizes = {
+        "a": 2 * at["terms"] * rank * at["a_pitch"],
+        "b": 2 * n * plan.columns,
+        "t": 2 * m * plan.columns,
+        "z": 4 * sums * m * at["z_columns"],
+        "flags": 4 * at["flag_count"],
+        "s": 2 * m * plan.columns,
+        "g_a": 4 * plan.dlora_a_splits * plan.columns * k,
+        "g_b": 4 * plan.dlora_b_splits * plan.columns * n,
+    }
+    return {name: (at[name], size) for name, size in sizes.items() if at[name] != NONE}
+
+
+def check_workspace(found, workspace):
+    end = 0
+    for offset, size in sorted(found.values()):
+        assert size > 0 and offset % 256 == 0 and offset >= end, found
+        end = offset + size
+    assert end <= workspace
+
+
+def check_grids(problem, plan):
+    columns = _C.plan_numbers(plan)["z_columns"]
+    assert blocks_of(problem.m, 64) <= MOST_X and blocks_of(columns, 64) <= MOST_YZ
+    assert 0 <= plan.shrink_splits <= MOST_YZ
+    assert 0 <= plan.panels <= MOST_X
+    # lora_wgrad has the splits of both products in one dimension, lora_dsdb those of dB.
+    assert plan.dlora_a_splits + plan.dlora_b_splits <= MOST_YZ
+    assert blocks_of(max(problem.n, problem.k), 128) <= MOST_X
+    assert blocks_of(plan.columns, 64) <= MOST_YZ
+
+
+def check_gemm(problem, plan, at, card, backward):
+    """Of lora_gemm, where there is one."""
+    if plan.blocks == 0:
+        assert backward and not problem.need_dx
+        return
+    assert at["shared"] <= card.shared_per_block
+    width = problem.k if backward else problem.n
+    tiles = blocks_of(problem.m, at["rows"]) * blocks_of(width, at["columns"])
+    assert 1 <= plan.blocks <= 3 * card.sms and tiles <= MOST_X
+    if plan.wgmma:
+        # Pitches of tensor maps: of operands as aligned promises, and of what is in the workspace.
+        assert problem.aligned and problem.aligned_weight and not plan.hybrid
+        for pitch in (plan.columns, at["a_pitch"]):
+            assert 2 * pitch % 16 == 0 and 2 * pitch < 2**40
+        if at["b"] == NONE:
+            assert problem.aligned_b and problem.rank % 8 == 0
+        if at["a"] == NONE:
+            assert problem.aligned_a
+
+
+def check(problem, card, backward):
+    for _, plan in plans_of(problem, card, backward):
+        if not plan.kernel:
+            continue
+        at = _C.plan_numbers(plan)
+        check_workspace(regions(problem, plan, at), plan.workspace)
+        check_grids(problem, plan)
+        check_gemm(problem, plan, at, card, backward)
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.sampled_from(sorted(CARDS)), st.booleans())
+def test_a_plan_fits_its_card(problem, card, backward):
+    check(problem, CARDS[card], backward)
+
+
+# Beyond any memory, where only the numbers could go wrong.
+far = st.one_of(st.integers(2**28, 2**31), st.integers(1, 3), st.sampled_from([2**30, 2**30 + 1]))
+
+
+@settings(deadline=None, max_examples=200)
+@given(far, far, far, st.integers(1, 600), st.sampled_from(sorted(CARDS)), st.booleans())
+def test_sizes_beyond_any_memory_are_planned_or_refused(m, n, k, rank, card, backward):
+    check(_C.Problem(m, n, k, rank), CARDS[card], backward)
