@@ -27,6 +27,11 @@ std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
+// Where a weight's values are: another place means that a pack is no longer of this weight.
+int64_t address_of(const at::Tensor& weight) {
+  return reinterpret_cast<int64_t>(weight.const_data_ptr());
+}
+
 struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
   // Positions of the differentiable inputs among forward's arguments.
   enum Input { kX = 0, kLoraA = 2, kLoraB = 3, kBias = 4, kNumInputs = 13 };
@@ -48,7 +53,10 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     ctx->saved_data["col_offset"] = std::move(col_offset);
     ctx->saved_data["cast_weight"] = cast_weight;
     ctx->saved_data["has_bias"] = bias.has_value();
-    if (packed_t) ctx->saved_data["packed_t"] = *packed_t;
+    if (packed_t) {
+      ctx->saved_data["packed_t"] = *packed_t;
+      ctx->saved_data["packed_address"] = address_of(weight);
+    }
     return y;
   }
 
@@ -57,7 +65,10 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     if (!grads[0].defined()) return out;
     const variable_list saved = ctx->get_saved_variables();
     std::optional<at::Tensor> packed_t;
-    if (ctx->saved_data.count("packed_t") != 0) packed_t = ctx->saved_data["packed_t"].toTensor();
+    if (ctx->saved_data.count("packed_t") != 0 &&
+        ctx->saved_data["packed_address"].toInt() == address_of(saved[1])) {
+      packed_t = ctx->saved_data["packed_t"].toTensor();
+    }
     const std::array<bool, 4> output_mask = {
         ctx->needs_input_grad(kX), ctx->needs_input_grad(kLoraA), ctx->needs_input_grad(kLoraB),
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(kBias)};

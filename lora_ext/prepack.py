@@ -1,6 +1,6 @@
 """A frozen weight kept in oneDNN's packed layout, for the CPU."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,15 +10,17 @@ _LAYOUT_ROWS = 512
 # A single float32 row is a GEMV, in which MKL was 1.3 to 1.6 times faster than oneDNN's blocks.
 _MIN_PACKED_ROWS = {torch.float32: 2, torch.bfloat16: 1}
 _PACKABLE = (torch.float32, torch.bfloat16)
+_CHANGED = "the weight was written to, replaced, moved or cast since it was packed"
 
 
 class PackedWeight:
     """A frozen weight with a packed copy, accepted by `lora_linear` in the weight's place.
 
-    The pack is a cache: copies, pickles and state dicts hold the weight alone. It is dropped by
-    `drop` and by anything that moves or casts the weight to another tensor. Writes through
-    ``weight.data`` do not change the version counter that autograd keeps, so nothing can notice
-    them cheaply: call `drop` after such a write, or `verify` to compare a checksum.
+    The pack is a cache: copies, pickles and state dicts hold the weight alone. Each use compares
+    the weight's address, dtype, shape, strides and version with those that were packed, and drops a
+    pack that they contradict: after ``Module.to``, ``weight.data = other``, ``weight.add_(...)``.
+    Writes of values through ``weight.data`` change none of these, so nothing can notice them
+    cheaply: call `drop` after such a write, or `verify` to compare a checksum.
 
     Attributes:
         weight: the original ``[out_features, in_features]`` tensor, never a copy.
@@ -35,7 +37,7 @@ class PackedWeight:
         self.reason = reason
         self._packed = packed
         self._packed_t = packed_t
-        self._version = _version(weight)
+        self._identity = _identity(weight) if packed is not None else None
         self._checksum = _checksum(weight) if packed is not None else None
 
     @property
@@ -69,8 +71,8 @@ class PackedWeight:
         """("packed" or "unpacked", reason) for a call on `rows` rows."""
         if self._packed is None:
             return "unpacked", self.reason
-        if _version(self.weight) != self._version:
-            return "unpacked", "the weight was written to since it was packed"
+        if _identity(self.weight) != self._identity:
+            return "unpacked", _CHANGED
         if rows < _MIN_PACKED_ROWS[self.weight.dtype]:
             return "unpacked", f"fewer than {_MIN_PACKED_ROWS[self.weight.dtype]} rows"
         return "packed", "oneDNN packed weight"
@@ -79,8 +81,8 @@ class PackedWeight:
         """(weight, packed, packed transposed) for a call on x, None where plain is used."""
         if self._packed is None or torch.compiler.is_compiling():
             return self.weight, None, None
-        if _version(self.weight) != self._version:
-            self.drop("the weight was written to since it was packed")
+        if _identity(self.weight) != self._identity:
+            self.drop(_CHANGED)
             return self.weight, None, None
         if PackedWeight.debug:
             self.verify()
@@ -107,7 +109,8 @@ def prepack(weight: Tensor, *, backward: bool = False) -> PackedWeight:
 
     Args:
         weight: ``[out_features, in_features]``; float32 and bfloat16 on the CPU are packed, all
-            else comes back unpacked with the reason.
+            else comes back unpacked with the reason; so does a weight that was made under
+            ``torch.inference_mode``, whose changes could not be seen.
         backward: also pack the transpose, for dX in training: a second copy.
 
     Returns:
@@ -148,11 +151,25 @@ def _unpackable_reason(weight: Tensor) -> str:
         return "this processor has no bfloat16 in oneDNN (AVX-512 is needed)"
     if weight.numel() == 0:
         return "empty"
+    if weight.is_inference():
+        return (
+            "made under torch.inference_mode, where writes are not counted: make the weight outside"
+        )
     return ""
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def _identity(weight: Tensor) -> tuple[Any, ...]:
+    """What a change of the weight changes, but for a write of values through ``weight.data``."""
+    if weight.is_inference():  # an inference tensor took the place of the data
+        return ()
+    return (
+        weight.data_ptr(),
+        weight.dtype,
+        weight.shape,
+        weight.stride(),
+        weight.device,
+        weight._version,
+    )
 
 
 def _checksum(weight: Tensor) -> int:

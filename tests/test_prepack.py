@@ -20,6 +20,7 @@ from helpers import (
     run_float64,
     run_ours,
 )
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -384,8 +385,9 @@ def test_a_pack_is_freed_with_its_last_user():
 
 
 def test_prepack_in_inference_mode():
+    weight = torch.randn(70, 40)
     with torch.inference_mode():
-        packed = packed_weight()
+        packed = prepack(weight)
         assert torch.allclose(call(packed), call(packed.weight), atol=1e-4)
     assert packed.is_packed
 
@@ -478,3 +480,76 @@ def test_every_dtype_runs_or_raises(pair):
     else:
         with pytest.raises(TypeError):
             lora_ext.lora_linear(problem.x, packed, *tensors)
+
+
+# ---- what a pack does not outlive ----
+
+
+def changed_by(change):
+    """A pack of an nn.Linear's weight, used, then changed: the layer, and the pack."""
+    layer = nn.Linear(40, 70, bias=False).requires_grad_(False)
+    packed = prepack(layer.weight)
+    assert packed.is_packed
+    call(packed)
+    change(layer)
+    return layer, packed
+
+
+CHANGES = {
+    "half": lambda layer: layer.half(),
+    "bfloat16": lambda layer: layer.to(torch.bfloat16),
+    "double": lambda layer: layer.double(),
+    "other data": lambda layer: setattr(layer.weight, "data", torch.randn(70, 40)),
+    "other strides": lambda layer: setattr(layer.weight, "data", torch.randn(40, 70).t()),
+    "in place": lambda layer: layer.weight.add_(1),
+    "data of inference mode": lambda layer: setattr(layer.weight, "data", inference_weight()),
+}
+
+
+def inference_weight():
+    with torch.inference_mode():
+        return torch.randn(70, 40)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pack_does_not_outlive_a_change(change):
+    """Modules cast and move by `weight.data = ...`: the same Parameter, of the same version."""
+    layer, packed = changed_by(CHANGES[change])
+    dtype = layer.weight.dtype
+    assert packed.route(60)[0] == "unpacked"
+    problem = make_problem(60, 40, 70, 5)
+    operands = [problem.x.to(dtype), problem.lora_a.to(dtype), problem.lora_b.to(dtype)]
+    x, lora_a, lora_b = operands
+    wanted = lora_linear(x, layer.weight.detach(), lora_a, lora_b)
+    assert torch.equal(lora_linear(x, packed, lora_a, lora_b), wanted)
+    assert not packed.is_packed
+    assert "replaced, moved or cast since it was packed" in packed.reason
+
+
+def test_a_weight_of_inference_mode_is_not_packed():
+    packed = prepack(inference_weight())
+    assert not packed.is_packed
+    assert "made under torch.inference_mode" in packed.reason
+    with torch.inference_mode():  # a weight from outside may be
+        assert prepack(torch.randn(70, 40)).reason == packed.reason
+    weight = torch.randn(70, 40)
+    with torch.inference_mode():
+        assert prepack(weight).is_packed
+
+
+def test_a_packed_transpose_does_not_outlive_a_change_before_backward():
+    """`weight.data = other` between forward and backward: dX is of the other, as torch's is."""
+    problem = make_problem(60, 40, 70, 5)
+    dy = torch.randn(60, 70)
+    grads = []
+    for is_packed in (True, False):
+        weight = problem.weight.clone()
+        operand = prepack(weight, backward=True) if is_packed else weight
+        x = problem.x.clone().requires_grad_()
+        y = lora_linear(x, operand, problem.lora_a, problem.lora_b)
+        weight.data = weight.flip(0)
+        y.backward(dy)
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+    wanted = dy @ (problem.weight.flip(0) + problem.lora_b @ problem.lora_a)
+    torch.testing.assert_close(grads[0], wanted, rtol=1e-4, atol=1e-3)
