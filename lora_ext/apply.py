@@ -13,6 +13,7 @@ from .model import (
     BIAS_SAVED_BY,
     SAVED_BY,
     adapter_names,
+    check_not_peft,
     compute_merged,
     disown,
     lora_layers,
@@ -59,6 +60,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAP
             adapted, a module to save holds or shares an adapted weight, or the adapter exists. The
             model is then unchanged.
     """
+    check_not_peft(model, "apply_lora")
     reshard(model)
     others = adapter_names(model)
     if adapter in others:
@@ -311,6 +313,7 @@ def unload(model: nn.Module) -> nn.Module:
         RuntimeError: a weight is sharded over processes.
     """
     _check_not_layer(model, "unload")
+    check_not_peft(model, "unload")
     reshard(model)
     layers = [layer for _, layer in lora_layers(model)]
     for layer in layers:

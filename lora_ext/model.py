@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import BIASES
 from .modules import LoRALayer
+from .peft.report import peft_layers
 
 # Attribute of a module that is trained whole: the names of the adapters that it belongs to.
 SAVED_BY = "lora_ext_saved_by"
@@ -71,12 +72,40 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+# What a PeftModel has in the place of each function here.
+_OF_PEFT = {
+    "set_adapter": "model.set_adapter(name)",
+    "delete_adapter": "model.delete_adapter(name)",
+    "merge": "model.merge_adapter()",
+    "unmerge": "model.unmerge_adapter()",
+    "disable_adapters": "with model.disable_adapter()",
+    "merge_and_unload": "model.merge_and_unload()",
+    "unload": "model.unload()",
+    "lora_state_dict": "peft.get_peft_model_state_dict(model)",
+    "mark_only_lora_as_trainable": "model.set_adapter(name)",
+    "save_adapter": "model.save_pretrained(folder)",
+    "load_adapter": "model.load_adapter(folder, name)",
+    "apply_lora": "model.add_adapter(name, peft.LoraConfig(...))",
+}
+
+
+def check_not_peft(model: nn.Module, function: str) -> None:
+    """Raises ValueError for a model whose LoRA layers are all PEFT's, accelerated or not."""
+    layers = next(lora_layers(model), None) or next(peft_layers(model), None)
+    if layers is not None and not isinstance(layers[1], LoRALayer):
+        raise ValueError(
+            f"lora_ext.{function}: expected layers of lora_ext, but the model's are PEFT's, with "
+            f"PEFT's own methods, accelerated or not: {_OF_PEFT[function]}"
+        )
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of all adapters, in the order in which the layers have them."""
     return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.adapters))
 
 
 def checked_names(model: nn.Module, names: str | Iterable[str], function: str) -> tuple[str, ...]:
+    check_not_peft(model, function)
     names = (names,) if isinstance(names, str) else tuple(names)
     known = adapter_names(model)
     if len(set(names)) != len(names) or not set(names) <= set(known):
@@ -136,6 +165,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
 
 def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function: str) -> list:
     """All that merging makes, before any layer is changed."""
+    check_not_peft(model, function)
     reshard(model)
     wanted = None if names is None else checked_names(model, names, function)
     return [
@@ -151,6 +181,7 @@ def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function
 
 def unmerge(model: nn.Module) -> None:
     """Drops the merged weights; the weights have the bits that they always had."""
+    check_not_peft(model, "unmerge")
     for _, layer in lora_layers(model):
         layer.unmerge()
 
@@ -158,6 +189,7 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes what it did before it had adapters."""
+    check_not_peft(model, "disable_adapters")
     with ExitStack() as stack:
         for _, layer in lora_layers(model):
             stack.enter_context(layer.disable_adapters())
@@ -179,6 +211,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         raise ValueError(
             f"lora_ext.mark_only_lora_as_trainable: expected bias in {BIASES}, but got {bias!r}"
         )
+    check_not_peft(model, "mark_only_lora_as_trainable")
     own = {
         id(parameter)
         for _, layer in lora_layers(model)
@@ -214,6 +247,7 @@ def lora_state_dict(
     """
     if bias not in BIASES:
         raise ValueError(f"lora_ext.lora_state_dict: expected bias in {BIASES}, but got {bias!r}")
+    check_not_peft(model, "lora_state_dict")
     if adapter is not None:
         checked_names(model, adapter, "lora_state_dict")
     own: set[str] = set()

@@ -14,6 +14,7 @@ from ..model import (
     BIAS_SAVED_BY,
     SAVED_BY,
     adapter_names,
+    check_not_peft,
     mark_only_lora_as_trainable,
     own,
     reshard,
@@ -67,6 +68,7 @@ def load_adapter(
     """
     folder = os.fspath(folder)
     inner = inner_model(model)
+    check_not_peft(inner, "load_adapter")
     reshard(inner)
     try:
         if adapter in adapter_names(inner):

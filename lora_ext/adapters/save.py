@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..model import reshard
+from ..model import check_not_peft, reshard
 from ..modules.linear import DEFAULT_ADAPTER
 from .content import Content
 from .errors import AdapterError, shown
@@ -66,6 +66,7 @@ def save_adapter(
     """
     folder = os.fspath(folder)
     inner = inner_model(model)
+    check_not_peft(inner, "save_adapter")
     reshard(inner)
     try:
         information = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import _C
 from ..functional import lora_linear
 from ..prepack import PackedWeight, prepack
 from .base import LoRALayer
 from .kernel_path import MANY_ROWS, kernel_path
-from .updates import Update, added_in_turn, obstacle, stacked, with_biases
+from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
 
 
 class FusedLoRALayer(LoRALayer):
@@ -24,10 +27,12 @@ class FusedLoRALayer(LoRALayer):
         """The layer with its active adapters on x ``[..., in]``: ``[..., out]``.
 
         Several adapters become one of the summed rank, and share one dropout mask. What one call of
-        the op cannot do (`obstacle`, a nested x) is done by torch in PEFT's order.
+        the op cannot do (`obstacle`, a nested x, ONNX) is done by torch in PEFT's order.
         """
+        if isinstance(x, Proxy):
+            return self._traced(x)
         updates = self._updates()
-        if x.is_nested or obstacle(updates, self.weight.dtype):
+        if x.is_nested or obstacle(updates, self.weight.dtype) or is_onnx_export():
             weight, bias = self.base_operands()
             return added_in_turn(F.linear(x, self.matrix(weight), bias), x, updates)
         lora_a, lora_b, scaling = stacked(updates, x)
@@ -35,6 +40,10 @@ class FusedLoRALayer(LoRALayer):
         dropout_p = updates[0].dropout
         bias = with_biases(bias, updates)
         return lora_linear(x, self._operand(), lora_a, lora_b, bias, scaling, dropout_p)
+
+    def _traced(self, x: Any) -> Any:
+        """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
     def _operand(self) -> Tensor | PackedWeight:
         """The weight to add to as ``[out, in]``, or its pack."""

@@ -98,6 +98,14 @@ def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
     return total.to(base.dtype)
 
 
+def is_onnx_export() -> bool:
+    """Whether torch.onnx.export, which has no operator for the op, is tracing."""
+    # The question about ONNX itself costs microseconds; either exporter traces in one of two ways.
+    if torch._C._get_tracing_state() is None and not torch.compiler.is_compiling():
+        return False
+    return torch.onnx.is_in_onnx_export()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or that to which autocast will bring it."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype

@@ -33,7 +33,7 @@ class Embedding(peft_layers.Embedding):
             plan = plan_of(self, x)
             if plan.path == ADDED:
                 return added(self, x, plan)
-        return super().forward(x, *args, **kwargs)
+        return peft_layers.Embedding.forward(self, x, *args, **kwargs)  # by name, as in linear.py
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""

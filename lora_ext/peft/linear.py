@@ -53,7 +53,8 @@ class Linear(peft_layers.Linear):
                 return dora.linear(self, x, plan.updates[0])
             if plan.path == ADDED:
                 return added(self, x, plan)
-        return super().forward(x, *args, **kwargs)
+        # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
+        return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""

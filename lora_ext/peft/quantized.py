@@ -26,15 +26,22 @@ def quantized_plan(layer: Any, x: Tensor | None) -> LinearPlan:
     return plan._replace(path=ADDED) if plan.path == FUSED else plan
 
 
-class _Quantized:
-    """The forward of all of them; a mix-in before PEFT's class."""
+def forward_over(theirs: Any) -> Any:
+    """The forward of a class in the place of `theirs`, which it calls by name: in a bound method
+    that outlives `decelerate`, self is of PEFT's class."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
             plan = quantized_plan(self, x)
             if plan.path == ADDED:
                 return added(self, x, plan)
-        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return theirs.forward(self, x, *args, **kwargs)
+
+    return forward
+
+
+class _Quantized:
+    """A mix-in before PEFT's class."""
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
@@ -45,6 +52,8 @@ class _Quantized:
 class TorchaoLoraLinear(_Quantized, peft_torchao.TorchaoLoraLinear):
     """`peft.tuners.lora.torchao.TorchaoLoraLinear` with another forward."""
 
+    forward = forward_over(peft_torchao.TorchaoLoraLinear)
+
 
 CLASSES: dict[type, type] = {peft_torchao.TorchaoLoraLinear: TorchaoLoraLinear}
 
@@ -54,11 +63,15 @@ if is_bnb_available():
     class Linear8bitLt(_Quantized, peft_bnb.Linear8bitLt):
         """`peft.tuners.lora.bnb.Linear8bitLt` with another forward."""
 
+        forward = forward_over(peft_bnb.Linear8bitLt)
+
     CLASSES[peft_bnb.Linear8bitLt] = Linear8bitLt
 
     if is_bnb_4bit_available():
 
         class Linear4bit(_Quantized, peft_bnb.Linear4bit):
             """`peft.tuners.lora.bnb.Linear4bit` with another forward."""
+
+            forward = forward_over(peft_bnb.Linear4bit)
 
         CLASSES[peft_bnb.Linear4bit] = Linear4bit

@@ -20,6 +20,7 @@ from .reasons import FLOATS
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
 _is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
 _transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
@@ -46,6 +47,7 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         or type(x) is not Tensor
         or not (x.is_cpu or x.is_cuda)
         or _is_compiling()
+        or _tracing_state() is not None
         or _has_any_global_hook()
         or _transforms() is not None
         or _forward_ad._current_level >= 0

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..modules.linear import is_conv1d
-from ..modules.updates import HALVES, is_autocast
+from ..modules.updates import HALVES, is_autocast, is_onnx_export
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
@@ -41,6 +41,8 @@ def adapters_state(layer: Any) -> Route | None:
         return PEFT, "the layer's forward is replaced on the instance"
     if _has_any_global_hook():
         return PEFT, "hooks on all modules are registered"
+    if is_onnx_export():
+        return PEFT, "ONNX has no such operator; PEFT's forward is exported"
     return None
 
 

@@ -18,5 +18,6 @@ class LoraModel(peft_model.LoraModel):
     """
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, *args, **kwargs)
-        swap(model)
+        peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
+        if isinstance(self, LoraModel):  # not in a bound method that outlived `decelerate`
+            swap(model)
