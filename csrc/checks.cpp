@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <cmath>
+#include <limits>
 
 #include "bounds.h"
 #include "check.h"
@@ -105,7 +106,11 @@ void check_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tens
   check_same_device("lora_a", lora_a, x);
   check_same_device("lora_b", lora_b, x);
   if (bias) check_same_device("bias", *bias, x);
-  LORA_EXT_CHECK(std::isfinite(scaling), "expected a finite scaling, but got ", scaling);
+  // The kernels hold it in the dtype in which they sum: float32, or float64 for float64.
+  const double largest = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
+                                                        : std::numeric_limits<float>::max();
+  LORA_EXT_CHECK(std::abs(scaling) <= largest, "expected a finite scaling of at most ", largest,
+                 " in magnitude, but got ", scaling);
   check_probability(dropout_p);
   check_offsets(row_offset, col_offset);
   if (dropout_p > 0.0) {

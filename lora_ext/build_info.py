@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,27 @@ def _build_facts() -> tuple[dict[str, Any], str]:
     try:
         facts = json.loads(_FACTS_FILE.read_text())
     except FileNotFoundError:
-        return {}, f"{_FACTS_FILE.name} is missing, so the extension was not built: {_REINSTALL}"
+        return {}, _hidden_copy() or (
+            f"{_FACTS_FILE.name} is missing, so the extension was not built: {_REINSTALL}"
+        )
     except (OSError, ValueError) as error:
         return {}, f"{_FACTS_FILE.name} cannot be read ({error}): {_REINSTALL}"
     if not isinstance(facts, dict):
         return {}, f"{_FACTS_FILE.name} holds no table of facts: {_REINSTALL}"
     return facts, ""
+
+
+def _hidden_copy() -> str:
+    """What to do where the source tree hides an installed copy, else ""."""
+    here = _FACTS_FILE.parent.resolve()
+    for entry in sys.path:
+        other = Path(entry or ".", here.name).resolve()
+        if other != here and (other / _FACTS_FILE.name).is_file():
+            return (
+                f"{here} is the source tree, and hides the installed copy, {other}: start Python "
+                "in another folder"
+            )
+    return ""
 
 
 def _running_torch() -> tuple[str, str | None]:

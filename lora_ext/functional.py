@@ -62,11 +62,23 @@ def lora_linear(
     Raises:
         RuntimeError: shapes, rank, devices or numbers do not fit; weight requires grad under grad
             mode; a second backward.
-        TypeError: a dtype does not fit.
+        TypeError: a dtype does not fit, an operand is no tensor, x is nested, or scaling is no
+            number.
     """
     packed = packed_t = None
+    if not (isinstance(x, Tensor) and isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)):
+        raise _not_a_tensor(x=x, lora_a=lora_a, lora_b=lora_b)
+    if x.is_nested:
+        raise TypeError(
+            "lora_ext.lora_linear: expected a dense x, but got a nested one; pass x.values() of a "
+            "jagged layout, whose rows are independent"
+        )
+    if scaling is None or isinstance(scaling, str):
+        raise TypeError(f"lora_ext.lora_linear: expected a number scaling, but got {scaling!r}")
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
+    elif not isinstance(weight, Tensor):
+        raise _not_a_tensor(weight=weight)
     if not training:
         if not 0.0 <= dropout_p < 1.0:
             raise RuntimeError(
@@ -80,6 +92,13 @@ def lora_linear(
     seed = draw_seed(x.device)
     return _forward(
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, 0, 0, False, packed, packed_t
+    )
+
+
+def _not_a_tensor(**operands: object) -> TypeError:
+    name, got = next((n, t) for n, t in operands.items() if not isinstance(t, Tensor))
+    return TypeError(
+        f"lora_ext.lora_linear: expected {name} to be a tensor, but got {type(got).__name__}"
     )
 
 

@@ -79,7 +79,17 @@ def explain(model, *arguments, **named):
         for forward and backward, and what their check on this device has said.
     """
     if isinstance(model, Tensor):
+        if len(arguments) + len(named.keys() & {"weight", "lora_a", "lora_b"}) < 3:
+            raise TypeError(
+                "lora_ext.explain: expected x, weight, lora_a and lora_b of a call, but got x and "
+                f"{len(arguments) + len(named)} more; or a model"
+            )
         return explain_call(model, *arguments, **named)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "lora_ext.explain: expected a model (nn.Module), or x, weight, lora_a and lora_b of a "
+            f"call, but got {type(model).__name__}"
+        )
     return _explain_model(model, *arguments, **named)
 
 

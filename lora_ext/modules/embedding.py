@@ -76,6 +76,13 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         y = self._look_up(input, self.base_operands()[0])
         for name in self.added_adapters:
             lora_a, lora_b = self.factors(name)
+            if lora_a.shape[1] != self.weight.shape[0]:
+                raise RuntimeError(
+                    f"lora_ext.LoRAEmbedding: expected a table of {lora_a.shape[1]} rows, for "
+                    f"which adapter {name!r} was made, but it has {self.weight.shape[0]}; resize "
+                    "it (resize_token_embeddings) before apply_lora, or delete the adapter and add "
+                    "it again"
+                )
             # A sparse gradient could not pass the transposition.
             update = self._look_up(input, lora_a.t(), sparse=False) @ lora_b.t()
             y = y + update * self.adapters[name].scaling
