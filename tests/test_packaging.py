@@ -85,13 +85,13 @@ def test_version_has_one_source():
         assert lora_ext.__version__ not in path.read_text(), f"{path.name} repeats the version"
 
 
-def test_metadata_asks_for_torch_alone():
+def test_metadata_asks_for_torch_and_what_adapter_files_take():
     needed = [
         requirement
         for requirement in importlib.metadata.requires("lora_ext") or []
         if "extra ==" not in requirement
     ]
-    assert needed == ["torch>=2.11"]
+    assert sorted(needed) == ["regex", "safetensors>=0.4.3", "torch>=2.11"]
 
 
 def test_a_wheel_ships_every_file_of_the_package(monkeypatch):
