@@ -228,6 +228,15 @@ class CudaToolkit:
         return str(target)
 
 
+def check_compiler() -> None:
+    name = next(word for word in cxx_command() if "ccache" not in word)
+    if shutil.which(name) is None:
+        raise CompileError(
+            f"lora_ext is compiled here: expected a C++ compiler {name!r}, but there is none; "
+            "install g++ 12 or newer (apt-get install g++), or name yours in CXX"
+        )
+
+
 def without_cuda(reason: str) -> dict:
     print(f"lora_ext: building without CUDA kernels. {reason}", flush=True)
     return {"cuda": False, "cuda_version": None, "cuda_archs": [], "cuda_reason": reason}
@@ -251,6 +260,7 @@ class BuildExt(BuildExtension):
     def build_extensions(self) -> None:
         if torch is None:
             raise CompileError("lora_ext compiles against torch>=2.11, and there is no torch here")
+        check_compiler()
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
         compiler = run([*cxx_command(), "--version"])[1].partition("\n")[0]
         openmp = openmp_flags(compiler)

@@ -85,6 +85,16 @@ def test_version_has_one_source():
         assert lora_ext.__version__ not in path.read_text(), f"{path.name} repeats the version"
 
 
+def test_a_build_without_a_compiler_says_so(build_ext, tmp_path, monkeypatch):
+    command, _ = build_ext
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for compiler, name in (("", "c++"), ("ccache /nowhere/g++", "/nowhere/g++")):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(Exception, match="there is none; install") as caught:
+            command.build_extensions()
+        assert f"expected a C++ compiler {name!r}" in str(caught.value)
+
+
 def test_metadata_asks_for_torch_and_what_adapter_files_take():
     needed = [
         requirement
