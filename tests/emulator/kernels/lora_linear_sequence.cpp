@@ -1,227 +1,77 @@
 // Runs the whole LoRA linear, forward and backward, as the planner decides for a card: every route
-// through the kernels, in one workspace of exactly the planned size.
+// through the kernels, in one workspace of exactly the planned size, which other calls may have
+// used. X and dY are written by a kernel before, and dX is read by one after.
 //
-// A bound follows each value: `error` is what representations and float sums may add to it.
+// A run tells which plans it ran, so that the tests can count them.
 #include "emulator/kernels/lora_linear_sequence.h"
 
-#include "emulator/kernels/neighbours.h"
+#include "emulator/kernels/float64_values.h"
+#include "emulator/kernels/linear_case.h"
 #include "emulator/kernels/operand.h"
+#include "emulator/kernels/plan_facts.h"
+#include "emulator/kernels/stored_operand.h"
 #include "emulator/machine/config.h"
-#include "emulator/specimens/driver.h"
-
-namespace kernels {
-
-extern NEIGHBOUR_COPY(__nv_bfloat16);
-extern NEIGHBOUR_COPY(__half);
-
-}  // namespace kernels
 
 namespace lora_ext::kernel {
 namespace {
 
 using emulator::GlobalBuffer;
+using kernels::LinearCase;
+using kernels::product;
 using kernels::RandomMask;
+using kernels::represent;
+using kernels::Stored;
+using kernels::Values;
+using kernels::values_of;
 using specimens::Case;
-using specimens::Numbers;
-
-// 108 SMs make short splits, two make whole walks; sm_86 has less shared memory.
-const plan::Card kCards[] = {{80, 108, 167936, 166912},
-                             {80, 2, 167936, 166912},
-                             {86, 16, 102400, 101376},
-                             {90, 132, 233472, 232448},
-                             {90, 4, 233472, 232448}};
-
-// float64 values with their errors, row-major.
-struct Values {
-  int rows, columns;
-  std::vector<double> value, error, magnitude;
-  Values(int rows_, int columns_)
-      : rows(rows_), columns(columns_), value(size()), error(size()), magnitude(size()) {}
-  size_t size() const { return static_cast<size_t>(rows) * columns; }
-  size_t at(int i, int j) const { return static_cast<size_t>(i) * columns + j; }
-};
-
-template <class V>
-Values values_of(const specimens::Matrix<V>& matrix) {
-  Values out(matrix.rows, matrix.columns);
-  for (int i = 0; i < matrix.rows; ++i)
-    for (int j = 0; j < matrix.columns; ++j) {
-      out.value[out.at(i, j)] = matrix(i, j);
-      out.magnitude[out.at(i, j)] = std::fabs(matrix(i, j));
-    }
-  return out;
-}
-
-// What a float becomes as one half or two.
-template <class T>
-void represent(Values& values, bool two) {
-  const double unit = specimens::rounding_unit<T>();
-  const double relative = two ? unit * unit + 0x1p-23 : unit + 0x1p-23;
-  const double floor = 0x1p-25 / (two ? kLoScale<T> : 1.f);
-  for (size_t i = 0; i < values.size(); ++i)
-    values.error[i] += relative * (std::fabs(values.value[i]) + values.error[i]) + floor;
-}
-
-// scale * left right^T along `depth`, with get(matrix, outer, inner) picking elements.
-template <class Left, class Right>
-Values product(int rows, int columns, int depth, double scale, const Values& left, Left left_at,
-               const Values& right, Right right_at) {
-  Values out(rows, columns);
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < columns; ++j) {
-      double value = 0, error = 0, magnitude = 0;
-      for (int l = 0; l < depth; ++l) {
-        const size_t a = left_at(i, l), b = right_at(j, l);
-        value += left.value[a] * right.value[b];
-        magnitude += std::fabs(left.value[a] * right.value[b]);
-        error += left.error[a] * (std::fabs(right.value[b]) + right.error[b]) +
-                 std::fabs(left.value[a]) * right.error[b];
-      }
-      const size_t at = out.at(i, j);
-      out.value[at] = scale * value;
-      out.magnitude[at] = scale * magnitude;
-      out.error[at] = std::fabs(scale) * (error + (depth + 8) * 3 * 0x1p-23 * (magnitude + error));
-    }
-  }
-  return out;
-}
-
-// An operand in T or float, at any stride and offset.
-template <class T>
-struct Stored {
-  specimens::Matrix<float> exact;  // what is stored
-  bool in_float;
-  int64_t row_stride, column_stride;
-  int offset;
-  GlobalBuffer<float> floats;
-  GlobalBuffer<T> halves;
-
-  Stored(int rows, int columns, bool in_float_, bool transposed, bool aligned, Numbers numbers,
-         double size, std::mt19937_64& random, const char* name)
-      : exact(specimens::random_matrix<float>(rows, columns, columns, numbers, random)),
-        in_float(in_float_),
-        row_stride(transposed ? 1
-                   : aligned  ? specimens::padded(columns)
-                              : columns + 3),
-        column_stride(transposed ? rows : 1),
-        offset(aligned ? 0 : 1),
-        floats(in_float ? extent(rows, columns) : 0, name),
-        halves(in_float ? 0 : extent(rows, columns), name) {
-    if (in_float) {
-      floats.fill(NAN);
-    } else {
-      halves.fill(specimens::from_double<T>(NAN));
-    }
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < columns; ++j) {
-        float& value = exact.at(i, j);
-        if (numbers == Numbers::Reals) value *= static_cast<float>(size);
-        const size_t at = static_cast<size_t>(offset + i * row_stride + j * column_stride);
-        if (in_float) {
-          floats[at] = value;
-        } else {
-          halves[at] = specimens::from_double<T>(value);
-          value = static_cast<float>(specimens::to_double(halves[at]));
-        }
-      }
-    }
-  }
-  size_t extent(int rows, int columns) const {
-    return static_cast<size_t>(offset + (rows - 1) * row_stride + (columns - 1) * column_stride +
-                               1);
-  }
-  const void* data() const {
-    return in_float ? static_cast<const void*>(floats.data() + offset)
-                    : static_cast<const void*>(halves.data() + offset);
-  }
-  Matrix matrix() const { return {data(), row_stride, column_stride}; }
-  bool aligned() const {  // as kernels ask for it
-    return column_stride == 1 && row_stride % 8 == 0 && offset == 0;
-  }
-};
-
-template <class Got>
-std::string compare(const char* name, const Values& expected, const Got& got, double unit,
-                    bool exact) {
-  for (int i = 0; i < expected.rows; ++i) {
-    for (int j = 0; j < expected.columns; ++j) {
-      const double value = expected.value[expected.at(i, j)];
-      const double error = expected.error[expected.at(i, j)];
-      const double tolerance = exact ? 0 : error + unit * (std::fabs(value) + error) + 0x1p-25;
-      const std::string difference =
-          specimens::compare(name, i, j, got(expected.at(i, j)), value, tolerance);
-      if (!difference.empty()) return difference;
-    }
-  }
-  return "";
-}
-
-// |got - expected| / |expected|, both as vectors.
-template <class Got>
-double relative_error(const Values& expected, const Got& got) {
-  double difference = 0, size = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    difference += std::pow(got(i) - expected.value[i], 2);
-    size += std::pow(expected.value[i], 2);
-  }
-  return size == 0 ? 0 : std::sqrt(difference / size);
-}
 
 template <class T>
 class LinearTest {
  public:
   explicit LinearTest(const Case& run)
-      : random_(run.seed), m_(run.size.m), n_(run.size.n), k_(run.size.k) {
-    const bool every_rank = std::string(run.size.name) == "every_rank";
-    numbers_ = every_rank || random_() % 2 ? Numbers::Integers : Numbers::Reals;
-    constexpr int kRanks[] = {1, 3, 8, 12, 16, 24, 40, 64, 130};
-    rank_ = every_rank ? 1 + static_cast<int>((run.seed - 1) % 257)
-                       : kRanks[random_() % std::size(kRanks)];
-    // Sums of integers are exact where S has two halves.
-    float_adapters_ = numbers_ == Numbers::Integers || random_() % 2;
-    dropout_ = random_() % 2;
-    aligned_ = random_() % 3 != 0;
-    card_ = kCards[random_() % std::size(kCards)];
-    choice_ = random_() % 2 ? plan::Choice::kKernel : plan::Choice::kHybrid;
-    early_ = random_() % 2;
-    if (std::string(run.size.name) == "early") {  // kernels that begin early, which are rare else
-      aligned_ = early_ = true, choice_ = plan::Choice::kKernel;
-      card_ = kCards[std::size(kCards) - 1 - random_() % 2];
-    }
-    scaling_ = numbers_ == Numbers::Integers ? 0.5f : random_() % 2 ? 1.7f : 0.013f;
-    mask_ = std::make_unique<RandomMask>(numbers_, random_);
-    // Adapters of a fresh layer, and gradients, are small.
+      : random_(run.seed), case_(kernels::draw_linear_case(run, random_)) {
+    const auto adapter = [&](int rows, int columns, double size, const char* name) {
+      return stored(rows, columns, case_.float_adapters, random_() % 4 == 0, size, name);
+    };
+    mask_ = std::make_unique<RandomMask>(case_.numbers, random_, /*may_be_shard=*/true);
     x_ = stored(m_, k_, false, false, 1, "x"), w_ = stored(n_, k_, false, false, 1, "weight");
-    a_ = stored(rank_, k_, float_adapters_, random_() % 4 == 0, 0.02, "lora_a");
-    b_ = stored(n_, rank_, float_adapters_, random_() % 4 == 0, 0.001, "lora_b");
-    dy_ = stored(m_, n_, false, false, 0.01, "grad");
+    a_ = adapter(rank_, k_, case_.size_of_a, "lora_a");
+    b_ = adapter(n_, rank_, case_.size_of_b, "lora_b");
+    dy_ = stored(m_, n_, false, false, case_.size_of_dy, "grad");
   }
 
   std::string run() {
-    const std::string difference = forward_pass();
+    std::string difference;
+    // Other plans leave their workspace to the next.
+    for (int passes = random_() % 6 == 0 ? 2 : 1; passes > 0 && difference.empty(); --passes)
+      difference = forward_pass();
     return difference.empty() ? backward_pass() : difference;
   }
 
  private:
   std::unique_ptr<Stored<T>> stored(int rows, int columns, bool in_float, bool transposed,
                                     double size, const char* name) {
-    return std::make_unique<Stored<T>>(rows, columns, in_float, transposed, aligned_, numbers_,
-                                       size, random_, name);
+    return std::make_unique<Stored<T>>(rows, columns, in_float, transposed, case_.aligned,
+                                       case_.numbers, size, random_, name);
   }
 
   plan::Problem problem() const {
     plan::Problem p{.m = m_, .n = n_, .k = k_, .rank = rank_};
-    p.float_adapters = float_adapters_, p.dropout = dropout_;
+    p.float_adapters = case_.float_adapters, p.dropout = case_.dropout;
     p.aligned_a = a_->aligned(), p.aligned_b = b_->aligned();
     return p;
   }
 
-  // Any of the card's tiles, or the planner's.
+  // Any of the card's tiles, or the planner's. What may be made in the grid mostly is.
   plan::Request request(bool backward) {
-    plan::Request asked{choice_};
-    asked.early_launch = early_;
-    const auto tiles = plan::tiles_of(card_, {backward, float_adapters_, dropout_});
+    plan::Request asked{case_.choice};
+    asked.early_launch = case_.early;
+    const plan::Call call{backward, case_.float_adapters, case_.dropout};
+    const auto tiles = plan::tiles_of(case_.card, call);
     if (random_() % 3 != 0) asked.tile = tiles[random_() % tiles.size()];
+    const auto in_grid = [](plan::Tile tile) { return plan::facts_of(tile).in_grid; };
+    const auto first = std::find_if(tiles.begin(), tiles.end(), in_grid);
+    if (case_.wants_in_grid && first != tiles.end() && random_() % 4 != 0) asked.tile = *first;
     return asked;
   }
 
@@ -230,22 +80,22 @@ class LinearTest {
     o.m = m_, o.n = n_, o.k = k_, o.rank = rank_;
     o.x = x_->data(), o.weight = w_->data();
     o.x_pitch = x_->row_stride, o.weight_pitch = w_->row_stride;
-    o.a = a_->matrix(), o.b = b_->matrix(), o.float_adapters = float_adapters_;
-    o.scaling = scaling_, o.dropout = dropout_, o.mask = mask_->parameters();
-    if (!dropout_) o.mask.keep_scale = 1;
+    o.a = a_->matrix(), o.b = b_->matrix(), o.float_adapters = case_.float_adapters;
+    o.scaling = case_.scaling, o.dropout = case_.dropout, o.mask = mask_->parameters();
+    if (!case_.dropout) o.mask.keep_scale = 1;
     o.workspace = workspace;
     return o;
   }
 
-  double mask(int row, int column) const { return dropout_ ? mask_->factor(row, column) : 1; }
-  bool exact() const { return numbers_ == Numbers::Integers; }
+  double mask(int row, int column) const { return case_.dropout ? mask_->factor(row, column) : 1; }
+  bool exact() const { return case_.exact(); }
   double unit() const { return specimens::rounding_unit<T>(); }
-  double adapter_unit() const { return float_adapters_ ? 0x1p-24 : unit(); }
+  double adapter_unit() const { return case_.float_adapters ? 0x1p-24 : unit(); }
 
   // A, B as the kernels have them, and drop(X).
   Values adapter(const Stored<T>& stored) const {
     Values out = values_of(stored.exact);
-    if (float_adapters_) represent<T>(out, true);
+    if (case_.float_adapters) represent<T>(out, true);
     return out;
   }
   Values dropped() const {
@@ -262,24 +112,39 @@ class LinearTest {
         [&](int j, int l) { return a.at(j, l); });
   }
   Values scaled_halves(Values s) const {
-    for (size_t i = 0; i < s.size(); ++i) s.value[i] *= scaling_, s.error[i] *= scaling_;
-    represent<T>(s, float_adapters_);
+    for (size_t i = 0; i < s.size(); ++i) s.value[i] *= case_.scaling, s.error[i] *= case_.scaling;
+    if (exact() && !case_.float_adapters) return rounded(s);
+    represent<T>(s, case_.float_adapters);
     return s;
+  }
+
+  // Of the planned size: as it is allocated, or as the call before has left it.
+  std::unique_ptr<GlobalBuffer<unsigned char>> workspace_of(const plan::Plan& plan) {
+    auto workspace = std::make_unique<GlobalBuffer<unsigned char>>(
+        static_cast<size_t>(plan.workspace), "workspace");
+    if (!used_workspace_.empty() && random_() % 2) {
+      used_workspace_.resize(workspace->size(), emulator::kPoisonByte);
+      workspace->fill(0);  // tells the race checker that it is initialised
+      std::copy_n(used_workspace_.begin(), workspace->size(), workspace->begin());
+      if (plan.in_grid()) specimens::tell("in grid, in a used workspace");
+    }
+    return workspace;
   }
 
   std::string forward_pass() {
     plan::Problem p = problem();
     p.aligned = x_->aligned() && w_->aligned() && n_ % 8 == 0;
-    const plan::Plan plan = plan::forward(card_, p, request(false));
-    if (!plan.kernel) return "no kernel: " + plan.reason;
-    GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
+    const plan::Plan plan = plan::forward(case_.card, p, request(false));
+    const std::string unfit = kernels::tell_plan("forward", plan, case_, *mask_);
+    if (!unfit.empty()) return unfit;
+    const auto workspace = workspace_of(plan);
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
     s_ = std::make_unique<GlobalBuffer<float>>(static_cast<size_t>(m_) * rank_, "s");
     const bool with_bias = random_() % 2, float_bias = random_() % 2;
     const auto bias = stored(1, n_, float_bias, false, 1, "bias");
 
     LoraLinearForward f{};
-    static_cast<LoraLinearOperands&>(f) = operands(workspace.data());
+    static_cast<LoraLinearOperands&>(f) = operands(workspace->data());
     f.bias = with_bias ? bias->data() : nullptr, f.float_bias = float_bias;
     f.y = y.data(), f.s = s_->data();
     const Values x = values_of(x_->exact), w = values_of(w_->exact);
@@ -290,8 +155,11 @@ class LinearTest {
     for (int i = 0; with_bias && i < m_; ++i)
       for (int j = 0; j < n_; ++j) out.value[out.at(i, j)] += bias->exact(0, j);
     emulator::Stream stream;
-    forward<T>(stream, plan, f);
+    x_->is_written_on(stream);
+    for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls)
+      forward<T>(stream, plan, f, case_.clusters);
     specimens::run_timed(stream);
+    used_workspace_ = workspace->to_vector();
 
     const Values s = shrunk(), t = scaled_halves(s), b = adapter(*b_);
     std::string difference = compare("s", s, [&](size_t at) { return (*s_)[at]; }, 0, exact());
@@ -320,16 +188,18 @@ class LinearTest {
     p.aligned = dy_->aligned() && w_->aligned() && x_->aligned() && k_ % 8 == 0;
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
-    p.need_dx = needs & 1, p.need_dlora_a = needs & 2, p.need_dlora_b = needs & 4;
-    const plan::Plan plan = plan::backward(card_, p, request(true));
-    if (!plan.kernel) return "no kernel: " + plan.reason;
-    GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
+    p.need_dx = case_.wants_in_grid || (needs & 1), p.need_dlora_a = needs & 2,
+    p.need_dlora_b = needs & 4;
+    const plan::Plan plan = plan::backward(case_.card, p, request(true));
+    const std::string unfit = kernels::tell_plan("backward", plan, case_, *mask_);
+    if (!unfit.empty()) return unfit;
+    const auto workspace = workspace_of(plan);
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
-    Adapter da(p.need_dlora_a ? rank_ * k_ : 0, float_adapters_, "dlora_a");
-    Adapter db(p.need_dlora_b ? n_ * rank_ : 0, float_adapters_, "dlora_b");
+    Adapter da(p.need_dlora_a ? rank_ * k_ : 0, case_.float_adapters, "dlora_a");
+    Adapter db(p.need_dlora_b ? n_ * rank_ : 0, case_.float_adapters, "dlora_b");
 
     LoraLinearBackward g{};
-    static_cast<LoraLinearOperands&>(g) = operands(workspace.data());
+    static_cast<LoraLinearOperands&>(g) = operands(workspace->data());
     g.dy = dy_->data(), g.dy_pitch = dy_->row_stride, g.s = s_->data();
     g.dx = p.need_dx ? dx.data() : nullptr;
     const Values dy = values_of(dy_->exact), w = values_of(w_->exact);
@@ -341,10 +211,10 @@ class LinearTest {
       if (plan.hybrid) base = Values(m_, k_);
     }
     g.da = p.need_dlora_a ? da.data() : nullptr, g.db = p.need_dlora_b ? db.data() : nullptr;
-    // A workspace that was used before, and a grid that reads dX after the call.
     emulator::Stream stream;
+    x_->is_written_on(stream), dy_->is_written_on(stream);
     for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls) {
-      const int early = backward<T>(stream, plan, g);
+      const int early = backward<T>(stream, plan, g, case_.clusters);
       if (early != plan.gemm.early + plan.early_wgrad)
         return emulator::format("%d kernels were launched to begin early", early);
     }
@@ -416,31 +286,31 @@ class LinearTest {
   };
 
   // `t` is the factor whose halves cannot go below float16's smallest number: 2^-36 an element.
-  std::string compare_adapter(const char* name, const Values& expected, const Adapter& got,
+  std::string compare_adapter(const char* name, Values expected, const Adapter& got,
                               const Values& t) const {
+    if (!case_.float_adapters) expected = rounded(expected);
     const std::string difference = compare(name, expected, got, adapter_unit(), exact());
     if (!difference.empty()) return difference;
+    constexpr int kFewRows = 8;  // whose sums cancel too much for a bound of all elements together
+    if (!case_.float_adapters || m_ < kFewRows) return "";
     double squares = 0;
     for (const double value : t.value) squares += value * value;
     const double rms = std::sqrt(squares / static_cast<double>(t.size()));
     const double allowed =
         1e-5 + (std::is_same_v<T, __half> && rms > 0 ? 0x1p-25 / kLoScale<T> / rms : 0);
     const double relative = relative_error(expected, got);
-    if (float_adapters_ && relative > allowed)
+    if (relative > allowed)
       return emulator::format("%s: relative error %.3g, above %.3g", name, relative, allowed);
     return "";
   }
 
   std::mt19937_64 random_;
-  int m_, n_, k_, rank_;
-  Numbers numbers_;
-  bool float_adapters_, dropout_, aligned_, early_;
-  plan::Card card_;
-  plan::Choice choice_;
-  float scaling_;
+  const LinearCase case_;
+  const int m_ = case_.m, n_ = case_.n, k_ = case_.k, rank_ = case_.rank;
   std::unique_ptr<RandomMask> mask_;
   std::unique_ptr<Stored<T>> x_, w_, a_, b_, dy_;
   std::unique_ptr<GlobalBuffer<float>> s_;
+  std::vector<unsigned char> used_workspace_;
 };
 
 std::string run_variant(const Case& run) {
@@ -462,6 +332,9 @@ int main(int argc, char** argv) {
                                              {"tall", 300, 64, 72},
                                              {"wide", 40, 520, 130},
                                              {"early", 300, 264, 136},
+                                             {"in_grid_deep", 300, 264, 392},
+                                             {"in_grid_wide", 520, 392, 136},
+                                             {"laps", 300, 584, 648},
                                              {"tiny", 3, 1, 5},
                                              {"every_rank", 33, 40, 72}},
                                    .variants = {"bf16", "fp16"},

@@ -5,10 +5,13 @@
 
 namespace lora_ext::kernel {
 
+// On a card that holds so many clusters at a time.
 template <class T>
-void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands);
+void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands,
+             int64_t clusters);
 // Returns how many kernels were launched to begin early.
 template <class T>
-int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands);
+int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands,
+             int64_t clusters);
 
 }  // namespace lora_ext::kernel

@@ -8,14 +8,13 @@
 namespace lora_ext::kernel {
 namespace {
 
-constexpr int64_t kClusters = 3;
-
 void clear_flags(uint32_t* flags, int64_t count) {
   for (int64_t i = 0; i < count; ++i) flags[i] = 0;
 }
 
 struct Launch {
   emulator::Stream& stream;
+  int64_t clusters;
   int early_launches = 0;
   template <class Params>
   void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
@@ -31,14 +30,14 @@ struct Launch {
   template <class T>
   void lora_gemm_sm90a(const LoraGemmParams<T>& params, const Sm90aChoice& choice) {
     early_launches += choice.dependent;
-    kernels::ClusterLaunch clusters{stream, kClusters};
-    launch_lora_gemm_sm90a<T, emulator::PlantedFault>(params, choice, clusters);
+    kernels::ClusterLaunch launch{stream, clusters};
+    launch_lora_gemm_sm90a<T, emulator::PlantedFault>(params, choice, launch);
   }
   template <class T>
   void lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
                                const InGridFactor<T>& factor, const Sm90aChoice& choice) const {
-    kernels::ClusterLaunch clusters{stream, kClusters};
-    launch_lora_gemm_in_grid_sm90a<T, emulator::PlantedFault>(params, in, factor, choice, clusters);
+    kernels::ClusterLaunch launch{stream, clusters};
+    launch_lora_gemm_in_grid_sm90a<T, emulator::PlantedFault>(params, in, factor, choice, launch);
   }
   void clear(uint32_t* flags, int64_t count) const {
     stream.launch({.grid = dim3(1), .block = dim3(1)}, clear_flags, flags, count);
@@ -51,20 +50,24 @@ using Linear = LoraLinearSequence<T, emulator::PlantedFault, Launch>;
 }  // namespace
 
 template <class T>
-void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands) {
-  Launch launch{stream};
+void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands,
+             int64_t clusters) {
+  Launch launch{stream, clusters};
   Linear<T>(plan, operands, launch).forward(operands);
 }
 template <class T>
-int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands) {
-  Launch launch{stream};
+int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands,
+             int64_t clusters) {
+  Launch launch{stream, clusters};
   Linear<T>(plan, operands, launch).backward(operands);
   return launch.early_launches;
 }
 
 #define INSTANCE(T)                                                                         \
-  template void forward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearForward&); \
-  template int backward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearBackward&);
+  template void forward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearForward&,  \
+                           int64_t);                                                        \
+  template int backward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearBackward&, \
+                           int64_t);
 INSTANCE(__nv_bfloat16)
 INSTANCE(__half)
 

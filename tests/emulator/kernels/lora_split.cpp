@@ -1,9 +1,10 @@
-// Runs lora_split on one to three matrices of any size, stride and type.
+// Runs lora_split on one to three matrices of any size, stride and type, which may lie in a stack
+// of adapters: rows, or columns of a transposed one, far apart.
 #include "emulator/kernels/lora_split.h"
 
 #include "emulator/emulator.h"
+#include "emulator/kernels/operand.h"
 #include "emulator/kernels/variants.h"
-#include "emulator/specimens/reference.h"
 
 namespace lora_ext::kernel {
 
@@ -12,7 +13,6 @@ LORA_SPLIT_VARIANTS(EXTERN_INSTANCE)
 
 namespace {
 
-using emulator::GlobalBuffer;
 using emulator::PlantedFault;
 using specimens::Case;
 
@@ -21,59 +21,60 @@ constexpr double kUnwritten = -12345;
 // A matrix of any magnitude from 2^-20 on, [rows, columns] or transposed, and where its halves go.
 template <class T>
 struct Source {
-  int rows, columns, width, pitch;
+  int rows, columns, width;
   bool transposed, in_float, with_lo;
   float scale;
   std::vector<double> values;  // [rows, columns]
-  GlobalBuffer<float> floats;
-  GlobalBuffer<T> halves, hi, lo;
+  kernels::WrittenRows<float> floats;
+  kernels::WrittenRows<T> halves, hi, lo;
 
   Source(int rows_, int columns_, std::mt19937_64& random)
       : rows(rows_),
         columns(columns_),
         width(columns + static_cast<int>(random() % 9)),
-        pitch(width + static_cast<int>(random() % 3)),
         transposed(random() % 2),
         in_float(random() % 2),
         with_lo(random() % 2),
         scale(random() % 2 ? 1.f : 1.7f),
         values(static_cast<size_t>(rows) * columns),
-        floats(in_float ? values.size() : 0, "matrix"),
-        halves(in_float ? 0 : values.size(), "matrix"),
-        hi(static_cast<size_t>(rows) * pitch, "hi"),
-        lo(hi.size(), "lo") {
-    hi.fill(specimens::from_double<T>(kUnwritten)), lo.fill(specimens::from_double<T>(kUnwritten));
+        floats(in_float ? outer() : 0, inner(), kernels::draw_far_apart(outer(), random), 0,
+               "matrix"),
+        halves(in_float ? 0 : outer(), inner(), kernels::draw_far_apart(outer(), random),
+               specimens::from_double<T>(0), "matrix"),
+        hi(rows, width + static_cast<int>(random() % 3), kernels::draw_far_apart(rows, random),
+           specimens::from_double<T>(kUnwritten), "hi"),
+        lo(rows, hi.width(), hi.far_apart(), specimens::from_double<T>(kUnwritten), "lo") {
     std::uniform_real_distribution<double> real(-1, 1);
-    std::vector<float> as_floats(values.size());
-    std::vector<T> as_halves(values.size());
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < columns; ++j) {
         auto value = static_cast<float>(std::ldexp(real(random), -static_cast<int>(random() % 21)));
         // Above bfloat16's largest number, below float's.
         if (std::is_same_v<T, __nv_bfloat16> && in_float && with_lo && random() % 50 == 0)
           value = 3.4e38f / scale;
-        const size_t at =
-            transposed ? static_cast<size_t>(j) * rows + i : static_cast<size_t>(i) * columns + j;
-        as_floats[at] = value, as_halves[at] = specimens::from_double<T>(value);
+        const int64_t at = i * row_stride() + j * column_stride();
+        if (in_float) {
+          floats.data()[at] = value;
+        } else {
+          halves.data()[at] = specimens::from_double<T>(value);
+        }
         values[static_cast<size_t>(i) * columns + j] =
-            in_float ? value : specimens::to_double(as_halves[at]);
+            in_float ? value : specimens::to_double(halves.data()[at]);
       }
     }
-    floats.fill(0), halves.fill(specimens::from_double<T>(0));  // which also tells the race checker
-    if (in_float) {
-      std::copy(as_floats.begin(), as_floats.end(), floats.begin());
-    } else {
-      std::copy(as_halves.begin(), as_halves.end(), halves.begin());
-    }
   }
+  int outer() const { return transposed ? columns : rows; }
+  int inner() const { return transposed ? rows : columns; }
+  int64_t outer_stride() const { return in_float ? floats.pitch() : halves.pitch(); }
+  int64_t row_stride() const { return transposed ? 1 : outer_stride(); }
+  int64_t column_stride() const { return transposed ? outer_stride() : 1; }
 
   LoraSplitMatrix<T> parameters() {
     LoraSplitMatrix<T> matrix{};
     matrix.m = in_float ? static_cast<const void*>(floats.data())
                         : static_cast<const void*>(halves.data());
     matrix.halves[0] = hi.data(), matrix.halves[1] = with_lo ? lo.data() : nullptr;
-    matrix.row_stride = transposed ? 1 : columns, matrix.column_stride = transposed ? rows : 1;
-    matrix.pitch = pitch, matrix.rows = rows, matrix.columns = columns, matrix.width = width;
+    matrix.row_stride = row_stride(), matrix.column_stride = column_stride();
+    matrix.pitch = hi.pitch(), matrix.rows = rows, matrix.columns = columns, matrix.width = width;
     matrix.in_float = in_float, matrix.scale = scale;
     return matrix;
   }
@@ -82,9 +83,8 @@ struct Source {
     const double unwritten = specimens::to_double(specimens::from_double<T>(kUnwritten));
     const double unit = specimens::rounding_unit<T>();
     for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < pitch; ++j) {
-        const size_t at = static_cast<size_t>(i) * pitch + j;
-        const double high = specimens::to_double(hi[at]), low = specimens::to_double(lo[at]);
+      for (int j = 0; j < hi.width(); ++j) {
+        const double high = specimens::to_double(hi(i, j)), low = specimens::to_double(lo(i, j));
         if (j >= width && (high != unwritten || low != unwritten))
           return emulator::format("[%d][%d], between the rows, was written", i, j);
         if (j >= width) continue;

@@ -23,6 +23,8 @@
 namespace lora_ext::cuda {
 namespace {
 
+constexpr int kSms = 8;
+
 std::string environment(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? "" : value;
@@ -63,8 +65,8 @@ plan::Card card_of(int) {
   const int number = arch.empty() ? 80 : std::stoi(arch);
   const std::string name = "emulated sm_" + std::to_string(number);
   if (number == 86) return {86, 16, 102400, 101376, name};
-  if (number == 90) return {90, 8, 233472, 232448, name};
-  return {number, 8, 167936, 166912, name};
+  if (number == 90) return {90, kSms, 233472, 232448, name};
+  return {number, kSms, 167936, 166912, name};
 }
 
 std::string driver() { return "none"; }
@@ -80,16 +82,16 @@ bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1
 std::string launch_forward(Half half, const plan::Plan& plan,
                            const kernel::LoraLinearForward& operands, void*) {
   return run([&](emulator::Stream& stream) {
-    half == Half::kBFloat16 ? kernel::forward<__nv_bfloat16>(stream, plan, operands)
-                            : kernel::forward<__half>(stream, plan, operands);
+    half == Half::kBFloat16 ? kernel::forward<__nv_bfloat16>(stream, plan, operands, kSms / 2)
+                            : kernel::forward<__half>(stream, plan, operands, kSms / 2);
   });
 }
 
 std::string launch_backward(Half half, const plan::Plan& plan,
                             const kernel::LoraLinearBackward& operands, void*) {
   return run([&](emulator::Stream& stream) {
-    half == Half::kBFloat16 ? kernel::backward<__nv_bfloat16>(stream, plan, operands)
-                            : kernel::backward<__half>(stream, plan, operands);
+    half == Half::kBFloat16 ? kernel::backward<__nv_bfloat16>(stream, plan, operands, kSms / 2)
+                            : kernel::backward<__half>(stream, plan, operands, kSms / 2);
   });
 }
 

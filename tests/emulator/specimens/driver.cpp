@@ -22,6 +22,7 @@ constexpr Schedule kSchedules[] = {Schedule::RunAhead, Schedule::Random, Schedul
 constexpr Completion kCompletions[] = {Completion::Early, Completion::Late, Completion::Random};
 
 double kernel_seconds = 0;
+std::vector<std::string> facts;
 
 using Arguments = std::map<std::string, std::string>;
 
@@ -99,6 +100,12 @@ std::string json(const std::string& text) {
   return quoted + '"';
 }
 
+std::string json(const std::vector<std::string>& texts) {
+  std::string list;
+  for (const std::string& text : texts) list += (list.empty() ? "" : ", ") + json(text);
+  return "[" + list + "]";
+}
+
 // One run as a JSON line; returns whether it was clean. The line begins before the run does, so
 // that a sanitizer that ends the program leaves behind which run it was.
 bool run_case(const Specimen& specimen, const Case& run, const std::string& fault) {
@@ -116,6 +123,7 @@ bool run_case(const Specimen& specimen, const Case& run, const std::string& faul
   emulator::plant_fault(fault.c_str());
   std::string outcome = "clean", message;
   kernel_seconds = 0;
+  facts.clear();
   emulator::reset_counters();
   try {
     message = specimen.run(run);
@@ -126,11 +134,11 @@ bool run_case(const Specimen& specimen, const Case& run, const std::string& faul
   }
   std::printf(
       ", \"outcome\": %s, \"message\": %s, \"reached\": %llu, "
-      "\"early_blocks\": %llu, \"seconds\": %.6f, \"flops\": %.0f}\n",
+      "\"early_blocks\": %llu, \"seconds\": %.6f, \"flops\": %.0f, \"facts\": %s}\n",
       json(outcome).c_str(), json(message).c_str(),
       static_cast<unsigned long long>(emulator::planted_fault_reached()),
       static_cast<unsigned long long>(emulator::counters().early_blocks), kernel_seconds,
-      specimen.flops(run.size));
+      specimen.flops(run.size), json(facts).c_str());
   std::fflush(stdout);
   return outcome == "clean";
 }
@@ -142,6 +150,8 @@ void run_timed(emulator::Stream& stream) {
   stream.synchronize();
   kernel_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
+
+void tell(const std::string& fact) { facts.push_back(fact); }
 
 int specimen_main(int argc, char** argv, const Specimen& specimen) try {
   const Arguments arguments = parse(argc, argv);

@@ -46,6 +46,9 @@ inline double gemm_flops(const Size& size) { return 2.0 * size.m * size.n * size
 // Runs what the stream holds, and counts the time as that of the kernels.
 void run_timed(emulator::Stream& stream);
 
+// A fact about the run under way, such as the route it took, for the line that it prints.
+void tell(const std::string& fact);
+
 int specimen_main(int argc, char** argv, const Specimen& specimen);
 
 }  // namespace specimens

@@ -1,0 +1,77 @@
+// What a seed draws of a whole LoRA linear: its operands' types, the card, and what is asked of the
+// planner.
+#pragma once
+#include <algorithm>
+#include <string>
+
+#include "emulator/specimens/driver.h"
+#include "emulator/specimens/reference.h"
+#include "plan.h"
+
+namespace kernels {
+
+// 108 SMs make short splits, two make whole walks; sm_86 has less shared memory.
+inline constexpr int kManySms = 108, kFewSms = 2;
+inline lora_ext::plan::Card ampere(int sms) { return {80, sms, 167936, 166912}; }
+inline lora_ext::plan::Card small_ampere() { return {86, 16, 102400, 101376}; }
+inline lora_ext::plan::Card hopper(int sms) { return {90, sms, 233472, 232448}; }
+
+struct LinearCase {
+  int m, n, k, rank;
+  specimens::Numbers numbers;
+  bool float_adapters, dropout, aligned, early, wants_in_grid;
+  lora_ext::plan::Card card;
+  lora_ext::plan::Choice choice;
+  int64_t clusters;  // of Hopper's kernels that are resident at a time
+  float scaling;
+  double size_of_a, size_of_b, size_of_dy;  // of real numbers
+
+  bool exact() const { return numbers == specimens::Numbers::Integers; }
+};
+
+// The families of sizes, by how their names begin: kernels that begin early, kernels that make T in
+// the same grid, and walks of many stages over more tiles than there are clusters.
+inline LinearCase draw_linear_case(const specimens::Case& run, std::mt19937_64& random) {
+  using specimens::Numbers;
+  const auto draw = [&](uint64_t count) { return static_cast<int>(random() % count); };
+  const std::string size = run.size.name;
+  const bool every_rank = size == "every_rank", in_grid = size.starts_with("in_grid"),
+             laps = size.starts_with("laps");
+  LinearCase c{};
+  c.wants_in_grid = in_grid;
+  c.m = run.size.m, c.n = run.size.n, c.k = run.size.k;
+  c.numbers = every_rank || draw(2) ? Numbers::Integers : Numbers::Reals;
+  constexpr int kRanks[] = {1, 3, 8, 12, 16, 24, 40, 64, 130};
+  c.rank =
+      every_rank ? 1 + static_cast<int>((run.seed - 1) % 257) : kRanks[draw(std::size(kRanks))];
+  c.float_adapters = every_rank || draw(2);
+  c.dropout = draw(2);
+  c.aligned = draw(3) != 0;
+  const lora_ext::plan::Card cards[] = {ampere(kManySms), ampere(kFewSms), small_ampere(),
+                                        hopper(132), hopper(4)};
+  c.card = cards[draw(std::size(cards))];
+  c.choice = draw(2) ? lora_ext::plan::Choice::kKernel : lora_ext::plan::Choice::kHybrid;
+  c.early = draw(2);
+  c.clusters = 1 + draw(8);
+  // Adapters of a fresh layer, and gradients, are small.
+  c.size_of_a = 0.02, c.size_of_b = 0.001, c.size_of_dy = 0.01;
+  if (size == "early") {
+    c.aligned = c.early = true, c.choice = lora_ext::plan::Choice::kKernel;
+    c.card = hopper(draw(2) ? 4 : 132);
+  }
+  if (in_grid) {  // or as near to it as the planner must see the difference
+    constexpr int kNear[] = {5, 24, 40, 40, 64, 64};
+    c.rank = draw(5) == 0 ? 65 + draw(64) : kNear[draw(std::size(kNear))];
+    c.early = draw(4) != 0, c.float_adapters = draw(8) == 0, c.aligned = draw(8) != 0,
+    c.dropout = draw(4) == 0;
+  }
+  if (laps) c.aligned = true, c.clusters = 1 + draw(2);
+  if (in_grid || laps) {
+    c.choice = lora_ext::plan::Choice::kKernel, c.card = hopper(2 << draw(3));
+    c.size_of_a = c.size_of_b = c.size_of_dy = 1;  // so that T shows in Y and dX
+  }
+  c.scaling = c.exact() ? 0.5f : draw(2) ? 1.7f : in_grid || laps ? 0.6f : 0.013f;
+  return c;
+}
+
+}  // namespace kernels
