@@ -1,6 +1,8 @@
 #ifdef LORA_EXT_WITH_CUDA
 #include "kernel_route.h"
 
+#include <ATen/Context.h>
+
 #include <atomic>
 
 #include "kernel_check.h"
@@ -22,7 +24,8 @@ std::atomic<bool>& early_launch() {
 
 plan::Plan plan_for(const at::Device& device, const plan::Problem& problem, bool backward) {
   const plan::Card card = kernel_launch::card_of(device);
-  plan::Request request = winners::request_for(card, problem, backward, choice());
+  plan::Request request = winners::request_for(card, problem, backward, choice(),
+                                               at::globalContext().deterministicAlgorithms());
   request.early_launch = early_launch();
   return backward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
 }

@@ -1,5 +1,7 @@
 #include "plan_bindings.h"
 
+#include <ATen/Context.h>
+
 #include <map>
 
 #include "plan.h"
@@ -23,6 +25,12 @@ const std::map<std::string, plan::Choice> kChoices = {{"auto", plan::Choice::kAu
                                                       {"kernel", plan::Choice::kKernel},
                                                       {"hybrid", plan::Choice::kHybrid},
                                                       {"library", plan::Choice::kLibrary}};
+
+plan::Request request_for(const plan::Card& card, const plan::Problem& problem, bool backward,
+                          const std::string& choice) {
+  return winners::request_for(card, problem, backward, choice_of(choice),
+                              at::globalContext().deterministicAlgorithms());
+}
 
 #ifdef LORA_EXT_WITH_CUDA
 kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& weight,
@@ -94,7 +102,8 @@ void bind_winners(py::module& m) {
       .def(py::init(&winner_of), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
            py::arg("dropout"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("rank"),
            py::arg("route"), py::arg("tile"), py::arg("measured"));
-  m.def("replace_winners", &winners::replace, py::arg("card"), py::arg("winners"));
+  m.def("replace_winners", &winners::replace, py::arg("card"), py::arg("winners"),
+        py::arg("pinned") = false);
   m.def(
       "tiles_of",
       [](const plan::Card& card, bool backward, bool float_adapters, bool dropout) {
@@ -205,15 +214,13 @@ void bind_plan(py::module& m) {
   m.def(
       "plan_forward",
       [](const plan::Card& card, const plan::Problem& problem, const std::string& name) {
-        return plan::forward(card, problem,
-                             winners::request_for(card, problem, false, choice_of(name)));
+        return plan::forward(card, problem, request_for(card, problem, false, name));
       },
       py::arg("card"), py::arg("problem"), choice);
   m.def(
       "plan_backward",
       [](const plan::Card& card, const plan::Problem& problem, const std::string& name) {
-        return plan::backward(card, problem,
-                              winners::request_for(card, problem, true, choice_of(name)));
+        return plan::backward(card, problem, request_for(card, problem, true, name));
       },
       py::arg("card"), py::arg("problem"), choice);
   bind_prediction(m);

@@ -9,19 +9,30 @@ namespace {
 
 using ByRows = std::map<int64_t, plan::Request>;
 
+struct Table {
+  std::map<Layer, ByRows> layers;
+  bool pinned = false;
+};
 struct Tables {
   std::mutex mutex;
-  std::map<std::string, std::map<Layer, ByRows>> by_card;
+  std::map<std::string, Table> by_card;
 };
 Tables& tables() {
   static Tables all;
   return all;
 }
 
+// Operands that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
+bool as_allocated(const plan::Problem& p) {
+  const bool x = p.k % 8 == 0, y = p.n % 8 == 0;
+  const int64_t chunk = p.float_adapters ? 4 : 8;
+  return p.aligned == (x && y) && p.aligned_weight == x && p.aligned_a == (p.k % chunk == 0) &&
+         p.aligned_b == (p.rank % chunk == 0);
+}
+
 bool was_measured_so(const plan::Problem& p, bool backward) {
-  const bool aligned = p.aligned && p.aligned_weight && p.aligned_a && p.aligned_b;
   const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
-  return p.half_dtype && p.weight_row_major && aligned && (all_gradients || !backward);
+  return p.half_dtype && p.weight_row_major && as_allocated(p) && (all_gradients || !backward);
 }
 
 double distance(int64_t one, int64_t other) {
@@ -41,23 +52,23 @@ const plan::Request* nearest(const ByRows& by_rows, int64_t rows) {
 
 }  // namespace
 
-void replace(const std::string& card, const std::vector<Winner>& winners) {
-  std::map<Layer, ByRows> layers;
-  for (const Winner& winner : winners) layers[winner.layer][winner.rows] = winner.request;
+void replace(const std::string& card, const std::vector<Winner>& winners, bool pinned) {
+  Table table{{}, pinned};
+  for (const Winner& winner : winners) table.layers[winner.layer][winner.rows] = winner.request;
   const std::lock_guard lock(tables().mutex);
-  tables().by_card[card] = std::move(layers);
+  tables().by_card[card] = std::move(table);
 }
 
 plan::Request request_for(const plan::Card& card, const plan::Problem& p, bool backward,
-                          plan::Choice choice) {
+                          plan::Choice choice, bool reproducible) {
   const plan::Request asked{choice};
   if (choice != plan::Choice::kAuto || !was_measured_so(p, backward)) return asked;
   const std::lock_guard lock(tables().mutex);
-  const auto layers = tables().by_card.find(card.name);
-  if (layers == tables().by_card.end()) return asked;
-  const auto by_rows =
-      layers->second.find({backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
-  if (by_rows == layers->second.end()) return asked;
+  const auto table = tables().by_card.find(card.name);
+  if (table == tables().by_card.end() || (reproducible && !table->second.pinned)) return asked;
+  const std::map<Layer, ByRows>& layers = table->second.layers;
+  const auto by_rows = layers.find({backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
+  if (by_rows == layers.end()) return asked;
   const plan::Request* found = nearest(by_rows->second, p.m);
   return found == nullptr ? asked : *found;
 }

@@ -1,5 +1,5 @@
 // Measured winners: which route was fastest on a card, for the shapes that were timed there
-// (`python -m lora_ext.tune`). The planner asks here before it goes by its own rule.
+// (`lora_ext.warmup`). The planner asks here before it goes by its prediction.
 #pragma once
 
 #include <cstdint>
@@ -24,13 +24,15 @@ struct Winner {
   plan::Request request;
 };
 
-// Puts these in place of all that was known of a card. The name is the driver's.
-void replace(const std::string& card, const std::vector<Winner>& winners);
+// Puts these in place of all that was known of a card. The name is the driver's. Pinned: the user
+// has named them, so that they are the same in every run.
+void replace(const std::string& card, const std::vector<Winner>& winners, bool pinned);
 
 // The request for a problem: the user's, unless that is kAuto and the card has a winner for the
-// layer. Of several numbers of rows the nearest counts, if it is within a factor of 2. Measurements
-// are of aligned operands and of all gradients; other problems have no winner.
+// layer. Where the choice must be reproducible, only pinned winners count. Of several numbers of
+// rows the nearest counts, if it is within a factor of 2. Measurements are of operands as torch
+// allocates them and of all gradients; other problems have no winner.
 plan::Request request_for(const plan::Card& card, const plan::Problem& problem, bool backward,
-                          plan::Choice choice);
+                          plan::Choice choice, bool reproducible);
 
 }  // namespace lora_ext::winners

@@ -160,8 +160,11 @@ class Winner:
         measured: str,
     ) -> None: ...
 
-def replace_winners(card: str, winners: list[Winner]) -> None:
-    """Puts these in place of all that the planner knew of a card, by the driver's name for it."""
+def replace_winners(card: str, winners: list[Winner], pinned: bool = False) -> None:
+    """Puts these in place of all that the planner knew of a card, by the driver's name for it.
+
+    Pinned ones count under torch.use_deterministic_algorithms, too.
+    """
 
 # In builds with CUDA kernels only.
 class Explained:

@@ -33,7 +33,7 @@ from .apply import apply_lora, merge_and_unload, unload
 from .config import AdapterSpec, LoRAConfig
 from .functional import dropout_mask, lora_linear
 from .kernel_checks import set_check_timeout
-from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_early_launch, warmup
+from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_early_launch
 from .loralib import convert_loralib, load_loralib_state_dict, loralib_state_dict
 from .model import (
     delete_adapter,
@@ -50,12 +50,12 @@ from .optimizer import lora_plus_groups
 from .peft import accelerate, decelerate
 from .prepack import PackedWeight, prepack
 from .reports import explain, trainable_parameters
-from .tune import load_tables
+from .winners import Warmup, load_cached, load_winners, warmup
 
 __version__ = version()
 
 if _C.with_cuda:
-    load_tables()
+    load_cached()
 
 __all__ = [
     "CARDS",
@@ -69,6 +69,7 @@ __all__ = [
     "LoRALinear",
     "LoRAMergedLinear",
     "PackedWeight",
+    "Warmup",
     "__version__",
     "accelerate",
     "apply_lora",
@@ -81,6 +82,7 @@ __all__ = [
     "explain",
     "load_adapter",
     "load_loralib_state_dict",
+    "load_winners",
     "lora_layers",
     "lora_linear",
     "lora_plus_groups",

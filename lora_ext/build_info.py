@@ -1,5 +1,7 @@
 """What this copy of lora_ext was built with and runs on; `python -m lora_ext` prints it."""
 
+import functools
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -75,6 +77,13 @@ def version() -> str:
         return importlib.metadata.version("lora_ext")
     except importlib.metadata.PackageNotFoundError:
         return str(_build_facts()[0].get("version", "unknown: lora_ext is not installed"))
+
+
+@functools.cache
+def build_id() -> str:
+    """Names the compiled extension: equal files have equal names, others have not."""
+    extension = importlib.import_module("lora_ext._C")
+    return hashlib.blake2b(Path(str(extension.__file__)).read_bytes(), digest_size=6).hexdigest()
 
 
 def torch_mismatch() -> str:

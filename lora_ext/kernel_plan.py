@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from . import _C
 from .device import indexed
-from .kernel_checks import check_kernels
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -155,30 +153,6 @@ def explain_cuda_call(
     forward = _C.explain_forward(x, weight, lora_a, lora_b, dropout_p)
     backward = _C.explain_backward(x, weight, lora_a, lora_b, dropout_p)
     return CallPlan(forward.plan, backward.plan, forward.check, backward.check)
-
-
-def warmup(device: torch.device | str | None = None) -> Sequence[str]:
-    """Checks every CUDA kernel on a device now, instead of at its first use.
-
-    Until a card has measured evidence, a kernel's first use there compares a small case with the
-    op in float64; if they disagree, the kernel is not used and a warning says so. That first use
-    synchronises. Under a CUDA graph's capture it cannot, and the call takes the library route: call
-    this first. Torch's random generators stay as they are.
-
-    Args:
-        device: a CUDA device; default: the current one.
-
-    Returns:
-        A line for each kernel that failed; empty if all may be used.
-
-    Raises:
-        RuntimeError: the build has no CUDA kernels, or there is no such device.
-    """
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.warmup: this build has no CUDA kernels; lora_ext.build_info() says why"
-        )
-    return [f"{name}: {why}" for name, why in check_kernels(device).items()]
 
 
 def set_early_launch(enabled: bool) -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, results  # noqa: E402
-from lora_ext.tune import read_table  # noqa: E402
+from lora_ext.winners import read_table  # noqa: E402
 
 
 def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
@@ -34,7 +34,7 @@ def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
         raise ValueError(f"{folder} holds a trial on a CPU; only a GPU's results are kept")
     own = root / "benchmarks" / "results" / name / "gpu"
     golden = root / "tests" / "emulator" / "conformance" / "golden"
-    tables = root / "lora_ext" / "tune" / "measured"
+    tables = root / "lora_ext" / "winners" / "measured"
     found = {folder / "results.json": own / "results.json"}
     for pattern, target in (
         ("report.md", own),

@@ -20,7 +20,8 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import cells, checks, measure, profile, stages, stress
 from benchmarks.gpu.run import Run, bring, resumed
 from benchmarks.problem import make_problem
-from lora_ext import _C, tune
+from lora_ext import _C
+from lora_ext.winners import Table, write_table
 
 H100 = {**MACHINE, "gpu": "NVIDIA H100 80GB HBM3", "device": "cuda"}
 CEILINGS = {"status": "done", "tflops": 600.0, "dram_gb_s": 2500.0, "summary": "", "seconds": 1.0}
@@ -494,8 +495,8 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
     for name in ("report.md", "roofline.png", "golden/h100.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("")
-    table = tune.Table("NVIDIA H100", "2.11.0", "0.1.0", ())
-    tune.write_table(table, folder / "tuning" / "a.json")
+    table = Table("NVIDIA H100", "2.11.0", "13.0", "0.1.0", "0f", ())
+    write_table(table, folder / "tuning" / "a.json")
     found = {
         str(target.relative_to(root)) for target in keeper().places(folder, "h100", root).values()
     }
@@ -504,7 +505,7 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
         "benchmarks/results/h100/gpu/report.md",
         "benchmarks/results/h100/gpu/roofline.png",
         "tests/emulator/conformance/golden/h100.json",
-        "lora_ext/tune/measured/a.json",
+        "lora_ext/winners/measured/a.json",
     }
     with pytest.raises(ValueError, match="expected a name like"):
         keeper().places(folder, "../h100")

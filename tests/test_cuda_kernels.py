@@ -8,6 +8,7 @@ import torch
 import lora_ext
 from benchmarks.gpu import stress
 from lora_ext import _C
+from lora_ext.kernel_checks import check_kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +48,10 @@ def library(*arguments, **named):
         return step(*arguments, **named)
     finally:
         lora_ext.set_cuda_route(before)
+
+
+def check_all_kernels():
+    assert check_kernels() == {}
 
 
 def assert_near(got, expected, dtype):
@@ -108,7 +113,7 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
             assert plan.forward_check == plan.backward_check == "passed", plan
     finally:
         _C.replace_winners(card.name, [])
-        lora_ext.tune.load_tables()
+        lora_ext.winners.load_cached()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def captured(run):
 
 
 def test_graph_replays_have_the_same_bits():
-    assert list(lora_ext.warmup()) == []
+    check_all_kernels()
     x, w, a, b = operands(1024, 1024, 1024, 16)
     expected = lora_ext.lora_linear(x, w, a, b)
     graph, out = captured(lambda: lora_ext.lora_linear(x, w, a, b))
@@ -203,12 +208,12 @@ def test_graph_replays_have_the_same_bits():
 
 @pytest.mark.parametrize("shape", [(2048, 1024, 1024, 16), (4096, 2048, 2048, 40)])
 def test_replays_of_a_whole_step_have_the_same_bits(shape):
-    assert list(lora_ext.warmup()) == []
+    check_all_kernels()
     assert stress.replays("cuda", 200, partial(stress.step_of, sizes=shape)) == 0
 
 
 def test_graph_replays_draw_new_masks():
-    assert list(lora_ext.warmup()) == []
+    check_all_kernels()
     x, w, a, b = operands(256, 256, 256, 16)
     graph, out = captured(lambda: lora_ext.lora_linear(x, w, a, b, None, 1.0, 0.5))
     graph.replay()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import lora_ext
 from lora_ext import _C
+from lora_ext.kernel_checks import check_kernels
 
 sizes = st.integers(1, 20000)
 
@@ -222,10 +223,9 @@ def test_explain_of_tensors_on_the_cpu_says_what_runs():
 
 
 @pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
-def test_without_kernels_there_is_nothing_to_warm_up():
-    for call in (lora_ext.warmup, lambda: lora_ext.set_cuda_route("kernel")):
-        with pytest.raises(RuntimeError, match="no CUDA kernels"):
-            call()
+def test_without_kernels_there_is_no_route_to_choose():
+    with pytest.raises(RuntimeError, match="no CUDA kernels"):
+        lora_ext.set_cuda_route("kernel")
 
 
 @pytest.mark.gpu
@@ -239,5 +239,5 @@ def test_explain_of_tensors_on_cuda_shows_plan_and_check(cuda):
 
 
 @pytest.mark.gpu
-def test_warmup_passes_on_this_card(cuda):
-    assert list(lora_ext.warmup(cuda)) == []
+def test_all_kernels_pass_their_check_on_this_card(cuda):
+    assert check_kernels(cuda) == {}

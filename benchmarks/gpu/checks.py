@@ -40,7 +40,7 @@ def conformance(run: Run, seconds: float) -> Result:
 
 
 def warmup(run: Run, seconds: float) -> Result:
-    """Every kernel's small case on this card (`lora_ext.warmup`)."""
+    """Every kernel's small case on this card."""
     if run.device != "cuda":
         return missing("kernels are checked on a GPU")
     start = time.monotonic()

@@ -150,7 +150,7 @@ def predict(run: Run) -> None:
 
 
 def tuning(run: Run, seconds: float) -> Result:
-    """`lora_ext.tune` for the headline's layers; the table is the one that the package ships."""
+    """`lora_ext.warmup` for the headline's layers; the table is one that the package may ship."""
     if run.device != "cuda":
         return missing("routes are timed on a GPU")
     start = time.monotonic()

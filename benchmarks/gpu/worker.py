@@ -59,18 +59,22 @@ def _profile(fields: Fields, device: str) -> Fields:
 
 
 def _warmup(fields: Fields, device: str) -> Fields:
-    import lora_ext
+    from lora_ext.kernel_checks import check_kernels
 
-    return {"failed": list(lora_ext.warmup())}
+    return {"failed": [f"{name}: {why}" for name, why in check_kernels(device).items()]}
 
 
 def _tune(fields: Fields, device: str) -> Fields:
-    from lora_ext import tune
+    import lora_ext
+    from lora_ext.winners import Shape, read_table, table_path
 
-    folder = Path(fields["folder"])
-    table = tune.tune([tune.Shape(**fields["shape"])], path=tune.table_path(folder))
-    won = [entry for entry in table.entries if entry.route != "library"]
-    return {"entries": len(table.entries), "not_library": len(won)}
+    path = table_path(Path(fields["folder"]))
+    found = lora_ext.warmup([Shape(**fields["shape"])], winners=path)
+    if found.note:
+        raise RuntimeError(found.note)
+    entries = read_table(path).entries
+    won = [entry for entry in entries if entry.route != "library"]
+    return {"entries": len(entries), "not_library": len(won)}
 
 
 TASKS: dict[str, Callable[[Fields, str], Fields]] = {

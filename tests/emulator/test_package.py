@@ -25,6 +25,7 @@ CALL = """
 import os, sys, warnings
 import torch, lora_ext
 from lora_ext import _C
+from lora_ext.kernel_checks import check_kernels
 from lora_ext.kernel_plan import explain_cuda_call
 
 def call():
@@ -124,22 +125,23 @@ assert not same(results, library())
 
 
 @pytest.mark.parametrize("arch", ["80", "86"])
-def test_warmup_checks_everything_and_draws_nothing(arch):
+def test_a_check_of_all_kernels_draws_nothing(arch):
     python(
         """
 before = torch.get_rng_state()
-assert lora_ext.warmup("cpu") == []
+assert check_kernels("cpu") == {}
 assert torch.equal(torch.get_rng_state(), before)
 _, plan = call()
 os.environ["LORA_EXT_EMULATED_FAULT"] = "reduce.splits:low"  # which no check sees any more
-assert lora_ext.warmup("cpu") == []
+assert check_kernels("cpu") == {}
 """.replace("80", arch),
     )
 
 
-def test_warmup_names_the_kernels_that_failed():
+def test_a_check_of_all_kernels_names_those_that_failed():
     said = python(
-        'print(*lora_ext.warmup("cpu"), sep="\\n")', LORA_EXT_EMULATED_FAULT="mask.kept_low:never"
+        'print(*check_kernels("cpu"), sep="\\n")',
+        LORA_EXT_EMULATED_FAULT="mask.kept_low:never",
     )
     lines = [line for line in said.splitlines() if line.startswith(("forward", "backward"))]
     assert lines and all("dropout" in line for line in lines)
@@ -185,53 +187,115 @@ call()
 """)
 
 
-TUNE = """
-from pathlib import Path
-from lora_ext import tune
-shape = tune.Shape(70, 96, 136, 16, True, True)
-path = Path({path!r})
-table = tune.tune([shape], "cpu", path=path, rounds=3)
-assert tune.read_table(path) == table
-forward, backward = table.entries
+# The clock gives the route that runs as many microseconds as it is told.
+WARM_UP = """
+from lora_ext.winners import Shape, clock, trial
+shape = Shape(70, 96, 136, 16, True, True)
+told = {"kernel 128 x 128": 10.0, "hybrid": 20.0}
+asked, request = [], trial._request
+
+def recorded(card, shape, backward, candidate):
+    asked.append(candidate.name)
+    request(card, shape, backward, candidate)
+
+def timer(device):
+    def times(call):
+        call()
+        us = told.get(asked[-1], 50.0)
+        return lambda: us
+    return times
+
+trial._request, clock.timer = recorded, timer
 """
 
 
-def test_tuning_times_every_route_and_the_planner_goes_by_it(tmp_path):
-    python(
-        TUNE.format(path=str(tmp_path / "table.json"))
+def test_warmup_times_every_route_and_the_planner_goes_by_it(tmp_path):
+    code = (
+        WARM_UP
         + """
+before = torch.get_rng_state()
+found = lora_ext.warmup([shape], device="cpu")
+assert torch.equal(torch.get_rng_state(), before)
+forward, backward = found.entries
 tiles = {"kernel 128 x 256", "kernel 128 x 128", "kernel 128 x 64"}
 assert set(forward.us) == {"library", "hybrid"} | tiles, forward
 assert set(backward.us) == {"library", "hybrid"} | tiles - {"kernel 128 x 256"}, backward
+assert (forward.route, forward.tile) == ("kernel", "128 x 128") and not found.failed, found
 _, plan = call()
-assert "fastest as measured on emulated sm_80" in str(plan), plan
-won = tune.Entry(shape, False, "kernel", "128 x 128", {})
-tune.write_table(table.with_entries([won]), path)
-from lora_ext.tune import tables
-tables.install([tune.read_table(path)])
+for each in (plan.forward, plan.backward):
+    assert "fastest as measured on this card" in each.reason and not each.predicted_us, plan
+    assert each.tile == "128 x 128" and not each.hybrid, plan
+asked.clear()
+assert lora_ext.warmup([shape], device="cpu").timed == 0 and not asked
+odd = Shape(70, 97, 136, 4)  # element-wise copies, which one tile has
+for entry in lora_ext.warmup([odd], device="cpu").entries:
+    assert set(entry.us) == {"library", "hybrid", "kernel 128 x 64"}, entry
+torch.use_deterministic_algorithms(True)
+_, plan = call()
+assert plan.forward.reason.startswith("predicted"), plan
+print(found)
+"""
+    )
+    said = python(code, HOME=str(tmp_path))
+    assert "lora_ext.warmup: 1 of 1: 96x136 r=16 M=70" in said
+    assert "2 of 2 winners are new" in said
+    python(
+        """
+from lora_ext.winners import Shape
+_, plan = call()
+assert "fastest as measured on this card" in plan.forward.reason, plan
+found = lora_ext.warmup([Shape(70, 96, 136, 16, True, True)], device="cpu")
+assert found.timed == 0 and len(found.entries) == 2, found
+""",
+        HOME=str(tmp_path),
+    )
+
+
+def test_a_pinned_file_of_winners_gives_every_process_the_same_bits(tmp_path):
+    path, results = str(tmp_path / "winners.json"), str(tmp_path / "results.pt")
+    python(
+        WARM_UP
+        + f"""
+lora_ext.warmup([shape], device="cpu", winners={path!r})
 results, plan = call()
-assert plan.forward.tile == "128 x 128" and not plan.forward.hybrid, plan
+assert plan.forward.tile == "128 x 128" and {path!r} in plan.forward.reason, plan
 assert not same(results, library())
+torch.save(results, {results!r})
+"""
+    )
+    python(
+        f"""
+lora_ext.load_winners({path!r}, "cpu")
+torch.use_deterministic_algorithms(True)
+results, plan = call()
+assert plan.forward.tile == "128 x 128" and same(results, torch.load({results!r})), plan
 """
     )
 
 
 def test_kernels_that_fail_their_check_cannot_win(tmp_path):
     said = python(
-        TUNE.format(path=str(tmp_path / "table.json"))
-        + 'assert set(forward.us) == {"library"} and forward.route == "library", forward',
+        WARM_UP
+        + """
+found = lora_ext.warmup([shape], device="cpu")
+for entry in found.entries:
+    assert set(entry.us) == {"library"} and entry.route == "library", entry
+print(found)
+""",
         LORA_EXT_EMULATED_FAULT="shrink.steps:low",
+        HOME=str(tmp_path),
     )
     assert "failed their check" in said
+    assert "failed: forward bfloat16 128 x 128 float32 adapters dropout: " in said
 
 
 TILES = """
-from lora_ext.tune import Entry, Shape, tables
+from lora_ext.winners import Entry, Shape, tables
 card = _C.cuda_card(torch.device("cpu"))
 expected = library()
 for tile in _C.tiles_of(card, backward=True, float_adapters=True, dropout=True):
     won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", tile, {}) for back in (0, 1)]
-    tables.install([tables.empty_table(card.name).with_entries(won)])
+    tables.install([], [tables.empty_table(card.name).with_entries(won)])
     results, plan = call()
     assert plan.forward.tile == plan.backward.tile == tile, plan
     assert plan.forward_check == plan.backward_check == "passed", plan

@@ -1,4 +1,4 @@
-"""One file of measured winners: JSON for one card, one torch and one version of lora_ext."""
+"""One file of measured winners: JSON for one card, torch, driver and build of lora_ext."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from ..adapters.errors import AdapterError
 from ..adapters.strict_json import parse_json
 from .shape import Shape
 
-SCHEMA = "lora_ext.tuning"
+SCHEMA = "lora_ext.winners"
 SCHEMA_VERSION = 1
 ROUTES = ("library", "hybrid", "kernel")
+_ORIGIN = ("card", "torch", "driver", "lora_ext", "build")
 _MOST_BYTES = 16 << 20
 _DEPTH = 6
 
@@ -73,19 +74,33 @@ class Table:
     Attributes:
         card: the driver's name of the GPU.
         torch: torch.__version__, whose library routes were timed.
-        lora_ext: the version whose kernels were timed.
+        driver: the CUDA version that the driver takes.
+        lora_ext, build: version and compiled extension whose kernels were timed.
         entries: at most one for a shape and direction.
     """
 
     card: str
     torch: str
+    driver: str
     lora_ext: str
+    build: str
     entries: tuple[Entry, ...]
+
+    @property
+    def origin(self) -> tuple[str, ...]:
+        """What its measurements are of."""
+        return tuple(getattr(self, name) for name in _ORIGIN)
+
+    @property
+    def described(self) -> str:
+        """The origin, for people."""
+        build = f"lora_ext {self.lora_ext} (build {self.build})"
+        return f"{self.card}, torch {self.torch}, CUDA driver {self.driver}, {build}"
 
     def with_entries(self, entries: Iterable[Entry]) -> Table:
         """The table with entries added; one for the same shape and direction is replaced."""
         merged = {entry.key: entry for entry in (*self.entries, *entries)}
-        return Table(self.card, self.torch, self.lora_ext, tuple(merged.values()))
+        return replace(self, entries=tuple(merged.values()))
 
 
 def read_table(path: Path) -> Table:
@@ -107,8 +122,8 @@ def read_table(path: Path) -> Table:
 
 def write_table(table: Table, path: Path) -> None:
     """Replaces the file in one step; whoever reads or interrupts finds the old or the new one."""
-    names = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "card": table.card}
-    names |= {"torch": table.torch, "lora_ext": table.lora_ext}
+    names = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION}
+    names |= dict(zip(_ORIGIN, table.origin, strict=True))
     head = json.dumps(names, indent=1)[:-2]
     lines = ",\n  ".join(json.dumps(_plain(e), allow_nan=False) for e in table.entries)
     text = f'{head},\n "entries": [\n  {lines}\n ]\n}}\n'
@@ -150,8 +165,7 @@ def _table(document: Any) -> Table:
     entries = tuple(map(_entry, _member(document, "entries", list)))
     if len({entry.key for entry in entries}) < len(entries):
         raise TableError("expected one entry for a shape and direction, but got two")
-    card, torch, version = (_member(document, name, str) for name in ("card", "torch", "lora_ext"))
-    return Table(card, torch, version, entries)
+    return Table(**{name: _member(document, name, str) for name in _ORIGIN}, entries=entries)
 
 
 def _entry(value: Any) -> Entry:

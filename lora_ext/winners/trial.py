@@ -1,24 +1,21 @@
-"""Times every route of a shape on a device, and keeps the fastest."""
+"""Times every route of one shape on a device, and finds the fastest."""
 
 from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from ..device import indexed
-from ..functional import draw_seed
+from . import clock
 from .shape import Shape
-from .table import Entry, Table, write_table
-from .tables import install, load_tables, table_at, table_path, user_folder
+from .table import Entry
+from .tables import load_cached
 
 LIBRARY = "library"
 _DROPOUT = 0.05
@@ -56,14 +53,36 @@ def candidates_for(card: _C.Card, shape: Shape, backward: bool) -> list[Candidat
     return [Candidate(LIBRARY), Candidate("hybrid"), *kernels]
 
 
+def kernels_for(card: _C.Card, shapes: Iterable[Shape], dtype: torch.dtype) -> list[_C.Kernels]:
+    """The kernels that calls of these shapes can take, by any route and tile, each once."""
+    found: dict[str, _C.Kernels] = {}
+    for shape in shapes:
+        problem = shape.problem
+        for backward in (False, True):
+            for candidate in candidates_for(card, shape, backward):
+                plan = _C.plan_as_asked(
+                    card,
+                    problem,
+                    backward=backward,
+                    choice=candidate.route,
+                    tile=candidate.tile,
+                    early_launch=_C.early_launch(),
+                )
+                if plan.kernel:
+                    float16 = dtype == torch.float16
+                    each = _C.kernels_of(plan, problem, backward=backward, float16=float16)
+                    found.setdefault(each.name, each)
+    return list(found.values())
+
+
 class Trial:
     """The tensors of one shape on a device, and its forward and backward as the op runs them."""
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*sizes: int, to: torch.dtype = dtype, std: float = 1.0) -> Tensor:
-            return (torch.randn(*sizes, generator=generator) * std).to(device, to)
+            return torch.randn(*sizes, generator=generator, device=device).mul_(std).to(to)
 
         m, k, n, r = shape.rows, shape.in_features, shape.out_features, shape.rank
         adapters = torch.float32 if shape.float_adapters else dtype
@@ -74,7 +93,7 @@ class Trial:
         self.lora_a = normal(r, k, to=adapters, std=k**-0.5)
         self.lora_b = normal(n, r, to=adapters, std=r**-0.5)
         self.dropout_p = _DROPOUT if shape.dropout else 0.0
-        self.seed = draw_seed(device) if shape.dropout else None
+        self.seed = torch.tensor(7, device=device) if shape.dropout else None
         self.s = self.forward()[1]
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -88,14 +107,18 @@ class Trial:
         mask = [True, True, True, False]
         return _backward(*operands, _SCALING, self.dropout_p, self.seed, 0, 0, False, None, mask)
 
-    def plan(self, backward: bool) -> _C.Explained:
+    def run(self, backward: bool) -> object:
+        """One direction."""
+        return self.backward() if backward else self.forward()
+
+    def explained(self, backward: bool) -> _C.Explained:
         """What the op would do now."""
         explain = _C.explain_backward if backward else _C.explain_forward
         return explain(self.x, self.weight, self.lora_a, self.lora_b, self.dropout_p)
 
 
 @contextmanager
-def _planner_listens(card: _C.Card) -> Iterator[None]:
+def planner_listens(card: _C.Card) -> Iterator[None]:
     """No route set by the user; afterwards the planner knows what the tables on disk say."""
     route = _C.cuda_route()
     _C.set_cuda_route("auto")
@@ -104,7 +127,7 @@ def _planner_listens(card: _C.Card) -> Iterator[None]:
     finally:
         _C.set_cuda_route(route)
         _C.replace_winners(card.name, [])
-        load_tables()
+        load_cached()
 
 
 def _request(card: _C.Card, shape: Shape, backward: bool, candidate: Candidate) -> None:
@@ -113,9 +136,8 @@ def _request(card: _C.Card, shape: Shape, backward: bool, candidate: Candidate) 
     _C.replace_winners(card.name, [entry.winner("in a trial")])
 
 
-def _runs_as_asked(trial: Trial, backward: bool, candidate: Candidate) -> bool:
+def _runs_as_asked(explained: _C.Explained, candidate: Candidate) -> bool:
     """Whether the call takes the candidate's route; kernels that fail their check do not."""
-    explained = trial.plan(backward)
     plan = explained.plan
     if candidate.route == LIBRARY:
         return not plan.kernel
@@ -123,51 +145,25 @@ def _runs_as_asked(trial: Trial, backward: bool, candidate: Candidate) -> bool:
     return same and candidate.tile in ("", plan.tile) and explained.check == "passed"
 
 
-def _timer(device: torch.device) -> Callable[[Callable[[], object]], Callable[[], float]]:
-    """times(call) runs it once, and returns how to read its microseconds later.
-
-    On CUDA, everything in the L2 cache is evicted first, as it is in a model's pass between two
-    calls of the same layer. That also keeps the device busy while the host prepares the call.
-    """
-    if device.type != "cuda":
-
-        def on_host(call: Callable[[], object]) -> Callable[[], float]:
-            start = time.perf_counter_ns()
-            call()
-            elapsed = (time.perf_counter_ns() - start) / 1e3
-            return lambda: elapsed
-
-        return on_host
-    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    evicting = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def on_device(call: Callable[[], object]) -> Callable[[], float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        evicting.zero_()
-        start.record()
-        call()
-        end.record()
-        return lambda: 1e3 * start.elapsed_time(end)
-
-    return on_device
-
-
 def _times_of(
-    trial: Trial, card: _C.Card, backward: bool, candidates: Sequence[Candidate], rounds: int
+    trial: Trial, card: _C.Card, backward: bool, candidates: Sequence[Candidate]
 ) -> Times:
     """Microseconds of each candidate that runs here, one a round, in a new order each round."""
-    call = trial.backward if backward else trial.forward
+
+    def call() -> object:
+        return trial.run(backward)
+
     timed = []
     for candidate in candidates:
         _request(card, trial.shape, backward, candidate)
         for _ in range(_WARM_UP):
             call()
-        if _runs_as_asked(trial, backward, candidate):
+        if _runs_as_asked(trial.explained(backward), candidate):
             timed.append(candidate)
-    times_call = _timer(trial.device)
+    times_call = clock.timer(trial.device)
     readers: dict[str, list[Callable[[], float]]] = {c.name: [] for c in timed}
     order = random.Random(0)
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         order.shuffle(timed)
         for candidate in timed:
             _request(card, trial.shape, backward, candidate)
@@ -197,74 +193,12 @@ def _summary(ordered: list[float]) -> tuple[float, float, float]:
     return round(statistics.median(ordered), 3), round(p25, 3), round(p75, 3)
 
 
-def tune(
-    shapes: Sequence[Shape],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    path: Path | None = None,
-    rounds: int = _ROUNDS,
-    measured: Callable[[Entry], object] = lambda entry: None,
-    until: float = float("inf"),
-) -> Table:
-    """Times every route of each shape, forward and backward apart, and keeps the fastest.
+def measure(trial: Trial, card: _C.Card, backward: bool) -> Entry:
+    """Times every route of one direction, in a new order in each round.
 
-    The library route stays where no other is faster by 1 % in three rounds of four. The file is
-    written after each shape, so that an interrupt loses one shape at most. Afterwards the planner
-    goes by the table in this process, too.
-
-    Args:
-        shapes: what to time, each a few hundredths of a second; see `shapes_of`.
-        device: a CUDA device; default: the current one.
-        dtype: of x and weight: bfloat16 or float16, which share their entries.
-        path: the table's file; default: the user's, in `user_folder()`.
-        rounds: times each route is timed.
-        measured: called with each new entry.
-        until: no further shape begins at this `time.monotonic()`.
-
-    Returns:
-        The whole table, with what the file already had for other shapes.
-
-    Raises:
-        RuntimeError: the build has no CUDA kernels, or there is no such device.
-        TypeError: a dtype that the kernels do not compute.
-        OSError: the file cannot be written; what was measured is in use in this process.
+    The library stays where no other is faster by 1 % in three rounds of four. Kernels that fail
+    their check are not timed. Call it under `planner_listens`.
     """
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.tune: this build has no CUDA kernels to choose from;"
-            " lora_ext.build_info() says why"
-        )
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"lora_ext.tune: expected bfloat16 or float16, but got {dtype}")
-    device = indexed(device)
-    card = _C.cuda_card(device)
-    path = path or table_path(user_folder(), device)
-    table = table_at(path, card.name)
-    failed: OSError | None = None
-    with _planner_listens(card), torch.no_grad():
-        for shape in shapes:
-            if time.monotonic() >= until:
-                break
-            table = table.with_entries(
-                _measure(Trial(shape, device, dtype), card, rounds, measured)
-            )
-            try:
-                write_table(table, path)
-            except OSError as error:
-                failed = error
-    install([*load_tables(), table])
-    if failed is not None:
-        raise failed
-    return table
-
-
-def _measure(
-    trial: Trial, card: _C.Card, rounds: int, measured: Callable[[Entry], object]
-) -> list[Entry]:
-    entries = []
-    for backward in (False, True):
-        candidates = candidates_for(card, trial.shape, backward)
-        times = _times_of(trial, card, backward, candidates, rounds)
-        entries.append(_entry(trial.shape, backward, candidates, times))
-        measured(entries[-1])
-    return entries
+    candidates = candidates_for(card, trial.shape, backward)
+    times = _times_of(trial, card, backward, candidates)
+    return _entry(trial.shape, backward, candidates, times)

@@ -1,4 +1,4 @@
-"""`python -m lora_ext.tune`: time the routes of layers on this card and keep the fastest."""
+"""`python -m lora_ext.winners`: time the routes of layers on this card and keep the fastest."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from .. import _C
-from . import trial
+from .session import line_of, warmup
 from .shape import Shape
-from .table import Entry, TableError
-from .tables import load_tables, user_folder
+from .table import TableError
+from .tables import load_cached
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -31,7 +30,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lora_ext.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lora_ext.winners", description=__doc__)
     parser.add_argument("--layer", type=_size, action="append", default=[], metavar="INxOUT")
     parser.add_argument("--rank", type=_count, nargs="+", default=[16])
     parser.add_argument("--rows", type=_count, nargs="+", default=[2048], help="batch times length")
@@ -48,38 +47,24 @@ def _chosen(name: str, both: str, true: str) -> list[bool]:
     return [False, True] if name == both else [name == true]
 
 
-def line_of(entry: Entry) -> str:
-    """One line of text: shape, winner, and every candidate's microseconds."""
-    direction = "backward" if entry.backward else "forward"
-    winner = f"{entry.route} {entry.tile}".strip()
-    times = ", ".join(f"{name} {median:.1f} us" for name, (median, _, _) in entry.us.items())
-    return f"{entry.shape}, {direction}: {winner} ({times})"
-
-
 def _show() -> int:
-    tables = load_tables()
+    tables = load_cached()
     for table in tables:
-        print(f"{table.card}, torch {table.torch}, lora_ext {table.lora_ext}:")
+        print(f"{table.described}:")
         print(*(f"  {line_of(entry)}" for entry in table.entries), sep="\n")
     if not tables:
-        print("no tables: the planner goes by its own rule")
+        print("no tables: the planner goes by its prediction")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 2 where there is nothing to time, 1 if the table cannot be written, else 0."""
+    """Exit status 2 where there is nothing to time, 1 if --table cannot be written, else 0."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.show:
         return _show()
     if not options.layer:
         parser.error("expected at least one --layer, as in --layer 4096x4096")
-    if not _C.with_cuda:
-        print("this build has no CUDA kernels; python -m lora_ext says why", file=sys.stderr)
-        return 2
-    if options.device is None and not torch.cuda.is_available():
-        print("torch finds no CUDA device to time on", file=sys.stderr)
-        return 2
     shapes = [
         Shape(rows, in_features, out_features, rank, wide, dropout)
         for (in_features, out_features), rank, rows, wide, dropout in product(
@@ -91,12 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     ]
     try:
-        trial.tune(
+        found = warmup(
             shapes,
-            options.device,
-            getattr(torch, options.dtype),
-            options.table,
-            measured=lambda entry: print(line_of(entry), flush=True),
+            device=options.device,
+            dtype=getattr(torch, options.dtype),
+            winners=options.table,
         )
     except (RuntimeError, TableError) as error:
         print(error, file=sys.stderr)
@@ -105,9 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: the shapes timed so far are in the table", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"the table is not written: {error}", file=sys.stderr)
+        print(f"the winners are not written: {error}", file=sys.stderr)
         return 1
-    print(f"written: {options.table or user_folder()}")
+    if not found.entries:
+        print(found.note, file=sys.stderr)
+        return 2
+    print(found)
     return 0
 
 

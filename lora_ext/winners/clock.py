@@ -1,0 +1,41 @@
+"""How calls are timed on a device: the one place that reads a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+# Runs a call once, and returns how to read its microseconds later.
+Timer = Callable[[Callable[[], object]], Callable[[], float]]
+
+
+def timer(device: torch.device) -> Timer:
+    """A timer of calls on a device.
+
+    On CUDA, everything in the L2 cache is evicted first, as it is in a model's pass between two
+    calls of the same layer. That also keeps the device busy while the host prepares the call. Its
+    times can be read once the device is synchronised.
+    """
+    if device.type != "cuda":
+        return _on_host
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    evicting = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def on_device(call: Callable[[], object]) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        evicting.zero_()
+        start.record()
+        call()
+        end.record()
+        return lambda: 1e3 * start.elapsed_time(end)
+
+    return on_device
+
+
+def _on_host(call: Callable[[], object]) -> Callable[[], float]:
+    start = time.perf_counter_ns()
+    call()
+    elapsed = (time.perf_counter_ns() - start) / 1e3
+    return lambda: elapsed

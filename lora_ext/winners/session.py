@@ -1,0 +1,249 @@
+"""`lora_ext.warmup`: checks and times kernels once, so that no later call has to."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import _C
+from ..device import indexed
+from ..kernel_checks import check_kernels
+from .shape import Layers, Shape, shapes_of
+from .table import Entry, Table, write_table
+from .tables import cache_file, cached_table, given_table, load_cached, pin, pinned_at
+from .trial import Trial, kernels_for, measure, planner_listens
+
+# One token, a few requests' tokens, a training batch.
+DECODE_AND_TRAINING = (1, 16, 2048)
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What `warmup` found; str() is for people.
+
+    Attributes:
+        entries: the winner of each shape, forward and backward apart, with its times.
+        timed: how many of them are new.
+        failed: a line for each set of kernels that failed its check; they are not used.
+        path: the file that has the winners; None if nothing was timed or read.
+        note: why nothing was checked or timed, or what was left out; "" otherwise.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    timed: int = 0
+    failed: tuple[str, ...] = ()
+    path: Path | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [line_of(entry) for entry in self.entries]
+        lines += [f"failed: {line}" for line in self.failed]
+        if self.path is not None:
+            lines.append(f"{self.timed} of {len(self.entries)} winners are new, in {self.path}")
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+def line_of(entry: Entry) -> str:
+    """One line of text: shape, winner, and every candidate's microseconds."""
+    direction = "backward" if entry.backward else "forward"
+    winner = f"{entry.route} {entry.tile}".strip()
+    times = ", ".join(f"{name} {median:.1f} us" for name, (median, _, _) in entry.us.items())
+    return f"{entry.shape}, {direction}: {winner} ({times})"
+
+
+def warmup(
+    layers: Layers,
+    rows: int | Iterable[int] = DECODE_AND_TRAINING,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    winners: str | Path | None = None,
+    progress: bool | Say = True,
+) -> Warmup:
+    """Checks the kernels that these layers can take, and finds out which are fastest here.
+
+        lora_ext.warmup(model, rows=(1, 4096))      # on a GPU, once
+
+    The kernels of every route of `lora_linear` (hybrid, and our own with each tile) are compared
+    with float64 on small cases, in a child process; then the routes are timed on this card for each
+    layer and number of rows, forward and backward apart. The library stays where no other is faster
+    by 1 % in three rounds of four.
+    The winners are kept in the user's cache, for this card, torch, driver and build: the planner
+    goes by them from now on, in later processes, too, and `explain` says "measured on this card".
+    What the cache has is not timed again, and what this process has checked costs nothing.
+
+    Nothing is timed under ``torch.use_deterministic_algorithms``, where no winner of the cache
+    counts, nor where a file is pinned (`load_winners`): then kernels are checked, no more. Routes
+    differ by rounding, so a new winner can change a result's last bits. Torch's random generators
+    stay as they are. Not for a CUDA graph's capture: call it before.
+
+    Args:
+        layers: a model with LoRA layers of this package or of PEFT; or a sequence of layers, each
+            (out_features, in_features, rank) or a dict with these names and, if wanted,
+            float_adapters, dropout (bools) and rows.
+        rows: batch times sequence length of the calls to come, one number or several. A winner
+            counts from half to twice its rows.
+        device: a CUDA device; default: the model's, else the current one.
+        dtype: of x and weight, bfloat16 or float16, which share their winners; default: bfloat16.
+        winners: a file in place of the cache, made if it is not there, and pinned afterwards; what
+            it has is not timed again. Ranks that `load_winners` it choose alike.
+        progress: whether to say what is timed on stderr, or a function that is given each line.
+
+    Returns:
+        The winners and the checks that failed. Where there are no CUDA kernels or no GPU, an empty
+        one whose note says so.
+
+    Raises:
+        ValueError: the model has no LoRA linear, or a size is none.
+        TypeError: a layer or dtype of another kind.
+        TableError: the file ``winners`` is corrupt, or not of this card and build; a ValueError.
+        OSError: the file ``winners`` cannot be written, while a cache that cannot is a warning; the
+            winners are in use in this process.
+    """
+    say = _printed if progress is True else progress or _unsaid
+    shapes = shapes_of(layers, rows)
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"lora_ext.warmup: expected bfloat16 or float16, but got {dtype}")
+    device = _device_of(layers) if device is None else torch.device(device)
+    nothing = _nothing_to_do(device)
+    if nothing:
+        say(nothing)
+        return Warmup(note=nothing)
+    device = indexed(device)
+    card = _C.cuda_card(device)
+    nothing = _no_kernels_for(card)
+    if nothing:
+        say(nothing)
+        return Warmup(note=nothing)
+    pinned = pinned_at(card.name) if winners is None else None
+    path = Path(winners) if winners is not None else pinned or cache_file(card.name)
+    given = path.exists() if winners is not None else pinned is not None
+    table = given_table(path, card.name) if given else cached_table(path, card.name)
+    session = _Session(device, card, dtype or torch.bfloat16, table, path, say)
+    note = _why_untimed(pinned)
+    failed = check_kernels(
+        device,
+        kernels_for(card, shapes, session.dtype),
+        begins=lambda name: say(f"checks {name}"),
+    )
+    for name, why in failed.items():
+        say(f"{name} failed: {why}")
+    try:
+        if not note:
+            session.time(shapes)
+    finally:
+        if winners is not None:
+            pin(session.table, path)
+        elif pinned is None:
+            load_cached(also=session.table)
+    if session.unwritten is not None:
+        if winners is not None:
+            raise session.unwritten
+        warnings.warn(
+            f"lora_ext.warmup: the winners are in use, but not kept: {session.unwritten}",
+            stacklevel=2,
+        )
+    wanted = set(shapes)
+    return Warmup(
+        tuple(entry for entry in session.table.entries if entry.shape in wanted),
+        session.timed,
+        tuple(f"{name}: {why}" for name, why in failed.items()),
+        path if session.table.entries else None,
+        "; ".join(filter(None, (note, *session.left_out))),
+    )
+
+
+def _printed(line: str) -> None:
+    print(f"lora_ext.warmup: {line}", file=sys.stderr, flush=True)
+
+
+def _unsaid(line: str) -> None:
+    pass
+
+
+def _device_of(layers: Layers) -> torch.device | None:
+    """A model's, if it is on CUDA."""
+    if isinstance(layers, nn.Module):
+        for parameter in layers.parameters():
+            if parameter.is_cuda:
+                return parameter.device
+    return None
+
+
+def _nothing_to_do(device: torch.device | None) -> str:
+    """Why there is nothing to warm up here; "" if there is."""
+    if not _C.with_cuda:
+        return (
+            "there is nothing to warm up: this build has no CUDA kernels;"
+            " lora_ext.build_info() says why"
+        )
+    if device is None and not torch.cuda.is_available():
+        return "there is nothing to warm up: torch finds no CUDA device"
+    return ""
+
+
+def _no_kernels_for(card: _C.Card) -> str:
+    if card.error:
+        return f"there is nothing to warm up: CUDA cannot use the device: {card.error}"
+    if card.arch < 80:
+        return "there is nothing to warm up: the kernels need compute capability 8.0 or later"
+    return ""
+
+
+def _why_untimed(pinned: Path | None) -> str:
+    if pinned is not None:
+        return f"nothing is timed while {pinned} is pinned (lora_ext.load_winners)"
+    if torch.are_deterministic_algorithms_enabled():
+        return "nothing is timed under torch.use_deterministic_algorithms"
+    return ""
+
+
+class _Session:
+    """One call of `warmup`: its table as it grows."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        card: _C.Card,
+        dtype: torch.dtype,
+        table: Table,
+        path: Path,
+        say: Say,
+    ) -> None:
+        self.device, self.card, self.dtype = device, card, dtype
+        self.table, self.path, self.say = table, path, say
+        self.timed = 0
+        self.left_out: list[str] = []
+        self.unwritten: OSError | None = None
+
+    def time(self, shapes: Iterable[Shape]) -> None:
+        """Times what the table does not have, and writes it after each shape."""
+        known = {entry.key for entry in self.table.entries}
+        todo = [shape for shape in shapes if {(shape, False), (shape, True)} - known]
+        with planner_listens(self.card), torch.no_grad():
+            for number, shape in enumerate(todo, 1):
+                try:
+                    self._time(shape, f"{number} of {len(todo)}: ")
+                    write_table(self.table, self.path)
+                except torch.OutOfMemoryError:
+                    self.left_out.append(f"{shape} does not fit into the memory that is free")
+                except OSError as error:
+                    self.unwritten = error
+
+    def _time(self, shape: Shape, prefix: str) -> None:
+        trial = Trial(shape, self.device, self.dtype)
+        entries = []
+        for backward in (False, True):
+            entry = measure(trial, self.card, backward)
+            self.say(prefix + line_of(entry))
+            entries.append(entry)
+        self.table = self.table.with_entries(entries)
+        self.timed += len(entries)

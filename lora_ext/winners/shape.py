@@ -1,0 +1,138 @@
+"""What is timed: one LoRA linear with so many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _C
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """Sizes of a LoRA linear, and what selects its kernels.
+
+    Attributes:
+        rows, in_features, out_features, rank: M, K, N and r of `lora_linear`.
+        float_adapters: lora_a and lora_b are float32, else of x's dtype.
+        dropout: dropout_p > 0.
+    """
+
+    rows: int
+    in_features: int
+    out_features: int
+    rank: int
+    float_adapters: bool = False
+    dropout: bool = False
+
+    def __str__(self) -> str:
+        adapters = ", float32 adapters" if self.float_adapters else ""
+        dropout = ", dropout" if self.dropout else ""
+        layer = f"{self.in_features}x{self.out_features} r={self.rank} M={self.rows}"
+        return layer + adapters + dropout
+
+    @property
+    def problem(self) -> _C.Problem:
+        """As the planner takes it, of operands as torch allocates them."""
+        problem = _C.Problem(self.rows, self.out_features, self.in_features, self.rank)
+        problem.float_adapters, problem.dropout = self.float_adapters, self.dropout
+        chunk = 4 if self.float_adapters else 8  # elements of 16 bytes
+        problem.aligned = self.in_features % 8 == self.out_features % 8 == 0
+        problem.aligned_weight = self.in_features % 8 == 0
+        problem.aligned_a = self.in_features % chunk == 0
+        problem.aligned_b = self.rank % chunk == 0
+        return problem
+
+
+Layers = nn.Module | Sequence[tuple[int, int, int] | Mapping[str, Any] | Shape]
+
+
+def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
+    """The distinct shapes of LoRA linears, once for each number of rows.
+
+    Args:
+        layers: a model with lora_ext's layers, or PEFT's; or a sequence of layers, each
+            (out_features, in_features, rank), or a dict of these and, if wanted, float_adapters
+            and dropout. A `Shape`, or a dict with rows, has its own rows.
+        rows: batch times sequence length, as the model will see it.
+
+    Raises:
+        ValueError: the model has no LoRA linear, or a size is none.
+        TypeError: a layer is none of these.
+    """
+    counts = sorted({rows} if isinstance(rows, int) else set(rows))
+    for count in counts:
+        _check_sizes(count)
+    if isinstance(layers, nn.Module):
+        found = {*_own_layers(layers), *_peft_layers(layers)}
+        if not found:
+            raise ValueError(
+                "lora_ext.warmup: expected a model with LoRA linears, but it has none;"
+                " see lora_ext.apply_lora and lora_ext.accelerate"
+            )
+        return sorted(replace(layer, rows=count) for layer in found for count in counts)
+    return sorted({shape for layer in layers for shape in _given(layer, counts)})
+
+
+def _check_sizes(*sizes: Any) -> None:
+    if not all(isinstance(size, int) and 1 <= size < 2**40 for size in sizes):
+        raise ValueError(
+            f"lora_ext.warmup: expected sizes of at least 1 and below 2^40, but got {sizes}"
+        )
+
+
+def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
+    if isinstance(layer, Shape):
+        return [layer]
+    if isinstance(layer, Mapping):
+        known = {field.name for field in fields(Shape)}
+        needed = {"out_features", "in_features", "rank"}
+        if not needed <= set(layer) <= known:
+            raise TypeError(
+                f"lora_ext.warmup: expected a layer with {', '.join(sorted(needed))}, and of"
+                f" {', '.join(sorted(known - needed))} any, but got {dict(layer)}"
+            )
+        own = dict(layer)
+        each = [own.pop("rows")] if "rows" in own else counts
+        shapes = [Shape(rows=count, **own) for count in each]
+    elif isinstance(layer, Sequence) and not isinstance(layer, str) and len(layer) == 3:
+        out_features, in_features, rank = layer
+        shapes = [Shape(count, in_features, out_features, rank) for count in counts]
+    else:
+        raise TypeError(
+            "lora_ext.warmup: expected a model, or layers as (out_features, in_features, rank) or"
+            f" dicts, but got {layer!r:.60}"
+        )
+    for shape in shapes:
+        _check_sizes(shape.rows, shape.in_features, shape.out_features, shape.rank)
+    return shapes
+
+
+def _own_layers(model: nn.Module) -> Iterator[Shape]:
+    from ..model import lora_layers
+    from ..modules import LoRALinear
+
+    for _, layer in lora_layers(model):
+        if isinstance(layer, LoRALinear):
+            for name, spec in layer.adapters.items():
+                wide = layer.lora_a[name].dtype == torch.float32
+                sizes = (layer.in_features, layer.out_features, spec.r)
+                yield Shape(1, *sizes, wide, spec.dropout > 0.0)
+
+
+def _peft_layers(model: nn.Module) -> Iterator[Shape]:
+    from ..peft.report import peft_layers
+
+    layer: Any
+    for _, layer in peft_layers(model):
+        for name, lora_a in layer.lora_A.items():
+            if type(lora_a) is nn.Linear:
+                out_features = layer.lora_B[name].weight.shape[0]
+                rank, in_features = lora_a.weight.shape
+                dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0.0
+                wide = lora_a.weight.dtype == torch.float32
+                yield Shape(1, in_features, out_features, rank, wide, dropout)

@@ -1,0 +1,423 @@
+"""`lora_ext.warmup` without a GPU, on a card that is not there.
+
+The kernels themselves are warmed up in tests/emulator/test_package.py.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lora_ext
+from lora_ext import _C, winners
+from lora_ext.winners import Entry, Shape, TableError, session, tables, trial
+from lora_ext.winners import __main__ as command
+
+CARD = "A card of the tests"
+H100 = _C.Card(90, 132, 233472, 232448, CARD)
+LAYER = (1024, 4096, 16)
+NAMED = {"out_features": 1024, "in_features": 4096, "rank": 16}
+
+
+class FakeCard:
+    """What `warmup` asks of a card, and what it did there."""
+
+    def __init__(self):
+        self.timed, self.trials, self.checked = [], [], []
+        self.failures, self.out_of_memory = {}, set()
+        self.before_measure = lambda: None
+
+    def trial(self, shape, device, dtype):
+        if shape in self.out_of_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.trials.append(shape)
+        return SimpleNamespace(shape=shape)
+
+    def check(self, device, kernels, begins):
+        self.checked += kernels
+        return self.failures
+
+    def measure(self, trial, card, backward):
+        self.before_measure()
+        self.timed.append((trial.shape, backward))
+        return Entry(trial.shape, backward, "kernel", "128 x 128", {"library": (2.0, 1.0, 3.0)})
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    found = FakeCard()
+    route = ["auto"]
+    monkeypatch.setattr(_C, "with_cuda", True)
+    for name, value in (
+        ("cuda_card", lambda device: H100),
+        ("cuda_driver", lambda: "13.0"),
+        ("early_launch", lambda: True),
+        ("cuda_route", lambda: route[0]),
+        ("set_cuda_route", lambda name: route.__setitem__(0, name)),
+    ):
+        monkeypatch.setattr(_C, name, value, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(tables, "user_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(session, "Trial", found.trial)
+    monkeypatch.setattr(session, "measure", found.measure)
+    monkeypatch.setattr(session, "check_kernels", found.check)
+    yield found
+    tables._pinned.clear()
+    _C.replace_winners(CARD, [])
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def planned(rows=2048):
+    return _C.plan_forward(H100, _C.Problem(rows, *LAYER))
+
+
+def test_without_kernels_or_a_gpu_there_is_nothing_to_warm_up(capsys):
+    if _C.with_cuda and torch.cuda.is_available():
+        pytest.skip("there is a card")
+    found = lora_ext.warmup([LAYER])
+    assert found == winners.Warmup(note=found.note) and str(found) == found.note
+    assert "there is nothing to warm up: " in found.note and "CUDA" in found.note
+    assert capsys.readouterr().err == f"lora_ext.warmup: {found.note}\n"
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (_C.Card(75, 40, 65536, 65536, CARD), "compute capability 8.0"),
+        (_C.Card(0, 0, 0, 0, error="driver too old"), "CUDA cannot use the device: driver too old"),
+    ],
+    ids=["T4", "old driver"],
+)
+def test_on_a_card_without_kernels_there_is_nothing_to_warm_up(card, monkeypatch, found, words):
+    monkeypatch.setattr(_C, "cuda_card", lambda device: found)
+    said = []
+    assert words in lora_ext.warmup([LAYER], progress=said.append).note
+    assert len(said) == 1 and not card.timed
+
+
+def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
+    before = planned()
+    found = lora_ext.warmup([LAYER], progress=False)
+    sizes = [1, 16, 2048]
+    assert card.timed == [(Shape(m, 4096, 1024, 16), back) for m in sizes for back in (0, 1)]
+    assert found.timed == len(found.entries) == 6 and not found.failed and not found.note
+    assert winners.read_table(found.path).entries == found.entries
+    assert before.predicted_us and "measured" not in before.reason
+    plan = planned()
+    assert plan.tile == "128 x 128" and plan.reason.startswith("fastest as measured on this card")
+    assert _C.cuda_route() == "auto"
+
+
+def test_a_second_call_costs_nothing(card):
+    first = lora_ext.warmup([LAYER], rows=64, progress=False)
+    card.timed.clear(), card.trials.clear()
+    again = lora_ext.warmup([LAYER], rows=[64], progress=False)
+    assert not card.timed and not card.trials
+    assert again == replace(first, timed=0) and again.path == first.path
+    assert planned(64).tile == "128 x 128"
+
+
+def test_another_process_checks_but_times_nothing(card):
+    lora_ext.warmup([LAYER], rows=64, progress=False)
+    _C.replace_winners(CARD, [])
+    card.timed.clear(), card.checked.clear()
+    assert lora_ext.warmup([LAYER], rows=64, progress=False).timed == 0
+    assert not card.timed and card.checked
+    assert planned(64).tile == "128 x 128"
+
+
+def test_all_kernels_that_the_layers_can_take_are_checked_once_and_no_others(card):
+    lora_ext.warmup([LAYER, {**NAMED, "dropout": True}], rows=(64, 2048), progress=False)
+    checked = [kernels.name for kernels in card.checked]
+    every = {kernels.name for kernels in _C.all_kernels(H100, True)}
+    assert len(set(checked)) == len(checked) and set(checked) < every
+    for tile in _C.tiles_of(H100, backward=False, float_adapters=False, dropout=False):
+        assert any(name.startswith(f"forward bfloat16 {tile}") for name in checked), tile
+    assert not any("float16 " in name.replace("bfloat16", "") for name in checked)
+    assert not any("float32 adapters" in name or "element-wise" in name for name in checked)
+
+
+def test_only_what_is_missing_is_timed(card):
+    lora_ext.warmup([LAYER], rows=64, progress=False)
+    card.timed.clear()
+    found = lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+    assert {shape.rows for shape, _ in card.timed} == {512} and found.timed == 2
+    assert len(found.entries) == 4
+
+
+@pytest.mark.parametrize("change", ["driver", "build"])
+def test_winners_of_another_driver_or_build_do_not_survive(card, monkeypatch, change):
+    path = lora_ext.warmup([LAYER], rows=64, progress=False).path
+    card.timed.clear()
+    if change == "driver":
+        monkeypatch.setattr(_C, "cuda_driver", lambda: "13.1", raising=False)
+    else:
+        monkeypatch.setattr(tables, "build_id", lambda: "another")
+    assert winners.load_cached() == []
+    assert lora_ext.warmup([LAYER], rows=64, progress=False).timed == 2
+    assert winners.load_cached() == [winners.read_table(path)]
+
+
+def test_a_corrupt_cache_is_a_warning_and_made_anew(card):
+    path = lora_ext.warmup([LAYER], rows=64, progress=False).path
+    path.write_text("{ half a")
+    with pytest.warns(UserWarning, match=rf"ignores the winners in {path}: .*expected JSON"):
+        found = lora_ext.warmup([LAYER], rows=64, progress=False)
+    assert found.timed == 2 and winners.read_table(path).entries == found.entries
+
+
+def test_progress_is_said(card, capsys):
+    lora_ext.warmup([LAYER], rows=64)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("lora_ext.warmup: 1 of 1: 4096x1024 r=16 M=64, forward: kernel 128")
+    said = []
+    lora_ext.warmup([LAYER], rows=512, progress=said.append)
+    assert len(said) == 2 and capsys.readouterr().err == ""
+
+
+def test_nothing_is_timed_under_deterministic_algorithms(card, deterministic):
+    found = lora_ext.warmup([LAYER], rows=64, progress=False)
+    assert not card.timed and card.checked  # the kernels are, all the same
+    assert found.note == "nothing is timed under torch.use_deterministic_algorithms"
+    assert found.entries == () and found.path is None
+
+
+def test_a_file_of_winners_is_made_then_pinned_and_read(card, tmp_path):
+    path = tmp_path / "winners.json"
+    found = lora_ext.warmup([LAYER], rows=64, winners=path, progress=False)
+    assert found.timed == 2 and found.path == path and not tables.user_folder().exists()
+    assert planned(64).reason == f"fastest as measured on {CARD}, pinned by {path}"
+    card.timed.clear()
+    again = lora_ext.warmup([LAYER], rows=64, winners=str(path), progress=False)
+    assert again.timed == 0 and not card.timed and again.entries == found.entries
+    # another rank
+    winners.load_winners(None)
+    assert "measured" not in planned(64).reason
+    lora_ext.load_winners(path)
+    assert planned(64).tile == "128 x 128"
+    other = lora_ext.warmup([LAYER], rows=512, progress=False)
+    assert not card.timed and other.note.startswith(f"nothing is timed while {path} is pinned")
+
+
+def test_a_pinned_file_counts_under_deterministic_algorithms(card, tmp_path, deterministic):
+    torch.use_deterministic_algorithms(False)
+    lora_ext.warmup([LAYER], rows=64, winners=tmp_path / "winners.json", progress=False)
+    torch.use_deterministic_algorithms(True)
+    assert planned(64).tile == "128 x 128"
+
+
+@pytest.mark.parametrize("spoil", ["corrupt", "card", "torch", "driver", "build"])
+def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path, spoil):
+    path = tmp_path / "winners.json"
+    lora_ext.warmup([LAYER], rows=64, winners=path, progress=False)
+    winners.load_winners(None)
+    if spoil == "corrupt":
+        path.write_text(path.read_text()[:-20])
+    else:
+        winners.write_table(replace(winners.read_table(path), **{spoil: "another"}), path)
+    card.timed.clear()
+    for call in (
+        lambda: lora_ext.load_winners(path),
+        lambda: lora_ext.warmup([LAYER], rows=64, winners=path, progress=False),
+    ):
+        with pytest.raises(TableError, match=f"{path}: expected"):
+            call()
+    assert not card.timed and "measured" not in planned(64).reason
+
+
+def test_a_file_that_is_not_there_cannot_be_pinned(card, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        lora_ext.load_winners(tmp_path / "none.json")
+
+
+@pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
+def test_without_kernels_no_file_can_be_pinned(tmp_path):
+    with pytest.raises(RuntimeError, match="no CUDA kernels to choose from"):
+        lora_ext.load_winners(tmp_path / "none.json")
+    lora_ext.load_winners(None)
+
+
+def test_winners_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatch, tmp_path):
+    def full(table, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session, "write_table", full)
+    with pytest.warns(UserWarning, match="in use, but not kept: .*No space left"):
+        lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+    assert len(card.timed) == 4 and planned(64).tile == planned(512).tile == "128 x 128"
+    with pytest.raises(OSError, match="No space left"):
+        lora_ext.warmup([LAYER], rows=128, winners=tmp_path / "winners.json", progress=False)
+    assert planned(128).reason.endswith("winners.json")
+
+
+def test_an_interrupt_keeps_the_shapes_timed_so_far(card):
+    def interrupt():
+        if len(card.timed) == 3:
+            raise KeyboardInterrupt
+
+    card.before_measure = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+    assert planned(64).tile == "128 x 128" and "measured" not in planned(512).reason
+    assert len(winners.load_cached()[0].entries) == 2
+
+
+def test_a_shape_that_does_not_fit_is_left_out(card):
+    card.out_of_memory = {Shape(512, 4096, 1024, 16)}
+    found = lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+    assert found.timed == 2 and "M=512 does not fit into the memory" in found.note
+
+
+def test_kernels_that_fail_their_check_are_listed(card):
+    card.failures = {"forward bfloat16 hybrid": "y differs"}
+    found = lora_ext.warmup([LAYER], rows=64, progress=False)
+    assert found.failed == ("forward bfloat16 hybrid: y differs",) and "failed: " in str(found)
+
+
+def test_a_device_without_an_index_is_the_current_one(card, monkeypatch, tmp_path):
+    """In every function that takes a device: the driver knows no device of number -1."""
+    asked = []
+    monkeypatch.setattr(_C, "cuda_card", lambda device: asked.append(device) or H100)
+    for device in ("cuda", torch.device("cuda"), None):
+        path = lora_ext.warmup([LAYER], rows=64, device=device, progress=False).path
+        lora_ext.load_winners(path, device)
+        winners.load_winners(None)
+        tables.table_path(tmp_path, None if device is None else torch.device(device))
+    lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda"))
+    assert set(asked) == {torch.device("cuda", 3)} and len(asked) == 10
+    lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda", 1))
+    assert asked[-1] == torch.device("cuda", 1)
+
+
+def test_layers_can_be_given_in_every_form():
+    expected = [Shape(8, 4096, 1024, 16), Shape(32, 4096, 1024, 16)]
+    named = NAMED
+    assert winners.shapes_of([LAYER], [32, 8]) == expected
+    assert winners.shapes_of([LAYER, named, named], (8, 32)) == expected
+    assert winners.shapes_of([{**named, "rows": 8}, expected[1]], 4) == expected
+    wide = winners.shapes_of([{**named, "float_adapters": True, "dropout": True}], 8)
+    assert wide == [Shape(8, 4096, 1024, 16, True, True)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "rows", "error", "words"),
+    [
+        ([(64, 64)], 8, TypeError, r"\(out_features, in_features, rank\)"),
+        (["abc"], 8, TypeError, r"\(out_features, in_features, rank\)"),
+        ([{"rank": 8}], 8, TypeError, "in_features, out_features, rank"),
+        ([{"out_features": 8, "in_features": 8, "rank": 8, "r": 8}], 8, TypeError, "but got"),
+        ([(64, 0, 8)], 8, ValueError, "at least 1"),
+        ([LAYER], 0, ValueError, "at least 1"),
+        ([LAYER], [8, 1.5], ValueError, "at least 1"),
+    ],
+    ids=str,
+)
+def test_layers_that_are_none_are_explained(layers, rows, error, words):
+    with pytest.raises(error, match=words):
+        lora_ext.warmup(layers, rows)
+
+
+def test_only_half_dtypes_are_timed():
+    with pytest.raises(TypeError, match="expected bfloat16 or float16"):
+        lora_ext.warmup([LAYER], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "winner"),
+    [
+        ([8, 9, 8, 9], "kernel 128 x 64"),
+        ([9.95, 9.95, 9.95, 9.95], "library"),  # half a percent
+        ([5, 5, 10.5, 10.5], "library"),  # not in three rounds of four
+        ([11, 12, 11, 12], "library"),
+    ],
+)
+def test_the_library_stays_unless_another_clearly_wins(kernel, winner):
+    times = {"library": [10.0] * 4, "kernel 128 x 64": [float(t) for t in kernel]}
+    assert trial._fastest(times) == winner
+
+
+@pytest.mark.parametrize(
+    ("card", "forward", "masked"),
+    [("A100", 3, 2), ("H100", 7, 8)],
+)
+def test_candidates_are_what_the_card_can_do(card, forward, masked):
+    shape = Shape(2048, 4096, 1024, 16, dropout=True)
+    found = [c.name for c in trial.candidates_for(lora_ext.CARDS[card], shape, backward=False)]
+    assert found[:2] == ["library", "hybrid"] and len(found) == 2 + forward
+    found = [c.name for c in trial.candidates_for(lora_ext.CARDS[card], shape, backward=True)]
+    assert "kernel 128 x 256" not in found and len(found) == 2 + masked
+
+
+def test_shapes_of_a_model():
+    model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 48))
+    with pytest.raises(ValueError, match="has none"):
+        winners.shapes_of(model, [16])
+    config = lora_ext.LoRAConfig("all-linear", r=4, dropout=0.1)
+    model = lora_ext.apply_lora(model.bfloat16(), config)
+    found = winners.shapes_of(model, [16, 32])
+    assert {(s.rows, s.in_features, s.out_features) for s in found} == {
+        (16, 48, 32), (32, 48, 32), (16, 32, 48), (32, 32, 48)
+    }  # fmt: skip
+    assert all(s.rank == 4 and s.dropout for s in found)
+
+
+def test_shapes_of_a_peft_model():
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Embedding(9, 7)).bfloat16()
+    config = peft.LoraConfig(r=4, target_modules=["0", "1"], lora_dropout=0.1)
+    found = winners.shapes_of(peft.get_peft_model(model, config), [16])
+    assert found == [winners.Shape(16, 48, 32, 4, True, True)]
+
+
+@pytest.mark.skipif(_C.with_cuda and torch.cuda.is_available(), reason="there is a card")
+def test_the_command_without_a_card_says_what_is_missing(capsys):
+    assert command.main(["--layer", "64x64"]) == 2
+    said = capsys.readouterr().err
+    assert "no CUDA kernels" in said or "no CUDA device" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--layer", "64"], ["--layer", "0x64"], ["--layer", "64x64", "--rows", "-1"]],
+    ids=str,
+)
+def test_bad_arguments_are_explained(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(words)
+    assert stopped.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_the_command_times_and_shows(card, capsys):
+    arguments = ["--layer", "4096x1024", "--rows", "64", "--adapters", "half", "--dropout", "off"]
+    assert command.main(arguments) == 0
+    assert "2 of 2 winners are new, in " in capsys.readouterr().out
+    assert command.main(["--show"]) == 0
+    said = capsys.readouterr().out
+    assert f"{CARD}, torch {torch.__version__}, CUDA driver 13.0, lora_ext " in said
+    assert "4096x1024 r=16 M=64, forward: kernel 128 x 128 (library 2.0 us)" in said
+
+
+@pytest.mark.gpu
+def test_a_warm_shape_is_not_slower_than_the_library_by_its_own_table(cuda, tmp_path):
+    layer = {"out_features": 1024, "in_features": 1024, "rank": 16, "dropout": True}
+    path = tmp_path / "winners.json"
+    found = lora_ext.warmup([layer], 512, winners=path)
+    try:
+        assert winners.read_table(path).entries == found.entries
+        for one in found.entries:
+            chosen = f"{one.route} {one.tile}".strip()
+            assert one.us[chosen][0] <= one.us["library"][0]
+        x = torch.randn(512, 1024, device=cuda, dtype=torch.bfloat16)
+        w = torch.randn(1024, 1024, device=cuda, dtype=torch.bfloat16)
+        a, b = w[:16], w[:, :16].contiguous()
+        assert "fastest as measured" in str(lora_ext.explain(x, w, a, b, 0.05))
+    finally:
+        lora_ext.load_winners(None)

@@ -1,0 +1,319 @@
+"""Measured dispatch without a GPU: the tables, and what the planner makes of them."""
+
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lora_ext
+from lora_ext import _C, winners
+from lora_ext.winners import tables
+
+CARD = "A card of the tests"
+H100 = (90, 132, 233472, 232448)
+SHAPE = winners.Shape(2048, 4096, 1024, 16)
+
+
+def entry(shape=SHAPE, backward=False, route="kernel", tile="128 x 128", us=None):
+    return winners.Entry(shape, backward, route, tile, us or {"library": (2.0, 1.0, 3.0)})
+
+
+def install(own, packaged=()):
+    tables.install(list(packaged), own)
+
+
+def table(*entries, card=CARD):
+    return tables.empty_table(card).with_entries(entries)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known_before_or_after():
+    _C.replace_winners(CARD, [])
+    yield
+    tables._pinned.clear()
+    _C.replace_winners(CARD, [])
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def planned(shape=SHAPE, backward=False, choice="auto", name=CARD, **changes):
+    problem = _C.Problem(shape.rows, shape.out_features, shape.in_features, shape.rank)
+    problem.float_adapters, problem.dropout = shape.float_adapters, shape.dropout
+    for field, value in changes.items():
+        setattr(problem, field, value)
+    plan = _C.plan_backward if backward else _C.plan_forward
+    return plan(_C.Card(*H100, name), problem, choice)
+
+
+def moved(**changes):
+    return winners.Shape(**{**vars(SHAPE), **changes})
+
+
+def test_the_planner_takes_the_winner_and_says_so():
+    before = planned()
+    assert not before.kernel and "predicted" in before.reason
+    install([table(entry())])
+    plan = planned()
+    assert plan.kernel and not plan.hybrid and plan.tile == "128 x 128"
+    assert plan.reason == f"fastest as measured on this card with torch {torch.__version__}"
+    install([table(entry(route="hybrid", tile=""))])
+    assert planned().hybrid
+    install([table(entry(SHAPE, True, "library", ""))])
+    backward = planned(backward=True)
+    assert not backward.kernel and backward.reason.startswith("fastest as measured")
+
+
+@pytest.mark.parametrize(
+    "tile", _C.tiles_of(_C.Card(*H100), backward=False, float_adapters=False, dropout=False)
+)
+def test_every_tile_can_win(tile):
+    install([table(entry(tile=tile))])
+    assert planned().tile == tile
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"in_features": 4104}, {"out_features": 1032}, {"rank": 8}, {"float_adapters": True},
+     {"dropout": True}],
+    ids=str,
+)  # fmt: skip
+def test_another_layer_has_no_winner(changes):
+    install([table(entry())])
+    assert "measured" not in planned(moved(**changes)).reason
+
+
+def test_the_other_direction_and_another_card_have_no_winner():
+    install([table(entry())])
+    assert "measured" not in planned(backward=True).reason
+    assert "measured" not in planned(name="Another card").reason
+    assert "measured" not in planned(name="").reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["aligned", "aligned_weight", "aligned_a", "aligned_b", "weight_row_major"],
+)
+def test_what_was_not_measured_has_no_winner(change):
+    install([table(entry())])
+    assert "measured" not in planned(**{change: False}).reason
+
+
+def test_rows_that_are_no_whole_chunks_were_measured_so():
+    """Of a rank of 4, rows of a half lora_b are 8 bytes; of float32 ones 16."""
+    small, wide = moved(rank=4), moved(rank=4, float_adapters=True)
+    install([table(entry(small), entry(wide))])
+    assert "measured" in planned(small, aligned_b=False).reason
+    assert "measured" not in planned(small).reason
+    assert "measured" in planned(wide).reason
+    odd = moved(in_features=4100)
+    install([table(entry(odd, tile="128 x 64"))])
+    unaligned = {"aligned": False, "aligned_weight": False, "aligned_a": False}
+    assert "measured" in planned(odd, **unaligned).reason and "measured" not in planned(odd).reason
+
+
+@pytest.mark.parametrize("need", ["need_dx", "need_dlora_a", "need_dlora_b"])
+def test_winners_of_backward_are_those_of_all_gradients(need):
+    install([table(entry(backward=True), entry())])
+    assert "measured" in planned(backward=True).reason
+    assert "measured" not in planned(backward=True, **{need: False}).reason
+    assert "measured" in planned(**{need: False}).reason  # forward has none
+
+
+def test_what_the_user_asks_for_goes_before_what_was_measured():
+    install([table(entry())])
+    assert planned(choice="hybrid").hybrid
+    assert planned(choice="library").reason == "the library route was asked for"
+
+
+def test_a_tile_that_the_card_does_not_have_is_not_taken():
+    install([table(entry(tile="128 x 256"))])
+    problem = _C.Problem(SHAPE.rows, SHAPE.out_features, SHAPE.in_features, SHAPE.rank)
+    plan = _C.plan_forward(_C.Card(86, 72, 102400, 101376, CARD), problem)
+    assert plan.kernel and plan.tile == "128 x 64"
+
+
+@given(
+    measured=st.lists(st.integers(1, 10**6), min_size=1, max_size=6, unique=True),
+    rows=st.integers(1, 10**6),
+)
+def test_the_nearest_rows_within_a_factor_of_two_count(measured, rows):
+    tiles = ("128 x 256", "128 x 128", "128 x 64")
+    won = {count: tiles[i % 3] for i, count in enumerate(measured)}
+    install([table(*(entry(moved(rows=m), tile=tile) for m, tile in won.items()))])
+    plan = planned(moved(rows=rows))
+    distance = {m: max(m, rows) / min(m, rows) for m in measured}
+    least = min(distance.values())
+    if least > 2.0:
+        assert "measured" not in plan.reason
+    else:
+        assert plan.tile in {won[m] for m in measured if distance[m] == least}
+
+
+def test_a_table_survives_its_file(tmp_path):
+    written = table(entry(), entry(backward=True), entry(moved(rows=7, dropout=True)))
+    path = tables.file_of(written, tmp_path / "new" / "folder")
+    winners.write_table(written, path)
+    assert winners.read_table(path) == written
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    more = written.with_entries([entry(tile="128 x 64")])
+    winners.write_table(more, path)
+    assert winners.read_table(path) == more and len(more.entries) == 3
+    assert winners.read_table(path).entries[0].tile == "128 x 64"
+
+
+def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    winners.write_table(table(entry()), path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_ext.winners.table.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        winners.write_table(table(entry(), entry(backward=True)), path)
+    assert winners.read_table(path) == table(entry()) and list(tmp_path.iterdir()) == [path]
+
+
+def spoiled():
+    document = {
+        "schema": "lora_ext.winners",
+        "schema_version": 1,
+        "card": CARD,
+        "torch": "2",
+        "driver": "13.0",
+        "lora_ext": "0",
+        "build": "0f",
+        "entries": [
+            {
+                **vars(SHAPE),
+                "backward": False,
+                "route": "kernel",
+                "tile": "128 x 64",
+                "us": {"library": [1.0, 1.0, 1.0]},
+            }
+        ],
+    }
+    one = document["entries"][0]
+    yield "expected JSON", "{ half a docu"
+    yield "expected JSON", "\ufeff{}"
+    yield "an object with 'schema'", "[]"
+    yield "lora_ext.winners version 1", json.dumps({**document, "schema_version": 2})
+    yield "lora_ext.winners version 1", json.dumps({**document, "schema": "another"})
+    yield "'build'", json.dumps({**document, "build": 1})
+    yield "'entries'", json.dumps({**document, "entries": {}})
+    yield "two", json.dumps({**document, "entries": [one, one]})
+    for change, words in (
+        ({"rows": 0}, "sizes of at least 1"),
+        ({"rows": 2**40}, "below 2.40"),
+        ({"rows": True}, "'rows'"),
+        ({"rows": 1.5}, "'rows'"),
+        ({"dropout": 1}, "'dropout'"),
+        ({"route": "auto"}, "a route of library"),
+        ({"tile": "1 x 1"}, "no tile 1 x 1"),
+        ({"us": {"library": [1.0]}}, "three times"),
+        ({"us": {"library": [1.0, "fast", 1.0]}}, "a time"),
+    ):
+        yield words, json.dumps({**document, "entries": [{**one, **change}]})
+
+
+@pytest.mark.parametrize(("words", "text"), list(spoiled()))
+def test_what_is_no_table_is_ignored_with_a_word(words, text, tmp_path):
+    path = tables.file_of(table(), tmp_path)
+    path.write_text(text)
+    with pytest.raises(winners.TableError, match=words):
+        winners.read_table(path)
+    with pytest.warns(UserWarning, match=r"lora_ext ignores the winners in .*\.json"):
+        assert winners.load_cached(tmp_path) == []
+    assert "measured" not in planned().reason
+
+
+def test_tables_are_read_and_those_of_other_versions_are_not(tmp_path):
+    mine = table(entry())
+    winners.write_table(mine, tables.file_of(mine, tmp_path))
+    for change in ({"torch": "1.0"}, {"card": "Older driver", "driver": "11.0"},
+                   {"card": "Older build", "build": "0f"}):  # fmt: skip
+        old = replace(mine, **change)
+        winners.write_table(old, tables.file_of(old, tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert winners.load_cached(tmp_path) == [mine]
+        assert winners.load_cached(tmp_path / "missing") == []
+    assert "measured" in planned().reason
+
+
+def test_a_table_under_another_s_name_is_ignored_with_a_word(tmp_path):
+    other = table(entry(), card="Another card")
+    winners.write_table(other, tables.file_of(table(), tmp_path))
+    with pytest.warns(UserWarning, match="it says it is of Another card"):
+        assert winners.load_cached(tmp_path) == []
+
+
+def test_the_user_s_table_goes_over_the_package_s(tmp_path, monkeypatch):
+    package, user = tmp_path / "package", tmp_path / "user"
+    both = moved(rows=64)
+    shipped = replace(table(entry(), entry(both)), torch="2.0", driver="12.8", build="0f")
+    winners.write_table(shipped, tables.file_of(shipped, package))
+    mine = table(entry(both, tile="128 x 64"))
+    winners.write_table(mine, tables.file_of(mine, user))
+    monkeypatch.setattr(tables, "PACKAGED", package)
+    assert winners.load_cached(user) == [shipped, mine]
+    assert planned(both).tile == "128 x 64" and "on this card" in planned(both).reason
+    assert planned().tile == "128 x 128"
+    assert f"on another {CARD} with torch 2.0" in planned().reason
+
+
+def test_tables_of_the_package_are_of_this_version_and_valid():
+    for path in tables.PACKAGED.glob("*.json"):
+        found = winners.read_table(path)
+        assert tables.file_of(found, tables.PACKAGED) == path
+        assert found.lora_ext == lora_ext.__version__, f"measure {path} again, or remove it"
+
+
+def test_import_reads_the_user_s_tables(tmp_path):
+    if not _C.with_cuda:
+        pytest.skip("the build has no CUDA kernels")
+    mine = table(entry())
+    folder = tmp_path / ".cache" / "lora_ext" / "winners"
+    winners.write_table(mine, tables.file_of(mine, folder))
+    code = f"import lora_ext; from lora_ext import _C; card = _C.Card(*{H100}, {CARD!r});"
+    code += "print(_C.plan_forward(card, _C.Problem(2048, 1024, 4096, 16)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"HOME": str(tmp_path), "PATH": ""},
+    )
+    assert "fastest as measured" in done.stdout, done.stderr
+
+
+def test_where_choices_must_be_reproducible_only_pinned_winners_count(tmp_path, deterministic):
+    mine = table(entry())
+    install([mine])
+    assert planned().predicted_us and "measured" not in planned().reason
+    tables.pin(mine, tmp_path / "pinned.json")
+    assert planned().tile == "128 x 128"
+    assert planned().reason == f"fastest as measured on {CARD}, pinned by {tmp_path}/pinned.json"
+
+
+def test_beside_a_pinned_file_the_cache_does_not_count(tmp_path):
+    other = moved(rows=64)
+    tables.pin(table(entry()), tmp_path / "pinned.json")
+    cached = table(entry(tile="128 x 64"), entry(other))
+    winners.write_table(cached, tables.file_of(cached, tmp_path))
+    winners.load_cached(tmp_path)
+    assert planned().tile == "128 x 128" and "measured" not in planned(other).reason
+    winners.load_winners(None)
+    assert "measured" not in planned().reason
+    winners.load_cached(tmp_path)
+    assert planned().tile == "128 x 64" and "measured" in planned(other).reason
