@@ -57,7 +57,7 @@ def work(task):
     say({{"ready": True}})
     for number, line in enumerate(sys.stdin):
         item = json.loads(line)
-        name = item["cell"]["layer"] if task == "cell" else task
+        name = item["cell"]["layer"] if task == "cell" else item.get("name", task)
         if MODES.get(name) == "fault":
             say({{"error": "CUDA error: misaligned address", "fault": "CUDA error: misaligned"}})
             return
@@ -108,7 +108,7 @@ TIMES = {"merged": 1.0, "frozen": 1.0, "ours": 1.1, "peft_default": 2.2}
 SUITES = ("kernels", "tests", *checks.SANITIZERS)
 COMMANDS = ("conformance", "stress", *SUITES)
 TASKS = {
-    "warmup": "warmup",
+    "warmup": "pingpong",
     "ceilings": "ceilings",
     "profile": "profile",
     "tuning": "tune",
@@ -133,7 +133,8 @@ def double(tmp_path, monkeypatch):
     machine = {**MACHINE, "device": "cuda", "gpu": "NVIDIA H100", "lora_ext": {"cuda": True}}
     data = {
         "device": {"machine": machine},
-        "warmup": {"failed": []},
+        "kernels": {"names": ["wgmma", "pingpong", "in-grid"]},
+        "check": {"failed": ""},
         "ceilings": {"tflops": 600.0, "dram_gb_s": 2500.0},
         "profile": {"kernels": [["lora_gemm_sm80", 351.2]]},
         "tune": {"entries": 2, "not_library": 1},
@@ -156,11 +157,11 @@ def double(tmp_path, monkeypatch):
         (tmp_path / "data.json").write_text(json.dumps(data))
         for name in ("_CELL_S", "_COMPILED_S", "_SHAPE_S", "_CEILINGS_S"):
             monkeypatch.setattr(measure, name, seconds)
-        for name in ("_TEST_S", "_SANITIZED_S"):
+        for name in ("_TEST_S", "_SANITIZED_S", "_CHECK_S"):
             monkeypatch.setattr(checks, name, seconds)
         monkeypatch.setattr(profile, "_PROFILE_S", seconds)
         monkeypatch.setattr(profile, "_NCU_SECONDS", seconds)
-        brief = {"conformance", "stress", "warmup", "profile"} & set(only)
+        brief = {"conformance", "stress", "profile"} & set(only)
         hanging = [replace(s, seconds=seconds / 3 if s.name in brief else 5.0) for s in short]
         monkeypatch.setattr(gpu, "STAGES", hanging if modes else short)
         given = ["--out", str(out), "--budget", budget, *(["--only", *only] if only else [])]
@@ -304,10 +305,19 @@ def test_packages_that_are_missing_are_named(double, capsys):
 
 
 def test_kernels_that_fail_their_check_are_named(double):
-    double.data["warmup"] = {"failed": ["wgmma 128 x 256: dx is wrong"]}
+    double.data["check"] = {"failed": "dx is wrong"}
     status, document = double("warmup")
-    assert status == 1 and document["stages"]["warmup"]["status"] == "failed"
-    assert "wgmma 128 x 256: dx is wrong" in document["stages"]["warmup"]["tail"]
+    found = document["stages"]["warmup"]
+    assert status == 1 and found["status"] == "failed"
+    assert found["summary"] == "3 of 3 kernels checked, 3 failed"
+    assert "pingpong: dx is wrong" in found["tail"]
+
+
+def test_kernels_beside_one_that_hangs_are_checked(double):
+    _, document = double("warmup", modes={"pingpong": "hang"})
+    found = document["stages"]["warmup"]
+    assert found["summary"] == "3 of 3 kernels checked, 1 failed"
+    assert found["tail"][0].startswith("pingpong: stopped after 2 s")
 
 
 def test_another_build_begins_anew(double, monkeypatch, capsys):

@@ -20,7 +20,7 @@ _ALL = "--continue-on-collection-errors"  # a file that cannot be imported stops
 
 
 _HOW = ("-q", "-rfE", "--tb=short", _ALL)
-_TEST_S, _SANITIZED_S = 60.0, 150.0  # limits of one test
+_TEST_S, _SANITIZED_S, _CHECK_S = 60.0, 150.0, 30.0  # limits of one test, and of a kernel's check
 
 
 def _suite(run: Run, name: str, seconds: float, *arguments: str) -> Result:
@@ -40,17 +40,27 @@ def conformance(run: Run, seconds: float) -> Result:
 
 
 def warmup(run: Run, seconds: float) -> Result:
-    """Every kernel's small case on this card."""
+    """Every kernel's small case on this card, as a first use checks it."""
     if run.device != "cuda":
         return missing("kernels are checked on a GPU")
     start = time.monotonic()
-    for _, answer in each(run, "warmup", [Item("warmup", {}, seconds)], start + seconds):
-        taken = round(time.monotonic() - start, 1)
-        failed = (answer.result or {}).get("failed", [])
-        summary = answer.error or f"{len(failed)} kernels failed their check"
-        status = "failed" if failed or answer.error else "done"
-        return result_of(status, summary, taken) | {"tail": failed or answer.tail}
-    return result_of("partial", "it did not begin")
+    until = start + seconds
+    names: list[str] = []
+    for _, answer in each(run, "kernels", [Item("names of kernels", {}, seconds)], until):
+        if answer.result is None or answer.error:
+            return result_of("failed", answer.error) | {"tail": answer.tail}
+        names = answer.result["names"]
+    ended = dict(run.stages.get("warmup", {}).get("ended", {}))
+    items = [Item(name, {"name": name}, _CHECK_S) for name in names if name not in ended]
+    for item, answer in each(run, "check", items, until):
+        ended[item.name] = answer.error or (answer.result or {})["failed"]
+    wrong = [f"{name}: {why}" for name, why in ended.items() if why]
+    summary = f"{len(ended)} of {len(names)} kernels checked, {len(wrong)} failed"
+    whole = bool(names) and len(ended) == len(names)
+    status = "failed" if wrong else "done" if whole else "partial"
+    right = {} if whole else {"ended": {name: "" for name, why in ended.items() if not why}}
+    taken = round(time.monotonic() - start, 1)
+    return result_of(status, summary, taken) | {"tail": wrong, **right}
 
 
 def kernels(run: Run, seconds: float) -> Result:

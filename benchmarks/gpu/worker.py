@@ -58,10 +58,24 @@ def _profile(fields: Fields, device: str) -> Fields:
     return {"kernels": kernels_of(Cell(**fields["cell"]), fields["variant"])}
 
 
-def _warmup(fields: Fields, device: str) -> Fields:
+def _all_kernels() -> list[Any]:
+    from lora_ext import _C
+    from lora_ext.device import indexed
+
+    return _C.all_kernels(_C.cuda_card(indexed(None)), _C.early_launch())
+
+
+def _kernels(fields: Fields, device: str) -> Fields:
+    """The names of all kernels that the card can be asked for."""
+    return {"names": [each.name for each in _all_kernels()]}
+
+
+def _check(fields: Fields, device: str) -> Fields:
+    """Why one kernel failed its check; here, since this process is made to be lost."""
     from lora_ext.kernel_checks import check_kernels
 
-    return {"failed": [f"{name}: {why}" for name, why in check_kernels(device).items()]}
+    chosen = [each for each in _all_kernels() if each.name == fields["name"]]
+    return {"failed": check_kernels(kernels=chosen, isolated=False).get(fields["name"], "")}
 
 
 def _tune(fields: Fields, device: str) -> Fields:
@@ -82,7 +96,8 @@ TASKS: dict[str, Callable[[Fields, str], Fields]] = {
     "ceilings": _ceilings,
     "cell": _cell,
     "profile": _profile,
-    "warmup": _warmup,
+    "kernels": _kernels,
+    "check": _check,
     "tune": _tune,
 }
 
