@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_ext
 
+pytest.importorskip("onnx")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
