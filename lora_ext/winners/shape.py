@@ -64,6 +64,8 @@ def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
         ValueError: the model has no LoRA linear, or a size is none.
         TypeError: a layer is none of these.
     """
+    if not isinstance(rows, (int, Iterable)):
+        raise TypeError(f"lora_ext.warmup: expected rows as a number or several, but got {rows!r}")
     counts = sorted({rows} if isinstance(rows, int) else set(rows))
     for count in counts:
         _check_sizes(count)
@@ -75,6 +77,11 @@ def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
                 " see lora_ext.apply_lora and lora_ext.accelerate"
             )
         return sorted(replace(layer, rows=count) for layer in found for count in counts)
+    if not isinstance(layers, Iterable) or isinstance(layers, (str, Mapping)):
+        raise TypeError(
+            "lora_ext.warmup: expected a model, or a sequence of layers such as"
+            f" [(4096, 4096, 16)], but got {layers!r}"
+        )
     return sorted({shape for layer in layers for shape in _given(layer, counts)})
 
 
