@@ -139,6 +139,13 @@ def no_failed_check(request):
 
 
 @pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def device(request):
     if request.param == "cpu":
         yield "cpu"

@@ -68,13 +68,6 @@ def card(monkeypatch, tmp_path):
     _C.replace_winners(CARD, [])
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def planned(rows=2048):
     return _C.plan_forward(H100, _C.Problem(rows, *LAYER))
 

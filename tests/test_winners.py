@@ -40,13 +40,6 @@ def nothing_known_before_or_after():
     _C.replace_winners(CARD, [])
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def planned(shape=SHAPE, backward=False, choice="auto", name=CARD, **changes):
     problem = _C.Problem(shape.rows, shape.out_features, shape.in_features, shape.rank)
     problem.float_adapters, problem.dropout = shape.float_adapters, shape.dropout
