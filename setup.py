@@ -327,7 +327,7 @@ setup(
     ext_modules=[
         Extension(
             "lora_ext._C",
-            sources("*.cpp") + sources("cpu/*.cpp"),
+            sources("**/*.cpp"),
             include_dirs=[str(Path("csrc").resolve())],
             language="c++",
         )

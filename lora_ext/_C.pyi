@@ -46,7 +46,7 @@ class Card:
     ) -> None: ...
 
 class Problem:
-    """One LoRA linear as the planner sees it (csrc/plan.h)."""
+    """One LoRA linear as the planner sees it (csrc/plan/plan.h)."""
 
     m: int
     n: int
@@ -92,7 +92,7 @@ def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool)
     """The tiles that the card has for a call of some rank."""
 
 class Kernels:
-    """The kernels that one call uses, as the unit that is checked (csrc/kernel_set.h)."""
+    """The kernels that one call uses, as the unit that is checked (csrc/check/kernel_set.h)."""
 
     name: str
     backward: bool
@@ -118,7 +118,7 @@ def plan_as_asked(
     """The plan for a route and a tile, or the planner's own where the tile cannot be had."""
 
 class Sustained:
-    """What a card is taken to keep up (csrc/plan_prediction.h)."""
+    """What a card is taken to keep up (csrc/plan/plan_prediction.h)."""
 
     tflops: float
     dram_gb_s: float
@@ -140,10 +140,10 @@ def predicted_launches(
     card: Card, problem: Problem, plan: Plan, backward: bool
 ) -> list[Launch]: ...
 def plan_numbers(plan: Plan) -> dict[str, int]:
-    """Offsets and pitches in the workspace, shared memory and size of the tile (csrc/plan.h)."""
+    """Offsets and pitches in the workspace, shared memory and size of the tile (csrc/plan/plan.h)."""
 
 class Winner:
-    """The route that was fastest for one layer and number of rows on a card (csrc/winners.h)."""
+    """The route that was fastest for one layer and number of rows on a card (csrc/plan/winners.h)."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ def explain_problem(device: torch.device, problem: Problem, float16: bool) -> Ex
     """A forward on a device, without its tensors."""
 
 def check_kernels(device: torch.device, kernels: Kernels) -> str:
-    """Checks them now, unless it is known: "passed", or what failed (csrc/kernel_check.h)."""
+    """Checks them now, unless it is known: "passed", or what failed (csrc/check/kernel_check.h)."""
 
 def check_result(device: torch.device, kernels: Kernels) -> str:
     """ "passed", "not yet", or what failed. The device has an index."""

@@ -11,7 +11,7 @@ import torch
 
 from .patterns import matches
 
-MAX_RANK = 512  # kMaxRank of csrc/bounds.h
+MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 BIASES = ("none", "all", "lora_only")
 

@@ -1,8 +1,9 @@
-"""Checks three rules of this repository that no linter knows, and prints each breach.
+"""Checks four rules of this repository that no linter knows, and prints each breach.
 
 1. Inline assembly stays under csrc/ptx/, one function per instruction.
 2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
 3. No file names a folder of somebody's machine.
+4. A source of csrc/ includes its own room and rooms below it, by their path from csrc/.
 """
 
 import re
@@ -15,7 +16,25 @@ CXX_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
 ASM = re.compile(r"\b(?:asm|__asm__)\b\s*(?:volatile\b|__volatile__\b)?\s*\(")
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](?:torch|ATen|c10|caffe2)/')
-TORCH_FREE = re.compile(r"csrc/(?:(?:kernel|tile|ptx)/.*|cuda/[^/]*\.cuh?|cpu/isa_[^/]*\.cpp)")
+TORCH_FREE = re.compile(r"csrc/(?:(?:kernel|plan|ptx)/.*|cuda/[^/]*\.cuh?|cpu/isa_[^/]*\.cpp)")
+INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
+# From the top down, the way that a call takes.
+ROOMS = [
+    "bindings",
+    "op",
+    "route",
+    "check",
+    "launch",
+    "library",
+    "cuda",
+    "kernel",
+    "plan",
+    "ptx",
+    "cpu",
+    "common",
+]
+# Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.
+EXECUTION_LAYER = ("csrc/ptx/target.h", "emulator/emulator.h")
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|Users|opt|mnt|srv|scratch|data)/\w")
 
 
@@ -42,7 +61,23 @@ def breaches(name: str, text: str) -> list[tuple[int, str]]:
             found.append((number, "this file must compile without torch's headers"))
         if MACHINE_PATH.search(line):
             found.append((number, "names a folder of one machine"))
+        if is_cxx and name.startswith("csrc/") and (include := INCLUDE.match(line)):
+            if why := wrong_include(name, include[1]):
+                found.append((number, why))
     return found
+
+
+def wrong_include(name: str, included: str) -> str:
+    """Why a source of csrc/ must not include a file; "" if it may."""
+    if (name, included) == EXECUTION_LAYER:
+        return ""
+    own, room = name.split("/")[1], included.split("/")[0]
+    for folder in (own, room):
+        if folder not in ROOMS or "/" not in included:
+            return f'"{included}" in {name}: expected a file in one of the rooms {", ".join(ROOMS)}'
+    if ROOMS.index(room) < ROOMS.index(own):
+        return f"{own}/ must not include {room}/, which stands above it"
+    return ""
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ def blocks_of(count, size):
 
 
 def regions(problem, plan, at):
-    """Name -> offset, bytes, as csrc/plan.h describes them."""
+    """Name -> offset, bytes, as csrc/plan/plan.h describes them."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     sums = plan.panels if plan.one_pass else plan.shrink_splits
     sizes = {

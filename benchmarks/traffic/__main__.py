@@ -26,8 +26,8 @@ OUT = ROOT / "benchmarks" / "results" / "l2-model-a100" / "traffic"
 PROGRAM = ROOT / "build" / "trace"
 SOURCES = (
     "benchmarks/traffic/trace.cpp",
-    "csrc/plan.cpp",
-    "csrc/plan_prediction.cpp",
+    "csrc/plan/plan.cpp",
+    "csrc/plan/plan_prediction.cpp",
     "tests/emulator/counts/l2_model.cpp",
 )
 

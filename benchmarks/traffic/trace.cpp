@@ -18,7 +18,7 @@
 
 #include "emulator/counts/l2_model.h"
 #include "emulator/machine/fail.h"
-#include "plan.h"
+#include "plan/plan.h"
 
 // All that the model needs of the execution layer.
 void emulator::fail(ErrorKind, const char* format, ...) {
@@ -205,7 +205,8 @@ void wgrad(Memory& memory, const plan::Splits& splits, const Matrix& p, const Ma
     return [&, c, column, split](int64_t step) {
       const int64_t row = (split * splits.steps_per_split + step) * kStep;
       if (step >= splits.steps_per_split || row >= p.rows) {
-        memory.write(g, split * u.columns + column, std::min<int64_t>(64, u.columns - column), c, 128);
+        memory.write(g, split * u.columns + column, std::min<int64_t>(64, u.columns - column), c,
+                     128);
         return false;
       }
       memory.read(p, row, kStep, c, 128);
@@ -234,7 +235,8 @@ void dsdb(Memory& memory, const plan::Plan& planned, const Matrix& dy, const Mat
       }
       if (chunk == 0) memory.read(s, row, kStep, 0, s.columns);
       memory.read(dy, row, kStep, n0 + chunk * 128, 128);
-      if (chunk == chunks - 1) memory.write(z, panel * dy.rows + row, std::min(kStep, dy.rows - row), 0, z.columns);
+      if (chunk == chunks - 1)
+        memory.write(z, panel * dy.rows + row, std::min(kStep, dy.rows - row), 0, z.columns);
       return true;
     };
   });

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "skinny.h"
+#include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
 

@@ -17,7 +17,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "skinny.h"
+#include "cpu/skinny.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -37,14 +37,14 @@
 namespace lora_ext::cpu {
 namespace {
 
-#include "simd_avx512_dropout.h"
-#include "simd_dropout.h"
+#include "cpu/simd_avx512_dropout.h"
+#include "cpu/simd_dropout.h"
 // clang-format off
-#include "wgrad_store.h"
-#include "amx_tiles.h"
-#include "amx_shrink.h"
-#include "amx_expand.h"
-#include "amx_wgrad.h"
+#include "cpu/wgrad_store.h"
+#include "cpu/amx_tiles.h"
+#include "cpu/amx_shrink.h"
+#include "cpu/amx_expand.h"
+#include "cpu/amx_wgrad.h"
 // clang-format on
 
 constexpr SkinnyKernels kKernels = {"amx",

@@ -3,15 +3,15 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "skinny.h"
+#include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
 namespace {
 
-#include "simd_dropout.h"
+#include "cpu/simd_dropout.h"
 // clang-format off
-#include "wgrad_store.h"
-#include "simd_passes.h"
+#include "cpu/wgrad_store.h"
+#include "cpu/simd_passes.h"
 // clang-format on
 
 struct Portable {

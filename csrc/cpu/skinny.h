@@ -11,15 +11,15 @@
 // Expand and wgrad over the same columns share one pass, and with it one mask.
 //
 // One table of functions per instruction set. Each is torch-free and single-threaded over a range
-// of rows or columns; lora_cpu.cpp spreads ranges over threads. An element's sum has the same
-// order whatever the ranges, so results do not depend on the number of threads.
+// of rows or columns; route/cpu_route.cpp spreads ranges over threads. An element's sum has the
+// same order whatever the ranges, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
 
-#include "../bounds.h"
-#include "../philox.h"
-#include "dtypes.h"
+#include "common/bounds.h"
+#include "common/philox.h"
+#include "cpu/dtypes.h"
 
 namespace lora_ext::cpu {
 

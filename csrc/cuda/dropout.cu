@@ -8,8 +8,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "../philox.h"
-#include "dropout.h"
+#include "common/philox.h"
+#include "cuda/dropout.h"
 
 namespace lora_ext::cuda {
 namespace {

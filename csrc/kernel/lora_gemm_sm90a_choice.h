@@ -2,7 +2,7 @@
 #pragma once
 #include <limits>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace lora_ext::kernel {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "kernel/mask.h"
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace lora_ext::kernel {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <vector_types.h>  // __device__, which means nothing to a host compiler
 
-#include "philox.h"
+#include "common/philox.h"
 
 namespace lora_ext::kernel {
 

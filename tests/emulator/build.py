@@ -84,7 +84,7 @@ def library_sources(flavour: str) -> list[Path]:
 
 
 SELFTEST_MAIN = "selftests/selftest.cpp"
-PLANNER = ["../../csrc/plan.cpp", "../../csrc/plan_prediction.cpp"]
+PLANNER = ["../../csrc/plan/plan.cpp", "../../csrc/plan/plan_prediction.cpp"]
 
 
 def source_of(specimen: str) -> str:

@@ -27,7 +27,7 @@ class CudaObject(build.Object):
 
 
 def objects() -> list[build.Object]:
-    with_torch = [*sources("*.cpp"), *sources("cpu/*.cpp"), "cuda/device.cpp"]
+    with_torch = [*sources("**/*.cpp"), "cuda/device.cpp"]
     return [
         *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("cuda/*.cu")),
         *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),

@@ -6,7 +6,7 @@
 
 #include "emulator/specimens/driver.h"
 #include "emulator/specimens/reference.h"
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace kernels {
 

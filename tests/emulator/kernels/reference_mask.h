@@ -1,5 +1,5 @@
 // The dropout mask from its definition (docs/numerics.md), one element at a time. Shares nothing
-// with csrc/philox.h.
+// with csrc/common/philox.h.
 #pragma once
 #include <array>
 #include <cstdint>

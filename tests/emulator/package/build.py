@@ -40,8 +40,8 @@ def sources(pattern: str) -> list[str]:
 
 
 def objects() -> list[build.Object]:
-    with_torch = [*sources("*.cpp"), *sources("cpu/*.cpp"), DEVICE]
-    with_torch.remove("../../csrc/cuda_launch.cpp")
+    with_torch = [*sources("**/*.cpp"), DEVICE]
+    with_torch.remove("../../csrc/library/dropout_launch.cpp")
     return [
         build.Object(FLAVOUR, KERNELS, kernels=True),
         *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),

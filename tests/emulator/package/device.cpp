@@ -14,11 +14,11 @@
 #include <thread>
 
 #include "cuda/lora_linear.h"
-#include "cuda_launch.h"
 #include "emulator/fault.h"
 #include "emulator/kernels/lora_linear_sequence.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
+#include "library/dropout_launch.h"
 
 namespace lora_ext::cuda {
 namespace {

@@ -1,0 +1,67 @@
+// Which kernels a plan takes, and the small case of each, in the module lora_ext._C.
+#include <pybind11/operators.h>
+
+#include <map>
+
+#include "bindings/plan_bindings.h"
+#include "check/kernel_set.h"
+
+namespace lora_ext {
+namespace {
+
+namespace py = pybind11;
+using kernel_set::Kernels;
+
+std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
+                                                        const plan::Card& card) {
+  const kernel_set::SmallCase small = kernel_set::small_case(kernels);
+  return {small.problem, kernel_set::plan_of(card, small, kernels.backward)};
+}
+
+plan::Plan plan_as_asked(const plan::Card& card, const plan::Problem& problem, bool backward,
+                         const std::string& choice, const std::string& tile, bool early_launch) {
+  const plan::Request request{choice_of(choice), plan::tile_named(tile), "", early_launch};
+  return kernel_set::plan_of(card, {problem, request}, backward);
+}
+
+// What tests hold against the limits of a card: offsets and pitches in the workspace, as plan.h has
+// them, the tile's shared memory, and grids.
+std::map<std::string, int64_t> plan_numbers(const plan::Plan& p) {
+  return {{"a", p.a},
+          {"b", p.b},
+          {"t", p.t},
+          {"z", p.z},
+          {"flags", p.flags},
+          {"s", p.s},
+          {"g_a", p.g_a},
+          {"g_b", p.g_b},
+          {"a_pitch", p.a_pitch},
+          {"terms", p.terms},
+          {"z_columns", p.z_columns},
+          {"flag_count", p.flag_count()},
+          {"shared", plan::facts_of(p.gemm.tile).shared},
+          {"rows", plan::facts_of(p.gemm.tile).rows},
+          {"columns", plan::facts_of(p.gemm.tile).columns}};
+}
+
+}  // namespace
+
+void bind_kernel_set(py::module& m) {
+  py::class_<Kernels>(m, "Kernels")
+      .def_property_readonly("name", &Kernels::name)
+      .def_readonly("backward", &Kernels::backward)
+      .def_readonly("float16", &Kernels::float16)
+      .def("small_case", &planned_small_case, py::arg("card"))
+      .def(py::self == py::self)
+      .def("__hash__", [](const Kernels& kernels) { return py::hash(py::str(kernels.name())); })
+      .def("__repr__", &Kernels::name);
+  m.def("plan_numbers", &plan_numbers, py::arg("plan"));
+  m.def("all_kernels", &kernel_set::all_of, py::arg("card"), py::arg("early_launch"));
+  m.def("kernels_of", &kernel_set::of_plan, py::arg("plan"), py::arg("problem"), py::kw_only(),
+        py::arg("backward"), py::arg("float16"));
+  m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
+        py::arg("backward"), py::arg("choice"), py::arg("tile") = "",
+        py::arg("early_launch") = true);
+}
+
+}  // namespace lora_ext

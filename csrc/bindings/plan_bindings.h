@@ -1,0 +1,20 @@
+// The planner and its switches in the module lora_ext._C.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+
+#include "plan/plan.h"
+
+namespace lora_ext {
+
+void bind_plan(pybind11::module& m);
+// After bind_plan.
+void bind_kernel_set(pybind11::module& m);
+void bind_kernel_check(pybind11::module& m);
+
+// Of "auto", "hybrid", "kernel" or "library"; ValueError for others.
+plan::Choice choice_of(const std::string& name);
+
+}  // namespace lora_ext

@@ -1,0 +1,138 @@
+#include "check/kernel_set.h"
+
+#include "kernel/lora_gemm_sm90a_choice.h"
+
+namespace lora_ext::kernel_set {
+namespace {
+
+// One pass over dY is for few columns.
+std::vector<int> tails_of(const Kernels& kernels) {
+  if (!plan::facts_of(kernels.tile).wgmma) return {0};
+  if (!kernels.one_pass) return {1, 2, 4};
+  return {kernels.wide && !kernels.float_adapters ? 2 : 1};
+}
+
+// With early launches, too, dX whose T is made in the same grid begins no other kernel where both
+// adapters are frozen.
+std::vector<bool> early_of(const Kernels& kernels, bool early_launch) {
+  const plan::TileFacts& tile = plan::facts_of(kernels.tile);
+  if (!early_launch || !tile.wgmma) return {false};
+  if (!tile.in_grid) return {true};
+  return kernels.backward ? std::vector<bool>{true, false} : std::vector<bool>{false};
+}
+
+// Of one dtype, of adapters and activations, and dropout, with each tile; and the hybrid route's.
+void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
+               std::vector<Kernels>& all) {
+  const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
+  for (const plan::Tile tile : plan::tiles_of(card, call)) {
+    if (plan::facts_of(tile).in_grid && kernels.one_pass) continue;
+    for (const bool vector : {true, false}) {
+      if (!vector && tile != plan::Tile::k128x64) continue;
+      kernels.tile = tile, kernels.vector = vector;
+      for (const bool early : early_of(kernels, early_launch)) {
+        for (const int tail : tails_of(kernels)) {
+          kernels.early = early, kernels.tail = tail;
+          all.push_back(kernels);
+        }
+      }
+    }
+  }
+  kernels.tile = plan::Tile::k128x64, kernels.hybrid = true, kernels.tail = 0;
+  kernels.early = false;
+  for (const bool vector : {true, false}) {
+    kernels.vector = vector;
+    all.push_back(kernels);
+  }
+}
+
+// Columns up to 16, up to 32, and more, with one half of an adapter or two; and the tail.
+int64_t rank_for(const Kernels& kernels) {
+  if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
+  const int64_t whole = plan::facts_of(kernels.tile).in_grid ? 0 : 64;
+  return kernels.tail == 1 ? whole + 8 : kernels.tail == 2 ? whole + 24 : 40;
+}
+
+}  // namespace
+
+std::string Kernels::name() const {
+  std::string text = backward ? "backward" : "forward";
+  text += float16 ? " float16 " : " bfloat16 ";
+  text += hybrid ? "hybrid" : plan::facts_of(tile).name;
+  if (!vector) text += " element-wise";
+  if (float_adapters) text += " float32 adapters";
+  if (dropout) text += " dropout";
+  if (one_pass) text += " one pass";
+  if (wide) text += " wide";
+  if (tail != 0) text += " tail " + std::to_string(tail);
+  if (early) text += " early";
+  return text;
+}
+
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backward, bool float16) {
+  const bool has_gemm = plan.gemm.blocks > 0;  // not where dX is not needed
+  const bool wgmma = has_gemm && plan::facts_of(plan.gemm.tile).wgmma;
+  return {backward,
+          float16,
+          has_gemm ? plan.gemm.tile : plan::Tile::k128x64,
+          plan.hybrid,
+          plan.vector,
+          problem.float_adapters,
+          problem.dropout,
+          plan.one_pass,
+          plan.one_pass && plan.columns > 16,
+          wgmma ? kernel::tail_of(plan.width) : 0,
+          plan.gemm.early || plan.early_wgrad};
+}
+
+std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
+  struct Dsdb {
+    bool one_pass, wide;
+  };
+  std::vector<Kernels> all;
+  if (card.arch < 80) return all;
+  for (const bool float16 : {false, true}) {
+    for (const bool float_adapters : {false, true}) {
+      for (const bool dropout : {false, true}) {
+        Kernels kernels{};
+        kernels.float16 = float16, kernels.float_adapters = float_adapters;
+        kernels.dropout = dropout;
+        add_tiles(card, early_launch, kernels, all);
+        kernels.backward = true;
+        for (const Dsdb dsdb : {Dsdb{false, false}, Dsdb{true, false}, Dsdb{true, true}}) {
+          kernels.one_pass = dsdb.one_pass, kernels.wide = dsdb.wide;
+          add_tiles(card, early_launch, kernels, all);
+        }
+      }
+    }
+  }
+  return all;
+}
+
+// Rows, columns and depth that no tile divides, the second wide enough for one pass over dY, and
+// the last pair of row blocks half empty. An odd depth and width make rows unaligned.
+//
+// Two blocks, or two clusters, compute all tiles: each has a second, so that stages are used again
+// and both consumers of a pingpong tile work, and parts of T come from another cluster.
+SmallCase small_case(const Kernels& kernels) {
+  SmallCase small{{264, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
+                  {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};
+  if (!kernels.hybrid) small.request.tile = kernels.tile;
+  small.request.early_launch = kernels.early;
+  small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
+  plan::Problem& problem = small.problem;
+  problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
+  problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;
+  problem.aligned_b = problem.rank * (kernels.float_adapters ? 4 : 2) % 16 == 0;
+  // With dB, so few columns would be made by one pass over dY, and then T not in the same grid.
+  const bool in_grid = plan::facts_of(kernels.tile).in_grid;
+  problem.need_dlora_b = !in_grid || kernels.tail == 4;
+  return small;
+}
+
+plan::Plan plan_of(const plan::Card& card, const SmallCase& small, bool backward) {
+  return backward ? plan::backward(card, small.problem, small.request)
+                  : plan::forward(card, small.problem, small.request);
+}
+
+}  // namespace lora_ext::kernel_set

@@ -1,0 +1,42 @@
+// The kernels that one call uses together, as the unit that is checked on a device
+// (kernel_check.h): which there are, and a small case of each. Pure host code without torch.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "plan/plan.h"
+
+namespace lora_ext::kernel_set {
+
+// Everything that selects an instance.
+struct Kernels {
+  bool backward;
+  bool float16;  // else bfloat16
+  plan::Tile tile;
+  bool hybrid, vector, float_adapters, dropout;
+  bool one_pass, wide;  // lora_dsdb, and its instance for more than 16 columns; backward only
+  int tail;             // of the rank, which selects instances of wgmma's tiles; else 0
+  bool early;           // some begin before the one before has ended
+
+  auto operator<=>(const Kernels&) const = default;
+  std::string name() const;  // no two have the same
+};
+
+// Of a plan for the problem, which must be one with kernels.
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backward, bool float16);
+
+// All that a card can be asked for, with early launches or without; none below compute capability
+// 8.0.
+std::vector<Kernels> all_of(const plan::Card& card, bool early_launch);
+
+// A problem and a request whose plan takes just these kernels, on a card that has them. Its
+// operands are contiguous.
+struct SmallCase {
+  plan::Problem problem;
+  plan::Request request;
+};
+SmallCase small_case(const Kernels& kernels);
+plan::Plan plan_of(const plan::Card& card, const SmallCase& small, bool backward);
+
+}  // namespace lora_ext::kernel_set

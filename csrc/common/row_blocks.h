@@ -1,0 +1,32 @@
+// Passes over rows that make temporaries of a few rows at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/bounds.h"
+
+namespace lora_ext {
+
+// Rows whose copy in `dtype` stays under a bound, but at least 16. On the CPU 2 MiB, which stays in
+// a core's cache. Elsewhere 256 MiB, so that most calls are one block.
+inline int64_t rows_of_block(int64_t columns, at::ScalarType dtype, at::DeviceType device) {
+  const int64_t bytes = device == at::kCPU ? int64_t{1} << 21 : kWideBlockBytes;
+  const int64_t row_bytes =
+      std::max<int64_t>(1, columns * static_cast<int64_t>(c10::elementSize(dtype)));
+  return std::max<int64_t>(16, bytes / row_bytes);
+}
+
+// Calls visit(first_row, row_count) over blocks of the rows of x, whose temporaries have so many
+// columns in `dtype`.
+template <class Visit>
+void for_row_blocks(const at::Tensor& x, int64_t columns, at::ScalarType dtype,
+                    const Visit& visit) {
+  const int64_t rows = x.size(0);
+  const int64_t block = rows_of_block(columns, dtype, x.device().type());
+  for (int64_t row = 0; row < rows; row += block) visit(row, std::min(block, rows - row));
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,34 @@
+#include "library/base_linear.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+
+namespace lora_ext {
+namespace {
+
+// oneDNN's linear on a weight that prepack() reordered; the op that torch.compile emits.
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
+                         const std::optional<at::Tensor>& bias) {
+  using Attributes = c10::List<std::optional<at::Scalar>>;
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                            std::string_view, Attributes, std::optional<std::string_view>)>();
+  return op.call(x, packed, bias, "none", Attributes(), std::string_view(""));
+}
+
+}  // namespace
+
+at::Tensor base_forward(const ForwardArgs& args) {
+  if (args.packed) return packed_linear(args.x, *args.packed, args.bias);
+  return at::linear(args.x, args.weight, args.bias);
+}
+
+at::Tensor base_backward(const BackwardArgs& args) {
+  if (args.packed_t) return packed_linear(args.grad, *args.packed_t, std::nullopt);
+  return at::mm(args.grad, args.weight);
+}
+
+}  // namespace lora_ext

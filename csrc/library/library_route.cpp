@@ -1,0 +1,166 @@
+// The LoRA linear in ATen calls.
+//
+// Adapters in the activation dtype: the low-rank product accumulates in place. On the CPU the base
+// comes first (addmm_ reads what at::linear wrote); on CUDA the expand comes first and the base
+// GEMM accumulates onto it with beta = 1, which saves the pass that a separate add would make.
+//
+// Adapters wider than the activations (and half ones in the CPU's backward): row blocks in the wide
+// dtype, in PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y
+// and dX have PEFT's bits. row_blocks.h bounds the wide copies of x, of dY, of the base and of an
+// update, of which at most two live at a time: no temporary grows with the rows.
+#include "library/library_route.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include "common/row_blocks.h"
+#include "library/base_linear.h"
+#include "library/dropout.h"
+
+namespace lora_ext::library_route {
+namespace {
+
+bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
+  return x.scalar_type() != lora_a.scalar_type();
+}
+
+// The CPU library's half GEMMs of small size round on the way (rms of dX 1.17 times PEFT's): there
+// the low-rank part of backward runs in float whatever the adapters' dtype.
+bool half_on_cpu(const at::Tensor& x) { return x.is_cpu() && is_half(x.scalar_type()); }
+
+// drop(X) of some rows, in the adapters' dtype, which is wider.
+template <class Args>
+at::Tensor wide_rows(const Args& args, int64_t row, int64_t count) {
+  at::Tensor x = args.x.narrow(0, row, count).to(args.lora_a.scalar_type());
+  if (args.dropout.enabled()) drop_(x, args.dropout, row);
+  return x;
+}
+
+Forward forward_wide(const ForwardArgs& args) {
+  const at::ScalarType wide = args.lora_a.scalar_type();
+  Forward out{base_forward(args),
+              at::empty({args.x.size(0), args.lora_a.size(0)}, args.lora_a.options())};
+  const int64_t columns = std::max(args.x.size(1), out.y.size(1));
+  for_row_blocks(args.x, columns, wide, [&](int64_t row, int64_t count) {
+    at::Tensor s = out.s.narrow(0, row, count);
+    at::mm_out(s, wide_rows(args, row, count), args.lora_a.t());
+    at::Tensor y = out.y.narrow(0, row, count);
+    y.copy_(at::mm(s, args.lora_b.t()).mul_(args.scaling).add_(y));
+  });
+  return out;
+}
+
+Forward forward_same(const ForwardArgs& args) {
+  const bool drop = args.dropout.enabled();
+  const at::Tensor s = at::mm(drop ? dropped(args.x, args.dropout, 0) : args.x, args.lora_a.t());
+  at::Tensor y;
+  if (args.x.is_cpu() || args.packed) {
+    y = base_forward(args);
+    y.addmm_(s, args.lora_b.t(), 1, args.scaling);
+  } else {
+    y = at::empty({args.x.size(0), args.weight.size(0)}, args.x.options());
+    // beta = 0 ignores what y holds; the scaling rides on the GEMM's alpha.
+    const at::Tensor& start = args.bias ? *args.bias : y;
+    at::addmm_out(y, start, s, args.lora_b.t(), args.bias ? 1 : 0, args.scaling);
+    y.addmm_(args.x, args.weight.t());
+  }
+  return {y, args.need_s ? s.to(accumulation_dtype(s.scalar_type())) : s};
+}
+
+// Whether dlora_b is computed as (S^T dY)^T: MKL's gemm is 8 times slower the other way round when
+// r <= 8. Above, the transposition costs more than it saves.
+bool transposed_dlora_b(const at::Tensor& s) { return s.size(1) <= 8; }
+
+Backward backward_wide(const BackwardArgs& args) {
+  const at::TensorOptions wide = args.lora_a.options();
+  Backward out;
+  if (args.need_dlora_a) out.dlora_a = at::zeros(args.lora_a.sizes(), wide);
+  const bool transposed = transposed_dlora_b(args.s);
+  at::Tensor dlora_b_t;  // [r, N]
+  if (args.need_dlora_b) {
+    dlora_b_t = transposed ? at::zeros({args.lora_b.size(1), args.lora_b.size(0)}, wide)
+                           : at::zeros(args.lora_b.sizes(), wide).t();
+  }
+  if (args.need_dx) out.dx = base_backward(args);
+  const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
+  for_row_blocks(args.x, columns, wide.dtype().toScalarType(), [&](int64_t row, int64_t count) {
+    at::Tensor grad = args.grad.narrow(0, row, count).to(wide).mul_(args.scaling);
+    if (args.need_dlora_b) {
+      const at::Tensor s = args.s.narrow(0, row, count).to(wide);
+      if (transposed) {
+        dlora_b_t.addmm_(s.t(), grad);
+      } else {
+        dlora_b_t.t().addmm_(grad.t(), s);
+      }
+    }
+    if (!args.need_dlora_a && !args.need_dx) return;
+    const at::Tensor ds = at::mm(grad, args.lora_b);
+    grad.reset();
+    if (args.need_dlora_a) {
+      out.dlora_a.addmm_(ds.t(), wide_rows(args, row, count));
+    }
+    if (args.need_dx) {
+      at::Tensor delta = at::mm(ds, args.lora_a);
+      if (args.dropout.enabled()) drop_(delta, args.dropout, row);
+      // PEFT's autograd rounds the delta on its way through the cast of x, then adds.
+      out.dx.narrow(0, row, count).add_(delta.to(out.dx.scalar_type()));
+    }
+  });
+  if (args.need_dlora_b) out.dlora_b = dlora_b_t.t().contiguous();
+  return out;
+}
+
+// scaling * a b. On half tensors mul_(scaling) would round the scaling itself to half; a GEMM's
+// alpha stays float. beta = 0 ignores what the output holds.
+at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scaling) {
+  at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  return at::addmm_out(out, out, a, b, 0, scaling);
+}
+
+Backward backward_same(const BackwardArgs& args) {
+  Backward out;
+  if (args.need_dlora_b) {
+    const at::Tensor s = args.s.to(args.grad.scalar_type());
+    out.dlora_b = transposed_dlora_b(s) ? scaled_mm(s.t(), args.grad, args.scaling).t().contiguous()
+                                        : scaled_mm(args.grad.t(), s, args.scaling);
+  }
+  if (args.need_dx) out.dx = base_backward(args);
+  if (!args.need_dlora_a && !args.need_dx) return out;
+  const at::Tensor ds = scaled_mm(args.grad, args.lora_b, args.scaling);
+  const bool drop = args.dropout.enabled();
+  if (args.need_dlora_a) {
+    out.dlora_a = at::mm(ds.t(), drop ? dropped(args.x, args.dropout, 0) : args.x);
+  }
+  if (args.need_dx) {
+    if (drop) {
+      at::Tensor delta = at::mm(ds, args.lora_a);
+      drop_(delta, args.dropout, 0);
+      out.dx.add_(delta);
+    } else {
+      out.dx.addmm_(ds, args.lora_a);
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+Forward forward(const ForwardArgs& args) {
+  return wide_adapters(args.x, args.lora_a) ? forward_wide(args) : forward_same(args);
+}
+
+Backward backward(const BackwardArgs& args) {
+  if (wide_adapters(args.x, args.lora_a)) return backward_wide(args);
+  if (!half_on_cpu(args.x)) return backward_same(args);
+  BackwardArgs wide = args;
+  wide.lora_a = args.lora_a.to(at::kFloat);
+  wide.lora_b = args.lora_b.to(at::kFloat);
+  Backward out = backward_wide(wide);
+  if (args.need_dlora_a) out.dlora_a = out.dlora_a.to(args.lora_a.scalar_type());
+  if (args.need_dlora_b) out.dlora_b = out.dlora_b.to(args.lora_b.scalar_type());
+  return out;
+}
+
+}  // namespace lora_ext::library_route

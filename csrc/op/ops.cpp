@@ -1,0 +1,77 @@
+// Schemas of the torch library `lora_ext` and typed calls through the dispatcher.
+#include "op/ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+namespace lora_ext::ops {
+
+// lora_linear is the public op: pure in (seed, row_offset, col_offset), differentiable in x,
+// lora_a, lora_b and bias. The two others are what its autograd Function calls.
+TORCH_LIBRARY(lora_ext, m) {
+  m.set_python_module("lora_ext");
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, "
+      "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, SymInt row_offset=0, "
+      "SymInt col_offset=0, bool cast_weight=False, Tensor? packed=None, Tensor? packed_t=None) "
+      "-> Tensor",
+      tags);
+  m.def(
+      "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+      "float scaling, float dropout_p, Tensor? seed, SymInt row_offset, SymInt col_offset, "
+      "bool cast_weight, Tensor? packed) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor s, float scaling, float dropout_p, Tensor? seed, SymInt row_offset, "
+      "SymInt col_offset, bool cast_weight, Tensor? packed_t, bool[4] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "dropout_mask(Tensor seed, SymInt rows, SymInt cols, float dropout_p, SymInt row_offset=0, "
+      "SymInt col_offset=0) -> Tensor",
+      tags);
+}
+
+namespace {
+
+template <class Signature>
+const c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                       const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
+                       double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+                       c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
+                       const std::optional<at::Tensor>& packed,
+                       const std::optional<at::Tensor>& packed_t) {
+  static const auto op = find<decltype(lora_linear)>("lora_ext::lora_linear");
+  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, std::move(row_offset),
+                 std::move(col_offset), cast_weight, packed, packed_t);
+}
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
+    double dropout_p, const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
+    c10::SymInt col_offset, bool cast_weight, const std::optional<at::Tensor>& packed) {
+  static const auto op = find<decltype(lora_linear_forward)>("lora_ext::lora_linear_forward");
+  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, std::move(row_offset),
+                 std::move(col_offset), cast_weight, packed);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, const at::Tensor& s, double scaling, double dropout_p,
+    const std::optional<at::Tensor>& seed, c10::SymInt row_offset, c10::SymInt col_offset,
+    bool cast_weight, const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask) {
+  static const auto op = find<decltype(lora_linear_backward)>("lora_ext::lora_linear_backward");
+  return op.call(grad, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed,
+                 std::move(row_offset), std::move(col_offset), cast_weight, packed_t, output_mask);
+}
+
+}  // namespace lora_ext::ops

@@ -1,0 +1,76 @@
+#include "plan/winners.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+namespace lora_ext::winners {
+namespace {
+
+using ByRows = std::map<int64_t, plan::Request>;
+
+struct Table {
+  std::map<Layer, ByRows> layers;
+  bool pinned = false;
+};
+struct Tables {
+  std::mutex mutex;
+  std::map<std::string, Table> by_card;
+};
+Tables& tables() {
+  static Tables all;
+  return all;
+}
+
+// Operands that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
+bool as_allocated(const plan::Problem& p) {
+  const bool x = p.k % 8 == 0, y = p.n % 8 == 0;
+  const int64_t chunk = p.float_adapters ? 4 : 8;
+  return p.aligned == (x && y) && p.aligned_weight == x && p.aligned_a == (p.k % chunk == 0) &&
+         p.aligned_b == (p.rank % chunk == 0);
+}
+
+bool was_measured_so(const plan::Problem& p, bool backward) {
+  const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
+  return p.half_dtype && p.weight_row_major && as_allocated(p) && (all_gradients || !backward);
+}
+
+double distance(int64_t one, int64_t other) {
+  return static_cast<double>(std::max(one, other)) / static_cast<double>(std::min(one, other));
+}
+
+const plan::Request* nearest(const ByRows& by_rows, int64_t rows) {
+  const plan::Request* found = nullptr;
+  double least = 2.0;
+  for (const auto& [measured, request] : by_rows) {
+    if (distance(measured, rows) > least) continue;
+    least = distance(measured, rows);
+    found = &request;
+  }
+  return found;
+}
+
+}  // namespace
+
+void replace(const std::string& card, const std::vector<Winner>& winners, bool pinned) {
+  Table table{{}, pinned};
+  for (const Winner& winner : winners) table.layers[winner.layer][winner.rows] = winner.request;
+  const std::lock_guard lock(tables().mutex);
+  tables().by_card[card] = std::move(table);
+}
+
+plan::Request request_for(const plan::Card& card, const plan::Problem& p, bool backward,
+                          plan::Choice choice, bool reproducible) {
+  const plan::Request asked{choice};
+  if (choice != plan::Choice::kAuto || !was_measured_so(p, backward)) return asked;
+  const std::lock_guard lock(tables().mutex);
+  const auto table = tables().by_card.find(card.name);
+  if (table == tables().by_card.end() || (reproducible && !table->second.pinned)) return asked;
+  const std::map<Layer, ByRows>& layers = table->second.layers;
+  const auto by_rows = layers.find({backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
+  if (by_rows == layers.end()) return asked;
+  const plan::Request* found = nearest(by_rows->second, p.m);
+  return found == nullptr ? asked : *found;
+}
+
+}  // namespace lora_ext::winners

@@ -1,0 +1,210 @@
+// Spreads the skinny passes over threads around the base GEMM:
+//
+//     forward   Y = X W^T + bias (library)    S = shrink(X, A)     Y += s S B^T
+//     backward  dX = dY W (library)           dS = shrink(dY, B)   dB = wgrad(dY, S)
+//               dA = wgrad(X, dS) and dX += mask * (dS A) in one pass with one mask
+//
+// Workspaces are the adapters packed in the kernels' layout, from torch's allocator.
+#include "route/cpu_route.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "cpu/dispatch.h"
+#include "library/base_linear.h"
+#include "library/library_route.h"
+
+namespace lora_ext::cpu {
+namespace {
+
+// Packing the adapters costs rank * (K + N) whatever the rows; below these bounds it costs more
+// than the passes save. Measured at K = N = 1024 and 4096 with 1 and 16 rows, ranks 16 and 64.
+constexpr int64_t kMinRows = 8;
+constexpr int64_t kMinRowsOfHighRank = 48;
+constexpr int64_t kHighRank = 32;
+
+Dtype dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      return Dtype::kFloat32;
+  }
+}
+
+Dropout dropout_of(const DropoutArgs& args) {
+  if (!args.enabled()) return {};
+  return {static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()), args.row_offset,
+          args.col_offset, args.keep_count()};
+}
+
+// [rank, cols] as the kernels see it: lora_a directly, lora_b transposed.
+AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
+  return {adapter.const_data_ptr(), dtype_of(adapter.scalar_type()),
+          adapter.stride(rank_dim), adapter.stride(1 - rank_dim),
+          adapter.size(rank_dim),   adapter.size(1 - rank_dim)};
+}
+
+template <class Bytes, class Pack>
+at::Tensor packed(const AdapterView& view, Bytes bytes, Pack pack) {
+  at::Tensor panel = at::empty({bytes(view.rank, view.cols)}, at::kByte);
+  pack(view, panel.mutable_data_ptr());
+  return panel;
+}
+
+// Calls run(range) over [0, size) in granules; small jobs stay on one thread.
+template <class Run>
+void parallel_ranges(int64_t size, int64_t granule, int64_t work_per_item, const Run& run) {
+  constexpr int64_t kMinWork = 1 << 18;  // multiply-adds worth a thread's start, about 5 us
+  const int64_t granules = (size + granule - 1) / granule;
+  const int64_t grain =
+      std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, granule * work_per_item));
+  at::parallel_for(0, granules, grain, [&](int64_t begin, int64_t end) {
+    run(Range{begin * granule, std::min(end * granule, size)});
+  });
+}
+
+// scale * drop(p) Q for the adapter view Q: S and dS, [rows, rank] in float.
+at::Tensor shrink(const SkinnyKernels& kernels, const at::Tensor& p, const AdapterView& adapter,
+                  double scale, const Dropout& dropout) {
+  const int64_t rows = p.size(0);
+  at::Tensor t = at::empty({rows, adapter.rank}, p.options().dtype(at::kFloat));
+  const at::Tensor panel = packed(adapter, kernels.shrink_panel_bytes, kernels.pack_shrink);
+  const ShrinkArgs args{p.const_data_ptr(),
+                        dtype_of(p.scalar_type()),
+                        p.stride(0),
+                        adapter.cols,
+                        adapter.rank,
+                        panel.const_data_ptr(),
+                        adapter.dtype == Dtype::kBFloat16,
+                        static_cast<float>(scale),
+                        t.mutable_data_ptr<float>(),
+                        dropout};
+  parallel_ranges(rows, kernels.row_granule, adapter.cols * adapter.rank,
+                  [&](Range range) { kernels.shrink(args, range); });
+  return t;
+}
+
+// T in the layout that a pass reads: t itself, or packed over threads.
+at::Tensor packed_t(const TLayout& layout, const at::Tensor& t, bool u_is_half) {
+  if (layout.bytes == nullptr) return t;
+  const int64_t rows = t.size(0), rank = t.size(1);
+  at::Tensor out = at::empty({layout.bytes(rows, rank, u_is_half)}, at::kByte);
+  parallel_ranges(rows, layout.row_granule, 8 * rank, [&](Range range) {
+    layout.pack(t.const_data_ptr<float>(), rank, u_is_half, range, out.mutable_data_ptr());
+  });
+  return out;
+}
+
+ExpandArgs expand_args(at::Tensor& y, const at::Tensor& t, const at::Tensor& panel,
+                       const AdapterView& adapter, double scale, const Dropout& dropout) {
+  return {y.mutable_data_ptr(),
+          dtype_of(y.scalar_type()),
+          y.stride(0),
+          adapter.cols,
+          adapter.rank,
+          panel.const_data_ptr(),
+          adapter.dtype == Dtype::kBFloat16,
+          static_cast<float>(scale),
+          t.const_data_ptr(),
+          dropout};
+}
+
+void expand(const SkinnyKernels& kernels, at::Tensor& y, const at::Tensor& t,
+            const AdapterView& adapter, double scale, const Dropout& dropout) {
+  const at::Tensor panel = packed(adapter, kernels.expand_panel_bytes, kernels.pack_expand);
+  const at::Tensor rows_t = packed_t(kernels.expand_t, t, adapter.dtype == Dtype::kBFloat16);
+  const ExpandArgs args = expand_args(y, rows_t, panel, adapter, scale, dropout);
+  parallel_ranges(y.size(0), kernels.row_granule, adapter.cols * adapter.rank,
+                  [&](Range range) { kernels.expand(args, range); });
+}
+
+// g(j, c) = scale * sum_m t[m, j] drop(p)[m, c], and the expand over the same columns if given.
+void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& t, at::Tensor& g,
+           int64_t rank_dim, double scale, const Dropout& dropout, const ExpandArgs& expand) {
+  const int64_t rank = t.size(1);
+  const at::Tensor columns_t = packed_t(kernels.wgrad_t, t, false);
+  const WgradArgs args{p.const_data_ptr(),
+                       dtype_of(p.scalar_type()),
+                       p.stride(0),
+                       p.size(0),
+                       rank,
+                       columns_t.const_data_ptr(),
+                       static_cast<float>(scale),
+                       g.mutable_data_ptr(),
+                       dtype_of(g.scalar_type()),
+                       g.stride(rank_dim),
+                       g.stride(1 - rank_dim),
+                       dropout};
+  parallel_ranges(p.size(1), kernels.col_granule, p.size(0) * rank,
+                  [&](Range range) { kernels.wgrad(args, expand, range); });
+}
+
+const SkinnyKernels* kernels_of(const at::Tensor& x, const at::Tensor& lora_a) {
+  if (!library_reason(x.size(0), lora_a.size(0), x.scalar_type(), lora_a.scalar_type()).empty()) {
+    return nullptr;
+  }
+  return kernels_for(dtype_of(x.scalar_type()));
+}
+
+}  // namespace
+
+std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x, at::ScalarType) {
+  if (x == at::kDouble) return "float64 takes the library route";
+  if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";
+  if (rows < kMinRows) return "fewer than " + std::to_string(kMinRows) + " rows";
+  if (rank > kHighRank && rows < kMinRowsOfHighRank) {
+    return "fewer than " + std::to_string(kMinRowsOfHighRank) + " rows with a rank above " +
+           std::to_string(kHighRank);
+  }
+  if (rank > kMaxRank) return "rank above " + std::to_string(kMaxRank);
+  return "";
+}
+
+Forward forward(const ForwardArgs& args) {
+  const SkinnyKernels* kernels = kernels_of(args.x, args.lora_a);
+  if (kernels == nullptr) return library_route::forward(args);
+  at::Tensor y = base_forward(args);
+  const double keep_scale = args.dropout.enabled() ? args.dropout.keep_scale() : 1.0;
+  at::Tensor s =
+      shrink(*kernels, args.x, view_of(args.lora_a, 0), keep_scale, dropout_of(args.dropout));
+  expand(*kernels, y, s, view_of(args.lora_b, 1), args.scaling, Dropout{});
+  return {y, s};
+}
+
+Backward backward(const BackwardArgs& args) {
+  const SkinnyKernels* kernels = kernels_of(args.x, args.lora_a);
+  if (kernels == nullptr) return library_route::backward(args);
+  Backward out;
+  const ExpandArgs no_expand{};
+  if (args.need_dx) out.dx = base_backward(args);
+  if (args.need_dlora_b) {
+    out.dlora_b = at::empty(args.lora_b.sizes(), args.lora_b.options());
+    wgrad(*kernels, args.grad, args.s, out.dlora_b, 1, args.scaling, Dropout{}, no_expand);
+  }
+  if (!args.need_dx && !args.need_dlora_a) return out;
+
+  const Dropout dropout = dropout_of(args.dropout);
+  const double keep_scale = dropout.enabled() ? args.dropout.keep_scale() : 1.0;
+  const AdapterView lora_a = view_of(args.lora_a, 0);
+  const at::Tensor ds =
+      shrink(*kernels, args.grad, view_of(args.lora_b, 1), args.scaling, Dropout{});
+  if (!args.need_dlora_a) {
+    expand(*kernels, out.dx, ds, lora_a, keep_scale, dropout);
+    return out;
+  }
+  out.dlora_a = at::empty(args.lora_a.sizes(), args.lora_a.options());
+  if (!args.need_dx) {
+    wgrad(*kernels, args.x, ds, out.dlora_a, 0, keep_scale, dropout, no_expand);
+    return out;
+  }
+  const at::Tensor panel = packed(lora_a, kernels->expand_panel_bytes, kernels->pack_expand);
+  const at::Tensor rows_t = packed_t(kernels->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
+  wgrad(*kernels, args.x, ds, out.dlora_a, 0, keep_scale, dropout,
+        expand_args(out.dx, rows_t, panel, lora_a, keep_scale, dropout));
+  return out;
+}
+
+}  // namespace lora_ext::cpu
