@@ -65,7 +65,7 @@ class Variant:
         if self.route:
             import lora_ext
 
-            lora_ext.set_cuda_route(route)
+            lora_ext.kernels.set_cuda_route(route)
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -140,10 +140,10 @@ def predicted_launches(
     card: Card, problem: Problem, plan: Plan, backward: bool
 ) -> list[Launch]: ...
 def plan_numbers(plan: Plan) -> dict[str, int]:
-    """Offsets and pitches in the workspace, shared memory and size of the tile (csrc/plan/plan.h)."""
+    """Offsets and pitches in the workspace, shared memory, size of the tile (csrc/plan/plan.h)."""
 
 class Winner:
-    """The route that was fastest for one layer and number of rows on a card (csrc/plan/winners.h)."""
+    """The fastest route for one layer and number of rows on a card (csrc/plan/winners.h)."""
 
     def __init__(
         self,

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from .prepack import PackedWeight
+from .packed_weight import PackedWeight, prepack
+
+__all__ = ["PackedWeight", "dropout_mask", "lora_linear", "prepack"]
 
 _forward = torch.ops.lora_ext.lora_linear.default
 _mask = torch.ops.lora_ext.dropout_mask.default

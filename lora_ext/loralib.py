@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import frozen_only_by_success, install
-from .config import BIASES, AdapterSpec
-from .model import checked_names, lora_layers
-from .modules import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
-from .modules.linear import DEFAULT_ADAPTER
+from .models.apply import frozen_only_by_success, install
+from .models.config import BIASES
+from .models.model import checked_names, lora_layers
+from .nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
+from .nn.adapter_spec import AdapterSpec
+from .nn.linear import DEFAULT_ADAPTER
+
+__all__ = ["convert_loralib", "load_loralib_state_dict", "loralib_state_dict"]
 
 _KINDS: dict[str, tuple[type[LoRALayer], type[nn.Module]]] = {
     "Linear": (LoRALinear, nn.Linear),
@@ -27,7 +30,7 @@ def convert_loralib(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> nn.Modu
 
     Weights and adapters are the same Parameter objects, so an optimizer goes on; the outputs are
     loralib's. A layer that loralib merged is first unmerged by loralib's own ``train()``. From then
-    on nothing is merged by ``eval()``: call `lora_ext.merge` if you want that.
+    on nothing is merged by ``eval()``: call `lora_ext.models.merge` if you want that.
 
     Args:
         model: holds loralib layers.
@@ -45,8 +48,8 @@ def convert_loralib(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> nn.Modu
     if not found or others:
         got = f"other layers of loralib at {others}" if others else "none"
         raise ValueError(
-            f"lora_ext.convert_loralib: expected layers of loralib out of {list(_KINDS)}, but got "
-            f"{got}"
+            f"lora_ext.loralib.convert_loralib: expected layers of loralib out of {list(_KINDS)}, "
+            f"but got {got}"
         )
     layers: dict[int, nn.Module] = {}
     with frozen_only_by_success(model):
@@ -125,9 +128,9 @@ def loralib_state_dict(
     """
     if bias not in BIASES:
         raise ValueError(
-            f"lora_ext.loralib_state_dict: expected bias in {BIASES}, but got {bias!r}"
+            f"lora_ext.loralib.loralib_state_dict: expected bias in {BIASES}, but got {bias!r}"
         )
-    checked_names(model, adapter, "loralib_state_dict")
+    checked_names(model, adapter, "loralib.loralib_state_dict")
     state = model.state_dict()
     result: dict[str, Tensor] = {}
     own: set[str] = set()
@@ -162,7 +165,8 @@ def _check_known_to_loralib(path: str, layer: LoRALayer, adapter: str) -> None:
         reason = "has a lora_bias, which loralib has not"
     if reason:
         raise ValueError(
-            f"lora_ext.loralib_state_dict: {path!r} {reason}; use save_adapter, PEFT's format"
+            f"lora_ext.loralib.loralib_state_dict: {path!r} {reason}; use save_adapter, PEFT's "
+            "format"
         )
 
 
@@ -194,7 +198,7 @@ def load_loralib_state_dict(
     needed = set(targets)
     own = model.state_dict()
     targets |= {key: tensor for key, tensor in own.items() if key in state}
-    where = "lora_ext.load_loralib_state_dict"
+    where = "lora_ext.loralib.load_loralib_state_dict"
     missing, unknown = sorted(needed - set(state)), sorted(set(state) - set(targets))
     if missing or unknown or not needed:
         raise ValueError(

@@ -7,8 +7,8 @@ from typing import overload
 
 from torch import Tensor, nn
 
-from .kernel_plan import CallPlan, explain_call
-from .model import adapter_names, lora_layers
+from .kernels.kernel_plan import CallPlan, explain_call
+from .models.model import lora_layers
 from .peft.report import peft_layers, peft_path
 
 
@@ -98,52 +98,4 @@ def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
     others = [(name, layer, peft_path(layer, rows)) for name, layer in peft_layers(model)]
     return Explanation(
         LayerPath(name, type(layer).__name__, *path) for name, layer, path in own + others
-    )
-
-
-@dataclass(frozen=True)
-class TrainableParameters:
-    """Counts of parameters; str() is a sentence.
-
-    Attributes:
-        trainable, total: of the whole model, adapters included, shared ones once.
-        adapters: name -> number of elements, active or not.
-        adapter_bytes: name -> bytes, as saved.
-    """
-
-    trainable: int
-    total: int
-    adapters: dict[str, int]
-    adapter_bytes: dict[str, int]
-
-    @property
-    def percent(self) -> float:
-        """100 trainable / total."""
-        return 100.0 * self.trainable / self.total if self.total else 0.0
-
-    def __str__(self) -> str:
-        adapters = "; ".join(
-            f"adapter {name!r}: {count:,} ({self.adapter_bytes[name] / 2**20:.2f} MiB)"
-            for name, count in self.adapters.items()
-        )
-        return (
-            f"trainable: {self.trainable:,} of {self.total:,} parameters ({self.percent:.3f}%); "
-            f"{adapters or 'no adapters'}"
-        )
-
-
-def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """How many parameters are trained, how many there are, and how large each adapter is."""
-    parameters = list(model.parameters())
-    counts, sizes = dict.fromkeys(adapter_names(model), 0), dict.fromkeys(adapter_names(model), 0)
-    for _, layer in lora_layers(model):
-        for table in layer.tables().values():
-            for name, parameter in table.items():
-                counts[name] += parameter.numel()
-                sizes[name] += parameter.numel() * parameter.element_size()
-    return TrainableParameters(
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
-        adapters=counts,
-        adapter_bytes=sizes,
     )

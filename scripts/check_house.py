@@ -1,14 +1,17 @@
-"""Checks four rules of this repository that no linter knows, and prints each breach.
+"""Checks five rules of this repository that no linter knows, and prints each breach.
 
 1. Inline assembly stays under csrc/ptx/, one function per instruction.
 2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
 3. No file names a folder of somebody's machine.
 4. A source of csrc/ includes its own room and rooms below it, by their path from csrc/.
+5. Modules of lora_ext import one another without a circle, imports inside functions included.
 """
 
+import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,9 +64,9 @@ def breaches(name: str, text: str) -> list[tuple[int, str]]:
             found.append((number, "this file must compile without torch's headers"))
         if MACHINE_PATH.search(line):
             found.append((number, "names a folder of one machine"))
-        if is_cxx and name.startswith("csrc/") and (include := INCLUDE.match(line)):
-            if why := wrong_include(name, include[1]):
-                found.append((number, why))
+        include = INCLUDE.match(line) if is_cxx and name.startswith("csrc/") else None
+        if include and (why := wrong_include(name, include[1])):
+            found.append((number, why))
     return found
 
 
@@ -80,8 +83,51 @@ def wrong_include(name: str, included: str) -> str:
     return ""
 
 
+def imports(modules: dict[str, str]) -> dict[str, set[str]]:
+    """The modules out of `modules` (name -> source) that each one imports, wherever it does.
+
+    A package stands for its `__init__`, but not for its own modules, which name their neighbours
+    by it. Imports for type checkers alone are left out.
+    """
+    found: dict[str, set[str]] = {}
+    for name, source in modules.items():
+        own = name.rpartition(".")[0]
+        tree = ast.parse(source)
+        for_types = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.level or id(node) in for_types:
+                continue
+            parts = own.split(".")
+            package = parts[: len(parts) - node.level + 1]
+            target = ".".join([*package, *filter(None, [node.module])])
+            named = [target, *(f"{target}.{alias.name}" for alias in node.names)]
+            named += [f"{other}.__init__" for other in named if not own.startswith(other)]
+            found.setdefault(name, set()).update(other for other in named if other in modules)
+    return found
+
+
+def circle(modules: dict[str, str]) -> list[str]:
+    """The modules along one circle of imports, the first of them again at the end; or []."""
+    try:
+        TopologicalSorter(imports(modules)).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
 def main() -> int:
     count = 0
+    sources = sorted((ROOT / "lora_ext").rglob("*.py"))
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources)
+    around = circle({name: path.read_text() for name, path in zip(names, sources, strict=True)})
+    if around:
+        print(f"lora_ext: modules import one another in a circle: {' -> '.join(around)}")
+        count += 1
     for name in tracked_files():
         try:
             text = (ROOT / name).read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ext.modules import LoRALayer
+from lora_ext.nn import LoRALayer
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -24,7 +24,7 @@ from helpers import EMULATED, EMULATED_ROUTE
 
 import lora_ext
 from lora_ext import _C
-from lora_ext.kernel_checks import check_results
+from lora_ext.kernels.kernel_checks import check_results
 
 # Of the extras. A machine with a GPU and no network may lack some: what needs them is skipped.
 OPTIONAL = {
@@ -53,7 +53,7 @@ def pytest_configure(config):
     if EMULATED:
         _C.set_cuda_route(EMULATED_ROUTE)
     if config.getoption("--no-check-timeout") and _C.with_cuda:
-        lora_ext.set_check_timeout(None)
+        lora_ext.kernels.set_check_timeout(None)
     # Kernels that fail their check are replaced by the library route, which would pass the tests.
     config.addinivalue_line("filterwarnings", "error:lora_ext. the kernels")
 

@@ -145,12 +145,12 @@ def run_ours(
     seed: int = 1,
     row_offset: int = 0,
     col_offset: int = 0,
-    weight: Tensor | lora_ext.PackedWeight | None = None,
+    weight: Tensor | lora_ext.functional.PackedWeight | None = None,
 ) -> Run:
     """lora_ext with the mask of a given seed; `weight` in place of the problem's, e.g. packed."""
     weight = problem.weight if weight is None else weight
     packed = packed_t = None
-    if isinstance(weight, lora_ext.PackedWeight):
+    if isinstance(weight, lora_ext.functional.PackedWeight):
         weight, packed, packed_t = weight.operands(problem.x)
     seeds = torch.tensor(seed, device=problem.x.device) if dropout_p else None
     tail = (problem.scaling, dropout_p, seeds, row_offset, col_offset, False, packed, packed_t)
@@ -173,7 +173,7 @@ def mask_of(
     if not dropout_p:
         return None
     shape = (problem.rows, problem.in_features)
-    return lora_ext.dropout_mask(
+    return lora_ext.functional.dropout_mask(
         seed, *shape, dropout_p, row_offset, col_offset, device=problem.x.device
     )
 

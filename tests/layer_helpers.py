@@ -10,8 +10,8 @@ from helpers import F32, F64
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ext import AdapterSpec, LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMergedLinear
-from lora_ext.modules import LoRALayer
+from lora_ext import LoRALinear
+from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding, LoRALayer, LoRAMergedLinear
 
 IN, OUT, VOCAB = 12, 18, 20
 GROUPS = (True, False, True)  # of the merged linear layer

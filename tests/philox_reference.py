@@ -1,4 +1,4 @@
-"""Philox-4x32 with 7 rounds in plain Python, as the header comment of csrc/common/philox.h defines it."""
+"""Philox-4x32 with 7 rounds in plain Python, as the comment of csrc/common/philox.h defines it."""
 
 import torch
 from torch import Tensor

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from helpers import BF16, F64
 from torch import nn
 
-from lora_ext import AdapterSpec, LoRAConfig, LoRALinear, LoRAMergedLinear, apply_lora, lora_layers
+from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext.models import lora_layers
+from lora_ext.nn import AdapterSpec, LoRAMergedLinear
 
 IN, OUT = 16, 24
 

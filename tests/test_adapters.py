@@ -19,8 +19,8 @@ from adapter_helpers import (
     write_config,
 )
 
-from lora_ext import lora_layers
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
+from lora_ext.models import lora_layers
 
 CONFIGS = {
     "linear": {"target_modules": ["q_proj", "mlp"], "r": 4, "lora_alpha": 6},

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_ext import LoRAConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter
-from lora_ext.modules import LoRALayer
+from lora_ext.nn import LoRALayer
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 

@@ -5,8 +5,8 @@ import torch
 from adapter_helpers import CONFIG, make_zoo, read_config, write_config
 from hostile_helpers import assert_refused
 
-from lora_ext import lora_layers
 from lora_ext.adapters import alphas, load_adapter
+from lora_ext.models import lora_layers
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 

@@ -20,10 +20,10 @@ from adapter_helpers import (
 )
 from torch import nn
 
-from lora_ext import LoRAConfig, apply_lora, lora_layers, merge
+from lora_ext import LoRAConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, read_adapter_config, save_adapter
-from lora_ext.config import AdapterSpec
-from lora_ext.modules import LoRAMergedLinear
+from lora_ext.models import lora_layers, merge
+from lora_ext.nn import AdapterSpec, LoRAMergedLinear
 
 # ---- what a saved config says ----
 

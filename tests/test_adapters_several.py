@@ -15,8 +15,8 @@ from adapter_helpers import (
     state_of,
 )
 
-from lora_ext import delete_adapter, set_adapter
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
+from lora_ext.models import delete_adapter, set_adapter
 
 
 @pytest.fixture

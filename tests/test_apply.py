@@ -11,7 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
-from lora_ext import LoRAConfig, LoRAConv2d, LoRAEmbedding, LoRALinear, apply_lora, lora_layers
+from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext.models import lora_layers
+from lora_ext.nn import LoRAConv2d, LoRAEmbedding
 
 
 def adapted(model, *patterns, **words):
@@ -142,7 +144,7 @@ def test_an_interrupt_changes_nothing(monkeypatch, error, second):
     model = make_zoo(BF16)
     if second:
         apply_lora(model, LoRAConfig(["q_proj", "emb"]), "first")
-        lora_ext.merge(model)
+        lora_ext.models.merge(model)
     state, modules = snapshot(model), list(model.modules())
     flags = [p.requires_grad for p in model.parameters()]
     inits = []
@@ -192,9 +194,9 @@ def test_a_module_at_two_paths_stays_one():
     assert len(list(lora_layers(model))) == 1
     assert [path for path, _ in lora_layers(model, remove_duplicate=False)] == ["a.0", "b.0"]
     assert len({id(p) for p in model.parameters()}) == len(list(model.named_parameters())) == 4
-    keys = set(lora_ext.lora_state_dict(model))
+    keys = set(lora_ext.models.lora_state_dict(model))
     assert keys == {f"{p}.lora_{t}.default" for p in ("a.0", "b.0") for t in "ab"}
-    lora_ext.merge_and_unload(model)
+    lora_ext.models.merge_and_unload(model)
     assert model["b"][0] is model["a"][0]
     assert type(model["a"][0]) is nn.Linear
 
@@ -251,10 +253,10 @@ def test_modules_to_save():
     assert model.head.lora_ext_saved_by == model.norm.lora_ext_saved_by == ("a",)
     apply_lora(model, LoRAConfig(["mlp"], modules_to_save="norm"), "b")
     assert model.norm.lora_ext_saved_by == ("a", "b")
-    lora_ext.delete_adapter(model, "a")
+    lora_ext.models.delete_adapter(model, "a")
     assert not hasattr(model.head, "lora_ext_saved_by")
     assert model.norm.lora_ext_saved_by == ("b",)
-    lora_ext.unload(model)
+    lora_ext.models.unload(model)
     assert not hasattr(model.norm, "lora_ext_saved_by")
 
 
@@ -264,12 +266,12 @@ def test_biases_belong_to_their_adapter(bias, tmp_path):
     model = randomize(apply_lora(make_zoo(), LoRAConfig(["q_proj"], bias=bias), "a"))
     model.requires_grad_(False)
     lora_ext.save_adapter(model, tmp_path, "a")
-    assert lora_ext.read_adapter_config(tmp_path).bias == bias
+    assert lora_ext.adapters.read_adapter_config(tmp_path).bias == bias
     owned = {path for path, m in model.named_modules() if hasattr(m, "lora_ext_bias_saved_by")}
     adapted = {path for path, _ in lora_layers(model)}
     with_bias = {path for path, m in model.named_modules() if getattr(m, "bias", None) is not None}
     assert owned == {"none": set(), "lora_only": adapted, "all": with_bias}[bias]
-    lora_ext.delete_adapter(model, "a")
+    lora_ext.models.delete_adapter(model, "a")
     assert not any(hasattr(m, "lora_ext_bias_saved_by") for m in model.modules())
 
 
@@ -309,7 +311,7 @@ def test_a_second_adapter_waits():
     assert torch.equal(model(ids), y)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == before
     assert {layer.active_adapters for _, layer in lora_layers(model)} == {("a",), ()}
-    lora_ext.set_adapter(model, "b")
+    lora_ext.models.set_adapter(model, "b")
     assert not torch.allclose(model(ids), y)
 
 
@@ -328,11 +330,11 @@ def test_an_existing_adapter_is_not_touched():
 def test_adapters_after_none_is_active_or_left():
     model = make_zoo()
     apply_lora(model, LoRAConfig("q_proj"), "a")
-    lora_ext.set_adapter(model, [])
+    lora_ext.models.set_adapter(model, [])
     apply_lora(model, LoRAConfig(["q_proj", "conv"]), "b")
     assert {layer.active_adapters for _, layer in lora_layers(model)} == {()}
-    lora_ext.delete_adapter(model, "a")
-    lora_ext.delete_adapter(model, "b")
+    lora_ext.models.delete_adapter(model, "a")
+    lora_ext.models.delete_adapter(model, "b")
     apply_lora(model, LoRAConfig(["q_proj", "mlp"], bias="lora_only"), "c")
     layers = [layer for path, layer in lora_layers(model) if path != "conv"]
     assert {layer.active_adapters for layer in layers} == {("c",)}
@@ -364,7 +366,7 @@ def test_conv1d_needs_no_import_of_transformers():
     assert torch.allclose(model(x), y)
     randomize(model)
     assert torch.allclose(model(x), exact(model[0], x))
-    assert type(lora_ext.unload(model)[0]) is Conv1D
+    assert type(lora_ext.models.unload(model)[0]) is Conv1D
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_s_in_the_same_grid_costs_little_and_less_than_before_it():
 
 
 def test_masked_tiles_wait_for_t_where_that_is_predicted_to_be_faster():
-    card, machine = lora_ext.CARDS["H100"], model.MACHINES["H100"]
+    card, machine = lora_ext.kernels.CARDS["H100"], model.MACHINES["H100"]
 
     def predicted(rows: int, in_grid: bool) -> float:
         problem = _C.Problem(rows, 4096, 4096, 64)
@@ -149,7 +149,9 @@ def test_masked_tiles_wait_for_t_where_that_is_predicted_to_be_faster():
         return sum(model.Launch(e.name, e.bytes, e.flop, e.times).us(machine) for e in launches)
 
     for rows in (2048, 3072, 4096, 4352, 6144, 8192, 16384, 65536):
-        chosen = lora_ext.plan(rows, 4096, 4096, 64, card="H100", route="kernel", dropout=True)
+        chosen = lora_ext.kernels.plan(
+            rows, 4096, 4096, 64, card="H100", route="kernel", dropout=True
+        )
         times = {in_grid: predicted(rows, in_grid) for in_grid in (False, True)}
         assert times[chosen.backward.in_grid] <= 1.01 * min(times.values()), (rows, times)
     assert predicted(2048, False) < predicted(2048, True)

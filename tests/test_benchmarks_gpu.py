@@ -114,7 +114,7 @@ def test_quick_leaves_out_what_is_not(tmp_path):
 
 def test_sanitizers_see_every_kind_of_tile():
     """The kinds that csrc/plan/plan.h has, each by its smallest tile."""
-    card = lora_ext.CARDS["H100"]
+    card = lora_ext.kernels.CARDS["H100"]
     tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
     chosen = smallest_of_each_kind(tiles)
     assert len(chosen) == 4 and {"in-grid", "wgmma", "pingpong"} <= {t.split()[0] for t in chosen}
@@ -250,7 +250,7 @@ class Refuses(torch.autograd.Function):
 def test_a_route_holds_for_each_call_and_leaves_nothing_behind(monkeypatch, mode):
     """On the CPU, which has no routes: of the calls that would set them."""
     current, seen = ["auto"], []
-    monkeypatch.setattr(lora_ext, "set_cuda_route", lambda name: current.append(name))
+    monkeypatch.setattr(lora_ext.kernels, "set_cuda_route", lambda name: current.append(name))
     problem = make_problem(small(mode))
     variant = variants.ours(problem, 0.0)
     plain = variant.call

@@ -8,7 +8,7 @@ import torch
 import lora_ext
 from benchmarks.gpu import stress
 from lora_ext import _C
-from lora_ext.kernel_checks import check_kernels
+from lora_ext.kernels.kernel_checks import check_kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -18,9 +18,9 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture(autouse=True, params=["kernel", "hybrid"])
 def route(cuda, request):
     """The kernels, whatever the planner prefers on this card."""
-    lora_ext.set_cuda_route(request.param)
+    lora_ext.kernels.set_cuda_route(request.param)
     yield request.param
-    lora_ext.set_cuda_route("auto")
+    lora_ext.kernels.set_cuda_route("auto")
 
 
 def operands(rows, in_features, out_features, rank, dtype=BF16, adapters=None):
@@ -43,11 +43,11 @@ def step(x, w, a, b, dropout_p=0.0):
 
 def library(*arguments, **named):
     before = _C.cuda_route()
-    lora_ext.set_cuda_route("library")
+    lora_ext.kernels.set_cuda_route("library")
     try:
         return step(*arguments, **named)
     finally:
-        lora_ext.set_cuda_route(before)
+        lora_ext.kernels.set_cuda_route(before)
 
 
 def check_all_kernels():
@@ -96,7 +96,7 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
     given = operands(*shape, BF16, F32 if wide else None)
     torch.manual_seed(5)
     expected = library(*given, dropout_p=dropout_p)
-    lora_ext.set_cuda_route("auto")
+    lora_ext.kernels.set_cuda_route("auto")
     try:
         call = {"float_adapters": wide, "dropout": dropout_p > 0}
         backwards = _C.tiles_of(card, backward=True, **call)
@@ -161,14 +161,14 @@ def test_memory_that_is_freed_and_used_again_is_read_where_it_is():
 @pytest.mark.parametrize("early", [True, False])
 def test_kernels_that_begin_early_give_the_same_bits(early, shape):
     given = operands(*shape)
-    lora_ext.set_early_launch(False)
+    lora_ext.kernels.set_early_launch(False)
     expected = step(*given)
-    lora_ext.set_early_launch(early)
+    lora_ext.kernels.set_early_launch(early)
     try:
         for _ in range(100):
             assert all(torch.equal(a, b) for a, b in zip(step(*given), expected, strict=True))
     finally:
-        lora_ext.set_early_launch(True)
+        lora_ext.kernels.set_early_launch(True)
 
 
 def test_dropout_keeps_what_the_library_route_keeps():

@@ -18,7 +18,9 @@ from torch import nn
 from two_processes import WORLD, half
 
 import lora_ext
-from lora_ext import AdapterSpec, LoRAConfig, apply_lora, lora_layers, lora_state_dict
+from lora_ext import LoRAConfig, apply_lora
+from lora_ext.models import lora_layers, lora_state_dict
+from lora_ext.nn import AdapterSpec
 
 case, test_two_processes = two_processes.cases(__name__)
 
@@ -80,7 +82,7 @@ def loss_of(model, ids):
 
 
 def optimizer_of(model):
-    return torch.optim.AdamW(lora_ext.lora_plus_groups(model, 0.01))
+    return torch.optim.AdamW(lora_ext.models.lora_plus_groups(model, 0.01))
 
 
 def train_alone(net, steps=2, forward=None, seeds=None):
@@ -190,7 +192,7 @@ def ddp_after_another_adapter_was_set(rank):
     before = {name: value.clone() for name, value in values_of(net).items()}
     for one in (net, alone):
         one.zero_grad()
-        lora_ext.set_adapter(one, "second")
+        lora_ext.models.set_adapter(one, "second")
     gradients = train_together(net, rank, 2, parallel(net))
     assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
     assert {name.split(".")[-1] for name in gradients} == {"second"}
@@ -198,7 +200,7 @@ def ddp_after_another_adapter_was_set(rank):
         assert torch.equal(value, before[name]) == (not name.endswith(".second")), name
     for one in (net, alone):
         one.zero_grad()
-        lora_ext.set_adapter(one, ["default", "second"])
+        lora_ext.models.set_adapter(one, ["default", "second"])
     gradients = train_together(net, rank, 2, parallel(net))
     assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
     assert {name.split(".")[-1] for name in gradients} == {"default", "second"}
@@ -363,10 +365,14 @@ def fsdp_after_another_adapter_was_set(rank):
     for names in ("default", "second", ["second", "default"]):
         for one in (net, alone):
             one.zero_grad()
-            lora_ext.set_adapter(one, names)
+            lora_ext.models.set_adapter(one, names)
         gradients = train_together(net, rank, 2)
         assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
-    with torch.no_grad(), lora_ext.disable_adapters(net), lora_ext.disable_adapters(alone):
+    with (
+        torch.no_grad(),
+        lora_ext.models.disable_adapters(net),
+        lora_ext.models.disable_adapters(alone),
+    ):
         ids = half(batches(1)[0], rank)
         torch.testing.assert_close(net(ids), alone(ids))
 
@@ -463,15 +469,15 @@ def what_needs_whole_weights_is_refused(rank):
     for net in (shard(make_net(second=True)), shard(make_net(second=True), layers=True)):
         for _ in range(2):
             merging = partial(assert_raises, RuntimeError, "merge: .*sharded .*before fully_shard")
-            merging(partial(lora_ext.merge, net))
-            merging(partial(lora_ext.merge_and_unload, net))
+            merging(partial(lora_ext.models.merge, net))
+            merging(partial(lora_ext.models.merge_and_unload, net))
             merging(net.blocks[0].up.merge)
             refused = partial(assert_raises, RuntimeError, "expected a whole weight, but")
-            refused(partial(lora_ext.unload, net))
+            refused(partial(lora_ext.models.unload, net))
             refused(partial(apply_lora, net, more, "third"))
             refused(partial(net.blocks[0].up.add_adapter, "third", AdapterSpec(2, 2.0)))
             refused(partial(net.blocks[0].up.delete_adapter, "second"))
-            refused(partial(lora_ext.delete_adapter, net, "second"))
+            refused(partial(lora_ext.models.delete_adapter, net, "second"))
             assert all(not layer.merged for _, layer in lora_layers(net))
             assert {tuple(layer.adapters) for _, layer in lora_layers(net)} == {
                 ("default", "second")
@@ -484,7 +490,7 @@ def what_needs_whole_weights_is_refused(rank):
 def merged_and_then_sharded(rank):
     """The other way around: the merged weight is a whole copy in each process, used as it is."""
     net, plain = make_net().eval(), make_net().eval()
-    lora_ext.merge(net)
+    lora_ext.models.merge(net)
     ids = half(batches(1)[0], rank)
     with torch.no_grad():
         torch.testing.assert_close(shard(net)(ids), plain(ids), rtol=1e-5, atol=1e-5)

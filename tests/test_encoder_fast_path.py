@@ -68,11 +68,11 @@ def test_adapters_are_not_skipped(targets, merged, gradients, padding):
     encoder, x = make_encoder(), make_x()
     randomize(apply_lora(encoder, LoRAConfig(targets, 3)))
     if merged:
-        lora_ext.merge(encoder)
+        lora_ext.models.merge(encoder)
     words = {} if padding is None else {"src_key_padding_mask": padding}
     with torch.set_grad_enabled(gradients):
         y, wanted = encoder(x, **words), plainly(encoder, x, **words)
-        with lora_ext.disable_adapters(encoder):
+        with lora_ext.models.disable_adapters(encoder):
             base = plainly(encoder, x, **words)
     kept = slice(None) if padding is None else ~padding
     assert torch.allclose(y[kept], wanted[kept], atol=1e-10)
@@ -89,7 +89,7 @@ def test_layers_without_adapters_keep_the_fast_path():
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.GELU(), torch.tanh])
-@pytest.mark.parametrize("function", [lora_ext.unload, lora_ext.merge_and_unload])
+@pytest.mark.parametrize("function", [lora_ext.models.unload, lora_ext.models.merge_and_unload])
 def test_the_fast_path_comes_back(function, activation):
     encoder, x = make_encoder(activation=activation), make_x()
     layer = encoder.layers[0]
@@ -99,8 +99,8 @@ def test_the_fast_path_comes_back(function, activation):
         apply_lora(encoder, LoRAConfig(["linear1", "linear2"]), "a")
         apply_lora(encoder, LoRAConfig(["linear1"]), "b")
         assert fused_layers(encoder, x) == 0
-        lora_ext.delete_adapter(encoder, "a")
-        lora_ext.merge(encoder)
+        lora_ext.models.delete_adapter(encoder, "a")
+        lora_ext.models.merge(encoder)
         assert fused_layers(encoder, x) == 0
         function(encoder)
         assert fused_layers(encoder, x) == before
@@ -127,7 +127,7 @@ def test_copies_keep_the_guard():
         with torch.no_grad():
             assert torch.allclose(other(x), wanted, atol=1e-10)
         assert fused_layers(other, x) == 0
-        assert fused_layers(lora_ext.unload(other), x) == 2
+        assert fused_layers(lora_ext.models.unload(other), x) == 2
 
 
 def test_training_goes_by_the_modules():

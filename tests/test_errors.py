@@ -281,7 +281,7 @@ def test_backward_op_on_two_devices(name):
 )
 def test_mask_of_negative_numbers(place, arguments):
     def call():
-        lora_ext.dropout_mask(1, *arguments, device=place)
+        lora_ext.functional.dropout_mask(1, *arguments, device=place)
 
     refused(RuntimeError, ">= 0", "-1", call=call)
 
@@ -289,7 +289,7 @@ def test_mask_of_negative_numbers(place, arguments):
 @pytest.mark.parametrize("dropout_p", [-0.1, 1.0, math.nan])
 def test_mask_of_a_wrong_probability(place, dropout_p):
     def call():
-        lora_ext.dropout_mask(1, 4, 4, dropout_p, device=place)
+        lora_ext.functional.dropout_mask(1, 4, 4, dropout_p, device=place)
 
     refused(RuntimeError, "dropout_p", "[0, 1)", call=call)
 
@@ -304,7 +304,7 @@ def test_mask_of_a_wrong_probability(place, dropout_p):
 )
 def test_mask_of_a_wrong_seed(place, seed, error, words):
     def call():
-        lora_ext.dropout_mask(seed.to(place), 4, 4, 0.5)
+        lora_ext.functional.dropout_mask(seed.to(place), 4, 4, 0.5)
 
     refused(error, *words, call=call)
 

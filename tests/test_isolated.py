@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from lora_ext import isolated
-from lora_ext.isolated import CannotStart, ChildLost, answers
+from lora_ext.kernels import isolated
+from lora_ext.kernels.isolated import CannotStart, ChildLost, answers
 
 SAYS = """
 import json, os, sys, time

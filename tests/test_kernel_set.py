@@ -13,7 +13,7 @@ from lora_ext import _C
 T4 = _C.Card(75, 40, 65536, 65536)
 HALF_HOPPER = _C.Card(90, 66, 233472, 232448, sm90a_code=False)  # built without code for 9.0a
 CARDS = {
-    **lora_ext.CARDS,
+    **lora_ext.kernels.CARDS,
     "Hopper without 9.0a": HALF_HOPPER,
     "MIG": _C.Card(90, 16, 233472, 232448),
     "one SM": _C.Card(90, 1, 233472, 232448),

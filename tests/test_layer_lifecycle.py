@@ -16,7 +16,8 @@ from layer_helpers import bits, delta, randomize
 from safetensors.torch import load_file
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora, lora_layers
+from lora_ext import LoRAConfig, apply_lora
+from lora_ext.models import lora_layers
 
 TARGETS = ["emb", "q_proj", "c_attn", "conv", "head.1"]
 NAMES = st.sampled_from("abc")
@@ -63,16 +64,16 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def train_a_step(self):
         self.seed += 1
-        lora_ext.unmerge(self.model)
+        lora_ext.models.unmerge(self.model)
         randomize(self.model, self.seed)
 
     @rule(name=NAMES)
     def delete(self, name):
         if name not in self.names:
             with pytest.raises(ValueError, match="different names"):
-                lora_ext.delete_adapter(self.model, name)
+                lora_ext.models.delete_adapter(self.model, name)
             return
-        lora_ext.delete_adapter(self.model, name)
+        lora_ext.models.delete_adapter(self.model, name)
         self.names.remove(name)
         self.active = tuple(n for n in self.active if n != name)
 
@@ -80,18 +81,18 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(data=st.data())
     def set_adapter(self, data):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.names)), unique=True))
-        lora_ext.set_adapter(self.model, chosen)
+        lora_ext.models.set_adapter(self.model, chosen)
         self.active = tuple(chosen)
 
     @precondition(lambda self: self.active)
     @rule(data=st.data())
     def merge(self, data):
         subset = st.lists(st.sampled_from(self.active), unique=True)
-        lora_ext.merge(self.model, data.draw(st.none() | subset))
+        lora_ext.models.merge(self.model, data.draw(st.none() | subset))
 
     @rule()
     def unmerge(self):
-        lora_ext.unmerge(self.model)
+        lora_ext.models.unmerge(self.model)
 
     @rule(mode=st.booleans())
     def train_or_eval(self, mode):
@@ -107,7 +108,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule(merged=st.booleans())
     def disable(self, merged):
-        with lora_ext.disable_adapters(self.model), torch.no_grad():
+        with lora_ext.models.disable_adapters(self.model), torch.no_grad():
             assert torch.equal(self.model(self.ids), make_zoo()(self.ids))
 
     @invariant()
@@ -155,23 +156,23 @@ def check_flat_memory(tmp_path, cycles):
         apply_lora(model, LoRAConfig(["emb", "conv"], 4), name)
     randomize(model)
     lora_ext.save_adapter(model, tmp_path, "stored")
-    lora_ext.delete_adapter(model, "stored")
+    lora_ext.models.delete_adapter(model, "stored")
     base, watched = model(ids), []
 
     def cycle(watch=False):
         lora_ext.load_adapter(model, tmp_path, "loaded")
-        lora_ext.set_adapter(model, ["kept", "loaded"])
-        lora_ext.merge(model, "loaded")
+        lora_ext.models.set_adapter(model, ["kept", "loaded"])
+        lora_ext.models.merge(model, "loaded")
         model(ids)
         if watch:
             for _, layer in lora_layers(model):
                 watched.extend(map(weakref.ref, (layer.merged_weight, layer.lora_a["loaded"])))
-        lora_ext.unmerge(model)
-        with lora_ext.disable_adapters(model):
+        lora_ext.models.unmerge(model)
+        with lora_ext.models.disable_adapters(model):
             model(ids)
         model(ids).sum().backward()
-        lora_ext.delete_adapter(model, "loaded")
-        lora_ext.set_adapter(model, "kept")
+        lora_ext.models.delete_adapter(model, "loaded")
+        lora_ext.models.set_adapter(model, "kept")
         model.zero_grad(set_to_none=True)
 
     for _ in range(20):
@@ -210,12 +211,12 @@ def test_models_and_what_they_share_are_freed():
     """torchtune#904: something of the library kept models alive. Cycles of the model aside."""
     model = make_zoo()
     apply_lora(model, LoRAConfig(TARGETS, 2))
-    lora_ext.merge(model)
+    lora_ext.models.merge(model)
     lora_ext.explain(model)
     watched = [weakref.ref(m) for m in model.modules()]
     watched += [weakref.ref(p) for p in model.parameters()]
     layers = [weakref.ref(layer) for _, layer in lora_layers(model)]
-    lora_ext.merge_and_unload(model)
+    lora_ext.models.merge_and_unload(model)
     gc.collect()
     assert [ref() for ref in layers] == [None] * len(layers)
     del model

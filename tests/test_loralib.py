@@ -10,7 +10,9 @@ from layer_helpers import assert_same_state, snapshot
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, LoRAEmbedding, LoRALinear, LoRAMergedLinear, lora_layers
+from lora_ext import LoRAConfig, LoRALinear
+from lora_ext.models import lora_layers
+from lora_ext.nn import LoRAEmbedding, LoRAMergedLinear
 
 IN, OUT, VOCAB = 12, 18, 20
 
@@ -66,7 +68,7 @@ def test_converted_layers_compute_the_same(name, mode):
     y = theirs(x)
     ours = copy.deepcopy(theirs).train(mode)
     parameters = set(ours.parameters())
-    assert lora_ext.convert_loralib(ours, "task") is ours
+    assert lora_ext.loralib.convert_loralib(ours, "task") is ours
     assert ours[0].training == mode
     assert set(ours.parameters()) == parameters
     assert not ours[0].merged
@@ -85,10 +87,10 @@ def test_converted_layers_compute_the_same(name, mode):
         assert (parameter.grad is None) == (old.grad is None)
         if old.grad is not None:
             assert torch.allclose(parameter.grad, old.grad, rtol=1e-11, atol=1e-11)
-    lora_ext.merge(ours)
+    lora_ext.models.merge(ours)
     theirs.eval()
     assert torch.allclose(ours(x), theirs(x), rtol=1e-11, atol=1e-11)
-    weight = lora_ext.merge_and_unload(ours)[0].weight
+    weight = lora_ext.models.merge_and_unload(ours)[0].weight
     if "apart" not in name:  # where loralib merges
         wanted = theirs[0].weight.t() if "fan_in" in name else theirs[0].weight
         assert torch.allclose(weight, wanted, rtol=1e-11, atol=1e-11)
@@ -100,7 +102,7 @@ def test_dropout_and_scaling_come_along():
     nn.init.normal_(model[0].lora_B)
     x = torch.randn(3, IN, dtype=F64)
     y = model.eval()(x)
-    lora_ext.convert_loralib(model)
+    lora_ext.loralib.convert_loralib(model)
     spec = model[0].adapters["default"]
     assert spec.dropout == 0.25
     assert spec.scaling == pytest.approx(0.3)
@@ -115,7 +117,7 @@ def test_an_optimizer_goes_on():
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1)
         for step in range(6):
             if step == 3 and model is models[1]:
-                lora_ext.convert_loralib(model)
+                lora_ext.loralib.convert_loralib(model)
             optimizer.zero_grad()
             loss = model(make_x("linear")).square().mean()
             loss.backward()
@@ -129,10 +131,10 @@ def test_a_module_at_two_paths():
     shared = loralib.Linear(IN, IN, r=2)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}).double()
     state = loralib.lora_state_dict(model)
-    lora_ext.convert_loralib(model)
+    lora_ext.loralib.convert_loralib(model)
     assert model["a"] is model["b"][0]
-    assert lora_ext.loralib_state_dict(model).keys() == state.keys()
-    lora_ext.load_loralib_state_dict(model, state)
+    assert lora_ext.loralib.loralib_state_dict(model).keys() == state.keys()
+    lora_ext.loralib.load_loralib_state_dict(model, state)
 
 
 class Custom(loralib.Linear):
@@ -164,7 +166,7 @@ def test_a_refusal_changes_nothing(bad, message):
     state, modules = snapshot(model), list(model.modules())
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
-        lora_ext.convert_loralib(model)
+        lora_ext.loralib.convert_loralib(model)
     assert model[0].merged
     assert_same_state(model, state)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
@@ -173,9 +175,9 @@ def test_a_refusal_changes_nothing(bad, message):
 
 def test_there_must_be_something_to_convert():
     with pytest.raises(ValueError, match=r"convert_loralib: expected layers .* but got none"):
-        lora_ext.convert_loralib(nn.Sequential(nn.Linear(4, 4)))
+        lora_ext.loralib.convert_loralib(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="but got none"):
-        lora_ext.convert_loralib(lora_ext.convert_loralib(make("linear")))
+        lora_ext.loralib.convert_loralib(lora_ext.loralib.convert_loralib(make("linear")))
 
 
 # ---- state dicts ----
@@ -210,10 +212,10 @@ def test_state_dicts_go_both_ways(bias):
     plain = {key: value for key, value in theirs.state_dict().items() if "lora_" not in key}
     ours.load_state_dict(plain, strict=False)
     state = loralib.lora_state_dict(theirs, bias)
-    lora_ext.merge(ours)
-    lora_ext.load_loralib_state_dict(ours, state)
+    lora_ext.models.merge(ours)
+    lora_ext.loralib.load_loralib_state_dict(ours, state)
     assert torch.allclose(run(ours), run(theirs))
-    back = lora_ext.loralib_state_dict(ours, bias=bias)
+    back = lora_ext.loralib.loralib_state_dict(ours, bias=bias)
     # loralib takes the LayerNorm's bias for one too, and so does this library.
     assert back.keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in back.items())
@@ -224,20 +226,20 @@ def test_state_dicts_go_both_ways(bias):
 
 def test_a_whole_state_dict_of_loralib():
     theirs, ours = make_pair()
-    lora_ext.load_loralib_state_dict(ours, theirs.state_dict())
+    lora_ext.loralib.load_loralib_state_dict(ours, theirs.state_dict())
     assert torch.allclose(run(ours), run(theirs))
 
 
 def test_merged_layers_have_loralibs_layout():
     theirs = make("merged [False, True, True]")
-    ours = lora_ext.convert_loralib(copy.deepcopy(theirs))
-    state = lora_ext.loralib_state_dict(ours)
+    ours = lora_ext.loralib.convert_loralib(copy.deepcopy(theirs))
+    state = lora_ext.loralib.loralib_state_dict(ours)
     assert all(
         torch.equal(state[key], value) for key, value in loralib.lora_state_dict(theirs).items()
     )
     for parameter in ours[0].lora_b.values():
         nn.init.zeros_(parameter)
-    lora_ext.load_loralib_state_dict(ours, state | loralib.lora_state_dict(theirs))
+    lora_ext.loralib.load_loralib_state_dict(ours, state | loralib.lora_state_dict(theirs))
     x = make_x("merged")
     assert torch.allclose(ours(x), theirs(x))
 
@@ -257,9 +259,9 @@ def test_state_dicts_that_do_not_fit_write_nothing(change, message):
     theirs, ours = make_pair()
     state, before = copy.deepcopy(loralib.lora_state_dict(theirs)), snapshot(ours)
     change(state)
-    lora_ext.merge(ours)
+    lora_ext.models.merge(ours)
     with pytest.raises(ValueError, match=message):
-        lora_ext.load_loralib_state_dict(ours, state)
+        lora_ext.loralib.load_loralib_state_dict(ours, state)
     assert_same_state(ours, before)
     assert all(layer.merged for _, layer in lora_layers(ours))
 
@@ -275,23 +277,23 @@ def test_what_loralib_cannot_store():
         (model("linear", lora_bias=True), "has a lora_bias"),
     ):
         with pytest.raises(ValueError, match=f"'0' {message}.*save_adapter"):
-            lora_ext.loralib_state_dict(bad)
+            lora_ext.loralib.loralib_state_dict(bad)
     with pytest.raises(ValueError, match="different names"):
-        lora_ext.loralib_state_dict(model("linear"), "other")
+        lora_ext.loralib.loralib_state_dict(model("linear"), "other")
     with pytest.raises(ValueError, match="expected bias in"):
-        lora_ext.loralib_state_dict(model("linear"), bias="some")
+        lora_ext.loralib.loralib_state_dict(model("linear"), bias="some")
 
 
 def test_biases_by_name_not_by_adapter():
     """An adapter of the name "bias" is no bias."""
     model = lora_ext.apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig("0", r=2), "bias")
     lora_ext.apply_lora(model, LoRAConfig("0", r=2), "other")
-    state = lora_ext.loralib_state_dict(model, "other", bias="all")
+    state = lora_ext.loralib.loralib_state_dict(model, "other", bias="all")
     assert list(state) == ["0.lora_A", "0.lora_B", "0.bias"]
 
 
 def test_a_layer_that_is_the_model():
     layer = LoRALinear(4, 4, r=2)
-    state = lora_ext.loralib_state_dict(layer, bias="lora_only")
+    state = lora_ext.loralib.loralib_state_dict(layer, bias="lora_only")
     assert set(state) == {"lora_A", "lora_B", "bias"}
-    lora_ext.load_loralib_state_dict(layer, state)
+    lora_ext.loralib.load_loralib_state_dict(layer, state)

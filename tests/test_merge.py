@@ -20,7 +20,7 @@ from layer_helpers import (
 )
 from torch import nn
 
-from lora_ext import AdapterSpec
+from lora_ext.nn import AdapterSpec
 
 
 def three_specs(kind):

@@ -11,7 +11,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import lora_ext
-from lora_ext import AdapterSpec, LoRAConfig, LoRALinear, apply_lora, lora_layers
+from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext.models import lora_layers
+from lora_ext.nn import AdapterSpec
 
 PISSA = LoRAConfig("conv", 2, init="pissa")
 
@@ -34,35 +36,35 @@ def test_set_adapter():
     model, ids = model_with("a", "b"), make_ids()
     outputs = {}
     for names in ("a", "b", ["a", "b"], ["b", "a"], []):
-        lora_ext.set_adapter(model, names)
+        lora_ext.models.set_adapter(model, names)
         outputs[str(names)] = model(ids)
         ends = tuple(f".{name}" for name in names)
         assert all(name.endswith(ends) for name in trained(model)) or not names
         assert len(trained(model)) == 2 * 5 * len(names)
     assert torch.equal(outputs["[]"], make_zoo()(ids))
     assert torch.allclose(outputs["['a', 'b']"], outputs["['b', 'a']"])
-    lora_ext.set_adapter(model, (name for name in "ab"))
+    lora_ext.models.set_adapter(model, (name for name in "ab"))
     with pytest.raises(ValueError, match=r"set_adapter: expected different names out of"):
-        lora_ext.set_adapter(model, ["a", "a"])
+        lora_ext.models.set_adapter(model, ["a", "a"])
     with pytest.raises(ValueError, match=r"but got \['c'\]"):
-        lora_ext.set_adapter(model, "c")
+        lora_ext.models.set_adapter(model, "c")
     assert torch.equal(model(ids), outputs["['a', 'b']"])
 
 
 def test_delete_adapter():
     model, ids = model_with("a", "b"), make_ids()
     apply_lora(model, PISSA, "c")
-    lora_ext.set_adapter(model, "b")
+    lora_ext.models.set_adapter(model, "b")
     y = model(ids)
-    lora_ext.set_adapter(model, ["c", "a", "b"])
+    lora_ext.models.set_adapter(model, ["c", "a", "b"])
     for name in ("a", "c"):
-        lora_ext.delete_adapter(model, name)
+        lora_ext.models.delete_adapter(model, name)
         assert not any(key.endswith(f".{name}") for key in model.state_dict())
     assert {layer.active_adapters for _, layer in lora_layers(model)} == {("b",), ()}
     assert torch.equal(model(ids), y)
     with pytest.raises(ValueError, match=r"delete_adapter: expected different names out of \['b'"):
-        lora_ext.delete_adapter(model, "a")
-    lora_ext.delete_adapter(model, "b")
+        lora_ext.models.delete_adapter(model, "a")
+    lora_ext.models.delete_adapter(model, "b")
     assert torch.equal(model(ids), make_zoo()(ids))
 
 
@@ -71,12 +73,12 @@ def test_disabling_in_two_threads_that_overlap():
     base, entered, left = make_zoo()(ids), threading.Event(), threading.Event()
 
     def other():
-        with lora_ext.disable_adapters(model):
+        with lora_ext.models.disable_adapters(model):
             entered.set()
             left.wait(10)
 
     thread = threading.Thread(target=other)
-    with lora_ext.disable_adapters(model):
+    with lora_ext.models.disable_adapters(model):
         thread.start()
         assert entered.wait(10)
     assert torch.equal(model(ids), base)
@@ -88,8 +90,8 @@ def test_disabling_in_two_threads_that_overlap():
 def test_disabling_survives_an_error_and_nests():
     model, ids = model_with("a"), make_ids()
     y = model(ids)
-    with pytest.raises(ZeroDivisionError), lora_ext.disable_adapters(model):
-        with lora_ext.disable_adapters(model):
+    with pytest.raises(ZeroDivisionError), lora_ext.models.disable_adapters(model):
+        with lora_ext.models.disable_adapters(model):
             pass
         assert torch.equal(model(ids), make_zoo()(ids))
         raise ZeroDivisionError
@@ -100,11 +102,11 @@ def test_disabling_survives_an_error_and_nests():
 def test_mark_only_lora_as_trainable(bias):
     model = model_with("a", "b")
     apply_lora(model, LoRAConfig("conv", 2, init="pissa", modules_to_save="head.1"), "bias")
-    lora_ext.set_adapter(model, ["a", "bias"])
-    lora_ext.merge(model, "a")
+    lora_ext.models.set_adapter(model, ["a", "bias"])
+    lora_ext.models.merge(model, "a")
     merged = [layer.merged_adapters for _, layer in lora_layers(model)]
     model.requires_grad_(True)
-    lora_ext.mark_only_lora_as_trainable(model, bias)
+    lora_ext.models.mark_only_lora_as_trainable(model, bias)
     assert [layer.merged_adapters for _, layer in lora_layers(model)] == merged
     lora = {n for n in dict(model.named_parameters()) if n.endswith((".a", "conv.lora_a.bias"))}
     lora |= {"conv.lora_b.bias", "head.1.weight", "head.1.bias"}
@@ -116,7 +118,7 @@ def test_mark_only_lora_as_trainable(bias):
 @pytest.mark.parametrize("function", ["mark_only_lora_as_trainable", "lora_state_dict"])
 def test_bias_has_three_values(function):
     with pytest.raises(ValueError, match=f"{function}: expected bias in .* but got 'some'"):
-        getattr(lora_ext, function)(model_with("a"), bias="some")
+        getattr(lora_ext.models, function)(model_with("a"), bias="some")
 
 
 # ---- storing ----
@@ -127,7 +129,7 @@ def test_bias_has_three_values(function):
 def test_lora_state_dict(bias, adapter):
     model = model_with("a")
     apply_lora(model, LoRAConfig("conv", 2, init="pissa", modules_to_save="norm"), "bias")
-    state = lora_ext.lora_state_dict(model, bias, adapter)
+    state = lora_ext.models.lora_state_dict(model, bias, adapter)
     keys = {key for key in model.state_dict() if ".lora_" in key}
     if adapter:
         keys = {key for key in keys if key.endswith(f".{adapter}")}
@@ -145,22 +147,22 @@ def test_a_lora_state_dict_restores_what_was_trained():
     model, other, ids = model_with("a"), model_with("a"), make_ids()
     for each in (model, other):
         apply_lora(each, LoRAConfig("conv", 2, init="olora", modules_to_save="norm"), "b")
-        lora_ext.set_adapter(each, ["a", "b"])
+        lora_ext.models.set_adapter(each, ["a", "b"])
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter)
     assert not torch.allclose(other(ids), model(ids))
-    result = other.load_state_dict(lora_ext.lora_state_dict(model), strict=False)
+    result = other.load_state_dict(lora_ext.models.lora_state_dict(model), strict=False)
     assert not result.unexpected_keys
     assert torch.equal(other(ids), model(ids))
     with pytest.raises(ValueError, match="lora_state_dict: expected different names"):
-        lora_ext.lora_state_dict(model, adapter="z")
+        lora_ext.models.lora_state_dict(model, adapter="z")
 
 
 def test_state_of_a_layer_that_is_the_model():
     layer = make_layer("linear")
-    assert set(lora_ext.lora_state_dict(layer)) == {"lora_a.default", "lora_b.default"}
-    lora_ext.mark_only_lora_as_trainable(layer, "all")
+    assert set(lora_ext.models.lora_state_dict(layer)) == {"lora_a.default", "lora_b.default"}
+    lora_ext.models.mark_only_lora_as_trainable(layer, "all")
     assert trained(layer) == {"bias", "lora_a.default", "lora_b.default"}
 
 
@@ -169,7 +171,7 @@ def test_state_of_a_layer_that_is_the_model():
 
 def test_trainable_parameters():
     model = model_with("a", "b")
-    report = lora_ext.trainable_parameters(model)
+    report = lora_ext.models.trainable_parameters(model)
     size = 3 * 2 * (16 + 16) + 2 * (16 + 24) + 2 * (20 + 16)
     assert report.adapters == {"a": size, "b": size}
     assert report.adapter_bytes == {"a": 8 * size, "b": 8 * size}
@@ -178,14 +180,14 @@ def test_trainable_parameters():
     assert report.percent == pytest.approx(100 * size / report.total)
     assert str(report).startswith(f"trainable: {size:,} of {report.total:,} parameters (")
     assert "adapter 'b':" in str(report)
-    empty = lora_ext.trainable_parameters(nn.Module())
+    empty = lora_ext.models.trainable_parameters(nn.Module())
     assert (empty.percent, str(empty).endswith("no adapters")) == (0.0, True)
 
 
 def test_trainable_parameters_counts_shared_layers_once():
     shared = nn.Linear(4, 4)
     model = apply_lora(nn.ModuleList([shared, nn.Sequential(shared)]), LoRAConfig("0", 2))
-    report = lora_ext.trainable_parameters(model)
+    report = lora_ext.models.trainable_parameters(model)
     assert report.adapters == {"default": 16}
     assert report.trainable == 16
     assert report.total == 36
@@ -196,8 +198,10 @@ def test_lora_plus_groups():
     config = LoRAConfig(["q_proj", "c_attn"], 2, lora_bias=True, bias="all", modules_to_save="norm")
     apply_lora(model, config, "a")
     apply_lora(model, LoRAConfig("emb", 2), "b")
-    lora_ext.set_adapter(model, ["a", "b"])
-    groups = lora_ext.lora_plus_groups(model, 1e-3, ratio=8.0, weight_decay=0.1, embedding_lr=2e-6)
+    lora_ext.models.set_adapter(model, ["a", "b"])
+    groups = lora_ext.models.lora_plus_groups(
+        model, 1e-3, ratio=8.0, weight_decay=0.1, embedding_lr=2e-6
+    )
     rates = {}
     for group in groups:
         assert group["params"]
@@ -213,13 +217,13 @@ def test_lora_plus_groups():
                 assert rates[parameter] == (2e-6 if path == "emb" else expected)
     assert rates[model.norm.weight] == rates[model.conv.bias] == 1e-3
     torch.optim.AdamW(groups)
-    lora_ext.set_adapter(model, "b")
-    names = [group["name"] for group in lora_ext.lora_plus_groups(model, 1e-3)]
+    lora_ext.models.set_adapter(model, "b")
+    names = [group["name"] for group in lora_ext.models.lora_plus_groups(model, 1e-3)]
     assert names == ["embedding", "other"]
     with pytest.raises(ValueError, match="of 0 or more, but got"):
-        lora_ext.lora_plus_groups(model, -1.0)
+        lora_ext.models.lora_plus_groups(model, -1.0)
     with pytest.raises(ValueError, match="trainable parameters, but all are frozen"):
-        lora_ext.lora_plus_groups(model.requires_grad_(False), 1e-3)
+        lora_ext.models.lora_plus_groups(model.requires_grad_(False), 1e-3)
 
 
 # ---- explaining ----
@@ -258,7 +262,7 @@ def test_explain_names_every_path():
     model = nn.ModuleDict({f"l{i}": nn.Linear(32, 32) for i in range(7)})
     apply_lora(model, LoRAConfig("l*"), "a")
     apply_lora(model, LoRAConfig("l3", dropout=0.5), "b")
-    lora_ext.set_adapter(model, ["a", "b"])
+    lora_ext.models.set_adapter(model, ["a", "b"])
     model.l1.pack_weight()
     model.l2.merge()
     model.l4.set_adapter([])

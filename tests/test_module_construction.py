@@ -9,7 +9,8 @@ from helpers import BF16, F32, F64
 from layer_helpers import KINDS, make_base, make_input, make_layer
 from torch import nn
 
-from lora_ext import AdapterSpec, LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMergedLinear
+from lora_ext import LoRALinear
+from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding, LoRAMergedLinear
 
 SPEC = AdapterSpec(4, 6.0)
 
@@ -71,7 +72,7 @@ def test_the_constructor_draws_as_nn_linear_does():
     ids=str,
 )
 def test_bad_words_are_refused_before_anything_is_allocated(words):
-    with pytest.raises(ValueError, match=r"lora_ext\.AdapterSpec: expected .* but got"):
+    with pytest.raises(ValueError, match=r"lora_ext\.nn\.AdapterSpec: expected .* but got"):
         LoRALinear(2**30, 2**30, **words)
     linear = nn.Linear(6, 5)
     with pytest.raises(ValueError, match="but got"):
@@ -191,7 +192,7 @@ def test_settings_that_the_layers_have_not():
     with pytest.raises(ValueError, match="max_norm"):
         LoRAEmbedding.around(nn.Embedding(4, 4, max_norm=1.0))
     for conv in (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 1, padding=1)):
-        with pytest.raises(ValueError, match=r"lora_ext\.LoRAConv2d: expected a"):
+        with pytest.raises(ValueError, match=r"lora_ext\.nn\.LoRAConv2d: expected a"):
             LoRAConv2d.around(conv)
     with pytest.raises(ValueError, match="1x1"):
         LoRAConv2d(4, 4, 3)

@@ -25,10 +25,8 @@ from layer_helpers import (
 )
 from torch import nn
 
-from lora_ext import (
-    AdapterSpec,
-    LoRALinear,
-)
+from lora_ext import LoRALinear
+from lora_ext.nn import AdapterSpec
 
 SPEC = AdapterSpec(4, 6.0)
 

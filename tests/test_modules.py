@@ -20,7 +20,8 @@ from layer_helpers import (
 )
 from torch import nn
 
-from lora_ext import AdapterSpec, LoRAConv2d, LoRAEmbedding, LoRALinear
+from lora_ext import LoRALinear
+from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding
 
 SPECS = {"a": AdapterSpec(4, 6.0), "b": AdapterSpec(3, 2.0, use_rslora=True)}
 

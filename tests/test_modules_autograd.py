@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from step_helpers import OUT, assert_same, make, run
 
-from lora_ext import AdapterSpec
+from lora_ext.nn import AdapterSpec
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
 

@@ -135,8 +135,8 @@ def test_checkpoint_wrapper_is_not_in_the_names(tmp_path):
     x = torch.randn(ROWS)
     assert torch.equal(run(wrapped, wrapped, x)["y"], run(plain, plain, x)["y"])
     for states in (
-        [lora_ext.lora_state_dict(model, bias="lora_only") for model in (plain, wrapped)],
-        [lora_ext.loralib_state_dict(model) for model in (plain, wrapped)],
+        [lora_ext.models.lora_state_dict(model, bias="lora_only") for model in (plain, wrapped)],
+        [lora_ext.loralib.loralib_state_dict(model) for model in (plain, wrapped)],
     ):
         assert len(states[0]) >= 8
         assert_same(*states)

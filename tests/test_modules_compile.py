@@ -72,7 +72,7 @@ def test_compiled_training_is_eager_training(counter):
     ids = torch.randint(11, (10, 3, 7))
     for model, step in zip(models, steps, strict=True):
         torch.manual_seed(3)
-        optimizer = torch.optim.AdamW(lora_ext.lora_plus_groups(model, 0.01))
+        optimizer = torch.optim.AdamW(lora_ext.models.lora_plus_groups(model, 0.01))
         for batch in ids:
             step(batch).square().mean().backward()
             optimizer.step()
@@ -113,7 +113,9 @@ def test_adapters_disabled_inside_one_graph(counter, whole_model):
     model = nn.Sequential(linear(0.4), nn.Linear(OUT, 4))
 
     def step(x):
-        disabling = lora_ext.disable_adapters(model) if whole_model else model[0].disable_adapters()
+        disabling = (
+            lora_ext.models.disable_adapters(model) if whole_model else model[0].disable_adapters()
+        )
         with disabling:
             reference = model(x)
         return model(x) - reference

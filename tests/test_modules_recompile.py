@@ -22,7 +22,8 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 import lora_ext
-from lora_ext import AdapterSpec, LoRAConfig, LoRALinear, apply_lora
+from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext.nn import AdapterSpec
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
 
@@ -152,7 +153,7 @@ def test_equal_blocks_share_a_graph(counter):
     assert counter.frame_count == 1
     for one in (model, eager):
         apply_lora(one, LoRAConfig("all-linear", r=4), "second")
-        lora_ext.set_adapter(one, "second")
+        lora_ext.models.set_adapter(one, "second")
         torch.manual_seed(1)
         randomized(one)
     assert_same(run(model, model, x), run(eager, eager, x))

@@ -13,7 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora, lora_layers
+from lora_ext import LoRAConfig, apply_lora
+from lora_ext.models import lora_layers
 
 HEIGHT = 40
 MAKERS = {
@@ -55,7 +56,7 @@ def ours_of(model, adapters, adapter_dtype=None):
     for name, words in adapters.items():
         words = {own.get(key, key): value for key, value in words.items()}
         apply_lora(model, LoRAConfig(**words, adapter_dtype=adapter_dtype), name)
-    lora_ext.set_adapter(model, list(adapters))
+    lora_ext.models.set_adapter(model, list(adapters))
     return randomize(model)
 
 
@@ -100,7 +101,7 @@ def grads_of(model):
             path = path.removeprefix("base_model.model.")
             for name in layer.scaling:
                 found |= {(path, t, name): p.grad for t, p in peft_tensors(layer, name).items()}
-        elif isinstance(layer, lora_ext.modules.LoRALayer):
+        elif isinstance(layer, lora_ext.nn.LoRALayer):
             for table in ("lora_a", "lora_b", "lora_bias"):
                 entries = getattr(layer, table).items()
                 found |= {(path, table, name): p.grad for name, p in entries}
@@ -352,6 +353,6 @@ def test_pissa_and_olora_are_pefts_function(init, dtype):
 @pytest.mark.parametrize("init", [True, "pissa", "olora"])
 def test_merging_gives_pefts_weight(init):
     _, ours, peft = with_init(init, F32)
-    merged, theirs = lora_ext.merge_and_unload(ours), peft.merge_and_unload()
+    merged, theirs = lora_ext.models.merge_and_unload(ours), peft.merge_and_unload()
     assert type(merged[0]) is type(theirs[0]) is nn.Linear
     torch.testing.assert_close(merged[0].weight, theirs[0].weight, rtol=1e-5, atol=1e-5)

@@ -474,6 +474,31 @@ def test_house_rules(name, line, wrong):
 
 
 @pytest.mark.parametrize(
+    ("lower", "around"),
+    [
+        ("from . import _C", []),
+        ("from .upper import f", ["p.lower", "p.upper", "p.lower"]),
+        ("def f():\n    from . import upper", ["p.lower", "p.upper", "p.lower"]),
+        ("if TYPE_CHECKING:\n    from .upper import f", []),
+        ("from .package.inner import f", ["p.lower", "p.package.inner", "p.lower"]),
+        ("from . import package", ["p.lower", "p.package.__init__", "p.package.inner", "p.lower"]),
+    ],
+)
+def test_circles_of_imports_are_found(lower, around):
+    circle = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["circle"]
+    modules = {
+        "p.__init__": "from .upper import f",
+        "p.lower": lower,
+        "p.upper": "from .lower import f",
+        "p.package.__init__": "from .inner import f",
+        "p.package.inner": "from ..lower import f\nfrom . import other",
+        "p.package.other": "",
+    }
+    found = circle(modules)
+    assert sorted(set(found)) == sorted(set(around)) and found[:1] == found[-1:]
+
+
+@pytest.mark.parametrize(
     ("cores", "gib", "jobs"), [(16, 128, 16), (16, 4, 4), (16, 20, 10), (2, 3, 1), (1, 1, 1)]
 )
 def test_jobs_follow_memory_but_not_far_below_the_cores(monkeypatch, setup_py, cores, gib, jobs):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_ext import LoRAConfig
-from lora_ext.patterns import is_name_of, matches
+from lora_ext.models.patterns import is_name_of, matches
 
 TEXT = st.text(alphabet="ab.1-_d \n", max_size=8)
 GLOB = st.text(alphabet="ab.*?[]!-\\^", max_size=7)

@@ -26,7 +26,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
-from lora_ext import AdapterSpec, LoRAConfig, LoRALinear, apply_lora, lora_layers
+from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext.models import lora_layers
+from lora_ext.nn import AdapterSpec
 
 TARGETS = ["emb", "q_proj", "mlp", "c_attn", "conv", "head.0"]
 SPEC = AdapterSpec(4, 6.0)
@@ -36,7 +38,7 @@ def make_model(*names):
     model = make_zoo()
     for name in names:
         apply_lora(model, LoRAConfig(TARGETS, 3, 4.0), name)
-    lora_ext.set_adapter(model, names)
+    lora_ext.models.set_adapter(model, names)
     return randomize(model)
 
 
@@ -51,7 +53,7 @@ def test_axolotl_3806_dropout_keeps_the_fused_path(dropout, training):
     model = apply_lora(nn.Sequential(*layers), LoRAConfig("*", dropout=dropout)).train(training)
     assert {layer.path for layer in lora_ext.explain(model)} == {"fused"}
     apply_lora(model, LoRAConfig("*", dropout=0.3), "other")
-    lora_ext.set_adapter(model, ["default", "other"])
+    lora_ext.models.set_adapter(model, ["default", "other"])
     for layer in lora_ext.explain(model):
         assert layer.path == ("library" if training else "fused")
         assert ("differ in dropout" in layer.reason) == training
@@ -65,13 +67,13 @@ def test_peft_1355_merging_twice():
     model, ids = make_model("a", "b"), make_ids()
     y = model(ids)
     for _ in range(3):
-        lora_ext.merge(model)
+        lora_ext.models.merge(model)
         assert torch.allclose(model(ids), y, rtol=1e-10)
     merged = model(ids)
-    lora_ext.merge(model)
+    lora_ext.models.merge(model)
     assert torch.equal(model(ids), merged)
     for _ in range(3):
-        lora_ext.unmerge(model)
+        lora_ext.models.unmerge(model)
         assert torch.equal(model(ids), y)
 
 
@@ -100,12 +102,12 @@ def test_peft_3608_3763_several_adapters_merged_or_not():
     """Merged adapters differed from unmerged ones, and merging a subset dropped the others."""
     model, ids = make_model("a", "b", "c"), make_ids()
     for active in ("a", ["a", "b"], ["c", "a", "b"]):
-        lora_ext.set_adapter(model, active)
+        lora_ext.models.set_adapter(model, active)
         y = model(ids)
         for subset in (active, active[-1], active[:1]):
-            lora_ext.merge(model, subset)
+            lora_ext.models.merge(model, subset)
             assert torch.allclose(model(ids), y, rtol=1e-10, atol=1e-12)
-        lora_ext.unmerge(model)
+        lora_ext.models.unmerge(model)
         assert torch.equal(model(ids), y)
 
 
@@ -143,7 +145,7 @@ def test_lora_34_61_eval_and_train_through_a_parent():
     parent, ids = Parent(), make_ids()
     y = parent.eval().inner(ids)
     assert {layer.path for layer in lora_ext.explain(parent)} == {"library"}
-    lora_ext.merge(parent)
+    lora_ext.models.merge(parent)
     parent.eval()
     assert {layer.path for layer in lora_ext.explain(parent)} == {"merged"}
     assert torch.allclose(parent.inner(ids), y, rtol=1e-10)
@@ -165,10 +167,10 @@ def test_peft_2018_merging_beside_a_tied_weight(targets):
     wanted |= {
         name: layer.weight.double() + delta(layer, "default") for name, layer in lora_layers(model)
     }
-    lora_ext.merge(model)
+    lora_ext.models.merge(model)
     assert model.emb.weight is model.head.weight
     assert torch.equal(bits(model.emb.weight), before)
-    lora_ext.merge_and_unload(model)
+    lora_ext.models.merge_and_unload(model)
     for name, module in model.items():
         assert torch.allclose(module.weight.double(), wanted[name], atol=1e-6)
 

@@ -104,13 +104,13 @@ def test_same_bits_with_a_wide_lora_bias(dtype):
 @pytest.mark.parametrize("adapters", ["one", "dora"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_dropout_against_float64_with_the_same_mask(kind, adapters, dtype):
-    """y and dx with p = 0.3; the formulas are PEFT's, the mask is `lora_ext.dropout_mask`'s."""
+    """y and dx with p = 0.3; the formulas are PEFT's, the mask is `dropout_mask`'s."""
     model = accelerated(layer_model(kind, adapters, dtype, lora_dropout=0.3))
     layer, x = model.base_model.model[0], make_x(kind, dtype, 200)
     assert set(paths(model).values()) == {"added" if adapters == "dora" else "fused"}
     found = step(model, x)
     torch.manual_seed(7)
-    mask = lora_ext.dropout_mask(draw_seed(x.device), *x.shape, 0.3)
+    mask = lora_ext.functional.dropout_mask(draw_seed(x.device), *x.shape, 0.3)
     wide = x.double().requires_grad_()
     y = dropped_reference(layer, wide, mask * keep_scale_of(0.3))
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=F64)

@@ -10,15 +10,15 @@ from peft_helpers import layer_model, make_ids, make_x, net
 import lora_ext
 
 VERBS = {
-    "set_adapter": lambda m: lora_ext.set_adapter(m, "a"),
-    "delete_adapter": lambda m: lora_ext.delete_adapter(m, "a"),
-    "merge": lora_ext.merge,
-    "unmerge": lora_ext.unmerge,
-    "disable_adapters": lambda m: lora_ext.disable_adapters(m).__enter__(),
-    "merge_and_unload": lora_ext.merge_and_unload,
-    "unload": lora_ext.unload,
-    "lora_state_dict": lora_ext.lora_state_dict,
-    "mark_only_lora_as_trainable": lora_ext.mark_only_lora_as_trainable,
+    "set_adapter": lambda m: lora_ext.models.set_adapter(m, "a"),
+    "delete_adapter": lambda m: lora_ext.models.delete_adapter(m, "a"),
+    "merge": lora_ext.models.merge,
+    "unmerge": lora_ext.models.unmerge,
+    "disable_adapters": lambda m: lora_ext.models.disable_adapters(m).__enter__(),
+    "merge_and_unload": lora_ext.models.merge_and_unload,
+    "unload": lora_ext.models.unload,
+    "lora_state_dict": lora_ext.models.lora_state_dict,
+    "mark_only_lora_as_trainable": lora_ext.models.mark_only_lora_as_trainable,
     "save_adapter": lambda m: lora_ext.save_adapter(m, "/nowhere"),
     "load_adapter": lambda m: lora_ext.load_adapter(m, "/nowhere"),
     "apply_lora": lambda m: lora_ext.apply_lora(m, lora_ext.LoRAConfig("up")),
@@ -32,7 +32,9 @@ def test_a_verb_names_the_method_of_peft(verb, is_accelerated):
     if is_accelerated:
         lora_ext.accelerate(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=rf"lora_ext.{verb}: expected .* PEFT's own methods.*: "):
+    with pytest.raises(
+        ValueError, match=rf"lora_ext\.(models\.)?{verb}: expected .* PEFT's own methods.*: "
+    ):
         VERBS[verb](model)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 import lora_ext
 from lora_ext import _C
-from lora_ext.kernel_checks import check_kernels
+from lora_ext.kernels.kernel_checks import check_kernels
 
 sizes = st.integers(1, 20000)
 
 
 def plans(*shape, **options):
-    found = lora_ext.plan(*shape, **options)
+    found = lora_ext.kernels.plan(*shape, **options)
     return found.forward, found.backward
 
 
@@ -23,7 +23,7 @@ def plans(*shape, **options):
     in_features=sizes,
     out_features=sizes,
     rank=st.integers(1, 512),
-    card=st.sampled_from(sorted(lora_ext.CARDS)),
+    card=st.sampled_from(sorted(lora_ext.kernels.CARDS)),
     adapters=st.sampled_from([torch.bfloat16, torch.float32]),
     dropout=st.booleans(),
     aligned=st.booleans(),
@@ -34,7 +34,7 @@ def test_every_plan_can_be_launched(
     shape = (rows, in_features, out_features, rank)
     options = {"adapter_dtype": adapters, "dropout": dropout, "aligned": aligned, "card": card}
     forward, backward = plans(*shape, route="kernel", **options)
-    sms = lora_ext.CARDS[card].sms
+    sms = lora_ext.kernels.CARDS[card].sms
     for plan, steps in ((forward, in_features), (backward, out_features)):
         assert plan.kernel
         assert 1 <= plan.blocks <= 3 * sms
@@ -47,7 +47,7 @@ def test_every_plan_can_be_launched(
     without_shrink = backward.one_pass or backward.in_grid
     assert (backward.shrink_splits == 0) == without_shrink
     assert backward.one_pass == (backward.panels > 0)
-    if lora_ext.CARDS[card].shared_per_block < 106 * 1024 or not aligned:
+    if lora_ext.kernels.CARDS[card].shared_per_block < 106 * 1024 or not aligned:
         assert forward.tile == backward.tile == "128 x 64"
     for plan in (forward, backward):
         assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
@@ -114,7 +114,7 @@ def test_a_transposed_weight_is_no_obstacle_to_the_hybrid_route():
     problem = _C.Problem(64, 64, 64, 8)
     problem.weight_row_major = problem.aligned_weight = False
     problem.float_adapters = True
-    card = lora_ext.CARDS["A100"]
+    card = lora_ext.kernels.CARDS["A100"]
     for planned in (_C.plan_forward(card, problem), _C.plan_backward(card, problem)):
         assert planned.hybrid and "element-wise" not in str(planned)
 
@@ -208,11 +208,11 @@ def test_workspace_is_small_beside_the_activations():
 
 def test_bad_arguments_are_explained():
     with pytest.raises(ValueError, match=r"expected one of A100, .*, but got 'V100'"):
-        lora_ext.plan(1, 1, 1, 1, card="V100")
+        lora_ext.kernels.plan(1, 1, 1, 1, card="V100")
     with pytest.raises(ValueError, match="sizes of at least 1"):
-        lora_ext.plan(0, 1, 1, 1)
+        lora_ext.kernels.plan(0, 1, 1, 1)
     with pytest.raises(ValueError, match="expected one of auto, hybrid, kernel, library"):
-        lora_ext.plan(1, 1, 1, 1, route="fast")
+        lora_ext.kernels.plan(1, 1, 1, 1, route="fast")
 
 
 def test_explain_of_tensors_on_the_cpu_says_what_runs():
@@ -225,7 +225,7 @@ def test_explain_of_tensors_on_the_cpu_says_what_runs():
 @pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
 def test_without_kernels_there_is_no_route_to_choose():
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        lora_ext.set_cuda_route("kernel")
+        lora_ext.kernels.set_cuda_route("kernel")
 
 
 @pytest.mark.gpu

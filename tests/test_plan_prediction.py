@@ -16,7 +16,7 @@ sizes = st.integers(1, 20000)
 shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
 options = st.fixed_dictionaries(
     {
-        "card": st.sampled_from(sorted(lora_ext.CARDS)),
+        "card": st.sampled_from(sorted(lora_ext.kernels.CARDS)),
         "adapter_dtype": st.sampled_from([torch.bfloat16, torch.float32]),
         "dropout": st.booleans(),
         "aligned": st.booleans(),
@@ -25,7 +25,7 @@ options = st.fixed_dictionaries(
 
 
 def plans(*shape, **named):
-    found = lora_ext.plan(*shape, **named)
+    found = lora_ext.kernels.plan(*shape, **named)
     return found.forward, found.backward
 
 
@@ -38,7 +38,7 @@ def problem_of(shape, card, adapter_dtype, dropout, aligned):
     problem = _C.Problem(rows, out_features, in_features, rank)
     problem.float_adapters, problem.dropout = adapter_dtype == torch.float32, dropout
     problem.aligned = problem.aligned_weight = problem.aligned_a = problem.aligned_b = aligned
-    return lora_ext.CARDS[card], problem
+    return lora_ext.kernels.CARDS[card], problem
 
 
 @settings(deadline=None, max_examples=200)
@@ -82,7 +82,7 @@ def test_few_rows_leave_the_base_product_to_the_library(rows, named):
         assert route_of(plan) != "kernel" and "fewer than 64 rows" in plan.reason
 
 
-@pytest.mark.parametrize("card", sorted(set(lora_ext.CARDS) - {"H100"}))
+@pytest.mark.parametrize("card", sorted(set(lora_ext.kernels.CARDS) - {"H100"}))
 @pytest.mark.parametrize("rows", [64, 512, 2048, 8192, 32768])
 @pytest.mark.parametrize(("k", "n"), [(1024, 1024), (4096, 4096), (4096, 14336), (8192, 8192)])
 @pytest.mark.parametrize("dropout", [False, True])
@@ -103,18 +103,18 @@ def test_hopper_takes_ours_where_launches_and_passes_weigh_most():
 
 
 def test_float32_adapters_are_not_left_to_the_library():
-    for card in lora_ext.CARDS:
+    for card in lora_ext.kernels.CARDS:
         for plan in plans(4096, 4096, 4096, 16, card=card, adapter_dtype=torch.float32):
             assert plan.predicted_us["hybrid"] < plan.predicted_us["library"]
 
 
 def test_a_card_has_what_its_generation_has_for_each_sm():
-    h100, half = lora_ext.CARDS["H100"], _C.Card(90, 66, 233472, 232448)
+    h100, half = lora_ext.kernels.CARDS["H100"], _C.Card(90, 66, 233472, 232448)
     whole, part = _C.sustained_by(h100), _C.sustained_by(half)
     assert part.tflops == pytest.approx(whole.tflops / 2)
     assert part.dram_gb_s == pytest.approx(whole.dram_gb_s / 2) and part.gap_us == whole.gap_us
     between = _C.sustained_by(_C.Card(87, 72, 167936, 166912))  # as 8.6, the last before it
-    assert between.tflops == pytest.approx(_C.sustained_by(lora_ext.CARDS["A10"]).tflops)
+    assert between.tflops == pytest.approx(_C.sustained_by(lora_ext.kernels.CARDS["A10"]).tflops)
 
 
 def test_an_epilogue_weighs_more_in_a_shallow_product():

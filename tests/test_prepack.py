@@ -25,7 +25,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
-from lora_ext import PackedWeight, lora_linear, prepack
+from lora_ext import lora_linear, prepack
+from lora_ext.functional import PackedWeight
 
 PACKED_PAIRS = [(F32, F32), (BF16, F32), (BF16, BF16)]
 

@@ -194,7 +194,7 @@ def test_a_file_of_winners_is_made_then_pinned_and_read(card, tmp_path):
     # another rank
     winners.load_winners(None)
     assert "measured" not in planned(64).reason
-    lora_ext.load_winners(path)
+    lora_ext.winners.load_winners(path)
     assert planned(64).tile == "128 x 128"
     other = lora_ext.warmup([LAYER], rows=512, progress=False)
     assert not card.timed and other.note.startswith(f"nothing is timed while {path} is pinned")
@@ -218,7 +218,7 @@ def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path
         winners.write_table(replace(winners.read_table(path), **{spoil: "another"}), path)
     card.timed.clear()
     for call in (
-        lambda: lora_ext.load_winners(path),
+        lambda: lora_ext.winners.load_winners(path),
         lambda: lora_ext.warmup([LAYER], rows=64, winners=path, progress=False),
     ):
         with pytest.raises(TableError, match=f"{path}: expected"):
@@ -228,14 +228,14 @@ def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path
 
 def test_a_file_that_is_not_there_cannot_be_pinned(card, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        lora_ext.load_winners(tmp_path / "none.json")
+        lora_ext.winners.load_winners(tmp_path / "none.json")
 
 
 @pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
 def test_without_kernels_no_file_can_be_pinned(tmp_path):
     with pytest.raises(RuntimeError, match="no CUDA kernels to choose from"):
-        lora_ext.load_winners(tmp_path / "none.json")
-    lora_ext.load_winners(None)
+        lora_ext.winners.load_winners(tmp_path / "none.json")
+    lora_ext.winners.load_winners(None)
 
 
 def test_winners_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatch, tmp_path):
@@ -281,12 +281,12 @@ def test_a_device_without_an_index_is_the_current_one(card, monkeypatch, tmp_pat
     monkeypatch.setattr(_C, "cuda_card", lambda device: asked.append(device) or H100)
     for device in ("cuda", torch.device("cuda"), None):
         path = lora_ext.warmup([LAYER], rows=64, device=device, progress=False).path
-        lora_ext.load_winners(path, device)
+        lora_ext.winners.load_winners(path, device)
         winners.load_winners(None)
         tables.table_path(tmp_path, None if device is None else torch.device(device))
-    lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda"))
+    lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda"))
     assert set(asked) == {torch.device("cuda", 3)} and len(asked) == 10
-    lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda", 1))
+    lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda", 1))
     assert asked[-1] == torch.device("cuda", 1)
 
 
@@ -346,9 +346,13 @@ def test_the_library_stays_unless_another_clearly_wins(kernel, winner):
 )
 def test_candidates_are_what_the_card_can_do(card, forward, masked):
     shape = Shape(2048, 4096, 1024, 16, dropout=True)
-    found = [c.name for c in trial.candidates_for(lora_ext.CARDS[card], shape, backward=False)]
+    found = [
+        c.name for c in trial.candidates_for(lora_ext.kernels.CARDS[card], shape, backward=False)
+    ]
     assert found[:2] == ["library", "hybrid"] and len(found) == 2 + forward
-    found = [c.name for c in trial.candidates_for(lora_ext.CARDS[card], shape, backward=True)]
+    found = [
+        c.name for c in trial.candidates_for(lora_ext.kernels.CARDS[card], shape, backward=True)
+    ]
     assert "kernel 128 x 256" not in found and len(found) == 2 + masked
 
 
@@ -416,4 +420,4 @@ def test_a_warm_shape_is_not_slower_than_the_library_by_its_own_table(cuda, tmp_
         a, b = w[:16], w[:, :16].contiguous()
         assert "fastest as measured" in str(lora_ext.explain(x, w, a, b, 0.05))
     finally:
-        lora_ext.load_winners(None)
+        lora_ext.winners.load_winners(None)

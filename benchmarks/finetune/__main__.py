@@ -139,7 +139,7 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
     base = load_classifier(len(dataset.areas))
     variants = make_variants(base, list(LABELS))
     document["settings"] = describe_settings(variants["ours"], base.encoder, batches)
-    say(str(lora_ext.trainable_parameters(variants["ours"].model)))
+    say(str(lora_ext.models.trainable_parameters(variants["ours"].model)))
     say(f"MiniLM loaded; {len(batches)} steps of {ROWS} sentences, {len(variants)} models in turns")
 
     curves = train(variants, batches, say)

@@ -50,7 +50,7 @@ def round_trip(
     lora_ext.load_adapter(model, folder)
     found = {"texts": len(expected), "unadapted": _compared(unadapted, expected)}
     found["reloaded"] = _compared(predict(model, batches), expected)
-    lora_ext.merge(model)
+    lora_ext.models.merge(model)
     found["merged"] = _compared(predict(model, batches), expected)
     found["peft"] = _compared(_in_peft(classes, batches, folder), expected)
     found["files"] = folder_bytes(folder)

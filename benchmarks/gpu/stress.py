@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for route, sizes in cases:
         print(f"{route or 'cpu'} {sizes} ...", flush=True)
         if route:
-            lora_ext.set_cuda_route(route)
+            lora_ext.kernels.set_cuda_route(route)
         make = partial(chosen_of, partial(step_of, sizes=sizes), OURS[route] or range(4))
         found = (
             replays(device, _REPLAYS[device], make),

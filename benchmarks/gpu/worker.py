@@ -72,7 +72,7 @@ def _kernels(fields: Fields, device: str) -> Fields:
 
 def _check(fields: Fields, device: str) -> Fields:
     """Why one kernel failed its check; here, since this process is made to be lost."""
-    from lora_ext.kernel_checks import check_kernels
+    from lora_ext.kernels.kernel_checks import check_kernels
 
     chosen = [each for each in _all_kernels() if each.name == fields["name"]]
     return {"failed": check_kernels(kernels=chosen, isolated=False).get(fields["name"], "")}

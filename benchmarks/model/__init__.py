@@ -7,9 +7,9 @@ A call is a sequence of launches. A launch takes the longest of
 
 and a gap before the next. That is all: no L2, no clocks that fall, no host that is late (a graph
 replay). The rates, this package's launches and the library's products are the planner's own
-(csrc/plan/plan_prediction.h); the launches of others are in `others`. `calibrated` puts two measured
-ceilings of a card in place of the planner's. Half precision; times in microseconds, sizes as in
-`lora_ext.plan`.
+(csrc/plan/plan_prediction.h); the launches of others are in `others`. `calibrated` puts two
+measured ceilings of a card in place of the planner's. Half precision; times in microseconds,
+sizes as in `lora_ext.kernels.plan`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ class Machine:
     """Sustained figures of a card.
 
     Attributes:
-        card: its name in ``lora_ext.CARDS``.
+        card: its name in ``lora_ext.kernels.CARDS``.
         tflops: of the library's dense half product at 4096 x 4096 x 4096.
         dram_gb_s: of a copy, read and written bytes together.
         gap_us: from the end of a kernel to the start of the next, in a graph.
@@ -29,16 +29,16 @@ class Machine:
     @property
     def planned(self) -> _C.Card:
         """As the planner takes it."""
-        return lora_ext.CARDS[self.card]
+        return lora_ext.kernels.CARDS[self.card]
 
 
 def _planned(name: str) -> Machine:
-    rates = _C.sustained_by(lora_ext.CARDS[name])
+    rates = _C.sustained_by(lora_ext.kernels.CARDS[name])
     return Machine(name, rates.tflops, rates.dram_gb_s, rates.gap_us)
 
 
 # By the planner's own rates.
-MACHINES = {name: _planned(name) for name in lora_ext.CARDS}
+MACHINES = {name: _planned(name) for name in lora_ext.kernels.CARDS}
 
 
 def machine_named(name: str) -> Machine | None:

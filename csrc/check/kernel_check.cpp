@@ -96,7 +96,7 @@ void wait_for(const at::Device& device, const Kernels& kernels) {
       false, "the kernels \"", kernels.name(), "\", checked before their first use on ", device,
       ", ", what.str(),
       ". This process can use the device no more: restart it, and call "
-      "lora_ext.set_cuda_route(\"library\") first, or lora_ext.warmup(), which checks in "
+      "lora_ext.kernels.set_cuda_route(\"library\") first, or lora_ext.warmup(), which checks in "
       "a process of its own.");
 }
 

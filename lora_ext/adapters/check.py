@@ -1,4 +1,4 @@
-"""The tensors of a file against a plan, from the header alone: nothing is read or allocated."""
+"""A file's tensors against a placement, from the header alone: nothing is read or allocated."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping
 
 from .errors import AdapterError, shown, some
 from .layout import PREFIX, features
-from .plan import Plan
+from .placement import Placement
 from .tensors import Entry
 
 
-def check_keys(plan: Plan, header: Mapping[str, Entry]) -> None:
+def check_keys(placement: Placement, header: Mapping[str, Entry]) -> None:
     """Every tensor has a place, and every place its tensor.
 
     Raises:
         AdapterError: one is missing or one too many.
     """
-    needed = {slot.key for target in plan.targets for slot in target.slots}
-    needed |= {key for key, entry in plan.stored.items() if entry.written}
+    needed = {slot.key for target in placement.targets for slot in target.slots}
+    needed |= {key for key, entry in placement.stored.items() if entry.written}
     missing = needed - set(header)
-    unknown = {key for key in header if key not in needed and not plan.may_hold(key)}
+    unknown = {key for key in header if key not in needed and not placement.may_hold(key)}
     if (unknown and not missing) or any("lora_magnitude_vector" in key for key in unknown):
-        raise AdapterError(f"expected no other tensors, but got {_why_unknown(plan, unknown)}")
+        raise AdapterError(f"expected no other tensors, but got {_why_unknown(placement, unknown)}")
     if missing:
         also = f"; there are {some(unknown, 2)} instead" if unknown else ""
         raise AdapterError(
@@ -30,24 +30,24 @@ def check_keys(plan: Plan, header: Mapping[str, Entry]) -> None:
         )
 
 
-def _why_unknown(plan: Plan, unknown: set[str]) -> str:
+def _why_unknown(placement: Placement, unknown: set[str]) -> str:
     for key in sorted(unknown):
         if "lora_magnitude_vector" in key:
             return f"{shown(key, 200)}: DoRA, which is not supported"
-        module = plan.modules.get(key.removeprefix(PREFIX).split(".lora_")[0])
+        module = placement.modules.get(key.removeprefix(PREFIX).split(".lora_")[0])
         if ".lora_" in key and module is not None:
             name = f"{type(module).__module__}.{type(module).__qualname__}"
             return f"{shown(key, 200)}, of a {name}, which has no such tensor by the config"
     return some(unknown)
 
 
-def check_entries(plan: Plan, header: Mapping[str, Entry]) -> None:
+def check_entries(placement: Placement, header: Mapping[str, Entry]) -> None:
     """Shapes and dtypes.
 
     Raises:
         AdapterError: a rank is not the config's, a size not the model's, or a dtype cannot be used.
     """
-    for target in plan.targets:
+    for target in placement.targets:
         for slot in target.slots:
             entry = header[slot.key]
             _check_floating(entry)
@@ -58,8 +58,8 @@ def check_entries(plan: Plan, header: Mapping[str, Entry]) -> None:
                     f"{target.spec.r} by the config, {in_features} in and {out_features} out "
                     f"features), but got {list(entry.shape)}"
                 )
-    for key in plan.stored.keys() & header.keys():
-        entry, tensor = header[key], plan.stored[key].tensor
+    for key in placement.stored.keys() & header.keys():
+        entry, tensor = header[key], placement.stored[key].tensor
         if entry.shape != tuple(tensor.shape):
             raise AdapterError(
                 f"{shown(key, 200)}: expected shape {list(tensor.shape)} as in the model, but got "

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..config import BIASES, AdapterSpec
-from ..model import BIAS_SAVED_BY, adapter_names, lora_layers, saved_modules
-from ..modules import LoRAEmbedding, LoRALayer
+from ..models.config import BIASES
+from ..models.model import BIAS_SAVED_BY, adapter_names, lora_layers, saved_modules
+from ..nn import LoRAEmbedding, LoRALayer
+from ..nn.adapter_spec import AdapterSpec
 from .errors import AdapterError, some
 from .layout import PREFIX, bias_key, plain_spec, slots
 from .owners import bias_of, tensors_of

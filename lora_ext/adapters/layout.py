@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import AdapterSpec
-from ..modules import LoRAConv2d, LoRAEmbedding, LoRALayer
+from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer
+from ..nn.adapter_spec import AdapterSpec
 
 PREFIX = "base_model.model."
 _ENDS = (

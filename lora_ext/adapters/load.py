@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..apply import install
-from ..model import (
+from ..models.apply import install
+from ..models.model import (
     BIAS_SAVED_BY,
     SAVED_BY,
     adapter_names,
@@ -19,14 +19,14 @@ from ..model import (
     own,
     reshard,
 )
-from ..modules import LoRALayer
-from ..modules.linear import DEFAULT_ADAPTER
+from ..nn import LoRALayer
+from ..nn.linear import DEFAULT_ADAPTER
 from .check import check_entries, check_keys
 from .errors import WAY_OUT, AdapterError, shown
 from .folder import CONFIG, open_adapter
 from .owners import Owners, check_real, inner_model
 from .peft_config import AdapterConfig, parse_config
-from .plan import Plan, Stored, Target
+from .placement import Placement, Stored, Target
 from .targets import warn_of_others
 from .tensors import TensorFile, open_tensors
 
@@ -86,13 +86,13 @@ def load_adapter(
                 open_tensors(files.weights) as file,
                 _with_way_out(),
             ):
-                plan = Plan(inner, config, file.entries)
-                check_keys(plan, file.entries)
-                check_entries(plan, file.entries)
-                _read(plan, file, adapter_dtype)
-                _check_owners(plan)
-        warn_of_others(inner, config, [target.path for target in plan.targets])
-        _apply(plan, adapter, trainable, adapter_dtype)
+                placement = Placement(inner, config, file.entries)
+                check_keys(placement, file.entries)
+                check_entries(placement, file.entries)
+                _read(placement, file, adapter_dtype)
+                _check_owners(placement)
+        warn_of_others(inner, config, [target.path for target in placement.targets])
+        _apply(placement, adapter, trainable, adapter_dtype)
     except ValueError as error:
         raise AdapterError(f"lora_ext.load_adapter: {folder}: {error}") from None
     return model
@@ -109,7 +109,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         with open_adapter(folder) as files, _naming(CONFIG):
             return parse_config(files.config)
     except ValueError as error:
-        raise AdapterError(f"lora_ext.read_adapter_config: {folder}: {error}") from None
+        raise AdapterError(f"lora_ext.adapters.read_adapter_config: {folder}: {error}") from None
 
 
 @contextmanager
@@ -131,15 +131,15 @@ def _with_way_out() -> Iterator[None]:
         raise AdapterError(f"{error}{way_out}") from None
 
 
-def _read(plan: Plan, file: TensorFile, adapter_dtype: torch.dtype | None) -> None:
+def _read(placement: Placement, file: TensorFile, adapter_dtype: torch.dtype | None) -> None:
     """Reads all tensors into memory, in the dtypes in which they will be used."""
-    for target in plan.targets:
+    for target in placement.targets:
         dtype = _factor_dtype(target.layer, adapter_dtype)
         for slot in target.slots:
             value = file.read(file.entries[slot.key], dtype)
             target.values[slot.table] = value.reshape(slot.shape[:2])
-    for key in plan.stored.keys() & file.entries.keys():
-        stored = plan.stored[key]
+    for key in placement.stored.keys() & file.entries.keys():
+        stored = placement.stored[key]
         tensor = stored.tensor
         check_real(shown(key, 200), tensor)
         value = file.read(file.entries[key], tensor.dtype if tensor.is_floating_point() else None)
@@ -162,18 +162,18 @@ def _factor_dtype(layer: LoRALayer, adapter_dtype: torch.dtype | None) -> torch.
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
-def _written(plan: Plan) -> Iterator[tuple[Stored, Tensor]]:
-    for stored in plan.stored.values():
+def _written(placement: Placement) -> Iterator[tuple[Stored, Tensor]]:
+    for stored in placement.stored.values():
         if stored.value is not None:
             yield stored, stored.value
 
 
-def _check_owners(plan: Plan) -> None:
+def _check_owners(placement: Placement) -> None:
     """What is written may not change what another adapter or a tied module relies on: a module that
     PEFT copies gets a parameter of its own, and anything else is refused."""
-    owners = Owners(plan.model)
+    owners = Owners(placement.model)
     groups: dict[int, list[tuple[Stored, Tensor]]] = {}
-    for stored, value in _written(plan):
+    for stored, value in _written(placement):
         groups.setdefault(id(stored.tensor), []).append((stored, value))
     for group in groups.values():
         first, value = group[0]
@@ -194,20 +194,22 @@ def _check_owners(plan: Plan) -> None:
                 )
 
 
-def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype | None) -> None:
+def _apply(
+    placement: Placement, adapter: str, trainable: bool, adapter_dtype: torch.dtype | None
+) -> None:
     """Adds the adapter to all layers, or, on any error, to none."""
-    model = plan.model
+    model = placement.model
     is_first = not adapter_names(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = {id(target.layer): target.layer.active_adapters for target in plan.targets}
-    new = {id(t.module): t.layer for t in plan.targets if t.layer is not t.module}
+    active = {id(target.layer): target.layer.active_adapters for target in placement.targets}
+    new = {id(t.module): t.layer for t in placement.targets if t.layer is not t.module}
     undo: list[tuple[Tensor, Tensor]] = []
     untied: list[tuple[Stored, Tensor]] = []
     try:
-        for target in plan.targets:
+        for target in placement.targets:
             _add(target, adapter, adapter_dtype)
         with torch.no_grad():
-            for stored, value in _written(plan):
+            for stored, value in _written(placement):
                 if stored.untied:
                     untied.append((stored, stored.tensor))
                     _untie(stored, value)
@@ -221,21 +223,21 @@ def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype
                 tensor.copy_(value)
         for stored, tensor in untied:
             stored.holder._parameters[stored.name] = tensor  # type: ignore[assignment]
-        install(model, {id(t.layer): t.module for t in plan.targets if id(t.module) in new})
-        for target in plan.targets:
+        install(model, {id(t.layer): t.module for t in placement.targets if id(t.module) in new})
+        for target in placement.targets:
             if target.layer is target.module and adapter in target.layer.adapters:
                 target.layer.delete_adapter(adapter)
                 target.layer.active_adapters = active[id(target.layer)]
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         raise
-    _mark(plan, adapter)
+    _mark(placement, adapter)
     if is_first:
-        mark_only_lora_as_trainable(model, plan.config.bias)
+        mark_only_lora_as_trainable(model, placement.config.bias)
         if not trainable:
             model.requires_grad_(False)
         return
-    for target in plan.targets:
+    for target in placement.targets:
         layer = target.layer
         layer.active_adapters = () if id(target.module) in new else active[id(layer)]
         if layer.bias is not None and id(target.module) in new:
@@ -243,7 +245,7 @@ def _apply(plan: Plan, adapter: str, trainable: bool, adapter_dtype: torch.dtype
         for table in (layer.lora_a, layer.lora_b, layer.lora_bias):
             if adapter in table:
                 table[adapter].requires_grad_(trainable)
-    for stored, _ in _written(plan):
+    for stored, _ in _written(placement):
         if isinstance(stored.tensor, nn.Parameter):
             stored.tensor.requires_grad_(trainable)
 
@@ -266,15 +268,15 @@ def _add(target: Target, adapter: str, dtype: torch.dtype | None) -> None:
             getattr(layer, table)[adapter].copy_(value)
 
 
-def _mark(plan: Plan, adapter: str) -> None:
+def _mark(placement: Placement, adapter: str) -> None:
     """Notes on the modules what belongs to the adapter besides its factors."""
-    layers = {id(target.module): target.layer for target in plan.targets}
-    owned = [(root, SAVED_BY) for root in plan.saved.values()]
-    if plan.config.bias != "none":
-        inside = {id(module) for root in plan.saved.values() for module in root.modules()}
+    layers = {id(target.module): target.layer for target in placement.targets}
+    owned = [(root, SAVED_BY) for root in placement.saved.values()]
+    if placement.config.bias != "none":
+        inside = {id(module) for root in placement.saved.values() for module in root.modules()}
         owned += [
             (layers.get(id(stored.holder), stored.holder), BIAS_SAVED_BY)
-            for stored, _ in _written(plan)
+            for stored, _ in _written(placement)
             if id(stored.holder) not in inside
         ]
     for module, attribute in owned:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..model import BIAS_SAVED_BY, SAVED_BY, named_modules, saved_modules
+from ..models.model import BIAS_SAVED_BY, SAVED_BY, named_modules, saved_modules
 from .errors import AdapterError, shown
 
 

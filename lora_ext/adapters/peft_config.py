@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import BIASES, MAX_RANK
+from ..models.config import BIASES
+from ..nn.adapter_spec import MAX_RANK
 from .errors import AdapterError, shown
 from .strict_json import parse_json
 
@@ -89,7 +90,7 @@ class AdapterConfig:
     """What adapter_config.json says, checked and in this library's terms.
 
     Attributes:
-        r, alpha, dropout, use_rslora, lora_bias: as in `lora_ext.AdapterSpec`.
+        r, alpha, dropout, use_rslora, lora_bias: as in `lora_ext.nn.AdapterSpec`.
         init: "kaiming", or "pissa" or "olora", where W stands for W - scaling * B0 A0.
         bias: "none", "all" or "lora_only".
         modules_to_save: names of modules that are stored whole.

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..model import check_not_peft, reshard
-from ..modules.linear import DEFAULT_ADAPTER
+from ..models.model import check_not_peft, reshard
+from ..nn.linear import DEFAULT_ADAPTER
 from .content import Content
 from .errors import AdapterError, shown
 from .folder import replace_adapter

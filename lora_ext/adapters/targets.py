@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..apply import replacement_for
-from ..model import lora_layers, named_modules
-from ..modules import LoRALayer
-from ..patterns import is_name_of
+from ..models.apply import replacement_for
+from ..models.model import lora_layers, named_modules
+from ..models.patterns import is_name_of
+from ..nn import LoRALayer
 from .errors import some
 from .peft_config import AdapterConfig
 

@@ -22,8 +22,8 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from ..functional import draw_seed, lora_linear
-from ..modules.row_blocks import combine, drop, shrink, without_autocast
-from ..modules.updates import Update, stacked
+from ..nn.row_blocks import combine, drop, shrink, without_autocast
+from ..nn.updates import Update, stacked
 from .reasons import has_hooks
 
 # Elements of the weight that are widened at a time for its norm: 4 MiB of float32.

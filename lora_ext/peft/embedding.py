@@ -12,8 +12,8 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from ..modules.row_blocks import combine
-from ..modules.updates import Update
+from ..nn.row_blocks import combine
+from ..nn.updates import Update
 from . import dora
 from .reasons import ADDED, BASE, PEFT, active_names, adapters_state, has_hooks, is_plain
 

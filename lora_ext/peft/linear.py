@@ -10,9 +10,9 @@ from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 
 from ..functional import lora_linear
-from ..modules.kernel_path import kernel_path
-from ..modules.row_blocks import add_updates
-from ..modules.updates import HALVES, Update, obstacle, stacked, with_biases
+from ..nn.kernel_path import kernel_path
+from ..nn.row_blocks import add_updates
+from ..nn.updates import HALVES, Update, obstacle, stacked, with_biases
 from . import dora
 from .quick import quick_forward
 from .reasons import (

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..config import MAX_RANK
 from ..functional import lora_linear
-from ..modules.updates import HALVES
+from ..nn.adapter_spec import MAX_RANK
+from ..nn.updates import HALVES
 from .reasons import FLOATS
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout

@@ -20,8 +20,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..modules.linear import is_conv1d
-from ..modules.updates import HALVES, is_autocast, is_onnx_export
+from ..nn.linear import is_conv1d
+from ..nn.updates import HALVES, is_autocast, is_onnx_export
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 

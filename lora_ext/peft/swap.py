@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from peft.tuners.lora import layer as peft_layers
+from peft.tuners.lora import model as peft_model
 from torch import nn
 
 from .embedding import Embedding
@@ -12,13 +14,22 @@ from .linear import Linear
 from .quantized import CLASSES
 
 
+class LoraModel(peft_model.LoraModel):
+    """`peft.tuners.lora.LoraModel` whose later adapters are accelerated too.
+
+    A further adapter may target modules that had none: PEFT wraps those in new layers of its own
+    classes.
+    """
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
+        if isinstance(self, LoraModel):  # not in a bound method that outlived `decelerate`
+            swap(model)
+
+
 @cache
 def classes() -> dict[type, type]:
     """PEFT's class -> ours, a subclass of it with another forward or `inject_adapter`."""
-    from peft.tuners.lora import model as peft_model
-
-    from .tuner import LoraModel
-
     layers = {peft_layers.Linear: Linear, peft_layers.Embedding: Embedding}
     return {**layers, **CLASSES, peft_model.LoraModel: LoraModel}
 

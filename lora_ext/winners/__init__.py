@@ -2,7 +2,7 @@
 
 `lora_ext.warmup` times the routes and keeps the winners in a file of the user's cache, which
 `import lora_ext` reads. The planner goes by it wherever a call's layer was timed with at least half
-and at most twice the rows; elsewhere by its prediction. `lora_ext.load_winners` pins a file.
+and at most twice the rows; elsewhere by its prediction. `load_winners` pins a file.
 
     python -m lora_ext.winners --layer 4096x4096 --layer 4096x14336 --rank 16 --rows 2048
 

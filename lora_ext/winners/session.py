@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import _C
 from ..device import indexed
-from ..kernel_checks import check_kernels
+from ..kernels.kernel_checks import check_kernels
 from .shape import Layers, Shape, shapes_of
 from .table import Entry, Table, write_table
 from .tables import cache_file, cached_table, given_table, load_cached, pin, pinned_at
@@ -200,7 +200,7 @@ def _no_kernels_for(card: _C.Card) -> str:
 
 def _why_untimed(pinned: Path | None) -> str:
     if pinned is not None:
-        return f"nothing is timed while {pinned} is pinned (lora_ext.load_winners)"
+        return f"nothing is timed while {pinned} is pinned (lora_ext.winners.load_winners)"
     if torch.are_deterministic_algorithms_enabled():
         return "nothing is timed under torch.use_deterministic_algorithms"
     return ""

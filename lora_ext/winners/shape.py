@@ -120,8 +120,8 @@ def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
 
 
 def _own_layers(model: nn.Module) -> Iterator[Shape]:
-    from ..model import lora_layers
-    from ..modules import LoRALinear
+    from ..models.model import lora_layers
+    from ..nn import LoRALinear
 
     for _, layer in lora_layers(model):
         if isinstance(layer, LoRALinear):

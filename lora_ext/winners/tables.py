@@ -114,7 +114,7 @@ def load_winners(path: str | Path | None, device: torch.device | str | None = No
         return
     if not _C.with_cuda:
         raise RuntimeError(
-            "lora_ext.load_winners: this build has no CUDA kernels to choose from;"
+            "lora_ext.winners.load_winners: this build has no CUDA kernels to choose from;"
             " lora_ext.build_info() says why"
         )
     path = Path(path)

@@ -14,10 +14,10 @@ CASES = """
 import itertools, sys
 import torch, lora_ext
 from lora_ext import _C
-from lora_ext.kernel_checks import check_kernels
+from lora_ext.kernels.kernel_checks import check_kernels
 
 _C.set_cuda_route("kernel")
-lora_ext.set_early_launch(False)
+lora_ext.kernels.set_early_launch(False)
 M, K, N = 70, 96, 136
 ROWS = {"x": (M, K), "grad": (M, N), "weight": (N, K), "lora_a": (16, K), "lora_b": (N, 16)}
 forward = torch.ops.lora_ext.lora_linear_forward.default

@@ -153,7 +153,7 @@ for index in (1, 0):
     found = _C.cuda_card(torch.device("cuda"))
     assert (found.name, found.arch, found.error) == ("emulated sm_90", 90, ""), found.error
 assert last_error() == 0
-assert lora_ext.plan(64, 64, 64, 8, card=torch.device("cuda")).forward.reason
+assert lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda")).forward.reason
 unknown = _C.cuda_card(torch.device("cuda", 5))
 assert (unknown.arch, unknown.name) == (0, "") and "invalid device ordinal" in unknown.error
 assert last_error() == 0
@@ -170,7 +170,9 @@ places = ((1, 0, 0), (70, 5, 0), (64, 32, 3), (300, 40, 2**33), (33, 8, 1), (31,
 for columns, first_column, first_row in places:
     seed = torch.tensor(3**30)
     masks = [
-        lora_ext.dropout_mask(on, 5, columns, 0.3, row_offset=first_row, col_offset=first_column)
+        lora_ext.functional.dropout_mask(
+            on, 5, columns, 0.3, row_offset=first_row, col_offset=first_column
+        )
         for on in (seed, seed.to("cuda"))
     ]
     assert torch.equal(masks[0], masks[1].cpu()), (columns, first_column)

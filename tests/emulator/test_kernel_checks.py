@@ -9,9 +9,10 @@ pytestmark = pytest.mark.kernels
 CALL = """
 import os, time, warnings
 import pytest, torch, lora_ext
-from lora_ext import _C, isolated
-from lora_ext.kernel_checks import check_kernels, check_results
-from lora_ext.kernel_plan import explain_cuda_call
+from lora_ext import _C
+from lora_ext.kernels import isolated
+from lora_ext.kernels.kernel_checks import check_kernels, check_results
+from lora_ext.kernels.kernel_plan import explain_cuda_call
 
 _C.set_cuda_route("hybrid")
 cpu = torch.device("cpu")
@@ -103,8 +104,8 @@ def test_without_a_limit_a_check_takes_its_time():
     python(
         """
 with pytest.raises(ValueError, match="expected seconds > 0, but got 0"):
-    lora_ext.set_check_timeout(0)
-lora_ext.set_check_timeout(None)
+    lora_ext.kernels.set_check_timeout(0)
+lora_ext.kernels.set_check_timeout(None)
 call()
 assert checked() == "passed"
 """,
@@ -139,8 +140,8 @@ def test_a_launch_error_is_said_without_a_backtrace():
 def test_explain_of_layers_shows_a_failed_check():
     python(
         """
-from lora_ext.kernel_plan import problem_of
-from lora_ext.modules.kernel_path import cuda_path
+from lora_ext.kernels.kernel_plan import problem_of
+from lora_ext.nn.kernel_path import cuda_path
 warnings.simplefilter("ignore")
 problem = problem_of(70, 96, 136, 16, torch.bfloat16, torch.float32, False)
 assert cuda_path(cpu, problem, torch.bfloat16)[0] == "fused"

@@ -25,8 +25,8 @@ CALL = """
 import os, sys, warnings
 import torch, lora_ext
 from lora_ext import _C
-from lora_ext.kernel_checks import check_kernels
-from lora_ext.kernel_plan import explain_cuda_call
+from lora_ext.kernels.kernel_checks import check_kernels
+from lora_ext.kernels.kernel_plan import explain_cuda_call
 
 def call():
     torch.manual_seed(0)
@@ -265,7 +265,7 @@ torch.save(results, {results!r})
     )
     python(
         f"""
-lora_ext.load_winners({path!r}, "cpu")
+lora_ext.winners.load_winners({path!r}, "cpu")
 torch.use_deterministic_algorithms(True)
 results, plan = call()
 assert plan.forward.tile == "128 x 128" and same(results, torch.load({results!r})), plan

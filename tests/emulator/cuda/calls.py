@@ -9,7 +9,7 @@ import torch
 
 import lora_ext
 from lora_ext import _C
-from lora_ext.kernel_plan import CallPlan, explain_cuda_call
+from lora_ext.kernels.kernel_plan import CallPlan, explain_cuda_call
 
 _runtime = ctypes.CDLL(_C.__file__)
 _runtime.emulated_cuda_record.restype = ctypes.c_char_p

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from .. import _C
 from ..functional import lora_linear
-from ..prepack import PackedWeight, prepack
+from ..packed_weight import PackedWeight, prepack
 from .base import LoRALayer
 from .kernel_path import MANY_ROWS, kernel_path
 from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..apply import replacement_for
-from ..config import AdapterSpec
-from ..model import adapter_names, named_modules
-from ..modules import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRAMergedLinear
-from ..modules.linear import is_conv1d
+from ..models.apply import replacement_for
+from ..models.model import adapter_names, named_modules
+from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRAMergedLinear
+from ..nn.adapter_spec import AdapterSpec
+from ..nn.linear import is_conv1d
 from .alphas import find_alphas
 from .errors import AdapterError, some
 from .layout import PREFIX, Slot, bias_key, path_of_factor, slots
@@ -69,7 +69,7 @@ class Stored:
         return self.key.rpartition(".")[2]
 
 
-class Plan:
+class Placement:
     """All that an adapter asks of a model.
 
     Args:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import MAX_RANK, AdapterSpec
 from . import initialize
+from .adapter_spec import MAX_RANK, AdapterSpec
 from .merging import merged_tensors
 
 # Each forward of a layer takes one of these; `path` says which and why.
@@ -153,7 +153,7 @@ class LoRALayer(nn.Module):
             self.active_adapters = (name,)
 
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
-        where = f"lora_ext.{type(self).__name__}.add_adapter"
+        where = f"lora_ext.nn.{type(self).__name__}.add_adapter"
         # ParameterDict keeps entries as attributes: "keys" would hide its method.
         if not name or "." in name or hasattr(nn.ParameterDict(), name):
             raise ValueError(
@@ -205,7 +205,7 @@ class LoRALayer(nn.Module):
         # and would put a deleted one back.
         if hasattr(self.weight, "full_tensor"):
             raise RuntimeError(
-                f"lora_ext.{type(self).__name__}.{method}: expected a whole weight, but it is "
+                f"lora_ext.nn.{type(self).__name__}.{method}: expected a whole weight, but it is "
                 f"sharded (DTensor); {method} before fully_shard"
             )
 
@@ -240,7 +240,7 @@ class LoRALayer(nn.Module):
         unknown = [name for name in names if name not in self.adapters]
         if unknown or len(set(names)) != len(names):
             raise ValueError(
-                f"lora_ext.{type(self).__name__}.{method}: expected different names out of "
+                f"lora_ext.nn.{type(self).__name__}.{method}: expected different names out of "
                 f"{list(self.adapters)}, but got {list(names)}"
             )
         return names
@@ -261,9 +261,9 @@ class LoRALayer(nn.Module):
 
         What the layer computes stays the same: active adapters that are not merged are added to the
         merged weight's product. W is kept, so `unmerge` is exact; the price is a second weight in
-        memory (`lora_ext.merge_and_unload` keeps one). The merged weight is a snapshot: merge again
-        after the adapters change. ``train()`` and loading a state dict unmerge. No gradient reaches
-        an adapter that is merged.
+        memory (`lora_ext.models.merge_and_unload` keeps one). The merged weight is a snapshot:
+        merge again after the adapters change. ``train()`` and loading a state dict unmerge. No
+        gradient reaches an adapter that is merged.
 
         Args:
             names: active adapters; None merges all of them.
@@ -281,7 +281,7 @@ class LoRALayer(nn.Module):
         inactive = [name for name in names if name not in self.active_adapters]
         if inactive:
             raise ValueError(
-                f"lora_ext.{type(self).__name__}.merge: expected active adapters, which are "
+                f"lora_ext.nn.{type(self).__name__}.merge: expected active adapters, which are "
                 f"{list(self.active_adapters)}, but got {inactive}{at}; call set_adapter first"
             )
 
@@ -386,7 +386,7 @@ class LoRALayer(nn.Module):
             ValueError: base has a setting that the layer has not.
         """
         cls._check_base(base)
-        where = f"lora_ext.{cls.__name__}: expected a plain {type(base).__name__}, but"
+        where = f"lora_ext.nn.{cls.__name__}: expected a plain {type(base).__name__}, but"
         if "weight" not in base._parameters:
             raise TypeError(f"{where} its weight is computed from others; remove that first")
         if "forward" in base.__dict__:
@@ -406,7 +406,7 @@ class LoRALayer(nn.Module):
         """Raises TypeError or ValueError for what `around` cannot replace."""
         if type(base) is not cls._own_base():
             raise TypeError(
-                f"lora_ext.{cls.__name__}: expected exactly {cls._own_base().__name__}, but got "
+                f"lora_ext.nn.{cls.__name__}: expected exactly {cls._own_base().__name__}, but got "
                 f"{type(base).__module__}.{type(base).__qualname__}"
             )
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _C
-from .device import indexed
+from .. import _C
+from ..device import indexed
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -72,7 +72,7 @@ def plan(
 
     Args:
         rows, in_features, out_features, rank: M, K, N and r of `lora_linear`.
-        card: a name in ``lora_ext.CARDS``, or a CUDA device; without an index, the current one.
+        card: a name in `CARDS`, or a CUDA device; without an index, the current one.
         dtype: of x and weight.
         adapter_dtype: of lora_a and lora_b; default: dtype.
         dropout: whether dropout_p > 0.
@@ -84,7 +84,7 @@ def plan(
     """
     if min(rows, in_features, out_features, rank) < 1:
         raise ValueError(
-            "lora_ext.plan: expected sizes of at least 1, but got"
+            "lora_ext.kernels.plan: expected sizes of at least 1, but got"
             f" {(rows, in_features, out_features, rank)}"
         )
     problem = problem_of(
@@ -118,10 +118,12 @@ def problem_of(
 def _card(card: str | torch.device) -> _C.Card:
     if isinstance(card, torch.device):
         if not _C.with_cuda:
-            raise ValueError("lora_ext.plan: this build has no CUDA kernels; name a card")
+            raise ValueError("lora_ext.kernels.plan: this build has no CUDA kernels; name a card")
         return _C.cuda_card(indexed(card))
     if card not in CARDS:
-        raise ValueError(f"lora_ext.plan: expected one of {', '.join(CARDS)}, but got {card!r}")
+        raise ValueError(
+            f"lora_ext.kernels.plan: expected one of {', '.join(CARDS)}, but got {card!r}"
+        )
     return CARDS[card]
 
 
@@ -167,7 +169,7 @@ def set_early_launch(enabled: bool) -> None:
     """
     if not _C.with_cuda:
         raise RuntimeError(
-            "lora_ext.set_early_launch: this build has no CUDA kernels;"
+            "lora_ext.kernels.set_early_launch: this build has no CUDA kernels;"
             " lora_ext.build_info() says why"
         )
     _C.set_early_launch(enabled)
@@ -187,7 +189,7 @@ def set_cuda_route(name: str) -> None:
     """
     if not _C.with_cuda:
         raise RuntimeError(
-            "lora_ext.set_cuda_route: this build has no CUDA kernels;"
+            "lora_ext.kernels.set_cuda_route: this build has no CUDA kernels;"
             " lora_ext.build_info() says why"
         )
     _C.set_cuda_route(name)

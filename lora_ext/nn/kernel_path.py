@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..kernel_plan import problem_of
+from ..kernels.kernel_plan import problem_of
 from .updates import Update
 
 # Rows of x that stand for "many".

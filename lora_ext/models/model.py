@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn import LoRALayer
+from ..peft.report import peft_layers
 from .config import BIASES
-from .modules import LoRALayer
-from .peft.report import peft_layers
 
 # Attribute of a module that is trained whole: the names of the adapters that it belongs to.
 SAVED_BY = "lora_ext_saved_by"
@@ -74,15 +74,15 @@ def reshard(model: nn.Module) -> None:
 
 # What a PeftModel has in the place of each function here.
 _OF_PEFT = {
-    "set_adapter": "model.set_adapter(name)",
-    "delete_adapter": "model.delete_adapter(name)",
-    "merge": "model.merge_adapter()",
-    "unmerge": "model.unmerge_adapter()",
-    "disable_adapters": "with model.disable_adapter()",
-    "merge_and_unload": "model.merge_and_unload()",
-    "unload": "model.unload()",
-    "lora_state_dict": "peft.get_peft_model_state_dict(model)",
-    "mark_only_lora_as_trainable": "model.set_adapter(name)",
+    "models.set_adapter": "model.set_adapter(name)",
+    "models.delete_adapter": "model.delete_adapter(name)",
+    "models.merge": "model.merge_adapter()",
+    "models.unmerge": "model.unmerge_adapter()",
+    "models.disable_adapters": "with model.disable_adapter()",
+    "models.merge_and_unload": "model.merge_and_unload()",
+    "models.unload": "model.unload()",
+    "models.lora_state_dict": "peft.get_peft_model_state_dict(model)",
+    "models.mark_only_lora_as_trainable": "model.set_adapter(name)",
     "save_adapter": "model.save_pretrained(folder)",
     "load_adapter": "model.load_adapter(folder, name)",
     "apply_lora": "model.add_adapter(name, peft.LoraConfig(...))",
@@ -123,7 +123,7 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     Raises:
         ValueError: no layer has one of the names, or a name comes twice.
     """
-    names = checked_names(model, names, "set_adapter")
+    names = checked_names(model, names, "models.set_adapter")
     for _, layer in lora_layers(model):
         layer.set_adapter([name for name in names if name in layer.adapters])
 
@@ -134,7 +134,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: no layer has the name.
     """
-    checked_names(model, name, "delete_adapter")
+    checked_names(model, name, "models.delete_adapter")
     for _, layer in lora_layers(model):
         if name in layer.adapters:
             layer.delete_adapter(name)
@@ -156,10 +156,10 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
         RuntimeError: an update is not finite, or a weight is sharded.
     """
     if names is not None:
-        names = checked_names(model, names, "merge")
+        names = checked_names(model, names, "models.merge")
         for path, layer in lora_layers(model):
             layer.check_active([name for name in names if name in layer.adapters], f" at {path!r}")
-    for layer, merged in compute_merged(model, names, "merge"):
+    for layer, merged in compute_merged(model, names, "models.merge"):
         layer.install_merged(*merged)
 
 
@@ -181,7 +181,7 @@ def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function
 
 def unmerge(model: nn.Module) -> None:
     """Drops the merged weights; the weights have the bits that they always had."""
-    check_not_peft(model, "unmerge")
+    check_not_peft(model, "models.unmerge")
     for _, layer in lora_layers(model):
         layer.unmerge()
 
@@ -189,7 +189,7 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes what it did before it had adapters."""
-    check_not_peft(model, "disable_adapters")
+    check_not_peft(model, "models.disable_adapters")
     with ExitStack() as stack:
         for _, layer in lora_layers(model):
             stack.enter_context(layer.disable_adapters())
@@ -209,9 +209,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """
     if bias not in BIASES:
         raise ValueError(
-            f"lora_ext.mark_only_lora_as_trainable: expected bias in {BIASES}, but got {bias!r}"
+            f"lora_ext.models.mark_only_lora_as_trainable: expected bias in {BIASES}, but got "
+            f"{bias!r}"
         )
-    check_not_peft(model, "mark_only_lora_as_trainable")
+    check_not_peft(model, "models.mark_only_lora_as_trainable")
     own = {
         id(parameter)
         for _, layer in lora_layers(model)
@@ -246,10 +247,12 @@ def lora_state_dict(
         ValueError: bias is none of the three, or no layer has the adapter.
     """
     if bias not in BIASES:
-        raise ValueError(f"lora_ext.lora_state_dict: expected bias in {BIASES}, but got {bias!r}")
-    check_not_peft(model, "lora_state_dict")
+        raise ValueError(
+            f"lora_ext.models.lora_state_dict: expected bias in {BIASES}, but got {bias!r}"
+        )
+    check_not_peft(model, "models.lora_state_dict")
     if adapter is not None:
-        checked_names(model, adapter, "lora_state_dict")
+        checked_names(model, adapter, "models.lora_state_dict")
     own: set[str] = set()
     wanted: set[str] = set()
     for path, layer in lora_layers(model, remove_duplicate=False):

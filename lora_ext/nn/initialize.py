@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterSpec
+from .adapter_spec import AdapterSpec
 
 
 @torch.no_grad()

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
+from ..nn.conv import unsupported_reason
+from ..nn.linear import DEFAULT_ADAPTER, is_conv1d
 from .config import LoRAConfig
 from .model import (
     BIAS_SAVED_BY,
@@ -21,9 +24,6 @@ from .model import (
     own,
     reshard,
 )
-from .modules import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
-from .modules.conv import unsupported_reason
-from .modules.linear import DEFAULT_ADAPTER, is_conv1d
 from .patterns import matches
 
 ALL_LINEAR = "all-linear"
@@ -295,9 +295,9 @@ def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = No
         ValueError: no layer has one of the names, or the model itself is a layer.
         RuntimeError: an update is not finite, or a weight is sharded.
     """
-    _check_not_layer(model, "merge_and_unload")
+    _check_not_layer(model, "models.merge_and_unload")
     replaced = {}
-    for layer, (_, weight, bias) in compute_merged(model, adapters, "merge_and_unload"):
+    for layer, (_, weight, bias) in compute_merged(model, adapters, "models.merge_and_unload"):
         weight = layer.weight if weight is None else weight
         replaced[id(layer)] = layer.as_base(weight, layer.bias if bias is None else bias)
     install(model, replaced)
@@ -312,8 +312,8 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: the model itself is a layer.
         RuntimeError: a weight is sharded over processes.
     """
-    _check_not_layer(model, "unload")
-    check_not_peft(model, "unload")
+    _check_not_layer(model, "models.unload")
+    check_not_peft(model, "models.unload")
     reshard(model)
     layers = [layer for _, layer in lora_layers(model)]
     for layer in layers:

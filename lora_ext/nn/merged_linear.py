@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..config import MAX_RANK, AdapterSpec
+from .adapter_spec import MAX_RANK, AdapterSpec
 from .linear import LoRALinear
 
 
@@ -20,7 +20,7 @@ class LoRAMergedLinear(LoRALinear):
     ``[E r, in]`` and ``[out, E r]``, the second in blocks.
 
     Make it with `enable_groups` around a layer that has no adapter yet, or by
-    `lora_ext.convert_loralib`.
+    `lora_ext.loralib.convert_loralib`.
     """
 
     enable_lora: tuple[bool, ...] = (True,)
@@ -34,20 +34,21 @@ class LoRAMergedLinear(LoRALinear):
         """
         if self.adapters:
             raise ValueError(
-                "lora_ext.LoRAMergedLinear.enable_groups: expected a layer without adapters, whose "
-                f"shapes depend on the groups, but got {list(self.adapters)}; delete them first"
+                "lora_ext.nn.LoRAMergedLinear.enable_groups: expected a layer without adapters, "
+                f"whose shapes depend on the groups, but got {list(self.adapters)}; delete them "
+                "first"
             )
         enable = tuple(map(bool, enable_lora))
         if not any(enable) or self.out_features % len(enable):
             raise ValueError(
-                "lora_ext.LoRAMergedLinear: expected enable_lora with at least one True and a "
+                "lora_ext.nn.LoRAMergedLinear: expected enable_lora with at least one True and a "
                 f"length that divides out_features = {self.out_features}, but got {list(enable)}"
             )
         self.enable_lora = enable
 
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
         super()._check_new(name, spec)
-        where, enabled = "lora_ext.LoRAMergedLinear.add_adapter", sum(self.enable_lora)
+        where, enabled = "lora_ext.nn.LoRAMergedLinear.add_adapter", sum(self.enable_lora)
         if spec.subtracts_init:
             raise ValueError(f"{where}: init {spec.init!r} is for layers with one group only")
         if spec.r * enabled > MAX_RANK:

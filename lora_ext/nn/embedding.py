@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import AdapterSpec
 from . import initialize
+from .adapter_spec import AdapterSpec
 from .base import LoRALayer
 from .linear import DEFAULT_ADAPTER
 
@@ -56,7 +56,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         super()._check_base(base)
         if base.max_norm is not None:
             raise ValueError(
-                "lora_ext.LoRAEmbedding: expected an embedding without max_norm, but got "
+                "lora_ext.nn.LoRAEmbedding: expected an embedding without max_norm, but got "
                 f"max_norm={base.max_norm}, which writes to the weight that LoRA freezes"
             )
 
@@ -67,7 +67,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         spec = self.adapters[name]
         if spec.subtracts_init or spec.lora_bias:
             what = f"init {spec.init!r}" if spec.subtracts_init else "lora_bias"
-            raise ValueError(f"lora_ext.LoRAEmbedding: {what} is for linear layers only")
+            raise ValueError(f"lora_ext.nn.LoRAEmbedding: {what} is for linear layers only")
         initialize.embedding_(self.lora_a[name], self.lora_b[name])
 
     def forward(self, input: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             lora_a, lora_b = self.factors(name)
             if lora_a.shape[1] != self.weight.shape[0]:
                 raise RuntimeError(
-                    f"lora_ext.LoRAEmbedding: expected a table of {lora_a.shape[1]} rows, for "
+                    f"lora_ext.nn.LoRAEmbedding: expected a table of {lora_a.shape[1]} rows, for "
                     f"which adapter {name!r} was made, but it has {self.weight.shape[0]}; resize "
                     "it (resize_token_embeddings) before apply_lora, or delete the adapter and add "
                     "it again"

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..nn import LoRAEmbedding
 from .model import lora_layers
-from .modules import LoRAEmbedding
 
 
 def lora_plus_groups(
@@ -37,8 +37,8 @@ def lora_plus_groups(
     """
     if min(lr, ratio, weight_decay, embedding_lr) < 0:
         raise ValueError(
-            "lora_ext.lora_plus_groups: expected lr, ratio, weight_decay and embedding_lr of 0 or "
-            f"more, but got {lr}, {ratio}, {weight_decay} and {embedding_lr}"
+            "lora_ext.models.lora_plus_groups: expected lr, ratio, weight_decay and embedding_lr "
+            f"of 0 or more, but got {lr}, {ratio}, {weight_decay} and {embedding_lr}"
         )
     kinds = {}
     for _, layer in lora_layers(model):
@@ -59,7 +59,7 @@ def lora_plus_groups(
         group["params"].append(parameter)
     if not groups:
         raise ValueError(
-            "lora_ext.lora_plus_groups: expected a model with trainable parameters, but all are "
-            "frozen; call apply_lora or set_adapter first"
+            "lora_ext.models.lora_plus_groups: expected a model with trainable parameters, but all "
+            "are frozen; call apply_lora or set_adapter first"
         )
     return list(groups.values())

@@ -1,7 +1,7 @@
 """Checks CUDA kernels ahead of their first use, by default in a process of its own.
 
 Kernels that hang or fault leave a process without its device. So a child computes the small cases
-(csrc/check/kernel_set.h), this process keeps what it found, and a child that is lost costs one check.
+(csrc/check/kernel_set.h), this process keeps what it found, and a lost child costs one check.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from . import _C
-from .device import indexed
+from .. import _C
+from ..device import indexed
 from .isolated import CannotStart, ChildLost, answers
 
 TIMEOUT_S = 10.0
 # A child that is to be trusted with more kernels after so many were lost would be lost as well.
 _MOST_LOST = 4
-_CHILD = "from lora_ext.kernel_checks import serve; serve()"
+_CHILD = "from lora_ext.kernels.kernel_checks import serve; serve()"
 _UNKNOWN = "could not be checked: "
 
 
@@ -92,11 +92,13 @@ def set_check_timeout(seconds: float | None) -> None:
     """
     if not _C.with_cuda:
         raise RuntimeError(
-            "lora_ext.set_check_timeout: this build has no CUDA kernels;"
+            "lora_ext.kernels.set_check_timeout: this build has no CUDA kernels;"
             " lora_ext.build_info() says why"
         )
     if seconds is not None and not seconds > 0:
-        raise ValueError(f"lora_ext.set_check_timeout: expected seconds > 0, but got {seconds}")
+        raise ValueError(
+            f"lora_ext.kernels.set_check_timeout: expected seconds > 0, but got {seconds}"
+        )
     _C.set_check_timeout(math.inf if seconds is None else seconds)
 
 

@@ -33,7 +33,7 @@ _CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 def add_updates(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """base + sum over updates of scaling * ((drop(x) A^T) B^T + bias) as a new tensor.
 
-    Each update draws its own dropout mask, as PEFT's do; see `lora_ext.dropout_mask`.
+    Each update draws its own dropout mask, as PEFT's do; see `lora_ext.functional.dropout_mask`.
 
     Args:
         base: ``[..., out]``, what the base module returned for x.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import AdapterSpec
+from .adapter_spec import AdapterSpec
 from .fused import FusedLoRALayer
 
 DEFAULT_ADAPTER = "default"

@@ -1,9 +1,17 @@
 """Drop-in layers with named low-rank adapters on a frozen weight."""
 
+from .adapter_spec import AdapterSpec
 from .base import LoRALayer
 from .conv import LoRAConv2d
 from .embedding import LoRAEmbedding
 from .linear import LoRALinear
 from .merged_linear import LoRAMergedLinear
 
-__all__ = ["LoRAConv2d", "LoRAEmbedding", "LoRALayer", "LoRALinear", "LoRAMergedLinear"]
+__all__ = [
+    "AdapterSpec",
+    "LoRAConv2d",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAMergedLinear",
+]

@@ -1,18 +1,16 @@
-"""What one adapter is: the numbers of one layer, and the choice of layers of a whole model."""
+"""Which layers of a model get an adapter, and which one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..nn.adapter_spec import AdapterSpec, check_alpha, check_rank, expect
 from .patterns import matches
 
-MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
-INITS = ("kaiming", "gaussian", "pissa", "olora")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -28,90 +26,12 @@ _WORDS_OF_PEFT = {
 }
 
 
-def _expect(condition: bool, where: str, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"lora_ext.{where}: expected {expected}, but got {got!r}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond float's range
-        return False
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """One adapter in one layer: y += scaling * (drop(x) lora_a^T) lora_b^T.
-
-    Attributes:
-        r: rank, 1 to 512.
-        alpha: numerator of the scaling.
-        dropout: probability in [0, 1) that an element of x is zero in the update, in training.
-        use_rslora: scaling alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
-        init: "kaiming" (lora_a uniform as nn.Linear's weight, lora_b zero), "gaussian" (lora_a of
-            standard deviation 1 / r, lora_b zero), "pissa" (the r largest singular triplets of the
-            weight, Meng et al. 2024) or "olora" (r columns of its QR, Bueyuekakyuez 2024).
-        lora_bias: a trainable bias of lora_b, scaled like the update (PEFT's lora_bias).
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    use_rslora: bool = False
-    init: str = "kaiming"
-    lora_bias: bool = False
-
-    def __post_init__(self) -> None:
-        check_rank(self.r, "AdapterSpec")
-        check_alpha(self.alpha, "AdapterSpec")
-        _expect(
-            _is_finite(self.dropout) and 0.0 <= self.dropout < 1.0,
-            "AdapterSpec",
-            "dropout in [0, 1)",
-            self.dropout,
-        )
-        _expect(self.init in INITS, "AdapterSpec", f"init to be one of {INITS}", self.init)
-
-    @property
-    def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) with use_rslora."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @property
-    def subtracts_init(self) -> bool:
-        """Whether the initial product is subtracted, so that training starts at the weight."""
-        return self.init in ("pissa", "olora")
-
-
-def check_rank(rank: Any, where: str) -> None:
-    _expect(
-        _is_integer(rank) and 1 <= rank <= MAX_RANK,
-        where,
-        f"an integer rank r of 1 to {MAX_RANK}",
-        rank,
-    )
-
-
-def check_alpha(alpha: Any, where: str) -> None:
-    _expect(_is_finite(alpha), where, "a finite number alpha", alpha)
-
-
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which layers of a model get an adapter, and which one.
 
     A module is named by its dotted path in the model, such as ``"layers.0.attn.q_proj"``. Patterns
-    are of three forms (`lora_ext.patterns`): a name, which is the path or its end at a dot
+    are of three forms (`lora_ext.models.patterns`): a name, which is the path or its end at a dot
     (``"q_proj"``, ``"attn.q_proj"``); a glob, if it holds any of ``*?[`` (``"*_proj"``); and
     ``"re:..."``, a regular expression for the whole path.
 
@@ -156,16 +76,16 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             object.__setattr__(self, name, _as_patterns(getattr(self, name), name))
-        _expect(
+        expect(
             bool(self.target_modules), "LoRAConfig", "at least one pattern in target_modules", ()
         )
-        _expect(self.bias in BIASES, "LoRAConfig", f"bias to be one of {BIASES}", self.bias)
+        expect(self.bias in BIASES, "LoRAConfig", f"bias to be one of {BIASES}", self.bias)
         for pattern, rank in self.rank_pattern.items():
             check_rank(rank, f"LoRAConfig.rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
             check_alpha(alpha, f"LoRAConfig.alpha_pattern[{pattern!r}]")
         if self.adapter_dtype is not None:
-            _expect(
+            expect(
                 isinstance(self.adapter_dtype, torch.dtype)
                 and self.adapter_dtype.is_floating_point,
                 "LoRAConfig",
@@ -189,7 +109,7 @@ class LoRAConfig:
 def _as_patterns(given: Any, name: str) -> tuple[str, ...]:
     several = isinstance(given, Iterable) and not isinstance(given, str)
     patterns: tuple[Any, ...] = tuple(given) if several else (given,)
-    _expect(
+    expect(
         all(isinstance(pattern, str) and pattern for pattern in patterns),
         "LoRAConfig",
         f"{name} to be a pattern or a sequence of patterns",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import MAX_RANK
+from .adapter_spec import MAX_RANK
 
 HALVES = (torch.bfloat16, torch.float16)
 

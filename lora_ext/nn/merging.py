@@ -29,7 +29,7 @@ def merged_tensors(layer: LoRALayer, names: Sequence[str]) -> tuple[Tensor, Tens
     """
     if hasattr(layer.weight, "full_tensor"):
         raise RuntimeError(
-            f"lora_ext.{type(layer).__name__}.merge: expected a whole weight, but it is sharded "
+            f"lora_ext.nn.{type(layer).__name__}.merge: expected a whole weight, but it is sharded "
             "(DTensor); merge before fully_shard, or save the adapter and merge in one process"
         )
     wide = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
@@ -73,8 +73,8 @@ def _rounded(layer: LoRALayer, total: Tensor, base: Tensor) -> Tensor:
     rounded = total.to(base.dtype)
     if not torch.isfinite(rounded).all() and torch.isfinite(base).all():
         raise RuntimeError(
-            f"lora_ext.{type(layer).__name__}.merge: expected a merged weight within the range of "
-            f"{base.dtype}, but got a sum of up to {total.abs().max().item():.3g}; nothing was "
+            f"lora_ext.nn.{type(layer).__name__}.merge: expected a merged weight within the range "
+            f"of {base.dtype}, but got a sum of up to {total.abs().max().item():.3g}; nothing was "
             "merged"
         )
     return rounded
@@ -83,6 +83,6 @@ def _rounded(layer: LoRALayer, total: Tensor, base: Tensor) -> Tensor:
 def _check_finite(layer: LoRALayer, name: str, update: Tensor) -> None:
     if not torch.isfinite(update).all():
         raise RuntimeError(
-            f"lora_ext.{type(layer).__name__}.merge: expected a finite update, but adapter "
+            f"lora_ext.nn.{type(layer).__name__}.merge: expected a finite update, but adapter "
             f"{name!r} holds NaN or Inf, or its product overflows; nothing was merged"
         )

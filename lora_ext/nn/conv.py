@@ -38,7 +38,7 @@ class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
     def _check_kernel(conv: nn.Module) -> None:
         reason = unsupported_reason(conv)
         if reason:
-            raise ValueError(f"lora_ext.LoRAConv2d: {reason}")
+            raise ValueError(f"lora_ext.nn.LoRAConv2d: {reason}")
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -49,7 +49,7 @@ class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
             return self._conv_forward(x, *self.base_operands())
         if x.dim() not in (3, 4):
             raise RuntimeError(
-                "lora_ext.LoRAConv2d: expected x of shape [batch, channels, height, width] or "
+                "lora_ext.nn.LoRAConv2d: expected x of shape [batch, channels, height, width] or "
                 f"[channels, height, width], but got {list(x.shape)}"
             )
         down, right = self.stride

@@ -63,8 +63,9 @@ class PackedWeight:
         """
         if self._checksum is not None and self._checksum != _checksum(self.weight):
             raise RuntimeError(
-                "lora_ext.PackedWeight: expected the weight as it was packed, but it was written "
-                "to since; call prepack again after a merge, unmerge or any write to weight.data"
+                "lora_ext.functional.PackedWeight: expected the weight as it was packed, but it "
+                "was written to since; call prepack again after a merge, unmerge or any write to "
+                "weight.data"
             )
 
     def route(self, rows: int) -> tuple[str, str]:

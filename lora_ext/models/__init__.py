@@ -1,0 +1,34 @@
+"""Models with our layers: their adapters chosen, merged, counted and taken out again."""
+
+from .apply import apply_lora, merge_and_unload, unload
+from .config import LoRAConfig
+from .model import (
+    delete_adapter,
+    disable_adapters,
+    lora_layers,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge,
+    set_adapter,
+    unmerge,
+)
+from .optimizer import lora_plus_groups
+from .trainable import TrainableParameters, trainable_parameters
+
+__all__ = [
+    "LoRAConfig",
+    "TrainableParameters",
+    "apply_lora",
+    "delete_adapter",
+    "disable_adapters",
+    "lora_layers",
+    "lora_plus_groups",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge",
+    "merge_and_unload",
+    "set_adapter",
+    "trainable_parameters",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,57 @@
+"""How many parameters of a model are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .model import adapter_names, lora_layers
+
+
+@dataclass(frozen=True)
+class TrainableParameters:
+    """Counts of parameters; str() is a sentence.
+
+    Attributes:
+        trainable, total: of the whole model, adapters included, shared ones once.
+        adapters: name -> number of elements, active or not.
+        adapter_bytes: name -> bytes, as saved.
+    """
+
+    trainable: int
+    total: int
+    adapters: dict[str, int]
+    adapter_bytes: dict[str, int]
+
+    @property
+    def percent(self) -> float:
+        """100 trainable / total."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        adapters = "; ".join(
+            f"adapter {name!r}: {count:,} ({self.adapter_bytes[name] / 2**20:.2f} MiB)"
+            for name, count in self.adapters.items()
+        )
+        return (
+            f"trainable: {self.trainable:,} of {self.total:,} parameters ({self.percent:.3f}%); "
+            f"{adapters or 'no adapters'}"
+        )
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """How many parameters are trained, how many there are, and how large each adapter is."""
+    parameters = list(model.parameters())
+    counts, sizes = dict.fromkeys(adapter_names(model), 0), dict.fromkeys(adapter_names(model), 0)
+    for _, layer in lora_layers(model):
+        for table in layer.tables().values():
+            for name, parameter in table.items():
+                counts[name] += parameter.numel()
+                sizes[name] += parameter.numel() * parameter.element_size()
+    return TrainableParameters(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        adapters=counts,
+        adapter_bytes=sizes,
+    )

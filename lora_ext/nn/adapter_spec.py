@@ -1,0 +1,88 @@
+"""What one adapter is in one layer, and the numbers that it may have."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
+INITS = ("kaiming", "gaussian", "pissa", "olora")
+
+
+def expect(condition: bool, where: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"lora_ext.{where}: expected {expected}, but got {got!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond float's range
+        return False
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter in one layer: y += scaling * (drop(x) lora_a^T) lora_b^T.
+
+    Attributes:
+        r: rank, 1 to 512.
+        alpha: numerator of the scaling.
+        dropout: probability in [0, 1) that an element of x is zero in the update, in training.
+        use_rslora: scaling alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
+        init: "kaiming" (lora_a uniform as nn.Linear's weight, lora_b zero), "gaussian" (lora_a of
+            standard deviation 1 / r, lora_b zero), "pissa" (the r largest singular triplets of the
+            weight, Meng et al. 2024) or "olora" (r columns of its QR, Bueyuekakyuez 2024).
+        lora_bias: a trainable bias of lora_b, scaled like the update (PEFT's lora_bias).
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    use_rslora: bool = False
+    init: str = "kaiming"
+    lora_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank(self.r, "nn.AdapterSpec")
+        check_alpha(self.alpha, "nn.AdapterSpec")
+        expect(
+            _is_finite(self.dropout) and 0.0 <= self.dropout < 1.0,
+            "nn.AdapterSpec",
+            "dropout in [0, 1)",
+            self.dropout,
+        )
+        expect(self.init in INITS, "nn.AdapterSpec", f"init to be one of {INITS}", self.init)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with use_rslora."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def subtracts_init(self) -> bool:
+        """Whether the initial product is subtracted, so that training starts at the weight."""
+        return self.init in ("pissa", "olora")
+
+
+def check_rank(rank: Any, where: str) -> None:
+    expect(
+        _is_integer(rank) and 1 <= rank <= MAX_RANK,
+        where,
+        f"an integer rank r of 1 to {MAX_RANK}",
+        rank,
+    )
+
+
+def check_alpha(alpha: Any, where: str) -> None:
+    expect(_is_finite(alpha), where, "a finite number alpha", alpha)
