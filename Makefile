@@ -120,7 +120,7 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
 
 nightly: $(VENV)/.integrations
 	$(PY) -m pytest -m nightly $(ARGS)
-	$(PY) -m pytest tests/test_peft_quantized.py $(ARGS)
+	$(PY) -m pytest tests/peft/test_peft_quantized.py $(ARGS)
 
 # The site, in build/site.
 $(VENV)/.docs: pyproject.toml | $(VENV)/.built

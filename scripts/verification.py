@@ -116,7 +116,7 @@ def kernels() -> str:
         [f"requests within one pass, the adapters and 1 % in {within} of {ours} cases", "predicted",
          "`make traffic`, [kernels.md](kernels.md)"],
         ["the planner's route is within 10 % of the fastest of three on six cards", "predicted",
-         "`tests/test_benchmark_model.py`"],
+         "`tests/bench/test_benchmark_model.py`"],
         [f"golden vectors of the PTX functions: {cards}", "not shown", "`make gpu`"],
         ["any time on a GPU", "not shown", "`make gpu`"],
     ]  # fmt: skip

@@ -308,3 +308,8 @@ def difference(name: str, value: Tensor, wanted: Tensor) -> str:
 def assert_same_bits(run: Run, other: Run) -> None:
     for (name, value), (_, wanted) in zip(run.items(), other.items(), strict=True):
         assert torch.equal(value, wanted), difference(name, value, wanted)
+
+
+def smallest_of_each_kind(tiles):
+    """Of the tiles' names, the last with each first word: plain, wgmma, pingpong, in-grid."""
+    return list({"" if tile[0].isdigit() else tile.split()[0]: tile for tile in tiles}.values())

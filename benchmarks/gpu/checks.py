@@ -66,14 +66,14 @@ def warmup(run: Run, seconds: float) -> Result:
 def kernels(run: Run, seconds: float) -> Result:
     """The kernel route against the library route, graphs and streams."""
     if run.device != "cuda":
-        return _suite(run, "kernels", seconds, "tests/test_plan.py")
-    return _suite(run, "kernels", seconds, "-m", "gpu", "tests/test_cuda_kernels.py")
+        return _suite(run, "kernels", seconds, "tests/kernels/test_plan.py")
+    return _suite(run, "kernels", seconds, "-m", "gpu", "tests/kernels/test_cuda_kernels.py")
 
 
 def tests(run: Run, seconds: float) -> Result:
     """All tests marked gpu."""
     if run.device != "cuda":
-        return _suite(run, "tests", seconds, "tests/test_benchmark_model.py")
+        return _suite(run, "tests", seconds, "tests/bench/test_benchmark_model.py")
     return _suite(run, "tests", seconds, "-m", "gpu", "tests")
 
 
@@ -87,7 +87,7 @@ def sanitizer(tool: str) -> Callable[[Run, float], Result]:
         # torch asks CUDA for what a device may lack, and takes the error for an answer.
         command = [found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
         arguments = [*_HOW, "--no-check-timeout", "-m", "gpu", "-k", _SANITIZED]
-        arguments += ["tests/test_cuda_kernels.py"]
+        arguments += ["tests/kernels/test_cuda_kernels.py"]
         return run_tests(run, arguments, seconds, _SANITIZED_S, under=command)
 
     return check

@@ -11,15 +11,20 @@ pytestmark = pytest.mark.kernels
 
 # Tests of the op, which run as on CUDA, each file at a time.
 SUITES = {
-    "test_numerics.py": 120,
-    "test_autograd.py": 100,
-    "test_shapes.py": 200,
-    "test_dropout.py": 60,
-    "test_registration.py": 100,
-    "test_peer_bugs.py": 60,
+    "op/test_numerics.py": 120,
+    "op/test_autograd.py": 100,
+    "op/test_shapes.py": 200,
+    "op/test_dropout.py": 60,
+    "op/test_registration.py": 100,
+    "op/test_peer_bugs.py": 60,
 }
 # On Hopper's lora_gemm, whose wgmma takes the execution layer longer.
-ON_HOPPER = ("test_numerics.py", "test_autograd.py", "test_dropout.py", "test_peer_bugs.py")
+ON_HOPPER = (
+    "op/test_numerics.py",
+    "op/test_autograd.py",
+    "op/test_dropout.py",
+    "op/test_peer_bugs.py",
+)
 
 CALL = """
 import os, sys, warnings

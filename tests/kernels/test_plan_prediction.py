@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lora_ext
 from lora_ext import _C
 
-KERNELS = Path(__file__).parents[1] / "docs" / "kernels.md"
+KERNELS = Path(__file__).parents[2] / "docs" / "kernels.md"
 sizes = st.integers(1, 20000)
 shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
 options = st.fixed_dictionaries(

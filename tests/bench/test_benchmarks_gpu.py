@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import smallest_of_each_kind
 from test_benchmarks import MACHINE, QUICK, small, synthetic
-from test_cuda_kernels import smallest_of_each_kind
 
 import lora_ext
 from benchmarks import calls, card, model, report, results, runner, shapes, variants

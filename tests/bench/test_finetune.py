@@ -20,7 +20,7 @@ from benchmarks.finetune.classifier import Batch, Classifier
 from benchmarks.finetune.data import Text
 from benchmarks.sentences import sentences_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

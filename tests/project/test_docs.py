@@ -13,7 +13,7 @@ import torch
 
 import lora_ext
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]

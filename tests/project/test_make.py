@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 SAYS = """#!/bin/sh
 echo "cuda=$LORA_EXT_CUDA archs=$TORCH_CUDA_ARCH_LIST"

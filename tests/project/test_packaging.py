@@ -21,7 +21,7 @@ import lora_ext
 # By its module name: the attribute lora_ext.build_info is the function.
 info_module = importlib.import_module("lora_ext.build_info")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(lora_ext.__file__).parent
 KEYS = [
     "version",
