@@ -20,8 +20,9 @@ from adapter_verdicts import TABLE, judge, row
 HEAD = """# Folders of trainers
 
 Written by `scripts/adapter_table.py`, checked by `tests/adapters/test_adapters_wild.py`: adapter
-folders as trainers and versions of PEFT write them, for tiny models, what PEFT {version} makes of each,
-and what `load_adapter` does. Where it loads, the result is PEFT's. Else the message says what to do:
+folders as trainers and versions of PEFT write them, for tiny models, what PEFT {version} makes of
+each, and what `load_adapter` does. Where it loads, the result is PEFT's. Else the message says what
+to do:
 
 - accelerate PEFT's: `accelerate(PeftModel.from_pretrained(model, folder))`, whose result is PEFT's;
 - convert: the message has the lines that make `adapter_model.safetensors` of the pickle;
