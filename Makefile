@@ -137,7 +137,7 @@ bench-full: $(VENV)/.extras
 	$(PY) -m benchmarks --full $(ARGS)
 
 bench-models: $(VENV)/.extras
-	$(PY) -m benchmarks.models $(ARGS)
+	$(PY) -m benchmarks.whole_models $(ARGS)
 
 demo: $(VENV)/.extras
 	$(PY) -m benchmarks.finetune $(ARGS)

@@ -26,7 +26,7 @@ Written by `python scripts/verification.py` from the result files; a test compar
 - **measured**: timed or counted on the named machine, on the named day, with the command beside it;
 - **emulator-verified**: kernels run by the execution layer on a CPU ([emulation.md](emulation.md));
 - **compiled**: seen in what nvcc and ptxas made of the source;
-- **predicted**: worked out from rates and sizes, by `benchmarks/model/` or the traffic model.
+- **predicted**: worked out from rates and sizes, by `benchmarks/cost_model/` or the traffic model.
 """
 
 
@@ -70,7 +70,7 @@ MODELS = {
 
 
 def models() -> str:
-    from benchmarks.models.report import ratios
+    from benchmarks.whole_models.report import ratios
 
     document = read("xeon-amx-2-cores", "models")
     rows = []
@@ -116,7 +116,7 @@ def kernels() -> str:
         [f"requests within one pass, the adapters and 1 % in {within} of {ours} cases", "predicted",
          "`make traffic`, [kernels.md](kernels.md)"],
         ["the planner's route is within 10 % of the fastest of three on six cards", "predicted",
-         "`tests/bench/test_benchmark_model.py`"],
+         "`tests/bench/test_cost_model.py`"],
         [f"golden vectors of the PTX functions: {cards}", "not shown", "`make gpu`"],
         ["any time on a GPU", "not shown", "`make gpu`"],
     ]  # fmt: skip
@@ -124,12 +124,12 @@ def kernels() -> str:
 
 
 def hopper() -> str:
-    """What benchmarks/model/ says of an H100, for the projections of `make gpu`."""
-    from benchmarks import model
+    """What benchmarks/cost_model/ says of an H100, for the projections of `make gpu`."""
+    from benchmarks import cost_model
     from benchmarks.gpu.cells import PROJECTIONS, ROWS
     from benchmarks.shapes import DROPOUT, FORWARD, STEP, Cell
 
-    machine = model.MACHINES["H100"]
+    machine = cost_model.MACHINES["H100"]
     rows = []
     for name, (k, n, _) in PROJECTIONS.items():
         forward = Cell(FORWARD, "bfloat16", ROWS, k, n, rank=16, bias=False)
@@ -137,7 +137,7 @@ def hopper() -> str:
 
         def over(machine, cell, variant):
             floor = "merged" if cell.mode == FORWARD else "frozen"
-            found = [model.predicted_us(machine, cell, each) for each in (variant, floor)]
+            found = [cost_model.predicted_us(machine, cell, each) for each in (variant, floor)]
             return f"{found[0] / found[1]:.3f}"
 
         rows.append(
@@ -161,7 +161,7 @@ def hopper() -> str:
     ]
     header += ["float32 adapters", "auto", "step", "step, auto", "step, PEFT default"]
     intro = (
-        f"Predicted (`benchmarks/model/`) for an H100, M = {ROWS}, r = 16, bfloat16: time over"
+        f"Predicted (`benchmarks/cost_model/`) for an H100, M = {ROWS}, r = 16, bfloat16: time over"
         " that of merged (forward) or frozen (step, dropout 0.05). The kernel route, except for the"
         " columns auto, which is what the planner takes until a card has been measured: our base"
         " product where it is predicted to win by more than 10 %."

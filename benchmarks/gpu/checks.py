@@ -73,7 +73,7 @@ def kernels(run: Run, seconds: float) -> Result:
 def tests(run: Run, seconds: float) -> Result:
     """All tests marked gpu."""
     if run.device != "cuda":
-        return _suite(run, "tests", seconds, "tests/bench/test_benchmark_model.py")
+        return _suite(run, "tests", seconds, "tests/bench/test_cost_model.py")
     return _suite(run, "tests", seconds, "-m", "gpu", "tests")
 
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
-from .. import model, runner
+from .. import cost_model, runner
 from ..shapes import BACKWARD, FORWARD, Cell
 from ..timing import Plan
 from . import cells, workers
@@ -124,27 +124,27 @@ def predict(run: Run) -> None:
     a call.
     """
     document = run.document
-    machine = model.machine_named(document["machine"]["gpu"] or "")
+    machine = cost_model.machine_named(document["machine"]["gpu"] or "")
     document["predictions"] = []
     if machine is None:
         return
     found = run.stages.get("ceilings", {})
     if found.get("status") == "done":
-        machine = model.calibrated(machine, found["tflops"], found["dram_gb_s"])
+        machine = cost_model.calibrated(machine, found["tflops"], found["dram_gb_s"])
     for result in document["cells"]:
         cell = runner.cell_of(result)
         for variant, timing in (result.get("timing", {}) | result.get("graph", {})).items():
-            predicted = model.predicted_us(machine, cell, variant)
+            predicted = cost_model.predicted_us(machine, cell, variant)
             if predicted is None:
                 continue
-            launches = model.launches_of(machine, cell, variant)
+            launches = cost_model.launches_of(machine, cell, variant)
             document["predictions"].append(
                 {
                     "cell": cell.id,
                     "variant": variant,
                     "predicted_us": predicted,
                     "measured_us": 1e3 * timing["ms"],
-                    "longest": model.limiting(launches, machine),
+                    "longest": cost_model.limiting(launches, machine),
                 }
             )
 

@@ -177,7 +177,7 @@ def _predictions(document: Document) -> Any | None:
     axes.fill_between(
         ends, [e / 1.25 for e in ends], [e * 1.25 for e in ends], color="#dddddd", zorder=0
     )
-    _logarithmic(axes, "predicted, us (benchmarks/model/)", "measured, us")
+    _logarithmic(axes, "predicted, us (benchmarks/cost_model/)", "measured, us")
     _title(axes, document, "predicted and measured; grey: within 25 %")
     return figure
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .. import model, runner
+from .. import cost_model, runner
 from ..calls import call_of
 from ..memory import silent_stderr
 from ..problem import make_problem
@@ -91,10 +91,10 @@ def kernels_of(cell: Cell, variant: str) -> list[tuple[str, float]]:
 
 
 def _launches_of(run: Run, cell: Cell, variant: str) -> list[tuple[str, float]]:
-    machine = model.machine_named(run.document["machine"]["gpu"] or "")
+    machine = cost_model.machine_named(run.document["machine"]["gpu"] or "")
     if machine is None:
         return []
-    return [(one.name, one.us(machine)) for one in model.launches_of(machine, cell, variant)]
+    return [(one.name, one.us(machine)) for one in cost_model.launches_of(machine, cell, variant)]
 
 
 def counters(text: str) -> list[dict[str, Any]]:

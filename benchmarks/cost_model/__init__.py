@@ -20,7 +20,7 @@ from functools import partial
 from ..shapes import BACKWARD, FORWARD, Cell
 from . import others, ours
 from .launch import Launch, shape_of
-from .machine import MACHINES, Machine, calibrated, machine_named
+from .rates import MACHINES, Machine, calibrated, machine_named
 
 __all__ = [
     "MACHINES",

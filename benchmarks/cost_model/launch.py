@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora_ext import _C
 
 from ..shapes import Cell
-from .machine import Machine
+from .rates import Machine
 
 BYTES = 2  # of a half
 FLOAT = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .launch import BYTES, FLOAT, Launch, Shape, passes, product
-from .machine import Machine
+from .rates import Machine
 
 
 def merged_forward(machine: Machine, s: Shape) -> list[Launch]:

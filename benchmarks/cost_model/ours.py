@@ -5,7 +5,7 @@ from __future__ import annotations
 from lora_ext import _C
 
 from .launch import Launch, Shape
-from .machine import Machine
+from .rates import Machine
 
 
 def forward(route: str, machine: Machine, s: Shape) -> list[Launch]:

@@ -7,24 +7,24 @@ from pathlib import Path
 import pytest
 
 import lora_ext
-from benchmarks import model
+from benchmarks import cost_model
 from benchmarks.shapes import FORWARD, STEP, Cell
 from lora_ext import _C
 
 LARGE = Cell(FORWARD, "bfloat16", 8192, 4096, 4096, rank=16, bias=False)
-EXACT = model.Machine("H100", 1000.0, 1000.0, gap_us=0.0)
+EXACT = cost_model.Machine("H100", 1000.0, 1000.0, gap_us=0.0)
 
 
 def us(machine, cell, variant):
-    found = model.predicted_us(machine, cell, variant)
+    found = cost_model.predicted_us(machine, cell, variant)
     assert found is not None
     return found
 
 
 def test_a_launch_is_the_longer_of_arithmetic_and_memory():
-    assert model.Launch("a", bytes=3e6, flop=1e9).us(EXACT) == pytest.approx(3.0)
-    assert model.Launch("a", bytes=1e6, flop=4e9).us(EXACT) == pytest.approx(4.0)
-    assert model.Launch("a", 0).us(replace(EXACT, gap_us=2.5)) == pytest.approx(2.5)
+    assert cost_model.Launch("a", bytes=3e6, flop=1e9).us(EXACT) == pytest.approx(3.0)
+    assert cost_model.Launch("a", bytes=1e6, flop=4e9).us(EXACT) == pytest.approx(4.0)
+    assert cost_model.Launch("a", 0).us(replace(EXACT, gap_us=2.5)) == pytest.approx(2.5)
 
 
 def test_a_product_is_whole_waves():
@@ -39,11 +39,11 @@ def test_few_rows_take_as_long_as_the_weight():
     assert us(EXACT, cell, "merged") == pytest.approx(weight, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(model.MACHINES))
+@pytest.mark.parametrize("name", sorted(cost_model.MACHINES))
 @pytest.mark.parametrize("mode", [FORWARD, STEP])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 def test_orders_that_must_hold(name, mode, dropout_p):
-    machine = model.MACHINES[name]
+    machine = cost_model.MACHINES[name]
     cell = replace(LARGE, mode=mode, dropout_p=dropout_p)
     floor = us(machine, cell, "merged" if mode == FORWARD else "frozen")
     assert floor < us(machine, cell, "unsloth") < us(machine, cell, "naive")
@@ -53,14 +53,14 @@ def test_orders_that_must_hold(name, mode, dropout_p):
     assert us(machine, cell, "ours_fp32") < us(machine, cell, "ours_fp32_library")
 
 
-@pytest.mark.parametrize("name", sorted(model.MACHINES))
+@pytest.mark.parametrize("name", sorted(cost_model.MACHINES))
 @pytest.mark.parametrize("rows", [2048, 8192])
 @pytest.mark.parametrize("width", [4096, 8192])
 @pytest.mark.parametrize("adapters", ["ours", "ours_fp32"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 def test_the_planner_takes_the_fastest_route(name, rows, width, adapters, dropout_p):
     """Less 10 %, which a prediction may be off, in favour of the library's base product."""
-    machine = model.MACHINES[name]
+    machine = cost_model.MACHINES[name]
     cell = replace(
         LARGE, mode=STEP, rows=rows, in_features=width, out_features=width, dropout_p=dropout_p
     )
@@ -69,38 +69,38 @@ def test_the_planner_takes_the_fastest_route(name, rows, width, adapters, dropou
 
 
 def test_what_is_not_modelled_has_no_prediction():
-    assert model.predicted_us(EXACT, LARGE, "compiled") is None
-    assert model.predicted_us(EXACT, replace(LARGE, dtype="float32"), "ours") is None
-    assert model.predicted_us(EXACT, replace(LARGE, mode=STEP), "merged") is None
+    assert cost_model.predicted_us(EXACT, LARGE, "compiled") is None
+    assert cost_model.predicted_us(EXACT, replace(LARGE, dtype="float32"), "ours") is None
+    assert cost_model.predicted_us(EXACT, replace(LARGE, mode=STEP), "merged") is None
 
 
 def test_machines_are_found_by_the_device_name():
-    assert model.machine_named("NVIDIA H100 80GB HBM3") is model.MACHINES["H100"]
-    assert model.machine_named("NVIDIA A100-SXM4-40GB") is model.MACHINES["A100"]
-    assert model.machine_named("NVIDIA GeForce RTX 5090") is model.MACHINES["RTX 5090"]
-    assert model.machine_named("Tesla V100") is None
+    assert cost_model.machine_named("NVIDIA H100 80GB HBM3") is cost_model.MACHINES["H100"]
+    assert cost_model.machine_named("NVIDIA A100-SXM4-40GB") is cost_model.MACHINES["A100"]
+    assert cost_model.machine_named("NVIDIA GeForce RTX 5090") is cost_model.MACHINES["RTX 5090"]
+    assert cost_model.machine_named("Tesla V100") is None
 
 
 def test_calibration_replaces_both_ceilings():
-    machine = model.calibrated(model.MACHINES["H100"], 700.0, 2500.0)
+    machine = cost_model.calibrated(cost_model.MACHINES["H100"], 700.0, 2500.0)
     assert (machine.tflops, machine.dram_gb_s, machine.calibrated) == (700.0, 2500.0, True)
-    assert us(machine, LARGE, "merged") > us(model.MACHINES["H100"], LARGE, "merged")
+    assert us(machine, LARGE, "merged") > us(cost_model.MACHINES["H100"], LARGE, "merged")
 
 
 def test_the_longest_launch_is_named():
-    launches = model.launches_of(EXACT, LARGE, "ours_kernel")
-    assert model.limiting(launches, EXACT) == "lora_gemm"
+    launches = cost_model.launches_of(EXACT, LARGE, "ours_kernel")
+    assert cost_model.limiting(launches, EXACT) == "lora_gemm"
     assert [launch.name for launch in launches] == ["flags", "lora_gemm"]
-    launches = model.launches_of(EXACT, replace(LARGE, rank=128), "ours_kernel")
+    launches = cost_model.launches_of(EXACT, replace(LARGE, rank=128), "ours_kernel")
     assert [launch.name for launch in launches] == ["lora_shrink", "lora_reduce", "lora_gemm"]
 
 
 def test_gradients_of_the_weights_fill_the_last_wave_of_dx():
-    machine = model.MACHINES["H100"]
+    machine = cost_model.MACHINES["H100"]
 
     def wgrad(rows, dropout_p=0.0):
         cell = replace(LARGE, mode=STEP, rows=rows, dropout_p=dropout_p)
-        found = {each.name: each for each in model.launches_of(machine, cell, "ours_kernel")}
+        found = {each.name: each for each in cost_model.launches_of(machine, cell, "ours_kernel")}
         return found["lora_wgrad"].bytes / (2 * rows * 4096)
 
     assert wgrad(8192) < 0.1  # 512 tiles on 66 clusters: 16 of them idle in the last wave
@@ -118,14 +118,14 @@ def test_the_table_in_the_docs_is_what_the_model_says():
     variants = ("ours", "ours_kernel", "ours_library", "ours_fp32", "peft", "peft_default")
     for name, mode, figures in found:
         cell = replace(LARGE, mode=mode, dropout_p=0.0 if mode == FORWARD else 0.05)
-        machine = model.MACHINES[name]
+        machine = cost_model.MACHINES[name]
         floor = us(machine, cell, "merged" if mode == FORWARD else "frozen")
         expected = [f"{us(machine, cell, each) / floor:.2f}" for each in variants]
         assert figures.replace("|", " ").split() == expected
 
 
 def test_s_in_the_same_grid_costs_little_and_less_than_before_it():
-    machine = model.MACHINES["H100"]
+    machine = cost_model.MACHINES["H100"]
     for rows, k, n in ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192)):
         cell = replace(LARGE, rows=rows, in_features=k, out_features=n)
         merged = us(machine, cell, "merged")
@@ -137,7 +137,7 @@ def test_s_in_the_same_grid_costs_little_and_less_than_before_it():
 
 
 def test_masked_tiles_wait_for_t_where_that_is_predicted_to_be_faster():
-    card, machine = lora_ext.kernels.CARDS["H100"], model.MACHINES["H100"]
+    card, machine = lora_ext.kernels.CARDS["H100"], cost_model.MACHINES["H100"]
 
     def predicted(rows: int, in_grid: bool) -> float:
         problem = _C.Problem(rows, 4096, 4096, 64)
@@ -146,7 +146,9 @@ def test_masked_tiles_wait_for_t_where_that_is_predicted_to_be_faster():
         plan = _C.plan_as_asked(card, problem, backward=True, choice="kernel", tile=tile)
         assert plan.tile == tile
         launches = _C.predicted_launches(card, problem, plan, True)
-        return sum(model.Launch(e.name, e.bytes, e.flop, e.times).us(machine) for e in launches)
+        return sum(
+            cost_model.Launch(e.name, e.bytes, e.flop, e.times).us(machine) for e in launches
+        )
 
     for rows in (2048, 3072, 4096, 4352, 6144, 8192, 16384, 65536):
         chosen = lora_ext.kernels.plan(

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.models`: measure, print the report, write JSON, Markdown and a plot."""
+"""`python -m benchmarks.whole_models`: measure, print, write JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.models",
+        prog="python -m benchmarks.whole_models",
         description="Steps and forwards of whole models here: frozen, ours, PEFT's, accelerated.",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/models"))

@@ -6,10 +6,10 @@ from peft_helpers import net
 
 import lora_ext
 from benchmarks.machine import describe
-from benchmarks.models import report
-from benchmarks.models.cases import Case, all_cases, base_model
-from benchmarks.models.overhead import overheads
-from benchmarks.models.step import VARIANTS, adapted, check_fused, forward_of, step_of
+from benchmarks.whole_models import report
+from benchmarks.whole_models.cases import Case, all_cases, base_model
+from benchmarks.whole_models.overhead import overheads
+from benchmarks.whole_models.step import VARIANTS, adapted, check_fused, forward_of, step_of
 
 # Layers of the models: 6 x (q, k, v, o, up, down), 4 x (q, k, v, o, gate, up, down), 4 x 4.
 COUNTS = {
