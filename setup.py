@@ -13,6 +13,7 @@ Environment, read at build time only:
                           fewer than one for four cores
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -242,6 +245,36 @@ def without_cuda(reason: str) -> dict:
     return {"cuda": False, "cuda_version": None, "cuda_archs": [], "cuda_reason": reason}
 
 
+@contextlib.contextmanager
+def progress_line(folder: str, total: int, every_s: float = 30.0, terminal: str = "/dev/tty"):
+    """A line on the terminal now and then: pip shows nothing of a build, which takes minutes."""
+    try:
+        shown = Path(terminal).open("w")  # noqa: SIM115 (entered below)
+    except OSError:  # nobody watches
+        yield
+        return
+    began, done = time.time(), threading.Event()
+
+    def compiled() -> int:
+        objects = [path for path in Path(folder).rglob("*.o") if path.exists()]
+        return sum(path.stat().st_mtime > began - 1 for path in objects)  # a file's clock is coarse
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            minutes = (time.time() - began) / 60
+            line = f"lora_ext: {compiled()} of {total} files compiled after {minutes:.1f} min"
+            print(f"\n{line}", file=shown, flush=True)
+
+    with shown:
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+
 class BuildExt(BuildExtension):
     """Gives the extension its torch and CUDA settings, builds it, writes lora_ext/_build.json."""
 
@@ -262,6 +295,11 @@ class BuildExt(BuildExtension):
             raise CompileError("lora_ext compiles against torch>=2.11, and there is no torch here")
         check_compiler()
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+        total = len(self.extensions[0].sources) + len(sources("cuda/*.cu"))
+        with progress_line(self.build_temp, total):
+            self.build_all()
+
+    def build_all(self) -> None:
         compiler = run([*cxx_command(), "--version"])[1].partition("\n")[0]
         openmp = openmp_flags(compiler)
         (extension,) = self.extensions

@@ -11,6 +11,9 @@ from typing import Any
 
 _FACTS_FILE = Path(__file__).with_name("_build.json")  # written by setup.py
 _REINSTALL = "run `pip install .` in the source tree"
+# uv reads what our pyproject.toml says of torch only where it is run: elsewhere it builds with the
+# newest torch, whatever the target holds.
+_REINSTALL_BY_UV = "run `uv pip install .` inside the source tree, or with --no-build-isolation,"
 
 
 class BuildInfo(dict[str, Any]):
@@ -96,10 +99,19 @@ def torch_mismatch() -> str:
     built = str(facts.get("torch"))
     if missing or _release(built) == _release(running):
         return ""
+    cure = _REINSTALL_BY_UV if _installer() == "uv" else _REINSTALL
     return (
         f"lora_ext was built with torch {built}, but torch {running} is running: "
-        f"{_REINSTALL} to build it for this one"
+        f"{cure} to build it for this one"
     )
+
+
+def _installer() -> str:
+    """The program that installed this copy, as it says itself (PEP 627); "" where it does not."""
+    try:
+        return (importlib.metadata.distribution("lora_ext").read_text("INSTALLER") or "").strip()
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def import_error_hint() -> str:

@@ -3,12 +3,15 @@
 import importlib
 import importlib.metadata
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import setuptools
@@ -227,6 +230,38 @@ def test_torch_mismatch_compares_releases(facts, monkeypatch, built, running, sa
         assert built in message
         assert running in message
         assert message in info_module.import_error_hint()
+
+
+@pytest.mark.parametrize(
+    ("installer", "cure"),
+    [
+        ("uv\n", "`uv pip install .` inside"),
+        ("pip\n", "`pip install .` in"),
+        (None, "`pip install .`"),
+    ],
+)
+def test_torch_mismatch_says_what_helps_with_the_installer(facts, monkeypatch, installer, cure):
+    """uv builds with the newest torch from outside the tree: to install again does it again."""
+    facts(json.dumps({"torch": "2.13.0"}))
+    monkeypatch.setattr(info_module, "_running_torch", lambda: ("2.14.0", None))
+    copy = SimpleNamespace(read_text={"INSTALLER": installer}.get)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: copy)
+    assert f"run {cure}" in info_module.torch_mismatch()
+
+
+def test_a_long_build_says_how_far_it_is(setup_py, tmp_path):
+    (tmp_path / "old.o").touch()
+    os.utime(tmp_path / "old.o", (1, 1))
+    shown = tmp_path / "terminal"
+    with setup_py["progress_line"](str(tmp_path), 7, 0.05, str(shown)):
+        (tmp_path / "deep").mkdir()
+        (tmp_path / "deep" / "new.o").touch()
+        deadline = time.monotonic() + 60
+        while "lora_ext: 1 of 7 files compiled after 0.0 min" not in shown.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    with setup_py["progress_line"](str(tmp_path), 7, 0.05, str(tmp_path / "no" / "terminal")):
+        pass
 
 
 def test_import_error_hint_without_a_build(facts):
