@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
 from torch import nn
@@ -25,7 +26,8 @@ def accelerate(model: Model) -> Model:
             ``add_adapter``, one that ``inject_adapter_in_model`` changed, a part of them.
 
     Returns:
-        The model. Doing it twice is doing it once.
+        The model. Doing it twice is doing it once. Where all layers are of other kinds, those of
+        AdaLoRA, say, a warning names them.
 
     Raises:
         ImportError: peft is not installed.
@@ -36,15 +38,23 @@ def accelerate(model: Model) -> Model:
     _import_peft("accelerate")
     from peft.tuners.lora import LoraLayer
 
-    from .swap import swap
+    from .swap import classes, swap
 
-    if not any(isinstance(module, LoraLayer) for module in model.modules()):
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers:
         raise ValueError(
             "lora_ext.accelerate: expected a model with LoRA layers of PEFT, but got a "
             f"{type(model).__name__} without one; call peft.get_peft_model(model, LoraConfig(...)) "
             "first, or use lora_ext.apply_lora instead of PEFT"
         )
     swap(model)
+    if not any(type(layer) in classes().values() for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        warnings.warn(
+            f"lora_ext.accelerate: none of the model's layers is of a kind that has a fast forward: "
+            f"{kinds}; PEFT computes them as before, and lora_ext.explain(model) lists them",
+            stacklevel=2,
+        )
     return model
 
 

@@ -1,9 +1,11 @@
 """What only PEFT computes: its own forward runs, and explain says why."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import F32, F64
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft_helpers import accelerated, layer_model, make_x, paths, reasons
 from torch import nn
 
@@ -48,6 +50,21 @@ def test_reasons_for_pefts_forward(reason):
         assert outcomes[0] == outcomes[1]
     else:
         assert torch.equal(*outcomes)
+
+
+def test_a_model_without_a_layer_that_has_a_fast_forward_warns():
+    """AdaLoRA's layers are LoRA layers of PEFT; the model computes what it did."""
+    config = AdaLoraConfig(target_modules=["0"], init_r=4, target_r=2, total_step=10)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    x = torch.randn(3, 8)
+    before = model(x)
+    with pytest.warns(UserWarning, match="none of the model's layers .*SVDLinear; PEFT computes"):
+        lora_ext.accelerate(model)
+    assert torch.equal(model(x), before)
+    lora = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_ext.accelerate(lora_ext.accelerate(lora))
 
 
 @pytest.mark.parametrize(
