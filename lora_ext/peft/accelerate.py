@@ -51,7 +51,7 @@ def accelerate(model: Model) -> Model:
     if not any(type(layer) in classes().values() for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         warnings.warn(
-            f"lora_ext.accelerate: none of the model's layers is of a kind that has a fast forward: "
+            "lora_ext.accelerate: none of the model's layers is of a kind that has a fast forward: "
             f"{kinds}; PEFT computes them as before, and lora_ext.explain(model) lists them",
             stacklevel=2,
         )
