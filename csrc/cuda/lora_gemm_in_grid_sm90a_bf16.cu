@@ -9,8 +9,7 @@ cudaError_t lora_gemm_in_grid_sm90a(const kernel::LoraGemmParams<__nv_bfloat16>&
                                     const kernel::InGridFactor<__nv_bfloat16>& factor,
                                     const kernel::Sm90aChoice& choice, cudaStream_t stream) {
   ClusterLaunch launch(stream);
-  kernel::launch_lora_gemm_in_grid_sm90a<__nv_bfloat16, kernel::NoFault>(params, in, factor, choice,
-                                                                         launch);
+  kernel::launch_lora_gemm_in_grid_sm90a<__nv_bfloat16>(params, in, factor, choice, launch);
   return launch.error();
 }
 

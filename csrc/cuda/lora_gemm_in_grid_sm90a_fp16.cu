@@ -9,8 +9,7 @@ cudaError_t lora_gemm_in_grid_sm90a(const kernel::LoraGemmParams<__half>& params
                                     const kernel::InGridFactor<__half>& factor,
                                     const kernel::Sm90aChoice& choice, cudaStream_t stream) {
   ClusterLaunch launch(stream);
-  kernel::launch_lora_gemm_in_grid_sm90a<__half, kernel::NoFault>(params, in, factor, choice,
-                                                                  launch);
+  kernel::launch_lora_gemm_in_grid_sm90a<__half>(params, in, factor, choice, launch);
   return launch.error();
 }
 

@@ -6,7 +6,7 @@ namespace lora_ext::cuda {
 cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__nv_bfloat16>& params,
                             const kernel::Sm90aChoice& choice, cudaStream_t stream) {
   ClusterLaunch launch(stream);
-  kernel::launch_lora_gemm_sm90a<__nv_bfloat16, kernel::NoFault>(params, choice, launch);
+  kernel::launch_lora_gemm_sm90a<__nv_bfloat16>(params, choice, launch);
   return launch.error();
 }
 

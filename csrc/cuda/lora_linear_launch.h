@@ -10,8 +10,7 @@ template <class T>
 cudaError_t forward_on(const plan::Plan& plan, const kernel::LoraLinearForward& operands,
                        cudaStream_t stream) {
   StreamLaunch launch(stream);
-  kernel::LoraLinearSequence<T, kernel::NoFault, StreamLaunch>(plan, operands, launch)
-      .forward(operands);
+  kernel::LoraLinearSequence<T, StreamLaunch>(plan, operands, launch).forward(operands);
   return launch.error();
 }
 
@@ -19,8 +18,7 @@ template <class T>
 cudaError_t backward_on(const plan::Plan& plan, const kernel::LoraLinearBackward& operands,
                         cudaStream_t stream) {
   StreamLaunch launch(stream);
-  kernel::LoraLinearSequence<T, kernel::NoFault, StreamLaunch>(plan, operands, launch)
-      .backward(operands);
+  kernel::LoraLinearSequence<T, StreamLaunch>(plan, operands, launch).backward(operands);
   return launch.error();
 }
 

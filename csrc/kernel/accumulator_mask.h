@@ -1,12 +1,11 @@
 // The dropout mask on accumulators of mma.m16n8 or wgmma: of each block of 8 columns a lane holds
 // four, of its row and of the eighth after it, two neighbouring columns each.
 #pragma once
-#include "kernel/fault.h"
 #include "kernel/mask.h"
 
 namespace lora_ext::kernel {
 
-template <int kColumnBlocks, class Fault>
+template <int kColumnBlocks>
 struct AccumulatorMask {
   const Mask& parameters;
 
@@ -17,7 +16,7 @@ struct AccumulatorMask {
     for (int half = 0; half < 2; ++half) {
       const auto at_row = static_cast<uint64_t>(parameters.row_offset + row + half * 8);
       const auto at_column = static_cast<uint64_t>(parameters.col_offset + column);
-      if (Fault::flag("mask.in_step", parameters.in_step())) {
+      if (parameters.in_step()) {
         mask_in_step(acc + half * 2, seed, at_row, at_column);
       } else {
         mask_each(acc + half * 2, seed, at_row, at_column);
@@ -26,9 +25,7 @@ struct AccumulatorMask {
   }
 
   __device__ __forceinline__ void keep_or_drop(float& value, uint32_t draw) const {
-    value = Fault::flag("mask.kept", (draw & 0xFFFF) < parameters.keep_count)
-                ? value * parameters.keep_scale
-                : 0.f;
+    value = (draw & 0xFFFF) < parameters.keep_count ? value * parameters.keep_scale : 0.f;
   }
 
   // Where columns count from a multiple of 32, one draw decides a lane's 8 elements of a row in
@@ -59,7 +56,7 @@ struct AccumulatorMask {
 #pragma unroll
     for (int i = 0; i < kColumnBlocks * 2; ++i) {
       float& value = acc[i / 2 * 4 + i % 2];
-      value = Fault::flag("mask.kept_each", kept >> i & 1) ? value * parameters.keep_scale : 0.f;
+      value = kept >> i & 1 ? value * parameters.keep_scale : 0.f;
     }
   }
 };

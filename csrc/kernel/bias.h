@@ -1,10 +1,10 @@
 // The bias of Y's columns, in float or in the type of Y.
 #pragma once
-#include "kernel/fault.h"
+#include "ptx/target.h"
 
 namespace lora_ext::kernel {
 
-template <class T, class Fault>
+template <class T>
 struct Bias {
   const void* data;  // [n], or null
   bool in_float;
@@ -15,10 +15,10 @@ struct Bias {
   // column.
   template <int kBlocks>
   __device__ __forceinline__ void load(float (&values)[kBlocks][2], int column) const {
-    if (Fault::flag("bias.none", data == nullptr)) {
+    if (data == nullptr) {
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) values[i][0] = values[i][1] = 0.f;
-    } else if (Fault::flag("bias.in_float", in_float)) {
+    } else if (in_float) {
       load_from(values, static_cast<const float*>(data), column);
     } else {
       load_from(values, static_cast<const T*>(data), column);
@@ -33,7 +33,7 @@ struct Bias {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int at = column + i * 8 + e;
-        values[i][e] = Fault::flag("bias.inside", at < n) ? static_cast<float>(bias[at]) : 0.f;
+        values[i][e] = at < n ? static_cast<float>(bias[at]) : 0.f;
       }
     }
   }

@@ -1,15 +1,13 @@
 // Dropout of elements in the fragments of mma.sync, between ldmatrix and the product.
 #pragma once
-#include "kernel/fault.h"
 #include "kernel/mask.h"
 
 namespace lora_ext::kernel {
 
 // Zeroes the dropped of two neighbouring elements, whose draws are the halves of `draws`.
-template <class Fault>
 __device__ __forceinline__ void keep_or_drop(uint32_t& pair, uint32_t draws, const Mask& mask) {
-  const bool low = Fault::flag("mask.kept_low", (draws & 0xFFFF) < mask.keep_count);
-  const bool high = Fault::flag("mask.kept_high", draws >> 16 < mask.keep_count);
+  const bool low = (draws & 0xFFFF) < mask.keep_count;
+  const bool high = draws >> 16 < mask.keep_count;
   pair &= static_cast<uint32_t>(low) * 0xFFFFu | static_cast<uint32_t>(high) * 0xFFFF0000u;
 }
 

@@ -5,7 +5,6 @@
 // is kept 2^11 times as large, which its exponents always hold, since |value - hi| <= 2^-11
 // |value|.
 #pragma once
-#include "kernel/fault.h"
 #include "kernel/rounded.h"
 #include "ptx/target.h"
 
@@ -15,20 +14,20 @@ template <class T>
 constexpr float kLoScale = std::is_same_v<T, __half> ? 2048.f : 1.f;
 
 // A float above bfloat16's largest number is still a number: the largest, and what it leaves.
-template <class T, class Fault>
+template <class T>
 __device__ __forceinline__ T high_half(float value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     constexpr float kLargest = 0x1.FEp127f, kLargestFloat = 0x1.FFFFFEp127f;
-    if (Fault::flag("halves.overflow", fabsf(value) > kLargest && fabsf(value) <= kLargestFloat))
+    if (fabsf(value) > kLargest && fabsf(value) <= kLargestFloat)
       return rounded<T>(copysignf(kLargest, value));
   }
   return rounded<T>(value);
 }
 
-template <class T, class Fault>
+template <class T>
 __device__ __forceinline__ T low_half(float value) {
-  const float left = value - static_cast<float>(high_half<T, Fault>(value));
-  return rounded<T>(Fault::value("halves.low", left * kLoScale<T>, 0.f));
+  const float left = value - static_cast<float>(high_half<T>(value));
+  return rounded<T>(left * kLoScale<T>);
 }
 
 }  // namespace lora_ext::kernel

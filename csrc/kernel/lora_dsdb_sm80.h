@@ -1,7 +1,6 @@
 // lora_dsdb on mma.sync: a block walks over its split of the rows, 64 at a time, and for each of
 // them over the 128-column chunks of its panel. Grid: panels, splits.
 #pragma once
-#include "kernel/fault.h"
 #include "kernel/lora_dsdb.h"
 #include "kernel/tile_copy_sm80.h"
 #include "ptx/matrix_move.h"
@@ -9,10 +8,10 @@
 
 namespace lora_ext::kernel {
 
-template <class T, int kColumns, Alignment kAlignment, class Fault>
+template <class T, int kColumns, Alignment kAlignment>
 struct LoraDsdbSm80 {
   using Tile = LoraDsdbTile<kColumns>;
-  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
   static constexpr int kDsBlocks = kColumns / 16, kDbBlocks = kColumns / 8;
   using Ds = float[kDsBlocks][4];  // 16 rows x half the columns of this warp
   using Db = float[kDbBlocks][4];  // 16 columns of dY x all columns, for one chunk
@@ -37,13 +36,11 @@ struct LoraDsdbSm80 {
     int step, chunk = 0, stage = 0;
   };
   __device__ __forceinline__ void load_next(Loads& next) const {
-    if (Fault::flag("dsdb.load_exists", next.step < Fault::count("dsdb.load_steps", end_step,
-                                                                 end_step - 1, end_step + 1))) {
+    if (next.step < end_step) {
       const Copy copy{shared};
       const int row0 = next.step * Tile::kM;
       constexpr int kSThreads = Tile::kM * Tile::kColumnChunks;
-      if (Fault::flag("dsdb.load_s", next.chunk == 0) &&
-          Fault::flag("dsdb.s_threads", threadIdx.x < kSThreads)) {
+      if (next.chunk == 0 && threadIdx.x < kSThreads) {
         copy.template copy_tile<Tile::kM, kColumns, Tile::kColumnChunks>(
             s_tile(next.step), {p.s, p.s_pitch, p.m, p.columns}, row0, 0);
       }
@@ -51,13 +48,13 @@ struct LoraDsdbSm80 {
           static_cast<uint32_t>(next.stage) * Tile::kDyBytes, {p.dy, p.dy_pitch, p.m, p.n}, row0,
           n0 + next.chunk * Tile::kChunkN);
       ++next.chunk;
-      if (Fault::flag("dsdb.load_step_ends", next.chunk == chunks)) {
+      if (next.chunk == chunks) {
         next.chunk = 0;
         ++next.step;
       }
     }
     next.stage = (next.stage + 1) % Tile::kStages;
-    if (!Fault::skip("dsdb.commit")) ptx::cp_async_commit_group();
+    ptx::cp_async_commit_group();
   }
   // As many as there are stages: of a panel with one chunk, the copies are two steps ahead.
   __device__ __forceinline__ static uint32_t s_tile(int step) {
@@ -108,7 +105,7 @@ struct LoraDsdbSm80 {
   }
 
   __device__ __forceinline__ void store_ds(const Ds& ds, int step) const {
-    if (Fault::flag("dsdb.no_z", p.z == nullptr)) return;
+    if (p.z == nullptr) return;
     float* z = p.z + static_cast<int64_t>(blockIdx.x) * p.m * p.columns;
 #pragma unroll
     for (int j = 0; j < kDsBlocks; ++j) {
@@ -116,25 +113,21 @@ struct LoraDsdbSm80 {
       for (int e = 0; e < 4; ++e) {
         const int row = step * Tile::kM + warp % 4 * 16 + e / 2 * 8 + lane / 4;
         const int column = (warp / 4 * kDsBlocks + j) * 8 + lane % 4 * 2 + e % 2;
-        if (Fault::flag("dsdb.z_inside", row < Fault::count("dsdb.z_rows", p.m, p.m - 1, p.m + 1) &&
-                                             column < Fault::count("dsdb.z_columns", p.columns,
-                                                                   p.columns - 1, p.columns + 1)))
+        if (row < p.m && column < p.columns)
           z[static_cast<int64_t>(row) * p.columns + column] = ds[j][e];
       }
     }
   }
 
   __device__ __forceinline__ void store_db(const Db (&db)[Tile::kChunks]) const {
-    if (Fault::flag("dsdb.no_g", p.g == nullptr)) return;
+    if (p.g == nullptr) return;
     float* g = p.g + static_cast<int64_t>(blockIdx.y) * p.columns * p.n;
 #pragma unroll
     for (int i = 0; i < Tile::kChunks * kDbBlocks * 4; ++i) {
       const int chunk = i / (kDbBlocks * 4), j = i / 4 % kDbBlocks, e = i % 4;
       const int n = n0 + chunk * Tile::kChunkN + warp * 16 + e / 2 * 8 + lane / 4;
       const int column = j * 8 + lane % 4 * 2 + e % 2;
-      if (Fault::flag("dsdb.g_inside", n < Fault::count("dsdb.g_n", p.n, p.n - 1, p.n + 1) &&
-                                           column < Fault::count("dsdb.g_columns", p.columns,
-                                                                 p.columns - 1, p.columns + 1)))
+      if (n < p.n && column < p.columns)
         g[static_cast<int64_t>(column) * p.n + n] = db[chunk][j][e];
     }
   }
@@ -142,29 +135,21 @@ struct LoraDsdbSm80 {
   __device__ __forceinline__ void run() const {
     Loads next{first_step};
     load_b();
-    for (int i = 0;
-         i < Fault::count("dsdb.prologue", Tile::kStages - 1, Tile::kStages - 2, Tile::kStages);
-         ++i)
-      load_next(next);
+    for (int i = 0; i < Tile::kStages - 1; ++i) load_next(next);
     Db db[Tile::kChunks];
 #pragma unroll
     for (int i = 0; i < Tile::kChunks * kDbBlocks * 4; ++i)
       db[i / (kDbBlocks * 4)][i / 4 % kDbBlocks][i % 4] = 0.f;
     uint32_t stage = 0;
-    for (int step = first_step;
-         step < Fault::count("dsdb.steps", end_step, end_step - 1, end_step + 1); ++step) {
+    for (int step = first_step; step < end_step; ++step) {
       Ds ds;
 #pragma unroll
       for (int i = 0; i < kDsBlocks * 4; ++i) ds[i / 4][i % 4] = 0.f;
 #pragma unroll
       for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-        if (Fault::flag("dsdb.past_n", chunk >= chunks)) break;
-        if (Fault::swap("dsdb.wait_one_group_less")) {
-          ptx::cp_async_wait_group<Tile::kStages - 1>();
-        } else if (!Fault::skip("dsdb.wait")) {
-          ptx::cp_async_wait_group<Tile::kStages - 2>();
-        }
-        if (!Fault::skip("dsdb.barrier")) __syncthreads();  // both ends of the ring
+        if (chunk >= chunks) break;
+        ptx::cp_async_wait_group<Tile::kStages - 2>();
+        __syncthreads();  // both ends of the ring
         load_next(next);
         const uint32_t dy = shared + stage * Tile::kDyBytes;
         multiply_ds(ds, dy, chunk);
@@ -177,10 +162,10 @@ struct LoraDsdbSm80 {
   }
 };
 
-template <class T, int kColumns, Alignment kAlignment, class Fault = NoFault>
+template <class T, int kColumns, Alignment kAlignment>
 __global__ void __launch_bounds__(LoraDsdbTile<kColumns>::kThreads)
     lora_dsdb_sm80(const __grid_constant__ LoraDsdbParams<T> p) {
-  LoraDsdbSm80<T, kColumns, kAlignment, Fault>{p}.run();
+  LoraDsdbSm80<T, kColumns, kAlignment>{p}.run();
 }
 
 }  // namespace lora_ext::kernel

@@ -7,7 +7,6 @@
 // the products, across the end of a tile, so that a tile's first stages arrive while the one before
 // is stored. Lines to start reading at: run() is the main loop, load() what a step brings.
 #pragma once
-#include "kernel/fault.h"
 #include "kernel/halves.h"
 #include "kernel/lora_gemm.h"
 #include "kernel/lora_gemm_sm80_epilogue.h"
@@ -17,10 +16,10 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment, class Fault>
+template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
 struct LoraGemmSm80 {
-  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
-  using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment, Fault>;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
+  using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment>;
   using Accumulators = typename Epilogue::Accumulators;
 
   static_assert(!kMasked || fits_mask<Tile>);
@@ -45,8 +44,7 @@ struct LoraGemmSm80 {
   __device__ __forceinline__ Place place_of(int tile) const {
     constexpr int kGroup = 8;
     const int first = tile / (kGroup * column_tiles) * kGroup;
-    const int height =
-        Fault::flag("raster.whole_group", row_tiles - first >= kGroup) ? kGroup : row_tiles - first;
+    const int height = row_tiles - first >= kGroup ? kGroup : row_tiles - first;
     const int within = tile - first * column_tiles;
     return {(first + within % height) * Tile::kM, within / height * Tile::kN};
   }
@@ -59,10 +57,10 @@ struct LoraGemmSm80 {
   };
   __device__ __forceinline__ Step step_of(int step) const {
     if constexpr (kMasked) {
-      const bool low_rank = Fault::flag("step.low_rank_first", step < low_rank_steps);
+      const bool low_rank = step < low_rank_steps;
       return {low_rank, low_rank ? step : step - low_rank_steps};
     } else {
-      const bool low_rank = Fault::flag("step.low_rank_last", step >= main_steps);
+      const bool low_rank = step >= main_steps;
       return {low_rank, low_rank ? step - main_steps : step};
     }
   }
@@ -90,7 +88,7 @@ struct LoraGemmSm80 {
   __device__ __forceinline__ void load(int tile, int step, int stage) const {
     const Place at = place_of(tile);
     const Step what = step_of(step);
-    if (Fault::flag("load.low_rank", what.low_rank)) {
+    if (what.low_rank) {
       const int term = what.index / steps_per_term;
       const auto& factors = p.low_rank[term];
       copy_step(stage, factors.t, p.t_pitch, factors.u, p.u_pitch, p.rank,
@@ -135,7 +133,7 @@ struct LoraGemmSm80 {
     const uint32_t right = left + Tile::kLeftBytes;
 #pragma unroll
     for (int k16 = 0; k16 < Tile::kK / 16; ++k16) {
-      if (Fault::flag("multiply.past_the_rank", k16 >= k16_steps)) break;
+      if (k16 >= k16_steps) break;
       uint32_t a[Epilogue::kRowBlocks][4], b[Epilogue::kColumnBlocks][2];
       load_left(a, left, k16);
       load_right(b, right, k16);
@@ -149,7 +147,7 @@ struct LoraGemmSm80 {
   }
 
   __device__ __forceinline__ int k16_steps_of(const Step& what) const {
-    if (Fault::flag("multiply.main", !what.low_rank)) return Tile::kK / 16;
+    if (!what.low_rank) return Tile::kK / 16;
     const int left = p.rank - what.index % steps_per_term * Tile::kK;
     return (left + 15) / 16;  // more than there are, but in the last step
   }
@@ -173,7 +171,7 @@ struct LoraGemmSm80 {
     if constexpr (kFactor != 1.f && !(kEnter && kMasked)) {  // masked, the sum begins here, with 0
       constexpr int kTermsBefore = kEnter ? 0 : kMaxLowRankTerms - 1;
       const int first = step_of_low_rank(kTermsBefore * steps_per_term);
-      if (Fault::flag("loop.lo_terms", p.terms == kMaxLowRankTerms && step == first)) {
+      if (p.terms == kMaxLowRankTerms && step == first) {
 #pragma unroll
         for (int i = 0; i < Epilogue::kRowBlocks; ++i) {
 #pragma unroll
@@ -192,49 +190,41 @@ struct LoraGemmSm80 {
     int tile, step = 0, stage = 0;
   };
   __device__ __forceinline__ void load_next(Loads& next) const {
-    if (Fault::flag("load.exists", next.tile < tiles)) {
+    if (next.tile < tiles) {
       load(next.tile, next.step, next.stage);
       ++next.step;
-      if (Fault::flag("load.tile_ends", next.step == steps)) {
+      if (next.step == steps) {
         next.step = 0;
         next.tile += static_cast<int>(gridDim.x);
       }
     }
     next.stage = following(next.stage);
-    if (!Fault::skip("load.commit")) ptx::cp_async_commit_group();
+    ptx::cp_async_commit_group();
   }
   __device__ __forceinline__ static int following(int stage) { return (stage + 1) % Tile::kStages; }
 
   __device__ __forceinline__ void run() const {
     const Epilogue epilogue{p};
     Loads next{static_cast<int>(blockIdx.x)};
-    for (int i = 0;
-         i < Fault::count("prologue.steps", Tile::kStages - 1, Tile::kStages - 2, Tile::kStages);
-         ++i)
-      load_next(next);
+    for (int i = 0; i < Tile::kStages - 1; ++i) load_next(next);
     int stage = 0;
     Accumulators acc;
-    for (int tile = static_cast<int>(blockIdx.x);
-         tile < Fault::count("loop.tiles", tiles, tiles - 1, tiles + 1);
+    for (int tile = static_cast<int>(blockIdx.x); tile < tiles;
          tile += static_cast<int>(gridDim.x)) {
       const Place at = place_of(tile);
-      if (!Fault::skip("loop.clear")) clear(acc);
-      for (int step = 0; step < Fault::count("loop.steps", steps, steps - 1, steps + 1); ++step) {
-        if (Fault::swap("loop.wait_one_group_less")) {
-          ptx::cp_async_wait_group<Tile::kStages - 1>();
-        } else if (!Fault::skip("loop.wait")) {
-          ptx::cp_async_wait_group<Tile::kStages - 2>();
-        }
+      clear(acc);
+      for (int step = 0; step < steps; ++step) {
+        ptx::cp_async_wait_group<Tile::kStages - 2>();
         // One barrier serves both ends of the ring: every thread's copies into this step's stage
         // are there, and every warp has left the stage that the copies below fill.
-        if (!Fault::skip("loop.barrier")) __syncthreads();
+        __syncthreads();
         load_next(next);
         const Step what = step_of(step);
         scale_for_lo<true>(acc, step);
         scale_for_lo<false>(acc, step);
         multiply(acc, stage, k16_steps_of(what));
         if constexpr (kMasked) {
-          if (Fault::flag("loop.mask", step == low_rank_steps - 1))
+          if (step == low_rank_steps - 1)
             epilogue.mask(acc, at.row + warp_row, at.column + warp_column);
         }
         stage = following(stage);
@@ -244,11 +234,10 @@ struct LoraGemmSm80 {
   }
 };
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment,
-          class Fault = NoFault>
+template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
 __global__ void __launch_bounds__(Tile::kThreads)
     lora_gemm_sm80(const __grid_constant__ LoraGemmParams<T> p) {
-  LoraGemmSm80<T, Tile, kMNMajor, kMasked, kAlignment, Fault>{p}.run();
+  LoraGemmSm80<T, Tile, kMNMajor, kMasked, kAlignment>{p}.run();
 }
 
 }  // namespace lora_ext::kernel

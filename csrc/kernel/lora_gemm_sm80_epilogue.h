@@ -11,7 +11,7 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, Alignment kAlignment, class Fault>
+template <class T, class Tile, Alignment kAlignment>
 struct LoraGemmEpilogue {
   static constexpr int kRowBlocks = Tile::kWarpM / 16, kColumnBlocks = Tile::kWarpN / 8;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
@@ -21,7 +21,7 @@ struct LoraGemmEpilogue {
 
   // mask * accumulators, which hold T U alone; the warp's tile begins at (row0, column0).
   __device__ __forceinline__ void mask(Accumulators& acc, int row0, int column0) const {
-    const AccumulatorMask<kColumnBlocks, Fault> mask{p.mask};
+    const AccumulatorMask<kColumnBlocks> mask{p.mask};
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i)
       mask.apply(&acc[i][0][0], row0 + i * 16 + lane / 4, column0 + lane % 4 * 2);
@@ -29,32 +29,29 @@ struct LoraGemmEpilogue {
 
   __device__ __forceinline__ void store_chunk(const unsigned char* chunk, int row,
                                               int column) const {
-    const int left = Fault::count("store.columns", p.n, p.n - 1, p.n + 1) - column;
-    if (Fault::flag("store.outside",
-                    row >= Fault::count("store.rows", p.m, p.m - 1, p.m + 1) || left <= 0))
-      return;
+    const int left = p.n - column;
+    if (row >= p.m || left <= 0) return;
     T* target = p.y + static_cast<int64_t>(row) * p.y_pitch + column;
-    if (Fault::flag("store.whole_chunk", kAlignment == Alignment::kVector && left >= 8)) {
+    if (kAlignment == Alignment::kVector && left >= 8) {
       *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(chunk);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (Fault::flag("store.element", i < left))
-          target[i] = reinterpret_cast<const T*>(chunk)[i];
+        if (i < left) target[i] = reinterpret_cast<const T*>(chunk)[i];
     }
   }
 
   // The warp's part of Y, 16 rows at a time.
   __device__ __forceinline__ void store(const Accumulators& acc, int row0, int column0) const {
     constexpr int kChunks = Tile::kWarpN / 8;
-    const Bias<T, Fault> bias{p.bias, p.float_bias, p.n};
+    const Bias<T> bias{p.bias, p.float_bias, p.n};
     unsigned char* slab = ptx::dynamic_shared_memory() + Tile::kSlabs +
                           static_cast<int>(threadIdx.x) / 32 * 16 * Tile::kSlabPitch;
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
       float of_columns[kColumnBlocks][2];
       bias.load(of_columns, column0 + lane % 4 * 2);
-      if (!Fault::skip("store.slab_free")) __syncwarp();
+      __syncwarp();
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j) {
 #pragma unroll
@@ -65,7 +62,7 @@ struct LoraGemmEpilogue {
           pair[e % 2] = rounded<T>(acc[i][j][e] + of_columns[j][e % 2]);
         }
       }
-      if (!Fault::skip("store.slab_full")) __syncwarp();
+      __syncwarp();
 #pragma unroll
       for (int chunk = 0; chunk < 16 * kChunks / 32; ++chunk) {
         const int index = chunk * 32 + lane;

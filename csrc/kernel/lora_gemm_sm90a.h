@@ -24,45 +24,35 @@ namespace lora_ext::kernel {
 
 // produce() in the first warpgroup, consume(0) and consume(1) in the others, which take over most
 // of its registers.
-template <class Tile, class Fault, class Produce, class Consume>
+template <class Tile, class Produce, class Consume>
 __device__ __forceinline__ void take_role(const Produce& produce, const Consume& consume) {
   // From lane 0, so that ptxas knows that a warp agrees on its role.
   const int warpgroup =
       __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Tile::kWarpgroup, 0);
-  if (Fault::flag("role.producer", warpgroup == 0)) {
-    if (Fault::swap("role.producer_keeps_more")) {
-      ptx::setmaxnreg_dec<Tile::kProducerRegisters + 16>();
-    } else if (!Fault::skip("role.producer_registers")) {
-      ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
-    }
+  if (warpgroup == 0) {
+    ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
     produce();
   } else {
-    if (Fault::swap("role.consumer_takes_more")) {
-      ptx::setmaxnreg_inc<Tile::kConsumerRegisters + 8>();
-    } else {
-      ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
-    }
+    ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
     consume(warpgroup - 1);
   }
 }
 
 // Empty for other architectures, where nothing launches it.
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault = NoFault>
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_gemm_sm90a(const __grid_constant__ LoraGemmMaps maps,
                     const __grid_constant__ LoraGemmParams<T> p) {
   static_assert(kMNMajor || !kMasked, "only dX is masked");
   if constexpr (ptx::kHasSm90a) {
-    const LoraGemmSm90aBlock<T, Tile, Fault> block{maps, p};
+    const LoraGemmSm90aBlock<T, Tile> block{maps, p};
     block.set_up();
-    take_role<Tile, Fault>(
+    take_role<Tile>(
         [&] {
-          if (Fault::flag("role.loader", threadIdx.x == 0))
-            LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked, Fault>{block}.produce();
+          if (threadIdx.x == 0) LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked>{block}.produce();
         },
         [&](int consumer) {
-          LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>{block, consumer}
-              .consume();
+          LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail>{block, consumer}.consume();
         });
     block.leave();
   }

@@ -3,7 +3,6 @@
 #pragma once
 #include <cuda.h>
 
-#include "kernel/fault.h"
 #include "kernel/lora_gemm.h"
 #include "kernel/lora_gemm_sm90a_tile.h"
 #include "ptx/barrier.h"
@@ -27,14 +26,14 @@ struct LoraGemmMaps {
 // A position in the ring of stages. Two mbarriers guard each stage: full, when its bytes have come,
 // and empty, when its readers have left. `parity` is that of the phase of full to wait for. Stages
 // are empty at first, so that of empty is one phase behind.
-template <int kStages, class Fault>
+template <int kStages>
 struct StageRing {
   int slot = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ void advance() {
     ++slot;
-    if (Fault::flag("ring.wraps", slot == kStages)) {
+    if (slot == kStages) {
       slot = 0;
       parity ^= 1;
     }
@@ -47,9 +46,9 @@ struct StageRing {
   }
 };
 
-template <class T, class Tile, class Fault>
+template <class T, class Tile>
 struct LoraGemmSm90aBlock {
-  using Ring = StageRing<Tile::kStages, Fault>;
+  using Ring = StageRing<Tile::kStages>;
 
   const LoraGemmMaps& maps;
   const LoraGemmParams<T>& p;
@@ -85,8 +84,7 @@ struct LoraGemmSm90aBlock {
   __device__ __forceinline__ Place place_of(int tile) const {
     constexpr int kGroup = 8;
     const int first = tile / (kGroup * column_tiles) * kGroup;
-    const int height =
-        Fault::flag("raster.whole_group", row_pairs - first >= kGroup) ? kGroup : row_pairs - first;
+    const int height = row_pairs - first >= kGroup ? kGroup : row_pairs - first;
     const int within = tile - first * column_tiles;
     return {(first + within % height) * Tile::kPairM + static_cast<int>(rank) * Tile::kM,
             within / height * Tile::kN};
@@ -95,38 +93,29 @@ struct LoraGemmSm90aBlock {
   __device__ __forceinline__ void set_up() const {
     // Readers in both blocks: what this block multicasts lands in both.
     constexpr int kLeave = Tile::kClusterSize * Tile::kReaders;
-    if (Fault::flag("setup.thread", threadIdx.x == 0)) {
+    if (threadIdx.x == 0) {
       for (int slot = 0; slot < Tile::kStages; ++slot) {
-        ptx::mbarrier_init(full(slot), Fault::count("setup.full_count", 1u, 0u, 2u));
-        ptx::mbarrier_init(empty(slot),
-                           Fault::count("setup.empty_count", kLeave, kLeave - 1, kLeave + 1));
+        ptx::mbarrier_init(full(slot), 1u);
+        ptx::mbarrier_init(empty(slot), kLeave);
       }
-      if (!Fault::skip("setup.fence_init")) ptx::fence_mbarrier_init();
+      ptx::fence_mbarrier_init();
       ptx::prefetch_tensor_map(&maps.low_rank[0].t);
       ptx::prefetch_tensor_map(&maps.low_rank[0].u);
       ptx::prefetch_tensor_map(&maps.y);
-      if (Fault::flag("setup.main_product", p.k > 0)) {
+      if (p.k > 0) {
         ptx::prefetch_tensor_map(&maps.p);
         ptx::prefetch_tensor_map(&maps.q);
       }
     }
     // Nobody may arrive at a barrier of the peer's, or multicast to it, before it is initialised.
-    if (Fault::swap("setup.block_barrier_only")) {
-      __syncthreads();
-    } else {
-      if (!Fault::skip("setup.arrive")) ptx::cluster_arrive();
-      if (!Fault::skip("setup.wait")) ptx::cluster_wait();
-    }
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 
   // A block stays until no arrival of its peer's at its barriers can be under way any more.
   __device__ __forceinline__ void leave() const {
-    if (Fault::swap("leave.block_barrier_only")) {
-      __syncthreads();
-    } else {
-      if (!Fault::skip("leave.arrive")) ptx::cluster_arrive();
-      if (!Fault::skip("leave.wait")) ptx::cluster_wait();
-    }
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 };
 

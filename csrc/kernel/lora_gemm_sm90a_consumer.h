@@ -19,10 +19,10 @@ namespace lora_ext::kernel {
 
 // kTail: the wgmmas of 16 along k that the last step of T U needs; 64 - 16 kTail of its 64 would
 // only multiply zeros. A constant, since ptxas cannot pipeline a number known at run time (C7519).
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 struct LoraGemmSm90aConsumer {
-  using Block = LoraGemmSm90aBlock<T, Tile, Fault>;
-  using Epilogue = LoraGemmSm90aEpilogue<T, Tile, Fault>;
+  using Block = LoraGemmSm90aBlock<T, Tile>;
+  using Epilogue = LoraGemmSm90aEpilogue<T, Tile>;
   using Accumulators = typename Epilogue::Accumulators;
   using Ring = typename Block::Ring;
   static constexpr int kAll = Tile::kK / 16;
@@ -47,8 +47,7 @@ struct LoraGemmSm90aConsumer {
       ring.skip(consumer * block.steps);
       stride *= Tile::kConsumers;
     }
-    for (; tile < Fault::count("consumer.tiles", block.tiles, block.tiles - 1, block.tiles + 1);
-         tile += stride) {
+    for (; tile < block.tiles; tile += stride) {
       Accumulators acc;
       compute(acc, ring, tile);
       epilogue.store(acc, block.place_of(tile));
@@ -76,16 +75,14 @@ struct LoraGemmSm90aConsumer {
   __device__ __forceinline__ void multiply_main(float (&acc)[Tile::kRowBlocks][kHalf],
                                                 Progress& now) const {
     const int steps = block.main_steps;
-    for (int i = 0; i < Fault::count("consumer.main_steps", steps, steps - 1, steps + 1); ++i)
-      step<kAll>(acc, now);
+    for (int i = 0; i < steps; ++i) step<kAll>(acc, now);
   }
 
   __device__ __forceinline__ void multiply_low_rank(Accumulators& acc, Progress& now) const {
     const int terms = block.p.terms, whole = block.steps_per_term - 1;
-    for (int term = 0; term < Fault::count("consumer.terms", terms, terms - 1, terms + 1); ++term) {
+    for (int term = 0; term < terms; ++term) {
       scale_for_lo(acc, now, term);
-      for (int i = 0; i < Fault::count("consumer.whole_steps", whole, whole - 1, whole + 1); ++i)
-        step<kAll>(acc, now);
+      for (int i = 0; i < whole; ++i) step<kAll>(acc, now);
       step<kTail>(acc, now);
     }
   }
@@ -95,9 +92,9 @@ struct LoraGemmSm90aConsumer {
   __device__ __forceinline__ void scale_for_lo(Accumulators& acc, const Progress& now,
                                                int term) const {
     if constexpr (kLoScale<T> != 1.f) {
-      const bool enter = Fault::flag("consumer.enter_lo", term == 0 && now.accumulate);
-      const bool leave = Fault::flag("consumer.leave_lo", term == kMaxLowRankTerms - 1);
-      if (Fault::flag("consumer.lo_terms", block.p.terms == kMaxLowRankTerms && (enter || leave))) {
+      const bool enter = term == 0 && now.accumulate;
+      const bool leave = term == kMaxLowRankTerms - 1;
+      if (block.p.terms == kMaxLowRankTerms && (enter || leave)) {
         wait_for_products();
         const float factor = enter ? kLoScale<T> : 1.f / kLoScale<T>;
 #pragma unroll
@@ -112,17 +109,10 @@ struct LoraGemmSm90aConsumer {
   // One stage, of which kSteps times 16 along k are multiplied.
   template <int kSteps, int kHalf>
   __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now) const {
-    if (!Fault::skip("consumer.wait_full")) {
-      ptx::mbarrier_wait(block.full(now.ring.slot),
-                         Fault::value("consumer.parity", now.ring.parity, now.ring.parity ^ 1));
-    }
+    ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);
     multiply<kSteps>(acc, now);
-    if (Fault::swap("consumer.wait_one_group_less")) {
-      ptx::wgmma_wait_group<2>();
-    } else if (!Fault::skip("consumer.wait_previous")) {
-      ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended
-    }
-    if (Fault::flag("consumer.holds", now.held >= 0)) release(now.held);
+    ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended
+    if (now.held >= 0) release(now.held);
     now.held = now.ring.slot;
     now.ring.advance();
   }
@@ -139,34 +129,25 @@ struct LoraGemmSm90aConsumer {
     const uint32_t left = block.left(now.ring.slot) +
                           static_cast<uint32_t>(consumer * Tile::kRowsApart) * Tile::kRowBytes;
     const uint32_t right = block.right(now.ring.slot);
-    if (!Fault::skip("consumer.fence")) ptx::wgmma_fence();
+    ptx::wgmma_fence();
 #pragma unroll
     for (int k16 = 0; k16 < kSteps; ++k16) {
-      const uint64_t b = ptx::matrix_descriptor(
-          right + k16 * Fault::value("consumer.along_right", kAlongRight, 2 * kAlongRight),
-          Fault::value("consumer.panels", kPanels, kGroup), kGroup, ptx::Swizzle::k128);
+      const uint64_t b =
+          ptx::matrix_descriptor(right + k16 * kAlongRight, kPanels, kGroup, ptx::Swizzle::k128);
 #pragma unroll
       for (int i = 0; i < Tile::kRowBlocks; ++i) {
-        const uint64_t a = ptx::matrix_descriptor(
-            left + i * 64 * Tile::kRowBytes +
-                k16 * Fault::value("consumer.along_row", kAlongRow, 2 * kAlongRow),
-            16, kGroup, ptx::Swizzle::k128);
-        ptx::wgmma_ss<T, 2 * kHalf, ptx::Major::kK, kMajor>(
-            acc[i], a, b, Fault::flag("consumer.accumulate", now.accumulate || k16 > 0));
+        const uint64_t a = ptx::matrix_descriptor(left + i * 64 * Tile::kRowBytes + k16 * kAlongRow,
+                                                  16, kGroup, ptx::Swizzle::k128);
+        ptx::wgmma_ss<T, 2 * kHalf, ptx::Major::kK, kMajor>(acc[i], a, b,
+                                                            now.accumulate || k16 > 0);
       }
     }
-    if (!Fault::skip("consumer.commit")) ptx::wgmma_commit_group();
+    ptx::wgmma_commit_group();
     now.accumulate = true;
   }
 
   // Until the accumulators may be touched.
-  __device__ __forceinline__ void wait_for_products() const {
-    if (Fault::swap("consumer.wait_all_but_one")) {
-      ptx::wgmma_wait_group<1>();
-    } else if (!Fault::skip("consumer.wait_all")) {
-      ptx::wgmma_wait_group<0>();
-    }
-  }
+  __device__ __forceinline__ void wait_for_products() const { ptx::wgmma_wait_group<0>(); }
 
   // The end of a product, which has one step at least.
   __device__ __forceinline__ void finish(Ring& ring, const Progress& now) const {
@@ -179,11 +160,7 @@ struct LoraGemmSm90aConsumer {
   // read it, so that no release of cluster scope, a memory barrier in the main loop, is needed.
   __device__ __forceinline__ void release(int slot) const {
     constexpr int kBlocks = Tile::kClusterSize;
-    if (Fault::flag("consumer.releaser", lane < Fault::count("consumer.release_blocks", kBlocks,
-                                                             kBlocks - 1, kBlocks + 1))) {
-      if (!Fault::skip("consumer.release"))
-        ptx::mbarrier_arrive_remote(block.empty(slot), static_cast<uint32_t>(lane));
-    }
+    if (lane < kBlocks) ptx::mbarrier_arrive_remote(block.empty(slot), static_cast<uint32_t>(lane));
   }
 
   // Pingpong: consumers take turns at the tensor core, tile by tile. Without, the one that comes
@@ -192,16 +169,12 @@ struct LoraGemmSm90aConsumer {
   static constexpr uint32_t kTurnThreads = Tile::kConsumers * Tile::kWarpgroup;
 
   __device__ __forceinline__ void wait_for_turn(int tile) const {
-    if (Fault::flag("consumer.has_previous", tile >= block.tile_stride)) {
-      if (!Fault::skip("consumer.wait_for_turn"))
-        ptx::bar_sync(kTurnBarrier + static_cast<uint32_t>(consumer), kTurnThreads);
-    }
+    if (tile >= block.tile_stride)
+      ptx::bar_sync(kTurnBarrier + static_cast<uint32_t>(consumer), kTurnThreads);
   }
   __device__ __forceinline__ void pass_turn(int tile) const {
-    if (Fault::flag("consumer.has_next", tile + block.tile_stride < block.tiles)) {
-      if (!Fault::skip("consumer.pass_turn"))
-        ptx::bar_arrive(kTurnBarrier + static_cast<uint32_t>(1 - consumer), kTurnThreads);
-    }
+    if (tile + block.tile_stride < block.tiles)
+      ptx::bar_arrive(kTurnBarrier + static_cast<uint32_t>(1 - consumer), kTurnThreads);
   }
 };
 

@@ -15,10 +15,10 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, class Fault>
+template <class T, class Tile>
 struct LoraGemmSm90aEpilogue {
   using Accumulators = float[Tile::kRowBlocks][Tile::kN / 2];
-  using Place = typename LoraGemmSm90aBlock<T, Tile, Fault>::Place;
+  using Place = typename LoraGemmSm90aBlock<T, Tile>::Place;
 
   const LoraGemmMaps& maps;
   const LoraGemmParams<T>& p;
@@ -34,7 +34,7 @@ struct LoraGemmSm90aEpilogue {
 
   // mask * accumulators, which hold T U alone.
   __device__ __forceinline__ void mask(Accumulators& acc, const Place& at) const {
-    const AccumulatorMask<Tile::kN / 8, Fault> mask{p.mask};
+    const AccumulatorMask<Tile::kN / 8> mask{p.mask};
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks; ++i)
       mask.apply(acc[i], first_row(at, i) + warp * 16 + lane / 4, at.column + lane % 4 * 2);
@@ -57,20 +57,14 @@ struct LoraGemmSm90aEpilogue {
 
   // Until the store before last has read its slab, which is filled next.
   __device__ __forceinline__ void wait_until_free() const {
-    if (Fault::value("epilogue.waiter", thread == 0, false)) {
-      if (Fault::swap("epilogue.wait_one_group_less")) {
-        ptx::bulk_wait_group_read<Tile::kSlabs>();
-      } else if (!Fault::skip("epilogue.wait_read")) {
-        ptx::bulk_wait_group_read<Tile::kSlabs - 1>();
-      }
-    }
-    if (!Fault::skip("epilogue.slab_free")) warpgroup_barrier();
+    if (thread == 0) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();
+    warpgroup_barrier();
   }
 
   // 64 x 64 accumulators, 32 a thread, in blocks of 8 columns.
   __device__ __forceinline__ void fill(uint32_t slab, const float* acc, int column0) const {
     constexpr int kBatch = Tile::kAccumulators > 128 ? 2 : 8;  // of loads, as registers allow
-    const Bias<T, Fault> bias{p.bias, p.float_bias, p.n};
+    const Bias<T> bias{p.bias, p.float_bias, p.n};
 #pragma unroll
     for (int first = 0; first < 8; first += kBatch) {
       float added[kBatch][2];
@@ -96,25 +90,22 @@ struct LoraGemmSm90aEpilogue {
   }
 
   __device__ __forceinline__ void send(uint32_t slab, int column, int row) const {
-    if (!Fault::skip("epilogue.proxy_fence")) ptx::fence_proxy_async_shared();
-    if (!Fault::skip("epilogue.slab_full")) warpgroup_barrier();
-    if (Fault::flag("epilogue.sender", thread == 0)) {
+    ptx::fence_proxy_async_shared();
+    warpgroup_barrier();
+    if (thread == 0) {
       ptx::tma_store_2d(&maps.y, slab, column, row);
-      if (!Fault::skip("epilogue.commit")) ptx::bulk_commit_group();
+      ptx::bulk_commit_group();
     }
   }
 
   // The writes, too, belong to this grid, and shared memory must last until they have read it.
   __device__ __forceinline__ void drain() const {
-    if (Fault::value("epilogue.drainer", thread == 0, false)) {
-      if (!Fault::skip("epilogue.drain")) ptx::bulk_wait_group<0>();
-    }
+    if (thread == 0) ptx::bulk_wait_group<0>();
   }
 
   __device__ __forceinline__ void warpgroup_barrier() const {
     constexpr uint32_t kThreads = Tile::kWarpgroup;
-    ptx::bar_sync(Fault::value("epilogue.barrier_id", 1u + static_cast<uint32_t>(consumer), 1u),
-                  Fault::count("epilogue.barrier_threads", kThreads, kThreads - 32, kThreads + 32));
+    ptx::bar_sync(1u + static_cast<uint32_t>(consumer), kThreads);
   }
 };
 

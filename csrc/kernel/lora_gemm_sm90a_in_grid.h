@@ -23,10 +23,10 @@ struct LoraInGridMaps {
 template <int kTail>
 constexpr int kShrinkColumns = 16 * kTail;
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 struct LoraInGridProducer {
-  using Jobs = LoraGemmSm90aJobs<T, Tile, Fault>;
-  using Producer = LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked, Fault>;
+  using Jobs = LoraGemmSm90aJobs<T, Tile>;
+  using Producer = LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked>;
 
   const LoraInGridMaps& maps;
   const Jobs& jobs;
@@ -34,14 +34,13 @@ struct LoraInGridProducer {
 
   __device__ __forceinline__ void produce() const {
     // lora_wgrad may take SMs that the last tiles leave idle; it waits for T itself.
-    if (Fault::flag("in_grid.lets_wgrad_begin", jobs.block.p.lets_wgrad_begin))
-      ptx::griddepcontrol_launch_dependents();
+    if (jobs.block.p.lets_wgrad_begin) ptx::griddepcontrol_launch_dependents();
     typename Producer::Ring ring;
     typename Jobs::Ring tickets;
     for (;;) {
       const int job = jobs.next(tickets, true);
-      if (Fault::flag("in_grid.produced", job >= jobs.count())) return;
-      if (Fault::flag("in_grid.loads_a", jobs.makes_t(job))) {
+      if (job >= jobs.count()) return;
+      if (jobs.makes_t(job)) {
         jobs.for_rows_of(job, [&](int row) { load_shrink(ring, row); });
       } else {
         load_tile(ring, jobs.block.place_of(jobs.tile_of(job)));
@@ -51,7 +50,7 @@ struct LoraInGridProducer {
 
   __device__ __forceinline__ void load_shrink(typename Producer::Ring& ring, int row) const {
     const int steps = jobs.block.main_steps;
-    for (int step = 0; step < Fault::count("in_grid.loads", steps, steps - 1, steps + 1); ++step) {
+    for (int step = 0; step < steps; ++step) {
       producer.template load<kShrinkColumns<kTail>>(ring, &maps.gemm.p, &maps.a, step * Tile::kK,
                                                     {row, 0});
     }
@@ -66,10 +65,10 @@ struct LoraInGridProducer {
   }
 };
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault>
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 struct LoraInGridConsumer {
-  using Jobs = LoraGemmSm90aJobs<T, Tile, Fault>;
-  using Consumer = LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>;
+  using Jobs = LoraGemmSm90aJobs<T, Tile>;
+  using Consumer = LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail>;
   static constexpr int kSums = kShrinkColumns<kTail> / 2;  // of a thread
   using Sums = float[Tile::kRowBlocks][kSums];
 
@@ -82,8 +81,8 @@ struct LoraInGridConsumer {
     typename Jobs::Ring tickets;
     for (;;) {
       const int job = jobs.next(tickets, consumer.lane == 0);
-      if (Fault::flag("in_grid.consumed", job >= jobs.count())) break;
-      if (Fault::flag("in_grid.makes_t", jobs.makes_t(job))) {
+      if (job >= jobs.count()) break;
+      if (jobs.makes_t(job)) {
         jobs.for_rows_of(job, [&](int row) { shrink(ring, row); });
       } else {
         typename Consumer::Accumulators acc;
@@ -101,8 +100,8 @@ struct LoraInGridConsumer {
     consumer.multiply_main(sums, now);
     consumer.finish(ring, now);
     store(sums, row);
-    if (!Fault::skip("in_grid.written")) consumer.epilogue.warpgroup_barrier();
-    if (Fault::flag("in_grid.publisher", consumer.epilogue.thread == 0)) jobs.publish(row);
+    consumer.epilogue.warpgroup_barrier();
+    if (consumer.epilogue.thread == 0) jobs.publish(row);
   }
 
   __device__ __forceinline__ void store(const Sums& sums, int row) const {
@@ -113,12 +112,11 @@ struct LoraInGridConsumer {
     for (int i = 0; i < kSums; ++i) {
       const int to_row = first_row + i / 2 % 2 * 8;
       const int column = i / 4 * 8 + epilogue.lane % 4 * 2 + i % 2;
-      if (Fault::flag("in_grid.row_inside", to_row < p.m)) {
-        if (Fault::flag("in_grid.column_inside", column < jobs.in.width)) {
-          jobs.in.t[to_row * jobs.in.t_pitch + column] =
-              high_half<T, Fault>(jobs.in.scaling * sums[0][i]);
+      if (to_row < p.m) {
+        if (column < jobs.in.width) {
+          jobs.in.t[to_row * jobs.in.t_pitch + column] = high_half<T>(jobs.in.scaling * sums[0][i]);
         }
-        if (Fault::flag("in_grid.has_s", jobs.in.s != nullptr && column < p.rank))
+        if (jobs.in.s != nullptr && column < p.rank)
           jobs.in.s[static_cast<int64_t>(to_row) * p.rank + column] = sums[0][i];
       }
     }
@@ -127,7 +125,7 @@ struct LoraInGridConsumer {
 
 // As lora_gemm_sm90a, but never launched as a dependent: it draws tickets at once, which the kernel
 // before may not have set back yet.
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault = NoFault>
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_gemm_in_grid_sm90a(const __grid_constant__ LoraInGridMaps maps,
                             const __grid_constant__ LoraGemmParams<T> p,
@@ -135,22 +133,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   static_assert(kMNMajor || !kMasked, "only dX is masked");
   static_assert(!Tile::kPingpong, "a job for T is for both consumers");
   if constexpr (ptx::kHasSm90a) {
-    const LoraGemmSm90aBlock<T, Tile, Fault> block{maps.gemm, p};
-    const LoraGemmSm90aJobs<T, Tile, Fault> jobs{block, in};
+    const LoraGemmSm90aBlock<T, Tile> block{maps.gemm, p};
+    const LoraGemmSm90aJobs<T, Tile> jobs{block, in};
     jobs.set_up();
     block.set_up();
-    take_role<Tile, Fault>(
+    take_role<Tile>(
         [&] {
-          if (Fault::flag("in_grid.loader", threadIdx.x == 0))
-            LoraInGridProducer<T, Tile, kMNMajor, kMasked, kTail, Fault>{maps, jobs}.produce();
-          if (Fault::flag("in_grid.scheduler", block.rank == 0 && threadIdx.x == 32))
-            jobs.schedule();
+          if (threadIdx.x == 0)
+            LoraInGridProducer<T, Tile, kMNMajor, kMasked, kTail>{maps, jobs}.produce();
+          if (block.rank == 0 && threadIdx.x == 32) jobs.schedule();
         },
         [&](int consumer) {
-          LoraInGridConsumer<T, Tile, kMNMajor, kMasked, kTail, Fault>{jobs, consumer}.consume();
+          LoraInGridConsumer<T, Tile, kMNMajor, kMasked, kTail>{jobs, consumer}.consume();
         });
     block.leave();
-    if (Fault::flag("in_grid.cleaner", block.rank == 0 && threadIdx.x == 0)) jobs.clean_up();
+    if (block.rank == 0 && threadIdx.x == 0) jobs.clean_up();
   }
 }
 

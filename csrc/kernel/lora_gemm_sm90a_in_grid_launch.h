@@ -18,10 +18,10 @@ static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers &&
               parts_of_t(1) == LoraGemmSm90aTile128x128::kConsumers);
 
 // As launch_tile of lora_gemm_sm90a_launch.h; p.low_rank[0].t is in.t.
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Fault, class Launch>
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Launch>
 void launch_in_grid_tail(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
                          const InGridFactor<T>& factor, const Sm90aChoice& choice, Launch& launch) {
-  const auto kernel = lora_gemm_in_grid_sm90a<T, Tile, kMNMajor, kMasked, kTail, Fault>;
+  const auto kernel = lora_gemm_in_grid_sm90a<T, Tile, kMNMajor, kMasked, kTail>;
   const dim3 cluster(Tile::kClusterSize);
   Sm90aLaunch how{cluster, cluster, Tile::kThreads, JobTile<Tile>::kSharedBytes, false};
   how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how), choice);
@@ -32,42 +32,38 @@ void launch_in_grid_tail(const LoraGemmParams<T>& p, const LoraInGridParams<T>& 
   launch(kernel, how, maps, p, in);
 }
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Launch>
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Launch>
 void launch_in_grid(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
                     const InGridFactor<T>& factor, const Sm90aChoice& choice, Launch& launch) {
   switch (tail_of(p.rank)) {
     case 1:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 1, Fault>(p, in, factor, choice,
-                                                                       launch);
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 1>(p, in, factor, choice, launch);
     case 2:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 2, Fault>(p, in, factor, choice,
-                                                                       launch);
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 2>(p, in, factor, choice, launch);
     default:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4, Fault>(p, in, factor, choice,
-                                                                       launch);
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4>(p, in, factor, choice, launch);
   }
 }
 
-template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
+template <class T, bool kMNMajor, bool kMasked, class Launch>
 void launch_in_grid_product(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
                             const InGridFactor<T>& factor, const Sm90aChoice& choice,
                             Launch& launch) {
   if (choice.tile == plan::Tile::kInGrid128x256)
-    return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked, Fault>(p, in, factor,
-                                                                                 choice, launch);
-  return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked, Fault>(p, in, factor,
-                                                                               choice, launch);
+    return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked>(p, in, factor, choice,
+                                                                          launch);
+  return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked>(p, in, factor, choice,
+                                                                        launch);
 }
 
-template <class T, class Fault, class Launch>
+template <class T, class Launch>
 void launch_lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
                                     const InGridFactor<T>& factor, const Sm90aChoice& choice,
                                     Launch& launch) {
   if (!choice.mn_major)
-    return launch_in_grid_product<T, false, false, Fault>(p, in, factor, choice, launch);
-  if (!choice.masked)
-    return launch_in_grid_product<T, true, false, Fault>(p, in, factor, choice, launch);
-  return launch_in_grid_product<T, true, true, Fault>(p, in, factor, choice, launch);
+    return launch_in_grid_product<T, false, false>(p, in, factor, choice, launch);
+  if (!choice.masked) return launch_in_grid_product<T, true, false>(p, in, factor, choice, launch);
+  return launch_in_grid_product<T, true, true>(p, in, factor, choice, launch);
 }
 
 }  // namespace lora_ext::kernel

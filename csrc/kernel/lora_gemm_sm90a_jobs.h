@@ -25,11 +25,11 @@ struct JobTile {
   static_assert(kSharedBytes <= 227 * 1024, "what sm_90 gives to a block");
 };
 
-template <class T, class Tile, class Fault>
+template <class T, class Tile>
 struct LoraGemmSm90aJobs {
   using Plan = JobTile<Tile>;
-  using Block = LoraGemmSm90aBlock<T, Tile, Fault>;
-  using Ring = StageRing<Plan::kTickets, Fault>;
+  using Block = LoraGemmSm90aBlock<T, Tile>;
+  using Ring = StageRing<Plan::kTickets>;
   // Who reads a ticket: in each block its producer and the warps of its consumers.
   static constexpr int kReaders = Tile::kClusterSize * (1 + Tile::kReaders);
 
@@ -58,17 +58,16 @@ struct LoraGemmSm90aJobs {
   __device__ __forceinline__ void for_rows_of(int job, const Visit& visit) const {
     const int first = job * in.pairs_per_ticket;
     const int end = min(first + in.pairs_per_ticket, block.row_pairs);
-    for (int pair = first; pair < Fault::count("jobs.pairs", end, end - 1, end + 1); ++pair)
+    for (int pair = first; pair < end; ++pair)
       visit(pair * Tile::kPairM + static_cast<int>(block.rank) * Tile::kM);
   }
 
   // Before the block's own set-up, whose fence and barrier publish this, too.
   __device__ __forceinline__ void set_up() const {
-    if (Fault::flag("jobs.setup_thread", threadIdx.x == 0)) {
+    if (threadIdx.x == 0) {
       for (int slot = 0; slot < Plan::kTickets; ++slot) {
-        ptx::mbarrier_init(full(slot), Fault::count("jobs.full_count", 1u, 0u, 2u));
-        ptx::mbarrier_init(empty(slot),
-                           Fault::count("jobs.empty_count", kReaders, kReaders - 1, kReaders + 1));
+        ptx::mbarrier_init(full(slot), 1u);
+        ptx::mbarrier_init(empty(slot), kReaders);
       }
     }
   }
@@ -79,34 +78,23 @@ struct LoraGemmSm90aJobs {
     int job = 0;
     do {
       // Of cluster scope, like the readers' arrivals: they have read what is stored anew.
-      if (!Fault::skip("jobs.wait_empty")) {
-        ptx::mbarrier_wait_cluster(
-            empty(ring.slot), Fault::value("jobs.schedule_parity", ring.parity ^ 1, ring.parity));
-      }
+      ptx::mbarrier_wait_cluster(empty(ring.slot), ring.parity ^ 1);
       job = static_cast<int>(ptx::atomic_add_relaxed_gpu(in.ticket, 1));
-      for (uint32_t to = 0; to < Fault::count("jobs.blocks", Tile::kClusterSize + 0u, 1u, 3u);
-           ++to) {
+      for (uint32_t to = 0; to < Tile::kClusterSize; ++to) {
         ptx::store_shared_cluster<uint32_t>(ptx::map_shared(ticket(ring.slot), to),
                                             static_cast<uint32_t>(job));
-        if (!Fault::skip("jobs.arrive_full")) ptx::mbarrier_arrive_cluster(full(ring.slot), to);
+        ptx::mbarrier_arrive_cluster(full(ring.slot), to);
       }
       ring.advance();
-    } while (Fault::flag("jobs.more", job < count()));
+    } while (job < count());
   }
 
   // The next job; `reader` is the one of the threads that call together which tells the scheduler.
   __device__ __forceinline__ int next(Ring& ring, bool reader) const {
-    if (!Fault::skip("jobs.wait_full")) {
-      ptx::mbarrier_wait_cluster(full(ring.slot),
-                                 Fault::value("jobs.parity", ring.parity, ring.parity ^ 1));
-    }
+    ptx::mbarrier_wait_cluster(full(ring.slot), ring.parity);
     const int job = static_cast<int>(ptx::load_shared_cluster<uint32_t>(ticket(ring.slot)));
-    if (Fault::flag("jobs.warp_reads", threadIdx.x >= Tile::kWarpgroup)) {
-      if (!Fault::skip("jobs.syncwarp")) __syncwarp();  // every lane has read it
-    }
-    if (Fault::flag("jobs.reader", reader)) {
-      if (!Fault::skip("jobs.arrive_empty")) ptx::mbarrier_arrive_cluster(empty(ring.slot), 0);
-    }
+    if (threadIdx.x >= Tile::kWarpgroup) __syncwarp();  // every lane has read it
+    if (reader) ptx::mbarrier_arrive_cluster(empty(ring.slot), 0);
     ring.advance();
     return job;
   }
@@ -114,35 +102,30 @@ struct LoraGemmSm90aJobs {
   // A consumer has written its rows of the block of T that begins at `row`; called behind a barrier
   // of its threads by one of them.
   __device__ __forceinline__ void publish(int row) const {
-    if (!Fault::skip("jobs.publish")) ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);
-    if (!Fault::skip("jobs.publish_all")) ptx::atomic_add_release_gpu(in.written, 1);
+    ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);
+    ptx::atomic_add_release_gpu(in.written, 1);
   }
   // Until all consumers have. T was written by ordinary stores, and is read by TMA.
   __device__ __forceinline__ void wait_until_ready(int row) const {
     const uint32_t* ready = in.ready + row / Tile::kM;
-    while (!Fault::skip("jobs.wait_until_ready") &&
-           ptx::load_acquire_gpu(ready) < Fault::count("jobs.ready_parts", Tile::kConsumers + 0u,
-                                                       Tile::kConsumers - 1u,
-                                                       Tile::kConsumers + 1u)) {
+    while (ptx::load_acquire_gpu(ready) < Tile::kConsumers) {
     }
-    if (!Fault::skip("jobs.proxy_fence")) ptx::fence_proxy_async_global();
+    ptx::fence_proxy_async_global();
   }
 
   // By one thread of the cluster, after all others of both blocks have come to leave(). Nobody
   // reads flags or draws tickets any more once every cluster has counted itself.
   __device__ __forceinline__ void clean_up() const {
-    if (!Fault::skip("jobs.release_fence")) ptx::fence_acq_rel_gpu();
+    ptx::fence_acq_rel_gpu();
     const uint32_t before = ptx::atomic_add_relaxed_gpu(in.finished, 1);
     const auto clusters = static_cast<uint32_t>(block.tile_stride);
-    if (Fault::flag("jobs.last_cluster", before == Fault::count("jobs.clusters", clusters - 1,
-                                                                clusters - 2, clusters))) {
-      if (!Fault::skip("jobs.acquire_fence")) ptx::fence_acq_rel_gpu();
+    if (before == clusters - 1) {
+      ptx::fence_acq_rel_gpu();
       const int blocks = block.row_pairs * Tile::kClusterSize;
-      for (int i = 0; i < Fault::count("jobs.flags", blocks, blocks - 1, blocks + 1); ++i)
-        in.ready[i] = 0;
-      if (!Fault::skip("jobs.reset_ticket")) *in.ticket = 0;
+      for (int i = 0; i < blocks; ++i) in.ready[i] = 0;
+      *in.ticket = 0;
       // Atomic: no fence comes between the other clusters' counting and this.
-      if (!Fault::skip("jobs.reset_finished")) atomicExch(in.finished, 0u);
+      atomicExch(in.finished, 0u);
     }
   }
 };

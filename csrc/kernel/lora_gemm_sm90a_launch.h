@@ -77,23 +77,23 @@ inline unsigned clusters_for(int64_t jobs, int64_t resident, const Sm90aChoice& 
 }
 
 // use(kernel) with the instance for a rank.
-template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Use>
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Use>
 void with_instance_for(int rank, Use&& use) {
   switch (tail_of(rank)) {
     case 1:
-      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 1, Fault>);
+      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 1>);
     case 2:
-      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 2, Fault>);
+      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 2>);
     default:
-      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 4, Fault>);
+      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 4>);
   }
 }
 
 // launch(kernel, Sm90aLaunch, maps, params) launches, launch.encode(...) is the encode of maps_of,
 // and launch.clusters(kernel, Sm90aLaunch) how many clusters are resident at a time.
-template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault, class Launch>
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Launch>
 void launch_tile(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
-  with_instance_for<T, Tile, kMNMajor, kMasked, Fault>(p.rank, [&](auto kernel) {
+  with_instance_for<T, Tile, kMNMajor, kMasked>(p.rank, [&](auto kernel) {
     const dim3 cluster(Tile::kClusterSize);
     Sm90aLaunch how{cluster, cluster, Tile::kThreads, Tile::kSharedBytes, choice.dependent};
     how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how), choice);
@@ -102,10 +102,10 @@ void launch_tile(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& 
   });
 }
 
-template <class T, bool kMNMajor, bool kMasked, class Fault, class Launch>
+template <class T, bool kMNMajor, bool kMasked, class Launch>
 void launch_product(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
   const auto with = [&]<class Tile>() {
-    launch_tile<T, Tile, kMNMajor, kMasked, Fault>(p, choice, launch);
+    launch_tile<T, Tile, kMNMajor, kMasked>(p, choice, launch);
   };
   switch (choice.tile) {
     case plan::Tile::kWgmma128x128:
@@ -119,11 +119,11 @@ void launch_product(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launc
   }
 }
 
-template <class T, class Fault, class Launch>
+template <class T, class Launch>
 void launch_lora_gemm_sm90a(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
-  if (!choice.mn_major) return launch_product<T, false, false, Fault>(p, choice, launch);
-  if (!choice.masked) return launch_product<T, true, false, Fault>(p, choice, launch);
-  return launch_product<T, true, true, Fault>(p, choice, launch);
+  if (!choice.mn_major) return launch_product<T, false, false>(p, choice, launch);
+  if (!choice.masked) return launch_product<T, true, false>(p, choice, launch);
+  return launch_product<T, true, true>(p, choice, launch);
 }
 
 }  // namespace lora_ext::kernel

@@ -11,9 +11,9 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, class Fault>
+template <class T, class Tile, bool kMNMajor, bool kMasked>
 struct LoraGemmSm90aProducer {
-  using Block = LoraGemmSm90aBlock<T, Tile, Fault>;
+  using Block = LoraGemmSm90aBlock<T, Tile>;
   using Ring = typename Block::Ring;
   using Place = typename Block::Place;
 
@@ -24,12 +24,10 @@ struct LoraGemmSm90aProducer {
   __device__ __forceinline__ void produce() const {
     Ring ring;
     bool t_is_written = false;
-    for (int tile = block.first_tile;
-         tile < Fault::count("producer.tiles", block.tiles, block.tiles - 1, block.tiles + 1);
-         tile += block.tile_stride) {
+    for (int tile = block.first_tile; tile < block.tiles; tile += block.tile_stride) {
       const Place at = block.place_of(tile);
       if constexpr (!kMasked) load_main_product(ring, at);
-      if (Fault::flag("producer.first_tile", !t_is_written)) wait_for_t();
+      if (!t_is_written) wait_for_t();
       t_is_written = true;
       load_low_rank_product(ring, at);
       if constexpr (kMasked) load_main_product(ring, at);
@@ -42,26 +40,22 @@ struct LoraGemmSm90aProducer {
   // Once every block has T, lora_wgrad, which reads it, too, may take SMs that the last tiles leave
   // idle: beside a block of this grid its own do not fit.
   __device__ __forceinline__ void wait_for_t() const {
-    if (Fault::swap("producer.dependents_before_t")) ptx::griddepcontrol_launch_dependents();
-    if (!Fault::skip("producer.wait_for_t")) ptx::griddepcontrol_wait();
-    if (!Fault::skip("producer.proxy_fence")) ptx::fence_proxy_async_global();
-    if (Fault::flag("producer.lets_wgrad_begin", block.p.lets_wgrad_begin))
-      ptx::griddepcontrol_launch_dependents();
+    ptx::griddepcontrol_wait();
+    ptx::fence_proxy_async_global();
+    if (block.p.lets_wgrad_begin) ptx::griddepcontrol_launch_dependents();
   }
 
   __device__ __forceinline__ void load_main_product(Ring& ring, const Place& at) const {
     const int steps = block.main_steps;
-    for (int step = 0; step < Fault::count("producer.main_steps", steps, steps - 1, steps + 1);
-         ++step)
+    for (int step = 0; step < steps; ++step)
       load<Tile::kN>(ring, &maps.p, &maps.q, step * Tile::kK, at);
   }
 
   __device__ __forceinline__ void load_low_rank_product(Ring& ring, const Place& at) const {
     const int terms = block.p.terms, steps = block.steps_per_term;
-    for (int term = 0; term < Fault::count("producer.terms", terms, terms - 1, terms + 1); ++term) {
+    for (int term = 0; term < terms; ++term) {
       const auto& factors = maps.low_rank[term];
-      for (int step = 0; step < Fault::count("producer.term_steps", steps, steps - 1, steps + 1);
-           ++step)
+      for (int step = 0; step < steps; ++step)
         load<Tile::kN>(ring, &factors.t, &factors.u, step * Tile::kK, at);
     }
   }
@@ -73,15 +67,8 @@ struct LoraGemmSm90aProducer {
     constexpr uint32_t kBytes =
         Tile::kLeftBytes +
         (kMNMajor ? (kColumns + 63) / 64 * Tile::kPanelBytes : kColumns * Tile::kRowBytes);
-    if (!Fault::skip("producer.wait_empty")) {
-      ptx::mbarrier_wait(block.empty(ring.slot),
-                         Fault::value("producer.parity", ring.parity ^ 1, ring.parity));
-    }
-    if (!Fault::skip("producer.expect")) {
-      ptx::mbarrier_arrive_expect_tx(
-          block.full(ring.slot),
-          Fault::count("producer.bytes", kBytes, kBytes - 128, kBytes + 128));
-    }
+    ptx::mbarrier_wait(block.empty(ring.slot), ring.parity ^ 1);
+    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);
     ptx::tma_load_2d(block.left(ring.slot), left, block.full(ring.slot), k0, at.row);
     multicast_half<kColumns>(ring, right, k0, at.column);
     ring.advance();
@@ -92,18 +79,17 @@ struct LoraGemmSm90aProducer {
   __device__ __forceinline__ void multicast_half(const Ring& ring, const CUtensorMap* right, int k0,
                                                  int column) const {
     constexpr int kHalf = Tile::template kRightBoxRows<kMNMajor, kColumns>;
-    const auto both = Fault::count("producer.multicast", uint16_t{0b11}, 0b01, 0b111);
-    const uint32_t mine = Fault::value("producer.half", block.rank, 0u);
-    const int first = static_cast<int>(mine) * kHalf;
-    const uint32_t half = block.right(ring.slot) + mine * kHalf * Tile::kRowBytes;
+    constexpr uint16_t kBoth = 0b11;
+    const int first = static_cast<int>(block.rank) * kHalf;
+    const uint32_t half = block.right(ring.slot) + block.rank * kHalf * Tile::kRowBytes;
     if constexpr (kMNMajor) {
 #pragma unroll
       for (int panel = 0; panel < (kColumns + 63) / 64; ++panel) {
         ptx::tma_load_2d_multicast(half + panel * Tile::kPanelBytes, right, block.full(ring.slot),
-                                   column + panel * 64, k0 + first, both);
+                                   column + panel * 64, k0 + first, kBoth);
       }
     } else {
-      ptx::tma_load_2d_multicast(half, right, block.full(ring.slot), k0, column + first, both);
+      ptx::tma_load_2d_multicast(half, right, block.full(ring.slot), k0, column + first, kBoth);
     }
   }
 };

@@ -34,7 +34,7 @@ static_assert(is_as_planned<LoraGemmTile128x256>(plan::facts_of(plan::Tile::k128
 static_assert(is_as_planned<LoraGemmTile128x128>(plan::facts_of(plan::Tile::k128x128)));
 static_assert(is_as_planned<LoraGemmTile128x64>(plan::facts_of(plan::Tile::k128x64)));
 
-template <class T, class Fault, class Launch>
+template <class T, class Launch>
 class LoraLinearSequence {
  public:
   LoraLinearSequence(const plan::Plan& plan, const LoraLinearOperands& operands, Launch& launch)
@@ -86,7 +86,7 @@ class LoraLinearSequence {
 
   void split(const typename Params::Split& split) {
     if (split.matrices == 0) return;
-    launch_(lora_split<T, Fault>, dim3(blocks_for(split.most_elements), split.matrices), 256, 0,
+    launch_(lora_split<T>, dim3(blocks_for(split.most_elements), split.matrices), 256, 0,
             split.params);
   }
 
@@ -101,17 +101,16 @@ class LoraLinearSequence {
     constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
     if constexpr (!kMNMajor) {
       if (masked) {
-        return plan_.vector ? run(lora_shrink_sm80<T, kMNMajor, true, kV, Fault>)
-                            : run(lora_shrink_sm80<T, kMNMajor, true, kE, Fault>);
+        return plan_.vector ? run(lora_shrink_sm80<T, kMNMajor, true, kV>)
+                            : run(lora_shrink_sm80<T, kMNMajor, true, kE>);
       }
     }
-    return plan_.vector ? run(lora_shrink_sm80<T, kMNMajor, false, kV, Fault>)
-                        : run(lora_shrink_sm80<T, kMNMajor, false, kE, Fault>);
+    return plan_.vector ? run(lora_shrink_sm80<T, kMNMajor, false, kV>)
+                        : run(lora_shrink_sm80<T, kMNMajor, false, kE>);
   }
 
   void reduce(const LoraReduceParams<T>& params) {
-    launch_(lora_reduce<T, Fault>, dim3(blocks_for(int64_t{params.m} * params.width)), 256, 0,
-            params);
+    launch_(lora_reduce<T>, dim3(blocks_for(int64_t{params.m} * params.width)), 256, 0, params);
   }
 
   // Workspace comes as the allocator has it, so the flags are cleared before each launch.
@@ -142,7 +141,7 @@ class LoraLinearSequence {
   }
   template <class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
   void gemm_sm80(const LoraGemmParams<T>& params) {
-    launch_(lora_gemm_sm80<T, Tile, kMNMajor, kMasked, kAlignment, Fault>,
+    launch_(lora_gemm_sm80<T, Tile, kMNMajor, kMasked, kAlignment>,
             dim3(static_cast<unsigned>(plan_.gemm.blocks)), Tile::kThreads, Tile::kSharedBytes,
             params);
   }
@@ -158,8 +157,8 @@ class LoraLinearSequence {
     const auto run = [&](auto kernel) {
       launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, params);
     };
-    plan_.vector ? run(lora_dsdb_sm80<T, kColumns, Alignment::kVector, Fault>)
-                 : run(lora_dsdb_sm80<T, kColumns, Alignment::kElement, Fault>);
+    plan_.vector ? run(lora_dsdb_sm80<T, kColumns, Alignment::kVector>)
+                 : run(lora_dsdb_sm80<T, kColumns, Alignment::kElement>);
   }
 
   void wgrad(const typename Params::Wgrad& wgrad) {
@@ -172,18 +171,16 @@ class LoraLinearSequence {
     };
     constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
     if (wgrad.params.product[0].masked) {
-      plan_.vector ? run(lora_wgrad_sm80<T, true, kV, Fault>)
-                   : run(lora_wgrad_sm80<T, true, kE, Fault>);
+      plan_.vector ? run(lora_wgrad_sm80<T, true, kV>) : run(lora_wgrad_sm80<T, true, kE>);
     } else {
-      plan_.vector ? run(lora_wgrad_sm80<T, false, kV, Fault>)
-                   : run(lora_wgrad_sm80<T, false, kE, Fault>);
+      plan_.vector ? run(lora_wgrad_sm80<T, false, kV>) : run(lora_wgrad_sm80<T, false, kE>);
     }
   }
 
   void reduce_wgrad(const typename Params::ReduceWgrad& sums) {
     if (sums.gradients == 0) return;
-    launch_(lora_reduce_wgrad<T, Fault>, dim3(blocks_for(sums.most_elements), sums.gradients), 256,
-            0, sums.params);
+    launch_(lora_reduce_wgrad<T>, dim3(blocks_for(sums.most_elements), sums.gradients), 256, 0,
+            sums.params);
   }
 
   const plan::Plan& plan_;

@@ -25,26 +25,24 @@ struct LoraReduceParams {
 };
 
 // One thread an element of T. lora_gemm may begin at once: it waits before it reads T.
-template <class T, class Fault = NoFault>
+template <class T>
 __global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
-  if (!Fault::skip("reduce.lets_gemm_begin")) ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_launch_dependents();
   const int64_t count = static_cast<int64_t>(p.m) * p.width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < Fault::count("reduce.elements", count, count - 1, count + 1); i += step) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step) {
     const int64_t row = i / p.width, column = i % p.width;
     float t = 0.f;
-    if (Fault::flag("reduce.in_rank", column < p.rank)) {
-      const float s =
-          p.keep_scale * sum_of_splits<T, Fault>(p.z + row * p.z_pitch + column, p.splits,
-                                                 static_cast<int64_t>(p.m) * p.z_pitch, p.terms,
-                                                 p.lo_column);
-      if (Fault::flag("reduce.has_s", p.s != nullptr)) p.s[row * p.rank + column] = s;
+    if (column < p.rank) {
+      const float s = p.keep_scale * sum_of_splits<T>(p.z + row * p.z_pitch + column, p.splits,
+                                                      static_cast<int64_t>(p.m) * p.z_pitch,
+                                                      p.terms, p.lo_column);
+      if (p.s != nullptr) p.s[row * p.rank + column] = s;
       t = p.scaling * s;
     }
-    p.t[0][row * p.t_pitch + column] = high_half<T, Fault>(t);
-    if (Fault::flag("reduce.has_lo", p.t[1] != nullptr))
-      p.t[1][row * p.t_pitch + column] = low_half<T, Fault>(t);
+    p.t[0][row * p.t_pitch + column] = high_half<T>(t);
+    if (p.t[1] != nullptr) p.t[1][row * p.t_pitch + column] = low_half<T>(t);
   }
 }
 

@@ -23,22 +23,21 @@ struct LoraReduceWgradParams {
 };
 
 // One thread an element, neighbours along c.
-template <class T, class Fault = NoFault>
+template <class T>
 __global__ void __launch_bounds__(256)
     lora_reduce_wgrad(const __grid_constant__ LoraReduceWgradParams p) {
   const LoraReduceGradient& what = p.gradient[blockIdx.y];
   const int64_t count = static_cast<int64_t>(what.rank) * what.c;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < Fault::count("wgrad_sum.elements", count, count - 1, count + 1); i += step) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step) {
     const int64_t column = i / what.c, c = i % what.c;
     const float value =
-        what.scale * sum_of_splits<T, Fault>(
-                         what.g + i, what.splits, static_cast<int64_t>(what.g_columns) * what.c,
-                         what.terms, static_cast<int64_t>(what.lo_column) * what.c);
-    const int64_t at =
-        Fault::flag("wgrad_sum.transposed", what.transposed) ? c * what.rank + column : i;
-    if (Fault::flag("wgrad_sum.in_float", what.in_float)) {
+        what.scale * sum_of_splits<T>(what.g + i, what.splits,
+                                      static_cast<int64_t>(what.g_columns) * what.c, what.terms,
+                                      static_cast<int64_t>(what.lo_column) * what.c);
+    const int64_t at = what.transposed ? c * what.rank + column : i;
+    if (what.in_float) {
       static_cast<float*>(what.gradient)[at] = value;
     } else {
       static_cast<T*>(what.gradient)[at] = rounded<T>(value);

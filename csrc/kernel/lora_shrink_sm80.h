@@ -1,7 +1,6 @@
 // lora_shrink on mma.sync: a block makes one tile of Z, [64, 64], from one split of k. Grid: row
 // tiles, column tiles, splits.
 #pragma once
-#include "kernel/fault.h"
 #include "kernel/fragment_mask.h"
 #include "kernel/lora_shrink.h"
 #include "kernel/tile_copy_sm80.h"
@@ -10,10 +9,10 @@
 
 namespace lora_ext::kernel {
 
-template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment, class Fault>
+template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment>
 struct LoraShrinkSm80 {
   using Tile = LoraShrinkTile;
-  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
   static constexpr int kColumnBlocks = Tile::kN / 8;
 
   const LoraShrinkParams<T>& p;
@@ -25,8 +24,7 @@ struct LoraShrinkSm80 {
   const int end_step = min(first_step + p.steps_per_split, all_steps);
 
   __device__ __forceinline__ void load(int step) const {
-    if (Fault::flag("shrink.load_exists", step < Fault::count("shrink.load_steps", end_step,
-                                                              end_step - 1, end_step + 1))) {
+    if (step < end_step) {
       const Copy copy{shared};
       const uint32_t tile =
           static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
@@ -41,7 +39,7 @@ struct LoraShrinkSm80 {
                                                     {p.a, p.a_pitch, p.columns, p.k}, column0, k0);
       }
     }
-    if (!Fault::skip("shrink.commit")) ptx::cp_async_commit_group();
+    ptx::cp_async_commit_group();
   }
 
   // A fragment holds rows l / 4 and l / 4 + 8 (registers 0 and 1), columns 2 (l % 4) and the next,
@@ -55,18 +53,18 @@ struct LoraShrinkSm80 {
     const auto at = static_cast<uint64_t>(p.mask.col_offset + column + lane % 4 * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (Fault::flag("shrink.mask_in_step", p.mask.in_step())) {
-        if (Fault::flag("shrink.draw", k16 % 2 == 0))
+      if (p.mask.in_step()) {
+        if (k16 % 2 == 0)
           draws.rows[half] = philox::draw(seed, row + half * 8, philox::group_of(at));
-        keep_or_drop<Fault>(a[half], draws.rows[half].w[k16 % 2 * 2], p.mask);
-        keep_or_drop<Fault>(a[half + 2], draws.rows[half].w[k16 % 2 * 2 + 1], p.mask);
+        keep_or_drop(a[half], draws.rows[half].w[k16 % 2 * 2], p.mask);
+        keep_or_drop(a[half + 2], draws.rows[half].w[k16 % 2 * 2 + 1], p.mask);
       } else {
 #pragma unroll
         for (int right = 0; right < 2; ++right) {
           const uint64_t first = at + right * 8;
           const uint32_t low = draw_for_element(seed, row + half * 8, first) & 0xFFFF;
           const uint32_t high = draw_for_element(seed, row + half * 8, first + 1) << 16;
-          keep_or_drop<Fault>(a[half + right * 2], low | high, p.mask);
+          keep_or_drop(a[half + right * 2], low | high, p.mask);
         }
       }
     }
@@ -105,30 +103,20 @@ struct LoraShrinkSm80 {
       for (int e = 0; e < 4; ++e) {
         const int row = row0 + e / 2 * 8 + lane / 4;
         const int column = static_cast<int>(blockIdx.y) * Tile::kN + j * 8 + lane % 4 * 2 + e % 2;
-        if (Fault::flag("shrink.inside", row < Fault::count("shrink.rows", p.m, p.m - 1, p.m + 1) &&
-                                             column < Fault::count("shrink.columns", p.columns,
-                                                                   p.columns - 1, p.columns + 1)))
+        if (row < p.m && column < p.columns)
           z[static_cast<int64_t>(row) * p.columns + column] = acc[j][e];
       }
     }
   }
 
   __device__ __forceinline__ void run() const {
-    for (int i = 0;
-         i < Fault::count("shrink.prologue", Tile::kStages - 1, Tile::kStages - 2, Tile::kStages);
-         ++i)
-      load(first_step + i);
+    for (int i = 0; i < Tile::kStages - 1; ++i) load(first_step + i);
     float acc[kColumnBlocks][4];
 #pragma unroll
     for (int i = 0; i < kColumnBlocks * 4; ++i) acc[i / 4][i % 4] = 0.f;
-    for (int step = first_step;
-         step < Fault::count("shrink.steps", end_step, end_step - 1, end_step + 1); ++step) {
-      if (Fault::swap("shrink.wait_one_group_less")) {
-        ptx::cp_async_wait_group<Tile::kStages - 1>();
-      } else if (!Fault::skip("shrink.wait")) {
-        ptx::cp_async_wait_group<Tile::kStages - 2>();
-      }
-      if (!Fault::skip("shrink.barrier")) __syncthreads();  // both ends of the ring
+    for (int step = first_step; step < end_step; ++step) {
+      ptx::cp_async_wait_group<Tile::kStages - 2>();
+      __syncthreads();  // both ends of the ring
       load(step + Tile::kStages - 1);
       multiply(acc, step);
     }
@@ -136,10 +124,10 @@ struct LoraShrinkSm80 {
   }
 };
 
-template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment, class Fault = NoFault>
+template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment>
 __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
     lora_shrink_sm80(const __grid_constant__ LoraShrinkParams<T> p) {
-  LoraShrinkSm80<T, kMNMajor, kMasked, kAlignment, Fault>{p}.run();
+  LoraShrinkSm80<T, kMNMajor, kMasked, kAlignment>{p}.run();
 }
 
 }  // namespace lora_ext::kernel

@@ -8,7 +8,6 @@
 
 #include <cstdint>
 
-#include "kernel/fault.h"
 #include "kernel/halves.h"
 #include "ptx/target.h"
 
@@ -32,26 +31,25 @@ struct LoraSplitParams {
 };
 
 // One thread an element.
-template <class T, class Fault = NoFault>
+template <class T>
 __global__ void __launch_bounds__(256) lora_split(const __grid_constant__ LoraSplitParams<T> p) {
   const LoraSplitMatrix<T>& what = p.matrix[blockIdx.y];
   const int64_t count = static_cast<int64_t>(what.rows) * what.width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < Fault::count("split.elements", count, count - 1, count + 1); i += step) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step) {
     const int64_t row = i / what.width, column = i % what.width;
     float value = 0.f;
-    if (Fault::flag("split.inside", column < what.columns)) {
+    if (column < what.columns) {
       const int64_t at = row * what.row_stride + column * what.column_stride;
-      if (Fault::flag("split.in_float", what.in_float)) {
+      if (what.in_float) {
         value = what.scale * static_cast<const float*>(what.m)[at];
       } else {
         value = what.scale * static_cast<float>(static_cast<const T*>(what.m)[at]);
       }
     }
-    what.halves[0][row * what.pitch + column] = high_half<T, Fault>(value);
-    if (Fault::flag("split.has_lo", what.halves[1] != nullptr))
-      what.halves[1][row * what.pitch + column] = low_half<T, Fault>(value);
+    what.halves[0][row * what.pitch + column] = high_half<T>(value);
+    if (what.halves[1] != nullptr) what.halves[1][row * what.pitch + column] = low_half<T>(value);
   }
 }
 

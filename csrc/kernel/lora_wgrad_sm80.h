@@ -1,7 +1,6 @@
 // lora_wgrad on mma.sync: a block makes one tile of a product, [64, 128], from one split of the
 // rows. Grid: tiles along c, tiles along the columns of U, splits of both products.
 #pragma once
-#include "kernel/fault.h"
 #include "kernel/fragment_mask.h"
 #include "kernel/lora_wgrad.h"
 #include "kernel/tile_copy_sm80.h"
@@ -12,10 +11,10 @@
 
 namespace lora_ext::kernel {
 
-template <class T, bool kMasked, Alignment kAlignment, class Fault>
+template <class T, bool kMasked, Alignment kAlignment>
 struct LoraWgradSm80 {
   using Tile = LoraWgradTile;
-  using Copy = TileCopy<T, Tile::kThreads, kAlignment, Fault>;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
   static constexpr int kRowBlocks = 2, kColumnBlocks = Tile::kColumns / 8;
   // Beside dX on wgmma, which needs rows of whole chunks.
   static constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
@@ -33,8 +32,7 @@ struct LoraWgradSm80 {
   const int end_step = min(first_step + product.steps_per_split, all_steps);
 
   __device__ __forceinline__ void load(int step) const {
-    if (Fault::flag("wgrad.load_exists", step < Fault::count("wgrad.load_steps", end_step,
-                                                             end_step - 1, end_step + 1))) {
+    if (step < end_step) {
       const Copy copy{shared};
       const uint32_t tile =
           static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
@@ -44,7 +42,7 @@ struct LoraWgradSm80 {
           tile + Tile::kLeftBytes, {product.u, product.u_pitch, p.m, product.columns},
           step * Tile::kM, column0);
     }
-    if (!Fault::skip("wgrad.commit")) ptx::cp_async_commit_group();
+    ptx::cp_async_commit_group();
   }
 
   // The fragments of P^T hold one column of P in a lane, two rows a register: row 2 (l % 4) and the
@@ -54,25 +52,25 @@ struct LoraWgradSm80 {
   __device__ __forceinline__ void mask(uint32_t (&a)[kRowBlocks][4], int row0) const {
     const auto seed = static_cast<uint64_t>(*p.mask.seed);
     const auto at = static_cast<uint64_t>(p.mask.col_offset + c0 + warp * 32 + lane / 4);
-    const bool odd = Fault::flag("wgrad.odd_column", lane / 4 % 2 != 0);
+    const bool odd = lane / 4 % 2 != 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto row = static_cast<uint64_t>(p.mask.row_offset + row0 + half * 8 + lane % 4 * 2);
-      if (Fault::flag("wgrad.mask_in_step", p.mask.in_step())) {
+      if (p.mask.in_step()) {
         const philox::Words own = philox::draw(seed, row + odd, philox::group_of(at));
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
           const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, own.w[word], 4);
           const uint32_t draws = odd ? (other >> 16 | (own.w[word] & 0xFFFF0000u))
                                      : ((own.w[word] & 0xFFFFu) | other << 16);
-          keep_or_drop<Fault>(a[word / 2][half * 2 + word % 2], draws, p.mask);
+          keep_or_drop(a[word / 2][half * 2 + word % 2], draws, p.mask);
         }
       } else {
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
           const uint32_t low = draw_for_element(seed, row, at + word * 8) & 0xFFFF;
           const uint32_t high = draw_for_element(seed, row + 1, at + word * 8) << 16;
-          keep_or_drop<Fault>(a[word / 2][half * 2 + word % 2], low | high, p.mask);
+          keep_or_drop(a[word / 2][half * 2 + word % 2], low | high, p.mask);
         }
       }
     }
@@ -92,7 +90,7 @@ struct LoraWgradSm80 {
             a[i], left + panel_chunk_offset<Tile::kM>(row, warp * 4 + i * 2 + lane / 8 % 2));
       }
       if constexpr (kMasked) {
-        if (Fault::flag("wgrad.masked", product.masked)) mask(a, step * Tile::kM + m16 * 16);
+        if (product.masked) mask(a, step * Tile::kM + m16 * 16);
       }
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; j += 2) {
@@ -117,10 +115,7 @@ struct LoraWgradSm80 {
         for (int e = 0; e < 4; ++e) {
           const int c = c0 + warp * 32 + i * 16 + e / 2 * 8 + lane / 4;
           const int column = column0 + j * 8 + lane % 4 * 2 + e % 2;
-          if (Fault::flag("wgrad.inside",
-                          c < Fault::count("wgrad.c", product.c, product.c - 1, product.c + 1) &&
-                              column < Fault::count("wgrad.columns", product.columns,
-                                                    product.columns - 1, product.columns + 1)))
+          if (c < product.c && column < product.columns)
             g[static_cast<int64_t>(column) * product.c + c] = acc[i][j][e];
         }
       }
@@ -132,28 +127,19 @@ struct LoraWgradSm80 {
   // the end of the kernel, past the return without a tile, it would cost ten registers on sm_90a
   // and with them one block of three an SM.
   __device__ __forceinline__ void wait_for_dx() const {
-    if (Fault::flag("wgrad.waits_for_dx", blockIdx.x + blockIdx.y + blockIdx.z == 0))
-      ptx::griddepcontrol_wait();
+    if (blockIdx.x + blockIdx.y + blockIdx.z == 0) ptx::griddepcontrol_wait();
   }
 
   __device__ __forceinline__ void run() const {
-    if (Fault::flag("wgrad.no_tile", c0 >= product.c || column0 >= product.columns)) return;
-    for (int i = 0;
-         i < Fault::count("wgrad.prologue", Tile::kStages - 1, Tile::kStages - 2, Tile::kStages);
-         ++i)
-      load(first_step + i);
+    if (c0 >= product.c || column0 >= product.columns) return;
+    for (int i = 0; i < Tile::kStages - 1; ++i) load(first_step + i);
     Accumulators acc;
 #pragma unroll
     for (int i = 0; i < kRowBlocks * kColumnBlocks * 4; ++i)
       acc[i / (kColumnBlocks * 4)][i / 4 % kColumnBlocks][i % 4] = 0.f;
-    for (int step = first_step;
-         step < Fault::count("wgrad.steps", end_step, end_step - 1, end_step + 1); ++step) {
-      if (Fault::swap("wgrad.wait_one_group_less")) {
-        ptx::cp_async_wait_group<Tile::kStages - 1>();
-      } else if (!Fault::skip("wgrad.wait")) {
-        ptx::cp_async_wait_group<Tile::kStages - 2>();
-      }
-      if (!Fault::skip("wgrad.barrier")) __syncthreads();  // both ends of the ring
+    for (int step = first_step; step < end_step; ++step) {
+      ptx::cp_async_wait_group<Tile::kStages - 2>();
+      __syncthreads();  // both ends of the ring
       load(step + Tile::kStages - 1);
       multiply(acc, step);
     }
@@ -163,24 +149,22 @@ struct LoraWgradSm80 {
 };
 
 // Until the grid before has written all of U, which it publishes part by part.
-template <class T, class Fault>
+template <class T>
 __device__ __forceinline__ void wait_for_u(const LoraWgradProduct<T>& product) {
-  if (Fault::flag("wgrad.poller", threadIdx.x == 0)) {
-    while (!Fault::skip("wgrad.wait_for_u") && product.parts > 0 &&
-           ptx::load_acquire_gpu(product.written) <
-               Fault::count("wgrad.parts", product.parts, product.parts - 1, product.parts + 1)) {
+  if (threadIdx.x == 0) {
+    while (product.parts > 0 && ptx::load_acquire_gpu(product.written) < product.parts) {
     }
   }
-  if (!Fault::skip("wgrad.all_have_u")) __syncthreads();
+  __syncthreads();
 }
 
-template <class T, bool kMasked, Alignment kAlignment, class Fault = NoFault>
+template <class T, bool kMasked, Alignment kAlignment>
 __global__ void __launch_bounds__(LoraWgradTile::kThreads)
     lora_wgrad_sm80(const __grid_constant__ LoraWgradParams<T> p) {
-  using Wgrad = LoraWgradSm80<T, kMasked, kAlignment, Fault>;
+  using Wgrad = LoraWgradSm80<T, kMasked, kAlignment>;
   const int split = static_cast<int>(blockIdx.z);
-  const bool second = Fault::flag("wgrad.second_product", split >= p.product[0].splits);
-  if constexpr (Wgrad::kMayBeginEarly) wait_for_u<T, Fault>(p.product[second]);
+  const bool second = split >= p.product[0].splits;
+  if constexpr (Wgrad::kMayBeginEarly) wait_for_u<T>(p.product[second]);
   Wgrad{p, p.product[second], second ? split - p.product[0].splits : split}.run();
 }
 

@@ -2,20 +2,18 @@
 #pragma once
 #include <cstdint>
 
-#include "kernel/fault.h"
 #include "kernel/halves.h"
 
 namespace lora_ext::kernel {
 
 // hi + lo / kLoScale, each the sum over the splits of what lies `step` floats apart.
-template <class T, class Fault>
+template <class T>
 __device__ __forceinline__ float sum_of_splits(const float* z, int splits, int64_t step, int terms,
                                                int64_t lo) {
   float sum = 0.f, sum_lo = 0.f;
-  for (int split = 0; split < Fault::count("reduce.splits", splits, splits - 1, splits + 1);
-       ++split, z += step) {
+  for (int split = 0; split < splits; ++split, z += step) {
     sum += z[0];
-    if (Fault::flag("reduce.has_lo_term", terms == 2)) sum_lo += z[lo];
+    if (terms == 2) sum_lo += z[lo];
   }
   return sum + sum_lo * (1.f / kLoScale<T>);
 }

@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t panel_chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(chunk / 8 * kRows * 128) + row_chunk_offset(row, chunk % 8);
 }
 
-template <class T, int kThreads, Alignment kAlignment, class Fault>
+template <class T, int kThreads, Alignment kAlignment>
 struct TileCopy {
   struct Matrix {
     const T* data;
@@ -40,24 +40,17 @@ struct TileCopy {
   // Brings the 8 elements from `column` on of a row into the chunk at `to`.
   __device__ __forceinline__ void copy_chunk(uint32_t to, const Matrix& matrix, int row,
                                              int column) const {
-    const int left =
-        Fault::count("copy.columns", matrix.columns, matrix.columns - 1, matrix.columns + 1) -
-        column;
-    const bool inside = Fault::flag(
-        "copy.inside",
-        row < Fault::count("copy.rows", matrix.rows, matrix.rows - 1, matrix.rows + 1) && left > 0);
+    const int left = matrix.columns - column;
+    const bool inside = row < matrix.rows && left > 0;
     const int64_t offset = static_cast<int64_t>(row) * matrix.pitch + column;
-    const T* source = matrix.data + Fault::value("copy.offset", offset, offset << 32 >> 32);
-    const int elements = Fault::flag("copy.outside", !inside)         ? 0
-                         : Fault::flag("copy.whole_chunk", left >= 8) ? 8
-                                                                      : left;
+    const T* source = matrix.data + offset;
+    const int elements = !inside ? 0 : left >= 8 ? 8 : left;
     if constexpr (kAlignment == Alignment::kVector) {
       ptx::cp_async_16(shared + to, source, static_cast<uint32_t>(elements) * sizeof(T));
     } else {
       T* chunk = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        chunk[i] = Fault::flag("copy.element", i < elements) ? source[i] : T(0.f);
+      for (int i = 0; i < 8; ++i) chunk[i] = i < elements ? source[i] : T(0.f);
     }
   }
 

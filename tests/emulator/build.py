@@ -1,8 +1,8 @@
-"""Compiles the execution layer, the specimens and the self tests into build/emulator/.
+"""Compiles the execution layer, the kernels' programs and the self tests into build/emulator/.
 
 Three flavours:
 
-    plain  optimised
+    plain  optimised; also what Python loads, package/ and cuda/
     asan   AddressSanitizer and UndefinedBehaviorSanitizer
     race   kernels with -fsanitize=thread, whose callbacks the layer's race checker implements
 
@@ -30,8 +30,14 @@ CXX = os.environ.get("CXX", "g++")
 JOBS = 2
 
 FLAGS = [
-    *("-std=c++20", "-fPIE", "-fno-omit-frame-pointer", "-ftrivial-auto-var-init=pattern"),
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
+    *(
+        "-std=c++20",
+        "-fPIC",
+        "-fno-semantic-interposition",
+        "-fno-omit-frame-pointer",
+        "-ftrivial-auto-var-init=pattern",
+    ),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-sign-compare"),
 ]
 
 
@@ -43,10 +49,8 @@ class Flavour:
 
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-# Of the shared library in tests/emulator/package, which Python loads.
-EXTENSION = Flavour(("-O2", "-g1", "-fPIC"))
 FLAVOURS = {
-    "plain": Flavour(("-O2", "-g")),
+    "plain": Flavour(("-O2", "-g1")),
     "asan": Flavour(("-O1", "-g1", *SANITIZE), link_flags=SANITIZE),
     "race": Flavour(
         ("-O2", "-g1", "-DEMULATOR_RACE"),
@@ -66,7 +70,8 @@ def has_x86_64_v3() -> bool:
 def common_flags() -> list[str]:
     machine = ["-march=x86-64-v3"] if has_x86_64_v3() else []
     system = [f"-isystem{path}" for path in include_dirs()]
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", *system]
+    folders = [mutants.COPIES, ROOT / "csrc", ROOT / "tests"]
+    includes = [*(f"-I{folder}" for folder in folders), *system]
     return [*FLAGS, *machine, *includes]
 
 
@@ -83,13 +88,14 @@ def library_sources(flavour: str) -> list[Path]:
     )
 
 
+WHOLE_OP = "lora_linear_sequence"
 SELFTEST_MAIN = "selftests/selftest.cpp"
 PLANNER = ["../../csrc/plan/plan.cpp", "../../csrc/plan/plan_prediction.cpp"]
 
 
-def source_of(specimen: str) -> str:
-    """The host program of a specimen or of one of the package's own kernels, by its name."""
-    return f"{'kernels' if mutants.of_package(specimen) else 'specimens'}/{specimen}.cpp"
+def source_of(program: str) -> str:
+    """The host program of a kernel, by its name."""
+    return f"kernels/{program}.cpp"
 
 
 def selftests(flavour: str) -> list[str]:
@@ -116,9 +122,9 @@ class Object:
         return BUILD / self.flavour / "objects" / (self.source.replace("/", "-") + ".o")
 
     def command(self) -> list[str]:
-        flavour = EXTENSION if self.flavour == "extension" else FLAVOURS[self.flavour]
+        flavour = FLAVOURS[self.flavour]
         flags = [*flavour.flags, *(flavour.kernel_flags if self.kernels else ())]
-        source = str(EMULATOR / self.source)
+        source = str(mutants.copy_of(EMULATOR / self.source))
         return [CXX, *common_flags(), *flags, "-MMD", "-c", source, "-o", str(self.path)]
 
     def key(self) -> str:
@@ -164,19 +170,27 @@ def library_objects(flavour: str) -> list[Object]:
     return [Object(flavour, source, kernels=False) for source in sources]
 
 
+def kernel_objects(flavour: str) -> list[Object]:
+    """The kernels of all programs, kernels/instances.h, for those that launch them all."""
+    sources = [f"kernels/{name}_kernels.cpp" for name in mutants.PROGRAMS]
+    return [Object(flavour, source, kernels=True) for source in sources]
+
+
 def objects_of(flavour: str, program: str) -> list[Object]:
     objects = library_objects(flavour)
-    if not program.startswith(("specimens/", "kernels/")):
+    if not program.startswith("kernels/"):
         main = Object(flavour, SELFTEST_MAIN, kernels=False)
         return [Object(flavour, program, kernels=True), main, *objects]
     kernels = program.replace(".cpp", "_kernels.cpp")
-    sources = [program, "specimens/driver.cpp", *PLANNER]
+    sources = [program, "kernels/driver.cpp", *PLANNER]
     host = [Object(flavour, source, kernels=False) for source in sources]
-    return [Object(flavour, kernels, kernels=True), *host, *objects]
+    linked = kernel_objects(flavour) if program == source_of(WHOLE_OP) else []
+    return [Object(flavour, kernels, kernels=True), *linked, *host, *objects]
 
 
 def build_programs(wanted: list[tuple[str, str]]) -> list[Path]:
     """Compiles and links programs, given as (flavour, source), and returns the executables."""
+    mutants.write_copies()
     needed = {key: objects_of(*key) for key in wanted}
     unique = dict.fromkeys(item for objects in needed.values() for item in objects)
     # The long compilations first, so that no core is idle at the end.
@@ -203,7 +217,7 @@ if __name__ == "__main__":
     programs = [
         (flavour, name)
         for flavour in flavours
-        for name in [*map(source_of, mutants.SOURCES), *selftests(flavour)]
+        for name in [*map(source_of, mutants.PROGRAMS), *selftests(flavour)]
     ]
     for built in build_programs(programs):
         print(built.relative_to(ROOT))

@@ -18,9 +18,9 @@ def program_of(item) -> list[tuple[str, str]]:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "source" in parameters:
         return [(parameters["flavour"], parameters["source"])]
-    if "specimen" in parameters:
+    if "program" in parameters:
         flavours = [parameters["flavour"]] if "flavour" in parameters else build.FLAVOURS
-        return [(flavour, build.source_of(parameters["specimen"])) for flavour in flavours]
+        return [(flavour, build.source_of(parameters["program"])) for flavour in flavours]
     return []
 
 

@@ -1,4 +1,4 @@
-"""Runs the host programs of the specimens and says how each run ended."""
+"""Runs the host programs of the kernels and says how each run ended."""
 
 import json
 import os
@@ -37,7 +37,7 @@ class Run:
             name: case[name]
             for name in ("seed", "size", "variant", "schedule", "completion", "resident")
         }
-        words = [f"build/emulator/{self.flavour}/{case['specimen']}"]
+        words = [f"build/emulator/{self.flavour}/{case['program']}"]
         for name, value in fixed.items():
             words += [f"--{name}", str(value)]
         if case["fault"]:
@@ -69,9 +69,9 @@ def how_it_ended(done: subprocess.CompletedProcess) -> str:
     return "crash"
 
 
-def run_specimen(flavour: str, specimen: str, *arguments: str, timeout: float = 300) -> list[Run]:
-    """Runs a built specimen until its cases are through or one, the last, is not clean."""
-    command = [str(BUILD / flavour / specimen), *arguments]
+def run_program(flavour: str, program: str, *arguments: str, timeout: float = 300) -> list[Run]:
+    """Runs a built program until its cases are through or one, the last, is not clean."""
+    command = [str(BUILD / flavour / program), *arguments]
     done = execute(command, timeout)
     runs = []
     for line in done.stdout.splitlines():
@@ -92,8 +92,8 @@ def run_specimen(flavour: str, specimen: str, *arguments: str, timeout: float = 
     return runs
 
 
-def fault_sites(flavour: str, specimen: str, *arguments: str) -> set[str]:
-    """The fault sites that clean runs of a specimen come by."""
-    done = execute([str(BUILD / flavour / specimen), "--list-faults", *arguments], timeout=300)
+def mutants_reached(flavour: str, program: str, *arguments: str) -> set[int]:
+    """The numbers of the mutants that clean runs of a program come by."""
+    done = execute([str(BUILD / flavour / program), "--list-mutants", *arguments], timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line["site"] for line in lines if "site" in line}
+    return {line["mutant"] for line in lines if "mutant" in line}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from emulator import mutants
 from emulator.cuda import build as cuda_build
 from emulator.package import build
 
@@ -44,9 +45,8 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("arch", "route", "options"), CALLS)
-def test_cuda_is_asked_for_what_the_plan_says(arch, route, options):
-    python(
+def asked(arch: int, route: str, options: str) -> str:
+    return (
         f"""
 card({arch})
 _C.set_cuda_route("{route}")
@@ -115,8 +115,12 @@ for planned, calls, n, k, results in (
     )
 
 
-def test_first_use_of_a_tensor_makes_its_map_with_its_own_pitch():
-    python("""
+@pytest.mark.parametrize(("arch", "route", "options"), CALLS)
+def test_cuda_is_asked_for_what_the_plan_says(arch, route, options):
+    python(asked(arch, route, options))
+
+
+FIRST_USE = """
 card(90)
 _C.set_cuda_route("kernel")
 options = dict(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 0))
@@ -130,7 +134,11 @@ for tensor in (call.x, call.weight, call.lora_a):
     assert strides[tensor.data_ptr()] == (*tensor.shape, 2 * (tensor.shape[1] + 16)), strides
 assert strides[results[0].data_ptr()] == (300, 520, 2 * 520)
 assert close(call.both(), call.library())
-""")
+"""
+
+
+def test_first_use_of_a_tensor_makes_its_map_with_its_own_pitch():
+    python(FIRST_USE)
 
 
 def test_shared_memory_is_allowed_once_on_each_device():
@@ -163,8 +171,7 @@ assert last_error() == 0
 # Dropout
 
 
-def test_dropout_on_cuda_has_the_bits_of_the_cpu():
-    python("""
+DROPOUT = """
 card(75)
 places = ((1, 0, 0), (70, 5, 0), (64, 32, 3), (300, 40, 2**33), (33, 8, 1), (31, 31, 0))
 for columns, first_column, first_row in places:
@@ -178,7 +185,23 @@ for columns, first_column, first_row in places:
     assert torch.equal(masks[0], masks[1].cpu()), (columns, first_column)
     assert 0 < masks[0].sum() < masks[0].numel() or columns == 1
 assert last_error() == 0 and record()
-""")
+"""
+
+
+def test_dropout_on_cuda_has_the_bits_of_the_cpu():
+    python(DROPOUT)
+
+
+@pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("cuda")])
+def test_a_wrong_call_of_cuda_is_seen(mutant):
+    seen = []
+    calls = asked(90, "kernel", "rank=40"), asked(80, "kernel", "rank=24"), FIRST_USE, DROPOUT
+    for code in calls:
+        try:
+            python(f"plant({mutant!r})\n{code}")
+        except AssertionError as error:
+            seen.append(str(error).strip().splitlines()[-1])
+    assert seen
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

@@ -16,6 +16,6 @@ def program():
 
 @pytest.mark.parametrize("resident", [("--resident", "1"), ()], ids=["one resident", "many"])
 def test_a_thousand_seeds_have_no_race_and_end(program, resident):
-    runs = run.run_specimen("race", PROGRAM, "--seeds", "1:1001", *resident, "--watchdog", "60")
+    runs = run.run_program("race", PROGRAM, "--seeds", "1:1001", *resident, "--watchdog", "60")
     assert [each.describe() for each in runs if each.outcome != "clean"] == []
     assert len(runs) == 1000

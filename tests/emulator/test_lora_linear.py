@@ -47,7 +47,7 @@ def program():
 
 
 def failures(flavour: str, *arguments: str) -> list[str]:
-    runs = run.run_specimen(flavour, PROGRAM, *arguments)
+    runs = run.run_program(flavour, PROGRAM, *arguments)
     return [each.describe() for each in runs if each.outcome != "clean"]
 
 
@@ -61,7 +61,7 @@ def test_products_that_make_t_and_long_walks_are_right(program, flavour):
     seeds = f"1:{1 + SEEDS_OF_SIZES[flavour]}"
 
     def run_size(size: str) -> list[run.Run]:
-        return run.run_specimen(flavour, PROGRAM, "--seeds", seeds, "--size", size)
+        return run.run_program(flavour, PROGRAM, "--seeds", seeds, "--size", size)
 
     with ThreadPoolExecutor(build.JOBS) as pool:
         runs = [each for some in pool.map(run_size, SIZES) for each in some]

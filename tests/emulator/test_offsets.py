@@ -68,8 +68,8 @@ EDITS = [
     ),
     (
         "tile_copy_sm80.h",
-        "matrix.data + Fault::value(",
-        "matrix.data + (unsigned)Fault::value(",
+        "matrix.data + offset;",
+        "matrix.data + (unsigned)offset;",
         CUT,
     ),
 ]

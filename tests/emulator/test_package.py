@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from emulator import mutants
 from emulator.package import build
 
 pytestmark = pytest.mark.kernels
@@ -94,7 +95,14 @@ assert same(again, results)
 """)
 
 
-@pytest.mark.parametrize("fault", ["reduce.splits:low", "shrink.steps:low", "store.rows:low"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "sum_of_splits.sum_of_splits.split<splits:low",
+        "lora_shrink_sm80.run.step<end_step:low",
+        "lora_gemm_sm80_epilogue.store_chunk.row>=p.m:low",
+    ],
+)
 def test_a_wrong_kernel_is_found_and_not_used(fault):
     said = python(
         """
@@ -137,7 +145,8 @@ before = torch.get_rng_state()
 assert check_kernels("cpu") == {}
 assert torch.equal(torch.get_rng_state(), before)
 _, plan = call()
-os.environ["LORA_EXT_EMULATED_FAULT"] = "reduce.splits:low"  # which no check sees any more
+os.environ["LORA_EXT_EMULATED_FAULT"] = "sum_of_splits.sum_of_splits.split<splits:low"
+# No check sees it any more.
 assert check_kernels("cpu") == {}
 """.replace("80", arch),
     )
@@ -146,7 +155,7 @@ assert check_kernels("cpu") == {}
 def test_a_check_of_all_kernels_names_those_that_failed():
     said = python(
         'print(*check_kernels("cpu"), sep="\\n")',
-        LORA_EXT_EMULATED_FAULT="mask.kept_low:never",
+        LORA_EXT_EMULATED_FAULT="fragment_mask.keep_or_drop.(draws&0xFFFF)<mask.keep_count:never",
     )
     lines = [line for line in said.splitlines() if line.startswith(("forward", "backward"))]
     assert lines and all("dropout" in line for line in lines)
@@ -165,6 +174,47 @@ assert torch.equal(y, expected)
 """)
 
 
+# One operand at a time whose rows begin in the middle of a chunk, or lie apart, or end in one.
+ODD_OPERANDS = """
+_C.set_cuda_route("kernel")
+
+def results(x, a, b, grad):
+    x, a, b = (each.detach().requires_grad_() for each in (x, a, b))
+    y = lora_ext.lora_linear(x, w, a, b)
+    y.backward(grad)
+    return y.detach(), x.grad, a.grad, b.grad
+
+def strided(tensor, first):
+    columns = tensor.shape[1]
+    wide = torch.zeros(tensor.shape[0], columns + 8 - columns % 8, dtype=tensor.dtype)
+    part = wide[:, first : first + columns]
+    return part.copy_(tensor)
+
+for k in (96, 100):
+    w = torch.randn(136, k + 8 - k % 8, dtype=torch.bfloat16)[:, :k]
+    shapes = (70, k), (16, k), (136, 16), (70, 136)
+    operands = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    expected = results(*operands)
+    for which in range(4):
+        for first in (0, 1, 8):
+            changed = list(operands)
+            changed[which] = strided(operands[which], first if k % 8 == 0 else 0)
+            got = results(*changed)
+            for one, other in zip(got, expected, strict=True):
+                assert (one - other).abs().max() <= 2**-6 * other.abs().max(), (k, which, first)
+"""
+
+
+def test_one_operand_may_be_misaligned():
+    python(ODD_OPERANDS)
+
+
+@pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("package")])
+def test_a_wrong_alignment_is_seen(mutant):
+    with pytest.raises(AssertionError):
+        python(ODD_OPERANDS, LORA_EXT_EMULATED_FAULT=mutant)
+
+
 def test_a_transposed_weight_takes_the_hybrid_route():
     python("""
 x, w = torch.randn(70, 96, dtype=torch.bfloat16), torch.randn(96, 136, dtype=torch.bfloat16).t()
@@ -180,7 +230,8 @@ assert (y.float() - expected).abs().max() <= 2**-6 * expected.abs().max()
 def test_a_launch_that_fails_is_an_error_of_the_call():
     python("""
 call()
-os.environ["LORA_EXT_EMULATED_FAULT"] = "shrink.commit"  # found when the block ends
+os.environ["LORA_EXT_EMULATED_FAULT"] = "lora_shrink_sm80.load.cp_async_commit_group:skip"
+# Found when the block ends.
 try:
     call()
 except RuntimeError as error:
@@ -287,7 +338,7 @@ for entry in found.entries:
     assert set(entry.us) == {"library"} and entry.route == "library", entry
 print(found)
 """,
-        LORA_EXT_EMULATED_FAULT="shrink.steps:low",
+        LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.run.step<end_step:low",
         HOME=str(tmp_path),
     )
     assert "failed their check" in said

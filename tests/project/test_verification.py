@@ -34,7 +34,7 @@ def test_a_changed_figure_changes_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(verification, "RESULTS", tmp_path)
     monkeypatch.setattr(verification, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
-    for name in ("emulation-mutants.md", "compatibility-suite.md"):
+    for name in ("emulation.md", "compatibility-suite.md"):
         (tmp_path / "docs" / name).write_text((ROOT / "docs" / name).read_text())
     text = verification.page()
     assert "7.77x" in text and "## a card" in text and "| kernels | done | 31 passed |" in text

@@ -8,7 +8,7 @@ the CUDA call, and the kernels run in the execution layer.
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator import build
+from emulator import build, mutants
 from emulator.package.build import FLAVOUR, TorchObject, link, sources
 
 PACKAGE = build.BUILD / "cuda"
@@ -19,19 +19,25 @@ class CudaObject(build.Object):
     """A source of csrc/cuda/."""
 
     def command(self) -> list[str]:
-        runtime = str(build.EMULATOR / "cuda" / "runtime.h")
+        included = [
+            build.EMULATOR / "cuda" / "runtime.h",
+            build.EMULATOR / "kernels" / "instances.h",
+        ]
         macros = ["-DLORA_EXT_WITH_SM90A", "-w"]
         command = super().command()
         at = command.index("-c")
-        return [*command[:at], *macros, "-include", runtime, "-x", "c++", *command[at:]]
+        includes = [word for path in included for word in ("-include", str(path))]
+        return [*command[:at], *macros, *includes, "-x", "c++", *command[at:]]
 
 
 def objects() -> list[build.Object]:
+    mutants.write_copies()
     with_torch = [*sources("**/*.cpp"), "cuda/device.cpp"]
     return [
         *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("cuda/*.cu")),
         *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),
         build.Object(FLAVOUR, "cuda/runtime.cpp", kernels=False),
+        *build.kernel_objects(FLAVOUR),
         *build.library_objects(FLAVOUR),
     ]
 

@@ -41,6 +41,10 @@ def fail(call: str, nth: int, error: int) -> None:
     _runtime.emulated_cuda_fail(call.encode(), nth, error)
 
 
+def plant(mutant: str) -> None:
+    _runtime.emulated_cuda_plant(mutant.encode())
+
+
 def failures_left() -> int:
     return _runtime.emulated_cuda_still_to_fail()
 

@@ -10,6 +10,8 @@
 #include <mutex>
 #include <sstream>
 
+#include "emulator/fault.h"
+
 namespace emulator::cuda {
 namespace {
 
@@ -195,6 +197,8 @@ void emulated_cuda_be(int arch, int version, int capturing) {
   driver().arch = arch, driver().version = version, driver().capturing = capturing != 0;
 }
 // The nth call from now of a function fails with an error.
+void emulated_cuda_plant(const char* mutant) { emulator::plant_fault(mutant); }
+
 void emulated_cuda_fail(const char* call, int nth, int error) {
   driver().failing[call] = {nth, error};
 }

@@ -2,7 +2,7 @@
 // it.
 #pragma once
 #include "emulator/emulator.h"
-#include "emulator/specimens/reference.h"
+#include "emulator/kernels/reference.h"
 #include "kernel/halves.h"
 
 namespace kernels {
@@ -18,7 +18,7 @@ struct Values {
 };
 
 template <class V>
-Values values_of(const specimens::Matrix<V>& matrix) {
+Values values_of(const kernels::Matrix<V>& matrix) {
   Values out(matrix.rows, matrix.columns);
   for (int i = 0; i < matrix.rows; ++i)
     for (int j = 0; j < matrix.columns; ++j) {
@@ -31,7 +31,7 @@ Values values_of(const specimens::Matrix<V>& matrix) {
 // What a float becomes as one half or two.
 template <class T>
 void represent(Values& values, bool two) {
-  const double unit = specimens::rounding_unit<T>();
+  const double unit = kernels::rounding_unit<T>();
   const double relative = two ? unit * unit + 0x1p-23 : unit + 0x1p-23;
   const double floor = 0x1p-25 / (two ? lora_ext::kernel::kLoScale<T> : 1.f);
   for (size_t i = 0; i < values.size(); ++i)
@@ -71,7 +71,7 @@ std::string compare(const char* name, const Values& expected, const Got& got, do
       const double error = expected.error[expected.at(i, j)];
       const double tolerance = exact ? 0 : error + unit * (std::fabs(value) + error) + 0x1p-25;
       const std::string difference =
-          specimens::compare(name, i, j, got(expected.at(i, j)), value, tolerance);
+          kernels::compare(name, i, j, got(expected.at(i, j)), value, tolerance);
       if (!difference.empty()) return difference;
     }
   }

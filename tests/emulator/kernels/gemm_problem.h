@@ -8,7 +8,7 @@ namespace kernels {
 template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment>
 struct GemmProblem {
   using Random = std::mt19937_64;
-  using Numbers = specimens::Numbers;
+  using Numbers = kernels::Numbers;
   template <class V>
   using Buffer = emulator::GlobalBuffer<V>;
   using Stored = Operand<T, kAlignment>;
@@ -20,7 +20,7 @@ struct GemmProblem {
   const bool with_bias, float_bias, lets_wgrad_begin;
   const Stored p, q;
   std::unique_ptr<Stored> t[3], u[3];
-  const specimens::Matrix<T> bias;
+  const kernels::Matrix<T> bias;
   const Buffer<T> bias_buffer;
   const Buffer<float> float_bias_buffer;
   const int y_pitch;
@@ -40,7 +40,7 @@ struct GemmProblem {
         lets_wgrad_begin(random() % 4 != 0),
         p(m, depth, numbers, random, "p"),
         q(kMNMajor ? depth : n, kMNMajor ? n : depth, numbers, random, "q"),
-        bias(specimens::random_matrix<T>(1, n, n, numbers, random)),
+        bias(kernels::random_matrix<T>(1, n, n, numbers, random)),
         bias_buffer(bias.values, "bias"),
         float_bias_buffer({bias.values.begin(), bias.values.end()}, "bias in float"),
         y_pitch(Layout<kAlignment>::pitch(n) + 8),
@@ -51,7 +51,7 @@ struct GemmProblem {
       u[i] = std::make_unique<Stored>(kMNMajor ? rank : n, kMNMajor ? n : rank, numbers, random,
                                       "u", false);
     }
-    y.fill(specimens::from_double<T>(kBetweenRows));
+    y.fill(kernels::from_double<T>(kBetweenRows));
   }
 
   lora_ext::kernel::LoraGemmParams<T> params() {
@@ -75,12 +75,12 @@ struct GemmProblem {
   std::string check() const {
     for (int i = 0; i < m; ++i) {
       for (int j = 0; j < y_pitch; ++j) {
-        const specimens::Bounded sum = expected(i, j);
+        const kernels::Bounded sum = expected(i, j);
         const bool exact = numbers == Numbers::Integers || j >= n;
-        const double rounded = specimens::to_double(specimens::from_double<T>(sum.value));
+        const double rounded = kernels::to_double(kernels::from_double<T>(sum.value));
         const double error =
-            sum.error() + specimens::rounding_error<T>(std::fabs(sum.value) + sum.error());
-        const std::string difference = specimens::compare(
+            sum.error() + kernels::rounding_error<T>(std::fabs(sum.value) + sum.error());
+        const std::string difference = kernels::compare(
             "y", i, j, y[kOffset + static_cast<size_t>(i) * y_pitch + static_cast<size_t>(j)],
             exact ? rounded : sum.value, exact ? 0 : error);
         if (!difference.empty()) return difference;
@@ -94,8 +94,8 @@ struct GemmProblem {
     return kMNMajor ? right.matrix(depth, column) : right.matrix(column, depth);
   }
 
-  specimens::Bounded expected(int i, int j) const {
-    specimens::Bounded sum;
+  kernels::Bounded expected(int i, int j) const {
+    kernels::Bounded sum;
     if (j >= n) {
       sum.value = kBetweenRows;
       return sum;

@@ -26,22 +26,22 @@ class Gradient {
 
   // expected(r, column) gives the sum with its error. "" or what differs.
   template <class Expected>
-  std::string compare(specimens::Numbers numbers, const Expected& expected) const {
+  std::string compare(kernels::Numbers numbers, const Expected& expected) const {
     for (int r = 0; r < rank_; ++r) {
       for (int column = 0; column < c_; ++column) {
         const size_t at = transposed_ ? static_cast<size_t>(column) * rank_ + r
                                       : static_cast<size_t>(r) * c_ + column;
-        const specimens::Bounded sum = expected(r, column);
-        const double got = in_float_ ? float_[at] : specimens::to_double(half_[at]);
-        const double rounding = in_float_ ? 0 : specimens::rounding_unit<T>();
+        const kernels::Bounded sum = expected(r, column);
+        const double got = in_float_ ? float_[at] : kernels::to_double(half_[at]);
+        const double rounding = in_float_ ? 0 : kernels::rounding_unit<T>();
         double value = sum.value, tolerance = 0;
-        if (numbers == specimens::Numbers::Integers) {
-          if (!in_float_) value = specimens::to_double(specimens::from_double<T>(value));
+        if (numbers == kernels::Numbers::Integers) {
+          if (!in_float_) value = kernels::to_double(kernels::from_double<T>(value));
         } else {
           tolerance = sum.error() + rounding * (std::fabs(value) + sum.error());
         }
         const std::string difference =
-            specimens::compare("gradient", r, column, got, value, tolerance);
+            kernels::compare("gradient", r, column, got, value, tolerance);
         if (!difference.empty()) return difference;
       }
     }

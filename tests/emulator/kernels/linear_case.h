@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <string>
 
-#include "emulator/specimens/driver.h"
-#include "emulator/specimens/reference.h"
+#include "emulator/kernels/driver.h"
+#include "emulator/kernels/reference.h"
 #include "plan/plan.h"
 
 namespace kernels {
@@ -18,7 +18,7 @@ inline lora_ext::plan::Card hopper(int sms) { return {90, sms, 233472, 232448}; 
 
 struct LinearCase {
   int m, n, k, rank;
-  specimens::Numbers numbers;
+  kernels::Numbers numbers;
   bool float_adapters, dropout, aligned, early, wants_in_grid;
   lora_ext::plan::Card card;
   lora_ext::plan::Choice choice;
@@ -26,13 +26,13 @@ struct LinearCase {
   float scaling;
   double size_of_a, size_of_b, size_of_dy;  // of real numbers
 
-  bool exact() const { return numbers == specimens::Numbers::Integers; }
+  bool exact() const { return numbers == kernels::Numbers::Integers; }
 };
 
 // The families of sizes, by how their names begin: kernels that begin early, kernels that make T in
 // the same grid, and walks of many stages over more tiles than there are clusters.
-inline LinearCase draw_linear_case(const specimens::Case& run, std::mt19937_64& random) {
-  using specimens::Numbers;
+inline LinearCase draw_linear_case(const kernels::Case& run, std::mt19937_64& random) {
+  using kernels::Numbers;
   const auto draw = [&](uint64_t count) { return static_cast<int>(random() % count); };
   const std::string size = run.size.name;
   const bool every_rank = size == "every_rank", in_grid = size.starts_with("in_grid"),

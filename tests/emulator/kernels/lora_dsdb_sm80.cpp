@@ -14,11 +14,10 @@ LORA_DSDB_SM80_VARIANTS(EXTERN_INSTANCE)
 namespace {
 
 using emulator::GlobalBuffer;
-using emulator::PlantedFault;
+using kernels::Bounded;
+using kernels::Case;
+using kernels::Numbers;
 using kernels::Operand;
-using specimens::Bounded;
-using specimens::Case;
-using specimens::Numbers;
 
 constexpr float kUnwritten = -12345;
 
@@ -50,13 +49,13 @@ std::string run_dsdb(const Case& run) {
   stream.launch({.grid = dim3(static_cast<unsigned>(panels), static_cast<unsigned>(splits)),
                  .block = dim3(Tile::kThreads),
                  .shared_bytes = Tile::kSharedBytes},
-                lora_dsdb_sm80<T, kColumns, kAlignment, PlantedFault>, params);
-  specimens::run_timed(stream);
+                lora_dsdb_sm80<T, kColumns, kAlignment>, params);
+  kernels::run_timed(stream);
 
   const auto compare = [&](const char* what, int i, int j, double got, const Bounded& expected,
                            bool written) {
     const double error = !written || numbers == Numbers::Integers ? 0 : expected.error();
-    return specimens::compare(what, i, j, got, written ? expected.value : kUnwritten, error);
+    return kernels::compare(what, i, j, got, written ? expected.value : kUnwritten, error);
   };
   for (int panel = 0; panel < panels; ++panel) {
     for (int i = 0; i < m; ++i) {

@@ -1,6 +1,5 @@
-// The instances of lora_dsdb_sm80 that the tests run, with planted faults.
+// The instances of lora_dsdb_sm80 that the tests run.
 #pragma once
-#include "emulator/fault.h"
 #include "kernel/lora_dsdb_sm80.h"
 
 // X(variant, T, columns, alignment)
@@ -13,6 +12,5 @@
   X(element_32, __nv_bfloat16, 32, Alignment::kElement)
 
 // To be used in namespace lora_ext::kernel.
-#define LORA_DSDB_SM80_INSTANCE(T, columns, alignment)                                    \
-  template __global__ void lora_dsdb_sm80<T, columns, alignment, emulator::PlantedFault>( \
-      LoraDsdbParams<T>)
+#define LORA_DSDB_SM80_INSTANCE(T, columns, alignment) \
+  template __global__ void lora_dsdb_sm80<T, columns, alignment>(LoraDsdbParams<T>)

@@ -1,4 +1,4 @@
-// lora_dsdb_sm80 with planted faults.
+// lora_dsdb_sm80.
 #include "emulator/kernels/lora_dsdb_sm80.h"
 
 namespace lora_ext::kernel {

@@ -26,11 +26,10 @@ LORA_GEMM_IN_GRID_SM90A_VARIANTS(EXTERN_INSTANCES)
 namespace {
 
 using emulator::GlobalBuffer;
-using emulator::PlantedFault;
+using kernels::Bounded;
+using kernels::Case;
+using kernels::Numbers;
 using kernels::RandomMask;
-using specimens::Bounded;
-using specimens::Case;
-using specimens::Numbers;
 
 constexpr double kBetweenRows = -12345;
 
@@ -39,9 +38,9 @@ template <class T>
 std::string compare_rounded(const char* name, int row, int column, T got, const Bounded& sum,
                             bool exact) {
   const double error =
-      exact ? 0 : sum.error() + specimens::rounding_error<T>(std::fabs(sum.value) + sum.error());
-  const double rounded = specimens::to_double(specimens::from_double<T>(sum.value));
-  return specimens::compare(name, row, column, got, exact ? rounded : sum.value, error);
+      exact ? 0 : sum.error() + kernels::rounding_error<T>(std::fabs(sum.value) + sum.error());
+  const double rounded = kernels::to_double(kernels::from_double<T>(sum.value));
+  return kernels::compare(name, row, column, got, exact ? rounded : sum.value, error);
 }
 
 template <class T, bool kMNMajor, bool kMasked>
@@ -53,14 +52,13 @@ struct Problem {
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   const bool exact = numbers == Numbers::Integers;
   const int rank = 1 + static_cast<int>(random() % 64);
-  const int width = specimens::padded(rank), t_pitch = width + 8,
-            y_pitch = specimens::padded(n) + 8;
+  const int width = kernels::padded(rank), t_pitch = width + 8, y_pitch = kernels::padded(n) + 8;
   const float scaling = exact ? 0.5f : 1.7f;
   const bool with_bias = !kMasked && random() % 2 != 0, with_s = random() % 2 != 0;
   const bool lets_wgrad_begin = random() % 4 != 0;
   const Operand p{m, k, numbers, random, "p"};
   const Operand q = right(n, k, "q"), a = right(rank, k, "a"), u = right(n, rank, "u");
-  const specimens::Matrix<float> bias = specimens::random_matrix<float>(1, n, n, numbers, random);
+  const kernels::Matrix<float> bias = kernels::random_matrix<float>(1, n, n, numbers, random);
   const GlobalBuffer<float> bias_buffer{bias.values, "bias"};
   const RandomMask mask{numbers, random};
   GlobalBuffer<T> t{static_cast<size_t>(m) * t_pitch, "t"};
@@ -69,9 +67,9 @@ struct Problem {
 
   explicit Problem(const Case& run)
       : m(run.size.m), n(run.size.n), k(run.size.k), random(run.seed) {
-    t.fill(specimens::from_double<T>(kBetweenRows));
+    t.fill(kernels::from_double<T>(kBetweenRows));
     s.fill(static_cast<float>(kBetweenRows));
-    y.fill(specimens::from_double<T>(kBetweenRows));
+    y.fill(kernels::from_double<T>(kBetweenRows));
   }
 
   Operand right(int columns, int depth, const char* name) {
@@ -115,7 +113,7 @@ struct Problem {
       const float in_float = s[static_cast<size_t>(i) * rank + j];
       const double expected = with_s ? sum.value : kBetweenRows;
       const std::string difference =
-          specimens::compare("s", i, j, in_float, expected, exact || !with_s ? 0 : sum.error());
+          kernels::compare("s", i, j, in_float, expected, exact || !with_s ? 0 : sum.error());
       if (!difference.empty()) return difference;
     }
     sum.value *= scaling, sum.magnitude *= scaling;
@@ -132,7 +130,7 @@ struct Problem {
     for (int l = 0; l < k; ++l) sum.add(p.matrix(i, l) * right_at(q, l, j));
     const double factor = kMasked ? mask.factor(i, j) : 1;
     for (int l = 0; l < rank; ++l) {
-      const double from_t = specimens::to_double(t[static_cast<size_t>(i) * t_pitch + l]);
+      const double from_t = kernels::to_double(t[static_cast<size_t>(i) * t_pitch + l]);
       sum.add(factor * from_t * right_at(u, l, j));
     }
     if (with_bias) sum.add(bias(0, j));
@@ -178,23 +176,23 @@ std::string run_gemm(const Case& run) {
   emulator::Stream stream;
   const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
   kernels::ClusterLaunch launch{stream, 1 + static_cast<int64_t>(problem.random() % (pairs + 1))};
-  launch_lora_gemm_in_grid_sm90a<T, PlantedFault>(params, in, {problem.a.data(), problem.a.pitch()},
-                                                  {kTile, kMNMajor, kMasked, false}, launch);
+  launch_lora_gemm_in_grid_sm90a<T>(params, in, {problem.a.data(), problem.a.pitch()},
+                                    {kTile, kMNMajor, kMasked, false}, launch);
   GlobalBuffer<T> seen_t(problem.t.size(), "t as the next grid sees it");
   stream.launch({.grid = dim3(2), .block = dim3(128), .programmatic_dependent = true},
                 kernels::copy_early<T>, static_cast<const T*>(problem.t.data()), seen_t.data(),
                 static_cast<int>(seen_t.size()), static_cast<const uint32_t*>(written.data()),
                 parts_of_t(static_cast<int64_t>(flags)));
-  specimens::run_timed(stream);
+  kernels::run_timed(stream);
 
   std::string difference = compare_loads<Tile>(problem.m, problem.n, problem.k, problem.rank);
   if (difference.empty()) difference = problem.check();
   for (size_t i = 0; i < seen_t.size() && difference.empty(); ++i)
-    difference = specimens::compare("t as the next grid sees it", 0, static_cast<int>(i), seen_t[i],
-                                    specimens::to_double(problem.t[i]), 0);
+    difference = kernels::compare("t as the next grid sees it", 0, static_cast<int>(i), seen_t[i],
+                                  kernels::to_double(problem.t[i]), 0);
   const auto check_zero = [&](const char* name, const GlobalBuffer<uint32_t>& buffer, size_t size) {
     for (size_t i = 0; i < size && difference.empty(); ++i)
-      difference = specimens::compare(name, 0, static_cast<int>(i), double(buffer[i]), 0, 0);
+      difference = kernels::compare(name, 0, static_cast<int>(i), double(buffer[i]), 0, 0);
   };
   check_zero("ready", ready, flags);
   check_zero("ticket", ticket, 1);

@@ -1,6 +1,5 @@
-// The instances of lora_gemm_in_grid_sm90a, with planted faults.
+// The instances of lora_gemm_in_grid_sm90a.
 #pragma once
-#include "emulator/fault.h"
 #include "kernel/lora_gemm_sm90a_in_grid.h"
 
 // All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
@@ -17,9 +16,8 @@
 
 // Of a variant, one for each number of 16s along k in the rank. To be used in namespace
 // lora_ext::kernel, behind `template` or `extern template`.
-#define LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, tail)                     \
-  __global__ void lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail, \
-                                          emulator::PlantedFault>(                            \
+#define LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, tail)                      \
+  __global__ void lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail>( \
       LoraInGridMaps, LoraGemmParams<T>, LoraInGridParams<T>)
 #define LORA_GEMM_IN_GRID_SM90A_INSTANCES(keyword, T, mn_major, masked, tile, planned) \
   keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \

@@ -1,4 +1,4 @@
-// lora_gemm_in_grid_sm90a with planted faults, apart from its host program so that only kernels are
+// lora_gemm_in_grid_sm90a, apart from its host program so that only kernels are
 // instrumented.
 #include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
 #include "emulator/kernels/neighbours.h"

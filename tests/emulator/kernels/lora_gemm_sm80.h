@@ -1,6 +1,5 @@
-// The instances of lora_gemm_sm80 that the tests run, with planted faults.
+// The instances of lora_gemm_sm80 that the tests run.
 #pragma once
-#include "emulator/fault.h"
 #include "kernel/lora_gemm_sm80.h"
 
 // X(variant, T, tile, MN-major, masked, alignment)
@@ -17,5 +16,4 @@
 
 // To be used in namespace lora_ext::kernel.
 #define LORA_GEMM_SM80_INSTANCE(T, tile, mn_major, masked, alignment) \
-  template __global__ void                                            \
-  lora_gemm_sm80<T, tile, mn_major, masked, alignment, emulator::PlantedFault>(LoraGemmParams<T>)
+  template __global__ void lora_gemm_sm80<T, tile, mn_major, masked, alignment>(LoraGemmParams<T>)

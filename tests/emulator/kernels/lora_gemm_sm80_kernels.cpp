@@ -1,4 +1,4 @@
-// lora_gemm_sm80 with planted faults, apart from its host program so that only kernels are
+// lora_gemm_sm80, apart from its host program so that only kernels are
 // instrumented.
 #include "emulator/kernels/lora_gemm_sm80.h"
 

@@ -1,6 +1,5 @@
-// The instances of lora_gemm_sm90a, with planted faults.
+// The instances of lora_gemm_sm90a.
 #pragma once
-#include "emulator/fault.h"
 #include "kernel/lora_gemm_sm90a.h"
 
 // All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
@@ -19,9 +18,9 @@
 
 // Of a variant, one for each number of 16s along k in the last step of the rank. To be used in
 // namespace lora_ext::kernel, behind `template` or `extern template`.
-#define LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, tail)                     \
-  __global__ void lora_gemm_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail, \
-                                  emulator::PlantedFault>(LoraGemmMaps, LoraGemmParams<T>)
+#define LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, tail)                      \
+  __global__ void lora_gemm_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail>( \
+      LoraGemmMaps, LoraGemmParams<T>)
 #define LORA_GEMM_SM90A_INSTANCES(keyword, T, mn_major, masked, tile, planned) \
   keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \
   keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 2);              \

@@ -16,6 +16,7 @@ namespace lora_ext::kernel {
 namespace {
 
 using emulator::GlobalBuffer;
+using kernels::Case;
 using kernels::LinearCase;
 using kernels::product;
 using kernels::RandomMask;
@@ -23,7 +24,6 @@ using kernels::represent;
 using kernels::Stored;
 using kernels::Values;
 using kernels::values_of;
-using specimens::Case;
 
 template <class T>
 class LinearTest {
@@ -89,7 +89,7 @@ class LinearTest {
 
   double mask(int row, int column) const { return case_.dropout ? mask_->factor(row, column) : 1; }
   bool exact() const { return case_.exact(); }
-  double unit() const { return specimens::rounding_unit<T>(); }
+  double unit() const { return kernels::rounding_unit<T>(); }
   double adapter_unit() const { return case_.float_adapters ? 0x1p-24 : unit(); }
 
   // A, B as the kernels have them, and drop(X).
@@ -126,7 +126,7 @@ class LinearTest {
       used_workspace_.resize(workspace->size(), emulator::kPoisonByte);
       workspace->fill(0);  // tells the race checker that it is initialised
       std::copy_n(used_workspace_.begin(), workspace->size(), workspace->begin());
-      if (plan.in_grid()) specimens::tell("in grid, in a used workspace");
+      if (plan.in_grid()) kernels::tell("in grid, in a used workspace");
     }
     return workspace;
   }
@@ -158,7 +158,7 @@ class LinearTest {
     x_->is_written_on(stream);
     for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls)
       forward<T>(stream, plan, f, case_.clusters);
-    specimens::run_timed(stream);
+    kernels::run_timed(stream);
     used_workspace_ = workspace->to_vector();
 
     const Values s = shrunk(), t = scaled_halves(s), b = adapter(*b_);
@@ -172,14 +172,13 @@ class LinearTest {
       out.error[at] += low_rank.error[at] + 3 * 0x1p-23 * (out.magnitude[at] + 1);
     }
     return compare(
-        "y", rounded(out), [&](size_t at) { return specimens::to_double(y[at]); }, unit(), exact());
+        "y", rounded(out), [&](size_t at) { return kernels::to_double(y[at]); }, unit(), exact());
   }
 
   // Integers: the one value that rounding may leave.
   Values rounded(Values values) const {
     if (exact())
-      for (double& value : values.value)
-        value = specimens::to_double(specimens::from_double<T>(value));
+      for (double& value : values.value) value = kernels::to_double(kernels::from_double<T>(value));
     return values;
   }
 
@@ -221,7 +220,7 @@ class LinearTest {
     GlobalBuffer<T> dx_after(dx.size(), "dx after the call");
     stream.launch({.grid = dim3(2), .block = dim3(64)}, kernels::copy<T>,
                   static_cast<const T*>(dx.data()), dx_after.data(), static_cast<int>(dx.size()));
-    specimens::run_timed(stream);
+    kernels::run_timed(stream);
 
     const Values b = adapter(*b_);
     const Values ds = scaled_halves(product(
@@ -247,7 +246,7 @@ class LinearTest {
             low_rank.error[at] + 3 * 0x1p-23 * (out.magnitude[at] + low_rank.magnitude[at]);
       }
       difference = compare(
-          "dx", rounded(out), [&](size_t at) { return specimens::to_double(dx_after[at]); }, unit(),
+          "dx", rounded(out), [&](size_t at) { return kernels::to_double(dx_after[at]); }, unit(),
           exact());
       if (!difference.empty()) return difference;
     }
@@ -281,7 +280,7 @@ class LinearTest {
       return in_float ? static_cast<void*>(floats.data()) : static_cast<void*>(halves.data());
     }
     double operator()(size_t at) const {
-      return in_float ? floats[at] : specimens::to_double(halves[at]);
+      return in_float ? floats[at] : kernels::to_double(halves[at]);
     }
   };
 
@@ -325,19 +324,19 @@ std::string run_variant(const Case& run) {
 }  // namespace lora_ext::kernel
 
 int main(int argc, char** argv) {
-  return specimens::specimen_main(argc, argv,
-                                  {.name = "lora_linear_sequence",
-                                   .sizes = {{"even", 128, 256, 128},
-                                             {"odd", 131, 277, 99},
-                                             {"tall", 300, 64, 72},
-                                             {"wide", 40, 520, 130},
-                                             {"early", 300, 264, 136},
-                                             {"in_grid_deep", 300, 264, 392},
-                                             {"in_grid_wide", 520, 392, 136},
-                                             {"laps", 300, 584, 648},
-                                             {"tiny", 3, 1, 5},
-                                             {"every_rank", 33, 40, 72}},
-                                   .variants = {"bf16", "fp16"},
-                                   .run = lora_ext::kernel::run_variant,
-                                   .flops = specimens::gemm_flops});
+  return kernels::program_main(argc, argv,
+                               {.name = "lora_linear_sequence",
+                                .sizes = {{"even", 128, 256, 128},
+                                          {"odd", 131, 277, 99},
+                                          {"tall", 300, 64, 72},
+                                          {"wide", 40, 520, 130},
+                                          {"early", 300, 264, 136},
+                                          {"in_grid_deep", 300, 264, 392},
+                                          {"in_grid_wide", 520, 392, 136},
+                                          {"laps", 300, 584, 648},
+                                          {"tiny", 3, 1, 5},
+                                          {"every_rank", 33, 40, 72}},
+                                .variants = {"bf16", "fp16"},
+                                .run = lora_ext::kernel::run_variant,
+                                .flops = kernels::gemm_flops});
 }

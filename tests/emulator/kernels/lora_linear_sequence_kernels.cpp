@@ -1,6 +1,6 @@
-// Every kernel of the LoRA linear with planted faults, as the plans call for them.
-#include "emulator/fault.h"
+// Every kernel of the LoRA linear, as the plans call for them.
 #include "emulator/kernels/cluster_launch.h"
+#include "emulator/kernels/instances.h"
 #include "emulator/kernels/lora_linear_sequence.h"
 #include "emulator/kernels/neighbours.h"
 #include "kernel/lora_gemm_sm90a_in_grid_launch.h"
@@ -31,13 +31,13 @@ struct Launch {
   void lora_gemm_sm90a(const LoraGemmParams<T>& params, const Sm90aChoice& choice) {
     early_launches += choice.dependent;
     kernels::ClusterLaunch launch{stream, clusters};
-    launch_lora_gemm_sm90a<T, emulator::PlantedFault>(params, choice, launch);
+    launch_lora_gemm_sm90a<T>(params, choice, launch);
   }
   template <class T>
   void lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
                                const InGridFactor<T>& factor, const Sm90aChoice& choice) const {
     kernels::ClusterLaunch launch{stream, clusters};
-    launch_lora_gemm_in_grid_sm90a<T, emulator::PlantedFault>(params, in, factor, choice, launch);
+    launch_lora_gemm_in_grid_sm90a<T>(params, in, factor, choice, launch);
   }
   void clear(uint32_t* flags, int64_t count) const {
     stream.launch({.grid = dim3(1), .block = dim3(1)}, clear_flags, flags, count);
@@ -45,7 +45,7 @@ struct Launch {
 };
 
 template <class T>
-using Linear = LoraLinearSequence<T, emulator::PlantedFault, Launch>;
+using Linear = LoraLinearSequence<T, Launch>;
 
 }  // namespace
 

@@ -15,13 +15,12 @@ extern LORA_REDUCE_INSTANCE(__half);
 namespace {
 
 using emulator::GlobalBuffer;
-using emulator::PlantedFault;
 using kernels::blocks_of;
+using kernels::Bounded;
+using kernels::Case;
+using kernels::Numbers;
 using kernels::Operand;
 using kernels::RandomMask;
-using specimens::Bounded;
-using specimens::Case;
-using specimens::Numbers;
 
 constexpr float kBetweenRows = -12345;
 
@@ -30,7 +29,7 @@ std::string run_shrink(const Case& run) {
   const auto [name, m, rank, k] = run.size;
   std::mt19937_64 random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
-  const int terms = 1 + static_cast<int>(random() % 2), width = specimens::padded(rank);
+  const int terms = 1 + static_cast<int>(random() % 2), width = kernels::padded(rank);
   const int lo_column = random() % 2 ? rank : width, columns = terms * lo_column;
   const Operand<T, kAlignment> x(m, k, numbers, random, "x");
   const Operand<T, kAlignment> a(kMNMajor ? k : columns, kMNMajor ? columns : k, numbers, random,
@@ -47,8 +46,8 @@ std::string run_shrink(const Case& run) {
   const int t_pitch = width + 3;
   const bool with_s = random() % 4, with_lo = random() % 2;
   GlobalBuffer<T> hi(static_cast<size_t>(m) * t_pitch, "hi"), lo(hi.size(), "lo");
-  hi.fill(specimens::from_double<T>(kBetweenRows));
-  lo.fill(specimens::from_double<T>(kBetweenRows));
+  hi.fill(kernels::from_double<T>(kBetweenRows));
+  lo.fill(kernels::from_double<T>(kBetweenRows));
   s.fill(kBetweenRows);
 
   LoraShrinkParams<T> shrink{};
@@ -71,16 +70,16 @@ std::string run_shrink(const Case& run) {
                               static_cast<unsigned>(splits)),
                  .block = dim3(Tile::kThreads),
                  .shared_bytes = Tile::kSlabs},
-                lora_shrink_sm80<T, kMNMajor, kMasked, kAlignment, PlantedFault>, shrink);
+                lora_shrink_sm80<T, kMNMajor, kMasked, kAlignment>, shrink);
   stream.launch({.grid = dim3(1 + static_cast<unsigned>(random() % 3)), .block = dim3(256)},
-                lora_reduce<T, PlantedFault>, reduce);
-  specimens::run_timed(stream);
+                lora_reduce<T>, reduce);
+  kernels::run_timed(stream);
 
-  const double between = specimens::to_double(specimens::from_double<T>(kBetweenRows));
+  const double between = kernels::to_double(kernels::from_double<T>(kBetweenRows));
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < t_pitch; ++j) {
       const size_t at = static_cast<size_t>(i) * t_pitch + j;
-      const double high = specimens::to_double(hi[at]), low = specimens::to_double(lo[at]);
+      const double high = kernels::to_double(hi[at]), low = kernels::to_double(lo[at]);
       if (j >= rank) {  // zero, then what was there
         const double expected = j < width ? 0 : between;
         if (high != expected) return emulator::format("hi[%d][%d] is %g", i, j, high);
@@ -100,19 +99,19 @@ std::string run_shrink(const Case& run) {
       const double error = numbers == Numbers::Integers ? 0 : expected.error();
       const double got = s[static_cast<size_t>(i) * rank + j];
       std::string difference =
-          specimens::compare("s", i, j, static_cast<float>(got),
-                             with_s ? expected.value : kBetweenRows, with_s ? error : 0);
+          kernels::compare("s", i, j, static_cast<float>(got),
+                           with_s ? expected.value : kBetweenRows, with_s ? error : 0);
       if (!difference.empty()) return difference;
 
       // The halves: one rounding of scaling * S, and of what it leaves.
       if (!with_lo && low != between) return "lo was written";
       const double t = scaling * (with_s ? got : expected.value);
-      const double unit = specimens::rounding_unit<T>();
+      const double unit = kernels::rounding_unit<T>();
       const double relative = with_lo ? unit * unit + 0x1p-23 : unit + 0x1p-23;
       const double floor = with_lo ? 0x1p-25 / kLoScale<T> : 0x1p-25;
       difference =
-          specimens::compare("t", i, j, high + (with_lo ? low / kLoScale<T> : 0), t,
-                             relative * std::fabs(t) + floor + (with_s ? 0 : scaling * error));
+          kernels::compare("t", i, j, high + (with_lo ? low / kLoScale<T> : 0), t,
+                           relative * std::fabs(t) + floor + (with_s ? 0 : scaling * error));
       if (!difference.empty()) return difference;
     }
   }

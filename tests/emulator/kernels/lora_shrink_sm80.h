@@ -1,6 +1,5 @@
-// The instances of lora_shrink_sm80 and lora_reduce that the tests run, with planted faults.
+// The instances of lora_shrink_sm80 and lora_reduce that the tests run.
 #pragma once
-#include "emulator/fault.h"
 #include "kernel/lora_reduce.h"
 #include "kernel/lora_shrink_sm80.h"
 
@@ -17,7 +16,5 @@
 
 // To be used in namespace lora_ext::kernel.
 #define LORA_SHRINK_SM80_INSTANCE(T, mn_major, masked, alignment) \
-  template __global__ void                                        \
-  lora_shrink_sm80<T, mn_major, masked, alignment, emulator::PlantedFault>(LoraShrinkParams<T>)
-#define LORA_REDUCE_INSTANCE(T) \
-  template __global__ void lora_reduce<T, emulator::PlantedFault>(LoraReduceParams<T>)
+  template __global__ void lora_shrink_sm80<T, mn_major, masked, alignment>(LoraShrinkParams<T>)
+#define LORA_REDUCE_INSTANCE(T) template __global__ void lora_reduce<T>(LoraReduceParams<T>)

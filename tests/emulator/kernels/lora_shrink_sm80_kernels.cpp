@@ -1,4 +1,4 @@
-// lora_shrink_sm80 and lora_reduce with planted faults, apart from their host program so that only
+// lora_shrink_sm80 and lora_reduce, apart from their host program so that only
 // kernels are instrumented.
 #include "emulator/kernels/lora_shrink_sm80.h"
 

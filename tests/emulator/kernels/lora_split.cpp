@@ -13,8 +13,7 @@ LORA_SPLIT_VARIANTS(EXTERN_INSTANCE)
 
 namespace {
 
-using emulator::PlantedFault;
-using specimens::Case;
+using kernels::Case;
 
 constexpr double kUnwritten = -12345;
 
@@ -40,10 +39,10 @@ struct Source {
         floats(in_float ? outer() : 0, inner(), kernels::draw_far_apart(outer(), random), 0,
                "matrix"),
         halves(in_float ? 0 : outer(), inner(), kernels::draw_far_apart(outer(), random),
-               specimens::from_double<T>(0), "matrix"),
+               kernels::from_double<T>(0), "matrix"),
         hi(rows, width + static_cast<int>(random() % 3), kernels::draw_far_apart(rows, random),
-           specimens::from_double<T>(kUnwritten), "hi"),
-        lo(rows, hi.width(), hi.far_apart(), specimens::from_double<T>(kUnwritten), "lo") {
+           kernels::from_double<T>(kUnwritten), "hi"),
+        lo(rows, hi.width(), hi.far_apart(), kernels::from_double<T>(kUnwritten), "lo") {
     std::uniform_real_distribution<double> real(-1, 1);
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < columns; ++j) {
@@ -55,10 +54,10 @@ struct Source {
         if (in_float) {
           floats.data()[at] = value;
         } else {
-          halves.data()[at] = specimens::from_double<T>(value);
+          halves.data()[at] = kernels::from_double<T>(value);
         }
         values[static_cast<size_t>(i) * columns + j] =
-            in_float ? value : specimens::to_double(halves.data()[at]);
+            in_float ? value : kernels::to_double(halves.data()[at]);
       }
     }
   }
@@ -80,11 +79,11 @@ struct Source {
   }
 
   std::string compare() const {
-    const double unwritten = specimens::to_double(specimens::from_double<T>(kUnwritten));
-    const double unit = specimens::rounding_unit<T>();
+    const double unwritten = kernels::to_double(kernels::from_double<T>(kUnwritten));
+    const double unit = kernels::rounding_unit<T>();
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < hi.width(); ++j) {
-        const double high = specimens::to_double(hi(i, j)), low = specimens::to_double(lo(i, j));
+        const double high = kernels::to_double(hi(i, j)), low = kernels::to_double(lo(i, j));
         if (j >= width && (high != unwritten || low != unwritten))
           return emulator::format("[%d][%d], between the rows, was written", i, j);
         if (j >= width) continue;
@@ -94,8 +93,8 @@ struct Source {
         const double relative = 0x1p-24 + (with_lo ? unit * unit : unit);
         const double floor = j >= columns ? 0 : 0x1p-25 / (with_lo ? kLoScale<T> : 1.f);
         const std::string difference =
-            specimens::compare("hi + lo", i, j, high + (with_lo ? low / kLoScale<T> : 0), value,
-                               relative * std::fabs(value) + floor);
+            kernels::compare("hi + lo", i, j, high + (with_lo ? low / kLoScale<T> : 0), value,
+                             relative * std::fabs(value) + floor);
         if (!difference.empty()) return difference;
       }
     }
@@ -118,8 +117,8 @@ std::string run_split(const Case& run) {
   stream.launch(
       {.grid = dim3(1 + static_cast<unsigned>(random() % 3), static_cast<unsigned>(count)),
        .block = dim3(256)},
-      lora_split<T, PlantedFault>, params);
-  specimens::run_timed(stream);
+      lora_split<T>, params);
+  kernels::run_timed(stream);
   for (const auto& source : sources) {
     const std::string difference = source->compare();
     if (!difference.empty()) return difference;

@@ -1,6 +1,5 @@
-// The instances of lora_split that the tests run, with planted faults.
+// The instances of lora_split that the tests run.
 #pragma once
-#include "emulator/fault.h"
 #include "kernel/lora_split.h"
 
 // X(variant, T)
@@ -9,5 +8,4 @@
   X(fp16, __half)
 
 // To be used in namespace lora_ext::kernel.
-#define LORA_SPLIT_INSTANCE(T) \
-  template __global__ void lora_split<T, emulator::PlantedFault>(LoraSplitParams<T>)
+#define LORA_SPLIT_INSTANCE(T) template __global__ void lora_split<T>(LoraSplitParams<T>)

@@ -1,4 +1,4 @@
-// lora_split with planted faults.
+// lora_split.
 #include "emulator/kernels/lora_split.h"
 
 namespace lora_ext::kernel {

@@ -28,14 +28,13 @@ extern LORA_REDUCE_WGRAD_INSTANCE(__half);
 namespace {
 
 using emulator::GlobalBuffer;
-using emulator::PlantedFault;
 using kernels::blocks_of;
+using kernels::Bounded;
+using kernels::Case;
 using kernels::Gradient;
+using kernels::Numbers;
 using kernels::Operand;
 using kernels::RandomMask;
-using specimens::Bounded;
-using specimens::Case;
-using specimens::Numbers;
 
 template <class T, bool kMasked, Alignment kAlignment>
 std::string run_wgrad(const Case& run) {
@@ -43,7 +42,7 @@ std::string run_wgrad(const Case& run) {
   std::mt19937_64 random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   const int products = 1 + static_cast<int>(random() % 2);
-  const int terms = 1 + static_cast<int>(random() % 2), width = specimens::padded(rank);
+  const int terms = 1 + static_cast<int>(random() % 2), width = kernels::padded(rank);
   const int columns = terms * width;
   const RandomMask mask(numbers, random);
   constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
@@ -105,18 +104,18 @@ std::string run_wgrad(const Case& run) {
                  .block = dim3(Tile::kThreads),
                  .shared_bytes = Tile::kSharedBytes,
                  .programmatic_dependent = kMayBeginEarly && random() % 4 != 0},
-                lora_wgrad_sm80<T, kMasked, kAlignment, PlantedFault>, params);
+                lora_wgrad_sm80<T, kMasked, kAlignment>, params);
   stream.launch(
       {.grid = dim3(1 + static_cast<unsigned>(random() % 3), static_cast<unsigned>(products)),
        .block = dim3(256)},
-      lora_reduce_wgrad<T, PlantedFault>, sums);
+      lora_reduce_wgrad<T>, sums);
   stream.launch({.grid = dim3(2), .block = dim3(64)}, kernels::copy<float>,
                 static_cast<const float*>(y.data()), seen_y.data(), before.size);
-  specimens::run_timed(stream);
+  kernels::run_timed(stream);
 
   for (size_t i = 0; i < y.size(); ++i) {
     const std::string difference =
-        specimens::compare("y as the last grid sees it", 0, static_cast<int>(i), seen_y[i], 1.0, 0);
+        kernels::compare("y as the last grid sees it", 0, static_cast<int>(i), seen_y[i], 1.0, 0);
     if (!difference.empty()) return difference;
   }
   for (int i = 0; i < products; ++i) {
@@ -145,7 +144,7 @@ int main(int argc, char** argv) {
   return kernels::variants_main(argc, argv, "lora_wgrad_sm80",
                                 {{"even", 512, 16, 128},
                                  {"odd", 435, 17, 131},
-                                 {"wide", 200, 67, 130},
+                                 {"wide", 200, 65, 129},
                                  {"shallow", 61, 8, 65},
                                  {"tiny", 5, 1, 3}},
                                 lora_ext::kernel::kVariants);

@@ -1,6 +1,5 @@
-// The instances of lora_wgrad_sm80 and lora_reduce_wgrad that the tests run, with planted faults.
+// The instances of lora_wgrad_sm80 and lora_reduce_wgrad that the tests run.
 #pragma once
-#include "emulator/fault.h"
 #include "kernel/lora_reduce_wgrad.h"
 #include "kernel/lora_wgrad_sm80.h"
 
@@ -13,8 +12,7 @@
   X(masked_element, __nv_bfloat16, true, Alignment::kElement)
 
 // To be used in namespace lora_ext::kernel.
-#define LORA_WGRAD_SM80_INSTANCE(T, masked, alignment)                                    \
-  template __global__ void lora_wgrad_sm80<T, masked, alignment, emulator::PlantedFault>( \
-      LoraWgradParams<T>)
+#define LORA_WGRAD_SM80_INSTANCE(T, masked, alignment) \
+  template __global__ void lora_wgrad_sm80<T, masked, alignment>(LoraWgradParams<T>)
 #define LORA_REDUCE_WGRAD_INSTANCE(T) \
-  template __global__ void lora_reduce_wgrad<T, emulator::PlantedFault>(LoraReduceWgradParams)
+  template __global__ void lora_reduce_wgrad<T>(LoraReduceWgradParams)

@@ -1,4 +1,4 @@
-// lora_wgrad_sm80 and lora_reduce_wgrad with planted faults.
+// lora_wgrad_sm80 and lora_reduce_wgrad.
 #include "emulator/kernels/lora_wgrad_sm80.h"
 #include "emulator/kernels/neighbours.h"
 

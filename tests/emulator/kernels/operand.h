@@ -5,9 +5,9 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "emulator/kernels/reference.h"
 #include "emulator/kernels/reference_mask.h"
 #include "emulator/memory/global_memory.h"
-#include "emulator/specimens/reference.h"
 #include "kernel/lora_gemm.h"
 
 namespace kernels {
@@ -19,7 +19,7 @@ template <Alignment kAlignment>
 struct Layout {
   static constexpr int kOffset = kAlignment == Alignment::kVector ? 0 : 1;
   static int pitch(int columns) {
-    return kAlignment == Alignment::kVector ? specimens::padded(columns) : columns + 3;
+    return kAlignment == Alignment::kVector ? kernels::padded(columns) : columns + 3;
   }
 };
 
@@ -65,14 +65,14 @@ class SparseMemory {
 template <class T, Alignment kAlignment>
 struct Operand {
   using Here = Layout<kAlignment>;
-  specimens::Matrix<T> matrix;
+  kernels::Matrix<T> matrix;
   bool far_apart;
   SparseMemory sparse;
   emulator::GlobalBuffer<T> buffer;
 
-  Operand(int rows, int columns, specimens::Numbers numbers, std::mt19937_64& random,
+  Operand(int rows, int columns, kernels::Numbers numbers, std::mt19937_64& random,
           const char* name, bool may_be_far = true)
-      : matrix(specimens::random_matrix<T>(rows, columns, Here::pitch(columns), numbers, random)),
+      : matrix(kernels::random_matrix<T>(rows, columns, Here::pitch(columns), numbers, random)),
         far_apart(may_be_far && draw_far_apart(rows, random)),
         sparse(far_apart ? static_cast<size_t>(rows) * kFarPitch * sizeof(T) : 0),
         buffer(far_apart ? 0 : Here::kOffset + matrix.values.size(), name) {
@@ -80,7 +80,7 @@ struct Operand {
       for (int i = 0; i < rows; ++i)
         std::copy_n(&matrix.at(i, 0), columns, rows_apart() + i * kFarPitch);
     } else {
-      buffer.fill(specimens::from_double<T>(NAN));
+      buffer.fill(kernels::from_double<T>(NAN));
       std::copy(matrix.values.begin(), matrix.values.end(), buffer.begin() + Here::kOffset);
     }
   }
@@ -130,11 +130,11 @@ struct RandomMask {
   emulator::GlobalBuffer<int64_t> seed;
   float keep_scale;
 
-  RandomMask(specimens::Numbers numbers, std::mt19937_64& random, bool may_be_shard = false)
+  RandomMask(kernels::Numbers numbers, std::mt19937_64& random, bool may_be_shard = false)
       : reference{random(), static_cast<int64_t>(random() % 2 ? 0 : (1ll << 33) + 5),
                   column_offset(random, may_be_shard), 49152},
         seed(std::vector<int64_t>{static_cast<int64_t>(reference.seed)}, "seed"),
-        keep_scale(numbers == specimens::Numbers::Integers ? 2.f : 65536.f / 49152.f) {}
+        keep_scale(numbers == kernels::Numbers::Integers ? 2.f : 65536.f / 49152.f) {}
 
   lora_ext::kernel::Mask parameters() const {
     return {seed.data(), reference.row_offset, reference.col_offset, reference.keep_count,

@@ -30,10 +30,10 @@ inline std::string tell_plan(const std::string& direction, const lora_ext::plan:
   if (!plan.kernel) return "no kernel: " + plan.reason;
   const bool forward = direction == "forward";
   if (c.dropout && mask.reference.col_offset > 0 && mask.reference.col_offset % 32 == 0)
-    specimens::tell(direction + ", columns of a shard");
+    kernels::tell(direction + ", columns of a shard");
   if (plan.gemm.blocks == 0) return "";
   const lora_ext::plan::TileFacts& tile = facts_of(plan.gemm.tile);
-  specimens::tell(direction + ", " + (plan.hybrid ? "hybrid" : tile.name));
+  kernels::tell(direction + ", " + (plan.hybrid ? "hybrid" : tile.name));
   if (!tile.wgmma) return "";
 
   const int64_t depth = forward ? c.k : c.n, columns = forward ? c.n : c.k;
@@ -43,23 +43,23 @@ inline std::string tell_plan(const std::string& direction, const lora_ext::plan:
   const int64_t steps = (depth + 63) / 64 + terms * ((c.rank + 63) / 64);
   const std::string kind = direction + (plan.in_grid() ? ", in grid" : ", wgmma");
   const bool pingpong = std::string(tile.name).starts_with("pingpong");
-  specimens::tell(kind);
+  kernels::tell(kind);
   if (steps >= 2 * stages_of(plan.gemm.tile) && tiles > c.clusters)
-    specimens::tell(direction + (pingpong ? ", pingpong laps" : ", cooperative laps"));
-  if (columns >= depth + 128) specimens::tell(kind + ", more columns than depth");
-  if (depth >= columns + 128) specimens::tell(kind + ", more depth than columns");
+    kernels::tell(direction + (pingpong ? ", pingpong laps" : ", cooperative laps"));
+  if (columns >= depth + 128) kernels::tell(kind + ", more columns than depth");
+  if (depth >= columns + 128) kernels::tell(kind + ", more depth than columns");
   const bool half_of_one_step = !c.float_adapters && c.rank <= 64;
   if (plan.in_grid()) {
     if (!half_of_one_step || (forward && c.dropout))
       return direction + ": the planner makes T in the grid of a product that cannot";
-    if (pairs * 2 * tile.rows - c.m >= tile.rows) specimens::tell(kind + ", an empty row block");
-    if (std::min(tiles, c.clusters) > 3) specimens::tell(kind + ", more than 3 clusters");
-    if (c.dropout) specimens::tell(kind + ", masked");
-    specimens::tell(kind + (plan.early_wgrad ? ", early" : ", late"));
+    if (pairs * 2 * tile.rows - c.m >= tile.rows) kernels::tell(kind + ", an empty row block");
+    if (std::min(tiles, c.clusters) > 3) kernels::tell(kind + ", more than 3 clusters");
+    if (c.dropout) kernels::tell(kind + ", masked");
+    kernels::tell(kind + (plan.early_wgrad ? ", early" : ", late"));
   } else if (!c.float_adapters && !(forward && c.dropout) && c.rank > 64 && c.rank <= 128) {
-    specimens::tell(direction + ", rank above that of in grid");
+    kernels::tell(direction + ", rank above that of in grid");
   } else if (half_of_one_step && forward && c.dropout) {
-    specimens::tell("forward, dropout keeps T out of the grid");
+    kernels::tell("forward, dropout keeps T out of the grid");
   }
   return "";
 }

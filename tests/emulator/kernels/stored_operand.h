@@ -3,7 +3,7 @@
 #include <memory>
 
 #include "emulator/kernels/neighbours.h"
-#include "emulator/specimens/reference.h"
+#include "emulator/kernels/reference.h"
 #include "kernel/lora_linear.h"
 
 namespace kernels {
@@ -14,7 +14,7 @@ extern NEIGHBOUR_COPY(__half);
 // An operand in T or float, at any stride and offset.
 template <class T>
 struct Stored {
-  specimens::Matrix<float> exact;  // what is stored
+  kernels::Matrix<float> exact;  // what is stored
   bool in_float;
   int64_t row_stride, column_stride;
   int offset;
@@ -23,11 +23,11 @@ struct Stored {
   std::unique_ptr<emulator::GlobalBuffer<T>> source;
 
   Stored(int rows, int columns, bool in_float_, bool transposed, bool aligned,
-         specimens::Numbers numbers, double size, std::mt19937_64& random, const char* name)
-      : exact(specimens::random_matrix<float>(rows, columns, columns, numbers, random)),
+         kernels::Numbers numbers, double size, std::mt19937_64& random, const char* name)
+      : exact(kernels::random_matrix<float>(rows, columns, columns, numbers, random)),
         in_float(in_float_),
         row_stride(transposed ? 1
-                   : aligned  ? specimens::padded(columns)
+                   : aligned  ? kernels::padded(columns)
                               : columns + 3),
         column_stride(transposed ? rows : 1),
         offset(aligned ? 0 : 1),
@@ -36,18 +36,18 @@ struct Stored {
     if (in_float) {
       floats.fill(NAN);
     } else {
-      halves.fill(specimens::from_double<T>(NAN));
+      halves.fill(kernels::from_double<T>(NAN));
     }
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < columns; ++j) {
         float& value = exact.at(i, j);
-        if (numbers == specimens::Numbers::Reals) value *= static_cast<float>(size);
+        if (numbers == kernels::Numbers::Reals) value *= static_cast<float>(size);
         const size_t at = static_cast<size_t>(offset + i * row_stride + j * column_stride);
         if (in_float) {
           floats[at] = value;
         } else {
-          halves[at] = specimens::from_double<T>(value);
-          value = static_cast<float>(specimens::to_double(halves[at]));
+          halves[at] = kernels::from_double<T>(value);
+          value = static_cast<float>(kernels::to_double(halves[at]));
         }
       }
     }
@@ -64,7 +64,7 @@ struct Stored {
   void is_written_on(emulator::Stream& stream) {
     if (source == nullptr) {
       source = std::make_unique<emulator::GlobalBuffer<T>>(halves.to_vector(), "source");
-      halves.fill(specimens::from_double<T>(NAN));
+      halves.fill(kernels::from_double<T>(NAN));
     }
     stream.launch({.grid = dim3(2), .block = dim3(256)}, copy<T>,
                   static_cast<const T*>(source->data()), halves.data(),

@@ -3,13 +3,13 @@
 #include <string>
 #include <vector>
 
-#include "emulator/specimens/driver.h"
+#include "emulator/kernels/driver.h"
 
 namespace kernels {
 
 struct Variant {
   const char* name;
-  std::string (*run)(const specimens::Case&);
+  std::string (*run)(const kernels::Case&);
 };
 
 // Blocks of `size` that cover `count`, as a grid wants them.
@@ -18,17 +18,17 @@ inline unsigned blocks_of(int count, int size) {
 }
 
 inline int variants_main(int argc, char** argv, const char* name,
-                         const std::vector<specimens::Size>& sizes,
+                         const std::vector<kernels::Size>& sizes,
                          const std::vector<Variant>& variants) {
-  specimens::Specimen specimen{
-      .name = name, .sizes = sizes, .variants = {}, .run = {}, .flops = specimens::gemm_flops};
-  for (const Variant& variant : variants) specimen.variants.push_back(variant.name);
-  specimen.run = [&](const specimens::Case& run) -> std::string {
+  Program program{
+      .name = name, .sizes = sizes, .variants = {}, .run = {}, .flops = kernels::gemm_flops};
+  for (const Variant& variant : variants) program.variants.push_back(variant.name);
+  program.run = [&](const kernels::Case& run) -> std::string {
     for (const Variant& variant : variants)
       if (run.variant == variant.name) return variant.run(run);
     return "no such variant";
   };
-  return specimens::specimen_main(argc, argv, specimen);
+  return kernels::program_main(argc, argv, program);
 }
 
 }  // namespace kernels

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from emulator import build
+from emulator import build, mutants
 
 PACKAGE = build.BUILD / "package"
-FLAVOUR = "extension"
+FLAVOUR = "plain"
 KERNELS = "kernels/lora_linear_sequence_kernels.cpp"
 DEVICE = "package/device.cpp"
 COPIED = ("lora_ext", "tests", "benchmarks", "pyproject.toml")
@@ -25,7 +25,11 @@ COPIED = ("lora_ext", "tests", "benchmarks", "pyproject.toml")
 
 @dataclass(frozen=True)
 class TorchObject(build.Object):
-    """A source that includes torch."""
+    """A source that includes torch, or is compiled with those that do."""
+
+    @property
+    def path(self) -> Path:
+        return build.BUILD / "torch" / "objects" / super().path.name
 
     def command(self) -> list[str]:
         folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
@@ -40,10 +44,12 @@ def sources(pattern: str) -> list[str]:
 
 
 def objects() -> list[build.Object]:
+    mutants.write_copies()
     with_torch = [*sources("**/*.cpp"), DEVICE]
     with_torch.remove("../../csrc/library/dropout_launch.cpp")
     return [
         build.Object(FLAVOUR, KERNELS, kernels=True),
+        *build.kernel_objects(FLAVOUR),
         *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),
         *build.library_objects(FLAVOUR),
     ]

@@ -58,7 +58,11 @@ std::string run(const Run& enqueue) {
 
 }  // namespace
 
-bool has_kernels(bool) { return true; }
+// Asked before a call is planned, so that a mutant of the planning is planted in time.
+bool has_kernels(bool) {
+  emulator::plant_fault(environment("LORA_EXT_EMULATED_FAULT").c_str());
+  return true;
+}
 
 plan::Card card_of(int) {
   const std::string arch = environment("LORA_EXT_EMULATED_ARCH");

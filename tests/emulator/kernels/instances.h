@@ -1,0 +1,42 @@
+// The kernels' instances that the programs of kernels/ compile: whoever includes this links them
+// rather than compile its own.
+#pragma once
+#include "emulator/kernels/lora_dsdb_sm80.h"
+#include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
+#include "emulator/kernels/lora_gemm_sm80.h"
+#include "emulator/kernels/lora_gemm_sm90a.h"
+#include "emulator/kernels/lora_shrink_sm80.h"
+#include "emulator/kernels/lora_split.h"
+#include "emulator/kernels/lora_wgrad_sm80.h"
+
+namespace lora_ext::kernel {
+
+#define EXTERN_INSTANCE(variant, ...) extern LORA_DSDB_SM80_INSTANCE(__VA_ARGS__);
+LORA_DSDB_SM80_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
+#define EXTERN_INSTANCE(variant, ...) extern LORA_GEMM_SM80_INSTANCE(__VA_ARGS__);
+LORA_GEMM_SM80_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
+#define EXTERN_INSTANCE(variant, ...) extern LORA_SHRINK_SM80_INSTANCE(__VA_ARGS__);
+LORA_SHRINK_SM80_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
+#define EXTERN_INSTANCE(variant, ...) extern LORA_SPLIT_INSTANCE(__VA_ARGS__);
+LORA_SPLIT_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
+#define EXTERN_INSTANCE(variant, ...) extern LORA_WGRAD_SM80_INSTANCE(__VA_ARGS__);
+LORA_WGRAD_SM80_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
+#define EXTERN_INSTANCE(variant, ...) LORA_GEMM_SM90A_INSTANCES(extern template, __VA_ARGS__)
+LORA_GEMM_SM90A_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
+#define EXTERN_INSTANCE(variant, ...) \
+  LORA_GEMM_IN_GRID_SM90A_INSTANCES(extern template, __VA_ARGS__)
+LORA_GEMM_IN_GRID_SM90A_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
+
+extern LORA_REDUCE_INSTANCE(__nv_bfloat16);
+extern LORA_REDUCE_INSTANCE(__half);
+extern LORA_REDUCE_WGRAD_INSTANCE(__nv_bfloat16);
+extern LORA_REDUCE_WGRAD_INSTANCE(__half);
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,85 @@
+"""Legal edits, which must raise no alarm."""
+
+from emulator.mutants.faults.fault import Fault
+
+PRODUCER = "lora_gemm_sm90a_producer.h"
+EPILOGUE = "lora_gemm_sm90a_epilogue.h"
+JOBS = "lora_gemm_sm90a_jobs.h"
+IN_GRID = "lora_gemm_sm90a_in_grid.h"
+ROLES = "kernel/lora_gemm_sm90a.h"
+
+EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);\n"
+HALF = "    multicast_half<kColumns>(ring, right, k0, at.column);\n"
+PUBLISH = "    ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);\n"
+BARRIER = "    consumer.epilogue.warpgroup_barrier();\n"
+FENCE = "    ptx::fence_proxy_async_shared();\n"
+STORE = "      ptx::tma_store_2d(&maps.y, slab, column, row);\n"
+
+
+def control(name: str, what: str, why: str, *edits: tuple[str, str, str], **fields) -> Fault:
+    return Fault(name, what, why, edits, expected="clean", **fields)
+
+
+CONTROLS = [
+    control(
+        "expect_after_loads",
+        "the bytes are announced, with the arrival, after the loads have been issued",
+        "the arrival is still pending, so the phase cannot complete before; the byte count may be "
+        "below zero in between",
+        (PRODUCER, EXPECT, ""),
+        (PRODUCER, HALF, HALF + EXPECT),
+    ),
+    control(
+        "publish_by_fence_and_relaxed_add",
+        "the flag of T is counted by a relaxed atomic after fence.acq_rel.gpu",
+        "fence and strong write are a release pattern",
+        (JOBS, PUBLISH, "    ptx::fence_acq_rel_gpu();\n" + PUBLISH.replace("release", "relaxed")),
+    ),
+    control(
+        "publish_by_warp",
+        "each warp counts its rows of T, of which 8 are awaited",
+        "__syncwarp orders the lanes' writes before the first lane's release",
+        (JOBS, PUBLISH, ""),
+        (
+            JOBS,
+            "ptx::load_acquire_gpu(ready) < Tile::kConsumers",
+            "ptx::load_acquire_gpu(ready) < 4 * Tile::kConsumers",
+        ),
+        (
+            IN_GRID,
+            BARRIER,
+            "    __syncwarp();\n    if (consumer.lane == 0) ptx::atomic_add_release_gpu("
+            "jobs.in.ready + row / Tile::kM, 1);\n" + BARRIER,
+        ),
+    ),
+    control(
+        "idle_producer_warps_exit",
+        "the producer's warps without work exit at once",
+        "barrier.cluster.wait waits for all threads that have not exited",
+        (
+            ROLES,
+            "    block.leave();\n",
+            "    if (threadIdx.x >= 32 && threadIdx.x < Tile::kWarpgroup) return;\n    block.leave();\n",
+        ),
+    ),
+    control(
+        "store_fence_after_barrier",
+        "the storing thread executes the proxy fence after the barrier, the writers none",
+        "the fence lies on the path from every write to the store",
+        (EPILOGUE, FENCE, ""),
+        (EPILOGUE, STORE, "      ptx::fence_proxy_async_shared();\n" + STORE),
+    ),
+    control(
+        "registers_24_and_240",
+        "the producer keeps 24 registers, the consumers take 240",
+        "128 * 24 + 256 * 240 = 64512",
+        (ROLES, "setmaxnreg_dec<Tile::kProducerRegisters>", "setmaxnreg_dec<24>"),
+        (ROLES, "setmaxnreg_inc<Tile::kConsumerRegisters>", "setmaxnreg_inc<240>"),
+    ),
+    control(
+        "drain_of_reads_only",
+        "before the end only the reads of the stores are awaited",
+        "shared memory is no longer needed, and the writes belong to the grid, whose end awaits them",
+        (EPILOGUE, "ptx::bulk_wait_group<0>();", "ptx::bulk_wait_group_read<0>();"),
+    ),
+]

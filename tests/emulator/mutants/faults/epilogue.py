@@ -1,0 +1,125 @@
+"""From the accumulators through a slab of shared memory to Y."""
+
+from emulator.mutants.faults.fault import Fault
+
+FILE = "lora_gemm_sm90a_epilogue.h"
+
+FENCE = "    ptx::fence_proxy_async_shared();\n"
+FULL = "    warpgroup_barrier();\n    if (thread == 0) {\n"
+SEND = FENCE + FULL
+STORE = "      ptx::tma_store_2d(&maps.y, slab, column, row);\n"
+COMMIT = "      ptx::bulk_commit_group();\n"
+WAIT = "    if (thread == 0) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();\n"
+FREE = "    warpgroup_barrier();\n"
+
+
+def of_epilogue(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
+    return Fault(name, what, why, tuple((FILE, old, new) for old, new in edits))
+
+
+EPILOGUE = [
+    of_epilogue(
+        "store_fence_by_one_thread",
+        "only the storing thread executes the proxy fence before the barrier",
+        "the other threads' stmatrix are not fenced on any path to the store",
+        (FENCE, "    if (thread == 0) ptx::fence_proxy_async_shared();\n"),
+    ),
+    of_epilogue(
+        "store_fence_of_global",
+        "the proxy fence before the store is that of global memory",
+        "the slab lies in shared memory",
+        (FENCE, "    ptx::fence_proxy_async_global();\n"),
+    ),
+    of_epilogue(
+        "store_fence_before_writes",
+        "the proxy fence stands before the slab is written",
+        "it covers earlier writes only",
+        (FENCE, ""),
+        (
+            "        fill(slab, &acc",
+            "        ptx::fence_proxy_async_shared();\n        fill(slab, &acc",
+        ),
+    ),
+    of_epilogue(
+        "store_before_barrier",
+        "the slab is stored before the warpgroup's barrier",
+        "other warps may not have written their rows",
+        (FENCE + FREE, FENCE),
+        (STORE + COMMIT + "    }\n", STORE + COMMIT + "    }\n" + FREE),
+    ),
+    of_epilogue(
+        "slab_waited_after_barrier",
+        "the storing thread waits for the slab after the barrier that says it is free",
+        "the other threads write the slab while the store before still reads it",
+        (WAIT + FREE, FREE + WAIT),
+    ),
+    of_epilogue(
+        "slab_changes_per_row_block",
+        "all parts of a row block use one slab",
+        "the next part is written while the last may still be read",
+        ("(i * kParts + part) % Tile::kSlabs", "(i * kParts) % Tile::kSlabs"),
+    ),
+    of_epilogue(
+        "slabs_overlap",
+        "the slabs of the second consumer begin a slab after the first's",
+        "the second slab of one warpgroup is the first of the other",
+        (
+            "static_cast<uint32_t>(consumer) * Tile::kSlabs * Tile::kSlabBytes",
+            "static_cast<uint32_t>(consumer) * Tile::kSlabBytes",
+        ),
+    ),
+    of_epilogue(
+        "storer_changes_with_slab",
+        "every second slab is stored by the first thread of the second warp",
+        "bulk groups belong to a thread: those that thread 0 waits for are others",
+        (FULL, FULL.replace("thread == 0", "thread == column / 64 % 2 * 32")),
+    ),
+    of_epilogue(
+        "commit_before_store",
+        "the bulk group is committed before the store is issued",
+        "the store is in the next group, which the wait leaves in flight",
+        (STORE + COMMIT, COMMIT + STORE),
+    ),
+    of_epilogue(
+        "outside_stores_without_a_group",
+        "a slab outside the matrix is neither stored nor committed",
+        "wait_group counts groups: one too many stays in flight, and it reads the slab written next",
+        (FULL, FULL.replace("thread == 0", "thread == 0 && column < p.n")),
+    ),
+    of_epilogue(
+        "store_coordinates_exchanged",
+        "row and column are exchanged in the store's coordinates",
+        "x is the coordinate along the contiguous dimension",
+        (STORE, STORE.replace("column, row", "row, column")),
+    ),
+    of_epilogue(
+        "staging_half_a_pattern_off",
+        "the staging slabs start 512 bytes past a multiple of 1024",
+        "the store's swizzle goes by the address, the writer's by the row",
+        ("+ Tile::kStaging +", "+ Tile::kStaging + 512 +"),
+    ),
+    of_epilogue(
+        "staging_swizzle_by_row_pairs",
+        "the slab is written with the swizzle phase row / 2",
+        "the 128-byte swizzle changes with every row",
+        ("(block + lane / 16) ^ (row % 8)", "(block + lane / 16) ^ (row / 2 % 8)"),
+    ),
+    of_epilogue(
+        "stmatrix_by_inside_lanes",
+        "lanes whose row lies outside a short matrix leave out stmatrix",
+        "it is .aligned: the whole warp must execute it",
+        ("    ptx::stmatrix_x4(", "    if (row < p.m) ptx::stmatrix_x4("),
+    ),
+    Fault(
+        "bias_in_pairs",
+        "both columns of a pair are read where the first of them is inside",
+        "with an odd number of columns the last read goes past the array",
+        (("bias.h", "at < n ? static_cast", "column + i * 8 < n ? static_cast"),),
+    ),
+    of_epilogue(
+        "bias_by_fragment_row",
+        "the column of an accumulator is taken from the lane's row in the fragment",
+        "columns go with lane % 4, rows with lane / 4",
+        ("column0 + first * 8 + lane % 4 * 2", "column0 + first * 8 + lane / 4 * 2"),
+    ),
+]

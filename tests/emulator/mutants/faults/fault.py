@@ -1,0 +1,16 @@
+"""One fault: edits of sources of csrc/."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    what: str
+    wrong_because: str  # for a control: why it is right
+    edits: tuple[
+        tuple[str, str, str], ...
+    ]  # the end of a path, old text that occurs once, new text
+    program: str = ""  # that sees it, with its arguments; else those that run the file's kernels
+    arguments: tuple[str, ...] = ()
+    expected: str = "caught"  # or "clean"

@@ -1,0 +1,199 @@
+"""What stands around the kernels: plans, parameters, their order, and offsets past 2^31.
+
+Seen by the whole op in emulation, by programs whose rows lie far apart, by the package's own tests
+(program "package") and by csrc/cuda/ on the emulated runtime (program "cuda").
+"""
+
+from emulator.mutants.faults.fault import Fault
+
+PLAN = "plan.cpp"
+PARAMS = "lora_linear_params.h"
+SEQUENCE = "lora_linear_sequence.h"
+LAUNCH = "kernel_launch.cpp"
+DEEP = ("--size", "in_grid_deep")
+WIDE = ("--size", "in_grid_wide")
+
+
+def whole_op(name: str, what: str, why: str, file: str, old: str, new: str, size=DEEP) -> Fault:
+    return Fault(name, what, why, ((file, old, new),), "lora_linear_sequence", size)
+
+
+def far_apart(name: str, what: str, program: str, file: str, old: str, new: str) -> Fault:
+    return Fault(name, what, "beyond 2^31 it is another", ((file, old, new),), program)
+
+
+def seen_by(program: str, name: str, what: str, why: str, file: str, old: str, new: str) -> Fault:
+    return Fault(name, what, why, ((file, old, new),), program)
+
+
+HOST = [
+    whole_op(
+        "in_grid_as_dependent",
+        "the kernel that makes its own T may begin before the one before it ends",
+        "it draws tickets and adds to flags before their clear is visible",
+        "lora_gemm_sm90a_in_grid_launch.h",
+        "JobTile<Tile>::kSharedBytes, false};",
+        "JobTile<Tile>::kSharedBytes, true};",
+    ),
+    whole_op(
+        "row_blocks_not_in_pairs",
+        "flags for the row blocks that there are, not for pairs of them",
+        "the empty block of an odd last pair is published, too",
+        PLAN,
+        "plan.row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);",
+        "plan.row_blocks = blocks_of(p.m, tile.rows);",
+    ),
+    whole_op(
+        "flags_over_partial_sums",
+        "the flags lie where dA's partial sums do",
+        "a wgrad that begins early overwrites what it waits for",
+        PARAMS,
+        "return at<uint32_t>(plan_.flags);",
+        "return at<uint32_t>(plan_.g_a != plan::kNone ? plan_.g_a : plan_.flags);",
+    ),
+    whole_op(
+        "ready_flags_not_cleared",
+        "only the ticket, the count and the parts are cleared",
+        "in a used workspace T is read before it is written",
+        SEQUENCE,
+        "launch_.clear(params_.flags(), plan_.flag_count());",
+        "launch_.clear(params_.flags(), 3 * plan::kFlagsApart);",
+    ),
+    whole_op(
+        "written_is_finished",
+        "the parts of T are counted in the word of the clusters that have left",
+        "clusters that end count as parts of dS",
+        PARAMS,
+        "return flags() + 2 * plan::kFlagsApart;",
+        "return flags() + plan::kFlagsApart;",
+        WIDE,
+    ),
+    whole_op(
+        "in_grid_up_to_rank_128",
+        "ranks up to 128 make T in the same grid",
+        "the kernel makes one step of 64 columns of T",
+        PLAN,
+        "p.rank <= kMostInGridRank",
+        "p.rank <= 128",
+    ),
+    whole_op(
+        "parts_without_halves",
+        "as many parts are awaited as there are row blocks",
+        "each has two",
+        PARAMS,
+        "product.parts = parts_of_t(plan_.row_blocks);",
+        "product.parts = static_cast<uint32_t>(plan_.row_blocks);",
+    ),
+    whole_op(
+        "factor_of_a_backward",
+        "backward makes dS of A's halves",
+        "dS = dY B",
+        PARAMS,
+        "return {b_halves().hi, b_halves().pitch};",
+        "return {a_halves().hi, b_halves().pitch};",
+    ),
+    whole_op(
+        "s_not_stored_in_grid",
+        "the forward kernel that makes its own T stores no S",
+        "backward reads it",
+        SEQUENCE,
+        "params_.in_grid(f.s)",
+        "params_.in_grid(nullptr)",
+    ),
+    whole_op(
+        "flags_not_cleared",
+        "no flag is cleared",
+        "a workspace comes as the allocator has it",
+        SEQUENCE,
+        "    launch_.clear(params_.flags(), plan_.flag_count());\n",
+        "",
+    ),
+    whole_op(
+        "in_grid_without_scaling",
+        "T is not scaled where the product makes it",
+        "Y and dX lack the scaling",
+        PARAMS,
+        "in.scaling = o_.scaling",
+        "in.scaling = 1.f",
+    ),
+    far_apart(
+        "split_source_in_int",
+        "the offset into the matrix to split is an int",
+        "lora_split",
+        "lora_split.h",
+        "row * what.row_stride + column * what.column_stride",
+        "static_cast<int>(row * what.row_stride + column * what.column_stride)",
+    ),
+    seen_by(
+        "package",
+        "backward_without_aligned_dx",
+        "backward takes whole chunks whatever the width of dX is",
+        "rows of dX begin in the middle of a chunk",
+        LAUNCH,
+        "aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k)",
+        "aligned(args.grad) && aligned(args.x)",
+    ),
+    seen_by(
+        "package",
+        "aligned_without_the_pointer",
+        "a tensor counts as aligned by its pitch alone",
+        "a slice of columns begins in the middle of a chunk",
+        LAUNCH,
+        "pitch >= tensor.size(1) &&\n         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0",
+        "pitch >= tensor.size(1)",
+    ),
+    seen_by(
+        "package",
+        "aligned_b_of_a",
+        "lora_b counts as aligned if lora_a is",
+        "a slice of lora_b is not",
+        LAUNCH,
+        "problem.aligned_b = aligned(args.lora_b)",
+        "problem.aligned_b = aligned(args.lora_a)",
+    ),
+    seen_by(
+        "cuda",
+        "every_kernel_begins_early",
+        "all launches have the attribute of programmatic dependents",
+        "kernels that do not wait read what is not there",
+        "cuda/stream_launch.h",
+        "launch.numAttrs = early ? 1 : 0;",
+        "launch.numAttrs = 1;",
+    ),
+    seen_by(
+        "cuda",
+        "clear_counts_bytes",
+        "a quarter of the flags is cleared",
+        "cudaMemsetAsync counts bytes",
+        "cuda/stream_launch.h",
+        "static_cast<size_t>(count) * sizeof *flags",
+        "static_cast<size_t>(count)",
+    ),
+    seen_by(
+        "cuda",
+        "pitch_of_the_width",
+        "a tensor map's pitch is its width",
+        "rows may lie apart",
+        "cuda/cluster_launch.h",
+        "{data, kType, rows, columns, pitch, box_rows}",
+        "{data, kType, rows, columns, columns, box_rows}",
+    ),
+    seen_by(
+        "cuda",
+        "first_group_of_eight",
+        "the first group of a row's draws is col_offset / 8",
+        "groups own columns of a run of 32",
+        "cuda/dropout.cu",
+        "first_group = params.col_offset / 32 * 4",
+        "first_group = params.col_offset / 8",
+    ),
+    seen_by(
+        "cuda",
+        "every_cluster_begins_early",
+        "all launches in clusters have the attribute of programmatic dependents",
+        "the kernel that makes its own T must not begin before its flags are clear",
+        "cuda/cluster_launch.h",
+        "launch.numAttrs = how.dependent ? 2 : 1;",
+        "launch.numAttrs = 2;",
+    ),
+]

@@ -1,0 +1,55 @@
+"""Mutants that the tests demand to pass: they compute the same, only slower, or change nothing.
+
+By name, or by program and name where a program cannot see what another does.
+"""
+
+ONE_DRAW_EACH = "a draw for each element, where one in eight would do"
+NEXT_GRID = (
+    "the next grid begins when this one has ended, or could begin before: it waits where it must"
+)
+LARGE_FLOAT = "a float as large as that and one more are the same"
+EVERY_THREAD = "every thread waits for its bulk groups, of which only the first has any"
+
+HARMLESS = {
+    "accumulator_mask.apply.parameters.in_step():never": ONE_DRAW_EACH,
+    "mask.in_step.col_offset%32==0:never": ONE_DRAW_EACH,
+    "lora_shrink_sm80.mask.p.mask.in_step():never": ONE_DRAW_EACH,
+    "lora_wgrad_sm80.mask.p.mask.in_step():never": ONE_DRAW_EACH,
+    "lora_shrink_sm80.mask.k16%2==0:always": "the other half of the columns is drawn for again",
+    "halves.high_half.fabsf(value)>kLargest:low": LARGE_FLOAT,
+    "halves.high_half.fabsf(value)>kLargest:high": LARGE_FLOAT,
+    "halves.high_half.fabsf(value)<=kLargestFloat:low": LARGE_FLOAT,
+    "halves.high_half.fabsf(value)<=kLargestFloat:high": LARGE_FLOAT,
+    "lora_gemm_sm80.place_of.row_tiles-first>=kGroup:high": "eight rows that are left are a group",
+    "lora_gemm_sm90a_block.place_of.row_pairs-first>=kGroup:high": "as in lora_gemm_sm80",
+    "lora_gemm_sm80_epilogue.store_chunk.kAlignment==Alignment::kVector&&left>=8:never": (
+        "eight stores of 2 bytes, where one of 16 would do"
+    ),
+    "lora_gemm_sm90a.take_role.setmaxnreg_inc:skip": "the consumers spill",
+    "lora_gemm_sm90a_block.set_up.p.k>0:never": "two tensor maps less are prefetched",
+    "lora_gemm_sm90a_epilogue.wait_until_free.thread==0:always": EVERY_THREAD,
+    "lora_gemm_sm90a_epilogue.drain.thread==0:always": EVERY_THREAD,
+    "lora_gemm_sm90a_producer.produce.!t_is_written:always": "waits again for what has ended",
+    "lora_gemm_sm90a_producer.wait_for_t.block.p.lets_wgrad_begin:always": NEXT_GRID,
+    "lora_gemm_sm90a_producer.wait_for_t.block.p.lets_wgrad_begin:never": NEXT_GRID,
+    "lora_gemm_sm90a_producer.wait_for_t.griddepcontrol_launch_dependents:skip": NEXT_GRID,
+    "lora_gemm_sm90a_in_grid.produce.jobs.block.p.lets_wgrad_begin:always": NEXT_GRID,
+    "lora_gemm_sm90a_in_grid.produce.jobs.block.p.lets_wgrad_begin:never": NEXT_GRID,
+    "lora_gemm_sm90a_in_grid.produce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
+    "lora_reduce.lora_reduce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
+    "lora_gemm_sm90a_jobs.schedule.job<count():high": "a ticket is drawn that nobody reads",
+    "lora_gemm_sm90a_jobs.next.threadIdx.x>=Tile::kWarpgroup:low": "that thread reads no ticket",
+    "lora_wgrad_sm80.wait_for_dx.blockIdx.x+blockIdx.y+blockIdx.z==0:always": (
+        "blocks stay where others could run"
+    ),
+    "lora_wgrad_sm80.run.c0>=product.c||column0>=product.columns:never": (
+        "blocks beyond the narrower of two products multiply zeros"
+    ),
+    "lora_wgrad_sm80.run.c0>=product.c:high": "as without the return",
+    "lora_wgrad_sm80.run.column0>=product.columns:high": "as without the return",
+    "lora_wgrad_sm80.run.column0>=product.columns:low": "columns are whole chunks",
+    "lora_wgrad_sm80.wait_for_u.threadIdx.x==0:always": "every thread polls",
+    "lora_gemm_sm80 accumulator_mask.mask_each.(draw&0xFFFF)<parameters.keep_count:low": (
+        "one draw in 65,536, and it comes in no case"
+    ),
+}

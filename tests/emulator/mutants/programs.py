@@ -1,0 +1,82 @@
+"""Which programs there are, and which sources' mutants each of them must catch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator.mutants.faults import FAULTS
+from emulator.mutants.faults.fault import Fault
+
+ROOT = Path(__file__).resolve().parents[3]
+CSRC = ROOT / "csrc"
+COPIES = ROOT / "build" / "emulator" / "instrumented"
+
+# The programs of kernels/ and the sources whose mutants each of them must catch, by their stems.
+PROGRAMS = {
+    "lora_gemm_sm80": (
+        "lora_gemm_sm80",
+        "lora_gemm_sm80_epilogue",
+        "tile_copy_sm80",
+        "accumulator_mask",
+        "mask",
+        "bias",
+    ),
+    "lora_gemm_sm90a": (
+        "lora_gemm_sm90a",
+        "lora_gemm_sm90a_block",
+        "lora_gemm_sm90a_producer",
+        "lora_gemm_sm90a_consumer",
+        "lora_gemm_sm90a_epilogue",
+        "accumulator_mask",
+        "bias",
+    ),
+    "lora_gemm_in_grid_sm90a": ("lora_gemm_sm90a_in_grid", "lora_gemm_sm90a_jobs"),
+    "lora_shrink_sm80": (
+        "lora_shrink_sm80",
+        "lora_reduce",
+        "fragment_mask",
+        "sum_of_splits",
+        "tile_copy_sm80",
+    ),
+    "lora_wgrad_sm80": (
+        "lora_wgrad_sm80",
+        "lora_reduce_wgrad",
+        "fragment_mask",
+        "sum_of_splits",
+        "tile_copy_sm80",
+    ),
+    "lora_dsdb_sm80": ("lora_dsdb_sm80", "tile_copy_sm80"),
+    "lora_split": ("lora_split", "halves"),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    program: str
+    name: str
+    what: str = ""
+    arguments: tuple[str, ...] = ()
+    caught: bool = True  # or it must raise no alarm
+
+
+def mutants_of_faults(program: str) -> list[Mutant]:
+    return [
+        Mutant(program, fault.name, fault.what, fault.arguments, fault.expected == "caught")
+        for fault in FAULTS
+        if program in programs_of(fault)
+    ]
+
+
+def programs_of(fault: Fault) -> list[str]:
+    if fault.program:
+        return [fault.program]
+    stems = {Path(file).stem for file, _, _ in fault.edits}
+    return [program for program, files in PROGRAMS.items() if stems & set(files)]
+
+
+def copy_of(path: Path) -> Path:
+    """The instrumented copy of a source of csrc/, or the source itself if there is none."""
+    path = path.resolve()
+    if not path.is_relative_to(CSRC):
+        return path
+    copy = COPIES / path.relative_to(CSRC)
+    return copy if copy.exists() else path
