@@ -37,15 +37,6 @@ LORA_EXT_DEVICE void cluster_arrive() {
 #endif
 }
 
-// barrier.cluster.arrive.relaxed (sm_90): as cluster_arrive, but publishes no memory access.
-LORA_EXT_DEVICE void cluster_arrive_relaxed() {
-#ifdef __CUDACC__
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#else
-  emulator::cluster_arrive_relaxed();
-#endif
-}
-
 // barrier.cluster.wait (sm_90): waits until every thread of the cluster has arrived, with acquire
 // semantics.
 LORA_EXT_DEVICE void cluster_wait() {

@@ -1,34 +1,12 @@
-// Asynchronous copies from global to shared memory, 4, 8 or 16 bytes a thread, in commit groups.
+// Asynchronous copies from global to shared memory, 16 bytes a thread, in commit groups.
 #pragma once
 
 #include "ptx/target.h"
 
 namespace lora_ext::ptx {
 
-// cp.async.ca 4 (sm_80): copies src_bytes <= 4 bytes and fills the rest of the 4 with zeros. With
-// src_bytes == 0 nothing is read, so that `src` may point anywhere.
-LORA_EXT_DEVICE void cp_async_4(uint32_t dst, const void* src, uint32_t src_bytes) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst),
-               "l"(__cvta_generic_to_global(src)), "r"(src_bytes)
-               : "memory");
-#else
-  emulator::cp_async_4(dst, src, src_bytes);
-#endif
-}
-
-// cp.async.ca 8 (sm_80): as cp_async_4, with 8 bytes.
-LORA_EXT_DEVICE void cp_async_8(uint32_t dst, const void* src, uint32_t src_bytes) {
-#ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(dst),
-               "l"(__cvta_generic_to_global(src)), "r"(src_bytes)
-               : "memory");
-#else
-  emulator::cp_async_8(dst, src, src_bytes);
-#endif
-}
-
-// cp.async.cg 16 (sm_80): as cp_async_4, with 16 bytes, past L1 (.cg exists for 16 bytes only).
+// cp.async.cg 16 (sm_80): copies src_bytes <= 16 bytes past L1 and fills the rest of the 16 with
+// zeros. With src_bytes == 0 nothing is read, so that `src` may point anywhere.
 LORA_EXT_DEVICE void cp_async_16(uint32_t dst, const void* src, uint32_t src_bytes) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst),

@@ -37,13 +37,4 @@ LORA_EXT_DEVICE void fence_acq_rel_gpu() {
 #endif
 }
 
-// fence.acq_rel.cluster (sm_90): acquire and release at the scope of the cluster.
-LORA_EXT_DEVICE void fence_acq_rel_cluster() {
-#ifdef __CUDACC__
-  asm volatile("fence.acq_rel.cluster;" ::: "memory");
-#else
-  emulator::fence_acq_rel_cluster();
-#endif
-}
-
 }  // namespace lora_ext::ptx

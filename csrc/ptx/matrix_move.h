@@ -9,42 +9,6 @@
 
 namespace lora_ext::ptx {
 
-// ldmatrix.x1 (sm_75): loads one matrix.
-LORA_EXT_DEVICE void ldmatrix_x1(uint32_t (&r)[1], uint32_t address) {
-#ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
-               : "=r"(r[0])
-               : "r"(address)
-               : "memory");
-#else
-  emulator::ldmatrix_x1(r, address);
-#endif
-}
-
-// ldmatrix.x1.trans (sm_75): loads one matrix, transposed.
-LORA_EXT_DEVICE void ldmatrix_x1_trans(uint32_t (&r)[1], uint32_t address) {
-#ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-               : "=r"(r[0])
-               : "r"(address)
-               : "memory");
-#else
-  emulator::ldmatrix_x1_trans(r, address);
-#endif
-}
-
-// ldmatrix.x2 (sm_75): loads two matrices.
-LORA_EXT_DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) {
-#ifdef __CUDACC__
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(address)
-               : "memory");
-#else
-  emulator::ldmatrix_x2(r, address);
-#endif
-}
-
 // ldmatrix.x2.trans (sm_75): loads two matrices, transposed.
 LORA_EXT_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address) {
 #ifdef __CUDACC__
@@ -81,49 +45,6 @@ LORA_EXT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
 #endif
 }
 
-// stmatrix.x1 (sm_90): stores one matrix.
-LORA_EXT_DEVICE void stmatrix_x1(uint32_t address, const uint32_t (&r)[1]) {
-#ifdef __CUDACC__
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(address), "r"(r[0])
-               : "memory");
-#else
-  emulator::stmatrix_x1(address, r);
-#endif
-}
-
-// stmatrix.x1.trans (sm_90): stores one matrix, transposed.
-LORA_EXT_DEVICE void stmatrix_x1_trans(uint32_t address, const uint32_t (&r)[1]) {
-#ifdef __CUDACC__
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address),
-               "r"(r[0])
-               : "memory");
-#else
-  emulator::stmatrix_x1_trans(address, r);
-#endif
-}
-
-// stmatrix.x2 (sm_90): stores two matrices.
-LORA_EXT_DEVICE void stmatrix_x2(uint32_t address, const uint32_t (&r)[2]) {
-#ifdef __CUDACC__
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]),
-               "r"(r[1])
-               : "memory");
-#else
-  emulator::stmatrix_x2(address, r);
-#endif
-}
-
-// stmatrix.x2.trans (sm_90): stores two matrices, transposed.
-LORA_EXT_DEVICE void stmatrix_x2_trans(uint32_t address, const uint32_t (&r)[2]) {
-#ifdef __CUDACC__
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
-               "r"(r[0]), "r"(r[1])
-               : "memory");
-#else
-  emulator::stmatrix_x2_trans(address, r);
-#endif
-}
-
 // stmatrix.x4 (sm_90): stores four matrices.
 LORA_EXT_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
 #ifdef __CUDACC__
@@ -132,18 +53,6 @@ LORA_EXT_DEVICE void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
                : "memory");
 #else
   emulator::stmatrix_x4(address, r);
-#endif
-}
-
-// stmatrix.x4.trans (sm_90): stores four matrices, transposed.
-LORA_EXT_DEVICE void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
-#ifdef __CUDACC__
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-      : "memory");
-#else
-  emulator::stmatrix_x4_trans(address, r);
 #endif
 }
 

@@ -18,24 +18,6 @@ LORA_EXT_DEVICE void mbarrier_init(uint32_t bar, uint32_t count) {
 #endif
 }
 
-// mbarrier.inval (sm_80): ends the object, so that its memory may hold something else.
-LORA_EXT_DEVICE void mbarrier_inval(uint32_t bar) {
-#ifdef __CUDACC__
-  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-#else
-  emulator::mbarrier_inval(bar);
-#endif
-}
-
-// mbarrier.arrive (sm_80): one arrival, with release semantics in the block.
-LORA_EXT_DEVICE void mbarrier_arrive(uint32_t bar) {
-#ifdef __CUDACC__
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-#else
-  emulator::mbarrier_arrive(bar);
-#endif
-}
-
 // mbarrier.arrive at another block's object (sm_90): one arrival at the object that block `rank` of
 // the cluster has at `bar`, for stages that wgmma has read and bulk copies will fill again.
 //
@@ -74,15 +56,6 @@ LORA_EXT_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
                : "memory");
 #else
   emulator::mbarrier_arrive_expect_tx(bar, bytes);
-#endif
-}
-
-// mbarrier.expect_tx (sm_90): adds `bytes` to the pending bytes.
-LORA_EXT_DEVICE void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) {
-#ifdef __CUDACC__
-  asm volatile("mbarrier.expect_tx.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-#else
-  emulator::mbarrier_expect_tx(bar, bytes);
 #endif
 }
 

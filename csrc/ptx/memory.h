@@ -22,18 +22,6 @@ LORA_EXT_DEVICE uint32_t load_acquire_gpu(const uint32_t* flag) {
 #endif
 }
 
-// st.release.gpu (sm_70): publishes this thread's earlier accesses, and those that a barrier made
-// it see.
-LORA_EXT_DEVICE void store_release_gpu(uint32_t* flag, uint32_t value) {
-#ifdef __CUDACC__
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)),
-               "r"(value)
-               : "memory");
-#else
-  emulator::store_release_gpu(flag, value);
-#endif
-}
-
 // red.release.gpu.add (sm_70): adds, publishing like store_release_gpu.
 LORA_EXT_DEVICE void atomic_add_release_gpu(uint32_t* counter, uint32_t value) {
 #ifdef __CUDACC__

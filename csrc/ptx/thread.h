@@ -8,17 +8,6 @@
 
 namespace lora_ext::ptx {
 
-// %laneid (every sm): the lane of this thread in its warp, 0..31.
-LORA_EXT_DEVICE uint32_t lane_index() {
-#ifdef __CUDACC__
-  uint32_t lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-#else
-  return emulator::lane_index();
-#endif
-}
-
 // %cluster_ctarank (sm_90): the rank of this block in its cluster; 0 without clusters.
 LORA_EXT_DEVICE uint32_t cluster_rank() {
 #ifdef __CUDACC__
@@ -27,17 +16,6 @@ LORA_EXT_DEVICE uint32_t cluster_rank() {
   return rank;
 #else
   return emulator::cluster_rank();
-#endif
-}
-
-// %cluster_nctarank (sm_90): the number of blocks in the cluster; 1 without clusters.
-LORA_EXT_DEVICE uint32_t cluster_size() {
-#ifdef __CUDACC__
-  uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-#else
-  return emulator::cluster_size();
 #endif
 }
 

@@ -62,31 +62,19 @@ struct WgmmaInstruction {
   static_assert(N < 0, "add a row for this N to the table of LORA_EXT_WGMMA");
 };
 
-// `r` is the number of accumulator registers; r1 .. r6 are the numbers after it, for the operands
+// `r` is the number of accumulator registers; r1 .. r4 are the numbers after it, for the operands
 // that follow: a, b, accumulate, and the two transpose flags, which PTX takes as immediates.
-#define LORA_EXT_WGMMA_TYPE(name, type, n, r, r1, r2, r3, r4, r5, r6)                            \
-  template <int kTransposeA, int kTransposeB>                                                    \
-  LORA_EXT_DEVICE static void ss_##name(float (&d)[r], uint64_t a, uint64_t b,                   \
-                                        uint32_t accumulate) {                                   \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r2                                        \
-                 ", 0;\n"                                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type                 \
-                 " {" LORA_EXT_REGISTERS_##r "}, %" #r ", %" #r1 ", p, 1, 1, %" #r3 ", %" #r4    \
-                                             ";\n}"                                              \
-                 : LORA_EXT_ACCUMULATORS_##r                                                     \
-                 : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB));         \
-  }                                                                                              \
-  template <int kTransposeB>                                                                     \
-  LORA_EXT_DEVICE static void rs_##name(float (&d)[r], const uint32_t (&a)[4], uint64_t b,       \
-                                        uint32_t accumulate) {                                   \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r5                                        \
-                 ", 0;\n"                                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type                 \
-                 " {" LORA_EXT_REGISTERS_##r "}, {%" #r ", %" #r1 ", %" #r2 ", %" #r3 "}, %" #r4 \
-                                             ", p, 1, 1, %" #r6 ";\n}"                           \
-                 : LORA_EXT_ACCUMULATORS_##r                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),          \
-                   "n"(kTransposeB));                                                            \
+#define LORA_EXT_WGMMA_TYPE(name, type, n, r, r1, r2, r3, r4)                                 \
+  template <int kTransposeA, int kTransposeB>                                                 \
+  LORA_EXT_DEVICE static void ss_##name(float (&d)[r], uint64_t a, uint64_t b,                \
+                                        uint32_t accumulate) {                                \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r2                                     \
+                 ", 0;\n"                                                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type              \
+                 " {" LORA_EXT_REGISTERS_##r "}, %" #r ", %" #r1 ", p, 1, 1, %" #r3 ", %" #r4 \
+                                             ";\n}"                                           \
+                 : LORA_EXT_ACCUMULATORS_##r                                                  \
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB));      \
   }
 
 #define LORA_EXT_WGMMA(n, ...)                        \
@@ -96,19 +84,19 @@ struct WgmmaInstruction {
     LORA_EXT_WGMMA_TYPE(f16, "f16", n, __VA_ARGS__)   \
   };
 
-LORA_EXT_WGMMA(8, 4, 5, 6, 7, 8, 9, 10)
-LORA_EXT_WGMMA(16, 8, 9, 10, 11, 12, 13, 14)
-LORA_EXT_WGMMA(24, 12, 13, 14, 15, 16, 17, 18)
-LORA_EXT_WGMMA(32, 16, 17, 18, 19, 20, 21, 22)
-LORA_EXT_WGMMA(40, 20, 21, 22, 23, 24, 25, 26)
-LORA_EXT_WGMMA(48, 24, 25, 26, 27, 28, 29, 30)
-LORA_EXT_WGMMA(56, 28, 29, 30, 31, 32, 33, 34)
-LORA_EXT_WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
-LORA_EXT_WGMMA(96, 48, 49, 50, 51, 52, 53, 54)
-LORA_EXT_WGMMA(128, 64, 65, 66, 67, 68, 69, 70)
-LORA_EXT_WGMMA(160, 80, 81, 82, 83, 84, 85, 86)
-LORA_EXT_WGMMA(192, 96, 97, 98, 99, 100, 101, 102)
-LORA_EXT_WGMMA(256, 128, 129, 130, 131, 132, 133, 134)
+LORA_EXT_WGMMA(8, 4, 5, 6, 7, 8)
+LORA_EXT_WGMMA(16, 8, 9, 10, 11, 12)
+LORA_EXT_WGMMA(24, 12, 13, 14, 15, 16)
+LORA_EXT_WGMMA(32, 16, 17, 18, 19, 20)
+LORA_EXT_WGMMA(40, 20, 21, 22, 23, 24)
+LORA_EXT_WGMMA(48, 24, 25, 26, 27, 28)
+LORA_EXT_WGMMA(56, 28, 29, 30, 31, 32)
+LORA_EXT_WGMMA(64, 32, 33, 34, 35, 36)
+LORA_EXT_WGMMA(96, 48, 49, 50, 51, 52)
+LORA_EXT_WGMMA(128, 64, 65, 66, 67, 68)
+LORA_EXT_WGMMA(160, 80, 81, 82, 83, 84)
+LORA_EXT_WGMMA(192, 96, 97, 98, 99, 100)
+LORA_EXT_WGMMA(256, 128, 129, 130, 131, 132)
 
 #undef LORA_EXT_WGMMA
 #undef LORA_EXT_WGMMA_TYPE
@@ -130,26 +118,6 @@ LORA_EXT_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool ac
   const emulator::WgmmaShape shape{emulator::format_of<T>(), N, emulator::Major{int(kMajorA)},
                                    emulator::Major{int(kMajorB)}};
   emulator::wgmma_ss(shape, d, a, b, accumulate);
-#endif
-}
-
-// wgmma.mma_async m64nNk16, a in registers, in mma.m16n8k16's fragment per warp, b in shared memory
-// (sm_90a).
-template <typename T, int N, Major kMajorB>
-LORA_EXT_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
-                              bool accumulate) {
-  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-#ifdef __CUDACC__
-  constexpr int kTransposeB = kMajorB == Major::kMN;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    WgmmaInstruction<N>::template rs_bf16<kTransposeB>(d, a, b, accumulate);
-  } else {
-    WgmmaInstruction<N>::template rs_f16<kTransposeB>(d, a, b, accumulate);
-  }
-#else
-  const emulator::WgmmaShape shape{emulator::format_of<T>(), N, emulator::Major::kK,
-                                   emulator::Major{int(kMajorB)}};
-  emulator::wgmma_rs(shape, d, a, b, accumulate);
 #endif
 }
 

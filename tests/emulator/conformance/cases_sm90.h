@@ -11,36 +11,21 @@ namespace conformance {
 // ---- matrix_move.h
 // ----------------------------------------------------------------------------------------------------
 
-template <int kCount, bool kTranspose>
-__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[kCount]) {
-  if constexpr (kCount == 1) {
-    kTranspose ? ptx::stmatrix_x1_trans(address, r) : ptx::stmatrix_x1(address, r);
-  } else if constexpr (kCount == 2) {
-    kTranspose ? ptx::stmatrix_x2_trans(address, r) : ptx::stmatrix_x2(address, r);
-  } else {
-    kTranspose ? ptx::stmatrix_x4_trans(address, r) : ptx::stmatrix_x4(address, r);
-  }
-}
-
 // rows [32]: the row that each lane addresses, no two the same.
-template <int kCount, bool kTranspose>
 __global__ void store_rows(const uint32_t* in, const uint32_t* rows, unsigned char* out) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
   for (uint32_t i = threadIdx.x; i < kRows * kRowBytes; i += 32) shared[i] = 0;
   __syncthreads();
-  uint32_t r[kCount];
-  for (int i = 0; i < kCount; ++i) r[i] = in[i * 32 + threadIdx.x];
-  store_matrices<kCount, kTranspose>(ptx::shared_address(shared) + kRowBytes * rows[threadIdx.x],
-                                     r);
+  uint32_t r[4];
+  for (int i = 0; i < 4; ++i) r[i] = in[i * 32 + threadIdx.x];
+  ptx::stmatrix_x4(ptx::shared_address(shared) + kRowBytes * rows[threadIdx.x], r);
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < kRows * kRowBytes; i += 32) out[i] = shared[i];
 }
 
-template <int kCount, bool kTranspose>
-void case_stmatrix(Recorder& recorder) {
-  const std::string name = "stmatrix_x" + std::to_string(kCount) + (kTranspose ? "_trans" : "");
-  Random random = recorder.begin(name, {name});
-  auto in = recorder.input("in", random.integers<uint32_t>(32 * kCount), {kCount, 32});
+inline void case_stmatrix(Recorder& recorder) {
+  Random random = recorder.begin("stmatrix_x4", {"stmatrix_x4"});
+  auto in = recorder.input("in", random.integers<uint32_t>(32 * 4), {4, 32});
   std::vector<uint32_t> order(kRows);
   for (uint32_t i = 0; i < kRows; ++i) {
     order[i] = i;
@@ -49,8 +34,7 @@ void case_stmatrix(Recorder& recorder) {
   order.resize(32);
   auto rows = recorder.input("rows", order);
   DeviceArray<uint8_t> out(std::vector<uint8_t>(kRows * kRowBytes, 0));
-  launch({1, 32, kRows * kRowBytes}, store_rows<kCount, kTranspose>, in.data(), rows.data(),
-         out.data());
+  launch({1, 32, kRows * kRowBytes}, store_rows, in.data(), rows.data(), out.data());
   recorder.output("out", out);
 }
 
@@ -62,6 +46,8 @@ __device__ __forceinline__ void synchronize_cluster() {
   ptx::cluster_wait();
 }
 
+constexpr uint32_t kClusterBlocks = 4;
+
 // Each block reads its right neighbour's integers, then writes numbers into its memory.
 __global__ void exchange_in_cluster(const uint32_t* integers, const float* numbers,
                                     uint32_t* identity, uint32_t* read, float* written) {
@@ -69,14 +55,13 @@ __global__ void exchange_in_cluster(const uint32_t* integers, const float* numbe
   auto* const own_integers = reinterpret_cast<uint32_t*>(shared);
   auto* const own_numbers = reinterpret_cast<float*>(shared) + blockDim.x;
   const uint32_t thread = threadIdx.x, place = blockIdx.x * blockDim.x + thread;
-  const uint32_t peer = (ptx::cluster_rank() + 1) % ptx::cluster_size();
+  const uint32_t peer = (ptx::cluster_rank() + 1) % kClusterBlocks;
   own_integers[thread] = integers[place];
   own_numbers[thread] = 0;
   if (thread == 0) {
-    identity[3 * blockIdx.x] = ptx::cluster_rank();
-    identity[3 * blockIdx.x + 1] = ptx::cluster_size();
+    identity[2 * blockIdx.x] = ptx::cluster_rank();
     const uint32_t address = ptx::shared_address(shared);
-    identity[3 * blockIdx.x + 2] =
+    identity[2 * blockIdx.x + 1] =
         ptx::map_shared(address + 20, peer) - ptx::map_shared(address, peer);
   }
   synchronize_cluster();
@@ -84,9 +69,7 @@ __global__ void exchange_in_cluster(const uint32_t* integers, const float* numbe
   const uint32_t number = ptx::shared_address(own_numbers + thread);
   read[place] = ptx::load_shared_cluster<uint32_t>(ptx::map_shared(integer, peer));
   ptx::store_shared_cluster<float>(ptx::map_shared(number, peer), numbers[place]);
-  ptx::fence_acq_rel_cluster();
-  ptx::cluster_arrive_relaxed();
-  ptx::cluster_wait();
+  synchronize_cluster();
   written[place] = own_numbers[thread] +
                    ptx::load_shared_cluster<float>(ptx::map_shared(number, ptx::cluster_rank()));
   ptx::store_shared_cluster<uint32_t>(ptx::map_shared(integer, ptx::cluster_rank()), 0);
@@ -94,18 +77,17 @@ __global__ void exchange_in_cluster(const uint32_t* integers, const float* numbe
 
 inline void case_cluster(Recorder& recorder) {
   Random random =
-      recorder.begin("cluster", {"cluster_rank", "cluster_size", "map_shared", "cluster_arrive",
-                                 "cluster_wait", "cluster_arrive_relaxed", "fence_acq_rel_cluster",
+      recorder.begin("cluster", {"cluster_rank", "map_shared", "cluster_arrive", "cluster_wait",
                                  "load_shared_cluster", "store_shared_cluster"});
   constexpr uint32_t kBlocks = 8, kThreads = 64;
   auto integers = recorder.input("integers", random.integers<uint32_t>(kBlocks * kThreads));
   auto numbers = recorder.input("numbers", addends(random, kBlocks * kThreads, true));
-  DeviceArray<uint32_t> identity(std::vector<uint32_t>(3 * kBlocks, 0));
+  DeviceArray<uint32_t> identity(std::vector<uint32_t>(2 * kBlocks, 0));
   DeviceArray<uint32_t> read(std::vector<uint32_t>(kBlocks * kThreads, 0));
   DeviceArray<float> written(std::vector<float>(kBlocks * kThreads, 0));
-  launch({kBlocks, kThreads, 8 * kThreads, 4}, exchange_in_cluster, integers.data(), numbers.data(),
-         identity.data(), read.data(), written.data());
-  recorder.output("identity", identity, {kBlocks, 3});
+  launch({kBlocks, kThreads, 8 * kThreads, kClusterBlocks}, exchange_in_cluster, integers.data(),
+         numbers.data(), identity.data(), read.data(), written.data());
+  recorder.output("identity", identity, {kBlocks, 2});
   recorder.output("read", read);
   recorder.output("written", written);
 }
@@ -114,7 +96,7 @@ inline void case_cluster(Recorder& recorder) {
 // -------------------------------------------------------------------------------------------------------
 
 // Two phases of 64 arrivals. seen: what try_wait says for parity 1 and 0, before the first phase
-// has completed and after the second; then of another object at the same address.
+// has completed and after the second.
 __global__ void wait_for_phases(const uint32_t* in, uint32_t* out, uint32_t* seen) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
   auto* const values = reinterpret_cast<uint32_t*>(shared + 64);
@@ -131,25 +113,18 @@ __global__ void wait_for_phases(const uint32_t* in, uint32_t* out, uint32_t* see
   look(0);
   for (uint32_t phase = 0; phase < 2; ++phase) {
     values[64 * phase + thread] = in[64 * phase + thread];
-    ptx::mbarrier_arrive(bar);
+    ptx::mbarrier_arrive_expect_tx(bar, 0);
     ptx::mbarrier_wait(bar, phase);
     out[64 * phase + thread] = values[64 * phase + (thread ^ 33)];
   }
   look(2);
-  if (thread == 0) {
-    ptx::mbarrier_inval(bar);
-    ptx::mbarrier_init(bar, 1);
-    ptx::mbarrier_arrive(bar);
-  }
-  look(4);
-  if (thread == 0) ptx::mbarrier_inval(bar);
 }
 
 inline void case_mbarrier(Recorder& recorder) {
-  Random random = recorder.begin("mbarrier", {"mbarrier_init", "mbarrier_inval", "mbarrier_arrive",
+  Random random = recorder.begin("mbarrier", {"mbarrier_init", "mbarrier_arrive_expect_tx",
                                               "mbarrier_wait", "mbarrier_try_wait"});
   auto in = recorder.input("in", random.integers<uint32_t>(128));
-  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0)), seen(std::vector<uint32_t>(6, 7));
+  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0)), seen(std::vector<uint32_t>(4, 7));
   launch({1, 64, 64 + 512}, wait_for_phases, in.data(), out.data(), seen.data());
   recorder.output("out", out);
   recorder.output("seen", seen);
@@ -302,12 +277,7 @@ inline void case_grid_dependency_chain(Recorder& recorder) {
 }
 
 inline void record_sm90(Recorder& recorder) {
-  case_stmatrix<1, false>(recorder);
-  case_stmatrix<2, false>(recorder);
-  case_stmatrix<4, false>(recorder);
-  case_stmatrix<1, true>(recorder);
-  case_stmatrix<2, true>(recorder);
-  case_stmatrix<4, true>(recorder);
+  case_stmatrix(recorder);
   case_cluster(recorder);
   case_mbarrier(recorder);
   case_mbarrier_remote(recorder);

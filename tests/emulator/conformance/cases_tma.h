@@ -36,9 +36,9 @@ inline CUtensorMap tensor_map(uint16_t* base, const Tensor& tensor, const Box& b
   return map;
 }
 
-// One box, then its raw bytes. With `separate`, expect_tx and arrive are two instructions.
+// One box, then its raw bytes.
 __global__ void load_box(const __grid_constant__ CUtensorMap map, int x, int y, uint32_t bytes,
-                         bool separate, unsigned char* out) {
+                         unsigned char* out) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
   const uint32_t tile = ptx::shared_address(shared), bar = tile + bytes;
   if (threadIdx.x == 0) {
@@ -48,12 +48,7 @@ __global__ void load_box(const __grid_constant__ CUtensorMap map, int x, int y, 
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (separate) {
-      ptx::mbarrier_expect_tx(bar, bytes);
-      ptx::mbarrier_arrive(bar);
-    } else {
-      ptx::mbarrier_arrive_expect_tx(bar, bytes);
-    }
+    ptx::mbarrier_arrive_expect_tx(bar, bytes);
     ptx::tma_load_2d(tile, &map, bar, x, y);
   }
   ptx::mbarrier_wait(bar, 0);
@@ -72,7 +67,7 @@ inline Box box_of(CUtensorMapSwizzle swizzle) {
 inline void case_tma_load(Recorder& recorder, CUtensorMapSwizzle swizzle) {
   Random random = recorder.begin("tma_load_2d_" + swizzle_name(swizzle),
                                  {"tma_load_2d", "prefetch_tensor_map", "mbarrier_arrive_expect_tx",
-                                  "mbarrier_expect_tx", "mbarrier_wait", "fence_mbarrier_init"});
+                                  "mbarrier_wait", "fence_mbarrier_init"});
   const Tensor tensor{45, 77, 80};
   const Box box = box_of(swizzle);
   auto in = recorder.input("in", random.integers<uint16_t>(tensor.height * tensor.pitch),
@@ -81,7 +76,7 @@ inline void case_tma_load(Recorder& recorder, CUtensorMapSwizzle swizzle) {
   const int corners[][2] = {{0, 0}, {8, 16}, {-5, -3}, {60, 30}, {72, -7}, {100, 3}};
   for (const auto& [x, y] : corners) {
     DeviceArray<uint8_t> out(std::vector<uint8_t>(box.bytes(), 0));
-    launch({1, 64, box.bytes() + 8}, load_box, map, x, y, box.bytes(), x < 0, out.data());
+    launch({1, 64, box.bytes() + 8}, load_box, map, x, y, box.bytes(), out.data());
     recorder.output("box_" + std::to_string(x) + "_" + std::to_string(y), out);
   }
 }

@@ -58,12 +58,11 @@ __host__ __device__ constexpr OperandTile tile_of_b(ptx::Swizzle swizzle) {
   return {kMajorB == ptx::Major::kMN && N < 64 ? 64u : N, kMajorB, swizzle};
 }
 
-// kRegisters: a comes from registers, read from `a` [64, 64] row-major.
-template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB, bool kRegisters>
+template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB>
 __global__ void __launch_bounds__(128)
     multiply_wgmma(const __grid_constant__ CUtensorMap map_a,
-                   const __grid_constant__ CUtensorMap map_b, ptx::Swizzle swizzle,
-                   const uint16_t* a, const float* c, float* d) {
+                   const __grid_constant__ CUtensorMap map_b, ptx::Swizzle swizzle, const float* c,
+                   float* d) {
   const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b = tile_of_b<N, kMajorB>(swizzle);
   const uint32_t shared_a = ptx::shared_address(ptx::dynamic_shared_memory());
   const uint32_t shared_b = shared_a + tile_a.bytes(), bar = shared_b + tile_b.bytes();
@@ -73,8 +72,8 @@ __global__ void __launch_bounds__(128)
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    ptx::mbarrier_arrive_expect_tx(bar, (kRegisters ? 0 : tile_a.bytes()) + tile_b.bytes());
-    if (!kRegisters) load_operand(tile_a, shared_a, &map_a, bar);
+    ptx::mbarrier_arrive_expect_tx(bar, tile_a.bytes() + tile_b.bytes());
+    load_operand(tile_a, shared_a, &map_a, bar);
     load_operand(tile_b, shared_b, &map_b, bar);
   }
   // Register i of a thread is in row `row(i)` and column `column(i)` of d.
@@ -86,24 +85,12 @@ __global__ void __launch_bounds__(128)
   float accumulators[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) accumulators[i] = c[place(i)];
-  uint32_t fragments[4][4];
-#pragma unroll
-  for (uint32_t i = 0; i < 16; ++i) {
-    const uint32_t row = first_row + i % 2 * 8, k = i / 4 * 16 + pair + i / 2 % 2 * 8;
-    fragments[i / 4][i % 4] = a[row * kTileK + k] | static_cast<uint32_t>(a[row * kTileK + k + 1])
-                                                        << 16;
-  }
   ptx::mbarrier_wait(bar, 0);
   ptx::wgmma_fence();
 #pragma unroll
   for (uint32_t step = 0; step < 4; ++step) {
-    const uint64_t b = tile_b.descriptor(shared_b, step);
-    if constexpr (kRegisters) {
-      ptx::wgmma_rs<T, N, kMajorB>(accumulators, fragments[step], b, true);
-    } else {
-      ptx::wgmma_ss<T, N, kMajorA, kMajorB>(accumulators, tile_a.descriptor(shared_a, step), b,
-                                            true);
-    }
+    ptx::wgmma_ss<T, N, kMajorA, kMajorB>(accumulators, tile_a.descriptor(shared_a, step),
+                                          tile_b.descriptor(shared_b, step), true);
   }
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
@@ -129,29 +116,27 @@ inline CUtensorMap operand_map(DeviceArray<uint16_t>& memory, const OperandTile&
                     static_cast<CUtensorMapSwizzle>(tile.swizzle));
 }
 
-template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB, bool kRegisters>
+template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB>
 void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle, bool integers) {
   const auto letter = [](ptx::Major major) { return major == ptx::Major::kK ? "k" : "mn"; };
-  const std::string function = kRegisters ? "wgmma_rs" : "wgmma_ss";
-  const std::string name =
-      function + "_" + FormatOf<T>::kName + "_n" + std::to_string(N) + "_" +
-      (kRegisters ? "" : letter(kMajorA) + std::string("_")) + letter(kMajorB) + "_" +
-      swizzle_name(static_cast<CUtensorMapSwizzle>(swizzle)) + (integers ? "_integers" : "");
+  const std::string name = std::string("wgmma_ss_") + FormatOf<T>::kName + "_n" +
+                           std::to_string(N) + "_" + letter(kMajorA) + "_" + letter(kMajorB) + "_" +
+                           swizzle_name(static_cast<CUtensorMapSwizzle>(swizzle)) +
+                           (integers ? "_integers" : "");
   Random random =
-      recorder.begin(name, {function, "wgmma_fence", "wgmma_commit_group", "wgmma_wait_group"},
+      recorder.begin(name, {"wgmma_ss", "wgmma_fence", "wgmma_commit_group", "wgmma_wait_group"},
                      integers ? Comparison::kExact : Comparison::kProduct);
   const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b = tile_of_b<N, kMajorB>(swizzle);
   const auto a = operand<T>(random, kTileM * kTileK, integers);
   const auto rows_of_b = operand<T>(random, tile_b.rows * kTileK, integers);
   const std::vector<uint16_t> b(rows_of_b.begin(), rows_of_b.begin() + N * kTileK);  // [N, kTileK]
-  auto row_major_a = recorder.input("a", a, {kTileM, kTileK});
+  recorder.input("a", a, {kTileM, kTileK});
   recorder.input("b_transposed", b, {N, kTileK});
   auto c = recorder.input("c", addends(random, kTileM * N, integers), {kTileM, N});
   DeviceArray<uint16_t> memory_a(stored(a, tile_a)), memory_b(stored(rows_of_b, tile_b));
   DeviceArray<float> d(std::vector<float>(kTileM * N, 0));
-  launch({1, 128, tile_a.bytes() + tile_b.bytes() + 8},
-         multiply_wgmma<T, N, kMajorA, kMajorB, kRegisters>, operand_map(memory_a, tile_a),
-         operand_map(memory_b, tile_b), swizzle, row_major_a.data(), c.data(), d.data());
+  launch({1, 128, tile_a.bytes() + tile_b.bytes() + 8}, multiply_wgmma<T, N, kMajorA, kMajorB>,
+         operand_map(memory_a, tile_a), operand_map(memory_b, tile_b), swizzle, c.data(), d.data());
   recorder.output("d", d, {kTileM, N});
 }
 
@@ -159,11 +144,7 @@ void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle, bool integers) {
 // rounding.
 template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB>
 void integers_ss(Recorder& recorder, ptx::Swizzle swizzle = ptx::Swizzle::k128) {
-  case_wgmma<T, N, kMajorA, kMajorB, false>(recorder, swizzle, true);
-}
-template <typename T, int N, ptx::Major kMajorB>
-void integers_rs(Recorder& recorder, ptx::Swizzle swizzle = ptx::Swizzle::k128) {
-  case_wgmma<T, N, ptx::Major::kK, kMajorB, true>(recorder, swizzle, true);
+  case_wgmma<T, N, kMajorA, kMajorB>(recorder, swizzle, true);
 }
 
 template <typename T>
@@ -175,25 +156,21 @@ void record_wgmma_of(Recorder& recorder) {
     integers_ss<T, 64, kK, kMN>(recorder, swizzle);
     integers_ss<T, 64, kMN, kK>(recorder, swizzle);
     integers_ss<T, 64, kMN, kMN>(recorder, swizzle);
-    integers_rs<T, 64, kK>(recorder, swizzle);
-    integers_rs<T, 64, kMN>(recorder, swizzle);
   }
   integers_ss<T, 8, kK, kK>(recorder);
   integers_ss<T, 16, kK, kK>(recorder);
   integers_ss<T, 24, kK, kK>(recorder);
   integers_ss<T, 16, kK, kMN>(recorder);
   integers_ss<T, 32, kK, kMN>(recorder);
-  integers_rs<T, 32, kK>(recorder);
   integers_ss<T, 40, kK, kK>(recorder);
   integers_ss<T, 48, kK, kK>(recorder);
   integers_ss<T, 56, kK, kK>(recorder);
   integers_ss<T, 96, kK, kK>(recorder);
-  integers_rs<T, 128, kMN>(recorder);
   integers_ss<T, 160, kK, kK>(recorder);
   integers_ss<T, 192, kK, kMN>(recorder);
   integers_ss<T, 256, kMN, kMN>(recorder);
-  case_wgmma<T, 64, kK, kK, false>(recorder, ptx::Swizzle::k128, false);
-  case_wgmma<T, 64, kK, kMN, true>(recorder, ptx::Swizzle::k128, false);
+  case_wgmma<T, 64, kK, kK>(recorder, ptx::Swizzle::k128, false);
+  case_wgmma<T, 64, kK, kMN>(recorder, ptx::Swizzle::k128, false);
 }
 
 inline void record_wgmma(Recorder& recorder) {

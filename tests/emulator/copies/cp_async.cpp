@@ -61,12 +61,6 @@ void issue(uint32_t destination, const void* source, uint32_t bytes, uint32_t so
 
 }  // namespace
 
-void cp_async_4(uint32_t destination, const void* source, uint32_t source_bytes) {
-  issue(destination, source, 4, source_bytes);
-}
-void cp_async_8(uint32_t destination, const void* source, uint32_t source_bytes) {
-  issue(destination, source, 8, source_bytes);
-}
 void cp_async_16(uint32_t destination, const void* source, uint32_t source_bytes) {
   issue(destination, source, 16, source_bytes);
 }

@@ -8,8 +8,6 @@ struct Thread;
 
 /// Copies `source_bytes` and writes zeros up to the size. The destination is untouchable until a
 /// wait_group covers it.
-void cp_async_4(uint32_t destination, const void* source, uint32_t source_bytes);
-void cp_async_8(uint32_t destination, const void* source, uint32_t source_bytes);
 void cp_async_16(uint32_t destination, const void* source, uint32_t source_bytes);
 void cp_async_commit_group();
 void cp_async_wait_group(uint32_t groups_left);

@@ -62,9 +62,8 @@ Mbarrier& find(Block& block, uint32_t offset, const unsigned char* pointer, cons
   std::memcpy(&stamp, pointer, kBytes);
   if (stamp != stamp_of(offset)) {
     fail(ErrorKind::Misuse,
-         "%s: %s was overwritten by a store or a copy; its 8 bytes belong to the object until "
-         "mbarrier_inval",
-         what, found->second->describe().c_str());
+         "%s: %s was overwritten by a store or a copy; its 8 bytes belong to the object", what,
+         found->second->describe().c_str());
   }
   return *found->second;
 }
@@ -162,8 +161,7 @@ void mbarrier_init(uint32_t bar, uint32_t count) {
   const uint32_t offset = bar & kOffsetMask;
   std::unique_ptr<Mbarrier>& slot = table_of(block).live[offset];
   if (slot) {
-    fail(ErrorKind::Misuse, "%s: there is one already; end it with mbarrier_inval: %s", kWhat,
-         slot->describe().c_str());
+    fail(ErrorKind::Misuse, "%s: there is one already: %s", kWhat, slot->describe().c_str());
   }
   slot = std::make_unique<Mbarrier>();
   slot->block = &block;
@@ -179,21 +177,6 @@ void mbarrier_init(uint32_t bar, uint32_t count) {
   const uint64_t stamp = stamp_of(offset);
   std::memcpy(pointer, &stamp, kBytes);
   preemption_point();
-}
-
-void mbarrier_inval(uint32_t bar) {
-  constexpr const char* kWhat = "mbarrier.inval";
-  Mbarrier& mbarrier = own_mbarrier(bar, kWhat);
-  if (mbarrier.waiters != nullptr || mbarrier.tx != 0) {
-    fail(ErrorKind::Misuse, "%s: still in use (%s): %s", kWhat,
-         mbarrier.waiters != nullptr ? "a thread waits for it" : "copies are in flight",
-         mbarrier.describe().c_str());
-  }
-  unsigned char* pointer = own_shared(bar, kBytes, kBytes, kWhat);
-  race_write(pointer, kBytes, kWhat);
-  poison(pointer, kBytes);
-  MbarrierTable::forget(mbarrier);
-  table_of(current_thread().block()).live.erase(mbarrier.offset);
 }
 
 void mbarrier_arrive(uint32_t bar) {

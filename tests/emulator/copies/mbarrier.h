@@ -17,7 +17,6 @@
 namespace emulator {
 
 void mbarrier_init(uint32_t bar, uint32_t count);
-void mbarrier_inval(uint32_t bar);
 void mbarrier_arrive(uint32_t bar);
 /// Both arrive at the object at the same offset in block `rank` of the cluster. The arrival is in
 /// flight for a while: that block must not exit before it has landed. _remote is the default form,

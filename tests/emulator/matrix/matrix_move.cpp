@@ -69,19 +69,20 @@ void ldmatrix(uint32_t count, bool transposed, uint32_t* registers, uint32_t add
   warp_collective(aligned_mask(kName), kName, immediate_of(count, transposed), operand, load);
 }
 
-void stmatrix(uint32_t count, bool transposed, uint32_t address, const uint32_t* registers) {
+void stmatrix(uint32_t address, const uint32_t* registers) {
   constexpr const char* kName = "stmatrix";
+  constexpr uint32_t kCount = 4;
   StoreOperand operand{nullptr, address, registers};
-  if (matrix_of_address(lane_index()) < count) {
+  if (matrix_of_address(lane_index()) < kCount) {
     operand.row = own_shared(address, kRowBytes, kRowBytes, kName);
     race_write(operand.row, kRowBytes, kName);
   }
   const auto store = [=](const LaneOperands<StoreOperand>& lanes) {
-    for (uint32_t j = 0; j < count; ++j) {
+    for (uint32_t j = 0; j < kCount; ++j) {
       uint16_t matrix[8][8];
       lanes.for_each([&](uint32_t lane, const StoreOperand& source) {
         for (uint32_t half = 0; half < 2; ++half) {
-          const Position at = element_position(transposed, lane, half);
+          const Position at = element_position(false, lane, half);
           matrix[at.row][at.col] = static_cast<uint16_t>(source.registers[j] >> 16 * half);
         }
       });
@@ -94,7 +95,7 @@ void stmatrix(uint32_t count, bool transposed, uint32_t address, const uint32_t*
       count_matrix_phase(addresses);
     }
   };
-  warp_collective(aligned_mask(kName), kName, immediate_of(count, transposed), operand, store);
+  warp_collective(aligned_mask(kName), kName, immediate_of(kCount, false), operand, store);
 }
 
 }  // namespace emulator

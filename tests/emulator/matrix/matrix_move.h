@@ -10,34 +10,15 @@
 
 namespace emulator {
 
-// `count` matrices, 1, 2 or 4, one register each; `transposed` is .trans.
+// `count` matrices, 2 or 4, one register each; `transposed` is .trans.
 void ldmatrix(uint32_t count, bool transposed, uint32_t* registers, uint32_t address);
-void stmatrix(uint32_t count, bool transposed, uint32_t address, const uint32_t* registers);
+// Four.
+void stmatrix(uint32_t address, const uint32_t* registers);
 
-inline void ldmatrix_x1(uint32_t (&r)[1], uint32_t address) { ldmatrix(1, false, r, address); }
-inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t address) { ldmatrix(2, false, r, address); }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { ldmatrix(4, false, r, address); }
-inline void ldmatrix_x1_trans(uint32_t (&r)[1], uint32_t address) { ldmatrix(1, true, r, address); }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address) { ldmatrix(2, true, r, address); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) { ldmatrix(4, true, r, address); }
 
-inline void stmatrix_x1(uint32_t address, const uint32_t (&r)[1]) {
-  stmatrix(1, false, address, r);
-}
-inline void stmatrix_x2(uint32_t address, const uint32_t (&r)[2]) {
-  stmatrix(2, false, address, r);
-}
-inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
-  stmatrix(4, false, address, r);
-}
-inline void stmatrix_x1_trans(uint32_t address, const uint32_t (&r)[1]) {
-  stmatrix(1, true, address, r);
-}
-inline void stmatrix_x2_trans(uint32_t address, const uint32_t (&r)[2]) {
-  stmatrix(2, true, address, r);
-}
-inline void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4]) {
-  stmatrix(4, true, address, r);
-}
+inline void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) { stmatrix(address, r); }
 
 }  // namespace emulator

@@ -48,23 +48,16 @@ namespace ptx = lora_ext::ptx;
 #define VALUE(name, Type, parameters, ...) \
   extern "C" __global__ void name(Type* out JOIN parameters) { *out = __VA_ARGS__; }
 
-VALUE(lane_index, uint32_t, (), ptx::lane_index())
 VALUE(cluster_rank, uint32_t, (), ptx::cluster_rank())
 VALUE(shared_address, uint32_t, (const void* p), ptx::shared_address(p))
 VALUE(map_shared, uint32_t, (uint32_t address, uint32_t rank), ptx::map_shared(address, rank))
-WITHOUT_COUNTERPART(VALUE(cluster_size, uint32_t, (), ptx::cluster_size()))
 WITHOUT_COUNTERPART(VALUE(dynamic_shared_memory, unsigned char*, (), ptx::dynamic_shared_memory()))
 
 VOID(bar_sync, (uint32_t id, uint32_t threads), ptx::bar_sync(id, threads))
 VOID(bar_arrive, (uint32_t id, uint32_t threads), ptx::bar_arrive(id, threads))
 VOID(cluster_arrive, (), ptx::cluster_arrive())
-VOID(cluster_arrive_relaxed, (), ptx::cluster_arrive_relaxed())
 VOID(cluster_wait, (), ptx::cluster_wait())
 
-VOID(cp_async_4, (uint32_t dst, const void* src, uint32_t valid),
-     ptx::cp_async_4(dst, src, valid ? 4 : 0))
-VOID(cp_async_8, (uint32_t dst, const void* src, uint32_t valid),
-     ptx::cp_async_8(dst, src, valid ? 8 : 0))
 VOID(cp_async_16, (uint32_t dst, const void* src, uint32_t valid),
      ptx::cp_async_16(dst, src, valid ? 16 : 0))
 VOID(cp_async_commit_group, (), ptx::cp_async_commit_group())
@@ -78,24 +71,13 @@ VOID(cp_async_wait_group, (), ptx::cp_async_wait_group<3>())
   }                                                                                             \
   CLOBBER(name, (uint32_t address, uint32_t* loaded), uint32_t r[count]; ptx::name(r, address); \
           for (int i = 0; i < count; ++i) loaded[i] = r[i])
-LDMATRIX(ldmatrix_x1, 1)
-LDMATRIX(ldmatrix_x2, 2)
 LDMATRIX(ldmatrix_x4, 4)
-LDMATRIX(ldmatrix_x1_trans, 1)
 LDMATRIX(ldmatrix_x2_trans, 2)
 LDMATRIX(ldmatrix_x4_trans, 4)
 
-#define STMATRIX_1 (uint32_t address, uint32_t r0)
-#define STMATRIX_2 (uint32_t address, uint32_t r0, uint32_t r1)
-#define STMATRIX_4 (uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3)
-#define STMATRIX(name, count, ...) \
-  VOID(name, STMATRIX_##count, const uint32_t r[] = {__VA_ARGS__}; ptx::name(address, r))
-STMATRIX(stmatrix_x1, 1, r0)
-STMATRIX(stmatrix_x2, 2, r0, r1)
-STMATRIX(stmatrix_x4, 4, r0, r1, r2, r3)
-STMATRIX(stmatrix_x1_trans, 1, r0)
-STMATRIX(stmatrix_x2_trans, 2, r0, r1)
-STMATRIX(stmatrix_x4_trans, 4, r0, r1, r2, r3)
+VOID(stmatrix_x4, (uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3),
+     const uint32_t r[] = {r0, r1, r2, r3};
+     ptx::stmatrix_x4(address, r))
 
 #define MMA(suffix, T)                                                                        \
   extern "C" __global__ void mma_m16n8k16_##suffix(float* accumulators, const uint32_t* a_in, \
@@ -110,14 +92,11 @@ MMA(bf16, __nv_bfloat16)
 MMA(f16, __half)
 
 VOID(mbarrier_init, (uint32_t bar, uint32_t count), ptx::mbarrier_init(bar, count))
-VOID(mbarrier_inval, (uint32_t bar), ptx::mbarrier_inval(bar))
-VOID(mbarrier_arrive, (uint32_t bar), ptx::mbarrier_arrive(bar))
 VOID(mbarrier_arrive_remote, (uint32_t bar, uint32_t rank), ptx::mbarrier_arrive_remote(bar, rank))
 WITHOUT_COUNTERPART(VOID(mbarrier_arrive_cluster, (uint32_t bar, uint32_t rank),
                          ptx::mbarrier_arrive_cluster(bar, rank)))
 VOID(mbarrier_arrive_expect_tx, (uint32_t bar, uint32_t bytes),
      ptx::mbarrier_arrive_expect_tx(bar, bytes))
-VOID(mbarrier_expect_tx, (uint32_t bar, uint32_t bytes), ptx::mbarrier_expect_tx(bar, bytes))
 VALUE(mbarrier_try_wait, uint32_t, (uint32_t bar, uint32_t parity),
       ptx::mbarrier_try_wait(bar, parity))
 CLOBBER(mbarrier_try_wait, (uint32_t bar, uint32_t parity, uint32_t* completed),
@@ -135,7 +114,6 @@ VOID(fence_mbarrier_init, (), ptx::fence_mbarrier_init())
 VOID(fence_proxy_async_shared, (), ptx::fence_proxy_async_shared())
 WITHOUT_COUNTERPART(VOID(fence_proxy_async_global, (), ptx::fence_proxy_async_global()))
 WITHOUT_COUNTERPART(VOID(fence_acq_rel_gpu, (), ptx::fence_acq_rel_gpu()))
-WITHOUT_COUNTERPART(VOID(fence_acq_rel_cluster, (), ptx::fence_acq_rel_cluster()))
 
 VOID(prefetch_tensor_map, (const __grid_constant__ CUtensorMap map), ptx::prefetch_tensor_map(&map))
 VOID(tma_load_2d,
@@ -159,7 +137,6 @@ VOID(griddepcontrol_launch_dependents, (), ptx::griddepcontrol_launch_dependents
 VALUE(load_acquire_gpu, uint32_t, (const uint32_t* flag), ptx::load_acquire_gpu(flag))
 CLOBBER(load_acquire_gpu, (const uint32_t* flag, uint32_t* loaded),
         *loaded = ptx::load_acquire_gpu(flag))
-VOID(store_release_gpu, (uint32_t* flag, uint32_t value), ptx::store_release_gpu(flag, value))
 WITHOUT_COUNTERPART(VOID(atomic_add_release_gpu, (uint32_t* counter, uint32_t value),
                          ptx::atomic_add_release_gpu(counter, value)))
 WITHOUT_COUNTERPART(VALUE(atomic_add_relaxed_gpu, uint32_t, (uint32_t* counter, uint32_t value),
@@ -188,23 +165,11 @@ VOID(wgmma_wait_group, (), ptx::wgmma_wait_group<3>())
     ptx::wgmma_ss<T, n, ptx::Major::A, ptx::Major::B>(d, a, b, add != 0);                         \
     for (int i = 0; i < n / 2; ++i) accumulators[i] = d[i];                                       \
   }
-#define WGMMA_RS(suffix, T, n, B)                                                                 \
-  extern "C" __global__ void wgmma_rs_##suffix##_##n##_##B(float* accumulators, uint32_t a0,      \
-                                                           uint32_t a1, uint32_t a2, uint32_t a3, \
-                                                           uint64_t b, uint32_t add) {            \
-    float d[n / 2];                                                                               \
-    const uint32_t a[4] = {a0, a1, a2, a3};                                                       \
-    for (int i = 0; i < n / 2; ++i) d[i] = accumulators[i];                                       \
-    ptx::wgmma_rs<T, n, ptx::Major::B>(d, a, b, add != 0);                                        \
-    for (int i = 0; i < n / 2; ++i) accumulators[i] = d[i];                                       \
-  }
-#define WGMMA(suffix, T, n)        \
-  WGMMA_SS(suffix, T, n, kK, kK)   \
-  WGMMA_SS(suffix, T, n, kK, kMN)  \
-  WGMMA_SS(suffix, T, n, kMN, kK)  \
-  WGMMA_SS(suffix, T, n, kMN, kMN) \
-  WGMMA_RS(suffix, T, n, kK)       \
-  WGMMA_RS(suffix, T, n, kMN)
+#define WGMMA(suffix, T, n)       \
+  WGMMA_SS(suffix, T, n, kK, kK)  \
+  WGMMA_SS(suffix, T, n, kK, kMN) \
+  WGMMA_SS(suffix, T, n, kMN, kK) \
+  WGMMA_SS(suffix, T, n, kMN, kMN)
 #define WGMMA_BOTH(n)           \
   WGMMA(bf16, __nv_bfloat16, n) \
   WGMMA(f16, __half, n)

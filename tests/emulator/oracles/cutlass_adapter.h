@@ -37,7 +37,6 @@ ADAPTER T* pointer(uint32_t address) {
 }
 ADAPTER uint64_t* barrier(uint32_t address) { return pointer<uint64_t>(address); }
 
-ADAPTER uint32_t lane_index() { return cutlass::arch::LaneId(); }
 ADAPTER uint32_t cluster_rank() { return cute::block_rank_in_cluster(); }
 ADAPTER uint32_t shared_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
 ADAPTER uint32_t map_shared(uint32_t address, uint32_t rank) {
@@ -53,17 +52,8 @@ ADAPTER void bar_arrive(uint32_t id, uint32_t threads) {
   cutlass::arch::NamedBarrier::arrive(threads, cutlass::arch::ReservedNamedBarriers(id));
 }
 ADAPTER void cluster_arrive() { cute::cluster_arrive(); }
-ADAPTER void cluster_arrive_relaxed() { cute::cluster_arrive_relaxed(); }
 ADAPTER void cluster_wait() { cute::cluster_wait(); }
 
-ADAPTER void cp_async_4(uint32_t dst, const void* src, uint32_t bytes) {
-  using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint32_t>;
-  Copy::copy(*static_cast<const uint32_t*>(src), *pointer<uint32_t>(dst), bytes != 0);
-}
-ADAPTER void cp_async_8(uint32_t dst, const void* src, uint32_t bytes) {
-  using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint64_t>;
-  Copy::copy(*static_cast<const uint64_t*>(src), *pointer<uint64_t>(dst), bytes != 0);
-}
 ADAPTER void cp_async_16(uint32_t dst, const void* src, uint32_t bytes) {
   using Copy = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
   Copy::copy(*static_cast<const cute::uint128_t*>(src), *pointer<cute::uint128_t>(dst), bytes != 0);
@@ -78,25 +68,13 @@ ADAPTER void cp_async_wait_group() {
   ADAPTER void name(uint32_t (&r)[count], uint32_t address) {          \
     cute::Copy::copy(*pointer<cute::uint128_t>(address), __VA_ARGS__); \
   }
-LDMATRIX(ldmatrix_x1, 1, SM75_U32x1_LDSM_N, r[0])
-LDMATRIX(ldmatrix_x2, 2, SM75_U32x2_LDSM_N, r[0], r[1])
 LDMATRIX(ldmatrix_x4, 4, SM75_U32x4_LDSM_N, r[0], r[1], r[2], r[3])
-LDMATRIX(ldmatrix_x1_trans, 1, SM75_U16x2_LDSM_T, r[0])
 LDMATRIX(ldmatrix_x2_trans, 2, SM75_U16x4_LDSM_T, r[0], r[1])
 LDMATRIX(ldmatrix_x4_trans, 4, SM75_U16x8_LDSM_T, r[0], r[1], r[2], r[3])
-#define STMATRIX(name, count, Copy, ...)                               \
-  ADAPTER void name(uint32_t address, const uint32_t (&r)[count]) {    \
-    cute::Copy::copy(__VA_ARGS__, *pointer<cute::uint128_t>(address)); \
-  }
-STMATRIX(stmatrix_x1, 1, SM90_U32x1_STSM_N, r[0])
-STMATRIX(stmatrix_x2, 2, SM90_U32x2_STSM_N, r[0], r[1])
-STMATRIX(stmatrix_x4, 4, SM90_U32x4_STSM_N, r[0], r[1], r[2], r[3])
-STMATRIX(stmatrix_x1_trans, 1, SM90_U16x2_STSM_T, r[0])
-STMATRIX(stmatrix_x2_trans, 2, SM90_U16x4_STSM_T, r[0], r[1])
-STMATRIX(stmatrix_x4_trans, 4, SM90_U16x8_STSM_T, r[0], r[1], r[2], r[3])
-
 #undef LDMATRIX
-#undef STMATRIX
+ADAPTER void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  cute::SM90_U32x4_STSM_N::copy(r[0], r[1], r[2], r[3], *pointer<cute::uint128_t>(address));
+}
 
 template <typename T>
 ADAPTER void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -108,16 +86,11 @@ ADAPTER void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 using Barrier = cutlass::arch::ClusterBarrier;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 ADAPTER void mbarrier_init(uint32_t bar, uint32_t count) { Barrier::init(barrier(bar), count); }
-ADAPTER void mbarrier_inval(uint32_t bar) { Barrier::invalidate(barrier(bar)); }
-ADAPTER void mbarrier_arrive(uint32_t bar) { Barrier::arrive(barrier(bar)); }
 ADAPTER void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
   Barrier::arrive(barrier(bar), rank, 1);
 }
 ADAPTER void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
   TransactionBarrier::arrive_and_expect_tx(barrier(bar), bytes);
-}
-ADAPTER void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) {
-  TransactionBarrier::expect_transaction(barrier(bar), bytes);
 }
 ADAPTER bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
   return Barrier::try_wait(barrier(bar), parity);
@@ -161,10 +134,6 @@ struct GenericBarrier : cutlass::GenericBarrier<cutlass::detail::SyncthreadsSync
 ADAPTER uint32_t load_acquire_gpu(const uint32_t* flag) {
   return GenericBarrier::ld_acquire(reinterpret_cast<int*>(const_cast<uint32_t*>(flag)));
 }
-ADAPTER void store_release_gpu(uint32_t* flag, uint32_t value) {
-  // Thread id 0: the instruction alone, without Semaphore's choice of one thread.
-  cutlass::Semaphore(reinterpret_cast<int*>(flag), 0).release(static_cast<int>(value));
-}
 
 namespace gmma = cute::SM90::GMMA;
 enum class Major { kK, kMN };
@@ -179,16 +148,14 @@ ADAPTER void wgmma_wait_group() {
 
 template <typename T, int N, gmma::Major A, gmma::Major B>
 struct Wgmma;
-#define WGMMA(n)                                                        \
-  template <gmma::Major A, gmma::Major B>                               \
-  struct Wgmma<__nv_bfloat16, n, A, B> {                                \
-    using Ss = gmma::MMA_64x##n##x16_F32BF16BF16_SS<A, B>;              \
-    using Rs = gmma::MMA_64x##n##x16_F32BF16BF16_RS<gmma::Major::K, B>; \
-  };                                                                    \
-  template <gmma::Major A, gmma::Major B>                               \
-  struct Wgmma<__half, n, A, B> {                                       \
-    using Ss = gmma::MMA_64x##n##x16_F32F16F16_SS<A, B>;                \
-    using Rs = gmma::MMA_64x##n##x16_F32F16F16_RS<gmma::Major::K, B>;   \
+#define WGMMA(n)                                           \
+  template <gmma::Major A, gmma::Major B>                  \
+  struct Wgmma<__nv_bfloat16, n, A, B> {                   \
+    using Ss = gmma::MMA_64x##n##x16_F32BF16BF16_SS<A, B>; \
+  };                                                       \
+  template <gmma::Major A, gmma::Major B>                  \
+  struct Wgmma<__half, n, A, B> {                          \
+    using Ss = gmma::MMA_64x##n##x16_F32F16F16_SS<A, B>;   \
   };
 WGMMA(8)
 WGMMA(16)
@@ -210,20 +177,10 @@ ADAPTER void fma_ss(float* d, uint64_t a, uint64_t b, gmma::ScaleOut scale,
                     std::index_sequence<I...>) {
   Mma::fma(a, b, d[I]..., scale);
 }
-template <typename Mma, size_t... I>
-ADAPTER void fma_rs(float* d, const uint32_t* a, uint64_t b, gmma::ScaleOut scale,
-                    std::index_sequence<I...>) {
-  Mma::fma(a[0], a[1], a[2], a[3], b, d[I]..., scale);
-}
 template <typename T, int N, Major kMajorA, Major kMajorB>
 ADAPTER void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   using Mma = typename Wgmma<T, N, kGmma<kMajorA>, kGmma<kMajorB>>::Ss;
   fma_ss<Mma>(d, a, b, gmma::ScaleOut(accumulate), std::make_index_sequence<N / 2>());
-}
-template <typename T, int N, Major kMajorB>
-ADAPTER void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  using Mma = typename Wgmma<T, N, gmma::Major::K, kGmma<kMajorB>>::Rs;
-  fma_rs<Mma>(d, a, b, gmma::ScaleOut(accumulate), std::make_index_sequence<N / 2>());
 }
 
 }  // namespace cutlass_adapter

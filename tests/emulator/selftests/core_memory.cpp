@@ -67,23 +67,23 @@ TEST(copies) {
   rejects("a misaligned destination", ErrorKind::Misuse,
           "shared address 0x8 is not 16-byte aligned",
           [](const float* p) { emulator::cp_async_16(8, p, 16); });
-  rejects("a misaligned source", ErrorKind::Misuse, "is not 8-byte aligned",
-          [](const float* p) { emulator::cp_async_8(8, p + 1, 8); });
-  rejects("a source size that exceeds the size", ErrorKind::Misuse, "src-size 8",
-          [](const float* p) { emulator::cp_async_4(8, p, 8); });
+  rejects("a misaligned source", ErrorKind::Misuse, "is not 16-byte aligned",
+          [](const float* p) { emulator::cp_async_16(16, p + 1, 16); });
+  rejects("a source size that exceeds the size", ErrorKind::Misuse, "src-size 17",
+          [](const float* p) { emulator::cp_async_16(16, p, 17); });
   rejects("a source past the end of the buffer", ErrorKind::Misuse,
           "lie outside of the 1024 bytes of global buffer 'in'",
           [](const float* p) { emulator::cp_async_16(0, p + 256, 16); });
   rejects("a destination past the end", ErrorKind::Misuse, "lie outside",
-          [](const float* p) { emulator::cp_async_4(1024, p, 4); });
+          [](const float* p) { emulator::cp_async_16(1024, p, 16); });
   rejects("exit without a wait", ErrorKind::ExitCheck,
           "1 cp.async not waited for (0 of them not committed)", [](const float* p) {
-            emulator::cp_async_4(0, p, 4);
+            emulator::cp_async_16(0, p, 16);
             emulator::cp_async_commit_group();
           });
   rejects("exit without a commit", ErrorKind::ExitCheck, "(1 of them not committed)",
           [](const float* p) {
-            emulator::cp_async_4(0, p, 4);
+            emulator::cp_async_16(0, p, 16);
             emulator::cp_async_wait_group(0);
           });
 }

@@ -23,16 +23,16 @@ TEST(matrix_loads_count_their_bank_conflicts) {
       for (uint32_t i = threadIdx.x; i < 1024; i += 32) shared_array<uint32_t>()[i] = 0;
       __syncwarp();
       uint32_t registers[2];
-      ptx::ldmatrix_x2(registers, (threadIdx.x % 16) * pitch);
+      ptx::ldmatrix_x2_trans(registers, (threadIdx.x % 16) * pitch);
       __syncwarp();
-      ptx::stmatrix_x1((threadIdx.x % 8) * 16, {registers[0]});
+      ptx::stmatrix_x4(threadIdx.x * 16, {registers[0], registers[0], registers[1], registers[1]});
     });
   };
   load(128);
-  CHECK(counters().matrix_phases == 3);
+  CHECK(counters().matrix_phases == 2 + 4);
   CHECK(counters().matrix_conflicts == 2 * 7);
   load(16);
-  CHECK(counters().matrix_phases == 3);
+  CHECK(counters().matrix_phases == 2 + 4);
   CHECK(counters().matrix_conflicts == 0);
   load(32);  // rows 0 and 4 share their banks, and so on
   CHECK(counters().matrix_conflicts == 2);

@@ -37,17 +37,13 @@ uint32_t expected_register(uint32_t j, uint32_t lane, bool transposed) {
   return low | high << 16;
 }
 
-using Load1 = void (*)(uint32_t (&)[1], uint32_t);
 using Load2 = void (*)(uint32_t (&)[2], uint32_t);
 using Load4 = void (*)(uint32_t (&)[4], uint32_t);
-using Store1 = void (*)(uint32_t, const uint32_t (&)[1]);
-using Store2 = void (*)(uint32_t, const uint32_t (&)[2]);
-using Store4 = void (*)(uint32_t, const uint32_t (&)[4]);
 
 template <uint32_t kCount>
 void expect_load(void (*load)(uint32_t (&)[kCount], uint32_t), bool transposed) {
   run_everywhere(blocks_of(32, kShared), [=] {
-    const uint32_t lane = ptx::lane_index();
+    const uint32_t lane = lane_index();
     for (uint32_t col = 0; col < 8; ++col) shared_row(lane)[col] = element(lane / 8, lane % 8, col);
     syncwarp(~0u);
     uint32_t r[kCount];
@@ -57,67 +53,52 @@ void expect_load(void (*load)(uint32_t (&)[kCount], uint32_t), bool transposed) 
   });
 }
 
-template <uint32_t kCount>
-void expect_store(void (*store)(uint32_t, const uint32_t (&)[kCount]), bool transposed) {
+TEST(stmatrix_puts_each_element_in_its_row) {
   run_everywhere(blocks_of(32, kShared), [=] {
-    const uint32_t lane = ptx::lane_index();
+    const uint32_t lane = lane_index();
     for (uint32_t col = 0; col < 8; ++col) shared_row(lane)[col] = 0xABCD;
     syncwarp(~0u);
-    uint32_t r[kCount];
-    for (uint32_t j = 0; j < kCount; ++j) r[j] = expected_register(j, lane, transposed);
-    store(lane < 8 * kCount ? row_address(lane) : 0xFFFFFFFF, r);
+    uint32_t r[4];
+    for (uint32_t j = 0; j < 4; ++j) r[j] = expected_register(j, lane, false);
+    ptx::stmatrix_x4(row_address(lane), r);
     syncwarp(~0u);
-    for (uint32_t col = 0; col < 8; ++col) {
-      CHECK(shared_row(lane)[col] ==
-            (lane < 8 * kCount ? element(lane / 8, lane % 8, col) : 0xABCD));
-    }
+    for (uint32_t col = 0; col < 8; ++col)
+      CHECK(shared_row(lane)[col] == element(lane / 8, lane % 8, col));
   });
 }
 
 TEST(ldmatrix_gives_each_lane_its_elements) {
-  expect_load(Load1(ptx::ldmatrix_x1), false);
-  expect_load(Load2(ptx::ldmatrix_x2), false);
   expect_load(Load4(ptx::ldmatrix_x4), false);
-  expect_load(Load1(ptx::ldmatrix_x1_trans), true);
   expect_load(Load2(ptx::ldmatrix_x2_trans), true);
   expect_load(Load4(ptx::ldmatrix_x4_trans), true);
-}
-
-TEST(stmatrix_puts_each_element_in_its_row) {
-  expect_store(Store1(ptx::stmatrix_x1), false);
-  expect_store(Store2(ptx::stmatrix_x2), false);
-  expect_store(Store4(ptx::stmatrix_x4), false);
-  expect_store(Store1(ptx::stmatrix_x1_trans), true);
-  expect_store(Store2(ptx::stmatrix_x2_trans), true);
-  expect_store(Store4(ptx::stmatrix_x4_trans), true);
 }
 
 TEST(misuse_of_ldmatrix_fails) {
   const auto load_at = [](uint32_t offset) {
     run(blocks_of(32, kShared), [=] {
       uint32_t r[4];
-      ptx::ldmatrix_x4(r, row_address(ptx::lane_index()) + offset);
+      ptx::ldmatrix_x4(r, row_address(lane_index()) + offset);
     });
   };
   CHECK_FAILS(ErrorKind::Misuse, "ldmatrix", load_at(8));
   CHECK_FAILS(ErrorKind::Misuse, "ldmatrix", load_at(kShared));
   CHECK_FAILS(ErrorKind::Misuse, "", run(blocks_of(32, kShared), [] {
-                uint32_t one[1], two[2], written[4] = {};
-                const uint32_t address = row_address(ptx::lane_index());
+                uint32_t two[2], four[4], written[4] = {};
+                const uint32_t address = row_address(lane_index());
                 ptx::stmatrix_x4(address, written);
                 syncwarp(~0u);
-                if (ptx::lane_index() < 16) {
-                  ptx::ldmatrix_x1(one, address);
+                if (lane_index() < 16) {
+                  ptx::ldmatrix_x2_trans(two, address);
                 } else {
-                  ptx::ldmatrix_x2(two, address);
+                  ptx::ldmatrix_x4(four, address);
                 }
               }));
   CHECK_FAILS(ErrorKind::ExitCheck, "ldmatrix", run(blocks_of(32, kShared), [] {
-                uint32_t r[1], written[4] = {};
-                const uint32_t address = row_address(ptx::lane_index());
+                uint32_t r[2], written[4] = {};
+                const uint32_t address = row_address(lane_index());
                 ptx::stmatrix_x4(address, written);
                 syncwarp(~0u);
-                if (ptx::lane_index() != 31) ptx::ldmatrix_x1(r, address);
+                if (lane_index() != 31) ptx::ldmatrix_x2_trans(r, address);
               }));
 }
 
@@ -126,9 +107,9 @@ TEST(bank_conflicts_are_counted) {
     reset_counters();
     run(blocks_of(32, 32 * pitch), [=] {
       uint32_t r[4] = {};
-      ptx::stmatrix_x4(ptx::lane_index() * pitch, r);
+      ptx::stmatrix_x4(lane_index() * pitch, r);
       syncwarp(~0u);
-      ptx::ldmatrix_x4(r, ptx::lane_index() * pitch);
+      ptx::ldmatrix_x4(r, lane_index() * pitch);
     });
     CHECK(counters().matrix_phases == 8);
     return counters().matrix_conflicts;
@@ -146,7 +127,7 @@ void multiply(const std::vector<uint16_t>& a, const std::vector<uint16_t>& b,
               std::vector<float>& d) {
   const auto pair = [](uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; };
   run(blocks_of(32, 16), [&] {
-    const uint32_t group = ptx::lane_index() / 4, k = 2 * (ptx::lane_index() % 4);
+    const uint32_t group = lane_index() / 4, k = 2 * (lane_index() % 4);
     uint32_t ra[4], rb[2];
     float rd[4];
     for (uint32_t i = 0; i < 4; ++i) {  // a0 (row g), a1 (row g + 8), a2, a3: 8 columns on

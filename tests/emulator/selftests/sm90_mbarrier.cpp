@@ -52,19 +52,6 @@ TEST(try_wait_fails_before_the_phase_completes_and_passes_after) {
   CHECK(failures[0] > 0);
 }
 
-TEST(inval_frees_the_memory) {
-  run_everywhere(blocks_of(32, 1024), [] {
-    if (thread_index() != 0) return;
-    mbarrier_init(0, 1);
-    mbarrier_inval(0);
-    shared_words()[0] = 7;
-    mbarrier_init(0, 2);
-    mbarrier_arrive(0);
-    mbarrier_arrive(0);
-    mbarrier_wait(0, 0);
-  });
-}
-
 // Runs `body` in the one thread of a block, expecting a misuse.
 void expect_misuse(const char* text, const std::function<void()>& body) {
   CHECK_FAILS(kMisuse, text, run(blocks_of(1, 1024), body));
@@ -84,11 +71,6 @@ TEST(misused_init) {
 TEST(misused_objects) {
   expect_misuse("holds no mbarrier", [] { mbarrier_arrive(0); });
   expect_misuse("holds no mbarrier", [] { mbarrier_wait(8, 0); });
-  expect_misuse("holds no mbarrier", [] {
-    mbarrier_init(0, 1);
-    mbarrier_inval(0);
-    mbarrier_arrive(0);
-  });
   expect_misuse("was overwritten", [] {
     mbarrier_init(0, 1);
     shared_words()[1] = 0;
@@ -97,11 +79,6 @@ TEST(misused_objects) {
   expect_misuse("phase parity 2", [] {
     mbarrier_init(0, 1);
     mbarrier_wait(0, 2);
-  });
-  expect_misuse("copies are in flight", [] {
-    mbarrier_init(0, 2);
-    mbarrier_expect_tx(0, 16);
-    mbarrier_inval(0);
   });
 }
 

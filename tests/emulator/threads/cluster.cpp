@@ -56,9 +56,6 @@ std::string ClusterBarrier::describe() const {
 }
 
 uint32_t cluster_rank() { return current_thread().block().rank; }
-uint32_t cluster_size() {
-  return static_cast<uint32_t>(current_thread().block().cluster->blocks.size());
-}
 
 void cluster_arrive() { arrive("barrier.cluster.arrive", true); }
 void cluster_arrive_relaxed() { arrive("barrier.cluster.arrive.relaxed", false); }

@@ -7,7 +7,6 @@ namespace emulator {
 struct Thread;
 
 uint32_t cluster_rank();
-uint32_t cluster_size();
 /// barrier.cluster.arrive.release / .relaxed / barrier.cluster.wait.acquire, without .aligned:
 /// lanes come one by one.
 void cluster_arrive();
