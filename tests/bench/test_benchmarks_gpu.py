@@ -15,7 +15,7 @@ from helpers import smallest_of_each_kind
 from test_benchmarks import MACHINE, QUICK, small, synthetic
 
 import lora_ext
-from benchmarks import calls, card, model, report, results, runner, shapes, variants
+from benchmarks import calls, card, cost_model, report, results, runner, shapes, variants
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import cells, checks, measure, profile, stages, stress
 from benchmarks.gpu.run import Run, bring, resumed
@@ -167,7 +167,7 @@ def test_predictions_stand_beside_measurements(tmp_path):
     measure.predict(run)
     by_variant = {entry["variant"]: entry for entry in run.document["predictions"]}
     assert {"merged", "ours", "ours_fp32", "naive"} <= set(by_variant)
-    expected = model.predicted_us(model.MACHINES["H100"], cell, "merged")
+    expected = cost_model.predicted_us(cost_model.MACHINES["H100"], cell, "merged")
     assert by_variant["merged"]["predicted_us"] == expected
     measured = run.document["cells"][0]["timing"]["merged"]["ms"]
     assert by_variant["merged"]["measured_us"] == pytest.approx(1e3 * measured)

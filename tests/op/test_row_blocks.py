@@ -5,7 +5,7 @@ import torch
 from helpers import BF16, F32, F64, make_problem
 from torch.profiler import profile
 
-from benchmarks import memory, model
+from benchmarks import cost_model, memory
 from benchmarks.shapes import FORWARD, STEP, Cell
 from lora_ext import _C
 
@@ -88,7 +88,7 @@ def test_the_cost_model_counts_the_launches_of_the_route(library_route, blocks):
     found = []
     for mode in (FORWARD, STEP):
         cell = Cell(mode, "bfloat16", rows, columns, 24, rank=4, bias=False)
-        launches = model.launches_of(model.MACHINES["A100"], cell, "ours_fp32_library")
+        launches = cost_model.launches_of(cost_model.MACHINES["A100"], cell, "ours_fp32_library")
         found.append(sum(launch.times for launch in launches))
     assert found[0] == forward == 1 + 6 * blocks
     assert found[1] - found[0] == backward == 1 + 9 * blocks
