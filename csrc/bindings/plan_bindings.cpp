@@ -37,7 +37,7 @@ kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& w
                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
                                         double dropout_p) {
   return kernel_route::explain(
-      ForwardArgs{x, weight, lora_a, lora_b, {}, 1.0, DropoutArgs{dropout_p}, {}});
+      ForwardArgs{x, Base{weight}, Update{lora_a, lora_b, 1.0, DropoutArgs{dropout_p}}});
 }
 
 // Without a gradient of y, of one that is contiguous.
@@ -47,16 +47,9 @@ kernel_route::Explained explain_backward(const at::Tensor& x, const at::Tensor& 
   const at::Tensor contiguous = at::empty({0, weight.size(0)}, x.options());
   return kernel_route::explain(BackwardArgs{grad ? *grad : contiguous,
                                             x,
-                                            weight,
-                                            lora_a,
-                                            lora_b,
-                                            {},
-                                            1.0,
-                                            DropoutArgs{dropout_p},
-                                            {},
-                                            true,
-                                            true,
-                                            true});
+                                            Base{weight},
+                                            Update{lora_a, lora_b, 1.0, DropoutArgs{dropout_p}},
+                                            {}});
 }
 
 void bind_device(py::module& m) {

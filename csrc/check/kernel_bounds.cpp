@@ -31,7 +31,7 @@ struct Roundings {
   template <class Args>
   Roundings(const Args& args, bool hybrid) {
     const bool float16 = args.x.scalar_type() == at::kHalf;
-    const bool float_adapters = args.lora_a.scalar_type() == at::kFloat;
+    const bool float_adapters = args.update.lora_a.scalar_type() == at::kFloat;
     half = float16 ? 0x1p-11 : 0x1p-8;
     // Second halves of float16 are subnormal for numbers below 2^-3: 2^-25 is lost, not u^2.
     const double two_halves = 4 * (float16 ? 0x1p-19 : 0x1p-16);
@@ -76,53 +76,55 @@ at::Tensor allowed_of_gradient(const at::Tensor& result, const at::Tensor& produ
 
 ForwardArgs in_double(const ForwardArgs& args) {
   ForwardArgs exact = args;
-  for (at::Tensor* each : {&exact.x, &exact.weight, &exact.lora_a, &exact.lora_b})
+  for (at::Tensor* each :
+       {&exact.x, &exact.base.weight, &exact.update.lora_a, &exact.update.lora_b})
     *each = each->to(at::kDouble);
-  exact.bias = doubled(args.bias);
-  exact.packed = std::nullopt;
+  exact.base.bias = doubled(args.base.bias);
+  exact.base.packed = std::nullopt;
   return exact;
 }
 
 BackwardArgs in_double(const BackwardArgs& args) {
   BackwardArgs exact = args;
-  for (at::Tensor* each :
-       {&exact.grad, &exact.x, &exact.weight, &exact.lora_a, &exact.lora_b, &exact.s})
+  for (at::Tensor* each : {&exact.grad, &exact.x, &exact.base.weight, &exact.update.lora_a,
+                           &exact.update.lora_b, &exact.s})
     *each = each->to(at::kDouble);
-  exact.packed_t = std::nullopt;
+  exact.base.packed_t = std::nullopt;
   return exact;
 }
 
 Forward allowed(const ForwardArgs& args, const ForwardArgs& exact, const Forward& expected,
                 bool hybrid) {
   const Roundings rounding(args, hybrid);
-  const int64_t k = args.x.size(1), rank = args.lora_a.size(0);
-  const at::Tensor s = spread(exact.x, exact.lora_a.t(), scale_of(args.dropout));  // [M, r]
-  const at::Tensor low = spread(s, exact.lora_b.t(), exact.scaling);               // [M, N]
-  const at::Tensor base = spread(exact.x, exact.weight.t());
+  const int64_t k = args.x.size(1), rank = args.update.rank();
+  const at::Tensor s =
+      spread(exact.x, exact.update.lora_a.t(), scale_of(args.update.dropout));      // [M, r]
+  const at::Tensor low = spread(s, exact.update.lora_b.t(), exact.update.scaling);  // [M, N]
+  const at::Tensor base = spread(exact.x, exact.base.weight.t());
   Forward out{allowed_of(expected.y, base, low, k + rank, rounding),
               s.mul(rounding.of_s + sum_of(k))};
-  if (exact.bias) out.y.add_(exact.bias->abs(), rounding.once_more + sum_of(k + rank));
+  if (exact.base.bias) out.y.add_(exact.base.bias->abs(), rounding.once_more + sum_of(k + rank));
   return out;
 }
 
 Backward allowed(const BackwardArgs& args, const BackwardArgs& exact, const Backward& expected,
                  bool hybrid) {
   const Roundings rounding(args, hybrid);
-  const int64_t m = args.x.size(0), n = args.weight.size(0), rank = args.lora_a.size(0);
-  const double keep_scale = scale_of(args.dropout);
-  const at::Tensor ds = spread(exact.grad, exact.lora_b, exact.scaling);  // [M, r]
+  const int64_t m = args.x.size(0), n = args.update.out_features(), rank = args.update.rank();
+  const double keep_scale = scale_of(args.update.dropout);
+  const at::Tensor ds = spread(exact.grad, exact.update.lora_b, exact.update.scaling);  // [M, r]
   Backward out;
   if (args.need_dx) {
-    out.dx = allowed_of(expected.dx, spread(exact.grad, exact.weight),
-                        spread(ds, exact.lora_a, keep_scale), n + rank, rounding);
+    out.dx = allowed_of(expected.dx, spread(exact.grad, exact.base.weight),
+                        spread(ds, exact.update.lora_a, keep_scale), n + rank, rounding);
   }
   if (args.need_dlora_a) {
     out.dlora_a =
         allowed_of_gradient(expected.dlora_a, spread(ds.t(), exact.x, keep_scale), m + n, rounding);
   }
   if (args.need_dlora_b) {
-    out.dlora_b = allowed_of_gradient(expected.dlora_b,
-                                      spread(exact.grad.t(), exact.s, exact.scaling), m, rounding);
+    out.dlora_b = allowed_of_gradient(
+        expected.dlora_b, spread(exact.grad.t(), exact.s, exact.update.scaling), m, rounding);
   }
   return out;
 }

@@ -142,18 +142,16 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
   const at::Tensor x = numbers({m, k}, 12.71, 1, options), w = numbers({n, k}, 12.37, 0.1, options);
   const at::Tensor a = numbers({rank, k}, 12.53, 0.1, adapter);
   const at::Tensor b = numbers({n, rank}, 12.29, 0.1, adapter);
-  if (!kernels.backward)
-    return run_case(card, kernels, small.request,
-                    ForwardArgs{x, w, a, b, numbers({n}, 12.9, 1, options), 2.0, dropout, {}});
+  const Update update{a, b, 2.0, dropout};
+  if (!kernels.backward) {
+    const Base base{w, numbers({n}, 12.9, 1, options)};
+    return run_case(card, kernels, small.request, ForwardArgs{x, base, update});
+  }
   const BackwardArgs args{numbers({m, n}, 12.47, 1, options),
                           x,
-                          w,
-                          a,
-                          b,
+                          Base{w},
+                          update,
                           numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),
-                          2.0,
-                          dropout,
-                          {},
                           problem.need_dx,
                           problem.need_dlora_a,
                           problem.need_dlora_b};

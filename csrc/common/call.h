@@ -1,18 +1,18 @@
 // One LoRA linear, forward and backward, on 2-D tensors: the contract between the op (op/,
 // checks and shapes) and the routes that compute it.
 //
-//     S  = drop(X) A^T            Y  = X W^T + s S B^T + bias
+//     S  = drop(X) A^T            Y  = X W^T + bias + s S B^T
 //     dS = s dY B                 dX = dY W + mask * (dS A)
 //     dA = dS^T drop(X)           dB = s dY^T S                  (never dW)
 //
 // drop(X) = keep_scale * mask * X, with the mask of philox.h. S keeps keep_scale, not s.
+// M rows, K = in features, N = out features, r = rank.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
-#include <array>
 #include <optional>
-#include <tuple>
 
 #include "common/philox.h"
 
@@ -20,41 +20,54 @@ namespace lora_ext {
 
 struct DropoutArgs {
   double p = 0.0;
-  std::optional<at::Tensor> seed;  // int64, one element, on x's device
-  int64_t row_offset = 0;
-  int64_t col_offset = 0;
+  std::optional<at::Tensor> seed{};  // int64, one element, on x's device
+  c10::SymInt row_offset = 0;        // symbols where shapes are, numbers for the routes
+  c10::SymInt col_offset = 0;
 
   bool enabled() const { return p > 0.0 && keep_count() < philox::kKeepOne; }
   uint32_t keep_count() const { return philox::keep_count_of(p); }
   double keep_scale() const { return philox::keep_scale_of(keep_count()); }
+  int64_t first_row() const { return row_offset.expect_int(); }
+  int64_t first_col() const { return col_offset.expect_int(); }
 };
 
-// M rows, K = in features, N = out features, r = rank.
+// The frozen part of a layer: x W^T + bias.
+struct Base {
+  at::Tensor weight;                     // [N, K], of x's dtype unless it is cast
+  std::optional<at::Tensor> bias{};      // [N], of x's dtype, or float32
+  bool cast_weight = false;              // weight and bias are of any dtype, and rounded to x's
+  std::optional<at::Tensor> packed{};    // oneDNN's layout of weight, for a forward
+  std::optional<at::Tensor> packed_t{};  // and of weight^T, for a backward
+};
+
+// The trained part: scaling * (drop(x) lora_a^T) lora_b^T.
+struct Update {
+  at::Tensor lora_a;  // [r, K]
+  at::Tensor lora_b;  // [N, r]
+  double scaling = 1.0;
+  DropoutArgs dropout{};
+
+  int64_t rank() const { return lora_a.size(0); }
+  int64_t in_features() const { return lora_a.size(1); }
+  int64_t out_features() const { return lora_b.size(0); }
+};
+
 struct ForwardArgs {
-  at::Tensor x;                    // [M, K], last stride 1
-  at::Tensor weight;               // [N, K], dtype of x
-  at::Tensor lora_a;               // [r, K]
-  at::Tensor lora_b;               // [N, r]
-  std::optional<at::Tensor> bias;  // [N], dtype of x; for the kernel route also float32
-  double scaling;
-  DropoutArgs dropout;
-  std::optional<at::Tensor> packed;  // oneDNN's layout of weight
-  bool need_s = true;                // for backward
+  at::Tensor x;  // [M, K], last stride 1
+  Base base;
+  Update update;
+  bool need_s = true;  // for backward
 };
 
 struct BackwardArgs {
-  at::Tensor grad;    // dY [M, N], last stride 1, dtype of x
-  at::Tensor x;       // [M, K], last stride 1
-  at::Tensor weight;  // [N, K], dtype of x
-  at::Tensor lora_a;  // [r, K]
-  at::Tensor lora_b;  // [N, r]
-  at::Tensor s;       // [M, r], accumulation dtype
-  double scaling;
-  DropoutArgs dropout;
-  std::optional<at::Tensor> packed_t;  // oneDNN's layout of weight^T
-  bool need_dx;
-  bool need_dlora_a;
-  bool need_dlora_b;
+  at::Tensor grad;  // dY [M, N], last stride 1, dtype of x
+  at::Tensor x;     // [M, K], last stride 1
+  Base base;
+  Update update;
+  at::Tensor s;  // [M, r], accumulation dtype
+  bool need_dx = true;
+  bool need_dlora_a = true;
+  bool need_dlora_b = true;
 };
 
 struct Forward {

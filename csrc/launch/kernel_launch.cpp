@@ -34,14 +34,15 @@ bool aligned_rows(int64_t columns) { return columns % 8 == 0; }
 template <class Args>
 plan::Problem common_problem(const Args& args) {
   plan::Problem problem{};
-  problem.m = args.x.size(0), problem.n = args.weight.size(0), problem.k = args.x.size(1);
-  problem.rank = args.lora_a.size(0);
+  const Update& update = args.update;
+  problem.m = args.x.size(0), problem.n = update.out_features(), problem.k = args.x.size(1);
+  problem.rank = update.rank();
   problem.half_dtype = is_half(args.x.scalar_type());
-  problem.float_adapters = args.lora_a.scalar_type() == at::kFloat;
-  problem.dropout = args.dropout.enabled();
-  problem.weight_row_major = args.weight.stride(1) == 1;
-  problem.aligned_weight = aligned(args.weight);
-  problem.aligned_a = aligned(args.lora_a), problem.aligned_b = aligned(args.lora_b);
+  problem.float_adapters = update.lora_a.scalar_type() == at::kFloat;
+  problem.dropout = update.dropout.enabled();
+  problem.weight_row_major = args.base.weight.stride(1) == 1;
+  problem.aligned_weight = aligned(args.base.weight);
+  problem.aligned_a = aligned(update.lora_a), problem.aligned_b = aligned(update.lora_b);
   return problem;
 }
 
@@ -52,19 +53,20 @@ kernel::Matrix matrix_of(const at::Tensor& tensor) {
 template <class Args>
 kernel::LoraLinearOperands common_operands(const Args& args, const at::Tensor& workspace) {
   kernel::LoraLinearOperands o{};
-  o.m = args.x.size(0), o.n = args.weight.size(0), o.k = args.x.size(1);
-  o.rank = static_cast<int>(args.lora_a.size(0));
+  const Update& update = args.update;
+  const DropoutArgs& dropout = update.dropout;
+  o.m = args.x.size(0), o.n = update.out_features(), o.k = args.x.size(1);
+  o.rank = static_cast<int>(update.rank());
   o.x = args.x.const_data_ptr(), o.x_pitch = pitch_of(args.x);
-  o.weight = args.weight.const_data_ptr(), o.weight_pitch = pitch_of(args.weight);
-  o.a = matrix_of(args.lora_a), o.b = matrix_of(args.lora_b);
-  o.float_adapters = args.lora_a.scalar_type() == at::kFloat;
-  o.scaling = static_cast<float>(args.scaling);
-  o.dropout = args.dropout.enabled();
+  o.weight = args.base.weight.const_data_ptr(), o.weight_pitch = pitch_of(args.base.weight);
+  o.a = matrix_of(update.lora_a), o.b = matrix_of(update.lora_b);
+  o.float_adapters = update.lora_a.scalar_type() == at::kFloat;
+  o.scaling = static_cast<float>(update.scaling);
+  o.dropout = dropout.enabled();
   o.mask.keep_count = philox::kKeepOne, o.mask.keep_scale = 1.f;
   if (o.dropout) {
-    o.mask = {args.dropout.seed->template const_data_ptr<int64_t>(), args.dropout.row_offset,
-              args.dropout.col_offset, args.dropout.keep_count(),
-              static_cast<float>(args.dropout.keep_scale())};
+    o.mask = {dropout.seed->template const_data_ptr<int64_t>(), dropout.first_row(),
+              dropout.first_col(), dropout.keep_count(), static_cast<float>(dropout.keep_scale())};
   }
   o.workspace = workspace.mutable_data_ptr<uint8_t>();
   return o;
@@ -145,19 +147,19 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   const at::Device device = args.x.device();
   const c10::DeviceGuard guard(device);
   const at::Tensor workspace = workspace_for(plan, args.x);
-  Forward out{at::empty({args.x.size(0), args.weight.size(0)}, args.x.options()),
-              at::empty({args.x.size(0), args.lora_a.size(0)}, args.x.options().dtype(at::kFloat))};
+  Forward out{at::empty({args.x.size(0), args.update.out_features()}, args.x.options()),
+              at::empty({args.x.size(0), args.update.rank()}, args.x.options().dtype(at::kFloat))};
   kernel::LoraLinearForward operands{};
   static_cast<kernel::LoraLinearOperands&>(operands) = common_operands(args, workspace);
-  if (args.bias) {
-    operands.bias = args.bias->const_data_ptr();
-    operands.float_bias = args.bias->scalar_type() == at::kFloat;
+  if (args.base.bias) {
+    operands.bias = args.base.bias->const_data_ptr();
+    operands.float_bias = args.base.bias->scalar_type() == at::kFloat;
   }
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid) out.y.addmm_(args.x, args.weight.t());
+  if (plan.hybrid) out.y.addmm_(args.x, args.base.weight.t());
   return out;
 }
 
@@ -167,8 +169,10 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   const at::Tensor workspace = workspace_for(plan, args.x);
   Backward out;
   if (args.need_dx) out.dx = at::empty({args.x.size(0), args.x.size(1)}, args.x.options());
-  if (args.need_dlora_a) out.dlora_a = at::empty(args.lora_a.sizes(), args.lora_a.options());
-  if (args.need_dlora_b) out.dlora_b = at::empty(args.lora_b.sizes(), args.lora_b.options());
+  if (args.need_dlora_a)
+    out.dlora_a = at::empty(args.update.lora_a.sizes(), args.update.lora_a.options());
+  if (args.need_dlora_b)
+    out.dlora_b = at::empty(args.update.lora_b.sizes(), args.update.lora_b.options());
   kernel::LoraLinearBackward operands{};
   static_cast<kernel::LoraLinearOperands&>(operands) = common_operands(args, workspace);
   operands.dy = args.grad.const_data_ptr(), operands.dy_pitch = pitch_of(args.grad);
@@ -179,7 +183,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   check_launch(
       cuda::launch_backward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid && args.need_dx) out.dx.addmm_(args.grad, args.weight);
+  if (plan.hybrid && args.need_dx) out.dx.addmm_(args.grad, args.base.weight);
   return out;
 }
 

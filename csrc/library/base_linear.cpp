@@ -22,13 +22,13 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
 }  // namespace
 
 at::Tensor base_forward(const ForwardArgs& args) {
-  if (args.packed) return packed_linear(args.x, *args.packed, args.bias);
-  return at::linear(args.x, args.weight, args.bias);
+  if (args.base.packed) return packed_linear(args.x, *args.base.packed, args.base.bias);
+  return at::linear(args.x, args.base.weight, args.base.bias);
 }
 
 at::Tensor base_backward(const BackwardArgs& args) {
-  if (args.packed_t) return packed_linear(args.grad, *args.packed_t, std::nullopt);
-  return at::mm(args.grad, args.weight);
+  if (args.base.packed_t) return packed_linear(args.grad, *args.base.packed_t, std::nullopt);
+  return at::mm(args.grad, args.base.weight);
 }
 
 }  // namespace lora_ext

@@ -29,7 +29,7 @@ template <class Row>
 void for_mask_rows(const DropoutArgs& args, int64_t first_row, int64_t rows, int64_t cols,
                    const Row& row) {
   const cpu::Dropout dropout{static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()),
-                             args.row_offset + first_row, args.col_offset, args.keep_count()};
+                             args.first_row() + first_row, args.first_col(), args.keep_count()};
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, cols));
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> bits(static_cast<size_t>((cols + 31) / 32));

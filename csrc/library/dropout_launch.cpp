@@ -41,8 +41,8 @@ DropoutParams params_of(const at::Tensor& out, const DropoutArgs& dropout, int64
   params.cols = out.size(1);
   params.out_pitch = out.stride(0);
   params.seed = dropout.seed->const_data_ptr<int64_t>();
-  params.row_offset = dropout.row_offset + first_row;
-  params.col_offset = dropout.col_offset;
+  params.row_offset = dropout.first_row() + first_row;
+  params.col_offset = dropout.first_col();
   params.keep_count = dropout.keep_count();
   params.keep_scale = dropout.keep_scale();
   return params;

@@ -33,38 +33,39 @@ bool half_on_cpu(const at::Tensor& x) { return x.is_cpu() && is_half(x.scalar_ty
 // drop(X) of some rows, in the adapters' dtype, which is wider.
 template <class Args>
 at::Tensor wide_rows(const Args& args, int64_t row, int64_t count) {
-  at::Tensor x = args.x.narrow(0, row, count).to(args.lora_a.scalar_type());
-  if (args.dropout.enabled()) drop_(x, args.dropout, row);
+  at::Tensor x = args.x.narrow(0, row, count).to(args.update.lora_a.scalar_type());
+  if (args.update.dropout.enabled()) drop_(x, args.update.dropout, row);
   return x;
 }
 
 Forward forward_wide(const ForwardArgs& args) {
-  const at::ScalarType wide = args.lora_a.scalar_type();
+  const at::ScalarType wide = args.update.lora_a.scalar_type();
   Forward out{base_forward(args),
-              at::empty({args.x.size(0), args.lora_a.size(0)}, args.lora_a.options())};
+              at::empty({args.x.size(0), args.update.rank()}, args.update.lora_a.options())};
   const int64_t columns = std::max(args.x.size(1), out.y.size(1));
   for_row_blocks(args.x, columns, wide, [&](int64_t row, int64_t count) {
     at::Tensor s = out.s.narrow(0, row, count);
-    at::mm_out(s, wide_rows(args, row, count), args.lora_a.t());
+    at::mm_out(s, wide_rows(args, row, count), args.update.lora_a.t());
     at::Tensor y = out.y.narrow(0, row, count);
-    y.copy_(at::mm(s, args.lora_b.t()).mul_(args.scaling).add_(y));
+    y.copy_(at::mm(s, args.update.lora_b.t()).mul_(args.update.scaling).add_(y));
   });
   return out;
 }
 
 Forward forward_same(const ForwardArgs& args) {
-  const bool drop = args.dropout.enabled();
-  const at::Tensor s = at::mm(drop ? dropped(args.x, args.dropout, 0) : args.x, args.lora_a.t());
+  const bool drop = args.update.dropout.enabled();
+  const at::Tensor s =
+      at::mm(drop ? dropped(args.x, args.update.dropout, 0) : args.x, args.update.lora_a.t());
   at::Tensor y;
-  if (args.x.is_cpu() || args.packed) {
+  if (args.x.is_cpu() || args.base.packed) {
     y = base_forward(args);
-    y.addmm_(s, args.lora_b.t(), 1, args.scaling);
+    y.addmm_(s, args.update.lora_b.t(), 1, args.update.scaling);
   } else {
-    y = at::empty({args.x.size(0), args.weight.size(0)}, args.x.options());
+    y = at::empty({args.x.size(0), args.update.out_features()}, args.x.options());
     // beta = 0 ignores what y holds; the scaling rides on the GEMM's alpha.
-    const at::Tensor& start = args.bias ? *args.bias : y;
-    at::addmm_out(y, start, s, args.lora_b.t(), args.bias ? 1 : 0, args.scaling);
-    y.addmm_(args.x, args.weight.t());
+    const at::Tensor& start = args.base.bias ? *args.base.bias : y;
+    at::addmm_out(y, start, s, args.update.lora_b.t(), args.base.bias ? 1 : 0, args.update.scaling);
+    y.addmm_(args.x, args.base.weight.t());
   }
   return {y, args.need_s ? s.to(accumulation_dtype(s.scalar_type())) : s};
 }
@@ -74,19 +75,20 @@ Forward forward_same(const ForwardArgs& args) {
 bool transposed_dlora_b(const at::Tensor& s) { return s.size(1) <= 8; }
 
 Backward backward_wide(const BackwardArgs& args) {
-  const at::TensorOptions wide = args.lora_a.options();
+  const at::TensorOptions wide = args.update.lora_a.options();
   Backward out;
-  if (args.need_dlora_a) out.dlora_a = at::zeros(args.lora_a.sizes(), wide);
+  if (args.need_dlora_a) out.dlora_a = at::zeros(args.update.lora_a.sizes(), wide);
   const bool transposed = transposed_dlora_b(args.s);
   at::Tensor dlora_b_t;  // [r, N]
   if (args.need_dlora_b) {
-    dlora_b_t = transposed ? at::zeros({args.lora_b.size(1), args.lora_b.size(0)}, wide)
-                           : at::zeros(args.lora_b.sizes(), wide).t();
+    dlora_b_t = transposed
+                    ? at::zeros({args.update.lora_b.size(1), args.update.lora_b.size(0)}, wide)
+                    : at::zeros(args.update.lora_b.sizes(), wide).t();
   }
   if (args.need_dx) out.dx = base_backward(args);
   const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
   for_row_blocks(args.x, columns, wide.dtype().toScalarType(), [&](int64_t row, int64_t count) {
-    at::Tensor grad = args.grad.narrow(0, row, count).to(wide).mul_(args.scaling);
+    at::Tensor grad = args.grad.narrow(0, row, count).to(wide).mul_(args.update.scaling);
     if (args.need_dlora_b) {
       const at::Tensor s = args.s.narrow(0, row, count).to(wide);
       if (transposed) {
@@ -96,14 +98,14 @@ Backward backward_wide(const BackwardArgs& args) {
       }
     }
     if (!args.need_dlora_a && !args.need_dx) return;
-    const at::Tensor ds = at::mm(grad, args.lora_b);
+    const at::Tensor ds = at::mm(grad, args.update.lora_b);
     grad.reset();
     if (args.need_dlora_a) {
       out.dlora_a.addmm_(ds.t(), wide_rows(args, row, count));
     }
     if (args.need_dx) {
-      at::Tensor delta = at::mm(ds, args.lora_a);
-      if (args.dropout.enabled()) drop_(delta, args.dropout, row);
+      at::Tensor delta = at::mm(ds, args.update.lora_a);
+      if (args.update.dropout.enabled()) drop_(delta, args.update.dropout, row);
       // PEFT's autograd rounds the delta on its way through the cast of x, then adds.
       out.dx.narrow(0, row, count).add_(delta.to(out.dx.scalar_type()));
     }
@@ -123,23 +125,24 @@ Backward backward_same(const BackwardArgs& args) {
   Backward out;
   if (args.need_dlora_b) {
     const at::Tensor s = args.s.to(args.grad.scalar_type());
-    out.dlora_b = transposed_dlora_b(s) ? scaled_mm(s.t(), args.grad, args.scaling).t().contiguous()
-                                        : scaled_mm(args.grad.t(), s, args.scaling);
+    out.dlora_b = transposed_dlora_b(s)
+                      ? scaled_mm(s.t(), args.grad, args.update.scaling).t().contiguous()
+                      : scaled_mm(args.grad.t(), s, args.update.scaling);
   }
   if (args.need_dx) out.dx = base_backward(args);
   if (!args.need_dlora_a && !args.need_dx) return out;
-  const at::Tensor ds = scaled_mm(args.grad, args.lora_b, args.scaling);
-  const bool drop = args.dropout.enabled();
+  const at::Tensor ds = scaled_mm(args.grad, args.update.lora_b, args.update.scaling);
+  const bool drop = args.update.dropout.enabled();
   if (args.need_dlora_a) {
-    out.dlora_a = at::mm(ds.t(), drop ? dropped(args.x, args.dropout, 0) : args.x);
+    out.dlora_a = at::mm(ds.t(), drop ? dropped(args.x, args.update.dropout, 0) : args.x);
   }
   if (args.need_dx) {
     if (drop) {
-      at::Tensor delta = at::mm(ds, args.lora_a);
-      drop_(delta, args.dropout, 0);
+      at::Tensor delta = at::mm(ds, args.update.lora_a);
+      drop_(delta, args.update.dropout, 0);
       out.dx.add_(delta);
     } else {
-      out.dx.addmm_(ds, args.lora_a);
+      out.dx.addmm_(ds, args.update.lora_a);
     }
   }
   return out;
@@ -148,18 +151,18 @@ Backward backward_same(const BackwardArgs& args) {
 }  // namespace
 
 Forward forward(const ForwardArgs& args) {
-  return wide_adapters(args.x, args.lora_a) ? forward_wide(args) : forward_same(args);
+  return wide_adapters(args.x, args.update.lora_a) ? forward_wide(args) : forward_same(args);
 }
 
 Backward backward(const BackwardArgs& args) {
-  if (wide_adapters(args.x, args.lora_a)) return backward_wide(args);
+  if (wide_adapters(args.x, args.update.lora_a)) return backward_wide(args);
   if (!half_on_cpu(args.x)) return backward_same(args);
   BackwardArgs wide = args;
-  wide.lora_a = args.lora_a.to(at::kFloat);
-  wide.lora_b = args.lora_b.to(at::kFloat);
+  wide.update.lora_a = args.update.lora_a.to(at::kFloat);
+  wide.update.lora_b = args.update.lora_b.to(at::kFloat);
   Backward out = backward_wide(wide);
-  if (args.need_dlora_a) out.dlora_a = out.dlora_a.to(args.lora_a.scalar_type());
-  if (args.need_dlora_b) out.dlora_b = out.dlora_b.to(args.lora_b.scalar_type());
+  if (args.need_dlora_a) out.dlora_a = out.dlora_a.to(args.update.lora_a.scalar_type());
+  if (args.need_dlora_b) out.dlora_b = out.dlora_b.to(args.update.lora_b.scalar_type());
   return out;
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "op/flat.h"
 #include "op/ops.h"
 
 namespace lora_ext {
@@ -15,31 +16,29 @@ at::Tensor adapter_for(const at::Tensor& adapter, at::ScalarType dtype, c10::Dev
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>
-at::Tensor lora_linear_autocast(const at::Tensor& x, const at::Tensor& weight,
-                                const at::Tensor& lora_a, const at::Tensor& lora_b,
-                                const std::optional<at::Tensor>& bias, double scaling,
-                                double dropout_p, const std::optional<at::Tensor>& seed,
-                                c10::SymInt row_offset, c10::SymInt col_offset,
-                                bool /*cast_weight*/, const std::optional<at::Tensor>& packed,
-                                const std::optional<at::Tensor>& packed_t) {
+at::Tensor lora_linear_autocast(const at::Tensor& x, const Base& base, const Update& update) {
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), weight,
-                          adapter_for(lora_a, dtype, device), adapter_for(lora_b, dtype, device),
-                          bias, scaling, dropout_p, seed, std::move(row_offset),
-                          std::move(col_offset), /*cast_weight=*/true, packed, packed_t);
+  Base cast = base;
+  cast.cast_weight = true;
+  Update own = update;
+  own.lora_a = adapter_for(update.lora_a, dtype, device);
+  own.lora_b = adapter_for(update.lora_b, dtype, device);
+  return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), cast, own);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, AutocastCPU, m) {
   m.impl("lora_linear",
-         TORCH_FN((lora_linear_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>)));
+         TORCH_FN((flat::lora_linear<
+                   lora_linear_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>>)));
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, AutocastCUDA, m) {
   m.impl("lora_linear",
-         TORCH_FN((lora_linear_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>)));
+         TORCH_FN((flat::lora_linear<
+                   lora_linear_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>>)));
 }
 
 }  // namespace lora_ext

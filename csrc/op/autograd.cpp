@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "common/check.h"
+#include "op/flat.h"
 #include "op/ops.h"
 
 namespace lora_ext {
@@ -33,29 +34,27 @@ int64_t address_of(const at::Tensor& weight) {
 }
 
 struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
-  // Positions of the differentiable inputs among forward's arguments.
-  enum Input { kX = 0, kLoraA = 2, kLoraB = 3, kBias = 4, kNumInputs = 13 };
+  // Positions of the differentiable inputs among forward's arguments: tensors apart from the values
+  // that hold them, where torch finds them.
+  enum Input { kX = 0, kLoraA = 1, kLoraB = 2, kBias = 3, kNumInputs = 6 };
 
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const at::Tensor& lora_a, const at::Tensor& lora_b,
-                            const std::optional<at::Tensor>& bias, double scaling, double dropout_p,
-                            const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
-                            c10::SymInt col_offset, bool cast_weight,
-                            const std::optional<at::Tensor>& packed,
-                            const std::optional<at::Tensor>& packed_t) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& lora_a,
+                            const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
+                            const Base& base, const Update& update) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, s] = ops::lora_linear_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p,
-                                           seed, row_offset, col_offset, cast_weight, packed);
-    ctx->save_for_backward({x, weight, lora_a, lora_b, s, seed.value_or(at::Tensor())});
-    ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->saved_data["row_offset"] = std::move(row_offset);
-    ctx->saved_data["col_offset"] = std::move(col_offset);
-    ctx->saved_data["cast_weight"] = cast_weight;
+    auto [y, s] = ops::lora_linear_forward(x, base, update);
+    const DropoutArgs& dropout = update.dropout;
+    ctx->save_for_backward(
+        {x, base.weight, lora_a, lora_b, s, dropout.seed.value_or(at::Tensor())});
+    ctx->saved_data["scaling"] = update.scaling;
+    ctx->saved_data["dropout_p"] = dropout.p;
+    ctx->saved_data["row_offset"] = dropout.row_offset;
+    ctx->saved_data["col_offset"] = dropout.col_offset;
+    ctx->saved_data["cast_weight"] = base.cast_weight;
     ctx->saved_data["has_bias"] = bias.has_value();
-    if (packed_t) {
-      ctx->saved_data["packed_t"] = *packed_t;
-      ctx->saved_data["packed_address"] = address_of(weight);
+    if (base.packed_t) {
+      ctx->saved_data["packed_t"] = *base.packed_t;
+      ctx->saved_data["packed_address"] = address_of(base.weight);
     }
     return y;
   }
@@ -64,31 +63,29 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     variable_list out(kNumInputs);
     if (!grads[0].defined()) return out;
     const variable_list saved = ctx->get_saved_variables();
-    std::optional<at::Tensor> packed_t;
-    if (ctx->saved_data.count("packed_t") != 0 &&
-        ctx->saved_data["packed_address"].toInt() == address_of(saved[1])) {
-      packed_t = ctx->saved_data["packed_t"].toTensor();
+    auto& data = ctx->saved_data;
+    Base base{saved[1]};
+    base.cast_weight = data["cast_weight"].toBool();
+    if (data.count("packed_t") != 0 && data["packed_address"].toInt() == address_of(base.weight)) {
+      base.packed_t = data["packed_t"].toTensor();
     }
+    const Update update{saved[2],
+                        saved[3],
+                        data["scaling"].toDouble(),
+                        {data["dropout_p"].toDouble(), optional(saved[5]),
+                         data["row_offset"].toSymInt(), data["col_offset"].toSymInt()}};
     const std::array<bool, 4> output_mask = {
         ctx->needs_input_grad(kX), ctx->needs_input_grad(kLoraA), ctx->needs_input_grad(kLoraB),
-        ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(kBias)};
-    std::tie(out[kX], out[kLoraA], out[kLoraB], out[kBias]) = ops::lora_linear_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4],
-        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(),
-        optional(saved[5]), ctx->saved_data["row_offset"].toSymInt(),
-        ctx->saved_data["col_offset"].toSymInt(), ctx->saved_data["cast_weight"].toBool(), packed_t,
-        output_mask);
+        data["has_bias"].toBool() && ctx->needs_input_grad(kBias)};
+    std::tie(out[kX], out[kLoraA], out[kLoraB], out[kBias]) =
+        ops::lora_linear_backward(grads[0], saved[0], base, update, saved[4], output_mask);
     return out;
   }
 };
 
-at::Tensor lora_linear_autograd(const at::Tensor& x, const at::Tensor& weight,
-                                const at::Tensor& lora_a, const at::Tensor& lora_b,
-                                const std::optional<at::Tensor>& bias, double scaling,
-                                double dropout_p, const std::optional<at::Tensor>& seed,
-                                c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
-                                const std::optional<at::Tensor>& packed,
-                                const std::optional<at::Tensor>& packed_t) {
+at::Tensor lora_linear_autograd(const at::Tensor& x, const Base& base, const Update& update) {
+  const at::Tensor &weight = base.weight, &lora_a = update.lora_a, &lora_b = update.lora_b;
+  const std::optional<at::Tensor>& bias = base.bias;
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(x) && !has_tangent(weight) && !has_tangent(lora_a) && !has_tangent(lora_b) &&
           !(bias && has_tangent(*bias)),
@@ -99,15 +96,11 @@ at::Tensor lora_linear_autograd(const at::Tensor& x, const at::Tensor& weight,
                    "expected a frozen weight, but got one that requires grad: no gradient is "
                    "computed for it; call weight.requires_grad_(False)");
     if (x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad() || wants_grad(bias)) {
-      return LoraLinearFunction::apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
-                                       std::move(row_offset), std::move(col_offset), cast_weight,
-                                       packed, packed_t);
+      return LoraLinearFunction::apply(x, lora_a, lora_b, bias, base, update);
     }
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed,
-                          std::move(row_offset), std::move(col_offset), cast_weight, packed,
-                          packed_t);
+  return ops::lora_linear(x, base, update);
 }
 
 // First derivatives only: under create_graph the gradients pass through this identity, whose own
@@ -130,17 +123,15 @@ struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_autograd(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-    const at::Tensor& lora_b, const at::Tensor& s, double scaling, double dropout_p,
-    const std::optional<at::Tensor>& seed, c10::SymInt row_offset, c10::SymInt col_offset,
-    bool cast_weight, const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask) {
+    const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
+    const at::Tensor& s, std::array<bool, 4> output_mask) {
   std::array<at::Tensor, 4> out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(out[0], out[1], out[2], out[3]) = ops::lora_linear_backward(
-        grad, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, std::move(row_offset),
-        std::move(col_offset), cast_weight, packed_t, output_mask);
+    std::tie(out[0], out[1], out[2], out[3]) =
+        ops::lora_linear_backward(grad, x, base, update, s, output_mask);
   }
+  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
   const bool differentiable =
       grad.requires_grad() || x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad();
   if (at::GradMode::is_enabled() && differentiable) {
@@ -160,8 +151,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {
-  m.impl("lora_linear", TORCH_FN(lora_linear_autograd));
-  m.impl("lora_linear_backward", TORCH_FN(lora_linear_backward_autograd));
+  m.impl("lora_linear", TORCH_FN(flat::lora_linear<lora_linear_autograd>));
+  m.impl("lora_linear_backward",
+         TORCH_FN(flat::lora_linear_backward<lora_linear_backward_autograd>));
   m.impl("lora_linear_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dropout_mask", torch::CppFunction::makeFallthrough());
 }

@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "common/bounds.h"
-#include "common/call.h"
 #include "common/check.h"
 
 namespace lora_ext {
@@ -20,8 +19,9 @@ void check_same_device(const char* name, const at::Tensor& tensor, const at::Ten
                  ", but got ", tensor.device(), "; move one of them with .to()");
 }
 
-void check_shapes(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-                  const at::Tensor& lora_b, const std::optional<at::Tensor>& bias) {
+void check_shapes(const at::Tensor& x, const Base& base, const Update& update) {
+  const at::Tensor &weight = base.weight, &lora_a = update.lora_a, &lora_b = update.lora_b;
+  const std::optional<at::Tensor>& bias = base.bias;
   LORA_EXT_CHECK(x.dim() >= 1, "expected x of shape [..., in_features], but got a 0-d tensor");
   LORA_EXT_CHECK(weight.dim() == 2,
                  "expected weight of shape [out_features, in_features], but got ", weight.dim(),
@@ -49,9 +49,10 @@ void check_shapes(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   }
 }
 
-void check_dtypes(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-                  const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
-                  bool cast_weight) {
+void check_dtypes(const at::Tensor& x, const Base& base, const Update& update) {
+  const at::Tensor &weight = base.weight, &lora_a = update.lora_a, &lora_b = update.lora_b;
+  const std::optional<at::Tensor>& bias = base.bias;
+  const bool cast_weight = base.cast_weight;
   const at::ScalarType dtype = x.scalar_type();
   LORA_EXT_CHECK_TYPE(supported(dtype),
                       "expected x of dtype float64, float32, bfloat16 or float16, but got ", dtype);
@@ -96,45 +97,39 @@ void check_offsets(const c10::SymInt& row_offset, const c10::SymInt& col_offset)
 
 }  // namespace
 
-void check_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-                   const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
-                   double dropout_p, const std::optional<at::Tensor>& seed,
-                   const c10::SymInt& row_offset, const c10::SymInt& col_offset, bool cast_weight) {
-  check_shapes(x, weight, lora_a, lora_b, bias);
-  check_dtypes(x, weight, lora_a, lora_b, bias, cast_weight);
-  check_same_device("weight", weight, x);
-  check_same_device("lora_a", lora_a, x);
-  check_same_device("lora_b", lora_b, x);
-  if (bias) check_same_device("bias", *bias, x);
+void check_forward(const at::Tensor& x, const Base& base, const Update& update) {
+  check_shapes(x, base, update);
+  check_dtypes(x, base, update);
+  check_same_device("weight", base.weight, x);
+  check_same_device("lora_a", update.lora_a, x);
+  check_same_device("lora_b", update.lora_b, x);
+  if (base.bias) check_same_device("bias", *base.bias, x);
   // The kernels hold it in the dtype in which they sum: float32, or float64 for float64.
   const double largest = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                         : std::numeric_limits<float>::max();
-  LORA_EXT_CHECK(std::abs(scaling) <= largest, "expected a finite scaling of at most ", largest,
-                 " in magnitude, but got ", scaling);
-  check_probability(dropout_p);
-  check_offsets(row_offset, col_offset);
-  if (dropout_p > 0.0) {
-    LORA_EXT_CHECK(seed.has_value(), "expected a seed with dropout_p = ", dropout_p,
+  LORA_EXT_CHECK(std::abs(update.scaling) <= largest, "expected a finite scaling of at most ",
+                 largest, " in magnitude, but got ", update.scaling);
+  const DropoutArgs& dropout = update.dropout;
+  check_probability(dropout.p);
+  check_offsets(dropout.row_offset, dropout.col_offset);
+  if (dropout.p > 0.0) {
+    LORA_EXT_CHECK(dropout.seed.has_value(), "expected a seed with dropout_p = ", dropout.p,
                    ": an int64 tensor of one element on x's device");
-    check_seed(*seed);
-    check_same_device("seed", *seed, x);
+    check_seed(*dropout.seed);
+    check_same_device("seed", *dropout.seed, x);
   }
 }
 
-void check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                    const at::Tensor& lora_a, const at::Tensor& lora_b, const at::Tensor& s,
-                    double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
-                    const c10::SymInt& row_offset, const c10::SymInt& col_offset,
-                    bool cast_weight) {
-  check_forward(x, weight, lora_a, lora_b, std::nullopt, scaling, dropout_p, seed, row_offset,
-                col_offset, cast_weight);
+void check_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base,
+                    const Update& update, const at::Tensor& s) {
+  check_forward(x, base, update);
   std::vector<c10::SymInt> y_sizes = x.sym_sizes().vec();
-  y_sizes.back() = weight.sym_size(0);
+  y_sizes.back() = base.weight.sym_size(0);
   LORA_EXT_CHECK(grad.sym_sizes().equals(y_sizes), "expected grad of shape ",
                  c10::SymIntArrayRef(y_sizes), ", but got ", grad.sym_sizes());
   c10::SymInt rows = 1;
   for (int64_t dim = 0; dim < x.dim() - 1; ++dim) rows = rows * x.sym_size(dim);
-  const std::vector<c10::SymInt> s_sizes = {rows, lora_a.sym_size(0)};
+  const std::vector<c10::SymInt> s_sizes = {rows, update.lora_a.sym_size(0)};
   LORA_EXT_CHECK(s.sym_sizes().equals(s_sizes), "expected s of shape ",
                  c10::SymIntArrayRef(s_sizes), ", but got ", s.sym_sizes());
   const at::ScalarType sum_dtype = accumulation_dtype(x.scalar_type());

@@ -1,23 +1,16 @@
 // What lora_linear accepts. Works on real and on symbolic shapes, so Meta and eager share it.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include "common/call.h"
 
 namespace lora_ext {
 
 // Shapes, dtypes, devices and numbers of one call; throws with tensor, expected and got.
-void check_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-                   const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
-                   double dropout_p, const std::optional<at::Tensor>& seed,
-                   const c10::SymInt& row_offset, const c10::SymInt& col_offset, bool cast_weight);
+void check_forward(const at::Tensor& x, const Base& base, const Update& update);
 
 // The same for a backward, with dY [..., N] and S [M, r].
-void check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
-                    const at::Tensor& lora_a, const at::Tensor& lora_b, const at::Tensor& s,
-                    double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
-                    const c10::SymInt& row_offset, const c10::SymInt& col_offset, bool cast_weight);
+void check_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base,
+                    const Update& update, const at::Tensor& s);
 
 // Seed and numbers of dropout_mask.
 void check_dropout_mask(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& cols,

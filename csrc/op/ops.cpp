@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "op/flat.h"
+
 namespace lora_ext::ops {
 
 // lora_linear is the public op: pure in (seed, row_offset, col_offset), differentiable in x,
@@ -43,35 +45,30 @@ const c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 }  // namespace
 
-at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-                       const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
-                       double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
-                       c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
-                       const std::optional<at::Tensor>& packed,
-                       const std::optional<at::Tensor>& packed_t) {
-  static const auto op = find<decltype(lora_linear)>("lora_ext::lora_linear");
-  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, std::move(row_offset),
-                 std::move(col_offset), cast_weight, packed, packed_t);
+at::Tensor lora_linear(const at::Tensor& x, const Base& base, const Update& u) {
+  static const auto op = find<decltype(flat::lora_linear<nullptr>)>("lora_ext::lora_linear");
+  return op.call(x, base.weight, u.lora_a, u.lora_b, base.bias, u.scaling, u.dropout.p,
+                 u.dropout.seed, u.dropout.row_offset, u.dropout.col_offset, base.cast_weight,
+                 base.packed, base.packed_t);
 }
 
-std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-    const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
-    double dropout_p, const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
-    c10::SymInt col_offset, bool cast_weight, const std::optional<at::Tensor>& packed) {
-  static const auto op = find<decltype(lora_linear_forward)>("lora_ext::lora_linear_forward");
-  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, std::move(row_offset),
-                 std::move(col_offset), cast_weight, packed);
+std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const at::Tensor& x, const Base& base,
+                                                       const Update& u) {
+  static const auto op =
+      find<decltype(flat::lora_linear_forward<nullptr>)>("lora_ext::lora_linear_forward");
+  return op.call(x, base.weight, u.lora_a, u.lora_b, base.bias, u.scaling, u.dropout.p,
+                 u.dropout.seed, u.dropout.row_offset, u.dropout.col_offset, base.cast_weight,
+                 base.packed);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
-    const at::Tensor& lora_b, const at::Tensor& s, double scaling, double dropout_p,
-    const std::optional<at::Tensor>& seed, c10::SymInt row_offset, c10::SymInt col_offset,
-    bool cast_weight, const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask) {
-  static const auto op = find<decltype(lora_linear_backward)>("lora_ext::lora_linear_backward");
-  return op.call(grad, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed,
-                 std::move(row_offset), std::move(col_offset), cast_weight, packed_t, output_mask);
+    const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& u,
+    const at::Tensor& s, std::array<bool, 4> output_mask) {
+  static const auto op =
+      find<decltype(flat::lora_linear_backward<nullptr>)>("lora_ext::lora_linear_backward");
+  return op.call(grad, x, base.weight, u.lora_a, u.lora_b, s, u.scaling, u.dropout.p,
+                 u.dropout.seed, u.dropout.row_offset, u.dropout.col_offset, base.cast_weight,
+                 base.packed_t, output_mask);
 }
 
 }  // namespace lora_ext::ops

@@ -36,8 +36,8 @@ Dtype dtype_of(at::ScalarType dtype) {
 
 Dropout dropout_of(const DropoutArgs& args) {
   if (!args.enabled()) return {};
-  return {static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()), args.row_offset,
-          args.col_offset, args.keep_count()};
+  return {static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()), args.first_row(),
+          args.first_col(), args.keep_count()};
 }
 
 // [rank, cols] as the kernels see it: lora_a directly, lora_b transposed.
@@ -164,38 +164,38 @@ std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x, at::Sca
 }
 
 Forward forward(const ForwardArgs& args) {
-  const SkinnyKernels* kernels = kernels_of(args.x, args.lora_a);
+  const SkinnyKernels* kernels = kernels_of(args.x, args.update.lora_a);
   if (kernels == nullptr) return library_route::forward(args);
   at::Tensor y = base_forward(args);
-  const double keep_scale = args.dropout.enabled() ? args.dropout.keep_scale() : 1.0;
-  at::Tensor s =
-      shrink(*kernels, args.x, view_of(args.lora_a, 0), keep_scale, dropout_of(args.dropout));
-  expand(*kernels, y, s, view_of(args.lora_b, 1), args.scaling, Dropout{});
+  const double keep_scale = args.update.dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
+  at::Tensor s = shrink(*kernels, args.x, view_of(args.update.lora_a, 0), keep_scale,
+                        dropout_of(args.update.dropout));
+  expand(*kernels, y, s, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
   return {y, s};
 }
 
 Backward backward(const BackwardArgs& args) {
-  const SkinnyKernels* kernels = kernels_of(args.x, args.lora_a);
+  const SkinnyKernels* kernels = kernels_of(args.x, args.update.lora_a);
   if (kernels == nullptr) return library_route::backward(args);
   Backward out;
   const ExpandArgs no_expand{};
   if (args.need_dx) out.dx = base_backward(args);
   if (args.need_dlora_b) {
-    out.dlora_b = at::empty(args.lora_b.sizes(), args.lora_b.options());
-    wgrad(*kernels, args.grad, args.s, out.dlora_b, 1, args.scaling, Dropout{}, no_expand);
+    out.dlora_b = at::empty(args.update.lora_b.sizes(), args.update.lora_b.options());
+    wgrad(*kernels, args.grad, args.s, out.dlora_b, 1, args.update.scaling, Dropout{}, no_expand);
   }
   if (!args.need_dx && !args.need_dlora_a) return out;
 
-  const Dropout dropout = dropout_of(args.dropout);
-  const double keep_scale = dropout.enabled() ? args.dropout.keep_scale() : 1.0;
-  const AdapterView lora_a = view_of(args.lora_a, 0);
+  const Dropout dropout = dropout_of(args.update.dropout);
+  const double keep_scale = dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
+  const AdapterView lora_a = view_of(args.update.lora_a, 0);
   const at::Tensor ds =
-      shrink(*kernels, args.grad, view_of(args.lora_b, 1), args.scaling, Dropout{});
+      shrink(*kernels, args.grad, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
   if (!args.need_dlora_a) {
     expand(*kernels, out.dx, ds, lora_a, keep_scale, dropout);
     return out;
   }
-  out.dlora_a = at::empty(args.lora_a.sizes(), args.lora_a.options());
+  out.dlora_a = at::empty(args.update.lora_a.sizes(), args.update.lora_a.options());
   if (!args.need_dx) {
     wgrad(*kernels, args.x, ds, out.dlora_a, 0, keep_scale, dropout, no_expand);
     return out;
