@@ -55,6 +55,7 @@ class Problem:
     half_dtype: bool
     float_adapters: bool
     dropout: bool
+    given_base: bool
     weight_row_major: bool
     aligned: bool
     aligned_weight: bool

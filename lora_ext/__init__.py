@@ -3,11 +3,12 @@
     y = x W^T + scaling * (drop(x) lora_a^T) lora_b^T + bias
 
 `lora_linear` computes the layer and, through autograd, the gradients of x, lora_a, lora_b and
-bias; the weight is frozen. `accelerate` runs a model of PEFT on it, `decelerate` gives it back.
-Without PEFT, `LoRALinear` is the layer, `apply_lora` puts it into a model as a `LoRAConfig` says,
-`save_adapter` and `load_adapter` keep adapters in PEFT's format. `prepack` keeps a frozen weight in
-oneDNN's layout on the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a
-model's layers run and why, `build_info` what was compiled and what runs here.
+bias; the weight is frozen. `lora_update` adds the update alone onto the y of any other base.
+`accelerate` runs a model of PEFT on them, `decelerate` gives it back. Without PEFT, `LoRALinear` is
+the layer, `apply_lora` puts it into a model as a `LoRAConfig` says, `save_adapter` and
+`load_adapter` keep adapters in PEFT's format. `prepack` keeps a frozen weight in oneDNN's layout on
+the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a model's layers run and
+why, `build_info` what was compiled and what runs here.
 
 The rest is in modules named for their use:
 
@@ -31,7 +32,7 @@ except ImportError as error:
 
 from . import adapters, functional, kernels, loralib, models, nn, reference, winners
 from .adapters import load_adapter, save_adapter
-from .functional import lora_linear, prepack
+from .functional import lora_linear, lora_update, prepack
 from .models import LoRAConfig, apply_lora
 from .nn import LoRALinear
 from .peft import accelerate, decelerate
@@ -57,6 +58,7 @@ __all__ = [
     "kernels",
     "load_adapter",
     "lora_linear",
+    "lora_update",
     "loralib",
     "models",
     "nn",

@@ -1,13 +1,14 @@
-"""The fused LoRA linear as functions."""
+"""The fused LoRA linear, and its update alone, as functions."""
 
 import torch
 from torch import Tensor
 
 from .packed_weight import PackedWeight, prepack
 
-__all__ = ["PackedWeight", "dropout_mask", "lora_linear", "prepack"]
+__all__ = ["PackedWeight", "dropout_mask", "lora_linear", "lora_update", "prepack"]
 
 _forward = torch.ops.lora_ext.lora_linear.default
+_update = torch.ops.lora_ext.lora_update.default
 _mask = torch.ops.lora_ext.dropout_mask.default
 
 # Seeds are any non-negative int64.
@@ -69,7 +70,7 @@ def lora_linear(
     """
     packed = packed_t = None
     if not (isinstance(x, Tensor) and isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)):
-        raise _not_a_tensor(x=x, lora_a=lora_a, lora_b=lora_b)
+        raise _not_a_tensor("lora_linear", x=x, lora_a=lora_a, lora_b=lora_b)
     if x.is_nested:
         raise TypeError(
             "lora_ext.lora_linear: expected a dense x, but got a nested one; pass x.values() of a "
@@ -80,7 +81,7 @@ def lora_linear(
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
     elif not isinstance(weight, Tensor):
-        raise _not_a_tensor(weight=weight)
+        raise _not_a_tensor("lora_linear", weight=weight)
     if not training:
         if not 0.0 <= dropout_p < 1.0:
             raise RuntimeError(
@@ -97,10 +98,66 @@ def lora_linear(
     )
 
 
-def _not_a_tensor(**operands: object) -> TypeError:
+def lora_update(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+) -> Tensor:
+    """A low-rank update added onto what a base layer, of whatever kind, returned for x.
+
+        y + scaling * (drop(x) lora_a^T) lora_b^T
+
+    For a base that is a plain weight, `lora_linear` computes both with one pass over y less.
+    Differentiable once in y, x, lora_a and lora_b. Saved for backward: x, the [M, r] product
+    drop(x) lora_a^T and the seed; not y.
+
+    Args:
+        y: ``[..., out_features]``; float64, float32, bfloat16 or float16, not necessarily x's; any
+            strides. It is not written.
+        x: ``[..., in_features]``; the same dtypes; any strides. Under ``torch.autocast`` it is cast
+            to the autocast dtype, and y keeps its own.
+        lora_a: ``[r, in_features]``, 1 <= r <= 512, in x's dtype, or float32 with a half x.
+        lora_b: ``[out_features, r]`` in lora_a's dtype.
+        scaling: factor of the update.
+        dropout_p: probability in [0, 1) that an element of x is zero, as in `lora_linear`.
+        seed: int64 tensor of one element on x's device, which fixes the mask (`dropout_mask`); None
+            draws one from torch's generator.
+        row_offset, col_offset: of x in the whole mask, where x is a part of a larger tensor.
+
+    Returns:
+        A new contiguous tensor of y's shape and dtype. The sum is made in the widest of the dtypes,
+        at least in float32, and rounded once; on CUDA half operands are rounded once more before y
+        is added.
+
+    Raises:
+        RuntimeError: shapes, rank, devices or numbers do not fit; a second backward.
+        TypeError: a dtype does not fit, an operand is no tensor or nested, or scaling is no number.
+    """
+    for name, tensor in (("y", y), ("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(tensor, Tensor):
+            raise _not_a_tensor("lora_update", **{name: tensor})
+        if tensor.is_nested:
+            raise TypeError(
+                f"lora_ext.lora_update: expected a dense {name}, but got a nested one; pass "
+                f"{name}.values() of a jagged layout, whose rows are independent"
+            )
+    if scaling is None or isinstance(scaling, str):
+        raise TypeError(f"lora_ext.lora_update: expected a number scaling, but got {scaling!r}")
+    if seed is None and dropout_p > 0.0:
+        seed = draw_seed(x.device)
+    return _update(y, x, lora_a, lora_b, scaling, dropout_p, seed, row_offset, col_offset)
+
+
+def _not_a_tensor(function: str, **operands: object) -> TypeError:
     name, got = next((n, t) for n, t in operands.items() if not isinstance(t, Tensor))
     return TypeError(
-        f"lora_ext.lora_linear: expected {name} to be a tensor, but got {type(got).__name__}"
+        f"lora_ext.{function}: expected {name} to be a tensor, but got {type(got).__name__}"
     )
 
 

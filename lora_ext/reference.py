@@ -1,4 +1,4 @@
-"""The LoRA linear written plainly in torch: what the kernels are compared with."""
+"""The LoRA linear and its update written plainly in torch: what the kernels are compared with."""
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,28 @@ def lora_linear_reference(
         keep_scale: factor of kept elements, 1 / keep probability.
     """
     base = F.linear(x, weight, bias)
+    return lora_update_reference(base, x, lora_a, lora_b, scaling, keep_mask, keep_scale)
+
+
+def lora_update_reference(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 1.0,
+    keep_mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+) -> Tensor:
+    """y + scaling * (drop(x) lora_a^T) lora_b^T, in PEFT's order of operations.
+
+    Differentiable any number of times. The sum is rounded once to y's dtype.
+
+    Args:
+        y, x, lora_a, lora_b, scaling: as in `lora_update`.
+        keep_mask, keep_scale: as in `lora_linear_reference`.
+    """
     wide = x.to(lora_a.dtype)
     if keep_mask is not None:
         wide = torch.where(keep_mask.view(x.shape), wide * keep_scale, torch.zeros_like(wide))
     update = F.linear(F.linear(wide, lora_a), lora_b) * scaling
-    return (base + update).to(base.dtype)
+    return (y + update).to(y.dtype)

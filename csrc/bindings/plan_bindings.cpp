@@ -167,6 +167,7 @@ void bind_plan(py::module& m) {
       .def_readwrite("half_dtype", &plan::Problem::half_dtype)
       .def_readwrite("float_adapters", &plan::Problem::float_adapters)
       .def_readwrite("dropout", &plan::Problem::dropout)
+      .def_readwrite("given_base", &plan::Problem::given_base)
       .def_readwrite("weight_row_major", &plan::Problem::weight_row_major)
       .def_readwrite("aligned", &plan::Problem::aligned)
       .def_readwrite("aligned_weight", &plan::Problem::aligned_weight)

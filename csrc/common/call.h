@@ -31,13 +31,21 @@ struct DropoutArgs {
   int64_t first_col() const { return col_offset.expect_int(); }
 };
 
-// The frozen part of a layer: x W^T + bias.
+// The frozen part of a layer: x W^T + bias of a weight, or the y that any other module returned.
 struct Base {
-  at::Tensor weight;                     // [N, K], of x's dtype unless it is cast
+  at::Tensor weight{};                   // [N, K], of x's dtype unless it is cast
   std::optional<at::Tensor> bias{};      // [N], of x's dtype, or float32
   bool cast_weight = false;              // weight and bias are of any dtype, and rounded to x's
   std::optional<at::Tensor> packed{};    // oneDNN's layout of weight, for a forward
   std::optional<at::Tensor> packed_t{};  // and of weight^T, for a backward
+  at::Tensor y{};  // given in place of a weight: [M, N], last stride 1, of any dtype; in a forward
+
+  static Base given(at::Tensor y = {}) {
+    Base base;
+    base.y = std::move(y);
+    return base;
+  }
+  bool is_given() const { return !weight.defined(); }
 };
 
 // The trained part: scaling * (drop(x) lora_a^T) lora_b^T.
@@ -57,10 +65,12 @@ struct ForwardArgs {
   Base base;
   Update update;
   bool need_s = true;  // for backward
+
+  at::ScalarType y_dtype() const { return (base.is_given() ? base.y : x).scalar_type(); }
 };
 
 struct BackwardArgs {
-  at::Tensor grad;  // dY [M, N], last stride 1, dtype of x
+  at::Tensor grad;  // dY [M, N], last stride 1, dtype of y: x's, unless the base is given
   at::Tensor x;     // [M, K], last stride 1
   Base base;
   Update update;

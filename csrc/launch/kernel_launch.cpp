@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "cuda/lora_linear.h"
+#include "library/base_linear.h"
 
 namespace lora_ext::kernel_launch {
 namespace {
@@ -37,11 +38,13 @@ plan::Problem common_problem(const Args& args) {
   const Update& update = args.update;
   problem.m = args.x.size(0), problem.n = update.out_features(), problem.k = args.x.size(1);
   problem.rank = update.rank();
-  problem.half_dtype = is_half(args.x.scalar_type());
   problem.float_adapters = update.lora_a.scalar_type() == at::kFloat;
   problem.dropout = update.dropout.enabled();
-  problem.weight_row_major = args.base.weight.stride(1) == 1;
-  problem.aligned_weight = aligned(args.base.weight);
+  problem.given_base = args.base.is_given();
+  if (!problem.given_base) {
+    problem.weight_row_major = args.base.weight.stride(1) == 1;
+    problem.aligned_weight = aligned(args.base.weight);
+  }
   problem.aligned_a = aligned(update.lora_a), problem.aligned_b = aligned(update.lora_b);
   return problem;
 }
@@ -58,7 +61,9 @@ kernel::LoraLinearOperands common_operands(const Args& args, const at::Tensor& w
   o.m = args.x.size(0), o.n = update.out_features(), o.k = args.x.size(1);
   o.rank = static_cast<int>(update.rank());
   o.x = args.x.const_data_ptr(), o.x_pitch = pitch_of(args.x);
-  o.weight = args.base.weight.const_data_ptr(), o.weight_pitch = pitch_of(args.base.weight);
+  if (!args.base.is_given()) {
+    o.weight = args.base.weight.const_data_ptr(), o.weight_pitch = pitch_of(args.base.weight);
+  }
   o.a = matrix_of(update.lora_a), o.b = matrix_of(update.lora_b);
   o.float_adapters = update.lora_a.scalar_type() == at::kFloat;
   o.scaling = static_cast<float>(update.scaling);
@@ -131,12 +136,15 @@ bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_o
 
 plan::Problem problem_of(const ForwardArgs& args) {
   plan::Problem problem = common_problem(args);
+  problem.half_dtype = is_half(args.x.scalar_type()) && args.y_dtype() == args.x.scalar_type();
   problem.aligned = aligned(args.x) && aligned_rows(problem.n);
   return problem;
 }
 
 plan::Problem problem_of(const BackwardArgs& args) {
   plan::Problem problem = common_problem(args);
+  const at::ScalarType dtype = args.x.scalar_type();
+  problem.half_dtype = is_half(dtype) && args.grad.scalar_type() == dtype;
   problem.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k);
   problem.need_dx = args.need_dx, problem.need_dlora_a = args.need_dlora_a;
   problem.need_dlora_b = args.need_dlora_b;
@@ -159,7 +167,7 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid) out.y.addmm_(args.x, args.base.weight.t());
+  if (plan.hybrid) add_base(out.y, args);
   return out;
 }
 
@@ -183,7 +191,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   check_launch(
       cuda::launch_backward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid && args.need_dx) out.dx.addmm_(args.grad, args.base.weight);
+  if (plan.hybrid && args.need_dx) add_base(out.dx, args);
   return out;
 }
 

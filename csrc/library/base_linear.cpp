@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 namespace lora_ext {
 namespace {
@@ -22,13 +23,27 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
 }  // namespace
 
 at::Tensor base_forward(const ForwardArgs& args) {
+  if (args.base.is_given()) return args.base.y.clone(at::MemoryFormat::Contiguous);
   if (args.base.packed) return packed_linear(args.x, *args.base.packed, args.base.bias);
   return at::linear(args.x, args.base.weight, args.base.bias);
 }
 
 at::Tensor base_backward(const BackwardArgs& args) {
+  if (args.base.is_given()) return at::zeros(args.x.sizes(), args.x.options());
   if (args.base.packed_t) return packed_linear(args.grad, *args.base.packed_t, std::nullopt);
   return at::mm(args.grad, args.base.weight);
+}
+
+void add_base(at::Tensor& y, const ForwardArgs& args) {
+  if (args.base.is_given()) {
+    y.add_(args.base.y);
+  } else {
+    y.addmm_(args.x, args.base.weight.t());
+  }
+}
+
+void add_base(at::Tensor& dx, const BackwardArgs& args) {
+  if (!args.base.is_given()) dx.addmm_(args.grad, args.base.weight);
 }
 
 }  // namespace lora_ext

@@ -1,4 +1,5 @@
-// The frozen GEMMs: x W^T + bias and dY W, plain or on a packed weight.
+// The base's part of a result: x W^T + bias and dY W, plain or on a packed weight; or a given y,
+// from which x has no gradient.
 #pragma once
 
 #include "common/call.h"
@@ -7,5 +8,9 @@ namespace lora_ext {
 
 at::Tensor base_forward(const ForwardArgs& args);    // [M, N], a fresh tensor
 at::Tensor base_backward(const BackwardArgs& args);  // [M, K], a fresh tensor
+
+// Onto what the low-rank part has written; a bias is there already.
+void add_base(at::Tensor& y, const ForwardArgs& args);
+void add_base(at::Tensor& dx, const BackwardArgs& args);
 
 }  // namespace lora_ext

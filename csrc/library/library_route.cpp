@@ -4,15 +4,17 @@
 // comes first (addmm_ reads what at::linear wrote); on CUDA the expand comes first and the base
 // GEMM accumulates onto it with beta = 1, which saves the pass that a separate add would make.
 //
-// Adapters wider than the activations (and half ones in the CPU's backward): row blocks in the wide
-// dtype, in PEFT's order of operations (base rounded, delta scaled, added wide, rounded), so that Y
-// and dX have PEFT's bits. row_blocks.h bounds the wide copies of x, of dY, of the base and of an
-// update, of which at most two live at a time: no temporary grows with the rows.
+// Adapters wider than the activations (and half ones in the CPU's backward), or a given y of
+// another dtype than x: row blocks in the widest dtype, in PEFT's order of operations (base
+// rounded, delta scaled, added wide, rounded), so that Y and dX have PEFT's bits. row_blocks.h
+// bounds the wide copies of x, of dY, of the base and of an update, of which at most two live at a
+// time: no temporary grows with the rows.
 #include "library/library_route.h"
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 
 #include "common/row_blocks.h"
@@ -22,20 +24,41 @@
 namespace lora_ext::library_route {
 namespace {
 
-bool wide_adapters(const at::Tensor& x, const at::Tensor& lora_a) {
-  return x.scalar_type() != lora_a.scalar_type();
+// Whether one dtype is that of x, the adapters and y.
+bool is_of_one_dtype(const at::Tensor& x, const Update& update, at::ScalarType y) {
+  return x.scalar_type() == update.lora_a.scalar_type() && x.scalar_type() == y;
+}
+
+// The adapters in the dtype in which sums are made.
+Update widened(const Update& update, at::ScalarType y) {
+  const at::ScalarType wide = accumulation_dtype(c10::promoteTypes(update.lora_a.scalar_type(), y));
+  Update own = update;
+  own.lora_a = update.lora_a.to(wide), own.lora_b = update.lora_b.to(wide);
+  return own;
 }
 
 // The CPU library's half GEMMs of small size round on the way (rms of dX 1.17 times PEFT's): there
 // the low-rank part of backward runs in float whatever the adapters' dtype.
 bool half_on_cpu(const at::Tensor& x) { return x.is_cpu() && is_half(x.scalar_type()); }
 
-// drop(X) of some rows, in the adapters' dtype, which is wider.
+// drop(X) of some rows, in the adapters' dtype.
 template <class Args>
 at::Tensor wide_rows(const Args& args, int64_t row, int64_t count) {
-  at::Tensor x = args.x.narrow(0, row, count).to(args.update.lora_a.scalar_type());
-  if (args.update.dropout.enabled()) drop_(x, args.update.dropout, row);
+  const at::Tensor rows = args.x.narrow(0, row, count);
+  const bool drop = args.update.dropout.enabled();
+  if (rows.scalar_type() == args.update.lora_a.scalar_type())
+    return drop ? dropped(rows, args.update.dropout, row) : rows;
+  at::Tensor x = rows.to(args.update.lora_a.scalar_type());
+  if (drop) drop_(x, args.update.dropout, row);
   return x;
+}
+
+// s dY of some rows, in the adapters' dtype.
+at::Tensor scaled_rows(const BackwardArgs& args, int64_t row, int64_t count) {
+  const at::Tensor rows = args.grad.narrow(0, row, count);
+  const at::ScalarType wide = args.update.lora_a.scalar_type();
+  if (rows.scalar_type() == wide) return at::mul(rows, args.update.scaling);
+  return rows.to(wide).mul_(args.update.scaling);
 }
 
 Forward forward_wide(const ForwardArgs& args) {
@@ -49,6 +72,7 @@ Forward forward_wide(const ForwardArgs& args) {
     at::Tensor y = out.y.narrow(0, row, count);
     y.copy_(at::mm(s, args.update.lora_b.t()).mul_(args.update.scaling).add_(y));
   });
+  if (args.need_s) out.s = out.s.to(accumulation_dtype(args.x.scalar_type()));
   return out;
 }
 
@@ -57,7 +81,9 @@ Forward forward_same(const ForwardArgs& args) {
   const at::Tensor s =
       at::mm(drop ? dropped(args.x, args.update.dropout, 0) : args.x, args.update.lora_a.t());
   at::Tensor y;
-  if (args.x.is_cpu() || args.base.packed) {
+  if (args.base.is_given()) {
+    y = at::addmm(args.base.y, s, args.update.lora_b.t(), 1, args.update.scaling);
+  } else if (args.x.is_cpu() || args.base.packed) {
     y = base_forward(args);
     y.addmm_(s, args.update.lora_b.t(), 1, args.update.scaling);
   } else {
@@ -65,7 +91,7 @@ Forward forward_same(const ForwardArgs& args) {
     // beta = 0 ignores what y holds; the scaling rides on the GEMM's alpha.
     const at::Tensor& start = args.base.bias ? *args.base.bias : y;
     at::addmm_out(y, start, s, args.update.lora_b.t(), args.base.bias ? 1 : 0, args.update.scaling);
-    y.addmm_(args.x, args.base.weight.t());
+    add_base(y, args);
   }
   return {y, args.need_s ? s.to(accumulation_dtype(s.scalar_type())) : s};
 }
@@ -88,7 +114,7 @@ Backward backward_wide(const BackwardArgs& args) {
   if (args.need_dx) out.dx = base_backward(args);
   const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
   for_row_blocks(args.x, columns, wide.dtype().toScalarType(), [&](int64_t row, int64_t count) {
-    at::Tensor grad = args.grad.narrow(0, row, count).to(wide).mul_(args.update.scaling);
+    at::Tensor grad = scaled_rows(args, row, count);
     if (args.need_dlora_b) {
       const at::Tensor s = args.s.narrow(0, row, count).to(wide);
       if (transposed) {
@@ -129,7 +155,8 @@ Backward backward_same(const BackwardArgs& args) {
                       ? scaled_mm(s.t(), args.grad, args.update.scaling).t().contiguous()
                       : scaled_mm(args.grad.t(), s, args.update.scaling);
   }
-  if (args.need_dx) out.dx = base_backward(args);
+  const bool given = args.base.is_given();
+  if (args.need_dx && !given) out.dx = base_backward(args);
   if (!args.need_dlora_a && !args.need_dx) return out;
   const at::Tensor ds = scaled_mm(args.grad, args.update.lora_b, args.update.scaling);
   const bool drop = args.update.dropout.enabled();
@@ -137,10 +164,10 @@ Backward backward_same(const BackwardArgs& args) {
     out.dlora_a = at::mm(ds.t(), drop ? dropped(args.x, args.update.dropout, 0) : args.x);
   }
   if (args.need_dx) {
-    if (drop) {
+    if (drop || given) {
       at::Tensor delta = at::mm(ds, args.update.lora_a);
-      drop_(delta, args.update.dropout, 0);
-      out.dx.add_(delta);
+      if (drop) drop_(delta, args.update.dropout, 0);
+      out.dx = given ? delta : out.dx.add_(delta);
     } else {
       out.dx.addmm_(ds, args.update.lora_a);
     }
@@ -151,18 +178,22 @@ Backward backward_same(const BackwardArgs& args) {
 }  // namespace
 
 Forward forward(const ForwardArgs& args) {
-  return wide_adapters(args.x, args.update.lora_a) ? forward_wide(args) : forward_same(args);
+  if (is_of_one_dtype(args.x, args.update, args.y_dtype())) return forward_same(args);
+  ForwardArgs wide = args;
+  wide.update = widened(args.update, args.y_dtype());
+  return forward_wide(wide);
 }
 
 Backward backward(const BackwardArgs& args) {
-  if (wide_adapters(args.x, args.update.lora_a)) return backward_wide(args);
-  if (!half_on_cpu(args.x)) return backward_same(args);
+  const at::ScalarType dtype = args.grad.scalar_type();
+  if (is_of_one_dtype(args.x, args.update, dtype) && !half_on_cpu(args.x))
+    return backward_same(args);
   BackwardArgs wide = args;
-  wide.update.lora_a = args.update.lora_a.to(at::kFloat);
-  wide.update.lora_b = args.update.lora_b.to(at::kFloat);
+  wide.update = widened(args.update, dtype);
   Backward out = backward_wide(wide);
-  if (args.need_dlora_a) out.dlora_a = out.dlora_a.to(args.update.lora_a.scalar_type());
-  if (args.need_dlora_b) out.dlora_b = out.dlora_b.to(args.update.lora_b.scalar_type());
+  const at::ScalarType adapters = args.update.lora_a.scalar_type();
+  if (args.need_dlora_a) out.dlora_a = out.dlora_a.to(adapters);
+  if (args.need_dlora_b) out.dlora_b = out.dlora_b.to(adapters);
   return out;
 }
 

@@ -1,6 +1,7 @@
 // Autocast: x goes to the autocast dtype. The adapters keep their dtype unless they are float64,
 // so that float32 adapters are never rounded to half. The weight is not cast here: the op casts it
-// inside forward and again inside backward, so that no cast copy is saved.
+// inside forward and again inside backward, so that no cast copy is saved. A given y keeps its
+// dtype, which is the result's.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -15,30 +16,45 @@ at::Tensor adapter_for(const at::Tensor& adapter, at::ScalarType dtype, c10::Dev
   return keep ? adapter : at::autocast::cached_cast(dtype, adapter, device);
 }
 
+Update update_for(const Update& update, at::ScalarType dtype, c10::DeviceType device) {
+  Update own = update;
+  own.lora_a = adapter_for(update.lora_a, dtype, device);
+  own.lora_b = adapter_for(update.lora_b, dtype, device);
+  return own;
+}
+
 template <c10::DispatchKey key, c10::DeviceType device>
 at::Tensor lora_linear_autocast(const at::Tensor& x, const Base& base, const Update& update) {
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   Base cast = base;
   cast.cast_weight = true;
-  Update own = update;
-  own.lora_a = adapter_for(update.lora_a, dtype, device);
-  own.lora_b = adapter_for(update.lora_b, dtype, device);
-  return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), cast, own);
+  return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), cast,
+                          update_for(update, dtype, device));
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+at::Tensor lora_update_autocast(const at::Tensor& y, const at::Tensor& x, const Update& update) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+  return ops::lora_update(y, at::autocast::cached_cast(dtype, x, device),
+                          update_for(update, dtype, device));
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+void register_autocast(torch::Library& m) {
+  m.impl("lora_linear", TORCH_FN((flat::lora_linear<lora_linear_autocast<key, device>>)));
+  m.impl("lora_update", TORCH_FN((flat::lora_update<lora_update_autocast<key, device>>)));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, AutocastCPU, m) {
-  m.impl("lora_linear",
-         TORCH_FN((flat::lora_linear<
-                   lora_linear_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>>)));
+  register_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>(m);
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, AutocastCUDA, m) {
-  m.impl("lora_linear",
-         TORCH_FN((flat::lora_linear<
-                   lora_linear_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>>)));
+  register_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>(m);
 }
 
 }  // namespace lora_ext

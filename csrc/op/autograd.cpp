@@ -1,8 +1,9 @@
-// The torch autograd Function of lora_ext::lora_linear.
+// The torch autograd Function of lora_ext::lora_linear and lora_ext::lora_update.
 //
 // Saved for backward: x, S [M, r], the seed (8 bytes) and references to weight, lora_a, lora_b.
-// Never saved: a mask, a copy of x, of the weight or of the output. Backward asks only for the
-// gradients that are needed; the weight is frozen and has none.
+// Never saved: a mask, a copy of x, of the weight, of y or of the output. Backward asks only for
+// the gradients that are needed; the weight is frozen and has none, and a given y has that of the
+// output.
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -33,16 +34,22 @@ int64_t address_of(const at::Tensor& weight) {
   return reinterpret_cast<int64_t>(weight.const_data_ptr());
 }
 
-struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
+const char* name_of(const Base& base) { return base.is_given() ? "lora_update" : "lora_linear"; }
+
+// lora_linear, or lora_update where the base is given.
+struct LoraFunction : torch::autograd::Function<LoraFunction> {
   // Positions of the differentiable inputs among forward's arguments: tensors apart from the values
   // that hold them, where torch finds them.
-  enum Input { kX = 0, kLoraA = 1, kLoraB = 2, kBias = 3, kNumInputs = 6 };
+  enum Input { kX = 0, kBase = 1, kLoraA = 2, kLoraB = 3, kBias = 4, kNumInputs = 7 };
 
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& lora_a,
+  // base_tensor: the frozen weight, or the given y.
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
+                            const at::Tensor& /*base_tensor*/, const at::Tensor& lora_a,
                             const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
                             const Base& base, const Update& update) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, s] = ops::lora_linear_forward(x, base, update);
+    auto [y, s] = base.is_given() ? ops::lora_update_forward(base.y, x, update)
+                                  : ops::lora_linear_forward(x, base, update);
     const DropoutArgs& dropout = update.dropout;
     ctx->save_for_backward(
         {x, base.weight, lora_a, lora_b, s, dropout.seed.value_or(at::Tensor())});
@@ -61,8 +68,10 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list out(kNumInputs);
-    if (!grads[0].defined()) return out;
+    const at::Tensor& grad = grads[0];
+    if (!grad.defined()) return out;
     const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &s = saved[4];
     auto& data = ctx->saved_data;
     Base base{saved[1]};
     base.cast_weight = data["cast_weight"].toBool();
@@ -74,53 +83,94 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
                         data["scaling"].toDouble(),
                         {data["dropout_p"].toDouble(), optional(saved[5]),
                          data["row_offset"].toSymInt(), data["col_offset"].toSymInt()}};
-    const std::array<bool, 4> output_mask = {
-        ctx->needs_input_grad(kX), ctx->needs_input_grad(kLoraA), ctx->needs_input_grad(kLoraB),
-        data["has_bias"].toBool() && ctx->needs_input_grad(kBias)};
-    std::tie(out[kX], out[kLoraA], out[kLoraB], out[kBias]) =
-        ops::lora_linear_backward(grads[0], saved[0], base, update, saved[4], output_mask);
+    const bool need_dx = ctx->needs_input_grad(kX), need_da = ctx->needs_input_grad(kLoraA),
+               need_db = ctx->needs_input_grad(kLoraB);
+    if (base.is_given()) {
+      if (ctx->needs_input_grad(kBase)) out[kBase] = grad;
+      std::tie(out[kX], out[kLoraA], out[kLoraB]) =
+          ops::lora_update_backward(grad, x, update, s, {need_dx, need_da, need_db});
+      return out;
+    }
+    const bool need_dbias = data["has_bias"].toBool() && ctx->needs_input_grad(kBias);
+    std::tie(out[kX], out[kLoraA], out[kLoraB], out[kBias]) = ops::lora_linear_backward(
+        grad, x, base, update, s, {need_dx, need_da, need_db, need_dbias});
     return out;
   }
 };
 
-at::Tensor lora_linear_autograd(const at::Tensor& x, const Base& base, const Update& update) {
-  const at::Tensor &weight = base.weight, &lora_a = update.lora_a, &lora_b = update.lora_b;
+at::Tensor call_of(const at::Tensor& x, const Base& base, const Update& update) {
+  return base.is_given() ? ops::lora_update(base.y, x, update) : ops::lora_linear(x, base, update);
+}
+
+at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update) {
+  const at::Tensor& base_tensor = base.is_given() ? base.y : base.weight;
+  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
   const std::optional<at::Tensor>& bias = base.bias;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !has_tangent(x) && !has_tangent(weight) && !has_tangent(lora_a) && !has_tangent(lora_b) &&
-          !(bias && has_tangent(*bias)),
-      "lora_ext.lora_linear: expected reverse-mode autograd, but got a forward-mode tangent; use "
-      "lora_ext.reference.lora_linear_reference for forward mode");
+      !has_tangent(x) && !has_tangent(base_tensor) && !has_tangent(lora_a) &&
+          !has_tangent(lora_b) && !(bias && has_tangent(*bias)),
+      "lora_ext.", name_of(base),
+      ": expected reverse-mode autograd, but got a forward-mode tangent; use "
+      "lora_ext.reference.",
+      name_of(base), "_reference for forward mode");
   if (at::GradMode::is_enabled()) {
-    LORA_EXT_CHECK(!weight.requires_grad(),
+    LORA_EXT_CHECK(base.is_given() || !base.weight.requires_grad(),
                    "expected a frozen weight, but got one that requires grad: no gradient is "
                    "computed for it; call weight.requires_grad_(False)");
-    if (x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad() || wants_grad(bias)) {
-      return LoraLinearFunction::apply(x, lora_a, lora_b, bias, base, update);
+    if (x.requires_grad() || base_tensor.requires_grad() || lora_a.requires_grad() ||
+        lora_b.requires_grad() || wants_grad(bias)) {
+      return LoraFunction::apply(x, base_tensor, lora_a, lora_b, bias, base, update);
     }
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::lora_linear(x, base, update);
+  return call_of(x, base, update);
+}
+
+at::Tensor lora_update_autograd(const at::Tensor& y, const at::Tensor& x, const Update& update) {
+  return autograd(x, Base::given(y), update);
 }
 
 // First derivatives only: under create_graph the gradients pass through this identity, whose own
 // backward raises.
 struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
-  static variable_list forward(AutogradContext* /*ctx*/, const variable_list& gradients,
+  static variable_list forward(AutogradContext* ctx, const variable_list& gradients,
                                const at::Tensor& /*grad*/, const at::Tensor& /*x*/,
-                               const at::Tensor& /*lora_a*/, const at::Tensor& /*lora_b*/) {
+                               const at::Tensor& /*lora_a*/, const at::Tensor& /*lora_b*/,
+                               const std::string& name) {
+    ctx->saved_data["name"] = name;
     variable_list out;
     for (const at::Tensor& gradient : gradients) out.push_back(gradient.view_as(gradient));
     return out;
   }
 
-  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& /*grads*/) {
+    const std::string name = ctx->saved_data["name"].toStringRef();
     TORCH_CHECK_NOT_IMPLEMENTED(
-        false,
-        "lora_ext.lora_linear: expected first derivatives only, but got a second backward "
-        "(create_graph=True); use lora_ext.reference.lora_linear_reference for higher derivatives");
+        false, "lora_ext.", name,
+        ": expected first derivatives only, but got a second backward (create_graph=True); use "
+        "lora_ext.reference.",
+        name, "_reference for higher derivatives");
   }
 };
+
+// Makes the gradients of a call those of which there is no second derivative.
+template <size_t kCount>
+void refuse_double_backward(std::array<at::Tensor, kCount>& gradients, const at::Tensor& grad,
+                            const at::Tensor& x, const Update& update, const char* name) {
+  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
+  const bool differentiable =
+      grad.requires_grad() || x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad();
+  if (!at::GradMode::is_enabled() || !differentiable) return;
+  variable_list defined;
+  for (const at::Tensor& gradient : gradients) {
+    if (gradient.defined()) defined.push_back(gradient);
+  }
+  defined = NoDoubleBackward::apply(defined, grad, x, lora_a, lora_b, std::string(name));
+  size_t next = 0;
+  for (at::Tensor& gradient : gradients) {
+    if (gradient.defined()) gradient = defined[next++];
+  }
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_autograd(
     const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
@@ -131,30 +181,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_
     std::tie(out[0], out[1], out[2], out[3]) =
         ops::lora_linear_backward(grad, x, base, update, s, output_mask);
   }
-  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
-  const bool differentiable =
-      grad.requires_grad() || x.requires_grad() || lora_a.requires_grad() || lora_b.requires_grad();
-  if (at::GradMode::is_enabled() && differentiable) {
-    variable_list defined;
-    for (const at::Tensor& tensor : out) {
-      if (tensor.defined()) defined.push_back(tensor);
-    }
-    defined = NoDoubleBackward::apply(defined, grad, x, lora_a, lora_b);
-    size_t next = 0;
-    for (at::Tensor& tensor : out) {
-      if (tensor.defined()) tensor = defined[next++];
-    }
-  }
+  refuse_double_backward(out, grad, x, update, "lora_linear");
   return {out[0], out[1], out[2], out[3]};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward_autograd(
+    const at::Tensor& grad, const at::Tensor& x, const Update& update, const at::Tensor& s,
+    std::array<bool, 3> output_mask) {
+  std::array<at::Tensor, 3> out;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(out[0], out[1], out[2]) = ops::lora_update_backward(grad, x, update, s, output_mask);
+  }
+  refuse_double_backward(out, grad, x, update, "lora_update");
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {
-  m.impl("lora_linear", TORCH_FN(flat::lora_linear<lora_linear_autograd>));
+  m.impl("lora_linear", TORCH_FN(flat::lora_linear<autograd>));
   m.impl("lora_linear_backward",
          TORCH_FN(flat::lora_linear_backward<lora_linear_backward_autograd>));
   m.impl("lora_linear_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lora_update", TORCH_FN(flat::lora_update<lora_update_autograd>));
+  m.impl("lora_update_backward",
+         TORCH_FN(flat::lora_update_backward<lora_update_backward_autograd>));
+  m.impl("lora_update_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dropout_mask", torch::CppFunction::makeFallthrough());
 }
 

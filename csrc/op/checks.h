@@ -1,4 +1,5 @@
-// What lora_linear accepts. Works on real and on symbolic shapes, so Meta and eager share it.
+// What lora_linear and lora_update accept. Works on real and on symbolic shapes, so Meta and eager
+// share it.
 #pragma once
 
 #include "common/call.h"

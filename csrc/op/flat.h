@@ -51,4 +51,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
       output_mask);
 }
 
+using LoraUpdate = at::Tensor(const at::Tensor& y, const at::Tensor& x, const Update& update);
+template <LoraUpdate kernel>
+at::Tensor lora_update(const at::Tensor& y, const at::Tensor& x, const at::Tensor& lora_a,
+                       const at::Tensor& lora_b, double scaling, double dropout_p,
+                       const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
+                       c10::SymInt col_offset) {
+  return kernel(
+      y, x,
+      {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}});
+}
+
+using LoraUpdateForward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& y,
+                                                             const at::Tensor& x,
+                                                             const Update& update);
+template <LoraUpdateForward kernel>
+std::tuple<at::Tensor, at::Tensor> lora_update_forward(
+    const at::Tensor& y, const at::Tensor& x, const at::Tensor& lora_a, const at::Tensor& lora_b,
+    double scaling, double dropout_p, const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
+    c10::SymInt col_offset) {
+  return kernel(
+      y, x,
+      {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}});
+}
+
+using LoraUpdateBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor& grad, const at::Tensor& x, const Update& update, const at::Tensor& s,
+    std::array<bool, 3> output_mask);
+template <LoraUpdateBackward kernel>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& lora_a, const at::Tensor& lora_b,
+    const at::Tensor& s, double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
+    c10::SymInt row_offset, c10::SymInt col_offset, std::array<bool, 3> output_mask) {
+  return kernel(
+      grad, x,
+      {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}}, s,
+      output_mask);
+}
+
 }  // namespace lora_ext::flat

@@ -50,6 +50,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_
   return {dx, dlora_a, dlora_b, dbias};
 }
 
+std::tuple<at::Tensor, at::Tensor> lora_update_forward_meta(const at::Tensor& y,
+                                                            const at::Tensor& x,
+                                                            const Update& update) {
+  check_forward(x, Base::given(y), update);
+  return {empty(y.sym_sizes(), y, y.scalar_type()),
+          empty({rows_of(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
+}
+
+at::Tensor lora_update_meta(const at::Tensor& y, const at::Tensor& x, const Update& update) {
+  return std::get<0>(lora_update_forward_meta(y, x, update));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward_meta(
+    const at::Tensor& grad, const at::Tensor& x, const Update& update, const at::Tensor& s,
+    std::array<bool, 3> output_mask) {
+  check_backward(grad, x, Base::given(), update, s);
+  const auto like = [](bool wanted, const at::Tensor& tensor) {
+    return wanted ? empty(tensor.sym_sizes(), tensor, tensor.scalar_type()) : at::Tensor();
+  };
+  return {like(output_mask[0], x), like(output_mask[1], update.lora_a),
+          like(output_mask[2], update.lora_b)};
+}
+
 at::Tensor dropout_mask_meta(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
                              double dropout_p, c10::SymInt row_offset, c10::SymInt col_offset) {
   check_dropout_mask(seed, rows, cols, dropout_p, row_offset, col_offset);
@@ -62,6 +85,9 @@ TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
   m.impl("lora_linear", TORCH_FN(flat::lora_linear<lora_linear_meta>));
   m.impl("lora_linear_forward", TORCH_FN(flat::lora_linear_forward<lora_linear_forward_meta>));
   m.impl("lora_linear_backward", TORCH_FN(flat::lora_linear_backward<lora_linear_backward_meta>));
+  m.impl("lora_update", TORCH_FN(flat::lora_update<lora_update_meta>));
+  m.impl("lora_update_forward", TORCH_FN(flat::lora_update_forward<lora_update_forward_meta>));
+  m.impl("lora_update_backward", TORCH_FN(flat::lora_update_backward<lora_update_backward_meta>));
   m.impl("dropout_mask", TORCH_FN(dropout_mask_meta));
 }
 

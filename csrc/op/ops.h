@@ -20,4 +20,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
     const at::Tensor& s, std::array<bool, 4> output_mask);
 
+at::Tensor lora_update(const at::Tensor& y, const at::Tensor& x, const Update& update);
+
+// (y + the update [..., N], s [M, r])
+std::tuple<at::Tensor, at::Tensor> lora_update_forward(const at::Tensor& y, const at::Tensor& x,
+                                                       const Update& update);
+
+// Gradients of x, lora_a and lora_b, those that the mask names; that of y is grad.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward(
+    const at::Tensor& grad, const at::Tensor& x, const Update& update, const at::Tensor& s,
+    std::array<bool, 3> output_mask);
+
 }  // namespace lora_ext::ops

@@ -176,7 +176,8 @@ Plan begin(const Card& card, const Problem& p, const Request& request) {
   plan.kernel = plan.reason.empty();
   if (!plan.kernel) return plan;
   plan.reason = kernel_reason(request);
-  plan.hybrid = request.choice == Choice::kHybrid;
+  plan.given_base = p.given_base;
+  plan.hybrid = request.choice == Choice::kHybrid || p.given_base;
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, 8));
   plan.columns = plan.terms * plan.width;
@@ -293,11 +294,12 @@ Plan predicted_best(const Card& card, const Problem& p, const Request& request, 
     Plan hybrid = planned(Choice::kHybrid, us.hybrid);
     if (us.hybrid <= us.library) best = std::move(hybrid);
   }
-  best.reason = best.hybrid ? "predicted: the library's base product, our kernels for all else"
-                            : "predicted: the library for everything";
+  best.reason = !best.hybrid   ? "predicted: the library for everything"
+                : p.given_base ? "predicted: our kernels, and y added onto what they make"
+                               : "predicted: the library's base product, our kernels for all else";
   if (p.m < kFewestRows) {
     best.reason += ", as for all fewer than " + std::to_string(kFewestRows) + " rows";
-  } else if (p.weight_row_major) {
+  } else if (p.weight_row_major && !p.given_base) {
     Plan kernel = planned(Choice::kKernel, us.kernel);
     const double other = best.hybrid ? us.hybrid : us.library;
     if (us.kernel < (1.0 - kPredictionError) * other) {
@@ -367,7 +369,7 @@ std::string Plan::describe() const {
   if (z != kNone) text << "  lora_reduce\n";
   if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
   if (!no_wgmma.empty()) text << "  without wgmma: " << no_wgmma << "\n";
-  if (hybrid && gemm.blocks > 0) text << "  the library's base product, onto it\n";
+  if (hybrid && gemm.blocks > 0 && !given_base) text << "  the library's base product, onto it\n";
   if (has_wgrad()) {
     text << "  lora_wgrad";
     if (dlora_a.splits > 0) text << " A: " << dlora_a.splits << " splits";

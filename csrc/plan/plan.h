@@ -57,6 +57,7 @@ struct Problem {
   bool half_dtype = true;       // x's: bfloat16 or half; others stay on the library route
   bool float_adapters = false;  // else of x's dtype
   bool dropout = false;
+  bool given_base = false;       // y is there: there is no weight, and no base product
   bool weight_row_major = true;  // [n, k] with unit stride along k
   bool aligned = true;           // x and y (forward); dY, x and dX (backward)
   bool aligned_weight = true;
@@ -124,8 +125,9 @@ constexpr int64_t kNone = -1;        // an offset of what is not in the workspac
 constexpr int64_t kFlagsApart = 32;  // of 4 bytes: flags that different blocks write, by 128 bytes
 
 struct Plan {
-  bool kernel = false;  // else the library route
-  bool hybrid = false;  // X W^T or dY W by the library, onto the low-rank product by lora_gemm
+  bool kernel = false;      // else the library route
+  bool hybrid = false;      // the base by the library, onto the low-rank product by lora_gemm
+  bool given_base = false;  // and it is no X W^T or dY W, but a given y
   std::string reason;
   int terms = 1;          // hi alone, or hi and lo
   int width = 0;          // the rank in whole chunks: columns of each of S, dS, B

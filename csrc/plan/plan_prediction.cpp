@@ -151,8 +151,8 @@ Launches library_forward(const Card& card, const Problem& p) {
   if (p.dropout) launches.add("dropout", 2 * kHalf * area(p.m, p.k));
   launches.add(library_product(card, "x A^T", p.m, p.rank, p.k));
   launches.add("S to float32", (kHalf + kFloat) * area(p.m, p.rank));
-  launches.add(library_product(card, "S B^T", p.m, p.n, p.rank));
-  launches.add(library_product(card, "base", p.m, p.n, p.k, true));
+  launches.add(library_product(card, "S B^T", p.m, p.n, p.rank, p.given_base));
+  if (!p.given_base) launches.add(library_product(card, "base", p.m, p.n, p.k, true));
   return launches;
 }
 
@@ -173,7 +173,11 @@ class WidePasses {
 Launches library_forward_wide(const Card& card, const Problem& p) {
   const double x = area(p.m, p.k), y = area(p.m, p.n);
   Launches launches;
-  launches.add(library_product(card, "base", p.m, p.n, p.k));
+  if (p.given_base) {
+    launches.add("copy of y", 2 * kHalf * y);
+  } else {
+    launches.add(library_product(card, "base", p.m, p.n, p.k));
+  }
   WidePasses passes(p, launches);
   passes.add("x to float32", (kHalf + kFloat) * x);
   if (p.dropout) passes.add("dropout of x", 2 * kFloat * x);
@@ -192,7 +196,7 @@ Launches library_backward(const Card& card, const Problem& p) {
     launches.add("S to half", (kHalf + kFloat) * area(p.m, p.rank));
     launches.add(library_product(card, "dB", p.n, p.rank, p.m));
   }
-  if (p.need_dx) launches.add(library_product(card, "dX", p.m, p.k, p.n));
+  if (p.need_dx && !p.given_base) launches.add(library_product(card, "dX", p.m, p.k, p.n));
   if (!p.need_dx && !p.need_dlora_a) return launches;
   launches.add(library_product(card, "dS", p.m, p.rank, p.n));
   if (p.need_dlora_a) {
@@ -200,18 +204,18 @@ Launches library_backward(const Card& card, const Problem& p) {
     launches.add(library_product(card, "dA", p.rank, p.k, p.m));
   }
   if (!p.need_dx) return launches;
-  launches.add(library_product(card, "dS A", p.m, p.k, p.rank, !p.dropout));
-  if (p.dropout) {
-    launches.add("dropout of dS A", 2 * kHalf * x);
-    launches.add("plus", 3 * kHalf * x);
-  }
+  const bool plus = p.dropout && !p.given_base;
+  launches.add(library_product(card, "dS A", p.m, p.k, p.rank, !p.dropout && !p.given_base));
+  if (p.dropout) launches.add("dropout of dS A", 2 * kHalf * x);
+  if (plus) launches.add("plus", 3 * kHalf * x);
   return launches;
 }
 
 Launches library_backward_wide(const Card& card, const Problem& p) {
   const double x = area(p.m, p.k), y = area(p.m, p.n);
   Launches launches;
-  if (p.need_dx) launches.add(library_product(card, "dX", p.m, p.k, p.n));
+  if (p.need_dx && p.given_base) launches.add("zeros", kHalf * x);
+  if (p.need_dx && !p.given_base) launches.add(library_product(card, "dX", p.m, p.k, p.n));
   WidePasses passes(p, launches);
   passes.add("dY to float32", (kHalf + kFloat) * y);
   passes.add("times s", 2 * kFloat * y);
@@ -244,7 +248,11 @@ Launches our_forward(const Card& card, const Problem& p, const Plan& plan) {
     launches.add("lora_reduce", sums + area(p.m, plan.columns) * (kHalf + kFloat));
   }
   launches.add(lora_gemm(card, p, plan, {p.m, p.n, p.k}, false));
-  if (plan.hybrid) launches.add(library_product(card, "base", p.m, p.n, p.k, true));
+  if (plan.given_base) {
+    launches.add("plus y", 3 * kHalf * area(p.m, p.n));
+  } else if (plan.hybrid) {
+    launches.add(library_product(card, "base", p.m, p.n, p.k, true));
+  }
   return launches;
 }
 
@@ -291,7 +299,8 @@ Launches our_backward(const Card& card, const Problem& p, const Plan& plan) {
     launches.add(plan.early_wgrad ? after_dx(card, wgrad, dx, plan, p) : wgrad);
   }
   if (plan.g_a != kNone || plan.g_b != kNone) launches.add("lora_reduce_wgrad", sums_a + sums_b);
-  if (plan.hybrid && p.need_dx) launches.add(library_product(card, "dX", p.m, p.k, p.n, true));
+  if (plan.hybrid && !plan.given_base && p.need_dx)
+    launches.add(library_product(card, "dX", p.m, p.k, p.n, true));
   return launches;
 }
 

@@ -32,7 +32,8 @@ bool as_allocated(const plan::Problem& p) {
 
 bool was_measured_so(const plan::Problem& p, bool backward) {
   const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
-  return p.half_dtype && p.weight_row_major && as_allocated(p) && (all_gradients || !backward);
+  return p.half_dtype && !p.given_base && p.weight_row_major && as_allocated(p) &&
+         (all_gradients || !backward);
 }
 
 double distance(int64_t one, int64_t other) {

@@ -142,11 +142,21 @@ void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& 
                   [&](Range range) { kernels.wgrad(args, expand, range); });
 }
 
-const SkinnyKernels* kernels_of(const at::Tensor& x, const at::Tensor& lora_a) {
-  if (!library_reason(x.size(0), lora_a.size(0), x.scalar_type(), lora_a.scalar_type()).empty()) {
-    return nullptr;
+// The vector code for the passes over x and dX, and over y and dY, which may be of another dtype.
+struct Passes {
+  const SkinnyKernels *over_x, *over_y;
+};
+
+// nullopt where the library computes the call. Passes over bfloat16 read no float16 adapters, which
+// come with them only where x and y are of two half types.
+std::optional<Passes> passes_of(const at::Tensor& x, at::ScalarType y, const Update& update) {
+  const at::ScalarType adapters = update.lora_a.scalar_type();
+  const bool two_halves = is_half(y) && is_half(x.scalar_type()) && x.scalar_type() != y;
+  if (y == at::kDouble || two_halves ||
+      !library_reason(x.size(0), update.rank(), x.scalar_type(), adapters).empty()) {
+    return std::nullopt;
   }
-  return kernels_for(dtype_of(x.scalar_type()));
+  return Passes{kernels_for(dtype_of(x.scalar_type())), kernels_for(dtype_of(y))};
 }
 
 }  // namespace
@@ -164,45 +174,48 @@ std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x, at::Sca
 }
 
 Forward forward(const ForwardArgs& args) {
-  const SkinnyKernels* kernels = kernels_of(args.x, args.update.lora_a);
-  if (kernels == nullptr) return library_route::forward(args);
+  const std::optional<Passes> passes = passes_of(args.x, args.y_dtype(), args.update);
+  if (!passes) return library_route::forward(args);
   at::Tensor y = base_forward(args);
   const double keep_scale = args.update.dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
-  at::Tensor s = shrink(*kernels, args.x, view_of(args.update.lora_a, 0), keep_scale,
+  at::Tensor s = shrink(*passes->over_x, args.x, view_of(args.update.lora_a, 0), keep_scale,
                         dropout_of(args.update.dropout));
-  expand(*kernels, y, s, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
+  expand(*passes->over_y, y, s, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
   return {y, s};
 }
 
 Backward backward(const BackwardArgs& args) {
-  const SkinnyKernels* kernels = kernels_of(args.x, args.update.lora_a);
-  if (kernels == nullptr) return library_route::backward(args);
+  const std::optional<Passes> passes = passes_of(args.x, args.grad.scalar_type(), args.update);
+  if (!passes) return library_route::backward(args);
   Backward out;
   const ExpandArgs no_expand{};
   if (args.need_dx) out.dx = base_backward(args);
   if (args.need_dlora_b) {
     out.dlora_b = at::empty(args.update.lora_b.sizes(), args.update.lora_b.options());
-    wgrad(*kernels, args.grad, args.s, out.dlora_b, 1, args.update.scaling, Dropout{}, no_expand);
+    wgrad(*passes->over_y, args.grad, args.s, out.dlora_b, 1, args.update.scaling, Dropout{},
+          no_expand);
   }
   if (!args.need_dx && !args.need_dlora_a) return out;
 
   const Dropout dropout = dropout_of(args.update.dropout);
   const double keep_scale = dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
   const AdapterView lora_a = view_of(args.update.lora_a, 0);
-  const at::Tensor ds =
-      shrink(*kernels, args.grad, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
+  const at::Tensor ds = shrink(*passes->over_y, args.grad, view_of(args.update.lora_b, 1),
+                               args.update.scaling, Dropout{});
   if (!args.need_dlora_a) {
-    expand(*kernels, out.dx, ds, lora_a, keep_scale, dropout);
+    expand(*passes->over_x, out.dx, ds, lora_a, keep_scale, dropout);
     return out;
   }
   out.dlora_a = at::empty(args.update.lora_a.sizes(), args.update.lora_a.options());
   if (!args.need_dx) {
-    wgrad(*kernels, args.x, ds, out.dlora_a, 0, keep_scale, dropout, no_expand);
+    wgrad(*passes->over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout, no_expand);
     return out;
   }
-  const at::Tensor panel = packed(lora_a, kernels->expand_panel_bytes, kernels->pack_expand);
-  const at::Tensor rows_t = packed_t(kernels->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
-  wgrad(*kernels, args.x, ds, out.dlora_a, 0, keep_scale, dropout,
+  const at::Tensor panel =
+      packed(lora_a, passes->over_x->expand_panel_bytes, passes->over_x->pack_expand);
+  const at::Tensor rows_t =
+      packed_t(passes->over_x->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
+  wgrad(*passes->over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout,
         expand_args(out.dx, rows_t, panel, lora_a, keep_scale, dropout));
   return out;
 }

@@ -25,7 +25,15 @@ import lora_ext
 from lora_ext import _C
 
 OPS = torch.ops.lora_ext
-NAMES = ("lora_linear", "lora_linear_forward", "lora_linear_backward", "dropout_mask")
+NAMES = (
+    "lora_linear",
+    "lora_linear_forward",
+    "lora_linear_backward",
+    "lora_update",
+    "lora_update_forward",
+    "lora_update_backward",
+    "dropout_mask",
+)
 
 
 # ---- registration ----

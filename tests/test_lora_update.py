@@ -1,0 +1,340 @@
+"""lora_update: the low-rank part alone, added onto what any base returned."""
+
+import math
+import re
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    DTYPE_PAIRS,
+    EMULATED,
+    F16,
+    F32,
+    F64,
+    accumulation_dtype,
+    keep_scale_of,
+    leaf,
+    make_problem,
+    mask_of,
+    max_error,
+    pair_id,
+    short,
+)
+from torch.autograd import gradcheck
+
+import lora_ext
+from lora_ext.reference import lora_update_reference
+
+OP = torch.ops.lora_ext.lora_update
+NAMES = ("out", "dy", "dx", "dlora_a", "dlora_b")
+SHAPES = [(67, 129, 95, 5), (130, 257, 64, 17), (48, 33, 257, 16), (9, 64, 31, 1), (3, 40, 24, 4)]
+
+pairs = pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+dropouts = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+
+
+def make(lead, in_features, out_features, rank, pair=(F32, F32), device="cpu", dtype=None, **words):
+    """(a problem, a y of its shape in a dtype, x's by default)"""
+    shape = (lead, in_features, out_features, rank)
+    problem = make_problem(*shape, pair, device, bias=False, **words)
+    y = make_problem(*shape, pair, device, seed=7, **words).grad
+    dtype = dtype or pair[0]
+    return problem, y.to(dtype), problem.grad.to(dtype)
+
+
+def differentiated(call, y, problem, grad):
+    leaves = [leaf(t) for t in (y, problem.x, problem.lora_a, problem.lora_b)]
+    before = [t.detach().clone() for t in (*leaves, grad)]
+    out = call(*leaves)
+    out.backward(grad)
+    for tensor, value in zip((*leaves, grad), before, strict=True):
+        torch.testing.assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
+    return dict(zip(NAMES, (out.detach(), *(t.grad for t in leaves)), strict=True))
+
+
+def run(y, problem, grad, dropout_p=0.0, seed=1, row_offset=0, col_offset=0):
+    seeds = torch.tensor(seed, device=y.device) if dropout_p else None
+    tail = (problem.scaling, dropout_p, seeds, row_offset, col_offset)
+    return differentiated(lambda *leaves: lora_ext.lora_update(*leaves, *tail), y, problem, grad)
+
+
+def reference(y, problem, grad, dropout_p=0.0, dtype=None):
+    mask = mask_of(problem, dropout_p)
+    scale = keep_scale_of(dropout_p) if dropout_p else 1.0
+    if dtype is not None:
+        y, problem, grad = y.to(dtype), problem.to(dtype), grad.to(dtype)
+    tail = (problem.scaling, mask, scale)
+    return differentiated(lambda *leaves: lora_update_reference(*leaves, *tail), y, problem, grad)
+
+
+# ---- values ----
+
+
+def made_of_half_pairs(isa, pair, dtype) -> bool:
+    """Where a float32 product runs as pairs of half terms, bfloat16's exact to 2^-17 each."""
+    if isa is None and pair in ((BF16, F32), (F16, F32)):
+        return True
+    # The emulated package leaves to this processor, which may have AMX, what CUDA's library takes.
+    return (isa == "amx" or EMULATED) and BF16 in (pair[0], dtype) and pair[1] != BF16
+
+
+def rounds_the_update(isa, pair) -> bool:
+    """Where the kernels' half product is made before y is added onto it."""
+    return isa is None and pair[0] in (BF16, F16)
+
+
+@pairs
+@dropouts
+@pytest.mark.parametrize("dtype", [None, F64, F32, BF16, F16], ids=lambda d: d and short(d))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_max_error_is_at_most_twice_that_of_torch(isa, device, pair, dropout_p, dtype, shape):
+    problem, y, grad = make(*shape, pair, device, dtype, scaling=1.3)
+    ours = run(y, problem, grad, dropout_p)
+    exact, theirs = (reference(y, problem, grad, dropout_p, wide) for wide in (F64, None))
+    eps = torch.finfo(accumulation_dtype(pair[0])).eps
+    for name, wanted in exact.items():
+        assert ours[name].dtype == theirs[name].dtype
+        floor = 8 * eps * wanted.abs().max().item()
+        if made_of_half_pairs(isa, pair, dtype):
+            floor = 1e-5 * wanted.abs().max().item()
+        if name == "out" and rounds_the_update(isa, pair):
+            floor += torch.finfo(pair[0]).eps * (wanted - y.double()).abs().max().item()
+        bound = 2 * max_error(theirs[name], wanted) + floor
+        assert max_error(ours[name], wanted) <= bound, name
+
+
+@pairs
+@pytest.mark.parametrize("rows", [3, 60])
+def test_integers_are_exact(isa, device, pair, rows):
+    """Small integers, which no dtype rounds: a term that is lost or counted twice shows."""
+    problem, y, grad = make(rows, 32, 24, 4, pair, device, integers=1, scaling=0.5)
+    ours, exact = run(y, problem, grad), reference(y, problem, grad, dtype=F64)
+    for name, wanted in exact.items():
+        assert torch.equal(ours[name].double(), wanted), name
+
+
+@dropouts
+@pytest.mark.parametrize("lead", [(5,), (2, 3), ()], ids=str)
+def test_gradcheck(device, dropout_p, lead):
+    problem, y, _ = make(lead, 7, 6, 3, (F64, F64), device)
+    seed = torch.tensor(9, device=device)
+    leaves = [leaf(t) for t in (y, problem.x, problem.lora_a, problem.lora_b)]
+    assert gradcheck(lambda *tensors: OP(*tensors, 0.7, dropout_p, seed), leaves)
+
+
+@pairs
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_the_update_of_zero_is_that_of_lora_linear(isa, device, pair, dropout_p):
+    """With the same seed, offsets and mask; integers, so that no route rounds them."""
+    problem, y, _ = make(60, 40, 24, 5, pair, device, integers=1)
+    seed = torch.tensor(5, device=device)
+    tail = (0.5, dropout_p, seed, 3, 2)
+    factors = (problem.lora_a, problem.lora_b)
+    zeros = torch.zeros_like(problem.weight)
+    alone = OP(torch.zeros_like(y), problem.x, *factors, *tail)
+    assert torch.equal(
+        alone, torch.ops.lora_ext.lora_linear(problem.x, zeros, *factors, None, *tail)
+    )
+    if dropout_p:
+        other = OP(torch.zeros_like(y), problem.x, *factors, *tail[:3], 4, 2)
+        assert not torch.equal(alone, other)
+
+
+def test_a_seed_is_drawn_where_none_is_given(device):
+    problem, y, _ = make(9, 40, 24, 5, device=device)
+    operands = (y, problem.x, problem.lora_a, problem.lora_b, 0.5, 0.5)
+    torch.manual_seed(3)
+    first, second = (lora_ext.lora_update(*operands) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(lora_ext.lora_update(*operands), first)
+    assert not torch.equal(first, second)
+
+
+def test_dropped_elements_do_not_propagate_nan(isa, device):
+    problem, y, _ = make(60, 40, 24, 5, device=device)
+    mask = mask_of(problem, 0.5)
+    problem.x[~mask] = math.nan
+    seed = torch.tensor(1, device=device)
+    factors = (problem.lora_a, problem.lora_b)
+    assert OP(y, problem.x, *factors, 1.0, 0.5, seed).isfinite().all()
+    y[2, 3] = math.nan
+    out = OP(y, problem.x, *factors, 1.0, 0.5, seed)
+    assert out.isnan().nonzero().tolist() == [[2, 3]]
+
+
+# ---- shapes and strides ----
+
+
+@pytest.mark.parametrize(
+    ("lead", "in_features", "out_features"),
+    [((0,), 16, 24), ((4, 0), 16, 24), ((5,), 0, 24), ((5,), 16, 0), ((), 16, 24)],
+    ids=str,
+)
+def test_empty_and_single(device, lead, in_features, out_features):
+    problem, y, grad = make(lead, in_features, out_features, 3, device=device)
+    ours, exact = run(y, problem, grad, 0.5), reference(y, problem, grad, 0.5, F64)
+    for name, wanted in exact.items():
+        assert ours[name].shape == wanted.shape
+        torch.testing.assert_close(ours[name], wanted.float(), msg=name)
+
+
+@pytest.mark.parametrize("rows", [3, 60])
+def test_any_strides(isa, device, rows):
+    problem, y, _ = make((2, rows), 40, 24, 5, device=device)
+    wanted = OP(y, problem.x, problem.lora_a, problem.lora_b)
+
+    def strided(tensor):
+        return tensor.mT.contiguous().mT
+
+    tensors = [strided(t) for t in (y, problem.x, problem.lora_a, problem.lora_b)]
+    assert not any(tensor.is_contiguous() for tensor in tensors)
+    out = OP(*tensors)
+    assert out.is_contiguous() and torch.equal(out, wanted)
+    rows_apart = OP(torch.cat([y, y], -1)[..., 24:], *tensors[1:])
+    assert torch.equal(rows_apart, wanted)
+    expanded = OP(y[:1].expand_as(y), *tensors[1:])
+    assert torch.equal(expanded[:1], wanted[:1])
+
+
+# ---- autograd ----
+
+
+@pytest.mark.parametrize("rows", [3, 60])
+@pytest.mark.parametrize("grad_of_y", [False, True])
+def test_operands_are_not_written(isa, device, rows, grad_of_y):
+    problem, y, grad = make(rows, 40, 24, 5, device=device)
+    tensors = [y.requires_grad_(grad_of_y), problem.x, leaf(problem.lora_a), problem.lora_b]
+    before = [(t.detach().clone(), t._version) for t in tensors]
+    out = OP(*tensors, 0.5)
+    out.backward(grad)
+    assert out.data_ptr() != y.data_ptr()
+    for tensor, (value, version) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.detach(), value) and tensor._version == version
+    assert (y.grad is not None) == grad_of_y
+    if grad_of_y:
+        assert torch.equal(y.grad, grad)
+
+
+def test_only_what_is_wanted_is_computed(isa, device):
+    problem, y, grad = make(60, 40, 24, 5, device=device)
+    _, s = torch.ops.lora_ext.lora_update_forward(
+        y, problem.x, problem.lora_a, problem.lora_b, 1.0, 0.0, None, 0, 0
+    )
+    for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
+        found = torch.ops.lora_ext.lora_update_backward(
+            grad, problem.x, problem.lora_a, problem.lora_b, s, 1.0, 0.0, None, 0, 0, mask
+        )
+        assert [gradient is not None for gradient in found] == mask
+
+
+def test_second_derivatives_and_forward_mode_are_refused(device):
+    problem, y, _ = make(5, 7, 6, 3, (F64, F64), device)
+    leaves = [leaf(t) for t in (y, problem.x, problem.lora_a, problem.lora_b)]
+    (dx,) = torch.autograd.grad(OP(*leaves).square().sum(), leaves[1], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"lora_ext\.lora_update: .* second backward"):
+        dx.sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(y, y)
+        with pytest.raises(NotImplementedError, match=r"lora_ext\.lora_update: .* tangent"):
+            OP(dual, *leaves[1:])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=short)
+@pytest.mark.parametrize("adapter", [F32, BF16, F16], ids=short)
+def test_autocast(device, dtype, adapter):
+    """x goes to the autocast dtype, float32 factors stay, and y has its own."""
+    problem, y, grad = make(60, 40, 24, 5, device=device)
+    y, grad = y.to(dtype), grad.to(dtype)
+    factors = (problem.lora_a.to(adapter), problem.lora_b.to(adapter))
+    with torch.autocast(torch.device(device).type, BF16):
+        out = lora_ext.lora_update(y, problem.x, *factors, 0.5)
+    own = [f if adapter == F32 else f.to(BF16) for f in factors]
+    assert out.dtype == dtype
+    assert torch.equal(out, OP(y, problem.x.to(BF16), *own, 0.5))
+
+
+def test_the_same_bits_again(isa, device):
+    problem, y, grad = make(130, 257, 64, 17, (BF16, F32), device)
+    first, second = (run(y, problem, grad, 0.3) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+# ---- as torch sees it ----
+
+
+@dropouts
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32), (F64, F64)], ids=pair_id)
+def test_opcheck(device, pair, dropout_p):
+    problem, y, grad = make((2, 30), 16, 24, 3, pair, device, F32)
+    seed = torch.tensor(3, device=device) if dropout_p else None
+    tensors = (y, problem.x, problem.lora_a, problem.lora_b)
+    tail = (0.7, dropout_p, seed, 2, 1)
+    torch.library.opcheck(OP.default, (*map(leaf, tensors), *tail))
+    ops = torch.ops.lora_ext
+    torch.library.opcheck(ops.lora_update_forward.default, (*tensors, *tail))
+    _, s = ops.lora_update_forward(*tensors, *tail)
+    inputs = (grad, *tensors[1:], s, *tail, [True, False, True])
+    torch.library.opcheck(ops.lora_update_backward.default, inputs)
+
+
+@pytest.mark.skipif(EMULATED, reason="the compiler is the same")
+@dropouts
+def test_compiled(dropout_p):
+    problem, y, grad = make(60, 16, 24, 3)
+    seed = torch.tensor(3)
+
+    def call(y, x, a, b):
+        return lora_ext.lora_update(y.sin(), x, a, b, 0.7, dropout_p, seed).cos()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    found, wanted = (differentiated(f, y, problem, grad) for f in (compiled, call))
+    for name in NAMES:
+        torch.testing.assert_close(found[name], wanted[name], msg=name)
+
+
+# ---- errors ----
+
+GOOD = {
+    "y": torch.zeros(5, 6),
+    "x": torch.zeros(5, 7),
+    "lora_a": torch.zeros(3, 7),
+    "lora_b": torch.zeros(6, 3),
+}
+WRONG = {
+    "y has other columns": ({"y": torch.zeros(5, 5)}, RuntimeError, ["y", "[5, 6]", "[5, 5]"]),
+    "y has other rows": ({"y": torch.zeros(1, 6)}, RuntimeError, ["y", "[5, 6]", "[1, 6]"]),
+    "y is of integers": ({"y": torch.zeros(5, 6, dtype=torch.int8)}, TypeError, ["y", "Char"]),
+    "x is 0-d": ({"x": torch.zeros(())}, RuntimeError, ["x", "0-d"]),
+    "x has other columns": ({"x": torch.zeros(5, 8)}, RuntimeError, ["[..., 7]", "[5, 8]"]),
+    "no rank": ({"lora_a": torch.zeros(0, 7)}, RuntimeError, ["rank from 1 to 512", "rank 0"]),
+    "lora_a is 1-d": ({"lora_a": torch.zeros(7)}, RuntimeError, ["lora_a", "1 dimensions"]),
+    "ranks differ": ({"lora_b": torch.zeros(6, 4)}, RuntimeError, ["lora_b", "3]", "[6, 4]"]),
+    "lora_a is half": ({"lora_a": torch.zeros(3, 7).half()}, TypeError, ["lora_a", "Half"]),
+    "lora_b differs": ({"lora_b": torch.zeros(6, 3).double()}, TypeError, ["lora_b", "Double"]),
+    "scaling": ({"scaling": math.nan}, RuntimeError, ["scaling", "nan"]),
+    "probability": ({"dropout_p": 1.0}, RuntimeError, ["dropout_p", "[0, 1)", "1"]),
+    "offset": ({"row_offset": -1}, RuntimeError, [">= 0", "-1"]),
+    "a list": ({"y": [1.0]}, TypeError, ["y to be a tensor", "list"]),
+    "no number": ({"scaling": "1"}, TypeError, ["scaling", "'1'"]),
+}
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused(place, name):
+    changes, error, words = WRONG[name]
+    arguments = {
+        key: value.to(place) if isinstance(value, torch.Tensor) else value
+        for key, value in {**GOOD, **changes}.items()
+    }
+    with pytest.raises(error) as caught:
+        lora_ext.lora_update(**arguments)
+    message = str(caught.value)
+    assert re.match(r"lora_ext\.lora_update: expected .*but got", message), message
+    assert all(word in message for word in words), message
+
+
+def test_dropout_needs_a_seed_in_the_op():
+    with pytest.raises(RuntimeError, match="expected a seed with dropout_p"):
+        OP(*GOOD.values(), 1.0, 0.5)
