@@ -7,8 +7,8 @@ bias; the weight is frozen. `lora_update` adds the update alone onto the y of an
 `accelerate` runs a model of PEFT on them, `decelerate` gives it back. Without PEFT, `LoRALinear` is
 the layer, `apply_lora` puts it into a model as a `LoRAConfig` says, `save_adapter` and
 `load_adapter` keep adapters in PEFT's format. `prepack` keeps a frozen weight in oneDNN's layout on
-the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a model's layers run and
-why, `build_info` what was compiled and what runs here.
+the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a model's layers run
+and why, `build_info` what was compiled and what runs here.
 
 The rest is in modules named for their use:
 

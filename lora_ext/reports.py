@@ -21,7 +21,7 @@ class LayerPath:
         kind: its class.
         path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
             "merged" (one product with the merged weight) or "base" (no update). Of PEFT's layers
-            also "added" (the base as it is, the update in blocks of rows) and "peft" (PEFT's own
+            also "added" (the base as it is, the update by `lora_update`) and "peft" (PEFT's own
             forward).
         reason: why.
     """

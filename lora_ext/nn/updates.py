@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..functional import lora_update
 from .adapter_spec import MAX_RANK
 
 HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, *HALVES)
 
 
 class Update(NamedTuple):
@@ -88,6 +91,39 @@ def with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None
     return bias
 
 
+def added(y: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
+    """y + sum of scaling * ((drop(x) A^T) B^T + bias) as a new tensor, in y's dtype.
+
+    One call of `lora_update` wherever the updates can be one, on any base's y. What it returned may
+    be held by others, and is never written.
+
+    Args:
+        y: ``[..., out]``, what the base returned for x.
+        x: ``[..., in]``, any floating dtype.
+        updates: their factors in any floating dtypes.
+    """
+    if _needs_torch(y, x, updates):
+        return added_in_turn(y, x, updates)
+    lora_a, lora_b, scaling = stacked(updates, x)
+    wide_beside_half = x.dtype in HALVES and lora_a.dtype == torch.float32
+    if not (wide_beside_half or is_autocast(x)):
+        x = x.to(lora_a.dtype)
+    return lora_update(y, x, lora_a, lora_b, scaling, updates[0].dropout)
+
+
+def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
+    """Whether `lora_update` cannot add the updates: a y whose shape or kind torch has to resolve, a
+    bias, which is added in the widest dtype, or updates that are not one."""
+    lora_a, lora_b = updates[0].lora_a, updates[0].lora_b
+    if not is_plain(y) or y.dtype not in FLOATS or y.device != x.device:
+        return True
+    if y.shape != (*x.shape[:-1], lora_b.shape[0]) or obstacle(updates, y.dtype):
+        return True
+    if is_autocast(x) and torch.float64 in (x.dtype, lora_a.dtype):
+        return True
+    return any(update.bias is not None for update in updates)
+
+
 def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """The updates added to the base's y in PEFT's order: sums in the widest dtype, rounded once."""
     total = base
@@ -96,6 +132,12 @@ def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
         shrunk = F.linear(dropped, update.lora_a)
         total = total + F.linear(shrunk, update.lora_b, update.bias) * update.scaling
     return total.to(base.dtype)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor like any other: not a DTensor, not a quantised subclass."""
+    kind = type(tensor)
+    return kind is nn.Parameter or kind is Tensor or issubclass(kind, FakeTensor)
 
 
 def is_onnx_export() -> bool:

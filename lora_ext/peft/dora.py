@@ -22,9 +22,9 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from ..functional import draw_seed, lora_linear
-from ..nn.row_blocks import combine, drop, shrink, without_autocast
 from ..nn.updates import Update, stacked
 from .reasons import has_hooks
+from .row_blocks import combine, drop, shrink, without_autocast
 
 # Elements of the weight that are widened at a time for its norm: 4 MiB of float32.
 _BLOCK = 1 << 20
@@ -61,17 +61,17 @@ def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
     factor = factor_of(layer, weight, update, update.lora_a.dtype)
     if update.dropout == 0.0 and _is_cached(layer.lora_magnitude_vector[update.name]):
         return _scaled(x, weight, base.bias, update, factor)
-    scaled = [update._replace(lora_b=update.lora_b * factor[:, None])]
+    scaled_b = update.lora_b * factor[:, None]
     bias = base.bias
     if update.dropout == 0.0:
-        parts = shrink(x, scaled, [None])
+        part = shrink(x, update.lora_a, 0.0, None)
         # The base's y with its bias, bit for bit, where the factor is 1, as at initialisation.
         offset = None if bias is None else (1 - factor) * bias
-        return combine(offset, F.linear(x, weight, bias), factor, parts, scaled)
+        return combine(offset, F.linear(x, weight, bias), factor, part, scaled_b, update.scaling)
     seed = draw_seed(x.device)
-    parts = shrink(x, scaled, [seed])
+    part = shrink(x, update.lora_a, update.dropout, seed)
     u = F.linear(drop(x, update.dropout, seed), weight)
-    return combine(F.linear(x, weight, bias), u, factor - 1, parts, scaled)
+    return combine(F.linear(x, weight, bias), u, factor - 1, part, scaled_b, update.scaling)
 
 
 def _scaled(

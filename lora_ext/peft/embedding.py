@@ -1,4 +1,4 @@
-"""PEFT's embedding layers: a lookup in A, a small product, added in blocks of rows."""
+"""PEFT's embedding layers: a lookup in A, and a small product added onto the base's rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from ..nn.row_blocks import combine
 from ..nn.updates import Update
 from . import dora
 from .reasons import ADDED, BASE, PEFT, active_names, adapters_state, has_hooks, is_plain
+from .row_blocks import combine
 
 
 class Embedding(peft_layers.Embedding):
@@ -32,7 +32,7 @@ class Embedding(peft_layers.Embedding):
         if not (args or kwargs):
             plan = plan_of(self, x)
             if plan.path == ADDED:
-                return added(self, x, plan)
+                return _added(self, x, plan)
         return peft_layers.Embedding.forward(self, x, *args, **kwargs)  # by name, as in linear.py
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
@@ -101,8 +101,8 @@ def _dora_reason(layer: Any, names: Sequence[str]) -> str:
     return dora.magnitude_reason(layer, names[0], peft_dora.DoraEmbeddingLayer)
 
 
-def added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
-    """The base as it is, and the updates in blocks of rows."""
+def _added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
+    """The base as it is, and the updates onto it."""
     base = layer._modules["base_layer"]
     parts = [
         F.embedding(
@@ -114,11 +114,15 @@ def added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
         for update in plan.updates
     ]
     y = base(ids)
+    first = plan.updates[0]
     if not plan.is_dora:
-        return combine(y, parts=parts, updates=plan.updates)
-    (update,) = plan.updates
+        if len(parts) == 1:
+            return combine(y, None, None, parts[0], first.lora_b, first.scaling)
+        total = y
+        for part, update in zip(parts, plan.updates, strict=True):
+            total = total + (part @ update.lora_b.t()) * update.scaling
+        return total.to(y.dtype)
     table = base.weight
-    rounded_to = torch.promote_types(table.dtype, update.lora_a.dtype)
-    factor = dora.factor_of(layer, table.t(), update, rounded_to)
-    scaled = update._replace(lora_b=update.lora_b * factor[:, None])
-    return combine(None, y, factor, parts, [scaled])
+    rounded_to = torch.promote_types(table.dtype, first.lora_a.dtype)
+    factor = dora.factor_of(layer, table.t(), first, rounded_to)
+    return combine(None, y, factor, parts[0], first.lora_b * factor[:, None], first.scaling)

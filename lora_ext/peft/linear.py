@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
-from ..nn.row_blocks import add_updates
-from ..nn.updates import HALVES, Update, obstacle, stacked, with_biases
+from ..nn.updates import HALVES, Update, added, obstacle, stacked, with_biases
 from . import dora
 from .quick import quick_forward
 from .reasons import (
@@ -52,7 +51,7 @@ class Linear(peft_layers.Linear):
             if plan.is_dora:
                 return dora.linear(self, x, plan.updates[0])
             if plan.path == ADDED:
-                return added(self, x, plan)
+                return called(self, x, plan)
         # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
         return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
@@ -127,9 +126,9 @@ def fused(layer: Any, x: Tensor, plan: LinearPlan) -> Tensor:
     return lora_linear(x, matrix_of(base), lora_a, lora_b, bias, scaling, dropout_p)
 
 
-def added(layer: Any, x: Tensor, plan: LinearPlan) -> Tensor:
-    """The base as it is, and the updates in blocks of rows."""
-    return add_updates(layer._modules["base_layer"](x), x, plan.updates)
+def called(layer: Any, x: Tensor, plan: LinearPlan) -> Tensor:
+    """The base called as it is, and the updates onto its y."""
+    return added(layer._modules["base_layer"](x), x, plan.updates)
 
 
 def matrix_of(base: Any) -> Tensor:

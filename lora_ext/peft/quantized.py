@@ -2,8 +2,8 @@
 
     y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
 
-The base runs as it is; the rest is added in blocks of rows, without the full-size copies of x, of
-the update and of the base's output that PEFT makes. Each class exists where PEFT has its own.
+The base runs as it is; `lora_update` adds the rest, without the full-size copies of x, of the
+update and of the base's output that PEFT makes. Each class exists where PEFT has its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import torchao as peft_torchao
 from torch import Tensor
 
-from .linear import LinearPlan, added, plan_of
+from .linear import LinearPlan, called, plan_of
 from .reasons import ADDED, FUSED, PEFT
 
 
@@ -34,7 +34,7 @@ def forward_over(theirs: Any) -> Any:
         if not (args or kwargs):
             plan = quantized_plan(self, x)
             if plan.path == ADDED:
-                return added(self, x, plan)
+                return called(self, x, plan)
         return theirs.forward(self, x, *args, **kwargs)
 
     return forward

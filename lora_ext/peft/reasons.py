@@ -1,7 +1,7 @@
 """Which way one forward of a PEFT layer goes, and why: asked by each forward and by `explain`.
 
     fused    one call of `lora_linear` computes base and update
-    added    the base module is called as it is, the update is added in blocks of rows
+    added    the base module is called as it is, `lora_update` adds onto its y
     peft     PEFT's own forward
     base     the base module alone: adapters disabled, merged, or none of the active ones is here
 
@@ -17,18 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.linear import is_conv1d
-from ..nn.updates import HALVES, is_autocast, is_onnx_export
+from ..nn.updates import FLOATS, HALVES, is_autocast, is_onnx_export, is_plain
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
 Route = tuple[str, str]
 
 _DEVICES = ("cpu", "cuda", "meta")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def adapters_state(layer: Any) -> Route | None:
@@ -142,9 +140,3 @@ def _is_transformed() -> bool:
     if peek_interpreter_stack() is not None:
         return True
     return torch.autograd.forward_ad._current_level >= 0
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor like any other: not a DTensor, not a quantised subclass."""
-    kind = type(tensor)
-    return kind is nn.Parameter or kind is Tensor or issubclass(kind, FakeTensor)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.kernels
 
 # Tests of the op, which run as on CUDA, each file at a time.
 SUITES = {
+    "op/test_lora_update.py": 150,
     "op/test_numerics.py": 120,
     "op/test_autograd.py": 100,
     "op/test_shapes.py": 200,
@@ -21,6 +22,7 @@ SUITES = {
 }
 # On Hopper's lora_gemm, whose wgmma takes the execution layer longer.
 ON_HOPPER = (
+    "op/test_lora_update.py",
     "op/test_numerics.py",
     "op/test_autograd.py",
     "op/test_dropout.py",
