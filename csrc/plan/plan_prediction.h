@@ -6,7 +6,8 @@
 //     lora_gemm   whole waves of tiles, each a little deeper than k by its epilogue, at the share
 //                 of that rate which its main loop reaches
 //
-// benchmarks/cost_model/ compares these with measurements of a card, and with other packages' launches.
+// benchmarks/cost_model/ compares these with measurements of a card, and with other packages'
+// launches.
 #pragma once
 
 #include <array>
