@@ -56,7 +56,8 @@ def check_kernels(
     """
     if not _C.with_cuda:
         raise RuntimeError(
-            "lora_ext.kernel_checks: this build has no CUDA kernels; lora_ext.build_info() says why"
+            "lora_ext.kernels.kernel_checks: this build has no CUDA kernels; lora_ext.build_info() "
+            "says why"
         )
     device = indexed(device)
     if kernels is None:

@@ -37,6 +37,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern[3:])
     except re.error as error:
         raise ValueError(
-            f"lora_ext.patterns: expected a regular expression, but {pattern!r} has {error}; write "
+            f"lora_ext.models: expected a regular expression, but {pattern!r} has {error}; write "
             "module names, globs or a valid expression"
         ) from None

@@ -418,7 +418,9 @@ def test_only_what_our_kernels_make_owes_equal_bits(monkeypatch, capsys, route, 
 
     current = [""]
     monkeypatch.setattr(stress, "step_of", step_of)
-    monkeypatch.setattr(stress.lora_ext, "set_cuda_route", lambda name: current.insert(0, name))
+    monkeypatch.setattr(
+        stress.lora_ext.kernels, "set_cuda_route", lambda name: current.insert(0, name)
+    )
     monkeypatch.setattr(stress, "ROUTES", {"cpu": ("kernel", "hybrid", "library")})
     assert stress.main(["--device", "cpu"]) == status
     assert "for information" in capsys.readouterr().out
