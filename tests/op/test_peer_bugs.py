@@ -125,13 +125,10 @@ def test_any_number_of_outputs(isa, device, pair, out_features):
 
 
 @pytest.fixture
-def nan_in_new_memory():
+def nan_in_new_memory(deterministic):
     """torch fills what torch.empty returns with NaN, bytes with 255, which are NaN as floats."""
-    torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # rows, in_features, out_features
