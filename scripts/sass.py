@@ -13,10 +13,8 @@ nvdisasm comes with CUDA's toolkit or from PyPI (nvidia-cuda-nvdisasm).
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +22,9 @@ from pathlib import Path
 from sass_kernels import OPCODES_SM90A, SHARED, SHARED_OF_CONSUMER_CARDS, Kernel, kernels_of
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from emulator import cuda_headers  # noqa: E402
+
 BUILD = ROOT / "build" / "sass"
 SOURCES = ("lora_linear_bf16", "lora_linear_fp16")
 SOURCES_SM90A = tuple(
@@ -71,25 +72,31 @@ def constants() -> dict[str, tuple[int, int]]:
     """Shared memory and threads, by name of a tile."""
     source, program = BUILD / "constants.cu", BUILD / "constants"
     source.write_text(CONSTANTS)
-    command = ["nvcc", "-std=c++20", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    command = [nvcc(), "-std=c++20", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in lines.splitlines()]
     return {name: (int(shared), int(threads)) for name, shared, threads in rows}
 
 
+def tool(path: str | None, name: str, package: str) -> str:
+    if path is None:
+        sys.exit(f"sass: no {name}: install a CUDA toolkit that has it{package}")
+    return path
+
+
+def nvcc() -> str:
+    return tool(cuda_headers.nvcc(), "nvcc", "")
+
+
 def nvdisasm() -> str:
-    beside = Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13", "bin", "nvdisasm")
-    found = shutil.which("nvdisasm") or (str(beside) if beside.exists() else None)
-    if found is None:
-        sys.exit("sass: no nvdisasm: install a CUDA toolkit that has it, or nvidia-cuda-nvdisasm")
-    return found
+    return tool(cuda_headers.nvdisasm(), "nvdisasm", ", or nvidia-cuda-nvdisasm from PyPI")
 
 
 def compile_source(source: str, arch: str) -> tuple[str, Path]:
     """ptxas' report and the cubin."""
     cubin = BUILD / f"{source}.{arch}.cubin"
-    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-cubin"]
+    command = [nvcc(), "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-cubin"]
     command += ["-Xptxas", "-v", str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

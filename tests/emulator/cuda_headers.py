@@ -1,9 +1,10 @@
-"""Finds CUDA's headers, which kernels include on the host too, and nvcc, which is optional.
+"""Finds CUDA's headers, which kernels include on the host too; nvcc and nvdisasm are optional.
 
     python tests/emulator/cuda_headers.py    prints the compiler flags, or what to install
 
 The headers come from a toolkit (nvcc on PATH, CUDA_HOME, /usr/local/cuda*) or, without one, from
-three wheels of PyPI, 7 MB together.
+three wheels of PyPI, 7 MB together. Wheels count wherever this Python finds packages: also those of
+an environment that lends them.
 """
 
 import importlib.util
@@ -28,10 +29,32 @@ class CudaHeadersNotFound(RuntimeError):
 
 def nvcc() -> str | None:
     """The path of nvcc, or None: the host build needs its headers alone."""
+    return in_toolkits("nvcc")
+
+
+def nvdisasm() -> str | None:
+    """The path of nvdisasm, which not every toolkit has, or None."""
+    beside_nvcc = re.findall(r"^#\$ _HERE_=(.+)", dry_run(), re.M)
+    wheels = [str(path) for path in of_wheels("bin")]
+    return in_toolkits("nvdisasm") or shutil.which(
+        "nvdisasm", path=os.pathsep.join([*beside_nvcc, *wheels])
+    )
+
+
+def in_toolkits(program: str) -> str | None:
     home = os.environ.get("CUDA_HOME")
     folders = [f"{home}/bin"] if home else []
     folders += [os.environ.get("PATH", ""), *(f"{path}/bin" for path in local_toolkits())]
-    return shutil.which("nvcc", path=os.pathsep.join(folders))
+    return shutil.which(program, path=os.pathsep.join(folders))
+
+
+def dry_run() -> str:
+    """What nvcc would do: it may be a wrapper, and this says where the toolkit is. Or ""."""
+    compiler = nvcc()
+    if compiler is None:
+        return ""
+    command = [compiler, "--dryrun", "x.cu"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
 def local_toolkits() -> list[Path]:
@@ -45,23 +68,18 @@ def local_toolkits() -> list[Path]:
 
 def toolkit_includes() -> list[Path]:
     """The include folders of each toolkit, the one of nvcc first."""
-    folders = []
-    compiler = nvcc()
-    if compiler:  # it may be a wrapper; its dry run says where the toolkit is
-        command = [compiler, "--dryrun", "x.cu"]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-        folders += [Path(flag) for flag in re.findall(r'^#\$ INCLUDES="-I([^"]+)"', said, re.M)]
+    folders = [Path(flag) for flag in re.findall(r'^#\$ INCLUDES="-I([^"]+)"', dry_run(), re.M)]
     if os.environ.get("CUDA_HOME"):
         folders.append(Path(os.environ["CUDA_HOME"], "include"))
     folders += [path / "include" for path in local_toolkits()]
     return folders
 
 
-def wheel_includes() -> list[Path]:
-    """The include folders of NVIDIA's wheels: nvidia/cu13/include; before 13, one of each wheel."""
+def of_wheels(folder: str) -> list[Path]:
+    """A folder of NVIDIA's wheels: nvidia/cu13/include, say; before 13, one of each wheel."""
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in spec.submodule_search_locations or []] if spec else []
-    return sorted((path for root in roots for path in root.glob("*/include")), reverse=True)
+    return sorted((path for root in roots for path in root.glob(f"*/{folder}")), reverse=True)
 
 
 def choose(folders: list[Path]) -> tuple[list[Path], list[str]]:
@@ -83,7 +101,7 @@ def include_dirs() -> list[Path]:
         chosen, missing = choose([toolkit])
         if not missing:
             return [path.resolve() for path in chosen]
-    chosen, missing = choose(wheel_includes())
+    chosen, missing = choose(of_wheels("include"))
     if missing:
         packages = " ".join(HEADERS[header] for header in missing)
         raise CudaHeadersNotFound(

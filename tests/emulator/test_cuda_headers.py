@@ -1,4 +1,4 @@
-"""Finding CUDA's headers: in a toolkit, in wheels, or a message that says what to install."""
+"""Finding CUDA's headers and nvdisasm: in a toolkit, in wheels, or a message of what to install."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.kernels
 @pytest.fixture
 def no_toolkit(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(cuda_headers, "local_toolkits", lambda: [])
-    monkeypatch.setattr(cuda_headers, "nvcc", lambda: None)
-    monkeypatch.setattr(cuda_headers, "wheel_includes", lambda: [])
+    monkeypatch.setattr(cuda_headers, "of_wheels", lambda folder: [])
     monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "")
     return monkeypatch
 
 
@@ -41,14 +41,14 @@ def test_says_what_to_install(no_toolkit):
 
 def test_names_the_missing_wheel_alone(no_toolkit, tmp_path):
     folder = make(tmp_path / "include", "cuda_bf16.h", "nv/target")
-    no_toolkit.setattr(cuda_headers, "wheel_includes", lambda: [folder])
+    no_toolkit.setattr(cuda_headers, "of_wheels", lambda name: [folder])
     with pytest.raises(cuda_headers.CudaHeadersNotFound, match=r"pip install nvidia-cuda-crt$"):
         cuda_headers.include_dirs()
 
 
 def test_takes_one_folder_of_each_wheel(no_toolkit, tmp_path):
     folders = [make(tmp_path / str(i), header) for i, header in enumerate(cuda_headers.HEADERS)]
-    no_toolkit.setattr(cuda_headers, "wheel_includes", lambda: folders)
+    no_toolkit.setattr(cuda_headers, "of_wheels", lambda name: folders)
     assert cuda_headers.include_dirs() == folders
 
 
@@ -63,3 +63,39 @@ def test_passes_over_an_incomplete_toolkit(no_toolkit, tmp_path):
     whole = make(tmp_path / "new" / "include", *cuda_headers.HEADERS)
     no_toolkit.setattr(cuda_headers, "local_toolkits", lambda: [tmp_path / "old", tmp_path / "new"])
     assert cuda_headers.include_dirs() == [whole]
+
+
+def make_program(path: Path, text: str = "") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_without_a_toolkit_there_is_no_program(no_toolkit):
+    assert cuda_headers.nvcc() is None and cuda_headers.nvdisasm() is None
+
+
+def test_nvdisasm_is_found_on_path_then_in_a_toolkit_then_in_a_wheel(no_toolkit, tmp_path):
+    wheel = make_program(tmp_path / "nvidia" / "cu13" / "bin" / "nvdisasm")
+    no_toolkit.setattr(cuda_headers, "of_wheels", lambda folder: [Path(wheel).parent])
+    assert cuda_headers.nvdisasm() == wheel
+    toolkit = make_program(tmp_path / "toolkit" / "bin" / "nvdisasm")
+    no_toolkit.setattr(cuda_headers, "local_toolkits", lambda: [tmp_path / "toolkit"])
+    assert cuda_headers.nvdisasm() == toolkit
+    on_path = make_program(tmp_path / "path" / "nvdisasm")
+    no_toolkit.setenv("PATH", str(tmp_path / "path"))
+    assert cuda_headers.nvdisasm() == on_path
+
+
+def test_nvdisasm_is_found_where_a_wrapper_of_nvcc_says_that_it_is(no_toolkit, tmp_path):
+    beside = make_program(tmp_path / "toolkit" / "bin" / "nvdisasm")
+    make_program(tmp_path / "path" / "nvcc", f"echo '#$ _HERE_={Path(beside).parent}' >&2")
+    no_toolkit.setenv("PATH", str(tmp_path / "path"))
+    assert cuda_headers.nvdisasm() == beside
+
+
+def test_a_wheel_of_the_environment_that_lends_its_packages_counts(tmp_path, monkeypatch):
+    make_program(tmp_path / "nvidia" / "cu99" / "bin" / "nvdisasm")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert tmp_path / "nvidia" / "cu99" / "bin" in cuda_headers.of_wheels("bin")
