@@ -145,6 +145,15 @@ def test_a_planted_mutant_runs_and_nothing_moves(tmp_path, planted, changes, pri
     assert done.stdout == f"{printed} {PROGRAM[: PROGRAM.index('__LINE__')].count(chr(10)) + 1}\n"
 
 
+def test_every_edit_finds_its_text():
+    planted = [name for source in instrument.sources() for name in edit_names(source)]
+    assert set(planted) == {fault.name for fault in FAULTS}
+
+
+def edit_names(source: Source) -> list[str]:
+    return [name for wrap in edits.wraps_of(source, FAULTS) for name in wrap.mutants]
+
+
 def test_every_source_has_a_program_and_every_mutant_a_number():
     instrument.check_complete()
     for name, stems in mutants.PROGRAMS.items():
