@@ -1,6 +1,6 @@
 """From the accumulators through a slab of shared memory to Y."""
 
-from emulator.mutants.faults.fault import Fault
+from emulator.mutants.faults.fault import Fault, faults_of
 
 FILE = "lora_gemm_sm90a_epilogue.h"
 
@@ -12,9 +12,7 @@ COMMIT = "      ptx::bulk_commit_group();\n"
 WAIT = "    if (thread == 0) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();\n"
 FREE = "    warpgroup_barrier();\n"
 
-
-def of_epilogue(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
-    return Fault(name, what, why, tuple((FILE, old, new) for old, new in edits))
+of_epilogue = faults_of(FILE)
 
 
 EPILOGUE = [

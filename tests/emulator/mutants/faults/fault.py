@@ -1,5 +1,6 @@
 """One fault: edits of sources of csrc/."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -14,3 +15,12 @@ class Fault:
     program: str = ""  # that sees it, with its arguments; else those that run the file's kernels
     arguments: tuple[str, ...] = ()
     expected: str = "caught"  # or "clean"
+
+
+def faults_of(file: str) -> Callable[..., Fault]:
+    """Makes faults whose edits, each (old, new), are all of one file."""
+
+    def fault(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
+        return Fault(name, what, why, tuple((file, old, new) for old, new in edits))
+
+    return fault

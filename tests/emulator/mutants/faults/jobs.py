@@ -1,6 +1,6 @@
 """Jobs that one thread draws for both blocks of a cluster, and the flags by which T is published."""
 
-from emulator.mutants.faults.fault import Fault
+from emulator.mutants.faults.fault import Fault, faults_of
 
 FILE = "lora_gemm_sm90a_jobs.h"
 IN_GRID = "lora_gemm_sm90a_in_grid.h"
@@ -25,13 +25,8 @@ RELEASE_FENCE = (
 )
 COUNTED = "    const uint32_t before = ptx::atomic_add_relaxed_gpu(in.finished, 1);\n"
 
-
-def of_jobs(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
-    return Fault(name, what, why, tuple((FILE, old, new) for old, new in edits))
-
-
-def of_shrink(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
-    return Fault(name, what, why, tuple((IN_GRID, old, new) for old, new in edits))
+of_jobs = faults_of(FILE)
+of_shrink = faults_of(IN_GRID)
 
 
 JOBS = [

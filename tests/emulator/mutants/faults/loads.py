@@ -1,6 +1,6 @@
 """The producer: loads, what they announce, the stages that they fill."""
 
-from emulator.mutants.faults.fault import Fault
+from emulator.mutants.faults.fault import Fault, faults_of
 
 PRODUCER = "lora_gemm_sm90a_producer.h"
 CONSUMER = "lora_gemm_sm90a_consumer.h"
@@ -19,9 +19,7 @@ GLOBAL_FENCE = "    ptx::fence_proxy_async_global();\n"
 FULL_COLUMNS = "column + panel * 64, k0 + first, kBoth"
 FULL_ROWS = "k0, column + first, kBoth"
 
-
-def of_producer(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
-    return Fault(name, what, why, tuple((PRODUCER, old, new) for old, new in edits))
+of_producer = faults_of(PRODUCER)
 
 
 LOADS = [

@@ -1,6 +1,6 @@
 """Operands, fences, commits and waits of the tensor cores, and the registers of the roles."""
 
-from emulator.mutants.faults.fault import Fault
+from emulator.mutants.faults.fault import Fault, faults_of
 
 CONSUMER = "lora_gemm_sm90a_consumer.h"
 BLOCK = "lora_gemm_sm90a_block.h"
@@ -17,13 +17,8 @@ DEC = "    ptx::setmaxnreg_dec<Tile::kProducerRegisters>();\n"
 INC = "    ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();\n"
 WARP = "static_cast<int>(threadIdx.x) / 32 % 4"
 
-
-def of_consumer(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
-    return Fault(name, what, why, tuple((CONSUMER, old, new) for old, new in edits))
-
-
-def of_roles(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
-    return Fault(name, what, why, tuple((ROLES, old, new) for old, new in edits))
+of_consumer = faults_of(CONSUMER)
+of_roles = faults_of(ROLES)
 
 
 PRODUCTS = [
