@@ -106,7 +106,9 @@ def imports(modules: dict[str, str]) -> dict[str, set[str]]:
             package = parts[: len(parts) - node.level + 1]
             target = ".".join([*package, *filter(None, [node.module])])
             named = [target, *(f"{target}.{alias.name}" for alias in node.names)]
-            named += [f"{other}.__init__" for other in named if not own.startswith(other)]
+            named += [
+                f"{other}.__init__" for other in named if not f"{own}.".startswith(f"{other}.")
+            ]
             found.setdefault(name, set()).update(other for other in named if other in modules)
     return found
 

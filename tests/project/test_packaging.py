@@ -1,4 +1,4 @@
-"""The build and what it says of itself: version, files shipped, build_info, choice of torch."""
+"""The build and what it says of itself: version, files shipped, build_info, setup.py."""
 
 import importlib
 import importlib.metadata
@@ -68,12 +68,6 @@ def facts(monkeypatch, tmp_path):
     path = tmp_path / "_build.json"
     monkeypatch.setattr(info_module, "_FACTS_FILE", path)
     return path.write_text
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "build_backend")
-    return importlib.import_module("lora_ext_backend")
 
 
 # Version and files
@@ -430,107 +424,6 @@ def test_no_empty_kernels_on_wgmma_beside_those_of_9_0a(setup_py, plain):
     assert "sm_90a" in codes and "sm_90" not in codes
     assert ("compute_90" in codes) == plain.endswith("+PTX")
     assert "sm_90" in codes_of(" ".join(setup_py["arch_flags"](["8.0", plain])))
-
-
-# The PEP 517 backend
-
-
-@pytest.fixture
-def target(backend, monkeypatch):
-    """Lets the test say which torch the target holds, and what its pip reports (None: no pip)."""
-
-    def pretend(held, report):
-        def run_in_target(arguments):
-            if "pip" not in arguments:
-                return json.dumps([held, ["site-packages"]])
-            if report is None:
-                raise subprocess.CalledProcessError(1, arguments)
-            return json.dumps(report)
-
-        monkeypatch.setattr(backend, "run_in_target", run_in_target)
-        monkeypatch.setattr(backend.shutil, "which", lambda name: name)
-
-    return pretend
-
-
-def test_backend_finds_the_torch_that_is_installed(backend):
-    assert torch.__path__[0].startswith(tuple(backend.target_path()))
-
-
-@pytest.mark.parametrize("held", ["", "2.10.1+cu126", "2.14.0"])
-def test_backend_requires_the_torch_that_pip_will_install(backend, target, held):
-    target(held, {"install": [{"metadata": {"name": "torch", "version": "2.12.1"}}]})
-    assert backend.build_requirements() == ["torch==2.12.1"]
-
-
-def test_backend_requires_no_torch_where_pip_keeps_the_one_there(backend, target):
-    target("2.12.1", {"install": []})
-    assert backend.build_requirements() == []
-
-
-@pytest.mark.parametrize(
-    ("held", "wanted"),
-    [("", ["torch>=2.11"]), ("2.10.1", ["torch>=2.11"]), ("1.13", ["torch>=2.11"]), ("2.11.0", [])],
-)
-def test_backend_without_pip_looks_for_torch_itself(backend, target, held, wanted):
-    target(held, None)
-    assert backend.build_requirements() == wanted
-
-
-def test_backend_asks_for_ninja_where_there_is_none(backend, target, monkeypatch):
-    target("2.12.1", {"install": []})
-    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
-    assert backend.build_requirements() == ["ninja"]
-
-
-# scripts/check_house.py
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "wrong"),
-    [
-        ("csrc/cuda/shrink.cu", 'asm volatile("nanosleep.u32 1;");', True),
-        ("csrc/ptx/wgmma.h", 'asm volatile("wgmma.fence.sync.aligned;");', False),
-        ("csrc/cuda/shrink.cu", "#include <ATen/core/Tensor.h>", True),
-        ("csrc/cpu/isa_avx2.cpp", "#include <c10/util/BFloat16.h>", True),
-        ("csrc/route/cpu_route.cpp", "#include <ATen/Parallel.h>", False),
-        ("csrc/op/meta.cpp", '#include "op/checks.h"', False),
-        ("csrc/op/meta.cpp", '#include "common/call.h"', False),
-        ("csrc/library/dropout.cpp", '#include "op/checks.h"', True),
-        ("csrc/op/meta.cpp", '#include "checks.h"', True),
-        ("csrc/new/meta.cpp", '#include "common/call.h"', True),
-        ("docs/build.md", "cd /" + "home/somebody/lora_ext", True),
-        ("docs/build.md", "src/" + "home/index.md", False),
-    ],
-)
-def test_house_rules(name, line, wrong):
-    breaches = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["breaches"]
-    assert [number for number, _ in breaches(name, f"\n{line}\n")] == ([2] if wrong else [])
-
-
-@pytest.mark.parametrize(
-    ("lower", "around"),
-    [
-        ("from . import _C", []),
-        ("from .upper import f", ["p.lower", "p.upper", "p.lower"]),
-        ("def f():\n    from . import upper", ["p.lower", "p.upper", "p.lower"]),
-        ("if TYPE_CHECKING:\n    from .upper import f", []),
-        ("from .package.inner import f", ["p.lower", "p.package.inner", "p.lower"]),
-        ("from . import package", ["p.lower", "p.package.__init__", "p.package.inner", "p.lower"]),
-    ],
-)
-def test_circles_of_imports_are_found(lower, around):
-    circle = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["circle"]
-    modules = {
-        "p.__init__": "from .upper import f",
-        "p.lower": lower,
-        "p.upper": "from .lower import f",
-        "p.package.__init__": "from .inner import f",
-        "p.package.inner": "from ..lower import f\nfrom . import other",
-        "p.package.other": "",
-    }
-    found = circle(modules)
-    assert sorted(set(found)) == sorted(set(around)) and found[:1] == found[-1:]
 
 
 @pytest.mark.parametrize(

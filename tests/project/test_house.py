@@ -1,0 +1,60 @@
+"""The rules of the house that no linter knows: scripts/check_house.py."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "wrong"),
+    [
+        ("csrc/cuda/shrink.cu", 'asm volatile("nanosleep.u32 1;");', True),
+        ("csrc/ptx/wgmma.h", 'asm volatile("wgmma.fence.sync.aligned;");', False),
+        ("csrc/cuda/shrink.cu", "#include <ATen/core/Tensor.h>", True),
+        ("csrc/cpu/isa_avx2.cpp", "#include <c10/util/BFloat16.h>", True),
+        ("csrc/route/cpu_route.cpp", "#include <ATen/Parallel.h>", False),
+        ("csrc/op/meta.cpp", '#include "op/checks.h"', False),
+        ("csrc/op/meta.cpp", '#include "common/call.h"', False),
+        ("csrc/library/dropout.cpp", '#include "op/checks.h"', True),
+        ("csrc/op/meta.cpp", '#include "checks.h"', True),
+        ("csrc/new/meta.cpp", '#include "common/call.h"', True),
+        ("docs/build.md", "cd /" + "home/somebody/lora_ext", True),
+        ("docs/build.md", "src/" + "home/index.md", False),
+    ],
+)
+def test_house_rules(name, line, wrong):
+    breaches = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["breaches"]
+    assert [number for number, _ in breaches(name, f"\n{line}\n")] == ([2] if wrong else [])
+
+
+@pytest.mark.parametrize(
+    ("lower", "around"),
+    [
+        ("from . import _C", []),
+        ("from .upper import f", ["p.lower", "p.upper", "p.lower"]),
+        ("def f():\n    from . import upper", ["p.lower", "p.upper", "p.lower"]),
+        ("if TYPE_CHECKING:\n    from .upper import f", []),
+        ("from .package.inner import f", ["p.lower", "p.package.inner", "p.lower"]),
+        ("from . import package", ["p.lower", "p.package.__init__", "p.package.inner", "p.lower"]),
+        (
+            "from .packages import inner",
+            ["p.lower", "p.packages.inner", "p.package.__init__", "p.package.inner", "p.lower"],
+        ),
+    ],
+)
+def test_circles_of_imports_are_found(lower, around):
+    circle = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["circle"]
+    modules = {
+        "p.__init__": "from .upper import f",
+        "p.lower": lower,
+        "p.upper": "from .lower import f",
+        "p.package.__init__": "from .inner import f",
+        "p.package.inner": "from ..lower import f\nfrom . import other",
+        "p.package.other": "",
+        "p.packages.inner": "from .. import package",
+    }
+    found = circle(modules)
+    assert sorted(set(found)) == sorted(set(around)) and found[:1] == found[-1:]
