@@ -46,6 +46,8 @@ struct Base {
     return base;
   }
   bool is_given() const { return !weight.defined(); }
+  // Of Python's name, for messages: the op whose base it is.
+  const char* op() const { return is_given() ? "lora_update" : "lora_linear"; }
 };
 
 // The trained part: scaling * (drop(x) lora_a^T) lora_b^T.

@@ -5,5 +5,3 @@
 #include <c10/util/Exception.h>
 
 #define LORA_EXT_CHECK(condition, ...) TORCH_CHECK(condition, "lora_ext.lora_linear: ", __VA_ARGS__)
-#define LORA_EXT_CHECK_TYPE(condition, ...) \
-  TORCH_CHECK_TYPE(condition, "lora_ext.lora_linear: ", __VA_ARGS__)

@@ -34,8 +34,6 @@ int64_t address_of(const at::Tensor& weight) {
   return reinterpret_cast<int64_t>(weight.const_data_ptr());
 }
 
-const char* name_of(const Base& base) { return base.is_given() ? "lora_update" : "lora_linear"; }
-
 // lora_linear, or lora_update where the base is given.
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
   // Positions of the differentiable inputs among forward's arguments: tensors apart from the values
@@ -109,10 +107,10 @@ at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update)
   TORCH_CHECK_NOT_IMPLEMENTED(
       !has_tangent(x) && !has_tangent(base_tensor) && !has_tangent(lora_a) &&
           !has_tangent(lora_b) && !(bias && has_tangent(*bias)),
-      "lora_ext.", name_of(base),
+      "lora_ext.", base.op(),
       ": expected reverse-mode autograd, but got a forward-mode tangent; use "
       "lora_ext.reference.",
-      name_of(base), "_reference for forward mode");
+      base.op(), "_reference for forward mode");
   if (at::GradMode::is_enabled()) {
     LORA_EXT_CHECK(base.is_given() || !base.weight.requires_grad(),
                    "expected a frozen weight, but got one that requires grad: no gradient is "

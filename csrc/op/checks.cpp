@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "common/bounds.h"
+#include "op/flatten.h"
 
 namespace lora_ext {
 namespace {
@@ -19,19 +20,10 @@ bool supported(at::ScalarType dtype) {
 #define EXPECT(condition, ...) TORCH_CHECK(condition, "lora_ext.", op, ": ", __VA_ARGS__)
 #define EXPECT_TYPE(condition, ...) TORCH_CHECK_TYPE(condition, "lora_ext.", op, ": ", __VA_ARGS__)
 
-const char* op_of(const Base& base) { return base.is_given() ? "lora_update" : "lora_linear"; }
-
 void check_same_device(const char* op, const char* name, const at::Tensor& tensor,
                        const at::Tensor& x) {
   EXPECT(tensor.device() == x.device(), "expected ", name, " on x's device ", x.device(),
          ", but got ", tensor.device(), "; move one of them with .to()");
-}
-
-// x.shape[:-1] + [last], the shape of y.
-std::vector<c10::SymInt> with_last(const at::Tensor& x, const c10::SymInt& last) {
-  std::vector<c10::SymInt> sizes = x.sym_sizes().vec();
-  sizes.back() = last;
-  return sizes;
 }
 
 void check_factors(const char* op, const at::Tensor& x, const Update& update) {
@@ -83,7 +75,7 @@ void check_update_shapes(const char* op, const at::Tensor& x, const Update& upda
 // y or its gradient.
 void check_output_shape(const char* op, const char* name, const at::Tensor& y, const at::Tensor& x,
                         const Update& update) {
-  const std::vector<c10::SymInt> sizes = with_last(x, update.lora_b.sym_size(0));
+  const std::vector<c10::SymInt> sizes = sym_with_last(x, update.lora_b.sym_size(0));
   EXPECT(y.sym_sizes().equals(sizes), "expected ", name, " of shape ", c10::SymIntArrayRef(sizes),
          ", but got ", y.sym_sizes());
 }
@@ -177,19 +169,17 @@ void check_given(const char* op, const char* name, const at::Tensor& y, const at
 }  // namespace
 
 void check_forward(const at::Tensor& x, const Base& base, const Update& update) {
-  const char* op = op_of(base);
+  const char* op = base.op();
   check_operands(op, x, base, update);
   if (base.is_given()) check_given(op, "y", base.y, x, update);
 }
 
 void check_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base,
                     const Update& update, const at::Tensor& s) {
-  const char* op = op_of(base);
+  const char* op = base.op();
   check_operands(op, x, base, update);
   check_given(op, "grad", grad, x, update);
-  c10::SymInt rows = 1;
-  for (int64_t dim = 0; dim < x.dim() - 1; ++dim) rows = rows * x.sym_size(dim);
-  const std::vector<c10::SymInt> s_sizes = {rows, update.lora_a.sym_size(0)};
+  const std::vector<c10::SymInt> s_sizes = {sym_rows(x), update.lora_a.sym_size(0)};
   EXPECT(s.sym_sizes().equals(s_sizes), "expected s of shape ", c10::SymIntArrayRef(s_sizes),
          ", but got ", s.sym_sizes());
   const at::ScalarType sum_dtype = accumulation_dtype(x.scalar_type());

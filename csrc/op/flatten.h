@@ -1,10 +1,13 @@
-// From the shapes of a call, [..., C], to the 2-D tensors of the routes.
+// From the shapes of a call, [..., C], to the 2-D tensors of the routes; of symbols, their sizes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
 
 #include <vector>
+
+#include "common/call.h"
 
 namespace lora_ext {
 
@@ -19,6 +22,28 @@ inline std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
   std::vector<int64_t> sizes = tensor.sizes().vec();
   sizes.back() = last;
   return sizes;
+}
+
+inline std::vector<c10::SymInt> sym_with_last(const at::Tensor& tensor, const c10::SymInt& last) {
+  std::vector<c10::SymInt> sizes = tensor.sym_sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+// M of a tensor of shape [..., C].
+inline c10::SymInt sym_rows(const at::Tensor& tensor) {
+  c10::SymInt rows = 1;
+  for (int64_t dim = 0; dim < tensor.dim() - 1; ++dim) rows = rows * tensor.sym_size(dim);
+  return rows;
+}
+
+// The gradients of a call without an element.
+inline Backward zero_gradients(const at::Tensor& x, const Update& update, bool dx, bool dlora_a,
+                               bool dlora_b) {
+  const auto zeros = [](const at::Tensor& tensor, bool wanted) {
+    return wanted ? at::zeros(tensor.sizes(), tensor.options()) : at::Tensor();
+  };
+  return {zeros(x, dx), zeros(update.lora_a, dlora_a), zeros(update.lora_b, dlora_b)};
 }
 
 // Autocast is decided once, by autocast.cpp; inside, no ATen call may cast again. A backward that

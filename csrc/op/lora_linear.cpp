@@ -71,12 +71,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
   const NoAutocast no_autocast;
   check_backward(grad, x, base, update, s);
   const at::ScalarType dtype = x.scalar_type();
-  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
   Backward out;
   if (x.numel() == 0 || base.weight.numel() == 0) {
-    if (output_mask[0]) out.dx = at::zeros(x.sizes(), x.options());
-    if (output_mask[1]) out.dlora_a = at::zeros(lora_a.sizes(), lora_a.options());
-    if (output_mask[2]) out.dlora_b = at::zeros(lora_b.sizes(), lora_b.options());
+    out = zero_gradients(x, update, output_mask[0], output_mask[1], output_mask[2]);
   } else if (output_mask[0] || output_mask[1] || output_mask[2]) {
     out = route::backward({flattened(grad.to(dtype)), flattened(x), base_for(base, dtype), update,
                            s.contiguous(), output_mask[0], output_mask[1], output_mask[2]});

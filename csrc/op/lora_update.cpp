@@ -40,12 +40,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward(
     std::array<bool, 3> output_mask) {
   const NoAutocast no_autocast;
   check_backward(grad, x, Base::given(), update, s);
-  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
   Backward out;
   if (x.numel() == 0 || grad.numel() == 0) {
-    if (output_mask[0]) out.dx = at::zeros(x.sizes(), x.options());
-    if (output_mask[1]) out.dlora_a = at::zeros(lora_a.sizes(), lora_a.options());
-    if (output_mask[2]) out.dlora_b = at::zeros(lora_b.sizes(), lora_b.options());
+    out = zero_gradients(x, update, output_mask[0], output_mask[1], output_mask[2]);
   } else if (output_mask[0] || output_mask[1] || output_mask[2]) {
     out = route::backward({flattened(grad), flattened(x), Base::given(), update, s.contiguous(),
                            output_mask[0], output_mask[1], output_mask[2]});

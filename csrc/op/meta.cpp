@@ -4,31 +4,25 @@
 
 #include "op/checks.h"
 #include "op/flat.h"
+#include "op/flatten.h"
 
 namespace lora_ext {
 namespace {
-
-std::vector<c10::SymInt> with_last(const at::Tensor& tensor, const c10::SymInt& last) {
-  std::vector<c10::SymInt> sizes = tensor.sym_sizes().vec();
-  sizes.back() = last;
-  return sizes;
-}
-
-c10::SymInt rows_of(const at::Tensor& x) {
-  c10::SymInt rows = 1;
-  for (int64_t dim = 0; dim < x.dim() - 1; ++dim) rows = rows * x.sym_size(dim);
-  return rows;
-}
 
 at::Tensor empty(c10::SymIntArrayRef sizes, const at::Tensor& like, at::ScalarType dtype) {
   return at::empty_symint(sizes, like.options().dtype(dtype));
 }
 
+// The gradient of a tensor, undefined where it is not wanted.
+at::Tensor gradient_of(const at::Tensor& tensor, bool wanted) {
+  return wanted ? empty(tensor.sym_sizes(), tensor, tensor.scalar_type()) : at::Tensor();
+}
+
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward_meta(const at::Tensor& x, const Base& base,
                                                             const Update& update) {
   check_forward(x, base, update);
-  return {empty(with_last(x, base.weight.sym_size(0)), x, x.scalar_type()),
-          empty({rows_of(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
+  return {empty(sym_with_last(x, base.weight.sym_size(0)), x, x.scalar_type()),
+          empty({sym_rows(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
 }
 
 at::Tensor lora_linear_meta(const at::Tensor& x, const Base& base, const Update& update) {
@@ -39,15 +33,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_
     const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
     const at::Tensor& s, std::array<bool, 4> output_mask) {
   check_backward(grad, x, base, update, s);
-  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
-  at::Tensor dx, dlora_a, dlora_b, dbias;
-  if (output_mask[0]) dx = empty(x.sym_sizes(), x, x.scalar_type());
-  if (output_mask[1]) dlora_a = empty(lora_a.sym_sizes(), lora_a, lora_a.scalar_type());
-  if (output_mask[2]) dlora_b = empty(lora_b.sym_sizes(), lora_b, lora_b.scalar_type());
+  at::Tensor dbias;
   if (output_mask[3]) {
     dbias = empty({base.weight.sym_size(0)}, grad, accumulation_dtype(x.scalar_type()));
   }
-  return {dx, dlora_a, dlora_b, dbias};
+  return {gradient_of(x, output_mask[0]), gradient_of(update.lora_a, output_mask[1]),
+          gradient_of(update.lora_b, output_mask[2]), dbias};
 }
 
 std::tuple<at::Tensor, at::Tensor> lora_update_forward_meta(const at::Tensor& y,
@@ -55,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> lora_update_forward_meta(const at::Tensor& y,
                                                             const Update& update) {
   check_forward(x, Base::given(y), update);
   return {empty(y.sym_sizes(), y, y.scalar_type()),
-          empty({rows_of(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
+          empty({sym_rows(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
 }
 
 at::Tensor lora_update_meta(const at::Tensor& y, const at::Tensor& x, const Update& update) {
@@ -66,11 +57,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward_meta(
     const at::Tensor& grad, const at::Tensor& x, const Update& update, const at::Tensor& s,
     std::array<bool, 3> output_mask) {
   check_backward(grad, x, Base::given(), update, s);
-  const auto like = [](bool wanted, const at::Tensor& tensor) {
-    return wanted ? empty(tensor.sym_sizes(), tensor, tensor.scalar_type()) : at::Tensor();
-  };
-  return {like(output_mask[0], x), like(output_mask[1], update.lora_a),
-          like(output_mask[2], update.lora_b)};
+  return {gradient_of(x, output_mask[0]), gradient_of(update.lora_a, output_mask[1]),
+          gradient_of(update.lora_b, output_mask[2])};
 }
 
 at::Tensor dropout_mask_meta(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
