@@ -8,15 +8,15 @@ uint64_t reached = 0;
 bool recording = false;
 std::set<uint32_t> recorded;
 
-// FNV-1a, as in mutants/wrap.py. Of no name, 0.
-uint32_t number_of(const char* name) {
-  if (*name == 0) return 0;
+}  // namespace
+
+uint32_t number_of(const char* mutant) {
+  if (*mutant == 0) return 0;
   uint32_t number = 0x811C9DC5;
-  for (; *name != 0; ++name) number = (number ^ static_cast<unsigned char>(*name)) * 0x01000193;
+  for (; *mutant != 0; ++mutant)
+    number = (number ^ static_cast<unsigned char>(*mutant)) * 0x01000193;
   return number;
 }
-
-}  // namespace
 
 void plant_fault(const char* mutant) {
   planted_mutant = number_of(mutant);

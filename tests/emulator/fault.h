@@ -11,6 +11,13 @@ namespace emulator {
 // Plants the mutant of this name; an empty name plants none.
 void plant_fault(const char* mutant);
 
+// The same, of one that the copies have: any other name ends the process, as nothing would be
+// wrong.
+void plant_known_fault(const char* mutant);
+
+// FNV-1a, as in mutants/wrap.py. Of no name, 0.
+uint32_t number_of(const char* mutant);
+
 // How often a program came by the planted mutant: one that no test case reaches proves nothing.
 uint64_t planted_fault_reached();
 

@@ -6,6 +6,7 @@ from emulator.package import build
 
 pytestmark = pytest.mark.kernels
 
+TERM_LOST = "sum_of_splits.sum_of_splits.split<splits:low"
 CALL = """
 import os, time, warnings
 import pytest, torch, lora_ext
@@ -126,13 +127,15 @@ lora_ext.lora_linear(*half[:2], *operands()[2:])
 failed = {name for name, why in check_results("cpu").items() if why != "passed"}
 assert len(failed) == 2, failed
 """,
-        LORA_EXT_EMULATED_FAULT="reduce.splits:low",
+        LORA_EXT_EMULATED_FAULT=TERM_LOST,
     )
     assert said == ""
 
 
 def test_a_launch_error_is_said_without_a_backtrace():
-    said = python("call()", LORA_EXT_EMULATED_FAULT="shrink.commit")
+    said = python(
+        "call()", LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.load.cp_async_commit_group:skip"
+    )
     assert "failed their check" in said and "launching the kernels on cpu failed: " in said
     assert "Exception raised from" not in said
 
@@ -149,7 +152,7 @@ call()
 path, reason = cuda_path(cpu, problem, torch.bfloat16)
 assert path == "library" and "failed their check on cpu: y differs" in reason, reason
 """,
-        LORA_EXT_EMULATED_FAULT="reduce.splits:low",
+        LORA_EXT_EMULATED_FAULT=TERM_LOST,
     )
 
 
@@ -167,7 +170,10 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
 # consumer of a pingpong tile leaves to the other.
 @pytest.mark.parametrize(
     ("arch", "fault", "tiles"),
-    [("80", "loop.clear", "128 x 256"), ("90", "consumer.pass_turn", "pingpong 128 x 192")],
+    [
+        ("80", "loop.clear", "128 x 256"),
+        ("90", "lora_gemm_sm90a_consumer.pass_turn.bar_arrive:skip", "pingpong 128 x 192"),
+    ],
 )
 def test_what_goes_wrong_in_a_second_tile_is_found(arch, fault, tiles):
     python(
@@ -207,14 +213,14 @@ def check(kernels, timeout_s=10.0):
 def test_a_child_checks_and_this_process_remembers():
     python(
         ISOLATED
-        + """
-assert check(some) == {} and begun == [each.name for each in some]
+        + f"""
+assert check(some) == {{}} and begun == [each.name for each in some]
 assert check_results("cpu") == dict.fromkeys(begun, "passed")
-assert check(some) == {} and len(begun) == 8  # known
-emulate("FAULT", "reduce.splits:low")
+assert check(some) == {{}} and len(begun) == 8  # known
+emulate("FAULT", {TERM_LOST!r})
 wrong = named("forward float16 128 x 64")[:2]
 failed = check(wrong)
-assert set(failed) == {each.name for each in wrong}
+assert set(failed) == {{each.name for each in wrong}}
 assert all("differs from its value in float64" in why for why in failed.values()), failed
 """
     )

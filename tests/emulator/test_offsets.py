@@ -55,6 +55,18 @@ EDITS = [
         PRODUCT,
     ),
     (
+        "lora_dsdb_sm80.h",
+        "float* z = p.z + static_cast<int64_t>(blockIdx.x) * p.m * p.columns;",
+        "const int at = static_cast<int>(blockIdx.x) * p.m * p.columns; float* z = p.z + at;",
+        PRODUCT,
+    ),
+    (
+        "lora_dsdb_sm80.h",
+        "g[static_cast<int64_t>(column) * p.n + n] = db[chunk][j][e];",
+        "{ const int at = column * p.n; g[at + n] = db[chunk][j][e]; }",
+        PRODUCT,
+    ),
+    (
         "lora_wgrad_sm80.h",
         "static_cast<int64_t>(column) * product.c + c",
         "static_cast<uint32_t>(column) * product.c + c",

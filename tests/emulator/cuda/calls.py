@@ -3,7 +3,7 @@
 import ctypes
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,6 +76,7 @@ class Call:
     float_adapters: bool = False
     dropout_p: float = 0.0
     apart: int = 0  # elements between the rows of x, weight, lora_a and the gradient
+    between: float = float("nan")  # their value
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class Call:
         adapters = torch.float32 if self.float_adapters else self.dtype
 
         def normal(rows: int, columns: int, dtype: torch.dtype, std: float) -> torch.Tensor:
-            whole = torch.full((rows, columns + self.apart), float("nan"), dtype=dtype)
+            whole = torch.full((rows, columns + self.apart), self.between, dtype=dtype)
             whole[:, :columns] = std * torch.randn(rows, columns)
             return whole.to(self.device)[:, :columns]
 
@@ -117,10 +118,13 @@ class Call:
         return [tensor.cpu() for tensor in [*results, *self.backward(results[1])]]
 
     def library(self) -> list[torch.Tensor]:
+        """From rows without NaN between them: on AMX, oneDNN's products let it leak if K % 32 != 0
+        (oneDNN issue 5717).
+        """
         route = _C.cuda_route()
         _C.set_cuda_route("library")
         try:
-            return self.both()
+            return replace(self, apart=0).both()
         finally:
             _C.set_cuda_route(route)
 

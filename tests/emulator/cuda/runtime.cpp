@@ -197,7 +197,7 @@ void emulated_cuda_be(int arch, int version, int capturing) {
   driver().arch = arch, driver().version = version, driver().capturing = capturing != 0;
 }
 // The nth call from now of a function fails with an error.
-void emulated_cuda_plant(const char* mutant) { emulator::plant_fault(mutant); }
+void emulated_cuda_plant(const char* mutant) { emulator::plant_known_fault(mutant); }
 
 void emulated_cuda_fail(const char* call, int nth, int error) {
   driver().failing[call] = {nth, error};

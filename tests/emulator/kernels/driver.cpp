@@ -120,7 +120,7 @@ bool run_case(const Program& program, const Case& run, const std::string& fault)
       json(emulator::name_of(config.completion)).c_str(), config.resident_clusters,
       json(fault).c_str());
   std::fflush(stdout);
-  emulator::plant_fault(fault.c_str());
+  emulator::plant_known_fault(fault.c_str());
   std::string outcome = "clean", message;
   kernel_seconds = 0;
   facts.clear();

@@ -1,5 +1,6 @@
 // The kernels' instances that the programs of kernels/ compile: whoever includes this links them
-// rather than compile its own.
+// rather than compile its own. Where a tool is to read all kernels in one file, it says
+// ALL_KERNELS_IN_THIS_FILE.
 #pragma once
 #include "emulator/kernels/lora_dsdb_sm80.h"
 #include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
@@ -9,6 +10,7 @@
 #include "emulator/kernels/lora_split.h"
 #include "emulator/kernels/lora_wgrad_sm80.h"
 
+#ifndef ALL_KERNELS_IN_THIS_FILE
 namespace lora_ext::kernel {
 
 #define EXTERN_INSTANCE(variant, ...) extern LORA_DSDB_SM80_INSTANCE(__VA_ARGS__);
@@ -40,3 +42,4 @@ extern LORA_REDUCE_WGRAD_INSTANCE(__nv_bfloat16);
 extern LORA_REDUCE_WGRAD_INSTANCE(__half);
 
 }  // namespace lora_ext::kernel
+#endif

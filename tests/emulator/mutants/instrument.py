@@ -48,15 +48,26 @@ def write_copies() -> None:
         wraps = wraps_of(source)
         if not wraps:
             continue
-        copy = COPIES / source.path.relative_to(CSRC)
         text = copy_text(source, apply(source.text, wraps))
-        written.add(copy)
-        if not copy.exists() or copy.read_text() != text:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(text)
+        written.add(write(COPIES / source.path.relative_to(CSRC), text))
+    known = "".join(f"{number(name)},  // {name}\n" for name in names())
+    written.add(write(COPIES / "known_mutants.inc", known))
     for copy in COPIES.rglob("*"):
         if copy.is_file() and copy not in written:
             copy.unlink()
+
+
+def write(path: Path, text: str) -> Path:
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
+def names() -> list[str]:
+    """Of all mutants."""
+    found = [name for source in sources() for wrap in rule_wraps(source) for name in wrap.mutants]
+    return found + [fault.name for fault in FAULTS]
 
 
 @cache
@@ -73,9 +84,7 @@ def program_mutants(program: str) -> list[Mutant]:
 
 def check_complete() -> None:
     """Every mutant has a program, and no two have one name or one number."""
-    names = [name for source in sources() for wrap in rule_wraps(source) for name in wrap.mutants]
-    names += [fault.name for fault in FAULTS]
-    if len({number(name) for name in names}) != len(names):
+    if len({number(name) for name in names()}) != len(names()):
         raise ValueError("two mutants have one number: rename one")
     covered = {stem for stems in PROGRAMS.values() for stem in stems}
     for source in sources():

@@ -45,7 +45,7 @@ std::string run(const Run& enqueue) {
   TORCH_CHECK(thrown != "error", "an emulated error");
   if (thrown == "end") std::abort();
   const std::string fault = environment("LORA_EXT_EMULATED_FAULT");
-  emulator::plant_fault(fault.c_str());
+  emulator::plant_known_fault(fault.c_str());
   try {
     emulator::Stream stream;
     enqueue(stream);
@@ -60,7 +60,7 @@ std::string run(const Run& enqueue) {
 
 // Asked before a call is planned, so that a mutant of the planning is planted in time.
 bool has_kernels(bool) {
-  emulator::plant_fault(environment("LORA_EXT_EMULATED_FAULT").c_str());
+  emulator::plant_known_fault(environment("LORA_EXT_EMULATED_FAULT").c_str());
   return true;
 }
 
