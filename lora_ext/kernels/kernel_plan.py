@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..device import indexed
-
-HALVES = (torch.bfloat16, torch.float16)
+from ..dtypes import HALVES
 
 # Compute capability times 10, SMs, and bytes of shared memory: of an SM, of a block at most.
 CARDS = {

@@ -14,11 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..dtypes import FLOATS, HALVES
 from ..functional import lora_update
 from .adapter_spec import MAX_RANK
-
-HALVES = (torch.bfloat16, torch.float16)
-FLOATS = (torch.float64, torch.float32, *HALVES)
 
 
 class Update(NamedTuple):

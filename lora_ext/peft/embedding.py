@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..nn.updates import Update
 from . import dora
-from .reasons import ADDED, BASE, PEFT, active_names, adapters_state, has_hooks, is_plain
+from .reasons import ADDED, BASE, PEFT, LayerPath, active_names, adapters_state, has_hooks, is_plain
 from .row_blocks import combine
 
 
@@ -30,47 +30,38 @@ class Embedding(peft_layers.Embedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
-            plan = plan_of(self, x)
-            if plan.path == ADDED:
-                return _added(self, x, plan)
+            path = embedding_path(self, x)
+            if path.name == ADDED:
+                return _added(self, x, path)
         return peft_layers.Embedding.forward(self, x, *args, **kwargs)  # by name, as in linear.py
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
-        plan = plan_of(self, None)
-        return plan.path, plan.reason
+        path = embedding_path(self, None)
+        return path.name, path.reason
 
 
-class EmbeddingPlan(NamedTuple):
-    """What one forward does."""
-
-    path: str
-    reason: str
-    updates: Sequence[Update] = ()
-    is_dora: bool = False
-
-
-def plan_of(layer: Any, ids: Tensor | None) -> EmbeddingPlan:
-    """The plan for ids, or for plain ones if they are None."""
+def embedding_path(layer: Any, ids: Tensor | None) -> LayerPath:
+    """The path for ids, or for plain ones if they are None."""
     state = adapters_state(layer)
     if state is not None:
-        return EmbeddingPlan(*state)
+        return LayerPath(*state)
     table = layer._modules["lora_embedding_A"]._parameters
     names = active_names(layer, table)
     if not names:
-        return EmbeddingPlan(BASE, "none of the active adapters is in this layer")
+        return LayerPath(BASE, "none of the active adapters is in this layer")
     reason = _reason(layer, ids, names)
     is_dora = not reason and any(name in layer.lora_variant for name in names)
     if is_dora:
         reason = _dora_reason(layer, names)
     if reason:
-        return EmbeddingPlan(PEFT, reason)
+        return LayerPath(PEFT, reason)
     updates = [
         Update(name, table[name], layer.lora_embedding_B[name], None, layer.scaling[name], 0.0)
         for name in names
     ]
     what = "DoRA: " if is_dora else ""
-    return EmbeddingPlan(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
+    return LayerPath(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
 
 
 def _reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:
@@ -101,7 +92,7 @@ def _dora_reason(layer: Any, names: Sequence[str]) -> str:
     return dora.magnitude_reason(layer, names[0], peft_dora.DoraEmbeddingLayer)
 
 
-def _added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
+def _added(layer: Any, ids: Tensor, path: LayerPath) -> Tensor:
     """The base as it is, and the updates onto it."""
     base = layer._modules["base_layer"]
     parts = [
@@ -111,15 +102,15 @@ def _added(layer: Any, ids: Tensor, plan: EmbeddingPlan) -> Tensor:
             base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
         )
-        for update in plan.updates
+        for update in path.updates
     ]
     y = base(ids)
-    first = plan.updates[0]
-    if not plan.is_dora:
+    first = path.updates[0]
+    if not path.is_dora:
         if len(parts) == 1:
             return combine(y, None, None, parts[0], first.lora_b, first.scaling)
         total = y
-        for part, update in zip(parts, plan.updates, strict=True):
+        for part, update in zip(parts, path.updates, strict=True):
             total = total + (part @ update.lora_b.t()) * update.scaling
         return total.to(y.dtype)
     table = base.weight

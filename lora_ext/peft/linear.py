@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 
+from ..dtypes import HALVES
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
-from ..nn.updates import HALVES, Update, added, obstacle, stacked, with_biases
+from ..nn.updates import Update, added, obstacle, stacked, with_biases
 from . import dora
 from .quick import quick_forward
 from .reasons import (
@@ -19,6 +20,7 @@ from .reasons import (
     BASE,
     FUSED,
     PEFT,
+    LayerPath,
     active_names,
     adapter_reason,
     adapters_state,
@@ -45,44 +47,38 @@ class Linear(peft_layers.Linear):
             y = quick_forward(self, x)
             if y is not None:
                 return y
-            plan = plan_of(self, x)
-            if plan.path == FUSED:
-                return fused(self, x, plan)
-            if plan.is_dora:
-                return dora.linear(self, x, plan.updates[0])
-            if plan.path == ADDED:
-                return called(self, x, plan)
+            path = linear_path(self, x)
+            if path.name == FUSED:
+                return fused(self, x, path.updates)
+            if path.is_dora:
+                return dora.linear(self, x, path.updates[0])
+            if path.name == ADDED:
+                return called(self, x, path.updates)
         # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
         return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""
-        return path_of(self, rows)
+        path = linear_path(self, None)
+        if path.name != FUSED:
+            return path.name, path.reason
+        return kernel_path(matrix_of(self._modules["base_layer"]), path.updates, rows)
 
 
-class LinearPlan(NamedTuple):
-    """What one forward does."""
-
-    path: str
-    reason: str
-    updates: Sequence[Update] = ()
-    is_dora: bool = False
-
-
-def plan_of(layer: Any, x: Tensor | None) -> LinearPlan:
-    """The plan for x, or for an x in the base's dtype if it is None."""
+def linear_path(layer: Any, x: Tensor | None) -> LayerPath:
+    """The path for x, or for an x in the base's dtype if it is None."""
     state = adapters_state(layer)
     if state is not None:
-        return LinearPlan(*state)
+        return LayerPath(*state)
     tables = layer._modules
     names = active_names(layer, tables["lora_A"]._modules)
     if not names:
-        return LinearPlan(BASE, "none of the active adapters is in this layer")
+        return LayerPath(BASE, "none of the active adapters is in this layer")
     reason = "" if x is None else input_reason(layer, x)
     for name in names:
         reason = reason or adapter_reason(layer, name)
     if reason:
-        return LinearPlan(PEFT, reason)
+        return LayerPath(PEFT, reason)
     updates = [update_of(layer, name) for name in names]
     base = tables["base_layer"]
     kept = base_obstacle(base) or _call_obstacle(base, x, updates)
@@ -90,9 +86,9 @@ def plan_of(layer: Any, x: Tensor | None) -> LinearPlan:
         one_dimension = x is not None and x.dim() == 1  # to which PEFT adds another
         reason = dora.reason(layer, names) or kept or ("DoRA on one row" if one_dimension else "")
         if reason:
-            return LinearPlan(PEFT, reason)
-        return LinearPlan(ADDED, "DoRA: added to torch's base product", updates, True)
-    return LinearPlan(ADDED if kept else FUSED, kept, updates)
+            return LayerPath(PEFT, reason)
+        return LayerPath(ADDED, "DoRA: added to torch's base product", updates, True)
+    return LayerPath(ADDED if kept else FUSED, kept, updates)
 
 
 def _call_obstacle(base: Any, x: Tensor | None, updates: Sequence[Update]) -> str:
@@ -117,29 +113,20 @@ def update_of(layer: Any, name: str) -> Update:
     return Update(name, lora_a, lora_b.weight, lora_b.bias, layer.scaling[name], p)
 
 
-def fused(layer: Any, x: Tensor, plan: LinearPlan) -> Tensor:
+def fused(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """One call of the op."""
     base = layer._modules["base_layer"]
-    lora_a, lora_b, scaling = stacked(plan.updates, x)
-    bias = with_biases(base.bias, plan.updates)
-    dropout_p = plan.updates[0].dropout
-    return lora_linear(x, matrix_of(base), lora_a, lora_b, bias, scaling, dropout_p)
+    lora_a, lora_b, scaling = stacked(updates, x)
+    bias = with_biases(base.bias, updates)
+    return lora_linear(x, matrix_of(base), lora_a, lora_b, bias, scaling, updates[0].dropout)
 
 
-def called(layer: Any, x: Tensor, plan: LinearPlan) -> Tensor:
+def called(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """The base called as it is, and the updates onto its y."""
-    return added(layer._modules["base_layer"](x), x, plan.updates)
+    return added(layer._modules["base_layer"](x), x, updates)
 
 
 def matrix_of(base: Any) -> Tensor:
     """The base's weight as ``[out, in]``."""
     weight = base.weight
     return weight if type(base) is nn.Linear else weight.t()
-
-
-def path_of(layer: Any, rows: int | None) -> tuple[str, str]:
-    """(path, reason) for `explain`, with the kernels that a fused call takes."""
-    plan = plan_of(layer, None)
-    if plan.path != FUSED:
-        return plan.path, plan.reason
-    return kernel_path(matrix_of(layer._modules["base_layer"]), plan.updates, rows)

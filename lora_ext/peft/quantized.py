@@ -14,16 +14,16 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import torchao as peft_torchao
 from torch import Tensor
 
-from .linear import LinearPlan, called, plan_of
-from .reasons import ADDED, FUSED, PEFT
+from .linear import called, linear_path
+from .reasons import ADDED, FUSED, PEFT, LayerPath
 
 
-def quantized_plan(layer: Any, x: Tensor | None) -> LinearPlan:
-    """The plan of a linear layer whose base is never read, only called."""
-    plan = plan_of(layer, x)
-    if plan.is_dora or (plan.path == PEFT and layer.lora_variant):
-        return LinearPlan(PEFT, "a variant of LoRA on a quantised base")
-    return plan._replace(path=ADDED) if plan.path == FUSED else plan
+def quantized_path(layer: Any, x: Tensor | None) -> LayerPath:
+    """The path of a linear layer whose base is never read, only called."""
+    path = linear_path(layer, x)
+    if path.is_dora or (path.name == PEFT and layer.lora_variant):
+        return LayerPath(PEFT, "a variant of LoRA on a quantised base")
+    return path._replace(name=ADDED) if path.name == FUSED else path
 
 
 def forward_over(theirs: Any) -> Any:
@@ -32,9 +32,9 @@ def forward_over(theirs: Any) -> Any:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not (args or kwargs):
-            plan = quantized_plan(self, x)
-            if plan.path == ADDED:
-                return called(self, x, plan)
+            path = quantized_path(self, x)
+            if path.name == ADDED:
+                return called(self, x, path.updates)
         return theirs.forward(self, x, *args, **kwargs)
 
     return forward
@@ -45,8 +45,8 @@ class _Quantized:
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
-        plan = quantized_plan(self, None)
-        return plan.path, plan.reason
+        path = quantized_path(self, None)
+        return path.name, path.reason
 
 
 class TorchaoLoraLinear(_Quantized, peft_torchao.TorchaoLoraLinear):

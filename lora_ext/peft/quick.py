@@ -1,6 +1,6 @@
 """The commonest forward, decided in a few microseconds: one plain adapter on a plain nn.Linear.
 
-`plan_of` decides for all cases and says why; with small inputs it would take as long as the
+`linear_path` decides for all cases and says why; with small inputs it would take as long as the
 products. The conditions here imply that it answers "fused" with the same operands (tested).
 """
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..dtypes import FLOATS, HALVES
 from ..functional import lora_linear
 from ..nn.adapter_spec import MAX_RANK
-from ..nn.updates import HALVES
-from .reasons import FLOATS
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
 _is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
@@ -25,7 +24,7 @@ _transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
 def quick_forward(layer: Any, x: Tensor) -> Tensor | None:
-    """y of a `lora_ext.peft.linear.Linear`, or None where `plan_of` has to decide."""
+    """y of a `lora_ext.peft.linear.Linear`, or None where `linear_path` has to decide."""
     operands = quick_operands(layer, x)
     return None if operands is None else lora_linear(x, *operands)
 

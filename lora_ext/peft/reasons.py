@@ -1,36 +1,51 @@
-"""Which way one forward of a PEFT layer goes, and why: asked by each forward and by `explain`.
+"""Which path one forward of a PEFT layer takes, and why: asked by each forward and by `explain`.
 
     fused    one call of `lora_linear` computes base and update
     added    the base module is called as it is, `lora_update` adds onto its y
     peft     PEFT's own forward
     base     the base module alone: adapters disabled, merged, or none of the active ones is here
 
-A layer has to earn the faster ways: whatever is not known to give PEFT's result, such as a hook on
+A layer has to earn the faster paths: whatever is not known to give PEFT's result, such as a hook on
 a part that would not be called, takes the next one. Reasons are constants, so that asking is cheap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..dtypes import FLOATS, HALVES
 from ..nn.linear import is_conv1d
-from ..nn.updates import FLOATS, HALVES, is_autocast, is_onnx_export, is_plain
+from ..nn.updates import Update, is_autocast, is_onnx_export, is_plain
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
-
-Route = tuple[str, str]
 
 _DEVICES = ("cpu", "cuda", "meta")
 
 
-def adapters_state(layer: Any) -> Route | None:
-    """The route of a layer that adds nothing, None of one that adds its active adapters."""
+class LayerPath(NamedTuple):
+    """The path that one forward takes, and what it adds there.
+
+    Attributes:
+        name: FUSED, ADDED, PEFT or BASE.
+        reason: why, for people.
+        updates: of the active adapters, where we compute them.
+        is_dora: whether the one update is DoRA's.
+    """
+
+    name: str
+    reason: str
+    updates: Sequence[Update] = ()
+    is_dora: bool = False
+
+
+def adapters_state(layer: Any) -> tuple[str, str] | None:
+    """(path, reason) of a layer that adds nothing, None of one that adds its active adapters."""
     if layer._disable_adapters:
         return BASE, "adapters are disabled"
     if layer.merged_adapters:

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dtypes import HALVES
 from ..functional import dropout_mask
-from ..nn.updates import HALVES
 
 # Elements of a block: 1 MiB of float32, which stays in a core's cache; on a GPU, which needs more
 # to be busy, 64 MiB.

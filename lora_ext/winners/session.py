@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import _C
 from ..device import indexed
+from ..dtypes import HALVES
 from ..kernels.kernel_checks import check_kernels
 from .shape import Layers, Shape, shapes_of
 from .table import Entry, Table, write_table
@@ -110,7 +111,7 @@ def warmup(
     """
     say = _printed if progress is True else progress or _unsaid
     shapes = shapes_of(layers, rows)
-    if dtype not in (None, torch.bfloat16, torch.float16):
+    if dtype not in (None, *HALVES):
         raise TypeError(f"lora_ext.warmup: expected bfloat16 or float16, but got {dtype}")
     device = _device_of(layers) if device is None else torch.device(device)
     nothing = _nothing_to_do(device)

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_ext
 from benchmarks.memory import peak_bytes
 from lora_ext.functional import draw_seed
-from lora_ext.peft.linear import plan_of
+from lora_ext.peft.linear import linear_path
 from lora_ext.peft.quick import quick_operands
 
 CASES = [
@@ -344,7 +344,7 @@ def quick_cases():
 
 @pytest.mark.parametrize(("change", "quick"), quick_cases())
 def test_the_quick_decision_is_the_full_one(change, quick):
-    """Where `quick_operands` answers, `plan_of` says fused with the same operands."""
+    """Where `quick_operands` answers, `linear_path` says fused with the same operands."""
     model = accelerated(layer_model("linear", "three", lora_dropout=0.25))
     model.set_adapter("a")
     layer, x = model.base_model.model[0], make_x("linear")
@@ -372,12 +372,12 @@ def test_the_quick_decision_is_the_full_one(change, quick):
     elif change == "tensor scaling":
         layer.scaling["a"] = torch.tensor(2.0)
     with context:
-        operands, plan = quick_operands(layer, x), plan_of(layer, x)
+        operands, path = quick_operands(layer, x), linear_path(layer, x)
     assert (operands is not None) == quick
     if quick:
         weight, lora_a, lora_b, bias, scaling, p = operands
-        (update,) = plan.updates
-        assert plan.path == "fused" and not plan.is_dora
+        (update,) = path.updates
+        assert path.name == "fused" and not path.is_dora
         assert weight is layer.base_layer.weight and bias is layer.base_layer.bias
         assert lora_a is update.lora_a and lora_b is update.lora_b
         assert (scaling, p) == (update.scaling, update.dropout)
