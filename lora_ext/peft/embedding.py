@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from ..nn.updates import Update
 from . import dora
-from .reasons import ADDED, BASE, PEFT, LayerPath, active_names, adapters_state, has_hooks, is_plain
+from .reasons import (
+    ADDED,
+    BASE,
+    PEFT,
+    ForwardPath,
+    active_names,
+    adapters_state,
+    has_hooks,
+    is_plain,
+)
 from .row_blocks import combine
 
 
@@ -41,27 +50,27 @@ class Embedding(peft_layers.Embedding):
         return path.name, path.reason
 
 
-def embedding_path(layer: Any, ids: Tensor | None) -> LayerPath:
+def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
     """The path for ids, or for plain ones if they are None."""
     state = adapters_state(layer)
     if state is not None:
-        return LayerPath(*state)
+        return ForwardPath(*state)
     table = layer._modules["lora_embedding_A"]._parameters
     names = active_names(layer, table)
     if not names:
-        return LayerPath(BASE, "none of the active adapters is in this layer")
+        return ForwardPath(BASE, "none of the active adapters is in this layer")
     reason = _reason(layer, ids, names)
     is_dora = not reason and any(name in layer.lora_variant for name in names)
     if is_dora:
         reason = _dora_reason(layer, names)
     if reason:
-        return LayerPath(PEFT, reason)
+        return ForwardPath(PEFT, reason)
     updates = [
         Update(name, table[name], layer.lora_embedding_B[name], None, layer.scaling[name], 0.0)
         for name in names
     ]
     what = "DoRA: " if is_dora else ""
-    return LayerPath(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
+    return ForwardPath(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
 
 
 def _reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:
@@ -92,7 +101,7 @@ def _dora_reason(layer: Any, names: Sequence[str]) -> str:
     return dora.magnitude_reason(layer, names[0], peft_dora.DoraEmbeddingLayer)
 
 
-def _added(layer: Any, ids: Tensor, path: LayerPath) -> Tensor:
+def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     """The base as it is, and the updates onto it."""
     base = layer._modules["base_layer"]
     parts = [

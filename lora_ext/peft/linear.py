@@ -20,7 +20,7 @@ from .reasons import (
     BASE,
     FUSED,
     PEFT,
-    LayerPath,
+    ForwardPath,
     active_names,
     adapter_reason,
     adapters_state,
@@ -65,20 +65,20 @@ class Linear(peft_layers.Linear):
         return kernel_path(matrix_of(self._modules["base_layer"]), path.updates, rows)
 
 
-def linear_path(layer: Any, x: Tensor | None) -> LayerPath:
+def linear_path(layer: Any, x: Tensor | None) -> ForwardPath:
     """The path for x, or for an x in the base's dtype if it is None."""
     state = adapters_state(layer)
     if state is not None:
-        return LayerPath(*state)
+        return ForwardPath(*state)
     tables = layer._modules
     names = active_names(layer, tables["lora_A"]._modules)
     if not names:
-        return LayerPath(BASE, "none of the active adapters is in this layer")
+        return ForwardPath(BASE, "none of the active adapters is in this layer")
     reason = "" if x is None else input_reason(layer, x)
     for name in names:
         reason = reason or adapter_reason(layer, name)
     if reason:
-        return LayerPath(PEFT, reason)
+        return ForwardPath(PEFT, reason)
     updates = [update_of(layer, name) for name in names]
     base = tables["base_layer"]
     kept = base_obstacle(base) or _call_obstacle(base, x, updates)
@@ -86,9 +86,9 @@ def linear_path(layer: Any, x: Tensor | None) -> LayerPath:
         one_dimension = x is not None and x.dim() == 1  # to which PEFT adds another
         reason = dora.reason(layer, names) or kept or ("DoRA on one row" if one_dimension else "")
         if reason:
-            return LayerPath(PEFT, reason)
-        return LayerPath(ADDED, "DoRA: added to torch's base product", updates, True)
-    return LayerPath(ADDED if kept else FUSED, kept, updates)
+            return ForwardPath(PEFT, reason)
+        return ForwardPath(ADDED, "DoRA: added to torch's base product", updates, True)
+    return ForwardPath(ADDED if kept else FUSED, kept, updates)
 
 
 def _call_obstacle(base: Any, x: Tensor | None, updates: Sequence[Update]) -> str:

@@ -15,14 +15,14 @@ from peft.tuners.lora import torchao as peft_torchao
 from torch import Tensor
 
 from .linear import called, linear_path
-from .reasons import ADDED, FUSED, PEFT, LayerPath
+from .reasons import ADDED, FUSED, PEFT, ForwardPath
 
 
-def quantized_path(layer: Any, x: Tensor | None) -> LayerPath:
+def quantized_path(layer: Any, x: Tensor | None) -> ForwardPath:
     """The path of a linear layer whose base is never read, only called."""
     path = linear_path(layer, x)
     if path.is_dora or (path.name == PEFT and layer.lora_variant):
-        return LayerPath(PEFT, "a variant of LoRA on a quantised base")
+        return ForwardPath(PEFT, "a variant of LoRA on a quantised base")
     return path._replace(name=ADDED) if path.name == FUSED else path
 
 

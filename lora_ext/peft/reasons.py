@@ -28,7 +28,7 @@ FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 _DEVICES = ("cpu", "cuda", "meta")
 
 
-class LayerPath(NamedTuple):
+class ForwardPath(NamedTuple):
     """The path that one forward takes, and what it adds there.
 
     Attributes:
