@@ -1,0 +1,116 @@
+"""PEFT's layers with the forward that `lora_ext.accelerate` gives them."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft_helpers
+import torch
+from helpers import F32
+from peft.tuners.lora import LoraLayer
+from peft_helpers import HEIGHT, TARGETS, WIDTH, Net, exact_model, make_base, peft_model
+from torch import nn
+
+import lora_ext
+from contract.adapters import ADAPTERS, dropouts
+from contract.subject import Kind, Subject
+
+
+class Called(nn.Linear):
+    """Not exactly nn.Linear: the base has to be called."""
+
+
+class PeftSubject(Subject):
+    layer_name = "net"
+
+    def x(self, rows=60, dtype=F32):
+        if self.layer_name == "net":
+            return peft_helpers.make_ids(rows)
+        return peft_helpers.make_x(self.layer_name, dtype, rows)
+
+    def factors(self, name):
+        mine = {key: p for key, p in self.model.named_parameters() if name in key.split(".")}
+        return [mine[key] for key in sorted(mine) if "lora_" in key]
+
+    def trained(self):
+        return [p for key, p in self.model.named_parameters() if "lora_" in key]
+
+    def delta(self, name):
+        return self.layer.get_delta_weight(name)
+
+    def weight(self):
+        return self.layer.base_layer.weight
+
+    def set_adapter(self, names):
+        self.model.base_model.set_adapter(names)
+
+    def delete(self, name):
+        self.model.delete_adapter(name)
+
+    def merge(self, names=None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says where all is merged already
+            self.model.merge_adapter(names)
+
+    def unmerge(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model.unmerge_adapter()
+
+    def disabled(self):
+        return self.model.disable_adapter()
+
+    def in_float64(self):
+        return exact_model(self.model).eval()
+
+    def in_peft_order(self):
+        return peft_helpers.plain_copy(self.model).eval()
+
+
+class PeftKind(Kind):
+    name = "peft"
+    layer_class = LoraLayer
+    names = ("net", "linear", "conv1d", "embedding", "subclass", "hooked")
+    separate_path = "added"
+    merged_path = "base"
+    unmerged = {"rtol": 1e-10, "atol": 1e-10}  # what was added is subtracted  # noqa: RUF012
+
+    def has(self, layer, adapters):
+        has_bias = layer not in ("embedding", "net")
+        return layer in self.names and (adapters != "lora_bias" or has_bias)
+
+    def layer(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
+        torch.manual_seed(1)
+        base = Called(WIDTH, HEIGHT) if layer == "subclass" else make_base(_BASES.get(layer, layer))
+        subject = self._around(nn.Sequential(base), ["0"], adapters, dtype, dropout)
+        subject.layer_name = layer
+        if layer == "hooked":
+            subject.layer.base_layer.register_forward_hook(_unused_hook)
+        if adapter_dtype is not None:
+            for parameter in subject.trained():
+                parameter.data = parameter.data.to(adapter_dtype)
+        return subject
+
+    def net(self, adapters="one", dtype=F32, dropout=0.0):
+        torch.manual_seed(1)
+        return self._around(Net(), TARGETS, adapters, dtype, dropout)
+
+    def _around(self, base, targets, adapters, dtype, dropout) -> PeftSubject:
+        words = {
+            name: {**one, "lora_dropout": dropouts(dropout, name)}
+            for name, one in ADAPTERS[adapters].items()
+        }
+        return PeftSubject(self, lora_ext.accelerate(peft_model(base, words, targets, dtype)))
+
+    def mergeable(self, active):
+        return [active]  # PEFT's merged layer computes its base alone
+
+
+_BASES = {"hooked": "linear"}
+
+
+def _unused_hook(*_: object) -> None:
+    """Its being there is what counts."""
+
+
+PEFT = PeftKind()

@@ -1,0 +1,127 @@
+"""Our own layers, and models with them."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import layer_helpers
+import torch
+from adapter_helpers import EVERYTHING, make_zoo
+from helpers import F32
+from torch import nn
+
+import lora_ext
+from contract.adapters import ADAPTERS, dropouts
+from contract.subject import Kind, Subject
+from lora_ext import LoRAConfig, apply_lora
+from lora_ext.nn import AdapterSpec, LoRAEmbedding, LoRALayer
+
+
+class OurSubject(Subject):
+    layer_name = "net"
+
+    def x(self, rows=60, dtype=F32):
+        if self.layer_name == "net":
+            return torch.randint(20, (rows, 5), generator=torch.Generator().manual_seed(1))
+        return layer_helpers.make_input(self.layer_name, dtype, (rows,))
+
+    def factors(self, name):
+        tables = [t for m in self.layers for t in (m.lora_a, m.lora_b, m.lora_bias)]
+        return [table[name] for table in tables if name in table]
+
+    def trained(self):
+        return [p for layer in self.layers for p in layer_helpers.adapter_parameters(layer)]
+
+    def delta(self, name):
+        return layer_helpers.delta(self.layer, name)
+
+    def weight(self):
+        return self.layer.base_operands()[0]
+
+    def _do(self, verb: str, *arguments: Any) -> Any:
+        """A layer's own method, or the model's function of `lora_ext.models`."""
+        if isinstance(self.model, LoRALayer):
+            return getattr(self.model, verb)(*arguments)
+        return getattr(lora_ext.models, verb)(self.model, *arguments)
+
+    def set_adapter(self, names):
+        self._do("set_adapter", names)
+
+    def delete(self, name):
+        self._do("delete_adapter", name)
+
+    def merge(self, names=None):
+        self._do("merge", names)
+
+    def unmerge(self):
+        self._do("unmerge")
+
+    def disabled(self):
+        return self._do("disable_adapters")
+
+    def in_float64(self):
+        model = copy.deepcopy(self.model).double()
+        for layer in self.holding(model).layers:
+            # The sum of weights would give no gradient to B at the padding index.
+            is_embedding = isinstance(layer, LoRAEmbedding)
+            formula = layer_helpers.in_peft_order if is_embedding else layer_helpers.exact
+            layer.forward = partial(formula, layer)
+        return model.eval()
+
+    def in_peft_order(self):
+        model = copy.deepcopy(self.model)
+        for layer in self.holding(model).layers:
+            layer.forward = partial(layer_helpers.in_peft_order, layer)
+        return model.eval()
+
+
+class OurKind(Kind):
+    name = "ours"
+    layer_class = LoRALayer
+    names = ("net", *layer_helpers.KINDS)
+    separate_path = "library"
+    merged_path = "merged"
+    unmerged = {"rtol": 0, "atol": 0}  # the weight was never written  # noqa: RUF012
+
+    def has(self, layer, adapters):
+        has_bias = layer not in ("embedding", "net")
+        return layer in self.names and adapters != "dora" and (adapters != "lora_bias" or has_bias)
+
+    def layer(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
+        torch.manual_seed(1)
+        specs = {
+            name: AdapterSpec(
+                words["r"],
+                words["lora_alpha"],
+                dropouts(dropout, name),
+                words.get("use_rslora", False),
+                lora_bias=words.get("lora_bias", False),
+            )
+            for name, words in ADAPTERS[adapters].items()
+        }
+        subject = OurSubject(self, layer_helpers.make_layer(layer, specs, dtype, adapter_dtype))
+        subject.layer_name = layer
+        return subject
+
+    def net(self, adapters="one", dtype=F32, dropout=0.0):
+        model: nn.Module = make_zoo(dtype).train()
+        for name, words in ADAPTERS[adapters].items():
+            config = LoRAConfig(
+                [*EVERYTHING, "head.0"],
+                words["r"],
+                words["lora_alpha"],
+                dropout=dropouts(dropout, name),
+                use_rslora=words.get("use_rslora", False),
+            )
+            apply_lora(model, config, name)
+        subject = OurSubject(self, layer_helpers.randomize(model))
+        subject.set_adapter(list(ADAPTERS[adapters]))
+        return subject
+
+    def mergeable(self, active):
+        return [active, active[-1:], active[:1]]
+
+
+OURS = OurKind()

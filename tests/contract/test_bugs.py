@@ -1,0 +1,240 @@
+"""Bugs that other projects' LoRA layers, models and integrations with PEFT had, as tests of both
+kinds of layer.
+
+Names and docstrings have the peers' public reports. `test_peer_bugs` has those of kernels,
+`test_bugs_in_steps` those of forward and backward; `test_layer_bugs` and `test_peft_bugs` have what
+one kind alone can get wrong.
+"""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import F32, F64
+from peft_helpers import step
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_ext
+from contract.adapters import DIFFERENT
+from contract.cases import CALLED, LAYERS, assert_close, cases, every_kind
+
+# ---- which path runs ----
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@cases(["linear"], ["one", "lora_bias"])
+def test_axolotl_3806_unsloth_23_2319_dropout_and_bias_keep_the_fused_path(
+    kind, layer, adapters, dropout, training
+):
+    """The fused path was skipped in silence as soon as there was dropout or a bias."""
+    subject = kind.layer(layer, adapters, dropout=dropout)
+    subject.model.train(training)
+    assert subject.paths() == {"fused"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        subject(subject.x())
+    calls = [event.name for event in profile.events()]
+    assert calls.count("lora_ext::lora_linear") >= 1
+    assert calls.count("aten::linear") <= 1  # the base's product, inside the op
+    assert "aten::dropout" not in calls
+
+
+@pytest.mark.parametrize("training", [False, True])
+@every_kind
+def test_axolotl_3806_the_reason_is_told(kind, training):
+    """Adapters that differ in dropout cannot be one call, and only in training."""
+    subject = kind.layer("linear", "three", dropout=DIFFERENT)
+    subject.model.train(training)
+    ((path, reason),) = subject.reasons()
+    assert path == (kind.separate_path if training else "fused")
+    assert ("differ in dropout" in reason) == training
+
+
+# ---- merging ----
+
+
+@every_kind
+def test_lorafusion_a_merged_layer_adds_nothing_twice(kind):
+    """The patched forward did not know of merged adapters and added the update again."""
+    subject = kind.net("three", F64)
+    x = subject.x(6)
+    wanted = subject(x)
+    assert_close(wanted, subject.in_float64()(x))
+    subject.merge()
+    assert subject.paths() == {kind.merged_path}
+    assert_close(subject(x), wanted)
+    subject.unmerge()
+    assert_close(subject(x), wanted, **kind.unmerged)
+
+
+@every_kind
+def test_peft_1355_merging_twice(kind):
+    """Each further merge added the update again, and each unmerge took one out."""
+    subject = kind.net("three", F64)
+    x = subject.x(6)
+    y = subject(x)
+    subject.merge()
+    merged = subject(x)
+    assert_close(merged, y)
+    for _ in range(3):
+        subject.merge()
+        assert torch.equal(subject(x), merged)
+    for _ in range(3):
+        subject.unmerge()
+        assert_close(subject(x), y, **kind.unmerged)
+
+
+@cases(LAYERS, ["opposite"])
+def test_peft_2918_negative_weights(kind, layer, adapters):
+    """A negative weight changed the wrong factor: the product is what counts. a and -a cancel."""
+    subject = kind.layer(layer, adapters, F64)
+    with torch.no_grad():
+        for own, other in zip(subject.factors("minus"), subject.factors("a"), strict=True):
+            own.copy_(other)
+    assert torch.equal(subject.delta("a"), -subject.delta("minus"))
+    x, weight = subject.x(dtype=F64), subject.weight().clone()
+    with subject.disabled():
+        base = subject(x)
+    assert_close(subject(x), base, rtol=1e-12, atol=1e-12)
+    subject.set_adapter("minus")
+    negative = subject(x)
+    subject.set_adapter("a")
+    assert (subject(x) - base).abs().max() > 0.1
+    assert_close(subject(x) - base, base - negative, rtol=1e-10, atol=1e-12)
+    subject.set_adapter(["a", "minus"])
+    subject.merge()
+    assert_close(subject.weight(), weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("names", [["a"], ["b", "a"], ["c", "a", "b"]], ids="".join)
+@cases(["net", *LAYERS, *CALLED], ["three"])
+def test_peft_3608_3763_several_adapters_merged_or_not(kind, layer, adapters, names):
+    """Merged adapters differed from unmerged ones, and merging a subset dropped the others."""
+    subject = kind.net(adapters, F64) if layer == "net" else kind.layer(layer, adapters, F64)
+    x = subject.x(dtype=F64)
+    subject.set_adapter(names)
+    y = subject(x)
+    for part in kind.mergeable(names):
+        subject.merge(part)
+        assert_close(subject(x), y, rtol=1e-10, atol=1e-12)
+    subject.unmerge()
+    assert_close(subject(x), y, **kind.unmerged)
+
+
+# ---- modes ----
+
+
+@every_kind
+def test_lora_34_61_eval_and_train_through_a_parent(kind):
+    """train() of the model did not call that of its layers: dropout stayed."""
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = subject.model
+
+        def train(self, mode=True):
+            return super().train(mode)
+
+    subject = kind.net("one", F64, dropout=0.5)
+    parent, x = Parent(), subject.x(6)
+    parent.eval()
+    assert torch.equal(parent.inner(x), parent.inner(x))
+    assert_close(parent.inner(x), subject.in_float64()(x))
+    parent.train()
+    assert not torch.equal(parent.inner(x), parent.inner(x))
+
+
+# ---- compiled ----
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@cases(["linear"], ["one", "dora", "three"])
+def test_peft_3020_compile_checkpoint_and_dropout(
+    forget_graphs, counter, kind, layer, adapters, dtype
+):
+    """The three together failed; here they give the gradients of the plain layer, in one graph."""
+    subject = kind.layer(layer, adapters, dtype, dropout=0.5)
+
+    def run(x):
+        return checkpoint(subject.model, x, use_reentrant=False).sin()
+
+    results = []
+    for function in (
+        lambda x: subject(x).sin(),
+        run,
+        torch.compile(run, backend=counter, fullgraph=True),
+    ):
+        x = subject.x(dtype=dtype).requires_grad_()
+        subject.model.zero_grad()
+        torch.manual_seed(3)
+        function(x).sum().backward()
+        results.append([x.grad, *(p.grad.clone() for p in subject.trained())])
+    assert counter.frame_count == 1
+    tolerance = 1e-10 if dtype == F64 else 1e-6
+    for value, recomputed, compiled in zip(*results, strict=True):
+        assert torch.equal(recomputed, value)
+        assert_close(compiled, value, rtol=tolerance, atol=tolerance)
+
+
+@cases(["linear"], ["one", "two"])
+def test_pytorch_141039_requires_grad_differs(forget_graphs, counter, kind, layer, adapters):
+    """A graph broke where the requires_grad of the adapters differed from that at compile time."""
+    subject = kind.layer(layer, adapters)
+    compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
+    for _ in range(3):
+        for trainable in (True, False):
+            for needs_dx in (True, False):
+                for parameter in subject.trained():
+                    parameter.requires_grad_(trainable)
+                x = subject.x().requires_grad_(needs_dx)
+                y = compiled(x)
+                torch.testing.assert_close(y, subject(x))
+                # A bias of the base may be trained beside the adapters.
+                is_trained = any(p.requires_grad for p in subject.model.parameters())
+                assert y.requires_grad == (needs_dx or is_trained)
+                if y.requires_grad:
+                    y.sum().backward()
+    assert counter.frame_count <= 4  # and none in the second and third round
+
+
+# ---- lifetimes ----
+
+
+@cases(["net", "linear"], ["two"])
+def test_torchtune_904_what_is_deleted_is_freed(kind, layer, adapters):
+    """A cache on methods kept every model alive. Without the collector: there are no cycles."""
+    subject = kind.net(adapters) if layer == "net" else kind.layer(layer, adapters)
+    step(subject.model, subject.x(6))
+    str(lora_ext.explain(subject.model))
+    factors = [weakref.ref(parameter) for parameter in subject.factors("b")]
+    assert len(factors) == 2 * len(subject.layers)
+    gc.collect()
+    gc.disable()
+    try:
+        subject.delete("b")
+        assert [ref() for ref in factors] == [None] * len(factors)
+        weights = [weakref.ref(parameter) for parameter in subject.model.parameters()]
+        del subject
+        assert [ref() for ref in weights] == [None] * len(weights)
+    finally:
+        gc.enable()
+
+
+@every_kind
+def test_1000_steps_keep_nothing(kind):
+    """Neither tensors nor objects pile up over calls."""
+    subject = kind.layer("linear", dropout=0.1)
+    x = subject.x(2)
+    for _ in range(50):
+        subject(x).sum().backward()
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(1000):
+        subject(x).sum().backward()
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
+    assert subject.holding(copy.deepcopy(subject.model)).reasons() == subject.reasons()
