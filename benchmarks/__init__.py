@@ -1,9 +1,14 @@
 """Latency and memory of one LoRA linear layer, ours against the alternatives, on this machine.
 
-`python -m benchmarks` measures the headline cells, `python -m benchmarks --full` the whole grid,
-`python -m benchmarks.gpu` a first set on a CUDA device, and `python -m benchmarks.report FILE`
-renders the report of an earlier run again. Data flows one way:
+`python -m benchmarks` measures the headline cells, `python -m benchmarks --full` the whole grid;
+`.gpu`, `.whole_models`, `.finetune` and `.traffic` are benchmarks of their own. Data flows one way:
 
-    shapes -> problem -> variants -> agreement, timing, memory -> runner -> results (JSON)
-                                                                  -> targets -> report, plots
+    shapes -> problem -> variants -> agreement, timing, memory -> runner -> results, targets
+
+and from there, alike for every benchmark:
+
+    results (JSON) -> report -> layer_report, gpu_report, ...    made of markdown
+                             -> layer_figures, gpu_figures, ...  made of figures
+
+`python -m benchmarks.report FILE` renders the report of an earlier run again, whatever it was.
 """

@@ -67,14 +67,8 @@ def chosen_cells(full: bool, only: str) -> list[Cell]:
 
 
 def finish(document: results.Document, path: Path, with_plots: bool) -> int:
-    """Targets, report and plots; prints the report. Returns the exit status."""
-    print(report.text(document))
-    kept = results.keep(document, path)
-    try:
-        print(f"written: {path}, {report.write(document, path, with_plots)}")
-    except OSError as error:
-        kept = False
-        print(f"no report: {error}", file=sys.stderr)
+    """Report and plots, and on stderr what is wrong or missed. Returns the exit status."""
+    kept = report.publish(document, path, with_plots)
     wrong = [r["cell"]["id"] for r in document["cells"] if r["status"] == "wrong"]
     for name in wrong:
         print(f"WRONG: {name}: ours disagrees with naive", file=sys.stderr)

@@ -1,4 +1,16 @@
-"""The JSON document of a run: written after each cell, read by targets, report and plots."""
+"""The results file of a run: written after each finding, read by targets, reports and figures.
+
+Every file, of whatever benchmark, has
+
+    schema, schema_version   this module's
+    kind, complete           which benchmark wrote it, and whether it came to its end
+    machine                  name, versions, date and more, by `machine.describe`
+
+and the parts of its kind (KINDS). What was measured is kept alike in all of them. Where a row has
+TIMES, each maps a variant to its median, quartiles and samples, as `timing.Timing.summary` gives
+them; where it has MEMORIES, each maps a variant to its peak in bytes and perhaps more. `ratio` and
+`peak_ratio` divide two of them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +18,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +27,37 @@ SCHEMA = "lora_ext.benchmarks"
 SCHEMA_VERSION = 1
 _LEAST_PAIRS = 3
 
+_LAYERS: dict[str, type] = {"cells": list, "skipped": list, "targets": list}
+_TRAINING: dict[str, type] = {"losses": dict, "timing": dict, "memory": dict, "checks": list}
+# kind -> its parts; the first has the rows, or is a part of the only row, the document itself.
+KINDS: dict[str, dict[str, type]] = {
+    "headline": _LAYERS,
+    "full": _LAYERS,
+    "gpu": _LAYERS,
+    "models": {"cases": list},
+    "finetune": _TRAINING,
+    "traffic": {"rows": list},
+}
+TIMES = ("timing", "graph", "forward", "updates")
+MEMORIES = ("memory", "forward_memory")
+_NEEDED = {
+    **{key: {"ms", "p25", "p75", "disturbed", "samples"} for key in TIMES},
+    **{key: {"peak"} for key in MEMORIES},
+}
+
 Document = dict[str, Any]
-Result = dict[str, Any]  # one cell's entry
+Row = dict[str, Any]  # what was measured in one situation: a cell, a model, a training
 
 
 def new_document(kind: str, machine: dict[str, Any]) -> Document:
-    """An empty document. kind: headline | full | gpu."""
+    """An empty document of one of KINDS."""
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
         "complete": False,
         "machine": machine,
-        "cells": [],
-        "skipped": [],
-        "targets": [],
+        **{name: part() for name, part in KINDS[kind].items()},
     }
 
 
@@ -56,29 +84,45 @@ def keep(document: Document, path: Path) -> bool:
 
 
 def read(path: Path) -> Document:
-    """Load a document; raises ValueError for another schema or version."""
+    """Load a document; raises ValueError if it is none of this schema and version."""
     document = json.loads(path.read_text())
-    found = (document.get("schema"), document.get("schema_version"))
-    if found != (SCHEMA, SCHEMA_VERSION):
-        raise ValueError(f"{path}: expected {SCHEMA} version {SCHEMA_VERSION}, found {found}")
+    for fault in _faults(document):
+        raise ValueError(f"{path}: {fault}")
     return document
 
 
-def is_disturbed(result: Result) -> bool:
-    """True if a variant of the cell has too few clean samples: its times are no measurement."""
-    return any(timing["disturbed"] for timing in result.get("timing", {}).values())
+def rows_of(document: Document) -> list[Row]:
+    """What has TIMES and MEMORIES; a training is one row, its document."""
+    rows = document[next(iter(KINDS[document["kind"]]))]
+    return rows if isinstance(rows, list) else [document]
 
 
-def in_order(results: Iterable[Result]) -> list[Result]:
-    """Sorted for reading: real layers, named models, the grid; then by dtype, dropout and size."""
-    groups = ("call", "real", "model", "grid")
-    fields = ("dtype", "dropout_p", "in_features", "out_features", "rows", "rank")
+def _faults(document: Any) -> Iterator[str]:
+    """What a document lacks, the most general first."""
+    if not isinstance(document, dict):
+        yield f"expected an object with a schema, but got a {type(document).__name__}"
+        return
+    found = (document.get("schema"), document.get("schema_version"))
+    if found != (SCHEMA, SCHEMA_VERSION):
+        yield f"expected {SCHEMA} version {SCHEMA_VERSION}, but got {found}"
+    kind = document.get("kind")
+    if kind not in KINDS:
+        yield f"expected a kind of {', '.join(KINDS)}, but got {kind}"
+        return
+    for name, part in {"machine": dict, **KINDS[kind]}.items():
+        if not isinstance(document.get(name), part):
+            yield f"expected {name}, a {part.__name__}, in a document of kind {kind}"
+            return
+    for row in rows_of(document):
+        for key, needed in _NEEDED.items():
+            for variant, found in row.get(key, {}).items():
+                if not isinstance(found, dict) or not needed <= found.keys():
+                    yield f"expected {', '.join(sorted(needed))} of {key}, {variant}: {found}"
 
-    def key(result: Result) -> tuple[Any, ...]:
-        cell = result["cell"]
-        return (groups.index(cell["group"]), *(cell[field] for field in fields))
 
-    return sorted(results, key=key)
+def is_disturbed(row: Row) -> bool:
+    """True if a variant of the row has too few clean samples: its times are no measurement."""
+    return any(timing["disturbed"] for timing in row.get("timing", {}).values())
 
 
 @dataclass(frozen=True)
@@ -91,12 +135,12 @@ class Ratio:
     n: int
 
 
-def ratio(result: Result, over: str, under: str, key: str = "timing") -> Ratio | None:
-    """Time of variant `over` by that of `under` in one cell; None if either was not measured.
+def ratio(row: Row, over: str, under: str, key: str = "timing") -> Ratio | None:
+    """Time of variant `over` by that of `under` in one row; None if either was not measured.
 
-    key: "timing" for calls, "graph" for replays of CUDA graphs
+    key: which of TIMES; "graph" has replays of CUDA graphs
     """
-    timing = result.get(key, {})
+    timing = row.get(key, {})
     if over not in timing or under not in timing:
         return None
     a, b = timing[over], timing[under]
@@ -113,7 +157,18 @@ def ratio(result: Result, over: str, under: str, key: str = "timing") -> Ratio |
     )
 
 
-def worst_ratio(result: Result, over: str, unders: Sequence[str]) -> Ratio | None:
+def worst_ratio(row: Row, over: str, unders: Sequence[str]) -> Ratio | None:
     """Ratio to the fastest of several variants; those that were not measured are left out."""
-    ratios = [r for name in unders if (r := ratio(result, over, name)) is not None]
+    ratios = [r for name in unders if (r := ratio(row, over, name)) is not None]
     return max(ratios, key=lambda r: r.median, default=None)
+
+
+def peak_ratio(row: Row, over: str, under: str, key: str = "memory") -> float | None:
+    """Peak bytes of variant `over` by those of `under`; None if either was not measured.
+
+    key: which of MEMORIES
+    """
+    memory = row.get(key, {})
+    if over not in memory or not memory.get(under, {}).get("peak"):
+        return None
+    return memory[over]["peak"] / memory[under]["peak"]

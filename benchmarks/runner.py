@@ -95,7 +95,7 @@ def _time(
     variants: Mapping[str, Variant],
     means: Means,
     plan: Plan,
-    result: results.Result,
+    result: results.Row,
     announce: Announce,
 ) -> None:
     """Puts the times of calls into result["timing"], and of graphs' replays into ["graph"].
@@ -178,7 +178,7 @@ def _memory(
     return found
 
 
-def cell_of(result: results.Result) -> Cell:
+def cell_of(result: results.Row) -> Cell:
     """The cell of an entry."""
     return Cell(**{name: value for name, value in result["cell"].items() if name != "id"})
 
@@ -195,7 +195,7 @@ def run_cell(
     builders: Mapping[str, Builder] = BUILDERS,
     means: Means | None = None,
     announce: Announce = lambda what: None,
-) -> results.Result:
+) -> results.Row:
     """Measure one cell. Times in ms, memory in bytes.
 
     announce: told what is about to run, for whoever must find out what hung
@@ -203,7 +203,7 @@ def run_cell(
     The entry's status is "ok", "wrong" (one of ours disagrees with naive) or "error" (nothing could
     be measured).
     """
-    result: results.Result = {"cell": cell.as_dict(), "status": "ok", "errors": {}, "notes": {}}
+    result: results.Row = {"cell": cell.as_dict(), "status": "ok", "errors": {}, "notes": {}}
     errors = result["errors"]
     torch.manual_seed(0)
     try:

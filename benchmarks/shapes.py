@@ -51,6 +51,14 @@ class Cell:
         return {"id": self.id, **asdict(self)}
 
 
+def reading_order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A key that sorts rows: real layers, named models, the grid; then dtype, dropout and size."""
+    cell = row["cell"]
+    group = ("call", "real", "model", "grid").index(cell["group"])
+    fields = ("dtype", "dropout_p", "in_features", "out_features", "rows", "rank")
+    return (group, *(cell[field] for field in fields))
+
+
 def square(mode: str, dtype: str, width: int, rows: int, **fields: Any) -> Cell:
     """A cell with K = N = width."""
     return Cell(mode, dtype, rows, width, width, **fields)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .results import Document, Ratio, Result, is_disturbed, worst_ratio
+from . import results
+from .results import Document, Ratio, Row, is_disturbed, worst_ratio
 from .shapes import DROPOUT, FORWARD, GRID_RANKS, GRID_ROWS, GRID_WIDTHS, SHORT, STEP
 
 PASS, MISS, UNKNOWN = "pass", "miss", "not measured"
 
 # value, lower and upper quartile; None where the cell lacks a variant
-Figure = tuple[float, float, float]
-Measure = Callable[[Result], Figure | None]
+Value = tuple[float, float, float]
+Measure = Callable[[Row], Value | None]
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,21 @@ class Target:
     aggregate: bool = False  # one line for all cells together, showing the worst
 
 
-def _figure(found: Ratio | None) -> Figure | None:
+def _value(found: Ratio | None) -> Value | None:
     return None if found is None else (found.median, found.p25, found.p75)
 
 
 def time_ratio(over: str, *unders: str) -> Measure:
     """Time of one variant by that of the fastest of others."""
-    return lambda result: _figure(worst_ratio(result, over, unders))
+    return lambda result: _value(worst_ratio(result, over, unders))
 
 
 def peak_ratio(over: str, under: str) -> Measure:
     """Peak bytes of one variant by those of another."""
 
-    def measure(result: Result) -> Figure | None:
-        memory = result.get("memory", {})
-        if over not in memory or under not in memory:
-            return None
-        return (memory[over]["peak"] / memory[under]["peak"],) * 3
+    def measure(row: Row) -> Value | None:
+        found = results.peak_ratio(row, over, under)
+        return None if found is None else (found, found, found)
 
     return measure
 
@@ -59,7 +58,7 @@ def workspace_mib(name: str, adapter_dtype: str | None = None) -> Measure:
     frozen's peak holds the output, the gradient of x, and what torch's own GEMM takes as scratch.
     """
 
-    def measure(result: Result) -> Figure | None:
+    def measure(result: Row) -> Value | None:
         found = result.get("memory", {})
         if name not in found or "frozen" not in found:
             return None
@@ -151,7 +150,7 @@ def _describe(where: dict[str, Any]) -> str:
     return f"{where['mode']}, {short}, {size}{dropout}"
 
 
-def _row(target: Target, results: Sequence[Result]) -> dict[str, Any]:
+def _row(target: Target, cells: Sequence[Row]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": target.name,
         "where": _describe(target.where),
@@ -162,9 +161,9 @@ def _row(target: Target, results: Sequence[Result]) -> dict[str, Any]:
         "note": "",
     }
     notes = []
-    quiet = [r for r in results if not (target.timed and is_disturbed(r))]
-    if len(quiet) < len(results):
-        notes.append(f"{len(results) - len(quiet)} disturbed by other processes")
+    quiet = [r for r in cells if not (target.timed and is_disturbed(r))]
+    if len(quiet) < len(cells):
+        notes.append(f"{len(cells) - len(quiet)} disturbed by other processes")
     found = [(r, figure) for r in quiet if (figure := target.measure(r)) is not None]
     if found:
         worst, (value, p25, p75) = max(found, key=lambda entry: entry[1][0])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 Function = Callable[[], object]
 
@@ -119,7 +120,7 @@ class Timing:
         """The undisturbed samples, ms per call."""
         return [s for s in self.samples if s is not None]
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """Median and quartiles in ms, the number of samples and of those dropped.
 
         Disturbed means too few clean samples; the figures then come from the faster half of all.
@@ -186,3 +187,11 @@ def interleaved(
                     break
                 timing.dropped.append(sample.ms)
             timing.samples.append(clean)
+
+
+def compared(functions: Mapping[str, Function], plan: Plan) -> dict[str, dict[str, Any]]:
+    """Name -> summary of the times of functions that take turns on the CPU."""
+    meter = CpuMeter()
+    timings = {name: calibrate(function, meter, plan) for name, function in functions.items()}
+    interleaved(functions, timings, meter, plan)
+    return {name: timing.summary() for name, timing in timings.items()}

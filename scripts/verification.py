@@ -8,7 +8,6 @@ the page cannot say what no file shows. --check only compares: exit status 1 if 
 
 import json
 import re
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,12 +69,13 @@ MODELS = {
 
 
 def models() -> str:
-    from benchmarks.whole_models.report import ratios
+    from benchmarks.markdown import quotient
+    from benchmarks.results import ratio
 
     document = read("xeon-amx-2-cores", "models")
     rows = []
     for case in document["cases"]:
-        cells = [f"{statistics.median(ratios(case, name)):.2f}" for name in MODELS]
+        cells = [quotient(ratio(case, name, "frozen")) for name in MODELS]
         rows.append([case["id"], *cells])
     header = ["step over the frozen model's", *MODELS.values()]
     body = table(header, rows)
@@ -97,7 +97,7 @@ def kernels() -> str:
     mutants = re.search(r"\d+ of \d+ mutants are caught, \d+ are harmless", emulation)[0]
     vectors = sorted(path.name for path in GOLDEN.iterdir() if path.suffix == ".json")
     cards = ", ".join(vectors) if vectors else "none: no GPU has run them"
-    traffic = json.loads((RESULTS / "l2-model-a100" / "traffic" / "results.json").read_text())
+    traffic = read("l2-model-a100", "traffic")["rows"]
     within = sum(row["variant"] == "ours" and row["over"] <= 0.01 for row in traffic)
     ours = sum(row["variant"] == "ours" for row in traffic)
     listed = [
@@ -192,9 +192,7 @@ def gpus() -> list[str]:
     sections = []
     for path in sorted(RESULTS.rglob("results.json")):
         document = json.loads(path.read_text())
-        if not isinstance(document, dict) or document.get("kind") != "gpu":
-            continue
-        if document["machine"]["device"] != "cuda":
+        if document["kind"] != "gpu" or document["machine"]["device"] != "cuda":
             continue
         stages = document.get("stages", {})
         rows = [[name, stages[name]["status"], stages[name]["summary"]] for name in stages]

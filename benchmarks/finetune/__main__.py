@@ -13,13 +13,12 @@ import torch
 
 import lora_ext
 
-from .. import results
+from .. import report, results
 from ..machine import describe
-from . import checks, data, report
+from . import claims, data
 from .classifier import Batch, batches_of, load_classifier, load_tokenizer, training_order
 from .round_trip import peft_files, round_trip
-from .training import accuracy, largest_deviation, predict, step_memory, train
-from .variants import (
+from .trained_models import (
     ALPHA,
     HEAD_ONLY_RATE,
     LABELS,
@@ -27,9 +26,10 @@ from .variants import (
     RANK,
     SEED,
     TARGETS,
-    Variant,
+    TrainedModel,
     make_variants,
 )
+from .training import accuracy, largest_deviation, predict, step_memories, train
 
 ROWS = 16  # texts in a step
 PREDICTED_TOGETHER = 48  # held-out texts
@@ -80,7 +80,9 @@ def describe_data(dataset: data.Dataset) -> dict[str, object]:
     }
 
 
-def describe_settings(variant: Variant, encoder: torch.nn.Module, batches: list[Batch]) -> dict:
+def describe_settings(
+    variant: TrainedModel, encoder: torch.nn.Module, batches: list[Batch]
+) -> dict:
     """What is trained, and how."""
     base = list(encoder.parameters())
     adapters_and_head = sum(p.numel() for p in variant.trainable.values())
@@ -112,17 +114,14 @@ def measure_half(classes: int, batches: list[Batch], float_ms: float) -> dict:
     largest = max(batches, key=lambda batch: batch.ids.numel())
     return {
         "timing": {name: curve.passes.summary() for name, curve in curves.items()},
-        "memory": {name: step_memory(variant, largest) for name, variant in variants.items()},
+        "memory": step_memories(variants, largest),
     }
 
 
 def run(options: argparse.Namespace, say: Say) -> results.Document:
     """The whole run."""
     started = time.monotonic()
-    document: results.Document = {
-        "schema": report.SCHEMA,
-        "machine": describe("cpu", options.machine),
-    }
+    document = results.new_document("finetune", describe("cpu", options.machine))
     dataset = data.read()
     document["data"] = describe_data(dataset)
     say(
@@ -159,11 +158,12 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
 
     say("peak memory")
     largest = max(batches, key=lambda batch: batch.ids.numel())
-    document["memory"] = {name: step_memory(v, largest) for name, v in variants.items()}
+    document["memory"] = step_memories(variants, largest)
     say("a few steps in bfloat16")
     floor_ms = document["timing"]["frozen"]["ms"]
     document["half"] = measure_half(len(dataset.areas), batches, floor_ms)
-    document["checks"] = checks.evaluate(document)
+    document["checks"] = claims.evaluate(document)
+    document["complete"] = True
     document["seconds"] = time.monotonic() - started
     return document
 
@@ -174,14 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     document = run(options, progress())
-    results.write(document, options.out / "results.json")
-    path = report.write(document, options.out, not options.no_plots)
-    print(report.text(document))
-    print(f"written: {path}, {options.adapter}")
+    kept = report.publish(document, options.out / "results.json", not options.no_plots)
+    print(f"the adapter: {options.adapter}")
     failed = [check for check in document["checks"] if not check["holds"]]
     for check in failed:
         print(f"DOES NOT HOLD: {check['claim']}: {check['found']}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or not kept else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from ..memory import peak_bytes
 from ..timing import CpuMeter, Timing
 from .classifier import Batch
-from .variants import Variant
+from .trained_models import TrainedModel
 
 MAX_WAIT = 0.03  # a step whose threads waited for a core for a larger fraction is not counted
 _REPORTS = 8  # lines of progress
@@ -32,7 +32,7 @@ class Curve:
     updates: Timing = field(default_factory=lambda: Timing(1, 0.0))  # AdamW
 
 
-def forward_backward(variant: Variant, batch: Batch) -> Tensor:
+def forward_backward(variant: TrainedModel, batch: Batch) -> Tensor:
     """The loss []; leaves the gradients in the parameters."""
     loss = cross_entropy(variant.model(batch.ids, batch.mask), batch.labels)
     loss.backward()
@@ -50,7 +50,7 @@ def _timed(timing: Timing, meter: CpuMeter, function: Callable[[], Result]) -> R
 
 
 def train(
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, TrainedModel],
     batches: Sequence[Batch],
     say: Callable[[str], None],
     seed: int = 0,
@@ -114,8 +114,11 @@ def accuracy(logits: Tensor, batches: Sequence[Batch]) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def step_memory(variant: Variant, batch: Batch) -> int:
+def step_memories(variants: Mapping[str, TrainedModel], batch: Batch) -> dict[str, dict[str, int]]:
     """Peak bytes of forward and backward above what is live before, gradients included."""
-    peak = peak_bytes(lambda: forward_backward(variant, batch), prepare=variant.optimizer.zero_grad)
-    variant.optimizer.zero_grad()
-    return peak
+    found = {}
+    for name, variant in variants.items():
+        step, clear = partial(forward_backward, variant, batch), variant.optimizer.zero_grad
+        found[name] = {"peak": peak_bytes(step, prepare=clear)}
+        clear()
+    return found

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import results
+from .. import report, results
 from ..machine import describe
 from ..timing import Plan
-from . import overhead, report
+from . import overhead
 from .cases import all_cases
 from .step import measure
 
@@ -31,26 +31,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 130 after an interrupt, with what was measured written."""
+    """Exit status 130 after an interrupt, 1 if a file could not be written, else 0."""
     options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    document = {"machine": describe("cpu", options.machine), "cases": []}
+    document = results.new_document("models", describe("cpu", options.machine))
+    path = options.out / "results.json"
     interrupted = False
     try:
         for case in all_cases():
             if options.only in case.id:
                 progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
                 document["cases"].append(measure(case, _PLAN, progress))
-                results.write(document, options.out / "results.json")
+                results.keep(document, path)
         document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
+        document["complete"] = True
     except KeyboardInterrupt:
         interrupted = True
-    if document["cases"]:
-        results.write(document, options.out / "results.json")
-        text = report.text(document, report.plot(document, options.out))
-        (options.out / "report.md").write_text(text)
-        print(text)
-    return 130 if interrupted else 0
+    kept = not document["cases"] or report.publish(document, path)
+    return 130 if interrupted else 0 if kept else 1
 
 
 if __name__ == "__main__":

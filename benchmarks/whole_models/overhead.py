@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_ext
 
-from ..timing import CpuMeter, Plan, calibrate, interleaved
+from ..timing import Plan, compared
 
 _ROWS, _WIDTH, _RANK = 2, 8, 2
 
@@ -44,10 +44,7 @@ def measure(plan: Plan) -> dict[str, Any]:
             "peft's ops": bare_peft,
             "our op": bare_ours,
         }
-        meter = CpuMeter()
-        timings = {name: calibrate(function, meter, plan) for name, function in functions.items()}
-        interleaved(functions, timings, meter, plan)
-        result[f"{dropout:g}"] = {name: timing.summary() for name, timing in timings.items()}
+        result[f"{dropout:g}"] = compared(functions, plan)
     return result
 
 

@@ -14,7 +14,7 @@ import lora_ext
 
 from ..memory import peak_bytes
 from ..shapes import DROPOUT
-from ..timing import CpuMeter, Plan, calibrate, interleaved
+from ..timing import Plan, compared
 from .cases import Case, base_model, inputs
 
 RANK, ALPHA = 16, 32
@@ -124,7 +124,7 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> dict[str
     """Times and peaks of all variants of a case, as plain JSON."""
     base = base_model(case)
     pairs = inputs(case, base, _COPIES)
-    result: dict[str, Any] = {"id": case.id, "peak": {}, "forward_peak": {}, "trainable": {}}
+    result: dict[str, Any] = {"id": case.id, "memory": {}, "forward_memory": {}, "trainable": {}}
     calls: dict[str, dict[str, Callable[[], None]]] = {"timing": {}, "forward": {}}
     for variant in VARIANTS:
         progress(f"{case.id}: {variant}")
@@ -134,15 +134,12 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> dict[str
         for _ in range(_WARMUP_STEPS):
             step()
             forward()
-        result["peak"][variant] = peak_bytes(step)
-        result["forward_peak"][variant] = peak_bytes(forward)
+        result["memory"][variant] = {"peak": peak_bytes(step)}
+        result["forward_memory"][variant] = {"peak": peak_bytes(forward)}
         result["trainable"][variant] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if variant == "frozen":
             result["inputs_to_save"] = inputs_to_save(case, model, pairs[0])
     for what, functions in calls.items():
         progress(f"{case.id}: {'a step' if what == 'timing' else 'a forward'}")
-        meter = CpuMeter()
-        timings = {name: calibrate(function, meter, plan) for name, function in functions.items()}
-        interleaved(functions, timings, meter, plan)
-        result[what] = {name: timing.summary() for name, timing in timings.items()}
+        result[what] = compared(functions, plan)
     return result

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_benchmarks import MACHINE
+from bench_helpers import MACHINE
 from torch import nn
 
+from benchmarks import report, results
 from benchmarks.finetune import __main__ as finetune
-from benchmarks.finetune import checks, classifier, data, plots, report, training, variants
+from benchmarks.finetune import claims, classifier, data, trained_models, training
 from benchmarks.finetune.classifier import Batch, Classifier
 from benchmarks.finetune.data import Text
 from benchmarks.sentences import sentences_of
@@ -34,8 +35,8 @@ def dataset():
 def test_enough_texts_of_every_area(dataset):
     train, held_out = dataset.counts(dataset.train), dataset.counts(dataset.held_out)
     assert list(train) == list(held_out) == list(data.AREAS)
-    assert sum(train.values()) == len(dataset.train) >= checks.LEAST_TRAIN
-    assert sum(held_out.values()) == len(dataset.held_out) >= checks.LEAST_HELD_OUT
+    assert sum(train.values()) == len(dataset.train) >= claims.LEAST_TRAIN
+    assert sum(held_out.values()) == len(dataset.held_out) >= claims.LEAST_HELD_OUT
     assert min(train.values()) > 200
     assert min(held_out.values()) > 40
     assert dataset.majority() < 0.2
@@ -177,7 +178,7 @@ def tiny_batches(count):
 
 
 def test_training_agrees_with_peft_and_learns(tiny):
-    found = variants.make_variants(tiny, list(variants.LABELS))
+    found = trained_models.make_variants(tiny, list(trained_models.LABELS))
     batches = tiny_batches(4)
     lines = []
     curves = training.train(found, batches * 10, lines.append)
@@ -185,7 +186,8 @@ def test_training_agrees_with_peft_and_learns(tiny):
     for name, curve in curves.items():
         assert len(curve.losses) == len(curve.passes.samples) == len(curve.updates.samples) == 40
         assert training.recent_loss(curve.losses, 4) < curve.losses[0], name
-        assert training.step_memory(found[name], batches[0]) > 0
+    memories = training.step_memories(found, batches[0])
+    assert memories.keys() == curves.keys() and all(one["peak"] > 0 for one in memories.values())
     assert len(lines) == 8
     assert "step 40 of 40" in lines[-1]
     logits = training.predict(found["ours"].model, batches)
@@ -199,7 +201,7 @@ def test_training_agrees_with_peft_and_learns(tiny):
 
 def test_variants_start_alike_and_leave_the_base(tiny):
     before = copy.deepcopy(tiny.state_dict())
-    found = variants.make_variants(tiny, list(variants.LABELS))
+    found = trained_models.make_variants(tiny, list(trained_models.LABELS))
     ours = found["ours"].trainable
     assert sum(name.startswith("encoder.") for name in ours) == 8
     for name in ("peft", "ours_dropout", "peft_dropout"):
@@ -250,11 +252,10 @@ def document():
         "inner": 1,
         "samples": [9.0, 10.0, 11.0],
     }
-    names = list(variants.LABELS)
+    names = list(trained_models.LABELS)
     same = {"identical": False, "same_answers": 500, "difference": 1e-6}
     found = {
-        "schema": report.SCHEMA,
-        "machine": MACHINE,
+        **results.new_document("finetune", MACHINE),
         "data": {
             "train": {"one area": 1000, "another": 1500},
             "held_out": {"one area": 300, "another": 200},
@@ -266,7 +267,7 @@ def document():
         "settings": {
             "rank": 16,
             "alpha": 32,
-            "targets": variants.TARGETS,
+            "targets": trained_models.TARGETS,
             "rows": 16,
             "steps": 3,
             "tokens": 960,
@@ -281,7 +282,7 @@ def document():
         "timing": {name: timing for name in names},
         "updates": {name: timing for name in names},
         "accuracy": {name: 0.8 for name in names},
-        "memory": {name: 2**20 for name in names},
+        "memory": {name: {"peak": 2**20} for name in names},
         "round_trip": {
             "texts": 500,
             "unadapted": {"identical": False, "same_answers": 90, "difference": 0.7},
@@ -295,7 +296,7 @@ def document():
         "seconds": 100.0,
     }
     found = json.loads(json.dumps(found))
-    found["checks"] = checks.evaluate(found)
+    found["checks"] = claims.evaluate(found)
     return found
 
 
@@ -321,7 +322,7 @@ def test_each_claim_can_fail(breach):
     found = document()
     assert all(check["holds"] for check in found["checks"])
     breach(found)
-    found["checks"] = checks.evaluate(found)
+    found["checks"] = claims.evaluate(found)
     assert [check["holds"] for check in found["checks"]].count(False) == 1
     assert "**NO**" in report.text(found)
 
@@ -332,7 +333,7 @@ def test_exit_status_says_that_a_claim_fails(monkeypatch, tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--no-plots"]
     assert finetune.main(arguments) == 0
     found["deviation"] = 0.5
-    found["checks"] = checks.evaluate(found)
+    found["checks"] = claims.evaluate(found)
     assert finetune.main(arguments) == 1
     assert "DOES NOT HOLD: without dropout" in capsys.readouterr().err
     assert json.loads((tmp_path / "results.json").read_text()) == found
@@ -340,27 +341,30 @@ def test_exit_status_says_that_a_claim_fails(monkeypatch, tmp_path, capsys):
 
 def test_report_shows_every_model_and_text(tmp_path):
     found = document()
-    path = report.write(found, tmp_path)
+    path = report.write(found, tmp_path / "results.json")
     text = path.read_text()
-    for label in variants.LABELS.values():
+    for label in trained_models.LABELS.values():
         assert f"| {label}" in text
     for expected in (
         "A sentence of one area.",
         "80.0%",
         "60.0%",
-        f"![finetune (CPU)]({plots.NAME})",
+        "![finetune (CPU)](finetune.png)",
     ):
         assert expected in text
     assert "Not measured: a frozen step takes 90 ms" in text
-    assert (tmp_path / plots.NAME).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_is_rendered_again_from_the_file(tmp_path, capsys):
     found = document()
-    found["half"] = {"timing": {"frozen": found["timing"]["frozen"]}, "memory": {"frozen": 2**20}}
+    found["half"] = {
+        "timing": {"frozen": found["timing"]["frozen"]},
+        "memory": {"frozen": {"peak": 2**20}},
+    }
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert report.main([str(tmp_path / "results.json")]) == 0
     assert "Not measured" not in (tmp_path / "report.md").read_text()
     (tmp_path / "other.json").write_text("{}")
     assert report.main([str(tmp_path / "other.json")]) == 2
-    assert "expected lora_ext.finetune" in capsys.readouterr().err
+    assert "expected lora_ext.benchmarks" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_benchmarks import MACHINE
+from bench_helpers import MACHINE, dies, is_alive
 
 from benchmarks import results
 from benchmarks.gpu import child, stages, workers
@@ -27,21 +27,6 @@ def new_run(folder, seconds=600.0):
     document = results.new_document("gpu", {**MACHINE, "device": "cuda"})
     end = time.monotonic() + seconds
     return Run("cuda", folder, document, False, end, "", Log(folder / "log.txt"))
-
-
-def is_alive(pid: int) -> bool:
-    """A zombie that nobody has waited for yet is dead."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def dies(pid: int) -> bool:
-    until = time.monotonic() + 20
-    while is_alive(pid) and time.monotonic() < until:
-        time.sleep(0.01)
-    return not is_alive(pid)
 
 
 def command_of(code):

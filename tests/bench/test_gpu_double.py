@@ -12,8 +12,7 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
-from test_benchmarks import MACHINE, synthetic
-from test_gpu_children import dies
+from bench_helpers import MACHINE, dies, synthetic
 
 from benchmarks import results
 from benchmarks.gpu import __main__ as gpu

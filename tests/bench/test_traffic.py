@@ -1,11 +1,12 @@
 """The traffic model: requests counted by hand, and figures that are those of the code."""
 
-import json
 import shutil
 
 import pytest
 
+from benchmarks import results
 from benchmarks.traffic import __main__ as model
+from benchmarks.traffic import traffic_report
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -38,18 +39,18 @@ def test_naive_adds_its_passes(rows):
 
 def test_ours_moves_less_than_naive_and_at_least_the_floor(rows):
     for direction in ("forward", "backward"):
-        merged, ours, naive = (rows[direction, name] for name in model.VARIANTS)
+        merged, ours, naive = (rows[direction, name] for name in traffic_report.VARIANTS)
         assert merged["requested"] < ours["requested"] < naive["requested"]
         assert merged["dram"] < ours["dram"] < naive["dram"]
         assert 0 < ours["over"] < 0.1
 
 
 def test_the_committed_figures_are_those_of_this_code(rows):
-    kept = json.loads((model.OUT / "results.json").read_text())
-    mine = [row for row in kept if tuple(row["shape"]) == SMALL]
+    kept = results.read(model.OUT / "results.json")
+    mine = [row for row in kept["rows"] if tuple(row["shape"]) == SMALL]
     assert {(r["direction"], r["variant"]): r["requested"] for r in mine} == {
         key: row["requested"] for key, row in rows.items()
     }
-    table = model.table(kept)
+    table = traffic_report.table(kept)
     assert table in (model.OUT / "report.md").read_text()
     assert table in (model.ROOT / "docs" / "kernels.md").read_text()

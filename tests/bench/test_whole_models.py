@@ -5,8 +5,9 @@ import torch
 from peft_helpers import net
 
 import lora_ext
+from benchmarks import report, results
 from benchmarks.machine import describe
-from benchmarks.whole_models import report
+from benchmarks.whole_models import models_report
 from benchmarks.whole_models.cases import Case, all_cases, base_model
 from benchmarks.whole_models.overhead import overheads
 from benchmarks.whole_models.step import VARIANTS, adapted, check_fused, forward_of, step_of
@@ -61,7 +62,7 @@ def test_what_is_not_on_the_op_is_not_measured():
 
 
 def summary(ms):
-    return {"ms": ms, "samples": [ms, 1.1 * ms, None], "disturbed": False}
+    return {"ms": ms, "p25": ms, "p75": ms, "samples": [ms, 1.1 * ms, None], "disturbed": False}
 
 
 def test_the_report():
@@ -71,19 +72,19 @@ def test_the_report():
         "id": "Llama all linear bfloat16",
         "timing": {name: summary(ms) for name, ms in step.items()},
         "forward": {name: summary(ms / 2) for name, ms in step.items()},
-        "peak": {name: 2**20 * (10 + place) for place, name in enumerate(VARIANTS)},
-        "forward_peak": dict.fromkeys(VARIANTS, 2**20),
+        "memory": {name: {"peak": 2**20 * (10 + place)} for place, name in enumerate(VARIANTS)},
+        "forward_memory": {name: {"peak": 2**20} for name in VARIANTS},
         "inputs_to_save": 2**20,
     }
     times = {"peft": 0.030, "accelerated": 0.015, "peft's ops": 0.014, "our op": 0.011}
     overhead = {"0": {name: summary(ms) for name, ms in times.items()}}
     assert overheads(overhead["0"]) == pytest.approx((16, 4))
-    rows = {(row[1], row[2]): row[3:] for row in report.target_rows(case)}
+    rows = {(row[1], row[2]): row[3:] for row in models_report.target_rows(case)}
     assert rows["PEFT default, accelerated", "time"] == ["1.15", "1.10", "met"]
     assert rows["PEFT, bf16 adapters, accelerated", "time"] == ["1.06", "1.05", "met"]
     assert rows["ours, float32 adapters", "time"][-1] == "missed"
     assert rows["PEFT default", "its time over the accelerated"] == ["1.50", "1.82", "met"]
     assert rows["PEFT, bf16 adapters", "its time over the accelerated"][-1] == "missed"
-    document = {"machine": describe("cpu", "a test"), "cases": [case], "overhead": overhead}
-    text = report.text(document, [])
+    document = results.new_document("models", describe("cpu", "a test"))
+    text = report.text(document | {"cases": [case], "overhead": overhead})
     assert "0.25" in text and "Time of a forward" in text

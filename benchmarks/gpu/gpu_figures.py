@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display
-from matplotlib import pyplot as plt
-
-from ..results import Document, Result, ratio
+from .. import figures as shared
+from ..figures import COLOURS, Figure, plt
+from ..results import Document, Row, peak_ratio, ratio
 from ..shapes import BACKWARD, FORWARD, STEP
 from ..variants import LABELS, floor_of
 
-_COLOURS = {
-    "merged": "#222222",
-    "frozen": "#222222",
-    "ours": "#c1272d",
-    "ours_kernel": "#e0651f",
-    "ours_fp32": "#8c1d40",
-    "unsloth": "#7b52ab",
-    "triton_pair": "#2a9d5c",
-    "peft": "#6fa8d6",
-    "peft_default": "#1f6fb4",
-}
-_BARS = [name for name in _COLOURS if name not in ("merged", "frozen")]
+_BARS = ("ours", "ours_kernel", "ours_fp32", "unsloth", "triton_pair", "peft", "peft_default")
 _BYTES = 2
 
 
-def _key(result: Result) -> str:
+def _key(result: Row) -> str:
     """Replays where there are some: they have no host in them."""
     return "graph" if result.get("graph") else "timing"
 
 
-def _ok(document: Document, *modes: str) -> list[Result]:
+def _ok(document: Document, *modes: str) -> list[Row]:
     found = [r for r in document["cells"] if r["status"] == "ok" and r["cell"]["mode"] in modes]
     return [r for r in found if r["cell"]["group"] != "call"]
 
@@ -60,11 +45,10 @@ def _title(axes: Any, document: Document, text: str) -> None:
     mark = "GPU" if machine["device"] == "cuda" else "CPU, a trial of the code"
     versions = f"torch {machine['versions']['torch']}, {machine['date'][:10]}"
     where = machine["gpu"] or machine["cpu"]
-    axes.set_title(f"{mark}: {text}\n{where}, {versions}", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    shared.finish(axes, f"{mark}: {text}\n{where}, {versions}")
 
 
-def _roofline(document: Document) -> Any | None:
+def _roofline(document: Document) -> Figure | None:
     results = _ok(document, FORWARD, BACKWARD, STEP)
     ceilings = document.get("stages", {}).get("ceilings", {})
     if not results or "tflops" not in ceilings:
@@ -80,7 +64,7 @@ def _roofline(document: Document) -> Any | None:
                 points.append((flop / moved, flop / timing[name]["ms"] / 1e9))
         if points:
             intensities += [x for x, _ in points]
-            axes.scatter(*zip(*points, strict=True), s=22, c=_COLOURS[name], label=LABELS[name])
+            axes.scatter(*zip(*points, strict=True), s=22, c=COLOURS[name], label=LABELS[name])
     low, high = min(intensities) / 1.5, max(intensities) * 1.5
     steps = [low * (high / low) ** (i / 99) for i in range(100)]
     roof = [min(ceilings["tflops"], ceilings["dram_gb_s"] * x / 1e3) for x in steps]
@@ -91,31 +75,24 @@ def _roofline(document: Document) -> Any | None:
     return figure
 
 
-def _grouped(
-    axes: Any, labels: Sequence[str], heights: dict[str, list[float | None]], unit: str
+def _bars(
+    axes: Any, labels: Sequence[str], lengths: dict[str, list[float | None]], unit: str
 ) -> None:
-    """Bars beside each other for each label; 1 is the floor."""
-    names = [name for name in _BARS if any(h is not None for h in heights.get(name, []))]
-    width = 0.8 / max(1, len(names))
-    for place, name in enumerate(names):
-        bars = [(i, h) for i, h in enumerate(heights[name]) if h is not None]
-        middle = (place - (len(names) - 1) / 2) * width
-        at = [i + middle for i, _ in bars]
-        axes.bar(at, [h for _, h in bars], width, color=_COLOURS[name], label=LABELS[name])
-    axes.axhline(1.0, color="black", linewidth=1.0)
-    axes.set_xticks(range(len(labels)), labels, fontsize=8, rotation=35, ha="right")
+    shared.grouped_bars(axes, labels, lengths, LABELS, numbers=False)
+    axes.tick_params(axis="x", rotation=35)
+    plt.setp(axes.get_xticklabels(), ha="right")
     axes.set_ylabel(unit)
 
 
-def _heights(results: Sequence[Result]) -> dict[str, list[float | None]]:
+def _times(cells: Sequence[Row]) -> dict[str, list[float | None]]:
     found: dict[str, list[float | None]] = {}
     for name in _BARS:
-        ratios = [ratio(r, name, floor_of(r["cell"]["mode"]), _key(r)) for r in results]
+        ratios = [ratio(r, name, floor_of(r["cell"]["mode"]), _key(r)) for r in cells]
         found[name] = [None if one is None else one.median for one in ratios]
     return found
 
 
-def _ratios(document: Document) -> Any | None:
+def _ratios(document: Document) -> Figure | None:
     most = max((r["cell"]["rows"] for r in _ok(document, FORWARD, BACKWARD)), default=0)
     panels = []
     for mode in (FORWARD, BACKWARD):
@@ -128,49 +105,40 @@ def _ratios(document: Document) -> Any | None:
     figure, grid = plt.subplots(len(panels), 1, figsize=(11, 4.6 * len(panels)), squeeze=False)
     for axes, (mode, chosen) in zip(grid[:, 0], panels, strict=True):
         labels = [r["cell"]["layer"] for r in chosen]
-        _grouped(axes, labels, _heights(chosen), f"time / {floor_of(mode)}")
+        _bars(axes, labels, _times(chosen), f"time / {floor_of(mode)}")
         dropout = chosen[0]["cell"]["dropout_p"]
         what = f"{mode}, M = {most}, r = 16, dropout {dropout:g}"
         _title(axes, document, f"{what}: time over that of the {floor_of(mode)} layer")
-    grid[0, 0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    shared.legend_beside(grid[0, 0])
     figure.tight_layout()
     return figure
 
 
-def _memory(document: Document) -> Any | None:
+def _memory(document: Document) -> Figure | None:
     chosen = [r for r in _ok(document, STEP) if "frozen" in r.get("memory", {})]
     if not chosen:
         return None
-    heights: dict[str, list[float | None]] = {}
-    for name in _BARS:
-        heights[name] = [
-            r["memory"][name]["peak"] / r["memory"]["frozen"]["peak"]
-            if name in r["memory"]
-            else None
-            for r in chosen
-        ]
     figure, axes = plt.subplots(figsize=(11, 4.6))
-    labels = [
-        r["cell"]["layer"] or f"{r['cell']['in_features']}x{r['cell']['out_features']}"
-        for r in chosen
-    ]
-    labels = [f"{one} M={r['cell']['rows']}" for one, r in zip(labels, chosen, strict=True)]
-    _grouped(axes, labels, heights, "peak bytes / frozen")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    cells = [r["cell"] for r in chosen]
+    places = [c["layer"] or f"{c['in_features']}x{c['out_features']}" for c in cells]
+    labels = [f"{one} M={c['rows']}" for one, c in zip(places, cells, strict=True)]
+    peaks = {name: [peak_ratio(r, name, "frozen") for r in chosen] for name in _BARS}
+    _bars(axes, labels, peaks, "peak bytes / frozen")
+    shared.legend_beside(axes)
     _title(axes, document, "peak memory of a training step over the frozen layer's")
     return figure
 
 
-def _predictions(document: Document) -> Any | None:
+def _predictions(document: Document) -> Figure | None:
     entries = document.get("predictions", [])
     if not entries:
         return None
     figure, axes = plt.subplots(figsize=(6.5, 6))
-    for name, colour in _COLOURS.items():
+    for name in ("merged", "frozen", *_BARS):
         mine = [e for e in entries if e["variant"] == name]
         if mine:
             x, y = ([e[key] for e in mine] for key in ("predicted_us", "measured_us"))
-            axes.scatter(x, y, s=18, c=colour, label=LABELS[name])
+            axes.scatter(x, y, s=18, c=COLOURS[name], label=LABELS[name])
     values = [e[key] for e in entries for key in ("predicted_us", "measured_us")]
     ends = [min(values) / 1.3, max(values) * 1.3]
     axes.plot(ends, ends, color="black", linewidth=1.0)
@@ -182,16 +150,11 @@ def _predictions(document: Document) -> Any | None:
     return figure
 
 
-def draw(document: Document, folder: Path) -> list[str]:
-    """Writes the pictures that the document has data for; returns their file names."""
-    figures = {
+def figures(document: Document) -> dict[str, Figure | None]:
+    """File name -> figure."""
+    return {
         "roofline.png": _roofline(document),
         "ratios.png": _ratios(document),
         "memory.png": _memory(document),
         "predictions.png": _predictions(document),
     }
-    written = [name for name, figure in figures.items() if figure is not None]
-    for name in written:
-        figures[name].savefig(folder / name, dpi=130, bbox_inches="tight")
-        plt.close(figures[name])
-    return written

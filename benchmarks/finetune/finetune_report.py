@@ -1,18 +1,14 @@
-"""The Markdown report of a run; `python -m benchmarks.finetune.report FILE` renders one again."""
+"""What is said of a fine-tuning: claims, training, files, texts."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from ..report import machine_lines
-from ..results import ratio
-from ..tables import NOTHING, mebibytes, milliseconds, table
-from .checks import Document
-from .variants import LABELS
-
-SCHEMA = "lora_ext.finetune"
+from .. import markdown
+from ..markdown import mebibytes, milliseconds, quotient, table
+from ..results import Document, peak_ratio, ratio
+from .trained_models import LABELS
 
 _METHOD = """\
 - Texts: sentences of at least six words in the docstrings of the standard library's own sources
@@ -46,7 +42,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _checks(document: Document) -> str:
+def _claims(document: Document) -> str:
     rows = [["yes" if c["holds"] else "**NO**", c["claim"], c["found"]] for c in document["checks"]]
     return table(["holds", "claim", "found"], rows, (0, 1, 2))
 
@@ -69,25 +65,24 @@ def _time(part: Document, name: str) -> list[str]:
     found = part["timing"][name]
     disturbed = "!" if found["disturbed"] else ""
     ms = f"{milliseconds(found['ms'])} ({found['p25']:.0f}-{found['p75']:.0f}){disturbed}"
-    quotient = ratio(part, name, "frozen")
-    if name == "frozen" or quotient is None:
-        return [ms, NOTHING if quotient is None else "1.00"]
-    return [ms, f"{quotient.median:.2f} ({quotient.p25:.2f}-{quotient.p75:.2f})"]
+    return [ms, quotient(ratio(part, name, "frozen"), spread=name != "frozen")]
+
+
+def _memory(part: Document, name: str) -> list[str]:
+    """Peak memory, and the same as a multiple of frozen."""
+    return [mebibytes(part["memory"][name]["peak"]), quotient(peak_ratio(part, name, "frozen"))]
 
 
 def _training(document: Document) -> str:
     rows = []
     for name in document["timing"]:
-        update = document["updates"][name]
-        peak, floor = document["memory"][name], document["memory"]["frozen"]
         rows.append(
             [
                 LABELS[name],
                 _percent(document["accuracy"][name]),
                 *_time(document, name),
-                milliseconds(update["ms"]),
-                mebibytes(peak),
-                f"{peak / floor:.2f}",
+                milliseconds(document["updates"][name]["ms"]),
+                *_memory(document, name),
             ]
         )
     header = ["model", "accuracy", "forward + backward", "x frozen", "AdamW", "peak", "x frozen"]
@@ -100,8 +95,7 @@ def _against_peft(document: Document) -> str:
         found = ratio(document, f"ours{suffix}", f"peft{suffix}")
         if found:
             lines.append(
-                f"- {where}, forward and backward take {found.median:.2f} "
-                f"({found.p25:.2f}-{found.p75:.2f}) x PEFT's time"
+                f"- {where}, forward and backward take {quotient(found, spread=True)} x PEFT's time"
             )
     if document["deviation"] is not None:
         lines.append(
@@ -115,11 +109,7 @@ def _half(document: Document) -> str:
     half = document["half"]
     if "skipped" in half:
         return f"Not measured: {half['skipped']}."
-    rows = []
-    for name in half["timing"]:
-        peak = half["memory"][name]
-        ratio_to_floor = f"{peak / half['memory']['frozen']:.2f}"
-        rows.append([LABELS[name], *_time(half, name), mebibytes(peak), ratio_to_floor])
+    rows = [[LABELS[name], *_time(half, name), *_memory(half, name)] for name in half["timing"]]
     header = ["model", "forward + backward", "x frozen", "peak memory", "x frozen"]
     return table(header, rows)
 
@@ -153,57 +143,27 @@ def _settings(document: Document) -> str:
     )
 
 
-def text(document: Document, images: list[str] | None = None) -> str:
-    """The whole report. images: file names of plots, relative to the report."""
+def text(document: Document, images: Sequence[str]) -> str:
+    """The whole report."""
     training = (_settings(document), _training(document), _against_peft(document))
-    sections = [
-        ("What is claimed, and whether it holds", _checks(document)),
+    bodies = [
+        ("What is claimed, and whether it holds", _claims(document)),
         ("Training", "\n\n".join(training)),
         ("bfloat16 encoder, dropout on", _half(document)),
         ("The adapter", _adapter(document)),
         ("The texts", _data(document)),
+        ("Method", _METHOD),
     ]
-    parts = [
-        "# CPU report: MiniLM fine-tuned with lora_ext and with PEFT",
-        machine_lines(document),
-        *(f"![{Path(name).stem} (CPU)]({name})" for name in images or []),
-        *(f"## {heading}\n\n{body}" for heading, body in sections),
-        f"## Method\n\n{_METHOD}",
-    ]
-    return "\n\n".join(parts) + "\n"
+    return markdown.page(
+        "CPU report: MiniLM fine-tuned with lora_ext and with PEFT",
+        markdown.machine_lines(document),
+        *markdown.pictures(images, "CPU"),
+        *markdown.sections(bodies),
+    )
 
 
-def write(document: Document, folder: Path, with_plots: bool = True) -> Path:
-    """Write report.md and its picture; returns the report's path."""
-    images: list[str] = []
-    if with_plots:
-        try:
-            from . import plots
+def figures(document: Document) -> dict[str, Any]:
+    """Of `finetune_figures`, which needs a plot library."""
+    from .finetune_figures import figures
 
-            images = [plots.draw(document, folder)]
-        except Exception as error:  # the figures themselves must not be lost to a picture
-            print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
-    path = folder / "report.md"
-    path.write_text(text(document, images))
-    return path
-
-
-def main(arguments: list[str]) -> int:
-    """Render FILE again."""
-    if len(arguments) != 1:
-        print("usage: python -m benchmarks.finetune.report FILE", file=sys.stderr)
-        return 2
-    path = Path(arguments[0])
-    try:
-        document = json.loads(path.read_text())
-        if document.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: expected {SCHEMA}, found {document.get('schema')}")
-    except (OSError, ValueError) as error:
-        print(f"python -m benchmarks.finetune.report: {error}", file=sys.stderr)
-        return 2
-    print(write(document, path.parent))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return figures(document)

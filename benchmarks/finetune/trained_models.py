@@ -31,7 +31,7 @@ LABELS = {
 
 
 @dataclass
-class Variant:
+class TrainedModel:
     """One model in training."""
 
     name: str
@@ -86,14 +86,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {_common_name(name): p for name, p in named if p.requires_grad}
 
 
-def make_variants(base: Classifier, names: list[str]) -> dict[str, Variant]:
+def make_variants(base: Classifier, names: list[str]) -> dict[str, TrainedModel]:
     """A copy of the base for each name, ready to train.
 
     Adapters and head have the same initial values in all variants, those of the first that has
     them, and AdamW the same settings but for the rate of the head alone.
     """
     torch.manual_seed(SEED)
-    variants: dict[str, Variant] = {}
+    variants: dict[str, TrainedModel] = {}
     initial: dict[str, torch.Tensor] = {}
     for name in names:
         model = _adapted(base, name).train()
@@ -104,7 +104,7 @@ def make_variants(base: Classifier, names: list[str]) -> dict[str, Variant]:
                 parameter.copy_(value)
         rate = HEAD_ONLY_RATE if name == "frozen" else LEARNING_RATE
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate)
-        variants[name] = Variant(name, model, optimizer)
+        variants[name] = TrainedModel(name, model, optimizer)
     adapted = {name: v.trainable.keys() for name, v in variants.items() if name != "frozen"}
     for name, keys in adapted.items():
         if keys != initial.keys():

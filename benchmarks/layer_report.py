@@ -1,71 +1,62 @@
-"""The report's tables: rows of text from a document. Markdown that is aligned for a terminal."""
+"""What is said of a run over cells, on any device: times, memory, targets, errors, failures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from .results import Document, Result, in_order, is_disturbed, ratio
-from .shapes import STEP
+from . import markdown
+from .markdown import NOTHING, mebibytes, milliseconds, quotient, table
+from .results import Document, Row, is_disturbed, peak_ratio, ratio
+from .shapes import BACKWARD, FORWARD, STEP, reading_order
 from .variants import LABELS, ROUTES, floor_of
 
-NOTHING = "-"
+_METHOD = """\
+- The variants of a cell take turns in one process, in a new order each round; all use the same
+  threads. Inputs and upstream gradients rotate through several copies. An untimed call precedes
+  each batch, so that a variant finds caches and allocator as it leaves them itself.
+- A sample during which our own threads waited more than 3% of the time for a core is dropped and
+  taken again; "n (dropped)" counts the samples of the variant with the fewest and all that were
+  dropped in the cell. "!" marks a cell in which too few were clean: it stands for nothing, and no
+  target is read from it.
+- Ratios are medians over the rounds of the quotient within a round, with quartiles in brackets.
+- forward runs under no_grad, in training mode, so that dropout is on where a cell has it. step is
+  forward and backward with a random upstream gradient; x and the adapters get gradients.
+- merged is nn.Linear with the adapter merged in; frozen is the base nn.Linear, forward and gradient
+  of x. Before the timing each of ours, without dropout, is compared with naive.
+- ours fp32 and PEFT default have float32 adapters on a half base, which is what PEFT does unless
+  told otherwise; the others have adapters in the dtype of the base.
+- backward is that of an output made before. On a GPU, L2 is overwritten before each call; a graph
+  replay is one call captured in a CUDA graph, in turn with the others. Triton pair is the structure
+  of LoRAFusion in our own writing.
+- Memory is what torch's allocator holds at its peak above what was live before the call. Scratch
+  memory that a library takes elsewhere is not seen. Saved bytes leave out weights and adapters.\
+"""
+
+_LATENCIES = {
+    "Forward, as a multiple of merged": FORWARD,
+    "Backward, as a multiple of frozen": BACKWARD,
+    "Training step, as a multiple of frozen": STEP,
+}
+
 _PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "triton_pair", "compiled")
 _OURS = ("ours", "ours_packed", "ours_fp32", *ROUTES)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """A Markdown table with padded columns, to the right except for the columns `left`."""
-    if not rows:
-        return ""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    widths = [max(3, width) for width in widths]
-
-    def line(cells: Sequence[str]) -> str:
-        columns = enumerate(zip(cells, widths, strict=True))
-        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in columns]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
-
-
-def milliseconds(ms: float) -> str:
-    """A time with three significant digits, in us or ms."""
-    value, unit = (ms * 1e3, "us") if ms < 1 else (ms, "ms")
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f} {unit}"
-
-
-def mebibytes(count: int) -> str:
-    """Bytes in MiB, or in KiB where that would be nothing."""
-    return f"{count / 2**20:.2f} MiB" if count >= 2**17 else f"{count / 2**10:.2f} KiB"
-
-
-def _ratio_text(
-    result: Result, over: str, under: str, spread: bool = False, key: str = "timing"
-) -> str:
-    found = ratio(result, over, under, key)
-    if found is None:
-        return NOTHING
-    quartiles = f" ({found.p25:.2f}-{found.p75:.2f})" if spread else ""
-    return f"{found.median:.2f}{quartiles}"
-
-
-def _present(results: Sequence[Result], names: Sequence[str], key: str = "timing") -> list[str]:
+def _present(results: Sequence[Row], names: Sequence[str], key: str = "timing") -> list[str]:
     return [name for name in names if any(name in r.get(key, {}) for r in results)]
 
 
-def _name_of(result: Result) -> str:
+def _name_of(result: Row) -> str:
     """The cell's name without its mode, which the heading says."""
     mark = " **WRONG**" if result["status"] == "wrong" else ""
     return result["cell"]["id"].replace(f" {result['cell']['mode']} ", " ", 1) + mark
 
 
-def _of_mode(document: Document, mode: str, real: bool = False) -> list[Result]:
+def _of_mode(document: Document, mode: str, real: bool = False) -> list[Row]:
     return [
         r
-        for r in in_order(document["cells"])
+        for r in sorted(document["cells"], key=reading_order)
         if r["cell"]["mode"] == mode
         and r["status"] != "error"
         and r["cell"]["group"] != "call"
@@ -89,9 +80,9 @@ def latency(document: Document, mode: str, real: bool = False, key: str = "timin
         if floor not in timing:
             continue
         row = [_name_of(result), milliseconds(timing[floor]["ms"])]
-        row += [_ratio_text(result, name, floor, name == "ours", key) for name in ours]
-        row += [_ratio_text(result, name, floor, key=key) for name in peers]
-        row.append(_ratio_text(result, "ours", "peft", key=key))
+        row += [quotient(ratio(result, name, floor, key), name == "ours") for name in ours]
+        row += [quotient(ratio(result, name, floor, key)) for name in peers]
+        row.append(quotient(ratio(result, "ours", "peft", key)))
         dropped = sum(t["dropped"] for t in timing.values())
         disturbed = "!" if is_disturbed(result) else ""
         row.append(f"{min(t['n'] for t in timing.values())} ({dropped}){disturbed}")
@@ -108,14 +99,14 @@ def call_overhead(document: Document) -> str:
         timing = result["timing"]
         row = [result["cell"]["mode"]]
         row += [f"{timing[n]['ms'] * 1e3:.1f}" if n in timing else NOTHING for n in names]
-        rows.append([*row, _ratio_text(result, "ours", "peft", spread=True)])
+        rows.append([*row, quotient(ratio(result, "ours", "peft"), spread=True)])
     return table(["us per call", *(LABELS[n] for n in names), "ours / PEFT"], rows)
 
 
 def memory(document: Document, mode: str) -> str:
     """Peak bytes above what was live before, as a multiple of the floor's, and saved bytes."""
     floor = floor_of(mode)
-    results = [r for r in in_order(document["cells"]) if r["cell"]["mode"] == mode]
+    results = [r for r in sorted(document["cells"], key=reading_order) if r["cell"]["mode"] == mode]
     results = [r for r in results if floor in r.get("memory", {}) and r["cell"]["group"] != "call"]
     names = [n for n in _present(results, (*_OURS, *_PEERS), "memory") if n != "compiled"]
     saved = [n for n in ("ours", "peft", "peft_default") if n in names] if mode == STEP else []
@@ -124,9 +115,8 @@ def memory(document: Document, mode: str) -> str:
     rows = []
     for result in results:
         found = result["memory"]
-        base = found[floor]["peak"]
-        row = [_name_of(result), mebibytes(base)]
-        row += [f"{found[n]['peak'] / base:.2f}" if n in found and base else NOTHING for n in names]
+        row = [_name_of(result), mebibytes(found[floor]["peak"])]
+        row += [quotient(peak_ratio(result, n, floor)) for n in names]
         row += [mebibytes(found[n]["saved"]) if n in found else NOTHING for n in saved]
         rows.append(row)
     return table(header, rows)
@@ -183,69 +173,46 @@ def failures(document: Document) -> list[str]:
     return found
 
 
-def stages(results: dict[str, dict[str, Any]]) -> str:
-    """What each stage of a GPU run said."""
-    rows = [
-        [name, result["status"], f"{result['seconds']:.0f} s", result["summary"].replace("|", "/")]
-        for name, result in results.items()
+def measured(document: Document) -> list[tuple[str, str]]:
+    """(heading, body) of what was measured, in order; some bodies are empty."""
+    return [
+        ("Targets", targets(document["targets"])),
+        *(
+            (f"{heading}, graph replays", latency(document, mode, key="graph"))
+            for heading, mode in _LATENCIES.items()
+        ),
+        *((heading, latency(document, mode)) for heading, mode in _LATENCIES.items()),
+        ("A call on tiny tensors", call_overhead(document)),
+        ("MiniLM on English sentences, forward", latency(document, FORWARD, real=True)),
+        ("MiniLM on English sentences, step", latency(document, STEP, real=True)),
+        ("MiniLM, errors against float64", numerics(document.get("numerics", []))),
+        ("Peak memory of a step, as a multiple of frozen", memory(document, STEP)),
+        ("Peak memory of a forward, as a multiple of merged", memory(document, FORWARD)),
     ]
-    return table(["stage", "status", "took", "summary"], rows, left=(0, 1, 3))
 
 
-def predictions(entries: Sequence[dict[str, Any]]) -> str:
-    """The model's times beside the measured ones, the worst first."""
-
-    def off(entry: dict[str, Any]) -> float:
-        return entry["measured_us"] / entry["predicted_us"]
-
-    rows = [
-        [
-            entry["cell"],
-            LABELS.get(entry["variant"], entry["variant"]),
-            milliseconds(entry["predicted_us"] / 1e3),
-            milliseconds(entry["measured_us"] / 1e3),
-            f"{off(entry):.2f}",
-            entry["longest"],
-        ]
-        for entry in sorted(entries, key=off, reverse=True)
-    ]
-    header = ["cell", "variant", "predicted", "measured", "measured / predicted", "longest launch"]
-    return table(header, rows, left=(0, 1, 5))
-
-
-def profiles(results: dict[str, dict[str, Any]]) -> str:
-    """The kernels of the calls that are furthest from their predictions, and what ncu counted."""
-    found = results.get("profile", {})
-    rows = []
-    for one in found.get("profiles", []):
-        call = f"{LABELS[one['variant']]}, {one['cell']}"
-        predicted = ", ".join(f"{name} {us:.1f}" for name, us in one["predicted"])
-        least = sorted((us for _, us in one["kernels"]), reverse=True)[:_LISTED][-1:]
-        longest = [(kernel, us) for kernel, us in one["kernels"] if us >= least[0]]
-        for number, (kernel, us) in enumerate(longest):
-            first = number == 0
-            rows.append([call if first else "", kernel[:60], f"{us:.1f}", predicted * first])
-    header = ["call", "kernel", "us", "launches predicted, us"]
-    listed = table(header, rows, left=(0, 1, 3))
-    counted = [
-        [entry["kernel"][:60], *(f"{entry[n]:.4g}" if n in entry else NOTHING for n in _COUNTED)]
-        for entry in found.get("counters", [])
-    ]
-    return "\n\n".join(part for part in (listed, table(["ncu", *_COUNTED], counted)) if part)
+def text(
+    document: Document,
+    images: Sequence[str],
+    before: Sequence[tuple[str, str]] = (),
+    after: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The whole report; (heading, body) pairs before and after what was measured."""
+    mark = markdown.device_of(document)
+    complete = "" if document["complete"] else " (incomplete)"
+    failed = "\n".join(f"- {text}" for text in failures(document))
+    bodies = [*before, *measured(document), *after, ("Left out and failed", failed)]
+    return markdown.page(
+        f"{mark} report: LoRA linear, {document['kind']} run{complete}",
+        markdown.machine_lines(document),
+        *markdown.sections(bodies, mark),
+        *markdown.pictures(images, mark),
+        *markdown.sections([("Method", _METHOD)], mark),
+    )
 
 
-_LISTED = 14  # kernels of a call, the longest of them
-_COUNTED = ("us", "DRAM bytes read", "DRAM bytes written", "tensor pipes busy, %")
+def figures(document: Document) -> dict[str, Any]:
+    """Of `layer_figures`, which needs a plot library."""
+    from .layer_figures import figures
 
-
-def clocks(document: Document) -> str:
-    """What the card said before and after the first, the middle and the last cell."""
-    read = [r for r in document["cells"] if (r.get("card") or {}).get("after")]
-    rows = []
-    for result in dict.fromkeys((0, len(read) // 2, len(read) - 1)) if read else ():
-        card = read[result]["card"]
-        for when in ("before", "after"):
-            values = card[when] or {}
-            rows.append([read[result]["cell"]["id"], when, *map(str, values.values())])
-    names = list((read[0]["card"]["after"]) if read else ())
-    return table(["cell", "read", *names], rows, left=(0, 1))
+    return figures(document)

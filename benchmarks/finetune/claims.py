@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..results import Document
 from .data import NEAR
 from .round_trip import TOLERANCE
-from .variants import LABELS
+from .trained_models import LABELS
 
-Document = dict[str, Any]
-Check = dict[str, Any]
+Check = dict[str, Any]  # claim, found, holds
 
 LEAST_TRAIN = 2000
 LEAST_HELD_OUT = 400

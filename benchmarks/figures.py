@@ -1,0 +1,104 @@
+"""What every picture is made of: colours, titles, bars, how it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+# Ours are red to orange, and so are PEFT's models accelerated; PEFT is blue.
+COLOURS = {
+    "merged": "#777777",
+    "frozen": "#777777",
+    "ours": "#c1272d",
+    "ours_packed": "#f28e2b",
+    "ours_fp32": "#8c1d40",
+    "ours_kernel": "#e0651f",
+    "ours_library": "#d99a9b",
+    "ours_fp32_kernel": "#b5541c",
+    "peft_accelerated": "#e08214",
+    "peft_default_accelerated": "#b35806",
+    "unsloth": "#7b52ab",
+    "triton_pair": "#8fbc3b",
+    "compiled": "#00a3a3",
+    "loralib": "#2a9d5c",
+    "naive": "#3b4a6b",
+    "peft": "#1f6fb4",
+    "peft_default": "#7aa6cf",
+}
+_GRID = {"color": "#dddddd", "linewidth": 0.7}
+
+
+def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
+    """Write the figures that there are; returns their file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=130, bbox_inches="tight")
+            plt.close(figure)
+            written.append(name)
+    return written
+
+
+def finish(axes: Any, title: str, grid: str = "", size: int = 10) -> None:
+    """The title, and no frame but the axes.
+
+    grid: for which of the axes grid lines are drawn: "x", "y" or "both"
+    """
+    axes.set_title(title, loc="left", fontsize=size, fontweight="bold" if size > 10 else "normal")
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(axis=grid, **_GRID)
+        axes.set_axisbelow(True)
+
+
+def heading(figure: Figure, title: str) -> None:
+    """A title above all panels."""
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
+
+
+def legend_beside(axes: Any, size: int = 8) -> None:
+    """To the right of the axes."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=size)
+
+
+def grouped_bars(
+    axes: Any,
+    labels: Sequence[str],
+    lengths: Mapping[str, Sequence[float | None]],
+    names: Mapping[str, str],
+    numbers: bool = True,
+    horizontal: bool = False,
+) -> None:
+    """For each label a bar of each variant, side by side, and a line at 1, the floor.
+
+    lengths: variant -> one for each label; variants without any are left out
+    names: variant -> what the legend calls it
+    """
+    present = [name for name, found in lengths.items() if any(one is not None for one in found)]
+    width = 0.8 / max(1, len(present))
+    for place, name in enumerate(present):
+        middle = (place - (len(present) - 1) / 2) * width
+        found = [(i + middle, one) for i, one in enumerate(lengths[name]) if one is not None]
+        draw = axes.barh if horizontal else axes.bar
+        bars = draw(
+            [at for at, _ in found],
+            [one for _, one in found],
+            0.93 * width,
+            color=COLOURS[name],
+            label=names[name],
+        )
+        if numbers:
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+    (axes.axvline if horizontal else axes.axhline)(1.0, color="black", linewidth=1.0)
+    ticks = axes.set_yticks if horizontal else axes.set_xticks
+    ticks(range(len(labels)), labels, fontsize=9 if horizontal else 8)
+    axes.margins(**{"x" if horizontal else "y": 0.12})

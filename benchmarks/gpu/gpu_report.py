@@ -1,0 +1,97 @@
+"""What is said of `make gpu`: what any run over cells has, and stages, predictions, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import layer_report
+from ..markdown import NOTHING, milliseconds, table
+from ..results import Document
+from ..variants import LABELS
+
+_LISTED = 14  # kernels of a call, the longest of them
+_COUNTED = ("us", "DRAM bytes read", "DRAM bytes written", "tensor pipes busy, %")
+
+
+def text(document: Document, images: Sequence[str]) -> str:
+    """The whole report."""
+    found = document.get("stages", {})
+    before = [
+        ("Stages", stages(found)),
+        ("Predicted and measured", predictions(document.get("predictions", []))),
+    ]
+    after = [
+        ("Furthest from their predictions", profiles(found.get("profile", {}))),
+        ("Clocks and power", clocks(document)),
+    ]
+    return layer_report.text(document, images, before, after)
+
+
+def figures(document: Document) -> dict[str, Any]:
+    """Of `gpu_figures`, which needs a plot library."""
+    from .gpu_figures import figures
+
+    return figures(document)
+
+
+def stages(results: dict[str, dict[str, Any]]) -> str:
+    """What each stage of a GPU run said."""
+    rows = [
+        [name, result["status"], f"{result['seconds']:.0f} s", result["summary"].replace("|", "/")]
+        for name, result in results.items()
+    ]
+    return table(["stage", "status", "took", "summary"], rows, left=(0, 1, 3))
+
+
+def predictions(entries: Sequence[dict[str, Any]]) -> str:
+    """The model's times beside the measured ones, the worst first."""
+
+    def off(entry: dict[str, Any]) -> float:
+        return entry["measured_us"] / entry["predicted_us"]
+
+    rows = [
+        [
+            entry["cell"],
+            LABELS.get(entry["variant"], entry["variant"]),
+            milliseconds(entry["predicted_us"] / 1e3),
+            milliseconds(entry["measured_us"] / 1e3),
+            f"{off(entry):.2f}",
+            entry["longest"],
+        ]
+        for entry in sorted(entries, key=off, reverse=True)
+    ]
+    header = ["cell", "variant", "predicted", "measured", "measured / predicted", "longest launch"]
+    return table(header, rows, left=(0, 1, 5))
+
+
+def profiles(found: dict[str, Any]) -> str:
+    """The kernels of the calls that are furthest from their predictions, and what ncu counted."""
+    rows = []
+    for one in found.get("profiles", []):
+        call = f"{LABELS[one['variant']]}, {one['cell']}"
+        predicted = ", ".join(f"{name} {us:.1f}" for name, us in one["predicted"])
+        least = sorted((us for _, us in one["kernels"]), reverse=True)[:_LISTED][-1:]
+        longest = [(kernel, us) for kernel, us in one["kernels"] if us >= least[0]]
+        for number, (kernel, us) in enumerate(longest):
+            first = number == 0
+            rows.append([call if first else "", kernel[:60], f"{us:.1f}", predicted * first])
+    header = ["call", "kernel", "us", "launches predicted, us"]
+    listed = table(header, rows, left=(0, 1, 3))
+    counted = [
+        [entry["kernel"][:60], *(f"{entry[n]:.4g}" if n in entry else NOTHING for n in _COUNTED)]
+        for entry in found.get("counters", [])
+    ]
+    return "\n\n".join(part for part in (listed, table(["ncu", *_COUNTED], counted)) if part)
+
+
+def clocks(document: Document) -> str:
+    """What the card said before and after the first, the middle and the last cell."""
+    read = [r for r in document["cells"] if (r.get("card") or {}).get("after")]
+    rows = []
+    for place in dict.fromkeys((0, len(read) // 2, len(read) - 1)) if read else ():
+        for when in ("before", "after"):
+            values = read[place]["card"][when] or {}
+            rows.append([read[place]["cell"]["id"], when, *map(str, values.values())])
+    names = list(read[0]["card"]["after"]) if read else []
+    return table(["cell", "read", *names], rows, left=(0, 1))

@@ -1,0 +1,97 @@
+"""Cells, results and runs that the tests of the benchmarks share."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import results, shapes
+from benchmarks.gpu import cells, measure
+from benchmarks.gpu.run import Run
+from benchmarks.timing import Plan
+
+QUICK = Plan(min_rounds=3, max_rounds=3, seconds=0.0, batch_ms=0.1, max_wait=1.0, warmup_ms=0.1)
+
+MACHINE = {
+    "name": "a machine",
+    "device": "cpu",
+    "cpu": "a processor",
+    "cores": 2,
+    "threads": 2,
+    "memory_gib": 8.0,
+    "gpu": None,
+    "os": "Linux x86_64",
+    "versions": {"torch": torch.__version__},
+    "lora_ext": {"version": "0"},
+    "torch_cpu_capability": "AVX2",
+    "date": "2000-01-01T00:00:00+00:00",
+    "disturbance_source": "none",
+}
+
+H100 = {**MACHINE, "gpu": "NVIDIA H100 80GB HBM3", "device": "cuda"}
+
+CEILINGS = {"status": "done", "tflops": 600.0, "dram_gb_s": 2500.0, "summary": "", "seconds": 1.0}
+
+
+def small(mode=shapes.STEP, dtype="float32", **fields):
+    return shapes.Cell(mode, dtype, 5, 24, 32, rank=4, **fields)
+
+
+def synthetic(cell, times, peaks=None):
+    """A result in which every round takes the same time: ms of each variant."""
+    timing = {
+        name: {
+            "ms": ms,
+            "p25": ms,
+            "p75": ms,
+            "n": 5,
+            "dropped": 0,
+            "disturbed": False,
+            "inner": 1,
+            "samples": [ms] * 5,
+        }
+        for name, ms in times.items()
+    }
+    peaks = peaks or dict.fromkeys(times, 1 << 20)
+    taken = {name: {"peak": peak, "saved": 0} for name, peak in peaks.items()}
+    return {
+        "cell": cell.as_dict(),
+        "status": "ok",
+        "errors": {},
+        "notes": {},
+        "timing": timing,
+        "memory": taken,
+    }
+
+
+def new_run(folder, machine=MACHINE, device="cuda", seconds=1000.0, quick=False):
+    document = results.new_document("gpu", machine)
+    return Run(device, folder, document, quick, time.monotonic() + seconds)
+
+
+def measured_run(folder):
+    """A run on an H100 that never was, for tables and pictures."""
+    run = new_run(folder, H100)
+    run.stages["ceilings"] = CEILINGS
+    times = {"merged": 1.0, "frozen": 1.0, "ours": 1.1, "ours_kernel": 1.5, "peft_default": 2.2}
+    for cell in [c for c in cells.headline_cells() if c.group == "model"]:
+        result = synthetic(cell, times)
+        result["graph"] = synthetic(cell, {k: 0.9 * t for k, t in times.items()})["timing"]
+        run.document["cells"].append(result)
+    measure.predict(run)
+    return run
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie that nobody has waited for yet is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def dies(pid: int) -> bool:
+    until = time.monotonic() + 20
+    while is_alive(pid) and time.monotonic() < until:
+        time.sleep(0.01)
+    return not is_alive(pid)

@@ -1,0 +1,201 @@
+"""What `make gpu` measures: cells, routes, replays, clocks, counters, bits that differ."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_helpers import QUICK, small
+
+import lora_ext
+from benchmarks import calls, card, results, runner, shapes, variants
+from benchmarks.gpu import cells, profile, stress
+from benchmarks.problem import make_problem
+
+
+def test_a_cell_survives_the_json():
+    cell = replace(small(), rank=3, bias=False)
+    assert runner.cell_of({"cell": json.loads(json.dumps(cell.as_dict()))}) == cell
+
+
+def test_cuda_cells_time_every_route_and_baseline():
+    cell = shapes.Cell(shapes.STEP, "bfloat16", 8, 16, 16, device="cuda")
+    names = set(variants.names_for(cell))
+    peers = {"peft", "peft_default", "naive", "unsloth", "triton_pair", "loralib"}
+    assert {*variants.ROUTES, *peers} <= names
+    assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, device="cpu")))
+    assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, dtype="float32")))
+
+
+def test_the_cells_are_what_was_asked_for():
+    headline, wide = cells.headline_cells(), cells.wide_cells()
+    assert len(headline) <= cells.MOST_HEADLINES
+    every = [*headline, *wide]
+    assert len({cell.id for cell in every}) == len(every)
+    assert {cell.mode for cell in every} == {shapes.FORWARD, shapes.BACKWARD, shapes.STEP}
+    rows, ranks = {c.rows for c in every}, {c.rank for c in every}
+    assert min(rows) == 1 and max(rows) == 8192 and {8, 16, 64, 128, 256} <= ranks
+    for name in ("Llama-3.1 8B", "Llama-3.1 70B", "Qwen2.5 7B", "Mistral 7B", "GPT-2 medium"):
+        mine = {(c.mode, c.dropout_p > 0) for c in every if name in c.layer}
+        assert len(mine) >= 4, name
+    assert all(cell.device == "cuda" for cell in every)
+    for cell in cells.on_cpu(every):
+        assert cell.device == "cpu" and cell.rows * cell.in_features <= 16 * 256
+
+
+def test_backward_alone_gives_the_gradients_of_a_step():
+    cell = small(shapes.BACKWARD, dropout_p=0.0)
+    problem = make_problem(cell)
+    expected = {}
+    for name in ("naive", "ours", "peft"):
+        variant = variants.BUILDERS[name](problem, 0.0)
+        call = calls.call_of(variant, problem, shapes.BACKWARD)
+        for _ in range(len(problem.inputs) + 1):  # each output is kept for the next round
+            call()
+        assert problem.inputs[0].grad is None
+        x, grad = problem.inputs[0], problem.grads[0]
+        found = torch.autograd.grad(variant.call(x), (x, *variant.adapters), grad)
+        expected.setdefault("naive", found)
+        for one, other in zip(found, expected["naive"], strict=True):
+            torch.testing.assert_close(one, other)
+    result = runner.run_cell(cell, QUICK)
+    assert result["status"] == "ok", result
+    assert {"frozen", "ours", "peft", "naive"} <= set(result["timing"])
+
+
+class Refuses(torch.autograd.Function):
+    """Its backward raises."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no backward")
+
+
+@pytest.mark.parametrize("mode", [shapes.FORWARD, shapes.STEP, shapes.BACKWARD])
+def test_a_route_holds_for_each_call_and_leaves_nothing_behind(monkeypatch, mode):
+    """On the CPU, which has no routes: of the calls that would set them."""
+    current, seen = ["auto"], []
+    monkeypatch.setattr(lora_ext.kernels, "set_cuda_route", lambda name: current.append(name))
+    problem = make_problem(small(mode))
+    variant = variants.ours(problem, 0.0)
+    plain = variant.call
+    variant.route = "kernel"
+    variant.call = lambda x: (seen.append(current[-1]), plain(x))[1]
+    call = calls.call_of(variant, problem, mode)
+    with torch.set_grad_enabled(mode != shapes.FORWARD):
+        for _ in range(5):
+            call()
+            assert current[-1] == "auto"
+    assert seen and set(seen) == {"kernel"}
+    assert not any(x._backward_hooks for x in problem.inputs)
+    if mode == shapes.FORWARD:
+        return
+    variant.call = lambda x: Refuses.apply(plain(x))
+    with pytest.raises(RuntimeError, match="no backward"):
+        calls.call_of(variant, problem, mode)()
+    assert current[-1] == "auto"
+
+
+def test_replays_take_turns_with_calls_and_what_cannot_be_captured_has_a_note():
+    order = []
+
+    def capture(make):
+        function = make()
+        if len(order) == 0:
+            order.append("first")
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: (order.append("replay"), function())
+
+    readings = iter([{"clocks.sm": 1980.0}, {"clocks.sm": 1755.0}])
+    means = runner.Means(runner.CpuMeter(), capture, lambda: next(readings))
+    result = runner.run_cell(small(shapes.FORWARD), QUICK, means=means)
+    assert result["status"] == "ok" and "replay" in order
+    assert "merged" in result["timing"] and "merged" not in result["graph"]
+    assert "no graph: RuntimeError: operation not permitted" in result["notes"]["merged"]
+    assert {"ours", "naive"} <= set(result["graph"])
+    assert result["card"] == {"before": {"clocks.sm": 1980.0}, "after": {"clocks.sm": 1755.0}}
+    assert results.ratio(result, "ours", "naive", "graph") is not None
+
+
+def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '1980, 2619, 312.44, 51, P0'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = card.readings()
+    assert (
+        found["clocks.sm"] == 1980.0 and found["power.draw"] == 312.44 and found["pstate"] == "P0"
+    )
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert card.readings() is None
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert card.readings() is None
+
+
+NCU = """==PROF== Connected to process 77
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","77","lora_gemm_sm80","gpu__time_duration.sum","ns","351,200"
+"0","77","lora_gemm_sm80","dram__bytes_read.sum","Mbyte","101.5"
+"0","77","lora_gemm_sm80","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed","%","88.2"
+"1","77","lora_reduce","gpu__time_duration.sum","us","2.5"
+"1","77","lora_reduce","dram__bytes_read.sum","","n/a"
+"""
+
+
+def test_what_ncu_says_is_read():
+    gemm, reduce = profile.counters(NCU)
+    assert gemm == {
+        "kernel": "lora_gemm_sm80",
+        "us": pytest.approx(351.2),
+        "DRAM bytes read": 101.5e6,
+        "tensor pipes busy, %": 88.2,
+    }
+    assert reduce == {"kernel": "lora_reduce", "us": 2.5}
+    assert profile.counters("==ERROR== ERR_NVGPUCTRPERM") == []
+
+
+def test_kernels_of_a_call_are_listed(tmp_path):
+    cell = replace(small(shapes.FORWARD), device="cpu")
+    names = [name for name, _ in profile.kernels_of(cell, "ours")]
+    assert "lora_ext::lora_linear" in names
+
+
+def test_a_bit_that_differs_is_counted():
+    def changing(device, seed):
+        calls = iter(range(10**6))
+        return lambda: (torch.tensor([seed, 1 if next(calls) == 3 else 0]),)
+
+    assert stress.replays("cpu", 5, changing) == 1
+    assert stress.side_by_side("cpu", 5, changing) == stress._WORKERS
+    assert stress.main(["--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "place", "status"),
+    [("kernel", 0, 1), ("hybrid", 3, 1), ("hybrid", 0, 0), ("library", 0, 0), ("library", 3, 0)],
+)
+def test_only_what_our_kernels_make_owes_equal_bits(monkeypatch, capsys, route, place, status):
+    """One tensor of one route differs; the others are those of the CPU's steps."""
+
+    def step_of(device, seed, sizes):
+        calls = iter(range(10**6))
+
+        def step():
+            found = [torch.zeros(1) for _ in range(4)]
+            found[place] += current[0] == route and next(calls) % 3 == 2
+            return tuple(found)
+
+        return step
+
+    current = [""]
+    monkeypatch.setattr(stress, "step_of", step_of)
+    monkeypatch.setattr(
+        stress.lora_ext.kernels, "set_cuda_route", lambda name: current.insert(0, name)
+    )
+    monkeypatch.setattr(stress, "ROUTES", {"cpu": ("kernel", "hybrid", "library")})
+    assert stress.main(["--device", "cpu"]) == status
+    assert "for information" in capsys.readouterr().out

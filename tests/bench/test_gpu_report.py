@@ -1,0 +1,124 @@
+"""What becomes of the results of `make gpu`: predictions beside them, report, pictures, keeping."""
+
+import importlib.util
+
+import pytest
+from bench_helpers import MACHINE, QUICK, measured_run, new_run, small
+
+from benchmarks import cost_model, report, results, runner, shapes
+from benchmarks.gpu import measure, profile, stages
+from lora_ext.winners import Table, write_table
+
+
+def test_predictions_stand_beside_measurements(tmp_path):
+    run = new_run(tmp_path, {**MACHINE, "gpu": "NVIDIA H100 80GB HBM3"})
+    cell = small(shapes.FORWARD, "bfloat16")
+    runner.run([cell], run.document, run.path, QUICK)
+    measure.predict(run)
+    by_variant = {entry["variant"]: entry for entry in run.document["predictions"]}
+    assert {"merged", "ours", "ours_fp32", "naive"} <= set(by_variant)
+    expected = cost_model.predicted_us(cost_model.MACHINES["H100"], cell, "merged")
+    assert by_variant["merged"]["predicted_us"] == expected
+    measured = run.document["cells"][0]["timing"]["merged"]["ms"]
+    assert by_variant["merged"]["measured_us"] == pytest.approx(1e3 * measured)
+    run.document["cells"][0]["graph"] = {"merged": {"ms": 7.0}}  # a replay goes before a call
+    run.stages["ceilings"] = {"status": "done", "tflops": 1.0, "dram_gb_s": 1.0}
+    measure.predict(run)
+    merged = next(e for e in run.document["predictions"] if e["variant"] == "merged")
+    assert merged["predicted_us"] > expected and merged["measured_us"] == 7000.0
+
+
+def test_no_prediction_for_a_card_that_is_not_in_the_table(tmp_path):
+    run = new_run(tmp_path, {**MACHINE, "gpu": "Tesla V100"})
+    measure.predict(run)
+    assert run.document["predictions"] == []
+
+
+def test_the_furthest_from_its_prediction_comes_first(tmp_path):
+    run = measured_run(tmp_path)
+    chosen = profile.furthest(run)
+    ours = [e for e in run.document["predictions"] if e["variant"].startswith("ours")]
+    worst = max(ours, key=lambda e: e["measured_us"] / e["predicted_us"])
+    assert (chosen[0][0].id, chosen[0][1]) == (worst["cell"], worst["variant"])
+    assert len(chosen) == 3
+
+
+def test_report_and_pictures_of_a_gpu_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = measured_run(tmp_path)
+    counters = [{"kernel": "lora_gemm_sm80", "us": 351.2, "DRAM bytes read": 101.5e6}]
+    run.stages["profile"] = stages.result_of(
+        "done",
+        "",
+        profiles=[
+            {
+                "cell": "a cell",
+                "variant": "ours",
+                "kernels": [["lora_gemm_sm80", 351.2], ["lora_reduce", 2.5]],
+                "predicted": [["lora_gemm", 340.0]],
+            }
+        ],
+        counters=counters,
+    )
+    run.document["cells"][0]["card"] = {
+        "before": {"clocks.sm": 1980.0},
+        "after": {"clocks.sm": 1755.0},
+    }
+    results.write(run.document, run.path)
+    assert report.main([str(run.path)]) == 0
+    pictures = {"roofline.png", "ratios.png", "memory.png", "predictions.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md", *pictures}
+    for name in pictures:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "report.md").read_text()
+    assert "## Backward, as a multiple of frozen, graph replays (GPU)" in text
+    assert "| lora_gemm_sm80 |" in text and "lora_gemm 340.0" in text and "1755.0" in text
+    assert "measured / predicted" in text and all(f"({name})" in text for name in pictures)
+
+
+def keeper():
+    path = stages.ROOT / "scripts" / "keep_gpu_results.py"
+    spec = importlib.util.spec_from_file_location("keep_gpu_results", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
+    folder, root = tmp_path / "out", tmp_path / "root"
+    run = measured_run(folder)
+    run.write()
+    for name in ("report.md", "roofline.png", "golden/h100.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    table = Table("NVIDIA H100", "2.11.0", "13.0", "0.1.0", "0f", ())
+    write_table(table, folder / "tuning" / "a.json")
+    found = {
+        str(target.relative_to(root)) for target in keeper().places(folder, "h100", root).values()
+    }
+    assert found == {
+        "benchmarks/results/h100/gpu/results.json",
+        "benchmarks/results/h100/gpu/report.md",
+        "benchmarks/results/h100/gpu/roofline.png",
+        "tests/emulator/conformance/golden/h100.json",
+        "lora_ext/winners/measured/a.json",
+    }
+    with pytest.raises(ValueError, match="expected a name like"):
+        keeper().places(folder, "../h100")
+    (folder / "tuning" / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="schema"):
+        keeper().places(folder, "h100")
+
+
+def test_pictures_are_drawn_where_results_are_kept(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured_run(tmp_path).write()
+    keeper().draw(tmp_path)
+    assert (tmp_path / "predictions.png").exists()
+    assert "(predictions.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_a_trial_on_the_cpu_is_not_kept(tmp_path):
+    new_run(tmp_path, MACHINE).write()
+    with pytest.raises(ValueError, match="trial on a CPU"):
+        keeper().places(tmp_path, "cpu")
