@@ -21,12 +21,10 @@ class Called(nn.Linear):
 
 
 class PeftSubject(Subject):
-    layer_name = "net"
-
     def x(self, rows=60, dtype=F32):
-        if self.layer_name == "net":
+        if self.name == "net":
             return peft_helpers.make_ids(rows)
-        return peft_helpers.make_x(self.layer_name, dtype, rows)
+        return peft_helpers.make_x(self.name, dtype, rows)
 
     def factors(self, name):
         mine = {key: p for key, p in self.model.named_parameters() if name in key.split(".")}
@@ -57,6 +55,14 @@ class PeftSubject(Subject):
             warnings.simplefilter("ignore")
             self.model.unmerge_adapter()
 
+    def save(self, folder, name):
+        self.model.save_pretrained(folder, selected_adapters=[name])
+        for file in (folder / name).iterdir():
+            file.rename(folder / file.name)
+
+    def load(self, folder, name):
+        self.model.load_adapter(folder, name, autocast_adapter_dtype=False)
+
     def disabled(self):
         return self.model.disable_adapter()
 
@@ -70,20 +76,23 @@ class PeftSubject(Subject):
 class PeftKind(Kind):
     name = "peft"
     layer_class = LoraLayer
-    names = ("net", "linear", "conv1d", "embedding", "subclass", "hooked")
+    layers = ("net", "linear", "conv1d", "embedding", "subclass", "hooked")
     separate_path = "added"
     merged_path = "base"
-    unmerged = {"rtol": 1e-10, "atol": 1e-10}  # what was added is subtracted  # noqa: RUF012
 
     def has(self, layer, adapters):
         has_bias = layer not in ("embedding", "net")
-        return layer in self.names and (adapters != "lora_bias" or has_bias)
+        return layer in self.layers and (adapters != "lora_bias" or has_bias)
 
-    def layer(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
+    def make(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
         torch.manual_seed(1)
-        base = Called(WIDTH, HEIGHT) if layer == "subclass" else make_base(_BASES.get(layer, layer))
-        subject = self._around(nn.Sequential(base), ["0"], adapters, dtype, dropout)
-        subject.layer_name = layer
+        base, targets = (Net(), TARGETS) if layer == "net" else (_base(layer), ["0"])
+        words = {
+            name: {**one, "lora_dropout": dropouts(dropout, name)}
+            for name, one in ADAPTERS[adapters].items()
+        }
+        model = lora_ext.accelerate(peft_model(base, words, targets, dtype))
+        subject = PeftSubject(self, layer, model)
         if layer == "hooked":
             subject.layer.base_layer.register_forward_hook(_unused_hook)
         if adapter_dtype is not None:
@@ -91,22 +100,18 @@ class PeftKind(Kind):
                 parameter.data = parameter.data.to(adapter_dtype)
         return subject
 
-    def net(self, adapters="one", dtype=F32, dropout=0.0):
-        torch.manual_seed(1)
-        return self._around(Net(), TARGETS, adapters, dtype, dropout)
-
-    def _around(self, base, targets, adapters, dtype, dropout) -> PeftSubject:
-        words = {
-            name: {**one, "lora_dropout": dropouts(dropout, name)}
-            for name, one in ADAPTERS[adapters].items()
-        }
-        return PeftSubject(self, lora_ext.accelerate(peft_model(base, words, targets, dtype)))
-
     def mergeable(self, active):
         return [active]  # PEFT's merged layer computes its base alone
 
+    def unmerged(self, dtype):
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+        return {"rtol": tolerance, "atol": tolerance}  # what was added is subtracted
 
-_BASES = {"hooked": "linear"}
+
+def _base(layer: str) -> nn.Module:
+    if layer == "subclass":
+        return nn.Sequential(Called(WIDTH, HEIGHT))
+    return nn.Sequential(make_base("linear" if layer == "hooked" else layer))
 
 
 def _unused_hook(*_: object) -> None:

@@ -20,12 +20,10 @@ from lora_ext.nn import AdapterSpec, LoRAEmbedding, LoRALayer
 
 
 class OurSubject(Subject):
-    layer_name = "net"
-
     def x(self, rows=60, dtype=F32):
-        if self.layer_name == "net":
+        if self.name == "net":
             return torch.randint(20, (rows, 5), generator=torch.Generator().manual_seed(1))
-        return layer_helpers.make_input(self.layer_name, dtype, (rows,))
+        return layer_helpers.make_input(self.name, dtype, (rows,))
 
     def factors(self, name):
         tables = [t for m in self.layers for t in (m.lora_a, m.lora_b, m.lora_bias)]
@@ -58,6 +56,17 @@ class OurSubject(Subject):
     def unmerge(self):
         self._do("unmerge")
 
+    def pack(self):
+        for layer in self.layers:
+            if hasattr(layer, "pack_weight"):
+                layer.pack_weight()
+
+    def save(self, folder, name):
+        lora_ext.save_adapter(self.model, folder, name)
+
+    def load(self, folder, name):
+        lora_ext.load_adapter(self.model, folder, name)
+
     def disabled(self):
         return self._do("disable_adapters")
 
@@ -80,16 +89,17 @@ class OurSubject(Subject):
 class OurKind(Kind):
     name = "ours"
     layer_class = LoRALayer
-    names = ("net", *layer_helpers.KINDS)
+    layers = ("net", *layer_helpers.KINDS)
     separate_path = "library"
     merged_path = "merged"
-    unmerged = {"rtol": 0, "atol": 0}  # the weight was never written  # noqa: RUF012
 
     def has(self, layer, adapters):
         has_bias = layer not in ("embedding", "net")
-        return layer in self.names and adapters != "dora" and (adapters != "lora_bias" or has_bias)
+        return layer in self.layers and adapters != "dora" and (adapters != "lora_bias" or has_bias)
 
-    def layer(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
+    def make(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
+        if layer == "net":
+            return self._net(adapters, dtype, dropout)
         torch.manual_seed(1)
         specs = {
             name: AdapterSpec(
@@ -101,11 +111,10 @@ class OurKind(Kind):
             )
             for name, words in ADAPTERS[adapters].items()
         }
-        subject = OurSubject(self, layer_helpers.make_layer(layer, specs, dtype, adapter_dtype))
-        subject.layer_name = layer
-        return subject
+        model = layer_helpers.make_layer(layer, specs, dtype, adapter_dtype)
+        return OurSubject(self, layer, model)
 
-    def net(self, adapters="one", dtype=F32, dropout=0.0):
+    def _net(self, adapters, dtype, dropout) -> OurSubject:
         model: nn.Module = make_zoo(dtype).train()
         for name, words in ADAPTERS[adapters].items():
             config = LoRAConfig(
@@ -116,12 +125,15 @@ class OurKind(Kind):
                 use_rslora=words.get("use_rslora", False),
             )
             apply_lora(model, config, name)
-        subject = OurSubject(self, layer_helpers.randomize(model))
+        subject = OurSubject(self, "net", layer_helpers.randomize(model))
         subject.set_adapter(list(ADAPTERS[adapters]))
         return subject
 
     def mergeable(self, active):
         return [active, active[-1:], active[:1]]
+
+    def unmerged(self, dtype):
+        return {"rtol": 0, "atol": 0}  # the weight was never written
 
 
 OURS = OurKind()

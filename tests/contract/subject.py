@@ -7,9 +7,9 @@ or a method that has a name.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,24 +27,22 @@ class Kind:
 
     Attributes:
         layer_class: of the layers that have adapters.
-        names: of the layers that `layer` makes, some of those in `cases`.
+        layers: names of what `make` makes, some of those in `cases`.
         separate_path: of `lora_ext.explain`, where the active adapters are not one call of the op.
         merged_path: of a merged layer.
-        unmerged: tolerances of what is computed after unmerging.
     """
 
     name: str
     layer_class: type
-    names: tuple[str, ...]
+    layers: tuple[str, ...]
     separate_path: str
     merged_path: str
-    unmerged: dict[str, float]
 
     def has(self, layer: str, adapters: str) -> bool:
-        """Whether the kind has such a layer, or "net", with such adapters."""
+        """Whether the kind has such a layer with such adapters."""
         raise NotImplementedError
 
-    def layer(
+    def make(
         self,
         layer: str,
         adapters: str = "one",
@@ -52,25 +50,26 @@ class Kind:
         adapter_dtype: torch.dtype | None = None,
         dropout: Dropout = 0.0,
     ) -> Subject:
-        """A model of one layer; its adapters are float32, or in `adapter_dtype`."""
-        raise NotImplementedError
+        """A model of one layer, or "net", one of several kinds of layer on token ids.
 
-    def net(
-        self, adapters: str = "one", dtype: torch.dtype = F32, dropout: Dropout = 0.0
-    ) -> Subject:
-        """A model with several kinds of layer, on token ids."""
+        Two calls make the same values. Adapters are float32 if `adapter_dtype` is None.
+        """
         raise NotImplementedError
 
     def mergeable(self, active: Sequence[str]) -> list[Sequence[str]]:
         """Names that may be merged beside the other active ones without a change of the output."""
         raise NotImplementedError
 
+    def unmerged(self, dtype: torch.dtype) -> dict[str, float]:
+        """Tolerances for what is computed after unmerging."""
+        raise NotImplementedError
+
 
 class Subject:
     """A model with adapters, and the verbs of its kind."""
 
-    def __init__(self, kind: Kind, model: nn.Module) -> None:
-        self.kind, self.model = kind, model
+    def __init__(self, kind: Kind, name: str, model: nn.Module) -> None:
+        self.kind, self.name, self.model = kind, name, model
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -88,9 +87,7 @@ class Subject:
 
     def holding(self, model: nn.Module) -> Subject:
         """The same of another model, such as a copy."""
-        other = copy.copy(self)
-        other.model = model
-        return other
+        return type(self)(self.kind, self.name, model)
 
     def paths(self) -> set[str]:
         """Of `lora_ext.explain`."""
@@ -111,6 +108,14 @@ class Subject:
         """What is trained of all adapters."""
         raise NotImplementedError
 
+    def active(self) -> set[tuple[str, ...]]:
+        """The active adapters of each layer."""
+        return {tuple(layer.active_adapters) for layer in self.layers}
+
+    def merged(self) -> set[tuple[str, ...]]:
+        """The merged adapters of each layer."""
+        return {tuple(layer.merged_adapters) for layer in self.layers}
+
     def delta(self, name: str) -> Tensor:
         """scaling * B A of the only layer, laid out as its weight."""
         raise NotImplementedError
@@ -129,6 +134,17 @@ class Subject:
         raise NotImplementedError
 
     def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Keeps what speeds the forward up beside the parameters, where the kind has such."""
+
+    def save(self, folder: Path, name: str) -> None:
+        """One adapter, in PEFT's format."""
+        raise NotImplementedError
+
+    def load(self, folder: Path, name: str) -> None:
+        """What `save` wrote into the same folder, as another adapter."""
         raise NotImplementedError
 
     def disabled(self) -> AbstractContextManager:

@@ -31,7 +31,7 @@ def test_axolotl_3806_unsloth_23_2319_dropout_and_bias_keep_the_fused_path(
     kind, layer, adapters, dropout, training
 ):
     """The fused path was skipped in silence as soon as there was dropout or a bias."""
-    subject = kind.layer(layer, adapters, dropout=dropout)
+    subject = kind.make(layer, adapters, dropout=dropout)
     subject.model.train(training)
     assert subject.paths() == {"fused"}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -46,7 +46,7 @@ def test_axolotl_3806_unsloth_23_2319_dropout_and_bias_keep_the_fused_path(
 @every_kind
 def test_axolotl_3806_the_reason_is_told(kind, training):
     """Adapters that differ in dropout cannot be one call, and only in training."""
-    subject = kind.layer("linear", "three", dropout=DIFFERENT)
+    subject = kind.make("linear", "three", dropout=DIFFERENT)
     subject.model.train(training)
     ((path, reason),) = subject.reasons()
     assert path == (kind.separate_path if training else "fused")
@@ -59,7 +59,7 @@ def test_axolotl_3806_the_reason_is_told(kind, training):
 @every_kind
 def test_lorafusion_a_merged_layer_adds_nothing_twice(kind):
     """The patched forward did not know of merged adapters and added the update again."""
-    subject = kind.net("three", F64)
+    subject = kind.make("net", "three", F64)
     x = subject.x(6)
     wanted = subject(x)
     assert_close(wanted, subject.in_float64()(x))
@@ -67,13 +67,13 @@ def test_lorafusion_a_merged_layer_adds_nothing_twice(kind):
     assert subject.paths() == {kind.merged_path}
     assert_close(subject(x), wanted)
     subject.unmerge()
-    assert_close(subject(x), wanted, **kind.unmerged)
+    assert_close(subject(x), wanted, **kind.unmerged(F64))
 
 
 @every_kind
 def test_peft_1355_merging_twice(kind):
     """Each further merge added the update again, and each unmerge took one out."""
-    subject = kind.net("three", F64)
+    subject = kind.make("net", "three", F64)
     x = subject.x(6)
     y = subject(x)
     subject.merge()
@@ -84,13 +84,13 @@ def test_peft_1355_merging_twice(kind):
         assert torch.equal(subject(x), merged)
     for _ in range(3):
         subject.unmerge()
-        assert_close(subject(x), y, **kind.unmerged)
+        assert_close(subject(x), y, **kind.unmerged(F64))
 
 
 @cases(LAYERS, ["opposite"])
 def test_peft_2918_negative_weights(kind, layer, adapters):
     """A negative weight changed the wrong factor: the product is what counts. a and -a cancel."""
-    subject = kind.layer(layer, adapters, F64)
+    subject = kind.make(layer, adapters, F64)
     with torch.no_grad():
         for own, other in zip(subject.factors("minus"), subject.factors("a"), strict=True):
             own.copy_(other)
@@ -113,7 +113,7 @@ def test_peft_2918_negative_weights(kind, layer, adapters):
 @cases(["net", *LAYERS, *CALLED], ["three"])
 def test_peft_3608_3763_several_adapters_merged_or_not(kind, layer, adapters, names):
     """Merged adapters differed from unmerged ones, and merging a subset dropped the others."""
-    subject = kind.net(adapters, F64) if layer == "net" else kind.layer(layer, adapters, F64)
+    subject = kind.make(layer, adapters, F64)
     x = subject.x(dtype=F64)
     subject.set_adapter(names)
     y = subject(x)
@@ -121,7 +121,7 @@ def test_peft_3608_3763_several_adapters_merged_or_not(kind, layer, adapters, na
         subject.merge(part)
         assert_close(subject(x), y, rtol=1e-10, atol=1e-12)
     subject.unmerge()
-    assert_close(subject(x), y, **kind.unmerged)
+    assert_close(subject(x), y, **kind.unmerged(F64))
 
 
 # ---- modes ----
@@ -139,7 +139,7 @@ def test_lora_34_61_eval_and_train_through_a_parent(kind):
         def train(self, mode=True):
             return super().train(mode)
 
-    subject = kind.net("one", F64, dropout=0.5)
+    subject = kind.make("net", "one", F64, dropout=0.5)
     parent, x = Parent(), subject.x(6)
     parent.eval()
     assert torch.equal(parent.inner(x), parent.inner(x))
@@ -157,7 +157,7 @@ def test_peft_3020_compile_checkpoint_and_dropout(
     forget_graphs, counter, kind, layer, adapters, dtype
 ):
     """The three together failed; here they give the gradients of the plain layer, in one graph."""
-    subject = kind.layer(layer, adapters, dtype, dropout=0.5)
+    subject = kind.make(layer, adapters, dtype, dropout=0.5)
 
     def run(x):
         return checkpoint(subject.model, x, use_reentrant=False).sin()
@@ -183,7 +183,7 @@ def test_peft_3020_compile_checkpoint_and_dropout(
 @cases(["linear"], ["one", "two"])
 def test_pytorch_141039_requires_grad_differs(forget_graphs, counter, kind, layer, adapters):
     """A graph broke where the requires_grad of the adapters differed from that at compile time."""
-    subject = kind.layer(layer, adapters)
+    subject = kind.make(layer, adapters)
     compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
     for _ in range(3):
         for trainable in (True, False):
@@ -207,7 +207,7 @@ def test_pytorch_141039_requires_grad_differs(forget_graphs, counter, kind, laye
 @cases(["net", "linear"], ["two"])
 def test_torchtune_904_what_is_deleted_is_freed(kind, layer, adapters):
     """A cache on methods kept every model alive. Without the collector: there are no cycles."""
-    subject = kind.net(adapters) if layer == "net" else kind.layer(layer, adapters)
+    subject = kind.make(layer, adapters)
     step(subject.model, subject.x(6))
     str(lora_ext.explain(subject.model))
     factors = [weakref.ref(parameter) for parameter in subject.factors("b")]
@@ -227,7 +227,7 @@ def test_torchtune_904_what_is_deleted_is_freed(kind, layer, adapters):
 @every_kind
 def test_1000_steps_keep_nothing(kind):
     """Neither tensors nor objects pile up over calls."""
-    subject = kind.layer("linear", dropout=0.1)
+    subject = kind.make("linear", dropout=0.1)
     x = subject.x(2)
     for _ in range(50):
         subject(x).sum().backward()

@@ -25,7 +25,7 @@ def assert_same_gradients(subject, reference):
 @cases([*LAYERS, *CALLED], ["one", "three", "lora_bias"])
 def test_peft_1372_no_write_into_what_others_own(kind, layer, adapters):
     """The update was added in place into what the base returned: leaves, views and hooks broke."""
-    subject = kind.layer(layer, adapters, F64)
+    subject = kind.make(layer, adapters, F64)
     reference, x, seen = subject.in_float64(), subject.x(dtype=F64), []
     if x.is_floating_point():
         x.requires_grad_()
@@ -46,7 +46,7 @@ def test_peft_1372_no_write_into_what_others_own(kind, layer, adapters):
 
 @cases([*MATRIX, *CALLED], ADAPTERS)
 def test_peft_1372_in_place_on_the_output(kind, layer, adapters):
-    subject = kind.layer(layer, adapters, F64)
+    subject = kind.make(layer, adapters, F64)
     grads = []
     for one in (subject, subject.in_float64()):
         x = subject.x(dtype=F64).requires_grad_()
@@ -58,7 +58,7 @@ def test_peft_1372_in_place_on_the_output(kind, layer, adapters):
 @cases([*LAYERS, *CALLED], ["one", "three", "dora", "lora_bias"])
 def test_unsloth_304_895_backward_leaves_what_was_saved(kind, layer, adapters):
     """The backward wrote into x, which other layers had saved: a second one gave other numbers."""
-    subject = kind.layer(layer, adapters, F64, dropout=0.3)
+    subject = kind.make(layer, adapters, F64, dropout=0.3)
     y = subject(subject.x(dtype=F64))
     grads = []
     for _ in range(2):
@@ -73,7 +73,7 @@ def test_unsloth_304_895_backward_leaves_what_was_saved(kind, layer, adapters):
 @cases([*MATRIX, *CALLED], ["one", "three"])
 def test_fms_acceleration_97_dx_with_dropout(kind, layer, adapters, dropout):
     """dx forgot the mask. Against finite differences, with the masks held by the generator."""
-    subject = kind.layer(layer, adapters, F64, dropout=dropout)
+    subject = kind.make(layer, adapters, F64, dropout=dropout)
     if adapters == "three" and dropout == DIFFERENT:
         assert subject.paths() == {kind.separate_path}
 
@@ -94,7 +94,7 @@ def test_unsloth_320_7020_every_mixture_of_dtypes(
     kind, layer, adapters, dtype, adapter_dtype, cast
 ):
     """Mixed float32 and half layers crashed in a step."""
-    subject = kind.layer(layer, adapters, dtype, adapter_dtype)
+    subject = kind.make(layer, adapters, dtype, adapter_dtype)
     x = subject.x(64, dtype)
 
     def under_autocast(model):
@@ -118,7 +118,7 @@ def test_unsloth_320_7020_every_mixture_of_dtypes(
 @pytest.mark.parametrize("way", ["transposed", "strided", "expanded", "offset", "one dimension"])
 @cases([*LINEAR, *CALLED], ["one", "three", "dora"])
 def test_vllm_35889_x_that_is_not_contiguous(kind, layer, adapters, way):
-    subject = kind.layer(layer, adapters, F64)
+    subject = kind.make(layer, adapters, F64)
     width = subject.x().shape[-1]
     x = {
         "transposed": lambda: torch.randn(width, 10, dtype=F64).t(),
@@ -132,7 +132,7 @@ def test_vllm_35889_x_that_is_not_contiguous(kind, layer, adapters, way):
 
 @every_kind
 def test_vllm_51121_a_smaller_batch_after_a_larger_one(kind):
-    subject = kind.net("three", F64)
+    subject = kind.make("net", "three", F64)
     reference, x = subject.in_float64(), subject.x(64)
     shape = reference(x).shape[1:]
     for rows in (64, 3, 1, 0, 17):

@@ -1,15 +1,14 @@
-"""A layer as an nn.Module: adapters by name, hooks, copies, pickles and state dicts."""
+"""A layer of ours as an nn.Module, beyond what `contract/test_protocol` asks of PEFT's layers, too:
+names of adapters, what is trained, hooks of the base, state dicts."""
 
 import copy
 import gc
-import io
-import pickle
 import threading
 import weakref
 
 import pytest
 import torch
-from helpers import F16, F32, F64
+from helpers import F32, F64
 from layer_helpers import (
     IN,
     KINDS,
@@ -196,31 +195,6 @@ def test_hooks_move_and_their_handles_still_remove_them():
     assert calls == []
 
 
-def test_hooks_see_and_change_what_passes():
-    layer = make_layer("linear", dtype=F64)
-    x = make_input("linear", F64).requires_grad_()
-    layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    layer.register_forward_hook(lambda module, args, output: output + 1)
-    assert torch.allclose(layer(x), exact(layer, 2 * x) + 1)
-    grads = []
-    layer.register_full_backward_hook(lambda module, into, out: grads.append((into[0], out[0])))
-    layer(x).sum().backward()
-    ((into, out),) = grads
-    assert out.eq(1).all()
-    assert torch.allclose(x.grad, 2 * into)
-
-
-def test_a_copy_has_hooks_of_its_own():
-    layer, calls = make_layer("linear"), []
-    handle = layer.register_forward_hook(lambda *args: calls.append(1))
-    other = copy.deepcopy(layer)
-    handle.remove()
-    layer(make_input("linear"))
-    assert not calls
-    other(make_input("linear"))
-    assert calls
-
-
 def test_a_layer_holds_neither_its_base_nor_its_hooks_alive():
     base = nn.Linear(4, 4)
     layer = LoRALinear.from_linear(base)
@@ -240,44 +214,14 @@ def test_a_layer_holds_neither_its_base_nor_its_hooks_alive():
 # ---- copies and state ----
 
 
-def by_torch_save(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
-WAYS["torch.save"] = by_torch_save
-
-
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_are_whole_and_independent(kind, way, merged):
-    spec = AdapterSpec(3, 2.0, lora_bias=kind != "embedding")
-    layer, x = make_layer(kind, {"a": SPEC, "b": spec}).eval(), make_input(kind)
-    if hasattr(layer, "pack_weight"):
-        layer.pack_weight()
-    if merged:
-        layer.merge()
-    with torch.no_grad():
-        y = layer(x)
-        other = WAYS[way](layer)
-        assert_same_state(other, snapshot(layer))
-        assert other.active_adapters == ("a", "b")
-        assert other.merged_adapters == layer.merged_adapters
-        assert not {p.data_ptr() for p in layer.parameters()} & {
-            p.data_ptr() for p in other.parameters()
-        }
-        randomize(layer, seed=9)
-        layer.delete_adapter("a")
-        torch.testing.assert_close(other(x), y, rtol=1e-6, atol=1e-6)
-        assert torch.equal(other.as_base(other.weight, other.bias)(x), layer_base(layer)(x))
-
-
-def layer_base(layer):
-    return layer.as_base(layer.weight, layer.bias)
+def test_a_copy_has_the_base_in_it(kind):
+    layer, x = make_layer(kind), make_input(kind)
+    other = copy.deepcopy(layer)
+    randomize(layer, seed=9)
+    base, own = (one.as_base(one.weight, one.bias) for one in (layer, other))
+    assert type(own) is type(base)
+    assert torch.equal(own(x), base(x))
 
 
 def test_state_dict_keys():
@@ -309,10 +253,9 @@ def test_checkpoints_of_the_base_load(tmp_path):
         assert torch.allclose(layer(x).double(), exact(layer, x), atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
-def test_a_state_dict_restores_an_adapter(init):
-    layer = make_layer("linear", {"a": AdapterSpec(2, 1.0, init=init)})
-    other = make_layer("linear", {"a": AdapterSpec(2, 1.0, init=init)})
+def test_a_state_dict_restores_what_is_subtracted():
+    layer = make_layer("linear", {"a": AdapterSpec(2, 1.0, init="pissa")})
+    other = make_layer("linear", {"a": AdapterSpec(2, 1.0, init="pissa")})
     other.weight.requires_grad_(False).normal_()
     x = make_input("linear")
     assert not torch.equal(layer(x), other(x))
@@ -321,22 +264,15 @@ def test_a_state_dict_restores_an_adapter(init):
 
 
 @pytest.mark.parametrize("kind", MATRIX_KINDS)
-def test_casting_and_moving(kind):
+def test_casting_drops_the_packed_and_casts_the_merged_weight(kind):
     layer = make_layer(kind, dtype=F32)
     layer.pack_weight()
     layer.merge()
     layer.double()
     assert layer.packed is None
     assert layer.merged_weight.dtype == F64
-    assert layer.lora_a["default"].dtype == F64
     x = make_input(kind, F64)
     assert torch.allclose(layer(x), exact(layer, x), atol=1e-5)
-    layer.unmerge()
-    layer.half()
-    assert layer(make_input(kind, F16)).dtype == F16
-    layer.float()
-    x = make_input(kind)
-    assert torch.allclose(layer(x).double(), exact(layer, x), atol=1e-5)
 
 
 def test_meta_weights_are_given_later():
@@ -345,17 +281,6 @@ def test_meta_weights_are_given_later():
     layer.load_state_dict(values)
     x = torch.randn(3, 6)
     assert torch.equal(layer(x), nn.functional.linear(x, values["weight"], values["bias"]))
-
-
-def test_functional_call_uses_the_weight_it_is_given():
-    layer = make_layer("linear").eval()
-    layer.pack_weight()
-    x = torch.randn(64, IN)
-    other = make_layer("linear").eval()
-    other.weight.normal_()
-    given = {name: p.detach() for name, p in other.named_parameters()}
-    y = torch.func.functional_call(layer, given, x)
-    torch.testing.assert_close(y, other(x))
 
 
 def test_repr_is_one_line():
