@@ -81,8 +81,11 @@ class PeftKind(Kind):
     merged_path = "base"
 
     def has(self, layer, adapters):
-        has_bias = layer not in ("embedding", "net")
-        return layer in self.layers and (adapters != "lora_bias" or has_bias)
+        if adapters == "lora_bias" and layer in ("embedding", "net"):
+            return False  # PEFT has none on embeddings
+        if adapters == "dora" and layer in ("subclass", "hooked"):
+            return False  # PEFT's own forward
+        return layer in self.layers
 
     def make(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
         torch.manual_seed(1)
@@ -102,6 +105,9 @@ class PeftKind(Kind):
 
     def mergeable(self, active):
         return [active]  # PEFT's merged layer computes its base alone
+
+    def has_blocks(self, layer, adapters):
+        return adapters == "dora" or layer in ("embedding", "net")
 
     def unmerged(self, dtype):
         tolerance = 1e-10 if dtype == torch.float64 else 1e-5

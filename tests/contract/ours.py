@@ -132,6 +132,9 @@ class OurKind(Kind):
     def mergeable(self, active):
         return [active, active[-1:], active[:1]]
 
+    def has_blocks(self, layer, adapters):
+        return False
+
     def unmerged(self, dtype):
         return {"rtol": 0, "atol": 0}  # the weight was never written
 

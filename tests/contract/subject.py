@@ -60,6 +60,10 @@ class Kind:
         """Names that may be merged beside the other active ones without a change of the output."""
         raise NotImplementedError
 
+    def has_blocks(self, layer: str, adapters: str) -> bool:
+        """Whether the layer sums in blocks of rows, whose bits a graph without blocks has not."""
+        raise NotImplementedError
+
     def unmerged(self, dtype: torch.dtype) -> dict[str, float]:
         """Tolerances for what is computed after unmerging."""
         raise NotImplementedError
