@@ -22,6 +22,7 @@ MATRIX_KINDS = tuple(kind for kind in KINDS if kind != "embedding")
 def make_base(kind: str, dtype: torch.dtype = F32) -> nn.Module:
     """The plain module that a kind of layer stands for."""
     base = {
+        "linear without bias": lambda: nn.Linear(IN, OUT, bias=False),
         "conv1d": lambda: Conv1D(OUT, IN),
         "embedding": lambda: nn.Embedding(VOCAB, OUT, padding_idx=0),
         "conv2d": lambda: nn.Conv2d(IN, OUT, 1),

@@ -76,7 +76,7 @@ class PeftSubject(Subject):
 class PeftKind(Kind):
     name = "peft"
     layer_class = LoraLayer
-    layers = ("net", "linear", "conv1d", "embedding", "subclass", "hooked")
+    layers = ("net", "linear", "linear without bias", "conv1d", "embedding", "subclass", "hooked")
     separate_path = "added"
     merged_path = "base"
 

@@ -23,6 +23,9 @@ class OurSubject(Subject):
     def x(self, rows=60, dtype=F32):
         if self.name == "net":
             return torch.randint(20, (rows, 5), generator=torch.Generator().manual_seed(1))
+        if self.name == "conv2d":
+            pixels = layer_helpers.make_input("linear", dtype, (max(1, rows // 15), 3, 5))
+            return pixels.movedim(-1, 1).contiguous()
         return layer_helpers.make_input(self.name, dtype, (rows,))
 
     def factors(self, name):
@@ -89,7 +92,7 @@ class OurSubject(Subject):
 class OurKind(Kind):
     name = "ours"
     layer_class = LoRALayer
-    layers = ("net", *layer_helpers.KINDS)
+    layers = ("net", "linear without bias", *layer_helpers.KINDS)
     separate_path = "library"
     merged_path = "merged"
 

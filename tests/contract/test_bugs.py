@@ -12,10 +12,9 @@ import weakref
 
 import pytest
 import torch
-from helpers import F32, F64
+from helpers import F64
 from peft_helpers import step
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from contract.adapters import DIFFERENT
@@ -149,35 +148,6 @@ def test_lora_34_61_eval_and_train_through_a_parent(kind):
 
 
 # ---- compiled ----
-
-
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@cases(["linear"], ["one", "dora", "three"])
-def test_peft_3020_compile_checkpoint_and_dropout(
-    forget_graphs, counter, kind, layer, adapters, dtype
-):
-    """The three together failed; here they give the gradients of the plain layer, in one graph."""
-    subject = kind.make(layer, adapters, dtype, dropout=0.5)
-
-    def run(x):
-        return checkpoint(subject.model, x, use_reentrant=False).sin()
-
-    results = []
-    for function in (
-        lambda x: subject(x).sin(),
-        run,
-        torch.compile(run, backend=counter, fullgraph=True),
-    ):
-        x = subject.x(dtype=dtype).requires_grad_()
-        subject.model.zero_grad()
-        torch.manual_seed(3)
-        function(x).sum().backward()
-        results.append([x.grad, *(p.grad.clone() for p in subject.trained())])
-    assert counter.frame_count == 1
-    tolerance = 1e-10 if dtype == F64 else 1e-6
-    for value, recomputed, compiled in zip(*results, strict=True):
-        assert torch.equal(recomputed, value)
-        assert_close(compiled, value, rtol=tolerance, atol=tolerance)
 
 
 @cases(["linear"], ["one", "two"])

@@ -191,7 +191,7 @@ def test_functional_call_uses_what_it_is_given(kind, layer, adapters, dtype):
     assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
 
-@cases(EVERYTHING, ["one"])
+@cases(EVERYTHING, ["one", "three"])
 def test_casting_and_moving(kind, layer, adapters):
     subject = kind.make(layer, adapters)
     subject.pack()
