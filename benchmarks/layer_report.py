@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from . import markdown
-from .markdown import NOTHING, mebibytes, milliseconds, quotient, table
+from .markdown import NOTHING, mebibytes, milliseconds, quotient, table, table_of
 from .results import Document, Row, is_disturbed, peak_ratio, ratio
 from .shapes import BACKWARD, FORWARD, STEP, reading_order
 from .variants import LABELS, ROUTES, floor_of
@@ -53,14 +54,15 @@ def _name_of(result: Row) -> str:
     return result["cell"]["id"].replace(f" {result['cell']['mode']} ", " ", 1) + mark
 
 
-def _of_mode(document: Document, mode: str, real: bool = False) -> list[Row]:
+def _of_mode(document: Document, mode: str, real: bool | None = None) -> list[Row]:
+    """In the order of reading; real: only layers of a real model, or only others."""
     return [
         r
         for r in sorted(document["cells"], key=reading_order)
         if r["cell"]["mode"] == mode
         and r["status"] != "error"
         and r["cell"]["group"] != "call"
-        and (r["cell"]["group"] == "real") == real
+        and real in (None, r["cell"]["group"] == "real")
     ]
 
 
@@ -69,57 +71,57 @@ def latency(document: Document, mode: str, real: bool = False, key: str = "timin
 
     key: "timing" for calls, "graph" for replays of CUDA graphs
     """
-    results = _of_mode(document, mode, real)
     floor = floor_of(mode)
-    ours, peers = _present(results, _OURS, key), _present(results, _PEERS, key)
-    header = ["cell", floor, *(LABELS[name] for name in ours)]
-    header += [LABELS[name] for name in peers] + ["ours / PEFT", "n (dropped)"]
-    rows = []
-    for result in results:
-        timing = result.get(key, {})
-        if floor not in timing:
-            continue
-        row = [_name_of(result), milliseconds(timing[floor]["ms"])]
-        row += [quotient(ratio(result, name, floor, key), name == "ours") for name in ours]
-        row += [quotient(ratio(result, name, floor, key)) for name in peers]
-        row.append(quotient(ratio(result, "ours", "peft", key)))
-        dropped = sum(t["dropped"] for t in timing.values())
-        disturbed = "!" if is_disturbed(result) else ""
-        row.append(f"{min(t['n'] for t in timing.values())} ({dropped}){disturbed}")
-        rows.append(row)
-    return table(header, rows)
+    cells = _of_mode(document, mode, real)
+
+    def dropped(cell: Row) -> str:
+        timing = cell[key].values()
+        disturbed = "!" if is_disturbed(cell) else ""
+        return f"{min(t['n'] for t in timing)} ({sum(t['dropped'] for t in timing)}){disturbed}"
+
+    columns = [("cell", _name_of), (floor, lambda cell: milliseconds(cell[key][floor]["ms"]))]
+    columns += [
+        (LABELS[name], lambda cell, n=name: quotient(ratio(cell, n, floor, key), n == "ours"))
+        for name in _present(cells, (*_OURS, *_PEERS), key)
+    ]
+    columns.append(("ours / PEFT", lambda cell: quotient(ratio(cell, "ours", "peft", key))))
+    columns.append(("n (dropped)", dropped))
+    return table_of([cell for cell in cells if floor in cell.get(key, {})], columns)
 
 
 def call_overhead(document: Document) -> str:
     """Time of a call on 2x8, in us, and ours as a multiple of PEFT's."""
-    results = [r for r in document["cells"] if r["cell"]["group"] == "call" and r.get("timing")]
-    names = _present(results, ("merged", "frozen", "ours", "ours_packed", *_PEERS))
-    rows = []
-    for result in results:
-        timing = result["timing"]
-        row = [result["cell"]["mode"]]
-        row += [f"{timing[n]['ms'] * 1e3:.1f}" if n in timing else NOTHING for n in names]
-        rows.append([*row, quotient(ratio(result, "ours", "peft"), spread=True)])
-    return table(["us per call", *(LABELS[n] for n in names), "ours / PEFT"], rows)
+
+    def us(cell: Row, name: str) -> str:
+        return f"{cell['timing'][name]['ms'] * 1e3:.1f}" if name in cell["timing"] else NOTHING
+
+    cells = [r for r in document["cells"] if r["cell"]["group"] == "call" and r.get("timing")]
+    names = _present(cells, ("merged", "frozen", "ours", "ours_packed", *_PEERS))
+    columns = [("us per call", lambda cell: cell["cell"]["mode"])]
+    columns += [(LABELS[name], partial(us, name=name)) for name in names]
+    columns.append(("ours / PEFT", lambda cell: quotient(ratio(cell, "ours", "peft"), True)))
+    return table_of(cells, columns)
 
 
 def memory(document: Document, mode: str) -> str:
     """Peak bytes above what was live before, as a multiple of the floor's, and saved bytes."""
+
+    def saved(cell: Row, name: str) -> str:
+        found = cell["memory"].get(name)
+        return mebibytes(found["saved"]) if found else NOTHING
+
     floor = floor_of(mode)
-    results = [r for r in sorted(document["cells"], key=reading_order) if r["cell"]["mode"] == mode]
-    results = [r for r in results if floor in r.get("memory", {}) and r["cell"]["group"] != "call"]
-    names = [n for n in _present(results, (*_OURS, *_PEERS), "memory") if n != "compiled"]
-    saved = [n for n in ("ours", "peft", "peft_default") if n in names] if mode == STEP else []
-    header = ["cell", f"{floor} peak", *(LABELS[n] for n in names)]
-    header += [f"saved: {LABELS[n]}" for n in saved]
-    rows = []
-    for result in results:
-        found = result["memory"]
-        row = [_name_of(result), mebibytes(found[floor]["peak"])]
-        row += [quotient(peak_ratio(result, n, floor)) for n in names]
-        row += [mebibytes(found[n]["saved"]) if n in found else NOTHING for n in saved]
-        rows.append(row)
-    return table(header, rows)
+    cells = [r for r in _of_mode(document, mode) if floor in r.get("memory", {})]
+    names = [n for n in _present(cells, (*_OURS, *_PEERS), "memory") if n != "compiled"]
+    columns = [("cell", _name_of)]
+    columns.append((f"{floor} peak", lambda cell: mebibytes(cell["memory"][floor]["peak"])))
+    columns += [
+        (LABELS[name], lambda cell, n=name: quotient(peak_ratio(cell, n, floor))) for name in names
+    ]
+    if mode == STEP:
+        shown = [n for n in ("ours", "peft", "peft_default") if n in names]
+        columns += [(f"saved: {LABELS[name]}", partial(saved, name=name)) for name in shown]
+    return table_of(cells, columns)
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .results import Document, Ratio
+from .results import Document, Ratio, Row
 
 NOTHING = "-"
 
@@ -42,6 +42,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
 
     rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def table_of(
+    rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]], left: tuple = (0,)
+) -> str:
+    """A table with one line for each row; columns: what stands above, and what a row has there."""
+    cells = [[text(row) for _, text in columns] for row in rows]
+    return table([head for head, _ in columns], cells, left)
 
 
 def milliseconds(ms: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import layer_report
-from ..markdown import NOTHING, milliseconds, table
+from ..markdown import NOTHING, milliseconds, quotient, table, table_of
 from ..results import Document
 from ..variants import LABELS
 
@@ -50,19 +50,15 @@ def predictions(entries: Sequence[dict[str, Any]]) -> str:
     def off(entry: dict[str, Any]) -> float:
         return entry["measured_us"] / entry["predicted_us"]
 
-    rows = [
-        [
-            entry["cell"],
-            LABELS.get(entry["variant"], entry["variant"]),
-            milliseconds(entry["predicted_us"] / 1e3),
-            milliseconds(entry["measured_us"] / 1e3),
-            f"{off(entry):.2f}",
-            entry["longest"],
-        ]
-        for entry in sorted(entries, key=off, reverse=True)
+    columns = [
+        ("cell", lambda entry: entry["cell"]),
+        ("variant", lambda entry: LABELS.get(entry["variant"], entry["variant"])),
+        ("predicted", lambda entry: milliseconds(entry["predicted_us"] / 1e3)),
+        ("measured", lambda entry: milliseconds(entry["measured_us"] / 1e3)),
+        ("measured / predicted", lambda entry: quotient(off(entry))),
+        ("longest launch", lambda entry: entry["longest"]),
     ]
-    header = ["cell", "variant", "predicted", "measured", "measured / predicted", "longest launch"]
-    return table(header, rows, left=(0, 1, 5))
+    return table_of(sorted(entries, key=off, reverse=True), columns, left=(0, 1, 5))
 
 
 def profiles(found: dict[str, Any]) -> str:

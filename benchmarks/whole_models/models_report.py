@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from .. import markdown
-from ..markdown import mebibytes, milliseconds, quotient, table
+from ..markdown import mebibytes, milliseconds, quotient, table, table_of
 from ..results import Document, Row, peak_ratio, ratio
 from .overhead import overheads
 
@@ -31,7 +32,6 @@ SPEEDUP_TARGET = 1.5
 # Python and dispatch of an accelerated layer's call over those of PEFT's.
 OVERHEAD_TARGET = 0.5
 MEMORY_SLACK = 1.03
-_HEADS = ["model, layers, base", "frozen"]
 # In the order of the picture.
 _BARS = ("ours", "ours_fp32", "peft_accelerated", "peft_default_accelerated")
 _BARS += ("peft", "peft_default")
@@ -55,35 +55,36 @@ def memory_bound(case: Row) -> float:
     return MEMORY_SLACK * (1 + case["inputs_to_save"] / case["memory"]["frozen"]["peak"])
 
 
-def _time_ratio(case: Row, name: str, key: str) -> str:
-    disturbed = " !" if name in case[key] and case[key][name]["disturbed"] else ""
-    return quotient(ratio(case, name, "frozen", key), spread=True) + disturbed
+def _over_frozen(
+    cases: Sequence[Row],
+    key: str,
+    frozen: Callable[[dict[str, Any]], str],
+    over: Callable[[Row, str], str],
+    more: Sequence[tuple[str, Callable[[Row], str]]] = (),
+) -> str:
+    """A table of one of results.TIMES or MEMORIES, each variant as a multiple of frozen."""
+    cases = [case for case in cases if key in case]
+    names = [name for name in LABELS if any(name in case[key] for case in cases)][1:]
+    columns = [("model, layers, base", lambda case: case["id"])]
+    columns += [("frozen", lambda case: frozen(case[key]["frozen"])), *more]
+    columns += [(LABELS[name], partial(over, name=name)) for name in names]
+    return table_of(cases, columns)
 
 
 def _times(cases: Sequence[Row], key: str) -> str:
-    """A table of "timing", steps, or "forward"."""
-    cases = [case for case in cases if key in case]
-    names = [name for name in LABELS if any(name in case[key] for case in cases)][1:]
-    rows = [
-        [case["id"], milliseconds(case[key]["frozen"]["ms"])]
-        + [_time_ratio(case, name, key) for name in names]
-        for case in cases
-    ]
-    return table([*_HEADS, *(LABELS[name] for name in names)], rows)
+    def over(case: Row, name: str) -> str:
+        disturbed = " !" if name in case[key] and case[key][name]["disturbed"] else ""
+        return quotient(ratio(case, name, "frozen", key), spread=True) + disturbed
+
+    return _over_frozen(cases, key, lambda found: milliseconds(found["ms"]), over)
 
 
 def _memories(cases: Sequence[Row], key: str) -> str:
-    """A table of "memory", of steps and with its bound, or "forward_memory"."""
-    cases = [case for case in cases if key in case]
-    names = [name for name in LABELS if any(name in case[key] for case in cases)][1:]
-    bound = ["bound"] if key == "memory" else []
-    rows = [
-        [case["id"], mebibytes(case[key]["frozen"]["peak"])]
-        + [quotient(memory_bound(case)) for _ in bound]
-        + [quotient(peak_ratio(case, name, "frozen", key)) for name in names]
-        for case in cases
-    ]
-    return table([*_HEADS, *bound, *(LABELS[name] for name in names)], rows)
+    def over(case: Row, name: str) -> str:
+        return quotient(peak_ratio(case, name, "frozen", key))
+
+    bound = [("bound", lambda case: quotient(memory_bound(case)))] if key == "memory" else []
+    return _over_frozen(cases, key, lambda found: mebibytes(found["peak"]), over, bound)
 
 
 def target_rows(case: Row) -> list[list[str]]:
