@@ -75,7 +75,6 @@ def grouped_bars(
     labels: Sequence[str],
     lengths: Mapping[str, Sequence[float | None]],
     names: Mapping[str, str],
-    numbers: bool = True,
     horizontal: bool = False,
 ) -> None:
     """For each label a bar of each variant, side by side, and a line at 1, the floor.
@@ -96,8 +95,7 @@ def grouped_bars(
             color=COLOURS[name],
             label=names[name],
         )
-        if numbers:
-            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
     (axes.axvline if horizontal else axes.axhline)(1.0, color="black", linewidth=1.0)
     ticks = axes.set_yticks if horizontal else axes.set_xticks
     ticks(range(len(labels)), labels, fontsize=9 if horizontal else 8)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from . import markdown
-from .markdown import NOTHING, mebibytes, milliseconds, quotient, table, table_of
+from .markdown import NOTHING, Column, mebibytes, milliseconds, quotient, table, table_of
 from .results import Document, Row, is_disturbed, peak_ratio, ratio
 from .shapes import BACKWARD, FORWARD, STEP, reading_order
 from .variants import LABELS, ROUTES, floor_of
@@ -79,7 +79,8 @@ def latency(document: Document, mode: str, real: bool = False, key: str = "timin
         disturbed = "!" if is_disturbed(cell) else ""
         return f"{min(t['n'] for t in timing)} ({sum(t['dropped'] for t in timing)}){disturbed}"
 
-    columns = [("cell", _name_of), (floor, lambda cell: milliseconds(cell[key][floor]["ms"]))]
+    columns: list[Column] = [("cell", _name_of)]
+    columns += [(floor, lambda cell: milliseconds(cell[key][floor]["ms"]))]
     columns += [
         (LABELS[name], lambda cell, n=name: quotient(ratio(cell, n, floor, key), n == "ours"))
         for name in _present(cells, (*_OURS, *_PEERS), key)
@@ -97,7 +98,7 @@ def call_overhead(document: Document) -> str:
 
     cells = [r for r in document["cells"] if r["cell"]["group"] == "call" and r.get("timing")]
     names = _present(cells, ("merged", "frozen", "ours", "ours_packed", *_PEERS))
-    columns = [("us per call", lambda cell: cell["cell"]["mode"])]
+    columns: list[Column] = [("us per call", lambda cell: cell["cell"]["mode"])]
     columns += [(LABELS[name], partial(us, name=name)) for name in names]
     columns.append(("ours / PEFT", lambda cell: quotient(ratio(cell, "ours", "peft"), True)))
     return table_of(cells, columns)
@@ -113,7 +114,7 @@ def memory(document: Document, mode: str) -> str:
     floor = floor_of(mode)
     cells = [r for r in _of_mode(document, mode) if floor in r.get("memory", {})]
     names = [n for n in _present(cells, (*_OURS, *_PEERS), "memory") if n != "compiled"]
-    columns = [("cell", _name_of)]
+    columns: list[Column] = [("cell", _name_of)]
     columns.append((f"{floor} peak", lambda cell: mebibytes(cell["memory"][floor]["peak"])))
     columns += [
         (LABELS[name], lambda cell, n=name: quotient(peak_ratio(cell, n, floor))) for name in names

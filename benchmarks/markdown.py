@@ -9,6 +9,8 @@ from .results import Document, Ratio, Row
 
 NOTHING = "-"
 
+Column = tuple[str, Callable[[Row], str]]  # what stands above, and what a row has there
+
 
 def page(title: str, *parts: str) -> str:
     """A document; empty parts are left out."""
@@ -44,10 +46,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
-def table_of(
-    rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]], left: tuple = (0,)
-) -> str:
-    """A table with one line for each row; columns: what stands above, and what a row has there."""
+def table_of(rows: Sequence[Row], columns: Sequence[Column], left: Sequence[int] = (0,)) -> str:
+    """A table with one line for each row."""
     cells = [[text(row) for _, text in columns] for row in rows]
     return table([head for head, _ in columns], cells, left)
 

@@ -15,7 +15,7 @@ def _path() -> str:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return package.get_model_path()
+    return str(package.get_model_path())
 
 
 def encoder(dtype: torch.dtype) -> Any:

@@ -135,47 +135,32 @@ def _time(
         result["graph"] = {k.removesuffix(_REPLAYED): t for k, t in replays.items()}
 
 
-def _memory(
-    cell: Cell,
-    problem: Problem,
-    variants: Mapping[str, Variant],
-    errors: dict[str, str],
-    announce: Announce,
-) -> dict[str, dict[str, int]]:
+def _memory(cell: Cell, problem: Problem, variant: Variant) -> dict[str, int]:
+    """Peak bytes of a call and, where there is a backward, the bytes that are saved for it."""
     x, grad = problem.inputs[0], problem.grads[0]
-    found = {}
-    for name, variant in variants.items():
-        entry = {}
-        announce(f"{name}: memory")
 
-        def clear(variant: Variant = variant) -> None:
-            for leaf in (x, *variant.adapters):
-                leaf.grad = None
+    def clear() -> None:
+        for leaf in (x, *variant.adapters):
+            leaf.grad = None
 
-        def forward(variant: Variant = variant) -> torch.Tensor:
-            with variant:
-                return variant.call(x)
+    def forward() -> torch.Tensor:
+        with variant:
+            return variant.call(x)
 
-        def step(variant: Variant = variant) -> None:
-            with variant:
-                variant.call(x).backward(grad)
+    def step() -> None:
+        with variant:
+            variant.call(x).backward(grad)
 
-        try:
-            if cell.mode == STEP:
-                entry["peak"] = memory.peak_bytes(step, cell.device, clear)
-                base = [problem.weight, *variant.adapters]
-                base += [problem.bias] if problem.bias is not None else []
-                entry["saved"] = memory.saved_bytes(forward, base)
-            else:
-                with torch.no_grad():
-                    entry["peak"] = memory.peak_bytes(forward, cell.device)
-        except Exception as error:
-            errors[name] = _text(error)
-            continue
-        finally:
-            clear()
-        found[name] = entry
-    return found
+    try:
+        if cell.mode != STEP:
+            with torch.no_grad():
+                return {"peak": memory.peak_bytes(forward, cell.device)}
+        peak = memory.peak_bytes(step, cell.device, clear)
+        known = [problem.weight, *variant.adapters]
+        known += [problem.bias] if problem.bias is not None else []
+        return {"peak": peak, "saved": memory.saved_bytes(forward, known)}
+    finally:
+        clear()
 
 
 def cell_of(result: results.Row) -> Cell:
@@ -224,8 +209,12 @@ def run_cell(
         if means.watch:
             result["card"] = {"before": before, "after": means.watch()}
         result["memory"] = {}
-        if cell.memory:
-            result["memory"] = _memory(cell, problem, variants, errors, announce)
+        for name, variant in variants.items() if cell.memory else ():
+            announce(f"{name}: memory")
+            try:
+                result["memory"][name] = _memory(cell, problem, variant)
+            except Exception as error:
+                errors[name] = _text(error)
     except Exception as error:
         result["status"], result["error"] = "error", _text(error)
         return result

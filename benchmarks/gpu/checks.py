@@ -16,10 +16,8 @@ from .workers import Item, each
 _SANITIZED = "sanitized and kernel-"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
-_ALL = "--continue-on-collection-errors"  # a file that cannot be imported stops no other
-
-
-_HOW = ("-q", "-rfE", "--tb=short", _ALL)
+# A file that cannot be imported stops no other.
+_HOW = ("-q", "-rfE", "--tb=short", "--continue-on-collection-errors")
 _TEST_S, _SANITIZED_S, _CHECK_S = 60.0, 150.0, 30.0  # limits of one test, and of a kernel's check
 
 
@@ -43,12 +41,11 @@ def warmup(run: Run, seconds: float) -> Result:
     """Every kernel's small case on this card, as a first use checks it."""
     if run.device != "cuda":
         return missing("kernels are checked on a GPU")
-    start = time.monotonic()
-    until = start + seconds
+    until = time.monotonic() + seconds
     names: list[str] = []
     for _, answer in each(run, "kernels", [Item("names of kernels", {}, seconds)], until):
         if answer.result is None or answer.error:
-            return result_of("failed", answer.error) | {"tail": answer.tail}
+            return result_of("failed", answer.error, tail=answer.tail)
         names = answer.result["names"]
     ended = dict(run.stages.get("warmup", {}).get("ended", {}))
     items = [Item(name, {"name": name}, _CHECK_S) for name in names if name not in ended]
@@ -59,8 +56,7 @@ def warmup(run: Run, seconds: float) -> Result:
     whole = bool(names) and len(ended) == len(names)
     status = "failed" if wrong else "done" if whole else "partial"
     right = {} if whole else {"ended": {name: "" for name, why in ended.items() if not why}}
-    taken = round(time.monotonic() - start, 1)
-    return result_of(status, summary, taken) | {"tail": wrong, **right}
+    return result_of(status, summary, tail=wrong, **right)
 
 
 def kernels(run: Run, seconds: float) -> Result:

@@ -23,20 +23,15 @@ _SHAPE_S, _CEILINGS_S = 30.0, 60.0
 
 def ceilings(run: Run, seconds: float) -> Result:
     """What the card can do at most, see ceilings.py."""
-    start = time.monotonic()
     item = workers.Item("ceilings", {}, min(seconds, _CEILINGS_S))
-    for _, answer in workers.each(run, "ceilings", [item], start + seconds):
+    for _, answer in workers.each(run, "ceilings", [item], time.monotonic() + seconds):
         if answer.error:
-            return result_of("failed", answer.error, _since(start), tail=answer.tail)
+            return result_of("failed", answer.error, tail=answer.tail)
         assert answer.result is not None
         tflops, gb_s = answer.result["tflops"], answer.result["dram_gb_s"]
         summary = f"{tflops:.1f} TFLOP/s, {gb_s:.0f} GB/s"
-        return result_of("done", summary, _since(start), tflops=tflops, dram_gb_s=gb_s)
-    return result_of("partial", "it did not begin", _since(start))
-
-
-def _since(start: float) -> float:
-    return round(time.monotonic() - start, 1)
+        return result_of("done", summary, tflops=tflops, dram_gb_s=gb_s)
+    return result_of("partial", "it did not begin")
 
 
 def _todo(run: Run, chosen: list[Cell]) -> list[Cell]:
@@ -57,7 +52,6 @@ def _keep(run: Run, entry: dict[str, Any]) -> None:
 
 def _measure(run: Run, chosen: list[Cell], seconds: float) -> Result:
     """Measures the cells that the document does not have; partial until it has them all."""
-    start = time.monotonic()
     until = run.until(seconds)
     if run.device == "cpu":
         chosen = cells.on_cpu(chosen)
@@ -104,7 +98,7 @@ def _measure(run: Run, chosen: list[Cell], seconds: float) -> Result:
     if errors:
         summary += f", {len(errors)} of them errors, such as {errors[0].id}"
     status = "failed" if failed else "partial" if missed or errors or run.quick else "done"
-    return result_of(status, summary, _since(start))
+    return result_of(status, summary)
 
 
 def headline(run: Run, seconds: float) -> Result:
@@ -153,7 +147,7 @@ def tuning(run: Run, seconds: float) -> Result:
     """`lora_ext.warmup` for the headline's layers; the table is one that the package may ship."""
     if run.device != "cuda":
         return missing("routes are timed on a GPU")
-    start = time.monotonic()
+    until = time.monotonic() + seconds
     shapes = {
         (cell.rows, cell.in_features, cell.out_features, cell.rank, wide, cell.dropout_p > 0)
         for cell in cells.headline_cells()
@@ -173,7 +167,7 @@ def tuning(run: Run, seconds: float) -> Result:
     ]
     todo = [i for i in items if i.name not in known] + [i for i in items if known.get(i.name)]
     last: dict[str, Any] = {}
-    for item, answer in workers.each(run, "tune", todo, start + seconds):
+    for item, answer in workers.each(run, "tune", todo, until):
         known[item.name] = answer.error
         last = answer.result or last
         run.write()
@@ -185,4 +179,4 @@ def tuning(run: Run, seconds: float) -> Result:
     if errors:
         summary += f"; {len(errors)} failed, such as {errors[0]}: {known[errors[0]]}"
     status = "failed" if errors else "done" if len(done) == len(items) else "partial"
-    return result_of(status, summary, _since(start))
+    return result_of(status, summary)

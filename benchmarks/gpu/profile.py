@@ -133,8 +133,7 @@ def _with_ncu(
 
 def worst(run: Run, seconds: float) -> Result:
     """The calls of ours that are furthest from their predictions, kernel by kernel."""
-    start = time.monotonic()
-    until = start + seconds
+    until = time.monotonic() + seconds
     chosen = furthest(run)
     if not chosen:
         return missing("no call of ours has been measured")
@@ -170,8 +169,7 @@ def worst(run: Run, seconds: float) -> Result:
     if errors:
         summary += f"; failed: {errors[0]}"
     status = "failed" if errors else "done" if len(profiles) == len(items) else "partial"
-    taken = round(time.monotonic() - start, 1)
-    return result_of(status, summary, taken, profiles=profiles, counters=counted)
+    return result_of(status, summary, profiles=profiles, counters=counted)
 
 
 def main(cell_text: str, variant: str) -> None:

@@ -53,14 +53,13 @@ def run_command(
     folder: str = ".",
     kept: int = _KEPT_LINES,
 ) -> Result:
-    """Runs a command; returns its status, seconds and its last lines, `kept` of them."""
-    start = time.monotonic()
+    """Runs a command; returns its status and its last lines, `kept` of them."""
     lines: deque[str] = deque(maxlen=max(kept, _SEEN_LINES))
     late = False
     try:
         with Child(command, run.log, ROOT / folder) as process:
             try:
-                until = start + max(1.0, seconds)
+                until = time.monotonic() + max(1.0, seconds)
                 while (line := process.line(until)) is not None:
                     if line.strip():
                         lines.append(line)
@@ -74,18 +73,17 @@ def run_command(
         return missing(str(error))
     if how and not late:
         lines.append(f"{last_said(lines)} ({how})" if lines else how)
-    return {
-        "status": "failed" if late or how else "done",
-        "command": " ".join(command).replace(child.PYTHON, "python"),
-        "seconds": round(time.monotonic() - start, 1),
-        "summary": lines[-1][:_LONGEST] if lines else "",
-        "tail": list(lines)[-kept:],
-    }
+    return result_of(
+        "failed" if late or how else "done",
+        lines[-1] if lines else "",
+        command=" ".join(command).replace(child.PYTHON, "python"),
+        tail=list(lines)[-kept:],
+    )
 
 
-def result_of(status: str, summary: str, seconds: float = 0.0, **more: Any) -> Result:
-    """A result that no command gave."""
-    return {"status": status, "summary": summary[:_LONGEST], "seconds": seconds, "tail": [], **more}
+def result_of(status: str, summary: str, **more: Any) -> Result:
+    """A result; run_stages adds how long the stage took, and for which sources it stands."""
+    return {"status": status, "summary": summary[:_LONGEST], "seconds": 0.0, "tail": [], **more}
 
 
 def missing(reason: str) -> Result:
@@ -122,6 +120,7 @@ def run_stages(run: Run, chosen: Sequence[Stage]) -> None:
             run.stages[stage.name] |= {"ended": before["ended"], "checking": run.checking}
         run.write()
         run.say(f"{stage.name}, at most {limit_s:.0f} s")
+        start = time.monotonic()
         try:
             result = stage.run(run, limit_s)
             json.dumps(result, allow_nan=False)  # what cannot be written must not stop all writing
@@ -133,6 +132,7 @@ def run_stages(run: Run, chosen: Sequence[Stage]) -> None:
                 run.stages[stage.name] = before
             run.write()
             raise
-        run.stages[stage.name] = {**result, "checking": run.checking}
+        took = round(time.monotonic() - start, 1)
+        run.stages[stage.name] = {**result, "seconds": took, "checking": run.checking}
         run.write()
         run.say(f"{stage.name}: {result['status']}: {result['summary']}")

@@ -68,8 +68,7 @@ def run_tests(
         under: a tool's command that pytest's own is appended to.
         before: what tests that ended in an earlier call came to.
     """
-    start = time.monotonic()
-    until = start + max(1.0, seconds)
+    until = time.monotonic() + max(1.0, seconds)
     suite = Suite(ended=dict(before or {}))
     how = _BROKEN
     while how == _BROKEN and len(suite.broken) < _MOST_BROKEN and time.monotonic() < until:
@@ -89,8 +88,7 @@ def run_tests(
         status = "failed"
     right = {name: what for name, what in suite.ended.items() if what != "failed"}
     more = {"ended": right} if how == _LATE else {}
-    taken = round(time.monotonic() - start, 1)
-    return result_of(status, text, taken) | {"tail": list(suite.lines)[-15:], **more}
+    return result_of(status, text, tail=list(suite.lines)[-15:], **more)
 
 
 def _process(

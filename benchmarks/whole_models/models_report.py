@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from .. import markdown
-from ..markdown import mebibytes, milliseconds, quotient, table, table_of
+from ..markdown import Column, mebibytes, milliseconds, quotient, table, table_of
 from ..results import Document, Row, peak_ratio, ratio
 from .overhead import overheads
 
@@ -60,14 +59,14 @@ def _over_frozen(
     key: str,
     frozen: Callable[[dict[str, Any]], str],
     over: Callable[[Row, str], str],
-    more: Sequence[tuple[str, Callable[[Row], str]]] = (),
+    more: Sequence[Column] = (),
 ) -> str:
     """A table of one of results.TIMES or MEMORIES, each variant as a multiple of frozen."""
     cases = [case for case in cases if key in case]
     names = [name for name in LABELS if any(name in case[key] for case in cases)][1:]
-    columns = [("model, layers, base", lambda case: case["id"])]
+    columns: list[Column] = [("model, layers, base", lambda case: case["id"])]
     columns += [("frozen", lambda case: frozen(case[key]["frozen"])), *more]
-    columns += [(LABELS[name], partial(over, name=name)) for name in names]
+    columns += [(LABELS[name], lambda case, n=name: over(case, n)) for name in names]
     return table_of(cases, columns)
 
 
@@ -83,7 +82,9 @@ def _memories(cases: Sequence[Row], key: str) -> str:
     def over(case: Row, name: str) -> str:
         return quotient(peak_ratio(case, name, "frozen", key))
 
-    bound = [("bound", lambda case: quotient(memory_bound(case)))] if key == "memory" else []
+    bound: list[Column] = (
+        [("bound", lambda case: quotient(memory_bound(case)))] if key == "memory" else []
+    )
     return _over_frozen(cases, key, lambda found: mebibytes(found["peak"]), over, bound)
 
 

@@ -1,12 +1,7 @@
-"""The fine-tuning demonstration: its texts, its training loop, what it claims and reports."""
+"""The fine-tuning demonstration: its training loop, what it claims and reports."""
 
 import copy
-import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,132 +11,8 @@ from torch import nn
 
 from benchmarks import report, results
 from benchmarks.finetune import __main__ as finetune
-from benchmarks.finetune import claims, classifier, data, trained_models, training
+from benchmarks.finetune import claims, classifier, trained_models, training
 from benchmarks.finetune.classifier import Batch, Classifier
-from benchmarks.finetune.data import Text
-from benchmarks.sentences import sentences_of
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    return data.read()
-
-
-# The texts
-
-
-def test_enough_texts_of_every_area(dataset):
-    train, held_out = dataset.counts(dataset.train), dataset.counts(dataset.held_out)
-    assert list(train) == list(held_out) == list(data.AREAS)
-    assert sum(train.values()) == len(dataset.train) >= claims.LEAST_TRAIN
-    assert sum(held_out.values()) == len(dataset.held_out) >= claims.LEAST_HELD_OUT
-    assert min(train.values()) > 200
-    assert min(held_out.values()) > 40
-    assert dataset.majority() < 0.2
-
-
-def test_held_out_texts_are_new(dataset):
-    train, held_out = ({t.sentence for t in part} for part in (dataset.train, dataset.held_out))
-    assert len(train) == len(dataset.train)
-    assert len(held_out) == len(dataset.held_out)
-    assert not train & held_out
-    assert dataset.definitions_on_both_sides() == 0
-    assert dataset.largest_similarity() < data.NEAR
-
-
-def test_texts_do_not_depend_on_the_hash_seed(dataset):
-    code = (
-        "import hashlib\nfrom benchmarks.finetune import data\nd = data.read()\n"
-        "print(hashlib.sha256(repr((d.train, d.held_out)).encode()).hexdigest())"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    expected = repr((dataset.train, dataset.held_out)).encode()
-    assert found.strip() == hashlib.sha256(expected).hexdigest()
-
-
-def test_sentences_are_whole_and_without_code():
-    docstring = (
-        "Return the number of words in the text.  Too short.\n"
-        "Takes `markup` and so is left out of this.\n\n"
-        ">>> count('no sentence of a doctest is taken here')\n\n"
-        "lower case sentences are not taken either here.\nDoes a question count as one, too?"
-    )
-    assert list(sentences_of(docstring)) == [
-        "Return the number of words in the text.",
-        "Does a question count as one, too?",
-    ]
-
-
-def test_sources_are_parsed_with_definitions(tmp_path):
-    (tmp_path / "random.py").write_text(
-        '"""Numbers that nobody can foresee at all."""\n'
-        "raise RuntimeError('imported')\n"
-        "class Outer:\n"
-        '    """A thing that holds an inner thing."""\n'
-        "    def method(self):\n"
-        '        """This method belongs to the outer class."""\n'
-        "        class Inner:\n"
-        '            """The inner class counts as outer, too."""\n'
-    )
-    (tmp_path / "json" / "tests").mkdir(parents=True)
-    (tmp_path / "json" / "__init__.py").write_text(
-        '"""Encode and decode the data of programs.  Said in two areas, so taken from none."""\n'
-    )
-    (tmp_path / "json" / "tests" / "__init__.py").write_text(
-        '"""Tests are no part of what is described."""\n'
-    )
-    (tmp_path / "queue.py").write_text('"""Said in two areas, so taken from none."""\n')
-    areas = list(data.AREAS)
-    numbers, internet = areas.index("numbers and data types"), areas.index("internet data")
-    assert data.all_texts(tmp_path) == [
-        Text("Numbers that nobody can foresee at all.", numbers, "random.py:"),
-        Text("A thing that holds an inner thing.", numbers, "random.py:Outer"),
-        Text("This method belongs to the outer class.", numbers, "random.py:Outer"),
-        Text("The inner class counts as outer, too.", numbers, "random.py:Outer"),
-        Text("Encode and decode the data of programs.", internet, "json/__init__.py:"),
-    ]
-
-
-def test_no_sources_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="use a Python that comes with its sources"):
-        data.read(tmp_path)
-
-
-def test_near_duplicates_are_found_as_by_comparing_all(dataset):
-    texts = list(dataset.train[::5])
-    texts += [Text(t.sentence.split(None, 4)[4], t.label, t.origin) for t in texts[::2]]
-    sets, expected = [], []
-    for text in texts:
-        found = data.words(text.sentence)
-        if all(len(found & kept) < data.NEAR * len(found | kept) for kept in sets):
-            sets.append(found)
-            expected.append(text)
-    assert data.without_near_duplicates(texts) == expected
-    assert len(texts) * 2 // 3 < len(expected) < len(texts)
-
-
-def test_split_keeps_definitions_whole():
-    texts = [
-        Text(f"{label} {i}", label, f"{label}:{i // 30}") for label in range(9) for i in range(900)
-    ]
-    found = data.split(texts)
-    assert found.definitions_on_both_sides() == 0
-    for label in range(9):
-        held_out = [t for t in found.held_out if t.label == label]
-        assert len(held_out) == data.HELD_OUT_PER_AREA // 30 * 30
-        assert sum(t.label == label for t in found.train) == data.TRAIN_PER_AREA
-
-
-# The training
 
 
 class TinyEncoder(nn.Module):
@@ -235,9 +106,6 @@ def test_deviation_is_relative_and_sees_nan():
     assert training.largest_deviation([2.0, float("nan")], [2.0, 1.0]) == float("inf")
     with pytest.raises(ValueError, match="curves of one length"):
         training.largest_deviation([1.0], [1.0, 2.0])
-
-
-# Claims and report
 
 
 def document():

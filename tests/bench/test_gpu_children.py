@@ -62,8 +62,9 @@ def test_a_child_that_ignores_everything_but_sigkill_is_killed(tmp_path):
 
 
 def test_a_grandchild_that_holds_the_output_open_holds_up_nothing(tmp_path):
+    start = time.monotonic()
     found = stages.run_command(new_run(tmp_path), command_of(BEARS), 300.0)
-    assert found["status"] == "done" and found["seconds"] < 100
+    assert found["status"] == "done" and time.monotonic() - start < 100
     assert dies(int(found["summary"]))
 
 

@@ -66,7 +66,8 @@ def test_report_and_pictures_of_a_gpu_run(tmp_path):
     }
     results.write(run.document, run.path)
     assert report.main([str(run.path)]) == 0
-    pictures = {"roofline.png", "ratios.png", "memory.png", "predictions.png"}
+    pictures = {"forward.png", "backward.png", "step.png", "memory.png"}
+    pictures |= {"roofline.png", "predictions.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md", *pictures}
     for name in pictures:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
