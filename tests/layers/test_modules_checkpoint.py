@@ -1,5 +1,5 @@
-"""Our own layers in checkpointed regions beyond `contract/test_checkpoint`: what PEFT has not, selective
-checkpointing, names."""
+"""Our own layers in checkpointed regions beyond `contract/test_checkpoint`: layers that PEFT
+has not, selective checkpointing, names."""
 
 from functools import partial
 
