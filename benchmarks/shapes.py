@@ -64,48 +64,29 @@ def square(mode: str, dtype: str, width: int, rows: int, **fields: Any) -> Cell:
     return Cell(mode, dtype, rows, width, width, **fields)
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer of a named model, and the numbers of rows at which it is used."""
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool
-    dtype: str
-    forward_rows: tuple[int, ...]
-    step_rows: tuple[int, ...]
-
-    def cell(self, mode: str, rows: int, **fields: Any) -> Cell:
-        """A cell of this layer."""
-        return Cell(
-            mode,
-            self.dtype,
-            rows,
-            self.in_features,
-            self.out_features,
-            bias=self.bias,
-            layer=self.name,
-            group="model",
-            **fields,
-        )
+# Linear layers of named models -> in_features, out_features, bias, dtype, and the numbers of rows
+# at which they are used in a forward and in a step.
+PROJECTIONS = {
+    "MiniLM-L6 query": (384, 384, True, "float32", (128,), (128,)),
+    "MiniLM-L6 intermediate": (384, 1536, True, "float32", (128,), (128,)),
+    "GPT-2 medium c_attn": (1024, 3072, True, "float32", (1, 1024), (1024,)),
+    "GPT-2 medium c_fc": (1024, 4096, True, "float32", (1, 1024), (1024,)),
+    "GPT-2 medium mlp.c_proj": (4096, 1024, True, "float32", (1, 1024), (1024,)),
+    "Qwen2.5 7B q_proj": (3584, 3584, True, "bfloat16", (1, 512), (2048,)),
+    "Qwen2.5 7B k_proj": (3584, 512, True, "bfloat16", (1, 512), (2048,)),
+    "Llama-3.1 8B q_proj": (4096, 4096, False, "bfloat16", (1, 512), (2048,)),
+    "Llama-3.1 8B k_proj": (4096, 1024, False, "bfloat16", (1, 512), (2048,)),
+    "Llama-3.1 8B up_proj": (4096, 14336, False, "bfloat16", (1, 512), (512,)),
+    "Llama-3.1 8B down_proj": (14336, 4096, False, "bfloat16", (1, 512), (512,)),
+    "Mistral 7B v_proj": (4096, 1024, False, "bfloat16", (16,), (1024,)),
+    "Mistral 7B gate_proj": (4096, 14336, False, "bfloat16", (16,), ()),
+}
 
 
-PROJECTIONS = (
-    Projection("MiniLM-L6 query", 384, 384, True, "float32", (128,), (128,)),
-    Projection("MiniLM-L6 intermediate", 384, 1536, True, "float32", (128,), (128,)),
-    Projection("GPT-2 medium c_attn", 1024, 3072, True, "float32", (1, 1024), (1024,)),
-    Projection("GPT-2 medium c_fc", 1024, 4096, True, "float32", (1, 1024), (1024,)),
-    Projection("GPT-2 medium mlp.c_proj", 4096, 1024, True, "float32", (1, 1024), (1024,)),
-    Projection("Qwen2.5 7B q_proj", 3584, 3584, True, "bfloat16", (1, 512), (2048,)),
-    Projection("Qwen2.5 7B k_proj", 3584, 512, True, "bfloat16", (1, 512), (2048,)),
-    Projection("Llama-3.1 8B q_proj", 4096, 4096, False, "bfloat16", (1, 512), (2048,)),
-    Projection("Llama-3.1 8B k_proj", 4096, 1024, False, "bfloat16", (1, 512), (2048,)),
-    Projection("Llama-3.1 8B up_proj", 4096, 14336, False, "bfloat16", (1, 512), (512,)),
-    Projection("Llama-3.1 8B down_proj", 14336, 4096, False, "bfloat16", (1, 512), (512,)),
-    Projection("Mistral 7B v_proj", 4096, 1024, False, "bfloat16", (16,), (1024,)),
-    Projection("Mistral 7B gate_proj", 4096, 14336, False, "bfloat16", (16,), ()),
-)
+def projection(name: str, mode: str, rows: int, **fields: Any) -> Cell:
+    """A cell of one of PROJECTIONS."""
+    k, n, bias, dtype, *_ = PROJECTIONS[name]
+    return Cell(mode, dtype, rows, k, n, bias=bias, layer=name, group="model", **fields)
 
 
 def call_cells(device: str = "cpu") -> list[Cell]:
@@ -128,7 +109,6 @@ def target_cells() -> list[Cell]:
 
 def headline_cells() -> list[Cell]:
     """The cells of the short run: every single-cell target, and a few that show the range."""
-    by_name = {p.name: p for p in PROJECTIONS}
     return [
         *target_cells(),
         square(FORWARD, "bfloat16", 4096, 16),
@@ -136,9 +116,9 @@ def headline_cells() -> list[Cell]:
         square(FORWARD, "bfloat16", 1024, 2048, compiled=True),
         square(STEP, "bfloat16", 1024, 2048, compiled=True),
         square(STEP, "float32", 1024, 2048, dropout_p=DROPOUT),
-        by_name["GPT-2 medium c_fc"].cell(FORWARD, 1024),
-        by_name["Qwen2.5 7B k_proj"].cell(FORWARD, 512),
-        by_name["Llama-3.1 8B q_proj"].cell(FORWARD, 1),
+        projection("GPT-2 medium c_fc", FORWARD, 1024),
+        projection("Qwen2.5 7B k_proj", FORWARD, 512),
+        projection("Llama-3.1 8B q_proj", FORWARD, 1),
     ]
 
 
@@ -158,9 +138,9 @@ def grid_cells() -> list[Cell]:
 def full_cells() -> list[Cell]:
     """The headline cells, the projections of named models, then the rest of the grid."""
     models = [
-        projection.cell(mode, rows, dropout_p=DROPOUT if mode == STEP else 0.0, all_peers=False)
-        for projection in PROJECTIONS
-        for mode, counts in ((FORWARD, projection.forward_rows), (STEP, projection.step_rows))
+        projection(name, mode, rows, dropout_p=DROPOUT if mode == STEP else 0.0, all_peers=False)
+        for name, (*_, forward_rows, step_rows) in PROJECTIONS.items()
+        for mode, counts in ((FORWARD, forward_rows), (STEP, step_rows))
         for rows in counts
     ]
     unique: dict[str, Cell] = {}

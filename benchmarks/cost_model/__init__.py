@@ -19,7 +19,7 @@ from functools import partial
 
 from ..shapes import BACKWARD, FORWARD, Cell
 from . import others, ours
-from .launch import Launch, shape_of
+from .launch import Launch, problem_of
 from .rates import MACHINES, Machine, calibrated, machine_named
 
 __all__ = [
@@ -59,13 +59,13 @@ def launches_of(machine: Machine, cell: Cell, variant: str) -> list[Launch]:
     if variant not in _SEQUENCES or cell.dtype not in ("bfloat16", "float16"):
         return []
     forward, backward, wide = _SEQUENCES[variant]
-    shape = shape_of(cell, wide)
+    problem = problem_of(cell, wide)
     if cell.mode == FORWARD:
-        return forward(machine, shape)
+        return forward(machine, problem)
     if backward is None:
         return []
-    first = [] if cell.mode == BACKWARD else forward(machine, shape)
-    return [*first, *backward(machine, shape)]
+    first = [] if cell.mode == BACKWARD else forward(machine, problem)
+    return [*first, *backward(machine, problem)]
 
 
 def predicted_us(machine: Machine, cell: Cell, variant: str) -> float | None:

@@ -43,20 +43,8 @@ def passes(name: str, elements: int, passes: int, size: int = BYTES) -> Launch:
     return Launch(name, float(elements * passes * size))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """X [m, k], W [n, k], rank r."""
-
-    m: int
-    n: int
-    k: int
-    r: int
-    dropout: bool
-    wide: bool  # float32 adapters
-
-
-def shape_of(cell: Cell, wide: bool) -> Shape:
-    """Of a benchmark's cell."""
-    return Shape(
-        cell.rows, cell.out_features, cell.in_features, cell.rank, cell.dropout_p > 0, wide
-    )
+def problem_of(cell: Cell, float_adapters: bool) -> _C.Problem:
+    """A benchmark's cell as the planner takes it: X [m, k], W [n, k], rank r."""
+    problem = _C.Problem(cell.rows, cell.out_features, cell.in_features, cell.rank)
+    problem.float_adapters, problem.dropout = float_adapters, cell.dropout_p > 0
+    return problem

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 from lora_ext import _C
 
-from .launch import Launch, Shape
+from .launch import Launch
 from .rates import Machine
 
 
-def forward(route: str, machine: Machine, s: Shape) -> list[Launch]:
+def forward(route: str, machine: Machine, problem: _C.Problem) -> list[Launch]:
     """Of the forward by a route, or with "auto" by the planner's choice."""
-    problem = _problem(s)
     plan = _C.plan_forward(machine.planned, problem, route)
     return _launches(machine, problem, plan, False)
 
 
-def backward(route: str, machine: Machine, s: Shape) -> list[Launch]:
+def backward(route: str, machine: Machine, problem: _C.Problem) -> list[Launch]:
     """Of the backward with all gradients."""
-    problem = _problem(s)
     plan = _C.plan_backward(machine.planned, problem, route)
     return _launches(machine, problem, plan, True)
-
-
-def _problem(s: Shape) -> _C.Problem:
-    problem = _C.Problem(s.m, s.n, s.k, s.r)
-    problem.float_adapters, problem.dropout = s.wide, s.dropout
-    return problem
 
 
 def _launches(machine: Machine, problem: _C.Problem, plan: _C.Plan, backward: bool) -> list[Launch]:

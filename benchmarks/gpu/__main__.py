@@ -21,7 +21,7 @@ from typing import Any
 
 from .. import results
 from ..__main__ import finish
-from . import checks, measure, profile, workers
+from . import checks, children, measure, profile
 from .child import Log
 from .run import Run, bring, checking, commit, resumed, sources
 from .stages import Stage, run_stages
@@ -52,12 +52,12 @@ def described(run: Run, name: str) -> dict[str, Any]:
     Raises:
         CannotStart: no child could say.
     """
-    item = workers.Item("device", {"machine": name}, workers.START_S)
-    for _, answer in workers.each(run, "device", [item], time.monotonic() + workers.START_S):
+    item = children.Item("device", {"machine": name}, children.START_S)
+    for _, answer in children.each(run, "device", [item], time.monotonic() + children.START_S):
         if answer.result is None or answer.error:
-            raise workers.CannotStart(answer.error)
+            raise children.CannotStart(answer.error)
         return answer.result
-    raise workers.CannotStart("there was no time for it")
+    raise children.CannotStart("there was no time for it")
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(options.device, options.out, empty, options.quick, end, checking(), log)
     try:
         found = described(run, options.machine)
-    except workers.CannotStart as error:
+    except children.CannotStart as error:
         found = {"reason": f"no child could describe the device: {error}"}
     machine = found.get("machine", {})
     built = machine.get("lora_ext", {})

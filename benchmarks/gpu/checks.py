@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from . import child
+from .children import Item, each
 from .run import Run
 from .stages import Result, missing, result_of, run_command
 from .suites import run_tests
-from .workers import Item, each
 
 # A few tiles of each kind under the sanitizers, which make them a hundred times slower.
 _SANITIZED = "sanitized and kernel-"

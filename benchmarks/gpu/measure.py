@@ -9,7 +9,7 @@ from typing import Any
 from .. import cost_model, runner
 from ..shapes import BACKWARD, FORWARD, Cell
 from ..timing import Plan
-from . import cells, workers
+from . import cells, children
 from .run import Run
 from .stages import Result, missing, result_of
 
@@ -23,8 +23,8 @@ _SHAPE_S, _CEILINGS_S = 30.0, 60.0
 
 def ceilings(run: Run, seconds: float) -> Result:
     """What the card can do at most, see ceilings.py."""
-    item = workers.Item("ceilings", {}, min(seconds, _CEILINGS_S))
-    for _, answer in workers.each(run, "ceilings", [item], time.monotonic() + seconds):
+    item = children.Item("ceilings", {}, min(seconds, _CEILINGS_S))
+    for _, answer in children.each(run, "ceilings", [item], time.monotonic() + seconds):
         if answer.error:
             return result_of("failed", answer.error, tail=answer.tail)
         assert answer.result is not None
@@ -63,7 +63,7 @@ def _measure(run: Run, chosen: list[Cell], seconds: float) -> Result:
     plan = _QUICK_PLAN if run.quick else _PLAN
     effort_left = sum(cell.effort for cell in todo)
 
-    def ready(item: workers.Item) -> workers.Item:
+    def ready(item: children.Item) -> children.Item:
         """With the cell's share of what is left."""
         nonlocal effort_left
         cell = by_name[item.name]
@@ -73,11 +73,11 @@ def _measure(run: Run, chosen: list[Cell], seconds: float) -> Result:
         return replace(item, fields={**item.fields, "plan": asdict(own)})
 
     items = [
-        workers.Item(cell.id, {"cell": asdict(cell)}, _COMPILED_S if cell.compiled else _CELL_S)
+        children.Item(cell.id, {"cell": asdict(cell)}, _COMPILED_S if cell.compiled else _CELL_S)
         for cell in todo
     ]
     failed = []
-    for item, answer in workers.each(run, "cell", items, until, ready):
+    for item, answer in children.each(run, "cell", items, until, ready):
         cell = by_name[item.name]
         entry = (answer.result or {}).get("entry")
         if not isinstance(entry, dict) or entry.get("cell") != cell.as_dict():
@@ -158,7 +158,7 @@ def tuning(run: Run, seconds: float) -> Result:
     known = run.document.setdefault("tuned", {})
     folder = str((run.out / "tuning").resolve())
     items = [
-        workers.Item(
+        children.Item(
             " ".join(map(str, shape)),
             {"folder": folder, "shape": dict(zip(names, shape, strict=True))},
             _SHAPE_S,
@@ -167,7 +167,7 @@ def tuning(run: Run, seconds: float) -> Result:
     ]
     todo = [i for i in items if i.name not in known] + [i for i in items if known.get(i.name)]
     last: dict[str, Any] = {}
-    for item, answer in workers.each(run, "tune", todo, until):
+    for item, answer in children.each(run, "tune", todo, until):
         known[item.name] = answer.error
         last = answer.result or last
         run.write()

@@ -30,9 +30,9 @@ from ..problem import make_problem
 from ..shapes import FORWARD, Cell
 from ..variants import BUILDERS, OURS
 from . import child
+from .children import Item, each
 from .run import Run
 from .stages import Result, missing, result_of, run_command
-from .workers import Item, each
 
 _WORST = 3
 _PROFILE_S = 45.0

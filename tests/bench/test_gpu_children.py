@@ -12,7 +12,7 @@ import pytest
 from bench_helpers import MACHINE, dies, is_alive
 
 from benchmarks import results
-from benchmarks.gpu import child, stages, workers
+from benchmarks.gpu import child, children, stages
 from benchmarks.gpu.child import Child, Late, Log
 from benchmarks.gpu.run import Run
 
@@ -129,14 +129,14 @@ def test_a_line_that_is_late_is_late():
         process.line(time.monotonic() + 0.1)
 
 
-# ---- workers ----
+# ---- children that are asked ----
 
-# Answers each item by what its "does" says, as worker.py would, or worse.
+# Answers each item by what its "does" says, as child_tasks.py would, or worse.
 WORKER = """
 import json, os, signal, subprocess, sys, time
 
 def say(answer):
-    print("\\n@worker " + json.dumps(answer), flush=True)
+    print("\\n@answer " + json.dumps(answer), flush=True)
 
 print("started", sys.argv[2:], flush=True)
 say({"ready": True})
@@ -159,7 +159,7 @@ for line in sys.stdin:
     elif does == "raise":
         say({"error": "ValueError: no"})
     elif does == "garbage":
-        print("\\n@worker {\\n@worker [1]\\n@worker {\\"ready\\": true}", flush=True)
+        print("\\n@answer {\\n@answer [1]\\n@answer {\\"ready\\": true}", flush=True)
         sys.stdout.buffer.write(bytes(range(256)) + b"\\n")
         sys.stdout.flush()
         say({"result": "no object"})
@@ -183,7 +183,7 @@ def fake_worker(tmp_path, monkeypatch):
 
 def items_of(*does, seconds=2.0):
     return [
-        workers.Item(f"item {number}", {"does": one, "number": number}, seconds)
+        children.Item(f"item {number}", {"does": one, "number": number}, seconds)
         for number, one in enumerate(does)
     ]
 
@@ -191,7 +191,7 @@ def items_of(*does, seconds=2.0):
 def asked(run, items, seconds=300.0):
     return {
         item.fields["number"]: answer
-        for item, answer in workers.each(run, "cell", items, time.monotonic() + seconds)
+        for item, answer in children.each(run, "cell", items, time.monotonic() + seconds)
     }
 
 
@@ -241,32 +241,32 @@ def test_no_item_begins_after_the_stage_has_had_its_time(tmp_path, fake_worker):
 )
 def test_children_that_never_get_ready_are_given_up(tmp_path, fake_worker, code):
     fake_worker(code)
-    with pytest.raises(workers.CannotStart, match="before it was ready"):
+    with pytest.raises(children.CannotStart, match="before it was ready"):
         asked(new_run(tmp_path), items_of("ok"))
 
 
 def test_a_child_that_hangs_before_it_is_ready_meets_a_limit(tmp_path, fake_worker, monkeypatch):
-    monkeypatch.setattr(workers, "START_S", 1.0)
+    monkeypatch.setattr(children, "START_S", 1.0)
     fake_worker("import time; time.sleep(600)")
-    with pytest.raises(workers.CannotStart, match="not ready in time"):
+    with pytest.raises(children.CannotStart, match="not ready in time"):
         asked(new_run(tmp_path), items_of("ok"))
 
 
 def test_no_python_at_all_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(child, "PYTHON", "/no/such/python")
-    with pytest.raises(workers.CannotStart, match="/no/such/python"):
+    with pytest.raises(children.CannotStart, match="/no/such/python"):
         asked(new_run(tmp_path), items_of("ok"))
 
 
 def test_a_real_worker_measures_and_says_what_is_about_to_run(tmp_path):
     run = new_run(tmp_path)
     run.device = "cpu"
-    [(_, answer)] = workers.each(
-        run, "ceilings", [workers.Item("ceilings", {}, 300.0)], time.monotonic() + 300
+    [(_, answer)] = children.each(
+        run, "ceilings", [children.Item("ceilings", {}, 300.0)], time.monotonic() + 300
     )
     assert answer.result["tflops"] > 0 and answer.error == ""
-    [(_, answer)] = workers.each(
-        run, "profile", [workers.Item("a call", {"cell": {}}, 300.0)], time.monotonic() + 300
+    [(_, answer)] = children.each(
+        run, "profile", [children.Item("a call", {"cell": {}}, 300.0)], time.monotonic() + 300
     )
     assert answer.result is None and "TypeError" in answer.error
 

@@ -1,9 +1,9 @@
 """The whole of `make gpu` against a double of a GPU machine, whose every command can go wrong.
 
 The double is a folder of programs: a Python that plays pytest, the conformance program, the stress
-test and the workers; compute-sanitizer; ncu. A file says which of them hang, crash, fail or print
-garbage. Whatever they do, the run goes on, keeps what they printed, leaves no process behind, and
-the next run does again what was not done.
+test and the children that are asked; compute-sanitizer; ncu. A file says which of them hang, crash,
+fail or print garbage. Whatever they do, the run goes on, keeps what they printed, leaves no process
+behind, and the next run does again what was not done.
 """
 
 import json
@@ -39,12 +39,12 @@ def misbehave(name):
     elif mode == "exit":
         sys.exit(3)
     elif mode == "garbage":
-        sys.stdout.buffer.write(bytes(range(256)) * 300 + b"\\n@worker {{\\n@worker []\\n")
+        sys.stdout.buffer.write(bytes(range(256)) * 300 + b"\\n@answer {{\\n@answer []\\n")
         sys.stdout.flush()
         os._exit(1)
 
 def say(answer):
-    print("\\n@worker " + json.dumps(answer), flush=True)
+    print("\\n@answer " + json.dumps(answer), flush=True)
 
 def result_of(item, task):
     if task != "cell":
@@ -64,7 +64,7 @@ def work(task):
         say({{"result": result_of(item, task)}})
 
 arguments = " ".join(sys.argv[1:])
-if "benchmarks.gpu.worker" in arguments:
+if "benchmarks.gpu.child_tasks" in arguments:
     work(sys.argv[3])
 else:
     kinds = {{"conformance": "conformance", "stress": "stress", "profile": "ncu", "-k san": "tool"}}
@@ -103,7 +103,7 @@ CELLS = [c for c in cells.headline_cells() if (c.group, c.mode) == ("model", FOR
 WIDE = cells.wide_cells()[:16:8]
 TIMES = {"merged": 1.0, "frozen": 1.0, "ours": 1.1, "peft_default": 2.2}
 
-# What a stage's double is called; of the measured ones, the worker's task.
+# What a stage's double is called; of the measured ones, the task.
 SUITES = ("kernels", "tests", *checks.SANITIZERS)
 COMMANDS = ("conformance", "stress", *SUITES)
 TASKS = {

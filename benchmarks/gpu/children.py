@@ -10,8 +10,8 @@ from typing import Any
 
 from . import child
 from .child import Child, Late, last_said
+from .child_tasks import MARK
 from .run import Run
-from .worker import MARK
 
 START_S = 90.0  # until a child has imported torch and found the device
 _TAIL, _KEPT = 15, 200  # lines of an answer; lines to find them in
@@ -81,7 +81,7 @@ def each(
 
     Args:
         run: whose log and device. An item that is killed because the run ends has no answer.
-        task: of worker.py.
+        task: of child_tasks.py.
         items: what to ask for.
         until: no item begins later, as `time.monotonic()` counts.
         ready: called with an item that is about to begin; returns it with its last settings.
@@ -95,7 +95,7 @@ def each(
     waiting, starts = list(items), 0
     until = min(until, run.hard_end)
     while waiting and time.monotonic() < until:
-        command = [child.PYTHON, "-m", "benchmarks.gpu.worker", task, run.device]
+        command = [child.PYTHON, "-m", "benchmarks.gpu.child_tasks", task, run.device]
         asked = _Asked()
         try:
             with Child(command, run.log, asked=True) as process:

@@ -1,9 +1,9 @@
-"""The child that measures: `python -m benchmarks.gpu.worker TASK DEVICE`.
+"""The child that measures: `python -m benchmarks.gpu.child_tasks TASK DEVICE`.
 
 It says that it is ready, reads an item, a line of JSON, computes, answers with a line of JSON, and
 so on until its input ends. What else it or a library prints is only kept. After each item it asks
 whether the device still works: a fault stays with a process, and every later result would be an
-error, so that the parent (workers.py) goes on with a new child.
+error, so that the parent (children.py) goes on with a new child.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MARK = "@worker "
+MARK = "@answer "
 _ERROR_LENGTH = 300
 
 # Packages that stages use where they are installed.
