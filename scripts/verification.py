@@ -6,7 +6,6 @@ From the result files under benchmarks/results/, docs/emulation.md and the golde
 the page cannot say what no file shows. --check only compares: exit status 1 if it is stale.
 """
 
-import json
 import re
 import sys
 from dataclasses import replace
@@ -14,6 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import results  # noqa: E402
+from benchmarks.markdown import quotient  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "verification.md"
 GOLDEN = ROOT / "tests" / "emulator" / "conformance" / "golden"
@@ -30,7 +33,7 @@ Written by `python scripts/verification.py` from the result files; a test compar
 
 
 def read(*parts: str) -> dict:
-    return json.loads((RESULTS.joinpath(*parts) / "results.json").read_text())
+    return results.read(RESULTS.joinpath(*parts) / "results.json")
 
 
 def place(machine: dict) -> str:
@@ -69,13 +72,10 @@ MODELS = {
 
 
 def models() -> str:
-    from benchmarks.markdown import quotient
-    from benchmarks.results import ratio
-
     document = read("xeon-amx-2-cores", "models")
     rows = []
     for case in document["cases"]:
-        cells = [quotient(ratio(case, name, "frozen")) for name in MODELS]
+        cells = [quotient(results.ratio(case, name, "frozen")) for name in MODELS]
         rows.append([case["id"], *cells])
     header = ["step over the frozen model's", *MODELS.values()]
     body = table(header, rows)
@@ -191,7 +191,7 @@ def gpus() -> list[str]:
     """A section for each run of `make gpu` on a GPU."""
     sections = []
     for path in sorted(RESULTS.rglob("results.json")):
-        document = json.loads(path.read_text())
+        document = results.read(path)
         if document["kind"] != "gpu" or document["machine"]["device"] != "cuda":
             continue
         stages = document.get("stages", {})

@@ -4,6 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+from benchmarks import results
+
 ROOT = Path(__file__).resolve().parents[2]
 
 spec = importlib.util.spec_from_file_location("verification", ROOT / "scripts" / "verification.py")
@@ -24,11 +26,8 @@ def test_a_changed_figure_changes_the_page(tmp_path, monkeypatch):
     document = json.loads(headline.read_text())
     document["targets"][0]["measured"] = 7.77
     headline.write_text(json.dumps(document))
-    gpu = {
-        "kind": "gpu",
-        "machine": {**document["machine"], "device": "cuda", "name": "a card"},
-        "stages": {"kernels": {"status": "done", "summary": "31 passed"}},
-    }
+    gpu = results.new_document("gpu", {**document["machine"], "device": "cuda", "name": "a card"})
+    gpu["stages"] = {"kernels": {"status": "done", "summary": "31 passed"}}
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "results.json").write_text(json.dumps(gpu))
     monkeypatch.setattr(verification, "RESULTS", tmp_path)
