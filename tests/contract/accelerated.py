@@ -79,6 +79,7 @@ class PeftKind(Kind):
     layers = ("net", "linear", "linear without bias", "conv1d", "embedding", "subclass", "hooked")
     separate_path = "added"
     merged_path = "base"
+    sharded = 1e-6
 
     def has(self, layer, adapters):
         if adapters == "lora_bias" and layer in ("embedding", "net"):

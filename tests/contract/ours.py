@@ -95,6 +95,7 @@ class OurKind(Kind):
     layers = ("net", "linear without bias", *layer_helpers.KINDS)
     separate_path = "library"
     merged_path = "merged"
+    sharded = 0.0
 
     def has(self, layer, adapters):
         has_bias = layer not in ("embedding", "net")

@@ -30,6 +30,7 @@ class Kind:
         layers: names of what `make` makes, some of those in `cases`.
         separate_path: of `lora_ext.explain`, where the active adapters are not one call of the op.
         merged_path: of a merged layer.
+        sharded: tolerance of training with FSDP2 beside one process.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Kind:
     layers: tuple[str, ...]
     separate_path: str
     merged_path: str
+    sharded: float
 
     def has(self, layer: str, adapters: str) -> bool:
         """Whether the kind has such a layer with such adapters."""

@@ -1,4 +1,5 @@
-"""Two processes on the CPU: DistributedDataParallel and FSDP2 train as one process does.
+"""Our own layers in two processes on the CPU, beyond `contract/test_distributed`: blocks, dtypes,
+checkpointing, compiled blocks, and the state of sharded models.
 
 What both compute is compared with the two halves of the batch in one process, whose gradients are
 averaged: the same sums, so that the bits agree.
@@ -163,47 +164,12 @@ def parallel(net, **options):
 
 
 @case
-def ddp_has_the_averaged_gradients(rank):
-    """Bit for bit, and each process has them; the halves alone have others."""
-    net, alone = make_net(), make_net()
-    gradients = train_together(net, rank, 1, parallel(net))
-    assert_equal(gradients, train_alone(alone, 1))
-    assert all(name.split(".")[-2] in ("lora_a", "lora_b") for name in gradients)
-    own = make_net()
-    loss_of(own, half(batches(1)[0], rank)).backward()
-    assert not torch.equal(own.head.lora_a["default"].grad, gradients["head.lora_a.default"])
-
-
-@case
 def ddp_trains_as_one_process(rank):
     for options in ({}, {"init": "pissa", "targets": LINEAR}, {"bias": "all"}):
         net, alone = make_net(**options), make_net(**options)
         wrapped = parallel(net, gradient_as_bucket_view=True)
         gradients = train_together(net, rank, 3, wrapped)
         assert_trained_alike(net, alone, gradients, train_alone(alone, 3))
-
-
-@case
-def ddp_after_another_adapter_was_set(rank):
-    """A fresh wrap, without find_unused_parameters; the first adapter stays as it was."""
-    net, alone = make_net(second=True), make_net(second=True)
-    train_together(net, rank, 1, parallel(net))
-    train_alone(alone, 1)
-    before = {name: value.clone() for name, value in values_of(net).items()}
-    for one in (net, alone):
-        one.zero_grad()
-        lora_ext.models.set_adapter(one, "second")
-    gradients = train_together(net, rank, 2, parallel(net))
-    assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
-    assert {name.split(".")[-1] for name in gradients} == {"second"}
-    for name, value in values_of(net).items():
-        assert torch.equal(value, before[name]) == (not name.endswith(".second")), name
-    for one in (net, alone):
-        one.zero_grad()
-        lora_ext.models.set_adapter(one, ["default", "second"])
-    gradients = train_together(net, rank, 2, parallel(net))
-    assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
-    assert {name.split(".")[-1] for name in gradients} == {"default", "second"}
 
 
 @case
@@ -356,25 +322,6 @@ def fsdp_with_checkpointing_and_dropout(rank):
 
 def assert_differs(first, second):
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
-
-
-@case
-def fsdp_after_another_adapter_was_set(rank):
-    """No fresh wrap is needed: the sharded parameters say what is trained."""
-    net, alone = shard(make_net(second=True)), make_net(second=True)
-    for names in ("default", "second", ["second", "default"]):
-        for one in (net, alone):
-            one.zero_grad()
-            lora_ext.models.set_adapter(one, names)
-        gradients = train_together(net, rank, 2)
-        assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
-    with (
-        torch.no_grad(),
-        lora_ext.models.disable_adapters(net),
-        lora_ext.models.disable_adapters(alone),
-    ):
-        ids = half(batches(1)[0], rank)
-        torch.testing.assert_close(net(ids), alone(ids))
 
 
 # ---- state of sharded models ----

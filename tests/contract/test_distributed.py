@@ -1,0 +1,189 @@
+"""Both kinds of layer in two processes on the CPU: DistributedDataParallel and FSDP2 train as one
+process does.
+
+What both processes compute is compared with the two halves of the batch in one, whose gradients are
+averaged: the same sums, so that the bits agree.
+"""
+
+import torch
+import two_processes
+from helpers import BF16, F32
+from torch import nn
+from two_processes import WORLD, half
+
+import lora_ext
+from contract.cases import KINDS
+
+case, test_two_processes = two_processes.cases(__name__)
+
+STEPS = 2
+EXACT = 0.0
+
+
+def alike(*adapters, dropout=0.0, count=2):
+    """Subjects of the same values, for each kind that has such adapters."""
+    for kind in KINDS:
+        for names in adapters:
+            if kind.has("net", names):
+                yield tuple(kind.make("net", names, dropout=dropout) for _ in range(count))
+
+
+def train(subject, forward, ranks, seeds=None):
+    """Steps on the parts of these ranks, averaged; name -> gradient of the last one."""
+    optimizer = torch.optim.SGD([p for p in subject.model.parameters() if p.requires_grad], 0.05)
+    for batch in subject.x(8 * STEPS).chunk(STEPS):
+        optimizer.zero_grad()
+        for rank in ranks:
+            torch.manual_seed(seeds[rank] if seeds else 0)
+            (forward(half(batch, rank)).square().mean() / len(ranks)).backward()
+        optimizer.step()
+    return {name: whole(p.grad) for name, p in named(subject) if p.grad is not None}
+
+
+def train_alone(subject, seeds=None):
+    return train(subject, subject.model, range(WORLD), seeds)
+
+
+def named(subject):
+    return list(subject.model.named_parameters())
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def values(subject):
+    return {name: whole(parameter).detach().clone() for name, parameter in named(subject)}
+
+
+def assert_near(found, wanted, tolerance):
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_trained_alike(subject, gradients, alone, seeds=None, tolerance=EXACT):
+    """The gradients of one process in the last step, and its parameters after it."""
+    wanted = train_alone(alone, seeds)
+    trained = [name for name, parameter in named(subject) if parameter.requires_grad]
+    assert sorted(gradients) == sorted(trained)
+    assert all(value.abs().max() > 0 for value in wanted.values())
+    assert_near(gradients, wanted, tolerance)
+    assert_near(values(subject), values(alone), tolerance)
+
+
+# ---- DistributedDataParallel ----
+
+
+def parallel(subject):
+    return nn.parallel.DistributedDataParallel(subject.model)
+
+
+@case
+def ddp_trains_as_one_process(rank):
+    """The bits of one process, near the numbers of PEFT's operations."""
+    for subject, alone, own in alike("one", "three", "dora", count=3):
+        before = values(subject)
+        theirs = subject.holding(subject.in_peft_order())
+        trained = {name for name, parameter in named(subject) if parameter.requires_grad}
+        gradients = train(subject, parallel(subject), [rank])
+        assert_trained_alike(subject, gradients, alone)
+        train_alone(theirs)
+        assert_near(values(subject), values(theirs), 1e-5)
+        after = values(subject)
+        assert {name for name in after if not torch.equal(after[name], before[name])} == trained
+        train(own, own.model, [rank])  # on its half alone
+        assert all(not torch.equal(values(own)[name], after[name]) for name in trained)
+
+
+@case
+def ddp_with_dropout_draws_each_process_own_mask(rank):
+    seeds = [11, 12]
+    for subject, alone in alike("one", "three", dropout=0.4):
+        gradients = train(subject, parallel(subject), [rank], seeds)
+        assert_trained_alike(subject, gradients, alone, seeds)
+
+
+@case
+def ddp_after_another_adapter_was_set(rank):
+    """A fresh wrap, without find_unused_parameters; the other adapters stay as they were."""
+    for subject, alone in alike("three"):
+        for names in (["a"], ["b"], ["a", "b"]):
+            for one in (subject, alone):
+                one.model.zero_grad()
+                one.set_adapter(names)
+            before = values(subject)
+            gradients = train(subject, parallel(subject), [rank])
+            assert_trained_alike(subject, gradients, alone)
+            for name, value in values(subject).items():
+                is_active = not set(names).isdisjoint(name.split("."))
+                assert torch.equal(value, before[name]) != (is_active and "lora_" in name), name
+
+
+# ---- FSDP2 ----
+
+
+def shard(subject, by_layers=False, **options):
+    """By layers with adapters and the root, or by the root alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in subject.layers if by_layers else ():
+        fully_shard(layer, **options)
+    fully_shard(subject.model, **options)
+    assert all(hasattr(parameter, "full_tensor") for _, parameter in named(subject))
+
+
+@case
+def fsdp2_trains_as_one_process(rank):
+    """By the op where it computes in one process."""
+    for by_layers in (False, True):
+        for subject, alone in alike("one", "three", "dora"):
+            theirs = subject.holding(subject.in_peft_order())
+            fused = [layer.path for layer in lora_ext.explain(subject.model)].count("fused")
+            shard(subject, by_layers)
+            with torch.profiler.profile() as profile:
+                gradients = train(subject, subject.model, [rank])
+            calls = [event.name for event in profile.events()].count("lora_ext::lora_linear")
+            assert calls == STEPS * fused
+            assert_trained_alike(subject, gradients, alone, tolerance=subject.kind.sharded)
+            train_alone(theirs)
+            assert_near(values(subject), values(theirs), 1e-5)
+
+
+@case
+def fsdp2_in_mixed_precision(rank):
+    """Parameters and reductions in bfloat16: near float32's, every gradient there."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
+    for subject, alone in alike("one"):
+        shard(subject, mp_policy=policy)
+        gradients, wanted = train(subject, subject.model, [rank]), train_alone(alone)
+        assert list(gradients) == list(wanted)
+        assert all(value.abs().max() > 0 for value in gradients.values())
+        assert_near(values(subject), values(alone), 2e-2)
+
+
+@case
+def fsdp2_with_dropout_draws_each_process_own_mask(rank):
+    seeds = [11, 12]
+    for subject, alone in alike("one", "three", dropout=0.4):
+        shard(subject)
+        gradients = train(subject, subject.model, [rank], seeds)
+        assert_trained_alike(subject, gradients, alone, seeds)
+
+
+@case
+def fsdp2_after_another_adapter_was_set(rank):
+    """No fresh wrap is needed: the sharded parameters say what is trained."""
+    for subject, alone in alike("three"):
+        shard(subject)
+        for names in (["a"], ["b"], ["b", "a"]):
+            for one in (subject, alone):
+                one.model.zero_grad()
+                one.set_adapter(names)
+            gradients = train(subject, subject.model, [rank])
+            assert_trained_alike(subject, gradients, alone)
+        with torch.no_grad(), subject.disabled(), alone.disabled():
+            x = subject.x(4)
+            torch.testing.assert_close(subject(x), alone(x))
