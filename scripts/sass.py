@@ -39,7 +39,7 @@ CONSTANTS = """
 #include <cstdio>
 #include "kernel/lora_dsdb.h"
 #include "kernel/lora_gemm.h"
-#include "kernel/lora_gemm_sm90a_jobs.h"
+#include "kernel/lora_gemm_sm90a/jobs.h"
 #include "kernel/lora_shrink.h"
 #include "kernel/lora_wgrad.h"
 using namespace lora_ext::kernel;

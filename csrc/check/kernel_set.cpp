@@ -1,7 +1,5 @@
 #include "check/kernel_set.h"
 
-#include "kernel/lora_gemm_sm90a_choice.h"
-
 namespace lora_ext::kernel_set {
 namespace {
 
@@ -81,7 +79,7 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backw
           problem.dropout,
           plan.one_pass,
           plan.one_pass && plan.columns > 16,
-          wgmma ? kernel::tail_of(plan.width) : 0,
+          wgmma ? plan::tail_of(plan.width) : 0,
           plan.gemm.early || plan.early_wgrad};
 }
 

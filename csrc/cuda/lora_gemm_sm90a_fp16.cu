@@ -1,13 +1,7 @@
-#include "cuda/cluster_launch.h"
-#include "cuda/lora_gemm_sm90a.h"
+#include "cuda/instances.h"
 
-namespace lora_ext::cuda {
+namespace lora_ext::kernel {
 
-cudaError_t lora_gemm_sm90a(const kernel::LoraGemmParams<__half>& params,
-                            const kernel::Sm90aChoice& choice, cudaStream_t stream) {
-  ClusterLaunch launch(stream);
-  kernel::launch_lora_gemm_sm90a<__half>(params, choice, launch);
-  return launch.error();
-}
+template LORA_EXT_GEMM_SM90A(__half);
 
-}  // namespace lora_ext::cuda
+}  // namespace lora_ext::kernel

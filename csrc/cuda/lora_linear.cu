@@ -1,15 +1,11 @@
 #include <cuda_runtime.h>
 
 #include "cuda/error.h"
+#include "cuda/instances.h"
 #include "cuda/lora_linear.h"
 #include "cuda/tensor_map.h"
 
 namespace lora_ext::cuda {
-
-cudaError_t forward_bf16(const plan::Plan&, const kernel::LoraLinearForward&, cudaStream_t);
-cudaError_t backward_bf16(const plan::Plan&, const kernel::LoraLinearBackward&, cudaStream_t);
-cudaError_t forward_fp16(const plan::Plan&, const kernel::LoraLinearForward&, cudaStream_t);
-cudaError_t backward_fp16(const plan::Plan&, const kernel::LoraLinearBackward&, cudaStream_t);
 
 namespace {
 
@@ -19,6 +15,14 @@ constexpr bool kHasSm90aCode = true;
 #else
 constexpr bool kHasSm90aCode = false;
 #endif
+
+template <class Operands>
+std::string launch(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
+  StreamLaunch launch(static_cast<cudaStream_t>(stream));
+  half == Half::kBFloat16 ? kernel::launch_lora_linear<__nv_bfloat16>(plan, operands, launch)
+                          : kernel::launch_lora_linear<__half>(plan, operands, launch);
+  return text_of(launch.error());
+}
 
 }  // namespace
 
@@ -47,14 +51,12 @@ bool is_capturing(void* stream) {
 
 std::string launch_forward(Half half, const plan::Plan& plan,
                            const kernel::LoraLinearForward& operands, void* stream) {
-  const auto run = half == Half::kBFloat16 ? forward_bf16 : forward_fp16;
-  return text_of(run(plan, operands, static_cast<cudaStream_t>(stream)));
+  return launch(half, plan, operands, stream);
 }
 
 std::string launch_backward(Half half, const plan::Plan& plan,
                             const kernel::LoraLinearBackward& operands, void* stream) {
-  const auto run = half == Half::kBFloat16 ? backward_bf16 : backward_fp16;
-  return text_of(run(plan, operands, static_cast<cudaStream_t>(stream)));
+  return launch(half, plan, operands, stream);
 }
 
 }  // namespace lora_ext::cuda

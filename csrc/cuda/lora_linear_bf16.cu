@@ -1,14 +1,8 @@
-#include "cuda/lora_linear_launch.h"
+#include "cuda/instances.h"
 
-namespace lora_ext::cuda {
+namespace lora_ext::kernel {
 
-cudaError_t forward_bf16(const plan::Plan& plan, const kernel::LoraLinearForward& operands,
-                         cudaStream_t stream) {
-  return forward_on<__nv_bfloat16>(plan, operands, stream);
-}
-cudaError_t backward_bf16(const plan::Plan& plan, const kernel::LoraLinearBackward& operands,
-                          cudaStream_t stream) {
-  return backward_on<__nv_bfloat16>(plan, operands, stream);
-}
+template LORA_EXT_LINEAR(LoraLinearForward, __nv_bfloat16);
+template LORA_EXT_LINEAR(LoraLinearBackward, __nv_bfloat16);
 
-}  // namespace lora_ext::cuda
+}  // namespace lora_ext::kernel

@@ -1,13 +1,15 @@
-// Launches kernels on a stream and keeps the first error.
+// Launches kernels on a stream of the current device and keeps the first error.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <set>
 #include <utility>
 
-#include "cuda/lora_gemm_sm90a.h"
+#include "cuda/tensor_map.h"
+#include "kernel/lora_gemm_sm90a/launch.h"
 
 namespace lora_ext::cuda {
 
@@ -31,26 +33,70 @@ class StreamLaunch {
     error_ = cudaLaunchKernelEx(&launch, kernel, params);
   }
 
-  template <class T>
-  void lora_gemm_sm90a(const kernel::LoraGemmParams<T>& params, const kernel::Sm90aChoice& choice) {
-    if (error_ == cudaSuccess) error_ = cuda::lora_gemm_sm90a(params, choice, stream_);
-  }
-
-  template <class T>
-  void lora_gemm_in_grid_sm90a(const kernel::LoraGemmParams<T>& params,
-                               const kernel::LoraInGridParams<T>& in,
-                               const kernel::InGridFactor<T>& factor,
-                               const kernel::Sm90aChoice& choice) {
-    if (error_ == cudaSuccess)
-      error_ = cuda::lora_gemm_in_grid_sm90a(params, in, factor, choice, stream_);
-  }
-
   void clear(uint32_t* flags, int64_t count) {
     if (error_ == cudaSuccess)
       error_ = cudaMemsetAsync(flags, 0, static_cast<size_t>(count) * sizeof *flags, stream_);
   }
 
+  // In clusters, as kernel/lora_gemm_sm90a/launch.h asks for it.
+  template <class... Params>
+  void operator()(void (*kernel)(Params...), const kernel::Sm90aLaunch& how,
+                  const Params&... params) {
+    if (error_ != cudaSuccess) return;
+    ClusterConfiguration configuration(how, stream_);
+    error_ = cudaLaunchKernelEx(&configuration.launch, kernel, params...);
+  }
+
+  template <class T>
+  CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
+    constexpr CUtensorMapDataType kType = std::is_same_v<T, __half>
+                                              ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    CUtensorMap map{};
+    if (error_ == cudaSuccess)
+      error_ = tensor_map({data, kType, rows, columns, pitch, box_rows}, &map);
+    return map;
+  }
+
+  // How many are resident at a time, and at least 1, so that a grid is never empty. The SMs of a
+  // cluster must be neighbours, of which the driver knows how many there are.
+  template <class Kernel>
+  int64_t clusters(Kernel kernel, const kernel::Sm90aLaunch& how) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, int> known;
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    int device = 0;
+    note(cudaGetDevice(&device));
+    note(allow_shared(function, how.shared_bytes));
+    if (error_ != cudaSuccess) return 1;
+    const std::lock_guard lock(mutex);
+    int& most = known[{function, device}];
+    if (most == 0) {
+      ClusterConfiguration configuration(how, stream_);
+      note(cudaOccupancyMaxActiveClusters(&most, function, &configuration.launch));
+    }
+    return most > 0 ? most : 1;
+  }
+
   cudaError_t error() const { return error_; }
+
+ private:
+  // A launch configuration points to its attributes.
+  struct ClusterConfiguration {
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t launch = {};
+
+    ClusterConfiguration(const kernel::Sm90aLaunch& how, cudaStream_t stream) {
+      attributes[0].id = cudaLaunchAttributeClusterDimension;
+      attributes[0].val.clusterDim = {how.cluster.x, how.cluster.y, how.cluster.z};
+      attributes[1] = programmatic();
+      launch.gridDim = how.grid, launch.blockDim = dim3(how.threads);
+      launch.dynamicSmemBytes = how.shared_bytes, launch.stream = stream;
+      launch.attrs = attributes, launch.numAttrs = how.dependent ? 2 : 1;
+    }
+    ClusterConfiguration(const ClusterConfiguration&) = delete;
+    ClusterConfiguration& operator=(const ClusterConfiguration&) = delete;
+  };
 
   static cudaLaunchAttribute programmatic() {
     cudaLaunchAttribute attribute{};
@@ -74,7 +120,10 @@ class StreamLaunch {
     return error;
   }
 
- private:
+  void note(cudaError_t error) {
+    if (error_ == cudaSuccess) error_ = error;
+  }
+
   cudaStream_t stream_;
   cudaError_t error_ = cudaSuccess;
 };

@@ -5,7 +5,7 @@
 
 #include "kernel/lora_dsdb.h"
 #include "kernel/lora_gemm.h"
-#include "kernel/lora_gemm_sm90a_in_grid_params.h"
+#include "kernel/lora_gemm_sm90a/jobs.h"
 #include "kernel/lora_linear.h"
 #include "kernel/lora_reduce.h"
 #include "kernel/lora_reduce_wgrad.h"

@@ -11,14 +11,13 @@
 // Here stands in which order kernels run, in which instance and on which grid;
 // lora_linear_params.h has what they take. A launcher is called as launch(kernel, grid, threads,
 // shared bytes, parameters), with true after them for a kernel that may start before the one before
-// it ends, and for gemm on wgmma, whose instances are compiled elsewhere, as
-// launch.lora_gemm_sm90a(parameters, choice) or launch.lora_gemm_in_grid_sm90a(...);
-// launch.clear(flags, count) makes flags zero. It decides where kernels run: csrc/cuda/ on a stream
-// of a GPU, tests/emulator/ in the execution layer.
+// it ends; for gemm on wgmma as lora_gemm_sm90a/launch.h says; launch.clear(flags, count) makes
+// flags zero. It decides where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the
+// execution layer.
 #pragma once
 #include "kernel/lora_dsdb_sm80.h"
 #include "kernel/lora_gemm_sm80.h"
-#include "kernel/lora_gemm_sm90a_choice.h"
+#include "kernel/lora_gemm_sm90a/launch.h"
 #include "kernel/lora_linear_params.h"
 #include "kernel/lora_shrink_sm80.h"
 #include "kernel/lora_wgrad_sm80.h"
@@ -117,15 +116,15 @@ class LoraLinearSequence {
   void in_grid(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
                const InGridFactor<T>& factor, const Sm90aChoice& choice) {
     launch_.clear(params_.flags(), plan_.flag_count());
-    launch_.lora_gemm_in_grid_sm90a(params, in, factor, choice);
+    launch_lora_gemm_in_grid_sm90a<T>(params, in, factor, choice, launch_);
   }
 
   template <bool kMNMajor, bool kMasked>
   void gemm(const LoraGemmParams<T>& params) {
     const plan::Gemm& gemm = plan_.gemm;
     if (plan::facts_of(gemm.tile).wgmma)
-      return launch_.lora_gemm_sm90a(params,
-                                     {gemm.tile, kMNMajor, kMasked, gemm.early, gemm.most_blocks});
+      return launch_lora_gemm_sm90a<T>(
+          params, {gemm.tile, kMNMajor, kMasked, gemm.early, gemm.most_blocks}, launch_);
     if (!gemm.vector)
       return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kElement>(params);
     switch (gemm.tile) {
@@ -188,5 +187,18 @@ class LoraLinearSequence {
   const bool dropout_;
   Launch& launch_;
 };
+
+// Functions, and no members of the class: what is defined in a class is inline, and its kernels
+// would be compiled wherever it is called.
+template <class T, class Launch>
+void launch_lora_linear(const plan::Plan& plan, const LoraLinearForward& operands, Launch& launch) {
+  LoraLinearSequence<T, Launch>(plan, operands, launch).forward(operands);
+}
+
+template <class T, class Launch>
+void launch_lora_linear(const plan::Plan& plan, const LoraLinearBackward& operands,
+                        Launch& launch) {
+  LoraLinearSequence<T, Launch>(plan, operands, launch).backward(operands);
+}
 
 }  // namespace lora_ext::kernel

@@ -27,7 +27,7 @@ struct LoraWgradProduct {
   int c, columns, splits;
   int steps_per_split;  // of 64 rows
   bool masked;          // P; in masked kernels only
-  // Where a grid that may still run makes U, dS (lora_gemm_sm90a_in_grid.h): complete at `parts`.
+  // Where a grid that may still run makes U, dS (lora_gemm_sm90a/in_grid.h): complete at `parts`.
   // Else null and 0.
   const uint32_t* written;
   uint32_t parts;

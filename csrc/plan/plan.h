@@ -28,7 +28,7 @@ struct Card {
 // everything else by the kernels.
 enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 
-// Of kernel/lora_gemm_sm80.h, of lora_gemm_sm90a_in_grid.h, and of lora_gemm_sm90a.h.
+// Of kernel/lora_gemm_sm80.h, and of lora_gemm_sm90a/in_grid.h and kernel.h.
 enum class Tile {
   k128x256,
   k128x128,
@@ -40,6 +40,13 @@ enum class Tile {
   kPingpong128x192,
   kPingpong128x128,
 };
+
+// The 16s along k that the last 64 of the rank need. Three are made in four: a rank of 48 is rare,
+// and a quarter more kernels are not.
+constexpr int tail_of(int rank) {
+  const int sixteens = (rank - 1) % 64 / 16 + 1;
+  return sixteens == 3 ? 4 : sixteens;
+}
 
 // A route, and for kKernel perhaps a tile, asked for by the user or by a measurement (winners.h).
 struct Request {
@@ -66,7 +73,7 @@ struct Problem {
 };
 
 // The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sequence.h and
-// lora_gemm_sm90a_launch.h assert it): rows, columns, shared memory in bytes, resident blocks an SM
+// lora_gemm_sm90a/launch.h assert it): rows, columns, shared memory in bytes, resident blocks an SM
 // at most (by registers), and the share of the rate of mma.sync, or of wgmma, as the library uses
 // it, that their main loops are predicted to reach. Those of mma.sync issue a step's copies and
 // addresses before its first product, and the smaller tiles load more from shared memory than

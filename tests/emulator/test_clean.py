@@ -41,11 +41,11 @@ def test_clean_runs_raise_no_alarm(program, flavour, programs, pytestconfig):
     [
         (
             "lora_gemm_sm90a",
-            "lora_gemm_sm90a_producer.wait_for_t.block.p.lets_wgrad_begin:never",
+            "lora_gemm_sm90a/load.wait_for_t.block.p.lets_wgrad_begin:never",
         ),
         (
             "lora_gemm_in_grid_sm90a",
-            "lora_gemm_sm90a_in_grid.produce.jobs.block.p.lets_wgrad_begin:never",
+            "lora_gemm_sm90a/in_grid.produce.jobs.block.p.lets_wgrad_begin:never",
         ),
     ],
 )

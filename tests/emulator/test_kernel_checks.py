@@ -172,7 +172,7 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
     ("arch", "fault", "tiles"),
     [
         ("80", "loop.clear", "128 x 256"),
-        ("90", "lora_gemm_sm90a_consumer.pass_turn.bar_arrive:skip", "pingpong 128 x 192"),
+        ("90", "lora_gemm_sm90a/multiply.pass_turn.bar_arrive:skip", "pingpong 128 x 192"),
     ],
 )
 def test_what_goes_wrong_in_a_second_tile_is_found(arch, fault, tiles):

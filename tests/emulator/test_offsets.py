@@ -24,13 +24,13 @@ PRODUCT, CUT, NARROWED = "a product of 32 bits", "a value of 64 bits is cut", "n
 # Header of csrc/kernel/, right text, wrong text, what is said of it.
 EDITS = [
     (
-        "lora_gemm_sm90a_in_grid.h",
+        "lora_gemm_sm90a/in_grid.h",
         "jobs.in.t[to_row * jobs.in.t_pitch + column]",
         "jobs.in.t[static_cast<int>(to_row * jobs.in.t_pitch + column)]",
         CUT,
     ),
     (
-        "lora_gemm_sm90a_in_grid.h",
+        "lora_gemm_sm90a/in_grid.h",
         "static_cast<int64_t>(to_row) * p.rank + column",
         "to_row * p.rank + column",
         PRODUCT,

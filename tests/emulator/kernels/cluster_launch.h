@@ -1,7 +1,7 @@
 // Launches kernels of sm_90a in the execution layer.
 #pragma once
 #include "emulator/emulator.h"
-#include "kernel/lora_gemm_sm90a_launch.h"
+#include "kernel/lora_gemm_sm90a/launch.h"
 
 namespace kernels {
 

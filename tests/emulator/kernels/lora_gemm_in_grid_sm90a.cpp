@@ -8,7 +8,7 @@
 #include "emulator/kernels/neighbours.h"
 #include "emulator/kernels/operand.h"
 #include "emulator/kernels/variants.h"
-#include "kernel/lora_gemm_sm90a_in_grid_launch.h"
+#include "kernel/lora_gemm_sm90a/launch.h"
 
 namespace kernels {
 
@@ -182,7 +182,7 @@ std::string run_gemm(const Case& run) {
   stream.launch({.grid = dim3(2), .block = dim3(128), .programmatic_dependent = true},
                 kernels::copy_early<T>, static_cast<const T*>(problem.t.data()), seen_t.data(),
                 static_cast<int>(seen_t.size()), static_cast<const uint32_t*>(written.data()),
-                parts_of_t(static_cast<int64_t>(flags)));
+                parts_of_t(static_cast<uint32_t>(flags)));
   kernels::run_timed(stream);
 
   std::string difference = compare_loads<Tile>(problem.m, problem.n, problem.k, problem.rank);

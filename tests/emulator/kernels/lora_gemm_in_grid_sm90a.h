@@ -1,6 +1,6 @@
 // The instances of lora_gemm_in_grid_sm90a.
 #pragma once
-#include "kernel/lora_gemm_sm90a_in_grid.h"
+#include "kernel/lora_gemm_sm90a/in_grid.h"
 
 // All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
 #define LORA_GEMM_IN_GRID_SM90A_TILES(X, product, ...)       \

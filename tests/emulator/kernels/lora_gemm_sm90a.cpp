@@ -7,7 +7,7 @@
 #include "emulator/kernels/gemm_problem.h"
 #include "emulator/kernels/neighbours.h"
 #include "emulator/kernels/variants.h"
-#include "kernel/lora_gemm_sm90a_launch.h"
+#include "kernel/lora_gemm_sm90a/launch.h"
 
 namespace kernels {
 

@@ -1,6 +1,6 @@
 // The instances of lora_gemm_sm90a.
 #pragma once
-#include "kernel/lora_gemm_sm90a.h"
+#include "kernel/lora_gemm_sm90a/kernel.h"
 
 // All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
 #define LORA_GEMM_SM90A_TILES(X, product, ...)                                  \

@@ -5,7 +5,7 @@
 
 #include "emulator/kernels/linear_case.h"
 #include "emulator/kernels/operand.h"
-#include "kernel/lora_gemm_sm90a_tile.h"
+#include "kernel/lora_gemm_sm90a/tile.h"
 
 namespace kernels {
 

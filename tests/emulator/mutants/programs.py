@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
 COPIES = ROOT / "build" / "emulator" / "instrumented"
 
-# The programs of kernels/ and the sources whose mutants each of them must catch, by their stems.
+# The programs of kernels/ and the sources whose mutants each of them must catch, by their paths in csrc/kernel/.
 PROGRAMS = {
     "lora_gemm_sm80": (
         "lora_gemm_sm80",
@@ -21,15 +21,15 @@ PROGRAMS = {
         "bias",
     ),
     "lora_gemm_sm90a": (
-        "lora_gemm_sm90a",
-        "lora_gemm_sm90a_block",
-        "lora_gemm_sm90a_producer",
-        "lora_gemm_sm90a_consumer",
-        "lora_gemm_sm90a_epilogue",
+        "lora_gemm_sm90a/kernel",
+        "lora_gemm_sm90a/pipeline",
+        "lora_gemm_sm90a/load",
+        "lora_gemm_sm90a/multiply",
+        "lora_gemm_sm90a/store",
         "accumulator_mask",
         "bias",
     ),
-    "lora_gemm_in_grid_sm90a": ("lora_gemm_sm90a_in_grid", "lora_gemm_sm90a_jobs"),
+    "lora_gemm_in_grid_sm90a": ("lora_gemm_sm90a/in_grid", "lora_gemm_sm90a/jobs"),
     "lora_shrink_sm80": (
         "lora_shrink_sm80",
         "lora_reduce",
@@ -69,7 +69,7 @@ def mutants_of_faults(program: str) -> list[Mutant]:
 def programs_of(fault: Fault) -> list[str]:
     if fault.program:
         return [fault.program]
-    stems = {Path(file).stem for file, _, _ in fault.edits}
+    stems = {file.removesuffix(".h") for file, _, _ in fault.edits}
     return [program for program, files in PROGRAMS.items() if stems & set(files)]
 
 

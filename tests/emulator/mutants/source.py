@@ -10,6 +10,9 @@ import tree_sitter
 import tree_sitter_cpp
 from tree_sitter import Node
 
+from emulator.mutants.programs import CSRC
+
+KERNELS = CSRC / "kernel"
 PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_cpp.language()))
 CUDA_WORDS = re.compile(
     rb"__(?:device|global|host|forceinline|grid_constant)__|__launch_bounds__\([^()]*\)"
@@ -45,7 +48,9 @@ class Source:
 
     @property
     def stem(self) -> str:
-        return self.path.stem
+        """The path within csrc/kernel/, or of another file its name, without the suffix."""
+        path = self.path.with_suffix("")
+        return str(path.relative_to(KERNELS)) if path.is_relative_to(KERNELS) else path.name
 
     def is_at(self, end: str) -> bool:
         return f"/{self.path.as_posix()}".endswith(f"/{end}")

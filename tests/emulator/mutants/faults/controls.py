@@ -2,11 +2,11 @@
 
 from emulator.mutants.faults.fault import Fault
 
-PRODUCER = "lora_gemm_sm90a_producer.h"
-EPILOGUE = "lora_gemm_sm90a_epilogue.h"
-JOBS = "lora_gemm_sm90a_jobs.h"
-IN_GRID = "lora_gemm_sm90a_in_grid.h"
-ROLES = "kernel/lora_gemm_sm90a.h"
+PRODUCER = "lora_gemm_sm90a/load.h"
+EPILOGUE = "lora_gemm_sm90a/store.h"
+JOBS = "lora_gemm_sm90a/jobs.h"
+IN_GRID = "lora_gemm_sm90a/in_grid.h"
+ROLES = "lora_gemm_sm90a/kernel.h"
 
 EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);\n"
 HALF = "    multicast_half<kColumns>(ring, right, k0, at.column);\n"

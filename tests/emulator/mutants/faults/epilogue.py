@@ -2,7 +2,7 @@
 
 from emulator.mutants.faults.fault import Fault, faults_of
 
-FILE = "lora_gemm_sm90a_epilogue.h"
+FILE = "lora_gemm_sm90a/store.h"
 
 FENCE = "    ptx::fence_proxy_async_shared();\n"
 FULL = "    warpgroup_barrier();\n    if (thread == 0) {\n"

@@ -2,8 +2,8 @@
 
 from emulator.mutants.faults.fault import Fault, faults_of
 
-FILE = "lora_gemm_sm90a_jobs.h"
-IN_GRID = "lora_gemm_sm90a_in_grid.h"
+FILE = "lora_gemm_sm90a/jobs.h"
+IN_GRID = "lora_gemm_sm90a/in_grid.h"
 
 EMPTY = "      ptx::mbarrier_wait_cluster(empty(ring.slot), ring.parity ^ 1);\n"
 STORE = (
@@ -88,9 +88,9 @@ JOBS = [
         "the first cluster also sets the job counter to zero when it starts",
         "another cluster may have drawn a job already",
         (
-            "      for (int slot = 0; slot < Plan::kTickets; ++slot) {\n",
+            "      for (int slot = 0; slot < Layout::kTickets; ++slot) {\n",
             "      if (blockIdx.x == 0) *in.ticket = 0;\n"
-            "      for (int slot = 0; slot < Plan::kTickets; ++slot) {\n",
+            "      for (int slot = 0; slot < Layout::kTickets; ++slot) {\n",
         ),
     ),
     of_jobs(
@@ -98,8 +98,8 @@ JOBS = [
         "the tickets start in the last of the barriers",
         "an mbarrier object is accessed as an ordinary word",
         (
-            "return block.shared + Plan::kTicket + 4 *",
-            "return block.shared + Plan::kTicket - 8 + 4 *",
+            "return block.shared + Layout::kTicket + 4 *",
+            "return block.shared + Layout::kTicket - 8 + 4 *",
         ),
     ),
     of_jobs(
@@ -198,7 +198,7 @@ JOBS = [
         "they lie past the block's allocation",
         (
             (
-                "lora_gemm_sm90a_in_grid_launch.h",
+                "lora_gemm_sm90a/launch.h",
                 "Tile::kThreads, JobTile<Tile>::kSharedBytes, false",
                 "Tile::kThreads, Tile::kSharedBytes, false",
             ),

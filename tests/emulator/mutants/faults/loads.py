@@ -2,11 +2,11 @@
 
 from emulator.mutants.faults.fault import Fault, faults_of
 
-PRODUCER = "lora_gemm_sm90a_producer.h"
-CONSUMER = "lora_gemm_sm90a_consumer.h"
-BLOCK = "lora_gemm_sm90a_block.h"
-JOBS = "lora_gemm_sm90a_jobs.h"
-IN_GRID = "lora_gemm_sm90a_in_grid.h"
+PRODUCER = "lora_gemm_sm90a/load.h"
+CONSUMER = "lora_gemm_sm90a/multiply.h"
+BLOCK = "lora_gemm_sm90a/pipeline.h"
+JOBS = "lora_gemm_sm90a/jobs.h"
+IN_GRID = "lora_gemm_sm90a/in_grid.h"
 
 EMPTY = "    ptx::mbarrier_wait(block.empty(ring.slot), ring.parity ^ 1);\n"
 EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);\n"

@@ -2,9 +2,9 @@
 
 from emulator.mutants.faults.fault import Fault, faults_of
 
-CONSUMER = "lora_gemm_sm90a_consumer.h"
-BLOCK = "lora_gemm_sm90a_block.h"
-ROLES = "kernel/lora_gemm_sm90a.h"
+CONSUMER = "lora_gemm_sm90a/multiply.h"
+BLOCK = "lora_gemm_sm90a/pipeline.h"
+ROLES = "lora_gemm_sm90a/kernel.h"
 
 FULL = "    ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);\n"
 WAIT_PREVIOUS = (

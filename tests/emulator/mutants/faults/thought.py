@@ -2,11 +2,11 @@
 
 from emulator.mutants.faults.fault import Fault
 
-CONSUMER = "lora_gemm_sm90a_consumer.h"
-PRODUCER = "lora_gemm_sm90a_producer.h"
-EPILOGUE = "lora_gemm_sm90a_epilogue.h"
-BLOCK = "lora_gemm_sm90a_block.h"
-JOBS = "lora_gemm_sm90a_jobs.h"
+CONSUMER = "lora_gemm_sm90a/multiply.h"
+PRODUCER = "lora_gemm_sm90a/load.h"
+EPILOGUE = "lora_gemm_sm90a/store.h"
+BLOCK = "lora_gemm_sm90a/pipeline.h"
+JOBS = "lora_gemm_sm90a/jobs.h"
 COPY = "tile_copy_sm80.h"
 STORE = "lora_gemm_sm80_epilogue.h"
 

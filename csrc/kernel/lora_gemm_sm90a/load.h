@@ -5,7 +5,7 @@
 // the two blocks of a cluster share: each loads half and multicasts it to both. What lies outside
 // an operand arrives as zeros, and counts as bytes all the same.
 #pragma once
-#include "kernel/lora_gemm_sm90a_block.h"
+#include "kernel/lora_gemm_sm90a/pipeline.h"
 #include "ptx/fence.h"
 #include "ptx/grid_dependency.h"
 

@@ -7,12 +7,33 @@
 // A job for T waits for nothing, and a tile only for jobs with smaller tickets, which running
 // clusters have drawn: so the grid ends even if one cluster alone is resident.
 #pragma once
-#include "kernel/lora_gemm_sm90a_block.h"
-#include "kernel/lora_gemm_sm90a_in_grid_params.h"
+#include "kernel/lora_gemm_sm90a/pipeline.h"
 #include "ptx/fence.h"
 #include "ptx/memory.h"
 
 namespace lora_ext::kernel {
+
+// What makes T = scaling P A beside the product: A lies as Q does, T is low_rank[0].t.
+template <class T>
+struct LoraInGridParams {
+  T* t;      // [m, width], columns past the rank become zero
+  float* s;  // [m, rank]: P A in float; or null
+  int64_t t_pitch;
+  int width;  // whole 16-byte chunks
+  float scaling;
+  int pairs_per_ticket;  // pairs of row blocks of T that a cluster makes at a time
+
+  // Zero at launch. How many consumers have written their rows of a row block of T: all of T is
+  // there at parts_of_t.
+  uint32_t* written;  // [1]
+  // All zero at launch, and again after it, so that the replay of a graph finds them so.
+  uint32_t* ticket;    // [1], the next job
+  uint32_t* finished;  // [1], clusters that have left
+  uint32_t* ready;     // [2 row pairs], consumers that have written their rows of a row block of T
+};
+
+// Two consumers write each row block.
+constexpr uint32_t parts_of_t(uint32_t row_blocks) { return 2 * row_blocks; }
 
 // Shared memory behind the tile's: a ring of jobs that the scheduler has drawn ahead.
 template <class Tile>
@@ -27,9 +48,9 @@ struct JobTile {
 
 template <class T, class Tile>
 struct LoraGemmSm90aJobs {
-  using Plan = JobTile<Tile>;
+  using Layout = JobTile<Tile>;
   using Block = LoraGemmSm90aBlock<T, Tile>;
-  using Ring = StageRing<Plan::kTickets>;
+  using Ring = StageRing<Layout::kTickets>;
   // Who reads a ticket: in each block its producer and the warps of its consumers.
   static constexpr int kReaders = Tile::kClusterSize * (1 + Tile::kReaders);
 
@@ -37,13 +58,13 @@ struct LoraGemmSm90aJobs {
   const LoraInGridParams<T>& in;
 
   __device__ __forceinline__ uint32_t full(int slot) const {
-    return block.shared + Plan::kFull + 8 * static_cast<uint32_t>(slot);
+    return block.shared + Layout::kFull + 8 * static_cast<uint32_t>(slot);
   }
   __device__ __forceinline__ uint32_t empty(int slot) const {
-    return block.shared + Plan::kEmpty + 8 * static_cast<uint32_t>(slot);
+    return block.shared + Layout::kEmpty + 8 * static_cast<uint32_t>(slot);
   }
   __device__ __forceinline__ uint32_t ticket(int slot) const {
-    return block.shared + Plan::kTicket + 4 * static_cast<uint32_t>(slot);
+    return block.shared + Layout::kTicket + 4 * static_cast<uint32_t>(slot);
   }
 
   // Where the last wave of tiles leaves clusters idle, fewer of them make more of T each, so that
@@ -65,7 +86,7 @@ struct LoraGemmSm90aJobs {
   // Before the block's own set-up, whose fence and barrier publish this, too.
   __device__ __forceinline__ void set_up() const {
     if (threadIdx.x == 0) {
-      for (int slot = 0; slot < Plan::kTickets; ++slot) {
+      for (int slot = 0; slot < Layout::kTickets; ++slot) {
         ptx::mbarrier_init(full(slot), 1u);
         ptx::mbarrier_init(empty(slot), kReaders);
       }

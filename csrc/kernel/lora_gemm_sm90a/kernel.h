@@ -6,18 +6,20 @@
 // in clusters of two, one tile below the other, and are persistent: each cluster walks over pairs
 // of tiles, and loads run ahead of the products across the end of a tile.
 //
-//   lora_gemm_sm90a_tile.h      tiles, registers, the layout of shared memory
-//   lora_gemm_sm90a_block.h     barriers, ring, order of the tiles, begin and end
-//   lora_gemm_sm90a_producer.h  load
-//   lora_gemm_sm90a_consumer.h  multiply, release: the main loop
-//   lora_gemm_sm90a_epilogue.h  mask, bias, rounding, store
+//   tile.h      tiles, registers, the layout of shared memory
+//   pipeline.h  barriers, ring, order of the tiles, begin and end
+//   load.h      the producer: what a stage receives
+//   multiply.h  the consumers: the main loop
+//   store.h     mask, bias, rounding, slabs
+//   jobs.h, in_grid.h  the kernel that makes its own T
+//   launch.h    from parameters to a launch of either
 //
 // Launched in clusters of Tile::kClusterSize (a launch attribute, so that the source compiles for
 // every architecture), and, if T is written by the kernel before, with programmatic stream
 // serialization or without: then griddepcontrol.wait finds nothing to wait for.
 #pragma once
-#include "kernel/lora_gemm_sm90a_consumer.h"
-#include "kernel/lora_gemm_sm90a_producer.h"
+#include "kernel/lora_gemm_sm90a/load.h"
+#include "kernel/lora_gemm_sm90a/multiply.h"
 #include "ptx/registers.h"
 
 namespace lora_ext::kernel {

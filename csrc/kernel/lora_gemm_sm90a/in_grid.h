@@ -9,8 +9,8 @@
 // waits for its row block of T before it loads it. For one term of rank 64 at most, and P without
 // dropout: forward with dropout, and float32 adapters, take T from lora_reduce.
 #pragma once
-#include "kernel/lora_gemm_sm90a.h"
-#include "kernel/lora_gemm_sm90a_jobs.h"
+#include "kernel/lora_gemm_sm90a/jobs.h"
+#include "kernel/lora_gemm_sm90a/kernel.h"
 
 namespace lora_ext::kernel {
 

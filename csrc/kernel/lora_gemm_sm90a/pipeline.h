@@ -4,7 +4,7 @@
 #include <cuda.h>
 
 #include "kernel/lora_gemm.h"
-#include "kernel/lora_gemm_sm90a_tile.h"
+#include "kernel/lora_gemm_sm90a/tile.h"
 #include "ptx/barrier.h"
 #include "ptx/mbarrier.h"
 #include "ptx/thread.h"

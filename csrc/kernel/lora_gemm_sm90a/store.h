@@ -8,7 +8,7 @@
 #pragma once
 #include "kernel/accumulator_mask.h"
 #include "kernel/bias.h"
-#include "kernel/lora_gemm_sm90a_block.h"
+#include "kernel/lora_gemm_sm90a/pipeline.h"
 #include "kernel/rounded.h"
 #include "ptx/fence.h"
 #include "ptx/matrix_move.h"

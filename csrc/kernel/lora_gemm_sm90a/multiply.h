@@ -12,7 +12,7 @@
 // accumulators (PTX ISA, wgmma.fence), or ptxas would make every wgmma wait for the one before.
 #pragma once
 #include "kernel/halves.h"
-#include "kernel/lora_gemm_sm90a_epilogue.h"
+#include "kernel/lora_gemm_sm90a/store.h"
 #include "ptx/wgmma.h"
 
 namespace lora_ext::kernel {

@@ -1,14 +1,25 @@
-// From LoraGemmParams to a launch of lora_gemm_sm90a: its tensor maps and its instance.
+// From parameters to a launch of lora_gemm_sm90a or lora_gemm_in_grid_sm90a: the tensor maps, the
+// instance and the grid.
 //
 // Requires what TMA does: pointers and pitches that are multiples of 16 bytes. m, n, k and the rank
 // may be anything.
 #pragma once
 #include <algorithm>
+#include <limits>
 
-#include "kernel/lora_gemm_sm90a.h"
-#include "kernel/lora_gemm_sm90a_choice.h"
+#include "kernel/lora_gemm_sm90a/in_grid.h"
+#include "kernel/lora_gemm_sm90a/kernel.h"
+#include "plan/plan.h"
 
 namespace lora_ext::kernel {
+
+// Which instance computes a product, and on how much of the card.
+struct Sm90aChoice {
+  plan::Tile tile;                                    // of wgmma
+  bool mn_major, masked;                              // dX, and dX with dropout
+  bool dependent;                                     // as in Sm90aLaunch
+  int most_blocks = std::numeric_limits<int>::max();  // two a cluster
+};
 
 // How a launcher of lora_gemm_sm90a is to launch it.
 struct Sm90aLaunch {
@@ -31,6 +42,18 @@ static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kWgmma12
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kWgmma128x128));
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x192Pingpong>(plan::Tile::kPingpong128x192));
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128Pingpong>(plan::Tile::kPingpong128x128));
+
+template <class Tile>
+constexpr bool is_in_grid_as_planned(plan::Tile tile) {
+  const plan::TileFacts& facts = plan::facts_of(tile);
+  return facts.tile == tile && facts.in_grid && facts.rows == Tile::kM &&
+         facts.columns == Tile::kN && facts.shared == JobTile<Tile>::kSharedBytes;
+}
+static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kInGrid128x256));
+static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kInGrid128x128));
+
+static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers &&
+              parts_of_t(1) == LoraGemmSm90aTile128x128::kConsumers);
 
 // Boxes of P and T, and of Q and U (in-grid also A), as TMA brings them into stages. encode(const
 // T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements wide under the
@@ -79,7 +102,7 @@ inline unsigned clusters_for(int64_t jobs, int64_t resident, const Sm90aChoice& 
 // use(kernel) with the instance for a rank.
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Use>
 void with_instance_for(int rank, Use&& use) {
-  switch (tail_of(rank)) {
+  switch (plan::tail_of(rank)) {
     case 1:
       return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 1>);
     case 2:
@@ -124,6 +147,64 @@ void launch_lora_gemm_sm90a(const LoraGemmParams<T>& p, const Sm90aChoice& choic
   if (!choice.mn_major) return launch_product<T, false, false>(p, choice, launch);
   if (!choice.masked) return launch_product<T, true, false>(p, choice, launch);
   return launch_product<T, true, true>(p, choice, launch);
+}
+
+// lora_gemm_in_grid_sm90a
+
+// A of T = scaling P A, as Q lies: [rank, k], or MN-major [k, rank].
+template <class T>
+struct InGridFactor {
+  const T* a;
+  int64_t pitch;
+};
+
+// As launch_tile; p.low_rank[0].t is in.t.
+template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Launch>
+void launch_in_grid_tail(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                         const InGridFactor<T>& factor, const Sm90aChoice& choice, Launch& launch) {
+  const auto kernel = lora_gemm_in_grid_sm90a<T, Tile, kMNMajor, kMasked, kTail>;
+  const dim3 cluster(Tile::kClusterSize);
+  Sm90aLaunch how{cluster, cluster, Tile::kThreads, JobTile<Tile>::kSharedBytes, false};
+  how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how), choice);
+  const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
+  const LoraInGridMaps maps{maps_of<Tile, kMNMajor>(p, encode),
+                            right_map<Tile, kMNMajor, kShrinkColumns<kTail>>(factor.a, p.rank, p.k,
+                                                                             factor.pitch, encode)};
+  launch(kernel, how, maps, p, in);
+}
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Launch>
+void launch_in_grid(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                    const InGridFactor<T>& factor, const Sm90aChoice& choice, Launch& launch) {
+  switch (plan::tail_of(p.rank)) {
+    case 1:
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 1>(p, in, factor, choice, launch);
+    case 2:
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 2>(p, in, factor, choice, launch);
+    default:
+      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4>(p, in, factor, choice, launch);
+  }
+}
+
+template <class T, bool kMNMajor, bool kMasked, class Launch>
+void launch_in_grid_product(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                            const InGridFactor<T>& factor, const Sm90aChoice& choice,
+                            Launch& launch) {
+  if (choice.tile == plan::Tile::kInGrid128x256)
+    return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked>(p, in, factor, choice,
+                                                                          launch);
+  return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked>(p, in, factor, choice,
+                                                                        launch);
+}
+
+template <class T, class Launch>
+void launch_lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
+                                    const InGridFactor<T>& factor, const Sm90aChoice& choice,
+                                    Launch& launch) {
+  if (!choice.mn_major)
+    return launch_in_grid_product<T, false, false>(p, in, factor, choice, launch);
+  if (!choice.masked) return launch_in_grid_product<T, true, false>(p, in, factor, choice, launch);
+  return launch_in_grid_product<T, true, true>(p, in, factor, choice, launch);
 }
 
 }  // namespace lora_ext::kernel
