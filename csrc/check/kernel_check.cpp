@@ -96,8 +96,8 @@ void wait_for(const at::Device& device, const Kernels& kernels) {
       false, "the kernels \"", kernels.name(), "\", checked before their first use on ", device,
       ", ", what.str(),
       ". This process can use the device no more: restart it, and call "
-      "lora_ext.kernels.set_cuda_route(\"library\") first, or lora_ext.warmup(), which checks in "
-      "a process of its own.");
+      "lora_ext.kernels.set_cuda_route(\"library\") first, or lora_ext.warmup(model, rows=...), "
+      "which checks in a process of its own.");
 }
 
 template <class Args>
@@ -175,12 +175,14 @@ std::vector<std::pair<Kernels, std::string>> results(const at::Device& device) {
   return found;
 }
 
-void remember(const at::Device& device, const Kernels& kernels, const std::string& result) {
+std::string remember(const at::Device& device, const Kernels& kernels, const std::string& result) {
   {
     const std::lock_guard lock(all_results().mutex);
-    if (!all_results().by_kernels.try_emplace({device.index(), kernels}, result).second) return;
+    const auto [known, added] =
+        all_results().by_kernels.try_emplace({device.index(), kernels}, result);
+    if (!added) return known->second;
   }
-  if (result.empty()) return;
+  if (result.empty()) return result;
   const std::string text = "lora_ext: the kernels \"" + kernels.name() +
                            "\" failed their check on " + device.str() +
                            " and are not used there; the library route is. " + result;
@@ -189,13 +191,13 @@ void remember(const at::Device& device, const Kernels& kernels, const std::strin
   } else {
     TORCH_WARN(text);
   }
+  return result;
 }
 
 std::string check(const at::Device& device, const plan::Card& card, const Kernels& kernels) {
   const std::string known = result(device, kernels);
   if (known != kNotYet) return known;
-  remember(device, kernels, run_small_case(device, card, kernels));
-  return result(device, kernels);
+  return remember(device, kernels, run_small_case(device, card, kernels));
 }
 
 void set_timeout(double seconds) { most_seconds() = seconds; }

@@ -28,7 +28,8 @@ std::vector<std::pair<Kernels, std::string>> results(const at::Device& device);
 std::string check(const at::Device& device, const plan::Card& card, const Kernels& kernels);
 
 // A result that another process has found: "" or what failed.
-void remember(const at::Device& device, const Kernels& kernels, const std::string& result);
+// Returns what is remembered: the first result stays.
+std::string remember(const at::Device& device, const Kernels& kernels, const std::string& result);
 
 // How long kernels may take after their launch has returned: 10 s; infinity under a tool that
 // slows them down.

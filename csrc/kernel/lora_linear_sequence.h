@@ -169,7 +169,8 @@ class LoraLinearSequence {
       launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params, plan_.early_wgrad);
     };
     constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
-    if (wgrad.params.product[0].masked) {
+    // Also where dB alone is wanted: the kernel is then the one that the check has run.
+    if (dropout_) {
       plan_.vector ? run(lora_wgrad_sm80<T, true, kV>) : run(lora_wgrad_sm80<T, true, kE>);
     } else {
       plan_.vector ? run(lora_wgrad_sm80<T, false, kV>) : run(lora_wgrad_sm80<T, false, kE>);

@@ -5,6 +5,7 @@
 //     problem (shape, dtypes, alignment, card)  ->  plan (route and reason, tiles, splits, offsets)
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -70,6 +71,8 @@ struct Problem {
   bool aligned_weight = true;
   bool aligned_a = true, aligned_b = true;
   bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
+
+  auto operator<=>(const Problem&) const = default;
 };
 
 // The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sequence.h and

@@ -1,6 +1,7 @@
 #include "plan/winners.h"
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -20,6 +21,11 @@ struct Tables {
 Tables& tables() {
   static Tables all;
   return all;
+}
+
+std::atomic<uint64_t>& versions() {
+  static std::atomic<uint64_t> count{0};
+  return count;
 }
 
 // Operands that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
@@ -58,7 +64,10 @@ void replace(const std::string& card, const std::vector<Winner>& winners, bool p
   for (const Winner& winner : winners) table.layers[winner.layer][winner.rows] = winner.request;
   const std::lock_guard lock(tables().mutex);
   tables().by_card[card] = std::move(table);
+  ++versions();
 }
+
+uint64_t version() { return versions(); }
 
 plan::Request request_for(const plan::Card& card, const plan::Problem& p, bool backward,
                           plan::Choice choice, bool reproducible) {

@@ -28,6 +28,9 @@ struct Winner {
 // has named them, so that they are the same in every run.
 void replace(const std::string& card, const std::vector<Winner>& winners, bool pinned);
 
+// How often they have been replaced: what was planned before counts no more.
+uint64_t version();
+
 // The request for a problem: the user's, unless that is kAuto and the card has a winner for the
 // layer. Where the choice must be reproducible, only pinned winners count. Of several numbers of
 // rows the nearest counts, if it is within a factor of 2. Measurements are of operands as torch

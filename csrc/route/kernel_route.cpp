@@ -4,6 +4,7 @@
 #include <ATen/Context.h>
 
 #include <atomic>
+#include <map>
 
 #include "check/kernel_check.h"
 #include "launch/kernel_launch.h"
@@ -22,68 +23,102 @@ std::atomic<bool>& early_launch() {
   return enabled;
 }
 
-plan::Plan plan_for(const at::Device& device, const plan::Problem& problem, bool backward) {
+// Whatever a plan and the kernels' check depend on.
+struct PlannedCall {
+  int device;
+  plan::Problem problem;
+  bool backward, float16;
+  plan::Choice choice;
+  bool early_launch, deterministic;
+  uint64_t winners;
+
+  auto operator<=>(const PlannedCall&) const = default;
+};
+
+PlannedCall call_of(const at::Device& device, const plan::Problem& problem, bool backward,
+                    bool float16) {
+  return {device.index(),
+          problem,
+          backward,
+          float16,
+          choice(),
+          early_launch(),
+          at::globalContext().deterministicAlgorithms(),
+          winners::version()};
+}
+
+template <class Args>
+PlannedCall call_of(const Args& args) {
+  return call_of(args.x.device(), kernel_launch::problem_of(args),
+                 std::is_same_v<Args, BackwardArgs>, args.x.scalar_type() == at::kHalf);
+}
+
+plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
   const plan::Card card = kernel_launch::card_of(device);
-  plan::Request request = winners::request_for(card, problem, backward, choice(),
-                                               at::globalContext().deterministicAlgorithms());
-  request.early_launch = early_launch();
-  return backward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
+  plan::Request request =
+      winners::request_for(card, call.problem, call.backward, call.choice, call.deterministic);
+  request.early_launch = call.early_launch;
+  return call.backward ? plan::backward(card, call.problem, request)
+                       : plan::forward(card, call.problem, request);
 }
 
-template <class Args>
-plan::Plan plan_of(const Args& args) {
-  return plan_for(args.x.device(), kernel_launch::problem_of(args),
-                  std::is_same_v<Args, BackwardArgs>);
+kernel_set::Kernels kernels_of(const plan::Plan& plan, const PlannedCall& call) {
+  return kernel_set::of_plan(plan, call.problem, call.backward, call.float16);
 }
 
-template <class Args>
-kernel_set::Kernels kernels_of(const plan::Plan& plan, const Args& args) {
-  return kernel_set::of_plan(plan, kernel_launch::problem_of(args),
-                             std::is_same_v<Args, BackwardArgs>, args.x.scalar_type() == at::kHalf);
-}
-
-// Whether the kernels may run: they have passed their check, or pass it now.
-template <class Args>
-bool may_run(const plan::Plan& plan, const Args& args) {
-  const at::Device device = args.x.device();
-  const kernel_set::Kernels kernels = kernels_of(plan, args);
+// Whether the kernels may run: they have passed their check, or pass it now. nullopt where it could
+// not be made this time.
+std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
+                            const PlannedCall& call) {
+  if (!plan.kernel) return false;
+  const kernel_set::Kernels kernels = kernels_of(plan, call);
   if (kernel_check::result(device, kernels).empty()) return true;
-  if (kernel_launch::is_capturing(device)) return false;
+  if (kernel_launch::is_capturing(device)) return std::nullopt;
   try {
     return kernel_check::check(device, kernel_launch::card_of(device), kernels).empty();
   } catch (const c10::OutOfMemoryError&) {
-    return false;  // this once: the call itself may still have what it needs
+    return std::nullopt;  // the call itself may still have what it needs
   }
+}
+
+// The plan whose kernels may run, or null for the library route. What is certain is remembered, by
+// each thread for itself: planning a call takes ten times as long as finding its plan again.
+const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call) {
+  using Plans = std::map<PlannedCall, std::optional<plan::Plan>>;
+  constexpr size_t kMost = 4096;  // then all are forgotten: serving has ever new shapes
+  thread_local Plans plans;
+  auto known = plans.find(call);
+  if (known == plans.end()) {
+    std::optional<plan::Plan> plan = plan_of(device, call);
+    const std::optional<bool> may = may_run(device, *plan, call);
+    if (!may) return nullptr;
+    if (!*may) plan.reset();
+    if (plans.size() >= kMost) plans.clear();
+    known = plans.emplace(call, std::move(plan)).first;
+  }
+  return known->second ? &*known->second : nullptr;
 }
 
 template <class Result, class Args>
 std::optional<Result> run(const Args& args) {
-  const plan::Plan plan = plan_of(args);
-  if (!plan.kernel || !may_run(plan, args)) return std::nullopt;
-  return kernel_launch::run(plan, args);
+  const plan::Plan* plan = checked_plan(args.x.device(), call_of(args));
+  if (plan == nullptr) return std::nullopt;
+  return kernel_launch::run(*plan, args);
 }
 
-Explained explained(const at::Device& device, const plan::Problem& problem, bool backward,
-                    bool float16) {
-  const plan::Plan plan = plan_for(device, problem, backward);
+Explained explained(const at::Device& device, const PlannedCall& call) {
+  const plan::Plan plan = plan_of(device, call);
   if (!plan.kernel) return {plan, ""};
-  const std::string result =
-      kernel_check::result(device, kernel_set::of_plan(plan, problem, backward, float16));
+  const std::string result = kernel_check::result(device, kernels_of(plan, call));
   return {plan, result.empty() ? "passed" : result};
-}
-
-template <class Args>
-Explained explained(const Args& args) {
-  return explained(args.x.device(), kernel_launch::problem_of(args),
-                   std::is_same_v<Args, BackwardArgs>, args.x.scalar_type() == at::kHalf);
 }
 
 }  // namespace
 
-Explained explain(const ForwardArgs& args) { return explained(args); }
-Explained explain(const BackwardArgs& args) { return explained(args); }
+Explained explain(const ForwardArgs& args) { return explained(args.x.device(), call_of(args)); }
+Explained explain(const BackwardArgs& args) { return explained(args.x.device(), call_of(args)); }
 Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16) {
-  return explained(device, problem, false, float16);
+  return explained(device, call_of(device, problem, false, float16));
 }
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }

@@ -237,7 +237,7 @@ os.environ["LORA_EXT_EMULATED_FAULT"] = "lora_shrink_sm80.load.cp_async_commit_g
 try:
     call()
 except RuntimeError as error:
-    assert "lora_ext.lora_linear: launching the kernels on cpu failed: " in str(error), error
+    assert "lora_ext: launching the kernels on cpu failed: " in str(error), error
 else:
     raise AssertionError("no error")
 os.environ["LORA_EXT_EMULATED_FAULT"] = ""
@@ -345,6 +345,29 @@ print(found)
     )
     assert "failed their check" in said
     assert "failed: forward bfloat16 128 x 128 float32 adapters dropout: " in said
+
+
+def test_a_remembered_plan_counts_as_long_as_what_it_was_planned_for():
+    python("""
+from lora_ext.winners import Entry, Shape, tables
+card = _C.cuda_card(torch.device("cpu"))
+planned, _ = call()
+_C.set_cuda_route("kernel")
+on_kernels, plan = call()
+assert plan.forward_check == "passed" and not same(on_kernels, planned), plan
+assert same(call()[0], on_kernels)
+_C.set_cuda_route("auto")
+assert same(call()[0], planned)
+won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", "128 x 64", {}) for back in (0, 1)]
+tables.install([], [tables.empty_table(card.name).with_entries(won)])
+assert same(call()[0], on_kernels)
+torch.use_deterministic_algorithms(True)
+assert same(call()[0], planned)  # what was measured and not pinned counts no more
+torch.use_deterministic_algorithms(False)
+assert same(call()[0], on_kernels)
+tables.install([], [tables.empty_table(card.name)])
+assert same(call()[0], planned)
+""")
 
 
 TILES = """
