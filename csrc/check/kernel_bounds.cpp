@@ -14,6 +14,7 @@
 #include "check/kernel_bounds.h"
 
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros_like.h>
 
 namespace lora_ext::kernel_bounds {
 namespace {
@@ -76,8 +77,8 @@ at::Tensor allowed_of_gradient(const at::Tensor& result, const at::Tensor& produ
 
 ForwardArgs in_double(const ForwardArgs& args) {
   ForwardArgs exact = args;
-  for (at::Tensor* each :
-       {&exact.x, &exact.base.weight, &exact.update.lora_a, &exact.update.lora_b})
+  at::Tensor& base = exact.base.is_given() ? exact.base.y : exact.base.weight;
+  for (at::Tensor* each : {&exact.x, &base, &exact.update.lora_a, &exact.update.lora_b})
     *each = each->to(at::kDouble);
   exact.base.bias = doubled(args.base.bias);
   exact.base.packed = std::nullopt;
@@ -100,10 +101,12 @@ Forward allowed(const ForwardArgs& args, const ForwardArgs& exact, const Forward
   const at::Tensor s =
       spread(exact.x, exact.update.lora_a.t(), scale_of(args.update.dropout));      // [M, r]
   const at::Tensor low = spread(s, exact.update.lora_b.t(), exact.update.scaling);  // [M, N]
-  const at::Tensor base = spread(exact.x, exact.base.weight.t());
+  const bool given = args.base.is_given();
+  const at::Tensor base = given ? at::zeros_like(low) : spread(exact.x, exact.base.weight.t());
   Forward out{allowed_of(expected.y, base, low, k + rank, rounding),
               s.mul(rounding.of_s + sum_of(k))};
   if (exact.base.bias) out.y.add_(exact.base.bias->abs(), rounding.once_more + sum_of(k + rank));
+  if (given) out.y.add_(exact.base.y.abs(), rounding.once_more + sum_of(k + rank));
   return out;
 }
 

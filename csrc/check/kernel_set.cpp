@@ -40,7 +40,10 @@ void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
   kernels.early = false;
   for (const bool vector : {true, false}) {
     kernels.vector = vector;
-    all.push_back(kernels);
+    for (const bool given_base : {false, true}) {
+      kernels.given_base = given_base;
+      if (!given_base || !kernels.backward) all.push_back(kernels);
+    }
   }
 }
 
@@ -64,6 +67,7 @@ std::string Kernels::name() const {
   if (wide) text += " wide";
   if (tail != 0) text += " tail " + std::to_string(tail);
   if (early) text += " early";
+  if (given_base) text += " onto a base";
   return text;
 }
 
@@ -80,7 +84,8 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backw
           plan.one_pass,
           plan.one_pass && plan.columns > 16,
           wgmma ? plan::tail_of(plan.width) : 0,
-          plan.gemm.early || plan.early_wgrad};
+          plan.gemm.early || plan.early_wgrad,
+          !backward && plan.given_base};
 }
 
 std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
@@ -120,6 +125,7 @@ SmallCase small_case(const Kernels& kernels) {
   small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
   problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
+  problem.given_base = kernels.given_base;
   problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;
   problem.aligned_b = problem.rank * (kernels.float_adapters ? 4 : 2) % 16 == 0;
   // With dB, so few columns would be made by one pass over dY, and then T not in the same grid.

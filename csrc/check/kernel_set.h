@@ -18,6 +18,7 @@ struct Kernels {
   bool one_pass, wide;  // lora_dsdb, and its instance for more than 16 columns; backward only
   int tail;             // of the rank, which selects instances of wgmma's tiles; else 0
   bool early;           // some begin before the one before has ended
+  bool given_base;      // lora_gemm adds onto a y that is given; forward only
 
   auto operator<=>(const Kernels&) const = default;
   std::string name() const;  // no two have the same

@@ -10,7 +10,8 @@
 // the last steps along k of the same loop. With one it comes first, is masked in the accumulators,
 // and the loop goes on into them: mask * (T U) is never stored.
 //
-// With k = 0, P and Q may be null: Y = mask * (T U) + bias, onto which the library accumulates P Q.
+// With k = 0, P and Q may be null: Y = mask * (T U) + bias, onto which the library accumulates P Q,
+// or, where P Q was computed before, Y = base + T U.
 //
 // A factor in fp32 is two halves of T's type (halves.h), and T U three terms: lo hi, hi lo, hi hi,
 // in this order (lo lo is below fp32's rounding). Each term is a pair of T and U.
@@ -34,8 +35,9 @@ struct LoraGemmParams {
     const T* u;  // [n, rank] or [rank, n]
   } low_rank[kMaxLowRankTerms];
   const void* bias;  // [n], in float or T; or null
-  T* y;              // [m, n]
-  int64_t p_pitch, q_pitch, t_pitch, u_pitch, y_pitch;
+  const T* base;     // [m, n], or null; for kernels that add onto a base alone
+  T* y;              // [m, n]; may be base
+  int64_t p_pitch, q_pitch, t_pitch, u_pitch, base_pitch, y_pitch;
   int m, n, k, rank, terms;
   bool float_bias;
   bool lets_wgrad_begin;  // on sm_90a: the next grid is lora_wgrad, launched to begin early
@@ -70,6 +72,10 @@ struct LoraGemmTile {
   static_assert(kM * 8 % kThreads == 0 && kN * 8 % kThreads == 0, "chunks of 16 bytes a thread");
   static_assert(kN % 64 == 0, "MN-major tiles are panels of 64 columns");
 };
+
+// Whether kernels add onto a base that is given: forward, on the tile of products without P Q.
+template <class Tile, bool kMNMajor>
+constexpr bool adds_onto_base = !kMNMajor && Tile::kN == 64;
 
 // A masked kernel draws while it holds the accumulators: with 128 of them a thread it would spill.
 template <class Tile>

@@ -19,7 +19,7 @@ namespace lora_ext::kernel {
 template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
 struct LoraGemmSm80 {
   using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
-  using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment>;
+  using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment, adds_onto_base<Tile, kMNMajor>>;
   using Accumulators = typename Epilogue::Accumulators;
 
   static_assert(!kMasked || fits_mask<Tile>);

@@ -1,5 +1,5 @@
 // From the accumulators to Y: the mask on the low-rank product, the bias, and rows that leave in
-// 16-byte chunks by way of a slab of shared memory of each warp.
+// 16-byte chunks by way of a slab of shared memory of each warp. Rows of a base come the same way.
 //
 // Of each 16 x 8 block, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, Alignment kAlignment>
+template <class T, class Tile, Alignment kAlignment, bool kAddsOntoBase>
 struct LoraGemmEpilogue {
   static constexpr int kRowBlocks = Tile::kWarpM / 16, kColumnBlocks = Tile::kWarpN / 8;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
@@ -27,23 +27,35 @@ struct LoraGemmEpilogue {
       mask.apply(&acc[i][0][0], row0 + i * 16 + lane / 4, column0 + lane % 4 * 2);
   }
 
-  __device__ __forceinline__ void store_chunk(const unsigned char* chunk, int row,
-                                              int column) const {
-    const int left = p.n - column;
-    if (row >= p.m || left <= 0) return;
-    T* target = p.y + static_cast<int64_t>(row) * p.y_pitch + column;
+  // Eight elements of a row, of which `left` are within Y.
+  __device__ __forceinline__ void copy_chunk(T* to, const T* from, int left) const {
     if (kAlignment == Alignment::kVector && left >= 8) {
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(chunk);
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (i < left) target[i] = reinterpret_cast<const T*>(chunk)[i];
+        if (i < left) to[i] = from[i];
+    }
+  }
+
+  // move(chunk of the slab, row, column, elements of the chunk within Y) for the chunks of 16 rows.
+  template <class Move>
+  __device__ __forceinline__ void for_chunks(unsigned char* slab, int row0, int column0,
+                                             const Move& move) const {
+    constexpr int kChunks = Tile::kWarpN / 8;
+#pragma unroll
+    for (int chunk = 0; chunk < 16 * kChunks / 32; ++chunk) {
+      const int index = chunk * 32 + lane;
+      const int in_row = index / kChunks, in_column = index % kChunks * 8;
+      const int row = row0 + in_row, column = column0 + in_column, left = p.n - column;
+      if (row >= p.m || left <= 0) continue;
+      move(reinterpret_cast<T*>(slab + in_row * Tile::kSlabPitch + in_column * 2), row, column,
+           left);
     }
   }
 
   // The warp's part of Y, 16 rows at a time.
   __device__ __forceinline__ void store(const Accumulators& acc, int row0, int column0) const {
-    constexpr int kChunks = Tile::kWarpN / 8;
     const Bias<T> bias{p.bias, p.float_bias, p.n};
     unsigned char* slab = ptx::dynamic_shared_memory() + Tile::kSlabs +
                           static_cast<int>(threadIdx.x) / 32 * 16 * Tile::kSlabPitch;
@@ -52,6 +64,13 @@ struct LoraGemmEpilogue {
       float of_columns[kColumnBlocks][2];
       bias.load(of_columns, column0 + lane % 4 * 2);
       __syncwarp();
+      const bool onto_base = kAddsOntoBase && p.base != nullptr;
+      if (onto_base) {
+        for_chunks(slab, row0 + i * 16, column0, [&](T* chunk, int row, int column, int left) {
+          copy_chunk(chunk, p.base + static_cast<int64_t>(row) * p.base_pitch + column, left);
+        });
+        __syncwarp();
+      }
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j) {
 #pragma unroll
@@ -59,17 +78,15 @@ struct LoraGemmEpilogue {
           const int row = e / 2 * 8 + lane / 4;
           T* pair =
               reinterpret_cast<T*>(slab + row * Tile::kSlabPitch + (j * 8 + lane % 4 * 2) * 2);
-          pair[e % 2] = rounded<T>(acc[i][j][e] + of_columns[j][e % 2]);
+          float sum = acc[i][j][e] + of_columns[j][e % 2];
+          if (onto_base) sum += static_cast<float>(pair[e % 2]);
+          pair[e % 2] = rounded<T>(sum);
         }
       }
       __syncwarp();
-#pragma unroll
-      for (int chunk = 0; chunk < 16 * kChunks / 32; ++chunk) {
-        const int index = chunk * 32 + lane;
-        const int row = index / kChunks, column = index % kChunks * 8;
-        store_chunk(slab + row * Tile::kSlabPitch + column * 2, row0 + i * 16 + row,
-                    column0 + column);
-      }
+      for_chunks(slab, row0 + i * 16, column0, [&](T* chunk, int row, int column, int left) {
+        copy_chunk(p.y + static_cast<int64_t>(row) * p.y_pitch + column, chunk, left);
+      });
     }
   }
 };

@@ -34,6 +34,8 @@ struct LoraLinearOperands {
 struct LoraLinearForward : LoraLinearOperands {
   const void* bias;  // in float or T; or null
   bool float_bias;
+  const void* base;  // [m, n], onto which Y is added, in a plan for a given base; else null
+  int64_t base_pitch;
   void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
   float* s;  // [m, rank]
 };

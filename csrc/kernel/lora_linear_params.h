@@ -73,12 +73,13 @@ class LoraLinearParams {
                      1.f);
   }
 
-  // Y = X W^T + T B^T + bias
+  // Y = X W^T + T B^T + bias, or base + T B^T
   LoraGemmParams<T> gemm(const LoraLinearForward& f) const {
     LoraGemmParams<T> params{};
     params.p = in_t(o_.x), params.p_pitch = o_.x_pitch, params.y = static_cast<T*>(f.y);
     params.n = static_cast<int>(o_.n), params.k = static_cast<int>(o_.k), params.y_pitch = o_.n;
     params.bias = f.bias, params.float_bias = f.float_bias;
+    params.base = in_t(f.base), params.base_pitch = f.base_pitch;
     low_rank(params, b_halves());
     return params;
   }

@@ -136,7 +136,8 @@ bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_o
 plan::Problem problem_of(const ForwardArgs& args) {
   plan::Problem problem = common_problem(args);
   problem.half_dtype = is_half(args.x.scalar_type()) && args.y_dtype() == args.x.scalar_type();
-  problem.aligned = aligned(args.x) && aligned_rows(problem.n);
+  problem.aligned =
+      aligned(args.x) && aligned_rows(problem.n) && (!problem.given_base || aligned(args.base.y));
   return problem;
 }
 
@@ -162,11 +163,14 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
     operands.bias = args.base.bias->const_data_ptr();
     operands.float_bias = args.base.bias->scalar_type() == at::kFloat;
   }
+  if (args.base.is_given()) {
+    operands.base = args.base.y.const_data_ptr(), operands.base_pitch = pitch_of(args.base.y);
+  }
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid) add_base(out.y, args);
+  if (plan.hybrid && !plan.given_base) add_base(out.y, args);
   return out;
 }
 
@@ -190,7 +194,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   check_launch(
       cuda::launch_backward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid && args.need_dx) add_base(out.dx, args);
+  if (plan.hybrid && !plan.given_base && args.need_dx) add_base(out.dx, args);
   return out;
 }
 

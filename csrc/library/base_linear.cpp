@@ -34,16 +34,8 @@ at::Tensor base_backward(const BackwardArgs& args) {
   return at::mm(args.grad, args.base.weight);
 }
 
-void add_base(at::Tensor& y, const ForwardArgs& args) {
-  if (args.base.is_given()) {
-    y.add_(args.base.y);
-  } else {
-    y.addmm_(args.x, args.base.weight.t());
-  }
-}
+void add_base(at::Tensor& y, const ForwardArgs& args) { y.addmm_(args.x, args.base.weight.t()); }
 
-void add_base(at::Tensor& dx, const BackwardArgs& args) {
-  if (!args.base.is_given()) dx.addmm_(args.grad, args.base.weight);
-}
+void add_base(at::Tensor& dx, const BackwardArgs& args) { dx.addmm_(args.grad, args.base.weight); }
 
 }  // namespace lora_ext

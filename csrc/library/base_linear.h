@@ -9,7 +9,7 @@ namespace lora_ext {
 at::Tensor base_forward(const ForwardArgs& args);    // [M, N], a fresh tensor
 at::Tensor base_backward(const BackwardArgs& args);  // [M, K], a fresh tensor
 
-// Onto what the low-rank part has written; a bias is there already.
+// Of a weight, onto what the low-rank part has written; a bias is there already.
 void add_base(at::Tensor& y, const ForwardArgs& args);
 void add_base(at::Tensor& dx, const BackwardArgs& args);
 

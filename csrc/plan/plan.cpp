@@ -295,7 +295,7 @@ Plan predicted_best(const Card& card, const Problem& p, const Request& request, 
     if (us.hybrid <= us.library) best = std::move(hybrid);
   }
   best.reason = !best.hybrid   ? "predicted: the library for everything"
-                : p.given_base ? "predicted: our kernels, and y added onto what they make"
+                : p.given_base ? "predicted: our kernels, which add onto y"
                                : "predicted: the library's base product, our kernels for all else";
   if (p.m < kFewestRows) {
     best.reason += ", as for all fewer than " + std::to_string(kFewestRows) + " rows";

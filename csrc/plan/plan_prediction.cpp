@@ -247,12 +247,11 @@ Launches our_forward(const Card& card, const Problem& p, const Plan& plan) {
     launches.add(skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns, p.dropout));
     launches.add("lora_reduce", sums + area(p.m, plan.columns) * (kHalf + kFloat));
   }
-  launches.add(lora_gemm(card, p, plan, {p.m, p.n, p.k}, false));
-  if (plan.given_base) {
-    launches.add("plus y", 3 * kHalf * area(p.m, p.n));
-  } else if (plan.hybrid) {
+  Launch gemm = lora_gemm(card, p, plan, {p.m, p.n, p.k}, false);
+  if (plan.given_base) gemm.bytes += kHalf * area(p.m, p.n);  // y, which it adds onto
+  launches.add(gemm);
+  if (plan.hybrid && !plan.given_base)
     launches.add(library_product(card, "base", p.m, p.n, p.k, true));
-  }
   return launches;
 }
 

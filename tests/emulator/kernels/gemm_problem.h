@@ -1,4 +1,4 @@
-// A random problem of lora_gemm, Y = P Q + mask * (T U) + bias, and what Y must be.
+// A random problem of lora_gemm, Y = P Q + mask * (T U) + bias, or onto a base, and what Y must be.
 #pragma once
 #include "emulator/kernels/operand.h"
 #include "kernel/halves.h"
@@ -26,9 +26,11 @@ struct GemmProblem {
   const int y_pitch;
   Buffer<T> y;
   const RandomMask mask;
+  std::unique_ptr<Stored> base;
+  bool in_place = false;  // Y holds the base
 
   // With k = 0, the low-rank product alone; then p and q have `depth`.
-  GemmProblem(int m_, int n_, int depth, int k_, int rank_, Random& random)
+  GemmProblem(int m_, int n_, int depth, int k_, int rank_, Random& random, bool may_have_base)
       : m(m_),
         n(n_),
         k(k_),
@@ -52,6 +54,12 @@ struct GemmProblem {
                                       "u", false);
     }
     y.fill(kernels::from_double<T>(kBetweenRows));
+    if (!may_have_base || random() % 2) return;
+    base = std::make_unique<Stored>(m, n, numbers, random, "base");
+    in_place = random() % 2;
+    for (int i = 0; in_place && i < m; ++i)
+      std::copy_n(&base->matrix.at(i, 0), n,
+                  y.begin() + kOffset + static_cast<size_t>(i) * y_pitch);
   }
 
   lora_ext::kernel::LoraGemmParams<T> params() {
@@ -64,6 +72,10 @@ struct GemmProblem {
     if (with_bias) {
       params.bias = float_bias ? static_cast<const void*>(float_bias_buffer.data())
                                : static_cast<const void*>(bias_buffer.data());
+    }
+    if (base != nullptr) {
+      params.base = in_place ? params.y : base->data();
+      params.base_pitch = in_place ? y_pitch : base->pitch();
     }
     params.float_bias = float_bias, params.lets_wgrad_begin = lets_wgrad_begin;
     params.m = m, params.n = n, params.k = k, params.rank = rank, params.terms = terms;
@@ -109,6 +121,7 @@ struct GemmProblem {
         sum.add(factor * t[term]->matrix(i, l) * right_at(*u[term], l, j));
     }
     if (with_bias) sum.add(bias(0, j));
+    if (base != nullptr) sum.add(base->matrix(i, j));
     return sum;
   }
 };

@@ -43,7 +43,8 @@ std::string run_gemm(const Case& run) {
   std::mt19937_64 random(run.seed);
   const int k = random() % 6 == 0 ? 0 : depth;
   const int rank = kRanks[random() % std::size(kRanks)];
-  kernels::GemmProblem<T, kMNMajor, kMasked, kAlignment> problem(m, n, depth, k, rank, random);
+  kernels::GemmProblem<T, kMNMajor, kMasked, kAlignment> problem(m, n, depth, k, rank, random,
+                                                                 adds_onto_base<Tile, kMNMajor>);
   const LoraGemmParams<T> params = problem.params();
 
   const int tiles = ((m + Tile::kM - 1) / Tile::kM) * ((n + Tile::kN - 1) / Tile::kN);

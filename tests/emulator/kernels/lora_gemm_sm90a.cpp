@@ -64,7 +64,7 @@ std::string run_gemm(const Case& run) {
   const int k = random() % 4 == 0 ? 0 : depth;
   const int rank = 1 + static_cast<int>(random() % (random() % 2 ? 256 : 64));
   kernels::GemmProblem<T, kMNMajor, kMasked, Alignment::kVector> problem(m, n, depth, k, rank,
-                                                                         random);
+                                                                         random, false);
   const int terms = problem.terms;
   LoraGemmParams<T> params = problem.params();
   std::unique_ptr<GlobalBuffer<T>> written_t[3];

@@ -134,18 +134,25 @@ class LinearTest {
   std::string forward_pass() {
     plan::Problem p = problem();
     p.aligned = x_->aligned() && w_->aligned() && n_ % 8 == 0;
+    std::unique_ptr<Stored<T>> base;
+    if (case_.choice == plan::Choice::kHybrid && random_() % 2) {
+      base = stored(m_, n_, false, false, 1, "base");
+      p.given_base = true, p.aligned = p.aligned && base->aligned();
+      kernels::tell("forward, onto a base");
+    }
     const plan::Plan plan = plan::forward(case_.card, p, request(false));
     const std::string unfit = kernels::tell_plan("forward", plan, case_, *mask_);
     if (!unfit.empty()) return unfit;
     const auto workspace = workspace_of(plan);
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
     s_ = std::make_unique<GlobalBuffer<float>>(static_cast<size_t>(m_) * rank_, "s");
-    const bool with_bias = random_() % 2, float_bias = random_() % 2;
+    const bool with_bias = base == nullptr && random_() % 2, float_bias = random_() % 2;
     const auto bias = stored(1, n_, float_bias, false, 1, "bias");
 
     LoraLinearForward f{};
     static_cast<LoraLinearOperands&>(f) = operands(workspace->data());
     f.bias = with_bias ? bias->data() : nullptr, f.float_bias = float_bias;
+    if (base != nullptr) f.base = base->data(), f.base_pitch = base->row_stride;
     f.y = y.data(), f.s = s_->data();
     const Values x = values_of(x_->exact), w = values_of(w_->exact);
     Values out = product(
@@ -154,6 +161,10 @@ class LinearTest {
     if (plan.hybrid) out = Values(m_, n_);  // which is the library's
     for (int i = 0; with_bias && i < m_; ++i)
       for (int j = 0; j < n_; ++j) out.value[out.at(i, j)] += bias->exact(0, j);
+    for (int i = 0; base != nullptr && i < m_; ++i)
+      for (int j = 0; j < n_; ++j) out.value[out.at(i, j)] = base->exact(i, j);
+    for (size_t at = 0; base != nullptr && at < out.size(); ++at)
+      out.magnitude[at] = std::fabs(out.value[at]);
     emulator::Stream stream;
     x_->is_written_on(stream);
     for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls)
