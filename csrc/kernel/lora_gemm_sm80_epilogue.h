@@ -75,12 +75,12 @@ struct LoraGemmEpilogue {
       for (int j = 0; j < kColumnBlocks; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int row = e / 2 * 8 + lane / 4;
-          T* pair =
-              reinterpret_cast<T*>(slab + row * Tile::kSlabPitch + (j * 8 + lane % 4 * 2) * 2);
+          const int row = e / 2 * 8 + lane / 4, column = j * 8 + lane % 4 * 2 + e % 2;
+          T* to = reinterpret_cast<T*>(slab + row * Tile::kSlabPitch + column * 2);
           float sum = acc[i][j][e] + of_columns[j][e % 2];
-          if (onto_base) sum += static_cast<float>(pair[e % 2]);
-          pair[e % 2] = rounded<T>(sum);
+          if (onto_base && row0 + i * 16 + row < p.m && column0 + column < p.n)
+            sum += static_cast<float>(*to);
+          *to = rounded<T>(sum);
         }
       }
       __syncwarp();
