@@ -4,6 +4,7 @@
 // Never saved: a mask, a copy of x, of the weight, of y or of the output. Backward asks only for
 // the gradients that are needed; the weight is frozen and has none, and a given y has that of the
 // output.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -100,6 +101,22 @@ at::Tensor call_of(const at::Tensor& x, const Base& base, const Update& update) 
   return base.is_given() ? ops::lora_update(base.y, x, update) : ops::lora_linear(x, base, update);
 }
 
+// torch refuses C++ Functions inside its function transforms, in words that name no way out.
+void check_transforms(const Base& base) {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (!functorch) return;
+  try {
+    functorch->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "lora_ext.", base.op(),
+        ": expected a call outside of torch.func's transforms (grad, vjp, vmap of a gradient), "
+        "which "
+        "cannot see into a C++ autograd Function, but got one inside; use lora_ext.reference.",
+        base.op(), "_reference there");
+  }
+}
+
 at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update) {
   const at::Tensor& base_tensor = base.is_given() ? base.y : base.weight;
   const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
@@ -117,6 +134,7 @@ at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update)
                    "computed for it; call weight.requires_grad_(False)");
     if (x.requires_grad() || base_tensor.requires_grad() || lora_a.requires_grad() ||
         lora_b.requires_grad() || wants_grad(bias)) {
+      check_transforms(base);
       return LoraFunction::apply(x, base_tensor, lora_a, lora_b, bias, base, update);
     }
   }

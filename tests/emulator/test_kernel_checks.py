@@ -132,6 +132,44 @@ assert len(failed) == 2, failed
     assert said == ""
 
 
+THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+begin, given = Barrier(4), operands()
+def first_use(_):
+    begin.wait()
+    return lora_ext.lora_linear(*given, None, 2.0)
+with ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(first_use, range(4)))
+assert all(torch.equal(y, found[0]) for y in found)
+_C.set_cuda_route("library")
+by_library = lora_ext.lora_linear(*given, None, 2.0)
+_C.set_cuda_route("hybrid")
+"""
+
+
+def test_threads_may_share_a_first_use():
+    said = python(
+        THREADS
+        + """
+assert not torch.equal(found[0], by_library) and checked() == "passed"
+assert len(check_results("cpu")) == 1
+"""
+    )
+    assert said == ""
+
+
+def test_threads_whose_first_use_fails_are_warned_once():
+    said = python(
+        THREADS
+        + """
+assert torch.equal(found[0], by_library) and checked().startswith("y differs")
+""",
+        LORA_EXT_EMULATED_FAULT=TERM_LOST,
+    )
+    assert said.count("failed their check") == 1
+
+
 def test_a_launch_error_is_said_without_a_backtrace():
     said = python(
         "call()", LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.load.cp_async_commit_group:skip"

@@ -224,16 +224,18 @@ def test_forward_mode_ad_raises_or_is_right(device, requires_grad):
     torch.testing.assert_close(got, tangent @ delta.t())
 
 
-def test_functorch_raises_or_is_right(device):
+def test_functions_transformed_by_torch_func_name_the_reference(device):
     problem = make_problem(6, 5, 4, 3, (F64, F64), device)
     rest = (problem.weight, problem.lora_a, problem.lora_b, problem.bias)
-    try:
-        dx = torch.func.grad(lambda x: (OP(x, *rest) * problem.grad).sum())(problem.x)
-    except RuntimeError:
-        return
-    torch.testing.assert_close(
-        dx, run_float64(type(problem)(**{**vars(problem), "scaling": 1.0})).dx
-    )
+
+    def loss(x, call):
+        return (call(x, *rest) * problem.grad).sum()
+
+    with pytest.raises(NotImplementedError, match="lora_ext.lora_linear: .*lora_linear_reference"):
+        torch.func.grad(loss)(problem.x, OP)
+    dx = torch.func.grad(loss)(problem.x, lora_linear_reference)
+    expected = run_float64(type(problem)(**{**vars(problem), "scaling": 1.0})).dx
+    torch.testing.assert_close(dx, expected)
 
 
 # ---- what is saved ----

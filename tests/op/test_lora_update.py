@@ -232,6 +232,8 @@ def test_second_derivatives_and_forward_mode_are_refused(device):
         dual = torch.autograd.forward_ad.make_dual(y, y)
         with pytest.raises(NotImplementedError, match=r"lora_ext\.lora_update: .* tangent"):
             OP(dual, *leaves[1:])
+    with pytest.raises(NotImplementedError, match=r"lora_update: .*lora_update_reference there"):
+        torch.func.grad(lambda x: OP(y, x, *leaves[2:]).sum())(problem.x)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=short)

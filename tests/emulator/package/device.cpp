@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -34,6 +35,8 @@ std::string environment(const char* name) {
 // one machine.
 template <class Run>
 std::string run(const Run& enqueue) {
+  static std::mutex one_machine;
+  const std::lock_guard lock(one_machine);
   emulator::Config& config = emulator::config();
   config.schedule = emulator::Schedule::RunAhead;
   config.completion = emulator::Completion::Late;
