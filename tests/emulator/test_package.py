@@ -102,7 +102,7 @@ assert same(again, results)
     [
         "sum_of_splits.sum_of_splits.split<splits:low",
         "lora_shrink_sm80.run.step<end_step:low",
-        "lora_gemm_sm80_epilogue.store_chunk.row>=p.m:low",
+        "lora_gemm_sm80_epilogue.for_chunks.row>=p.m:low",
     ],
 )
 def test_a_wrong_kernel_is_found_and_not_used(fault):

@@ -22,7 +22,7 @@ HARMLESS = {
     "halves.high_half.fabsf(value)<=kLargestFloat:high": LARGE_FLOAT,
     "lora_gemm_sm80.place_of.row_tiles-first>=kGroup:high": "eight rows that are left are a group",
     "lora_gemm_sm90a/pipeline.place_of.row_pairs-first>=kGroup:high": "as in lora_gemm_sm80",
-    "lora_gemm_sm80_epilogue.store_chunk.kAlignment==Alignment::kVector&&left>=8:never": (
+    "lora_gemm_sm80_epilogue.copy_chunk.kAlignment==Alignment::kVector&&left>=8:never": (
         "eight stores of 2 bytes, where one of 16 would do"
     ),
     "lora_gemm_sm90a/kernel.take_role.setmaxnreg_inc:skip": "the consumers spill",
