@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
 COPIES = ROOT / "build" / "emulator" / "instrumented"
 
-# The programs of kernels/ and the sources whose mutants each of them must catch, by their paths in csrc/kernel/.
+# The programs of kernels/ and the sources whose mutants each of them must catch, by their paths in
+# csrc/kernel/.
 PROGRAMS = {
     "lora_gemm_sm80": (
         "lora_gemm_sm80",
