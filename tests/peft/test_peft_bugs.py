@@ -112,3 +112,19 @@ def test_dora_against_finite_differences(kind, dropout):
 
     inputs = (magnitude,) if kind == "embedding" else (x.requires_grad_(), magnitude)
     assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_vllm_35889_x_that_is_not_contiguous_in_pefts_own_forward():
+    """DoRA on a base with hooks."""
+    model = layer_model("linear", "dora", F64)
+    fast = accelerated(model)
+    (layer,) = lora_modules(fast).values()
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    for x in (
+        torch.randn(24, 10, dtype=F64).t(),
+        torch.randn(10, 48, dtype=F64)[:, ::2],
+        torch.randn(1, 24, dtype=F64).expand(10, 24),
+        torch.randn(241, dtype=F64)[1:].view(10, 24),
+        torch.randn(24, dtype=F64),
+    ):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-11, atol=1e-11)
