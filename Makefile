@@ -16,7 +16,7 @@ FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models demo gpu
-.PHONY: sass traffic sanitize docs clean
+.PHONY: sass traffic sanitize docs wheel clean
 
 build: $(VENV)/.built
 
@@ -165,6 +165,22 @@ sanitize: $(VENV)/.extras
 	$(abspath $(PY)) setup.py --quiet build_ext --inplace
 	preload=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so)
 	LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest $(ARGS)
+
+# For other machines, into dist/: compiled in isolation, tied to its torch by name, given a manylinux tag,
+# then tested where there is no compiler. What torch brings stays torch's: a copy in the wheel would be
+# a second dispatcher. The same ninja as for `build` finds its objects; another one's log says nothing.
+WHEELS := build/wheel
+NOT_IN_WHEELS := libtorch*.so libc10*.so libcuda.so.* libcudart.so.* libcublas*.so.* libcudnn*.so.*
+wheel: $(VENV)/.tools
+	export PATH="$(abspath $(VENV)/bin):$$PATH"
+	rm -rf $(WHEELS)
+	$(PIP) wheel --no-deps --wheel-dir $(WHEELS)/compiled .
+	$(PY) scripts/tie_wheel.py $(WHEELS)/compiled/*.whl $(WHEELS)/tied
+	$(VENV)/bin/auditwheel repair --wheel-dir $(WHEELS)/repaired $(NOT_IN_WHEELS:%=--exclude '%') \
+	    $(WHEELS)/tied/*.whl
+	$(PY) scripts/check_wheel.py $(WHEELS)/repaired/*.whl $(ARGS)
+	mkdir -p dist
+	mv $(WHEELS)/repaired/*.whl dist/
 
 clean:
 	rm -rf $(VENV) build *.egg-info lora_ext/_C.*.so lora_ext/_build.json

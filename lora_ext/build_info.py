@@ -99,11 +99,12 @@ def torch_mismatch() -> str:
     built = str(facts.get("torch"))
     if missing or _release(built) == _release(running):
         return ""
+    found = f"lora_ext was built with torch {built}, but torch {running} is running"
+    ours, other = ".".join(_release(built)), ".".join(_release(running))
+    if f"+torch{ours}" in str(facts.get("version")):  # a wheel that `make wheel` made
+        return f"{found}: install torch=={ours}.*, or a wheel of lora_ext named +torch{other}"
     cure = _REINSTALL_BY_UV if _installer() == "uv" else _REINSTALL
-    return (
-        f"lora_ext was built with torch {built}, but torch {running} is running: "
-        f"{cure} to build it for this one"
-    )
+    return f"{found}: {cure} to build it for this one"
 
 
 def _installer() -> str:

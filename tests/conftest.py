@@ -217,6 +217,14 @@ def counter():
     return CompileCounterWithBackend("aot_eager")
 
 
+@pytest.fixture
+def cxx_compiler():
+    """For tests whose code torch's inductor compiles: there need be no compiler beside a wheel."""
+    name = os.environ.get("CXX") or "g++"
+    if shutil.which(name) is None:
+        pytest.skip(f"needs a C++ compiler for torch's inductor, and there is no {name}")
+
+
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory):
     """A valid adapter folder, which tests leave as it is."""

@@ -94,6 +94,7 @@ def test_one_graph_disabled(device, counter, kind, layer, adapters):
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("cxx_compiler")
 @cases(["linear", "conv2d", "subclass"], ["one", "three", "dora"])
 def test_inductor(kind, layer, adapters):
     subject = kind.make(layer, adapters, dropout=DIFFERENT)

@@ -298,6 +298,7 @@ def test_checkpoint_in_a_compiled_step_with_dropout(device, counter):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cxx_compiler")
 def test_inductor(device):
     """Code generation too: its own generator draws the seed, so that only the masks must agree."""
     torch._dynamo.reset()

@@ -17,6 +17,7 @@ TARGETS = {
     "sass": [],
     "traffic": ["ARGS=traffic"],
     "docs": [],
+    "wheel": [],
     "gpu": ["QUICK=1", "DEVICE=cpu", "ARGS=--budget 60 --out gpu"],
 }
 
