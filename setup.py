@@ -216,7 +216,8 @@ class CudaToolkit:
         command += ["-c", source, "-o", str(target)]
         made_by = f"nvcc {self.version}: {shlex.join(command)}"
         if target.exists() and stamp.exists() and stamp.read_text() == made_by:
-            inputs = [Path(word) for word in depends.read_text().replace("\\\n", " ").split()[1:]]
+            listed = depends.read_text().partition(":")[2].replace("\\\n", " ")
+            inputs = [Path(word) for word in listed.split()]
             made_at = target.stat().st_mtime
             if all(path.exists() and path.stat().st_mtime <= made_at for path in inputs):
                 return str(target)

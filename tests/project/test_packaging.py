@@ -243,6 +243,16 @@ def test_torch_mismatch_says_what_helps_with_the_installer(facts, monkeypatch, i
     assert f"run {cure}" in info_module.torch_mismatch()
 
 
+def test_torch_mismatch_of_a_wheel_names_what_pip_can_get(facts, monkeypatch):
+    """Who installed a wheel may have neither the sources nor a compiler."""
+    facts(json.dumps({"version": "0.1.0+torch2.13.cu130", "torch": "2.13.0+cu130"}))
+    monkeypatch.setattr(info_module, "_running_torch", lambda: ("2.14.1+cu130", None))
+    assert info_module.torch_mismatch() == (
+        "lora_ext was built with torch 2.13.0+cu130, but torch 2.14.1+cu130 is running: "
+        "install torch==2.13.*, or a wheel of lora_ext named +torch2.14"
+    )
+
+
 def test_a_long_build_says_how_far_it_is(setup_py, tmp_path):
     (tmp_path / "old.o").touch()
     os.utime(tmp_path / "old.o", (1, 1))
@@ -337,7 +347,7 @@ else:
     target = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
     target.write_text("")
     if target.suffix == ".o":
-        target.with_suffix(".d").write_text("object: ")
+        target.with_suffix(".d").write_text(f"{{target}} : \\\\\\n {header} \\\\\\n")
 """
 
 
@@ -351,6 +361,8 @@ def toolkit(build_ext, monkeypatch, tmp_path):
         nvcc = tmp_path / "bin" / "nvcc"
         nvcc.parent.mkdir()
         words = {"python": sys.executable, "log": str(log), "archs": archs, "release": release}
+        words["header"] = tmp_path / "header.h"
+        words["header"].touch()
         nvcc.write_text(NVCC.format(**words))
         nvcc.chmod(0o755)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -371,6 +383,21 @@ def test_an_nvcc_that_cannot_compile_is_no_toolkit(toolkit):
     assert "Unsupported gpu architecture 'compute_80'" in facts["cuda_reason"]
     assert facts["cuda_reason"].endswith("then reinstall.")
     assert facts["cuda"] is False and not compiled
+
+
+def test_a_cuda_file_is_compiled_again_only_if_a_header_changed(toolkit, tmp_path, build_ext):
+    toolkit()
+    command, extension = build_ext
+    log = tmp_path / "log"
+
+    def compiled_again() -> int:
+        log.write_text("")
+        command.add_cuda(extension)
+        return log.read_text().count(" -c csrc/cuda/")
+
+    assert compiled_again() == 0
+    os.utime(tmp_path / "header.h", (2**32, 2**32))
+    assert compiled_again() == len(list(Path(ROOT, "csrc/cuda").glob("*.cu")))
 
 
 @pytest.mark.parametrize("release", ["11.8", "12.0", "12.4", "12.5"])
