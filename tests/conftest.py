@@ -12,10 +12,16 @@ and `isa` is None, as on CUDA.
 import os
 import shutil
 import signal
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 # Read when cuBLAS starts: without it torch refuses products under use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Inductor's cache keeps headers compiled for another ATEN_CPU_CAPABILITY, with which nothing compiles.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    own_cache = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_cache))
 
 import pytest
 import torch

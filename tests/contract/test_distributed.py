@@ -18,6 +18,9 @@ case, test_two_processes = two_processes.cases(__name__)
 
 STEPS = 2
 EXACT = 0.0
+# PEFT's order of operations rounds otherwise, by 2e-5 after the steps on some processors; a step
+# changes values by 1e-2.
+NEAR_PEFT = 2e-4
 
 
 def alike(*adapters, dropout=0.0, count=2):
@@ -59,7 +62,13 @@ def values(subject):
 def assert_near(found, wanted, tolerance):
     assert list(found) == list(wanted)
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def assert_trained_alike(subject, gradients, alone, seeds=None, tolerance=EXACT):
@@ -89,7 +98,7 @@ def ddp_trains_as_one_process(rank):
         gradients = train(subject, parallel(subject), [rank])
         assert_trained_alike(subject, gradients, alone)
         train_alone(theirs)
-        assert_near(values(subject), values(theirs), 1e-5)
+        assert_near(values(subject), values(theirs), NEAR_PEFT)
         after = values(subject)
         assert {name for name in after if not torch.equal(after[name], before[name])} == trained
         train(own, own.model, [rank])  # on its half alone
@@ -147,7 +156,7 @@ def fsdp2_trains_as_one_process(rank):
             assert calls == STEPS * fused
             assert_trained_alike(subject, gradients, alone, tolerance=subject.kind.sharded)
             train_alone(theirs)
-            assert_near(values(subject), values(theirs), 1e-5)
+            assert_near(values(subject), values(theirs), NEAR_PEFT)
 
 
 @case
