@@ -18,7 +18,8 @@ from pathlib import Path
 
 # Read when cuBLAS starts: without it torch refuses products under use_deterministic_algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Inductor's cache keeps headers compiled for another ATEN_CPU_CAPABILITY, with which nothing compiles.
+# Inductor's cache keeps headers compiled for another ATEN_CPU_CAPABILITY: nothing compiles with
+# them.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     own_cache = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_cache))

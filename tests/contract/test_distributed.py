@@ -62,12 +62,9 @@ def values(subject):
 def assert_near(found, wanted, tolerance):
     assert list(found) == list(wanted)
     for name, value in wanted.items():
+        close = {"rtol": tolerance, "atol": tolerance}
         torch.testing.assert_close(
-            found[name],
-            value,
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
+            found[name], value, **close, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
