@@ -23,6 +23,24 @@ def randomized(module):
     return module
 
 
+def under_autocast(module, device):
+    """module(x) in a region of autocast to bfloat16."""
+
+    def region(x):
+        with torch.autocast(device, BF16):
+            return module(x)
+
+    return region
+
+
+def compiled_under_autocast(module, device, backend, inside):
+    """With the region inside the graph, or around the compiled module."""
+    compiled = partial(torch.compile, backend=backend, fullgraph=True)
+    if inside:
+        return compiled(under_autocast(module, device))
+    return under_autocast(compiled(module), device)
+
+
 def linear(dropout=0.0, **options):
     return randomized(LoRALinear(IN, OUT, r=3, alpha=6, dropout=dropout, **options))
 

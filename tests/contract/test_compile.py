@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import BF16, F32, F64, short
-from step_helpers import assert_same, differing, run
+from step_helpers import assert_same, compiled_under_autocast, differing, run, under_autocast
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from contract.adapters import DIFFERENT
@@ -123,26 +123,11 @@ def test_compiled_autograd(counter, kind, layer, adapters, is_compiled):
 @pytest.mark.parametrize("inside", [True, False])
 @cases(["linear", "conv1d", "embedding", "merged_linear"], ["one", "dora", "lora_bias"])
 def test_compiled_under_autocast(device, counter, kind, layer, adapters, inside):
-    """With the region inside the graph, or around the compiled module."""
     subject = kind.make(layer, adapters, dropout=0.4)
     model, x = subject.model.to(device), subject.x().to(device)
-    autocast = partial(torch.autocast, device, BF16)
-
-    def region(x):
-        with autocast():
-            return model(x)
-
-    eager = run(region, model, x)
+    eager = run(under_autocast(model, device), model, x)
     assert eager["y"].dtype == (F32 if layer == "embedding" else BF16)
-    if inside:
-        compiled = torch.compile(region, backend=counter, fullgraph=True)
-    else:
-        graph = torch.compile(model, backend=counter, fullgraph=True)
-
-        def compiled(x):
-            with autocast():
-                return graph(x)
-
+    compiled = compiled_under_autocast(model, device, counter, inside)
     assert_as_eager(subject, adapters, run(compiled, model, x), eager, rounded_to=BF16)
     assert counter.frame_count == 1
 

@@ -3,7 +3,6 @@
 `contract/test_compile` has the layers and states that PEFT has, too.
 """
 
-from functools import partial
 
 import pytest
 import torch
@@ -16,11 +15,13 @@ from step_helpers import (
     assert_same,
     assert_trained,
     block,
+    compiled_under_autocast,
     differing,
     linear,
     make,
     run,
     several,
+    under_autocast,
 )
 from torch import nn
 
@@ -145,25 +146,10 @@ def test_adapters_switched_and_merged_inside_a_compiled_function(counter):
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("name", ["merged lora_bias", "block"])
 def test_compiled_under_autocast(device, counter, name, inside):
-    """With the region inside the graph, or around the compiled module."""
     module, x = make(name, 0.4, device)
-    autocast = partial(torch.autocast, device, BF16)
-
-    def region(x):
-        with autocast():
-            return module(x)
-
-    eager = run(region, module, x)
+    eager = run(under_autocast(module, device), module, x)
     assert eager["y"].dtype == (F32 if name == "block" else BF16)
-    if inside:
-        compiled = torch.compile(region, backend=counter, fullgraph=True)
-    else:
-        graph = torch.compile(module, backend=counter, fullgraph=True)
-
-        def compiled(x):
-            with autocast():
-                return graph(x)
-
+    compiled = compiled_under_autocast(module, device, counter, inside)
     result = run(compiled, module, x)
     assert result["y"].dtype == eager["y"].dtype
     assert counter.frame_count == 1
