@@ -3,7 +3,6 @@
 `contract/test_compile` has the layers and states that PEFT has, too.
 """
 
-
 import pytest
 import torch
 from helpers import BF16, F32
