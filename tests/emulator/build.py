@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,13 @@ class Object:
             stamp.write_text(self.key())
 
 
+def compile_all(objects: Sequence[Object]) -> None:
+    """Compiles what has changed, in this order, after the copies that it includes are written."""
+    mutants.write_copies()
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(Object.compile, objects))
+
+
 def run_tool(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -190,13 +198,12 @@ def objects_of(flavour: str, program: str) -> list[Object]:
 
 def build_programs(wanted: list[tuple[str, str]]) -> list[Path]:
     """Compiles and links programs, given as (flavour, source), and returns the executables."""
-    mutants.write_copies()
     needed = {key: objects_of(*key) for key in wanted}
     unique = dict.fromkeys(item for objects in needed.values() for item in objects)
     # The long compilations first, so that no core is idle at the end.
     ordered = sorted(unique, key=lambda item: not item.kernels)
+    compile_all(ordered)
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(Object.compile, ordered))
         return list(pool.map(lambda key: link(*key, needed[key]), wanted))
 
 

@@ -145,6 +145,20 @@ def test_a_planted_mutant_runs_and_nothing_moves(tmp_path, planted, changes, pri
     assert done.stdout == f"{printed} {PROGRAM[: PROGRAM.index('__LINE__')].count(chr(10)) + 1}\n"
 
 
+@pytest.mark.kernels
+def test_what_includes_a_copy_compiles_where_nothing_was_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "BUILD", tmp_path)
+    for module in (mutants, mutants.programs, instrument):
+        monkeypatch.setattr(module, "COPIES", tmp_path / "instrumented")
+    instrument.write_copies.cache_clear()
+    try:
+        list_of_mutants = build.Object("plain", "known_fault.cpp", kernels=False)
+        build.compile_all([list_of_mutants])
+    finally:
+        instrument.write_copies.cache_clear()
+    assert list_of_mutants.path.exists()
+
+
 def test_every_edit_finds_its_text():
     planted = [name for source in instrument.sources() for name in edit_names(source)]
     assert set(planted) == {fault.name for fault in FAULTS}

@@ -9,10 +9,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from emulator import build
+from emulator import build, mutants
 from emulator.conformance import vectors
 from emulator.cuda_headers import nvcc
 
@@ -22,6 +21,7 @@ GOLDEN = FOLDER / "golden"
 
 
 def compile_for_emulator(source: Path, target: Path, *flags: str) -> Path:
+    mutants.write_copies()
     build.run_tool([build.CXX, *flags, *build.common_flags(), "-c", str(source), "-o", str(target)])
     return target
 
@@ -29,8 +29,7 @@ def compile_for_emulator(source: Path, target: Path, *flags: str) -> Path:
 def library() -> dict[str, Path]:
     """The execution layer's objects by the name of their source, compiled as far as needed."""
     objects = build.library_objects("plain")
-    with ThreadPoolExecutor(build.JOBS) as pool:
-        list(pool.map(build.Object.compile, objects))
+    build.compile_all(objects)
     return {item.source: item.path for item in objects}
 
 

@@ -8,7 +8,7 @@ the CUDA call, and the kernels run in the execution layer.
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator import build, mutants
+from emulator import build
 from emulator.package.build import FLAVOUR, TorchObject, link, sources
 
 PACKAGE = build.BUILD / "cuda"
@@ -31,7 +31,6 @@ class CudaObject(build.Object):
 
 
 def objects() -> list[build.Object]:
-    mutants.write_copies()
     with_torch = [*sources("**/*.cpp"), "cuda/device.cpp"]
     return [
         *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("cuda/*.cu")),

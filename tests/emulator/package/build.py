@@ -8,13 +8,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from emulator import build, mutants
+from emulator import build
 
 PACKAGE = build.BUILD / "package"
 FLAVOUR = "plain"
@@ -44,7 +43,6 @@ def sources(pattern: str) -> list[str]:
 
 
 def objects() -> list[build.Object]:
-    mutants.write_copies()
     with_torch = [*sources("**/*.cpp"), DEVICE]
     with_torch.remove("../../csrc/library/dropout_launch.cpp")
     return [
@@ -62,8 +60,7 @@ def make() -> Path:
 
 def link(compiled: list[build.Object], package: Path) -> Path:
     """Makes a package in a folder of which these objects are the extension."""
-    with ThreadPoolExecutor(build.JOBS) as pool:
-        list(pool.map(build.Object.compile, compiled))
+    build.compile_all(compiled)
     package.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         source, target = build.ROOT / name, package / name
