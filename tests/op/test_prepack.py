@@ -1,8 +1,4 @@
-"""PackedWeight: the same numbers from a packed copy, which no change of the weight outlives."""
-
-import copy
-import pickle
-import weakref
+"""PackedWeight: the same numbers from a packed copy, wherever torch runs."""
 
 import pytest
 import torch
@@ -20,20 +16,14 @@ from helpers import (
     run_float64,
     run_ours,
 )
-from torch import nn
+from pack_helpers import call, packable, packed_weight
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext import lora_linear, prepack
-from lora_ext.functional import PackedWeight
 
 PACKED_PAIRS = [(F32, F32), (BF16, F32), (BF16, BF16)]
-
-
-def packable(dtype) -> bool:
-    supported = torch.backends.mkldnn.is_available()
-    return supported and (dtype == F32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @pytest.fixture(params=PACKED_PAIRS, ids=pair_id)
@@ -41,25 +31,6 @@ def pair(request):
     if not packable(request.param[0]):
         pytest.skip(f"oneDNN does not pack {request.param[0]} on this processor")
     return request.param
-
-
-@pytest.fixture
-def debug():
-    PackedWeight.debug = True
-    yield
-    PackedWeight.debug = False
-
-
-def packed_weight(dtype=F32, shape=(70, 40), **options) -> PackedWeight:
-    packed = prepack(torch.randn(shape).to(dtype), **options)
-    assert packed.is_packed, packed.reason
-    return packed
-
-
-def call(weight, rows=60, **options):
-    """lora_linear of a fixed problem on a given weight."""
-    problem = make_problem(rows, 40, 70, 5)
-    return lora_linear(problem.x, weight, problem.lora_a, problem.lora_b, **options)
 
 
 # ---- numbers ----
@@ -240,148 +211,6 @@ def test_repr_says_what_it_is():
     assert "unpacked: for a merge" in repr(packed)
 
 
-# ---- what drops the pack ----
-
-
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
-def test_copies_and_pickles_hold_the_weight_alone(how):
-    packed = packed_weight(backward=True)
-    other = how(packed)
-    assert packed.is_packed
-    assert not other.is_packed
-    assert "prepack again" in other.reason
-    assert torch.equal(other.weight, packed.weight)
-    assert torch.equal(call(other), call(packed.weight))
-
-
-def test_a_pickle_holds_no_packed_bytes():
-    weight = torch.randn(256, 256)
-    assert len(pickle.dumps(prepack(weight, backward=True))) < 1.2 * weight.nbytes
-
-
-def test_torch_save_and_load(tmp_path):
-    packed = packed_weight()
-    torch.save({"weight": packed}, tmp_path / "weight.pt")
-    loaded = torch.load(tmp_path / "weight.pt", weights_only=False)["weight"]
-    assert not loaded.is_packed
-    assert torch.equal(loaded.weight, packed.weight)
-
-
-def test_to_another_dtype_or_device_drops_the_pack():
-    packed = packed_weight()
-    assert packed.to(F32) is packed
-    assert packed.to("cpu") is packed
-    for other in (packed.to(F64), packed.to("meta"), packed.to(F32, copy=True)):
-        assert not other.is_packed
-        assert ".to()" in other.reason
-    assert packed.is_packed
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_write_in_place_drops_the_pack(backward):
-    packed = packed_weight(backward=backward)
-    call(packed)
-    with torch.no_grad():
-        packed.weight.mul_(2)
-    y = call(packed)
-    assert torch.equal(y, call(packed.weight))
-    assert not packed.is_packed
-    assert "written to" in packed.reason
-    assert packed.nbytes == 0
-
-
-def test_a_write_through_a_view_drops_the_pack():
-    packed = packed_weight()
-    with torch.no_grad():
-        packed.weight[3].zero_()
-    assert torch.equal(call(packed), call(packed.weight))
-    assert not packed.is_packed
-
-
-def test_load_state_dict_drops_the_pack():
-    layer = torch.nn.Linear(40, 70, bias=False).requires_grad_(False)
-    packed = prepack(layer.weight)
-    layer.load_state_dict({"weight": torch.randn(70, 40)})
-    assert torch.equal(call(packed), call(layer.weight))
-    assert not packed.is_packed
-
-
-def test_a_write_to_weight_data_is_found_by_verify():
-    """It changes no version counter, and peft's merge writes so."""
-    packed = packed_weight()
-    packed.verify()
-    packed.weight.data += 0.01
-    with pytest.raises(RuntimeError, match="written to since; call prepack again"):
-        packed.verify()
-
-
-@pytest.mark.parametrize("shape", [(70, 40), (300, 257)])
-def test_verify_finds_any_write_of_all_elements(shape):
-    for write in (torch.neg, torch.zeros_like, lambda w: w * 1.001, lambda w: w.roll(1)):
-        packed = packed_weight(shape=shape)
-        packed.weight.data.copy_(write(packed.weight.data))
-        with pytest.raises(RuntimeError, match="written to"):
-            packed.verify()
-
-
-def test_a_write_to_weight_data_raises_in_debug_mode(debug):
-    packed = packed_weight()
-    call(packed)
-    packed.weight.data += 0.01
-    with pytest.raises(RuntimeError, match="written to"):
-        call(packed)
-
-
-def test_verify_of_what_is_not_packed():
-    packed = packed_weight()
-    packed.drop()
-    packed.weight.data += 1
-    packed.verify()
-    prepack(torch.randn(4, 4, dtype=F64)).verify()
-
-
-def test_drop():
-    packed = packed_weight(backward=True)
-    plain = call(packed.weight)
-    packed.drop()
-    assert not packed.is_packed
-    assert packed.nbytes == 0
-    assert packed.route(64) == ("unpacked", "dropped")
-    assert torch.equal(call(packed), plain)
-    packed.drop("again, for another reason")
-    assert packed.reason == "again, for another reason"
-
-
-def test_drop_between_forward_and_backward():
-    """Backward keeps the pack that its forward pass was given; nothing dangles."""
-    packed = packed_weight(backward=True)
-    problem = make_problem(60, 40, 70, 5)
-    x = problem.x.requires_grad_()
-    y = lora_linear(x, packed, problem.lora_a, problem.lora_b)
-    packed.drop()
-    y.backward(problem.grad)
-    wanted = problem.grad @ (packed.weight + problem.lora_b @ problem.lora_a)
-    torch.testing.assert_close(x.grad, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_a_write_between_forward_and_backward_is_caught():
-    packed = packed_weight(backward=True)
-    problem = make_problem(60, 40, 70, 5)
-    y = lora_linear(problem.x.requires_grad_(), packed, problem.lora_a, problem.lora_b)
-    with torch.no_grad():
-        packed.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward(problem.grad)
-
-
-def test_a_pack_is_freed_with_its_last_user():
-    packed = packed_weight(backward=True)
-    watched = [weakref.ref(packed), weakref.ref(packed._packed), weakref.ref(packed._packed_t)]
-    call(packed)
-    del packed
-    assert [ref() for ref in watched] == [None] * 3
-
-
 # ---- together with the rest of torch ----
 
 
@@ -481,76 +310,3 @@ def test_every_dtype_runs_or_raises(pair):
     else:
         with pytest.raises(TypeError):
             lora_ext.lora_linear(problem.x, packed, *tensors)
-
-
-# ---- what a pack does not outlive ----
-
-
-def changed_by(change):
-    """A pack of an nn.Linear's weight, used, then changed: the layer, and the pack."""
-    layer = nn.Linear(40, 70, bias=False).requires_grad_(False)
-    packed = prepack(layer.weight)
-    assert packed.is_packed
-    call(packed)
-    change(layer)
-    return layer, packed
-
-
-CHANGES = {
-    "half": lambda layer: layer.half(),
-    "bfloat16": lambda layer: layer.to(torch.bfloat16),
-    "double": lambda layer: layer.double(),
-    "other data": lambda layer: setattr(layer.weight, "data", torch.randn(70, 40)),
-    "other strides": lambda layer: setattr(layer.weight, "data", torch.randn(40, 70).t()),
-    "in place": lambda layer: layer.weight.add_(1),
-    "data of inference mode": lambda layer: setattr(layer.weight, "data", inference_weight()),
-}
-
-
-def inference_weight():
-    with torch.inference_mode():
-        return torch.randn(70, 40)
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_pack_does_not_outlive_a_change(change):
-    """Modules cast and move by `weight.data = ...`: the same Parameter, of the same version."""
-    layer, packed = changed_by(CHANGES[change])
-    dtype = layer.weight.dtype
-    assert packed.route(60)[0] == "unpacked"
-    problem = make_problem(60, 40, 70, 5)
-    operands = [problem.x.to(dtype), problem.lora_a.to(dtype), problem.lora_b.to(dtype)]
-    x, lora_a, lora_b = operands
-    wanted = lora_linear(x, layer.weight.detach(), lora_a, lora_b)
-    assert torch.equal(lora_linear(x, packed, lora_a, lora_b), wanted)
-    assert not packed.is_packed
-    assert "replaced, moved or cast since it was packed" in packed.reason
-
-
-def test_a_weight_of_inference_mode_is_not_packed():
-    packed = prepack(inference_weight())
-    assert not packed.is_packed
-    assert "made under torch.inference_mode" in packed.reason
-    with torch.inference_mode():  # a weight from outside may be
-        assert prepack(torch.randn(70, 40)).reason == packed.reason
-    weight = torch.randn(70, 40)
-    with torch.inference_mode():
-        assert prepack(weight).is_packed
-
-
-def test_a_packed_transpose_does_not_outlive_a_change_before_backward():
-    """`weight.data = other` between forward and backward: dX is of the other, as torch's is."""
-    problem = make_problem(60, 40, 70, 5)
-    dy = torch.randn(60, 70)
-    grads = []
-    for is_packed in (True, False):
-        weight = problem.weight.clone()
-        operand = prepack(weight, backward=True) if is_packed else weight
-        x = problem.x.clone().requires_grad_()
-        y = lora_linear(x, operand, problem.lora_a, problem.lora_b)
-        weight.data = weight.flip(0)
-        y.backward(dy)
-        grads.append(x.grad)
-    torch.testing.assert_close(*grads)
-    wanted = dy @ (problem.weight.flip(0) + problem.lora_b @ problem.lora_a)
-    torch.testing.assert_close(grads[0], wanted, rtol=1e-4, atol=1e-3)
