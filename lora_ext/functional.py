@@ -132,8 +132,7 @@ def lora_update(
 
     Returns:
         A new contiguous tensor of y's shape and dtype. The sum is made in the widest of the dtypes,
-        at least in float32, and rounded once; on CUDA half operands are rounded once more before y
-        is added.
+        at least in float32, and rounded once.
 
     Raises:
         RuntimeError: shapes, rank, devices or numbers do not fit; a second backward.

@@ -170,7 +170,7 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid && !plan.given_base) add_base(out.y, args);
+  if (plan.library_base()) add_base(out.y, args);
   return out;
 }
 
@@ -194,7 +194,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   check_launch(
       cuda::launch_backward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.hybrid && !plan.given_base && args.need_dx) add_base(out.dx, args);
+  if (plan.library_base() && args.need_dx) add_base(out.dx, args);
   return out;
 }
 

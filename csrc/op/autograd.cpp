@@ -110,9 +110,9 @@ void check_transforms(const Base& base) {
   } catch (const c10::Error&) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         false, "lora_ext.", base.op(),
-        ": expected a call outside of torch.func's transforms (grad, vjp, vmap of a gradient), "
-        "which "
-        "cannot see into a C++ autograd Function, but got one inside; use lora_ext.reference.",
+        ": expected a call outside of torch.func's transforms (grad, vjp, vmap of a "
+        "gradient), which cannot see into a C++ autograd Function, but got one inside; "
+        "use lora_ext.reference.",
         base.op(), "_reference there");
   }
 }

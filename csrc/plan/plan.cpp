@@ -369,7 +369,7 @@ std::string Plan::describe() const {
   if (z != kNone) text << "  lora_reduce\n";
   if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
   if (!no_wgmma.empty()) text << "  without wgmma: " << no_wgmma << "\n";
-  if (hybrid && gemm.blocks > 0 && !given_base) text << "  the library's base product, onto it\n";
+  if (library_base() && gemm.blocks > 0) text << "  the library's base product, onto it\n";
   if (has_wgrad()) {
     text << "  lora_wgrad";
     if (dlora_a.splits > 0) text << " A: " << dlora_a.splits << " splits";

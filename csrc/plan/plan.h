@@ -169,7 +169,8 @@ struct Plan {
   std::string no_wgmma;      // on compute capability 9.0: why gemm has none
   Predicted predicted{};
 
-  bool in_grid() const;  // gemm makes T, too
+  bool in_grid() const;                                        // gemm makes T, too
+  bool library_base() const { return hybrid && !given_base; }  // X W^T or dY W, onto gemm's
   int64_t flag_count() const { return 3 * kFlagsApart + row_blocks; }
   // lora_wgrad makes a product: that of dA, or that of dB where lora_dsdb does not.
   bool has_wgrad() const { return dlora_a.splits > 0 || db_apart(); }

@@ -250,8 +250,7 @@ Launches our_forward(const Card& card, const Problem& p, const Plan& plan) {
   Launch gemm = lora_gemm(card, p, plan, {p.m, p.n, p.k}, false);
   if (plan.given_base) gemm.bytes += kHalf * area(p.m, p.n);  // y, which it adds onto
   launches.add(gemm);
-  if (plan.hybrid && !plan.given_base)
-    launches.add(library_product(card, "base", p.m, p.n, p.k, true));
+  if (plan.library_base()) launches.add(library_product(card, "base", p.m, p.n, p.k, true));
   return launches;
 }
 
@@ -298,7 +297,7 @@ Launches our_backward(const Card& card, const Problem& p, const Plan& plan) {
     launches.add(plan.early_wgrad ? after_dx(card, wgrad, dx, plan, p) : wgrad);
   }
   if (plan.g_a != kNone || plan.g_b != kNone) launches.add("lora_reduce_wgrad", sums_a + sums_b);
-  if (plan.hybrid && !plan.given_base && p.need_dx)
+  if (plan.library_base() && p.need_dx)
     launches.add(library_product(card, "dX", p.m, p.k, p.n, true));
   return launches;
 }
