@@ -10,23 +10,23 @@ from emulator.package import build
 
 pytestmark = pytest.mark.kernels
 
-# Tests of the op, which run as on CUDA, each file at a time.
+# Tests of the op, which run as on CUDA, two files at a time and the longest first.
 SUITES = {
-    "op/test_lora_update.py": 150,
     "op/test_numerics.py": 120,
-    "op/test_autograd.py": 100,
-    "op/test_shapes.py": 200,
-    "op/test_dropout.py": 60,
-    "op/test_registration.py": 100,
     "op/test_peer_bugs.py": 60,
+    "op/test_registration.py": 100,
+    "op/test_shapes.py": 200,
+    "op/test_lora_update.py": 150,
+    "op/test_autograd.py": 100,
+    "op/test_dropout.py": 60,
 }
 # On Hopper's lora_gemm, whose wgmma takes the execution layer longer.
 ON_HOPPER = (
-    "op/test_lora_update.py",
     "op/test_numerics.py",
+    "op/test_peer_bugs.py",
+    "op/test_lora_update.py",
     "op/test_autograd.py",
     "op/test_dropout.py",
-    "op/test_peer_bugs.py",
 )
 
 CALL = """
