@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import lora_linear
 from .adapter_spec import AdapterSpec
 from .fused import FusedLoRALayer
+from .quick import quick_operands
 
 DEFAULT_ADAPTER = "default"
 
@@ -111,6 +113,10 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
         return weight.t() if self.fan_in_fan_out else weight
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(self) is LoRALinear:  # a subclass may have another `matrix` or `factors`
+            operands = quick_operands(self, input)
+            if operands is not None:
+                return lora_linear(input, *operands)
         if not self.computes_base:
             return self.adapted(input)
         weight, bias = self.base_operands()

@@ -1,0 +1,49 @@
+"""The commonest forward of a `LoRALinear`, decided in a microsecond: one adapter, nothing special.
+
+`FusedLoRALayer.adapted` decides for all cases; with one row it would take as long as the product.
+Where the conditions here hold, it calls the op with the same operands (tested).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dtypes import HALVES
+from .updates import is_autocast
+
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+
+
+def quick_operands(layer: Any, x: Tensor) -> tuple | None:
+    """(weight, lora_a, lora_b, bias, scaling, dropout_p) for `lora_linear`, or None."""
+    state = layer.__dict__
+    names = state["active_adapters"]
+    if (
+        len(names) != 1
+        or state["merged_adapters"]
+        or state["_disabled"]
+        or state["packed"] is not None
+        or state["fan_in_fan_out"]
+        or type(x) is not Tensor
+        or x.is_nested
+        or _is_compiling()
+        or _tracing_state() is not None
+    ):
+        return None
+    name, tables, own = names[0], state["_modules"], state["_parameters"]
+    if name in tables["lora_a_init"]._parameters or name in tables["lora_bias"]._parameters:
+        return None
+    weight = own.get("weight")
+    lora_a = tables["lora_a"]._parameters.get(name)
+    lora_b = tables["lora_b"]._parameters.get(name)
+    if weight is None or lora_a is None or lora_b is None:  # computed from others
+        return None
+    if lora_a.dtype in HALVES and (lora_a.dtype is not x.dtype or is_autocast(x)):
+        return None
+    spec = state["adapters"][name]
+    dropout_p = spec.dropout if state["training"] else 0.0
+    return weight, lora_a, lora_b, own.get("bias"), spec.scaling, dropout_p

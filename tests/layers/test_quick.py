@@ -1,0 +1,138 @@
+"""LoRALinear's quick decision answers where it may, with the operands of the full one."""
+
+import pytest
+import torch
+from helpers import BF16, F32, F64
+from layer_helpers import IN, make_layer
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lora_ext import prepack
+from lora_ext.nn import AdapterSpec, fused
+from lora_ext.nn.quick import quick_operands
+
+SPECS = {"a": AdapterSpec(4, 6.0, dropout=0.25), "b": AdapterSpec(3, 3.0)}
+# What changes -> whether the quick decision may still answer.
+CHANGES = {
+    "nothing": True,
+    "eval": True,
+    "trained bias": True,
+    "another adapter": True,
+    "half weight, float32 adapters": True,
+    "half weight and adapters": True,
+    "several": False,
+    "none active": False,
+    "merged": False,
+    "disabled": False,
+    "packed": False,
+    "autocast, half adapters": False,
+    "half adapters, x in another dtype": False,
+    "lora_bias": False,
+    "pissa": False,
+    "parametrized weight": False,
+    "x of a subclass": False,
+}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def layer_with(change: str):
+    """A LoRALinear with two adapters, the first of them active, and what is to differ."""
+    specs = dict(SPECS)
+    if change == "lora_bias":
+        specs["a"] = AdapterSpec(4, 6.0, lora_bias=True)
+    elif change == "pissa":
+        specs["a"] = AdapterSpec(4, 6.0, init="pissa")
+    dtype = BF16 if "half" in change else F32
+    adapters = BF16 if "half adapters" in change or "weight and adapters" in change else None
+    layer = make_layer("linear", specs, dtype, adapters)
+    layer.set_adapter("a")
+    if change == "eval":
+        layer.eval()
+    elif change == "trained bias":
+        layer.bias.requires_grad_()
+    elif change == "another adapter":
+        layer.set_adapter("b")
+    elif change == "several":
+        layer.set_adapter(["a", "b"])
+    elif change == "none active":
+        layer.set_adapter([])
+    elif change == "merged":
+        layer.eval().merge()
+    elif change == "packed":
+        layer.packed = prepack(layer.weight)
+    elif change == "parametrized weight":
+        parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+def x_for(change: str, layer) -> torch.Tensor:
+    x = torch.randn(5, IN, dtype=F64 if "another dtype" in change else layer.weight.dtype)
+    return x.as_subclass(Subclass) if change == "x of a subclass" else x
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_quick_decision_is_the_full_one(change, monkeypatch):
+    layer = layer_with(change)
+    x = x_for(change, layer)
+    called = []
+    monkeypatch.setattr(fused, "lora_linear", lambda *operands: called.append(operands))
+    with torch.autocast("cpu", enabled="autocast" in change):
+        if change == "disabled":
+            with layer.disable_adapters():
+                operands = quick_operands(layer, x)
+        else:
+            operands = quick_operands(layer, x)
+            if CHANGES[change]:
+                layer.adapted(x)
+    assert (operands is not None) == CHANGES[change]
+    if operands is None:
+        return
+    ((full_x, *full),) = called
+    assert full_x is x and len(full) == len(operands)
+    for quick, wanted in zip(operands, full, strict=True):
+        assert quick is wanted or quick == wanted
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if "dtype" not in name])
+def test_a_forward_is_the_same_with_and_without_it(change, monkeypatch):
+    layer = layer_with(change).eval()
+    x = x_for(change, layer)
+
+    def forward():
+        with torch.autocast("cpu", enabled="autocast" in change):
+            if change == "disabled":
+                with layer.disable_adapters():
+                    return layer(x)
+            return layer(x)
+
+    y = forward()
+    monkeypatch.setattr("lora_ext.nn.linear.quick_operands", lambda layer, x: None)
+    assert torch.equal(y, forward())
+
+
+def test_subclasses_decide_for_themselves(monkeypatch):
+    layer = make_layer("merged_linear")
+    monkeypatch.setattr("lora_ext.nn.linear.quick_operands", None)  # would raise if it were asked
+    assert layer(torch.randn(5, IN)).shape == (5, layer.out_features)
+
+
+def test_a_traced_forward_takes_the_full_decision(monkeypatch):
+    layer = layer_with("eval")
+    x, found = torch.randn(5, IN), []
+
+    def asked(layer, x):
+        found.append(quick_operands(layer, x))
+        return found[-1]
+
+    monkeypatch.setattr("lora_ext.nn.linear.quick_operands", asked)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert found == [None]
+    assert torch.equal(traced(x), layer(x))
