@@ -1,9 +1,8 @@
 // The skinny passes of a LoRA linear on the CPU: what surrounds the base GEMM.
 //
-//     shrink   T[m, j]  = scale * sum_c mask(m, c) P[m, c] Q[c, j]          S = drop(x) A^T, dS =
-//     dY B expand   Y[m, c] += scale * mask(m, c) sum_j T[m, j] U[j, c]          Y += S B^T, dX +=
-//     dS A wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]          dA = dS^T drop(x),
-//     dB^T = S^T dY
+//     shrink   T[m, j]  = scale * sum_c mask(m, c) P[m, c] Q[c, j]   S = drop(x) A^T, dS = dY B
+//     expand   Y[m, c] += scale * mask(m, c) sum_j T[m, j] U[j, c]   Y += S B^T, dX += dS A
+//     wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]   dA = dS^T drop(x), dB = dY^T S
 //
 // rows = M, cols = K or N, rank = r. P and Y are in the activation dtype and are converted in
 // registers; T is float; Q and U are packed once a call from the adapters, whatever their dtype,
