@@ -1,7 +1,9 @@
 """PEFT's own tests on accelerated models, and what `scripts/peft_suite.py` makes of them."""
 
 import importlib.util
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,15 +11,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def load():
-    path = ROOT / "scripts" / "peft_suite.py"
-    spec = importlib.util.spec_from_file_location("peft_suite", path)
+def load(name):
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-suite = load()
+suite = load("peft_suite")
+
+# Loads an adapter by its name, its model by the name that the adapter has for it.
+LOADS = """
+import peft, transformers
+name = "peft-internal-testing/tiny-OPTForCausalLM-lora"
+model = peft.AutoPeftModelForCausalLM.from_pretrained(name)
+base = model.peft_config["default"].base_model_name_or_path
+tokens = transformers.AutoTokenizer.from_pretrained(base)("a word", return_tensors="pt")
+assert model(**tokens).logits.shape[1] == len("a word")
+"""
 
 
 def entry(outcome="passed", lora=True, paths=(), why=""):
@@ -47,6 +59,17 @@ def test_the_document_has_the_promised_share():
     text = suite.DOCUMENT.read_text()
     passed, cases = map(int, text.split("**")[1].split(" cases")[0].split(" of "))
     assert cases > 2500 and passed / cases >= 0.95
+
+
+def test_made_models_load_by_name(tmp_path, monkeypatch):
+    """With a hub of one model and one adapter and no network, in another process."""
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub = load("peft_suite_hub")
+    hub.make_model(tmp_path, hub.TINY_OPT)
+    hub.make_adapter(tmp_path, "peft-internal-testing/tiny-OPTForCausalLM-lora")
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", LOADS], env=environment, check=True)
 
 
 @pytest.mark.nightly
