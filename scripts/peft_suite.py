@@ -1,18 +1,18 @@
 """Runs PEFT's own LoRA tests on accelerated models and writes what came of it to the docs.
 
-    python scripts/peft_suite.py             # MINUTES minutes; writes docs/compatibility-suite.md
+    python scripts/peft_suite.py             # 20 minutes; writes docs/compatibility-suite.md
     python scripts/peft_suite.py --keep      # takes files that an earlier run recorded from there
     python scripts/peft_suite.py --only test_custom_models
-    python scripts/peft_suite.py --without-hub       # WITHOUT minutes; prints
+    python scripts/peft_suite.py --without-hub     # 10 minutes; prints
 
 The source distribution of the installed PEFT is downloaded by pip and unpacked under build/, so
 that nothing of it becomes part of this repository. The models that its tests load by name are made
 by scripts/peft_suite_hub.py: small ones with random weights; `--without-hub` leaves the tests that
 need one out. Each test file runs twice in a process of its own, with
 tests/peft_suite/peft_suite_plugin.py: as it is, and with `lora_ext.accelerate` on every LoRA model.
-A case counts if it injects a LoRA adapter and passes as it is: the rest needs a download, a GPU or
-a package that is not here. PEFT's tests want `pip install datasets diffusers parameterized scipy
-torchvision`.
+A test that is parametrized by the methods of PEFT runs for LoRA alone. A case counts if it injects
+a LoRA adapter and passes as it is: the rest needs a download, a GPU or a package that is not here.
+PEFT's tests want `pip install datasets diffusers parameterized scipy torchvision`.
 """
 
 from __future__ import annotations
@@ -130,13 +130,15 @@ def report(results: dict[str, tuple[dict, dict]]) -> str:
     """The document, from file -> (plain, accelerated)."""
     rows, failures, unable, reasons, left_out = [], [], [], Counter(), Counter()
     totals: Counter[str] = Counter()
+    before = 0  # cases that fail before a LoRA adapter is injected, or of another method
     for name, (plain, accelerated) in results.items():
         counts: Counter[str] = Counter()
         for case, entry in plain.items():
             if entry["outcome"] != "passed":
                 left_out[entry["outcome"]] += entry.get("lora", False)
-                if entry["outcome"] == "failed" and entry.get("lora"):
-                    unable.append((case, entry["why"].splitlines()[:1]))
+                if entry["outcome"] == "failed":
+                    before += not entry.get("lora")
+                    unable += [(case, entry["why"].splitlines()[:1])] if entry.get("lora") else []
                 continue
             if not entry.get("lora"):
                 continue
@@ -179,7 +181,8 @@ def report(results: dict[str, tuple[dict, dict]]) -> str:
         ),
         "## LoRA cases that are left out",
         ", ".join(f"{count} {outcome}" for outcome, count in left_out.most_common() if count)
-        + " as they are, without acceleration: they need a download, a GPU or another package.",
+        + " as they are, without acceleration: they need a download, a GPU or another package. "
+        f"Not counted: {before} fail so before a LoRA adapter is injected.",
         *(f"- `{case}`: {' '.join(why)}" for case, why in unable),
         f"Not run at all, since all cases need a GPU: {', '.join(sorted(NEED_GPU))}.",
     ]

@@ -37,8 +37,8 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-ENCODER = {**TEXT, **SIZES}
-GROUPED = {**ENCODER, "num_key_value_heads": 2}
+PLAIN = {**TEXT, **SIZES}
+GROUPED = {**PLAIN, "num_key_value_heads": 2}
 EXPERTS = {**GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 OPT = {
     **TEXT,
@@ -102,7 +102,7 @@ MODELS = {
     "google/flan-t5-small": Model("T5ForConditionalGeneration", GATED_T5),
     "gpt2": Model("GPT2LMHeadModel", GPT2),
     "hf-internal-testing/Mixtral-tiny": Model("MixtralForCausalLM", EXPERTS),
-    "hf-internal-testing/tiny-random-BertModel": Model("BertForPreTraining", ENCODER),
+    "hf-internal-testing/tiny-random-BertModel": Model("BertForPreTraining", PLAIN),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": Model(
         "Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 64}
     ),
@@ -119,19 +119,19 @@ MODELS = {
         "BartForConditionalGeneration", BART
     ),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": Model(
-        "BertForSequenceClassification", ENCODER
+        "BertForSequenceClassification", PLAIN
     ),
     "peft-internal-testing/tiny-random-BertModel": Model(
-        "BertForPreTraining", ENCODER, ("main", "v2.0.0")
+        "BertForPreTraining", PLAIN, ("main", "v2.0.0")
     ),
     "peft-internal-testing/tiny-random-BloomForCausalLM": Model("BloomForCausalLM", BLOOM),
-    "peft-internal-testing/tiny-random-DebertaModel": Model("DebertaModel", ENCODER),
-    "peft-internal-testing/tiny-random-DebertaV2Model": Model("DebertaV2Model", ENCODER),
+    "peft-internal-testing/tiny-random-DebertaModel": Model("DebertaModel", PLAIN),
+    "peft-internal-testing/tiny-random-DebertaV2Model": Model("DebertaV2Model", PLAIN),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": Model("GPT2LMHeadModel", GPT2),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": Model(
         "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}
     ),
-    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": Model("GPTNeoXForCausalLM", ENCODER),
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": Model("GPTNeoXForCausalLM", PLAIN),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", GROUPED),
     "peft-internal-testing/tiny-random-OPTForCausalLM": Model("OPTForCausalLM", OPT),
     "peft-internal-testing/tiny-random-ResNetForImageClassification": Model(
@@ -139,9 +139,9 @@ MODELS = {
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3},
     ),
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": Model(
-        "RobertaForSequenceClassification", ENCODER
+        "RobertaForSequenceClassification", PLAIN
     ),
-    "peft-internal-testing/tiny-random-RobertaModel": Model("RobertaModel", ENCODER),
+    "peft-internal-testing/tiny-random-RobertaModel": Model("RobertaModel", PLAIN),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration": Model(
         "T5ForConditionalGeneration", T5
     ),
@@ -180,7 +180,7 @@ MODELS = {
     "trl-internal-testing/tiny-Qwen3MoeForCausalLM": Model(
         "Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}
     ),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", GROUPED),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", PLAIN),
 }
 
 TINY_OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
@@ -327,7 +327,7 @@ def make_flux(home: Path, name: str) -> None:
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=1,
         joint_attention_dim=16,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),

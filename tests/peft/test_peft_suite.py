@@ -39,7 +39,8 @@ def entry(outcome="passed", lora=True, paths=(), why=""):
 def test_what_counts():
     """LoRA cases that pass as they are; a case that is missing or fails accelerated is named."""
     plain = {name: entry() for name in ("fast", "slow", "bare", "broken", "gone")}
-    plain |= {"offline": entry("failed"), "other method": entry(lora=False)}
+    plain |= {"offline": entry("failed", why="no network"), "other method": entry(lora=False)}
+    plain["no model"] = entry("failed", lora=False)
     accelerated = {
         "fast": entry(paths=["fused", "peft: arguments beside x"]),
         "slow": entry(paths=["peft: a variant of LoRA other than DoRA"]),
@@ -52,7 +53,8 @@ def test_what_counts():
     assert "| test_some | 5 | 3 | 1 of 2 | 1 of 1 | 1 of 2 |" in text
     assert "- `broken`: failed. assert 1 == 2" in text and "- `gone`: missing." in text
     assert "| a variant of LoRA other than DoRA | 1 |" in text
-    assert "1 failed as they are" in text
+    assert "1 failed as they are" in text and "- `offline`: no network" in text
+    assert "Not counted: 1 fail so before" in text
 
 
 def test_the_document_has_the_promised_share():
