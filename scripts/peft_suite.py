@@ -1,6 +1,6 @@
 """Runs PEFT's own LoRA tests on accelerated models and writes what came of it to the docs.
 
-    python scripts/peft_suite.py             # 20 minutes; writes docs/compatibility-suite.md
+    python scripts/peft_suite.py             # 25 minutes; writes docs/compatibility-suite.md
     python scripts/peft_suite.py --keep      # takes files that an earlier run recorded from there
     python scripts/peft_suite.py --only test_custom_models
     python scripts/peft_suite.py --without-hub     # 10 minutes; prints
@@ -12,7 +12,7 @@ need one out. Each test file runs twice in a process of its own, with
 tests/peft_suite/peft_suite_plugin.py: as it is, and with `lora_ext.accelerate` on every LoRA model.
 A test that is parametrized by the methods of PEFT runs for LoRA alone. A case counts if it injects
 a LoRA adapter and passes as it is: the rest needs a download, a GPU or a package that is not here.
-PEFT's tests want `pip install datasets diffusers parameterized scipy torchvision`.
+PEFT's tests want `pip install attrs datasets diffusers parameterized scipy torchvision`.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def report(results: dict[str, tuple[dict, dict]]) -> str:
     """The document, from file -> (plain, accelerated)."""
     rows, failures, unable, reasons, left_out = [], [], [], Counter(), Counter()
     totals: Counter[str] = Counter()
+    without = [name for name, (plain, _) in results.items() if not plain]
     before = 0  # cases that fail before a LoRA adapter is injected, or of another method
     for name, (plain, accelerated) in results.items():
         counts: Counter[str] = Counter()
@@ -184,7 +185,8 @@ def report(results: dict[str, tuple[dict, dict]]) -> str:
         + " as they are, without acceleration: they need a download, a GPU or another package. "
         f"Not counted: {before} fail so before a LoRA adapter is injected.",
         *(f"- `{case}`: {' '.join(why)}" for case, why in unable),
-        f"Not run at all, since all cases need a GPU: {', '.join(sorted(NEED_GPU))}.",
+        f"Not run at all, since all cases need a GPU: {', '.join(sorted(NEED_GPU))}. "
+        f"Without a case of LoRA that can be run: {', '.join(without) or 'none'}.",
     ]
     text = "\n\n".join(parts) + "\n"
     return re.sub(r"\|\n\n\|", "|\n|", text).replace("\n\n- ", "\n- ")
