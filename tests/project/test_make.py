@@ -98,6 +98,26 @@ def test_a_python_without_ensurepip_lends_its_pip_with_torch(tmp_path):
     assert found.stdout.strip() == str(venv)
 
 
+def test_tools_of_lent_packages_are_those_of_the_python_that_lends(tmp_path):
+    lender, venv = tmp_path / "lender", tmp_path / "venv"
+    python = program(lender / "python3", "#!/bin/sh\n")
+    program(venv / "bin" / "python", "#!/bin/sh\n")  # whose pip has nothing to install
+    for folder, name, says in (
+        (lender, "ruff", "lent"),
+        (lender, "vermin", "lent"),
+        (venv / "bin", "vermin", "own"),
+    ):
+        program(folder / name, f"#!/bin/sh\necho {says}\n")
+    for stamp in (".torch", ".built"):
+        (venv / stamp).touch()
+    command = ["make", "--silent", f"VENV={venv}", f"PYTHON={python}", str(venv / ".tools")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [subprocess.check_output([venv / "bin" / name]) for name in ("ruff", "vermin")]
+    assert said == [b"lent\n", b"own\n"]
+    assert not os.path.lexists(venv / "bin" / "pyright")
+
+
 def targets() -> list[str]:
     """Those that CONTRIBUTING.md names, and those that the Makefile calls phony."""
     named = re.findall(r"`make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text())
