@@ -30,6 +30,7 @@ CHANGES = {
     "lora_bias": False,
     "pissa": False,
     "parametrized weight": False,
+    "parametrized factor": False,
     "x of a subclass": False,
 }
 
@@ -70,6 +71,8 @@ def layer_with(change: str):
         layer.packed = prepack(layer.weight)
     elif change == "parametrized weight":
         parametrize.register_parametrization(layer, "weight", Doubled())
+    elif change == "parametrized factor":
+        parametrize.register_parametrization(layer.lora_b, "a", Doubled())
     return layer
 
 
