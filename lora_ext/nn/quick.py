@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
-from .updates import is_autocast
-
-_is_compiling = torch.compiler.is_compiling
-_tracing_state = torch._C._get_tracing_state
+from .updates import is_autocast, is_traced
 
 
 def quick_operands(layer: Any, x: Tensor) -> tuple | None:
@@ -30,8 +26,7 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         or state["fan_in_fan_out"]
         or type(x) is not Tensor
         or x.is_nested
-        or _is_compiling()
-        or _tracing_state() is not None
+        or is_traced()
     ):
         return None
     name, tables, own = names[0], state["_modules"], state["_parameters"]

@@ -18,6 +18,9 @@ from ..dtypes import FLOATS, HALVES
 from ..functional import lora_update
 from .adapter_spec import MAX_RANK
 
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+
 
 class Update(NamedTuple):
     """scaling * ((drop(x) lora_a^T) lora_b^T + bias), the part of one active adapter.
@@ -141,9 +144,12 @@ def is_plain(tensor: Tensor) -> bool:
 def is_onnx_export() -> bool:
     """Whether torch.onnx.export, which has no operator for the op, is tracing."""
     # The question about ONNX itself costs microseconds; either exporter traces in one of two ways.
-    if torch._C._get_tracing_state() is None and not torch.compiler.is_compiling():
-        return False
-    return torch.onnx.is_in_onnx_export()
+    return is_traced() and torch.onnx.is_in_onnx_export()
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records what is called."""
+    return _is_compiling() or _tracing_state() is not None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

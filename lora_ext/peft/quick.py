@@ -16,10 +16,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..dtypes import FLOATS, HALVES
 from ..functional import lora_linear
 from ..nn.adapter_spec import MAX_RANK
+from ..nn.updates import is_traced
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
-_is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
-_tracing_state = torch._C._get_tracing_state
+_is_autocast_enabled = torch.is_autocast_enabled
 _transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
@@ -45,8 +45,7 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         or not state["cast_input_dtype_enabled"]
         or type(x) is not Tensor
         or not (x.is_cpu or x.is_cuda)
-        or _is_compiling()
-        or _tracing_state() is not None
+        or is_traced()
         or _has_any_global_hook()
         or _transforms() is not None
         or _forward_ad._current_level >= 0

@@ -1,5 +1,7 @@
 """LoRALinear's quick decision answers where it may, with the operands of the full one."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from helpers import BF16, F32, F64
@@ -81,20 +83,24 @@ def x_for(change: str, layer) -> torch.Tensor:
     return x.as_subclass(Subclass) if change == "x of a subclass" else x
 
 
+@contextmanager
+def region(change: str, layer):
+    """In which the layer is called."""
+    disabled = layer.disable_adapters() if change == "disabled" else nullcontext()
+    with torch.autocast("cpu", enabled="autocast" in change), disabled:
+        yield
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_quick_decision_is_the_full_one(change, monkeypatch):
     layer = layer_with(change)
     x = x_for(change, layer)
     called = []
     monkeypatch.setattr(fused, "lora_linear", lambda *operands: called.append(operands))
-    with torch.autocast("cpu", enabled="autocast" in change):
-        if change == "disabled":
-            with layer.disable_adapters():
-                operands = quick_operands(layer, x)
-        else:
-            operands = quick_operands(layer, x)
-            if CHANGES[change]:
-                layer.adapted(x)
+    with region(change, layer):
+        operands = quick_operands(layer, x)
+        if CHANGES[change]:
+            layer.adapted(x)
     assert (operands is not None) == CHANGES[change]
     if operands is None:
         return
@@ -110,10 +116,7 @@ def test_a_forward_is_the_same_with_and_without_it(change, monkeypatch):
     x = x_for(change, layer)
 
     def forward():
-        with torch.autocast("cpu", enabled="autocast" in change):
-            if change == "disabled":
-                with layer.disable_adapters():
-                    return layer(x)
+        with region(change, layer):
             return layer(x)
 
     y = forward()
