@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
+from .grouped import Factors, Scaling, is_grouped, operands
 from .packed_weight import PackedWeight, prepack
 
 __all__ = ["PackedWeight", "dropout_mask", "lora_linear", "lora_update", "prepack"]
 
 _forward = torch.ops.lora_ext.lora_linear.default
 _update = torch.ops.lora_ext.lora_update.default
+_grouped_forward = torch.ops.lora_ext.lora_linear_grouped.default
+_grouped_update = torch.ops.lora_ext.lora_update_grouped.default
 _mask = torch.ops.lora_ext.dropout_mask.default
 
 # Seeds are any non-negative int64.
@@ -27,16 +30,24 @@ def draw_seed(device: torch.device) -> Tensor:
 def lora_linear(
     x: Tensor,
     weight: Tensor | PackedWeight,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Factors,
+    lora_b: Factors,
     bias: Tensor | None = None,
-    scaling: float = 1.0,
+    scaling: Scaling = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
+    *,
+    index: Tensor | None = None,
+    offs: Tensor | None = None,
+    ranks: Tensor | None = None,
 ) -> Tensor:
     """A frozen linear layer with a low-rank update (Hu et al. 2021, LoRA).
 
         y = x W^T + scaling * (drop(x) lora_a^T) lora_b^T + bias
+
+    With ``index`` or ``offs``, each row has an adapter of its own, or none:
+
+        y[m] = x[m] W^T + scaling[g] * (drop(x)[m] lora_a[g]^T) lora_b[g]^T + bias,  g = index[m]
 
     Differentiable once in x, lora_a, lora_b and bias, each computed only if needed; never in
     weight. Saved for backward: x, the [M, r] product drop(x) lora_a^T and a seed of 8 bytes.
@@ -51,31 +62,45 @@ def lora_linear(
             gradients are float32.
         lora_b: ``[out_features, r]`` in lora_a's dtype.
         bias: ``[out_features]`` in x's dtype or float32.
-        scaling: factor of the update: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        scaling: factor of the update: alpha / r, or alpha / sqrt(r) for rsLoRA. Of many adapters
+            one for all, or one each: a sequence, or a float32 tensor ``[adapters]`` on x's device.
         dropout_p: probability in [0, 1) that an element of x is zero in the update (not in the base
             product), as PEFT's lora_dropout. The keep probability is rounded to 1/65536 and the
             kept elements are divided by the rounded value. The mask is a function of a seed that
             each call draws from torch's generator and of (row, column); it is never stored. An
             element that is dropped does not propagate NaN.
         training: False turns dropout off.
+        index: int32, one element for each row of x (any shape), from -1 (the base alone) to
+            adapters - 1. Then lora_a and lora_b are lists of matrices, whose ranks may differ, or
+            pools ``[adapters, r, in_features]`` and ``[adapters, out_features, r]``.
+        offs: in place of an index, int32 ``[adapters]``: adapter g has the rows from offs[g - 1] (0
+            for the first) to offs[g], as groups of `torch.nn.functional.grouped_mm` have; rows from
+            offs[-1] on have the base alone.
+        ranks: of the slots of a pool, int32 ``[adapters]``: slot g is lora_a[g, :ranks[g]] and
+            lora_b[g, :, :ranks[g]]; a rank of 0 is a free slot, whose rows have the base alone.
+
+    Each of many adapters has the gradient of its own rows, summed in their order; one without rows
+    has zeros. What is in the factors of an adapter reaches no row but its own.
 
     Returns:
         ``[..., out_features]`` in x's dtype (the autocast dtype under autocast).
 
     Raises:
+        IndexError: an index, offs or ranks names what does not exist.
         RuntimeError: shapes, rank, devices or numbers do not fit; weight requires grad under grad
             mode; a second backward.
         TypeError: a dtype does not fit, an operand is no tensor, x is nested, or scaling is no
             number.
     """
+    if is_grouped(index, offs, ranks):
+        return _linear_of_many(
+            x, weight, lora_a, lora_b, bias, scaling, dropout_p, training, index, offs, ranks
+        )
     packed = packed_t = None
     if not (isinstance(x, Tensor) and isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)):
         raise _not_a_tensor("lora_linear", x=x, lora_a=lora_a, lora_b=lora_b)
     if x.is_nested:
-        raise TypeError(
-            "lora_ext.lora_linear: expected a dense x, but got a nested one; pass x.values() of a "
-            "jagged layout, whose rows are independent"
-        )
+        raise _nested("lora_linear", "x")
     if scaling is None or isinstance(scaling, str):
         raise TypeError(f"lora_ext.lora_linear: expected a number scaling, but got {scaling!r}")
     if isinstance(weight, PackedWeight):
@@ -83,11 +108,7 @@ def lora_linear(
     elif not isinstance(weight, Tensor):
         raise _not_a_tensor("lora_linear", weight=weight)
     if not training:
-        if not 0.0 <= dropout_p < 1.0:
-            raise RuntimeError(
-                f"lora_ext.lora_linear: expected dropout_p in [0, 1), but got {dropout_p}"
-            )
-        dropout_p = 0.0
+        dropout_p = _turned_off(dropout_p)
     if dropout_p == 0.0:
         return _forward(
             x, weight, lora_a, lora_b, bias, scaling, 0.0, None, 0, 0, False, packed, packed_t
@@ -98,16 +119,49 @@ def lora_linear(
     )
 
 
+def _linear_of_many(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    lora_a: Factors,
+    lora_b: Factors,
+    bias: Tensor | None,
+    scaling: Scaling,
+    dropout_p: float,
+    training: bool,
+    *groups: Tensor | None,
+) -> Tensor:
+    packed = packed_t = None
+    if not isinstance(x, Tensor):
+        raise _not_a_tensor("lora_linear", x=x)
+    if x.is_nested:
+        raise _nested("lora_linear", "x")
+    if isinstance(weight, PackedWeight):
+        weight, packed, packed_t = weight.operands(x)
+    elif not isinstance(weight, Tensor):
+        raise _not_a_tensor("lora_linear", weight=weight)
+    if not training:
+        dropout_p = _turned_off(dropout_p)
+    factors = operands("lora_linear", x, lora_a, lora_b, scaling)
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
+    return _grouped_forward(
+        x, weight, *factors, *groups, bias, dropout_p, seed, 0, 0, False, packed, packed_t
+    )
+
+
 def lora_update(
     y: Tensor,
     x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float = 1.0,
+    lora_a: Factors,
+    lora_b: Factors,
+    scaling: Scaling = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     row_offset: int = 0,
     col_offset: int = 0,
+    *,
+    index: Tensor | None = None,
+    offs: Tensor | None = None,
+    ranks: Tensor | None = None,
 ) -> Tensor:
     """A low-rank update added onto what a base layer, of whatever kind, returned for x.
 
@@ -129,23 +183,31 @@ def lora_update(
         seed: int64 tensor of one element on x's device, which fixes the mask (`dropout_mask`); None
             draws one from torch's generator.
         row_offset, col_offset: of x in the whole mask, where x is a part of a larger tensor.
+        index, offs, ranks: of many adapters, as in `lora_linear`.
 
     Returns:
         A new contiguous tensor of y's shape and dtype. The sum is made in the widest of the dtypes,
         at least in float32, and rounded once.
 
     Raises:
+        IndexError: an index, offs or ranks names what does not exist.
         RuntimeError: shapes, rank, devices or numbers do not fit; a second backward.
         TypeError: a dtype does not fit, an operand is no tensor or nested, or scaling is no number.
     """
-    for name, tensor in (("y", y), ("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+    many = is_grouped(index, offs, ranks)
+    one = () if many else (("lora_a", lora_a), ("lora_b", lora_b))
+    for name, tensor in (("y", y), ("x", x), *one):
         if not isinstance(tensor, Tensor):
             raise _not_a_tensor("lora_update", **{name: tensor})
         if tensor.is_nested:
-            raise TypeError(
-                f"lora_ext.lora_update: expected a dense {name}, but got a nested one; pass "
-                f"{name}.values() of a jagged layout, whose rows are independent"
-            )
+            raise _nested("lora_update", name)
+    if many:
+        factors = operands("lora_update", x, lora_a, lora_b, scaling)
+        if seed is None and dropout_p > 0.0:
+            seed = draw_seed(x.device)
+        return _grouped_update(
+            y, x, *factors, index, offs, ranks, dropout_p, seed, row_offset, col_offset
+        )
     if scaling is None or isinstance(scaling, str):
         raise TypeError(f"lora_ext.lora_update: expected a number scaling, but got {scaling!r}")
     if seed is None and dropout_p > 0.0:
@@ -153,10 +215,26 @@ def lora_update(
     return _update(y, x, lora_a, lora_b, scaling, dropout_p, seed, row_offset, col_offset)
 
 
+def _turned_off(dropout_p: float) -> float:
+    if not 0.0 <= dropout_p < 1.0:
+        raise RuntimeError(
+            f"lora_ext.lora_linear: expected dropout_p in [0, 1), but got {dropout_p}"
+        )
+    return 0.0
+
+
+def _nested(function: str, name: str) -> TypeError:
+    return TypeError(
+        f"lora_ext.{function}: expected a dense {name}, but got a nested one; pass {name}.values() "
+        "of a jagged layout, whose rows are independent"
+    )
+
+
 def _not_a_tensor(function: str, **operands: object) -> TypeError:
     name, got = next((n, t) for n, t in operands.items() if not isinstance(t, Tensor))
+    many = "; many adapters need index or offs" if isinstance(got, list | tuple) else ""
     return TypeError(
-        f"lora_ext.{function}: expected {name} to be a tensor, but got {type(got).__name__}"
+        f"lora_ext.{function}: expected {name} to be a tensor, but got {type(got).__name__}{many}"
     )
 
 

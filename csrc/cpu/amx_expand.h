@@ -108,7 +108,7 @@ void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col
   const __m512 scale = _mm512_set1_ps(args.scale);
   const int64_t cols = std::min(kColBlock, args.cols - col);
   for (int64_t m = 0; m < rows; ++m) {
-    BFloat16* y = static_cast<BFloat16*>(args.y) + (row + m) * args.y_pitch + col;
+    BFloat16* y = static_cast<BFloat16*>(args.y) + args.rows[row + m] * args.y_pitch + col;
     const uint32_t* keep_row = bits == nullptr ? kKeepAll : bits + m * bits_pitch;
     if (cols == kColBlock) {
       add_columns32(y, keep_row[0], scale, sums + m * kColBlock);
@@ -131,7 +131,7 @@ void expand(const ExpandArgs& args, Range rows) {
     const int64_t block_rows = std::min(kRowBlock, rows.end - m);
     for (int64_t c = 0; c < args.cols; c += kColBlock) {
       if (drop && c % kMaskCols == 0) {
-        dropout_bits<AmxDropout>(args.dropout, {m, m + block_rows},
+        dropout_bits<AmxDropout>(args.dropout, args.rows, {m, m + block_rows},
                                  {c, std::min(c + kMaskCols, args.cols)}, bits, kMaskCols / 32);
       }
       expand_block(args, m, block_rows, c, drop ? bits + c % kMaskCols / 32 : nullptr,

@@ -30,17 +30,19 @@ void pack_shrink(const AdapterView& adapter, void* panel) {
   }
 }
 
-// Rows [0, rows) and columns [0, cols) of src, masked, zero-padded to 32 columns and 32 rows.
-void stage_rows(const BFloat16* src, int64_t src_pitch, int64_t rows, int64_t cols,
+// Some rows and columns [0, cols) of src, masked, zero-padded to 32 columns and 32 rows.
+void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range range, int64_t cols,
                 const uint32_t* bits, int64_t bits_pitch, BFloat16* dst) {
+  const int64_t rows = range.end - range.begin;
   for (int64_t m = 0; m < kRowBlock; ++m) {
+    const BFloat16* in = src + (m < rows ? index[range.begin + m] : 0) * src_pitch;
     BFloat16* out = dst + m * kShrinkDepth;
     for (int64_t c = 0; c < cols; c += kTileDepth) {
       uint32_t keep = m < rows ? 0xFFFFFFFFu : 0u;
       if (cols - c < kTileDepth) keep &= (1u << (cols - c)) - 1;
       if (bits != nullptr && m < rows) keep &= bits[m * bits_pitch + c / 32];
       // Lanes that are masked off are not read: no address beyond the row is touched.
-      const __m512i value = _mm512_maskz_loadu_epi16(keep, src + m * src_pitch + c);
+      const __m512i value = _mm512_maskz_loadu_epi16(keep, in + c);
       _mm512_storeu_si512(out + c, value);
     }
   }
@@ -92,17 +94,20 @@ void shrink(const ShrinkArgs& args, Range rows) {
   uint32_t bits[kRowBlock * kShrinkDepth / 32];
   for (int64_t m = rows.begin; m < rows.end; m += kRowBlock) {
     const int64_t block_rows = std::min(kRowBlock, rows.end - m);
+    const Range block{m, m + block_rows};
     std::memset(sums, 0, static_cast<size_t>(kRowBlock * rank_pad) * sizeof(float));
     for (int64_t c = 0; c < args.cols; c += kShrinkDepth) {
       const int64_t depth = std::min(kShrinkDepth, args.cols - c);
-      const BFloat16* a = static_cast<const BFloat16*>(args.p) + m * args.p_pitch + c;
+      const auto* p = static_cast<const BFloat16*>(args.p) + c;
+      const BFloat16* a = p + m * args.p_pitch;
       int64_t a_pitch = args.p_pitch;
       if (drop) {
-        dropout_bits<AmxDropout>(args.dropout, {m, m + block_rows}, {c, c + depth}, bits,
+        dropout_bits<AmxDropout>(args.dropout, args.rows, block, {c, c + depth}, bits,
                                  kShrinkDepth / 32);
       }
-      if (drop || block_rows < kRowBlock || depth % kTileDepth != 0) {
-        stage_rows(a, a_pitch, block_rows, depth, drop ? bits : nullptr, kShrinkDepth / 32, staged);
+      if (drop || args.rows.at != nullptr || block_rows < kRowBlock || depth % kTileDepth != 0) {
+        stage_rows(p, a_pitch, args.rows, block, depth, drop ? bits : nullptr, kShrinkDepth / 32,
+                   staged);
         a = staged;
         a_pitch = kShrinkDepth;
       }

@@ -4,13 +4,20 @@
 
 // P of 64 columns and an even number of rows, masked, two rows interleaved:
 // dst[pair][column][2]; rows beyond `rows` and columns beyond `cols` are zero.
-void stage_pairs(const BFloat16* src, int64_t src_pitch, int64_t rows, int64_t rows_pad,
-                 int64_t cols, const uint32_t* bits, int64_t bits_pitch, BFloat16* dst) {
+void stage_pairs(const BFloat16* src, int64_t src_pitch, RowIndex index, Range range,
+                 int64_t rows_pad, int64_t cols, const uint32_t* bits, int64_t bits_pitch,
+                 BFloat16* dst) {
+  const int64_t rows = range.end - range.begin;
+  // A row that does not exist is not read: its lanes are masked off.
+  const auto row_at = [&](int64_t m) {
+    return src + (m < rows ? index[range.begin + m] : 0) * src_pitch;
+  };
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t m = 0; m < rows_pad; m += 2) {
     BFloat16* out = dst + m * kColBlock;
+    const BFloat16 *even = row_at(m), *odd = row_at(m + 1);
     for (int64_t c = 0; c < kColBlock; c += kTileDepth) {
       const int64_t exist = std::clamp<int64_t>(cols - c, 0, kTileDepth);
       const uint32_t inside = exist == kTileDepth ? 0xFFFFFFFFu : (1u << exist) - 1;
@@ -18,9 +25,8 @@ void stage_pairs(const BFloat16* src, int64_t src_pitch, int64_t rows, int64_t r
       uint32_t keep1 = m + 1 < rows ? inside : 0u;
       if (bits != nullptr && m < rows) keep0 &= bits[m * bits_pitch + c / 32];
       if (bits != nullptr && m + 1 < rows) keep1 &= bits[(m + 1) * bits_pitch + c / 32];
-      const BFloat16* in = src + m * src_pitch + c;
-      const __m512i row0 = _mm512_maskz_loadu_epi16(keep0, in);
-      const __m512i row1 = _mm512_maskz_loadu_epi16(keep1, in + src_pitch);
+      const __m512i row0 = _mm512_maskz_loadu_epi16(keep0, even + c);
+      const __m512i row1 = _mm512_maskz_loadu_epi16(keep1, odd + c);
       _mm512_storeu_si512(out + c * 2, _mm512_permutex2var_epi16(row0, low, row1));
       _mm512_storeu_si512(out + c * 2 + 32, _mm512_permutex2var_epi16(row0, high, row1));
     }
@@ -105,15 +111,16 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
     for (int64_t m = 0; m < args.rows; m += kWgradRows) {
       const int64_t block_rows = std::min(kWgradRows, args.rows - m);
       const int64_t rows_pad = round_up(block_rows, kTileDepth);
+      const Range block{m, m + block_rows};
       const auto* t = static_cast<const BFloat16*>(args.t) + m * rank_pad * 2;
       if (drop) {
-        dropout_bits<AmxDropout>(args.dropout, {m, m + block_rows}, {c0, c1}, bits, kBitsPitch);
+        dropout_bits<AmxDropout>(args.dropout, args.row_index, block, {c0, c1}, bits, kBitsPitch);
       }
       for (int64_t c = c0; c < c1; c += kColBlock) {
         const int64_t block_cols = std::min(kColBlock, c1 - c);
         const uint32_t* keep = drop ? bits + (c - c0) / 32 : nullptr;
-        const auto* p = static_cast<const BFloat16*>(args.p) + m * args.p_pitch + c;
-        stage_pairs(p, args.p_pitch, block_rows, rows_pad, block_cols, keep, kBitsPitch, staged);
+        stage_pairs(static_cast<const BFloat16*>(args.p) + c, args.p_pitch, args.row_index, block,
+                    rows_pad, block_cols, keep, kBitsPitch, staged);
         float* block_sums = sums + (c - c0) * rank_pad;
         for (int64_t j = 0; j < rank_pad; j += kTileRows) {
           wgrad_tiles(t + j * kWgradRows, t + (rank_pad + j) * kWgradRows, staged, rows_pad,

@@ -64,4 +64,6 @@ const SkinnyKernels* kernels_for(Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? choice->bfloat16 : choice->general;
 }
 
+const SkinnyKernels* kernels_for_few_rows() { return current().load()->general; }
+
 }  // namespace lora_ext::cpu

@@ -20,4 +20,7 @@ bool set_isa(const std::string& name);
 // The kernels for activations of `dtype`, null on the library route.
 const SkinnyKernels* kernels_for(Dtype dtype);
 
+// The same for so few rows that tiles of 32 would be mostly empty.
+const SkinnyKernels* kernels_for_few_rows();
+
 }  // namespace lora_ext::cpu

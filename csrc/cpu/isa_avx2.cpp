@@ -23,6 +23,7 @@ namespace {
 #include "cpu/simd_dropout.h"
 // clang-format off
 #include "cpu/wgrad_store.h"
+#include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
 // clang-format on
 
@@ -56,6 +57,24 @@ struct Avx2 {
   static void store(Float16* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // Pairs of rows, then of pairs within halves of 128 bits, then the halves.
+  static void transpose(Vec (&rows)[kLanes]) {
+    Vec pairs[kLanes], fours[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      for (int high = 0; high < 2; ++high) {
+        fours[i + 2 * high] = _mm256_shuffle_ps(pairs[i + high], pairs[i + 2 + high], 0x44);
+        fours[i + 2 * high + 1] = _mm256_shuffle_ps(pairs[i + high], pairs[i + 2 + high], 0xEE);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+      rows[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
   }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }

@@ -24,6 +24,7 @@ namespace {
 #include "cpu/simd_dropout.h"
 // clang-format off
 #include "cpu/wgrad_store.h"
+#include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
 // clang-format on
 
@@ -56,6 +57,31 @@ struct Avx512 {
   static void store(Float16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // Pairs of rows, then of pairs within quarters of 128 bits, then the quarters.
+  static void transpose(Vec (&rows)[kLanes]) {
+    Vec pairs[kLanes], fours[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < kLanes; i += 4) {
+      for (int high = 0; high < 2; ++high) {
+        fours[i + 2 * high] = _mm512_shuffle_ps(pairs[i + high], pairs[i + 2 + high], 0x44);
+        fours[i + 2 * high + 1] = _mm512_shuffle_ps(pairs[i + high], pairs[i + 2 + high], 0xEE);
+      }
+    }
+    // fours[4 b + c]: column c of each quarter, rows 4 b .. 4 b + 3.
+    for (int c = 0; c < 4; ++c) {
+      const Vec low = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88);   // quarters 0, 2
+      const Vec high = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xDD);  // quarters 1, 3
+      const Vec low2 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+      const Vec high2 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xDD);
+      rows[c] = _mm512_shuffle_f32x4(low, low2, 0x88);
+      rows[4 + c] = _mm512_shuffle_f32x4(high, high2, 0x88);
+      rows[8 + c] = _mm512_shuffle_f32x4(low, low2, 0xDD);
+      rows[12 + c] = _mm512_shuffle_f32x4(high, high2, 0xDD);
+    }
   }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

@@ -11,6 +11,7 @@ namespace {
 #include "cpu/simd_dropout.h"
 // clang-format off
 #include "cpu/wgrad_store.h"
+#include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
 // clang-format on
 
@@ -35,6 +36,15 @@ struct Portable {
   template <class T>
   static void store(T* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+  }
+  static void transpose(Vec (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = i + 1; j < kLanes; ++j) {
+        const float below = rows[j][i];
+        rows[j][i] = rows[i][j];
+        rows[i][j] = below;
+      }
+    }
   }
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec multiply(Vec a, Vec b) { return a * b; }

@@ -46,7 +46,8 @@ struct DropoutRow {
 constexpr int64_t kDropoutSlab = 512;
 
 template <class Isa>
-void dropout_bits(const Dropout& dropout, Range rows, Range cols, uint32_t* bits, int64_t pitch) {
+void dropout_bits(const Dropout& dropout, RowIndex index, Range rows, Range cols, uint32_t* bits,
+                  int64_t pitch) {
   const DropoutKeys keys(dropout.seed);
   const uint64_t first_col = static_cast<uint64_t>(dropout.col_offset + cols.begin);
   const int shift = static_cast<int>(first_col % 32);
@@ -64,7 +65,7 @@ void dropout_bits(const Dropout& dropout, Range rows, Range cols, uint32_t* bits
       products[i] = uint64_t{philox::kMul0} * (static_cast<uint32_t>(group0 + i) ^ keys.k0[0]);
     }
     for (int64_t m = rows.begin; m < rows.end; ++m) {
-      const DropoutRow row(static_cast<uint64_t>(dropout.row_offset + m), keys);
+      const DropoutRow row(static_cast<uint64_t>(dropout.row_offset + index[m]), keys);
       for (int64_t i = 0; i < rounded; ++i) {
         Isa::dropout_words(products + i * Isa::kDropoutWords * 4, row, keys, dropout.keep_count,
                            words + i * Isa::kDropoutWords);

@@ -80,19 +80,16 @@ void multiply_block(int64_t rows, int64_t lanes, int64_t depth, const float* a, 
   run(std::integral_constant<int, 1>{});
 }
 
-template <class T>
-const T* element(const void* base, int64_t index) {
-  return static_cast<const T*>(base) + index;
-}
-
-// dst[m, c] = keep(m, c) ? float(src[m, c]) : 0, with zeros from cols to cols_pad.
+// dst[m, c] = keep(m, c) ? float(src[index[rows.begin + m], c]) : 0, with zeros from cols to
+// cols_pad.
 template <class Isa, class T>
-void stage(const T* src, int64_t src_pitch, int64_t rows, int64_t cols, int64_t cols_pad,
-           const uint32_t* bits, int64_t bits_pitch, float* dst, int64_t dst_pitch) {
+void stage(const T* src, int64_t src_pitch, RowIndex index, Range rows, int64_t cols,
+           int64_t cols_pad, const uint32_t* bits, int64_t bits_pitch, float* dst,
+           int64_t dst_pitch) {
   constexpr int64_t kLanes = Isa::kLanes;
   const int64_t whole = cols / kLanes * kLanes;
-  for (int64_t m = 0; m < rows; ++m) {
-    const T* in = src + m * src_pitch;
+  for (int64_t m = 0; m < rows.end - rows.begin; ++m) {
+    const T* in = src + index[rows.begin + m] * src_pitch;
     const uint32_t* keep = bits == nullptr ? nullptr : bits + m * bits_pitch;
     float* out = dst + m * dst_pitch;
     if (bits != nullptr) {
@@ -110,15 +107,16 @@ void stage(const T* src, int64_t src_pitch, int64_t rows, int64_t cols, int64_t 
   }
 }
 
-// y[m, c] += scale * keep(m, c) * sum[m, c]
+// y[index[rows.begin + m], c] += scale * keep(m, c) * sum[m, c]
 template <class Isa, class T>
-void add_block(T* y, int64_t y_pitch, int64_t rows, int64_t cols, const uint32_t* bits,
-               int64_t bits_pitch, float scale, const float* sum, int64_t sum_pitch) {
+void add_block(T* y, int64_t y_pitch, RowIndex index, Range rows, int64_t cols,
+               const uint32_t* bits, int64_t bits_pitch, float scale, const float* sum,
+               int64_t sum_pitch) {
   constexpr int64_t kLanes = Isa::kLanes;
   const int64_t whole = cols / kLanes * kLanes;
   const auto factor = Isa::broadcast(scale);
-  for (int64_t m = 0; m < rows; ++m) {
-    T* out = y + m * y_pitch;
+  for (int64_t m = 0; m < rows.end - rows.begin; ++m) {
+    T* out = y + index[rows.begin + m] * y_pitch;
     const float* in = sum + m * sum_pitch;
     const uint32_t* keep = bits == nullptr ? nullptr : bits + m * bits_pitch;
     for (int64_t c = 0; c < whole; c += kLanes) {
@@ -134,48 +132,6 @@ void add_block(T* y, int64_t y_pitch, int64_t rows, int64_t cols, const uint32_t
   }
 }
 
-template <class Isa>
-int64_t shrink_panel_bytes(int64_t rank, int64_t cols) {
-  return cols * round_up(rank, Isa::kLanes) * static_cast<int64_t>(sizeof(float));
-}
-
-// panel[c][j] = float(adapter(j, c)), zero for j >= rank: [cols, rank_pad]
-template <class Isa>
-void pack_shrink(const AdapterView& adapter, void* panel) {
-  const int64_t pitch = round_up(adapter.rank, Isa::kLanes);
-  float* out = static_cast<float*>(panel);
-  with_dtype(adapter.dtype, [&](auto type) {
-    for (int64_t c = 0; c < adapter.cols; ++c) {
-      const auto* in = element<decltype(type)>(adapter.data, c * adapter.col_pitch);
-      for (int64_t j = 0; j < adapter.rank; ++j) {
-        out[c * pitch + j] = to_float(in[j * adapter.rank_pitch]);
-      }
-      for (int64_t j = adapter.rank; j < pitch; ++j) out[c * pitch + j] = 0.0f;
-    }
-  });
-}
-
-template <class Isa>
-int64_t expand_panel_bytes(int64_t rank, int64_t cols) {
-  return rank * round_up(cols, Isa::kLanes) * static_cast<int64_t>(sizeof(float));
-}
-
-// panel[j][c] = float(adapter(j, c)), zero for c >= cols: [rank, cols_pad]
-template <class Isa>
-void pack_expand(const AdapterView& adapter, void* panel) {
-  const int64_t pitch = round_up(adapter.cols, Isa::kLanes);
-  float* out = static_cast<float*>(panel);
-  with_dtype(adapter.dtype, [&](auto type) {
-    for (int64_t j = 0; j < adapter.rank; ++j) {
-      const auto* in = element<decltype(type)>(adapter.data, j * adapter.rank_pitch);
-      for (int64_t c = 0; c < adapter.cols; ++c) {
-        out[j * pitch + c] = to_float(in[c * adapter.col_pitch]);
-      }
-      for (int64_t c = adapter.cols; c < pitch; ++c) out[j * pitch + c] = 0.0f;
-    }
-  });
-}
-
 template <class Isa, class T>
 void shrink(const ShrinkArgs& args, Range rows) {
   const int64_t rank_pad = round_up(args.rank, Isa::kLanes);
@@ -185,26 +141,25 @@ void shrink(const ShrinkArgs& args, Range rows) {
   uint32_t bits[kRowBlock * kShrinkDepth / 32];
   for (int64_t m = rows.begin; m < rows.end; m += kRowBlock) {
     const int64_t block_rows = std::min(kRowBlock, rows.end - m);
+    const Range block{m, m + block_rows};
     std::fill_n(sums, block_rows * rank_pad, 0.0f);
     for (int64_t c = 0; c < args.cols; c += kShrinkDepth) {
       const int64_t depth = std::min(kShrinkDepth, args.cols - c);
-      const T* p = element<T>(args.p, m * args.p_pitch + c);
       const float* a = staged;
       int64_t a_pitch = kShrinkDepth;
       const bool drop = args.dropout.enabled();
       if (drop) {
-        dropout_bits<Isa>(args.dropout, {m, m + block_rows}, {c, c + depth}, bits,
-                          kShrinkDepth / 32);
+        dropout_bits<Isa>(args.dropout, args.rows, block, {c, c + depth}, bits, kShrinkDepth / 32);
       }
       if constexpr (std::is_same_v<T, float>) {
-        if (!drop) {
-          a = p;
+        if (!drop && args.rows.at == nullptr) {
+          a = element<T>(args.p, m * args.p_pitch + c);
           a_pitch = args.p_pitch;
         }
       }
       if (a == staged) {
-        stage<Isa>(p, args.p_pitch, block_rows, depth, depth, drop ? bits : nullptr,
-                   kShrinkDepth / 32, staged, kShrinkDepth);
+        stage<Isa>(element<T>(args.p, c), args.p_pitch, args.rows, block, depth, depth,
+                   drop ? bits : nullptr, kShrinkDepth / 32, staged, kShrinkDepth);
       }
       multiply_block<Isa>(block_rows, rank_pad, depth, a, a_pitch, 1, q + c * rank_pad, rank_pad,
                           sums, rank_pad);
@@ -228,8 +183,8 @@ void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col
   multiply_block<Isa>(rows, lanes, args.rank, t, args.rank, 1,
                       static_cast<const float*>(args.u) + col, round_up(args.cols, Isa::kLanes),
                       sums, kColBlock);
-  add_block<Isa>(static_cast<T*>(args.y) + row * args.y_pitch + col, args.y_pitch, rows, cols, bits,
-                 bits_pitch, args.scale, sums, kColBlock);
+  add_block<Isa>(static_cast<T*>(args.y) + col, args.y_pitch, args.rows, {row, row + rows}, cols,
+                 bits, bits_pitch, args.scale, sums, kColBlock);
 }
 
 template <class Isa, class T>
@@ -241,7 +196,7 @@ void expand(const ExpandArgs& args, Range rows) {
     for (int64_t c = 0; c < args.cols; c += kColBlock) {
       const int64_t block_cols = std::min(kColBlock, args.cols - c);
       if (drop) {
-        dropout_bits<Isa>(args.dropout, {m, m + block_rows}, {c, c + block_cols}, bits,
+        dropout_bits<Isa>(args.dropout, args.rows, {m, m + block_rows}, {c, c + block_cols}, bits,
                           kColBlock / 32);
       }
       expand_block<Isa, T>(args, m, block_rows, c, block_cols, drop ? bits : nullptr,
@@ -263,11 +218,13 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
     std::fill_n(sums, args.rank * kColBlock, 0.0f);
     for (int64_t m = 0; m < args.rows; m += kWgradRows) {
       const int64_t block_rows = std::min(kWgradRows, args.rows - m);
+      const Range block{m, m + block_rows};
       if (drop) {
-        dropout_bits<Isa>(args.dropout, {m, m + block_rows}, {c, c + block_cols}, bits, kBitsPitch);
+        dropout_bits<Isa>(args.dropout, args.row_index, block, {c, c + block_cols}, bits,
+                          kBitsPitch);
       }
-      stage<Isa>(element<T>(args.p, m * args.p_pitch + c), args.p_pitch, block_rows, block_cols,
-                 lanes, drop ? bits : nullptr, kBitsPitch, staged, kColBlock);
+      stage<Isa>(element<T>(args.p, c), args.p_pitch, args.row_index, block, block_cols, lanes,
+                 drop ? bits : nullptr, kBitsPitch, staged, kColBlock);
       const float* t = static_cast<const float*>(args.t) + m * args.rank;
       multiply_block<Isa>(args.rank, lanes, block_rows, t, 1, args.rank, staged, kColBlock, sums,
                           kColBlock);

@@ -7,7 +7,8 @@
 // rows = M, cols = K or N, rank = r. P and Y are in the activation dtype and are converted in
 // registers; T is float; Q and U are packed once a call from the adapters, whatever their dtype,
 // and T into what expand and wgrad read, unless that is T itself.
-// Expand and wgrad over the same columns share one pass, and with it one mask.
+// Expand and wgrad over the same columns share one pass, and with it one mask. The rows of a pass
+// need not lie together: a RowIndex says where each is (many adapters in one batch).
 //
 // One table of functions per instruction set. Each is torch-free and single-threaded over a range
 // of rows or columns; route/cpu_route.cpp spreads ranges over threads. An element's sum has the
@@ -31,6 +32,14 @@ struct Dropout {
   bool enabled() const { return keep_count < philox::kKeepOne; }
 };
 
+// Where the rows of a pass are: row m of P and Y, and of the mask, is rows[m]. T has them in the
+// order of the pass.
+struct RowIndex {
+  const int32_t* at = nullptr;  // null: they are the rows themselves
+
+  int64_t operator[](int64_t m) const { return at == nullptr ? m : at[m]; }
+};
+
 // A strided view of an adapter: element (j, c) for rank index j and column c.
 struct AdapterView {
   const void* data;
@@ -52,6 +61,7 @@ struct ShrinkArgs {
   float scale;
   float* t;  // [rows, rank]
   Dropout dropout;
+  RowIndex rows{};
 };
 
 struct ExpandArgs {
@@ -65,6 +75,7 @@ struct ExpandArgs {
   float scale;
   const void* t;  // [rows, rank], packed by pack_expand_t if there is one
   Dropout dropout;
+  RowIndex rows{};
 };
 
 struct WgradArgs {
@@ -80,6 +91,7 @@ struct WgradArgs {
   int64_t g_rank_pitch;
   int64_t g_col_pitch;
   Dropout dropout;
+  RowIndex row_index{};
 };
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -115,9 +127,10 @@ struct SkinnyKernels {
   // Columns [cols) of G; with a non-null expand.y also of Y, which shares T and the mask.
   void (*wgrad)(const WgradArgs& args, const ExpandArgs& expand, Range cols);
 
-  // Bit c of word c / 32 in a row of `pitch` words is set when (row0 + m, col0 + c) is kept.
-  void (*dropout_bits)(const Dropout& dropout, Range rows, Range cols, uint32_t* bits,
-                       int64_t pitch);
+  // Bit c of word c / 32 in row m of `pitch` words is set when (index[rows.begin + m],
+  // cols.begin + c) is kept.
+  void (*dropout_bits)(const Dropout& dropout, RowIndex index, Range rows, Range cols,
+                       uint32_t* bits, int64_t pitch);
 };
 
 // Null where this build or this processor lacks the instruction set.

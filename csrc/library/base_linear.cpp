@@ -22,16 +22,16 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
 
 }  // namespace
 
-at::Tensor base_forward(const ForwardArgs& args) {
-  if (args.base.is_given()) return args.base.y.clone(at::MemoryFormat::Contiguous);
-  if (args.base.packed) return packed_linear(args.x, *args.base.packed, args.base.bias);
-  return at::linear(args.x, args.base.weight, args.base.bias);
+at::Tensor base_forward(const at::Tensor& x, const Base& base) {
+  if (base.is_given()) return base.y.clone(at::MemoryFormat::Contiguous);
+  if (base.packed) return packed_linear(x, *base.packed, base.bias);
+  return at::linear(x, base.weight, base.bias);
 }
 
-at::Tensor base_backward(const BackwardArgs& args) {
-  if (args.base.is_given()) return at::zeros(args.x.sizes(), args.x.options());
-  if (args.base.packed_t) return packed_linear(args.grad, *args.base.packed_t, std::nullopt);
-  return at::mm(args.grad, args.base.weight);
+at::Tensor base_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base) {
+  if (base.is_given()) return at::zeros(x.sizes(), x.options());
+  if (base.packed_t) return packed_linear(grad, *base.packed_t, std::nullopt);
+  return at::mm(grad, base.weight);
 }
 
 void add_base(at::Tensor& y, const ForwardArgs& args) { y.addmm_(args.x, args.base.weight.t()); }

@@ -6,8 +6,10 @@
 
 namespace lora_ext {
 
-at::Tensor base_forward(const ForwardArgs& args);    // [M, N], a fresh tensor
-at::Tensor base_backward(const BackwardArgs& args);  // [M, K], a fresh tensor
+// [M, N] of x [M, K], a fresh tensor
+at::Tensor base_forward(const at::Tensor& x, const Base& base);
+// [M, K] of dY [M, N], a fresh tensor of x's dtype
+at::Tensor base_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
 // Of a weight, onto what the low-rank part has written; a bias is there already.
 void add_base(at::Tensor& y, const ForwardArgs& args);

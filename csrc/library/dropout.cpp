@@ -34,7 +34,7 @@ void for_mask_rows(const DropoutArgs& args, int64_t first_row, int64_t rows, int
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> bits(static_cast<size_t>((cols + 31) / 32));
     for (int64_t m = begin; m < end; ++m) {
-      dropout_kernels().dropout_bits(dropout, {m, m + 1}, {0, cols}, bits.data(),
+      dropout_kernels().dropout_bits(dropout, {}, {m, m + 1}, {0, cols}, bits.data(),
                                      static_cast<int64_t>(bits.size()));
       row(m, bits.data());
     }

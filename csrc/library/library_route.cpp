@@ -63,7 +63,7 @@ at::Tensor scaled_rows(const BackwardArgs& args, int64_t row, int64_t count) {
 
 Forward forward_wide(const ForwardArgs& args) {
   const at::ScalarType wide = args.update.lora_a.scalar_type();
-  Forward out{base_forward(args),
+  Forward out{base_forward(args.x, args.base),
               at::empty({args.x.size(0), args.update.rank()}, args.update.lora_a.options())};
   const int64_t columns = std::max(args.x.size(1), out.y.size(1));
   for_row_blocks(args.x, columns, wide, [&](int64_t row, int64_t count) {
@@ -84,7 +84,7 @@ Forward forward_same(const ForwardArgs& args) {
   if (args.base.is_given()) {
     y = at::addmm(args.base.y, s, args.update.lora_b.t(), 1, args.update.scaling);
   } else if (args.x.is_cpu() || args.base.packed) {
-    y = base_forward(args);
+    y = base_forward(args.x, args.base);
     y.addmm_(s, args.update.lora_b.t(), 1, args.update.scaling);
   } else {
     y = at::empty({args.x.size(0), args.update.out_features()}, args.x.options());
@@ -111,7 +111,7 @@ Backward backward_wide(const BackwardArgs& args) {
                     ? at::zeros({args.update.lora_b.size(1), args.update.lora_b.size(0)}, wide)
                     : at::zeros(args.update.lora_b.sizes(), wide).t();
   }
-  if (args.need_dx) out.dx = base_backward(args);
+  if (args.need_dx) out.dx = base_backward(args.grad, args.x, args.base);
   const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
   for_row_blocks(args.x, columns, wide.dtype().toScalarType(), [&](int64_t row, int64_t count) {
     at::Tensor grad = scaled_rows(args, row, count);
@@ -156,7 +156,7 @@ Backward backward_same(const BackwardArgs& args) {
                       : scaled_mm(args.grad.t(), s, args.update.scaling);
   }
   const bool given = args.base.is_given();
-  if (args.need_dx && !given) out.dx = base_backward(args);
+  if (args.need_dx && !given) out.dx = base_backward(args.grad, args.x, args.base);
   if (!args.need_dlora_a && !args.need_dx) return out;
   const at::Tensor ds = scaled_mm(args.grad, args.update.lora_b, args.update.scaling);
   const bool drop = args.update.dropout.enabled();

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "op/flat.h"
+#include "op/grouped_ops.h"
 #include "op/ops.h"
 
 namespace lora_ext {
@@ -23,13 +24,25 @@ Update update_for(const Update& update, at::ScalarType dtype, c10::DeviceType de
   return own;
 }
 
+GroupedUpdate update_for(const GroupedUpdate& update, at::ScalarType dtype,
+                         c10::DeviceType device) {
+  GroupedUpdate own = update;
+  for (at::Tensor& a : own.lora_a) a = adapter_for(a, dtype, device);
+  for (at::Tensor& b : own.lora_b) b = adapter_for(b, dtype, device);
+  return own;
+}
+
+Base cast(const Base& base) {
+  Base own = base;
+  own.cast_weight = true;
+  return own;
+}
+
 template <c10::DispatchKey key, c10::DeviceType device>
 at::Tensor lora_linear_autocast(const at::Tensor& x, const Base& base, const Update& update) {
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  Base cast = base;
-  cast.cast_weight = true;
-  return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), cast,
+  return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), cast(base),
                           update_for(update, dtype, device));
 }
 
@@ -42,9 +55,31 @@ at::Tensor lora_update_autocast(const at::Tensor& y, const at::Tensor& x, const 
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>
+at::Tensor lora_linear_grouped_autocast(const at::Tensor& x, const Base& base,
+                                        const GroupedUpdate& update) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+  return ops::lora_linear_grouped(at::autocast::cached_cast(dtype, x, device), cast(base),
+                                  update_for(update, dtype, device));
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
+at::Tensor lora_update_grouped_autocast(const at::Tensor& y, const at::Tensor& x,
+                                        const GroupedUpdate& update) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+  return ops::lora_update_grouped(y, at::autocast::cached_cast(dtype, x, device),
+                                  update_for(update, dtype, device));
+}
+
+template <c10::DispatchKey key, c10::DeviceType device>
 void register_autocast(torch::Library& m) {
   m.impl("lora_linear", TORCH_FN((flat::lora_linear<lora_linear_autocast<key, device>>)));
   m.impl("lora_update", TORCH_FN((flat::lora_update<lora_update_autocast<key, device>>)));
+  m.impl("lora_linear_grouped",
+         TORCH_FN((flat::lora_linear_grouped<lora_linear_grouped_autocast<key, device>>)));
+  m.impl("lora_update_grouped",
+         TORCH_FN((flat::lora_update_grouped<lora_update_grouped_autocast<key, device>>)));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "cpu/dispatch.h"
 #include "library/base_linear.h"
 #include "library/library_route.h"
+#include "route/cpu_operands.h"
 
 namespace lora_ext::cpu {
 namespace {
@@ -22,30 +23,6 @@ namespace {
 constexpr int64_t kMinRows = 8;
 constexpr int64_t kMinRowsOfHighRank = 48;
 constexpr int64_t kHighRank = 32;
-
-Dtype dtype_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      return Dtype::kFloat32;
-  }
-}
-
-Dropout dropout_of(const DropoutArgs& args) {
-  if (!args.enabled()) return {};
-  return {static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()), args.first_row(),
-          args.first_col(), args.keep_count()};
-}
-
-// [rank, cols] as the kernels see it: lora_a directly, lora_b transposed.
-AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
-  return {adapter.const_data_ptr(), dtype_of(adapter.scalar_type()),
-          adapter.stride(rank_dim), adapter.stride(1 - rank_dim),
-          adapter.size(rank_dim),   adapter.size(1 - rank_dim)};
-}
 
 template <class Bytes, class Pack>
 at::Tensor packed(const AdapterView& view, Bytes bytes, Pack pack) {
@@ -176,7 +153,7 @@ std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x, at::Sca
 Forward forward(const ForwardArgs& args) {
   const std::optional<Passes> passes = passes_of(args.x, args.y_dtype(), args.update);
   if (!passes) return library_route::forward(args);
-  at::Tensor y = base_forward(args);
+  at::Tensor y = base_forward(args.x, args.base);
   const double keep_scale = args.update.dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
   at::Tensor s = shrink(*passes->over_x, args.x, view_of(args.update.lora_a, 0), keep_scale,
                         dropout_of(args.update.dropout));
@@ -189,7 +166,7 @@ Backward backward(const BackwardArgs& args) {
   if (!passes) return library_route::backward(args);
   Backward out;
   const ExpandArgs no_expand{};
-  if (args.need_dx) out.dx = base_backward(args);
+  if (args.need_dx) out.dx = base_backward(args.grad, args.x, args.base);
   if (args.need_dlora_b) {
     out.dlora_b = at::empty(args.update.lora_b.sizes(), args.update.lora_b.options());
     wgrad(*passes->over_y, args.grad, args.s, out.dlora_b, 1, args.update.scaling, Dropout{},

@@ -1,0 +1,76 @@
+#include "common/segments.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace lora_ext {
+namespace {
+
+at::Tensor on_host(const at::Tensor& numbers) {
+  return numbers.reshape({-1}).to(at::kCPU).contiguous();
+}
+
+int64_t rank_of(const GroupedUpdate& update, const int32_t* ranks, int64_t adapter) {
+  if (update.is_pool()) return ranks == nullptr ? update.max_rank() : ranks[adapter];
+  return update.lora_a[adapter].size(0);
+}
+
+// begins[g]: of adapter g among the sorted rows; one more for the end.
+std::vector<int64_t> sort_by_index(const char* op, const int32_t* index, int64_t rows,
+                                   int64_t adapters, std::vector<int32_t>& order) {
+  std::vector<int64_t> begins(static_cast<size_t>(adapters) + 1, 0);
+  for (int64_t m = 0; m < rows; ++m) {
+    TORCH_CHECK_INDEX(index[m] >= -1 && index[m] < adapters, "lora_ext.", op,
+                      ": expected an index from -1 (no adapter) to ", adapters - 1, ", but got ",
+                      index[m], " for row ", m);
+    if (index[m] >= 0) ++begins[static_cast<size_t>(index[m]) + 1];
+  }
+  std::partial_sum(begins.begin(), begins.end(), begins.begin());
+  order.resize(static_cast<size_t>(begins.back()));
+  std::vector<int64_t> next = begins;
+  for (int64_t m = 0; m < rows; ++m) {
+    if (index[m] >= 0) order[next[index[m]]++] = static_cast<int32_t>(m);
+  }
+  return begins;
+}
+
+std::vector<int64_t> sorted_by_offs(const char* op, const int32_t* offs, int64_t rows,
+                                    int64_t adapters, std::vector<int32_t>& order) {
+  std::vector<int64_t> begins(static_cast<size_t>(adapters) + 1, 0);
+  for (int64_t g = 0; g < adapters; ++g) {
+    TORCH_CHECK_INDEX(offs[g] >= begins[g] && offs[g] <= rows, "lora_ext.", op,
+                      ": expected offs that ascend from 0 to at most the ", rows, " rows, but got ",
+                      offs[g], " at ", g);
+    begins[g + 1] = offs[g];
+  }
+  order.resize(static_cast<size_t>(begins.back()));
+  std::iota(order.begin(), order.end(), 0);
+  return begins;
+}
+
+}  // namespace
+
+Segments segments_of(const char* op, const GroupedUpdate& update, int64_t rows) {
+  const int64_t adapters = update.adapters();
+  Segments out;
+  const at::Tensor numbers = on_host(update.index ? *update.index : *update.offs);
+  const int32_t* data = numbers.const_data_ptr<int32_t>();
+  const std::vector<int64_t> begins = update.index
+                                          ? sort_by_index(op, data, rows, adapters, out.order)
+                                          : sorted_by_offs(op, data, rows, adapters, out.order);
+  const at::Tensor ranks = update.ranks ? on_host(*update.ranks) : at::Tensor();
+  const int32_t* rank_data = ranks.defined() ? ranks.const_data_ptr<int32_t>() : nullptr;
+  for (int64_t g = 0; g < adapters; ++g) {
+    const int64_t rank = rank_of(update, rank_data, g), count = begins[g + 1] - begins[g];
+    TORCH_CHECK_INDEX(rank >= 0 && rank <= update.max_rank(), "lora_ext.", op,
+                      ": expected ranks from 0 to ", update.max_rank(), ", but got ", rank, " at ",
+                      g);
+    if (count > 0 && rank > 0) out.list.push_back({g, begins[g], count, rank});
+  }
+  return out;
+}
+
+}  // namespace lora_ext

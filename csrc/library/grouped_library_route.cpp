@@ -1,0 +1,147 @@
+// Each adapter's rows as a call of library_route.h: gathered, with dropout applied beforehand by
+// the rows that they are in x, onto a y that is given.
+#include "library/grouped_library_route.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+
+#include "common/segments.h"
+#include "library/base_linear.h"
+#include "library/dropout.h"
+#include "library/library_route.h"
+
+namespace lora_ext::library_route {
+namespace {
+
+// The rows of one segment in tensors of the call.
+class Rows {
+ public:
+  Rows(const Segments& segments, const Segment& segment, const at::Device& device)
+      : at_(segments.order.data() + segment.begin), count_(segment.count) {
+    if (is_range()) return;
+    auto* data = const_cast<int32_t*>(at_);
+    index_ = at::from_blob(data, {count_}, at::TensorOptions(at::kInt)).to(device);
+  }
+
+  at::Tensor of(const at::Tensor& tensor) const {
+    return is_range() ? tensor.narrow(0, at_[0], count_) : tensor.index_select(0, index_);
+  }
+  void put(at::Tensor& tensor, const at::Tensor& rows) const {
+    if (is_range()) {
+      tensor.narrow(0, at_[0], count_).copy_(rows);
+    } else {
+      tensor.index_copy_(0, index_.to(at::kLong), rows);
+    }
+  }
+  // rows *= keep_scale * mask, by where they are in the call.
+  void drop(at::Tensor& rows, const DropoutArgs& dropout) const {
+    for (int64_t begin = 0, end = 0; begin < count_; begin = end) {
+      while (end < count_ && at_[end] - at_[begin] == end - begin) ++end;
+      at::Tensor run = rows.narrow(0, begin, end - begin);
+      drop_(run, dropout, at_[begin]);
+    }
+  }
+
+ private:
+  bool is_range() const { return at_[count_ - 1] - at_[0] == count_ - 1; }
+
+  const int32_t* at_;
+  int64_t count_;
+  at::Tensor index_;
+};
+
+at::Tensor factor_of(const std::vector<at::Tensor>& factors, bool pool, int64_t rank_dim,
+                     const Segment& segment) {
+  return pool ? factors[0].select(0, segment.adapter).narrow(rank_dim, 0, segment.rank)
+              : factors[static_cast<size_t>(segment.adapter)];
+}
+
+// The adapter of one segment; its dropout has been applied.
+Update update_of(const GroupedUpdate& update, const Segment& segment, const float* scaling) {
+  const bool pool = update.is_pool();
+  return {factor_of(update.lora_a, pool, 0, segment), factor_of(update.lora_b, pool, 1, segment),
+          scaling[segment.adapter]};
+}
+
+// drop(X) of the rows, in the adapters' dtype where something is dropped.
+at::Tensor inputs_of(const at::Tensor& x, const GroupedUpdate& update, const Rows& rows) {
+  at::Tensor own = rows.of(x);
+  if (!update.dropout.enabled()) return own;
+  own = own.to(update.lora_a[0].scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  rows.drop(own, update.dropout);
+  return own;
+}
+
+// The part of S that a segment has.
+at::Tensor s_of(const at::Tensor& s, const Segment& segment) {
+  return s.narrow(0, segment.begin, segment.count)
+      .view({-1})
+      .narrow(0, 0, segment.count * segment.rank)
+      .view({segment.count, segment.rank});
+}
+
+at::Tensor on_host(const at::Tensor& scaling) { return scaling.to(at::kCPU).contiguous(); }
+
+// Where an adapter's gradient goes, if it is wanted: for a pool into the gradient of all.
+struct Gradients {
+  Gradients(const std::vector<at::Tensor>& factors, const std::vector<bool>& wanted)
+      : each(factors.size()) {
+    for (size_t i = 0; i < factors.size(); ++i) {
+      if (wanted[i]) each[i] = at::zeros(factors[i].sizes(), factors[i].options());
+    }
+  }
+  bool wants(bool pool, const Segment& segment) const {
+    return each[pool ? 0 : static_cast<size_t>(segment.adapter)].defined();
+  }
+  void put(bool pool, int64_t rank_dim, const Segment& segment, const at::Tensor& gradient) {
+    factor_of(each, pool, rank_dim, segment).copy_(gradient);
+  }
+  std::vector<at::Tensor> each;
+};
+
+}  // namespace
+
+GroupedForward forward(const GroupedForwardArgs& args) {
+  const GroupedUpdate& update = args.update;
+  const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
+  const at::Tensor scaling = on_host(update.scaling);
+  const at::ScalarType sums = accumulation_dtype(args.x.scalar_type());
+  GroupedForward out{base_forward(args.x, args.base),
+                     at::zeros({args.x.size(0), update.max_rank()}, args.x.options().dtype(sums))};
+  for (const Segment& segment : segments.list) {
+    const Rows rows(segments, segment, args.x.device());
+    const Forward own = forward({inputs_of(args.x, update, rows), Base::given(rows.of(out.y)),
+                                 update_of(update, segment, scaling.const_data_ptr<float>())});
+    rows.put(out.y, own.y);
+    s_of(out.s, segment).copy_(own.s);
+  }
+  return out;
+}
+
+GroupedBackward backward(const GroupedBackwardArgs& args) {
+  const GroupedUpdate& update = args.update;
+  const bool pool = update.is_pool();
+  const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
+  const at::Tensor scaling = on_host(update.scaling);
+  at::Tensor dx;
+  if (args.need_dx) dx = base_backward(args.grad, args.x, args.base);
+  Gradients da(update.lora_a, args.need_dlora_a), db(update.lora_b, args.need_dlora_b);
+  for (const Segment& segment : segments.list) {
+    const bool need_a = da.wants(pool, segment), need_b = db.wants(pool, segment);
+    const Rows rows(segments, segment, args.x.device());
+    const Backward own =
+        backward({rows.of(args.grad), inputs_of(args.x, update, rows), Base::given(),
+                  update_of(update, segment, scaling.const_data_ptr<float>()),
+                  s_of(args.s, segment), args.need_dx, need_a, need_b});
+    if (need_a) da.put(pool, 0, segment, own.dlora_a);
+    if (need_b) db.put(pool, 1, segment, own.dlora_b);
+    if (!args.need_dx) continue;
+    at::Tensor delta = own.dx;
+    if (update.dropout.enabled()) rows.drop(delta, update.dropout);
+    rows.put(dx, rows.of(dx).add(delta.to(dx.scalar_type())));
+  }
+  return {dx, da.each, db.each};
+}
+
+}  // namespace lora_ext::library_route

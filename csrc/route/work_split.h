@@ -1,0 +1,43 @@
+// Pieces of unequal work over threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace lora_ext::cpu {
+
+// Threads that a sum of work, in multiply-adds, is worth.
+inline int64_t threads_for(int64_t work) {
+  constexpr int64_t kMinWork = 1 << 18;  // what a thread's start costs, about 5 us
+  return std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
+}
+
+// Calls run(thread, piece) for every piece, in each thread those that follow one another: a piece
+// has a `work`. With whom a piece runs decides nothing about its result.
+template <class Piece, class Run>
+void run_pieces(const std::vector<Piece>& pieces, int64_t threads, const Run& run) {
+  int64_t total = 0;
+  for (const Piece& piece : pieces) total += piece.work;
+  std::vector<size_t> firsts(static_cast<size_t>(threads) + 1, pieces.size());
+  firsts[0] = 0;
+  int64_t before = 0, thread = 1;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    // A piece goes to the thread in whose share its middle lies.
+    while (thread < threads && 2 * before + pieces[i].work > 2 * (total / threads) * thread) {
+      firsts[static_cast<size_t>(thread++)] = i;
+    }
+    before += pieces[i].work;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (auto t = static_cast<size_t>(begin); t < static_cast<size_t>(end); ++t) {
+      for (size_t i = firsts[t]; i < firsts[t + 1]; ++i) {
+        run(static_cast<int64_t>(t), pieces[i]);
+      }
+    }
+  });
+}
+
+}  // namespace lora_ext::cpu

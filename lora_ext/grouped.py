@@ -1,0 +1,70 @@
+"""Calls of many adapters: what `lora_linear` and `lora_update` do where an index or offs is given.
+
+    y[m] = x[m] W^T + bias + scaling[g] (drop(x)[m] A_g^T) B_g^T      g the adapter of row m
+
+Factors are lists of matrices, whose ranks may differ, or a pool: two tensors with one slot for each
+adapter. Nothing is copied for a row, and no factor is padded to the largest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factors", "Scaling"]
+
+Factors: TypeAlias = Tensor | Sequence[Tensor]
+Scaling: TypeAlias = float | Sequence[float] | Tensor
+
+
+def is_grouped(index: Tensor | None, offs: Tensor | None, ranks: Tensor | None) -> bool:
+    """Whether a call is one of many adapters."""
+    return index is not None or offs is not None or ranks is not None
+
+
+def operands(
+    function: str, x: Tensor, lora_a: Factors, lora_b: Factors, scaling: Scaling
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The factors and the scaling as the op takes them.
+
+    Raises:
+        TypeError: a factor is no tensor, or scaling is no number.
+    """
+    first, second = _listed(function, "lora_a", lora_a), _listed(function, "lora_b", lora_b)
+    adapters = len(first[0]) if len(first) == 1 and first[0].dim() == 3 else len(first)
+    return first, second, _scaling(function, scaling, adapters, x.device)
+
+
+def _listed(function: str, name: str, factors: Factors) -> list[Tensor]:
+    if isinstance(factors, Tensor):
+        if factors.dim() != 3:
+            raise RuntimeError(
+                f"lora_ext.{function}: expected {name} of many adapters as a list of matrices or a "
+                f"pool of 3 dimensions, but got a tensor of shape {list(factors.shape)}"
+            )
+        return [factors]
+    listed = list(factors)
+    for i, factor in enumerate(listed):
+        if not isinstance(factor, Tensor):
+            raise TypeError(
+                f"lora_ext.{function}: expected {name}[{i}] to be a tensor, but got "
+                f"{type(factor).__name__}"
+            )
+    return listed
+
+
+def _scaling(function: str, scaling: Scaling, adapters: int, device: torch.device) -> Tensor:
+    if isinstance(scaling, Tensor) and scaling.dim() > 0:
+        return scaling
+    try:
+        if isinstance(scaling, Sequence):
+            return torch.tensor(scaling, dtype=torch.float32, device=device)
+        return torch.full((adapters,), float(scaling), dtype=torch.float32, device=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"lora_ext.{function}: expected scaling to be a number, a sequence of numbers or a "
+            f"float32 tensor, one for each adapter, but got {scaling!r}"
+        ) from error
