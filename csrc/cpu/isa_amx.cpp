@@ -59,6 +59,9 @@ constexpr SkinnyKernels kKernels = {"amx",
                                     shrink,
                                     expand,
                                     wgrad,
+                                    0,
+                                    nullptr,
+                                    nullptr,
                                     dropout_bits<AmxDropout>};
 
 }  // namespace

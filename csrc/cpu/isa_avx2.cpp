@@ -25,6 +25,8 @@ namespace {
 #include "cpu/wgrad_store.h"
 #include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
+#include "cpu/simd_few_rows.h"
+#include "cpu/simd_table.h"
 // clang-format on
 
 struct Avx2 {
@@ -42,6 +44,14 @@ struct Avx2 {
   }
   static Vec load(const Float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  // The first `count` elements, and zeros.
+  template <class T>
+  static Vec load_first(const T* p, int64_t count) {
+    if (count >= kLanes) return load(p);
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = to_float(p[i]);
+    return load(values);
   }
   static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   static void store(BFloat16* p, Vec v) {
@@ -75,6 +85,11 @@ struct Avx2 {
       rows[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
       rows[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
     }
+  }
+  template <class T>
+  static void load_transposed(const T* in, int64_t pitch, Vec (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) rows[i] = load(in + i * pitch);
+    transpose(rows);
   }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }

@@ -26,6 +26,8 @@ namespace {
 #include "cpu/wgrad_store.h"
 #include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
+#include "cpu/simd_few_rows.h"
+#include "cpu/simd_table.h"
 // clang-format on
 
 struct Avx512 {
@@ -44,6 +46,20 @@ struct Avx512 {
   static Vec load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  // The first `count` elements, and zeros.
+  static Vec load_first(const float* p, int64_t count) {
+    return _mm512_maskz_loadu_ps(mask_of(count), p);
+  }
+  static Vec load_first(const BFloat16* p, int64_t count) {
+    const __m256i half = _mm256_maskz_loadu_epi16(mask_of(count), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static Vec load_first(const Float16* p, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_of(count), p));
+  }
+  static __mmask16 mask_of(int64_t count) {
+    return static_cast<__mmask16>(count >= kLanes ? 0xFFFFu : (1u << count) - 1);
+  }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   static void store(BFloat16* p, Vec v) {
     const __m512i bits = _mm512_castps_si512(v);
@@ -57,6 +73,42 @@ struct Avx512 {
   static void store(Float16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // rows[j] = float(in[i][j]) of 16 x 16 bfloat16 at i. Two neighbours move as one word, which
+  // makes 32 shuffles of 64 and no conversion before them.
+  [[gnu::always_inline]] static void load_transposed(const BFloat16* in, int64_t pitch,
+                                                     Vec (&rows)[kLanes]) {
+    __m512i words[8], pairs[8], fours[8];
+    const auto row = [&](int64_t i) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i * pitch));
+    };
+    for (int i = 0; i < 8; ++i) {
+      const int first = i < 4 ? i : i + 4;  // 0..3 beside 4..7, 8..11 beside 12..15
+      words[i] = _mm512_inserti64x4(_mm512_castsi256_si512(row(first)), row(first + 4), 1);
+    }
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm512_unpacklo_epi32(words[i], words[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_epi32(words[i], words[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      for (int high = 0; high < 2; ++high) {
+        fours[i + 2 * high] = _mm512_unpacklo_epi64(pairs[i + high], pairs[i + 2 + high]);
+        fours[i + 2 * high + 1] = _mm512_unpackhi_epi64(pairs[i + high], pairs[i + 2 + high]);
+      }
+    }
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    for (int word = 0; word < 8; ++word) {  // columns 2 word and 2 word + 1
+      const __m512i a = fours[word % 4], b = fours[4 + word % 4];
+      const __m512i both =
+          word < 4 ? _mm512_shuffle_i32x4(a, b, 0x88) : _mm512_shuffle_i32x4(a, b, 0xDD);
+      rows[2 * word] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      rows[2 * word + 1] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+    }
+  }
+  template <class T>
+  static void load_transposed(const T* in, int64_t pitch, Vec (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) rows[i] = load(in + i * pitch);
+    transpose(rows);
   }
   // Pairs of rows, then of pairs within quarters of 128 bits, then the quarters.
   static void transpose(Vec (&rows)[kLanes]) {

@@ -13,6 +13,8 @@ namespace {
 #include "cpu/wgrad_store.h"
 #include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
+#include "cpu/simd_few_rows.h"
+#include "cpu/simd_table.h"
 // clang-format on
 
 struct Portable {
@@ -32,6 +34,14 @@ struct Portable {
   static Vec load(const T* p) {
     return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
   }
+  // The first `count` elements, and zeros.
+  template <class T>
+  static Vec load_first(const T* p, int64_t count) {
+    if (count >= kLanes) return load(p);
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = to_float(p[i]);
+    return load(values);
+  }
   static void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
   template <class T>
   static void store(T* p, Vec v) {
@@ -45,6 +55,11 @@ struct Portable {
         rows[i][j] = below;
       }
     }
+  }
+  template <class T>
+  static void load_transposed(const T* in, int64_t pitch, Vec (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) rows[i] = load(in + i * pitch);
+    transpose(rows);
   }
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec multiply(Vec a, Vec b) { return a * b; }

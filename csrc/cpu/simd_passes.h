@@ -181,7 +181,7 @@ void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col
   for (int64_t i = 0; i < rows; ++i) std::fill_n(sums + i * kColBlock, lanes, 0.0f);
   const float* t = static_cast<const float*>(args.t) + row * args.rank;
   multiply_block<Isa>(rows, lanes, args.rank, t, args.rank, 1,
-                      static_cast<const float*>(args.u) + col, round_up(args.cols, Isa::kLanes),
+                      static_cast<const float*>(args.u) + col, expand_pitch<Isa>(args.cols),
                       sums, kColBlock);
   add_block<Isa>(static_cast<T*>(args.y) + col, args.y_pitch, args.rows, {row, row + rows}, cols,
                  bits, bits_pitch, args.scale, sums, kColBlock);
@@ -236,36 +236,4 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
     }
     store_wgrad(args, {c, c + block_cols}, sums, kColBlock);
   }
-}
-
-template <class Isa>
-void shrink_any(const ShrinkArgs& args, Range rows) {
-  with_dtype(args.dtype, [&](auto type) { shrink<Isa, decltype(type)>(args, rows); });
-}
-
-template <class Isa>
-void expand_any(const ExpandArgs& args, Range rows) {
-  with_dtype(args.dtype, [&](auto type) { expand<Isa, decltype(type)>(args, rows); });
-}
-
-template <class Isa>
-void wgrad_any(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
-  with_dtype(args.dtype, [&](auto type) { wgrad<Isa, decltype(type)>(args, expand, cols); });
-}
-
-template <class Isa>
-constexpr SkinnyKernels make_kernels(const char* name) {
-  return {name,
-          kRowGranule,
-          kColGranule,
-          shrink_panel_bytes<Isa>,
-          pack_shrink<Isa>,
-          expand_panel_bytes<Isa>,
-          pack_expand<Isa>,
-          TLayout{kRowGranule, nullptr, nullptr},
-          TLayout{kRowGranule, nullptr, nullptr},
-          shrink_any<Isa>,
-          expand_any<Isa>,
-          wgrad_any<Isa>,
-          dropout_bits<Isa>};
 }

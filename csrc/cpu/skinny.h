@@ -127,6 +127,12 @@ struct SkinnyKernels {
   // Columns [cols) of G; with a non-null expand.y also of Y, which shares T and the mask.
   void (*wgrad)(const WgradArgs& args, const ExpandArgs& expand, Range cols);
 
+  // The same products of at most so many rows on a factor as it lies, unpacked: q or u and
+  // q_is_half or u_is_half of the arguments are not read. 0, and null, where there are none.
+  int64_t few_rows;
+  void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q, Range rows);  // can_be_few
+  void (*expand_few)(const ExpandArgs& args, const AdapterView& u, Range rows);  // along the rank
+
   // Bit c of word c / 32 in row m of `pitch` words is set when (index[rows.begin + m],
   // cols.begin + c) is kept.
   void (*dropout_bits)(const Dropout& dropout, RowIndex index, Range rows, Range cols,

@@ -11,124 +11,20 @@
 // every pointer moved to its first column.
 #include "route/cpu_grouped_route.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include "common/segments.h"
 #include "cpu/dispatch.h"
 #include "library/base_linear.h"
 #include "library/grouped_library_route.h"
+#include "route/cpu_factor.h"
+#include "route/cpu_groups.h"
 #include "route/cpu_operands.h"
 #include "route/work_split.h"
 
 namespace lora_ext::cpu {
 namespace {
 
-constexpr int64_t kPieceRows = 96;     // whole blocks of every instruction set's shrink
-constexpr int64_t kColumnBlock = 128;  // of wgrad
-constexpr int64_t kPackRows = 8;       // packing a factor takes as long as so many rows do
-constexpr int64_t kFewRows = 16;       // of one adapter: vectors rather than tiles
-
-// The vector code for the passes over x and dX, and over y and dY.
-struct Passes {
-  const SkinnyKernels *over_x, *over_y;
-};
-
-class Call {
- public:
-  Call(const GroupedUpdate& update, Segments segments, at::ScalarType x, at::ScalarType y)
-      : update_(update),
-        segments_(std::move(segments)),
-        scaling_(update.scaling.contiguous()),
-        x_(dtype_of(x)),
-        y_(dtype_of(y)),
-        dropout_(dropout_of(update.dropout)),
-        keep_scale_(dropout_.enabled() ? static_cast<float>(update.dropout.keep_scale()) : 1.f) {}
-
-  const std::vector<Segment>& segments() const { return segments_.list; }
-  int64_t rows() const { return static_cast<int64_t>(segments_.order.size()); }
-  float scaling(const Segment& segment) const {
-    return scaling_.const_data_ptr<float>()[segment.adapter];
-  }
-  float keep_scale() const { return keep_scale_; }
-  Dtype x() const { return x_; }
-  Dtype y() const { return y_; }
-
-  Passes passes(const Segment& segment) const {
-    if (segment.count >= kFewRows) return {kernels_for(x_), kernels_for(y_)};
-    return {kernels_for_few_rows(), kernels_for_few_rows()};
-  }
-
-  AdapterView a(const Segment& segment) const { return view(update_.lora_a, 0, segment); }
-  AdapterView b(const Segment& segment) const { return view(update_.lora_b, 1, segment); }
-
-  // Some rows of a segment: where the first is, if they lie together, else where each is.
-  struct Rows {
-    int64_t first;
-    RowIndex index;
-  };
-  Rows rows_of(const Segment& segment, Range range) const {
-    const int32_t* at = segments_.order.data() + segment.begin + range.begin;
-    const int64_t count = range.end - range.begin;
-    if (at[count - 1] - at[0] == count - 1) return {at[0], {}};
-    return {0, {at}};
-  }
-  Dropout dropout_at(const Rows& rows, int64_t column) const {
-    Dropout own = dropout_;
-    own.row_offset += rows.first, own.col_offset += column;
-    return own;
-  }
-
-  // The part of S or dS, [M, max rank], that rows of a segment have: [count, rank].
-  float* t_of(const at::Tensor& t, const Segment& segment, int64_t row) const {
-    return t.mutable_data_ptr<float>() + segment.begin * t.size(1) + row * segment.rank;
-  }
-
- private:
-  AdapterView view(const std::vector<at::Tensor>& factors, int64_t rank_dim,
-                   const Segment& segment) const {
-    const bool pool = update_.is_pool();
-    const at::Tensor& factor = factors[pool ? 0 : static_cast<size_t>(segment.adapter)];
-    const int64_t dim = pool ? rank_dim + 1 : rank_dim, other = pool ? 2 - rank_dim : 1 - rank_dim;
-    const auto* data = static_cast<const char*>(factor.const_data_ptr());
-    if (pool) data += segment.adapter * factor.stride(0) * factor.element_size();
-    return {data,
-            dtype_of(factor.scalar_type()),
-            factor.stride(dim),
-            factor.stride(other),
-            segment.rank,
-            factor.size(other)};
-  }
-
-  const GroupedUpdate& update_;
-  Segments segments_;
-  at::Tensor scaling_;
-  Dtype x_, y_;
-  Dropout dropout_;
-  float keep_scale_;
-};
-
-struct RowPiece {
-  const Segment* segment;
-  Range rows;
-  int64_t work;
-};
-
-// Pieces of the rows of segments, whose work in a row is `columns` times the rank.
-std::vector<RowPiece> pieces_of_rows(const Call& call, int64_t columns) {
-  std::vector<RowPiece> pieces;
-  const int64_t share = call.rows() / (4 * at::get_num_threads());
-  for (const Segment& segment : call.segments()) {
-    const int64_t granule = call.passes(segment).over_x->row_granule;
-    const int64_t step = std::min(kPieceRows, round_up(std::max<int64_t>(share, 1), granule));
-    for (int64_t row = 0; row < segment.count; row += step) {
-      const Range rows{row, std::min(row + step, segment.count)};
-      pieces.push_back(
-          {&segment, rows, (rows.end - rows.begin + kPackRows) * columns * segment.rank});
-    }
-  }
-  return pieces;
-}
+int64_t count_of(const Range& range) { return range.end - range.begin; }
 
 template <class Piece>
 int64_t work_of(const std::vector<Piece>& pieces) {
@@ -137,57 +33,52 @@ int64_t work_of(const std::vector<Piece>& pieces) {
   return work;
 }
 
-// Memory of one thread for one packed operand at a time.
-class Scratch {
- public:
-  void* of(int64_t bytes) {
-    if (!memory_.defined() || memory_.numel() < bytes) memory_ = at::empty({bytes}, at::kByte);
-    return memory_.mutable_data_ptr();
-  }
-
- private:
-  at::Tensor memory_;
-};
-
 // What a thread keeps from piece to piece.
 struct Thread {
-  const Segment* packed = nullptr;
-  Scratch shrink, expand, t;
-  const void *shrink_panel = nullptr, *expand_panel = nullptr;
+  Factor a, b;
+  Scratch t, expand_t;
 };
 
-const void* pack_shrink(const SkinnyKernels& kernels, const AdapterView& view, Scratch& scratch) {
-  void* panel = scratch.of(kernels.shrink_panel_bytes(view.rank, view.cols));
-  kernels.pack_shrink(view, panel);
-  return panel;
+const char* const_at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
+  return static_cast<const char*>(tensor.const_data_ptr()) +
+         (row * tensor.stride(0) + column) * tensor.element_size();
 }
 
-const void* pack_expand(const SkinnyKernels& kernels, const AdapterView& view, Scratch& scratch) {
-  void* panel = scratch.of(kernels.expand_panel_bytes(view.rank, view.cols));
-  kernels.pack_expand(view, panel);
-  return panel;
+char* at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
+  return static_cast<char*>(tensor.mutable_data_ptr()) +
+         (row * tensor.stride(0) + column) * tensor.element_size();
 }
 
-// T [rows, rank] in the layout that a pass reads: t itself, or packed.
-const void* packed_t(const TLayout& layout, const float* t, int64_t rows, int64_t rank,
-                     bool u_is_half, Scratch& scratch) {
-  if (layout.bytes == nullptr) return t;
-  void* packed = scratch.of(layout.bytes(rows, rank, u_is_half));
-  layout.pack(t, rank, u_is_half, {0, rows}, packed);
-  return packed;
+// T = scale * drop(P) Q for rows of P.
+ShrinkArgs shrink_args(const at::Tensor& p, const Groups::Rows& rows, const Factor& q, float scale,
+                       float* t, const Dropout& dropout) {
+  return {const_at_element(p, rows.first, 0),
+          dtype_of(p.scalar_type()),
+          p.stride(0),
+          q.view().cols,
+          q.view().rank,
+          q.panel(),
+          q.is_half(),
+          scale,
+          t,
+          dropout,
+          rows.index};
 }
 
-// T = scale * drop(P) Q for the rows of a piece.
-void shrink(const Call& call, const RowPiece& piece, const SkinnyKernels& kernels,
-            const at::Tensor& p, const AdapterView& view, const void* panel, float scale,
-            bool drops, float* t) {
-  const Call::Rows rows = call.rows_of(*piece.segment, piece.rows);
-  const auto* first =
-      static_cast<const char*>(p.const_data_ptr()) + rows.first * p.stride(0) * p.element_size();
-  kernels.shrink({first, dtype_of(p.scalar_type()), p.stride(0), view.cols, view.rank, panel,
-                  view.dtype == Dtype::kBFloat16, scale, t,
-                  drops ? call.dropout_at(rows, 0) : Dropout{}, rows.index},
-                 {0, piece.rows.end - piece.rows.begin});
+// Y += scale * mask * (T U) for rows of Y, from a column on.
+ExpandArgs expand_args(const at::Tensor& y, const Groups::Rows& rows, int64_t column,
+                       const Factor& u, float scale, const void* t, const Dropout& dropout) {
+  return {at_element(y, rows.first, column),
+          dtype_of(y.scalar_type()),
+          y.stride(0),
+          u.view().cols,
+          u.view().rank,
+          u.panel(),
+          u.is_half(),
+          scale,
+          t,
+          dropout,
+          rows.index};
 }
 
 // Whether the vector kernels compute the call: they have no float64 and read no float16 factors
@@ -201,11 +92,11 @@ bool has_passes(at::ScalarType x, at::ScalarType y) {
 class Gradient {
  public:
   Gradient(const GroupedUpdate& update, const std::vector<at::Tensor>& factors,
-           const std::vector<bool>& wanted, int64_t rank_dim, const Call& call)
+           const std::vector<bool>& wanted, int64_t rank_dim, const Groups& groups)
       : pool_(update.is_pool()), rank_dim_(rank_dim), each(factors.size()) {
     std::vector<bool> is_written(factors.size(), false);
     if (!pool_) {
-      for (const Segment& segment : call.segments()) is_written[segment.adapter] = true;
+      for (const Segment& segment : groups.segments()) is_written[segment.adapter] = true;
     }
     for (size_t i = 0; i < factors.size(); ++i) {
       if (!wanted[i]) continue;
@@ -239,44 +130,14 @@ class Gradient {
   std::vector<at::Tensor> each;
 };
 
-// Columns of one product of a segment: of dB over dY, or of dA over X with the expand onto dX.
-struct ColumnPiece {
-  const Segment* segment;
-  bool over_x;
-  Range columns;
-  int64_t work;
-};
-
-void add_columns(std::vector<ColumnPiece>& pieces, const Segment& segment, bool over_x,
-                 int64_t columns, int64_t total_work) {
-  const int64_t per_column = (segment.count + kPackRows) * segment.rank;
-  const int64_t share = std::max<int64_t>(1, total_work / (8 * at::get_num_threads()));
-  const int64_t step = round_up(std::max<int64_t>(1, share / per_column), kColumnBlock);
-  for (int64_t column = 0; column < columns; column += step) {
-    const Range range{column, std::min(column + step, columns)};
-    pieces.push_back({&segment, over_x, range, per_column * (range.end - range.begin)});
-  }
-}
-
-// The address of an element of a row-major tensor.
-char* at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
-  return static_cast<char*>(tensor.mutable_data_ptr()) +
-         (row * tensor.stride(0) + column) * tensor.element_size();
-}
-
-const char* const_at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
-  return static_cast<const char*>(tensor.const_data_ptr()) +
-         (row * tensor.stride(0) + column) * tensor.element_size();
-}
-
-WgradArgs wgrad_args(const Call& call, const ColumnPiece& piece, const at::Tensor& p,
-                     const Call::Rows& rows, const void* t, float scale) {
+WgradArgs wgrad_args(const Groups& groups, const ColumnPiece& piece, const at::Tensor& p,
+                     const Groups::Rows& rows, const void* t, float scale) {
   WgradArgs args{};
   args.p = const_at_element(p, rows.first, piece.columns.begin);
   args.dtype = dtype_of(p.scalar_type()), args.p_pitch = p.stride(0);
   args.rows = piece.segment->count, args.rank = piece.segment->rank;
   args.t = t, args.scale = scale, args.row_index = rows.index;
-  if (piece.over_x) args.dropout = call.dropout_at(rows, piece.columns.begin);
+  if (piece.over_x) args.dropout = groups.dropout_at(rows, piece.columns.begin);
   return args;
 }
 
@@ -290,11 +151,11 @@ AdapterView columns_of(AdapterView view, const Range& columns) {
 
 class BackwardPass {
  public:
-  BackwardPass(const GroupedBackwardArgs& args, const Call& call)
+  BackwardPass(const GroupedBackwardArgs& args, const Groups& groups)
       : args_(args),
-        call_(call),
-        da_(args.update, args.update.lora_a, args.need_dlora_a, 0, call),
-        db_(args.update, args.update.lora_b, args.need_dlora_b, 1, call) {}
+        groups_(groups),
+        da_(args.update, args.update.lora_a, args.need_dlora_a, 0, groups),
+        db_(args.update, args.update.lora_b, args.need_dlora_b, 1, groups) {}
 
   GroupedBackward run() {
     if (args_.need_dx) dx_ = base_backward(args_.grad, args_.x, args_.base);
@@ -308,7 +169,7 @@ class BackwardPass {
 
   void make_ds() {
     std::vector<RowPiece> pieces;
-    for (const RowPiece& piece : pieces_of_rows(call_, args_.grad.size(1))) {
+    for (const RowPiece& piece : pieces_of_rows(groups_, args_.grad.size(1))) {
       if (needs_ds(*piece.segment)) pieces.push_back(piece);
     }
     if (pieces.empty()) return;
@@ -317,27 +178,24 @@ class BackwardPass {
     std::vector<Thread> state(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
       const Segment& segment = *piece.segment;
-      const SkinnyKernels& kernels = *call_.passes(segment).over_y;
-      const AdapterView b = call_.b(segment);
-      Thread& own = state[static_cast<size_t>(thread)];
-      if (own.packed != &segment) {
-        own.packed = &segment;
-        own.shrink_panel = pack_shrink(kernels, b, own.shrink);
-      }
-      shrink(call_, piece, kernels, args_.grad, b, own.shrink_panel, call_.scaling(segment), false,
-             call_.t_of(ds_, segment, piece.rows.begin));
+      Factor& b = state[static_cast<size_t>(thread)].b;
+      b.for_shrink(segment, groups_.b(segment), *groups_.passes(segment).over_y);
+      float* t = Groups::t_of(ds_, segment, piece.rows.begin);
+      b.shrink(shrink_args(args_.grad, groups_.rows_of(segment, piece.rows), b,
+                           groups_.scaling(segment), t, Dropout{}),
+               count_of(piece.rows));
     });
   }
 
   void make_columns() {
     std::vector<ColumnPiece> pieces;
     int64_t work = 0;
-    for (const Segment& segment : call_.segments()) {
+    for (const Segment& segment : groups_.segments()) {
       const int64_t columns =
           (db_.wants(segment) ? args_.grad.size(1) : 0) + (needs_ds(segment) ? args_.x.size(1) : 0);
-      work += (segment.count + kPackRows) * segment.rank * columns;
+      work += work_of_column(segment) * columns;
     }
-    for (const Segment& segment : call_.segments()) {
+    for (const Segment& segment : groups_.segments()) {
       if (db_.wants(segment)) add_columns(pieces, segment, false, args_.grad.size(1), work);
       if (needs_ds(segment)) add_columns(pieces, segment, true, args_.x.size(1), work);
     }
@@ -352,42 +210,39 @@ class BackwardPass {
   // dB_g
   void over_y(const ColumnPiece& piece, Thread& own) {
     const Segment& segment = *piece.segment;
-    const SkinnyKernels& kernels = *call_.passes(segment).over_y;
-    const Call::Rows rows = call_.rows_of(segment, {0, segment.count});
-    const void* t = packed_t(kernels.wgrad_t, call_.t_of(args_.s, segment, 0), segment.count,
+    const SkinnyKernels& kernels = *groups_.passes(segment).over_y;
+    const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
+    const void* t = packed_t(kernels.wgrad_t, Groups::t_of(args_.s, segment, 0), segment.count,
                              segment.rank, false, own.t);
-    WgradArgs args = wgrad_args(call_, piece, args_.grad, rows, t, call_.scaling(segment));
+    WgradArgs args = wgrad_args(groups_, piece, args_.grad, rows, t, groups_.scaling(segment));
     db_.to(args, segment, piece.columns.begin);
-    kernels.wgrad(args, ExpandArgs{}, {0, piece.columns.end - piece.columns.begin});
+    kernels.wgrad(args, ExpandArgs{}, {0, count_of(piece.columns)});
   }
 
   // dA_g, and dX += mask * (dS A_g)
   void over_x(const ColumnPiece& piece, Thread& own) {
     const Segment& segment = *piece.segment;
-    const SkinnyKernels& kernels = *call_.passes(segment).over_x;
-    const Call::Rows rows = call_.rows_of(segment, {0, segment.count});
-    const float* ds = call_.t_of(ds_, segment, 0);
+    const SkinnyKernels& kernels = *groups_.passes(segment).over_x;
+    const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
+    const float* ds = Groups::t_of(ds_, segment, 0);
     ExpandArgs expand{};
     if (args_.need_dx) {
-      const AdapterView a = columns_of(call_.a(segment), piece.columns);
-      const bool is_half = a.dtype == Dtype::kBFloat16;
-      expand.y = at_element(dx_, rows.first, piece.columns.begin);
-      expand.dtype = dtype_of(dx_.scalar_type()), expand.y_pitch = dx_.stride(0);
-      expand.cols = a.cols, expand.rank = a.rank, expand.u_is_half = is_half;
-      expand.u = pack_expand(kernels, a, own.expand);
-      expand.t = packed_t(kernels.expand_t, ds, segment.count, segment.rank, is_half, own.shrink);
-      expand.scale = call_.keep_scale(), expand.rows = rows.index;
-      expand.dropout = call_.dropout_at(rows, piece.columns.begin);
+      const Dropout dropout = groups_.dropout_at(rows, piece.columns.begin);
+      own.a.for_columns(columns_of(groups_.a(segment), piece.columns), kernels);
+      const void* packed = packed_t(kernels.expand_t, ds, segment.count, segment.rank,
+                                    own.a.is_half(), own.expand_t);
+      expand =
+          expand_args(dx_, rows, piece.columns.begin, own.a, groups_.keep_scale(), packed, dropout);
     }
-    if (!da_.wants(segment)) return kernels.expand(expand, {0, segment.count});
+    if (!da_.wants(segment)) return own.a.expand(expand, segment.count);
     const void* t = packed_t(kernels.wgrad_t, ds, segment.count, segment.rank, false, own.t);
-    WgradArgs args = wgrad_args(call_, piece, args_.x, rows, t, call_.keep_scale());
+    WgradArgs args = wgrad_args(groups_, piece, args_.x, rows, t, groups_.keep_scale());
     da_.to(args, segment, piece.columns.begin);
-    kernels.wgrad(args, expand, {0, piece.columns.end - piece.columns.begin});
+    kernels.wgrad(args, expand, {0, count_of(piece.columns)});
   }
 
   const GroupedBackwardArgs& args_;
-  const Call& call_;
+  const Groups& groups_;
   Gradient da_, db_;
   at::Tensor dx_, ds_;
 };
@@ -397,33 +252,29 @@ class BackwardPass {
 GroupedForward forward(const GroupedForwardArgs& args) {
   if (!has_passes(args.x.scalar_type(), args.y_dtype())) return library_route::forward(args);
   const int64_t rows = args.x.size(0);
-  const Call call(args.update, segments_of(args.base.op(), args.update, rows), args.x.scalar_type(),
-                  args.y_dtype());
+  const Groups groups(args.update, segments_of(args.base.op(), args.update, rows),
+                      args.x.scalar_type(), args.y_dtype());
   const at::Tensor y = base_forward(args.x, args.base);
   const at::Tensor s = at::empty({rows, args.update.max_rank()}, at::kFloat);
-  const std::vector<RowPiece> pieces = pieces_of_rows(call, args.x.size(1) + y.size(1));
+  const std::vector<RowPiece> pieces = pieces_of_rows(groups, args.x.size(1) + y.size(1));
   const int64_t threads = threads_for(work_of(pieces));
   std::vector<Thread> state(static_cast<size_t>(threads));
   run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
     const Segment& segment = *piece.segment;
-    const Passes passes = call.passes(segment);
-    const AdapterView a = call.a(segment), b = call.b(segment);
+    const Passes passes = groups.passes(segment);
+    const Groups::Rows where = groups.rows_of(segment, piece.rows);
+    const int64_t count = count_of(piece.rows);
+    float* t = Groups::t_of(s, segment, piece.rows.begin);
     Thread& own = state[static_cast<size_t>(thread)];
-    if (own.packed != &segment) {
-      own.packed = &segment;
-      own.shrink_panel = pack_shrink(*passes.over_x, a, own.shrink);
-      own.expand_panel = pack_expand(*passes.over_y, b, own.expand);
-    }
-    float* t = call.t_of(s, segment, piece.rows.begin);
-    const int64_t count = piece.rows.end - piece.rows.begin;
-    shrink(call, piece, *passes.over_x, args.x, a, own.shrink_panel, call.keep_scale(), true, t);
-    const Call::Rows where = call.rows_of(segment, piece.rows);
-    const bool is_half = b.dtype == Dtype::kBFloat16;
-    passes.over_y->expand({at_element(y, where.first, 0), call.y(), y.stride(0), b.cols, b.rank,
-                           own.expand_panel, is_half, call.scaling(segment),
-                           packed_t(passes.over_y->expand_t, t, count, b.rank, is_half, own.t),
-                           Dropout{}, where.index},
-                          {0, count});
+    own.a.for_shrink(segment, groups.a(segment), *passes.over_x);
+    own.a.shrink(
+        shrink_args(args.x, where, own.a, groups.keep_scale(), t, groups.dropout_at(where, 0)),
+        count);
+    own.b.for_expand(segment, groups.b(segment), *passes.over_y);
+    const void* packed =
+        packed_t(passes.over_y->expand_t, t, count, segment.rank, own.b.is_half(), own.t);
+    own.b.expand(expand_args(y, where, 0, own.b, groups.scaling(segment), packed, Dropout{}),
+                 count);
   });
   return {y, s};
 }
@@ -432,9 +283,9 @@ GroupedBackward backward(const GroupedBackwardArgs& args) {
   if (!has_passes(args.x.scalar_type(), args.grad.scalar_type())) {
     return library_route::backward(args);
   }
-  const Call call(args.update, segments_of(args.base.op(), args.update, args.x.size(0)),
-                  args.x.scalar_type(), args.grad.scalar_type());
-  return BackwardPass(args, call).run();
+  const Groups groups(args.update, segments_of(args.base.op(), args.update, args.x.size(0)),
+                      args.x.scalar_type(), args.grad.scalar_type());
+  return BackwardPass(args, groups).run();
 }
 
 }  // namespace lora_ext::cpu

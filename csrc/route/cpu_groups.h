@@ -1,0 +1,80 @@
+// A call of many adapters as the skinny passes take it: the rows, factors and sums of each segment,
+// and how the work is cut into pieces for threads.
+#pragma once
+
+#include <vector>
+
+#include "common/segments.h"
+#include "cpu/skinny.h"
+
+namespace lora_ext::cpu {
+
+// The vector code for the passes over x and dX, and over y and dY.
+struct Passes {
+  const SkinnyKernels *over_x, *over_y;
+};
+
+class Groups {
+ public:
+  Groups(const GroupedUpdate& update, Segments segments, at::ScalarType x, at::ScalarType y);
+
+  const std::vector<Segment>& segments() const { return segments_.list; }
+  int64_t rows() const { return static_cast<int64_t>(segments_.order.size()); }
+  Passes passes(const Segment& segment) const;
+
+  float scaling(const Segment& segment) const {
+    return scaling_.const_data_ptr<float>()[segment.adapter];
+  }
+  float keep_scale() const { return keep_scale_; }
+  AdapterView a(const Segment& segment) const { return view(update_.lora_a, 0, segment); }
+  AdapterView b(const Segment& segment) const { return view(update_.lora_b, 1, segment); }
+
+  // Some rows of a segment: where the first is, if they lie together, else where each is.
+  struct Rows {
+    int64_t first;
+    RowIndex index;
+  };
+  Rows rows_of(const Segment& segment, Range range) const;
+  // The mask for those rows, from a column on.
+  Dropout dropout_at(const Rows& rows, int64_t column) const;
+
+  // The part of S or dS, [M, max rank], that the rows of a segment have from `row` on:
+  // [count, rank].
+  static float* t_of(const at::Tensor& t, const Segment& segment, int64_t row) {
+    return t.mutable_data_ptr<float>() + segment.begin * t.size(1) + row * segment.rank;
+  }
+
+ private:
+  AdapterView view(const std::vector<at::Tensor>& factors, int64_t rank_dim,
+                   const Segment& segment) const;
+
+  const GroupedUpdate& update_;
+  Segments segments_;
+  at::Tensor scaling_;
+  Dtype x_, y_;
+  Dropout dropout_;
+  float keep_scale_;
+};
+
+// Rows of one segment; work in multiply-adds.
+struct RowPiece {
+  const Segment* segment;
+  Range rows;
+  int64_t work;
+};
+// Of all segments, whose work in a row is `columns` times the rank.
+std::vector<RowPiece> pieces_of_rows(const Groups& groups, int64_t columns);
+
+// Columns of one product of a segment: of dB over dY, or of dA over X with the expand onto dX.
+struct ColumnPiece {
+  const Segment* segment;
+  bool over_x;
+  Range columns;
+  int64_t work;
+};
+// total: the work of all segments' columns.
+void add_columns(std::vector<ColumnPiece>& pieces, const Segment& segment, bool over_x,
+                 int64_t columns, int64_t total);
+int64_t work_of_column(const Segment& segment);
+
+}  // namespace lora_ext::cpu
