@@ -1,5 +1,7 @@
 """The LoRA linear and its update written plainly in torch: what the kernels are compared with."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,12 +10,13 @@ from torch import Tensor
 def lora_linear_reference(
     x: Tensor,
     weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
     bias: Tensor | None = None,
-    scaling: float = 1.0,
+    scaling: float | Tensor | Sequence[float] = 1.0,
     keep_mask: Tensor | None = None,
     keep_scale: float = 1.0,
+    index: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + scaling * (drop(x) lora_a^T) lora_b^T + bias, in PEFT's order of operations.
 
@@ -24,19 +27,22 @@ def lora_linear_reference(
         x: ``[..., in_features]``; weight, lora_a, lora_b, bias, scaling: as in `lora_linear`.
         keep_mask: bool of x's flattened shape ``[M, in_features]``; None keeps everything.
         keep_scale: factor of kept elements, 1 / keep probability.
+        index: the adapter of each row of x, -1 for none, out of the sequences lora_a and lora_b,
+            with a scaling for each: a loop over the adapters.
     """
     base = F.linear(x, weight, bias)
-    return lora_update_reference(base, x, lora_a, lora_b, scaling, keep_mask, keep_scale)
+    return lora_update_reference(base, x, lora_a, lora_b, scaling, keep_mask, keep_scale, index)
 
 
 def lora_update_reference(
     y: Tensor,
     x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float = 1.0,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    scaling: float | Tensor | Sequence[float] = 1.0,
     keep_mask: Tensor | None = None,
     keep_scale: float = 1.0,
+    index: Tensor | None = None,
 ) -> Tensor:
     """y + scaling * (drop(x) lora_a^T) lora_b^T, in PEFT's order of operations.
 
@@ -44,10 +50,19 @@ def lora_update_reference(
 
     Args:
         y, x, lora_a, lora_b, scaling: as in `lora_update`.
-        keep_mask, keep_scale: as in `lora_linear_reference`.
+        keep_mask, keep_scale, index: as in `lora_linear_reference`.
     """
-    wide = x.to(lora_a.dtype)
+    wide = x.to(lora_a[0].dtype)
     if keep_mask is not None:
         wide = torch.where(keep_mask.view(x.shape), wide * keep_scale, torch.zeros_like(wide))
-    update = F.linear(F.linear(wide, lora_a), lora_b) * scaling
-    return (y + update).to(y.dtype)
+    if index is None:
+        update = F.linear(F.linear(wide, lora_a), lora_b) * scaling  # pyright: ignore[reportArgumentType]
+        return (y + update).to(y.dtype)
+    adapters = index.reshape(-1)
+    inputs = wide.reshape(len(adapters), x.shape[-1])
+    out = y.reshape(len(adapters), y.shape[-1])
+    for g, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        rows = (adapters == g).nonzero().flatten()
+        update = F.linear(F.linear(inputs[rows], a), b) * scaling[g]  # pyright: ignore[reportIndexIssue]
+        out = out.index_copy(0, rows, (out[rows] + update).to(y.dtype))
+    return out.view(y.shape)

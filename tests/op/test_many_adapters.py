@@ -1,0 +1,480 @@
+"""lora_linear and lora_update with an adapter for each row: values and gradients."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import BF16, DTYPE_PAIRS, EMULATED, F16, F32, F64, leaf, pair_id, short
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from many_helpers import (
+    OPS,
+    RANKS,
+    assert_at_most_twice,
+    assert_equal,
+    index_of,
+    make_many,
+    run,
+    run_loop,
+)
+from torch.autograd import gradcheck
+
+import lora_ext
+from lora_ext import _C
+
+KINDS = ["ranges", "mixed", "in turn", "one", "none"]
+# Segments of few rows, of many, of more than a piece; columns that are no multiple of anything.
+SHAPES = [(1, 40, 24), (9, 129, 95), (67, 64, 257), (450, 130, 70)]
+
+pairs = pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+kinds = pytest.mark.parametrize("kind", KINDS)
+dropouts = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+
+
+def not_by_torch(isa):
+    """torch's own products have other bits for other rows, or threads."""
+    if isa == "library":
+        pytest.skip("the bits of torch's products are not ours")
+
+
+def has_half_pairs(isa, pair, dtype=None) -> bool:
+    """Where a float32 product runs as pairs of bfloat16 terms, exact to 2^-17 each."""
+    return (isa == "amx" or EMULATED) and BF16 in (pair[0], dtype)
+
+
+# ---- values ----
+
+
+@pairs
+@dropouts
+@kinds
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_max_error_is_at_most_twice_that_of_a_loop(isa, device, pair, dropout_p, kind, shape):
+    many = make_many(*shape, pair=pair, device=device, kind=kind)
+    theirs, exact = (run_loop(many, dropout_p, dtype=dtype) for dtype in (None, F64))
+    assert_at_most_twice(run(many, dropout_p), theirs, exact, pair, has_half_pairs(isa, pair))
+
+
+@pairs
+@dropouts
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=short)
+@pytest.mark.parametrize("rows", [9, 120])
+def test_update_of_a_given_y_of_another_dtype(isa, device, pair, dropout_p, dtype, rows):
+    many = make_many(rows, 65, 33, pair=pair, device=device, given=dtype, bias=False)
+    theirs, exact = (run_loop(many, dropout_p, dtype=wide) for wide in (None, F64))
+    assert_at_most_twice(
+        run(many, dropout_p), theirs, exact, pair, has_half_pairs(isa, pair, dtype)
+    )
+
+
+@pairs
+@kinds
+@pytest.mark.parametrize("rows", [3, 60, 300])
+def test_integers_are_exact(isa, device, pair, kind, rows):
+    """Small integers, which no dtype rounds: a row, a term or an adapter taken twice, or not at
+    all, shows."""
+    given = pair[0]
+    many = make_many(
+        rows, 24, 20, pair=pair, device=device, kind=kind, given=given, bias=False, integers=1
+    )
+    # Of few terms, so that sums over the rows stay below 2^8 in bfloat16.
+    sparse = (torch.arange(rows, device=device) % 8 == 0)[:, None]
+    many = replace(many, grad=torch.where(sparse, many.grad, 0))
+    exact = run_loop(many, dtype=F64)
+    ours = run(many)
+    for name, wanted in exact.items():
+        assert torch.equal(ours[name], wanted.to(ours[name].dtype)), name
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_shape_ranks_and_index(isa, data):
+    """Exact integers, in float32, whatever the shapes; as a list, as a pool, by index and offs."""
+    rows = data.draw(st.integers(0, 40) | st.integers(90, 210))
+    lead = data.draw(st.sampled_from([(rows,), (1, rows), (rows, 1)]))
+    in_features, out_features = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    ranks = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+    kind = data.draw(st.sampled_from(KINDS))
+    dropout_p = data.draw(st.sampled_from([0.0, 0.5]))
+    many = make_many(lead, in_features, out_features, ranks, kind=kind, integers=2)
+    many = replace(many, x=many.x.clone())
+    wanted = run_loop(many, dropout_p, dtype=F64)
+    assert_equal(run(many, dropout_p), wanted)
+    if kind in ("ranges", "one", "none") and (many.index >= 0).all():
+        offs = (many.index.view(-1)[None] <= torch.arange(len(ranks))[:, None]).sum(1).int()
+        assert_equal(run(many, dropout_p, offs=offs), wanted)
+
+
+@pytest.mark.parametrize("ranks", [(64, 1), (200, 40, 3), (512, 16)], ids=str)
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32)], ids=pair_id)
+@pytest.mark.parametrize("rows", [7, 70])
+def test_large_ranks(isa, device, ranks, pair, rows):
+    many = make_many(rows, 96, 80, ranks, pair, device)
+    theirs, exact = (run_loop(many, 0.1, dtype=dtype) for dtype in (None, F64))
+    assert_at_most_twice(run(many, 0.1), theirs, exact, pair, has_half_pairs(isa, pair))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "ranges"])
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16)], ids=pair_id)
+def test_a_thousand_adapters_of_one_row_each(isa, device, kind, pair):
+    many = make_many(1000, 33, 20, [1 + g % 5 for g in range(1000)], pair, device)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    index = order if kind == "mixed" else torch.arange(1000)
+    many = replace(many, index=index.int().to(device))
+    theirs, exact = (run_loop(many, dtype=dtype) for dtype in (None, F64))
+    assert_at_most_twice(run(many), theirs, exact, pair, has_half_pairs(isa, pair))
+
+
+@dropouts
+@pytest.mark.parametrize("update", [False, True], ids=["linear", "update"])
+def test_gradcheck(device, dropout_p, update):
+    many = make_many((2, 5), 7, 6, (3, 1, 2), (F64, F64), device, given=F64 if update else None)
+    seed = torch.tensor(9, device=device)
+    base = leaf(many.y) if update else leaf(many.bias)
+    count = len(many.lora_a)
+
+    def call(base, x, *factors):
+        groups = (many.scaling, many.index, None, None)
+        lists = (factors[:count], factors[count:])
+        if update:
+            return OPS.lora_update_grouped(base, x, *lists, *groups, dropout_p, seed)
+        return OPS.lora_linear_grouped(x, many.weight, *lists, *groups, base, dropout_p, seed)
+
+    leaves = [leaf(t) for t in (*many.lora_a, *many.lora_b)]
+    assert gradcheck(call, (base, leaf(many.x), *leaves))
+
+
+# ---- an adapter is alone with its rows ----
+
+
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=pair_id)
+@pytest.mark.parametrize("rows", [11, 130, 500])
+def test_each_adapter_has_the_bits_of_training_without_the_others(isa, device, pair, rows):
+    many = make_many(rows, 65, 48, pair=pair, device=device, given=pair[0], bias=False)
+    together = run(many)
+    for g in range(len(RANKS)):
+        mine = (many.index == g).nonzero().flatten()
+        alone = run(
+            replace(
+                many,
+                x=many.x[mine],
+                y=many.y[mine],
+                grad=many.grad[mine],
+                lora_a=[many.lora_a[g]],
+                lora_b=[many.lora_b[g]],
+                scaling=many.scaling[g : g + 1],
+                index=torch.zeros(len(mine), dtype=torch.int32, device=device),
+            )
+        )
+        assert torch.equal(together["y"][mine], alone["y"])
+        assert torch.equal(together["dx"][mine], alone["dx"])
+        assert torch.equal(together[f"dlora_a[{g}]"], alone["dlora_a[0]"])
+        assert torch.equal(together[f"dlora_b[{g}]"], alone["dlora_b[0]"])
+
+
+@pytest.mark.parametrize("kind", ["ranges", "mixed"])
+@pytest.mark.parametrize("rows", [9, 130])
+def test_where_the_rows_lie_changes_no_bit_of_them(isa, device, kind, rows):
+    not_by_torch(isa)
+    many = make_many(rows, 65, 48, device=device, kind=kind, given=F32, bias=False)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(5)).to(device)
+    # Rows of an adapter keep their order, in which its gradients are summed.
+    order = order[torch.argsort(many.index[order], stable=True)]
+    for g in range(-1, len(RANKS)):
+        places = (many.index[order] == g).nonzero().flatten()
+        order[places] = order[places].sort().values
+    order = order[torch.randperm(rows, generator=torch.Generator().manual_seed(6)).sort().indices]
+    moved = replace(
+        many,
+        x=many.x[order],
+        y=many.y[order],
+        grad=many.grad[order],
+        index=many.index[order],
+    )
+    before, after = run(many), run(moved)
+    assert torch.equal(after["y"], before["y"][order])
+    assert torch.equal(after["dx"], before["dx"][order])
+
+
+@pytest.mark.parametrize("rows", [9, 130])
+@pytest.mark.parametrize("where", ["lora_a", "lora_b", "both"])
+def test_nan_of_an_adapter_reaches_its_own_rows_alone(isa, device, rows, where):
+    """Megatron-Bridge#5768: an idle slot can make backward unsafe."""
+    many = make_many(rows, 40, 24, (4, 5, 16, 3), device=device, given=F32, bias=False)
+    many = replace(many, index=many.index.masked_fill(many.index == 3, -1))  # 3 is idle
+    clean = run(many)
+    for bad in (1, 3):
+        broken = replace(
+            many,
+            lora_a=[a.clone() for a in many.lora_a],
+            lora_b=[b.clone() for b in many.lora_b],
+        )
+        if where != "lora_b":
+            broken.lora_a[bad].fill_(math.nan)
+        if where != "lora_a":
+            broken.lora_b[bad].fill_(math.inf)
+        ours = run(broken)
+        others = many.index != bad
+        assert torch.equal(ours["y"][others], clean["y"][others])
+        assert torch.equal(ours["dx"][others], clean["dx"][others])
+        for g in {0, 1, 2, 3} - {bad}:
+            assert torch.equal(ours[f"dlora_a[{g}]"], clean[f"dlora_a[{g}]"])
+            assert torch.equal(ours[f"dlora_b[{g}]"], clean[f"dlora_b[{g}]"])
+        if bad == 1:
+            assert not ours["y"][many.index == 1].isfinite().all()
+        else:
+            assert ours["dlora_a[3]"].count_nonzero() == 0
+
+
+def test_an_adapter_without_rows_has_zeros(isa, device):
+    many = make_many(30, 40, 24, (4, 5, 16), device=device)
+    many = replace(many, index=many.index.masked_fill(many.index == 1, -1))
+    ours = run(many)
+    assert ours["dlora_a[1]"].shape == (5, 40)
+    assert ours["dlora_a[1]"].count_nonzero() == ours["dlora_b[1]"].count_nonzero() == 0
+    assert ours["dlora_a[0]"].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+def test_rows_without_an_adapter_have_the_bits_of_the_base(isa, device, dtype):
+    many = make_many(70, 40, 24, pair=(dtype, dtype), device=device, given=dtype, bias=False)
+    ours = run(many)
+    none = many.index == -1
+    assert none.any()
+    assert torch.equal(ours["y"][none], many.y[none])
+    assert ours["dx"][none].count_nonzero() == 0
+
+
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("kind", ["ranges", "mixed"])
+@pytest.mark.parametrize("rows", [9, 130])
+def test_dropped_elements_do_not_propagate_nan(isa, device, kind, rows):
+    many = make_many(rows, 40, 24, device=device, kind=kind, given=F32, bias=False)
+    mask = lora_ext.functional.dropout_mask(1, rows, 40, 0.5, device=device)
+    x = many.x.clone()
+    x[~mask] = math.nan
+    ours = run(replace(many, x=x), 0.5)
+    assert all(value.isfinite().all() for value in ours.values())
+    assert_same(ours, run(many, 0.5))
+
+
+def assert_same(first, second):
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (3, 32), (2**40, 5)], ids=str)
+def test_offsets_name_a_part_of_the_whole_mask(isa, device, offset):
+    """Each row's mask is that of its place in x, wherever its adapter's rows lie."""
+    many = make_many(60, 40, 24, (2, 3), device=device, kind="mixed", given=F32, integers=1)
+    p, (row, col) = 0.5, offset
+    mask = lora_ext.functional.dropout_mask(1, 60, 40, p, row, col, device=device)
+    kept = replace(many, x=torch.where(mask, 2 * many.x, 0))
+    ours, wanted = run(many, p, 1, row, col), run(kept)
+    assert torch.equal(ours["y"], wanted["y"])
+    assert torch.equal(ours["dx"], torch.where(mask, 2 * wanted["dx"], 0))
+    for g in range(2):
+        assert torch.equal(ours[f"dlora_a[{g}]"], wanted[f"dlora_a[{g}]"])
+
+
+# ---- the same bits ----
+
+
+@pytest.mark.parametrize("kind", ["ranges", "mixed"])
+@pytest.mark.parametrize("rows", [40, 700])
+def test_the_number_of_threads_changes_no_bit(isa, kind, rows):
+    not_by_torch(isa)
+    many = make_many(rows, 260, 300, (16, 8, 3, 40, 16), kind=kind, given=F32, bias=False)
+    runs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        runs += [run(many, 0.2), run(many, 0.2)]
+    for other in runs[1:]:
+        assert_same(runs[0], other)
+
+
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32)], ids=pair_id)
+@pytest.mark.parametrize("rows", [6, 90])
+def test_a_pool_has_the_bits_of_a_list(isa, device, pair, rows):
+    """Slots of different ranks, a free one whose factors are NaN, and NaN beyond the ranks."""
+    many = make_many(rows, 40, 24, (4, 16, 7), pair, device, given=pair[0], bias=False)
+    lists = run(many, 0.3)
+    slots, places = 5, (4, 0, 2)
+    pool_a = many.x.new_full((slots, 16, 40), math.nan, dtype=pair[1])
+    pool_b = many.x.new_full((slots, 24, 16), math.nan, dtype=pair[1])
+    ranks = torch.zeros(slots, dtype=torch.int32, device=device)
+    scaling = torch.ones(slots, device=device)
+    for g, slot in enumerate(places):
+        rank = len(many.lora_a[g])
+        pool_a[slot, :rank], pool_b[slot, :, :rank] = many.lora_a[g], many.lora_b[g]
+        ranks[slot], scaling[slot] = rank, many.scaling[g]
+    table = torch.tensor([*places, 3], dtype=torch.int32, device=device)  # -1 goes to a free slot
+    y, x, a, b = (leaf(t) for t in (many.y, many.x, pool_a, pool_b))
+    seed = torch.tensor(1, device=device)
+    groups = (scaling, table[many.index.long()], None, ranks)
+    out = OPS.lora_update_grouped(y, x, [a], [b], *groups, 0.3, seed)
+    out.backward(many.grad)
+    assert torch.equal(out, lists["y"])
+    assert torch.equal(x.grad, lists["dx"])
+    for g, slot in enumerate(places):
+        rank = ranks[slot]
+        assert torch.equal(a.grad[slot, :rank], lists[f"dlora_a[{g}]"])
+        assert torch.equal(b.grad[slot, :, :rank], lists[f"dlora_b[{g}]"])
+        assert a.grad[slot, rank:].count_nonzero() == b.grad[slot, :, rank:].count_nonzero() == 0
+    for slot in (1, 3):
+        assert a.grad[slot].count_nonzero() == b.grad[slot].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("rows", [5, 60])
+def test_offs_have_the_bits_of_an_index(isa, device, rows):
+    ends = torch.tensor([0, rows // 3, rows // 3, rows - 1], dtype=torch.int32, device=device)
+    index = torch.bucketize(torch.arange(rows, device=device), ends, right=True).int()
+    index[index == 4] = -1
+    many = replace(make_many(rows, 40, 24, device=device), index=index)
+    assert_same(run(many, 0.3), run(many, 0.3, offs=ends))
+
+
+# ---- layouts ----
+
+
+def sliced(matrix):
+    """The same values with another element between neighbours in either direction."""
+    return matrix.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+
+
+@pytest.mark.parametrize("rows", [6, 90])
+@pytest.mark.parametrize("layout", ["strided x", "strided y", "transposed", "sliced", "expanded"])
+def test_strides(isa, device, rows, layout):
+    many = make_many(rows, 40, 24, (4, 16, 7), device=device, kind="mixed", given=F32, integers=2)
+    wanted = run_loop(many, dtype=F64)
+    many = {
+        "strided x": lambda: replace(many, x=torch.cat([many.x] * 2, 1)[:, 40:]),
+        "strided y": lambda: replace(
+            many, y=many.y.t().contiguous().t(), grad=many.grad.t().contiguous().t()
+        ),
+        "transposed": lambda: replace(
+            many,
+            lora_a=[a.t().contiguous().t() for a in many.lora_a],
+            lora_b=[b.t().contiguous().t() for b in many.lora_b],
+        ),
+        "sliced": lambda: replace(
+            many,
+            lora_a=[sliced(a) for a in many.lora_a],
+            lora_b=[sliced(b) for b in many.lora_b],
+        ),
+        "expanded": lambda: replace(many, index=many.index[:1].clamp(min=0).expand(rows)),
+    }[layout]()
+    if layout == "expanded":
+        wanted = run_loop(many, dtype=F64)
+    assert_equal(run(many), wanted)
+
+
+def test_an_index_of_any_shape(isa, device):
+    many = make_many((2, 3, 5), 16, 24, device=device)
+    wanted = run(many)
+    flat = run(replace(many, index=many.index.view(-1)))
+    assert wanted["y"].shape == (2, 3, 5, 24)
+    assert_same(wanted, flat)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 24), (5, 0, 24), (5, 16, 0)], ids=str)
+def test_nothing_to_compute(isa, device, shape):
+    many = make_many(*shape, device=device, kind="mixed")
+    ours, wanted = run(many), run_loop(many)
+    for name, value in wanted.items():
+        assert ours[name].shape == value.shape
+        assert torch.equal(ours[name], value)
+
+
+# ---- which gradients ----
+
+SUBSETS = [("x",), ("a",), ("b",), ("bias",), ("x", "a"), ("a", "b"), ("x", "b", "bias")]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("rows", [9, 70])
+def test_only_what_is_wanted_is_computed(isa, device, wanted, rows):
+    """Of factors only those of some adapters."""
+    many = make_many(rows, 40, 24, device=device)
+    everything = run(many)
+    x, bias = many.x.clone(), many.bias.clone()
+    lora_a, lora_b = [a.clone() for a in many.lora_a], [b.clone() for b in many.lora_b]
+    x.requires_grad_("x" in wanted)
+    bias.requires_grad_("bias" in wanted)
+    for g in (0, 2):
+        lora_a[g].requires_grad_("a" in wanted)
+        lora_b[g].requires_grad_("b" in wanted)
+    y = lora_ext.lora_linear(x, many.weight, lora_a, lora_b, bias, many.scaling, index=many.index)
+    y.backward(many.grad)
+    for name, tensor in (("dx", x), ("dbias", bias)):
+        assert (tensor.grad is None) != (name[1:] in wanted)
+        assert tensor.grad is None or torch.equal(tensor.grad, everything[name])
+    for g in range(len(RANKS)):
+        for kind, factors in (("a", lora_a), ("b", lora_b)):
+            gradient = factors[g].grad
+            assert (gradient is not None) == (kind in wanted and g in (0, 2))
+            assert gradient is None or torch.equal(gradient, everything[f"dlora_{kind}[{g}]"])
+
+
+def test_two_lists_may_share_factors(device):
+    """One adapter named twice has the sum of both gradients."""
+    many = make_many(30, 16, 12, (3, 3), (F64, F64), device, kind="ranges")
+    a, b = leaf(many.lora_a[0]), leaf(many.lora_b[0])
+    y = lora_ext.lora_linear(many.x, many.weight, [a, a], [b, b], None, 2.0, index=many.index)
+    y.backward(many.grad)
+    once = replace(many, index=many.index.clamp(max=0), bias=None, scaling=torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(a.grad, run(once)["dlora_a[0]"])
+
+
+@pytest.mark.parametrize("scaling", [2.0, [2.0, 2.0, 2.0, 2.0], torch.full((4,), 2.0)], ids=repr)
+def test_a_scaling_for_all_or_for_each(device, scaling):
+    many = make_many(30, 16, 12, device=device)
+    if isinstance(scaling, torch.Tensor):
+        scaling = scaling.to(device)
+    two = torch.full((4,), 2.0, device=device)
+    assert torch.equal(
+        lora_ext.lora_linear(
+            many.x, many.weight, many.lora_a, many.lora_b, None, scaling, index=many.index
+        ),
+        run(replace(many, bias=None, scaling=two))["y"],
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=short)
+@pytest.mark.parametrize("rows", [9, 70])
+def test_autocast(isa, device, dtype, rows):
+    many = make_many(rows, 40, 24, device=device)
+    with torch.autocast(device, dtype):
+        ours = run(many)
+    # Adapters stay float32, as do the gradients of the leaves, which are.
+    half = replace(many.to(dtype), lora_a=many.lora_a, lora_b=many.lora_b)
+    theirs, exact = run_loop(half), run_loop(half, dtype=F64)
+    assert ours["y"].dtype == dtype
+    theirs = {name: value.to(ours[name].dtype) for name, value in theirs.items()}
+    assert_at_most_twice(ours, theirs, exact, (dtype, F32), has_half_pairs(isa, (dtype, F32)))
+
+
+def test_a_packed_weight(device):
+    if device != "cpu":
+        pytest.skip("packs are the CPU's")
+    many = make_many(60, 64, 48)
+    packed = lora_ext.prepack(many.weight, backward=True)
+    ours = lora_ext.lora_linear(
+        many.x, packed, many.lora_a, many.lora_b, many.bias, many.scaling, index=many.index
+    )
+    torch.testing.assert_close(ours, run(many)["y"])
+
+
+def test_index_kinds():
+    """The cases above are what their names say."""
+    assert set(index_of(50, 4, "mixed").tolist()) == {-1, 0, 1, 2, 3}
+    assert (index_of(50, 4, "ranges").diff() >= 0).all()
+    assert index_of(4, 4, "in turn").tolist() == [-1, 0, 1, 2]
+    assert _C.available_cpu_isas()

@@ -1,0 +1,228 @@
+"""The ops of many adapters as torch sees them: opcheck, meta, compile, checkpoint, export."""
+
+import pytest
+import torch
+from helpers import BF16, F32, F64, leaf
+from many_helpers import OPS, make_many, run
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import lora_ext
+
+NAMES = (
+    "lora_linear_grouped",
+    "lora_linear_grouped_forward",
+    "lora_linear_grouped_backward",
+    "lora_update_grouped",
+    "lora_update_grouped_forward",
+    "lora_update_grouped_backward",
+)
+SAMPLES = {
+    "plain": ((60,), (F32, F32)),
+    "one row": ((1,), (F32, F32)),
+    "batch": ((2, 3, 10), (BF16, BF16)),
+    "wide adapters": ((60,), (BF16, F32)),
+    "float64": ((9,), (F64, F64)),
+    "no rows": ((0,), (F32, F32)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "AutogradCPU", "AutogradCUDA"])
+def test_every_op_has_a_kernel_for(name, key):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"lora_ext::{name}", key)
+
+
+@pytest.mark.parametrize("name", ["lora_linear_grouped", "lora_update_grouped"])
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA", "MkldnnCPU"])
+def test_public_ops_have_a_kernel_for(name, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ops_declare_no_mutation(name):
+    op = getattr(OPS, name).default
+    assert not op._schema.is_mutable
+    assert torch.Tag.pt2_compliant_tag in op.tags
+
+
+def sample(name, device, **options):
+    lead, pair = SAMPLES[name]
+    return make_many(lead, 16, 24, (3, 1, 5), pair, device, **options)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck_lora_linear_grouped(device, name, dropout_p):
+    many = sample(name, device)
+    seed = torch.tensor(3, device=device) if dropout_p else None
+    lists = ([leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b])
+    groups = (many.scaling, many.index, None, None)
+    inputs = (leaf(many.x), many.weight, *lists, *groups, leaf(many.bias), dropout_p, seed, 2, 1)
+    torch.library.opcheck(OPS.lora_linear_grouped.default, inputs)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_lora_update_grouped(device, name):
+    many = sample(name, device, given=SAMPLES[name][1][0])
+    seed = torch.tensor(3, device=device)
+    lists = ([leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b])
+    groups = (many.scaling, many.index, None, None)
+    inputs = (leaf(many.y), leaf(many.x), *lists, *groups, 0.5, seed, 2, 1)
+    torch.library.opcheck(OPS.lora_update_grouped.default, inputs)
+
+
+@pytest.mark.parametrize("by", ["index", "offs"])
+def test_opcheck_of_a_pool(device, by):
+    a, b = torch.randn(4, 5, 16, device=device), torch.randn(4, 24, 5, device=device)
+    ranks = torch.tensor([5, 0, 1, 3], dtype=torch.int32, device=device)
+    many = make_many(30, 16, 24, (1,) * 4, device=device)
+    offs = torch.tensor([3, 9, 9, 25], dtype=torch.int32, device=device)
+    groups = (many.index, None, ranks) if by == "index" else (None, offs, ranks)
+    inputs = (leaf(many.x), many.weight, [leaf(a)], [leaf(b)], many.scaling, *groups)
+    torch.library.opcheck(OPS.lora_linear_grouped.default, inputs)
+
+
+MASKS = [
+    ([True, True], [True] * 3, [True] * 3),
+    ([False, False], [True, False, True], [False] * 3),
+    ([True, False], [False] * 3, [False, True, False]),
+    ([False, True], [False] * 3, [False] * 3),
+]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_meta_agrees_with_real(device, name, mask):
+    """Shape, dtype and strides of every output, and which there are."""
+    many = sample(name, device)
+
+    def outputs(place):
+        x, weight, bias, grad = (t.to(place) for t in (many.x, many.weight, many.bias, many.grad))
+        lists = ([a.to(place) for a in many.lora_a], [b.to(place) for b in many.lora_b])
+        groups = (many.scaling.to(place), many.index.to(place), None, None)
+        tail = (0.0, None, 0, 0, False, None)
+        y, s = OPS.lora_linear_grouped_forward(x, weight, *lists, *groups, bias, *tail)
+        dx, da, db, dbias = OPS.lora_linear_grouped_backward(
+            grad, x, weight, *lists, s, *groups, *tail, *mask
+        )
+        assert len(da) == sum(mask[1])
+        assert len(db) == sum(mask[2])
+        return y, s, dx, *da, *db, dbias
+
+    for real, meta in zip(outputs(device), outputs("meta"), strict=True):
+        assert (real is None) == (meta is None)
+        if real is not None:
+            assert (real.shape, real.dtype) == (meta.shape, meta.dtype)
+            assert real.stride() == meta.stride()
+
+
+@pytest.fixture
+def counter():
+    """A backend that counts the graphs it is given and runs them through AOTAutograd."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def step_of(many, **options):
+    def step(x, index, lora_a, lora_b):
+        y = lora_ext.lora_linear(
+            x, many.weight, lora_a, lora_b, many.bias, many.scaling, index=index, **options
+        )
+        return y * 2
+
+    return step
+
+
+def run_step(step, many, index):
+    x = leaf(many.x)
+    lists = ([leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b])
+    torch.manual_seed(11)
+    y = step(x, index, *lists)
+    y.backward(many.grad)
+    return y.detach(), x.grad, *(t.grad for factors in lists for t in factors)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_compiled_step_has_the_same_bits_for_every_index(device, counter, dropout_p):
+    many = make_many((2, 30), 16, 24, device=device)
+    step = step_of(many, dropout_p=dropout_p)
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for shift in range(3):
+        index = many.index.roll(shift, -1)
+        for a, b in zip(run_step(compiled, many, index), run_step(step, many, index), strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_compiled_with_dynamic_rows_does_not_recompile(device, counter):
+    def step(x, index, lora_a, lora_b, weight, scaling):
+        return lora_ext.lora_linear(x, weight, lora_a, lora_b, None, scaling, index=index)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for rows in (9, 60, 51, 130):
+        many = make_many(rows, 16, 24, device=device, bias=False)
+        rest = (many.index, many.lora_a, many.lora_b, many.weight, many.scaling)
+        x = leaf(many.x)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(many.index, 0)
+        y = compiled(x, *rest)
+        y.backward(many.grad)
+        assert torch.equal(y, run(many)["y"])
+        assert torch.equal(x.grad, run(many)["dx"])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_repeats_the_mask(device, use_reentrant):
+    many = make_many(60, 16, 24, device=device)
+    step = step_of(many, dropout_p=0.5)
+
+    def flat(x, index, *factors):
+        return step(x, index, factors[:4], factors[4:])
+
+    def checkpointed(x, index, lora_a, lora_b):  # of lists, reentrant checkpoints see no leaf
+        return checkpoint(flat, x, index, *lora_a, *lora_b, use_reentrant=use_reentrant)
+
+    plain = run_step(step, many, many.index)
+    for first, second in zip(run_step(checkpointed, many, many.index), plain, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_saved_for_backward_are_no_copies(device):
+    """x, the factors, index and scaling as they are; and S and a seed of 8 bytes."""
+    many = make_many(60, 16, 24, (3, 5), device=device)
+    x, lora_a, lora_b = leaf(many.x), [leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_ext.lora_linear(
+            x, many.weight, lora_a, lora_b, many.bias, many.scaling, 0.5, index=many.index
+        )
+    given = {t.data_ptr() for t in (x, many.weight, *lora_a, *lora_b, many.scaling, many.index)}
+    own = [t for t in saved if t.data_ptr() not in given]
+    assert sorted(t.nbytes for t in own) == [8, 60 * 5 * 4]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad(device, mode):
+    many = make_many(60, 16, 24, device=device)
+    with mode():
+        y = lora_ext.lora_linear(
+            many.x, many.weight, many.lora_a, many.lora_b, many.bias, many.scaling, index=many.index
+        )
+    assert torch.equal(y, run(many)["y"])
+
+
+def test_export(device):
+    many = make_many(60, 16, 24, device=device)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, index):
+            return lora_ext.lora_linear(
+                x, many.weight, many.lora_a, many.lora_b, None, many.scaling, index=index
+            )
+
+    program = torch.export.export(Layer(), (many.x, many.index))
+    index = many.index.flip(0)
+    assert torch.equal(program.module()(many.x, index), Layer()(many.x, index))
