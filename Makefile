@@ -15,7 +15,8 @@ COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find 
 FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models demo gpu
+.PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models
+.PHONY: bench-adapters demo gpu
 .PHONY: sass traffic sanitize docs wheel clean
 
 build: $(VENV)/.built
@@ -140,8 +141,13 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/.built
 docs: $(VENV)/.docs
 	$(PY) -m mkdocs build --strict $(ARGS)
 
+# With ARGS, which are those of the first, it runs alone.
 bench: $(VENV)/.extras
 	$(PY) -m benchmarks $(ARGS)
+	$(if $(ARGS),,$(PY) -m benchmarks.adapters)
+
+bench-adapters: $(VENV)/.extras
+	$(PY) -m benchmarks.adapters $(ARGS)
 
 bench-full: $(VENV)/.extras
 	$(PY) -m benchmarks --full $(ARGS)

@@ -20,6 +20,7 @@ from .results import Document
 def _of_kind(document: Document) -> Any:
     """The module that knows what to say of a document."""
     from . import layer_report
+    from .adapters import adapters_report
     from .finetune import finetune_report
     from .gpu import gpu_report
     from .traffic import traffic_report
@@ -30,6 +31,7 @@ def _of_kind(document: Document) -> Any:
         "full": layer_report,
         "gpu": gpu_report,
         "models": models_report,
+        "adapters": adapters_report,
         "finetune": finetune_report,
         "traffic": traffic_report,
     }

@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, type]] = {
     "full": _LAYERS,
     "gpu": _LAYERS,
     "models": {"cases": list},
+    "adapters": {"cases": list},
     "finetune": _TRAINING,
     "traffic": {"rows": list},
 }

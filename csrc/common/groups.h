@@ -8,6 +8,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -29,14 +30,19 @@ struct GroupedUpdate {
     return is_pool() ? lora_a[0].sym_size(0) : c10::SymInt(static_cast<int64_t>(lora_a.size()));
   }
   int64_t adapters() const { return sym_adapters().expect_int(); }
-  // The largest rank, for which S has room in every row.
+  // The largest rank, for which S has room in every row. It takes a look at every adapter of a list.
   c10::SymInt sym_max_rank() const {
     if (is_pool()) return lora_a[0].sym_size(1);
     c10::SymInt most = 0;
     for (const at::Tensor& a : lora_a) most = most.max(a.sym_size(0));
     return most;
   }
-  int64_t max_rank() const { return sym_max_rank().expect_int(); }
+  int64_t max_rank() const {
+    if (is_pool()) return lora_a[0].size(1);
+    int64_t most = 0;
+    for (const at::Tensor& a : lora_a) most = std::max(most, a.size(0));
+    return most;
+  }
   int64_t in_features() const { return lora_a[0].size(-1); }
   int64_t out_features() const { return lora_b[0].size(is_pool() ? 1 : 0); }
 };

@@ -13,9 +13,22 @@ at::Tensor on_host(const at::Tensor& numbers) {
   return numbers.reshape({-1}).to(at::kCPU).contiguous();
 }
 
-int64_t rank_of(const GroupedUpdate& update, const int32_t* ranks, int64_t adapter) {
-  if (update.is_pool()) return ranks == nullptr ? update.max_rank() : ranks[adapter];
-  return update.lora_a[adapter].size(0);
+// Of each adapter.
+std::vector<int64_t> ranks_of(const char* op, const GroupedUpdate& update) {
+  const int64_t adapters = update.adapters(), most = update.max_rank();
+  std::vector<int64_t> ranks(static_cast<size_t>(adapters), most);
+  if (!update.is_pool()) {
+    for (int64_t g = 0; g < adapters; ++g) ranks[g] = update.lora_a[g].size(0);
+  } else if (update.ranks) {
+    const at::Tensor numbers = on_host(*update.ranks);
+    const int32_t* data = numbers.const_data_ptr<int32_t>();
+    for (int64_t g = 0; g < adapters; ++g) {
+      TORCH_CHECK_INDEX(data[g] >= 0 && data[g] <= most, "lora_ext.", op,
+                        ": expected ranks from 0 to ", most, ", but got ", data[g], " at ", g);
+      ranks[g] = data[g];
+    }
+  }
+  return ranks;
 }
 
 // begins[g]: of adapter g among the sorted rows; one more for the end.
@@ -61,14 +74,10 @@ Segments segments_of(const char* op, const GroupedUpdate& update, int64_t rows) 
   const std::vector<int64_t> begins = update.index
                                           ? sort_by_index(op, data, rows, adapters, out.order)
                                           : sorted_by_offs(op, data, rows, adapters, out.order);
-  const at::Tensor ranks = update.ranks ? on_host(*update.ranks) : at::Tensor();
-  const int32_t* rank_data = ranks.defined() ? ranks.const_data_ptr<int32_t>() : nullptr;
+  const std::vector<int64_t> ranks = ranks_of(op, update);
   for (int64_t g = 0; g < adapters; ++g) {
-    const int64_t rank = rank_of(update, rank_data, g), count = begins[g + 1] - begins[g];
-    TORCH_CHECK_INDEX(rank >= 0 && rank <= update.max_rank(), "lora_ext.", op,
-                      ": expected ranks from 0 to ", update.max_rank(), ", but got ", rank, " at ",
-                      g);
-    if (count > 0 && rank > 0) out.list.push_back({g, begins[g], count, rank});
+    const int64_t count = begins[g + 1] - begins[g];
+    if (count > 0 && ranks[g] > 0) out.list.push_back({g, begins[g], count, ranks[g]});
   }
   return out;
 }

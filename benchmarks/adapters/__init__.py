@@ -1,0 +1,1 @@
+"""Many adapters in one batch: what a mixed batch costs over a merged and over a frozen layer."""

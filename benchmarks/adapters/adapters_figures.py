@@ -1,0 +1,81 @@
+"""Curves of a mixed batch over rows for each adapter, and over adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ..figures import COLOURS, Figure, finish, heading, legend_beside, plt
+from ..results import Document, Row, is_disturbed, ratio
+from ..shapes import FORWARD, STEP
+from .variants import LABELS, floor_of
+
+_COLOURS = {
+    "ours": COLOURS["ours"],
+    "ours_pool": COLOURS["ours_packed"],
+    "one": COLOURS["frozen"],
+    "peft": COLOURS["peft"],
+    "loop": COLOURS["peft_default"],
+    "loop_ours": COLOURS["loralib"],
+    "grouped": COLOURS["unsloth"],
+    "gather": COLOURS["compiled"],
+    "bmm": COLOURS["triton_pair"],
+}
+_TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
+_GROUPS = {
+    "rows": ("rows of each of 8 adapters, K = N = 2048", lambda case: case["rows"] / 8),
+    "adapters": ("adapters of 1000 rows, K = N = 1024", lambda case: case["adapters"]),
+}
+
+
+def _panel(axes: Any, rows: list[Row], mode: str, where: Any, label: str) -> None:
+    floor = floor_of(mode)
+    for name, colour in _COLOURS.items():
+        points = [
+            (where(row["case"]), found.median) for row in rows if (found := ratio(row, name, floor))
+        ]
+        if points:
+            ours = name.startswith("ours")
+            axes.plot(
+                *zip(*sorted(points), strict=True),
+                marker="o",
+                markersize=5 if ours else 3.5,
+                linewidth=2.2 if ours else 1.2,
+                linestyle="--" if name == "one" else "-",
+                color=colour,
+                label=LABELS[name],
+                zorder=4 if ours else 3,
+            )
+    axes.axhline(1.0, color="black", linewidth=1.0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_yticks([t for t in _TICKS if low <= t <= high])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = sorted({where(row["case"]) for row in rows})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_ylabel(f"x {floor} (log scale)", fontsize=9)
+    finish(axes, f"{mode}, bf16" + (", dropout 0.05" if mode == STEP else ""), "y")
+
+
+def _curves(document: Document) -> Figure | None:
+    clean = [r for r in document["cases"] if r["status"] == "ok" and not is_disturbed(r)]
+    if not any(row["case"]["group"] in _GROUPS for row in clean):
+        return None
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8))
+    for line, (group, (label, where)) in zip(grid, _GROUPS.items(), strict=True):
+        for axes, mode in zip(line, (FORWARD, STEP), strict=True):
+            rows = [r for r in clean if r["case"]["group"] == group and r["case"]["mode"] == mode]
+            _panel(axes, rows, mode, where, label)
+        legend_beside(line[1])
+    heading(figure, "CPU: time of a batch of many adapters, less is better")
+    return figure
+
+
+def figures(document: Document) -> dict[str, Figure | None]:
+    """File name -> figure."""
+    return {"adapters.png": _curves(document)}

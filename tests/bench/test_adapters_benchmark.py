@@ -1,0 +1,168 @@
+"""The benchmark of batches of many adapters: what is compared, checked and said."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks import report, results
+from benchmarks.adapters import adapters_report, measure, variants
+from benchmarks.adapters.__main__ import main
+from benchmarks.adapters.cases import Case, all_cases
+from benchmarks.machine import describe
+from benchmarks.shapes import FORWARD, STEP
+from benchmarks.timing import Plan
+from benchmarks.variants import Unavailable
+
+QUICK = Plan(min_rounds=1, max_rounds=1, seconds=0.0, warmup_ms=0.0, batch_ms=0.0)
+
+
+def case_of(mode=STEP, rows=12, adapters=3, **options):
+    return Case("target", mode, rows, adapters, width=32, rank=8, **options)
+
+
+@pytest.mark.parametrize("layout", ["ranges", "mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", [FORWARD, STEP])
+def test_every_variant_agrees_with_the_loop(mode, dtype, layout):
+    row = measure.measure(case_of(mode, dtype=dtype, layout=layout), QUICK)
+    assert row["status"] == "ok"
+    assert row["disagreements"] == {}
+    left_out = set(variants.LABELS) - {"merged" if mode == STEP else "frozen"} - set(row["timing"])
+    expected = left_out & {"grouped"} if dtype == "bfloat16" else {"grouped"}  # not in every torch
+    expected |= {"peft", "gather"} if mode == STEP else set()
+    expected |= {"bmm", "loop_ours"} if layout == "mixed" else set()
+    assert left_out == expected == set(row["notes"])
+
+
+@pytest.mark.parametrize("name", ["ours", "ours_pool", "grouped", "bmm"])
+@pytest.mark.parametrize("fault", ["neighbour", "scaling"])
+def test_a_wrong_variant_is_seen(name, fault, monkeypatch):
+    build = variants.BUILDERS[name]
+
+    def wrong(batch, dropout_p):
+        if fault == "neighbour":
+            batch = copy.copy(batch)
+            batch.lora_a, batch.lora_b = batch.lora_a.roll(1, 0), batch.lora_b.roll(1, 0)
+            return build(batch, dropout_p)
+        way = build(batch, dropout_p)
+        return variants.Way(lambda x: way.call(x) * 1.1, way.leaves)
+
+    monkeypatch.setitem(variants.BUILDERS, name, wrong)
+    row = measure.measure(case_of(), QUICK)
+    assert list(row["disagreements"]) == [name]
+    assert row["status"] == ("wrong" if name.startswith("ours") else "ok")
+
+
+def test_rows_per_adapter():
+    batch = variants.make_batch(case_of(rows=10, adapters=4, layout="mixed"))
+    counts = batch.index.bincount()
+    assert counts.sum() == 10
+    assert counts.max() - counts.min() <= 1
+    assert (batch.index.diff() < 0).any()
+    assert batch.offs.tolist() == counts.cumsum(0).tolist()
+
+
+def test_what_cannot_be_measured_says_why():
+    many = case_of(FORWARD, rows=130, adapters=65)
+    with pytest.raises(Unavailable, match="more than 64 adapters"):
+        variants.BUILDERS["peft"](variants.make_batch(many), 0.0)
+    with pytest.raises(Unavailable, match="as many rows each"):
+        variants.BUILDERS["bmm"](variants.make_batch(case_of(rows=10)), 0.0)
+    large = Case("target", FORWARD, 4096, 2, width=2048, rank=64)
+    batch = variants.Batch(large, *(torch.empty(0),) * 4, [], [])
+    with pytest.raises(Unavailable, match="256 MiB"):
+        variants.BUILDERS["gather"](batch, 0.0)
+
+
+def test_cases_are_those_of_the_targets():
+    cases = {(c.mode, c.rows, c.adapters) for c in all_cases() if c.group == "target"}
+    assert {(mode, rows, 32) for mode, rows, _ in adapters_report.LIMITS} <= cases
+    assert len({case.id for case in all_cases()}) == len(list(all_cases()))
+
+
+# ---- the report ----
+
+
+def summary(ms):
+    return {"ms": ms, "p25": ms, "p75": ms, "samples": [ms] * 3, "disturbed": False}
+
+
+def made_up(isa="avx512", ours=1.1):
+    document = results.new_document("adapters", describe("cpu", "a machine"))
+    document["machine"]["lora_ext"]["cpu_isa"] = isa
+    for case in all_cases():
+        floor = variants.floor_of(case.mode)
+        times = {name: summary(3.0) for name in variants.LABELS if name not in ("merged", "frozen")}
+        times |= {floor: summary(1.0), "ours": summary(ours)}
+        row = {"case": case.as_dict(), "status": "ok", "notes": {}, "disagreements": {}}
+        row["timing"] = times
+        if case.mode == STEP and case.group == "target":
+            sizes = {"ours": (150, 60), "one": (100, 10), "frozen": (90, 0)}
+            row["memory"] = {n: {"peak": p, "factors": f} for n, (p, f) in sizes.items()}
+        document["cases"].append(row)
+    document["complete"] = True
+    return document
+
+
+def test_targets():
+    verdicts = {row[0]: row[-1] for row in adapters_report.targets(made_up())}
+    assert verdicts["forward, 32 rows, over merged"] == "pass"
+    assert verdicts["forward, 2048 rows, over merged"] == "MISS"
+    assert verdicts["step, 256 rows, dropout, over a loop"] == "pass"
+    slow = {row[0]: row[-1] for row in adapters_report.targets(made_up(ours=3.5))}
+    assert set(slow.values()) == {"MISS", "pass"}
+    assert slow["step, 256 rows, dropout, over grouped_mm"] == "MISS"
+    assert all(v == "pass" for name, v in slow.items() if "memory" in name)
+
+
+def test_memory_targets_can_be_missed():
+    document = made_up()
+    for row in document["cases"]:
+        if row.get("memory"):
+            row["memory"]["ours"]["peak"] = 158
+    memory = [row for row in adapters_report.targets(document) if "memory" in row[0]]
+    assert memory
+    assert {row[-1] for row in memory} == {"MISS"}
+
+
+def test_with_amx_the_peers_are_the_bound():
+    names = [row[0] for row in adapters_report.targets(made_up("amx"))]
+    assert "forward, 32 rows, over PEFT" in names
+    assert not any(name.endswith("over merged") for name in names)
+
+
+def test_a_disturbed_cell_is_not_measured():
+    document = made_up()
+    document["cases"][0]["timing"]["ours"]["disturbed"] = True
+    assert adapters_report.targets(document)[0][-1] == "not measured"
+
+
+def test_the_report_and_its_picture(tmp_path):
+    document = made_up()
+    document["cases"][0]["notes"]["peft"] = "no such thing"
+    document["cases"][1]["disagreements"]["grouped"] = ["out is off"]
+    path = tmp_path / "results.json"
+    results.write(document, path)
+    assert report.main([str(path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "PEFT: left out of 1 cases: no such thing" in text
+    assert "grouped_mm DISAGREES with the loop: out is off" in text
+    assert "## Over adapters: step (CPU)" in text
+    assert (tmp_path / "adapters.png").stat().st_size > 10_000
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    small = [case_of(FORWARD), case_of()]
+    monkeypatch.setattr("benchmarks.adapters.__main__.all_cases", lambda: small)
+    monkeypatch.setattr("benchmarks.adapters.__main__._PLAN", QUICK)
+    assert main(["--out", str(tmp_path), "--no-plots", "--only", "step"]) == 0
+    document = results.read(tmp_path / "results.json")
+    assert [row["case"]["mode"] for row in document["cases"]] == [STEP]
+    assert "many adapters in one batch" in capsys.readouterr().out
+    monkeypatch.setattr(
+        "benchmarks.adapters.__main__.measure",
+        lambda case, plan: measure.measure(case, plan) | {"status": "wrong"},
+    )
+    assert main(["--out", str(tmp_path), "--no-plots"]) == 1
+    assert "WRONG" in capsys.readouterr().err
