@@ -66,7 +66,7 @@ struct GroupedBackwardArgs {
   std::vector<bool> need_dlora_a, need_dlora_b;
 };
 
-// S: in the order of the segments, each [count, r_g], one after the other; room for [M, max rank].
+// S: [M, max rank], of each row as many columns as its adapter has ranks; the rest is not written.
 using GroupedForward = Forward;
 
 struct GroupedBackward {

@@ -3,34 +3,16 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <mutex>
 #include <unordered_map>
 
-#include "common/check.h"
 #include "cuda/lora_linear.h"
+#include "launch/launch_parts.h"
 #include "library/base_linear.h"
 
 namespace lora_ext::kernel_launch {
 namespace {
-
-// Of one row, a tensor may have any stride; this is one of whole chunks.
-int64_t pitch_of(const at::Tensor& tensor) {
-  return tensor.size(0) == 1 ? (tensor.size(1) + 7) / 8 * 8 : tensor.stride(0);
-}
-
-// A tensor's rows can be copied in 16-byte chunks, and by a tensor map, which has no place for rows
-// that overlap.
-bool aligned(const at::Tensor& tensor) {
-  const auto bytes = static_cast<int64_t>(tensor.element_size());
-  const int64_t pitch = pitch_of(tensor);
-  return tensor.stride(-1) == 1 && pitch * bytes % 16 == 0 && pitch >= tensor.size(1) &&
-         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-}
-
-// Of a result [rows, columns] that torch's allocator aligns.
-bool aligned_rows(int64_t columns) { return columns % 8 == 0; }
 
 template <class Args>
 plan::Problem common_problem(const Args& args) {
@@ -68,42 +50,9 @@ kernel::LoraLinearOperands common_operands(const Args& args, const at::Tensor& w
   o.float_adapters = update.lora_a.scalar_type() == at::kFloat;
   o.scaling = static_cast<float>(update.scaling);
   o.dropout = dropout.enabled();
-  o.mask.keep_count = philox::kKeepOne, o.mask.keep_scale = 1.f;
-  if (o.dropout) {
-    o.mask = {dropout.seed->template const_data_ptr<int64_t>(), dropout.first_row(),
-              dropout.first_col(), dropout.keep_count(), static_cast<float>(dropout.keep_scale())};
-  }
+  o.mask = mask_of(dropout);
   o.workspace = workspace.mutable_data_ptr<uint8_t>();
   return o;
-}
-
-at::Tensor workspace_for(const plan::Plan& plan, const at::Tensor& like) {
-  return at::empty({plan.workspace}, like.options().dtype(at::kByte));
-}
-
-// The current stream of a CUDA device. Elsewhere, in tests, there is none.
-void* stream_of(const at::Device& device) {
-  if (!device.is_cuda()) return nullptr;
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
-}
-
-// Without an index a CUDA device is the current one.
-int index_of(const at::Device& device) {
-  if (device.has_index() || !device.is_cuda()) return device.index();
-  return c10::impl::VirtualGuardImpl(device.type()).getDevice().index();
-}
-
-cuda::Half half_of(at::ScalarType dtype) {
-  return dtype == at::kHalf ? cuda::Half::kFloat16 : cuda::Half::kBFloat16;
-}
-
-void check_launch(const std::string& error, const at::Device& device) {
-  if (error.empty()) return;
-  // cudaErrorMemoryAllocation: what a caller may answer with a smaller batch.
-  TORCH_CHECK_WITH(OutOfMemoryError, error.find("out of memory") == std::string::npos,
-                   "lora_ext: launching the kernels on ", device, " failed: ", error);
-  throw LaunchError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)},
-                    c10::str("lora_ext: launching the kernels on ", device, " failed: ", error));
 }
 
 }  // namespace
@@ -154,7 +103,7 @@ plan::Problem problem_of(const BackwardArgs& args) {
 Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   const at::Device device = args.x.device();
   const c10::DeviceGuard guard(device);
-  const at::Tensor workspace = workspace_for(plan, args.x);
+  const at::Tensor workspace = workspace_for(plan.workspace, args.x);
   Forward out{at::empty({args.x.size(0), args.update.out_features()}, args.x.options()),
               at::empty({args.x.size(0), args.update.rank()}, args.x.options().dtype(at::kFloat))};
   kernel::LoraLinearForward operands{};
@@ -170,14 +119,14 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.library_base()) add_base(out.y, args);
+  if (plan.library_base()) add_base_forward(out.y, args.x, args.base);
   return out;
 }
 
 Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   const at::Device device = args.x.device();
   const c10::DeviceGuard guard(device);
-  const at::Tensor workspace = workspace_for(plan, args.x);
+  const at::Tensor workspace = workspace_for(plan.workspace, args.x);
   Backward out;
   if (args.need_dx) out.dx = at::empty({args.x.size(0), args.x.size(1)}, args.x.options());
   if (args.need_dlora_a)
@@ -194,7 +143,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   check_launch(
       cuda::launch_backward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);
-  if (plan.library_base() && args.need_dx) add_base(out.dx, args);
+  if (plan.library_base() && args.need_dx) add_base_backward(out.dx, args.grad, args.base);
   return out;
 }
 

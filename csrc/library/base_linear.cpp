@@ -34,8 +34,12 @@ at::Tensor base_backward(const at::Tensor& grad, const at::Tensor& x, const Base
   return at::mm(grad, base.weight);
 }
 
-void add_base(at::Tensor& y, const ForwardArgs& args) { y.addmm_(args.x, args.base.weight.t()); }
+void add_base_forward(at::Tensor& y, const at::Tensor& x, const Base& base) {
+  y.addmm_(x, base.weight.t());
+}
 
-void add_base(at::Tensor& dx, const BackwardArgs& args) { dx.addmm_(args.grad, args.base.weight); }
+void add_base_backward(at::Tensor& dx, const at::Tensor& grad, const Base& base) {
+  dx.addmm_(grad, base.weight);
+}
 
 }  // namespace lora_ext

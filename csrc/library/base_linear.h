@@ -12,7 +12,7 @@ at::Tensor base_forward(const at::Tensor& x, const Base& base);
 at::Tensor base_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
 // Of a weight, onto what the low-rank part has written; a bias is there already.
-void add_base(at::Tensor& y, const ForwardArgs& args);
-void add_base(at::Tensor& dx, const BackwardArgs& args);
+void add_base_forward(at::Tensor& y, const at::Tensor& x, const Base& base);
+void add_base_backward(at::Tensor& dx, const at::Tensor& grad, const Base& base);
 
 }  // namespace lora_ext

@@ -73,14 +73,6 @@ at::Tensor inputs_of(const at::Tensor& x, const GroupedUpdate& update, const Row
   return own;
 }
 
-// The part of S that a segment has.
-at::Tensor s_of(const at::Tensor& s, const Segment& segment) {
-  return s.narrow(0, segment.begin, segment.count)
-      .view({-1})
-      .narrow(0, 0, segment.count * segment.rank)
-      .view({segment.count, segment.rank});
-}
-
 at::Tensor on_host(const at::Tensor& scaling) { return scaling.to(at::kCPU).contiguous(); }
 
 // Where an adapter's gradient goes, if it is wanted: for a pool into the gradient of all.
@@ -114,7 +106,8 @@ GroupedForward forward(const GroupedForwardArgs& args) {
     const Forward own = forward({inputs_of(args.x, update, rows), Base::given(rows.of(out.y)),
                                  update_of(update, segment, scaling.const_data_ptr<float>())});
     rows.put(out.y, own.y);
-    s_of(out.s, segment).copy_(own.s);
+    at::Tensor s = out.s.narrow(1, 0, segment.rank);
+    rows.put(s, own.s);
   }
   return out;
 }
@@ -130,10 +123,10 @@ GroupedBackward backward(const GroupedBackwardArgs& args) {
   for (const Segment& segment : segments.list) {
     const bool need_a = da.wants(pool, segment), need_b = db.wants(pool, segment);
     const Rows rows(segments, segment, args.x.device());
-    const Backward own =
-        backward({rows.of(args.grad), inputs_of(args.x, update, rows), Base::given(),
-                  update_of(update, segment, scaling.const_data_ptr<float>()),
-                  s_of(args.s, segment), args.need_dx, need_a, need_b});
+    const Backward own = backward(
+        {rows.of(args.grad), inputs_of(args.x, update, rows), Base::given(),
+         update_of(update, segment, scaling.const_data_ptr<float>()),
+         rows.of(args.s.narrow(1, 0, segment.rank)).contiguous(), args.need_dx, need_a, need_b});
     if (need_a) da.put(pool, 0, segment, own.dlora_a);
     if (need_b) db.put(pool, 1, segment, own.dlora_b);
     if (!args.need_dx) continue;

@@ -91,7 +91,7 @@ Forward forward_same(const ForwardArgs& args) {
     // beta = 0 ignores what y holds; the scaling rides on the GEMM's alpha.
     const at::Tensor& start = args.base.bias ? *args.base.bias : y;
     at::addmm_out(y, start, s, args.update.lora_b.t(), args.base.bias ? 1 : 0, args.update.scaling);
-    add_base(y, args);
+    add_base_forward(y, args.x, args.base);
   }
   return {y, args.need_s ? s.to(accumulation_dtype(s.scalar_type())) : s};
 }

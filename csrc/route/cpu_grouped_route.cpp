@@ -36,7 +36,7 @@ int64_t work_of(const std::vector<Piece>& pieces) {
 // What a thread keeps from piece to piece.
 struct Thread {
   Factor a, b;
-  Scratch t, expand_t;
+  Scratch s, t, expand_t;
 };
 
 const char* const_at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
@@ -180,7 +180,7 @@ class BackwardPass {
       const Segment& segment = *piece.segment;
       Factor& b = state[static_cast<size_t>(thread)].b;
       b.for_shrink(segment, groups_.b(segment), *groups_.passes(segment).over_y);
-      float* t = Groups::t_of(ds_, segment, piece.rows.begin);
+      float* t = Groups::ds_of(ds_, segment, piece.rows.begin);
       b.shrink(shrink_args(args_.grad, groups_.rows_of(segment, piece.rows), b,
                            groups_.scaling(segment), t, Dropout{}),
                count_of(piece.rows));
@@ -207,13 +207,22 @@ class BackwardPass {
     });
   }
 
+  // S of a segment as wgrad takes it; gathered, if need be, by each piece of columns that needs it.
+  const float* s_of(const Segment& segment, Thread& own) const {
+    const Range rows{0, segment.count};
+    if (const float* in_place = groups_.s_in_place(args_.s, segment, rows)) return in_place;
+    auto* s = static_cast<float*>(own.s.of(segment.count * segment.rank * sizeof(float)));
+    groups_.gather_s(args_.s, segment, rows, s);
+    return s;
+  }
+
   // dB_g
   void over_y(const ColumnPiece& piece, Thread& own) {
     const Segment& segment = *piece.segment;
     const SkinnyKernels& kernels = *groups_.passes(segment).over_y;
     const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
-    const void* t = packed_t(kernels.wgrad_t, Groups::t_of(args_.s, segment, 0), segment.count,
-                             segment.rank, false, own.t);
+    const void* t =
+        packed_t(kernels.wgrad_t, s_of(segment, own), segment.count, segment.rank, false, own.t);
     WgradArgs args = wgrad_args(groups_, piece, args_.grad, rows, t, groups_.scaling(segment));
     db_.to(args, segment, piece.columns.begin);
     kernels.wgrad(args, ExpandArgs{}, {0, count_of(piece.columns)});
@@ -224,7 +233,7 @@ class BackwardPass {
     const Segment& segment = *piece.segment;
     const SkinnyKernels& kernels = *groups_.passes(segment).over_x;
     const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
-    const float* ds = Groups::t_of(ds_, segment, 0);
+    const float* ds = Groups::ds_of(ds_, segment, 0);
     ExpandArgs expand{};
     if (args_.need_dx) {
       const Dropout dropout = groups_.dropout_at(rows, piece.columns.begin);
@@ -264,8 +273,10 @@ GroupedForward forward(const GroupedForwardArgs& args) {
     const Passes passes = groups.passes(segment);
     const Groups::Rows where = groups.rows_of(segment, piece.rows);
     const int64_t count = count_of(piece.rows);
-    float* t = Groups::t_of(s, segment, piece.rows.begin);
     Thread& own = state[static_cast<size_t>(thread)];
+    float* in_place = groups.s_in_place(s, segment, piece.rows);
+    float* t = in_place;
+    if (t == nullptr) t = static_cast<float*>(own.s.of(count * segment.rank * sizeof(float)));
     own.a.for_shrink(segment, groups.a(segment), *passes.over_x);
     own.a.shrink(
         shrink_args(args.x, where, own.a, groups.keep_scale(), t, groups.dropout_at(where, 0)),
@@ -275,6 +286,7 @@ GroupedForward forward(const GroupedForwardArgs& args) {
         packed_t(passes.over_y->expand_t, t, count, segment.rank, own.b.is_half(), own.t);
     own.b.expand(expand_args(y, where, 0, own.b, groups.scaling(segment), packed, Dropout{}),
                  count);
+    if (in_place == nullptr) groups.scatter_s(s, segment, piece.rows, t);
   });
   return {y, s};
 }

@@ -44,6 +44,27 @@ Dropout Groups::dropout_at(const Rows& rows, int64_t column) const {
   return own;
 }
 
+float* Groups::s_in_place(const at::Tensor& s, const Segment& segment, Range rows) const {
+  const Rows where = rows_of(segment, rows);
+  if (where.index.at != nullptr || segment.rank != s.size(1)) return nullptr;
+  return s.mutable_data_ptr<float>() + where.first * s.size(1);
+}
+
+void Groups::scatter_s(const at::Tensor& s, const Segment& segment, Range rows,
+                       const float* from) const {
+  const int32_t* at = segments_.order.data() + segment.begin;
+  for (int64_t m = rows.begin; m < rows.end; ++m, from += segment.rank) {
+    std::copy_n(from, segment.rank, s.mutable_data_ptr<float>() + at[m] * s.size(1));
+  }
+}
+
+void Groups::gather_s(const at::Tensor& s, const Segment& segment, Range rows, float* to) const {
+  const int32_t* at = segments_.order.data() + segment.begin;
+  for (int64_t m = rows.begin; m < rows.end; ++m, to += segment.rank) {
+    std::copy_n(s.const_data_ptr<float>() + at[m] * s.size(1), segment.rank, to);
+  }
+}
+
 AdapterView Groups::view(const std::vector<at::Tensor>& factors, int64_t rank_dim,
                          const Segment& segment) const {
   const bool pool = update_.is_pool();

@@ -38,11 +38,15 @@ class Groups {
   // The mask for those rows, from a column on.
   Dropout dropout_at(const Rows& rows, int64_t column) const;
 
-  // The part of S or dS, [M, max rank], that the rows of a segment have from `row` on:
-  // [count, rank].
-  static float* t_of(const at::Tensor& t, const Segment& segment, int64_t row) {
-    return t.mutable_data_ptr<float>() + segment.begin * t.size(1) + row * segment.rank;
+  // S and dS, [rows, rank] of a segment as the passes take them. dS, which is nobody else's, lies
+  // so; S has each row where it is in x, [M, max rank], and a segment's may lie so by chance.
+  static float* ds_of(const at::Tensor& ds, const Segment& segment, int64_t row) {
+    return ds.mutable_data_ptr<float>() + segment.begin * ds.size(1) + row * segment.rank;
   }
+  // Where the passes may use S itself; else null.
+  float* s_in_place(const at::Tensor& s, const Segment& segment, Range rows) const;
+  void scatter_s(const at::Tensor& s, const Segment& segment, Range rows, const float* from) const;
+  void gather_s(const at::Tensor& s, const Segment& segment, Range rows, float* to) const;
 
  private:
   AdapterView view(const std::vector<at::Tensor>& factors, int64_t rank_dim,

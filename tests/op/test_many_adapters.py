@@ -478,3 +478,25 @@ def test_index_kinds():
     assert (index_of(50, 4, "ranges").diff() >= 0).all()
     assert index_of(4, 4, "in turn").tolist() == [-1, 0, 1, 2]
     assert _C.available_cpu_isas()
+
+
+@pytest.mark.skipif(EMULATED, reason="of the CPU's routes")
+@pytest.mark.parametrize("kind", ["ranges", "mixed"])
+@pytest.mark.parametrize("then", ["library", "portable"])
+def test_a_backward_may_take_another_route_than_its_forward(kind, then):
+    """S means the same on all of them."""
+    many = make_many(130, 40, 24, kind=kind, given=F32, integers=2)
+    try:
+        for first, second in (("auto", then), (then, "auto")):
+            _C.set_cpu_isa(first)
+            leaves = [leaf(t) for t in (*many.lora_a, *many.lora_b)]
+            lists = leaves[:4], leaves[4:]
+            y = OPS.lora_update_grouped(many.y, many.x, *lists, many.scaling, many.index)
+            _C.set_cpu_isa(second)
+            y.backward(many.grad)
+            wanted = run_loop(many, dtype=F64)
+            for g in range(4):
+                assert torch.equal(leaves[g].grad.double(), wanted[f"dlora_a[{g}]"])
+                assert torch.equal(leaves[4 + g].grad.double(), wanted[f"dlora_b[{g}]"])
+    finally:
+        _C.set_cpu_isa("auto")

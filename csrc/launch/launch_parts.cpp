@@ -1,0 +1,49 @@
+#ifdef LORA_EXT_WITH_CUDA
+#include "launch/launch_parts.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "launch/kernel_launch.h"
+
+namespace lora_ext::kernel_launch {
+
+kernel::Mask mask_of(const DropoutArgs& dropout) {
+  kernel::Mask mask{};
+  mask.keep_count = philox::kKeepOne, mask.keep_scale = 1.f;
+  if (dropout.enabled()) {
+    mask = {dropout.seed->const_data_ptr<int64_t>(), dropout.first_row(), dropout.first_col(),
+            dropout.keep_count(), static_cast<float>(dropout.keep_scale())};
+  }
+  return mask;
+}
+
+at::Tensor workspace_for(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+void* stream_of(const at::Device& device) {
+  if (!device.is_cuda()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+int index_of(const at::Device& device) {
+  if (device.has_index() || !device.is_cuda()) return device.index();
+  return c10::impl::VirtualGuardImpl(device.type()).getDevice().index();
+}
+
+cuda::Half half_of(at::ScalarType dtype) {
+  return dtype == at::kHalf ? cuda::Half::kFloat16 : cuda::Half::kBFloat16;
+}
+
+void check_launch(const std::string& error, const at::Device& device) {
+  if (error.empty()) return;
+  // cudaErrorMemoryAllocation: what a caller may answer with a smaller batch.
+  TORCH_CHECK_WITH(OutOfMemoryError, error.find("out of memory") == std::string::npos,
+                   "lora_ext: launching the kernels on ", device, " failed: ", error);
+  throw LaunchError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)},
+                    c10::str("lora_ext: launching the kernels on ", device, " failed: ", error));
+}
+
+}  // namespace lora_ext::kernel_launch
+#endif  // LORA_EXT_WITH_CUDA
