@@ -13,6 +13,7 @@ from ..functional import lora_linear
 from ..packed_weight import PackedWeight, prepack
 from .base import LoRALayer
 from .kernel_path import MANY_ROWS, kernel_path
+from .row_adapters import RowAdapters, check_rows_can_be_told, linear_by_rows, rows_in_use
 from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
 
 
@@ -31,6 +32,9 @@ class FusedLoRALayer(LoRALayer):
         """
         if isinstance(x, Proxy):
             return self._traced(x)
+        rows = rows_in_use(self)
+        if rows is not None:
+            return self._by_rows(x, rows)
         updates = self._updates()
         if x.is_nested or obstacle(updates, self.weight.dtype) or is_onnx_export():
             weight, bias = self.base_operands()
@@ -40,6 +44,13 @@ class FusedLoRALayer(LoRALayer):
         dropout_p = updates[0].dropout
         bias = with_biases(bias, updates)
         return lora_linear(x, self._operand(), lora_a, lora_b, bias, scaling, dropout_p)
+
+    def _by_rows(self, x: Tensor, rows: RowAdapters) -> Tensor:
+        """The layer with an adapter for each row of x."""
+        check_rows_can_be_told(self, x)
+        updates = [self._update(name) if name in self.adapters else None for name in rows.names]
+        _, bias = self.base_operands()
+        return linear_by_rows(x, self._operand(), bias, updates, rows)
 
     def _traced(self, x: Any) -> Any:
         """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
@@ -56,13 +67,12 @@ class FusedLoRALayer(LoRALayer):
 
     def _updates(self) -> list[Update]:
         """What the active adapters add."""
-        found = []
-        for name in self.added_adapters:
-            bias = self.lora_bias.get(name)
-            dropout = self.adapters[name].dropout if self.training else 0.0
-            scaling = self.adapters[name].scaling
-            found.append(Update(name, *self.factors(name), bias, scaling, dropout))
-        return found
+        return [self._update(name) for name in self.added_adapters]
+
+    def _update(self, name: str) -> Update:
+        spec = self.adapters[name]
+        dropout = spec.dropout if self.training else 0.0
+        return Update(name, *self.factors(name), self.lora_bias.get(name), spec.scaling, dropout)
 
     def _adapted_path(self, rows: int | None) -> tuple[str, str]:
         updates = self._updates()
