@@ -30,7 +30,8 @@ struct GroupedUpdate {
     return is_pool() ? lora_a[0].sym_size(0) : c10::SymInt(static_cast<int64_t>(lora_a.size()));
   }
   int64_t adapters() const { return sym_adapters().expect_int(); }
-  // The largest rank, for which S has room in every row. It takes a look at every adapter of a list.
+  // The largest rank, for which S has room in every row. It takes a look at every adapter of a
+  // list.
   c10::SymInt sym_max_rank() const {
     if (is_pool()) return lora_a[0].sym_size(1);
     c10::SymInt most = 0;

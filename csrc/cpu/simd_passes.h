@@ -181,8 +181,8 @@ void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col
   for (int64_t i = 0; i < rows; ++i) std::fill_n(sums + i * kColBlock, lanes, 0.0f);
   const float* t = static_cast<const float*>(args.t) + row * args.rank;
   multiply_block<Isa>(rows, lanes, args.rank, t, args.rank, 1,
-                      static_cast<const float*>(args.u) + col, expand_pitch<Isa>(args.cols),
-                      sums, kColBlock);
+                      static_cast<const float*>(args.u) + col, expand_pitch<Isa>(args.cols), sums,
+                      kColBlock);
   add_block<Isa>(static_cast<T*>(args.y) + col, args.y_pitch, args.rows, {row, row + rows}, cols,
                  bits, bits_pitch, args.scale, sums, kColBlock);
 }
