@@ -35,6 +35,7 @@ class RowAdapters:
 
     def __init__(self, names: tuple[str, ...], index: Tensor) -> None:
         self.names, self.index = names, index
+        self.called: set[int] = set()  # layers, by id, that have computed a forward by this
         self._made: dict[Any, Tensor] = {}
 
     def rows_of(self, x: Tensor) -> Tensor:
@@ -127,20 +128,24 @@ def rows_in_use(layer: Any) -> RowAdapters | None:
     """What a layer's forward has to go by.
 
     Raises:
-        RuntimeError: a checkpoint computes the layer again after the block has ended.
+        RuntimeError: a checkpoint computes the layer again after the block has ended, or in another
+            in which the layer has computed nothing else.
     """
     rows = layer.__dict__.get("row_adapters")
-    if rows is not Left:
-        return rows
-    if not is_traced():
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "lora_ext.use_adapters: expected the backward of a checkpoint, which computes the "
-                "forward again, within the block of its forward, but the block has ended; call "
-                "backward() inside `with lora_ext.use_adapters(...)`"
-            )
+    if rows is None or is_traced():
+        return None if rows is Left else rows
+    began_here = rows is not Left and id(layer) in rows.called
+    if not began_here and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "lora_ext.use_adapters: expected the backward of a checkpoint, which computes the "
+            "forward again, within the block of its forward, but the block has ended; call "
+            "backward() inside `with lora_ext.use_adapters(...)`"
+        )
+    if rows is Left:
         del layer.row_adapters
-    return None
+        return None
+    rows.called.add(id(layer))
+    return rows
 
 
 def check_rows_can_be_told(layer: Any, x: Tensor) -> None:

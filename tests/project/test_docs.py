@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 # Pages whose code runs as it stands, block after block.
-GUIDES = ("index", "peft", "distributed", "troubleshooting")
+GUIDES = ("index", "peft", "distributed", "troubleshooting", "many_adapters")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
