@@ -32,6 +32,7 @@ except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
 from . import adapters, functional, kernels, loralib, models, nn, reference, winners
+from .adapter_pool import AdapterPool
 from .adapters import load_adapter, save_adapter
 from .batch import use_adapters
 from .functional import lora_linear, lora_update, prepack
@@ -47,6 +48,7 @@ if _C.with_cuda:
     load_cached()
 
 __all__ = [
+    "AdapterPool",
     "LoRAConfig",
     "LoRALinear",
     "__version__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -13,12 +14,22 @@ from ..functional import lora_linear
 from ..packed_weight import PackedWeight, prepack
 from .base import LoRALayer
 from .kernel_path import MANY_ROWS, kernel_path
-from .row_adapters import RowAdapters, check_rows_can_be_told, linear_by_rows, rows_in_use
+from .row_adapters import (
+    RowAdapters,
+    check_rows_can_be_told,
+    linear_by_pool,
+    linear_by_rows,
+    op_takes,
+    rows_in_use,
+)
+from .slots import Slots
 from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
 
 
 class FusedLoRALayer(LoRALayer):
     """y = x W^T + bias + sum over active adapters of scaling * (drop(x) A^T) B^T."""
+
+    slots: Slots | None = None  # of an AdapterPool, an attribute of the instance
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
@@ -48,9 +59,18 @@ class FusedLoRALayer(LoRALayer):
     def _by_rows(self, x: Tensor, rows: RowAdapters) -> Tensor:
         """The layer with an adapter for each row of x."""
         check_rows_can_be_told(self, x)
-        updates = [self._update(name) if name in self.adapters else None for name in rows.names]
         _, bias = self.base_operands()
+        if self.slots is not None and not torch.is_grad_enabled() and not self.training:
+            call = self.slots.call(self, rows.names)
+            if call is not None and op_takes(x, call.lora_a.dtype):
+                return linear_by_pool(x, self._operand(), bias, call, rows)
+        updates = [self._update(name) if name in self.adapters else None for name in rows.names]
         return linear_by_rows(x, self._operand(), bias, updates, rows)
+
+    def _remove(self, name: str) -> None:
+        super()._remove(name)
+        if self.slots is not None and name in self.slots.names:
+            self.slots.free(name)
 
     def _traced(self, x: Any) -> Any:
         """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
@@ -108,7 +128,10 @@ class FusedLoRALayer(LoRALayer):
 
     def _apply(self, fn, recurse=True):
         self.packed = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.slots is not None:
+            self.slots.follow(self)
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.packed = None

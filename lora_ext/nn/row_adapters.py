@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..dtypes import HALVES
 from ..functional import lora_linear, lora_update
+from .slots import PoolCall
 from .updates import Update, compute_dtype, is_autocast, is_onnx_export, is_traced
 
 NO_ADAPTER = -1
@@ -184,6 +185,21 @@ def linear_by_rows(
     factors = (first.lora_a, first.lora_b)
     y = lora_linear(x, weight, *factors, bias, first.scaling, first.dropout, index=first.rows)
     return _with_biases(_added(y, x, calls[1:]), updates, index)
+
+
+def linear_by_pool(
+    x: Tensor, weight: Any, bias: Tensor | None, call: PoolCall, rows: RowAdapters
+) -> Tensor:
+    """The same of adapters that are all in a pool, in evaluation: no list of them is made."""
+    index = rows.looked_up(list(call.slots), rows.rows_of(x))
+    factors = (call.lora_a, call.lora_b)
+    return lora_linear(x, weight, *factors, bias, call.scaling, index=index, ranks=call.ranks)
+
+
+def op_takes(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether factors of a dtype are the op's for x as they are."""
+    compute = compute_dtype(x)
+    return dtype == compute or (dtype == torch.float32 and compute in HALVES)
 
 
 def added_by_rows(
