@@ -36,6 +36,7 @@ HARMLESS = {
     "lora_gemm_sm90a/in_grid.produce.jobs.block.p.lets_wgrad_begin:always": NEXT_GRID,
     "lora_gemm_sm90a/in_grid.produce.jobs.block.p.lets_wgrad_begin:never": NEXT_GRID,
     "lora_gemm_sm90a/in_grid.produce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
+    "lora_grouped_segments.run.first<groups+1:high": "a batch of no adapters more",
     "lora_reduce.lora_reduce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
     "lora_gemm_sm90a/jobs.schedule.job<count():high": "a ticket is drawn that nobody reads",
     "lora_gemm_sm90a/jobs.next.threadIdx.x>=Tile::kWarpgroup:low": "that thread reads no ticket",
