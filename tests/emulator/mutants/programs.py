@@ -48,6 +48,11 @@ PROGRAMS = {
     "lora_dsdb_sm80": ("lora_dsdb_sm80", "tile_copy_sm80"),
     "lora_split": ("lora_split", "halves"),
     "lora_grouped_segments": ("lora_grouped_segments", "lora_grouped_ranks"),
+    "lora_grouped_shrink": (
+        "lora_grouped_shrink",
+        "lora_grouped_reduce",
+        "lora_grouped_operands",
+    ),
 }
 
 
