@@ -53,6 +53,7 @@ PROGRAMS = {
         "lora_grouped_reduce",
         "lora_grouped_operands",
     ),
+    "lora_grouped_gemm": ("lora_grouped_gemm", "lora_grouped_rows"),
 }
 
 
