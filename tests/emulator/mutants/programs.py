@@ -54,6 +54,7 @@ PROGRAMS = {
         "lora_grouped_operands",
     ),
     "lora_grouped_gemm": ("lora_grouped_gemm", "lora_grouped_rows"),
+    "lora_grouped_wgrad": ("lora_grouped_wgrad", "lora_grouped_reduce_wgrad"),
 }
 
 
