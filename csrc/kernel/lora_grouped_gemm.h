@@ -21,7 +21,6 @@ struct LoraGroupedGemmParams {
   LoraGemmParams<T> gemm;  // its low_rank, u_pitch, rank and terms are not used
   const T* t;              // [m, gemm.t_pitch], by position
   int lo_column;           // of T, where the factors are in floats
-  int most_rank;
   LoraGroupedFactors factors;
   const LoraGroupedSegment* segments;
   const int *first, *order;
@@ -79,7 +78,7 @@ struct ManyAdapters {
     return taken;
   }
 
-  // T's rows of the tile, other adapters' among them, and the segment's U.
+  // The segment's rows of T in the tile, zeros for others, and its U.
   template <class Gemm>
   __device__ __forceinline__ void load(const Gemm& gemm, typename Gemm::Walk& walk, int /*index*/,
                                        const typename Gemm::Place& at) const {
@@ -90,8 +89,11 @@ struct ManyAdapters {
     const auto stage = static_cast<uint32_t>(walk.stage) * Tile::kStageBytes;
     const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{gemm.shared};
     const T* t = g.t + (kTerms == 3 && step.term == 0 ? g.lo_column : 0);
-    copy.template copy_tile<Tile::kM, Tile::kK>(stage, {t, gemm.p.t_pitch, gemm.p.m, rank}, at.row,
-                                                step.k0);
+    copy.template copy_rows<Tile::kM, Tile::kK>(
+        stage, {t, gemm.p.t_pitch, step.segment.end, rank}, step.k0, [&](int row) {
+          const int position = at.row + row;
+          return position >= step.segment.begin ? position : step.segment.end;
+        });
     const LoraGroupedEntry entry = entry_of<F>(g.factors, step.segment.adapter);
     const int lo_from = kTerms == 3 && step.term == 1 ? 0 : INT_MAX;
     if constexpr (kMNMajor) {

@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(256)
   const LoraGroupedPiece piece = p.tiles[blockIdx.x];
   const int rank = rank_of(p.factors, piece.adapter, p.most_rank), width = whole_chunks(rank);
   for (int i = static_cast<int>(threadIdx.x); i < piece.count * rank; i += 256) {
-    const int64_t position = piece.begin + i / rank, column = i % rank;
-    const int64_t in_s =
-        PositionedRows{p.order, p.m}(static_cast<int>(position)) * int64_t{p.most_rank} + column;
+    const int at = piece.begin + i / rank, row = PositionedRows{p.order, p.m}(at);
+    const int64_t position = at, column = i % rank;
+    const int64_t in_s = static_cast<int64_t>(row) * p.most_rank + column;
     float s = 0.f;
     if (p.saved != nullptr) {
       s = p.saved[in_s];

@@ -4,6 +4,8 @@
 //     count    of each chunk of rows, how many each adapter has          an index alone
 //     scan     one block: where each adapter and each chunk of it begins, and all tables
 //     place    each row at its position                                  an index alone
+//
+// Of T, X's type, they know nothing: each file of kernels has its own.
 #pragma once
 #include <climits>
 
@@ -53,11 +55,12 @@ struct LoraGroupedChunk {
 };
 
 // Grid: chunks.
-template <int kThreads = LoraGroupedSegmentsParams::kThreads>
-__global__ void __launch_bounds__(kThreads)
+template <class T>
+__global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
     lora_grouped_count(const __grid_constant__ LoraGroupedSegmentsParams p) {
   const LoraGroupedChunk chunk{p};
   const int key = chunk.key();
+  constexpr int kThreads = LoraGroupedSegmentsParams::kThreads;
   for (int i = chunk.thread; i < p.rows.groups + 1; i += kThreads) chunk.counts()[i] = 0;
   chunk.share(key);
   // The last of a key in its chunk knows how many there are.
@@ -66,8 +69,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Grid: chunks.
-template <int kThreads = LoraGroupedSegmentsParams::kThreads>
-__global__ void __launch_bounds__(kThreads)
+template <class T>
+__global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
     lora_grouped_place(const __grid_constant__ LoraGroupedSegmentsParams p) {
   const LoraGroupedChunk chunk{p};
   const int key = chunk.key();
@@ -211,8 +214,8 @@ struct LoraGroupedScan {
 };
 
 // One block.
-template <int kThreads = LoraGroupedSegmentsParams::kThreads>
-__global__ void __launch_bounds__(kThreads)
+template <class T>
+__global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
     lora_grouped_scan(const __grid_constant__ LoraGroupedSegmentsParams p) {
   LoraGroupedScan{p}.run();
 }

@@ -84,7 +84,7 @@ struct LoraGroupedWgradSm80 {
     for (int i = 0; i < Tile::kM * 8 / Tile::kThreads; ++i) {
       const int index = static_cast<int>(threadIdx.x) + i * Tile::kThreads;
       const int row = index / 8, chunk = index % 8 % (kColumns / 8);
-      const int lo = index % 8 / (kColumns / 8) * p.lo_column;
+      const int64_t lo = static_cast<int64_t>(index % 8 / (kColumns / 8)) * p.lo_column;
       copy.copy_chunk(
           tile + row_chunk_offset(row, index % 8),
           {product.u + piece.begin * product.u_pitch + lo, product.u_pitch, piece.count, rank},

@@ -61,6 +61,17 @@ class GroupedFactors {
     return {nullptr,   a_->data(), b_->data(), a_stride_,
             b_stride_, a_pitch_,   b_pitch_,   ranks_.data()};
   }
+  // Puts NaN in all of an adapter's A and B.
+  void spoil(int g) {
+    for (int r = 0; r < rows_.rank(g); ++r)
+      for (int c = 0; c < k_; ++c)
+        static_cast<F*>(of(g).a)[r * of(g).a_pitch + c] = from_double<F>(NAN);
+    for (int c = 0; c < n_; ++c)
+      for (int r = 0; r < rows_.rank(g); ++r)
+        static_cast<F*>(of(g).b)[c * of(g).b_pitch + r] = from_double<F>(NAN);
+  }
+  // On the host; null for a pool.
+  const Entry* list() const { return pooled_ ? nullptr : entries_->data(); }
   // Whether an adapter's A and B lie in 16-byte chunks.
   bool a_in_chunks(int g) const { return in_chunks(of(g).a, of(g).a_pitch); }
   bool b_in_chunks(int g) const { return in_chunks(of(g).b, of(g).b_pitch); }

@@ -39,6 +39,14 @@ class GroupedGradients {
     return {nullptr, a_.data(), b_.data(), a_stride_, b_stride_, a_pitch_, b_pitch_, ranks_.data()};
   }
 
+  const Entry* list() const { return pooled_ ? nullptr : entries_->data(); }
+  bool same_bits(const GroupedGradients& other) const {
+    const auto same = [](const emulator::GlobalBuffer<F>& a, const emulator::GlobalBuffer<F>& b) {
+      return std::memcmp(a.data(), b.data(), a.size() * sizeof(F)) == 0;
+    };
+    return same(a_, other.a_) && same(b_, other.b_);
+  }
+
   // expected(adapter, r, column) gives a sum of the wanted ones, exact or with its error. "" or
   // what differs.
   template <class Expected>

@@ -48,6 +48,13 @@ struct GroupedRows {
             most_rank};
   }
 
+  // Gives an index's rows the adapters of the rows from the last on, in place on the device.
+  void turn_round() {
+    if (!indexed) return;
+    std::reverse(adapter_of.begin(), adapter_of.end());
+    std::reverse(buffer->begin(), buffer->end());
+  }
+
  private:
   // Sorted, or mixed, or one adapter for most rows; none for some, and nonsense.
   template <class Draw>
@@ -67,7 +74,8 @@ struct GroupedRows {
   template <class Draw>
   void draw_ends(const Draw& draw) {
     const bool nonsense = draw(0, 3) == 0, to_the_end = draw(0, 1);
-    for (int g = 0; g < groups; ++g) given.push_back(draw(0, draw(0, 3) ? m : m / 2));
+    const int unit = draw(0, 1) ? 1 : 128;  // of which tiles have 64 or 128
+    for (int g = 0; g < groups; ++g) given.push_back(draw(0, draw(0, 3) ? m : m / 2) / unit * unit);
     if (!nonsense) std::sort(given.begin(), given.end());
     if (nonsense) given[draw(0, groups - 1)] = draw(0, 1) ? m + draw(1, 1000) : -draw(1, 1000);
     if (to_the_end) given.back() = m;

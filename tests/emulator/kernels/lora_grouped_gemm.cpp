@@ -47,6 +47,8 @@ class GroupedGemm {
         y_(m_, n_ + 8 - n_ % 8 * (kAlignment == Alignment::kVector), false,
            kernels::from_double<T>(kUnwritten), "y", kernels::Layout<kAlignment>::kOffset) {
     tables_.fill(rows_);
+    if (random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
+    if (spoiled_ >= 0) factors_.spoil(spoiled_);
     t_.fill(kernels::from_double<T>(NAN));
     for (int i = 0; i < m_; ++i) {
       const int adapter = rows_.adapter_of[order_[i]];
@@ -92,7 +94,7 @@ class GroupedGemm {
   int t_pitch() const { return (kSplit ? 2 : 1) * width_ + 8; }
 
   // Each tile multiplies all of P Q, and of each of its adapters the 16 rows that it is in; and
-  // asks once for its rows of P and T and its columns of Q and U.
+  // asks once for its rows of P, theirs of T, and its columns of Q and U.
   std::string compare_counters() {
     const int64_t row_tiles = kernels::blocks_of(m_, Tile::kM);
     const int64_t column_tiles = kernels::blocks_of(n_, Tile::kN);
@@ -106,7 +108,8 @@ class GroupedGemm {
         const int first = std::max(segment.begin, row0) / 16,
                   last = (std::min(segment.end, row0 + Tile::kM) - 1) / 16;
         blocks += int64_t{kTerms} * (last - first + 1) * ((segment.rank + 15) / 16);
-        elements += int64_t{kTerms} * column_tiles * (row_end - row0) * segment.rank;
+        const int rows = std::min(segment.end, row_end) - std::max(segment.begin, row0);
+        elements += int64_t{kTerms} * column_tiles * rows * segment.rank;
         const bool whole = kMNMajor ? factors_.a_in_chunks(segment.adapter)
                                     : factors_.b_in_chunks(segment.adapter);
         if (whole) elements += int64_t{n_} * segment.rank;
@@ -128,6 +131,7 @@ class GroupedGemm {
     for (int position = 0; position < m_; ++position) {
       for (int j = 0; j < y_.width(); ++j) {
         const int row = order_[position];
+        if (j < n_ && spoiled_ >= 0 && rows_.adapter_of[row] == spoiled_) continue;
         const Bounded sum = expected(position, row, j);
         const bool exact = numbers_ == Numbers::Integers || j >= n_;
         const double rounded = kernels::to_double(kernels::from_double<T>(sum.value));
@@ -171,7 +175,7 @@ class GroupedGemm {
   const Numbers numbers_;
   kernels::GroupedTables tables_;
   const std::vector<int> order_;
-  const kernels::GroupedFactors<F> factors_;
+  kernels::GroupedFactors<F> factors_;
   const kernels::Operand<T, kAlignment> p_, q_;
   const kernels::Matrix<T> bias_;
   const GlobalBuffer<T> bias_buffer_;
@@ -180,6 +184,7 @@ class GroupedGemm {
   const int width_;
   GlobalBuffer<T> t_;
   kernels::WrittenRows<T> y_;
+  int spoiled_ = -1;  // an adapter full of NaN, which no other's rows may see
   const bool with_bias_ = !kMasked && random_() % 2;
   const bool with_base_ = adds_onto_base<Tile, kMNMajor> && random_() % 2;
 };

@@ -31,6 +31,17 @@ std::string compare(const char* name, const GlobalBuffer<V>& got, const GlobalBu
   return "";
 }
 
+void write_entries(emulator::Stream& stream, const std::vector<LoraGroupedEntry>& list,
+                   LoraGroupedEntry* to) {
+  constexpr size_t kMost = LoraGroupedEntriesParams::kMost;
+  for (size_t first = 0; first < list.size(); first += kMost) {
+    LoraGroupedEntriesParams params{};
+    params.to = to + first, params.count = static_cast<int>(std::min(kMost, list.size() - first));
+    std::copy_n(list.begin() + first, params.count, params.entries);
+    stream.launch({.grid = dim3(1), .block = dim3(kMost)}, lora_grouped_entries<__half>, params);
+  }
+}
+
 std::string run_segments(const Case& run) {
   const auto [name, m, groups, most_rank] = run.size;
   std::mt19937_64 random(run.seed);
@@ -42,15 +53,16 @@ std::string run_segments(const Case& run) {
   GlobalBuffer<int> ranks(rows.ranks, "ranks");
   std::vector<LoraGroupedEntry> list;
   for (const int rank : rows.ranks) list.push_back({nullptr, nullptr, 0, 0, rank});
-  const GlobalBuffer<LoraGroupedEntry> entries(list, "entries");
+  GlobalBuffer<LoraGroupedEntry> entries(list.size(), "entries");
   LoraGroupedSegmentsParams p{rows.parameters(), {}, got.parameters()};
+  using Params = LoraGroupedSegmentsParams;
+  emulator::Stream stream;
   if (random() % 2) {
     p.factors.entries = entries.data();
+    write_entries(stream, list, entries.data());
   } else {
     p.factors.ranks = ranks.data();
   }
-  using Params = LoraGroupedSegmentsParams;
-  emulator::Stream stream;
   const auto launch = [&](int blocks, void (*kernel)(Params)) {
     stream.launch({.grid = dim3(static_cast<unsigned>(blocks)),
                    .block = dim3(Params::kThreads),
@@ -58,9 +70,9 @@ std::string run_segments(const Case& run) {
                   kernel, p);
   };
   const int chunks = static_cast<int>(kernels::blocks_of(m, Params::kChunk));
-  if (rows.indexed) launch(chunks, lora_grouped_count<>);
-  launch(1, lora_grouped_scan<>);
-  if (rows.indexed) launch(chunks, lora_grouped_place<>);
+  if (rows.indexed) launch(chunks, lora_grouped_count<__half>);
+  launch(1, lora_grouped_scan<__half>);
+  if (rows.indexed) launch(chunks, lora_grouped_place<__half>);
   kernels::run_timed(stream);
 
   size_t segments = 1;
