@@ -16,6 +16,8 @@ struct GroupedProblem {
   int64_t groups;
   bool indexed = false;  // an index for each row; else ends of ranges
   bool listed = false;   // adapters lie in a list; else in a pool
+
+  auto operator<=>(const GroupedProblem&) const = default;
 };
 
 struct GroupedPlan {
