@@ -216,7 +216,7 @@ class _Call(NamedTuple):
     lora_a: list[Tensor]
     lora_b: list[Tensor]
     rows: Tensor  # the index
-    scaling: Tensor
+    scaling: float | Tensor
     dropout: float
 
 
@@ -234,6 +234,10 @@ def _calls(
         lora_a, lora_b = [u.lora_a for u in own], [u.lora_b for u in own]
         if dtype in HALVES and dtype != compute_dtype(x):  # the op would refuse them
             lora_a, lora_b = [a.float() for a in lora_a], [b.float() for b in lora_b]
+        scaling: float | Tensor = rows.scaling_of(own, x.device)
+        if dtype == torch.float64:  # the op has many scalings in float32
+            lora_b = [b * u.scaling for b, u in zip(lora_b, own, strict=True)]
+            scaling = 1.0
         if len(members) != len(updates):
             places = [NO_ADAPTER] * len(updates)
             for place, g in enumerate(members):
@@ -241,7 +245,7 @@ def _calls(
             mine = rows.looked_up(places, rows.rows_of(x))
         else:
             mine = index
-        calls.append(_Call(lora_a, lora_b, mine, rows.scaling_of(own, x.device), dropout))
+        calls.append(_Call(lora_a, lora_b, mine, scaling, dropout))
     return calls
 
 
@@ -258,9 +262,10 @@ def _with_biases(y: Tensor, updates: Sequence[Update | None], index: Tensor) -> 
     """y with scaling * lora_bias of each row's adapter, summed in at least float32."""
     if all(update is None or update.bias is None for update in updates):
         return y
-    zeros = y.new_zeros(y.shape[-1], dtype=torch.float32)
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    zeros = y.new_zeros(y.shape[-1], dtype=wide)
     table = [
-        zeros if u is None or u.bias is None else u.bias.to(y.device).float() * u.scaling
+        zeros if u is None or u.bias is None else u.bias.to(y.device, wide) * u.scaling
         for u in updates
     ]
     biases = torch.stack([*table, zeros])[index.long()]  # -1 is the last

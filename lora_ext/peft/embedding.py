@@ -111,15 +111,7 @@ def _dora_reason(layer: Any, names: Sequence[str]) -> str:
 def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     """The base as it is, and the updates onto it."""
     base = layer._modules["base_layer"]
-    parts = [
-        F.embedding(
-            ids,
-            update.lora_a.t(),
-            base.padding_idx,
-            scale_grad_by_freq=base.scale_grad_by_freq,
-        )
-        for update in path.updates
-    ]
+    parts = [_looked_up(base, ids, update.lora_a) for update in path.updates]
     y = base(ids)
     first = path.updates[0]
     if not path.is_dora:
@@ -135,6 +127,12 @@ def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     return combine(None, y, factor, parts[0], first.lora_b * factor[:, None], first.scaling)
 
 
+def _looked_up(base: Any, ids: Tensor, lora_a: Tensor) -> Tensor:
+    """A's columns of these ids: ``[..., r]``; those of the padding index get no gradient."""
+    words = {"scale_grad_by_freq": base.scale_grad_by_freq}
+    return F.embedding(ids, lora_a.t(), base.padding_idx, **words)
+
+
 def _by_rows(layer: Any, ids: Tensor, rows: RowAdapters) -> Tensor:
     """base(ids) with the update of each id's own adapter, rounded once for each of them."""
     table = layer._modules["lora_embedding_A"]._parameters
@@ -145,14 +143,15 @@ def _by_rows(layer: Any, ids: Tensor, rows: RowAdapters) -> Tensor:
             "lora_ext.use_adapters: expected an embedding with plain adapters, but got one that "
             f"PEFT alone computes: {reason or 'a variant of LoRA'}"
         )
-    y = layer._modules["base_layer"](ids)
+    base = layer._modules["base_layer"]
+    y = base(ids)
     index = rows.rows_of(ids.unsqueeze(-1))
     for g, name in enumerate(rows.names):
         if name not in table:
             continue
 
         def added(y: Tensor, ids: Tensor, name: str = name) -> Tensor:
-            lookup = F.embedding(ids, table[name].t())
+            lookup = _looked_up(base, ids, table[name])
             update = lookup @ layer.lora_embedding_B[name].t() * layer.scaling[name]
             return (y + update).to(y.dtype)
 

@@ -1,0 +1,174 @@
+"""`use_adapters` on our own layers alone: inits that subtract, packs, biases, whole models."""
+
+import pytest
+import torch
+from helpers import BF16, F32, F64
+from layer_helpers import make_input, make_layer, randomize
+from torch import nn
+
+import lora_ext
+from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext.models import set_adapter
+from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding
+
+NAMES = ["a", None, "b", "a"]
+
+
+def specs(**first):
+    return {"a": AdapterSpec(3, 5.0, **first), "b": AdapterSpec(2, 4.0)}
+
+
+def one_by_one(layer, names, x):
+    """Each sample alone, with its adapter active."""
+    found = []
+    for name, sample in zip(names, x.split(1), strict=True):
+        layer.set_adapter([] if name is None else [name])
+        found.append(layer(sample))
+    layer.set_adapter(list(layer.adapters))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_inits_that_subtract_their_first_product(kind, init):
+    """One row has W + s (B A - B0 A0), its neighbour W alone."""
+    torch.manual_seed(3)
+    layer = make_layer(kind, specs(init=init), F64)
+    x = make_input(kind, F64).repeat(2, *[1] * (3 if kind == "conv2d" else 2))[:4]
+    with lora_ext.use_adapters(layer, NAMES):
+        y = layer(x)
+    torch.testing.assert_close(y, one_by_one(layer, NAMES, x), rtol=1e-10, atol=1e-10)
+    fresh = LoRALinear(12, 18, r=0, dtype=F64)
+    fresh.add_adapter("a", AdapterSpec(3, 5.0, init=init))
+    fresh.add_adapter("b", AdapterSpec(2, 4.0))
+    x = make_input("linear", F64)
+    with torch.no_grad(), lora_ext.use_adapters(fresh, NAMES):
+        y = fresh(x)
+    base = nn.functional.linear(x, fresh.weight, fresh.bias)
+    torch.testing.assert_close(y, base, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_an_init_that_subtracts():
+    layer = make_layer("linear", specs(init="pissa"), F64)
+    x = make_input("linear", F64)
+    found = []
+    for forward in (lambda: by_rows(layer, x), lambda: one_by_one(layer, NAMES, x)):
+        layer.zero_grad()
+        forward().square().sum().backward()
+        found.append([table[name].grad for table in (layer.lora_a, layer.lora_b) for name in "ab"])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    assert layer.lora_a_init["a"].grad is None
+
+
+def by_rows(layer, x):
+    with lora_ext.use_adapters(layer, NAMES):
+        return layer(x)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_packed_weight(dtype):
+    layer = make_layer("linear", specs(), dtype)
+    x = make_input("linear", dtype)
+    plain = by_rows(layer, x)
+    layer.pack_weight()
+    torch.testing.assert_close(by_rows(layer, x), plain)
+
+
+def test_a_trained_bias_of_the_base_has_the_gradient_of_all_rows():
+    layer = make_layer("linear", specs(), F64)
+    assert layer.bias.requires_grad
+    y = by_rows(layer, make_input("linear", F64))
+    y.sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, 20.0))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pixels_of_a_convolution_have_their_samples_adapter(stride):
+    torch.manual_seed(0)
+    layer = LoRAConv2d.around(nn.Conv2d(5, 7, 1, stride=stride, dtype=F64))
+    for name, spec in specs().items():
+        layer.add_adapter(name, spec)
+    randomize(layer)
+    x = torch.randn(4, 5, 6, 3, dtype=F64)
+    y = by_rows(layer, x)
+    torch.testing.assert_close(y, one_by_one(layer, NAMES, x), rtol=1e-10, atol=1e-10)
+
+
+def test_embeddings_with_a_padding_index():
+    layer = LoRAEmbedding.around(nn.Embedding(9, 4, padding_idx=2, dtype=F64))
+    for name, spec in specs().items():
+        layer.add_adapter(name, spec)
+    randomize(layer)
+    set_adapter(layer, ["a", "b"])
+    ids = torch.tensor([[2, 3], [2, 4], [5, 2], [2, 2]])
+    by_rows(layer, ids).sum().backward()
+    assert not layer.lora_a["a"].grad[:, 2].any() and layer.lora_a["a"].grad[:, 3].any()
+    assert not layer.lora_a["b"].grad[:, [2, 3, 4]].any() and layer.lora_a["b"].grad[:, 5].any()
+
+
+def test_adapters_of_one_name_in_some_layers():
+    """A name counts as known where any layer has it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    apply_lora(model, LoRAConfig(["0"], r=2), "a")
+    apply_lora(model, LoRAConfig(["2"], r=3), "b")
+    randomize(model)
+    x = torch.randn(4, 4, dtype=F64)
+    y = by_rows(model, x)
+    for i, name in enumerate(NAMES):
+        set_adapter(model, [] if name is None else name)
+        torch.testing.assert_close(y[i : i + 1], model(x[i : i + 1]), rtol=1e-10, atol=1e-10)
+
+
+def test_a_nested_x_is_refused():
+    layer = make_layer("linear", specs())
+    parts = [torch.randn(n, 12) for n in (2, 3)]
+    for layout in (torch.strided, torch.jagged):
+        x = torch.nested.nested_tensor(parts, layout=layout)
+        with (
+            lora_ext.use_adapters(layer, ["a", "b"]),
+            pytest.raises(NotImplementedError, match="but got a nested x"),
+        ):
+            layer(x)
+
+
+def test_the_fast_path_of_an_encoder_does_not_pass_the_adapters_by():
+    """In evaluation nn.TransformerEncoderLayer reads the weights of its linear layers itself."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    apply_lora(model, LoRAConfig(["linear1", "linear2"], r=2), "a")
+    apply_lora(model, LoRAConfig(["linear1", "linear2"], r=3), "b")
+    randomize(model)
+    x = torch.randn(4, 5, 8)
+    with torch.no_grad():
+        y = by_rows(model, x)
+        for i, name in enumerate(NAMES):
+            set_adapter(model, [] if name is None else name)
+            torch.testing.assert_close(y[i : i + 1], model(x[i : i + 1]), rtol=1e-5, atol=1e-5)
+        assert (y[0] - y[3]).abs().max() > 0 and (y[1] - y[2]).abs().max() > 0
+
+
+def test_deleted_and_added_adapters_between_blocks():
+    layer = make_layer("linear", specs())
+    x = make_input("linear")
+    by_rows(layer, x)
+    layer.delete_adapter("b")
+    with pytest.raises(ValueError, match=r"names out of \['a'\], but got \['b'\]"):
+        by_rows(layer, x)
+    layer.add_adapter("b", AdapterSpec(6, 1.0))
+    randomize(layer)
+    y = by_rows(layer, x)
+    assert torch.equal(y, by_rows(layer, x))
+    torch.testing.assert_close(y, one_by_one(layer, NAMES, x), rtol=1e-5, atol=1e-5)
+
+
+def test_float64_keeps_its_scaling():
+    """A scaling of a third is not rounded to float32."""
+    layer = LoRALinear(6, 5, r=0, dtype=F64)
+    layer.add_adapter("a", AdapterSpec(3, 1.0))
+    layer.add_adapter("b", AdapterSpec(5, 1.0, use_rslora=True, lora_bias=True))
+    randomize(layer)
+    x = torch.randn(4, 6, dtype=F64)
+    y = by_rows(layer, x)
+    torch.testing.assert_close(y, one_by_one(layer, NAMES, x), rtol=1e-14, atol=1e-14)
