@@ -24,7 +24,7 @@ _CHILD = "from lora_ext.kernels.kernel_checks import serve; serve()"
 _UNKNOWN = "could not be checked: "
 
 
-def every_kernel(device: torch.device | str, early: bool | None = None) -> list[_C.Kernels]:
+def every_kernel(device: torch.device, early: bool | None = None) -> list[_C.Kernels]:
     """All that a device can be asked for, of one adapter and of many.
 
     early: with early launches or without; None is as they are set.
