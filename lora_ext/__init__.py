@@ -6,8 +6,7 @@
 bias; the weight is frozen. `lora_update` adds the update alone onto the y of any other base.
 `accelerate` runs a model of PEFT on them, `decelerate` gives it back. Without PEFT, `LoRALinear` is
 the layer, `apply_lora` puts it into a model as a `LoRAConfig` says, `save_adapter` and
-`load_adapter` keep adapters in PEFT's format. `use_adapters` gives each sample of a batch its own.
-`prepack` keeps a frozen weight in oneDNN's layout on
+`load_adapter` keep adapters in PEFT's format. `prepack` keeps a frozen weight in oneDNN's layout on
 the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a model's layers run
 and why, `build_info` what was compiled and what runs here.
 
@@ -32,9 +31,7 @@ except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
 from . import adapters, functional, kernels, loralib, models, nn, reference, winners
-from .adapter_pool import AdapterPool
 from .adapters import load_adapter, save_adapter
-from .batch import use_adapters
 from .functional import lora_linear, lora_update, prepack
 from .models import LoRAConfig, apply_lora
 from .nn import LoRALinear
@@ -48,7 +45,6 @@ if _C.with_cuda:
     load_cached()
 
 __all__ = [
-    "AdapterPool",
     "LoRAConfig",
     "LoRALinear",
     "__version__",
@@ -69,7 +65,6 @@ __all__ = [
     "prepack",
     "reference",
     "save_adapter",
-    "use_adapters",
     "warmup",
     "winners",
 ]

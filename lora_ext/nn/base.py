@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from . import initialize
 from .adapter_spec import MAX_RANK, AdapterSpec
 from .merging import merged_tensors
-from .row_adapters import Left, RowAdapters, rows_in_use
 
 # Each forward of a layer takes one of these; `path` says which and why.
 PATHS = ("fused", "packed", "library", "merged", "base")
@@ -45,8 +44,6 @@ class LoRALayer(nn.Module):
     bias: Any
     merged_weight: Tensor | None
     merged_bias: Tensor | None
-    # Within a block of `lora_ext.use_adapters`, an attribute of the instance.
-    row_adapters: RowAdapters | type[Left] | None = None
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         """Call after the base's own constructor, or with the module that is replaced."""
@@ -355,9 +352,7 @@ class LoRALayer(nn.Module):
     @property
     def computes_base(self) -> bool:
         """Whether a forward is that of the base, with the merged weight if there is one."""
-        if self._disabled:
-            return True
-        return rows_in_use(self) is None and not self.added_adapters
+        return bool(self._disabled) or not self.added_adapters
 
     def base_operands(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of the base's product: the merged ones, if they are to be used."""

@@ -10,8 +10,6 @@ from . import initialize
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
 from .linear import DEFAULT_ADAPTER
-from .row_adapters import RowAdapters, check_rows_can_be_told, rows_in_use
-from .updates import is_traced
 
 
 class LoRAEmbedding(LoRALayer, nn.Embedding):
@@ -76,39 +74,19 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if self.computes_base:
             return self._look_up(input, self.base_operands()[0])
         y = self._look_up(input, self.base_operands()[0])
-        rows = rows_in_use(self)
-        if rows is not None:
-            return self._by_rows(input, y, rows)
         for name in self.added_adapters:
-            y = y + self._update_of(input, name)
+            lora_a, lora_b = self.factors(name)
+            if lora_a.shape[1] != self.weight.shape[0]:
+                raise RuntimeError(
+                    f"lora_ext.nn.LoRAEmbedding: expected a table of {lora_a.shape[1]} rows, for "
+                    f"which adapter {name!r} was made, but it has {self.weight.shape[0]}; resize "
+                    "it (resize_token_embeddings) before apply_lora, or delete the adapter and add "
+                    "it again"
+                )
+            # A sparse gradient could not pass the transposition.
+            update = self._look_up(input, lora_a.t(), sparse=False) @ lora_b.t()
+            y = y + update * self.adapters[name].scaling
         return y.to(self.weight.dtype)
-
-    def _by_rows(self, ids: Tensor, y: Tensor, rows: RowAdapters) -> Tensor:
-        """y with the update of each id's own adapter."""
-        check_rows_can_be_told(self, ids)
-        index = rows.rows_of(ids.unsqueeze(-1))
-        for g, name in enumerate(rows.names):
-            if name not in self.adapters:
-                continue
-            own = index == g
-            if is_traced():  # no shape may depend on whose the ids are
-                y = torch.where(own.unsqueeze(-1), y + self._update_of(ids, name), y)
-            elif own.any():
-                y = y.index_put((own,), (y[own] + self._update_of(ids[own], name)).to(y.dtype))
-        return y.to(self.weight.dtype)
-
-    def _update_of(self, ids: Tensor, name: str) -> Tensor:
-        lora_a, lora_b = self.factors(name)
-        if lora_a.shape[1] != self.weight.shape[0]:
-            raise RuntimeError(
-                f"lora_ext.nn.LoRAEmbedding: expected a table of {lora_a.shape[1]} rows, for "
-                f"which adapter {name!r} was made, but it has {self.weight.shape[0]}; resize "
-                "it (resize_token_embeddings) before apply_lora, or delete the adapter and add "
-                "it again"
-            )
-        # A sparse gradient could not pass the transposition.
-        update = self._look_up(ids, lora_a.t(), sparse=False) @ lora_b.t()
-        return update * self.adapters[name].scaling
 
     def _look_up(self, ids: Tensor, table: Tensor, sparse: bool | None = None) -> Tensor:
         return F.embedding(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -14,22 +13,11 @@ from ..functional import lora_linear
 from ..packed_weight import PackedWeight, prepack
 from .base import LoRALayer
 from .kernel_path import MANY_ROWS, kernel_path
-from .row_adapters import (
-    RowAdapters,
-    check_rows_can_be_told,
-    linear_by_pool,
-    linear_by_rows,
-    op_takes,
-    rows_in_use,
-)
-from .slots import Slots
 from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
 
 
 class FusedLoRALayer(LoRALayer):
     """y = x W^T + bias + sum over active adapters of scaling * (drop(x) A^T) B^T."""
-
-    slots: Slots | None = None  # of an AdapterPool, an attribute of the instance
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
@@ -43,9 +31,6 @@ class FusedLoRALayer(LoRALayer):
         """
         if isinstance(x, Proxy):
             return self._traced(x)
-        rows = rows_in_use(self)
-        if rows is not None:
-            return self._by_rows(x, rows)
         updates = self._updates()
         if x.is_nested or obstacle(updates, self.weight.dtype) or is_onnx_export():
             weight, bias = self.base_operands()
@@ -55,22 +40,6 @@ class FusedLoRALayer(LoRALayer):
         dropout_p = updates[0].dropout
         bias = with_biases(bias, updates)
         return lora_linear(x, self._operand(), lora_a, lora_b, bias, scaling, dropout_p)
-
-    def _by_rows(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        """The layer with an adapter for each row of x."""
-        check_rows_can_be_told(self, x)
-        _, bias = self.base_operands()
-        if self.slots is not None and not torch.is_grad_enabled() and not self.training:
-            call = self.slots.call(self, rows.names)
-            if call is not None and op_takes(x, call.lora_a.dtype):
-                return linear_by_pool(x, self._operand(), bias, call, rows)
-        updates = [self._update(name) if name in self.adapters else None for name in rows.names]
-        return linear_by_rows(x, self._operand(), bias, updates, rows)
-
-    def _remove(self, name: str) -> None:
-        super()._remove(name)
-        if self.slots is not None and name in self.slots.names:
-            self.slots.free(name)
 
     def _traced(self, x: Any) -> Any:
         """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
@@ -87,12 +56,13 @@ class FusedLoRALayer(LoRALayer):
 
     def _updates(self) -> list[Update]:
         """What the active adapters add."""
-        return [self._update(name) for name in self.added_adapters]
-
-    def _update(self, name: str) -> Update:
-        spec = self.adapters[name]
-        dropout = spec.dropout if self.training else 0.0
-        return Update(name, *self.factors(name), self.lora_bias.get(name), spec.scaling, dropout)
+        found = []
+        for name in self.added_adapters:
+            bias = self.lora_bias.get(name)
+            dropout = self.adapters[name].dropout if self.training else 0.0
+            scaling = self.adapters[name].scaling
+            found.append(Update(name, *self.factors(name), bias, scaling, dropout))
+        return found
 
     def _adapted_path(self, rows: int | None) -> tuple[str, str]:
         updates = self._updates()
@@ -128,10 +98,7 @@ class FusedLoRALayer(LoRALayer):
 
     def _apply(self, fn, recurse=True):
         self.packed = None
-        super()._apply(fn, recurse)
-        if self.slots is not None:
-            self.slots.follow(self)
-        return self
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.packed = None

@@ -12,9 +12,8 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from ..nn.row_adapters import RowAdapters
-from ..nn.updates import Update, is_traced
-from . import by_rows, dora
+from ..nn.updates import Update
+from . import dora
 from .reasons import (
     ADDED,
     BASE,
@@ -38,13 +37,7 @@ class Embedding(peft_layers.Embedding):
         ids ``[...]`` to y ``[..., embedding_dim]`` in the base weight's dtype.
     """
 
-    row_adapters: Any = None  # as of `lora_ext.nn.LoRALayer`
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "row_adapters" in self.__dict__:
-            rows = by_rows.rows_of_call(self, x, args, kwargs)
-            if rows is not None and "adapter_names" not in kwargs:
-                return _by_rows(self, x, rows)
         if not (args or kwargs):
             path = embedding_path(self, x)
             if path.name == ADDED:
@@ -111,7 +104,15 @@ def _dora_reason(layer: Any, names: Sequence[str]) -> str:
 def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     """The base as it is, and the updates onto it."""
     base = layer._modules["base_layer"]
-    parts = [_looked_up(base, ids, update.lora_a) for update in path.updates]
+    parts = [
+        F.embedding(
+            ids,
+            update.lora_a.t(),
+            base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+        )
+        for update in path.updates
+    ]
     y = base(ids)
     first = path.updates[0]
     if not path.is_dora:
@@ -125,39 +126,3 @@ def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     rounded_to = torch.promote_types(table.dtype, first.lora_a.dtype)
     factor = dora.factor_of(layer, table.t(), first, rounded_to)
     return combine(None, y, factor, parts[0], first.lora_b * factor[:, None], first.scaling)
-
-
-def _looked_up(base: Any, ids: Tensor, lora_a: Tensor) -> Tensor:
-    """A's columns of these ids: ``[..., r]``; those of the padding index get no gradient."""
-    words = {"scale_grad_by_freq": base.scale_grad_by_freq}
-    return F.embedding(ids, lora_a.t(), base.padding_idx, **words)
-
-
-def _by_rows(layer: Any, ids: Tensor, rows: RowAdapters) -> Tensor:
-    """base(ids) with the update of each id's own adapter, rounded once for each of them."""
-    table = layer._modules["lora_embedding_A"]._parameters
-    names = [name for name in rows.names if name in table]
-    reason = _reason(layer, ids, names)
-    if reason or any(name in layer.lora_variant for name in names):
-        raise RuntimeError(
-            "lora_ext.use_adapters: expected an embedding with plain adapters, but got one that "
-            f"PEFT alone computes: {reason or 'a variant of LoRA'}"
-        )
-    base = layer._modules["base_layer"]
-    y = base(ids)
-    index = rows.rows_of(ids.unsqueeze(-1))
-    for g, name in enumerate(rows.names):
-        if name not in table:
-            continue
-
-        def added(y: Tensor, ids: Tensor, name: str = name) -> Tensor:
-            lookup = _looked_up(base, ids, table[name])
-            update = lookup @ layer.lora_embedding_B[name].t() * layer.scaling[name]
-            return (y + update).to(y.dtype)
-
-        own = index == g
-        if is_traced():  # no shape may depend on whose the ids are
-            y = torch.where(own.unsqueeze(-1), added(y, ids), y)
-        elif own.any():
-            y = y.index_put((own,), added(y[own], ids[own]))
-    return y

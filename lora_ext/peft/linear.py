@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dtypes import HALVES
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
 from ..nn.updates import Update, added, obstacle, stacked, with_biases
-from . import by_rows, dora
-from .operands import matrix_of, update_of
+from . import dora
 from .quick import quick_forward
 from .reasons import (
     ADDED,
@@ -43,13 +42,7 @@ class Linear(peft_layers.Linear):
         x ``[..., in_features]`` to y ``[..., out_features]`` in the dtype that the base returns.
     """
 
-    row_adapters: Any = None  # as of `lora_ext.nn.LoRALayer`
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "row_adapters" in self.__dict__ or "adapter_names" in kwargs:
-            y = by_rows.forward(self, x, args, kwargs)
-            if y is not None:
-                return y
         if not (args or kwargs):
             y = quick_forward(self, x)
             if y is not None:
@@ -110,6 +103,16 @@ def _call_obstacle(base: Any, x: Tensor | None, updates: Sequence[Update]) -> st
     return reason or obstacle(updates, weight.dtype)
 
 
+def update_of(layer: Any, name: str) -> Update:
+    """What one adapter of a PEFT layer adds."""
+    tables = layer._modules
+    lora_b = tables["lora_B"]._modules[name]
+    dropout = tables["lora_dropout"]._modules[name]
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    lora_a = tables["lora_A"]._modules[name].weight
+    return Update(name, lora_a, lora_b.weight, lora_b.bias, layer.scaling[name], p)
+
+
 def fused(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """One call of the op."""
     base = layer._modules["base_layer"]
@@ -121,3 +124,9 @@ def fused(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
 def called(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """The base called as it is, and the updates onto its y."""
     return added(layer._modules["base_layer"](x), x, updates)
+
+
+def matrix_of(base: Any) -> Tensor:
+    """The base's weight as ``[out, in]``."""
+    weight = base.weight
+    return weight if type(base) is nn.Linear else weight.t()

@@ -14,7 +14,6 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import torchao as peft_torchao
 from torch import Tensor
 
-from . import by_rows
 from .linear import called, linear_path
 from .reasons import ADDED, FUSED, PEFT, ForwardPath
 
@@ -32,10 +31,6 @@ def forward_over(theirs: Any) -> Any:
     that outlives `decelerate`, self is of PEFT's class."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "row_adapters" in self.__dict__ or "adapter_names" in kwargs:
-            y = by_rows.forward(self, x, args, kwargs, reads_base=False)
-            if y is not None:
-                return y
         if not (args or kwargs):
             path = quantized_path(self, x)
             if path.name == ADDED:
@@ -47,8 +42,6 @@ def forward_over(theirs: Any) -> Any:
 
 class _Quantized:
     """A mix-in before PEFT's class."""
-
-    row_adapters: Any = None  # as of `lora_ext.nn.LoRALayer`
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""

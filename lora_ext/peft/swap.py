@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -20,23 +18,8 @@ class LoraModel(peft_model.LoraModel):
     """`peft.tuners.lora.LoraModel` whose later adapters are accelerated too.
 
     A further adapter may target modules that had none: PEFT wraps those in new layers of its own
-    classes. And whose `adapter_names`, which PEFT has for inference alone, are for training too.
+    classes.
     """
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        hooks = peft_model.LoraModel._enable_peft_forward_hooks(self, *args, **kwargs)
-        training = self.training
-        # PEFT asks this module's own flag, which nothing else does, and raises.
-        self.training = training and kwargs.get("adapter_names") is None
-        try:
-            hooks.__enter__()
-        finally:
-            self.training = training
-        try:
-            yield
-        finally:
-            hooks.__exit__(None, None, None)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)

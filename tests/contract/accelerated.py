@@ -82,7 +82,7 @@ class PeftKind(Kind):
     sharded = 1e-6
 
     def has(self, layer, adapters):
-        if "lora_bias" in adapters and layer in ("embedding", "net"):
+        if adapters == "lora_bias" and layer in ("embedding", "net"):
             return False  # PEFT has none on embeddings
         if adapters == "dora" and layer in ("subclass", "hooked"):
             return False  # PEFT's own forward

@@ -9,11 +9,6 @@ from contract.subject import Dropout
 ADAPTERS: dict[str, dict[str, dict[str, Any]]] = {
     **peft_helpers.ADAPTERS,
     "two": {name: peft_helpers.ADAPTERS["three"][name] for name in ("a", "b")},
-    "lora_bias of one": {
-        "a": peft_helpers.ADAPTERS["three"]["a"],
-        "b": {"r": 3, "lora_alpha": 6, "lora_bias": True},
-        "c": peft_helpers.ADAPTERS["three"]["c"],
-    },
     "opposite": {"a": {"r": 4, "lora_alpha": 3}, "minus": {"r": 4, "lora_alpha": -3}},
 }
 # Of "three", which are then not one call of the op.

@@ -99,11 +99,7 @@ class OurKind(Kind):
 
     def has(self, layer, adapters):
         has_bias = layer not in ("embedding", "net")
-        return (
-            layer in self.layers
-            and adapters != "dora"
-            and ("lora_bias" not in adapters or has_bias)
-        )
+        return layer in self.layers and adapters != "dora" and (adapters != "lora_bias" or has_bias)
 
     def make(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
         if layer == "net":

@@ -90,17 +90,15 @@ def test_unload_gives_the_base_back():
     assert unloaded.up.weight is base["base_model.model.up.base_layer.weight"]
 
 
-def test_a_mixed_batch_has_the_errors_of_pefts_own():
-    """adapter_names, by the op; PEFT's loop over adapters in float64 is the truth."""
+def test_a_mixed_batch_is_pefts_own():
+    """adapter_names: a serial loop that only PEFT defines; same bits."""
     model = net("three").eval()
     fast = accelerated(model)
     names = ["a", "__base__", "c", "b", "a", "c"]
     with torch.no_grad():
-        ours = fast(make_ids(), adapter_names=names)
-        theirs = model(make_ids(), adapter_names=names)
-        exact = model.double()(make_ids(), adapter_names=names)
-    floor = 1e-6 * exact.abs().max()
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + floor
+        assert torch.equal(
+            fast(make_ids(), adapter_names=names), model(make_ids(), adapter_names=names)
+        )
 
 
 def test_hotswap(tmp_path):
