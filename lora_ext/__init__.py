@@ -6,7 +6,7 @@
 bias; the weight is frozen. `lora_update` adds the update alone onto the y of any other base.
 `accelerate` runs a model of PEFT on them, `decelerate` gives it back. Without PEFT, `LoRALinear` is
 the layer, `apply_lora` puts it into a model as a `LoRAConfig` says, `save_adapter` and
-`load_adapter` keep adapters in PEFT's format. `prepack` keeps a frozen weight in oneDNN's layout on
+`load_adapter` keep adapters in PEFT's format. `use_adapters` gives each sample of a batch an
 the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a model's layers run
 and why, `build_info` what was compiled and what runs here.
 
@@ -33,7 +33,7 @@ except ImportError as error:
 from . import adapters, functional, kernels, loralib, models, nn, reference, winners
 from .adapters import load_adapter, save_adapter
 from .functional import lora_linear, lora_update, prepack
-from .models import LoRAConfig, apply_lora
+from .models import LoRAConfig, apply_lora, use_adapters
 from .nn import LoRALinear
 from .peft import accelerate, decelerate
 from .reports import explain
@@ -65,6 +65,7 @@ __all__ = [
     "prepack",
     "reference",
     "save_adapter",
+    "use_adapters",
     "warmup",
     "winners",
 ]

@@ -32,3 +32,8 @@ def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:
     if type(layer) in classes():
         return PEFT, "not accelerated; call lora_ext.accelerate(model)"
     return PEFT, f"no faster forward for peft's {type(layer).__name__}"
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether it has LoRA layers of PEFT; imports nothing that is not imported."""
+    return next(peft_layers(model), None) is not None
