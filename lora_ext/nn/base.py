@@ -118,7 +118,8 @@ class LoRALayer(nn.Module):
         own, pooled = self.adapters, self.pool
         if pooled is None:
             return [name for name in rows.names if name in own]
-        return [name for name in rows.names if name in own or name in pooled]
+        specs, names = pooled.specs, pooled.names
+        return [n for n in rows.names if n in own or (n in specs and n in names)]
 
     def check_unmerged(self) -> None:
         """Raises RuntimeError for a merged layer, whose weight is the same for every row."""

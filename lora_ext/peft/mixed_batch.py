@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.row_adapters import RowAdapters, given_to
 from ..nn.updates import Update
-from .parts import matrix_of, update_of
+from .parts import matrix_of, quick_updates, update_of
 from .reasons import (
     ADDED,
     BASE,
@@ -53,17 +53,22 @@ def linear(
     kwargs.pop("alora_offsets", None)
     if layer._disable_adapters or "adapter_names" in kwargs:
         return theirs.forward(layer, x, *args, **kwargs)
-    names = [name for name in rows.names if name in layer.lora_A]
+    tables = layer._modules
+    table = tables["lora_A"]._modules
+    names = [name for name in rows.names if name in table]
     reason = _reason(layer, names, rows, args, kwargs) or input_reason(layer, x)
-    for name in names:
-        reason = reason or adapter_reason(layer, name)
+    updates = quick_updates(layer, names)
+    if updates is None:
+        for name in names:
+            reason = reason or adapter_reason(layer, name)
     reason = reason or _rows_reason(x, rows)
     if reason:
         return _left_to_peft(layer, theirs, x, rows, reason, args, kwargs)
-    base = layer._modules["base_layer"]
+    base = tables["base_layer"]
     if not names:
         return base(x)
-    updates = [update_of(layer, name) for name in names]
+    if updates is None:
+        updates = [update_of(layer, name) for name in names]
     if not _kept(layer, theirs, x, updates):
         return mixed_linear(x, matrix_of(base), base.bias, updates, rows)
     y = base(x)
@@ -138,8 +143,9 @@ def _reason(
         return state[1]
     if args or kwargs:
         return "the layer gets more than x"
-    for name in names:
-        variant = layer.lora_variant.get(name)
+    kept = layer.lora_variant
+    for name in names if kept else ():
+        variant = kept.get(name)
         if variant is not None and (rows.is_pefts or type(variant) is not _ACTIVATED):
             return f"{name!r} is DoRA or another variant of LoRA"
     return ""
@@ -164,7 +170,8 @@ def _kept(layer: Any, theirs: Any, x: Tensor, updates: Sequence[Update]) -> str:
         return reason
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is trained"
-    return next(filter(None, (dtype_obstacle(x, base.weight, u.lora_a.dtype) for u in updates)), "")
+    dtypes = {update.lora_a.dtype for update in updates}
+    return next(filter(None, (dtype_obstacle(x, base.weight, dtype) for dtype in dtypes)), "")
 
 
 def _left_to_peft(
