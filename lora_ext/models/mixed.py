@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import LoRALayer
 from ..nn.row_adapters import RowAdapters, given_to
-from ..peft.report import is_peft_model
+from ..peft.report import parts_by_row
 
 
 @contextmanager
@@ -56,13 +56,8 @@ def use_adapters(
         raise TypeError(
             f"lora_ext.use_adapters: expected a model (nn.Module), but got {type(model).__name__}"
         )
-    layers = [module for module in model.modules() if hasattr(type(module), "row_adapters")]
+    layers, others = parts_by_row(model)
     own = [layer for layer in layers if isinstance(layer, LoRALayer)]
-    others: list[Any] = []
-    if is_peft_model(model):
-        from ..peft.mixed_batch import others_of
-
-        _, others = others_of(model)
     if not layers:
         what = "PEFT's layers, not accelerated" if others else "no layer with adapters"
         raise ValueError(
@@ -131,12 +126,12 @@ def _names_of(layer: Any) -> set[str]:
 
 def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:
     missing = set(names)
-    known: set[str] = set()
     for layer in layers:
-        found = _names_of(layer)
-        known |= found
-        missing -= found
+        if not missing:
+            return
+        missing -= _names_of(layer)
     if missing:
+        known = {name for layer in layers for name in _names_of(layer)}
         raise ValueError(
             f"lora_ext.use_adapters: expected names out of {sorted(known)}, or None for the base, "
             f"but got {sorted(missing)}"

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer, variants
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.row_adapters import RowAdapters, given_to
@@ -36,6 +35,7 @@ from .reasons import (
     input_reason,
     is_plain,
 )
+from .report import parts_by_row
 
 NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
@@ -192,18 +192,6 @@ def _left_to_peft(
     )
 
 
-def others_of(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """(the accelerated layers, what else has parts of its own for each adapter)."""
-    fast: list[Any] = []
-    others: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            (fast if hasattr(type(module), "row_adapters") else others).append(module)
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            others.append(module)
-    return fast, others
-
-
 def known_names(layer: Any) -> set[str]:
     """Names of the adapters of a LoRA layer of PEFT."""
     return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
@@ -233,12 +221,11 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
     Raises:
         TypeError, ValueError: PEFT's own, except that training is no error.
     """
-    fast, others = others_of(model)
-    known: set[str] = set()
+    fast, others = parts_by_row(model)
+    unknown = {name for name in names if name != NOBODY}
     for layer in (*fast, *others):
-        if isinstance(layer, LoraLayer):
-            known |= known_names(layer)
-    unknown = {name for name in names if name != NOBODY} - known
+        if unknown and isinstance(layer, LoraLayer):
+            unknown -= known_names(layer)
     if unknown:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
@@ -263,7 +250,7 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
 def rows_of_names(names: Sequence[str], layers: Sequence[Any], is_pefts: bool) -> RowAdapters:
     distinct = list(dict.fromkeys(name for name in names if name != NOBODY))
     places = {name: place for place, name in enumerate(distinct)} | {NOBODY: -1}
-    device = next((p.device for layer in layers for p in layer.parameters()), None)
+    device = next((p.device for layer in layers[:1] for p in layer.parameters()), None)
     index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
     return RowAdapters(distinct, index, is_pefts=is_pefts)
 
