@@ -41,7 +41,7 @@ def use_adapters(
             distinct names that it counts.
         index: int32 ``[batch]`` or ``[batch, tokens]``, from -1 (the base alone) to len(names) - 1.
             A model that gets one token of each sample, as generate's steps do, takes each sample's
-            last.
+            last. It is read when the block is entered.
         repeats: how often generate repeats each sample: num_beams times num_return_sequences, where
             they are used. x may have batch or batch * repeats samples.
 
@@ -66,7 +66,7 @@ def use_adapters(
         )
     distinct, index = _checked(names, index, repeats)
     _check_known(distinct, layers)
-    index = index.to(_device_of(layers[0]))
+    index = index.detach().to(_device_of(layers[0]), copy=True)
     rows = RowAdapters(distinct, index, _slots(own, distinct, index), repeats)
     with ExitStack() as stack:
         stack.enter_context(given_to(layers, rows))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from contract.cases import CALLED, LAYERS, LINEAR, assert_close, cases, every_kind
+from lora_ext.nn.row_adapters import RowAdapters
 
 NAMES = ["a", None, "c", "b", "a", "c"]
 ABC = ["a", "b", "c"]
@@ -321,6 +322,35 @@ def test_explain_says_what_rows_have(kind):
     with lora_ext.use_adapters(subject.model, NAMES):
         assert all("each row its own adapter, 3" in why for _, why in subject.reasons())
     assert all("each row" not in why for _, why in subject.reasons())
+
+
+@every_kind
+def test_an_index_is_made_once_for_all_layers(kind, monkeypatch):
+    """Not one tensor for each layer: one for each shape of x, whatever the number of layers."""
+    calls = []
+    expanded = RowAdapters._expanded
+
+    def counted(self, index, lead, device):
+        calls.append(lead)
+        return expanded(self, index, lead, device)
+
+    monkeypatch.setattr(RowAdapters, "_expanded", counted)
+    subject = kind.make("net", "three", F64)
+    with lora_ext.use_adapters(subject.model, NAMES):
+        for _ in range(3):
+            subject(batch(subject))
+    assert len(subject.layers) > len(set(calls)) == len(calls) > 0
+
+
+@every_kind
+def test_the_index_is_read_when_the_block_is_entered(kind):
+    subject = kind.make("linear", "three", F64)
+    x, index = batch(subject), torch.tensor([0, -1, 2, 1, 0, 2], dtype=torch.int32)
+    wanted = mixed(subject, x, NAMES)[0]
+    with lora_ext.use_adapters(subject.model, ABC, index):
+        index.fill_(-1)
+        assert_close(subject(x), wanted)
+        assert_close(subject(x[:, :1]), wanted[:, :1])
 
 
 # ---- errors ----

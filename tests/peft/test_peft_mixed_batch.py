@@ -9,10 +9,12 @@ from helpers import BF16, F32, F64
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Conv2d
 from peft.tuners.lora.model import LoraModel
-from peft_helpers import accelerated, make_ids, net, peft_model, randomize
+from peft_helpers import accelerated, make_ids, net, peft_model, plain_copy, randomize
 from torch import nn
 
 import lora_ext
+from lora_ext.peft.parts import quick_updates, update_of
+from lora_ext.peft.reasons import adapter_reason
 
 NAMES = ["a", "__base__", "c", "b", "a", "c"]
 
@@ -258,3 +260,50 @@ def test_gradient_checkpointing_of_transformers():
 def test_a_model_that_is_not_accelerated_is_refused():
     with pytest.raises(ValueError, match="not accelerated"):
         lora_ext.use_adapters(net("three"), ["a"] * 6).__enter__()
+
+
+CHANGES = ["none", "hooks", "forward", "dropout", "dtype", "bias", "class"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_quick_way_decides_as_the_slow_one(change):
+    """What `quick_updates` takes, `adapter_reason` has nothing against, and the updates agree."""
+    model = net("three", F64, lora_dropout=0.3).train()
+    layer = lora_ext.accelerate(model).base_model.model.up
+    quick = quick_updates(layer, ["a", "b", "c"])
+    assert quick == [update_of(layer, name) for name in "abc"]
+    assert [adapter_reason(layer, name) for name in "abc"] == ["", "", ""]
+    if change == "none":
+        return
+    lora_a = layer.lora_A["b"]
+    if change == "hooks":
+        lora_a.register_forward_hook(lambda *_: None)
+    elif change == "forward":
+        lora_a.forward = lora_a.forward
+    elif change == "dropout":
+        layer.lora_dropout["b"] = nn.AlphaDropout(0.3)
+    elif change == "dtype":
+        lora_a.float()
+    elif change == "bias":
+        lora_a.bias = nn.Parameter(torch.ones(2, dtype=F64))
+    else:
+        lora_a.__class__ = type("Other", (nn.Linear,), {})
+    assert quick_updates(layer, ["a", "b", "c"]) is None
+    assert adapter_reason(layer, "b")
+    # PEFT's loop computes what the op cannot.
+    wanted = plain_copy(model).eval()
+    model.eval()
+    if change == "dtype":
+        return
+    found = model(make_ids(), adapter_names=NAMES)
+    torch.testing.assert_close(found, wanted(make_ids(), adapter_names=NAMES))
+
+
+@pytest.mark.usefixtures("forget_graphs")
+def test_compiled_with_adapter_names():
+    model = lora_ext.accelerate(net("three", F64)).eval()
+    wanted = model(make_ids(), adapter_names=NAMES)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(make_ids(), adapter_names=NAMES)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
