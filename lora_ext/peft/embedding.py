@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import variants
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..nn.row_adapters import in_force
 from ..nn.updates import Update
-from . import dora
+from . import dora, mixed_batch
 from .reasons import (
     ADDED,
     BASE,
@@ -21,8 +22,8 @@ from .reasons import (
     ForwardPath,
     active_names,
     adapters_state,
+    embedding_reason,
     has_hooks,
-    is_plain,
 )
 from .row_blocks import combine
 
@@ -37,7 +38,13 @@ class Embedding(peft_layers.Embedding):
         ids ``[...]`` to y ``[..., embedding_dim]`` in the base weight's dtype.
     """
 
+    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.__dict__.get("row_adapters") is not None:
+            rows = in_force(self.row_adapters)
+            if rows is not None:
+                return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)
         if not (args or kwargs):
             path = embedding_path(self, x)
             if path.name == ADDED:
@@ -46,6 +53,8 @@ class Embedding(peft_layers.Embedding):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
+        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
+            return mixed_batch.embedding_path(self, in_force(self.row_adapters))
         path = embedding_path(self, None)
         return path.name, path.reason
 
@@ -59,7 +68,7 @@ def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
     names = active_names(layer, table)
     if not names:
         return ForwardPath(BASE, "none of the active adapters is in this layer")
-    reason = _reason(layer, ids, names)
+    reason = embedding_reason(layer, ids, names)
     is_dora = not reason and any(name in layer.lora_variant for name in names)
     if is_dora:
         reason = _dora_reason(layer, names)
@@ -71,23 +80,6 @@ def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
     ]
     what = "DoRA: " if is_dora else ""
     return ForwardPath(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
-
-
-def _reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:
-    """Why PEFT's own forward is needed, or ""."""
-    base = layer._modules["base_layer"]
-    if type(base) is not nn.Embedding:
-        return "the base layer is not exactly nn.Embedding"
-    if base.max_norm is not None or base.sparse:
-        return "the base layer has max_norm, which writes to tables, or sparse gradients"
-    if any(name in layer.input_fns or name in layer.output_fns for name in names):
-        return "the adapters are sharded for tensor parallelism"
-    weight = base._parameters.get("weight")
-    if weight is None or not (is_plain(weight) and weight.is_floating_point()):
-        return "the base weight is computed, quantised or sharded"
-    if ids is not None and not is_plain(ids):
-        return "the ids are a tensor subclass"
-    return ""
 
 
 def _dora_reason(layer: Any, names: Sequence[str]) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..dtypes import HALVES
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
+from ..nn.row_adapters import in_force
 from ..nn.updates import Update, added, obstacle, stacked, with_biases
-from . import dora
+from . import dora, mixed_batch
+from .parts import matrix_of, update_of
 from .quick import quick_forward
 from .reasons import (
     ADDED,
@@ -42,7 +44,13 @@ class Linear(peft_layers.Linear):
         x ``[..., in_features]`` to y ``[..., out_features]`` in the dtype that the base returns.
     """
 
+    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.__dict__.get("row_adapters") is not None:
+            rows = in_force(self.row_adapters)
+            if rows is not None:
+                return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)
         if not (args or kwargs):
             y = quick_forward(self, x)
             if y is not None:
@@ -59,6 +67,8 @@ class Linear(peft_layers.Linear):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""
+        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
+            return mixed_batch.linear_path(self, in_force(self.row_adapters))
         path = linear_path(self, None)
         if path.name != FUSED:
             return path.name, path.reason
@@ -103,16 +113,6 @@ def _call_obstacle(base: Any, x: Tensor | None, updates: Sequence[Update]) -> st
     return reason or obstacle(updates, weight.dtype)
 
 
-def update_of(layer: Any, name: str) -> Update:
-    """What one adapter of a PEFT layer adds."""
-    tables = layer._modules
-    lora_b = tables["lora_B"]._modules[name]
-    dropout = tables["lora_dropout"]._modules[name]
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    lora_a = tables["lora_A"]._modules[name].weight
-    return Update(name, lora_a, lora_b.weight, lora_b.bias, layer.scaling[name], p)
-
-
 def fused(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """One call of the op."""
     base = layer._modules["base_layer"]
@@ -124,9 +124,3 @@ def fused(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
 def called(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """The base called as it is, and the updates onto its y."""
     return added(layer._modules["base_layer"](x), x, updates)
-
-
-def matrix_of(base: Any) -> Tensor:
-    """The base's weight as ``[out, in]``."""
-    weight = base.weight
-    return weight if type(base) is nn.Linear else weight.t()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -9,13 +11,15 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import model as peft_model
 from torch import nn
 
+from . import mixed_batch
 from .embedding import Embedding
 from .linear import Linear
 from .quantized import CLASSES
 
 
 class LoraModel(peft_model.LoraModel):
-    """`peft.tuners.lora.LoraModel` whose later adapters are accelerated too.
+    """`peft.tuners.lora.LoraModel` whose later adapters are accelerated too, and whose mixed
+    batches (adapter_names) are `lora_ext.use_adapters`.
 
     A further adapter may target modules that had none: PEFT wraps those in new layers of its own
     classes.
@@ -25,6 +29,18 @@ class LoraModel(peft_model.LoraModel):
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
         if isinstance(self, LoraModel):  # not in a bound method that outlived `decelerate`
             swap(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What a call's adapter_names do: here in training, too."""
+        names = kwargs.get("adapter_names")
+        is_ours = names is not None and kwargs.get("alora_offsets") is None
+        if not (is_ours and isinstance(self, LoraModel)):
+            with peft_model.LoraModel._enable_peft_forward_hooks(self, *args, **kwargs):
+                yield
+            return
+        with mixed_batch.of_call(self, names, kwargs.get("num_beams")):
+            yield
 
 
 @cache
@@ -42,5 +58,6 @@ def swap(model: nn.Module, back: bool = False) -> int:
         other = table.get(type(module))
         if other is not None:
             module.__class__ = other
+            module.__dict__.pop("row_adapters", None)
             count += isinstance(module, peft_layers.LoraLayer)
     return count
