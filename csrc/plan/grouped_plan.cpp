@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kMostGroups = int64_t{1} << 20, kMostColumnTiles = 65535;
 
 std::string library_reason(const GroupedProblem& p) {
+  if (p.groups < 1) return "there are no adapters";
   if (p.groups > kMostGroups) return "more than 2^20 adapters";
   if (blocks_of(p.one.n, 128) + blocks_of(p.one.k, 128) > kMostColumnTiles)
     return "too many columns for one grid";

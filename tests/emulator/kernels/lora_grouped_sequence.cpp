@@ -43,6 +43,7 @@ class GroupedTest {
         rows_(m_, groups_, draw_rank(), random_),
         numbers_(draw(2) ? Numbers::Integers : Numbers::Reals),
         dropout_(draw(2)),
+        card_(draw_card()),
         choice_(draw(2) ? plan::Choice::kKernel : plan::Choice::kHybrid),
         factors_(rows_, n_, k_, numbers_, random_, 0.3),
         x_(m_, k_, numbers_, random_, "x", false),
@@ -75,6 +76,11 @@ class GroupedTest {
   int draw_rank() {
     constexpr int kRanks[] = {1, 8, 12, 16, 40, 65};
     return kRanks[draw(std::size(kRanks))];
+  }
+  plan::Card draw_card() {
+    const plan::Card cards[] = {kernels::ampere(kernels::kFewSms), kernels::small_ampere(),
+                                kernels::hopper(132)};
+    return draw(2) ? kernels::ampere(kernels::kManySms) : cards[draw(std::size(cards))];
   }
   bool exact() const { return numbers_ == Numbers::Integers; }
   bool whole() const { return n_ % 8 == 0 && k_ % 8 == 0; }
@@ -269,7 +275,7 @@ class GroupedTest {
   kernels::GroupedRows rows_;
   const Numbers numbers_;
   const bool dropout_;
-  const plan::Card card_ = kernels::ampere(kernels::kManySms);
+  const plan::Card card_;
   const plan::Choice choice_;
   const kernels::GroupedFactors<F> factors_;
   const kernels::Operand<T, Alignment::kVector> x_, w_, dy_, base_;

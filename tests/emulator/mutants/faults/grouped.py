@@ -20,6 +20,7 @@ def of_op(file: str, *arguments: str):
 LONG = ("--size", "long")  # segments of several pieces
 of_params = of_op("lora_grouped_params.h")
 of_sequence = of_op("lora_grouped_sequence.h")
+of_many_entries = of_op("lora_grouped_sequence.h", "--size", "many")
 of_plan = of_op("grouped_plan.cpp", *LONG)
 of_tables = of_op("grouped_plan.cpp")
 of_partial_sums = of_op("lora_grouped_params.h", *LONG)
@@ -67,7 +68,7 @@ GROUPED = [
             "params.lo_column = o_.rows.most_rank, params.mask",
         ),
     ),
-    of_sequence(
+    of_many_entries(
         "grouped_entries_of_the_first_launch_again",
         "each launch writes the first entries of the list",
         "adapters past those are not their own",
