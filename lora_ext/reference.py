@@ -1,6 +1,7 @@
 """The LoRA linear and its update written plainly in torch: what the kernels are compared with."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,13 +57,14 @@ def lora_update_reference(
     if keep_mask is not None:
         wide = torch.where(keep_mask.view(x.shape), wide * keep_scale, torch.zeros_like(wide))
     if index is None:
-        update = F.linear(F.linear(wide, lora_a), lora_b) * scaling  # pyright: ignore[reportArgumentType]
+        one: Any = (lora_a, lora_b, scaling)
+        update = F.linear(F.linear(wide, one[0]), one[1]) * one[2]
         return (y + update).to(y.dtype)
-    adapters = index.reshape(-1)
+    adapters, each = index.reshape(-1), torch.as_tensor(scaling)
     inputs = wide.reshape(len(adapters), x.shape[-1])
     out = y.reshape(len(adapters), y.shape[-1])
     for g, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
         rows = (adapters == g).nonzero().flatten()
-        update = F.linear(F.linear(inputs[rows], a), b) * scaling[g]  # pyright: ignore[reportIndexIssue]
+        update = F.linear(F.linear(inputs[rows], a), b) * each[g]
         out = out.index_copy(0, rows, (out[rows] + update).to(y.dtype))
     return out.view(y.shape)
