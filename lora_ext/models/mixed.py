@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import LoRALayer
 from ..nn.row_adapters import RowAdapters, given_to
-from ..peft.report import parts_by_row
+from ..peft.parts_by_row import parts_by_row
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from .reasons import (
     input_reason,
     is_plain,
 )
-from .report import parts_by_row
+from .parts_by_row import parts_by_row
 
 NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
