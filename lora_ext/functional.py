@@ -80,7 +80,7 @@ def lora_linear(
             lora_b[g, :, :ranks[g]]; a rank of 0 is a free slot, whose rows have the base alone.
 
     Each of many adapters has the gradient of its own rows, summed in their order; one without rows
-    has zeros. What is in the factors of an adapter reaches no row but its own. The CUDA kernels read
+    has zeros. What is in the factors of an adapter reaches no row but its own. CUDA kernels read
     index, offs, ranks and scaling on the device, without a word to the host: to them a number out
     of range is no adapter. Everywhere else it raises.
 
