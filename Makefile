@@ -16,7 +16,7 @@ FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc tests/cpu tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models
-.PHONY: bench-adapters demo gpu
+.PHONY: bench-adapters demo demo-many gpu
 .PHONY: sass traffic sanitize docs wheel clean
 
 build: $(VENV)/.built
@@ -157,6 +157,9 @@ bench-models: $(VENV)/.extras
 
 demo: $(VENV)/.extras
 	$(PY) -m benchmarks.finetune $(ARGS)
+
+demo-many: $(VENV)/.extras
+	$(PY) -m benchmarks.finetune_many $(ARGS)
 
 # QUICK=1: what matters most, in 8 minutes. DEVICE=cpu: every stage without a GPU, to try the code.
 # Built for the card at hand alone, whatever the environment's list says: a container's list has 9.0,

@@ -22,6 +22,7 @@ def _of_kind(document: Document) -> Any:
     from . import layer_report
     from .adapters import adapters_report
     from .finetune import finetune_report
+    from .finetune_many import many_report
     from .gpu import gpu_report
     from .traffic import traffic_report
     from .whole_models import models_report
@@ -33,6 +34,7 @@ def _of_kind(document: Document) -> Any:
         "models": models_report,
         "adapters": adapters_report,
         "finetune": finetune_report,
+        "finetune_many": many_report,
         "traffic": traffic_report,
     }
     return kinds[document["kind"]]

@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, type]] = {
     "models": {"cases": list},
     "adapters": {"cases": list},
     "finetune": _TRAINING,
+    "finetune_many": _TRAINING,
     "traffic": {"rows": list},
 }
 TIMES = ("timing", "graph", "forward", "updates")

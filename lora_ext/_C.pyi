@@ -101,6 +101,7 @@ class Kernels:
     def small_case(self, card: Card) -> tuple[Problem, Plan]:
         """What is computed to check them."""
 
+def all_grouped_kernels(card: Card) -> list[Kernels]: ...
 def all_kernels(card: Card, early_launch: bool) -> list[Kernels]:
     """All that a card can be asked for; none below compute capability 8.0."""
 

@@ -6,8 +6,8 @@
 bias; the weight is frozen. `lora_update` adds the update alone onto the y of any other base.
 `accelerate` runs a model of PEFT on them, `decelerate` gives it back. Without PEFT, `LoRALinear` is
 the layer, `apply_lora` puts it into a model as a `LoRAConfig` says, `save_adapter` and
-`load_adapter` keep adapters in PEFT's format. `use_adapters` gives each sample of a batch its own.
-`prepack` keeps a frozen weight in oneDNN's layout on
+`load_adapter` keep adapters in PEFT's format. `use_adapters` gives each sample of a batch an
+adapter of its own, `AdapterPool` holds many. `prepack` keeps a frozen weight in oneDNN's layout on
 the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a model's layers run
 and why, `build_info` what was compiled and what runs here.
 
@@ -17,6 +17,7 @@ The rest is in modules named for their use:
     nn           layers                                        loralib    loralib's models
     models       what a model's layers do together             kernels    plans, cards, routes
     reference    the op in torch alone                         winners    routes that were timed
+    pool         many adapters in tensors of fixed size
 """
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
@@ -31,13 +32,13 @@ try:
 except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
-from . import adapters, functional, kernels, loralib, models, nn, reference, winners
+from . import adapters, functional, kernels, loralib, models, nn, pool, reference, winners
 from .adapters import load_adapter, save_adapter
-from .batch import use_adapters
 from .functional import lora_linear, lora_update, prepack
-from .models import LoRAConfig, apply_lora
+from .models import LoRAConfig, apply_lora, use_adapters
 from .nn import LoRALinear
 from .peft import accelerate, decelerate
+from .pool import AdapterPool
 from .reports import explain
 from .winners import load_cached, warmup
 
@@ -47,6 +48,7 @@ if _C.with_cuda:
     load_cached()
 
 __all__ = [
+    "AdapterPool",
     "LoRAConfig",
     "LoRALinear",
     "__version__",
@@ -64,6 +66,7 @@ __all__ = [
     "loralib",
     "models",
     "nn",
+    "pool",
     "prepack",
     "reference",
     "save_adapter",

@@ -80,13 +80,15 @@ def lora_linear(
             lora_b[g, :, :ranks[g]]; a rank of 0 is a free slot, whose rows have the base alone.
 
     Each of many adapters has the gradient of its own rows, summed in their order; one without rows
-    has zeros. What is in the factors of an adapter reaches no row but its own.
+    has zeros. What is in the factors of an adapter reaches no row but its own. CUDA kernels read
+    index, offs, ranks and scaling on the device, without a word to the host: to them a number out
+    of range is no adapter. Everywhere else it raises.
 
     Returns:
         ``[..., out_features]`` in x's dtype (the autocast dtype under autocast).
 
     Raises:
-        IndexError: an index, offs or ranks names what does not exist.
+        IndexError: an index, offs or ranks names what does not exist, where the host reads it.
         RuntimeError: shapes, rank, devices or numbers do not fit; weight requires grad under grad
             mode; a second backward.
         TypeError: a dtype does not fit, an operand is no tensor, x is nested, or scaling is no
@@ -190,7 +192,7 @@ def lora_update(
         at least in float32, and rounded once.
 
     Raises:
-        IndexError: an index, offs or ranks names what does not exist.
+        IndexError: an index, offs or ranks names what does not exist, where the host reads it.
         RuntimeError: shapes, rank, devices or numbers do not fit; a second backward.
         TypeError: a dtype does not fit, an operand is no tensor or nested, or scaling is no number.
     """

@@ -1,7 +1,7 @@
 """Finds offsets that are computed in 32 bits in what runs on the device: `make lint`.
 
 clang-tidy, with the queries of .clang-tidy, reads the kernels as the execution layer of
-tests/emulator/ compiles them for the host: one file instantiates them all. Prints what it finds;
+tests/emulator/ compiles them for the host: two files instantiate them all. Prints what it finds;
 the exit status is 1 then.
 """
 
@@ -16,14 +16,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 from emulator import mutants  # noqa: E402
 from emulator.build import common_flags  # noqa: E402
 
-ALL_KERNELS = "tests/emulator/kernels/lora_linear_sequence_kernels.cpp"
+ALL_KERNELS = tuple(
+    f"tests/emulator/kernels/lora_{op}_sequence_kernels.cpp" for op in ("linear", "grouped")
+)
 
 
 def findings(root: Path = ROOT) -> list[str]:
     """What is wrong in the kernels of a source tree, "file:line:column: what"."""
     clang_tidy = Path(sysconfig.get_path("scripts"), "clang-tidy")
     command = [str(clang_tidy), "--quiet", "--experimental-custom-checks"]
-    command += [f"--config-file={ROOT / '.clang-tidy'}", str(root / ALL_KERNELS), "--"]
+    command += [f"--config-file={ROOT / '.clang-tidy'}"]
+    command += [*(str(root / kernels) for kernels in ALL_KERNELS), "--"]
     command += ["-DALL_KERNELS_IN_THIS_FILE"]
     # The plain sources, not the copies that mutants are planted in.
     flags = [flag for flag in common_flags() if flag != f"-I{mutants.COPIES}"]

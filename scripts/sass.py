@@ -26,7 +26,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 from emulator import cuda_headers  # noqa: E402
 
 BUILD = ROOT / "build" / "sass"
-SOURCES = ("lora_linear_bf16", "lora_linear_fp16")
+SOURCES = tuple(
+    f"lora_{kernels}_{half}" for kernels in ("linear", "grouped") for half in ("bf16", "fp16")
+)
 SOURCES_SM90A = tuple(
     f"{kernel}_sm90a_{half}"
     for kernel in ("lora_gemm", "lora_gemm_in_grid")

@@ -103,7 +103,7 @@ class Kernel:
             wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
             found += self.objections_to_groups()
-        elif "lora_reduce" not in self.name and "lora_split" not in self.name:
+        elif re.match(r"lora_(grouped_)?(gemm|shrink|wgrad|dsdb)\b", self.name):
             wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
         if self.blocks(*SHARED[self.arch]) == 0:
@@ -121,11 +121,15 @@ def name_of(demangled: str) -> str:
     rest = re.sub(r"LoraGemmTile<[^>]*>, ", "", rest)
     words = [kernel.removesuffix("_sm80")]
     words += [f"{tile[1]}x{tile[2]}"] if tile else []
-    words += ["fp16" if rest.startswith("__half") else "bf16"]
+    halves = {"__half": "fp16", "__nv_bfloat16": "bf16"}
+    types = re.findall(r"\b(?:__half|__nv_bfloat16|float)\b", rest)
+    words += [halves[types[0]]] if types else []
+    words += ["float"] if "float" in types else []
     flags = re.findall(r"\b(true|false)\b", rest)
     meanings = {"lora_gemm": ["MN-major", "masked"], "lora_shrink": ["MN-major", "masked"]}
     meanings["lora_wgrad"] = ["masked"]
-    for flag, meaning in zip(flags, meanings.get(words[0], []), strict=False):
+    of_one = words[0].replace("grouped_", "")
+    for flag, meaning in zip(flags, meanings.get(of_one, []), strict=False):
         words += [meaning] if flag == "true" else []
     words += [number[1] for number in [re.search(r", (16|32), ", rest)] if number]
     words += ["element"] if "Alignment)1" in rest else []
@@ -145,7 +149,7 @@ def name_of_sm90a(kernel: str, arguments: str) -> str:
 
 
 def launch_of(name: str, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    kernel, *words = name.split()
+    kernel, *words = name.replace("grouped_", "").split()
     tiles = [f"{kernel}_{word}" for word in words if f"{kernel}_{word}" in known]
     return known[tiles[0]] if tiles else known.get(kernel, (0, 256))
 

@@ -59,10 +59,10 @@ def _profile(fields: Fields, device: str) -> Fields:
 
 
 def _all_kernels() -> list[Any]:
-    from lora_ext import _C
     from lora_ext.device import indexed
+    from lora_ext.kernels.kernel_checks import every_kernel
 
-    return _C.all_kernels(_C.cuda_card(indexed(None)), _C.early_launch())
+    return every_kernel(indexed(None))
 
 
 def _kernels(fields: Fields, device: str) -> Fields:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.traffic [OUT]     default: benchmarks/results/l2-model-a100/traffic
 
-Needs a C++ compiler and no GPU: trace.cpp walks over the tiles of the planned kernels, on an A100.
+Needs a C++ compiler and no GPU: trace.cpp walks over the tiles of the planned kernels, on an A100,
+and trace_grouped.cpp over those for many adapters, whose figures are printed.
 Predicted, not measured: nothing here is a counter of a device.
 """
 
@@ -21,10 +22,11 @@ from .. import report, results
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "results" / "l2-model-a100" / "traffic"
 PROGRAM = ROOT / "build" / "trace"
+GROUPED = ROOT / "build" / "trace_grouped"
 SOURCES = (
-    "benchmarks/traffic/trace.cpp",
     "csrc/plan/plan.cpp",
     "csrc/plan/plan_prediction.cpp",
+    "csrc/plan/grouped_plan.cpp",
     "tests/emulator/counts/l2_model.cpp",
 )
 
@@ -35,27 +37,48 @@ SHAPES = (
     (4096, 4096, 11008, 64),
     (2048, 1024, 1024, 16),
 )
+# And so many adapters, in ranges of rows.
+GROUPED_SHAPES = ((8192, 4096, 4096, 16, 64),)
 MACHINE = {"name": "A100, by a model of its L2"}
 
 
-def build() -> Path:
+def build() -> None:
     PROGRAM.parent.mkdir(exist_ok=True)
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    flags = ["-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
+    folders = (ROOT / "csrc", ROOT / "tests", ROOT)
+    flags = ["-std=c++20", "-O2", *(f"-I{folder}" for folder in folders)]
     sources = [str(ROOT / source) for source in SOURCES]
-    subprocess.run([*compiler, *flags, *sources, "-o", str(PROGRAM)], check=True)
-    return PROGRAM
+    for program in (PROGRAM, GROUPED):
+        main = str(ROOT / "benchmarks" / "traffic" / f"{program.name}.cpp")
+        subprocess.run([*compiler, *flags, main, *sources, "-o", str(program)], check=True)
+
+
+def traced(program: Path, shape: tuple[int, ...]) -> list[dict]:
+    done = subprocess.run([program, *map(str, shape)], check=True, capture_output=True, text=True)
+    return [{"shape": shape, **json.loads(line)} for line in done.stdout.splitlines()]
 
 
 def trace(shape: tuple[int, int, int, int]) -> list[dict]:
     """A row for each direction and variant, with the shape and the bound of the requests."""
-    done = subprocess.run([PROGRAM, *map(str, shape)], check=True, capture_output=True, text=True)
-    rows = [{"shape": shape, **json.loads(line)} for line in done.stdout.splitlines()]
+    rows = traced(PROGRAM, shape)
     merged = {row["direction"]: row["requested"] for row in rows if row["variant"] == "merged"}
+    add_over(rows, merged)
+    return rows
+
+
+def trace_grouped(shape: tuple[int, int, int, int, int]) -> list[dict]:
+    """The same of many adapters: of each direction merged, as for one adapter, and grouped."""
+    rows = [row for row in traced(PROGRAM, shape[:4]) if row["variant"] == "merged"]
+    merged = {row["direction"]: row["requested"] for row in rows}
+    rows += traced(GROUPED, shape)
+    add_over(rows, merged)
+    return rows
+
+
+def add_over(rows: list[dict], merged: dict[str, int]) -> None:
     for row in rows:
         bound = merged[row["direction"]] + row["passes"] + row["adapters"]
         row["over"] = (row["requested"] - bound) / merged[row["direction"]]
-    return rows
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +88,9 @@ def main(arguments: list[str]) -> int:
     document = results.new_document("traffic", MACHINE)
     with ThreadPoolExecutor(2) as pool:
         document["rows"] = [row for found in pool.map(trace, SHAPES) for row in found]
+        grouped = [row for found in pool.map(trace_grouped, GROUPED_SHAPES) for row in found]
     document["complete"] = True
+    print("\n".join(map(json.dumps, grouped)))
     return 0 if report.publish(document, out / "results.json") else 1
 
 

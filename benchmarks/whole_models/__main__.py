@@ -10,8 +10,8 @@ from pathlib import Path
 from .. import report, results
 from ..machine import describe
 from ..timing import Plan
-from . import overhead
-from .cases import all_cases
+from . import mixed_batch, overhead
+from .cases import all_cases, mixed_cases
 from .step import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
@@ -37,10 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / "results.json"
     interrupted = False
     try:
+        progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         for case in all_cases():
             if options.only in case.id:
-                progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
                 document["cases"].append(measure(case, _PLAN, progress))
+                results.keep(document, path)
+        document["mixed"] = []
+        for case in mixed_cases():
+            if options.only in case.id:
+                document["mixed"].append(mixed_batch.measure(case, _PLAN, progress))
                 results.keep(document, path)
         document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
         document["complete"] = True

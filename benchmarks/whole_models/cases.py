@@ -51,6 +51,11 @@ def all_cases() -> list[Case]:
     return [Case(model, layers) for model in BATCH for layers in ("attention", "all linear")]
 
 
+def mixed_cases() -> list[Case]:
+    """Those that are measured with an adapter for each sample, too."""
+    return [Case("MiniLM", "all linear"), Case("Llama", "all linear")]
+
+
 def base_model(case: Case) -> nn.Module:
     """The frozen model in training mode; dropout of its own is off, so that the floor is low."""
     dtype = getattr(torch, case.dtype)

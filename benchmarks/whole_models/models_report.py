@@ -8,6 +8,7 @@ from typing import Any
 from .. import markdown
 from ..markdown import Column, mebibytes, milliseconds, quotient, table, table_of
 from ..results import Document, Row, peak_ratio, ratio
+from . import mixed_batch
 from .overhead import overheads
 
 LABELS = {
@@ -46,6 +47,9 @@ _METHOD = """\
 - Memory is what torch's allocator holds at its peak above what was live before the step. The bound
   is 1.03 times the sum of the frozen model's peak and the distinct inputs of adapted layers which
   the frozen model does not save anyway: gradients of adapters cannot be had without them.
+- With an adapter for each sample, ours and PEFT's accelerated model compute the batch at once, by
+  `use_adapters` and `adapter_names`. PEFT does so in a forward alone; one after the other, each
+  sample is a step of its own, with its adapter active.
 - The overhead of a layer is a call on 2 x 8 numbers, less the ops that it makes, timed alone."""
 
 
@@ -122,6 +126,10 @@ def _overheads(overhead: dict[str, Any]) -> str:
     return table([*heads, f"at most {OVERHEAD_TARGET}"], rows)
 
 
+def _mixed(document: Document, key: str) -> str:
+    return mixed_batch.table(document.get("mixed", []), key)
+
+
 def text(document: Document, images: Sequence[str]) -> str:
     """The report as Markdown."""
     cases = document["cases"]
@@ -132,6 +140,8 @@ def text(document: Document, images: Sequence[str]) -> str:
         ("Time of a forward, as a multiple of frozen", _times(cases, "forward")),
         ("Peak memory of a forward, as a multiple of frozen", _memories(cases, "forward_memory")),
         ("Targets", table(columns, [row for case in cases for row in target_rows(case)])),
+        ("A step, each sample with its own adapter", _mixed(document, "timing")),
+        ("A forward, each sample with its own adapter", _mixed(document, "forward")),
         ("Overhead of a layer's call, microseconds", _overheads(document.get("overhead", {}))),
     ]
     return markdown.page(

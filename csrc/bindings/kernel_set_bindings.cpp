@@ -15,13 +15,13 @@ using kernel_set::Kernels;
 std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
                                                         const plan::Card& card) {
   const kernel_set::SmallCase small = kernel_set::small_case(kernels);
-  return {small.problem, kernel_set::plan_of(card, small, kernels.backward)};
+  return {small.problem, kernel_set::plan_of(card, small.problem, small.request, kernels.backward)};
 }
 
 plan::Plan plan_as_asked(const plan::Card& card, const plan::Problem& problem, bool backward,
                          const std::string& choice, const std::string& tile, bool early_launch) {
   const plan::Request request{choice_of(choice), plan::tile_named(tile), "", early_launch};
-  return kernel_set::plan_of(card, {problem, request}, backward);
+  return kernel_set::plan_of(card, problem, request, backward);
 }
 
 // What tests hold against the limits of a card: offsets and pitches in the workspace, as plan.h has
@@ -57,8 +57,13 @@ void bind_kernel_set(py::module& m) {
       .def("__repr__", &Kernels::name);
   m.def("plan_numbers", &plan_numbers, py::arg("plan"));
   m.def("all_kernels", &kernel_set::all_of, py::arg("card"), py::arg("early_launch"));
-  m.def("kernels_of", &kernel_set::of_plan, py::arg("plan"), py::arg("problem"), py::kw_only(),
-        py::arg("backward"), py::arg("float16"));
+  m.def("all_grouped_kernels", &kernel_set::all_grouped_of, py::arg("card"));
+  m.def(
+      "kernels_of",
+      [](const plan::Plan& plan, const plan::Problem& problem, bool backward, bool float16) {
+        return kernel_set::of_plan(plan, problem, backward, float16);
+      },
+      py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"), py::arg("float16"));
   m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
         py::arg("backward"), py::arg("choice"), py::arg("tile") = "",
         py::arg("early_launch") = true);

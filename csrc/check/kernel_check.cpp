@@ -14,9 +14,11 @@
 #include <sstream>
 #include <tuple>
 
+#include "check/grouped_bounds.h"
 #include "check/kernel_bounds.h"
 #include "common/check.h"
-#include "launch/kernel_launch.h"
+#include "launch/grouped_launch.h"
+#include "library/grouped_library_route.h"
 #include "library/library_route.h"
 
 namespace lora_ext::kernel_check {
@@ -55,7 +57,8 @@ at::Tensor numbers(at::IntArrayRef shape, double step, double size, const at::Te
 std::string compare(const char* what, const at::Tensor& got, const at::Tensor& expected,
                     const at::Tensor& allowed) {
   const at::Tensor off = got.to(at::kDouble).sub_(expected).abs_();
-  const at::Tensor excess = off.sub(allowed);
+  // What nobody writes may be anything, NaN among it.
+  const at::Tensor excess = off.sub(allowed).masked_fill_(allowed.isinf(), 0);
   if (excess.max().item<double>() <= 0) return "";  // NaN is not
   const int64_t worst = excess.argmax().item<int64_t>();
   std::ostringstream text;
@@ -77,8 +80,25 @@ std::string compare_all(const Backward& got, const Backward& expected, const Bac
   return compare("dlora_b", got.dlora_b, expected.dlora_b, allowed.dlora_b);
 }
 
-Forward by_library(const ForwardArgs& args) { return library_route::forward(args); }
-Backward by_library(const BackwardArgs& args) { return library_route::backward(args); }
+// Of rows without an adapter, S has nothing.
+std::string compare_all(const GroupedBackward& got, const GroupedBackward& expected,
+                        const GroupedBackward& allowed) {
+  std::string off = compare("dx", got.dx, expected.dx, allowed.dx);
+  for (size_t g = 0; off.empty() && g < got.dlora_a.size(); ++g) {
+    off = compare("dlora_a", got.dlora_a[g], expected.dlora_a[g], allowed.dlora_a[g]);
+    if (!off.empty() || !got.dlora_b[g].defined()) continue;
+    off = compare("dlora_b", got.dlora_b[g], expected.dlora_b[g], allowed.dlora_b[g]);
+  }
+  return off;
+}
+
+template <class Args>
+auto by_library(const Args& args) {
+  if constexpr (std::is_same_v<Args, ForwardArgs> || std::is_same_v<Args, GroupedForwardArgs>)
+    return library_route::forward(args);
+  else
+    return library_route::backward(args);
+}
 
 // Throws where the kernels never may end, or have left the device unusable.
 void wait_for(const at::Device& device, const Kernels& kernels) {
@@ -103,10 +123,9 @@ void wait_for(const at::Device& device, const Kernels& kernels) {
 template <class Args>
 std::string run_case(const plan::Card& card, const Kernels& kernels, const plan::Request& request,
                      const Args& args) {
-  const kernel_set::SmallCase small{kernel_launch::problem_of(args), request};
-  const plan::Plan plan = kernel_set::plan_of(card, small, kernels.backward);
-  const Kernels planned =
-      kernel_set::of_plan(plan, small.problem, kernels.backward, kernels.float16);
+  const auto problem = kernel_launch::problem_of(args);
+  const auto plan = kernel_set::plan_of(card, problem, request, kernels.backward);
+  const Kernels planned = kernel_set::of_plan(plan, problem, kernels.backward, kernels.float16);
   if (planned != kernels) return "the small case takes other kernels: " + planned.name();
   const at::Device device = args.x.device();
   const auto exact = kernel_bounds::in_double(args);
@@ -127,6 +146,35 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   }
 }
 
+// Five adapters of the ranks up to the largest, one without rows, and rows without an adapter: of
+// every fourth row, so that tiles have several and their rows do not lie together.
+std::string run_grouped_case(const plan::Card& card, const Kernels& kernels,
+                             const plan::Request& request, const at::Tensor& x, const at::Tensor& w,
+                             const Update& one, const at::TensorOptions& options) {
+  constexpr int64_t kAdapters = 5;
+  const int64_t m = x.size(0), n = w.size(0), rank = one.rank();
+  GroupedUpdate update;
+  for (int64_t g = 0; g < kAdapters; ++g) {
+    const int64_t own = std::max<int64_t>(1, rank - 7 * g);
+    update.lora_a.push_back(one.lora_a.narrow(0, 0, own).mul(1.0 + 0.25 * double(g)));
+    update.lora_b.push_back(one.lora_b.narrow(1, 0, own).contiguous());
+  }
+  update.scaling = at::arange(1, kAdapters + 1, options.dtype(at::kFloat)).mul_(0.5);
+  const at::Tensor turns = at::arange(m, options.dtype(at::kInt));
+  update.index = turns.add(turns.floor_divide(4)).remainder(kAdapters).sub_(1).to(at::kInt);
+  update.dropout = one.dropout;
+  if (!kernels.backward) {
+    const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
+                                         : Base{w, numbers({n}, 12.9, 1, options)};
+    return run_case(card, kernels, request, GroupedForwardArgs{x, base, update});
+  }
+  const std::vector<bool> all(kAdapters, true);
+  return run_case(
+      card, kernels, request,
+      GroupedBackwardArgs{numbers({m, n}, 12.47, 1, options), x, Base{w}, update,
+                          numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)), true, all, all});
+}
+
 std::string run_small_case(const at::Device& device, const plan::Card& card,
                            const Kernels& kernels) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -145,6 +193,7 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
   const at::Tensor a = numbers({rank, k}, 12.53, 0.1, adapter);
   const at::Tensor b = numbers({n, rank}, 12.29, 0.1, adapter);
   const Update update{a, b, 2.0, dropout};
+  if (kernels.grouped) return run_grouped_case(card, kernels, small.request, x, w, update, options);
   if (!kernels.backward) {
     const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
                                          : Base{w, numbers({n}, 12.9, 1, options)};

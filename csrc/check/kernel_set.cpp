@@ -68,6 +68,7 @@ std::string Kernels::name() const {
   if (tail != 0) text += " tail " + std::to_string(tail);
   if (early) text += " early";
   if (given_base) text += " onto a base";
+  if (grouped) text += " many adapters";
   return text;
 }
 
@@ -86,6 +87,13 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backw
           wgmma ? plan::tail_of(plan.width) : 0,
           plan.gemm.early || plan.early_wgrad,
           !backward && plan.given_base};
+}
+
+Kernels of_plan(const plan::GroupedPlan& plan, const plan::GroupedProblem& problem, bool backward,
+                bool float16) {
+  Kernels kernels = of_plan(plan.one, problem.one, backward, float16);
+  kernels.grouped = true;
+  return kernels;
 }
 
 std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
@@ -112,6 +120,17 @@ std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
   return all;
 }
 
+// On mma.sync alone, and nothing begins early.
+std::vector<Kernels> all_grouped_of(const plan::Card& card) {
+  std::vector<Kernels> all;
+  for (Kernels& each : all_of(card, false)) {
+    if (plan::facts_of(each.tile).wgmma || each.one_pass) continue;
+    each.grouped = true;
+    all.push_back(each);
+  }
+  return all;
+}
+
 // Rows, columns and depth that no tile divides, the second wide enough for one pass over dY, and
 // the last pair of row blocks half empty. An odd depth and width make rows unaligned.
 //
@@ -134,9 +153,15 @@ SmallCase small_case(const Kernels& kernels) {
   return small;
 }
 
-plan::Plan plan_of(const plan::Card& card, const SmallCase& small, bool backward) {
-  return backward ? plan::backward(card, small.problem, small.request)
-                  : plan::forward(card, small.problem, small.request);
+plan::Plan plan_of(const plan::Card& card, const plan::Problem& problem,
+                   const plan::Request& request, bool backward) {
+  return backward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
+}
+
+plan::GroupedPlan plan_of(const plan::Card& card, const plan::GroupedProblem& problem,
+                          const plan::Request& request, bool backward) {
+  return backward ? plan::grouped_backward(card, problem, request)
+                  : plan::grouped_forward(card, problem, request);
 }
 
 }  // namespace lora_ext::kernel_set

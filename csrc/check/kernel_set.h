@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "plan/plan.h"
+#include "plan/grouped_plan.h"
 
 namespace lora_ext::kernel_set {
 
@@ -15,10 +15,11 @@ struct Kernels {
   bool float16;  // else bfloat16
   plan::Tile tile;
   bool hybrid, vector, float_adapters, dropout;
-  bool one_pass, wide;  // lora_dsdb, and its instance for more than 16 columns; backward only
-  int tail;             // of the rank, which selects instances of wgmma's tiles; else 0
-  bool early;           // some begin before the one before has ended
-  bool given_base;      // lora_gemm adds onto a y that is given; forward only
+  bool one_pass, wide;   // lora_dsdb, and its instance for more than 16 columns; backward only
+  int tail;              // of the rank, which selects instances of wgmma's tiles; else 0
+  bool early;            // some begin before the one before has ended
+  bool given_base;       // lora_gemm adds onto a y that is given; forward only
+  bool grouped = false;  // of many adapters in one call
 
   auto operator<=>(const Kernels&) const = default;
   std::string name() const;  // no two have the same
@@ -26,10 +27,15 @@ struct Kernels {
 
 // Of a plan for the problem, which must be one with kernels.
 Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backward, bool float16);
+Kernels of_plan(const plan::GroupedPlan& plan, const plan::GroupedProblem& problem, bool backward,
+                bool float16);
 
 // All that a card can be asked for, with early launches or without; none below compute capability
 // 8.0.
 std::vector<Kernels> all_of(const plan::Card& card, bool early_launch);
+
+// Those of many adapters, likewise.
+std::vector<Kernels> all_grouped_of(const plan::Card& card);
 
 // A problem and a request whose plan takes just these kernels, on a card that has them. Its
 // operands are contiguous.
@@ -38,6 +44,10 @@ struct SmallCase {
   plan::Request request;
 };
 SmallCase small_case(const Kernels& kernels);
-plan::Plan plan_of(const plan::Card& card, const SmallCase& small, bool backward);
+
+plan::Plan plan_of(const plan::Card& card, const plan::Problem& problem,
+                   const plan::Request& request, bool backward);
+plan::GroupedPlan plan_of(const plan::Card& card, const plan::GroupedProblem& problem,
+                          const plan::Request& request, bool backward);
 
 }  // namespace lora_ext::kernel_set

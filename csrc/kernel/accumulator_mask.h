@@ -9,12 +9,12 @@ template <int kColumnBlocks>
 struct AccumulatorMask {
   const Mask& parameters;
 
-  // mask * acc, [kColumnBlocks][4]; acc[0] is the element (row, column).
-  __device__ __forceinline__ void apply(float* acc, int row, int column) const {
+  // mask * acc, [kColumnBlocks][4]; acc[0] is the element (upper, column), acc[2] (lower, column).
+  __device__ __forceinline__ void apply(float* acc, int upper, int lower, int column) const {
     const auto seed = static_cast<uint64_t>(*parameters.seed);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto at_row = static_cast<uint64_t>(parameters.row_offset + row + half * 8);
+      const auto at_row = static_cast<uint64_t>(parameters.row_offset + (half ? lower : upper));
       const auto at_column = static_cast<uint64_t>(parameters.col_offset + column);
       if (parameters.in_step()) {
         mask_in_step(acc + half * 2, seed, at_row, at_column);

@@ -16,15 +16,54 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
+// What LoraGemmSm80 asks of the low-rank product: here, of one adapter, whose T and U are p's own.
+// lora_grouped_gemm.h has that of many.
+struct OneAdapter {
+  using Rows = SameRows;
+  struct Cursor {};  // where the low-rank steps of a tile are, if that does not follow from a step
+  const Rows rows{};
+
+  template <class Gemm>
+  __device__ __forceinline__ static int steps(const Gemm& gemm, const Cursor&) {
+    return gemm.steps_per_term * gemm.p.terms;
+  }
+  __device__ __forceinline__ static void begin(Cursor&, int /*row*/) {}
+  // The next tile to load that has any steps.
+  template <class Gemm>
+  __device__ __forceinline__ static void begin_next(const Gemm&, typename Gemm::Walk& next) {
+    next.tile += static_cast<int>(gridDim.x), next.step = 0;
+  }
+  template <class Gemm>
+  __device__ __forceinline__ static void load(const Gemm& gemm, typename Gemm::Walk& walk,
+                                              int index, const typename Gemm::Place& at) {
+    const int term = index / gemm.steps_per_term;
+    const auto& factors = gemm.p.low_rank[term];
+    gemm.copy_step(walk.stage, factors.t, gemm.p.t_pitch, factors.u, gemm.p.u_pitch, gemm.p.rank,
+                   (index - term * gemm.steps_per_term) * 64, at);
+  }
+  template <class Gemm>
+  __device__ __forceinline__ static void multiply(const Gemm& gemm,
+                                                  typename Gemm::Accumulators& acc,
+                                                  typename Gemm::Walk& walk) {
+    gemm.template scale_for_lo<true>(acc, walk.step);
+    gemm.template scale_for_lo<false>(acc, walk.step);
+    gemm.multiply(acc, walk.stage, gemm.k16_steps_of(gemm.step_of(walk)));
+  }
+};
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment,
+          class Adapters = OneAdapter>
 struct LoraGemmSm80 {
+  using TileOf = Tile;
   using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
-  using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment, adds_onto_base<Tile, kMNMajor>>;
+  using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment, adds_onto_base<Tile, kMNMajor>,
+                                    typename Adapters::Rows>;
   using Accumulators = typename Epilogue::Accumulators;
 
   static_assert(!kMasked || fits_mask<Tile>);
 
   const LoraGemmParams<T>& p;
+  const Adapters adapters{};
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp % (Tile::kM / Tile::kWarpM) * Tile::kWarpM;
@@ -34,8 +73,6 @@ struct LoraGemmSm80 {
   const int tiles = row_tiles * column_tiles;
   const int main_steps = (p.k + Tile::kK - 1) / Tile::kK;
   const int steps_per_term = (p.rank + Tile::kK - 1) / Tile::kK;
-  const int low_rank_steps = steps_per_term * p.terms;
-  const int steps = main_steps + low_rank_steps;
 
   // Tiles in an order that keeps eight row blocks of P and one column block of Q in L2.
   struct Place {
@@ -49,16 +86,29 @@ struct LoraGemmSm80 {
     return {(first + within % height) * Tile::kM, within / height * Tile::kN};
   }
 
+  // Where the loads or the products are.
+  struct Walk {
+    int tile, step, stage;
+    typename Adapters::Cursor cursor;
+  };
+  __device__ __forceinline__ int low_rank_steps_of(const Walk& walk) const {
+    return adapters.steps(*this, walk.cursor);
+  }
+  __device__ __forceinline__ int steps_of(const Walk& walk) const {
+    return main_steps + low_rank_steps_of(walk);
+  }
+
   // A step of a tile: of the main product, or of the low-rank one, which comes first if it is to be
   // masked.
   struct Step {
     bool low_rank;
     int index;  // among its product's steps
   };
-  __device__ __forceinline__ Step step_of(int step) const {
+  __device__ __forceinline__ Step step_of(const Walk& walk) const {
+    const int step = walk.step;
     if constexpr (kMasked) {
-      const bool low_rank = step < low_rank_steps;
-      return {low_rank, low_rank ? step : step - low_rank_steps};
+      const bool low_rank = step < low_rank_steps_of(walk);
+      return {low_rank, low_rank ? step : step - low_rank_steps_of(walk)};
     } else {
       const bool low_rank = step >= main_steps;
       return {low_rank, low_rank ? step - main_steps : step};
@@ -71,7 +121,8 @@ struct LoraGemmSm80 {
                                             const Place& at) const {
     const Copy copy{shared};
     const uint32_t tile = static_cast<uint32_t>(stage) * Tile::kStageBytes;
-    copy.template copy_tile<Tile::kM, Tile::kK>(tile, {left, left_pitch, p.m, k}, at.row, k0);
+    copy.template copy_rows<Tile::kM, Tile::kK>(
+        tile, {left, left_pitch, p.m, k}, k0, [&](int row) { return adapters.rows(at.row + row); });
     if constexpr (kMNMajor) {
       copy.template copy_tile<Tile::kK, Tile::kN>(tile + Tile::kLeftBytes,
                                                   {right, right_pitch, k, p.n}, k0, at.column);
@@ -85,44 +136,47 @@ struct LoraGemmSm80 {
     return index + (1 - kMasked) * main_steps;
   }
 
-  __device__ __forceinline__ void load(int tile, int step, int stage) const {
-    const Place at = place_of(tile);
-    const Step what = step_of(step);
+  __device__ __forceinline__ void load(Walk& walk) const {
+    const Place at = place_of(walk.tile);
+    const Step what = step_of(walk);
     if (what.low_rank) {
-      const int term = what.index / steps_per_term;
-      const auto& factors = p.low_rank[term];
-      copy_step(stage, factors.t, p.t_pitch, factors.u, p.u_pitch, p.rank,
-                (what.index - term * steps_per_term) * Tile::kK, at);
+      adapters.load(*this, walk, what.index, at);
     } else {
-      copy_step(stage, p.p, p.p_pitch, p.q, p.q_pitch, p.k, what.index * Tile::kK, at);
+      copy_step(walk.stage, p.p, p.p_pitch, p.q, p.q_pitch, p.k, what.index * Tile::kK, at);
     }
   }
 
   // Row blocks of 16 x 16: lanes 0..15 address the rows of the left half, 16..31 of the right half.
+  __device__ __forceinline__ void load_left_block(uint32_t (&a)[4], uint32_t tile, int i,
+                                                  int k16) const {
+    ptx::ldmatrix_x4(a,
+                     tile + row_chunk_offset(warp_row + i * 16 + lane % 16, k16 * 2 + lane / 16));
+  }
   __device__ __forceinline__ void load_left(uint32_t (&a)[Epilogue::kRowBlocks][4], uint32_t tile,
                                             int k16) const {
 #pragma unroll
-    for (int i = 0; i < Epilogue::kRowBlocks; ++i) {
-      const int row = warp_row + i * 16 + lane % 16;
-      ptx::ldmatrix_x4(a[i], tile + row_chunk_offset(row, k16 * 2 + lane / 16));
-    }
+    for (int i = 0; i < Epilogue::kRowBlocks; ++i) load_left_block(a[i], tile, i, k16);
   }
 
-  // Column blocks of 16 x 8; one ldmatrix fills the fragments of two of them.
+  // Column blocks of 16 x 8; one ldmatrix fills the fragments of two of them, j and the next.
+  __device__ __forceinline__ void load_right_pair(uint32_t (&pair)[4], uint32_t tile, int j,
+                                                  int k16) const {
+    const int column = warp_column + j * 8;
+    if constexpr (kMNMajor) {
+      const int row = k16 * 16 + lane % 16;
+      ptx::ldmatrix_x4_trans(pair,
+                             tile + panel_chunk_offset<Tile::kK>(row, column / 8 + lane / 16));
+    } else {
+      const int row = column + lane / 16 * 8 + lane % 8;
+      ptx::ldmatrix_x4(pair, tile + row_chunk_offset(row, k16 * 2 + lane / 8 % 2));
+    }
+  }
   __device__ __forceinline__ void load_right(uint32_t (&b)[Epilogue::kColumnBlocks][2],
                                              uint32_t tile, int k16) const {
 #pragma unroll
     for (int j = 0; j < Epilogue::kColumnBlocks; j += 2) {
-      const int column = warp_column + j * 8;
       uint32_t pair[4];
-      if constexpr (kMNMajor) {
-        const int row = k16 * 16 + lane % 16;
-        ptx::ldmatrix_x4_trans(pair,
-                               tile + panel_chunk_offset<Tile::kK>(row, column / 8 + lane / 16));
-      } else {
-        const int row = column + lane / 16 * 8 + lane % 8;
-        ptx::ldmatrix_x4(pair, tile + row_chunk_offset(row, k16 * 2 + lane / 8 % 2));
-      }
+      load_right_pair(pair, tile, j, k16);
       b[j][0] = pair[0], b[j][1] = pair[1], b[j + 1][0] = pair[2], b[j + 1][1] = pair[3];
     }
   }
@@ -184,19 +238,13 @@ struct LoraGemmSm80 {
     }
   }
 
-  // The next step to load, over all tiles of this block. A group is committed for every step, even
+  // Loads the next step, over all tiles of this block. A group is committed for every step, even
   // past the last, so that "all but the latest kStages - 2" always means the step to multiply.
-  struct Loads {
-    int tile, step = 0, stage = 0;
-  };
-  __device__ __forceinline__ void load_next(Loads& next) const {
+  __device__ __forceinline__ void load_next(Walk& next) const {
     if (next.tile < tiles) {
-      load(next.tile, next.step, next.stage);
+      load(next);
       ++next.step;
-      if (next.step == steps) {
-        next.step = 0;
-        next.tile += static_cast<int>(gridDim.x);
-      }
+      if (next.step == steps_of(next)) adapters.begin_next(*this, next);
     }
     next.stage = following(next.stage);
     ptx::cp_async_commit_group();
@@ -204,30 +252,30 @@ struct LoraGemmSm80 {
   __device__ __forceinline__ static int following(int stage) { return (stage + 1) % Tile::kStages; }
 
   __device__ __forceinline__ void run() const {
-    const Epilogue epilogue{p};
-    Loads next{static_cast<int>(blockIdx.x)};
+    const Epilogue epilogue{p, adapters.rows};
+    Walk next{}, walk{};
+    next.tile = static_cast<int>(blockIdx.x - gridDim.x);
+    adapters.begin_next(*this, next);
     for (int i = 0; i < Tile::kStages - 1; ++i) load_next(next);
-    int stage = 0;
     Accumulators acc;
     for (int tile = static_cast<int>(blockIdx.x); tile < tiles;
          tile += static_cast<int>(gridDim.x)) {
       const Place at = place_of(tile);
+      walk.tile = tile, walk.step = 0;
+      adapters.begin(walk.cursor, at.row);
       clear(acc);
-      for (int step = 0; step < steps; ++step) {
+      for (; walk.step < steps_of(walk); ++walk.step) {
         ptx::cp_async_wait_group<Tile::kStages - 2>();
         // One barrier serves both ends of the ring: every thread's copies into this step's stage
         // are there, and every warp has left the stage that the copies below fill.
         __syncthreads();
         load_next(next);
-        const Step what = step_of(step);
-        scale_for_lo<true>(acc, step);
-        scale_for_lo<false>(acc, step);
-        multiply(acc, stage, k16_steps_of(what));
+        adapters.multiply(*this, acc, walk);
         if constexpr (kMasked) {
-          if (step == low_rank_steps - 1)
+          if (walk.step == low_rank_steps_of(walk) - 1)
             epilogue.mask(acc, at.row + warp_row, at.column + warp_column);
         }
-        stage = following(stage);
+        walk.stage = following(walk.stage);
       }
       epilogue.store(acc, at.row + warp_row, at.column + warp_column);
     }

@@ -11,20 +11,28 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, Alignment kAlignment, bool kAddsOntoBase>
+// The row of P and Y at a position: itself.
+struct SameRows {
+  __device__ __forceinline__ int operator()(int position) const { return position; }
+};
+
+template <class T, class Tile, Alignment kAlignment, bool kAddsOntoBase, class Rows = SameRows>
 struct LoraGemmEpilogue {
   static constexpr int kRowBlocks = Tile::kWarpM / 16, kColumnBlocks = Tile::kWarpN / 8;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
 
   const LoraGemmParams<T>& p;
+  const Rows row_at{};
   const int lane = threadIdx.x % 32;
 
   // mask * accumulators, which hold T U alone; the warp's tile begins at (row0, column0).
   __device__ __forceinline__ void mask(Accumulators& acc, int row0, int column0) const {
     const AccumulatorMask<kColumnBlocks> mask{p.mask};
 #pragma unroll
-    for (int i = 0; i < kRowBlocks; ++i)
-      mask.apply(&acc[i][0][0], row0 + i * 16 + lane / 4, column0 + lane % 4 * 2);
+    for (int i = 0; i < kRowBlocks; ++i) {
+      const int row = row0 + i * 16 + lane / 4;
+      mask.apply(&acc[i][0][0], row_at(row), row_at(row + 8), column0 + lane % 4 * 2);
+    }
   }
 
   // Eight elements of a row, of which `left` are within Y.
@@ -49,8 +57,8 @@ struct LoraGemmEpilogue {
       const int in_row = index / kChunks, in_column = index % kChunks * 8;
       const int row = row0 + in_row, column = column0 + in_column, left = p.n - column;
       if (row >= p.m || left <= 0) continue;
-      move(reinterpret_cast<T*>(slab + in_row * Tile::kSlabPitch + in_column * 2), row, column,
-           left);
+      move(reinterpret_cast<T*>(slab + in_row * Tile::kSlabPitch + in_column * 2), row_at(row),
+           column, left);
     }
   }
 

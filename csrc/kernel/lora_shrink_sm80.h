@@ -9,11 +9,79 @@
 
 namespace lora_ext::kernel {
 
+// 64 x 64 of Z from stages of X and A, one after the other.
+template <class T, bool kMNMajor, bool kMasked>
+struct LoraShrinkProduct {
+  using Tile = LoraShrinkTile;
+  static constexpr int kColumnBlocks = Tile::kN / 8;
+  using Accumulators = float[kColumnBlocks][4];
+
+  const Mask& dropout;
+  const int rows[2];  // of X, that this lane holds of each fragment
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  __device__ __forceinline__ static void clear(Accumulators& acc) {
+#pragma unroll
+    for (int i = 0; i < kColumnBlocks * 4; ++i) acc[i / 4][i % 4] = 0.f;
+  }
+
+  // A fragment holds rows l / 4 and l / 4 + 8 (registers 0 and 1), columns 2 (l % 4) and the next,
+  // then the same 8 columns further (2 and 3). Two fragments along k use the four words of a draw.
+  struct Draws {
+    philox::Words rows[2];
+  };
+  __device__ __forceinline__ void mask(uint32_t (&a)[4], Draws& draws, int k16, int column) const {
+    const auto seed = static_cast<uint64_t>(*dropout.seed);
+    const auto at = static_cast<uint64_t>(dropout.col_offset + column + lane % 4 * 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto row = static_cast<uint64_t>(dropout.row_offset + rows[half]);
+      if (dropout.in_step()) {
+        if (k16 % 2 == 0) draws.rows[half] = philox::draw(seed, row, philox::group_of(at));
+        keep_or_drop(a[half], draws.rows[half].w[k16 % 2 * 2], dropout);
+        keep_or_drop(a[half + 2], draws.rows[half].w[k16 % 2 * 2 + 1], dropout);
+      } else {
+#pragma unroll
+        for (int right = 0; right < 2; ++right) {
+          const uint64_t first = at + right * 8;
+          const uint32_t low = draw_for_element(seed, row, first) & 0xFFFF;
+          const uint32_t high = draw_for_element(seed, row, first + 1) << 16;
+          keep_or_drop(a[half + right * 2], low | high, dropout);
+        }
+      }
+    }
+  }
+
+  // A stage, whose columns of X begin at `column`.
+  __device__ __forceinline__ void multiply(Accumulators& acc, uint32_t left, int column) const {
+    const uint32_t right = left + Tile::kLeftBytes;
+    Draws draws{};
+#pragma unroll
+    for (int k16 = 0; k16 < Tile::kK / 16; ++k16) {
+      uint32_t a[4];
+      ptx::ldmatrix_x4(a, left + row_chunk_offset(warp * 16 + lane % 16, k16 * 2 + lane / 16));
+      if constexpr (kMasked) mask(a, draws, k16, column + k16 * 16);
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; j += 2) {
+        uint32_t b[4];
+        if constexpr (kMNMajor) {
+          ptx::ldmatrix_x4_trans(b, right + row_chunk_offset(k16 * 16 + lane % 16, j + lane / 16));
+        } else {
+          const int row = j * 8 + lane / 16 * 8 + lane % 8;
+          ptx::ldmatrix_x4(b, right + row_chunk_offset(row, k16 * 2 + lane / 8 % 2));
+        }
+        ptx::mma_m16n8k16<T>(acc[j], a, {b[0], b[1]});
+        ptx::mma_m16n8k16<T>(acc[j + 1], a, {b[2], b[3]});
+      }
+    }
+  }
+};
+
 template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment>
 struct LoraShrinkSm80 {
   using Tile = LoraShrinkTile;
   using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
-  static constexpr int kColumnBlocks = Tile::kN / 8;
+  using Product = LoraShrinkProduct<T, kMNMajor, kMasked>;
 
   const LoraShrinkParams<T>& p;
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
@@ -23,11 +91,14 @@ struct LoraShrinkSm80 {
   const int all_steps = (p.k + Tile::kK - 1) / Tile::kK;
   const int end_step = min(first_step + p.steps_per_split, all_steps);
 
+  __device__ __forceinline__ uint32_t stage_of(int step) const {
+    return shared + static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+  }
+
   __device__ __forceinline__ void load(int step) const {
     if (step < end_step) {
       const Copy copy{shared};
-      const uint32_t tile =
-          static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+      const uint32_t tile = stage_of(step) - shared;
       const int k0 = step * Tile::kK, column0 = static_cast<int>(blockIdx.y) * Tile::kN;
       copy.template copy_tile<Tile::kM, Tile::kK>(tile, {p.x, p.x_pitch, p.m, p.k},
                                                   static_cast<int>(blockIdx.x) * Tile::kM, k0);
@@ -42,63 +113,10 @@ struct LoraShrinkSm80 {
     ptx::cp_async_commit_group();
   }
 
-  // A fragment holds rows l / 4 and l / 4 + 8 (registers 0 and 1), columns 2 (l % 4) and the next,
-  // then the same 8 columns further (2 and 3). Two fragments along k use the four words of a draw.
-  struct Draws {
-    philox::Words rows[2];
-  };
-  __device__ __forceinline__ void mask(uint32_t (&a)[4], Draws& draws, int k16, int column) const {
-    const auto seed = static_cast<uint64_t>(*p.mask.seed);
-    const auto row = static_cast<uint64_t>(p.mask.row_offset + row0 + lane / 4);
-    const auto at = static_cast<uint64_t>(p.mask.col_offset + column + lane % 4 * 2);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (p.mask.in_step()) {
-        if (k16 % 2 == 0)
-          draws.rows[half] = philox::draw(seed, row + half * 8, philox::group_of(at));
-        keep_or_drop(a[half], draws.rows[half].w[k16 % 2 * 2], p.mask);
-        keep_or_drop(a[half + 2], draws.rows[half].w[k16 % 2 * 2 + 1], p.mask);
-      } else {
-#pragma unroll
-        for (int right = 0; right < 2; ++right) {
-          const uint64_t first = at + right * 8;
-          const uint32_t low = draw_for_element(seed, row + half * 8, first) & 0xFFFF;
-          const uint32_t high = draw_for_element(seed, row + half * 8, first + 1) << 16;
-          keep_or_drop(a[half + right * 2], low | high, p.mask);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void multiply(float (&acc)[kColumnBlocks][4], int step) const {
-    const uint32_t left =
-        shared + static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
-    const uint32_t right = left + Tile::kLeftBytes;
-    Draws draws{};
-#pragma unroll
-    for (int k16 = 0; k16 < Tile::kK / 16; ++k16) {
-      uint32_t a[4];
-      ptx::ldmatrix_x4(a, left + row_chunk_offset(warp * 16 + lane % 16, k16 * 2 + lane / 16));
-      if constexpr (kMasked) mask(a, draws, k16, step * Tile::kK + k16 * 16);
-#pragma unroll
-      for (int j = 0; j < kColumnBlocks; j += 2) {
-        uint32_t b[4];
-        if constexpr (kMNMajor) {
-          ptx::ldmatrix_x4_trans(b, right + row_chunk_offset(k16 * 16 + lane % 16, j + lane / 16));
-        } else {
-          const int column = j * 8 + lane / 16 * 8 + lane % 8;
-          ptx::ldmatrix_x4(b, right + row_chunk_offset(column, k16 * 2 + lane / 8 % 2));
-        }
-        ptx::mma_m16n8k16<T>(acc[j], a, {b[0], b[1]});
-        ptx::mma_m16n8k16<T>(acc[j + 1], a, {b[2], b[3]});
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store(const float (&acc)[kColumnBlocks][4]) const {
+  __device__ __forceinline__ void store(const typename Product::Accumulators& acc) const {
     float* z = p.z + static_cast<int64_t>(blockIdx.z) * p.m * p.columns;
 #pragma unroll
-    for (int j = 0; j < kColumnBlocks; ++j) {
+    for (int j = 0; j < Product::kColumnBlocks; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = row0 + e / 2 * 8 + lane / 4;
@@ -111,14 +129,14 @@ struct LoraShrinkSm80 {
 
   __device__ __forceinline__ void run() const {
     for (int i = 0; i < Tile::kStages - 1; ++i) load(first_step + i);
-    float acc[kColumnBlocks][4];
-#pragma unroll
-    for (int i = 0; i < kColumnBlocks * 4; ++i) acc[i / 4][i % 4] = 0.f;
+    const Product product{p.mask, {row0 + lane / 4, row0 + lane / 4 + 8}};
+    typename Product::Accumulators acc;
+    product.clear(acc);
     for (int step = first_step; step < end_step; ++step) {
       ptx::cp_async_wait_group<Tile::kStages - 2>();
       __syncthreads();  // both ends of the ring
       load(step + Tile::kStages - 1);
-      multiply(acc, step);
+      product.multiply(acc, stage_of(step), step * Tile::kK);
     }
     store(acc);
   }

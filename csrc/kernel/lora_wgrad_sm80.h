@@ -11,74 +11,63 @@
 
 namespace lora_ext::kernel {
 
-template <class T, bool kMasked, Alignment kAlignment>
-struct LoraWgradSm80 {
+// 128 columns of P by 64 of U from stages of both, one after the other.
+template <class T, bool kMasked>
+struct LoraWgradMultiply {
   using Tile = LoraWgradTile;
-  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
   static constexpr int kRowBlocks = 2, kColumnBlocks = Tile::kColumns / 8;
-  // Beside dX on wgmma, which needs rows of whole chunks.
-  static constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
 
-  const LoraWgradParams<T>& p;
-  const LoraWgradProduct<T>& product;
-  const int split;
-  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
+  const Mask& dropout;
+  const int c0;  // the first column of P
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int c0 = static_cast<int>(blockIdx.x) * Tile::kC;
-  const int column0 = static_cast<int>(blockIdx.y) * Tile::kColumns;
-  const int first_step = split * product.steps_per_split;
-  const int all_steps = (p.m + Tile::kM - 1) / Tile::kM;
-  const int end_step = min(first_step + product.steps_per_split, all_steps);
 
-  __device__ __forceinline__ void load(int step) const {
-    if (step < end_step) {
-      const Copy copy{shared};
-      const uint32_t tile =
-          static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
-      copy.template copy_tile<Tile::kM, Tile::kC>(
-          tile, {product.p, product.p_pitch, p.m, product.c}, step * Tile::kM, c0);
-      copy.template copy_tile<Tile::kM, Tile::kColumns>(
-          tile + Tile::kLeftBytes, {product.u, product.u_pitch, p.m, product.columns},
-          step * Tile::kM, column0);
-    }
-    ptx::cp_async_commit_group();
+  __device__ __forceinline__ static void clear(Accumulators& acc) {
+#pragma unroll
+    for (int i = 0; i < kRowBlocks * kColumnBlocks * 4; ++i)
+      acc[i / (kColumnBlocks * 4)][i / 4 % kColumnBlocks][i % 4] = 0.f;
   }
 
   // The fragments of P^T hold one column of P in a lane, two rows a register: row 2 (l % 4) and the
   // next, the same 8 rows further in registers 2 and 3. A draw decides eight elements of one row,
   // of which this lane holds four and lane l ^ 4, with the neighbouring column, the others: each
   // draws for one of the two rows, and they exchange.
-  __device__ __forceinline__ void mask(uint32_t (&a)[kRowBlocks][4], int row0) const {
-    const auto seed = static_cast<uint64_t>(*p.mask.seed);
-    const auto at = static_cast<uint64_t>(p.mask.col_offset + c0 + warp * 32 + lane / 4);
+  template <class RowOf>
+  __device__ __forceinline__ void mask(uint32_t (&a)[kRowBlocks][4], int row0,
+                                       const RowOf& row_of) const {
+    const auto seed = static_cast<uint64_t>(*dropout.seed);
+    const auto at = static_cast<uint64_t>(dropout.col_offset + c0 + warp * 32 + lane / 4);
     const bool odd = lane / 4 % 2 != 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto row = static_cast<uint64_t>(p.mask.row_offset + row0 + half * 8 + lane % 4 * 2);
-      if (p.mask.in_step()) {
-        const philox::Words own = philox::draw(seed, row + odd, philox::group_of(at));
+      const int first = row0 + half * 8 + lane % 4 * 2;
+      const auto row = [&](int which) {
+        return static_cast<uint64_t>(dropout.row_offset + row_of(first + which));
+      };
+      if (dropout.in_step()) {
+        const philox::Words own = philox::draw(seed, row(odd), philox::group_of(at));
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
           const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, own.w[word], 4);
           const uint32_t draws = odd ? (other >> 16 | (own.w[word] & 0xFFFF0000u))
                                      : ((own.w[word] & 0xFFFFu) | other << 16);
-          keep_or_drop(a[word / 2][half * 2 + word % 2], draws, p.mask);
+          keep_or_drop(a[word / 2][half * 2 + word % 2], draws, dropout);
         }
       } else {
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
-          const uint32_t low = draw_for_element(seed, row, at + word * 8) & 0xFFFF;
-          const uint32_t high = draw_for_element(seed, row + 1, at + word * 8) << 16;
-          keep_or_drop(a[word / 2][half * 2 + word % 2], low | high, p.mask);
+          const uint32_t low = draw_for_element(seed, row(0), at + word * 8) & 0xFFFF;
+          const uint32_t high = draw_for_element(seed, row(1), at + word * 8) << 16;
+          keep_or_drop(a[word / 2][half * 2 + word % 2], low | high, dropout);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void multiply(Accumulators& acc, int step) const {
-    const uint32_t left =
-        shared + static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+  // A stage, whose rows begin at `row0`; of a row, row_of says where it counts from in the mask.
+  template <class RowOf>
+  __device__ __forceinline__ void multiply(Accumulators& acc, uint32_t left, int row0, bool masked,
+                                           const RowOf& row_of) const {
     const uint32_t right = left + Tile::kLeftBytes;
 #pragma unroll
     for (int m16 = 0; m16 < Tile::kM / 16; ++m16) {
@@ -90,7 +79,7 @@ struct LoraWgradSm80 {
             a[i], left + panel_chunk_offset<Tile::kM>(row, warp * 4 + i * 2 + lane / 8 % 2));
       }
       if constexpr (kMasked) {
-        if (product.masked) mask(a, step * Tile::kM + m16 * 16);
+        if (masked) mask(a, row0 + m16 * 16, row_of);
       }
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; j += 2) {
@@ -105,21 +94,64 @@ struct LoraWgradSm80 {
     }
   }
 
-  __device__ __forceinline__ void store(const Accumulators& acc) const {
-    float* g = product.g + static_cast<int64_t>(split) * product.columns * product.c;
+  // visit(c, column, sum) for this thread's sums, in columns of P and U counted from c0 and 0.
+  template <class Visit>
+  __device__ __forceinline__ void for_each(const Accumulators& acc, const Visit& visit) const {
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int c = c0 + warp * 32 + i * 16 + e / 2 * 8 + lane / 4;
-          const int column = column0 + j * 8 + lane % 4 * 2 + e % 2;
-          if (c < product.c && column < product.columns)
-            g[static_cast<int64_t>(column) * product.c + c] = acc[i][j][e];
-        }
+        for (int e = 0; e < 4; ++e)
+          visit(c0 + warp * 32 + i * 16 + e / 2 * 8 + lane / 4, j * 8 + lane % 4 * 2 + e % 2,
+                acc[i][j][e]);
       }
     }
+  }
+};
+
+template <class T, bool kMasked, Alignment kAlignment>
+struct LoraWgradSm80 {
+  using Tile = LoraWgradTile;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
+  using Multiply = LoraWgradMultiply<T, kMasked>;
+  // Beside dX on wgmma, which needs rows of whole chunks.
+  static constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
+
+  const LoraWgradParams<T>& p;
+  const LoraWgradProduct<T>& product;
+  const int split;
+  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
+  const int c0 = static_cast<int>(blockIdx.x) * Tile::kC;
+  const int column0 = static_cast<int>(blockIdx.y) * Tile::kColumns;
+  const int first_step = split * product.steps_per_split;
+  const int all_steps = (p.m + Tile::kM - 1) / Tile::kM;
+  const int end_step = min(first_step + product.steps_per_split, all_steps);
+
+  __device__ __forceinline__ uint32_t stage_of(int step) const {
+    return static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
+  }
+
+  __device__ __forceinline__ void load(int step) const {
+    if (step < end_step) {
+      const Copy copy{shared};
+      const uint32_t tile = stage_of(step);
+      copy.template copy_tile<Tile::kM, Tile::kC>(
+          tile, {product.p, product.p_pitch, p.m, product.c}, step * Tile::kM, c0);
+      copy.template copy_tile<Tile::kM, Tile::kColumns>(
+          tile + Tile::kLeftBytes, {product.u, product.u_pitch, p.m, product.columns},
+          step * Tile::kM, column0);
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  __device__ __forceinline__ void store(const typename Multiply::Accumulators& acc) const {
+    float* g = product.g + static_cast<int64_t>(split) * product.columns * product.c;
+    Multiply{p.mask, c0}.for_each(acc, [&](int c, int in_tile, float sum) {
+      const int column = column0 + in_tile;
+      if (c < product.c && column < product.columns)
+        g[static_cast<int64_t>(column) * product.c + c] = sum;
+    });
   }
 
   // What follows this grid follows the one before it, too, which may still make dX. One block sees
@@ -133,15 +165,15 @@ struct LoraWgradSm80 {
   __device__ __forceinline__ void run() const {
     if (c0 >= product.c || column0 >= product.columns) return;
     for (int i = 0; i < Tile::kStages - 1; ++i) load(first_step + i);
-    Accumulators acc;
-#pragma unroll
-    for (int i = 0; i < kRowBlocks * kColumnBlocks * 4; ++i)
-      acc[i / (kColumnBlocks * 4)][i / 4 % kColumnBlocks][i % 4] = 0.f;
+    const Multiply multiply{p.mask, c0};
+    typename Multiply::Accumulators acc;
+    multiply.clear(acc);
     for (int step = first_step; step < end_step; ++step) {
       ptx::cp_async_wait_group<Tile::kStages - 2>();
       __syncthreads();  // both ends of the ring
       load(step + Tile::kStages - 1);
-      multiply(acc, step);
+      multiply.multiply(acc, shared + stage_of(step), step * Tile::kM, product.masked,
+                        [](int row) { return row; });
     }
     store(acc);
     if constexpr (kMayBeginEarly) wait_for_dx();

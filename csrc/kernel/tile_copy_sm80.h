@@ -60,6 +60,14 @@ struct TileCopy {
   template <int kRows, int kColumns, int kChunks = 8>
   __device__ __forceinline__ void copy_tile(uint32_t tile, const Matrix& matrix, int first_row,
                                             int first_column) const {
+    copy_rows<kRows, kColumns, kChunks>(tile, matrix, first_column,
+                                        [&](int row) { return first_row + row; });
+  }
+
+  // The same of any rows: row_of(the tile's row) is the matrix's.
+  template <int kRows, int kColumns, int kChunks = 8, class RowOf>
+  __device__ __forceinline__ void copy_rows(uint32_t tile, const Matrix& matrix, int first_column,
+                                            const RowOf& row_of) const {
     constexpr int kRowChunks = kColumns / 8, kAll = kRows * kRowChunks;
     static_assert(kRowChunks % kChunks == 0);
     static_assert(kAll % kThreads == 0 || kAll < kThreads);
@@ -72,7 +80,7 @@ struct TileCopy {
       const int row = index / kRowChunks, chunk = index % kRowChunks;
       const auto panel = static_cast<uint32_t>(chunk / kChunks * kRows * kChunks * 16);
       copy_chunk(tile + panel + row_chunk_offset<kChunks>(row, chunk % kChunks), matrix,
-                 first_row + row, first_column + chunk * 8);
+                 row_of(row), first_column + chunk * 8);
     }
   }
 };

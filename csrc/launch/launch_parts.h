@@ -13,21 +13,12 @@
 namespace lora_ext::kernel_launch {
 
 // Of one row, a tensor may have any stride; this is one of whole chunks.
-inline int64_t pitch_of(const at::Tensor& tensor) {
-  return tensor.size(0) == 1 ? (tensor.size(1) + 7) / 8 * 8 : tensor.stride(0);
-}
-
+int64_t pitch_of(const at::Tensor& tensor);
 // A tensor's rows can be copied in 16-byte chunks, and by a tensor map, which has no place for rows
 // that overlap.
-inline bool aligned(const at::Tensor& tensor) {
-  const auto bytes = static_cast<int64_t>(tensor.element_size());
-  const int64_t pitch = pitch_of(tensor);
-  return tensor.stride(-1) == 1 && pitch * bytes % 16 == 0 && pitch >= tensor.size(1) &&
-         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-}
-
+bool aligned(const at::Tensor& tensor);
 // Of a result [rows, columns] that torch's allocator aligns.
-inline bool aligned_rows(int64_t columns) { return columns % 8 == 0; }
+bool aligned_rows(int64_t columns);
 
 kernel::Mask mask_of(const DropoutArgs& dropout);
 

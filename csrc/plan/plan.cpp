@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/bounds.h"
+#include "plan/plan_parts.h"
 #include "plan/plan_prediction.h"
 
 namespace lora_ext::plan {
@@ -14,10 +15,6 @@ namespace {
 
 constexpr int64_t kStep = 64;     // along the split dimension, in all skinny kernels
 constexpr int64_t kMinSteps = 4;  // of a split: the copies need two to get going
-constexpr int64_t kAlignBytes = 256;
-
-int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
 
 constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;
 
@@ -42,19 +39,6 @@ bool fits(const TileFacts& tile, const Card& card, const Call& call) {
   return tile.shared <= card.shared_per_block && (tile.masks || !masked) &&
          (!tile.wgmma || (card.arch == 90 && card.sm90a_code && card.tensor_maps)) &&
          (!tile.in_grid || fits_in_grid(call));
-}
-
-// Blocks that have work; wgmma's come in pairs of rows.
-int64_t blocks_with_work(const TileFacts& tile, int64_t m, int64_t n) {
-  const int64_t together = tile.wgmma ? 2 : 1;
-  return together * blocks_of(m, together * tile.rows) * blocks_of(n, tile.columns);
-}
-
-Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bool vector) {
-  const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
-  const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
-  const int64_t blocks = std::min(blocks_with_work(tile, m, n), card.sms * resident);
-  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma && !tile.in_grid};
 }
 
 // Masked tiles take T first, so all clusters stand still while T is made: 0.3 of the time of a tile
@@ -108,11 +92,6 @@ int choose_pairs_per_ticket(const Card& card, const TileFacts& tile, int64_t m, 
   return blocks_of(row_pairs, kMost) <= idle ? kMost : 1;
 }
 
-void limit_blocks(Gemm& gemm, const Request& request) {
-  gemm.most_blocks = request.most_blocks;
-  gemm.blocks = std::min(gemm.blocks, request.most_blocks);
-}
-
 // Of Y or dX, [p.m, n]. Where it only adds a low-rank product, the smallest tile, of which most fit
 // on an SM.
 void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool backward,
@@ -128,24 +107,6 @@ void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool 
   plan.gemm.early = plan.gemm.early && request.early_launch;
   if (card.arch == 90) plan.no_wgmma = why;
 }
-
-// Enough splits for two blocks on every SM, but none shorter than kMinSteps.
-Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
-  const int64_t steps = blocks_of(length, kStep);
-  const int64_t wanted = std::max<int64_t>(1, 2 * card.sms / blocks);
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / kMinSteps));
-  const int64_t per_split = blocks_of(steps, splits);
-  return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
-}
-
-struct Workspace {
-  int64_t bytes = 0;
-  int64_t take(int64_t elements, int64_t size) {
-    const int64_t offset = bytes;
-    bytes += rounded_up(elements * size, kAlignBytes);
-    return offset;
-  }
-};
 
 // Why the library route computes a problem; "" if the kernels may.
 std::string library_reason(const Card& card, const Problem& p, const Request& request) {
@@ -168,21 +129,6 @@ std::string kernel_reason(const Request& request) {
   if (!request.measured.empty()) return "fastest as measured " + request.measured;
   return request.choice == Choice::kKernel ? "the kernels were asked for"
                                            : "the hybrid route was asked for";
-}
-
-Plan begin(const Card& card, const Problem& p, const Request& request) {
-  Plan plan;
-  plan.reason = library_reason(card, p, request);
-  plan.kernel = plan.reason.empty();
-  if (!plan.kernel) return plan;
-  plan.reason = kernel_reason(request);
-  plan.given_base = p.given_base;
-  plan.hybrid = request.choice == Choice::kHybrid || p.given_base;
-  plan.terms = p.float_adapters ? 2 : 1;
-  plan.width = static_cast<int>(rounded_up(p.rank, 8));
-  plan.columns = plan.terms * plan.width;
-  plan.vector = p.aligned && (plan.hybrid || p.aligned_weight);
-  return plan;
 }
 
 // A where it lies, if its rows are whole chunks of the kernels' type.
@@ -212,7 +158,7 @@ void place_flags(Plan& plan, const Card& card, const Problem& p, int64_t n, Work
 }
 
 Plan asked_forward(const Card& card, const Problem& p, const Request& request) {
-  Plan plan = begin(card, p, request);
+  Plan plan = begin_plan(card, p, request);
   if (!plan.kernel) return plan;
   Workspace workspace;
   place_a(plan, workspace, p);
@@ -231,7 +177,7 @@ Plan asked_forward(const Card& card, const Problem& p, const Request& request) {
 }
 
 Plan asked_backward(const Card& card, const Problem& p, const Request& request) {
-  Plan plan = begin(card, p, request);
+  Plan plan = begin_plan(card, p, request);
   if (!plan.kernel) return plan;
   const bool need_ds = p.need_dx || p.need_dlora_a;
   Workspace workspace;
@@ -313,6 +259,46 @@ Plan predicted_best(const Card& card, const Problem& p, const Request& request, 
 
 }  // namespace
 
+int64_t blocks_with_work(const TileFacts& tile, int64_t m, int64_t n) {
+  const int64_t together = tile.wgmma ? 2 : 1;
+  return together * blocks_of(m, together * tile.rows) * blocks_of(n, tile.columns);
+}
+
+Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bool vector) {
+  const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
+  const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
+  const int64_t blocks = std::min(blocks_with_work(tile, m, n), card.sms * resident);
+  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma && !tile.in_grid};
+}
+
+void limit_blocks(Gemm& gemm, const Request& request) {
+  gemm.most_blocks = request.most_blocks;
+  gemm.blocks = std::min(gemm.blocks, request.most_blocks);
+}
+
+Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
+  const int64_t steps = blocks_of(length, kStep);
+  const int64_t wanted = std::max<int64_t>(1, 2 * card.sms / blocks);
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / kMinSteps));
+  const int64_t per_split = blocks_of(steps, splits);
+  return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
+}
+
+Plan begin_plan(const Card& card, const Problem& p, const Request& request) {
+  Plan plan;
+  plan.reason = library_reason(card, p, request);
+  plan.kernel = plan.reason.empty();
+  if (!plan.kernel) return plan;
+  plan.reason = kernel_reason(request);
+  plan.given_base = p.given_base;
+  plan.hybrid = request.choice == Choice::kHybrid || p.given_base;
+  plan.terms = p.float_adapters ? 2 : 1;
+  plan.width = static_cast<int>(rounded_up(p.rank, 8));
+  plan.columns = plan.terms * plan.width;
+  plan.vector = p.aligned && (plan.hybrid || p.aligned_weight);
+  return plan;
+}
+
 std::optional<Tile> tile_named(const std::string& name) {
   for (const TileFacts& tile : kTiles)
     if (name == tile.name) return tile.tile;
@@ -330,22 +316,24 @@ bool Plan::in_grid() const { return gemm.blocks > 0 && facts_of(gemm.tile).in_gr
 
 Plan forward(const Card& card, const Problem& p, const Request& request) {
   if (request.choice != Choice::kAuto) return asked_forward(card, p, request);
-  Plan library = begin(card, p, request);
+  Plan library = begin_plan(card, p, request);
   return library.kernel ? predicted_best(card, p, request, false) : library;
 }
 
 Plan backward(const Card& card, const Problem& p, const Request& request) {
   if (request.choice != Choice::kAuto) return asked_backward(card, p, request);
-  Plan library = begin(card, p, request);
+  Plan library = begin_plan(card, p, request);
   return library.kernel ? predicted_best(card, p, request, true) : library;
 }
 
 // "library 12 us, hybrid 11 us", without what was left out.
 std::string Predicted::describe() const {
   std::ostringstream text;
-  text << std::fixed << std::setprecision(1) << "library " << library << " us";
-  if (hybrid > 0) text << ", hybrid " << hybrid << " us";
-  if (kernel > 0) text << ", kernels " << kernel << " us";
+  text << std::fixed << std::setprecision(1);
+  const auto tell = [&](const char* route, double us) {
+    if (us > 0) text << (text.tellp() > 0 ? ", " : "") << route << " " << us << " us";
+  };
+  tell("library", library), tell("hybrid", hybrid), tell("kernels", kernel);
   return text.str();
 }
 

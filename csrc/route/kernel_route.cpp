@@ -7,6 +7,7 @@
 #include <map>
 
 #include "check/kernel_check.h"
+#include "launch/grouped_launch.h"
 #include "launch/kernel_launch.h"
 #include "plan/winners.h"
 
@@ -23,10 +24,27 @@ std::atomic<bool>& early_launch() {
   return enabled;
 }
 
+// Of one adapter, or of many.
+template <class Problem>
+struct Planned;
+template <>
+struct Planned<plan::Problem> {
+  using Plan = plan::Plan;
+  static const plan::Plan& one(const Plan& plan) { return plan; }
+  static const plan::Problem& one(const plan::Problem& problem) { return problem; }
+};
+template <>
+struct Planned<plan::GroupedProblem> {
+  using Plan = plan::GroupedPlan;
+  static const plan::Plan& one(const Plan& plan) { return plan.one; }
+  static const plan::Problem& one(const plan::GroupedProblem& problem) { return problem.one; }
+};
+
 // Whatever a plan and the kernels' check depend on.
+template <class Problem>
 struct PlannedCall {
   int device;
-  plan::Problem problem;
+  Problem problem;
   bool backward, float16;
   plan::Choice choice;
   bool early_launch, deterministic;
@@ -35,8 +53,9 @@ struct PlannedCall {
   auto operator<=>(const PlannedCall&) const = default;
 };
 
-PlannedCall call_of(const at::Device& device, const plan::Problem& problem, bool backward,
-                    bool float16) {
+template <class Problem>
+PlannedCall<Problem> call_of(const at::Device& device, const Problem& problem, bool backward,
+                             bool float16) {
   return {device.index(),
           problem,
           backward,
@@ -48,29 +67,41 @@ PlannedCall call_of(const at::Device& device, const plan::Problem& problem, bool
 }
 
 template <class Args>
-PlannedCall call_of(const Args& args) {
-  return call_of(args.x.device(), kernel_launch::problem_of(args),
-                 std::is_same_v<Args, BackwardArgs>, args.x.scalar_type() == at::kHalf);
+auto call_of(const Args& args) {
+  constexpr bool kBackward =
+      std::is_same_v<Args, BackwardArgs> || std::is_same_v<Args, GroupedBackwardArgs>;
+  return call_of(args.x.device(), kernel_launch::problem_of(args), kBackward,
+                 args.x.scalar_type() == at::kHalf);
 }
 
-plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
+plan::Request request_for(const plan::Card& card, const PlannedCall<plan::Problem>& call) {
+  return winners::request_for(card, call.problem, call.backward, call.choice, call.deterministic);
+}
+// Nobody times calls of many adapters: what is faster depends on whose the rows are.
+plan::Request request_for(const plan::Card&, const PlannedCall<plan::GroupedProblem>& call) {
+  return {call.choice};
+}
+
+template <class Problem>
+auto plan_of(const at::Device& device, const PlannedCall<Problem>& call) {
   const plan::Card card = kernel_launch::card_of(device);
-  plan::Request request =
-      winners::request_for(card, call.problem, call.backward, call.choice, call.deterministic);
+  plan::Request request = request_for(card, call);
   request.early_launch = call.early_launch;
-  return call.backward ? plan::backward(card, call.problem, request)
-                       : plan::forward(card, call.problem, request);
+  return kernel_set::plan_of(card, call.problem, request, call.backward);
 }
 
-kernel_set::Kernels kernels_of(const plan::Plan& plan, const PlannedCall& call) {
+template <class Problem>
+kernel_set::Kernels kernels_of(const typename Planned<Problem>::Plan& plan,
+                               const PlannedCall<Problem>& call) {
   return kernel_set::of_plan(plan, call.problem, call.backward, call.float16);
 }
 
 // Whether the kernels may run: they have passed their check, or pass it now. nullopt where it could
 // not be made this time.
-std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
-                            const PlannedCall& call) {
-  if (!plan.kernel) return false;
+template <class Problem>
+std::optional<bool> may_run(const at::Device& device, const typename Planned<Problem>::Plan& plan,
+                            const PlannedCall<Problem>& call) {
+  if (!Planned<Problem>::one(plan).kernel) return false;
   const kernel_set::Kernels kernels = kernels_of(plan, call);
   if (kernel_check::result(device, kernels).empty()) return true;
   if (kernel_launch::is_capturing(device)) return std::nullopt;
@@ -83,13 +114,15 @@ std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
 
 // The plan whose kernels may run, or null for the library route. What is certain is remembered, by
 // each thread for itself: planning a call takes ten times as long as finding its plan again.
-const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call) {
-  using Plans = std::map<PlannedCall, std::optional<plan::Plan>>;
+template <class Problem>
+const typename Planned<Problem>::Plan* checked_plan(const at::Device& device,
+                                                    const PlannedCall<Problem>& call) {
+  using Plans = std::map<PlannedCall<Problem>, std::optional<typename Planned<Problem>::Plan>>;
   constexpr size_t kMost = 4096;  // then all are forgotten: serving has ever new shapes
   thread_local Plans plans;
   auto known = plans.find(call);
   if (known == plans.end()) {
-    std::optional<plan::Plan> plan = plan_of(device, call);
+    std::optional<typename Planned<Problem>::Plan> plan = plan_of(device, call);
     const std::optional<bool> may = may_run(device, *plan, call);
     if (!may) return nullptr;
     if (!*may) plan.reset();
@@ -101,12 +134,12 @@ const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call
 
 template <class Result, class Args>
 std::optional<Result> run(const Args& args) {
-  const plan::Plan* plan = checked_plan(args.x.device(), call_of(args));
+  const auto* plan = checked_plan(args.x.device(), call_of(args));
   if (plan == nullptr) return std::nullopt;
   return kernel_launch::run(*plan, args);
 }
 
-Explained explained(const at::Device& device, const PlannedCall& call) {
+Explained explained(const at::Device& device, const PlannedCall<plan::Problem>& call) {
   const plan::Plan plan = plan_of(device, call);
   if (!plan.kernel) return {plan, ""};
   const std::string result = kernel_check::result(device, kernels_of(plan, call));
@@ -123,6 +156,12 @@ Explained explain_problem(const at::Device& device, const plan::Problem& problem
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
 std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
+std::optional<GroupedForward> forward(const GroupedForwardArgs& args) {
+  return run<GroupedForward>(args);
+}
+std::optional<GroupedBackward> backward(const GroupedBackwardArgs& args) {
+  return run<GroupedBackward>(args);
+}
 
 void set_choice(plan::Choice wanted) { choice() = wanted; }
 plan::Choice current_choice() { return choice(); }

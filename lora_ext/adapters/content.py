@@ -51,7 +51,7 @@ class Content:
         self.model = model
         self.adapter = adapter
         self.every = base_modules(model, remove_duplicate=False)
-        self.layers = {p: layer for p, layer in lora_layers(model) if adapter in layer.adapters}
+        self.layers = {p: layer for p, layer in lora_layers(model) if layer.spec_of(adapter)}
         if not self.layers:
             raise AdapterError(
                 f"expected one of the adapters {adapter_names(model)}, but got {adapter!r}"
@@ -77,7 +77,9 @@ class Content:
 
     def _plain_spec(self, path: str, layer: LoRALayer) -> AdapterSpec:
         try:
-            return plain_spec(layer.adapters[self.adapter], layer.rank(self.adapter))
+            spec = layer.spec_of(self.adapter)
+            assert spec is not None
+            return plain_spec(spec, layer.rank(self.adapter))
         except ValueError as error:
             raise AdapterError(f"{path!r} as a plain LoRA: {error}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -78,24 +78,45 @@ def load_adapter(
             )
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             raise AdapterError(f"expected a floating adapter_dtype, but got {adapter_dtype}")
-        with open_adapter(folder) as files:
-            with _naming(CONFIG), _with_way_out():
-                config = parse_config(files.config)
-            with (
-                _naming(files.weights_name),
-                open_tensors(files.weights) as file,
-                _with_way_out(),
-            ):
-                placement = Placement(inner, config, file.entries)
-                check_keys(placement, file.entries)
-                check_entries(placement, file.entries)
-                _read(placement, file, adapter_dtype)
-                _check_owners(placement)
-        warn_of_others(inner, config, [target.path for target in placement.targets])
+        placement = read_placement(inner, folder, adapter_dtype, _check_owners)
+        warn_of_others(inner, placement.config, [target.path for target in placement.targets])
         _apply(placement, adapter, trainable, adapter_dtype)
     except ValueError as error:
         raise AdapterError(f"lora_ext.load_adapter: {folder}: {error}") from None
     return model
+
+
+def read_placement(
+    model: nn.Module,
+    folder: str,
+    dtype: torch.dtype | None,
+    check: Callable[[Placement], None],
+) -> Placement:
+    """What a folder asks of a model, checked, with all tensors read; changes nothing.
+
+    Args:
+        model: the adapter's base.
+        folder: a local path.
+        dtype: of the factors; None as in `load_adapter`.
+        check: of what was read; raises ValueError.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
+    with open_adapter(folder) as files:
+        with _naming(CONFIG), _with_way_out():
+            config = parse_config(files.config)
+        with (
+            _naming(files.weights_name),
+            open_tensors(files.weights) as file,
+            _with_way_out(),
+        ):
+            placement = Placement(model, config, file.entries)
+            check_keys(placement, file.entries)
+            check_entries(placement, file.entries)
+            _read(placement, file, dtype)
+            check(placement)
+    return placement
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:

@@ -24,6 +24,16 @@ _CHILD = "from lora_ext.kernels.kernel_checks import serve; serve()"
 _UNKNOWN = "could not be checked: "
 
 
+def every_kernel(device: torch.device, early: bool | None = None) -> list[_C.Kernels]:
+    """All that a device can be asked for, of one adapter and of many.
+
+    early: with early launches or without; None is as they are set.
+    """
+    card = _C.cuda_card(device)
+    early = _C.early_launch() if early is None else early
+    return [*_C.all_kernels(card, early), *_C.all_grouped_kernels(card)]
+
+
 def check_kernels(
     device: torch.device | str | None = None,
     kernels: Sequence[_C.Kernels] | None = None,
@@ -61,7 +71,7 @@ def check_kernels(
         )
     device = indexed(device)
     if kernels is None:
-        kernels = _C.all_kernels(_C.cuda_card(device), _C.early_launch())
+        kernels = every_kernel(device)
     unknown = [each for each in kernels if _C.check_result(device, each) == "not yet"]
     if isolated is None:
         isolated = device.type == "cuda" and bool(sys.executable)
@@ -169,7 +179,7 @@ def serve() -> None:
     device = torch.device(request["device"])
     early = request["early_launch"]
     _C.set_early_launch(early)
-    by_name = {each.name: each for each in _C.all_kernels(_C.cuda_card(device), early)}
+    by_name = {each.name: each for each in every_kernel(device, early)}
     kernels = [by_name[name] for name in request["names"]]
     current = ""
 

@@ -2,6 +2,7 @@
 
 from .apply import apply_lora, merge_and_unload, unload
 from .config import LoRAConfig
+from .mixed import use_adapters
 from .model import (
     delete_adapter,
     disable_adapters,
@@ -31,4 +32,5 @@ __all__ = [
     "trainable_parameters",
     "unload",
     "unmerge",
+    "use_adapters",
 ]

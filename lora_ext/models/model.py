@@ -85,6 +85,7 @@ _OF_PEFT = {
     "models.mark_only_lora_as_trainable": "model.set_adapter(name)",
     "save_adapter": "model.save_pretrained(folder)",
     "load_adapter": "model.load_adapter(folder, name)",
+    "AdapterPool": "lora_ext.use_adapters(model, names) takes its own adapters",
     "apply_lora": "model.add_adapter(name, peft.LoraConfig(...))",
 }
 

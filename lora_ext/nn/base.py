@@ -16,7 +16,7 @@ rounded a second time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import initialize
 from .adapter_spec import MAX_RANK, AdapterSpec
 from .merging import merged_tensors
-from .row_adapters import Left, RowAdapters, rows_in_use
+from .row_adapters import RowAdapters, in_force
 
 # Each forward of a layer takes one of these; `path` says which and why.
 PATHS = ("fused", "packed", "library", "merged", "base")
@@ -45,8 +45,8 @@ class LoRALayer(nn.Module):
     bias: Any
     merged_weight: Tensor | None
     merged_bias: Tensor | None
-    # Within a block of `lora_ext.use_adapters`, an attribute of the instance.
-    row_adapters: RowAdapters | type[Left] | None = None
+    # What a block of `use_adapters` gives the layer, on the instance while it is open.
+    row_adapters: Any = None
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         """Call after the base's own constructor, or with the module that is replaced."""
@@ -58,6 +58,8 @@ class LoRALayer(nn.Module):
         self.adapters: dict[str, AdapterSpec] = {}
         self.active_adapters: tuple[str, ...] = ()
         self.merged_adapters: tuple[str, ...] = ()
+        # The layer's part of an `AdapterPool`, a `LayerPool`.
+        self.pool: Any = None
         # One entry for each block of disable_adapters that is open, in whatever thread.
         self._disabled: list[None] = []
         self.lora_a = nn.ParameterDict()
@@ -98,9 +100,35 @@ class LoRALayer(nn.Module):
                     table[name].copy_(first)
             self._freeze_init(name)
 
+    def spec_of(self, name: str) -> AdapterSpec | None:
+        """The spec of one of the layer's adapters or of its pool's, None if there is none."""
+        spec = self.adapters.get(name)
+        if spec is None and self.pool is not None and name in self.pool:
+            return self.pool.specs[name]
+        return spec
+
     def rank(self, name: str) -> int:
         """R of `factors`: what the adapter costs."""
+        if name not in self.adapters and self.pool is not None:
+            return self.pool.specs[name].r
         return self.lora_a[name].shape[0] * (2 if name in self.lora_a_init else 1)
+
+    def row_names(self, rows: RowAdapters) -> list[str]:
+        """The adapters of a block of `use_adapters` that the layer has."""
+        own, pooled = self.adapters, self.pool
+        if pooled is None:
+            return [name for name in rows.names if name in own]
+        specs, names = pooled.specs, pooled.names
+        return [n for n in rows.names if n in own or (n in specs and n in names)]
+
+    def check_unmerged(self) -> None:
+        """Raises RuntimeError for a merged layer, whose weight is the same for every row."""
+        if self.merged_adapters:
+            raise RuntimeError(
+                f"lora_ext.use_adapters: expected adapters that are not merged, but a "
+                f"{type(self).__name__} has {list(self.merged_adapters)} merged into its weight, "
+                "for every row; unmerge first"
+            )
 
     def _freeze_init(self, name: str) -> None:
         """Keeps the present factors as those to subtract."""
@@ -109,6 +137,8 @@ class LoRALayer(nn.Module):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(A ``[R, in]``, B ``[out, R]``) with delta W = scaling * B A; R = r, or 2 r for PiSSA."""
+        if name not in self.adapters and self.pool is not None:
+            return self.pool.slots[name]
         lora_a, lora_b = self.lora_a[name], self.lora_b[name]
         if name in self.lora_a_init:
             lora_a = torch.cat([lora_a, self.lora_a_init[name]])
@@ -163,7 +193,7 @@ class LoRALayer(nn.Module):
                 f"{where}: expected a name that is not empty, has no dot and is no attribute of "
                 f"nn.ParameterDict, but got {name!r}"
             )
-        if name in self.adapters:
+        if name in self.adapters or (self.pool is not None and name in self.pool.names):
             raise ValueError(
                 f"{where}: {name!r} exists already; delete_adapter it first or choose another name"
             )
@@ -332,10 +362,13 @@ class LoRALayer(nn.Module):
         Args:
             rows: rows of x flattened to ``[rows, in]``, which choose the kernel; None for many.
         """
-        if not self.adapters:
-            return "base", "no adapter"
+        rows_of_block = self.adapters_of_rows()
+        if not self.adapters and rows_of_block is None:
+            return "base", "no adapter" if self.pool is None else self._pool_reason()
         if not self.adapters_enabled:
             return "base", "adapters are disabled"
+        if rows_of_block is not None:
+            return self._mixed_path(rows, rows_of_block)
         merged = f"merged: {', '.join(self.merged_adapters)}" if self.merged else ""
         if self.computes_base:
             return ("merged", merged) if merged else ("base", "no adapter is active")
@@ -344,6 +377,26 @@ class LoRALayer(nn.Module):
 
     def _adapted_path(self, rows: int | None) -> tuple[str, str]:
         raise NotImplementedError
+
+    def _mixed_path(self, rows: int | None, block: RowAdapters) -> tuple[str, str]:
+        """`path` within a block of `use_adapters`."""
+        self.check_unmerged()
+        names = self.row_names(block)
+        if not names:
+            return "base", "none of the adapters that rows have is in this layer"
+        return self._path_of_rows(names), f"each row its own adapter, {len(names)} in this batch"
+
+    def _pool_reason(self) -> str:
+        used, capacity = len(self.pool.names), len(self.pool.ranks)
+        return f"a pool of {capacity} adapters, {used} of them used, in blocks of use_adapters"
+
+    def _path_of_rows(self, names: Sequence[str]) -> str:
+        return "library"
+
+    def adapters_of_rows(self) -> RowAdapters | None:
+        """The block of `use_adapters` that counts for a forward now, if one is open."""
+        rows = self.row_adapters
+        return None if rows is None else in_force(rows)
 
     @property
     def added_adapters(self) -> tuple[str, ...]:
@@ -355,9 +408,7 @@ class LoRALayer(nn.Module):
     @property
     def computes_base(self) -> bool:
         """Whether a forward is that of the base, with the merged weight if there is one."""
-        if self._disabled:
-            return True
-        return rows_in_use(self) is None and not self.added_adapters
+        return bool(self._disabled) or not self.added_adapters
 
     def base_operands(self) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of the base's product: the merged ones, if they are to be used."""

@@ -44,8 +44,8 @@ class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
         return weight.flatten(1)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if self.computes_base:
+        x, rows = input, self.adapters_of_rows()
+        if rows is None and self.computes_base:
             return self._conv_forward(x, *self.base_operands())
         if x.dim() not in (3, 4):
             raise RuntimeError(
@@ -54,7 +54,16 @@ class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
             )
         down, right = self.stride
         strided = x if down == right == 1 else x[..., ::down, ::right]
-        return self.adapted(strided.movedim(-3, -1)).movedim(-1, -3)
+        pixels = strided.movedim(-3, -1)
+        if rows is None:
+            return self.adapted(pixels).movedim(-1, -3)
+        if x.dim() == 3 or rows.index.dim() == 2:
+            raise ValueError(
+                "lora_ext.use_adapters: expected a LoRAConv2d to get [batch, channels, height, "
+                "width] and an index of samples [batch], but got x of shape "
+                f"{list(x.shape)} and an index of shape {list(rows.index.shape)}"
+            )
+        return self.mixed(pixels, rows).movedim(-1, -3)
 
 
 def unsupported_reason(conv: nn.Module) -> str:

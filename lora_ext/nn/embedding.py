@@ -10,8 +10,9 @@ from . import initialize
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
 from .linear import DEFAULT_ADAPTER
-from .row_adapters import RowAdapters, check_rows_can_be_told, rows_in_use
-from .updates import is_traced
+from .mixed import mixed_lookup
+from .row_adapters import RowAdapters
+from .updates import Update
 
 
 class LoRAEmbedding(LoRALayer, nn.Embedding):
@@ -73,31 +74,20 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         initialize.embedding_(self.lora_a[name], self.lora_b[name])
 
     def forward(self, input: Tensor) -> Tensor:
+        rows = self.adapters_of_rows()
+        if rows is not None:
+            return self._mixed(input, rows)
         if self.computes_base:
             return self._look_up(input, self.base_operands()[0])
         y = self._look_up(input, self.base_operands()[0])
-        rows = rows_in_use(self)
-        if rows is not None:
-            return self._by_rows(input, y, rows)
         for name in self.added_adapters:
-            y = y + self._update_of(input, name)
+            lora_a, lora_b = self._checked_factors(name)
+            # A sparse gradient could not pass the transposition.
+            update = self._look_up(input, lora_a.t(), sparse=False) @ lora_b.t()
+            y = y + update * self.adapters[name].scaling
         return y.to(self.weight.dtype)
 
-    def _by_rows(self, ids: Tensor, y: Tensor, rows: RowAdapters) -> Tensor:
-        """y with the update of each id's own adapter."""
-        check_rows_can_be_told(self, ids)
-        index = rows.rows_of(ids.unsqueeze(-1))
-        for g, name in enumerate(rows.names):
-            if name not in self.adapters:
-                continue
-            own = index == g
-            if is_traced():  # no shape may depend on whose the ids are
-                y = torch.where(own.unsqueeze(-1), y + self._update_of(ids, name), y)
-            elif own.any():
-                y = y.index_put((own,), (y[own] + self._update_of(ids[own], name)).to(y.dtype))
-        return y.to(self.weight.dtype)
-
-    def _update_of(self, ids: Tensor, name: str) -> Tensor:
+    def _checked_factors(self, name: str) -> tuple[Tensor, Tensor]:
         lora_a, lora_b = self.factors(name)
         if lora_a.shape[1] != self.weight.shape[0]:
             raise RuntimeError(
@@ -106,9 +96,27 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
                 "it (resize_token_embeddings) before apply_lora, or delete the adapter and add "
                 "it again"
             )
-        # A sparse gradient could not pass the transposition.
-        update = self._look_up(ids, lora_a.t(), sparse=False) @ lora_b.t()
-        return update * self.adapters[name].scaling
+        return lora_a, lora_b
+
+    def _mixed(self, ids: Tensor, rows: RowAdapters) -> Tensor:
+        """The layer on ids, each with the adapter that a block gives its row."""
+        y = self._look_up(ids, self.weight)
+        if self._disabled:
+            return y
+        self.check_unmerged()
+        names = self.row_names(rows)
+        if not names:
+            return y
+        factors = [self._checked_factors(name) for name in names]
+        updates = [
+            Update(name, a, b, None, self.adapters[name].scaling, 0.0)
+            for name, (a, b) in zip(names, factors, strict=True)
+        ]
+
+        def look_up(table: Tensor) -> Tensor:
+            return self._look_up(ids, table, sparse=False)
+
+        return mixed_lookup(y, ids, updates, rows, look_up)
 
     def _look_up(self, ids: Tensor, table: Tensor, sparse: bool | None = None) -> Tensor:
         return F.embedding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from ..functional import lora_linear
 from ..packed_weight import PackedWeight, prepack
 from .base import LoRALayer
 from .kernel_path import MANY_ROWS, kernel_path
-from .row_adapters import RowAdapters, check_rows_can_be_told, linear_by_rows, rows_in_use
+from .mixed import mixed_linear
+from .row_adapters import RowAdapters
 from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
 
 
@@ -32,9 +34,6 @@ class FusedLoRALayer(LoRALayer):
         """
         if isinstance(x, Proxy):
             return self._traced(x)
-        rows = rows_in_use(self)
-        if rows is not None:
-            return self._by_rows(x, rows)
         updates = self._updates()
         if x.is_nested or obstacle(updates, self.weight.dtype) or is_onnx_export():
             weight, bias = self.base_operands()
@@ -44,13 +43,6 @@ class FusedLoRALayer(LoRALayer):
         dropout_p = updates[0].dropout
         bias = with_biases(bias, updates)
         return lora_linear(x, self._operand(), lora_a, lora_b, bias, scaling, dropout_p)
-
-    def _by_rows(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        """The layer with an adapter for each row of x."""
-        check_rows_can_be_told(self, x)
-        updates = [self._update(name) if name in self.adapters else None for name in rows.names]
-        _, bias = self.base_operands()
-        return linear_by_rows(x, self._operand(), bias, updates, rows)
 
     def _traced(self, x: Any) -> Any:
         """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
@@ -65,14 +57,65 @@ class FusedLoRALayer(LoRALayer):
             return self.packed
         return self.matrix(weight)
 
+    def mixed(self, x: Tensor, rows: RowAdapters) -> Tensor:
+        """The layer on x ``[..., in]``, each row with the adapter that a block gives it."""
+        if isinstance(x, Proxy):
+            return self._traced(x)
+        if x.is_nested or is_onnx_export():
+            what = "a nested x" if x.is_nested else "an export to ONNX"
+            raise NotImplementedError(
+                f"lora_ext.use_adapters: expected a dense x and no export to ONNX, but got {what}"
+            )
+        pool, bias = self.pool, self.bias
+        if not self._disabled:
+            self.check_unmerged()
+            if rows.slots is not None and pool is not None and not pool.needs_lists(self, x):
+                index = rows.slots_of(x.shape[:-1], x.device)
+                return pool.linear(x, self._operand(), bias, index)
+            updates = self._updates_of(self.row_names(rows))
+            if updates:
+                return mixed_linear(x, self._operand(), bias, updates, rows)
+        return F.linear(x, self.matrix(self.weight), bias)
+
+    def _path_of_rows(self, names: Sequence[str]) -> str:
+        return "fused"
+
     def _updates(self) -> list[Update]:
         """What the active adapters add."""
         return [self._update(name) for name in self.added_adapters]
 
+    def _updates_of(self, names: Sequence[str]) -> list[Update]:
+        """What these adapters add; the plain ones in a microsecond each."""
+        tables, adapters, training = self.__dict__["_modules"], self.adapters, self.training
+        first, second = tables["lora_a"]._parameters, tables["lora_b"]._parameters
+        subtracted = tables["lora_a_init"]._parameters
+        has_plain_factors = type(self).factors is LoRALayer.factors
+        pool = tables.get("pool")
+        pooled, slots = ({}, {}) if pool is None else (pool.specs, pool.slots)
+        found = []
+        for name in names:
+            spec = adapters.get(name)
+            if spec is None:
+                spec = pooled[name]
+                lora_a, lora_b = slots[name]
+                dropout = spec.dropout if training else 0.0
+                found.append(Update(name, lora_a, lora_b, None, spec.scaling, dropout))
+                continue
+            lora_a, lora_b = first.get(name), second.get(name)
+            is_plain = has_plain_factors and name not in subtracted
+            if spec.lora_bias or lora_a is None or lora_b is None or not is_plain:
+                found.append(self._update(name))
+                continue
+            dropout = spec.dropout if training else 0.0
+            found.append(Update(name, lora_a, lora_b, None, spec.scaling, dropout))
+        return found
+
     def _update(self, name: str) -> Update:
+        """What one adapter adds, of the layer's own or of its pool."""
         spec = self.adapters[name]
         dropout = spec.dropout if self.training else 0.0
-        return Update(name, *self.factors(name), self.lora_bias.get(name), spec.scaling, dropout)
+        bias = self.lora_bias[name] if spec.lora_bias else None
+        return Update(name, *self.factors(name), bias, spec.scaling, dropout)
 
     def _adapted_path(self, rows: int | None) -> tuple[str, str]:
         updates = self._updates()

@@ -113,6 +113,10 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
         return weight.t() if self.fan_in_fan_out else weight
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.__dict__.get("row_adapters") is not None:
+            rows = self.adapters_of_rows()
+            if rows is not None:
+                return self.mixed(input, rows)
         if type(self) is LoRALinear:  # a subclass may have another `matrix` or `factors`
             operands = quick_operands(self, input)
             if operands is not None:

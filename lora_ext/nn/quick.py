@@ -23,7 +23,6 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         or state["merged_adapters"]
         or state["_disabled"]
         or state["packed"] is not None
-        or "row_adapters" in state
         or state["fan_in_fan_out"]
         or type(x) is not Tensor
         or x.is_nested

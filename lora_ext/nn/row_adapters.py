@@ -1,261 +1,266 @@
-"""Which adapter each row of a batch has, and the call of the op that this makes of a layer.
+"""Which adapter each row of a batch has: what an open `lora_ext.use_adapters` gives its layers.
 
-    y[m] = x[m] W^T + bias + scaling[g] * ((drop(x)[m] A_g^T) B_g^T + bias_g)       g of row m
-
-Whoever holds the adapters, a layer of this package or one of PEFT, gives one `Update` for each name
-of a `RowAdapters`, or None where the layer has no such adapter: its rows have the base alone there.
+A block has distinct names and an int32 index into them, of samples ``[batch]`` or of tokens
+``[batch, tokens]``. A layer asks for the index of its own rows: expanded to the leading dimensions
+of its x and, where it lacks some of the adapters, counting those that it has. Each such tensor is
+made once a block, and shared by all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..dtypes import HALVES
-from ..functional import lora_linear, lora_update
-from .updates import Update, compute_dtype, is_autocast, is_onnx_export, is_traced
+from . import recompute
+from .updates import is_traced
 
-NO_ADAPTER = -1
+_current_graph_task = torch._C._current_graph_task_id
+_thread = threading.get_ident
+
+# Attribute of the layers: the block that is open, `CLOSED`, or none.
+_HELD = "row_adapters"
+# No adapter has this number: the op refuses it.
+_NOBODY = 2**31 - 1
 
 
 class RowAdapters:
-    """Names of adapters, and an index into them for each sample or token of a batch.
+    """The adapters of one block.
 
     Attributes:
-        names: different names.
-        index: int32, ``[batch]`` or ``[batch, tokens]``, from -1 (no adapter) to len(names) - 1.
-
-    What the layers ask for is made once for each shape and device and shared by all of them. Under
-    a trace it is made of tensors alone, so that another index needs no other graph.
+        names: distinct names of adapters, which the index counts.
+        index: int32 ``[batch]`` or ``[batch, tokens]``, -1 for the base alone.
+        slots: the same with the slots of a pool in the place of names; None if the names are not
+            all a pool's.
+        repeats: how often the model may repeat each sample, as beam search does.
+        is_pefts: whether it came as PEFT's adapter_names, whose errors are PEFT's own.
     """
 
-    def __init__(self, names: tuple[str, ...], index: Tensor) -> None:
-        self.names, self.index = names, index
-        self.called: set[int] = set()  # layers, by id, that have computed a forward by this
+    def __init__(
+        self,
+        names: Sequence[str],
+        index: Tensor,
+        slots: Tensor | None = None,
+        repeats: int = 1,
+        is_pefts: bool = False,
+    ) -> None:
+        self.names = tuple(names)
+        self.index, self.slots = index, slots
+        self.repeats = repeats
+        self.is_pefts = is_pefts
+        self.is_open = True
+        self.thread = _thread()
+        self.records_gradients = torch.is_grad_enabled()
+        # Tokens of the x that came last in 3 dimensions, for layers whose x is flattened.
+        self._tokens = 0
         self._made: dict[Any, Tensor] = {}
+        # By the id of each layer: what it held before.
+        self.below: dict[int, Any] = {}
 
-    def rows_of(self, x: Tensor) -> Tensor:
-        """The adapter of each row of x ``[..., in]``, int32 of its shape without the last.
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy or a pickle of a layer is in no block
 
-        Samples come first in x. It may hold each of them several times in a row, as in beam search,
-        or have further dimensions within a sample (tokens, pixels). By token, an x of one token for
-        each sample takes the last of the index: a step of `generate` with a KV cache.
+    def index_of(self, lead: torch.Size, device: torch.device, names: Sequence[str]) -> Tensor:
+        """int32 ``[rows]``: for each row its place in `names`, or -1.
+
+        Args:
+            lead: the shape of x without its features.
+            device: of x.
+            names: those of this block that the layer has, in the block's order.
 
         Raises:
-            RuntimeError: x has no such rows.
+            ValueError: the rows are not those of the block's samples.
         """
-        lead = tuple(x.shape[:-1])
         if is_traced():
-            return self._rows(lead, x.device)
-        key = (lead, x.device)
-        if key not in self._made:
-            self._made[key] = self._rows(lead, x.device)
-        return self._made[key]
-
-    def _rows(self, lead: tuple[int, ...], device: torch.device) -> Tensor:
-        index = self.index.to(device)
-        rows, batch = 1, index.shape[0]
-        for size in lead:
-            rows = rows * size
-        if index.dim() == 2 and (len(lead) != 1 or rows % index.numel()):
-            tokens = 1 if len(lead) == 1 else lead[1]
-            if tokens == 1:
-                index = index[:, -1]
-            elif tokens != index.shape[1]:
-                raise self._unfit(lead)
-        if batch == 0 or rows % index.numel() or (len(lead) > 1 and lead[0] % batch):
-            raise self._unfit(lead)
-        if index.dim() == 2:
-            return index.repeat_interleave(rows // index.numel(), 0).reshape(lead)
-        return index.repeat_interleave(rows // batch).reshape(lead)
-
-    def _unfit(self, lead: tuple[int, ...]) -> RuntimeError:
-        return RuntimeError(
-            "lora_ext.use_adapters: expected an x whose samples come first, for an index of shape "
-            f"{list(self.index.shape)}, but got one of shape {[*lead, 'in_features']}; give an "
-            "index [batch] or [batch, tokens] of the batch that the model is called with"
-        )
-
-    def rows_for(self, x: Tensor, updates: Sequence[Update | None]) -> Tensor:
-        """`rows_of` x, with no adapter where the layer has none of that name."""
-        rows = self.rows_of(x)
-        if None not in updates:
-            return rows
-        places = [NO_ADAPTER if update is None else g for g, update in enumerate(updates)]
-        return self.looked_up(places, rows)
-
-    def looked_up(self, places: list[int], rows: Tensor) -> Tensor:
-        """places[adapter] of each row, -1 of none."""
-        key = (tuple(places), rows.shape, rows.device)
-        if is_traced() or key not in self._made:
-            # -1 looks up the last.
-            table = torch.tensor([*places, NO_ADAPTER], dtype=torch.int32, device=rows.device)
-            found = table[rows.long()]
-            if is_traced():
-                return found
+            return self._chosen(self._expanded(self.index, lead, device), names)
+        if len(lead) > 1:
+            self._tokens = lead[1]
+        key = (lead, device, None if len(names) == len(self.names) else tuple(names), self._tokens)
+        found = self._made.get(key)
+        if found is None:
+            found = self._chosen(self._expanded(self.index, lead, device), names)
             self._made[key] = found
-        return self._made[key]
+        return found
 
-    def scaling_of(self, updates: Sequence[Update], device: torch.device) -> Tensor:
-        """float32 ``[len(updates)]``."""
-        scalings = [update.scaling for update in updates]
+    def slots_of(self, lead: torch.Size, device: torch.device) -> Tensor:
+        """int32 ``[rows]``: for each row its slot of the pool, or -1; errors as in `index_of`."""
+        assert self.slots is not None
+        if is_traced():
+            return self._expanded(self.slots, lead, device)
+        if len(lead) > 1:
+            self._tokens = lead[1]
+        key = (lead, device, "slots", self._tokens)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = self._expanded(self.slots, lead, device)
+        return found
+
+    def scaling_of(self, scalings: tuple[Any, ...], device: torch.device) -> Any:
+        """float32 ``[adapters]``, made once for the same numbers; under a compiler the numbers."""
         if any(isinstance(scaling, Tensor) for scaling in scalings):
             return torch.stack(
-                [torch.as_tensor(s, device=device).float().reshape(()) for s in scalings]
+                [torch.as_tensor(s, dtype=torch.float32, device=device).view(()) for s in scalings]
             )
-        key = ("scaling", tuple(scalings), device)
-        if is_traced() or key not in self._made:
-            made = torch.tensor(scalings, dtype=torch.float32, device=device)
-            if is_traced():
-                return made
-            self._made[key] = made
-        return self._made[key]
+        if is_traced():
+            return scalings
+        key = (scalings, device)
+        found = self._made.get(key)
+        if found is None:
+            found = torch.tensor(scalings, dtype=torch.float32, device=device)
+            self._made[key] = found
+        return found
+
+    def sample_names(self, nobody: str) -> list[str] | None:
+        """A name for each sample; None where tokens of one sample may differ."""
+        if self.index.dim() != 1:
+            return None
+        return [nobody if i < 0 else self.names[i] for i in self.index.tolist()]
+
+    def _chosen(self, index: Tensor, names: Sequence[str]) -> Tensor:
+        """The index counting `names` in the place of all."""
+        if len(names) == len(self.names):
+            return index
+        places = {name: place for place, name in enumerate(names)}
+        count = len(self.names)
+        table = [_NOBODY, -1, *(places.get(name, -1) for name in self.names), _NOBODY]
+        numbers = torch.tensor(table, dtype=torch.int32, device=index.device)
+        return numbers[(index + 2).clamp(0, count + 2)]
+
+    def _expanded(self, index: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
+        """The index with one element for each of the rows ``lead``."""
+        index = index.to(device)
+        if len(lead) == 1:
+            lead = self._unflattened(index, lead)
+        if len(lead) == 0:
+            raise self._mismatch(lead)
+        index = self._repeated(index, lead)
+        if index.dim() == 2:
+            if lead[1] == 1:
+                index = index[:, -1:]  # a step after the prompt: each sample goes on with its last
+            elif lead[1] != index.shape[1]:
+                raise self._mismatch(lead)
+        return index.reshape(*index.shape, *(1 for _ in lead[index.dim() :])).expand(lead).flatten()
+
+    def _unflattened(self, index: Tensor, lead: torch.Size) -> torch.Size:
+        """The samples, or samples and tokens, of x ``[rows, in]``."""
+        batches = {index.shape[0], index.shape[0] * self.repeats}
+        tokens = 0 if is_traced() else self._tokens
+        if index.dim() == 1 and lead[0] in batches:
+            return lead
+        if index.dim() == 2:
+            tokens = tokens or index.shape[1]
+        for batch in batches:
+            if tokens and batch * tokens == lead[0]:
+                return torch.Size((batch, tokens))
+        raise self._mismatch(lead)
+
+    def _repeated(self, index: Tensor, lead: torch.Size) -> Tensor:
+        if lead[0] == index.shape[0]:
+            return index
+        if lead[0] == index.shape[0] * self.repeats:
+            return index.repeat_interleave(self.repeats, 0)
+        raise self._mismatch(lead)
+
+    def _mismatch(self, lead: torch.Size) -> ValueError:
+        batch, rest = self.index.shape[0], list(self.index.shape[1:])
+        samples = lead[0] if len(lead) else 0
+        wanted = f"[{batch}, tokens, in]"
+        if rest:
+            wanted = f"[{batch}, {rest[0]}, in], or [{batch}, 1, in] for a step after it"
+        hint = "; samples come first, in the order of the names"
+        if batch and samples > batch and samples % batch == 0:
+            hint = (
+                f"; where generate repeats each sample (num_beams, num_return_sequences), give "
+                f"use_adapters(..., repeats={samples // batch})"
+            )
+        elif rest and len(lead) > 1 and samples in (batch, batch * self.repeats):
+            hint = "; give an index for these tokens, or one for each sample"
+        return ValueError(
+            f"lora_ext.use_adapters: expected x of shape {wanted}, for an index of shape "
+            f"{list(self.index.shape)}, but a layer got [{', '.join(map(str, lead))}, in]{hint}"
+        )
 
 
-class Left:
-    """In the place of a layer's `RowAdapters` after the block: what it was is over.
+class _Closed:
+    """What layers hold after a block in which gradients were recorded."""
 
-    A checkpoint that computes a forward again in its backward, outside of the block, would take the
-    active adapters instead. A class, so that copies and pickles of a layer have the same.
-    """
+    is_open = False
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
-def rows_in_use(layer: Any) -> RowAdapters | None:
-    """What a layer's forward has to go by.
+CLOSED = _Closed()
+
+
+def in_force(rows: Any) -> RowAdapters | None:
+    """The adapters that count for the forward that is running, of what its layer holds.
+
+    A forward that activation checkpointing repeats has those of the forward that it repeats,
+    whatever is open by now.
 
     Raises:
-        RuntimeError: a checkpoint computes the layer again after the block has ended, or in another
-            in which the layer has computed nothing else.
+        RuntimeError: the block belongs to another thread, or a backward repeats a forward of which
+            nothing is known.
     """
-    rows = layer.__dict__.get("row_adapters")
-    if rows is None or is_traced():
-        return None if rows is Left else rows
-    began_here = rows is not Left and id(layer) in rows.called
-    if not began_here and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "lora_ext.use_adapters: expected the backward of a checkpoint, which computes the "
-            "forward again, within the block of its forward, but the block has ended; call "
-            "backward() inside `with lora_ext.use_adapters(...)`"
-        )
-    if rows is Left:
-        del layer.row_adapters
+    if is_traced():
+        return rows if rows.is_open else None
+    if _current_graph_task() != -1:
+        return recompute.adapters_of_repeated(rows)
+    if not rows.is_open:
         return None
-    rows.called.add(id(layer))
+    if rows.thread != _thread():
+        raise RuntimeError(
+            "lora_ext.use_adapters: expected a forward in the thread that opened the block, but "
+            "another thread runs the model; give each thread a model of its own, or run them in "
+            "turn"
+        )
+    if rows.records_gradients:
+        recompute.remember(rows)
     return rows
 
 
-def check_rows_can_be_told(layer: Any, x: Tensor) -> None:
-    """Raises where an adapter for each row cannot be what the caller wants.
+@contextmanager
+def given_to(layers: Sequence[nn.Module], rows: RowAdapters) -> Iterator[None]:
+    """Within the block the layers use the adapters of `rows`; blocks may overlap or be nested.
 
     Raises:
-        RuntimeError: adapters are merged into the weight, which is that of all rows.
-        NotImplementedError: x is nested, or torch.onnx.export is tracing.
+        RuntimeError: another thread has a block open on one of the layers.
     """
-    if layer.merged_adapters:
-        raise RuntimeError(
-            "lora_ext.use_adapters: expected adapters that are not merged, but "
-            f"{list(layer.merged_adapters)} are, for all rows; unmerge them first"
-        )
-    if x.is_nested or is_onnx_export():
-        what = "a nested x" if x.is_nested else "an export to ONNX"
-        raise NotImplementedError(
-            f"lora_ext.use_adapters: expected a dense x and no export to ONNX, but got {what}"
-        )
+    for layer in layers:
+        held = layer.__dict__.get(_HELD)
+        if held is not None and held.is_open and held.thread != rows.thread:
+            raise RuntimeError(
+                "lora_ext.use_adapters: expected a model that no other thread is using, but "
+                "another has a block open; give each thread a model of its own, or run them in turn"
+            )
+    below = [layer.__dict__.get(_HELD) for layer in layers]
+    rows.below = {id(layer): held for layer, held in zip(layers, below, strict=True)}
+    try:
+        for layer in layers:
+            layer.__dict__[_HELD] = rows
+        yield
+    finally:
+        rows.is_open = False
+        rows.records_gradients = rows.records_gradients or torch.is_grad_enabled()
+        for layer in layers:
+            _give_back(layer)
 
 
-def linear_by_rows(
-    x: Tensor,
-    weight: Any,
-    bias: Tensor | None,
-    updates: Sequence[Update | None],
-    rows: RowAdapters,
-) -> Tensor:
-    """A frozen linear layer with an adapter for each row.
-
-    Args:
-        x: ``[..., in]``.
-        weight: ``[out, in]`` or a `PackedWeight` of it; bias: ``[out]`` or None.
-        updates: one for each of rows.names.
-    """
-    index = rows.rows_for(x, updates)
-    calls = _calls(updates, index, rows, x)
-    if not calls:
-        return F.linear(x, getattr(weight, "weight", weight), bias)
-    first = calls[0]
-    factors = (first.lora_a, first.lora_b)
-    y = lora_linear(x, weight, *factors, bias, first.scaling, first.dropout, index=first.rows)
-    return _with_biases(_added(y, x, calls[1:]), updates, index)
-
-
-def added_by_rows(
-    y: Tensor, x: Tensor, updates: Sequence[Update | None], rows: RowAdapters
-) -> Tensor:
-    """What any base returned for x, with an adapter for each row: a new tensor in y's dtype."""
-    index = rows.rows_for(x, updates)
-    return _with_biases(_added(y, x, _calls(updates, index, rows, x)), updates, index)
-
-
-class _Call(NamedTuple):
-    """What one call of the op takes."""
-
-    lora_a: list[Tensor]
-    lora_b: list[Tensor]
-    rows: Tensor  # the index
-    scaling: float | Tensor
-    dropout: float
-
-
-def _calls(
-    updates: Sequence[Update | None], index: Tensor, rows: RowAdapters, x: Tensor
-) -> list[_Call]:
-    """Adapters of one dropout and dtype are one call; the rows of others have no adapter there."""
-    kinds: dict[tuple, list[int]] = {}
-    for g, update in enumerate(updates):
-        if update is not None:
-            kinds.setdefault((update.dropout, update.lora_a.dtype), []).append(g)
-    calls = []
-    for (dropout, dtype), members in kinds.items():
-        own = [update for g in members if (update := updates[g]) is not None]
-        lora_a, lora_b = [u.lora_a for u in own], [u.lora_b for u in own]
-        if dtype in HALVES and dtype != compute_dtype(x):  # the op would refuse them
-            lora_a, lora_b = [a.float() for a in lora_a], [b.float() for b in lora_b]
-        scaling: float | Tensor = rows.scaling_of(own, x.device)
-        if dtype == torch.float64:  # the op has many scalings in float32
-            lora_b = [b * u.scaling for b, u in zip(lora_b, own, strict=True)]
-            scaling = 1.0
-        if len(members) != len(updates):
-            places = [NO_ADAPTER] * len(updates)
-            for place, g in enumerate(members):
-                places[g] = place
-            mine = rows.looked_up(places, rows.rows_of(x))
-        else:
-            mine = index
-        calls.append(_Call(lora_a, lora_b, mine, scaling, dropout))
-    return calls
-
-
-def _added(y: Tensor, x: Tensor, calls: Sequence[_Call]) -> Tensor:
-    for lora_a, lora_b, own_rows, scaling, dropout in calls:
-        dtype = lora_a[0].dtype
-        wide_beside_half = x.dtype in HALVES and dtype == torch.float32
-        own = x if wide_beside_half or is_autocast(x) else x.to(dtype)
-        y = lora_update(y, own, lora_a, lora_b, scaling, dropout, index=own_rows)
-    return y
-
-
-def _with_biases(y: Tensor, updates: Sequence[Update | None], index: Tensor) -> Tensor:
-    """y with scaling * lora_bias of each row's adapter, summed in at least float32."""
-    if all(update is None or update.bias is None for update in updates):
-        return y
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    zeros = y.new_zeros(y.shape[-1], dtype=wide)
-    table = [
-        zeros if u is None or u.bias is None else u.bias.to(y.device, wide) * u.scaling
-        for u in updates
-    ]
-    biases = torch.stack([*table, zeros])[index.long()]  # -1 is the last
-    return (y + biases).to(y.dtype)
+def _give_back(layer: nn.Module) -> None:
+    """Leaves the layer with the innermost block that is still open."""
+    held = layer.__dict__.get(_HELD)
+    leaves_graphs = False
+    while isinstance(held, RowAdapters) and not held.is_open:
+        leaves_graphs = leaves_graphs or held.records_gradients
+        held = held.below.get(id(layer))
+    if held is None and leaves_graphs:
+        held = CLOSED
+    if held is None:
+        layer.__dict__.pop(_HELD, None)
+    else:
+        layer.__dict__[_HELD] = held

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import variants
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..nn.row_adapters import RowAdapters
-from ..nn.updates import Update, is_traced
-from . import by_rows, dora
+from ..nn.row_adapters import in_force
+from ..nn.updates import Update
+from . import dora, mixed_batch
 from .reasons import (
     ADDED,
     BASE,
@@ -22,8 +22,8 @@ from .reasons import (
     ForwardPath,
     active_names,
     adapters_state,
+    embedding_reason,
     has_hooks,
-    is_plain,
 )
 from .row_blocks import combine
 
@@ -38,13 +38,13 @@ class Embedding(peft_layers.Embedding):
         ids ``[...]`` to y ``[..., embedding_dim]`` in the base weight's dtype.
     """
 
-    row_adapters: Any = None  # as of `lora_ext.nn.LoRALayer`
+    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "row_adapters" in self.__dict__:
-            rows = by_rows.rows_of_call(self, x, args, kwargs)
-            if rows is not None and "adapter_names" not in kwargs:
-                return _by_rows(self, x, rows)
+        if self.__dict__.get("row_adapters") is not None:
+            rows = in_force(self.row_adapters)
+            if rows is not None:
+                return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)
         if not (args or kwargs):
             path = embedding_path(self, x)
             if path.name == ADDED:
@@ -53,6 +53,8 @@ class Embedding(peft_layers.Embedding):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
+        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
+            return mixed_batch.embedding_path(self, in_force(self.row_adapters))
         path = embedding_path(self, None)
         return path.name, path.reason
 
@@ -66,7 +68,7 @@ def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
     names = active_names(layer, table)
     if not names:
         return ForwardPath(BASE, "none of the active adapters is in this layer")
-    reason = _reason(layer, ids, names)
+    reason = embedding_reason(layer, ids, names)
     is_dora = not reason and any(name in layer.lora_variant for name in names)
     if is_dora:
         reason = _dora_reason(layer, names)
@@ -78,23 +80,6 @@ def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
     ]
     what = "DoRA: " if is_dora else ""
     return ForwardPath(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
-
-
-def _reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:
-    """Why PEFT's own forward is needed, or ""."""
-    base = layer._modules["base_layer"]
-    if type(base) is not nn.Embedding:
-        return "the base layer is not exactly nn.Embedding"
-    if base.max_norm is not None or base.sparse:
-        return "the base layer has max_norm, which writes to tables, or sparse gradients"
-    if any(name in layer.input_fns or name in layer.output_fns for name in names):
-        return "the adapters are sharded for tensor parallelism"
-    weight = base._parameters.get("weight")
-    if weight is None or not (is_plain(weight) and weight.is_floating_point()):
-        return "the base weight is computed, quantised or sharded"
-    if ids is not None and not is_plain(ids):
-        return "the ids are a tensor subclass"
-    return ""
 
 
 def _dora_reason(layer: Any, names: Sequence[str]) -> str:
@@ -111,7 +96,15 @@ def _dora_reason(layer: Any, names: Sequence[str]) -> str:
 def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     """The base as it is, and the updates onto it."""
     base = layer._modules["base_layer"]
-    parts = [_looked_up(base, ids, update.lora_a) for update in path.updates]
+    parts = [
+        F.embedding(
+            ids,
+            update.lora_a.t(),
+            base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+        )
+        for update in path.updates
+    ]
     y = base(ids)
     first = path.updates[0]
     if not path.is_dora:
@@ -125,39 +118,3 @@ def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     rounded_to = torch.promote_types(table.dtype, first.lora_a.dtype)
     factor = dora.factor_of(layer, table.t(), first, rounded_to)
     return combine(None, y, factor, parts[0], first.lora_b * factor[:, None], first.scaling)
-
-
-def _looked_up(base: Any, ids: Tensor, lora_a: Tensor) -> Tensor:
-    """A's columns of these ids: ``[..., r]``; those of the padding index get no gradient."""
-    words = {"scale_grad_by_freq": base.scale_grad_by_freq}
-    return F.embedding(ids, lora_a.t(), base.padding_idx, **words)
-
-
-def _by_rows(layer: Any, ids: Tensor, rows: RowAdapters) -> Tensor:
-    """base(ids) with the update of each id's own adapter, rounded once for each of them."""
-    table = layer._modules["lora_embedding_A"]._parameters
-    names = [name for name in rows.names if name in table]
-    reason = _reason(layer, ids, names)
-    if reason or any(name in layer.lora_variant for name in names):
-        raise RuntimeError(
-            "lora_ext.use_adapters: expected an embedding with plain adapters, but got one that "
-            f"PEFT alone computes: {reason or 'a variant of LoRA'}"
-        )
-    base = layer._modules["base_layer"]
-    y = base(ids)
-    index = rows.rows_of(ids.unsqueeze(-1))
-    for g, name in enumerate(rows.names):
-        if name not in table:
-            continue
-
-        def added(y: Tensor, ids: Tensor, name: str = name) -> Tensor:
-            lookup = _looked_up(base, ids, table[name])
-            update = lookup @ layer.lora_embedding_B[name].t() * layer.scaling[name]
-            return (y + update).to(y.dtype)
-
-        own = index == g
-        if is_traced():  # no shape may depend on whose the ids are
-            y = torch.where(own.unsqueeze(-1), added(y, ids), y)
-        elif own.any():
-            y = y.index_put((own,), added(y[own], ids[own]))
-    return y

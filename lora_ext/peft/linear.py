@@ -12,9 +12,10 @@ from torch import Tensor
 from ..dtypes import HALVES
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
+from ..nn.row_adapters import in_force
 from ..nn.updates import Update, added, obstacle, stacked, with_biases
-from . import by_rows, dora
-from .operands import matrix_of, update_of
+from . import dora, mixed_batch
+from .parts import matrix_of, update_of
 from .quick import quick_forward
 from .reasons import (
     ADDED,
@@ -43,13 +44,13 @@ class Linear(peft_layers.Linear):
         x ``[..., in_features]`` to y ``[..., out_features]`` in the dtype that the base returns.
     """
 
-    row_adapters: Any = None  # as of `lora_ext.nn.LoRALayer`
+    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "row_adapters" in self.__dict__ or "adapter_names" in kwargs:
-            y = by_rows.forward(self, x, args, kwargs)
-            if y is not None:
-                return y
+        if self.__dict__.get("row_adapters") is not None:
+            rows = in_force(self.row_adapters)
+            if rows is not None:
+                return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)
         if not (args or kwargs):
             y = quick_forward(self, x)
             if y is not None:
@@ -66,6 +67,8 @@ class Linear(peft_layers.Linear):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""
+        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
+            return mixed_batch.linear_path(self, in_force(self.row_adapters))
         path = linear_path(self, None)
         if path.name != FUSED:
             return path.name, path.reason

@@ -14,7 +14,8 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import torchao as peft_torchao
 from torch import Tensor
 
-from . import by_rows
+from ..nn.row_adapters import in_force
+from . import mixed_batch
 from .linear import called, linear_path
 from .reasons import ADDED, FUSED, PEFT, ForwardPath
 
@@ -32,10 +33,10 @@ def forward_over(theirs: Any) -> Any:
     that outlives `decelerate`, self is of PEFT's class."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if "row_adapters" in self.__dict__ or "adapter_names" in kwargs:
-            y = by_rows.forward(self, x, args, kwargs, reads_base=False)
-            if y is not None:
-                return y
+        if self.__dict__.get("row_adapters") is not None:
+            rows = in_force(self.row_adapters)
+            if rows is not None:
+                return mixed_batch.linear(self, theirs, x, rows, args, kwargs)
         if not (args or kwargs):
             path = quantized_path(self, x)
             if path.name == ADDED:
@@ -48,10 +49,12 @@ def forward_over(theirs: Any) -> Any:
 class _Quantized:
     """A mix-in before PEFT's class."""
 
-    row_adapters: Any = None  # as of `lora_ext.nn.LoRALayer`
+    row_adapters: Any = None
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
+        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
+            return mixed_batch.linear_path(self, in_force(self.row_adapters))
         path = quantized_path(self, None)
         return path.name, path.reason
 

@@ -102,6 +102,23 @@ def adapter_reason(layer: Any, name: str) -> str:
     return ""
 
 
+def embedding_reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:
+    """Why an embedding layer needs PEFT's own forward, or ""."""
+    base = layer._modules["base_layer"]
+    if type(base) is not nn.Embedding:
+        return "the base layer is not exactly nn.Embedding"
+    if base.max_norm is not None or base.sparse:
+        return "the base layer has max_norm, which writes to tables, or sparse gradients"
+    if any(name in layer.input_fns or name in layer.output_fns for name in names):
+        return "the adapters are sharded for tensor parallelism"
+    weight = base._parameters.get("weight")
+    if weight is None or not (is_plain(weight) and weight.is_floating_point()):
+        return "the base weight is computed, quantised or sharded"
+    if ids is not None and not is_plain(ids):
+        return "the ids are a tensor subclass"
+    return ""
+
+
 def input_reason(layer: Any, x: Tensor) -> str:
     """Why this x needs PEFT's own forward, or ""."""
     if not is_plain(x) or x.is_nested or x.dim() == 0:

@@ -11,37 +11,36 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import model as peft_model
 from torch import nn
 
+from . import mixed_batch
 from .embedding import Embedding
 from .linear import Linear
 from .quantized import CLASSES
 
 
 class LoraModel(peft_model.LoraModel):
-    """`peft.tuners.lora.LoraModel` whose later adapters are accelerated too.
+    """`peft.tuners.lora.LoraModel` whose later adapters are accelerated too, and whose mixed
+    batches (adapter_names) are `lora_ext.use_adapters`.
 
     A further adapter may target modules that had none: PEFT wraps those in new layers of its own
-    classes. And whose `adapter_names`, which PEFT has for inference alone, are for training too.
+    classes.
     """
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        hooks = peft_model.LoraModel._enable_peft_forward_hooks(self, *args, **kwargs)
-        training = self.training
-        # PEFT asks this module's own flag, which nothing else does, and raises.
-        self.training = training and kwargs.get("adapter_names") is None
-        try:
-            hooks.__enter__()
-        finally:
-            self.training = training
-        try:
-            yield
-        finally:
-            hooks.__exit__(None, None, None)
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
         if isinstance(self, LoraModel):  # not in a bound method that outlived `decelerate`
             swap(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What a call's adapter_names do: here in training, too."""
+        names = kwargs.get("adapter_names")
+        is_ours = names is not None and kwargs.get("alora_offsets") is None
+        if not (is_ours and isinstance(self, LoraModel)):
+            with peft_model.LoraModel._enable_peft_forward_hooks(self, *args, **kwargs):
+                yield
+            return
+        with mixed_batch.of_call(self, names, kwargs.get("num_beams")):
+            yield
 
 
 @cache
@@ -59,5 +58,6 @@ def swap(model: nn.Module, back: bool = False) -> int:
         other = table.get(type(module))
         if other is not None:
             module.__class__ = other
+            module.__dict__.pop("row_adapters", None)
             count += isinstance(module, peft_layers.LoraLayer)
     return count

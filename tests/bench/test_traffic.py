@@ -54,3 +54,22 @@ def test_the_committed_figures_are_those_of_this_code(rows):
     table = traffic_report.table(kept)
     assert table in (model.OUT / "report.md").read_text()
     assert table in (model.ROOT / "docs" / "kernels.md").read_text()
+
+
+def test_many_adapters_ask_for_little_more_than_one():
+    model.build()
+    [shape] = model.GROUPED_SHAPES
+    rows = {(row["direction"], row["variant"]): row for row in model.trace_grouped(shape)}
+    forward, merged = rows["forward", "grouped"], rows["forward", "merged"]
+    assert forward["requested"] <= 1.05 * merged["requested"]
+    assert forward["over"] <= traffic_report.ROOM
+    # What reaches DRAM: one pass over X, each adapter once, and S.
+    beyond = forward["dram"] - merged["dram"] - forward["passes"] - forward["adapters"]
+    assert beyond <= 0.01 * merged["dram"]
+    text = (model.ROOT / "docs" / "kernels.md").read_text()
+    for direction in ("forward", "backward"):
+        row = rows[direction, "grouped"]
+        figures = [f"{rows[direction, 'merged']['requested'] / 1e6:.0f}"]
+        figures += [f"{row['requested'] / 1e6:.0f}", f"{100 * row['over']:.2f} %"]
+        figures += [f"{rows[direction, 'merged']['dram'] / 1e6:.0f}", f"{row['dram'] / 1e6:.0f}"]
+        assert f"| {direction} | {' | '.join(figures)} |" in text

@@ -7,8 +7,8 @@ from peft_helpers import net
 import lora_ext
 from benchmarks import report, results
 from benchmarks.machine import describe
-from benchmarks.whole_models import models_report
-from benchmarks.whole_models.cases import Case, all_cases, base_model
+from benchmarks.whole_models import mixed_batch, models_report
+from benchmarks.whole_models.cases import BATCH, LENGTH, Case, all_cases, base_model, inputs
 from benchmarks.whole_models.overhead import overheads
 from benchmarks.whole_models.step import VARIANTS, adapted, check_fused, forward_of, step_of
 
@@ -85,6 +85,60 @@ def test_the_report():
     assert rows["ours, float32 adapters", "time"][-1] == "missed"
     assert rows["PEFT default", "its time over the accelerated"] == ["1.50", "1.82", "met"]
     assert rows["PEFT, bf16 adapters", "its time over the accelerated"][-1] == "missed"
+    mixed = {
+        "id": "Llama, 4 adapters",
+        "timing": {"frozen": summary(100), "ours": summary(110), "in_turn": summary(300)},
+        "forward": {"frozen": summary(10), "ours": summary(11), "peft": summary(20)},
+        "memory": {"frozen": {"peak": 2**20}, "ours": {"peak": 2**21}},
+    }
     document = results.new_document("models", describe("cpu", "a test"))
-    text = report.text(document | {"cases": [case], "overhead": overhead})
+    parts = {"cases": [case], "overhead": overhead, "mixed": [mixed]}
+    text = report.text(document | parts)
     assert "0.25" in text and "Time of a forward" in text
+    assert "3.00 (3.00-3.00)" in text and "2.00 MiB" in text
+
+
+def test_a_mixed_batch_is_measured_by_every_variant(monkeypatch):
+    """PEFT itself in a forward alone."""
+    monkeypatch.setitem(BATCH, "Llama", 2)
+    monkeypatch.setitem(LENGTH, "Llama", 4)
+    calls = {}
+
+    def keep(functions, plan):
+        for name, function in functions.items():
+            function()
+            calls.setdefault(name, []).append(function)
+        return {name: summary(1) for name in functions}
+
+    monkeypatch.setattr(mixed_batch, "compared", keep)
+    row = mixed_batch.measure(Case("Llama", "attention"), None, lambda text: None)
+    assert set(row["timing"]) == set(mixed_batch.LABELS) - {"peft"}
+    assert set(row["forward"]) == {"frozen", "ours", "accelerated", "peft"}
+    assert set(row["memory"]) == set(row["timing"])
+    assert row["id"] == "Llama attention bfloat16, 2 adapters"
+
+
+@pytest.mark.slow
+def test_a_mixed_batch_has_the_gradients_of_its_samples_in_turn(monkeypatch):
+    monkeypatch.setitem(BATCH, "Llama", 2)
+    monkeypatch.setitem(LENGTH, "Llama", 4)
+    monkeypatch.setattr(mixed_batch, "DROPOUT", 0.0)
+    case = Case("Llama", "attention", "float32")
+    base, names = base_model(case), mixed_batch.names_of(case)
+    pairs = inputs(case, base, 1)
+    model = mixed_batch.own_model(case, base, names)
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    x, grad = pairs[0]
+    mixed_batch._of_batch(model, names, "ours")(x).backward(grad)
+    together = {name: p.grad.clone() for name, p in own.items()}
+    for parameter in own.values():
+        parameter.grad = None
+    choose = lambda name: lora_ext.models.set_adapter(model, name)  # noqa: E731
+    mixed_batch._in_turn(model, names, choose)(x, grad)
+    assert len(own) == 2 * 2 * 16
+    for name, parameter in own.items():
+        wanted = together[name]
+        assert (parameter.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max()

@@ -126,6 +126,34 @@ def ddp_after_another_adapter_was_set(rank):
                 assert torch.equal(value, before[name]) != (is_active and "lora_" in name), name
 
 
+@case
+def ddp_with_an_adapter_for_each_sample(rank):
+    """All ranks name all adapters, with an index: those without rows on a rank get zeros, so that
+    no rank waits for a gradient that does not come."""
+    index = {0: [0, 0, -1, 1], 1: [1, 1, 2, 2]}  # "c" has no rows on rank 0, "a" none on rank 1
+
+    def through(forward, subject, ranks):
+        trained = [p for p in subject.model.parameters() if p.requires_grad]
+        optimizer, x = torch.optim.SGD(trained, 0.05), subject.x(8)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            for one in ranks:
+                rows = torch.tensor(index[one], dtype=torch.int32)
+                with lora_ext.use_adapters(subject.model, ["a", "b", "c"], rows):
+                    (forward(half(x, one)).square().mean() / len(ranks)).backward()
+            optimizer.step()
+        return {name: whole(p.grad) for name, p in named(subject) if p.grad is not None}
+
+    for subject, alone in alike("three"):
+        before = values(subject)
+        gradients = through(parallel(subject), subject, [rank])
+        wanted = through(alone.model, alone, range(WORLD))
+        assert all(value.abs().max() > 0 for value in wanted.values())
+        assert_near(gradients, wanted, EXACT)
+        assert_near(values(subject), values(alone), EXACT)
+        assert any(not torch.equal(value, before[name]) for name, value in values(subject).items())
+
+
 # ---- FSDP2 ----
 
 

@@ -59,7 +59,8 @@ def prompts(rows=4, tokens=6):
 
 def generated(model, names, ids, index=None, **words):
     words = {"max_new_tokens": 8, "do_sample": False, **words}
-    with lora_ext.use_adapters(model, names, index):
+    repeats = max(words.get("num_beams", 1), words.get("num_return_sequences", 1))
+    with lora_ext.use_adapters(model, names, index, repeats=repeats):
         return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **words)
 
 
@@ -92,7 +93,7 @@ def test_sequences_that_are_sampled(model):
     for names in ([n for n in NAMES for _ in range(3)],):
         with torch.no_grad(), lora_ext.use_adapters(model, names):
             logits.append(model(input_ids=together).logits)
-    with torch.no_grad(), lora_ext.use_adapters(model, NAMES):
+    with torch.no_grad(), lora_ext.use_adapters(model, NAMES, repeats=3):
         torch.testing.assert_close(model(input_ids=together).logits, logits[0])
 
 
@@ -103,7 +104,7 @@ def test_activated_lora_leaves_the_tokens_before_it_as_they_are(model):
     index = torch.where(torch.arange(10) >= starts[:, None], torch.arange(4)[:, None] % 3, -1).int()
     names = ["a", "b", "c"]
     with torch.no_grad():
-        with lora_ext.use_adapters(model, ["__base__"] * 4):
+        with lora_ext.use_adapters(model, [None] * 4):
             base = model(input_ids=ids, use_cache=True)
         with lora_ext.use_adapters(model, names, index):
             y = model(input_ids=ids).logits

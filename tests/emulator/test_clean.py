@@ -12,11 +12,13 @@ SEEDS = 200
 # Of Hopper's kernels, whose seeds take several times as long under the race checker and ASan. The
 # nightly test of the flags between blocks runs a thousand.
 SLOW_SEEDS = 60
+# The whole op with many adapters launches thousands of blocks in each of its grids.
+SEEDS_OF = {"lora_grouped_sequence": {"race": 60, "asan": 10}}
 
 
 def seeds_of(program: str, flavour: str) -> int:
     slow = program.endswith("sm90a") and flavour != "plain"
-    return SLOW_SEEDS if slow else SEEDS
+    return SEEDS_OF.get(program, {}).get(flavour, SLOW_SEEDS if slow else SEEDS)
 
 
 @pytest.mark.parametrize("flavour", build.FLAVOURS)

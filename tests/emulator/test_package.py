@@ -19,6 +19,7 @@ SUITES = {
     "op/test_lora_update.py": 150,
     "op/test_autograd.py": 100,
     "op/test_dropout.py": 60,
+    "op/test_many_adapters.py": 350,
 }
 # On Hopper's lora_gemm, whose wgmma takes the execution layer longer.
 ON_HOPPER = (
@@ -391,3 +392,49 @@ def test_every_tile_of_hopper_agrees_with_the_library():
     assert done.returncode == 0, done.stderr
     tiles = done.stdout.splitlines()
     assert "wgmma 128 x 256" in tiles and "pingpong 128 x 192" in tiles and len(tiles) == 6
+
+
+def test_many_adapters_take_the_kernels_and_forward_alone_reads_no_index():
+    """An index out of range raises where the host reads it; the kernels take it for no adapter."""
+    python("""
+from lora_ext.kernels.kernel_checks import check_results
+torch.manual_seed(0)
+x = torch.randn(70, 96, dtype=torch.bfloat16)
+w = torch.randn(136, 96, dtype=torch.bfloat16)
+a = [0.1 * torch.randn(r, 96) for r in (4, 16)]
+b = [0.1 * torch.randn(136, r) for r in (4, 16)]
+index = (torch.arange(70) % 3 - 1).int()
+beyond = torch.where(index == 1, 7, index)
+_C.set_cuda_route("kernel")
+y = lora_ext.lora_linear(x, w, a, b, None, 2.0, index=beyond)
+none = lora_ext.lora_linear(x, w, a, b, None, 2.0, index=torch.where(index == 1, -1, index))
+assert torch.equal(y, none)
+assert not torch.equal(y, lora_ext.lora_linear(x, w, a, b, None, 2.0, index=index))
+assert list(check_results("cpu").values()) == ["passed"]
+assert "many adapters" in next(iter(check_results("cpu")))
+_C.set_cuda_route("library")
+try:
+    lora_ext.lora_linear(x, w, a, b, None, 2.0, index=beyond)
+    raise AssertionError("nothing was raised")
+except IndexError as error:
+    assert "expected an index from -1" in str(error)
+""")
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_every_kernel_of_many_adapters_passes_its_check(arch):
+    done = build.run(
+        [
+            "-c",
+            "from lora_ext import _C\n"
+            "from lora_ext.kernels.kernel_checks import check_kernels\n"
+            "import torch\n"
+            "kernels = _C.all_grouped_kernels(_C.cuda_card(torch.device('cpu')))\n"
+            "kernels = [k for k in kernels if not k.float16]\n"
+            "assert len(kernels) >= 40\n"
+            "failed = check_kernels('cpu', kernels)\n"
+            "assert not failed, failed\n",
+        ],
+        LORA_EXT_EMULATED_ARCH=arch,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,7 @@ sys.path.insert(0, str(build.ROOT / "scripts"))
 import sass  # noqa: E402
 import sass_kernels  # noqa: E402
 
-KERNELS = {"sm_80": 56, "sm_90a": 56 + 72 + 36}
+KERNELS = {"sm_80": 56 + 98, "sm_90a": 56 + 98 + 72 + 36}
 
 
 @pytest.fixture(scope="module", params=KERNELS)

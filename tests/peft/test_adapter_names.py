@@ -2,17 +2,15 @@
 after the other, in training too, and what is left to PEFT."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from contract.accelerated import PEFT
 from helpers import BF16, F64
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from peft_helpers import (
     ADAPTERS,
-    TARGETS,
     Net,
     layer_model,
     lora_modules,
@@ -23,12 +21,11 @@ from peft_helpers import (
     plain_copy,
     randomize,
 )
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 
 NAMES = ["a", "__base__", "c", "b", "a", "__base__"]
+OF_BLOCK = [None if name == "__base__" else name for name in NAMES]
 LINEAR = ["up", "gate", "down"]
 
 
@@ -67,33 +64,8 @@ def test_the_same_outputs_as_pefts(kind, adapters):
     x = make_x(kind, F64, 6)
     y = model(x, adapter_names=NAMES)
     torch.testing.assert_close(y, plain_copy(model)(x, adapter_names=NAMES), rtol=1e-11, atol=1e-11)
-    with lora_ext.use_adapters(model, NAMES):
+    with lora_ext.use_adapters(model, OF_BLOCK):
         assert torch.equal(model(x), y)
-
-
-@pytest.mark.parametrize("targets", [LINEAR, TARGETS], ids=["linear", "all"])
-def test_a_whole_model_in_evaluation(targets):
-    model = accelerated_net(dtype=F64, targets=targets).eval()
-    plain = plain_copy(model)
-    with torch.no_grad():
-        found, wanted = by_names()(model), by_names()(plain)
-    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
-
-
-def test_peft_refuses_training_and_here_it_trains():
-    """PEFT: "Cannot pass `adapter_names` when the model is in training mode.\""""
-    model = accelerated_net(dtype=F64, targets=LINEAR).train()
-    plain = plain_copy(model)
-    with pytest.raises(ValueError, match="in training mode"):
-        by_names()(plain)
-    found = trained(model, by_names())
-    assert model.training and all(module.training for module in model.modules())
-    assert_near(found, trained(plain.eval(), by_names()))
-    with pytest.raises(ValueError, match="in training mode"):
-        by_names()(lora_ext.decelerate(model))
-    with pytest.raises(ValueError, match="`adapter_names`"):
-        by_names(["a"] * 5)(lora_ext.accelerate(model))
-    assert model.training and model.base_model.training
 
 
 def test_dropout_in_training_is_each_adapters_own():
@@ -109,28 +81,6 @@ def test_dropout_in_training_is_each_adapters_own():
         moves = name in ("b", "c")
         assert torch.equal(first[sample], second[sample]) != moves, name
         assert torch.allclose(first[sample], still[sample], rtol=1e-9, atol=1e-9) != moves, name
-
-
-def test_checkpoints_within_a_model_are_refused_after_its_forward():
-    """PEFT's hooks, which know the names, are gone when backward computes the forward again."""
-    model = accelerated_net(dtype=F64, targets=LINEAR).train()
-    inner = model.base_model.model
-    layer = inner.up
-
-    class Region(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = layer
-
-        def forward(self, x):
-            return checkpoint(self.up, x, use_reentrant=False)
-
-    inner.up = Region()
-    loss = by_names()(model).sum()
-    with pytest.raises(RuntimeError, match="within the block of its forward"):
-        loss.backward()
-    with lora_ext.use_adapters(model, NAMES):
-        trained(model, lambda model: model(make_ids()))
 
 
 def test_the_same_list_changed_in_place_is_another_batch():
@@ -154,84 +104,16 @@ def test_a_hook_on_a_factor_is_called():
     layer.lora_A["a"].register_forward_hook(lambda *_: seen.append(1))
     plain = plain_copy(model)(x, adapter_names=NAMES)
     seen.clear()
-    with lora_ext.use_adapters(model, NAMES):
+    with lora_ext.use_adapters(model, OF_BLOCK):
         torch.testing.assert_close(model(x), plain, rtol=1e-11, atol=1e-11)
     assert seen == [1]
     torch.testing.assert_close(model(x, adapter_names=NAMES), plain, rtol=1e-11, atol=1e-11)
     index = torch.zeros(2, 3, dtype=torch.int32)
     with (
         lora_ext.use_adapters(model, ["a"], index),
-        pytest.raises(RuntimeError, match="a factor or its dropout has hooks; give an index"),
+        pytest.raises(ValueError, match="a factor or its dropout has hooks"),
     ):
         model(x.view(2, 3, -1))
-
-
-def test_dora_by_sample_is_pefts_and_by_token_refused():
-    words = {"a": ADAPTERS["three"]["a"], "d": {**ADAPTERS["dora"]["a"]}}
-    torch.manual_seed(1)
-    model = lora_ext.accelerate(peft_model(nn.Sequential(nn.Linear(24, 40)), words, ["0"], F64))
-    x, names = make_x("linear", F64, 6), ["a", "d", "__base__", "d", "a", "a"]
-    model.eval()
-    theirs = plain_copy(model)
-    try:
-        wanted = theirs(x, adapter_names=names)
-    except (ValueError, TypeError, KeyError) as error:
-        with lora_ext.use_adapters(model, names), pytest.raises(type(error)):
-            model(x)
-    else:
-        with lora_ext.use_adapters(model, names):
-            torch.testing.assert_close(model(x), wanted, rtol=1e-11, atol=1e-11)
-    index = torch.tensor([[0, 1, 1], [0, -1, 0]], dtype=torch.int32)
-    with (
-        lora_ext.use_adapters(model, ["a", "d"], index),
-        pytest.raises(RuntimeError, match="a variant of LoRA, such as DoRA"),
-    ):
-        model(x.view(2, 3, -1))
-    index = torch.tensor([[0, -1, 0], [0, -1, 0]], dtype=torch.int32)
-    with lora_ext.use_adapters(model, ["a"], index):  # DoRA is not named
-        model(x.view(2, 3, -1))
-
-
-def test_dora_on_an_embedding_is_refused():
-    model = PEFT.make("embedding", "dora").model
-    ids = make_x("embedding", rows=6)
-    with (
-        lora_ext.use_adapters(model, ["a"] * 6),
-        pytest.raises(RuntimeError, match=r"plain adapters, but .* a variant of LoRA"),
-    ):
-        model(ids)
-
-
-def test_layers_that_are_not_accelerated_are_refused():
-    model = net("three")
-    with (
-        pytest.raises(ValueError, match=r"'base_model\.model\.\w+' is PEFT's .*call lora_ext\.acc"),
-        lora_ext.use_adapters(model, NAMES),
-    ):
-        raise AssertionError
-    lora_ext.accelerate(model)
-    with lora_ext.use_adapters(model, NAMES):
-        model(make_ids())
-
-
-def test_convolutions_of_peft_are_refused_by_name():
-    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    model = get_peft_model(base, LoraConfig(target_modules=["0", "2"], r=2), "a")
-    with (
-        pytest.raises(ValueError, match="is PEFT's Conv2d"),
-        lora_ext.use_adapters(lora_ext.accelerate(model), ["a"]),
-    ):
-        raise AssertionError
-
-
-def test_further_arguments_of_a_layer_are_refused():
-    model = PEFT.make("linear", "three").model
-    (layer,) = lora_modules(model).values()
-    with (
-        lora_ext.use_adapters(model, NAMES),
-        pytest.raises(RuntimeError, match="without further arguments"),
-    ):
-        layer(make_x("linear", rows=6), scale=2.0)
 
 
 def test_a_trained_base_weight_has_its_gradient():
@@ -240,7 +122,7 @@ def test_a_trained_base_weight_has_its_gradient():
     (layer,) = lora_modules(model).values()
     layer.base_layer.weight.requires_grad_(True)
     x = make_x("linear", F64, 6)
-    with lora_ext.use_adapters(model, NAMES):
+    with lora_ext.use_adapters(model, OF_BLOCK):
         found = trained(model, lambda model: model(x))
     plain = plain_copy(model).eval()
     assert_near(found, trained(plain, lambda model: model(x, adapter_names=NAMES)))
@@ -249,7 +131,7 @@ def test_a_trained_base_weight_has_its_gradient():
 def test_a_base_in_another_dtype_than_x():
     model = PEFT.make("linear", "three", BF16).model.eval()
     x = make_x("linear", F64, 6).float()
-    with pytest.raises(RuntimeError), lora_ext.use_adapters(model, NAMES):
+    with pytest.raises(RuntimeError), lora_ext.use_adapters(model, OF_BLOCK):
         model(x)
 
 
@@ -267,7 +149,7 @@ def test_values_that_hotswap_writes_are_seen():
     other = randomize(copy.deepcopy(model), seed=9)
     state = {key: p.detach().clone() for key, p in other.named_parameters() if ".french." in key}
     config = LoraConfig(**words["french"], target_modules=LINEAR)
-    with lora_ext.use_adapters(model, names):
+    with lora_ext.use_adapters(model, ["french", "code", None] * 2):
         first = model(make_ids())
         hotswap_adapter_from_state_dict(model, state, "french", config)
         second = model(make_ids())
@@ -281,7 +163,7 @@ def test_decelerate_within_a_block_and_after_it():
     """PEFT's own forward knows nothing of blocks; nothing of ours is left behind."""
     model = accelerated_net(targets=LINEAR).eval()
     plain = plain_copy(model)(make_ids())
-    with lora_ext.use_adapters(model, NAMES):
+    with lora_ext.use_adapters(model, OF_BLOCK):
         model(make_ids())
     lora_ext.decelerate(model)
     assert torch.equal(model(make_ids()), plain)
@@ -297,7 +179,7 @@ def accelerated_copy(model):
 def test_adapters_that_come_and_go():
     words = {name: ADAPTERS["three"][name] for name in "ab"}
     model = lora_ext.accelerate(peft_model(Net(), words, LINEAR)).eval()
-    with pytest.raises(ValueError, match=r"names out of \['a', 'b'\], but got \['c'\]"):
+    with pytest.raises(ValueError, match=r"names out of \['a', 'b'\].*, but got \['c'\]"):
         by_block(model, ["a", "c"] * 3)
     model.add_adapter("c", LoraConfig(r=3, target_modules=LINEAR))
     randomize(model)
@@ -314,27 +196,10 @@ def by_block(model, names):
         return model(make_ids())
 
 
-def test_a_quantised_base_is_called():
-    """torchao's int8 weights, where it is installed."""
-    torchao = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(32, 32))
-    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft_model(base, ADAPTERS["three"], ["0"])
-    x = torch.randn(6, 32)
-    model.eval()
-    wanted = model(x, adapter_names=NAMES)
-    lora_ext.accelerate(model)
-    with lora_ext.use_adapters(model, NAMES):
-        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_a_layer_alone():
     """Not only whole models of PEFT: a module that holds its layers."""
     model = lora_ext.accelerate(layer_model("linear", "three")).base_model.model
     x = make_x("linear", rows=6)
-    with lora_ext.use_adapters(model, NAMES):
+    with lora_ext.use_adapters(model, OF_BLOCK):
         y = model(x)
     assert y.shape == (6, 40)

@@ -90,17 +90,6 @@ def test_unload_gives_the_base_back():
     assert unloaded.up.weight is base["base_model.model.up.base_layer.weight"]
 
 
-def test_a_mixed_batch_is_pefts_own():
-    """adapter_names: a serial loop that only PEFT defines; same bits."""
-    model = net("three").eval()
-    fast = accelerated(model)
-    names = ["a", "__base__", "c", "b", "a", "c"]
-    with torch.no_grad():
-        assert torch.equal(
-            fast(make_ids(), adapter_names=names), model(make_ids(), adapter_names=names)
-        )
-
-
 def test_hotswap(tmp_path):
     targets = ["up", "gate", "down"]  # PEFT cannot swap an embedding's adapter
     source = net("one", F64, targets=targets)

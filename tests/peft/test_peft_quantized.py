@@ -208,3 +208,27 @@ def test_no_full_size_temporaries(words):
     # y of the base and of the layer, then dx twice while autograd adds the two.
     assert peaks[0] <= 2 * y + 2 * dx + blocks
     assert peaks[1] >= 1.4 * peaks[0]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_rows_with_adapters_of_their_own_on_a_base_that_is_called(words):
+    """The base runs once, and only its own forward reads it."""
+    torch.manual_seed(0)
+    options = {**WORDS[words], "target_modules": ["0"]}
+    model = get_peft_model(nn.Sequential(nn.Linear(WIDTH, HEIGHT)), LoraConfig(**options), "a")
+    model.add_adapter("b", LoraConfig(**{**options, "r": 4}))
+    randomize(model)
+    layer = lora_ext.accelerate(model).base_model.model[0]
+    packed = layer.base_layer = Packed(layer.base_layer)
+    model.eval()
+    x = torch.randn(4, 3, WIDTH)
+    names = ["a", None, "b", "a"]
+    wanted = lora_ext.decelerate(copy.deepcopy(model))(
+        x, adapter_names=[name or "__base__" for name in names]
+    )
+    packed.calls = 0
+    with lora_ext.use_adapters(model, names):
+        found = model(x)
+        assert paths(model) == {"0": "added"}
+    assert packed.calls == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

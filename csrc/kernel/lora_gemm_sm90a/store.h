@@ -36,8 +36,10 @@ struct LoraGemmSm90aEpilogue {
   __device__ __forceinline__ void mask(Accumulators& acc, const Place& at) const {
     const AccumulatorMask<Tile::kN / 8> mask{p.mask};
 #pragma unroll
-    for (int i = 0; i < Tile::kRowBlocks; ++i)
-      mask.apply(acc[i], first_row(at, i) + warp * 16 + lane / 4, at.column + lane % 4 * 2);
+    for (int i = 0; i < Tile::kRowBlocks; ++i) {
+      const int row = first_row(at, i) + warp * 16 + lane / 4;
+      mask.apply(acc[i], row, row + 8, at.column + lane % 4 * 2);
+    }
   }
 
   __device__ __forceinline__ void store(const Accumulators& acc, const Place& at) const {

@@ -13,8 +13,8 @@ EVERY_THREAD = "every thread waits for its bulk groups, of which only the first 
 HARMLESS = {
     "accumulator_mask.apply.parameters.in_step():never": ONE_DRAW_EACH,
     "mask.in_step.col_offset%32==0:never": ONE_DRAW_EACH,
-    "lora_shrink_sm80.mask.p.mask.in_step():never": ONE_DRAW_EACH,
-    "lora_wgrad_sm80.mask.p.mask.in_step():never": ONE_DRAW_EACH,
+    "lora_shrink_sm80.mask.dropout.in_step():never": ONE_DRAW_EACH,
+    "lora_wgrad_sm80.mask.dropout.in_step():never": ONE_DRAW_EACH,
     "lora_shrink_sm80.mask.k16%2==0:always": "the other half of the columns is drawn for again",
     "halves.high_half.fabsf(value)>kLargest:low": LARGE_FLOAT,
     "halves.high_half.fabsf(value)>kLargest:high": LARGE_FLOAT,
@@ -36,6 +36,7 @@ HARMLESS = {
     "lora_gemm_sm90a/in_grid.produce.jobs.block.p.lets_wgrad_begin:always": NEXT_GRID,
     "lora_gemm_sm90a/in_grid.produce.jobs.block.p.lets_wgrad_begin:never": NEXT_GRID,
     "lora_gemm_sm90a/in_grid.produce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
+    "lora_grouped_segments.run.first<groups+1:high": "a batch of no adapters more",
     "lora_reduce.lora_reduce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
     "lora_gemm_sm90a/jobs.schedule.job<count():high": "a ticket is drawn that nobody reads",
     "lora_gemm_sm90a/jobs.next.threadIdx.x>=Tile::kWarpgroup:low": "that thread reads no ticket",

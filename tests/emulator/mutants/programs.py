@@ -47,6 +47,19 @@ PROGRAMS = {
     ),
     "lora_dsdb_sm80": ("lora_dsdb_sm80", "tile_copy_sm80"),
     "lora_split": ("lora_split", "halves"),
+    "lora_grouped_segments": (
+        "lora_grouped_segments",
+        "lora_grouped_ranks",
+        "lora_grouped_entries",
+    ),
+    "lora_grouped_shrink": (
+        "lora_grouped_shrink",
+        "lora_grouped_reduce",
+        "lora_grouped_operands",
+    ),
+    "lora_grouped_gemm": ("lora_grouped_gemm", "lora_grouped_rows"),
+    "lora_grouped_sequence": ("lora_grouped_params", "lora_grouped_sequence"),
+    "lora_grouped_wgrad": ("lora_grouped_wgrad", "lora_grouped_reduce_wgrad"),
 }
 
 

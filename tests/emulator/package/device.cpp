@@ -14,8 +14,10 @@
 #include <string>
 #include <thread>
 
+#include "cuda/lora_grouped.h"
 #include "cuda/lora_linear.h"
 #include "emulator/fault.h"
+#include "emulator/kernels/lora_grouped_sequence.h"
 #include "emulator/kernels/lora_linear_sequence.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
@@ -99,6 +101,22 @@ std::string launch_backward(Half half, const plan::Plan& plan,
   return run([&](emulator::Stream& stream) {
     half == Half::kBFloat16 ? kernel::backward<__nv_bfloat16>(stream, plan, operands, kSms / 2)
                             : kernel::backward<__half>(stream, plan, operands, kSms / 2);
+  });
+}
+
+std::string launch_grouped_forward(Half half, const plan::GroupedPlan& plan,
+                                   const kernel::LoraGroupedForward& operands, void*) {
+  return run([&](emulator::Stream& stream) {
+    half == Half::kBFloat16 ? kernel::grouped_forward<__nv_bfloat16>(stream, plan, operands)
+                            : kernel::grouped_forward<__half>(stream, plan, operands);
+  });
+}
+
+std::string launch_grouped_backward(Half half, const plan::GroupedPlan& plan,
+                                    const kernel::LoraGroupedBackward& operands, void*) {
+  return run([&](emulator::Stream& stream) {
+    half == Half::kBFloat16 ? kernel::grouped_backward<__nv_bfloat16>(stream, plan, operands)
+                            : kernel::grouped_backward<__half>(stream, plan, operands);
   });
 }
 

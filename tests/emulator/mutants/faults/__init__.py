@@ -8,6 +8,7 @@ controls.py    legal edits, which must raise no alarm
 
 from emulator.mutants.faults.controls import CONTROLS
 from emulator.mutants.faults.epilogue import EPILOGUE
+from emulator.mutants.faults.grouped import GROUPED
 from emulator.mutants.faults.host import HOST
 from emulator.mutants.faults.jobs import JOBS
 from emulator.mutants.faults.loads import LOADS
@@ -16,4 +17,4 @@ from emulator.mutants.faults.products import PRODUCTS
 from emulator.mutants.faults.set_up import SET_UP
 from emulator.mutants.faults.thought import THOUGHT
 
-FAULTS = [*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MAPS, *HOST, *CONTROLS]
+FAULTS = [*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MAPS, *HOST, *GROUPED, *CONTROLS]

@@ -138,7 +138,7 @@ HOST = [
         "aligned_without_the_pointer",
         "a tensor counts as aligned by its pitch alone",
         "a slice of columns begins in the middle of a chunk",
-        LAUNCH,
+        "launch_parts.cpp",
         "pitch >= tensor.size(1) &&\n         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0",
         "pitch >= tensor.size(1)",
     ),

@@ -1,0 +1,24 @@
+// lora_grouped_entries: a list of adapters that the host has, as a table on the device. Entries
+// come as parameters, so that the launch can be captured and nothing waits for a copy.
+#pragma once
+#include "kernel/lora_grouped.h"
+#include "ptx/target.h"
+
+namespace lora_ext::kernel {
+
+struct LoraGroupedEntriesParams {
+  static constexpr int kMost = 64;  // of a launch: 2.5 of the 4 KiB that parameters may have
+  LoraGroupedEntry entries[kMost];
+  LoraGroupedEntry* to;
+  int count;
+};
+
+// One block, a thread for each entry, of whatever type.
+template <class T>
+__global__ void __launch_bounds__(LoraGroupedEntriesParams::kMost)
+    lora_grouped_entries(const __grid_constant__ LoraGroupedEntriesParams p) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < p.count) p.to[i] = p.entries[i];
+}
+
+}  // namespace lora_ext::kernel

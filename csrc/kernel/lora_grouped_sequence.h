@@ -1,0 +1,170 @@
+// The LoRA linear with many adapters as a sequence of kernels: follows a plan (grouped_plan.h) on
+// operands in one workspace.
+//
+//     forward    entries -> count, scan, place -> shrink: Z -> reduce: S, T -> gemm: Y
+//     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS; reduce: s S -> gemm:
+//     dX
+//                -> wgrad: dA, dB, or partial sums -> reduce_wgrad: dA, dB
+//
+// Without a list there are no entries to write, without an index there is nothing to count or to
+// place. In a hybrid plan gemm leaves out the base product, which the library then accumulates onto
+// Y and dX. A launcher is called as in lora_linear_sequence.h.
+#pragma once
+#include "kernel/lora_grouped_params.h"
+
+namespace lora_ext::kernel {
+
+// F is the factors' type, float or T.
+template <class T, class F, class Launch>
+class LoraGroupedSequence {
+ public:
+  LoraGroupedSequence(const plan::GroupedPlan& plan, const LoraGroupedOperands& operands,
+                      Launch& launch)
+      : plan_(plan), o_(operands), params_(plan, operands), launch_(launch) {}
+
+  void forward(const LoraGroupedForward& f) {
+    entries(o_.factors, params_.entries());
+    segments();
+    shrink<false>(params_.shrink(), o_.dropout);
+    reduce(params_.reduce(f.s));
+    gemm<false, false>(params_.gemm(f));
+  }
+
+  void backward(const LoraGroupedBackward& g) {
+    const bool wants_wgrad = g.need_da || g.need_db;
+    entries(o_.factors, params_.entries());
+    if (wants_wgrad) entries(g.gradients, params_.gradient_entries());
+    segments();
+    if (g.dx != nullptr || g.need_da) {
+      shrink<true>(params_.shrink(g), false);
+      reduce(params_.reduce());
+    }
+    if (g.need_db) reduce(params_.reduce_saved(g.s));
+    if (g.dx != nullptr)
+      o_.dropout ? gemm<true, true>(params_.gemm(g)) : gemm<true, false>(params_.gemm(g));
+    if (wants_wgrad) wgrad(g);
+  }
+
+ private:
+  static constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
+
+  static unsigned blocks_of(int64_t count, int64_t size) {
+    return static_cast<unsigned>((count + size - 1) / size);
+  }
+
+  void entries(const LoraGroupedMatrices& matrices, LoraGroupedEntry* to) {
+    if (to == nullptr) return;
+    using Params = LoraGroupedEntriesParams;
+    for (int first = 0; first < o_.rows.groups; first += Params::kMost) {
+      Params params{};
+      params.count = std::min(o_.rows.groups - first, Params::kMost), params.to = to + first;
+      std::copy_n(matrices.list + first, params.count, params.entries);
+      launch_(lora_grouped_entries<T>, dim3(1), Params::kMost, 0, params);
+    }
+  }
+
+  void segments() {
+    using Params = LoraGroupedSegmentsParams;
+    const Params params = params_.segments();
+    const dim3 chunks(blocks_of(o_.m, Params::kChunk));
+    const auto run = [&](auto kernel, dim3 grid) {
+      launch_(kernel, grid, Params::kThreads, Params::kSharedBytes, params);
+    };
+    if (o_.rows.index != nullptr) run(lora_grouped_count<T>, chunks);
+    run(lora_grouped_scan<T>, dim3(1));
+    if (o_.rows.index != nullptr) run(lora_grouped_place<T>, chunks);
+  }
+
+  template <bool kMNMajor>
+  void shrink(const LoraGroupedShrinkParams<T>& params, bool masked) {
+    using Tile = LoraShrinkTile;
+    const dim3 grid(static_cast<unsigned>(plan_.tile_count), blocks_of(params.z_pitch, Tile::kN),
+                    static_cast<unsigned>(plan_.one.shrink.splits));
+    const auto run = [&](auto kernel) {
+      launch_(kernel, grid, Tile::kThreads, Tile::kSlabs, params);
+    };
+    const bool vector = plan_.one.vector;
+    if constexpr (!kMNMajor) {
+      if (masked) {
+        return vector ? run(lora_grouped_shrink_sm80<T, F, kMNMajor, true, kV>)
+                      : run(lora_grouped_shrink_sm80<T, F, kMNMajor, true, kE>);
+      }
+    }
+    return vector ? run(lora_grouped_shrink_sm80<T, F, kMNMajor, false, kV>)
+                  : run(lora_grouped_shrink_sm80<T, F, kMNMajor, false, kE>);
+  }
+
+  void reduce(const LoraGroupedReduceParams<T>& params) {
+    launch_(lora_grouped_reduce<T>, dim3(static_cast<unsigned>(plan_.tile_count)), 256, 0, params);
+  }
+
+  template <bool kMNMajor, bool kMasked>
+  void gemm(const LoraGroupedGemmParams<T>& params) {
+    const plan::Gemm& gemm = plan_.one.gemm;
+    if (!gemm.vector) return gemm_of<LoraGemmTile128x64, kMNMajor, kMasked, kE>(params);
+    switch (gemm.tile) {
+      case plan::Tile::k128x256:
+        if constexpr (!kMasked) return gemm_of<LoraGemmTile128x256, kMNMajor, kMasked, kV>(params);
+        [[fallthrough]];  // the planner gives no masked product this tile
+      case plan::Tile::k128x128:
+        return gemm_of<LoraGemmTile128x128, kMNMajor, kMasked, kV>(params);
+      default:
+        return gemm_of<LoraGemmTile128x64, kMNMajor, kMasked, kV>(params);
+    }
+  }
+  template <class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
+  void gemm_of(const LoraGroupedGemmParams<T>& params) {
+    launch_(lora_grouped_gemm_sm80<T, F, Tile, kMNMajor, kMasked, kAlignment>,
+            dim3(static_cast<unsigned>(plan_.one.gemm.blocks)), Tile::kThreads, Tile::kSharedBytes,
+            params);
+  }
+
+  void wgrad(const LoraGroupedBackward& g) {
+    using Tile = LoraWgradTile;
+    const LoraGroupedWgradParams<T> params = params_.wgrad(g);
+    constexpr int kColumns = LoraGroupedWgradSm80<T, F, false, kV>::kColumns;
+    const int c_tiles = params.product[0].c_tiles + params.product[1].c_tiles;
+    const dim3 grid(static_cast<unsigned>(plan_.piece_count), static_cast<unsigned>(c_tiles),
+                    blocks_of(o_.rows.most_rank, kColumns));
+    const auto run = [&](auto kernel) {
+      launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, params);
+    };
+    const bool vector = plan_.one.vector;
+    if (o_.dropout) {
+      vector ? run(lora_grouped_wgrad_sm80<T, F, true, kV>)
+             : run(lora_grouped_wgrad_sm80<T, F, true, kE>);
+    } else {
+      vector ? run(lora_grouped_wgrad_sm80<T, F, false, kV>)
+             : run(lora_grouped_wgrad_sm80<T, F, false, kE>);
+    }
+    // Most adapters have one piece, and nothing to add.
+    constexpr unsigned kBlocks = 16;
+    launch_(lora_grouped_reduce_wgrad<T, F>,
+            dim3(static_cast<unsigned>(o_.rows.groups), kBlocks, 2), 256, 0,
+            params_.reduce_wgrad(g));
+  }
+
+  const plan::GroupedPlan& plan_;
+  const LoraGroupedOperands& o_;
+  const LoraGroupedParams<T> params_;
+  Launch& launch_;
+};
+
+// As in lora_linear_sequence.h, functions, so that their kernels are compiled in one place.
+template <class T, class Launch>
+void launch_lora_grouped(const plan::GroupedPlan& plan, const LoraGroupedForward& operands,
+                         Launch& launch) {
+  operands.float_adapters
+      ? LoraGroupedSequence<T, float, Launch>(plan, operands, launch).forward(operands)
+      : LoraGroupedSequence<T, T, Launch>(plan, operands, launch).forward(operands);
+}
+
+template <class T, class Launch>
+void launch_lora_grouped(const plan::GroupedPlan& plan, const LoraGroupedBackward& operands,
+                         Launch& launch) {
+  operands.float_adapters
+      ? LoraGroupedSequence<T, float, Launch>(plan, operands, launch).backward(operands)
+      : LoraGroupedSequence<T, T, Launch>(plan, operands, launch).backward(operands);
+}
+
+}  // namespace lora_ext::kernel

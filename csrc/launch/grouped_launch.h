@@ -1,0 +1,17 @@
+// From tensors of a call of many adapters to a planned launch, in the way of kernel_launch.h. Of
+// index, offs, ranks and scaling only the addresses are read.
+#pragma once
+
+#include "common/groups.h"
+#include "launch/kernel_launch.h"
+#include "plan/grouped_plan.h"
+
+namespace lora_ext::kernel_launch {
+
+plan::GroupedProblem problem_of(const GroupedForwardArgs& args);
+plan::GroupedProblem problem_of(const GroupedBackwardArgs& args);
+
+GroupedForward run(const plan::GroupedPlan& plan, const GroupedForwardArgs& args);
+GroupedBackward run(const plan::GroupedPlan& plan, const GroupedBackwardArgs& args);
+
+}  // namespace lora_ext::kernel_launch

@@ -1,0 +1,30 @@
+// What the planners of one adapter and of many share.
+#pragma once
+#include "plan/plan.h"
+
+namespace lora_ext::plan {
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
+
+struct Workspace {
+  static constexpr int64_t kAlignBytes = 256;
+  int64_t bytes = 0;
+  int64_t take(int64_t elements, int64_t size) {
+    const int64_t offset = bytes;
+    bytes += rounded_up(elements * size, kAlignBytes);
+    return offset;
+  }
+};
+
+// The route, or why it is the library's, and the widths of S and dS.
+Plan begin_plan(const Card& card, const Problem& p, const Request& request);
+// Enough splits for two blocks on every SM, but none so short that its copies do not get going.
+Splits choose_splits(const Card& card, int64_t blocks, int64_t length);
+
+// Blocks that have work; wgmma's come in pairs of rows.
+int64_t blocks_with_work(const TileFacts& tile, int64_t m, int64_t n);
+Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bool vector);
+void limit_blocks(Gemm& gemm, const Request& request);
+
+}  // namespace lora_ext::plan

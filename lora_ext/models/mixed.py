@@ -1,0 +1,169 @@
+"""`use_adapters`: a model whose samples, or tokens, each have an adapter of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import LoRALayer
+from ..nn.row_adapters import RowAdapters, given_to
+from ..peft.parts_by_row import parts_by_row
+
+
+@contextmanager
+def use_adapters(
+    model: nn.Module,
+    names: Sequence[str | None],
+    index: Tensor | None = None,
+    *,
+    repeats: int = 1,
+) -> Iterator[nn.Module]:
+    """Within the block each sample, or each token, has an adapter of its own, or none.
+
+        y[m] = base(x)[m] + scaling_g (drop(x)[m] A_g^T) B_g^T        g the adapter of row m
+
+    The active adapters do not count. Forward and backward, in training too: an adapter's gradient
+    is that of its own rows. A layer that lacks an adapter computes the base for its rows.
+
+        with lora_ext.use_adapters(model, ["fr", "de", None]):      # a name for each sample
+            loss = model(**batch).loss
+        with lora_ext.use_adapters(model, ["fr", "de"], index):     # index [batch], [batch, tokens]
+            model.generate(**batch)
+
+    Args:
+        model: with layers of `apply_lora`, with an `AdapterPool`, or a model of PEFT after
+            `accelerate`.
+        names: one for each sample of the batch, None for the base alone; or, with an index,
+            distinct names that it counts.
+        index: int32 ``[batch]`` or ``[batch, tokens]``, from -1 (the base alone) to len(names) - 1.
+            A model that gets one token of each sample, as generate's steps do, takes each sample's
+            last. It is read when the block is entered.
+        repeats: how often generate repeats each sample: the larger of num_beams and
+            num_return_sequences. x may have batch or batch * repeats samples.
+
+    Raises:
+        IndexError: the index counts what is not there.
+        RuntimeError: another thread has a block open; in a forward: adapters are merged.
+        TypeError: an argument is of another type.
+        ValueError: a name is unknown; in a forward: rows are not those of the samples, or a layer
+            of PEFT cannot give rows different adapters.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"lora_ext.use_adapters: expected a model (nn.Module), but got {type(model).__name__}"
+        )
+    layers, others = parts_by_row(model)
+    own = [layer for layer in layers if isinstance(layer, LoRALayer)]
+    if not layers:
+        what = "PEFT's layers, not accelerated" if others else "no layer with adapters"
+        raise ValueError(
+            f"lora_ext.use_adapters: expected a model after apply_lora, with an AdapterPool, or of "
+            f"PEFT after lora_ext.accelerate, but the {type(model).__name__} has {what}"
+        )
+    distinct, index = _checked(names, index, repeats)
+    _check_known(distinct, layers)
+    index = index.detach().to(_device_of(layers[0]), copy=True)
+    rows = RowAdapters(distinct, index, _slots(own, distinct, index), repeats)
+    with ExitStack() as stack:
+        stack.enter_context(given_to(layers, rows))
+        if others:
+            stack.enter_context(_told(others, rows))
+        yield model
+
+
+def _checked(
+    names: Sequence[str | None], index: Tensor | None, repeats: int
+) -> tuple[list[str], Tensor]:
+    """(distinct names, int32 index)."""
+    if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+        raise TypeError(
+            "lora_ext.use_adapters: expected names as a sequence of strings, or None for the base, "
+            f"but got {names!r}"
+        )
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"lora_ext.use_adapters: expected repeats of 1 or more, but got {repeats}")
+    if index is None:
+        distinct = list(dict.fromkeys(name for name in names if name is not None))
+        places: dict[str | None, int] = {name: place for place, name in enumerate(distinct)}
+        places[None] = -1
+        return distinct, torch.tensor([places[name] for name in names], dtype=torch.int32)
+    distinct = [name for name in names if name is not None]
+    if len(distinct) != len(names) or len(set(distinct)) != len(names):
+        raise ValueError(
+            "lora_ext.use_adapters: expected distinct names beside an index, which is -1 for the "
+            f"base, but got {list(names)}"
+        )
+    if not isinstance(index, Tensor) or index.dtype != torch.int32:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(
+            f"lora_ext.use_adapters: expected an int32 tensor as index, but got {got}; convert it "
+            "with .to(torch.int32)"
+        )
+    if index.dim() not in (1, 2):
+        raise ValueError(
+            "lora_ext.use_adapters: expected an index of shape [batch] or [batch, tokens], but got "
+            f"{list(index.shape)}"
+        )
+    if index.is_cpu and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < -1 or high >= len(distinct):
+            raise IndexError(
+                f"lora_ext.use_adapters: expected an index from -1 to {len(distinct) - 1} for "
+                f"{len(distinct)} names, but got {low if low < -1 else high}"
+            )
+    return distinct, index
+
+
+def _names_of(layer: Any) -> set[str]:
+    if isinstance(layer, LoRALayer):
+        return {*layer.adapters, *(() if layer.pool is None else layer.pool.names)}
+    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
+
+
+def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:
+    missing = set(names)
+    for layer in layers:
+        if not missing:
+            return
+        missing -= _names_of(layer)
+    if missing:
+        known = {name for layer in layers for name in _names_of(layer)}
+        raise ValueError(
+            f"lora_ext.use_adapters: expected names out of {sorted(known)}, or None for the base, "
+            f"but got {sorted(missing)}"
+        )
+
+
+def _device_of(layer: Any) -> torch.device:
+    base = layer if isinstance(layer, LoRALayer) else layer.base_layer
+    return next(base.parameters()).device
+
+
+def _slots(layers: Sequence[LoRALayer], names: Sequence[str], index: Tensor) -> Tensor | None:
+    """The index with slots of the pool in the place of names, if all names are the pool's."""
+    pool = next((layer.pool for layer in layers if layer.pool is not None), None)
+    if pool is None or not all(name in pool.names for name in names):
+        return None
+    table = torch.tensor([-1, *(pool.names[name] for name in names)], dtype=torch.int32)
+    return table.to(index.device)[index + 1]
+
+
+@contextmanager
+def _told(others: Sequence[Any], rows: RowAdapters) -> Iterator[None]:
+    """PEFT's own forwards: modules to save, convolutions and so on."""
+    from ..peft.mixed_batch import NOBODY, told_names
+
+    names = rows.sample_names(NOBODY)
+    if names is None:
+        kind = type(others[0]).__name__
+        raise ValueError(
+            "lora_ext.use_adapters: expected an index of samples [batch], since PEFT's "
+            f"{kind} cannot give tokens of one sample different adapters, but got "
+            f"{list(rows.index.shape)}"
+        )
+    with told_names(others, names, rows.repeats):
+        yield

@@ -1,0 +1,210 @@
+"""One layer's part of an `lora_ext.AdapterPool`: a slot for each adapter, in tensors that stay."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes import HALVES
+from ..functional import lora_linear
+from .adapter_spec import AdapterSpec
+from .updates import compute_dtype
+
+
+class SlotContent(NamedTuple):
+    """What a slot held, to be put back."""
+
+    spec: AdapterSpec | None
+    parameters: tuple[nn.Parameter, nn.Parameter] | None
+    values: tuple[Tensor, Tensor] | None
+
+
+class LayerPool(nn.Module):
+    """Slots for adapters of a linear layer.
+
+        slot s:  lora_a[s, :ranks[s]], lora_b[s, :, :ranks[s]], scaling[s]
+
+    Whatever is added, replaced or removed is written into these tensors, which keep their
+    addresses: a captured graph goes on reading them. The buffers follow the model to another device
+    or dtype, as the parameters do, which are views of them; neither is part of a state dict.
+
+    Attributes:
+        lora_a: ``[capacity, max_rank, in]``.
+        lora_b: ``[capacity, out, max_rank]``.
+        ranks: int32 ``[capacity]``, 0 for a slot that is free, or whose adapter is not in this
+            layer.
+        scaling: float32 ``[capacity]``.
+        names: name -> slot, one dictionary for all layers of a pool.
+        specs: name -> `AdapterSpec` here, for the adapters that this layer has.
+        slots: name -> (lora_a ``[r, in]``, lora_b ``[out, r]``), leaf parameters whose memory is
+            the slot's.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    ranks: Tensor
+    scaling: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        capacity: int,
+        max_rank: int,
+        names: dict[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        out_features, in_features = shape
+        like = {"dtype": dtype, "device": device}
+        with torch.inference_mode(False):
+            tensors = {
+                "lora_a": torch.zeros(capacity, max_rank, in_features, **like),
+                "lora_b": torch.zeros(capacity, out_features, max_rank, **like),
+                "ranks": torch.zeros(capacity, dtype=torch.int32, device=device),
+                "scaling": torch.zeros(capacity, dtype=torch.float32, device=device),
+            }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.names = names
+        self.specs: dict[str, AdapterSpec] = {}
+        self.slots: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        # Where `held` copies to: to allocate it anew would take longer than the copy.
+        self._spare: tuple[Tensor, Tensor] | None = None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs and name in self.names
+
+    # What a forward takes.
+
+    def needs_lists(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether a forward takes the parameters of the names in use, for their gradients, their
+        dropout or another dtype, in the place of the whole pool."""
+        dtype = self.lora_a.dtype
+        if torch.is_grad_enabled() or layer.training or dtype is torch.float64:
+            return True
+        return dtype in HALVES and dtype is not compute_dtype(x)
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None, index: Tensor) -> Tensor:
+        """The base with the adapter of each row's slot; no gradient reaches the pool."""
+        return lora_linear(
+            x,
+            weight,
+            self.lora_a,
+            self.lora_b,
+            bias,
+            self.scaling,
+            index=index,
+            ranks=self.ranks,
+        )
+
+    # What a pool does.
+
+    def held(self, name: str) -> SlotContent:
+        """A copy of an adapter's content, for `put_back`; it holds until the next one."""
+        found = self.slots.get(name) if name in self else None
+        if found is None:
+            return SlotContent(None, None, None)
+        first, second = (parameter.detach() for parameter in found)
+        if self._spare is None:
+            with torch.inference_mode(False):
+                self._spare = torch.empty_like(self.lora_a[0]), torch.empty_like(self.lora_b[0])
+        rank = first.shape[0]
+        kept = self._spare[0][:rank].copy_(first), self._spare[1][:, :rank].copy_(second)
+        return SlotContent(self.specs[name], found, kept)
+
+    def write(
+        self, name: str, slot: int, spec: AdapterSpec | None, values: Any, trainable: bool
+    ) -> None:
+        """Puts (lora_a, lora_b) into a slot; parameters of the same rank stay what they are.
+
+        Args:
+            spec, values: None if the adapter is not in this layer.
+        """
+        if spec is None:
+            self._free(name, slot)
+            return
+        before = self.specs[name] if name in self else None
+        if before is None or before.r != spec.r:
+            self.slots[name] = self._views(slot, spec.r, trainable)
+        with torch.no_grad():
+            for parameter, value in zip(self.slots[name], values, strict=True):
+                parameter.copy_(value)
+            if before is None or before.scaling != spec.scaling:
+                self.scaling[slot] = spec.scaling
+            if before is None or before.r != spec.r:
+                self.ranks[slot] = spec.r
+        self.specs[name] = spec
+
+    def put_back(self, name: str, slot: int, content: SlotContent) -> None:
+        """Undoes a `write`."""
+        if content.spec is None or content.parameters is None or content.values is None:
+            self._free(name, slot)
+            return
+        self.slots[name], self.specs[name] = content.parameters, content.spec
+        with torch.no_grad():
+            for parameter, value in zip(content.parameters, content.values, strict=True):
+                parameter.copy_(value)
+            self.scaling[slot] = content.spec.scaling
+            self.ranks[slot] = content.spec.r
+
+    def _free(self, name: str, slot: int) -> None:
+        self.specs.pop(name, None)
+        self.slots.pop(name, None)
+        self.ranks[slot] = 0
+
+    def _views(self, slot: int, rank: int, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
+        with torch.inference_mode(False):
+            lora_a, lora_b = self.lora_a[slot, :rank], self.lora_b[slot, :, :rank]
+            return nn.Parameter(lora_a, trainable), nn.Parameter(lora_b, trainable)
+
+    # Copies and moves.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LayerPool:
+        super()._apply(fn, recurse)
+        self._spare = None
+        numbers = [0.0] * len(self.ranks)
+        for name, spec in self.specs.items():
+            if name in self.names:
+                numbers[self.names[name]] = spec.scaling
+        # float32 whatever the model's dtype
+        self.scaling = torch.tensor(numbers, dtype=torch.float32, device=self.ranks.device)
+        for name, found in list(self.slots.items()):
+            if name not in self.names:
+                continue
+            views = self._views(self.names[name], self.specs[name].r, found[0].requires_grad)
+            if self.lora_a.is_meta != found[0].is_meta:
+                self.slots[name] = views  # as nn.Module does, on the meta device for one
+                continue
+            for parameter, view in zip(found, views, strict=True):
+                parameter.data = view.data
+                if parameter.grad is not None:
+                    grad = fn(parameter.grad)
+                    parameter.grad = None
+                    parameter.grad = grad
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_spare"] = None
+        state["slots"] = {n: [p.requires_grad for p in found] for n, found in self.slots.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        trainable, self.slots = self.slots, {}
+        for name, flags in trainable.items():
+            if name in self.names and name in self.specs:
+                views = self._views(self.names[name], self.specs[name].r, False)
+                for parameter, flag in zip(views, flags, strict=True):
+                    parameter.requires_grad_(bool(flag))
+                self.slots[name] = views
+
+
+def let_go(parameters: tuple[nn.Parameter, nn.Parameter] | None) -> None:
+    """Takes the slot's memory from parameters that an optimizer may still hold."""
+    for parameter in parameters or ():
+        parameter.grad = None
+        parameter.data = parameter.data.new_empty(0)

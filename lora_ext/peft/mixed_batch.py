@@ -1,0 +1,261 @@
+"""Layers of PEFT in a batch whose rows have different adapters, and PEFT's adapter_names.
+
+    y[m] = base(x)[m] + scaling_g * ((drop(x)[m] A_g^T) B_g^T + bias_g)       g the adapter of row m
+
+PEFT loops over the adapters, each with a copy of its samples, and refuses to in training. What is
+not computed here is left to that loop, where a name for each sample says the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer, variants
+from torch import Tensor
+
+from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
+from ..nn.row_adapters import RowAdapters, given_to
+from ..nn.updates import Update
+from .parts import matrix_of, quick_updates, update_of
+from .parts_by_row import parts_by_row
+from .reasons import (
+    ADDED,
+    BASE,
+    FUSED,
+    PEFT,
+    adapter_reason,
+    adapters_state,
+    base_obstacle,
+    dtype_obstacle,
+    embedding_reason,
+    input_reason,
+    is_plain,
+)
+
+NOBODY = "__base__"
+_BY_ROW = "each row its own adapter"
+
+
+def linear(
+    layer: Any, theirs: Any, x: Tensor, rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
+) -> Tensor:
+    """The forward of a linear layer within a block.
+
+    Args:
+        theirs: PEFT's class of the layer.
+        args, kwargs: of the forward, besides x; where aLoRA's adapters are, the block says.
+    """
+    kwargs.pop("alora_offsets", None)
+    if layer._disable_adapters or "adapter_names" in kwargs:
+        return theirs.forward(layer, x, *args, **kwargs)
+    tables = layer._modules
+    table = tables["lora_A"]._modules
+    names = [name for name in rows.names if name in table]
+    reason = _reason(layer, names, rows, args, kwargs) or input_reason(layer, x)
+    updates = quick_updates(layer, names)
+    if updates is None:
+        for name in names:
+            reason = reason or adapter_reason(layer, name)
+    reason = reason or _rows_reason(x, rows)
+    if reason:
+        return _left_to_peft(layer, theirs, x, rows, reason, args, kwargs)
+    base = tables["base_layer"]
+    if not names:
+        return base(x)
+    if updates is None:
+        updates = [update_of(layer, name) for name in names]
+    if not _kept(layer, theirs, x, updates):
+        return mixed_linear(x, matrix_of(base), base.bias, updates, rows)
+    y = base(x)
+    if not is_plain(y) or y.shape[:-1] != x.shape[:-1]:
+        return _left_to_peft(layer, theirs, x, rows, "the base's y is not plain", args, kwargs)
+    return mixed_onto(y, x, updates, rows)
+
+
+def linear_path(layer: Any, rows: RowAdapters | None) -> tuple[str, str]:
+    """(path, reason) of a linear layer within a block, for `lora_ext.explain`."""
+    assert rows is not None
+    names = [name for name in rows.names if name in layer.lora_A]
+    reason = _reason(layer, names, rows, (), {})
+    for name in names:
+        reason = reason or adapter_reason(layer, name)
+    return _path(layer, names, reason, base_obstacle(layer._modules["base_layer"]))
+
+
+def embedding_path(layer: Any, rows: RowAdapters | None) -> tuple[str, str]:
+    """(path, reason) of an embedding layer within a block, for `lora_ext.explain`."""
+    assert rows is not None
+    names = [name for name in rows.names if name in layer.lora_embedding_A]
+    reason = _reason(layer, names, rows, (), {}) or embedding_reason(layer, None, names)
+    return _path(layer, names, reason, "a lookup for each, and a small product")
+
+
+def _path(layer: Any, names: Sequence[str], reason: str, kept: str) -> tuple[str, str]:
+    if layer._disable_adapters:
+        return BASE, "adapters are disabled"
+    if reason:
+        return PEFT, f"{_BY_ROW}, in PEFT's loop: {reason}"
+    if not names:
+        return BASE, "none of the adapters that rows have is in this layer"
+    what = f"{_BY_ROW}, {len(names)} in this batch"
+    return (ADDED, f"{what}: {kept}") if kept else (FUSED, what)
+
+
+def embedding(
+    layer: Any, theirs: Any, ids: Tensor, rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
+) -> Tensor:
+    """The forward of an embedding layer within a block; arguments as in `linear`."""
+    kwargs.pop("alora_offsets", None)
+    if layer._disable_adapters or "adapter_names" in kwargs:
+        return theirs.forward(layer, ids, *args, **kwargs)
+    names = [name for name in rows.names if name in layer.lora_embedding_A]
+    reason = _reason(layer, names, rows, args, kwargs) or embedding_reason(layer, ids, names)
+    reason = reason or _rows_reason(ids, rows)
+    if reason:
+        return _left_to_peft(layer, theirs, ids, rows, reason, args, kwargs)
+    base = layer._modules["base_layer"]
+    y = base(ids)
+    if not names:
+        return y
+    table, other = layer.lora_embedding_A, layer.lora_embedding_B
+    updates = [Update(n, table[n], other[n], None, layer.scaling[n], 0.0) for n in names]
+
+    def look_up(columns: Tensor) -> Tensor:
+        by_count = base.scale_grad_by_freq
+        return F.embedding(ids, columns, base.padding_idx, scale_grad_by_freq=by_count)
+
+    return mixed_lookup(y, ids, updates, rows, look_up)
+
+
+def _reason(
+    layer: Any, names: Sequence[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
+) -> str:
+    """Why rows of a layer are PEFT's matter, whatever its x."""
+    if layer.merged_adapters:
+        return f"{layer.merged_adapters} are merged into the weight; call unmerge_adapter first"
+    state = adapters_state(layer)
+    if state is not None and state[0] == PEFT:
+        return state[1]
+    if args or kwargs:
+        return "the layer gets more than x"
+    kept = layer.lora_variant
+    for name in names if kept else ():
+        variant = kept.get(name)
+        if variant is not None and (rows.is_pefts or type(variant) is not _ACTIVATED):
+            return f"{name!r} is DoRA or another variant of LoRA"
+    return ""
+
+
+# aLoRA computes plain LoRA from its invocation on, and nothing before.
+_ACTIVATED = getattr(variants, "ALoraLinearVariant", None)
+
+
+def _rows_reason(x: Tensor, rows: RowAdapters) -> str:
+    """Of PEFT's adapter_names: why PEFT has to say that the rows are not theirs."""
+    if rows.is_pefts and (x.dim() == 0 or len(x) != len(rows.index)):
+        return "the number of samples is another"
+    return ""
+
+
+def _kept(layer: Any, theirs: Any, x: Tensor, updates: Sequence[Update]) -> str:
+    """Why the base has to be called as it is, or ""."""
+    base = layer._modules["base_layer"]
+    reason = base_obstacle(base)
+    if reason:
+        return reason
+    if base.weight.requires_grad and torch.is_grad_enabled():
+        return "the base weight is trained"
+    dtypes = {update.lora_a.dtype for update in updates}
+    return next(filter(None, (dtype_obstacle(x, base.weight, dtype) for dtype in dtypes)), "")
+
+
+def _left_to_peft(
+    layer: Any, theirs: Any, x: Tensor, rows: RowAdapters, reason: str, args: tuple, kwargs: dict
+) -> Tensor:
+    """PEFT's loop, where it knows what is meant and does it right.
+
+    Raises:
+        ValueError: it does not.
+    """
+    names = rows.sample_names(NOBODY)
+    refused = layer.merged_adapters or "variant" in reason
+    if rows.is_pefts or (names is not None and len(x) == len(names) and not refused):
+        return theirs.forward(layer, x, *args, adapter_names=names, **kwargs)
+    raise ValueError(
+        f"lora_ext.use_adapters: expected a layer whose rows can have different adapters, but in a "
+        f"{type(layer).__name__} {reason}"
+    )
+
+
+def known_names(layer: Any) -> set[str]:
+    """Names of the adapters of a LoRA layer of PEFT."""
+    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
+
+
+@contextmanager
+def told_names(modules: Sequence[Any], names: Sequence[str], repeats: int = 1) -> Iterator[None]:
+    """Within the block PEFT's own forwards get adapter_names, as PEFT itself gives them."""
+    with ExitStack() as stack:
+        for module in modules:
+            hook = partial(_tell, names=list(names), repeats=repeats)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _tell(module: Any, args: Any, kwargs: Any, names: list[str], repeats: int) -> Any:
+    if repeats > 1 and args and len(args[0]) == len(names) * repeats:
+        names = [name for name in names for _ in range(repeats)]
+    return args, {**kwargs, "adapter_names": names}
+
+
+@contextmanager
+def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
+    """The adapter_names of one call of a model, checked as PEFT checks them.
+
+    Raises:
+        TypeError, ValueError: PEFT's own, except that training is no error.
+    """
+    fast, others = parts_by_row(model)
+    unknown = {name for name in names if name != NOBODY}
+    for layer in (*fast, *others):
+        if unknown and isinstance(layer, LoraLayer):
+            unknown -= known_names(layer)
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
+        )
+    original = names = list(names) if isinstance(names, tuple) else names
+    is_beams = isinstance(num_beams, int) and num_beams > 1
+    if is_beams:
+        if not isinstance(names, list):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        names = [name for name in names for _ in range(num_beams)]
+    encoder = _encoder_of(model.model) if is_beams else None
+    inside = set() if encoder is None else {id(module) for module in encoder.modules()}
+    with ExitStack() as stack:
+        for given, is_inside in ((names, False), (original, True)):
+            own = [layer for layer in fast if (id(layer) in inside) == is_inside]
+            rest = [module for module in others if (id(module) in inside) == is_inside]
+            stack.enter_context(given_to(own, rows_of_names(given, own, is_pefts=True)))
+            stack.enter_context(told_names(rest, given))
+        yield
+
+
+def rows_of_names(names: Sequence[str], layers: Sequence[Any], is_pefts: bool) -> RowAdapters:
+    distinct = list(dict.fromkeys(name for name in names if name != NOBODY))
+    places = {name: place for place, name in enumerate(distinct)} | {NOBODY: -1}
+    device = next((p.device for layer in layers[:1] for p in layer.parameters()), None)
+    index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
+    return RowAdapters(distinct, index, is_pefts=is_pefts)
+
+
+def _encoder_of(model: Any) -> Any:
+    from peft.tuners.lora import model as peft_model
+
+    return peft_model._get_encoder(model)

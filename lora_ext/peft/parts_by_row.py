@@ -1,0 +1,35 @@
+"""Which parts of a model, of this package or of PEFT, can give rows different adapters."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def parts_by_row(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """(the layers whose rows can have different adapters, what else of PEFT has parts for each
+    adapter); imports nothing that is not imported, and looks into no layer."""
+    lora: Any = sys.modules.get("peft.tuners.lora.layer")
+    other: Any = sys.modules.get("peft.utils.other")
+    theirs = () if lora is None else (lora.LoraLayer, other.AuxiliaryTrainingWrapper)
+    layers: list[Any] = []
+    others: list[Any] = []
+    stack, seen = [model], set()
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        children = module._modules
+        if hasattr(type(module), "row_adapters"):
+            layers.append(module)
+            base = children.get("base_layer")
+            if base is not None:
+                stack.append(base)
+            continue
+        if theirs and isinstance(module, theirs):
+            others.append(module)
+        stack += [child for child in children.values() if child is not None]
+    return layers, others

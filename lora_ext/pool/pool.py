@@ -1,0 +1,319 @@
+"""AdapterPool: room for a number of adapters of one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import AdapterError, save_adapter
+from ..models import LoRAConfig
+from ..models.apply import find_targets, install, replacement_for
+from ..models.model import adapter_names, check_not_peft, lora_layers
+from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
+from ..nn.adapter_spec import AdapterSpec, check_rank, expect
+from ..nn.fused import FusedLoRALayer
+from ..nn.layer_pool import LayerPool, let_go
+from .sources import Incoming, Source, naming, read
+
+
+class AdapterPool:
+    """A fixed number of slots for adapters, in each of a model's layers.
+
+        y[m] = x[m] W^T + bias + scaling[s] (drop(x)[m] lora_a[s]^T) lora_b[s]^T   s = slot of m
+
+    `lora_ext.use_adapters` says which sample has which adapter; outside of its blocks the pool adds
+    nothing. Adapters are added, replaced and removed while the model serves: what is written goes
+    into tensors that keep their addresses, and the next forward reads it. Nothing else is kept of
+    an adapter.
+
+        pool = lora_ext.AdapterPool(model, capacity=64, max_rank=16, target_modules="all-linear")
+        pool.add("fr", "folder-of-peft")                      # checked as by load_adapter
+        pool.add("new", LoRAConfig("all-linear", r=8))        # random, to be trained
+        optimizer = torch.optim.AdamW(pool.parameters("new"), lr=1e-3)
+        with lora_ext.use_adapters(model, ["fr", "new", None]):
+            ...
+
+    Each adapter has parameters of its own, whose memory is the slot's: an optimizer, a learning
+    rate and clipping for each. They are not among ``model.parameters()``, and the pool is not in
+    ``model.state_dict()``: `save` keeps an adapter. The pool follows ``model.to(...)``, and copies
+    and pickles of the model hold their own; `AdapterPool.of` finds that.
+
+    Args:
+        model: any nn.Module, with or without adapters of this package; changed in place, its
+            parameters frozen if it has no adapters.
+        capacity: number of slots.
+        max_rank: of each slot, 1 to 512.
+        target_modules, exclude_modules: as in `LoRAConfig`: nn.Linear, Conv1D, 1x1 nn.Conv2d.
+        dtype: of the factors; None is float32 on a half base, else the base's.
+
+    Raises:
+        ValueError: a number is out of its range, the model has a pool, no layer matches, one that
+            matches cannot have a pool, or the layers are PEFT's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int,
+        max_rank: int,
+        target_modules: str | Sequence[str] = "all-linear",
+        *,
+        exclude_modules: str | Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        where = "AdapterPool"
+        expect(_is_count(capacity), where, "a capacity of 1 or more", capacity)
+        check_rank(max_rank, f"{where} (max_rank)")
+        check_not_peft(model, "AdapterPool")
+        if any(layer.pool is not None for _, layer in lora_layers(model)):
+            raise ValueError(
+                f"lora_ext.{where}: expected a model without a pool, but it has one; "
+                "AdapterPool.of(model) finds it"
+            )
+        config = LoRAConfig(target_modules, exclude_modules=exclude_modules)
+        targets = [(path, _layer_for(path, m), m) for path, m in find_targets(model, config)]
+        self.model = model
+        self.capacity, self.max_rank = capacity, max_rank
+        self._names: dict[str, int] = {}
+        pools = [self._pool_for(layer, dtype) for _, layer, _ in targets]
+        if not adapter_names(model):
+            model.requires_grad_(False)
+        self.layers: dict[str, LoRALayer] = {}
+        for (path, layer, _), pool in zip(targets, pools, strict=True):
+            layer.weight.requires_grad_(False)
+            layer.pool = pool
+            self.layers[path] = layer
+        install(model, {id(m): layer for _, layer, m in targets if layer is not m})
+
+    def _pool_for(self, layer: LoRALayer, dtype: torch.dtype | None) -> LayerPool:
+        weight = layer.weight
+        if dtype is None:
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        shape = tuple(layer.matrix(weight).shape)
+        where = (dtype, weight.device)
+        return LayerPool(shape, self.capacity, self.max_rank, self._names, *where)  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> AdapterPool:
+        """The pool of a model that has one, such as a copy or what was unpickled.
+
+        Raises:
+            ValueError: it has none.
+        """
+        layers = {path: layer for path, layer in lora_layers(model) if layer.pool is not None}
+        if not layers:
+            raise ValueError(
+                f"lora_ext.AdapterPool.of: expected a model with a pool, but the "
+                f"{type(model).__name__} has none; make one by AdapterPool(model, ...)"
+            )
+        found = cls.__new__(cls)
+        found.model, found.layers = model, layers
+        pool = next(iter(layers.values())).pool
+        found.capacity, found.max_rank = pool.lora_a.shape[:2]
+        found._names = pool.names
+        return found
+
+    # What is in it.
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, in the order in which they came."""
+        return list(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._names))
+
+    def __repr__(self) -> str:
+        return (
+            f"AdapterPool({len(self)} of {self.capacity} slots used, max_rank={self.max_rank}, "
+            f"{len(self.layers)} layers: {self.names})"
+        )
+
+    def slot(self, name: str) -> int:
+        """The adapter's place in each layer's tensors, which it keeps as long as it is there."""
+        return self._names[self._known(name, "slot")]
+
+    def specs(self, name: str) -> dict[str, AdapterSpec]:
+        """Path of each layer that has the adapter -> its rank, alpha and dropout there."""
+        self._known(name, "specs")
+        return {p: layer.pool.specs[name] for p, layer in self.layers.items() if name in layer.pool}
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters, ``<path>.lora_a`` ``[r, in]`` and ``<path>.lora_b`` ``[out,
+        r]``: leaves whose memory is the slot's. `add` and `replace` take the same keys."""
+        self._known(name, "tensors")
+        found = {}
+        for path, layer in self.layers.items():
+            held = layer.pool.slots.get(name)
+            if held is not None:
+                found[f"{path}.lora_a"], found[f"{path}.lora_b"] = held
+        return found
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The adapter's parameters, for an optimizer of its own. They stay the same until the
+        adapter is removed, or replaced by one of other ranks."""
+        return list(self.tensors(name).values())
+
+    # What changes it.
+
+    def add(
+        self,
+        name: str,
+        source: Source,
+        config: LoRAConfig | None = None,
+        *,
+        trainable: bool | None = None,
+    ) -> list[nn.Parameter]:
+        """Puts an adapter into a free slot. It is all there or, after an error, not at all.
+
+        Args:
+            name: a new one.
+            source: a `LoRAConfig`, for random first values; a folder in PEFT's format; or tensors
+                with the keys of `tensors`, of any floating dtype and device.
+            config: beside tensors: their alpha, dropout and use_rslora.
+            trainable: whether the parameters want gradients; None: a new one's do.
+
+        Returns:
+            `parameters` of the adapter.
+
+        Raises:
+            AdapterError: a ValueError: the name is taken, the pool is full, a rank is above
+                max_rank, shapes do not fit, values are not finite, a layer is not the pool's, or
+                the adapter is more than plain LoRA.
+            TypeError: source is of another type.
+        """
+        with naming("add", name):
+            if not isinstance(name, str) or not name or "." in name:
+                raise AdapterError("expected a name that is a string without dots, not empty")
+            if name in self._names or name in adapter_names(self.model):
+                raise AdapterError("expected a new name; replace or remove the adapter that has it")
+            taken = set(self._names.values())
+            if len(taken) == self.capacity:
+                raise AdapterError(
+                    f"expected a free slot, but all {self.capacity} are used; remove an adapter, "
+                    "or make a pool of larger capacity"
+                )
+            incoming = self._read(source, config)
+            slot = next(slot for slot in range(self.capacity) if slot not in taken)
+            wants = incoming.is_new if trainable is None else trainable
+            self._write(name, slot, incoming, wants)
+            self._names[name] = slot
+        return self.parameters(name)
+
+    def replace(
+        self, name: str, source: Source, config: LoRAConfig | None = None
+    ) -> list[nn.Parameter]:
+        """Puts another adapter into the slot of one. After an error, an interrupt too, the slot
+        holds what it held. Where a layer's rank stays, so do its parameters; others are new, and
+        those before are let go: they are empty.
+
+        Args:
+            name: of the adapter.
+            source, config: as in `add`.
+
+        Returns:
+            `parameters` of the adapter.
+
+        Raises:
+            AdapterError, TypeError: as `add`; or no adapter has the name.
+        """
+        self._known(name, "replace")
+        with naming("replace", name):
+            incoming = self._read(source, config)
+            wants = next(iter(self.parameters(name))).requires_grad
+            self._write(name, self._names[name], incoming, wants)
+        return self.parameters(name)
+
+    def remove(self, name: str) -> None:
+        """Frees the adapter's slot. Its parameters are let go: they are empty.
+
+        Raises:
+            AdapterError: no adapter has the name.
+        """
+        self._known(name, "remove")
+        held = [layer.pool.slots.get(name) for layer in self.layers.values()]
+        slot = self._names.pop(name)
+        for layer in self.layers.values():
+            layer.pool.write(name, slot, None, None, False)
+        for parameters in held:
+            let_go(parameters)
+
+    def save(self, name: str, folder: str | os.PathLike[str], **information: str | None) -> None:
+        """Writes an adapter as a folder in PEFT's format, as `save_adapter` does.
+
+        Args:
+            name: of the adapter.
+            folder: a local path.
+            information: base_model_name_or_path, revision and task_type of `save_adapter`.
+
+        Raises:
+            AdapterError: no adapter has the name, or a value is not finite.
+            OSError: the folder cannot be written.
+        """
+        self._known(name, "save")
+        save_adapter(self.model, folder, name, bias="none", **information)
+
+    def _read(self, source: Source, config: LoRAConfig | None) -> Incoming:
+        return read(self.model, self.layers, self.max_rank, source, config)
+
+    def _write(self, name: str, slot: int, incoming: Incoming, trainable: bool) -> None:
+        """Writes all layers or none; what is replaced is kept until all is written."""
+        held: list[tuple[LayerPool, Any]] = []
+        try:
+            for path, layer in self.layers.items():
+                pool = layer.pool
+                held.append((pool, pool.held(name)))
+                spec, values = incoming.specs.get(path), incoming.values.get(path)
+                pool.write(name, slot, spec, values, trainable)
+        except BaseException:
+            for pool, content in held:
+                pool.put_back(name, slot, content)
+            raise
+        for pool, content in held:
+            if content.parameters is not None and pool.slots.get(name) is not content.parameters:
+                let_go(content.parameters)
+
+    def _known(self, name: str, method: str) -> str:
+        if name not in self._names:
+            raise AdapterError(
+                f"lora_ext.AdapterPool.{method}: expected one of the adapters {self.names}, but "
+                f"got {name!r}"
+            )
+        return name
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _layer_for(path: str, module: nn.Module) -> LoRALayer:
+    """The module, or the layer that takes its place."""
+    if isinstance(module, LoRALayer):
+        layer: Any = module
+    else:
+        kind = replacement_for(module)
+        assert kind is not None
+        try:
+            layer = kind.around(module)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error} (at {path!r})") from None
+    plain = type(layer) is LoRALinear or (
+        isinstance(layer, FusedLoRALayer) and not isinstance(layer, LoRALinear)
+    )
+    if not plain or isinstance(layer, LoRAMergedLinear | LoRAEmbedding):
+        raise ValueError(
+            "lora_ext.AdapterPool: expected linear layers and 1x1 convolutions, but target_modules "
+            f"chooses {path!r}, a {type(layer).__name__}"
+        )
+    layer.check_whole("AdapterPool")
+    return layer

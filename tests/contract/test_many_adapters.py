@@ -1,0 +1,538 @@
+"""`use_adapters` on both kinds of layer: each row as with its adapter alone, forward and backward.
+
+The reference is a loop: one adapter after the other is made the only active one, and has the whole
+batch with dy zero in the rows of the others.
+"""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BF16, F32, F64, HALVES
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_ext
+from contract.cases import CALLED, LAYERS, LINEAR, assert_close, cases, every_kind
+from lora_ext.nn.row_adapters import RowAdapters
+
+NAMES = ["a", None, "c", "b", "a", "c"]
+ABC = ["a", "b", "c"]
+
+
+def batch(subject, count=6, dtype=F64):
+    """x of `count` samples: ``[count, 5, in]``, pixels, or ids ``[count, tokens]``."""
+    if subject.name == "net":
+        return subject.x(count)
+    if subject.name == "conv2d":
+        return subject.x(15 * count, dtype)
+    x = subject.x(5 * count, dtype)
+    return x.view(count, 5, *x.shape[1:])
+
+
+def loop(subject, x, names, dy=None):
+    """y, dx and the gradients by id, an adapter at a time; all are active in the end."""
+    every = list({n: None for layer in subject.layers for n in names_of(layer)})
+    leaf = x.clone().requires_grad_(x.is_floating_point())
+    total, grads = None, {}
+    for name in dict.fromkeys(names):
+        subject.set_adapter([] if name is None else [name]) if name is not None else None
+        for parameter in subject.trained():
+            parameter.grad = None
+        with subject.disabled() if name is None else torch.enable_grad():
+            y = subject(leaf)
+        mine = torch.tensor([n == name for n in names]).view(-1, *(1 for _ in y.shape[1:]))
+        part = torch.where(mine, y, 0.0)
+        total = part.detach() if total is None else total + part.detach()
+        if dy is not None and part.requires_grad:
+            part.backward(dy)
+            grads |= {id(p): p.grad for p in subject.trained() if p.grad is not None}
+    subject.set_adapter(every)
+    return total, leaf.grad, grads
+
+
+def names_of(layer):
+    if isinstance(layer, lora_ext.nn.LoRALayer):
+        return list(layer.adapters)
+    return [*layer.lora_A.keys(), *layer.lora_embedding_A.keys()]
+
+
+def mixed(subject, x, names, dy=None, index=None):
+    leaf = x.clone().requires_grad_(x.is_floating_point())
+    for parameter in subject.trained():
+        parameter.grad = None
+    with lora_ext.use_adapters(subject.model, names, index):
+        y = subject(leaf)
+    if dy is not None:
+        y.backward(dy)
+    grads = {id(p): p.grad for p in subject.trained()}
+    return y.detach(), leaf.grad, grads
+
+
+def randn(like):
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(3), dtype=like.dtype)
+
+
+def assert_same_steps(found, wanted, every, **words):
+    assert_close(found[0], wanted[0], **words)
+    if wanted[1] is not None:
+        assert_close(found[1], wanted[1], **words)
+    for parameter in every:
+        value = found[2].get(id(parameter))
+        target = wanted[2].get(id(parameter))
+        if target is None:
+            assert value is None or not value.any()
+        else:
+            assert_close(value, target, **words)
+
+
+# ---- the equation ----
+
+
+@cases(["net", *LAYERS, *CALLED], ["three", "lora_bias"])
+def test_each_sample_is_as_with_its_adapter_alone(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F64)
+    names = NAMES if adapters == "three" else ["a", None, "a", "a", None, "a"]
+    x = batch(subject)
+    dy = randn(loop(subject, x, names)[0])
+    wanted = loop(subject, x, names, dy)
+    found = mixed(subject, x, names, dy)
+    assert_same_steps(found, wanted, subject.trained())
+    assert (wanted[0] - loop(subject, x, ["a"] * 6)[0]).abs().max() > 1e-3
+
+
+@cases([*LINEAR, *CALLED], ["three"])
+def test_each_token_has_an_adapter(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject, 4)
+    index = torch.tensor([[-1, 0, 1, 2, 0]] * 3 + [[2, 2, -1, -1, 1]], dtype=torch.int32)
+    names = [None if i < 0 else ABC[i] for i in index.flatten().tolist()]
+    flat = x.flatten(0, 1)
+    dy = randn(loop(subject, flat, names)[0])
+    wanted = loop(subject, flat, names, dy)
+    found = mixed(subject, x, ABC, dy.view(4, 5, -1), index)
+    found = (found[0].flatten(0, 1), found[1].flatten(0, 1), found[2])
+    assert_same_steps(found, wanted, subject.trained())
+
+
+@cases(["linear", "subclass"], ["three"])
+def test_rows_of_two_dimensions(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F64)
+    x = subject.x(6, F64)
+    assert_close(mixed(subject, x, NAMES)[0], loop(subject, x, NAMES)[0])
+    # Flattened tokens, of a block that has seen their number or has an index for each.
+    three = batch(subject)
+    with lora_ext.use_adapters(subject.model, NAMES):
+        y = subject(three)
+        assert torch.equal(subject(three.flatten(0, 1)), y.flatten(0, 1))
+    index = torch.tensor([[0, 1, 2, -1, 0]] * 6, dtype=torch.int32)
+    with lora_ext.use_adapters(subject.model, ABC, index):
+        flat = subject(three.flatten(0, 1))
+        assert torch.equal(flat, subject(three).flatten(0, 1))
+
+
+@pytest.mark.parametrize("dropouts", [0.4, {"a": 0.4, "b": 0.6, "c": 0.4}], ids=["same", "other"])
+@cases(["linear", "subclass"], ["three"])
+def test_dropout_in_training(kind, layer, adapters, dropouts):
+    """Adapters that differ in dropout are one call more; the mean over masks is the layer's."""
+    subject = kind.make(layer, adapters, F64, dropout=dropouts)
+    x = batch(subject)
+    subject.model.eval()
+    wanted = loop(subject, x, NAMES)[0]
+    assert_close(mixed(subject, x, NAMES)[0], wanted)
+    subject.model.train()
+    draws = torch.stack([mixed(subject, x, NAMES)[0] for _ in range(400)])
+    assert not torch.equal(draws[0][0], draws[1][0])
+    assert_close(draws[:, 1], wanted[1].expand(400, *wanted[1].shape))  # the base has none
+    error = (draws.mean(0) - wanted).abs()
+    assert (error <= 6 * draws.std(0) / 20 + 1e-9).all()
+
+
+@pytest.mark.parametrize("adapter_dtype", [F32, BF16])
+@cases(["linear", "subclass", "embedding"], ["three", "lora_bias"])
+def test_half_precision_is_no_worse_than_one_adapter_alone(kind, layer, adapters, adapter_dtype):
+    subject = kind.make(layer, adapters, BF16, adapter_dtype)
+    names = NAMES if adapters == "three" else ["a", None] * 3
+    x = batch(subject, dtype=BF16)
+    exact = kind.make(layer, adapters, F64).holding(copy.deepcopy(subject.model).double())
+    wanted = loop(exact, x.double() if x.is_floating_point() else x, names)[0]
+    alone = loop(subject, x, names)[0]
+    found = mixed(subject, x, names)[0]
+    assert found.dtype is BF16
+
+    def rms(y):
+        return (y.double() - wanted).square().mean().sqrt()
+
+    assert rms(found) <= 1.3 * rms(alone)
+
+
+@cases(["linear", "subclass"], ["three"])
+def test_under_autocast(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F32)
+    x = batch(subject, dtype=F32)
+    with torch.autocast("cpu", BF16):
+        y = mixed(subject, x, NAMES)[0]
+        wanted = loop(subject, x, NAMES)[0]
+    assert y.dtype is BF16 and y.dtype in HALVES
+    torch.testing.assert_close(y.float(), wanted.float(), rtol=0.05, atol=0.05)
+
+
+@cases(["linear", "embedding", "subclass"], ["three"])
+def test_one_call_of_the_op_in_the_place_of_a_loop_peft_804_2283(kind, layer, adapters):
+    """A mixed batch was a serial loop over its adapters, slower with each of them."""
+    subject = kind.make(layer, adapters)
+    x = batch(subject, dtype=F32)
+    subject.model.eval()
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        lora_ext.use_adapters(subject.model, NAMES),
+    ):
+        subject(x)
+    calls = [event.name for event in profile.events()]
+    ops = ("lora_ext::lora_linear_grouped", "lora_ext::lora_update_grouped")
+    assert sum(calls.count(op) for op in ops) == 1
+
+
+@cases(["linear"], ["three"])
+def test_an_idle_adapter_gets_zeros_megatron_bridge_5768(kind, layer, adapters):
+    """A slot without rows could make backward unsafe: it gets zeros, and changes nothing."""
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject, 2)
+    index = torch.tensor([0, 2], dtype=torch.int32)
+    with torch.no_grad():
+        for parameter in subject.factors("b"):
+            parameter.fill_(float("nan"))
+    y, dx, grads = mixed(subject, x, ABC, torch.ones_like(subject(x)), index)
+    assert y.isfinite().all() and dx.isfinite().all()
+    for parameter in subject.factors("b"):
+        assert not grads[id(parameter)].any() and grads[id(parameter)].isfinite().all()
+    for parameter in subject.factors("a"):
+        assert grads[id(parameter)].any()
+
+
+@cases(["net", "linear"], ["three"])
+def test_gradients_do_not_depend_on_who_else_is_in_the_batch(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject)
+    dy = randn(loop(subject, x, NAMES)[0])
+    together = mixed(subject, x, NAMES, dy)[2]
+    own = [i for i, name in enumerate(NAMES) if name == "a"]
+    alone = mixed(subject, x[own], ["a"] * len(own), dy[own])[2]
+    for parameter in subject.factors("a"):
+        assert_close(together[id(parameter)], alone[id(parameter)])
+
+
+# ---- the block ----
+
+
+@every_kind
+def test_blocks_nest_overlap_and_survive_exceptions(kind):
+    subject = kind.make("net", "three", F64)
+    x = batch(subject, 2)
+    plain = subject(x)
+    one, other = loop(subject, x, ["a", "b"])[0], loop(subject, x, ["c", None])[0]
+    with lora_ext.use_adapters(subject.model, ["a", "b"]):
+        assert_close(subject(x), one)
+        with lora_ext.use_adapters(subject.model, ["c", None]):
+            assert_close(subject(x), other)
+        assert_close(subject(x), one)
+        with pytest.raises(KeyError), lora_ext.use_adapters(subject.model, ["c", None]):
+            raise KeyError
+        assert_close(subject(x), one)
+    assert torch.equal(subject(x), plain)
+    first = lora_ext.use_adapters(subject.model, ["a", "b"])
+    second = lora_ext.use_adapters(subject.model, ["c", None])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert_close(subject(x), other)
+    second.__exit__(None, None, None)
+    assert torch.equal(subject(x), plain)
+
+
+@every_kind
+def test_copies_and_pickles_are_in_no_block(kind):
+    subject = kind.make("net", "three", F64)
+    x = batch(subject, 2)
+    plain = subject(x)
+    with lora_ext.use_adapters(subject.model, ["a", "b"]):
+        copied = copy.deepcopy(subject.model)
+        pickled = pickle.loads(pickle.dumps(subject.model))
+    assert torch.equal(copied(x), plain)
+    assert torch.equal(pickled(x), plain)
+
+
+@every_kind
+def test_another_thread_is_refused(kind):
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject, 2)
+    errors = []
+
+    def other():
+        for call in (
+            lambda: lora_ext.use_adapters(subject.model, ["a", "b"]).__enter__(),
+            lambda: subject(x),
+        ):
+            try:
+                call()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    with lora_ext.use_adapters(subject.model, ["a", "b"]):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert_close(subject(x), mixed(subject, x, ["a", "b"])[0])
+    assert len(errors) == 2 and all("thread" in error for error in errors)
+
+
+@every_kind
+def test_disabled_and_merged(kind):
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+    with subject.disabled():
+        base = subject(x)
+        with lora_ext.use_adapters(subject.model, NAMES):
+            assert torch.equal(subject(x), base)
+    subject.merge()
+    with (
+        lora_ext.use_adapters(subject.model, NAMES),
+        pytest.raises((ValueError, RuntimeError), match="merged"),
+    ):
+        subject(x)
+
+
+@every_kind
+def test_a_layer_without_the_adapter_computes_its_base(kind):
+    subject = kind.make("net", "three", F64)
+    x = batch(subject, 3)
+    layer = next(m for m in subject.layers if type(m).__name__.endswith("Linear"))
+    layer.delete_adapter("b")
+    names = ["a", "b", "c"]
+    dy = randn(loop(subject, x, names)[0])
+    assert_same_steps(mixed(subject, x, names, dy), loop(subject, x, names, dy), subject.trained())
+
+
+@every_kind
+def test_explain_says_what_rows_have(kind):
+    subject = kind.make("net", "three", F64)
+    with lora_ext.use_adapters(subject.model, NAMES):
+        assert all("each row its own adapter, 3" in why for _, why in subject.reasons())
+    assert all("each row" not in why for _, why in subject.reasons())
+
+
+@every_kind
+def test_an_index_is_made_once_for_all_layers(kind, monkeypatch):
+    """Not one tensor for each layer: one for each shape of x, whatever the number of layers."""
+    calls = []
+    expanded = RowAdapters._expanded
+
+    def counted(self, index, lead, device):
+        calls.append(lead)
+        return expanded(self, index, lead, device)
+
+    monkeypatch.setattr(RowAdapters, "_expanded", counted)
+    subject = kind.make("net", "three", F64)
+    with lora_ext.use_adapters(subject.model, NAMES):
+        for _ in range(3):
+            subject(batch(subject))
+    assert len(subject.layers) > len(set(calls)) == len(calls) > 0
+
+
+@every_kind
+def test_the_index_is_read_when_the_block_is_entered(kind):
+    subject = kind.make("linear", "three", F64)
+    x, index = batch(subject), torch.tensor([0, -1, 2, 1, 0, 2], dtype=torch.int32)
+    wanted = mixed(subject, x, NAMES)[0]
+    with lora_ext.use_adapters(subject.model, ABC, index):
+        index.fill_(-1)
+        assert_close(subject(x), wanted)
+        assert_close(subject(x[:, :1]), wanted[:, :1])
+
+
+# ---- errors ----
+
+
+@every_kind
+def test_errors_say_what_to_do(kind):
+    subject = kind.make("linear", "three", F64)
+    model, x = subject.model, batch(subject)
+    int32 = torch.int32
+
+    def opened(*args, **words):
+        with lora_ext.use_adapters(model, *args, **words):
+            return subject(x)
+
+    with pytest.raises(ValueError, match=r"expected names out of \['a', 'b', 'c'\].*\['z'\]"):
+        opened(["z"] * 6)
+    with pytest.raises(TypeError, match="sequence of strings"):
+        opened("abcabc")
+    with pytest.raises(ValueError, match="distinct names"):
+        opened(["a", "a"], torch.zeros(6, dtype=int32))
+    with pytest.raises(TypeError, match="int32"):
+        opened(ABC, torch.zeros(6))
+    with pytest.raises(IndexError, match="-1 to 2 for 3 names, but got 3"):
+        opened(ABC, torch.full((6,), 3, dtype=int32))
+    with pytest.raises(IndexError, match="but got -2"):
+        opened(ABC, torch.full((6,), -2, dtype=int32))
+    with pytest.raises(ValueError, match=r"\[batch\] or \[batch, tokens\]"):
+        opened(ABC, torch.zeros((6, 5, 1), dtype=int32))
+    with pytest.raises(ValueError, match=r"expected x of shape \[4, tokens, in\]"):
+        opened(["a"] * 4)
+    with pytest.raises(ValueError, match="repeats=2"):
+        opened(["a"] * 3)
+    with pytest.raises(ValueError, match="index for these tokens"):
+        opened(ABC, torch.zeros((6, 4), dtype=int32))
+    with pytest.raises(TypeError, match=r"nn.Module"), lora_ext.use_adapters(3, ["a"]):
+        pass
+    with pytest.raises(ValueError, match="apply_lora"):
+        lora_ext.use_adapters(nn.Linear(2, 2), ["a"]).__enter__()
+    assert torch.equal(subject(x), subject(x))
+
+
+@cases(["linear"], ["three"])
+def test_repeats(kind, layer, adapters):
+    """generate repeats each sample for beams and returned sequences."""
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject)
+    wanted = loop(subject, x, ["a", "a", None, None, "c", "c"])[0]
+    with lora_ext.use_adapters(subject.model, ["a", None, "c"], repeats=2):
+        assert_close(subject(x), wanted)
+        assert_close(subject(x[::2]), wanted[::2])
+    index = torch.tensor([[0] * 5, [-1, 1, 1, 1, -1], [2] * 5], dtype=torch.int32)
+    with lora_ext.use_adapters(subject.model, ABC, index, repeats=2):
+        assert_close(subject(x[:, -1:]), wanted[:, -1:])
+        assert subject(x).shape == wanted.shape
+
+
+# ---- compiled, checkpointed ----
+
+
+@cases(["linear", "conv1d", "subclass", "embedding", "net"], ["three"])
+def test_another_index_does_not_recompile_sglang_28371(
+    forget_graphs, counter, kind, layer, adapters
+):
+    """A graph must not bake in which adapters were in the batch that it was made of."""
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject)
+    compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
+    seen = []
+    for index in ([0, -1, 2, 1, 0, 2], [1, 1, 1, 1, 1, 1], [-1] * 6, [2, 0, 1, 2, 0, 1]):
+        rows = torch.tensor(index, dtype=torch.int32)
+        for parameter in subject.trained():
+            parameter.grad = None
+        with lora_ext.use_adapters(subject.model, ABC, rows):
+            y = compiled(x)
+        y.sum().backward()
+        grads = {id(p): p.grad.clone() for p in subject.trained() if p.grad is not None}
+        names = [None if i < 0 else ABC[i] for i in index]
+        assert_same_steps(
+            (y.detach(), None, grads),
+            (*loop(subject, x, names)[:1], None, loop(subject, x, names, torch.ones_like(y))[2]),
+            subject.trained(),
+        )
+        seen.append(counter.frame_count)
+    assert seen == [1, 1, 1, 1]
+    assert_close(compiled(x), subject(x))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward after", "backward inside"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+@every_kind
+def test_a_checkpoint_repeats_with_the_adapters_of_its_forward(kind, reentrant, inside, dropout):
+    subject = kind.make("linear", "three", F64, dropout=dropout)
+    x = batch(subject)
+    dy = randn(loop(subject, x, NAMES)[0])
+    torch.manual_seed(3)
+    wanted = mixed(subject, x, NAMES, dy)
+
+    def part(x):
+        return torch.tanh(subject(x))
+
+    def run(*calls):
+        """A step of several forwards, each checkpointed in a block of its own or in none."""
+        leaf = x.clone().requires_grad_()
+        for parameter in subject.trained():
+            parameter.grad = None
+        outputs = []
+        torch.manual_seed(3)
+        for names, through in calls:
+            if names is None:
+                outputs.append(through(leaf))
+                continue
+            with lora_ext.use_adapters(subject.model, names):
+                outputs.append(through(leaf))
+        if inside:
+            with lora_ext.use_adapters(subject.model, ["c"] * 6):
+                sum(outputs).backward(dy)
+        else:
+            sum(outputs).backward(dy)
+        return sum(outputs).detach(), leaf.grad, {id(p): p.grad for p in subject.trained()}
+
+    def kept(x):
+        return checkpoint(part, x, use_reentrant=reentrant)
+
+    def nested(x):
+        return checkpoint(lambda x: torch.sin(kept(x)), x, use_reentrant=reentrant)
+
+    assert wanted[0].shape == dy.shape
+    for through, plain in ((kept, part), (nested, lambda x: torch.sin(part(x)))):
+        for calls in ([NAMES], [NAMES, NAMES[::-1]], [NAMES, None], [None, NAMES], [None]):
+            found = run(*((names, through) for names in calls))
+            exact = run(*((names, plain) for names in calls))
+            assert_same_steps(found, exact, subject.trained())
+
+
+@every_kind
+def test_a_foreign_checkpoint_is_refused_outside_of_the_block(kind):
+    """Whoever else repeats a forward in a backward has to do so within the block."""
+
+    class Repeated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return subject(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                subject(x).backward(grad)
+            return x.grad
+
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject).requires_grad_()
+    with lora_ext.use_adapters(subject.model, NAMES):
+        Repeated.apply(x).sum().backward()
+        y = Repeated.apply(x)
+    with pytest.raises(RuntimeError, match="backward\\(\\) within the block"):
+        y.sum().backward()
+
+
+@every_kind
+def test_inference_leaves_no_trace(kind):
+    subject = kind.make("linear", "three", F64)
+    with torch.no_grad(), lora_ext.use_adapters(subject.model, NAMES):
+        subject(batch(subject))
+    assert "row_adapters" not in subject.layers[0].__dict__
+
+
+@every_kind
+def test_a_replaced_factor_is_seen_within_the_block(kind):
+    """PEFT's hot-swap writes `.data` between two calls: nothing of an adapter is kept."""
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+    with torch.no_grad(), lora_ext.use_adapters(subject.model, NAMES):
+        before = subject(x)
+        for parameter in subject.factors("a"):
+            parameter.data = parameter.data * -2.0
+        changed = subject(x)
+    assert_close(changed, loop(subject, x, NAMES)[0])
+    assert not torch.allclose(changed[0], before[0]) and torch.equal(changed[2], before[2])
+    assert F.mse_loss(changed, before) > 0

@@ -1,0 +1,171 @@
+// Many adapters in one batch, for the kernels' host programs: which rows are whose, drawn with
+// everything that can be wrong with an index, ranges and ranks, and what the device must make of
+// it.
+#pragma once
+#include <algorithm>
+#include <climits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "emulator/memory/global_memory.h"
+#include "kernel/lora_grouped.h"
+
+namespace kernels {
+
+using lora_ext::kernel::LoraGroupedRows;
+using lora_ext::kernel::LoraGroupedTables;
+
+// Who has which rows. `adapter_of[row]` is -1 without an adapter.
+struct GroupedRows {
+  int m, groups, most_rank;
+  bool indexed;
+  std::vector<int> ranks, given, adapter_of;  // ranks as the device has them, then an index or ends
+  std::unique_ptr<emulator::GlobalBuffer<int>> buffer;
+
+  GroupedRows(int m_, int groups_, int most_rank_, std::mt19937_64& random)
+      : m(m_), groups(groups_), most_rank(most_rank_), indexed(random() % 2), adapter_of(m_, -1) {
+    const auto draw = [&](int from, int to) {
+      return from + static_cast<int>(random() % static_cast<uint64_t>(to - from + 1));
+    };
+    const bool odd_ranks = random() % 3 == 0;
+    for (int g = 0; g < groups; ++g) {
+      const int kind = odd_ranks ? draw(0, 5) : 5;
+      ranks.push_back(kind == 0   ? 0
+                      : kind == 1 ? -draw(1, 9)
+                      : kind == 2 ? most_rank + draw(1, 99)
+                                  : draw(1, most_rank));
+    }
+    indexed ? draw_index(draw) : draw_ends(draw);
+    buffer = std::make_unique<emulator::GlobalBuffer<int>>(given, indexed ? "index" : "ends");
+    for (int& adapter : adapter_of)
+      if (adapter >= 0 && rank(adapter) == 0) adapter = -1;
+  }
+
+  int rank(int adapter) const { return std::clamp(ranks[adapter], 0, most_rank); }
+  LoraGroupedRows parameters() const {
+    return {indexed ? buffer->data() : nullptr, indexed ? nullptr : buffer->data(), m, groups,
+            most_rank};
+  }
+
+  // Gives an index's rows the adapters of the rows from the last on, in place on the device.
+  void turn_round() {
+    if (!indexed) return;
+    std::reverse(adapter_of.begin(), adapter_of.end());
+    std::reverse(buffer->begin(), buffer->end());
+  }
+
+ private:
+  // Sorted, or mixed, or one adapter for most rows; none for some, and nonsense.
+  template <class Draw>
+  void draw_index(const Draw& draw) {
+    const int nobody[] = {-1, -1, INT_MIN, groups, INT_MAX};
+    const int kind = draw(0, 3), favourite = draw(0, groups - 1);
+    const bool with_none = draw(0, 1);
+    for (int row = 0; row < m; ++row) {
+      const int any = kind == 3 && draw(0, 9) ? favourite : draw(0, groups - 1);
+      given.push_back(with_none && draw(0, 5) == 0 ? nobody[draw(0, 4)] : any);
+    }
+    if (kind == 0) std::sort(given.begin(), given.end());
+    for (int row = 0; row < m; ++row)
+      if (given[row] >= 0 && given[row] < groups) adapter_of[row] = given[row];
+  }
+  // With empty ranges, rows past the last, or ends that descend or lie outside.
+  template <class Draw>
+  void draw_ends(const Draw& draw) {
+    const bool nonsense = draw(0, 3) == 0, to_the_end = draw(0, 1);
+    const int unit = draw(0, 1) ? 1 : 128;  // of which tiles have 64 or 128
+    for (int g = 0; g < groups; ++g) given.push_back(draw(0, draw(0, 3) ? m : m / 2) / unit * unit);
+    if (!nonsense) std::sort(given.begin(), given.end());
+    if (nonsense) given[draw(0, groups - 1)] = draw(0, 1) ? m + draw(1, 1000) : -draw(1, 1000);
+    if (to_the_end) given.back() = m;
+    int begin = 0;
+    for (int g = 0; g < groups; ++g) {
+      const int end = std::max(begin, std::clamp(given[g], 0, m));
+      std::fill(adapter_of.begin() + begin, adapter_of.begin() + end, g);
+      begin = end;
+    }
+  }
+};
+
+// Room for the tables, of exactly their size.
+struct GroupedTables {
+  template <class V>
+  using Buffer = emulator::GlobalBuffer<V>;
+  static size_t size(int64_t count) { return static_cast<size_t>(count); }
+
+  const int m, groups, piece_rows;
+  const bool indexed;
+  Buffer<int> order, first, counts;
+  Buffer<lora_ext::kernel::LoraGroupedSegment> segments;
+  Buffer<lora_ext::kernel::LoraGroupedPiece> tiles, pieces;
+  Buffer<lora_ext::kernel::LoraGroupedSum> sums;
+
+  GroupedTables(const GroupedRows& rows, int piece_rows_)
+      : m(rows.m),
+        groups(rows.groups),
+        piece_rows(piece_rows_),
+        indexed(rows.indexed),
+        order(size(indexed ? m : 0), "order"),
+        first(size((m + 127) / 128 + 1), "first"),
+        counts(size(indexed ? (m + 255) / 256 * (groups + 1) : 0), "counts"),
+        segments(size(groups + 1), "segments"),
+        tiles(size(LoraGroupedTables::tiles_of(m, groups, 64)), "tiles"),
+        pieces(size(LoraGroupedTables::tiles_of(m, groups, piece_rows)), "pieces"),
+        sums(size(groups), "sums") {}
+
+  LoraGroupedTables parameters() {
+    return {indexed ? order.data() : nullptr,
+            segments.data(),
+            first.data(),
+            tiles.data(),
+            pieces.data(),
+            sums.data(),
+            indexed ? counts.data() : nullptr,
+            piece_rows,
+            static_cast<int>(tiles.size()),
+            static_cast<int>(pieces.size())};
+  }
+
+  // As the device must fill it: on the host, by the plainest way.
+  void fill(const GroupedRows& rows) {
+    order.fill(0), first.fill(0), segments.fill({}), tiles.fill({}), pieces.fill({}), sums.fill({});
+    const auto order_of = positions(rows);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = order_of[i];
+    int count = 0, tile = 0, piece = 0, slot = 0, steps = 0;
+    for (int g = 0; g < groups; ++g) {
+      int begin = m, end = 0;
+      for (int i = 0; i < m; ++i)
+        if (rows.adapter_of[order_of[i]] == g) begin = std::min(begin, i), end = i + 1;
+      const int all = std::max(0, end - begin), parts = (all + piece_rows - 1) / piece_rows;
+      sums[g] = {parts, slot};
+      if (all == 0) continue;
+      segments[count++] = {g, begin, end, rows.rank(g), steps};
+      steps += (rows.rank(g) + 63) / 64;
+      for (int i = begin; i < end; i += 64) tiles[tile++] = {g, i, std::min(64, end - i), -1};
+      for (int i = begin; i < end; i += piece_rows)
+        pieces[piece++] = {g, i, std::min(piece_rows, end - i), parts > 1 ? slot++ : -1};
+    }
+    segments[count] = {-1, INT_MAX, INT_MAX, 0, steps};
+    for (size_t i = tile; i < tiles.size(); ++i) tiles[i] = {0, 0, 0, -1};
+    for (size_t i = piece; i < pieces.size(); ++i) pieces[i] = {0, 0, 0, -1};
+    for (size_t i = 0; i < first.size(); ++i) {
+      int found = 0;
+      while (found < count && segments[found].end <= static_cast<int>(i) * 128) ++found;
+      first[i] = found;
+    }
+  }
+
+  // The row at each position.
+  static std::vector<int> positions(const GroupedRows& rows) {
+    std::vector<int> order;
+    for (int row = 0; row < rows.m; ++row) order.push_back(row);
+    if (!rows.indexed) return order;
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+      return static_cast<unsigned>(rows.adapter_of[a]) < static_cast<unsigned>(rows.adapter_of[b]);
+    });
+    return order;
+  }
+};
+
+}  // namespace kernels

@@ -1,0 +1,16 @@
+// The whole LoRA linear with many adapters in emulation: plans run as on a GPU, on a stream of the
+// layer.
+#pragma once
+#include "emulator/emulator.h"
+#include "kernel/lora_grouped_sequence.h"
+
+namespace lora_ext::kernel {
+
+template <class T>
+void grouped_forward(emulator::Stream& stream, const plan::GroupedPlan& plan,
+                     const LoraGroupedForward& operands);
+template <class T>
+void grouped_backward(emulator::Stream& stream, const plan::GroupedPlan& plan,
+                      const LoraGroupedBackward& operands);
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,137 @@
+"""Plans, parameters and the sequence of many adapters, and what the rules cannot know of its kernels."""
+
+from emulator.mutants.faults.fault import Fault, faults_of
+
+PROGRAM = "lora_grouped_sequence"
+of_gemm = faults_of("lora_grouped_gemm.h")
+of_scan = faults_of("lora_grouped_segments.h")
+
+
+def of_op(file: str, *arguments: str):
+    """Makes faults that the whole op alone can see."""
+
+    def fault(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
+        changed = tuple((file, old, new) for old, new in edits)
+        return Fault(name, what, why, changed, PROGRAM, arguments)
+
+    return fault
+
+
+LONG = ("--size", "long")  # segments of several pieces
+of_params = of_op("lora_grouped_params.h")
+of_sequence = of_op("lora_grouped_sequence.h")
+of_many_entries = of_op("lora_grouped_sequence.h", "--size", "many")
+of_plan = of_op("grouped_plan.cpp", *LONG)
+of_tables = of_op("grouped_plan.cpp")
+of_partial_sums = of_op("lora_grouped_params.h", *LONG)
+
+GROUPED = [
+    of_params(
+        "grouped_s_without_keep_scale",
+        "S is not scaled by 1 / (1 - p)",
+        "drop(X) has no scale of its own: it is S that gets it",
+        ("params.s = s, params.keep_scale = o_.mask.keep_scale;", "params.s = s;"),
+    ),
+    of_params(
+        "grouped_ds_from_saved_scale",
+        "the scaled S is made where dS lies",
+        "dB's sums and dA's take different columns",
+        (
+            "LoraGroupedReduceParams<T> params = reduce_to(one_.s);",
+            "LoraGroupedReduceParams<T> params = reduce_to(one_.t);",
+        ),
+    ),
+    of_partial_sums(
+        "grouped_partial_sums_without_keep_scale",
+        "partial sums of dA are added without 1 / (1 - p)",
+        "sums of one piece are scaled where they are made",
+        ("o_.mask.keep_scale};", "1.f};"),
+    ),
+    of_params(
+        "grouped_wgrad_never_masked",
+        "dA takes X as it lies",
+        "it was dropped",
+        ("params.product[0].masked = o_.dropout;", "params.product[0].masked = false;"),
+    ),
+    of_params(
+        "grouped_gradients_of_entries_of_factors",
+        "gradients of a list go where the factors lie",
+        "the factors are overwritten",
+        ("gradients.entries = gradient_entries();", "gradients.entries = entries();"),
+    ),
+    of_params(
+        "grouped_lo_beside_rank",
+        "T's lo begins behind hi's own rank",
+        "the width is whole chunks, and every kernel reads it there",
+        (
+            "params.lo_column = one_.width, params.mask",
+            "params.lo_column = o_.rows.most_rank, params.mask",
+        ),
+    ),
+    of_many_entries(
+        "grouped_entries_of_the_first_launch_again",
+        "each launch writes the first entries of the list",
+        "adapters past those are not their own",
+        ("std::copy_n(matrices.list + first,", "std::copy_n(matrices.list,"),
+    ),
+    of_sequence(
+        "grouped_place_before_scan",
+        "rows are placed before the scan",
+        "the counts do not say yet where a chunk begins",
+        (
+            "    run(lora_grouped_scan<T>, dim3(1));\n    if (o_.rows.index != nullptr) run(lora_grouped_place<T>, chunks);\n",
+            "    if (o_.rows.index != nullptr) run(lora_grouped_place<T>, chunks);\n    run(lora_grouped_scan<T>, dim3(1));\n",
+        ),
+    ),
+    of_sequence(
+        "grouped_tiles_without_adapters",
+        "the grid of the reduce has a tile for each 64 rows",
+        "a tile has rows of one adapter, so that there may be one more for each",
+        (
+            "launch_(lora_grouped_reduce<T>, dim3(static_cast<unsigned>(plan_.tile_count)),",
+            "launch_(lora_grouped_reduce<T>, dim3(blocks_of(o_.m, 64)),",
+        ),
+    ),
+    of_tables(
+        "grouped_pieces_without_adapters",
+        "there is a piece for each so many rows",
+        "a piece has rows of one adapter, so that there may be one more for each",
+        (
+            "static_cast<int>(blocks_of(m, plan.piece_rows) + adapters)",
+            "static_cast<int>(blocks_of(m, plan.piece_rows))",
+        ),
+    ),
+    of_plan(
+        "grouped_half_of_the_slots",
+        "partial sums have a slot for each whole piece of rows",
+        "a segment a little longer than a piece has two",
+        ("static_cast<int>(2 * (m / plan.piece_rows))", "static_cast<int>(m / plan.piece_rows)"),
+    ),
+    of_gemm(
+        "grouped_sums_of_all_rows",
+        "a step's sums go to all rows of the tile, since T has zeros there",
+        "zero times NaN is NaN: one adapter's would reach the rows of others",
+        (
+            "const bool upper = row >= begin && row < end, lower = row + 8 >= begin && row + 8 < end;",
+            "const bool upper = true, lower = true;",
+        ),
+    ),
+    of_gemm(
+        "grouped_next_tile_begins_its_first_segment",
+        "a tile ends where the next one's first segment begins",
+        "that segment may have begun in this tile",
+        (
+            "const int end = next + static_cast<int>(g.segments[next].begin < row + kRows);",
+            "const int end = next;",
+        ),
+    ),
+    of_scan(
+        "grouped_carry_of_warps_read_early",
+        "a warp reads what the others had without waiting for them",
+        "they may not have written it",
+        (
+            "    if (lane == 31) of_warps[warp] = inclusive;\n    __syncthreads();\n",
+            "    if (lane == 31) of_warps[warp] = inclusive;\n    __syncwarp();\n",
+        ),
+    ),
+]

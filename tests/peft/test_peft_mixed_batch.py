@@ -1,0 +1,309 @@
+"""PEFT's adapter_names on accelerated models: the same results, one call, and in training too."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from helpers import BF16, F32, F64
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Conv2d
+from peft.tuners.lora.model import LoraModel
+from peft_helpers import accelerated, make_ids, net, peft_model, plain_copy, randomize
+from torch import nn
+
+import lora_ext
+from lora_ext.peft.parts import quick_updates, update_of
+from lora_ext.peft.reasons import adapter_reason
+
+NAMES = ["a", "__base__", "c", "b", "a", "c"]
+
+
+def llama(**words):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        **words,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def peft_llama(targets=("q_proj", "v_proj", "down_proj"), adapters=("a", "b"), **words):
+    options = {"r": 4, "target_modules": list(targets), "task_type": "CAUSAL_LM", **words}
+    model = get_peft_model(llama(), LoraConfig(**options), adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, LoraConfig(**{**options, "r": 3}))
+    return randomize(model).eval()
+
+
+def prompts(count=3, tokens=5):
+    return torch.randint(3, 40, (count, tokens), generator=torch.Generator().manual_seed(2))
+
+
+def generated(model, ids, **words):
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        return model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **words
+        )
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+def test_inference_is_within_pefts_own_error(dtype):
+    model = net("three", dtype).eval()
+    fast, exact = accelerated(model), copy.deepcopy(model).double()
+    with torch.no_grad():
+        wanted = exact(make_ids(), adapter_names=NAMES)
+        theirs = model(make_ids(), adapter_names=NAMES)
+        ours = fast(make_ids(), adapter_names=NAMES)
+    error = (theirs.double() - wanted).abs().max()
+    assert (ours.double() - wanted).abs().max() <= 2 * error + 1e-12
+    assert not torch.equal(ours, fast(make_ids()))
+
+
+def test_training_where_peft_raises():
+    """PEFT refuses adapter_names in training mode; here each adapter gets its rows' gradient."""
+    model = net("three", F64).train()
+    with pytest.raises(ValueError, match="training mode"):
+        model(make_ids(), adapter_names=NAMES)
+    fast = accelerated(model)
+    fast(make_ids(), adapter_names=NAMES).square().sum().backward()
+    for name in ("a", "b", "c"):
+        alone = copy.deepcopy(model)
+        alone.base_model.set_adapter([name])
+        rows = [i for i, other in enumerate(NAMES) if other == name]
+        alone(make_ids()[rows]).square().sum().backward()
+        wanted = {k: p.grad for k, p in alone.named_parameters() if f".{name}" in k}
+        found = {k: p.grad for k, p in fast.named_parameters() if f".{name}" in k}
+        assert wanted.keys() == found.keys() and wanted
+        for key, grad in wanted.items():
+            torch.testing.assert_close(found[key], grad, rtol=1e-9, atol=1e-11)
+
+
+def test_decelerate_gives_pefts_behaviour_back():
+    model = lora_ext.accelerate(net("three", F64)).train()
+    model(make_ids(), adapter_names=NAMES).sum().backward()
+    lora_ext.decelerate(model)
+    assert type(model.base_model) is LoraModel
+    with pytest.raises(ValueError, match="training mode"):
+        model(make_ids(), adapter_names=NAMES)
+    assert not any("row_adapters" in module.__dict__ for module in model.modules())
+
+
+def test_errors_are_pefts_own():
+    fast = lora_ext.accelerate(net("three", F64)).eval()
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): d, e"):
+        fast(make_ids(), adapter_names=["a", "e", "d", "a", "a", "a"])
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        fast(make_ids(), adapter_names=["a"])
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        fast(make_ids(12), adapter_names=NAMES)
+    fast.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        fast(make_ids(), adapter_names=NAMES)
+    fast.unmerge_adapter()
+    dora = lora_ext.accelerate(net("dora", F64)).eval()
+    with pytest.raises(ValueError, match="DoRA"):
+        dora(make_ids(), adapter_names=["a"] * 6)
+    with pytest.raises(ValueError, match="variant"), lora_ext.use_adapters(dora, ["a"] * 6):
+        dora(make_ids())
+
+
+def test_an_exception_in_a_forward_leaves_nothing_behind():
+    model = lora_ext.accelerate(net("three", F64)).eval()
+    wanted = model(make_ids())
+    handle = model.base_model.model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(make_ids(), adapter_names=NAMES)
+    handle.remove()
+    assert torch.equal(model(make_ids()), wanted)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_with_adapter_names(beams):
+    model = peft_llama()
+    fast = accelerated(model)
+    names = ["a", "__base__", "b"]
+    wanted = generated(model, prompts(), adapter_names=names, num_beams=beams)
+    assert torch.equal(generated(fast, prompts(), adapter_names=names, num_beams=beams), wanted)
+    assert not torch.equal(generated(fast, prompts(), num_beams=beams), wanted)
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}]
+)
+def test_generate_in_a_block(words):
+    model = peft_llama()
+    fast, ids = accelerated(model), prompts()
+    repeats = words.get("num_beams", 1)
+    with lora_ext.use_adapters(fast, ["a", None, "b"], repeats=repeats):
+        found = generated(fast, ids, **words)
+    parts = []
+    for row, name in enumerate(["a", None, "b"]):
+        model.set_adapter(name or "a")
+        if name is None:
+            with model.disable_adapter():
+                parts.append(generated(model, ids[row : row + 1], **words))
+        else:
+            parts.append(generated(model, ids[row : row + 1], **words))
+    assert torch.equal(found, torch.cat(parts))
+
+
+def test_generate_with_an_index_of_the_prompts_tokens():
+    """The prompt has its tokens' adapters; each further token has its sample's last."""
+    model = lora_ext.accelerate(peft_llama())
+    ids = prompts()
+    index = torch.tensor([[0, 0, 1, -1, 1], [-1, -1, 0, 0, 0], [1] * 5], dtype=torch.int32)
+    with lora_ext.use_adapters(model, ["a", "b"], index):
+        found = generated(model, ids)
+    for _ in range(6):  # without a cache: the whole index each time
+        with torch.no_grad(), lora_ext.use_adapters(model, ["a", "b"], index):
+            token = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)
+        ids = torch.cat([ids, token[:, None]], 1)
+        index = torch.cat([index, index[:, -1:]], 1)
+    assert torch.equal(found, ids)
+
+
+def test_a_hot_swap_between_two_calls_of_generate_is_seen():
+    """PEFT's hot-swap writes `.data`: what was kept of the old factors would go on being used."""
+    fast = lora_ext.accelerate(peft_llama())
+    with lora_ext.use_adapters(fast, ["a", "b", "a"]):
+        first = generated(fast, prompts(), return_dict_in_generate=True, output_logits=True)
+        for name, parameter in fast.named_parameters():
+            if ".a." in name:
+                parameter.data = parameter.data * -1.5
+        second = generated(fast, prompts(), return_dict_in_generate=True, output_logits=True)
+    with lora_ext.use_adapters(fast, ["a", "b", "a"]), torch.no_grad():
+        wanted = fast(input_ids=prompts()).logits[:, -1]
+    torch.testing.assert_close(second.logits[0], wanted, rtol=1e-4, atol=1e-5)
+    assert (first.logits[0][0] - second.logits[0][0]).abs().max() > 1e-3
+
+
+def test_activated_lora_is_an_index_that_starts_at_the_invocation():
+    invocation = [7, 8]
+    model = peft_llama(adapters=("a",), alora_invocation_tokens=invocation)
+    ids = prompts(3, 8)
+    ids[0, 3:5] = torch.tensor(invocation)
+    ids[1, 6:8] = torch.tensor(invocation)
+    ids[2] = 5
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        fast = accelerated(model)
+        index = torch.full((3, 8), -1, dtype=torch.int32)
+        index[0, 3:] = index[1, 6:] = 0
+        with lora_ext.use_adapters(fast, ["a"], index):
+            found = fast(input_ids=ids).logits
+        with fast.disable_adapter():
+            base = fast(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[:, :3], base[:, :3], rtol=1e-4, atol=1e-5)
+    assert (found[0, 3:] - base[0, 3:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modules_to_save_and_layers_that_are_pefts(training):
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mix = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.mix(self.conv(x).mean((2, 3))))
+
+    torch.manual_seed(0)
+    words = {"r": 2, "modules_to_save": ["head"]}
+    model = peft_model(Pixels(), {"a": words}, ["conv", "mix"], F64)
+    model.add_adapter("b", LoraConfig(target_modules=["conv", "mix"], **words))
+    randomize(model, seed=3)
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["b"].weight.add_(1.0)
+    x = torch.randn(4, 3, 6, 6, dtype=F64)
+    names = ["a", "b", "__base__", "b"]
+    wanted = model.eval()(x, adapter_names=names).detach()
+    fast = accelerated(model).train(training)
+    assert isinstance(fast.base_model.model.conv, Conv2d)
+    torch.testing.assert_close(fast(x, adapter_names=names), wanted, rtol=1e-10, atol=1e-10)
+    with lora_ext.use_adapters(fast, ["a", "b", None, "b"]):
+        torch.testing.assert_close(fast(x), wanted, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="index of samples"):
+        lora_ext.use_adapters(fast, ["a"], torch.zeros((4, 6), dtype=torch.int32)).__enter__()
+
+
+def test_gradient_checkpointing_of_transformers():
+    model = lora_ext.accelerate(peft_llama()).train()
+    model.base_model.set_adapter(["a", "b"])
+    ids, names = prompts(), ["a", "__base__", "b"]
+
+    def gradients(**words):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, adapter_names=names, **words).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = gradients()
+    assert any(grad.any() for grad in wanted.values())
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        found = gradients(use_cache=False)
+        assert found.keys() == wanted.keys()
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_is_not_accelerated_is_refused():
+    with pytest.raises(ValueError, match="not accelerated"):
+        lora_ext.use_adapters(net("three"), ["a"] * 6).__enter__()
+
+
+CHANGES = ["none", "hooks", "forward", "dropout", "dtype", "bias", "class"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_quick_way_decides_as_the_slow_one(change):
+    """What `quick_updates` takes, `adapter_reason` has nothing against, and the updates agree."""
+    model = net("three", F64, lora_dropout=0.3).train()
+    layer = lora_ext.accelerate(model).base_model.model.up
+    quick = quick_updates(layer, ["a", "b", "c"])
+    assert quick == [update_of(layer, name) for name in "abc"]
+    assert [adapter_reason(layer, name) for name in "abc"] == ["", "", ""]
+    if change == "none":
+        return
+    lora_a = layer.lora_A["b"]
+    if change == "hooks":
+        lora_a.register_forward_hook(lambda *_: None)
+    elif change == "forward":
+        lora_a.forward = lora_a.forward
+    elif change == "dropout":
+        layer.lora_dropout["b"] = nn.AlphaDropout(0.3)
+    elif change == "dtype":
+        lora_a.float()
+    elif change == "bias":
+        lora_a.bias = nn.Parameter(torch.ones(2, dtype=F64))
+    else:
+        lora_a.__class__ = type("Other", (nn.Linear,), {})
+    assert quick_updates(layer, ["a", "b", "c"]) is None
+    assert adapter_reason(layer, "b")
+    # PEFT's loop computes what the op cannot.
+    wanted = plain_copy(model).eval()
+    model.eval()
+    if change == "dtype":
+        return
+    found = model(make_ids(), adapter_names=NAMES)
+    torch.testing.assert_close(found, wanted(make_ids(), adapter_names=NAMES))
+
+
+@pytest.mark.usefixtures("forget_graphs")
+def test_compiled_with_adapter_names():
+    model = lora_ext.accelerate(net("three", F64)).eval()
+    wanted = model(make_ids(), adapter_names=NAMES)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(make_ids(), adapter_names=NAMES)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
