@@ -22,6 +22,7 @@ from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.row_adapters import RowAdapters, given_to
 from ..nn.updates import Update
 from .parts import matrix_of, quick_updates, update_of
+from .parts_by_row import parts_by_row
 from .reasons import (
     ADDED,
     BASE,
@@ -35,7 +36,6 @@ from .reasons import (
     input_reason,
     is_plain,
 )
-from .parts_by_row import parts_by_row
 
 NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
