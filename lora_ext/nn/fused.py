@@ -61,6 +61,11 @@ class FusedLoRALayer(LoRALayer):
         """The layer on x ``[..., in]``, each row with the adapter that a block gives it."""
         if isinstance(x, Proxy):
             return self._traced(x)
+        if x.is_nested:
+            raise TypeError(
+                "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
+                "the model without the block"
+            )
         pool, bias = self.pool, self.bias
         if not self._disabled:
             self.check_unmerged()
