@@ -2,6 +2,7 @@
 #include "launch/grouped_launch.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "cuda/lora_grouped.h"
@@ -53,10 +54,11 @@ struct Matrices {
       pool.a_stride = a[0].defined() ? a[0].stride(0) : 0;
       pool.b_stride = b[0].defined() ? b[0].stride(0) : 0;
       pool.a_pitch = pitch(a[0]), pool.b_pitch = pitch(b[0]);
-      if (update.ranks) {
-        kept.push_back(update.ranks->contiguous());
-        pool.ranks = kept.back().const_data_ptr<int32_t>();
-      }
+      // Without ranks, every slot has the whole rank.
+      kept.push_back(update.ranks ? update.ranks->contiguous()
+                                  : at::full({update.adapters()}, update.max_rank(),
+                                             update.scaling.options().dtype(at::kInt)));
+      pool.ranks = kept.back().const_data_ptr<int32_t>();
       return;
     }
     entries.reserve(a.size());

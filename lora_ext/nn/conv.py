@@ -45,7 +45,7 @@ class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         x, rows = input, self.adapters_of_rows()
-        if rows is None and self.computes_base:
+        if self._disabled or (rows is None and self.computes_base):
             return self._conv_forward(x, *self.base_operands())
         if x.dim() not in (3, 4):
             raise RuntimeError(

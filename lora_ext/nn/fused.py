@@ -61,10 +61,10 @@ class FusedLoRALayer(LoRALayer):
         """The layer on x ``[..., in]``, each row with the adapter that a block gives it."""
         if isinstance(x, Proxy):
             return self._traced(x)
-        if x.is_nested or is_onnx_export():
-            what = "a nested x" if x.is_nested else "an export to ONNX"
-            raise NotImplementedError(
-                f"lora_ext.use_adapters: expected a dense x and no export to ONNX, but got {what}"
+        if x.is_nested:
+            raise TypeError(
+                "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
+                "the model without the block"
             )
         pool, bias = self.pool, self.bias
         if not self._disabled:

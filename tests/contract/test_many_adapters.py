@@ -289,6 +289,16 @@ def test_another_thread_is_refused(kind):
     assert len(errors) == 2 and all("thread" in error for error in errors)
 
 
+@cases(["net", "conv2d", "embedding", "subclass"], ["three"])
+def test_disabled_layers_have_the_bases_bits(kind, layer, adapters):
+    subject = kind.make(layer, adapters)
+    x = batch(subject, dtype=F32)
+    with subject.disabled():
+        base = subject(x)
+        with lora_ext.use_adapters(subject.model, NAMES):
+            assert torch.equal(subject(x), base)
+
+
 @every_kind
 def test_disabled_and_merged(kind):
     subject = kind.make("linear", "three", F64)

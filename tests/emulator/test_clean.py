@@ -13,7 +13,7 @@ SEEDS = 200
 # nightly test of the flags between blocks runs a thousand.
 SLOW_SEEDS = 60
 # The whole op with many adapters launches thousands of blocks in each of its grids.
-SEEDS_OF = {"lora_grouped_sequence": {"race": 60, "asan": 10}}
+SEEDS_OF = {"lora_grouped_sequence": {"plain": 60, "race": 20, "asan": 6}}
 
 
 def seeds_of(program: str, flavour: str) -> int:

@@ -21,6 +21,7 @@ from layer_helpers import (
 )
 from torch import nn
 
+import lora_ext
 from lora_ext import LoRALinear
 from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding
 
@@ -304,3 +305,14 @@ def test_a_weight_that_is_trained_is_refused():
     layer.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="frozen"):
         layer(make_input("linear"))
+
+
+def test_a_nested_x_in_a_block_is_refused():
+    layer = make_layer("linear")
+    parts = [torch.randn(rows, layer.in_features) for rows in (2, 3)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    with (
+        lora_ext.use_adapters(layer, ["default", None]),
+        pytest.raises(TypeError, match="dense x, but got a nested one"),
+    ):
+        layer(x)

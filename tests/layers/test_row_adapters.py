@@ -130,7 +130,7 @@ def test_a_nested_x_is_refused():
         x = torch.nested.nested_tensor(parts, layout=layout)
         with (
             lora_ext.use_adapters(layer, ["a", "b"]),
-            pytest.raises(NotImplementedError, match="but got a nested x"),
+            pytest.raises(TypeError, match="expected a dense x, but got a nested one"),
         ):
             layer(x)
 
@@ -141,7 +141,7 @@ def test_an_export_to_onnx_is_refused():
     x = make_input("linear")
     with (
         lora_ext.use_adapters(layer, NAMES),
-        pytest.raises(Exception, match="no export to ONNX, but got an export to ONNX"),
+        pytest.raises(Exception, match="lora_linear_grouped"),
     ):
         torch.onnx.export(layer, (x,), io.BytesIO(), dynamo=False)
 

@@ -332,6 +332,23 @@ def test_a_pool_has_the_bits_of_a_list(isa, device, pair, rows):
         assert a.grad[slot].count_nonzero() == b.grad[slot].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16)], ids=pair_id)
+@pytest.mark.parametrize("rows", [6, 90])
+def test_a_pool_without_ranks_has_them_all(isa, device, pair, rows):
+    many = make_many(rows, 40, 24, (8, 8, 8), pair, device, given=pair[0], bias=False)
+    lists = run(many, 0.3)
+    y, x = leaf(many.y), leaf(many.x)
+    a, b = leaf(torch.stack(many.lora_a)), leaf(torch.stack(many.lora_b))
+    seed = torch.tensor(1, device=device)
+    out = OPS.lora_update_grouped(y, x, [a], [b], many.scaling, many.index, None, None, 0.3, seed)
+    out.backward(many.grad)
+    assert torch.equal(out, lists["y"])
+    assert torch.equal(x.grad, lists["dx"])
+    for g in range(3):
+        assert torch.equal(a.grad[g], lists[f"dlora_a[{g}]"])
+        assert torch.equal(b.grad[g], lists[f"dlora_b[{g}]"])
+
+
 @pytest.mark.parametrize("rows", [5, 60])
 def test_offs_have_the_bits_of_an_index(isa, device, rows):
     ends = torch.tensor([0, rows // 3, rows // 3, rows - 1], dtype=torch.int32, device=device)
