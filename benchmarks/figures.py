@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 # Ours are red to orange, and so are PEFT's models accelerated; PEFT is blue.
 COLOURS = {
@@ -68,6 +70,72 @@ def heading(figure: Figure, title: str) -> None:
 def legend_beside(axes: Any, size: int = 8) -> None:
     """To the right of the axes."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=size)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """How a variant is drawn in a dot plot; ours are filled, peers are hollow."""
+
+    label: str
+    colour: str
+    marker: str
+    is_ours: bool
+
+
+_RATIOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 20, 40, 80)
+_TICK = 0.065  # of an axis' length, what a number takes
+
+
+def dots(
+    axes: Any,
+    names: Sequence[str],
+    values: Mapping[str, Sequence[float | None]],
+    styles: Mapping[str, Dot],
+) -> None:
+    """A line for each name from the top, a dot for each variant, on a log scale; 1 is the floor.
+
+    values: variant -> one for each name
+    """
+    top = len(names) - 1
+    found = [1.0, 1.2]
+    for variant, style in styles.items():
+        points = [(v, top - i) for i, v in enumerate(values[variant]) if v]
+        if not points:
+            continue
+        found += [x for x, _ in points]
+        axes.scatter(
+            *zip(*points, strict=True),
+            label=style.label,
+            s=42 if style.is_ours else 34,
+            facecolor=style.colour if style.is_ours else "white",
+            edgecolor=style.colour,
+            linewidth=1.3,
+            marker=style.marker,
+            zorder=4 if style.is_ours else 3,
+        )
+    low, high = min(found) / 1.08, max(found) * 1.08
+    axes.axvline(1.0, color="black", linewidth=1.2, zorder=2)
+    axes.set_xscale("log")
+    axes.set_xticks(_apart([t for t in _RATIOS if low <= t <= high], (high / low) ** _TICK))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.minorticks_off()
+    axes.set_xlim(low, high)
+    axes.set_yticks(range(len(names)), reversed(names), fontsize=8)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _apart(ticks: Sequence[float], factor: float) -> list[float]:
+    """Those that are so far from the one before; 1 and what comes after it first."""
+    kept = [1.0]
+    for tick in ticks:
+        if tick >= kept[-1] * factor:
+            kept.append(tick)
+    for tick in reversed(ticks):
+        if tick * factor <= kept[0]:
+            kept.insert(0, tick)
+    return kept
 
 
 def grouped_bars(

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.ticker import FuncFormatter
 
 from . import figures as shared
 from .figures import COLOURS, Figure, plt
 from .markdown import device_of
-from .results import Document, Row, is_disturbed, peak_ratio, ratio, worst_ratio
+from .results import Document, Row, is_disturbed, peak_ratio, ratio, times_of, worst_ratio
 from .shapes import BACKWARD, DROPOUT, FORWARD, SHORT, STEP, reading_order
 from .variants import LABELS, floor_of
 
-# Ours are filled, peers are hollow.
 _MARKERS = {
     "ours": "o",
     "ours_packed": "D",
@@ -33,13 +31,16 @@ _MARKERS = {
     "triton_pair": "d",
     "compiled": "X",
 }
-_TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 20, 40, 80)
+_STYLES = {
+    name: shared.Dot(LABELS[name], COLOURS[name], marker, name.startswith("ours"))
+    for name, marker in _MARKERS.items()
+}
 _WHAT = {
     FORWARD: "forward",
     BACKWARD: "backward",
     STEP: "training step (forward and backward)",
 }
-_AXIS = "(log scale; less is better)"
+AXIS = "(log scale; less is better)"
 _MOST_LINES = 60  # of a dot plot; a longer one is cut to the main rank
 
 
@@ -51,11 +52,6 @@ def title_of(document: Document, text: str) -> str:
     machine = document["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, a trial of the code"
     return f"{title}\n{where}, torch {machine['versions']['torch']}, {machine['date'][:10]}"
-
-
-def times_of(row: Row) -> str:
-    """The key of a row's times: replays where there are some, which have no host in them."""
-    return "graph" if row.get("graph") else "timing"
 
 
 def _chosen(document: Document, mode: str) -> list[Row]:
@@ -73,36 +69,8 @@ def _dots(
     if not cells:
         return None
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.27 * len(cells)))
-    lines = len(cells)
-    largest, smallest = 1.2, 1.0
-    for name, marker in _MARKERS.items():
-        points = [(v, lines - 1 - i) for i, r in enumerate(cells) if (v := value(r, name))]
-        if not points:
-            continue
-        largest = max(largest, *(x for x, _ in points))
-        smallest = min(smallest, *(x for x, _ in points))
-        ours = name.startswith("ours")
-        axes.scatter(
-            *zip(*points, strict=True),
-            label=LABELS[name],
-            s=42 if ours else 34,
-            facecolor=COLOURS[name] if ours else "white",
-            edgecolor=COLOURS[name],
-            linewidth=1.3,
-            marker=marker,
-            zorder=4 if ours else 3,
-        )
-    axes.axvline(1.0, color="black", linewidth=1.2, zorder=2)
-    axes.set_xscale("log")
-    axes.set_xticks([t for t in _TICKS if smallest / 1.08 <= t <= largest * 1.08])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.minorticks_off()
-    axes.set_xlim(smallest / 1.08, largest * 1.08)
     names = [r["cell"]["id"].replace(f" {r['cell']['mode']} ", " ", 1) for r in cells]
-    axes.set_yticks(range(lines), reversed(names), fontsize=8)
-    axes.set_ylim(-0.7, lines - 0.3)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    shared.dots(axes, names, {n: [value(r, n) for r in cells] for n in _STYLES}, _STYLES)
     axes.set_xlabel(axis)
     shared.legend_beside(axes, 9)
     shared.finish(axes, title, "both", 11)
@@ -117,14 +85,14 @@ def _latency(document: Document, mode: str) -> Figure | None:
         return found.median if found else None
 
     title = title_of(document, f"time of a {_WHAT[mode]}")
-    return _dots(_chosen(document, mode), value, title, f"x {floor} {_AXIS}")
+    return _dots(_chosen(document, mode), value, title, f"x {floor} {AXIS}")
 
 
 def _memory(document: Document) -> Figure | None:
     cells = [r for r in _chosen(document, STEP) if "frozen" in r.get("memory", {})]
     title = title_of(document, "peak memory of a training step")
     return _dots(
-        cells, lambda row, name: peak_ratio(row, name, "frozen"), title, f"x frozen {_AXIS}"
+        cells, lambda row, name: peak_ratio(row, name, "frozen"), title, f"x frozen {AXIS}"
     )
 
 

@@ -122,6 +122,11 @@ def _faults(document: Any) -> Iterator[str]:
                     yield f"expected {', '.join(sorted(needed))} of {key}, {variant}: {found}"
 
 
+def times_of(row: Row) -> str:
+    """The key of a row's times: replays where there are some, which have no host in them."""
+    return "graph" if row.get("graph") else "timing"
+
+
 def is_disturbed(row: Row) -> bool:
     """True if a variant of the row has too few clean samples: its times are no measurement."""
     return any(timing["disturbed"] for timing in row.get("timing", {}).values())

@@ -14,7 +14,7 @@ import torch
 
 from . import memory, results
 from .agreement import disagreements, outputs
-from .calls import call_of
+from .calls import Operands, call_of
 from .problem import Problem, make_problem
 from .shapes import FORWARD, STEP, Cell
 from .timing import CpuMeter, Function, Meter, Plan, Timing, calibrate, interleaved
@@ -53,7 +53,8 @@ def means_for(device: str) -> Means:
     return Means(cuda_timing.CudaMeter(), cuda_timing.captured, card.readings)
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """Its first line, with its type unless a variant is but unavailable."""
     first = str(error).strip().split("\n", 1)[0]
     kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
     return f"{kind}{first}"[:_ERROR_LENGTH]
@@ -82,16 +83,16 @@ def _check(
             same = builders[name](problem, 0.0) if cell.dropout_p else variant
             found = disagreements(outputs(same, problem, cell.mode), expected)
         except Exception as error:
-            errors[name] = _text(error)
+            errors[name] = text_of(error)
             continue
         if found:
             wrong[name] = found
     return wrong
 
 
-def _time(
-    cell: Cell,
-    problem: Problem,
+def time_in_turn(
+    mode: str,
+    operands: Operands,
     variants: Mapping[str, Variant],
     means: Means,
     plan: Plan,
@@ -100,11 +101,13 @@ def _time(
 ) -> None:
     """Puts the times of calls into result["timing"], and of graphs' replays into ["graph"].
 
-    Both take turns in the same rounds. A call that cannot be captured has a note, and no replay.
+    Both take turns in the same rounds. A call that cannot be captured has a note, and no replay;
+    one that fails is among result["errors"]. What the means watch goes into result["card"].
     """
+    before = means.watch() if means.watch else None
     functions: dict[str, Function] = {}
     timings: dict[str, Timing] = {}
-    grad_mode = torch.no_grad if cell.mode == FORWARD else nullcontext
+    grad_mode = torch.no_grad if mode == FORWARD else nullcontext
 
     def prepare(key: str, function: Function) -> None:
         timings[key] = calibrate(function, means.meter, plan)
@@ -113,18 +116,21 @@ def _time(
     with grad_mode():
         for name, variant in variants.items():
             announce(f"{name}: time")
-            make = partial(call_of, variant, problem, cell.mode)
+            make = partial(call_of, variant, operands, mode)
             try:
                 prepare(name, make())
             except Exception as error:
-                result["errors"][name] = _text(error)
+                result["errors"][name] = text_of(error)
                 continue
             if means.capture is None:
+                continue
+            if variant.no_graph:
+                result["notes"][name] = f"no graph: {variant.no_graph}"
                 continue
             try:
                 prepare(name + _REPLAYED, means.capture(make))
             except Exception as error:
-                result["notes"][name] = f"no graph: {_text(error)}"
+                result["notes"][name] = f"no graph: {text_of(error)}"
         announce("all in turn")
         if functions:
             interleaved(functions, timings, means.meter, plan)
@@ -133,6 +139,8 @@ def _time(
     if means.capture is not None:
         replays = {k: t for k, t in measured.items() if k.endswith(_REPLAYED)}
         result["graph"] = {k.removesuffix(_REPLAYED): t for k, t in replays.items()}
+    if means.watch:
+        result["card"] = {"before": before, "after": means.watch()}
 
 
 def _memory(cell: Cell, problem: Problem, variant: Variant) -> dict[str, int]:
@@ -198,25 +206,22 @@ def run_cell(
             try:
                 variants[name] = builders[name](problem, cell.dropout_p)
             except Exception as error:
-                errors[name] = _text(error)
+                errors[name] = text_of(error)
         wrong = _check(cell, problem, variants, builders, errors, announce)
         variants = {name: v for name, v in variants.items() if name not in errors}
         result["disagreements"] = wrong
         result["notes"] = {name: v.note for name, v in variants.items() if v.note}
         means = means or means_for(cell.device)
-        before = means.watch() if means.watch else None
-        _time(cell, problem, variants, means, plan, result, announce)
-        if means.watch:
-            result["card"] = {"before": before, "after": means.watch()}
+        time_in_turn(cell.mode, problem, variants, means, plan, result, announce)
         result["memory"] = {}
         for name, variant in variants.items() if cell.memory else ():
             announce(f"{name}: memory")
             try:
                 result["memory"][name] = _memory(cell, problem, variant)
             except Exception as error:
-                errors[name] = _text(error)
+                errors[name] = text_of(error)
     except Exception as error:
-        result["status"], result["error"] = "error", _text(error)
+        result["status"], result["error"] = "error", text_of(error)
         return result
     if any(name in wrong for name in OURS):
         result["status"] = "wrong"

@@ -48,12 +48,15 @@ class Variant:
         adapters: the leaves lora_a [r, K], lora_b [N, r], empty for a floor.
         note: for the report, e.g. the route that was taken.
         route: of lora_ext on CUDA, for the length of the block; "" is the planner's.
+        no_graph: why no CUDA graph can be made of a call; "" if one can. A capture that fails may
+            leave torch's generator as if it went on.
     """
 
     call: Callable[[Tensor], Tensor]
     adapters: tuple[Tensor, ...] = ()
     note: str = ""
     route: str = ""
+    no_graph: str = ""
 
     def __enter__(self) -> Variant:
         self._set(self.route)

@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 if ours is wrong anywhere or a file is not written, 130 after an interrupt."""
+    """Exit status 1 if ours is wrong or fails, or a file is not written, 130 after an interrupt."""
     options = parse(arguments)
     document = results.new_document("adapters", describe("cpu", options.machine))
     path = options.out / "results.json"
@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [row["case"]["id"] for row in document["cases"] if row["status"] == "wrong"]
     for name in wrong:
         print(f"WRONG: {name}: ours disagrees with the loop", file=sys.stderr)
-    return 130 if interrupted else 0 if kept and not wrong else 1
+    failed = [row for row in document["cases"] if row["status"] == "error"]
+    for row in failed:
+        print(f"FAILED: {row['case']['id']}: {row['error']}", file=sys.stderr)
+    return 130 if interrupted else 0 if kept and not wrong and not failed else 1
 
 
 if __name__ == "__main__":

@@ -6,21 +6,29 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..figures import COLOURS, Figure, finish, heading, plt
+from ..figures import COLOURS, Dot, Figure, finish, heading, plt
 from ..results import Document, Row, is_disturbed, ratio
 from ..shapes import FORWARD, STEP
-from .variants import LABELS, floor_of
+from ..variants import floor_of
+from .variants import LABELS, OURS
 
-_COLOURS = {
-    "ours": COLOURS["ours"],
-    "ours_pool": COLOURS["ours_packed"],
-    "one": COLOURS["frozen"],
-    "peft": COLOURS["peft"],
-    "loop": COLOURS["peft_default"],
-    "loop_ours": COLOURS["loralib"],
-    "grouped": COLOURS["unsloth"],
-    "gather": COLOURS["compiled"],
-    "bmm": COLOURS["triton_pair"],
+# A colour of another variant's, and a marker.
+_STYLES = {
+    "ours": ("ours", "o"),
+    "ours_offs": ("ours_fp32", "s"),
+    "ours_pool": ("ours_packed", "D"),
+    "ours_kernel": ("ours_library", "X"),
+    "one": ("frozen", "^"),
+    "peft": ("peft", "o"),
+    "loop": ("peft_default", "s"),
+    "loop_ours": ("loralib", "v"),
+    "grouped": ("unsloth", "P"),
+    "gather": ("compiled", "X"),
+    "bmm": ("triton_pair", "d"),
+}
+STYLES = {
+    name: Dot(LABELS[name], COLOURS[colour], marker, name in OURS)
+    for name, (colour, marker) in _STYLES.items()
 }
 _TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 _GROUPS = {
@@ -31,21 +39,20 @@ _GROUPS = {
 
 def _panel(axes: Any, rows: list[Row], mode: str, where: Any, label: str) -> None:
     floor = floor_of(mode)
-    for name, colour in _COLOURS.items():
+    for name, style in STYLES.items():
         points = [
             (where(row["case"]), found.median) for row in rows if (found := ratio(row, name, floor))
         ]
         if points:
-            ours = name.startswith("ours")
             axes.plot(
                 *zip(*sorted(points), strict=True),
                 marker="o",
-                markersize=5 if ours else 3.5,
-                linewidth=2.2 if ours else 1.2,
+                markersize=5 if style.is_ours else 3.5,
+                linewidth=2.2 if style.is_ours else 1.2,
                 linestyle="--" if name == "one" else "-",
-                color=colour,
-                label=LABELS[name],
-                zorder=4 if ours else 3,
+                color=style.colour,
+                label=style.label,
+                zorder=4 if style.is_ours else 3,
             )
     axes.axhline(1.0, color="black", linewidth=1.0)
     axes.set_xscale("log")

@@ -16,6 +16,9 @@ class Case:
     Attributes:
         group: "target", or the curve that the case is a point of: "rows", "adapters".
         layout: rows of an adapter together ("ranges"), or as they come ("mixed").
+        tokens: rows of a sample, which PEFT has a name for; 0: those of a sample differ.
+        capacity: slots of a pool that has room for more adapters; of a forward.
+        effort: how much longer than other cases to measure.
     """
 
     group: str
@@ -27,6 +30,10 @@ class Case:
     rank: int = 16
     layout: str = "ranges"
     dropout_p: float = 0.0
+    device: str = "cpu"
+    tokens: int = 1
+    capacity: int = 0
+    effort: float = 1.0
 
     @property
     def id(self) -> str:

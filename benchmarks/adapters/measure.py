@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .. import memory
+from .. import memory, runner
 from ..agreement import TOLERANCE, error_of
 from ..results import Row
 from ..shapes import FORWARD, STEP
-from ..timing import Plan, compared
-from ..variants import Unavailable
+from ..timing import Plan
+from ..variants import Unavailable, Variant, floor_of
+from .batch import Batch, make_batch
 from .cases import Case
-from .variants import BUILDERS, Batch, Way, floor_of, make_batch
+from .variants import BUILDERS, OURS, names_for
 
 _NO_CHECK = ("merged", "frozen", "one")
+_WITH_MEMORY = ("frozen", "one", "ours", "ours_pool", "loop", "grouped")  # of a step
 
 
-def _outputs(batch: Batch, way: Way) -> dict[str, Tensor]:
+def _outputs(batch: Batch, way: Variant) -> dict[str, Tensor]:
     """y, and of a step the gradients of x and of all factors of each kind, stacked."""
     x, grad = batch.inputs[0], batch.grads[0]
     if batch.case.mode == FORWARD:
-        with torch.no_grad():
+        with way, torch.no_grad():
             return {"out": way.call(x)}
-    y = way.call(x)
-    dx, *gradients = torch.autograd.grad(y, (x, *way.leaves), grad)
+    with way:
+        y = way.call(x)
+        dx, *gradients = torch.autograd.grad(y, (x, *way.adapters), grad)
     half = len(gradients) // 2
     lora_a, lora_b = (
         part[0] if len(part) == 1 and part[0].dim() == 3 else torch.stack(part)
@@ -37,7 +36,7 @@ def _outputs(batch: Batch, way: Way) -> dict[str, Tensor]:
     return {"out": y, "dx": dx, "dlora_a": lora_a, "dlora_b": lora_b}
 
 
-def _wrong(batch: Batch, way: Way, expected: dict[str, Tensor]) -> list[str]:
+def _wrong(batch: Batch, way: Variant, expected: dict[str, Tensor]) -> list[str]:
     found = []
     for name, actual in _outputs(batch, way).items():
         if actual.shape != expected[name].shape:
@@ -49,61 +48,65 @@ def _wrong(batch: Batch, way: Way, expected: dict[str, Tensor]) -> list[str]:
     return found
 
 
-def _call_of(batch: Batch, way: Way) -> Callable[[], object]:
-    pairs = batch.rotation()
-    if batch.case.mode == FORWARD:
-        return lambda: way.call(next(pairs)[0])
-
-    def step() -> None:
-        x, grad = next(pairs)
-        for leaf in (x, *way.leaves):
-            leaf.grad = None
-        way.call(x).backward(grad)
-
-    return step
-
-
-def _memory(batch: Batch, way: Way) -> dict[str, int]:
+def _memory(batch: Batch, way: Variant) -> dict[str, int]:
     x, grad = batch.inputs[0], batch.grads[0]
 
     def clear() -> None:
-        for leaf in (x, *way.leaves):
+        for leaf in (x, *way.adapters):
             leaf.grad = None
 
+    def step() -> None:
+        with way:
+            way.call(x).backward(grad)
+
     try:
-        peak = memory.peak_bytes(lambda: way.call(x).backward(grad), "cpu", clear)
+        peak = memory.peak_bytes(step, batch.case.device, clear)
     finally:
         clear()
-    return {"peak": peak, "factors": sum(leaf.nbytes for leaf in way.leaves)}
+    return {"peak": peak, "factors": sum(leaf.nbytes for leaf in way.adapters)}
 
 
-def measure(case: Case, plan: Plan) -> Row:
-    """Times in ms, memory in bytes. status: "ok", or "wrong" where ours disagrees with the loop."""
-    row: dict[str, Any] = {"case": case.as_dict(), "status": "ok", "notes": {}, "disagreements": {}}
-    torch.manual_seed(0)
-    batch = make_batch(case)
+def _checked(batch: Batch, row: Row, announce: runner.Announce) -> dict[str, Variant]:
+    """The variants that there are; what they lack, or where they disagree, goes into the row."""
+    case = batch.case
     expected = _outputs(batch, BUILDERS["loop"](batch, 0.0))
-    ways: dict[str, Way] = {}
-    for name, build in BUILDERS.items():
-        if name in ("merged", "frozen") and name != floor_of(case.mode):
-            continue
+    ways = {}
+    for name in names_for(case):
+        announce(f"{name}: check")
         try:
-            ways[name] = build(batch, case.dropout_p)
-            found = [] if name in _NO_CHECK else _wrong(batch, build(batch, 0.0), expected)
+            way = BUILDERS[name](batch, case.dropout_p)
+            same = BUILDERS[name](batch, 0.0) if case.dropout_p else way
+            found = [] if name in _NO_CHECK else _wrong(batch, same, expected)
         except Unavailable as reason:
             row["notes"][name] = str(reason)
             continue
         except (ImportError, NotImplementedError, RuntimeError) as error:
-            ways.pop(name, None)
-            row["notes"][name] = f"{type(error).__name__}: {error}".split("\n", 1)[0][:200]
+            row["errors"][name] = runner.text_of(error)
             continue
+        ways[name] = way
         if found:
             row["disagreements"][name] = found
-            if name.startswith("ours"):
-                row["status"] = "wrong"
-    with torch.no_grad() if case.mode == FORWARD else nullcontext():
-        row["timing"] = compared({n: _call_of(batch, way) for n, way in ways.items()}, plan)
-    if case.mode == STEP and case.group == "target":
-        timed = ("frozen", "one", "ours", "ours_pool", "loop", "grouped")
-        row["memory"] = {n: _memory(batch, ways[n]) for n in timed if n in ways}
+    return ways
+
+
+def measure(case: Case, plan: Plan, announce: runner.Announce = lambda what: None) -> Row:
+    """Times in ms, memory in bytes.
+
+    announce: told what is about to run, for whoever must find out what hung
+
+    The row's status is "ok", "wrong" (one of ours disagrees with the loop) or "error" (one of ours,
+    or the floor, could not be measured).
+    """
+    row: Row = {"case": case.as_dict(), "status": "ok"}
+    row |= {"errors": {}, "notes": {}, "disagreements": {}}
+    torch.manual_seed(0)
+    batch = make_batch(case)
+    ways = _checked(batch, row, announce)
+    runner.time_in_turn(case.mode, batch, ways, runner.means_for(case.device), plan, row, announce)
+    if case.mode == STEP and case.group in ("target", "headline"):
+        row["memory"] = {n: _memory(batch, ways[n]) for n in _WITH_MEMORY if n in row["timing"]}
+    if any(name in row["disagreements"] for name in OURS):
+        row["status"] = "wrong"
+    elif failed := [name for name in (floor_of(case.mode), *OURS) if name in row["errors"]]:
+        row["status"], row["error"] = "error", f"{failed[0]}: {row['errors'][failed[0]]}"
     return row

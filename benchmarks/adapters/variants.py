@@ -8,28 +8,27 @@ the factors for each row. `bmm` takes as many rows of each adapter, in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import cycle
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shapes import FORWARD, STEP
-from ..variants import Unavailable
+from ..shapes import STEP
+from ..variants import Unavailable, Variant, floor_of
+from .batch import SCALING, Batch
 from .cases import Case
 
-SCALING = 2.0
-_ROTATED_BYTES = 32 << 20
 _MOST_MODULES = 64  # of PEFT, which takes 0.1 s to make an adapter
 
 LABELS = {
     "merged": "merged",
     "frozen": "frozen",
     "ours": "ours",
+    "ours_offs": "ours, ranges",
     "ours_pool": "ours, a pool",
+    "ours_kernel": "ours, kernel route",
     "one": "one adapter",
     "peft": "PEFT",
     "loop": "loop",
@@ -38,113 +37,63 @@ LABELS = {
     "gather": "gather",
     "bmm": "bmm",
 }
+OURS = ("ours", "ours_offs", "ours_pool", "ours_kernel")
 PEERS = ("peft", "loop", "loop_ours", "grouped", "gather", "bmm")
 
 
-@dataclass
-class Batch:
-    """The tensors of one case."""
-
-    case: Case
-    weight: Tensor  # [N, K]
-    lora_a: Tensor  # [G, r, K]
-    lora_b: Tensor  # [G, N, r]
-    index: Tensor  # int32 [rows]
-    inputs: list[Tensor]
-    grads: list[Tensor]
-
-    @cached_property
-    def scaling(self) -> Tensor:
-        return torch.full((self.case.adapters,), SCALING)
-
-    @cached_property
-    def offs(self) -> Tensor:
-        """Ends of the adapters' rows, which lie together."""
-        return self.index.bincount(minlength=self.case.adapters).cumsum(0).int()
-
-    def factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Fresh leaves, one matrix of each for each adapter."""
-        wanted = self.case.mode == STEP
-        return tuple(
-            [matrix.clone().requires_grad_(wanted) for matrix in pool]
-            for pool in (self.lora_a, self.lora_b)
-        )
-
-    def pools(self) -> tuple[Tensor, Tensor]:
-        wanted = self.case.mode == STEP
-        return tuple(t.clone().requires_grad_(wanted) for t in (self.lora_a, self.lora_b))
-
-    def rotation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return cycle(list(zip(self.inputs, self.grads, strict=True)))
-
-
-def make_batch(case: Case) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, case.dtype)
-    k = n = case.width
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator).mul_(std).to(dtype)
-
-    index = torch.arange(case.rows) * case.adapters // case.rows
-    if case.layout == "mixed":
-        index = index[torch.randperm(case.rows, generator=generator)]
-    step = case.mode == STEP
-    copies = max(3, min(16, _ROTATED_BYTES // (case.rows * k * dtype.itemsize)))
-    return Batch(
-        case,
-        weight=normal(n, k, std=k**-0.5),
-        lora_a=normal(case.adapters, case.rank, k, std=k**-0.5),
-        lora_b=normal(case.adapters, n, case.rank, std=case.rank**-0.5),
-        index=index.int(),
-        inputs=[normal(case.rows, k).requires_grad_(step) for _ in range(copies)],
-        grads=[normal(case.rows, n) if step else torch.empty(0) for _ in range(copies)],
-    )
-
-
-@dataclass
-class Way:
-    """y = call(x); leaves: what has a gradient beside x."""
-
-    call: Callable[[Tensor], Tensor]
-    leaves: list[Tensor]
-
-
-def _base(batch: Batch, dropout_p: float) -> Way:
+def _base(batch: Batch, dropout_p: float) -> Variant:
     """merged and frozen: a product of the same size."""
-    return Way(lambda x: F.linear(x, batch.weight), [])
+    return Variant(lambda x: F.linear(x, batch.weight))
 
 
-def _ours(batch: Batch, dropout_p: float) -> Way:
+def _ours(batch: Batch, dropout_p: float, in_ranges: bool = False, route: str = "") -> Variant:
+    """Lists of factors; whose the rows are by an index, or by the ends of ranges."""
     from lora_ext import lora_linear
 
+    if in_ranges and batch.case.layout == "mixed":
+        raise Unavailable("the rows of an adapter do not lie together")
     a, b = batch.factors()
     rest = (batch.weight, a, b, None, batch.scaling, dropout_p)
-    return Way(lambda x: lora_linear(x, *rest, index=batch.index), [*a, *b])
+    rows = {"offs": batch.offs} if in_ranges else {"index": batch.index}
+    return Variant(lambda x: lora_linear(x, *rest, **rows), (*a, *b), route=route)
 
 
-def _ours_pool(batch: Batch, dropout_p: float) -> Way:
+def _ours_kernel(batch: Batch, dropout_p: float) -> Variant:
+    """On our own kernels alone (CUDA), by ranges where there are some."""
+    return _ours(batch, dropout_p, batch.case.layout == "ranges", route="kernel")
+
+
+def _ours_pool(batch: Batch, dropout_p: float) -> Variant:
+    """With free slots where the case has room for more adapters."""
     from lora_ext import lora_linear
 
     a, b = batch.pools()
-    rest = (batch.weight, a, b, None, batch.scaling, dropout_p)
-    return Way(lambda x: lora_linear(x, *rest, index=batch.index), [a, b])
+    scaling, ranks = batch.scaling, None
+    free = batch.case.capacity - batch.case.adapters
+    if free > 0:
+        a, b = (torch.cat([t, t.new_zeros(free, *t.shape[1:])]) for t in (a, b))
+        ranks = F.pad(torch.full_like(scaling, batch.case.rank), (0, free)).int()
+        scaling = F.pad(scaling, (0, free))
+    rest = (batch.weight, a, b, None, scaling, dropout_p)
+    return Variant(lambda x: lora_linear(x, *rest, index=batch.index, ranks=ranks), (a, b))
 
 
-def _one(batch: Batch, dropout_p: float) -> Way:
+def _one(batch: Batch, dropout_p: float) -> Variant:
     """The op with one adapter for all rows."""
     from lora_ext import lora_linear
 
     wanted = batch.case.mode == STEP
     a, b = (t[0].clone().requires_grad_(wanted) for t in (batch.lora_a, batch.lora_b))
     rest = (batch.weight, a, b, None, SCALING, dropout_p)
-    return Way(lambda x: lora_linear(x, *rest), [a, b])
+    return Variant(lambda x: lora_linear(x, *rest), (a, b))
 
 
-def _peft(batch: Batch, dropout_p: float) -> Way:
-    """PEFT's own layer with a name for each row."""
+def _peft(batch: Batch, dropout_p: float) -> Variant:
+    """PEFT's own layer with a name for each row, or sample."""
     if batch.case.mode == STEP:
         raise Unavailable("PEFT refuses a mixed batch in training")
+    if batch.case.tokens == 0:
+        raise Unavailable("a name is a sample's, and here its tokens differ")
     if batch.case.adapters > _MOST_MODULES:
         raise Unavailable(f"more than {_MOST_MODULES} adapters")
     from peft import LoraConfig, inject_adapter_in_model
@@ -161,26 +110,33 @@ def _peft(batch: Batch, dropout_p: float) -> Way:
     for g in range(batch.case.adapters):
         layer.lora_A[str(g)].weight.data = batch.lora_a[g]
         layer.lora_B[str(g)].weight.data = batch.lora_b[g]
-    names = [str(g) for g in batch.index.tolist()]
-    return Way(lambda x: layer(x, adapter_names=names), [])
+    tokens = batch.case.tokens
+    names = [str(g) for g in batch.index[::tokens].tolist()]
+    lead = (len(names), tokens) if tokens > 1 else (len(names),)
+
+    def call(x: Tensor) -> Tensor:
+        return layer(x.view(*lead, -1), adapter_names=names).view(x.shape)
+
+    return Variant(call, no_graph="PEFT makes its lists of rows on the host")
 
 
-def _loop(batch: Batch, dropout_p: float) -> Way:
+def _loop(batch: Batch, dropout_p: float) -> Variant:
     a, b = batch.factors()
     rows = [(batch.index == g).nonzero().flatten() for g in range(batch.case.adapters)]
+    places = torch.cat(rows)
 
     def call(x: Tensor) -> Tensor:
         y = F.linear(x, batch.weight)
-        parts = [x]
+        parts = []
         for own, first, second in zip(rows, a, b, strict=True):
             dropped = F.dropout(x[own], dropout_p) if dropout_p else x[own]
             parts.append(F.linear(F.linear(dropped, first), second) * SCALING)
-        return y.index_add(0, torch.cat(rows), torch.cat(parts[1:]))
+        return y.index_add(0, places, torch.cat(parts))
 
-    return Way(call, [*a, *b])
+    return Variant(call, (*a, *b))
 
 
-def _loop_ours(batch: Batch, dropout_p: float) -> Way:
+def _loop_ours(batch: Batch, dropout_p: float) -> Variant:
     """The op, adapter by adapter, each on rows of its own."""
     from lora_ext import lora_linear
 
@@ -196,7 +152,7 @@ def _loop_ours(batch: Batch, dropout_p: float) -> Way:
         ]
         return torch.cat(parts)
 
-    return Way(call, [*a, *b])
+    return Variant(call, (*a, *b))
 
 
 def _in_order(batch: Batch) -> tuple[Tensor, Tensor] | None:
@@ -207,10 +163,13 @@ def _in_order(batch: Batch) -> tuple[Tensor, Tensor] | None:
     return order, order.argsort()
 
 
-def _grouped(batch: Batch, dropout_p: float) -> Way:
+def _grouped(batch: Batch, dropout_p: float) -> Variant:
     product = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if product is None or batch.case.dtype != "bfloat16":
         raise Unavailable("torch has grouped_mm for bfloat16 alone")
+    on_gpu = batch.case.device == "cuda"
+    if on_gpu and batch.case.mode == STEP and batch.case.rows % (8 * batch.case.adapters):
+        raise Unavailable("on CUDA torch may assert ranges of 16 bytes in its gradients")
     a, b = batch.pools()
     order = _in_order(batch)
 
@@ -222,10 +181,10 @@ def _grouped(batch: Batch, dropout_p: float) -> Way:
         update = update if order is None else update[order[1]]
         return F.linear(x, batch.weight).add_(update, alpha=SCALING)
 
-    return Way(call, [a, b])
+    return Variant(call, (a, b))
 
 
-def _gather(batch: Batch, dropout_p: float) -> Way:
+def _gather(batch: Batch, dropout_p: float) -> Variant:
     case = batch.case
     copies = case.rows * case.rank * case.width * batch.weight.itemsize
     if case.mode == STEP:
@@ -239,10 +198,10 @@ def _gather(batch: Batch, dropout_p: float) -> Way:
         update = torch.einsum("mr,mnr->mn", s, batch.lora_b[index])
         return F.linear(x, batch.weight).add_(update, alpha=SCALING)
 
-    return Way(call, [])
+    return Variant(call)
 
 
-def _bmm(batch: Batch, dropout_p: float) -> Way:
+def _bmm(batch: Batch, dropout_p: float) -> Variant:
     case = batch.case
     if case.rows % case.adapters or case.layout == "mixed":
         raise Unavailable("the adapters do not have as many rows each, in order")
@@ -254,18 +213,16 @@ def _bmm(batch: Batch, dropout_p: float) -> Way:
         update = dropped.view(shape) @ a.transpose(1, 2) @ b.transpose(1, 2)
         return F.linear(x, batch.weight).add_(update.view(x.shape), alpha=SCALING)
 
-    return Way(call, [a, b])
+    return Variant(call, (a, b))
 
 
-def floor_of(mode: str) -> str:
-    return "merged" if mode == FORWARD else "frozen"
-
-
-BUILDERS: dict[str, Callable[[Batch, float], Way]] = {
+BUILDERS: dict[str, Callable[[Batch, float], Variant]] = {
     "merged": _base,
     "frozen": _base,
     "ours": _ours,
+    "ours_offs": partial(_ours, in_ranges=True),
     "ours_pool": _ours_pool,
+    "ours_kernel": _ours_kernel,
     "one": _one,
     "peft": _peft,
     "loop": _loop,
@@ -274,3 +231,10 @@ BUILDERS: dict[str, Callable[[Batch, float], Way]] = {
     "gather": _gather,
     "bmm": _bmm,
 }
+
+
+def names_for(case: Case) -> list[str]:
+    """The variants measured in a case, in the order of the tables."""
+    left_out = {"merged", "frozen"} - {floor_of(case.mode)}
+    left_out |= set() if case.device == "cuda" else {"ours_kernel"}
+    return [name for name in BUILDERS if name not in left_out]

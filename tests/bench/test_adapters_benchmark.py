@@ -1,6 +1,7 @@
 """The benchmark of batches of many adapters: what is compared, checked and said."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ import torch
 from benchmarks import report, results
 from benchmarks.adapters import adapters_report, measure, variants
 from benchmarks.adapters.__main__ import main
+from benchmarks.adapters.batch import Batch, make_batch
 from benchmarks.adapters.cases import Case, all_cases
 from benchmarks.machine import describe
 from benchmarks.shapes import FORWARD, STEP
 from benchmarks.timing import Plan
-from benchmarks.variants import Unavailable
+from benchmarks.variants import Unavailable, Variant, floor_of
 
 QUICK = Plan(min_rounds=1, max_rounds=1, seconds=0.0, warmup_ms=0.0, batch_ms=0.0)
 
@@ -28,11 +30,39 @@ def test_every_variant_agrees_with_the_loop(mode, dtype, layout):
     row = measure.measure(case_of(mode, dtype=dtype, layout=layout), QUICK)
     assert row["status"] == "ok"
     assert row["disagreements"] == {}
-    left_out = set(variants.LABELS) - {"merged" if mode == STEP else "frozen"} - set(row["timing"])
+    left_out = set(variants.names_for(case_of(mode))) - set(row["timing"])
     expected = left_out & {"grouped"} if dtype == "bfloat16" else {"grouped"}  # not in every torch
     expected |= {"peft", "gather"} if mode == STEP else set()
-    expected |= {"bmm", "loop_ours"} if layout == "mixed" else set()
-    assert left_out == expected == set(row["notes"])
+    expected |= {"bmm", "loop_ours", "ours_offs"} if layout == "mixed" else set()
+    assert left_out == expected == {*row["notes"], *row["errors"]}
+
+
+def test_variants_of_a_device():
+    on_cpu, on_gpu = (set(variants.names_for(case_of(device=d))) for d in ("cpu", "cuda"))
+    assert on_gpu - on_cpu == {"ours_kernel"}
+    assert on_gpu == set(variants.LABELS) - {"merged"}
+
+
+def test_one_of_ours_that_fails_is_an_error_and_a_peer_that_fails_is_not(monkeypatch):
+    def fails(batch, dropout_p):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(variants.BUILDERS, "gather", fails)
+    row = measure.measure(case_of(FORWARD), QUICK)
+    assert row["status"] == "ok" and row["errors"] == {"gather": "RuntimeError: no such kernel"}
+    monkeypatch.setitem(variants.BUILDERS, "ours_pool", fails)
+    row = measure.measure(case_of(FORWARD), QUICK)
+    assert row["status"] == "error" and row["error"].startswith("ours_pool: RuntimeError: no such")
+
+
+def test_a_pool_with_room_for_more_and_names_of_samples_give_the_same():
+    case = case_of(FORWARD, rows=12, adapters=3, capacity=5, tokens=4)
+    row = measure.measure(case, QUICK)
+    assert row["status"] == "ok" and row["disagreements"] == {}
+    assert {"peft", "ours_pool"} <= set(row["timing"])
+    batch = make_batch(replace(case, tokens=0))
+    with pytest.raises(Unavailable, match="tokens differ"):
+        variants.BUILDERS["peft"](batch, 0.0)
 
 
 @pytest.mark.parametrize("name", ["ours", "ours_pool", "grouped", "bmm"])
@@ -46,7 +76,7 @@ def test_a_wrong_variant_is_seen(name, fault, monkeypatch):
             batch.lora_a, batch.lora_b = batch.lora_a.roll(1, 0), batch.lora_b.roll(1, 0)
             return build(batch, dropout_p)
         way = build(batch, dropout_p)
-        return variants.Way(lambda x: way.call(x) * 1.1, way.leaves)
+        return Variant(lambda x: way.call(x) * 1.1, way.adapters)
 
     monkeypatch.setitem(variants.BUILDERS, name, wrong)
     row = measure.measure(case_of(), QUICK)
@@ -55,7 +85,7 @@ def test_a_wrong_variant_is_seen(name, fault, monkeypatch):
 
 
 def test_rows_per_adapter():
-    batch = variants.make_batch(case_of(rows=10, adapters=4, layout="mixed"))
+    batch = make_batch(case_of(rows=10, adapters=4, layout="mixed"))
     counts = batch.index.bincount()
     assert counts.sum() == 10
     assert counts.max() - counts.min() <= 1
@@ -66,13 +96,20 @@ def test_rows_per_adapter():
 def test_what_cannot_be_measured_says_why():
     many = case_of(FORWARD, rows=130, adapters=65)
     with pytest.raises(Unavailable, match="more than 64 adapters"):
-        variants.BUILDERS["peft"](variants.make_batch(many), 0.0)
+        variants.BUILDERS["peft"](make_batch(many), 0.0)
     with pytest.raises(Unavailable, match="as many rows each"):
-        variants.BUILDERS["bmm"](variants.make_batch(case_of(rows=10)), 0.0)
+        variants.BUILDERS["bmm"](make_batch(case_of(rows=10)), 0.0)
     large = Case("target", FORWARD, 4096, 2, width=2048, rank=64)
-    batch = variants.Batch(large, *(torch.empty(0),) * 4, [], [])
+    batch = Batch(large, *(torch.empty(0),) * 4, [], [])
     with pytest.raises(Unavailable, match="256 MiB"):
         variants.BUILDERS["gather"](batch, 0.0)
+
+
+def test_no_peer_is_asked_for_what_may_end_the_process_on_a_gpu():
+    batch = make_batch(case_of(dtype="bfloat16"))
+    on_gpu = replace(batch, case=replace(batch.case, device="cuda"))
+    with pytest.raises(Unavailable, match="ranges of 16 bytes"):
+        variants.BUILDERS["grouped"](on_gpu, 0.0)
 
 
 def test_cases_are_those_of_the_targets():
@@ -92,7 +129,7 @@ def made_up(isa="avx512", ours=1.1):
     document = results.new_document("adapters", describe("cpu", "a machine"))
     document["machine"]["lora_ext"]["cpu_isa"] = isa
     for case in all_cases():
-        floor = variants.floor_of(case.mode)
+        floor = floor_of(case.mode)
         times = {name: summary(3.0) for name in variants.LABELS if name not in ("merged", "frozen")}
         times |= {floor: summary(1.0), "ours": summary(ours)}
         row = {"case": case.as_dict(), "status": "ok", "notes": {}, "disagreements": {}}
@@ -166,3 +203,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     )
     assert main(["--out", str(tmp_path), "--no-plots"]) == 1
     assert "WRONG" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "benchmarks.adapters.__main__.measure",
+        lambda case, plan: measure.measure(case, plan) | {"status": "error", "error": "a fault"},
+    )
+    assert main(["--out", str(tmp_path), "--no-plots"]) == 1
+    assert "FAILED" in capsys.readouterr().err
