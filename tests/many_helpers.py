@@ -13,6 +13,7 @@ from lora_ext.reference import lora_linear_reference, lora_update_reference
 
 OPS = torch.ops.lora_ext
 RANKS = (1, 16, 8, 33)
+KINDS = ["ranges", "mixed", "in turn", "one", "none"]  # of index_of
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ SUITES = {
     "op/test_autograd.py": 100,
     "op/test_dropout.py": 60,
     "op/test_many_adapters.py": 350,
+    "op/test_many_random.py": 1,
 }
 # On Hopper's lora_gemm, whose wgmma takes the execution layer longer.
 ON_HOPPER = (

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import BF16, DTYPE_PAIRS, EMULATED, F16, F32, F64, leaf, pair_id, short
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from many_helpers import (
+    KINDS,
     OPS,
     RANKS,
     assert_at_most_twice,
@@ -23,7 +22,6 @@ from torch.autograd import gradcheck
 import lora_ext
 from lora_ext import _C
 
-KINDS = ["ranges", "mixed", "in turn", "one", "none"]
 # Segments of few rows, of many, of more than a piece; columns that are no multiple of anything.
 SHAPES = [(1, 40, 24), (9, 129, 95), (67, 64, 257), (450, 130, 70)]
 
@@ -85,29 +83,6 @@ def test_integers_are_exact(isa, device, pair, kind, rows):
     ours = run(many)
     for name, wanted in exact.items():
         assert torch.equal(ours[name], wanted.to(ours[name].dtype)), name
-
-
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(data=st.data())
-def test_any_shape_ranks_and_index(isa, data):
-    """Exact integers, in float32, whatever the shapes; as a list, as a pool, by index and offs."""
-    rows = data.draw(st.integers(0, 40) | st.integers(90, 210))
-    lead = data.draw(st.sampled_from([(rows,), (1, rows), (rows, 1)]))
-    in_features, out_features = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
-    ranks = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))
-    kind = data.draw(st.sampled_from(KINDS))
-    dropout_p = data.draw(st.sampled_from([0.0, 0.5]))
-    many = make_many(lead, in_features, out_features, ranks, kind=kind, integers=2)
-    many = replace(many, x=many.x.clone())
-    wanted = run_loop(many, dropout_p, dtype=F64)
-    assert_equal(run(many, dropout_p), wanted)
-    if kind in ("ranges", "one", "none") and (many.index >= 0).all():
-        offs = (many.index.view(-1)[None] <= torch.arange(len(ranks))[:, None]).sum(1).int()
-        assert_equal(run(many, dropout_p, offs=offs), wanted)
 
 
 @pytest.mark.parametrize("ranks", [(64, 1), (200, 40, 3), (512, 16)], ids=str)
