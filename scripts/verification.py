@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import results  # noqa: E402
+from benchmarks.gpu import gpu_targets  # noqa: E402
 from benchmarks.markdown import quotient  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -92,6 +93,33 @@ def fine_tuning() -> str:
     return section("A real fine-tuning", document["machine"], "demo", body)
 
 
+def gpu_runs() -> list[tuple[Path, dict]]:
+    """(file, document) of each run of `make gpu` on a GPU."""
+    found = [(path, results.read(path)) for path in sorted(RESULTS.rglob("results.json"))]
+    return [
+        (path, document)
+        for path, document in found
+        if document["kind"] == "gpu" and document["machine"]["device"] == "cuda"
+    ]
+
+
+def many_on_a_gpu() -> list[list[str]]:
+    """What a forward of many adapters is to take, and does on each card."""
+    claim = f"many adapters in one batch: at most {gpu_targets.LIMIT} x merged, {gpu_targets.WHERE}"
+    measured = [
+        (document["machine"]["name"], target)
+        for _, document in gpu_runs()
+        for target in document["targets"]
+        if target["where"] == gpu_targets.WHERE and target["measured"] is not None
+    ]
+    if not measured:
+        return [[claim, "not measured yet", "`make gpu`"]]
+    return [
+        [claim, f"measured: {target['measured']:.3f}x, {target['verdict']}", f"`make gpu`, {name}"]
+        for name, target in measured
+    ]
+
+
 def kernels() -> str:
     emulation = (ROOT / "docs" / "emulation.md").read_text()
     mutants = re.search(r"\d+ of \d+ mutants are caught, \d+ are harmless", emulation)[0]
@@ -117,6 +145,7 @@ def kernels() -> str:
          "`tests/bench/test_cost_model.py`"],
         [f"golden vectors of the PTX functions: {cards}", "not shown", "`make gpu`"],
         ["any time on a GPU", "not shown", "`make gpu`"],
+        *many_on_a_gpu(),
     ]  # fmt: skip
     return "## CUDA kernels\n\n" + table(["claim", "how it is known", "by"], listed)
 
@@ -190,10 +219,7 @@ def peft() -> str:
 def gpus() -> list[str]:
     """A section for each run of `make gpu` on a GPU."""
     sections = []
-    for path in sorted(RESULTS.rglob("results.json")):
-        document = results.read(path)
-        if document["kind"] != "gpu" or document["machine"]["device"] != "cuda":
-            continue
+    for path, document in gpu_runs():
         stages = document.get("stages", {})
         rows = [[name, stages[name]["status"], stages[name]["summary"]] for name in stages]
         body = table(["stage", "status", "summary"], rows)

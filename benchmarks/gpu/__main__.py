@@ -21,7 +21,7 @@ from typing import Any
 
 from .. import results
 from ..__main__ import finish
-from . import checks, children, measure, profile
+from . import checks, children, gpu_targets, measure, profile
 from .child import Log
 from .run import Run, bring, checking, commit, resumed, sources
 from .stages import Stage, run_stages
@@ -40,6 +40,9 @@ STAGES = (
     Stage("headline", 100, measure.headline),
     Stage("profile", 45, profile.worst),
     Stage("stress", 60, checks.stress),
+    Stage("many", 60, checks.many, quick=False),
+    Stage("pool", 20, checks.pool),
+    Stage("adapters", 75, measure.adapters),
     Stage("tuning", 60, measure.tuning, quick=False),
     Stage("tests", 240, checks.tests, quick=False),
     Stage("wide", 60, measure.wide, quick=False),
@@ -140,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted = False
     document["complete"] = all(run.stages.get(name, {}).get("status") == "done" for name in names)
     measure.predict(run)
+    document["targets"] = gpu_targets.evaluate(document)
     # At most 8 files: pictures are drawn from the results afterwards, by `python -m
     # benchmarks.report`, where there is a plot library.
     status = finish(document, run.path, with_plots=False)

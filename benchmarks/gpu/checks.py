@@ -16,6 +16,9 @@ from .suites import run_tests
 _SANITIZED = "sanitized and kernel-"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
+# Kernels for many adapters by their names, and the tests of the op with them.
+_GROUPED, _MANY = "many adapters", "tests/op/test_many_adapters.py"
+
 # A file that cannot be imported stops no other.
 _HOW = ("-q", "-rfE", "--tb=short", "--continue-on-collection-errors")
 _TEST_S, _SANITIZED_S, _CHECK_S = 60.0, 150.0, 30.0  # limits of one test, and of a kernel's check
@@ -52,7 +55,9 @@ def warmup(run: Run, seconds: float) -> Result:
     for item, answer in each(run, "check", items, until):
         ended[item.name] = answer.error or (answer.result or {})["failed"]
     wrong = [f"{name}: {why}" for name, why in ended.items() if why]
+    grouped = sum(_GROUPED in name for name in ended)
     summary = f"{len(ended)} of {len(names)} kernels checked, {len(wrong)} failed"
+    summary += f"; {grouped} of them for many adapters"
     whole = bool(names) and len(ended) == len(names)
     status = "failed" if wrong else "done" if whole else "partial"
     right = {} if whole else {"ended": {name: "" for name, why in ended.items() if not why}}
@@ -66,11 +71,18 @@ def kernels(run: Run, seconds: float) -> Result:
     return _suite(run, "kernels", seconds, "-m", "gpu", "tests/kernels/test_cuda_kernels.py")
 
 
+def many(run: Run, seconds: float) -> Result:
+    """The op with an adapter for each row, on every route."""
+    if run.device != "cuda":
+        return _suite(run, "many", seconds, "-k", "without_rows", _MANY)
+    return _suite(run, "many", seconds, "-m", "gpu", _MANY)
+
+
 def tests(run: Run, seconds: float) -> Result:
-    """All tests marked gpu."""
+    """All other tests marked gpu."""
     if run.device != "cuda":
         return _suite(run, "tests", seconds, "tests/bench/test_cost_model.py")
-    return _suite(run, "tests", seconds, "-m", "gpu", "tests")
+    return _suite(run, "tests", seconds, "-m", "gpu", "tests", f"--ignore={_MANY}")
 
 
 def sanitizer(tool: str) -> Callable[[Run, float], Result]:
@@ -92,4 +104,10 @@ def sanitizer(tool: str) -> Callable[[Run, float], Result]:
 def stress(run: Run, seconds: float) -> Result:
     """The same bits from a thousand replays, and from streams that run at the same time."""
     command = [child.PYTHON, "-m", "benchmarks.gpu.stress", "--device", run.device]
+    return run_command(run, command, seconds)
+
+
+def pool(run: Run, seconds: float) -> Result:
+    """Replays of a pool's graph while adapters come and go, against a loop over them."""
+    command = [child.PYTHON, "-m", "benchmarks.gpu.pool_stress", "--device", run.device]
     return run_command(run, command, seconds)

@@ -51,6 +51,15 @@ def _cell(fields: Fields, device: str) -> Fields:
     return {"entry": runner.run_cell(cell, Plan(**fields["plan"]), announce=_announce)}
 
 
+def _adapters(fields: Fields, device: str) -> Fields:
+    from ..adapters.cases import Case
+    from ..adapters.measure import measure
+    from ..timing import Plan
+
+    case = Case(**fields["case"])
+    return {"entry": measure(case, Plan(**fields["plan"]), announce=_announce)}
+
+
 def _profile(fields: Fields, device: str) -> Fields:
     from ..shapes import Cell
     from .profile import kernels_of
@@ -95,6 +104,7 @@ TASKS: dict[str, Callable[[Fields, str], Fields]] = {
     "device": _device,
     "ceilings": _ceilings,
     "cell": _cell,
+    "adapters": _adapters,
     "profile": _profile,
     "kernels": _kernels,
     "check": _check,

@@ -1,4 +1,4 @@
-"""Pictures of a run of `make gpu`: those of any run over cells, roofline and predictions."""
+"""Pictures of a run of `make gpu`: those of any run over cells, roofline, predictions, adapters."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 from .. import figures as shared
 from .. import layer_figures
+from ..adapters.adapters_figures import STYLES
 from ..figures import COLOURS, Figure, plt
-from ..layer_figures import times_of, title_of
-from ..results import Document
-from ..shapes import STEP
-from ..variants import LABELS
+from ..layer_figures import AXIS, title_of
+from ..results import Document, Row, is_disturbed, ratio, times_of
+from ..shapes import FORWARD, STEP
+from ..variants import LABELS, floor_of
+from .cases import reading_order
 
 _FLOORS = ("merged", "frozen")
 _BYTES = 2
@@ -80,6 +82,38 @@ def _predictions(document: Document) -> Figure | None:
     return figure
 
 
+def _adapters(document: Document) -> Figure | None:
+    """A panel for forwards and one for steps, as high as they have cases."""
+    clean = [r for r in document.get("adapters", []) if r["status"] == "ok" and not is_disturbed(r)]
+    clean.sort(key=reading_order)
+    panels = {m: [r for r in clean if r["case"]["mode"] == m] for m in (FORWARD, STEP)}
+    panels = {mode: rows for mode, rows in panels.items() if rows}
+    if not panels:
+        return None
+    heights = [0.4 + 0.27 * len(rows) for rows in panels.values()]
+    figure, grid = plt.subplots(
+        len(panels),
+        squeeze=False,
+        figsize=(10, max(3.6, 1.0 + sum(heights) + 0.8 * len(panels))),
+        gridspec_kw={"height_ratios": heights},
+    )
+    for (mode, rows), axes in zip(panels.items(), grid[:, 0], strict=True):
+        floor = floor_of(mode)
+        values = {name: [_over(row, name, floor) for row in rows] for name in STYLES}
+        names = [row["case"]["id"].removeprefix(f"{mode} ") for row in rows]
+        shared.dots(axes, names, values, STYLES)
+        axes.set_xlabel(f"x {floor} {AXIS}")
+        shared.finish(axes, mode, "both")
+    shared.legend_beside(grid[0, 0], 9)  # a forward has all of them
+    shared.heading(figure, title_of(document, "many adapters in one batch"))
+    return figure
+
+
+def _over(row: Row, name: str, floor: str) -> float | None:
+    found = ratio(row, name, floor, times_of(row))
+    return found.median if found else None
+
+
 def figures(document: Document) -> dict[str, Figure | None]:
     """File name -> figure."""
     return {
@@ -87,4 +121,5 @@ def figures(document: Document) -> dict[str, Figure | None]:
         "grid.png": None,  # a GPU's squares fill none
         "roofline.png": _roofline(document),
         "predictions.png": _predictions(document),
+        "adapters.png": _adapters(document),
     }

@@ -6,11 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import layer_report
+from ..adapters import adapters_report
 from ..markdown import NOTHING, milliseconds, quotient, table, table_of
-from ..results import Document
+from ..results import Document, Row
+from ..shapes import FORWARD, STEP
 from ..variants import LABELS
+from .cases import reading_order
 
 _LISTED = 14  # kernels of a call, the longest of them
+_ON_A_GPU = """\
+The kernel route takes our own base product, where the planner may take the library's. With few rows
+a pool has 64 slots, as many used as there are rows. PEFT has a name for each sample, which is the
+rows of an adapter; "mixed" are tokens."""
 _COUNTED = ("us", "DRAM bytes read", "DRAM bytes written", "tensor pipes busy, %")
 
 
@@ -22,6 +29,7 @@ def text(document: Document, images: Sequence[str]) -> str:
         ("Predicted and measured", predictions(document.get("predictions", []))),
     ]
     after = [
+        *many(document.get("adapters", [])),
         ("Furthest from their predictions", profiles(found.get("profile", {}))),
         ("Clocks and power", clocks(document)),
     ]
@@ -42,6 +50,21 @@ def stages(results: dict[str, dict[str, Any]]) -> str:
         for name, result in results.items()
     ]
     return table(["stage", "status", "took", "summary"], rows, left=(0, 1, 3))
+
+
+def many(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(heading, body) of batches of many adapters."""
+    if not rows:
+        return []
+    bodies = []
+    for mode in (FORWARD, STEP):
+        mine = sorted(adapters_report.rows_of(rows, mode=mode), key=reading_order)
+        heading = f"Many adapters, {mode}"
+        bodies.append((f"{heading}, graph replays", adapters_report.times(mine, mode, "graph")))
+        bodies.append((heading, adapters_report.times(mine, mode)))
+    bodies.append(("Many adapters, peak memory", adapters_report.memory(rows)))
+    bodies.append(("Many adapters, left out and wrong", adapters_report.left_out(rows)))
+    return [*bodies, ("Many adapters, what is compared", f"{adapters_report.WAYS}\n\n{_ON_A_GPU}")]
 
 
 def predictions(entries: Sequence[dict[str, Any]]) -> str:
@@ -83,11 +106,13 @@ def profiles(found: dict[str, Any]) -> str:
 
 def clocks(document: Document) -> str:
     """What the card said before and after the first, the middle and the last cell."""
-    read = [r for r in document["cells"] if (r.get("card") or {}).get("after")]
+    every = [(r["cell"]["id"], r) for r in document["cells"]]
+    every += [(r["case"]["id"], r) for r in document.get("adapters", [])]
+    read = [(name, r["card"]) for name, r in every if (r.get("card") or {}).get("after")]
     rows = []
     for place in dict.fromkeys((0, len(read) // 2, len(read) - 1)) if read else ():
         for when in ("before", "after"):
-            values = read[place]["card"][when] or {}
-            rows.append([read[place]["cell"]["id"], when, *map(str, values.values())])
-    names = list(read[0]["card"]["after"]) if read else []
+            name, card = read[place]
+            rows.append([name, when, *map(str, (card[when] or {}).values())])
+    names = list(read[0][1]["after"]) if read else []
     return table(["cell", "read", *names], rows, left=(0, 1))

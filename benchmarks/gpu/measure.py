@@ -1,23 +1,20 @@
-"""Stages that measure, each in children: ceilings, cells, and the routes' table for the planner."""
+"""Stages that measure, each in children: ceilings, cells, many adapters, the planner's table."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
 from typing import Any
 
 from .. import cost_model, runner
 from ..shapes import BACKWARD, FORWARD, Cell
-from ..timing import Plan
-from . import cells, children
+from . import cases, cells, children
+from .measuring import CASES, CELLS, measured
 from .run import Run
 from .stages import Result, missing, result_of
 
-_PLAN = Plan(min_rounds=5, max_rounds=11, seconds=1.2, batch_ms=4.0, max_inner=20, warmup_ms=20.0)
-_QUICK_PLAN = replace(_PLAN, min_rounds=3, max_rounds=5, seconds=0.4)
-_QUICK_CELLS = 14
+_QUICK_CELLS, _QUICK_CASES = 14, 6
 # Three times what the slowest takes: problem, checks, graphs, memory; then torch.compile's minute.
-_CELL_S, _COMPILED_S = 60.0, 150.0
+_CELL_S, _COMPILED_S, _CASE_S = 60.0, 150.0, 60.0
 _SHAPE_S, _CEILINGS_S = 30.0, 60.0
 
 
@@ -34,81 +31,39 @@ def ceilings(run: Run, seconds: float) -> Result:
     return result_of("partial", "it did not begin")
 
 
-def _todo(run: Run, chosen: list[Cell]) -> list[Cell]:
-    """What the document lacks; last what ended in an error, which may be a hang."""
-    status = {result["cell"]["id"]: result["status"] for result in run.document["cells"]}
-    new = [cell for cell in chosen if cell.id not in status]
-    return new + [cell for cell in chosen if status.get(cell.id) == "error"]
-
-
-def _keep(run: Run, entry: dict[str, Any]) -> None:
-    """Puts a cell's entry in the place of an earlier one, and writes the document."""
-    found = run.document["cells"]
-    name = entry["cell"]["id"]
-    found[:] = [result for result in found if result["cell"]["id"] != name]
-    found.append(entry)
-    run.write()
-
-
-def _measure(run: Run, chosen: list[Cell], seconds: float) -> Result:
-    """Measures the cells that the document does not have; partial until it has them all."""
-    until = run.until(seconds)
+def _cells(run: Run, chosen: list[Cell], seconds: float) -> Result:
+    """Times beside what the model predicts."""
     if run.device == "cpu":
         chosen = cells.on_cpu(chosen)
     if run.quick:
         chosen = chosen[:_QUICK_CELLS]
-    document = run.document
-    todo = _todo(run, chosen)
-    by_name = {cell.id: cell for cell in todo}
-    plan = _QUICK_PLAN if run.quick else _PLAN
-    effort_left = sum(cell.effort for cell in todo)
 
-    def ready(item: children.Item) -> children.Item:
-        """With the cell's share of what is left."""
-        nonlocal effort_left
-        cell = by_name[item.name]
-        limit_s = runner.share_s(cell.effort, effort_left, until - time.monotonic())
-        effort_left -= cell.effort
-        own = replace(plan.times(cell.effort), limit_s=limit_s)
-        return replace(item, fields={**item.fields, "plan": asdict(own)})
+    def limit_s(cell: Cell) -> float:
+        return _COMPILED_S if cell.compiled else _CELL_S
 
-    items = [
-        children.Item(cell.id, {"cell": asdict(cell)}, _COMPILED_S if cell.compiled else _CELL_S)
-        for cell in todo
-    ]
-    failed = []
-    for item, answer in children.each(run, "cell", items, until, ready):
-        cell = by_name[item.name]
-        entry = (answer.result or {}).get("entry")
-        if not isinstance(entry, dict) or entry.get("cell") != cell.as_dict():
-            error = answer.error or "an answer without the cell"
-            entry = {"cell": cell.as_dict(), "errors": {}, "notes": {}}
-            entry |= {"status": "error", "error": error, "tail": answer.tail}
-        elif answer.error:  # a fault of the device, after which nothing of the cell can be trusted
-            entry |= {"status": "error", "error": answer.error, "tail": answer.tail}
-        if entry["status"] == "error":
-            failed.append(cell.id)
-        _keep(run, entry)
+    result = measured(run, CELLS, chosen, seconds, limit_s)
     predict(run)
-    measured = {result["cell"]["id"] for result in document["cells"]}
-    missed = [cell.id for cell in chosen if cell.id not in measured]
-    document["skipped"] = missed
-    summary = f"{len(chosen) - len(missed)} of {len(chosen)} cells"
-    errors = [cell for cell in _todo(run, chosen) if cell.id in measured]
-    if errors:
-        summary += f", {len(errors)} of them errors, such as {errors[0].id}"
-    status = "failed" if failed else "partial" if missed or errors or run.quick else "done"
-    return result_of(status, summary)
+    return result
 
 
 def headline(run: Run, seconds: float) -> Result:
     """The cells that matter most."""
-    return _measure(run, cells.headline_cells(), seconds)
+    return _cells(run, cells.headline_cells(), seconds)
 
 
 def wide(run: Run, seconds: float) -> Result:
     """The other projections, rows and ranks."""
-    return _measure(run, cells.wide_cells(), seconds)
+    return _cells(run, cells.wide_cells(), seconds)
+
+
+def adapters(run: Run, seconds: float) -> Result:
+    """Batches of many adapters, beside one adapter and the ways of others."""
+    chosen = cases.many_cases()
+    if run.device == "cpu":
+        chosen = cases.on_cpu(chosen)
+    if run.quick:
+        chosen = chosen[:_QUICK_CASES]
+    return measured(run, CASES, chosen, seconds, lambda case: _CASE_S)
 
 
 def predict(run: Run) -> None:

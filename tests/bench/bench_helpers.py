@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results, shapes
-from benchmarks.gpu import cells, measure
+from benchmarks.gpu import cases, cells, measure
 from benchmarks.gpu.run import Run
 from benchmarks.timing import Plan
 
@@ -69,6 +69,13 @@ def new_run(folder, machine=MACHINE, device="cuda", seconds=1000.0, quick=False)
     return Run(device, folder, document, quick, time.monotonic() + seconds)
 
 
+def synthetic_case(case, times):
+    """The same of a batch of many adapters."""
+    timing = synthetic(small(), times)["timing"]
+    row = {"case": case.as_dict(), "status": "ok", "errors": {}, "notes": {}, "disagreements": {}}
+    return row | {"timing": timing}
+
+
 def measured_run(folder):
     """A run on an H100 that never was, for tables and pictures."""
     run = new_run(folder, H100)
@@ -78,6 +85,8 @@ def measured_run(folder):
         result = synthetic(cell, times)
         result["graph"] = synthetic(cell, {k: 0.9 * t for k, t in times.items()})["timing"]
         run.document["cells"].append(result)
+    times = {"merged": 1.0, "frozen": 1.0, "ours": 1.08, "ours_offs": 1.04, "peft": 9.0}
+    run.document["adapters"] = [synthetic_case(case, times) for case in cases.many_cases()]
     measure.predict(run)
     return run
 

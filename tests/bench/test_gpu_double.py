@@ -12,11 +12,11 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
-from bench_helpers import MACHINE, dies, synthetic
+from bench_helpers import MACHINE, dies, synthetic, synthetic_case
 
 from benchmarks import results
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cells, checks, child, measure, profile
+from benchmarks.gpu import cases, cells, checks, child, measure, profile
 from benchmarks.shapes import FORWARD
 
 FAKE = """
@@ -47,16 +47,18 @@ def say(answer):
     print("\\n@answer " + json.dumps(answer), flush=True)
 
 def result_of(item, task):
-    if task != "cell":
-        return DATA[task]
-    return {{"entry": DATA["cells"][json.dumps(item["cell"], sort_keys=True)]}}
+    for subject in ("cell", "case"):
+        if subject in item and task in ("cell", "adapters"):
+            return {{"entry": DATA["entries"][json.dumps(item[subject], sort_keys=True)]}}
+    return DATA[task]
 
 def work(task):
     misbehave(task + " before ready")
     say({{"ready": True}})
     for number, line in enumerate(sys.stdin):
         item = json.loads(line)
-        name = item["cell"]["layer"] if task == "cell" else item.get("name", task)
+        names = {{"cell": lambda: item["cell"]["layer"], "adapters": lambda: item["case"]["group"]}}
+        name = names.get(task, lambda: item.get("name", task))()
         if MODES.get(name) == "fault":
             say({{"error": "CUDA error: misaligned address", "fault": "CUDA error: misaligned"}})
             return
@@ -67,7 +69,8 @@ arguments = " ".join(sys.argv[1:])
 if "benchmarks.gpu.child_tasks" in arguments:
     work(sys.argv[3])
 else:
-    kinds = {{"conformance": "conformance", "stress": "stress", "profile": "ncu", "-k san": "tool"}}
+    kinds = {{"conformance": "conformance", "pool_stress": "pool", "stress": "stress"}}
+    kinds |= {{"profile": "ncu", "-k san": "tool", "tests --ignore": "tests", "test_many": "many"}}
     name = next((kind for text, kind in kinds.items() if text in arguments), None)
     name = name or ("kernels" if "test_cuda_kernels" in arguments else "tests")
     name = os.environ.get("DOUBLE", name)
@@ -101,11 +104,12 @@ NCU_SAYS = '''"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 
 CELLS = [c for c in cells.headline_cells() if (c.group, c.mode) == ("model", FORWARD)][:3]
 WIDE = cells.wide_cells()[:16:8]
+MANY = list({case.group: case for case in cases.many_cases()}.values())
 TIMES = {"merged": 1.0, "frozen": 1.0, "ours": 1.1, "peft_default": 2.2}
 
 # What a stage's double is called; of the measured ones, the task.
-SUITES = ("kernels", "tests", *checks.SANITIZERS)
-COMMANDS = ("conformance", "stress", *SUITES)
+SUITES = ("kernels", "many", "tests", *checks.SANITIZERS)
+COMMANDS = ("conformance", "stress", "pool", *SUITES)
 TASKS = {
     "warmup": "pingpong",
     "ceilings": "ceilings",
@@ -113,6 +117,7 @@ TASKS = {
     "tuning": "tune",
     "headline": CELLS[1].layer,
     "wide": WIDE[1].layer,
+    "adapters": MANY[1].group,
 }
 
 
@@ -138,15 +143,17 @@ def double(tmp_path, monkeypatch):
         "profile": {"kernels": [["lora_gemm_sm80", 351.2]]},
         "tune": {"entries": 2, "not_library": 1},
         "ncu": NCU_SAYS,
-        "cells": {
-            json.dumps(asdict(cell), sort_keys=True): synthetic(cell, TIMES)
-            for cell in [*CELLS, *WIDE]
+        "entries": {
+            json.dumps(asdict(one), sort_keys=True): made(one, TIMES)
+            for made, every in ((synthetic, [*CELLS, *WIDE]), (synthetic_case, MANY))
+            for one in every
         },
     }
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     monkeypatch.setattr(child, "PYTHON", str(tools / "python"))
     monkeypatch.setattr(cells, "headline_cells", lambda: CELLS)
     monkeypatch.setattr(cells, "wide_cells", lambda: WIDE)
+    monkeypatch.setattr(cases, "many_cases", lambda: MANY)
     short = [replace(stage, seconds=5.0) for stage in gpu.STAGES]
     monkeypatch.setattr(gpu, "STAGES", short)
 
@@ -154,13 +161,13 @@ def double(tmp_path, monkeypatch):
         """Exit status and document; `seconds` is the limit of what is to hang."""
         (tmp_path / "modes.json").write_text(json.dumps(modes or {}))
         (tmp_path / "data.json").write_text(json.dumps(data))
-        for name in ("_CELL_S", "_COMPILED_S", "_SHAPE_S", "_CEILINGS_S"):
+        for name in ("_CELL_S", "_COMPILED_S", "_CASE_S", "_SHAPE_S", "_CEILINGS_S"):
             monkeypatch.setattr(measure, name, seconds)
         for name in ("_TEST_S", "_SANITIZED_S", "_CHECK_S"):
             monkeypatch.setattr(checks, name, seconds)
         monkeypatch.setattr(profile, "_PROFILE_S", seconds)
         monkeypatch.setattr(profile, "_NCU_SECONDS", seconds)
-        brief = {"conformance", "stress", "profile"} & set(only)
+        brief = {"conformance", "stress", "pool", "profile"} & set(only)
         hanging = [replace(s, seconds=seconds / 3 if s.name in brief else 5.0) for s in short]
         monkeypatch.setattr(gpu, "STAGES", hanging if modes else short)
         given = ["--out", str(out), "--budget", budget, *(["--only", *only] if only else [])]
@@ -188,6 +195,7 @@ def test_a_machine_on_which_all_is_well(double, capsys):
     assert document["stages"]["profile"]["counters"] == [
         {"kernel": "lora_gemm_sm80", "us": pytest.approx(351.2)}
     ]
+    assert {result["case"]["id"] for result in document["adapters"]} == {c.id for c in MANY}
     assert document["machine"]["sources"] and document["predictions"]
     kept = {path.name for path in double.out.rglob("*") if path.is_file()}
     assert kept == {"results.json", "report.md", "log.txt"}  # and a golden file and a table: five
@@ -208,7 +216,7 @@ def test_a_stage_that_goes_wrong_is_said_kept_and_done_again(double, capsys, sta
     assert status == 1 and found["status"] == "failed"
     log = (double.out / "log.txt").read_text()
     assert f"about to {mode} in {name}" in log
-    told = json.dumps([found, document["cells"], document.get("tuned")])
+    told = json.dumps([found, *(document.get(k) for k in ("cells", "adapters", "tuned"))])
     ends = {"hang": "stopped after", "signal": "SIGSEGV", "exit": "exit status 3"}
     assert ends.get(mode, "exit status 1") in told
     if mode != "garbage":
@@ -222,7 +230,8 @@ def test_a_stage_that_goes_wrong_is_said_kept_and_done_again(double, capsys, sta
     assert re.search(rf"^\| {stage} +\| failed +\|", report, re.MULTILINE)
     status, document = double(stage)
     assert status == 0 and document["stages"][stage]["status"] == "done"
-    assert all(result["status"] == "ok" for result in document["cells"])
+    every = [*document["cells"], *document.get("adapters", [])]
+    assert all(result["status"] == "ok" for result in every)
 
 
 @pytest.mark.parametrize("stage", ["headline", "wide"])
@@ -231,6 +240,36 @@ def test_cells_beside_one_that_faults_are_measured(double, stage):
     statuses = {result["cell"]["layer"]: result["status"] for result in document["cells"]}
     assert status == 1 and statuses.pop(TASKS[stage]) == "error"
     assert statuses and set(statuses.values()) == {"ok"}
+
+
+def test_adapters_beside_a_case_that_faults_are_measured(double):
+    status, document = double("adapters", modes={TASKS["adapters"]: "fault"})
+    statuses = {result["case"]["group"]: result["status"] for result in document["adapters"]}
+    assert status == 1 and statuses.pop(TASKS["adapters"]) == "error"
+    assert statuses and set(statuses.values()) == {"ok"}
+    assert "misaligned" in (double.out / "report.md").read_text()
+
+
+def test_ours_that_is_wrong_about_many_adapters_fails_the_stage_each_time(double):
+    key = json.dumps(asdict(MANY[0]), sort_keys=True)
+    double.data["entries"][key] |= {"status": "wrong", "disagreements": {"ours": ["dx is off"]}}
+    for _ in range(2):
+        status, document = double("adapters")
+        found = document["stages"]["adapters"]
+        assert status == 1 and found["status"] == "failed"
+        assert f"1 of them wrong, such as {MANY[0].id}" in found["summary"]
+
+
+def test_adapters_go_on_where_a_call_stopped(double, monkeypatch):
+    monkeypatch.setattr(cases, "many_cases", lambda: MANY[:1])
+    double("adapters")
+    before = (double.out / "log.txt").stat().st_size
+    monkeypatch.setattr(cases, "many_cases", lambda: MANY)
+    monkeypatch.setattr(gpu, "checking", lambda: "of more cases")
+    _, document = double("adapters")
+    said = (double.out / "log.txt").read_text()[before:]
+    assert MANY[1].id in said and MANY[0].id not in said
+    assert document["stages"]["adapters"]["summary"] == f"{len(MANY)} of {len(MANY)} cases"
 
 
 def test_cells_that_failed_come_last_when_the_run_goes_on(double):
@@ -308,14 +347,21 @@ def test_kernels_that_fail_their_check_are_named(double):
     status, document = double("warmup")
     found = document["stages"]["warmup"]
     assert status == 1 and found["status"] == "failed"
-    assert found["summary"] == "3 of 3 kernels checked, 3 failed"
+    assert found["summary"] == "3 of 3 kernels checked, 3 failed; 0 of them for many adapters"
     assert "pingpong: dx is wrong" in found["tail"]
+
+
+def test_kernels_for_many_adapters_are_counted(double):
+    double.data["kernels"] = {"names": ["forward 128x64", "forward 128x64 many adapters"]}
+    _, document = double("warmup")
+    said = document["stages"]["warmup"]["summary"]
+    assert said == "2 of 2 kernels checked, 0 failed; 1 of them for many adapters"
 
 
 def test_kernels_beside_one_that_hangs_are_checked(double):
     _, document = double("warmup", modes={"pingpong": "hang"})
     found = document["stages"]["warmup"]
-    assert found["summary"] == "3 of 3 kernels checked, 1 failed"
+    assert found["summary"].startswith("3 of 3 kernels checked, 1 failed")
     assert found["tail"][0].startswith("pingpong: stopped after 2 s")
 
 

@@ -1,6 +1,7 @@
 """What `make gpu` measures: cells, routes, replays, clocks, counters, bits that differ."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,10 @@ from bench_helpers import QUICK, small
 
 import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
-from benchmarks.gpu import cells, profile, stress
+from benchmarks.adapters import measure as many
+from benchmarks.gpu import cases, cells, pool_stress, profile, stress
 from benchmarks.problem import make_problem
+from lora_ext.nn.layer_pool import LayerPool
 
 
 def test_a_cell_survives_the_json():
@@ -119,6 +122,73 @@ def test_replays_take_turns_with_calls_and_what_cannot_be_captured_has_a_note():
     assert {"ours", "naive"} <= set(result["graph"])
     assert result["card"] == {"before": {"clocks.sm": 1980.0}, "after": {"clocks.sm": 1755.0}}
     assert results.ratio(result, "ours", "naive", "graph") is not None
+
+
+def test_what_cannot_be_captured_is_not_tried():
+    def listed(problem, dropout_p):
+        return replace(variants.naive(problem, dropout_p), no_graph="lists on the host")
+
+    means = runner.Means(runner.CpuMeter(), lambda make: make())
+    builders = {**variants.BUILDERS, "peft": listed}
+    result = runner.run_cell(small(shapes.FORWARD), QUICK, builders=builders, means=means)
+    assert result["notes"]["peft"] == "no graph: lists on the host"
+    assert "peft" in result["timing"] and "peft" not in result["graph"]
+    assert "merged" in result["graph"]
+
+
+def test_batches_of_many_adapters_are_what_was_asked_for():
+    chosen = cases.many_cases()
+    assert len({case.id for case in chosen}) == len(chosen)
+    first = chosen[0]
+    size = (first.rows, first.adapters, first.width, first.rank, first.layout, first.dtype)
+    assert size == (8192, 64, 4096, 16, "ranges", "bfloat16")
+    assert first.mode == shapes.FORWARD and first.tokens == 128
+    tables = {(c.mode, c.rows) for c in chosen if (c.adapters, c.width) == (32, 2048)}
+    modes = (shapes.FORWARD, shapes.STEP)
+    assert tables == {(mode, rows) for mode in modes for rows in (32, 256, 2048)}
+    decoded = [c for c in chosen if c.group == "decode"]
+    assert {c.rows for c in decoded} == {1, 2, 4, 8, 16, 32, 64}
+    assert all(c.adapters == c.rows and c.capacity == 64 for c in decoded)
+    assert {c.mode for c in chosen if c.layout == "mixed"} == set(modes)
+    assert all((c.dropout_p > 0) == (c.mode == shapes.STEP) for c in chosen)
+    assert all(c.device == "cuda" for c in chosen)
+    small_ones = cases.on_cpu(chosen)
+    assert all(c.device == "cpu" and c.rows * c.width <= 16 * 256 for c in small_ones)
+    assert {c.group for c in small_ones} == {"headline", "decode"}
+    for case in small_ones:
+        row = many.measure(case, QUICK)
+        assert row["status"] == "ok" and row["disagreements"] == {}, row
+
+
+def test_a_pool_that_changes_between_replays_agrees_with_a_loop():
+    assert pool_stress.main(["--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("what", ["lora_a", "lora_b", "ranks", "scaling", "index"])
+def test_a_replay_that_reads_what_was_there_before_is_seen(what, monkeypatch, capsys):
+    """As a graph would that had copied a tensor when it was captured."""
+    linear = LayerPool.linear
+
+    def stale(self, x, weight, bias, index):
+        if what == "index":
+            return linear(self, x, weight, bias, vars(self).setdefault("first", index.clone()))
+        current = getattr(self, what)
+        setattr(self, what, vars(self).setdefault("first", current.clone()))
+        try:
+            return linear(self, x, weight, bias, index)
+        finally:
+            setattr(self, what, current)
+
+    monkeypatch.setattr(LayerPool, "linear", stale)
+    assert pool_stress.main(["--device", "cpu"]) == 1
+    assert "after " in capsys.readouterr().out
+
+
+def test_every_kind_of_change_is_made():
+    one, dice = pool_stress.served("cpu", (12, 24, 40), torch.float32), random.Random(0)
+    with torch.no_grad():
+        made = {pool_stress.change(one, dice).split()[0] for _ in range(60)}
+    assert made == {"rows", "add", "replace", "write", "remove"}
 
 
 def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):

@@ -3,10 +3,10 @@
 import importlib.util
 
 import pytest
-from bench_helpers import MACHINE, QUICK, measured_run, new_run, small
+from bench_helpers import MACHINE, QUICK, measured_run, new_run, small, synthetic_case
 
 from benchmarks import cost_model, report, results, runner, shapes
-from benchmarks.gpu import measure, profile, stages
+from benchmarks.gpu import cases, gpu_targets, measure, profile, stages
 from lora_ext.winners import Table, write_table
 
 
@@ -67,7 +67,7 @@ def test_report_and_pictures_of_a_gpu_run(tmp_path):
     results.write(run.document, run.path)
     assert report.main([str(run.path)]) == 0
     pictures = {"forward.png", "backward.png", "step.png", "memory.png"}
-    pictures |= {"roofline.png", "predictions.png"}
+    pictures |= {"roofline.png", "predictions.png", "adapters.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md", *pictures}
     for name in pictures:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -75,6 +75,44 @@ def test_report_and_pictures_of_a_gpu_run(tmp_path):
     assert "## Backward, as a multiple of frozen, graph replays (GPU)" in text
     assert "| lora_gemm_sm80 |" in text and "lora_gemm 340.0" in text and "1755.0" in text
     assert "measured / predicted" in text and all(f"({name})" in text for name in pictures)
+
+
+def test_batches_of_many_adapters_are_reported_with_calls_replays_and_what_went_wrong(tmp_path):
+    run = measured_run(tmp_path)
+    rows = run.document["adapters"]
+    rows[0]["graph"] = rows[0]["timing"]
+    rows[0]["card"] = {"before": {"clocks.sm": 1111.0}, "after": {"clocks.sm": 2222.0}}
+    rows[1]["disagreements"] = {"grouped": ["dx is off"]}
+    rows[2] |= {"status": "error", "error": "stopped after 60 s", "timing": {}}
+    rows[3] = {"case": rows[3]["case"], "status": "error", "error": "a fault"}  # as a lost child's
+    rows[3] |= {"errors": {}, "notes": {}}
+    text = report.text(run.document)
+    assert "## Many adapters, forward, graph replays (GPU)" in text
+    assert "## Many adapters, step (GPU)" in text
+    assert "## Many adapters, step, graph replays (GPU)" not in text
+    assert "8192 rows x 64 adapters K=N=4096 r=16" in text and "grouped_mm DISAGREES" in text
+    assert "stopped after 60 s" in text and "a fault" in text and "2222.0" in text
+    assert "Many adapters" not in report.text(new_run(tmp_path).document)
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(1.04, "pass"), (1.06, "miss")])
+def test_the_forward_of_many_adapters_has_a_target(tmp_path, ours, verdict):
+    run = measured_run(tmp_path)
+    first = run.document["adapters"][0]
+    times = {"merged": 1.0, "ours_offs": ours}
+    first["graph"] = synthetic_case(cases.many_cases()[0], times)["timing"]
+    [row] = gpu_targets.evaluate(run.document)
+    assert (row["verdict"], row["measured"]) == (verdict, ours) and "replays" in row["note"]
+    run.document["targets"] = [row]
+    assert "8192 rows x 64 adapters" in report.text(run.document)
+    del first["graph"]
+    assert gpu_targets.evaluate(run.document)[0]["measured"] == 1.04
+    first["timing"]["ours"]["disturbed"] = True
+    assert gpu_targets.evaluate(run.document)[0]["verdict"] == "not measured"
+    first["status"] = "wrong"
+    assert gpu_targets.evaluate(run.document)[0]["verdict"] == "not measured"
+    run.document["machine"] = MACHINE
+    assert gpu_targets.evaluate(run.document) == []
 
 
 def keeper():
@@ -115,7 +153,7 @@ def test_pictures_are_drawn_where_results_are_kept(tmp_path):
     pytest.importorskip("matplotlib")
     measured_run(tmp_path).write()
     keeper().draw(tmp_path)
-    assert (tmp_path / "predictions.png").exists()
+    assert (tmp_path / "predictions.png").exists() and (tmp_path / "adapters.png").exists()
     assert "(predictions.png)" in (tmp_path / "report.md").read_text()
 
 

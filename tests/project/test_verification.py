@@ -28,6 +28,9 @@ def test_a_changed_figure_changes_the_page(tmp_path, monkeypatch):
     headline.write_text(json.dumps(document))
     gpu = results.new_document("gpu", {**document["machine"], "device": "cuda", "name": "a card"})
     gpu["stages"] = {"kernels": {"status": "done", "summary": "31 passed"}}
+    where = verification.gpu_targets.WHERE
+    gpu["targets"] = [{"where": where, "measured": 1.0375, "verdict": "pass"}]
+    assert "| not measured yet |" in verification.kernels()
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "results.json").write_text(json.dumps(gpu))
     monkeypatch.setattr(verification, "RESULTS", tmp_path)
@@ -36,4 +39,6 @@ def test_a_changed_figure_changes_the_page(tmp_path, monkeypatch):
     for name in ("emulation.md", "compatibility-suite.md"):
         (tmp_path / "docs" / name).write_text((ROOT / "docs" / name).read_text())
     text = verification.page()
+    assert "| measured: 1.038x, pass | `make gpu`, a card |" in text
+    assert "not measured yet" not in text
     assert "7.77x" in text and "## a card" in text and "| kernels | done | 31 passed |" in text
