@@ -1,10 +1,13 @@
 """The fused LoRA linear, and its update alone, as functions."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .grouped import Factors, Scaling, is_grouped, operands
 from .packed_weight import PackedWeight, prepack
+from .quantized.linear import Call, quantized_linear, quantized_product
+from .quantized.weight import QuantizedWeight
 
 __all__ = ["PackedWeight", "dropout_mask", "lora_linear", "lora_update", "prepack"]
 
@@ -29,7 +32,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Tensor | PackedWeight | QuantizedWeight,
     lora_a: Factors,
     lora_b: Factors,
     bias: Tensor | None = None,
@@ -54,9 +57,10 @@ def lora_linear(
 
     Args:
         x: ``[..., in_features]``; float64, float32, bfloat16 or float16; any strides.
-        weight: ``[out_features, in_features]`` in x's dtype, frozen; or a `PackedWeight` of it.
-            Under ``torch.autocast`` any floating dtype: it is cast for the product and again in
-            backward, and the cast copy is not saved.
+        weight: ``[out_features, in_features]`` in x's dtype, frozen; or a `PackedWeight` of it; or
+            a `lora_ext.quantized.QuantizedWeight`, which is dequantised for the product and again
+            in backward. Under ``torch.autocast`` any floating dtype: it is cast for the product and
+            again in backward, and the cast copy is not saved.
         lora_a: ``[r, in_features]``, 1 <= r <= 512, in x's dtype, or float32 with a half x. float32
             adapters are never rounded to half: their products keep float32 grade, and their
             gradients are float32.
@@ -105,12 +109,16 @@ def lora_linear(
         raise _nested("lora_linear", "x")
     if scaling is None or isinstance(scaling, str):
         raise TypeError(f"lora_ext.lora_linear: expected a number scaling, but got {scaling!r}")
-    if isinstance(weight, PackedWeight):
-        weight, packed, packed_t = weight.operands(x)
-    elif not isinstance(weight, Tensor):
-        raise _not_a_tensor("lora_linear", weight=weight)
     if not training:
         dropout_p = _turned_off(dropout_p)
+    if isinstance(weight, PackedWeight):
+        weight, packed, packed_t = weight.operands(x)
+    elif isinstance(weight, QuantizedWeight):
+        seed = draw_seed(x.device) if dropout_p > 0.0 else None
+        call = Call(weight, scaling, dropout_p, seed)
+        return quantized_linear(call, x, (lora_a,), (lora_b,), bias)
+    elif not isinstance(weight, Tensor):
+        raise _not_a_tensor("lora_linear", weight=weight)
     if dropout_p == 0.0:
         return _forward(
             x, weight, lora_a, lora_b, bias, scaling, 0.0, None, 0, 0, False, packed, packed_t
@@ -123,7 +131,7 @@ def lora_linear(
 
 def _linear_of_many(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Tensor | PackedWeight | QuantizedWeight,
     lora_a: Factors,
     lora_b: Factors,
     bias: Tensor | None,
@@ -139,12 +147,15 @@ def _linear_of_many(
         raise _nested("lora_linear", "x")
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
-    elif not isinstance(weight, Tensor):
+    elif not isinstance(weight, Tensor | QuantizedWeight):
         raise _not_a_tensor("lora_linear", weight=weight)
     if not training:
         dropout_p = _turned_off(dropout_p)
     factors = operands("lora_linear", x, lora_a, lora_b, scaling)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
+    if isinstance(weight, QuantizedWeight):
+        call = Call(weight, factors[2], dropout_p, seed, groups)
+        return quantized_linear(call, x, factors[0], factors[1], bias)
     return _grouped_forward(
         x, weight, *factors, *groups, bias, dropout_p, seed, 0, 0, False, packed, packed_t
     )
@@ -215,6 +226,15 @@ def lora_update(
     if seed is None and dropout_p > 0.0:
         seed = draw_seed(x.device)
     return _update(y, x, lora_a, lora_b, scaling, dropout_p, seed, row_offset, col_offset)
+
+
+def base_linear(
+    x: Tensor, weight: Tensor | PackedWeight | QuantizedWeight, bias: Tensor | None
+) -> Tensor:
+    """x W^T + bias, the base alone, for a weight as `lora_linear` takes it."""
+    if isinstance(weight, QuantizedWeight):
+        return quantized_product(x, weight, bias)
+    return F.linear(x, weight.weight if isinstance(weight, PackedWeight) else weight, bias)
 
 
 def _turned_off(dropout_p: float) -> float:

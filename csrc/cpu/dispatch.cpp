@@ -11,16 +11,20 @@ struct Choice {
   const char* name;
   const SkinnyKernels* general;   // any dtype; null on the library route
   const SkinnyKernels* bfloat16;  // null on the library route
+  const DequantizeKernels* dequantize;
 };
 
 std::vector<Choice> choices() {
   std::vector<Choice> found;
   if (amx_kernels() != nullptr && avx512_kernels() != nullptr) {
-    found.push_back({amx_kernels()->name, avx512_kernels(), amx_kernels()});
+    found.push_back({amx_kernels()->name, avx512_kernels(), amx_kernels(), avx512_dequantize()});
   }
-  for (const SkinnyKernels* kernels : {avx512_kernels(), avx2_kernels(), portable_kernels()}) {
-    if (kernels != nullptr) found.push_back({kernels->name, kernels, kernels});
-  }
+  const auto add = [&](const SkinnyKernels* kernels, const DequantizeKernels* dequantize) {
+    if (kernels != nullptr) found.push_back({kernels->name, kernels, kernels, dequantize});
+  };
+  add(avx512_kernels(), avx512_dequantize());
+  add(avx2_kernels(), avx2_dequantize());
+  add(portable_kernels(), portable_dequantize());
   return found;
 }
 
@@ -45,7 +49,7 @@ std::vector<std::string> available_isas() {
 std::string current_isa() { return current().load()->name; }
 
 bool set_isa(const std::string& name) {
-  static const Choice library{kLibrary, nullptr, nullptr};
+  static const Choice library{kLibrary, nullptr, nullptr, portable_dequantize()};
   if (name == kLibrary || name == "auto") {
     current().store(name == kLibrary ? &library : &available().front());
     return true;
@@ -65,5 +69,7 @@ const SkinnyKernels* kernels_for(Dtype dtype) {
 }
 
 const SkinnyKernels* kernels_for_few_rows() { return current().load()->general; }
+
+const DequantizeKernels& dequantize_kernels() { return *current().load()->dequantize; }
 
 }  // namespace lora_ext::cpu

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/dequantize.h"
 #include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
@@ -22,5 +23,8 @@ const SkinnyKernels* kernels_for(Dtype dtype);
 
 // The same for so few rows that tiles of 32 would be mostly empty.
 const SkinnyKernels* kernels_for_few_rows();
+
+// Of the same instruction set, portable ones on the library route.
+const DequantizeKernels& dequantize_kernels();
 
 }  // namespace lora_ext::cpu

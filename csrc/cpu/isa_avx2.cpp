@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/dequantize.h"
 #include "cpu/skinny.h"
 
 #if defined(__x86_64__)
@@ -27,6 +28,7 @@ namespace {
 #include "cpu/simd_passes.h"
 #include "cpu/simd_few_rows.h"
 #include "cpu/simd_table.h"
+#include "cpu/simd_dequantize.h"
 // clang-format on
 
 struct Avx2 {
@@ -44,6 +46,27 @@ struct Avx2 {
   }
   static Vec load(const Float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Vec load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  struct Table {
+    explicit Table(const float* values)
+        : lower(_mm256_loadu_ps(values)), upper(_mm256_loadu_ps(values + 8)) {}
+    Vec lower, upper;
+  };
+  // Each byte twice, then its upper and its lower half. Of an index the lowest three bits count in
+  // either half of the table, and the fourth, moved to the sign, chooses.
+  static Vec lookup(const Table& table, const uint8_t* codes) {
+    int32_t four;
+    __builtin_memcpy(&four, codes, sizeof(four));
+    const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    const __m256i twice = _mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 32));
+    const __m256i code = _mm256_srlv_epi32(twice, _mm256_set1_epi64x(4));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lower, code),
+                            _mm256_permutevar8x32_ps(table.upper, code),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
   }
   // The first `count` elements, and zeros.
   template <class T>
@@ -136,6 +159,7 @@ struct Avx2 {
 };
 
 constexpr SkinnyKernels kKernels = make_kernels<Avx2>("avx2");
+constexpr DequantizeKernels kDequantize = make_dequantize<Avx2>();
 
 }  // namespace
 }  // namespace lora_ext::cpu
@@ -155,20 +179,24 @@ bool has_f16c() {
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1u) != 0;
 }
 
+bool is_supported() {
+  static const bool supported =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  return supported;
+}
+
 }  // namespace
 }  // namespace lora_ext::cpu
 #endif  // __x86_64__
 
 namespace lora_ext::cpu {
 
-const SkinnyKernels* avx2_kernels() {
 #if defined(__x86_64__)
-  static const bool supported =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  return supported ? &kKernels : nullptr;
+const SkinnyKernels* avx2_kernels() { return is_supported() ? &kKernels : nullptr; }
+const DequantizeKernels* avx2_dequantize() { return is_supported() ? &kDequantize : nullptr; }
 #else
-  return nullptr;
+const SkinnyKernels* avx2_kernels() { return nullptr; }
+const DequantizeKernels* avx2_dequantize() { return nullptr; }
 #endif
-}
 
 }  // namespace lora_ext::cpu

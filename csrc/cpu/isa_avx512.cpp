@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/dequantize.h"
 #include "cpu/skinny.h"
 
 #if defined(__x86_64__)
@@ -28,6 +29,7 @@ namespace {
 #include "cpu/simd_passes.h"
 #include "cpu/simd_few_rows.h"
 #include "cpu/simd_table.h"
+#include "cpu/simd_dequantize.h"
 // clang-format on
 
 struct Avx512 {
@@ -56,6 +58,21 @@ struct Avx512 {
   }
   static Vec load_first(const Float16* p, int64_t count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_of(count), p));
+  }
+  static Vec load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  struct Table {
+    explicit Table(const float* values) : all(_mm512_loadu_ps(values)) {}
+    Vec all;
+  };
+  // Each byte twice, then its upper and its lower half; of an index the lowest four bits count.
+  static Vec lookup(const Table& table, const uint8_t* codes) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i twice = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 32));
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, _mm512_set1_epi64(4)), table.all);
   }
   static __mmask16 mask_of(int64_t count) {
     return static_cast<__mmask16>(count >= kLanes ? 0xFFFFu : (1u << count) - 1);
@@ -150,6 +167,7 @@ struct Avx512 {
 };
 
 constexpr SkinnyKernels kKernels = make_kernels<Avx512>("avx512");
+constexpr DequantizeKernels kDequantize = make_dequantize<Avx512>();
 
 }  // namespace
 }  // namespace lora_ext::cpu
@@ -163,15 +181,23 @@ constexpr SkinnyKernels kKernels = make_kernels<Avx512>("avx512");
 
 namespace lora_ext::cpu {
 
-const SkinnyKernels* avx512_kernels() {
 #if defined(__x86_64__)
+namespace {
+
+bool is_supported() {
   static const bool supported =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return supported ? &kKernels : nullptr;
-#else
-  return nullptr;
-#endif
+  return supported;
 }
+
+}  // namespace
+
+const SkinnyKernels* avx512_kernels() { return is_supported() ? &kKernels : nullptr; }
+const DequantizeKernels* avx512_dequantize() { return is_supported() ? &kDequantize : nullptr; }
+#else
+const SkinnyKernels* avx512_kernels() { return nullptr; }
+const DequantizeKernels* avx512_dequantize() { return nullptr; }
+#endif
 
 }  // namespace lora_ext::cpu

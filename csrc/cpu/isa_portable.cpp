@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/dequantize.h"
 #include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
@@ -15,6 +16,7 @@ namespace {
 #include "cpu/simd_passes.h"
 #include "cpu/simd_few_rows.h"
 #include "cpu/simd_table.h"
+#include "cpu/simd_dequantize.h"
 // clang-format on
 
 struct Portable {
@@ -33,6 +35,15 @@ struct Portable {
   template <class T>
   static Vec load(const T* p) {
     return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  static Vec load(const int8_t* p) {
+    return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+               static_cast<float>(p[3])};
+  }
+  using Table = const float*;
+  static Vec lookup(Table table, const uint8_t* codes) {
+    return Vec{table[codes[0] >> 4], table[codes[0] & 15], table[codes[1] >> 4],
+               table[codes[1] & 15]};
   }
   // The first `count` elements, and zeros.
   template <class T>
@@ -95,9 +106,11 @@ struct Portable {
 };
 
 constexpr SkinnyKernels kKernels = make_kernels<Portable>("portable");
+constexpr DequantizeKernels kDequantize = make_dequantize<Portable>();
 
 }  // namespace
 
 const SkinnyKernels* portable_kernels() { return &kKernels; }
+const DequantizeKernels* portable_dequantize() { return &kDequantize; }
 
 }  // namespace lora_ext::cpu

@@ -1,0 +1,102 @@
+// The table of dequantize.h in vector code, for the instruction set of the including file.
+// Included after simd_passes.h, inside an anonymous namespace per file. An Isa adds to what the
+// passes need:
+//
+//     Table               16 floats for lookup
+//     lookup(table, p)    table[code] of the first kLanes codes at p, two a byte
+//     load(const int8_t*)
+#pragma once
+
+// One value, for what is left of a block.
+template <class T>
+void dequantize_one(const float* table, const uint8_t* packed, int64_t i, float scale, T* out) {
+  const uint8_t byte = packed[i / 2];
+  from_float(table[i % 2 == 0 ? byte >> 4 : byte & 15] * scale, out + i);
+}
+
+// table[code] * scale of `count` codes that begin with a byte.
+template <class Isa, class T>
+void dequantize_run(const typename Isa::Table& lanes, const float* table, const uint8_t* packed,
+                    int64_t count, float scale, T* out) {
+  const typename Isa::Vec factor = Isa::broadcast(scale);
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes) {
+    Isa::store(out + i, Isa::multiply(Isa::lookup(lanes, packed + i / 2), factor));
+  }
+  for (; i < count; ++i) dequantize_one(table, packed, i, scale, out);
+}
+
+template <class Isa, class T>
+void four_bits(const FourBitArgs& args, Range blocks) {
+  const typename Isa::Table lanes(args.table);
+  T* out = static_cast<T*>(args.out);
+  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+    const int64_t first = b * args.block;
+    const int64_t count = std::min(args.block, args.count - first);
+    dequantize_run<Isa>(lanes, args.table, args.packed + first / 2, count, args.scale[b],
+                        out + first);
+  }
+}
+
+// Codes of 32 columns are brought into the order of four_bits first, a row after the other: bytes
+// move once within a kilobyte.
+template <class Isa, class T>
+void panels(const PanelArgs& args, Range panels) {
+  constexpr int64_t kCols = 32, kBytes = kCols / 2, kRows = PanelArgs::kRows;
+  const typename Isa::Table lanes(args.table);
+  uint8_t rows[kRows][kBytes];
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    const uint8_t* panel = args.packed + p * kRows * (args.cols / 2);
+    T* out = static_cast<T*>(args.out) + p * kRows * args.cols;
+    for (int64_t col = 0; col < args.cols; col += kCols) {
+      for (int64_t pair = 0; pair < kBytes; ++pair) {
+        const uint8_t* bytes = panel + (col / 2 + pair) * kRows;
+        for (int64_t i = 0; i < kRows / 2; ++i) {
+          const uint8_t even = bytes[2 * i], odd = bytes[2 * i + 1];
+          rows[i][pair] = static_cast<uint8_t>(even << 4 | (odd & 15));
+          rows[kRows / 2 + i][pair] = static_cast<uint8_t>((even & 0xF0) | odd >> 4);
+        }
+      }
+      const BFloat16* scale = args.scale + col / args.block * args.rows + p * kRows;
+      for (int64_t row = 0; row < kRows; ++row) {
+        dequantize_run<Isa>(lanes, args.table, rows[row], kCols, to_float(scale[row]),
+                            out + row * args.cols + col);
+      }
+    }
+  }
+}
+
+template <class Isa, class T>
+void eight_bits(const EightBitArgs& args, Range rows) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int8_t* codes = args.codes + row * args.cols;
+    T* out = static_cast<T*>(args.out) + row * args.cols;
+    const float scale = args.scale[row] * args.multiplier;
+    const typename Isa::Vec factor = Isa::broadcast(scale);
+    int64_t i = 0;
+    for (; i + Isa::kLanes <= args.cols; i += Isa::kLanes) {
+      Isa::store(out + i, Isa::multiply(Isa::load(codes + i), factor));
+    }
+    for (; i < args.cols; ++i) from_float(static_cast<float>(codes[i]) * scale, out + i);
+  }
+}
+
+template <class Isa>
+void four_bits_any(const FourBitArgs& args, Range blocks) {
+  with_dtype(args.dtype, [&](auto type) { four_bits<Isa, decltype(type)>(args, blocks); });
+}
+
+template <class Isa>
+void panels_any(const PanelArgs& args, Range range) {
+  with_dtype(args.dtype, [&](auto type) { panels<Isa, decltype(type)>(args, range); });
+}
+
+template <class Isa>
+void eight_bits_any(const EightBitArgs& args, Range rows) {
+  with_dtype(args.dtype, [&](auto type) { eight_bits<Isa, decltype(type)>(args, rows); });
+}
+
+template <class Isa>
+constexpr DequantizeKernels make_dequantize() {
+  return {four_bits_any<Isa>, panels_any<Isa>, eight_bits_any<Isa>};
+}

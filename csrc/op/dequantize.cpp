@@ -1,0 +1,207 @@
+// lora_ext::dequantize_4bit, dequantize_4bit_panels and dequantize_8bit: a frozen weight written as
+// floating values into a tensor of the caller's, on the CPU. Elsewhere the libraries' own kernels
+// write there.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "op/check_parts.h"
+#include "route/cpu_operands.h"
+
+namespace lora_ext {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // values worth a thread's start, about 5 us
+
+void check(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype,
+           const c10::SymInt& count) {
+  EXPECT(tensor.device().type() == at::kCPU || tensor.is_meta(), "expected ", name,
+         " on the CPU, but got it on ", tensor.device());
+  EXPECT_TYPE(tensor.scalar_type() == dtype, "expected ", name, " in ", dtype, ", but got ",
+              tensor.scalar_type());
+  EXPECT(tensor.is_contiguous(), "expected a contiguous ", name, ", but got strides ",
+         tensor.strides());
+  EXPECT(tensor.sym_numel() == count, "expected ", name, " of ", count, " elements, but got ",
+         tensor.sym_numel());
+}
+
+void check_out(const char* op, const at::Tensor& out) {
+  EXPECT_TYPE(is_half(out.scalar_type()) || out.scalar_type() == at::kFloat,
+              "expected out in float32, bfloat16 or float16, but got ", out.scalar_type());
+  EXPECT(out.is_contiguous(), "expected a contiguous out, but got strides ", out.strides());
+}
+
+c10::SymInt blocks_of(const char* op, const c10::SymInt& count, int64_t block) {
+  EXPECT(block >= 2 && block % 2 == 0, "expected an even block, but got ", block);
+  return (count + (block - 1)) / block;
+}
+
+// Scales that are 8-bit codes themselves: table[code] * scale[i / block] + offset, rounded twice.
+struct NestedScale {
+  std::optional<at::Tensor> table{};   // [256]
+  std::optional<at::Tensor> scale{};   // one a block of codes
+  std::optional<at::Tensor> offset{};  // one element
+  int64_t block = 1;
+
+  void read(const at::Tensor& codes, cpu::Range range, float* out) const {
+    const uint8_t* code = codes.const_data_ptr<uint8_t>();
+    const float* values = table->const_data_ptr<float>();
+    const float* factor = scale->const_data_ptr<float>();
+    const float added = *offset->const_data_ptr<float>();
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      out[i - range.begin] = values[code[i]] * factor[i / block] + added;
+    }
+  }
+};
+
+void check_4bit(const at::Tensor& packed, const at::Tensor& table, const at::Tensor& scale,
+                int64_t block, const NestedScale& nested, const at::Tensor& out) {
+  const char* op = "dequantize_4bit";
+  check_out(op, out);
+  const c10::SymInt count = out.sym_numel(), blocks = blocks_of(op, count, block);
+  check(op, "packed", packed, at::kByte, (count + 1) / 2);
+  check(op, "table", table, at::kFloat, 16);
+  check(op, "scale", scale, nested.table ? at::kByte : at::kFloat, blocks);
+  EXPECT(nested.table.has_value() == nested.scale.has_value() &&
+             nested.table.has_value() == nested.offset.has_value(),
+         "expected all of scale_table, scale_scale and scale_offset, or none");
+  if (!nested.table) return;
+  check(op, "scale_table", *nested.table, at::kFloat, 256);
+  check(op, "scale_scale", *nested.scale, at::kFloat, blocks_of(op, blocks, nested.block));
+  check(op, "scale_offset", *nested.offset, at::kFloat, 1);
+}
+
+void dequantize_4bit(const at::Tensor& packed, const at::Tensor& table, const at::Tensor& scale,
+                     int64_t block, const std::optional<at::Tensor>& scale_table,
+                     const std::optional<at::Tensor>& scale_scale,
+                     const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
+                     at::Tensor& out) {
+  const NestedScale nested{scale_table, scale_scale, scale_offset, scale_block};
+  check_4bit(packed, table, scale, block, nested, out);
+  if (out.numel() == 0) return;
+  const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
+  at::Tensor scales = nested.table ? at::empty({scale.numel()}, table.options()) : scale;
+  float* read = nested.table ? scales.mutable_data_ptr<float>() : nullptr;
+  const cpu::FourBitArgs args{packed.const_data_ptr<uint8_t>(),
+                              table.const_data_ptr<float>(),
+                              scales.const_data_ptr<float>(),
+                              out.numel(),
+                              block,
+                              out.mutable_data_ptr(),
+                              cpu::dtype_of(out.scalar_type())};
+  at::parallel_for(0, scale.numel(), std::max<int64_t>(1, kGrain / block),
+                   [&](int64_t begin, int64_t end) {
+                     const cpu::Range blocks{begin, end};
+                     if (read != nullptr) nested.read(scale, blocks, read + begin);
+                     kernels.four_bits(args, blocks);
+                   });
+}
+
+void check_panels(const at::Tensor& packed, const at::Tensor& table, const at::Tensor& scale,
+                  int64_t block, const at::Tensor& out) {
+  const char* op = "dequantize_4bit_panels";
+  constexpr int64_t kRows = cpu::PanelArgs::kRows;
+  check_out(op, out);
+  EXPECT(out.dim() == 2, "expected out of 2 dimensions, but got shape ", out.sym_sizes());
+  EXPECT(block >= 32 && block % 32 == 0, "expected a block that 32 divides, but got ", block);
+  const c10::SymInt rows = out.sym_size(0), cols = out.sym_size(1);
+  EXPECT(rows % kRows == 0 && cols % block == 0, "expected rows that ", kRows,
+         " divides and columns that the block, ", block, ", divides, but got ", out.sym_sizes());
+  check(op, "packed", packed, at::kByte, rows * cols / 2);
+  check(op, "table", table, at::kFloat, 16);
+  check(op, "scale", scale, at::kBFloat16, cols / block * rows);
+}
+
+void dequantize_4bit_panels(const at::Tensor& packed, const at::Tensor& table,
+                            const at::Tensor& scale, int64_t block, at::Tensor& out) {
+  check_panels(packed, table, scale, block, out);
+  if (out.numel() == 0) return;
+  const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
+  const cpu::PanelArgs args{packed.const_data_ptr<uint8_t>(),
+                            table.const_data_ptr<float>(),
+                            static_cast<const cpu::BFloat16*>(scale.const_data_ptr()),
+                            out.size(0),
+                            out.size(1),
+                            block,
+                            out.mutable_data_ptr(),
+                            cpu::dtype_of(out.scalar_type())};
+  constexpr int64_t kRows = cpu::PanelArgs::kRows;
+  at::parallel_for(
+      0, args.rows / kRows, std::max<int64_t>(1, kGrain / (kRows * args.cols)),
+      [&](int64_t begin, int64_t end) { kernels.panels(args, cpu::Range{begin, end}); });
+}
+
+void check_8bit(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& out) {
+  const char* op = "dequantize_8bit";
+  check_out(op, out);
+  EXPECT(out.dim() == 2, "expected out of 2 dimensions, but got shape ", out.sym_sizes());
+  check(op, "codes", codes, at::kChar, out.sym_numel());
+  check(op, "scale", scale, at::kFloat, out.sym_size(0));
+}
+
+void dequantize_8bit(const at::Tensor& codes, const at::Tensor& scale, double multiplier,
+                     at::Tensor& out) {
+  check_8bit(codes, scale, out);
+  if (out.numel() == 0) return;
+  const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
+  const cpu::EightBitArgs args{codes.const_data_ptr<int8_t>(), scale.const_data_ptr<float>(),
+                               static_cast<float>(multiplier), out.size(1),
+                               out.mutable_data_ptr(),         cpu::dtype_of(out.scalar_type())};
+  at::parallel_for(
+      0, out.size(0), std::max<int64_t>(1, kGrain / args.cols),
+      [&](int64_t begin, int64_t end) { kernels.eight_bits(args, cpu::Range{begin, end}); });
+}
+
+void dequantize_4bit_meta(const at::Tensor& packed, const at::Tensor& table,
+                          const at::Tensor& scale, int64_t block,
+                          const std::optional<at::Tensor>& scale_table,
+                          const std::optional<at::Tensor>& scale_scale,
+                          const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
+                          at::Tensor& out) {
+  check_4bit(packed, table, scale, block, {scale_table, scale_scale, scale_offset, scale_block},
+             out);
+}
+
+void dequantize_4bit_panels_meta(const at::Tensor& packed, const at::Tensor& table,
+                                 const at::Tensor& scale, int64_t block, at::Tensor& out) {
+  check_panels(packed, table, scale, block, out);
+}
+
+void dequantize_8bit_meta(const at::Tensor& codes, const at::Tensor& scale, double /*multiplier*/,
+                          at::Tensor& out) {
+  check_8bit(codes, scale, out);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "dequantize_4bit(Tensor packed, Tensor table, Tensor scale, int block, Tensor? scale_table, "
+      "Tensor? scale_scale, Tensor? scale_offset, int scale_block, Tensor(a!) out) -> ()",
+      tags);
+  m.def(
+      "dequantize_4bit_panels(Tensor packed, Tensor table, Tensor scale, int block, "
+      "Tensor(a!) out) -> ()",
+      tags);
+  m.def("dequantize_8bit(Tensor codes, Tensor scale, float multiplier, Tensor(a!) out) -> ()",
+        tags);
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
+  m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit));
+  m.impl("dequantize_4bit_panels", TORCH_FN(dequantize_4bit_panels));
+  m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit));
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
+  m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit_meta));
+  m.impl("dequantize_4bit_panels", TORCH_FN(dequantize_4bit_panels_meta));
+  m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit_meta));
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,68 @@
+"""Quantised layers of other libraries as bases of the op: by which weight and in which dtype each
+multiplies, or why it has to be called as it is.
+
+A layer is taken where its own forward multiplies x by the dequantised weight. Where it quantises x,
+too, its product is another, and `lora_update` adds to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes import HALVES
+from .base import QuantizedBase
+from .of_bitsandbytes import eight_bit_base, four_bit_base
+from .of_fp8 import fp8_base
+from .of_gguf import gguf_base
+from .of_hqq import hqq_base
+from .of_torchao import torchao_base
+
+__all__ = ["QuantizedBase", "is_quantized", "quantized_base"]
+
+
+def quantized_base(layer: nn.Module, x: Tensor | None) -> QuantizedBase | str | None:
+    """The base for x, or why the layer has to be called; None of a layer that is not quantised.
+
+    Args:
+        layer: of any class.
+        x: ``[..., in]``; None for an x in the dtype that the layer prefers.
+    """
+    find = _kind_of(type(layer))
+    if find is None:
+        return None
+    if x is not None and x.dtype not in (torch.float32, *HALVES):
+        return "x is not in float32, bfloat16 or float16"
+    return find(layer, x)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether `quantized_base` knows the layer."""
+    return quantized_base(layer, None) is not None
+
+
+_Finder = Callable[[Any, Tensor | None], QuantizedBase | str | None]
+
+# By name, since none of these libraries has to be there.
+_FINDERS: dict[str, _Finder] = {
+    "bitsandbytes.nn.modules.Linear4bit": four_bit_base,
+    "bitsandbytes.nn.modules.LinearNF4": four_bit_base,
+    "bitsandbytes.nn.modules.LinearFP4": four_bit_base,
+    "bitsandbytes.nn.modules.Linear8bitLt": eight_bit_base,
+    "hqq.core.quantize.HQQLinear": hqq_base,
+    "torch.nn.modules.linear.Linear": torchao_base,
+    "transformers.integrations.finegrained_fp8.FP8Linear": fp8_base,
+    "transformers.integrations.gguf.utils.GgufLinear": gguf_base,
+}
+_kinds: dict[type, _Finder | None] = {}
+
+
+def _kind_of(kind: type) -> _Finder | None:
+    try:
+        return _kinds[kind]
+    except KeyError:
+        found = _FINDERS.get(f"{kind.__module__}.{kind.__qualname__}")
+        return _kinds.setdefault(kind, found)

@@ -1,0 +1,216 @@
+"""`lora_linear` on a quantised weight: the op on what a workspace holds, forward and backward.
+
+    W  = dequantize(weight)        into the workspace, in either direction
+    y  = x W^T + bias + scaling * (drop(x) A^T) B^T
+    dX = dY W + ...                (the op's equations)
+
+Saved for backward: what the op saves, and the quantised weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .weight import QuantizedWeight, dense
+
+_ops = torch.ops.lora_ext
+
+
+class Call(NamedTuple):
+    """What a call has beside tensors with a gradient.
+
+    Attributes:
+        weight: the base's.
+        adapters: how many; of many, a list or a pool, with `groups`.
+        scaling: a number, or of many a float32 tensor.
+        dropout_p, seed: as in `lora_linear`.
+        groups: (index, offs, ranks) of many adapters, or None.
+    """
+
+    weight: QuantizedWeight
+    scaling: Any
+    dropout_p: float
+    seed: Tensor | None
+    groups: tuple[Tensor | None, ...] | None = None
+
+
+def quantized_linear(
+    call: Call,
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    """y of one adapter or of many, in the dtype to which autocast brings x, or in x's."""
+    device = x.device.type
+    _check(call.weight, x)
+    if not torch.is_autocast_enabled(device):
+        return _QuantizedLinear.apply(call, x, bias, *lora_a, *lora_b)
+    # As the op's own autocast: float32 adapters are never rounded.
+    dtype = torch.get_autocast_dtype(device)
+    x = x.to(dtype)
+    factors = [f if f.dtype in (dtype, torch.float32) else f.to(dtype) for f in (*lora_a, *lora_b)]
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _QuantizedLinear.apply(call, x, bias, *factors)
+
+
+def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias of the dequantised weight, in x's dtype or autocast's; nothing is saved."""
+    device = x.device.type
+    _check(weight, x)
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _QuantizedProduct.apply(weight, x, bias if bias is None else bias.to(x.dtype))
+
+
+def _check(weight: QuantizedWeight, x: Tensor) -> None:
+    if x.device != weight.device:
+        raise RuntimeError(
+            f"lora_ext.lora_linear: expected the quantised weight on x's device, {x.device}, but "
+            f"got it on {weight.device}"
+        )
+    if x.dtype == torch.float64:
+        raise TypeError(
+            "lora_ext.lora_linear: expected x in float32, bfloat16 or float16 with a quantised "
+            "weight, but got float64"
+        )
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        half = len(factors) // 2
+        lora_a, lora_b = factors[:half], factors[half:]
+        wants = ctx.needs_input_grad
+        with dense(call.weight, x) as weight:
+            if not any(wants):
+                return _forward(call, x, weight, lora_a, lora_b, bias)
+            y, s = _forward_for_backward(call, x, weight, lora_a, lora_b, bias)
+        ctx.call, ctx.has_bias = call, bias is not None
+        tensors = (call.seed, *(call.groups or (None, None, None)))
+        scaling = call.scaling if call.groups is not None else None
+        ctx.save_for_backward(x, s, scaling, *tensors, *factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, s, scaling, seed, *rest = ctx.saved_tensors
+        groups, factors = tuple(rest[:3]), rest[3:]
+        half = len(factors) // 2
+        lora_a, lora_b = factors[:half], factors[half:]
+        _, want_x, want_bias, *want = ctx.needs_input_grad
+        call = ctx.call._replace(seed=seed)
+        if call.groups is not None:
+            call = call._replace(scaling=scaling, groups=groups)
+        want_bias = want_bias and ctx.has_bias
+        if want_x:
+            with dense(call.weight, x) as weight:
+                return None, *_backward(
+                    call, grad, x, weight, lora_a, lora_b, s, want_x, want_bias, want
+                )
+        # Without dX nobody reads it.
+        weight = x.new_empty(()).expand(call.weight.shape)
+        return None, *_backward(call, grad, x, weight, lora_a, lora_b, s, want_x, want_bias, want)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.like = weight, x.new_empty(0)
+        with dense(weight, x) as matrix:
+            return F.linear(x, matrix, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _, want_x, want_bias = ctx.needs_input_grad
+        dx = dbias = None
+        if want_x:
+            with dense(ctx.weight, ctx.like) as matrix:
+                dx = grad.matmul(matrix)
+        if want_bias:
+            dbias = grad.flatten(0, -2).sum(0)
+        return None, dx, dbias
+
+
+def _forward(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    _, scaling, p, seed, groups = call
+    if groups is None:
+        return _ops.lora_linear(x, weight, *lora_a, *lora_b, bias, scaling, p, seed)
+    return _ops.lora_linear_grouped(x, weight, lora_a, lora_b, scaling, *groups, bias, p, seed)
+
+
+def _forward_for_backward(
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _, scaling, p, seed, groups = call
+    rest = (p, seed, 0, 0, False, None)
+    if groups is None:
+        return _ops.lora_linear_forward(x, weight, *lora_a, *lora_b, bias, scaling, *rest)
+    return _ops.lora_linear_grouped_forward(
+        x, weight, lora_a, lora_b, scaling, *groups, bias, *rest
+    )
+
+
+def _backward(
+    call: Call,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    s: Tensor,
+    want_x: bool,
+    want_bias: bool,
+    want: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx, dbias, gradients of the factors), None where not wanted."""
+    _, scaling, p, seed, groups = call
+    rest = (p, seed, 0, 0, False, None)
+    half = len(want) // 2
+    if groups is None:
+        wanted = [want_x, *want, want_bias]
+        dx, da, db, dbias = _ops.lora_linear_backward(
+            grad, x, weight, *lora_a, *lora_b, s, scaling, *rest, wanted
+        )
+        found = (dx, dbias, da, db)
+        flags = (want_x, want_bias, *want)
+        return tuple(g if wants else None for g, wants in zip(found, flags, strict=True))
+    dx, da, db, dbias = _ops.lora_linear_grouped_backward(
+        grad,
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        s,
+        scaling,
+        *groups,
+        *rest,
+        [want_x, want_bias],
+        list(want[:half]),
+        list(want[half:]),
+    )
+    found = iter((*da, *db))  # of those that are wanted alone
+    gradients = [next(found) if wants else None for wants in want]
+    return dx if want_x else None, dbias if want_bias else None, *gradients

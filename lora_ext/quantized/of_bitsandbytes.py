@@ -1,0 +1,150 @@
+"""The weights of bitsandbytes' layers: NF4 and FP4, with scales quantised again or not, and int8.
+
+    Linear4bit      W = table[code] * absmax of its block of 32 to 4096 elements, in
+                    either of two orders:
+                    as quantised, or, after a forward in eval mode on a CPU with AVX512_BF16, in
+                    panels of 32 rows with absmax in bfloat16
+    Linear8bitLt    W = code * (SCB / 127), a scale for each row
+
+On the CPU by kernels of this package, bit for bit what bitsandbytes computes, without the temporary
+tensors of its own; on CUDA by bitsandbytes' kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import QuantizedBase, product_dtype
+from .weight import QuantizedWeight
+
+_ops = torch.ops.lora_ext
+
+
+class FourBitWeight(QuantizedWeight):
+    """Of a `bitsandbytes.nn.Linear4bit`: its packed codes and their `QuantState`."""
+
+    def __init__(self, packed: Tensor, state: Any) -> None:
+        self.packed, self.state = packed, state
+        rows, cols = state.shape
+        self.shape, self.device, self.dtype = (rows, cols), packed.device, state.dtype
+        self.format = f"{state.quant_type} in panels" if self.in_panels else state.quant_type
+
+    @property
+    def in_panels(self) -> bool:
+        return getattr(self.state, "packing_format_for_cpu", False)
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        state = self.state
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        codes = self.packed.detach().view(torch.uint8).view(-1)
+        if self.device.type != "cpu" and not codes.is_meta:
+            self._dequantize_by_library(codes, out)
+        elif self.in_panels:
+            _ops.dequantize_4bit_panels(codes, state.code, state.absmax, state.blocksize, out)
+        elif state.nested:
+            second = state.state2
+            nested = (second.code, second.absmax, state.offset, second.blocksize)
+            _ops.dequantize_4bit(codes, state.code, state.absmax, state.blocksize, *nested, out)
+        else:
+            absmax = state.absmax.float()
+            none = (None, None, None, 2)
+            _ops.dequantize_4bit(codes, state.code, absmax, state.blocksize, *none, out)
+        return out
+
+    def _dequantize_by_library(self, codes: Tensor, out: Tensor) -> None:
+        from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+            dequantize_blockwise,
+        )
+
+        state, absmax = self.state, self.state.absmax
+        if state.nested:
+            absmax = (dequantize_blockwise(absmax, state.state2) + state.offset).float()
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            codes, absmax, state.blocksize, state.quant_type, self.shape, out.dtype, out=out
+        )
+
+
+class EightBitWeight(QuantizedWeight):
+    """Of a `bitsandbytes.nn.Linear8bitLt`: its codes CB and their scales SCB."""
+
+    format, dtype = "int8", torch.float32
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+        rows, cols = codes.shape
+        self.shape, self.device = (rows, cols), codes.device
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        if self.device.type == "cpu":
+            _ops.dequantize_8bit(self.codes.contiguous(), self.scale, 1.0 / 127.0, out)
+        else:
+            factor = self.scale.unsqueeze(1).mul(1.0 / 127.0)
+            torch.mul(self.codes.to(dtype), factor, out=out)
+        return out
+
+
+def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
+    """Of a `Linear4bit`: the base for x, or why it has to be called."""
+    weight = layer._parameters["weight"]
+    state = getattr(weight, "quant_state", None) or layer.quant_state
+    if state is None:
+        return "its weight is not quantised yet"
+    if tuple(state.shape) != (layer.out_features, layer.in_features):
+        return "its weight was quantised as [in, out]"
+    if weight.device.type == "cpu" and layer.in_features % state.blocksize:
+        return "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way"
+    wanted = layer.compute_dtype
+    if x is None:
+        dtype = wanted or torch.float32
+        return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, dtype)
+    if _has_few_rows(layer, x):
+        return "few rows, for which bitsandbytes has a kernel of its own"
+    if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+        wanted = x.dtype
+    dtype = wanted or x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        # Its y is rounded to the autocast dtype, as PEFT's update is there, and then x's again.
+        if dtype != torch.get_autocast_dtype(x.device.type):
+            return "its compute_dtype is not autocast's"
+    elif dtype != x.dtype:
+        return "its compute_dtype is not x's, which the update keeps"
+    return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, x.dtype)
+
+
+# In eval on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x 4096 on
+# two cores that and the update took 1.06 of the base alone on 64 rows, the op 1.38; on 256 rows
+# 1.28 and 1.08.
+_FEW_ROWS = 128
+
+
+def _has_few_rows(layer: Any, x: Tensor) -> bool:
+    if layer.training or x.requires_grad or not x.is_cpu or layer.out_features % 32:
+        return False
+    return layer.support_avx512bf16_for_cpu and x.numel() < _FEW_ROWS * layer.in_features
+
+
+def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
+    """Of a `Linear8bitLt`: the base for x, or why it has to be called."""
+    state, weight = layer.state, layer._parameters["weight"]
+    codes = state.CB if weight.CB is None else weight.CB
+    scale = state.SCB if weight.SCB is None else weight.SCB
+    if state.has_fp16_weights or codes is None or scale is None:
+        return "its weight is not quantised yet"
+    if codes.device.type != "cpu":
+        return "it quantises x, too"
+    if not layer.training:
+        return "in eval it quantises x, too"
+    dtype = torch.float32 if x is None else product_dtype(x)
+    return QuantizedBase(EightBitWeight(codes, scale), layer.bias, dtype, dtype)

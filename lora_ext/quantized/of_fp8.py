@@ -1,0 +1,55 @@
+"""The weights of transformers' block-wise FP8 layers.
+
+In 8 bits or 4 they go to kernels that quantise x, too. A weight of more than one byte, as a
+checkpoint that was not quantised leaves, is multiplied by as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import QuantizedBase, is_autocast, product_dtype
+from .weight import QuantizedWeight
+
+QUANTISES_X = "it quantises x, too"
+OTHER_DTYPE = "x is not in the weight's dtype, which its product needs"
+TRAINED = "the base weight is trained"
+
+
+class StoredWeight(QuantizedWeight):
+    """Of an `FP8Linear` whose weight is of a floating dtype that the op takes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.detach()
+        rows, cols = weight.shape
+        self.shape, self.device, self.dtype = (rows, cols), weight.device, weight.dtype
+        self.format = str(weight.dtype).removeprefix("torch.")
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return self.weight.to(dtype)
+
+    def workspace_bytes(self, dtype: torch.dtype) -> int:
+        return 0 if dtype == self.weight.dtype else super().workspace_bytes(dtype)
+
+
+def fp8_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
+    """The base of an `FP8Linear`, or why it has to be called.
+
+    Args:
+        layer: an `FP8Linear`.
+        x: ``[..., in]``; None for an x in the weight's dtype.
+    """
+    weight = layer._parameters["weight"]
+    if weight.element_size() == 1:
+        return QUANTISES_X
+    if weight.requires_grad:
+        return TRAINED
+    dtype = weight.dtype
+    if x is not None:
+        if x.dtype != dtype and not is_autocast(x):
+            return OTHER_DTYPE
+        dtype = product_dtype(x)
+    return QuantizedBase(StoredWeight(weight), layer.bias, dtype, dtype)

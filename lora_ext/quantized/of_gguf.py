@@ -1,0 +1,90 @@
+"""The weights of transformers' packed GGUF layers: ggml's blocks of 32 or 256 elements of a row.
+
+Dequantised by transformers, in the dtype of x, as the layer's forward does from nine rows on. Up to
+eight rows it calls a kernel that reads the blocks; on a CPU, for which there is none, W is taken
+for any number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import QuantizedBase, product_dtype
+from .weight import QuantizedWeight
+
+FEW_ROWS = "up to 8 rows go to ggml's kernel, which reads the blocks"
+
+# Elements at a time: the library's functions have several temporaries, which a cache should hold.
+_CPU_CHUNK = 1 << 19
+_CHUNK = 1 << 24
+
+
+class GgufWeight(QuantizedWeight):
+    """Of a `GgufLinear`: ``[out, bytes of a row]`` in uint8.
+
+    Attributes:
+        dtype: that in which its forward dequantises, x's; autocast then rounds W again.
+        permutation: the order ``[in]`` in which its forward reads the columns of x, or None.
+            W's columns are put into x's own order.
+    """
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        from transformers.integrations.gguf.dequant import GGML_NAME
+
+        self.blocks, self.type, self.dtype = layer.weight.detach(), layer.ggml_type, dtype
+        self.permutation: Tensor | None = layer.input_permutation
+        self.shape, self.device = (layer.out_features, layer.in_features), layer.weight.device
+        self.format = GGML_NAME[self.type]
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        rows, cols = self.shape
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        count = max(1, (_CPU_CHUNK if self.device.type == "cpu" else _CHUNK) // cols)
+        for start in range(0, rows, count):
+            part, chunk = out[start : start + count], self._chunk(start, start + count)
+            if self.permutation is None:
+                part.copy_(chunk)
+            else:
+                part.index_copy_(1, self.permutation, chunk.to(dtype))
+        return out
+
+    def _chunk(self, start: int, stop: int) -> Tensor:
+        """Some rows, ``[stop - start, in]`` in `dtype`."""
+        blocks = self.blocks[start:stop]
+        if self.device.type == "cpu":
+            # Of `dequantize_blocks` what a CPU runs, without its search for a kernel to download.
+            from transformers.integrations.gguf.dequant import dequantize
+
+            return dequantize(blocks, self.type, self.dtype).reshape(-1, self.shape[1])
+        from transformers.integrations.gguf.kernels import dequantize_blocks
+
+        return dequantize_blocks(blocks, self.type, blocks.shape[0], self.shape[1], self.dtype)
+
+
+def gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
+    """The base of a `GgufLinear`, or why it has to be called.
+
+    Args:
+        layer: a `GgufLinear`.
+        x: ``[..., in]``; None for many rows in float32, in which its kernels compute.
+    """
+    if x is None:
+        weight = GgufWeight(layer, torch.float32)
+        return QuantizedBase(weight, layer.bias, torch.float32, torch.float32)
+    if layer.weight.device.type != "cpu" and x.numel() <= _max_rows() * layer.in_features:
+        return FEW_ROWS
+    # Under autocast, too, y is brought back to x's dtype.
+    return QuantizedBase(GgufWeight(layer, x.dtype), layer.bias, product_dtype(x), x.dtype)
+
+
+def _max_rows() -> int:
+    from transformers.integrations.gguf.kernels import MAX_GEMV_ROWS
+
+    return MAX_GEMV_ROWS

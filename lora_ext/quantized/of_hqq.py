@@ -1,0 +1,64 @@
+"""The weights of HQQ's layers: 1 to 8 bits, with a scale and a zero point for each group.
+
+    W = (code - zero) * scale       in the layer's compute_dtype, then cast
+
+HQQ's own PyTorch backends multiply by W; its CUDA backends have kernels of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import QuantizedBase, is_autocast, product_dtype
+from .weight import QuantizedWeight
+
+NOT_YET = "its weight is not quantised yet"
+OTHER_BACKEND = "HQQ's backend has kernels of its own"
+OTHER_DTYPE = "x is not in HQQ's compute_dtype, which its product needs"
+
+# Names of the forward that `HQQLinear.set_backend` puts on the class.
+_PLAIN = (
+    "forward_pytorch",
+    "forward_pytorch_compile",
+    "forward_pytorch_backprop",
+    "forward_pytorch_backprop_compile",
+)
+
+
+class HQQWeight(QuantizedWeight):
+    """Of an `HQQLinear`, which is kept: what its scales need, such as copies from host memory, only
+    its own `dequantize` knows."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        rows, cols = layer.meta["shape"]
+        self.shape, self.device = (rows, cols), layer.W_q.device
+        self.dtype = layer.compute_dtype
+        self.format = f"HQQ's {layer.meta['nbits']} bits"
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return self.layer.dequantize().detach().to(dtype)
+
+
+def hqq_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
+    """The base of an `HQQLinear`, or why it has to be called.
+
+    Args:
+        layer: an `HQQLinear`.
+        x: ``[..., in]``; None for an x in the layer's compute_dtype.
+    """
+    if not layer.ready or layer.W_q is None:
+        return NOT_YET
+    if layer.backend.value not in _PLAIN:
+        return OTHER_BACKEND
+    dtype = layer.compute_dtype
+    if x is not None:
+        if x.dtype != dtype and not is_autocast(x):
+            return OTHER_DTYPE
+        dtype = product_dtype(x)
+    # It is a clone, no parameter: a gradient would go to the bias of the layer that was quantised.
+    bias = None if layer.bias is None else layer.bias.detach()
+    return QuantizedBase(HQQWeight(layer), bias, dtype, dtype)

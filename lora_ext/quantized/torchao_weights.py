@@ -1,0 +1,96 @@
+"""torchao's tensors as weights of the op.
+
+    TorchaoWeight   any, by torchao's own `dequantize`
+    CodesWeight     W = code * scale of its run of a row, codes of 8 bits without zero points
+    NF4Weight       W = table[code] * scale of its block, scales quantised again
+
+The last two are written by this package's kernels on the CPU, bit for bit what torchao computes,
+without temporary tensors; elsewhere, and where a graph is traced, torchao computes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .weight import QuantizedWeight
+
+_ops = torch.ops.lora_ext
+
+
+class TorchaoWeight(QuantizedWeight):
+    """Of a tensor that its forward dequantises in the dtype it had, and then casts."""
+
+    def __init__(self, tensor: Any, format: str) -> None:
+        self.tensor, self.format = tensor, format
+        rows, cols = tensor.shape
+        self.shape, self.device, self.dtype = (rows, cols), tensor.device, tensor.dtype
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return self.tensor.dequantize().to(dtype)
+
+
+class _WrittenWeight(TorchaoWeight):
+    """One that a kernel writes, in the dtype it had; subclasses say how."""
+
+    def __init__(self, tensor: Any, format: str) -> None:
+        super().__init__(tensor, format)
+        self.by_kernel = self.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        return self.by_kernel and dtype == self.dtype
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if not self.by_kernel:
+            return self._by_library(dtype)
+        if not self.writes(dtype):
+            return self.dequantize(self.dtype).to(dtype)
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        self._write(out)
+        return out
+
+    def _by_library(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.dequantize().to(dtype)
+
+    def _write(self, out: Tensor) -> None:
+        raise NotImplementedError
+
+
+class CodesWeight(_WrittenWeight):
+    """Int8Tensor or IntxUnpackedToInt8Tensor, with a scale for each row, for all, or for groups of
+    a row."""
+
+    def _write(self, out: Tensor) -> None:
+        codes, scale = self.tensor.qdata.contiguous(), self.tensor.scale.float().flatten()
+        # As a matrix of runs; one scale for all is every row's.
+        runs = max(scale.numel(), self.shape[0])
+        _ops.dequantize_8bit(codes, scale.expand(runs).contiguous(), 1.0, out.view(runs, -1))
+
+
+class ScaledCodesWeight(CodesWeight):
+    """Of a forward that multiplies by codes and then scales: W is rounded once, to any dtype."""
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        return self.by_kernel
+
+    def _by_library(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.dequantize(dtype)
+
+
+class NF4Weight(_WrittenWeight):
+    """NF4Tensor. What it calls `dequantize` is another function: of its table alone."""
+
+    def _by_library(self, dtype: torch.dtype) -> Tensor:
+        return self.tensor.get_original_weight().to(dtype)
+
+    def _write(self, out: Tensor) -> None:
+        tensor = self.tensor
+        scale = tensor.dequantize_scalers(
+            tensor.quantized_scalers, tensor.quantization_factor, tensor.scaler_block_size
+        )
+        codes, table = tensor.quantized_data.contiguous(), tensor.nf4.float()
+        once = (None, None, None, 2)  # the scales are no longer quantised
+        _ops.dequantize_4bit(codes, table, scale.float(), tensor.block_size, *once, out)

@@ -1,0 +1,166 @@
+"""The CPU's kernels that dequantise: bit for bit torch's formulas, on each instruction set."""
+
+import pytest
+import torch
+from helpers import BF16, F16, F32, F64, short
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from lora_ext import _C
+
+ops = torch.ops.lora_ext
+DTYPES = (F32, BF16, F16)
+TABLE = torch.linspace(-1, 1, 16) ** 3  # any sixteen values
+
+
+def four_bit_case(count, block, seed=0, nested=None):
+    """(packed, scale, nested scales, the values in float32)."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (count,), generator=generator)
+    padded = torch.cat([codes, codes.new_zeros(count % 2)])
+    packed = (padded[::2] << 4 | padded[1::2]).to(torch.uint8)
+    blocks = -(-count // block)
+    if nested is None:
+        scale, parts = torch.rand(blocks, generator=generator) * 3, (None, None, None, 2)
+        values = scale
+    else:
+        scale = torch.randint(0, 256, (blocks,), generator=generator).to(torch.uint8)
+        table = torch.randn(256, generator=generator)
+        factor = torch.rand(-(-blocks // nested), generator=generator) * 3
+        offset = torch.tensor(0.7)
+        parts = (table, factor, offset, nested)
+        values = table[scale.long()] * factor.repeat_interleave(nested)[:blocks] + offset
+    expected = TABLE[codes] * values.repeat_interleave(block)[:count]
+    return packed, scale, parts, expected
+
+
+@settings(max_examples=60)
+@given(
+    count=st.integers(0, 3000),
+    block=st.sampled_from([2, 32, 64, 96, 4096]),
+    nested=st.sampled_from([None, 2, 256]),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(_C.available_cpu_isas()),
+)
+def test_four_bits(count, block, nested, dtype, isa):
+    packed, scale, parts, expected = four_bit_case(count, block, nested=nested)
+    out = torch.full((count,), float("nan"), dtype=dtype)
+    _C.set_cpu_isa(isa)
+    try:
+        ops.dequantize_4bit(packed, TABLE, scale, block, *parts, out)
+    finally:
+        _C.set_cpu_isa("auto")
+    assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("rows", "cols", "block"), [(32, 32, 32), (96, 192, 64), (64, 4096, 4096)])
+def test_panels(isa, dtype, rows, cols, block):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (rows, cols), generator=generator)
+    # 16 rows in the lower halves of bytes, the next 16 in the upper ones; pairs of columns together
+    by_panel = codes.view(rows // 32, 2, 16, cols // 2, 2).permute(0, 3, 1, 2, 4)
+    lower, upper = by_panel[:, :, 0], by_panel[:, :, 1]
+    packed = (upper << 4 | lower).to(torch.uint8).contiguous()
+    scale = torch.rand(cols // block, rows, generator=generator).bfloat16()
+    out = torch.empty(rows, cols, dtype=dtype)
+    ops.dequantize_4bit_panels(packed, TABLE, scale, block, out)
+    expected = TABLE[codes] * scale.float().t().repeat_interleave(block, 1)
+    assert torch.equal(out, expected.to(dtype))
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(0, 70),
+    cols=st.integers(0, 200),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(_C.available_cpu_isas()),
+)
+def test_eight_bits(rows, cols, dtype, isa):
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(-128, 128, (rows, cols), generator=generator).to(torch.int8)
+    scale = torch.rand(rows, generator=generator) * 5
+    out = torch.full((rows, cols), float("nan"), dtype=dtype)
+    _C.set_cpu_isa(isa)
+    try:
+        ops.dequantize_8bit(codes, scale, 1.0 / 127.0, out)
+    finally:
+        _C.set_cpu_isa("auto")
+    expected = codes.float() * (scale * torch.tensor(1.0 / 127.0))[:, None]
+    assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_nan_and_infinity(isa, dtype):
+    packed, scale, parts, _ = four_bit_case(256, 64)
+    scale = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-45])
+    out = torch.empty(256, dtype=dtype)
+    ops.dequantize_4bit(packed, TABLE, scale, 64, *parts, out)
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
+    expected = (TABLE[codes] * scale.repeat_interleave(64)).to(dtype)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_same_bits_whatever_the_threads():
+    packed, scale, parts, _ = four_bit_case(1 << 20, 64, nested=256)
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        out = torch.empty(1 << 20, dtype=BF16)
+        ops.dequantize_4bit(packed, TABLE, scale, 64, *parts, out)
+        found.append(out)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(out, found[0]) for out in found)
+
+
+def test_registration():
+    packed, scale, parts, _ = four_bit_case(256, 64, nested=2)
+    opcheck(ops.dequantize_4bit.default, (packed, TABLE, scale, 64, *parts, torch.empty(4, 64)))
+    codes = torch.zeros(4, 6, dtype=torch.int8)
+    opcheck(ops.dequantize_8bit.default, (codes, torch.rand(4), 1.0, torch.empty(4, 6)))
+    panels = torch.zeros(32 * 32, dtype=torch.uint8)
+    scale = torch.rand(2, 32).bfloat16()
+    arguments = (panels, TABLE, scale, 32, torch.empty(32, 64))
+    opcheck(ops.dequantize_4bit_panels.default, arguments)
+
+
+def four_bit_call(**changes):
+    packed, scale, parts, _ = four_bit_case(256, 64)
+    call = {"packed": packed, "table": TABLE, "scale": scale, "block": 64, "out": torch.empty(256)}
+    names = ("scale_table", "scale_scale", "scale_offset", "scale_block")
+    return ops.dequantize_4bit(**{**call, **dict(zip(names, parts, strict=True)), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"out": torch.empty(256, dtype=F64)}, TypeError, "out in float32, bfloat16 or float16"),
+        ({"out": torch.empty(512)[::2]}, RuntimeError, "a contiguous out"),
+        ({"out": torch.empty(258)}, RuntimeError, "packed of 129 elements, but got 128"),
+        ({"packed": torch.zeros(128)}, TypeError, "packed in Byte, but got Float"),
+        ({"table": torch.zeros(8)}, RuntimeError, "table of 16 elements, but got 8"),
+        ({"scale": torch.zeros(3)}, RuntimeError, "scale of 4 elements, but got 3"),
+        ({"scale": torch.zeros(4).half()}, TypeError, "scale in Float, but got Half"),
+        ({"block": 3}, RuntimeError, "an even block, but got 3"),
+        ({"block": 0}, RuntimeError, "an even block, but got 0"),
+        ({"scale_offset": torch.zeros(1)}, RuntimeError, "or none"),
+    ],
+)
+def test_errors_of_four_bits(changes, error, message):
+    with pytest.raises(error, match=f"lora_ext.dequantize_4bit: .*{message}"):
+        four_bit_call(**changes)
+
+
+def test_other_errors():
+    codes, scale = torch.zeros(4, 6, dtype=torch.int8), torch.rand(4)
+    with pytest.raises(RuntimeError, match="dequantize_8bit: expected out of 2 dimensions"):
+        ops.dequantize_8bit(codes, scale, 1.0, torch.empty(24))
+    with pytest.raises(RuntimeError, match="expected scale of 4 elements, but got 3"):
+        ops.dequantize_8bit(codes, scale[:3], 1.0, torch.empty(4, 6))
+    panels, scale = torch.zeros(32 * 32, dtype=torch.uint8), torch.rand(2, 32).bfloat16()
+    with pytest.raises(RuntimeError, match="expected rows that 32 divides and columns that the"):
+        ops.dequantize_4bit_panels(panels, TABLE, scale, 32, torch.empty(64, 48))
+    with pytest.raises(RuntimeError, match="expected a block that 32 divides, but got 16"):
+        ops.dequantize_4bit_panels(panels, TABLE, scale, 16, torch.empty(32, 64))
