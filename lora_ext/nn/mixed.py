@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import HALVES
-from ..functional import lora_linear, lora_update
-from ..packed_weight import PackedWeight
+from ..functional import base_linear, lora_linear, lora_update
 from .row_adapters import RowAdapters
 from .updates import Update, compute_dtype, is_autocast
 
@@ -37,8 +36,7 @@ def mixed_linear(
         rows: the block.
     """
     if any(update.bias is not None for update in updates):
-        tensor = weight.weight if isinstance(weight, PackedWeight) else weight
-        return mixed_onto(F.linear(x, tensor, bias), x, updates, rows)
+        return mixed_onto(base_linear(x, weight, bias), x, updates, rows)
     y = None
     for part in _parts(updates, x):
         lora_a, lora_b, scaling, p, index = _operands(part, x, rows)

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from ..functional import draw_seed, lora_linear
+from ..functional import base_linear, draw_seed, lora_linear
 from ..nn.updates import Update, stacked
+from ..quantized.weight import QuantizedWeight, dense
 from .reasons import has_hooks
 from .row_blocks import combine, drop, shrink, without_autocast
 
@@ -57,25 +57,34 @@ def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
     """y of the equations above, for a base that is exactly nn.Linear or Conv1D."""
     base = layer._modules["base_layer"]
     weight = base.weight
-    weight = weight if type(base) is nn.Linear else weight.t()
+    return on_weight(layer, x, weight if type(base) is nn.Linear else weight.t(), base.bias, update)
+
+
+def on_weight(
+    layer: Any, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: Update
+) -> Tensor:
+    """y of the equations above, for a weight as `lora_linear` takes it."""
     factor = factor_of(layer, weight, update, update.lora_a.dtype)
     if update.dropout == 0.0 and _is_cached(layer.lora_magnitude_vector[update.name]):
-        return _scaled(x, weight, base.bias, update, factor)
+        return _scaled(x, weight, bias, update, factor)
     scaled_b = update.lora_b * factor[:, None]
-    bias = base.bias
     if update.dropout == 0.0:
         part = shrink(x, update.lora_a, 0.0, None)
         # The base's y with its bias, bit for bit, where the factor is 1, as at initialisation.
         offset = None if bias is None else (1 - factor) * bias
-        return combine(offset, F.linear(x, weight, bias), factor, part, scaled_b, update.scaling)
+        return combine(offset, base_linear(x, weight, bias), factor, part, scaled_b, update.scaling)
     seed = draw_seed(x.device)
     part = shrink(x, update.lora_a, update.dropout, seed)
-    u = F.linear(drop(x, update.dropout, seed), weight)
-    return combine(F.linear(x, weight, bias), u, factor - 1, part, scaled_b, update.scaling)
+    u = base_linear(drop(x, update.dropout, seed), weight, None)
+    return combine(base_linear(x, weight, bias), u, factor - 1, part, scaled_b, update.scaling)
 
 
 def _scaled(
-    x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, factor: Tensor
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    update: Update,
+    factor: Tensor,
 ) -> Tensor:
     """y as g times one call of the op, which with the norm at hand is the fastest."""
     lora_a, lora_b, scaling = stacked([update], x)
@@ -84,30 +93,42 @@ def _scaled(
     return scaled.to(y.dtype)
 
 
-def factor_of(layer: Any, weight: Tensor, update: Update, rounded_to: torch.dtype) -> Tensor:
+def factor_of(
+    layer: Any, weight: Tensor | QuantizedWeight, update: Update, rounded_to: torch.dtype
+) -> Tensor:
     """g ``[out]`` for the weight as ``[out, in]``, at least float32."""
     vector = layer.lora_magnitude_vector[update.name]
     norm = _cached_norm(vector, weight, update, rounded_to)
     return vector.weight.to(norm.dtype) / norm
 
 
-def _cached_norm(vector: Any, weight: Tensor, update: Update, rounded_to: torch.dtype) -> Tensor:
+def _cached_norm(
+    vector: Any, weight: Tensor | QuantizedWeight, update: Update, rounded_to: torch.dtype
+) -> Tensor:
     """The norm, kept under `peft.helpers.DoraCaching` where PEFT keeps its own, and as long."""
     operands = (weight, update.lora_a, update.lora_b, update.scaling, rounded_to)
     if not _is_cached(vector):
         if vector._dora_cache:  # not always: a checkpoint that is compiled may not write to it
             vector._cache_clear()
-        return weight_norm(*operands)
+        return _norm(*operands)
     key = f"lora_ext-weight-norm-{update.name}"
     norm = vector._cache_get(key, None)
     if norm is None:
-        norm = weight_norm(*operands)
+        norm = _norm(*operands)
         vector._cache_store(key, norm)
     return norm
 
 
 def _is_cached(vector: Any) -> bool:
     return peft_dora.ENABLE_DORA_CACHING and not vector.training
+
+
+def _norm(weight: Tensor | QuantizedWeight, lora_a: Tensor, *rest: Any) -> Tensor:
+    """`weight_norm`, of a quantised weight in the dtype in which PEFT has it at initialisation."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight_norm(weight, lora_a, *rest)
+    with dense(weight, lora_a.new_empty(0, dtype=weight.dtype)) as matrix:
+        return weight_norm(matrix, lora_a, *rest)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
 from ..nn.row_adapters import in_force
 from ..nn.updates import Update, added, obstacle, stacked, with_biases
+from ..quantized.base import QuantizedBase
 from . import dora, mixed_batch
 from .parts import matrix_of, update_of
 from .quick import quick_forward
@@ -27,6 +28,7 @@ from .reasons import (
     adapter_reason,
     adapters_state,
     base_obstacle,
+    dequantized_base,
     dtype_obstacle,
     input_reason,
 )
@@ -55,13 +57,9 @@ class Linear(peft_layers.Linear):
             y = quick_forward(self, x)
             if y is not None:
                 return y
-            path = linear_path(self, x)
-            if path.name == FUSED:
-                return fused(self, x, path.updates)
-            if path.is_dora:
-                return dora.linear(self, x, path.updates[0])
-            if path.name == ADDED:
-                return called(self, x, path.updates)
+            y = computed(self, x, linear_path(self, x))
+            if y is not None:
+                return y
         # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
         return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
@@ -70,7 +68,7 @@ class Linear(peft_layers.Linear):
         if self.row_adapters is not None and in_force(self.row_adapters) is not None:
             return mixed_batch.linear_path(self, in_force(self.row_adapters))
         path = linear_path(self, None)
-        if path.name != FUSED:
+        if path.name != FUSED or path.base is not None:
             return path.name, path.reason
         return kernel_path(matrix_of(self._modules["base_layer"]), path.updates, rows)
 
@@ -90,35 +88,82 @@ def linear_path(layer: Any, x: Tensor | None) -> ForwardPath:
     if reason:
         return ForwardPath(PEFT, reason)
     updates = [update_of(layer, name) for name in names]
-    base = tables["base_layer"]
-    kept = base_obstacle(base) or _call_obstacle(base, x, updates)
+    base, kept = _base_or_reason(tables["base_layer"], x, updates)
+    note = "" if base is None else base.note
     if layer.lora_variant and any(name in layer.lora_variant for name in names):
         one_dimension = x is not None and x.dim() == 1  # to which PEFT adds another
         reason = dora.reason(layer, names) or kept or ("DoRA on one row" if one_dimension else "")
         if reason:
             return ForwardPath(PEFT, reason)
-        return ForwardPath(ADDED, "DoRA: added to torch's base product", updates, True)
-    return ForwardPath(ADDED if kept else FUSED, kept, updates)
+        what = "torch's base product" if base is None else note
+        return ForwardPath(ADDED, f"DoRA: added to {what}", updates, True, base)
+    return ForwardPath(ADDED if kept else FUSED, kept or note, updates, False, base)
 
 
-def _call_obstacle(base: Any, x: Tensor | None, updates: Sequence[Update]) -> str:
+def _base_or_reason(
+    module: Any, x: Tensor | None, updates: Sequence[Update]
+) -> tuple[QuantizedBase | None, str]:
+    """(base, "") of a quantised base that the op takes, (None, "") of a plain one, (None, reason)
+    of one that has to be called."""
+    kept = base_obstacle(module)
+    if not kept:
+        return None, _call_obstacle(module.weight, x, updates)
+    base = dequantized_base(module, x)
+    if not isinstance(base, QuantizedBase):
+        return None, base or kept
+    kept = updates_obstacle(base.dtype, x, updates)
+    return (None, kept) if kept else (base, "")
+
+
+def computed(layer: Any, x: Tensor, path: ForwardPath) -> Tensor | None:
+    """y of a path that is computed here, None of one that is PEFT's."""
+    if path.is_dora:
+        return _scaled(layer, x, path.updates[0], path.base)
+    if path.name == FUSED:
+        return _fused(layer, x, path.updates, path.base)
+    return called(layer, x, path.updates) if path.name == ADDED else None
+
+
+def _call_obstacle(weight: Tensor, x: Tensor | None, updates: Sequence[Update]) -> str:
     """Why base and updates are not one call of the op, or ""."""
-    weight = base.weight
     if weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is trained"
-    if weight.dtype in HALVES and any(update.bias is not None for update in updates):
+    return updates_obstacle(weight.dtype, x, updates)
+
+
+def updates_obstacle(dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update]) -> str:
+    """Why updates of a base that multiplies in a dtype are not one call of the op, or ""."""
+    if dtype in HALVES and any(update.bias is not None for update in updates):
         # The op would round the sum of both biases, and sum dy over a float32 copy of it.
         return "a lora_bias on a half base"
-    reason = "" if x is None else dtype_obstacle(x, weight, updates[0].lora_a.dtype)
-    return reason or obstacle(updates, weight.dtype)
+    reason = "" if x is None else dtype_obstacle(x, dtype, updates[0].lora_a.dtype)
+    return reason or obstacle(updates, dtype)
 
 
-def fused(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
+def _fused(
+    layer: Any, x: Tensor, updates: Sequence[Update], quantized: QuantizedBase | None
+) -> Tensor:
     """One call of the op."""
-    base = layer._modules["base_layer"]
-    lora_a, lora_b, scaling = stacked(updates, x)
-    bias = with_biases(base.bias, updates)
-    return lora_linear(x, matrix_of(base), lora_a, lora_b, bias, scaling, updates[0].dropout)
+    p = updates[0].dropout
+    if quantized is None:
+        base = layer._modules["base_layer"]
+        lora_a, lora_b, scaling = stacked(updates, x)
+        bias = with_biases(base.bias, updates)
+        return lora_linear(x, matrix_of(base), lora_a, lora_b, bias, scaling, p)
+    given = x.to(quantized.dtype)
+    lora_a, lora_b, scaling = stacked(updates, given)
+    bias = with_biases(quantized.call_bias, updates)
+    y = lora_linear(given, quantized.weight, lora_a, lora_b, bias, scaling, p)
+    return y.to(quantized.y_dtype)
+
+
+def _scaled(layer: Any, x: Tensor, update: Update, quantized: QuantizedBase | None) -> Tensor:
+    """DoRA's sum."""
+    if quantized is None:
+        return dora.linear(layer, x, update)
+    given = x.to(quantized.dtype)
+    y = dora.on_weight(layer, given, quantized.weight, quantized.call_bias, update)
+    return y.to(quantized.y_dtype)
 
 
 def called(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.row_adapters import RowAdapters, given_to
 from ..nn.updates import Update
+from ..quantized.base import QuantizedBase
 from .parts import matrix_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
 from .reasons import (
@@ -31,6 +32,7 @@ from .reasons import (
     adapter_reason,
     adapters_state,
     base_obstacle,
+    dequantized_base,
     dtype_obstacle,
     embedding_reason,
     input_reason,
@@ -69,8 +71,11 @@ def linear(
         return base(x)
     if updates is None:
         updates = [update_of(layer, name) for name in names]
-    if not _kept(layer, theirs, x, updates):
+    if not _kept(layer, x, updates):
         return mixed_linear(x, matrix_of(base), base.bias, updates, rows)
+    found = dequantized_base(base, x)
+    if isinstance(found, QuantizedBase):
+        return _on_quantized(found, x, updates, rows)
     y = base(x)
     if not is_plain(y) or y.shape[:-1] != x.shape[:-1]:
         return _left_to_peft(layer, theirs, x, rows, "the base's y is not plain", args, kwargs)
@@ -84,7 +89,9 @@ def linear_path(layer: Any, rows: RowAdapters | None) -> tuple[str, str]:
     reason = _reason(layer, names, rows, (), {})
     for name in names:
         reason = reason or adapter_reason(layer, name)
-    return _path(layer, names, reason, base_obstacle(layer._modules["base_layer"]))
+    base = layer._modules["base_layer"]
+    kept = base_obstacle(base)
+    return _path(layer, names, reason, kept if kept and _is_called(base) else "")
 
 
 def embedding_path(layer: Any, rows: RowAdapters | None) -> tuple[str, str]:
@@ -162,7 +169,19 @@ def _rows_reason(x: Tensor, rows: RowAdapters) -> str:
     return ""
 
 
-def _kept(layer: Any, theirs: Any, x: Tensor, updates: Sequence[Update]) -> str:
+def _is_called(base: Any) -> bool:
+    """Of a base that is no plain weight: whether it is not dequantised."""
+    return not isinstance(dequantized_base(base, None), QuantizedBase)
+
+
+def _on_quantized(
+    base: QuantizedBase, x: Tensor, updates: Sequence[Update], rows: RowAdapters
+) -> Tensor:
+    given = x.to(base.dtype)
+    return mixed_linear(given, base.weight, base.call_bias, updates, rows).to(base.y_dtype)
+
+
+def _kept(layer: Any, x: Tensor, updates: Sequence[Update]) -> str:
     """Why the base has to be called as it is, or ""."""
     base = layer._modules["base_layer"]
     reason = base_obstacle(base)
@@ -171,7 +190,7 @@ def _kept(layer: Any, theirs: Any, x: Tensor, updates: Sequence[Update]) -> str:
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is trained"
     dtypes = {update.lora_a.dtype for update in updates}
-    return next(filter(None, (dtype_obstacle(x, base.weight, dtype) for dtype in dtypes)), "")
+    return next(filter(None, (dtype_obstacle(x, base.weight.dtype, dtype) for dtype in dtypes)), "")
 
 
 def _left_to_peft(

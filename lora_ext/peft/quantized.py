@@ -1,31 +1,24 @@
-"""PEFT's layers over quantised bases: bitsandbytes in 8 and 4 bits, torchao.
+"""PEFT's layers over quantised bases: bitsandbytes in 8 and 4 bits, torchao, HQQ.
 
     y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
 
-The base runs as it is; `lora_update` adds the rest, without the full-size copies of x, of the
-update and of the base's output that PEFT makes. Each class exists where PEFT has its own.
+Where the base multiplies by its dequantised weight, the op does: it dequantises into a workspace,
+forward and backward. Else the base runs as it is and `lora_update` adds the rest, without the
+full-size copies of x, of the update and of the base's output that PEFT makes. Each class exists
+where PEFT has its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available, is_hqq_available
 from peft.tuners.lora import torchao as peft_torchao
 from torch import Tensor
 
 from ..nn.row_adapters import in_force
 from . import mixed_batch
-from .linear import called, linear_path
-from .reasons import ADDED, FUSED, PEFT, ForwardPath
-
-
-def quantized_path(layer: Any, x: Tensor | None) -> ForwardPath:
-    """The path of a linear layer whose base is never read, only called."""
-    path = linear_path(layer, x)
-    if path.is_dora or (path.name == PEFT and layer.lora_variant):
-        return ForwardPath(PEFT, "a variant of LoRA on a quantised base")
-    return path._replace(name=ADDED) if path.name == FUSED else path
+from .linear import computed, linear_path
 
 
 def forward_over(theirs: Any) -> Any:
@@ -38,9 +31,9 @@ def forward_over(theirs: Any) -> Any:
             if rows is not None:
                 return mixed_batch.linear(self, theirs, x, rows, args, kwargs)
         if not (args or kwargs):
-            path = quantized_path(self, x)
-            if path.name == ADDED:
-                return called(self, x, path.updates)
+            y = computed(self, x, linear_path(self, x))
+            if y is not None:
+                return y
         return theirs.forward(self, x, *args, **kwargs)
 
     return forward
@@ -55,7 +48,7 @@ class _Quantized:
         """How the next forward is computed, and why."""
         if self.row_adapters is not None and in_force(self.row_adapters) is not None:
             return mixed_batch.linear_path(self, in_force(self.row_adapters))
-        path = quantized_path(self, None)
+        path = linear_path(self, None)
         return path.name, path.reason
 
 
@@ -85,3 +78,13 @@ if is_bnb_available():
             forward = forward_over(peft_bnb.Linear4bit)
 
         CLASSES[peft_bnb.Linear4bit] = Linear4bit
+
+if is_hqq_available():
+    from peft.tuners.lora import hqq as peft_hqq
+
+    class HqqLoraLinear(_Quantized, peft_hqq.HqqLoraLinear):
+        """`peft.tuners.lora.hqq.HqqLoraLinear` with another forward."""
+
+        forward = forward_over(peft_hqq.HqqLoraLinear)
+
+    CLASSES[peft_hqq.HqqLoraLinear] = HqqLoraLinear

@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..dtypes import FLOATS, HALVES
 from ..nn.linear import is_conv1d
 from ..nn.updates import Update, is_autocast, is_onnx_export, is_plain
+from ..quantized.layers import QuantizedBase, quantized_base
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
@@ -36,12 +37,14 @@ class ForwardPath(NamedTuple):
         reason: why, for people.
         updates: of the active adapters, where we compute them.
         is_dora: whether the one update is DoRA's.
+        base: of a quantised layer, what the op multiplies by.
     """
 
     name: str
     reason: str
     updates: Sequence[Update] = ()
     is_dora: bool = False
+    base: QuantizedBase | None = None
 
 
 def adapters_state(layer: Any) -> tuple[str, str] | None:
@@ -150,13 +153,22 @@ def base_obstacle(base: nn.Module) -> str:
     return ""
 
 
-def dtype_obstacle(x: Tensor, weight: Tensor, adapter: torch.dtype) -> str:
+def dequantized_base(base: nn.Module, x: Tensor | None) -> QuantizedBase | str | None:
+    """A base that is no plain weight as the op takes it, why it does not, or None of one that is in
+    no form that is known."""
+    found = quantized_base(base, x)
+    if found is not None and (has_hooks(base) or "forward" in base.__dict__):
+        return "the base layer has hooks, or another forward on the instance"
+    return found
+
+
+def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
     """Why these dtypes are not one call of the op, or ""."""
     if is_autocast(x):
-        if torch.float64 in (x.dtype, weight.dtype, adapter):
+        if torch.float64 in (x.dtype, weight, adapter):
             return "float64 under autocast"
         return ""
-    if x.dtype != weight.dtype:
+    if x.dtype != weight:
         return "x and the base weight differ in dtype"
     if adapter == x.dtype or (x.dtype in HALVES and adapter in (torch.float32, *HALVES)):
         return ""

@@ -130,8 +130,15 @@ def _of_tensors(
                 rank, spec.alpha, spec.dropout, spec.use_rslora, lora_bias=spec.lora_bias
             )
         incoming.specs[path] = specs[rank]
-        incoming.values[path] = (lora_a.detach().to(dtype), lora_b.detach().to(dtype))
+        incoming.values[path] = _fitting(lora_a, dtype), _fitting(lora_b, dtype)
     return incoming
+
+
+def _fitting(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value, or its copy in a dtype in which it may overflow; what is wider takes it as it is
+    when it is written."""
+    value = value.detach()
+    return value if torch.promote_types(value.dtype, dtype) is dtype else value.to(dtype)
 
 
 def _of_folder(

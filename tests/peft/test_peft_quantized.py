@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from benchmarks.memory import peak_bytes
+from lora_ext.peft.linear import linear_path
 
 WIDTH, HEIGHT = 128, 192
 WORDS = {
@@ -73,6 +74,16 @@ def torchao_model(words, dtype):
     return wrapped(holder, words)
 
 
+def hqq_model(words, dtype):
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    torch.manual_seed(0)
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    plain = nn.Linear(WIDTH, HEIGHT).requires_grad_(False)
+    layer = HQQLinear(plain, config, compute_dtype=dtype, device="cpu", initialize=True)
+    return wrapped(nn.Sequential(layer), words)
+
+
 def stand_in_model(words, dtype):
     torch.manual_seed(0)
     holder = wrapped(nn.Sequential(nn.Linear(WIDTH, HEIGHT)).to(dtype), words)
@@ -92,18 +103,27 @@ MODELS = {
     "bnb 4 bits": lambda words, dtype: bnb_model(4, words, dtype),
     "bnb 8 bits": lambda words, dtype: bnb_model(8, words, dtype),
     "torchao": torchao_model,
+    "hqq": hqq_model,
 }
 KINDS = [
     "stand-in",
     pytest.param("bnb 4 bits", marks=needs("bitsandbytes")),
     pytest.param("bnb 8 bits", marks=needs("bitsandbytes")),
     pytest.param("torchao", marks=needs("torchao")),
+    pytest.param("hqq", marks=needs("hqq")),
 ]
 
 
 def make_x(dtype, rows=60):
     generator = torch.Generator().manual_seed(3)
     return torch.randn(rows, WIDTH, generator=generator).to(dtype)
+
+
+def expected_path(kind, words, dtype, training=True):
+    """The op takes what the base multiplies by, unless only the base can, or a bias is too wide."""
+    if kind == "stand-in" or (kind == "bnb 8 bits" and not training):
+        return "added"
+    return "added" if words == "lora_bias" and dtype == BF16 else "fused"
 
 
 def base_of(model):
@@ -114,16 +134,19 @@ def base_of(model):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_as_peft(kind, dtype, words):
-    """y, dx and gradients beside PEFT's, without dropout bit for bit in y; the base is called."""
-    if (kind, words) == ("torchao", "lora_bias"):
-        pytest.skip("PEFT has no lora_bias on torchao's layers")
+    """y, dx and gradients beside PEFT's."""
+    if kind in ("torchao", "hqq") and words == "lora_bias":
+        pytest.skip("PEFT has no lora_bias on these layers")
     model = MODELS[kind](WORDS[words], dtype)
-    assert kind == "torchao" or base_of(model).weight.dtype in (torch.uint8, torch.int8)
+    assert kind in ("torchao", "hqq") or base_of(model).weight.dtype in (torch.uint8, torch.int8)
     fast, x = lora_ext.accelerate(copy.deepcopy(model)), make_x(dtype)
-    assert set(paths(fast).values()) == {"added"}
-    if words == "dropout":
-        fast.eval()
-        model.eval()
+    training = words != "dropout"
+    fast.train(training)
+    model.train(training)
+    layer = fast.base_model.model[0]
+    leaf = x.clone().requires_grad_()
+    path = linear_path(layer, leaf)
+    assert path.name == expected_path(kind, words, dtype, training)
     found, wanted = step(fast, x), step(model, x)
     assert found.keys() == wanted.keys() and len(found) >= 4
     for name, value in wanted.items():
@@ -178,14 +201,39 @@ def test_merging_is_pefts(kind):
     assert torch.equal(fast(x), model(x))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
 @pytest.mark.parametrize("kind", KINDS)
-def test_dora_on_a_quantised_base_is_pefts(kind):
+def test_dora(kind, dtype, dropout):
     if kind in ("torchao", "stand-in"):
         pytest.skip("PEFT cannot initialise it")
+    words = {"r": 4, "use_dora": True, "lora_dropout": dropout}
+    model = MODELS[kind](words, dtype)
+    fast, x = accelerated(model), make_x(dtype)
+    assert set(paths(fast).values()) == {"added"}
+    if dropout:  # y is linear in drop(x), so the mean over masks is y without one
+        torch.manual_seed(0)
+        draws = torch.stack([fast(x[:2]).detach().float() for _ in range(600)])
+        spread = draws.std(0) / len(draws) ** 0.5
+        for module in fast.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        rounding = 1e-5 if dtype == F32 else 1e-2
+        assert ((draws.mean(0) - fast(x[:2]).float()).abs() <= 5.5 * spread + rounding).all()
+        return
+    found, wanted = step(fast, x), step(model, x)
+    for name, value in wanted.items():
+        limit = (1e-5 if dtype == F32 else 2e-2) * value.abs().max().item()
+        assert max_error(found[name], value.double()) <= limit, name
+
+
+@pytest.mark.parametrize("kind", ["bnb 8 bits"])
+def test_dora_on_a_base_that_is_called_is_pefts(kind):
+    pytest.importorskip("bitsandbytes")
     model = MODELS[kind]({"r": 4, "use_dora": True}, F32)
-    fast = accelerated(model)
-    assert reasons(fast) == {("peft", "a variant of LoRA on a quantised base")}
-    assert torch.equal(fast(make_x(F32)), model(make_x(F32)))
+    fast = accelerated(model).eval()
+    assert reasons(fast) == {("peft", "in eval it quantises x, too")}
+    assert torch.equal(fast(make_x(F32)), model.eval()(make_x(F32)))
 
 
 @pytest.mark.parametrize("words", ["plain", "dropout"])

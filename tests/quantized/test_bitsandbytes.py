@@ -1,0 +1,220 @@
+"""bitsandbytes' layers as bases: weights bit for bit as it dequantises them, and all its ways."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import BF16, F16, F32, short
+from peft import LoraConfig, get_peft_model
+from peft_helpers import accelerated, paths, randomize, reasons
+from torch import nn
+
+import lora_ext
+from lora_ext.quantized.layers import QuantizedBase, quantized_base
+from lora_ext.quantized.of_bitsandbytes import EightBitWeight, FourBitWeight
+
+bnb = pytest.importorskip("bitsandbytes")
+F4 = bnb.functional
+
+K, N = 192, 96
+
+
+def four_bit_layer(dtype=BF16, kind="nf4", nested=True, k=K, n=N, bias=True, compute=None):
+    torch.manual_seed(0)
+    plain = nn.Linear(k, n, bias)
+    words = {"compress_statistics": nested, "quant_type": kind, "bias": bias}
+    layer = bnb.nn.Linear4bit(k, n, compute_dtype=compute or dtype, **words)
+    layer.load_state_dict(plain.state_dict())
+    return nn.Sequential(layer).to("cpu")[0]
+
+
+def eight_bit_layer():
+    torch.manual_seed(0)
+    plain = nn.Linear(K, N)
+    layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    return nn.Sequential(layer).to("cpu")[0]
+
+
+def with_lora(layer, **words):
+    holder = nn.Sequential(layer)
+    holder.is_loaded_in_4bit = isinstance(layer, bnb.nn.Linear4bit)
+    holder.is_loaded_in_8bit = not holder.is_loaded_in_4bit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(holder, LoraConfig(r=8, target_modules=["0"], **words))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("block", [32, 64, 256, 4096])
+@pytest.mark.parametrize("shape", [(64, 256), (33, 64), (1, 4096)], ids=str)
+def test_four_bits(shape, block, kind, nested, dtype, isa):
+    if shape[1] % block:
+        pytest.skip("blocks would straddle rows")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(BF16)
+    words = {"blocksize": block, "quant_type": kind, "compress_statistics": nested}
+    packed, state = F4.quantize_4bit(weight, **words)
+    asked = copy.copy(state)
+    asked.dtype = dtype
+    assert torch.equal(
+        FourBitWeight(packed, state).dequantize(dtype), F4.dequantize_4bit(packed, asked)
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+def test_eight_bits(dtype):
+    """The weight by which the layer multiplies in training, out of its own backward."""
+    layer = eight_bit_layer()
+    x = torch.eye(K, dtype=dtype)
+    layer.bias = None
+    dense = EightBitWeight(layer.weight.CB, layer.weight.SCB).dequantize(dtype)
+    assert torch.equal(layer(x), dense.t())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+@pytest.mark.parametrize("layer", ["nf4", "fp4", "not nested", "int8"])
+def test_zero_b_is_the_base(layer, dtype):
+    made = {
+        "nf4": lambda: four_bit_layer(dtype),
+        "fp4": lambda: four_bit_layer(dtype, "fp4"),
+        "not nested": lambda: four_bit_layer(dtype, nested=False),
+        "int8": eight_bit_layer,
+    }[layer]()
+    model = lora_ext.accelerate(with_lora(copy.deepcopy(made) if layer != "int8" else made))
+    x = torch.randn(40, K).to(dtype)
+    assert set(paths(model).values()) == {"fused"}
+    y = model(x)
+    assert torch.equal(y, model.base_model.model[0].base_layer(x))
+
+
+def test_blocks_that_straddle_rows_are_called():
+    """bitsandbytes 0.50 reads them wrongly on the CPU; as the base is, so is ours."""
+    layer = four_bit_layer(k=96)
+    assert "straddle" in quantized_base(layer, torch.zeros(1, 96, dtype=BF16))
+    model, x = lora_ext.accelerate(with_lora(layer)), torch.randn(8, 96).to(BF16)
+    assert torch.equal(model(x), layer(x))
+
+
+def test_a_weight_that_is_not_quantised_yet_is_called():
+    layer = bnb.nn.Linear4bit(K, N)
+    assert quantized_base(layer, None) == "its weight is not quantised yet"
+    layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
+    assert quantized_base(layer, None) == "its weight is not quantised yet"
+    assert quantized_base(bnb.nn.Linear8bitLt(K, N), None) == "its weight is not quantised yet"
+
+
+def test_an_x_in_another_dtype():
+    """Without autocast the base rounds x, and the update must not; under autocast both do."""
+    layer = four_bit_layer(compute=BF16)
+    model, x = accelerated(randomize(with_lora(layer))), torch.randn(40, K)
+    reason = "its compute_dtype is not x's, which the update keeps"
+    assert quantized_base(layer, x) == reason
+    assert model(x).dtype == F32
+    with torch.autocast("cpu", dtype=BF16):
+        assert isinstance(quantized_base(layer, x), QuantizedBase)
+        y = model(x)
+        wanted = lora_ext.decelerate(model)(x)
+    assert y.dtype == wanted.dtype == F32
+    # PEFT's adapters are rounded to bfloat16 there.
+    torch.testing.assert_close(y, wanted, rtol=2e-2, atol=6e-2)
+    with torch.autocast("cpu", dtype=F16):
+        assert quantized_base(layer, x) == "its compute_dtype is not autocast's"
+
+
+@pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_order_to_which_eval_switches(kind):
+    """After a forward in eval the weight lies in panels, in which bitsandbytes cannot train."""
+    layer = four_bit_layer(kind=kind, bias=False)
+    model = lora_ext.accelerate(with_lora(layer))
+    x = torch.randn(40, K).to(BF16)
+    before = FourBitWeight(layer.weight, layer.weight.quant_state).dequantize(F32)
+    layer.eval()
+    with torch.no_grad():
+        by_panels = layer(x)
+    layer.train()
+    weight = FourBitWeight(layer.weight, layer.weight.quant_state)
+    assert weight.in_panels and weight.format == f"{kind} in panels"
+    after = weight.dequantize(F32)
+    # Scales are rounded to bfloat16 there.
+    assert (after - before).abs().max() <= 2**-8 * before.abs().max()
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    assert set(paths(model).values()) == {"fused"}
+    torch.testing.assert_close(y, by_panels, rtol=2e-2, atol=2e-2)
+    y.float().sum().backward()
+    wanted = after.to(BF16).float().sum(0).expand(40, K)
+    torch.testing.assert_close(leaf.grad.float(), wanted, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
+def test_few_rows_in_eval_take_its_own_kernel():
+    layer = four_bit_layer(bias=False)
+    model, x = lora_ext.accelerate(randomize(with_lora(layer))).eval(), torch.randn(200, K).to(BF16)
+    reason = "few rows, for which bitsandbytes has a kernel of its own"
+    with torch.no_grad():
+        assert isinstance(quantized_base(layer, x), QuantizedBase)
+        many = model(x)
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        assert quantized_base(layer, x[:5]) == reason
+        few = model(x[:5])
+    assert layer.weight.quant_state.packing_format_for_cpu
+    torch.testing.assert_close(few, many[:5], rtol=2e-2, atol=3e-2)
+    assert isinstance(quantized_base(layer, x[:5].requires_grad_()), QuantizedBase)
+    assert isinstance(quantized_base(layer.train(), x[:5].detach()), QuantizedBase)
+
+
+def test_a_base_with_a_hook_is_called():
+    layer = four_bit_layer()
+    model = lora_ext.accelerate(with_lora(layer))
+    calls = []
+    layer.register_forward_hook(lambda *given: calls.append(1))
+    reason = "the base layer has hooks, or another forward on the instance"
+    assert reasons(model) == {("added", reason)}
+    model(torch.randn(4, K).to(BF16))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("layer", [four_bit_layer, eight_bit_layer], ids=["nf4", "int8"])
+def test_rows_with_adapters_of_their_own(layer):
+    words = {"r": 8, "target_modules": ["0"]}
+    holder = nn.Sequential(layer())
+    holder.is_loaded_in_4bit = layer is four_bit_layer
+    holder.is_loaded_in_8bit = not holder.is_loaded_in_4bit
+    model = get_peft_model(holder, LoraConfig(**words), "a")
+    model.add_adapter("b", LoraConfig(**{**words, "r": 4}))
+    randomize(model)
+    x = torch.randn(6, 3, K).to(BF16)
+    names = ["a", None, "b", "a", "b", None]
+    wanted = []
+    for row, name in enumerate(names):
+        if name is None:
+            with model.disable_adapter():
+                wanted.append(model(x[row : row + 1]))
+        else:
+            model.set_adapter(name)
+            wanted.append(model(x[row : row + 1]))
+    lora_ext.accelerate(model)
+    with lora_ext.use_adapters(model, names):
+        found = model(x)
+        assert set(paths(model).values()) == {"fused"}
+    torch.testing.assert_close(found, torch.cat(wanted), rtol=3e-2, atol=3e-2)
+    found.float().sum().backward()
+
+
+@pytest.mark.parametrize("layer", [four_bit_layer, eight_bit_layer], ids=["nf4", "int8"])
+def test_compile(layer):
+    model = accelerated(randomize(with_lora(layer())))
+    x = torch.randn(40, K).to(BF16).requires_grad_()
+    y = model(x)
+    y.float().sum().backward()
+    wanted, x.grad = x.grad, None
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(x)
+    found.float().sum().backward()
+    torch.testing.assert_close(found, y, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(x.grad, wanted, rtol=2e-2, atol=5e-2)
