@@ -124,14 +124,14 @@ traffic: $(VENV)/.extras
 test-gpu: $(VENV)/.extras
 	$(PY) -m pytest -m gpu $(ARGS)
 
-# Others' packages that the nightly tests use whole: trainers, quantised layers.
+# Others' packages that the nightly tests and benchmarks use whole: trainers, quantised layers.
 $(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
 	$(PIP) install 'lora_ext[integrations]'
 	touch $@
 
 nightly: $(VENV)/.integrations
 	$(PY) -m pytest -m nightly $(ARGS)
-	$(PY) -m pytest tests/peft/test_peft_quantized.py $(ARGS)
+	$(PY) -m pytest tests/quantized tests/peft/test_peft_quantized.py $(ARGS)
 
 # The site, in build/site.
 $(VENV)/.docs: pyproject.toml | $(VENV)/.built
@@ -152,7 +152,7 @@ bench-adapters: $(VENV)/.extras
 bench-full: $(VENV)/.extras
 	$(PY) -m benchmarks --full $(ARGS)
 
-bench-models: $(VENV)/.extras
+bench-models: $(VENV)/.integrations
 	$(PY) -m benchmarks.whole_models $(ARGS)
 
 demo: $(VENV)/.extras

@@ -10,8 +10,8 @@ from pathlib import Path
 from .. import report, results
 from ..machine import describe
 from ..timing import Plan
-from . import mixed_batch, overhead
-from .cases import all_cases, mixed_cases
+from . import mixed_batch, overhead, quantized
+from .cases import all_cases, mixed_cases, quantized_cases
 from .step import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted = False
     try:
         progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-        for case in all_cases():
+        for case in (*all_cases(), *quantized_cases()):
             if options.only in case.id:
                 document["cases"].append(measure(case, _PLAN, progress))
                 results.keep(document, path)
@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.only in case.id:
                 document["mixed"].append(mixed_batch.measure(case, _PLAN, progress))
                 results.keep(document, path)
+        if quantized.is_available():
+            found = quantized.measure_layers(_OVERHEAD_PLAN, progress)
+            document["quantized_layers"] = found
+        else:
+            progress("bitsandbytes is not installed: nothing is measured over quantised bases")
         document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
         document["complete"] = True
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import minilm
+from . import quantized
 
 # 2048 tokens each.
 BATCH, LENGTH = {"MiniLM": 16, "Llama": 4, "GPT-2": 4}, {"MiniLM": 128, "Llama": 512, "GPT-2": 512}
@@ -22,8 +23,8 @@ _MLP = {
     "Llama": ["gate_proj", "up_proj", "down_proj"],
     "GPT-2": ["mlp.c_fc", "mlp.c_proj"],
 }
-# GPT-2 has transformers' Conv1D in the place of nn.Linear.
-_LINEAR_KINDS = ("Linear", "Conv1D")
+# GPT-2 has transformers' Conv1D in the place of nn.Linear; quantised all are of bitsandbytes.
+_LINEAR_KINDS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Case:
     model: str  # "MiniLM", "Llama" or "GPT-2"
     layers: str  # "attention" or "all linear"
     dtype: str = "bfloat16"  # of the base
+    form: str = ""  # of its linear layers, one of quantized.FORMS, or dense
 
     @property
     def id(self) -> str:
-        return f"{self.model} {self.layers} {self.dtype}"
+        return f"{self.model} {self.layers} {self.form or self.dtype}"
 
     def is_target(self, path: str, module: nn.Module) -> bool:
         """Whether the module at this path gets an adapter."""
@@ -51,6 +53,12 @@ def all_cases() -> list[Case]:
     return [Case(model, layers) for model in BATCH for layers in ("attention", "all linear")]
 
 
+def quantized_cases() -> list[Case]:
+    """All models over quantised bases, where bitsandbytes is installed."""
+    forms = quantized.FORMS if quantized.is_available() else ()
+    return [Case(model, "all linear", form=form) for form in forms for model in BATCH]
+
+
 def mixed_cases() -> list[Case]:
     """Those that are measured with an adapter for each sample, too."""
     return [Case("MiniLM", "all linear"), Case("Llama", "all linear")]
@@ -58,6 +66,11 @@ def mixed_cases() -> list[Case]:
 
 def base_model(case: Case) -> nn.Module:
     """The frozen model in training mode; dropout of its own is off, so that the floor is low."""
+    model = _dense_model(case)
+    return quantized.quantize(model, case.form, case.is_target) if case.form else model
+
+
+def _dense_model(case: Case) -> nn.Module:
     dtype = getattr(torch, case.dtype)
     if case.model == "MiniLM":
         return minilm.encoder(dtype).train()

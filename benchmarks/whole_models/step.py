@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_ext
+from lora_ext.quantized import workspace
 
 from ..memory import peak_bytes
 from ..shapes import DROPOUT
@@ -124,18 +125,23 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> dict[str
     """Times and peaks of all variants of a case, as plain JSON."""
     base = base_model(case)
     pairs = inputs(case, base, _COPIES)
-    result: dict[str, Any] = {"id": case.id, "memory": {}, "forward_memory": {}, "trainable": {}}
+    result: dict[str, Any] = {"id": case.id, "form": case.form, "workspace": 0}
+    result |= {"memory": {}, "forward_memory": {}, "trainable": {}}
     calls: dict[str, dict[str, Callable[[], None]]] = {"timing": {}, "forward": {}}
     for variant in VARIANTS:
         progress(f"{case.id}: {variant}")
         model = adapted(case, base, variant)
         calls["timing"][variant] = step = step_of(model, pairs)
-        calls["forward"][variant] = forward = forward_of(model, pairs)
+        # bitsandbytes changes its weight for good in a forward in eval, and cannot train then.
+        served = adapted(case, base, variant) if case.form else model
+        calls["forward"][variant] = forward = forward_of(served, pairs)
         for _ in range(_WARMUP_STEPS):
             step()
             forward()
-        result["memory"][variant] = {"peak": peak_bytes(step)}
-        result["forward_memory"][variant] = {"peak": peak_bytes(forward)}
+        for key, call in (("memory", step), ("forward_memory", forward)):
+            workspace.release()  # counts where it is allocated
+            result[key][variant] = {"peak": peak_bytes(call)}
+            result["workspace"] = max(result["workspace"], workspace.nbytes())
         result["trainable"][variant] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if variant == "frozen":
             result["inputs_to_save"] = inputs_to_save(case, model, pairs[0])

@@ -7,8 +7,16 @@ from peft_helpers import net
 import lora_ext
 from benchmarks import report, results
 from benchmarks.machine import describe
-from benchmarks.whole_models import mixed_batch, models_report
-from benchmarks.whole_models.cases import BATCH, LENGTH, Case, all_cases, base_model, inputs
+from benchmarks.whole_models import mixed_batch, models_report, quantized
+from benchmarks.whole_models.cases import (
+    BATCH,
+    LENGTH,
+    Case,
+    all_cases,
+    base_model,
+    inputs,
+    quantized_cases,
+)
 from benchmarks.whole_models.overhead import overheads
 from benchmarks.whole_models.step import VARIANTS, adapted, check_fused, forward_of, step_of
 
@@ -96,6 +104,67 @@ def test_the_report():
     text = report.text(document | parts)
     assert "0.25" in text and "Time of a forward" in text
     assert "3.00 (3.00-3.00)" in text and "2.00 MiB" in text
+
+
+def test_the_report_of_quantised_bases():
+    """Their own limits, a workspace within the bound, and single layers beside PEFT's."""
+    step = dict(zip(VARIANTS, (100, 104, 116, 150, 155, 110, 110), strict=True))
+    case = {
+        "id": "Llama all linear int8",
+        "form": "int8",
+        "timing": {name: summary(ms) for name, ms in step.items()},
+        "memory": {name: {"peak": 100} for name in VARIANTS},
+        "inputs_to_save": 20,
+        "workspace": 30,
+    }
+    assert models_report.memory_bound(case) == pytest.approx(1.03 * 1.5)
+    rows = {(row[1], row[2]): row[3:] for row in models_report.target_rows(case)}
+    assert rows["ours", "time"] == ["1.15", "1.04", "met"]
+    assert rows["ours, float32 adapters", "time"] == ["1.15", "1.16", "missed"]
+    assert rows["PEFT default", "its time over the accelerated"] == ["1.40", "1.41", "met"]
+    assert rows["PEFT, bf16 adapters", "its time over the accelerated"][-1] == "missed"
+    times = {"base": summary(10), "peft": summary(20), "accelerated": summary(12)}
+    layer = {"id": "nf4, 1024 x 1024", "rows": 16, "timing": times, "forward": times}
+    table = quantized.table([layer])
+    assert "0.60 (0.60-0.60)" in table and "2.00 (2.00-2.00)" in table and " 16 |" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", quantized_cases(), ids=lambda case: case.id)
+def test_variants_over_quantised_bases(case, monkeypatch):
+    """All layers are bitsandbytes', and what is measured as ours is on the op."""
+    monkeypatch.setitem(BATCH, case.model, 1)
+    monkeypatch.setitem(LENGTH, case.model, 8)
+    base = base_model(case)
+    found = [path for path, module in base.named_modules() if case.is_target(path, module)]
+    assert len(found) == COUNTS[f"{case.model} {case.layers}"]
+    kinds = {type(base.get_submodule(path)).__name__ for path in found}
+    assert kinds == {"Linear4bit" if case.form == "nf4" else "Linear8bitLt"}
+    pairs = inputs(case, base, 1)
+    for variant in VARIANTS:
+        model = adapted(case, base, variant)
+        step_of(model, pairs)()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert bool(grads) == (variant != "frozen") and all(grad is not None for grad in grads)
+        paths = {layer.path for layer in lora_ext.explain(model)}
+        if variant.startswith("ours") or "accelerated" in variant:
+            assert paths == {"fused"}
+
+
+def test_layers_over_quantised_bases(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(quantized, "_WIDTHS", (64,))
+    monkeypatch.setattr(quantized, "_ROWS", (3,))
+
+    def ran(functions, plan):
+        for function in functions.values():
+            function()
+        return {name: summary(1) for name in functions}
+
+    monkeypatch.setattr(quantized, "compared", ran)
+    rows = quantized.measure_layers(None, lambda text: None)
+    assert [row["id"] for row in rows] == ["nf4, 64 x 64", "int8, 64 x 64"]
+    assert set(rows[0]["timing"]) == {"base", "peft", "accelerated"}
 
 
 def test_a_mixed_batch_is_measured_by_every_variant(monkeypatch):
