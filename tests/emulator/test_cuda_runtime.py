@@ -124,7 +124,9 @@ FIRST_USE = """
 card(90)
 _C.set_cuda_route("kernel")
 options = dict(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 0))
-before = Call(**options).both()  # kept: a new Y at their place would find their maps
+first = Call(**options)
+y, s = first.forward()
+gradients = first.backward(s)  # all kept: a new Y in the place of a Y or dY would find its map
 call = Call(**options, apart=16)
 record()
 results = call.forward()
