@@ -1,6 +1,9 @@
 """A frozen weight kept in oneDNN's packed layout, for the CPU."""
 
-from typing import Any, ClassVar
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +16,31 @@ _PACKABLE = (torch.float32, torch.bfloat16)
 _CHANGED = "the weight was written to, replaced, moved or cast since it was packed"
 
 
+# A pack is taken where its product takes so much of the plain one's time, at most.
+MOST_TIME = 0.95
+
+Measured = tuple[tuple[int, float], ...]
+
+
+class Wins(NamedTuple):
+    """Time of the packed product over that of the plain one, as it was measured: (rows of x, ratio)
+    in each direction.
+
+    A call goes by the number of rows that is nearest to its own, as a ratio, and takes the pack
+    where it wins by 5 % at least.
+    """
+
+    forward: Measured = ()
+    backward: Measured = ()
+
+
+def near(rows: int, measured: Measured) -> float:
+    """The ratio at the nearest number of rows; infinite where nothing was measured."""
+    if not measured or rows < 1:
+        return math.inf
+    return min(measured, key=lambda each: abs(math.log(each[0] / rows)))[1]
+
+
 class PackedWeight:
     """A frozen weight with a packed copy, accepted by `lora_linear` in the weight's place.
 
@@ -23,7 +51,10 @@ class PackedWeight:
     cheaply: call `drop` after such a write, or `verify` to compare a checksum.
 
     Attributes:
-        weight: the original ``[out_features, in_features]`` tensor, never a copy.
+        weight: the original tensor, never a copy.
+        transposed: the weight is kept as ``[in_features, out_features]``, as in Conv1D.
+        wins: where the pack is faster, if that was measured (`lora_ext.warmup`); otherwise it is
+            taken wherever there is one, but for a single row in float32.
         reason: why there is no pack, or an empty string.
         debug: set ``PackedWeight.debug = True`` to call `verify` in every `lora_linear` call.
     """
@@ -31,24 +62,42 @@ class PackedWeight:
     debug: ClassVar[bool] = False
 
     def __init__(
-        self, weight: Tensor, packed: Tensor | None, packed_t: Tensor | None, reason: str
+        self,
+        weight: Tensor,
+        packed: Tensor | None,
+        packed_t: Tensor | None,
+        reason: str,
+        transposed: bool = False,
+        wins: Wins | None = None,
     ) -> None:
         self.weight = weight
         self.reason = reason
+        self.transposed = transposed
+        self.wins = wins
         self._packed = packed
         self._packed_t = packed_t
-        self._identity = _identity(weight) if packed is not None else None
-        self._checksum = _checksum(weight) if packed is not None else None
+        self._identity = _identity(weight) if self.is_packed else None
+        self._checksum = _checksum(weight) if self.is_packed else None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[out_features, in_features]``."""
+        return self.weight.t() if self.transposed else self.weight
 
     @property
     def is_packed(self) -> bool:
-        return self._packed is not None
+        return self._packed is not None or self._packed_t is not None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed copies, 0 when not packed (oneDNN may pad a few more)."""
         copies = (self._packed is not None) + (self._packed_t is not None)
         return copies * self.weight.numel() * self.weight.element_size()
+
+    @property
+    def copies(self) -> tuple[Tensor | None, Tensor | None]:
+        """(what forward multiplies by, what backward does), in oneDNN's layout."""
+        return self._packed, self._packed_t
 
     def drop(self, reason: str = "dropped") -> None:
         """Frees the packed copies; calls go on with the plain weight."""
@@ -69,50 +118,97 @@ class PackedWeight:
             )
 
     def route(self, rows: int) -> tuple[str, str]:
-        """("packed" or "unpacked", reason) for a call on `rows` rows."""
-        if self._packed is None:
+        """("packed" or "unpacked", reason) for a forward on `rows` rows."""
+        if not self.is_packed:
             return "unpacked", self.reason
         if _identity(self.weight) != self._identity:
             return "unpacked", _CHANGED
-        if rows < _MIN_PACKED_ROWS[self.weight.dtype]:
-            return "unpacked", f"fewer than {_MIN_PACKED_ROWS[self.weight.dtype]} rows"
-        return "packed", "oneDNN packed weight"
+        if self._packed is None:
+            return "unpacked", "packed for backward alone, where it was faster"
+        size = f"oneDNN packed weight, {self.nbytes / 2**20:.3g} MiB"
+        if self.wins is None:
+            if rows < _MIN_PACKED_ROWS[self.weight.dtype]:
+                return "unpacked", f"fewer than {_MIN_PACKED_ROWS[self.weight.dtype]} rows"
+            return "packed", size
+        ratio = near(rows, self.wins.forward)
+        if ratio > MOST_TIME:
+            return (
+                "unpacked",
+                f"packed, the product takes {ratio:.2f} of its time with so many rows",
+            )
+        return "packed", f"{size}, measured at {ratio:.2f} of the plain product's time"
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(weight, packed, packed transposed) for a call on x, None where plain is used."""
-        if self._packed is None or torch.compiler.is_compiling():
-            return self.weight, None, None
+        if not self.is_packed or torch.compiler.is_compiling():
+            return self.matrix, None, None
         if _identity(self.weight) != self._identity:
             self.drop(_CHANGED)
-            return self.weight, None, None
+            return self.matrix, None, None
         if PackedWeight.debug:
             self.verify()
         rows = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
-        if rows < _MIN_PACKED_ROWS[self.weight.dtype]:
-            return self.weight, None, None
-        return self.weight, self._packed, self._packed_t
+        if self.wins is None:
+            forward = backward = rows >= _MIN_PACKED_ROWS[self.weight.dtype]
+        else:
+            forward, backward = (near(rows, each) <= MOST_TIME for each in self.wins)
+        return (
+            self.matrix,
+            self._packed if forward else None,
+            self._packed_t if backward else None,
+        )
 
-    def to(self, *args, **kwargs) -> "PackedWeight":
+    def to(self, *args, **kwargs) -> PackedWeight:
         """The weight moved or cast by ``Tensor.to``; the pack does not travel."""
         moved = self.weight.to(*args, **kwargs)
-        return self if moved is self.weight else PackedWeight(moved, None, None, "moved by .to()")
+        if moved is self.weight:
+            return self
+        return PackedWeight(moved, None, None, "moved by .to()", self.transposed)
 
     def __reduce__(self) -> tuple:
-        return PackedWeight, (self.weight, None, None, "copied or unpickled: call prepack again")
+        reason = "copied or unpickled: call prepack again"
+        return PackedWeight, (self.weight, None, None, reason, self.transposed)
 
     def __repr__(self) -> str:
         state = f"packed, {self.nbytes} bytes" if self.is_packed else f"unpacked: {self.reason}"
-        return f"PackedWeight({list(self.weight.shape)}, {self.weight.dtype}, {state})"
+        return f"PackedWeight({list(self.matrix.shape)}, {self.weight.dtype}, {state})"
 
 
-def prepack(weight: Tensor, *, backward: bool = False) -> PackedWeight:
+class Base(NamedTuple):
+    """A layer's frozen weight as `prepack` takes it, and the bias that goes with it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transposed: bool
+
+
+class Packable:
+    """A layer that multiplies by a pack of its weight if it has one.
+
+    Attributes:
+        packed: of the weight that the layer has; a pack of another is not used.
+    """
+
+    packed: PackedWeight | None = None
+
+    def packable(self) -> Base | None:
+        """What may be packed; None where a pack would not be used."""
+        raise NotImplementedError
+
+
+def prepack(
+    weight: Tensor, *, forward: bool = True, backward: bool = False, transposed: bool = False
+) -> PackedWeight:
     """Packs a frozen CPU weight in oneDNN's layout once, for all later calls of `lora_linear`.
 
     Args:
-        weight: ``[out_features, in_features]``; float32 and bfloat16 on the CPU are packed, all
-            else comes back unpacked with the reason; so does a weight that was made under
-            ``torch.inference_mode``, whose changes could not be seen.
-        backward: also pack the transpose, for dX in training: a second copy.
+        weight: ``[out_features, in_features]``, or if `transposed` the other way; float32 and
+            bfloat16 on the CPU are packed, all else comes back unpacked with the reason; so does
+            a weight that was made under ``torch.inference_mode``, whose changes could not be seen.
+        forward: pack what forward multiplies by.
+        backward: pack the transpose, for dX in training: a copy of its own.
+        transposed: the weight is kept as ``[in_features, out_features]``, as in transformers'
+            Conv1D.
 
     Returns:
         A `PackedWeight`; ``is_packed``, ``reason`` and ``nbytes`` say what was done.
@@ -122,7 +218,7 @@ def prepack(weight: Tensor, *, backward: bool = False) -> PackedWeight:
     """
     if weight.dim() != 2:
         raise RuntimeError(
-            "lora_ext.prepack: expected weight of shape [out_features, in_features], "
+            "lora_ext.prepack: expected a weight of two dimensions, [out_features, in_features], "
             f"but got {list(weight.shape)}"
         )
     if weight.requires_grad:
@@ -130,18 +226,24 @@ def prepack(weight: Tensor, *, backward: bool = False) -> PackedWeight:
             "lora_ext.prepack: expected a frozen weight, but got one that requires grad; "
             "call weight.requires_grad_(False)"
         )
-    reason = _unpackable_reason(weight)
+    reason = unpackable_reason(weight)
+    if not (forward or backward):
+        reason = "neither forward nor backward was asked for"
     if reason:
-        return PackedWeight(weight, None, None, reason)
+        return PackedWeight(weight, None, None, reason, transposed)
     plain = weight.detach()
-    return PackedWeight(weight, _reorder(plain), _reorder(plain.t()) if backward else None, "")
+    matrix, other = (plain.t(), plain) if transposed else (plain, plain.t())
+    packed = _reorder(matrix) if forward else None
+    packed_t = _reorder(other) if backward else None
+    return PackedWeight(weight, packed, packed_t, "", transposed)
 
 
 def _reorder(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _LAYOUT_ROWS)
 
 
-def _unpackable_reason(weight: Tensor) -> str:
+def unpackable_reason(weight: Tensor) -> str:
+    """Why oneDNN cannot pack a frozen weight, or ""."""
     if weight.device.type != "cpu":
         return f"on {weight.device}: packing is for the CPU"
     if weight.dtype not in _PACKABLE:

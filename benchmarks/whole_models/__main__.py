@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import report, results
 from ..machine import describe
 from ..timing import Plan
-from . import mixed_batch, overhead, quantized
+from . import generate, mixed_batch, overhead, packed, quantized
 from .cases import all_cases, mixed_cases, quantized_cases
 from .step import measure
 
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document["quantized_layers"] = found
         else:
             progress("bitsandbytes is not installed: nothing is measured over quantised bases")
+        document["packed"] = packed.measure(_PLAN, progress)
+        document["generate"] = generate.measure(_PLAN, progress)
         document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
         document["complete"] = True
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import Any
 from .. import markdown
 from ..markdown import Column, mebibytes, milliseconds, quotient, table, table_of
 from ..results import Document, Row, peak_ratio, ratio
-from . import mixed_batch, quantized
+from . import generate, mixed_batch, packed, quantized
 from .overhead import overheads
 
 LABELS = {
@@ -54,6 +54,11 @@ _METHOD = """\
   sample is a step of its own, with its adapter active.
 - nf4 and int8 are bases whose linear layers are bitsandbytes'; ours dequantise into a workspace,
   which counts in their peaks and in the bound. Single layers have bfloat16 adapters and no bias.
+- Packed: after `lora_ext.warmup` for these rows, which keeps copies of weights in oneDNN's layout
+  where it measured them to be faster. The frozen model has the same packs: what packing alone gives.
+- generate makes 16 tokens after a prompt of 16 with a KV cache, greedily, on the shape of a Llama
+  of 135M parameters. merged is the model without adapters, whose products are those of a merged
+  one.
 - The overhead of a layer is a call on 2 x 8 numbers, less the ops that it makes, timed alone."""
 
 
@@ -141,6 +146,7 @@ def _mixed(document: Document, key: str) -> str:
 def text(document: Document, images: Sequence[str]) -> str:
     """The report as Markdown."""
     cases, layers = document["cases"], document.get("quantized_layers", [])
+    packing = document.get("packed", [])
     columns = ["model, layers, base", "variant", "what", "limit", "value", "verdict"]
     bodies = [
         ("Time of a step, as a multiple of frozen", _times(cases, "timing")),
@@ -151,6 +157,9 @@ def text(document: Document, images: Sequence[str]) -> str:
         ("A step, each sample with its own adapter", _mixed(document, "timing")),
         ("A forward, each sample with its own adapter", _mixed(document, "forward")),
         ("Single layers over quantised bases", quantized.table(layers)),
+        ("A step, weights packed where that is faster", packed.table(packing, "timing")),
+        ("A forward, weights packed where that is faster", packed.table(packing, "forward")),
+        ("Time of generate, as a multiple of merged", generate.table(document.get("generate", []))),
         ("Overhead of a layer's call, microseconds", _overheads(document.get("overhead", {}))),
     ]
     return markdown.page(

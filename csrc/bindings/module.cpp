@@ -39,10 +39,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("name"));
   m.def(
       "cpu_library_reason",
-      [](int64_t rows, int64_t rank, const at::ScalarType& x, const at::ScalarType& adapters) {
-        return cpu::library_reason(rows, rank, x, adapters);
+      [](int64_t rows, int64_t rank, const at::ScalarType& x) {
+        return cpu::library_reason(rows, rank, x);
       },
-      py::arg("rows"), py::arg("rank"), py::arg("x_dtype"), py::arg("adapter_dtype"));
+      py::arg("rows"), py::arg("rank"), py::arg("x_dtype"));
   m.def(
       "rows_of_block",
       [](int64_t columns, const at::ScalarType& dtype, const at::Device& device) {

@@ -13,6 +13,7 @@
 #include "cpu/dispatch.h"
 #include "library/base_linear.h"
 #include "library/library_route.h"
+#include "route/cpu_few_rows.h"
 #include "route/cpu_operands.h"
 
 namespace lora_ext::cpu {
@@ -124,13 +125,24 @@ struct Passes {
   const SkinnyKernels *over_x, *over_y;
 };
 
-// nullopt where the library computes the call. Passes over bfloat16 read no float16 adapters, which
-// come with them only where x and y are of two half types.
+// Why the vector code has no kernels for a call of any size; passes over bfloat16 read no float16
+// adapters, which come with them only where x and y are of two half types.
+std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank) {
+  if (x == at::kDouble || y == at::kDouble) return "float64 takes the library route";
+  if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";
+  if (rank > kMaxRank) return "rank above " + std::to_string(kMaxRank);
+  return is_half(y) && is_half(x) && x != y ? "x and y of two half types" : "";
+}
+
+// Whether packing the adapters pays.
+bool packs(int64_t rows, int64_t rank) {
+  return rows >= (rank > kHighRank ? kMinRowsOfHighRank : kMinRows);
+}
+
+// nullopt where the library computes the call.
 std::optional<Passes> passes_of(const at::Tensor& x, at::ScalarType y, const Update& update) {
-  const at::ScalarType adapters = update.lora_a.scalar_type();
-  const bool two_halves = is_half(y) && is_half(x.scalar_type()) && x.scalar_type() != y;
-  if (y == at::kDouble || two_halves ||
-      !library_reason(x.size(0), update.rank(), x.scalar_type(), adapters).empty()) {
+  if (!packs(x.size(0), update.rank()) ||
+      !reason_for_library(x.scalar_type(), y, update.rank()).empty()) {
     return std::nullopt;
   }
   return Passes{kernels_for(dtype_of(x.scalar_type())), kernels_for(dtype_of(y))};
@@ -138,19 +150,18 @@ std::optional<Passes> passes_of(const at::Tensor& x, at::ScalarType y, const Upd
 
 }  // namespace
 
-std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x, at::ScalarType) {
-  if (x == at::kDouble) return "float64 takes the library route";
-  if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";
-  if (rows < kMinRows) return "fewer than " + std::to_string(kMinRows) + " rows";
-  if (rank > kHighRank && rows < kMinRowsOfHighRank) {
-    return "fewer than " + std::to_string(kMinRowsOfHighRank) + " rows with a rank above " +
-           std::to_string(kHighRank);
-  }
-  if (rank > kMaxRank) return "rank above " + std::to_string(kMaxRank);
-  return "";
+std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x) {
+  const std::string reason = reason_for_library(x, x, rank);
+  if (!reason.empty() || rows <= kFewForwardRows || packs(rows, rank)) return reason;
+  return "fewer than " + std::to_string(kMinRowsOfHighRank) + " rows with a rank above " +
+         std::to_string(kHighRank);
 }
 
 Forward forward(const ForwardArgs& args) {
+  if (args.x.size(0) <= kFewForwardRows && lie_for_few_rows(args.update) &&
+      reason_for_library(args.x.scalar_type(), args.y_dtype(), args.update.rank()).empty()) {
+    return forward_few_rows(args);
+  }
   const std::optional<Passes> passes = passes_of(args.x, args.y_dtype(), args.update);
   if (!passes) return library_route::forward(args);
   at::Tensor y = base_forward(args.x, args.base);

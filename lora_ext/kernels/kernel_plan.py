@@ -138,7 +138,7 @@ def explain_call(
     x, weight, lora_a, lora_b = (t.detach() for t in (_flat(x), weight, lora_a, lora_b))
     rows, rank = x.shape[0], lora_a.shape[0]
     if x.device.type == "cpu":
-        reason = _C.cpu_library_reason(rows, rank, x.dtype, lora_a.dtype)
+        reason = _C.cpu_library_reason(rows, rank, x.dtype)
         return CallPlan(
             None, None, cpu=f"library: {reason}" if reason else f"{_C.cpu_isa()} kernels"
         )

@@ -11,6 +11,7 @@ from torch import nn
 from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
 from ..nn.conv import unsupported_reason
 from ..nn.linear import DEFAULT_ADAPTER, is_conv1d
+from ..packing import pack_for
 from .config import LoRAConfig
 from .model import (
     BIAS_SAVED_BY,
@@ -39,7 +40,13 @@ def replacement_for(module: nn.Module) -> type[LoRALayer] | None:
     return table.get(type(module))
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAPTER) -> nn.Module:
+def apply_lora(
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter: str = DEFAULT_ADAPTER,
+    *,
+    pack: bool | int | Iterable[int] = False,
+) -> nn.Module:
     """Adds an adapter to layers of a model, in place, and freezes the rest.
 
     nn.Linear, transformers' Conv1D, nn.Embedding and 1x1 nn.Conv2d are replaced by layers that
@@ -51,6 +58,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAP
         model: any nn.Module that holds such layers.
         config: which ones, and what adapter.
         adapter: its name.
+        pack: on a CPU, keep packed copies of frozen weights where that was measured to be faster,
+            as in `lora_ext.accelerate`.
 
     Returns:
         The model.
@@ -92,6 +101,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAP
         own(module, BIAS_SAVED_BY, adapter)
     if not others:
         mark_only_lora_as_trainable(model, config.bias)
+        pack_for(model, pack)
         return model
     for layer in layers:
         if len(layer.adapters) == 1:
@@ -100,6 +110,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig, adapter: str = DEFAULT_ADAP
         module.get_parameter("bias").requires_grad_(True)
     for module in saved:
         module.requires_grad_(True)
+    pack_for(model, pack)
     return model
 
 

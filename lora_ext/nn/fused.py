@@ -9,17 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .. import _C
 from ..functional import lora_linear
-from ..packed_weight import PackedWeight, prepack
+from ..packed_weight import Base, Packable, PackedWeight, prepack
 from .base import LoRALayer
-from .kernel_path import MANY_ROWS, kernel_path
+from .kernel_path import kernel_path
 from .mixed import mixed_linear
 from .row_adapters import RowAdapters
 from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
 
 
-class FusedLoRALayer(LoRALayer):
+class FusedLoRALayer(Packable, LoRALayer):
     """y = x W^T + bias + sum over active adapters of scaling * (drop(x) A^T) B^T."""
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
@@ -122,14 +121,11 @@ class FusedLoRALayer(LoRALayer):
         reason = obstacle(updates, self.weight.dtype)
         if reason:
             return "library", f"{reason}: added by torch"
-        path, reason = kernel_path(self.matrix(self.weight), updates, rows)
-        operand = self._operand()
-        if path != "fused" or not isinstance(operand, PackedWeight):
-            return path, reason
-        if operand.route(MANY_ROWS if rows is None else rows)[0] != "packed":
-            return path, reason
-        rank = sum(update.lora_a.shape[0] for update in updates)
-        return "packed", f"{_C.cpu_isa()} kernels, oneDNN packed weight, rank {rank}"
+        return kernel_path(self._operand(), updates, rows)
+
+    def packable(self) -> Base | None:
+        """The weight of a linear layer."""
+        return None
 
     def pack_weight(self, backward: bool = False) -> PackedWeight:
         """Keeps a copy of the weight in oneDNN's layout for the CPU (`lora_ext.prepack`).
@@ -142,11 +138,12 @@ class FusedLoRALayer(LoRALayer):
         Returns:
             The `PackedWeight`, whose ``reason`` says why there is none.
         """
-        if self.matrix(self.weight) is not self.weight:
-            reason = "the weight is not stored as [out, in]"
-            self.packed = PackedWeight(self.weight, None, None, reason)
+        transposed = getattr(self, "fan_in_fan_out", False)
+        if self.matrix(self.weight) is self.weight or transposed:
+            self.packed = prepack(self.weight, backward=backward, transposed=transposed)
         else:
-            self.packed = prepack(self.weight, backward=backward)
+            reason = "the weight is no matrix"
+            self.packed = PackedWeight(self.weight, None, None, reason)
         return self.packed
 
     def _apply(self, fn, recurse=True):

@@ -9,29 +9,39 @@ from torch import Tensor
 
 from .. import _C
 from ..kernels.kernel_plan import problem_of
+from ..packed_weight import PackedWeight
 from .updates import Update
 
 # Rows of x that stand for "many".
 MANY_ROWS = 2**31
 
 
-def kernel_path(weight: Tensor, updates: Sequence[Update], rows: int | None) -> tuple[str, str]:
-    """("fused" or "library", the reason).
+def kernel_path(
+    operand: Tensor | PackedWeight, updates: Sequence[Update], rows: int | None
+) -> tuple[str, str]:
+    """("fused", "packed" or "library", the reason).
 
     Args:
-        weight: ``[out, in]`` of the base.
+        operand: the base's weight ``[out, in]``, or its pack.
         updates: what is added.
         rows: of x flattened to ``[rows, in]``; None for many.
     """
     rows = MANY_ROWS if rows is None else rows
+    weight = operand.matrix if isinstance(operand, PackedWeight) else operand
     rank = sum(update.lora_a.shape[0] for update in updates)
     if weight.device.type == "cuda" and _C.with_cuda:
         return _cuda_path(weight, updates, rows, rank)
     if weight.device.type == "cpu":
-        reason = _C.cpu_library_reason(rows, rank, weight.dtype, updates[0].lora_a.dtype)
+        reason = _C.cpu_library_reason(rows, rank, weight.dtype)
     else:
         reason = f"{weight.device.type}: torch's products compute base and update"
-    return ("library", reason) if reason else ("fused", f"{_C.cpu_isa()} kernels, rank {rank}")
+    if reason:
+        return "library", reason
+    path, note = "fused", ""
+    if isinstance(operand, PackedWeight):
+        route, why = operand.route(rows)
+        path, note = ("packed", f", {why}") if route == "packed" else ("fused", f"; {why}")
+    return path, f"{_C.cpu_isa()} kernels, rank {rank}{note}"
 
 
 def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) -> tuple[str, str]:

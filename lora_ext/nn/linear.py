@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import lora_linear
+from ..packed_weight import Base
 from .adapter_spec import AdapterSpec
 from .fused import FusedLoRALayer
 from .quick import quick_operands
@@ -111,6 +112,9 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
+
+    def packable(self) -> Base | None:
+        return Base(self.weight, self.bias, self.fan_in_fan_out)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:

@@ -22,7 +22,6 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         len(names) != 1
         or state["merged_adapters"]
         or state["_disabled"]
-        or state["packed"] is not None
         or state["fan_in_fan_out"]
         or type(x) is not Tensor
         or x.is_nested
@@ -39,6 +38,11 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         return None
     if lora_a.dtype in HALVES and (lora_a.dtype is not x.dtype or is_autocast(x)):
         return None
+    packed = state["packed"]
+    if packed is not None:
+        if packed.weight is not weight or not packed.is_packed:
+            return None
+        weight = packed
     spec = state["adapters"][name]
     dropout_p = spec.dropout if state["training"] else 0.0
     return weight, lora_a, lora_b, own.get("bias"), spec.scaling, dropout_p

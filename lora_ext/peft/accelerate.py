@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
 
+from ..packing import pack_for
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Model:
     """Runs the LoRA layers of a PEFT model on the fused op, in place.
 
         model = lora_ext.accelerate(get_peft_model(base, LoraConfig(...)))
@@ -24,6 +27,10 @@ def accelerate(model: Model) -> Model:
     Args:
         model: a PeftModel, or any module that holds PEFT's LoRA layers: a transformers model after
             ``add_adapter``, one that ``inject_adapter_in_model`` changed, a part of them.
+        pack: on a CPU, also keep copies of frozen weights in oneDNN's packed layout where
+            that was measured to be faster here: True, or the rows (batch times sequence length) of
+            the calls to come. `lora_ext.warmup` does the same, sets a budget of memory and says
+            what it found.
 
     Returns:
         The model. Doing it twice is doing it once. Where all layers are of other kinds, those of
@@ -55,6 +62,7 @@ def accelerate(model: Model) -> Model:
             f"{kinds}; PEFT computes them as before, and lora_ext.explain(model) lists them",
             stacklevel=2,
         )
+    pack_for(model, pack)
     return model
 
 

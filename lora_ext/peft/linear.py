@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layers
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dtypes import HALVES
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
 from ..nn.row_adapters import in_force
 from ..nn.updates import Update, added, obstacle, stacked, with_biases
+from ..packed_weight import Base, Packable
 from ..quantized.base import QuantizedBase
 from . import dora, mixed_batch
-from .parts import matrix_of, update_of
+from .parts import operand_of, update_of
 from .quick import quick_forward
 from .reasons import (
     ADDED,
@@ -34,7 +35,7 @@ from .reasons import (
 )
 
 
-class Linear(peft_layers.Linear):
+class Linear(Packable, peft_layers.Linear):
     """`peft.tuners.lora.Linear` with another forward and nothing else.
 
         y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
@@ -63,6 +64,21 @@ class Linear(peft_layers.Linear):
         # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
         return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
+    def packable(self) -> Base | None:
+        base = self._modules["base_layer"]
+        if base_obstacle(base):  # it is called
+            return None
+        return Base(base.weight, base.bias, type(base) is not nn.Linear)
+
+    # PEFT writes to the weight's data, which no version counts.
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("packed", None)
+        peft_layers.Linear.merge(self, *args, **kwargs)
+
+    def unmerge(self) -> None:
+        self.__dict__.pop("packed", None)
+        peft_layers.Linear.unmerge(self)
+
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""
         if self.row_adapters is not None and in_force(self.row_adapters) is not None:
@@ -70,7 +86,7 @@ class Linear(peft_layers.Linear):
         path = linear_path(self, None)
         if path.name != FUSED or path.base is not None:
             return path.name, path.reason
-        return kernel_path(matrix_of(self._modules["base_layer"]), path.updates, rows)
+        return kernel_path(operand_of(self), path.updates, rows)
 
 
 def linear_path(layer: Any, x: Tensor | None) -> ForwardPath:
@@ -149,7 +165,7 @@ def _fused(
         base = layer._modules["base_layer"]
         lora_a, lora_b, scaling = stacked(updates, x)
         bias = with_biases(base.bias, updates)
-        return lora_linear(x, matrix_of(base), lora_a, lora_b, bias, scaling, p)
+        return lora_linear(x, operand_of(layer), lora_a, lora_b, bias, scaling, p)
     given = x.to(quantized.dtype)
     lora_a, lora_b, scaling = stacked(updates, given)
     bias = with_biases(quantized.call_bias, updates)

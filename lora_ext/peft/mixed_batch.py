@@ -22,7 +22,7 @@ from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.row_adapters import RowAdapters, given_to
 from ..nn.updates import Update
 from ..quantized.base import QuantizedBase
-from .parts import matrix_of, quick_updates, update_of
+from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
 from .reasons import (
     ADDED,
@@ -72,7 +72,7 @@ def linear(
     if updates is None:
         updates = [update_of(layer, name) for name in names]
     if not _kept(layer, x, updates):
-        return mixed_linear(x, matrix_of(base), base.bias, updates, rows)
+        return mixed_linear(x, operand_of(layer), base.bias, updates, rows)
     found = dequantized_base(base, x)
     if isinstance(found, QuantizedBase):
         return _on_quantized(found, x, updates, rows)

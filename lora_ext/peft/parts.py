@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..dtypes import FLOATS
 from ..nn.updates import Update
+from ..packed_weight import PackedWeight
 
 
 def update_of(layer: Any, name: str) -> Update:
@@ -56,6 +57,16 @@ def quick_updates(layer: Any, names: Sequence[str]) -> list[Update] | None:
             return None
         found.append(Update(name, a, b, other["bias"], scalings[name], p))
     return found
+
+
+def operand_of(layer: Any) -> Tensor | PackedWeight:
+    """The weight of a layer's base as ``[out, in]``, or its pack."""
+    base, packed = layer._modules["base_layer"], layer.__dict__.get("packed")
+    if packed is not None:
+        if packed.weight is base.weight and packed.is_packed:
+            return packed
+        layer.packed = None  # of another weight, or dropped
+    return matrix_of(base)
 
 
 def matrix_of(base: Any) -> Tensor:

@@ -93,4 +93,10 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         or "forward" in second.__dict__
     ):
         return None
+    packed = state.get("packed")
+    if packed is not None:
+        if packed.weight is weight:
+            weight = packed
+        else:
+            state["packed"] = None
     return weight, lora_a, lora_b, kept.get("bias"), scaling, p

@@ -59,5 +59,6 @@ def swap(model: nn.Module, back: bool = False) -> int:
         if other is not None:
             module.__class__ = other
             module.__dict__.pop("row_adapters", None)
+            module.__dict__.pop("packed", None)
             count += isinstance(module, peft_layers.LoraLayer)
     return count

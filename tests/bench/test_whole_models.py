@@ -1,13 +1,16 @@
 """The benchmark of whole models: what gets adapters, what is compared, what the report says."""
 
+import copy
+
 import pytest
 import torch
+from pack_helpers import packable
 from peft_helpers import net
 
 import lora_ext
 from benchmarks import report, results
 from benchmarks.machine import describe
-from benchmarks.whole_models import mixed_batch, models_report, quantized
+from benchmarks.whole_models import generate, mixed_batch, models_report, packed, quantized
 from benchmarks.whole_models.cases import (
     BATCH,
     LENGTH,
@@ -71,6 +74,12 @@ def test_what_is_not_on_the_op_is_not_measured():
 
 def summary(ms):
     return {"ms": ms, "p25": ms, "p75": ms, "samples": [ms, 1.1 * ms, None], "disturbed": False}
+
+
+def measured_once(functions, plan):
+    for function in functions.values():
+        function()
+    return {name: summary(1) for name in functions}
 
 
 def test_the_report():
@@ -155,13 +164,7 @@ def test_layers_over_quantised_bases(monkeypatch):
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(quantized, "_WIDTHS", (64,))
     monkeypatch.setattr(quantized, "_ROWS", (3,))
-
-    def ran(functions, plan):
-        for function in functions.values():
-            function()
-        return {name: summary(1) for name in functions}
-
-    monkeypatch.setattr(quantized, "compared", ran)
+    monkeypatch.setattr(quantized, "compared", measured_once)
     rows = quantized.measure_layers(None, lambda text: None)
     assert [row["id"] for row in rows] == ["nf4, 64 x 64", "int8, 64 x 64"]
     assert set(rows[0]["timing"]) == {"base", "peft", "accelerated"}
@@ -211,3 +214,54 @@ def test_a_mixed_batch_has_the_gradients_of_its_samples_in_turn(monkeypatch):
     for name, parameter in own.items():
         wanted = together[name]
         assert (parameter.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@pytest.fixture
+def always_packs(monkeypatch):
+    """Trials that a pack wins, so that nothing depends on times."""
+    monkeypatch.setattr("lora_ext.packing.pack.ratio_of", lambda *_: (100.0, 0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not packable(torch.float32), reason="this torch has no oneDNN")
+def test_packed_models_are_measured_beside_a_packed_frozen_one(monkeypatch, always_packs):
+    monkeypatch.setattr(packed, "compared", measured_once)
+    monkeypatch.setitem(BATCH, "MiniLM", 1)
+    monkeypatch.setitem(LENGTH, "MiniLM", 4)
+    [row] = packed.measure(None, lambda line: None, [Case("MiniLM", "all linear", "float32")])
+    assert set(row["timing"]) == {"frozen", *packed._LABELS} == set(row["forward"])
+    assert row["bytes"] > row["weights"] / 2 and len(row["packing"]) == 7
+    for key in ("timing", "forward"):
+        line = packed.table([row], key).splitlines()[-1]
+        assert line.count("1.00") == len(packed._LABELS) and "MiB" in line
+
+
+@pytest.mark.skipif(not packable(torch.float32), reason="this torch has no oneDNN")
+def test_the_packed_frozen_model_is_the_frozen_model(always_packs):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8, bias=False))
+    base.requires_grad_(False)
+    config = lora_ext.LoRAConfig("all-linear", r=4)
+    model = lora_ext.apply_lora(copy.deepcopy(base), config, pack=5)
+    frozen = packed.frozen_packed(model, base)
+    assert all(type(layer) is packed.PackedLinear for layer in frozen)
+    found = []
+    for each in (frozen, base):
+        x = torch.linspace(-1, 1, 120).view(5, 24).requires_grad_()
+        y = each(x)
+        y.sum().backward()
+        found.append((y.detach(), x.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not packable(torch.float32), reason="this torch has no oneDNN")
+def test_generate_is_measured_by_every_variant(monkeypatch, always_packs):
+    monkeypatch.setattr(generate, "compared", measured_once)
+    monkeypatch.setattr(generate, "DTYPES", ("float32",))
+    rows = generate.measure(None, lambda line: None, layers=1)
+    assert [row["id"] for row in rows] == ["float32, batch 1", "float32, batch 8"]
+    wide = {"peft_default", "peft_default_accelerated", "ours_fp32"}
+    for row in rows:
+        assert set(row["timing"]) == {"merged", *generate._LABELS} - wide
+    assert generate.table(rows).splitlines()[-1].count("1.00") == len(generate._LABELS) - len(wide)

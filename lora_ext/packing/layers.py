@@ -1,0 +1,71 @@
+"""The frozen weights of a model's LoRA layers, each with the layers that multiply by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..packed_weight import Packable, unpackable_reason
+
+
+class Kind(NamedTuple):
+    """What decides which product is faster.
+
+    Attributes:
+        out_features, in_features: N and K.
+        dtype: of weight and x.
+        transposed: the weight is kept as ``[in, out]``, as Conv1D keeps it.
+        bias: whether a bias is added.
+    """
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    transposed: bool
+    bias: bool
+
+    def __str__(self) -> str:
+        kept = ", kept as [in, out]" if self.transposed else ""
+        return f"{self.in_features}x{self.out_features} {str(self.dtype)[6:]}{kept}"
+
+
+@dataclass
+class Weight:
+    """One parameter; of tied layers, the same."""
+
+    parameter: Tensor
+    kind: Kind
+    bias: Tensor | None
+    layers: list[Packable]
+
+    @property
+    def nbytes(self) -> int:
+        """Of one packed copy."""
+        return self.parameter.numel() * self.parameter.element_size()
+
+
+def packable_layers(model: nn.Module) -> list[Packable]:
+    """The layers of this package, and accelerated ones of PEFT, that can use a pack."""
+    return [module for module in model.modules() if isinstance(module, Packable)]
+
+
+def weights_of(model: nn.Module) -> tuple[list[Weight], list[str]]:
+    """(those that oneDNN can pack, why others stay as they are)."""
+    found: dict[int, Weight] = {}
+    reasons: dict[str, None] = {}
+    for layer in packable_layers(model):
+        base = layer.packable()
+        if base is None:
+            continue
+        weight = base.weight
+        reason = "it is trained" if weight.requires_grad else unpackable_reason(weight)
+        if reason:
+            reasons[reason] = None
+            continue
+        sizes = tuple(weight.shape[::-1] if base.transposed else weight.shape)
+        kind = Kind(*sizes, weight.dtype, base.transposed, base.bias is not None)
+        found.setdefault(id(weight), Weight(weight, kind, base.bias, [])).layers.append(layer)
+    return list(found.values()), list(reasons)

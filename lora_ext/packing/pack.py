@@ -1,0 +1,171 @@
+"""Packs the frozen weights of a model where the packed product was measured to be faster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..packed_weight import MOST_TIME, PackedWeight, Wins, prepack
+from .layers import Kind, Weight, packable_layers, weights_of
+from .report import Packed, Packing
+from .trial import ratio_of
+
+# A trial goes through so many bytes of weights in turn, if the model has them: more than a core's
+# share of the last level of cache.
+_BYTES_OF_TRIAL = 2**26
+_MOST_IN_TRIAL = 8
+
+
+# One token, a few requests' tokens, a training batch.
+DECODE_AND_TRAINING = (1, 16, 2048)
+
+
+def default_budget() -> int:
+    """A quarter of the memory that is available now: frozen weights in float32, packed for both
+    directions, take twice their own size."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024 // 4
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    except (AttributeError, ValueError, OSError):
+        return 2**30
+
+
+def pack_weights(
+    model: nn.Module,
+    rows: Iterable[int],
+    *,
+    training: bool | None = None,
+    budget: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Packing:
+    """Times plain against packed products of each kind of weight, and packs where packed ones win.
+
+    Args:
+        model: with LoRA layers of this package or accelerated ones of PEFT, on the CPU.
+        rows: batch times sequence length of the calls to come.
+        training: whether to pack for dX, too; None: where any parameter of the model is trained.
+        budget: bytes that packed copies may take; None: a quarter of the available memory.
+        say: is given a line for each kind and direction.
+
+    Returns:
+        What was measured and packed. Packs that the model had are replaced.
+
+    Raises:
+        ValueError: budget is negative.
+    """
+    if budget is not None and budget < 0:
+        raise ValueError(f"lora_ext.warmup: expected a budget of 0 bytes or more, but got {budget}")
+    budget = default_budget() if budget is None else budget
+    counts = sorted(set(rows))
+    unpack_weights(model)
+    weights, reasons = weights_of(model)
+    if torch.are_deterministic_algorithms_enabled():
+        weights, reasons = [], ["nothing is timed under torch.use_deterministic_algorithms"]
+    groups: dict[Kind, list[Weight]] = {}
+    for weight in weights:
+        groups.setdefault(weight.kind, []).append(weight)
+    if training is None:
+        training = any(parameter.requires_grad for parameter in model.parameters())
+    directions = (False, True) if training else (False,)
+    found = []
+    for kind, group in groups.items():
+        for backward in directions:
+            say(f"times {kind}, {'backward' if backward else 'forward'}")
+            found.append((kind, backward, _measured(kind, group, counts, backward)))
+    return _packed(found, groups, budget, tuple(reasons))
+
+
+def pack_for(model: nn.Module, pack: bool | int | Iterable[int]) -> None:
+    """`pack_weights` as a keyword of other functions asks for it, of a model on the CPU.
+
+    Args:
+        model: as in `pack_weights`.
+        pack: False, True, or the rows of the calls to come.
+
+    Raises:
+        ValueError: a number of rows below 1.
+        TypeError: none of these.
+    """
+    if pack is False:
+        return
+    rows = DECODE_AND_TRAINING if pack is True else (pack,) if isinstance(pack, int) else pack
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise TypeError(f"lora_ext: expected pack as a bool or numbers of rows, but got {pack!r}")
+    counts = list(rows)
+    if not counts or not all(isinstance(count, int) and count >= 1 for count in counts):
+        raise ValueError(f"lora_ext: expected rows of at least 1 to pack for, but got {counts}")
+    if all(parameter.is_cpu for parameter in model.parameters()):
+        pack_weights(model, counts)
+
+
+def unpack_weights(model: nn.Module) -> None:
+    """Frees the packs of a model's layers."""
+    for layer in packable_layers(model):
+        layer.packed = None
+
+
+Timed = tuple[tuple[int, float, float], ...]  # rows, microseconds of the plain product, ratio
+
+
+def _measured(kind: Kind, group: list[Weight], counts: list[int], backward: bool) -> Timed:
+    bytes_of_one = max(1, group[0].nbytes)
+    count = min(len(group), _MOST_IN_TRIAL, max(1, _BYTES_OF_TRIAL // bytes_of_one))
+    packs = [_pack(weight, not backward, backward) for weight in group[:count]]
+    bias = group[0].bias
+    bias = None if bias is None else bias.detach().to(kind.dtype)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return tuple((rows, *ratio_of(packs, bias, kind, rows, backward)) for rows in counts)
+
+
+def _pack(weight: Weight, forward: bool, backward: bool) -> PackedWeight:
+    return prepack(
+        weight.parameter, forward=forward, backward=backward, transposed=weight.kind.transposed
+    )
+
+
+def _packed(
+    found: list[tuple[Kind, bool, Timed]],
+    groups: dict[Kind, list[Weight]],
+    budget: int,
+    reasons: tuple[str, ...],
+) -> Packing:
+    """Packs as the budget allows, first where most time is saved for a byte."""
+
+    def saved(entry: tuple[Kind, bool, Timed]) -> float:
+        kind, _, timed = entry
+        shares = [us * (1 - ratio) / rows for rows, us, ratio in timed if ratio <= MOST_TIME]
+        return sum(shares) / max(1, groups[kind][0].nbytes)
+
+    asked: dict[int, tuple[Weight, list[Any]]] = {}
+    kinds = []
+    for entry in sorted(found, key=saved, reverse=True):
+        kind, backward, timed = entry
+        ratios = tuple((rows, ratio) for rows, _, ratio in timed)
+        done = nbytes = 0
+        if saved(entry) > 0:
+            for weight in groups[kind]:
+                if weight.nbytes > budget:
+                    break
+                budget -= weight.nbytes
+                nbytes += weight.nbytes
+                done += 1
+                wins = asked.setdefault(id(weight), (weight, [(), ()]))[1]
+                wins[backward] = ratios
+        kinds.append(Packed(kind, backward, ratios, done, len(groups[kind]), nbytes))
+    for weight, (forward, backward) in asked.values():
+        pack = _pack(weight, bool(forward), bool(backward))
+        pack.wins = Wins(forward, backward)
+        for layer in weight.layers:
+            layer.packed = pack
+    total = budget + sum(kind.nbytes for kind in kinds)
+    return Packing(tuple(sorted(kinds, key=lambda k: (k.kind[:2], k.backward))), total, reasons)

@@ -1,0 +1,63 @@
+"""What packing found out, for print()."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..packed_weight import Measured
+from .layers import Kind
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One kind of weight in one direction.
+
+    Attributes:
+        kind: sizes and dtype.
+        backward: dx = dy W, else y = x W^T.
+        ratios: (rows, time of the packed product over the plain one's), as measured.
+        packed: how many weights were packed.
+        count: how many there are.
+        nbytes: of the packed copies.
+    """
+
+    kind: Kind
+    backward: bool
+    ratios: Measured
+    packed: int
+    count: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        direction = "backward" if self.backward else "forward"
+        ratios = ", ".join(f"{ratio:.2f} at {rows} rows" for rows, ratio in self.ratios)
+        done = f"{self.packed} of {self.count} packed" if self.packed else "left as they are"
+        size = f", {self.nbytes / 2**20:.3g} MiB" if self.nbytes else ""
+        return f"{self.kind}, {direction}: {ratios} of the plain product; {done}{size}"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """All of a model; str() is for people.
+
+    Attributes:
+        kinds: one for each kind of weight and direction.
+        budget: bytes that packs might take.
+        reasons: why other weights stay as they are.
+    """
+
+    kinds: tuple[Packed, ...] = ()
+    budget: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all packed copies."""
+        return sum(kind.nbytes for kind in self.kinds)
+
+    def __str__(self) -> str:
+        lines = [str(kind) for kind in self.kinds]
+        lines += [f"not packed: {reason}" for reason in self.reasons]
+        mib = 2**20
+        total = f"{self.nbytes / mib:.3g} MiB of packed weights, of {self.budget / mib:.3g} allowed"
+        return "\n".join([*lines, total])

@@ -1,0 +1,73 @@
+"""Times the product of one kind of layer on plain and on packed weights, in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packed_weight import PackedWeight
+from .layers import Kind
+
+_ROUNDS, _FEWER_ROUNDS = 8, 4
+_LONG_ROUND = 0.2  # seconds, of which fewer are enough
+# The pack has to win in so many rounds of four; else it counts as slower.
+_WINS = 3
+_SECONDS_OF_ROUND = 0.02  # at least, so that a round is not one call of some microseconds
+
+Product = Callable[[int], Tensor]
+
+
+def ratio_of(
+    packs: Sequence[PackedWeight], bias: Tensor | None, kind: Kind, rows: int, backward: bool
+) -> tuple[float, float]:
+    """(median microseconds of the plain product, time of the packed one over it).
+
+    Args:
+        packs: of several layers, by which the products go in turn: in a model, too, the caches have
+            another layer's weight when a layer begins.
+        bias: of forward.
+        kind, rows: of x ``[rows, in]``, or backward of dy ``[rows, out]``.
+        backward: dx = dy W instead of y = x W^T + bias.
+
+    Returns:
+        A ratio of at least 1 where the pack did not win in three rounds of four.
+    """
+    features = kind.out_features if backward else kind.in_features
+    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0)).to(kind.dtype)
+    plain = [pack.matrix for pack in packs]
+    packed = [pack.copies[backward] for pack in packs]
+
+    def plainly(i: int) -> Tensor:
+        return x.mm(plain[i]) if backward else F.linear(x, plain[i], bias)
+
+    def from_pack(i: int) -> Tensor:
+        bias_of = None if backward else bias
+        return torch.ops.mkldnn._linear_pointwise(x, packed[i], bias_of, "none", [], "")
+
+    products = (plainly, from_pack)
+    each = [_seconds(product, len(packs), 1) for product in products]  # also the warm-up
+    turns = max(1, round(_SECONDS_OF_ROUND / (min(each) * len(packs))))
+    rounds = _ROUNDS if max(each) * len(packs) * turns < _LONG_ROUND else _FEWER_ROUNDS
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(rounds):
+        for which in ((0, 1), (1, 0))[index % 2]:
+            times[which].append(_seconds(products[which], len(packs), turns))
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    ratio = statistics.median(ratios)
+    if 4 * sum(each < 1.0 for each in ratios) < _WINS * len(ratios):
+        ratio = max(ratio, 1.0)
+    return 1e6 * statistics.median(times[0]), ratio
+
+
+def _seconds(product: Product, count: int, turns: int) -> float:
+    """Of one product, by all weights in turn."""
+    begin = time.perf_counter()
+    for _ in range(turns):
+        for i in range(count):
+            product(i)
+    return (time.perf_counter() - begin) / (turns * count)
