@@ -55,7 +55,8 @@ _METHOD = """\
 - nf4 and int8 are bases whose linear layers are bitsandbytes'; ours dequantise into a workspace,
   which counts in their peaks and in the bound. Single layers have bfloat16 adapters and no bias.
 - Packed: after `lora_ext.warmup` for these rows, which keeps copies of weights in oneDNN's layout
-  where it measured them to be faster. The frozen model has the same packs: what packing alone gives.
+  where it measured them to be faster. The frozen model has the same packs: what packing alone
+  gives.
 - generate makes 16 tokens after a prompt of 16 with a KV cache, greedily, on the shape of a Llama
   of 135M parameters. merged is the model without adapters, whose products are those of a merged
   one.

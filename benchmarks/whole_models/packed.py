@@ -1,4 +1,4 @@
-"""Models whose frozen weights are packed where that is faster here, and packed frozen ones beside."""
+"""Models whose frozen weights are packed where that is faster here, and a packed frozen one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// Work is split over rows, and of one row over the ranks of S; over the columns of Y. No sum is split,
-// so that results do not depend on threads.
+// Work is split over rows, and of one row over the ranks of S; over the columns of Y. No sum is
+// split, so that results do not depend on threads.
 #include "route/cpu_few_rows.h"
 
 #include <ATen/ops/empty.h>

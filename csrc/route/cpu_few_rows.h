@@ -1,5 +1,5 @@
-// Forward of a few rows on the CPU: the factors are read as they lie, once, since packing them would
-// cost more than their products.
+// Forward of a few rows on the CPU: the factors are read as they lie, once, since packing them
+// would cost more than their products.
 #pragma once
 
 #include "common/call.h"
