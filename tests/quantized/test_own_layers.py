@@ -226,6 +226,15 @@ def test_compile(kind):
         torch.testing.assert_close(value, own, rtol=1e-4, atol=1e-4 * own.abs().max().item())
 
 
+@pytest.mark.parametrize("kind", FEW)
+def test_compile_without_gradients(kind):
+    layer, x = one_layer(kind).eval(), make_x()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
 def test_functional_transforms_take_torch():
     """The op has no batching rule: the base is called, and torch adds."""
     pytest.importorskip("torchao")

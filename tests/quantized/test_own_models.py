@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from format_helpers import plain_linear
 from helpers import BF16, F32
 from own_helpers import (
     FEW,
@@ -350,6 +351,107 @@ def test_a_pool(kind, tmp_path):
     assert copy.deepcopy(model).up.pool is not model.up.pool
     unload(model)
     assert type(model.up) is type(base(kind)) and not hasattr(model.up, "pool")
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_compiled_rows(kind):
+    """Of adapters of the model with gradients, and of a pool without."""
+    x = make_x(lead=(6, 12))
+    torch._dynamo.reset()
+    model = adapted(adapted(Net(kind), "a"), "b", r=4)
+    set_adapter(model, ["a", "b"])
+    with lora_ext.use_adapters(model, NAMES):
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-3)
+    found.sum().backward()
+    assert model.up.lora_a["b"].grad is not None
+    model = Net(kind).eval()
+    pool = AdapterPool(model, capacity=2, max_rank=8)
+    pool.add("a", LoRAConfig("all-linear", r=4))
+    for parameter in pool.parameters("a"):
+        nn.init.normal_(parameter)
+    torch._dynamo.reset()
+    with lora_ext.use_adapters(model, ["a", None] * 3), torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [p for p in KINDS if p.id in ("nf4", "int8")])
+def test_a_model_that_is_quantised_after_it_has_adapters(kind):
+    """bitsandbytes quantises where a model is moved to a device."""
+    import bitsandbytes
+
+    if kind == "nf4":
+        layer = bitsandbytes.nn.Linear4bit(WIDTH, HEIGHT, quant_type="nf4", compute_dtype=F32)
+    else:
+        layer = bitsandbytes.nn.Linear8bitLt(WIDTH, HEIGHT, has_fp16_weights=False)
+    layer.load_state_dict(plain_linear(HEIGHT, WIDTH).state_dict())
+    model = nn.Sequential(layer)
+    lora_ext.apply_lora(model, LoRAConfig("all-linear", r=4))
+    assert model[0].path() == ("added", "its weight is not quantised yet")
+    model.to("cpu")
+    assert model[0].path()[0] == "fused"
+    assert torch.equal(model(make_x()), base(kind)(make_x()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [p for p in KINDS if p.id in ("nf4", "int8")])
+def test_a_model_of_transformers(kind, tmp_path, monkeypatch):
+    """Loaded quantised, trained under checkpointing, generating, saved, loaded and unloaded."""
+    import transformers
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, **heads, pad_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    words = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    words |= {"bnb_4bit_compute_dtype": BF16}
+    quantization = transformers.BitsAndBytesConfig(
+        **(words if kind == "nf4" else {"load_in_8bit": True})
+    )
+
+    def load():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", quantization_config=quantization, dtype=BF16, device_map="cpu"
+        )
+
+    model, ids = load(), torch.randint(3, 64, (4, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model(ids).logits
+    lora_ext.apply_lora(model, LoRAConfig("all-linear", r=8, alpha=16, dropout=0.05))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain)
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    found = lora_ext.explain(model)
+    assert len(found) == 14 and {layer.path for layer in found} == {"fused"}
+    assert found.workspace_bytes == 64 * 128 * (2 if kind == "nf4" else 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    model.eval()
+    model.gradient_checkpointing_disable()
+    with torch.inference_mode():
+        trained = model(ids).logits
+        assert model.generate(ids[:, :4], max_new_tokens=3).shape == (4, 7)
+        with lora_ext.use_adapters(model, ["default", None, None, "default"]):
+            assert model.generate(ids[:, :4], max_new_tokens=3).shape == (4, 7)
+    lora_ext.save_adapter(model, tmp_path / "adapter")
+    other = lora_ext.load_adapter(load(), tmp_path / "adapter")
+    with torch.inference_mode():
+        assert torch.equal(other(ids).logits, trained)
+    model.save_pretrained(tmp_path / "whole")
+    unload(model)
+    assert type(model.model.layers[0].mlp.up_proj) is type(base(kind))
 
 
 @pytest.mark.parametrize("kind", FEW)
