@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import nn
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig
+from lora_ext import AdapterPool, LoRAConfig, winners
 from lora_ext.models import (
     delete_adapter,
     disable_adapters,
@@ -286,6 +286,14 @@ def test_explain(kind):
     assert f"through a workspace of {mib}" in by_name["up"].reason
     assert str(found).endswith(f"workspace: {mib}, shared by 2 layers, one at a time")
     assert "workspace" not in str(lora_ext.explain(adapted(_dense())))
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_shapes_to_warm_up(kind):
+    """A GPU has the kernels of the dequantised weight: the layer's sizes, not the packed ones."""
+    shapes = winners.shapes_of(adapted(Net(kind), r=4), 16)
+    sizes = {(shape.in_features, shape.out_features, shape.rank) for shape in shapes}
+    assert sizes == {(WIDTH, HEIGHT, 4), (HEIGHT, WIDTH, 4)}
 
 
 NAMES = ["a", None, "b", "a", "b", None]
