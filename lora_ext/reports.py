@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .kernels.kernel_plan import CallPlan, explain_call
 from .models.model import lora_layers
-from .peft.report import peft_layers, peft_path
+from .peft.report import peft_layers, peft_path, peft_workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,31 @@ class LayerPath:
         name: dotted path of the layer in the model.
         kind: its class.
         path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
-            "merged" (one product with the merged weight) or "base" (no update). Of PEFT's layers
-            also "added" (the base as it is, the update by `lora_update`) and "peft" (PEFT's own
-            forward).
+            "merged" (one product with the merged weight), "added" (the base as it is, the update by
+            `lora_update`) or "base" (no update). Of PEFT's layers also "peft" (PEFT's own forward).
         reason: why.
+        workspace_bytes: of a quantised base that is dequantised for the op, the weight's size in
+            its dtype; else 0.
     """
 
     name: str
     kind: str
     path: str
     reason: str
+    workspace_bytes: int = 0
 
 
 class Explanation(list[LayerPath]):
-    """A list of `LayerPath`; str() is a table, with equal layers counted on one line."""
+    """A list of `LayerPath`; str() is a table, with equal layers counted on one line.
+
+    Attributes:
+        workspace_bytes: what the layers with a quantised base share, one at a time: the size of the
+            largest dequantised weight. There is one such memory for each device, stream and dtype.
+    """
+
+    @property
+    def workspace_bytes(self) -> int:
+        return max((layer.workspace_bytes for layer in self), default=0)
 
     def __str__(self) -> str:
         if not self:
@@ -46,10 +57,15 @@ class Explanation(list[LayerPath]):
         rows = [("layer", "count", "class", "path", "reason")]
         rows += [(k[0], str(len(names)), *k[1:]) for k, names in lines.items()]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
+        text = [
             "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[4]])
             for row in rows
-        )
+        ]
+        sharing = sum(layer.workspace_bytes > 0 for layer in self)
+        if sharing:
+            mib = self.workspace_bytes / 2**20
+            text.append(f"workspace: {mib:.3g} MiB, shared by {sharing} layers, one at a time")
+        return "\n".join(text)
 
 
 @overload
@@ -94,8 +110,13 @@ def explain(model, *arguments, **named):
 
 
 def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
-    own = [(name, layer, layer.path(rows)) for name, layer in lora_layers(model)]
-    others = [(name, layer, peft_path(layer, rows)) for name, layer in peft_layers(model)]
-    return Explanation(
-        LayerPath(name, type(layer).__name__, *path) for name, layer, path in own + others
-    )
+    found = Explanation()
+    for name, layer in lora_layers(model):
+        path, reason = layer.path(rows)
+        nbytes = layer.workspace_bytes() if path == "fused" else 0
+        found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
+    for name, layer in peft_layers(model):
+        path, reason = peft_path(layer, rows)
+        nbytes = peft_workspace_bytes(layer, path)
+        found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
+    return found

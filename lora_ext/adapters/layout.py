@@ -42,7 +42,7 @@ def path_of_factor(key: str) -> str | None:
 
 def features(layer: LoRALayer) -> tuple[int, int]:
     """(in, out) of the update; an embedding looks up one of `in` rows."""
-    out_features, in_features = layer.matrix(layer.weight).shape
+    out_features, in_features = layer.matrix_shape
     return in_features, out_features
 
 

@@ -19,7 +19,6 @@ from ..models.model import (
     own,
     reshard,
 )
-from ..nn import LoRALayer
 from ..nn.linear import DEFAULT_ADAPTER
 from .check import check_entries, check_keys
 from .errors import WAY_OUT, AdapterError, shown
@@ -155,7 +154,7 @@ def _with_way_out() -> Iterator[None]:
 def _read(placement: Placement, file: TensorFile, adapter_dtype: torch.dtype | None) -> None:
     """Reads all tensors into memory, in the dtypes in which they will be used."""
     for target in placement.targets:
-        dtype = _factor_dtype(target.layer, adapter_dtype)
+        dtype = target.layer.factor_dtype(adapter_dtype)
         for slot in target.slots:
             value = file.read(file.entries[slot.key], dtype)
             target.values[slot.table] = value.reshape(slot.shape[:2])
@@ -175,12 +174,6 @@ def _read(placement: Placement, file: TensorFile, adapter_dtype: torch.dtype | N
                 f"{shown(key, 200)}: expected the model's own weight, but got another, for which "
                 "the adapter was trained; load that into the model first"
             )
-
-
-def _factor_dtype(layer: LoRALayer, adapter_dtype: torch.dtype | None) -> torch.dtype:
-    if adapter_dtype is not None:
-        return adapter_dtype
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def _written(placement: Placement) -> Iterator[tuple[Stored, Tensor]]:
@@ -261,8 +254,9 @@ def _apply(
     for target in placement.targets:
         layer = target.layer
         layer.active_adapters = () if id(target.module) in new else active[id(layer)]
-        if layer.bias is not None and id(target.module) in new:
-            layer.bias.requires_grad_(False)
+        bias = layer._parameters.get("bias")
+        if bias is not None and id(target.module) in new:
+            bias.requires_grad_(False)
         for table in (layer.lora_a, layer.lora_b, layer.lora_bias):
             if adapter in table:
                 table[adapter].requires_grad_(trainable)

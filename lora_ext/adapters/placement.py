@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from ..models.apply import replacement_for
 from ..models.model import adapter_names, named_modules
-from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRAMergedLinear
+from ..nn import (
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRAMergedLinear,
+    LoRAQuantizedLinear,
+)
 from ..nn.adapter_spec import AdapterSpec
 from ..nn.linear import is_conv1d
 from .alphas import find_alphas
@@ -141,6 +147,12 @@ class Placement:
         )
         if spec.lora_bias and isinstance(layer, LoRAEmbedding):
             raise AdapterError(f"expected lora_bias false for the embedding {path!r}, but got true")
+        if spec.subtracts_init and isinstance(layer, LoRAQuantizedLinear):
+            raise AdapterError(
+                f"expected plain LoRA for {path!r}, which is quantised, but got init_lora_weights "
+                f"{spec.init!r}: its factors are taken out of the weight as it was before; load it "
+                "into that model, and save_adapter writes it as plain LoRA"
+            )
         if spec.subtracts_init and not _can_subtract(spec, layer, module):
             raise AdapterError(
                 f"expected init_lora_weights {spec.init!r} for linear layers with a positive "
@@ -207,14 +219,15 @@ def _layer_for(path: str, module: nn.Module) -> LoRALayer:
         kind = replacement_for(module)
         if kind is None:
             raise AdapterError(
-                f"expected nn.Linear, nn.Embedding, Conv1D or a 1x1 nn.Conv2d at {path!r}, but the "
-                f"adapter is for a {type(module).__module__}.{type(module).__qualname__}"
+                "expected nn.Linear, nn.Embedding, Conv1D, a 1x1 nn.Conv2d or a quantised linear "
+                f"layer that is known at {path!r}, but the adapter is for a "
+                f"{type(module).__module__}.{type(module).__qualname__}"
             )
         try:
             layer = kind.around(module)
         except (TypeError, ValueError) as error:
             raise AdapterError(f"{path!r} cannot be adapted: {error}") from None
-    check_real(f"the weight of {path!r}", layer.weight)
+    check_real(f"the weight of {path!r}", layer.stored_weight)
     return layer
 
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear
+from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear, LoRAQuantizedLinear
 from ..nn.conv import unsupported_reason
 from ..nn.linear import DEFAULT_ADAPTER, is_conv1d
 from ..packing import pack_for
+from ..quantized.layers import is_quantized
 from .config import LoRAConfig
 from .model import (
     BIAS_SAVED_BY,
@@ -28,12 +29,15 @@ from .model import (
 from .patterns import matches
 
 ALL_LINEAR = "all-linear"
+_LINEAR = (LoRALinear, LoRAQuantizedLinear)
 
 
 def replacement_for(module: nn.Module) -> type[LoRALayer] | None:
     """The class that takes the module's place, None for what LoRA is not defined on here."""
     if is_conv1d(module):
         return LoRALinear
+    if not isinstance(module, LoRALayer) and is_quantized(module):
+        return LoRAQuantizedLinear
     if type(module) is nn.Conv2d and unsupported_reason(module):
         return None
     table = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}
@@ -50,8 +54,10 @@ def apply_lora(
     """Adds an adapter to layers of a model, in place, and freezes the rest.
 
     nn.Linear, transformers' Conv1D, nn.Embedding and 1x1 nn.Conv2d are replaced by layers that
-    share their parameters; subclasses are refused, since they may compute something else. A model
-    that has adapters gets one more, inactive until `set_adapter`; the first is active at once.
+    share their parameters, and so are the quantised linear layers of bitsandbytes, torchao, HQQ and
+    transformers (`lora_ext.nn.LoRAQuantizedLinear`); other subclasses are refused, since they may
+    compute something else. A model that has adapters gets one more, inactive until `set_adapter`;
+    the first is active at once.
     Biases and modules to save exist once: those that a further config names are trained too.
 
     Args:
@@ -234,13 +240,13 @@ def _all_linear(
         (path, module)
         for path, module in candidates
         if module is not output
-        and (isinstance(module, LoRALinear) or replacement_for(module) is LoRALinear)
+        and (isinstance(module, _LINEAR) or replacement_for(module) in _LINEAR)
     ]
     if not found:
         raise ValueError(
             "lora_ext.apply_lora: expected linear layers for target_modules 'all-linear', but the "
-            f"{type(model).__name__} has none left (nn.Linear or transformers' Conv1D, without "
-            "exclude_modules, modules_to_save and the output embedding)"
+            f"{type(model).__name__} has none left (nn.Linear, transformers' Conv1D or a quantised "
+            "one, without exclude_modules, modules_to_save and the output embedding)"
         )
     return found
 
@@ -257,8 +263,8 @@ def _matched(pattern: str, candidates: list, modules: list) -> list[tuple[str, n
         raise ValueError(
             f"lora_ext.apply_lora: target_modules {pattern!r} names {path!r}, a "
             f"{type(module).__module__}.{type(module).__qualname__}; expected nn.Linear, "
-            "nn.Embedding, transformers' Conv1D or a 1x1 nn.Conv2d without groups and padding, "
-            "exactly of these classes"
+            "nn.Embedding, transformers' Conv1D, a 1x1 nn.Conv2d without groups and padding or a "
+            "quantised linear layer that is known, exactly of these classes"
         )
     if any(matches(pattern, path) for path, _ in modules):
         raise ValueError(
@@ -304,13 +310,15 @@ def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = No
 
     Raises:
         ValueError: no layer has one of the names, or the model itself is a layer.
-        RuntimeError: an update is not finite, or a weight is sharded.
+        RuntimeError: an update is not finite, or a weight is sharded or quantised.
     """
     _check_not_layer(model, "models.merge_and_unload")
     replaced = {}
     for layer, (_, weight, bias) in compute_merged(model, adapters, "models.merge_and_unload"):
-        weight = layer.weight if weight is None else weight
-        replaced[id(layer)] = layer.as_base(weight, layer.bias if bias is None else bias)
+        if weight is None:
+            replaced[id(layer)] = layer.restored()
+        else:
+            replaced[id(layer)] = layer.as_base(weight, layer.bias if bias is None else bias)
     install(model, replaced)
     disown(model)
     return model
@@ -329,7 +337,7 @@ def unload(model: nn.Module) -> nn.Module:
     layers = [layer for _, layer in lora_layers(model)]
     for layer in layers:
         layer.check_whole("unload")
-    install(model, {id(layer): layer.as_base(layer.weight, layer.bias) for layer in layers})
+    install(model, {id(layer): layer.restored() for layer in layers})
     disown(model)
     return model
 

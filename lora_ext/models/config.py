@@ -36,8 +36,9 @@ class LoRAConfig:
     ``"re:..."``, a regular expression for the whole path.
 
     Attributes:
-        target_modules: one pattern or several; ``"all-linear"`` is every linear layer (nn.Linear
-            and transformers' Conv1D) but the output embedding and what modules_to_save names.
+        target_modules: one pattern or several; ``"all-linear"`` is every linear layer (nn.Linear,
+            transformers' Conv1D and quantised ones) but the output embedding and what
+            modules_to_save names.
         r, alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
         exclude_modules: patterns of modules that get none.
         rank_pattern: pattern -> r where it differs; the first that matches wins.

@@ -154,7 +154,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
 
     Raises:
         ValueError: no layer has one of the names, or it is not active.
-        RuntimeError: an update is not finite, or a weight is sharded.
+        RuntimeError: an update is not finite, or a weight is sharded or quantised.
     """
     if names is not None:
         names = checked_names(model, names, "models.merge")
@@ -225,8 +225,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         parameter.requires_grad_(bias == "all" and is_bias)
     for _, layer in lora_layers(model):
         layer.set_adapter(layer.active_adapters)
-        if bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
+        own_bias = layer._parameters.get("bias")
+        if bias == "lora_only" and own_bias is not None:
+            own_bias.requires_grad_(True)
     for _, module in saved_modules(model):
         module.requires_grad_(True)
 

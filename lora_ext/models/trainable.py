@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..nn import LoRAQuantizedLinear
 from .model import adapter_names, lora_layers
 
 
@@ -14,7 +15,8 @@ class TrainableParameters:
     """Counts of parameters; str() is a sentence.
 
     Attributes:
-        trainable, total: of the whole model, adapters included, shared ones once.
+        trainable, total: of the whole model, adapters included, shared ones once; of quantised
+            layers with adapters the weight's elements, however they are packed.
         adapters: name -> number of elements, active or not.
         adapter_bytes: name -> bytes, as saved.
     """
@@ -44,14 +46,18 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """How many parameters are trained, how many there are, and how large each adapter is."""
     parameters = list(model.parameters())
     counts, sizes = dict.fromkeys(adapter_names(model), 0), dict.fromkeys(adapter_names(model), 0)
+    packed = 0
     for _, layer in lora_layers(model):
+        if isinstance(layer, LoRAQuantizedLinear):
+            out_features, in_features = layer.matrix_shape
+            packed += out_features * in_features - layer.stored_weight.numel()
         for table in layer.tables().values():
             for name, parameter in table.items():
                 counts[name] += parameter.numel()
                 sizes[name] += parameter.numel() * parameter.element_size()
     return TrainableParameters(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(p.numel() for p in parameters) + packed,
         adapters=counts,
         adapter_bytes=sizes,
     )

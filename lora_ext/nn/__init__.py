@@ -6,6 +6,7 @@ from .conv import LoRAConv2d
 from .embedding import LoRAEmbedding
 from .linear import LoRALinear
 from .merged_linear import LoRAMergedLinear
+from .quantized import LoRAQuantizedLinear
 
 __all__ = [
     "AdapterSpec",
@@ -14,4 +15,5 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAMergedLinear",
+    "LoRAQuantizedLinear",
 ]

@@ -29,7 +29,7 @@ from .merging import merged_tensors
 from .row_adapters import RowAdapters, in_force
 
 # Each forward of a layer takes one of these; `path` says which and why.
-PATHS = ("fused", "packed", "library", "merged", "base")
+PATHS = ("fused", "packed", "library", "merged", "added", "base")
 
 
 class LoRALayer(nn.Module):
@@ -80,9 +80,30 @@ class LoRALayer(nn.Module):
         """The ``[out, in]`` view of a tensor that is laid out as ``self.weight``."""
         raise NotImplementedError
 
+    @property
+    def stored_weight(self) -> Tensor:
+        """What the base keeps of its weight; its device is that of the adapters."""
+        return self.weight
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the base's product."""
+        out_features, in_features = self.matrix(self.weight).shape
+        return out_features, in_features
+
+    def weight_values(self) -> Tensor:
+        """The weight ``[out, in]`` for an init that starts from it."""
+        return self.matrix(self.weight.detach())
+
+    def factor_dtype(self, wanted: torch.dtype | None = None) -> torch.dtype:
+        """That of an adapter for which `wanted` is None: float32, on a float64 weight float64."""
+        if wanted is not None:
+            return wanted
+        return torch.float64 if self.stored_weight.dtype == torch.float64 else torch.float32
+
     def factor_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of lora_a and lora_b as they are stored."""
-        out_features, in_features = self.matrix(self.weight).shape
+        out_features, in_features = self.matrix_shape
         return (r, in_features), (out_features, r)
 
     def initialize(self, name: str) -> None:
@@ -94,7 +115,7 @@ class LoRALayer(nn.Module):
             initialize.gaussian_(lora_a, lora_b, spec.r)
         else:
             factors = initialize.pissa if spec.init == "pissa" else initialize.olora
-            first_a, first_b = factors(self.matrix(self.weight.detach()), spec)
+            first_a, first_b = factors(self.weight_values(), spec)
             with torch.no_grad():
                 for table, first in ((self.lora_a, first_a), (self.lora_b, first_b)):
                     table[name].copy_(first)
@@ -162,10 +183,8 @@ class LoRALayer(nn.Module):
         """
         self.check_whole("add_adapter")
         self._check_new(name, spec)
-        weight = self.weight
-        if dtype is None:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        like = {"dtype": dtype, "device": weight.device}
+        weight = self.stored_weight
+        like: dict[str, Any] = {"dtype": self.factor_dtype(dtype), "device": weight.device}
         with torch.inference_mode(False):  # parameters must be able to train later
             shape_a, shape_b = self.factor_shapes(spec.r)
             lora_a, lora_b = torch.empty(shape_a, **like), torch.empty(shape_b, **like)
@@ -173,7 +192,7 @@ class LoRALayer(nn.Module):
                 self.adapters[name] = spec
                 self.lora_a[name], self.lora_b[name] = nn.Parameter(lora_a), nn.Parameter(lora_b)
                 if spec.lora_bias:
-                    out_features = self.matrix(weight).shape[0]
+                    out_features = self.matrix_shape[0]
                     self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, **like))
                 self.initialize(name)
             except BaseException:  # an interrupt too leaves no half-made adapter
@@ -197,17 +216,15 @@ class LoRALayer(nn.Module):
             raise ValueError(
                 f"{where}: {name!r} exists already; delete_adapter it first or choose another name"
             )
-        if not self.weight.is_floating_point():
-            raise ValueError(f"{where}: expected a floating weight, but got {self.weight.dtype}")
+        self._check_weight(where)
         if spec.subtracts_init:
-            out_features, in_features = self.matrix(self.weight).shape
-            limit = min(out_features, in_features, MAX_RANK // 2)
+            limit = min(*self.matrix_shape, MAX_RANK // 2)
             if spec.r > limit:
                 raise ValueError(
                     f"{where}: init {spec.init!r} takes r columns of the weight's factors and "
                     f"needs rank 2 r: expected r of at most {limit}, but got {spec.r}"
                 )
-            if self.weight.is_meta:
+            if self.stored_weight.is_meta:
                 raise ValueError(
                     f"{where}: init {spec.init!r} needs the weight's values, but the weight is on "
                     "the meta device; load it first"
@@ -217,6 +234,11 @@ class LoRALayer(nn.Module):
                     f"{where}: init 'pissa' divides by the scaling: expected alpha above 0, but "
                     f"got {spec.alpha}"
                 )
+
+    def _check_weight(self, where: str) -> None:
+        """Raises ValueError for a weight beside which there can be no adapter."""
+        if not self.weight.is_floating_point():
+            raise ValueError(f"{where}: expected a floating weight, but got {self.weight.dtype}")
 
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter; if it was active the others stay so, if it was merged, unmerges.
@@ -236,7 +258,7 @@ class LoRALayer(nn.Module):
         """Raises RuntimeError if the weight is sharded over processes."""
         # FSDP keeps a list of parameters of its own: it would neither shard nor average a new one,
         # and would put a deleted one back.
-        if hasattr(self.weight, "full_tensor"):
+        if hasattr(self.stored_weight, "full_tensor"):
             raise RuntimeError(
                 f"lora_ext.nn.{type(self).__name__}.{method}: expected a whole weight, but it is "
                 f"sharded (DTensor); {method} before fully_shard"
@@ -386,6 +408,10 @@ class LoRALayer(nn.Module):
             return "base", "none of the adapters that rows have is in this layer"
         return self._path_of_rows(names), f"each row its own adapter, {len(names)} in this batch"
 
+    def workspace_bytes(self) -> int:
+        """What a forward needs for a weight that is dequantised for it."""
+        return 0
+
     def _pool_reason(self) -> str:
         used, capacity = len(self.pool.names), len(self.pool.ranks)
         return f"a pool of {capacity} adapters, {used} of them used, in blocks of use_adapters"
@@ -494,6 +520,10 @@ class LoRALayer(nn.Module):
         for name in _HOOK_TABLES:
             base.__dict__[name] = self.__dict__[name]
         return base
+
+    def restored(self) -> nn.Module:
+        """A module of the class that was replaced, with the weight and bias that it had."""
+        return self.as_base(self.weight, self.bias)
 
     def extra_repr(self) -> str:
         shown = [

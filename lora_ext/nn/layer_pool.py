@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import HALVES
-from ..functional import lora_linear
+from ..functional import lora_linear, lora_update
 from .adapter_spec import AdapterSpec
 from .updates import compute_dtype
 
@@ -98,6 +98,12 @@ class LayerPool(nn.Module):
             self.scaling,
             index=index,
             ranks=self.ranks,
+        )
+
+    def added(self, y: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        """The same onto what a base, of whatever kind, returned for x."""
+        return lora_update(
+            y, x, self.lora_a, self.lora_b, self.scaling, index=index, ranks=self.ranks
         )
 
     # What a pool does.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..dtypes import FLOATS, HALVES
@@ -56,6 +57,30 @@ def obstacle(updates: Sequence[Update], dtype: torch.dtype) -> str:
     if sum(update.lora_a.shape[0] for update in updates) > MAX_RANK:
         return f"the ranks of the active adapters sum to more than {MAX_RANK}"
     return ""
+
+
+def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
+    """Why these dtypes are not one call of the op, or ""."""
+    if is_autocast(x):
+        if torch.float64 in (x.dtype, weight, adapter):
+            return "float64 under autocast"
+        return ""
+    if x.dtype != weight:
+        return "x and the base weight differ in dtype"
+    if adapter == x.dtype or (x.dtype in HALVES and adapter in (torch.float32, *HALVES)):
+        return ""
+    if x.dtype == torch.float32 and adapter in HALVES:
+        return ""
+    return "the adapters' dtype is not x's or float32"
+
+
+def updates_obstacle(dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update]) -> str:
+    """Why updates of a base that multiplies in a dtype are not one call of the op, or ""."""
+    if dtype in HALVES and any(update.bias is not None for update in updates):
+        # The op would round the sum of both biases, and sum dy over a float32 copy of it.
+        return "a lora_bias on a half base"
+    reason = "" if x is None else dtype_obstacle(x, dtype, updates[0].lora_a.dtype)
+    return reason or obstacle(updates, dtype)
 
 
 def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -139,6 +164,15 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor like any other: not a DTensor, not a quantised subclass."""
     kind = type(tensor)
     return kind is nn.Parameter or kind is Tensor or issubclass(kind, FakeTensor)
+
+
+def is_transformed() -> bool:
+    """Whether the op would refuse this call, which needs torch's own derivatives."""
+    if torch.compiler.is_compiling():
+        return False
+    if peek_interpreter_stack() is not None:
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def is_onnx_export() -> bool:

@@ -9,11 +9,11 @@ import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 
-from ..dtypes import HALVES
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
+from ..nn.quantized_base import linear_on
 from ..nn.row_adapters import in_force
-from ..nn.updates import Update, added, obstacle, stacked, with_biases
+from ..nn.updates import Update, added, stacked, updates_obstacle, with_biases
 from ..packed_weight import Base, Packable
 from ..quantized.base import QuantizedBase
 from . import dora, mixed_batch
@@ -30,7 +30,6 @@ from .reasons import (
     adapters_state,
     base_obstacle,
     dequantized_base,
-    dtype_obstacle,
     input_reason,
 )
 
@@ -147,30 +146,16 @@ def _call_obstacle(weight: Tensor, x: Tensor | None, updates: Sequence[Update]) 
     return updates_obstacle(weight.dtype, x, updates)
 
 
-def updates_obstacle(dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update]) -> str:
-    """Why updates of a base that multiplies in a dtype are not one call of the op, or ""."""
-    if dtype in HALVES and any(update.bias is not None for update in updates):
-        # The op would round the sum of both biases, and sum dy over a float32 copy of it.
-        return "a lora_bias on a half base"
-    reason = "" if x is None else dtype_obstacle(x, dtype, updates[0].lora_a.dtype)
-    return reason or obstacle(updates, dtype)
-
-
 def _fused(
     layer: Any, x: Tensor, updates: Sequence[Update], quantized: QuantizedBase | None
 ) -> Tensor:
     """One call of the op."""
-    p = updates[0].dropout
     if quantized is None:
         base = layer._modules["base_layer"]
         lora_a, lora_b, scaling = stacked(updates, x)
         bias = with_biases(base.bias, updates)
-        return lora_linear(x, operand_of(layer), lora_a, lora_b, bias, scaling, p)
-    given = x.to(quantized.dtype)
-    lora_a, lora_b, scaling = stacked(updates, given)
-    bias = with_biases(quantized.call_bias, updates)
-    y = lora_linear(given, quantized.weight, lora_a, lora_b, bias, scaling, p)
-    return y.to(quantized.y_dtype)
+        return lora_linear(x, operand_of(layer), lora_a, lora_b, bias, scaling, updates[0].dropout)
+    return linear_on(quantized, x, updates)
 
 
 def _scaled(layer: Any, x: Tensor, update: Update, quantized: QuantizedBase | None) -> Tensor:

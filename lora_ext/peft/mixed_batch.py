@@ -19,8 +19,9 @@ from peft.tuners.lora import LoraLayer, variants
 from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
+from ..nn.quantized_base import mixed_linear_on
 from ..nn.row_adapters import RowAdapters, given_to
-from ..nn.updates import Update
+from ..nn.updates import Update, dtype_obstacle
 from ..quantized.base import QuantizedBase
 from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
@@ -33,7 +34,6 @@ from .reasons import (
     adapters_state,
     base_obstacle,
     dequantized_base,
-    dtype_obstacle,
     embedding_reason,
     input_reason,
     is_plain,
@@ -75,7 +75,7 @@ def linear(
         return mixed_linear(x, operand_of(layer), base.bias, updates, rows)
     found = dequantized_base(base, x)
     if isinstance(found, QuantizedBase):
-        return _on_quantized(found, x, updates, rows)
+        return mixed_linear_on(found, x, updates, rows)
     y = base(x)
     if not is_plain(y) or y.shape[:-1] != x.shape[:-1]:
         return _left_to_peft(layer, theirs, x, rows, "the base's y is not plain", args, kwargs)
@@ -172,13 +172,6 @@ def _rows_reason(x: Tensor, rows: RowAdapters) -> str:
 def _is_called(base: Any) -> bool:
     """Of a base that is no plain weight: whether it is not dequantised."""
     return not isinstance(dequantized_base(base, None), QuantizedBase)
-
-
-def _on_quantized(
-    base: QuantizedBase, x: Tensor, updates: Sequence[Update], rows: RowAdapters
-) -> Tensor:
-    given = x.to(base.dtype)
-    return mixed_linear(given, base.weight, base.call_bias, updates, rows).to(base.y_dtype)
 
 
 def _kept(layer: Any, x: Tensor, updates: Sequence[Update]) -> str:

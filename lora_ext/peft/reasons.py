@@ -14,14 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..dtypes import FLOATS, HALVES
+from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
-from ..nn.updates import Update, is_autocast, is_onnx_export, is_plain
+from ..nn.updates import Update, is_onnx_export, is_plain, is_transformed
 from ..quantized.layers import QuantizedBase, quantized_base
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
@@ -130,7 +128,7 @@ def input_reason(layer: Any, x: Tensor) -> str:
         return "x is not of a floating dtype"
     if x.device.type not in _DEVICES:
         return "no kernels for this device"
-    if _is_transformed():
+    if is_transformed():
         return "a transform of torch.func or forward-mode AD is active"
     if not layer.cast_input_dtype_enabled:
         return "casting the input is turned off (cast_input_dtype_enabled)"
@@ -160,27 +158,3 @@ def dequantized_base(base: nn.Module, x: Tensor | None) -> QuantizedBase | str |
     if found is not None and (has_hooks(base) or "forward" in base.__dict__):
         return "the base layer has hooks, or another forward on the instance"
     return found
-
-
-def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
-    """Why these dtypes are not one call of the op, or ""."""
-    if is_autocast(x):
-        if torch.float64 in (x.dtype, weight, adapter):
-            return "float64 under autocast"
-        return ""
-    if x.dtype != weight:
-        return "x and the base weight differ in dtype"
-    if adapter == x.dtype or (x.dtype in HALVES and adapter in (torch.float32, *HALVES)):
-        return ""
-    if x.dtype == torch.float32 and adapter in HALVES:
-        return ""
-    return "the adapters' dtype is not x's or float32"
-
-
-def _is_transformed() -> bool:
-    """Whether the op would refuse this call, which needs torch's own derivatives."""
-    if torch.compiler.is_compiling():
-        return False
-    if peek_interpreter_stack() is not None:
-        return True
-    return torch.autograd.forward_ad._current_level >= 0

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .reasons import PEFT, adapters_state
+from ..quantized.base import workspace_bytes
+from .reasons import ADDED, FUSED, PEFT, adapters_state, dequantized_base
 
 
 def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -32,3 +33,14 @@ def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:
     if type(layer) in classes():
         return PEFT, "not accelerated; call lora_ext.accelerate(model)"
     return PEFT, f"no faster forward for peft's {type(layer).__name__}"
+
+
+def peft_workspace_bytes(layer: Any, path: str) -> int:
+    """Of the base of a PEFT layer on a path, if it is dequantised there; else 0."""
+    if path == FUSED:
+        return workspace_bytes(dequantized_base(layer.get_base_layer(), None))
+    if path != ADDED or type(layer.get_base_layer()) is nn.Embedding:
+        return 0
+    from .linear import linear_path
+
+    return workspace_bytes(linear_path(layer, None).base)  # DoRA's

@@ -47,7 +47,8 @@ class AdapterPool:
             parameters frozen if it has no adapters.
         capacity: number of slots.
         max_rank: of each slot, 1 to 512.
-        target_modules, exclude_modules: as in `LoRAConfig`: nn.Linear, Conv1D, 1x1 nn.Conv2d.
+        target_modules, exclude_modules: as in `LoRAConfig`: nn.Linear, Conv1D, 1x1 nn.Conv2d,
+            quantised linear layers.
         dtype: of the factors; None is float32 on a half base, else the base's.
 
     Raises:
@@ -84,18 +85,14 @@ class AdapterPool:
             model.requires_grad_(False)
         self.layers: dict[str, LoRALayer] = {}
         for (path, layer, _), pool in zip(targets, pools, strict=True):
-            layer.weight.requires_grad_(False)
+            layer.stored_weight.requires_grad_(False)
             layer.pool = pool
             self.layers[path] = layer
         install(model, {id(m): layer for _, layer, m in targets if layer is not m})
 
     def _pool_for(self, layer: LoRALayer, dtype: torch.dtype | None) -> LayerPool:
-        weight = layer.weight
-        if dtype is None:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        shape = tuple(layer.matrix(weight).shape)
-        where = (dtype, weight.device)
-        return LayerPool(shape, self.capacity, self.max_rank, self._names, *where)  # type: ignore[arg-type]
+        where = (layer.factor_dtype(dtype), layer.stored_weight.device)
+        return LayerPool(layer.matrix_shape, self.capacity, self.max_rank, self._names, *where)
 
     @classmethod
     def of(cls, model: nn.Module) -> AdapterPool:

@@ -85,7 +85,7 @@ def _random(
                 f"expected init 'kaiming' or 'gaussian', but got {spec.init!r}, which subtracts "
                 "factors of the weight"
             )
-        like = {"dtype": dtype, "device": layer.weight.device}
+        like = {"dtype": dtype, "device": layer.stored_weight.device}
         shape_a, shape_b = layer.factor_shapes(spec.r)
         lora_a, lora_b = torch.empty(shape_a, **like), torch.empty(shape_b, **like)
         if spec.init == "kaiming":

@@ -40,6 +40,11 @@ class QuantizedBase(NamedTuple):
         return f"{self.weight.format} through a workspace of {mib:.3g} MiB"
 
 
+def workspace_bytes(found: QuantizedBase | str | None) -> int:
+    """Of the dequantised weight of what `quantized_base` found, 0 where it is not dequantised."""
+    return found.weight.workspace_bytes(found.dtype) if isinstance(found, QuantizedBase) else 0
+
+
 def is_autocast(x: Tensor) -> bool:
     """Whether products of x are brought to another dtype."""
     return torch.is_autocast_enabled(x.device.type)

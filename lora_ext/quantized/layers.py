@@ -24,14 +24,17 @@ from .of_torchao import torchao_base
 __all__ = ["QuantizedBase", "is_quantized", "quantized_base"]
 
 
-def quantized_base(layer: nn.Module, x: Tensor | None) -> QuantizedBase | str | None:
+def quantized_base(
+    layer: nn.Module, x: Tensor | None, kind: type | None = None
+) -> QuantizedBase | str | None:
     """The base for x, or why the layer has to be called; None of a layer that is not quantised.
 
     Args:
         layer: of any class.
         x: ``[..., in]``; None for an x in the dtype that the layer prefers.
+        kind: of a layer with adapters of ours, the class that it stands for; None for its own.
     """
-    find = _kind_of(type(layer))
+    find = _kind_of(type(layer) if kind is None else kind)
     if find is None:
         return None
     if x is not None and x.dtype not in (torch.float32, *HALVES):

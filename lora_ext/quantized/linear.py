@@ -86,7 +86,10 @@ def _check(weight: QuantizedWeight, x: Tensor) -> None:
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        # One parameter for all: torch.compile tells by their number whether there is a ctx, and
+        # with the factors alone as the last it takes a call of one adapter for one without.
+        call, x, bias, *factors = operands
         half = len(factors) // 2
         lora_a, lora_b = factors[:half], factors[half:]
         wants = ctx.needs_input_grad

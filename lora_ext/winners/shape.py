@@ -121,13 +121,14 @@ def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
 
 def _own_layers(model: nn.Module) -> Iterator[Shape]:
     from ..models.model import lora_layers
-    from ..nn import LoRALinear
+    from ..nn import LoRALinear, LoRAQuantizedLinear
 
     for _, layer in lora_layers(model):
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear | LoRAQuantizedLinear):
+            out_features, in_features = layer.matrix_shape
             for name, spec in layer.adapters.items():
                 wide = layer.lora_a[name].dtype == torch.float32
-                sizes = (layer.in_features, layer.out_features, spec.r)
+                sizes = (in_features, out_features, spec.r)
                 yield Shape(1, *sizes, wide, spec.dropout > 0.0)
 
 

@@ -264,4 +264,6 @@ def test_generate_is_measured_by_every_variant(monkeypatch, always_packs):
     wide = {"peft_default", "peft_default_accelerated", "ours_fp32"}
     for row in rows:
         assert set(row["timing"]) == {"merged", *generate._LABELS} - wide
-    assert generate.table(rows).splitlines()[-1].count("1.00 (") == len(generate._LABELS) - len(wide)
+    assert generate.table(rows).splitlines()[-1].count("1.00 (") == len(generate._LABELS) - len(
+        wide
+    )

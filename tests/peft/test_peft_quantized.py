@@ -280,3 +280,19 @@ def test_rows_with_adapters_of_their_own_on_a_base_that_is_called(words):
         assert paths(model) == {"0": "added"}
     assert packed.calls == 1
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@needs("bitsandbytes")
+def test_explain_counts_the_workspace(dora):
+    """Of what is dequantised for the op or for DoRA; of layers that are called there is none."""
+    words = WORDS["plain"] | {"use_dora": dora}
+    model = lora_ext.accelerate(bnb_model(4, words, BF16))
+    found = lora_ext.explain(model)
+    assert found.workspace_bytes == WIDTH * HEIGHT * 2
+    assert str(found).endswith("shared by 1 layers, one at a time")
+    with model.disable_adapter():
+        assert lora_ext.explain(model).workspace_bytes == 0
+    assert lora_ext.explain(lora_ext.decelerate(model)).workspace_bytes == 0
+    called = lora_ext.accelerate(bnb_model(8, WORDS["plain"], BF16)).eval()
+    assert lora_ext.explain(called).workspace_bytes == 0

@@ -249,6 +249,23 @@ def test_compile(p):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_compile_without_gradients():
+    """One adapter, whose factors are the only ones."""
+    x, weight, lora_a, lora_b = (
+        torch.randn(shape) for shape in ((9, 32), (24, 32), (4, 32), (24, 4))
+    )
+    rows = quantized_rows(weight)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(x):
+        return lora_ext.lora_linear(x, rows, lora_a, lora_b)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = lora_ext.lora_linear(x, rows, lora_a, lora_b)
+        torch.testing.assert_close(compiled(x), wanted, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_base_alone(autocast):
     problem, weight, dense = operands((5, 8), 64, 32, 4, (F32, F32))

@@ -1,0 +1,43 @@
+"""Updates on a base that is dequantised for the op, of a layer of this package or of PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..functional import lora_linear
+from ..quantized.base import QuantizedBase
+from .mixed import mixed_linear
+from .row_adapters import RowAdapters
+from .updates import Update, stacked, with_biases
+
+
+def linear_on(base: QuantizedBase, x: Tensor, updates: Sequence[Update]) -> Tensor:
+    """The base with the sum of the updates, one call of the op.
+
+    Args:
+        base: for this x.
+        x: ``[..., in]``.
+        updates: at least one, for which `updates_obstacle` finds nothing.
+    """
+    given = x.to(base.dtype)
+    lora_a, lora_b, scaling = stacked(updates, given)
+    bias = with_biases(base.call_bias, updates)
+    y = lora_linear(given, base.weight, lora_a, lora_b, bias, scaling, updates[0].dropout)
+    return y.to(base.y_dtype)
+
+
+def mixed_linear_on(
+    base: QuantizedBase, x: Tensor, updates: Sequence[Update], rows: RowAdapters
+) -> Tensor:
+    """The base with each row's own update."""
+    given = x.to(base.dtype)
+    return mixed_linear(given, base.weight, base.call_bias, updates, rows).to(base.y_dtype)
+
+
+def pool_linear_on(base: QuantizedBase, x: Tensor, pool: Any, index: Tensor) -> Tensor:
+    """The base with the update of each row's slot of a `LayerPool`."""
+    given = x.to(base.dtype)
+    return pool.linear(given, base.weight, base.call_bias, index).to(base.y_dtype)

@@ -1,0 +1,198 @@
+"""Quantised layers of every library with adapters of this package."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from format_helpers import needs, plain_linear
+from helpers import BF16, F32, F64
+from layer_helpers import randomize
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext.nn import LoRALayer
+from lora_ext.quantized.layers import QuantizedBase, quantized_base
+
+DTYPES = (F32, BF16)
+WIDTH, HEIGHT = 128, 96
+ROWS = 20  # more than GGUF's kernels for few rows take
+
+
+def four_bits(dtype: torch.dtype, kind: str = "nf4", nested: bool = True) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    words = {"compute_dtype": dtype, "compress_statistics": nested, "quant_type": kind}
+    layer = Linear4bit(WIDTH, HEIGHT, **words)
+    layer.load_state_dict(plain_linear(HEIGHT, WIDTH).state_dict())
+    return nn.Sequential(layer).to("cpu")[0].requires_grad_(False)
+
+
+def eight_bits(dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes.nn import Linear8bitLt
+
+    # On each call it says that it rounds x to float16, in eval mode.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    layer = Linear8bitLt(WIDTH, HEIGHT, has_fp16_weights=False)
+    layer.load_state_dict(plain_linear(HEIGHT, WIDTH).state_dict())
+    layer.bias.data = layer.bias.data.to(dtype)
+    return nn.Sequential(layer).to("cpu")[0].requires_grad_(False)
+
+
+def torchao(dtype: torch.dtype) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    holder = nn.Sequential(plain_linear(HEIGHT, WIDTH, True, dtype))
+    quantize_(holder, Int8WeightOnlyConfig())
+    return holder[0].requires_grad_(False)
+
+
+def hqq(dtype: torch.dtype) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    settings["weight_quant_params"]["optimize"] = False
+    return HQQLinear(plain_linear(HEIGHT, WIDTH), settings, compute_dtype=dtype, device="cpu")
+
+
+def gguf(dtype: torch.dtype) -> nn.Module:
+    utils = importlib.import_module("transformers.integrations.gguf.utils")
+    dequant = importlib.import_module("transformers.integrations.gguf.dequant")
+    kinds = {name: number for number, name in dequant.GGML_NAME.items()}
+    layer = utils.GgufLinear(WIDTH, HEIGHT, kinds["Q8_0"], True)
+    weight = plain_linear(HEIGHT, WIDTH).weight.view(HEIGHT, -1, 32)
+    scale = (weight.abs().amax(-1, keepdim=True) / 127).half()
+    codes = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    blocks = torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], -1)
+    layer.weight.data = blocks.view(HEIGHT, -1)
+    layer.bias.data = plain_linear(HEIGHT, WIDTH).bias.detach().clone()
+    return layer.requires_grad_(False)
+
+
+def fp8(dtype: torch.dtype) -> nn.Module:
+    """With the weight as a checkpoint that is not quantised leaves it."""
+    module = importlib.import_module("transformers.integrations.finegrained_fp8")
+    plain = plain_linear(HEIGHT, WIDTH, True, dtype)
+    layer = module.FP8Linear(WIDTH, HEIGHT, (16, 16), has_bias=True)
+    layer.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
+    layer.bias.data = plain.bias.detach().clone()
+    return layer.requires_grad_(False)
+
+
+MAKERS: dict[str, Callable[[torch.dtype], nn.Module]] = {
+    "nf4": four_bits,
+    "fp4": lambda dtype: four_bits(dtype, "fp4"),
+    "nf4 plain scales": lambda dtype: four_bits(dtype, nested=False),
+    "int8": eight_bits,
+    "torchao": torchao,
+    "hqq": hqq,
+    "gguf": gguf,
+    "fp8": fp8,
+}
+_PACKAGES = {"torchao": "torchao", "hqq": "hqq", "gguf": "transformers", "fp8": "transformers"}
+KINDS = [
+    pytest.param(kind, marks=needs(_PACKAGES.get(kind, "bitsandbytes")), id=kind) for kind in MAKERS
+]
+# Whose own product is not that of the op: torchao scales after it, the others round before they add
+# the bias.
+ROUNDED = {"torchao": DTYPES, "hqq": (BF16,), "gguf": (BF16,)}
+# Those that PEFT has layers for.
+OF_PEFT = [param for param in KINDS if param.id not in ("gguf", "fp8")]
+# One of each library.
+FEW = [param for param in KINDS if param.id not in ("fp4", "nf4 plain scales", "fp8")]
+
+
+def base(kind: str, dtype: torch.dtype = F32) -> nn.Module:
+    """A frozen layer ``[HEIGHT, WIDTH]`` with a bias, in training mode."""
+    return MAKERS[kind](dtype)
+
+
+class Net(nn.Module):
+    """Two quantised layers and a dense one."""
+
+    def __init__(self, kind: str, dtype: torch.dtype = F32) -> None:
+        super().__init__()
+        self.up, self.other = base(kind, dtype), base(kind, dtype)
+        self.down = plain_linear(WIDTH, HEIGHT, True, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)) + self.other(x))
+
+
+def adapted(model: nn.Module, adapter: str = "default", **words: Any) -> nn.Module:
+    """The model with random adapters in all linear layers."""
+    settings = {"r": 8, "alpha": 16.0} | words
+    lora_ext.apply_lora(model, lora_ext.LoRAConfig("all-linear", **settings), adapter)
+    return randomize(model)
+
+
+def one_layer(kind: str, dtype: torch.dtype = F32, **words: Any) -> LoRALayer:
+    """A quantised layer with a random adapter."""
+    return adapted(nn.Sequential(base(kind, dtype)), **words)[0]
+
+
+def make_x(dtype: torch.dtype = F32, lead: tuple[int, ...] = (ROWS,)) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(*lead, WIDTH, generator=generator, dtype=F64).to(dtype)
+
+
+def same(first: Tensor, second: Tensor) -> bool:
+    """Whether two entries of a state dict are equal; torchao's are compared dequantised."""
+    if hasattr(first, "dequantize") and type(first) not in (Tensor, nn.Parameter):
+        first, second = first.dequantize(), second.dequantize()
+    return torch.equal(first, second)
+
+
+def weight_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """W ``[out, in]`` in float64, as the layer has it for x."""
+    kind = layer.base_type if isinstance(layer, LoRALayer) else type(layer)
+    found = quantized_base(layer, x, kind)
+    assert isinstance(found, QuantizedBase), found
+    return found.weight.dequantize(found.dtype).double()
+
+
+def exact(layer: LoRALayer, x: Tensor) -> Tensor:
+    """y of the active adapters without dropout, from the formula in float64."""
+    x, weight = x.double(), weight_of(layer, x)
+    y = x @ weight.t() + layer.bias.double()
+    for name in layer.active_adapters:
+        lora_a, lora_b = (factor.double() for factor in layer.factors(name))
+        update = x @ lora_a.t() @ lora_b.t()
+        if name in layer.lora_bias:
+            update = update + layer.lora_bias[name].double()
+        y = y + layer.adapters[name].scaling * update
+    return y
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """y, the gradient of x and those of all parameters that have one, for a fixed dy."""
+    leaf = x.detach().clone().requires_grad_()
+    y = model(leaf)
+    generator = torch.Generator().manual_seed(4)
+    y.backward(torch.randn(y.shape, generator=generator).to(y.dtype))
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": leaf.grad, **found}
+
+
+def in_peft(layer: nn.Module, ours: LoRALayer, **words: Any) -> nn.Module:
+    """PEFT's model over the same base, with the factors of a layer of ours."""
+    from peft import LoraConfig, get_peft_model
+
+    holder = nn.Sequential(layer)
+    holder.is_loaded_in_4bit = type(layer).__name__ == "Linear4bit"
+    holder.is_loaded_in_8bit = type(layer).__name__ == "Linear8bitLt"
+    spec = ours.adapters["default"]
+    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=["0"], **words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(holder, config, autocast_adapter_dtype=False)
+    theirs = model.base_model.model[0]
+    with torch.no_grad():
+        for table, own in ((theirs.lora_A, ours.lora_a), (theirs.lora_B, ours.lora_b)):
+            table["default"].weight.data = own["default"].detach().clone()
+    return model
