@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .kernels.kernel_plan import CallPlan, explain_call
 from .models.model import lora_layers
+from .packing import packed_bytes
 from .peft.report import peft_layers, peft_path, peft_workspace_bytes
 
 
@@ -40,7 +41,10 @@ class Explanation(list[LayerPath]):
     Attributes:
         workspace_bytes: what the layers with a quantised base share, one at a time: the size of the
             largest dequantised weight. There is one such memory for each device, stream and dtype.
+        packed_bytes: of the packed copies of weights that `lora_ext.warmup` made on a CPU.
     """
+
+    packed_bytes: int = 0
 
     @property
     def workspace_bytes(self) -> int:
@@ -65,6 +69,8 @@ class Explanation(list[LayerPath]):
         if sharing:
             mib = self.workspace_bytes / 2**20
             text.append(f"workspace: {mib:.3g} MiB, shared by {sharing} layers, one at a time")
+        if self.packed_bytes:
+            text.append(f"packed weights: {self.packed_bytes / 2**20:.3g} MiB")
         return "\n".join(text)
 
 
@@ -119,4 +125,5 @@ def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
         path, reason = peft_path(layer, rows)
         nbytes = peft_workspace_bytes(layer, path)
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
+    found.packed_bytes = packed_bytes(model)
     return found

@@ -114,6 +114,12 @@ def unpack_weights(model: nn.Module) -> None:
         layer.packed = None
 
 
+def packed_bytes(model: nn.Module) -> int:
+    """What the packs of a model's layers hold; of tied weights once."""
+    packs = {id(layer.packed): layer.packed for layer in packable_layers(model) if layer.packed}
+    return sum(pack.nbytes for pack in packs.values())
+
+
 Timed = tuple[tuple[int, float, float], ...]  # rows, microseconds of the plain product, ratio
 
 

@@ -198,6 +198,9 @@ def test_explain_says_what_a_pack_costs_and_wins(ratios):
     assert few.path == "fused" and "packed, the product takes 1.40 of its time" in few.reason
     assert many.path == "packed" and "measured at 0.50 of the plain product's time" in many.reason
     assert "MiB" in many.reason
+    explained = lora_ext.explain(model, 64)
+    assert explained.packed_bytes == 2 * 2 * 24 * 40 * 4
+    assert str(explained).splitlines()[-1] == "packed weights: 0.0146 MiB"
 
 
 @pytest.mark.parametrize("make", ["own", "peft"])
