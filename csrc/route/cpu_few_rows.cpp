@@ -13,6 +13,8 @@ namespace lora_ext::cpu {
 namespace {
 
 constexpr int64_t kRankGranule = 16, kColumnGranule = 128;
+// Reading a factor takes as long as the products of so many rows.
+constexpr int64_t kReadRows = 3;
 
 // Calls run(range) over [0, size) in granules, over as many threads as the work is worth.
 template <class Run>
@@ -37,7 +39,7 @@ AdapterView part_of(AdapterView view, int64_t rank0, int64_t rank, int64_t col0,
 at::Tensor shrink(const SkinnyKernels& kernels, const ForwardArgs& args) {
   const AdapterView a = view_of(args.update.lora_a, 0);
   const DropoutArgs& dropout = args.update.dropout;
-  const int64_t rows = args.x.size(0), work = rows * a.rank * a.cols;
+  const int64_t rows = args.x.size(0), work = (rows + kReadRows) * a.rank * a.cols;
   at::Tensor s = at::empty({rows, a.rank}, args.x.options().dtype(at::kFloat));
   ShrinkArgs shrink{args.x.const_data_ptr(),
                     dtype_of(args.x.scalar_type()),
@@ -64,8 +66,8 @@ at::Tensor shrink(const SkinnyKernels& kernels, const ForwardArgs& args) {
 void expand(const SkinnyKernels& kernels, const at::Tensor& y, const at::Tensor& s,
             const Update& update) {
   const AdapterView b = view_of(update.lora_b, 1);
-  const int64_t rows = y.size(0);
-  in_granules(b.cols, kColumnGranule, rows * b.rank * b.cols, [&](Range columns) {
+  const int64_t rows = y.size(0), work = (rows + kReadRows) * b.rank * b.cols;
+  in_granules(b.cols, kColumnGranule, work, [&](Range columns) {
     const int64_t cols = columns.end - columns.begin;
     const ExpandArgs args{
         static_cast<char*>(y.mutable_data_ptr()) + columns.begin * y.element_size(),
