@@ -206,16 +206,13 @@ def after(tensor, before):  # as it is, behind so many elements
     whole[before:] = tensor.flatten()
     return whole[before:].view(tensor.shape)
 
-def both(op, tensors, numbers, shape, dtype, before):
-    results = []
-    for device in ("cpu", there):
-        given = [t if t is None else after(t, before).to(device) for t in tensors]
-        if device != "cpu":  # behind as many elements there, too
-            given = [g if g is None else after(g, before) for g in given]
-        out = after(torch.full(shape, float("nan"), dtype=dtype, device=device), before)
-        op(*given, *numbers, out)
-        results.append(out.cpu())
-    assert torch.equal(*results), (op, shape, dtype, before)
+def both(op, tensors, numbers, shape, dtype, before, before_out):
+    expected = torch.empty(shape, dtype=dtype)
+    op(*tensors, *numbers, expected)
+    given = [each if each is None else after(each.to(there), before) for each in tensors]
+    out = after(torch.full(shape, float("nan"), dtype=dtype, device=there), before_out)
+    op(*given, *numbers, out)
+    assert torch.equal(out.cpu(), expected), (op, shape, dtype, before, before_out)
 
 def four_bits(packed, table, scale, one, two, three, block, scale_block, out):
     ops.dequantize_4bit(packed, table, scale, block, one, two, three, scale_block, out)
@@ -232,18 +229,19 @@ def bytes_of(*shape):
 record()
 launched = 0
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for shape, block, before in (
-        ((64, 512), 64, 0), ((3, 5), 32, 0), ((40, 250), 4096, 0), ((9, 1000), 128, 1),
+    for shape, block, *before in (
+        ((64, 512), 64, 0, 0), ((3, 5), 32, 0, 0), ((40, 250), 4096, 0, 0),
+        ((9, 1000), 128, 1, 0), ((9, 1000), 128, 0, 1),
     ):
         count = shape[0] * shape[1]
         packed, blocks = bytes_of((count + 1) // 2), -(-count // block)
         tensors = (packed, floats(16), floats(blocks), None, None, None)
-        both(four_bits, tensors, (block, 2), shape, dtype, before)
+        both(four_bits, tensors, (block, 2), shape, dtype, *before)
         nested = (floats(256), floats(-(-blocks // 16)), floats(1))
         tensors = (packed, floats(16), bytes_of(blocks), *nested)
-        both(four_bits, tensors, (block, 16), shape, dtype, before)
+        both(four_bits, tensors, (block, 16), shape, dtype, *before)
         tensors = (bytes_of(*shape).view(torch.int8), floats(shape[0]))
-        both(eight_bits, tensors, (1.0 / 127.0,), shape, dtype, before)
+        both(eight_bits, tensors, (1.0 / 127.0,), shape, dtype, *before)
         launched += 3
 calls = record()
 assert [each["call"] for each in calls] == ["cudaLaunchKernelEx"] * launched, calls
