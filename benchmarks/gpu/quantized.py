@@ -38,7 +38,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # N, K of what is compared; K = N and rows of what is timed.
 _COMPARED = {"cuda": [(4096, 4096), (14336, 4096), (333, 64)], "cpu": [(96, 128), (33, 64)]}
 _TIMED = {
-    "cuda": [(4096, 2048), (4096, 8192), (8192, 2048), (8192, 8192)],
+    "cuda": [(8192, 2048), (8192, 8192), (4096, 2048), (4096, 8192)],
     "cpu": [(256, 64)],
 }
 _ROUNDS = 7
@@ -183,9 +183,9 @@ def functions(width: int, rows: int, device: str, library: bool) -> dict[str, Fu
     return found
 
 
-def timed(device: str, library: bool) -> None:
-    """Prints medians; of what is timed at one size one call after the other, in turn."""
-    meter = CudaMeter() if device == "cuda" else CpuMeter()
+def timed(device: str, library: bool) -> str:
+    """Prints medians, and returns the last line; at one size calls take turns."""
+    meter, said = CudaMeter() if device == "cuda" else CpuMeter(), ""
     for width, rows in _TIMED[device]:
         every = functions(width, rows, device, library)
         for function in every.values():
@@ -195,7 +195,9 @@ def timed(device: str, library: bool) -> None:
             for name, function in every.items():
                 samples[name].append(meter(function, 3).ms)
         cells = [f"{name} {1e3 * statistics.median(ms):.0f} us" for name, ms in samples.items()]
-        print(f"K=N={width}, {rows} rows: {'; '.join(cells)}", flush=True)
+        said = f"K=N={width}, {rows} rows: {', '.join(cells)}"
+        print(said, flush=True)
+    return said
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,9 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = differing(device, expected_by)
     for text in wrong[:_SAID]:
         print(text)
-    timed(device, expected_by is by_library)
+    times = timed(device, expected_by is by_library)
     count = 2 * len(_DTYPES) * len(_COMPARED[device])
-    print(f"{len(wrong)} of {count} weights in NF4 differ from {name}")
+    print(f"{len(wrong)} of {count} weights in NF4 differ from {name}; {times}")
     return 1 if wrong else 0
 
 

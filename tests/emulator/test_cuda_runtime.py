@@ -362,13 +362,35 @@ assert failures_left() == 0 and last_error() == 0 and current_device() == 0
 
 def test_a_device_that_cannot_run_them_is_left_to_the_library():
     python("""
-from lora_ext.quantized.devices import has_kernels
+from lora_ext.quantized import devices
 
 card(80)
-fail("cudaLaunchKernelEx", 1, NO_IMAGE)
-assert not has_kernels(torch.device("cuda", 0)) and has_kernels(torch.device("cuda", 1))
-assert not has_kernels(torch.device("cuda", 0))  # it is asked once
+first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    torch.cuda.is_current_stream_capturing = lambda: True
+    assert not devices.has_kernels(second)  # nobody may wait for a graph
+    torch.cuda.is_current_stream_capturing = lambda: False
+    fail("cudaLaunchKernelEx", 1, NO_IMAGE)
+    assert not devices.has_kernels(first) and devices.has_kernels(second)
+    assert not devices.has_kernels(first)  # it is asked once
+    record()
+    assert devices.has_kernels(second) and not record()
 assert failures_left() == 0 and last_error() == 0
+""")
+
+
+@pytest.mark.parametrize("mutant", ["dequantize_lower_half_first", "dequantize_scale_fused"])
+def test_kernels_that_dequantise_wrongly_are_not_used(mutant):
+    python(f"""
+from lora_ext.quantized import devices
+
+card(80)
+plant({mutant!r})
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert not devices.has_kernels(torch.device("cuda", 0))
+assert "failed their check on cuda:0" in str(said[0].message)
 """)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from lora_ext import _C
+from lora_ext.quantized import devices
 
 ops = torch.ops.lora_ext
 DTYPES = (F32, BF16, F16)
@@ -113,6 +114,20 @@ def test_the_same_bits_whatever_the_threads():
         found.append(out)
     torch.set_num_threads(threads)
     assert all(torch.equal(out, found[0]) for out in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_the_check_of_a_device_is_right_and_sees_another_formula(dtype, isa, monkeypatch):
+    cpu = torch.device("cpu")
+    assert not devices._differs(cpu, dtype)
+    once = devices._scales_of
+    monkeypatch.setattr(devices, "_scales_of", lambda *parts: once(*parts[:3], parts[3] * 1.01))
+    assert devices._differs(cpu, dtype)
+
+
+def test_a_device_without_kernels():
+    assert devices.has_kernels(torch.device("cpu"))
+    assert not devices._are_right(torch.device("meta"))
 
 
 def test_registration():
