@@ -31,6 +31,7 @@ __device__ __forceinline__ void dequantize_tile(const Dequantize8bitParams& p, i
 #pragma unroll
   for (int j = 0; j < Tile::kChunks; ++j) codes[j] = packed[32 * j];
   const int64_t row = first / p.columns;
+  // A remainder of 32 bits, as the divisor is. NOLINTNEXTLINE(custom-cut-to-32-bits)
   const auto column = static_cast<uint32_t>(first - row * p.columns);
   T* out = static_cast<T*>(p.out) + first + lane * Tile::kChunk;
 #pragma unroll

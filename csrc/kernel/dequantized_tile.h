@@ -15,7 +15,7 @@ constexpr int kDequantizeThreads = 256;
 
 template <class T>
 struct DequantizedTile {
-  static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // values that a lane stores
+  static constexpr int kChunk = sizeof(T) == 4 ? 4 : 8;  // values, 16 bytes, that a lane stores
   static constexpr int kChunks = 4;
   static constexpr int kValues = kChunks * 32 * kChunk;  // of a warp
   static constexpr int kBlockValues = kDequantizeThreads / 32 * kValues;

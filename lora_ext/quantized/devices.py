@@ -31,6 +31,8 @@ def has_kernels(device: torch.device) -> bool:
 def _are_right(device: torch.device) -> bool:
     try:
         wrong = [dtype for dtype in (torch.float32, torch.bfloat16) if _differs(device, dtype)]
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except RuntimeError:  # NotImplementedError, where the op has no kernel, is one
         return False
     if wrong:

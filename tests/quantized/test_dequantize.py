@@ -161,6 +161,17 @@ def test_a_device_without_kernels():
     assert not devices._are_right(torch.device("meta"))
 
 
+def test_a_device_without_memory_is_asked_again(monkeypatch):
+    def fails(device, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(devices, "_differs", fails)
+    meta = torch.device("meta")
+    with pytest.raises(torch.OutOfMemoryError):
+        devices.has_kernels(meta)
+    assert meta not in devices._found
+
+
 def test_registration():
     packed, scale, parts, _ = four_bit_case(256, 64, nested=2)
     opcheck(ops.dequantize_4bit.default, (packed, TABLE, scale, 64, *parts, torch.empty(4, 64)))
