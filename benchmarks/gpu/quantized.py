@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.quantized", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     device = parser.parse_args(arguments).device
-    there = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    there = torch.device(f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device)
     if not has_kernels(there):
         print(f"this build's kernels do not run on {there}")
         return 1
