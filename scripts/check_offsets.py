@@ -1,7 +1,7 @@
 """Finds offsets that are computed in 32 bits in what runs on the device: `make lint`.
 
 clang-tidy, with the queries of .clang-tidy, reads the kernels as the execution layer of
-tests/emulator/ compiles them for the host: two files instantiate them all. Prints what it finds;
+tests/emulator/ compiles them for the host: three files instantiate them all. Prints what it finds;
 the exit status is 1 then.
 """
 
@@ -17,7 +17,8 @@ from emulator import mutants  # noqa: E402
 from emulator.build import common_flags  # noqa: E402
 
 ALL_KERNELS = tuple(
-    f"tests/emulator/kernels/lora_{op}_sequence_kernels.cpp" for op in ("linear", "grouped")
+    f"tests/emulator/kernels/{op}_kernels.cpp"
+    for op in ("lora_linear_sequence", "lora_grouped_sequence", "dequantize")
 )
 
 

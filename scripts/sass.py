@@ -1,9 +1,10 @@
 """What ptxas and the disassembler say of every CUDA kernel: `make sass`.
 
-Compiles csrc/cuda/lora_*.cu for one architecture and writes build/sass/ARCH.json: registers, shared
-memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with. Prints
-the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py finds the
-loops, sass_kernels.py says what is wrong with a kernel.
+Compiles the kernels of csrc/cuda/ for one architecture and writes build/sass/ARCH.json: registers,
+shared memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with.
+Prints the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py
+finds the loops, sass_paths.py what a tile takes of a kernel without them, sass_kernels.py says what
+is wrong with a kernel.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
 
@@ -26,8 +27,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 from emulator import cuda_headers  # noqa: E402
 
 BUILD = ROOT / "build" / "sass"
-SOURCES = tuple(
-    f"lora_{kernels}_{half}" for kernels in ("linear", "grouped") for half in ("bf16", "fp16")
+SOURCES = (
+    *(f"lora_{kernels}_{half}" for kernels in ("linear", "grouped") for half in ("bf16", "fp16")),
+    "dequantize",
 )
 SOURCES_SM90A = tuple(
     f"{kernel}_sm90a_{half}"
@@ -147,6 +149,15 @@ def table(kernels: list[Kernel], opcodes: tuple[str, ...]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def table_of_tiles(kernels: list[Kernel]) -> str:
+    lines = ["| kernel | registers | instructions a value | 16-byte stores of a lane |"]
+    lines += ["|---|---|---|---|"]
+    for kernel in sorted(kernels, key=lambda each: each.name):
+        cells = kernel.name, kernel.registers, f"{kernel.instructions_a_value:.1f}"
+        lines.append("| " + " | ".join(map(str, (*cells, kernel.wide_stores))) + " |")
+    return "\n".join(lines)
+
+
 def archs_of(arguments: list[str]) -> list[str]:
     """The architectures that the command line names."""
     parser = argparse.ArgumentParser(
@@ -171,6 +182,8 @@ def main() -> int:
         print(table(others, ("HMMA", "LDSM", "LDGSTS", "BAR")), "\n")
         if on_wgmma:
             print(table(on_wgmma, OPCODES_SM90A), "\n")
+        streaming = [kernel for kernel in examined if kernel.values]
+        print(table_of_tiles(streaming), "\n")
         dividing = [kernel.divisions for kernel in examined if kernel.divisions]
         print(f"{sum(dividing)} divisions in main loops, of {len(dividing)} kernels")
         print(

@@ -5,6 +5,7 @@ import subprocess
 from dataclasses import dataclass, field
 
 import sass_loops
+import sass_paths
 
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
@@ -13,6 +14,9 @@ OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG
 SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
 SHARED_OF_CONSUMER_CARDS = (102400, 101376)  # compute capability 8.6 and 8.9, which run sm_80 code
 REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
+# A value that is dequantised to a half moves 2.5 or 3 bytes: at 10 instructions an H100 would issue
+# those of 3.0e12 values a second, twice what its DRAM moves, and other cards have less of it.
+MOST_INSTRUCTIONS_A_VALUE = 10
 RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
 
 
@@ -42,6 +46,11 @@ class Kernel:
     opcodes: dict[str, int] = field(default_factory=dict)
     groups: list[int] = field(default_factory=list)  # wgmmas of each step that waits once
     loops: list[MultiplyingLoop] = field(default_factory=list)
+    # Of a kernel that dequantises: what a lane writes of a tile, by how many instructions and
+    # stores.
+    values: int = 0
+    tile: int = 0
+    wide_stores: int = 0
 
     def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
         """Blocks that an SM holds at a time; 0 if one does not fit."""
@@ -90,6 +99,21 @@ class Kernel:
         """In its main loops."""
         return sum(loop.divisions for loop in self.loops if loop.main)
 
+    @property
+    def instructions_a_value(self) -> float:
+        return self.tile / self.values
+
+    def objections_to_tile(self) -> list[str]:
+        """A tile is stored by 16 bytes, and DRAM takes longer than its instructions do.
+
+        float32 values are of 4 bytes, and may take as much more.
+        """
+        bytes_each = 16 * self.wide_stores // self.values
+        found = [] if bytes_each in (2, 4) else [f"{self.wide_stores} stores of 16 bytes in a tile"]
+        if self.instructions_a_value > MOST_INSTRUCTIONS_A_VALUE * max(1, bytes_each / 2):
+            found.append(f"{self.instructions_a_value:.1f} instructions a value")
+        return found
+
     def objections(self) -> list[str]:
         """What is wrong, one line each."""
         found = []
@@ -98,6 +122,8 @@ class Kernel:
         if self.opcodes["LDL"] or self.opcodes["STL"]:
             found.append(f"{self.opcodes['LDL']} LDL and {self.opcodes['STL']} STL")
         found += self.objections_to_loops()
+        if self.values:
+            found += self.objections_to_tile()
         if self.is_sm90a:
             # What makes T itself waits for no other grid.
             wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
@@ -121,10 +147,10 @@ def name_of(demangled: str) -> str:
     rest = re.sub(r"LoraGemmTile<[^>]*>, ", "", rest)
     words = [kernel.removesuffix("_sm80")]
     words += [f"{tile[1]}x{tile[2]}"] if tile else []
-    halves = {"__half": "fp16", "__nv_bfloat16": "bf16"}
+    halves = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "float"}
     types = re.findall(r"\b(?:__half|__nv_bfloat16|float)\b", rest)
     words += [halves[types[0]]] if types else []
-    words += ["float"] if "float" in types else []
+    words += ["float"] if "float" in types[1:] else []
     flags = re.findall(r"\b(true|false)\b", rest)
     meanings = {"lora_gemm": ["MN-major", "masked"], "lora_shrink": ["MN-major", "masked"]}
     meanings["lora_wgrad"] = ["masked"]
@@ -191,6 +217,13 @@ def multiplying_loops(text: str) -> list[MultiplyingLoop]:
     ]
 
 
+def values_of_a_lane(name: str) -> int:
+    """Of a tile of a kernel that dequantises: four chunks of 16 bytes; 0 of others."""
+    if not name.startswith("dequantize"):
+        return 0
+    return 4 * 16 // (4 if name.endswith("float") else 2)
+
+
 def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Kernel]:
     entries = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
@@ -215,6 +248,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
         counts = {opcode: used.count(opcode) for opcode in wanted}
         if "MULTICAST" in counts:
             counts["MULTICAST"] = sum("MULTICAST" in suffix for _, suffix in instructions)
+        tile = sass_paths.tile_of(bodies[mangled]) if name.startswith("dequantize") else []
         kernels.append(
             Kernel(
                 name,
@@ -227,6 +261,9 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
                 counts,
                 wgmma_groups(instructions),
                 multiplying_loops(bodies[mangled]),
+                values_of_a_lane(name),
+                len(tile),
+                sum(map(sass_paths.is_wide_store, tile)),
             )
         )
     return kernels

@@ -111,3 +111,9 @@ def pool(run: Run, seconds: float) -> Result:
     """Replays of a pool's graph while adapters come and go, against a loop over them."""
     command = [child.PYTHON, "-m", "benchmarks.gpu.pool_stress", "--device", run.device]
     return run_command(run, command, seconds)
+
+
+def quantized(run: Run, seconds: float) -> Result:
+    """Weights in 4 bits beside bitsandbytes' kernels, and times of layers on them."""
+    command = [child.PYTHON, "-m", "benchmarks.gpu.quantized", "--device", run.device]
+    return run_command(run, command, seconds)

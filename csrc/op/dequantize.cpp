@@ -1,14 +1,17 @@
 // lora_ext::dequantize_4bit, dequantize_4bit_panels and dequantize_8bit: a frozen weight written as
-// floating values into a tensor of the caller's, on the CPU. Elsewhere the libraries' own kernels
-// write there.
+// floating values into a tensor of the caller's. Panels are of the CPU alone.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <bit>
+#include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "launch/dequantize_launch.h"
 #include "op/check_parts.h"
 #include "route/cpu_operands.h"
 
@@ -18,9 +21,9 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;  // values worth a thread's start, about 5 us
 
 void check(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype,
-           const c10::SymInt& count) {
-  EXPECT(tensor.device().type() == at::kCPU || tensor.is_meta(), "expected ", name,
-         " on the CPU, but got it on ", tensor.device());
+           const c10::SymInt& count, const at::Tensor& out) {
+  EXPECT(tensor.device() == out.device() || tensor.is_meta() || out.is_meta(), "expected ", name,
+         " on out's device, ", out.device(), ", but got it on ", tensor.device());
   EXPECT_TYPE(tensor.scalar_type() == dtype, "expected ", name, " in ", dtype, ", but got ",
               tensor.scalar_type());
   EXPECT(tensor.is_contiguous(), "expected a contiguous ", name, ", but got strides ",
@@ -63,16 +66,16 @@ void check_4bit(const at::Tensor& packed, const at::Tensor& table, const at::Ten
   const char* op = "dequantize_4bit";
   check_out(op, out);
   const c10::SymInt count = out.sym_numel(), blocks = blocks_of(op, count, block);
-  check(op, "packed", packed, at::kByte, (count + 1) / 2);
-  check(op, "table", table, at::kFloat, 16);
-  check(op, "scale", scale, nested.table ? at::kByte : at::kFloat, blocks);
+  check(op, "packed", packed, at::kByte, (count + 1) / 2, out);
+  check(op, "table", table, at::kFloat, 16, out);
+  check(op, "scale", scale, nested.table ? at::kByte : at::kFloat, blocks, out);
   EXPECT(nested.table.has_value() == nested.scale.has_value() &&
              nested.table.has_value() == nested.offset.has_value(),
          "expected all of scale_table, scale_scale and scale_offset, or none");
   if (!nested.table) return;
-  check(op, "scale_table", *nested.table, at::kFloat, 256);
-  check(op, "scale_scale", *nested.scale, at::kFloat, blocks_of(op, blocks, nested.block));
-  check(op, "scale_offset", *nested.offset, at::kFloat, 1);
+  check(op, "scale_table", *nested.table, at::kFloat, 256, out);
+  check(op, "scale_scale", *nested.scale, at::kFloat, blocks_of(op, blocks, nested.block), out);
+  check(op, "scale_offset", *nested.offset, at::kFloat, 1, out);
 }
 
 void dequantize_4bit(const at::Tensor& packed, const at::Tensor& table, const at::Tensor& scale,
@@ -111,9 +114,9 @@ void check_panels(const at::Tensor& packed, const at::Tensor& table, const at::T
   const c10::SymInt rows = out.sym_size(0), cols = out.sym_size(1);
   EXPECT(rows % kRows == 0 && cols % block == 0, "expected rows that ", kRows,
          " divides and columns that the block, ", block, ", divides, but got ", out.sym_sizes());
-  check(op, "packed", packed, at::kByte, rows * cols / 2);
-  check(op, "table", table, at::kFloat, 16);
-  check(op, "scale", scale, at::kBFloat16, cols / block * rows);
+  check(op, "packed", packed, at::kByte, rows * cols / 2, out);
+  check(op, "table", table, at::kFloat, 16, out);
+  check(op, "scale", scale, at::kBFloat16, cols / block * rows, out);
 }
 
 void dequantize_4bit_panels(const at::Tensor& packed, const at::Tensor& table,
@@ -139,8 +142,8 @@ void check_8bit(const at::Tensor& codes, const at::Tensor& scale, const at::Tens
   const char* op = "dequantize_8bit";
   check_out(op, out);
   EXPECT(out.dim() == 2, "expected out of 2 dimensions, but got shape ", out.sym_sizes());
-  check(op, "codes", codes, at::kChar, out.sym_numel());
-  check(op, "scale", scale, at::kFloat, out.sym_size(0));
+  check(op, "codes", codes, at::kChar, out.sym_numel(), out);
+  check(op, "scale", scale, at::kFloat, out.sym_size(0), out);
 }
 
 void dequantize_8bit(const at::Tensor& codes, const at::Tensor& scale, double multiplier,
@@ -155,6 +158,57 @@ void dequantize_8bit(const at::Tensor& codes, const at::Tensor& scale, double mu
       0, out.size(0), std::max<int64_t>(1, kGrain / args.cols),
       [&](int64_t begin, int64_t end) { kernels.eight_bits(args, cpu::Range{begin, end}); });
 }
+
+#ifdef LORA_EXT_WITH_CUDA
+// The kernels shift where they would divide.
+int bits_of(const char* op, const char* name, int64_t block, int least) {
+  EXPECT(std::has_single_bit(static_cast<uint64_t>(block)) && block >> least > 0 &&
+             block <= int64_t{1} << 30,
+         "expected on CUDA a ", name, " that is a power of two from ", 1 << least, " on, but got ",
+         block);
+  return std::countr_zero(static_cast<uint64_t>(block));
+}
+
+void dequantize_4bit_cuda(const at::Tensor& packed, const at::Tensor& table,
+                          const at::Tensor& scale, int64_t block,
+                          const std::optional<at::Tensor>& scale_table,
+                          const std::optional<at::Tensor>& scale_scale,
+                          const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
+                          at::Tensor& out) {
+  const char* op = "dequantize_4bit";
+  const NestedScale nested{scale_table, scale_scale, scale_offset, scale_block};
+  check_4bit(packed, table, scale, block, nested, out);
+  kernel::Dequantize4bitParams params{};
+  params.block_bits = bits_of(op, "block", block, kernel::Dequantize4bitParams::kLeastBlockBits);
+  if (nested.table) params.scale_block_bits = bits_of(op, "scale_block", scale_block, 1);
+  if (out.numel() == 0) return;
+  params.packed = packed.const_data_ptr<uint8_t>();
+  params.table = table.const_data_ptr<float>();
+  if (nested.table) {
+    params.scale_codes = scale.const_data_ptr<uint8_t>();
+    params.scale_table = nested.table->const_data_ptr<float>();
+    params.scale_scale = nested.scale->const_data_ptr<float>();
+    params.scale_offset = nested.offset->const_data_ptr<float>();
+  } else {
+    params.scale = scale.const_data_ptr<float>();
+  }
+  cuda::dequantize(params, out);
+}
+
+void dequantize_8bit_cuda(const at::Tensor& codes, const at::Tensor& scale, double multiplier,
+                          at::Tensor& out) {
+  const char* op = "dequantize_8bit";
+  check_8bit(codes, scale, out);
+  EXPECT(out.size(1) <= std::numeric_limits<int32_t>::max(),
+         "expected on CUDA fewer than 2^31 columns, but got ", out.size(1));
+  if (out.numel() == 0) return;
+  kernel::Dequantize8bitParams params{};
+  params.codes = codes.const_data_ptr<int8_t>();
+  params.scale = scale.const_data_ptr<float>();
+  params.multiplier = static_cast<float>(multiplier);
+  cuda::dequantize(params, out);
+}
+#endif  // LORA_EXT_WITH_CUDA
 
 void dequantize_4bit_meta(const at::Tensor& packed, const at::Tensor& table,
                           const at::Tensor& scale, int64_t block,
@@ -197,6 +251,13 @@ TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   m.impl("dequantize_4bit_panels", TORCH_FN(dequantize_4bit_panels));
   m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit));
 }
+
+#ifdef LORA_EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
+  m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit_cuda));
+  m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit_cuda));
+}
+#endif
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
   m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit_meta));

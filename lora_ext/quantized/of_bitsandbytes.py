@@ -6,8 +6,8 @@
                     panels of 32 rows with absmax in bfloat16
     Linear8bitLt    W = code * (SCB / 127), a scale for each row
 
-On the CPU by kernels of this package, bit for bit what bitsandbytes computes, without the temporary
-tensors of its own; on CUDA by bitsandbytes' kernels.
+By kernels of this package, bit for bit what bitsandbytes computes, without the temporary tensors of
+its own; on a device that these do not run on, by bitsandbytes' kernels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .base import QuantizedBase, product_dtype
+from .devices import has_kernels
 from .weight import QuantizedWeight
 
 _ops = torch.ops.lora_ext
@@ -44,7 +45,7 @@ class FourBitWeight(QuantizedWeight):
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
         codes = self.packed.detach().view(torch.uint8).view(-1)
-        if self.device.type != "cpu" and not codes.is_meta:
+        if not (codes.is_meta or has_kernels(self.device)):
             self._dequantize_by_library(codes, out)
         elif self.in_panels:
             _ops.dequantize_4bit_panels(codes, state.code, state.absmax, state.blocksize, out)
@@ -87,7 +88,7 @@ class EightBitWeight(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        if self.device.type == "cpu":
+        if has_kernels(self.device):
             _ops.dequantize_8bit(self.codes.contiguous(), self.scale, 1.0 / 127.0, out)
         else:
             factor = self.scale.unsqueeze(1).mul(1.0 / 127.0)

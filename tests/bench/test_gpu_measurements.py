@@ -11,7 +11,7 @@ from bench_helpers import QUICK, small
 import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
 from benchmarks.adapters import measure as many
-from benchmarks.gpu import cases, cells, pool_stress, profile, stress
+from benchmarks.gpu import cases, cells, pool_stress, profile, quantized, stress
 from benchmarks.problem import make_problem
 from lora_ext.nn.layer_pool import LayerPool
 
@@ -189,6 +189,51 @@ def test_every_kind_of_change_is_made():
     with torch.no_grad():
         made = {pool_stress.change(one, dice).split()[0] for _ in range(60)}
     assert made == {"rows", "add", "replace", "write", "remove"}
+
+
+def test_weights_in_four_bits_have_every_bit_and_steps_on_them_are_timed(monkeypatch, capsys):
+    """With the formula for bitsandbytes' own kernels, which may not be there."""
+    monkeypatch.setattr(quantized, "by_library", quantized.by_formula)
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: name)
+    assert quantized.main(["--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 12 weights in NF4 differ from bitsandbytes" in said
+    for what in ("dequantise", "dequantise by bitsandbytes", "step, dense", "step, NF4"):
+        assert f"{what} " in said
+    assert "step, bitsandbytes and PEFT" in said
+
+
+def test_a_weight_in_four_bits_with_another_bit_is_said(monkeypatch, capsys):
+    right = quantized.by_formula
+
+    def wrong(weight, dtype):
+        dense = right(weight, dtype)
+        dense[-1, -1] += 1
+        return dense
+
+    monkeypatch.setattr(quantized, "by_formula", wrong)
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantized, "_TIMED", {"cpu": []})
+    assert quantized.main(["--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert "bitsandbytes is missing" in said and "1 values differ" in said
+    assert "12 of 12 weights in NF4 differ from the formula" in said
+
+
+def test_both_ways_of_a_step_in_four_bits_agree(monkeypatch):
+    monkeypatch.setattr(quantized, "by_library", quantized.by_formula)
+    one = quantized.problem(96, 40, "cpu")
+    found = []
+    factors = (one.lora_a, one.lora_b)
+    ways = (
+        one.by_peft,
+        lambda: lora_ext.lora_linear(one.x, one.weight, *factors, scaling=quantized._SCALING),
+    )
+    for way in ways:
+        one.step(way)()
+        found.append([leaf.grad.float() for leaf in (one.x, *factors)])
+    for one_grad, other in zip(*found, strict=True):
+        assert (one_grad - other).abs().max() <= 2**-6 * other.abs().max()
 
 
 def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):

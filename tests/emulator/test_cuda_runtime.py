@@ -194,11 +194,213 @@ def test_dropout_on_cuda_has_the_bits_of_the_cpu():
     python(DROPOUT)
 
 
+# Quantised weights
+
+
+DEQUANTIZE = """
+card(80)
+ops = torch.ops.lora_ext
+there = torch.device("cuda", 1)
+generator = torch.Generator().manual_seed(0)
+
+def after(tensor, before):  # as it is, behind so many elements
+    whole = torch.zeros(before + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    whole[before:] = tensor.flatten()
+    return whole[before:].view(tensor.shape)
+
+def both(op, tensors, numbers, shape, dtype, before, before_out):
+    expected = torch.empty(shape, dtype=dtype)
+    op(*tensors, *numbers, expected)
+    given = [each if each is None else after(each.to(there), before) for each in tensors]
+    out = after(torch.full(shape, float("nan"), dtype=dtype, device=there), before_out)
+    op(*given, *numbers, out)
+    assert torch.equal(out.cpu(), expected), (op, shape, dtype, before, before_out)
+
+def four_bits(packed, table, scale, one, two, three, block, scale_block, out):
+    ops.dequantize_4bit(packed, table, scale, block, one, two, three, scale_block, out)
+
+def eight_bits(codes, scale, multiplier, out):
+    ops.dequantize_8bit(codes, scale, multiplier, out)
+
+def floats(*shape):
+    return torch.randn(shape, generator=generator)
+
+def bytes_of(*shape):
+    return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+
+record()
+launched = 0
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for shape, block, *before in (
+        ((64, 512), 64, 0, 0), ((3, 5), 32, 0, 0), ((40, 250), 4096, 0, 0),
+        ((9, 1000), 128, 1, 0), ((9, 1000), 128, 0, 1),
+    ):
+        count = shape[0] * shape[1]
+        packed, blocks = bytes_of((count + 1) // 2), -(-count // block)
+        tensors = (packed, floats(16), floats(blocks), None, None, None)
+        both(four_bits, tensors, (block, 2), shape, dtype, *before)
+        nested = (floats(256), floats(-(-blocks // 16)), floats(1))
+        tensors = (packed, floats(16), bytes_of(blocks), *nested)
+        both(four_bits, tensors, (block, 16), shape, dtype, *before)
+        tensors = (bytes_of(*shape).view(torch.int8), floats(shape[0]))
+        both(eight_bits, tensors, (1.0 / 127.0,), shape, dtype, *before)
+        launched += 3
+calls = record()
+assert [each["call"] for each in calls] == ["cudaLaunchKernelEx"] * launched, calls
+assert {kernel_of(each) for each in calls} == {"dequantize4bit", "dequantize8bit"}
+assert {each["device"] for each in calls} == {1} and current_device() == 0 and last_error() == 0
+"""
+
+
+def test_a_weight_dequantised_on_cuda_has_the_bits_of_the_cpu():
+    python(DEQUANTIZE)
+
+
+def test_a_layer_on_a_quantised_base_dequantises_twice():
+    """Once for each direction, with scales that are quantised, by one launch each."""
+    python("""
+from types import SimpleNamespace
+from lora_ext.quantized import workspace
+from lora_ext.quantized.linear import Call, _QuantizedLinear
+from lora_ext.quantized.of_bitsandbytes import EightBitWeight, FourBitWeight
+
+card(80)
+_C.set_cuda_route("kernel")
+there = torch.device("cuda", 1)
+generator = torch.Generator().manual_seed(0)
+n, k, rows, rank = 136, 96, 70, 8
+
+# Of the function alone: autograd's engine would look for a device of torch's own.
+class Context:
+    needs_input_grad = (False, True, False, True, True)
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+def made(*shape):
+    return 0.3 * torch.randn(shape, generator=generator)
+
+def four_bits(device):
+    generator.manual_seed(1)
+    second = SimpleNamespace(code=made(256), absmax=made(1).abs(), blocksize=256)
+    state = SimpleNamespace(
+        shape=(n, k), dtype=torch.bfloat16, quant_type="nf4", blocksize=64, nested=True,
+        code=made(16), absmax=torch.randint(0, 256, (n * k // 64,), generator=generator).byte(),
+        offset=torch.tensor(0.5), state2=second,
+    )
+    for each in (second, state):
+        for name, value in vars(each).items():
+            if isinstance(value, torch.Tensor):
+                setattr(each, name, value.to(device))
+    packed = torch.randint(0, 256, (n * k // 2, 1), generator=generator).byte().to(device)
+    return FourBitWeight(packed, state)
+
+def eight_bits(device):
+    generator.manual_seed(1)
+    codes = torch.randint(-127, 128, (n, k), generator=generator).to(torch.int8)
+    return EightBitWeight(codes.to(device), made(n).abs().to(device))
+
+for weight, kernel in ((four_bits, "dequantize4bit"), (eight_bits, "dequantize8bit")):
+    dense = weight("cpu").dequantize(torch.bfloat16)
+    generator.manual_seed(2)
+    x, a, b, grad = (made(*s).bfloat16() for s in ((rows, k), (rank, k), (n, rank), (rows, n)))
+    wanted = [each.detach().clone().requires_grad_() for each in (x, a, b)]
+    y = lora_ext.lora_linear(wanted[0], dense, *wanted[1:], scaling=2.0)
+    y.backward(grad)
+    given, quantized = [each.to(there) for each in (x, a, b)], weight(there)
+    lora_ext.lora_linear(given[0], quantized, *given[1:], scaling=2.0)  # the kernels' checks
+    record()
+    context = Context()
+    found = _QuantizedLinear.forward(
+        context, Call(quantized, 2.0, 0.0, None), given[0], None, *given[1:]
+    )
+    forward = [kernel_of(each) for each in record() if each["call"] == "cudaLaunchKernelEx"]
+    _, dx, _, da, db = _QuantizedLinear.backward(context, grad.to(there))
+    backward = [kernel_of(each) for each in record() if each["call"] == "cudaLaunchKernelEx"]
+    assert forward[0] == backward[0] == kernel and "gemm" in forward and "gemm" in backward
+    assert (forward + backward).count(kernel) == 2, (forward, backward)
+    results = [each.cpu() for each in (found, dx, da, db)]
+    assert close(results, [y.detach(), *(each.grad for each in wanted)])
+    assert workspace.nbytes(there) == 2 * n * k
+assert last_error() == 0
+""")
+
+
+def test_dequantising_on_cuda_says_what_it_cannot_do():
+    python("""
+card(80)
+there = torch.device("cuda", 1)
+ops = torch.ops.lora_ext
+
+def call(block=64, scale_block=None, table=there, cols=8):
+    packed, scale = torch.zeros(4 * cols, dtype=torch.uint8, device=there), torch.zeros(1)
+    out = torch.empty(8, cols, device=there)
+    none = (None, None, None, 2)
+    if scale_block is not None:
+        scale = scale.byte()
+        none = (torch.zeros(256).to(there), torch.zeros(1).to(there), torch.zeros(1).to(there))
+        none = (*none, scale_block)
+    scale = scale.to(there)
+    ops.dequantize_4bit(packed, torch.zeros(16, device=table), scale, block, *none, out)
+
+def refused(words, **options):
+    try:
+        call(**options)
+    except RuntimeError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(options)
+
+call()
+refused("on CUDA a block that is a power of two from 32 on, but got 96", block=96)
+refused("on CUDA a scale_block that is a power of two from 2 on, but got 6", scale_block=6)
+refused("expected table on out's device, cuda:1, but got it on cpu", table="cpu")
+fail("cudaLaunchKernelEx", 1, NO_IMAGE)
+refused("dequantising on cuda:1 failed: no kernel image")
+call()
+assert failures_left() == 0 and last_error() == 0 and current_device() == 0
+""")
+
+
+def test_a_device_that_cannot_run_them_is_left_to_the_library():
+    python("""
+from lora_ext.quantized import devices
+
+card(80)
+first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    torch.cuda.is_current_stream_capturing = lambda: True
+    assert not devices.has_kernels(second)  # nobody may wait for a graph
+    torch.cuda.is_current_stream_capturing = lambda: False
+    fail("cudaLaunchKernelEx", 1, NO_IMAGE)
+    assert not devices.has_kernels(first) and devices.has_kernels(second)
+    assert not devices.has_kernels(first)  # it is asked once
+    record()
+    assert devices.has_kernels(second) and not record()
+assert failures_left() == 0 and last_error() == 0
+""")
+
+
+@pytest.mark.parametrize("mutant", ["dequantize_lower_half_first", "dequantize_scale_fused"])
+def test_kernels_that_dequantise_wrongly_are_not_used(mutant):
+    python(f"""
+from lora_ext.quantized import devices
+
+card(80)
+plant({mutant!r})
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert not devices.has_kernels(torch.device("cuda", 0))
+assert "failed their check on cuda:0" in str(said[0].message)
+""")
+
+
 @pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("cuda")])
 def test_a_wrong_call_of_cuda_is_seen(mutant):
     seen = []
     calls = asked(90, "kernel", "rank=40"), asked(80, "kernel", "rank=24"), FIRST_USE, DROPOUT
-    for code in calls:
+    for code in (*calls, DEQUANTIZE):
         try:
             python(f"plant({mutant!r})\n{code}")
         except AssertionError as error:

@@ -43,6 +43,12 @@ EDITS = [
     ),
     ("lora_split.h", "const int64_t at = row", "const int at = row", NARROWED),
     (
+        "dequantize_4bit.h",
+        "const int64_t first = Tile::first(), end",
+        "const int first = static_cast<int>(Tile::first()); const int64_t end",
+        CUT,
+    ),
+    (
         "lora_shrink_sm80.h",
         "static_cast<int64_t>(blockIdx.z) * p.m * p.columns",
         "blockIdx.z * p.m * p.columns",

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.kernels
 sys.path.insert(0, str(build.ROOT / "scripts"))
 import sass  # noqa: E402
 import sass_kernels  # noqa: E402
+import sass_paths  # noqa: E402
 
-KERNELS = {"sm_80": 56 + 98, "sm_90a": 56 + 98 + 72 + 36}
+KERNELS = {"sm_80": 56 + 98 + 6, "sm_90a": 56 + 98 + 6 + 72 + 36}
 
 
 @pytest.fixture(scope="module", params=KERNELS)
@@ -103,6 +104,45 @@ def test_what_is_wrong_with_wgmma_is_named(changes, words):
     assert sm90a_kernel().objections() == []
     [line] = sm90a_kernel(**changes).objections()
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "tile", "stores", "words"),
+    [
+        ("dequantize_4bit bf16", 32, 206, 4, None),
+        ("dequantize_4bit float", 16, 142, 4, None),
+        ("dequantize_4bit bf16", 32, 330, 4, "10.3 instructions a value"),
+        ("dequantize_4bit float", 16, 330, 4, "20.6 instructions a value"),
+        ("dequantize_8bit fp16", 32, 206, 0, "0 stores of 16 bytes"),
+    ],
+)
+def test_what_is_wrong_with_a_tile_is_named(name, values, tile, stores, words):
+    opcodes = dict.fromkeys(sass_kernels.OPCODES, 0)
+    fields = {"opcodes": opcodes, "values": values, "tile": tile, "wide_stores": stores}
+    found = sass_kernels.Kernel(name, "sm_80", 256, 0, 32, **fields).objections()
+    assert (found == []) == (words is None) and all(words in line for line in found)
+
+
+TILE = """
+.text.kernel:
+        /*0000*/               @P0 BRA `(.L_x_1) ;
+        /*0010*/                   STG.E.U16 desc[UR4][R2.64], R0 ;
+        /*0020*/                   EXIT ;
+.L_x_1:
+        /*0030*/                   BRA.DIV UR6, `(.L_x_2) ;
+        /*0040*/                   SHFL.IDX PT, R6, R20, R33, 0x1f ;
+        /*0050*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_a_tile_is_the_way_past_the_wide_stores_of_a_whole_warp():
+    addresses = [each.address for each in sass_paths.tile_of(TILE)]
+    assert addresses == [0x00, 0x30, 0x40, 0x50, 0x60]
+    assert sass_paths.tile_of(TILE.replace(".128", "")) == []
 
 
 def test_only_the_jobs_of_an_in_grid_kernel_may_have_memory_barriers():

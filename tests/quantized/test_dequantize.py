@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from lora_ext import _C
+from lora_ext.quantized import devices
 
 ops = torch.ops.lora_ext
 DTYPES = (F32, BF16, F16)
@@ -113,6 +114,62 @@ def test_the_same_bits_whatever_the_threads():
         found.append(out)
     torch.set_num_threads(threads)
     assert all(torch.equal(out, found[0]) for out in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("nested", [None, 16, 256])
+@pytest.mark.parametrize(
+    ("count", "block"), [(1 << 20, 64), (1 << 20, 4096), (12345, 32), (999, 256), (1, 64)]
+)
+def test_four_bits_on_cuda(count, block, nested, dtype, cuda):
+    packed, scale, parts, expected = four_bit_case(count, block, nested=nested)
+    packed, table, scale, *parts = (
+        part.to(cuda) if isinstance(part, torch.Tensor) else part
+        for part in (packed, TABLE, scale, *parts)
+    )
+    for before in (0, 1):  # aligned, and not
+        out = torch.full((before + count,), float("nan"), dtype=dtype, device=cuda)[before:]
+        ops.dequantize_4bit(packed, table, scale, block, *parts, out)
+        assert torch.equal(out.cpu(), expected.to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(("rows", "cols"), [(512, 4096), (70, 33), (4096, 32), (3, 8)])
+def test_eight_bits_on_cuda(rows, cols, dtype, cuda):
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(-128, 128, (rows, cols), generator=generator).to(torch.int8)
+    scale = torch.rand(rows, generator=generator) * 5
+    out, expected = (torch.empty(rows, cols, dtype=dtype, device=d) for d in (cuda, "cpu"))
+    ops.dequantize_8bit(codes, scale, 1.0 / 127.0, expected)
+    ops.dequantize_8bit(codes.to(cuda), scale.to(cuda), 1.0 / 127.0, out)
+    assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_the_check_of_a_device_is_right_and_sees_another_formula(dtype, isa, monkeypatch):
+    cpu = torch.device("cpu")
+    assert not devices._differs(cpu, dtype)
+    once = devices._scales_of
+    monkeypatch.setattr(devices, "_scales_of", lambda *parts: once(*parts[:3], parts[3] * 1.01))
+    assert devices._differs(cpu, dtype)
+
+
+def test_a_device_without_kernels():
+    assert devices.has_kernels(torch.device("cpu"))
+    assert not devices._are_right(torch.device("meta"))
+
+
+def test_a_device_without_memory_is_asked_again(monkeypatch):
+    def fails(device, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(devices, "_differs", fails)
+    meta = torch.device("meta")
+    with pytest.raises(torch.OutOfMemoryError):
+        devices.has_kernels(meta)
+    assert meta not in devices._found
 
 
 def test_registration():

@@ -4,6 +4,7 @@ import ctypes
 import json
 import re
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 
@@ -15,6 +16,8 @@ _runtime = ctypes.CDLL(_C.__file__)
 _runtime.emulated_cuda_record.restype = ctypes.c_char_p
 torch.cuda._lazy_init = lambda: None  # which a torch without CUDA raises an error in
 torch.cuda.current_device = _runtime.emulated_cuda_device
+torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)
+torch.cuda.is_current_stream_capturing = lambda: False
 
 OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_DEVICE, INVALID_DEVICE, NO_IMAGE, LAUNCH_FAILURE = (
     2,

@@ -2,6 +2,7 @@
 // rather than compile its own. Where a tool is to read all kernels in one file, it says
 // ALL_KERNELS_IN_THIS_FILE.
 #pragma once
+#include "emulator/kernels/dequantize.h"
 #include "emulator/kernels/lora_dsdb_sm80.h"
 #include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
 #include "emulator/kernels/lora_gemm_sm80.h"
@@ -13,6 +14,9 @@
 #ifndef ALL_KERNELS_IN_THIS_FILE
 namespace lora_ext::kernel {
 
+#define EXTERN_INSTANCES(variant, ...) DEQUANTIZE_INSTANCES(extern template, __VA_ARGS__)
+DEQUANTIZE_VARIANTS(EXTERN_INSTANCES)
+#undef EXTERN_INSTANCES
 #define EXTERN_INSTANCE(variant, ...) extern LORA_DSDB_SM80_INSTANCE(__VA_ARGS__);
 LORA_DSDB_SM80_VARIANTS(EXTERN_INSTANCE)
 #undef EXTERN_INSTANCE

@@ -127,6 +127,10 @@ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
+/// Rounded on its own: never part of a fused multiply-add, to which the compiler may turn a product
+/// and a sum.
+[[gnu::noinline]] inline float __fmul_rn(float a, float b) { return a * b; }
+[[gnu::noinline]] inline float __fadd_rn(float a, float b) { return a + b; }
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline int __ffs(int value) { return __builtin_ffs(value); }

@@ -47,6 +47,7 @@ PROGRAMS = {
     ),
     "lora_dsdb_sm80": ("lora_dsdb_sm80", "tile_copy_sm80"),
     "lora_split": ("lora_split", "halves"),
+    "dequantize": ("dequantize_4bit", "dequantize_8bit", "dequantized_tile"),
     "lora_grouped_segments": (
         "lora_grouped_segments",
         "lora_grouped_ranks",

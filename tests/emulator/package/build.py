@@ -44,7 +44,8 @@ def sources(pattern: str) -> list[str]:
 
 def objects() -> list[build.Object]:
     with_torch = [*sources("**/*.cpp"), DEVICE]
-    with_torch.remove("../../csrc/library/dropout_launch.cpp")
+    for name in ("library/dropout_launch", "launch/dequantize_launch"):
+        with_torch.remove(f"../../csrc/{name}.cpp")
     return [
         build.Object(FLAVOUR, KERNELS, kernels=True),
         *build.kernel_objects(FLAVOUR),

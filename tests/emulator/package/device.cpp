@@ -21,6 +21,7 @@
 #include "emulator/kernels/lora_linear_sequence.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
+#include "launch/dequantize_launch.h"
 #include "library/dropout_launch.h"
 
 namespace lora_ext::cuda {
@@ -123,5 +124,7 @@ std::string launch_grouped_backward(Half half, const plan::GroupedPlan& plan,
 // Of CUDA tensors, which there are none of.
 void drop(const at::Tensor&, at::Tensor&, const DropoutArgs&, int64_t) { std::abort(); }
 void dropout_mask(at::Tensor&, const DropoutArgs&) { std::abort(); }
+void dequantize(kernel::Dequantize4bitParams, const at::Tensor&) { std::abort(); }
+void dequantize(kernel::Dequantize8bitParams, const at::Tensor&) { std::abort(); }
 
 }  // namespace lora_ext::cuda

@@ -7,6 +7,7 @@ controls.py    legal edits, which must raise no alarm
 """
 
 from emulator.mutants.faults.controls import CONTROLS
+from emulator.mutants.faults.dequantize import DEQUANTIZE
 from emulator.mutants.faults.epilogue import EPILOGUE
 from emulator.mutants.faults.grouped import GROUPED
 from emulator.mutants.faults.host import HOST
@@ -17,4 +18,7 @@ from emulator.mutants.faults.products import PRODUCTS
 from emulator.mutants.faults.set_up import SET_UP
 from emulator.mutants.faults.thought import THOUGHT
 
-FAULTS = [*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MAPS, *HOST, *GROUPED, *CONTROLS]
+FAULTS = [
+    *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MAPS, *HOST, *GROUPED),
+    *(*DEQUANTIZE, *CONTROLS),
+]

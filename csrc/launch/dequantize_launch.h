@@ -1,0 +1,15 @@
+// Where the tensors of a quantised weight on CUDA become raw pointers: device guard, current
+// stream, launch errors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "kernel/dequantize.h"
+
+namespace lora_ext::cuda {
+
+// Writes `out`, whose dtype it takes, on its device: the rest of the parameters is the caller's.
+void dequantize(kernel::Dequantize4bitParams params, const at::Tensor& out);
+void dequantize(kernel::Dequantize8bitParams params, const at::Tensor& out);
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,65 @@
+"""Which devices dequantise by kernels of this package."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.lora_ext
+_found: dict[torch.device, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def has_kernels(device: torch.device) -> bool:
+    """Whether this build's kernels run there, and are right about a small weight.
+
+    Asked once for each device, at the first weight on it; while a CUDA graph is captured, which
+    nobody may wait for, the answer is no and is not kept. Where it is no, as in a build without
+    CUDA or on another card, libraries' own kernels are to run.
+    """
+    if device.type == "cpu":
+        return True
+    if device not in _found:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _found[device] = _are_right(device)
+    return _found[device]
+
+
+def _are_right(device: torch.device) -> bool:
+    try:
+        wrong = [dtype for dtype in (torch.float32, torch.bfloat16) if _differs(device, dtype)]
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
+    except RuntimeError:  # NotImplementedError, where the op has no kernel, is one
+        return False
+    if wrong:
+        warnings.warn(
+            f"lora_ext: the kernels that dequantise failed their check on {device}, in {wrong[0]}: "
+            "the libraries' own are used there",
+            stacklevel=2,
+        )
+    return not wrong
+
+
+def _differs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Of every code beside every other, in tiles and what is left of one."""
+    codes = torch.arange(2100, device=device) * 37 % 256
+    table, scales = (torch.linspace(-1.3, 1.7, n, device=device) ** 3 for n in (16, 256))
+    scale = torch.arange(66, device=device) * 5
+    factor, offset = torch.linspace(0.1, 3, 5, device=device), torch.full((1,), 0.7, device=device)
+    out = torch.empty(4200, dtype=dtype, device=device)
+    packed, quantised = codes.to(torch.uint8), scale.to(torch.uint8)
+    nested = (scales, factor, offset, 16)
+    _ops.dequantize_4bit(packed, table, quantised, 64, *nested, out)
+    values = table[torch.stack([codes >> 4, codes & 15], 1).flatten()]
+    expected = values * _scales_of(scales, scale % 256, factor, offset)
+    return not torch.equal(out, expected.to(dtype))
+
+
+def _scales_of(scales: Tensor, codes: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    made = scales[codes] * factor.repeat_interleave(16)[: len(codes)]
+    made = made + offset  # rounded twice
+    return made.repeat_interleave(64)[:4200]

@@ -1,0 +1,267 @@
+// Runs dequantize_4bit and dequantize_8bit on weights of any size, block, alignment and type, and
+// compares every bit with float64, rounded as the CPU's kernels round. The race build counts bytes,
+// too: those of the weight are written once, those of codes read once.
+#include "emulator/kernels/dequantize.h"
+
+#include "cpu/dtypes.h"
+#include "emulator/counts/counters.h"
+#include "emulator/emulator.h"
+#include "emulator/kernels/operand.h"
+#include "emulator/kernels/variants.h"
+
+namespace lora_ext::kernel {
+
+#define EXTERN_INSTANCES(variant, ...) DEQUANTIZE_INSTANCES(extern template, __VA_ARGS__)
+DEQUANTIZE_VARIANTS(EXTERN_INSTANCES)
+
+namespace {
+
+using emulator::GlobalBuffer;
+using kernels::Case;
+
+using Random = std::mt19937_64;
+
+float draw(Random& random, double scale = 1) {
+  return static_cast<float>(std::uniform_real_distribution<double>(-scale, scale)(random));
+}
+
+std::vector<float> draw_floats(int64_t count, Random& random) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = draw(random, std::ldexp(1, static_cast<int>(random() % 9)));
+  return values;
+}
+
+// Of floats, in double and rounded once; in a function of its own, which no compiler fuses.
+[[gnu::noinline]] float times(float a, float b) {
+  return static_cast<float>(static_cast<double>(a) * b);
+}
+[[gnu::noinline]] float plus(float a, float b) {
+  return static_cast<float>(static_cast<double>(a) + b);
+}
+
+// The bits of a value in T, as csrc/cpu/ rounds to it.
+template <class T>
+uint32_t bits_of(float value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return cpu::float_to_bits(value);
+  } else {
+    std::conditional_t<std::is_same_v<T, __half>, cpu::Float16, cpu::BFloat16> half;
+    cpu::from_float(value, &half);
+    return half.bits;
+  }
+}
+template <class T>
+uint32_t bits_of_element(const T& element) {
+  uint32_t bits = 0;
+  memcpy(&bits, &element, sizeof element);
+  return bits;
+}
+
+// Values to write, `before` elements into a buffer that has some behind them, too.
+template <class T>
+struct Written {
+  static constexpr int64_t kBehind = 3;
+  static inline const T kUnwritten = kernels::from_double<T>(-12345);
+  int64_t before, count;
+  GlobalBuffer<T> buffer;
+
+  Written(int64_t before_, int64_t count_)
+      : before(before_),
+        count(count_),
+        buffer(static_cast<size_t>(before_ + count_ + kBehind), "out") {
+    buffer.fill(kUnwritten);
+  }
+  T* data() { return buffer.data() + before; }
+
+  std::string compare(const std::vector<float>& expected) const {
+    for (int64_t i = -before; i < count + kBehind; ++i) {
+      const bool inside = i >= 0 && i < count;
+      const uint32_t wanted =
+          inside ? bits_of<T>(expected[static_cast<size_t>(i)]) : bits_of_element(kUnwritten);
+      const uint32_t got = bits_of_element(buffer[static_cast<size_t>(before + i)]);
+      if (got != wanted)
+        return emulator::format("out[%lld]: expected bits %x, but got %x",
+                                static_cast<long long>(i), wanted, got);
+    }
+    return "";
+  }
+};
+
+// Of a launch: "" or what was read or written more than once. A warp reads `around` bytes beside
+// its codes.
+template <class T>
+std::string count_bytes(int64_t count, double code_bytes, bool aligned, int64_t around) {
+  if (!kernels::kRaceChecked || !aligned) return "";
+  const emulator::Counters counted = emulator::counters();
+  const uint64_t* bytes = counted.global_bytes;
+  const uint64_t stored = bytes[static_cast<int>(emulator::GlobalAccess::Store)];
+  const uint64_t loaded = bytes[static_cast<int>(emulator::GlobalAccess::Load)];
+  const int64_t whole = count / DequantizedTile<T>::kValues * DequantizedTile<T>::kValues;
+  if (stored != static_cast<uint64_t>(count) * sizeof(T))
+    return emulator::format("%llu bytes stored of %lld values",
+                            static_cast<unsigned long long>(stored), static_cast<long long>(count));
+  if (whole != count) return "";
+  const auto expected =
+      static_cast<uint64_t>(static_cast<double>(count) * code_bytes +
+                            static_cast<double>(count / DequantizedTile<T>::kValues * around));
+  return loaded == expected ? ""
+                            : emulator::format("%llu bytes loaded, expected %llu",
+                                               static_cast<unsigned long long>(loaded),
+                                               static_cast<unsigned long long>(expected));
+}
+
+// Whole tiles; one value less, or more; or anything.
+template <class T>
+int64_t draw_count(int most_tiles, Random& random) {
+  constexpr int64_t kTile = DequantizedTile<T>::kValues;
+  const auto tiles = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(most_tiles));
+  const auto kind = random() % 4;
+  if (kind == 0) return tiles * kTile;
+  if (kind == 1) return tiles * kTile - 1;
+  if (kind == 2) return tiles * kTile + 1;
+  return 1 + static_cast<int64_t>(random() % static_cast<uint64_t>(tiles * kTile));
+}
+
+template <class T>
+emulator::LaunchConfig grid_of(int64_t count) {
+  constexpr int64_t kBlockValues = DequantizedTile<T>::kBlockValues;
+  return {.grid = dim3(static_cast<unsigned>((count + kBlockValues - 1) / kBlockValues)),
+          .block = dim3(kDequantizeThreads)};
+}
+
+// A weight in 4 bits, with scales that are floats, or codes themselves.
+struct FourBits {
+  int64_t count, block, blocks, scale_block;
+  bool nested;
+  int64_t before;  // bytes in front of the codes
+  GlobalBuffer<uint8_t> packed;
+  GlobalBuffer<float> table, scale;
+  GlobalBuffer<uint8_t> scale_codes;
+  GlobalBuffer<float> scale_table, scale_scale, scale_offset;
+
+  FourBits(int64_t count_, int64_t block_, bool nested_, int64_t before_, Random& random)
+      : count(count_),
+        block(block_),
+        blocks((count + block - 1) / block),
+        scale_block(int64_t{2} << random() % 8),
+        nested(nested_),
+        before(before_),
+        packed(static_cast<size_t>(before + (count + 1) / 2), "packed"),
+        table(draw_floats(16, random), "table"),
+        scale(draw_floats(nested ? 1 : blocks, random), "scale"),
+        scale_codes(static_cast<size_t>(nested ? blocks : 1), "scale codes"),
+        scale_table(draw_floats(256, random), "scale table"),
+        scale_scale(draw_floats((blocks + scale_block - 1) / scale_block, random), "scale scale"),
+        scale_offset(draw_floats(1, random), "scale offset") {
+    fill(packed, random), fill(scale_codes, random);
+  }
+  static void fill(GlobalBuffer<uint8_t>& bytes, Random& random) {
+    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
+    emulator::race_host_write(bytes.data(), bytes.size());
+  }
+
+  Dequantize4bitParams parameters() const {
+    Dequantize4bitParams p{};
+    p.packed = packed.data() + before, p.table = table.data(), p.count = count;
+    p.block_bits = std::countr_zero(static_cast<uint64_t>(block));
+    if (nested) {
+      p.scale_codes = scale_codes.data(), p.scale_table = scale_table.data();
+      p.scale_scale = scale_scale.data(), p.scale_offset = scale_offset.data();
+      p.scale_block_bits = std::countr_zero(static_cast<uint64_t>(scale_block));
+    } else {
+      p.scale = scale.data();
+    }
+    return p;
+  }
+  float scale_of_block(int64_t b) const {
+    const auto at = static_cast<size_t>(b);
+    if (!nested) return scale[at];
+    return plus(times(scale_table[scale_codes[at]], scale_scale[at / scale_block]),
+                scale_offset[0]);
+  }
+  std::vector<float> values() const {
+    std::vector<float> found;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t byte = packed[static_cast<size_t>(before + i / 2)];
+      found.push_back(times(table[i % 2 ? byte & 15 : byte >> 4], scale_of_block(i / block)));
+    }
+    return found;
+  }
+};
+
+template <class T>
+std::string run_four_bits(const Case& run, Random& random) {
+  const auto [name, tiles, most_block, odd] = run.size;
+  const int64_t block = most_block >> random() % 3;
+  const bool aligned = !odd || random() % 2 == 0;
+  const FourBits weight(draw_count<T>(tiles, random), block, random() % 2,
+                        aligned ? 4 * static_cast<int64_t>(random() % 3) : 1, random);
+  // Of the two, one alone may begin in the middle of a chunk.
+  Written<T> out(aligned || random() % 2 == 0 ? 0 : 1, weight.count);
+  Dequantize4bitParams p = weight.parameters();
+  p.out = out.data(), p.aligned = aligned;
+  emulator::Stream stream;
+  stream.launch(grid_of<T>(weight.count), dequantize_4bit<T>, p);
+  kernels::run_timed(stream);
+  const std::string difference = out.compare(weight.values());
+  if (!difference.empty()) return difference;
+  const int64_t scale_bytes = weight.nested ? 1 + 3 * sizeof(float) : sizeof(float);
+  return count_bytes<T>(weight.count, 0.5, aligned,
+                        32 * (scale_bytes + static_cast<int64_t>(sizeof(float))));
+}
+
+template <class T>
+std::string run_eight_bits(const Case& run, Random& random) {
+  constexpr int64_t kChunk = DequantizedTile<T>::kChunk;
+  const auto [name, tiles, most_columns, odd] = run.size;
+  const bool aligned = !odd || random() % 2 == 0;
+  // Rows of a chunk or more, of which tiles may have a whole number; unaligned ones of any number
+  // of columns.
+  auto columns = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(most_columns));
+  if (aligned) columns = kChunk * (random() % 2 ? columns : int64_t{1} << random() % 6);
+  const int64_t rows = (draw_count<T>(tiles, random) + columns - 1) / columns;
+  const int64_t count = rows * columns, before = aligned ? 8 * int64_t(random() % 3) : 3;
+  GlobalBuffer<int8_t> codes(static_cast<size_t>(before + count), "codes");
+  for (int8_t& code : codes) code = static_cast<int8_t>(random());
+  emulator::race_host_write(codes.data(), codes.size());
+  const GlobalBuffer<float> scale(draw_floats(rows, random), "scale");
+  Written<T> out(aligned || random() % 2 == 0 ? 0 : 1, count);
+  const float multiplier = random() % 2 ? 1.f : 1.f / 127.f;
+  Dequantize8bitParams p{};
+  p.codes = codes.data() + before, p.scale = scale.data(), p.multiplier = multiplier;
+  p.count = count, p.columns = static_cast<uint32_t>(columns);
+  p.out = out.data(), p.aligned = aligned;
+  emulator::Stream stream;
+  stream.launch(grid_of<T>(count), dequantize_8bit<T>, p);
+  kernels::run_timed(stream);
+  std::vector<float> expected;
+  for (int64_t i = 0; i < count; ++i)
+    expected.push_back(times(codes[static_cast<size_t>(before + i)],
+                             times(scale[static_cast<size_t>(i / columns)], multiplier)));
+  const std::string difference = out.compare(expected);
+  if (!difference.empty()) return difference;
+  constexpr int64_t kScaleBytes = DequantizedTile<T>::kChunks * 32 * sizeof(float);
+  return count_bytes<T>(count, 1, aligned, kScaleBytes);
+}
+
+template <class T>
+std::string run_dequantize(const Case& run) {
+  Random random(run.seed);
+  emulator::reset_counters();
+  return random() % 2 ? run_eight_bits<T>(run, random) : run_four_bits<T>(run, random);
+}
+
+#define VARIANT(name, ...) {#name, run_dequantize<__VA_ARGS__>},
+const std::vector<kernels::Variant> kVariants = {DEQUANTIZE_VARIANTS(VARIANT)};
+
+}  // namespace
+}  // namespace lora_ext::kernel
+
+// Tiles at most, values of a block (or chunks of a row) at most, and whether anything may be
+// unaligned.
+int main(int argc, char** argv) {
+  return kernels::variants_main(
+      argc, argv, "dequantize",
+      {{"blocks_of_128", 3, 128, 0}, {"blocks_of_4096", 10, 4096, 0}, {"unaligned", 2, 256, 1}},
+      lora_ext::kernel::kVariants);
+}
