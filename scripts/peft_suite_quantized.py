@@ -1,0 +1,297 @@
+"""Runs PEFT's own tests of quantised bases on the CPU, accelerated, and adds the count to the docs.
+
+    python scripts/peft_suite_quantized.py             # writes docs/compatibility-suite.md's end
+    python scripts/peft_suite_quantized.py --keep      # takes files that an earlier run recorded
+
+All but one of PEFT's test files with quantised LoRA layers ask for a GPU, of which they need the
+memory: the libraries have kernels for the CPU. They run here as a copy under build/, in which only
+what picks the device is changed, `EDITS` below; a line with an assertion is never touched. The one
+file that is for the CPU, too, test_quantization, has a table of methods without LoRA: it gets one.
+As in scripts/peft_suite.py each file runs as it is and accelerated, and models are random and
+small; of widths that blocks of 64 divide, since bitsandbytes misreads others on the CPU. A case
+counts if it gives a quantised layer a LoRA adapter and passes as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import peft_suite
+
+DOCUMENT = peft_suite.DOCUMENT
+HEADING = "## Quantised bases"
+FILES = ("test_common_gpu", "test_gpu_examples", "test_quantization", "test_torch_compile")
+LIBRARIES = ("bitsandbytes", "torchao", "hqq", "transformers")
+GPU_ONLY = r"not \(torch\.cuda\.is_available\(\) or is_xpu_available\(\)\)"
+# Methods other than LoRA, by words of the names of their cases, and what LoRA's layers lack.
+OTHERS = (
+    "adalora",
+    "adaption",
+    "frod",
+    "hira",
+    "ia3",
+    "p_tuning",
+    "prefix",
+    "randlora",
+    "road",
+    "vera",
+    "backend_is_set",
+)
+LORA_CASES = """TEST_CASES[:] = [
+    (__import__("peft").LoraConfig, {"target_modules": ["q_proj", "v_proj"], **more})
+    for more in (
+        {},
+        {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1},
+        {"use_rslora": True},
+        {"use_dora": True},
+    )
+]
+
+
+def _peft_id("""
+# (file, pattern, replacement): what picks the device, and the table that has no LoRA.
+EDITS = (
+    ("test_*", r'"cuda"', '"cpu"'),
+    ("test_*", r'device_map=(?:0|\{"": 0\})', 'device_map="cpu"'),
+    # A CPU has autocast in bfloat16 alone.
+    ("test_*", r"\bfp16=True", "bf16=True, use_cpu=True"),
+    ("test_*", r"skipif\(\s*" + GPU_ONLY, "skipif(False"),
+    ("test_gpu_examples", r'if device == "cpu":\n    pytest\.skip\(.*\)\n', ""),
+    ("testing_utils", r'skipif\(torch_device == "cpu"', "skipif(False"),
+    ("testing_utils", r"skipif\(not torch\.cuda\.is_available\(\)", "skipif(False"),
+    # Of the same graphs, without minutes of a C++ compiler for each.
+    (
+        "test_torch_compile",
+        r"torch\.compile\(model, ",
+        'torch.compile(model, backend="aot_eager", ',
+    ),
+    ("test_quantization", r"def _peft_id\(", LORA_CASES),
+)
+
+
+def edited(name: str, text: str) -> str:
+    """A file of PEFT's tests with the edits that are for it.
+
+    Raises:
+        ValueError: an edit changes a line with an assertion, or finds nothing to change.
+    """
+    new = text
+    for pattern, old, replacement in EDITS:
+        if re.fullmatch(pattern.replace("*", ".*"), name):
+            new, count = re.subn(old, lambda _, to=replacement: to, new)
+            if not count and pattern == name:
+                raise ValueError(f"expected {old} in {name}.py of PEFT, but got a file without it")
+    kept, found = ([s for s in t.splitlines() if "assert" in s] for t in (text, new))
+    if kept != found:
+        raise ValueError(f"expected edits of {name}.py that leave assertions, but they change one")
+    return new
+
+
+def on_cpu(release: Path) -> Path:
+    """A copy of PEFT's tests that run on a CPU."""
+    copy = release.with_name(f"{release.name}-on-cpu")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(release, copy)
+    for path in sorted((copy / "tests").glob("*.py")):
+        if path.stem in (*FILES, "testing_utils"):
+            path.write_text(edited(path.stem, path.read_text()))
+    return copy
+
+
+def make_hub(home: Path) -> None:
+    """The models that these files load, as scripts/peft_suite_hub.py makes them, and their data."""
+    import datasets
+    import peft_suite_hub as hub
+    import torch
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    grouped = {**hub.GROUPED, **sizes}
+    opt = {**hub.OPT, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+    gated = {"feed_forward_proj": "gated-gelu"}
+    t5 = {**hub.T5, "d_model": 64, "d_kv": 16, "d_ff": 128}
+    whisper = {**hub.WHISPER, "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    gpt2 = {**hub.GPT2, "n_embd": 64}
+    tiny = "peft-internal-testing/tiny-random-"
+    models = {
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": ("LlamaForCausalLM", grouped),
+        "bigscience/bloomz-560m": ("BloomForCausalLM", {**hub.BLOOM, "hidden_size": 64}),
+        "facebook/opt-125m": ("OPTForCausalLM", opt),
+        "facebook/opt-350m": ("OPTForCausalLM", opt),
+        "facebook/opt-6.7b": ("OPTForCausalLM", opt),
+        "google/flan-t5-base": (
+            "T5ForConditionalGeneration",
+            {**t5, **gated},
+        ),
+        "gpt2": ("GPT2LMHeadModel", gpt2),
+        "openai-community/gpt2": ("GPT2LMHeadModel", gpt2),
+        "openai/whisper-large": ("WhisperForConditionalGeneration", whisper),
+        "peft-internal-testing/opt-125m": ("OPTForCausalLM", {**opt, "num_hidden_layers": 12}),
+        f"{tiny}BloomForCausalLM": ("BloomForCausalLM", {**hub.BLOOM, "hidden_size": 64}),
+        f"{tiny}OPTForCausalLM": ("OPTForCausalLM", opt),
+        f"{tiny}t5": ("T5ForConditionalGeneration", t5),
+        "t5-small": ("T5ForConditionalGeneration", t5),
+        "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": ("Qwen2ForCausalLM", grouped),
+    }
+    for name, (kind, values) in models.items():
+        torch.manual_seed(zlib.crc32(name.encode()))
+        hub.MODELS[name] = hub.Model(kind, values)
+        hub.make_model(home, name)
+    words = [f"{a}{b}" for a in ("to ", "not ", "or ") for b in ("be", "see", "do", "go")]
+    quotes = [" ".join(words[(i * j) % 12] for j in range(1, 5 + i % 5)) for i in range(120)]
+    rows = [{"quote": quote, "author": "nobody", "tags": ["a"]} for quote in quotes]
+    for name in ("ybelkada/english_quotes_copy", "Abirate/english_quotes"):
+        write_data(home, name, datasets.Dataset.from_list(rows))
+
+
+def write_data(home: Path, name: str, data: object) -> None:
+    """A data set with one split, train, where `datasets` keeps what it has prepared."""
+    import datasets
+
+    owner, short = name.split("/")
+    folder = home / "datasets" / f"{owner}___{short}" / "default" / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{short}-train.arrow"
+    with datasets.arrow_writer.ArrowWriter(path=str(path), features=data.features) as writer:
+        for row in data:
+            writer.write(row)
+        writer.finalize()
+    splits = datasets.SplitDict()
+    splits.add(datasets.SplitInfo("train", num_examples=len(data), dataset_name=short))
+    words = {"config_name": "default", "dataset_name": short, "version": "0.0.0"}
+    datasets.DatasetInfo(features=data.features, splits=splits, **words).write_to_directory(
+        str(folder)
+    )
+
+
+def made_hub(folder: Path, keep: bool) -> Path:
+    hub, made = folder / "hub-quantized", folder / "hub-quantized-made"
+    if not (keep and hub.exists()):
+        for old in (hub, made):
+            shutil.rmtree(old, ignore_errors=True)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--make-hub", str(made)]
+        with (folder / "hub-quantized.log").open("w") as log:
+            subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+        made.rename(hub)
+    return hub
+
+
+def path_of(entry: dict) -> str:
+    """The best way in which a case ran a quantised layer that has active adapters."""
+    paths = entry.get("quantized") or {}
+    return next((name for name in ("fused", "added", "peft") if paths.get(name)), "none")
+
+
+def report(results: dict[str, tuple[dict, dict]]) -> str:
+    """The section, from file -> (plain, accelerated)."""
+    rows, failures, unable, left_out = [], [], [], Counter()
+    totals: Counter[str] = Counter()
+    for name, (plain, accelerated) in results.items():
+        counts: Counter[str] = Counter()
+        for case, entry in plain.items():
+            if not entry.get("quantized_lora"):
+                continue
+            if entry["outcome"] != "passed":
+                left_out[entry["outcome"]] += 1
+                if entry["outcome"] == "failed":
+                    unable.append((case, entry["why"].splitlines()[:1]))
+                continue
+            ours = accelerated.get(case, {"outcome": "missing", "why": ""})
+            passed = ours["outcome"] == "passed"
+            counts.update(cases=1, passed=passed)
+            counts[path_of(ours)] += 1
+            counts[f"{path_of(ours)} passed"] += passed
+            if not passed:
+                failures.append((case, ours["outcome"], ours["why"].splitlines()[:1]))
+        totals += counts
+        rows.append((name, counts))
+    rows.append(("all", totals))
+    lines = [
+        f"| {name} | {c['cases']} | {c['passed']} | "
+        + " | ".join(f"{c[f'{k} passed']} of {c[k]}" for k in ("fused", "added", "peft", "none"))
+        + " |"
+        for name, c in rows
+    ]
+    parts = [
+        HEADING,
+        f"{', '.join(f'{name} {found(name)}' for name in LIBRARIES)}; written by `python "
+        "scripts/peft_suite_quantized.py`. PEFT's tests of quantised LoRA layers ask for a GPU; "
+        "they ran on the CPU, by edits of what picks the device (GPU asked for, `cuda`, fp16 where "
+        "a CPU has bfloat16, inductor), of no line with an assertion, and test_quantization, which "
+        "has no LoRA, with four LoRA configurations in its table.",
+        f"**{totals['passed']} of {totals['cases']} cases that pass on plain PEFT pass "
+        f"accelerated**; a fused path ran in {totals['fused']} of them.",
+        "| file | cases | passed | with a fused forward | the base called, the update added "
+        "| with PEFT's forward only | without a forward of an active adapter |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *lines,
+        "Cases that fail accelerated and pass as they are: "
+        + (
+            "".join(f"\n- `{case}`: {end}. {' '.join(why)}" for case, end, why in failures)
+            or "none."
+        ),
+        "Left out, since they do not pass on plain PEFT: "
+        + (", ".join(f"{count} {outcome}" for outcome, count in left_out.most_common()) or "none")
+        + ".",
+        *(f"- `{case}`: {' '.join(why)}" for case, why in unable),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    return re.sub(r"\|\n\n\|", "|\n|", text).replace("\n\n- ", "\n- ")
+
+
+def found(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="files whose name contains this text; prints")
+    parser.add_argument("--cases", default="", help="pytest's -k; prints")
+    parser.add_argument("--keep", action="store_true", help="take what was recorded before")
+    parser.add_argument("--folder", type=Path, default=peft_suite.ROOT / "build" / "peft-suite")
+    parser.add_argument("--make-hub", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.make_hub:
+        make_hub(options.make_hub.resolve())
+        return 0
+    folder = options.folder.resolve()
+    release = on_cpu(peft_suite.unpacked(folder))
+    hub = made_hub(folder, options.keep)
+    os.environ["PEFT_DEBUG_WITH_TORCH_COMPILE"] = "1"
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    more = ["-m", "single_gpu_tests or not multi_gpu_tests"]
+    more += ["-k", options.cases or f"not ({' or '.join(OTHERS)})"]
+    records = folder / ("records-quantized-some" if options.cases else "records-quantized")
+    results = {}
+    for name in FILES:
+        if options.only in name:
+            print(name, file=sys.stderr, flush=True)
+            results[name] = tuple(
+                peft_suite.run(release, name, plain, hub, options.keep, records, more)
+                for plain in (True, False)
+            )
+    text = report(results)
+    if options.only or options.cases:
+        print(text)
+    else:
+        before = DOCUMENT.read_text().split(f"\n{HEADING}\n")[0]
+        DOCUMENT.write_text(f"{before.rstrip()}\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
