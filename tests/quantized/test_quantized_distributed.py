@@ -4,11 +4,12 @@ What both compute is compared with the two halves of the batch in one process, w
 averaged: the same sums, so that the bits agree.
 """
 
+import pytest
 import torch
 import two_processes
-from helpers import F32
+from helpers import BF16, F32
 from peft_helpers import paths
-from quantized_models import MAKERS, is_installed, make_x, quantized_net
+from quantized_models import MAKERS, bnb_four_bits, is_installed, make_x, quantized_net
 from torch import nn
 from two_processes import WORLD, half
 
@@ -19,8 +20,9 @@ case, test_two_processes = two_processes.cases(__name__)
 STEPS = 2
 
 
-def kinds():
-    return [kind for kind in MAKERS if is_installed(kind)]
+KINDS = [kind for kind in MAKERS if is_installed(kind)]
+if not KINDS:
+    pytest.skip("no library that quantises is installed", allow_module_level=True)
 
 
 def accelerated(kind, dtype=F32, **words):
@@ -61,6 +63,14 @@ def assert_trained_alike(model, found, alone, seeds=None, tolerance=0.0, dtype=F
             assert scale > 0 and (ours - theirs).abs().max() <= tolerance * scale, name
 
 
+def parallel(kind, model):
+    """torchao's tensors have no views by which the values of one process could be sent."""
+    if kind.startswith("torchao"):
+        with pytest.raises(NotImplementedError, match=r"aten\.view"):
+            nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, init_sync=not kind.startswith("torchao"))
+
+
 def fused_calls(function):
     with torch.profiler.profile() as profile:
         result = function()
@@ -69,10 +79,10 @@ def fused_calls(function):
 
 @case
 def ddp_trains_as_one_process(rank):
-    for kind in kinds():
+    for kind in KINDS:
         model, alone = accelerated(kind), accelerated(kind)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        found, calls = fused_calls(lambda m=model, p=parallel: train(m, p, [rank]))
+        forward = parallel(kind, model)
+        found, calls = fused_calls(lambda m=model, f=forward: train(m, f, [rank]))
         assert calls == 4 * STEPS, kind
         assert_trained_alike(model, found, alone)
 
@@ -80,10 +90,10 @@ def ddp_trains_as_one_process(rank):
 @case
 def ddp_with_checkpoints_and_dropout(rank):
     seeds = [11, 12]
-    for kind in kinds():
+    for kind in KINDS:
         model, alone = (accelerated(kind, lora_dropout=0.3) for _ in range(2))
         model.base_model.model.reentrant = False
-        found = train(model, nn.parallel.DistributedDataParallel(model), [rank], seeds)
+        found = train(model, parallel(kind, model), [rank], seeds)
         assert_trained_alike(model, found, alone, seeds)
 
 
@@ -102,9 +112,59 @@ def bases(model):
 
 @case
 def fsdp2_that_leaves_the_bases_whole(rank):
-    for kind in kinds():
+    for kind in KINDS:
         model, alone = accelerated(kind), accelerated(kind)
         shard(model, ignored_params=bases(model))
         found, calls = fused_calls(lambda m=model: train(m, m, [rank]))
         assert calls == 4 * STEPS, kind
         assert_trained_alike(model, found, alone)
+
+
+def sharded_like_one_process(rank, kind, make=None, dtype=F32, tolerance=0.0, **options):
+    model, alone = (accelerated(kind, dtype, make=make) for _ in range(2))
+    shard(model, **options)
+    found, calls = fused_calls(lambda: train(model, model, [rank], dtype=dtype))
+    assert calls == 4 * STEPS, kind
+    assert_trained_alike(model, found, alone, tolerance=tolerance, dtype=dtype)
+
+
+@case
+def fsdp2_that_shards_the_bases(rank):
+    """bitsandbytes' codes of 4 bits in any storage, and HQQ's: gathered for each block, whose
+    backward gathers them again."""
+    if is_installed("bnb nf4"):
+        for storage in (torch.uint8, BF16, F32):
+            sharded_like_one_process(
+                rank, "bnb nf4", lambda layer, dtype, to=storage: bnb_four_bits(layer, dtype, to)
+            )
+    if is_installed("hqq"):
+        sharded_like_one_process(rank, "hqq")
+
+
+@case
+def fsdp2_that_shards_the_bases_in_mixed_precision(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if is_installed("bnb nf4"):
+        policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
+        sharded_like_one_process(
+            rank,
+            "bnb nf4",
+            lambda layer, dtype: bnb_four_bits(layer, dtype, BF16),
+            dtype=BF16,
+            tolerance=0.1,
+            mp_policy=policy,
+        )
+
+
+@case
+def bases_that_fsdp2_cannot_shard(rank):
+    """The libraries' own errors, which docs/distributed.md names."""
+    for kind in KINDS:
+        if kind.startswith("torchao"):
+            with pytest.raises(NotImplementedError, match=r"aten\.split"):
+                shard(accelerated(kind))
+        elif kind == "bnb int8":
+            model = shard(accelerated(kind))
+            with pytest.raises(AttributeError, match="'Parameter' object has no attribute 'CB'"):
+                model(make_x())
