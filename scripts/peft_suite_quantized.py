@@ -117,7 +117,8 @@ def make_hub(home: Path) -> None:
 
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     grouped = {**hub.GROUPED, **sizes}
-    opt = {**hub.OPT, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+    # Outputs large enough that an adapter changes them by more than the tests' tolerances.
+    opt = {**hub.OPT, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "init_std": 0.1}
     gated = {"feed_forward_proj": "gated-gelu"}
     t5 = {**hub.T5, "d_model": 64, "d_kv": 16, "d_ff": 128}
     whisper = {**hub.WHISPER, "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
@@ -139,6 +140,7 @@ def make_hub(home: Path) -> None:
         "peft-internal-testing/opt-125m": ("OPTForCausalLM", {**opt, "num_hidden_layers": 12}),
         f"{tiny}BloomForCausalLM": ("BloomForCausalLM", {**hub.BLOOM, "hidden_size": 64}),
         f"{tiny}OPTForCausalLM": ("OPTForCausalLM", opt),
+        "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", grouped),
         f"{tiny}t5": ("T5ForConditionalGeneration", t5),
         "t5-small": ("T5ForConditionalGeneration", t5),
         "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": ("Qwen2ForCausalLM", grouped),
@@ -147,6 +149,9 @@ def make_hub(home: Path) -> None:
         torch.manual_seed(zlib.crc32(name.encode()))
         hub.MODELS[name] = hub.Model(kind, values)
         hub.make_model(home, name)
+    adapter = "ybelkada/test-st-lora"
+    hub.ADAPTERS[adapter] = hub.Adapter("AutoModelForCausalLM", "facebook/opt-350m", "CAUSAL_LM")
+    hub.make_adapter(home, adapter)
     words = [f"{a}{b}" for a in ("to ", "not ", "or ") for b in ("be", "see", "do", "go")]
     quotes = [" ".join(words[(i * j) % 12] for j in range(1, 5 + i % 5)) for i in range(120)]
     rows = [{"quote": quote, "author": "nobody", "tags": ["a"]} for quote in quotes]

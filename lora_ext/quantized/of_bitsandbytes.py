@@ -117,14 +117,19 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if weight.device.type == "cpu" and layer.in_features % state.blocksize:
         return "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way"
     wanted = layer.compute_dtype
+    has_kernel = _has_kernel(layer, x)
     if x is None:
         dtype = wanted or torch.float32
+        if has_kernel and dtype != torch.bfloat16:
+            return _ROUNDS_X
         return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, dtype)
-    if _has_few_rows(layer, x):
+    if has_kernel and x.numel() < _FEW_ROWS * layer.in_features:
         return "few rows, for which bitsandbytes has a kernel of its own"
     if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
         wanted = x.dtype
     dtype = wanted or x.dtype
+    if has_kernel and dtype != torch.bfloat16:
+        return _ROUNDS_X
     if is_autocast(x):
         # Its y is rounded to the autocast dtype, as PEFT's update is there, and then x's again.
         if dtype != torch.get_autocast_dtype(x.device.type):
@@ -134,16 +139,19 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, x.dtype)
 
 
+_ROUNDS_X = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
+
 # In eval on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x 4096 on
 # two cores that and the update took 1.06 of the base alone on 64 rows, the op 1.38; on 256 rows
 # 1.28 and 1.08.
 _FEW_ROWS = 128
 
 
-def _has_few_rows(layer: Any, x: Tensor) -> bool:
-    if layer.training or x.requires_grad or not x.is_cpu or layer.out_features % 32:
+def _has_kernel(layer: Any, x: Tensor | None) -> bool:
+    """Whether its forward multiplies without dequantising; None is an x without a gradient."""
+    if layer.training or layer.weight.device.type != "cpu" or layer.out_features % 32:
         return False
-    return layer.support_avx512bf16_for_cpu and x.numel() < _FEW_ROWS * layer.in_features
+    return layer.support_avx512bf16_for_cpu and not (x is not None and x.requires_grad)
 
 
 def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:

@@ -167,6 +167,21 @@ def test_few_rows_in_eval_take_its_own_kernel():
     assert isinstance(quantized_base(layer.train(), x[:5].detach()), QuantizedBase)
 
 
+@pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
+@pytest.mark.parametrize("dtype", [F32, F16], ids=short)
+def test_its_kernel_that_rounds_x_is_not_replaced(dtype):
+    """An adapter of zeros is the base, bit for bit, whatever the rows, as with PEFT."""
+    layer = four_bit_layer(dtype, bias=False)
+    model, x = lora_ext.accelerate(with_lora(layer)).eval(), torch.randn(200, K).to(dtype)
+    reason = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
+    assert quantized_base(layer, x) == reason and reasons(model) == {("added", reason)}
+    with torch.no_grad():
+        assert torch.equal(model(x), layer(x))
+        assert torch.equal(lora_ext.decelerate(model)(x), layer(x))
+    assert isinstance(quantized_base(layer, x.requires_grad_()), QuantizedBase)
+    assert isinstance(quantized_base(layer.train(), x.detach()), QuantizedBase)
+
+
 def test_a_base_with_a_hook_is_called():
     layer = four_bit_layer()
     model = lora_ext.accelerate(with_lora(layer))
