@@ -84,6 +84,8 @@ class Recorder:
         def counted(layer, x, *args, **kwargs):
             if args or kwargs:
                 self.paths["peft: arguments beside x"] += 1
+                if layer.__dict__.get("row_adapters") is None:  # else noted with its rows
+                    self.quantized_paths["peft"] += _is_quantized(layer)
             else:
                 path, reason = peft_path(layer)
                 self.paths[f"peft: {reason}" if path == "peft" else path] += 1
@@ -95,11 +97,26 @@ class Recorder:
         """Leaves out the cases of a parametrized test that are of another method than LoRA."""
         if helpers := sys.modules.get("tests.testing_utils"):
             helpers._HUB_MODEL_ACCESSES = EveryModel(int)
-        ours, others = [], []
+        ours, others, counted = [], [], self.counted(config)
         for item in items:
-            (ours if _method(item) in (None, LoraConfig) else others).append(item)
+            is_ours = _method(item) in (None, LoraConfig)
+            is_ours = is_ours and (counted is None or item.nodeid in counted)
+            (ours if is_ours else others).append(item)
         config.hook.pytest_deselected(items=others)
         items[:] = ours
+
+    @staticmethod
+    def counted(config):
+        """The cases that passed with a quantised layer in another run, or None for all."""
+        path = config.getoption("--counted")
+        found = None if path is None else json.loads(path.read_text())
+        if found is None:
+            return None
+        return {
+            name
+            for name, entry in found.items()
+            if entry["outcome"] == "passed" and entry["quantized_lora"]
+        }
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -135,6 +152,7 @@ def _method(item: pytest.Item) -> type | None:
 
 def pytest_addoption(parser):
     parser.addoption("--plain", action="store_true", help="record without accelerating")
+    parser.addoption("--counted", type=Path, help="a record, to run what passed there quantised")
     parser.addoption("--record", type=Path, required=True, help="the JSON file to write")
 
 
