@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 from .base import is_autocast
@@ -69,6 +70,12 @@ def _apply(
     call: Call, x: Tensor, bias: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
 ) -> Tensor:
     if torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                "lora_ext.lora_linear: expected a call outside of torch.func's transforms with a "
+                "quantised weight, but got one within; give it weight.dequantize(x.dtype), or take "
+                "lora_ext.reference.lora_linear_reference"
+            )
         return _QuantizedLinear.apply(call, x, bias, *lora_a, *lora_b)
     # There needs_input_grad is true all the same, and S would be made for nobody.
     with dense(call.weight, x) as weight:

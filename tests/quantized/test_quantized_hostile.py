@@ -131,6 +131,29 @@ def test_evaluation_between_forward_and_backward():
     assert error <= 1e-2 * wanted["dx"].abs().max()
 
 
+def test_transforms_are_refused_and_without_gradients_work():
+    problem = make_problem((6, 5), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+
+    def call(x):
+        return lora_ext.lora_linear(x, weight, problem.lora_a, problem.lora_b)
+
+    for transformed in (torch.vmap(call), torch.func.grad(lambda x: call(x).sum())):
+        with pytest.raises(NotImplementedError, match=r"outside of torch\.func's transforms"):
+            transformed(problem.x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(call)(problem.x), call(problem.x))
+
+
+def test_two_backwards():
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    x = problem.x.clone().requires_grad_()
+    y = lora_ext.lora_linear(x, weight, problem.lora_a, problem.lora_b)
+    gradients = [torch.autograd.grad(y, x, problem.grad, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
+
+
 def test_no_grad_takes_the_op_that_saves_nothing():
     problem = make_problem((20,), 64, 48, 4, (F32, F32))
     weight = quantized_rows(problem.weight)
