@@ -145,16 +145,18 @@ def fsdp2_that_shards_the_bases(rank):
 def fsdp2_that_shards_the_bases_in_mixed_precision(rank):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if is_installed("bnb nf4"):
-        policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
-        sharded_like_one_process(
-            rank,
-            "bnb nf4",
-            lambda layer, dtype: bnb_four_bits(layer, dtype, BF16),
-            dtype=BF16,
-            tolerance=0.1,
-            mp_policy=policy,
-        )
+    if not is_installed("bnb nf4"):
+        return
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
+
+    def stored_as(storage):
+        return lambda layer, dtype: bnb_four_bits(layer, dtype, storage)
+
+    words = {"dtype": BF16, "tolerance": 0.1, "mp_policy": policy}
+    for storage in (torch.uint8, BF16):
+        sharded_like_one_process(rank, "bnb nf4", stored_as(storage), **words)
+    with pytest.raises(RuntimeError, match="expected packed of 4096 elements, but got 2048"):
+        sharded_like_one_process(rank, "bnb nf4", stored_as(F32), **words)
 
 
 @case
