@@ -24,10 +24,14 @@ import zlib
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import peft_suite
+
+# File -> what was noted of its cases as they are, and accelerated.
+Results = dict[str, tuple[dict[str, dict], dict[str, dict]]]
 
 DOCUMENT = peft_suite.DOCUMENT
 HEADING = "## Quantised bases"
@@ -213,61 +217,112 @@ def path_of(entry: dict) -> str:
     return next((name for name in ("fused", "added", "peft") if paths.get(name)), "none")
 
 
-def report(results: dict[str, tuple[dict, dict]]) -> str:
-    """The section, from file -> (plain, accelerated)."""
-    rows, failures, unable, left_out = [], [], [], Counter()
-    totals: Counter[str] = Counter()
+class Count(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+        rows: (file, counts) and a last one of all.
+        failures: (case, outcome, why) of those that fail accelerated alone.
+        unable: (case, why) of those that fail as they are.
+        left_out: outcome -> how many of those that do not pass as they are.
+    """
+
+    rows: list[tuple[str, Counter[str]]]
+    failures: list[tuple[str, str, str]]
+    unable: list[tuple[str, str]]
+    left_out: Counter[str]
+
+    @property
+    def total(self) -> Counter[str]:
+        return self.rows[-1][1]
+
+    @property
+    def table(self) -> list[str]:
+        ways = ("fused", "added", "peft", "none")
+        return [
+            "| file | cases | passed | with a fused forward | the base called, the update added "
+            "| with PEFT's forward only | without a forward of an active adapter |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(
+                f"| {name} | {c['cases']} | {c['passed']} | "
+                + " | ".join(f"{c[f'{way} passed']} of {c[way]}" for way in ways)
+                + " |"
+                for name, c in self.rows
+            ),
+        ]
+
+    @property
+    def sentence(self) -> str:
+        total = self.total
+        return (
+            f"**{total['passed']} of {total['cases']} cases that pass on plain PEFT pass "
+            f"accelerated**; a fused path ran in {total['fused']} of them."
+        )
+
+
+def count(results: Results) -> Count:
+    found = Count([], [], [], Counter())
+    total: Counter[str] = Counter()
     for name, (plain, accelerated) in results.items():
         counts: Counter[str] = Counter()
         for case, entry in plain.items():
             if not entry.get("quantized_lora"):
                 continue
             if entry["outcome"] != "passed":
-                left_out[entry["outcome"]] += 1
+                found.left_out[entry["outcome"]] += 1
                 if entry["outcome"] == "failed":
-                    unable.append((case, entry["why"].splitlines()[:1]))
+                    found.unable.append((case, first_line(entry)))
                 continue
             ours = accelerated.get(case, {"outcome": "missing", "why": ""})
-            passed = ours["outcome"] == "passed"
-            counts.update(cases=1, passed=passed)
-            counts[path_of(ours)] += 1
-            counts[f"{path_of(ours)} passed"] += passed
+            passed, way = ours["outcome"] == "passed", path_of(ours)
+            counts.update({"cases": 1, "passed": passed, way: 1, f"{way} passed": passed})
             if not passed:
-                failures.append((case, ours["outcome"], ours["why"].splitlines()[:1]))
-        totals += counts
-        rows.append((name, counts))
-    rows.append(("all", totals))
-    lines = [
-        f"| {name} | {c['cases']} | {c['passed']} | "
-        + " | ".join(f"{c[f'{k} passed']} of {c[k]}" for k in ("fused", "added", "peft", "none"))
-        + " |"
-        for name, c in rows
+                found.failures.append((case, ours["outcome"], first_line(ours)))
+        total += counts
+        found.rows.append((name, counts))
+    found.rows.append(("all", total))
+    return found
+
+
+def first_line(entry: dict) -> str:
+    return "".join(entry["why"].splitlines()[:1])[:120]
+
+
+def report(with_kernels: Results, without: Results) -> str:
+    """The section, from file -> (plain, accelerated), of a processor as it is and of one without
+    AVX512_BF16."""
+    first, second = count(with_kernels), count(without)
+    failures = [
+        f"- `{case}`: {end}. {why}" for one in (first, second) for case, end, why in one.failures
     ]
+    left_out = ", ".join(f"{count} {outcome}" for outcome, count in first.left_out.most_common())
     parts = [
         HEADING,
         f"{', '.join(f'{name} {found(name)}' for name in LIBRARIES)}; written by `python "
-        "scripts/peft_suite_quantized.py`. PEFT's tests of quantised LoRA layers ask for a GPU; "
-        "they ran on the CPU, by edits of what picks the device (GPU asked for, `cuda`, fp16 where "
-        "a CPU has bfloat16, inductor), of no line with an assertion, and test_quantization, which "
-        "has no LoRA, with four LoRA configurations in its table.",
-        f"**{totals['passed']} of {totals['cases']} cases that pass on plain PEFT pass "
-        f"accelerated**; a fused path ran in {totals['fused']} of them.",
-        "| file | cases | passed | with a fused forward | the base called, the update added "
-        "| with PEFT's forward only | without a forward of an active adapter |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *lines,
-        "Cases that fail accelerated and pass as they are: "
-        + (
-            "".join(f"\n- `{case}`: {end}. {' '.join(why)}" for case, end, why in failures)
-            or "none."
-        ),
-        "Left out, since they do not pass on plain PEFT: "
-        + (", ".join(f"{count} {outcome}" for outcome, count in left_out.most_common()) or "none")
-        + ".",
-        *(f"- `{case}`: {' '.join(why)}" for case, why in unable),
+        "scripts/peft_suite_quantized.py`. Of seven files of PEFT's that name a library that "
+        "quantises, two have no such layers, and their cases are above (test_lora_ga, "
+        "test_tuners_utils), and one needs a package and a GPU (test_gptqmodel). Three others ask "
+        "for a GPU, too, and ran on the CPU, by edits of what picks the device (the request for a "
+        "GPU, `cuda`, fp16 where a CPU has bfloat16, inductor) and of no line with an assertion. "
+        "test_quantization, which has no LoRA, got four LoRA configurations in its table.",
+        f"On a CPU {'with' if has_kernels() else 'without'} AVX512_BF16: {first.sentence}",
+        *first.table,
+        "On that CPU as on one without AVX512_BF16, where layers of 4 bits dequantise in eval mode "
+        f"as in training: {second.sentence}",
+        *second.table,
+        "Cases that fail accelerated and pass as they are:" + (" none." if not failures else ""),
+        *failures,
+        f"Left out, since they do not pass on plain PEFT: {left_out or 'none'}.",
+        *(f"- `{case}`: {why}" for case, why in first.unable),
     ]
     text = "\n\n".join(parts) + "\n"
     return re.sub(r"\|\n\n\|", "|\n|", text).replace("\n\n- ", "\n- ")
+
+
+def has_kernels() -> bool:
+    from bitsandbytes.functional import has_avx512bf16  # pyright: ignore[reportMissingImports]
+
+    return has_avx512bf16()
 
 
 def found(name: str) -> str:
@@ -296,17 +351,24 @@ def main() -> int:
     more = ["-m", "single_gpu_tests or not multi_gpu_tests"]
     more += ["-k", options.cases or f"not ({' or '.join(OTHERS)})"]
     records = folder / ("records-quantized-some" if options.cases else "records-quantized")
-    results = {}
+    both: tuple[Results, Results] = ({}, {})
     for name in FILES:
-        if options.only in name:
-            print(name, file=sys.stderr, flush=True)
-            words = (hub, options.keep, records)
-            plain = peft_suite.run(release, name, True, *words, more)
-            # What did not count then need not run again.
-            counted = ["--counted", str(records / f"{name}-plain.json")]
-            accelerated = peft_suite.run(release, name, False, *words, [*more, *counted])
-            results[name] = (plain, accelerated)
-    text = report(results)
+        if options.only not in name:
+            continue
+        print(name, file=sys.stderr, flush=True)
+        counted: list[str] = []
+        for results, folder_of, flags in (
+            (both[0], records, []),
+            (both[1], records.with_name(f"{records.name}-dequantised"), ["--no-avx512bf16"]),
+        ):
+            ways = []
+            for is_plain in (True, False):
+                arguments = (hub, options.keep, folder_of, [*more, *flags, *counted])
+                ways.append(peft_suite.run(release, name, is_plain, *arguments))
+                # What did not count as it is need not run again.
+                counted = ["--counted", str(records / f"{name}-plain.json")]
+            results[name] = (ways[0], ways[1])
+    text = report(*both)
     if options.only or options.cases:
         print(text)
     else:

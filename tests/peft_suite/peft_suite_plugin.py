@@ -152,12 +152,17 @@ def _method(item: pytest.Item) -> type | None:
 
 def pytest_addoption(parser):
     parser.addoption("--plain", action="store_true", help="record without accelerating")
+    parser.addoption("--no-avx512bf16", action="store_true", help="as if the processor had none")
     parser.addoption("--counted", type=Path, help="a record, to run what passed there quantised")
     parser.addoption("--record", type=Path, required=True, help="the JSON file to write")
 
 
 def pytest_configure(config):
     _fail_at_once_without_network()
+    if config.getoption("--no-avx512bf16"):
+        import bitsandbytes.nn.modules
+
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     recorder = Recorder(config.getoption("--plain"), config.getoption("--record"))
     recorder.install()
     config.pluginmanager.register(recorder)
