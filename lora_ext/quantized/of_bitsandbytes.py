@@ -53,14 +53,12 @@ class FourBitWeight(QuantizedWeight):
             self._dequantize_by_library(codes, out)
         elif self.in_panels:
             _ops.dequantize_4bit_panels(codes, state.code, state.absmax, state.blocksize, out)
-        elif state.nested:
+        elif state.nested and state.state2.dtype == torch.float32:
             second = state.state2
-            # In half where bitsandbytes quantised the scales of a half weight again, after panels.
-            offset = state.offset.float()
-            nested = (second.code, second.absmax.float(), offset, second.blocksize)
+            nested = (second.code, second.absmax, state.offset, second.blocksize)
             _ops.dequantize_4bit(codes, state.code, state.absmax, state.blocksize, *nested, out)
         else:
-            absmax = state.absmax.float()
+            absmax = _half_scales(state) if state.nested else state.absmax.float()
             none = (None, None, None, 2)
             _ops.dequantize_4bit(codes, state.code, absmax, state.blocksize, *none, out)
         return out
@@ -76,6 +74,14 @@ class FourBitWeight(QuantizedWeight):
         torch.ops.bitsandbytes.dequantize_4bit.out(
             codes, absmax, state.blocksize, state.quant_type, self.shape, out.dtype, out=out
         )
+
+
+def _half_scales(state: Any) -> Tensor:
+    """Nested scales that are computed in half: bitsandbytes quantises those of a half weight again
+    when it brings the weight back from panels, and then reads them in the weight's dtype."""
+    second, codes = state.state2, state.absmax.flatten()
+    factor = second.absmax.float().repeat_interleave(second.blocksize)[: codes.numel()]
+    return ((second.code[codes.long()] * factor).to(second.dtype) + state.offset).float()
 
 
 class EightBitWeight(QuantizedWeight):

@@ -40,8 +40,8 @@ class QuantizedWeight(ABC):
         """
 
     def tensors(self) -> Sequence[Tensor]:
-        """What `dequantize` reads: changed in place after forward, backward refuses it. None that
-        are named are none that are watched."""
+        """What `dequantize` reads. Backward refuses a weight of which one was changed in place
+        since forward; by default none is watched."""
         return ()
 
     def writes(self, dtype: torch.dtype) -> bool:

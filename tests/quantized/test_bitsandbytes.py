@@ -151,6 +151,23 @@ def test_the_order_to_which_eval_switches(kind):
 
 
 @pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+def test_the_order_to_which_saving_switches_back(dtype, nested):
+    """Scales are quantised again, around an offset in the dtype that the weight had."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed, state = F4.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    packed, state = F4._convert_weight_packed_for_cpu(packed, state)
+    assert FourBitWeight(packed, state).in_panels
+    packed, state = F4._convert_weight_packed_for_cpu_inverse(packed, state)
+    found = FourBitWeight(packed, state)
+    assert not found.in_panels and state.nested == nested
+    for asked in (F32, BF16):
+        state.dtype = asked
+        assert torch.equal(found.dequantize(asked), F4.dequantize_4bit(packed, state))
+
+
+@pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
 def test_few_rows_in_eval_take_its_own_kernel():
     layer = four_bit_layer(bias=False)
     model, x = lora_ext.accelerate(randomize(with_lora(layer))).eval(), torch.randn(200, K).to(BF16)
