@@ -49,14 +49,17 @@ def test_checkpointing(kind, dropout, reentrant):
     assert_same(step(model, make_x()), wanted)
 
 
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_training(kind, dropout):
+def test_compiled_training(kind, dropout, backend):
     """In one graph. Dropout draws other seeds there: the same ones each time."""
     model = fused(quantized_net(kind, lora_dropout=dropout))
     eager = step(model, make_x())
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     found = step(compiled, make_x())
     found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
     if dropout:
