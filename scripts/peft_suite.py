@@ -198,7 +198,8 @@ def report(results: dict[str, tuple[dict, dict]]) -> str:
         + " as they are, without acceleration: they need a download, a GPU or another package. "
         f"Not counted: {before} fail so before a LoRA adapter is injected.",
         *(f"- `{case}`: {' '.join(why)}" for case, why in unable),
-        f"Not run at all, since all cases need a GPU: {', '.join(sorted(NEED_GPU))}. "
+        "Not run for this table, since all cases ask for a GPU: "
+        f"{', '.join(sorted(NEED_GPU))}; those of quantised bases are below. "
         f"Without a case of LoRA that can be run: {', '.join(without) or 'none'}.",
     ]
     text = "\n\n".join(parts) + "\n"

@@ -48,8 +48,10 @@ class FourBitWeight(QuantizedWeight):
         state = self.state
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        if self.device.type == "meta":
+            return out  # wherever the scales are
         codes = self.packed.detach().view(torch.uint8).view(-1)
-        if self.device.type != "cpu" and not codes.is_meta:
+        if self.device.type != "cpu":
             self._dequantize_by_library(codes, out)
         elif self.in_panels:
             _ops.dequantize_4bit_panels(codes, state.code, state.absmax, state.blocksize, out)
@@ -103,6 +105,8 @@ class EightBitWeight(QuantizedWeight):
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        if self.device.type == "meta":
+            return out
         if self.device.type == "cpu":
             scale = self.scale.float().contiguous()
             _ops.dequantize_8bit(self.codes.contiguous(), scale, 1.0 / 127.0, out)

@@ -224,6 +224,26 @@ def test_meta_tensors_leave_no_workspace():
     assert workspace.nbytes() == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_on_meta(kind):
+    model = lora_ext.accelerate(quantized_net(kind))
+    if not kind.startswith("torchao"):
+        pytest.skip("layers of bitsandbytes and HQQ have no `to` that moves to meta")
+    model.to("meta")
+    y = model(make_x().to("meta"))
+    assert y.is_meta and y.shape == (12, 64) and workspace.nbytes() == 0
+
+
+def test_four_bits_on_meta_with_scales_on_the_cpu():
+    bnb = pytest.importorskip("bitsandbytes")
+    from lora_ext.quantized.of_bitsandbytes import FourBitWeight
+
+    packed, state = bnb.functional.quantize_4bit(torch.randn(32, 64), quant_type="nf4")
+    weight = FourBitWeight(packed.to("meta"), state)
+    found = weight.dequantize(BF16)
+    assert found.is_meta and found.shape == (32, 64) and found.dtype == BF16
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (48, 0), (0, 0)], ids=str)
 def test_empty_weights(shape):
     weight = Rows(torch.zeros(shape, dtype=torch.int8), torch.ones(shape[0]))
