@@ -162,7 +162,7 @@ class _QuantizedProduct(torch.autograd.Function):
             with dense(ctx.weight, ctx.like) as matrix:
                 dx = grad.matmul(matrix)
         if want_bias:
-            dbias = grad.flatten(0, -2).sum(0)
+            dbias = grad.sum_to_size(grad.shape[-1:])
         return None, dx, dbias
 
 

@@ -10,6 +10,7 @@ from quantized_helpers import Rows, quantized_rows
 from quantized_models import KINDS, make_x, quantized_net
 
 import lora_ext
+from lora_ext.functional import base_linear
 from lora_ext.quantized import workspace
 from lora_ext.quantized.layers import quantized_base
 
@@ -143,6 +144,21 @@ def test_transforms_are_refused_and_without_gradients_work():
             transformed(problem.x)
     with torch.no_grad():
         torch.testing.assert_close(torch.vmap(call)(problem.x), call(problem.x))
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 3)], ids=str)
+def test_the_base_alone_on_any_number_of_rows(lead):
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    results = []
+    for w in (weight, weight.dequantize(F32)):
+        x = torch.ones(*lead, 64, requires_grad=True)
+        bias = problem.bias.clone().requires_grad_()
+        y = base_linear(x, w, bias)
+        y.sum().backward()
+        results.append((y.detach(), x.grad, bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_two_backwards():
