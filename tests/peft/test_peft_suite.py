@@ -120,6 +120,14 @@ def test_edits_leave_assertions():
     assert {kind.__name__ for kind, _ in names["TEST_CASES"]} == {"LoraConfig"}
 
 
+def test_the_document_has_quantised_bases():
+    text = quantized_suite.DOCUMENT.read_text().split(quantized_suite.HEADING)[1]
+    for part, fused in zip(text.split("**")[1::2], (10, 20), strict=True):
+        passed, cases = map(int, part.split(" cases")[0].split(" of "))
+        assert cases > 90 and passed == cases
+        assert int(text.split(part)[1].split("ran in ")[1].split(" of ")[0]) > fused
+
+
 @pytest.mark.nightly
 def test_pefts_own_tests(tmp_path):
     """The largest file, run: at least 95 % of its LoRA cases pass, all of those on a fast path."""
