@@ -365,8 +365,8 @@ def main() -> int:
             for is_plain in (True, False):
                 arguments = (hub, options.keep, folder_of, [*more, *flags, *counted])
                 ways.append(peft_suite.run(release, name, is_plain, *arguments))
-                # What did not count as it is need not run again.
-                counted = ["--counted", str(records / f"{name}-plain.json")]
+                # What cannot count need not run again.
+                counted = ["--counted", str(folder_of / f"{name}-plain.json")]
             results[name] = (ways[0], ways[1])
     text = report(*both)
     if options.only or options.cases:

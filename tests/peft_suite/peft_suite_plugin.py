@@ -107,7 +107,8 @@ class Recorder:
 
     @staticmethod
     def counted(config):
-        """The cases that passed with a quantised layer in another run, or None for all."""
+        """The cases that had a quantised layer in another run, and to run accelerated passed; or
+        None for all."""
         path = config.getoption("--counted")
         found = None if path is None else json.loads(path.read_text())
         if found is None:
@@ -115,7 +116,8 @@ class Recorder:
         return {
             name
             for name, entry in found.items()
-            if entry["outcome"] == "passed" and entry["quantized_lora"]
+            if entry["quantized_lora"]
+            and (config.getoption("--plain") or entry["outcome"] == "passed")
         }
 
     @pytest.hookimpl(hookwrapper=True)
@@ -153,7 +155,7 @@ def _method(item: pytest.Item) -> type | None:
 def pytest_addoption(parser):
     parser.addoption("--plain", action="store_true", help="record without accelerating")
     parser.addoption("--no-avx512bf16", action="store_true", help="as if the processor had none")
-    parser.addoption("--counted", type=Path, help="a record, to run what passed there quantised")
+    parser.addoption("--counted", type=Path, help="a record, to run what counts there")
     parser.addoption("--record", type=Path, required=True, help="the JSON file to write")
 
 
