@@ -149,10 +149,7 @@ def make_hub(home: Path) -> None:
         "facebook/opt-125m": ("OPTForCausalLM", opt),
         "facebook/opt-350m": ("OPTForCausalLM", opt),
         "facebook/opt-6.7b": ("OPTForCausalLM", opt),
-        "google/flan-t5-base": (
-            "T5ForConditionalGeneration",
-            {**t5, **gated},
-        ),
+        "google/flan-t5-base": ("T5ForConditionalGeneration", {**t5, **gated}),
         "gpt2": ("GPT2LMHeadModel", gpt2),
         "openai-community/gpt2": ("GPT2LMHeadModel", gpt2),
         "openai/whisper-large": ("WhisperForConditionalGeneration", whisper),
@@ -300,11 +297,14 @@ def report(with_kernels: Results, without: Results) -> str:
         HEADING,
         f"{', '.join(f'{name} {found(name)}' for name in LIBRARIES)}; written by `python "
         "scripts/peft_suite_quantized.py`. Of seven files of PEFT's that name a library that "
-        "quantises, two have no such layers, and their cases are above (test_lora_ga, "
-        "test_tuners_utils), and one needs a package and a GPU (test_gptqmodel). Three others ask "
+        "quantises, two give no quantised layer an adapter, and their cases are above "
+        "(test_lora_ga, test_tuners_utils), and one needs a package and a GPU (test_gptqmodel). "
+        "Three others ask "
         "for a GPU, too, and ran on the CPU, by edits of what picks the device (the request for a "
         "GPU, `cuda`, fp16 where a CPU has bfloat16, inductor) and of no line with an assertion. "
-        "test_quantization, which has no LoRA, got four LoRA configurations in its table.",
+        "test_quantization, which has no LoRA, got four LoRA configurations in its table. Not run: "
+        "HQQ, which transformers 5 does not load; LoftQ, which PEFT computes on CUDA; GPTQ, AWQ, "
+        "AQLM and EETQ, which are not installed; several GPUs.",
         f"On a CPU {'with' if has_kernels() else 'without'} AVX512_BF16: {first.sentence}",
         *first.table,
         "On that CPU as on one without AVX512_BF16, where layers of 4 bits dequantise in eval mode "
@@ -347,7 +347,6 @@ def main() -> int:
     release = on_cpu(peft_suite.unpacked(folder))
     hub = made_hub(folder, options.keep)
     os.environ["PEFT_DEBUG_WITH_TORCH_COMPILE"] = "1"
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     more = ["-m", "single_gpu_tests or not multi_gpu_tests"]
     more += ["-k", options.cases or f"not ({' or '.join(OTHERS)})"]
     records = folder / ("records-quantized-some" if options.cases else "records-quantized")
