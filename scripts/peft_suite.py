@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,10 +81,22 @@ def made_hub(folder: Path, keep: bool = False) -> Path:
 
 
 def run(
-    release: Path, name: str, plain: bool, hub: Path | None = None, keep: bool = False
+    release: Path,
+    name: str,
+    plain: bool,
+    hub: Path | None = None,
+    keep: bool = False,
+    records: Path | None = None,
+    more: Sequence[str] = (),
 ) -> dict[str, dict]:
-    """Case -> what the plugin noted of it."""
-    records = release.parent / ("records-with-hub" if hub else "records-without-hub")
+    """Case -> what the plugin noted of it.
+
+    Args:
+        records: the folder of what is noted, by default one beside the release.
+        more: arguments of pytest.
+    """
+    if records is None:
+        records = release.parent / ("records-with-hub" if hub else "records-without-hub")
     records.mkdir(exist_ok=True)
     record = records / f"{name}-{'plain' if plain else 'accelerated'}.json"
     if keep and record.exists():
@@ -101,7 +114,7 @@ def run(
     command += ["-o", "addopts=", "-o", "filterwarnings=", "--rootdir", "."]
     command += ["-p", "no:cacheprovider"]
     command += [f"tests/{name}.py", "--record", str(record)]
-    command += ["--plain"] if plain else []
+    command += ["--plain", *more] if plain else more
     log = record.with_suffix(".log").open("w")
     try:
         subprocess.run(
@@ -185,7 +198,8 @@ def report(results: dict[str, tuple[dict, dict]]) -> str:
         + " as they are, without acceleration: they need a download, a GPU or another package. "
         f"Not counted: {before} fail so before a LoRA adapter is injected.",
         *(f"- `{case}`: {' '.join(why)}" for case, why in unable),
-        f"Not run at all, since all cases need a GPU: {', '.join(sorted(NEED_GPU))}. "
+        "Not run for this table, since all cases ask for a GPU: "
+        f"{', '.join(sorted(NEED_GPU))}; those of quantised bases are below. "
         f"Without a case of LoRA that can be run: {', '.join(without) or 'none'}.",
     ]
     text = "\n\n".join(parts) + "\n"
@@ -212,7 +226,9 @@ def main() -> int:
     if options.only or options.without_hub:
         print(text)
     else:
-        DOCUMENT.write_text(text)
+        # What scripts/peft_suite_quantized.py added stays.
+        found = re.search(r"\n## Quantised bases\n.*", DOCUMENT.read_text(), re.DOTALL)
+        DOCUMENT.write_text(text + (found[0] if found else ""))
     return 0
 
 

@@ -24,6 +24,9 @@ class Rows(QuantizedWeight):
         self.shape, self.device = (rows, cols), codes.device
         self.calls = 0
 
+    def tensors(self):
+        return self.codes, self.scale
+
     def writes(self, dtype):
         return self.writes_out
 

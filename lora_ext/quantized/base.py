@@ -46,8 +46,8 @@ def workspace_bytes(found: QuantizedBase | str | None) -> int:
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Whether products of x are brought to another dtype."""
-    return torch.is_autocast_enabled(x.device.type)
+    """Whether products of x are brought to another dtype; never on meta, which has no autocast."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

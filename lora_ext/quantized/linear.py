@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from .weight import QuantizedWeight, dense
+from .base import is_autocast
+from .weight import QuantizedWeight, Versions, dense
 
 _ops = torch.ops.lora_ext
 
@@ -48,25 +50,45 @@ def quantized_linear(
     bias: Tensor | None,
 ) -> Tensor:
     """y of one adapter or of many, in the dtype to which autocast brings x, or in x's."""
-    device = x.device.type
     _check(call.weight, x)
-    if not torch.is_autocast_enabled(device):
-        return _QuantizedLinear.apply(call, x, bias, *lora_a, *lora_b)
+    if not is_autocast(x):
+        return _apply(call, x, bias, lora_a, lora_b)
     # As the op's own autocast: float32 adapters are never rounded.
+    device = x.device.type
     dtype = torch.get_autocast_dtype(device)
     x = x.to(dtype)
-    factors = [f if f.dtype in (dtype, torch.float32) else f.to(dtype) for f in (*lora_a, *lora_b)]
+    lora_a, lora_b = (
+        [f if f.dtype in (dtype, torch.float32) else f.to(dtype) for f in factors]
+        for factors in (lora_a, lora_b)
+    )
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _QuantizedLinear.apply(call, x, bias, *factors)
+        return _apply(call, x, bias, lora_a, lora_b)
+
+
+def _apply(
+    call: Call, x: Tensor, bias: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
+) -> Tensor:
+    if torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+            raise NotImplementedError(
+                "lora_ext.lora_linear: expected a call outside of torch.func's transforms with a "
+                "quantised weight, but got one within; give it weight.dequantize(x.dtype), or take "
+                "lora_ext.reference.lora_linear_reference"
+            )
+        return _QuantizedLinear.apply(call, x, bias, *lora_a, *lora_b)
+    # There needs_input_grad is true all the same, and S would be made for nobody.
+    with dense(call.weight, x) as weight:
+        return _forward(call, x, weight, lora_a, lora_b, bias)
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """x W^T + bias of the dequantised weight, in x's dtype or autocast's; nothing is saved."""
-    device = x.device.type
     _check(weight, x)
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    if not is_autocast(x):
+        return _QuantizedProduct.apply(weight, x, bias if bias is None else bias.to(x.dtype))
+    device = x.device.type
+    x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return _QuantizedProduct.apply(weight, x, bias if bias is None else bias.to(x.dtype))
 
@@ -97,7 +119,7 @@ class _QuantizedLinear(torch.autograd.Function):
             if not any(wants):
                 return _forward(call, x, weight, lora_a, lora_b, bias)
             y, s = _forward_for_backward(call, x, weight, lora_a, lora_b, bias)
-        ctx.call, ctx.has_bias = call, bias is not None
+        ctx.call, ctx.has_bias, ctx.versions = call, bias is not None, Versions(call.weight)
         tensors = (call.seed, *(call.groups or (None, None, None)))
         scaling = call.scaling if call.groups is not None else None
         ctx.save_for_backward(x, s, scaling, *tensors, *factors)
@@ -116,6 +138,7 @@ class _QuantizedLinear(torch.autograd.Function):
             call = call._replace(scaling=scaling, groups=groups)
         want_bias = want_bias and ctx.has_bias
         if want_x:
+            ctx.versions.check()
             with dense(call.weight, x) as weight:
                 return None, *_backward(
                     call, grad, x, weight, lora_a, lora_b, s, want_x, want_bias, want
@@ -128,7 +151,7 @@ class _QuantizedLinear(torch.autograd.Function):
 class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.like = weight, x.new_empty(0)
+        ctx.weight, ctx.like, ctx.versions = weight, x.new_empty(0), Versions(weight)
         with dense(weight, x) as matrix:
             return F.linear(x, matrix, bias)
 
@@ -138,10 +161,11 @@ class _QuantizedProduct(torch.autograd.Function):
         _, want_x, want_bias = ctx.needs_input_grad
         dx = dbias = None
         if want_x:
+            ctx.versions.check()
             with dense(ctx.weight, ctx.like) as matrix:
                 dx = grad.matmul(matrix)
         if want_bias:
-            dbias = grad.flatten(0, -2).sum(0)
+            dbias = grad.sum_to_size(grad.shape[-1:])
         return None, dx, dbias
 
 

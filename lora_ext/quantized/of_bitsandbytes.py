@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, product_dtype
+from .base import QuantizedBase, is_autocast, product_dtype
 from .devices import has_kernels
 from .weight import QuantizedWeight
 
@@ -37,6 +37,11 @@ class FourBitWeight(QuantizedWeight):
     def in_panels(self) -> bool:
         return getattr(self.state, "packing_format_for_cpu", False)
 
+    def tensors(self) -> list[Tensor]:
+        # Not those of `offset` and tables, which nobody changes.
+        state = self.state
+        return [self.packed, state.absmax, *([state.state2.absmax] if state.nested else [])]
+
     def writes(self, dtype: torch.dtype) -> bool:
         return True
 
@@ -44,17 +49,19 @@ class FourBitWeight(QuantizedWeight):
         state = self.state
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        if self.device.type == "meta":
+            return out  # wherever the scales are
         codes = self.packed.detach().view(torch.uint8).view(-1)
-        if not (codes.is_meta or has_kernels(self.device)):
+        if not has_kernels(self.device):
             self._dequantize_by_library(codes, out)
         elif self.in_panels:
             _ops.dequantize_4bit_panels(codes, state.code, state.absmax, state.blocksize, out)
-        elif state.nested:
+        elif state.nested and state.state2.dtype == torch.float32:
             second = state.state2
             nested = (second.code, second.absmax, state.offset, second.blocksize)
             _ops.dequantize_4bit(codes, state.code, state.absmax, state.blocksize, *nested, out)
         else:
-            absmax = state.absmax.float()
+            absmax = _half_scales(state) if state.nested else state.absmax.float()
             none = (None, None, None, 2)
             _ops.dequantize_4bit(codes, state.code, absmax, state.blocksize, *none, out)
         return out
@@ -72,6 +79,14 @@ class FourBitWeight(QuantizedWeight):
         )
 
 
+def _half_scales(state: Any) -> Tensor:
+    """Nested scales that are computed in half: bitsandbytes quantises those of a half weight again
+    when it brings the weight back from panels, and then reads them in the weight's dtype."""
+    second, codes = state.state2, state.absmax.flatten()
+    factor = second.absmax.float().repeat_interleave(second.blocksize)[: codes.numel()]
+    return ((second.code[codes.long()] * factor).to(second.dtype) + state.offset).float()
+
+
 class EightBitWeight(QuantizedWeight):
     """Of a `bitsandbytes.nn.Linear8bitLt`: its codes CB and their scales SCB."""
 
@@ -82,14 +97,20 @@ class EightBitWeight(QuantizedWeight):
         rows, cols = codes.shape
         self.shape, self.device = (rows, cols), codes.device
 
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale]
+
     def writes(self, dtype: torch.dtype) -> bool:
         return True
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        if self.device.type == "meta":
+            return out
         if has_kernels(self.device):
-            _ops.dequantize_8bit(self.codes.contiguous(), self.scale, 1.0 / 127.0, out)
+            scale = self.scale.float().contiguous()
+            _ops.dequantize_8bit(self.codes.contiguous(), scale, 1.0 / 127.0, out)
         else:
             factor = self.scale.unsqueeze(1).mul(1.0 / 127.0)
             torch.mul(self.codes.to(dtype), factor, out=out)
@@ -107,15 +128,20 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if weight.device.type == "cpu" and layer.in_features % state.blocksize:
         return "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way"
     wanted = layer.compute_dtype
+    has_kernel = _has_kernel(layer, x)
     if x is None:
         dtype = wanted or torch.float32
+        if has_kernel and dtype != torch.bfloat16:
+            return _ROUNDS_X
         return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, dtype)
-    if _has_few_rows(layer, x):
+    if has_kernel and x.numel() < _FEW_ROWS * layer.in_features:
         return "few rows, for which bitsandbytes has a kernel of its own"
     if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
         wanted = x.dtype
     dtype = wanted or x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if has_kernel and dtype != torch.bfloat16:
+        return _ROUNDS_X
+    if is_autocast(x):
         # Its y is rounded to the autocast dtype, as PEFT's update is there, and then x's again.
         if dtype != torch.get_autocast_dtype(x.device.type):
             return "its compute_dtype is not autocast's"
@@ -124,23 +150,28 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, x.dtype)
 
 
+_ROUNDS_X = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
+
 # In eval on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x 4096 on
 # two cores that and the update took 1.06 of the base alone on 64 rows, the op 1.38; on 256 rows
 # 1.28 and 1.08.
 _FEW_ROWS = 128
 
 
-def _has_few_rows(layer: Any, x: Tensor) -> bool:
-    if layer.training or x.requires_grad or not x.is_cpu or layer.out_features % 32:
+def _has_kernel(layer: Any, x: Tensor | None) -> bool:
+    """Whether its forward multiplies without dequantising; None is an x without a gradient."""
+    if layer.training or layer.weight.device.type != "cpu" or layer.out_features % 32:
         return False
-    return layer.support_avx512bf16_for_cpu and x.numel() < _FEW_ROWS * layer.in_features
+    return layer.support_avx512bf16_for_cpu and not (x is not None and x.requires_grad)
 
 
 def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     """Of a `Linear8bitLt`: the base for x, or why it has to be called."""
     state, weight = layer.state, layer._parameters["weight"]
-    codes = state.CB if weight.CB is None else weight.CB
-    scale = state.SCB if weight.SCB is None else weight.SCB
+    # A weight that FSDP gathered has lost both; the layer's own forward then fails.
+    codes, scale = getattr(weight, "CB", None), getattr(weight, "SCB", None)
+    codes = state.CB if codes is None else codes
+    scale = state.SCB if scale is None else scale
     if state.has_fp16_weights or codes is None or scale is None:
         return "its weight is not quantised yet"
     if codes.device.type != "cpu":

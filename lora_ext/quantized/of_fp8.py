@@ -28,6 +28,9 @@ class StoredWeight(QuantizedWeight):
         self.shape, self.device, self.dtype = (rows, cols), weight.device, weight.dtype
         self.format = str(weight.dtype).removeprefix("torch.")
 
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return self.weight.to(dtype)
 

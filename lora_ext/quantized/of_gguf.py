@@ -39,6 +39,9 @@ class GgufWeight(QuantizedWeight):
         self.shape, self.device = (layer.out_features, layer.in_features), layer.weight.device
         self.format = GGML_NAME[self.type]
 
+    def tensors(self) -> list[Tensor]:
+        return [self.blocks]
+
     def writes(self, dtype: torch.dtype) -> bool:
         return True
 

@@ -39,6 +39,11 @@ class HQQWeight(QuantizedWeight):
         self.dtype = layer.compute_dtype
         self.format = f"HQQ's {layer.meta['nbits']} bits"
 
+    def tensors(self) -> list[Tensor]:
+        meta = self.layer.meta
+        found = (self.layer.W_q, meta.get("scale"), meta.get("zero"))
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return self.layer.dequantize().detach().to(dtype)
 

@@ -28,6 +28,10 @@ class TorchaoWeight(QuantizedWeight):
         rows, cols = tensor.shape
         self.shape, self.device, self.dtype = (rows, cols), tensor.device, tensor.dtype
 
+    def tensors(self) -> list[Tensor]:
+        names = self.tensor.__tensor_flatten__()[0]
+        return [getattr(self.tensor, name) for name in names]
+
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return self.tensor.dequantize().to(dtype)
 

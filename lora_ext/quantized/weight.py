@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class QuantizedWeight(ABC):
             out: contiguous ``[out, in]`` of the dtype, which may be written and returned; only
                 where `writes` says so.
         """
+
+    def tensors(self) -> Sequence[Tensor]:
+        """What `dequantize` reads. Backward refuses a weight of which one was changed in place
+        since forward; by default none is watched."""
+        return ()
 
     def writes(self, dtype: torch.dtype) -> bool:
         """Whether `dequantize` writes into `out`; else it returns a tensor of its own."""
@@ -76,9 +82,34 @@ class dense:
             return weight.dequantize(x.dtype, x.new_empty(weight.shape))
         rows, cols = weight.shape
         self.buffer = workspace.take(rows * cols, x)
-        return weight.dequantize(x.dtype, self.buffer[: rows * cols].view(rows, cols))
+        try:
+            return weight.dequantize(x.dtype, self.buffer[: rows * cols].view(rows, cols))
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         if self.buffer is not None:
             workspace.give(self.buffer)
             self.buffer = None
+
+
+class Versions:
+    """How often what a weight is read from had been changed in place, at some time.
+
+    What autograd knows of a tensor that is saved for backward; a quantised weight is none.
+    """
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        # Tensors of inference mode count no changes; a graph that is traced has checks of its own.
+        found = () if torch.compiler.is_compiling() else weight.tensors()
+        self.found = [(tensor, tensor._version) for tensor in found if not tensor.is_inference()]
+
+    def check(self) -> None:
+        """Raises RuntimeError if one was changed since."""
+        if any(tensor._version != version for tensor, version in self.found):
+            raise RuntimeError(
+                "lora_ext.lora_linear: expected in backward the quantised weight of forward, but "
+                "it was changed in place between forward and backward; change it after backward, "
+                "or run forward again"
+            )

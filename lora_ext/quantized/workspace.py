@@ -17,8 +17,9 @@ _kept: dict[Any, Tensor] = {}
 
 def is_shared(x: Tensor) -> bool:
     """Whether a call on x can use the shared memory: not where it is traced, whose graph has memory
-    of its own, nor while a CUDA graph is captured, which must not see it replaced."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+    of its own, nor on meta, which needs none, nor while a CUDA graph is captured, which must not
+    see it replaced."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def load(name):
 
 
 suite = load("peft_suite")
+quantized_suite = load("peft_suite_quantized")
 
 # Loads an adapter by its name, its model by the name that the adapter has for it.
 LOADS = """
@@ -75,6 +77,55 @@ def test_made_models_load_by_name(tmp_path, monkeypatch):
     hub.make_adapter(tmp_path, "peft-internal-testing/tiny-OPTForCausalLM-lora")
     environment = {**os.environ, "HF_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", LOADS], env=environment, check=True)
+
+
+def quantized_entry(outcome="passed", paths=(), lora=True, why=""):
+    found = entry(outcome, lora, why=why)
+    return {**found, "quantized_lora": lora, "quantized": dict.fromkeys(paths, 2)}
+
+
+def test_what_counts_of_quantised_bases():
+    """Cases with an adapter on a quantised layer; what a file makes of them is named."""
+    plain = {name: quantized_entry() for name in ("op", "base", "slow", "bare", "broken", "gone")}
+    plain |= {"dense": entry(), "large": quantized_entry("failed", why="no such model\nmore")}
+    accelerated = {
+        "op": quantized_entry(paths=["added", "fused"]),
+        "base": quantized_entry(paths=["added"]),
+        "slow": quantized_entry(paths=["peft"]),
+        "bare": quantized_entry(paths=["base"]),
+        "broken": quantized_entry("failed", paths=["fused"], why="assert 1 == 2"),
+        "large": quantized_entry("failed"),
+    }
+    pytest.importorskip("bitsandbytes")
+    other = {name: plain[name] for name in ("op", "base")}, {"op": accelerated["op"]}
+    text = quantized_suite.report({"test_some": (plain, accelerated)}, {"test_some": other})
+    assert "**1 of 2 cases that pass on plain PEFT pass accelerated**" in text
+    assert "**4 of 6 cases that pass on plain PEFT pass accelerated**" in text
+    assert "a fused path ran in 2 of them" in text
+    assert "| test_some | 6 | 4 | 1 of 2 | 1 of 1 | 1 of 1 | 1 of 2 |" in text
+    assert "- `broken`: failed. assert 1 == 2" in text and "- `gone`: missing." in text
+    assert "plain PEFT: 1 failed." in text and "- `large`: no such model" in text
+
+
+def test_edits_leave_assertions():
+    edited = quantized_suite.edited
+    text = 'x = model.to("cuda")\nassert x.device.type == "cpu"\n'
+    assert edited("test_common_gpu", text) == text.replace('"cuda"', '"cpu"')
+    with pytest.raises(ValueError, match="leave assertions"):
+        edited("test_common_gpu", 'assert x.device.type == "cuda"\n')
+    with pytest.raises(ValueError, match="a file without it"):
+        edited("test_quantization", "TEST_CASES = []\n")
+    table = edited("test_quantization", "TEST_CASES = [1]\n\n\ndef _peft_id(val):\n    pass\n")
+    names = {}
+    exec(table, names)
+    assert {kind.__name__ for kind, _ in names["TEST_CASES"]} == {"LoraConfig"}
+
+
+def test_the_document_has_quantised_bases():
+    text = quantized_suite.DOCUMENT.read_text().split(quantized_suite.HEADING)[1]
+    found = re.findall(r"\*\*(\d+) of (\d+) cases .*\*\*; a fused path ran in (\d+) of", text)
+    for (passed, cases, fused), least in zip(found, (10, 20), strict=True):
+        assert int(cases) > 90 and passed == cases and int(fused) > least
 
 
 @pytest.mark.nightly

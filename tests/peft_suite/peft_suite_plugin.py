@@ -1,8 +1,8 @@
 """A pytest plugin for PEFT's own suite: accelerates every LoRA model and notes which way it ran.
 
 Loaded by `scripts/peft_suite.py`. For each test it records the outcome, whether a LoRA adapter was
-injected, and how often each path of `lora_ext.explain` computed a forward. ``--plain`` records the
-same outcomes without acceleration.
+injected, whether one was over a quantised base, and how often each path of `lora_ext.explain`
+computed a forward. ``--plain`` records the same outcomes without acceleration.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from huggingface_hub.utils import _http
 from peft import AdaLoraModel, LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora import layer as peft_layers
+from torch import nn
 
+from lora_ext.peft import mixed_batch, quantized
 from lora_ext.peft.report import peft_path
 from lora_ext.peft.swap import classes, swap
+from lora_ext.quantized.layers import is_quantized
 
 
 class EveryModel(defaultdict):
@@ -38,14 +41,17 @@ class Recorder:
         self.plain, self.out = plain, out
         self.results: dict[str, dict] = {}
         self.paths: Counter[str] = Counter()
-        self.injected = False
+        self.quantized_paths: Counter[str] = Counter()
+        self.injected = self.quantized = False
 
     def install(self) -> None:
         original = LoraModel.inject_adapter
 
         def inject_adapter(tuner, model, *args, **kwargs):
             original(tuner, model, *args, **kwargs)
-            self.injected |= not isinstance(tuner, AdaLoraModel)
+            if not isinstance(tuner, AdaLoraModel):
+                self.injected = True
+                self.quantized |= any(map(_is_quantized, model.modules()))
             if not self.plain:
                 swap(model)
 
@@ -55,6 +61,22 @@ class Recorder:
             for kind in (*classes().values(), *others):
                 if issubclass(kind, LoraLayer):
                     self._count(kind)
+            self._count_quantized()
+
+    def _count_quantized(self) -> None:
+        """Of a layer over a quantised base the path for its x, not for one in the base's dtype."""
+        computed, of_rows = quantized.computed, mixed_batch.linear
+
+        def noted(layer, x, path):
+            self.quantized_paths[path.name] += 1
+            return computed(layer, x, path)
+
+        def noted_of_rows(layer, theirs, x, rows, args, kwargs):
+            if _is_quantized(layer):
+                self.quantized_paths[mixed_batch.linear_path(layer, rows)[0]] += 1
+            return of_rows(layer, theirs, x, rows, args, kwargs)
+
+        quantized.computed, mixed_batch.linear = noted, noted_of_rows
 
     def _count(self, kind: type) -> None:
         forward = kind.forward
@@ -62,6 +84,8 @@ class Recorder:
         def counted(layer, x, *args, **kwargs):
             if args or kwargs:
                 self.paths["peft: arguments beside x"] += 1
+                if layer.__dict__.get("row_adapters") is None:  # else noted with its rows
+                    self.quantized_paths["peft"] += _is_quantized(layer)
             else:
                 path, reason = peft_path(layer)
                 self.paths[f"peft: {reason}" if path == "peft" else path] += 1
@@ -73,16 +97,34 @@ class Recorder:
         """Leaves out the cases of a parametrized test that are of another method than LoRA."""
         if helpers := sys.modules.get("tests.testing_utils"):
             helpers._HUB_MODEL_ACCESSES = EveryModel(int)
-        ours, others = [], []
+        ours, others, counted = [], [], self.counted(config)
         for item in items:
-            (ours if _method(item) in (None, LoraConfig) else others).append(item)
+            is_ours = _method(item) in (None, LoraConfig)
+            is_ours = is_ours and (counted is None or item.nodeid in counted)
+            (ours if is_ours else others).append(item)
         config.hook.pytest_deselected(items=others)
         items[:] = ours
+
+    @staticmethod
+    def counted(config):
+        """The cases that had a quantised layer in another run, and to run accelerated passed; or
+        None for all."""
+        path = config.getoption("--counted")
+        found = None if path is None else json.loads(path.read_text())
+        if found is None:
+            return None
+        return {
+            name
+            for name, entry in found.items()
+            if entry["quantized_lora"]
+            and (config.getoption("--plain") or entry["outcome"] == "passed")
+        }
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
         self.paths.clear()
-        self.injected = False
+        self.quantized_paths.clear()
+        self.injected = self.quantized = False
         yield
 
     def pytest_runtest_logreport(self, report):
@@ -93,11 +135,15 @@ class Recorder:
             entry["outcome"] = "failed"
             crash = getattr(report.longrepr, "reprcrash", None)
             entry["why"] = str(crash.message if crash else report.longrepr)[:300]
-        entry["lora"] = self.injected
-        entry["paths"] = dict(self.paths)
+        entry["lora"], entry["quantized_lora"] = self.injected, self.quantized
+        entry["paths"], entry["quantized"] = dict(self.paths), dict(self.quantized_paths)
 
     def pytest_sessionfinish(self):
         self.out.write_text(json.dumps(self.results, indent=0) + "\n")
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) and is_quantized(module.get_base_layer())
 
 
 def _method(item: pytest.Item) -> type | None:
@@ -108,11 +154,17 @@ def _method(item: pytest.Item) -> type | None:
 
 def pytest_addoption(parser):
     parser.addoption("--plain", action="store_true", help="record without accelerating")
+    parser.addoption("--no-avx512bf16", action="store_true", help="as if the processor had none")
+    parser.addoption("--counted", type=Path, help="a record, to run what counts there")
     parser.addoption("--record", type=Path, required=True, help="the JSON file to write")
 
 
 def pytest_configure(config):
     _fail_at_once_without_network()
+    if config.getoption("--no-avx512bf16"):
+        import bitsandbytes.nn.modules
+
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     recorder = Recorder(config.getoption("--plain"), config.getoption("--record"))
     recorder.install()
     config.pluginmanager.register(recorder)

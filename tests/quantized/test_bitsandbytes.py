@@ -151,6 +151,23 @@ def test_the_order_to_which_eval_switches(kind):
 
 
 @pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+def test_the_order_to_which_saving_switches_back(dtype, nested):
+    """Scales are quantised again, around an offset in the dtype that the weight had."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed, state = F4.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    packed, state = F4._convert_weight_packed_for_cpu(packed, state)
+    assert FourBitWeight(packed, state).in_panels
+    packed, state = F4._convert_weight_packed_for_cpu_inverse(packed, state)
+    found = FourBitWeight(packed, state)
+    assert not found.in_panels and state.nested == nested
+    for asked in (F32, BF16):
+        state.dtype = asked
+        assert torch.equal(found.dequantize(asked), F4.dequantize_4bit(packed, state))
+
+
+@pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
 def test_few_rows_in_eval_take_its_own_kernel():
     layer = four_bit_layer(bias=False)
     model, x = lora_ext.accelerate(randomize(with_lora(layer))).eval(), torch.randn(200, K).to(BF16)
@@ -165,6 +182,21 @@ def test_few_rows_in_eval_take_its_own_kernel():
     torch.testing.assert_close(few, many[:5], rtol=2e-2, atol=3e-2)
     assert isinstance(quantized_base(layer, x[:5].requires_grad_()), QuantizedBase)
     assert isinstance(quantized_base(layer.train(), x[:5].detach()), QuantizedBase)
+
+
+@pytest.mark.skipif(not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16")
+@pytest.mark.parametrize("dtype", [F32, F16], ids=short)
+def test_its_kernel_that_rounds_x_is_not_replaced(dtype):
+    """An adapter of zeros is the base, bit for bit, whatever the rows, as with PEFT."""
+    layer = four_bit_layer(dtype, bias=False)
+    model, x = lora_ext.accelerate(with_lora(layer)).eval(), torch.randn(200, K).to(dtype)
+    reason = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
+    assert quantized_base(layer, x) == reason and reasons(model) == {("added", reason)}
+    with torch.no_grad():
+        assert torch.equal(model(x), layer(x))
+        assert torch.equal(lora_ext.decelerate(model)(x), layer(x))
+    assert isinstance(quantized_base(layer, x.requires_grad_()), QuantizedBase)
+    assert isinstance(quantized_base(layer.train(), x.detach()), QuantizedBase)
 
 
 def test_a_base_with_a_hook_is_called():

@@ -1,0 +1,380 @@
+"""Runs PEFT's own tests of quantised bases on the CPU, accelerated, and adds the count to the docs.
+
+    python scripts/peft_suite_quantized.py             # writes docs/compatibility-suite.md's end
+    python scripts/peft_suite_quantized.py --keep      # takes files that an earlier run recorded
+
+All but one of PEFT's test files with quantised LoRA layers ask for a GPU, of which they need the
+memory: the libraries have kernels for the CPU. They run here as a copy under build/, in which only
+what picks the device is changed, `EDITS` below; a line with an assertion is never touched. The one
+file that is for the CPU, too, test_quantization, has a table of methods without LoRA: it gets one.
+As in scripts/peft_suite.py each file runs as it is and accelerated, and models are random and
+small; of widths that blocks of 64 divide, since bitsandbytes misreads others on the CPU. A case
+counts if it gives a quantised layer a LoRA adapter and passes as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import peft_suite
+
+# File -> what was noted of its cases as they are, and accelerated.
+Results = dict[str, tuple[dict[str, dict], dict[str, dict]]]
+
+DOCUMENT = peft_suite.DOCUMENT
+HEADING = "## Quantised bases"
+FILES = ("test_common_gpu", "test_gpu_examples", "test_quantization", "test_torch_compile")
+LIBRARIES = ("bitsandbytes", "torchao", "hqq", "transformers")
+GPU_ONLY = r"not \(torch\.cuda\.is_available\(\) or is_xpu_available\(\)\)"
+# Words of the names of cases that are of other methods, of dense bases, of several processes, or of
+# what PEFT's library computes on CUDA alone.
+OTHERS = (
+    "adalora",
+    "adaption",
+    "autocast_dtype",
+    "frod",
+    "hira",
+    "hotswap",
+    "hra",
+    "ia3",
+    "loftq",
+    "no_quantization",
+    "notebook",
+    "offload",
+    "p_tuning",
+    "prefix",
+    "pytorch_compile",
+    "randlora",
+    "road",
+    "same_adapter",
+    "tensorparallel",
+    "testautocast",
+    "trainer_compile",
+    "_pvera",
+    "_vera",
+    "backend_is_set",
+)
+LORA_CASES = """TEST_CASES[:] = [
+    (__import__("peft").LoraConfig, {"target_modules": ["q_proj", "v_proj"], **more})
+    for more in (
+        {},
+        {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1},
+        {"use_rslora": True},
+        {"use_dora": True},
+    )
+]
+
+
+def _peft_id("""
+# (file, pattern, replacement): what picks the device, and the table that has no LoRA.
+EDITS = (
+    ("test_*", r'"cuda"', '"cpu"'),
+    ("test_*", r"\bdevice = 0\n", 'device = "cpu"\n'),
+    ("test_*", r'device_map=(?:0|\{"": 0\})', 'device_map="cpu"'),
+    # A CPU has autocast in bfloat16 alone.
+    ("test_*", r"\bfp16=True", "bf16=True, use_cpu=True"),
+    ("test_*", r"skipif\(\s*" + GPU_ONLY, "skipif(False"),
+    ("test_gpu_examples", r'if device == "cpu":\n    pytest\.skip\(.*\)\n', ""),
+    ("testing_utils", r'skipif\(torch_device == "cpu"', "skipif(False"),
+    ("testing_utils", r"skipif\(not torch\.cuda\.is_available\(\)", "skipif(False"),
+    # Of the same graphs, without minutes of a C++ compiler for each.
+    (
+        "test_torch_compile",
+        r"torch\.compile\(model, ",
+        'torch.compile(model, backend="aot_eager", ',
+    ),
+    ("test_quantization", r"def _peft_id\(", LORA_CASES),
+)
+
+
+def edited(name: str, text: str) -> str:
+    """A file of PEFT's tests with the edits that are for it.
+
+    Raises:
+        ValueError: an edit changes a line with an assertion, or finds nothing to change.
+    """
+    new = text
+    for pattern, old, replacement in EDITS:
+        if re.fullmatch(pattern.replace("*", ".*"), name):
+            new, count = re.subn(old, lambda _, to=replacement: to, new)
+            if not count and pattern == name:
+                raise ValueError(f"expected {old} in {name}.py of PEFT, but got a file without it")
+    kept, found = ([s for s in t.splitlines() if "assert" in s] for t in (text, new))
+    if kept != found:
+        raise ValueError(f"expected edits of {name}.py that leave assertions, but they change one")
+    return new
+
+
+def on_cpu(release: Path) -> Path:
+    """A copy of PEFT's tests that run on a CPU."""
+    copy = release.with_name(f"{release.name}-on-cpu")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(release, copy)
+    for path in sorted((copy / "tests").glob("*.py")):
+        if path.stem in (*FILES, "testing_utils"):
+            path.write_text(edited(path.stem, path.read_text()))
+    return copy
+
+
+def make_hub(home: Path) -> None:
+    """The models that these files load, as scripts/peft_suite_hub.py makes them, and their data."""
+    import datasets
+    import peft_suite_hub as hub
+    import torch
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    grouped = {**hub.GROUPED, **sizes}
+    # Outputs large enough that an adapter changes them by more than the tests' tolerances.
+    opt = {**hub.OPT, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "init_std": 0.1}
+    gated = {"feed_forward_proj": "gated-gelu"}
+    t5 = {**hub.T5, "d_model": 64, "d_kv": 16, "d_ff": 128}
+    whisper = {**hub.WHISPER, "d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    gpt2 = {**hub.GPT2, "n_embd": 64}
+    tiny = "peft-internal-testing/tiny-random-"
+    models = {
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": ("LlamaForCausalLM", grouped),
+        "bigscience/bloomz-560m": ("BloomForCausalLM", {**hub.BLOOM, "hidden_size": 64}),
+        "facebook/opt-125m": ("OPTForCausalLM", opt),
+        "facebook/opt-350m": ("OPTForCausalLM", opt),
+        "facebook/opt-6.7b": ("OPTForCausalLM", opt),
+        "google/flan-t5-base": ("T5ForConditionalGeneration", {**t5, **gated}),
+        "gpt2": ("GPT2LMHeadModel", gpt2),
+        "openai-community/gpt2": ("GPT2LMHeadModel", gpt2),
+        "openai/whisper-large": ("WhisperForConditionalGeneration", whisper),
+        "peft-internal-testing/opt-125m": ("OPTForCausalLM", {**opt, "num_hidden_layers": 12}),
+        f"{tiny}BloomForCausalLM": ("BloomForCausalLM", {**hub.BLOOM, "hidden_size": 64}),
+        f"{tiny}OPTForCausalLM": ("OPTForCausalLM", opt),
+        "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", grouped),
+        f"{tiny}t5": ("T5ForConditionalGeneration", t5),
+        "t5-small": ("T5ForConditionalGeneration", t5),
+        "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": ("Qwen2ForCausalLM", grouped),
+    }
+    for name, (kind, values) in models.items():
+        torch.manual_seed(zlib.crc32(name.encode()))
+        hub.MODELS[name] = hub.Model(kind, values)
+        hub.make_model(home, name)
+    adapter = "ybelkada/test-st-lora"
+    hub.ADAPTERS[adapter] = hub.Adapter("AutoModelForCausalLM", "facebook/opt-350m", "CAUSAL_LM")
+    hub.make_adapter(home, adapter)
+    words = [f"{a}{b}" for a in ("to ", "not ", "or ") for b in ("be", "see", "do", "go")]
+    quotes = [" ".join(words[(i * j) % 12] for j in range(1, 5 + i % 5)) for i in range(120)]
+    rows = [{"quote": quote, "author": "nobody", "tags": ["a"]} for quote in quotes]
+    for name in ("ybelkada/english_quotes_copy", "Abirate/english_quotes"):
+        write_data(home, name, datasets.Dataset.from_list(rows))
+
+
+def write_data(home: Path, name: str, data: object) -> None:
+    """A data set with one split, train, where `datasets` keeps what it has prepared."""
+    import datasets
+
+    owner, short = name.split("/")
+    folder = home / "datasets" / f"{owner}___{short}" / "default" / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{short}-train.arrow"
+    with datasets.arrow_writer.ArrowWriter(path=str(path), features=data.features) as writer:
+        for row in data:
+            writer.write(row)
+        writer.finalize()
+    splits = datasets.SplitDict()
+    splits.add(datasets.SplitInfo("train", num_examples=len(data), dataset_name=short))
+    words = {"config_name": "default", "dataset_name": short, "version": "0.0.0"}
+    datasets.DatasetInfo(features=data.features, splits=splits, **words).write_to_directory(
+        str(folder)
+    )
+
+
+def made_hub(folder: Path, keep: bool) -> Path:
+    hub, made = folder / "hub-quantized", folder / "hub-quantized-made"
+    if not (keep and hub.exists()):
+        for old in (hub, made):
+            shutil.rmtree(old, ignore_errors=True)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, __file__, "--make-hub", str(made)]
+        with (folder / "hub-quantized.log").open("w") as log:
+            subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+        made.rename(hub)
+    return hub
+
+
+def path_of(entry: dict) -> str:
+    """The best way in which a case ran a quantised layer that has active adapters."""
+    paths = entry.get("quantized") or {}
+    return next((name for name in ("fused", "added", "peft") if paths.get(name)), "none")
+
+
+class Count(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+        rows: (file, counts) and a last one of all.
+        failures: (case, outcome, why) of those that fail accelerated alone.
+        unable: (case, why) of those that fail as they are.
+        left_out: outcome -> how many of those that do not pass as they are.
+    """
+
+    rows: list[tuple[str, Counter[str]]]
+    failures: list[tuple[str, str, str]]
+    unable: list[tuple[str, str]]
+    left_out: Counter[str]
+
+    @property
+    def total(self) -> Counter[str]:
+        return self.rows[-1][1]
+
+    @property
+    def table(self) -> list[str]:
+        ways = ("fused", "added", "peft", "none")
+        return [
+            "| file | cases | passed | with a fused forward | the base called, the update added "
+            "| with PEFT's forward only | without a forward of an active adapter |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(
+                f"| {name} | {c['cases']} | {c['passed']} | "
+                + " | ".join(f"{c[f'{way} passed']} of {c[way]}" for way in ways)
+                + " |"
+                for name, c in self.rows
+            ),
+        ]
+
+    @property
+    def sentence(self) -> str:
+        total = self.total
+        return (
+            f"**{total['passed']} of {total['cases']} cases that pass on plain PEFT pass "
+            f"accelerated**; a fused path ran in {total['fused']} of them."
+        )
+
+
+def count(results: Results) -> Count:
+    found = Count([], [], [], Counter())
+    total: Counter[str] = Counter()
+    for name, (plain, accelerated) in results.items():
+        counts: Counter[str] = Counter()
+        for case, entry in plain.items():
+            if not entry.get("quantized_lora"):
+                continue
+            if entry["outcome"] != "passed":
+                found.left_out[entry["outcome"]] += 1
+                if entry["outcome"] == "failed":
+                    found.unable.append((case, first_line(entry)))
+                continue
+            ours = accelerated.get(case, {"outcome": "missing", "why": ""})
+            passed, way = ours["outcome"] == "passed", path_of(ours)
+            counts.update({"cases": 1, "passed": passed, way: 1, f"{way} passed": passed})
+            if not passed:
+                found.failures.append((case, ours["outcome"], first_line(ours)))
+        total += counts
+        found.rows.append((name, counts))
+    found.rows.append(("all", total))
+    return found
+
+
+def first_line(entry: dict) -> str:
+    return "".join(entry["why"].splitlines()[:1])[:120]
+
+
+def report(with_kernels: Results, without: Results) -> str:
+    """The section, from file -> (plain, accelerated), of a processor as it is and of one without
+    AVX512_BF16."""
+    first, second = count(with_kernels), count(without)
+    failures = [
+        f"- `{case}`: {end}. {why}" for one in (first, second) for case, end, why in one.failures
+    ]
+    left_out = ", ".join(f"{count} {outcome}" for outcome, count in first.left_out.most_common())
+    parts = [
+        HEADING,
+        f"{', '.join(f'{name} {found(name)}' for name in LIBRARIES)}; written by `python "
+        "scripts/peft_suite_quantized.py`. Of seven files of PEFT's that name a library that "
+        "quantises, two give no quantised layer an adapter, and their cases are above "
+        "(test_lora_ga, test_tuners_utils), and one needs a package and a GPU (test_gptqmodel). "
+        "Three others ask "
+        "for a GPU, too, and ran on the CPU, by edits of what picks the device (the request for a "
+        "GPU, `cuda`, fp16 where a CPU has bfloat16, inductor) and of no line with an assertion. "
+        "test_quantization, which has no LoRA, got four LoRA configurations in its table. Not run: "
+        "HQQ, which transformers 5 does not load; LoftQ, which PEFT computes on CUDA; GPTQ, AWQ, "
+        "AQLM and EETQ, which are not installed; several GPUs.",
+        f"On a CPU {'with' if has_kernels() else 'without'} AVX512_BF16: {first.sentence}",
+        *first.table,
+        "On that CPU as on one without AVX512_BF16, where layers of 4 bits dequantise in eval mode "
+        f"as in training: {second.sentence}",
+        *second.table,
+        "Cases that fail accelerated and pass as they are:" + (" none." if not failures else ""),
+        *failures,
+        f"Left out, since they do not pass on plain PEFT: {left_out or 'none'}.",
+        *(f"- `{case}`: {why}" for case, why in first.unable),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    return re.sub(r"\|\n\n\|", "|\n|", text).replace("\n\n- ", "\n- ")
+
+
+def has_kernels() -> bool:
+    from bitsandbytes.functional import has_avx512bf16  # pyright: ignore[reportMissingImports]
+
+    return has_avx512bf16()
+
+
+def found(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="files whose name contains this text; prints")
+    parser.add_argument("--cases", default="", help="pytest's -k; prints")
+    parser.add_argument("--keep", action="store_true", help="take what was recorded before")
+    parser.add_argument("--folder", type=Path, default=peft_suite.ROOT / "build" / "peft-suite")
+    parser.add_argument("--make-hub", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.make_hub:
+        make_hub(options.make_hub.resolve())
+        return 0
+    folder = options.folder.resolve()
+    release = on_cpu(peft_suite.unpacked(folder))
+    hub = made_hub(folder, options.keep)
+    os.environ["PEFT_DEBUG_WITH_TORCH_COMPILE"] = "1"
+    more = ["-m", "single_gpu_tests or not multi_gpu_tests"]
+    more += ["-k", options.cases or f"not ({' or '.join(OTHERS)})"]
+    records = folder / ("records-quantized-some" if options.cases else "records-quantized")
+    both: tuple[Results, Results] = ({}, {})
+    for name in FILES:
+        if options.only not in name:
+            continue
+        print(name, file=sys.stderr, flush=True)
+        counted: list[str] = []
+        for results, folder_of, flags in (
+            (both[0], records, []),
+            (both[1], records.with_name(f"{records.name}-dequantised"), ["--no-avx512bf16"]),
+        ):
+            ways = []
+            for is_plain in (True, False):
+                arguments = (hub, options.keep, folder_of, [*more, *flags, *counted])
+                ways.append(peft_suite.run(release, name, is_plain, *arguments))
+                # What cannot count need not run again.
+                counted = ["--counted", str(folder_of / f"{name}-plain.json")]
+            results[name] = (ways[0], ways[1])
+    text = report(*both)
+    if options.only or options.cases:
+        print(text)
+    else:
+        before = DOCUMENT.read_text().split(f"\n{HEADING}\n")[0]
+        DOCUMENT.write_text(f"{before.rstrip()}\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

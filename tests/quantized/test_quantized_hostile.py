@@ -1,0 +1,327 @@
+"""What should not be done to quantised weights, and is."""
+
+import copy
+
+import pytest
+import torch
+from helpers import BF16, F32, make_problem
+from peft_helpers import paths, step
+from quantized_helpers import Rows, quantized_rows
+from quantized_models import KINDS, make_x, quantized_net
+
+import lora_ext
+from lora_ext.functional import base_linear
+from lora_ext.quantized import workspace
+from lora_ext.quantized.layers import quantized_base
+
+ops = torch.ops.lora_ext
+
+
+@pytest.fixture(autouse=True)
+def fresh_workspace():
+    workspace.release()
+    yield
+    workspace.release()
+
+
+# ---- the weight, between forward and backward ----
+
+
+def in_place(tensor):
+    """Changes bytes of a tensor of any dtype."""
+    with torch.no_grad():
+        tensor.copy_(tensor.clone())
+
+
+def test_a_weight_that_changes_after_forward():
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    for changed in (weight.codes, weight.scale):
+        x = problem.x.clone().requires_grad_()
+        y = lora_ext.lora_linear(x, weight, problem.lora_a, problem.lora_b)
+        in_place(changed)
+        with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+            y.backward(problem.grad)
+    # Without dX nobody reads it.
+    b = problem.lora_b.clone().requires_grad_()
+    y = lora_ext.lora_linear(problem.x, weight, problem.lora_a, b)
+    in_place(weight.codes)
+    y.backward(problem.grad)
+    assert b.grad is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layers_weight_that_changes_after_forward(kind):
+    model = lora_ext.accelerate(quantized_net(kind))
+    base = model.base_model.model.blocks[1].up.base_layer
+    tensors = quantized_base(base, make_x()).weight.tensors()
+    assert len(tensors) >= 2  # codes and scales
+    for tensor in tensors:
+        if tensor.is_inference():  # as HQQ makes them, which torch lets nobody change
+            assert kind == "hqq"
+            continue
+        y = model(make_x())
+        in_place(tensor)
+        with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+            y.sum().backward()
+    step(model, make_x())
+
+
+def test_the_base_alone_that_changes_after_forward():
+    """DoRA multiplies by the base alone."""
+    pytest.importorskip("bitsandbytes")
+    model = lora_ext.accelerate(quantized_net("bnb nf4", use_dora=True))
+    base = model.base_model.model.blocks[1].up.base_layer
+    y = model(make_x())
+    in_place(base.weight)
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+        y.sum().backward()
+
+
+def test_weights_made_in_inference_mode():
+    """They have no versions to compare."""
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    with torch.inference_mode():
+        weight = quantized_rows(problem.weight)
+    x = problem.x.clone().requires_grad_()
+    lora_ext.lora_linear(x, weight, problem.lora_a, problem.lora_b).backward(problem.grad)
+    assert x.grad is not None
+
+
+# ---- modes of a model, in turn ----
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_saving_and_training_in_turn(kind, dtype):
+    """A layer of bitsandbytes changes its weight in eval mode, and back when it is saved."""
+    model = quantized_net(kind, dtype)
+    plain = copy.deepcopy(model)
+    lora_ext.accelerate(model)
+    x = make_x(dtype)
+    for _ in range(2):
+        results = []
+        for one in (model, plain):
+            one.eval()
+            with torch.inference_mode():
+                one(x)
+            one.state_dict()
+            one.train()
+            results.append(step(one, x))
+        assert set(paths(model).values()) == {"fused"}
+        for name, value in results[1].items():
+            error = (results[0][name] - value).abs().max()
+            assert error <= (1e-4 if dtype == F32 else 1e-1) * value.abs().max(), name
+
+
+def test_evaluation_between_forward_and_backward():
+    """bitsandbytes changes the order of its codes meanwhile."""
+    pytest.importorskip("bitsandbytes")
+    model = lora_ext.accelerate(quantized_net("bnb nf4"))
+    wanted = step(model, make_x())
+    x = make_x().requires_grad_()
+    y = model(x)
+    model.eval()
+    with torch.no_grad():
+        model(make_x())
+    model.train()
+    generator = torch.Generator().manual_seed(4)
+    y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).float())
+    # Scales are rounded to bfloat16 in the other order.
+    error = (x.grad - wanted["dx"]).abs().max()
+    assert error <= 1e-2 * wanted["dx"].abs().max()
+
+
+def test_transforms_are_refused_and_without_gradients_work():
+    problem = make_problem((6, 5), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+
+    def call(x):
+        return lora_ext.lora_linear(x, weight, problem.lora_a, problem.lora_b)
+
+    for transformed in (torch.vmap(call), torch.func.grad(lambda x: call(x).sum())):
+        with pytest.raises(NotImplementedError, match=r"outside of torch\.func's transforms"):
+            transformed(problem.x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(call)(problem.x), call(problem.x))
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 3)], ids=str)
+def test_the_base_alone_on_any_number_of_rows(lead):
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    results = []
+    for w in (weight, weight.dequantize(F32)):
+        x = torch.ones(*lead, 64, requires_grad=True)
+        bias = problem.bias.clone().requires_grad_()
+        y = base_linear(x, w, bias)
+        y.sum().backward()
+        results.append((y.detach(), x.grad, bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_two_backwards():
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    x = problem.x.clone().requires_grad_()
+    y = lora_ext.lora_linear(x, weight, problem.lora_a, problem.lora_b)
+    gradients = [torch.autograd.grad(y, x, problem.grad, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
+
+
+def test_no_grad_takes_the_op_that_saves_nothing():
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    a = problem.lora_a.clone().requires_grad_()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        lora_ext.lora_linear(problem.x, weight, a, problem.lora_b)
+    names = {event.name for event in profile.events()}
+    assert "lora_ext::lora_linear" in names and "lora_ext::lora_linear_forward" not in names
+
+
+# ---- the workspace ----
+
+
+class Broken(Rows):
+    """One that fails while it writes."""
+
+    def dequantize(self, dtype, out=None):
+        if out is not None:
+            raise ValueError("broken codes")
+        return super().dequantize(dtype, out)
+
+
+def test_an_error_while_it_is_written_gives_the_workspace_back():
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    lora_ext.lora_linear(problem.x, weight, problem.lora_a, problem.lora_b)
+    kept = workspace.nbytes()
+    with pytest.raises(ValueError, match="broken codes"):
+        lora_ext.lora_linear(
+            problem.x, Broken(weight.codes, weight.scale), problem.lora_a, problem.lora_b
+        )
+    assert workspace.nbytes() == kept > 0
+
+
+class Nested(Rows):
+    """One that runs another layer while it is dequantised."""
+
+    inner = None
+
+    def dequantize(self, dtype, out=None):
+        if out is not None:
+            self.inner()
+        return super().dequantize(dtype, out)
+
+
+def test_a_layer_within_a_layer():
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    nested = Nested(weight.codes, weight.scale)
+    operands = problem.x, problem.lora_a, problem.lora_b
+
+    def call(w):
+        return lora_ext.lora_linear(operands[0], w, *operands[1:])
+
+    wanted = call(weight)
+    nested.inner = lambda: call(quantized_rows(problem.weight + 1))
+    assert torch.equal(call(nested), wanted)
+
+
+def test_meta_tensors_leave_no_workspace():
+    problem = make_problem((20,), 64, 48, 4, (F32, F32))
+    weight = quantized_rows(problem.weight)
+    meta = Rows(weight.codes.to("meta"), weight.scale.to("meta"))
+    y = lora_ext.lora_linear(
+        problem.x.to("meta"), meta, problem.lora_a.to("meta"), problem.lora_b.to("meta")
+    )
+    assert y.is_meta and y.shape == (20, 48)
+    assert workspace.nbytes() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_on_meta(kind):
+    model = lora_ext.accelerate(quantized_net(kind))
+    if not kind.startswith("torchao"):
+        pytest.skip("layers of bitsandbytes and HQQ have no `to` that moves to meta")
+    model.to("meta")
+    y = model(make_x().to("meta"))
+    assert y.is_meta and y.shape == (12, 64) and workspace.nbytes() == 0
+
+
+def test_four_bits_on_meta_with_scales_on_the_cpu():
+    bnb = pytest.importorskip("bitsandbytes")
+    from lora_ext.quantized.of_bitsandbytes import FourBitWeight
+
+    packed, state = bnb.functional.quantize_4bit(torch.randn(32, 64), quant_type="nf4")
+    weight = FourBitWeight(packed.to("meta"), state)
+    found = weight.dequantize(BF16)
+    assert found.is_meta and found.shape == (32, 64) and found.dtype == BF16
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (48, 0), (0, 0)], ids=str)
+def test_empty_weights(shape):
+    weight = Rows(torch.zeros(shape, dtype=torch.int8), torch.ones(shape[0]))
+    dense = weight.dequantize(F32)
+    results = []
+    for w in (weight, dense):
+        x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(0)).requires_grad_()
+        a, b = torch.ones(4, shape[1]), torch.ones(shape[0], 4)
+        try:
+            y = lora_ext.lora_linear(x, w, a, b)
+            y.sum().backward()
+            results.append((y.detach(), x.grad))
+        except RuntimeError as error:
+            results.append(str(error))
+    if isinstance(results[1], str):
+        assert results[0] == results[1]
+    else:
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+# ---- the kernels ----
+
+
+def test_tensors_of_two_devices():
+    """A meta tensor among the others must not leave `out` as it is."""
+    codes, scale = torch.zeros(4, 6, dtype=torch.int8), torch.rand(4)
+    with pytest.raises(RuntimeError, match="on out's device, cpu, but got it on meta"):
+        ops.dequantize_8bit(codes.to("meta"), scale, 1.0, torch.empty(4, 6))
+    with pytest.raises(RuntimeError, match="on out's device, cpu, but got it on meta"):
+        ops.dequantize_8bit(codes, scale.to("meta"), 1.0, torch.empty(4, 6))
+    with pytest.raises(RuntimeError, match="on out's device, meta, but got it on cpu"):
+        ops.dequantize_8bit(codes, scale, 1.0, torch.empty(4, 6, device="meta"))
+
+
+@pytest.mark.parametrize("block", [2**62, 2**63 - 2])
+def test_blocks_larger_than_any_weight(block):
+    packed = torch.arange(32, dtype=torch.uint8)
+    table, out = torch.linspace(-1, 1, 16), torch.empty(64)
+    none = (None, None, None, 2)
+    ops.dequantize_4bit(packed, table, torch.tensor([2.0]), block, *none, out)
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
+    assert torch.equal(out, table[codes] * 2.0)
+    with pytest.raises(RuntimeError, match="expected scale of 1 elements, but got 2"):
+        ops.dequantize_4bit(packed, table, torch.ones(2), block, *none, out)
+
+
+def test_negative_blocks():
+    packed, table = torch.zeros(32, dtype=torch.uint8), torch.zeros(16)
+    with pytest.raises(RuntimeError, match="expected an even block, but got -2"):
+        ops.dequantize_4bit(packed, table, torch.ones(1), -2, None, None, None, 2, torch.empty(64))
+
+
+def test_scales_in_another_dtype():
+    """As after a checkpoint whose tensors were all cast."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from lora_ext.quantized.of_bitsandbytes import EightBitWeight
+
+    codes = torch.randint(-127, 128, (8, 32), dtype=torch.int8)
+    scale = torch.rand(8) + 0.5
+    del bnb
+    for cast in (scale.half(), scale.bfloat16(), torch.stack([scale, scale], 1)[:, 0]):
+        found = EightBitWeight(codes, cast).dequantize(F32)
+        wanted = codes * (cast.float() / 127)[:, None]
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)

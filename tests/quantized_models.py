@@ -1,0 +1,125 @@
+"""Small PEFT models over layers of the libraries that quantise."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from helpers import F32
+from peft import LoraConfig, get_peft_model
+from peft_helpers import randomize
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+WIDTH, HIDDEN = 64, 128
+
+
+def bnb_four_bits(layer: nn.Linear, dtype: torch.dtype, storage=torch.uint8) -> nn.Module:
+    import bitsandbytes as bnb
+
+    words = {"quant_type": "nf4", "compute_dtype": dtype, "quant_storage": storage}
+    made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, **words)
+    made.load_state_dict(layer.state_dict())
+    made.weight.data = made.weight.data.to(dtype)  # before it is quantised
+    made.bias.data = made.bias.data.to(dtype)
+    return nn.Sequential(made).to("cpu")[0]
+
+
+def bnb_eight_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
+    made.load_state_dict(layer.state_dict())
+    made.bias.data = made.bias.data.to(dtype)
+    return nn.Sequential(made).to("cpu")[0]
+
+
+def torchao_int8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    holder = nn.Sequential(layer).to(dtype)
+    quantize_(holder, Int8WeightOnlyConfig())
+    return holder[0].requires_grad_(False)
+
+
+def torchao_int4_groups(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    holder = nn.Sequential(layer).to(dtype)
+    quantize_(holder, IntxWeightOnlyConfig(torch.int4, PerGroup(32)))
+    return holder[0].requires_grad_(False)
+
+
+def hqq_four_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    layer = layer.requires_grad_(False)
+    return HQQLinear(layer, config, compute_dtype=dtype, device="cpu", initialize=True)
+
+
+MAKERS = {
+    "bnb nf4": (bnb_four_bits, "bitsandbytes"),
+    "bnb int8": (bnb_eight_bits, "bitsandbytes"),
+    "torchao int8": (torchao_int8, "torchao"),
+    "torchao int4": (torchao_int4_groups, "torchao"),
+    "hqq": (hqq_four_bits, "hqq"),
+}
+
+
+def is_installed(kind: str) -> bool:
+    return importlib.util.find_spec(MAKERS[kind][1]) is not None
+
+
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.skipif(not is_installed(kind), reason="not installed"))
+    for kind in MAKERS
+]
+
+
+class Block(nn.Module):
+    def __init__(self, make, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up = make(nn.Linear(WIDTH, HIDDEN), dtype)
+        self.down = make(nn.Linear(HIDDEN, WIDTH), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.silu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Two blocks of two quantised layers.
+
+    Attributes:
+        reentrant: which kind of checkpoint each block is under, None for none.
+    """
+
+    def __init__(self, make, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(make, dtype), Block(make, dtype)])
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def quantized_net(kind: str, dtype: torch.dtype = F32, make=None, **words) -> nn.Module:
+    """PEFT's model of such a net, adapters in all layers, of values as after some training."""
+    torch.manual_seed(0)
+    net = Net(make or MAKERS[kind][0], dtype)
+    net.is_loaded_in_4bit, net.is_loaded_in_8bit = kind == "bnb nf4", kind == "bnb int8"
+    words = {"r": 4, "lora_alpha": 1, "target_modules": ["up", "down"], **words}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return randomize(get_peft_model(net, LoraConfig(**words)))
+
+
+def make_x(dtype: torch.dtype = F32, rows: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(rows, WIDTH, generator=generator).to(dtype)
