@@ -315,7 +315,11 @@ def test_rows_with_adapters_of_their_own(kind, training):
     with lora_ext.use_adapters(model, NAMES):
         found = model(x)
         kinds = {layer.path for layer in lora_ext.explain(model)}
-    assert kinds == ({"fused"} if training or kind != "int8" else {"fused", "added"})
+    if training:
+        assert kinds == {"fused"}
+    else:  # int8 is called, nf4 where bitsandbytes has a kernel for this processor
+        assert "fused" in kinds and kinds <= {"fused", "added"}
+        assert kind != "int8" or "added" in kinds
     if training or kind != "int8":  # whose x is quantised by its largest element, of all rows
         torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-3)
     found.square().sum().backward()
