@@ -100,7 +100,8 @@ def warmup(
             float_adapters, dropout (bools) and rows.
         rows: batch times sequence length of the calls to come, one number or several. A winner
             counts from half to twice its rows.
-        device: a CUDA device; default: the model's, else the current one.
+        device: a CUDA device, or "cpu"; default: the model's, if that is CUDA, else the current
+            CUDA device, else the CPU.
         dtype: of x and weight, bfloat16 or float16, which share their winners; default: bfloat16.
         winners: a file in place of the cache, made if it is not there, and pinned afterwards; what
             it has is not timed again. Ranks that `load_winners` it choose alike.
@@ -123,7 +124,7 @@ def warmup(
     shapes = shapes_of(layers, rows)
     if dtype not in (None, *HALVES):
         raise TypeError(f"lora_ext.warmup: expected bfloat16 or float16, but got {dtype}")
-    if isinstance(layers, nn.Module) and _is_on_cpu(layers, device):
+    if isinstance(layers, nn.Module) and _is_for_cpu(layers, device):
         counts = {shape.rows for shape in shapes}
         packing = pack_weights(layers, counts, budget=pack_budget, say=say)
         return Warmup(packing=packing)
@@ -193,10 +194,13 @@ def _device_of(layers: Layers) -> torch.device | None:
     return None
 
 
-def _is_on_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
+def _is_for_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
+    """Whether weights are to be packed; a model that is still on the CPU of a machine with a GPU is
+    taken to be meant for that."""
     if device is not None:
         return torch.device(device).type == "cpu"
-    return all(parameter.is_cpu for parameter in model.parameters())
+    has_gpu = _C.with_cuda and torch.cuda.is_available()
+    return not has_gpu and all(parameter.is_cpu for parameter in model.parameters())
 
 
 def _nothing_to_do(device: torch.device | None) -> str:

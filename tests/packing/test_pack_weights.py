@@ -15,6 +15,7 @@ from lora_ext.nn import LoRALinear
 from lora_ext.packed_weight import Wins
 from lora_ext.packing import pack, pack_weights
 from lora_ext.packing.trial import ratio_of
+from lora_ext.winners import session
 
 pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
 
@@ -188,6 +189,18 @@ def test_warmup_packs_a_model_on_the_cpu(ratios):
     assert sorted(kinds) == [(24, 1), (24, 1), (40, 1), (40, 1)]
     assert lora_ext.warmup(model, rows=2, pack_budget=0, progress=False).packing.nbytes == 0
     assert all(layer.path == "fused" for layer in lora_ext.explain(model))
+
+
+def test_a_model_on_the_cpu_of_a_machine_with_a_gpu_is_packed_if_asked(ratios, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session._C, "with_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(session, "indexed", lambda device: asked.append(device) or 1 / 0)
+    monkeypatch.setattr(session, "_device_of", lambda model: torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError):
+        lora_ext.warmup(own_model(), rows=64, progress=False)
+    assert asked == [torch.device("cuda")]
+    assert lora_ext.warmup(own_model(), rows=64, device="cpu", progress=False).packing.nbytes
 
 
 def test_explain_says_what_a_pack_costs_and_wins(ratios):
