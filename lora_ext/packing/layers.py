@@ -65,7 +65,8 @@ def weights_of(model: nn.Module) -> tuple[list[Weight], list[str]]:
         if reason:
             reasons[reason] = None
             continue
-        sizes = tuple(weight.shape[::-1] if base.transposed else weight.shape)
-        kind = Kind(*sizes, weight.dtype, base.transposed, base.bias is not None)
+        rows, cols = weight.shape
+        n, k = (cols, rows) if base.transposed else (rows, cols)
+        kind = Kind(n, k, weight.dtype, base.transposed, base.bias is not None)
         found.setdefault(id(weight), Weight(weight, kind, base.bias, [])).layers.append(layer)
     return list(found.values()), list(reasons)

@@ -64,18 +64,18 @@ class Linear(Packable, peft_layers.Linear):
         return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
     def packable(self) -> Base | None:
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         if base_obstacle(base):  # it is called
             return None
         return Base(base.weight, base.bias, type(base) is not nn.Linear)
 
     # PEFT writes to the weight's data, which no version counts.
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__.pop("packed", None)
+        self.packed = None
         peft_layers.Linear.merge(self, *args, **kwargs)
 
     def unmerge(self) -> None:
-        self.__dict__.pop("packed", None)
+        self.packed = None
         peft_layers.Linear.unmerge(self)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
