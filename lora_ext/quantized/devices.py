@@ -11,7 +11,6 @@ _ops = torch.ops.lora_ext
 _found: dict[torch.device, bool] = {}
 
 
-@torch.compiler.assume_constant_result
 def has_kernels(device: torch.device) -> bool:
     """Whether this build's kernels run there, and are right about a small weight.
 
@@ -26,6 +25,10 @@ def has_kernels(device: torch.device) -> bool:
             return False
         _found[device] = _are_right(device)
     return _found[device]
+
+
+# As torch.compiler.assume_constant_result does, which would import all of torch._dynamo: a second.
+has_kernels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _are_right(device: torch.device) -> bool:

@@ -26,7 +26,8 @@ CHANGES = {
     "none active": False,
     "merged": False,
     "disabled": False,
-    "packed": False,
+    "packed": True,
+    "a dropped pack": False,
     "autocast, half adapters": False,
     "half adapters, x in another dtype": False,
     "lora_bias": False,
@@ -71,6 +72,9 @@ def layer_with(change: str):
         layer.eval().merge()
     elif change == "packed":
         layer.packed = prepack(layer.weight)
+    elif change == "a dropped pack":
+        layer.packed = prepack(layer.weight)
+        layer.packed.drop()
     elif change == "parametrized weight":
         parametrize.register_parametrization(layer, "weight", Doubled())
     elif change == "parametrized factor":

@@ -49,3 +49,10 @@ def test_a_file_that_cannot_be_imported_for_another_reason_is_an_error(tmp_path)
     broken.write_text("import no_such_package\n")
     done = collected(tmp_path, f"--confcutdir={ROOT}", f"--rootdir={ROOT}", str(broken))
     assert done.returncode == 2 and "no_such_package" in done.stdout
+
+
+def test_the_compiler_is_not_imported_before_it_is_used():
+    """It takes a second."""
+    code = "import sys, lora_ext; assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

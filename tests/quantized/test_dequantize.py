@@ -2,57 +2,13 @@
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, short
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from dequantize_helpers import DTYPES, TABLE, four_bit_case
+from helpers import BF16, F64, short
 from torch.library import opcheck
 
-from lora_ext import _C
 from lora_ext.quantized import devices
 
 ops = torch.ops.lora_ext
-DTYPES = (F32, BF16, F16)
-TABLE = torch.linspace(-1, 1, 16) ** 3  # any sixteen values
-
-
-def four_bit_case(count, block, seed=0, nested=None):
-    """(packed, scale, nested scales, the values in float32)."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (count,), generator=generator)
-    padded = torch.cat([codes, codes.new_zeros(count % 2)])
-    packed = (padded[::2] << 4 | padded[1::2]).to(torch.uint8)
-    blocks = -(-count // block)
-    if nested is None:
-        scale, parts = torch.rand(blocks, generator=generator) * 3, (None, None, None, 2)
-        values = scale
-    else:
-        scale = torch.randint(0, 256, (blocks,), generator=generator).to(torch.uint8)
-        table = torch.randn(256, generator=generator)
-        factor = torch.rand(-(-blocks // nested), generator=generator) * 3
-        offset = torch.tensor(0.7)
-        parts = (table, factor, offset, nested)
-        values = table[scale.long()] * factor.repeat_interleave(nested)[:blocks] + offset
-    expected = TABLE[codes] * values.repeat_interleave(block)[:count]
-    return packed, scale, parts, expected
-
-
-@settings(max_examples=60)
-@given(
-    count=st.integers(0, 3000),
-    block=st.sampled_from([2, 32, 64, 96, 4096]),
-    nested=st.sampled_from([None, 2, 256]),
-    dtype=st.sampled_from(DTYPES),
-    isa=st.sampled_from(_C.available_cpu_isas()),
-)
-def test_four_bits(count, block, nested, dtype, isa):
-    packed, scale, parts, expected = four_bit_case(count, block, nested=nested)
-    out = torch.full((count,), float("nan"), dtype=dtype)
-    _C.set_cpu_isa(isa)
-    try:
-        ops.dequantize_4bit(packed, TABLE, scale, block, *parts, out)
-    finally:
-        _C.set_cpu_isa("auto")
-    assert torch.equal(out, expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -68,27 +24,6 @@ def test_panels(isa, dtype, rows, cols, block):
     out = torch.empty(rows, cols, dtype=dtype)
     ops.dequantize_4bit_panels(packed, TABLE, scale, block, out)
     expected = TABLE[codes] * scale.float().t().repeat_interleave(block, 1)
-    assert torch.equal(out, expected.to(dtype))
-
-
-@settings(max_examples=40)
-@given(
-    rows=st.integers(0, 70),
-    cols=st.integers(0, 200),
-    dtype=st.sampled_from(DTYPES),
-    isa=st.sampled_from(_C.available_cpu_isas()),
-)
-def test_eight_bits(rows, cols, dtype, isa):
-    generator = torch.Generator().manual_seed(2)
-    codes = torch.randint(-128, 128, (rows, cols), generator=generator).to(torch.int8)
-    scale = torch.rand(rows, generator=generator) * 5
-    out = torch.full((rows, cols), float("nan"), dtype=dtype)
-    _C.set_cpu_isa(isa)
-    try:
-        ops.dequantize_8bit(codes, scale, 1.0 / 127.0, out)
-    finally:
-        _C.set_cpu_isa("auto")
-    expected = codes.float() * (scale * torch.tensor(1.0 / 127.0))[:, None]
     assert torch.equal(out, expected.to(dtype))
 
 

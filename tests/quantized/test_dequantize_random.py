@@ -1,0 +1,53 @@
+"""Random sizes of the CPU's kernels that dequantise.
+
+By itself: a machine with a GPU may lack hypothesis, and is to run the other tests.
+"""
+
+import torch
+from dequantize_helpers import DTYPES, TABLE, four_bit_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_ext import _C
+
+ops = torch.ops.lora_ext
+
+
+@settings(max_examples=60)
+@given(
+    count=st.integers(0, 3000),
+    block=st.sampled_from([2, 32, 64, 96, 4096]),
+    nested=st.sampled_from([None, 2, 256]),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(_C.available_cpu_isas()),
+)
+def test_four_bits(count, block, nested, dtype, isa):
+    packed, scale, parts, expected = four_bit_case(count, block, nested=nested)
+    out = torch.full((count,), float("nan"), dtype=dtype)
+    _C.set_cpu_isa(isa)
+    try:
+        ops.dequantize_4bit(packed, TABLE, scale, block, *parts, out)
+    finally:
+        _C.set_cpu_isa("auto")
+    assert torch.equal(out, expected.to(dtype))
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(0, 70),
+    cols=st.integers(0, 200),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(_C.available_cpu_isas()),
+)
+def test_eight_bits(rows, cols, dtype, isa):
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(-128, 128, (rows, cols), generator=generator).to(torch.int8)
+    scale = torch.rand(rows, generator=generator) * 5
+    out = torch.full((rows, cols), float("nan"), dtype=dtype)
+    _C.set_cpu_isa(isa)
+    try:
+        ops.dequantize_8bit(codes, scale, 1.0 / 127.0, out)
+    finally:
+        _C.set_cpu_isa("auto")
+    expected = codes.float() * (scale * torch.tensor(1.0 / 127.0))[:, None]
+    assert torch.equal(out, expected.to(dtype))
