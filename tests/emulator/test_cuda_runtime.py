@@ -282,7 +282,9 @@ def made(*shape):
 
 def four_bits(device):
     generator.manual_seed(1)
-    second = SimpleNamespace(code=made(256), absmax=made(1).abs(), blocksize=256)
+    second = SimpleNamespace(
+        code=made(256), absmax=made(1).abs(), blocksize=256, dtype=torch.float32
+    )
     state = SimpleNamespace(
         shape=(n, k), dtype=torch.bfloat16, quant_type="nf4", blocksize=64, nested=True,
         code=made(16), absmax=torch.randint(0, 256, (n * k // 64,), generator=generator).byte(),
