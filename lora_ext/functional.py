@@ -234,7 +234,7 @@ def base_linear(
     """x W^T + bias, the base alone, for a weight as `lora_linear` takes it."""
     if isinstance(weight, QuantizedWeight):
         return quantized_product(x, weight, bias)
-    return F.linear(x, weight.weight if isinstance(weight, PackedWeight) else weight, bias)
+    return F.linear(x, weight.matrix if isinstance(weight, PackedWeight) else weight, bias)
 
 
 def _turned_off(dropout_p: float) -> float:

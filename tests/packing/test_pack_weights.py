@@ -327,6 +327,21 @@ def test_hot_swapped_factors_are_never_packed(ratios):
     assert not torch.equal(before, after)
 
 
+def test_rows_with_a_bias_of_their_own_go_beside_a_conv1d_that_is_packed(ratios):
+    """The base alone, whose weight is [in, out] and here square."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LoRALinear(24, 24, fan_in_fan_out=True, r=4, lora_bias=True))
+    with torch.no_grad():
+        for parameter in model[0].lora_b.parameters():
+            parameter.normal_()
+    x, names = torch.randn(64, 24), ["default"] * 64
+    with torch.no_grad(), lora_ext.use_adapters(model, names):
+        plain = model(x)
+        pack_weights(model, (64,))
+        assert model[0].packed.transposed
+        torch.testing.assert_close(model(x), plain)
+
+
 def test_rows_of_many_adapters_use_packs(ratios):
     model = accelerated(net("three"))
     lora_ext.warmup(model, rows=(54,), progress=False)
