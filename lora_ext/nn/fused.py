@@ -18,6 +18,15 @@ from .row_adapters import RowAdapters
 from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
 
 
+def check_dense(x: Tensor) -> None:
+    """Raises TypeError for a nested x, whose rows cannot have adapters of their own."""
+    if x.is_nested:
+        raise TypeError(
+            "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
+            "the model without the block"
+        )
+
+
 class FusedLoRALayer(Packable, LoRALayer):
     """y = x W^T + bias + sum over active adapters of scaling * (drop(x) A^T) B^T."""
 
@@ -60,11 +69,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         """The layer on x ``[..., in]``, each row with the adapter that a block gives it."""
         if isinstance(x, Proxy):
             return self._traced(x)
-        if x.is_nested:
-            raise TypeError(
-                "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
-                "the model without the block"
-            )
+        check_dense(x)
         pool, bias = self.pool, self.bias
         if not self._disabled:
             self.check_unmerged()

@@ -14,7 +14,7 @@ from ..packed_weight import PackedWeight
 from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
 from .adapter_spec import AdapterSpec
-from .fused import FusedLoRALayer
+from .fused import FusedLoRALayer, check_dense
 from .linear import DEFAULT_ADAPTER
 from .mixed import mixed_onto
 from .quantized_base import linear_on, mixed_linear_on, pool_linear_on
@@ -23,7 +23,7 @@ from .updates import (
     Update,
     added,
     added_in_turn,
-    dtype_obstacle,
+    dtypes_obstacle,
     is_onnx_export,
     is_plain,
     is_transformed,
@@ -213,11 +213,7 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         """The layer on x ``[..., in]``, each row with the adapter that a block gives it."""
         if isinstance(x, Proxy):
             return self._traced(x)
-        if x.is_nested:
-            raise TypeError(
-                "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
-                "the model without the block"
-            )
+        check_dense(x)
         pool = self.pool
         if self._disabled:
             return self.base_forward(x)
@@ -231,7 +227,7 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         if not updates:
             return self.base_forward(x)
         found = quantized_base(self, x, self.base_type)
-        if isinstance(found, QuantizedBase) and not _dtypes_obstacle(found, x, updates):
+        if isinstance(found, QuantizedBase) and not dtypes_obstacle(found.dtype, x, updates):
             return mixed_linear_on(found, x, updates, rows)
         return mixed_onto(self.base_forward(x), x, updates, rows)
 
@@ -292,11 +288,6 @@ class LoRAQuantizedLinear(FusedLoRALayer):
 def _needs_torch(x: Tensor) -> bool:
     """Whether the op cannot take x, or what traces or transforms the call does not know it."""
     return not is_plain(x) or x.is_nested or is_transformed() or is_onnx_export()
-
-
-def _dtypes_obstacle(base: QuantizedBase, x: Tensor, updates: Sequence[Update]) -> str:
-    dtypes = {update.lora_a.dtype for update in updates}
-    return next(filter(None, (dtype_obstacle(x, base.dtype, dtype) for dtype in dtypes)), "")
 
 
 def _new(base_type: type[nn.Module], base: nn.Module | None = None) -> LoRAQuantizedLinear:

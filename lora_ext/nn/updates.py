@@ -83,6 +83,12 @@ def updates_obstacle(dtype: torch.dtype, x: Tensor | None, updates: Sequence[Upd
     return reason or obstacle(updates, dtype)
 
 
+def dtypes_obstacle(dtype: torch.dtype, x: Tensor, updates: Sequence[Update]) -> str:
+    """Why rows cannot have these updates in one call of the op, by their dtypes, or ""."""
+    dtypes = {update.lora_a.dtype for update in updates}
+    return next(filter(None, (dtype_obstacle(x, dtype, each) for each in dtypes)), "")
+
+
 def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
     """(A ``[R, in]``, B ``[out, R]``, scaling) with the updates' summed product.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
 from ..nn.row_adapters import RowAdapters, given_to
-from ..nn.updates import Update, dtype_obstacle
+from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
 from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
@@ -182,8 +182,7 @@ def _kept(layer: Any, x: Tensor, updates: Sequence[Update]) -> str:
         return reason
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is trained"
-    dtypes = {update.lora_a.dtype for update in updates}
-    return next(filter(None, (dtype_obstacle(x, base.weight.dtype, dtype) for dtype in dtypes)), "")
+    return dtypes_obstacle(base.weight.dtype, x, updates)
 
 
 def _left_to_peft(
