@@ -1,9 +1,11 @@
 // Frozen weights from the form in which they are stored to floating values: what a quantised base
 // is before its product.
 //
-//     four_bits    out[i] = table[code i] * scale[i / block]          NF4, FP4 (Dettmers et al.
-//     2023) panels       the same of codes that lie in panels of 32 rows, with a bfloat16 scale
+//     four_bits    out[i] = table[code i] * scale[i / block]          NF4, FP4
+//     panels       the same of codes that lie in panels of 32 rows, with a bfloat16 scale
 //     eight_bits   out[n, k] = code[n, k] * (scale[n] * multiplier)   int8 with a scale a row
+//
+// NF4: Dettmers et al. 2023.
 //
 // Products are made in float and rounded once to the dtype of out, bit for bit as bitsandbytes
 // does. One table of functions per instruction set, as in skinny.h; op/dequantize.cpp spreads over

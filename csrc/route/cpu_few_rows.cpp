@@ -28,14 +28,6 @@ void in_granules(int64_t size, int64_t granule, int64_t work, const Run& run) {
   });
 }
 
-AdapterView part_of(AdapterView view, int64_t rank0, int64_t rank, int64_t col0, int64_t cols) {
-  const int64_t size = view.dtype == Dtype::kFloat32 ? 4 : 2;
-  view.data = static_cast<const char*>(view.data) +
-              (rank0 * view.rank_pitch + col0 * view.col_pitch) * size;
-  view.rank = rank, view.cols = cols;
-  return view;
-}
-
 at::Tensor shrink(const SkinnyKernels& kernels, const ForwardArgs& args) {
   const AdapterView a = view_of(args.update.lora_a, 0);
   const DropoutArgs& dropout = args.update.dropout;
@@ -58,7 +50,7 @@ at::Tensor shrink(const SkinnyKernels& kernels, const ForwardArgs& args) {
   in_granules(a.rank, kRankGranule, work, [&](Range ranks) {
     ShrinkArgs own = shrink;
     own.rank = ranks.end - ranks.begin, own.t += ranks.begin;
-    kernels.shrink_few(own, part_of(a, ranks.begin, own.rank, 0, a.cols), {0, 1});
+    kernels.shrink_few(own, part_of(a, ranks, {0, a.cols}), {0, 1});
   });
   return s;
 }
@@ -80,7 +72,7 @@ void expand(const SkinnyKernels& kernels, const at::Tensor& y, const at::Tensor&
         static_cast<float>(update.scaling),
         s.const_data_ptr<float>(),
         Dropout{}};
-    kernels.expand_few(args, part_of(b, 0, b.rank, columns.begin, cols), {0, rows});
+    kernels.expand_few(args, part_of(b, {0, b.rank}, columns), {0, rows});
   });
 }
 

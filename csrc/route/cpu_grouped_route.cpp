@@ -141,14 +141,6 @@ WgradArgs wgrad_args(const Groups& groups, const ColumnPiece& piece, const at::T
   return args;
 }
 
-// A's columns of a piece, as a factor of its own.
-AdapterView columns_of(AdapterView view, const Range& columns) {
-  const int64_t size = view.dtype == Dtype::kFloat32 ? 4 : 2;
-  view.data = static_cast<const char*>(view.data) + columns.begin * view.col_pitch * size;
-  view.cols = columns.end - columns.begin;
-  return view;
-}
-
 class BackwardPass {
  public:
   BackwardPass(const GroupedBackwardArgs& args, const Groups& groups)
@@ -237,7 +229,7 @@ class BackwardPass {
     ExpandArgs expand{};
     if (args_.need_dx) {
       const Dropout dropout = groups_.dropout_at(rows, piece.columns.begin);
-      own.a.for_columns(columns_of(groups_.a(segment), piece.columns), kernels);
+      own.a.for_columns(part_of(groups_.a(segment), {0, segment.rank}, piece.columns), kernels);
       const void* packed = packed_t(kernels.expand_t, ds, segment.count, segment.rank,
                                     own.a.is_half(), own.expand_t);
       expand =

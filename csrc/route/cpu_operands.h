@@ -30,4 +30,13 @@ inline AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
           adapter.size(rank_dim),   adapter.size(1 - rank_dim)};
 }
 
+// Some ranks and columns of a factor, as a factor of its own.
+inline AdapterView part_of(AdapterView view, const Range& ranks, const Range& cols) {
+  const int64_t size = view.dtype == Dtype::kFloat32 ? 4 : 2;
+  view.data = static_cast<const char*>(view.data) +
+              (ranks.begin * view.rank_pitch + cols.begin * view.col_pitch) * size;
+  view.rank = ranks.end - ranks.begin, view.cols = cols.end - cols.begin;
+  return view;
+}
+
 }  // namespace lora_ext::cpu

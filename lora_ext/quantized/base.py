@@ -55,6 +55,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 
+def dtype_as_stored(stored: torch.dtype, x: Tensor | None) -> torch.dtype | None:
+    """That of a product which never casts the weight to x's dtype, None where x is in another."""
+    if x is None:
+        return stored
+    return product_dtype(x) if is_autocast(x) or x.dtype == stored else None
+
+
 def with_bias_dtype(dtype: torch.dtype, bias: Tensor | None) -> torch.dtype:
     """That of ``y + bias``, out of place, for a y in a dtype."""
     return dtype if bias is None else torch.promote_types(dtype, bias.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, is_autocast, product_dtype
+from .base import QuantizedBase, dtype_as_stored
 from .weight import QuantizedWeight
 
 QUANTISES_X = "it quantises x, too"
@@ -50,9 +50,7 @@ def fp8_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         return QUANTISES_X
     if weight.requires_grad:
         return TRAINED
-    dtype = weight.dtype
-    if x is not None:
-        if x.dtype != dtype and not is_autocast(x):
-            return OTHER_DTYPE
-        dtype = product_dtype(x)
+    dtype = dtype_as_stored(weight.dtype, x)
+    if dtype is None:
+        return OTHER_DTYPE
     return QuantizedBase(StoredWeight(weight), layer.bias, dtype, dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, is_autocast, product_dtype
+from .base import QuantizedBase, dtype_as_stored
 from .weight import QuantizedWeight
 
 NOT_YET = "its weight is not quantised yet"
@@ -59,11 +59,9 @@ def hqq_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         return NOT_YET
     if layer.backend.value not in _PLAIN:
         return OTHER_BACKEND
-    dtype = layer.compute_dtype
-    if x is not None:
-        if x.dtype != dtype and not is_autocast(x):
-            return OTHER_DTYPE
-        dtype = product_dtype(x)
+    dtype = dtype_as_stored(layer.compute_dtype, x)
+    if dtype is None:
+        return OTHER_DTYPE
     # It is a clone, no parameter: a gradient would go to the bias of the layer that was quantised.
     bias = None if layer.bias is None else layer.bias.detach()
     return QuantizedBase(HQQWeight(layer), bias, dtype, dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .base import QuantizedBase, is_autocast, product_dtype, with_bias_dtype
+from .base import QuantizedBase, dtype_as_stored, product_dtype, with_bias_dtype
 from .torchao_weights import CodesWeight, NF4Weight, ScaledCodesWeight, TorchaoWeight
 
 QUANTISES_X = "torchao's weight quantises x, too"
@@ -74,7 +74,7 @@ def _intx(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase |
         return QUANTISES_X
     bits, group = str(weight.target_dtype).removeprefix("torch."), weight.block_size[-1]
     format = bits if group == weight.shape[1] else f"{bits} in groups of {group}"
-    dtype = _dtype_as_stored(weight, x)
+    dtype = dtype_as_stored(weight.dtype, x)
     if dtype is None:
         return OTHER_DTYPE
     return QuantizedBase(_codes(weight, format), bias, dtype, dtype)
@@ -83,7 +83,7 @@ def _intx(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase |
 def _float8(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase | str:
     if weight.act_quant_kwargs is not None:
         return QUANTISES_X
-    dtype = _dtype_as_stored(weight, x)
+    dtype = dtype_as_stored(weight.dtype, x)
     if dtype is None:
         return OTHER_DTYPE
     found = TorchaoWeight(weight, str(weight.qdata.dtype).removeprefix("torch."))
@@ -100,13 +100,6 @@ def _codes(weight: Any, format: str) -> TorchaoWeight:
     if weight.device.type != "cpu" or weight.block_size[0] != 1:
         return TorchaoWeight(weight, format)
     return (TorchaoWeight if _has_zero_points(weight.zero_point) else CodesWeight)(weight, format)
-
-
-def _dtype_as_stored(weight: Any, x: Tensor | None) -> torch.dtype | None:
-    """The product's, of a forward that never casts the dequantised weight to x's dtype."""
-    if x is None:
-        return weight.dtype
-    return product_dtype(x) if is_autocast(x) or x.dtype == weight.dtype else None
 
 
 # Of each tensor of zero points its version and whether one is not zero: asking a GPU waits for it.
