@@ -11,7 +11,7 @@ import torch
 
 from . import real_model, report, results, runner
 from .machine import describe
-from .shapes import Cell, full_cells, headline_cells, target_cells
+from .shapes import Cell, few_rows_cells, full_cells, headline_cells, target_cells
 from .targets import MISS, evaluate
 from .timing import Plan
 
@@ -19,6 +19,7 @@ from .timing import Plan
 _PLANS = {
     "headline": (Plan(min_rounds=5, max_rounds=15, seconds=3.0), 200.0),
     "full": (Plan(min_rounds=5, max_rounds=11, seconds=2.0, patience=1.7), 1110.0),
+    "few-rows": (Plan(min_rounds=7, max_rounds=21, seconds=2.0, patience=2.0), 600.0),
 }
 _REAL_HEADLINES = ("query step bf16", "query forward fp32", "intermediate step fp32")
 
@@ -29,7 +30,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Latency and memory of one LoRA linear on this machine, ours and the others.",
     )
-    parser.add_argument("--full", action="store_true", help="the whole grid, at most 20 minutes")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--full", action="store_true", help="the whole grid, at most 20 minutes")
+    what.add_argument("--few-rows", action="store_true", help="forward of 1 to 16 rows alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="output folder")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all variants")
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
@@ -55,8 +58,11 @@ def with_progress(cells: Sequence[Cell]) -> Iterator[Cell]:
             bar.update()
 
 
-def chosen_cells(full: bool, only: str) -> list[Cell]:
-    """The cells of a run, real layers after the single-cell targets."""
+def chosen_cells(kind: str, only: str) -> list[Cell]:
+    """The cells of a run of one of _PLANS, real layers after the single-cell targets."""
+    if kind == "few-rows":
+        return [cell for cell in few_rows_cells() if only in cell.id]
+    full = kind == "full"
     real = real_model.real_cells()
     if not full:
         real = [c for c in real if any(part in c.id for part in _REAL_HEADLINES)]
@@ -81,13 +87,13 @@ def finish(document: results.Document, path: Path, with_plots: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if ours is wrong anywhere, 130 after an interrupt, else 0."""
     options = parse(arguments)
-    cells = chosen_cells(options.full, options.only)
+    kind = "full" if options.full else "few-rows" if options.few_rows else "headline"
+    cells = chosen_cells(kind, options.only)
     if options.list:
         print("\n".join(cell.id for cell in cells))
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    kind = "full" if options.full else "headline"
     plan, budget_s = _PLANS[kind]
     document = results.new_document(kind, describe("cpu", options.machine))
     path = options.out / "results.json"

@@ -30,6 +30,7 @@ def _of_kind(document: Document) -> Any:
     kinds = {
         "headline": layer_report,
         "full": layer_report,
+        "few-rows": layer_report,
         "gpu": gpu_report,
         "models": models_report,
         "adapters": adapters_report,

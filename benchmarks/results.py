@@ -33,6 +33,7 @@ _TRAINING: dict[str, type] = {"losses": dict, "timing": dict, "memory": dict, "c
 KINDS: dict[str, dict[str, type]] = {
     "headline": _LAYERS,
     "full": _LAYERS,
+    "few-rows": _LAYERS,
     "gpu": _LAYERS,
     "models": {"cases": list},
     "adapters": {"cases": list},

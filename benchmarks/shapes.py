@@ -1,4 +1,4 @@
-"""What is measured: the cells of the headline run and of the full grid, in order of importance."""
+"""What is measured: the cells of the headline run, of few rows and of the full grid, in order of importance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ GRID_WIDTHS = (1024, 4096)
 GRID_RANKS = (8, 16, 64)
 DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.05
+FEW_ROWS = (1, 2, 4, 8, 16)  # of decoding
 TARGET_EFFORT = 2.0
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -119,6 +120,14 @@ def headline_cells() -> list[Cell]:
         projection("GPT-2 medium c_fc", FORWARD, 1024),
         projection("Qwen2.5 7B k_proj", FORWARD, 512),
         projection("Llama-3.1 8B q_proj", FORWARD, 1),
+    ]
+
+
+def few_rows_cells() -> list[Cell]:
+    """Forward of 1 to 16 rows, at each size, rank and dtype of the grid."""
+    return [
+        square(FORWARD, dtype, width, rows, rank=rank, all_peers=False, memory=False)
+        for dtype, width, rank, rows in product(DTYPES, GRID_WIDTHS, GRID_RANKS, FEW_ROWS)
     ]
 
 

@@ -19,6 +19,7 @@ OURS = ("ours", "ours_fp32", "ours_packed", *ROUTES)
 LABELS = {
     "merged": "merged",
     "frozen": "frozen",
+    "merged_packed": "merged, packed",
     "ours": "ours",
     "ours_packed": "ours packed",
     "ours_fp32": "ours fp32",
@@ -85,6 +86,18 @@ def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def merged(problem: Problem, dropout_p: float) -> Variant:
     """The inference floor: the adapter merged into the weight."""
     return Variant(frozen_linear(problem.merged, problem.bias))
+
+
+def merged_packed(problem: Problem, dropout_p: float) -> Variant:
+    """The merged layer on a packed weight: what packing alone gives."""
+    from lora_ext import prepack
+
+    pack = prepack(problem.merged)
+    packed, _ = pack.copies
+    if packed is None:
+        raise Unavailable(f"not packed: {pack.reason}")
+    product = torch.ops.mkldnn._linear_pointwise
+    return Variant(lambda x: product(x, packed, problem.bias, "none", [], ""))
 
 
 def frozen(problem: Problem, dropout_p: float) -> Variant:
@@ -258,6 +271,7 @@ Builder = Callable[[Problem, float], Variant]
 BUILDERS: dict[str, Builder] = {
     "merged": merged,
     "frozen": frozen,
+    "merged_packed": merged_packed,
     "ours": ours,
     "ours_fp32": partial(ours, dtype=torch.float32),
     "ours_kernel": partial(ours, route="kernel"),
@@ -286,6 +300,7 @@ def names_for(cell: Cell) -> list[str]:
     half = cell.dtype in ("bfloat16", "float16")
     routes = dict.fromkeys(ROUTES, half and cell.device == "cuda")
     chosen = {
+        "merged_packed": cell.device == "cpu" and cell.mode == FORWARD,
         "ours": True,
         **routes,
         "ours_packed": cell.device == "cpu",

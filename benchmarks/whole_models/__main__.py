@@ -16,6 +16,7 @@ from .step import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
 _OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
+PARTS = ("models", "mixed", "quantized_layers", "packed", "generate", "overhead")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,6 +28,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/models"))
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    what = "what is measured, all by default: %(choices)s"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help=what)
     return parser.parse_args(arguments)
 
 
@@ -39,26 +42,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         progress = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         for case in (*all_cases(), *quantized_cases()):
-            if options.only in case.id:
+            if "models" in options.parts and options.only in case.id:
                 document["cases"].append(measure(case, _PLAN, progress))
                 results.keep(document, path)
         document["mixed"] = []
         for case in mixed_cases():
-            if options.only in case.id:
+            if "mixed" in options.parts and options.only in case.id:
                 document["mixed"].append(mixed_batch.measure(case, _PLAN, progress))
                 results.keep(document, path)
-        if quantized.is_available():
+        if "quantized_layers" in options.parts and quantized.is_available():
             found = quantized.measure_layers(_OVERHEAD_PLAN, progress)
             document["quantized_layers"] = found
-        else:
+        elif "quantized_layers" in options.parts:
             progress("bitsandbytes is not installed: nothing is measured over quantised bases")
-        document["packed"] = packed.measure(_PLAN, progress)
-        document["generate"] = generate.measure(_PLAN, progress)
-        document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
+        if "packed" in options.parts:
+            document["packed"] = packed.measure(_PLAN, progress)
+        if "generate" in options.parts:
+            document["generate"] = generate.measure(_PLAN, progress)
+        if "overhead" in options.parts:
+            document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
         document["complete"] = True
     except KeyboardInterrupt:
         interrupted = True
-    kept = not document["cases"] or report.publish(document, path)
+    has_rows = any(document.get(part) for part in ("cases", *PARTS))
+    kept = not has_rows or report.publish(document, path)
     return 130 if interrupted else 0 if kept else 1
 
 

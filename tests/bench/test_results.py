@@ -192,11 +192,11 @@ def test_disturbed_cells_give_bytes_but_no_verdict_on_time():
     assert rows["peak memory, ours / frozen"]["verdict"] == PASS
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_cells_are_unique_and_serve_all_targets(full):
-    cells = chosen_cells(full, "")
+@pytest.mark.parametrize("kind", ["headline", "full", "few-rows"])
+def test_cells_are_unique_and_serve_all_targets(kind):
+    cells = chosen_cells(kind, "")
     assert len({c.id for c in cells}) == len(cells)
-    document = results.new_document("full", MACHINE)
+    document = results.new_document(kind, MACHINE)
     for cell in cells:
         names = variants.names_for(cell)
         document["cells"].append(synthetic(cell, dict.fromkeys(names, 1.0)))
