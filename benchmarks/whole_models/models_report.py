@@ -177,6 +177,8 @@ def figures(document: Document) -> dict[str, Any]:
     from .. import figures as shared
 
     cases = document["cases"]
+    if not cases:  # other parts of the run alone
+        return {}
     ratios = {name: [ratio(case, name, "frozen") for case in cases] for name in _BARS}
     panels = {
         "time of a step": {

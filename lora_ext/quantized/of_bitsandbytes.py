@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .base import QuantizedBase, is_autocast, product_dtype
 from .devices import has_kernels
+from .few_rows import FEW_ROWS, own_product_wins
 from .weight import QuantizedWeight
 
 _ops = torch.ops.lora_ext
@@ -134,11 +135,12 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         if has_kernel and dtype != torch.bfloat16:
             return _ROUNDS_X
         return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, dtype)
-    if has_kernel and x.numel() < _FEW_ROWS * layer.in_features:
-        return "few rows, for which bitsandbytes has a kernel of its own"
     if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
         wanted = x.dtype
-    dtype = wanted or x.dtype
+    dtype, found = wanted or x.dtype, FourBitWeight(weight, state)
+    most_rows = _CPU_ROWS if has_kernel else _CUDA_ROWS if _has_cuda_kernel(layer, state, x) else 0
+    if most_rows and own_product_wins(found, x, dtype, most_rows):
+        return FEW_ROWS
     if has_kernel and dtype != torch.bfloat16:
         return _ROUNDS_X
     if is_autocast(x):
@@ -147,7 +149,7 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
             return "its compute_dtype is not autocast's"
     elif dtype != x.dtype:
         return "its compute_dtype is not x's, which the update keeps"
-    return QuantizedBase(FourBitWeight(weight, state), layer.bias, dtype, x.dtype)
+    return QuantizedBase(found, layer.bias, dtype, x.dtype)
 
 
 _ROUNDS_X = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
@@ -155,7 +157,10 @@ _ROUNDS_X = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
 # In eval on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x 4096 on
 # two cores that and the update took 1.06 of the base alone on 64 rows, the op 1.38; on 256 rows
 # 1.28 and 1.08.
-_FEW_ROWS = 128
+_CPU_ROWS = 127
+# On CUDA it has such a kernel too, without gradients, which it takes for 4 rows at most on every
+# card, and for more where its own timings of that card say so.
+_CUDA_ROWS = 4
 
 
 def _has_kernel(layer: Any, x: Tensor | None) -> bool:
@@ -163,6 +168,15 @@ def _has_kernel(layer: Any, x: Tensor | None) -> bool:
     if layer.training or layer.weight.device.type != "cpu" or layer.out_features % 32:
         return False
     return layer.support_avx512bf16_for_cpu and not (x is not None and x.requires_grad)
+
+
+def _has_cuda_kernel(layer: Any, state: Any, x: Tensor) -> bool:
+    """Whether bitsandbytes (from 0.50 on) has one that multiplies this x without dequantising."""
+    if not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    if layer.in_features % state.blocksize or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        return False
+    return not state.nested or state.state2.blocksize == 256
 
 
 def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:

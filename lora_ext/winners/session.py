@@ -16,6 +16,7 @@ from ..device import indexed
 from ..dtypes import HALVES
 from ..kernels.kernel_checks import check_kernels
 from ..packing import DECODE_AND_TRAINING, Packing, pack_weights
+from . import own_products
 from .shape import Layers, Shape, shapes_of
 from .table import Entry, Table, write_table
 from .tables import cache_file, cached_table, given_table, load_cached, pin, pinned_at
@@ -35,6 +36,8 @@ class Warmup:
         path: the file that has the winners; None if nothing was timed or read.
         note: why nothing was checked or timed, or what was left out; "" otherwise.
         packing: of a model on the CPU, which weights were packed.
+        own_products: of quantised layers whose library multiplies without dequantising, a line for
+            each kind and number of rows: that product or the op. Kept in this process alone.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -43,12 +46,14 @@ class Warmup:
     path: Path | None = None
     note: str = ""
     packing: Packing | None = None
+    own_products: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.packing is not None:
             return str(self.packing)
         lines = [line_of(entry) for entry in self.entries]
         lines += [f"failed: {line}" for line in self.failed]
+        lines += self.own_products
         if self.path is not None:
             lines.append(f"{self.timed} of {len(self.entries)} winners are new, in {self.path}")
         return "\n".join([*lines, self.note] if self.note else lines)
@@ -88,6 +93,7 @@ def warmup(
     The winners are kept in the user's cache, for this card, torch, driver and build: the planner
     goes by them from now on, in later processes, too, and `explain` says "measured on this card".
     What the cache has is not timed again, and what this process has checked costs nothing.
+    Layers over 4-bit weights of bitsandbytes are timed by its own product, too.
 
     Nothing is timed under ``torch.use_deterministic_algorithms``, where no winner of the cache
     counts, nor where a file is pinned (`load_winners`): then kernels are checked, no more. Routes
@@ -144,7 +150,7 @@ def warmup(
     given = path.exists() if winners is not None else pinned is not None
     table = given_table(path, card.name) if given else cached_table(path, card.name)
     session = _Session(device, card, dtype or torch.bfloat16, table, path, say)
-    note = _why_untimed(pinned)
+    note, own = _why_untimed(pinned), []
     failed = check_kernels(
         device,
         kernels_for(card, shapes, session.dtype),
@@ -155,6 +161,9 @@ def warmup(
     try:
         if not note:
             session.time(shapes)
+            if isinstance(layers, nn.Module):
+                counts = {shape.rows for shape in shapes}
+                own = own_products.measure(layers, counts, device, say)
     finally:
         if winners is not None:
             pin(session.table, path)
@@ -174,6 +183,7 @@ def warmup(
         tuple(f"{name}: {why}" for name, why in failed.items()),
         path if session.table.entries else None,
         "; ".join(filter(None, (note, *session.left_out))),
+        own_products=tuple(own),
     )
 
 

@@ -171,7 +171,7 @@ def test_the_order_to_which_saving_switches_back(dtype, nested):
 def test_few_rows_in_eval_take_its_own_kernel():
     layer = four_bit_layer(bias=False)
     model, x = lora_ext.accelerate(randomize(with_lora(layer))).eval(), torch.randn(200, K).to(BF16)
-    reason = "few rows, for which bitsandbytes has a kernel of its own"
+    reason = "few rows, for which the library has a product of its own"
     with torch.no_grad():
         assert isinstance(quantized_base(layer, x), QuantizedBase)
         many = model(x)
