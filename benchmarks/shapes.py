@@ -1,4 +1,4 @@
-"""What is measured: the cells of the headline run, of few rows and of the full grid, in order of importance."""
+"""What is measured: the cells of the headline run, of few rows and of the full grid."""
 
 from __future__ import annotations
 
