@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
+from lora_ext import _C
 from lora_ext.nn import AdapterSpec, LoRALinear, LoRAQuantizedLinear
 
 PAIRS = [(F32, F32), (BF16, F32), (BF16, BF16)]
@@ -85,7 +86,10 @@ def test_errors_are_at_most_pefts(kind, pair):
     for name, wanted in exacts.items():
         their_name = part.format(name[5].upper()) if name.startswith("lora") else name
         mine, his = rms_error(found[name], wanted), rms_error(other[their_name], wanted)
-        assert mine <= 1.1 * his + 1e-7 * wanted.abs().max(), (name, mine, his)
+        # AMX takes floats as two bfloat16 terms, exact to 2^-17 (docs/numerics.md).
+        in_terms = pair == (BF16, F32) and name.startswith("lora") and _C.cpu_isa() == "amx"
+        floor = (1e-6 if in_terms else 1e-7) * wanted.abs().max()
+        assert mine <= 1.1 * his + floor, (name, mine, his)
 
 
 @pytest.mark.parametrize("kind", KINDS)
