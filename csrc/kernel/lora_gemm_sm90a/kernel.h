@@ -10,7 +10,8 @@
 //   pipeline.h  barriers, ring, order of the tiles, begin and end
 //   load.h      the producer: what a stage receives
 //   multiply.h  the consumers: the main loop
-//   store.h     mask, bias, rounding, slabs
+//   mask_ahead.h  dropout's bits, drawn while the tensor core works
+//   store.h     bias, rounding, slabs
 //   jobs.h, in_grid.h  the kernel that makes its own T
 //   launch.h    from parameters to a launch of either
 //

@@ -12,6 +12,7 @@
 // accumulators (PTX ISA, wgmma.fence), or ptxas would make every wgmma wait for the one before.
 #pragma once
 #include "kernel/halves.h"
+#include "kernel/lora_gemm_sm90a/mask_ahead.h"
 #include "kernel/lora_gemm_sm90a/store.h"
 #include "ptx/wgmma.h"
 
@@ -32,6 +33,18 @@ struct LoraGemmSm90aConsumer {
   const int lane = threadIdx.x % 32;
   const Epilogue epilogue{block.maps, block.p, consumer};
 
+  struct NoMask {};
+  using MaskAhead = std::conditional_t<kMasked, LoraGemmSm90aMaskAhead<T, Tile>, NoMask>;
+
+  __device__ __forceinline__ MaskAhead mask_ahead() const {
+    if constexpr (!kMasked) {
+      return {};
+    } else {
+      const int row = epilogue.first_row({0, 0}, 0) + epilogue.warp * 16 + lane / 4;
+      return {block, row, lane % 4 * 2};
+    }
+  }
+
   // How far a tile has come.
   struct Progress {
     Ring ring;
@@ -47,35 +60,50 @@ struct LoraGemmSm90aConsumer {
       ring.skip(consumer * block.steps);
       stride *= Tile::kConsumers;
     }
+    MaskAhead ahead = mask_ahead();
     for (; tile < block.tiles; tile += stride) {
       Accumulators acc;
-      compute(acc, ring, tile);
+      compute(acc, ring, tile, tile + stride, ahead);
       epilogue.store(acc, block.place_of(tile));
       if constexpr (Tile::kPingpong) ring.skip(block.steps);
     }
     epilogue.drain();
   }
 
-  __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile) const {
+  // `next`: the tile whose mask is drawn meanwhile.
+  __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile, int next,
+                                          MaskAhead& ahead) const {
     Progress now{ring};
+    if constexpr (kMasked) ahead.finish(tile);
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
     if constexpr (kMasked) {  // T U first, since the mask is for it alone
       multiply_low_rank(acc, now);
       wait_for_products();
-      epilogue.mask(acc, block.place_of(tile));
+      ahead.apply(acc);
     }
-    multiply_main(acc, now);
+    if constexpr (kMasked && !Tile::kPingpong) {
+      ahead.begin(min(next, block.tiles - 1));  // past the last one nobody looks at them
+      const int shares = ahead.shares_per_step(block.main_steps);
+      multiply_main(acc, now, [&] { ahead.draw(shares); });
+    } else {
+      multiply_main(acc, now);
+    }
     if constexpr (!kMasked) multiply_low_rank(acc, now);
     if constexpr (Tile::kPingpong) pass_turn(tile);
     finish(ring, now);
   }
 
-  // Accumulators of 64 x 2 kHalf, a row block each.
-  template <int kHalf>
+  struct Nothing {
+    __device__ __forceinline__ void operator()() const {}
+  };
+
+  // Accumulators of 64 x 2 kHalf, a row block each. meanwhile() runs beside each step's products.
+  template <int kHalf, class Meanwhile = Nothing>
   __device__ __forceinline__ void multiply_main(float (&acc)[Tile::kRowBlocks][kHalf],
-                                                Progress& now) const {
+                                                Progress& now,
+                                                const Meanwhile& meanwhile = {}) const {
     const int steps = block.main_steps;
-    for (int i = 0; i < steps; ++i) step<kAll>(acc, now);
+    for (int i = 0; i < steps; ++i) step<kAll>(acc, now, meanwhile);
   }
 
   __device__ __forceinline__ void multiply_low_rank(Accumulators& acc, Progress& now) const {
@@ -107,10 +135,12 @@ struct LoraGemmSm90aConsumer {
   }
 
   // One stage, of which kSteps times 16 along k are multiplied.
-  template <int kSteps, int kHalf>
-  __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now) const {
+  template <int kSteps, int kHalf, class Meanwhile = Nothing>
+  __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now,
+                                       const Meanwhile& meanwhile = {}) const {
     ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);
     multiply<kSteps>(acc, now);
+    meanwhile();
     ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended
     if (now.held >= 0) release(now.held);
     now.held = now.ring.slot;

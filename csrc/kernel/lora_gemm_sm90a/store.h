@@ -1,12 +1,11 @@
-// From the accumulators of lora_gemm on sm_90a to Y: the mask on the low-rank product, the bias in
-// float32, one rounding, and slabs of 64 x 64 that leave by TMA.
+// From the accumulators of lora_gemm on sm_90a to Y: the bias in float32, one rounding, and slabs of
+// 64 x 64 that leave by TMA.
 //
 //   accumulators --bias, round, stmatrix--> slab, swizzled --TMA--> Y, clipped at its edges
 //
 // wgmma's accumulators are those of m16n8: of each block of 8 columns, lane l of warp w holds rows
 // 16 w + l / 4 and 8 more, columns 2 (l % 4) and the next.
 #pragma once
-#include "kernel/accumulator_mask.h"
 #include "kernel/bias.h"
 #include "kernel/lora_gemm_sm90a/pipeline.h"
 #include "kernel/rounded.h"
@@ -30,16 +29,6 @@ struct LoraGemmSm90aEpilogue {
 
   __device__ __forceinline__ int first_row(const Place& at, int row_block) const {
     return at.row + consumer * Tile::kRowsApart + row_block * 64;
-  }
-
-  // mask * accumulators, which hold T U alone.
-  __device__ __forceinline__ void mask(Accumulators& acc, const Place& at) const {
-    const AccumulatorMask<Tile::kN / 8> mask{p.mask};
-#pragma unroll
-    for (int i = 0; i < Tile::kRowBlocks; ++i) {
-      const int row = first_row(at, i) + warp * 16 + lane / 4;
-      mask.apply(acc[i], row, row + 8, at.column + lane % 4 * 2);
-    }
   }
 
   __device__ __forceinline__ void store(const Accumulators& acc, const Place& at) const {

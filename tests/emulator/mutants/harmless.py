@@ -12,6 +12,8 @@ EVERY_THREAD = "every thread waits for its bulk groups, of which only the first 
 
 HARMLESS = {
     "accumulator_mask.apply.parameters.in_step():never": ONE_DRAW_EACH,
+    "lora_gemm_sm90a/mask_ahead.draw_share.mask.in_step():never": ONE_DRAW_EACH,
+    "lora_gemm_sm90a/mask_ahead.finish.tile!=of_tile:always": "all bits are drawn again",
     "mask.in_step.col_offset%32==0:never": ONE_DRAW_EACH,
     "lora_shrink_sm80.mask.dropout.in_step():never": ONE_DRAW_EACH,
     "lora_wgrad_sm80.mask.dropout.in_step():never": ONE_DRAW_EACH,
