@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     jobs.set_up();
     block.set_up();
     take_role<Tile>(
-        [&] {
-          if (threadIdx.x == 0)
+        [&](int warp) {
+          if (warp == 0 && ptx::elect_sync())
             LoraInGridProducer<T, Tile, kMNMajor, kMasked, kTail>{maps, jobs}.produce();
-          if (block.rank == 0 && threadIdx.x == 32) jobs.schedule();
+          if (warp == 1 && block.rank == 0 && ptx::elect_sync()) jobs.schedule();
         },
         [&](int consumer) {
           LoraInGridConsumer<T, Tile, kMNMajor, kMasked, kTail>{jobs, consumer}.consume();

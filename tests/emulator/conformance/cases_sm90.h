@@ -38,6 +38,25 @@ inline void case_stmatrix(Recorder& recorder) {
   recorder.output("out", out);
 }
 
+// ---- thread.h
+// --------------------------------------------------------------------------------------------------------------
+
+// Of each warp: whether one lane is elected, and the same one twice.
+__global__ void elect_lanes(uint32_t* out) {
+  const bool elected = ptx::elect_sync(), again = ptx::elect_sync();
+  const uint32_t lanes = __ballot_sync(0xffffffffu, elected);
+  const uint32_t lanes_again = __ballot_sync(0xffffffffu, again);
+  out[2 * threadIdx.x] = lanes != 0 && (lanes & (lanes - 1)) == 0;
+  out[2 * threadIdx.x + 1] = lanes == lanes_again;
+}
+
+inline void case_elect(Recorder& recorder) {
+  (void)recorder.begin("elect", {"elect_sync"});
+  DeviceArray<uint32_t> out(std::vector<uint32_t>(2 * 64, 7));
+  launch({1, 64}, elect_lanes, out.data());
+  recorder.output("out", out, {64, 2});
+}
+
 // ---- clusters
 // ---------------------------------------------------------------------------------------------------------
 
@@ -278,6 +297,7 @@ inline void case_grid_dependency_chain(Recorder& recorder) {
 
 inline void record_sm90(Recorder& recorder) {
   case_stmatrix(recorder);
+  case_elect(recorder);
   case_cluster(recorder);
   case_mbarrier(recorder);
   case_mbarrier_remote(recorder);

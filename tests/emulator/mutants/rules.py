@@ -63,6 +63,7 @@ OTHER = {
     "ptx::cluster_rank",
     "ptx::cp_async_16",
     "ptx::dynamic_shared_memory",
+    "ptx::elect_sync",
     "ptx::ldmatrix_x2_trans",
     "ptx::ldmatrix_x4",
     "ptx::ldmatrix_x4_trans",

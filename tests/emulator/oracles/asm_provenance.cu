@@ -52,6 +52,7 @@ VALUE(cluster_rank, uint32_t, (), ptx::cluster_rank())
 VALUE(shared_address, uint32_t, (const void* p), ptx::shared_address(p))
 VALUE(map_shared, uint32_t, (uint32_t address, uint32_t rank), ptx::map_shared(address, rank))
 WITHOUT_COUNTERPART(VALUE(dynamic_shared_memory, unsigned char*, (), ptx::dynamic_shared_memory()))
+WITHOUT_COUNTERPART(VALUE(elect_sync, uint32_t, (), ptx::elect_sync()))
 
 VOID(bar_sync, (uint32_t id, uint32_t threads), ptx::bar_sync(id, threads))
 VOID(bar_arrive, (uint32_t id, uint32_t threads), ptx::bar_arrive(id, threads))
