@@ -95,12 +95,12 @@ constexpr TileFacts kTiles[] = {
     {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 0.7, false, false, false},
     {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.6, true, false, false},
     {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.55, true, false, false},
-    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 229480, 1, 0.97, true, true, true},
-    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 229512, 1, 0.82, true, true, true},
-    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 229440, 1, 0.97, true, true, false},
-    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 229472, 1, 0.82, true, true, false},
-    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 196672, 1, 0.92, true, true, false},
-    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 229472, 1, 0.82, true, true, false},
+    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, 0.97, true, true, true},
+    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 230536, 1, 0.82, true, true, true},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, 0.97, true, true, false},
+    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, 0.92, true, true, false},
+    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 

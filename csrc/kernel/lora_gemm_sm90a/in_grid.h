@@ -110,7 +110,7 @@ struct LoraInGridConsumer {
   __device__ __forceinline__ void store(const Sums& sums, int row) const {
     const auto& p = jobs.block.p;
     const auto& epilogue = consumer.epilogue;
-    const int first_row = epilogue.first_row({row, 0}, 0) + epilogue.warp * 16 + epilogue.lane / 4;
+    const int first_row = epilogue.first_row({row, 0}, 0) + epilogue.lane / 4;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int to_row = first_row + i / 2 % 2 * 8;

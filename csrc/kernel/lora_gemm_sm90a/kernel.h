@@ -11,7 +11,7 @@
 //   load.h      the producer: what a stage receives
 //   multiply.h  the consumers: the main loop
 //   mask_ahead.h  dropout's bits, drawn while the tensor core works
-//   store.h     bias, rounding, slabs
+//   store.h, tile_bias.h  bias, rounding, slabs
 //   jobs.h, in_grid.h  the kernel that makes its own T
 //   launch.h    from parameters to a launch of either
 //

@@ -40,8 +40,7 @@ struct LoraGemmSm90aConsumer {
     if constexpr (!kMasked) {
       return {};
     } else {
-      const int row = epilogue.first_row({0, 0}, 0) + epilogue.warp * 16 + lane / 4;
-      return {block, row, lane % 4 * 2};
+      return {block, epilogue.first_row({0, 0}, 0) + lane / 4, lane % 4 * 2};
     }
   }
 
@@ -74,6 +73,7 @@ struct LoraGemmSm90aConsumer {
   __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile, int next,
                                           MaskAhead& ahead) const {
     Progress now{ring};
+    const auto bias = epilogue.bias.load(block.place_of(tile).column);
     if constexpr (kMasked) ahead.finish(tile);
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
     if constexpr (kMasked) {  // T U first, since the mask is for it alone
@@ -90,6 +90,7 @@ struct LoraGemmSm90aConsumer {
     }
     if constexpr (!kMasked) multiply_low_rank(acc, now);
     if constexpr (Tile::kPingpong) pass_turn(tile);
+    epilogue.put_bias(bias);  // beside the last step's products
     finish(ring, now);
   }
 
