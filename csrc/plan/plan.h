@@ -152,7 +152,7 @@ struct Plan {
   int64_t a_pitch = 0;
   // Partial sums of S or dS.
   int64_t z = kNone;
-  int64_t flags = kNone;  // in_grid: uint32, ticket, finished, written, ready, kFlagsApart apart
+  int64_t flags = kNone;  // in_grid: uint32, ticket, written, ready, kFlagsApart apart
   int z_columns = 0;
   Splits shrink{};  // of k, or of n
 
@@ -171,7 +171,7 @@ struct Plan {
 
   bool in_grid() const;                                        // gemm makes T, too
   bool library_base() const { return hybrid && !given_base; }  // X W^T or dY W, onto gemm's
-  int64_t flag_count() const { return 3 * kFlagsApart + row_blocks; }
+  int64_t flag_count() const { return 2 * kFlagsApart + row_blocks; }
   // lora_wgrad makes a product: that of dA, or that of dB where lora_dsdb does not.
   bool has_wgrad() const { return dlora_a.splits > 0 || db_apart(); }
   bool db_apart() const { return dlora_b.splits > 0 && !one_pass; }

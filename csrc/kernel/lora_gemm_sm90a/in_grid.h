@@ -126,8 +126,8 @@ struct LoraInGridConsumer {
   }
 };
 
-// As lora_gemm_sm90a, but never launched as a dependent: it draws tickets at once, which the kernel
-// before may not have set back yet.
+// As lora_gemm_sm90a, but never launched as a dependent: it draws tickets at once, before it could
+// wait for what sets them to zero.
 template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_gemm_in_grid_sm90a(const __grid_constant__ LoraInGridMaps maps,
@@ -150,7 +150,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           LoraInGridConsumer<T, Tile, kMNMajor, kMasked, kTail>{jobs, consumer}.consume();
         });
     block.leave();
-    if (block.rank == 0 && threadIdx.x == 0) jobs.clean_up();
   }
 }
 

@@ -181,7 +181,8 @@ __global__ void arrive_remotely(uint32_t* seen) {
     ptx::mbarrier_init(bar, 64);
     ptx::fence_mbarrier_init();
   }
-  synchronize_cluster();
+  ptx::cluster_arrive_relaxed();  // the fence has published the object
+  ptx::cluster_wait();
   for (uint32_t phase = 0; phase < 2; ++phase) {
     mine[2 * phase] = ptx::mbarrier_try_wait(bar, phase & 1);  // this thread has not arrived yet
     for (uint32_t rank = 0; rank < 2; ++rank) ptx::mbarrier_arrive_remote(bar, rank);
@@ -192,8 +193,9 @@ __global__ void arrive_remotely(uint32_t* seen) {
 }
 
 inline void case_mbarrier_remote(Recorder& recorder) {
-  (void)recorder.begin("mbarrier_remote", {"mbarrier_arrive_remote", "mbarrier_wait",
-                                           "mbarrier_try_wait", "fence_mbarrier_init"});
+  (void)recorder.begin("mbarrier_remote",
+                       {"mbarrier_arrive_remote", "mbarrier_wait", "mbarrier_try_wait",
+                        "fence_mbarrier_init", "cluster_arrive_relaxed"});
   DeviceArray<uint32_t> seen(std::vector<uint32_t>(4 * 64, 7));
   launch({2, 32, 64, 2}, arrive_remotely, seen.data());
   recorder.output("seen", seen);
