@@ -117,7 +117,7 @@ struct Gemm {
   bool vector;  // Alignment::kVector
   int blocks;   // persistent; of wgmma, as many as may be resident
   bool early;   // begins before the kernel that writes T has ended, and waits for it; wgmma's alone
-  int most_blocks = std::numeric_limits<int>::max();  // as the request has it
+  int most_blocks = std::numeric_limits<int>::max();  // by the request, and of wgmma by the card
 };
 
 // A grid's last dimension: `splits` shares of a sum, each of steps_per_split steps of 64.
