@@ -81,15 +81,14 @@ struct LoraInGridConsumer {
     typename Consumer::MaskAhead ahead = consumer.mask_ahead();
     typename Jobs::Ring tickets;
     const auto next_job = [&] { return jobs.next(tickets, consumer.lane == 0); };
-    int next;
-    for (int job = next_job(); job < jobs.count(); job = next) {
+    for (int job = next_job(), next = 0; job < jobs.count(); job = next) {
       if constexpr (kMasked) next = next_job();  // now, since its mask is drawn beside this one
       if (jobs.makes_t(job)) {
         jobs.for_rows_of(job, [&](int row) { shrink(ring, row); });
       } else {
         typename Consumer::Accumulators acc;
-        consumer.compute(acc, ring, jobs.tile_of(job), kMasked ? jobs.tile_of(next) : 0, ahead);
-        consumer.epilogue.store(acc, jobs.block.place_of(jobs.tile_of(job)));
+        const auto at = consumer.compute(acc, ring, jobs.tile_of(job), jobs.tile_of(next), ahead);
+        consumer.epilogue.store(acc, at);
       }
       if constexpr (!kMasked) next = next_job();
     }

@@ -1,14 +1,14 @@
-// Dropout's bits of a tile of lora_gemm on sm_90a, drawn before the product that they mask is there.
+// Dropout's bits of a tile of lora_gemm on sm_90a, drawn before the product that they mask is
+// there.
 //
 // A draw costs some 60 instructions, a bit that is there three to apply. So bits are drawn while
 // the tensor core works for others: in pingpong schedules before a consumer's turn, in cooperative
 // ones a share in each step of the tile before. What masks the accumulators is a bit an element, 4
 // registers for 128 of them.
 //
-//   finish(tile)   draws what is not drawn yet of a tile's bits
-//   apply(acc)     mask * accumulators, which hold T U alone
-//   begin(tile)    the bits drawn from here on are those of another tile
-//   draw(shares)   some of them
+//   draw_in_step(tile)   some of a tile's bits: all of them in the steps of another tile
+//   finish(tile)         those that are not drawn yet
+//   apply(acc)           mask * accumulators, which hold T U alone
 #pragma once
 #include "kernel/lora_gemm_sm90a/pipeline.h"
 
@@ -29,23 +29,23 @@ struct LoraGemmSm90aMaskAhead {
   const Mask& mask = block.p.mask;
   const uint64_t seed = static_cast<uint64_t>(*mask.seed);
 
+  // Of a tile's steps: so many that the last one finds none left.
+  const int shares_of_step = (kShares + block.main_steps - 1) / max(block.main_steps, 1);
+
   int tile = -1, drawn = 0;
-  uint64_t row, column;  // of the masked matrix
+  uint64_t row = 0, column = 0;  // of the masked matrix
   // As a queue, so that no register is chosen at run time: a share comes in at the end, the first
   // lies highest once all are there.
   uint32_t words[kWords] = {};
 
+  // From here on bits are those of this tile.
   __device__ __forceinline__ void begin(int of_tile) {
+    if (tile == of_tile) return;
     const auto at = block.place_of(of_tile);
     row = static_cast<uint64_t>(mask.row_offset + at.row + first_row);
     column = static_cast<uint64_t>(mask.col_offset + at.column + first_column);
     tile = of_tile;
     drawn = 0;
-  }
-
-  // So many in each of a tile's steps that its last one finds none left.
-  __device__ __forceinline__ static int shares_per_step(int steps) {
-    return (kShares + steps - 1) / max(steps, 1);
   }
 
   __device__ __forceinline__ void draw(int shares) {
@@ -54,8 +54,13 @@ struct LoraGemmSm90aMaskAhead {
     for (; drawn < end; ++drawn) push(draw_share());
   }
 
+  __device__ __forceinline__ void draw_in_step(int of_tile) {
+    begin(of_tile);
+    draw(shares_of_step);
+  }
+
   __device__ __forceinline__ void finish(int of_tile) {
-    if (tile != of_tile) begin(of_tile);
+    begin(of_tile);
     draw(kShares);
   }
 

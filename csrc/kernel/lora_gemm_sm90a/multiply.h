@@ -26,6 +26,7 @@ struct LoraGemmSm90aConsumer {
   using Epilogue = LoraGemmSm90aEpilogue<T, Tile>;
   using Accumulators = typename Epilogue::Accumulators;
   using Ring = typename Block::Ring;
+  using Place = typename Block::Place;
   static constexpr int kAll = Tile::kK / 16;
 
   const Block& block;
@@ -62,18 +63,18 @@ struct LoraGemmSm90aConsumer {
     MaskAhead ahead = mask_ahead();
     for (; tile < block.tiles; tile += stride) {
       Accumulators acc;
-      compute(acc, ring, tile, tile + stride, ahead);
-      epilogue.store(acc, block.place_of(tile));
+      const Place at = compute(acc, ring, tile, tile + stride, ahead);
+      epilogue.store(acc, at);
       if constexpr (Tile::kPingpong) ring.skip(block.steps);
     }
     epilogue.drain();
   }
 
-  // `next`: the tile whose mask is drawn meanwhile.
-  __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile, int next,
-                                          MaskAhead& ahead) const {
+  // Where the tile lies; `next` is the one whose mask is drawn meanwhile. What needs no
+  // accumulators is done while products are under way.
+  __device__ __forceinline__ Place compute(Accumulators& acc, Ring& ring, int tile, int next,
+                                           MaskAhead& ahead) const {
     Progress now{ring};
-    const auto bias = epilogue.bias.load(block.place_of(tile).column);
     if constexpr (kMasked) ahead.finish(tile);
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
     if constexpr (kMasked) {  // T U first, since the mask is for it alone
@@ -82,16 +83,18 @@ struct LoraGemmSm90aConsumer {
       ahead.apply(acc);
     }
     if constexpr (kMasked && !Tile::kPingpong) {
-      ahead.begin(min(next, block.tiles - 1));  // past the last one nobody looks at them
-      const int shares = ahead.shares_per_step(block.main_steps);
-      multiply_main(acc, now, [&] { ahead.draw(shares); });
+      const int then = min(next, block.tiles - 1);  // or any, at the end
+      multiply_main(acc, now, [&] { ahead.draw_in_step(then); });
     } else {
       multiply_main(acc, now);
     }
+    const Place at = block.place_of(tile);
+    const auto bias = epilogue.bias.load(at.column);
     if constexpr (!kMasked) multiply_low_rank(acc, now);
     if constexpr (Tile::kPingpong) pass_turn(tile);
-    epilogue.put_bias(bias);  // beside the last step's products
+    epilogue.put_bias(bias);
     finish(ring, now);
+    return at;
   }
 
   struct Nothing {
@@ -102,7 +105,7 @@ struct LoraGemmSm90aConsumer {
   template <int kHalf, class Meanwhile = Nothing>
   __device__ __forceinline__ void multiply_main(float (&acc)[Tile::kRowBlocks][kHalf],
                                                 Progress& now,
-                                                const Meanwhile& meanwhile = {}) const {
+                                                const Meanwhile& meanwhile = Meanwhile()) const {
     const int steps = block.main_steps;
     for (int i = 0; i < steps; ++i) step<kAll>(acc, now, meanwhile);
   }
@@ -138,7 +141,7 @@ struct LoraGemmSm90aConsumer {
   // One stage, of which kSteps times 16 along k are multiplied.
   template <int kSteps, int kHalf, class Meanwhile = Nothing>
   __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now,
-                                       const Meanwhile& meanwhile = {}) const {
+                                       const Meanwhile& meanwhile = Meanwhile()) const {
     ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);
     multiply<kSteps>(acc, now);
     meanwhile();

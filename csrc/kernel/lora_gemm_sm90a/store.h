@@ -1,5 +1,5 @@
-// From the accumulators of lora_gemm on sm_90a to Y: the bias in float32, one rounding, and slabs of
-// 16 x 64 that leave by TMA, each warp's by itself.
+// From the accumulators of lora_gemm on sm_90a to Y: the bias in float32, one rounding, and slabs
+// of 16 x 64 that leave by TMA, each warp's by itself.
 //
 //   accumulators --bias, round, stmatrix--> slab, swizzled --TMA--> Y, clipped at its edges
 //
@@ -24,9 +24,9 @@ struct LoraGemmSm90aEpilogue {
   const int thread = threadIdx.x % Tile::kWarpgroup;
   const int warp = thread / 32, lane = thread % 32;
   const LoraGemmSm90aBias<T, Tile> bias{p, consumer, thread};
-  const uint32_t slabs = ptx::shared_address(ptx::dynamic_shared_memory()) + Tile::kStaging +
-                         static_cast<uint32_t>(consumer * 4 + warp) * Tile::kSlabs *
-                             Tile::kSlabBytes;
+  const uint32_t slabs =
+      ptx::shared_address(ptx::dynamic_shared_memory()) + Tile::kStaging +
+      static_cast<uint32_t>(consumer * 4 + warp) * Tile::kSlabs * Tile::kSlabBytes;
 
   __device__ __forceinline__ int first_row(const Place& at, int row_block) const {
     return at.row + consumer * Tile::kRowsApart + row_block * 64 + warp * Tile::kSlabRows;

@@ -39,8 +39,7 @@ struct LoraGemmSm90aBias {
   // Behind a barrier, after which nobody reads the row of the tile before, and before one.
   __device__ __forceinline__ void put(const Loaded& loaded) const {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      row()[thread + i * Tile::kWarpgroup] = value_of(loaded.bits[i]);
+    for (int i = 0; i < kEach; ++i) row()[thread + i * Tile::kWarpgroup] = value_of(loaded.bits[i]);
   }
 
   // Of two neighbouring columns of the tile.
@@ -69,7 +68,7 @@ struct LoraGemmSm90aBias {
     float value;
     T half;
     memcpy(&value, &bits, sizeof value);
-    memcpy(&half, &bits, sizeof half);
+    memcpy(static_cast<void*>(&half), &bits, sizeof half);
     return p.float_bias ? value : static_cast<float>(half);
   }
 };

@@ -28,7 +28,7 @@ PROGRAMS = {
         "lora_gemm_sm90a/multiply",
         "lora_gemm_sm90a/mask_ahead",
         "lora_gemm_sm90a/store",
-        "bias",
+        "lora_gemm_sm90a/tile_bias",
     ),
     "lora_gemm_in_grid_sm90a": ("lora_gemm_sm90a/in_grid", "lora_gemm_sm90a/jobs"),
     "lora_shrink_sm80": (

@@ -73,9 +73,8 @@ TEST(misuse) {
     for (int i = 0; i < 40; ++i) __syncwarp(~8u);
     (void)emulator::elect_sync();
   });
-  rejects("elect.sync beside another collective", ErrorKind::Misuse, "divergent warp", [] {
-    threadIdx.x < 4 ? void(emulator::elect_sync()) : __syncwarp();
-  });
+  rejects("elect.sync beside another collective", ErrorKind::Misuse, "divergent warp",
+          [] { threadIdx.x < 4 ? void(emulator::elect_sync()) : __syncwarp(); });
   rejects("a mask with lanes that have exited", ErrorKind::Misuse, "have exited", [] {
     if (threadIdx.x == 3) return;
     for (int i = 0; i < 40; ++i) __syncwarp(~8u);
