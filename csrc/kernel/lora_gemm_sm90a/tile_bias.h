@@ -49,7 +49,7 @@ struct LoraGemmSm90aBias {
 
   __device__ __forceinline__ float* row() const {
     unsigned char* rows = ptx::dynamic_shared_memory() + Tile::kBias;
-    return reinterpret_cast<float*>(rows) + consumer * Tile::kBiasColumns;
+    return reinterpret_cast<float*>(rows) + static_cast<size_t>(consumer) * Tile::kBiasColumns;
   }
 
   __device__ __forceinline__ uint32_t bits_at(int column) const {

@@ -126,7 +126,13 @@ EPILOGUE = [
         "bias_row_of_both_consumers",
         "both consumers keep their bias in one row",
         "they write it at the same time, in pingpong schedules for different tiles",
-        (("lora_gemm_sm90a/tile_bias.h", " + consumer * Tile::kBiasColumns;", ";"),),
+        (
+            (
+                "lora_gemm_sm90a/tile_bias.h",
+                " + static_cast<size_t>(consumer) * Tile::kBiasColumns;",
+                ";",
+            ),
+        ),
     ),
     Fault(
         "bias_put_after_the_barriers",
