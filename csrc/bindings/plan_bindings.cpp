@@ -70,6 +70,8 @@ void bind_device(py::module& m) {
       "set_cuda_route", [](const std::string& name) { kernel_route::set_choice(choice_of(name)); },
       py::arg("name"));
   m.def("set_early_launch", &kernel_route::set_early_launch, py::arg("enabled"));
+  m.def("set_reserved_sms", &kernel_route::set_reserved_sms, py::arg("count"));
+  m.def("reserved_sms", &kernel_route::reserved_sms);
   m.def("cuda_route", [] {
     for (const auto& [name, choice] : kChoices)
       if (choice == kernel_route::current_choice()) return name;

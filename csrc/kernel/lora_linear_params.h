@@ -98,8 +98,7 @@ class LoraLinearParams {
     LoraInGridParams<T> in{};
     in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
     in.s = s, in.scaling = o_.scaling, in.pairs_per_ticket = plan_.pairs_per_ticket;
-    in.ticket = flags(), in.finished = flags() + plan::kFlagsApart, in.written = written();
-    in.ready = flags() + 3 * plan::kFlagsApart;
+    in.ticket = flags(), in.written = written(), in.ready = flags() + 2 * plan::kFlagsApart;
     return in;
   }
   InGridFactor<T> factor(const LoraLinearForward&) const {
@@ -193,7 +192,7 @@ class LoraLinearParams {
   V* at(int64_t offset) const {
     return offset == plan::kNone ? nullptr : reinterpret_cast<V*>(o_.workspace + offset);
   }
-  uint32_t* written() const { return flags() + 2 * plan::kFlagsApart; }
+  uint32_t* written() const { return flags() + plan::kFlagsApart; }
 
   Halves a_halves() const {
     if (plan_.a == plan::kNone) return {in_t(o_.a.data), nullptr, o_.a.row_stride};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <iomanip>
+#include <limits>
 #include <sstream>
 #include <utility>
 
@@ -268,11 +269,14 @@ Gemm with_tile(const Card& card, const TileFacts& tile, int64_t m, int64_t n, bo
   const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
   const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
   const int64_t blocks = std::min(blocks_with_work(tile, m, n), card.sms * resident);
-  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma && !tile.in_grid};
+  // As many clusters as are resident, which the driver says; of a card with SMs left to others, no
+  // more than its rest holds.
+  const int most = tile.wgmma ? card.sms : std::numeric_limits<int>::max();
+  return {tile.tile, vector, static_cast<int>(blocks), tile.wgmma && !tile.in_grid, most};
 }
 
 void limit_blocks(Gemm& gemm, const Request& request) {
-  gemm.most_blocks = request.most_blocks;
+  gemm.most_blocks = std::min(gemm.most_blocks, request.most_blocks);
   gemm.blocks = std::min(gemm.blocks, request.most_blocks);
 }
 

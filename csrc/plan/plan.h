@@ -95,12 +95,12 @@ constexpr TileFacts kTiles[] = {
     {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 0.7, false, false, false},
     {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.6, true, false, false},
     {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.55, true, false, false},
-    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 229480, 1, 0.97, true, true, true},
-    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 229512, 1, 0.82, true, true, true},
-    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 229440, 1, 0.97, true, true, false},
-    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 229472, 1, 0.82, true, true, false},
-    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 196672, 1, 0.92, true, true, false},
-    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 229472, 1, 0.82, true, true, false},
+    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, 0.97, true, true, true},
+    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 230536, 1, 0.82, true, true, true},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, 0.97, true, true, false},
+    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, 0.92, true, true, false},
+    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
@@ -117,7 +117,7 @@ struct Gemm {
   bool vector;  // Alignment::kVector
   int blocks;   // persistent; of wgmma, as many as may be resident
   bool early;   // begins before the kernel that writes T has ended, and waits for it; wgmma's alone
-  int most_blocks = std::numeric_limits<int>::max();  // as the request has it
+  int most_blocks = std::numeric_limits<int>::max();  // by the request, and of wgmma by the card
 };
 
 // A grid's last dimension: `splits` shares of a sum, each of steps_per_split steps of 64.
@@ -152,7 +152,7 @@ struct Plan {
   int64_t a_pitch = 0;
   // Partial sums of S or dS.
   int64_t z = kNone;
-  int64_t flags = kNone;  // in_grid: uint32, ticket, finished, written, ready, kFlagsApart apart
+  int64_t flags = kNone;  // in_grid: uint32, ticket, written, ready, kFlagsApart apart
   int z_columns = 0;
   Splits shrink{};  // of k, or of n
 
@@ -171,7 +171,7 @@ struct Plan {
 
   bool in_grid() const;                                        // gemm makes T, too
   bool library_base() const { return hybrid && !given_base; }  // X W^T or dY W, onto gemm's
-  int64_t flag_count() const { return 3 * kFlagsApart + row_blocks; }
+  int64_t flag_count() const { return 2 * kFlagsApart + row_blocks; }
   // lora_wgrad makes a product: that of dA, or that of dB where lora_dsdb does not.
   bool has_wgrad() const { return dlora_a.splits > 0 || db_apart(); }
   bool db_apart() const { return dlora_b.splits > 0 && !one_pass; }

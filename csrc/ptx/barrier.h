@@ -37,6 +37,17 @@ LORA_EXT_DEVICE void cluster_arrive() {
 #endif
 }
 
+// barrier.cluster.arrive.relaxed (sm_90): counts this thread at the cluster's barrier, orders
+// nothing, and goes on. Where fence.mbarrier_init has published what matters, as the PTX ISA's
+// example has it, it is enough; the form with release waits for L2 (MEMBAR.ALL.GPU).
+LORA_EXT_DEVICE void cluster_arrive_relaxed() {
+#ifdef __CUDACC__
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#else
+  emulator::cluster_arrive_relaxed();
+#endif
+}
+
 // barrier.cluster.wait (sm_90): waits until every thread of the cluster has arrived, with acquire
 // semantics.
 LORA_EXT_DEVICE void cluster_wait() {

@@ -51,4 +51,24 @@ LORA_EXT_DEVICE uint32_t map_shared(uint32_t address, uint32_t rank) {
 #endif
 }
 
+// elect.sync (sm_90): true in one lane of the warp, the same each time, false in the others. All 32
+// must come to it. ptxas knows that what follows runs in one lane, so that operands of TMA, which
+// lie in uniform registers, need no loop over the lanes that might differ, as they do behind a
+// comparison of threadIdx.
+LORA_EXT_DEVICE bool elect_sync() {
+#ifdef __CUDACC__
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+#else
+  return emulator::elect_sync();
+#endif
+}
+
 }  // namespace lora_ext::ptx

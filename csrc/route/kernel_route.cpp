@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 
@@ -22,6 +23,11 @@ std::atomic<plan::Choice>& choice() {
 std::atomic<bool>& early_launch() {
   static std::atomic<bool> enabled{true};
   return enabled;
+}
+
+std::atomic<int>& reserved() {
+  static std::atomic<int> sms{0};
+  return sms;
 }
 
 // Of one adapter, or of many.
@@ -48,6 +54,7 @@ struct PlannedCall {
   bool backward, float16;
   plan::Choice choice;
   bool early_launch, deterministic;
+  int reserved_sms;
   uint64_t winners;
 
   auto operator<=>(const PlannedCall&) const = default;
@@ -63,6 +70,7 @@ PlannedCall<Problem> call_of(const at::Device& device, const Problem& problem, b
           choice(),
           early_launch(),
           at::globalContext().deterministicAlgorithms(),
+          reserved_sms(),
           winners::version()};
 }
 
@@ -84,7 +92,8 @@ plan::Request request_for(const plan::Card&, const PlannedCall<plan::GroupedProb
 
 template <class Problem>
 auto plan_of(const at::Device& device, const PlannedCall<Problem>& call) {
-  const plan::Card card = kernel_launch::card_of(device);
+  plan::Card card = kernel_launch::card_of(device);
+  card.sms = std::max(2, card.sms - call.reserved_sms);  // a cluster has two
   plan::Request request = request_for(card, call);
   request.early_launch = call.early_launch;
   return kernel_set::plan_of(card, call.problem, request, call.backward);
@@ -167,6 +176,8 @@ void set_choice(plan::Choice wanted) { choice() = wanted; }
 plan::Choice current_choice() { return choice(); }
 void set_early_launch(bool enabled) { early_launch() = enabled; }
 bool current_early_launch() { return early_launch(); }
+void set_reserved_sms(int count) { reserved() = count; }
+int reserved_sms() { return reserved(); }
 
 }  // namespace lora_ext::kernel_route
 #endif  // LORA_EXT_WITH_CUDA

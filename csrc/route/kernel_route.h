@@ -35,5 +35,8 @@ plan::Choice current_choice();
 // Whether a kernel may begin before the one before it ends (programmatic dependent launch).
 void set_early_launch(bool enabled);
 bool current_early_launch();
+// SMs of each device that plans leave to others.
+void set_reserved_sms(int count);
+int reserved_sms();
 
 }  // namespace lora_ext::kernel_route

@@ -1,7 +1,14 @@
 """The CUDA kernels seen from Python: what they would do for a call, and whether they may."""
 
 from .kernel_checks import set_check_timeout
-from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_early_launch
+from .kernel_plan import (
+    CARDS,
+    CallPlan,
+    plan,
+    set_cuda_route,
+    set_early_launch,
+    set_reserved_sms,
+)
 
 __all__ = [
     "CARDS",
@@ -10,4 +17,5 @@ __all__ = [
     "set_check_timeout",
     "set_cuda_route",
     "set_early_launch",
+    "set_reserved_sms",
 ]

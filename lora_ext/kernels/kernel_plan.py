@@ -174,6 +174,31 @@ def set_early_launch(enabled: bool) -> None:
     _C.set_early_launch(enabled)
 
 
+def set_reserved_sms(count: int) -> None:
+    """How many SMs of each device the kernels leave to others, for the whole process.
+
+    Calls are planned for what is left. A persistent grid divides its tiles among as many blocks as
+    the device holds; beside NCCL's kernels, under MPS or in a green context not all of them start
+    at once, and those that come late do a full share, so that a product can take up to twice as
+    long. What the others hold (NCCL: `NCCL_MAX_CTAS`) is reserved here; 0 by default. Fewer SMs
+    mean other splits of sums, whose last bits may differ.
+
+    Raises:
+        ValueError: a negative count.
+        RuntimeError: the build has no CUDA kernels.
+    """
+    if count < 0:
+        raise ValueError(
+            f"lora_ext.kernels.set_reserved_sms: expected a count of SMs, but got {count}"
+        )
+    if not _C.with_cuda:
+        raise RuntimeError(
+            "lora_ext.kernels.set_reserved_sms: this build has no CUDA kernels;"
+            " lora_ext.build_info() says why"
+        )
+    _C.set_reserved_sms(count)
+
+
 def set_cuda_route(name: str) -> None:
     """Chooses the route of half-precision calls on CUDA, for the whole process.
 

@@ -67,6 +67,11 @@ def test_every_plan_can_be_launched(
     assert [str(plan) for plan in again] == [str(forward), str(backward)]
 
 
+def test_a_negative_count_of_reserved_sms_is_refused():
+    with pytest.raises(ValueError, match="expected a count of SMs, but got -1"):
+        lora_ext.kernels.set_reserved_sms(-1)
+
+
 def test_a_route_that_is_asked_for_is_taken():
     for plan in plans(8192, 4096, 4096, 16, route="hybrid", dropout=True):
         assert plan.kernel and plan.hybrid and plan.tile == "128 x 64"

@@ -78,17 +78,19 @@ struct LoraInGridConsumer {
 
   __device__ __forceinline__ void consume() const {
     typename Consumer::Ring ring;
+    typename Consumer::MaskAhead ahead = consumer.mask_ahead();
     typename Jobs::Ring tickets;
-    for (;;) {
-      const int job = jobs.next(tickets, consumer.lane == 0);
-      if (job >= jobs.count()) break;
+    const auto next_job = [&] { return jobs.next(tickets, consumer.lane == 0); };
+    for (int job = next_job(), next = 0; job < jobs.count(); job = next) {
+      if constexpr (kMasked) next = next_job();  // now, since its mask is drawn beside this one
       if (jobs.makes_t(job)) {
         jobs.for_rows_of(job, [&](int row) { shrink(ring, row); });
       } else {
         typename Consumer::Accumulators acc;
-        consumer.compute(acc, ring, jobs.tile_of(job));
-        consumer.epilogue.store(acc, jobs.block.place_of(jobs.tile_of(job)));
+        const auto at = consumer.compute(acc, ring, jobs.tile_of(job), jobs.tile_of(next), ahead);
+        consumer.epilogue.store(acc, at);
       }
+      if constexpr (!kMasked) next = next_job();
     }
     consumer.epilogue.drain();
   }
@@ -107,7 +109,7 @@ struct LoraInGridConsumer {
   __device__ __forceinline__ void store(const Sums& sums, int row) const {
     const auto& p = jobs.block.p;
     const auto& epilogue = consumer.epilogue;
-    const int first_row = epilogue.first_row({row, 0}, 0) + epilogue.warp * 16 + epilogue.lane / 4;
+    const int first_row = epilogue.first_row({row, 0}, 0) + epilogue.lane / 4;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int to_row = first_row + i / 2 % 2 * 8;
@@ -123,8 +125,8 @@ struct LoraInGridConsumer {
   }
 };
 
-// As lora_gemm_sm90a, but never launched as a dependent: it draws tickets at once, which the kernel
-// before may not have set back yet.
+// As lora_gemm_sm90a, but never launched as a dependent: it draws tickets at once, before it could
+// wait for what sets them to zero.
 template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_gemm_in_grid_sm90a(const __grid_constant__ LoraInGridMaps maps,
@@ -138,16 +140,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     jobs.set_up();
     block.set_up();
     take_role<Tile>(
-        [&] {
-          if (threadIdx.x == 0)
+        [&](int warp) {
+          if (warp == 0 && ptx::elect_sync())
             LoraInGridProducer<T, Tile, kMNMajor, kMasked, kTail>{maps, jobs}.produce();
-          if (block.rank == 0 && threadIdx.x == 32) jobs.schedule();
+          if (warp == 1 && block.rank == 0 && ptx::elect_sync()) jobs.schedule();
         },
         [&](int consumer) {
           LoraInGridConsumer<T, Tile, kMNMajor, kMasked, kTail>{jobs, consumer}.consume();
         });
     block.leave();
-    if (block.rank == 0 && threadIdx.x == 0) jobs.clean_up();
   }
 }
 

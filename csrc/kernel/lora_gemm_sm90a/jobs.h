@@ -1,5 +1,5 @@
-// The jobs of lora_gemm_in_grid_sm90a: how clusters draw them, how those that make T tell those
-// that read it, and how the last cluster leaves all as it was.
+// The jobs of lora_gemm_in_grid_sm90a: how clusters draw them, and how those that make T tell those
+// that read it.
 //
 //   tickets   first    T of pairs of row blocks, one for each block of the cluster
 //             then     the tiles of Y
@@ -23,13 +23,11 @@ struct LoraInGridParams {
   float scaling;
   int pairs_per_ticket;  // pairs of row blocks of T that a cluster makes at a time
 
-  // Zero at launch. How many consumers have written their rows of a row block of T: all of T is
-  // there at parts_of_t.
+  // All zero at launch.
+  uint32_t* ticket;  // [1], the next job
+  uint32_t* ready;   // [2 row pairs], consumers that have written their rows of a row block of T
+  // Over all row blocks: all of T is there at parts_of_t.
   uint32_t* written;  // [1]
-  // All zero at launch, and again after it, so that the replay of a graph finds them so.
-  uint32_t* ticket;    // [1], the next job
-  uint32_t* finished;  // [1], clusters that have left
-  uint32_t* ready;     // [2 row pairs], consumers that have written their rows of a row block of T
 };
 
 // Two consumers write each row block.
@@ -132,22 +130,6 @@ struct LoraGemmSm90aJobs {
     while (ptx::load_acquire_gpu(ready) < Tile::kConsumers) {
     }
     ptx::fence_proxy_async_global();
-  }
-
-  // By one thread of the cluster, after all others of both blocks have come to leave(). Nobody
-  // reads flags or draws tickets any more once every cluster has counted itself.
-  __device__ __forceinline__ void clean_up() const {
-    ptx::fence_acq_rel_gpu();
-    const uint32_t before = ptx::atomic_add_relaxed_gpu(in.finished, 1);
-    const auto clusters = static_cast<uint32_t>(block.tile_stride);
-    if (before == clusters - 1) {
-      ptx::fence_acq_rel_gpu();
-      const int blocks = block.row_pairs * Tile::kClusterSize;
-      for (int i = 0; i < blocks; ++i) in.ready[i] = 0;
-      *in.ticket = 0;
-      // Atomic: no fence comes between the other clusters' counting and this.
-      atomicExch(in.finished, 0u);
-    }
   }
 };
 

@@ -10,7 +10,8 @@
 //   pipeline.h  barriers, ring, order of the tiles, begin and end
 //   load.h      the producer: what a stage receives
 //   multiply.h  the consumers: the main loop
-//   store.h     mask, bias, rounding, slabs
+//   mask_ahead.h  dropout's bits, drawn while the tensor core works
+//   store.h, tile_bias.h  bias, rounding, slabs
 //   jobs.h, in_grid.h  the kernel that makes its own T
 //   launch.h    from parameters to a launch of either
 //
@@ -24,19 +25,19 @@
 
 namespace lora_ext::kernel {
 
-// produce() in the first warpgroup, consume(0) and consume(1) in the others, which take over most
-// of its registers.
+// produce(warp) in the first warpgroup, consume(0) and consume(1) in the others, which take over
+// most of its registers.
 template <class Tile, class Produce, class Consume>
 __device__ __forceinline__ void take_role(const Produce& produce, const Consume& consume) {
   // From lane 0, so that ptxas knows that a warp agrees on its role.
-  const int warpgroup =
-      __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Tile::kWarpgroup, 0);
-  if (warpgroup == 0) {
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  constexpr int kWarps = Tile::kWarpgroup / 32;
+  if (warp < kWarps) {
     ptx::setmaxnreg_dec<Tile::kProducerRegisters>();
-    produce();
+    produce(warp);
   } else {
     ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();
-    consume(warpgroup - 1);
+    consume(warp / kWarps - 1);
   }
 }
 
@@ -50,8 +51,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const LoraGemmSm90aBlock<T, Tile> block{maps, p};
     block.set_up();
     take_role<Tile>(
-        [&] {
-          if (threadIdx.x == 0) LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked>{block}.produce();
+        [&](int warp) {
+          if (warp == 0 && ptx::elect_sync())
+            LoraGemmSm90aProducer<T, Tile, kMNMajor, kMasked>{block}.produce();
         },
         [&](int consumer) {
           LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail>{block, consumer}.consume();

@@ -12,6 +12,7 @@
 // accumulators (PTX ISA, wgmma.fence), or ptxas would make every wgmma wait for the one before.
 #pragma once
 #include "kernel/halves.h"
+#include "kernel/lora_gemm_sm90a/mask_ahead.h"
 #include "kernel/lora_gemm_sm90a/store.h"
 #include "ptx/wgmma.h"
 
@@ -25,12 +26,24 @@ struct LoraGemmSm90aConsumer {
   using Epilogue = LoraGemmSm90aEpilogue<T, Tile>;
   using Accumulators = typename Epilogue::Accumulators;
   using Ring = typename Block::Ring;
+  using Place = typename Block::Place;
   static constexpr int kAll = Tile::kK / 16;
 
   const Block& block;
   const int consumer;  // 0 or 1
   const int lane = threadIdx.x % 32;
   const Epilogue epilogue{block.maps, block.p, consumer};
+
+  struct NoMask {};
+  using MaskAhead = std::conditional_t<kMasked, LoraGemmSm90aMaskAhead<T, Tile>, NoMask>;
+
+  __device__ __forceinline__ MaskAhead mask_ahead() const {
+    if constexpr (!kMasked) {
+      return {};
+    } else {
+      return {block, epilogue.first_row({0, 0}, 0) + lane / 4, lane % 4 * 2};
+    }
+  }
 
   // How far a tile has come.
   struct Progress {
@@ -47,35 +60,54 @@ struct LoraGemmSm90aConsumer {
       ring.skip(consumer * block.steps);
       stride *= Tile::kConsumers;
     }
+    MaskAhead ahead = mask_ahead();
     for (; tile < block.tiles; tile += stride) {
       Accumulators acc;
-      compute(acc, ring, tile);
-      epilogue.store(acc, block.place_of(tile));
+      const Place at = compute(acc, ring, tile, tile + stride, ahead);
+      epilogue.store(acc, at);
       if constexpr (Tile::kPingpong) ring.skip(block.steps);
     }
     epilogue.drain();
   }
 
-  __device__ __forceinline__ void compute(Accumulators& acc, Ring& ring, int tile) const {
+  // Where the tile lies; `next` is the one whose mask is drawn meanwhile. What needs no
+  // accumulators is done while products are under way.
+  __device__ __forceinline__ Place compute(Accumulators& acc, Ring& ring, int tile, int next,
+                                           MaskAhead& ahead) const {
     Progress now{ring};
+    if constexpr (kMasked) ahead.finish(tile);
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
     if constexpr (kMasked) {  // T U first, since the mask is for it alone
       multiply_low_rank(acc, now);
       wait_for_products();
-      epilogue.mask(acc, block.place_of(tile));
+      ahead.apply(acc);
     }
-    multiply_main(acc, now);
+    if constexpr (kMasked && !Tile::kPingpong) {
+      const int then = min(next, block.tiles - 1);  // or any, at the end
+      multiply_main(acc, now, [&] { ahead.draw_in_step(then); });
+    } else {
+      multiply_main(acc, now);
+    }
+    const Place at = block.place_of(tile);
+    const auto bias = epilogue.bias.load(at.column);
     if constexpr (!kMasked) multiply_low_rank(acc, now);
     if constexpr (Tile::kPingpong) pass_turn(tile);
+    epilogue.put_bias(bias);
     finish(ring, now);
+    return at;
   }
 
-  // Accumulators of 64 x 2 kHalf, a row block each.
-  template <int kHalf>
+  struct Nothing {
+    __device__ __forceinline__ void operator()() const {}
+  };
+
+  // Accumulators of 64 x 2 kHalf, a row block each. meanwhile() runs beside each step's products.
+  template <int kHalf, class Meanwhile = Nothing>
   __device__ __forceinline__ void multiply_main(float (&acc)[Tile::kRowBlocks][kHalf],
-                                                Progress& now) const {
+                                                Progress& now,
+                                                const Meanwhile& meanwhile = Meanwhile()) const {
     const int steps = block.main_steps;
-    for (int i = 0; i < steps; ++i) step<kAll>(acc, now);
+    for (int i = 0; i < steps; ++i) step<kAll>(acc, now, meanwhile);
   }
 
   __device__ __forceinline__ void multiply_low_rank(Accumulators& acc, Progress& now) const {
@@ -107,10 +139,12 @@ struct LoraGemmSm90aConsumer {
   }
 
   // One stage, of which kSteps times 16 along k are multiplied.
-  template <int kSteps, int kHalf>
-  __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now) const {
+  template <int kSteps, int kHalf, class Meanwhile = Nothing>
+  __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now,
+                                       const Meanwhile& meanwhile = Meanwhile()) const {
     ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);
     multiply<kSteps>(acc, now);
+    meanwhile();
     ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended
     if (now.held >= 0) release(now.held);
     now.held = now.ring.slot;

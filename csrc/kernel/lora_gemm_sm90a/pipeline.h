@@ -108,11 +108,13 @@ struct LoraGemmSm90aBlock {
       }
     }
     // Nobody may arrive at a barrier of the peer's, or multicast to it, before it is initialised.
-    ptx::cluster_arrive();
+    // The fence publishes that, and nothing else has been written.
+    ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   }
 
-  // A block stays until no arrival of its peer's at its barriers can be under way any more.
+  // A block stays until no arrival of its peer's at its barriers can be under way any more: so
+  // this one releases, before which a thread's remote arrivals have been performed.
   __device__ __forceinline__ void leave() const {
     ptx::cluster_arrive();
     ptx::cluster_wait();

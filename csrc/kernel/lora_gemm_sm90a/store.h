@@ -1,14 +1,12 @@
-// From the accumulators of lora_gemm on sm_90a to Y: the mask on the low-rank product, the bias in
-// float32, one rounding, and slabs of 64 x 64 that leave by TMA.
+// From the accumulators of lora_gemm on sm_90a to Y: the bias in float32, one rounding, and slabs
+// of 16 x 64 that leave by TMA, each warp's by itself.
 //
 //   accumulators --bias, round, stmatrix--> slab, swizzled --TMA--> Y, clipped at its edges
 //
 // wgmma's accumulators are those of m16n8: of each block of 8 columns, lane l of warp w holds rows
 // 16 w + l / 4 and 8 more, columns 2 (l % 4) and the next.
 #pragma once
-#include "kernel/accumulator_mask.h"
-#include "kernel/bias.h"
-#include "kernel/lora_gemm_sm90a/pipeline.h"
+#include "kernel/lora_gemm_sm90a/tile_bias.h"
 #include "kernel/rounded.h"
 #include "ptx/fence.h"
 #include "ptx/matrix_move.h"
@@ -25,23 +23,25 @@ struct LoraGemmSm90aEpilogue {
   const int consumer;
   const int thread = threadIdx.x % Tile::kWarpgroup;
   const int warp = thread / 32, lane = thread % 32;
-  const uint32_t slabs = ptx::shared_address(ptx::dynamic_shared_memory()) + Tile::kStaging +
-                         static_cast<uint32_t>(consumer) * Tile::kSlabs * Tile::kSlabBytes;
+  const LoraGemmSm90aBias<T, Tile> bias{p, consumer, thread};
+  const uint32_t slabs =
+      ptx::shared_address(ptx::dynamic_shared_memory()) + Tile::kStaging +
+      static_cast<uint32_t>(consumer * 4 + warp) * Tile::kSlabs * Tile::kSlabBytes;
 
   __device__ __forceinline__ int first_row(const Place& at, int row_block) const {
-    return at.row + consumer * Tile::kRowsApart + row_block * 64;
+    return at.row + consumer * Tile::kRowsApart + row_block * 64 + warp * Tile::kSlabRows;
   }
 
-  // mask * accumulators, which hold T U alone.
-  __device__ __forceinline__ void mask(Accumulators& acc, const Place& at) const {
-    const AccumulatorMask<Tile::kN / 8> mask{p.mask};
-#pragma unroll
-    for (int i = 0; i < Tile::kRowBlocks; ++i) {
-      const int row = first_row(at, i) + warp * 16 + lane / 4;
-      mask.apply(acc[i], row, row + 8, at.column + lane % 4 * 2);
-    }
+  // While products are under way.
+  __device__ __forceinline__ void put_bias(
+      const typename LoraGemmSm90aBias<T, Tile>::Loaded& loaded) const {
+    if (!bias.given()) return;
+    warpgroup_barrier();
+    bias.put(loaded);
+    warpgroup_barrier();
   }
 
+  // Warp by warp: none waits for another.
   __device__ __forceinline__ void store(const Accumulators& acc, const Place& at) const {
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks; ++i) {
@@ -51,26 +51,30 @@ struct LoraGemmSm90aEpilogue {
         const uint32_t slab =
             slabs + static_cast<uint32_t>((i * kParts + part) % Tile::kSlabs) * Tile::kSlabBytes;
         wait_until_free();
-        fill(slab, &acc[i][part * 32], at.column + part * 64);
+        fill(slab, &acc[i][part * 32], part * 64);
         send(slab, at.column + part * 64, first_row(at, i));
       }
     }
   }
 
-  // Until the store before last has read its slab, which is filled next.
+  // Until the store before last has read its slab, which is filled next. Bulk groups belong to a
+  // lane: the elected one, which is always the same.
   __device__ __forceinline__ void wait_until_free() const {
-    if (thread == 0) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();
-    warpgroup_barrier();
+    if (ptx::elect_sync()) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();
+    __syncwarp();
   }
 
-  // 64 x 64 accumulators, 32 a thread, in blocks of 8 columns.
+  // 16 x 64 accumulators, 32 a lane, in blocks of 8 columns.
   __device__ __forceinline__ void fill(uint32_t slab, const float* acc, int column0) const {
     constexpr int kBatch = Tile::kAccumulators > 128 ? 2 : 8;  // of loads, as registers allow
-    const Bias<T> bias{p.bias, p.float_bias, p.n};
 #pragma unroll
     for (int first = 0; first < 8; first += kBatch) {
-      float added[kBatch][2];
-      bias.load(added, column0 + first * 8 + lane % 4 * 2);
+      float2 added[kBatch] = {};
+      if (bias.given()) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          added[i] = bias.pair(column0 + (first + i) * 8 + lane % 4 * 2);
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; i += 2) store_blocks(slab, first + i, acc, &added[i]);
     }
@@ -79,22 +83,22 @@ struct LoraGemmSm90aEpilogue {
   // Two blocks are four 8 x 8 matrices of a warp's 16 rows: of each block the upper, then the lower
   // one. Chunk c of row r lies at c ^ (r % 8), as the swizzle has it.
   __device__ __forceinline__ void store_blocks(uint32_t slab, int block, const float* acc,
-                                               const float (*bias)[2]) const {
+                                               const float2* added) const {
     uint32_t packed[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float *pair = acc + block * 4 + i * 2, *added = bias[i / 2];
-      packed[i] = rounded_pair<T>(pair[0] + added[0], pair[1] + added[1]);
+      const float* pair = acc + block * 4 + i * 2;
+      packed[i] = rounded_pair<T>(pair[0] + added[i / 2].x, pair[1] + added[i / 2].y);
     }
-    const int row = warp * 16 + lane % 16;
+    const int row = lane % 16;
     const int chunk = (block + lane / 16) ^ (row % 8);
     ptx::stmatrix_x4(slab + static_cast<uint32_t>(row * 8 + chunk) * 16, packed);
   }
 
   __device__ __forceinline__ void send(uint32_t slab, int column, int row) const {
     ptx::fence_proxy_async_shared();
-    warpgroup_barrier();
-    if (thread == 0) {
+    __syncwarp();
+    if (ptx::elect_sync()) {
       ptx::tma_store_2d(&maps.y, slab, column, row);
       ptx::bulk_commit_group();
     }
@@ -102,7 +106,7 @@ struct LoraGemmSm90aEpilogue {
 
   // The writes, too, belong to this grid, and shared memory must last until they have read it.
   __device__ __forceinline__ void drain() const {
-    if (thread == 0) ptx::bulk_wait_group<0>();
+    if (ptx::elect_sync()) ptx::bulk_wait_group<0>();
   }
 
   __device__ __forceinline__ void warpgroup_barrier() const {

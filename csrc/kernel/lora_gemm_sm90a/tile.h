@@ -3,11 +3,11 @@
 //
 //   tile of Y, 128 x kN        stages of the ring, kStages of them       staging of Y
 //
-//     kN columns               left  128 x 64   P or T                   of each consumer two
-//    +----------+              right kN x 64    Q or U                   slabs of 64 x 64: one
-//    |   128    |              (K-major) or 64 x kN as panels of         is stored while the
-//    |   rows   |              64 columns (MN-major)                     other is filled
-//    +----------+
+//     kN columns               left  128 x 64   P or T                   of each consumer warp two
+//    +----------+              right kN x 64    Q or U                   slabs of 16 x 64: one is
+//    |   128    |              (K-major) or 64 x kN as panels of         stored while the other is
+//    |   rows   |              64 columns (MN-major)                     filled; of each consumer a
+//    +----------+                                                        row of the bias
 //
 // A row of a stage or slab is 64 elements = 128 bytes = the width of the 128-byte swizzle.
 #pragma once
@@ -48,11 +48,14 @@ struct LoraGemmSm90aTile {
   static constexpr uint32_t kLeftBytes = kM * kRowBytes, kRightBytes = kN * kRowBytes;
   static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes;
   static constexpr uint32_t kPanelBytes = kK * kRowBytes;  // MN-major: 64 of k x 64 columns
-  static constexpr uint32_t kSlabBytes = 64 * kRowBytes;
-  static constexpr int kSlabs = 2;
+  static constexpr int kSlabRows = 16, kSlabs = 2;         // of a warp
+  static constexpr uint32_t kSlabBytes = kSlabRows * kRowBytes;
+  // As many as each thread of a consumer loads one after the other.
+  static constexpr int kBiasColumns = (kN + kWarpgroup - 1) / kWarpgroup * kWarpgroup;
 
   static constexpr uint32_t kStaging = kStages * kStageBytes;
-  static constexpr uint32_t kFull = kStaging + kConsumers * kSlabs * kSlabBytes;  // mbarriers
+  static constexpr uint32_t kBias = kStaging + kConsumers * 4 * kSlabs * kSlabBytes;
+  static constexpr uint32_t kFull = kBias + kConsumers * kBiasColumns * 4;  // mbarriers
   static constexpr uint32_t kEmpty = kFull + 8 * kStages;
   static constexpr uint32_t kSharedBytes = kEmpty + 8 * kStages;
 
@@ -65,7 +68,7 @@ struct LoraGemmSm90aTile {
                 "a tile begins with the slab used longest ago");
 
   // Boxes of TMA, 64 elements wide: rows of each operand's box.
-  static constexpr int kLeftBoxRows = kM, kStoreBoxRows = 64;
+  static constexpr int kLeftBoxRows = kM, kStoreBoxRows = kSlabRows;
   template <bool kMNMajor, int kColumns = kN>
   static constexpr int kRightBoxRows = (kMNMajor ? kK : kColumns) / kClusterSize;
 };

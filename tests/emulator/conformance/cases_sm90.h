@@ -38,6 +38,25 @@ inline void case_stmatrix(Recorder& recorder) {
   recorder.output("out", out);
 }
 
+// ---- thread.h
+// --------------------------------------------------------------------------------------------------------------
+
+// Of each warp: whether one lane is elected, and the same one twice.
+__global__ void elect_lanes(uint32_t* out) {
+  const bool elected = ptx::elect_sync(), again = ptx::elect_sync();
+  const uint32_t lanes = __ballot_sync(0xffffffffu, elected);
+  const uint32_t lanes_again = __ballot_sync(0xffffffffu, again);
+  out[2 * threadIdx.x] = lanes != 0 && (lanes & (lanes - 1)) == 0;
+  out[2 * threadIdx.x + 1] = lanes == lanes_again;
+}
+
+inline void case_elect(Recorder& recorder) {
+  (void)recorder.begin("elect", {"elect_sync"});
+  DeviceArray<uint32_t> out(std::vector<uint32_t>(2 * 64, 7));
+  launch({1, 64}, elect_lanes, out.data());
+  recorder.output("out", out, {64, 2});
+}
+
 // ---- clusters
 // ---------------------------------------------------------------------------------------------------------
 
@@ -162,7 +181,8 @@ __global__ void arrive_remotely(uint32_t* seen) {
     ptx::mbarrier_init(bar, 64);
     ptx::fence_mbarrier_init();
   }
-  synchronize_cluster();
+  ptx::cluster_arrive_relaxed();  // the fence has published the object
+  ptx::cluster_wait();
   for (uint32_t phase = 0; phase < 2; ++phase) {
     mine[2 * phase] = ptx::mbarrier_try_wait(bar, phase & 1);  // this thread has not arrived yet
     for (uint32_t rank = 0; rank < 2; ++rank) ptx::mbarrier_arrive_remote(bar, rank);
@@ -173,8 +193,9 @@ __global__ void arrive_remotely(uint32_t* seen) {
 }
 
 inline void case_mbarrier_remote(Recorder& recorder) {
-  (void)recorder.begin("mbarrier_remote", {"mbarrier_arrive_remote", "mbarrier_wait",
-                                           "mbarrier_try_wait", "fence_mbarrier_init"});
+  (void)recorder.begin("mbarrier_remote",
+                       {"mbarrier_arrive_remote", "mbarrier_wait", "mbarrier_try_wait",
+                        "fence_mbarrier_init", "cluster_arrive_relaxed"});
   DeviceArray<uint32_t> seen(std::vector<uint32_t>(4 * 64, 7));
   launch({2, 32, 64, 2}, arrive_remotely, seen.data());
   recorder.output("seen", seen);
@@ -278,6 +299,7 @@ inline void case_grid_dependency_chain(Recorder& recorder) {
 
 inline void record_sm90(Recorder& recorder) {
   case_stmatrix(recorder);
+  case_elect(recorder);
   case_cluster(recorder);
   case_mbarrier(recorder);
   case_mbarrier_remote(recorder);

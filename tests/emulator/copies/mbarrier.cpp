@@ -203,6 +203,7 @@ void arrive_at_rank(uint32_t bar, uint32_t rank, const char* what, void (*releas
   // Released into the phase of now: the phase in which this thread's arrival is due cannot complete
   // without it.
   release(mbarrier.peer_sync_object());
+  race_peer_access(*at.block, what);  // which must not end before this has arrived
   engine_push({.what = what, .touches = at.block, .before_release = true, .perform = [at, what] {
                  count_arrival(mbarrier_for_remote(*at.block, at.offset, what), what);
                }});

@@ -8,10 +8,12 @@ NEXT_GRID = (
     "the next grid begins when this one has ended, or could begin before: it waits where it must"
 )
 LARGE_FLOAT = "a float as large as that and one more are the same"
-EVERY_THREAD = "every thread waits for its bulk groups, of which only the first has any"
+EVERY_LANE = "every lane waits for its bulk groups, of which only the elected one has any"
 
 HARMLESS = {
     "accumulator_mask.apply.parameters.in_step():never": ONE_DRAW_EACH,
+    "lora_gemm_sm90a/mask_ahead.draw_share.mask.in_step():never": ONE_DRAW_EACH,
+    "lora_gemm_sm90a/mask_ahead.begin.tile==of_tile:never": "all bits are drawn again",
     "mask.in_step.col_offset%32==0:never": ONE_DRAW_EACH,
     "lora_shrink_sm80.mask.dropout.in_step():never": ONE_DRAW_EACH,
     "lora_wgrad_sm80.mask.dropout.in_step():never": ONE_DRAW_EACH,
@@ -27,8 +29,9 @@ HARMLESS = {
     ),
     "lora_gemm_sm90a/kernel.take_role.setmaxnreg_inc:skip": "the consumers spill",
     "lora_gemm_sm90a/pipeline.set_up.p.k>0:never": "two tensor maps less are prefetched",
-    "lora_gemm_sm90a/store.wait_until_free.thread==0:always": EVERY_THREAD,
-    "lora_gemm_sm90a/store.drain.thread==0:always": EVERY_THREAD,
+    "lora_gemm_sm90a/store.put_bias.!bias.given():never": "zeros are put where there is no bias",
+    "lora_gemm_sm90a/store.wait_until_free.ptx::elect_sync():always": EVERY_LANE,
+    "lora_gemm_sm90a/store.drain.ptx::elect_sync():always": EVERY_LANE,
     "lora_gemm_sm90a/load.produce.!t_is_written:always": "waits again for what has ended",
     "lora_gemm_sm90a/load.wait_for_t.block.p.lets_wgrad_begin:always": NEXT_GRID,
     "lora_gemm_sm90a/load.wait_for_t.block.p.lets_wgrad_begin:never": NEXT_GRID,

@@ -26,9 +26,9 @@ PROGRAMS = {
         "lora_gemm_sm90a/pipeline",
         "lora_gemm_sm90a/load",
         "lora_gemm_sm90a/multiply",
+        "lora_gemm_sm90a/mask_ahead",
         "lora_gemm_sm90a/store",
-        "accumulator_mask",
-        "bias",
+        "lora_gemm_sm90a/tile_bias",
     ),
     "lora_gemm_in_grid_sm90a": ("lora_gemm_sm90a/in_grid", "lora_gemm_sm90a/jobs"),
     "lora_shrink_sm80": (

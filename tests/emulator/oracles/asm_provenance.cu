@@ -52,10 +52,12 @@ VALUE(cluster_rank, uint32_t, (), ptx::cluster_rank())
 VALUE(shared_address, uint32_t, (const void* p), ptx::shared_address(p))
 VALUE(map_shared, uint32_t, (uint32_t address, uint32_t rank), ptx::map_shared(address, rank))
 WITHOUT_COUNTERPART(VALUE(dynamic_shared_memory, unsigned char*, (), ptx::dynamic_shared_memory()))
+WITHOUT_COUNTERPART(VALUE(elect_sync, uint32_t, (), ptx::elect_sync()))
 
 VOID(bar_sync, (uint32_t id, uint32_t threads), ptx::bar_sync(id, threads))
 VOID(bar_arrive, (uint32_t id, uint32_t threads), ptx::bar_arrive(id, threads))
 VOID(cluster_arrive, (), ptx::cluster_arrive())
+VOID(cluster_arrive_relaxed, (), ptx::cluster_arrive_relaxed())
 VOID(cluster_wait, (), ptx::cluster_wait())
 
 VOID(cp_async_16, (uint32_t dst, const void* src, uint32_t valid),
@@ -113,7 +115,6 @@ VOID(fence_mbarrier_init, (), ptx::fence_mbarrier_init())
 
 VOID(fence_proxy_async_shared, (), ptx::fence_proxy_async_shared())
 WITHOUT_COUNTERPART(VOID(fence_proxy_async_global, (), ptx::fence_proxy_async_global()))
-WITHOUT_COUNTERPART(VOID(fence_acq_rel_gpu, (), ptx::fence_acq_rel_gpu()))
 
 VOID(prefetch_tensor_map, (const __grid_constant__ CUtensorMap map), ptx::prefetch_tensor_map(&map))
 VOID(tma_load_2d,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 # Instructions inside inline asm, by what their first operand is. Any other is an error: an unknown
 # instruction must not pass as one without results.
 WRITES_FIRST = re.compile(
-    r"(mapa|ldmatrix|ld|atom|mma|mbarrier\.try_wait|mbarrier\.test_wait)\b(?!\.async)"
+    r"(mapa|ldmatrix|ld|atom|mma|elect|mbarrier\.try_wait|mbarrier\.test_wait)\b(?!\.async)"
 )
 READS_AND_WRITES_FIRST = re.compile(r"wgmma\.mma_async\b")
 WRITES_NOTHING = re.compile(
@@ -73,7 +73,8 @@ def split_operands(text: str) -> list[str]:
 
 
 def registers(token: str) -> list[str]:
-    return [part.strip() for part in token.strip("{}").split(",")]
+    """`{%r1,%r2}` or `%r1|p`."""
+    return [part.strip() for part in re.split(r"[,|]", token.strip("{}"))]
 
 
 def predicate(op: str, a: str, b: str) -> str:

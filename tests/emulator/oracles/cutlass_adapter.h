@@ -52,6 +52,7 @@ ADAPTER void bar_arrive(uint32_t id, uint32_t threads) {
   cutlass::arch::NamedBarrier::arrive(threads, cutlass::arch::ReservedNamedBarriers(id));
 }
 ADAPTER void cluster_arrive() { cute::cluster_arrive(); }
+ADAPTER void cluster_arrive_relaxed() { cute::cluster_arrive_relaxed(); }
 ADAPTER void cluster_wait() { cute::cluster_wait(); }
 
 ADAPTER void cp_async_16(uint32_t dst, const void* src, uint32_t bytes) {

@@ -47,12 +47,34 @@ TEST(shuffles) {
   that(right, "shuffles and votes, whole warps and parts, under every schedule");
 }
 
+TEST(elections) {
+  unsigned elected = 0;  // over all seeds
+  bool right = true;
+  for_each_schedule(8, [&] {
+    warp([&] {
+      const unsigned first = __ballot_sync(kAll, emulator::elect_sync());
+      right &= std::popcount(first) == 1;
+      right &= __ballot_sync(kAll, emulator::elect_sync()) == first;
+      if (threadIdx.x == 0) elected |= first;
+    });
+  });
+  that(right, "one lane is elected, and the same one again");
+  that(std::popcount(elected) > 1, "which one, is not always the same");
+}
+
 TEST(misuse) {
   const auto rejects = [](const char* name, ErrorKind kind, const char* text, void (*kernel)()) {
     fails(name, kind, text, [&] { warp(kernel); });
   };
   rejects("a lane outside of its own mask", ErrorKind::Misuse, "is not in the mask",
           [] { __syncwarp(1u); });
+  rejects("elect.sync without a lane that has exited", ErrorKind::Misuse, "have exited", [] {
+    if (threadIdx.x == 3) return;
+    for (int i = 0; i < 40; ++i) __syncwarp(~8u);
+    (void)emulator::elect_sync();
+  });
+  rejects("elect.sync beside another collective", ErrorKind::Misuse, "divergent warp",
+          [] { threadIdx.x < 4 ? void(emulator::elect_sync()) : __syncwarp(); });
   rejects("a mask with lanes that have exited", ErrorKind::Misuse, "have exited", [] {
     if (threadIdx.x == 3) return;
     for (int i = 0; i < 40; ++i) __syncwarp(~8u);

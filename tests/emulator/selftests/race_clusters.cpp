@@ -72,6 +72,39 @@ TEST(fence_mbarrier_init_publishes_the_init_alone) {
   expect_race("release", "read after unordered write", run);
 }
 
+// A remote arrival that nobody waits for is over before an arrive with release, not before a
+// relaxed one: behind that the peer may have ended while it is under way.
+TEST(a_block_must_not_end_under_a_remote_arrival) {
+  const auto run = [] {
+    launch(race_launch(2, 32, 1024, 2), [] {
+      if (threadIdx.x == 0) {
+        mbarrier_init(kEmpty, 2);
+        fence_mbarrier_init();
+      }
+      cluster_arrive_relaxed();
+      cluster_wait();
+      if (threadIdx.x == 0 && cluster_rank() == 0) mbarrier_arrive_remote(kEmpty, 1);
+      missing("release") ? cluster_arrive_relaxed() : cluster_arrive();
+      cluster_wait();
+    });
+  };
+  expect_clean(run);
+  missing_edge = "release";
+  // Reported by whoever comes first: the end of the block, or the arrival that finds it gone.
+  for_all_modes(4, [&] {
+    try {
+      run();
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      CHECK(text.find("the end of block (1,0,0)") != std::string::npos ||
+            text.find("has exited") != std::string::npos);
+      return;
+    }
+    CHECK(!"expected a fault");
+  });
+  missing_edge.clear();
+}
+
 TEST(a_block_must_not_end_before_its_peer_has_read) {
   const auto run = [] {
     launch(race_launch(2, 32, 1024, 2), [] {

@@ -199,6 +199,7 @@ TEST(remote_arrival_at_a_block_that_has_exited) {
   }
 }
 
+#ifndef EMULATOR_RACE  // where it races with the end of the block
 TEST(remote_arrival_in_flight_when_the_block_exits) {
   bool issued = false;
   CHECK_FAILS(ErrorKind::ExitCheck, "mbarrier.arrive.release.cluster.shared::cluster",
@@ -211,6 +212,7 @@ TEST(remote_arrival_in_flight_when_the_block_exits) {
                 while (cluster_rank() == 1 && !issued) yield();
               }));
 }
+#endif
 
 TEST(remote_arrival_before_the_block_has_started) {
   int not_started = 0;

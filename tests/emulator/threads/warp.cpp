@@ -136,6 +136,14 @@ uint32_t ballot(uint32_t mask, bool predicate) {
   return vote.result;
 }
 
+bool elect_sync() {
+  bool elected = false;
+  warp_collective(aligned_mask("elect.sync"), "elect.sync", 0, elected, [](const auto& lanes) {
+    lanes[static_cast<uint32_t>(machine().config.seed % std::popcount(lanes.mask))] = true;
+  });
+  return elected;
+}
+
 uint64_t shuffle_bits(Shuffle kind, uint32_t mask, uint64_t value, uint32_t argument, int width) {
   if (width < 1 || width > 32 || !std::has_single_bit(static_cast<uint32_t>(width))) {
     fail(ErrorKind::Misuse, "shfl.sync: width %d is not a power of two up to 32", width);

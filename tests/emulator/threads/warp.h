@@ -59,6 +59,8 @@ uint32_t aligned_mask(const char* name);
 uint32_t lane_index();
 void syncwarp(uint32_t mask);
 uint32_t ballot(uint32_t mask, bool predicate);
+/// elect.sync of a whole warp: which lane is not said, but the same one throughout a launch.
+bool elect_sync();
 
 enum class Shuffle { Index, Up, Down, Xor };
 /// The 64 bits of the source lane's value (__shfl_*_sync).

@@ -14,11 +14,12 @@ from emulator.mutants.faults.host import HOST
 from emulator.mutants.faults.jobs import JOBS
 from emulator.mutants.faults.loads import LOADS
 from emulator.mutants.faults.maps import MAPS
+from emulator.mutants.faults.mask import MASK
 from emulator.mutants.faults.products import PRODUCTS
 from emulator.mutants.faults.set_up import SET_UP
 from emulator.mutants.faults.thought import THOUGHT
 
 FAULTS = [
-    *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MAPS, *HOST, *GROUPED),
+    *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),
     *(*DEQUANTIZE, *CONTROLS),
 ]

@@ -4,6 +4,7 @@ from emulator.mutants.faults.fault import Fault
 
 PRODUCER = "lora_gemm_sm90a/load.h"
 EPILOGUE = "lora_gemm_sm90a/store.h"
+BLOCK = "lora_gemm_sm90a/pipeline.h"
 JOBS = "lora_gemm_sm90a/jobs.h"
 IN_GRID = "lora_gemm_sm90a/in_grid.h"
 ROLES = "lora_gemm_sm90a/kernel.h"
@@ -31,9 +32,9 @@ CONTROLS = [
     ),
     control(
         "publish_by_fence_and_relaxed_add",
-        "the flag of T is counted by a relaxed atomic after fence.acq_rel.gpu",
+        "the flag of T is counted by a relaxed atomic after a fence",
         "fence and strong write are a release pattern",
-        (JOBS, PUBLISH, "    ptx::fence_acq_rel_gpu();\n" + PUBLISH.replace("release", "relaxed")),
+        (JOBS, PUBLISH, "    __threadfence();\n" + PUBLISH.replace("release", "relaxed")),
     ),
     control(
         "publish_by_warp",
@@ -53,6 +54,12 @@ CONTROLS = [
         ),
     ),
     control(
+        "set_up_with_release",
+        "a block arrives with release before its first tile",
+        "that orders more than it must",
+        (BLOCK, "    ptx::cluster_arrive_relaxed();\n", "    ptx::cluster_arrive();\n"),
+    ),
+    control(
         "idle_producer_warps_exit",
         "the producer's warps without work exit at once",
         "barrier.cluster.wait waits for all threads that have not exited",
@@ -64,7 +71,7 @@ CONTROLS = [
     ),
     control(
         "store_fence_after_barrier",
-        "the storing thread executes the proxy fence after the barrier, the writers none",
+        "the storing lane executes the proxy fence after the barrier, the writers none",
         "the fence lies on the path from every write to the store",
         (EPILOGUE, FENCE, ""),
         (EPILOGUE, STORE, "      ptx::fence_proxy_async_shared();\n" + STORE),

@@ -5,22 +5,21 @@ from emulator.mutants.faults.fault import Fault, faults_of
 FILE = "lora_gemm_sm90a/store.h"
 
 FENCE = "    ptx::fence_proxy_async_shared();\n"
-FULL = "    warpgroup_barrier();\n    if (thread == 0) {\n"
-SEND = FENCE + FULL
+SYNC = "    __syncwarp();\n"
+FULL = "    if (ptx::elect_sync()) {\n"
 STORE = "      ptx::tma_store_2d(&maps.y, slab, column, row);\n"
 COMMIT = "      ptx::bulk_commit_group();\n"
-WAIT = "    if (thread == 0) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();\n"
-FREE = "    warpgroup_barrier();\n"
+WAIT = "    if (ptx::elect_sync()) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();\n"
 
 of_epilogue = faults_of(FILE)
 
 
 EPILOGUE = [
     of_epilogue(
-        "store_fence_by_one_thread",
-        "only the storing thread executes the proxy fence before the barrier",
-        "the other threads' stmatrix are not fenced on any path to the store",
-        (FENCE, "    if (thread == 0) ptx::fence_proxy_async_shared();\n"),
+        "store_fence_by_one_lane",
+        "only the first lane executes the proxy fence before the barrier",
+        "the other lanes' stmatrix are not fenced on any path to the store",
+        (FENCE, "    if (lane == 0) ptx::fence_proxy_async_shared();\n"),
     ),
     of_epilogue(
         "store_fence_of_global",
@@ -40,16 +39,16 @@ EPILOGUE = [
     ),
     of_epilogue(
         "store_before_barrier",
-        "the slab is stored before the warpgroup's barrier",
-        "other warps may not have written their rows",
-        (FENCE + FREE, FENCE),
-        (STORE + COMMIT + "    }\n", STORE + COMMIT + "    }\n" + FREE),
+        "the slab is stored before the warp's barrier",
+        "other lanes may not have written their rows",
+        (FENCE + SYNC, FENCE),
+        (STORE + COMMIT + "    }\n", STORE + COMMIT + "    }\n" + SYNC),
     ),
     of_epilogue(
         "slab_waited_after_barrier",
-        "the storing thread waits for the slab after the barrier that says it is free",
-        "the other threads write the slab while the store before still reads it",
-        (WAIT + FREE, FREE + WAIT),
+        "the storing lane waits for the slab after the barrier that says it is free",
+        "the other lanes write the slab while the store before still reads it",
+        (WAIT + SYNC, SYNC + WAIT),
     ),
     of_epilogue(
         "slab_changes_per_row_block",
@@ -59,18 +58,21 @@ EPILOGUE = [
     ),
     of_epilogue(
         "slabs_overlap",
-        "the slabs of the second consumer begin a slab after the first's",
-        "the second slab of one warpgroup is the first of the other",
-        (
-            "static_cast<uint32_t>(consumer) * Tile::kSlabs * Tile::kSlabBytes",
-            "static_cast<uint32_t>(consumer) * Tile::kSlabBytes",
-        ),
+        "the slabs of a warp begin a slab after those of the warp before",
+        "the second slab of one warp is the first of the next",
+        ("(consumer * 4 + warp) * Tile::kSlabs *", "(consumer * 4 + warp) *"),
+    ),
+    of_epilogue(
+        "slabs_of_a_consumer",
+        "all warps of a consumer share two slabs",
+        "they write them at the same time",
+        ("(consumer * 4 + warp) * Tile::kSlabs *", "(consumer * 4) * Tile::kSlabs *"),
     ),
     of_epilogue(
         "storer_changes_with_slab",
-        "every second slab is stored by the first thread of the second warp",
-        "bulk groups belong to a thread: those that thread 0 waits for are others",
-        (FULL, FULL.replace("thread == 0", "thread == column / 64 % 2 * 32")),
+        "every second slab is stored by another lane",
+        "bulk groups belong to a lane: those that the elected one waits for are others",
+        (FULL, "    if (lane == column / 64 % 2) {\n"),
     ),
     of_epilogue(
         "commit_before_store",
@@ -82,7 +84,7 @@ EPILOGUE = [
         "outside_stores_without_a_group",
         "a slab outside the matrix is neither stored nor committed",
         "wait_group counts groups: one too many stays in flight, and it reads the slab written next",
-        (FULL, FULL.replace("thread == 0", "thread == 0 && column < p.n")),
+        (FULL, FULL.replace("ptx::elect_sync()", "ptx::elect_sync() && column < p.n")),
     ),
     of_epilogue(
         "store_coordinates_exchanged",
@@ -118,6 +120,30 @@ EPILOGUE = [
         "bias_by_fragment_row",
         "the column of an accumulator is taken from the lane's row in the fragment",
         "columns go with lane % 4, rows with lane / 4",
-        ("column0 + first * 8 + lane % 4 * 2", "column0 + first * 8 + lane / 4 * 2"),
+        ("(first + i) * 8 + lane % 4 * 2", "(first + i) * 8 + lane / 4 * 2"),
+    ),
+    Fault(
+        "bias_row_of_both_consumers",
+        "both consumers keep their bias in one row",
+        "they write it at the same time, in pingpong schedules for different tiles",
+        (
+            (
+                "lora_gemm_sm90a/tile_bias.h",
+                " + static_cast<size_t>(consumer) * Tile::kBiasColumns;",
+                ";",
+            ),
+        ),
+    ),
+    Fault(
+        "bias_put_after_the_barriers",
+        "the bias is put into shared memory behind the second barrier",
+        "other threads read it before",
+        (
+            (
+                FILE,
+                "    bias.put(loaded);\n    warpgroup_barrier();\n",
+                "    warpgroup_barrier();\n    bias.put(loaded);\n",
+            ),
+        ),
     ),
 ]

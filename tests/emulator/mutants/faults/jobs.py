@@ -20,10 +20,6 @@ RELEASE = "    if (reader) ptx::mbarrier_arrive_cluster(empty(ring.slot), 0);\n"
 PUBLISH = "    ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);\n"
 BARRIER = "    consumer.epilogue.warpgroup_barrier();\n"
 CALL = "    if (consumer.epilogue.thread == 0) jobs.publish(row);\n"
-RELEASE_FENCE = (
-    "  __device__ __forceinline__ void clean_up() const {\n    ptx::fence_acq_rel_gpu();\n"
-)
-COUNTED = "    const uint32_t before = ptx::atomic_add_relaxed_gpu(in.finished, 1);\n"
 
 of_jobs = faults_of(FILE)
 of_shrink = faults_of(IN_GRID)
@@ -175,22 +171,9 @@ JOBS = [
         "the barrier waits for four warps",
         (
             BARRIER,
-            "    if (consumer.epilogue.first_row({row, 0}, 0) + consumer.epilogue.warp * 16 >= jobs.block.p.m)"
+            "    if (consumer.epilogue.first_row({row, 0}, 0) >= jobs.block.p.m)"
             " return;\n" + BARRIER,
         ),
-    ),
-    of_jobs(
-        "count_before_fence",
-        "a cluster counts itself as finished, then fences",
-        "its reads of the flags are not ordered before the count",
-        (RELEASE_FENCE, "  __device__ __forceinline__ void clean_up() const {\n"),
-        (COUNTED, COUNTED + "    ptx::fence_acq_rel_gpu();\n"),
-    ),
-    of_jobs(
-        "finished_reset_by_plain_store",
-        "the count of finished clusters is reset by an ordinary store",
-        "it races with the other clusters' atomics, after which they do not fence",
-        ("atomicExch(in.finished, 0u);", "*in.finished = 0;"),
     ),
     Fault(
         "shared_memory_without_tickets",

@@ -190,8 +190,8 @@ LOADS = [
             ),
             (
                 CONSUMER,
-                "      compute(acc, ring, tile);\n",
-                "      ring = Ring{};\n      compute(acc, ring, tile);\n",
+                "      const Place at = compute(",
+                "      ring = Ring{};\n      const Place at = compute(",
             ),
         ),
     ),

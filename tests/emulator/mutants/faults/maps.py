@@ -19,8 +19,8 @@ MAPS = [
     ),
     of_maps(
         "y_box_of_a_whole_tile",
-        "the boxes of Y have 128 rows, a slab has 64",
-        "the store reads the slab behind as well, and writes the other warpgroup's rows",
+        "the boxes of Y have 128 rows, a slab has 16",
+        "the store reads the slab behind as well, and writes other warps' rows",
         "encode(p.y, p.m, p.n, p.y_pitch, Tile::kStoreBoxRows)",
         "encode(p.y, p.m, p.n, p.y_pitch, Tile::kM)",
     ),

@@ -125,7 +125,7 @@ PRODUCTS = [
         "dec_after_the_work",
         "the producer gives up its registers after it has produced",
         "the consumers wait for registers before they consume anything",
-        (DEC + "    produce();\n", "    produce();\n" + DEC),
+        (DEC + "    produce(warp);\n", "    produce(warp);\n" + DEC),
     ),
     of_roles(
         "dec_in_consumers",

@@ -5,7 +5,7 @@ from emulator.mutants.faults.fault import Fault
 BLOCK = "lora_gemm_sm90a/pipeline.h"
 INITS = "      for (int slot = 0; slot < Tile::kStages; ++slot) {\n"
 FENCE = "      ptx::fence_mbarrier_init();\n"
-LEAVE = "  __device__ __forceinline__ void leave() const {\n    ptx::cluster_arrive();\n"
+LEAVE = "    ptx::cluster_arrive();\n"
 
 SET_UP = [
     Fault(

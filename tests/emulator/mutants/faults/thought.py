@@ -6,13 +6,12 @@ CONSUMER = "lora_gemm_sm90a/multiply.h"
 PRODUCER = "lora_gemm_sm90a/load.h"
 EPILOGUE = "lora_gemm_sm90a/store.h"
 BLOCK = "lora_gemm_sm90a/pipeline.h"
-JOBS = "lora_gemm_sm90a/jobs.h"
 COPY = "tile_copy_sm80.h"
 STORE = "lora_gemm_sm80_epilogue.h"
 
-BOTH_BARRIERS = "    ptx::cluster_arrive();\n    ptx::cluster_wait();\n"
-SET_UP = "is initialised.\n" + BOTH_BARRIERS
-LEAVE = "  __device__ __forceinline__ void leave() const {\n" + BOTH_BARRIERS
+WAIT = "    ptx::cluster_wait();\n"
+SET_UP = "    ptx::cluster_arrive_relaxed();\n" + WAIT
+LEAVE = "    ptx::cluster_arrive();\n" + WAIT
 
 
 def thought(name: str, what: str, *edits: tuple[str, str, str], **fields) -> Fault:
@@ -82,27 +81,17 @@ THOUGHT = [
     thought(
         "setup.block_barrier_only",
         "a block begins behind a barrier of its own threads",
-        (BLOCK, SET_UP, "is initialised.\n    __syncthreads();\n"),
+        (BLOCK, SET_UP, "    __syncthreads();\n"),
     ),
     thought(
         "leave.block_barrier_only",
         "a block leaves behind a barrier of its own threads",
-        (BLOCK, LEAVE, "  __device__ __forceinline__ void leave() const {\n    __syncthreads();\n"),
-    ),
-    *off_by(
-        "jobs.clusters",
-        "how many clusters have left",
-        JOBS,
-        "before == clusters - 1)",
-        "clusters - 1",
+        (BLOCK, LEAVE, "    __syncthreads();\n"),
     ),
     thought(
-        "jobs.reset_ticket", "the ticket is not set back", (JOBS, "      *in.ticket = 0;\n", "")
-    ),
-    thought(
-        "jobs.reset_finished",
-        "the count of clusters is not set back",
-        (JOBS, "      atomicExch(in.finished, 0u);\n", ""),
+        "leave.relaxed",
+        "a block leaves behind a barrier that does not wait for its peer's arrivals elsewhere",
+        (BLOCK, LEAVE, SET_UP),
     ),
     thought(
         "copy.offset",
