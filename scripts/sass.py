@@ -28,7 +28,11 @@ from emulator import cuda_headers  # noqa: E402
 
 BUILD = ROOT / "build" / "sass"
 SOURCES = (
-    *(f"lora_{kernels}_{half}" for kernels in ("linear", "grouped") for half in ("bf16", "fp16")),
+    *(
+        f"lora_{kernels}_{half}"
+        for kernels in ("linear", "grouped", "decode")
+        for half in ("bf16", "fp16")
+    ),
     "dequantize",
 )
 SOURCES_SM90A = tuple(
@@ -41,6 +45,7 @@ SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 # Dynamic shared memory and threads of the instances, as csrc/kernel/ has them.
 CONSTANTS = """
 #include <cstdio>
+#include "kernel/lora_decode.h"
 #include "kernel/lora_dsdb.h"
 #include "kernel/lora_gemm.h"
 #include "kernel/lora_gemm_sm90a/jobs.h"
@@ -68,6 +73,10 @@ int main() {
   print<LoraWgradTile>("lora_wgrad", LoraWgradTile::kSharedBytes);
   print<LoraDsdbTile<16>>("lora_dsdb_16", LoraDsdbTile<16>::kSharedBytes);
   print<LoraDsdbTile<32>>("lora_dsdb_32", LoraDsdbTile<32>::kSharedBytes);
+  print<LoraDecodeTile<8>>("lora_decode_8", LoraDecodeTile<8>::kSharedBytes);
+  print<LoraDecodeTile<16>>("lora_decode_16", LoraDecodeTile<16>::kSharedBytes);
+  print<LoraDecodeTile<32>>("lora_decode_32", LoraDecodeTile<32>::kSharedBytes);
+  print<LoraDecodeTile<64>>("lora_decode_64", LoraDecodeTile<64>::kSharedBytes);
 }
 """
 

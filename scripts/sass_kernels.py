@@ -69,6 +69,10 @@ class Kernel:
     def in_grid(self) -> bool:
         return "in_grid" in self.name
 
+    @property
+    def is_decode(self) -> bool:
+        return self.name.startswith("lora_decode")
+
     def objections_to_groups(self) -> list[str]:
         """A step's wgmmas follow each other: ptxas put no wait between them."""
         blocks = 2 if "pingpong" in self.name else 1  # of 64 rows
@@ -81,12 +85,13 @@ class Kernel:
     def objections_to_loops(self) -> list[str]:
         """Memory barriers hold a warp up, those wider than a block until L2 has answered.
 
-        Around the main loop, once a tile, fence.proxy.async is one for the block alone, and an
-        in-grid kernel draws and publishes jobs.
+        Around the main loop, once a tile, fence.proxy.async is one for the block alone, an in-grid
+        kernel draws and publishes jobs, and lora_decode counts parts of tiles.
         """
         found = []
+        counts = self.in_grid or self.is_decode
         for loop in self.loops:
-            barriers = loop.membar if loop.main else 0 if self.in_grid else loop.wide_membar
+            barriers = loop.membar if loop.main else 0 if counts else loop.wide_membar
             if barriers:
                 found.append(f"{barriers} MEMBAR in the loop at {loop.place}")
             if loop.local:
@@ -129,7 +134,7 @@ class Kernel:
             wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
             found += self.objections_to_groups()
-        elif re.match(r"lora_(grouped_)?(gemm|shrink|wgrad|dsdb)\b", self.name):
+        elif re.match(r"lora_((grouped_)?(gemm|shrink|wgrad|dsdb)|decode)\b", self.name):
             wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
         if self.blocks(*SHARED[self.arch]) == 0:
@@ -158,6 +163,7 @@ def name_of(demangled: str) -> str:
     for flag, meaning in zip(flags, meanings.get(of_one, []), strict=False):
         words += [meaning] if flag == "true" else []
     words += [number[1] for number in [re.search(r", (16|32), ", rest)] if number]
+    words += [number[1] for number in [re.search(r"(\d+)$", rest)] if number and "decode" in kernel]
     words += ["element"] if "Alignment)1" in rest else []
     return " ".join(words)
 
