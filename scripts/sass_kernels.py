@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import sass_loops
 import sass_paths
+import sass_steps
 
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
@@ -17,6 +18,7 @@ REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 # A value that is dequantised to a half moves 2.5 or 3 bytes: at 10 instructions an H100 would issue
 # those of 3.0e12 values a second, twice what its DRAM moves, and other cards have less of it.
 MOST_INSTRUCTIONS_A_VALUE = 10
+_STEP_BYTES = 16 * 64 * 2  # 16 rows of W, 64 along k
 RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
 
 
@@ -51,6 +53,7 @@ class Kernel:
     values: int = 0
     tile: int = 0
     wide_stores: int = 0
+    step: int = 0  # instructions of lora_decode's, in which a warp multiplies 2 KiB of W
 
     def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
         """Blocks that an SM holds at a time; 0 if one does not fit."""
@@ -119,6 +122,14 @@ class Kernel:
             found.append(f"{self.instructions_a_value:.1f} instructions a value")
         return found
 
+    def objections_to_step(self) -> list[str]:
+        """DRAM takes longer to bring a step's bytes than an SM to issue it."""
+        if self.step == 0:
+            return ["no loop copies and multiplies"]
+        bytes_each = _STEP_BYTES / self.step
+        enough = bytes_each >= sass_steps.LEAST_BYTES
+        return [] if enough else [f"{self.step} instructions a step, {bytes_each:.1f} bytes each"]
+
     def objections(self) -> list[str]:
         """What is wrong, one line each."""
         found = []
@@ -129,6 +140,8 @@ class Kernel:
         found += self.objections_to_loops()
         if self.values:
             found += self.objections_to_tile()
+        if self.is_decode:
+            found += self.objections_to_step()
         if self.is_sm90a:
             # What makes T itself waits for no other grid.
             wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
@@ -270,6 +283,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
                 values_of_a_lane(name),
                 len(tile),
                 sum(map(sass_paths.is_wide_store, tile)),
+                len(sass_steps.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
             )
         )
     return kernels

@@ -24,6 +24,7 @@ std::vector<bool> early_of(const Kernels& kernels, bool early_launch) {
 // Of forwards alone, and without dropout.
 void add_decode(Kernels kernels, std::vector<Kernels>& all) {
   kernels.tile = plan::Tile::kDecode, kernels.vector = true;
+  kernels.early = false, kernels.tail = 0;
   for (const plan::DecodeTile& tile : plan::kDecodeTiles) {
     kernels.rows = static_cast<int>(tile.batch);
     all.push_back(kernels);

@@ -23,8 +23,8 @@ def test_each_byte_of_the_operands_once_and_both_ends():
 
 
 @pytest.mark.parametrize(("card", "width", "rows"), CASES)
-def test_few_rows_take_little_longer_than_the_base_product(card, width, rows):
-    found = decode.over_base(cost_model.MACHINES[card], width, rows)
+def test_few_rows_take_little_longer_than_reading_the_weight(card, width, rows):
+    found = decode.over_once(cost_model.MACHINES[card], width, rows)
     assert 1 < found <= decode.limit_of(width, rows)
 
 
@@ -32,7 +32,7 @@ def test_few_rows_take_little_longer_than_the_base_product(card, width, rows):
 def test_the_planner_takes_what_is_predicted_to_be_faster(card, width, rows):
     machine = cost_model.MACHINES[card]
     plan = decode.plan_of(machine, width, rows)
-    ours, library = (decode.over_base(machine, width, rows, f"ours_{r}") for r in ("kernel", "library"))
+    ours, library = (decode.over_once(machine, width, rows, f"ours_{r}") for r in ("kernel", "library"))
     assert (plan.kernel and plan.tile == "decode") == (ours < library)
 
 

@@ -89,8 +89,9 @@ def test_few_rows_ask_for_the_weight_once(decoded):
 def test_few_rows_move_each_byte_once(decoded):
     for (m, _, _, _, adapters), row in decoded.items():
         assert row["dram"] >= row["once"]
-        # 64 rows of as many adapters leave an A100's L2 partial sums that it must write back.
-        assert adapters > 8 or row["dram"] <= 1.03 * row["once"], (m, adapters)
+        # Of 64 rows L2 has partial sums to write back, some time; they are read from it.
+        left = row["sums"] / 2 if m == 64 else 0
+        assert row["dram"] <= 1.03 * row["once"] + left, (m, adapters)
 
 
 def test_eight_rows_ask_for_little_beside_the_weight(decoded):

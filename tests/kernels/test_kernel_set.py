@@ -50,7 +50,7 @@ def test_blocks_of_a_small_case_have_several_tiles(card):
             assert 0 < problem.m % (2 * rows) <= rows
 
 
-@pytest.mark.parametrize("card", sorted(CARDS))
+@pytest.mark.parametrize("card", sorted(set(CARDS) - {"one SM"}))
 def test_blocks_of_a_small_case_of_few_rows_share_tiles(card):
     found = set()
     for kernels in _C.all_kernels(CARDS[card], True):

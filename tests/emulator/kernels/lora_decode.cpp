@@ -1,12 +1,16 @@
 // Runs lora_decode with one adapter for all rows, or with each row's own: ranks that differ, rows
 // without an adapter, factors in a pool or a list, aligned or not, NaN in one of them; on grids of
-// any size, twice, the second time bit for bit as the first.
+// any size, or as planned for some card, in a workspace of just the planned size; twice, the second
+// time bit for bit as the first.
 #include "emulator/kernels/lora_decode.h"
 
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
 #include "emulator/kernels/grouped_factors.h"
+#include "emulator/kernels/linear_case.h"
 #include "emulator/kernels/variants.h"
+#include "kernel/lora_decode_launch.h"
+#include "kernel/lora_decode_params.h"
 
 namespace lora_ext::kernel {
 
@@ -26,6 +30,23 @@ template <class T>
 double rounded_to(double value) {
   return kernels::to_double(kernels::from_double<T>(value));
 }
+
+// As csrc/cuda/ launches it, on a stream of the layer.
+struct Launch {
+  emulator::Stream& stream;
+
+  template <class Params>
+  void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
+                  const Params& params) const {
+    stream.launch({.grid = grid, .block = dim3(threads), .shared_bytes = shared_bytes}, kernel,
+                  params);
+  }
+  void clear(uint32_t* flags, int64_t count) const {
+    stream.launch({.grid = dim3(1), .block = dim3(1)}, [=] {
+      for (int64_t i = 0; i < count; ++i) flags[i] = 0;
+    });
+  }
+};
 
 // Of the rows of a call, all of one adapter.
 kernels::GroupedRows rows_of_one(int m, int rank, std::mt19937_64& random) {
@@ -70,13 +91,21 @@ class Decode {
         width_((rows_.most_rank + 15) / 16 * 16) {
     if (many_ && random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     if (spoiled_ >= 0) factors_.spoil(spoiled_);
-    lay_out();
+    // The planner has the instance for so many rows, and Y is contiguous.
+    by_plan_ = random_() % 2 && plan::decode_tile_for(m_).batch == kBatch;
+    by_plan_ ? make_plan() : lay_out();
   }
 
   std::string run() {
     emulator::Stream stream;
-    const LoraDecodeParams<T> params = parameters();
+    Launch launcher{stream};
+    if (by_plan_ && !plan_.is_decode()) return "the plan is another: " + plan_.describe();
+    const LoraDecodeParams<T> params = by_plan_ ? planned() : parameters();
     const auto launch = [&] {
+      if (by_plan_) {
+        launch_lora_decode<T, F>(plan_, params, !own_counts_, launcher);
+        return kernels::run_timed(stream);
+      }
       stream.launch({.grid = dim3(static_cast<unsigned>(blocks_)),
                      .block = dim3(Tile::kThreads),
                      .shared_bytes = Tile::kSharedBytes},
@@ -132,6 +161,7 @@ class Decode {
     }
     return count;
   }
+  // Of those that rows take, which may be fewer than the plan has room for.
   int s_tiles() const { return (row_blocks() * 16 + Tile::kRows - 1) / Tile::kRows; }
 
   // Grids of one block, of one for every unit, and of any in between; chunks of S likewise.
@@ -152,6 +182,52 @@ class Decode {
     flags_->fill(0);
   }
   int t_pitch() const { return (kSplit ? 2 : 1) * width_; }
+
+  void make_plan() {
+    const plan::Card cards[] = {kernels::ampere(kernels::kManySms), kernels::ampere(kernels::kFewSms),
+                                kernels::small_ampere(), kernels::hopper(4)};
+    const plan::Card& card = cards[random_() % std::size(cards)];
+    plan::Problem one{.m = m_, .n = n_, .k = k_, .rank = rows_.most_rank};
+    one.float_adapters = kSplit;
+    const plan::Request request{plan::Choice::kKernel};
+    plan_ = many_ ? plan::grouped_forward(card, {one, rows_.groups, true}, request).one
+                  : plan::forward(card, one, request);
+    workspace_ = std::make_unique<GlobalBuffer<unsigned char>>(
+        static_cast<size_t>(plan_.workspace), "workspace");
+    own_counts_ = random_() % 2;
+    flags_ = std::make_unique<GlobalBuffer<uint32_t>>(
+        static_cast<size_t>(own_counts_ ? plan_.flag_count() : 0), "flags");
+    flags_->fill(0);
+    whole_y_ = std::make_unique<GlobalBuffer<T>>(static_cast<size_t>(m_) * n_, "whole y");
+  }
+  template <class Forward>
+  Forward operands() {
+    Forward f{};
+    f.m = m_, f.n = n_, f.k = k_, f.x = x_.data(), f.x_pitch = x_.pitch();
+    f.weight = w_.data(), f.weight_pitch = w_.pitch(), f.float_adapters = kSplit;
+    if (with_bias_) f.bias = float_bias_ ? static_cast<const void*>(bias_floats_.data())
+                                         : static_cast<const void*>(bias_buffer_.data());
+    f.float_bias = float_bias_, f.y = whole_y_->data(), f.s = with_s_ ? s_.data() : nullptr;
+    f.workspace = workspace_->data(), f.counts = own_counts_ ? flags_->data() : nullptr;
+    return f;
+  }
+  LoraDecodeParams<T> planned() {
+    const LoraGroupedFactors factors = factors_.parameters();
+    if (many_) {
+      auto f = operands<LoraGroupedForward>();
+      f.rows = rows_.parameters(), f.scaling = scalings_.data();
+      f.factors.pool = factors;
+      return lora_decode_params<T>(plan_, f, factors.entries);
+    }
+    auto f = operands<LoraLinearForward>();
+    const LoraGroupedEntry of_list = factors.entries != nullptr
+                                         ? factors.entries[0]
+                                         : LoraGroupedEntry{factors.a, factors.b, factors.a_pitch,
+                                                            factors.b_pitch, rows_.most_rank};
+    f.rank = rows_.most_rank, f.scaling = scalings_[0];
+    f.a = {of_list.a, of_list.a_pitch, 1}, f.b = {of_list.b, of_list.b_pitch, 1};
+    return lora_decode_params<T>(plan_, f);
+  }
 
   LoraDecodeParams<T> parameters() {
     LoraDecodeParams<T> p{};
@@ -174,6 +250,11 @@ class Decode {
     return p;
   }
 
+  T y_at(int row, int column) const {
+    if (!by_plan_ || column >= n_) return y_(row, column);
+    return (*whole_y_)[static_cast<size_t>(row) * n_ + column];
+  }
+
   // Bits of Y and S, as numbers: NaN is equal to itself.
   std::vector<uint32_t> written() const {
     std::vector<uint32_t> bits;
@@ -183,7 +264,7 @@ class Decode {
       bits.push_back(of_value);
     };
     for (int i = 0; i < m_; ++i) {
-      for (int j = 0; j < y_.width(); ++j) add(y_(i, j));
+      for (int j = 0; j < y_.width(); ++j) add(y_at(i, j));
       for (int r = 0; r < s_.width(); ++r) add(s_(i, r));
     }
     return bits;
@@ -226,9 +307,12 @@ class Decode {
     for (int row = 0; row < m_; ++row) {
       const int adapter = rows_.adapter_of[static_cast<size_t>(row)];
       if (spoiled_ >= 0 && adapter == spoiled_) continue;
-      std::string difference = compare_s(row, adapter);
+      std::vector<Bounded> s;
+      for (int r = 0; adapter >= 0 && r < rows_.rank(adapter); ++r)
+        s.push_back(s_of(row, adapter, r));
+      std::string difference = compare_s(row, s);
       for (int j = 0; j < y_.width() && difference.empty(); ++j)
-        difference = compare_y(row, j, adapter);
+        difference = compare_y(row, j, adapter, s);
       if (!difference.empty()) return difference;
     }
     return "";
@@ -245,15 +329,14 @@ class Decode {
     return numbers_ == Numbers::Integers ? 0 : sum.error();
   }
 
-  std::string compare_s(int row, int adapter) const {
-    const int own = adapter < 0 ? 0 : rows_.rank(adapter);
+  std::string compare_s(int row, const std::vector<Bounded>& s) const {
     for (int r = 0; r < s_.width(); ++r) {
-      if (r >= own || !with_s_) {
+      if (static_cast<size_t>(r) >= s.size() || !with_s_) {
         const std::string difference = kernels::compare("s", row, r, s_(row, r), kUnwritten, 0);
         if (!difference.empty()) return difference;
         continue;
       }
-      const Bounded sum = s_of(row, adapter, r);
+      const Bounded& sum = s[static_cast<size_t>(r)];
       const std::string difference =
           kernels::compare("s", row, r, s_(row, r), sum.value, error_of(sum));
       if (!difference.empty()) return difference;
@@ -261,16 +344,16 @@ class Decode {
     return "";
   }
 
-  std::string compare_y(int row, int j, int adapter) const {
+  std::string compare_y(int row, int j, int adapter, const std::vector<Bounded>& of_row) const {
     if (j >= n_) return kernels::compare("y", row, j, y_(row, j), rounded_to<T>(kUnwritten), 0);
     Bounded sum;
     double error = 0;
     for (int l = 0; l < k_; ++l) sum.add(x_.matrix(row, l) * w_.matrix(j, l));
     if (with_bias_) sum.add(bias_(0, j));
-    for (int r = 0; adapter >= 0 && r < rows_.rank(adapter); ++r) {
-      const Bounded s = s_of(row, adapter, r);
+    for (size_t r = 0; r < of_row.size(); ++r) {
+      const Bounded& s = of_row[r];
       const double scaling = scalings_[static_cast<size_t>(many_ ? adapter : 0)];
-      const double t = scaling * s.value, b = kernels::as_halves<T, F>(factors_.b(adapter, j, r));
+      const double t = scaling * s.value, b = kernels::as_halves<T, F>(factors_.b(adapter, j, static_cast<int>(r)));
       const double unit = kernels::rounding_unit<T>();
       const double lost = kSplit ? unit * unit * (1 + std::fabs(t)) + 0x1p-22 * std::fabs(t)
                                  : kernels::rounding_error<T>(std::fabs(t) + s.error());
@@ -279,11 +362,11 @@ class Decode {
       if (kSplit) error += unit * unit * std::fabs(t * b);
     }
     if (numbers_ == Numbers::Integers) {
-      return kernels::compare("y", row, j, y_(row, j), rounded_to<T>(sum.value), 0);
+      return kernels::compare("y", row, j, y_at(row, j), rounded_to<T>(sum.value), 0);
     }
     error += sum.error();
     error += kernels::rounding_error<T>(std::fabs(sum.value) + error);
-    return kernels::compare("y", row, j, y_(row, j), sum.value, error);
+    return kernels::compare("y", row, j, y_at(row, j), sum.value, error);
   }
   // Integers and halves of them, which one half may have to round.
   static double as_kept(double t) {
@@ -309,6 +392,10 @@ class Decode {
   std::unique_ptr<GlobalBuffer<T>> t_;
   std::unique_ptr<GlobalBuffer<uint32_t>> flags_;
   int blocks_ = 0, s_steps_ = 0, chunks_ = 0;
+  bool by_plan_ = false, own_counts_ = false;
+  plan::Plan plan_{};
+  std::unique_ptr<GlobalBuffer<unsigned char>> workspace_;
+  std::unique_ptr<GlobalBuffer<T>> whole_y_;
   int spoiled_ = -1;  // an adapter full of NaN, which no other's rows may see
   const bool with_bias_ = random_() % 2, with_s_ = random_() % 3 != 0;
 };

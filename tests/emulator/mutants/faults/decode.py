@@ -8,20 +8,18 @@ of_main = faults_of("lora_decode_sm80.h")
 of_table = faults_of("lora_decode_table.h")
 
 
-def of_op(file: str, *arguments: str):
-    """Makes faults that the whole op alone can see."""
+def of_program(file: str):
+    """Makes faults of what is no kernel, which the same program sees where it goes by a plan."""
 
     def fault(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
-        changed = tuple((file, old, new) for old, new in edits)
-        return Fault(name, what, why, changed, "lora_linear_sequence", arguments)
+        return Fault(name, what, why, tuple((file, old, new) for old, new in edits), "lora_decode")
 
     return fault
 
 
-FEW = ("--size", "wide")  # 40 rows
-of_plan = of_op("decode_plan.cpp", *FEW)
-of_params = of_op("lora_decode_params.h", *FEW)
-of_launch = of_op("lora_decode_launch.h", *FEW)
+of_plan = of_program("decode_plan.cpp")
+of_params = of_program("lora_decode_params.h")
+of_launch = of_program("lora_decode_launch.h")
 
 DECODE = [
     of_work(
