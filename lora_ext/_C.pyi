@@ -59,6 +59,7 @@ class Problem:
     aligned_weight: bool
     aligned_a: bool
     aligned_b: bool
+    factor_rows: bool
     need_dx: bool
     need_dlora_a: bool
     need_dlora_b: bool

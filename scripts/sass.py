@@ -3,8 +3,8 @@
 Compiles the kernels of csrc/cuda/ for one architecture and writes build/sass/ARCH.json: registers,
 shared memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with.
 Prints the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py
-finds the loops, sass_paths.py what a tile takes of a kernel without them, sass_kernels.py says what
-is wrong with a kernel.
+finds the loops, sass_steps.py the way round one, sass_paths.py what a tile takes of a kernel without
+them, sass_kernels.py says what is wrong with a kernel.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
 
@@ -28,7 +28,11 @@ from emulator import cuda_headers  # noqa: E402
 
 BUILD = ROOT / "build" / "sass"
 SOURCES = (
-    *(f"lora_{kernels}_{half}" for kernels in ("linear", "grouped") for half in ("bf16", "fp16")),
+    *(
+        f"lora_{kernels}_{half}"
+        for kernels in ("linear", "grouped", "decode")
+        for half in ("bf16", "fp16")
+    ),
     "dequantize",
 )
 SOURCES_SM90A = tuple(
@@ -41,6 +45,7 @@ SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 # Dynamic shared memory and threads of the instances, as csrc/kernel/ has them.
 CONSTANTS = """
 #include <cstdio>
+#include "kernel/lora_decode.h"
 #include "kernel/lora_dsdb.h"
 #include "kernel/lora_gemm.h"
 #include "kernel/lora_gemm_sm90a/jobs.h"
@@ -68,6 +73,10 @@ int main() {
   print<LoraWgradTile>("lora_wgrad", LoraWgradTile::kSharedBytes);
   print<LoraDsdbTile<16>>("lora_dsdb_16", LoraDsdbTile<16>::kSharedBytes);
   print<LoraDsdbTile<32>>("lora_dsdb_32", LoraDsdbTile<32>::kSharedBytes);
+  print<LoraDecodeTile<8>>("lora_decode_8", LoraDecodeTile<8>::kSharedBytes);
+  print<LoraDecodeTile<16>>("lora_decode_16", LoraDecodeTile<16>::kSharedBytes);
+  print<LoraDecodeTile<32>>("lora_decode_32", LoraDecodeTile<32>::kSharedBytes);
+  print<LoraDecodeTile<64>>("lora_decode_64", LoraDecodeTile<64>::kSharedBytes);
 }
 """
 
@@ -184,6 +193,8 @@ def main() -> int:
             print(table(on_wgmma, OPCODES_SM90A), "\n")
         streaming = [kernel for kernel in examined if kernel.values]
         print(table_of_tiles(streaming), "\n")
+        steps = {kernel.name: kernel.step for kernel in examined if kernel.is_decode}
+        print("a step of 2 KiB of W a warp takes, in instructions:", steps, "\n")
         dividing = [kernel.divisions for kernel in examined if kernel.divisions]
         print(f"{sum(dividing)} divisions in main loops, of {len(dividing)} kernels")
         print(

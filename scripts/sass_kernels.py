@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import sass_loops
 import sass_paths
+import sass_steps
 
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
@@ -17,6 +18,7 @@ REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 # A value that is dequantised to a half moves 2.5 or 3 bytes: at 10 instructions an H100 would issue
 # those of 3.0e12 values a second, twice what its DRAM moves, and other cards have less of it.
 MOST_INSTRUCTIONS_A_VALUE = 10
+_STEP_BYTES = 16 * 64 * 2  # 16 rows of W, 64 along k
 RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
 
 
@@ -51,6 +53,7 @@ class Kernel:
     values: int = 0
     tile: int = 0
     wide_stores: int = 0
+    step: int = 0  # instructions of lora_decode's, in which a warp multiplies 2 KiB of W
 
     def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
         """Blocks that an SM holds at a time; 0 if one does not fit."""
@@ -69,6 +72,10 @@ class Kernel:
     def in_grid(self) -> bool:
         return "in_grid" in self.name
 
+    @property
+    def is_decode(self) -> bool:
+        return self.name.startswith("lora_decode")
+
     def objections_to_groups(self) -> list[str]:
         """A step's wgmmas follow each other: ptxas put no wait between them."""
         blocks = 2 if "pingpong" in self.name else 1  # of 64 rows
@@ -81,12 +88,13 @@ class Kernel:
     def objections_to_loops(self) -> list[str]:
         """Memory barriers hold a warp up, those wider than a block until L2 has answered.
 
-        Around the main loop, once a tile, fence.proxy.async is one for the block alone, and an
-        in-grid kernel draws and publishes jobs.
+        Around the main loop, once a tile, fence.proxy.async is one for the block alone, an in-grid
+        kernel draws and publishes jobs, and lora_decode counts parts of tiles.
         """
         found = []
+        counts = self.in_grid or self.is_decode
         for loop in self.loops:
-            barriers = loop.membar if loop.main else 0 if self.in_grid else loop.wide_membar
+            barriers = loop.membar if loop.main else 0 if counts else loop.wide_membar
             if barriers:
                 found.append(f"{barriers} MEMBAR in the loop at {loop.place}")
             if loop.local:
@@ -114,6 +122,14 @@ class Kernel:
             found.append(f"{self.instructions_a_value:.1f} instructions a value")
         return found
 
+    def objections_to_step(self) -> list[str]:
+        """DRAM takes longer to bring a step's bytes than an SM to issue it."""
+        if self.step == 0:
+            return ["no loop copies and multiplies"]
+        bytes_each = _STEP_BYTES / self.step
+        enough = bytes_each >= sass_steps.LEAST_BYTES
+        return [] if enough else [f"{self.step} instructions a step, {bytes_each:.1f} bytes each"]
+
     def objections(self) -> list[str]:
         """What is wrong, one line each."""
         found = []
@@ -124,12 +140,14 @@ class Kernel:
         found += self.objections_to_loops()
         if self.values:
             found += self.objections_to_tile()
+        if self.is_decode:
+            found += self.objections_to_step()
         if self.is_sm90a:
             # What makes T itself waits for no other grid.
             wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
             found += self.objections_to_groups()
-        elif re.match(r"lora_(grouped_)?(gemm|shrink|wgrad|dsdb)\b", self.name):
+        elif re.match(r"lora_((grouped_)?(gemm|shrink|wgrad|dsdb)|decode)\b", self.name):
             wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
         if self.blocks(*SHARED[self.arch]) == 0:
@@ -158,6 +176,7 @@ def name_of(demangled: str) -> str:
     for flag, meaning in zip(flags, meanings.get(of_one, []), strict=False):
         words += [meaning] if flag == "true" else []
     words += [number[1] for number in [re.search(r", (16|32), ", rest)] if number]
+    words += [number[1] for number in [re.search(r"(\d+)$", rest)] if number and "decode" in kernel]
     words += ["element"] if "Alignment)1" in rest else []
     return " ".join(words)
 
@@ -264,6 +283,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
                 values_of_a_lane(name),
                 len(tile),
                 sum(map(sass_paths.is_wide_store, tile)),
+                len(sass_steps.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
             )
         )
     return kernels

@@ -43,6 +43,7 @@ STAGES = (
     Stage("many", 60, checks.many, quick=False),
     Stage("pool", 20, checks.pool),
     Stage("adapters", 75, measure.adapters),
+    Stage("decode", 40, checks.decode),
     Stage("quantized", 30, checks.quantized),
     Stage("tuning", 60, measure.tuning, quick=False),
     Stage("tests", 240, checks.tests, quick=False),

@@ -113,6 +113,12 @@ def pool(run: Run, seconds: float) -> Result:
     return run_command(run, command, seconds)
 
 
+def decode(run: Run, seconds: float) -> Result:
+    """Few rows in one launch, right and how fast, beside the base product alone."""
+    command = [child.PYTHON, "-m", "benchmarks.gpu.decode", "--device", run.device]
+    return run_command(run, command, seconds)
+
+
 def quantized(run: Run, seconds: float) -> Result:
     """Weights in 4 bits beside bitsandbytes' kernels, and times of layers on them."""
     command = [child.PYTHON, "-m", "benchmarks.gpu.quantized", "--device", run.device]

@@ -3,7 +3,8 @@
     python -m benchmarks.traffic [OUT]     default: benchmarks/results/l2-model-a100/traffic
 
 Needs a C++ compiler and no GPU: trace.cpp walks over the tiles of the planned kernels, on an A100,
-and trace_grouped.cpp over those for many adapters, whose figures are printed.
+and trace_grouped.cpp over those for many adapters, trace_decode.cpp over those of few rows, whose
+figures are printed.
 Predicted, not measured: nothing here is a counter of a device.
 """
 
@@ -23,9 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "results" / "l2-model-a100" / "traffic"
 PROGRAM = ROOT / "build" / "trace"
 GROUPED = ROOT / "build" / "trace_grouped"
+DECODE = ROOT / "build" / "trace_decode"
 SOURCES = (
     "csrc/plan/plan.cpp",
     "csrc/plan/plan_prediction.cpp",
+    "csrc/plan/decode_plan.cpp",
     "csrc/plan/grouped_plan.cpp",
     "tests/emulator/counts/l2_model.cpp",
 )
@@ -39,6 +42,12 @@ SHAPES = (
 )
 # And so many adapters, in ranges of rows.
 GROUPED_SHAPES = ((8192, 4096, 4096, 16, 64),)
+# Few rows, all of one adapter or each with its own.
+DECODE_SHAPES = tuple(
+    (rows, width, width, 16, adapters)
+    for width in (4096, 8192)
+    for rows, adapters in ((1, 1), (8, 1), (64, 1), (8, 8), (64, 64))
+)
 MACHINE = {"name": "A100, by a model of its L2"}
 
 
@@ -48,7 +57,7 @@ def build() -> None:
     folders = (ROOT / "csrc", ROOT / "tests", ROOT)
     flags = ["-std=c++20", "-O2", *(f"-I{folder}" for folder in folders)]
     sources = [str(ROOT / source) for source in SOURCES]
-    for program in (PROGRAM, GROUPED):
+    for program in (PROGRAM, GROUPED, DECODE):
         main = str(ROOT / "benchmarks" / "traffic" / f"{program.name}.cpp")
         subprocess.run([*compiler, *flags, main, *sources, "-o", str(program)], check=True)
 
@@ -75,6 +84,27 @@ def trace_grouped(shape: tuple[int, int, int, int, int]) -> list[dict]:
     return rows
 
 
+def trace_decode(shape: tuple[int, int, int, int, int]) -> dict:
+    """Bytes asked for of each kind, what reaches DRAM, and what must at least (once)."""
+    [row] = traced(DECODE, shape)
+    return row
+
+
+def decode_table() -> str:
+    """The figures that docs/decode.md has, in megabytes."""
+    lines = ["| K = N | rows | adapters | W | X | adapters' | partial sums, T | beside W | DRAM, beyond once |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for shape in DECODE_SHAPES:
+        row = trace_decode(shape)
+        beside = (row["x"] + row["factors"] + row["sums"]) / row["w"]
+        beyond = row["dram"] / row["once"] - 1
+        sizes = [shape[1], shape[0], shape[4]]
+        kinds = [f"{row[kind] / 1e6:.1f}" for kind in ("w", "x", "factors", "sums")]
+        cells = [*map(str, sizes), *kinds, f"{100 * beside:.0f} %", f"{100 * beyond:.1f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def add_over(rows: list[dict], merged: dict[str, int]) -> None:
     for row in rows:
         bound = merged[row["direction"]] + row["passes"] + row["adapters"]
@@ -91,6 +121,7 @@ def main(arguments: list[str]) -> int:
         grouped = [row for found in pool.map(trace_grouped, GROUPED_SHAPES) for row in found]
     document["complete"] = True
     print("\n".join(map(json.dumps, grouped)))
+    print(decode_table())
     return 0 if report.publish(document, out / "results.json") else 1
 
 

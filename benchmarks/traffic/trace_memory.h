@@ -55,14 +55,17 @@ class Memory {
         touch_part(m, part, kParts, requested_write_, [&](auto a, auto b) { l2_.write(a, b); });
     }
   }
-  void report(const char* direction, const char* variant, int64_t adapters, int64_t passes) {
+  uint64_t requested() const { return requested_read_ + requested_write_; }
+  // What reached DRAM, with all that is dirty written back.
+  uint64_t dram() {
     l2_.flush();
-    const emulator::L2Traffic& t = l2_.traffic();
+    return l2_.traffic().dram_read_bytes + l2_.traffic().dram_write_bytes;
+  }
+  void report(const char* direction, const char* variant, int64_t adapters, int64_t passes) {
     std::printf(
         "{\"direction\": \"%s\", \"variant\": \"%s\", \"requested\": %llu, \"dram\": %llu, "
         "\"adapters\": %lld, \"passes\": %lld}\n",
-        direction, variant, static_cast<unsigned long long>(requested_read_ + requested_write_),
-        static_cast<unsigned long long>(t.dram_read_bytes + t.dram_write_bytes),
+        direction, variant, static_cast<unsigned long long>(requested()), static_cast<unsigned long long>(dram()),
         static_cast<long long>(adapters), static_cast<long long>(passes));
   }
 

@@ -39,6 +39,12 @@ std::map<std::string, int64_t> plan_numbers(const plan::Plan& p) {
           {"terms", p.terms},
           {"z_columns", p.z_columns},
           {"flag_count", p.flag_count()},
+          {"s_sums", p.decode.s_sums},
+          {"batch", p.decode.batch},
+          {"s_steps", p.decode.s_steps},
+          {"tiles", p.decode.tiles},
+          {"s_tiles", p.decode.s_tiles},
+          {"width", p.decode.width},
           {"shared", plan::facts_of(p.gemm.tile).shared},
           {"rows", plan::facts_of(p.gemm.tile).rows},
           {"columns", plan::facts_of(p.gemm.tile).columns}};

@@ -175,6 +175,7 @@ void bind_plan(py::module& m) {
       .def_readwrite("aligned_weight", &plan::Problem::aligned_weight)
       .def_readwrite("aligned_a", &plan::Problem::aligned_a)
       .def_readwrite("aligned_b", &plan::Problem::aligned_b)
+      .def_readwrite("factor_rows", &plan::Problem::factor_rows)
       .def_readwrite("need_dx", &plan::Problem::need_dx)
       .def_readwrite("need_dlora_a", &plan::Problem::need_dlora_a)
       .def_readwrite("need_dlora_b", &plan::Problem::need_dlora_b);

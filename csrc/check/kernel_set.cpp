@@ -1,5 +1,7 @@
 #include "check/kernel_set.h"
 
+#include "plan/decode_plan.h"
+
 namespace lora_ext::kernel_set {
 namespace {
 
@@ -19,12 +21,26 @@ std::vector<bool> early_of(const Kernels& kernels, bool early_launch) {
   return kernels.backward ? std::vector<bool>{true, false} : std::vector<bool>{false};
 }
 
+// Of forwards alone, and without dropout.
+void add_decode(Kernels kernels, std::vector<Kernels>& all) {
+  kernels.tile = plan::Tile::kDecode, kernels.vector = true;
+  kernels.early = false, kernels.tail = 0;
+  for (const plan::DecodeTile& tile : plan::kDecodeTiles) {
+    kernels.rows = static_cast<int>(tile.batch);
+    all.push_back(kernels);
+  }
+}
+
 // Of one dtype, of adapters and activations, and dropout, with each tile; and the hybrid route's.
 void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
                std::vector<Kernels>& all) {
   const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
   for (const plan::Tile tile : plan::tiles_of(card, call)) {
     if (plan::facts_of(tile).in_grid && kernels.one_pass) continue;
+    if (tile == plan::Tile::kDecode) {
+      add_decode(kernels, all);
+      continue;
+    }
     for (const bool vector : {true, false}) {
       if (!vector && tile != plan::Tile::k128x64) continue;
       kernels.tile = tile, kernels.vector = vector;
@@ -69,6 +85,7 @@ std::string Kernels::name() const {
   if (early) text += " early";
   if (given_base) text += " onto a base";
   if (grouped) text += " many adapters";
+  if (rows != 0) text += " up to " + std::to_string(rows) + " rows";
   return text;
 }
 
@@ -86,7 +103,9 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backw
           plan.one_pass && plan.columns > 16,
           wgmma ? plan::tail_of(plan.width) : 0,
           plan.gemm.early || plan.early_wgrad,
-          !backward && plan.given_base};
+          !backward && plan.given_base,
+          false,
+          plan.decode.batch};
 }
 
 Kernels of_plan(const plan::GroupedPlan& plan, const plan::GroupedProblem& problem, bool backward,
@@ -136,6 +155,8 @@ std::vector<Kernels> all_grouped_of(const plan::Card& card) {
 //
 // Two blocks, or two clusters, compute all tiles: each has a second, so that stages are used again
 // and both consumers of a pingpong tile work, and parts of T come from another cluster.
+//
+// Few rows have four blocks, which share most tiles, and are three fewer than there may be.
 SmallCase small_case(const Kernels& kernels) {
   SmallCase small{{264, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
                   {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};
@@ -143,6 +164,7 @@ SmallCase small_case(const Kernels& kernels) {
   small.request.early_launch = kernels.early;
   small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
+  if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.most_blocks = 4;
   problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
   problem.given_base = kernels.given_base;
   problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;

@@ -20,6 +20,7 @@ struct Kernels {
   bool early;            // some begin before the one before has ended
   bool given_base;       // lora_gemm adds onto a y that is given; forward only
   bool grouped = false;  // of many adapters in one call
+  int rows = 0;          // the most of lora_decode's instance; 0 of other kernels
 
   auto operator<=>(const Kernels&) const = default;
   std::string name() const;  // no two have the same

@@ -1,6 +1,7 @@
 // The sequence of many adapters, which lora_grouped_bf16.cu and lora_grouped_fp16.cu compile with
 // its kernels, one type each: whoever includes this links them.
 #pragma once
+#include "cuda/decode_instances.h"
 #include "cuda/stream_launch.h"
 #include "kernel/lora_grouped_sequence.h"
 

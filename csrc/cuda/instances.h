@@ -2,6 +2,7 @@
 // includes this links it. lora_linear_*.cu has the sequence and its kernels, the others have those
 // for Hopper.
 #pragma once
+#include "cuda/decode_instances.h"
 #include "cuda/stream_launch.h"
 #include "kernel/lora_linear_sequence.h"
 

@@ -49,6 +49,17 @@ bool is_capturing(void* stream) {
   return !text_of(error).empty() || status != cudaStreamCaptureStatusNone;
 }
 
+std::optional<uint64_t> stream_id(void* stream) {
+  unsigned long long id = 0;
+  const cudaError_t error = cudaStreamGetId(static_cast<cudaStream_t>(stream), &id);
+  return text_of(error).empty() ? std::optional<uint64_t>(id) : std::nullopt;
+}
+
+std::string clear(int32_t* numbers, int64_t count, void* stream) {
+  return text_of(cudaMemsetAsync(numbers, 0, static_cast<size_t>(count) * sizeof *numbers,
+                                 static_cast<cudaStream_t>(stream)));
+}
+
 std::string launch_forward(Half half, const plan::Plan& plan,
                            const kernel::LoraLinearForward& operands, void* stream) {
   return launch(half, plan, operands, stream);

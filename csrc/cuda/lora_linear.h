@@ -2,6 +2,7 @@
 // tests/emulator/ has an implementation that runs the kernels in the execution layer.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 
@@ -20,6 +21,11 @@ plan::Card card_of(int device);
 std::string driver();
 // Whether a graph is being captured on the stream: then nothing may synchronise.
 bool is_capturing(void* stream);
+// What no other stream of the process has or will have, unlike its handle; nullopt where CUDA does
+// not say. Not while a graph is being captured.
+std::optional<uint64_t> stream_id(void* stream);
+// Makes numbers zero, on the stream. "" or the error.
+std::string clear(int32_t* numbers, int64_t count, void* stream);
 // Waits until the stream is done, for some seconds at most. "", or the error in which its kernels
 // ended; nullopt if they have not ended.
 std::optional<std::string> wait(void* stream, double seconds);

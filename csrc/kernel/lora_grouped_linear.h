@@ -41,6 +41,7 @@ struct LoraGroupedForward : LoraGroupedOperands {
   int64_t base_pitch;
   void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
   float* s;  // [m, most_rank]; of a row only its rank's columns are written, without one none
+  uint32_t* counts;  // as in LoraLinearForward
 };
 
 struct LoraGroupedBackward : LoraGroupedOperands {

@@ -1,6 +1,7 @@
 // The LoRA linear with many adapters as a sequence of kernels: follows a plan (grouped_plan.h) on
 // operands in one workspace.
 //
+//     few rows   entries -> decode: S, T, Y
 //     forward    entries -> count, scan, place -> shrink: Z -> reduce: S, T -> gemm: Y
 //     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS; reduce: s S -> gemm:
 //     dX
@@ -10,6 +11,8 @@
 // place. In a hybrid plan gemm leaves out the base product, which the library then accumulates onto
 // Y and dX. A launcher is called as in lora_linear_sequence.h.
 #pragma once
+#include "kernel/lora_decode_launch.h"
+#include "kernel/lora_decode_params.h"
 #include "kernel/lora_grouped_params.h"
 
 namespace lora_ext::kernel {
@@ -24,6 +27,7 @@ class LoraGroupedSequence {
 
   void forward(const LoraGroupedForward& f) {
     entries(o_.factors, params_.entries());
+    if (plan_.one.is_decode()) return decode(f);
     segments();
     shrink<false>(params_.shrink(), o_.dropout);
     reduce(params_.reduce(f.s));
@@ -61,6 +65,11 @@ class LoraGroupedSequence {
       std::copy_n(matrices.list + first, params.count, params.entries);
       launch_(lora_grouped_entries<T>, dim3(1), Params::kMost, 0, params);
     }
+  }
+
+  void decode(const LoraGroupedForward& f) {
+    launch_lora_decode<T, F>(plan_.one, lora_decode_params<T>(plan_.one, f, params_.entries()),
+                             f.counts == nullptr, launch_);
   }
 
   void segments() {

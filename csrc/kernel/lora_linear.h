@@ -38,6 +38,8 @@ struct LoraLinearForward : LoraLinearOperands {
   int64_t base_pitch;
   void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
   float* s;  // [m, rank]
+  // Of lora_decode: as many zeros as the plan has flags; null where they are in the workspace.
+  uint32_t* counts;
 };
 
 struct LoraLinearBackward : LoraLinearOperands {

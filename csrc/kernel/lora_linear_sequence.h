@@ -4,6 +4,7 @@
 //     backward   split A, B, S -> dsdb: Z, G_B  (or shrink: Z) -> reduce: T = dS -> gemm: dX
 //                (or in-grid gemm: T, dX)
 //                -> wgrad: G_A (and G_B) -> reduce_wgrad: dA, dB
+//     few rows   decode: S, T, Y
 //
 // In a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and
 // dX.
@@ -15,6 +16,8 @@
 // flags zero. It decides where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the
 // execution layer.
 #pragma once
+#include "kernel/lora_decode_launch.h"
+#include "kernel/lora_decode_params.h"
 #include "kernel/lora_dsdb_sm80.h"
 #include "kernel/lora_gemm_sm80.h"
 #include "kernel/lora_gemm_sm90a/launch.h"
@@ -40,6 +43,7 @@ class LoraLinearSequence {
       : plan_(plan), params_(plan, operands), dropout_(operands.dropout), launch_(launch) {}
 
   void forward(const LoraLinearForward& f) {
+    if (plan_.is_decode()) return decode(f);
     split(params_.split(/*a=*/true, /*b=*/true, nullptr));
     if (plan_.in_grid())
       return in_grid(params_.gemm(f), params_.in_grid(f.s), params_.factor(f),
@@ -72,6 +76,13 @@ class LoraLinearSequence {
       return in_grid(params, params_.in_grid(nullptr), params_.factor(g),
                      {plan_.gemm.tile, true, dropout_, false, plan_.gemm.most_blocks});
     dropout_ ? gemm<true, true>(params) : gemm<true, false>(params);
+  }
+
+  void decode(const LoraLinearForward& f) {
+    const LoraDecodeParams<T> params = lora_decode_params<T>(plan_, f);
+    const bool clear = f.counts == nullptr;
+    f.float_adapters ? launch_lora_decode<T, float>(plan_, params, clear, launch_)
+                     : launch_lora_decode<T, T>(plan_, params, clear, launch_);
   }
 
   static unsigned blocks_of(int64_t count, int64_t size) {

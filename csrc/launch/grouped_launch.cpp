@@ -6,6 +6,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "cuda/lora_grouped.h"
+#include "launch/decode_counts.h"
 #include "launch/launch_parts.h"
 #include "library/base_linear.h"
 
@@ -174,6 +175,7 @@ GroupedForward run(const plan::GroupedPlan& plan, const GroupedForwardArgs& args
     operands.base = args.base.y.const_data_ptr(), operands.base_pitch = pitch_of(args.base.y);
   }
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
+  if (plan.one.is_decode()) operands.counts = decode_counts(device, plan.one.flag_count());
   check_launch(cuda::launch_grouped_forward(half_of(args.x.scalar_type()), plan, operands,
                                             stream_of(device)),
                device);

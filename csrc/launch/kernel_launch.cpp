@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "cuda/lora_linear.h"
+#include "launch/decode_counts.h"
 #include "launch/launch_parts.h"
 #include "library/base_linear.h"
 
@@ -28,6 +29,7 @@ plan::Problem common_problem(const Args& args) {
     problem.aligned_weight = aligned(args.base.weight);
   }
   problem.aligned_a = aligned(update.lora_a), problem.aligned_b = aligned(update.lora_b);
+  problem.factor_rows = update.lora_a.stride(1) == 1 && update.lora_b.stride(1) == 1;
   return problem;
 }
 
@@ -116,6 +118,7 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
     operands.base = args.base.y.const_data_ptr(), operands.base_pitch = pitch_of(args.base.y);
   }
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
+  if (plan.is_decode()) operands.counts = decode_counts(device, plan.flag_count());
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <sstream>
 
+#include "plan/decode_plan.h"
 #include "plan/plan_parts.h"
 #include "plan/plan_prediction.h"
 
@@ -58,7 +59,8 @@ void place_gemm(Plan& plan, const Card& card, const GroupedProblem& p, int64_t n
     double best_time = 0;
     for (const Tile tile : tiles_of(card, {backward, one.float_adapters, one.dropout})) {
       const TileFacts& facts = facts_of(tile);
-      if (facts.wgmma || (!plan.vector && tile != Tile::k128x64)) continue;
+      if (facts.wgmma || tile == Tile::kDecode) continue;
+      if (!plan.vector && tile != Tile::k128x64) continue;
       const double time =
           tiles_flop(card, facts, one.m, n, backward ? one.n : one.k, backward && one.dropout);
       if (request.tile == tile || best_time == 0 || time < best_time)
@@ -70,12 +72,27 @@ void place_gemm(Plan& plan, const Card& card, const GroupedProblem& p, int64_t n
   limit_blocks(plan.gemm, request);
 }
 
+// The most adapters that rows can have.
+int64_t most_adapters(const GroupedProblem& p) { return std::min(p.groups, p.one.m); }
+
+// Few rows, of which each says its adapter: in one launch.
+bool fits_decode(const Card& card, const GroupedProblem& p) {
+  return p.indexed && fits_decode(card, p.one, most_adapters(p));
+}
+
 GroupedPlan asked_forward(const Card& card, const GroupedProblem& p, const Request& request) {
   GroupedPlan plan = begin(card, p, request);
   Plan& one = plan.one;
   if (!one.kernel) return plan;
   const int64_t m = p.one.m;
   Workspace workspace;
+  if (request.choice == Choice::kKernel &&
+      request.tile.value_or(Tile::kDecode) == Tile::kDecode && fits_decode(card, p)) {
+    if (p.listed) plan.entries = workspace.take(p.groups, kGroupedEntryBytes);
+    one.workspace = workspace.bytes;
+    place_decode(one, card, p.one, most_adapters(p), request);
+    return plan;
+  }
   plan.piece_rows = static_cast<int>(rounded_up(m, kGroupedTileRows));  // nothing is summed
   place_tables(plan, p, false, workspace);
   place_gemm(one, card, p, p.one.n, false, request);
@@ -138,11 +155,15 @@ GroupedPlan predicted_best(const Card& card, const GroupedProblem& p, const Requ
                         ? "predicted: our kernels, which add onto y"
                         : "predicted: the library's base product, our kernels for all else";
   const bool has_base = !p.one.given_base && (!backward || p.one.need_dx);
-  if (has_base && p.one.m >= kFewestRows && p.one.weight_row_major) {
+  const bool decode = !backward && fits_decode(card, p);
+  if (has_base && (p.one.m >= kFewestRows || decode) && p.one.weight_row_major) {
     GroupedPlan kernel = planned(Choice::kKernel, us.kernel);
-    if (us.kernel < (1.0 - kPredictionError) * us.hybrid) {
+    if (us.kernel < most_of_others(kernel.one) * us.hybrid) {
+      kernel.one.reason =
+          kernel.one.is_decode()
+              ? "predicted: one launch that reads the weight once"
+              : "predicted to be over 10 % faster than with the library's base product";
       best = std::move(kernel);
-      best.one.reason = "predicted to be over 10 % faster than with the library's base product";
     }
   }
   best.one.predicted = us;
@@ -169,6 +190,10 @@ double predicted_us(const Card& card, const GroupedProblem& p, const GroupedPlan
                     bool backward) {
   const Problem& one = p.one;
   const Sustained rates = sustained_by(card);
+  if (plan.one.is_decode()) {
+    const double entries = p.listed ? microseconds({"entries", 0.0, 0.0}, rates) : 0.0;
+    return entries + microseconds(decode_launch(card, one, plan.one, most_adapters(p)), rates);
+  }
   const double element = one.float_adapters ? 4.0 : 2.0;
   const auto others = static_cast<double>(std::min(p.groups, one.m) - 1);
   const auto factors = static_cast<double>(one.rank * (one.k + one.n));
@@ -194,6 +219,10 @@ std::string GroupedPlan::describe() const {
   std::ostringstream text;
   text << (one.hybrid ? "hybrid: " : "kernels: ") << one.reason << times << "\n";
   if (entries != kNone) text << "  lora_grouped_entries\n";
+  if (one.is_decode()) {
+    text << "  " << describe_decode(one) << "  workspace " << one.workspace << " bytes";
+    return text.str();
+  }
   text << "  lora_grouped_" << (order != kNone ? "count, scan, place\n" : "scan\n");
   if (one.shrink.splits > 0) {
     text << "  lora_grouped_shrink " << one.shrink.splits << " splits of "

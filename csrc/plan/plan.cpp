@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "common/bounds.h"
+#include "plan/decode_plan.h"
 #include "plan/plan_parts.h"
 #include "plan/plan_prediction.h"
 
@@ -39,7 +40,8 @@ bool fits(const TileFacts& tile, const Card& card, const Call& call) {
   const bool masked = call.backward && call.dropout;
   return tile.shared <= card.shared_per_block && (tile.masks || !masked) &&
          (!tile.wgmma || (card.arch == 90 && card.sm90a_code && card.tensor_maps)) &&
-         (!tile.in_grid || fits_in_grid(call));
+         (!tile.in_grid || fits_in_grid(call)) &&
+         (tile.tile != Tile::kDecode || (!call.backward && !call.dropout));
 }
 
 // Masked tiles take T first, so all clusters stand still while T is made: 0.3 of the time of a tile
@@ -69,6 +71,7 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
   for (const TileFacts& tile : kTiles) {
     if (!fits(tile, card, call) || (tile.wgmma && !wgmma) || (tile.in_grid && !may_in_grid))
       continue;
+    if (tile.tile == Tile::kDecode) continue;
     if (!vector && tile.tile != Tile::k128x64) continue;
     if (tile.tile == asked) return with_tile(card, tile, p.m, n, vector);
     if (tile.in_grid != in_grid) continue;
@@ -158,9 +161,18 @@ void place_flags(Plan& plan, const Card& card, const Problem& p, int64_t n, Work
   plan.pairs_per_ticket = choose_pairs_per_ticket(card, tile, p.m, n, p.dropout);
 }
 
+bool wants_decode(const Card& card, const Problem& p, const Request& request) {
+  return request.choice == Choice::kKernel && request.tile.value_or(Tile::kDecode) == Tile::kDecode &&
+         fits_decode(card, p, 1);
+}
+
 Plan asked_forward(const Card& card, const Problem& p, const Request& request) {
   Plan plan = begin_plan(card, p, request);
   if (!plan.kernel) return plan;
+  if (wants_decode(card, p, request)) {
+    place_decode(plan, card, p, 1, request);
+    return plan;
+  }
   Workspace workspace;
   place_a(plan, workspace, p);
   place_b(plan, workspace, p);
@@ -223,7 +235,8 @@ Plan asked_backward(const Card& card, const Problem& p, const Request& request) 
 }
 
 // The route with the least predicted time; and our own base product only with a lead that is more
-// than a prediction may be off. Half adapters leave nothing but that to our kernels in a forward
+// than a prediction may be off, but of few rows: there the library's product, too, takes what its
+// bytes take. Half adapters leave nothing but that to our kernels in a forward
 // without a mask: x A^T is one pass over x in the library, too, and the expand its own first over
 // Y.
 Plan predicted_best(const Card& card, const Problem& p, const Request& request, bool backward) {
@@ -244,14 +257,17 @@ Plan predicted_best(const Card& card, const Problem& p, const Request& request, 
   best.reason = !best.hybrid   ? "predicted: the library for everything"
                 : p.given_base ? "predicted: our kernels, which add onto y"
                                : "predicted: the library's base product, our kernels for all else";
-  if (p.m < kFewestRows) {
+  const bool decode = !backward && fits_decode(card, p, 1);
+  const double other = best.hybrid ? us.hybrid : us.library;
+  if (p.m < kFewestRows && !decode) {
     best.reason += ", as for all fewer than " + std::to_string(kFewestRows) + " rows";
   } else if (p.weight_row_major && !p.given_base) {
     Plan kernel = planned(Choice::kKernel, us.kernel);
-    const double other = best.hybrid ? us.hybrid : us.library;
-    if (us.kernel < (1.0 - kPredictionError) * other) {
+    if (us.kernel < most_of_others(kernel) * other) {
+      kernel.reason = kernel.is_decode()
+                          ? "predicted: one launch that reads the weight once"
+                          : "predicted to be over 10 % faster than with the library's base product";
       best = std::move(kernel);
-      best.reason = "predicted to be over 10 % faster than with the library's base product";
     }
   }
   best.predicted = us;
@@ -358,8 +374,12 @@ std::string Plan::describe() const {
     text << "  lora_shrink " << shrink.splits << " splits of " << shrink.steps_per_split
          << " steps\n";
   }
-  if (z != kNone) text << "  lora_reduce\n";
-  if (gemm.blocks > 0) text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
+  if (z != kNone && !is_decode()) text << "  lora_reduce\n";
+  if (is_decode()) {
+    text << "  " << describe_decode(*this);
+  } else if (gemm.blocks > 0) {
+    text << "  " << describe_gemm(gemm) << (hybrid ? ", low rank\n" : "\n");
+  }
   if (!no_wgmma.empty()) text << "  without wgmma: " << no_wgmma << "\n";
   if (library_base() && gemm.blocks > 0) text << "  the library's base product, onto it\n";
   if (has_wgrad()) {

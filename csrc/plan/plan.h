@@ -29,7 +29,8 @@ struct Card {
 // everything else by the kernels.
 enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 
-// Of kernel/lora_gemm_sm80.h, and of lora_gemm_sm90a/in_grid.h and kernel.h.
+// Of kernel/lora_gemm_sm80.h, of lora_gemm_sm90a/in_grid.h and kernel.h, and, for few rows,
+// kernel/lora_decode.h.
 enum class Tile {
   k128x256,
   k128x128,
@@ -40,6 +41,7 @@ enum class Tile {
   kWgmma128x128,
   kPingpong128x192,
   kPingpong128x128,
+  kDecode,
 };
 
 // The 16s along k that the last 64 of the rank need. Three are made in four: a rank of 48 is rare,
@@ -70,6 +72,7 @@ struct Problem {
   bool aligned = true;           // x and y (forward); dY, x and dX (backward)
   bool aligned_weight = true;
   bool aligned_a = true, aligned_b = true;
+  bool factor_rows = true;  // A and B have unit stride along a row
   bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
 
   auto operator<=>(const Problem&) const = default;
@@ -101,6 +104,8 @@ constexpr TileFacts kTiles[] = {
     {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
     {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, 0.92, true, true, false},
     {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
+    // Its instances are decode_plan.h's; this is the largest.
+    {Tile::kDecode, "decode", 64, 128, 100656, 1, 0, false, false, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
@@ -167,11 +172,24 @@ struct Plan {
   int pairs_per_ticket = 1;  // of row blocks, whose part of T one cluster makes at a time
   bool early_wgrad = false;  // lora_wgrad begins beside the last tiles of dX
   std::string no_wgmma;      // on compute capability 9.0: why gemm has none
+
+  // Of lora_decode, which is gemm and makes S, too; t and z are its T and its partial sums of Y.
+  struct Decode {
+    int batch = 0;    // up to so many rows; 0 in other plans
+    int s_steps = 0;  // of 64 along k, in a chunk of S
+    int width = 0;    // of T's hi, and of its lo
+    int64_t tiles = 0, s_tiles = 0;  // of Y, and of S at most
+    int64_t s_sums = kNone;          // partial sums of S
+  };
+  Decode decode{};
   Predicted predicted{};
 
   bool in_grid() const;                                        // gemm makes T, too
   bool library_base() const { return hybrid && !given_base; }  // X W^T or dY W, onto gemm's
-  int64_t flag_count() const { return 2 * kFlagsApart + row_blocks; }
+  int64_t flag_count() const {
+    return is_decode() ? decode.tiles + decode.s_tiles + 1 : 2 * kFlagsApart + row_blocks;
+  }
+  bool is_decode() const { return decode.batch > 0; }
   // lora_wgrad makes a product: that of dA, or that of dB where lora_dsdb does not.
   bool has_wgrad() const { return dlora_a.splits > 0 || db_apart(); }
   bool db_apart() const { return dlora_b.splits > 0 && !one_pass; }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/bounds.h"
+#include "plan/decode_plan.h"
 
 namespace lora_ext::plan {
 namespace {
@@ -237,6 +238,10 @@ Launches library_backward_wide(const Card& card, const Problem& p) {
 
 Launches our_forward(const Card& card, const Problem& p, const Plan& plan) {
   Launches launches;
+  if (plan.is_decode()) {
+    launches.add(decode_launch(card, p, plan, 1));
+    return launches;
+  }
   if (plan.a != kNone || plan.b != kNone)
     launches.add("lora_split", area(p.rank, p.k + p.n) * (kFloat + 2 * kHalf));
   if (plan.in_grid()) {

@@ -5,6 +5,8 @@
 #include <map>
 #include <mutex>
 
+#include "plan/decode_plan.h"
+
 namespace lora_ext::winners {
 namespace {
 
@@ -38,7 +40,7 @@ bool as_allocated(const plan::Problem& p) {
 
 bool was_measured_so(const plan::Problem& p, bool backward) {
   const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
-  return p.half_dtype && !p.given_base && p.weight_row_major && as_allocated(p) &&
+  return p.half_dtype && !p.given_base && p.weight_row_major && p.factor_rows && as_allocated(p) &&
          (all_gradients || !backward);
 }
 
@@ -80,7 +82,9 @@ plan::Request request_for(const plan::Card& card, const plan::Problem& p, bool b
   const auto by_rows = layers.find({backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
   if (by_rows == layers.end()) return asked;
   const plan::Request* found = nearest(by_rows->second, p.m);
-  return found == nullptr ? asked : *found;
+  // The winner of few rows may not be able to take twice as many.
+  const bool fits = found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMostDecodeRows);
+  return fits ? *found : asked;
 }
 
 }  // namespace lora_ext::winners

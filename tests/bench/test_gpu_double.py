@@ -70,7 +70,7 @@ if "benchmarks.gpu.child_tasks" in arguments:
     work(sys.argv[3])
 else:
     kinds = {{"conformance": "conformance", "pool_stress": "pool", "stress": "stress"}}
-    kinds |= {{"gpu.quantized": "quantized"}}
+    kinds |= {{"gpu.quantized": "quantized", "gpu.decode": "decode"}}
     kinds |= {{"profile": "ncu", "-k san": "tool", "tests --ignore": "tests", "test_many": "many"}}
     name = next((kind for text, kind in kinds.items() if text in arguments), None)
     name = name or ("kernels" if "test_cuda_kernels" in arguments else "tests")
@@ -110,7 +110,7 @@ TIMES = {"merged": 1.0, "frozen": 1.0, "ours": 1.1, "peft_default": 2.2}
 
 # What a stage's double is called; of the measured ones, the task.
 SUITES = ("kernels", "many", "tests", *checks.SANITIZERS)
-COMMANDS = ("conformance", "stress", "pool", "quantized", *SUITES)
+COMMANDS = ("conformance", "stress", "pool", "decode", "quantized", *SUITES)
 TASKS = {
     "warmup": "pingpong",
     "ceilings": "ceilings",
@@ -168,7 +168,7 @@ def double(tmp_path, monkeypatch):
             monkeypatch.setattr(checks, name, seconds)
         monkeypatch.setattr(profile, "_PROFILE_S", seconds)
         monkeypatch.setattr(profile, "_NCU_SECONDS", seconds)
-        brief = {"conformance", "stress", "pool", "quantized", "profile"} & set(only)
+        brief = {"conformance", "stress", "pool", "decode", "quantized", "profile"} & set(only)
         hanging = [replace(s, seconds=seconds / 3 if s.name in brief else 5.0) for s in short]
         monkeypatch.setattr(gpu, "STAGES", hanging if modes else short)
         given = ["--out", str(out), "--budget", budget, *(["--only", *only] if only else [])]

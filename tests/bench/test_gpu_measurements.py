@@ -11,7 +11,7 @@ from bench_helpers import QUICK, small
 import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
 from benchmarks.adapters import measure as many
-from benchmarks.gpu import cases, cells, pool_stress, profile, quantized, stress
+from benchmarks.gpu import cases, cells, decode, pool_stress, profile, quantized, stress
 from benchmarks.problem import make_problem
 from lora_ext.nn.layer_pool import LayerPool
 
@@ -314,3 +314,32 @@ def test_only_what_our_kernels_make_owes_equal_bits(monkeypatch, capsys, route, 
     monkeypatch.setattr(stress, "ROUTES", {"cpu": ("kernel", "hybrid", "library")})
     assert stress.main(["--device", "cpu"]) == status
     assert "for information" in capsys.readouterr().out
+
+
+def test_few_rows_are_compared_and_timed(capsys):
+    assert decode.main(["--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 16 calls of few rows are wrong; K=N=128, 4 rows: base alone " in said
+    for what in ("one adapter", "one each", "library route", "PEFT"):
+        assert f"{what} " in said
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [("off", "elements are off"), ("another", "a replay has other bits")]
+)
+def test_few_rows_that_are_wrong_are_said(found, words, monkeypatch, capsys):
+    right, calls = decode.Problem.one, []
+
+    def one(self):
+        calls.append(1)
+        y = right(self)
+        if found == "off" or len(calls) % 2 == 0:
+            y[0, 0] += (1 if found == "off" else 2**-7) * y[0, 0].abs()
+        return y
+
+    monkeypatch.setattr(decode.Problem, "one", one)
+    monkeypatch.setattr(decode, "_TIMED", {"cpu": []})
+    monkeypatch.setattr(decode, "timed", lambda device: "")
+    assert decode.main(["--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert words in said and "8 of 16 calls of few rows are wrong" in said

@@ -113,7 +113,8 @@ def test_sanitizers_see_every_kind_of_tile():
     card = lora_ext.kernels.CARDS["H100"]
     tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
     chosen = smallest_of_each_kind(tiles)
-    assert len(chosen) == 4 and {"in-grid", "wgmma", "pingpong"} <= {t.split()[0] for t in chosen}
+    kinds = {"in-grid", "wgmma", "pingpong", "decode"}
+    assert len(chosen) == 5 and kinds <= {tile.split()[0] for tile in chosen}
 
 
 def test_stages_are_named_and_chosen(capsys):

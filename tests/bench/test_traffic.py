@@ -73,3 +73,32 @@ def test_many_adapters_ask_for_little_more_than_one():
         figures += [f"{row['requested'] / 1e6:.0f}", f"{100 * row['over']:.2f} %"]
         figures += [f"{rows[direction, 'merged']['dram'] / 1e6:.0f}", f"{row['dram'] / 1e6:.0f}"]
         assert f"| {direction} | {' | '.join(figures)} |" in text
+
+
+@pytest.fixture(scope="module")
+def decoded():
+    model.build()
+    return {shape: model.trace_decode(shape) for shape in model.DECODE_SHAPES}
+
+
+def test_few_rows_ask_for_the_weight_once(decoded):
+    for (_, k, n, _, _), row in decoded.items():
+        assert row["w"] == row["w_bytes"] == 2 * k * n
+
+
+def test_few_rows_move_each_byte_once(decoded):
+    for (m, _, _, _, adapters), row in decoded.items():
+        assert row["dram"] >= row["once"]
+        # Of 64 rows L2 has partial sums to write back, some time; they are read from it.
+        left = row["sums"] / 2 if m == 64 else 0
+        assert row["dram"] <= 1.03 * row["once"] + left, (m, adapters)
+
+
+def test_eight_rows_ask_for_little_beside_the_weight(decoded):
+    for (m, _, _, _, adapters), row in decoded.items():
+        if m <= 8 and adapters == 1:
+            assert row["x"] + row["sums"] + row["factors"] <= 0.25 * row["w"]
+
+
+def test_the_figures_of_few_rows_are_those_in_the_docs(decoded):
+    assert model.decode_table() in (model.ROOT / "docs" / "decode.md").read_text()

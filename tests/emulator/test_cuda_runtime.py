@@ -630,3 +630,88 @@ assert last_error() == 0 and current_device() == 0
     assert said.count("the CUDA kernels cannot be used on cuda:1") == 1
     if driver != "none":
         assert "update the driver, or reinstall" in said
+
+
+FEW_ROWS = """
+there = torch.device("cuda", 1)
+_C.set_cuda_route("kernel")
+
+def asked(call):
+    record()
+    y, s = call.forward()
+    calls = record()
+    launched = [kernel_of(each) for each in calls if each["call"] == "cudaLaunchKernelEx"]
+    cleared = [each["bytes"] for each in calls if each["call"] == "cudaMemsetAsync"]
+    return [y.cpu(), s.cpu()], launched, cleared
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("options", ["", ", float_adapters=True"])
+def test_few_rows_are_one_launch_that_clears_nothing(arch, options):
+    python(
+        f"card({arch})\n"
+        + FEW_ROWS
+        + f"made = [Call(rows=rows, k=264, n=536, rank=16, device=there, apart=8{options})"
+        + """ for rows in (1, 13, 64)]
+for call in made:
+    assert close(call.both(), call.library())  # and the check, and what is cleared once
+    results, launched, cleared = asked(call)
+    assert launched == ["decode"] and cleared == [], (launched, cleared)
+    assert close(results, call.library()[:2])
+    again, _, _ = asked(call)
+    assert same(results, again)
+    plan = call.plan()
+    assert plan.forward.tile == "decode" and plan.forward_check == "passed", plan
+"""
+    )
+
+
+def test_few_rows_in_a_graph_have_counts_of_their_own():
+    python(
+        "card(90)\n"
+        + FEW_ROWS
+        + """
+call = Call(rows=7, k=264, n=536, rank=16, device=there)
+expected, _, _ = asked(call)
+card(90, capturing=True)
+for _ in range(3):
+    results, launched, cleared = asked(call)
+    assert launched == ["decode"] and cleared == [] and same(results, expected)
+# A stream whose id CUDA does not say: in the workspace, cleared before.
+card(90)
+fail("cudaStreamGetId", 1, LAUNCH_FAILURE)
+results, launched, cleared = asked(call)
+assert launched == ["decode"] and cleared == [4 * (9 + 1 + 1)], (launched, cleared)
+assert same(results, expected) and last_error() == 0
+"""
+    )
+
+
+def test_few_rows_of_many_adapters_are_one_launch_from_a_pool_and_two_from_a_list():
+    python(
+        "card(80)\n"
+        + FEW_ROWS
+        + """
+torch.manual_seed(0)
+def normal(*shape):
+    return (0.1 * torch.randn(*shape)).bfloat16()
+x, w, a, b = normal(9, 136), normal(264, 136), normal(4, 16, 136), normal(4, 264, 16)
+index = torch.tensor([3, -1, 0, 0, 2, 3, -1, 1, 2], dtype=torch.int32)
+base = torch.nn.functional.linear(x.float(), w.float())
+for row, adapter in enumerate(index.tolist()):
+    if adapter >= 0:
+        base[row] += 2 * b[adapter].float() @ (a[adapter].float() @ x[row].float())
+on = [each.to(there) for each in (x, w, a, b, index)]
+lists = [[each.to(there) for each in pool] for pool in (a, b)]
+for factors, expected in ((on[2:4], ["decode"]), (lists, ["groupedentries", "decode"])):
+    for _ in range(2):
+        record()
+        y = lora_ext.lora_linear(on[0], on[1], *factors, scaling=2.0, index=on[4])
+        calls = record()
+        assert close([y.cpu()], [base])
+    launched = [kernel_of(each) for each in calls if each["call"] == "cudaLaunchKernelEx"]
+    assert launched == expected, launched
+    assert not [each for each in calls if each["call"] == "cudaMemsetAsync"]
+"""
+    )

@@ -13,8 +13,9 @@ sys.path.insert(0, str(build.ROOT / "scripts"))
 import sass  # noqa: E402
 import sass_kernels  # noqa: E402
 import sass_paths  # noqa: E402
+import sass_steps  # noqa: E402
 
-KERNELS = {"sm_80": 56 + 98 + 6, "sm_90a": 56 + 98 + 6 + 72 + 36}
+KERNELS = {"sm_80": 56 + 98 + 6 + 16, "sm_90a": 56 + 98 + 6 + 16 + 72 + 36}
 
 
 @pytest.fixture(scope="module", params=KERNELS)
@@ -121,6 +122,51 @@ def test_what_is_wrong_with_a_tile_is_named(name, values, tile, stores, words):
     fields = {"opcodes": opcodes, "values": values, "tile": tile, "wide_stores": stores}
     found = sass_kernels.Kernel(name, "sm_80", 256, 0, 32, **fields).objections()
     assert (found == []) == (words is None) and all(words in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("step", "loops", "words"),
+    [
+        (151, [loop(), loop(main=False, membar=8)], None),
+        (315, LOOPS["loops"], None),
+        (316, LOOPS["loops"], "316 instructions a step, 6.5 bytes each"),
+        (0, LOOPS["loops"], "no loop copies and multiplies"),
+        (151, [loop(membar=1)], "1 MEMBAR in the loop"),
+    ],
+)
+def test_what_is_wrong_with_a_step_is_named(step, loops, words):
+    opcodes = {**dict.fromkeys(sass_kernels.OPCODES, 0), "HMMA": 6, "LDSM": 6, "LDGSTS": 16}
+    fields = {"opcodes": opcodes, "loops": loops, "step": step}
+    found = sass_kernels.Kernel("lora_decode bf16 8", "sm_80", 128, 46400, 120, **fields)
+    lines = found.objections()
+    assert (lines == []) == (words is None) and all(words in line for line in lines)
+
+
+STEP = """
+.text.kernel:
+.L_x_1:
+        /*0000*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0010*/               @P0 BRA `(.L_x_3) ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R1+0x10], desc[UR4][R2.64] ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R1+0x20], desc[UR4][R2.64] ;
+.L_x_2:
+        /*0050*/                   LDGDEPBAR ;
+        /*0060*/                   LDSM.16.M88.4 R4, [R8] ;
+        /*0070*/                   HMMA.16816.F32.BF16 R12, R4, R6, R12 ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_s64) ;
+        /*00b0*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*00c0*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_a_step_is_the_way_round_past_the_copies_that_come_together():
+    addresses = sorted(each.address for each in sass_steps.step_of(STEP))
+    assert addresses == list(range(0x00, 0x90, 0x10))
+    assert sass_steps.step_of(STEP.replace("LDSM", "LDS")) == []
 
 
 TILE = """

@@ -104,6 +104,9 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
         for tile in chosen(_C.tiles_of(card, backward=False, **call)):
             tiles = (tile, tile if tile in backwards else backwards[0])
             print(f"{tiles} of {shape}", flush=True)
+            if tile == "decode":
+                assert_decode_agrees(card, shape, wide)
+                continue
             won = [won_by(t, shape, wide, dropout_p > 0, i == 1) for i, t in enumerate(tiles)]
             _C.replace_winners(card.name, won)
             torch.manual_seed(5)
@@ -115,6 +118,18 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
     finally:
         _C.replace_winners(card.name, [])
         lora_ext.winners.load_cached()
+
+
+def assert_decode_agrees(card, shape, wide):
+    """With as many rows as its instances take at most, or fewer."""
+    for rows in (1, 8, 13, 32, 64):
+        few = (rows, *shape[1:])
+        given = operands(*few, BF16, F32 if wide else None)
+        expected = library(*given)
+        _C.replace_winners(card.name, [won_by("decode", few, wide, False, False)])
+        assert_near(step(*given), expected, BF16)
+        plan = lora_ext.explain(*given)
+        assert plan.forward.tile == "decode" and plan.forward_check == "passed", plan
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def test_each_small_case_takes_the_kernels_that_it_checks(card, early):
 def test_blocks_of_a_small_case_have_several_tiles(card):
     for kernels in _C.all_kernels(CARDS[card], True):
         problem, plan = kernels.small_case(CARDS[card])
+        if plan.tile == "decode":
+            continue
         rows, columns = (int(number) for number in plan.tile.split()[-3::2])
         together = 2 if plan.wgmma else 1  # blocks of a cluster
         width = problem.k if kernels.backward else problem.n
@@ -46,6 +48,22 @@ def test_blocks_of_a_small_case_have_several_tiles(card):
         assert 1 <= plan.blocks <= 2 * together and tiles >= 2 * max(1, plan.blocks // together)
         if plan.wgmma:  # the second block of the last pair has no rows
             assert 0 < problem.m % (2 * rows) <= rows
+
+
+@pytest.mark.parametrize("card", sorted(set(CARDS) - {"one SM"}))
+def test_blocks_of_a_small_case_of_few_rows_share_tiles(card):
+    found = set()
+    for kernels in _C.all_kernels(CARDS[card], True):
+        problem, plan = kernels.small_case(CARDS[card])
+        if plan.tile != "decode":
+            continue
+        at = _C.plan_numbers(plan)
+        steps = -(-problem.k // 64)
+        assert at["batch"] - 8 < problem.m < at["batch"] and at["tiles"] > 4
+        # Two chunks of S at least, and blocks that do not begin with a tile.
+        assert at["s_steps"] < steps and at["tiles"] * steps % plan.blocks != 0
+        found.add(at["batch"])
+    assert found == {8, 16, 32, 64}
 
 
 @pytest.mark.parametrize("early", [True, False])

@@ -43,13 +43,15 @@ def test_every_plan_can_be_launched(
         for splits in (plan.shrink_splits, plan.dlora_a_splits, plan.dlora_b_splits):
             assert 0 <= splits <= max(1, -(-max(steps, rows) // 64)) and splits < 65536
         assert str(plan).startswith("kernels: ")
+    assert (forward.tile == "decode") == (rows <= 64 and aligned and not dropout)
     assert backward.dlora_a_splits >= 1 and backward.dlora_b_splits >= 1
     without_shrink = backward.one_pass or backward.in_grid
     assert (backward.shrink_splits == 0) == without_shrink
     assert backward.one_pass == (backward.panels > 0)
+    every = (backward,) if forward.tile == "decode" else (forward, backward)
     if lora_ext.kernels.CARDS[card].shared_per_block < 106 * 1024 or not aligned:
-        assert forward.tile == backward.tile == "128 x 64"
-    for plan in (forward, backward):
+        assert {plan.tile for plan in every} == {"128 x 64"}
+    for plan in every:
         assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
         assert ("without wgmma: " in str(plan)) == (card == "H100" and not plan.wgmma)
         early = plan.wgmma and not plan.in_grid
@@ -60,7 +62,8 @@ def test_every_plan_can_be_launched(
         assert backward.shrink_splits == backward.panels == 0 and not backward.one_pass
     in_grid = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
     in_grid = in_grid and 2 * -(-rows // 256) * -(-out_features // 256) > sms
-    assert forward.in_grid == in_grid and (forward.shrink_splits == 0) == in_grid
+    without_shrink = in_grid or forward.tile == "decode"
+    assert forward.in_grid == in_grid and (forward.shrink_splits == 0) == without_shrink
     if dropout:
         assert backward.tile != "128 x 256"
     again = plans(*shape, route="kernel", **options)
@@ -149,7 +152,7 @@ def test_what_wgmma_needs_may_be_missing(missing, reason):
         assert planned.kernel and not planned.wgmma
         assert f"without wgmma: {reason}" in str(planned)
     tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
-    assert tiles == ["128 x 256", "128 x 128", "128 x 64"]
+    assert tiles == ["128 x 256", "128 x 128", "128 x 64", "decode"]
 
 
 def test_hopper_s_tiles_fit_the_problem():
@@ -246,3 +249,33 @@ def test_explain_of_tensors_on_cuda_shows_plan_and_check(cuda):
 @pytest.mark.gpu
 def test_all_kernels_pass_their_check_on_this_card(cuda):
     assert check_kernels(cuda) == {}
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 33, 64])
+def test_few_rows_take_one_launch_that_fills_the_card(rows):
+    for card, sms in (("A100", 108), ("H100", 132)):
+        forward, _ = plans(rows, 8192, 8192, 16, card=card, route="kernel")
+        assert forward.tile == "decode" and forward.shrink_splits == 0
+        assert forward.blocks == sms * (2 if rows <= 16 else 1)
+        at = _C.plan_numbers(forward)
+        assert at["batch"] == next(batch for batch in (8, 16, 32, 64) if batch >= rows)
+        assert f"lora_decode up to {at['batch']} rows" in str(forward)
+    assert plans(65, 8192, 8192, 16, route="kernel")[0].tile != "decode"
+
+
+@pytest.mark.parametrize(
+    "change", [{"dropout": True}, {"aligned": False}, {"aligned_weight": False},
+     {"factor_rows": False}], ids=str
+)
+def test_few_rows_that_one_launch_cannot_take(change):
+    problem = _C.Problem(8, 4096, 4096, 16)
+    for name, value in change.items():
+        setattr(problem, name, value)
+    plan = _C.plan_forward(lora_ext.kernels.CARDS["A100"], problem, "kernel")
+    assert plan.kernel and plan.tile != "decode"
+
+
+def test_small_products_are_cut_into_no_more_than_what_gets_copies_going():
+    forward, _ = plans(8, 1024, 1024, 16, card="A100", route="kernel")
+    assert forward.blocks == 16 * 16 // 4  # 16 tiles, 16 steps along k, four a block
+    assert plans(8, 64, 64, 16, card="A100", route="kernel")[0].blocks == 1

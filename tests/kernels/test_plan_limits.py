@@ -14,8 +14,21 @@ def blocks_of(count, size):
     return -(-count // size)
 
 
+def decode_regions(problem, plan, at):
+    elements = (64 if at["batch"] <= 16 else 128) * at["batch"]
+    chunks = blocks_of(blocks_of(problem.k, 64), at["s_steps"])
+    return {
+        "z": (at["z"], 4 * (at["tiles"] + plan.blocks) * elements),
+        "s_sums": (at["s_sums"], 4 * at["s_tiles"] * chunks * elements),
+        "t": (at["t"], 2 * problem.m * at["terms"] * at["width"]),
+        "flags": (at["flags"], 4 * (at["tiles"] + at["s_tiles"] + 1)),
+    }
+
+
 def regions(problem, plan, at):
     """Name -> offset, bytes, as csrc/plan/plan.h describes them."""
+    if plan.tile == "decode":
+        return decode_regions(problem, plan, at)
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     sums = plan.panels if plan.one_pass else plan.shrink_splits
     sizes = {

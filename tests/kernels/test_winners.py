@@ -71,8 +71,16 @@ def test_the_planner_takes_the_winner_and_says_so():
     "tile", _C.tiles_of(_C.Card(*H100), backward=False, float_adapters=False, dropout=False)
 )
 def test_every_tile_can_win(tile):
-    install([table(entry(tile=tile))])
-    assert planned().tile == tile
+    shape = moved(rows=40) if tile == "decode" else SHAPE
+    install([table(entry(shape, tile=tile))])
+    assert planned(shape).tile == tile
+
+
+def test_what_wins_with_few_rows_wins_for_no_more_than_it_can_take():
+    few = moved(rows=40)
+    install([table(entry(few, tile="decode"))])
+    assert "measured" in planned(moved(rows=64)).reason
+    assert "measured" not in planned(moved(rows=65)).reason
 
 
 @pytest.mark.parametrize(
@@ -95,7 +103,7 @@ def test_the_other_direction_and_another_card_have_no_winner():
 
 @pytest.mark.parametrize(
     "change",
-    ["aligned", "aligned_weight", "aligned_a", "aligned_b", "weight_row_major"],
+    ["aligned", "aligned_weight", "aligned_a", "aligned_b", "factor_rows", "weight_row_major"],
 )
 def test_what_was_not_measured_has_no_winner(change):
     install([table(entry())])

@@ -281,6 +281,14 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaStreamGetId"); error != cudaSuccess) return error;
+  if (driver().capturing) return refuse(cudaErrorStreamCaptureUnsupported, "an id in a capture");
+  *id = 1 + reinterpret_cast<uintptr_t>(stream);
+  return cudaSuccess;
+}
+
 // A launch returns when its kernel has ended, so every event is done once it is recorded.
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   static char one;

@@ -3,6 +3,7 @@
 // ALL_KERNELS_IN_THIS_FILE.
 #pragma once
 #include "emulator/kernels/dequantize.h"
+#include "emulator/kernels/lora_decode.h"
 #include "emulator/kernels/lora_dsdb_sm80.h"
 #include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
 #include "emulator/kernels/lora_gemm_sm80.h"
@@ -17,6 +18,9 @@ namespace lora_ext::kernel {
 #define EXTERN_INSTANCES(variant, ...) DEQUANTIZE_INSTANCES(extern template, __VA_ARGS__)
 DEQUANTIZE_VARIANTS(EXTERN_INSTANCES)
 #undef EXTERN_INSTANCES
+#define EXTERN_INSTANCE(variant, ...) extern LORA_DECODE_INSTANCE(__VA_ARGS__);
+LORA_DECODE_VARIANTS(EXTERN_INSTANCE)
+#undef EXTERN_INSTANCE
 #define EXTERN_INSTANCE(variant, ...) extern LORA_DSDB_SM80_INSTANCE(__VA_ARGS__);
 LORA_DSDB_SM80_VARIANTS(EXTERN_INSTANCE)
 #undef EXTERN_INSTANCE

@@ -94,7 +94,8 @@ class GroupedTest {
   plan::Request request(bool backward) {
     plan::Request asked{choice_};
     if (draw(3) == 0) asked.choice = plan::Choice::kAuto;
-    const auto tiles = plan::tiles_of(card_, {backward, kSplit, dropout_});
+    auto tiles = plan::tiles_of(card_, {backward, kSplit, dropout_});
+    std::erase(tiles, plan::Tile::kDecode);  // which few rows take where no tile is asked for
     if (draw(2)) asked.tile = tiles[draw(static_cast<int>(tiles.size()))];
     return asked;
   }
@@ -266,7 +267,9 @@ class GroupedTest {
   }
 
   void tell_plan(const std::string& direction, const plan::GroupedPlan& plan) const {
-    kernels::tell(direction + (plan.one.hybrid ? ", hybrid" : ", kernels"));
+    kernels::tell(direction + (plan.one.is_decode() ? ", decode"
+                               : plan.one.hybrid    ? ", hybrid"
+                                                    : ", kernels"));
     if (plan.entries != plan::kNone) kernels::tell(direction + ", a list");
   }
 

@@ -4,6 +4,10 @@
 namespace lora_ext::kernel {
 namespace {
 
+void clear_flags(uint32_t* flags, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) flags[i] = 0;
+}
+
 struct Launch {
   emulator::Stream& stream;
 
@@ -12,6 +16,9 @@ struct Launch {
                   const Params& params) const {
     stream.launch({.grid = grid, .block = dim3(threads), .shared_bytes = shared_bytes}, kernel,
                   params);
+  }
+  void clear(uint32_t* flags, int64_t count) const {
+    stream.launch({.grid = dim3(1), .block = dim3(1)}, clear_flags, flags, count);
   }
 };
 

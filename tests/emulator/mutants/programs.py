@@ -47,6 +47,12 @@ PROGRAMS = {
     ),
     "lora_dsdb_sm80": ("lora_dsdb_sm80", "tile_copy_sm80"),
     "lora_split": ("lora_split", "halves"),
+    "lora_decode": (
+        "lora_decode_sm80",
+        "lora_decode_finish",
+        "lora_decode_table",
+        "lora_decode_work",
+    ),
     "dequantize": ("dequantize_4bit", "dequantize_8bit", "dequantized_tile"),
     "lora_grouped_segments": (
         "lora_grouped_segments",

@@ -6,6 +6,7 @@
 // meets: no "memory", an "error" of torch's, or the "end" of the process.
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -85,6 +86,14 @@ std::string driver() { return "none"; }
 std::optional<std::string> wait(void*, double seconds) {
   const bool ends = environment("LORA_EXT_EMULATED_HANG") != "wait" || std::isinf(seconds);
   return ends ? std::optional<std::string>("") : std::nullopt;
+}
+
+// One stream.
+std::optional<uint64_t> stream_id(void*) { return 1; }
+
+std::string clear(int32_t* numbers, int64_t count, void*) {
+  std::fill_n(numbers, count, 0);
+  return "";
 }
 
 bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }

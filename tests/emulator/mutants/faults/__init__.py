@@ -7,6 +7,7 @@ controls.py    legal edits, which must raise no alarm
 """
 
 from emulator.mutants.faults.controls import CONTROLS
+from emulator.mutants.faults.decode import DECODE
 from emulator.mutants.faults.dequantize import DEQUANTIZE
 from emulator.mutants.faults.epilogue import EPILOGUE
 from emulator.mutants.faults.grouped import GROUPED
@@ -21,5 +22,5 @@ from emulator.mutants.faults.thought import THOUGHT
 
 FAULTS = [
     *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),
-    *(*DEQUANTIZE, *CONTROLS),
+    *(*DECODE, *DEQUANTIZE, *CONTROLS),
 ]

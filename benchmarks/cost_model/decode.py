@@ -1,0 +1,65 @@
+"""Forwards of few rows, as decoding has them, beside a launch that reads x and W and writes y.
+
+Ours is one launch that reads the weight once; PEFT's and the library route's are several, each with
+its gap. The predictions that docs/decode.md has.
+"""
+
+from __future__ import annotations
+
+from lora_ext import _C
+
+from ..shapes import FORWARD, Cell
+from . import MACHINES, predicted_us
+from .launch import BYTES, Launch
+from .rates import Machine
+
+CARDS = ("A100", "L40S", "H100")
+WIDTHS, ROWS, RANK = (4096, 8192), (1, 8, 64), 16
+# Most of ours over that launch: of up to 8 rows by width, and of 64.
+LIMITS, LIMIT_OF_64 = {4096: 1.15, 8192: 1.10}, 1.25
+
+
+def cell_of(width: int, rows: int) -> Cell:
+    """A forward without bias, in bfloat16."""
+    return Cell(FORWARD, "bfloat16", rows, width, width, rank=RANK, bias=False)
+
+
+def once_us(machine: Machine, width: int, rows: int) -> float:
+    """A matrix-vector product, or one of few rows, as fast as its bytes."""
+    return Launch("W x", BYTES * (width * width + 2 * rows * width)).us(machine)
+
+
+def over_once(machine: Machine, width: int, rows: int, variant: str = "ours_kernel") -> float:
+    """Predicted time over that."""
+    found = predicted_us(machine, cell_of(width, rows), variant)
+    assert found is not None
+    return found / once_us(machine, width, rows)
+
+
+def limit_of(width: int, rows: int) -> float:
+    return LIMIT_OF_64 if rows > 8 else LIMITS[width]
+
+
+def plan_of(machine: Machine, width: int, rows: int) -> _C.Plan:
+    problem = _C.Problem(rows, width, width, RANK)
+    return _C.plan_forward(machine.planned, problem, "auto")
+
+
+def table() -> str:
+    """Microseconds of that launch, and the others over it."""
+    columns = ["card", "K = N", "rows", "W once, us", "lora_decode", "at most", "base alone, torch"]
+    columns += ["library route", "PEFT bf16"]
+    lines = [columns, ["---"] * len(columns)]
+    for name in CARDS:
+        machine = MACHINES[name]
+        for width in WIDTHS:
+            for rows in ROWS:
+                base = once_us(machine, width, rows)
+                ours, merged, library, peft = (
+                    f"{over_once(machine, width, rows, variant):.2f}"
+                    for variant in ("ours_kernel", "merged", "ours_library", "peft")
+                )
+                limit = f"{limit_of(width, rows):.2f}"
+                sizes = [f"{width}", f"{rows}", f"{base:.1f}"]
+                lines.append([name, *sizes, ours, limit, merged, library, peft])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,42 @@
+// The instance of lora_decode for a plan, and its grid.
+#pragma once
+#include "kernel/lora_decode_sm80.h"
+#include "plan/decode_plan.h"
+
+namespace lora_ext::kernel {
+
+template <int kBatch>
+constexpr bool is_as_planned_to_decode() {
+  using Tile = LoraDecodeTile<kBatch>;
+  constexpr plan::DecodeTile kPlanned = plan::decode_tile_for(kBatch);
+  return kPlanned.batch == kBatch && kPlanned.rows == Tile::kRows &&
+         kPlanned.shared == Tile::kSharedBytes && kPlanned.resident == Tile::kResident;
+}
+static_assert(is_as_planned_to_decode<8>() && is_as_planned_to_decode<16>() &&
+              is_as_planned_to_decode<32>() && is_as_planned_to_decode<64>());
+
+// F is the factors' type, float or T. A function of its own, which csrc/cuda/ compiles once for all
+// sequences. Workspace comes as the allocator has it, so counts that lie there are cleared before.
+template <class T, class F, class Launch>
+void launch_lora_decode(const plan::Plan& plan, const LoraDecodeParams<T>& params, bool clear,
+                        Launch& launch) {
+  if (clear) launch.clear(params.arrivals, plan.flag_count());
+  const auto run = [&](auto batch) {
+    constexpr int kBatch = decltype(batch)::value;
+    using Tile = LoraDecodeTile<kBatch>;
+    launch(lora_decode_sm80<T, F, kBatch>, dim3(static_cast<unsigned>(plan.gemm.blocks)),
+           Tile::kThreads, Tile::kSharedBytes, params);
+  };
+  switch (plan.decode.batch) {
+    case 8:
+      return run(std::integral_constant<int, 8>());
+    case 16:
+      return run(std::integral_constant<int, 16>());
+    case 32:
+      return run(std::integral_constant<int, 32>());
+    default:
+      return run(std::integral_constant<int, 64>());
+  }
+}
+
+}  // namespace lora_ext::kernel

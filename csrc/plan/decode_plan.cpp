@@ -1,0 +1,84 @@
+#include "plan/decode_plan.h"
+
+#include <algorithm>
+#include <sstream>
+
+#include "plan/plan_parts.h"
+
+namespace lora_ext::plan {
+namespace {
+
+constexpr int64_t kStep = 64;
+// Of a block: fewer would not get the copies going, and leave more partial sums than they save.
+constexpr int64_t kLeastUnits = 4;
+// Chunks of S along k, of at least two steps: it must be there well before the first tile of Y is.
+constexpr int64_t kChunks = 16, kLeastChunk = 2;
+// Rows of all factors A, in blocks of 16, beyond which S is no small part of the work.
+constexpr int64_t kMostFactorRows = 4096;
+
+// Requests that L2 answers while DRAM delivers one byte: three fifths of what cards are said to do.
+constexpr double kL2Share = 1.75;
+// What a block does before its first bytes come, and the last one after the last have: its partial
+// sums, the counting, those of others and their end, four round trips through L2.
+constexpr double kEndsUs = 1.5;
+
+int64_t factor_rows(const Problem& p, int64_t adapters) {
+  return adapters * 16 * blocks_of(p.rank, 16) * (p.float_adapters ? 2 : 1);
+}
+double product(int64_t a, int64_t b) { return static_cast<double>(a) * static_cast<double>(b); }
+
+}  // namespace
+
+bool fits_decode(const Card& card, const Problem& p, int64_t adapters) {
+  return p.m >= 1 && p.m <= kMostDecodeRows && p.n >= 1 && p.k >= 1 && p.weight_row_major &&
+         p.aligned && p.aligned_weight && p.factor_rows && !p.dropout && !p.given_base &&
+         factor_rows(p, adapters) <= kMostFactorRows &&
+         decode_tile_for(p.m).shared <= card.shared_per_block;
+}
+
+void place_decode(Plan& plan, const Card& card, const Problem& p, int64_t adapters,
+                  const Request& request) {
+  const DecodeTile& tile = decode_tile_for(p.m);
+  Plan::Decode& decode = plan.decode;
+  const int64_t steps = blocks_of(p.k, kStep), units = blocks_of(p.n, tile.rows) * steps;
+  const int64_t resident =
+      std::clamp<int64_t>(card.shared_per_sm / (tile.shared + 1024), 1, tile.resident);
+  const int64_t wanted = std::max<int64_t>(1, units / kLeastUnits);
+  plan.gemm = {Tile::kDecode, true, static_cast<int>(std::min(wanted, card.sms * resident)), false};
+  limit_blocks(plan.gemm, request);
+  decode.batch = static_cast<int>(tile.batch);
+  decode.s_steps = static_cast<int>(std::max(kLeastChunk, blocks_of(steps, kChunks)));
+  decode.width = static_cast<int>(rounded_up(p.rank, 16));
+  decode.tiles = blocks_of(p.n, tile.rows);
+  decode.s_tiles = blocks_of(factor_rows(p, adapters), tile.rows);
+  Workspace workspace{plan.workspace};
+  const int64_t elements = tile.rows * tile.batch;
+  plan.z = workspace.take((decode.tiles + plan.gemm.blocks) * elements, 4);
+  decode.s_sums = workspace.take(decode.s_tiles * blocks_of(steps, decode.s_steps) * elements, 4);
+  plan.t = workspace.take(p.m * plan.terms * decode.width, 2);
+  plan.flags = workspace.take(plan.flag_count(), 4);
+  plan.workspace = workspace.bytes;
+}
+
+// Bytes of DRAM, or requests of L2 if those take longer: X for each tile, partial sums out and in.
+Launch decode_launch(const Card& card, const Problem& p, const Plan& plan, int64_t adapters) {
+  const DecodeTile& tile = decode_tile_for(p.m);
+  const Plan::Decode& decode = plan.decode;
+  const double of_factor = p.float_adapters ? 4 : 2;
+  const auto each = static_cast<double>(adapters);
+  const double once = 2 * (product(p.n, p.k) + product(p.m, p.k) + product(p.m, p.n)) +
+                      each * of_factor * product(p.rank, p.k + p.n);
+  const double x_again = 2 * product(decode.tiles + decode.s_tiles - 1, p.m * p.k);
+  const double sums = 8 * product(decode.tiles + plan.gemm.blocks, tile.rows * tile.batch);
+  const double ends = kEndsUs * 1e3 * sustained_by(card).dram_gb_s;
+  return {"lora_decode", std::max(once, (once + x_again + sums) / kL2Share) + ends, 0.0};
+}
+
+std::string describe_decode(const Plan& plan) {
+  std::ostringstream text;
+  text << "lora_decode up to " << plan.decode.batch << " rows, " << plan.gemm.blocks << " blocks, "
+       << plan.decode.tiles << " tiles, S in chunks of " << plan.decode.s_steps << " steps\n";
+  return text.str();
+}
+
+}  // namespace lora_ext::plan

@@ -1,0 +1,177 @@
+"""Plans and parameters of lora_decode, and what the rules cannot know of it."""
+
+from emulator.mutants.faults.fault import Fault, faults_of
+
+of_work = faults_of("lora_decode_work.h")
+of_finish = faults_of("lora_decode_finish.h")
+of_main = faults_of("lora_decode_sm80.h")
+of_table = faults_of("lora_decode_table.h")
+
+
+def of_program(file: str):
+    """Makes faults of what is no kernel, which the same program sees where it goes by a plan."""
+
+    def fault(name: str, what: str, why: str, *edits: tuple[str, str]) -> Fault:
+        return Fault(name, what, why, tuple((file, old, new) for old, new in edits), "lora_decode")
+
+    return fault
+
+
+of_plan = of_program("decode_plan.cpp")
+of_params = of_program("lora_decode_params.h")
+of_launch = of_program("lora_decode_launch.h")
+
+DECODE = [
+    of_work(
+        "decode_slot_of_the_block",
+        "a block has one slot for its partial sums of Y",
+        "it leaves those of every tile that it comes through, whose other parts may be late",
+        ("return static_cast<int64_t>(tile) + block;", "return static_cast<int64_t>(block);"),
+    ),
+    of_work(
+        "decode_chunks_of_all_tiles_of_s",
+        "a chunk of S has a slot whatever its tile",
+        "each tile of S has its own sums",
+        ("return static_cast<int64_t>(tile) * chunks + chunk;", "return int64_t{chunk};"),
+    ),
+    of_work(
+        "decode_last_block_of_the_next_unit",
+        "a tile's parts end with the block that has the first unit of the next",
+        "that is another block where the tile ends with one",
+        (
+            "return block_of(static_cast<int64_t>(tile + 1) * steps - 1);",
+            "return block_of(static_cast<int64_t>(tile + 1) * steps);",
+        ),
+    ),
+    of_work(
+        "decode_every_block_makes_all_of_s",
+        "a block goes on to the next chunk of S",
+        "the chunks between are those of the other blocks",
+        (
+            "walk.next_chunk += static_cast<int>(blocks);",
+            "walk.next_chunk += 1;",
+        ),
+    ),
+    of_finish(
+        "decode_s_is_scaled",
+        "S is kept with its scaling",
+        "backward scales it again",
+        ("p.most_rank + rank] = sum;", "p.most_rank + rank] = scaling * sum;"),
+    ),
+    of_finish(
+        "decode_lo_beside_rank",
+        "T's lo begins behind hi's own rank",
+        "the product reads it from the width on",
+        ("t[p.width] = low_half<T>(value);", "t[own.rank] = low_half<T>(value);"),
+    ),
+    of_finish(
+        "decode_lo_counts_as_hi",
+        "lo of S is added as it is",
+        "it is kept kLoScale times as large",
+        ("acc[j][e + 2 * kSplit] * (1.f / kLoScale<T>)", "acc[j][e + 2 * kSplit]"),
+    ),
+    of_finish(
+        "decode_terms_with_lo_not_scaled",
+        "products with lo are added as they are",
+        "lo is kept kLoScale times as large",
+        (
+            "low[i / 4][i % 4] *= 1.f / kLoScale<T>;",
+            "low[i / 4][i % 4] *= 1.f;",
+        ),
+    ),
+    of_main(
+        "decode_s_is_brought_before_it_is_there",
+        "a tile of S is counted before it is finished",
+        "T may not be written when the last tile of S is counted",
+        (
+            "    finish.finish_s(walk.tile);\n    if (come(p.s_tiles, static_cast<uint32_t>(work.s_tiles))) bring_s();\n",
+            "    const bool last = come(p.s_tiles, static_cast<uint32_t>(work.s_tiles));\n"
+            "    finish.finish_s(walk.tile);\n    if (last) bring_s();\n",
+        ),
+    ),
+    of_main(
+        "decode_counts_stay",
+        "the last to come leaves a tile's count",
+        "the next launch finds it",
+        ("      atomicExch(arrivals, 0u);\n", ""),
+    ),
+    of_main(
+        "decode_s_is_brought_by_one_thread",
+        "one thread counts S for all tiles of Y, without a fence of its own",
+        "a tile that it finishes is read by all",
+        (
+            "const bool last = tile < work.tiles && count(p.arrivals + tile, work.parts_of(tile));",
+            "const bool last = tile < work.tiles && ptx::atomic_add_relaxed_gpu(p.arrivals + tile, 1) "
+            "== work.parts_of(tile) - 1 && atomicExch(p.arrivals + tile, 0u) > 0;",
+        ),
+    ),
+    of_main(
+        "decode_lo_rows_of_other_ranks",
+        "the lower eight rows of a block of S are eight further ranks",
+        "of floats they are lo of the same",
+        ("(kSplit ? within % 8 : within)", "within"),
+    ),
+    of_main(
+        "decode_chunk_after_the_last_step",
+        "a part of S is kept as the chunk that its end is in",
+        "that is the next chunk",
+        ("(walk.end - 1) / work.s_steps", "walk.end / work.s_steps"),
+    ),
+    of_table(
+        "decode_rank_of_the_largest",
+        "every adapter has the largest rank",
+        "past its own there may be anything",
+        (
+            "adapters[before] = {adapter_of[row], rank_at(p, adapter_of[row]), blocks_before, of_batch};",
+            "adapters[before] = {adapter_of[row], p.most_rank, blocks_before, of_batch};",
+        ),
+    ),
+    of_plan(
+        "decode_sums_of_tiles_alone",
+        "there is a slot of partial sums for each tile of Y",
+        "each block that begins within a tile adds a part",
+        (
+            "workspace.take((decode.tiles + plan.gemm.blocks) * elements, 4)",
+            "workspace.take(decode.tiles * elements, 4)",
+        ),
+    ),
+    of_plan(
+        "decode_sums_of_s_of_one_chunk",
+        "there is a slot of partial sums for each tile of S",
+        "each chunk along k has its own",
+        (
+            "decode.s_tiles * blocks_of(steps, decode.s_steps) * elements",
+            "decode.s_tiles * elements",
+        ),
+    ),
+    of_plan(
+        "decode_t_of_one_half",
+        "T has room for hi",
+        "of float32 adapters it has lo, too",
+        ("p.m * plan.terms * decode.width", "p.m * decode.width"),
+    ),
+    of_params(
+        "decode_counts_of_s_are_those_of_y",
+        "tiles of S are counted where those of Y are",
+        "each has parts of its own number",
+        ("params.s_arrivals = params.arrivals + plan.decode.tiles;", "params.s_arrivals = params.arrivals;"),
+    ),
+    of_params(
+        "decode_without_scaling",
+        "T is S",
+        "Y has the scaled one",
+        ("params.scaling = f.scaling;", "params.scaling = 1.f;"),
+    ),
+    of_launch(
+        "decode_counts_are_not_cleared",
+        "counts in the workspace are taken as they come",
+        "other kernels have left theirs there",
+        ("  if (clear) launch.clear(params.arrivals, plan.flag_count());\n", ""),
+    ),
+    of_launch(
+        "decode_fewer_counts_are_cleared",
+        "the counts of Y's tiles alone are cleared",
+        "those of S lie behind them",
+        ("launch.clear(params.arrivals, plan.flag_count());", "launch.clear(params.arrivals, plan.decode.tiles);"),
+    ),
+]
