@@ -17,6 +17,7 @@
 // in this order (lo lo is below fp32's rounding). Each term is a pair of T and U.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernel/mask.h"
@@ -77,14 +78,13 @@ struct LoraGemmTile {
 template <class Tile, bool kMNMajor>
 constexpr bool adds_onto_base = !kMNMajor && Tile::kN == 64;
 
-// A masked kernel draws while it holds the accumulators: with 128 of them a thread it would spill.
-template <class Tile>
-constexpr bool fits_mask = Tile::kWarpM * Tile::kWarpN <= 64 * 32;
-
 using LoraGemmTile128x256 = LoraGemmTile<128, 256, 64, 64, 3>;  // 162 KiB: sm_80, sm_90
-using LoraGemmTile128x128 = LoraGemmTile<128, 128, 64, 32, 3>;  // 106 KiB: sm_80, sm_90
-using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;    // 77 KiB: sm_86, sm_89 and others
+using LoraGemmTile128x128 = LoraGemmTile<128, 128, 64, 64, 2>;  // 73 KiB: two blocks an SM of sm_80
+using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;    // 77 KiB: small and unaligned ones
 static_assert(LoraGemmTile128x256::kSharedBytes <= 163 * 1024, "what sm_80 gives to a block");
-static_assert(LoraGemmTile128x64::kSharedBytes <= 99 * 1024, "what sm_86 gives to a block");
+static_assert(2 * (LoraGemmTile128x128::kSharedBytes + 1024) <= 164 * 1024, "and to two");
+static_assert(std::max(LoraGemmTile128x128::kSharedBytes, LoraGemmTile128x64::kSharedBytes) <=
+                  99 * 1024,
+              "what sm_86 gives to a block");
 
 }  // namespace lora_ext::kernel

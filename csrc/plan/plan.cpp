@@ -35,8 +35,7 @@ bool fits_in_grid(const Call& call) {
 }
 
 bool fits(const TileFacts& tile, const Card& card, const Call& call) {
-  const bool masked = call.backward && call.dropout;
-  return tile.shared <= card.shared_per_block && (tile.masks || !masked) &&
+  return tile.shared <= card.shared_per_block &&
          (!tile.wgmma || (card.arch == 90 && card.sm90a_code && card.tensor_maps)) &&
          (!tile.in_grid || fits_in_grid(call));
 }

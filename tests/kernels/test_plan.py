@@ -47,7 +47,9 @@ def test_every_plan_can_be_launched(
     without_shrink = backward.one_pass or backward.in_grid
     assert (backward.shrink_splits == 0) == without_shrink
     assert backward.one_pass == (backward.panels > 0)
-    if lora_ext.kernels.CARDS[card].shared_per_block < 106 * 1024 or not aligned:
+    if lora_ext.kernels.CARDS[card].shared_per_block < 162 * 1024:
+        assert "128 x 256" not in (forward.tile, backward.tile)
+    if not aligned:
         assert forward.tile == backward.tile == "128 x 64"
     for plan in (forward, backward):
         assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
@@ -61,8 +63,6 @@ def test_every_plan_can_be_launched(
     in_grid = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
     in_grid = in_grid and 2 * -(-rows // 256) * -(-out_features // 256) > sms
     assert forward.in_grid == in_grid and (forward.shrink_splits == 0) == in_grid
-    if dropout:
-        assert backward.tile != "128 x 256"
     again = plans(*shape, route="kernel", **options)
     assert [str(plan) for plan in again] == [str(forward), str(backward)]
 
