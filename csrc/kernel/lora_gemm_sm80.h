@@ -92,7 +92,6 @@ struct LoraGemmSm80 {
   // Where the products are: the offset of the step's stage.
   struct Walk {
     uint32_t stage;
-    typename Adapters::Cursor cursor;
   };
 
   // The first `k16_steps` of a stage's four.
@@ -215,19 +214,18 @@ struct LoraGemmSm80 {
          tile += static_cast<int>(gridDim.x)) {
       const LoraGemmPlace at = raster.place_of(tile);
       const int row = at.row + warp.row, column = at.column + warp.column;
-      adapters.begin(walk.cursor, at.row);
       Accumulators acc;
       if constexpr (kMasked) {
         // Drawn while no accumulators are live: with both, the draws would spill.
         const auto kept = epilogue.draw(row, column);
         clear(acc);
-        adapters.multiply(*this, acc, walk, loads, row);
+        adapters.multiply(*this, acc, walk, loads, at.row);
         epilogue.mask(acc, kept);
         multiply_main(acc, walk, loads);
       } else {
         clear(acc);
         multiply_main(acc, walk, loads);
-        adapters.multiply(*this, acc, walk, loads, row);
+        adapters.multiply(*this, acc, walk, loads, at.row);
       }
       epilogue.store(acc, row, column);
     }

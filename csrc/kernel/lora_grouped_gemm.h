@@ -84,11 +84,14 @@ struct ManyAdapters {
     const int rank = step.segment.rank, first = loads.at.row;
     const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{loads.shared};
     const T* t = g.t + (kTerms == 3 && step.term == 0 ? g.lo_column : 0);
-    copy.template copy_rows<Tile::kM, Tile::kK>(
-        loads.stage, {t, g.gemm.t_pitch, step.segment.end, rank}, step.k0, [&](int row) {
-          const int position = first + row;
-          return position >= step.segment.begin ? position : step.segment.end;
-        });
+#pragma unroll 1  // unrolled, what it needs of each chunk would lie in registers all along
+    for (int index = static_cast<int>(threadIdx.x); index < Tile::kM * 8; index += Tile::kThreads) {
+      const int position = first + index / 8, chunk = index % 8;
+      copy.copy_chunk(loads.stage + row_chunk_offset(index / 8, chunk),
+                      {t, g.gemm.t_pitch, step.segment.end, rank},
+                      position >= step.segment.begin ? position : step.segment.end,
+                      step.k0 + chunk * 8);
+    }
     const LoraGroupedEntry entry = entry_of<F>(g.factors, step.segment.adapter);
     const int lo_from = kTerms == 3 && step.term == 1 ? 0 : INT_MAX;
     const uint32_t to = loads.stage + Tile::kLeftBytes;
@@ -121,16 +124,19 @@ struct ManyAdapters {
     return steps;
   }
 
-  // T U of a tile whose first row of this warp is `row`.
+  // T U of a tile whose rows begin at `row`.
   template <class Gemm>
   __device__ __forceinline__ void multiply(const Gemm& gemm, typename Gemm::Accumulators& acc,
                                            typename Gemm::Walk& walk, typename Gemm::Loads& loads,
                                            int row) const {
+    Cursor cursor;
+    begin(cursor, row);
 #pragma unroll 1
-    for (int i = 0; i < walk.cursor.steps; ++i) {
+    for (int i = 0; i < cursor.steps; ++i) {
       loads.step();
-      const Step step = take(walk.cursor);
-      const int begin = step.segment.begin - row, end = step.segment.end - row;
+      const Step step = take(cursor);
+      const int first = row + gemm.warp.row;
+      const int begin = step.segment.begin - first, end = step.segment.end - first;
       const float scale = step.term == kTerms - 1 ? 1.f : 1.f / kLoScale<T>;
 #pragma unroll 1
       for (int k16 = 0; k16 < min((step.segment.rank - step.k0 + 15) / 16, 4); ++k16)

@@ -39,7 +39,10 @@ struct StepCopy {
   int64_t apart = 0;          // elements from one chunk to the next, or of a row, if not in order
   int rows = 0, columns = 0;  // of the matrix, from the first chunk on
   int position = 0;           // of the first chunk's row
-  int row_at[Rows::kInOrder ? 1 : kCopies] = {};  // of the chunks, if not in order
+  // Rows that are not in order are kept, if they are few: each costs three registers.
+  static constexpr bool kKeepsRows =
+      !Rows::kInOrder && kAlignment == Alignment::kVector && kCopies <= 4;
+  int row_at[kKeepsRows ? kCopies : 1] = {};
 
   // From (first_row, first_column) on.
   __device__ __forceinline__ void begin(const Matrix& matrix, int first_row, int first_column,
@@ -52,7 +55,7 @@ struct StepCopy {
       apart = kApart * matrix.pitch;
     } else {
       source = matrix.data + column, apart = matrix.pitch;
-      if constexpr (kAlignment == Alignment::kVector) {
+      if constexpr (kKeepsRows) {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) row_at[i] = row_of(position + i * kApart);
       }
@@ -68,7 +71,7 @@ struct StepCopy {
     const uint32_t to = tile + in_tile + static_cast<uint32_t>(i * kApart) * 128;
     if constexpr (Rows::kInOrder) {
       chunk.copy(to, source + i * apart, elements);
-    } else if constexpr (kAlignment == Alignment::kVector) {
+    } else if constexpr (kKeepsRows) {
       chunk.copy(to, source + row_at[i] * apart, elements);
     } else {
       chunk.copy(to, source + row_of(position + i * kApart) * apart, elements);
