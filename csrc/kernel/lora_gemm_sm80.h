@@ -43,13 +43,10 @@ struct OneAdapter {
   __device__ __forceinline__ static void copy_step(Loads& loads) {
     loads.copy_step();
   }
-  // How many steps of P Q are multiplied apart, since the steps copied meanwhile are not as P Q's.
-  template <class Gemm>
-  __device__ __forceinline__ static int multiply_apart(const Gemm&, typename Gemm::Accumulators&,
-                                                       typename Gemm::Fragments&,
-                                                       typename Gemm::Walk&,
-                                                       typename Gemm::Loads&, int /*left*/) {
-    return 0;
+  // Whether a step has other copies than P Q's have.
+  template <class Loads>
+  __device__ __forceinline__ static constexpr bool copies_apart(const Loads&) {
+    return false;
   }
 
   // What lies past the rank is not multiplied, beyond the 16 of an mma.
@@ -64,9 +61,9 @@ struct OneAdapter {
       gemm.template scale_for_lo<false>(acc, term);
 #pragma unroll 1
       for (int left = gemm.p.rank; left > 0; left -= 64) {
-        loads.step();
         gemm.multiply(acc, walk.stage, min((left + 15) / 16, 4));
         gemm.finish_step(walk, loads);
+        loads.step();
       }
     }
   }
@@ -105,7 +102,7 @@ struct LoraGemmSm80 {
   }
 
   // One barrier serves both ends of the ring: every thread's copies into the next step's stage are
-  // there, and every warp has left this step's, which the next step's copies fill. A group is
+  // there, and every warp has left this step's, which the copies that begin now fill. A group is
   // committed for every step, so that "all but the latest kStages - 2" always means the next.
   __device__ __forceinline__ void finish_step(Walk& walk, Loads& loads) const {
     ptx::cp_async_commit_group();
@@ -118,54 +115,48 @@ struct LoraGemmSm80 {
     return stage == kLast ? 0 : stage + Tile::kStageBytes;
   }
 
-  // One step of P Q, whose first fragments are in `now`, as the next one's are after it. It has no
-  // branch, so that ptxas can put loads of fragments and copies between the products.
-  __device__ __forceinline__ void step(Accumulators& acc, Fragments& now, Walk& walk,
-                                       Loads& loads) const {
+  // P Q of a tile. 64 along k are four quarters: while one is multiplied, the fragments of the next
+  // are loaded, which ptxas puts between the products, as there is no branch. The last quarter
+  // follows the step's barrier, and has the next step's first fragments and the copies.
+  __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads) const {
     static_assert(Tile::kK == 64);
-    Fragments then;
-    if constexpr (kAlignment == Alignment::kElement) loads.copy_all();
-    quarter<0>(acc, now, then, walk.stage, 1, loads);
-    quarter<1>(acc, then, now, walk.stage, 2, loads);
-    quarter<2>(acc, now, then, walk.stage, 3, loads);
-    loads.advance();
-    finish_step(walk, loads);
-    quarter<3>(acc, then, now, walk.stage, 0, loads);
+    Fragments now, then;
+    warp.load(now, walk.stage, 0);
+#pragma unroll 1
+    for (int left = (p.k + Tile::kK - 1) / Tile::kK; left > 0; --left) {
+      quarter<false>(acc, now, then, walk.stage, 1, loads);
+      quarter<false>(acc, then, now, walk.stage, 2, loads);
+      quarter<false>(acc, now, then, walk.stage, 3, loads);
+      finish_step(walk, loads);
+      if (loads.steps == 0) loads.begin_part();
+      if (adapters.copies_apart(loads)) {
+        loads.step();
+        warp.multiply(acc, then);
+        warp.load(now, walk.stage, 0);
+      } else {
+        quarter<true>(acc, then, now, walk.stage, 0, loads);
+      }
+    }
   }
 
-  // 16 along k of `now`, meanwhile the fragments `then`, from a stage at k16, and some copies: with
-  // two stages, which leave them a step's time, all in the first quarter.
-  template <int kQuarter>
+  // 16 along k of `now`, meanwhile the fragments `then`, from a stage at k16, and a step's copies.
+  template <bool kCopies>
   __device__ __forceinline__ void quarter(Accumulators& acc, const Fragments& now, Fragments& then,
                                           uint32_t stage, int k16, Loads& loads) const {
-    constexpr int kBlocks = Warp::kRowBlocks, kCopyQuarters = Tile::kStages > 2 ? 3 : 1;
+    constexpr int kBlocks = Warp::kRowBlocks, kShares = 2;
+    if constexpr (kCopies && kAlignment == Alignment::kElement) loads.copy_all();
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
       for (int pair = 2 * i; pair < min(2 * i + 2, Warp::kPairs); ++pair)
         warp.load_right(then.right[pair], stage, pair, k16);
-      if constexpr (kQuarter < kCopyQuarters && kAlignment == Alignment::kVector) {
-        const int share = kQuarter * kBlocks + i;
-        loads.copy(share * Loads::kCopies / (kCopyQuarters * kBlocks),
-                   (share + 1) * Loads::kCopies / (kCopyQuarters * kBlocks));
-      }
+      if constexpr (kCopies && kAlignment == Alignment::kVector)
+        loads.copy(min(i, kShares) * Loads::kCopies / kShares,
+                   min(i + 1, kShares) * Loads::kCopies / kShares);
       warp.multiply_block(acc, now, i);
       warp.load_left(then.left[i], stage, i, k16);
     }
-  }
-
-  // P Q of a tile: as many steps at a time as the copies have of one part.
-  __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads) const {
-    Fragments now;
-    warp.load(now, walk.stage, 0);
-    for (int left = (p.k + Tile::kK - 1) / Tile::kK; left > 0;) {
-      if (loads.steps == 0) loads.begin_part();
-      left -= adapters.multiply_apart(*this, acc, now, walk, loads, left);
-      const int steps = min(left, loads.steps);
-      left -= steps, loads.steps -= steps;
-#pragma unroll 1
-      for (int i = 0; i < steps; ++i) step(acc, now, walk, loads);
-    }
+    if constexpr (kCopies) loads.finish_step();
   }
 
   __device__ __forceinline__ static void clear(Accumulators& acc) {
@@ -210,6 +201,7 @@ struct LoraGemmSm80 {
     }
     ptx::cp_async_wait_group<Tile::kStages - 2>();
     __syncthreads();
+    loads.step();
     for (int tile = static_cast<int>(blockIdx.x); tile < raster.tiles();
          tile += static_cast<int>(gridDim.x)) {
       const LoraGemmPlace at = raster.place_of(tile);

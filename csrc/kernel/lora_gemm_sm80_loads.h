@@ -92,12 +92,11 @@ struct LoraGemmLoads {
   // All copies of a step.
   __device__ __forceinline__ void step() {
     if (steps == 0) begin_part();
-    --steps;
     adapters.copy_step(*this);
   }
   __device__ __forceinline__ void copy_step() {
     copy_all();
-    advance();
+    finish_step();
   }
   __device__ __forceinline__ void copy_all() {
     left.copy_all(stage, adapters.rows);
@@ -112,7 +111,10 @@ struct LoraGemmLoads {
     for (int i = max(from, Left::kCopies); i < to; ++i)
       right.copy(stage + Tile::kLeftBytes, i - Left::kCopies, {});
   }
-  __device__ __forceinline__ void advance() { left.advance(), right.advance(); }
+  __device__ __forceinline__ void finish_step() {
+    left.advance(), right.advance();
+    --steps;
+  }
 };
 
 }  // namespace lora_ext::kernel

@@ -72,7 +72,12 @@ struct ManyAdapters {
   __device__ __forceinline__ static void begin_part(Loads&, int /*part*/) {}
   template <class Loads>
   __device__ __forceinline__ void copy_step(Loads& loads) const {
-    loads.low_rank ? load(loads) : loads.copy_step();
+    if (loads.low_rank) {
+      load(loads);
+      --loads.steps;
+    } else {
+      loads.copy_step();
+    }
   }
 
   // The segment's rows of T in the tile, zeros for others, and its U.
@@ -106,22 +111,9 @@ struct ManyAdapters {
     }
   }
 
-  // Steps of P Q during which low-rank ones are copied, of which there are few.
-  template <class Gemm>
-  __device__ __forceinline__ int multiply_apart(const Gemm& gemm, typename Gemm::Accumulators& acc,
-                                                typename Gemm::Fragments& now,
-                                                typename Gemm::Walk& walk,
-                                                typename Gemm::Loads& loads, int left) const {
-    if (!loads.low_rank) return 0;
-    const int steps = min(left, loads.steps);
-#pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-      loads.step();
-      gemm.multiply(acc, walk.stage, 4);
-      gemm.finish_step(walk, loads);
-    }
-    gemm.warp.load(now, walk.stage, 0);
-    return steps;
+  template <class Loads>
+  __device__ __forceinline__ static bool copies_apart(const Loads& loads) {
+    return loads.low_rank;
   }
 
   // T U of a tile whose rows begin at `row`.
@@ -133,7 +125,6 @@ struct ManyAdapters {
     begin(cursor, row);
 #pragma unroll 1
     for (int i = 0; i < cursor.steps; ++i) {
-      loads.step();
       const Step step = take(cursor);
       const int first = row + gemm.warp.row;
       const int begin = step.segment.begin - first, end = step.segment.end - first;
@@ -142,6 +133,7 @@ struct ManyAdapters {
       for (int k16 = 0; k16 < min((step.segment.rank - step.k0 + 15) / 16, 4); ++k16)
         multiply_rows(gemm.warp, acc, walk.stage, k16, begin, end, scale);
       gemm.finish_step(walk, loads);
+      loads.step();
     }
   }
 
