@@ -139,24 +139,20 @@ struct LoraGemmSm80 {
     }
   }
 
-  // 16 along k of `now`, meanwhile the fragments `then`, from a stage at k16, and a step's copies.
+  // 16 along k of `now`, meanwhile the fragments `then`, from a stage at k16, and all copies of a
+  // step: together, as the first copy after a load of fragments costs three instructions more.
   template <bool kCopies>
   __device__ __forceinline__ void quarter(Accumulators& acc, const Fragments& now, Fragments& then,
                                           uint32_t stage, int k16, Loads& loads) const {
-    constexpr int kBlocks = Warp::kRowBlocks, kShares = 2;
-    if constexpr (kCopies && kAlignment == Alignment::kElement) loads.copy_all();
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
+    for (int i = 0; i < Warp::kRowBlocks; ++i) {
 #pragma unroll
       for (int pair = 2 * i; pair < min(2 * i + 2, Warp::kPairs); ++pair)
         warp.load_right(then.right[pair], stage, pair, k16);
-      if constexpr (kCopies && kAlignment == Alignment::kVector)
-        loads.copy(min(i, kShares) * Loads::kCopies / kShares,
-                   min(i + 1, kShares) * Loads::kCopies / kShares);
+      if (kCopies && i == 1) loads.copy_step();
       warp.multiply_block(acc, now, i);
       warp.load_left(then.left[i], stage, i, k16);
     }
-    if constexpr (kCopies) loads.finish_step();
   }
 
   __device__ __forceinline__ static void clear(Accumulators& acc) {

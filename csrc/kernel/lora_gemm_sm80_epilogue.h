@@ -76,7 +76,7 @@ struct LoraGemmEpilogue {
   template <class Move>
   __device__ __forceinline__ void for_chunks(unsigned char* slab, int row0, int column0,
                                              const Move& move) const {
-    constexpr int kChunks = Tile::kWarpN / 8;
+    constexpr int kChunks = Tile::kSlabColumns / 8;
 #pragma unroll
     for (int chunk = 0; chunk < 16 * kChunks / 32; ++chunk) {
       const int index = chunk * 32 + lane;
@@ -97,40 +97,48 @@ struct LoraGemmEpilogue {
       if (e < left) sums[e] += static_cast<float>(two[e]);
   }
 
-  // The warp's part of Y, 16 rows at a time.
+  // The warp's part of Y, a slab at a time.
   __device__ __forceinline__ void store(const Accumulators& acc, int row0, int column0) const {
     const Bias<T> bias{p.bias, p.float_bias, p.n};
-    unsigned char* slab = ptx::dynamic_shared_memory() + Tile::kSlabs +
-                          static_cast<int>(threadIdx.x) / 32 * 16 * Tile::kSlabPitch;
     float of_columns[kColumnBlocks][2];
     bias.load(of_columns, column0 + lane % 4 * 2);
+    constexpr int kBlocks = Tile::kSlabColumns / 8;
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
-      __syncwarp();
-      const bool onto_base = kAddsOntoBase && p.base != nullptr;
-      if (onto_base) {
-        for_chunks(slab, row0 + i * 16, column0, [&](T* chunk, int row, int column, int left) {
-          copy_chunk(chunk, p.base + static_cast<int64_t>(row) * p.base_pitch + column, left);
-        });
-        __syncwarp();
-      }
 #pragma unroll
-      for (int j = 0; j < kColumnBlocks; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = half * 8 + lane / 4, column = j * 8 + lane % 4 * 2;
-          unsigned char* to = slab + row * Tile::kSlabPitch + column * 2;
-          float sums[2] = {acc[i][j][half * 2] + of_columns[j][0],
-                           acc[i][j][half * 2 + 1] + of_columns[j][1]};
-          if (onto_base && row0 + i * 16 + row < p.m) add_base(sums, to, p.n - column0 - column);
-          *reinterpret_cast<uint32_t*>(to) = rounded_pair<T>(sums[0], sums[1]);
-        }
-      }
-      __syncwarp();
-      for_chunks(slab, row0 + i * 16, column0, [&](T* chunk, int row, int column, int left) {
-        copy_chunk(p.y + static_cast<int64_t>(row) * p.y_pitch + column, chunk, left);
-      });
+      for (int j = 0; j < kColumnBlocks; j += kBlocks)
+        store_slab<kBlocks>(&acc[i][j], &of_columns[j], row0 + i * 16, column0 + j * 8);
     }
+  }
+
+  template <int kBlocks>
+  __device__ __forceinline__ void store_slab(const float (*acc)[4], const float (*bias)[2],
+                                             int row0, int column0) const {
+    unsigned char* slab = ptx::dynamic_shared_memory() + Tile::kSlabs +
+                          static_cast<int>(threadIdx.x) / 32 * 16 * Tile::kSlabPitch;
+    __syncwarp();
+    const bool onto_base = kAddsOntoBase && p.base != nullptr;
+    if (onto_base) {
+      for_chunks(slab, row0, column0, [&](T* chunk, int row, int column, int left) {
+        copy_chunk(chunk, p.base + static_cast<int64_t>(row) * p.base_pitch + column, left);
+      });
+      __syncwarp();
+    }
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = half * 8 + lane / 4, column = j * 8 + lane % 4 * 2;
+        unsigned char* to = slab + row * Tile::kSlabPitch + column * 2;
+        float sums[2] = {acc[j][half * 2] + bias[j][0], acc[j][half * 2 + 1] + bias[j][1]};
+        if (onto_base && row0 + row < p.m) add_base(sums, to, p.n - column0 - column);
+        *reinterpret_cast<uint32_t*>(to) = rounded_pair<T>(sums[0], sums[1]);
+      }
+    }
+    __syncwarp();
+    for_chunks(slab, row0, column0, [&](T* chunk, int row, int column, int left) {
+      copy_chunk(p.y + static_cast<int64_t>(row) * p.y_pitch + column, chunk, left);
+    });
   }
 };
 

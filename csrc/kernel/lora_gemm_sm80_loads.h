@@ -39,7 +39,6 @@ struct LoraGemmLoads {
   using Right = std::conditional_t<
       kMNMajor, StepCopy<T, kAlignment, Tile::kThreads, Tile::kK, Tile::kN, false>,
       StepCopy<T, kAlignment, Tile::kThreads, Tile::kN, Tile::kK, true>>;
-  static constexpr int kCopies = Left::kCopies + Right::kCopies;
 
   const LoraGemmParams<T>& p;
   const Adapters& adapters;
@@ -89,29 +88,14 @@ struct LoraGemmLoads {
     steps = INT_MAX, low_rank = false;
   }
 
-  // All copies of a step.
+  // Begins all copies of a step.
   __device__ __forceinline__ void step() {
     if (steps == 0) begin_part();
     adapters.copy_step(*this);
   }
   __device__ __forceinline__ void copy_step() {
-    copy_all();
-    finish_step();
-  }
-  __device__ __forceinline__ void copy_all() {
     left.copy_all(stage, adapters.rows);
     right.copy_all(stage + Tile::kLeftBytes, {});
-  }
-
-  // The same one by one, in their order: copies [from, to) of a step, which are unrolled.
-  __device__ __forceinline__ void copy(int from, int to) {
-#pragma unroll
-    for (int i = from; i < min(to, Left::kCopies); ++i) left.copy(stage, i, adapters.rows);
-#pragma unroll
-    for (int i = max(from, Left::kCopies); i < to; ++i)
-      right.copy(stage + Tile::kLeftBytes, i - Left::kCopies, {});
-  }
-  __device__ __forceinline__ void finish_step() {
     left.advance(), right.advance();
     --steps;
   }

@@ -107,6 +107,8 @@ class LoraGroupedSequence {
         return gemm_of<LoraGemmTile128x256, kMNMajor, kMasked, kV>(params);
       case plan::Tile::k128x128:
         return gemm_of<LoraGemmTile128x128, kMNMajor, kMasked, kV>(params);
+      case plan::Tile::kDeep128x128:
+        return gemm_of<LoraGemmTile128x128Deep, kMNMajor, kMasked, kV>(params);
       default:
         return gemm_of<LoraGemmTile128x64, kMNMajor, kMasked, kV>(params);
     }

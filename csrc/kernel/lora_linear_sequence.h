@@ -30,6 +30,7 @@ constexpr bool is_as_planned(const plan::TileFacts& facts) {
 }
 static_assert(is_as_planned<LoraGemmTile128x256>(plan::facts_of(plan::Tile::k128x256)));
 static_assert(is_as_planned<LoraGemmTile128x128>(plan::facts_of(plan::Tile::k128x128)));
+static_assert(is_as_planned<LoraGemmTile128x128Deep>(plan::facts_of(plan::Tile::kDeep128x128)));
 static_assert(is_as_planned<LoraGemmTile128x64>(plan::facts_of(plan::Tile::k128x64)));
 
 template <class T, class Launch>
@@ -131,6 +132,8 @@ class LoraLinearSequence {
         return gemm_sm80<LoraGemmTile128x256, kMNMajor, kMasked, Alignment::kVector>(params);
       case plan::Tile::k128x128:
         return gemm_sm80<LoraGemmTile128x128, kMNMajor, kMasked, Alignment::kVector>(params);
+      case plan::Tile::kDeep128x128:
+        return gemm_sm80<LoraGemmTile128x128Deep, kMNMajor, kMasked, Alignment::kVector>(params);
       default:
         return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kVector>(params);
     }

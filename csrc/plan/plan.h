@@ -33,6 +33,7 @@ enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 enum class Tile {
   k128x256,
   k128x128,
+  kDeep128x128,
   k128x64,
   kInGrid128x256,
   kInGrid128x128,
@@ -93,6 +94,7 @@ struct TileFacts {
 constexpr TileFacts kTiles[] = {
     {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 0.7, false, false},
     {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, 0.6, false, false},
+    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, 0.6, false, false},
     {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.55, false, false},
     {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 229480, 1, 0.97, true, true},
     {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 229512, 1, 0.82, true, true},

@@ -14,7 +14,7 @@ import sass  # noqa: E402
 import sass_kernels  # noqa: E402
 import sass_paths  # noqa: E402
 
-KERNELS = {"sm_80": 58 + 102 + 6, "sm_90a": 58 + 102 + 6 + 72 + 36}
+KERNELS = {"sm_80": 64 + 114 + 6, "sm_90a": 64 + 114 + 6 + 72 + 36}
 
 
 @pytest.fixture(scope="module", params=KERNELS)

@@ -162,24 +162,6 @@ THOUGHT = [
         (LOADS, "    left.end(), right.end();\n", ""),
     ),
     thought(
-        "loads.first_of_left",
-        "the first copy of each share is left out",
-        (
-            LOADS,
-            "for (int i = from; i < min(to, Left::kCopies); ++i)",
-            "for (int i = from + 1; i < min(to, Left::kCopies); ++i)",
-        ),
-    ),
-    thought(
-        "loads.last_of_right",
-        "the last copy of a step is left out",
-        (
-            LOADS,
-            "for (int i = max(from, Left::kCopies); i < to; ++i)",
-            "for (int i = max(from, Left::kCopies); i < min(to, kCopies - 1); ++i)",
-        ),
-    ),
-    thought(
         "loop.clear",
         "the accumulators are not cleared for the next tile",
         (MAIN_LOOP, "        clear(acc);\n        multiply_main(", "        multiply_main("),
@@ -189,9 +171,10 @@ THOUGHT = [
         "the next step's first fragments are loaded before its stage is waited for",
         (
             MAIN_LOOP,
-            "    finish_step(walk, loads);\n    quarter<3>(acc, then, now, walk.stage, 0, loads);\n",
-            "    quarter<3>(acc, then, now, following(walk.stage), 0, loads);\n"
-            "    finish_step(walk, loads);\n",
+            "      finish_step(walk, loads);\n      if (loads.steps == 0) loads.begin_part();\n",
+            "      const uint32_t stage = following(walk.stage);\n"
+            "      Fragments early;\n      warp.load(early, stage, 0);\n"
+            "      finish_step(walk, loads);\n      if (loads.steps == 0) loads.begin_part();\n",
         ),
     ),
     thought(
@@ -199,10 +182,22 @@ THOUGHT = [
         "a stage is given up before its last fragments are loaded",
         (
             MAIN_LOOP,
-            "    quarter<2>(acc, now, then, walk.stage, 3, loads);\n    loads.advance();\n"
-            "    finish_step(walk, loads);\n",
-            "    const uint32_t stage = walk.stage;\n    loads.advance();\n"
-            "    finish_step(walk, loads);\n    quarter<2>(acc, now, then, stage, 3, loads);\n",
+            "      quarter<false>(acc, now, then, walk.stage, 3, loads);\n"
+            "      finish_step(walk, loads);\n",
+            "      const uint32_t stage = walk.stage;\n      finish_step(walk, loads);\n"
+            "      quarter<false>(acc, now, then, stage, 3, loads);\n",
+        ),
+    ),
+    thought(
+        "loop.copies_before_barrier",
+        "a step's copies begin before all have left its stage",
+        (
+            MAIN_LOOP,
+            "        gemm.finish_step(walk, loads);\n        loads.step();\n",
+            "        loads.stage = gemm.following(loads.stage);\n        loads.step();\n"
+            "        ptx::cp_async_commit_group();\n"
+            "        ptx::cp_async_wait_group<Gemm::TileOf::kStages - 1>();\n"
+            "        __syncthreads();\n        walk.stage = gemm.following(walk.stage);\n",
         ),
     ),
     thought(
@@ -210,8 +205,8 @@ THOUGHT = [
         "a run of steps begins with the fragments of the tile before",
         (
             MAIN_LOOP,
-            "    Fragments now;\n    warp.load(now, walk.stage, 0);\n",
-            "    Fragments now{};\n",
+            "    Fragments now, then;\n    warp.load(now, walk.stage, 0);\n",
+            "    Fragments now{}, then;\n",
         ),
     ),
     thought(
