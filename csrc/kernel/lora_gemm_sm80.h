@@ -217,7 +217,8 @@ struct LoraGemmSm80 {
       }
       epilogue.store(acc, row, column);
     }
-    ptx::cp_async_wait_group<0>();  // steps past the last tile have copies, too
+    ptx::cp_async_commit_group();  // steps past the last tile have copies, too
+    ptx::cp_async_wait_group<0>();
   }
 };
 

@@ -39,9 +39,8 @@ struct StepCopy {
   int64_t apart = 0;          // elements from one chunk to the next, or of a row, if not in order
   int rows = 0, columns = 0;  // of the matrix, from the first chunk on
   int position = 0;           // of the first chunk's row
-  // Rows that are not in order are kept, if they are few: each costs three registers.
-  static constexpr bool kKeepsRows =
-      !Rows::kInOrder && kAlignment == Alignment::kVector && kCopies <= 4;
+  // Rows that are not in order are kept, but where copies are not unrolled.
+  static constexpr bool kKeepsRows = !Rows::kInOrder && kAlignment == Alignment::kVector;
   int row_at[kKeepsRows ? kCopies : 1] = {};
 
   // From (first_row, first_column) on.
