@@ -23,6 +23,12 @@ HARMLESS = {
     "lora_gemm_sm80_loads.place_of.row_tiles-first>=kGroup:high": (
         "eight rows that are left are a group"
     ),
+    "lora_gemm_sm80.multiply_main.adapters.copies_apart(loads):always": (
+        "a quarter's copies, products and loads, one after the other"
+    ),
+    "lora_gemm_sm80.multiply_main.adapters.copies_apart(loads):never": (
+        "one adapter's steps have no other copies"
+    ),
     "mask_shares.draw.mask.in_step():never": ONE_DRAW_EACH,
     "lora_gemm_sm90a/pipeline.place_of.row_pairs-first>=kGroup:high": "as in lora_gemm_sm80",
     "lora_gemm_sm80_epilogue.copy_chunk.kAlignment==Alignment::kVector&&left>=8:never": (
