@@ -20,7 +20,8 @@ namespace lora_ext::kernel {
 // lora_grouped_gemm.h has that of many.
 struct OneAdapter {
   using Rows = SameRows;
-  struct Cursor {};  // where the low-rank steps of a tile are, if they are not the same in all tiles
+  struct Cursor {
+  };  // where the low-rank steps of a tile are, if they are not the same in all tiles
   const Rows rows{};
 
   // The low-rank parts of a tile, a term each, and the steps of one.

@@ -20,7 +20,8 @@ struct LoraGemmEpilogue {
   const Rows row_at{};
   const int lane = threadIdx.x % 32;
 
-  // Dropout's bits of the warp's tile: shares of a row, rows 0 and 8 of each 16, one below the other.
+  // Dropout's bits of the warp's tile: shares of a row, rows 0 and 8 of each 16, one below the
+  // other.
   static constexpr int kSharesOfRow = kColumnBlocks / 4, kShares = kRowBlocks * 2 * kSharesOfRow;
   struct Kept {
     uint32_t words[kShares / 4];

@@ -27,9 +27,9 @@ struct LoraGemmWarp {
   // lanes 0..15 address the rows of the left half, 16..31 of the right half.
   const uint32_t left_at = row_chunk_offset(row + lane % 16, lane / 16);
   const uint32_t right_at =
-      Tile::kLeftBytes +
-      (kMNMajor ? panel_chunk_offset<Tile::kK>(lane % 16, column / 8 + lane / 16)
-                : row_chunk_offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2));
+      Tile::kLeftBytes + (kMNMajor
+                              ? panel_chunk_offset<Tile::kK>(lane % 16, column / 8 + lane / 16)
+                              : row_chunk_offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2));
 
   // From there, blocks of 16 rows are 16 x 128 bytes apart, in which the swizzle repeats itself,
   // and the chunks of 16 columns lie where bits 5 and 6 of the offset, which the swizzle has
@@ -38,15 +38,15 @@ struct LoraGemmWarp {
   __device__ __forceinline__ void load_left(uint32_t (&block)[4], uint32_t stage, int i,
                                             int k16) const {
     const auto rows = static_cast<uint32_t>(i), columns = static_cast<uint32_t>(k16);
-    ptx::ldmatrix_x4(block, shared + stage + (left_at ^ columns * kChunksApart) + rows * kRowsApart);
+    ptx::ldmatrix_x4(block,
+                     shared + stage + (left_at ^ columns * kChunksApart) + rows * kRowsApart);
   }
 
   __device__ __forceinline__ void load_right(uint32_t (&pair)[4], uint32_t stage, int i,
                                              int k16) const {
     const auto rows = static_cast<uint32_t>(kMNMajor ? k16 : i);
     const auto columns = static_cast<uint32_t>(kMNMajor ? i : k16);
-    const uint32_t at =
-        shared + stage + (right_at ^ columns * kChunksApart) + rows * kRowsApart;
+    const uint32_t at = shared + stage + (right_at ^ columns * kChunksApart) + rows * kRowsApart;
     if constexpr (kMNMajor) {
       ptx::ldmatrix_x4_trans(pair, at);
     } else {

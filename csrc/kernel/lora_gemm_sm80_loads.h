@@ -36,9 +36,10 @@ struct LoraGemmLoads {
   using TileOf = Tile;
   using Rows = typename Adapters::Rows;
   using Left = StepCopy<T, kAlignment, Tile::kThreads, Tile::kM, Tile::kK, true, Rows>;
-  using Right = std::conditional_t<
-      kMNMajor, StepCopy<T, kAlignment, Tile::kThreads, Tile::kK, Tile::kN, false>,
-      StepCopy<T, kAlignment, Tile::kThreads, Tile::kN, Tile::kK, true>>;
+  using Right =
+      std::conditional_t<kMNMajor,
+                         StepCopy<T, kAlignment, Tile::kThreads, Tile::kK, Tile::kN, false>,
+                         StepCopy<T, kAlignment, Tile::kThreads, Tile::kN, Tile::kK, true>>;
 
   const LoraGemmParams<T>& p;
   const Adapters& adapters;
@@ -74,8 +75,7 @@ struct LoraGemmLoads {
              : begin_product(p.p, p.p_pitch, p.q, p.q_pitch, p.k);
   }
   __device__ __forceinline__ void begin_product(const T* of_left, int64_t left_pitch,
-                                                const T* of_right, int64_t right_pitch,
-                                                int depth) {
+                                                const T* of_right, int64_t right_pitch, int depth) {
     left.begin({of_left, left_pitch, p.m, depth}, at.row, 0, adapters.rows);
     if constexpr (kMNMajor) {
       right.begin({of_right, right_pitch, depth, p.n}, 0, at.column, {});

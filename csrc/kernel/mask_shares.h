@@ -1,5 +1,5 @@
-// Dropout's mask by shares: the 8 elements of a row that a lane holds in four blocks of m16n8 side by
-// side, two neighbouring columns of each, as 8 bits of which the first is the highest.
+// Dropout's mask by shares: the 8 elements of a row that a lane holds in four blocks of m16n8 side
+// by side, two neighbouring columns of each, as 8 bits of which the first is the highest.
 #pragma once
 #include "kernel/mask.h"
 

@@ -26,7 +26,8 @@ struct StepCopy {
   static constexpr int kRowChunks = kColumns / 8, kApart = kThreads / kRowChunks;
   static constexpr int kCopies = kRows / kApart;
   static_assert(kThreads % kRowChunks == 0 && kRows % kApart == 0);
-  static_assert(kApart % 8 == 0, "chunks of one column of a panel, in which all lie swizzled alike");
+  static_assert(kApart % 8 == 0,
+                "chunks of one column of a panel, in which all lie swizzled alike");
   static_assert(kAlongRows || Rows::kInOrder);
 
   const Chunk chunk;
