@@ -65,6 +65,7 @@ void print_sm90a(const char* name) {
 int main() {
   print<LoraGemmTile128x256>("lora_gemm_128x256", LoraGemmTile128x256::kSharedBytes);
   print<LoraGemmTile128x128>("lora_gemm_128x128", LoraGemmTile128x128::kSharedBytes);
+  print<LoraGemmTile128x128Deep>("lora_gemm_128x128x3", LoraGemmTile128x128Deep::kSharedBytes);
   print<LoraGemmTile128x64>("lora_gemm_128x64", LoraGemmTile128x64::kSharedBytes);
   print_sm90a<LoraGemmSm90aTile128x256>("128x256");
   print_sm90a<LoraGemmSm90aTile128x128>("128x128");

@@ -161,10 +161,11 @@ def name_of(demangled: str) -> str:
     kernel, _, rest = call.partition("<")
     if kernel.endswith("sm90a"):
         return name_of_sm90a(kernel, rest)
-    tile = re.search(r"LoraGemmTile<(\d+), (\d+)", rest)
+    tile = re.search(r"LoraGemmTile<(\d+), (\d+), \d+, \d+, \d+, (\d+)", rest)
     rest = re.sub(r"LoraGemmTile<[^>]*>, ", "", rest)
     words = [kernel.removesuffix("_sm80")]
-    words += [f"{tile[1]}x{tile[2]}"] if tile else []
+    deep = "x3" if tile and tile[3] == "16" else ""  # three stages, and a narrow slab
+    words += [f"{tile[1]}x{tile[2]}{deep}"] if tile else []
     halves = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "float"}
     types = re.findall(r"\b(?:__half|__nv_bfloat16|float)\b", rest)
     words += [halves[types[0]]] if types else []

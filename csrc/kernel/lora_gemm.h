@@ -52,7 +52,7 @@ enum class Alignment {
 };
 
 // A tile of Y, kM x kN, that kM / kWarpM x kN / kWarpN warps compute in steps of 64 along k.
-template <int kM_, int kN_, int kWarpM_, int kWarpN_, int kStages_>
+template <int kM_, int kN_, int kWarpM_, int kWarpN_, int kStages_, int kSlabColumns_ = kWarpN_>
 struct LoraGemmTile {
   static constexpr int kM = kM_, kN = kN_, kWarpM = kWarpM_, kWarpN = kWarpN_, kStages = kStages_;
   static constexpr int kK = 64;
@@ -60,31 +60,32 @@ struct LoraGemmTile {
   static constexpr int kThreads = 32 * kWarps;
 
   // Shared memory: the ring of stages, each a tile of P or T and one of Q or U; then a slab of 16
-  // rows for each warp, from which rows of Y leave in whole 16-byte chunks. 16 bytes more than a
-  // row keep the slab's rows in different banks.
+  // rows of kSlabColumns for each warp, from which rows of Y leave in whole 16-byte chunks. 16
+  // bytes more than a row keep the slab's rows in different banks.
   static constexpr uint32_t kLeftBytes = kM * kK * 2, kRightBytes = kN * kK * 2;
   static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes;
-  static constexpr uint32_t kSlabPitch = kWarpN * 2 + 16;
+  static constexpr int kSlabColumns = kSlabColumns_;
+  static constexpr uint32_t kSlabPitch = kSlabColumns * 2 + 16;
   static constexpr uint32_t kSlabs = kStages * kStageBytes;
   static constexpr uint32_t kSharedBytes = kSlabs + kWarps * 16 * kSlabPitch;
 
   static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kWarpM % 16 == 0 && kWarpN % 32 == 0);
   static_assert(kM * 8 % kThreads == 0 && kN * 8 % kThreads == 0, "chunks of 16 bytes a thread");
   static_assert(kN % 64 == 0, "MN-major tiles are panels of 64 columns");
+  static_assert(kWarpN % kSlabColumns == 0 && kSlabColumns % 16 == 0, "two chunks a row or more");
 };
 
 // Whether kernels add onto a base that is given: forward, on the tile of products without P Q.
 template <class Tile, bool kMNMajor>
 constexpr bool adds_onto_base = !kMNMajor && Tile::kN == 64;
 
-// A masked kernel draws while it holds the accumulators: with 128 of them a thread it would spill.
-template <class Tile>
-constexpr bool fits_mask = Tile::kWarpM * Tile::kWarpN <= 64 * 32;
-
 using LoraGemmTile128x256 = LoraGemmTile<128, 256, 64, 64, 3>;  // 162 KiB: sm_80, sm_90
-using LoraGemmTile128x128 = LoraGemmTile<128, 128, 64, 32, 3>;  // 106 KiB: sm_80, sm_90
-using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;    // 77 KiB: sm_86, sm_89 and others
+using LoraGemmTile128x128 = LoraGemmTile<128, 128, 64, 64, 2>;  // 73 KiB: two blocks an SM of sm_80
+using LoraGemmTile128x128Deep = LoraGemmTile<128, 128, 64, 64, 3, 16>;  // 99 KiB: sm_86, sm_89
+using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;  // 77 KiB: small and unaligned ones
 static_assert(LoraGemmTile128x256::kSharedBytes <= 163 * 1024, "what sm_80 gives to a block");
-static_assert(LoraGemmTile128x64::kSharedBytes <= 99 * 1024, "what sm_86 gives to a block");
+static_assert(2 * (LoraGemmTile128x128::kSharedBytes + 1024) <= 164 * 1024, "and to two");
+static_assert(LoraGemmTile128x128Deep::kSharedBytes <= 99 * 1024, "what sm_86 gives to a block");
+static_assert(LoraGemmTile128x64::kSharedBytes <= 99 * 1024);
 
 }  // namespace lora_ext::kernel

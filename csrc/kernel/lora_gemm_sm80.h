@@ -3,16 +3,16 @@
 //   global --cp.async--> ring of stages --ldmatrix--> fragments --mma.sync--> accumulators
 //          --slab--> Y
 //
-// Blocks are persistent: each walks over tiles of Y, and the copies run kStages - 1 steps ahead of
-// the products, across the end of a tile, so that a tile's first stages arrive while the one before
-// is stored. Lines to start reading at: run() is the main loop, load() what a step brings.
+// Blocks are persistent: each walks over tiles of Y. Lines to start reading at: run(), what a tile
+// takes; step(), the main loop's body; lora_gemm_sm80_loads.h, what steps bring.
+//
+// While a step is multiplied its stage has arrived, and so it goes on: in the last quarter of a
+// step the next one's stage is waited for.
 #pragma once
 #include "kernel/halves.h"
-#include "kernel/lora_gemm.h"
 #include "kernel/lora_gemm_sm80_epilogue.h"
-#include "kernel/tile_copy_sm80.h"
-#include "ptx/matrix_move.h"
-#include "ptx/mma.h"
+#include "kernel/lora_gemm_sm80_fragments.h"
+#include "kernel/lora_gemm_sm80_loads.h"
 
 namespace lora_ext::kernel {
 
@@ -20,34 +20,53 @@ namespace lora_ext::kernel {
 // lora_grouped_gemm.h has that of many.
 struct OneAdapter {
   using Rows = SameRows;
-  struct Cursor {};  // where the low-rank steps of a tile are, if that does not follow from a step
+  struct Cursor {
+  };  // where the low-rank steps of a tile are, if they are not the same in all tiles
   const Rows rows{};
 
-  template <class Gemm>
-  __device__ __forceinline__ static int steps(const Gemm& gemm, const Cursor&) {
-    return gemm.steps_per_term * gemm.p.terms;
+  // The low-rank parts of a tile, a term each, and the steps of one.
+  template <class Params>
+  __device__ __forceinline__ static int parts(const Params& p) {
+    return p.terms;
+  }
+  template <class Params>
+  __device__ __forceinline__ static int steps(const Params& p, const Cursor&) {
+    return (p.rank + 63) / 64;
   }
   __device__ __forceinline__ static void begin(Cursor&, int /*row*/) {}
-  // The next tile to load that has any steps.
-  template <class Gemm>
-  __device__ __forceinline__ static void begin_next(const Gemm&, typename Gemm::Walk& next) {
-    next.tile += static_cast<int>(gridDim.x), next.step = 0;
+  template <class Loads>
+  __device__ __forceinline__ static void begin_part(Loads& loads, int part) {
+    const auto& p = loads.p;
+    const auto& factors = p.low_rank[part];
+    loads.begin_product(factors.t, p.t_pitch, factors.u, p.u_pitch, p.rank);
   }
-  template <class Gemm>
-  __device__ __forceinline__ static void load(const Gemm& gemm, typename Gemm::Walk& walk,
-                                              int index, const typename Gemm::Place& at) {
-    const int term = index / gemm.steps_per_term;
-    const auto& factors = gemm.p.low_rank[term];
-    gemm.copy_step(walk.stage, factors.t, gemm.p.t_pitch, factors.u, gemm.p.u_pitch, gemm.p.rank,
-                   (index - term * gemm.steps_per_term) * 64, at);
+  template <class Loads>
+  __device__ __forceinline__ static void copy_step(Loads& loads) {
+    loads.copy_step();
   }
+  // Whether a step has other copies than P Q's have.
+  template <class Loads>
+  __device__ __forceinline__ static constexpr bool copies_apart(const Loads&) {
+    return false;
+  }
+
+  // What lies past the rank is not multiplied, beyond the 16 of an mma.
   template <class Gemm>
   __device__ __forceinline__ static void multiply(const Gemm& gemm,
                                                   typename Gemm::Accumulators& acc,
-                                                  typename Gemm::Walk& walk) {
-    gemm.template scale_for_lo<true>(acc, walk.step);
-    gemm.template scale_for_lo<false>(acc, walk.step);
-    gemm.multiply(acc, walk.stage, gemm.k16_steps_of(gemm.step_of(walk)));
+                                                  typename Gemm::Walk& walk,
+                                                  typename Gemm::Loads& loads, int /*row*/) {
+#pragma unroll 1
+    for (int term = 0; term < gemm.p.terms; ++term) {
+      gemm.template scale_for_lo<true>(acc, term);
+      gemm.template scale_for_lo<false>(acc, term);
+#pragma unroll 1
+      for (int left = gemm.p.rank; left > 0; left -= 64) {
+        gemm.multiply(acc, walk.stage, min((left + 15) / 16, 4));
+        gemm.finish_step(walk, loads);
+        loads.step();
+      }
+    }
   }
 };
 
@@ -55,162 +74,93 @@ template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment
           class Adapters = OneAdapter>
 struct LoraGemmSm80 {
   using TileOf = Tile;
-  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
+  using Warp = LoraGemmWarp<T, Tile, kMNMajor>;
+  using Fragments = typename Warp::Fragments;
+  using Accumulators = typename Warp::Accumulators;
+  using Loads = LoraGemmLoads<T, Tile, kMNMajor, kMasked, kAlignment, Adapters>;
   using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment, adds_onto_base<Tile, kMNMajor>,
                                     typename Adapters::Rows>;
-  using Accumulators = typename Epilogue::Accumulators;
-
-  static_assert(!kMasked || fits_mask<Tile>);
 
   const LoraGemmParams<T>& p;
   const Adapters adapters{};
-  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp % (Tile::kM / Tile::kWarpM) * Tile::kWarpM;
-  const int warp_column = warp / (Tile::kM / Tile::kWarpM) * Tile::kWarpN;
-  const int row_tiles = (p.m + Tile::kM - 1) / Tile::kM;
-  const int column_tiles = (p.n + Tile::kN - 1) / Tile::kN;
-  const int tiles = row_tiles * column_tiles;
-  const int main_steps = (p.k + Tile::kK - 1) / Tile::kK;
-  const int steps_per_term = (p.rank + Tile::kK - 1) / Tile::kK;
+  const Warp warp{};
+  const LoraGemmRaster<Tile> raster{(p.m + Tile::kM - 1) / Tile::kM,
+                                    (p.n + Tile::kN - 1) / Tile::kN};
 
-  // Tiles in an order that keeps eight row blocks of P and one column block of Q in L2.
-  struct Place {
-    int row, column;
-  };
-  __device__ __forceinline__ Place place_of(int tile) const {
-    constexpr int kGroup = 8;
-    const int first = tile / (kGroup * column_tiles) * kGroup;
-    const int height = row_tiles - first >= kGroup ? kGroup : row_tiles - first;
-    const int within = tile - first * column_tiles;
-    return {(first + within % height) * Tile::kM, within / height * Tile::kN};
-  }
-
-  // Where the loads or the products are.
+  // Where the products are: the offset of the step's stage.
   struct Walk {
-    int tile, step, stage;
-    typename Adapters::Cursor cursor;
+    uint32_t stage;
   };
-  __device__ __forceinline__ int low_rank_steps_of(const Walk& walk) const {
-    return adapters.steps(*this, walk.cursor);
-  }
-  __device__ __forceinline__ int steps_of(const Walk& walk) const {
-    return main_steps + low_rank_steps_of(walk);
-  }
 
-  // A step of a tile: of the main product, or of the low-rank one, which comes first if it is to be
-  // masked.
-  struct Step {
-    bool low_rank;
-    int index;  // among its product's steps
-  };
-  __device__ __forceinline__ Step step_of(const Walk& walk) const {
-    const int step = walk.step;
-    if constexpr (kMasked) {
-      const bool low_rank = step < low_rank_steps_of(walk);
-      return {low_rank, low_rank ? step : step - low_rank_steps_of(walk)};
-    } else {
-      const bool low_rank = step >= main_steps;
-      return {low_rank, low_rank ? step - main_steps : step};
+  // The first `k16_steps` of a stage's four.
+  __device__ __forceinline__ void multiply(Accumulators& acc, uint32_t stage, int k16_steps) const {
+#pragma unroll 1
+    for (int k16 = 0; k16 < k16_steps; ++k16) {
+      Fragments fragments;
+      warp.load(fragments, stage, k16);
+      warp.multiply(acc, fragments);
     }
   }
 
-  // Starts the copies of 64 along k of left [m, k] and right [n, k] or [k, n].
-  __device__ __forceinline__ void copy_step(int stage, const T* left, int64_t left_pitch,
-                                            const T* right, int64_t right_pitch, int k, int k0,
-                                            const Place& at) const {
-    const Copy copy{shared};
-    const uint32_t tile = static_cast<uint32_t>(stage) * Tile::kStageBytes;
-    copy.template copy_rows<Tile::kM, Tile::kK>(
-        tile, {left, left_pitch, p.m, k}, k0, [&](int row) { return adapters.rows(at.row + row); });
-    if constexpr (kMNMajor) {
-      copy.template copy_tile<Tile::kK, Tile::kN>(tile + Tile::kLeftBytes,
-                                                  {right, right_pitch, k, p.n}, k0, at.column);
-    } else {
-      copy.template copy_tile<Tile::kN, Tile::kK>(tile + Tile::kLeftBytes,
-                                                  {right, right_pitch, p.n, k}, at.column, k0);
-    }
+  // One barrier serves both ends of the ring: every thread's copies into the next step's stage are
+  // there, and every warp has left this step's, which the copies that begin now fill. A group is
+  // committed for every step, so that "all but the latest kStages - 2" always means the next.
+  __device__ __forceinline__ void finish_step(Walk& walk, Loads& loads) const {
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<Tile::kStages - 2>();
+    __syncthreads();
+    walk.stage = following(walk.stage), loads.stage = following(loads.stage);
+  }
+  __device__ __forceinline__ static uint32_t following(uint32_t stage) {
+    constexpr uint32_t kLast = (Tile::kStages - 1) * Tile::kStageBytes;
+    return stage == kLast ? 0 : stage + Tile::kStageBytes;
   }
 
-  __device__ __forceinline__ int step_of_low_rank(int index) const {
-    return index + (1 - kMasked) * main_steps;
-  }
-
-  __device__ __forceinline__ void load(Walk& walk) const {
-    const Place at = place_of(walk.tile);
-    const Step what = step_of(walk);
-    if (what.low_rank) {
-      adapters.load(*this, walk, what.index, at);
-    } else {
-      copy_step(walk.stage, p.p, p.p_pitch, p.q, p.q_pitch, p.k, what.index * Tile::kK, at);
-    }
-  }
-
-  // Row blocks of 16 x 16: lanes 0..15 address the rows of the left half, 16..31 of the right half.
-  __device__ __forceinline__ void load_left_block(uint32_t (&a)[4], uint32_t tile, int i,
-                                                  int k16) const {
-    ptx::ldmatrix_x4(a,
-                     tile + row_chunk_offset(warp_row + i * 16 + lane % 16, k16 * 2 + lane / 16));
-  }
-  __device__ __forceinline__ void load_left(uint32_t (&a)[Epilogue::kRowBlocks][4], uint32_t tile,
-                                            int k16) const {
-#pragma unroll
-    for (int i = 0; i < Epilogue::kRowBlocks; ++i) load_left_block(a[i], tile, i, k16);
-  }
-
-  // Column blocks of 16 x 8; one ldmatrix fills the fragments of two of them, j and the next.
-  __device__ __forceinline__ void load_right_pair(uint32_t (&pair)[4], uint32_t tile, int j,
-                                                  int k16) const {
-    const int column = warp_column + j * 8;
-    if constexpr (kMNMajor) {
-      const int row = k16 * 16 + lane % 16;
-      ptx::ldmatrix_x4_trans(pair,
-                             tile + panel_chunk_offset<Tile::kK>(row, column / 8 + lane / 16));
-    } else {
-      const int row = column + lane / 16 * 8 + lane % 8;
-      ptx::ldmatrix_x4(pair, tile + row_chunk_offset(row, k16 * 2 + lane / 8 % 2));
-    }
-  }
-  __device__ __forceinline__ void load_right(uint32_t (&b)[Epilogue::kColumnBlocks][2],
-                                             uint32_t tile, int k16) const {
-#pragma unroll
-    for (int j = 0; j < Epilogue::kColumnBlocks; j += 2) {
-      uint32_t pair[4];
-      load_right_pair(pair, tile, j, k16);
-      b[j][0] = pair[0], b[j][1] = pair[1], b[j + 1][0] = pair[2], b[j + 1][1] = pair[3];
-    }
-  }
-
-  // The first `k16_steps` of a stage's four, or all: those past the rank would multiply zeros.
-  __device__ __forceinline__ void multiply(Accumulators& acc, int stage, int k16_steps) const {
-    const uint32_t left = shared + static_cast<uint32_t>(stage) * Tile::kStageBytes;
-    const uint32_t right = left + Tile::kLeftBytes;
-#pragma unroll
-    for (int k16 = 0; k16 < Tile::kK / 16; ++k16) {
-      if (k16 >= k16_steps) break;
-      uint32_t a[Epilogue::kRowBlocks][4], b[Epilogue::kColumnBlocks][2];
-      load_left(a, left, k16);
-      load_right(b, right, k16);
-#pragma unroll
-      for (int i = 0; i < Epilogue::kRowBlocks; ++i) {
-#pragma unroll
-        for (int j = 0; j < Epilogue::kColumnBlocks; ++j)
-          ptx::mma_m16n8k16<T>(acc[i][j], a[i], b[j]);
+  // P Q of a tile. 64 along k are four quarters: while one is multiplied, the fragments of the next
+  // are loaded, which ptxas puts between the products, as there is no branch. The last quarter
+  // follows the step's barrier, and has the next step's first fragments and the copies.
+  __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads) const {
+    static_assert(Tile::kK == 64);
+    Fragments now, then;
+    warp.load(now, walk.stage, 0);
+#pragma unroll 1
+    for (int left = (p.k + Tile::kK - 1) / Tile::kK; left > 0; --left) {
+      quarter<false>(acc, now, then, walk.stage, 1, loads);
+      quarter<false>(acc, then, now, walk.stage, 2, loads);
+      quarter<false>(acc, now, then, walk.stage, 3, loads);
+      finish_step(walk, loads);
+      if (loads.steps == 0) loads.begin_part();
+      if (adapters.copies_apart(loads)) {
+        loads.step();
+        warp.multiply(acc, then);
+        warp.load(now, walk.stage, 0);
+      } else {
+        quarter<true>(acc, then, now, walk.stage, 0, loads);
       }
     }
   }
 
-  __device__ __forceinline__ int k16_steps_of(const Step& what) const {
-    if (!what.low_rank) return Tile::kK / 16;
-    const int left = p.rank - what.index % steps_per_term * Tile::kK;
-    return (left + 15) / 16;  // more than there are, but in the last step
+  // 16 along k of `now`, meanwhile the fragments `then`, from a stage at k16, and all copies of a
+  // step: together, as the first copy after a load of fragments costs three instructions more.
+  template <bool kCopies>
+  __device__ __forceinline__ void quarter(Accumulators& acc, const Fragments& now, Fragments& then,
+                                          uint32_t stage, int k16, Loads& loads) const {
+#pragma unroll
+    for (int i = 0; i < Warp::kRowBlocks; ++i) {
+#pragma unroll
+      for (int pair = 2 * i; pair < min(2 * i + 2, Warp::kPairs); ++pair)
+        warp.load_right(then.right[pair], stage, pair, k16);
+      if (kCopies && i == 1) loads.copy_step();
+      warp.multiply_block(acc, now, i);
+      warp.load_left(then.left[i], stage, i, k16);
+    }
   }
 
   __device__ __forceinline__ static void clear(Accumulators& acc) {
 #pragma unroll
-    for (int i = 0; i < Epilogue::kRowBlocks; ++i) {
+    for (int i = 0; i < Warp::kRowBlocks; ++i) {
 #pragma unroll
-      for (int j = 0; j < Epilogue::kColumnBlocks; ++j) {
+      for (int j = 0; j < Warp::kColumnBlocks; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.f;
       }
@@ -220,16 +170,15 @@ struct LoraGemmSm80 {
   // The terms with lo, which is kept kLoScale times as large, come before hi hi: around them the
   // sum is scaled, too. Powers of two, hence exact.
   template <bool kEnter>
-  __device__ __forceinline__ void scale_for_lo(Accumulators& acc, int step) const {
+  __device__ __forceinline__ void scale_for_lo(Accumulators& acc, int term) const {
     constexpr float kFactor = kEnter ? kLoScale<T> : 1.f / kLoScale<T>;
     if constexpr (kFactor != 1.f && !(kEnter && kMasked)) {  // masked, the sum begins here, with 0
       constexpr int kTermsBefore = kEnter ? 0 : kMaxLowRankTerms - 1;
-      const int first = step_of_low_rank(kTermsBefore * steps_per_term);
-      if (p.terms == kMaxLowRankTerms && step == first) {
+      if (p.terms == kMaxLowRankTerms && term == kTermsBefore) {
 #pragma unroll
-        for (int i = 0; i < Epilogue::kRowBlocks; ++i) {
+        for (int i = 0; i < Warp::kRowBlocks; ++i) {
 #pragma unroll
-          for (int j = 0; j < Epilogue::kColumnBlocks; ++j) {
+          for (int j = 0; j < Warp::kColumnBlocks; ++j) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) acc[i][j][e] *= kFactor;
           }
@@ -238,47 +187,39 @@ struct LoraGemmSm80 {
     }
   }
 
-  // Loads the next step, over all tiles of this block. A group is committed for every step, even
-  // past the last, so that "all but the latest kStages - 2" always means the step to multiply.
-  __device__ __forceinline__ void load_next(Walk& next) const {
-    if (next.tile < tiles) {
-      load(next);
-      ++next.step;
-      if (next.step == steps_of(next)) adapters.begin_next(*this, next);
-    }
-    next.stage = following(next.stage);
-    ptx::cp_async_commit_group();
-  }
-  __device__ __forceinline__ static int following(int stage) { return (stage + 1) % Tile::kStages; }
-
   __device__ __forceinline__ void run() const {
     const Epilogue epilogue{p, adapters.rows};
-    Walk next{}, walk{};
-    next.tile = static_cast<int>(blockIdx.x - gridDim.x);
-    adapters.begin_next(*this, next);
-    for (int i = 0; i < Tile::kStages - 1; ++i) load_next(next);
-    Accumulators acc;
-    for (int tile = static_cast<int>(blockIdx.x); tile < tiles;
-         tile += static_cast<int>(gridDim.x)) {
-      const Place at = place_of(tile);
-      walk.tile = tile, walk.step = 0;
-      adapters.begin(walk.cursor, at.row);
-      clear(acc);
-      for (; walk.step < steps_of(walk); ++walk.step) {
-        ptx::cp_async_wait_group<Tile::kStages - 2>();
-        // One barrier serves both ends of the ring: every thread's copies into this step's stage
-        // are there, and every warp has left the stage that the copies below fill.
-        __syncthreads();
-        load_next(next);
-        adapters.multiply(*this, acc, walk);
-        if constexpr (kMasked) {
-          if (walk.step == low_rank_steps_of(walk) - 1)
-            epilogue.mask(acc, at.row + warp_row, at.column + warp_column);
-        }
-        walk.stage = following(walk.stage);
-      }
-      epilogue.store(acc, at.row + warp_row, at.column + warp_column);
+    Loads loads{p, adapters, raster, warp.shared};
+    Walk walk{};
+    for (int i = 0; i < Tile::kStages - 1; ++i) {
+      loads.step();
+      ptx::cp_async_commit_group();
+      loads.stage += Tile::kStageBytes;
     }
+    ptx::cp_async_wait_group<Tile::kStages - 2>();
+    __syncthreads();
+    loads.step();
+    for (int tile = static_cast<int>(blockIdx.x); tile < raster.tiles();
+         tile += static_cast<int>(gridDim.x)) {
+      const LoraGemmPlace at = raster.place_of(tile);
+      const int row = at.row + warp.row, column = at.column + warp.column;
+      Accumulators acc;
+      if constexpr (kMasked) {
+        // Drawn while no accumulators are live: with both, the draws would spill.
+        const auto kept = epilogue.draw(row, column);
+        clear(acc);
+        adapters.multiply(*this, acc, walk, loads, at.row);
+        epilogue.mask(acc, kept);
+        multiply_main(acc, walk, loads);
+      } else {
+        clear(acc);
+        multiply_main(acc, walk, loads);
+        adapters.multiply(*this, acc, walk, loads, at.row);
+      }
+      epilogue.store(acc, row, column);
+    }
+    ptx::cp_async_commit_group();  // steps past the last tile have copies, too
+    ptx::cp_async_wait_group<0>();
   }
 };
 

@@ -3,20 +3,15 @@
 //
 // Of each 16 x 8 block, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 #pragma once
-#include "kernel/accumulator_mask.h"
 #include "kernel/bias.h"
 #include "kernel/lora_gemm.h"
+#include "kernel/mask_shares.h"
 #include "kernel/rounded.h"
 #include "ptx/thread.h"
 
 namespace lora_ext::kernel {
 
-// The row of P and Y at a position: itself.
-struct SameRows {
-  __device__ __forceinline__ int operator()(int position) const { return position; }
-};
-
-template <class T, class Tile, Alignment kAlignment, bool kAddsOntoBase, class Rows = SameRows>
+template <class T, class Tile, Alignment kAlignment, bool kAddsOntoBase, class Rows>
 struct LoraGemmEpilogue {
   static constexpr int kRowBlocks = Tile::kWarpM / 16, kColumnBlocks = Tile::kWarpN / 8;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
@@ -25,13 +20,45 @@ struct LoraGemmEpilogue {
   const Rows row_at{};
   const int lane = threadIdx.x % 32;
 
-  // mask * accumulators, which hold T U alone; the warp's tile begins at (row0, column0).
-  __device__ __forceinline__ void mask(Accumulators& acc, int row0, int column0) const {
-    const AccumulatorMask<kColumnBlocks> mask{p.mask};
+  // Dropout's bits of the warp's tile: shares of a row, rows 0 and 8 of each 16, one below the
+  // other.
+  static constexpr int kSharesOfRow = kColumnBlocks / 4, kShares = kRowBlocks * 2 * kSharesOfRow;
+  struct Kept {
+    uint32_t words[kShares / 4];
+  };
+  static_assert(kShares % 4 == 0);
+
+  // Where the warp's tile begins at (row0, column0).
+  __device__ __forceinline__ Kept draw(int row0, int column0) const {
+    const MaskShares shares{p.mask};
+    Kept kept{};
+#pragma unroll 1
+    for (int share = 0; share < kShares; ++share) {
+      const int row = row0 + share / kSharesOfRow * 8 + lane / 4;
+      const int column = column0 + share % kSharesOfRow * 32 + lane % 4 * 2;
+      push(kept, shares.draw(row_at(row), column));
+    }
+    return kept;
+  }
+  // As a queue, so that no register is chosen at run time: the first share lies highest in the end.
+  __device__ __forceinline__ static void push(Kept& kept, uint32_t share) {
+    constexpr int kLast = kShares / 4 - 1;
 #pragma unroll
-    for (int i = 0; i < kRowBlocks; ++i) {
-      const int row = row0 + i * 16 + lane / 4;
-      mask.apply(&acc[i][0][0], row_at(row), row_at(row + 8), column0 + lane % 4 * 2);
+    for (int i = 0; i < kLast; ++i) kept.words[i] = kept.words[i] << 8 | kept.words[i + 1] >> 24;
+    kept.words[kLast] = kept.words[kLast] << 8 | share;
+  }
+
+  // mask * accumulators, which hold T U alone.
+  __device__ __forceinline__ void mask(Accumulators& acc, const Kept& kept) const {
+#pragma unroll
+    for (int share = 0; share < kShares; ++share) {
+      const int of_rows = share / kSharesOfRow, first = share % kSharesOfRow * 4;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& value = acc[of_rows / 2][first + i / 2][of_rows % 2 * 2 + i % 2];
+        const bool keeps = kept.words[share / 4] >> (31 - share % 4 * 8 - i) & 1;
+        value = keeps ? value * p.mask.keep_scale : 0.f;
+      }
     }
   }
 
@@ -50,7 +77,7 @@ struct LoraGemmEpilogue {
   template <class Move>
   __device__ __forceinline__ void for_chunks(unsigned char* slab, int row0, int column0,
                                              const Move& move) const {
-    constexpr int kChunks = Tile::kWarpN / 8;
+    constexpr int kChunks = Tile::kSlabColumns / 8;
 #pragma unroll
     for (int chunk = 0; chunk < 16 * kChunks / 32; ++chunk) {
       const int index = chunk * 32 + lane;
@@ -62,40 +89,57 @@ struct LoraGemmEpilogue {
     }
   }
 
-  // The warp's part of Y, 16 rows at a time.
+  // Two neighbours of a row of the base, of which `left` are within it.
+  __device__ __forceinline__ static void add_base(float (&sums)[2], const unsigned char* base,
+                                                  int left) {
+    const T* two = reinterpret_cast<const T*>(base);
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (e < left) sums[e] += static_cast<float>(two[e]);
+  }
+
+  // The warp's part of Y, a slab at a time.
   __device__ __forceinline__ void store(const Accumulators& acc, int row0, int column0) const {
     const Bias<T> bias{p.bias, p.float_bias, p.n};
-    unsigned char* slab = ptx::dynamic_shared_memory() + Tile::kSlabs +
-                          static_cast<int>(threadIdx.x) / 32 * 16 * Tile::kSlabPitch;
+    float of_columns[kColumnBlocks][2];
+    bias.load(of_columns, column0 + lane % 4 * 2);
+    constexpr int kBlocks = Tile::kSlabColumns / 8;
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
-      float of_columns[kColumnBlocks][2];
-      bias.load(of_columns, column0 + lane % 4 * 2);
-      __syncwarp();
-      const bool onto_base = kAddsOntoBase && p.base != nullptr;
-      if (onto_base) {
-        for_chunks(slab, row0 + i * 16, column0, [&](T* chunk, int row, int column, int left) {
-          copy_chunk(chunk, p.base + static_cast<int64_t>(row) * p.base_pitch + column, left);
-        });
-        __syncwarp();
-      }
 #pragma unroll
-      for (int j = 0; j < kColumnBlocks; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = e / 2 * 8 + lane / 4, column = j * 8 + lane % 4 * 2 + e % 2;
-          T* to = reinterpret_cast<T*>(slab + row * Tile::kSlabPitch + column * 2);
-          float sum = acc[i][j][e] + of_columns[j][e % 2];
-          if (onto_base && row0 + i * 16 + row < p.m && column0 + column < p.n)
-            sum += static_cast<float>(*to);
-          *to = rounded<T>(sum);
-        }
-      }
-      __syncwarp();
-      for_chunks(slab, row0 + i * 16, column0, [&](T* chunk, int row, int column, int left) {
-        copy_chunk(p.y + static_cast<int64_t>(row) * p.y_pitch + column, chunk, left);
-      });
+      for (int j = 0; j < kColumnBlocks; j += kBlocks)
+        store_slab<kBlocks>(&acc[i][j], &of_columns[j], row0 + i * 16, column0 + j * 8);
     }
+  }
+
+  template <int kBlocks>
+  __device__ __forceinline__ void store_slab(const float (*acc)[4], const float (*bias)[2],
+                                             int row0, int column0) const {
+    unsigned char* slab = ptx::dynamic_shared_memory() + Tile::kSlabs +
+                          static_cast<int>(threadIdx.x) / 32 * 16 * Tile::kSlabPitch;
+    __syncwarp();
+    const bool onto_base = kAddsOntoBase && p.base != nullptr;
+    if (onto_base) {
+      for_chunks(slab, row0, column0, [&](T* chunk, int row, int column, int left) {
+        copy_chunk(chunk, p.base + static_cast<int64_t>(row) * p.base_pitch + column, left);
+      });
+      __syncwarp();
+    }
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = half * 8 + lane / 4, column = j * 8 + lane % 4 * 2;
+        unsigned char* to = slab + row * Tile::kSlabPitch + column * 2;
+        float sums[2] = {acc[j][half * 2] + bias[j][0], acc[j][half * 2 + 1] + bias[j][1]};
+        if (onto_base && row0 + row < p.m) add_base(sums, to, p.n - column0 - column);
+        *reinterpret_cast<uint32_t*>(to) = rounded_pair<T>(sums[0], sums[1]);
+      }
+    }
+    __syncwarp();
+    for_chunks(slab, row0, column0, [&](T* chunk, int row, int column, int left) {
+      copy_chunk(p.y + static_cast<int64_t>(row) * p.y_pitch + column, chunk, left);
+    });
   }
 };
 

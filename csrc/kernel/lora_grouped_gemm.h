@@ -39,8 +39,8 @@ struct ManyAdapters {
   struct Cursor {
     int steps, segment, step;
   };
-  template <class Gemm>
-  __device__ __forceinline__ static int steps(const Gemm&, const Cursor& cursor) {
+  __device__ __forceinline__ static int parts(const LoraGemmParams<T>&) { return 1; }
+  __device__ __forceinline__ static int steps(const LoraGemmParams<T>&, const Cursor& cursor) {
     return cursor.steps;
   }
 
@@ -52,16 +52,6 @@ struct ManyAdapters {
     // The next tile's first segment may have begun in this one.
     const int end = next + static_cast<int>(g.segments[next].begin < row + kRows);
     cursor.steps = kTerms * (g.segments[end].steps - g.segments[cursor.segment].steps);
-  }
-
-  // Without a main product, a tile whose rows have no adapters has no steps.
-  template <class Gemm>
-  __device__ __forceinline__ void begin_next(const Gemm& gemm, typename Gemm::Walk& next) const {
-    do {
-      next.tile += static_cast<int>(gridDim.x), next.step = 0;
-      if (next.tile >= gemm.tiles) return;
-      begin(next.cursor, gemm.place_of(next.tile).row);
-    } while (gemm.steps_of(next) == 0);
   }
 
   // The step at a cursor, which it leaves behind: of a term, 64 along the segment's rank.
@@ -78,73 +68,98 @@ struct ManyAdapters {
     return taken;
   }
 
-  // The segment's rows of T in the tile, zeros for others, and its U.
-  template <class Gemm>
-  __device__ __forceinline__ void load(const Gemm& gemm, typename Gemm::Walk& walk, int /*index*/,
-                                       const typename Gemm::Place& at) const {
-    using Tile = typename Gemm::TileOf;
-    static_assert(Tile::kM == LoraGroupedTables::kRowTileRows && Tile::kK == 64);
-    const Step step = take(walk.cursor);
-    const int rank = step.segment.rank;
-    const auto stage = static_cast<uint32_t>(walk.stage) * Tile::kStageBytes;
-    const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{gemm.shared};
-    const T* t = g.t + (kTerms == 3 && step.term == 0 ? g.lo_column : 0);
-    copy.template copy_rows<Tile::kM, Tile::kK>(
-        stage, {t, gemm.p.t_pitch, step.segment.end, rank}, step.k0, [&](int row) {
-          const int position = at.row + row;
-          return position >= step.segment.begin ? position : step.segment.end;
-        });
-    const LoraGroupedEntry entry = entry_of<F>(g.factors, step.segment.adapter);
-    const int lo_from = kTerms == 3 && step.term == 1 ? 0 : INT_MAX;
-    if constexpr (kMNMajor) {
-      const FactorTile<T, F, false, Tile::kThreads> a{static_cast<const F*>(entry.a), entry.a_pitch,
-                                                      rank, gemm.p.n, lo_from};
-      a.template copy<Tile::kK, Tile::kN>(gemm.shared, stage + Tile::kLeftBytes, step.k0,
-                                          at.column);
+  template <class Loads>
+  __device__ __forceinline__ static void begin_part(Loads&, int /*part*/) {}
+  template <class Loads>
+  __device__ __forceinline__ void copy_step(Loads& loads) const {
+    if (loads.low_rank) {
+      load(loads);
+      --loads.steps;
     } else {
-      const FactorTile<T, F, true, Tile::kThreads> b{static_cast<const F*>(entry.b), entry.b_pitch,
-                                                     rank, gemm.p.n, lo_from};
-      b.template copy<Tile::kN, Tile::kK>(gemm.shared, stage + Tile::kLeftBytes, at.column,
-                                          step.k0);
+      loads.copy_step();
     }
   }
 
+  // The segment's rows of T in the tile, zeros for others, and its U.
+  template <class Loads>
+  __device__ __forceinline__ void load(Loads& loads) const {
+    using Tile = typename Loads::TileOf;
+    static_assert(Tile::kM == LoraGroupedTables::kRowTileRows && Tile::kK == 64);
+    const Step step = take(loads.cursor);
+    const int rank = step.segment.rank, first = loads.at.row;
+    const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{loads.shared};
+    const T* t = g.t + (kTerms == 3 && step.term == 0 ? g.lo_column : 0);
+#pragma unroll 1  // unrolled, what it needs of each chunk would lie in registers all along
+    for (int index = static_cast<int>(threadIdx.x); index < Tile::kM * 8; index += Tile::kThreads) {
+      const int position = first + index / 8, chunk = index % 8;
+      copy.copy_chunk(loads.stage + row_chunk_offset(index / 8, chunk),
+                      {t, g.gemm.t_pitch, step.segment.end, rank},
+                      position >= step.segment.begin ? position : step.segment.end,
+                      step.k0 + chunk * 8);
+    }
+    const LoraGroupedEntry entry = entry_of<F>(g.factors, step.segment.adapter);
+    const int lo_from = kTerms == 3 && step.term == 1 ? 0 : INT_MAX;
+    const uint32_t to = loads.stage + Tile::kLeftBytes;
+    if constexpr (kMNMajor) {
+      const FactorTile<T, F, false, Tile::kThreads> a{static_cast<const F*>(entry.a), entry.a_pitch,
+                                                      rank, g.gemm.n, lo_from};
+      a.template copy<Tile::kK, Tile::kN>(loads.shared, to, step.k0, loads.at.column);
+    } else {
+      const FactorTile<T, F, true, Tile::kThreads> b{static_cast<const F*>(entry.b), entry.b_pitch,
+                                                     rank, g.gemm.n, lo_from};
+      b.template copy<Tile::kN, Tile::kK>(loads.shared, to, loads.at.column, step.k0);
+    }
+  }
+
+  template <class Loads>
+  __device__ __forceinline__ static bool copies_apart(const Loads& loads) {
+    return loads.low_rank;
+  }
+
+  // T U of a tile whose rows begin at `row`.
   template <class Gemm>
   __device__ __forceinline__ void multiply(const Gemm& gemm, typename Gemm::Accumulators& acc,
-                                           typename Gemm::Walk& walk) const {
-    if (!gemm.step_of(walk).low_rank) return gemm.multiply(acc, walk.stage, 4);
-    const Step step = take(walk.cursor);
-    const int row = gemm.place_of(walk.tile).row + gemm.warp_row;
-    const int begin = step.segment.begin - row, end = step.segment.end - row;
-    const float scale = step.term == kTerms - 1 ? 1.f : 1.f / kLoScale<T>;
+                                           typename Gemm::Walk& walk, typename Gemm::Loads& loads,
+                                           int row) const {
+    Cursor cursor;
+    begin(cursor, row);
 #pragma unroll 1
-    for (int k16 = 0; k16 < min((step.segment.rank - step.k0 + 15) / 16, 4); ++k16)
-      multiply_rows(gemm, acc, walk.stage, k16, begin, end, scale);
+    for (int i = 0; i < cursor.steps; ++i) {
+      const Step step = take(cursor);
+      const int first = row + gemm.warp.row;
+      const int begin = step.segment.begin - first, end = step.segment.end - first;
+      const float scale = step.term == kTerms - 1 ? 1.f : 1.f / kLoScale<T>;
+#pragma unroll 1
+      for (int k16 = 0; k16 < min((step.segment.rank - step.k0 + 15) / 16, 4); ++k16)
+        multiply_rows(gemm.warp, acc, walk.stage, k16, begin, end, scale);
+      gemm.finish_step(walk, loads);
+      loads.step();
+    }
   }
 
   // The sums go to rows [begin, end) of the warp's alone, so that nothing of an adapter, NaN
   // included, reaches the rows of others.
-  template <class Gemm>
-  __device__ __forceinline__ static void multiply_rows(const Gemm& gemm,
-                                                       typename Gemm::Accumulators& acc, int stage,
-                                                       int k16, int begin, int end, float scale) {
-    const uint32_t tile = gemm.shared + static_cast<uint32_t>(stage) * Gemm::TileOf::kStageBytes;
+  template <class Warp>
+  __device__ __forceinline__ static void multiply_rows(const Warp& warp,
+                                                       typename Warp::Accumulators& acc,
+                                                       uint32_t stage, int k16, int begin, int end,
+                                                       float scale) {
 #pragma unroll
-    for (int i = 0; i < Gemm::Epilogue::kRowBlocks; ++i) {
+    for (int i = 0; i < Warp::kRowBlocks; ++i) {
       if (i * 16 >= end || i * 16 + 16 <= begin) continue;
-      const int row = i * 16 + gemm.lane / 4;
+      const int row = i * 16 + warp.lane / 4;
       const bool upper = row >= begin && row < end, lower = row + 8 >= begin && row + 8 < end;
       uint32_t a[4];
-      gemm.load_left_block(a, tile, i, k16);
+      warp.load_left(a, stage, i, k16);
 #pragma unroll
-      for (int j = 0; j < Gemm::Epilogue::kColumnBlocks; j += 2) {
+      for (int pair = 0; pair < Warp::kPairs; ++pair) {
         uint32_t b[4];
-        gemm.load_right_pair(b, tile + Gemm::TileOf::kLeftBytes, j, k16);
+        warp.load_right(b, stage, pair, k16);
 #pragma unroll
         for (int right = 0; right < 2; ++right) {
           float sums[4] = {0.f, 0.f, 0.f, 0.f};
           ptx::mma_m16n8k16<T>(sums, a, {b[right * 2], b[right * 2 + 1]});
-          float (&to)[4] = acc[i][j + right];
+          float (&to)[4] = acc[i][pair * 2 + right];
           if (upper) to[0] += scale * sums[0], to[1] += scale * sums[1];
           if (lower) to[2] += scale * sums[2], to[3] += scale * sums[3];
         }

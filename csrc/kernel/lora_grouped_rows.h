@@ -7,6 +7,7 @@ namespace lora_ext::kernel {
 
 // Rows of a matrix, by position; past the last none.
 struct PositionedRows {
+  static constexpr bool kInOrder = false;
   const int* order;  // as in LoraGroupedTables
   int m;
   __device__ __forceinline__ int operator()(int position) const {

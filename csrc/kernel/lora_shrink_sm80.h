@@ -18,6 +18,7 @@ struct LoraShrinkProduct {
 
   const Mask& dropout;
   const int rows[2];  // of X, that this lane holds of each fragment
+  const uint64_t seed = kMasked ? static_cast<uint64_t>(*dropout.seed) : 0;  // once for all steps
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   __device__ __forceinline__ static void clear(Accumulators& acc) {
@@ -31,7 +32,6 @@ struct LoraShrinkProduct {
     philox::Words rows[2];
   };
   __device__ __forceinline__ void mask(uint32_t (&a)[4], Draws& draws, int k16, int column) const {
-    const auto seed = static_cast<uint64_t>(*dropout.seed);
     const auto at = static_cast<uint64_t>(dropout.col_offset + column + lane % 4 * 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -20,6 +20,7 @@ struct LoraWgradMultiply {
 
   const Mask& dropout;
   const int c0;  // the first column of P
+  const uint64_t seed = kMasked ? static_cast<uint64_t>(*dropout.seed) : 0;  // once for all steps
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   __device__ __forceinline__ static void clear(Accumulators& acc) {
@@ -35,7 +36,6 @@ struct LoraWgradMultiply {
   template <class RowOf>
   __device__ __forceinline__ void mask(uint32_t (&a)[kRowBlocks][4], int row0,
                                        const RowOf& row_of) const {
-    const auto seed = static_cast<uint64_t>(*dropout.seed);
     const auto at = static_cast<uint64_t>(dropout.col_offset + c0 + warp * 32 + lane / 4);
     const bool odd = lane / 4 % 2 != 0;
 #pragma unroll

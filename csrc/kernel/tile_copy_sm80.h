@@ -27,6 +27,22 @@ __device__ __forceinline__ uint32_t panel_chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(chunk / 8 * kRows * 128) + row_chunk_offset(row, chunk % 8);
 }
 
+// One chunk, of which `elements` from `source` on are inside; with none, nothing is read.
+template <class T, Alignment kAlignment>
+struct ChunkCopy {
+  const uint32_t shared;
+
+  __device__ __forceinline__ void copy(uint32_t to, const T* source, int elements) const {
+    if constexpr (kAlignment == Alignment::kVector) {
+      ptx::cp_async_16(shared + to, source, static_cast<uint32_t>(elements) * sizeof(T));
+    } else {
+      T* chunk = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) chunk[i] = i < elements ? source[i] : T(0.f);
+    }
+  }
+};
+
 template <class T, int kThreads, Alignment kAlignment>
 struct TileCopy {
   struct Matrix {
@@ -45,13 +61,7 @@ struct TileCopy {
     const int64_t offset = static_cast<int64_t>(row) * matrix.pitch + column;
     const T* source = matrix.data + offset;
     const int elements = !inside ? 0 : left >= 8 ? 8 : left;
-    if constexpr (kAlignment == Alignment::kVector) {
-      ptx::cp_async_16(shared + to, source, static_cast<uint32_t>(elements) * sizeof(T));
-    } else {
-      T* chunk = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) chunk[i] = i < elements ? source[i] : T(0.f);
-    }
+    ChunkCopy<T, kAlignment>{shared}.copy(to, source, elements);
   }
 
   // Rows [first_row, first_row + kRows), columns [first_column, first_column + kColumns), in

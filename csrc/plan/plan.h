@@ -34,6 +34,7 @@ enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 enum class Tile {
   k128x256,
   k128x128,
+  kDeep128x128,
   k128x64,
   kInGrid128x256,
   kInGrid128x128,
@@ -90,22 +91,22 @@ struct TileFacts {
   int64_t rows, columns, shared;
   int resident;
   double efficiency;
-  bool masks;
   bool wgmma;    // on compute capability 9.0 alone, in pairs of blocks one below the other
   bool in_grid;  // makes T, too, where fits_in_grid of plan.cpp allows it
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 0.7, false, false, false},
-    {Tile::k128x128, "128 x 128", 128, 128, 108544, 1, 0.6, true, false, false},
-    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.55, true, false, false},
-    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, 0.97, true, true, true},
-    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 230536, 1, 0.82, true, true, true},
-    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, 0.97, true, true, false},
-    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
-    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, 0.92, true, true, false},
-    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, 0.82, true, true, false},
+    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 0.7, false, false},
+    {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, 0.6, false, false},
+    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, 0.6, false, false},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.55, false, false},
+    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, 0.97, true, true},
+    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 230536, 1, 0.82, true, true},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, 0.97, true, false},
+    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, 0.82, true, false},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, 0.92, true, false},
+    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, 0.82, true, false},
     // Its instances are decode_plan.h's; this is the largest.
-    {Tile::kDecode, "decode", 64, 128, 100656, 1, 0, false, false, false},
+    {Tile::kDecode, "decode", 64, 128, 100656, 1, 0, false, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 

@@ -85,6 +85,12 @@ EDITS = [
         PRODUCT,
     ),
     (
+        "step_copy_sm80.h",
+        "(static_cast<int64_t>(position) * matrix.pitch + column)",
+        "static_cast<int>(position * matrix.pitch + column)",
+        CUT,
+    ),
+    (
         "tile_copy_sm80.h",
         "matrix.data + offset;",
         "matrix.data + (unsigned)offset;",

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.kernels
 
 # A mutant that every flavour catches, whatever else it looks for: the result is wrong.
 WRONG_RESULT = {
-    "lora_gemm_sm80": "tile_copy_sm80.copy_chunk.row<matrix.rows:low",
+    "lora_gemm_sm80": "step_copy_sm80.copy.i*kApart<rows:low",
     "lora_gemm_sm90a": "lora_gemm_sm90a/store.send.ptx::elect_sync():never",
     "lora_gemm_in_grid_sm90a": "lora_gemm_sm90a/in_grid.store.to_row<p.m:never",
     "lora_shrink_sm80": "sum_of_splits.sum_of_splits.split<splits:low",

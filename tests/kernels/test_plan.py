@@ -49,7 +49,9 @@ def test_every_plan_can_be_launched(
     assert (backward.shrink_splits == 0) == without_shrink
     assert backward.one_pass == (backward.panels > 0)
     every = (backward,) if forward.tile == "decode" else (forward, backward)
-    if lora_ext.kernels.CARDS[card].shared_per_block < 106 * 1024 or not aligned:
+    if lora_ext.kernels.CARDS[card].shared_per_block < 162 * 1024:
+        assert "128 x 256" not in {plan.tile for plan in every}
+    if not aligned:
         assert {plan.tile for plan in every} == {"128 x 64"}
     for plan in every:
         assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
@@ -64,8 +66,6 @@ def test_every_plan_can_be_launched(
     in_grid = in_grid and 2 * -(-rows // 256) * -(-out_features // 256) > sms
     without_shrink = in_grid or forward.tile == "decode"
     assert forward.in_grid == in_grid and (forward.shrink_splits == 0) == without_shrink
-    if dropout:
-        assert backward.tile != "128 x 256"
     again = plans(*shape, route="kernel", **options)
     assert [str(plan) for plan in again] == [str(forward), str(backward)]
 

@@ -73,6 +73,7 @@ int main(int argc, char** argv) {
                                  {"shallow", 130, 70, 61},
                                  {"tall", 1900, 65, 24},
                                  {"wide", 70, 300, 200},
+                                 {"deep", 40, 70, 520},
                                  {"tiny", 3, 1, 5}},
                                 lora_ext::kernel::kVariants);
 }

@@ -12,6 +12,8 @@
   X(float_element, __nv_bfloat16, float, LoraGemmTile128x64, false, false, Alignment::kElement) \
   X(dx_fp16_128x256, __half, __half, LoraGemmTile128x256, true, false, Alignment::kVector)      \
   X(dx_masked_128x128, __half, __half, LoraGemmTile128x128, true, true, Alignment::kVector)     \
+  X(dx_masked_128x256, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x256, true, true,           \
+    Alignment::kVector)                                                                         \
   X(dx_masked_float, __half, float, LoraGemmTile128x64, true, true, Alignment::kVector)         \
   X(dx_element, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true, Alignment::kElement)
 

@@ -22,7 +22,16 @@ HARMLESS = {
     "halves.high_half.fabsf(value)>kLargest:high": LARGE_FLOAT,
     "halves.high_half.fabsf(value)<=kLargestFloat:low": LARGE_FLOAT,
     "halves.high_half.fabsf(value)<=kLargestFloat:high": LARGE_FLOAT,
-    "lora_gemm_sm80.place_of.row_tiles-first>=kGroup:high": "eight rows that are left are a group",
+    "lora_gemm_sm80_loads.place_of.row_tiles-first>=kGroup:high": (
+        "eight rows that are left are a group"
+    ),
+    "lora_gemm_sm80.multiply_main.adapters.copies_apart(loads):always": (
+        "a quarter's copies, products and loads, one after the other"
+    ),
+    "lora_gemm_sm80.multiply_main.adapters.copies_apart(loads):never": (
+        "one adapter's steps have no other copies"
+    ),
+    "mask_shares.draw.mask.in_step():never": ONE_DRAW_EACH,
     "lora_gemm_sm90a/pipeline.place_of.row_pairs-first>=kGroup:high": "as in lora_gemm_sm80",
     "lora_gemm_sm80_epilogue.copy_chunk.kAlignment==Alignment::kVector&&left>=8:never": (
         "eight stores of 2 bytes, where one of 16 would do"
@@ -53,7 +62,4 @@ HARMLESS = {
     "lora_wgrad_sm80.run.column0>=product.columns:high": "as without the return",
     "lora_wgrad_sm80.run.column0>=product.columns:low": "columns are whole chunks",
     "lora_wgrad_sm80.wait_for_u.threadIdx.x==0:always": "every thread polls",
-    "lora_gemm_sm80 accumulator_mask.mask_each.(draw&0xFFFF)<parameters.keep_count:low": (
-        "one draw in 65,536, and it comes in no case"
-    ),
 }

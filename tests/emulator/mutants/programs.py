@@ -15,9 +15,11 @@ COPIES = ROOT / "build" / "emulator" / "instrumented"
 PROGRAMS = {
     "lora_gemm_sm80": (
         "lora_gemm_sm80",
+        "lora_gemm_sm80_loads",
+        "lora_gemm_sm80_fragments",
         "lora_gemm_sm80_epilogue",
-        "tile_copy_sm80",
-        "accumulator_mask",
+        "step_copy_sm80",
+        "mask_shares",
         "mask",
         "bias",
     ),

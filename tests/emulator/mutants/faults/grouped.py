@@ -117,6 +117,12 @@ GROUPED = [
         ),
     ),
     of_gemm(
+        "grouped_copies_as_of_the_main_product",
+        "steps of P Q copy no low-rank ones",
+        "those are copied as their adapters' factors lie",
+        ("    return loads.low_rank;\n", "    return false;\n"),
+    ),
+    of_gemm(
         "grouped_next_tile_begins_its_first_segment",
         "a tile ends where the next one's first segment begins",
         "that segment may have begun in this tile",

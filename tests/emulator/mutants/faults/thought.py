@@ -7,6 +7,10 @@ PRODUCER = "lora_gemm_sm90a/load.h"
 EPILOGUE = "lora_gemm_sm90a/store.h"
 BLOCK = "lora_gemm_sm90a/pipeline.h"
 COPY = "tile_copy_sm80.h"
+STEP_COPY = "step_copy_sm80.h"
+LOADS = "lora_gemm_sm80_loads.h"
+FRAGMENTS = "lora_gemm_sm80_fragments.h"
+MAIN_LOOP = "lora_gemm_sm80.h"
 STORE = "lora_gemm_sm80_epilogue.h"
 
 WAIT = "    ptx::cluster_wait();\n"
@@ -107,9 +111,97 @@ THOUGHT = [
     ),
     *off_by("store.columns", "how many columns are left", STORE, "left = p.n - column;", "p.n"),
     thought(
+        "step_copy.offset",
+        "the offset of the first chunk in 32 bits",
+        (
+            STEP_COPY,
+            "matrix.data + (static_cast<int64_t>(position) * matrix.pitch + column);",
+            "matrix.data + static_cast<int32_t>(position * matrix.pitch + column);",
+        ),
+    ),
+    thought(
+        "step_copy.apart",
+        "the distance of two chunks in 32 bits",
+        (
+            STEP_COPY,
+            "apart = kApart * matrix.pitch;",
+            "apart = static_cast<int32_t>(kApart * matrix.pitch);",
+        ),
+    ),
+    *off_by(
+        "step_copy.columns",
+        "how many columns are left",
+        STEP_COPY,
+        "columns = matrix.columns - column;",
+        "matrix.columns",
+    ),
+    thought(
+        "step_copy.stays_in_columns",
+        "columns are not counted from step to step",
+        (STEP_COPY, "source += kColumns, columns -= kColumns;", "source += kColumns;"),
+    ),
+    thought(
+        "step_copy.stays_in_rows",
+        "rows are not counted from step to step",
+        (STEP_COPY, "source += kCopies * apart, rows -= kRows;", "source += kCopies * apart;"),
+    ),
+    thought(
+        "loads.end",
+        "after the last tile its operands are read on",
+        (LOADS, "    left.end(), right.end();\n", ""),
+    ),
+    thought(
         "loop.clear",
         "the accumulators are not cleared for the next tile",
-        ("lora_gemm_sm80.h", "      clear(acc);\n", ""),
+        (MAIN_LOOP, "        clear(acc);\n        multiply_main(", "        multiply_main("),
+    ),
+    thought(
+        "loop.next_stage_unwaited",
+        "the next step's first fragments are loaded before its stage is waited for",
+        (
+            MAIN_LOOP,
+            "      finish_step(walk, loads);\n      if (loads.steps == 0) loads.begin_part();\n",
+            "      const uint32_t stage = following(walk.stage);\n"
+            "      Fragments early;\n      warp.load(early, stage, 0);\n"
+            "      finish_step(walk, loads);\n      if (loads.steps == 0) loads.begin_part();\n",
+        ),
+    ),
+    thought(
+        "loop.barrier_before_last_fragments",
+        "a stage is given up before its last fragments are loaded",
+        (
+            MAIN_LOOP,
+            "      quarter<false>(acc, now, then, walk.stage, 3, loads);\n"
+            "      finish_step(walk, loads);\n",
+            "      const uint32_t stage = walk.stage;\n      finish_step(walk, loads);\n"
+            "      quarter<false>(acc, now, then, stage, 3, loads);\n",
+        ),
+    ),
+    thought(
+        "loop.copies_before_barrier",
+        "a step's copies begin before all have left its stage",
+        (
+            MAIN_LOOP,
+            "        gemm.finish_step(walk, loads);\n        loads.step();\n",
+            "        loads.stage = gemm.following(loads.stage);\n        loads.step();\n"
+            "        ptx::cp_async_commit_group();\n"
+            "        ptx::cp_async_wait_group<Gemm::TileOf::kStages - 1>();\n"
+            "        __syncthreads();\n        walk.stage = gemm.following(walk.stage);\n",
+        ),
+    ),
+    thought(
+        "loop.stale_fragments",
+        "a run of steps begins with the fragments of the tile before",
+        (
+            MAIN_LOOP,
+            "    Fragments now, then;\n    warp.load(now, walk.stage, 0);\n",
+            "    Fragments now{}, then;\n",
+        ),
+    ),
+    thought(
+        "mask.order_of_shares",
+        "the right half of a row has the bits of the left",
+        (STORE, "share % kSharesOfRow * 32 + lane % 4 * 2", "lane % 4 * 2"),
     ),
     thought(
         "halves.low",

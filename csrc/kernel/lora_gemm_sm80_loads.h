@@ -1,0 +1,104 @@
+// What the steps of lora_gemm bring to shared memory, kStages - 1 of them ahead of the products and
+// across the end of a tile, so that a tile's first stages arrive while the one before is stored.
+//
+//     a tile's parts     P Q, then each term of T U; masked, the terms first
+#pragma once
+#include <climits>
+#include <type_traits>
+
+#include "kernel/lora_gemm.h"
+#include "kernel/step_copy_sm80.h"
+
+namespace lora_ext::kernel {
+
+// Where a tile of Y begins.
+struct LoraGemmPlace {
+  int row, column;
+};
+
+// Tiles in an order that keeps eight row blocks of P and one column block of Q in L2.
+template <class Tile>
+struct LoraGemmRaster {
+  const int row_tiles, column_tiles;
+
+  __device__ __forceinline__ int tiles() const { return row_tiles * column_tiles; }
+  __device__ __forceinline__ LoraGemmPlace place_of(int tile) const {
+    constexpr int kGroup = 8;
+    const int first = tile / (kGroup * column_tiles) * kGroup;
+    const int height = row_tiles - first >= kGroup ? kGroup : row_tiles - first;
+    const int within = tile - first * column_tiles;
+    return {(first + within % height) * Tile::kM, within / height * Tile::kN};
+  }
+};
+
+template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment, class Adapters>
+struct LoraGemmLoads {
+  using TileOf = Tile;
+  using Rows = typename Adapters::Rows;
+  using Left = StepCopy<T, kAlignment, Tile::kThreads, Tile::kM, Tile::kK, true, Rows>;
+  using Right =
+      std::conditional_t<kMNMajor,
+                         StepCopy<T, kAlignment, Tile::kThreads, Tile::kK, Tile::kN, false>,
+                         StepCopy<T, kAlignment, Tile::kThreads, Tile::kN, Tile::kK, true>>;
+
+  const LoraGemmParams<T>& p;
+  const Adapters& adapters;
+  const LoraGemmRaster<Tile>& raster;
+  const uint32_t shared;
+
+  Left left{{shared}};
+  Right right{{shared}};
+  int tile = static_cast<int>(blockIdx.x - gridDim.x);
+  int part = adapters.parts(p);
+  int steps = 0;  // of the part, still to be copied
+  bool low_rank = false;
+  uint32_t stage = 0;  // the offset of the one to fill
+  LoraGemmPlace at{};
+  typename Adapters::Cursor cursor{};
+
+  // The next part that has any steps. After the last tile steps go on, and copy zeros into stages
+  // that nobody needs.
+  __device__ __forceinline__ void begin_part() {
+    do {
+      if (part == adapters.parts(p)) {
+        tile += static_cast<int>(gridDim.x), part = 0;
+        if (tile >= raster.tiles()) return end();
+        at = raster.place_of(tile);
+        adapters.begin(cursor, at.row);
+      } else {
+        ++part;
+      }
+      low_rank = part != (kMasked ? adapters.parts(p) : 0);
+      steps = low_rank ? adapters.steps(p, cursor) : (p.k + Tile::kK - 1) / Tile::kK;
+    } while (steps == 0);
+    low_rank ? adapters.begin_part(*this, kMasked ? part : part - 1)
+             : begin_product(p.p, p.p_pitch, p.q, p.q_pitch, p.k);
+  }
+  __device__ __forceinline__ void begin_product(const T* of_left, int64_t left_pitch,
+                                                const T* of_right, int64_t right_pitch, int depth) {
+    left.begin({of_left, left_pitch, p.m, depth}, at.row, 0, adapters.rows);
+    if constexpr (kMNMajor) {
+      right.begin({of_right, right_pitch, depth, p.n}, 0, at.column, {});
+    } else {
+      right.begin({of_right, right_pitch, p.n, depth}, at.column, 0, {});
+    }
+  }
+  __device__ __forceinline__ void end() {
+    left.end(), right.end();
+    steps = INT_MAX, low_rank = false;
+  }
+
+  // Begins all copies of a step.
+  __device__ __forceinline__ void step() {
+    if (steps == 0) begin_part();
+    adapters.copy_step(*this);
+  }
+  __device__ __forceinline__ void copy_step() {
+    left.copy_all(stage, adapters.rows);
+    right.copy_all(stage + Tile::kLeftBytes, {});
+    left.advance(), right.advance();
+    --steps;
+  }
+};
+
+}  // namespace lora_ext::kernel

@@ -1,0 +1,46 @@
+// Dropout's mask by shares: the 8 elements of a row that a lane holds in four blocks of m16n8 side
+// by side, two neighbouring columns of each, as 8 bits of which the first is the highest.
+#pragma once
+#include "kernel/mask.h"
+
+namespace lora_ext::kernel {
+
+struct MaskShares {
+  const Mask& mask;
+  const uint64_t seed = static_cast<uint64_t>(*mask.seed);
+
+  // Of the share whose first element is (row, column) of what the kernel masks.
+  __device__ __forceinline__ uint32_t draw(int row, int column) const {
+    const auto at_row = static_cast<uint64_t>(mask.row_offset + row);
+    const auto at_column = static_cast<uint64_t>(mask.col_offset + column);
+    return mask.in_step() ? draw_in_step(at_row, at_column) : draw_each(at_row, at_column);
+  }
+
+  // Where columns count from a multiple of 32, one draw decides them all, in their order.
+  __device__ __forceinline__ uint32_t draw_in_step(uint64_t row, uint64_t column) const {
+    const philox::Words words = philox::draw(seed, row, philox::group_of(column));
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bits = with_bit(bits, words.w[i] & 0xFFFF);
+      bits = with_bit(bits, words.w[i] >> 16);
+    }
+    return bits;
+  }
+
+  // Any other offset: a draw for each element.
+  __device__ __forceinline__ uint32_t draw_each(uint64_t row, uint64_t column) const {
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (uint32_t i = 0; i < 8; ++i)
+      bits = with_bit(bits, draw_for_element(seed, row, column + i / 2 * 8 + i % 2) & 0xFFFF);
+    return bits;
+  }
+
+  // Below keep_count the difference is negative: its sign is shifted in, by one instruction.
+  __device__ __forceinline__ uint32_t with_bit(uint32_t bits, uint32_t draw) const {
+    return bits << 1 | (draw - mask.keep_count) >> 31;
+  }
+};
+
+}  // namespace lora_ext::kernel
