@@ -1,4 +1,4 @@
-// Fences between the generic and the async proxy.
+// Fences: between the generic and the async proxy, and between threads.
 //
 // Bulk copies and wgmma access memory through the async proxy. What threads wrote by ordinary
 // stores is visible there only after a proxy fence of the thread that wrote it (PTX ISA,
@@ -24,6 +24,16 @@ LORA_EXT_DEVICE void fence_proxy_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 #else
   emulator::fence_proxy_async_global();
+#endif
+}
+
+// fence.acq_rel.gpu (sm_70): acquire and release at the scope of the device; __threadfence() is the
+// stronger fence.sc.
+LORA_EXT_DEVICE void fence_acq_rel_gpu() {
+#ifdef __CUDACC__
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#else
+  emulator::fence_acq_rel_gpu();
 #endif
 }
 

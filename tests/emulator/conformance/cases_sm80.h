@@ -204,13 +204,15 @@ void case_mma(Recorder& recorder, bool integers) {
 // ---- memory.h and fence.h
 // ---------------------------------------------------------------------------------------------
 
-// Block 0 publishes values under a flag, block 1 reads them, twice.
+// Block 0 publishes values under a flag, block 1 reads them; 0 releases by the atomic alone, then
+// once more by a fence.
 __global__ void publish_between_blocks(const uint32_t* in, uint32_t* published, uint32_t* flags,
                                        uint32_t* out) {
   for (uint32_t round = 0; round < 2; ++round) {
     uint32_t* const values = published + round * blockDim.x;
     if (blockIdx.x == 0) {
       values[threadIdx.x] = in[threadIdx.x] + round;
+      if (round == 1) ptx::fence_acq_rel_gpu();
       __syncthreads();
       if (threadIdx.x == 0) ptx::atomic_add_release_gpu(flags + round, 1);
     } else {
@@ -225,7 +227,8 @@ __global__ void publish_between_blocks(const uint32_t* in, uint32_t* published, 
 }
 
 inline void case_flags(Recorder& recorder) {
-  Random random = recorder.begin("flags", {"load_acquire_gpu", "atomic_add_release_gpu"});
+  Random random =
+      recorder.begin("flags", {"load_acquire_gpu", "atomic_add_release_gpu", "fence_acq_rel_gpu"});
   auto in = recorder.input("in", random.integers<uint32_t>(64));
   DeviceArray<uint32_t> published(std::vector<uint32_t>(128, 0)), flags({0, 0});
   DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0));

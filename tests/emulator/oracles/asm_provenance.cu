@@ -115,6 +115,7 @@ VOID(fence_mbarrier_init, (), ptx::fence_mbarrier_init())
 
 VOID(fence_proxy_async_shared, (), ptx::fence_proxy_async_shared())
 WITHOUT_COUNTERPART(VOID(fence_proxy_async_global, (), ptx::fence_proxy_async_global()))
+WITHOUT_COUNTERPART(VOID(fence_acq_rel_gpu, (), ptx::fence_acq_rel_gpu()))
 
 VOID(prefetch_tensor_map, (const __grid_constant__ CUtensorMap map), ptx::prefetch_tensor_map(&map))
 VOID(tma_load_2d,

@@ -78,6 +78,7 @@ EXPECTED = {
         Event("branch back", ("not(asm0.0)",)),
     ],
     "fence_proxy_async_global": [Event("fence.proxy.async.global")],
+    "fence_acq_rel_gpu": [Event("fence.acq_rel.gpu")],
     "bulk_wait_group": [Event("cp.async.bulk.wait_group", ("3",))],
     "atomic_add_release_gpu": [Event("red.release.gpu.global.add.u32", ("[param0]", "param1"))],
     "atomic_add_relaxed_gpu": [
