@@ -155,6 +155,24 @@ def test_what_wgmma_needs_may_be_missing(missing, reason):
     assert tiles == ["128 x 256", "128 x 128", "128 x 64", "decode"]
 
 
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [
+        ("A100", ["128 x 256", "128 x 128", "128 x 64"]),  # two blocks of two stages an SM
+        ("L40S", ["deep 128 x 128", "128 x 64"]),  # one of three
+        ("A10", ["deep 128 x 128", "128 x 64"]),
+    ],
+)
+def test_rings_are_as_deep_as_shared_memory_allows(name, tiles):
+    card = lora_ext.kernels.CARDS[name]
+    for backward, dropout in ((False, False), (True, False), (True, True)):
+        call = {"backward": backward, "float_adapters": False, "dropout": dropout}
+        assert _C.tiles_of(card, **call) == tiles
+    forward, backward = plans(8192, 4096, 4096, 16, card=name, route="kernel", dropout=True)
+    assert forward.tile == backward.tile == tiles[0]
+    assert forward.blocks == card.sms
+
+
 def test_hopper_s_tiles_fit_the_problem():
     shapes = ((8192, 4096, 4096), (2048, 1024, 1024), (512, 4096, 1024))
     tiles = {plans(*shape, 16, card="H100", route="kernel")[0].tile for shape in shapes}
