@@ -3,8 +3,8 @@
 Compiles the kernels of csrc/cuda/ for one architecture and writes build/sass/ARCH.json: registers,
 shared memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with.
 Prints the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py
-finds the loops, sass_steps.py the way round one, sass_paths.py what a tile takes of a kernel without
-them, sass_kernels.py says what is wrong with a kernel.
+finds the loops, sass_steps.py the way round one, sass_paths.py what a tile takes of a kernel
+without them, sass_kernels.py says what is wrong with a kernel.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
 

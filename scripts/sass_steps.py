@@ -1,8 +1,8 @@
 """The shortest way round the main loop of a kernel that copies, multiplies and never stops: a step.
 
-From the first ldmatrix through the copies of the next steps back to it, without what happens where a
-tile begins or ends. Copies that a step has several of are those of its larger operand; what brings
-an operand one by one is not on this way.
+From the first ldmatrix through the copies of the next steps back to it, without what happens where
+a tile begins or ends. Copies that a step has several of are those of its larger operand; what
+brings an operand one by one is not on this way.
 """
 
 import sass_loops

@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu.decode`: few rows on the card, right and how fast.
 
 First results of 1 to 64 rows beside float64, of one adapter and of one for each row, and their bits
-again in replays of a graph. Then times of graphs' replays: of the base product alone, of the layer by
-the kernel that reads the weight once (`lora_decode`), by the library route, and as PEFT computes it.
+again in replays of a graph. Then times of graphs' replays: of the base product alone, of the layer
+by the kernel that reads the weight once (`lora_decode`), by the library route, and as PEFT has it.
 """
 
 from __future__ import annotations

@@ -92,8 +92,9 @@ def trace_decode(shape: tuple[int, int, int, int, int]) -> dict:
 
 def decode_table() -> str:
     """The figures that docs/decode.md has, in megabytes."""
-    lines = ["| K = N | rows | adapters | W | X | adapters' | partial sums, T | beside W | DRAM, beyond once |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    columns = ["K = N", "rows", "adapters", "W", "X", "adapters'", "partial sums, T", "beside W"]
+    columns.append("DRAM, beyond once")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for shape in DECODE_SHAPES:
         row = trace_decode(shape)
         beside = (row["x"] + row["factors"] + row["sums"]) / row["w"]

@@ -4,7 +4,7 @@
 #include "cuda/stream_launch.h"
 #include "kernel/lora_decode_launch.h"
 
-#define LORA_EXT_DECODE(T, F) \
+#define LORA_EXT_DECODE(T, F)                                                        \
   void launch_lora_decode<T, F>(const plan::Plan&, const LoraDecodeParams<T>&, bool, \
                                 cuda::StreamLaunch&)
 

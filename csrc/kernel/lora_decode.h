@@ -3,14 +3,14 @@
 //     Y = X W^T + bias + s_g (X A_g^T) B_g^T            S = X A_g^T       T = s_g S
 //
 // W is most of what is read, and it is read once. So the operands change sides: rows of W fill the
-// 16 of mma.sync's tile, the batch its 8. A product is cut into "units", 64 along k of a tile of W's
-// rows, and every block takes as many of them one after the other, wherever tiles end: all SMs read
-// for as long. What a block has of a tile leaves as a partial sum. Who comes last to a tile adds its
-// sums, in the order of k, and finishes it: nobody waits for anybody, so that the grid ends however
-// many of its blocks are resident.
+// 16 of mma.sync's tile, the batch its 8. A product is cut into "units", 64 along k of a tile of
+// W's rows, and every block takes as many of them one after the other, wherever tiles end: all SMs
+// read for as long. What a block has of a tile leaves as a partial sum. Who comes last to a tile
+// adds its sums, in the order of k, and finishes it: nobody waits for anybody, so that the grid
+// ends however many of its blocks are resident.
 //
-// S is made in the same way before, its rows of A in tiles as those of W are, k in chunks. Who comes
-// last to the last tile of S comes to every tile of Y as one more part of it.
+// S is made in the same way before, its rows of A in tiles as those of W are, k in chunks. Who
+// comes last to the last tile of S comes to every tile of Y as one more part of it.
 #pragma once
 
 #include <cstdint>

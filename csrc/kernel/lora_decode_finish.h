@@ -38,8 +38,8 @@ struct LoraDecodeFinish {
     for (int j = 0; j < Tile::kBlocks; ++j)
       to[j * 32] = float4{acc[j][0], acc[j][1], acc[j][2], acc[j][3]};
   }
-  // The sum of `count` parts in one order, in slots one after the other. Loads of some are in flight together:
-  // each by itself would take a round trip through L2.
+  // The sum of `count` parts in one order, in slots one after the other. Loads of some are in
+  // flight together: each by itself would take a round trip through L2.
   __device__ __forceinline__ void add_all(float* sums, int64_t slot, int count,
                                           Accumulators& acc) const {
     constexpr int kTogether = 8 / Tile::kBlocks > 1 ? 8 / Tile::kBlocks : 1;
@@ -66,15 +66,11 @@ struct LoraDecodeFinish {
   }
 
   // The row of the batch in a lane's element.
-  __device__ __forceinline__ int row_of(int j, int e) const {
-    return j * 8 + lane % 4 * 2 + e % 2;
-  }
+  __device__ __forceinline__ int row_of(int j, int e) const { return j * 8 + lane % 4 * 2 + e % 2; }
 
   // Whether the 16 rows that this warp has of a tile of S are any adapter's.
   __device__ __forceinline__ int s_block(int tile) const { return tile * Tile::kWarps + warp; }
-  __device__ __forceinline__ bool has_s(int tile) const {
-    return s_block(tile) < table.row_blocks;
-  }
+  __device__ __forceinline__ bool has_s(int tile) const { return s_block(tile) < table.row_blocks; }
 
   // S and T of a tile of S. Columns of T past the rank, of its last 16, become zero.
   __device__ __forceinline__ void finish_s(int tile) const {
@@ -91,8 +87,8 @@ struct LoraDecodeFinish {
       for (int e = 0; e < (kSplit ? 2 : 4); ++e) {
         const int row = row_of(j, e), rank = rank0 + e / 2 * 8;
         if (table.number_of[row] != number) continue;
-        const float sum = kSplit ? acc[j][e] + acc[j][e + 2 * kSplit] * (1.f / kLoScale<T>)
-                                 : acc[j][e];
+        const float sum =
+            kSplit ? acc[j][e] + acc[j][e + 2 * kSplit] * (1.f / kLoScale<T>) : acc[j][e];
         const bool inside = rank < own.rank;
         if (inside && p.s != nullptr) p.s[static_cast<int64_t>(row) * p.most_rank + rank] = sum;
         const float value = inside ? scaling * sum : 0.f;
@@ -216,8 +212,7 @@ struct LoraDecodeFinish {
       for (int e = 0; e < 4; ++e) {
         const int row = row_of(j, e), column = row0 + e / 2 * 8;
         if (row < p.m && column < p.n) {
-          p.y[static_cast<int64_t>(row) * p.y_pitch + column] =
-              rounded<T>(acc[j][e] + bias[e / 2]);
+          p.y[static_cast<int64_t>(row) * p.y_pitch + column] = rounded<T>(acc[j][e] + bias[e / 2]);
         }
       }
     }

@@ -61,8 +61,7 @@ struct LoraDecodeTable {
       while (adapter_of[first] != adapter_of[row]) ++first;
       const bool is_first = first == row && adapter_of[row] >= 0;
       first_of[row] = first;
-      blocks_of[row] =
-          is_first ? decode_row_blocks(rank_at(p, adapter_of[row]), in_float) : 0;
+      blocks_of[row] = is_first ? decode_row_blocks(rank_at(p, adapter_of[row]), in_float) : 0;
     }
     __syncthreads();
     if (has_row) number(p, row);

@@ -6,8 +6,8 @@
 
 namespace lora_ext::plan {
 
-// Of the instances for up to so many rows, which kernel/lora_decode_launch.h asserts: rows of W in a
-// tile, bytes of shared memory, and blocks on an SM that registers leave room for.
+// Of the instances for up to so many rows, which kernel/lora_decode_launch.h asserts: rows of W in
+// a tile, bytes of shared memory, and blocks on an SM that registers leave room for.
 struct DecodeTile {
   int64_t batch, rows, shared, resident;
 };

@@ -86,8 +86,8 @@ GroupedPlan asked_forward(const Card& card, const GroupedProblem& p, const Reque
   if (!one.kernel) return plan;
   const int64_t m = p.one.m;
   Workspace workspace;
-  if (request.choice == Choice::kKernel &&
-      request.tile.value_or(Tile::kDecode) == Tile::kDecode && fits_decode(card, p)) {
+  if (request.choice == Choice::kKernel && request.tile.value_or(Tile::kDecode) == Tile::kDecode &&
+      fits_decode(card, p)) {
     if (p.listed) plan.entries = workspace.take(p.groups, kGroupedEntryBytes);
     one.workspace = workspace.bytes;
     place_decode(one, card, p.one, most_adapters(p), request);

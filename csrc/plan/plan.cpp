@@ -170,8 +170,8 @@ void place_flags(Plan& plan, const Card& card, const Problem& p, int64_t n, Work
 }
 
 bool wants_decode(const Card& card, const Problem& p, const Request& request) {
-  return request.choice == Choice::kKernel && request.tile.value_or(Tile::kDecode) == Tile::kDecode &&
-         fits_decode(card, p, 1);
+  return request.choice == Choice::kKernel &&
+         request.tile.value_or(Tile::kDecode) == Tile::kDecode && fits_decode(card, p, 1);
 }
 
 Plan asked_forward(const Card& card, const Problem& p, const Request& request) {

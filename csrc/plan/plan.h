@@ -176,9 +176,9 @@ struct Plan {
 
   // Of lora_decode, which is gemm and makes S, too; t and z are its T and its partial sums of Y.
   struct Decode {
-    int batch = 0;    // up to so many rows; 0 in other plans
-    int s_steps = 0;  // of 64 along k, in a chunk of S
-    int width = 0;    // of T's hi, and of its lo
+    int batch = 0;                   // up to so many rows; 0 in other plans
+    int s_steps = 0;                 // of 64 along k, in a chunk of S
+    int width = 0;                   // of T's hi, and of its lo
     int64_t tiles = 0, s_tiles = 0;  // of Y, and of S at most
     int64_t s_sums = kNone;          // partial sums of S
   };

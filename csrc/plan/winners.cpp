@@ -83,7 +83,8 @@ plan::Request request_for(const plan::Card& card, const plan::Problem& p, bool b
   if (by_rows == layers.end()) return asked;
   const plan::Request* found = nearest(by_rows->second, p.m);
   // The winner of few rows may not be able to take twice as many.
-  const bool fits = found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMostDecodeRows);
+  const bool fits =
+      found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMostDecodeRows);
   return fits ? *found : asked;
 }
 

@@ -9,7 +9,9 @@ from benchmarks.cost_model import decode
 from lora_ext import _C
 
 TEXT = (Path(__file__).parents[2] / "docs" / "decode.md").read_text()
-CASES = [(card, width, rows) for card in decode.CARDS for width in decode.WIDTHS for rows in (1, 8, 64)]
+CASES = [
+    (card, width, rows) for card in decode.CARDS for width in decode.WIDTHS for rows in (1, 8, 64)
+]
 
 
 def test_each_byte_of_the_operands_once_and_both_ends():
@@ -32,7 +34,9 @@ def test_few_rows_take_little_longer_than_reading_the_weight(card, width, rows):
 def test_the_planner_takes_what_is_predicted_to_be_faster(card, width, rows):
     machine = cost_model.MACHINES[card]
     plan = decode.plan_of(machine, width, rows)
-    ours, library = (decode.over_once(machine, width, rows, f"ours_{r}") for r in ("kernel", "library"))
+    ours, library = (
+        decode.over_once(machine, width, rows, f"ours_{r}") for r in ("kernel", "library")
+    )
     assert (plan.kernel and plan.tile == "decode") == (ours < library)
 
 

@@ -91,7 +91,10 @@ def library_sources(flavour: str) -> list[Path]:
 
 WHOLE_OP = "lora_linear_sequence"
 SELFTEST_MAIN = "selftests/selftest.cpp"
-PLANNER = [f"../../csrc/plan/{name}.cpp" for name in ("plan", "plan_prediction", "decode_plan", "grouped_plan")]
+PLANNER = [
+    f"../../csrc/plan/{name}.cpp"
+    for name in ("plan", "plan_prediction", "decode_plan", "grouped_plan")
+]
 
 
 def source_of(program: str) -> str:

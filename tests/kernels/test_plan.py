@@ -282,8 +282,9 @@ def test_few_rows_take_one_launch_that_fills_the_card(rows):
 
 
 @pytest.mark.parametrize(
-    "change", [{"dropout": True}, {"aligned": False}, {"aligned_weight": False},
-     {"factor_rows": False}], ids=str
+    "change",
+    [{"dropout": True}, {"aligned": False}, {"aligned_weight": False}, {"factor_rows": False}],
+    ids=str,
 )
 def test_few_rows_that_one_launch_cannot_take(change):
     problem = _C.Problem(8, 4096, 4096, 16)

@@ -177,23 +177,24 @@ class Decode {
     sums_ = buffer(int64_t{tiles() + blocks_} * Tile::kElements, "sums");
     s_sums_ = buffer(int64_t{s_tiles()} * chunks_ * Tile::kElements, "sums of S");
     t_ = std::make_unique<GlobalBuffer<T>>(static_cast<size_t>(m_) * t_pitch(), "t");
-    flags_ = std::make_unique<GlobalBuffer<uint32_t>>(
-        static_cast<size_t>(tiles() + s_tiles() + 1), "flags");
+    flags_ = std::make_unique<GlobalBuffer<uint32_t>>(static_cast<size_t>(tiles() + s_tiles() + 1),
+                                                      "flags");
     flags_->fill(0);
   }
   int t_pitch() const { return (kSplit ? 2 : 1) * width_; }
 
   void make_plan() {
-    const plan::Card cards[] = {kernels::ampere(kernels::kManySms), kernels::ampere(kernels::kFewSms),
-                                kernels::small_ampere(), kernels::hopper(4)};
+    const plan::Card cards[] = {kernels::ampere(kernels::kManySms),
+                                kernels::ampere(kernels::kFewSms), kernels::small_ampere(),
+                                kernels::hopper(4)};
     const plan::Card& card = cards[random_() % std::size(cards)];
     plan::Problem one{.m = m_, .n = n_, .k = k_, .rank = rows_.most_rank};
     one.float_adapters = kSplit;
     const plan::Request request{plan::Choice::kKernel};
     plan_ = many_ ? plan::grouped_forward(card, {one, rows_.groups, true}, request).one
                   : plan::forward(card, one, request);
-    workspace_ = std::make_unique<GlobalBuffer<unsigned char>>(
-        static_cast<size_t>(plan_.workspace), "workspace");
+    workspace_ = std::make_unique<GlobalBuffer<unsigned char>>(static_cast<size_t>(plan_.workspace),
+                                                               "workspace");
     own_counts_ = random_() % 2;
     flags_ = std::make_unique<GlobalBuffer<uint32_t>>(
         static_cast<size_t>(own_counts_ ? plan_.flag_count() : 0), "flags");
@@ -205,8 +206,9 @@ class Decode {
     Forward f{};
     f.m = m_, f.n = n_, f.k = k_, f.x = x_.data(), f.x_pitch = x_.pitch();
     f.weight = w_.data(), f.weight_pitch = w_.pitch(), f.float_adapters = kSplit;
-    if (with_bias_) f.bias = float_bias_ ? static_cast<const void*>(bias_floats_.data())
-                                         : static_cast<const void*>(bias_buffer_.data());
+    if (with_bias_)
+      f.bias = float_bias_ ? static_cast<const void*>(bias_floats_.data())
+                           : static_cast<const void*>(bias_buffer_.data());
     f.float_bias = float_bias_, f.y = whole_y_->data(), f.s = with_s_ ? s_.data() : nullptr;
     f.workspace = workspace_->data(), f.counts = own_counts_ ? flags_->data() : nullptr;
     return f;
@@ -288,9 +290,9 @@ class Decode {
       }
       low_rank += int64_t{batches} * ((rows_.rank(adapter) + 15) / 16) * (kSplit ? 3 : 1);
     }
-    const int64_t products = (int64_t{tiles() + s_tiles()} * steps() * 4 * Tile::kBlocks +
-                              int64_t{tiles()} * low_rank) *
-                             Tile::kWarps;
+    const int64_t products =
+        (int64_t{tiles() + s_tiles()} * steps() * 4 * Tile::kBlocks + int64_t{tiles()} * low_rank) *
+        Tile::kWarps;
     const int64_t flop = products * 2 * 16 * 16 * 8;
     const auto copied = static_cast<int64_t>(
         counted.global_bytes[static_cast<int>(emulator::GlobalAccess::CpAsync)]);
@@ -353,7 +355,8 @@ class Decode {
     for (size_t r = 0; r < of_row.size(); ++r) {
       const Bounded& s = of_row[r];
       const double scaling = scalings_[static_cast<size_t>(many_ ? adapter : 0)];
-      const double t = scaling * s.value, b = kernels::as_halves<T, F>(factors_.b(adapter, j, static_cast<int>(r)));
+      const double t = scaling * s.value,
+                   b = kernels::as_halves<T, F>(factors_.b(adapter, j, static_cast<int>(r)));
       const double unit = kernels::rounding_unit<T>();
       const double lost = kSplit ? unit * unit * (1 + std::fabs(t)) + 0x1p-22 * std::fabs(t)
                                  : kernels::rounding_error<T>(std::fabs(t) + s.error());
@@ -369,9 +372,7 @@ class Decode {
     return kernels::compare("y", row, j, y_at(row, j), sum.value, error);
   }
   // Integers and halves of them, which one half may have to round.
-  static double as_kept(double t) {
-    return kSplit ? t : rounded_to<T>(t);
-  }
+  static double as_kept(double t) { return kSplit ? t : rounded_to<T>(t); }
 
   std::mt19937_64 random_;
   const int m_, n_, k_;

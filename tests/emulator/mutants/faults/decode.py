@@ -154,7 +154,10 @@ DECODE = [
         "decode_counts_of_s_are_those_of_y",
         "tiles of S are counted where those of Y are",
         "each has parts of its own number",
-        ("params.s_arrivals = params.arrivals + plan.decode.tiles;", "params.s_arrivals = params.arrivals;"),
+        (
+            "params.s_arrivals = params.arrivals + plan.decode.tiles;",
+            "params.s_arrivals = params.arrivals;",
+        ),
     ),
     of_params(
         "decode_without_scaling",
@@ -172,6 +175,9 @@ DECODE = [
         "decode_fewer_counts_are_cleared",
         "the counts of Y's tiles alone are cleared",
         "those of S lie behind them",
-        ("launch.clear(params.arrivals, plan.flag_count());", "launch.clear(params.arrivals, plan.decode.tiles);"),
+        (
+            "launch.clear(params.arrivals, plan.flag_count());",
+            "launch.clear(params.arrivals, plan.decode.tiles);",
+        ),
     ),
 ]
