@@ -42,6 +42,7 @@ SYNCHRONISATION = {
     "ptx::fence_mbarrier_init",
     "ptx::fence_proxy_async_shared",
     "ptx::fence_proxy_async_global",
+    "ptx::fence_acq_rel_gpu",
     "ptx::bulk_commit_group",
     "ptx::bulk_wait_group",
     "ptx::bulk_wait_group_read",
