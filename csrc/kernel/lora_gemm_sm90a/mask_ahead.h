@@ -11,6 +11,7 @@
 //   apply(acc)           mask * accumulators, which hold T U alone
 #pragma once
 #include "kernel/lora_gemm_sm90a/pipeline.h"
+#include "kernel/mask_shares.h"
 
 namespace lora_ext::kernel {
 
@@ -18,7 +19,6 @@ template <class T, class Tile>
 struct LoraGemmSm90aMaskAhead {
   using Block = LoraGemmSm90aBlock<T, Tile>;
 
-  // One draw decides a share: a thread's 8 elements of a row, in four blocks of 8 columns.
   static constexpr int kSharesOfRow = Tile::kN / 32;
   static constexpr int kShares = 2 * Tile::kRowBlocks * kSharesOfRow;
   static constexpr int kWords = kShares / 4;
@@ -26,14 +26,13 @@ struct LoraGemmSm90aMaskAhead {
 
   const Block& block;
   const int first_row, first_column;  // of the thread, in a tile
-  const Mask& mask = block.p.mask;
-  const uint64_t seed = static_cast<uint64_t>(*mask.seed);
+  const MaskShares shares{block.p.mask};
 
   // Of a tile's steps: so many that the last one finds none left.
   const int shares_of_step = (kShares + block.main_steps - 1) / max(block.main_steps, 1);
 
   int tile = -1, drawn = 0;
-  uint64_t row = 0, column = 0;  // of the masked matrix
+  int row = 0, column = 0;  // of the thread's first element
   // As a queue, so that no register is chosen at run time: a share comes in at the end, the first
   // lies highest once all are there.
   uint32_t words[kWords] = {};
@@ -42,14 +41,13 @@ struct LoraGemmSm90aMaskAhead {
   __device__ __forceinline__ void begin(int of_tile) {
     if (tile == of_tile) return;
     const auto at = block.place_of(of_tile);
-    row = static_cast<uint64_t>(mask.row_offset + at.row + first_row);
-    column = static_cast<uint64_t>(mask.col_offset + at.column + first_column);
+    row = at.row + first_row, column = at.column + first_column;
     tile = of_tile;
     drawn = 0;
   }
 
-  __device__ __forceinline__ void draw(int shares) {
-    const int end = min(drawn + shares, kShares);
+  __device__ __forceinline__ void draw(int count) {
+    const int end = min(drawn + count, kShares);
 #pragma unroll 1
     for (; drawn < end; ++drawn) push(draw_share());
   }
@@ -67,38 +65,8 @@ struct LoraGemmSm90aMaskAhead {
   // Rows 0 and 8 of each 64, and shares from left to right.
   __device__ __forceinline__ uint32_t draw_share() const {
     const int of_rows = drawn / kSharesOfRow;
-    const uint64_t at_row = row + static_cast<uint64_t>(of_rows / 2 * 64 + of_rows % 2 * 8);
-    const uint64_t at_column = column + static_cast<uint64_t>(drawn % kSharesOfRow * 32);
-    return mask.in_step() ? share_in_step(at_row, at_column) : share_of_each(at_row, at_column);
-  }
-
-  // Where columns count from a multiple of 32, the draw's halves are the lane's elements in the
-  // order in which it holds them.
-  __device__ __forceinline__ uint32_t share_in_step(uint64_t at_row, uint64_t at_column) const {
-    const philox::Words words_of = philox::draw(seed, at_row, philox::group_of(at_column));
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      bits = with_bit(bits, words_of.w[i] & 0xFFFF);
-      bits = with_bit(bits, words_of.w[i] >> 16);
-    }
-    return bits;
-  }
-
-  // Any other offset: a draw for each element.
-  __device__ __forceinline__ uint32_t share_of_each(uint64_t at_row, uint64_t at_column) const {
-    uint32_t bits = 0;
-#pragma unroll 1
-    for (uint32_t i = 0; i < 8; ++i) {
-      const uint32_t draw = draw_for_element(seed, at_row, at_column + i / 2 * 8 + i % 2);
-      bits = with_bit(bits, draw & 0xFFFF);
-    }
-    return bits;
-  }
-
-  // Below keep_count the difference is negative, and its sign is shifted in: one instruction.
-  __device__ __forceinline__ uint32_t with_bit(uint32_t bits, uint32_t draw) const {
-    return bits << 1 | (draw - mask.keep_count) >> 31;
+    return shares.draw(row + of_rows / 2 * 64 + of_rows % 2 * 8,
+                       column + drawn % kSharesOfRow * 32);
   }
 
   __device__ __forceinline__ void push(uint32_t share) {
@@ -108,7 +76,7 @@ struct LoraGemmSm90aMaskAhead {
   }
 
   __device__ __forceinline__ void apply(float (&acc)[Tile::kRowBlocks][Tile::kN / 2]) const {
-    const float scale = mask.keep_scale;
+    const float scale = shares.mask.keep_scale;
 #pragma unroll
     for (int share = 0; share < kShares; ++share) {
       const int of_rows = share / kSharesOfRow, first = share % kSharesOfRow * 4;

@@ -11,7 +11,6 @@ LARGE_FLOAT = "a float as large as that and one more are the same"
 EVERY_LANE = "every lane waits for its bulk groups, of which only the elected one has any"
 
 HARMLESS = {
-    "lora_gemm_sm90a/mask_ahead.draw_share.mask.in_step():never": ONE_DRAW_EACH,
     "lora_gemm_sm90a/mask_ahead.begin.tile==of_tile:never": "all bits are drawn again",
     "mask.in_step.col_offset%32==0:never": ONE_DRAW_EACH,
     "lora_shrink_sm80.mask.dropout.in_step():never": ONE_DRAW_EACH,
