@@ -164,10 +164,11 @@ def test_divisions_of_main_loops_are_counted():
 
 
 def test_the_command_line():
-    assert sass.archs_of([]) == ["sm_80"]
-    assert sass.archs_of(["sm_90a", "sm_80"]) == ["sm_90a", "sm_80"]
+    assert sass.options([]).arch == ["sm_80"] and not sass.options([]).record
+    assert sass.options(["sm_90a", "sm_80"]).arch == ["sm_90a", "sm_80"]
+    assert sass.options(["--record"]).arch == ["sm_80", "sm_90a"]
     with pytest.raises(SystemExit):
-        sass.archs_of(["sm_70"])
+        sass.options(["sm_70"])
 
 
 def test_a_wait_between_wgmmas_divides_their_group():
