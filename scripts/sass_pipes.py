@@ -119,7 +119,7 @@ class Card:
 
 # Tensor rates: an H100's mma.sync reaches 494 of 757 TFLOP/s [3], a GeForce card half of Ada's rate
 # where sums are float32 [6]; an RTX PRO 6000 was measured to do 1024 FLOP a clock and SM. L2: 5400
-# GB/s of an A100 at 1.41 GHz, 6950 of an H100 PCIe with 114 SMs at 1.755, 5200 of an L40 at 2.49;
+# GB/s of an A100 at 1.41 GHz, 9700 of an H200 at 1.98, 5200 of an L40 at 2.49;
 # others as the nearest of these.
 ADA_L2 = 5200 / 2.49 / 142
 CARDS = {
@@ -128,7 +128,7 @@ CARDS = {
         Card("A100", 108, 256, 16, 5400 / 1.41 / 108, 261.5, 466.3),
         Card("L40S", 142, 128, 32, ADA_L2, 273, 541.5),
         Card("RTX 4090", 128, 64, 32, ADA_L2, 273, 541.5),
-        Card("H100", 132, 512 * 494 / 757, 32, 6950 / 1.755 / 114, 263, 478.8, 512),
+        Card("H100", 132, 512 * 494 / 757, 32, 9700 / 1.98 / 132, 263, 478.8, 512),
         Card("RTX PRO 6000", 188, 128, 32, ADA_L2, 273, 541.5),
     )
 }

@@ -81,11 +81,14 @@ class _Smsp:
         self.released: dict[tuple[int, int], list[float]] = {}  # a block's stages, by step
         self.filled: dict[tuple[int, int], float] = {}
         self.parked: list[tuple[_Warp, float]] = []  # for a stage
-        in_step = [op for op in ops if op.name == "products"]
-        self.lag = int(in_step[0].kind.split(":")[1]) if in_step else 0
         self.first_try = next((i for i, op in enumerate(ops) if op.kind == "mbarrier:try"), None)
+        # A stage is released by the step's last arrival, as many steps later as groups of wgmma may
+        # be under way; where the loop itself loads, for the step's own stage.
         arrivals = [at for at, op in enumerate(ops) if op.kind == "mbarrier:arrive"]
-        self.release = arrivals[-1] if arrivals else None
+        loads = [at for at, op in enumerate(ops) if op.name == "tma"]
+        waits = [int(op.kind.split(":")[1]) for op in ops if op.name == "products"]
+        self.release = next(iter(loads or arrivals[-1:]), None)
+        self.lag = 1 if loads else next(iter(waits), 0)
         self.last: _Warp | None = None
 
     def earliest(self, warp: _Warp) -> float:
@@ -146,7 +149,7 @@ class _Smsp:
             return warp.products
         if name == "commit":
             return warp.copies
-        if op.kind == "mbarrier:arrive" and self.ring and warp.at == self.release:
+        if self.ring and warp.at == self.release:
             self.released.setdefault((warp.block, warp.step - self.lag), []).append(time)
             self.unpark()
         pipe = PIPES.get(name, name)
@@ -221,11 +224,11 @@ class _Smsp:
     def fill(self, block: int, step: int) -> float | None:
         """When the stage of a step is full; None while it is not released yet."""
         assert self.ring
-        if step < self.ring.stages:
-            return 0.0
         if (block, step) not in self.filled:
             released = self.released.get((block, step - self.ring.stages), [])
-            if len(released) < sum(warp.block == block for warp in self.warps):
+            if step < self.ring.stages:
+                released = [0.0]
+            elif len(released) < sum(warp.block == block for warp in self.warps):
                 return None
             begin = max(max(released), self.link)
             self.link = begin + self.ring.stage_bytes / self.card.l2_bytes

@@ -106,7 +106,7 @@ def test_what_a_main_loop_is_counted_to_hold():
     assert loop.needs["issue"] == 2 * 12 and loop.efficiency == pytest.approx(
         32 / loop.cycles, 0.01
     )
-    assert loop.cycles > 22 + 29 and loop.bound == "latency"
+    assert loop.cycles > 22 + 29 and loop.bound == "L2"
     alone = sass_main_loops.Residence(threads=128, blocks=1)
     [once] = sass_main_loops.main_loops_of(LOOP, CARDS["A100"], alone)
     assert once.warps == 1 and once.needs["tensor"] == 16
