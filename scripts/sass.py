@@ -8,7 +8,8 @@ are slower than recorded, sass_paths.py what a tile takes of a kernel without th
 what is wrong with a kernel.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
-    python scripts/sass.py --record                    both, and records their main loops
+    python scripts/sass.py --record                    both, and records their main loops, also for
+                                                       the planner (sass_rates.py)
 
 nvdisasm comes with CUDA's toolkit or from PyPI (nvidia-cuda-nvdisasm).
 """
@@ -23,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import sass_baseline
+import sass_rates
 from sass_kernels import OPCODES_SM90A, SHARED, SHARED_OF_CONSUMER_CARDS, Kernel, kernels_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,6 +254,7 @@ def main() -> int:
         failed |= bool(problems)
     if asked.record:
         sass_baseline.record(compiler(), recorded)
+        sass_rates.HEADER.write_text(sass_rates.header(sass_baseline.read()))
     return failed
 
 

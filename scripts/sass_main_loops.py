@@ -97,7 +97,7 @@ def main_loops_of(text: str, card: Card, residence: Residence) -> list[MainLoop]
     found = []
     for loop in sass_loops.main_loops(sass_loops.loops_of(text)):
         path = steady_path(text, loop)
-        ops = [op_of(each) for each in path]
+        ops = tuple(op_of(each) for each in path)
         blocks = 1 if residence.stages else max(1, residence.blocks)
         done = replay(ops, residence.warps, card, blocks, residence.ring(ops))
         found.append(

@@ -44,7 +44,7 @@ def ops_in(text: str) -> Iterator[Op]:
 def replayed(entry: dict) -> Replayed:
     ring = Ring(*entry["ring"]) if "ring" in entry else None
     card = CARDS[entry["card"]]
-    return replay(list(ops_in(entry["ops"])), entry["warps"], card, entry["blocks"], ring)
+    return replay(tuple(ops_in(entry["ops"])), entry["warps"], card, entry["blocks"], ring)
 
 
 def predicted(entry: dict) -> float:

@@ -12,6 +12,7 @@ Not replayed: instruction fetch, register banks, bank conflicts of shared memory
 clusters that wait for each other.
 """
 
+import functools
 import heapq
 import math
 from collections import deque
@@ -73,6 +74,9 @@ class _Smsp:
     def __init__(self, ops: Sequence[Op], card: Card, warps: list[_Warp], ring: Ring | None):
         self.ops, self.card, self.warps, self.ring = ops, card, warps, ring
         self.slot, self.tensor, self.port, self.link = 0.0, 0.0, 0.0, 0.0
+        self.pipe_of = [
+            "memory" if op.name in MEMORY else PIPES.get(op.name, op.name) for op in ops
+        ]
         self.copies = 0  # so far
         self.pipes: dict[str, float] = {}
         self.queue: deque[float] = deque(maxlen=QUEUE)  # when the last of them were taken up
@@ -93,13 +97,12 @@ class _Smsp:
 
     def earliest(self, warp: _Warp) -> float:
         """When a warp could issue its next instruction."""
-        op = self.ops[warp.at]
-        time = max(warp.ready, self.slot)
-        if op.name == "hmma":
+        time, pipe = max(warp.ready, self.slot), self.pipe_of[warp.at]
+        if pipe == "hmma":
             return max(time, self.tensor)
-        if op.name in MEMORY:
+        if pipe == "memory":
             return max(time, self.queue[0]) if len(self.queue) == QUEUE else time
-        return max(time, self.pipes.get(PIPES.get(op.name, op.name), 0.0))
+        return max(time, self.pipes.get(pipe, 0.0))
 
     def run(self) -> None:
         while any(warp.step < STEPS for warp in self.warps):
@@ -236,8 +239,9 @@ class _Smsp:
         return self.filled[block, step]
 
 
+@functools.cache
 def replay(
-    ops: Sequence[Op], warps: int, card: Card, blocks: int = 1, ring: Ring | None = None
+    ops: tuple[Op, ...], warps: int, card: Card, blocks: int = 1, ring: Ring | None = None
 ) -> Replayed:
     """`warps` of an SMSP, of as many blocks: the mean step once the loop is under way."""
     # Blocks begin one after the other, a share of a step apart.
@@ -245,5 +249,6 @@ def replay(
     smsp = _Smsp(ops, card, all_warps, ring)
     smsp.run()
     steps = STEPS - WARM
-    mean = sum(warp.ends[STEPS - 1] - warp.ends[WARM - 1] for warp in all_warps) / warps
-    return Replayed(mean / steps, needs_of(ops, warps, card, ring))
+    mean = sum(warp.ends[STEPS - 1] - warp.ends[WARM - 1] for warp in all_warps) / warps / steps
+    needs = needs_of(ops, warps, card, ring)
+    return Replayed(max(mean, needs["tensor"]), needs)  # wgmmas may lag behind the first steps

@@ -1,5 +1,6 @@
 """A step of a main loop as the replay takes it: its instructions in short, and what they need."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ class Op:
     def text(self) -> str:
         return f"{self.kind}/{self.control.text}"
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.kind.partition(":")[0]
 

@@ -23,7 +23,7 @@ H100 = CARDS["H100"]
 
 def step(text: str, warps=1, blocks=1, card=A100, ring=None) -> Replayed:
     """Of instructions in short: "hmma:2048/1q0" is kind, stall, and the scoreboard it waits for."""
-    return replay([op_named(word) for word in text.split()], warps, card, blocks, ring)
+    return replay(tuple(op_named(word) for word in text.split()), warps, card, blocks, ring)
 
 
 # 16 x 8 x 16 in 8 cycles; loads of four matrices in 4 of the SM's, 16 for four SMSPs, and the first
