@@ -67,13 +67,15 @@ CONSTANTS = """
 using namespace lora_ext::kernel;
 template <class Tile>
 void print(const char* name, unsigned shared) {
-  std::printf("%s %u %d\\n", name, shared, Tile::kThreads);
+  std::printf("%s %u %d 0\\n", name, shared, Tile::kThreads);
 }
 template <class Tile>
 void print_sm90a(const char* name) {
-  std::printf("lora_gemm_sm90a_%s %u %d\\n", name, Tile::kSharedBytes, Tile::kThreads);
-  const unsigned with_jobs = JobTile<Tile>::kSharedBytes;
-  std::printf("lora_gemm_in_grid_sm90a_%s %u %d\\n", name, with_jobs, Tile::kThreads);
+  const auto line = [&](const char* kernel, unsigned shared) {
+    std::printf("%s_sm90a_%s %u %d %d\\n", kernel, name, shared, Tile::kThreads, Tile::kStages);
+  };
+  line("lora_gemm", Tile::kSharedBytes);
+  line("lora_gemm_in_grid", JobTile<Tile>::kSharedBytes);
 }
 int main() {
   print<LoraGemmTile128x256>("lora_gemm_128x256", LoraGemmTile128x256::kSharedBytes);
@@ -98,9 +100,7 @@ def constants() -> dict[str, tuple[int, int, int]]:
     subprocess.run(command, check=True)
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in lines.splitlines()]
-    return {
-        name: (int(shared), int(threads), int(stages)) for name, shared, threads, stages in rows
-    }
+    return {row[0]: (int(row[1]), int(row[2]), int(row[3])) for row in rows}
 
 
 def tool(path: str | None, name: str, package: str) -> str:

@@ -81,11 +81,12 @@ class Residence:
         return max(1, self.blocks) * self.threads // 32 // SMSPS
 
     def ring(self, ops: Sequence[Op]) -> Ring | None:
-        """P's rows, and half of Q's: the cluster's other block loads the other half."""
+        """P's rows, and half of Q's; the cluster's other block loads the other half for both."""
         columns = [int(op.kind.split(":")[1]) for op in ops if op.name == "hgmma"]
         if not self.stages or not columns:
             return None
-        return Ring(self.stages, ROW_BYTES * (LEFT_ROWS + columns[0] // 2))
+        half = ROW_BYTES * columns[0] // 2
+        return Ring(self.stages, ROW_BYTES * LEFT_ROWS + half, half)
 
 
 def residence_of(name: str, threads: int, blocks: int, stages: int = 0) -> Residence:

@@ -39,7 +39,15 @@ from sass_pipes import (
     load_latency,
     shared_cycles,
 )
-from sass_step import Op, Replayed, Ring, needs_of, tensor_cycles
+from sass_step import (
+    Op,
+    Replayed,
+    Ring,
+    fill_cycles,
+    needs_of,
+    operand_cycles,
+    tensor_cycles,
+)
 
 STEPS, WARM = 32, 8  # that are replayed, and that do not count: more than a ring has stages
 
@@ -71,7 +79,14 @@ class _Warp:
 class _Smsp:
     """Its slot and pipes, and its share of the SM's."""
 
-    def __init__(self, ops: Sequence[Op], card: Card, warps: list[_Warp], ring: Ring | None):
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        card: Card,
+        warps: list[_Warp],
+        blocks: int,
+        ring: Ring | None,
+    ):
         self.ops, self.card, self.warps, self.ring = ops, card, warps, ring
         self.slot, self.tensor, self.port, self.link = 0.0, 0.0, 0.0, 0.0
         self.pipe_of = [
@@ -93,6 +108,10 @@ class _Smsp:
         waits = [int(op.kind.split(":")[1]) for op in ops if op.name == "products"]
         self.release = next(iter(loads or arrivals[-1:]), None)
         self.lag = 1 if loads else next(iter(waits), 0)
+        # A producer's stage is written while wgmma reads others: each product's share of that.
+        products = len(warps) // blocks * sum(op.name == "hgmma" for op in ops)
+        beside = ring is not None and products and not loads
+        self.fill_of_product = fill_cycles(ring) / products if beside else 0.0
         self.last: _Warp | None = None
 
     def earliest(self, warp: _Warp) -> float:
@@ -145,7 +164,8 @@ class _Smsp:
             self.tensor = time + tensor_cycles(op, self.card)
             return time + PRODUCT_LATENCY
         if name == "hgmma":
-            self.tensor = max(time, self.tensor) + tensor_cycles(op, self.card)
+            reads = operand_cycles(op) + self.fill_of_product
+            self.tensor = max(time, self.tensor) + max(tensor_cycles(op, self.card), reads)
             warp.products = self.tensor + WGMMA_DRAIN
             if op.kind.endswith(":last"):
                 warp.groups.append(warp.products)
@@ -234,7 +254,7 @@ class _Smsp:
             elif len(released) < sum(warp.block == block for warp in self.warps):
                 return None
             begin = max(max(released), self.link)
-            self.link = begin + self.ring.stage_bytes / self.card.l2_bytes
+            self.link = begin + self.ring.l2_bytes / self.card.l2_bytes
             self.filled[block, step] = self.link + TMA_LATENCY
         return self.filled[block, step]
 
@@ -246,9 +266,9 @@ def replay(
     """`warps` of an SMSP, of as many blocks: the mean step once the loop is under way."""
     # Blocks begin one after the other, a share of a step apart.
     all_warps = [_Warp(index * blocks // warps) for index in range(warps)]
-    smsp = _Smsp(ops, card, all_warps, ring)
+    smsp = _Smsp(ops, card, all_warps, blocks, ring)
     smsp.run()
     steps = STEPS - WARM
     mean = sum(warp.ends[STEPS - 1] - warp.ends[WARM - 1] for warp in all_warps) / warps / steps
-    needs = needs_of(ops, warps, card, ring)
+    needs = needs_of(ops, warps, card, blocks, ring)
     return Replayed(max(mean, needs["tensor"]), needs)  # wgmmas may lag behind the first steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sass_control import Control, control_named
 from sass_loops import Instruction
-from sass_pipes import INTEGER_CYCLES, SMSPS, Card, kind_of, shared_cycles
+from sass_pipes import INTEGER_CYCLES, SHARED_BYTES, SMSPS, Card, kind_of, shared_cycles
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Ring:
     """Stages that a producer fills; a wgmma kernel's consumers wait for them and release them."""
 
     stages: int
-    stage_bytes: int  # that reach one SM, multicast halves included
+    l2_bytes: int  # of a stage, which L2 sends for one SM
+    multicast_bytes: int = 0  # of it, which L2 sends for another block of the cluster
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,27 @@ def tensor_cycles(op: Op, card: Card) -> float:
     return 64 * 16 * size / SMSPS / card.wgmma_products
 
 
-def needs_of(ops: Sequence[Op], warps: int, card: Card, ring: Ring | None) -> dict[str, float]:
+def operand_cycles(op: Op) -> float:
+    """Of the memory pipe, while wgmma reads 64 x 16 and n x 16 halves for all four SMSPs."""
+    if op.name != "hgmma":
+        return 0.0
+    return 2 * 16 * (64 + int(op.kind.split(":")[1])) / SHARED_BYTES
+
+
+def fill_cycles(ring: Ring) -> float:
+    return (ring.l2_bytes + ring.multicast_bytes) / SHARED_BYTES
+
+
+def needs_of(
+    ops: Sequence[Op], warps: int, card: Card, blocks: int, ring: Ring | None
+) -> dict[str, float]:
     """Cycles of an SMSP that each resource is busy for in a step of all its warps."""
     found = dict.fromkeys(("tensor", "issue", "shared", "L2", "integer"), 0.0)
     for op in ops:
         found["issue"] += warps
         if op.name in ("hmma", "hgmma"):
             found["tensor"] += warps * tensor_cycles(op, card)
+            found["shared"] += warps * operand_cycles(op)
         elif op.name in ("ldsm", "stsm", "lds", "sts"):
             found["shared"] += warps * SMSPS * shared_cycles(op.kind)
         elif op.name in ("ldgsts", "ldg"):
@@ -91,5 +106,6 @@ def needs_of(ops: Sequence[Op], warps: int, card: Card, ring: Ring | None) -> di
         elif op.name == "int":
             found["integer"] += warps * INTEGER_CYCLES
     if ring:
-        found["L2"] += ring.stage_bytes / card.l2_bytes
+        found["L2"] += blocks * ring.l2_bytes / card.l2_bytes
+        found["shared"] += blocks * fill_cycles(ring)
     return found

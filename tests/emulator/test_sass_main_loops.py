@@ -14,7 +14,7 @@ import sass_main_loops
 from sass_control import control_named, upper_of
 from sass_pipes import CARDS
 from sass_steady import steady_path
-from sass_step import op_named
+from sass_step import Ring, op_named
 
 pytestmark = pytest.mark.kernels
 
@@ -123,7 +123,7 @@ def test_warps_of_an_smsp():
 def test_the_ring_of_a_wgmma_kernel():
     residence = sass_main_loops.residence_of("lora_gemm_sm90a 128x192 pingpong bf16", 384, 1, 4)
     ring = residence.ring([op_named("hgmma:192:last/1")])
-    assert ring and (ring.stages, ring.stage_bytes) == (4, 128 * (128 + 96))
+    assert ring and ring == Ring(4, 128 * (128 + 96), 128 * 96)
     assert residence.ring([op_named("hmma:2048/1")]) is None
 
 

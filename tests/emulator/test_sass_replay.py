@@ -106,6 +106,18 @@ def test_wgmma_runs_beside_its_warp():
     assert step(WGMMA.format(0), 2, card=H100).cycles == pytest.approx(256)
 
 
+def test_wgmma_reads_shared_memory():
+    # 64 x 32 x 16 multiplies for 16 cycles and reads 3 KiB in 24; 64 x 64 x 16 4 KiB in 32 and 32.
+    for columns, cycles in ((32, 24), (64, 32), (128, 64)):
+        done = step(f"arrive/1 hgmma:{columns}:last/1 products:1/1", 2, card=H100)
+        assert done.cycles == pytest.approx(2 * cycles)
+    # The same pipe writes stages: 64 cycles of reading, 96 of writing 12 KiB, 64 of products.
+    text = "mbarrier:try/1w0 arrive/1q0 hgmma:192:last/1 products:1/1 mbarrier:arrive/1"
+    done = step(text, card=H100, ring=Ring(6, 2048, 10240))
+    assert done.needs["shared"] == 64 + 96 and done.bound == "shared"
+    assert done.cycles == pytest.approx(160, rel=0.02)
+
+
 def test_a_ring_is_filled_when_all_have_released_a_stage():
     text = "mbarrier:try/1w0 arrive/1q0 hgmma:256:last/1 products:0/1 mbarrier:arrive/1"
     ring = Ring(1, 0)
