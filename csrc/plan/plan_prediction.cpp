@@ -339,8 +339,9 @@ double main_loop_share(const Card& card, const TileFacts& tile, bool masked) {
   // 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared memory.
   const bool hopper = card.arch >= 90 && card.arch < 120;
   const bool small = card.shared_per_block < facts_of(Tile::k128x128).shared;
-  const MainLoopRates& rates =
-      hopper ? kMainLoopsOnH100 : small ? kMainLoopsOnL40S : kMainLoopsOnA100;
+  const MainLoopRates& rates = hopper  ? kMainLoopsOnH100
+                               : small ? kMainLoopsOnL40S
+                                       : kMainLoopsOnA100;
   const MainLoopRate& rate = rates.tiles[static_cast<int>(tile.tile)];
   const double share = (masked ? rate.masked : rate.plain) / rates.library;
   return share * (tile.wgmma ? 1.0 : mma_share(card));

@@ -57,8 +57,8 @@ class Launches {
 // The library's product [m, n] = [m, k] [k, n], which reads what it adds to if it accumulates.
 Launch library_product(const Card& card, const char* name, int64_t m, int64_t n, int64_t k,
                        bool accumulate = false);
-// What the main loop of a tile of lora_gemm reaches of the rate of the library's, on the card of its
-// generation.
+// What the main loop of a tile of lora_gemm reaches of the rate of the library's, on the card of
+// its generation.
 double main_loop_share(const Card& card, const TileFacts& tile, bool masked);
 // Of lora_gemm's tiles over [m, n] with k of depth: flop as in Launch.
 double tiles_flop(const Card& card, const TileFacts& tile, int64_t m, int64_t n, int64_t k,
