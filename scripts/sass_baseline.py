@@ -1,7 +1,7 @@
 """What the main loops took when they were recorded, and which of them are worse now.
 
 scripts/sass_baseline.json has a line for the loops of each kernel in bfloat16: on an A100 or H100,
-and of sm_80's kernels on an L40S; kernels in float16 are held to it, too. Counts are of one
+and of sm_80's lora_gemm on an L40S; kernels in float16 are held to it, too. Counts are of one
 compiler: with another nvcc nothing is compared.
 """
 
