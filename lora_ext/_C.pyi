@@ -134,6 +134,9 @@ class Launch:
     times: int
 
 def sustained_by(card: Card) -> Sustained: ...
+def main_loop_share(card: Card, tile: str, masked: bool) -> float:
+    """Of the rate of the library's main loop (csrc/plan/main_loop_rates.h)."""
+
 def library_product(
     card: Card, rows: int, columns: int, depth: int, accumulate: bool = False
 ) -> Launch: ...

@@ -3,10 +3,13 @@
 Compiles the kernels of csrc/cuda/ for one architecture and writes build/sass/ARCH.json: registers,
 shared memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with.
 Prints the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py
-finds the loops, sass_steps.py the way round one, sass_paths.py what a tile takes of a kernel
-without them, sass_kernels.py says what is wrong with a kernel.
+finds the loops, sass_main_loops.py replays those that multiply, sass_baseline.py says which of them
+are slower than recorded, sass_steps.py the way round a loop of lora_decode, sass_paths.py what a
+tile takes of a kernel without loops, sass_kernels.py what is wrong with a kernel.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
+    python scripts/sass.py --record                    both, and records their main loops, also for
+                                                       the planner (sass_rates.py)
 
 nvdisasm comes with CUDA's toolkit or from PyPI (nvidia-cuda-nvdisasm).
 """
@@ -20,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import sass_baseline
+import sass_rates
 from sass_kernels import OPCODES_SM90A, SHARED, SHARED_OF_CONSUMER_CARDS, Kernel, kernels_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +32,19 @@ sys.path.insert(0, str(ROOT / "tests"))
 from emulator import cuda_headers  # noqa: E402
 
 BUILD = ROOT / "build" / "sass"
+# Columns of the table of main loops: instructions of a step, and cycles that a resource needs.
+COUNTED = (
+    "tensor",
+    "shared",
+    "copies",
+    "integer",
+    "address",
+    "uniform",
+    "float",
+    "branch",
+    "barrier",
+)
+NEEDS = ("tensor", "issue", "shared", "L2", "integer")
 SOURCES = (
     *(
         f"lora_{kernels}_{half}"
@@ -42,7 +60,7 @@ SOURCES_SM90A = tuple(
 )
 SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 
-# Dynamic shared memory and threads of the instances, as csrc/kernel/ has them.
+# Dynamic shared memory, threads and stages of a ring of the instances, as csrc/kernel/ has them.
 CONSTANTS = """
 #include <cstdio>
 #include "kernel/lora_decode.h"
@@ -54,13 +72,15 @@ CONSTANTS = """
 using namespace lora_ext::kernel;
 template <class Tile>
 void print(const char* name, unsigned shared) {
-  std::printf("%s %u %d\\n", name, shared, Tile::kThreads);
+  std::printf("%s %u %d 0\\n", name, shared, Tile::kThreads);
 }
 template <class Tile>
 void print_sm90a(const char* name) {
-  std::printf("lora_gemm_sm90a_%s %u %d\\n", name, Tile::kSharedBytes, Tile::kThreads);
-  const unsigned with_jobs = JobTile<Tile>::kSharedBytes;
-  std::printf("lora_gemm_in_grid_sm90a_%s %u %d\\n", name, with_jobs, Tile::kThreads);
+  const auto line = [&](const char* kernel, unsigned shared) {
+    std::printf("%s_sm90a_%s %u %d %d\\n", kernel, name, shared, Tile::kThreads, Tile::kStages);
+  };
+  line("lora_gemm", Tile::kSharedBytes);
+  line("lora_gemm_in_grid", JobTile<Tile>::kSharedBytes);
 }
 int main() {
   print<LoraGemmTile128x256>("lora_gemm_128x256", LoraGemmTile128x256::kSharedBytes);
@@ -82,15 +102,15 @@ int main() {
 """
 
 
-def constants() -> dict[str, tuple[int, int]]:
-    """Shared memory and threads, by name of a tile."""
+def constants() -> dict[str, tuple[int, int, int]]:
+    """Shared memory, threads and stages, by name of a tile."""
     source, program = BUILD / "constants.cu", BUILD / "constants"
     source.write_text(CONSTANTS)
     command = [nvcc(), "-std=c++20", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in lines.splitlines()]
-    return {name: (int(shared), int(threads)) for name, shared, threads in rows}
+    return {row[0]: (int(row[1]), int(row[2]), int(row[3])) for row in rows}
 
 
 def tool(path: str | None, name: str, package: str) -> str:
@@ -126,7 +146,8 @@ def examine(arch: str) -> tuple[list[Kernel], list[str]]:
         compiled = list(pool.map(lambda source: compile_source(source, arch), SOURCES_OF[arch]))
     kernels, wrong = [], []
     for report, cubin in compiled:
-        done = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True)
+        command = [disassembler, "-c", "-hex", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"nvdisasm failed on {cubin}:\n{done.stderr}")
         kernels += kernels_of(report, done.stdout, arch, known)
@@ -168,24 +189,63 @@ def table_of_tiles(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def archs_of(arguments: list[str]) -> list[str]:
-    """The architectures that the command line names."""
+def table_of_loops(kernels: list[Kernel]) -> str:
+    """In bfloat16, and those of other dtypes that differ from it."""
+    columns = ["kernel", "loop", "warps an SMSP", *COUNTED, *NEEDS]
+    columns += ["cycles", "of the tensor rate", "bound by", "products ahead", "copies among"]
+    lines, seen = [columns, ["---"] * len(columns)], set()
+    for kernel in sorted(kernels, key=lambda each: each.name):
+        for loop in kernel.main_loops:
+            cells = [loop.warps, *(loop.instructions.get(name, 0) for name in COUNTED)]
+            cells += [f"{loop.needs[name]:.0f}" for name in NEEDS]
+            cells += [f"{loop.cycles:.0f}", f"{loop.efficiency:.3f}", loop.bound]
+            cells += [loop.products_ahead, loop.copies_among]
+            alike = sass_baseline.family_of(kernel.name), *cells
+            if alike not in seen:
+                lines.append([kernel.name, loop.place, *cells])
+            seen.add(alike)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def compiler() -> str:
+    """nvcc's version, "13.0.88"."""
+    said = subprocess.run([nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"\bV([\d.]+)", said)
+    return found[1] if found else "unknown"
+
+
+def compared(arch: str, kernels: list[Kernel]) -> list[str]:
+    """Main loops that are slower than recorded; none, with a line printed, for another nvcc."""
+    before, now = sass_baseline.read(), compiler()
+    if before["nvcc"] != now:
+        print(f"main loops were recorded with nvcc {before['nvcc']}, this is {now}: not compared")
+        return []
+    return sass_baseline.compared(kernels, before[arch])
+
+
+def options(arguments: list[str]) -> argparse.Namespace:
+    """The architectures that the command line names, and whether to record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # Not by `choices`: before Python 3.12, no argument at all is none of them.
     parser.add_argument("arch", nargs="*", help="default: sm_80")
-    named = parser.parse_args(arguments).arch
-    for arch in named:
+    parser.add_argument("--record", action="store_true", help="the main loops of both")
+    found = parser.parse_args(arguments)
+    for arch in found.arch:
         if arch not in SOURCES_OF:
             parser.error(f"expected one of {', '.join(SOURCES_OF)}, but got {arch}")
-    return named or ["sm_80"]
+    found.arch = list(SOURCES_OF) if found.record else found.arch or ["sm_80"]
+    return found
 
 
 def main() -> int:
-    failed = False
-    for arch in archs_of(sys.argv[1:]):
+    failed, asked, recorded = False, options(sys.argv[1:]), {}
+    for arch in asked.arch:
         examined, problems = examine(arch)
+        recorded[arch] = examined
+        if not asked.record:
+            problems += compared(arch, examined)
         print(f"{arch}: {len(examined)} kernels\n")
         on_wgmma = [kernel for kernel in examined if kernel.is_sm90a]
         others = [kernel for kernel in examined if not kernel.is_sm90a]
@@ -196,6 +256,7 @@ def main() -> int:
         print(table_of_tiles(streaming), "\n")
         steps = {kernel.name: kernel.step for kernel in examined if kernel.is_decode}
         print("a step of 2 KiB of W a warp takes, in instructions:", steps, "\n")
+        print(table_of_loops(examined), "\n")
         dividing = [kernel.divisions for kernel in examined if kernel.divisions]
         print(f"{sum(dividing)} divisions in main loops, of {len(dividing)} kernels")
         print(
@@ -203,6 +264,9 @@ def main() -> int:
             or "no spill, no local memory, no serialised product, no memory barrier in a main loop"
         )
         failed |= bool(problems)
+    if asked.record:
+        sass_baseline.record(compiler(), recorded)
+        sass_rates.HEADER.write_text(sass_rates.header(sass_baseline.read()))
     return failed
 
 

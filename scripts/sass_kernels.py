@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import sass_loops
 import sass_paths
 import sass_steps
+from sass_main_loops import MainLoop, main_loops_of, residence_of
+from sass_pipes import CARD_OF, CARDS
 
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
@@ -48,6 +50,8 @@ class Kernel:
     opcodes: dict[str, int] = field(default_factory=dict)
     groups: list[int] = field(default_factory=list)  # wgmmas of each step that waits once
     loops: list[MultiplyingLoop] = field(default_factory=list)
+    main_loops: list[MainLoop] = field(default_factory=list)  # on an A100 or H100
+    consumer_loops: list[MainLoop] = field(default_factory=list)  # lora_gemm's on an L40S
     # Of a kernel that dequantises: what a lane writes of a tile, by how many instructions and
     # stores.
     values: int = 0
@@ -194,10 +198,10 @@ def name_of_sm90a(kernel: str, arguments: str) -> str:
     return " ".join([*words, "tail", tail])
 
 
-def launch_of(name: str, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
+def launch_of(name: str, known: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
     kernel, *words = name.replace("grouped_", "").split()
     tiles = [f"{kernel}_{word}" for word in words if f"{kernel}_{word}" in known]
-    return known[tiles[0]] if tiles else known.get(kernel, (0, 256))
+    return known[tiles[0]] if tiles else known.get(kernel, (0, 256, 0))
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -261,7 +265,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
     names = map(name_of, demangled([entry[0] for entry in entries]))
     kernels = []
     for (mangled, stack, stores, loads, registers), name in zip(entries, names, strict=True):
-        shared, threads = launch_of(name, known)
+        shared, threads, stages = launch_of(name, known)
         instructions = INSTRUCTION.findall(bodies[mangled])
         used = [opcode for opcode, _ in instructions]
         wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
@@ -269,22 +273,26 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
         if "MULTICAST" in counts:
             counts["MULTICAST"] = sum("MULTICAST" in suffix for _, suffix in instructions)
         tile = sass_paths.tile_of(bodies[mangled]) if name.startswith("dequantize") else []
-        kernels.append(
-            Kernel(
-                name,
-                arch,
-                threads,
-                shared,
-                int(registers),
-                int(stack),
-                int(stores) + int(loads),
-                counts,
-                wgmma_groups(instructions),
-                multiplying_loops(bodies[mangled]),
-                values_of_a_lane(name),
-                len(tile),
-                sum(map(sass_paths.is_wide_store, tile)),
-                len(sass_steps.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
-            )
+        kernel = Kernel(
+            name,
+            arch,
+            threads,
+            shared,
+            int(registers),
+            int(stack),
+            int(stores) + int(loads),
+            counts,
+            wgmma_groups(instructions),
+            multiplying_loops(bodies[mangled]),
+            values=values_of_a_lane(name),
+            tile=len(tile),
+            wide_stores=sum(map(sass_paths.is_wide_store, tile)),
+            step=len(sass_steps.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
         )
+        residence = residence_of(name, threads, kernel.blocks(*SHARED[arch]), stages)
+        kernel.main_loops = main_loops_of(bodies[mangled], CARDS[CARD_OF[arch]], residence)
+        consumer = residence_of(name, threads, kernel.blocks(*SHARED_OF_CONSUMER_CARDS))
+        if arch == "sm_80" and consumer.blocks and name.startswith("lora_gemm "):
+            kernel.consumer_loops = main_loops_of(bodies[mangled], CARDS["L40S"], consumer)
+        kernels.append(kernel)
     return kernels

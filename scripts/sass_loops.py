@@ -9,10 +9,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sass_control import PLAIN, Control, control_of
+
 LINE = re.compile(
     r"^(?P<label>[.$\w]+):\s*$"
     r"|^\s+/\*(?P<address>[0-9a-f]+)\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
-    r"(?P<opcode>[A-Z0-9]+)(?P<suffix>[.\w]*)(?P<operands>[^;\n]*)",
+    r"(?P<opcode>[A-Z0-9]+)(?P<suffix>[.\w]*)(?P<operands>[^;\n]*)"
+    r"(?:;[ ]*/\* 0x[0-9a-f]{16} \*/\n[ ]*/\* 0x(?P<upper>[0-9a-f]{16}) \*/)?",
     re.MULTILINE,
 )
 # A call of a label, not of a function, comes back to nobody: so ptxas leaves loops on sm_80.
@@ -29,6 +32,7 @@ class Instruction:
     suffix: str  # ".64x256x16.F32.BF16"
     operands: str
     conditional: bool  # under a predicate, or with one among the operands of a jump
+    control: Control = PLAIN  # as nvdisasm -hex shows it
 
     @property
     def targets(self) -> list[str]:
@@ -85,9 +89,15 @@ def instructions_of(text: str) -> tuple[list[Instruction], dict[str, int]]:
         conditional = line["predicate"] is not None or (
             line["opcode"] in JUMPS and not operands.lstrip().startswith(("`", "R"))
         )
+        upper = line["upper"]
         instructions.append(
             Instruction(
-                int(line["address"], 16), line["opcode"], line["suffix"], operands, conditional
+                int(line["address"], 16),
+                line["opcode"],
+                line["suffix"],
+                operands,
+                conditional,
+                control_of(int(upper, 16)) if upper else PLAIN,
             )
         )
     return instructions, labels

@@ -123,6 +123,12 @@ void bind_prediction(py::module& m) {
       .def_readonly("times", &plan::Launch::times);
   m.def("sustained_by", &plan::sustained_by, py::arg("card"));
   m.def(
+      "main_loop_share",
+      [](const plan::Card& card, const std::string& tile, bool masked) {
+        return plan::main_loop_share(card, plan::facts_of(plan::tile_named(tile).value()), masked);
+      },
+      py::arg("card"), py::arg("tile"), py::arg("masked"));
+  m.def(
       "library_product",
       [](const plan::Card& card, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
         return plan::library_product(card, "", rows, columns, depth, accumulate);

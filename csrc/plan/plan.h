@@ -81,32 +81,28 @@ struct Problem {
 
 // The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sequence.h and
 // lora_gemm_sm90a/launch.h assert it): rows, columns, shared memory in bytes, resident blocks an SM
-// at most (by registers), and the share of the rate of mma.sync, or of wgmma, as the library uses
-// it, that their main loops are predicted to reach. Those of mma.sync issue a step's copies and
-// addresses before its first product, and the smaller tiles load more from shared memory than
-// their products hide. The low ends of what their machine code lets expect: nothing was measured.
+// at most (by registers). What their main loops reach of the tensor rate is in main_loop_rates.h.
 struct TileFacts {
   Tile tile;
   const char* name;
   int64_t rows, columns, shared;
   int resident;
-  double efficiency;
   bool wgmma;    // on compute capability 9.0 alone, in pairs of blocks one below the other
   bool in_grid;  // makes T, too, where fits_in_grid of plan.cpp allows it
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, 0.7, false, false},
-    {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, 0.6, false, false},
-    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, 0.6, false, false},
-    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, 0.55, false, false},
-    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, 0.97, true, true},
-    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 230536, 1, 0.82, true, true},
-    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, 0.97, true, false},
-    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, 0.82, true, false},
-    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, 0.92, true, false},
-    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, 0.82, true, false},
+    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, false, false},
+    {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, false, false},
+    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, false, false},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, false, false},
+    {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, true, true},
+    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 230536, 1, true, true},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, true, false},
+    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, true, false},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, false},
+    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, true, false},
     // Its instances are decode_plan.h's; this is the largest.
-    {Tile::kDecode, "decode", 64, 128, 100656, 1, 0, false, false},
+    {Tile::kDecode, "decode", 64, 128, 100656, 1, false, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 

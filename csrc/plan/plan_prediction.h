@@ -4,7 +4,7 @@
 //     launch      the longer of its products, at the rate of the library's large products, and of
 //                 its bytes, at the rate of a large copy; and the gap to the next launch
 //     lora_gemm   whole waves of tiles, each a little deeper than k by its epilogue, at the share
-//                 of that rate which its main loop reaches
+//                 of that rate which its main loop reaches, as counted from its machine code
 //
 // benchmarks/cost_model/ compares these with measurements of a card, and with other packages'
 // launches.
@@ -57,6 +57,9 @@ class Launches {
 // The library's product [m, n] = [m, k] [k, n], which reads what it adds to if it accumulates.
 Launch library_product(const Card& card, const char* name, int64_t m, int64_t n, int64_t k,
                        bool accumulate = false);
+// What the main loop of a tile of lora_gemm reaches of the rate of the library's, on the card of
+// its generation.
+double main_loop_share(const Card& card, const TileFacts& tile, bool masked);
 // Of lora_gemm's tiles over [m, n] with k of depth: flop as in Launch.
 double tiles_flop(const Card& card, const TileFacts& tile, int64_t m, int64_t n, int64_t k,
                   bool masked);

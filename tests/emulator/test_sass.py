@@ -12,6 +12,7 @@ pytestmark = pytest.mark.kernels
 sys.path.insert(0, str(build.ROOT / "scripts"))
 import sass  # noqa: E402
 import sass_kernels  # noqa: E402
+import sass_main_loops  # noqa: E402
 import sass_paths  # noqa: E402
 import sass_steps  # noqa: E402
 
@@ -40,6 +41,26 @@ def test_consumer_cards_hold_all_but_the_largest_tile(examined):
     too_large = {k.name for k in kernels if k.blocks(*sass.SHARED_OF_CONSUMER_CARDS) == 0}
     sm80 = [name for name in too_large if "sm90a" not in name]
     assert all("128x256" in name for name in sm80) and sm80
+
+
+def test_main_loops_are_as_fast_as_recorded(examined):
+    arch, kernels, _ = examined
+    assert sass.compared(arch, kernels) == []
+    multiplying = [kernel for kernel in kernels if kernel.loops]
+    assert all(kernel.main_loops for kernel in multiplying) and multiplying
+    assert all(0 < loop.efficiency <= 1 for kernel in kernels for loop in kernel.main_loops)
+
+
+def test_main_loops_of_another_compiler_are_not_compared(monkeypatch, capsys):
+    slow = sass_main_loops.MainLoop("0-1", {}, 2, {"tensor": 1.0}, 100.0, 0.01, "latency", 0, 0)
+    kernel = sass_kernels.Kernel("lora_gemm 128x64 bf16", "sm_80", 128, 78848, main_loops=[slow])
+    recorded = sass.sass_baseline.read()["nvcc"]
+    monkeypatch.setattr(sass, "compiler", lambda: recorded)
+    [line] = sass.compared("sm_80", [kernel])
+    assert "0.010 of the tensor rate" in line and capsys.readouterr().out == ""
+    monkeypatch.setattr(sass, "compiler", lambda: "12.8.1")
+    assert sass.compared("sm_80", [kernel]) == []
+    assert f"nvcc {recorded}, this is 12.8.1: not compared" in capsys.readouterr().out
 
 
 def loop(main=True, membar=0, wide=None, local=0, divisions=0):
@@ -210,10 +231,11 @@ def test_divisions_of_main_loops_are_counted():
 
 
 def test_the_command_line():
-    assert sass.archs_of([]) == ["sm_80"]
-    assert sass.archs_of(["sm_90a", "sm_80"]) == ["sm_90a", "sm_80"]
+    assert sass.options([]).arch == ["sm_80"] and not sass.options([]).record
+    assert sass.options(["sm_90a", "sm_80"]).arch == ["sm_90a", "sm_80"]
+    assert sass.options(["--record"]).arch == ["sm_80", "sm_90a"]
     with pytest.raises(SystemExit):
-        sass.archs_of(["sm_70"])
+        sass.options(["sm_70"])
 
 
 def test_a_wait_between_wgmmas_divides_their_group():

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 import lora_ext
 from lora_ext import _C
 
-KERNELS = Path(__file__).parents[2] / "docs" / "kernels.md"
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "docs" / "kernels.md"
+HEADER = ROOT / "csrc" / "plan" / "main_loop_rates.h"
 sizes = st.integers(1, 20000)
 shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
 options = st.fixed_dictionaries(
@@ -132,9 +134,29 @@ def test_an_epilogue_weighs_more_in_a_shallow_product():
         *_, last = _C.predicted_launches(card, problem, plan, False)
         return last.flop
 
-    # 8 waves of 66 pairs of tiles, k, the rank and 128 columns deep, at 0.97 of the library's rate
+    # 8 waves of 66 pairs of tiles, k, the rank and 128 columns deep
+    share = _C.main_loop_share(lora_ext.kernels.CARDS["H100"], "in-grid 128 x 256", masked=False)
     for k in (512, 4096):
-        assert gemm(k) == pytest.approx(8 * 132 * 2 * 128 * 256 * (k + 16 + 128) / 0.97)
+        assert gemm(k) == pytest.approx(8 * 132 * 2 * 128 * 256 * (k + 16 + 128) / share)
+
+
+def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
+    cards, share = lora_ext.kernels.CARDS, _C.main_loop_share
+    # As scripts/sass.py --record wrote it, over the library's.
+    rows = HEADER.read_text().split("constexpr MainLoopRates kMainLoopsOn")[1:]
+    for card, text in zip(("A100", "L40S", "H100"), rows, strict=True):
+        assert text.startswith(card)
+        library, *_ = map(float, re.findall(r"^    ([\d.]+),$", text, re.MULTILINE))
+        instruction = 0.65 if card == "H100" else 1.0  # mma.sync's rate over wgmma's
+        for plain, masked, tile in re.findall(r"\{([\d.]+), ([\d.]+)\},  // (.+)", text):
+            of_one = 1.0 if re.match("wgmma|in-grid|pingpong", tile) else instruction
+            for rate, flag in ((plain, False), (masked, True)):
+                expected = float(rate) / library * of_one
+                assert share(cards[card], tile, flag) == pytest.approx(expected)
+    assert share(cards["A10"], "128 x 64", False) == share(cards["L40S"], "128 x 64", False)
+    # Compute capability 8.7 has shared memory for all tiles.
+    orin = _C.Card(87, 16, 167936, 166912)
+    assert share(orin, "128 x 256", False) == share(cards["A100"], "128 x 256", False)
 
 
 def cell(plan):

@@ -1,0 +1,98 @@
+"""Writes the planner's table of main loops, csrc/plan/main_loop_rates.h, from what was recorded.
+
+For each tile of kTiles (csrc/plan/plan.h) and each card that loops are replayed on: the share of
+the tensor rate that lora_gemm's loop over k reaches, the lowest among its instances, without and
+with a mask. And the same of the library: on mma.sync the rate that is published of CUTLASS'
+kernel with the largest tile (scripts/published_loops.json), less its last wave, which is not full;
+on wgmma the most that a loop can reach.
+"""
+
+from pathlib import Path
+
+from sass_pipes import CARDS
+from sass_published import read
+
+HEADER = Path(__file__).resolve().parents[1] / "csrc" / "plan" / "main_loop_rates.h"
+LIBRARY = "CUTLASS 256x128_32x3_nn"
+# A tile's name in kTiles, and the families of kernels that have it, less tail, layout and mask.
+TILES = {
+    "128 x 256": "lora_gemm 128x256",
+    "128 x 128": "lora_gemm 128x128",
+    "deep 128 x 128": "lora_gemm 128x128x3",
+    "128 x 64": "lora_gemm 128x64",
+    "in-grid 128 x 256": "lora_gemm_in_grid_sm90a 128x256",
+    "in-grid 128 x 128": "lora_gemm_in_grid_sm90a 128x128",
+    "wgmma 128 x 256": "lora_gemm_sm90a 128x256",
+    "wgmma 128 x 128": "lora_gemm_sm90a 128x128",
+    "pingpong 128 x 192": "lora_gemm_sm90a 128x192 pingpong",
+    "pingpong 128 x 128": "lora_gemm_sm90a 128x128 pingpong",
+}
+WORDS = {"MN-major", "masked", "tail", "1", "2", "4"}  # of an instance of such a family
+# Which recorded loops stand for a card.
+RECORDED = {"A100": "sm_80", "L40S": "sm_80 on L40S", "H100": "sm_90a"}
+
+
+def over_k(loops: list[list[float]]) -> float:
+    """The lowest efficiency of those loops of a kernel that multiply most in a step.
+
+    Others make T, in whose steps there are fewer columns.
+    """
+    most = max(cycles * efficiency for cycles, efficiency in loops)
+    return min(share for cycles, share in loops if cycles * share > 0.99 * most)
+
+
+def rate(recorded: dict[str, list[list[float]]], family: str, masked: bool) -> float:
+    """The lowest among a tile's instances; 0 if there are none."""
+    found = []
+    for name, loops in recorded.items():
+        words = name.removeprefix(family).split()
+        alike = name == family or name.startswith(f"{family} ")
+        if alike and set(words) <= WORDS and ("masked" in words) == masked:
+            found.append(over_k(loops))
+    return min(found, default=0.0)
+
+
+def library(card: str) -> float:
+    if CARDS[card].wgmma_products:
+        return 1.0
+    [entry] = [each for each in read() if each["name"] == LIBRARY]
+    (m, n, _), (rows, columns), sms = entry["problem"], entry["tile"], CARDS[entry["card"]].sms
+    waves = -(-(-(-m // rows) * -(-n // columns)) // sms)
+    return entry["published"] * waves * sms * rows * columns / (m * n)
+
+
+HEAD = """// Written by `python scripts/sass.py --record` (scripts/sass_rates.py): what main loops
+// reach of the tensor rate, replayed from the machine code of nvcc {nvcc} (docs/main_loops.md).
+#pragma once
+
+namespace lora_ext::plan {{
+
+// Of lora_gemm's loop over k; 0 where there is no such kernel.
+struct MainLoopRate {{
+  double plain, masked;
+}};
+// On one card: of the library's kernels, and of those of kTiles, in its order.
+struct MainLoopRates {{
+  double library;
+  MainLoopRate tiles[{tiles}];
+}};
+"""
+CARD = """
+constexpr MainLoopRates kMainLoopsOn{card} = {{
+    {library:.3f},
+    {{
+{rows}
+    }},
+}};
+"""
+
+
+def header(baseline: dict) -> str:
+    text = HEAD.format(nvcc=baseline["nvcc"], tiles=len(TILES))
+    for card, section in RECORDED.items():
+        rows = []
+        for tile, family in TILES.items():
+            plain, masked = (rate(baseline[section], family, each) for each in (False, True))
+            rows.append(f"        {{{plain:.3f}, {masked:.3f}}},  // {tile}")
+        text += CARD.format(card=card, library=library(card), rows="\n".join(rows))
+    return f"{text}\n}}  // namespace lora_ext::plan\n"

@@ -1,0 +1,84 @@
+"""The way that a warp takes through a main loop once it is under way.
+
+From the loop's head back to it, past as many products as there are, then past as many copies, and
+then by as few instructions: neither the first step nor the last, no edge of a matrix, no mask that
+is drawn once a tile, no second try of a wait. Loads to registers are copies only where a loop has
+no others: elsewhere rare ways have them.
+"""
+
+from collections.abc import Callable
+
+from sass_loops import MATRIX, Instruction, Loop, blocks_of, instructions_of, successors_of
+
+COPIES = {"LDGSTS", "LDSM", "STS", "UTMALDG", "BAR"}
+
+Worth = tuple[int, int, int]
+
+
+def worth_of(instructions: list[Instruction], copying: set[str]) -> Worth:
+    products = sum(each.opcode in MATRIX for each in instructions)
+    copies = sum(each.opcode in copying for each in instructions)
+    return products, copies, -len(instructions)
+
+
+def in_order(head: int, successors: Callable[[int], list[int]]) -> tuple[list[int], set]:
+    """What the head reaches, each before what follows it, and the jumps back, which are left out.
+
+    By depth first; a jump back leads to what is still being visited.
+    """
+    order: list[int] = []
+    back, open_, seen = set(), {head}, {head}
+    stack = [(head, iter(successors(head)))]
+    while stack:
+        block, rest = stack[-1]
+        for each in rest:
+            if each in open_:
+                back.add((block, each))
+            elif each not in seen:
+                seen.add(each)
+                open_.add(each)
+                stack.append((each, iter(successors(each))))
+                break
+        else:
+            stack.pop()
+            open_.discard(block)
+            order.append(block)
+    return order[::-1], back
+
+
+def steady_path(text: str, loop: Loop) -> list[Instruction]:
+    """The instructions of that way, in their order."""
+    instructions, labels = instructions_of(text)
+    blocks, successors = blocks_of(successors_of(instructions, labels))
+    addresses = {each.address for each in loop.body}
+    inside = [instructions[block[0]].address in addresses for block in blocks]
+    # The head is where the loop is entered: what follows a block outside.
+    heads = {
+        each
+        for block, after in enumerate(successors)
+        for each in after
+        if inside[each] and not inside[block]
+    }
+    heads = heads or {next(index for index, each in enumerate(inside) if each)}
+    [head] = heads if len(heads) == 1 else [min(heads)]
+    order, back = in_order(head, lambda block: [n for n in successors[block] if inside[n]])
+    copying = COPIES if loop.count("LDGSTS", "UTMALDG") else COPIES | {"LDG"}
+    best: dict[int, tuple[Worth, int | None]] = {}
+    for block in reversed(order):
+        ways: list[tuple[Worth, int | None]] = []
+        for each in successors[block]:
+            if not inside[each]:
+                continue
+            if each == head:
+                ways.append(((0, 0, 0), None))
+            elif (block, each) not in back and each in best:
+                ways.append((best[each][0], each))
+        if ways:
+            worth, following = max(ways, key=lambda way: way[0])
+            own = worth_of([instructions[at] for at in blocks[block]], copying)
+            best[block] = (tuple(map(sum, zip(worth, own, strict=True))), following)  # type: ignore
+    path, at = [], head
+    while at is not None:
+        path += [instructions[index] for index in blocks[at]]
+        at = best[at][1]
+    return path

@@ -1,0 +1,176 @@
+"""scripts/sass_main_loops.py: a warp's way through a loop, what is counted, what is recorded."""
+
+import sys
+
+import pytest
+
+from emulator import build
+
+sys.path.insert(0, str(build.ROOT / "scripts"))
+import sass_baseline
+import sass_kernels
+import sass_loops
+import sass_main_loops
+from sass_control import control_named, upper_of
+from sass_pipes import CARDS
+from sass_steady import steady_path
+from sass_step import Ring, op_named
+
+pytestmark = pytest.mark.kernels
+
+
+def listing(source: str) -> str:
+    """As nvdisasm -hex prints it; "# 4w0q1" after an instruction is its control."""
+    lines, address = [], 0
+    for line in filter(str.strip, source.splitlines()):
+        if line.startswith("."):
+            lines.append(line)
+            continue
+        text, _, control = line.strip().partition(" # ")
+        upper = upper_of(control_named(control or "1"))
+        lines.append(f"        /*{address:04x}*/      {text} ;   /* 0x{0:016x} */")
+        lines.append(f"{' ' * 40}/* 0x{upper:016x} */")
+        address += 16
+    return "\n".join(lines) + "\n"
+
+
+# A loop that copies where the next tile begins by a way of its own, waits for a stage with a second
+# try behind everything, and leaves at its end; a rare way past some of the products is shorter.
+LOOP = listing("""
+    S2R R0, SR_TID.X
+.L_x_0:
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    @P0 BRA `(.L_x_1)
+    LDGSTS.E.BYPASS.128 [R3], [R6.64]
+    BRA `(.L_x_2)
+.L_x_1:
+    IADD3 R6, R6, R7, RZ
+    IADD3 R6, R6, R7, RZ
+    LDGSTS.E.BYPASS.128 [R3], [R6.64]
+.L_x_2:
+    LDSM.16.M88.4 R8, [R2] # 1w0
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R5+URZ], R4
+    @!P1 BRA `(.L_x_7)
+.L_x_3:
+    @P2 BRA `(.L_x_4)
+    HMMA.16816.F32.BF16 R16, R8, R12, R16 # 2q0
+.L_x_4:
+    HMMA.16816.F32.BF16 R20, R8, R12, R20 # 8
+    ISETP.NE.AND P3, PT, R6, RZ, PT
+    @P3 BRA `(.L_x_0)
+    EXIT
+.L_x_7:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R5+URZ], R4
+    @!P1 BRA `(.L_x_7)
+    BRA `(.L_x_3)
+""")
+
+
+def path_of(text: str) -> list[str]:
+    [loop] = sass_loops.main_loops(sass_loops.loops_of(text))
+    return [each.opcode for each in steady_path(text, loop)]
+
+
+def test_the_steady_way_has_all_products_and_no_second_try():
+    assert path_of(LOOP) == [
+        *("BAR", "BRA", "LDGSTS", "BRA", "LDSM", "SYNCS", "BRA"),
+        *("BRA", "HMMA", "HMMA", "ISETP", "BRA"),
+    ]
+
+
+def test_of_two_ways_the_one_that_copies():
+    text = LOOP.replace("@P0 BRA `(.L_x_1)", "@P0 BRA `(.L_x_2)")
+    assert path_of(text).count("LDGSTS") == 1
+
+
+def test_a_loop_within_is_passed_once():
+    text = listing("""
+.L_x_0:
+    HMMA.16816.F32.BF16 R16, R8, R12, R16
+.L_x_1:
+    LDG.E.128 R4, [R6.64]
+    @P0 BRA `(.L_x_1)
+    @P1 BRA `(.L_x_0)
+    EXIT
+""")
+    assert path_of(text) == ["HMMA", "LDG", "BRA", "BRA"]
+
+
+def test_what_a_main_loop_is_counted_to_hold():
+    residence = sass_main_loops.Residence(threads=256, blocks=1)
+    [loop] = sass_main_loops.main_loops_of(LOOP, CARDS["A100"], residence)
+    assert loop.instructions == {
+        **{"barrier": 2, "branch": 5, "copies": 1, "shared": 1, "tensor": 2, "integer": 1}
+    }
+    assert loop.warps == 2 and loop.needs["tensor"] == 2 * 2 * 8
+    assert loop.needs["issue"] == 2 * 12 and loop.efficiency == pytest.approx(
+        32 / loop.cycles, 0.01
+    )
+    assert loop.cycles > 22 + 29 and loop.bound == "L2"
+    alone = sass_main_loops.Residence(threads=128, blocks=1)
+    [once] = sass_main_loops.main_loops_of(LOOP, CARDS["A100"], alone)
+    assert once.warps == 1 and once.needs["tensor"] == 16
+
+
+def test_warps_of_an_smsp():
+    residence_of = sass_main_loops.residence_of
+    assert residence_of("lora_gemm 128x64 bf16", 128, 2).warps == 2
+    assert residence_of("lora_wgrad bf16", 128, 3).warps == 3
+    assert residence_of("lora_gemm_sm90a 128x256 bf16 tail 1", 384, 1, 4).warps == 2
+    assert residence_of("lora_gemm_sm90a 128x128 pingpong bf16 tail 1", 384, 1, 4).warps == 1
+
+
+def test_the_ring_of_a_wgmma_kernel():
+    residence = sass_main_loops.residence_of("lora_gemm_sm90a 128x192 pingpong bf16", 384, 1, 4)
+    ring = residence.ring([op_named("hgmma:192:last/1")])
+    assert ring and ring == Ring(4, 128 * (128 + 96), 128 * 96)
+    assert residence.ring([op_named("hmma:2048/1")]) is None
+
+
+def test_how_far_loads_and_copies_stand_among_products():
+    def ops(text):
+        return [op_named(word) for word in text.split()]
+
+    ahead, among = sass_main_loops.products_ahead, sass_main_loops.copies_among
+    assert ahead(ops("ldsm:4/1w0 hmma:2048/1q0 hmma:2048/1")) == 0
+    assert ahead(ops("ldsm:4/1w0 hmma:2048/1 hmma:2048/1q0")) == 1
+    # What is loaded at the end of a step is used in the next.
+    assert ahead(ops("hmma:2048/1q0 hmma:2048/1 ldsm:4/1w0 hmma:2048/1")) == 1
+    assert ahead(ops("ldsm:4/1w0 ldsm:4/1w1 hmma:2048/1q0 hmma:2048/1q1")) == 0.5
+    assert among(ops("hmma:2048/1 bar/1 ldgsts:16/1 hmma:2048/1 ldgsts:16/1")) == 0.5
+    assert among(ops("bar/1 ldgsts:16/1 hmma:2048/1")) == 0 and among(ops("hmma:2048/1")) == 0
+
+
+def kernel(name="lora_gemm 128x64 bf16", efficiencies=(0.8, 0.6)):
+    loops = [
+        sass_main_loops.MainLoop(
+            f"{at}0-{at}8", {}, 2, {"tensor": 100.0}, 100 / each, each, "x", 0, 0
+        )
+        for at, each in enumerate(efficiencies, 1)
+    ]
+    return sass_kernels.Kernel(name, "sm_80", 128, 78848, main_loops=loops)
+
+
+def test_a_main_loop_that_is_slower_than_recorded():
+    before = sass_baseline.recorded([kernel(), kernel("lora_gemm 128x64 fp16"), kernel("x", ())])
+    assert before == {"lora_gemm 128x64": [[125.0, 0.8], [100 / 0.6, 0.6]]}
+    compared = sass_baseline.compared
+    assert compared([kernel(), kernel("lora_gemm 128x64 fp16")], before) == []
+    assert compared([kernel(efficiencies=(0.78, 0.95))], before) == []
+    for name in ("lora_gemm 128x64 bf16", "lora_gemm 128x64 fp16"):
+        [line] = compared([kernel(name, (0.8, 0.58))], before)
+        assert line == (
+            f"{name}: the loop at 20-28 takes 172 cycles a step, 0.580 of the tensor rate;"
+            " 167 and 0.600 recorded"
+        )
+    for other in (kernel(efficiencies=(0.8,)), kernel("lora_gemm 128x128 bf16")):
+        [line] = compared([other], before)
+        assert "other main loops than recorded" in line
+
+
+def test_what_is_recorded_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sass_baseline, "FILE", tmp_path / "baseline.json")
+    sass_baseline.record("13.0.88", {"sm_80": [kernel()], "sm_90a": [kernel("y bf16", (0.9,))]})
+    found = sass_baseline.read()
+    assert found["nvcc"] == "13.0.88" and found["sm_90a"] == {"y": [[100 / 0.9, 0.9]]}
+    assert sass_baseline.compared([kernel()], found["sm_80"]) == []
