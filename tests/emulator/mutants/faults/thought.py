@@ -9,8 +9,6 @@ BLOCK = "lora_gemm_sm90a/pipeline.h"
 JOBS = "lora_gemm_sm90a/jobs.h"
 COPY = "tile_copy_sm80.h"
 STEP_COPY = "step_copy_sm80.h"
-LOADS = "lora_gemm_sm80_loads.h"
-FRAGMENTS = "lora_gemm_sm80_fragments.h"
 MAIN_LOOP = "lora_gemm_sm80.h"
 STORE = "lora_gemm_sm80_epilogue.h"
 
@@ -155,11 +153,6 @@ THOUGHT = [
         "step_copy.stays_in_rows",
         "rows are not counted from step to step",
         (STEP_COPY, "source += kCopies * apart, rows -= kRows;", "source += kCopies * apart;"),
-    ),
-    thought(
-        "loads.end",
-        "after the last tile its operands are read on",
-        (LOADS, "    left.end(), right.end();\n", ""),
     ),
     thought(
         "loop.clear",
