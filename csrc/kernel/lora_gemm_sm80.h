@@ -201,22 +201,23 @@ struct LoraGemmSm80 {
     loads.step();
     for (int tile = static_cast<int>(blockIdx.x); tile < raster.tiles();
          tile += static_cast<int>(gridDim.x)) {
-      const LoraGemmPlace at = raster.place_of(tile);
-      const int row = at.row + warp.row, column = at.column + warp.column;
       Accumulators acc;
       if constexpr (kMasked) {
         // Drawn while no accumulators are live: with both, the draws would spill.
-        const auto kept = epilogue.draw(row, column);
+        const LoraGemmPlace at = raster.place_of(tile);
+        const auto kept = epilogue.draw(at.row + warp.row, at.column + warp.column);
         clear(acc);
         adapters.multiply(*this, acc, walk, loads, at.row);
         epilogue.mask(acc, kept);
         multiply_main(acc, walk, loads);
+        epilogue.store(acc, at.row + warp.row, at.column + warp.column);
       } else {
         clear(acc);
         multiply_main(acc, walk, loads);
+        const LoraGemmPlace at = raster.place_of(tile);
         adapters.multiply(*this, acc, walk, loads, at.row);
+        epilogue.store(acc, at.row + warp.row, at.column + warp.column);
       }
-      epilogue.store(acc, row, column);
     }
     ptx::cp_async_commit_group();  // steps past the last tile have copies, too
     ptx::cp_async_wait_group<0>();

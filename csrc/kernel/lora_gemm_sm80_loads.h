@@ -53,18 +53,19 @@ struct LoraGemmLoads {
   int steps = 0;  // of the part, still to be copied
   bool low_rank = false;
   uint32_t stage = 0;  // the offset of the one to fill
-  LoraGemmPlace at{};
   typename Adapters::Cursor cursor{};
 
-  // The next part that has any steps. After the last tile steps go on, and copy zeros into stages
-  // that nobody needs.
+  // The next part that has any steps. After the last tile steps go on: past the end of the operands
+  // they copy zeros, into stages that nobody needs.
   __device__ __forceinline__ void begin_part() {
     do {
       if (part == adapters.parts(p)) {
         tile += static_cast<int>(gridDim.x), part = 0;
-        if (tile >= raster.tiles()) return end();
-        at = raster.place_of(tile);
-        adapters.begin(cursor, at.row);
+        if (tile >= raster.tiles()) {
+          steps = INT_MAX, low_rank = false;
+          return;
+        }
+        adapters.begin(cursor, raster.place_of(tile).row);
       } else {
         ++part;
       }
@@ -76,6 +77,8 @@ struct LoraGemmLoads {
   }
   __device__ __forceinline__ void begin_product(const T* of_left, int64_t left_pitch,
                                                 const T* of_right, int64_t right_pitch, int depth) {
+    // Found again for each part, rather than kept in registers all along.
+    const LoraGemmPlace at = raster.place_of(tile);
     left.begin({of_left, left_pitch, p.m, depth}, at.row, 0, adapters.rows);
     if constexpr (kMNMajor) {
       right.begin({of_right, right_pitch, depth, p.n}, 0, at.column, {});
@@ -83,11 +86,6 @@ struct LoraGemmLoads {
       right.begin({of_right, right_pitch, p.n, depth}, at.column, 0, {});
     }
   }
-  __device__ __forceinline__ void end() {
-    left.end(), right.end();
-    steps = INT_MAX, low_rank = false;
-  }
-
   // Begins all copies of a step.
   __device__ __forceinline__ void step() {
     if (steps == 0) begin_part();

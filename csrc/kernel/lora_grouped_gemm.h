@@ -86,12 +86,13 @@ struct ManyAdapters {
     using Tile = typename Loads::TileOf;
     static_assert(Tile::kM == LoraGroupedTables::kRowTileRows && Tile::kK == 64);
     const Step step = take(loads.cursor);
-    const int rank = step.segment.rank, first = loads.at.row;
+    const LoraGemmPlace at = loads.raster.place_of(loads.tile);
+    const int rank = step.segment.rank;
     const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{loads.shared};
     const T* t = g.t + (kTerms == 3 && step.term == 0 ? g.lo_column : 0);
 #pragma unroll 1  // unrolled, what it needs of each chunk would lie in registers all along
     for (int index = static_cast<int>(threadIdx.x); index < Tile::kM * 8; index += Tile::kThreads) {
-      const int position = first + index / 8, chunk = index % 8;
+      const int position = at.row + index / 8, chunk = index % 8;
       copy.copy_chunk(loads.stage + row_chunk_offset(index / 8, chunk),
                       {t, g.gemm.t_pitch, step.segment.end, rank},
                       position >= step.segment.begin ? position : step.segment.end,
@@ -103,11 +104,11 @@ struct ManyAdapters {
     if constexpr (kMNMajor) {
       const FactorTile<T, F, false, Tile::kThreads> a{static_cast<const F*>(entry.a), entry.a_pitch,
                                                       rank, g.gemm.n, lo_from};
-      a.template copy<Tile::kK, Tile::kN>(loads.shared, to, step.k0, loads.at.column);
+      a.template copy<Tile::kK, Tile::kN>(loads.shared, to, step.k0, at.column);
     } else {
       const FactorTile<T, F, true, Tile::kThreads> b{static_cast<const F*>(entry.b), entry.b_pitch,
                                                      rank, g.gemm.n, lo_from};
-      b.template copy<Tile::kN, Tile::kK>(loads.shared, to, loads.at.column, step.k0);
+      b.template copy<Tile::kN, Tile::kK>(loads.shared, to, at.column, step.k0);
     }
   }
 

@@ -62,9 +62,6 @@ struct StepCopy {
     }
   }
 
-  // Copies zeros from here on.
-  __device__ __forceinline__ void end() { rows = columns = 0; }
-
   // A chunk of the step.
   __device__ __forceinline__ void copy(uint32_t tile, int i, const Rows& row_of) {
     const int elements = i * kApart < rows ? min(max(columns, 0), 8) : 0;

@@ -16,9 +16,10 @@ constexpr const char* kName = "cp.async";
 void perform(PendingCopy& copy) {
   if (copy.performed) return;
   copy.performed = true;
-  if (copy.source_bytes != 0) race_async_read(copy.agent, copy.source, copy.source_bytes, kName);
+  const bool reads = copy.source_bytes != 0;  // with none, the source may point anywhere
+  if (reads) race_async_read(copy.agent, copy.source, copy.source_bytes, kName);
   race_async_write(copy.agent, copy.destination, copy.bytes, kName);
-  std::memcpy(copy.destination, copy.source, copy.source_bytes);
+  if (reads) std::memcpy(copy.destination, copy.source, copy.source_bytes);
   std::memset(copy.destination + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
 }
 

@@ -8,8 +8,6 @@ EPILOGUE = "lora_gemm_sm90a/store.h"
 BLOCK = "lora_gemm_sm90a/pipeline.h"
 COPY = "tile_copy_sm80.h"
 STEP_COPY = "step_copy_sm80.h"
-LOADS = "lora_gemm_sm80_loads.h"
-FRAGMENTS = "lora_gemm_sm80_fragments.h"
 MAIN_LOOP = "lora_gemm_sm80.h"
 STORE = "lora_gemm_sm80_epilogue.h"
 
@@ -144,11 +142,6 @@ THOUGHT = [
         "step_copy.stays_in_rows",
         "rows are not counted from step to step",
         (STEP_COPY, "source += kCopies * apart, rows -= kRows;", "source += kCopies * apart;"),
-    ),
-    thought(
-        "loads.end",
-        "after the last tile its operands are read on",
-        (LOADS, "    left.end(), right.end();\n", ""),
     ),
     thought(
         "loop.clear",
