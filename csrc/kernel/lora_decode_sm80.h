@@ -31,11 +31,11 @@ struct LoraDecodeSm80 {
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  // A chunk of a row of A as halves: of floats, the lower eight rows of each 16 are lo.
+  // A chunk of a row of A as halves, zeros past the last adapter's rank: of floats, the lower eight
+  // rows of each 16 are lo.
   __device__ __forceinline__ void copy_factor_chunk(uint32_t to, int row_of_s, int column) const {
     const int block = row_of_s / 16;
     const T* nothing = p.w;
-    if (block >= table.row_blocks) return ptx::cp_async_16(shared + to, nothing, 0);
     const LoraDecodeAdapter& own = table.adapter_of_block(block);
     const int within = row_of_s % 16;
     const int rank = (block - own.first_block) * (kSplit ? 8 : 16) + (kSplit ? within % 8 : within);
@@ -74,7 +74,7 @@ struct LoraDecodeSm80 {
     } else {
       copy.template copy_tile<Tile::kRows, Tile::kK>(tile, {p.w, p.w_pitch, p.n, p.k}, row0, k0);
     }
-    if (Tile::kBatch * 8 >= Tile::kThreads || threadIdx.x < Tile::kBatch * 8) {
+    if (threadIdx.x < Tile::kBatch * 8) {
       copy.template copy_tile<Tile::kBatch, Tile::kK>(tile + Tile::kWeightBytes,
                                                       {p.x, p.x_pitch, p.m, p.k}, 0, k0);
     }

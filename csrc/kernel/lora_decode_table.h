@@ -66,8 +66,8 @@ struct LoraDecodeTable {
     __syncthreads();
     if (has_row) number(p, row);
     __syncthreads();
+    // Read behind the barriers of parts that come.
     if (has_row) number_of[row] = adapter_of[row] < 0 ? -1 : number_at[first_of[row]];
-    __syncthreads();
   }
 
   // The adapter whose first row this is, and, in the last row, how much there is in all.
@@ -75,6 +75,7 @@ struct LoraDecodeTable {
   __device__ __forceinline__ void number(const LoraDecodeParams<T>& p, int row) {
     int before = 0, blocks_before = 0;
     uint32_t of_batch = 0;
+#pragma unroll 8
     for (int other = 0; other < kBatch; ++other) {
       if (other < row) before += blocks_of[other] > 0, blocks_before += blocks_of[other];
       if (adapter_of[other] == adapter_of[row]) of_batch |= 1u << other / 8;

@@ -42,9 +42,7 @@ struct Launch {
                   params);
   }
   void clear(uint32_t* flags, int64_t count) const {
-    stream.launch({.grid = dim3(1), .block = dim3(1)}, [=] {
-      for (int64_t i = 0; i < count; ++i) flags[i] = 0;
-    });
+    stream.launch({.grid = dim3(1), .block = dim3(1)}, kernels::clear_counts, flags, count);
   }
 };
 
@@ -60,7 +58,12 @@ kernels::GroupedRows rows_of_many(int m, int rank, std::mt19937_64& random) {
   const int groups = 1 + static_cast<int>(random() % static_cast<uint64_t>(most));
   while (true) {
     kernels::GroupedRows rows(m, groups, rank, random);
-    if (rows.indexed) return rows;
+    if (!rows.indexed) continue;
+    if (random() % 8 == 0) {  // nobody has an adapter
+      std::fill(rows.buffer->begin(), rows.buffer->end(), -1);
+      std::fill(rows.adapter_of.begin(), rows.adapter_of.end(), -1);
+    }
+    return rows;
   }
 }
 
@@ -91,8 +94,10 @@ class Decode {
         width_((rows_.most_rank + 15) / 16 * 16) {
     if (many_ && random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     if (spoiled_ >= 0) factors_.spoil(spoiled_);
-    // The planner has the instance for so many rows, and Y is contiguous.
-    by_plan_ = random_() % 2 && plan::decode_tile_for(m_).batch == kBatch;
+    // The planner has the instance for so many rows of X, and none for too many of A.
+    const int adapters = std::min(rows_.groups, m_), kMostRows = 4096;
+    by_plan_ = random_() % 2 && plan::decode_tile_for(m_).batch == kBatch &&
+               adapters * width_ * (kSplit ? 2 : 1) <= kMostRows;
     by_plan_ ? make_plan() : lay_out();
   }
 
