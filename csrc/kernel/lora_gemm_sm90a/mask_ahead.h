@@ -1,10 +1,10 @@
 // Dropout's bits of a tile of lora_gemm on sm_90a, drawn before the product that they mask is
 // there.
 //
-// A draw costs some 60 instructions, a bit that is there three to apply. So bits are drawn while
-// the tensor core works for others: in pingpong schedules before a consumer's turn, in cooperative
-// ones a share in each step of the tile before. What masks the accumulators is a bit an element, 4
-// registers for 128 of them.
+// An element takes 13 instructions to draw, and 2.4 to mask once its bit is there. So bits are
+// drawn while the tensor core works for others: in pingpong schedules before a consumer's turn, in
+// cooperative ones a share in each step of the tile before; 4 registers hold those of 128
+// accumulators.
 //
 //   draw_in_step(tile)   some of a tile's bits: all of them in the steps of another tile
 //   finish(tile)         those that are not drawn yet

@@ -3,10 +3,12 @@
 from emulator.mutants.faults.fault import Fault, faults_of
 
 CONSUMER = "lora_gemm_sm90a/multiply.h"
+PRODUCER = "lora_gemm_sm90a/load.h"
 BLOCK = "lora_gemm_sm90a/pipeline.h"
 ROLES = "lora_gemm_sm90a/kernel.h"
 
 FULL = "    ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);\n"
+EMPTY = "    ptx::mbarrier_wait(block.empty(ring.slot), ring.parity ^ 1);\n"
 WAIT_PREVIOUS = (
     "    ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended\n"
 )
@@ -31,11 +33,14 @@ PRODUCTS = [
             f"    if ({WARP} == 0) ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);\n",
         ),
     ),
-    of_consumer(
+    Fault(
         "try_wait_once",
-        "the full barrier is tried once, without a loop",
+        "full and empty barriers are tried once, without a loop",
         "mbarrier.try_wait returns false when its time limit is over",
-        (FULL, FULL.replace("mbarrier_wait", "mbarrier_try_wait")),
+        (
+            (CONSUMER, FULL, FULL.replace("mbarrier_wait", "mbarrier_try_wait")),
+            (PRODUCER, EMPTY, EMPTY.replace("mbarrier_wait", "mbarrier_try_wait")),
+        ),
     ),
     of_consumer(
         "release_before_last_wait",
