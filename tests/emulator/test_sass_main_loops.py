@@ -83,6 +83,13 @@ def test_of_two_ways_the_one_that_copies():
     assert path_of(text).count("LDGSTS") == 1
 
 
+def test_a_way_that_loads_to_registers_is_rare_where_others_copy():
+    text = LOOP.replace("IADD3 R6, R6, R7, RZ", "LDG.E.64 R6, [R6.64]")
+    assert "LDG" not in path_of(text)
+    # Without asynchronous copies that is how a loop copies.
+    assert path_of(text.replace("LDGSTS.E.BYPASS", "LDS")).count("LDG") == 2
+
+
 def test_a_loop_within_is_passed_once():
     text = listing("""
 .L_x_0:
