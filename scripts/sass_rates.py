@@ -27,7 +27,7 @@ TILES = {
     "pingpong 128 x 192": "lora_gemm_sm90a 128x192 pingpong",
     "pingpong 128 x 128": "lora_gemm_sm90a 128x128 pingpong",
 }
-WORDS = {"MN-major", "masked", "tail", "1", "2", "4"}  # of an instance of such a family
+WORDS = {"fp16", "MN-major", "masked", "tail", "1", "2", "4"}  # of an instance of such a family
 # Which recorded loops stand for a card.
 RECORDED = {"A100": "sm_80", "L40S": "sm_80 on L40S", "H100": "sm_90a"}
 

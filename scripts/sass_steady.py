@@ -21,29 +21,20 @@ def worth_of(instructions: list[Instruction], copying: set[str]) -> Worth:
     return products, copies, -len(instructions)
 
 
-def in_order(head: int, successors: Callable[[int], list[int]]) -> tuple[list[int], set]:
-    """What the head reaches, each before what follows it, and the jumps back, which are left out.
-
-    By depth first; a jump back leads to what is still being visited.
-    """
+def in_order(head: int, successors: Callable[[int], list[int]]) -> list[int]:
+    """What the head reaches, each before what follows it but by a jump back; by depth first."""
     order: list[int] = []
-    back, open_, seen = set(), {head}, {head}
-    stack = [(head, iter(successors(head)))]
+    seen, stack = {head}, [(head, iter(successors(head)))]
     while stack:
         block, rest = stack[-1]
-        for each in rest:
-            if each in open_:
-                back.add((block, each))
-            elif each not in seen:
-                seen.add(each)
-                open_.add(each)
-                stack.append((each, iter(successors(each))))
-                break
-        else:
-            stack.pop()
-            open_.discard(block)
+        following = next((each for each in rest if each not in seen), None)
+        if following is None:
             order.append(block)
-    return order[::-1], back
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(successors(following))))
+    return order[::-1]
 
 
 def steady_path(text: str, loop: Loop) -> list[Instruction]:
@@ -61,7 +52,7 @@ def steady_path(text: str, loop: Loop) -> list[Instruction]:
     }
     heads = heads or {next(index for index, each in enumerate(inside) if each)}
     [head] = heads if len(heads) == 1 else [min(heads)]
-    order, back = in_order(head, lambda block: [n for n in successors[block] if inside[n]])
+    order = in_order(head, lambda block: [n for n in successors[block] if inside[n]])
     copying = COPIES if loop.count("LDGSTS", "UTMALDG") else COPIES | {"LDG"}
     best: dict[int, tuple[Worth, int | None]] = {}
     for block in reversed(order):
@@ -71,12 +62,14 @@ def steady_path(text: str, loop: Loop) -> list[Instruction]:
                 continue
             if each == head:
                 ways.append(((0, 0, 0), None))
-            elif (block, each) not in back and each in best:
+            elif each in best:  # else a jump back
                 ways.append((best[each][0], each))
         if ways:
             worth, following = max(ways, key=lambda way: way[0])
             own = worth_of([instructions[at] for at in blocks[block]], copying)
             best[block] = (tuple(map(sum, zip(worth, own, strict=True))), following)  # type: ignore
+    if head not in best:  # entered at two places
+        return list(loop.body)
     path, at = [], head
     while at is not None:
         path += [instructions[index] for index in blocks[at]]

@@ -83,6 +83,13 @@ def test_of_two_ways_the_one_that_copies():
     assert path_of(text).count("LDGSTS") == 1
 
 
+def test_a_way_that_loads_to_registers_is_rare_where_others_copy():
+    text = LOOP.replace("IADD3 R6, R6, R7, RZ", "LDG.E.64 R6, [R6.64]")
+    assert "LDG" not in path_of(text)
+    # Without asynchronous copies that is how a loop copies.
+    assert path_of(text.replace("LDGSTS.E.BYPASS", "LDS")).count("LDG") == 2
+
+
 def test_a_loop_within_is_passed_once():
     text = listing("""
 .L_x_0:
@@ -152,7 +159,7 @@ def kernel(name="lora_gemm 128x64 bf16", efficiencies=(0.8, 0.6)):
 
 
 def test_a_main_loop_that_is_slower_than_recorded():
-    before = sass_baseline.recorded([kernel(), kernel("lora_gemm 128x64 fp16"), kernel("x", ())])
+    before = sass_baseline.recorded([kernel("lora_gemm 128x64 fp16"), kernel(), kernel("x", ())])
     assert before == {"lora_gemm 128x64": [[125.0, 0.8], [100 / 0.6, 0.6]]}
     compared = sass_baseline.compared
     assert compared([kernel(), kernel("lora_gemm 128x64 fp16")], before) == []
@@ -166,6 +173,18 @@ def test_a_main_loop_that_is_slower_than_recorded():
     for other in (kernel(efficiencies=(0.8,)), kernel("lora_gemm 128x128 bf16")):
         [line] = compared([other], before)
         assert "other main loops than recorded" in line
+
+
+def test_float16_has_a_line_where_it_differs():
+    half = kernel("lora_gemm 128x64 fp16", (0.8, 0.5))
+    before = sass_baseline.recorded([half, kernel()])
+    assert before == {
+        "lora_gemm 128x64": [[125.0, 0.8], [100 / 0.6, 0.6]],
+        "lora_gemm 128x64 fp16": [[125.0, 0.8], [200.0, 0.5]],
+    }
+    assert sass_baseline.compared([half, kernel()], before) == []
+    [line] = sass_baseline.compared([kernel("lora_gemm 128x64 bf16", (0.8, 0.5))], before)
+    assert "0.600 recorded" in line
 
 
 def test_what_is_recorded_can_be_read(tmp_path, monkeypatch):

@@ -118,6 +118,14 @@ def test_wgmma_reads_shared_memory():
     assert done.cycles == pytest.approx(160, rel=0.02)
 
 
+def test_no_step_is_shorter_than_its_products():
+    # Four wgmmas of 128 cycles; warps that wait in the first steps catch up later.
+    text = "mbarrier:try/1w1 arrive/1q1 int/2 hgmma:256/1 " + "int/2 " * 20
+    text += "hgmma:256:last/1 products:1/1 mbarrier:arrive/1"
+    done = step(text, 2, card=H100, ring=Ring(4, 16384, 8192))
+    assert done.cycles == 512 and done.efficiency == 1
+
+
 def test_a_ring_is_filled_when_all_have_released_a_stage():
     text = "mbarrier:try/1w0 arrive/1q0 hgmma:256:last/1 products:0/1 mbarrier:arrive/1"
     ring = Ring(1, 0)
