@@ -12,8 +12,8 @@ SEEDS = 200
 # Of Hopper's kernels, whose seeds take several times as long under the race checker and ASan. The
 # nightly test of the flags between blocks runs a thousand.
 SLOW_SEEDS = 60
-# Wide batches of adapters in floats; and the whole op with many adapters, which launches thousands of
-# blocks in each of its grids.
+# Wide batches of adapters in floats; and the whole op with many adapters, which launches thousands
+# of blocks in each of its grids.
 SEEDS_OF = {
     "lora_decode": {"race": 60, "asan": 24},
     "lora_grouped_sequence": {"plain": 60, "race": 20, "asan": 6},
