@@ -59,6 +59,11 @@ kernels::GroupedRows rows_of_many(int m, int rank, std::mt19937_64& random) {
   while (true) {
     kernels::GroupedRows rows(m, groups, rank, random);
     if (!rows.indexed) continue;
+    // The last row is the first of its adapter, if there is one left.
+    for (int g = 0; groups % 2 == 0 && g < groups; ++g) {
+      const bool taken = std::count(rows.adapter_of.begin(), rows.adapter_of.end(), g) > 0;
+      if (!taken && rows.rank(g) > 0) (*rows.buffer)[m - 1] = rows.adapter_of[m - 1] = g;
+    }
     if (random() % 8 == 0) {  // nobody has an adapter
       std::fill(rows.buffer->begin(), rows.buffer->end(), -1);
       std::fill(rows.adapter_of.begin(), rows.adapter_of.end(), -1);
