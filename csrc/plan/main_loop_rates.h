@@ -11,15 +11,16 @@ struct MainLoopRate {
 // On one card: of the library's kernels, and of those of kTiles, in its order.
 struct MainLoopRates {
   double library;
-  MainLoopRate tiles[9];
+  MainLoopRate tiles[10];
 };
 
 constexpr MainLoopRates kMainLoopsOnA100 = {
     0.942,
     {
-        {0.599, 0.000},  // 128 x 256
-        {0.459, 0.486},  // 128 x 128
-        {0.491, 0.457},  // 128 x 64
+        {0.907, 0.940},  // 128 x 256
+        {0.906, 0.876},  // 128 x 128
+        {0.808, 0.802},  // deep 128 x 128
+        {0.706, 0.710},  // 128 x 64
         {0.000, 0.000},  // in-grid 128 x 256
         {0.000, 0.000},  // in-grid 128 x 128
         {0.000, 0.000},  // wgmma 128 x 256
@@ -33,8 +34,9 @@ constexpr MainLoopRates kMainLoopsOnL40S = {
     0.942,
     {
         {0.000, 0.000},  // 128 x 256
-        {0.000, 0.000},  // 128 x 128
-        {0.478, 0.476},  // 128 x 64
+        {0.635, 0.661},  // 128 x 128
+        {0.936, 0.936},  // deep 128 x 128
+        {0.613, 0.613},  // 128 x 64
         {0.000, 0.000},  // in-grid 128 x 256
         {0.000, 0.000},  // in-grid 128 x 128
         {0.000, 0.000},  // wgmma 128 x 256
@@ -47,9 +49,10 @@ constexpr MainLoopRates kMainLoopsOnL40S = {
 constexpr MainLoopRates kMainLoopsOnH100 = {
     1.000,
     {
-        {0.523, 0.000},  // 128 x 256
-        {0.374, 0.367},  // 128 x 128
-        {0.351, 0.374},  // 128 x 64
+        {0.834, 0.848},  // 128 x 256
+        {0.780, 0.823},  // 128 x 128
+        {0.812, 0.810},  // deep 128 x 128
+        {0.556, 0.551},  // 128 x 64
         {1.000, 1.000},  // in-grid 128 x 256
         {0.773, 0.773},  // in-grid 128 x 128
         {1.000, 1.000},  // wgmma 128 x 256
