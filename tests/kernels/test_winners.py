@@ -141,7 +141,7 @@ def test_a_tile_that_the_card_does_not_have_is_not_taken():
     install([table(entry(tile="128 x 256"))])
     problem = _C.Problem(SHAPE.rows, SHAPE.out_features, SHAPE.in_features, SHAPE.rank)
     plan = _C.plan_forward(_C.Card(86, 72, 102400, 101376, CARD), problem)
-    assert plan.kernel and plan.tile == "128 x 64"
+    assert plan.kernel and plan.tile == "deep 128 x 128"
 
 
 @given(
