@@ -78,6 +78,7 @@ struct LoraDecodeFinish {
     Accumulators acc;
     add_all(p.s_sums, work.s_slot(tile, 0), work.chunks, acc);
     const LoraDecodeAdapter& own = table.adapter_of_block(s_block(tile));
+    // One of the table's few. NOLINTNEXTLINE(custom-cut-to-32-bits)
     const int number = static_cast<int>(&own - table.adapters);
     const float scaling = p.scalings != nullptr ? p.scalings[own.adapter] : p.scaling;
     const int rank0 = (s_block(tile) - own.first_block) * (kSplit ? 8 : 16) + lane / 4;

@@ -25,6 +25,7 @@ struct LoraDecodeWork {
     return block * units / blocks;
   }
   __device__ __forceinline__ int block_of(int64_t unit) const {
+    // A block of the grid. NOLINTNEXTLINE(custom-cut-to-32-bits)
     return static_cast<int>(((unit + 1) * blocks - 1) / units);
   }
   // The blocks that have a part of a tile.
@@ -61,15 +62,17 @@ struct LoraDecodeWork {
       walk.of_s = true;
       walk.tile = walk.next_chunk / chunks, walk.step = walk.next_chunk % chunks * s_steps;
       walk.end = min(walk.step + s_steps, steps);
-      walk.next_chunk += static_cast<int>(blocks);
+      walk.next_chunk += static_cast<int>(gridDim.x);
       return true;
     }
     const int64_t left = first_unit(int64_t{blockIdx.x} + 1) - walk.next_unit;
     if (left == 0) return false;
     walk.of_s = false;
+    // Tiles and steps of ints. NOLINTBEGIN(custom-cut-to-32-bits)
     walk.tile = static_cast<int>(walk.next_unit / steps);
     walk.step = static_cast<int>(walk.next_unit % steps);
     walk.end = static_cast<int>(min(int64_t{steps}, walk.step + left));
+    // NOLINTEND(custom-cut-to-32-bits)
     walk.next_unit += walk.end - walk.step;
     return true;
   }

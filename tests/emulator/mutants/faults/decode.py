@@ -48,7 +48,7 @@ DECODE = [
         "a block goes on to the next chunk of S",
         "the chunks between are those of the other blocks",
         (
-            "walk.next_chunk += static_cast<int>(blocks);",
+            "walk.next_chunk += static_cast<int>(gridDim.x);",
             "walk.next_chunk += 1;",
         ),
     ),
