@@ -122,33 +122,35 @@ def test_cuda_is_asked_for_what_the_plan_says(arch, route, options):
 
 RESERVED = """
 SMS = 8  # of the runtime's device
-for arch, options in (
-    (80, dict(rank=16)), (90, dict(rank=16)), (90, dict(rank=16, float_adapters=True))
-):
-    card(arch)
-    _C.set_cuda_route("kernel")
-    call = Call(rows=1300, k=72, n=1040, device=torch.device("cuda", 0), **options)
-    results, blocks = {}, {}
-    for reserved in (0, 3, SMS):
-        lora_ext.kernels.set_reserved_sms(reserved)
-        call.forward()  # the kernels' check
-        record()
-        results[reserved] = call.forward()[0]
-        launched = [each for each in record() if each["call"] == "cudaLaunchKernelEx"]
-        [product] = [each for each in launched if kernel_of(each) in ("gemm", "ingrid")]
-        blocks[reserved] = product["grid"][0]
-    if arch == 90:  # one block an SM, in clusters of two; two SMs stay at least
-        assert blocks == {0: SMS, 3: 4, SMS: 2}, blocks
-    else:  # as many on each SM as the tile lets
-        assert blocks[0] // SMS == blocks[3] // 5 == blocks[SMS] // 2 >= 1, blocks
-    for each in results.values():
-        assert close([each], [results[0]])
+card(arch)
+_C.set_cuda_route("kernel")
+call = Call(rows=1300, k=72, n=1040, device=torch.device("cuda", 0), **options)
+results, blocks = {}, {}
+for reserved in (0, 3, SMS):
+    lora_ext.kernels.set_reserved_sms(reserved)
+    call.forward()  # the kernels' check
+    record()
+    results[reserved] = call.forward()[0]
+    launched = [each for each in record() if each["call"] == "cudaLaunchKernelEx"]
+    [product] = [each for each in launched if kernel_of(each) in ("gemm", "ingrid")]
+    blocks[reserved] = product["grid"][0]
+if arch == 90:  # one block an SM, in clusters of two; two SMs stay at least
+    assert blocks == {0: SMS, 3: 4, SMS: 2}, blocks
+else:  # as many on each SM as the tile lets
+    assert blocks[0] // SMS == blocks[3] // 5 == blocks[SMS] // 2 >= 1, blocks
+for each in results.values():
+    assert close([each], [results[0]])
 lora_ext.kernels.set_reserved_sms(0)
 """
 
 
-def test_reserved_sms_are_left_to_others():
-    python(RESERVED)
+# A process each: a device does not change its generation, by which plans are kept.
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [(80, {"rank": 16}), (90, {"rank": 16}), (90, {"rank": 16, "float_adapters": True})],
+)
+def test_reserved_sms_are_left_to_others(arch, options):
+    python(f"arch, options = {arch}, {options}\n{RESERVED}")
 
 
 FIRST_USE = """
