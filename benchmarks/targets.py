@@ -161,18 +161,15 @@ def _matches(cell: dict[str, Any], where: dict[str, Any]) -> bool:
     return True
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"r={ranks[0]}..{ranks[-1]}"
-
-
 def _describe(where: dict[str, Any]) -> str:
     if where["group"] == "call":
         return f"{where['mode']}, 2x8, K=N=8, r=2"
     short = SHORT[where["dtype"]]
     if isinstance(rows := where["rows"], tuple) and set(rows) <= set(FEW_ROWS):
-        width = where["in_features"]
+        width, ranks = where["in_features"], where["rank"]
         size = "" if isinstance(width, tuple) else f", K=N={width}"
-        return f"{where['mode']}, {short}{size}, M={rows[0]}..{rows[-1]}, {_ranks(where['rank'])}"
+        sizes = f"M={rows[0]}..{rows[-1]}, r={ranks[0]}..{ranks[-1]}"
+        return f"{where['mode']}, {short}{size}, {sizes}"
     if isinstance(where["rows"], tuple):
         return f"{where['mode']}, {short}, the grid"
     dropout = f", dropout {where['dropout_p']:g}" if where["dropout_p"] else ""

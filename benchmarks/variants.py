@@ -91,13 +91,13 @@ def merged(problem: Problem, dropout_p: float) -> Variant:
 def merged_packed(problem: Problem, dropout_p: float) -> Variant:
     """The merged layer on a packed weight: what packing alone gives."""
     from lora_ext import prepack
+    from lora_ext.packed_weight import packed_linear
 
     pack = prepack(problem.merged)
     packed, _ = pack.copies
     if packed is None:
         raise Unavailable(f"not packed: {pack.reason}")
-    product = torch.ops.mkldnn._linear_pointwise
-    return Variant(lambda x: product(x, packed, problem.bias, "none", [], ""))
+    return Variant(lambda x: packed_linear(x, packed, problem.bias))
 
 
 def frozen(problem: Problem, dropout_p: float) -> Variant:

@@ -261,6 +261,11 @@ def unpackable_reason(weight: Tensor) -> str:
     return ""
 
 
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias by one of `PackedWeight.copies`."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
 def _identity(weight: Tensor) -> tuple[Any, ...]:
     """What a change of the weight changes, but for a write of values through ``weight.data``."""
     if weight.is_inference():  # an inference tensor took the place of the data

@@ -6,7 +6,7 @@ second try of a wait, behind the rest, and their jumps back are no loops.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sass_control import PLAIN, Control, control_of
@@ -129,10 +129,10 @@ def blocks_of(successors: list[list[int]]) -> tuple[list[range], list[list[int]]
     return blocks, [[number[each] for each in successors[block[-1]]] for block in blocks]
 
 
-def dominators(successors: list[list[int]]) -> dict[int, set[int]]:
-    """For each block that can be reached from the first: those that every path to it passes."""
+def in_order(head: int, successors: Callable[[int], list[int]]) -> list[int]:
+    """What the head reaches, each before what follows it but by a jump back; by depth first."""
     order: list[int] = []
-    seen, stack = {0}, [(0, iter(successors[0]))]
+    seen, stack = {head}, [(head, iter(successors(head)))]
     while stack:
         block, rest = stack[-1]
         following = next((each for each in rest if each not in seen), None)
@@ -141,8 +141,13 @@ def dominators(successors: list[list[int]]) -> dict[int, set[int]]:
             stack.pop()
         else:
             seen.add(following)
-            stack.append((following, iter(successors[following])))
-    order.reverse()
+            stack.append((following, iter(successors(following))))
+    return order[::-1]
+
+
+def dominators(successors: list[list[int]]) -> dict[int, set[int]]:
+    """For each block that can be reached from the first: those that every path to it passes."""
+    order = in_order(0, lambda block: successors[block])
     before: dict[int, list[int]] = {block: [] for block in order}
     for block in order:
         for each in successors[block]:

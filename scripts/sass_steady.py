@@ -6,9 +6,15 @@ is drawn once a tile, no second try of a wait. Loads to registers are copies onl
 no others: elsewhere rare ways have them.
 """
 
-from collections.abc import Callable
-
-from sass_loops import MATRIX, Instruction, Loop, blocks_of, instructions_of, successors_of
+from sass_loops import (
+    MATRIX,
+    Instruction,
+    Loop,
+    blocks_of,
+    in_order,
+    instructions_of,
+    successors_of,
+)
 
 COPIES = {"LDGSTS", "LDSM", "STS", "UTMALDG", "BAR"}
 
@@ -19,22 +25,6 @@ def worth_of(instructions: list[Instruction], copying: set[str]) -> Worth:
     products = sum(each.opcode in MATRIX for each in instructions)
     copies = sum(each.opcode in copying for each in instructions)
     return products, copies, -len(instructions)
-
-
-def in_order(head: int, successors: Callable[[int], list[int]]) -> list[int]:
-    """What the head reaches, each before what follows it but by a jump back; by depth first."""
-    order: list[int] = []
-    seen, stack = {head}, [(head, iter(successors(head)))]
-    while stack:
-        block, rest = stack[-1]
-        following = next((each for each in rest if each not in seen), None)
-        if following is None:
-            order.append(block)
-            stack.pop()
-        else:
-            seen.add(following)
-            stack.append((following, iter(successors(following))))
-    return order[::-1]
 
 
 def steady_path(text: str, loop: Loop) -> list[Instruction]:

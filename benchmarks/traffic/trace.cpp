@@ -15,13 +15,6 @@
 #include <string>
 
 #include "benchmarks/traffic/trace_memory.h"
-#include "emulator/machine/fail.h"
-
-// All that the model needs of the execution layer.
-void emulator::fail(ErrorKind, const char* format, ...) {
-  std::fprintf(stderr, "trace: %s\n", format);
-  std::exit(1);
-}
 
 namespace {
 

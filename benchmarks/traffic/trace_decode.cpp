@@ -7,15 +7,8 @@
 #include <cstdlib>
 
 #include "benchmarks/traffic/trace_memory.h"
-#include "emulator/machine/fail.h"
 #include "plan/decode_plan.h"
 #include "plan/grouped_plan.h"
-
-// All that the model needs of the execution layer.
-void emulator::fail(ErrorKind, const char* format, ...) {
-  std::fprintf(stderr, "trace_decode: %s\n", format);
-  std::exit(1);
-}
 
 namespace {
 
@@ -46,7 +39,8 @@ class Decode {
     s_out_ = memory_.allocate(s_.m, s_.rank, 4);
     sums_ = memory_.allocate(tiles() + plan_.gemm.blocks, elements, 4);
     s_sums_ = memory_.allocate(s_tiles() * chunks, elements, 4);
-    arrived_.resize(static_cast<size_t>(tiles())), s_arrived_.resize(static_cast<size_t>(s_tiles()));
+    arrived_.resize(static_cast<size_t>(tiles())),
+        s_arrived_.resize(static_cast<size_t>(s_tiles()));
   }
 
   void trace() {
@@ -117,8 +111,7 @@ class Decode {
   // The blocks with a part of a tile of Y.
   int64_t parts_of(int64_t tile) const {
     int64_t parts = 0;
-    for (int64_t block = 0; block < plan_.gemm.blocks; ++block)
-      parts += has_part(tile, block);
+    for (int64_t block = 0; block < plan_.gemm.blocks; ++block) parts += has_part(tile, block);
     return parts;
   }
   bool has_part(int64_t tile, int64_t block) const {
@@ -170,8 +163,7 @@ class Decode {
     const int64_t row = tile * tile_.rows;
     ask(kSums, [&] { memory_.read(t_, 0, s_.m, 0, t_.columns); });
     for (int64_t adapter = 0; adapter < s_.adapters; ++adapter)
-      ask(kFactors,
-          [&] { memory_.read(b_, adapter * s_.n + row, tile_.rows, 0, b_.columns); });
+      ask(kFactors, [&] { memory_.read(b_, adapter * s_.n + row, tile_.rows, 0, b_.columns); });
     ask(kResults, [&] { memory_.write(y_, 0, s_.m, row, tile_.rows); });
   }
 

@@ -6,14 +6,7 @@
 #include <cstdlib>
 
 #include "benchmarks/traffic/trace_memory.h"
-#include "emulator/machine/fail.h"
 #include "plan/grouped_plan.h"
-
-// All that the model needs of the execution layer.
-void emulator::fail(ErrorKind, const char* format, ...) {
-  std::fprintf(stderr, "trace_grouped: %s\n", format);
-  std::exit(1);
-}
 
 namespace {
 

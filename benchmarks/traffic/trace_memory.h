@@ -4,11 +4,20 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <vector>
 
 #include "emulator/counts/l2_model.h"
+#include "emulator/machine/fail.h"
 #include "plan/plan.h"
+
+// All that the model, a file of its own, needs of the execution layer. A program includes this
+// once.
+void emulator::fail(ErrorKind, const char* format, ...) {
+  std::fprintf(stderr, "trace: %s\n", format);
+  std::exit(1);
+}
 
 namespace trace {
 
@@ -65,8 +74,9 @@ class Memory {
     std::printf(
         "{\"direction\": \"%s\", \"variant\": \"%s\", \"requested\": %llu, \"dram\": %llu, "
         "\"adapters\": %lld, \"passes\": %lld}\n",
-        direction, variant, static_cast<unsigned long long>(requested()), static_cast<unsigned long long>(dram()),
-        static_cast<long long>(adapters), static_cast<long long>(passes));
+        direction, variant, static_cast<unsigned long long>(requested()),
+        static_cast<unsigned long long>(dram()), static_cast<long long>(adapters),
+        static_cast<long long>(passes));
   }
 
  private:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext.functional import PackedWeight
+from lora_ext.packed_weight import PackedWeight, packed_linear
 
 from ..markdown import Column, mebibytes, milliseconds, quotient, table_of
 from ..results import Row, ratio
@@ -46,17 +46,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, pack: PackedWeight) -> Tensor:
         matrix, packed, ctx.packed_t = pack.operands(x)
         ctx.matrix = matrix
-        return F.linear(x, matrix, bias) if packed is None else _packed_linear(x, packed, bias)
+        return F.linear(x, matrix, bias) if packed is None else packed_linear(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         packed = ctx.packed_t
-        dx = grad.matmul(ctx.matrix) if packed is None else _packed_linear(grad, packed, None)
+        dx = grad.matmul(ctx.matrix) if packed is None else packed_linear(grad, packed, None)
         return dx, None, None
-
-
-def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class PackedLinear(nn.Module):

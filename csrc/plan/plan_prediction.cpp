@@ -1,6 +1,7 @@
 #include "plan/plan_prediction.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "common/bounds.h"
 #include "plan/decode_plan.h"
@@ -340,7 +341,10 @@ Launch library_product(const Card& card, const char* name, int64_t m, int64_t n,
   return {name, kHalf * (area(m, k) + area(n, k) + passes * area(m, n)), least};
 }
 
+static_assert(std::size(kMainLoopsOnA100.tiles) == static_cast<size_t>(Tile::kDecode));
+
 double main_loop_share(const Card& card, const TileFacts& tile, bool masked) {
+  if (tile.tile == Tile::kDecode) return 0.0;  // as fast as its bytes
   // 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared memory.
   const bool hopper = card.arch >= 90 && card.arch < 120;
   const bool small = card.shared_per_block < facts_of(Tile::k128x256).shared;

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packed_weight import PackedWeight
+from ..packed_weight import PackedWeight, packed_linear
 from .layers import Kind
 
 _ROUNDS, _FEWER_ROUNDS = 8, 4
@@ -40,14 +41,13 @@ def ratio_of(
     features = kind.out_features if backward else kind.in_features
     x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0)).to(kind.dtype)
     plain = [pack.matrix for pack in packs]
-    packed = [pack.copies[backward] for pack in packs]
+    packed: list[Any] = [pack.copies[backward] for pack in packs]
 
     def plainly(i: int) -> Tensor:
         return x.mm(plain[i]) if backward else F.linear(x, plain[i], bias)
 
     def from_pack(i: int) -> Tensor:
-        bias_of = None if backward else bias
-        return torch.ops.mkldnn._linear_pointwise(x, packed[i], bias_of, "none", [], "")
+        return packed_linear(x, packed[i], None if backward else bias)
 
     products = (plainly, from_pack)
     each = [_seconds(product, len(packs), 1) for product in products]  # also the warm-up

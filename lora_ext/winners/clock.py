@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+WARM_UP = 3
+_ROUNDS = 25
+
+Call = Callable[[], object]
 # Runs a call once, and returns how to read its microseconds later.
-Timer = Callable[[Callable[[], object]], Callable[[], float]]
+Timer = Callable[[Call], Callable[[], float]]
+
+
+def in_turn(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    prepare: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Microseconds of each call, one a round, in a new order each round.
+
+    Args:
+        calls: by name, on this device.
+        prepare: is given a name before its call, untimed.
+    """
+    times_call, order, names = timer(device), random.Random(0), list(calls)
+    readers: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+    for _ in range(_ROUNDS):
+        order.shuffle(names)
+        for name in names:
+            prepare(name)
+            readers[name].append(times_call(calls[name]))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return {name: [read() for read in reads] for name, reads in readers.items()}
 
 
 def timer(device: torch.device) -> Timer:

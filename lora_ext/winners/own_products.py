@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -14,10 +13,8 @@ from ..functional import lora_linear, lora_update
 from ..quantized.base import QuantizedBase
 from ..quantized.few_rows import FEW_ROWS, Kind, forced, keep, kind_of
 from ..quantized.layers import quantized_base
-from .clock import Timer, timer
+from . import clock
 
-_ROUNDS = 25
-_WARM_UP = 3
 _RANK = 16  # of the update, which both have
 
 
@@ -54,7 +51,7 @@ def measure(
         for kind, (layer, base) in _kinds(model, device).items():
             times = []
             for count in counts:
-                own, op = _microseconds(layer, base, count, timer(device))
+                own, op = _microseconds(layer, base, count)
                 times.append((count, op / own))
                 winner = "its own product" if own < op else "the op"
                 line = f"{kind}, {count} rows: {winner} (own {own:.1f} us, op {op:.1f} us)"
@@ -72,9 +69,10 @@ def _kinds(model: nn.Module, device: torch.device) -> dict[Kind, tuple[_Layer, Q
             continue
         x = torch.zeros(1, base.weight.shape[1], dtype=base.dtype, device=device)
         with forced(True):
-            if layer.base_for(x) != FEW_ROWS:
-                continue
-            layer.forward(x)  # after which the codes may be in another order
+            has_own = layer.base_for(x) == FEW_ROWS
+        if not has_own:
+            continue
+        layer.forward(x)  # after which the codes may be in another order
         base = layer.base_for(None)
         if isinstance(base, QuantizedBase):
             found.setdefault(kind_of(base.weight, base.dtype), (layer, base))
@@ -98,9 +96,7 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
             yield _Layer(base, lambda x, at=base: quantized_base(at, x))
 
 
-def _microseconds(
-    layer: _Layer, base: QuantizedBase, rows: int, time: Timer
-) -> tuple[float, float]:
+def _microseconds(layer: _Layer, base: QuantizedBase, rows: int) -> tuple[float, float]:
     """(its own product and the update, the op), medians of rounds in turn."""
     out_features, in_features = base.weight.shape
     words = {"dtype": base.dtype, "device": base.weight.device}
@@ -108,20 +104,13 @@ def _microseconds(
     lora_b = torch.ones(out_features, _RANK, **words)
 
     def own() -> Tensor:
-        with forced(True):
-            return lora_update(layer.forward(x), x, lora_a, lora_b)
+        return lora_update(layer.forward(x), x, lora_a, lora_b)
 
     def op() -> Tensor:
         return lora_linear(x, base.weight, lora_a, lora_b, base.call_bias)
 
-    calls, order = (own, op), random.Random(0)
-    for call in calls * _WARM_UP:
+    calls = {"own": own, "op": op}
+    for call in (own, op) * clock.WARM_UP:
         call()
-    readings: tuple[list[Callable[[], float]], list[Callable[[], float]]] = ([], [])
-    for _ in range(_ROUNDS):
-        for which in order.sample((0, 1), 2):
-            readings[which].append(time(calls[which]))
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    first, second = (statistics.median(read() for read in each) for each in readings)
-    return first, second
+    times = clock.in_turn(calls, base.weight.device)
+    return statistics.median(times["own"]), statistics.median(times["op"])

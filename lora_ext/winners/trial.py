@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,8 +19,6 @@ from .tables import load_cached
 LIBRARY = "library"
 _DROPOUT = 0.05
 _SCALING = 2.0
-_ROUNDS = 25
-_WARM_UP = 3
 # A route takes the library's place if it wins by this much in three rounds of four.
 _LEAST_GAIN = 0.01
 
@@ -153,24 +150,18 @@ def _times_of(
     def call() -> object:
         return trial.run(backward)
 
-    timed = []
+    timed: dict[str, Candidate] = {}
     for candidate in candidates:
         _request(card, trial.shape, backward, candidate)
-        for _ in range(_WARM_UP):
+        for _ in range(clock.WARM_UP):
             call()
         if _runs_as_asked(trial.explained(backward), candidate):
-            timed.append(candidate)
-    times_call = clock.timer(trial.device)
-    readers: dict[str, list[Callable[[], float]]] = {c.name: [] for c in timed}
-    order = random.Random(0)
-    for _ in range(_ROUNDS):
-        order.shuffle(timed)
-        for candidate in timed:
-            _request(card, trial.shape, backward, candidate)
-            readers[candidate.name].append(times_call(call))
-    if trial.device.type == "cuda":
-        torch.cuda.synchronize(trial.device)
-    return {name: [read() for read in reads] for name, reads in readers.items()}
+            timed[candidate.name] = candidate
+    return clock.in_turn(
+        dict.fromkeys(timed, call),
+        trial.device,
+        lambda name: _request(card, trial.shape, backward, timed[name]),
+    )
 
 
 def _fastest(times: Times) -> str:

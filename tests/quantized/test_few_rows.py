@@ -11,7 +11,7 @@ from lora_ext import LoRAConfig
 from lora_ext.quantized import few_rows
 from lora_ext.quantized.layers import QuantizedBase, quantized_base
 from lora_ext.quantized.of_bitsandbytes import FourBitWeight
-from lora_ext.winners import own_products
+from lora_ext.winners import clock, own_products
 
 needs_own_product = pytest.mark.skipif(
     not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16"
@@ -83,7 +83,7 @@ def test_calls_go_by_the_faster(kind, faster, monkeypatch):
 
         return time
 
-    monkeypatch.setattr(own_products, "timer", timer)
+    monkeypatch.setattr(clock, "timer", timer)
     said = []
     lines = own_products.measure(model, [16, 256], CPU, said.append)
     assert lines == said and len(lines) == 2 and f"nf4 in panels {K}x{N} bfloat16" in lines[0]

@@ -72,6 +72,25 @@ TEST(fence_mbarrier_init_publishes_the_init_alone) {
   expect_race("release", "read after unordered write", run);
 }
 
+// Without an edge, block 1 ends too early. Reported by whoever comes first: the end of the block,
+// or who finds it gone, its memory out of bounds.
+template <class Run>
+void expect_end_of_peer(const char* edge, const Run& run) {
+  missing_edge = edge;
+  for_all_modes(4, [&] {
+    try {
+      run();
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      CHECK(text.find("the end of block (1,0,0)") != std::string::npos ||
+            text.find("has exited") != std::string::npos);
+      return;
+    }
+    CHECK(!"expected a fault");
+  });
+  missing_edge.clear();
+}
+
 // A remote arrival that nobody waits for is over before an arrive with release, not before a
 // relaxed one: behind that the peer may have ended while it is under way.
 TEST(a_block_must_not_end_under_a_remote_arrival) {
@@ -89,20 +108,7 @@ TEST(a_block_must_not_end_under_a_remote_arrival) {
     });
   };
   expect_clean(run);
-  missing_edge = "release";
-  // Reported by whoever comes first: the end of the block, or the arrival that finds it gone.
-  for_all_modes(4, [&] {
-    try {
-      run();
-    } catch (const Error& error) {
-      const std::string text = error.what();
-      CHECK(text.find("the end of block (1,0,0)") != std::string::npos ||
-            text.find("has exited") != std::string::npos);
-      return;
-    }
-    CHECK(!"expected a fault");
-  });
-  missing_edge.clear();
+  expect_end_of_peer("release", run);
 }
 
 TEST(a_block_must_not_end_before_its_peer_has_read) {
@@ -119,20 +125,7 @@ TEST(a_block_must_not_end_before_its_peer_has_read) {
     });
   };
   expect_clean(run);
-  missing_edge = "barrier";
-  // Where block 1 has ended already, its memory is out of bounds.
-  for_all_modes(4, [&] {
-    try {
-      run();
-    } catch (const Error& error) {
-      const std::string text = error.what();
-      CHECK(text.find("the end of block (1,0,0)") != std::string::npos ||
-            text.find("has exited") != std::string::npos);
-      return;
-    }
-    CHECK(!"expected a fault");
-  });
-  missing_edge.clear();
+  expect_end_of_peer("barrier", run);
 }
 
 }  // namespace
