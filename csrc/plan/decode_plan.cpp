@@ -25,7 +25,6 @@ constexpr double kEndsUs = 1.5;
 int64_t factor_rows(const Problem& p, int64_t adapters) {
   return adapters * 16 * blocks_of(p.rank, 16) * (p.float_adapters ? 2 : 1);
 }
-double product(int64_t a, int64_t b) { return static_cast<double>(a) * static_cast<double>(b); }
 
 }  // namespace
 
@@ -66,10 +65,10 @@ Launch decode_launch(const Card& card, const Problem& p, const Plan& plan, int64
   const Plan::Decode& decode = plan.decode;
   const double of_factor = p.float_adapters ? 4 : 2;
   const auto each = static_cast<double>(adapters);
-  const double once = 2 * (product(p.n, p.k) + product(p.m, p.k) + product(p.m, p.n)) +
-                      each * of_factor * product(p.rank, p.k + p.n);
-  const double x_again = 2 * product(decode.tiles + decode.s_tiles - 1, p.m * p.k);
-  const double sums = 8 * product(decode.tiles + plan.gemm.blocks, tile.rows * tile.batch);
+  const double once = 2 * (area(p.n, p.k) + area(p.m, p.k) + area(p.m, p.n)) +
+                      each * of_factor * area(p.rank, p.k + p.n);
+  const double x_again = 2 * area(decode.tiles + decode.s_tiles - 1, p.m * p.k);
+  const double sums = 8 * area(decode.tiles + plan.gemm.blocks, tile.rows * tile.batch);
   const double ends = kEndsUs * 1e3 * sustained_by(card).dram_gb_s;
   return {"lora_decode", std::max(once, (once + x_again + sums) / kL2Share) + ends, 0.0};
 }

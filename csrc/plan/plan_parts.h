@@ -5,6 +5,9 @@
 namespace lora_ext::plan {
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline double area(int64_t rows, int64_t columns) {
+  return static_cast<double>(rows) * static_cast<double>(columns);
+}
 inline int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
 
 struct Workspace {

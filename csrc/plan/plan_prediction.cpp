@@ -6,16 +6,12 @@
 #include "common/bounds.h"
 #include "plan/decode_plan.h"
 #include "plan/main_loop_rates.h"
+#include "plan/plan_parts.h"
 
 namespace lora_ext::plan {
 namespace {
 
 constexpr double kHalf = 2, kFloat = 4;  // bytes
-
-int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-double area(int64_t rows, int64_t columns) {
-  return static_cast<double>(rows) * static_cast<double>(columns);
-}
 
 // Vendors' dense rates times 0.8 and bandwidths times 0.9, of a card of each generation. Others of
 // the generation are taken to have as much for each SM. `mma_share`: the rate of mma.sync over that
