@@ -55,9 +55,9 @@ bool fits(const TileFacts& tile, const Card& card, const Call& call) {
 // Masked tiles take T first, so all clusters stand still while T is made: 0.3 of the time of a tile
 // of 256 columns, if each makes one pair of row blocks at most (predicted; the depth of both is
 // that of the product). The pass over dY that this saves takes the longer the more rows there are:
-// at an H100's rates as long where a quarter of the clusters make T.
+// at an H100's rates as long where a fifth of the clusters make T.
 bool masked_t_pays(const Card& card, int64_t m) {
-  return 4 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
+  return 5 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
 }
 
 // The tile that is asked for, if it can be had; else that whose waves are predicted to end first.

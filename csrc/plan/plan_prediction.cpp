@@ -47,9 +47,14 @@ constexpr LibraryTile kLibraryTiles[] = {
     {128, 256, 1.0}, {128, 128, 0.9}, {128, 64, 0.75}, {64, 64, 0.55}};
 constexpr int64_t kLibrarySplit = 512;  // the least depth of a split of k
 
-// Epilogues, in steps of 64 along k that a main loop could have made meanwhile: two where nothing
-// else runs on the SM, none where another warpgroup multiplies; and three to draw and apply a mask.
-constexpr int64_t kEpilogueDepth = 128, kMaskDepth = 192;
+// What a tile takes beside its products, in columns of k that its main loop could have made
+// meanwhile. By the instructions counted in the machine code, wgmma's take 1.2 % of a depth of 4096
+// (docs/kernels.md), and applying a mask, whose bits are drawn among products, 0.9 %; none of the
+// epilogue where another warpgroup multiplies. On mma.sync estimated, and bits are drawn outside.
+struct TileEnd {
+  int64_t epilogue, mask;
+};
+constexpr TileEnd kEndOnMma{128, 192}, kEndOnWgmma{64, 64};
 // Those of the skinny kernels' steps that are not copies.
 constexpr double kSkinnyShare = 0.9;
 // A draw for eight elements, some 80 instructions of which an SM issues 128 a clock, in operations
@@ -94,7 +99,8 @@ int64_t rank_terms(const Problem& p) { return p.float_adapters ? 3 : 1; }
 double tile_flop(const Card& card, const TileFacts& tile, int64_t k, bool masked) {
   const bool overlapped =
       tile.tile == Tile::kPingpong128x192 || tile.tile == Tile::kPingpong128x128;
-  const int64_t depth = k + (overlapped ? 0 : kEpilogueDepth) + (masked ? kMaskDepth : 0);
+  const TileEnd& end = tile.wgmma ? kEndOnWgmma : kEndOnMma;
+  const int64_t depth = k + (overlapped ? 0 : end.epilogue) + (masked ? end.mask : 0);
   const double share = main_loop_share(card, tile, masked);
   return 2.0 * area(tile.rows, tile.columns) * static_cast<double>(depth) / share;
 }

@@ -31,8 +31,9 @@ class Verdict:
 
 def judge(mutant: mutants.Mutant) -> Verdict:
     reached = False
-    steps = STEPS_OF.get(mutant.program, STEPS)
-    for flavour, seeds in steps if mutant.caught else FIRST:
+    for step, (flavour, seeds) in enumerate(STEPS_OF.get(mutant.program, STEPS)):
+        if reached and not mutant.caught and step >= len(FIRST):
+            break
         arguments = ["--seeds", seeds, "--fault", mutant.name, "--watchdog", "20"]
         runs = run.run_program(flavour, mutant.program, *arguments, *mutant.arguments)
         reached |= any(each.case.get("reached", 1) for each in runs)

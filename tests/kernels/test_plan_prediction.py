@@ -138,10 +138,10 @@ def test_an_epilogue_weighs_more_in_a_shallow_product():
         *_, last = _C.predicted_launches(card, problem, plan, False)
         return last.flop
 
-    # 8 waves of 66 pairs of tiles, k, the rank and 128 columns deep
+    # 8 waves of 66 pairs of tiles, k, the rank and 64 columns deep
     share = _C.main_loop_share(lora_ext.kernels.CARDS["H100"], "in-grid 128 x 256", masked=False)
     for k in (512, 4096):
-        assert gemm(k) == pytest.approx(8 * 132 * 2 * 128 * 256 * (k + 16 + 128) / share)
+        assert gemm(k) == pytest.approx(8 * 132 * 2 * 128 * 256 * (k + 16 + 64) / share)
 
 
 def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
