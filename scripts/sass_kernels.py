@@ -58,6 +58,7 @@ class Kernel:
     tile: int = 0
     wide_stores: int = 0
     step: int = 0  # instructions of lora_decode's, in which a warp multiplies 2 KiB of W
+    lane_loops: int = 0  # BRA.U.ANY: around a TMA copy whose operands might differ among lanes
 
     def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
         """Blocks that an SM holds at a time; 0 if one does not fit."""
@@ -151,6 +152,8 @@ class Kernel:
             wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
             found += self.objections_to_groups()
+            if self.lane_loops:  # some 70 cycles for each copy, where elect.sync says who issues it
+                found.append(f"{self.lane_loops} BRA.U.ANY: loops over lanes")
         elif re.match(r"lora_((grouped_)?(gemm|shrink|wgrad|dsdb)|decode)\b", self.name):
             wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
@@ -272,6 +275,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
         counts = {opcode: used.count(opcode) for opcode in wanted}
         if "MULTICAST" in counts:
             counts["MULTICAST"] = sum("MULTICAST" in suffix for _, suffix in instructions)
+        lane_loops = sum(each == ("BRA", ".U.ANY") for each in instructions)
         tile = sass_paths.tile_of(bodies[mangled]) if name.startswith("dequantize") else []
         kernel = Kernel(
             name,
@@ -288,6 +292,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
             tile=len(tile),
             wide_stores=sum(map(sass_paths.is_wide_store, tile)),
             step=len(sass_steps.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
+            lane_loops=lane_loops,
         )
         residence = residence_of(name, threads, kernel.blocks(*SHARED[arch]), stages)
         kernel.main_loops = main_loops_of(bodies[mangled], CARDS[CARD_OF[arch]], residence)

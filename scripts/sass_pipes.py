@@ -5,10 +5,12 @@ multiplies 16 x 8 x 16. A *card* gives each kind its cycles. Where a figure come
 
     [1] CUDA C++ Programming Guide, arithmetic instructions: results a clock and SM
     [2] W. Sun et al., Dissecting Tensor Cores via Microbenchmarks, arXiv:2206.02874: mma, ldmatrix
-    [3] W. Luo et al., Dissecting the Nvidia Hopper Architecture through Microbenchmarking and
-        Multiple Level Analysis, arXiv:2501.12084 (and 2402.13499): L2, wgmma, mma.sync on 9.0
+    [3] W. Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture,
+        arXiv:2402.13499: L2 and DRAM, of an A100 PCIe, an RTX 4090 and an H800 PCIe; and
+        arXiv:2501.12084: wgmma, mma.sync on 9.0
     [4] R. Huerta et al., Analyzing Modern NVIDIA GPU cores, arXiv:2503.20481: issue, memory queues
-    [5] L. Zhang et al., A Study of Single and Multi-device Synchronization, arXiv:2004.05371
+    [5] L. Zhang et al., A Study of Single and Multi-device Synchronization, arXiv:2004.05371, of
+        a V100
     [6] NVIDIA's whitepapers of the A100, Ada and H100: tensor rates
     [7] RRZE-HPC, gpu-benches, gpu-l2-cache: what L2 was measured to send
 """
@@ -117,10 +119,10 @@ class Card:
     wgmma_products: int = 0
 
 
-# Tensor rates: an H100's mma.sync reaches 494 of 757 TFLOP/s [3], a GeForce card half of Ada's rate
-# where sums are float32 [6]; an RTX PRO 6000 was measured to do 1024 FLOP a clock and SM. L2: 5400
-# GB/s of an A100 at 1.41 GHz, 9700 of an H200 at 1.98, 5200 of an L40 at 2.49;
-# others as the nearest of these.
+# Tensor rates: on 9.0 mma.sync reaches 490.7 of 756.5 TFLOP/s [3], a GeForce card half of Ada's
+# rate where sums are float32 [6]; an RTX PRO 6000 was measured to do 1024 FLOP a clock and SM. L2:
+# 5400 GB/s of an A100 at 1.41 GHz, 9700 of an H200 at 1.98, 5200 of an L40 at 2.49; others as the
+# nearest of these.
 ADA_L2 = 5200 / 2.49 / 142
 CARDS = {
     card.name: card
@@ -128,7 +130,7 @@ CARDS = {
         Card("A100", 108, 256, 16, 5400 / 1.41 / 108, 261.5, 466.3),
         Card("L40S", 142, 128, 32, ADA_L2, 273, 541.5),
         Card("RTX 4090", 128, 64, 32, ADA_L2, 273, 541.5),
-        Card("H100", 132, 512 * 494 / 757, 32, 9700 / 1.98 / 132, 263, 478.8, 512),
+        Card("H100", 132, 512 * 490.7 / 756.5, 32, 9700 / 1.98 / 132, 263, 478.8, 512),
         Card("RTX PRO 6000", 188, 128, 32, ADA_L2, 273, 541.5),
     )
 }
@@ -141,13 +143,17 @@ CONVERT_CYCLES = 8  # 4 lanes [1]
 UNIFORM_CYCLES = 2
 QUEUE = 5  # instructions of an SMSP that wait for the memory pipe [4]
 LEAST_SHARED_CYCLES = 2  # of the memory pipe an instruction [4]
-READ_LATENCY = 11  # until a load or store has read its operands [4]
-BARRIER_LATENCY = 22  # from the last arrival on [5]
+# Until an instruction has read its operands, by the bytes of a lane that a store takes [4].
+READ_LATENCIES = {"ldg": 11, "ldgsts": 13, "lds": 9, "ldsm": 9}
+STORE_READ_LATENCIES = {"sts": {4: 12, 8: 14, 16: 18}, "stg": {4: 14, 8: 16, 16: 20}}
+OTHER_READ_LATENCY = 11
+BARRIER_LATENCY = 22  # from the last arrival on, of one warp [5]
 SHUFFLE_LATENCY = 23  # also of LDS and what else goes there [2]
+# Three that no source was found for: as of a shuffle, a load, and two of m16n8k8.
 CONVERT_LATENCY = 23
-MBARRIER_LATENCY = 29  # as of shared memory [3]
 MEMBAR_LATENCY = 20
 PRODUCT_LATENCY = 33
+MBARRIER_LATENCY = 29  # as of shared memory [3]
 WGMMA_DRAIN = 14  # m64n8k16 takes 18 cycles, of which 4 on the pipe [3]
 # From the instruction to the bytes in shared memory: L2, and an L2 hit's time again to read the
 # tensor map and to make addresses (assumed; a ring of two stages or more hides it).
@@ -169,7 +175,19 @@ def shared_cycles(kind: str) -> int:
 
 
 def load_latency(kind: str) -> float:
-    """Of a load from shared memory: ldmatrix of 1, 2, 4 takes 23, 25, 29 cycles [2]."""
+    """Of a load from shared memory: ldmatrix of 1, 2, 4 takes 23, 25, 29 cycles [2].
+
+    A plain load of 4, 8, 16 bytes takes 23, 24, 26 [2, 4].
+    """
     name, _, size = kind.partition(":")
-    wide = int(size or 1) if name == "ldsm" else int(size or 4) // 4
-    return SHUFFLE_LATENCY + 2 * (wide - 1)
+    if name == "ldsm":
+        return SHUFFLE_LATENCY + 2 * (int(size or 1) - 1)
+    return SHUFFLE_LATENCY + int(size or 4) // 4 - 1
+
+
+def read_latency(kind: str) -> int:
+    """Until an instruction has read its operands, from when its pipe has it."""
+    name, _, size = kind.partition(":")
+    if name in STORE_READ_LATENCIES:
+        return STORE_READ_LATENCIES[name][int(size or 4)]
+    return READ_LATENCIES.get(name, OTHER_READ_LATENCY)

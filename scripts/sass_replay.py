@@ -28,7 +28,6 @@ from sass_pipes import (
     MEMBAR_LATENCY,
     PRODUCT_LATENCY,
     QUEUE,
-    READ_LATENCY,
     SHUFFLE_LATENCY,
     SMSPS,
     TMA_LATENCY,
@@ -37,6 +36,7 @@ from sass_pipes import (
     Card,
     copy_latency,
     load_latency,
+    read_latency,
     shared_cycles,
 )
 from sass_step import (
@@ -140,7 +140,7 @@ class _Smsp:
             warp.boards[control.write].append(done)
         if control.read is not None:
             taken = self.queue[-1] if op.name in MEMORY and self.queue else time
-            warp.boards[control.read].append(taken + READ_LATENCY)
+            warp.boards[control.read].append(taken + read_latency(op.kind))
         warp.at += 1
         if warp.at == len(self.ops):
             warp.at, warp.step = 0, warp.step + 1
@@ -196,7 +196,7 @@ class _Smsp:
         if not copy:  # half of the other SMSPs' come first
             return taken + (SMSPS - 1) / (2 * SMSPS) * cycles + load_latency(op.kind)
         if op.name == "stg":
-            return taken + READ_LATENCY
+            return taken + read_latency(op.kind)
         moved = 32 * int(op.kind.split(":")[1])
         self.link = max(self.link, taken) + SMSPS * moved / self.card.l2_bytes
         self.copies += 1

@@ -109,9 +109,11 @@ def test_what_is_wrong_is_named(changes, words):
 def sm90a_kernel(groups=(4, 4, 2), loops=LOOPS["loops"], kernel="lora_gemm", **changed):
     opcodes = dict.fromkeys([*sass_kernels.OPCODES, *sass_kernels.OPCODES_SM90A], 1)
     opcodes.update(LDL=0, STL=0, HGMMA=sum(groups))
+    lane_loops = changed.pop("lane_loops", 0)
     opcodes.update(changed)
     name = f"{kernel}_sm90a 128x256 bf16 MN-major tail 2"
-    return sass_kernels.Kernel(name, "sm_90a", 384, 229440, 168, 0, 0, opcodes, list(groups), loops)
+    fields = {"opcodes": opcodes, "groups": list(groups), "loops": loops, "lane_loops": lane_loops}
+    return sass_kernels.Kernel(name, "sm_90a", 384, 229440, 168, **fields)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,7 @@ def sm90a_kernel(groups=(4, 4, 2), loops=LOOPS["loops"], kernel="lora_gemm", **c
         ({"HGMMA": 11}, "groups of [4, 4, 2] HGMMA"),  # one outside all groups
         ({"groups": (4, 4, 4)}, "groups of [4, 4, 4] HGMMA"),
         ({"groups": (1, 3, 4, 2)}, "groups of [1, 3, 4, 2] HGMMA"),
+        ({"lane_loops": 6}, "6 BRA.U.ANY"),
     ],
 )
 def test_what_is_wrong_with_wgmma_is_named(changes, words):

@@ -10,7 +10,7 @@ from emulator import build
 sys.path.insert(0, str(build.ROOT / "scripts"))
 from sass_control import Control, control_named, control_of, upper_of
 from sass_loops import instructions_of
-from sass_pipes import CARDS, TMA_LATENCY, category_of, kind_of
+from sass_pipes import CARDS, TMA_LATENCY, category_of, kind_of, load_latency, read_latency
 from sass_replay import replay
 from sass_step import Op, Replayed, Ring, op_named
 
@@ -43,7 +43,7 @@ def step(text: str, warps=1, blocks=1, card=A100, ring=None) -> Replayed:
         ("ldsm:4/1w0 hmma:2048/1q0", 1, 36, "latency"),
         ("ldsm:2/1w0 hmma:2048/1q0", 1, 29, "latency"),
         ("ldsm:4/1w0 hmma:2048/1 hmma:2048/1q0", 1, 36, "latency"),
-        ("ldsm:1/1w0r1 hmma:2048/1 other/1q1", 1, 12, "latency"),
+        ("ldsm:1/1w0r1 hmma:2048/1 other/1q1", 1, 10, "latency"),
         ("ldsm:4/1 " * 4 + "hmma:2048/1", 1, 64, "shared"),
         ("lds:16/1 " * 4 + "hmma:2048/1", 1, 64, "shared"),
         ("lds:4/1 " * 4 + "hmma:2048/1", 1, 32, "shared"),
@@ -191,3 +191,11 @@ def test_warps_that_wait_for_each_other():
     ring = Ring(1, 0)
     with pytest.raises(RuntimeError, match="wait for each other"):
         step("mbarrier:try/1w0 hgmma:256:last/1q0", card=H100, ring=ring)
+
+
+def test_a_store_reads_its_operands_the_longer_the_more_there_are():
+    assert [read_latency(f"sts:{size}") for size in (4, 8, 16)] == [12, 14, 18]
+    assert [read_latency(f"stg:{size}") for size in (4, 8, 16)] == [14, 16, 20]
+    assert read_latency("ldsm:4") == read_latency("lds:4") < read_latency("ldg:4")
+    assert [load_latency(kind) for kind in ("lds:4", "lds:8", "lds:16")] == [23, 24, 26]
+    assert [load_latency(kind) for kind in ("ldsm:1", "ldsm:2", "ldsm:4")] == [23, 25, 29]
