@@ -159,52 +159,45 @@ def kernels() -> str:
     return "## CUDA kernels\n\n" + table(["claim", "how it is known", "by"], listed)
 
 
-def hopper() -> str:
-    """What benchmarks/cost_model/ says of an H100, for the projections of `make gpu`."""
+def predicted(card: str) -> str:
+    """What benchmarks/cost_model/ says of a card, for the projections of `make gpu`."""
     from benchmarks import cost_model
     from benchmarks.gpu.cells import PROJECTIONS, ROWS
     from benchmarks.shapes import DROPOUT, FORWARD, STEP, Cell
 
-    machine = cost_model.MACHINES["H100"]
+    machine = cost_model.MACHINES[card]
+
+    def over(cell, variant):
+        floor = "merged" if cell.mode == FORWARD else "frozen"
+        found = [cost_model.predicted_us(machine, cell, each) for each in (variant, floor)]
+        return f"{found[0] / found[1]:.3f}"
+
     rows = []
     for name, (k, n, _) in PROJECTIONS.items():
         forward = Cell(FORWARD, "bfloat16", ROWS, k, n, rank=16, bias=False)
-        step = replace(forward, mode=STEP, dropout_p=DROPOUT)
+        dropped = replace(forward, dropout_p=DROPOUT)
+        step = replace(dropped, mode=STEP)
+        cells = [(forward, "ours_kernel"), (dropped, "ours_kernel"), (forward, "ours_fp32_kernel")]
+        cells += [(forward, "ours"), (step, "ours_kernel"), (step, "ours"), (step, "peft_default")]
+        rows.append([name, f"{k} x {n}", *(over(*each) for each in cells)])
+    header = ["layer", "in x out", "forward", "forward: dropout", "forward: float32 adapters"]
+    header += ["forward: auto", "step", "step: auto", "step: PEFT default"]
+    return f"### {card}\n\n{table(header, rows)}"
 
-        def over(machine, cell, variant):
-            floor = "merged" if cell.mode == FORWARD else "frozen"
-            found = [cost_model.predicted_us(machine, cell, each) for each in (variant, floor)]
-            return f"{found[0] / found[1]:.3f}"
 
-        rows.append(
-            [
-                name,
-                f"{k} x {n}",
-                over(machine, forward, "ours_kernel"),
-                over(machine, replace(forward, dropout_p=DROPOUT), "ours_kernel"),
-                over(machine, forward, "ours_fp32_kernel"),
-                over(machine, forward, "ours"),
-                over(machine, step, "ours_kernel"),
-                over(machine, step, "ours"),
-                over(machine, step, "peft_default"),
-            ]
-        )
-    header = [
-        "layer",
-        "in x out",
-        "forward: S in grid",
-        "forward: S before it (dropout)",
-    ]
-    header += ["forward: float32 adapters", "forward: auto", "step", "step: auto"]
-    header += ["step: PEFT default"]
+def predictions() -> str:
+    from benchmarks.gpu.cells import ROWS
+
     intro = (
-        f"Predicted (`benchmarks/cost_model/`) for an H100, M = {ROWS}, r = 16, bfloat16: time of"
-        " all launches of a call, shrink, reduce, gradients and the gaps between them included,"
-        " over that of merged (forward) or frozen (step, dropout 0.05). The kernel route, except"
-        " for the columns auto, which is what the planner takes until a card has been measured:"
-        " our base product where it is predicted to win by more than 10 %."
+        f"Predicted (`benchmarks/cost_model/`) for M = {ROWS}, r = 16, bfloat16: time of all"
+        " launches of a call, shrink, reduce, gradients and the gaps between them included, over"
+        " that of merged (forward) or frozen (step, dropout 0.05). The kernel route, except for the"
+        " columns auto, which is what the planner takes until a card has been measured: our base"
+        " product where it is predicted to win by more than 10 %. On an H100 forward without"
+        " dropout makes S in the same grid."
     )
-    return f"## Hopper, predicted\n\n{intro}\n\n{table(header, rows)}"
+    cards = "\n\n".join(predicted(card) for card in ("A100", "L40S", "H100"))
+    return f"## GPUs, predicted\n\n{intro}\n\n{cards}"
 
 
 def peft() -> str:
@@ -246,7 +239,7 @@ def page() -> str:
     sections = [
         HEAD.strip(),
         kernels(),
-        hopper(),
+        predictions(),
         *gpus(),
         cpu_targets(),
         models(),
