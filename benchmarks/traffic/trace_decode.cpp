@@ -2,12 +2,13 @@
 //
 //     trace_decode M K N RANK ADAPTERS [L2_MIB]     one line of JSON: requests by what is asked for
 //
-// Rows take adapters in turn. With one, the plan is that of a single adapter. Blocks do what
-// kernel/lora_decode_work.h says, and the last to come to a tile finishes it.
+// Rows take adapters in turn. With one, the plan is that of a single adapter. Blocks have
+// the work that plan/decode_shares.h gives them, and the last to come to a tile finishes it.
 #include <cstdlib>
 
 #include "benchmarks/traffic/trace_memory.h"
 #include "plan/decode_plan.h"
+#include "plan/decode_shares.h"
 #include "plan/grouped_plan.h"
 
 namespace {
@@ -31,14 +32,14 @@ class Decode {
   Decode(const Shape& shape, size_t l2)
       : s_(shape), memory_(l2), plan_(planned(shape)), tile_(plan::decode_tile_for(shape.m)) {
     if (!plan_.is_decode()) emulator::fail(emulator::ErrorKind{}, "no plan for so many rows");
-    const int64_t elements = tile_.rows * tile_.batch, chunks = chunk_count();
+    const int64_t elements = tile_.rows * tile_.batch;
     x_ = memory_.allocate(s_.m, s_.k, 2), w_ = memory_.allocate(s_.n, s_.k, 2);
     a_ = memory_.allocate(s_.adapters * rank_rows(), s_.k, 2);
     b_ = memory_.allocate(s_.n * s_.adapters, s_.rank, 2);
     y_ = memory_.allocate(s_.m, s_.n, 2), t_ = memory_.allocate(s_.m, plan_.decode.width, 2);
     s_out_ = memory_.allocate(s_.m, s_.rank, 4);
-    sums_ = memory_.allocate(tiles() + plan_.gemm.blocks, elements, 4);
-    s_sums_ = memory_.allocate(s_tiles() * chunks, elements, 4);
+    sums_ = memory_.allocate(shares_.slots(), elements, 4);
+    s_sums_ = memory_.allocate(shares_.s_slots(), elements, 4);
     arrived_.resize(static_cast<size_t>(tiles())),
         s_arrived_.resize(static_cast<size_t>(s_tiles()));
   }
@@ -71,18 +72,14 @@ class Decode {
   enum Kind { kW, kX, kFactors, kSums, kResults, kKinds };
   struct Step {
     bool of_s;
-    int64_t tile, step, chunk;
+    int64_t tile, step;
     bool last;  // of the block's part of the tile
   };
 
   int64_t rank_rows() const { return blocks_of(s_.rank, 16) * 16; }
   int64_t tiles() const { return plan_.decode.tiles; }
   int64_t s_tiles() const { return plan_.decode.s_tiles; }
-  int64_t k_steps() const { return blocks_of(s_.k, kStep); }
-  int64_t chunk_count() const { return blocks_of(k_steps(), plan_.decode.s_steps); }
-  int64_t first_unit(int64_t block) const {
-    return block * tiles() * k_steps() / plan_.gemm.blocks;
-  }
+  int64_t first_unit(int64_t block) const { return shares_.first_unit(static_cast<int>(block)); }
   unsigned long long count(Kind kind) const { return requested_[kind]; }
 
   template <class Touch>
@@ -94,18 +91,20 @@ class Decode {
 
   std::vector<Step> steps_of(int64_t block) const {
     std::vector<Step> steps;
-    const int64_t chunks = chunk_count();
-    for (int64_t at = block; at < s_tiles() * chunks; at += plan_.gemm.blocks) {
-      const int64_t first = at % chunks * plan_.decode.s_steps;
-      const int64_t end = std::min(first + plan_.decode.s_steps, k_steps());
-      for (int64_t step = first; step < end; ++step)
-        steps.push_back({true, at / chunks, step, at % chunks, step == end - 1});
+    // Steps of each tile, of which the last of a run ends a part.
+    const auto add = [&](bool of_s, int64_t tile, int64_t step, bool last) {
+      if (step < shares_.steps) steps.push_back({of_s, tile, step, false});
+      if (!steps.empty() && (last || step >= shares_.steps - 1)) steps.back().last = true;
+    };
+    const int at = static_cast<int>(block), chunks = shares_.chunks();
+    const int end_chunk = shares_.first_chunk(at + 1), end = shares_.first_unit(at + 1);
+    for (int chunk = shares_.first_chunk(at); chunk < end_chunk; ++chunk) {
+      const int step = chunk % chunks * shares_.kChunk;
+      add(true, chunk / chunks, step, false);
+      add(true, chunk / chunks, step + 1, chunk == end_chunk - 1);
     }
-    const int64_t end = first_unit(block + 1);
-    for (int64_t unit = first_unit(block); unit < end; ++unit) {
-      const int64_t step = unit % k_steps();
-      steps.push_back({false, unit / k_steps(), step, 0, step == k_steps() - 1 || unit == end - 1});
-    }
+    for (int unit = shares_.first_unit(at); unit < end; ++unit)
+      add(false, unit / shares_.steps, unit % shares_.steps, unit == end - 1);
     return steps;
   }
   // The blocks with a part of a tile of Y.
@@ -115,7 +114,8 @@ class Decode {
     return parts;
   }
   bool has_part(int64_t tile, int64_t block) const {
-    return first_unit(block) < (tile + 1) * k_steps() && first_unit(block + 1) > tile * k_steps();
+    return first_unit(block) < (tile + 1) * shares_.steps &&
+           first_unit(block + 1) > tile * shares_.steps;
   }
 
   void make(int64_t block, const Step& step) {
@@ -127,7 +127,7 @@ class Decode {
       ask(kW, [&] { memory_.read(w_, row, tile_.rows, k, kStep); });
     }
     if (!step.last) return;
-    step.of_s ? part_of_s(step) : part_of_y(block, step.tile);
+    step.of_s ? part_of_s(block, step) : part_of_y(block, step.tile);
   }
   // Of each 16 rows those within the rank.
   void read_a(int64_t row, int64_t k) {
@@ -139,12 +139,16 @@ class Decode {
   int64_t rows_of_s(int64_t tile) const {
     return std::min(tile_.rows, a_.rows - tile * tile_.rows);
   }
-  void part_of_s(const Step& step) {
-    const int64_t slot = step.tile * chunk_count(), elements = rows_of_s(step.tile) * tile_.batch;
-    ask(kSums, [&] { memory_.write(s_sums_, slot + step.chunk, 1, 0, elements); });
-    if (++s_arrived_[static_cast<size_t>(step.tile)] < chunk_count()) return;
+  void part_of_s(int64_t block, const Step& step) {
+    const int tile = static_cast<int>(step.tile),
+              chunk = static_cast<int>(step.step / shares_.kChunk);
+    const int64_t elements = rows_of_s(tile) * tile_.batch;
+    const plan::DecodeShares::Parts parts = shares_.s_parts(tile);
+    const int slot = shares_.s_slot(tile, chunk, static_cast<int>(block));
+    ask(kSums, [&] { memory_.write(s_sums_, slot, 1, 0, elements); });
+    if (++s_arrived_[static_cast<size_t>(tile)] < parts.count) return;
     ask(kSums, [&] {
-      memory_.read(s_sums_, slot, chunk_count(), 0, elements);
+      memory_.read(s_sums_, parts.slot, parts.count, 0, elements);
       memory_.write(t_, 0, s_.m, 0, t_.columns);
     });
     ask(kResults, [&] { memory_.write(s_out_, 0, s_.m, 0, s_.rank); });
@@ -171,6 +175,9 @@ class Decode {
   Memory memory_;
   const plan::Plan plan_;
   const plan::DecodeTile& tile_;
+  const plan::DecodeShares shares_{static_cast<int>(plan_.decode.tiles),
+                                   static_cast<int>(plan_.decode.s_tiles),
+                                   static_cast<int>(blocks_of(s_.k, kStep)), plan_.gemm.blocks};
   Matrix x_{}, w_{}, a_{}, b_{}, y_{}, t_{}, s_out_{}, sums_{}, s_sums_{};
   std::vector<int64_t> arrived_, s_arrived_;
   int64_t s_done_ = 0;

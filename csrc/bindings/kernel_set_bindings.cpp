@@ -5,6 +5,7 @@
 
 #include "bindings/plan_bindings.h"
 #include "check/kernel_set.h"
+#include "plan/decode_shares.h"
 
 namespace lora_ext {
 namespace {
@@ -41,7 +42,6 @@ std::map<std::string, int64_t> plan_numbers(const plan::Plan& p) {
           {"flag_count", p.flag_count()},
           {"s_sums", p.decode.s_sums},
           {"batch", p.decode.batch},
-          {"s_steps", p.decode.s_steps},
           {"tiles", p.decode.tiles},
           {"s_tiles", p.decode.s_tiles},
           {"width", p.decode.width},
@@ -62,6 +62,27 @@ void bind_kernel_set(py::module& m) {
       .def("__hash__", [](const Kernels& kernels) { return py::hash(py::str(kernels.name())); })
       .def("__repr__", &Kernels::name);
   m.def("plan_numbers", &plan_numbers, py::arg("plan"));
+  // As tests hold them against a plain loop over blocks.
+  using Shares = plan::DecodeShares;
+  py::class_<Shares>(m, "DecodeShares")
+      .def(py::init([](int tiles, int s_tiles, int steps, int blocks) {
+             return Shares{tiles, s_tiles, steps, blocks};
+           }),
+           py::arg("tiles"), py::arg("s_tiles"), py::arg("steps"), py::arg("blocks"))
+      .def("first_chunk", &Shares::first_chunk, py::arg("block"))
+      .def("first_unit", &Shares::first_unit, py::arg("block"))
+      .def("block_of", &Shares::block_of, py::arg("unit"))
+      .def(
+          "s_parts",
+          [](const Shares& shares, int tile) {
+            const Shares::Parts parts = shares.s_parts(tile);
+            return std::pair(parts.slot, parts.count);
+          },
+          py::arg("tile"))
+      .def("s_slot", &Shares::s_slot, py::arg("tile"), py::arg("chunk"), py::arg("block"))
+      .def_property_readonly("slots", &Shares::slots)
+      .def_property_readonly("s_slots", &Shares::s_slots)
+      .def_property_readonly("chunks", &Shares::chunks);
   m.def("all_kernels", &kernel_set::all_of, py::arg("card"), py::arg("early_launch"));
   m.def("all_grouped_kernels", &kernel_set::all_grouped_of, py::arg("card"));
   m.def(

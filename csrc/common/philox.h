@@ -17,11 +17,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LORA_EXT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LORA_EXT_HOST_DEVICE inline
-#endif
+#include "common/host_device.h"
 
 namespace lora_ext::philox {
 

@@ -7,10 +7,27 @@
 #include "cuda/lora_linear.h"
 
 namespace lora_ext::cuda {
+namespace {
+
+// A query would end a capture that another thread has begun in the global mode, which is torch's
+// default. It has nothing to do with this stream.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then what was before
+};
+
+}  // namespace
 
 // A query, since nothing that waits in the driver can be left again.
 std::optional<std::string> wait(void* stream, double seconds) {
   using Clock = std::chrono::steady_clock;
+  const BesideCaptures beside;
   cudaEvent_t done = nullptr;
   cudaError_t error = cudaEventCreateWithFlags(&done, cudaEventDisableTiming);
   if (error != cudaSuccess) return text_of(error);

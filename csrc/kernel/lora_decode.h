@@ -5,12 +5,13 @@
 // W is most of what is read, and it is read once. So the operands change sides: rows of W fill the
 // 16 of mma.sync's tile, the batch its 8. A product is cut into "units", 64 along k of a tile of
 // W's rows, and every block takes as many of them one after the other, wherever tiles end: all SMs
-// read for as long. What a block has of a tile leaves as a partial sum. Who comes last to a tile
-// adds its sums, in the order of k, and finishes it: nobody waits for anybody, so that the grid
-// ends however many of its blocks are resident.
+// read for as long (plan/decode_shares.h). What a block has of a tile leaves as a partial sum. Who
+// comes last to a tile adds its sums, in the order of k, and finishes it: nobody waits for anybody,
+// so that the grid ends however many of its blocks are resident.
 //
-// S is made in the same way before, its rows of A in tiles as those of W are, k in chunks. Who
-// comes last to the last tile of S comes to every tile of Y as one more part of it.
+// S is made in the same way before, its rows of A in tiles as those of W are, by blocks that then
+// have so much less of Y. Who comes last to the last tile of S comes to every tile of Y as one more
+// part of it.
 #pragma once
 
 #include <cstdint>
@@ -37,9 +38,8 @@ struct LoraDecodeParams {
   const float* scalings;       // [groups], or null:
   float scaling;               // of all
 
-  int s_steps;    // of 64 along k, in a chunk of S
-  float* sums;    // [tiles + blocks] of a tile's elements
-  float* s_sums;  // [tiles of S, chunks] likewise
+  float* sums;    // [DecodeShares::slots()] of a tile's elements (plan/decode_shares.h)
+  float* s_sums;  // [s_slots()] likewise
   T* t;           // [m, t_pitch], hi and, with factors in float, behind it lo; width each
   int t_pitch, width;
   // Zero at launch, and again after it, so that the replay of a graph finds them so: the parts that
@@ -68,7 +68,7 @@ struct LoraDecodeTile {
   static constexpr uint32_t kStageBytes = kWeightBytes + kBatch * kK * 2;
   static constexpr uint32_t kTable = kStages * kStageBytes;
   // Behind the ring: LoraDecodeTable.
-  static constexpr uint32_t kTableBytes = kBatch * 36 + 16 + kWarps * 4;
+  static constexpr uint32_t kTableBytes = kBatch * 36 + 12 + kWarps * 4;
   static constexpr uint32_t kSharedBytes = kTable + kTableBytes;
 };
 static_assert(LoraDecodeTile<64>::kSharedBytes <= 99 * 1024, "what sm_86 gives to a block");

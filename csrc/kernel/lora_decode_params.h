@@ -16,7 +16,7 @@ LoraDecodeParams<T> decode_params(const plan::Plan& plan, const Forward& f) {
   params.bias = f.bias, params.float_bias = f.float_bias;
   params.y = static_cast<T*>(f.y), params.y_pitch = f.n, params.s = f.s;
   params.m = static_cast<int>(f.m), params.n = static_cast<int>(f.n);
-  params.k = static_cast<int>(f.k), params.s_steps = plan.decode.s_steps;
+  params.k = static_cast<int>(f.k);
   params.sums = reinterpret_cast<float*>(at(plan.z));
   params.s_sums = reinterpret_cast<float*>(at(plan.decode.s_sums));
   params.t = reinterpret_cast<T*>(at(plan.t));

@@ -36,12 +36,12 @@ struct LoraDecodeSm80 {
   __device__ __forceinline__ void copy_factor_chunk(uint32_t to, int row_of_s, int column) const {
     const int block = row_of_s / 16;
     const T* nothing = p.w;
-    const LoraDecodeAdapter& own = table.adapter_of_block(block);
+    const LoraDecodeAdapter& own = table.adapters[table.number_of_block(block)];
     const int within = row_of_s % 16;
     const int rank = (block - own.first_block) * (kSplit ? 8 : 16) + (kSplit ? within % 8 : within);
     const int left = p.k - column;
     if (rank >= own.rank || left <= 0) return ptx::cp_async_16(shared + to, nothing, 0);
-    const LoraGroupedEntry entry = finish.entry_of_factors(own.adapter);
+    const LoraGroupedEntry entry = decode_entry<F>(p, own.adapter);
     const F* from = static_cast<const F*>(entry.a) + rank * entry.a_pitch + column;
     if constexpr (!kSplit) {
       const auto bytes = static_cast<uintptr_t>(entry.a_pitch) * sizeof(T);
@@ -132,24 +132,24 @@ struct LoraDecodeSm80 {
   }
 
   __device__ __forceinline__ void part_of_y(int tile, const Accumulators& acc) const {
-    finish.keep(p.sums, work.slot(tile, static_cast<int>(blockIdx.x)), acc);
+    finish.keep(p.sums, tile + static_cast<int>(blockIdx.x), acc);
     if (come(p.arrivals + tile, work.parts_of(tile))) finish.finish_y(tile);
   }
 
   __device__ __forceinline__ void part_of_s(const Walk& walk, const Accumulators& acc) const {
-    const int chunk = (walk.end - 1) / work.s_steps;
-    if (finish.has_s(walk.tile)) finish.keep(p.s_sums, work.s_slot(walk.tile, chunk), acc);
-    if (!come(p.s_arrivals + walk.tile, static_cast<uint32_t>(work.chunks))) return;
-    finish.finish_s(walk.tile);
-    if (come(p.s_tiles, static_cast<uint32_t>(work.s_tiles))) bring_s();
+    if (finish.has_s(walk.tile)) finish.keep(p.s_sums, work.s_slot(walk), acc);
+    const auto parts = work.shares.s_parts(walk.tile);
+    if (!come(p.s_arrivals + walk.tile, static_cast<uint32_t>(parts.count))) return;
+    finish.finish_s(walk.tile, parts.slot, parts.count);
+    if (come(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles))) bring_s();
   }
 
   // All of S is there: one more part for each tile of Y, and the last for those whose others have
   // come before.
   __device__ __forceinline__ void bring_s() const {
-    for (int first = 0; first < work.tiles; first += Tile::kThreads) {
+    for (int first = 0; first < work.shares.tiles; first += Tile::kThreads) {
       const int tile = first + static_cast<int>(threadIdx.x);
-      const bool last = tile < work.tiles && count(p.arrivals + tile, work.parts_of(tile));
+      const bool last = tile < work.shares.tiles && count(p.arrivals + tile, work.parts_of(tile));
       const uint32_t lanes = __ballot_sync(0xFFFFFFFFu, last);
       if (lane == 0) table.to_finish[warp] = lanes;
       __syncthreads();
@@ -167,7 +167,7 @@ struct LoraDecodeSm80 {
     int stage = 0, filled = Tile::kStages - 1;
     while (work.next(products)) {
       Accumulators acc;
-      finish.clear(acc);
+      Finish::LowRank::clear(acc);
       for (; products.step < products.end; ++products.step) {
         ptx::cp_async_wait_group<Tile::kStages - 2>();
         __syncthreads();  // both ends of the ring

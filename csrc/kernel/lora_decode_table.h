@@ -19,6 +19,16 @@ __device__ __forceinline__ int decode_row_blocks(int rank, bool in_float) {
   return (rank + 15) / 16 * (1 + static_cast<int>(in_float));
 }
 
+// Where an adapter's factors, of F, lie; of its rank adapters[] tells.
+template <class F, class T>
+__device__ __forceinline__ LoraGroupedEntry decode_entry(const LoraDecodeParams<T>& p,
+                                                         int adapter) {
+  if (p.factors.entries != nullptr) return p.factors.entries[adapter];
+  return {static_cast<F*>(p.factors.a) + adapter * p.factors.a_stride,
+          static_cast<F*>(p.factors.b) + adapter * p.factors.b_stride, p.factors.a_pitch,
+          p.factors.b_pitch, 0};
+}
+
 template <class Tile>
 struct LoraDecodeTable {
   static constexpr int kBatch = Tile::kBatch;
@@ -31,7 +41,7 @@ struct LoraDecodeTable {
   int blocks_of[kBatch];               // and in such a row its blocks in tiles of S
   int number_at[kBatch];               // its number there
   int count, row_blocks;
-  int is_last, unused;
+  int is_last;
   uint32_t to_finish[Tile::kWarps];  // bits of a warp's lanes
 
   // A row's adapter, if that has a rank.
@@ -89,8 +99,8 @@ struct LoraDecodeTable {
     }
   }
 
-  // The adapter that has a block of 16 rows in the tiles of S; there is one.
-  __device__ __forceinline__ const LoraDecodeAdapter& adapter_of_block(int block) const {
+  // Among adapters[], the one that has a block of 16 rows in the tiles of S; there is one.
+  __device__ __forceinline__ int number_of_block(int block) const {
     int low = 0, high = count - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
@@ -100,7 +110,7 @@ struct LoraDecodeTable {
         high = middle - 1;
       }
     }
-    return adapters[low];
+    return low;
   }
 };
 

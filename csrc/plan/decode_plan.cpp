@@ -3,16 +3,13 @@
 #include <algorithm>
 #include <sstream>
 
+#include "plan/decode_shares.h"
 #include "plan/plan_parts.h"
 
 namespace lora_ext::plan {
 namespace {
 
 constexpr int64_t kStep = 64;
-// Of a block: fewer would not get the copies going, and leave more partial sums than they save.
-constexpr int64_t kLeastUnits = 4;
-// Chunks of S along k, of at least two steps: it must be there well before the first tile of Y is.
-constexpr int64_t kChunks = 16, kLeastChunk = 2;
 // Rows of all factors A, in blocks of 16, beyond which S is no small part of the work.
 constexpr int64_t kMostFactorRows = 4096;
 
@@ -26,12 +23,27 @@ int64_t factor_rows(const Problem& p, int64_t adapters) {
   return adapters * 16 * blocks_of(p.rank, 16) * (p.float_adapters ? 2 : 1);
 }
 
+int64_t s_tiles_of(const Problem& p, int64_t adapters) {
+  return blocks_of(factor_rows(p, adapters), decode_tile_for(p.m).rows);
+}
+
+bool shares_fit(const Problem& p, int64_t adapters) {
+  const int64_t tiles = blocks_of(p.n, decode_tile_for(p.m).rows) + s_tiles_of(p, adapters);
+  return tiles <= DecodeShares::kMostUnits / (blocks_of(p.k, kStep) + 1);
+}
+
+DecodeShares shares_of(const Problem& p, int64_t adapters, int64_t blocks) {
+  const int64_t tiles = blocks_of(p.n, decode_tile_for(p.m).rows);
+  return {static_cast<int>(tiles), static_cast<int>(s_tiles_of(p, adapters)),
+          static_cast<int>(blocks_of(p.k, kStep)), static_cast<int>(blocks)};
+}
+
 }  // namespace
 
 bool fits_decode(const Card& card, const Problem& p, int64_t adapters) {
   return p.m >= 1 && p.m <= kMostDecodeRows && p.n >= 1 && p.k >= 1 && p.weight_row_major &&
          p.aligned && p.aligned_weight && p.factor_rows && !p.dropout && !p.given_base &&
-         factor_rows(p, adapters) <= kMostFactorRows &&
+         factor_rows(p, adapters) <= kMostFactorRows && shares_fit(p, adapters) &&
          decode_tile_for(p.m).shared <= card.shared_per_block;
 }
 
@@ -39,21 +51,20 @@ void place_decode(Plan& plan, const Card& card, const Problem& p, int64_t adapte
                   const Request& request) {
   const DecodeTile& tile = decode_tile_for(p.m);
   Plan::Decode& decode = plan.decode;
-  const int64_t steps = blocks_of(p.k, kStep), units = blocks_of(p.n, tile.rows) * steps;
+  const int64_t units = shares_of(p, adapters, 1).units();
   const int64_t resident =
       std::clamp<int64_t>(card.shared_per_sm / (tile.shared + 1024), 1, tile.resident);
-  const int64_t wanted = std::max<int64_t>(1, units / kLeastUnits);
+  const int64_t wanted = std::max<int64_t>(1, units / DecodeShares::kLeastUnits);
   plan.gemm = {Tile::kDecode, true, static_cast<int>(std::min(wanted, card.sms * resident)), false};
   limit_blocks(plan.gemm, request);
   decode.batch = static_cast<int>(tile.batch);
-  decode.s_steps = static_cast<int>(std::max(kLeastChunk, blocks_of(steps, kChunks)));
   decode.width = static_cast<int>(rounded_up(p.rank, 16));
-  decode.tiles = blocks_of(p.n, tile.rows);
-  decode.s_tiles = blocks_of(factor_rows(p, adapters), tile.rows);
+  const DecodeShares shares = shares_of(p, adapters, plan.gemm.blocks);
+  decode.tiles = shares.tiles, decode.s_tiles = shares.s_tiles;
   Workspace workspace{plan.workspace};
   const int64_t elements = tile.rows * tile.batch;
-  plan.z = workspace.take((decode.tiles + plan.gemm.blocks) * elements, 4);
-  decode.s_sums = workspace.take(decode.s_tiles * blocks_of(steps, decode.s_steps) * elements, 4);
+  plan.z = workspace.take(shares.slots() * elements, 4);
+  decode.s_sums = workspace.take(shares.s_slots() * elements, 4);
   plan.t = workspace.take(p.m * plan.terms * decode.width, 2);
   plan.flags = workspace.take(plan.flag_count(), 4);
   plan.workspace = workspace.bytes;
@@ -76,7 +87,7 @@ Launch decode_launch(const Card& card, const Problem& p, const Plan& plan, int64
 std::string describe_decode(const Plan& plan) {
   std::ostringstream text;
   text << "lora_decode up to " << plan.decode.batch << " rows, " << plan.gemm.blocks << " blocks, "
-       << plan.decode.tiles << " tiles, S in chunks of " << plan.decode.s_steps << " steps\n";
+       << plan.decode.tiles << " tiles, " << plan.decode.s_tiles << " of S\n";
   return text.str();
 }
 

@@ -102,7 +102,7 @@ constexpr TileFacts kTiles[] = {
     {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, false},
     {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, true, false},
     // Its instances are decode_plan.h's; this is the largest.
-    {Tile::kDecode, "decode", 64, 128, 100656, 1, false, false},
+    {Tile::kDecode, "decode", 64, 128, 100652, 1, false, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
@@ -173,7 +173,6 @@ struct Plan {
   // Of lora_decode, which is gemm and makes S, too; t and z are its T and its partial sums of Y.
   struct Decode {
     int batch = 0;                   // up to so many rows; 0 in other plans
-    int s_steps = 0;                 // of 64 along k, in a chunk of S
     int width = 0;                   // of T's hi, and of its lo
     int64_t tiles = 0, s_tiles = 0;  // of Y, and of S at most
     int64_t s_sums = kNone;          // partial sums of S

@@ -1,6 +1,6 @@
-// The bias of a tile's columns in lora_gemm on sm_90a: loaded before the tile's products, kept as
-// floats in shared memory before the last of them has ended, so that the epilogue waits for no
-// load. Each consumer has a row of its own, since they may be at different tiles.
+// The bias of a tile's columns in lora_gemm on sm_90a: loaded and kept as floats in shared memory
+// before the last of the tile's products have ended, so that the epilogue waits for no load. Each
+// consumer has a row of its own, since they may be at different tiles.
 #pragma once
 #include <cstring>
 

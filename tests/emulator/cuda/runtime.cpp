@@ -33,6 +33,7 @@ Driver& driver() {
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int device_of_thread = 0;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 constexpr int kSms = 8;
 int shared_per_block() {
@@ -296,7 +297,17 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+// Another thread may be capturing, in the global mode.
+cudaError_t cudaEventQuery(cudaEvent_t) {
+  const std::lock_guard lock(driver().mutex);
+  if (capture_mode != cudaStreamCaptureModeRelaxed)
+    return refuse(cudaErrorStreamCaptureUnsupported, "a query that ends another thread's capture");
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
+}
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
@@ -315,6 +326,8 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
   if (const cudaError_t error = begin("cudaMemsetAsync"); error != cudaSuccess) return error;
   if (stream != stream_of(current_device()))
     return refuse(cudaErrorInvalidResourceHandle, "a stream of another device than the current");
+  if (capture_mode != cudaStreamCaptureModeGlobal)
+    return refuse(cudaErrorInvalidValue, "a capture mode that was not put back");
   driver().record << R"({"call": "cudaMemsetAsync", "value": )" << value << R"(, "bytes": )"
                   << bytes << "}\n";
   std::memset(data, value, bytes);

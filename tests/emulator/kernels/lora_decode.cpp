@@ -174,18 +174,17 @@ class Decode {
   // Of those that rows take, which may be fewer than the plan has room for.
   int s_tiles() const { return (row_blocks() * 16 + Tile::kRows - 1) / Tile::kRows; }
 
-  // Grids of one block, of one for every unit, and of any in between; chunks of S likewise.
+  // Grids of one block, of as many as there may be, and of any in between.
   void lay_out() {
-    const int units = tiles() * steps();
-    const int any = 1 + static_cast<int>(random_() % static_cast<uint64_t>(units));
-    blocks_ = std::min(random_() % 4 == 0 ? units : any, 40);
-    s_steps_ = 1 + static_cast<int>(random_() % static_cast<uint64_t>(steps() + 1));
-    chunks_ = (steps() + s_steps_ - 1) / s_steps_;
+    const int most = std::max(1, tiles() * steps() / plan::DecodeShares::kLeastUnits);
+    const int any = 1 + static_cast<int>(random_() % static_cast<uint64_t>(most));
+    blocks_ = std::min(random_() % 4 == 0 ? most : any, 40);
+    const plan::DecodeShares shares{tiles(), s_tiles(), steps(), blocks_};
     const auto buffer = [](int64_t count, const char* name) {
       return std::make_unique<GlobalBuffer<float>>(static_cast<size_t>(count), name);
     };
-    sums_ = buffer(int64_t{tiles() + blocks_} * Tile::kElements, "sums");
-    s_sums_ = buffer(int64_t{s_tiles()} * chunks_ * Tile::kElements, "sums of S");
+    sums_ = buffer(int64_t{shares.slots()} * Tile::kElements, "sums");
+    s_sums_ = buffer(int64_t{shares.s_slots()} * Tile::kElements, "sums of S");
     t_ = std::make_unique<GlobalBuffer<T>>(static_cast<size_t>(m_) * t_pitch(), "t");
     flags_ = std::make_unique<GlobalBuffer<uint32_t>>(static_cast<size_t>(tiles() + s_tiles() + 1),
                                                       "flags");
@@ -255,7 +254,7 @@ class Decode {
     p.factors = factors_.parameters();
     if (!many_) p.factors.ranks = nullptr;
     p.scaling = scalings_[0], p.scalings = many_ ? scalings_.data() : nullptr;
-    p.s_steps = s_steps_, p.sums = sums_->data(), p.s_sums = s_sums_->data();
+    p.sums = sums_->data(), p.s_sums = s_sums_->data();
     p.t = t_->data(), p.t_pitch = t_pitch(), p.width = width_;
     p.arrivals = flags_->data(), p.s_arrivals = p.arrivals + tiles();
     p.s_tiles = p.s_arrivals + s_tiles();
@@ -402,7 +401,7 @@ class Decode {
   std::unique_ptr<GlobalBuffer<float>> sums_, s_sums_;
   std::unique_ptr<GlobalBuffer<T>> t_;
   std::unique_ptr<GlobalBuffer<uint32_t>> flags_;
-  int blocks_ = 0, s_steps_ = 0, chunks_ = 0;
+  int blocks_ = 0;
   bool by_plan_ = false, own_counts_ = false;
   plan::Plan plan_{};
   std::unique_ptr<GlobalBuffer<unsigned char>> workspace_;

@@ -52,6 +52,7 @@ PROGRAMS = {
     "lora_decode": (
         "lora_decode_sm80",
         "lora_decode_finish",
+        "lora_decode_low_rank",
         "lora_decode_table",
         "lora_decode_work",
     ),

@@ -16,6 +16,7 @@ KERNELS = CSRC / "kernel"
 PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_cpp.language()))
 CUDA_WORDS = re.compile(
     rb"__(?:device|global|host|forceinline|grid_constant)__|__launch_bounds__\([^()]*\)"
+    rb"|LORA_EXT_HOST_DEVICE"
 )
 ON_DEVICE = re.compile(r"__(?:device|global)__")
 FUNCTION_NAME = {"identifier", "field_identifier", "operator_name"}

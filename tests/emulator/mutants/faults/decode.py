@@ -6,6 +6,7 @@ of_work = faults_of("lora_decode_work.h")
 of_finish = faults_of("lora_decode_finish.h")
 of_main = faults_of("lora_decode_sm80.h")
 of_table = faults_of("lora_decode_table.h")
+of_low_rank = faults_of("lora_decode_low_rank.h")
 
 
 def of_program(file: str):
@@ -18,38 +19,65 @@ def of_program(file: str):
 
 
 of_plan = of_program("decode_plan.cpp")
+of_shares = of_program("decode_shares.h")
 of_params = of_program("lora_decode_params.h")
 of_launch = of_program("lora_decode_launch.h")
 
 DECODE = [
-    of_work(
+    of_main(
         "decode_slot_of_the_block",
         "a block has one slot for its partial sums of Y",
         "it leaves those of every tile that it comes through, whose other parts may be late",
-        ("return static_cast<int64_t>(tile) + block;", "return static_cast<int64_t>(block);"),
+        (
+            "finish.keep(p.sums, tile + static_cast<int>(blockIdx.x), acc);",
+            "finish.keep(p.sums, static_cast<int>(blockIdx.x), acc);",
+        ),
     ),
-    of_work(
+    of_shares(
         "decode_chunks_of_all_tiles_of_s",
         "a chunk of S has a slot whatever its tile",
         "each tile of S has its own sums",
-        ("return static_cast<int64_t>(tile) * chunks + chunk;", "return int64_t{chunk};"),
+        ("? tile * chunks() + chunk :", "? chunk :"),
     ),
-    of_work(
+    of_shares(
         "decode_last_block_of_the_next_unit",
         "a tile's parts end with the block that has the first unit of the next",
         "that is another block where the tile ends with one",
+        ("block_of((tile + 1) * steps - 1);", "block_of((tile + 1) * steps);"),
+    ),
+    of_shares(
+        "decode_blocks_by_units_alone",
+        "a unit is the block's that would have it if there were no S",
+        "blocks with a chunk of S have less of Y",
         (
-            "return block_of(static_cast<int64_t>(tile + 1) * steps - 1);",
-            "return block_of(static_cast<int64_t>(tile + 1) * steps);",
+            "    while (first(block) > unit) --block;\n"
+            "    while (first(block + 1) <= unit) ++block;\n",
+            "",
         ),
     ),
-    of_work(
-        "decode_every_block_makes_all_of_s",
-        "a block goes on to the next chunk of S",
-        "the chunks between are those of the other blocks",
+    of_shares(
+        "decode_chunks_by_the_first_block",
+        "a chunk is the block's that would have it if none were left over",
+        "those left over shift where blocks begin",
         (
-            "walk.next_chunk += static_cast<int>(gridDim.x);",
-            "walk.next_chunk += 1;",
+            "    while (s.first(block) > chunk) --block;\n"
+            "    while (s.first(block + 1) <= chunk) ++block;\n",
+            "",
+        ),
+    ),
+    of_shares(
+        "decode_parts_of_s_are_its_chunks",
+        "every chunk of S is a part of its own",
+        "a block with several leaves one sum of them",
+        ("return all_chunks() <= blocks;", "return true;"),
+    ),
+    of_work(
+        "decode_chunks_of_the_next_tile",
+        "a run of chunks goes on into the next tile of S",
+        "each tile has sums of its own",
+        (
+            "min(chunks - chunk, walk.end_chunk - walk.next_chunk)",
+            "walk.end_chunk - walk.next_chunk",
         ),
     ),
     of_finish(
@@ -70,23 +98,27 @@ DECODE = [
         "it is kept kLoScale times as large",
         ("acc[j][e + 2 * kSplit] * (1.f / kLoScale<T>)", "acc[j][e + 2 * kSplit]"),
     ),
-    of_finish(
+    of_low_rank(
         "decode_terms_with_lo_not_scaled",
         "products with lo are added as they are",
         "lo is kept kLoScale times as large",
-        (
-            "low[i / 4][i % 4] *= 1.f / kLoScale<T>;",
-            "low[i / 4][i % 4] *= 1.f;",
-        ),
+        ("low.lo[j][e] * (1.f / kLoScale<T>);", "low.lo[j][e];"),
+    ),
+    of_low_rank(
+        "decode_sums_of_the_last_adapter",
+        "an adapter's sums begin with the last one's",
+        "those went to other rows",
+        ("if (piece.column == 0) low.clear();", "if (piece.number == 0) low.clear();"),
     ),
     of_main(
         "decode_s_is_brought_before_it_is_there",
         "a tile of S is counted before it is finished",
         "T may not be written when the last tile of S is counted",
         (
-            "    finish.finish_s(walk.tile);\n    if (come(p.s_tiles, static_cast<uint32_t>(work.s_tiles))) bring_s();\n",
-            "    const bool last = come(p.s_tiles, static_cast<uint32_t>(work.s_tiles));\n"
-            "    finish.finish_s(walk.tile);\n    if (last) bring_s();\n",
+            "    finish.finish_s(walk.tile, parts.slot, parts.count);\n"
+            "    if (come(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles))) bring_s();\n",
+            "    const bool last = come(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles));\n"
+            "    finish.finish_s(walk.tile, parts.slot, parts.count);\n    if (last) bring_s();\n",
         ),
     ),
     of_main(
@@ -100,8 +132,8 @@ DECODE = [
         "one thread counts S for all tiles of Y, without a fence of its own",
         "a tile that it finishes is read by all",
         (
-            "const bool last = tile < work.tiles && count(p.arrivals + tile, work.parts_of(tile));",
-            "const bool last = tile < work.tiles && ptx::atomic_add_relaxed_gpu(p.arrivals + tile, 1) "
+            "const bool last = tile < work.shares.tiles && count(p.arrivals + tile, work.parts_of(tile));",
+            "const bool last = tile < work.shares.tiles && ptx::atomic_add_relaxed_gpu(p.arrivals + tile, 1) "
             "== work.parts_of(tile) - 1 && atomicExch(p.arrivals + tile, 0u) > 0;",
         ),
     ),
@@ -111,11 +143,11 @@ DECODE = [
         "of floats they are lo of the same",
         ("(kSplit ? within % 8 : within)", "within"),
     ),
-    of_main(
+    of_work(
         "decode_chunk_after_the_last_step",
         "a part of S is kept as the chunk that its end is in",
         "that is the next chunk",
-        ("(walk.end - 1) / work.s_steps", "walk.end / work.s_steps"),
+        ("(walk.end - 1) / Shares::kChunk", "walk.end / Shares::kChunk"),
     ),
     of_table(
         "decode_rank_of_the_largest",
@@ -131,7 +163,7 @@ DECODE = [
         "there is a slot of partial sums for each tile of Y",
         "each block that begins within a tile adds a part",
         (
-            "workspace.take((decode.tiles + plan.gemm.blocks) * elements, 4)",
+            "workspace.take(shares.slots() * elements, 4)",
             "workspace.take(decode.tiles * elements, 4)",
         ),
     ),
@@ -140,8 +172,8 @@ DECODE = [
         "there is a slot of partial sums for each tile of S",
         "each chunk along k has its own",
         (
-            "decode.s_tiles * blocks_of(steps, decode.s_steps) * elements",
-            "decode.s_tiles * elements",
+            "workspace.take(shares.s_slots() * elements, 4)",
+            "workspace.take(decode.s_tiles * elements, 4)",
         ),
     ),
     of_plan(

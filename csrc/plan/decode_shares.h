@@ -1,0 +1,97 @@
+// How lora_decode (kernel/lora_decode.h) shares its work among the blocks of its grid; the planner
+// places partial sums by it.
+//
+// Work is counted in steps, 64 along k of a tile. Tiles of S are cut into chunks of two steps,
+// those of Y into units of one. Each block has a run of chunks and then a run of units, as many
+// steps in all as any other, or one more: whoever has a chunk has two units less.
+#pragma once
+
+#include "common/host_device.h"
+
+namespace lora_ext::plan {
+
+struct DecodeShares {
+  // One step would leave twice the sums, for no block to end sooner.
+  static constexpr int kChunk = 2;
+  // Of a block, at least, unless there is one block: fewer would not get its copies going, leave
+  // more partial sums than they save, and be less than what a chunk takes away.
+  static constexpr int kLeastUnits = 4;
+  // So that nothing here is 2^31 or more: W would have 16 TiB.
+  static constexpr int kMostUnits = 1 << 30, kMostBlocks = 1 << 15;
+
+  int tiles, s_tiles, steps;  // of Y, of S, and of each tile along k
+  int blocks;
+
+  // Places in all of them at which blocks begin: block * count / blocks, without 64 bits.
+  struct Run {
+    int each, left, blocks;
+    LORA_EXT_HOST_DEVICE int first(int block) const {
+      return block * each +
+             static_cast<int>(static_cast<unsigned>(block) * static_cast<unsigned>(left) /
+                              static_cast<unsigned>(blocks));
+    }
+  };
+  LORA_EXT_HOST_DEVICE Run run_of(int count) const {
+    return {count / blocks, count % blocks, blocks};
+  }
+
+  LORA_EXT_HOST_DEVICE int chunks() const {
+    return (steps + kChunk - 1) / kChunk;
+  }  // of a tile of S
+  LORA_EXT_HOST_DEVICE int all_chunks() const { return s_tiles * chunks(); }
+  LORA_EXT_HOST_DEVICE int units() const { return tiles * steps; }
+  LORA_EXT_HOST_DEVICE int first_chunk(int block) const {
+    return run_of(all_chunks()).first(block);
+  }
+  LORA_EXT_HOST_DEVICE int first_unit(int block) const {
+    return run_of(units() + kChunk * all_chunks()).first(block) - kChunk * first_chunk(block);
+  }
+
+  // The block that has a unit, from where it would be if all had as many of them.
+  LORA_EXT_HOST_DEVICE int block_of(int unit) const {
+    const Run work = run_of(units() + kChunk * all_chunks()), s = run_of(all_chunks());
+    const auto first = [&](int block) { return work.first(block) - kChunk * s.first(block); };
+    int block = guess(unit, units());
+    while (first(block) > unit) --block;
+    while (first(block + 1) <= unit) ++block;
+    return block;
+  }
+  LORA_EXT_HOST_DEVICE int block_of_chunk(int chunk) const {
+    const Run s = run_of(all_chunks());
+    int block = guess(chunk, all_chunks());
+    while (s.first(block) > chunk) --block;
+    while (s.first(block + 1) <= chunk) ++block;
+    return block;
+  }
+  LORA_EXT_HOST_DEVICE int guess(int at, int count) const {
+    const int block = static_cast<int>(static_cast<float>(at) * static_cast<float>(blocks) /
+                                       static_cast<float>(count));
+    return block < blocks ? block : blocks - 1;
+  }
+
+  // The blocks that have a part of a tile of Y. Along all units a new part begins with a tile or
+  // with a block, so that tile + block is a slot of its own.
+  LORA_EXT_HOST_DEVICE int first_block(int tile) const { return block_of(tile * steps); }
+  LORA_EXT_HOST_DEVICE int last_block(int tile) const { return block_of((tile + 1) * steps - 1); }
+  LORA_EXT_HOST_DEVICE int slots() const { return tiles + blocks; }
+
+  // Parts of a tile of S: its chunks, where each is a block's of its own; else as those of Y.
+  LORA_EXT_HOST_DEVICE bool chunks_apart() const { return all_chunks() <= blocks; }
+  struct Parts {
+    int slot, count;  // the first one's; the others' follow
+  };
+  LORA_EXT_HOST_DEVICE Parts s_parts(int tile) const {
+    if (chunks_apart()) return {tile * chunks(), chunks()};
+    const int first = block_of_chunk(tile * chunks());
+    return {tile + first, block_of_chunk((tile + 1) * chunks() - 1) - first + 1};
+  }
+  LORA_EXT_HOST_DEVICE int s_slot(int tile, int chunk, int block) const {
+    return chunks_apart() ? tile * chunks() + chunk : tile + block;
+  }
+  // With as many tiles of S or fewer.
+  LORA_EXT_HOST_DEVICE int s_slots() const {
+    return chunks_apart() ? all_chunks() : s_tiles + blocks;
+  }
+};
+
+}  // namespace lora_ext::plan
