@@ -90,6 +90,34 @@ def test_a_way_that_loads_to_registers_is_rare_where_others_copy():
     assert path_of(text.replace("LDGSTS.E.BYPASS", "LDS")).count("LDG") == 2
 
 
+def test_a_way_that_stores_element_by_element_is_rare_where_others_copy():
+    text = listing("""
+.L_x_0:
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    @P0 BRA `(.L_x_1)
+    LDGSTS.E.BYPASS.128 [R3], [R6.64]
+    LDGSTS.E.BYPASS.128 [R3+0x800], [R6.64+0x800]
+    BRA `(.L_x_2)
+.L_x_1:
+    LDG.E.U16 R4, [R6.64]
+    STS.U16 [R3], R4
+    STS.U16 [R3+0x2], R4
+    STS.U16 [R3+0x4], R4
+.L_x_2:
+    LDSM.16.M88.4 R8, [R2]
+    HMMA.16816.F32.BF16 R16, R8, R12, R16
+    @P3 BRA `(.L_x_0)
+    EXIT
+""")
+    way = path_of(text)
+    assert (way.count("LDGSTS"), way.count("STS"), way.count("LDG")) == (2, 0, 0)
+    # Stores beside as many copies are a step's: an operand that comes element by element.
+    beside = text.replace("BAR.SYNC.DEFER_BLOCKING 0x0", "LDGSTS.E.BYPASS.128 [R3], [R6.64]")
+    beside = beside.replace("LDGSTS.E.BYPASS.128 [R3+", "NOP [R3+")
+    beside = beside.replace("LDG.E.U16 R4", "LDGSTS.E.BYPASS.128 [R4]")
+    assert path_of(beside).count("STS") == 3
+
+
 def test_a_loop_within_is_passed_once():
     text = listing("""
 .L_x_0:
