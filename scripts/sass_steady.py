@@ -1,13 +1,14 @@
 """The way that a warp takes through a main loop once it is under way.
 
-From the loop's head back to it, past as many products as there are, then past as many asynchronous
-copies, then past as much else of what a step does, and then by as few instructions: neither the
-first step nor the last, no edge of a matrix, no mask that is drawn once a tile, no second try of a
-wait. Loads to registers are copies only where a loop has no others: elsewhere rare ways have them.
+From the loop's head back to it, past as many products as there are, then past as many copies, and
+then by as few instructions: neither the first step nor the last, no edge of a matrix, no mask that
+is drawn once a tile, no second try of a wait. Loads to registers are copies only where a loop has
+no others: elsewhere rare ways have them.
 
-Asynchronous copies come before all else: a way that copies element by element stores more often,
-but is not what a step in the middle takes. lora_decode's for a factor at odd addresses has 15 STS
-and none of W's four LDGSTS.
+Stores to shared memory come behind asynchronous copies where these bring most bytes. A way for
+operands at odd addresses stores each element, so by count it would be the fullest: lora_decode's
+has 15 STS and none of W's four LDGSTS, but it is taken by such factors alone. That loop has 112
+bytes of LDGSTS a lane and 32 of STS, the one of an element-wise lora_grouped_gemm 32 and 50.
 """
 
 from sass_loops import (
@@ -20,16 +21,28 @@ from sass_loops import (
     successors_of,
 )
 
-ASYNCHRONOUS = {"LDGSTS", "UTMALDG"}
-OTHERS = {"LDSM", "STS", "BAR"}
+COPIES = {"LDGSTS", "LDSM", "UTMALDG", "BAR"}
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # bytes of a lane; else 4
 
 Worth = tuple[int, ...]
 
 
-def worth_of(instructions: list[Instruction], others: set[str]) -> Worth:
-    counted = (MATRIX, ASYNCHRONOUS, others)
-    found = [sum(each.opcode in opcodes for each in instructions) for opcodes in counted]
+def worth_of(instructions: list[Instruction], wanted: list[set[str]]) -> Worth:
+    found = [sum(each.opcode in opcodes for each in instructions) for opcodes in wanted]
     return (*found, -len(instructions))
+
+
+def bytes_of(loop: Loop, opcode: str) -> int:
+    """That a lane moves by these instructions."""
+    suffixes = [each.suffix.split(".") for each in loop.body if each.opcode == opcode]
+    return sum(next((WIDTHS[word] for word in words if word in WIDTHS), 4) for words in suffixes)
+
+
+def wanted_of(loop: Loop) -> list[set[str]]:
+    """Opcodes that a step has, the first of most weight: products, what brings operands, stores."""
+    if loop.count("UTMALDG") or bytes_of(loop, "LDGSTS") > bytes_of(loop, "STS"):
+        return [MATRIX, COPIES, {"STS"}]
+    return [MATRIX, COPIES | {"STS"} if loop.count("LDGSTS") else COPIES | {"STS", "LDG"}, set()]
 
 
 def steady_path(text: str, loop: Loop) -> list[Instruction]:
@@ -48,7 +61,7 @@ def steady_path(text: str, loop: Loop) -> list[Instruction]:
     heads = heads or {next(index for index, each in enumerate(inside) if each)}
     [head] = heads if len(heads) == 1 else [min(heads)]
     order = in_order(head, lambda block: [n for n in successors[block] if inside[n]])
-    others = OTHERS if loop.count(*ASYNCHRONOUS) else OTHERS | {"LDG"}
+    wanted = wanted_of(loop)
     best: dict[int, tuple[Worth, int | None]] = {}
     for block in reversed(order):
         ways: list[tuple[Worth, int | None]] = []
@@ -61,7 +74,7 @@ def steady_path(text: str, loop: Loop) -> list[Instruction]:
                 ways.append((best[each][0], each))
         if ways:
             worth, following = max(ways, key=lambda way: way[0])
-            own = worth_of([instructions[at] for at in blocks[block]], others)
+            own = worth_of([instructions[at] for at in blocks[block]], wanted)
             best[block] = (tuple(map(sum, zip(worth, own, strict=True))), following)
     if head not in best:  # entered at two places
         return list(loop.body)
