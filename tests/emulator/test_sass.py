@@ -1,6 +1,7 @@
 """`make sass`: every kernel's registers, occupancy and instructions, as ptxas compiles them."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -235,6 +236,21 @@ def test_only_the_jobs_of_an_in_grid_kernel_may_have_memory_barriers():
 def test_divisions_of_main_loops_are_counted():
     assert kernel(loops=[loop(divisions=2), loop(main=False, divisions=5)]).divisions == 2
     assert kernel(loops=[loop(divisions=2)]).objections() == []
+
+
+def test_launches_are_those_of_the_kernels():
+    if cuda_headers.nvcc() is None:
+        pytest.skip("no nvcc found: put a CUDA toolkit's nvcc on PATH or set CUDA_HOME")
+    sass.BUILD.mkdir(parents=True, exist_ok=True)
+    launches = sass.constants()
+    plan = (build.ROOT / "csrc" / "plan" / "decode_plan.h").read_text()
+    planned = re.findall(r"\{(\d+), \d+, (\d+), (\d+)\}", plan)
+    assert len(planned) == 4
+    for batch, shared, resident in planned:
+        launch = launches[f"lora_decode_{batch}"]
+        assert (launch.shared, launch.resident) == (int(shared), int(resident))
+    assert all(launches[name].resident == 0 for name in launches if "decode" not in name)
+    assert launches["lora_gemm_sm90a_128x256"].stages == 4
 
 
 def test_the_command_line():

@@ -11,6 +11,7 @@ import sass_baseline
 import sass_kernels
 import sass_loops
 import sass_main_loops
+import sass_residence
 from sass_control import control_named, upper_of
 from sass_pipes import CARDS
 from sass_steady import steady_path
@@ -111,11 +112,12 @@ def test_a_way_that_stores_element_by_element_is_rare_where_others_copy():
 """)
     way = path_of(text)
     assert (way.count("LDGSTS"), way.count("STS"), way.count("LDG")) == (2, 0, 0)
-    # Stores beside as many copies are a step's: an operand that comes element by element.
-    beside = text.replace("BAR.SYNC.DEFER_BLOCKING 0x0", "LDGSTS.E.BYPASS.128 [R3], [R6.64]")
-    beside = beside.replace("LDGSTS.E.BYPASS.128 [R3+", "NOP [R3+")
+    # Beside as many copies stores are a step's: those of factors in float, split in halves.
+    beside = text.replace("LDGSTS.E.BYPASS.128 [R3]", "NOP [R3]")
     beside = beside.replace("LDG.E.U16 R4", "LDGSTS.E.BYPASS.128 [R4]")
     assert path_of(beside).count("STS") == 3
+    # Where stores bring most, 48 bytes a lane to 32, the copies are those of the rare way.
+    assert path_of(text.replace("STS.U16", "STS.128")).count("STS") == 3
 
 
 def test_a_loop_within_is_passed_once():
@@ -132,7 +134,7 @@ def test_a_loop_within_is_passed_once():
 
 
 def test_what_a_main_loop_is_counted_to_hold():
-    residence = sass_main_loops.Residence(threads=256, blocks=1)
+    residence = sass_residence.Residence(threads=256, blocks=1)
     [loop] = sass_main_loops.main_loops_of(LOOP, CARDS["A100"], residence)
     assert loop.instructions == {
         **{"barrier": 2, "branch": 5, "copies": 1, "shared": 1, "tensor": 2, "integer": 1}
@@ -142,21 +144,34 @@ def test_what_a_main_loop_is_counted_to_hold():
         32 / loop.cycles, 0.01
     )
     assert loop.cycles > 22 + 29 and loop.bound == "L2"
-    alone = sass_main_loops.Residence(threads=128, blocks=1)
+    alone = sass_residence.Residence(threads=128, blocks=1)
     [once] = sass_main_loops.main_loops_of(LOOP, CARDS["A100"], alone)
     assert once.warps == 1 and once.needs["tensor"] == 16
 
 
+def residence_of(name, threads, fitting, **more):
+    launch = sass_residence.Launch(0, threads, **more)
+    return sass_residence.residence_of(name, launch, fitting)
+
+
 def test_warps_of_an_smsp():
-    residence_of = sass_main_loops.residence_of
     assert residence_of("lora_gemm 128x64 bf16", 128, 2).warps == 2
     assert residence_of("lora_wgrad bf16", 128, 3).warps == 3
-    assert residence_of("lora_gemm_sm90a 128x256 bf16 tail 1", 384, 1, 4).warps == 2
-    assert residence_of("lora_gemm_sm90a 128x128 pingpong bf16 tail 1", 384, 1, 4).warps == 1
+    assert residence_of("lora_gemm_sm90a 128x256 bf16 tail 1", 384, 1, stages=4).warps == 2
+    assert residence_of("lora_gemm_sm90a 128x128 pingpong bf16 tail 1", 384, 1, stages=4).warps == 1
+
+
+def test_no_more_blocks_are_resident_than_the_plan_launches():
+    # Of lora_decode an A100 would hold three blocks, an H100 four, but two are launched.
+    for fitting in (2, 3, 4):
+        assert residence_of("lora_decode bf16 8", 128, fitting, resident=2).blocks == 2
+    assert residence_of("lora_decode bf16 64", 256, 2, resident=1).warps == 2
+    assert residence_of("lora_decode bf16 8", 128, 1, resident=2).blocks == 1
+    assert residence_of("lora_gemm 128x128 bf16", 128, 2).blocks == 2
 
 
 def test_the_ring_of_a_wgmma_kernel():
-    residence = sass_main_loops.residence_of("lora_gemm_sm90a 128x192 pingpong bf16", 384, 1, 4)
+    residence = residence_of("lora_gemm_sm90a 128x192 pingpong bf16", 384, 1, stages=4)
     ring = residence.ring([op_named("hgmma:192:last/1")])
     assert ring and ring == Ring(4, 128 * (128 + 96), 128 * 96)
     assert residence.ring([op_named("hmma:2048/1")]) is None
