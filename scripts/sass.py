@@ -223,7 +223,11 @@ def compared(arch: str, kernels: list[Kernel]) -> list[str]:
     if before["nvcc"] != now:
         print(f"main loops were recorded with nvcc {before['nvcc']}, this is {now}: not compared")
         return []
-    return sass_baseline.compared(kernels, before[arch])
+    wrong = sass_baseline.compared(kernels, before[arch])
+    if arch == "sm_80":
+        section = before[sass_baseline.ON_CONSUMER_CARDS]
+        wrong += sass_baseline.compared(kernels, section, consumer=True)
+    return wrong
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
@@ -248,7 +252,7 @@ def main() -> int:
         examined, problems = examine(arch)
         recorded[arch] = examined
         if not asked.record:
-            problems += compared(arch, examined)
+            problems += compared(arch, examined) + sass_baseline.stale()
         print(f"{arch}: {len(examined)} kernels\n")
         on_wgmma = [kernel for kernel in examined if kernel.is_sm90a]
         others = [kernel for kernel in examined if not kernel.is_sm90a]

@@ -7,8 +7,6 @@ import pytest
 from emulator import build
 
 sys.path.insert(0, str(build.ROOT / "scripts"))
-import sass_baseline
-import sass_kernels
 import sass_loops
 import sass_main_loops
 import sass_residence
@@ -189,50 +187,3 @@ def test_how_far_loads_and_copies_stand_among_products():
     assert ahead(ops("ldsm:4/1w0 ldsm:4/1w1 hmma:2048/1q0 hmma:2048/1q1")) == 0.5
     assert among(ops("hmma:2048/1 bar/1 ldgsts:16/1 hmma:2048/1 ldgsts:16/1")) == 0.5
     assert among(ops("bar/1 ldgsts:16/1 hmma:2048/1")) == 0 and among(ops("hmma:2048/1")) == 0
-
-
-def kernel(name="lora_gemm 128x64 bf16", efficiencies=(0.8, 0.6)):
-    loops = [
-        sass_main_loops.MainLoop(
-            f"{at}0-{at}8", {}, 2, {"tensor": 100.0}, 100 / each, each, "x", 0, 0
-        )
-        for at, each in enumerate(efficiencies, 1)
-    ]
-    return sass_kernels.Kernel(name, "sm_80", 128, 78848, main_loops=loops)
-
-
-def test_a_main_loop_that_is_slower_than_recorded():
-    before = sass_baseline.recorded([kernel("lora_gemm 128x64 fp16"), kernel(), kernel("x", ())])
-    assert before == {"lora_gemm 128x64": [[125.0, 0.8], [100 / 0.6, 0.6]]}
-    compared = sass_baseline.compared
-    assert compared([kernel(), kernel("lora_gemm 128x64 fp16")], before) == []
-    assert compared([kernel(efficiencies=(0.78, 0.95))], before) == []
-    for name in ("lora_gemm 128x64 bf16", "lora_gemm 128x64 fp16"):
-        [line] = compared([kernel(name, (0.8, 0.58))], before)
-        assert line == (
-            f"{name}: the loop at 20-28 takes 172 cycles a step, 0.580 of the tensor rate;"
-            " 167 and 0.600 recorded"
-        )
-    for other in (kernel(efficiencies=(0.8,)), kernel("lora_gemm 128x128 bf16")):
-        [line] = compared([other], before)
-        assert "other main loops than recorded" in line
-
-
-def test_float16_has_a_line_where_it_differs():
-    half = kernel("lora_gemm 128x64 fp16", (0.8, 0.5))
-    before = sass_baseline.recorded([half, kernel()])
-    assert before == {
-        "lora_gemm 128x64": [[125.0, 0.8], [100 / 0.6, 0.6]],
-        "lora_gemm 128x64 fp16": [[125.0, 0.8], [200.0, 0.5]],
-    }
-    assert sass_baseline.compared([half, kernel()], before) == []
-    [line] = sass_baseline.compared([kernel("lora_gemm 128x64 bf16", (0.8, 0.5))], before)
-    assert "0.600 recorded" in line
-
-
-def test_what_is_recorded_can_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sass_baseline, "FILE", tmp_path / "baseline.json")
-    sass_baseline.record("13.0.88", {"sm_80": [kernel()], "sm_90a": [kernel("y bf16", (0.9,))]})
-    found = sass_baseline.read()
-    assert found["nvcc"] == "13.0.88" and found["sm_90a"] == {"y": [[100 / 0.9, 0.9]]}
-    assert sass_baseline.compared([kernel()], found["sm_80"]) == []
