@@ -77,10 +77,6 @@ def test_a_row_by_hand():
     less = {**loop, "cycles": 100.0, "efficiency": 0.9}
     cells = "lora_decode 64 | 2 | 38 | 512 | 512 | 512 | 512 | 1000 | 0.512 | latency | 6.1 | 0.5"
     assert sass_table.row("A100", "lora_decode 64", [less, loop]) == f"| A100 | {cells} |"
-    assert (
-        sass_table.name_of("A100", "lora_gemm 128x64 MN-major") == "lora_gemm 128x64 bf16 MN-major"
-    )
-    family = "lora_gemm_sm90a 128x192 pingpong tail 1"
     name_of = sass_table.name_of
     assert name_of("lora_gemm 128x64 MN-major") == "lora_gemm 128x64 bf16 MN-major"
     family = "lora_gemm_sm90a 128x192 pingpong tail 1"
