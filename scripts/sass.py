@@ -25,7 +25,8 @@ from pathlib import Path
 
 import sass_baseline
 import sass_rates
-from sass_kernels import OPCODES_SM90A, SHARED, SHARED_OF_CONSUMER_CARDS, Kernel, kernels_of
+from sass_kernels import OPCODES_SM90A, Kernel, kernels_of
+from sass_residence import SHARED, SHARED_OF_CONSUMER_CARDS, Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -60,7 +61,7 @@ SOURCES_SM90A = tuple(
 )
 SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 
-# Dynamic shared memory, threads and stages of a ring of the instances, as csrc/kernel/ has them.
+# Launch of the instances, as csrc/kernel/ has it.
 CONSTANTS = """
 #include <cstdio>
 #include "kernel/lora_decode.h"
@@ -72,12 +73,14 @@ CONSTANTS = """
 using namespace lora_ext::kernel;
 template <class Tile>
 void print(const char* name, unsigned shared) {
-  std::printf("%s %u %d 0\\n", name, shared, Tile::kThreads);
+  int resident = 0;
+  if constexpr (requires { Tile::kResident; }) resident = Tile::kResident;
+  std::printf("%s %u %d 0 %d\\n", name, shared, Tile::kThreads, resident);
 }
 template <class Tile>
 void print_sm90a(const char* name) {
   const auto line = [&](const char* kernel, unsigned shared) {
-    std::printf("%s_sm90a_%s %u %d %d\\n", kernel, name, shared, Tile::kThreads, Tile::kStages);
+    std::printf("%s_sm90a_%s %u %d %d 0\\n", kernel, name, shared, Tile::kThreads, Tile::kStages);
   };
   line("lora_gemm", Tile::kSharedBytes);
   line("lora_gemm_in_grid", JobTile<Tile>::kSharedBytes);
@@ -102,15 +105,15 @@ int main() {
 """
 
 
-def constants() -> dict[str, tuple[int, int, int]]:
-    """Shared memory, threads and stages, by name of a tile."""
+def constants() -> dict[str, Launch]:
+    """By name of a tile."""
     source, program = BUILD / "constants.cu", BUILD / "constants"
     source.write_text(CONSTANTS)
     command = [nvcc(), "-std=c++20", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
     subprocess.run(command, check=True)
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in lines.splitlines()]
-    return {row[0]: (int(row[1]), int(row[2]), int(row[3])) for row in rows}
+    return {name: Launch(*map(int, figures)) for name, *figures in rows}
 
 
 def tool(path: str | None, name: str, package: str) -> str:
@@ -220,7 +223,11 @@ def compared(arch: str, kernels: list[Kernel]) -> list[str]:
     if before["nvcc"] != now:
         print(f"main loops were recorded with nvcc {before['nvcc']}, this is {now}: not compared")
         return []
-    return sass_baseline.compared(kernels, before[arch])
+    wrong = sass_baseline.compared(kernels, before[arch])
+    if arch == "sm_80":
+        section = before[sass_baseline.ON_CONSUMER_CARDS]
+        wrong += sass_baseline.compared(kernels, section, consumer=True)
+    return wrong
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
@@ -245,7 +252,7 @@ def main() -> int:
         examined, problems = examine(arch)
         recorded[arch] = examined
         if not asked.record:
-            problems += compared(arch, examined)
+            problems += compared(arch, examined) + sass_baseline.stale()
         print(f"{arch}: {len(examined)} kernels\n")
         on_wgmma = [kernel for kernel in examined if kernel.is_sm90a]
         others = [kernel for kernel in examined if not kernel.is_sm90a]

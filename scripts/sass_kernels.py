@@ -7,21 +7,17 @@ from dataclasses import dataclass, field
 import sass_loops
 import sass_paths
 import sass_steps
-from sass_main_loops import MainLoop, main_loops_of, residence_of
+from sass_main_loops import MainLoop, main_loops_of
 from sass_pipes import CARD_OF, CARDS
+from sass_residence import SHARED, SHARED_OF_CONSUMER_CARDS, Launch, blocks_of, residence_of
 
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
 
-# Shared memory of an SM and of a block at most, in bytes, for compiled code's smallest card.
-SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
-SHARED_OF_CONSUMER_CARDS = (102400, 101376)  # compute capability 8.6 and 8.9, which run sm_80 code
-REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
 # A value that is dequantised to a half moves 2.5 or 3 bytes: at 10 instructions an H100 would issue
 # those of 3.0e12 values a second, twice what its DRAM moves, and other cards have less of it.
 MOST_INSTRUCTIONS_A_VALUE = 10
 _STEP_BYTES = 16 * 64 * 2  # 16 rows of W, 64 along k
-RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,8 @@ class Kernel:
 
     def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
         """Blocks that an SM holds at a time; 0 if one does not fit."""
-        if self.shared_bytes > shared_per_block:
-            return 0
-        warps = self.threads // 32
-        registers = -(-self.registers * 32 // 256) * 256 * warps
-        by_shared = shared_per_sm // (self.shared_bytes + RESERVED_PER_BLOCK)
-        return min(REGISTERS_PER_SM // registers, by_shared, THREADS_PER_SM // self.threads)
+        launch = Launch(self.shared_bytes, self.threads)
+        return blocks_of(launch, self.registers, shared_per_sm, shared_per_block)
 
     @property
     def is_sm90a(self) -> bool:
@@ -201,10 +193,10 @@ def name_of_sm90a(kernel: str, arguments: str) -> str:
     return " ".join([*words, "tail", tail])
 
 
-def launch_of(name: str, known: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
+def launch_of(name: str, known: dict[str, Launch]) -> Launch:
     kernel, *words = name.replace("grouped_", "").split()
     tiles = [f"{kernel}_{word}" for word in words if f"{kernel}_{word}" in known]
-    return known[tiles[0]] if tiles else known.get(kernel, (0, 256, 0))
+    return known[tiles[0]] if tiles else known.get(kernel, Launch(0, 256))
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -251,7 +243,7 @@ def values_of_a_lane(name: str) -> int:
     return 4 * 16 // (4 if name.endswith("float") else 2)
 
 
-def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Kernel]:
+def kernels_of(report: str, disassembly: str, arch: str, known: dict[str, Launch]) -> list[Kernel]:
     entries = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
         r" (\d+) bytes spill loads.*?Used (\d+) registers",
@@ -268,7 +260,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
     names = map(name_of, demangled([entry[0] for entry in entries]))
     kernels = []
     for (mangled, stack, stores, loads, registers), name in zip(entries, names, strict=True):
-        shared, threads, stages = launch_of(name, known)
+        launch = launch_of(name, known)
         instructions = INSTRUCTION.findall(bodies[mangled])
         used = [opcode for opcode, _ in instructions]
         wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
@@ -280,8 +272,8 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
         kernel = Kernel(
             name,
             arch,
-            threads,
-            shared,
+            launch.threads,
+            launch.shared,
             int(registers),
             int(stack),
             int(stores) + int(loads),
@@ -294,9 +286,9 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict) -> list[Ke
             step=len(sass_steps.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
             lane_loops=lane_loops,
         )
-        residence = residence_of(name, threads, kernel.blocks(*SHARED[arch]), stages)
+        residence = residence_of(name, launch, kernel.blocks(*SHARED[arch]))
         kernel.main_loops = main_loops_of(bodies[mangled], CARDS[CARD_OF[arch]], residence)
-        consumer = residence_of(name, threads, kernel.blocks(*SHARED_OF_CONSUMER_CARDS))
+        consumer = residence_of(name, launch, kernel.blocks(*SHARED_OF_CONSUMER_CARDS))
         if arch == "sm_80" and consumer.blocks and name.startswith("lora_gemm "):
             kernel.consumer_loops = main_loops_of(bodies[mangled], CARDS["L40S"], consumer)
         kernels.append(kernel)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sass_loops
-from sass_pipes import SMSPS, Card, category_of
+from sass_pipes import Card, category_of
 from sass_replay import replay
+from sass_residence import Residence
 from sass_steady import steady_path
-from sass_step import Op, Ring, op_of
+from sass_step import Op, op_of
 
 LOADS, COPIES, PRODUCTS = {"ldsm", "lds"}, {"ldgsts", "ldg"}, {"hmma", "hgmma"}
-ROW_BYTES, LEFT_ROWS = 128, 128  # of a wgmma kernel's stage: 64 along k in halves, rows of P
 
 
 @dataclass(frozen=True)
@@ -62,35 +62,6 @@ def copies_among(ops: Sequence[Op]) -> float:
     copies = [at for at, op in enumerate(step) if op.name in COPIES]
     first = next((at for at, op in enumerate(step) if op.name in PRODUCTS), len(step))
     return sum(at > first for at in copies) / len(copies) if copies else 0.0
-
-
-@dataclass(frozen=True)
-class Residence:
-    """Whom a loop shares the SM with."""
-
-    threads: int  # of a block
-    blocks: int  # of an SM
-    stages: int = 0  # of a wgmma kernel's ring
-    pingpong: bool = False
-
-    @property
-    def warps(self) -> int:
-        """Of an SMSP, that run the loop at a time."""
-        if self.stages:  # a producer, and two consumers, of which pingpong has one multiply
-            return 1 if self.pingpong else 2
-        return max(1, self.blocks) * self.threads // 32 // SMSPS
-
-    def ring(self, ops: Sequence[Op]) -> Ring | None:
-        """P's rows, and half of Q's; the cluster's other block loads the other half for both."""
-        columns = [int(op.kind.split(":")[1]) for op in ops if op.name == "hgmma"]
-        if not self.stages or not columns:
-            return None
-        half = ROW_BYTES * columns[0] // 2
-        return Ring(self.stages, ROW_BYTES * LEFT_ROWS + half, half)
-
-
-def residence_of(name: str, threads: int, blocks: int, stages: int = 0) -> Residence:
-    return Residence(threads, blocks, stages, "pingpong" in name)
 
 
 def main_loops_of(text: str, card: Card, residence: Residence) -> list[MainLoop]:

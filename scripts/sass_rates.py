@@ -32,24 +32,32 @@ WORDS = {"fp16", "MN-major", "masked", "tail", "1", "2", "4"}  # of an instance 
 RECORDED = {"A100": "sm_80", "L40S": "sm_80 on L40S", "H100": "sm_90a"}
 
 
-def over_k(loops: list[list[float]]) -> float:
-    """The lowest efficiency of those loops of a kernel that multiply most in a step.
+def over_k(loops: list[list[float]]) -> list[float]:
+    """The slowest of those loops of a kernel that multiply most in a step: its cycles and share.
 
     Others make T, in whose steps there are fewer columns.
     """
     most = max(cycles * efficiency for cycles, efficiency in loops)
-    return min(share for cycles, share in loops if cycles * share > 0.99 * most)
+    of_k = [[cycles, share] for cycles, share in loops if cycles * share > 0.99 * most]
+    return min(of_k, key=lambda loop: loop[1])
+
+
+def shares(
+    recorded: dict[str, list[list[float]]], family: str, masks: set[bool], words: set[str] = WORDS
+) -> list[float]:
+    """What a tile's instances reach."""
+    found = []
+    for name, loops in recorded.items():
+        more = set(name.removeprefix(family).split())
+        alike = name == family or name.startswith(f"{family} ")
+        if alike and more <= words and ("masked" in more) in masks:
+            found.append(over_k(loops)[1])
+    return found
 
 
 def rate(recorded: dict[str, list[list[float]]], family: str, masked: bool) -> float:
     """The lowest among a tile's instances; 0 if there are none."""
-    found = []
-    for name, loops in recorded.items():
-        words = name.removeprefix(family).split()
-        alike = name == family or name.startswith(f"{family} ")
-        if alike and set(words) <= WORDS and ("masked" in words) == masked:
-            found.append(over_k(loops))
-    return min(found, default=0.0)
+    return min(shares(recorded, family, {masked}), default=0.0)
 
 
 def library(card: str) -> float:

@@ -1,6 +1,7 @@
 """`make sass`: every kernel's registers, occupancy and instructions, as ptxas compiles them."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -30,6 +31,7 @@ def test_no_kernel_spills_or_lacks_its_instructions(examined):
     arch, kernels, wrong = examined
     assert wrong == []
     assert len(kernels) == len({kernel.name for kernel in kernels}) == KERNELS[arch]
+    assert sass.sass_baseline.read()["kernels"][arch] == KERNELS[arch]
     rows = json.loads((sass.BUILD / f"{arch}.json").read_text())
     assert [row["name"] for row in rows] == [kernel.name for kernel in kernels]
     for row in rows:
@@ -55,13 +57,14 @@ def test_main_loops_of_another_compiler_are_not_compared(monkeypatch, capsys):
     slow = sass_main_loops.MainLoop("0-1", {}, 2, {"tensor": 1.0}, 100.0, 0.01, "latency", 0, 0)
     baseline = sass.sass_baseline.read()
     recorded, loops = baseline["nvcc"], baseline["sm_80"]["lora_gemm 128x64"]
-    kernel = sass_kernels.Kernel(
-        "lora_gemm 128x64 bf16", "sm_80", 128, 78848, main_loops=[slow] * len(loops)
-    )
+    kernel = sass_kernels.Kernel("lora_gemm 128x64 bf16", "sm_80", 128, 78848)
+    kernel.main_loops = kernel.consumer_loops = [slow] * len(loops)
     monkeypatch.setattr(sass, "compiler", lambda: recorded)
     lines = sass.compared("sm_80", [kernel])
-    assert len(lines) == len(loops) and capsys.readouterr().out == ""
+    # On an A100 and, as its code runs there, too, on an L40S.
+    assert len(lines) == 2 * len(loops) and capsys.readouterr().out == ""
     assert all("0.010 of the tensor rate" in line for line in lines)
+    assert sum("on an L40S" in line for line in lines) == len(loops)
     monkeypatch.setattr(sass, "compiler", lambda: "12.8.1")
     assert sass.compared("sm_80", [kernel]) == []
     assert f"nvcc {recorded}, this is 12.8.1: not compared" in capsys.readouterr().out
@@ -235,6 +238,21 @@ def test_only_the_jobs_of_an_in_grid_kernel_may_have_memory_barriers():
 def test_divisions_of_main_loops_are_counted():
     assert kernel(loops=[loop(divisions=2), loop(main=False, divisions=5)]).divisions == 2
     assert kernel(loops=[loop(divisions=2)]).objections() == []
+
+
+def test_launches_are_those_of_the_kernels():
+    if cuda_headers.nvcc() is None:
+        pytest.skip("no nvcc found: put a CUDA toolkit's nvcc on PATH or set CUDA_HOME")
+    sass.BUILD.mkdir(parents=True, exist_ok=True)
+    launches = sass.constants()
+    plan = (build.ROOT / "csrc" / "plan" / "decode_plan.h").read_text()
+    planned = re.findall(r"\{(\d+), \d+, (\d+), (\d+)\}", plan)
+    assert len(planned) == 4
+    for batch, shared, resident in planned:
+        launch = launches[f"lora_decode_{batch}"]
+        assert (launch.shared, launch.resident) == (int(shared), int(resident))
+    assert all(launches[name].resident == 0 for name in launches if "decode" not in name)
+    assert launches["lora_gemm_sm90a_128x256"].stages == 4
 
 
 def test_the_command_line():

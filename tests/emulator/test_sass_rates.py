@@ -36,6 +36,21 @@ def test_every_tile_has_a_rate_where_it_can_run():
     assert sass_rates.rate(on_consumer_cards, "lora_gemm 128x256", False) == 0
 
 
+@pytest.mark.parametrize(
+    ("section", "family", "masked", "least"),
+    [
+        ("sm_80", "lora_gemm 128x256", False, 0.90),
+        ("sm_80", "lora_gemm 128x128", False, 0.90),
+        ("sm_80", "lora_gemm 128x256", True, 0.85),
+        ("sm_80", "lora_gemm 128x128", True, 0.85),
+        (sass_baseline.ON_CONSUMER_CARDS, "lora_gemm 128x128x3", False, 0.90),
+        ("sm_90a", "lora_gemm_sm90a 128x256", False, 1.0),
+    ],
+)
+def test_large_tiles_reach_what_they_are_to(section, family, masked, least):
+    assert sass_rates.rate(sass_baseline.read()[section], family, masked) >= least
+
+
 def test_a_tile_goes_by_its_slowest_instance():
     recorded = {
         "lora_gemm 128x64": [[100.0, 0.5]],
