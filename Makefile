@@ -113,7 +113,7 @@ $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 	touch $@
 
 test-kernels: $(VENV)/.kernel-oracles
-	$(PY) -m pytest -m kernels tests/emulator $(ARGS)
+	$(PY) -m pytest -m kernels tests/emulator --durations=25 $(ARGS)
 
 sass: $(VENV)/.kernel-oracles
 	$(PY) scripts/sass.py $(ARGS)

@@ -87,6 +87,9 @@ class Plan:
     dlora_b_splits: int
 
 def plan_forward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
+def plan_grouped_forward(card: Card, problem: Problem, groups: int) -> Plan:
+    """As predicted, with each row's adapter by an index into a pool of so many (groups)."""
+
 def plan_backward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
 def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool) -> list[str]:
     """The tiles that the card has for a call of some rank."""

@@ -47,7 +47,7 @@ class Kernel:
     groups: list[int] = field(default_factory=list)  # wgmmas of each step that waits once
     loops: list[MultiplyingLoop] = field(default_factory=list)
     main_loops: list[MainLoop] = field(default_factory=list)  # on an A100 or H100
-    consumer_loops: list[MainLoop] = field(default_factory=list)  # lora_gemm's on an L40S
+    consumer_loops: list[MainLoop] = field(default_factory=list)  # on an L40S
     # Of a kernel that dequantises: what a lane writes of a tile, by how many instructions and
     # stores.
     values: int = 0
@@ -289,7 +289,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict[str, Launch
         residence = residence_of(name, launch, kernel.blocks(*SHARED[arch]))
         kernel.main_loops = main_loops_of(bodies[mangled], CARDS[CARD_OF[arch]], residence)
         consumer = residence_of(name, launch, kernel.blocks(*SHARED_OF_CONSUMER_CARDS))
-        if arch == "sm_80" and consumer.blocks and name.startswith("lora_gemm "):
+        if arch == "sm_80" and consumer.blocks and name.startswith(("lora_gemm ", "lora_decode ")):
             kernel.consumer_loops = main_loops_of(bodies[mangled], CARDS["L40S"], consumer)
         kernels.append(kernel)
     return kernels

@@ -33,6 +33,7 @@ class Instruction:
     operands: str
     conditional: bool  # under a predicate, or with one among the operands of a jump
     control: Control = PLAIN  # as nvdisasm -hex shows it
+    never: bool = False  # "@!PT LDS RZ, [RZ]", which ptxas puts in to wait
 
     @property
     def targets(self) -> list[str]:
@@ -98,6 +99,7 @@ def instructions_of(text: str) -> tuple[list[Instruction], dict[str, int]]:
                 operands,
                 conditional,
                 control_of(int(upper, 16)) if upper else PLAIN,
+                (line["predicate"] or "").strip() == "@!PT",
             )
         )
     return instructions, labels

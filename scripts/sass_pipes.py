@@ -46,6 +46,8 @@ def products_of(suffix: str) -> int:
 
 def kind_of(instruction: Instruction) -> str:
     name, suffix = instruction.opcode, instruction.suffix
+    if instruction.never:
+        return "other"
     if name == "HMMA":
         return f"hmma:{products_of(suffix)}"
     if name == "HGMMA":

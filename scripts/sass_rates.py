@@ -4,7 +4,8 @@ For each tile of kTiles (csrc/plan/plan.h) and each card that loops are replayed
 the tensor rate that lora_gemm's loop over k reaches, the lowest among its instances, without and
 with a mask. And the same of the library: on mma.sync the rate that is published of CUTLASS'
 kernel with the largest tile (scripts/published_loops.json), less its last wave, which is not full;
-on wgmma the most that a loop can reach.
+on wgmma the most that a loop can reach. Of lora_decode, which nothing but DRAM should hold up, the
+time of a step.
 """
 
 from pathlib import Path
@@ -28,8 +29,10 @@ TILES = {
     "pingpong 128 x 128": "lora_gemm_sm90a 128x128 pingpong",
 }
 WORDS = {"fp16", "MN-major", "masked", "tail", "1", "2", "4"}  # of an instance of such a family
-# Which recorded loops stand for a card.
+# Which recorded loops stand for a card, and the clock in GHz at which vendors' tensor rates are.
 RECORDED = {"A100": "sm_80", "L40S": "sm_80 on L40S", "H100": "sm_90a"}
+CLOCKS = {"A100": 1.41, "L40S": 2.52, "H100": 1.83}
+BATCHES = (8, 16, 32, 64)  # kDecodeTiles (csrc/plan/decode_plan.h)
 
 
 def over_k(loops: list[list[float]]) -> list[float]:
@@ -40,6 +43,14 @@ def over_k(loops: list[list[float]]) -> list[float]:
     most = max(cycles * efficiency for cycles, efficiency in loops)
     of_k = [[cycles, share] for cycles, share in loops if cycles * share > 0.99 * most]
     return min(of_k, key=lambda loop: loop[1])
+
+
+def step_of(family: str, loops: list[list[float]]) -> list[float]:
+    """The loop that a kernel is known by: its cycles and share.
+
+    Other loops of lora_decode multiply by B at a tile's end, each product behind its loads.
+    """
+    return max(loops, key=lambda loop: loop[1]) if "lora_decode" in family else over_k(loops)
 
 
 def shares(
@@ -58,6 +69,16 @@ def shares(
 def rate(recorded: dict[str, list[list[float]]], family: str, masked: bool) -> float:
     """The lowest among a tile's instances; 0 if there are none."""
     return min(shares(recorded, family, {masked}), default=0.0)
+
+
+def decode_us(recorded: dict[str, list[list[float]]], batch: int, ghz: float) -> float:
+    """A step by all blocks of an SM that are resident, of the slowest of a batch's instances."""
+    steps = [
+        step_of(name, loops)[0]
+        for name, loops in recorded.items()
+        if name.startswith("lora_decode ") and name.endswith(f" {batch}")
+    ]
+    return max(steps) / ghz / 1e3
 
 
 def library(card: str) -> float:
@@ -79,10 +100,12 @@ namespace lora_ext::plan {{
 struct MainLoopRate {{
   double plain, masked;
 }};
-// On one card: of the library's kernels, and of those of kTiles, in its order.
+// On one card: of the library's kernels, and of those of kTiles, in its order; and microseconds of
+// a step of lora_decode, of all blocks that an SM has, for each of kDecodeTiles.
 struct MainLoopRates {{
   double library;
   MainLoopRate tiles[{tiles}];
+  double decode_us[{batches}];
 }};
 """
 CARD = """
@@ -91,16 +114,20 @@ constexpr MainLoopRates kMainLoopsOn{card} = {{
     {{
 {rows}
     }},
+    {{{decode}}},
 }};
 """
 
 
 def header(baseline: dict) -> str:
-    text = HEAD.format(nvcc=baseline["nvcc"], tiles=len(TILES))
+    text = HEAD.format(nvcc=baseline["nvcc"], tiles=len(TILES), batches=len(BATCHES))
     for card, section in RECORDED.items():
         rows = []
         for tile, family in TILES.items():
             plain, masked = (rate(baseline[section], family, each) for each in (False, True))
             rows.append(f"        {{{plain:.3f}, {masked:.3f}}},  // {tile}")
-        text += CARD.format(card=card, library=library(card), rows="\n".join(rows))
+        steps = [decode_us(baseline[section], batch, CLOCKS[card]) for batch in BATCHES]
+        decode = ", ".join(f"{us:.3f}" for us in steps)
+        rows = "\n".join(rows)
+        text += CARD.format(card=card, library=library(card), rows=rows, decode=decode)
     return f"{text}\n}}  // namespace lora_ext::plan\n"

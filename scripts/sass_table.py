@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import sass_baseline
-from sass_rates import RECORDED, WORDS, library, over_k, rate, shares
+from sass_rates import RECORDED, WORDS, library, rate, shares, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, KERNELS = ROOT / "docs" / "main_loops.md", ROOT / "docs" / "kernels.md"
@@ -64,7 +64,7 @@ def name_of(family: str) -> str:
 
 
 def row(card: str, family: str, loops: list[dict]) -> str:
-    chosen = over_k([[loop["cycles"], loop["efficiency"]] for loop in loops])
+    chosen = step_of(family, [[loop["cycles"], loop["efficiency"]] for loop in loops])
     loop = next(each for each in loops if [each["cycles"], each["efficiency"]] == chosen)
     cells = [card, family, loop["warps"], sum(loop["instructions"].values())]
     cells += [f"{loop['needs'][name]:.0f}" for name in NEEDS]
@@ -167,7 +167,7 @@ def with_rows(text: str, recorded: dict) -> str:
     def refreshed(row: re.Match) -> str:
         family = "lora_gemm " + row["kernel"].replace("element-wise", "element")
         family = re.sub(r"deep (\S+)", r"\1x3", family)
-        cycles, share = over_k(recorded[RECORDED[row["card"]]][family])
+        cycles, share = step_of(family, recorded[RECORDED[row["card"]]][family])
         step, rated = f"{row['step']}, {cycles:.0f}", f"{row['share']}, {share:.2f}"
         return f"{row['head']}{step} | {rated}{row['tail']}"
 

@@ -45,6 +45,32 @@ def plan_of(machine: Machine, width: int, rows: int) -> _C.Plan:
     return _C.plan_forward(machine.planned, problem, "auto")
 
 
+# Rows and adapters, an equal number of rows each.
+MANY = ((8, 2), (8, 8), (64, 8), (64, 64))
+
+
+def many_over_once(machine: Machine, width: int, rows: int, adapters: int) -> dict[str, float]:
+    """By route, over a launch that reads the adapters' factors, too; and what the planner takes."""
+    problem = _C.Problem(rows, width, width, RANK)
+    plan = _C.plan_grouped_forward(machine.planned, problem, adapters)
+    factors = 2 * adapters * RANK * width
+    least = Launch("W x", BYTES * (width * width + 2 * rows * width + factors)).us(machine)
+    return {name: us / least for name, us in plan.predicted_us.items()}
+
+
+def table_of_many() -> str:
+    """The same of many adapters: one launch, or one for each step and the library's product."""
+    columns = ["card", "K = N", "rows", "adapters", "lora_decode", "hybrid"]
+    lines = [columns, ["---"] * len(columns)]
+    for name in CARDS:
+        for width in WIDTHS:
+            for rows, adapters in MANY:
+                found = many_over_once(MACHINES[name], width, rows, adapters)
+                cells = [f"{found[route]:.2f}" for route in ("kernel", "hybrid")]
+                lines.append([name, f"{width}", f"{rows}", f"{adapters}", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def table() -> str:
     """Microseconds of that launch, and the others over it."""
     columns = ["card", "K = N", "rows", "W once, us", "lora_decode", "at most", "base alone, torch"]

@@ -4,6 +4,7 @@
 
 #include <map>
 
+#include "plan/grouped_plan.h"
 #include "plan/plan.h"
 #include "plan/plan_prediction.h"
 #include "plan/winners.h"
@@ -214,6 +215,13 @@ void bind_plan(py::module& m) {
       .def_property_readonly("dlora_b_splits", [](const plan::Plan& p) { return p.dlora_b.splits; })
       .def("__str__", &plan::Plan::describe);
   const auto choice = py::arg("choice") = "auto";
+  m.def(
+      "plan_grouped_forward",
+      [](const plan::Card& card, const plan::Problem& problem, int64_t groups) {
+        const plan::GroupedProblem many{problem, groups, true};
+        return plan::grouped_forward(card, many, {plan::Choice::kAuto}).one;
+      },
+      py::arg("card"), py::arg("problem"), py::arg("groups"));
   m.def(
       "plan_forward",
       [](const plan::Card& card, const plan::Problem& problem, const std::string& name) {

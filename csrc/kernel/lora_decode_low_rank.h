@@ -43,9 +43,10 @@ struct LoraDecodeLowRank {
                                             int column) const {
     if (row >= p.n || column >= rank) return 0;
     const F* from = static_cast<const F*>(entry.b) + row * entry.b_pitch + column;
-    const auto bytes = static_cast<uintptr_t>(entry.b_pitch) * sizeof(F);
-    const bool aligned = (reinterpret_cast<uintptr_t>(entry.b) | bytes) % sizeof(Pair) == 0;
-    if (aligned && column + 1 < rank) return *reinterpret_cast<const Pair*>(from);
+    const auto rows_apart = static_cast<uintptr_t>(entry.b_pitch) * sizeof(F);
+    const uintptr_t places = reinterpret_cast<uintptr_t>(entry.b) | rows_apart;
+    if (places % sizeof(Pair) == 0 && column + 1 < rank)
+      return *reinterpret_cast<const Pair*>(from);
     F pair[2] = {from[0], F(0.f)};
     if (column + 1 < rank) pair[1] = from[1];
     Pair both;

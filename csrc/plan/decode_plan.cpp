@@ -16,8 +16,15 @@ constexpr int64_t kMostFactorRows = 4096;
 // Requests that L2 answers while DRAM delivers one byte: three fifths of what cards are said to do.
 constexpr double kL2Share = 1.75;
 // What a block does before its first bytes come, and the last one after the last have: its partial
-// sums, the counting, those of others and their end, four round trips through L2.
-constexpr double kEndsUs = 1.5;
+// sums, the counting, those of others and their end, four round trips through L2. And of T B^T,
+// for which B comes from DRAM and then T from L2, each time but the first (assumed).
+constexpr double kEndsUs = 1.5, kRoundUs = 0.5;
+
+// Times that T B^T of a tile waits for loads (kernel/lora_decode_low_rank.h).
+int64_t rounds_of(const Problem& p, int64_t adapters) {
+  const int64_t together = !p.float_adapters ? 4 : decode_tile_for(p.m).batch < 64 ? 2 : 1;
+  return blocks_of(adapters * blocks_of(p.rank, 16), together);
+}
 
 int64_t factor_rows(const Problem& p, int64_t adapters) {
   return adapters * 16 * blocks_of(p.rank, 16) * (p.float_adapters ? 2 : 1);
@@ -70,7 +77,8 @@ void place_decode(Plan& plan, const Card& card, const Problem& p, int64_t adapte
   plan.workspace = workspace.bytes;
 }
 
-// Bytes of DRAM, or requests of L2 if those take longer: X for each tile, partial sums out and in.
+// The longest of bytes of DRAM, requests of L2, which are X for each tile and partial sums out and
+// in, and of the steps of a block; and the ends of the grid.
 Launch decode_launch(const Card& card, const Problem& p, const Plan& plan, int64_t adapters) {
   const DecodeTile& tile = decode_tile_for(p.m);
   const Plan::Decode& decode = plan.decode;
@@ -80,8 +88,15 @@ Launch decode_launch(const Card& card, const Problem& p, const Plan& plan, int64
                       each * of_factor * area(p.rank, p.k + p.n);
   const double x_again = 2 * area(decode.tiles + decode.s_tiles - 1, p.m * p.k);
   const double sums = 8 * area(decode.tiles + plan.gemm.blocks, tile.rows * tile.batch);
-  const double ends = kEndsUs * 1e3 * sustained_by(card).dram_gb_s;
-  return {"lora_decode", std::max(once, (once + x_again + sums) / kL2Share) + ends, 0.0};
+  const DecodeShares shares = shares_of(p, adapters, plan.gemm.blocks);
+  const int64_t steps = shares.units() + DecodeShares::kChunk * shares.all_chunks();
+  const double loop =
+      static_cast<double>(blocks_of(steps, shares.blocks)) * decode_step_us(card, tile);
+  const double ends = kEndsUs + kRoundUs * static_cast<double>(rounds_of(p, adapters) - 1);
+  const Sustained rates = sustained_by(card);
+  return {"lora_decode",
+          std::max(once, (once + x_again + sums) / kL2Share) + ends * 1e3 * rates.dram_gb_s,
+          (loop + ends) * 1e6 * rates.tflops};
 }
 
 std::string describe_decode(const Plan& plan) {

@@ -26,6 +26,8 @@ bool fits_decode(const Card& card, const Problem& p, int64_t adapters);
 // The tile, the grid and the workspace, on from what is taken of it.
 void place_decode(Plan& plan, const Card& card, const Problem& p, int64_t adapters,
                   const Request& request);
+// Of all blocks that an SM has, as counted from the machine code (main_loop_rates.h).
+double decode_step_us(const Card& card, const DecodeTile& tile);
 Launch decode_launch(const Card& card, const Problem& p, const Plan& plan, int64_t adapters);
 std::string describe_decode(const Plan& plan);
 

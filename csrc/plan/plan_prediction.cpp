@@ -344,18 +344,27 @@ Launch library_product(const Card& card, const char* name, int64_t m, int64_t n,
 }
 
 static_assert(std::size(kMainLoopsOnA100.tiles) == static_cast<size_t>(Tile::kDecode));
+static_assert(std::size(kMainLoopsOnA100.decode_us) == std::size(kDecodeTiles));
+
+// 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared memory.
+const MainLoopRates& main_loops_of(const Card& card) {
+  if (card.arch >= 90 && card.arch < 120) return kMainLoopsOnH100;
+  const bool small = card.shared_per_block < facts_of(Tile::k128x256).shared;
+  return small ? kMainLoopsOnL40S : kMainLoopsOnA100;
+}
 
 double main_loop_share(const Card& card, const TileFacts& tile, bool masked) {
-  if (tile.tile == Tile::kDecode) return 0.0;  // as fast as its bytes
-  // 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared memory.
-  const bool hopper = card.arch >= 90 && card.arch < 120;
-  const bool small = card.shared_per_block < facts_of(Tile::k128x256).shared;
-  const MainLoopRates& rates = hopper  ? kMainLoopsOnH100
-                               : small ? kMainLoopsOnL40S
-                                       : kMainLoopsOnA100;
+  if (tile.tile == Tile::kDecode) return 0.0;  // by decode_step_us
+  const MainLoopRates& rates = main_loops_of(card);
   const MainLoopRate& rate = rates.tiles[static_cast<int>(tile.tile)];
   const double share = (masked ? rate.masked : rate.plain) / rates.library;
   return share * (tile.wgmma ? 1.0 : mma_share(card));
+}
+
+double decode_step_us(const Card& card, const DecodeTile& tile) {
+  size_t at = 0;
+  while (kDecodeTiles[at].batch != tile.batch) ++at;
+  return main_loops_of(card).decode_us[at];
 }
 
 double tiles_flop(const Card& card, const TileFacts& tile, int64_t m, int64_t n, int64_t k,

@@ -137,6 +137,36 @@ def test_s_in_the_same_grid_costs_little_and_less_than_before_it():
         assert loop < in_grid <= 1.03 * loop and in_grid < external
 
 
+def gemm_us(card, problem, backward, route="kernel"):
+    """Of the launch that makes Y or dX alone."""
+    planner = _C.plan_backward if backward else _C.plan_forward
+    rates = _C.sustained_by(card)
+    [found] = [
+        max(each.flop / rates.tflops / 1e6, each.bytes / rates.dram_gb_s / 1e3)
+        for each in _C.predicted_launches(card, problem, planner(card, problem, route), backward)
+        if each.name == ("dX" if route == "library" else "lora_gemm")
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "whole_call", "masked"), [("A100", 0.90, 0.90), ("H100", 0.95, 0.93)]
+)
+def test_what_main_loops_come_to_at_4096(name, whole_call, masked):
+    """Of the library's rate, as docs/main_loops.md says."""
+    machine = cost_model.MACHINES[name]
+    cell = replace(LARGE, rows=4096, in_features=4096, out_features=4096)
+    found = us(machine, cell, "merged") / us(machine, cell, "ours_kernel")
+    assert found >= whole_call
+    problem = _C.Problem(4096, 4096, 4096, 16)
+    problem.dropout = True
+    alone = [gemm_us(machine.planned, problem, True, route) for route in ("library", "kernel")]
+    assert alone[0] / alone[1] >= masked
+    text = (Path(__file__).parents[2] / "docs" / "main_loops.md").read_text()
+    assert f"{found:.2f}" in text.split("of a whole call")[1].split("\n\n")[0]
+    assert f"{alone[0] / alone[1]:.2f}" in text.split("Of masked dX")[1].split("\n\n")[0]
+
+
 def test_masked_tiles_wait_for_t_where_that_is_predicted_to_be_faster():
     card, machine = lora_ext.kernels.CARDS["H100"], cost_model.MACHINES["H100"]
 

@@ -9,8 +9,9 @@ from emulator import build, mutants, run
 pytestmark = pytest.mark.kernels
 
 SEEDS = 200
-# Of Hopper's kernels, whose seeds take several times as long under the race checker and ASan. The
-# nightly test of the flags between blocks runs a thousand.
+# Of kernels with large tiles, whose seeds take several times as long under the race checker and
+# ASan: a second each. The nightly test of the flags between blocks runs a thousand.
+LARGE_TILES = {"lora_gemm_sm80", "lora_gemm_sm90a", "lora_gemm_in_grid_sm90a", "lora_grouped_gemm"}
 SLOW_SEEDS = 60
 # Wide batches of adapters in floats; and the whole op with many adapters, which launches thousands
 # of blocks in each of its grids.
@@ -21,7 +22,7 @@ SEEDS_OF = {
 
 
 def seeds_of(program: str, flavour: str) -> int:
-    slow = program.endswith("sm90a") and flavour != "plain"
+    slow = program in LARGE_TILES and flavour != "plain"
     return SEEDS_OF.get(program, {}).get(flavour, SLOW_SEEDS if slow else SEEDS)
 
 

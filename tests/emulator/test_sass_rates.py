@@ -73,3 +73,20 @@ def test_the_library_goes_by_what_is_published():
     assert sass_rates.library("A100") == pytest.approx(0.7539 / 0.8, rel=1e-3)
     assert sass_rates.library("L40S") == sass_rates.library("A100")
     assert sass_rates.library("H100") == 1.0
+
+
+def test_a_step_of_few_rows_is_that_of_the_slowest_instance():
+    recorded = {
+        "lora_decode 8": [[620.0, 0.10], [4900.0, 0.02]],
+        "lora_decode fp16 float 8": [[705.0, 0.09], [2700.0, 0.03]],
+        "lora_decode 64": [[1360.0, 0.38]],
+    }
+    assert sass_rates.decode_us(recorded, 8, 1.41) == pytest.approx(0.5)
+    assert sass_rates.decode_us(recorded, 64, 1.36) == pytest.approx(1.0)
+    assert sass_rates.step_of("lora_gemm", [[620.0, 0.10], [4900.0, 0.02]])[0] == 4900.0
+
+
+def test_the_steps_of_few_rows_are_those_of_the_plan():
+    plan = (build.ROOT / "csrc" / "plan" / "decode_plan.h").read_text()
+    tiles = plan.split("kDecodeTiles[] = {")[1].split(";")[0]
+    assert tuple(map(int, re.findall(r"\{(\d+), ", tiles))) == sass_rates.BATCHES

@@ -87,6 +87,10 @@ def test_few_rows_leave_the_base_product_to_the_library_or_take_one_launch(rows,
     assert route_of(backward) != "kernel" and "fewer than 64 rows" in backward.reason
     if named["dropout"] or not named["aligned"]:
         assert route_of(forward) != "kernel" and "fewer than 64 rows" in forward.reason
+    elif route_of(forward) != "kernel":  # whose memory is faster than the loop for so many rows
+        assert named["card"] == "B200" and rows > 16
+        us = dict(forward.predicted_us)
+        assert us.pop("kernel") >= min(us.values())
     else:
         assert forward.tile == "decode" and "one launch" in forward.reason
 
@@ -96,11 +100,14 @@ def test_few_rows_leave_the_base_product_to_the_library_or_take_one_launch(rows,
 @pytest.mark.parametrize(("k", "n"), [(1024, 1024), (4096, 4096), (4096, 14336), (8192, 8192)])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_main_loops_on_mma_sync_are_taken_with_a_lead_alone(card, rows, k, n, dropout):
-    """On cards with 100 KiB of shared memory, whose deep tile saves launches; never on an A100."""
+    """On cards with 100 KiB of shared memory, whose deep tile saves launches; on an A100 where a
+    product is so small that they weigh most."""
     for adapters in (torch.bfloat16, torch.float32):
         for plan in plans(rows, k, n, 16, card=card, adapter_dtype=adapters, dropout=dropout):
             if route_of(plan) == "kernel" and plan.tile != "decode":
-                assert plan.tile == "deep 128 x 128" and card != "A100"
+                small = (rows, k, n) == (512, 1024, 1024)
+                assert plan.tile == ("128 x 64" if card == "A100" else "deep 128 x 128")
+                assert small or card != "A100"
                 us = dict(plan.predicted_us)
                 assert us.pop("kernel") < 0.9 * min(us.values())
 

@@ -8,6 +8,8 @@ NEXT_GRID = (
     "the next grid begins when this one has ended, or could begin before: it waits where it must"
 )
 LARGE_FLOAT = "a float as large as that and one more are the same"
+ONE_BY_ONE = "two loads of an element, where one of both would do"
+OTHERS = "adapters without a row in a part of the batch are multiplied for it, too, and not added"
 EVERY_LANE = "every lane waits for its bulk groups, of which only the elected one has any"
 
 HARMLESS = {
@@ -53,7 +55,12 @@ HARMLESS = {
     "lora_decode_finish.finish_s.inside:always": (
         "past a rank S is zero but where x is infinite, which it is in no case"
     ),
-    "lora_decode_sm80.bring_s.first<work.tiles:high": "a round without tiles",
+    "lora_decode_sm80.bring_s.first<work.shares.tiles:high": "a round without tiles",
+    "lora_decode_low_rank.load_pair.places%sizeof(Pair)==0&&column+1<rank:never": ONE_BY_ONE,
+    "lora_decode_low_rank.load_pair.column+1<rank:low": ONE_BY_ONE,
+    "lora_decode_low_rank.multiply.(rows>>j&1)==0:never": "zeros of others' rows are multiplied",
+    "lora_decode_low_rank.next_number.number<table.count&&rows_from(j0,number)==0:never": OTHERS,
+    "lora_decode_low_rank.next_number.number<table.count:low": OTHERS,
     "lora_decode_sm80.part_of_s.finish.has_s(walk.tile):always": (
         "zeros of no adapter's rows are kept, too, where nobody reads them"
     ),

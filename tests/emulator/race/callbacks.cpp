@@ -25,6 +25,17 @@ void write(const void* memory, size_t bytes, const void* instruction) {
   emulator::race::checker().plain_access(memory, bytes, instruction, /*writes=*/true);
 }
 
+// The compiler calls these for types that are aligned to their size, or to 8 bytes.
+void read_aligned(const void* memory, size_t bytes, const void* instruction) {
+  emulator::race::checker().check_aligned(memory, bytes < 8 ? bytes : 8, /*writes=*/false);
+  read(memory, bytes, instruction);
+}
+
+void write_aligned(const void* memory, size_t bytes, const void* instruction) {
+  emulator::race::checker().check_aligned(memory, bytes < 8 ? bytes : 8, /*writes=*/true);
+  write(memory, bytes, instruction);
+}
+
 void read_volatile(const void* memory, size_t bytes, const void* instruction) {
   emulator::race::Checker& checker = emulator::race::checker();
   checker.plain_access(memory, bytes, instruction, /*writes=*/false, emulator::race::kAtomic);
@@ -66,8 +77,8 @@ void atomic(const volatile void* memory, size_t bytes, AtomicAccess access, int 
 #define CALLER __builtin_return_address(0)
 
 #define ACCESSES_OF(BYTES)                                                                   \
-  void __tsan_read##BYTES(void* p) { read(p, BYTES, CALLER); }                               \
-  void __tsan_write##BYTES(void* p) { write(p, BYTES, CALLER); }                             \
+  void __tsan_read##BYTES(void* p) { read_aligned(p, BYTES, CALLER); }                       \
+  void __tsan_write##BYTES(void* p) { write_aligned(p, BYTES, CALLER); }                     \
   void __tsan_unaligned_read##BYTES(void* p) { read(p, BYTES, CALLER); }                     \
   void __tsan_unaligned_write##BYTES(void* p) { write(p, BYTES, CALLER); }                   \
   void __tsan_volatile_read##BYTES(void* p) { read_volatile(p, BYTES, CALLER); }             \
@@ -75,8 +86,8 @@ void atomic(const volatile void* memory, size_t bytes, AtomicAccess access, int 
   void __tsan_unaligned_volatile_read##BYTES(void* p) { read_volatile(p, BYTES, CALLER); }   \
   void __tsan_unaligned_volatile_write##BYTES(void* p) { write_volatile(p, BYTES, CALLER); } \
   void __tsan_read_write##BYTES(void* p) {                                                   \
-    read(p, BYTES, CALLER);                                                                  \
-    write(p, BYTES, CALLER);                                                                 \
+    read_aligned(p, BYTES, CALLER);                                                          \
+    write_aligned(p, BYTES, CALLER);                                                         \
   }                                                                                          \
   void __tsan_unaligned_read_write##BYTES(void* p) {                                         \
     read(p, BYTES, CALLER);                                                                  \

@@ -48,6 +48,15 @@ void Checker::plain_access(const void* memory, size_t bytes, const void* instruc
   }
 }
 
+void Checker::check_aligned(const void* memory, size_t bytes, bool writes) {
+  if (reinterpret_cast<uintptr_t>(memory) % bytes == 0) return;
+  if (shadow.find(memory) == nullptr || current() == nullptr || !raises_faults()) return;
+  in_callback_ = true;
+  fault(ErrorKind::Misuse, format("a plain %s of %zu bytes at %p, which is no multiple of them",
+                                  writes ? "store" : "load", bytes, memory));
+  in_callback_ = false;
+}
+
 void Checker::fault(ErrorKind kind, const std::string& text) {
   if (in_callback_) {
     kept_kind_ = kind;

@@ -230,5 +230,22 @@ TEST(a_grid_two_behind_follows_what_was_waited_for) {
   expect_race("wait at the end", "unordered", run);
 }
 
+// No race, but what only instrumented code shows: an access that a GPU does not make.
+TEST(a_plain_access_is_aligned_to_its_size) {
+  const auto run = [] {
+    GlobalBuffer<uint16_t> halves(64, "halves");
+    halves.fill(1);
+    launch(race_launch(1, 8), [&] {
+      const uint16_t* from = halves.data() + 2 * threadIdx.x + (missing("pair") ? 1 : 0);
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+      uint32_t copied;  // by parts, as a copy of bytes may be
+      memcpy(&copied, halves.data() + 33, sizeof copied);
+      halves[32 + threadIdx.x] = static_cast<uint16_t>(pair + (copied & 0));
+    });
+  };
+  expect_clean(run);
+  expect_fault("pair", ErrorKind::Misuse, "a plain load of 4 bytes", run);
+}
+
 }  // namespace
 }  // namespace emulator::selftest

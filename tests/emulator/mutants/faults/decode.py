@@ -56,16 +56,6 @@ DECODE = [
         ),
     ),
     of_shares(
-        "decode_chunks_by_the_first_block",
-        "a chunk is the block's that would have it if none were left over",
-        "those left over shift where blocks begin",
-        (
-            "    while (s.first(block) > chunk) --block;\n"
-            "    while (s.first(block + 1) <= chunk) ++block;\n",
-            "",
-        ),
-    ),
-    of_shares(
         "decode_parts_of_s_are_its_chunks",
         "every chunk of S is a part of its own",
         "a block with several leaves one sum of them",
@@ -97,6 +87,12 @@ DECODE = [
         "lo of S is added as it is",
         "it is kept kLoScale times as large",
         ("acc[j][e + 2 * kSplit] * (1.f / kLoScale<T>)", "acc[j][e + 2 * kSplit]"),
+    ),
+    of_low_rank(
+        "decode_pairs_at_any_place",
+        "two neighbours of a row of B are loaded at once wherever they lie",
+        "a GPU loads from multiples of what it loads",
+        ("if (places % sizeof(Pair) == 0 && column + 1 < rank)", "if (column + 1 < rank)"),
     ),
     of_low_rank(
         "decode_terms_with_lo_not_scaled",
