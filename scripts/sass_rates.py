@@ -4,8 +4,8 @@ For each tile of kTiles (csrc/plan/plan.h) and each card that loops are replayed
 the tensor rate that lora_gemm's loop over k reaches, the lowest among its instances, without and
 with a mask. And the same of the library: on mma.sync the rate that is published of CUTLASS'
 kernel with the largest tile (scripts/published_loops.json), less its last wave, which is not full;
-on wgmma the most that a loop can reach. Of lora_decode, which nothing but DRAM should hold up, the
-time of a step.
+on wgmma the most that a loop can reach. Of the kernels of few columns the same share, without and
+with a mask. Of lora_decode, which nothing but DRAM should hold up, the time of a step.
 """
 
 from pathlib import Path
@@ -32,6 +32,9 @@ WORDS = {"fp16", "MN-major", "masked", "tail", "1", "2", "4"}  # of an instance 
 # Which recorded loops stand for a card, and the clock in GHz at which vendors' tensor rates are.
 RECORDED = {"A100": "sm_80", "L40S": "sm_80 on L40S", "H100": "sm_90a"}
 CLOCKS = {"A100": 1.41, "L40S": 2.52, "H100": 1.83}
+# Kernels of few columns, which were replayed on an A100 and an H100; on an L40S their loops wait
+# for a memory of less than half an A100's speed.
+SKINNY = {"A100": "sm_80", "L40S": "sm_80", "H100": "sm_90a"}
 BATCHES = (8, 16, 32, 64)  # kDecodeTiles (csrc/plan/decode_plan.h)
 
 
@@ -81,6 +84,17 @@ def decode_us(recorded: dict[str, list[list[float]]], batch: int, ghz: float) ->
     return max(steps) / ghz / 1e3
 
 
+def skinny(recorded: dict[str, list[list[float]]]) -> str:
+    """The lines of the kernels of few columns."""
+    lines = []
+    for family in ("lora_shrink", "lora_wgrad"):
+        plain, masked = (rate(recorded, family, each) for each in (False, True))
+        lines.append(f"    {{{plain:.3f}, {masked:.3f}}},  // {family}")
+    dsdb = ", ".join(f"{rate(recorded, f'lora_dsdb {each}', False):.3f}" for each in (16, 32))
+    lines.append(f"    {{{dsdb}}},  // lora_dsdb")
+    return "\n".join(lines)
+
+
 def library(card: str) -> float:
     if CARDS[card].wgmma_products:
         return 1.0
@@ -100,11 +114,14 @@ namespace lora_ext::plan {{
 struct MainLoopRate {{
   double plain, masked;
 }};
-// On one card: of the library's kernels, and of those of kTiles, in its order; and microseconds of
-// a step of lora_decode, of all blocks that an SM has, for each of kDecodeTiles.
+// On one card: of the library's kernels, of those of kTiles, in its order, and of the kernels of
+// few columns, lora_dsdb's of 16 and of 32; and microseconds of a step of lora_decode, of all
+// blocks that an SM has, for each of kDecodeTiles.
 struct MainLoopRates {{
   double library;
   MainLoopRate tiles[{tiles}];
+  MainLoopRate shrink, wgrad;
+  double dsdb[2];
   double decode_us[{batches}];
 }};
 """
@@ -114,6 +131,7 @@ constexpr MainLoopRates kMainLoopsOn{card} = {{
     {{
 {rows}
     }},
+{skinny}
     {{{decode}}},
 }};
 """
@@ -128,6 +146,8 @@ def header(baseline: dict) -> str:
             rows.append(f"        {{{plain:.3f}, {masked:.3f}}},  // {tile}")
         steps = [decode_us(baseline[section], batch, CLOCKS[card]) for batch in BATCHES]
         decode = ", ".join(f"{us:.3f}" for us in steps)
-        rows = "\n".join(rows)
-        text += CARD.format(card=card, library=library(card), rows=rows, decode=decode)
+        rows, few = "\n".join(rows), skinny(baseline[SKINNY[card]])
+        text += CARD.format(
+            card=card, library=library(card), rows=rows, skinny=few, decode=decode
+        )
     return f"{text}\n}}  // namespace lora_ext::plan\n"

@@ -8,11 +8,14 @@ namespace lora_ext::plan {
 struct MainLoopRate {
   double plain, masked;
 };
-// On one card: of the library's kernels, and of those of kTiles, in its order; and microseconds of
-// a step of lora_decode, of all blocks that an SM has, for each of kDecodeTiles.
+// On one card: of the library's kernels, of those of kTiles, in its order, and of the kernels of
+// few columns, lora_dsdb's of 16 and of 32; and microseconds of a step of lora_decode, of all
+// blocks that an SM has, for each of kDecodeTiles.
 struct MainLoopRates {
   double library;
   MainLoopRate tiles[10];
+  MainLoopRate shrink, wgrad;
+  double dsdb[2];
   double decode_us[4];
 };
 
@@ -30,6 +33,9 @@ constexpr MainLoopRates kMainLoopsOnA100 = {
         {0.000, 0.000},  // pingpong 128 x 192
         {0.000, 0.000},  // pingpong 128 x 128
     },
+    {0.494, 0.324},  // lora_shrink
+    {0.470, 0.495},  // lora_wgrad
+    {0.198, 0.322},  // lora_dsdb
     {0.440, 0.510, 0.667, 0.977},
 };
 
@@ -47,6 +53,9 @@ constexpr MainLoopRates kMainLoopsOnL40S = {
         {0.000, 0.000},  // pingpong 128 x 192
         {0.000, 0.000},  // pingpong 128 x 128
     },
+    {0.494, 0.324},  // lora_shrink
+    {0.470, 0.495},  // lora_wgrad
+    {0.198, 0.322},  // lora_dsdb
     {0.548, 0.271, 0.549, 0.681},
 };
 
@@ -64,6 +73,9 @@ constexpr MainLoopRates kMainLoopsOnH100 = {
         {0.923, 0.923},  // pingpong 128 x 192
         {0.773, 0.773},  // pingpong 128 x 128
     },
+    {0.383, 0.269},  // lora_shrink
+    {0.504, 0.420},  // lora_wgrad
+    {0.204, 0.336},  // lora_dsdb
     {0.369, 0.418, 0.529, 0.817},
 };
 

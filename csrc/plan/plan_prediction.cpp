@@ -55,10 +55,8 @@ struct TileEnd {
   int64_t epilogue, mask;
 };
 constexpr TileEnd kEndOnMma{128, 192}, kEndOnWgmma{64, 64};
-// Those of the skinny kernels' steps that are not copies.
-constexpr double kSkinnyShare = 0.9;
-// A draw for eight elements, some 80 instructions of which an SM issues 128 a clock, in operations
-// that mma.sync makes on an H100's SM meanwhile, for each element.
+// A draw for eight elements of a low-rank product alone, some 80 instructions of which an SM issues
+// 128 a clock, in operations that mma.sync makes on an H100's SM meanwhile, for each element.
 constexpr double kDrawFlop = 150;
 // A job that makes T of a pair of row blocks, over a pair of tiles of 128 x 256: it fills stages of
 // a third of the bytes, each in about that share of the time that a tile multiplies one.
@@ -85,13 +83,25 @@ struct Product {
   int64_t m, n, k;
 };
 
+// 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared memory.
+const MainLoopRates& main_loops_of(const Card& card) {
+  if (card.arch >= 90 && card.arch < 120) return kMainLoopsOnH100;
+  const bool small = card.shared_per_block < facts_of(Tile::k128x256).shared;
+  return small ? kMainLoopsOnL40S : kMainLoopsOnA100;
+}
+
+// Of the library's rate, by a loop on mma.sync.
+double share_on_mma(const Card& card, double of_tensor_rate) {
+  return of_tensor_rate / main_loops_of(card).library * mma_share(card);
+}
+
 // Passes over m x k or m x n elements in our kernels of few columns, which come in 64s.
 Launch skinny(const Card& card, const char* name, double bytes, double elements, int columns,
-              bool masked) {
+              double of_tensor_rate, double draws = 0.0) {
   const double flop = 2.0 * 64 * static_cast<double>(blocks_of(columns, 64));
-  const double share = kSkinnyShare * mma_share(card);
-  return {name, bytes, elements * (flop + (masked ? kDrawFlop : 0.0)) / share};
+  return {name, bytes, elements * (flop + draws) / share_on_mma(card, of_tensor_rate)};
 }
+double rate_of(const MainLoopRate& rate, bool masked) { return masked ? rate.masked : rate.plain; }
 
 // Three products of halves are one of floats: hi hi, hi lo, lo hi.
 int64_t rank_terms(const Problem& p) { return p.float_adapters ? 3 : 1; }
@@ -119,7 +129,9 @@ Launch lora_gemm(const Card& card, const Problem& p, const Plan& plan, const Pro
   const double low_rank = kHalf * static_cast<double>(rank_terms(p)) * area(p.rank, s.m + s.n);
   if (plan.hybrid) {
     const double bytes = kHalf * area(s.m, s.n) + low_rank;
-    return skinny(card, "lora_gemm", bytes, area(s.m, s.n), plan.columns, masked);
+    const MainLoopRate& rate = main_loops_of(card).tiles[static_cast<int>(Tile::k128x64)];
+    return skinny(card, "lora_gemm", bytes, area(s.m, s.n), plan.columns, rate.plain,
+                  masked ? kDrawFlop : 0.0);
   }
   const TileFacts& tile = facts_of(plan.gemm.tile);
   const int64_t depth = s.k + rank_terms(p) * 16 * blocks_of(p.rank, 16);
@@ -254,7 +266,8 @@ Launches our_forward(const Card& card, const Problem& p, const Plan& plan) {
   } else {
     const double sums = kFloat * plan.shrink.splits * area(p.m, plan.columns);
     const double bytes = kHalf * (area(p.m, p.k) + area(p.rank, p.k)) + sums;
-    launches.add(skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns, p.dropout));
+    launches.add(skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns,
+                        rate_of(main_loops_of(card).shrink, p.dropout)));
     launches.add("lora_reduce", sums + area(p.m, plan.columns) * (kHalf + kFloat));
   }
   Launch gemm = lora_gemm(card, p, plan, {p.m, p.n, p.k}, false);
@@ -270,7 +283,7 @@ Launch wgrad_launch(const Card& card, const Problem& p, const Plan& plan) {
   const auto add = [&](int64_t columns, int splits, bool masked) {
     const double sums = kFloat * splits * area(plan.columns, columns);
     const Launch one = skinny(card, "", kHalf * area(p.m, columns) + t + sums, area(p.m, columns),
-                              plan.columns, masked);
+                              plan.columns, rate_of(main_loops_of(card).wgrad, masked));
     wgrad.bytes += one.bytes, wgrad.flop += one.flop;
   };
   if (plan.dlora_a.splits > 0) add(p.k, plan.dlora_a.splits, p.dropout);
@@ -290,10 +303,12 @@ Launches our_backward(const Card& card, const Problem& p, const Plan& plan) {
     launches.add("lora_split", area(p.m, p.rank) * kFloat + t + adapters);
   }
   if (plan.one_pass) {
-    const double flop = 4.0 * dy * plan.columns / (kSkinnyShare * mma_share(card));
+    const double rate = main_loops_of(card).dsdb[plan.columns > 16];
+    const double flop = 4.0 * dy * plan.columns / share_on_mma(card, rate);
     launches.add("lora_dsdb", kHalf * dy + t + sums + sums_b, flop);
   } else if (plan.shrink.splits > 0) {
-    launches.add(skinny(card, "lora_shrink", kHalf * dy + sums, dy, plan.columns, false));
+    launches.add(skinny(card, "lora_shrink", kHalf * dy + sums, dy, plan.columns,
+                        main_loops_of(card).shrink.plain));
   }
   if (plan.in_grid()) launches.add("flags", 0.0);
   if (plan.z != kNone) launches.add("lora_reduce", sums + t);
@@ -346,19 +361,11 @@ Launch library_product(const Card& card, const char* name, int64_t m, int64_t n,
 static_assert(std::size(kMainLoopsOnA100.tiles) == static_cast<size_t>(Tile::kDecode));
 static_assert(std::size(kMainLoopsOnA100.decode_us) == std::size(kDecodeTiles));
 
-// 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared memory.
-const MainLoopRates& main_loops_of(const Card& card) {
-  if (card.arch >= 90 && card.arch < 120) return kMainLoopsOnH100;
-  const bool small = card.shared_per_block < facts_of(Tile::k128x256).shared;
-  return small ? kMainLoopsOnL40S : kMainLoopsOnA100;
-}
-
 double main_loop_share(const Card& card, const TileFacts& tile, bool masked) {
   if (tile.tile == Tile::kDecode) return 0.0;  // by decode_step_us
   const MainLoopRates& rates = main_loops_of(card);
-  const MainLoopRate& rate = rates.tiles[static_cast<int>(tile.tile)];
-  const double share = (masked ? rate.masked : rate.plain) / rates.library;
-  return share * (tile.wgmma ? 1.0 : mma_share(card));
+  const double rate = rate_of(rates.tiles[static_cast<int>(tile.tile)], masked);
+  return tile.wgmma ? rate / rates.library : share_on_mma(card, rate);
 }
 
 double decode_step_us(const Card& card, const DecodeTile& tile) {

@@ -103,7 +103,8 @@ def test_gradients_of_the_weights_fill_the_last_wave_of_dx():
         found = {each.name: each for each in cost_model.launches_of(machine, cell, "ours_kernel")}
         return found["lora_wgrad"].bytes / (2 * rows * 4096)
 
-    assert wgrad(8192) < 0.1  # 512 tiles on 66 clusters: 16 of them idle in the last wave
+    # 512 tiles on 66 clusters: 16 of them idle in the last wave, as long as two thirds of it take.
+    assert 0.3 < wgrad(8192) < 0.4
     assert 0.4 < wgrad(8192, 0.05) < 0.6  # and draws take longer than products
     assert wgrad(8448) > 1.0  # 528: none
     assert wgrad(1024) > 1.0  # one wave: the first loops end when all is over

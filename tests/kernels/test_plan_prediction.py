@@ -112,6 +112,30 @@ def test_main_loops_on_mma_sync_are_taken_with_a_lead_alone(card, rows, k, n, dr
                 assert us.pop("kernel") < 0.9 * min(us.values())
 
 
+@pytest.mark.parametrize("name", ["A100", "H100"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_kernels_of_few_columns_go_by_what_their_loops_were_counted_to_reach(name, dropout):
+    text = HEADER.read_text().split(f"kMainLoopsOn{name} = ")[1]
+    [library] = re.findall(r"^    ([\d.]+),$", text, re.MULTILINE)[:1]
+    rates = {
+        kernel: (float(plain), float(masked))
+        for plain, masked, kernel in re.findall(r"^ {4}\{(.+), (.+)\},  // (\w+)$", text, re.M)[:3]
+    }
+    card, problem = problem_of((8192, 4096, 4096, 16), name, torch.bfloat16, dropout, True)
+    instruction = 0.65 if name == "H100" else 1.0
+    products = {"lora_shrink": 128, "lora_wgrad": 128, "lora_dsdb": 64}  # of an element
+    for backward in (False, True):
+        planner = _C.plan_backward if backward else _C.plan_forward
+        plan = planner(card, problem, "hybrid")
+        for launch in _C.predicted_launches(card, problem, plan, backward):
+            if launch.name not in products:
+                continue
+            masked = dropout and launch.name != "lora_dsdb"
+            share = rates[launch.name][masked] / float(library) * instruction
+            expected = 8192 * 4096 * products[launch.name] / share
+            assert launch.flop == pytest.approx(expected), launch.name
+
+
 def test_hopper_takes_ours_where_launches_and_passes_weigh_most():
     wide, _ = plans(8192, 1024, 1024, 16, card="H100")
     assert wide.tile == "in-grid 128 x 256" and not wide.hybrid
@@ -159,7 +183,7 @@ def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
         assert text.startswith(card)
         library, *_ = map(float, re.findall(r"^    ([\d.]+),$", text, re.MULTILINE))
         instruction = 0.65 if card == "H100" else 1.0  # mma.sync's rate over wgmma's
-        for plain, masked, tile in re.findall(r"\{([\d.]+), ([\d.]+)\},  // (.+)", text):
+        for plain, masked, tile in re.findall(r" {8}\{([\d.]+), ([\d.]+)\},  // (.+)", text):
             of_one = 1.0 if re.match("wgmma|in-grid|pingpong", tile) else instruction
             for rate, flag in ((plain, False), (masked, True)):
                 expected = float(rate) / library * of_one
