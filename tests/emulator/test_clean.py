@@ -8,7 +8,7 @@ from emulator import build, mutants, run
 
 pytestmark = pytest.mark.kernels
 
-SEEDS = 200
+SEEDS = 120
 # Of kernels with large tiles, whose seeds take several times as long under the race checker and
 # ASan: a second each. The nightly test of the flags between blocks runs a thousand.
 LARGE_TILES = {"lora_gemm_sm80", "lora_gemm_sm90a", "lora_gemm_in_grid_sm90a", "lora_grouped_gemm"}
