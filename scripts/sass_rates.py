@@ -147,7 +147,5 @@ def header(baseline: dict) -> str:
         steps = [decode_us(baseline[section], batch, CLOCKS[card]) for batch in BATCHES]
         decode = ", ".join(f"{us:.3f}" for us in steps)
         rows, few = "\n".join(rows), skinny(baseline[SKINNY[card]])
-        text += CARD.format(
-            card=card, library=library(card), rows=rows, skinny=few, decode=decode
-        )
+        text += CARD.format(card=card, library=library(card), rows=rows, skinny=few, decode=decode)
     return f"{text}\n}}  // namespace lora_ext::plan\n"
