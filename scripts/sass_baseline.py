@@ -1,9 +1,9 @@
 """What the main loops took when they were recorded, and which of them are worse now.
 
 scripts/sass_baseline.json has a line for the loops of each kernel: on an A100 or H100, and of
-sm_80's lora_gemm on an L40S. Of float16 only what differs from bfloat16 has one. Counts are of one
-compiler: with another nvcc nothing is compared. They are of one counter, too, whose code the file
-has a hash of, and of as many kernels of each architecture as it says.
+sm_80's lora_gemm and lora_decode on an L40S. Of float16 only what differs from bfloat16 has one.
+Counts are of one compiler: with another nvcc nothing is compared. They are of one counter, too,
+whose code the file has a hash of, and of as many kernels of each architecture as it says.
 """
 
 import ast

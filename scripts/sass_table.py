@@ -1,9 +1,9 @@
 """What docs/main_loops.md and docs/kernels.md say of our main loops, after a new record.
 
 The table of a step of each kind of kernel is made from build/sass/ARCH.json, which
-`python scripts/sass.py --record` writes, too; of a kernel with several loops the one that
-multiplies most has the row. Figures in sentences, and the second of each pair in the table of
-docs/kernels.md, are those of scripts/sass_baseline.json.
+`python scripts/sass.py --record` writes, too; of a kernel with several loops the one that it is
+known by (sass_rates.step_of) has the row. Figures in sentences, and the second of each pair in the
+table of docs/kernels.md, are those of scripts/sass_baseline.json.
 
     python scripts/sass_table.py             prints the table
     python scripts/sass_table.py --write     writes all of it to the pages

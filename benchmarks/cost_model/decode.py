@@ -24,9 +24,10 @@ def cell_of(width: int, rows: int) -> Cell:
     return Cell(FORWARD, "bfloat16", rows, width, width, rank=RANK, bias=False)
 
 
-def once_us(machine: Machine, width: int, rows: int) -> float:
-    """A matrix-vector product, or one of few rows, as fast as its bytes."""
-    return Launch("W x", BYTES * (width * width + 2 * rows * width)).us(machine)
+def once_us(machine: Machine, width: int, rows: int, adapters: int = 0) -> float:
+    """A matrix-vector product, or one of few rows, as fast as its bytes; with those of factors."""
+    factors = 2 * adapters * RANK * width
+    return Launch("W x", BYTES * (width * width + 2 * rows * width + factors)).us(machine)
 
 
 def over_once(machine: Machine, width: int, rows: int, variant: str = "ours_kernel") -> float:
@@ -53,8 +54,7 @@ def many_over_once(machine: Machine, width: int, rows: int, adapters: int) -> di
     """By route, over a launch that reads the adapters' factors, too; and what the planner takes."""
     problem = _C.Problem(rows, width, width, RANK)
     plan = _C.plan_grouped_forward(machine.planned, problem, adapters)
-    factors = 2 * adapters * RANK * width
-    least = Launch("W x", BYTES * (width * width + 2 * rows * width + factors)).us(machine)
+    least = once_us(machine, width, rows, adapters)
     return {name: us / least for name, us in plan.predicted_us.items()}
 
 

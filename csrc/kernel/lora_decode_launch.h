@@ -12,6 +12,12 @@ constexpr bool is_as_planned_to_decode() {
   return kPlanned.batch == kBatch && kPlanned.rows == Tile::kRows &&
          kPlanned.shared == Tile::kSharedBytes && kPlanned.resident == Tile::kResident;
 }
+template <class T, class F, int kBatch>
+constexpr bool has_pieces_as_planned() {
+  constexpr bool kInFloat = std::is_same_v<F, float>;
+  return LoraDecodeLowRank<T, F, LoraDecodeTile<kBatch>>::kPieces ==
+         plan::decode_pieces(plan::decode_tile_for(kBatch), kInFloat);
+}
 static_assert(is_as_planned_to_decode<8>() && is_as_planned_to_decode<16>() &&
               is_as_planned_to_decode<32>() && is_as_planned_to_decode<64>());
 
@@ -24,6 +30,7 @@ void launch_lora_decode(const plan::Plan& plan, const LoraDecodeParams<T>& param
   const auto run = [&](auto batch) {
     constexpr int kBatch = decltype(batch)::value;
     using Tile = LoraDecodeTile<kBatch>;
+    static_assert(has_pieces_as_planned<T, F, kBatch>());
     launch(lora_decode_sm80<T, F, kBatch>, dim3(static_cast<unsigned>(plan.gemm.blocks)),
            Tile::kThreads, Tile::kSharedBytes, params);
   };

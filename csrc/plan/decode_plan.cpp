@@ -20,10 +20,10 @@ constexpr double kL2Share = 1.75;
 // for which B comes from DRAM and then T from L2, each time but the first (assumed).
 constexpr double kEndsUs = 1.5, kRoundUs = 0.5;
 
-// Times that T B^T of a tile waits for loads (kernel/lora_decode_low_rank.h).
+// Times that T B^T of a tile waits for loads.
 int64_t rounds_of(const Problem& p, int64_t adapters) {
-  const int64_t together = !p.float_adapters ? 4 : decode_tile_for(p.m).batch < 64 ? 2 : 1;
-  return blocks_of(adapters * blocks_of(p.rank, 16), together);
+  return blocks_of(adapters * blocks_of(p.rank, 16),
+                   decode_pieces(decode_tile_for(p.m), p.float_adapters));
 }
 
 int64_t factor_rows(const Problem& p, int64_t adapters) {

@@ -21,6 +21,12 @@ constexpr const DecodeTile& decode_tile_for(int64_t m) {
   return *tile;
 }
 
+// Times 16 ranks of B whose loads are in flight together, as kernel/lora_decode_low_rank.h has
+// them.
+constexpr int64_t decode_pieces(const DecodeTile& tile, bool float_adapters) {
+  return !float_adapters ? 4 : tile.batch < 64 ? 2 : 1;
+}
+
 // Whether a forward can be made so: `adapters` is the most that its rows can have.
 bool fits_decode(const Card& card, const Problem& p, int64_t adapters);
 // The tile, the grid and the workspace, on from what is taken of it.

@@ -47,20 +47,22 @@ struct DecodeShares {
     return run_of(units() + kChunk * all_chunks()).first(block) - kChunk * first_chunk(block);
   }
 
-  // The block that has a unit, from where it would be if all had as many of them.
   LORA_EXT_HOST_DEVICE int block_of(int unit) const {
     const Run work = run_of(units() + kChunk * all_chunks()), s = run_of(all_chunks());
     const auto first = [&](int block) { return work.first(block) - kChunk * s.first(block); };
-    int block = guess(unit, units());
-    while (first(block) > unit) --block;
-    while (first(block + 1) <= unit) ++block;
-    return block;
+    return block_with(unit, units(), first);
   }
   LORA_EXT_HOST_DEVICE int block_of_chunk(int chunk) const {
     const Run s = run_of(all_chunks());
-    int block = guess(chunk, all_chunks());
-    while (s.first(block) > chunk) --block;
-    while (s.first(block + 1) <= chunk) ++block;
+    return block_with(chunk, all_chunks(), [&](int block) { return s.first(block); });
+  }
+  // Of `count` units or chunks, of which a block's begin with its first: from where the one at `at`
+  // would be if all blocks had as many.
+  template <class First>
+  LORA_EXT_HOST_DEVICE int block_with(int at, int count, const First& first) const {
+    int block = guess(at, count);
+    while (first(block) > at) --block;
+    while (first(block + 1) <= at) ++block;
     return block;
   }
   LORA_EXT_HOST_DEVICE int guess(int at, int count) const {

@@ -72,8 +72,8 @@ def package():
     return build.make()
 
 
-def python(code: str, **environment: str) -> str:
-    done = build.run(["-c", CALL + code], LORA_EXT_EMULATED_ARCH="80", **environment)
+def python(code: str, arch: str = "80", **environment: str) -> str:
+    done = build.run(["-c", CALL + code], LORA_EXT_EMULATED_ARCH=arch, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -151,7 +151,8 @@ assert not same(results, library())
 
 def test_a_check_of_all_kernels_draws_nothing():
     """On 8.6, whose tiles are others; on 8.0 the next test checks all."""
-    code = """
+    python(
+        """
 before = torch.get_rng_state()
 assert check_kernels("cpu") == {}
 assert torch.equal(torch.get_rng_state(), before)
@@ -159,9 +160,9 @@ _, plan = call()
 os.environ["LORA_EXT_EMULATED_FAULT"] = "sum_of_splits.sum_of_splits.split<splits:low"
 # No check sees it any more.
 assert check_kernels("cpu") == {}
-"""
-    done = build.run(["-c", CALL + code], LORA_EXT_EMULATED_ARCH="86")
-    assert done.returncode == 0, done.stderr
+""",
+        arch="86",
+    )
 
 
 def test_a_check_of_all_kernels_names_those_that_failed():

@@ -21,7 +21,7 @@ def test_the_header_is_what_was_recorded():
 def test_its_tiles_are_those_of_the_planner():
     plan = (build.ROOT / "csrc" / "plan" / "plan.h").read_text()
     tiles = re.findall(r'\{Tile::k\w+, "([^"]+)"', plan)
-    assert tiles == [*sass_rates.TILES, "decode"]  # which goes by the memory's rate
+    assert tiles == [*sass_rates.TILES, "decode"]  # which goes by its step
 
 
 def test_every_tile_has_a_rate_where_it_can_run():

@@ -50,8 +50,7 @@ DECODE = [
         "a unit is the block's that would have it if there were no S",
         "blocks with a chunk of S have less of Y",
         (
-            "    while (first(block) > unit) --block;\n"
-            "    while (first(block + 1) <= unit) ++block;\n",
+            "    while (first(block) > at) --block;\n    while (first(block + 1) <= at) ++block;\n",
             "",
         ),
     ),
