@@ -42,8 +42,8 @@ def use_adapters(
         index: int32 ``[batch]`` or ``[batch, tokens]``, from -1 (the base alone) to len(names) - 1.
             A model that gets one token of each sample, as generate's steps do, takes each sample's
             last. It is read when the block is entered.
-        repeats: how often generate repeats each sample: the larger of num_beams and
-            num_return_sequences. x may have batch or batch * repeats samples.
+        repeats: how often generate repeats each sample, beside itself ([a, a, b, b]): the larger
+            of num_beams and num_return_sequences. x may have batch or batch * repeats samples.
 
     Raises:
         IndexError: the index counts what is not there.

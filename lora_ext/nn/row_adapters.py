@@ -173,16 +173,33 @@ class RowAdapters:
             wanted = f"[{batch}, {rest[0]}, in], or [{batch}, 1, in] for a step after it"
         hint = "; samples come first, in the order of the names"
         if batch and samples > batch and samples % batch == 0:
-            hint = (
-                f"; where generate repeats each sample (num_beams, num_return_sequences), give "
-                f"use_adapters(..., repeats={samples // batch})"
-            )
+            hint = _hint_of_more(samples, batch, "a row of the index" if rest else "a name", lead)
         elif rest and len(lead) > 1 and samples in (batch, batch * self.repeats):
             hint = "; give an index for these tokens, or one for each sample"
         return ValueError(
             f"lora_ext.use_adapters: expected x of shape {wanted}, for an index of shape "
             f"{list(self.index.shape)}, but a layer got [{', '.join(map(str, lead))}, in]{hint}"
         )
+
+
+def _hint_of_more(samples: int, batch: int, own: str, lead: torch.Size) -> str:
+    """What to do about x with a multiple of the block's samples, or of other rows."""
+    hint = (
+        f"; give {own} for each of the {samples} samples, in their order: a batch of torch.cat("
+        '[uncond, cond]), as in classifier-free guidance, wants the names twice, ["a", "b", "a", '
+        '"b"]'
+    )
+    if len(lead) == 1:
+        # Rows of a vision tower: their number says nothing, and differs from layer to layer.
+        return (
+            f"{hint}. Where the {samples} rows are no samples, such as the patches of all images, "
+            "none can have an adapter of its own: target other layers"
+        )
+    return (
+        f"{hint}. Only where each sample is repeated beside itself, as generate does for num_beams "
+        f"and num_return_sequences: [a, a, b, b], give use_adapters(..., "
+        f"repeats={samples // batch})"
+    )
 
 
 class _Closed:

@@ -37,7 +37,8 @@ CONFIGS = {
     "alpha_pattern": {
         "target_modules": EVERYTHING,
         "r": 4,
-        "alpha_pattern": {"q_proj": 3, r".*\.(mlp|none)": 11, "conv": 1},
+        # Of two keys that match the first counts: of those in the file, where PEFT sorts them.
+        "alpha_pattern": {r".*\.(mlp|q_proj)": 11, "conv": 1, "q_proj": 3},
         "rank_pattern": {"conv": 3},
     },
     "rslora with patterns": {

@@ -392,8 +392,16 @@ def test_errors_say_what_to_do(kind):
         opened(ABC, torch.zeros((6, 5, 1), dtype=int32))
     with pytest.raises(ValueError, match=r"expected x of shape \[4, tokens, in\]"):
         opened(["a"] * 4)
-    with pytest.raises(ValueError, match="repeats=2"):
+    with pytest.raises(ValueError, match=r"a name for each of the 6.*a, a, b, b.*repeats=2"):
         opened(["a"] * 3)
+    with pytest.raises(ValueError, match="a row of the index for each of the 6 samples"):
+        opened(ABC, torch.zeros((3, 5), dtype=int32))
+    with (
+        pytest.raises(ValueError, match=r"names twice.*are no samples") as flat,
+        lora_ext.use_adapters(model, ["a"] * 3),
+    ):
+        subject(x[:, 0])
+    assert "repeats" not in str(flat.value)  # of flattened rows it would be a guess
     with pytest.raises(ValueError, match="index for these tokens"):
         opened(ABC, torch.zeros((6, 4), dtype=int32))
     with pytest.raises(TypeError, match=r"nn.Module"), lora_ext.use_adapters(3, ["a"]):

@@ -13,7 +13,7 @@ from emulator.mutants.wrap import apply, number
 pytest.importorskip("tree_sitter")
 pytest.importorskip("tree_sitter_cpp")
 
-from emulator.mutants import edits, instrument, rules
+from emulator.mutants import as_named, edits, instrument, rules
 from emulator.mutants.source import Source
 
 KERNEL = """
@@ -128,6 +128,7 @@ int main(int, char** words) {
         ("name", (("  a *= 3;", "  if (n > 2) a *= 3;"),), -1),
         ("name", (("const int b = a", "const int b = 2 * a"),), 14),
         ("name", (("int a = 0;", "int a = 1;"), ("a - n", "a + n")), 13),
+        ("name", (("a - n", "a - 1 - n"),), 5),
     ],
 )
 def test_a_planted_mutant_runs_and_nothing_moves(tmp_path, planted, changes, printed):
@@ -162,6 +163,20 @@ def test_what_includes_a_copy_compiles_where_nothing_was_built(tmp_path, monkeyp
 def test_every_edit_finds_its_text():
     planted = [name for source in instrument.sources() for name in edit_names(source)]
     assert set(planted) == {fault.name for fault in FAULTS}
+
+
+def test_every_edit_is_planted_as_its_fault_says():
+    for each in instrument.sources():
+        as_named.check(each, FAULTS)
+
+
+def test_an_edit_that_is_planted_as_another_is_refused(tmp_path, monkeypatch):
+    """The part of it that is new is no expression: n - (1 - last) would be planted."""
+    found, change = source(tmp_path, "work(n - last);"), fault(("n - last", "n - 1 - last"))
+    as_named.check(found, [change])
+    monkeypatch.setattr(edits, "is_one", lambda *span: True)
+    with pytest.raises(ValueError, match=r"file\.h with this fault to have"):
+        as_named.check(found, [change])
 
 
 def edit_names(source: Source) -> list[str]:

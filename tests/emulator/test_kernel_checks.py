@@ -132,6 +132,20 @@ assert len(failed) == 2, failed
     assert said == ""
 
 
+def test_kernels_that_make_nan_fail_their_check():
+    """Of a column of S that nobody writes: under deterministic algorithms such memory is NaN."""
+    python(
+        """
+import re
+warnings.simplefilter("ignore")
+torch.use_deterministic_algorithms(True)
+failed = check_kernels("cpu", some[:1])
+assert re.search("in float64 by -?nan in row", failed.get(some[0].name, "")), failed
+""",
+        LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.store.column<p.columns:low",
+    )
+
+
 THREADS = """
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier

@@ -1,6 +1,7 @@
 """Measured dispatch without a GPU: the tables, and what the planner makes of them."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -184,6 +185,22 @@ def test_a_write_that_fails_leaves_the_old_table(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         winners.write_table(table(entry(), entry(backward=True)), path)
     assert winners.read_table(path) == table(entry()) and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_that_write_at_once_leave_one_whole_table(tmp_path, monkeypatch):
+    """As two processes that warm up: the second begins and ends before the first is done."""
+    path, replace_file = tmp_path / "table.json", os.replace
+    first, second = table(entry()), table(entry(), entry(backward=True))
+
+    def meanwhile(source, target):
+        monkeypatch.setattr(os, "replace", replace_file)
+        winners.write_table(second, path)
+        assert winners.read_table(path) == second
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    winners.write_table(first, path)
+    assert winners.read_table(path) == first and list(tmp_path.iterdir()) == [path]
 
 
 def spoiled():

@@ -453,6 +453,24 @@ def test_autocast(isa, device, dtype, rows):
     assert_at_most_twice(ours, theirs, exact, (dtype, F32), has_half_pairs(isa, (dtype, F32)))
 
 
+@pytest.mark.parametrize(("dtype", "adapter"), [(BF16, F16), (F16, BF16)], ids=short)
+@pytest.mark.parametrize("given", [None, F32], ids=["linear", "update"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["list", "pool"])
+def test_autocast_casts_half_adapters_of_another_dtype(device, dtype, adapter, given, pooled):
+    """Both factors, with the bits of a cast by hand; gradients have the leaves' dtype."""
+    many = make_many(9, 40, 24, (8, 8), device=device, given=given, bias=False)
+    a, b = ([t.to(adapter) for t in factors] for factors in (many.lora_a, many.lora_b))
+    if pooled:
+        a, b = [torch.stack(a)], [torch.stack(b)]
+    many = replace(many, lora_a=a, lora_b=b)
+    with torch.autocast(device, dtype):
+        ours = run(many)
+    by_hand = replace(many.to(dtype), y=many.y, grad=many.grad.to(given or dtype))
+    wanted = run(by_hand)
+    assert ours["dlora_a[0]"].dtype == ours["dlora_b[0]"].dtype == adapter
+    assert_equal(ours, {name: value.to(ours[name].dtype) for name, value in wanted.items()})
+
+
 def test_a_packed_weight(device):
     if device != "cpu":
         pytest.skip("packs are the CPU's")

@@ -42,6 +42,24 @@ def peft_llama(targets=("q_proj", "v_proj", "down_proj"), adapters=("a", "b"), *
     return randomize(model).eval()
 
 
+def peft_t5():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40,
+        d_model=24,
+        d_kv=12,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    base = transformers.T5ForConditionalGeneration(config)
+    options = {"r": 4, "target_modules": ["q", "v", "wo"], "task_type": "SEQ_2_SEQ_LM"}
+    model = get_peft_model(base, LoraConfig(**options), "a")
+    model.add_adapter("b", LoraConfig(**options))
+    return randomize(model).eval()
+
+
 def prompts(count=3, tokens=5):
     return torch.randint(3, 40, (count, tokens), generator=torch.Generator().manual_seed(2))
 
@@ -126,8 +144,10 @@ def test_an_exception_in_a_forward_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_with_adapter_names(beams):
-    model = peft_llama()
+@pytest.mark.parametrize("make", [peft_llama, peft_t5])
+def test_generate_with_adapter_names(make, beams):
+    """Beams repeat each sample, but not in an encoder."""
+    model = make()
     fast = accelerated(model)
     names = ["a", "__base__", "b"]
     wanted = generated(model, prompts(), adapter_names=names, num_beams=beams)

@@ -52,7 +52,10 @@ def test_backend_requires_no_torch_where_pip_keeps_the_one_there(backend, target
 
 @pytest.mark.parametrize(
     ("held", "wanted"),
-    [("", ["torch>=2.11"]), ("2.10.1", ["torch>=2.11"]), ("1.13", ["torch>=2.11"]), ("2.11.0", [])],
+    [
+        *((old, ["torch>=2.11"]) for old in ("", "1.13", "2.9.1", "2.10.1")),
+        *((recent, []) for recent in ("2.11.0", "2.100.0+cpu", "10.0")),
+    ],
 )
 def test_backend_without_pip_looks_for_torch_itself(backend, target, held, wanted):
     target(held, None)

@@ -75,6 +75,29 @@ def test_gpu_counts_its_budget_from_the_start_of_make(make):
     assert said.rstrip().endswith("--only stress")
 
 
+def test_an_edited_source_is_compiled_before_what_needs_it(make, tmp_path):
+    tree = tmp_path / "tree"
+    compiled = ["csrc/op/ops.cpp", "csrc/kernel/sm90a/kernel.h", "setup.py", "pyproject.toml"]
+    compiled.append("build_backend/lora_ext_backend.py")
+    (tree / "tests" / "emulator").mkdir(parents=True)
+    for name in ("Makefile", *compiled):
+        program(tree / name, (ROOT / "Makefile").read_text())
+    stamps = list((tmp_path / "venv").glob(".*"))
+    for path in (*tree.rglob("*"), *stamps):
+        os.utime(path, (10**9, 10**9))
+
+    def compiles(target: str) -> bool:
+        return "--editable ." in make("--dry-run", f"--directory={tree}", target)
+
+    assert not compiles("test")
+    for name in compiled:
+        os.utime(tree / name)
+        assert compiles("test"), name
+        os.utime(tree / name, (10**9, 10**9))
+    os.utime(tree / compiled[0])
+    assert all(map(compiles, ("build", "bench", "demo", "gpu")))
+
+
 # Debian's python3 without python3-venv: it makes environments, but cannot put pip into them.
 WITHOUT_ENSUREPIP = f"""#!/bin/sh
 case "$*" in

@@ -385,7 +385,12 @@ def test_an_nvcc_that_cannot_compile_is_no_toolkit(toolkit):
     assert facts["cuda"] is False and not compiled
 
 
-def test_a_cuda_file_is_compiled_again_only_if_a_header_changed(toolkit, tmp_path, build_ext):
+def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
+    toolkit, tmp_path, build_ext, setup_py, monkeypatch
+):
+    names = setup_py["CudaToolkit"].__init__.__globals__
+    files = ["csrc/cuda/dropout.cu", "csrc/cuda/lora_grouped.cu"]
+    monkeypatch.setitem(names, "sources", lambda pattern: files)
     toolkit()
     command, extension = build_ext
     log = tmp_path / "log"
@@ -396,8 +401,12 @@ def test_a_cuda_file_is_compiled_again_only_if_a_header_changed(toolkit, tmp_pat
         return log.read_text().count(" -c csrc/cuda/")
 
     assert compiled_again() == 0
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert [compiled_again(), compiled_again()] == [2, 0]
+    monkeypatch.setitem(names, "NVCC_FLAGS", ["-O2"])
+    assert compiled_again() == 2
     os.utime(tmp_path / "header.h", (2**32, 2**32))
-    assert compiled_again() == len(list(Path(ROOT, "csrc/cuda").glob("*.cu")))
+    assert compiled_again() == 2
 
 
 @pytest.mark.parametrize("release", ["11.8", "12.0", "12.4", "12.5"])

@@ -5,6 +5,7 @@
     rules.py       a mutant for every synchronisation, condition and bound
     edits.py       mutants that are edits of the text
     faults/        the list of those edits
+    as_named.py    whether what is planted is what a fault says
     harmless.py    mutants that no test can see
     wrap.py        what they put around the text
     instrument.py  writes the instrumented copies that programs are compiled from

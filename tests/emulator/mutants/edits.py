@@ -105,7 +105,7 @@ def change_of(source: Source, fault: str, old: str, new: str) -> Change:
         # What both have in common belongs to different statements.
         start, end = at + len(old) - len(old.lstrip()), at + len(old.rstrip())
         edit = (start, end, new.strip())
-    node = value_around(source, start, end) if ";" not in edit[2] else None
+    node = value_around(source, *edit) if ";" not in edit[2] else None
     if node is not None:
         return Change(fault, [edit], node.start_byte, node.end_byte, is_value=True)
     return Change(fault, [edit], *statements_around(source, *edit), is_value=False)
@@ -132,8 +132,10 @@ def one_line(text: str) -> str:
     return " ".join(re.sub(r"//[^\n]*|^\s*#[^\n]*", "", text, flags=re.M).split())
 
 
-def value_around(source: Source, start: int, end: int) -> Node | None:
-    """The smallest expression that holds the span and can stand behind ?: with another."""
+def value_around(source: Source, start: int, end: int, new: str) -> Node | None:
+    """The smallest expression that holds the span, can stand behind ?: with another, and is one
+    with the new text, too: x in `a * x` is none of b * c, since a * b * c is (a * b) * c."""
+    edited = source.parsed(source.text[:start] + new + source.text[end:])
     node = source.tree.descendant_for_byte_range(start, max(start, end - 1))
     if node.start_byte > start or node.end_byte < end:
         node = source.tree.descendant_for_byte_range(start, end)
@@ -145,10 +147,17 @@ def value_around(source: Source, start: int, end: int) -> Node | None:
             and node.start_byte <= start
             and end <= node.end_byte
             and not is_constant(node)
+            and is_one(edited, node.start_byte, node.end_byte + len(new) - (end - start))
         ):
             return node
         node = node.parent
     return None
+
+
+def is_one(tree: Node, start: int, end: int) -> bool:
+    """Whether the text from start to end is a node, or a run of brackets around one."""
+    node = tree.named_descendant_for_byte_range(start, end)
+    return (node.start_byte, node.end_byte) == (start, end)
 
 
 def is_value(node: Node) -> bool:

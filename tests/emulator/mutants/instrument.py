@@ -7,7 +7,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from emulator.mutants import edits, rules
+from emulator.mutants import as_named, edits, rules
 from emulator.mutants.faults import FAULTS
 from emulator.mutants.harmless import HARMLESS
 from emulator.mutants.programs import COPIES, CSRC, PROGRAMS, ROOT, Mutant, mutants_of_faults
@@ -50,8 +50,11 @@ def write_copies() -> None:
         wraps = wraps_of(source)
         if not wraps:
             continue
+        copy = COPIES / source.path.relative_to(CSRC)
         text = copy_text(source, apply(source.text, wraps))
-        written.add(write(COPIES / source.path.relative_to(CSRC), text))
+        if not copy.exists() or copy.read_text() != text:
+            as_named.check(source, FAULTS)
+        written.add(write(copy, text))
     known = "".join(f"{number(name)},  // {name}\n" for name in names())
     written.add(write(COPIES / "known_mutants.inc", known))
     for copy in COPIES.rglob("*"):

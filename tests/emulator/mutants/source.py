@@ -34,8 +34,12 @@ class Source:
 
     @cached_property
     def tree(self) -> Node:
+        return self.parsed(self.text)
+
+    def parsed(self, text: str) -> Node:
+        """The tree of this text, or of another version of it."""
         # CUDA's words are no C++: blanks take their place, so that every offset stays.
-        plain = CUDA_WORDS.sub(lambda word: b" " * len(word[0]), self.text.encode())
+        plain = CUDA_WORDS.sub(lambda word: b" " * len(word[0]), text.encode())
         root = PARSER.parse(plain).root_node
         if root.has_error:
             lines = sorted(
