@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from collections import Counter
+from functools import cache
 
 from lora_ext import _C
 from lora_ext.kernels import CARDS as KNOWN
@@ -30,16 +31,22 @@ LAYERS = [
 ROWS = [1, 4, 8, 13, 16, 32, 64, 100, 256, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 65536]
 RANKS = [1, 4, 8, 16, 24, 32, 64, 128, 256, 300]
 PLANS = 3000  # of a card
-# By a part of its name: kernels that no plan says, or that plans take where they are measured.
+# By how its name begins: kernels that no plan says, or that plans take where they are measured.
 ELSEWHERE = {
     "dequantize": "launched for a quantised weight, whatever the plan",
     "lora_grouped_entries": "launched for a list of adapters, whatever the plan",
+}
+CANDIDATES = {
+    "lora_gemm 128x128": "what warmup times on Ampere; on Hopper for ranks above 256",
 }
 
 
 def reason(name: str) -> str:
     """Why a kernel is there that no plan takes; "" if nothing says so."""
-    return next((why for part, why in ELSEWHERE.items() if part in name), "")
+    known = {**ELSEWHERE, **CANDIDATES}
+    return next(
+        (why for part, why in known.items() if name == part or name.startswith(part + " ")), ""
+    )
 
 
 def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
@@ -52,7 +59,7 @@ def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
     named = _C.kernels_of(plan, problem, backward=backward, float16=False).name
     element = " element" if "element-wise" in named else ""
     if plan.tile == "decode" and plan.blocks:
-        batch = re.search(r"up to (\d+) rows", text)[1]
+        batch = _C.plan_numbers(plan)["batch"]
         return {f"lora_decode{' float' if problem.float_adapters else ''} {batch}"}
     masked = " masked" if problem.dropout else ""
     orientation = " MN-major" if backward else ""
@@ -66,19 +73,19 @@ def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
     if "lora_reduce\n" in text:
         found.add(f"{many}_reduce")
     if plan.blocks:
-        found.add(gemm_of(plan, many, factors + orientation + masked * backward, named, element))
+        found.add(gemm_of(plan, many, factors + orientation + masked * backward, named))
     if "lora_wgrad" in text:
         found.add(f"{many}_wgrad{factors}{masked}{element}")
         found.add(f"{many}_reduce_wgrad{factors}")
     return found
 
 
-def gemm_of(plan, many: str, variant: str, named: str, element: str) -> str:
+def gemm_of(plan, many: str, variant: str, named: str) -> str:
     """Of a plan that has one, whose kernel set is `named`."""
     first, *_, columns = plan.tile.split()
     tile = f"128x{columns}"
     if not plan.wgmma:
-        return f"{many}_gemm {tile}{'x3' if first == 'deep' else ''}{variant}{element}"
+        return f"{many}_gemm {tile}{'x3' if first == 'deep' else ''}{variant}"
     tail = re.search(r"tail (\d)", named)[1]
     pingpong = " pingpong" if first == "pingpong" else ""
     in_grid = "_in_grid" if plan.in_grid else ""
@@ -105,10 +112,32 @@ def census(card: _C.Card, count: int = PLANS) -> Counter:
     return found
 
 
+def launched(card: _C.Card) -> set[str]:
+    """All that the device's check runs on a card, which is all that a call can launch."""
+    found = set()
+    for groups, all_kernels in (
+        (0, _C.all_kernels(card, True)),
+        (3, _C.all_grouped_kernels(card)),
+    ):
+        for kernels in all_kernels:
+            problem, plan = kernels.small_case(card)
+            asked = {"choice": "hybrid" if plan.hybrid else "kernel", "tile": plan.tile}
+            back = kernels.backward
+            plan = _C.plan_as_asked(card, problem, backward=back, groups=groups, **asked)
+            found |= kernels_of(plan, problem, back, groups)
+    return found
+
+
 def untaken(names: set[str]) -> list[str]:
     """Of compiled kernels, those at no plan of any card, without a reason."""
-    taken = set().union(*map(census, CARDS.values()))
-    return sorted(name for name in names if untyped(name) not in taken and not reason(name))
+    at_some = taken()
+    return sorted(name for name in names if untyped(name) not in at_some and not reason(name))
+
+
+@cache
+def taken() -> set[str]:
+    """Kernels at some plan of some card."""
+    return set().union(*map(census, CARDS.values()))
 
 
 def untyped(name: str) -> str:
