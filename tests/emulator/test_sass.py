@@ -13,14 +13,10 @@ pytestmark = pytest.mark.kernels
 sys.path.insert(0, str(build.ROOT / "scripts"))
 import sass  # noqa: E402
 import sass_kernels  # noqa: E402
-import sass_main_loops  # noqa: E402
 import sass_paths  # noqa: E402
-import sass_steps  # noqa: E402
-
-KERNELS = {"sm_80": 64 + 114 + 6 + 16, "sm_90a": 64 + 114 + 6 + 16 + 72 + 36}
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=["sm_80", "sm_90a"])
 def examined(request):
     if cuda_headers.nvcc() is None:
         pytest.skip("no nvcc found: put a CUDA toolkit's nvcc on PATH or set CUDA_HOME")
@@ -30,8 +26,7 @@ def examined(request):
 def test_no_kernel_spills_or_lacks_its_instructions(examined):
     arch, kernels, wrong = examined
     assert wrong == []
-    assert len(kernels) == len({kernel.name for kernel in kernels}) == KERNELS[arch]
-    assert sass.sass_baseline.read()["kernels"][arch] == KERNELS[arch]
+    assert len(kernels) == len({kernel.name for kernel in kernels}) > 0
     rows = json.loads((sass.BUILD / f"{arch}.json").read_text())
     assert [row["name"] for row in rows] == [kernel.name for kernel in kernels]
     for row in rows:
@@ -45,34 +40,10 @@ def test_consumer_cards_hold_all_but_the_largest_tile(examined):
     assert all("128x256" in name for name in sm80) and sm80
 
 
-def test_main_loops_are_as_fast_as_recorded(examined):
-    arch, kernels, _ = examined
-    assert sass.compared(arch, kernels) == []
-    multiplying = [kernel for kernel in kernels if kernel.loops]
-    assert all(kernel.main_loops for kernel in multiplying) and multiplying
-    assert all(0 < loop.efficiency <= 1 for kernel in kernels for loop in kernel.main_loops)
-
-
-def test_main_loops_of_another_compiler_are_not_compared(monkeypatch, capsys):
-    slow = sass_main_loops.MainLoop("0-1", {}, 2, {"tensor": 1.0}, 100.0, 0.01, "latency", 0, 0)
-    baseline = sass.sass_baseline.read()
-    recorded, loops = baseline["nvcc"], baseline["sm_80"]["lora_gemm 128x64"]
-    kernel = sass_kernels.Kernel("lora_gemm 128x64 bf16", "sm_80", 128, 78848)
-    kernel.main_loops = kernel.consumer_loops = [slow] * len(loops)
-    monkeypatch.setattr(sass, "compiler", lambda: recorded)
-    lines = sass.compared("sm_80", [kernel])
-    # On an A100 and, as its code runs there, too, on an L40S.
-    assert len(lines) == 2 * len(loops) and capsys.readouterr().out == ""
-    assert all("0.010 of the tensor rate" in line for line in lines)
-    assert sum("on an L40S" in line for line in lines) == len(loops)
-    monkeypatch.setattr(sass, "compiler", lambda: "12.8.1")
-    assert sass.compared("sm_80", [kernel]) == []
-    assert f"nvcc {recorded}, this is 12.8.1: not compared" in capsys.readouterr().out
-
-
-def loop(main=True, membar=0, wide=None, local=0, divisions=0):
+def loop(main=True, membar=0, wide=None, local=0, divisions=0, instructions=500, waited=0):
     wide = membar if wide is None else wide
-    return sass_kernels.MultiplyingLoop("0770-0c80", main, membar, wide, local, divisions)
+    rest = (divisions, instructions, {"tensor": 64}, waited)
+    return sass_kernels.MultiplyingLoop("0770-0c80", main, membar, wide, local, *rest)
 
 
 LOOPS = {"loops": [loop(), loop(main=False)]}
@@ -101,6 +72,8 @@ def kernel(**changes):
         ({"loops": [loop(membar=1, wide=0)]}, "1 MEMBAR in the loop"),
         ({"loops": [loop(local=3)]}, "3 LDL and STL in the loop"),
         ({"loops": []}, "no loop multiplies"),
+        ({"loops": [loop(waited=8)]}, "8 plain loads before products at 0770-0c80"),
+        ({"loops": [loop(instructions=513)]}, "513 instructions for 64 products at 0770-0c80"),
     ],
 )
 def test_what_is_wrong_is_named(changes, words):
@@ -136,6 +109,23 @@ def test_what_is_wrong_with_wgmma_is_named(changes, words):
     assert sm90a_kernel().objections() == []
     [line] = sm90a_kernel(**changes).objections()
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("lora_grouped_gemm 128x64 bf16 float", True),
+        ("lora_decode bf16 float 8", True),
+        ("lora_wgrad bf16 masked element", True),
+        ("lora_shrink bf16 masked", False),
+        ("lora_gemm 128x64 bf16", False),
+    ],
+)
+def test_loads_that_a_block_waits_for_are_an_error_where_they_are_not_known(name, known):
+    found = kernel(loops=[loop(waited=8)])
+    found.name, found.step = name, 150
+    assert found.waited_loads == 8
+    assert any("plain loads" in line for line in found.objections()) != known
 
 
 @pytest.mark.parametrize(
@@ -195,9 +185,9 @@ STEP = """
 
 
 def test_a_step_is_the_way_round_past_the_copies_that_come_together():
-    addresses = sorted(each.address for each in sass_steps.step_of(STEP))
+    addresses = sorted(each.address for each in sass_paths.step_of(STEP))
     assert addresses == list(range(0x00, 0x90, 0x10))
-    assert sass_steps.step_of(STEP.replace("LDSM", "LDS")) == []
+    assert sass_paths.step_of(STEP.replace("LDSM", "LDS")) == []
 
 
 TILE = """
@@ -252,15 +242,13 @@ def test_launches_are_those_of_the_kernels():
         launch = launches[f"lora_decode_{batch}"]
         assert (launch.shared, launch.resident) == (int(shared), int(resident))
     assert all(launches[name].resident == 0 for name in launches if "decode" not in name)
-    assert launches["lora_gemm_sm90a_128x256"].stages == 4
 
 
 def test_the_command_line():
-    assert sass.options([]).arch == ["sm_80"] and not sass.options([]).record
-    assert sass.options(["sm_90a", "sm_80"]).arch == ["sm_90a", "sm_80"]
-    assert sass.options(["--record"]).arch == ["sm_80", "sm_90a"]
+    assert sass.architectures([]) == ["sm_80"]
+    assert sass.architectures(["sm_90a", "sm_80"]) == ["sm_90a", "sm_80"]
     with pytest.raises(SystemExit):
-        sass.options(["sm_70"])
+        sass.architectures(["sm_70"])
 
 
 def test_a_wait_between_wgmmas_divides_their_group():
