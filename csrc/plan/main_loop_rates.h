@@ -1,5 +1,5 @@
-// Written by `python scripts/sass.py --record` (scripts/sass_rates.py): what main loops
-// reach of the tensor rate, replayed from the machine code of nvcc 13.0.88 (docs/main_loops.md).
+// What main loops reach of the tensor rate: recorded in November 2026 by a replay of nvcc 13.0.88's
+// machine code that is no longer in the tree; see tag before-pruning.
 #pragma once
 
 namespace lora_ext::plan {
