@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernel/mask.h"
 
@@ -86,5 +87,15 @@ using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;  // 77 KiB: small o
 static_assert(2 * (LoraGemmTile128x128::kSharedBytes + 1024) <= 164 * 1024, "two on sm_80");
 static_assert(LoraGemmTile128x128Deep::kSharedBytes <= 99 * 1024, "what sm_86 gives to a block");
 static_assert(LoraGemmTile128x64::kSharedBytes <= 99 * 1024);
+
+// Whether a tile's kernels have code where this is compiled. An SM of compute capability 9.0 has
+// shared memory for two blocks, so that no plan takes the deep tile there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <class Tile>
+constexpr bool has_code = !std::is_same_v<Tile, LoraGemmTile128x128Deep>;
+#else
+template <class Tile>
+constexpr bool has_code = true;
+#endif
 
 }  // namespace lora_ext::kernel

@@ -226,7 +226,7 @@ struct LoraGemmSm80 {
 template <class T, class Tile, bool kMNMajor, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads)
     lora_gemm_sm80(const __grid_constant__ LoraGemmParams<T> p) {
-  LoraGemmSm80<T, Tile, kMNMajor, kMasked>{p}.run();
+  if constexpr (has_code<Tile>) LoraGemmSm80<T, Tile, kMNMajor, kMasked>{p}.run();
 }
 
 }  // namespace lora_ext::kernel
