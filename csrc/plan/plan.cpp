@@ -58,9 +58,9 @@ bool masked_t_pays(const Card& card, int64_t m) {
   return 5 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
 }
 
-// The tile that is asked for, if it can be had; else that whose waves are predicted to end first.
-// Where T can be made in the same grid it is, which saves two launches, unless there is not a tile
-// for every cluster: then all would wait for T.
+// The tile that is asked for, if it can be had; else that whose waves are predicted to end first,
+// of those on wgmma where they can be had. Where T can be made in the same grid it is, which saves
+// two launches, unless there is not a tile for every cluster: then all would wait for T.
 Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan, bool backward,
                  bool wgmma, const std::optional<Tile>& asked) {
   const int64_t depth = backward ? p.n : p.k;
@@ -78,7 +78,7 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
       continue;
     if (tile.tile == Tile::kDecode) continue;
     if (tile.tile == asked) return with_tile(card, tile, p.m, n, true);
-    if (tile.in_grid != in_grid) continue;
+    if (tile.wgmma != wgmma || tile.in_grid != in_grid) continue;
     const double time = tiles_flop(card, tile, p.m, n, depth, masked);
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }

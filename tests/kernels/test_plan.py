@@ -54,7 +54,7 @@ def test_every_plan_can_be_launched(
     if not aligned:
         assert {plan.tile for plan in every} == {"128 x 64"}
     for plan in every:
-        assert not plan.wgmma or (card == "H100" and aligned and rank <= 256)
+        assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
         assert ("without wgmma: " in str(plan)) == (card == "H100" and aligned and rank > 256)
         early = plan.wgmma and not plan.in_grid
         assert ("blocks, begins early" in str(plan)) == early
