@@ -17,7 +17,7 @@ CXX_FORMATTED := $(shell find csrc tests/cpu tests/emulator -name '*.cpp' -o -na
 
 .PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters demo demo-many gpu
-.PHONY: sass traffic sanitize docs wheel clean
+.PHONY: sass sanitize docs wheel clean
 
 build: $(VENV)/.built
 
@@ -120,9 +120,6 @@ test-kernels: $(VENV)/.kernel-oracles
 
 sass: $(VENV)/.kernel-oracles
 	$(PY) scripts/sass.py $(ARGS)
-
-traffic: $(VENV)/.extras
-	$(PY) -m benchmarks.traffic $(ARGS)
 
 test-gpu: $(VENV)/.extras
 	$(PY) -m pytest -m gpu $(ARGS)

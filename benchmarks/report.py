@@ -24,7 +24,6 @@ def _of_kind(document: Document) -> Any:
     from .finetune import finetune_report
     from .finetune_many import many_report
     from .gpu import gpu_report
-    from .traffic import traffic_report
     from .whole_models import models_report
 
     kinds = {
@@ -36,7 +35,6 @@ def _of_kind(document: Document) -> Any:
         "adapters": adapters_report,
         "finetune": finetune_report,
         "finetune_many": many_report,
-        "traffic": traffic_report,
     }
     return kinds[document["kind"]]
 

@@ -39,7 +39,6 @@ KINDS: dict[str, dict[str, type]] = {
     "adapters": {"cases": list},
     "finetune": _TRAINING,
     "finetune_many": _TRAINING,
-    "traffic": {"rows": list},
 }
 TIMES = ("timing", "graph", "forward", "updates")
 MEMORIES = ("memory", "forward_memory")

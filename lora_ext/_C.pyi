@@ -118,8 +118,10 @@ def plan_as_asked(
     choice: str,
     tile: str = "",
     early_launch: bool = True,
+    groups: int = 0,
 ) -> Plan:
-    """The plan for a route and a tile, or the planner's own where the tile cannot be had."""
+    """The plan for a route and a tile, or the planner's own where the tile cannot be had; with
+    groups, for as many adapters and an index."""
 
 class Sustained:
     """What a card is taken to keep up (csrc/plan/plan_prediction.h)."""

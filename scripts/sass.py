@@ -3,13 +3,10 @@
 Compiles the kernels of csrc/cuda/ for one architecture and writes build/sass/ARCH.json: registers,
 shared memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with.
 Prints the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py
-finds the loops, sass_main_loops.py replays those that multiply, sass_baseline.py says which of them
-are slower than recorded, sass_steps.py the way round a loop of lora_decode, sass_paths.py what a
-tile takes of a kernel without loops, sass_kernels.py what is wrong with a kernel.
+finds the loops, sass_paths.py a warp's way through kernels without loops and round the loop of
+lora_decode, sass_kernels.py what is wrong with a kernel, census.py which no plan takes.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
-    python scripts/sass.py --record                    both, and records their main loops, also for
-                                                       the planner (sass_rates.py)
 
 nvdisasm comes with CUDA's toolkit or from PyPI (nvidia-cuda-nvdisasm).
 """
@@ -23,29 +20,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import sass_baseline
-import sass_rates
-from sass_kernels import OPCODES_SM90A, Kernel, kernels_of
-from sass_residence import SHARED, SHARED_OF_CONSUMER_CARDS, Launch
+import census
+from sass_kernels import (
+    COUNTED,
+    OPCODES_SM90A,
+    SHARED,
+    SHARED_OF_CONSUMER_CARDS,
+    Kernel,
+    Launch,
+    kernels_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from emulator import cuda_headers  # noqa: E402
 
 BUILD = ROOT / "build" / "sass"
-# Columns of the table of main loops: instructions of a step, and cycles that a resource needs.
-COUNTED = (
-    "tensor",
-    "shared",
-    "copies",
-    "integer",
-    "address",
-    "uniform",
-    "float",
-    "branch",
-    "barrier",
-)
-NEEDS = ("tensor", "issue", "shared", "L2", "integer")
 SOURCES = (
     *(
         f"lora_{kernels}_{half}"
@@ -75,23 +65,21 @@ template <class Tile>
 void print(const char* name, unsigned shared) {
   int resident = 0;
   if constexpr (requires { Tile::kResident; }) resident = Tile::kResident;
-  std::printf("%s %u %d 0 %d\\n", name, shared, Tile::kThreads, resident);
+  std::printf("%s %u %d %d\\n", name, shared, Tile::kThreads, resident);
 }
 template <class Tile>
 void print_sm90a(const char* name) {
   const auto line = [&](const char* kernel, unsigned shared) {
-    std::printf("%s_sm90a_%s %u %d %d 0\\n", kernel, name, shared, Tile::kThreads, Tile::kStages);
+    std::printf("%s_sm90a_%s %u %d 0\\n", kernel, name, shared, Tile::kThreads);
   };
   line("lora_gemm", Tile::kSharedBytes);
   line("lora_gemm_in_grid", JobTile<Tile>::kSharedBytes);
 }
 int main() {
-  print<LoraGemmTile128x256>("lora_gemm_128x256", LoraGemmTile128x256::kSharedBytes);
   print<LoraGemmTile128x128>("lora_gemm_128x128", LoraGemmTile128x128::kSharedBytes);
   print<LoraGemmTile128x128Deep>("lora_gemm_128x128x3", LoraGemmTile128x128Deep::kSharedBytes);
   print<LoraGemmTile128x64>("lora_gemm_128x64", LoraGemmTile128x64::kSharedBytes);
   print_sm90a<LoraGemmSm90aTile128x256>("128x256");
-  print_sm90a<LoraGemmSm90aTile128x128>("128x128");
   print_sm90a<LoraGemmSm90aTile128x192Pingpong>("128x192");
   print<LoraShrinkTile>("lora_shrink", LoraShrinkTile::kSlabs);
   print<LoraWgradTile>("lora_wgrad", LoraWgradTile::kSharedBytes);
@@ -149,7 +137,7 @@ def examine(arch: str) -> tuple[list[Kernel], list[str]]:
         compiled = list(pool.map(lambda source: compile_source(source, arch), SOURCES_OF[arch]))
     kernels, wrong = [], []
     for report, cubin in compiled:
-        command = [disassembler, "-c", "-hex", str(cubin)]
+        command = [disassembler, "-c", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"nvdisasm failed on {cubin}:\n{done.stderr}")
@@ -157,6 +145,8 @@ def examine(arch: str) -> tuple[list[Kernel], list[str]]:
         # C7504 to C7519: notes to ptxas, but a kernel three times slower.
         wrong += [line.strip() for line in report.splitlines() if re.search(r"C75\d\d", line)]
     wrong += [line for kernel in kernels for line in kernel.objections()]
+    at_no_plan = census.untaken({kernel.name for kernel in kernels})
+    wrong += [f"{name} on {arch}: no plan takes it (scripts/census.py)" for name in at_no_plan]
     (BUILD / f"{arch}.json").write_text(
         json.dumps([row(kernel) for kernel in kernels], indent=1) + "\n"
     )
@@ -193,66 +183,37 @@ def table_of_tiles(kernels: list[Kernel]) -> str:
 
 
 def table_of_loops(kernels: list[Kernel]) -> str:
-    """In bfloat16, and those of other dtypes that differ from it."""
-    columns = ["kernel", "loop", "warps an SMSP", *COUNTED, *NEEDS]
-    columns += ["cycles", "of the tensor rate", "bound by", "products ahead", "copies among"]
+    """Instructions of main loops, rare ways among them; in bfloat16, and where others differ."""
+    columns = ["kernel", "loop", "instructions", *COUNTED]
     lines, seen = [columns, ["---"] * len(columns)], set()
     for kernel in sorted(kernels, key=lambda each: each.name):
-        for loop in kernel.main_loops:
-            cells = [loop.warps, *(loop.instructions.get(name, 0) for name in COUNTED)]
-            cells += [f"{loop.needs[name]:.0f}" for name in NEEDS]
-            cells += [f"{loop.cycles:.0f}", f"{loop.efficiency:.3f}", loop.bound]
-            cells += [loop.products_ahead, loop.copies_among]
-            alike = sass_baseline.family_of(kernel.name), *cells
-            if alike not in seen:
+        for loop in kernel.loops:
+            cells = [loop.instructions, *loop.counted.values()]
+            alike = re.sub(r" (bf16|fp16)\b", "", kernel.name), *cells
+            if loop.main and alike not in seen:
                 lines.append([kernel.name, loop.place, *cells])
-            seen.add(alike)
+                seen.add(alike)
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def compiler() -> str:
-    """nvcc's version, "13.0.88"."""
-    said = subprocess.run([nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"\bV([\d.]+)", said)
-    return found[1] if found else "unknown"
-
-
-def compared(arch: str, kernels: list[Kernel]) -> list[str]:
-    """Main loops that are slower than recorded; none, with a line printed, for another nvcc."""
-    before, now = sass_baseline.read(), compiler()
-    if before["nvcc"] != now:
-        print(f"main loops were recorded with nvcc {before['nvcc']}, this is {now}: not compared")
-        return []
-    wrong = sass_baseline.compared(kernels, before[arch])
-    if arch == "sm_80":
-        section = before[sass_baseline.ON_CONSUMER_CARDS]
-        wrong += sass_baseline.compared(kernels, section, consumer=True)
-    return wrong
-
-
-def options(arguments: list[str]) -> argparse.Namespace:
-    """The architectures that the command line names, and whether to record."""
+def architectures(arguments: list[str]) -> list[str]:
+    """Those that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # Not by `choices`: before Python 3.12, no argument at all is none of them.
     parser.add_argument("arch", nargs="*", help="default: sm_80")
-    parser.add_argument("--record", action="store_true", help="the main loops of both")
-    found = parser.parse_args(arguments)
-    for arch in found.arch:
+    found = parser.parse_args(arguments).arch
+    for arch in found:
         if arch not in SOURCES_OF:
             parser.error(f"expected one of {', '.join(SOURCES_OF)}, but got {arch}")
-    found.arch = list(SOURCES_OF) if found.record else found.arch or ["sm_80"]
-    return found
+    return found or ["sm_80"]
 
 
 def main() -> int:
-    failed, asked, recorded = False, options(sys.argv[1:]), {}
-    for arch in asked.arch:
+    failed = False
+    for arch in architectures(sys.argv[1:]):
         examined, problems = examine(arch)
-        recorded[arch] = examined
-        if not asked.record:
-            problems += compared(arch, examined) + sass_baseline.stale()
         print(f"{arch}: {len(examined)} kernels\n")
         on_wgmma = [kernel for kernel in examined if kernel.is_sm90a]
         others = [kernel for kernel in examined if not kernel.is_sm90a]
@@ -266,14 +227,13 @@ def main() -> int:
         print(table_of_loops(examined), "\n")
         dividing = [kernel.divisions for kernel in examined if kernel.divisions]
         print(f"{sum(dividing)} divisions in main loops, of {len(dividing)} kernels")
+        waiting = [f"{each.name} ({each.waited_loads})" for each in examined if each.waited_loads]
+        print(f"plain loads between a barrier and the next product: {', '.join(waiting) or 'none'}")
         print(
             "\n".join(problems)
             or "no spill, no local memory, no serialised product, no memory barrier in a main loop"
         )
         failed |= bool(problems)
-    if asked.record:
-        sass_baseline.record(compiler(), recorded)
-        sass_rates.HEADER.write_text(sass_rates.header(sass_baseline.read()))
     return failed
 
 

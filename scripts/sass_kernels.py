@@ -3,21 +3,53 @@
 import re
 import subprocess
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import sass_loops
 import sass_paths
-import sass_steps
-from sass_main_loops import MainLoop, main_loops_of
-from sass_pipes import CARD_OF, CARDS
-from sass_residence import SHARED, SHARED_OF_CONSUMER_CARDS, Launch, blocks_of, residence_of
 
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
+
+# What is counted of a main loop, beside all of its instructions.
+COUNTED = {
+    "tensor": ("HMMA", "HGMMA"),
+    "shared": ("LDSM", "LDS", "STS", "STSM"),
+    "copies": ("LDGSTS", "UTMALDG"),
+    "loads": ("LD", "LDG"),
+    "stores": ("ST", "STG"),
+    "integer": ("IMAD", "IADD3", "LEA", "LOP3", "SHF", "ISETP", "SEL", "PRMT", "VIADD", "MOV"),
+    "barrier": ("BAR", "SYNCS", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "WARPSYNC"),
+}
+
+# Kernels, by the beginning of their names or a word in them, whose main loops are known to have a
+# block wait for plain loads, and why.
+KNOWN_TO_WAIT = {
+    r"lora_grouped_(gemm|shrink|wgrad) ": "factors come by element; a tile's adapters and rows",
+    r"lora_decode ": "factors that are float, or at odd addresses, come element by element",
+    r".* element$": "operands at odd addresses, whose elements no asynchronous copy takes",
+}
+# An A100's tensor core takes 8 cycles for 16 x 8 x 16, in which its SMSP issues 8 instructions.
+MOST_INSTRUCTIONS_A_PRODUCT = 8
 
 # A value that is dequantised to a half moves 2.5 or 3 bytes: at 10 instructions an H100 would issue
 # those of 3.0e12 values a second, twice what its DRAM moves, and other cards have less of it.
 MOST_INSTRUCTIONS_A_VALUE = 10
 _STEP_BYTES = 16 * 64 * 2  # 16 rows of W, 64 along k
+
+# Shared memory of an SM and of a block at most, in bytes, for compiled code's smallest card.
+SHARED = {"sm_80": (167936, 166912), "sm_90a": (233472, 232448)}
+SHARED_OF_CONSUMER_CARDS = (102400, 101376)  # compute capability 8.6 and 8.9, which run sm_80 code
+REGISTERS_PER_SM, THREADS_PER_SM = 65536, 2048
+RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
+
+
+class Launch(NamedTuple):
+    """How an instance is launched, as csrc/kernel/ has it."""
+
+    shared: int  # bytes of dynamic shared memory
+    threads: int
+    resident: int = 0  # blocks that the plan gives to an SM at most; 0: as many as fit
 
 
 @dataclass(frozen=True)
@@ -30,6 +62,9 @@ class MultiplyingLoop:
     wide_membar: int  # not of a block alone
     local: int  # LDL and STL
     divisions: int
+    instructions: int = 0
+    counted: dict[str, int] = field(default_factory=dict)  # of them, by COUNTED
+    waited_loads: int = 0  # plain loads between a barrier and the first product behind it
 
 
 @dataclass
@@ -46,8 +81,6 @@ class Kernel:
     opcodes: dict[str, int] = field(default_factory=dict)
     groups: list[int] = field(default_factory=list)  # wgmmas of each step that waits once
     loops: list[MultiplyingLoop] = field(default_factory=list)
-    main_loops: list[MainLoop] = field(default_factory=list)  # on an A100 or H100
-    consumer_loops: list[MainLoop] = field(default_factory=list)  # on an L40S
     # Of a kernel that dequantises: what a lane writes of a tile, by how many instructions and
     # stores.
     values: int = 0
@@ -58,8 +91,11 @@ class Kernel:
 
     def blocks(self, shared_per_sm: int, shared_per_block: int) -> int:
         """Blocks that an SM holds at a time; 0 if one does not fit."""
-        launch = Launch(self.shared_bytes, self.threads)
-        return blocks_of(launch, self.registers, shared_per_sm, shared_per_block)
+        if self.shared_bytes > shared_per_block:
+            return 0
+        of_a_block = -(-self.registers * 32 // 256) * 256 * (self.threads // 32)
+        by_shared = shared_per_sm // (self.shared_bytes + RESERVED_PER_BLOCK)
+        return min(REGISTERS_PER_SM // of_a_block, by_shared, THREADS_PER_SM // self.threads)
 
     @property
     def is_sm90a(self) -> bool:
@@ -96,6 +132,13 @@ class Kernel:
                 found.append(f"{barriers} MEMBAR in the loop at {loop.place}")
             if loop.local:
                 found.append(f"{loop.local} LDL and STL in the loop at {loop.place}")
+            if loop.waited_loads and not any(re.match(each, self.name) for each in KNOWN_TO_WAIT):
+                found.append(f"{loop.waited_loads} plain loads before products at {loop.place}")
+            products = loop.counted.get("tensor", 0)
+            most = MOST_INSTRUCTIONS_A_PRODUCT * products
+            if self.name.startswith("lora_gemm ") and loop.main and loop.instructions > most:
+                each = f"{loop.instructions} instructions for {products} products"
+                found.append(f"{each} at {loop.place}")
         multiplies = self.opcodes["HMMA"] or self.opcodes.get("HGMMA")
         return found if self.loops or not multiplies else ["no loop multiplies"]
 
@@ -103,6 +146,11 @@ class Kernel:
     def divisions(self) -> int:
         """In its main loops."""
         return sum(loop.divisions for loop in self.loops if loop.main)
+
+    @property
+    def waited_loads(self) -> int:
+        """In its main loops."""
+        return sum(loop.waited_loads for loop in self.loops)
 
     @property
     def instructions_a_value(self) -> float:
@@ -124,7 +172,7 @@ class Kernel:
         if self.step == 0:
             return ["no loop copies and multiplies"]
         bytes_each = _STEP_BYTES / self.step
-        enough = bytes_each >= sass_steps.LEAST_BYTES
+        enough = bytes_each >= sass_paths.LEAST_BYTES
         return [] if enough else [f"{self.step} instructions a step, {bytes_each:.1f} bytes each"]
 
     def objections(self) -> list[str]:
@@ -230,6 +278,9 @@ def multiplying_loops(text: str) -> list[MultiplyingLoop]:
             sum(each.opcode == "MEMBAR" and ".CTA" not in each.suffix for each in loop.body),
             loop.count(*sass_loops.LOCAL),
             loop.divisions,
+            len(loop.body),
+            {name: loop.count(*opcodes) for name, opcodes in COUNTED.items()},
+            len(sass_loops.waited_loads(text, loop)) if loop in main else 0,
         )
         for loop in loops
         if loop.multiplies
@@ -263,6 +314,8 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict[str, Launch
         launch = launch_of(name, known)
         instructions = INSTRUCTION.findall(bodies[mangled])
         used = [opcode for opcode, _ in instructions]
+        if arch == "sm_90a" and "128x128x3" in name and "HMMA" not in used:
+            continue  # no plan takes it there, and it has no code (csrc/kernel/lora_gemm.h)
         wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
         counts = {opcode: used.count(opcode) for opcode in wanted}
         if "MULTICAST" in counts:
@@ -283,13 +336,8 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict[str, Launch
             values=values_of_a_lane(name),
             tile=len(tile),
             wide_stores=sum(map(sass_paths.is_wide_store, tile)),
-            step=len(sass_steps.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
+            step=len(sass_paths.step_of(bodies[mangled])) if name.startswith("lora_decode") else 0,
             lane_loops=lane_loops,
         )
-        residence = residence_of(name, launch, kernel.blocks(*SHARED[arch]))
-        kernel.main_loops = main_loops_of(bodies[mangled], CARDS[CARD_OF[arch]], residence)
-        consumer = residence_of(name, launch, kernel.blocks(*SHARED_OF_CONSUMER_CARDS))
-        if arch == "sm_80" and consumer.blocks and name.startswith(("lora_gemm ", "lora_decode ")):
-            kernel.consumer_loops = main_loops_of(bodies[mangled], CARDS["L40S"], consumer)
         kernels.append(kernel)
     return kernels

@@ -9,13 +9,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sass_control import PLAIN, Control, control_of
-
 LINE = re.compile(
     r"^(?P<label>[.$\w]+):\s*$"
     r"|^\s+/\*(?P<address>[0-9a-f]+)\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
-    r"(?P<opcode>[A-Z0-9]+)(?P<suffix>[.\w]*)(?P<operands>[^;\n]*)"
-    r"(?:;[ ]*/\* 0x[0-9a-f]{16} \*/\n[ ]*/\* 0x(?P<upper>[0-9a-f]{16}) \*/)?",
+    r"(?P<opcode>[A-Z0-9]+)(?P<suffix>[.\w]*)(?P<operands>[^;\n]*)",
     re.MULTILINE,
 )
 # A call of a label, not of a function, comes back to nobody: so ptxas leaves loops on sm_80.
@@ -23,6 +20,8 @@ JUMPS = {"BRA", "BRX", "JMP", "JMX", "WARPSYNC", "CALL"}
 ENDS = {"EXIT", "RET"}
 MATRIX = {"HMMA", "HGMMA"}
 LOCAL = {"LDL", "STL"}
+BARRIERS = {"BAR", "SYNCS"}  # __syncthreads and its like, and mbarriers
+PLAIN_LOADS = {"LD", "LDG"}  # which a warp waits for, unlike LDGSTS
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,6 @@ class Instruction:
     suffix: str  # ".64x256x16.F32.BF16"
     operands: str
     conditional: bool  # under a predicate, or with one among the operands of a jump
-    control: Control = PLAIN  # as nvdisasm -hex shows it
-    never: bool = False  # "@!PT LDS RZ, [RZ]", which ptxas puts in to wait
 
     @property
     def targets(self) -> list[str]:
@@ -90,17 +87,9 @@ def instructions_of(text: str) -> tuple[list[Instruction], dict[str, int]]:
         conditional = line["predicate"] is not None or (
             line["opcode"] in JUMPS and not operands.lstrip().startswith(("`", "R"))
         )
-        upper = line["upper"]
+        address = int(line["address"], 16)
         instructions.append(
-            Instruction(
-                int(line["address"], 16),
-                line["opcode"],
-                line["suffix"],
-                operands,
-                conditional,
-                control_of(int(upper, 16)) if upper else PLAIN,
-                (line["predicate"] or "").strip() == "@!PT",
-            )
+            Instruction(address, line["opcode"], line["suffix"], operands, conditional)
         )
     return instructions, labels
 
@@ -201,3 +190,22 @@ def main_loops(loops: list[Loop]) -> Iterator[Loop]:
     for loop in multiplying:
         if not any(other.within(loop) for other in multiplying):
             yield loop
+
+
+def waited_loads(text: str, loop: Loop) -> list[Instruction]:
+    """Plain loads of a loop behind a barrier and before the next product, on whatever way.
+
+    All warps of a block stand at the barrier, so no other warp multiplies while they arrive.
+    """
+    instructions, labels = instructions_of(text)
+    successors = successors_of(instructions, labels)
+    inside = {each.address for each in loop.body}
+    waiting = [at for at, each in enumerate(instructions) if each.opcode in BARRIERS]
+    seen: set[int] = set()
+    while waiting:
+        at = waiting.pop()
+        each = instructions[at]
+        if at not in seen and each.address in inside and each.opcode not in MATRIX:
+            seen.add(at)
+            waiting += successors[at]
+    return [instructions[at] for at in sorted(seen) if instructions[at].opcode in PLAIN_LOADS]

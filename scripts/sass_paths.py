@@ -1,13 +1,18 @@
-"""The shortest way through a kernel that passes its 16-byte stores: what a tile of it takes.
+"""What a warp executes of a kernel where nothing is rare: shortest ways through its instructions.
 
-Of a kernel without a main loop, that is what a warp executes where nothing is left over.
+Of a kernel that dequantises the way past its 16-byte stores, which is what a tile takes; of
+lora_decode the way round its main loop, which is a step.
 """
 
 from collections import deque
 
+import sass_loops
 from sass_loops import Instruction, instructions_of, successors_of
 
-LOADS, STORES = "LDG", "STG"
+STORES, MATRIX_LOAD, COPY = "STG", "LDSM", "LDGSTS"
+# Bytes of W that a warp instruction must be worth: an H100 issues four a clock on each SM, and its
+# DRAM brings 13 bytes meanwhile. At most half of the slots leaves room for waits.
+LEAST_BYTES = 2 * 13 / 4
 
 
 def is_wide_store(instruction: Instruction) -> bool:
@@ -33,7 +38,7 @@ def shortest(successors: list[list[int]], start: int, ends: set[int]) -> list[in
 
 
 def tile_of(text: str) -> list[Instruction]:
-    """The instructions of that way, in their order; [] without one."""
+    """The instructions of the way past the stores, in their order; [] without one."""
     instructions, labels = instructions_of(text)
     successors = successors_of(instructions, labels)
     for at, each in enumerate(instructions):
@@ -44,3 +49,32 @@ def tile_of(text: str) -> list[Instruction]:
     first = shortest(successors, 0, stores)
     rest = shortest(successors, first[-1], exits) if first else []
     return [instructions[at] for at in (*first, *rest[1:])] if rest else []
+
+
+def step_of(text: str) -> list[Instruction]:
+    """The way round the main loop, in its order; [] of a kernel without one that copies.
+
+    From the first ldmatrix through the copies of the next steps back to it, without what happens
+    where a tile begins or ends. Copies that a step has several of are those of its larger operand;
+    what brings an operand one by one is not on this way.
+    """
+    instructions, labels = instructions_of(text)
+    place = {each.address: at for at, each in enumerate(instructions)}
+    main = [
+        loop
+        for loop in sass_loops.main_loops(sass_loops.loops_of(text))
+        if loop.count(MATRIX_LOAD) and loop.count(COPY)
+    ]
+    if len(main) != 1:
+        return []
+    body = {place[each.address] for each in main[0].body}
+    successors = [
+        [each for each in after if each in body] if at in body else []
+        for at, after in enumerate(successors_of(instructions, labels))
+    ]
+    first = min(at for at in body if instructions[at].opcode == MATRIX_LOAD)
+    copies = {at for at in body if instructions[at].opcode == COPY}
+    together = {at for at in copies if sum(at < other < at + 24 for other in copies) >= 2}
+    out = shortest(successors, first, together)
+    back = shortest(successors, out[-1], {first}) if out else []
+    return [instructions[at] for at in (*out, *back[1:-1])] if back else []

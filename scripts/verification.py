@@ -6,10 +6,8 @@ From the result files under benchmarks/results/, docs/emulation.md and the golde
 the page cannot say what no file shows. --check only compares: exit status 1 if it is stale.
 """
 
-import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,19 +18,19 @@ from benchmarks.gpu import gpu_targets  # noqa: E402
 from benchmarks.markdown import quotient  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-PUBLISHED_LOOPS = Path(__file__).with_name("published_loops.json")
-RECORDED_LOOPS = Path(__file__).with_name("sass_baseline.json")
 PAGE = ROOT / "docs" / "verification.md"
 GOLDEN = ROOT / "tests" / "emulator" / "conformance" / "golden"
 
 HEAD = """# What is claimed, and how it is known
 
-Written by `python scripts/verification.py` from the result files; a test compares. Four words:
+Written by `python scripts/verification.py` from the result files; a test compares. Three words:
 
 - **measured**: timed or counted on the named machine, on the named day, with the command beside it;
 - **emulator-verified**: kernels run by the execution layer on a CPU ([emulation.md](emulation.md));
-- **compiled**: seen in what nvcc and ptxas made of the source;
-- **predicted**: worked out from rates and sizes, by `benchmarks/cost_model/` or the traffic model.
+- **compiled**: seen in what nvcc and ptxas made of the source.
+
+What the planner predicts of a card ([kernels.md](kernels.md#planner)) is no claim:
+`make gpu` puts it beside what it measures.
 """
 
 
@@ -124,82 +122,24 @@ def many_on_a_gpu() -> list[list[str]]:
 
 
 def kernels() -> str:
-    emulation = (ROOT / "docs" / "emulation.md").read_text()
-    mutants = re.search(r"\d+ of \d+ mutants are caught, \d+ are harmless", emulation)[0]
     vectors = sorted(path.name for path in GOLDEN.iterdir() if path.suffix == ".json")
     cards = ", ".join(vectors) if vectors else "none: no GPU has run them"
-    traffic = read("l2-model-a100", "traffic")["rows"]
-    within = sum(row["variant"] == "ours" and row["over"] <= 0.01 for row in traffic)
-    ours = sum(row["variant"] == "ours" for row in traffic)
-    loops = json.loads(PUBLISHED_LOOPS.read_text())
-    compiled = json.loads(RECORDED_LOOPS.read_text())["kernels"]
-    replayed = f"{sum('outside' not in loop for loop in loops)} of {len(loops)}"
     listed = [
         ["forward, backward and gradients equal float64 within bounds, integers exactly",
          "emulator-verified", "`make test-kernels`"],
-        [mutants, "emulator-verified", "[how](emulation.md#who-catches-what)"],
+        ["every mutant of the kernels is caught, but those that change no result",
+         "emulator-verified", "[how](emulation.md#who-catches-what)"],
         ["the op's own tests pass on the kernels: two routes for 8.0, and Hopper's",
          "emulator-verified", "`tests/emulator/test_package.py`"],
         ["CUDA calls of `csrc/cuda/` are what the plan says and CUDA allows; failing ones are seen",
          "emulator-verified", "`tests/emulator/test_cuda_runtime.py`"],
-        ["no spill, local memory, serialised product, or barrier in a main loop: "
-         f"{compiled['sm_80']} instances for sm_80, {compiled['sm_90a']} for sm_90a",
-         "compiled", "`make sass`"],
-        [f"main loops take what was recorded; their replay is within 7 % of {replayed} published"
-         " kernels of others",
-         "predicted", "`make sass`, [main loops](main_loops.md)"],
-        [f"requests within one pass, the adapters and 1 % in {within} of {ours} cases", "predicted",
-         "`make traffic`, [kernels.md](kernels.md)"],
-        ["a forward of 1 to 8 rows takes at most 1.15 x what reading W does at 4096 x 4096, "
-         "1.10 at 8192 x 8192, of 64 rows 1.25", "predicted", "[decode.md](decode.md)"],
-        ["the planner's route is within 10 % of the fastest of three on six cards", "predicted",
-         "`tests/bench/test_cost_model.py`"],
+        ["no spill, local memory, serialised product, or barrier in a main loop, for sm_80 and"
+         " sm_90a", "compiled", "`make sass`"],
         [f"golden vectors of the PTX functions: {cards}", "not shown", "`make gpu`"],
         ["any time on a GPU", "not shown", "`make gpu`"],
         *many_on_a_gpu(),
     ]  # fmt: skip
     return "## CUDA kernels\n\n" + table(["claim", "how it is known", "by"], listed)
-
-
-def predicted(card: str) -> str:
-    """What benchmarks/cost_model/ says of a card, for the projections of `make gpu`."""
-    from benchmarks import cost_model
-    from benchmarks.gpu.cells import PROJECTIONS, ROWS
-    from benchmarks.shapes import DROPOUT, FORWARD, STEP, Cell
-
-    machine = cost_model.MACHINES[card]
-
-    def over(cell, variant):
-        floor = "merged" if cell.mode == FORWARD else "frozen"
-        found = [cost_model.predicted_us(machine, cell, each) for each in (variant, floor)]
-        return f"{found[0] / found[1]:.3f}"
-
-    rows = []
-    for name, (k, n, _) in PROJECTIONS.items():
-        forward = Cell(FORWARD, "bfloat16", ROWS, k, n, rank=16, bias=False)
-        dropped = replace(forward, dropout_p=DROPOUT)
-        step = replace(dropped, mode=STEP)
-        cells = [(forward, "ours_kernel"), (dropped, "ours_kernel"), (forward, "ours_fp32_kernel")]
-        cells += [(forward, "ours"), (step, "ours_kernel"), (step, "ours"), (step, "peft_default")]
-        rows.append([name, f"{k} x {n}", *(over(*each) for each in cells)])
-    header = ["layer", "in x out", "forward", "forward: dropout", "forward: float32 adapters"]
-    header += ["forward: auto", "step", "step: auto", "step: PEFT default"]
-    return f"### {card}\n\n{table(header, rows)}"
-
-
-def predictions() -> str:
-    from benchmarks.gpu.cells import ROWS
-
-    intro = (
-        f"Predicted (`benchmarks/cost_model/`) for M = {ROWS}, r = 16, bfloat16: time of all"
-        " launches of a call, shrink, reduce, gradients and the gaps between them included, over"
-        " that of merged (forward) or frozen (step, dropout 0.05). The kernel route, except for the"
-        " columns auto, which is what the planner takes until a card has been measured: our base"
-        " product where it is predicted to win by more than 10 %. On an H100 forward without"
-        " dropout makes S in the same grid."
-    )
-    cards = "\n\n".join(predicted(card) for card in ("A100", "L40S", "H100"))
-    return f"## GPUs, predicted\n\n{intro}\n\n{cards}"
 
 
 def peft() -> str:
@@ -241,7 +181,6 @@ def page() -> str:
     sections = [
         HEAD.strip(),
         kernels(),
-        predictions(),
         *gpus(),
         cpu_targets(),
         models(),

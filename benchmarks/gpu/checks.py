@@ -81,7 +81,7 @@ def many(run: Run, seconds: float) -> Result:
 def tests(run: Run, seconds: float) -> Result:
     """All other tests marked gpu."""
     if run.device != "cuda":
-        return _suite(run, "tests", seconds, "tests/bench/test_cost_model.py")
+        return _suite(run, "tests", seconds, "tests/kernels/test_decode_shares.py")
     return _suite(run, "tests", seconds, "-m", "gpu", "tests", f"--ignore={_MANY}")
 
 

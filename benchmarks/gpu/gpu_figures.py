@@ -77,7 +77,7 @@ def _predictions(document: Document) -> Figure | None:
     axes.fill_between(
         ends, [e / 1.25 for e in ends], [e * 1.25 for e in ends], color="#dddddd", zorder=0
     )
-    _logarithmic(axes, "predicted, us (benchmarks/cost_model/)", "measured, us")
+    _logarithmic(axes, "predicted by the planner, us", "measured, us")
     shared.finish(axes, title_of(document, "predicted and measured; grey: within 25 %"))
     return figure
 

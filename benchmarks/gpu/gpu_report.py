@@ -68,7 +68,7 @@ def many(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def predictions(entries: Sequence[dict[str, Any]]) -> str:
-    """The model's times beside the measured ones, the worst first."""
+    """The planner's times beside the measured ones, the worst first."""
 
     def off(entry: dict[str, Any]) -> float:
         return entry["measured_us"] / entry["predicted_us"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .. import cost_model, runner
+from .. import runner
 from ..shapes import BACKWARD, FORWARD, Cell
-from . import cases, cells, children
+from . import cases, cells, children, predicted
 from .measuring import CASES, CELLS, measured
 from .run import Run
 from .stages import Result, missing, result_of
@@ -32,7 +32,7 @@ def ceilings(run: Run, seconds: float) -> Result:
 
 
 def _cells(run: Run, chosen: list[Cell], seconds: float) -> Result:
-    """Times beside what the model predicts."""
+    """Times beside what the planner predicts."""
     if run.device == "cpu":
         chosen = cells.on_cpu(chosen)
     if run.quick:
@@ -73,29 +73,24 @@ def predict(run: Run) -> None:
     a call.
     """
     document = run.document
-    machine = cost_model.machine_named(document["machine"]["gpu"] or "")
+    card = predicted.card_named(document["machine"]["gpu"] or "")
     document["predictions"] = []
-    if machine is None:
+    if card is None:
         return
-    found = run.stages.get("ceilings", {})
-    if found.get("status") == "done":
-        machine = cost_model.calibrated(machine, found["tflops"], found["dram_gb_s"])
     for result in document["cells"]:
         cell = runner.cell_of(result)
         for variant, timing in (result.get("timing", {}) | result.get("graph", {})).items():
-            predicted = cost_model.predicted_us(machine, cell, variant)
-            if predicted is None:
-                continue
-            launches = cost_model.launches_of(machine, cell, variant)
-            document["predictions"].append(
-                {
-                    "cell": cell.id,
-                    "variant": variant,
-                    "predicted_us": predicted,
-                    "measured_us": 1e3 * timing["ms"],
-                    "longest": cost_model.limiting(launches, machine),
-                }
-            )
+            launches = predicted.launches_of(card, cell, variant)
+            if launches:
+                document["predictions"].append(
+                    {
+                        "cell": cell.id,
+                        "variant": variant,
+                        "predicted_us": sum(us for _, us in launches),
+                        "measured_us": 1e3 * timing["ms"],
+                        "longest": max(launches, key=lambda launch: launch[1])[0],
+                    }
+                )
 
 
 def tuning(run: Run, seconds: float) -> Result:

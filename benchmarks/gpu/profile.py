@@ -4,8 +4,8 @@
 
 makes one call of a variant (benchmarks.variants) between cudaProfilerStart and Stop, which is what
 ncu looks at; CELL is JSON, as in results.json. The stage lists the kernels of the worst calls by
-torch's profiler, beside the launches that the model has, and asks ncu, where it works, how busy the
-tensor pipes were and how many bytes DRAM moved.
+torch's profiler, beside the launches that the planner predicts, and asks ncu, where it works, how
+busy the tensor pipes were and how many bytes DRAM moved.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .. import cost_model, runner
+from .. import runner
 from ..calls import call_of
 from ..memory import silent_stderr
 from ..problem import make_problem
 from ..shapes import FORWARD, Cell
 from ..variants import BUILDERS, OURS
-from . import child
+from . import child, predicted
 from .children import Item, each
 from .run import Run
 from .stages import Result, missing, result_of, run_command
@@ -91,10 +91,8 @@ def kernels_of(cell: Cell, variant: str) -> list[tuple[str, float]]:
 
 
 def _launches_of(run: Run, cell: Cell, variant: str) -> list[tuple[str, float]]:
-    machine = cost_model.machine_named(run.document["machine"]["gpu"] or "")
-    if machine is None:
-        return []
-    return [(one.name, one.us(machine)) for one in cost_model.launches_of(machine, cell, variant)]
+    card = predicted.card_named(run.document["machine"]["gpu"] or "")
+    return [] if card is None else predicted.launches_of(card, cell, variant)
 
 
 def counters(text: str) -> list[dict[str, Any]]:

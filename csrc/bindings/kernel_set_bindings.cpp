@@ -19,10 +19,14 @@ std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
   return {small.problem, kernel_set::plan_of(card, small.problem, small.request, kernels.backward)};
 }
 
+// With many adapters where there are groups, an index for each row.
 plan::Plan plan_as_asked(const plan::Card& card, const plan::Problem& problem, bool backward,
-                         const std::string& choice, const std::string& tile, bool early_launch) {
+                         const std::string& choice, const std::string& tile, bool early_launch,
+                         int64_t groups) {
   const plan::Request request{choice_of(choice), plan::tile_named(tile), "", early_launch};
-  return kernel_set::plan_of(card, problem, request, backward);
+  if (groups == 0) return kernel_set::plan_of(card, problem, request, backward);
+  const plan::GroupedProblem many{problem, groups, true};
+  return kernel_set::plan_of(card, many, request, backward).one;
 }
 
 // What tests hold against the limits of a card: offsets and pitches in the workspace, as plan.h has
@@ -93,7 +97,7 @@ void bind_kernel_set(py::module& m) {
       py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"), py::arg("float16"));
   m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
         py::arg("backward"), py::arg("choice"), py::arg("tile") = "",
-        py::arg("early_launch") = true);
+        py::arg("early_launch") = true, py::arg("groups") = 0);
 }
 
 }  // namespace lora_ext

@@ -8,8 +8,9 @@ namespace {
 // One pass over dY is for few columns.
 std::vector<int> tails_of(const Kernels& kernels) {
   if (!plan::facts_of(kernels.tile).wgmma) return {0};
-  if (!kernels.one_pass) return {1, 2, 4};
-  return {kernels.wide && !kernels.float_adapters ? 2 : 1};
+  if (kernels.backward && plan::facts_of(kernels.tile).in_grid) return {4};
+  if (!kernels.one_pass) return {1, 4};
+  return {kernels.wide && !kernels.float_adapters ? 4 : 1};
 }
 
 // With early launches, too, dX whose T is made in the same grid begins no other kernel where both
@@ -41,14 +42,11 @@ void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
       add_decode(kernels, all);
       continue;
     }
-    for (const bool vector : {true, false}) {
-      if (!vector && tile != plan::Tile::k128x64) continue;
-      kernels.tile = tile, kernels.vector = vector;
-      for (const bool early : early_of(kernels, early_launch)) {
-        for (const int tail : tails_of(kernels)) {
-          kernels.early = early, kernels.tail = tail;
-          all.push_back(kernels);
-        }
+    kernels.tile = tile, kernels.vector = true;
+    for (const bool early : early_of(kernels, early_launch)) {
+      for (const int tail : tails_of(kernels)) {
+        kernels.early = early, kernels.tail = tail;
+        all.push_back(kernels);
       }
     }
   }
@@ -67,7 +65,7 @@ void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
 int64_t rank_for(const Kernels& kernels) {
   if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
   const int64_t whole = plan::facts_of(kernels.tile).in_grid ? 0 : 64;
-  return kernels.tail == 1 ? whole + 8 : kernels.tail == 2 ? whole + 24 : 40;
+  return kernels.tail == 1 ? whole + 8 : 40;
 }
 
 }  // namespace
@@ -101,7 +99,7 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backw
           problem.dropout,
           plan.one_pass,
           plan.one_pass && plan.columns > 16,
-          wgmma ? plan::tail_of(plan.width) : 0,
+          wgmma ? plan::tail_of(plan.width, backward && plan.in_grid()) : 0,
           plan.gemm.early || plan.early_wgrad,
           !backward && plan.given_base,
           false,
@@ -139,11 +137,11 @@ std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
   return all;
 }
 
-// On mma.sync alone, and nothing begins early.
+// Nothing begins early.
 std::vector<Kernels> all_grouped_of(const plan::Card& card) {
   std::vector<Kernels> all;
   for (Kernels& each : all_of(card, false)) {
-    if (plan::facts_of(each.tile).wgmma || each.one_pass) continue;
+    if (!plan::has_grouped_kernel(each.tile) || each.one_pass) continue;
     each.grouped = true;
     all.push_back(each);
   }
@@ -169,9 +167,6 @@ SmallCase small_case(const Kernels& kernels) {
   problem.given_base = kernels.given_base;
   problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;
   problem.aligned_b = problem.rank * (kernels.float_adapters ? 4 : 2) % 16 == 0;
-  // With dB, so few columns would be made by one pass over dY, and then T not in the same grid.
-  const bool in_grid = plan::facts_of(kernels.tile).in_grid;
-  problem.need_dlora_b = !in_grid || kernels.tail == 4;
   return small;
 }
 

@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernel/mask.h"
 
@@ -40,7 +41,8 @@ struct LoraGemmParams {
   int64_t p_pitch, q_pitch, t_pitch, u_pitch, base_pitch, y_pitch;
   int m, n, k, rank, terms;
   bool float_bias;
-  bool lets_wgrad_begin;  // on sm_90a: the next grid is lora_wgrad, launched to begin early
+  bool whole_chunks = true;  // rows of Y and base are; with k > 0 they must be, and P's and Q's
+  bool lets_wgrad_begin;     // on sm_90a: the next grid is lora_wgrad, launched to begin early
 
   Mask mask;  // of Y; for masked kernels only
 };
@@ -79,13 +81,21 @@ struct LoraGemmTile {
 template <class Tile, bool kMNMajor>
 constexpr bool adds_onto_base = !kMNMajor && Tile::kN == 64;
 
-using LoraGemmTile128x256 = LoraGemmTile<128, 256, 64, 64, 3>;  // 162 KiB: sm_80, sm_90
 using LoraGemmTile128x128 = LoraGemmTile<128, 128, 64, 64, 2>;  // 73 KiB: two blocks an SM of sm_80
 using LoraGemmTile128x128Deep = LoraGemmTile<128, 128, 64, 64, 3, 16>;  // 99 KiB: sm_86, sm_89
-using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;  // 77 KiB: small and unaligned ones
-static_assert(LoraGemmTile128x256::kSharedBytes <= 163 * 1024, "what sm_80 gives to a block");
-static_assert(2 * (LoraGemmTile128x128::kSharedBytes + 1024) <= 164 * 1024, "and to two");
+using LoraGemmTile128x64 = LoraGemmTile<128, 64, 64, 32, 3>;  // 77 KiB: small ones, and k = 0
+static_assert(2 * (LoraGemmTile128x128::kSharedBytes + 1024) <= 164 * 1024, "two on sm_80");
 static_assert(LoraGemmTile128x128Deep::kSharedBytes <= 99 * 1024, "what sm_86 gives to a block");
 static_assert(LoraGemmTile128x64::kSharedBytes <= 99 * 1024);
+
+// Whether a tile's kernels have code where this is compiled. An SM of compute capability 9.0 has
+// shared memory for two blocks, so that no plan takes the deep tile there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <class Tile>
+constexpr bool has_code = !std::is_same_v<Tile, LoraGemmTile128x128Deep>;
+#else
+template <class Tile>
+constexpr bool has_code = true;
+#endif
 
 }  // namespace lora_ext::kernel

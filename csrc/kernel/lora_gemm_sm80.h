@@ -70,16 +70,15 @@ struct OneAdapter {
   }
 };
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment,
-          class Adapters = OneAdapter>
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Adapters = OneAdapter>
 struct LoraGemmSm80 {
   using TileOf = Tile;
   using Warp = LoraGemmWarp<T, Tile, kMNMajor>;
   using Fragments = typename Warp::Fragments;
   using Accumulators = typename Warp::Accumulators;
-  using Loads = LoraGemmLoads<T, Tile, kMNMajor, kMasked, kAlignment, Adapters>;
-  using Epilogue = LoraGemmEpilogue<T, Tile, kAlignment, adds_onto_base<Tile, kMNMajor>,
-                                    typename Adapters::Rows>;
+  using Loads = LoraGemmLoads<T, Tile, kMNMajor, kMasked, Adapters>;
+  using Epilogue =
+      LoraGemmEpilogue<T, Tile, adds_onto_base<Tile, kMNMajor>, typename Adapters::Rows>;
 
   const LoraGemmParams<T>& p;
   const Adapters adapters{};
@@ -224,10 +223,10 @@ struct LoraGemmSm80 {
   }
 };
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
+template <class T, class Tile, bool kMNMajor, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads)
     lora_gemm_sm80(const __grid_constant__ LoraGemmParams<T> p) {
-  LoraGemmSm80<T, Tile, kMNMajor, kMasked, kAlignment>{p}.run();
+  if constexpr (has_code<Tile>) LoraGemmSm80<T, Tile, kMNMajor, kMasked>{p}.run();
 }
 
 }  // namespace lora_ext::kernel

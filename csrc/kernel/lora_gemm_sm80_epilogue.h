@@ -11,7 +11,7 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile, Alignment kAlignment, bool kAddsOntoBase, class Rows>
+template <class T, class Tile, bool kAddsOntoBase, class Rows>
 struct LoraGemmEpilogue {
   static constexpr int kRowBlocks = Tile::kWarpM / 16, kColumnBlocks = Tile::kWarpN / 8;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
@@ -64,7 +64,7 @@ struct LoraGemmEpilogue {
 
   // Eight elements of a row, of which `left` are within Y.
   __device__ __forceinline__ void copy_chunk(T* to, const T* from, int left) const {
-    if (kAlignment == Alignment::kVector && left >= 8) {
+    if (p.whole_chunks && left >= 8) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     } else {
 #pragma unroll

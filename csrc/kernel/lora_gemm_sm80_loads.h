@@ -31,15 +31,13 @@ struct LoraGemmRaster {
   }
 };
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment, class Adapters>
+template <class T, class Tile, bool kMNMajor, bool kMasked, class Adapters>
 struct LoraGemmLoads {
   using TileOf = Tile;
   using Rows = typename Adapters::Rows;
-  using Left = StepCopy<T, kAlignment, Tile::kThreads, Tile::kM, Tile::kK, true, Rows>;
-  using Right =
-      std::conditional_t<kMNMajor,
-                         StepCopy<T, kAlignment, Tile::kThreads, Tile::kK, Tile::kN, false>,
-                         StepCopy<T, kAlignment, Tile::kThreads, Tile::kN, Tile::kK, true>>;
+  using Left = StepCopy<T, Tile::kThreads, Tile::kM, Tile::kK, true, Rows>;
+  using Right = std::conditional_t<kMNMajor, StepCopy<T, Tile::kThreads, Tile::kK, Tile::kN, false>,
+                                   StepCopy<T, Tile::kThreads, Tile::kN, Tile::kK, true>>;
 
   const LoraGemmParams<T>& p;
   const Adapters& adapters;
@@ -92,8 +90,8 @@ struct LoraGemmLoads {
     adapters.copy_step(*this);
   }
   __device__ __forceinline__ void copy_step() {
-    left.copy_all(stage, adapters.rows);
-    right.copy_all(stage + Tile::kLeftBytes, {});
+    left.copy_all(stage);
+    right.copy_all(stage + Tile::kLeftBytes);
     left.advance(), right.advance();
     --steps;
   }

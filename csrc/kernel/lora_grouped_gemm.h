@@ -169,11 +169,12 @@ struct ManyAdapters {
   }
 };
 
-template <class T, class F, class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
+template <class T, class F, class Tile, bool kMNMajor, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_grouped_gemm_sm80(const __grid_constant__ LoraGroupedGemmParams<T> p) {
   using Adapters = ManyAdapters<T, F, kMNMajor>;
-  LoraGemmSm80<T, Tile, kMNMajor, kMasked, kAlignment, Adapters>{p.gemm, Adapters{p}}.run();
+  if constexpr (has_code<Tile>)
+    LoraGemmSm80<T, Tile, kMNMajor, kMasked, Adapters>{p.gemm, Adapters{p}}.run();
 }
 
 }  // namespace lora_ext::kernel

@@ -164,6 +164,7 @@ class LoraGroupedParams {
     params.gemm.y = static_cast<T*>(y), params.gemm.y_pitch = n;
     params.gemm.m = static_cast<int>(o_.m), params.gemm.n = static_cast<int>(n);
     params.gemm.k = one_.hybrid ? 0 : static_cast<int>(k);
+    params.gemm.whole_chunks = one_.vector;
     params.t = at<T>(one_.t), params.gemm.t_pitch = one_.columns, params.lo_column = one_.width;
     params.factors = factors(), params.segments = at<LoraGroupedSegment>(plan_.segments);
     params.first = at<int>(plan_.first), params.order = at<int>(plan_.order);

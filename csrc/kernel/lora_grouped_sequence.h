@@ -109,22 +109,13 @@ class LoraGroupedSequence {
 
   template <bool kMNMajor, bool kMasked>
   void gemm(const LoraGroupedGemmParams<T>& params) {
-    const plan::Gemm& gemm = plan_.one.gemm;
-    if (!gemm.vector) return gemm_of<LoraGemmTile128x64, kMNMajor, kMasked, kE>(params);
-    switch (gemm.tile) {
-      case plan::Tile::k128x256:
-        return gemm_of<LoraGemmTile128x256, kMNMajor, kMasked, kV>(params);
-      case plan::Tile::k128x128:
-        return gemm_of<LoraGemmTile128x128, kMNMajor, kMasked, kV>(params);
-      case plan::Tile::kDeep128x128:
-        return gemm_of<LoraGemmTile128x128Deep, kMNMajor, kMasked, kV>(params);
-      default:
-        return gemm_of<LoraGemmTile128x64, kMNMajor, kMasked, kV>(params);
-    }
+    plan_.one.gemm.tile == plan::Tile::kDeep128x128
+        ? gemm_of<LoraGemmTile128x128Deep, kMNMajor, kMasked>(params)
+        : gemm_of<LoraGemmTile128x64, kMNMajor, kMasked>(params);
   }
-  template <class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
+  template <class Tile, bool kMNMajor, bool kMasked>
   void gemm_of(const LoraGroupedGemmParams<T>& params) {
-    launch_(lora_grouped_gemm_sm80<T, F, Tile, kMNMajor, kMasked, kAlignment>,
+    launch_(lora_grouped_gemm_sm80<T, F, Tile, kMNMajor, kMasked>,
             dim3(static_cast<unsigned>(plan_.one.gemm.blocks)), Tile::kThreads, Tile::kSharedBytes,
             params);
   }

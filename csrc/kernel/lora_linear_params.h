@@ -233,6 +233,7 @@ class LoraLinearParams {
   // T U: T is S or dS in the workspace. The terms with lo first, as lora_gemm.h has them.
   void low_rank(LoraGemmParams<T>& gemm, const Halves& u) const {
     if (plan_.hybrid) gemm.k = 0;
+    gemm.whole_chunks = plan_.vector;
     gemm.q = in_t(o_.weight), gemm.q_pitch = o_.weight_pitch;
     gemm.m = static_cast<int>(o_.m), gemm.rank = o_.rank;
     const Halves t = in_columns(plan_.t);

@@ -31,7 +31,6 @@ template <class Tile>
 constexpr bool is_as_planned(const plan::TileFacts& facts) {
   return facts.rows == Tile::kM && facts.columns == Tile::kN && facts.shared == Tile::kSharedBytes;
 }
-static_assert(is_as_planned<LoraGemmTile128x256>(plan::facts_of(plan::Tile::k128x256)));
 static_assert(is_as_planned<LoraGemmTile128x128>(plan::facts_of(plan::Tile::k128x128)));
 static_assert(is_as_planned<LoraGemmTile128x128Deep>(plan::facts_of(plan::Tile::kDeep128x128)));
 static_assert(is_as_planned<LoraGemmTile128x64>(plan::facts_of(plan::Tile::k128x64)));
@@ -136,22 +135,18 @@ class LoraLinearSequence {
     if (plan::facts_of(gemm.tile).wgmma)
       return launch_lora_gemm_sm90a<T>(
           params, {gemm.tile, kMNMajor, kMasked, gemm.early, gemm.most_blocks}, launch_);
-    if (!gemm.vector)
-      return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kElement>(params);
     switch (gemm.tile) {
-      case plan::Tile::k128x256:
-        return gemm_sm80<LoraGemmTile128x256, kMNMajor, kMasked, Alignment::kVector>(params);
       case plan::Tile::k128x128:
-        return gemm_sm80<LoraGemmTile128x128, kMNMajor, kMasked, Alignment::kVector>(params);
+        return gemm_sm80<LoraGemmTile128x128, kMNMajor, kMasked>(params);
       case plan::Tile::kDeep128x128:
-        return gemm_sm80<LoraGemmTile128x128Deep, kMNMajor, kMasked, Alignment::kVector>(params);
+        return gemm_sm80<LoraGemmTile128x128Deep, kMNMajor, kMasked>(params);
       default:
-        return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked, Alignment::kVector>(params);
+        return gemm_sm80<LoraGemmTile128x64, kMNMajor, kMasked>(params);
     }
   }
-  template <class Tile, bool kMNMajor, bool kMasked, Alignment kAlignment>
+  template <class Tile, bool kMNMajor, bool kMasked>
   void gemm_sm80(const LoraGemmParams<T>& params) {
-    launch_(lora_gemm_sm80<T, Tile, kMNMajor, kMasked, kAlignment>,
+    launch_(lora_gemm_sm80<T, Tile, kMNMajor, kMasked>,
             dim3(static_cast<unsigned>(plan_.gemm.blocks)), Tile::kThreads, Tile::kSharedBytes,
             params);
   }

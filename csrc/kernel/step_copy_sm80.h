@@ -13,10 +13,9 @@ struct SameRows {
 
 // Of tiles of kRows x kColumns, which follow each other along the rows of a matrix (kAlongRows) or
 // down its columns. A thread's chunks lie one below the other, kApart rows apart.
-template <class T, Alignment kAlignment, int kThreads, int kRows, int kColumns, bool kAlongRows,
-          class Rows = SameRows>
+template <class T, int kThreads, int kRows, int kColumns, bool kAlongRows, class Rows = SameRows>
 struct StepCopy {
-  using Chunk = ChunkCopy<T, kAlignment>;
+  using Chunk = ChunkCopy<T, Alignment::kVector>;
   struct Matrix {
     const T* data;
     int64_t pitch;
@@ -40,9 +39,7 @@ struct StepCopy {
   int64_t apart = 0;          // elements from one chunk to the next, or of a row, if not in order
   int rows = 0, columns = 0;  // of the matrix, from the first chunk on
   int position = 0;           // of the first chunk's row
-  // Rows that are not in order are kept, but where copies are not unrolled.
-  static constexpr bool kKeepsRows = !Rows::kInOrder && kAlignment == Alignment::kVector;
-  int row_at[kKeepsRows ? kCopies : 1] = {};
+  int row_at[Rows::kInOrder ? 1 : kCopies] = {};  // rows that are not in order
 
   // From (first_row, first_column) on.
   __device__ __forceinline__ void begin(const Matrix& matrix, int first_row, int first_column,
@@ -55,30 +52,24 @@ struct StepCopy {
       apart = kApart * matrix.pitch;
     } else {
       source = matrix.data + column, apart = matrix.pitch;
-      if constexpr (kKeepsRows) {
 #pragma unroll
-        for (int i = 0; i < kCopies; ++i) row_at[i] = row_of(position + i * kApart);
-      }
+      for (int i = 0; i < kCopies; ++i) row_at[i] = row_of(position + i * kApart);
     }
   }
 
   // A chunk of the step.
-  __device__ __forceinline__ void copy(uint32_t tile, int i, const Rows& row_of) {
+  __device__ __forceinline__ void copy(uint32_t tile, int i) {
     const int elements = i * kApart < rows ? min(max(columns, 0), 8) : 0;
     const uint32_t to = tile + in_tile + static_cast<uint32_t>(i * kApart) * 128;
     if constexpr (Rows::kInOrder) {
       chunk.copy(to, source + i * apart, elements);
-    } else if constexpr (kKeepsRows) {
-      chunk.copy(to, source + row_at[i] * apart, elements);
     } else {
-      chunk.copy(to, source + row_of(position + i * kApart) * apart, elements);
+      chunk.copy(to, source + row_at[i] * apart, elements);
     }
   }
-  __device__ __forceinline__ void copy_all(uint32_t tile, const Rows& row_of) {
-    // Element-wise, a chunk is code enough: unrolled, the kernels would spill.
-    [[maybe_unused]] constexpr int kUnrolled = kAlignment == Alignment::kVector ? kCopies : 1;
-#pragma unroll kUnrolled
-    for (int i = 0; i < kCopies; ++i) copy(tile, i, row_of);
+  __device__ __forceinline__ void copy_all(uint32_t tile) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) copy(tile, i);
   }
 
   __device__ __forceinline__ void advance() {

@@ -50,7 +50,6 @@ void place_tables(GroupedPlan& plan, const GroupedProblem& p, bool gradients,
   plan.sums = workspace.take(p.groups, kGroupedSumBytes);
 }
 
-// Of mma.sync alone: a wgmma cannot keep one adapter's sums from the rows of another.
 void place_gemm(Plan& plan, const Card& card, const GroupedProblem& p, int64_t n, bool backward,
                 const Request& request) {
   const Problem& one = p.one;
@@ -59,8 +58,7 @@ void place_gemm(Plan& plan, const Card& card, const GroupedProblem& p, int64_t n
     double best_time = 0;
     for (const Tile tile : tiles_of(card, {backward, one.float_adapters, one.dropout})) {
       const TileFacts& facts = facts_of(tile);
-      if (facts.wgmma || tile == Tile::kDecode) continue;
-      if (!plan.vector && tile != Tile::k128x64) continue;
+      if (tile == Tile::kDecode || !has_grouped_kernel(tile)) continue;
       const double time =
           tiles_flop(card, facts, one.m, n, backward ? one.n : one.k, backward && one.dropout);
       if (request.tile == tile || best_time == 0 || time < best_time)
@@ -156,7 +154,7 @@ GroupedPlan predicted_best(const Card& card, const GroupedProblem& p, const Requ
                         : "predicted: the library's base product, our kernels for all else";
   const bool has_base = !p.one.given_base && (!backward || p.one.need_dx);
   const bool decode = !backward && fits_decode(card, p);
-  if (has_base && (p.one.m >= kFewestRows || decode) && p.one.weight_row_major) {
+  if (has_base && (p.one.m >= kFewestRows || decode) && may_make_base(p.one)) {
     GroupedPlan kernel = planned(Choice::kKernel, us.kernel);
     if (us.kernel < most_of_others(kernel.one) * us.hybrid) {
       kernel.one.reason =
@@ -231,7 +229,7 @@ std::string GroupedPlan::describe() const {
   if (one.s != kNone) text << "  lora_grouped_reduce S\n";
   if (one.gemm.blocks > 0) {
     text << "  lora_grouped_gemm " << facts_of(one.gemm.tile).name
-         << (one.gemm.vector ? "" : ", element-wise copies") << ", " << one.gemm.blocks << " blocks"
+         << (one.gemm.vector ? "" : ", element-wise stores") << ", " << one.gemm.blocks << " blocks"
          << (one.hybrid ? ", low rank\n" : "\n");
   }
   if (one.library_base() && one.gemm.blocks > 0) text << "  the library's base product, onto it\n";

@@ -11,6 +11,13 @@ constexpr int64_t kGroupedTileRows = 64, kGroupedRowTileRows = 128, kGroupedChun
 constexpr int64_t kGroupedEntryBytes = 40, kGroupedSegmentBytes = 20, kGroupedPieceBytes = 16,
                   kGroupedSumBytes = 8;
 
+// Whether there is a kernel of many adapters with a tile. A wgmma cannot keep one adapter's sums
+// from the rows of another; and where two blocks of 128 x 128 fit on an SM, the library's base
+// product is always faster than one that waits for each adapter's rows.
+constexpr bool has_grouped_kernel(Tile tile) {
+  return tile == Tile::kDeep128x128 || tile == Tile::k128x64 || tile == Tile::kDecode;
+}
+
 struct GroupedProblem {
   Problem one;  // with one adapter of the largest rank; of the adapters, alignment is not asked for
   int64_t groups;

@@ -1,5 +1,5 @@
-// Written by `python scripts/sass.py --record` (scripts/sass_rates.py): what main loops
-// reach of the tensor rate, replayed from the machine code of nvcc 13.0.88 (docs/main_loops.md).
+// What main loops reach of the tensor rate: recorded in November 2026 by a replay of nvcc 13.0.88's
+// machine code that is no longer in the tree; see tag before-pruning.
 #pragma once
 
 namespace lora_ext::plan {
@@ -13,7 +13,7 @@ struct MainLoopRate {
 // blocks that an SM has, for each of kDecodeTiles.
 struct MainLoopRates {
   double library;
-  MainLoopRate tiles[10];
+  MainLoopRate tiles[6];
   MainLoopRate shrink, wgrad;
   double dsdb[2];
   double decode_us[4];
@@ -22,16 +22,12 @@ struct MainLoopRates {
 constexpr MainLoopRates kMainLoopsOnA100 = {
     0.942,
     {
-        {0.925, 0.946},  // 128 x 256
         {0.913, 0.870},  // 128 x 128
         {0.824, 0.816},  // deep 128 x 128
         {0.734, 0.754},  // 128 x 64
         {0.000, 0.000},  // in-grid 128 x 256
-        {0.000, 0.000},  // in-grid 128 x 128
         {0.000, 0.000},  // wgmma 128 x 256
-        {0.000, 0.000},  // wgmma 128 x 128
         {0.000, 0.000},  // pingpong 128 x 192
-        {0.000, 0.000},  // pingpong 128 x 128
     },
     {0.494, 0.324},  // lora_shrink
     {0.470, 0.495},  // lora_wgrad
@@ -42,16 +38,12 @@ constexpr MainLoopRates kMainLoopsOnA100 = {
 constexpr MainLoopRates kMainLoopsOnL40S = {
     0.942,
     {
-        {0.000, 0.000},  // 128 x 256
         {0.640, 0.667},  // 128 x 128
         {0.936, 0.936},  // deep 128 x 128
         {0.613, 0.613},  // 128 x 64
         {0.000, 0.000},  // in-grid 128 x 256
-        {0.000, 0.000},  // in-grid 128 x 128
         {0.000, 0.000},  // wgmma 128 x 256
-        {0.000, 0.000},  // wgmma 128 x 128
         {0.000, 0.000},  // pingpong 128 x 192
-        {0.000, 0.000},  // pingpong 128 x 128
     },
     {0.494, 0.324},  // lora_shrink
     {0.470, 0.495},  // lora_wgrad
@@ -62,16 +54,12 @@ constexpr MainLoopRates kMainLoopsOnL40S = {
 constexpr MainLoopRates kMainLoopsOnH100 = {
     1.000,
     {
-        {0.832, 0.856},  // 128 x 256
         {0.785, 0.847},  // 128 x 128
         {0.821, 0.851},  // deep 128 x 128
         {0.577, 0.571},  // 128 x 64
         {1.000, 1.000},  // in-grid 128 x 256
-        {0.773, 0.773},  // in-grid 128 x 128
         {1.000, 1.000},  // wgmma 128 x 256
-        {0.773, 0.773},  // wgmma 128 x 128
         {0.923, 0.923},  // pingpong 128 x 192
-        {0.773, 0.773},  // pingpong 128 x 128
     },
     {0.383, 0.269},  // lora_shrink
     {0.504, 0.420},  // lora_wgrad

@@ -21,11 +21,10 @@ constexpr int64_t kMinSteps = 4;  // of a split: the copies need two to get goin
 constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;
 
 // Why no kernel with wgmma and TMA computes a product on a card; "" if one may.
-std::string why_no_wgmma(const Card& card, const Problem& p, bool vector) {
+std::string why_no_wgmma(const Card& card, const Problem& p) {
   if (card.arch != 90) return "only compute capability 9.0 has it";
   if (!card.sm90a_code) return "this build has no code for 9.0a";
   if (!card.tensor_maps) return "the driver encodes no tensor maps";
-  if (!vector) return "rows do not begin at multiples of 16 bytes";
   if (p.rank > kMostWgmmaRank) return "the rank is above 256";
   return "";
 }
@@ -40,9 +39,8 @@ bool fits_in_grid(const Call& call) {
 // three: with one of two stages, copies would be waited for (L40S: 0.65 of the tensor rate, 0.93
 // with three; A100: 0.92 with two blocks, 0.80 with one).
 bool is_as_deep_as_fits(const TileFacts& tile, const Card& card) {
-  const bool two_fit = card.shared_per_sm >= 2 * (facts_of(Tile::k128x128).shared + 1024);
-  if (tile.tile == Tile::k128x128) return two_fit;
-  return tile.tile != Tile::kDeep128x128 || !two_fit;
+  if (tile.tile == Tile::k128x128) return two_blocks_fit(card);
+  return tile.tile != Tile::kDeep128x128 || !two_blocks_fit(card);
 }
 
 bool fits(const TileFacts& tile, const Card& card, const Call& call) {
@@ -60,15 +58,14 @@ bool masked_t_pays(const Card& card, int64_t m) {
   return 5 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
 }
 
-// The tile that is asked for, if it can be had; else that whose waves are predicted to end first.
-// Where T can be made in the same grid it is, which saves two launches, unless there is not a tile
-// for every cluster: then all would wait for T.
+// The tile that is asked for, if it can be had; else that whose waves are predicted to end first,
+// of those on wgmma where they can be had. Where T can be made in the same grid it is, which saves
+// two launches, unless there is not a tile for every cluster: then all would wait for T.
 Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan, bool backward,
                  bool wgmma, const std::optional<Tile>& asked) {
   const int64_t depth = backward ? p.n : p.k;
   const bool masked = backward && p.dropout;
   const Call call{backward, p.float_adapters, p.dropout};
-  const bool vector = plan.vector;
   // lora_dsdb makes dS without another pass over dY.
   const bool may_in_grid =
       wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank && !plan.one_pass;
@@ -80,13 +77,12 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
     if (!fits(tile, card, call) || (tile.wgmma && !wgmma) || (tile.in_grid && !may_in_grid))
       continue;
     if (tile.tile == Tile::kDecode) continue;
-    if (!vector && tile.tile != Tile::k128x64) continue;
-    if (tile.tile == asked) return with_tile(card, tile, p.m, n, vector);
-    if (tile.in_grid != in_grid) continue;
+    if (tile.tile == asked) return with_tile(card, tile, p.m, n, true);
+    if (tile.wgmma != wgmma || tile.in_grid != in_grid) continue;
     const double time = tiles_flop(card, tile, p.m, n, depth, masked);
     if (best == nullptr || time < best_time) best = &tile, best_time = time;
   }
-  return with_tile(card, *best, p.m, n, vector);
+  return with_tile(card, *best, p.m, n, true);
 }
 
 // Whole waves of tiles leave some clusters idle at the end. If those alone make T before their
@@ -100,7 +96,7 @@ int choose_pairs_per_ticket(const Card& card, const TileFacts& tile, int64_t m, 
   const int64_t clusters = std::max(1, card.sms / 2), row_pairs = blocks_of(m, 2 * tile.rows);
   const int64_t tiles = row_pairs * blocks_of(n, tile.columns);
   const int64_t idle = rounded_up(tiles, clusters) - tiles;
-  if (row_pairs <= idle || tile.columns < 256) return 1;
+  if (row_pairs <= idle) return 1;
   return blocks_of(row_pairs, kMost) <= idle ? kMost : 1;
 }
 
@@ -113,7 +109,7 @@ void place_gemm(Plan& plan, const Card& card, const Problem& p, int64_t n, bool 
     limit_blocks(plan.gemm, request);
     return;
   }
-  const std::string why = why_no_wgmma(card, p, plan.vector);
+  const std::string why = why_no_wgmma(card, p);
   plan.gemm = choose_gemm(card, p, n, plan, backward, why.empty(), request.tile);
   limit_blocks(plan.gemm, request);
   plan.gemm.early = plan.gemm.early && request.early_launch;
@@ -137,7 +133,9 @@ std::string library_reason(const Card& card, const Problem& p, const Request& re
   return "";
 }
 
-std::string kernel_reason(const Request& request) {
+std::string kernel_reason(const Problem& p, const Request& request) {
+  if (request.choice == Choice::kKernel && !p.given_base && !may_make_base(p))
+    return "the library's base product, since rows do not begin at multiples of 16 bytes";
   if (!request.measured.empty()) return "fastest as measured " + request.measured;
   return request.choice == Choice::kKernel ? "the kernels were asked for"
                                            : "the hybrid route was asked for";
@@ -157,7 +155,7 @@ void place_b(Plan& plan, Workspace& workspace, const Problem& p) {
 
 std::string describe_gemm(const Gemm& gemm) {
   std::ostringstream text;
-  text << "lora_gemm " << facts_of(gemm.tile).name << (gemm.vector ? "" : ", element-wise copies")
+  text << "lora_gemm " << facts_of(gemm.tile).name << (gemm.vector ? "" : ", element-wise stores")
        << ", " << gemm.blocks << " blocks" << (gemm.early ? ", begins early" : "");
   return text.str();
 }
@@ -269,7 +267,7 @@ Plan predicted_best(const Card& card, const Problem& p, const Request& request, 
   const double other = best.hybrid ? us.hybrid : us.library;
   if (p.m < kFewestRows && !decode) {
     best.reason += ", as for all fewer than " + std::to_string(kFewestRows) + " rows";
-  } else if (p.weight_row_major && !p.given_base) {
+  } else if (may_make_base(p)) {
     Plan kernel = planned(Choice::kKernel, us.kernel);
     if (us.kernel < most_of_others(kernel) * other) {
       kernel.reason = kernel.is_decode()
@@ -317,13 +315,13 @@ Plan begin_plan(const Card& card, const Problem& p, const Request& request) {
   plan.reason = library_reason(card, p, request);
   plan.kernel = plan.reason.empty();
   if (!plan.kernel) return plan;
-  plan.reason = kernel_reason(request);
+  plan.reason = kernel_reason(p, request);
   plan.given_base = p.given_base;
-  plan.hybrid = request.choice == Choice::kHybrid || p.given_base;
+  plan.hybrid = request.choice == Choice::kHybrid || !may_make_base(p);
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, 8));
   plan.columns = plan.terms * plan.width;
-  plan.vector = p.aligned && (plan.hybrid || p.aligned_weight);
+  plan.vector = p.aligned;
   return plan;
 }
 

@@ -32,24 +32,20 @@ enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 // Of kernel/lora_gemm_sm80.h, of lora_gemm_sm90a/in_grid.h and kernel.h, and, for few rows,
 // kernel/lora_decode.h.
 enum class Tile {
-  k128x256,
   k128x128,
   kDeep128x128,
   k128x64,
   kInGrid128x256,
-  kInGrid128x128,
   kWgmma128x256,
-  kWgmma128x128,
   kPingpong128x192,
-  kPingpong128x128,
   kDecode,
 };
 
-// The 16s along k that the last 64 of the rank need. Three are made in four: a rank of 48 is rare,
-// and a quarter more kernels are not.
-constexpr int tail_of(int rank) {
-  const int sixteens = (rank - 1) % 64 / 16 + 1;
-  return sixteens == 3 ? 4 : sixteens;
+// The 16s along k that the last 64 of the rank need: one, or all four. Two and three are made in
+// four, which costs a tile two products at most and saves a third of the kernels; and so is one on
+// dX whose T is made in its grid: lora_dsdb makes T of so few columns, but where B is frozen.
+constexpr int tail_of(int rank, bool in_grid_dx = false) {
+  return (rank - 1) % 64 < 16 && !in_grid_dx ? 1 : 4;
 }
 
 // A route, and for kKernel perhaps a tile, asked for by the user or by a measurement (winners.h).
@@ -91,16 +87,12 @@ struct TileFacts {
   bool in_grid;  // makes T, too, where fits_in_grid of plan.cpp allows it
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x256, "128 x 256", 128, 256, 165888, 1, false, false},
     {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, false, false},
     {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, false, false},
     {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, false, false},
     {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, true, true},
-    {Tile::kInGrid128x128, "in-grid 128 x 128", 128, 128, 230536, 1, true, true},
     {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, true, false},
-    {Tile::kWgmma128x128, "wgmma 128 x 128", 128, 128, 230496, 1, true, false},
     {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, false},
-    {Tile::kPingpong128x128, "pingpong 128 x 128", 128, 128, 230496, 1, true, false},
     // Its instances are decode_plan.h's; this is the largest.
     {Tile::kDecode, "decode", 64, 128, 100652, 1, false, false},
 };
@@ -116,7 +108,7 @@ std::vector<Tile> tiles_of(const Card& card, const Call& call);
 
 struct Gemm {
   Tile tile;
-  bool vector;  // Alignment::kVector
+  bool vector;  // rows of Y are whole chunks of 16 bytes
   int blocks;   // persistent; of wgmma, as many as may be resident
   bool early;   // begins before the kernel that writes T has ended, and waits for it; wgmma's alone
   int most_blocks = std::numeric_limits<int>::max();  // by the request, and of wgmma by the card

@@ -86,8 +86,7 @@ struct Product {
 // 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared memory.
 const MainLoopRates& main_loops_of(const Card& card) {
   if (card.arch >= 90 && card.arch < 120) return kMainLoopsOnH100;
-  const bool small = card.shared_per_block < facts_of(Tile::k128x256).shared;
-  return small ? kMainLoopsOnL40S : kMainLoopsOnA100;
+  return two_blocks_fit(card) ? kMainLoopsOnA100 : kMainLoopsOnL40S;
 }
 
 // Of the library's rate, by a loop on mma.sync.
@@ -107,8 +106,7 @@ double rate_of(const MainLoopRate& rate, bool masked) { return masked ? rate.mas
 int64_t rank_terms(const Problem& p) { return p.float_adapters ? 3 : 1; }
 
 double tile_flop(const Card& card, const TileFacts& tile, int64_t k, bool masked) {
-  const bool overlapped =
-      tile.tile == Tile::kPingpong128x192 || tile.tile == Tile::kPingpong128x128;
+  const bool overlapped = tile.tile == Tile::kPingpong128x192;
   const TileEnd& end = tile.wgmma ? kEndOnWgmma : kEndOnMma;
   const int64_t depth = k + (overlapped ? 0 : end.epilogue) + (masked ? end.mask : 0);
   const double share = main_loop_share(card, tile, masked);
@@ -116,9 +114,9 @@ double tile_flop(const Card& card, const TileFacts& tile, int64_t k, bool masked
 }
 
 // Tiles' time for which all wait until T is made, unless clusters without a last tile make it.
-double wait_for_t(const Plan& plan, const TileFacts& tile, const Waves& waves, bool masked) {
+double wait_for_t(const Plan& plan, const Waves& waves, bool masked) {
   if (!plan.in_grid()) return 0.0;
-  const double job = kJobTiles * 256 / static_cast<double>(tile.columns) * plan.pairs_per_ticket;
+  const double job = kJobTiles * plan.pairs_per_ticket;
   const int64_t tickets = blocks_of(plan.row_blocks / 2, plan.pairs_per_ticket);
   if (!masked && tickets <= waves.idle()) return 0.0;
   return job * static_cast<double>(blocks_of(tickets, waves.workers));
@@ -139,7 +137,7 @@ Launch lora_gemm(const Card& card, const Problem& p, const Plan& plan, const Pro
   double bytes = kHalf * (area(s.m, s.k) + area(s.n, s.k) + area(s.m, s.n)) + low_rank;
   if (plan.in_grid()) bytes += kHalf * area(p.rank, s.k + s.m);
   const double wave = tile_flop(card, tile, depth, masked) * card.sms;
-  const double all = static_cast<double>(waves.whole) + wait_for_t(plan, tile, waves, masked);
+  const double all = static_cast<double>(waves.whole) + wait_for_t(plan, waves, masked);
   return {"lora_gemm", bytes, wave * all};
 }
 

@@ -204,7 +204,8 @@ def set_cuda_route(name: str) -> None:
 
     Args:
         name: "auto" lets the planner choose; "kernel" takes our kernels wherever they can compute
-            the call; "hybrid" the same, but torch's products for x W^T and dY W; "library" takes
+            the call, and torch's for x W^T and dY W whose rows do not begin at multiples of 16
+            bytes; "hybrid" the same, but torch's products for every x W^T and dY W; "library" takes
             torch's products for everything.
 
     Raises:

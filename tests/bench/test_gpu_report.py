@@ -1,12 +1,15 @@
 """What becomes of the results of `make gpu`: predictions beside them, report, pictures, keeping."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 from bench_helpers import MACHINE, QUICK, measured_run, new_run, small, synthetic_case
 
-from benchmarks import cost_model, report, results, runner, shapes
-from benchmarks.gpu import cases, gpu_targets, measure, profile, stages
+from benchmarks import report, results, runner, shapes
+from benchmarks.gpu import cases, gpu_targets, measure, predicted, profile, stages
+from lora_ext import _C
+from lora_ext.kernels import CARDS
 from lora_ext.winners import Table, write_table
 
 
@@ -16,16 +19,37 @@ def test_predictions_stand_beside_measurements(tmp_path):
     runner.run([cell], run.document, run.path, QUICK)
     measure.predict(run)
     by_variant = {entry["variant"]: entry for entry in run.document["predictions"]}
-    assert {"merged", "ours", "ours_fp32", "naive"} <= set(by_variant)
-    expected = cost_model.predicted_us(cost_model.MACHINES["H100"], cell, "merged")
+    assert {"merged", "ours", "ours_fp32"} <= set(by_variant) and "naive" not in by_variant
+    expected = sum(us for _, us in predicted.launches_of(CARDS["H100"], cell, "merged"))
     assert by_variant["merged"]["predicted_us"] == expected
     measured = run.document["cells"][0]["timing"]["merged"]["ms"]
     assert by_variant["merged"]["measured_us"] == pytest.approx(1e3 * measured)
     run.document["cells"][0]["graph"] = {"merged": {"ms": 7.0}}  # a replay goes before a call
-    run.stages["ceilings"] = {"status": "done", "tflops": 1.0, "dram_gb_s": 1.0}
     measure.predict(run)
     merged = next(e for e in run.document["predictions"] if e["variant"] == "merged")
-    assert merged["predicted_us"] > expected and merged["measured_us"] == 7000.0
+    assert merged["measured_us"] == 7000.0
+
+
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("mode", [shapes.FORWARD, shapes.BACKWARD, shapes.STEP])
+def test_predictions_are_the_planners(name, mode):
+    card = CARDS[name]
+    cell = shapes.Cell(mode, "bfloat16", 4096, 4096, 4096, rank=16, bias=False)
+    problem = _C.Problem(4096, 4096, 4096, 16)
+    plans = [] if mode == shapes.BACKWARD else [_C.plan_forward(card, problem)]
+    plans += [] if mode == shapes.FORWARD else [_C.plan_backward(card, problem)]
+    for variant, route in (("ours_kernel", "kernel"), ("ours_library", "library")):
+        expected = sum(plan.predicted_us[route] for plan in plans)
+        found = sum(us for _, us in predicted.launches_of(card, cell, variant))
+        assert found == pytest.approx(expected)
+    assert [us for _, us in predicted.launches_of(card, cell, "frozen")] != []
+    assert predicted.launches_of(card, replace(cell, dtype="float32"), "ours") == []
+    assert predicted.launches_of(card, cell, "peft") == []
+
+
+def test_cards_are_found_by_the_name_of_the_device():
+    assert predicted.card_named("NVIDIA A100-SXM4-40GB") is CARDS["A100"]
+    assert predicted.card_named("NVIDIA GeForce RTX 5090") is CARDS["RTX 5090"]
 
 
 def test_no_prediction_for_a_card_that_is_not_in_the_table(tmp_path):

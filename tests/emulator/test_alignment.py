@@ -73,11 +73,12 @@ def check(names, view, sizes=ROWS):
     said = [str(plan.plan) for plan in plans]
     # Rows of results are as long as those of weight, or as weight has.
     vector = [
-        fully["x"] and fully["weight"] and y.shape[1] % 8 == 0,
-        fully["x"] and fully["grad"] and fully["weight"] and x.shape[1] % 8 == 0,
+        fully["x"] and y.shape[1] % 8 == 0,
+        fully["x"] and fully["grad"] and x.shape[1] % 8 == 0,
     ]
     for text, expected, halves in zip(said, vector, ("A B ", "A B S ")):
         assert ("element-wise" not in text) == expected, (what, text)
+        assert text.startswith("kernels: ") == (expected and fully["weight"]), (what, text)
         split = text.split("lora_split ")[1].split("into")[0] if "lora_split" in text else ""
         assert ("A" in split) == (not fully["lora_a"]), (what, text)
         assert ("B" in split) == (not fully["lora_b"]), (what, text)

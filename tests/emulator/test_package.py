@@ -286,7 +286,7 @@ before = torch.get_rng_state()
 found = lora_ext.warmup([shape], device="cpu")
 assert torch.equal(torch.get_rng_state(), before)
 forward, backward = found.entries
-tiles = {"kernel 128 x 256", "kernel 128 x 128", "kernel 128 x 64"}
+tiles = {"kernel 128 x 128", "kernel 128 x 64"}
 for entry in (forward, backward):
     assert set(entry.us) == {"library", "hybrid"} | tiles, entry
 assert (forward.route, forward.tile) == ("kernel", "128 x 128") and not found.failed, found
@@ -296,9 +296,9 @@ for each in (plan.forward, plan.backward):
     assert each.tile == "128 x 128" and not each.hybrid, plan
 asked.clear()
 assert lora_ext.warmup([shape], device="cpu").timed == 0 and not asked
-odd = Shape(70, 97, 136, 4)  # element-wise copies, which one tile has
+odd = Shape(70, 97, 136, 4)  # rows that are no whole chunks, for which we have no base product
 for entry in lora_ext.warmup([odd], device="cpu").entries:
-    assert set(entry.us) == {"library", "hybrid", "kernel 128 x 64"}, entry
+    assert set(entry.us) == {"library", "hybrid"}, entry
 torch.use_deterministic_algorithms(True)
 _, plan = call()
 assert plan.forward.reason.startswith("predicted"), plan
@@ -401,8 +401,7 @@ def test_every_tile_of_hopper_agrees_with_the_library():
     done = build.run(["-c", CALL + TILES], LORA_EXT_EMULATED_ARCH="90")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        *("128 x 256", "128 x 128", "128 x 64"),
-        *("wgmma 128 x 256", "wgmma 128 x 128", "pingpong 128 x 192", "pingpong 128 x 128"),
+        *("128 x 128", "128 x 64", "wgmma 128 x 256", "pingpong 128 x 192"),
     ]
 
 

@@ -114,6 +114,40 @@ def test_what_else_it_may_hold(instruction):
         assert loop.membar == loop.local == loop.divisions == 0
 
 
+@pytest.mark.parametrize(
+    ("place", "instruction", "waited"),
+    [
+        ("before", "LD.E.64 R2, [R4.64]", 1),
+        ("before", "@P1 LDG.E.U16 R2, desc[UR4][R4.64]", 1),
+        ("before", "LDGSTS.E.BYPASS.128 [R1], [R4.64]", 0),
+        ("before", "LDS R2, [R4]", 0),
+        ("rare", "LDG.E R2, [R4.64]", 1),
+        ("after", "LDG.E R2, [R4.64]", 0),
+        ("outside", "LDG.E R2, [R4.64]", 0),
+    ],
+)
+def test_loads_between_a_barrier_and_the_next_product(place, instruction, waited):
+    places = {**dict.fromkeys(("before", "rare", "after", "outside"), "NOP"), place: instruction}
+    text = """
+    {outside}
+.L_x_1:
+    LDGSTS.E.BYPASS.128 [R1], [R4.64]
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    {before}
+    @P2 BRA `(.L_x_3)
+.L_x_2:
+    HMMA.16816.F32.BF16 R4, R8, R12, R4
+    {after}
+    @P1 BRA `(.L_x_1)
+    EXIT
+.L_x_3:
+    {rare}
+    BRA `(.L_x_2)
+"""
+    [loop] = sass_kernels.multiplying_loops(listing(text.format(**places)))
+    assert (loop.waited_loads, loop.counted["tensor"]) == (waited, 1)
+
+
 def test_a_jump_back_to_what_it_does_not_always_pass_is_no_loop():
     text = listing("""
     @P0 BRA `(.L_x_1)

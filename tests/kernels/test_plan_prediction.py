@@ -177,7 +177,7 @@ def test_an_epilogue_weighs_more_in_a_shallow_product():
 
 def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
     cards, share = lora_ext.kernels.CARDS, _C.main_loop_share
-    # As scripts/sass.py --record wrote it, over the library's.
+    # As the header has it, over the library's.
     rows = HEADER.read_text().split("constexpr MainLoopRates kMainLoopsOn")[1:]
     for card, text in zip(("A100", "L40S", "H100"), rows, strict=True):
         assert text.startswith(card)
@@ -191,7 +191,7 @@ def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
     assert share(cards["A10"], "128 x 64", False) == share(cards["L40S"], "128 x 64", False)
     # Compute capability 8.7 has shared memory for all tiles.
     orin = _C.Card(87, 16, 167936, 166912)
-    assert share(orin, "128 x 256", False) == share(cards["A100"], "128 x 256", False)
+    assert share(orin, "128 x 128", False) == share(cards["A100"], "128 x 128", False)
 
 
 def cell(plan):
@@ -211,3 +211,10 @@ def test_the_table_of_choices_in_the_docs_is_what_the_planner_says():
         wide = plans(*shape, card=card, adapter_dtype=torch.float32, dropout=True)
         expected = [cell(plan) for plan in (*half, *wide)]
         assert [text.strip() for text in cells.split("|")[:-1]] == expected, (card, k, n, rows)
+
+
+def test_a_product_of_the_library_is_whole_waves():
+    # 64 x 16 tiles of 128 x 256 on 132 SMs: 7.76 waves, so 8.
+    found = _C.library_product(lora_ext.kernels.CARDS["H100"], 8192, 4096, 4096)
+    assert found.flop == pytest.approx(2 * 8 * 132 * 128 * 256 * 4096)
+    assert found.bytes == 2 * (8192 * 4096 * 2 + 4096 * 4096)

@@ -5,8 +5,8 @@ import torch
 from helpers import BF16, F32, F64, make_problem
 from torch.profiler import profile
 
-from benchmarks import cost_model, memory
-from benchmarks.shapes import FORWARD, STEP, Cell
+import lora_ext
+from benchmarks import memory
 from lora_ext import _C
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -68,7 +68,7 @@ def launched(call) -> int:
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_the_cost_model_counts_the_launches_of_the_route(library_route, blocks):
+def test_the_planner_counts_the_launches_of_the_route(library_route, blocks):
     """Counted on the CPU, whose blocks are smaller."""
     columns = 2048
     rows = blocks * _C.rows_of_block(columns, F32, CPU) - 1
@@ -77,21 +77,20 @@ def test_the_cost_model_counts_the_launches_of_the_route(library_route, blocks):
     ops = torch.ops.lora_ext
     _, s = ops.lora_linear_forward(x, weight, a, b, None, 0.5, 0.0, None, 0, 0, False, None)
     tail = (0.5, 0.0, None, 0, 0, False, None)
-    forward = launched(lambda: ops.lora_linear_forward(x, weight, a, b, None, *tail))
+    in_forward = launched(lambda: ops.lora_linear_forward(x, weight, a, b, None, *tail))
     wanted = [True, True, True, False]
-    backward = launched(
+    in_backward = launched(
         lambda: ops.lora_linear_backward(problem.grad, x, weight, a, b, s, *tail, wanted)
     )
 
-    # The model's rows on CUDA that make as many blocks; the launches of each are the same.
-    rows = blocks * _C.rows_of_block(columns, F32, CUDA) - 1
-    found = []
-    for mode in (FORWARD, STEP):
-        cell = Cell(mode, "bfloat16", rows, columns, 24, rank=4, bias=False)
-        launches = cost_model.launches_of(cost_model.MACHINES["A100"], cell, "ours_fp32_library")
-        found.append(sum(launch.times for launch in launches))
-    assert found[0] == forward == 1 + 6 * blocks
-    assert found[1] - found[0] == backward == 1 + 9 * blocks
+    # Rows that make as many blocks on CUDA; the launches of each are the same.
+    card = lora_ext.kernels.CARDS["A100"]
+    problem = _C.Problem(blocks * _C.rows_of_block(columns, F32, CUDA) - 1, 24, columns, 4)
+    problem.float_adapters = True
+    for backward, counted, expected in ((False, in_forward, 6), (True, in_backward, 9)):
+        plan = (_C.plan_backward if backward else _C.plan_forward)(card, problem, "library")
+        launches = _C.predicted_launches(card, problem, plan, backward)
+        assert sum(launch.times for launch in launches) == counted == 1 + expected * blocks
 
 
 def test_without_gradients_s_keeps_its_dtype(library_route):

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.nightly
 TARGETS = {
     "lint": [],
     "sass": [],
-    "traffic": ["ARGS=traffic"],
     "docs": [],
     "wheel": [],
     "gpu": ["QUICK=1", "DEVICE=cpu", "ARGS=--budget 60 --out gpu"],

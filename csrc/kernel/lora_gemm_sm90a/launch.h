@@ -39,9 +39,7 @@ constexpr bool is_wgmma_as_planned(plan::Tile tile) {
          facts.shared == Tile::kSharedBytes;
 }
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kWgmma128x256));
-static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kWgmma128x128));
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x192Pingpong>(plan::Tile::kPingpong128x192));
-static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x128Pingpong>(plan::Tile::kPingpong128x128));
 
 template <class Tile>
 constexpr bool is_in_grid_as_planned(plan::Tile tile) {
@@ -50,10 +48,8 @@ constexpr bool is_in_grid_as_planned(plan::Tile tile) {
          facts.columns == Tile::kN && facts.shared == JobTile<Tile>::kSharedBytes;
 }
 static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kInGrid128x256));
-static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x128>(plan::Tile::kInGrid128x128));
 
-static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers &&
-              parts_of_t(1) == LoraGemmSm90aTile128x128::kConsumers);
+static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers);
 
 // Boxes of P and T, and of Q and U (in-grid also A), as TMA brings them into stages. encode(const
 // T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements wide under the
@@ -102,14 +98,8 @@ inline unsigned clusters_for(int64_t jobs, int64_t resident, const Sm90aChoice& 
 // use(kernel) with the instance for a rank.
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Use>
 void with_instance_for(int rank, Use&& use) {
-  switch (plan::tail_of(rank)) {
-    case 1:
-      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 1>);
-    case 2:
-      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 2>);
-    default:
-      return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 4>);
-  }
+  if (plan::tail_of(rank) == 1) return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 1>);
+  return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 4>);
 }
 
 // launch(kernel, Sm90aLaunch, maps, params) launches, launch.encode(...) is the encode of maps_of,
@@ -127,19 +117,9 @@ void launch_tile(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& 
 
 template <class T, bool kMNMajor, bool kMasked, class Launch>
 void launch_product(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
-  const auto with = [&]<class Tile>() {
-    launch_tile<T, Tile, kMNMajor, kMasked>(p, choice, launch);
-  };
-  switch (choice.tile) {
-    case plan::Tile::kWgmma128x128:
-      return with.template operator()<LoraGemmSm90aTile128x128>();
-    case plan::Tile::kPingpong128x128:
-      return with.template operator()<LoraGemmSm90aTile128x128Pingpong>();
-    case plan::Tile::kPingpong128x192:
-      return with.template operator()<LoraGemmSm90aTile128x192Pingpong>();
-    default:
-      return with.template operator()<LoraGemmSm90aTile128x256>();
-  }
+  choice.tile == plan::Tile::kPingpong128x192
+      ? launch_tile<T, LoraGemmSm90aTile128x192Pingpong, kMNMajor, kMasked>(p, choice, launch)
+      : launch_tile<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked>(p, choice, launch);
 }
 
 template <class T, class Launch>
@@ -173,38 +153,24 @@ void launch_in_grid_tail(const LoraGemmParams<T>& p, const LoraInGridParams<T>& 
   launch(kernel, how, maps, p, in);
 }
 
-template <class T, class Tile, bool kMNMajor, bool kMasked, class Launch>
+template <class T, bool kMNMajor, bool kMasked, class Launch>
 void launch_in_grid(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
                     const InGridFactor<T>& factor, const Sm90aChoice& choice, Launch& launch) {
-  switch (plan::tail_of(p.rank)) {
-    case 1:
+  using Tile = LoraGemmSm90aTile128x256;
+  if constexpr (plan::tail_of(1, kMNMajor) == 1) {
+    if (plan::tail_of(p.rank) == 1)
       return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 1>(p, in, factor, choice, launch);
-    case 2:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 2>(p, in, factor, choice, launch);
-    default:
-      return launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4>(p, in, factor, choice, launch);
   }
-}
-
-template <class T, bool kMNMajor, bool kMasked, class Launch>
-void launch_in_grid_product(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
-                            const InGridFactor<T>& factor, const Sm90aChoice& choice,
-                            Launch& launch) {
-  if (choice.tile == plan::Tile::kInGrid128x256)
-    return launch_in_grid<T, LoraGemmSm90aTile128x256, kMNMajor, kMasked>(p, in, factor, choice,
-                                                                          launch);
-  return launch_in_grid<T, LoraGemmSm90aTile128x128, kMNMajor, kMasked>(p, in, factor, choice,
-                                                                        launch);
+  launch_in_grid_tail<T, Tile, kMNMajor, kMasked, 4>(p, in, factor, choice, launch);
 }
 
 template <class T, class Launch>
 void launch_lora_gemm_in_grid_sm90a(const LoraGemmParams<T>& p, const LoraInGridParams<T>& in,
                                     const InGridFactor<T>& factor, const Sm90aChoice& choice,
                                     Launch& launch) {
-  if (!choice.mn_major)
-    return launch_in_grid_product<T, false, false>(p, in, factor, choice, launch);
-  if (!choice.masked) return launch_in_grid_product<T, true, false>(p, in, factor, choice, launch);
-  return launch_in_grid_product<T, true, true>(p, in, factor, choice, launch);
+  if (!choice.mn_major) return launch_in_grid<T, false, false>(p, in, factor, choice, launch);
+  if (!choice.masked) return launch_in_grid<T, true, false>(p, in, factor, choice, launch);
+  return launch_in_grid<T, true, true>(p, in, factor, choice, launch);
 }
 
 }  // namespace lora_ext::kernel

@@ -74,8 +74,6 @@ struct LoraGemmSm90aTile {
 };
 
 using LoraGemmSm90aTile128x256 = LoraGemmSm90aTile<256, 4, Sm90aSchedule::kCooperative>;
-using LoraGemmSm90aTile128x128 = LoraGemmSm90aTile<128, 6, Sm90aSchedule::kCooperative>;
-using LoraGemmSm90aTile128x128Pingpong = LoraGemmSm90aTile<128, 6, Sm90aSchedule::kPingpong>;
 using LoraGemmSm90aTile128x192Pingpong = LoraGemmSm90aTile<192, 4, Sm90aSchedule::kPingpong>;
 
 }  // namespace lora_ext::kernel

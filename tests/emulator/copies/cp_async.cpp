@@ -40,7 +40,7 @@ void issue(uint32_t destination, const void* source, uint32_t bytes, uint32_t so
   }
   if (source_bytes != 0) {
     check_global(source, source_bytes, bytes, kName);
-    count_global(GlobalAccess::CpAsync, source, source_bytes);
+    count_global(GlobalAccess::CpAsync, source_bytes);
   }
   CpAsyncState& state = current_thread().cp_async;
   state.copies.push_back({pointer, source, bytes, source_bytes, agent_for_next(state), false});

@@ -3,7 +3,6 @@
 
 #include <cstring>
 
-#include "emulator/counts/counters.h"
 #include "emulator/machine/scheduler.h"
 #include "emulator/memory/shared_memory.h"
 #include "emulator/race/race.h"
@@ -101,7 +100,6 @@ void count_arrival(Mbarrier& mbarrier, const char* what) {
          "%s: more than the %u expected arrivals in one phase, which still waits for bytes: %s",
          what, mbarrier.count, mbarrier.describe().c_str());
   }
-  count_barrier(BarrierKind::MbarrierArrive);
   --mbarrier.pending;
   complete_phase_if_due(mbarrier);
 }
@@ -109,7 +107,6 @@ void count_arrival(Mbarrier& mbarrier, const char* what) {
 // Whether the phase of this parity has completed: it is the one before the current one.
 bool try_observe(Mbarrier& mbarrier, uint32_t parity, Scope scope) {
   if ((mbarrier.phase & 1) == parity) return false;
-  count_barrier(BarrierKind::MbarrierWait);
   if (mbarrier.phase > mbarrier.phases_observed) mbarrier.phases_observed = mbarrier.phase;
   if (mbarrier.phase == 0) return true;
   race_acquire(&mbarrier.sync_objects[parity]);

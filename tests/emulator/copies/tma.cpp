@@ -58,7 +58,7 @@ void for_each_chunk(const TensorMap& map, unsigned char* shared, uint32_t offset
 
 void count_box(const Box& box, GlobalAccess kind) {
   for (uint32_t row = 0; row < box.map.box_height; ++row) {
-    if (box.row_inside(row)) count_global(kind, box.global_row(row), box.inside_bytes());
+    if (box.row_inside(row)) count_global(kind, box.inside_bytes());
   }
 }
 

@@ -5,13 +5,15 @@
 
 namespace kernels {
 
+// kAlignment: of Y and the base.
 template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment>
 struct GemmProblem {
   using Random = std::mt19937_64;
   using Numbers = kernels::Numbers;
   template <class V>
   using Buffer = emulator::GlobalBuffer<V>;
-  using Stored = Operand<T, kAlignment>;
+  using Stored = Operand<T, Alignment::kVector>;
+  using Base = Operand<T, kAlignment>;
   static constexpr double kBetweenRows = -12345;
   static constexpr int kOffset = Layout<kAlignment>::kOffset;
 
@@ -26,7 +28,7 @@ struct GemmProblem {
   const int y_pitch;
   Buffer<T> y;
   const RandomMask mask;
-  std::unique_ptr<Stored> base;
+  std::unique_ptr<Base> base;
   bool in_place = false;  // Y holds the base
 
   // With k = 0, the low-rank product alone; then p and q have `depth`.
@@ -55,7 +57,7 @@ struct GemmProblem {
     }
     y.fill(kernels::from_double<T>(kBetweenRows));
     if (!may_have_base || random() % 2) return;
-    base = std::make_unique<Stored>(m, n, numbers, random, "base");
+    base = std::make_unique<Base>(m, n, numbers, random, "base");
     in_place = random() % 2;
     for (int i = 0; in_place && i < m; ++i)
       std::copy_n(&base->matrix.at(i, 0), n,
@@ -77,6 +79,7 @@ struct GemmProblem {
       params.base = in_place ? params.y : base->data();
       params.base_pitch = in_place ? y_pitch : base->pitch();
     }
+    params.whole_chunks = kAlignment == Alignment::kVector;
     params.float_bias = float_bias, params.lets_wgrad_begin = lets_wgrad_begin;
     params.m = m, params.n = n, params.k = k, params.rank = rank, params.terms = terms;
     params.mask = mask.parameters();

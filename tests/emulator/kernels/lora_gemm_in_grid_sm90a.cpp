@@ -153,8 +153,9 @@ std::string compare_loads(int64_t m, int64_t n, int64_t k, int64_t rank) {
                           static_cast<long long>(expected), static_cast<long long>(loads));
 }
 
-template <class T, bool kMNMajor, bool kMasked, class Tile, plan::Tile kTile>
+template <class T, bool kMNMajor, bool kMasked>
 std::string run_gemm(const Case& run) {
+  using Tile = LoraGemmSm90aTile128x256;
   Problem<T, kMNMajor, kMasked> problem(run);
   const LoraGemmParams<T> params = problem.params();
   const auto flags = static_cast<size_t>(2 * ((problem.m + Tile::kPairM - 1) / Tile::kPairM));
@@ -174,7 +175,7 @@ std::string run_gemm(const Case& run) {
   const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
   kernels::ClusterLaunch launch{stream, 1 + static_cast<int64_t>(problem.random() % (pairs + 1))};
   launch_lora_gemm_in_grid_sm90a<T>(params, in, {problem.a.data(), problem.a.pitch()},
-                                    {kTile, kMNMajor, kMasked, false}, launch);
+                                    {plan::Tile::kInGrid128x256, kMNMajor, kMasked, false}, launch);
   GlobalBuffer<T> seen_t(problem.t.size(), "t as the next grid sees it");
   stream.launch({.grid = dim3(2), .block = dim3(128), .programmatic_dependent = true},
                 kernels::copy_early<T>, static_cast<const T*>(problem.t.data()), seen_t.data(),
@@ -190,8 +191,7 @@ std::string run_gemm(const Case& run) {
   return difference;
 }
 
-#define VARIANT(name, T, mn_major, masked, tile, planned) \
-  {#name, run_gemm<T, mn_major, masked, LoraGemmSm90aTile##tile, plan::Tile::planned>},
+#define VARIANT(name, ...) {#name, run_gemm<__VA_ARGS__>},
 const std::vector<kernels::Variant> kVariants = {LORA_GEMM_IN_GRID_SM90A_VARIANTS(VARIANT)};
 
 }  // namespace

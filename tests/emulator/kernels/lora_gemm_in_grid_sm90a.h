@@ -2,24 +2,23 @@
 #pragma once
 #include "kernel/lora_gemm_sm90a/in_grid.h"
 
-// All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
-#define LORA_GEMM_IN_GRID_SM90A_TILES(X, product, ...)       \
-  X(product##_128x256, __VA_ARGS__, 128x256, kInGrid128x256) \
-  X(product##_128x128, __VA_ARGS__, 128x128, kInGrid128x128)
-#define LORA_GEMM_IN_GRID_SM90A_VARIANTS(X)                                   \
-  LORA_GEMM_IN_GRID_SM90A_TILES(X, forward_bf16, __nv_bfloat16, false, false) \
-  LORA_GEMM_IN_GRID_SM90A_TILES(X, forward_fp16, __half, false, false)        \
-  LORA_GEMM_IN_GRID_SM90A_TILES(X, dx_bf16, __nv_bfloat16, true, false)       \
-  LORA_GEMM_IN_GRID_SM90A_TILES(X, dx_fp16, __half, true, false)              \
-  LORA_GEMM_IN_GRID_SM90A_TILES(X, dx_masked_bf16, __nv_bfloat16, true, true) \
-  LORA_GEMM_IN_GRID_SM90A_TILES(X, dx_masked_fp16, __half, true, true)
+// All that csrc/cuda/ has. X(variant, T, MN-major, masked)
+#define LORA_GEMM_IN_GRID_SM90A_VARIANTS(X)    \
+  X(forward_bf16, __nv_bfloat16, false, false) \
+  X(forward_fp16, __half, false, false)        \
+  X(dx_bf16, __nv_bfloat16, true, false)       \
+  X(dx_fp16, __half, true, false)              \
+  X(dx_masked_bf16, __nv_bfloat16, true, true) \
+  X(dx_masked_fp16, __half, true, true)
 
 // Of a variant, one for each number of 16s along k in the rank. To be used in namespace
 // lora_ext::kernel, behind `template` or `extern template`.
-#define LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, tail)                      \
-  __global__ void lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail>( \
+#define LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tail)                             \
+  __global__ void lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile128x256, mn_major, masked, tail>( \
       LoraInGridMaps, LoraGemmParams<T>, LoraInGridParams<T>)
-#define LORA_GEMM_IN_GRID_SM90A_INSTANCES(keyword, T, mn_major, masked, tile, planned) \
-  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \
-  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 2);              \
-  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tile, 4);
+#define LORA_GEMM_IN_GRID_SM90A_INSTANCES(keyword, T, mn_major, masked) \
+  LORA_GEMM_IN_GRID_SM90A_SMALL_##mn_major(keyword, T)                  \
+      keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, 4);
+#define LORA_GEMM_IN_GRID_SM90A_SMALL_true(keyword, T)
+#define LORA_GEMM_IN_GRID_SM90A_SMALL_false(keyword, T) \
+  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, false, false, 1);

@@ -35,7 +35,7 @@ template <class Tile>
 std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t terms) {
   const int64_t pairs = (m + Tile::kPairM - 1) / Tile::kPairM,
                 column_tiles = (n + Tile::kN - 1) / Tile::kN;
-  const int64_t last = rank % 64 == 0 ? 64 : rank % 64, tail = last <= 16 ? 1 : last <= 32 ? 2 : 4;
+  const int64_t last = rank % 64 == 0 ? 64 : rank % 64, tail = last <= 16 ? 1 : 4;
   const int64_t k16_steps = (k + 63) / 64 * 4 + terms * ((rank - 1) / 64 * 4 + tail);
   const int64_t flop = 2 * pairs * column_tiles * Tile::kPairM * Tile::kN * 16 * k16_steps;
   const int64_t loaded = (column_tiles * m + pairs * n) * (k + terms * rank) * 2;

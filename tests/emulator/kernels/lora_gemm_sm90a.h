@@ -3,10 +3,8 @@
 #include "kernel/lora_gemm_sm90a/kernel.h"
 
 // All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
-#define LORA_GEMM_SM90A_TILES(X, product, ...)                                  \
-  X(product##_128x256, __VA_ARGS__, 128x256, kWgmma128x256)                     \
-  X(product##_128x128, __VA_ARGS__, 128x128, kWgmma128x128)                     \
-  X(product##_128x128_pingpong, __VA_ARGS__, 128x128Pingpong, kPingpong128x128) \
+#define LORA_GEMM_SM90A_TILES(X, product, ...)              \
+  X(product##_128x256, __VA_ARGS__, 128x256, kWgmma128x256) \
   X(product##_128x192_pingpong, __VA_ARGS__, 128x192Pingpong, kPingpong128x192)
 #define LORA_GEMM_SM90A_VARIANTS(X)                                   \
   LORA_GEMM_SM90A_TILES(X, forward_bf16, __nv_bfloat16, false, false) \
@@ -23,5 +21,4 @@
       LoraGemmMaps, LoraGemmParams<T>)
 #define LORA_GEMM_SM90A_INSTANCES(keyword, T, mn_major, masked, tile, planned) \
   keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \
-  keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 2);              \
   keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 4);

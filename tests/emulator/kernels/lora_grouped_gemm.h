@@ -2,22 +2,23 @@
 #pragma once
 #include "kernel/lora_grouped_gemm.h"
 
-// X(variant, T, the factors' type, tile, MN-major, masked, alignment)
-#define LORA_GROUPED_GEMM_VARIANTS(X)                                                           \
-  X(bf16_128x256, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x256, false, false,              \
-    Alignment::kVector)                                                                         \
-  X(float_fp16_128x128, __half, float, LoraGemmTile128x128, false, false, Alignment::kVector)   \
-  X(bf16_128x64, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, false, false,                \
-    Alignment::kVector)                                                                         \
-  X(float_element, __nv_bfloat16, float, LoraGemmTile128x64, false, false, Alignment::kElement) \
-  X(dx_fp16_128x256, __half, __half, LoraGemmTile128x256, true, false, Alignment::kVector)      \
-  X(dx_masked_128x128, __half, __half, LoraGemmTile128x128, true, true, Alignment::kVector)     \
-  X(dx_masked_128x256, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x256, true, true,           \
-    Alignment::kVector)                                                                         \
-  X(dx_masked_float, __half, float, LoraGemmTile128x64, true, true, Alignment::kVector)         \
-  X(dx_element, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true, Alignment::kElement)
+// X(variant, T, the factors' type, tile, MN-major, masked)
+#define LORA_GROUPED_GEMM_VARIANTS(X)                                                  \
+  X(bf16_deep, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x128Deep, false, false)    \
+  X(float_fp16_deep, __half, float, LoraGemmTile128x128Deep, false, false)             \
+  X(bf16_128x64, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, false, false)       \
+  X(float_128x64, __nv_bfloat16, float, LoraGemmTile128x64, false, false)              \
+  X(dx_fp16_deep, __half, __half, LoraGemmTile128x128Deep, true, false)                \
+  X(dx_masked_deep, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x128Deep, true, true) \
+  X(dx_masked_float, __half, float, LoraGemmTile128x64, true, true)                    \
+  X(dx_masked_128x64, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true)
+
+// Again, with rows of Y that begin anywhere.
+#define LORA_GROUPED_GEMM_ELEMENT_VARIANTS(X)                              \
+  X(float_element, __nv_bfloat16, float, LoraGemmTile128x64, false, false) \
+  X(dx_element, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true)
 
 // To be used in namespace lora_ext::kernel.
-#define LORA_GROUPED_GEMM_INSTANCE(T, F, Tile, mn_major, masked, alignment)                 \
-  template __global__ void lora_grouped_gemm_sm80<T, F, Tile, mn_major, masked, alignment>( \
+#define LORA_GROUPED_GEMM_INSTANCE(T, F, Tile, mn_major, masked)                 \
+  template __global__ void lora_grouped_gemm_sm80<T, F, Tile, mn_major, masked>( \
       LoraGroupedGemmParams<T>)

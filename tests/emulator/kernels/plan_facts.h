@@ -11,17 +11,8 @@ namespace kernels {
 
 inline int stages_of(lora_ext::plan::Tile tile) {
   using namespace lora_ext::kernel;
-  switch (tile) {
-    case lora_ext::plan::Tile::kPingpong128x192:
-      return LoraGemmSm90aTile128x192Pingpong::kStages;
-    case lora_ext::plan::Tile::kPingpong128x128:
-      return LoraGemmSm90aTile128x128Pingpong::kStages;
-    case lora_ext::plan::Tile::kWgmma128x128:
-    case lora_ext::plan::Tile::kInGrid128x128:
-      return LoraGemmSm90aTile128x128::kStages;
-    default:
-      return LoraGemmSm90aTile128x256::kStages;
-  }
+  return tile == lora_ext::plan::Tile::kPingpong128x192 ? LoraGemmSm90aTile128x192Pingpong::kStages
+                                                        : LoraGemmSm90aTile128x256::kStages;
 }
 
 // Tells the facts of a plan for `direction`; "" or why no plan may be so.

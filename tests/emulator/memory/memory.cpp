@@ -70,7 +70,7 @@ void count_if_global(GlobalAccess kind, const void* address, uint32_t bytes) {
   const Block& block = current_thread().block();
   const auto offset = static_cast<const unsigned char*>(address) - block.shared;
   if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(block.shared_bytes)) {
-    count_global(kind, address, bytes);
+    count_global(kind, bytes);
   }
 }
 

@@ -36,7 +36,7 @@ HARMLESS = {
     "lora_gemm_sm80_epilogue.add_base.e<left:always": "what lies beside Y's columns is not stored",
     "lora_gemm_sm80_epilogue.add_base.e<left:high": "what lies beside Y's columns is not stored",
     "lora_gemm_sm80_epilogue.store_slab.row0+row<p.m:high": "what lies below Y is not stored",
-    "lora_gemm_sm80_epilogue.copy_chunk.kAlignment==Alignment::kVector&&left>=8:never": (
+    "lora_gemm_sm80_epilogue.copy_chunk.p.whole_chunks&&left>=8:never": (
         "eight stores of 2 bytes, where one of 16 would do"
     ),
     "lora_gemm_sm90a/kernel.take_role.setmaxnreg_inc:skip": "the consumers spill",

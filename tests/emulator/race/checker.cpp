@@ -39,13 +39,8 @@ void Checker::plain_access(const void* memory, size_t bytes, const void* instruc
   else
     shadow.read(access, memory, bytes);
   in_callback_ = false;
-  if (region->space == Space::Global) {
-    count_global(writes ? GlobalAccess::Store : GlobalAccess::Load, memory, bytes);
-  } else {
-    const Thread& lane = *machine().current;
-    const auto address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(memory) - region->begin);
-    count_shared(lane.warp, lane.lane, instruction, address, static_cast<uint32_t>(bytes));
-  }
+  if (region->space == Space::Global)
+    count_global(writes ? GlobalAccess::Store : GlobalAccess::Load, bytes);
 }
 
 void Checker::check_aligned(const void* memory, size_t bytes, bool writes) {

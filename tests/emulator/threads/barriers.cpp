@@ -3,7 +3,6 @@
 
 #include <bit>
 
-#include "emulator/counts/counters.h"
 #include "emulator/threads/warp.h"
 
 namespace emulator {
@@ -52,7 +51,6 @@ void bar(uint32_t id, uint32_t threads, const char* name, bool wait) {
     fail(ErrorKind::Misuse, "%s %u: expects %u threads, but the block has %u", name, id, threads,
          block_threads);
   }
-  count_barrier(BarrierKind::Named);
   struct {
   } none;
   const uint64_t immediate = static_cast<uint64_t>(id) << 32 | threads;

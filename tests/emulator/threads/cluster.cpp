@@ -1,7 +1,6 @@
 // The barrier of a cluster: threads arrive one by one, exited threads are not expected.
 #include "emulator/threads/cluster.h"
 
-#include "emulator/counts/counters.h"
 #include "emulator/machine/scheduler.h"
 
 namespace emulator {
@@ -32,7 +31,6 @@ void arrive(const char* name, bool release) {
     fail(ErrorKind::Misuse, "%s twice without barrier.cluster.wait; %s", name,
          barrier.describe().c_str());
   }
-  count_barrier(BarrierKind::Cluster);
   if (barrier.arrived == 0) race_forget(sync_object(barrier));
   if (release) {
     perform_before_release(thread);

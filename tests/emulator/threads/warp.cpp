@@ -3,8 +3,6 @@
 
 #include <cstring>
 
-#include "emulator/counts/counters.h"
-
 namespace emulator {
 namespace {
 
@@ -108,7 +106,6 @@ uint32_t aligned_mask(const char* name) {
 uint32_t lane_index() { return current_thread().lane; }
 
 void syncwarp(uint32_t mask) {
-  count_barrier(BarrierKind::Warp);
   struct {
   } none;
   warp_collective(mask, "__syncwarp", 0, none, [](const auto& lanes) {
