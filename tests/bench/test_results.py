@@ -58,6 +58,17 @@ def test_failed_write_keeps_the_previous_document(tmp_path):
     assert results.read(path) == document
 
 
+def test_a_row_is_a_line_and_a_number_eight_digits(tmp_path):
+    path = tmp_path / "results.json"
+    document = results.new_document("headline", MACHINE)
+    document["cells"] = [synthetic(small(), {"ours": 1 / 3}), synthetic(small(), {"ours": 1e-9})]
+    results.write(document, path)
+    counts = [line.count('"id":') for line in path.read_text().splitlines()]
+    assert [each for each in counts if each] == [1, 1]
+    first, second = results.read(path)["cells"]
+    assert first["timing"]["ours"]["ms"] == 0.33333333 and second == document["cells"][1]
+
+
 @pytest.mark.parametrize(("spoil", "said"), FAULTS.values(), ids=FAULTS)
 def test_what_is_no_results_file_is_refused(tmp_path, capsys, spoil, said):
     path = tmp_path / "results.json"
