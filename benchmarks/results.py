@@ -6,7 +6,9 @@ Every file, of whatever benchmark, has
     kind, complete           which benchmark wrote it, and whether it came to its end
     machine                  name, versions, date and more, by `machine.describe`
 
-and the parts of its kind (KINDS). What was measured is kept alike in all of them. Where a row has
+and the parts of its kind (KINDS), each in a line, and of a list each row: a new run changes so many
+lines. Numbers have eight digits, more than any clock here is worth. What was measured is kept alike
+in all of them. Where a row has
 TIMES, each maps a variant to its median, quartiles and samples, as `timing.Timing.summary` gives
 them; where it has MEMORIES, each maps a variant to its peak in bytes and perhaps more. `ratio` and
 `peak_ratio` divide two of them.
@@ -68,11 +70,31 @@ def write(document: Document, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        partial.write_text(_text(document))
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _text(document: Document) -> str:
+    parts = []
+    for name, part in document.items():
+        rows = ",\n".join(map(_line, part)) if isinstance(part, list) else ""
+        parts.append(f"{_line(name)}:" + (f"[\n{rows}\n]" if rows else _line(part)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _line(part: Any) -> str:
+    return json.dumps(_rounded(part), allow_nan=False, separators=(",", ":"))
+
+
+def _rounded(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _rounded(value) for name, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_rounded(value) for value in part]
+    return float(f"{part:.8g}") if isinstance(part, float) else part
 
 
 def keep(document: Document, path: Path) -> bool:

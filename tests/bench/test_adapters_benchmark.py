@@ -37,12 +37,6 @@ def test_every_variant_agrees_with_the_loop(mode, dtype, layout):
     assert left_out == expected == {*row["notes"], *row["errors"]}
 
 
-def test_variants_of_a_device():
-    on_cpu, on_gpu = (set(variants.names_for(case_of(device=d))) for d in ("cpu", "cuda"))
-    assert on_gpu - on_cpu == {"ours_kernel"}
-    assert on_gpu == set(variants.LABELS) - {"merged"}
-
-
 def test_one_of_ours_that_fails_is_an_error_and_a_peer_that_fails_is_not(monkeypatch):
     def fails(batch, dropout_p):
         raise RuntimeError("no such kernel")
@@ -84,15 +78,6 @@ def test_a_wrong_variant_is_seen(name, fault, monkeypatch):
     assert row["status"] == ("wrong" if name.startswith("ours") else "ok")
 
 
-def test_rows_per_adapter():
-    batch = make_batch(case_of(rows=10, adapters=4, layout="mixed"))
-    counts = batch.index.bincount()
-    assert counts.sum() == 10
-    assert counts.max() - counts.min() <= 1
-    assert (batch.index.diff() < 0).any()
-    assert batch.offs.tolist() == counts.cumsum(0).tolist()
-
-
 def test_what_cannot_be_measured_says_why():
     many = case_of(FORWARD, rows=130, adapters=65)
     with pytest.raises(Unavailable, match="more than 64 adapters"):
@@ -103,19 +88,6 @@ def test_what_cannot_be_measured_says_why():
     batch = Batch(large, *(torch.empty(0),) * 4, [], [])
     with pytest.raises(Unavailable, match="256 MiB"):
         variants.BUILDERS["gather"](batch, 0.0)
-
-
-def test_no_peer_is_asked_for_what_may_end_the_process_on_a_gpu():
-    batch = make_batch(case_of(dtype="bfloat16"))
-    on_gpu = replace(batch, case=replace(batch.case, device="cuda"))
-    with pytest.raises(Unavailable, match="ranges of 16 bytes"):
-        variants.BUILDERS["grouped"](on_gpu, 0.0)
-
-
-def test_cases_are_those_of_the_targets():
-    cases = {(c.mode, c.rows, c.adapters) for c in all_cases() if c.group == "target"}
-    assert {(mode, rows, 32) for mode, rows, _ in adapters_report.LIMITS} <= cases
-    assert len({case.id for case in all_cases()}) == len(list(all_cases()))
 
 
 # ---- the report ----
@@ -151,16 +123,6 @@ def test_targets():
     assert set(slow.values()) == {"MISS", "pass"}
     assert slow["step, 256 rows, dropout, over grouped_mm"] == "MISS"
     assert all(v == "pass" for name, v in slow.items() if "memory" in name)
-
-
-def test_memory_targets_can_be_missed():
-    document = made_up()
-    for row in document["cases"]:
-        if row.get("memory"):
-            row["memory"]["ours"]["peak"] = 158
-    memory = [row for row in adapters_report.targets(document) if "memory" in row[0]]
-    assert memory
-    assert {row[-1] for row in memory} == {"MISS"}
 
 
 def test_with_amx_the_peers_are_the_bound():

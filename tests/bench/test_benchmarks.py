@@ -6,11 +6,10 @@ import pytest
 import torch
 from bench_helpers import MACHINE, QUICK, small
 
-from benchmarks import agreement, memory, real_model, report, results, runner, shapes, variants
+from benchmarks import agreement, memory, report, results, runner, shapes, variants
 from benchmarks.__main__ import finish
 from benchmarks.machine import missing_device
-from benchmarks.problem import make_problem
-from benchmarks.timing import CpuMeter, Plan, Sample, Timing, interleaved, wait_reader
+from benchmarks.timing import CpuMeter, Plan, Sample, Timing, interleaved
 
 
 def without(*names):
@@ -50,12 +49,6 @@ def test_always_disturbed_ends_and_is_flagged():
     assert timing.clean == []
     summary = timing.summary()
     assert summary["disturbed"] and summary["n"] == 0 and summary["ms"] == 1.0
-
-
-def test_wait_reader_grows():
-    _, read = wait_reader()
-    first = read()
-    assert isinstance(first, int) and read() >= first
 
 
 def test_peak_and_saved_bytes_equal_hand_computed():
@@ -141,21 +134,6 @@ def test_failing_cell_becomes_an_entry():
 
     result = runner.run_cell(small(), QUICK, make=no_memory)
     assert (result["status"], result["error"]) == ("error", "MemoryError: too large")
-
-
-def test_problem_is_the_same_layer_in_every_dtype():
-    problem = make_problem(small(dtype="bfloat16"))
-    half, single = problem.adapters(torch.bfloat16), problem.adapters(torch.float32)
-    for a, b in zip(half, single, strict=True):
-        assert torch.equal(a.float(), b) and a.requires_grad and b.is_leaf
-    assert len(problem.inputs) >= 3
-    assert not torch.equal(problem.inputs[0], problem.inputs[1])
-
-
-def test_sentences_are_english_sentences():
-    found = [text for text, _ in zip(real_model.sentences(), range(50), strict=False)]
-    assert len(set(found)) == 50
-    assert all(text[0].isupper() and text[-1] in ".!?" for text in found)
 
 
 def test_missing_gpu_is_explained(monkeypatch):

@@ -83,12 +83,6 @@ def test_variants_start_alike_and_leave_the_base(tiny):
     assert all(torch.equal(tensor, before[key]) for key, tensor in tiny.state_dict().items())
 
 
-def test_padding_changes_no_logits(tiny):
-    ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long)
-    padded = torch.tensor([[1, 2, 3, 7]]), torch.tensor([[1, 1, 1, 0]])
-    assert torch.allclose(tiny(ids, mask), tiny(*padded), atol=1e-6)
-
-
 def test_training_order_groups_by_length():
     lengths = [(i * 37) % 60 for i in range(1000)]
     order = classifier.training_order(lengths, 16, seed=3)
@@ -99,13 +93,6 @@ def test_training_order_groups_by_length():
     padding = sum(16 * max(row) - sum(row) for row in rows)
     assert padding < 0.2 * sum(map(sum, rows))
     assert rows != sorted(rows)
-
-
-def test_deviation_is_relative_and_sees_nan():
-    assert training.largest_deviation([2.0, 1.01], [2.0, 1.0]) == pytest.approx(0.01)
-    assert training.largest_deviation([2.0, float("nan")], [2.0, 1.0]) == float("inf")
-    with pytest.raises(ValueError, match="curves of one length"):
-        training.largest_deviation([1.0], [1.0, 2.0])
 
 
 def document():
@@ -222,17 +209,3 @@ def test_report_shows_every_model_and_text(tmp_path):
         assert expected in text
     assert "Not measured: a frozen step takes 90 ms" in text
     assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_is_rendered_again_from_the_file(tmp_path, capsys):
-    found = document()
-    found["half"] = {
-        "timing": {"frozen": found["timing"]["frozen"]},
-        "memory": {"frozen": {"peak": 2**20}},
-    }
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    assert report.main([str(tmp_path / "results.json")]) == 0
-    assert "Not measured" not in (tmp_path / "report.md").read_text()
-    (tmp_path / "other.json").write_text("{}")
-    assert report.main([str(tmp_path / "other.json")]) == 2
-    assert "expected lora_ext.benchmarks" in capsys.readouterr().err

@@ -1,9 +1,5 @@
 """The texts of the fine-tuning: enough, labelled, the same everywhere, new where held out."""
 
-import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,23 +33,6 @@ def test_held_out_texts_are_new(dataset):
     assert not train & held_out
     assert dataset.definitions_on_both_sides() == 0
     assert dataset.largest_similarity() < data.NEAR
-
-
-def test_texts_do_not_depend_on_the_hash_seed(dataset):
-    code = (
-        "import hashlib\nfrom benchmarks.finetune import data\nd = data.read()\n"
-        "print(hashlib.sha256(repr((d.train, d.held_out)).encode()).hexdigest())"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    expected = repr((dataset.train, dataset.held_out)).encode()
-    assert found.strip() == hashlib.sha256(expected).hexdigest()
 
 
 def test_sentences_are_whole_and_without_code():
@@ -97,11 +76,6 @@ def test_sources_are_parsed_with_definitions(tmp_path):
         Text("The inner class counts as outer, too.", numbers, "random.py:Outer"),
         Text("Encode and decode the data of programs.", internet, "json/__init__.py:"),
     ]
-
-
-def test_no_sources_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="use a Python that comes with its sources"):
-        data.read(tmp_path)
 
 
 def test_near_duplicates_are_found_as_by_comparing_all(dataset):

@@ -85,21 +85,6 @@ def test_a_task_alone_has_the_masks_that_it_has_among_the_others():
     assert max(training.largest_difference(found["together"], other["together"])) > 1e-3
 
 
-def test_a_neighbours_learning_rate_does_not_matter():
-    every = {name: tenants() for name in ("as it is", "other")}
-    every["other"].optimizers[1].param_groups[0]["lr"] = 0.5
-    losses, _ = training.train(
-        {name: (one, training.together) for name, one in every.items()}, batches(8), lambda _: None
-    )
-    differences = training.largest_difference(losses["as it is"], losses["other"])
-    assert differences[0] < 1e-5 and differences[2] < 1e-5 and differences[1] > 1e-3
-
-
-def test_differences_see_what_is_no_number():
-    found = training.largest_difference([[1.0, 2.0], [1.0, float("nan")]], [[1.5, 2.0], [1.0, 2.0]])
-    assert found == [0.5, float("inf")]
-
-
 def test_serving_mixed_and_one_by_one():
     served = tenants()
     training.train({"together": (served, training.together)}, batches(6), lambda line: None)

@@ -1,7 +1,5 @@
 """What `make gpu` measures: cells, routes, replays, clocks, counters, bits that differ."""
 
-import json
-import random
 from dataclasses import replace
 
 import pytest
@@ -10,15 +8,9 @@ from bench_helpers import QUICK, small
 
 import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
-from benchmarks.adapters import measure as many
-from benchmarks.gpu import cases, cells, decode, pool_stress, profile, quantized, stress
+from benchmarks.gpu import decode, pool_stress, profile, quantized, stress
 from benchmarks.problem import make_problem
 from lora_ext.nn.layer_pool import LayerPool
-
-
-def test_a_cell_survives_the_json():
-    cell = replace(small(), rank=3, bias=False)
-    assert runner.cell_of({"cell": json.loads(json.dumps(cell.as_dict()))}) == cell
 
 
 def test_cuda_cells_time_every_route_and_baseline():
@@ -28,22 +20,6 @@ def test_cuda_cells_time_every_route_and_baseline():
     assert {*variants.ROUTES, *peers} <= names
     assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, device="cpu")))
     assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, dtype="float32")))
-
-
-def test_the_cells_are_what_was_asked_for():
-    headline, wide = cells.headline_cells(), cells.wide_cells()
-    assert len(headline) <= cells.MOST_HEADLINES
-    every = [*headline, *wide]
-    assert len({cell.id for cell in every}) == len(every)
-    assert {cell.mode for cell in every} == {shapes.FORWARD, shapes.BACKWARD, shapes.STEP}
-    rows, ranks = {c.rows for c in every}, {c.rank for c in every}
-    assert min(rows) == 1 and max(rows) == 8192 and {8, 16, 64, 128, 256} <= ranks
-    for name in ("Llama-3.1 8B", "Llama-3.1 70B", "Qwen2.5 7B", "Mistral 7B", "GPT-2 medium"):
-        mine = {(c.mode, c.dropout_p > 0) for c in every if name in c.layer}
-        assert len(mine) >= 4, name
-    assert all(cell.device == "cuda" for cell in every)
-    for cell in cells.on_cpu(every):
-        assert cell.device == "cpu" and cell.rows * cell.in_features <= 16 * 256
 
 
 def test_backward_alone_gives_the_gradients_of_a_step():
@@ -124,42 +100,6 @@ def test_replays_take_turns_with_calls_and_what_cannot_be_captured_has_a_note():
     assert results.ratio(result, "ours", "naive", "graph") is not None
 
 
-def test_what_cannot_be_captured_is_not_tried():
-    def listed(problem, dropout_p):
-        return replace(variants.naive(problem, dropout_p), no_graph="lists on the host")
-
-    means = runner.Means(runner.CpuMeter(), lambda make: make())
-    builders = {**variants.BUILDERS, "peft": listed}
-    result = runner.run_cell(small(shapes.FORWARD), QUICK, builders=builders, means=means)
-    assert result["notes"]["peft"] == "no graph: lists on the host"
-    assert "peft" in result["timing"] and "peft" not in result["graph"]
-    assert "merged" in result["graph"]
-
-
-def test_batches_of_many_adapters_are_what_was_asked_for():
-    chosen = cases.many_cases()
-    assert len({case.id for case in chosen}) == len(chosen)
-    first = chosen[0]
-    size = (first.rows, first.adapters, first.width, first.rank, first.layout, first.dtype)
-    assert size == (8192, 64, 4096, 16, "ranges", "bfloat16")
-    assert first.mode == shapes.FORWARD and first.tokens == 128
-    tables = {(c.mode, c.rows) for c in chosen if (c.adapters, c.width) == (32, 2048)}
-    modes = (shapes.FORWARD, shapes.STEP)
-    assert tables == {(mode, rows) for mode in modes for rows in (32, 256, 2048)}
-    decoded = [c for c in chosen if c.group == "decode"]
-    assert {c.rows for c in decoded} == {1, 2, 4, 8, 16, 32, 64}
-    assert all(c.adapters == c.rows and c.capacity == 64 for c in decoded)
-    assert {c.mode for c in chosen if c.layout == "mixed"} == set(modes)
-    assert all((c.dropout_p > 0) == (c.mode == shapes.STEP) for c in chosen)
-    assert all(c.device == "cuda" for c in chosen)
-    small_ones = cases.on_cpu(chosen)
-    assert all(c.device == "cpu" and c.rows * c.width <= 16 * 256 for c in small_ones)
-    assert {c.group for c in small_ones} == {"headline", "decode"}
-    for case in small_ones:
-        row = many.measure(case, QUICK)
-        assert row["status"] == "ok" and row["disagreements"] == {}, row
-
-
 def test_a_pool_that_changes_between_replays_agrees_with_a_loop():
     assert pool_stress.main(["--device", "cpu"]) == 0
 
@@ -182,13 +122,6 @@ def test_a_replay_that_reads_what_was_there_before_is_seen(what, monkeypatch, ca
     monkeypatch.setattr(LayerPool, "linear", stale)
     assert pool_stress.main(["--device", "cpu"]) == 1
     assert "after " in capsys.readouterr().out
-
-
-def test_every_kind_of_change_is_made():
-    one, dice = pool_stress.served("cpu", (12, 24, 40), torch.float32), random.Random(0)
-    with torch.no_grad():
-        made = {pool_stress.change(one, dice).split()[0] for _ in range(60)}
-    assert made == {"rows", "add", "replace", "write", "remove"}
 
 
 def test_weights_in_four_bits_have_every_bit_and_steps_on_them_are_timed(monkeypatch, capsys):
@@ -218,22 +151,6 @@ def test_a_weight_in_four_bits_with_another_bit_is_said(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "bitsandbytes is missing" in said and "1 values differ" in said
     assert "12 of 12 weights in NF4 differ from the formula" in said
-
-
-def test_both_ways_of_a_step_in_four_bits_agree(monkeypatch):
-    monkeypatch.setattr(quantized, "by_library", quantized.by_formula)
-    one = quantized.problem(96, 40, "cpu")
-    found = []
-    factors = (one.lora_a, one.lora_b)
-    ways = (
-        one.by_peft,
-        lambda: lora_ext.lora_linear(one.x, one.weight, *factors, scaling=quantized._SCALING),
-    )
-    for way in ways:
-        one.step(way)()
-        found.append([leaf.grad.float() for leaf in (one.x, *factors)])
-    for one_grad, other in zip(*found, strict=True):
-        assert (one_grad - other).abs().max() <= 2**-6 * other.abs().max()
 
 
 def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):

@@ -168,20 +168,9 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
     }
     with pytest.raises(ValueError, match="expected a name like"):
         keeper().places(folder, "../h100")
+    new_run(tmp_path / "cpu", MACHINE).write()
+    with pytest.raises(ValueError, match="trial on a CPU"):
+        keeper().places(tmp_path / "cpu", "cpu")
     (folder / "tuning" / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="schema"):
         keeper().places(folder, "h100")
-
-
-def test_pictures_are_drawn_where_results_are_kept(tmp_path):
-    pytest.importorskip("matplotlib")
-    measured_run(tmp_path).write()
-    keeper().draw(tmp_path)
-    assert (tmp_path / "predictions.png").exists() and (tmp_path / "adapters.png").exists()
-    assert "(predictions.png)" in (tmp_path / "report.md").read_text()
-
-
-def test_a_trial_on_the_cpu_is_not_kept(tmp_path):
-    new_run(tmp_path, MACHINE).write()
-    with pytest.raises(ValueError, match="trial on a CPU"):
-        keeper().places(tmp_path, "cpu")

@@ -1,20 +1,15 @@
-"""The stages of `make gpu`: their order and limits, resuming, missing tools, a full disk."""
+"""The stages of `make gpu`: their order and limits, resuming."""
 
 import json
-import resource
-import signal
-import subprocess
-import sys
 
 import pytest
-import torch
-from bench_helpers import MACHINE, new_run, small
+from bench_helpers import MACHINE, new_run
 from helpers import smallest_of_each_kind
 
 import lora_ext
 from benchmarks import results
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import checks, profile, stages
+from benchmarks.gpu import checks, stages
 from benchmarks.gpu.run import Run, bring, resumed
 from lora_ext import _C
 
@@ -99,15 +94,6 @@ def test_quick_leaves_out_what_is_not(tmp_path):
     assert called == ["a"]
 
 
-def test_missing_tools_are_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
-    run = new_run(tmp_path)
-    found = checks.sanitizer("memcheck")(run, 1.0)
-    assert found["status"] == "missing" and "compute-sanitizer" in found["summary"]
-    assert profile.worst(run, 1.0)["status"] == "missing"
-    assert profile._with_ncu(run, small(), "ours", 1.0) == ([], "no ncu on the PATH")
-
-
 def test_sanitizers_see_every_kind_of_tile():
     """The kinds that csrc/plan/plan.h has, each by its smallest tile."""
     card = lora_ext.kernels.CARDS["H100"]
@@ -121,6 +107,7 @@ def test_stages_are_named_and_chosen(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--only", "nothing"])
     assert "expected stages of conformance, warmup" in capsys.readouterr().err
+    assert (stages.ROOT / checks._MANY).exists()
 
 
 def test_resuming_needs_the_same_machine(tmp_path, capsys):
@@ -152,53 +139,3 @@ def test_results_are_brought_from_another_folder_once(tmp_path):
     (out / "results.json").write_text("newer")
     bring(earlier, out)
     assert (out / "results.json").read_text() == "newer"
-
-
-COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick"]
-
-
-@pytest.mark.slow
-def test_the_whole_run_on_the_cpu_can_be_killed_and_resumed(tmp_path):
-    command = [*COMMAND, "--out", str(tmp_path), "--budget", "20"]
-    process = subprocess.Popen(command, cwd=stages.ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("kernels:"):
-            break
-    process.kill()
-    process.wait()
-    kept = results.read(tmp_path / "results.json")
-    assert kept["stages"]["kernels"]["status"] == "done"
-    done = subprocess.run(command, cwd=stages.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "resuming: " in done.stdout
-    document = results.read(tmp_path / "results.json")
-    assert document["cells"]
-    assert document["stages"]["kernels"] == kept["stages"]["kernels"]
-    assert "test_plan.py" in (tmp_path / "log.txt").read_text()
-    quick = {s.name for s in gpu.STAGES if s.quick}
-    assert set(document["stages"]) == quick
-    text = (tmp_path / "report.md").read_text()
-    assert "## Stages (CPU)" in text and "golden vectors come from a GPU" in text
-    assert torch.__version__ in text
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_what_was_measured(tmp_path):
-    """Writes beyond a limit fail, as they do on a full disk; what fits has been kept."""
-    only = ["--only", "ceilings", "headline", "stress"]
-    command = [*COMMAND, "--out", str(tmp_path), "--budget", "8", *only]
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
-
-    done = subprocess.run(
-        command, cwd=stages.ROOT, capture_output=True, text=True, preexec_fn=limit
-    )
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert "is not written: " in done.stderr and "Traceback" not in done.stderr
-    kept = results.read(tmp_path / "results.json")
-    assert kept["stages"]["ceilings"]["status"] == "done" and len(kept["cells"]) < 14
-    assert "as a multiple of merged" in done.stdout  # what could not be kept is printed
-    assert not list(tmp_path.glob("*.partial"))

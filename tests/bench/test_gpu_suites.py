@@ -1,13 +1,11 @@
 """Suites of tests under `make gpu`: what one test does to its process, and going on without it."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 from test_gpu_children import new_run
 
-from benchmarks.gpu import checks, child, suites
+from benchmarks.gpu import suites
 
 TESTS = """
 import os, signal, sys, time
@@ -96,19 +94,3 @@ def test_a_suite_that_is_out_of_time_goes_on_next_time(run, tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert log.count("begin test_suite.py::test_first") == 1
     assert time.monotonic() - start < 300
-
-
-def test_the_tests_of_many_adapters_are_a_suite_of_their_own_on_every_route(run, monkeypatch):
-    given = []
-    monkeypatch.setattr(
-        checks, "run_tests", lambda run, arguments, *_, **__: given.append(arguments)
-    )
-    checks.many(run, 1.0)
-    checks.tests(run, 1.0)
-    many, rest = given
-    command = [sys.executable, "-m", "pytest", "--collect-only", *many]
-    done = subprocess.run(command, cwd=child.ROOT, capture_output=True, text=True)
-    for route in ("[cuda-", "[cuda-hybrid-", "[cuda-library-"):
-        assert f"test_integers_are_exact{route}" in done.stdout
-    assert "[cpu" not in done.stdout
-    assert f"--ignore={many[-1]}" in rest and "tests" in rest

@@ -49,13 +49,26 @@ def test_interrupted_json_stays_valid(tmp_path):
     assert "(incomplete)" in report.text(read)
 
 
-def test_failed_write_keeps_the_previous_document(tmp_path):
+def test_failed_write_keeps_the_previous_document(tmp_path, capsys):
     path = tmp_path / "results.json"
     document = results.new_document("headline", MACHINE)
     results.write(document, path)
     with pytest.raises(ValueError, match="JSON"):
         results.write({**document, "cells": [float("nan")]}, path)
+    assert not results.keep(document, Path("/proc/no/such/folder/results.json"))
+    assert "results.json is not written: " in capsys.readouterr().err
     assert results.read(path) == document
+
+
+def test_a_row_is_a_line_and_a_number_eight_digits(tmp_path):
+    path = tmp_path / "results.json"
+    document = results.new_document("headline", MACHINE)
+    document["cells"] = [synthetic(small(), {"ours": 1 / 3}), synthetic(small(), {"ours": 1e-9})]
+    results.write(document, path)
+    counts = [line.count('"id":') for line in path.read_text().splitlines()]
+    assert [each for each in counts if each] == [1, 1]
+    first, second = results.read(path)["cells"]
+    assert first["timing"]["ours"]["ms"] == 0.33333333 and second == document["cells"][1]
 
 
 @pytest.mark.parametrize(("spoil", "said"), FAULTS.values(), ids=FAULTS)
@@ -82,12 +95,6 @@ def test_kept_results_are_read_and_reported(path):
     kept = path.with_name("report.md").read_text().splitlines()
     figures = {line for line in kept if line.startswith("| ") and any(c.isdigit() for c in line)}
     assert figures and figures <= set(text.splitlines())
-
-
-def test_every_kind_of_results_has_a_report():
-    for kind in results.KINDS:
-        module = report._of_kind({"kind": kind})
-        assert callable(module.text) and callable(module.figures)
 
 
 def test_tiny_run_renders_report(tmp_path):

@@ -15,10 +15,8 @@ from benchmarks.whole_models.cases import (
     BATCH,
     LENGTH,
     Case,
-    all_cases,
     base_model,
     inputs,
-    quantized_cases,
 )
 from benchmarks.whole_models.overhead import overheads
 from benchmarks.whole_models.step import VARIANTS, adapted, check_fused, forward_of, step_of
@@ -32,14 +30,6 @@ COUNTS = {
     "GPT-2 attention": 8,
     "GPT-2 all linear": 16,
 }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.id)
-def test_targets(case):
-    model = base_model(case)
-    found = [path for path, module in model.named_modules() if case.is_target(path, module)]
-    assert len(found) == COUNTS[case.id.removesuffix(" bfloat16")]
 
 
 @pytest.mark.slow
@@ -136,38 +126,6 @@ def test_the_report_of_quantised_bases():
     layer = {"id": "nf4, 1024 x 1024", "rows": 16, "timing": times, "forward": times}
     table = quantized.table([layer])
     assert "0.60 (0.60-0.60)" in table and "2.00 (2.00-2.00)" in table and " 16 |" in table
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", quantized_cases(), ids=lambda case: case.id)
-def test_variants_over_quantised_bases(case, monkeypatch):
-    """All layers are bitsandbytes', and what is measured as ours is on the op."""
-    monkeypatch.setitem(BATCH, case.model, 1)
-    monkeypatch.setitem(LENGTH, case.model, 8)
-    base = base_model(case)
-    found = [path for path, module in base.named_modules() if case.is_target(path, module)]
-    assert len(found) == COUNTS[f"{case.model} {case.layers}"]
-    kinds = {type(base.get_submodule(path)).__name__ for path in found}
-    assert kinds == {"Linear4bit" if case.form == "nf4" else "Linear8bitLt"}
-    pairs = inputs(case, base, 1)
-    for variant in VARIANTS:
-        model = adapted(case, base, variant)
-        step_of(model, pairs)()
-        grads = [p.grad for p in model.parameters() if p.requires_grad]
-        assert bool(grads) == (variant != "frozen") and all(grad is not None for grad in grads)
-        paths = {layer.path for layer in lora_ext.explain(model)}
-        if variant.startswith("ours") or "accelerated" in variant:
-            assert paths == {"fused"}
-
-
-def test_layers_over_quantised_bases(monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(quantized, "_WIDTHS", (64,))
-    monkeypatch.setattr(quantized, "_ROWS", (3,))
-    monkeypatch.setattr(quantized, "compared", measured_once)
-    rows = quantized.measure_layers(None, lambda text: None)
-    assert [row["id"] for row in rows] == ["nf4, 64 x 64", "int8, 64 x 64"]
-    assert set(rows[0]["timing"]) == {"base", "peft", "accelerated"}
 
 
 def test_a_mixed_batch_is_measured_by_every_variant(monkeypatch):
