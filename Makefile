@@ -107,9 +107,10 @@ test: $(VENV)/.extras
 	$(PY) -m pytest $(ARGS)
 
 # CUTLASS's headers judge the kernels' PTX and layouts; the tests use none of its dependencies, 55 MB.
-# nvdisasm shows what ptxas made of them, 5 MB.
+# nvdisasm and cuobjdump show what ptxas made of them, 6 MB.
 $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
-	$(PIP) install --no-deps 'nvidia-cutlass==4.2.0.0' 'nvidia-cuda-nvdisasm>=13'
+	$(PIP) install --no-deps 'nvidia-cutlass==4.2.0.0' 'nvidia-cuda-nvdisasm>=13' \
+	    'nvidia-cuda-cuobjdump>=13'
 	touch $@
 
 # K=lora_decode: the clean runs and mutants of one program alone.

@@ -46,7 +46,8 @@ except ImportError:  # an sdist, or the metadata alone, needs no torch
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 CXX_FLAGS += ["-ffp-contract=off"]  # a multiply-add is fused where a kernel says so, nowhere else
-NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+PTXAS_REPORT = re.compile(r"ptxas info\b|    \d+ bytes stack frame")  # kept for `make sass`
 # Without exclude-libs, the shared CUDA runtime that torch loads would answer our calls.
 CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]
@@ -211,6 +212,7 @@ class CudaToolkit:
         """Compiles one .cu file, unless its object is up to date; returns the object's path."""
         target = Path(build_temp, source).with_suffix(".cu.o")
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".command")
+        report = target.with_suffix(".ptxas")
         archs = arch_flags(self.archs_of(source))
         command = [str(self.nvcc), *self.flags, *archs, "-Icsrc", "-MD", "-MF", str(depends)]
         command += ["-c", source, "-o", str(target)]
@@ -225,9 +227,12 @@ class CudaToolkit:
         stamp.unlink(missing_ok=True)
         print(shlex.join(command), flush=True)
         status, said = run(command)
-        sys.stdout.write(said)
+        for line in said.splitlines():
+            if not PTXAS_REPORT.match(line):
+                print(line)
         if status != 0:
             raise CompileError(f"nvcc failed on {source}")
+        report.write_text(said)
         stamp.write_text(made_by)
         return str(target)
 

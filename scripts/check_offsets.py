@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from emulator import mutants  # noqa: E402
-from emulator.build import common_flags  # noqa: E402
+from emulator.build import common_flags, from_root  # noqa: E402
 
 ALL_KERNELS = tuple(
     f"tests/emulator/kernels/{op}_kernels.cpp"
@@ -29,10 +29,10 @@ def findings(root: Path = ROOT) -> list[str]:
     command += [f"--config-file={ROOT / '.clang-tidy'}"]
     command += [*(str(root / kernels) for kernels in ALL_KERNELS), "--"]
     command += ["-DALL_KERNELS_IN_THIS_FILE"]
-    # The plain sources, not the copies that mutants are planted in.
-    flags = [flag for flag in common_flags() if flag != f"-I{mutants.COPIES}"]
-    command += [flag.replace(f"-I{ROOT}", f"-I{root}") for flag in flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # The plain sources, not the copies that mutants are planted in. Folders are named from the root.
+    copies = f"-I{from_root(mutants.COPIES)}"
+    command += [flag for flag in common_flags() if flag != copies]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     found = [
         line.removeprefix(f"{root}/")
         for line in done.stdout.splitlines()

@@ -1,14 +1,16 @@
 """What ptxas and the disassembler say of every CUDA kernel: `make sass`.
 
-Compiles the kernels of csrc/cuda/ for one architecture and writes build/sass/ARCH.json: registers,
-shared memory, blocks on an SM, and counts of the instructions that a kernel stands or falls with.
+Takes the kernels of one architecture from the objects that the package was built of and writes
+build/sass/ARCH.json: registers, shared memory, blocks on an SM, and counts of the instructions that
+a kernel stands or falls with.
 Prints the same as tables, then what is wrong; the exit status is 1 if anything is. sass_loops.py
 finds the loops, sass_paths.py a warp's way through kernels without loops and round the loop of
 lora_decode, sass_kernels.py what is wrong with a kernel, census.py which no plan takes.
 
     python scripts/sass.py [sm_80 | sm_90a ...]        default: sm_80
 
-nvdisasm comes with CUDA's toolkit or from PyPI (nvidia-cuda-nvdisasm).
+nvdisasm and cuobjdump come with CUDA's toolkit or from PyPI (nvidia-cuda-nvdisasm and
+nvidia-cuda-cuobjdump).
 """
 
 import argparse
@@ -16,11 +18,11 @@ import json
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import census
+import torch
 from sass_kernels import (
     COUNTED,
     OPCODES_SM90A,
@@ -114,31 +116,48 @@ def nvcc() -> str:
     return tool(cuda_headers.nvcc(), "nvcc", "")
 
 
-def nvdisasm() -> str:
-    return tool(cuda_headers.nvdisasm(), "nvdisasm", ", or nvidia-cuda-nvdisasm from PyPI")
+def disassembler(name: str) -> str:
+    return tool(cuda_headers.disassembler(name), name, f", or nvidia-cuda-{name} from PyPI")
 
 
-def compile_source(source: str, arch: str) -> tuple[str, Path]:
+def built(source: str) -> Path:
+    """The object that setup.py compiled last of a source."""
+    found = ROOT.glob(f"build/temp-*-{torch.__version__}/csrc/cuda/{source}.cu.o")
+    return max(found, key=lambda path: path.stat().st_mtime, default=Path("no object"))
+
+
+def is_built() -> bool:
+    return all(built(source).exists() for source in SOURCES_OF["sm_90a"])
+
+
+def extract(source: str, arch: str) -> tuple[str, Path]:
     """ptxas' report and the cubin."""
-    cubin = BUILD / f"{source}.{arch}.cubin"
-    command = [nvcc(), "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch={arch}", "-cubin"]
-    command += ["-Xptxas", "-v", str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"nvcc failed on {source}:\n{done.stderr}")
-    return done.stderr, cubin
+    item = built(source)
+    if not item.exists():
+        sys.exit(f"sass: {source} was not compiled: `make sass` builds the package with CUDA")
+    folder = BUILD / source
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.cubin"):
+        old.unlink()
+    command = [disassembler("cuobjdump"), "--extract-elf", f".{arch}.cubin", str(item)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    cubins = list(folder.glob("*.cubin"))
+    if len(cubins) != 1:
+        sys.exit(f"sass: expected one cubin for {arch} in {item}, but found {len(cubins)}")
+    # Of each entry function, as `Compiling entry function '...' for 'sm_80'` begins it.
+    said = item.with_suffix(".ptxas").read_text()
+    parts = re.split(r"(?=^ptxas info\s*: Compiling entry function)", said, flags=re.MULTILINE)
+    return "".join(part for part in parts if f" for '{arch}'" in part), cubins[0]
 
 
 def examine(arch: str) -> tuple[list[Kernel], list[str]]:
     """All kernels of an architecture, and what is wrong."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    known, disassembler = constants(), nvdisasm()
-    with ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(lambda source: compile_source(source, arch), SOURCES_OF[arch]))
+    known, nvdisasm = constants(), disassembler("nvdisasm")
     kernels, wrong = [], []
-    for report, cubin in compiled:
-        command = [disassembler, "-c", str(cubin)]
-        done = subprocess.run(command, capture_output=True, text=True)
+    for source in SOURCES_OF[arch]:
+        report, cubin = extract(source, arch)
+        done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"nvdisasm failed on {cubin}:\n{done.stderr}")
         kernels += kernels_of(report, done.stdout, arch, known)

@@ -1,4 +1,4 @@
-"""Finds CUDA's headers, which kernels include on the host too; nvcc and nvdisasm are optional.
+"""Finds CUDA's headers, which kernels include on the host too; nvcc and disassemblers are optional.
 
     python tests/emulator/cuda_headers.py    prints the compiler flags, or what to install
 
@@ -32,13 +32,11 @@ def nvcc() -> str | None:
     return in_toolkits("nvcc")
 
 
-def nvdisasm() -> str | None:
-    """The path of nvdisasm, which not every toolkit has, or None."""
+def disassembler(name: str) -> str | None:
+    """The path of nvdisasm or cuobjdump, which not every toolkit has, or None."""
     beside_nvcc = re.findall(r"^#\$ _HERE_=(.+)", dry_run(), re.M)
     wheels = [str(path) for path in of_wheels("bin")]
-    return in_toolkits("nvdisasm") or shutil.which(
-        "nvdisasm", path=os.pathsep.join([*beside_nvcc, *wheels])
-    )
+    return in_toolkits(name) or shutil.which(name, path=os.pathsep.join([*beside_nvcc, *wheels]))
 
 
 def in_toolkits(program: str) -> str | None:

@@ -73,26 +73,26 @@ def make_program(path: Path, text: str = "") -> str:
 
 
 def test_without_a_toolkit_there_is_no_program(no_toolkit):
-    assert cuda_headers.nvcc() is None and cuda_headers.nvdisasm() is None
+    assert cuda_headers.nvcc() is None and cuda_headers.disassembler("nvdisasm") is None
 
 
 def test_nvdisasm_is_found_on_path_then_in_a_toolkit_then_in_a_wheel(no_toolkit, tmp_path):
     wheel = make_program(tmp_path / "nvidia" / "cu13" / "bin" / "nvdisasm")
     no_toolkit.setattr(cuda_headers, "of_wheels", lambda folder: [Path(wheel).parent])
-    assert cuda_headers.nvdisasm() == wheel
+    assert cuda_headers.disassembler("nvdisasm") == wheel
     toolkit = make_program(tmp_path / "toolkit" / "bin" / "nvdisasm")
     no_toolkit.setattr(cuda_headers, "local_toolkits", lambda: [tmp_path / "toolkit"])
-    assert cuda_headers.nvdisasm() == toolkit
+    assert cuda_headers.disassembler("nvdisasm") == toolkit
     on_path = make_program(tmp_path / "path" / "nvdisasm")
     no_toolkit.setenv("PATH", str(tmp_path / "path"))
-    assert cuda_headers.nvdisasm() == on_path
+    assert cuda_headers.disassembler("nvdisasm") == on_path
 
 
 def test_nvdisasm_is_found_where_a_wrapper_of_nvcc_says_that_it_is(no_toolkit, tmp_path):
     beside = make_program(tmp_path / "toolkit" / "bin" / "nvdisasm")
     make_program(tmp_path / "path" / "nvcc", f"echo '#$ _HERE_={Path(beside).parent}' >&2")
     no_toolkit.setenv("PATH", str(tmp_path / "path"))
-    assert cuda_headers.nvdisasm() == beside
+    assert cuda_headers.disassembler("nvdisasm") == beside
 
 
 def test_a_wheel_of_the_environment_that_lends_its_packages_counts(tmp_path, monkeypatch):

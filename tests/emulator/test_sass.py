@@ -19,8 +19,8 @@ import sass_paths  # noqa: E402
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90a"])
 def examined(request):
-    if cuda_headers.nvcc() is None:
-        pytest.skip("no nvcc found: put a CUDA toolkit's nvcc on PATH or set CUDA_HOME")
+    if not sass.is_built():
+        pytest.skip("the package was built without CUDA kernels")
     return request.param, *sass.examine(request.param)
 
 
