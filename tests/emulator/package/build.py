@@ -4,11 +4,14 @@ The Python and C++ sources are the package's own, and device.cpp stands for csrc
 tensors, workspace, checks and autograd run as they do on a GPU, on CPU tensors.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -98,17 +101,31 @@ def copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
+@cache
+def state(package: Path) -> str:
+    """A hash of all that Python runs there, but for what the interpreter itself is made of."""
+    files = [path for name in COPIED for path in [package / name, *(package / name).rglob("*")]]
+    read = [path for path in files if path.is_file() and path.suffix in (".py", ".so", ".toml")]
+    installed = {f"{each.name} {each.version}" for each in metadata.distributions()}
+    return kept.key(sys.version, *sorted(installed), *map(kept.content, sorted(read)))
+
+
 def run(
     arguments: list[str], package: Path = PACKAGE, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs Python in the emulated package."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=package,
-        env={**build.os.environ, **environment},
-        capture_output=True,
-        text=True,
+    """Runs Python in the emulated package. What passed there before is not run again."""
+    command = [sys.executable, *arguments]
+    given = [f"{name}={value}" for name, value in sorted(environment.items())]
+    name = kept.key(state(package), package.name, *arguments, *given)
+    found = kept.load(name)
+    if found is not None:
+        return subprocess.CompletedProcess(command, 0, *found)
+    done = subprocess.run(
+        command, cwd=package, env={**os.environ, **environment}, capture_output=True, text=True
     )
+    if done.returncode == 0:
+        kept.store(name, [done.stdout, done.stderr])
+    return done
 
 
 if __name__ == "__main__":
