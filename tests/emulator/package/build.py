@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -113,17 +114,20 @@ def state(package: Path) -> str:
 def run(
     arguments: list[str], package: Path = PACKAGE, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs Python in the emulated package. What passed there before is not run again."""
+    """Runs Python in the emulated package. What passed there before is not run again, but where
+    it is told of a temporary folder: then it reads or writes files.
+    """
     command = [sys.executable, *arguments]
     given = [f"{name}={value}" for name, value in sorted(environment.items())]
     name = kept.key(state(package), package.name, *arguments, *given)
-    found = kept.load(name)
+    alone = not any(tempfile.gettempdir() in word for word in [*arguments, *given])
+    found = kept.load(name) if alone else None
     if found is not None:
         return subprocess.CompletedProcess(command, 0, *found)
     done = subprocess.run(
         command, cwd=package, env={**os.environ, **environment}, capture_output=True, text=True
     )
-    if done.returncode == 0:
+    if alone and done.returncode == 0:
         kept.store(name, [done.stdout, done.stderr])
     return done
 
