@@ -29,7 +29,7 @@ def findings(root: Path = ROOT) -> list[str]:
     command += [f"--config-file={ROOT / '.clang-tidy'}"]
     command += [*(str(root / kernels) for kernels in ALL_KERNELS), "--"]
     command += ["-DALL_KERNELS_IN_THIS_FILE"]
-    # The plain sources, not the copies that mutants are planted in; folders are named from the root.
+    # The plain sources, not the copies that mutants are planted in, named from the root.
     copies = f"-I{from_root(mutants.COPIES)}"
     command += [flag for flag in common_flags() if flag != copies]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
