@@ -421,8 +421,7 @@ class LoRALayer(nn.Module):
 
     def adapters_of_rows(self) -> RowAdapters | None:
         """The block of `use_adapters` that counts for a forward now, if one is open."""
-        rows = self.row_adapters
-        return None if rows is None else in_force(rows)
+        return None if self.row_adapters is None else in_force(self)
 
     @property
     def added_adapters(self) -> tuple[str, ...]:

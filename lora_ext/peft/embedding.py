@@ -42,7 +42,7 @@ class Embedding(peft_layers.Embedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
-            rows = in_force(self.row_adapters)
+            rows = in_force(self)
             if rows is not None:
                 return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)
         if not (args or kwargs):
@@ -53,8 +53,8 @@ class Embedding(peft_layers.Embedding):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
-        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
-            return mixed_batch.embedding_path(self, in_force(self.row_adapters))
+        if self.row_adapters is not None and in_force(self) is not None:
+            return mixed_batch.embedding_path(self, in_force(self))
         path = embedding_path(self, None)
         return path.name, path.reason
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
-from ..nn.row_adapters import RowAdapters, given_to
-from ..nn.updates import Update, dtypes_obstacle
+from ..nn.row_adapters import RowAdapters, given_to, of_context
+from ..nn.updates import Update, dtypes_obstacle, is_traced
 from ..quantized.base import QuantizedBase
 from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
@@ -209,17 +209,21 @@ def known_names(layer: Any) -> set[str]:
 
 
 @contextmanager
-def told_names(modules: Sequence[Any], names: Sequence[str], repeats: int = 1) -> Iterator[None]:
-    """Within the block PEFT's own forwards get adapter_names, as PEFT itself gives them."""
+def told_names(modules: Sequence[Any], names: Sequence[str], rows: RowAdapters) -> Iterator[None]:
+    """Within the block of `rows` PEFT's own forwards get adapter_names, as PEFT itself gives
+    them."""
     with ExitStack() as stack:
         for module in modules:
-            hook = partial(_tell, names=list(names), repeats=repeats)
+            hook = partial(_tell, names=list(names), rows=rows)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _tell(module: Any, args: Any, kwargs: Any, names: list[str], repeats: int) -> Any:
+def _tell(module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters) -> Any:
+    if not is_traced() and of_context(module) is not rows:
+        return None
+    repeats = rows.repeats
     if repeats > 1 and args and len(args[0]) == len(names) * repeats:
         names = [name for name in names for _ in range(repeats)]
     return args, {**kwargs, "adapter_names": names}
@@ -253,8 +257,9 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
         for given, is_inside in ((names, False), (original, True)):
             own = [layer for layer in fast if (id(layer) in inside) == is_inside]
             rest = [module for module in others if (id(module) in inside) == is_inside]
-            stack.enter_context(given_to(own, rows_of_names(given, own, is_pefts=True)))
-            stack.enter_context(told_names(rest, given))
+            rows = rows_of_names(given, own, is_pefts=True)
+            stack.enter_context(given_to(own, rows, rest))
+            stack.enter_context(told_names(rest, given, rows))
         yield
 
 

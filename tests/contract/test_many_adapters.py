@@ -4,6 +4,8 @@ The reference is a loop: one adapter after the other is made the only active one
 batch with dy zero in the rows of the others.
 """
 
+import asyncio
+import contextlib
 import copy
 import pickle
 import threading
@@ -229,7 +231,7 @@ def test_gradients_do_not_depend_on_who_else_is_in_the_batch(kind, layer, adapte
 
 
 @every_kind
-def test_blocks_nest_overlap_and_survive_exceptions(kind):
+def test_blocks_nest_and_survive_exceptions(kind):
     subject = kind.make("net", "three", F64)
     x = batch(subject, 2)
     plain = subject(x)
@@ -247,10 +249,97 @@ def test_blocks_nest_overlap_and_survive_exceptions(kind):
     second = lora_ext.use_adapters(subject.model, ["c", None])
     first.__enter__()
     second.__enter__()
-    first.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="left before another that was entered later"):
+        first.__exit__(None, None, None)
     assert_close(subject(x), other)
     second.__exit__(None, None, None)
     assert torch.equal(subject(x), plain)
+
+
+async def in_tasks(subject, call, every):
+    """What a forward gives in tasks whose blocks overlap, None for a task without one; the first
+    ones leave first."""
+
+    async def serve(names, steps):
+        found = []
+        with lora_ext.use_adapters(subject.model, names) if names else torch.no_grad():
+            for _ in range(steps):
+                await asyncio.sleep(0)
+                found.append(call().detach())
+        return found
+
+    return await asyncio.gather(*(serve(n, steps) for steps, n in enumerate(every, 2)))
+
+
+@cases(["net", "linear", "conv2d", "embedding"], ["three"])
+def test_tasks_of_asyncio_have_their_own_adapters(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject)
+    every = [NAMES, ["b"] * 6, None, NAMES[::-1]]
+    for names, found in zip(
+        every, asyncio.run(in_tasks(subject, lambda: subject(x), every)), strict=True
+    ):
+        wanted = mixed(subject, x, names)[0] if names else subject(x)
+        assert all(torch.equal(y, wanted) for y in found)
+
+
+@every_kind
+def test_a_task_has_the_block_in_which_it_was_made(kind):
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+
+    async def parent():
+        with lora_ext.use_adapters(subject.model, NAMES):
+            return await asyncio.create_task(child()), subject(x)
+
+    async def child():
+        with lora_ext.use_adapters(subject.model, ["b"] * 6):
+            await asyncio.sleep(0)
+        return subject(x)
+
+    assert all(torch.equal(y, mixed(subject, x, NAMES)[0]) for y in asyncio.run(parent()))
+
+
+@every_kind
+def test_tasks_of_a_compiled_model(forget_graphs, counter, kind):
+    """A graph cannot ask whose the adapters are: tasks that overlap leave it, or it says so."""
+    subject = kind.make("linear", "three", F64)
+    x, every = batch(subject), [NAMES, ["b"] * 6]
+    compiled = torch.compile(subject.model, backend=counter)
+    for names, found in zip(
+        every, asyncio.run(in_tasks(subject, lambda: compiled(x), every)), strict=True
+    ):
+        assert all(torch.equal(y, mixed(subject, x, names)[0]) for y in found)
+    torch._dynamo.reset()
+    whole = torch.compile(subject.model, backend=counter, fullgraph=True)
+    with pytest.raises(Exception, match="use_adapters overlap, each of another task"):
+        asyncio.run(in_tasks(subject, lambda: whole(x), every))
+
+
+@every_kind
+def test_generators_that_take_turns_are_refused(kind):
+    """Two streams of one thread: whose adapters a forward has would be who came last."""
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+
+    @contextlib.contextmanager
+    def opened(names):
+        with lora_ext.use_adapters(subject.model, names):
+            yield
+
+    def stream(names):
+        with opened(names):
+            while True:
+                yield subject(x)
+
+    first, second = stream(NAMES), stream(["b"] * 6)
+    assert torch.equal(next(first), mixed(subject, x, NAMES)[0])
+    assert torch.equal(next(second), mixed(subject, x, ["b"] * 6)[0])
+    with pytest.raises(RuntimeError, match="a generator that is suspended has one open"):
+        next(first)
+    second.close()
+    with opened(NAMES), opened(["b"] * 6):
+        assert torch.equal(subject(x), mixed(subject, x, ["b"] * 6)[0])
 
 
 @every_kind
