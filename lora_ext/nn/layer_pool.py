@@ -214,3 +214,4 @@ def let_go(parameters: tuple[nn.Parameter, nn.Parameter] | None) -> None:
     for parameter in parameters or ():
         parameter.grad = None
         parameter.data = parameter.data.new_empty(0)
+        parameter.detach().zero_()  # a change that torch counts: a backward must not go on without

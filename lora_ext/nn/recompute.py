@@ -67,6 +67,7 @@ def adapters_of_repeated(rows: Any) -> Any:
         if part is not None:
             found = getattr(part, _NOTE, None)
             if found is not None:
+                found.check_there()
                 remember(found)  # parts within this one run for the first time
             return found
     if rows.is_open:

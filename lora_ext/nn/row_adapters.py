@@ -16,6 +16,7 @@ import contextlib
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,6 +38,8 @@ _HELD = "row_adapters"
 _INNERMOST: ContextVar[RowAdapters | None] = ContextVar("lora_ext_row_adapters", default=None)
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
+# By their ids, as long as anything holds them: a part that is checkpointed does after the block.
+_BLOCKS: weakref.WeakValueDictionary[int, RowAdapters] = weakref.WeakValueDictionary()
 # No adapter has this number: the op refuses it.
 _NOBODY = 2**31 - 1
 
@@ -76,6 +79,8 @@ class RowAdapters:
         # The block around it in its context, and whether other contexts have some beside it.
         self.outer: RowAdapters | None = None
         self.overlaps = False
+        # A name whose adapter was removed since: another may have its place, or its name.
+        self.gone: str | None = None
         # The generator that entered the block, if it was one.
         self.opener: FrameType | None = None
 
@@ -137,6 +142,15 @@ class RowAdapters:
         if self.index.dim() != 1:
             return None
         return [nobody if i < 0 else self.names[i] for i in self.index.tolist()]
+
+    def check_there(self) -> None:
+        """Raises RuntimeError if one of the adapters was removed since the block was entered."""
+        if self.gone is not None:
+            raise RuntimeError(
+                f"lora_ext.use_adapters: expected the adapters with which the block was entered, "
+                f"but {self.gone!r} was removed since; remove an adapter after the blocks and the "
+                "backwards that use it"
+            )
 
     def _chosen(self, index: Tensor, names: Sequence[str]) -> Tensor:
         """The index counting `names` in the place of all."""
@@ -226,13 +240,15 @@ def in_force(layer: Any) -> RowAdapters | None:
 
     Raises:
         RuntimeError: the block belongs to another thread, or is not the innermost one where the
-            forward is called, or a backward repeats a forward of which nothing is known.
+            forward is called, or has lost an adapter, or a backward repeats a forward of which
+            nothing is known.
     """
     held = layer.row_adapters
     if is_traced():
         if not held.is_open:
             return None
         if not held.overlaps:
+            held.check_there()
             return held
         torch._dynamo.graph_break(  # a graph cannot ask the context
             "blocks of lora_ext.use_adapters overlap, each of another task; without fullgraph=True "
@@ -251,9 +267,18 @@ def in_force(layer: Any) -> RowAdapters | None:
         return None
     if rows.opener is not None and _open(rows.outer, layer) and not _is_running(rows.opener):
         raise _not_nested("a forward is called while a generator that is suspended has one open")
+    rows.check_there()
     if rows.records_gradients:
         recompute.remember(rows)
     return rows
+
+
+def forget(layer: nn.Module, name: str) -> None:
+    """Says that an adapter of the layer is removed: blocks that use it have lost it."""
+    for reference in _BLOCKS.valuerefs():
+        rows = reference()
+        if rows is not None and name in rows.names and id(layer) in rows.below:
+            rows.gone = name
 
 
 def of_context(layer: nn.Module) -> RowAdapters | None:
@@ -293,6 +318,7 @@ def given_to(
             rows.overlaps = True
     rows.below |= {id(module): None for module in others}
     rows.outer, rows.opener = _INNERMOST.get(), _opener()
+    _BLOCKS[id(rows)] = rows
     try:
         for layer in layers:
             layer.__dict__[_HELD] = rows

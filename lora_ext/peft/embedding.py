@@ -28,7 +28,7 @@ from .reasons import (
 from .row_blocks import combine
 
 
-class Embedding(peft_layers.Embedding):
+class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
     """`peft.tuners.lora.Embedding` with another forward and nothing else.
 
         y = base(ids) + sum over active adapters of scaling * A[:, ids]^T B^T
@@ -37,8 +37,6 @@ class Embedding(peft_layers.Embedding):
     Shape:
         ids ``[...]`` to y ``[..., embedding_dim]`` in the base weight's dtype.
     """
-
-    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:

@@ -34,7 +34,7 @@ from .reasons import (
 )
 
 
-class Linear(Packable, peft_layers.Linear):
+class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
     """`peft.tuners.lora.Linear` with another forward and nothing else.
 
         y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
@@ -45,8 +45,6 @@ class Linear(Packable, peft_layers.Linear):
     Shape:
         x ``[..., in_features]`` to y ``[..., out_features]`` in the dtype that the base returns.
     """
-
-    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:

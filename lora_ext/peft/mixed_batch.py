@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
-from ..nn.row_adapters import RowAdapters, given_to, of_context
+from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
 from ..nn.updates import Update, dtypes_obstacle, is_traced
 from ..quantized.base import QuantizedBase
 from .parts import operand_of, quick_updates, update_of
@@ -41,6 +41,16 @@ from .reasons import (
 
 NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
+
+
+class ByRow:
+    """A mix-in before a class of PEFT whose rows can have different adapters."""
+
+    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
+
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        forget(self, adapter_name)
+        LoraLayer.delete_adapter(self, adapter_name)
 
 
 def linear(

@@ -39,10 +39,8 @@ def forward_over(theirs: Any) -> Any:
     return forward
 
 
-class _Quantized:
+class _Quantized(mixed_batch.ByRow):
     """A mix-in before PEFT's class."""
-
-    row_adapters: Any = None
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""

@@ -452,6 +452,37 @@ def test_the_index_is_read_when_the_block_is_entered(kind):
         assert_close(subject(x[:, :1]), wanted[:, :1])
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@cases(["linear", "embedding"], ["three"])
+def test_an_adapter_that_is_deleted_within_the_block(
+    forget_graphs, counter, kind, layer, adapters, compiled
+):
+    """Not the base in its place, nor who is added by its name."""
+    subject = kind.make(layer, adapters, F64)
+    x, (part,) = batch(subject), subject.layers
+    model = torch.compile(subject.model, backend=counter, fullgraph=True) if compiled else subject
+    with lora_ext.use_adapters(subject.model, NAMES):
+        model(x)
+        with lora_ext.use_adapters(subject.model, ["a", "c"] * 3):
+            part.delete_adapter("b")
+            model(x)
+        with pytest.raises(Exception, match="'b' was removed since"):
+            model(x)
+    with lora_ext.use_adapters(subject.model, ["a", "c"] * 3):
+        model(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+@every_kind
+def test_an_adapter_that_is_deleted_before_a_checkpoint_repeats_it(kind, reentrant):
+    subject = kind.make("linear", "three", F64)
+    with lora_ext.use_adapters(subject.model, NAMES):
+        y = checkpoint(subject, batch(subject).requires_grad_(), use_reentrant=reentrant)
+    subject.layers[0].delete_adapter("b")
+    with pytest.raises(RuntimeError, match="'b' was removed since"):
+        y.sum().backward()
+
+
 # ---- errors ----
 
 

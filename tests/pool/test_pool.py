@@ -243,6 +243,30 @@ def test_a_step_between_forward_and_backward_is_an_error():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [F64, F32])  # from lists, from the pool itself
+def test_an_adapter_that_is_removed_within_its_block(dtype):
+    """Not the base in its place, nor who is added to its slot."""
+    pool = make_pool(capacity=2, dtype=dtype)
+    pool.model.eval()
+    with torch.no_grad(), lora_ext.use_adapters(pool.model, NAMES):
+        pool.replace("b", values(pool, "b"), LoRAConfig(["q_proj"], alpha=2))
+        pool.model(make_ids())
+        pool.remove("a")
+        for name in ("c", None, "a"):  # in the slot, then by the name
+            with pytest.raises(RuntimeError, match="'a' was removed since"):
+                pool.model(make_ids())
+            pool.remove("c") if name is None else pool.add(name, LoRAConfig(LINEAR, r=3))
+    assert_served(pool)
+
+
+def test_removing_between_forward_and_backward_is_an_error():
+    pool = make_pool()
+    y = mixed(pool)
+    pool.remove("a")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_dropout_is_the_adapters():
     pool = make_pool()
     pool.model.train()
