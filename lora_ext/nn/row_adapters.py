@@ -255,7 +255,7 @@ def in_force(layer: Any) -> RowAdapters | None:
             "each task has its own adapters"
         )
     if _current_graph_task() != -1:
-        return recompute.adapters_of_repeated(held)
+        return recompute.adapters_of_repeated()
     if held.is_open and held.thread != _thread():
         raise RuntimeError(
             "lora_ext.use_adapters: expected a forward in the thread that opened the block, but "

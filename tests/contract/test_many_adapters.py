@@ -618,9 +618,8 @@ def test_a_checkpoint_repeats_with_the_adapters_of_its_forward(kind, reentrant, 
             assert_same_steps(found, exact, subject.trained())
 
 
-@every_kind
-def test_a_foreign_checkpoint_is_refused_outside_of_the_block(kind):
-    """Whoever else repeats a forward in a backward has to do so within the block."""
+def repeated(subject):
+    """Another checkpointing: an autograd function that runs a layer in both directions."""
 
     class Repeated(torch.autograd.Function):
         @staticmethod
@@ -636,13 +635,56 @@ def test_a_foreign_checkpoint_is_refused_outside_of_the_block(kind):
                 subject(x).backward(grad)
             return x.grad
 
+    return Repeated
+
+
+@pytest.mark.parametrize("within", [None, NAMES, ["c"] * 6], ids=["after", "inside", "in another"])
+@every_kind
+def test_another_checkpoint_repeats_with_the_adapters_of_its_forward(kind, within):
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+    mixed(subject, x, NAMES)  # so that the layer had a block before
+    for names in (NAMES, None):
+        found = []
+        for forward in (repeated(subject).apply, subject):
+            leaf = x.clone().requires_grad_()
+            for parameter in subject.trained():
+                parameter.grad = None
+            with lora_ext.use_adapters(subject.model, names) if names else torch.enable_grad():
+                y = forward(leaf)
+            with lora_ext.use_adapters(subject.model, within) if within else torch.enable_grad():
+                y.sum().backward()
+            grads = {id(p): p.grad for p in subject.trained()}
+            found.append((y.detach(), leaf.grad, grads))
+        assert_same_steps(*found, subject.trained())
+
+
+@pytest.mark.parametrize("within", [None, NAMES, ["c"] * 6], ids=["after", "inside", "in another"])
+@every_kind
+def test_what_repeats_a_forward_of_which_nothing_is_known_is_refused(kind, within):
+    """Hooks, or a function that sees its context after its forward."""
     subject = kind.make("linear", "three", F64)
     x = batch(subject).requires_grad_()
+
+    def unpack(tensor):
+        subject(x.detach())
+        return tensor
+
+    class Later(torch.autograd.Function):
+        forward = staticmethod(subject)
+        setup_context = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+        backward = repeated(subject).backward
+
     with lora_ext.use_adapters(subject.model, NAMES):
-        Repeated.apply(x).sum().backward()
-        y = Repeated.apply(x)
-    with pytest.raises(RuntimeError, match="backward\\(\\) within the block"):
-        y.sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            first = subject(x)
+        second = Later.apply(x)
+    for y in (first, second):
+        with (
+            lora_ext.use_adapters(subject.model, within) if within else torch.enable_grad(),
+            pytest.raises(RuntimeError, match="to know the adapters of a forward"),
+        ):
+            y.sum().backward()
 
 
 @every_kind
