@@ -47,7 +47,8 @@ def use_adapters(
 
     Raises:
         IndexError: the index counts what is not there.
-        RuntimeError: another thread has a block open; in a forward: adapters are merged.
+        RuntimeError: another thread has a block open; a block that was entered later in this task
+            is still open; in a forward: adapters are merged.
         TypeError: an argument is of another type.
         ValueError: a name is unknown; in a forward: rows are not those of the samples, or a layer
             of PEFT cannot give rows different adapters.
@@ -69,7 +70,7 @@ def use_adapters(
     index = index.detach().to(_device_of(layers[0]), copy=True)
     rows = RowAdapters(distinct, index, _slots(own, distinct, index), repeats)
     with ExitStack() as stack:
-        stack.enter_context(given_to(layers, rows))
+        stack.enter_context(given_to(layers, rows, others))
         if others:
             stack.enter_context(_told(others, rows))
         yield model
@@ -165,5 +166,5 @@ def _told(others: Sequence[Any], rows: RowAdapters) -> Iterator[None]:
             f"{kind} cannot give tokens of one sample different adapters, but got "
             f"{list(rows.index.shape)}"
         )
-    with told_names(others, names, rows.repeats):
+    with told_names(others, names, rows):
         yield

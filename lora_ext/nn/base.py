@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import initialize
 from .adapter_spec import MAX_RANK, AdapterSpec
 from .merging import merged_tensors
-from .row_adapters import RowAdapters, in_force
+from .row_adapters import RowAdapters, forget, in_force
 
 # Each forward of a layer takes one of these; `path` says which and why.
 PATHS = ("fused", "packed", "library", "merged", "added", "base")
@@ -249,6 +249,7 @@ class LoRALayer(nn.Module):
         """
         self._known(name, "delete_adapter")
         self.check_whole("delete_adapter")
+        forget(self, name)
         if name in self.merged_adapters:
             self.unmerge()
         self.active_adapters = tuple(active for active in self.active_adapters if active != name)
@@ -421,8 +422,7 @@ class LoRALayer(nn.Module):
 
     def adapters_of_rows(self) -> RowAdapters | None:
         """The block of `use_adapters` that counts for a forward now, if one is open."""
-        rows = self.row_adapters
-        return None if rows is None else in_force(rows)
+        return None if self.row_adapters is None else in_force(self)
 
     @property
     def added_adapters(self) -> tuple[str, ...]:

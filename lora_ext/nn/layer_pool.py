@@ -28,11 +28,14 @@ class LayerPool(nn.Module):
 
     Whatever is added, replaced or removed is written into these tensors, which keep their
     addresses: a captured graph goes on reading them. The buffers follow the model to another device
-    or dtype, as the parameters do, which are views of them; neither is part of a state dict.
+    or dtype, as the parameters do, whose memory is theirs; neither is part of a state dict. torch
+    counts the changes of each parameter apart: one adapter's step is no change of another, between
+    whose forward and backward it may fall.
 
     Attributes:
         lora_a: ``[capacity, max_rank, in]``.
-        lora_b: ``[capacity, out, max_rank]``.
+        lora_b: ``[capacity, out, max_rank]``; on the CPU its memory is ``[capacity, max_rank,
+            out]``, so that a slot's first ranks are dense, as torch's fused optimizers need them.
         ranks: int32 ``[capacity]``, 0 for a slot that is free, or whose adapter is not in this
             layer.
         scaling: float32 ``[capacity]``.
@@ -62,7 +65,7 @@ class LayerPool(nn.Module):
         with torch.inference_mode(False):
             tensors = {
                 "lora_a": torch.zeros(capacity, max_rank, in_features, **like),
-                "lora_b": torch.zeros(capacity, out_features, max_rank, **like),
+                "lora_b": _laid_out(torch.zeros(capacity, out_features, max_rank, **like)),
                 "ranks": torch.zeros(capacity, dtype=torch.int32, device=device),
                 "scaling": torch.zeros(capacity, dtype=torch.float32, device=device),
             }
@@ -164,12 +167,14 @@ class LayerPool(nn.Module):
     def _views(self, slot: int, rank: int, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
         with torch.inference_mode(False):
             lora_a, lora_b = self.lora_a[slot, :rank], self.lora_b[slot, :, :rank]
-            return nn.Parameter(lora_a, trainable), nn.Parameter(lora_b, trainable)
+            first, second = _counted_apart(lora_a), _counted_apart(lora_b)
+            return nn.Parameter(first, trainable), nn.Parameter(second, trainable)
 
     # Copies and moves.
 
     def _apply(self, fn: Any, recurse: bool = True) -> LayerPool:
         super()._apply(fn, recurse)
+        self.lora_b = _laid_out(self.lora_b)
         self._spare = None
         numbers = [0.0] * len(self.ranks)
         for name, spec in self.specs.items():
@@ -209,8 +214,20 @@ class LayerPool(nn.Module):
                 self.slots[name] = views
 
 
+def _laid_out(lora_b: Tensor) -> Tensor:
+    """``[capacity, out, max_rank]`` with dense slots; on CUDA in rows, as kernels read them."""
+    return lora_b.contiguous() if lora_b.is_cuda else lora_b.mT.contiguous().mT
+
+
+def _counted_apart(view: Tensor) -> Tensor:
+    """The same memory with a version counter of its own."""
+    place = view.storage_offset(), view.shape, view.stride()
+    return view.new_empty(0).set_(view.untyped_storage(), *place)
+
+
 def let_go(parameters: tuple[nn.Parameter, nn.Parameter] | None) -> None:
     """Takes the slot's memory from parameters that an optimizer may still hold."""
     for parameter in parameters or ():
         parameter.grad = None
         parameter.data = parameter.data.new_empty(0)
+        parameter.detach().zero_()  # a change that torch counts: a backward must not go on without

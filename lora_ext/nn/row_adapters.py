@@ -4,13 +4,23 @@ A block has distinct names and an int32 index into them, of samples ``[batch]`` 
 ``[batch, tokens]``. A layer asks for the index of its own rows: expanded to the leading dimensions
 of its x and, where it lacks some of the adapters, counting those that it has. Each such tensor is
 made once a block, and shared by all layers.
+
+Each asyncio task has the blocks that it entered itself, by a `contextvars.ContextVar`: a layer
+holds the block that was entered last, whoever did, and asks the context whose it is. A graph of
+torch.compile, which cannot ask, takes what the layer holds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,8 +32,14 @@ from .updates import is_traced
 _current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident
 
-# Attribute of the layers: the block that is open, `CLOSED`, or none.
+# Attribute of the layers: the block that was entered last and is open, `CLOSED`, or none.
 _HELD = "row_adapters"
+# The block that was entered last in this context; those around it are its `outer`.
+_INNERMOST: ContextVar[RowAdapters | None] = ContextVar("lora_ext_row_adapters", default=None)
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
+# By their ids, as long as anything holds them: a part that is checkpointed does after the block.
+_BLOCKS: weakref.WeakValueDictionary[int, RowAdapters] = weakref.WeakValueDictionary()
 # No adapter has this number: the op refuses it.
 _NOBODY = 2**31 - 1
 
@@ -58,8 +74,15 @@ class RowAdapters:
         # Tokens of the x that came last in 3 dimensions, for layers whose x is flattened.
         self._tokens = 0
         self._made: dict[Any, Tensor] = {}
-        # By the id of each layer: what it held before.
+        # By the id of each layer that the block is for: what it held before.
         self.below: dict[int, Any] = {}
+        # The block around it in its context, and whether other contexts have some beside it.
+        self.outer: RowAdapters | None = None
+        self.overlaps = False
+        # A name whose adapter was removed since: another may have its place, or its name.
+        self.gone: str | None = None
+        # The generator that entered the block, if it was one.
+        self.opener: FrameType | None = None
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy or a pickle of a layer is in no block
@@ -119,6 +142,15 @@ class RowAdapters:
         if self.index.dim() != 1:
             return None
         return [nobody if i < 0 else self.names[i] for i in self.index.tolist()]
+
+    def check_there(self) -> None:
+        """Raises RuntimeError if one of the adapters was removed since the block was entered."""
+        if self.gone is not None:
+            raise RuntimeError(
+                f"lora_ext.use_adapters: expected the adapters with which the block was entered, "
+                f"but {self.gone!r} was removed since; remove an adapter after the blocks and the "
+                "backwards that use it"
+            )
 
     def _chosen(self, index: Tensor, names: Sequence[str]) -> Tensor:
         """The index counting `names` in the place of all."""
@@ -214,39 +246,82 @@ class _Closed:
 CLOSED = _Closed()
 
 
-def in_force(rows: Any) -> RowAdapters | None:
-    """The adapters that count for the forward that is running, of what its layer holds.
+def in_force(layer: Any) -> RowAdapters | None:
+    """The adapters that count for the forward of a layer that is running.
 
     A forward that activation checkpointing repeats has those of the forward that it repeats,
     whatever is open by now.
 
+    Args:
+        layer: that holds something.
+
     Raises:
-        RuntimeError: the block belongs to another thread, or a backward repeats a forward of which
+        RuntimeError: the block belongs to another thread, or is not the innermost one where the
+            forward is called, or has lost an adapter, or a backward repeats a forward of which
             nothing is known.
     """
+    held = layer.row_adapters
     if is_traced():
-        return rows if rows.is_open else None
+        if not held.is_open:
+            return None
+        if not held.overlaps:
+            held.check_there()
+            return held
+        torch._dynamo.graph_break(  # a graph cannot ask the context
+            "blocks of lora_ext.use_adapters overlap, each of another task; without fullgraph=True "
+            "each task has its own adapters"
+        )
     if _current_graph_task() != -1:
-        return recompute.adapters_of_repeated(rows)
-    if not rows.is_open:
-        return None
-    if rows.thread != _thread():
+        return recompute.adapters_of_repeated()
+    if held.is_open and held.thread != _thread():
         raise RuntimeError(
             "lora_ext.use_adapters: expected a forward in the thread that opened the block, but "
             "another thread runs the model; give each thread a model of its own, or run them in "
             "turn"
         )
+    rows = of_context(layer)
+    if rows is None:
+        return None
+    if rows.opener is not None and _open(rows.outer, layer) and not _is_running(rows.opener):
+        raise _not_nested("a forward is called while a generator that is suspended has one open")
+    rows.check_there()
     if rows.records_gradients:
         recompute.remember(rows)
     return rows
 
 
+def forget(layer: nn.Module, name: str) -> None:
+    """Says that an adapter of the layer is removed: blocks that use it have lost it."""
+    for reference in _BLOCKS.valuerefs():
+        rows = reference()
+        if rows is not None and name in rows.names and id(layer) in rows.below:
+            rows.gone = name
+
+
+def of_context(layer: nn.Module) -> RowAdapters | None:
+    """The block that counts for a layer in this context."""
+    return _open(_INNERMOST.get(), layer)
+
+
+def _open(rows: RowAdapters | None, layer: nn.Module) -> RowAdapters | None:
+    """Of a block and those around it the innermost that is open for a layer."""
+    while rows is not None and not (rows.is_open and id(layer) in rows.below):
+        rows = rows.outer
+    return rows
+
+
 @contextmanager
-def given_to(layers: Sequence[nn.Module], rows: RowAdapters) -> Iterator[None]:
-    """Within the block the layers use the adapters of `rows`; blocks may overlap or be nested.
+def given_to(
+    layers: Sequence[nn.Module], rows: RowAdapters, others: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Within the block the layers use the adapters of `rows`; blocks of one task are nested.
+
+    Args:
+        others: modules for which `of_context` finds the block, too.
 
     Raises:
-        RuntimeError: another thread has a block open on one of the layers.
+        RuntimeError: another thread has a block open on one of the layers; when the block is left:
+            one that was entered later is still open.
     """
     for layer in layers:
         held = layer.__dict__.get(_HELD)
@@ -255,21 +330,70 @@ def given_to(layers: Sequence[nn.Module], rows: RowAdapters) -> Iterator[None]:
                 "lora_ext.use_adapters: expected a model that no other thread is using, but "
                 "another has a block open; give each thread a model of its own, or run them in turn"
             )
-    below = [layer.__dict__.get(_HELD) for layer in layers]
-    rows.below = {id(layer): held for layer, held in zip(layers, below, strict=True)}
+        rows.below[id(layer)] = held
+        if held is not None and held.is_open and held is not of_context(layer):
+            rows.overlaps = True
+    rows.below |= {id(module): None for module in others}
+    rows.outer, rows.opener = _INNERMOST.get(), _opener()
+    _BLOCKS[id(rows)] = rows
     try:
         for layer in layers:
             layer.__dict__[_HELD] = rows
+        _INNERMOST.set(rows)
         yield
     finally:
-        rows.is_open = False
+        is_innermost = _leave(rows)
+        rows.is_open, rows.opener = False, None
         rows.records_gradients = rows.records_gradients or torch.is_grad_enabled()
         for layer in layers:
             _give_back(layer)
+    if not is_innermost:
+        raise _not_nested("one is left before another that was entered later")
+
+
+def _leave(rows: RowAdapters) -> bool:
+    """Takes a block from those of this context; False if one within it is open for its layers."""
+    inner = _INNERMOST.get()
+    if inner is rows:
+        _INNERMOST.set(rows.outer)
+        return True
+    overlaps = False
+    while inner is not None and inner is not rows:
+        overlaps |= inner.is_open and not rows.below.keys().isdisjoint(inner.below)
+        inner = inner.outer
+    return inner is None or not overlaps  # None: it was entered in another context
+
+
+def _opener() -> FrameType | None:
+    """The generator with whose `with` statement a block is entered, past context managers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code, caller = frame.f_code, frame.f_back
+        is_generator = bool(code.co_flags & _GENERATOR)
+        is_managed = is_generator and caller and caller.f_code.co_filename == _CONTEXTLIB
+        if not is_managed and code.co_filename != _CONTEXTLIB:
+            return frame if is_generator else None
+        frame = caller
+    return None
+
+
+def _is_running(wanted: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _not_nested(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"lora_ext.use_adapters: expected blocks of one task that are nested, but {what}; in "
+        "generators that take turns, open the block around each forward, or run each generator in "
+        "an asyncio task of its own"
+    )
 
 
 def _give_back(layer: nn.Module) -> None:
-    """Leaves the layer with the innermost block that is still open."""
+    """Leaves the layer with the block that was entered last of those that are open."""
     held = layer.__dict__.get(_HELD)
     leaves_graphs = False
     while isinstance(held, RowAdapters) and not held.is_open:

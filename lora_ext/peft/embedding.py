@@ -28,7 +28,7 @@ from .reasons import (
 from .row_blocks import combine
 
 
-class Embedding(peft_layers.Embedding):
+class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
     """`peft.tuners.lora.Embedding` with another forward and nothing else.
 
         y = base(ids) + sum over active adapters of scaling * A[:, ids]^T B^T
@@ -38,11 +38,9 @@ class Embedding(peft_layers.Embedding):
         ids ``[...]`` to y ``[..., embedding_dim]`` in the base weight's dtype.
     """
 
-    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
-            rows = in_force(self.row_adapters)
+            rows = in_force(self)
             if rows is not None:
                 return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)
         if not (args or kwargs):
@@ -53,8 +51,8 @@ class Embedding(peft_layers.Embedding):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
-        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
-            return mixed_batch.embedding_path(self, in_force(self.row_adapters))
+        if self.row_adapters is not None and in_force(self) is not None:
+            return mixed_batch.embedding_path(self, in_force(self))
         path = embedding_path(self, None)
         return path.name, path.reason
 

@@ -34,7 +34,7 @@ from .reasons import (
 )
 
 
-class Linear(Packable, peft_layers.Linear):
+class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
     """`peft.tuners.lora.Linear` with another forward and nothing else.
 
         y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
@@ -46,11 +46,9 @@ class Linear(Packable, peft_layers.Linear):
         x ``[..., in_features]`` to y ``[..., out_features]`` in the dtype that the base returns.
     """
 
-    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
-            rows = in_force(self.row_adapters)
+            rows = in_force(self)
             if rows is not None:
                 return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)
         if not (args or kwargs):
@@ -80,8 +78,8 @@ class Linear(Packable, peft_layers.Linear):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""
-        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
-            return mixed_batch.linear_path(self, in_force(self.row_adapters))
+        if self.row_adapters is not None and in_force(self) is not None:
+            return mixed_batch.linear_path(self, in_force(self))
         path = linear_path(self, None)
         if path.name != FUSED or path.base is not None:
             return path.name, path.reason

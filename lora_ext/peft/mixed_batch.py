@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
-from ..nn.row_adapters import RowAdapters, given_to
-from ..nn.updates import Update, dtypes_obstacle
+from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
+from ..nn.updates import Update, dtypes_obstacle, is_traced
 from ..quantized.base import QuantizedBase
 from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
@@ -41,6 +41,16 @@ from .reasons import (
 
 NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
+
+
+class ByRow:
+    """A mix-in before a class of PEFT whose rows can have different adapters."""
+
+    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
+
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        forget(self, adapter_name)
+        LoraLayer.delete_adapter(self, adapter_name)
 
 
 def linear(
@@ -209,17 +219,21 @@ def known_names(layer: Any) -> set[str]:
 
 
 @contextmanager
-def told_names(modules: Sequence[Any], names: Sequence[str], repeats: int = 1) -> Iterator[None]:
-    """Within the block PEFT's own forwards get adapter_names, as PEFT itself gives them."""
+def told_names(modules: Sequence[Any], names: Sequence[str], rows: RowAdapters) -> Iterator[None]:
+    """Within the block of `rows` PEFT's own forwards get adapter_names, as PEFT itself gives
+    them."""
     with ExitStack() as stack:
         for module in modules:
-            hook = partial(_tell, names=list(names), repeats=repeats)
+            hook = partial(_tell, names=list(names), rows=rows)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _tell(module: Any, args: Any, kwargs: Any, names: list[str], repeats: int) -> Any:
+def _tell(module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters) -> Any:
+    if not is_traced() and of_context(module) is not rows:
+        return None
+    repeats = rows.repeats
     if repeats > 1 and args and len(args[0]) == len(names) * repeats:
         names = [name for name in names for _ in range(repeats)]
     return args, {**kwargs, "adapter_names": names}
@@ -253,8 +267,9 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
         for given, is_inside in ((names, False), (original, True)):
             own = [layer for layer in fast if (id(layer) in inside) == is_inside]
             rest = [module for module in others if (id(module) in inside) == is_inside]
-            stack.enter_context(given_to(own, rows_of_names(given, own, is_pefts=True)))
-            stack.enter_context(told_names(rest, given))
+            rows = rows_of_names(given, own, is_pefts=True)
+            stack.enter_context(given_to(own, rows, rest))
+            stack.enter_context(told_names(rest, given, rows))
         yield
 
 

@@ -27,7 +27,7 @@ def forward_over(theirs: Any) -> Any:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
-            rows = in_force(self.row_adapters)
+            rows = in_force(self)
             if rows is not None:
                 return mixed_batch.linear(self, theirs, x, rows, args, kwargs)
         if not (args or kwargs):
@@ -39,15 +39,13 @@ def forward_over(theirs: Any) -> Any:
     return forward
 
 
-class _Quantized:
+class _Quantized(mixed_batch.ByRow):
     """A mix-in before PEFT's class."""
-
-    row_adapters: Any = None
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
-        if self.row_adapters is not None and in_force(self.row_adapters) is not None:
-            return mixed_batch.linear_path(self, in_force(self.row_adapters))
+        if self.row_adapters is not None and in_force(self) is not None:
+            return mixed_batch.linear_path(self, in_force(self))
         path = linear_path(self, None)
         return path.name, path.reason
 

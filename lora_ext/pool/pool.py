@@ -17,6 +17,7 @@ from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect
 from ..nn.fused import FusedLoRALayer
 from ..nn.layer_pool import LayerPool, let_go
+from ..nn.row_adapters import forget
 from .sources import Incoming, Source, naming, read
 
 
@@ -232,12 +233,15 @@ class AdapterPool:
         return self.parameters(name)
 
     def remove(self, name: str) -> None:
-        """Frees the adapter's slot. Its parameters are let go: they are empty.
+        """Frees the adapter's slot. Its parameters are let go: they are empty. Blocks of
+        `use_adapters` that use it are at an end: a forward in them is an error.
 
         Raises:
             AdapterError: no adapter has the name.
         """
         self._known(name, "remove")
+        for layer in self.layers.values():
+            forget(layer, name)
         held = [layer.pool.slots.get(name) for layer in self.layers.values()]
         slot = self._names.pop(name)
         for layer in self.layers.values():

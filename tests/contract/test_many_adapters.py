@@ -4,6 +4,8 @@ The reference is a loop: one adapter after the other is made the only active one
 batch with dy zero in the rows of the others.
 """
 
+import asyncio
+import contextlib
 import copy
 import pickle
 import threading
@@ -229,7 +231,7 @@ def test_gradients_do_not_depend_on_who_else_is_in_the_batch(kind, layer, adapte
 
 
 @every_kind
-def test_blocks_nest_overlap_and_survive_exceptions(kind):
+def test_blocks_nest_and_survive_exceptions(kind):
     subject = kind.make("net", "three", F64)
     x = batch(subject, 2)
     plain = subject(x)
@@ -247,10 +249,97 @@ def test_blocks_nest_overlap_and_survive_exceptions(kind):
     second = lora_ext.use_adapters(subject.model, ["c", None])
     first.__enter__()
     second.__enter__()
-    first.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="left before another that was entered later"):
+        first.__exit__(None, None, None)
     assert_close(subject(x), other)
     second.__exit__(None, None, None)
     assert torch.equal(subject(x), plain)
+
+
+async def in_tasks(subject, call, every):
+    """What a forward gives in tasks whose blocks overlap, None for a task without one; the first
+    ones leave first."""
+
+    async def serve(names, steps):
+        found = []
+        with lora_ext.use_adapters(subject.model, names) if names else torch.no_grad():
+            for _ in range(steps):
+                await asyncio.sleep(0)
+                found.append(call().detach())
+        return found
+
+    return await asyncio.gather(*(serve(n, steps) for steps, n in enumerate(every, 2)))
+
+
+@cases(["net", "linear", "conv2d", "embedding"], ["three"])
+def test_tasks_of_asyncio_have_their_own_adapters(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject)
+    every = [NAMES, ["b"] * 6, None, NAMES[::-1]]
+    for names, found in zip(
+        every, asyncio.run(in_tasks(subject, lambda: subject(x), every)), strict=True
+    ):
+        wanted = mixed(subject, x, names)[0] if names else subject(x)
+        assert all(torch.equal(y, wanted) for y in found)
+
+
+@every_kind
+def test_a_task_has_the_block_in_which_it_was_made(kind):
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+
+    async def parent():
+        with lora_ext.use_adapters(subject.model, NAMES):
+            return await asyncio.create_task(child()), subject(x)
+
+    async def child():
+        with lora_ext.use_adapters(subject.model, ["b"] * 6):
+            await asyncio.sleep(0)
+        return subject(x)
+
+    assert all(torch.equal(y, mixed(subject, x, NAMES)[0]) for y in asyncio.run(parent()))
+
+
+@every_kind
+def test_tasks_of_a_compiled_model(forget_graphs, counter, kind):
+    """A graph cannot ask whose the adapters are: tasks that overlap leave it, or it says so."""
+    subject = kind.make("linear", "three", F64)
+    x, every = batch(subject), [NAMES, ["b"] * 6]
+    compiled = torch.compile(subject.model, backend=counter)
+    for names, found in zip(
+        every, asyncio.run(in_tasks(subject, lambda: compiled(x), every)), strict=True
+    ):
+        assert all(torch.equal(y, mixed(subject, x, names)[0]) for y in found)
+    torch._dynamo.reset()
+    whole = torch.compile(subject.model, backend=counter, fullgraph=True)
+    with pytest.raises(Exception, match="use_adapters overlap, each of another task"):
+        asyncio.run(in_tasks(subject, lambda: whole(x), every))
+
+
+@every_kind
+def test_generators_that_take_turns_are_refused(kind):
+    """Two streams of one thread: whose adapters a forward has would be who came last."""
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+
+    @contextlib.contextmanager
+    def opened(names):
+        with lora_ext.use_adapters(subject.model, names):
+            yield
+
+    def stream(names):
+        with opened(names):
+            while True:
+                yield subject(x)
+
+    first, second = stream(NAMES), stream(["b"] * 6)
+    assert torch.equal(next(first), mixed(subject, x, NAMES)[0])
+    assert torch.equal(next(second), mixed(subject, x, ["b"] * 6)[0])
+    with pytest.raises(RuntimeError, match="a generator that is suspended has one open"):
+        next(first)
+    second.close()
+    with opened(NAMES), opened(["b"] * 6):
+        assert torch.equal(subject(x), mixed(subject, x, ["b"] * 6)[0])
 
 
 @every_kind
@@ -361,6 +450,37 @@ def test_the_index_is_read_when_the_block_is_entered(kind):
         index.fill_(-1)
         assert_close(subject(x), wanted)
         assert_close(subject(x[:, :1]), wanted[:, :1])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@cases(["linear", "embedding"], ["three"])
+def test_an_adapter_that_is_deleted_within_the_block(
+    forget_graphs, counter, kind, layer, adapters, compiled
+):
+    """Not the base in its place, nor who is added by its name."""
+    subject = kind.make(layer, adapters, F64)
+    x, (part,) = batch(subject), subject.layers
+    model = torch.compile(subject.model, backend=counter, fullgraph=True) if compiled else subject
+    with lora_ext.use_adapters(subject.model, NAMES):
+        model(x)
+        with lora_ext.use_adapters(subject.model, ["a", "c"] * 3):
+            part.delete_adapter("b")
+            model(x)
+        with pytest.raises(Exception, match="'b' was removed since"):
+            model(x)
+    with lora_ext.use_adapters(subject.model, ["a", "c"] * 3):
+        model(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+@every_kind
+def test_an_adapter_that_is_deleted_before_a_checkpoint_repeats_it(kind, reentrant):
+    subject = kind.make("linear", "three", F64)
+    with lora_ext.use_adapters(subject.model, NAMES):
+        y = checkpoint(subject, batch(subject).requires_grad_(), use_reentrant=reentrant)
+    subject.layers[0].delete_adapter("b")
+    with pytest.raises(RuntimeError, match="'b' was removed since"):
+        y.sum().backward()
 
 
 # ---- errors ----
@@ -506,9 +626,8 @@ def test_a_checkpoint_repeats_with_the_adapters_of_its_forward(kind, reentrant, 
             assert_same_steps(found, exact, subject.trained())
 
 
-@every_kind
-def test_a_foreign_checkpoint_is_refused_outside_of_the_block(kind):
-    """Whoever else repeats a forward in a backward has to do so within the block."""
+def repeated(subject):
+    """Another checkpointing: an autograd function that runs a layer in both directions."""
 
     class Repeated(torch.autograd.Function):
         @staticmethod
@@ -524,13 +643,56 @@ def test_a_foreign_checkpoint_is_refused_outside_of_the_block(kind):
                 subject(x).backward(grad)
             return x.grad
 
+    return Repeated
+
+
+@pytest.mark.parametrize("within", [None, NAMES, ["c"] * 6], ids=["after", "inside", "in another"])
+@every_kind
+def test_another_checkpoint_repeats_with_the_adapters_of_its_forward(kind, within):
+    subject = kind.make("linear", "three", F64)
+    x = batch(subject)
+    mixed(subject, x, NAMES)  # so that the layer had a block before
+    for names in (NAMES, None):
+        found = []
+        for forward in (repeated(subject).apply, subject):
+            leaf = x.clone().requires_grad_()
+            for parameter in subject.trained():
+                parameter.grad = None
+            with lora_ext.use_adapters(subject.model, names) if names else torch.enable_grad():
+                y = forward(leaf)
+            with lora_ext.use_adapters(subject.model, within) if within else torch.enable_grad():
+                y.sum().backward()
+            grads = {id(p): p.grad for p in subject.trained()}
+            found.append((y.detach(), leaf.grad, grads))
+        assert_same_steps(*found, subject.trained())
+
+
+@pytest.mark.parametrize("within", [None, NAMES, ["c"] * 6], ids=["after", "inside", "in another"])
+@every_kind
+def test_what_repeats_a_forward_of_which_nothing_is_known_is_refused(kind, within):
+    """Hooks, or a function that sees its context after its forward."""
     subject = kind.make("linear", "three", F64)
     x = batch(subject).requires_grad_()
+
+    def unpack(tensor):
+        subject(x.detach())
+        return tensor
+
+    class Later(torch.autograd.Function):
+        forward = staticmethod(subject)
+        setup_context = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+        backward = repeated(subject).backward
+
     with lora_ext.use_adapters(subject.model, NAMES):
-        Repeated.apply(x).sum().backward()
-        y = Repeated.apply(x)
-    with pytest.raises(RuntimeError, match="backward\\(\\) within the block"):
-        y.sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            first = subject(x)
+        second = Later.apply(x)
+    for y in (first, second):
+        with (
+            lora_ext.use_adapters(subject.model, within) if within else torch.enable_grad(),
+            pytest.raises(RuntimeError, match="to know the adapters of a forward"),
+        ):
+            y.sum().backward()
 
 
 @every_kind

@@ -1,5 +1,6 @@
 """PEFT's adapter_names on accelerated models: the same results, one call, and in training too."""
 
+import contextvars
 import copy
 
 import pytest
@@ -250,8 +251,11 @@ def test_modules_to_save_and_layers_that_are_pefts(training):
     fast = accelerated(model).train(training)
     assert isinstance(fast.base_model.model.conv, Conv2d)
     torch.testing.assert_close(fast(x, adapter_names=names), wanted, rtol=1e-10, atol=1e-10)
+    task, block = contextvars.copy_context(), lora_ext.use_adapters(fast, ["b", "a", "a", None])
     with lora_ext.use_adapters(fast, ["a", "b", None, "b"]):
+        task.run(block.__enter__)  # another's, which overlaps
         torch.testing.assert_close(fast(x), wanted, rtol=1e-10, atol=1e-10)
+        task.run(block.__exit__, None, None, None)
     with pytest.raises(ValueError, match="index of samples"):
         lora_ext.use_adapters(fast, ["a"], torch.zeros((4, 6), dtype=torch.int32)).__enter__()
 
