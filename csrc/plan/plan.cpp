@@ -71,7 +71,7 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
       wgmma && fits_in_grid(call) && p.rank <= kMostInGridRank && !plan.one_pass;
   const bool in_grid = may_in_grid && (!p.dropout || masked_t_pays(card, p.m)) &&
                        blocks_with_work(facts_of(Tile::kInGrid128x256), p.m, n) > card.sms;
-  const TileFacts* best = nullptr;
+  const TileFacts* best = &facts_of(Tile::k128x64);
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
     if (!fits(tile, card, call) || (tile.wgmma && !wgmma) || (tile.in_grid && !may_in_grid))
@@ -80,7 +80,7 @@ Gemm choose_gemm(const Card& card, const Problem& p, int64_t n, const Plan& plan
     if (tile.tile == asked) return with_tile(card, tile, p.m, n, true);
     if (tile.wgmma != wgmma || tile.in_grid != in_grid) continue;
     const double time = tiles_flop(card, tile, p.m, n, depth, masked);
-    if (best == nullptr || time < best_time) best = &tile, best_time = time;
+    if (best_time == 0 || time < best_time) best = &tile, best_time = time;
   }
   return with_tile(card, *best, p.m, n, true);
 }
