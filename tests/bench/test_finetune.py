@@ -2,34 +2,15 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_helpers import MACHINE
-from torch import nn
+from bench_helpers import MACHINE, TinyEncoder
 
 from benchmarks import report, results
 from benchmarks.finetune import __main__ as finetune
 from benchmarks.finetune import claims, classifier, trained_models, training
 from benchmarks.finetune.classifier import Batch, Classifier
-
-
-class TinyEncoder(nn.Module):
-    """The shape of a BERT, with layers of the names that the adapters look for."""
-
-    def __init__(self):
-        super().__init__()
-        self.embeddings = nn.Embedding(40, 16)
-        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
-        self.dense = nn.Linear(16, 16)
-
-    def forward(self, input_ids, attention_mask):
-        x = self.embeddings(input_ids)
-        scores = self.query(x) @ self.key(x).transpose(1, 2) / 4
-        scores = scores.masked_fill(attention_mask[:, None] == 0, float("-inf"))
-        x = x + self.dense(torch.tanh(scores.softmax(-1) @ self.value(x)))
-        return SimpleNamespace(last_hidden_state=x)
 
 
 @pytest.fixture

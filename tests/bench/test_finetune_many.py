@@ -2,12 +2,10 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_helpers import MACHINE
-from torch import nn
+from bench_helpers import MACHINE, TinyEncoder
 
 from benchmarks import report, results
 from benchmarks.finetune.classifier import Batch
@@ -17,23 +15,6 @@ from benchmarks.finetune_many import claims, many_report, serving, tasks, traini
 from benchmarks.finetune_many.tenants import make_tenants
 
 COUNT, WIDTH = 3, 16
-
-
-class TinyEncoder(nn.Module):
-    """The shape of a BERT, with layers of the names that the adapters look for."""
-
-    def __init__(self):
-        super().__init__()
-        self.embeddings = nn.Embedding(40, WIDTH)
-        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.dense = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, input_ids, attention_mask):
-        x = self.embeddings(input_ids)
-        scores = self.query(x) @ self.key(x).transpose(1, 2) / 4
-        scores = scores.masked_fill(attention_mask[:, None] == 0, float("-inf"))
-        x = x + self.dense(torch.tanh(scores.softmax(-1) @ self.value(x)))
-        return SimpleNamespace(last_hidden_state=x)
 
 
 def tenants(kind="ours", dropout=0.0):
