@@ -60,6 +60,7 @@ LEAST_DROPOUT_ARCH = (
     70  # dropout needs nothing of a card, and the library route runs on any of torch's
 )
 DROPOUT = "csrc/cuda/dropout.cu"
+NO_CUDA = "csrc/cuda/none.cpp"  # in place of csrc/cuda/*.cu, which no other C++ file knows of
 
 PROBE = """
 #include <cuda_runtime.h>
@@ -138,7 +139,7 @@ def arch_flags(archs: list[str]) -> list[str]:
 
 
 class CudaToolkit:
-    """One nvcc, its flags, and the folders it compiles and links with (known after `probe`)."""
+    """One nvcc, its flags, and the folders it links with (known after `probe`)."""
 
     def __init__(self) -> None:
         home = os.environ.get("CUDA_HOME")
@@ -154,7 +155,6 @@ class CudaToolkit:
         if "CXX" in os.environ:
             self.flags += ["-ccbin", next(word for word in cxx_command() if "ccache" not in word)]
         self.version = ""
-        self.include_dirs: list[str] = []
         self.library_dirs: list[str] = []
 
     def probe(self) -> str:
@@ -167,7 +167,6 @@ class CudaToolkit:
             there = {"cwd": folder, "env": {**os.environ, "TMPDIR": folder}}
             # The nvcc on PATH may be a wrapper; its dry run says where the toolkit is.
             settings = run([self.nvcc, "--dryrun", str(program)], **there)[1]
-            self.include_dirs = self._folders(settings, "INCLUDES")
             self.library_dirs = self._folders(settings, "LIBRARIES")
             release = re.search(r"release (\d+)\.(\d+)", run([self.nvcc, "--version"])[1])
             self.version = ".".join(release.groups()) if release else "of unknown version"
@@ -179,9 +178,9 @@ class CudaToolkit:
             status, said = run(
                 [self.nvcc, *self.flags, *kernel_archs, str(program), *link], **there
             )
-        if status == 0 and self.include_dirs and self.library_dirs:
+        if status == 0 and self.library_dirs:
             return ""
-        lines = said.strip().splitlines() or ["it names no include and library folders"]
+        lines = said.strip().splitlines() or ["it names no library folders"]
         error = next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
         return f"nvcc {self.version} cannot build a program here ({error}): {CUDA_ADVICE}."
 
@@ -246,7 +245,8 @@ def check_compiler() -> None:
         )
 
 
-def without_cuda(reason: str) -> dict:
+def without_cuda(extension: Extension, reason: str) -> dict:
+    extension.sources.append(NO_CUDA)
     print(f"lora_ext: building without CUDA kernels. {reason}", flush=True)
     return {"cuda": False, "cuda_version": None, "cuda_archs": [], "cuda_reason": reason}
 
@@ -342,21 +342,20 @@ class BuildExt(BuildExtension):
         if choice not in ("auto", "0", "1"):
             raise CompileError(f"LORA_EXT_CUDA: expected auto, 0 or 1, but got {choice!r}")
         if choice == "0":
-            return without_cuda("LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall.")
+            reason = "LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall."
+            return without_cuda(extension, reason)
         toolkit = CudaToolkit()
         reason = toolkit.probe()
         if reason and choice == "1":
             raise CompileError(f"LORA_EXT_CUDA=1, but the CUDA kernels cannot be built. {reason}")
         if reason:
-            return without_cuda(reason)
+            return without_cuda(extension, reason)
         toolkit.say_old_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
             jobs = [
                 pool.submit(toolkit.compile, path, self.build_temp) for path in sources("cuda/*.cu")
             ]
             extension.extra_objects += [job.result() for job in jobs]
-        extension.define_macros.append(("LORA_EXT_WITH_CUDA", "1"))
-        extension.include_dirs += toolkit.include_dirs
         extension.library_dirs += toolkit.library_dirs
         extension.extra_link_args += CUDART_LINK
         return {
@@ -371,7 +370,7 @@ setup(
     ext_modules=[
         Extension(
             "lora_ext._C",
-            sources("**/*.cpp"),
+            [path for path in sources("**/*.cpp") if path != NO_CUDA],
             include_dirs=[str(Path("csrc").resolve())],
             language="c++",
         )

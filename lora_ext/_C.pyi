@@ -191,7 +191,7 @@ def replace_winners(card: str, winners: list[Winner], pinned: bool = False) -> N
     Pinned ones count under torch.use_deterministic_algorithms, too.
     """
 
-# In builds with CUDA kernels only.
+# Without CUDA kernels in the build, with_cuda, they know no card and run nothing.
 class Explained:
     """A plan, and what the check of its kernels has said."""
 

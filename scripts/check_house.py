@@ -19,7 +19,7 @@ CXX_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
 ASM = re.compile(r"\b(?:asm|__asm__)\b\s*(?:volatile\b|__volatile__\b)?\s*\(")
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](?:torch|ATen|c10|caffe2)/')
-TORCH_FREE = re.compile(r"csrc/(?:(?:kernel|plan|ptx)/.*|cuda/[^/]*\.cuh?|cpu/isa_[^/]*\.cpp)")
+TORCH_FREE = re.compile(r"csrc/(?:(?:cuda|kernel|plan|ptx)/.*|cpu/isa_[^/]*\.cpp)")
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 # From the top down, the way that a call takes.
 ROOMS = [

@@ -1,18 +1,14 @@
-// The check of kernels on a device in the module lora_ext._C, in builds with CUDA kernels.
+// The check of kernels on a device in the module lora_ext._C.
 #include "bindings/plan_bindings.h"
-
-#ifdef LORA_EXT_WITH_CUDA
 #include "check/kernel_check.h"
 #include "launch/kernel_launch.h"
 #include "route/kernel_route.h"
-#endif
 
 namespace lora_ext {
 namespace {
 
 namespace py = pybind11;
 
-#ifdef LORA_EXT_WITH_CUDA
 using kernel_set::Kernels;
 
 std::string spoken(const std::string& result) { return result.empty() ? "passed" : result; }
@@ -24,7 +20,9 @@ void warn_in_python(const std::string& text) {
   if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw py::error_already_set();
 }
 
-void bind_check(py::module& m) {
+}  // namespace
+
+void bind_kernel_check(py::module& m) {
   kernel_check::set_warn(&warn_in_python);
   m.def(
       "check_kernels",
@@ -57,12 +55,5 @@ void bind_check(py::module& m) {
   m.def("check_timeout", &kernel_check::timeout);
   m.def("early_launch", &kernel_route::current_early_launch);
 }
-#else
-void bind_check(py::module&) {}
-#endif
-
-}  // namespace
-
-void bind_kernel_check(py::module& m) { bind_check(m); }
 
 }  // namespace lora_ext

@@ -5,13 +5,8 @@
 #include "bindings/plan_bindings.h"
 #include "common/row_blocks.h"
 #include "cpu/dispatch.h"
+#include "cuda/device.h"
 #include "route/cpu_route.h"
-
-#ifdef LORA_EXT_WITH_CUDA
-constexpr bool kWithCuda = true;
-#else
-constexpr bool kWithCuda = false;
-#endif
 
 #if defined(__clang__)
 #define LORA_EXT_COMPILER "clang " __clang_version__
@@ -24,7 +19,7 @@ constexpr bool kWithCuda = false;
 PYBIND11_MODULE(_C, m) {
   namespace cpu = lora_ext::cpu;
   m.doc() = "Queries of the compiled extension; the ops are in torch.ops.lora_ext.";
-  m.attr("with_cuda") = kWithCuda;
+  m.attr("with_cuda") = lora_ext::cuda::is_built();
   m.attr("compiler") = LORA_EXT_COMPILER;
   m.def("cpu_isa", &cpu::current_isa);
   m.def("available_cpu_isas", &cpu::available_isas);

@@ -1,21 +1,17 @@
 #include "bindings/plan_bindings.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/empty.h>
 
 #include <map>
 
+#include "cuda/device.h"
+#include "launch/kernel_launch.h"
 #include "plan/grouped_plan.h"
 #include "plan/plan.h"
 #include "plan/plan_prediction.h"
 #include "plan/winners.h"
-
-#ifdef LORA_EXT_WITH_CUDA
-#include <ATen/ops/empty.h>
-
-#include "cuda/lora_linear.h"
-#include "launch/kernel_launch.h"
 #include "route/kernel_route.h"
-#endif
 
 namespace lora_ext {
 namespace {
@@ -33,7 +29,6 @@ plan::Request request_for(const plan::Card& card, const plan::Problem& problem, 
                               at::globalContext().deterministicAlgorithms());
 }
 
-#ifdef LORA_EXT_WITH_CUDA
 kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& weight,
                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
                                         double dropout_p) {
@@ -79,9 +74,6 @@ void bind_device(py::module& m) {
     return std::string("auto");
   });
 }
-#else
-void bind_device(py::module&) {}
-#endif
 
 winners::Winner winner_of(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
                           int64_t k, int64_t rank, const std::string& route,

@@ -1,6 +1,5 @@
 // S of rows without an adapter, and past an adapter's rank, is not written: anything is allowed
 // there.
-#ifdef LORA_EXT_WITH_CUDA
 #include "check/grouped_bounds.h"
 
 #include <ATen/ops/full_like.h>
@@ -111,4 +110,3 @@ GroupedBackward allowed(const GroupedBackwardArgs& args, const GroupedBackwardAr
 }
 
 }  // namespace lora_ext::kernel_bounds
-#endif  // LORA_EXT_WITH_CUDA

@@ -10,7 +10,6 @@
 // Losses of different numbers are independent, so those of a sum of products add as the root of the
 // sum of squares of the products; kMost is well above what the largest of 300,000 elements is off
 // by, and below what one lost second half makes.
-#ifdef LORA_EXT_WITH_CUDA
 #include "check/kernel_bounds.h"
 
 #include <ATen/ops/mm.h>
@@ -133,4 +132,3 @@ Backward allowed(const BackwardArgs& args, const BackwardArgs& exact, const Back
 }
 
 }  // namespace lora_ext::kernel_bounds
-#endif  // LORA_EXT_WITH_CUDA

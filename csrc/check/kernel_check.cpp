@@ -1,4 +1,3 @@
-#ifdef LORA_EXT_WITH_CUDA
 #include "check/kernel_check.h"
 
 #include <ATen/core/Tensor.h>
@@ -258,4 +257,3 @@ double timeout() { return most_seconds(); }
 void set_warn(std::function<void(const std::string&)> warn) { warning() = std::move(warn); }
 
 }  // namespace lora_ext::kernel_check
-#endif  // LORA_EXT_WITH_CUDA

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/dequantize.h"
+#include "cuda/error.h"
 #include "kernel/dequantize_4bit.h"
 #include "kernel/dequantize_8bit.h"
 
@@ -11,18 +12,19 @@ namespace lora_ext::cuda {
 namespace {
 
 template <class T, class Params>
-cudaError_t launch(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
+std::string launch(void (*kernel)(Params), const Params& params, void* stream) {
   constexpr int64_t kBlockValues = kernel::DequantizedTile<T>::kBlockValues;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>((params.count + kBlockValues - 1) / kBlockValues));
-  launch.blockDim = dim3(kernel::kDequantizeThreads), launch.stream = stream;
-  return cudaLaunchKernelEx(&launch, kernel, params);
+  launch.blockDim = dim3(kernel::kDequantizeThreads),
+  launch.stream = static_cast<cudaStream_t>(stream);
+  return text_of(cudaLaunchKernelEx(&launch, kernel, params));
 }
 
 }  // namespace
 
-cudaError_t launch_dequantize(Floating type, const kernel::Dequantize4bitParams& params,
-                              cudaStream_t stream) {
+std::string launch_dequantize(Floating type, const kernel::Dequantize4bitParams& params,
+                              void* stream) {
   switch (type) {
     case Floating::kFloat32:
       return launch<float>(kernel::dequantize_4bit<float>, params, stream);
@@ -31,11 +33,11 @@ cudaError_t launch_dequantize(Floating type, const kernel::Dequantize4bitParams&
     case Floating::kFloat16:
       return launch<__half>(kernel::dequantize_4bit<__half>, params, stream);
   }
-  return cudaErrorInvalidValue;
+  return text_of(cudaErrorInvalidValue);
 }
 
-cudaError_t launch_dequantize(Floating type, const kernel::Dequantize8bitParams& params,
-                              cudaStream_t stream) {
+std::string launch_dequantize(Floating type, const kernel::Dequantize8bitParams& params,
+                              void* stream) {
   switch (type) {
     case Floating::kFloat32:
       return launch<float>(kernel::dequantize_8bit<float>, params, stream);
@@ -44,7 +46,7 @@ cudaError_t launch_dequantize(Floating type, const kernel::Dequantize8bitParams&
     case Floating::kFloat16:
       return launch<__half>(kernel::dequantize_8bit<__half>, params, stream);
   }
-  return cudaErrorInvalidValue;
+  return text_of(cudaErrorInvalidValue);
 }
 
 }  // namespace lora_ext::cuda

@@ -1,7 +1,7 @@
 // Dequantising on CUDA: launchers, free of torch. Nothing waits for the host.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <string>
 
 #include "kernel/dequantize.h"
 
@@ -9,10 +9,11 @@ namespace lora_ext::cuda {
 
 enum class Floating { kFloat32, kBFloat16, kFloat16 };
 
-// On `stream`, to values of the type; count > 0.
-cudaError_t launch_dequantize(Floating type, const kernel::Dequantize4bitParams& params,
-                              cudaStream_t stream);
-cudaError_t launch_dequantize(Floating type, const kernel::Dequantize8bitParams& params,
-                              cudaStream_t stream);
+// On `stream` of the current device, to values of the type; count > 0. "" or the error of the
+// launch.
+std::string launch_dequantize(Floating type, const kernel::Dequantize4bitParams& params,
+                              void* stream);
+std::string launch_dequantize(Floating type, const kernel::Dequantize8bitParams& params,
+                              void* stream);
 
 }  // namespace lora_ext::cuda

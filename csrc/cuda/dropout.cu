@@ -10,6 +10,7 @@
 
 #include "common/philox.h"
 #include "cuda/dropout.h"
+#include "cuda/error.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -62,22 +63,22 @@ __global__ void __launch_bounds__(256) dropout_kernel(const DropoutParams params
 }
 
 template <class T>
-cudaError_t launch(const DropoutParams& params, cudaStream_t stream) {
+std::string launch(const DropoutParams& params, void* stream) {
   constexpr int64_t kThreads = 256;
   constexpr int64_t kMaxBlocks = 132 * 16;  // grid-stride beyond that
   const int64_t groups = params.rows * ((params.cols + 31) / 32 * 4 + 4);
   const int64_t blocks = (groups + kThreads - 1) / kThreads;
-  if (params.rows == 0 || params.cols == 0) return cudaSuccess;
+  if (params.rows == 0 || params.cols == 0) return "";
   // Its own value is the launch's alone; cudaGetLastError may report an older error.
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
-  launch.blockDim = dim3(kThreads), launch.stream = stream;
-  return cudaLaunchKernelEx(&launch, dropout_kernel<T>, params);
+  launch.blockDim = dim3(kThreads), launch.stream = static_cast<cudaStream_t>(stream);
+  return text_of(cudaLaunchKernelEx(&launch, dropout_kernel<T>, params));
 }
 
 }  // namespace
 
-cudaError_t launch_dropout(Element element, const DropoutParams& params, cudaStream_t stream) {
+std::string launch_dropout(Element element, const DropoutParams& params, void* stream) {
   switch (element) {
     case Element::kFloat64:
       return launch<double>(params, stream);
@@ -90,7 +91,7 @@ cudaError_t launch_dropout(Element element, const DropoutParams& params, cudaStr
     case Element::kMask:
       return launch<bool>(params, stream);
   }
-  return cudaErrorInvalidValue;
+  return text_of(cudaErrorInvalidValue);
 }
 
 }  // namespace lora_ext::cuda

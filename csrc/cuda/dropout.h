@@ -1,9 +1,8 @@
 // Dropout on CUDA: parameters and launcher, free of torch.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
+#include <string>
 
 namespace lora_ext::cuda {
 
@@ -20,7 +19,8 @@ struct DropoutParams {
   double keep_scale;
 };
 
-// out = kept ? keep_scale * x : 0, or the mask itself. Asynchronous on `stream`.
-cudaError_t launch_dropout(Element element, const DropoutParams& params, cudaStream_t stream);
+// out = kept ? keep_scale * x : 0, or the mask itself. Asynchronous on `stream` of the current
+// device. "" or the error of the launch.
+std::string launch_dropout(Element element, const DropoutParams& params, void* stream);
 
 }  // namespace lora_ext::cuda

@@ -1,7 +1,7 @@
 #include <cuda_runtime.h>
 
+#include "cuda/device.h"
 #include "cuda/error.h"
-#include "cuda/lora_linear.h"
 
 namespace lora_ext::cuda {
 namespace {

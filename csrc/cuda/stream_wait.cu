@@ -3,8 +3,8 @@
 #include <chrono>
 #include <thread>
 
+#include "cuda/device.h"
 #include "cuda/error.h"
-#include "cuda/lora_linear.h"
 
 namespace lora_ext::cuda {
 namespace {

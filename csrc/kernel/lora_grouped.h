@@ -10,8 +10,6 @@
 // adapter come last, or, where ranges of rows are given, stay where they are.
 #pragma once
 
-#include <vector_types.h>  // __device__, which means nothing to a host compiler
-
 #include <cstdint>
 
 namespace lora_ext::kernel {

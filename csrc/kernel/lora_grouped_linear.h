@@ -9,7 +9,7 @@
 #pragma once
 
 #include "kernel/lora_grouped.h"
-#include "kernel/mask.h"
+#include "kernel/mask_operand.h"
 #include "plan/grouped_plan.h"
 
 namespace lora_ext::kernel {

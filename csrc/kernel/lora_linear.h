@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "kernel/mask.h"
+#include "kernel/mask_operand.h"
 #include "plan/plan.h"
 
 namespace lora_ext::kernel {

@@ -4,20 +4,11 @@
 #include <vector_types.h>  // __device__, which means nothing to a host compiler
 
 #include "common/philox.h"
+#include "kernel/mask_operand.h"
 
 namespace lora_ext::kernel {
 
-// The mask of philox.h at (row_offset + row, col_offset + column) of the masked matrix.
-struct Mask {
-  const int64_t* seed;  // on the device, so that the replay of a graph sees a new one
-  int64_t row_offset, col_offset;
-  uint32_t keep_count;
-  float keep_scale;
-
-  // Whether one draw decides, in four fragments of 8 columns side by side that begin at a multiple
-  // of 32, exactly the 8 elements of a row that a lane holds.
-  __device__ __forceinline__ bool in_step() const { return col_offset % 32 == 0; }
-};
+LORA_EXT_HOST_DEVICE bool Mask::in_step() const { return col_offset % 32 == 0; }
 
 // The 16 bits that decide one element, in the low half. The word is picked by masks, since an array
 // indexed at run time would lie in local memory.

@@ -1,4 +1,3 @@
-#ifdef LORA_EXT_WITH_CUDA
 #include "launch/decode_counts.h"
 
 #include <ATen/ops/empty.h>
@@ -8,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "cuda/device.h"
 #include "launch/kernel_launch.h"
 #include "launch/launch_parts.h"
 
@@ -73,4 +73,3 @@ uint32_t* decode_counts(const at::Device& device, int64_t count) {
 }
 
 }  // namespace lora_ext::kernel_launch
-#endif  // LORA_EXT_WITH_CUDA

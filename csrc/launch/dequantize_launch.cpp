@@ -1,5 +1,4 @@
 // Current stream and device through c10's virtual guard, as in dropout_launch.cpp.
-#ifdef LORA_EXT_WITH_CUDA
 #include "launch/dequantize_launch.h"
 
 #include <c10/core/DeviceGuard.h>
@@ -7,7 +6,6 @@
 
 #include "common/check.h"
 #include "cuda/dequantize.h"
-#include "cuda/error.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -34,9 +32,8 @@ void run(Params& params, const at::Tensor& out) {
   params.aligned &= is_aligned(params.out, 16);
   const c10::DeviceGuard device(out.device());
   const c10::impl::VirtualGuardImpl guard(out.device().type());
-  auto* stream = static_cast<cudaStream_t>(guard.getStream(out.device()).native_handle());
-  const std::string error =
-      text_of(launch_dequantize(floating_of(out.scalar_type()), params, stream));
+  void* stream = guard.getStream(out.device()).native_handle();
+  const std::string error = launch_dequantize(floating_of(out.scalar_type()), params, stream);
   LORA_EXT_CHECK(error.empty(), "dequantising on ", out.device(), " failed: ", error);
 }
 
@@ -55,4 +52,3 @@ void dequantize(kernel::Dequantize8bitParams params, const at::Tensor& out) {
 }
 
 }  // namespace lora_ext::cuda
-#endif  // LORA_EXT_WITH_CUDA

@@ -1,4 +1,3 @@
-#ifdef LORA_EXT_WITH_CUDA
 #include "launch/grouped_launch.h"
 
 #include <ATen/ops/empty.h>
@@ -214,4 +213,3 @@ GroupedBackward run(const plan::GroupedPlan& plan, const GroupedBackwardArgs& ar
 }
 
 }  // namespace lora_ext::kernel_launch
-#endif  // LORA_EXT_WITH_CUDA

@@ -1,4 +1,3 @@
-#ifdef LORA_EXT_WITH_CUDA
 #include "launch/kernel_launch.h"
 
 #include <ATen/ops/empty.h>
@@ -7,6 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "cuda/device.h"
 #include "cuda/lora_linear.h"
 #include "launch/decode_counts.h"
 #include "launch/launch_parts.h"
@@ -151,4 +151,3 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
 }
 
 }  // namespace lora_ext::kernel_launch
-#endif  // LORA_EXT_WITH_CUDA

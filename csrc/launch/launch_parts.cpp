@@ -1,4 +1,3 @@
-#ifdef LORA_EXT_WITH_CUDA
 #include "launch/launch_parts.h"
 
 #include <ATen/ops/empty.h>
@@ -59,4 +58,3 @@ void check_launch(const std::string& error, const at::Device& device) {
 }
 
 }  // namespace lora_ext::kernel_launch
-#endif  // LORA_EXT_WITH_CUDA

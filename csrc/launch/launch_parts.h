@@ -8,7 +8,7 @@
 
 #include "common/call.h"
 #include "cuda/lora_linear.h"
-#include "kernel/mask.h"
+#include "kernel/mask_operand.h"
 
 namespace lora_ext::kernel_launch {
 

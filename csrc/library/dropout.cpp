@@ -7,10 +7,8 @@
 
 #include "common/check.h"
 #include "cpu/skinny.h"
-
-#ifdef LORA_EXT_WITH_CUDA
+#include "cuda/device.h"
 #include "library/dropout_launch.h"
-#endif
 
 namespace lora_ext {
 namespace {
@@ -63,9 +61,7 @@ void drop_cpu(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout, 
 void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
                int64_t first_row) {
   if (x.is_cpu()) return drop_cpu(x, out, dropout, first_row);
-#ifdef LORA_EXT_WITH_CUDA
-  if (x.is_cuda()) return cuda::drop(x, out, dropout, first_row);
-#endif
+  if (x.is_cuda() && cuda::is_built()) return cuda::drop(x, out, dropout, first_row);
   LORA_EXT_CHECK(false, "expected CPU tensors with dropout in this build, but got ", x.device(),
                  "; lora_ext.build_info() says why CUDA kernels were not built");
 }
@@ -83,9 +79,7 @@ void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
 }
 
 void fill_dropout_mask(at::Tensor& mask, const DropoutArgs& dropout) {
-#ifdef LORA_EXT_WITH_CUDA
   if (mask.is_cuda()) return cuda::dropout_mask(mask, dropout);
-#endif
   const int64_t cols = mask.size(1);
   auto* out = mask.mutable_data_ptr<bool>();
   for_mask_rows(dropout, 0, mask.size(0), cols, [&](int64_t m, const uint32_t* bits) {

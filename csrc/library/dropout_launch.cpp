@@ -1,6 +1,5 @@
 // Current stream and device through c10's virtual guard: no CUDA header of torch, no libc10_cuda,
 // so that one source links against a CPU torch and a CUDA torch alike.
-#ifdef LORA_EXT_WITH_CUDA
 #include "library/dropout_launch.h"
 
 #include <c10/core/DeviceGuard.h>
@@ -8,7 +7,6 @@
 
 #include "common/check.h"
 #include "cuda/dropout.h"
-#include "cuda/error.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -29,8 +27,8 @@ Element element_of(at::ScalarType dtype) {
 void run(Element element, const at::Tensor& out, const DropoutParams& params) {
   const c10::DeviceGuard device(out.device());
   const c10::impl::VirtualGuardImpl guard(out.device().type());
-  auto* stream = static_cast<cudaStream_t>(guard.getStream(out.device()).native_handle());
-  const std::string error = text_of(launch_dropout(element, params, stream));
+  void* stream = guard.getStream(out.device()).native_handle();
+  const std::string error = launch_dropout(element, params, stream);
   LORA_EXT_CHECK(error.empty(), "launching dropout on ", out.device(), " failed: ", error);
 }
 
@@ -62,4 +60,3 @@ void dropout_mask(at::Tensor& mask, const DropoutArgs& dropout) {
 }
 
 }  // namespace lora_ext::cuda
-#endif  // LORA_EXT_WITH_CUDA

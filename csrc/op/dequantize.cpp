@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cuda/device.h"
 #include "launch/dequantize_launch.h"
 #include "op/check_parts.h"
 #include "route/cpu_operands.h"
@@ -160,7 +161,6 @@ void dequantize_8bit(const at::Tensor& codes, const at::Tensor& scale, double mu
       [&](int64_t begin, int64_t end) { kernels.eight_bits(args, cpu::Range{begin, end}); });
 }
 
-#ifdef LORA_EXT_WITH_CUDA
 // The kernels shift where they would divide.
 int bits_of(const char* op, const char* name, int64_t block, int least) {
   EXPECT(std::has_single_bit(static_cast<uint64_t>(block)) && block >> least > 0 &&
@@ -209,7 +209,6 @@ void dequantize_8bit_cuda(const at::Tensor& codes, const at::Tensor& scale, doub
   params.multiplier = static_cast<float>(multiplier);
   cuda::dequantize(params, out);
 }
-#endif  // LORA_EXT_WITH_CUDA
 
 void dequantize_4bit_meta(const at::Tensor& packed, const at::Tensor& table,
                           const at::Tensor& scale, int64_t block,
@@ -253,12 +252,11 @@ TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit));
 }
 
-#ifdef LORA_EXT_WITH_CUDA
 TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
+  if (!cuda::is_built()) return;
   m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit_cuda));
   m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit_cuda));
 }
-#endif
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
   m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit_meta));

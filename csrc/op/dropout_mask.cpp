@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cuda/device.h"
 #include "library/dropout.h"
 #include "op/checks.h"
 
@@ -20,8 +21,8 @@ at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t cols, doub
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) { m.impl("dropout_mask", TORCH_FN(dropout_mask)); }
 
-#ifdef LORA_EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) { m.impl("dropout_mask", TORCH_FN(dropout_mask)); }
-#endif
+TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
+  if (cuda::is_built()) m.impl("dropout_mask", TORCH_FN(dropout_mask));
+}
 
 }  // namespace lora_ext

@@ -1,4 +1,3 @@
-#ifdef LORA_EXT_WITH_CUDA
 #include "route/kernel_route.h"
 
 #include <ATen/Context.h>
@@ -180,4 +179,3 @@ void set_reserved_sms(int count) { reserved() = count; }
 int reserved_sms() { return reserved(); }
 
 }  // namespace lora_ext::kernel_route
-#endif  // LORA_EXT_WITH_CUDA

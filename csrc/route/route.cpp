@@ -1,33 +1,26 @@
 #include "route/route.h"
 
+#include "launch/kernel_launch.h"
 #include "library/library_route.h"
 #include "route/cpu_route.h"
-
-#ifdef LORA_EXT_WITH_CUDA
-#include "launch/kernel_launch.h"
 #include "route/kernel_route.h"
-#endif
 
 namespace lora_ext::route {
 
 Forward forward(ForwardArgs args) {
   std::optional<at::Tensor>& bias = args.base.bias;
-#ifdef LORA_EXT_WITH_CUDA
   if (kernel_launch::has_kernels(args.x.device())) {
     if (bias) bias = bias->contiguous();
     if (std::optional<Forward> out = kernel_route::forward(args)) return *std::move(out);
   }
-#endif
   if (bias) bias = bias->to(args.x.scalar_type());
   return args.x.is_cpu() ? cpu::forward(args) : library_route::forward(args);
 }
 
 Backward backward(const BackwardArgs& args) {
-#ifdef LORA_EXT_WITH_CUDA
   if (kernel_launch::has_kernels(args.x.device())) {
     if (std::optional<Backward> out = kernel_route::backward(args)) return *std::move(out);
   }
-#endif
   return args.x.is_cpu() ? cpu::backward(args) : library_route::backward(args);
 }
 

@@ -1,6 +1,7 @@
 """The package in emulation: its own tests, and what it does about kernels that are wrong."""
 
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -92,6 +93,21 @@ def test_the_tests_of_the_op_pass_on_the_kernels(arch, route):
             assert done.returncode == 0, f"{suite}\n{done.stdout[-3000:]}"
             passed = int(re.search(r"(\d+) passed", done.stdout)[1])
             assert passed >= SUITES[suite], suite
+
+
+def symbols(objects: list, which: str) -> set[str]:
+    """Of lora_ext::cuda, that objects define or not."""
+    command = ["nm", which, *(str(each.path) for each in objects)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r" (_ZN8lora_ext4cuda\w+)$", listed, re.M))
+
+
+def test_a_build_without_cuda_has_all_that_is_asked_of_a_device():
+    none = build.build.Object(build.FLAVOUR, build.NO_CUDA, kernels=False)
+    none.compile()
+    half = build.torchs_half()
+    asked = symbols(half, "--undefined-only") - symbols(half, "--defined-only")
+    assert asked and asked <= symbols([none], "--defined-only")
 
 
 def test_kernels_run_and_differ_from_the_library_by_rounding():

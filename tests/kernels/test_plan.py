@@ -255,6 +255,7 @@ def test_explain_of_tensors_on_the_cpu_says_what_runs():
 def test_without_kernels_there_is_no_route_to_choose():
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
         lora_ext.kernels.set_cuda_route("kernel")
+    assert "no CUDA kernels" in _C.cuda_card(torch.device("cpu")).error
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("csrc/cuda/shrink.cu", 'asm volatile("nanosleep.u32 1;");', True),
         ("csrc/ptx/wgmma.h", 'asm volatile("wgmma.fence.sync.aligned;");', False),
         ("csrc/cuda/shrink.cu", "#include <ATen/core/Tensor.h>", True),
+        ("csrc/cuda/dropout.h", "#include <ATen/core/Tensor.h>", True),
         ("csrc/cpu/isa_avx2.cpp", "#include <c10/util/BFloat16.h>", True),
         ("csrc/route/cpu_route.cpp", "#include <ATen/Parallel.h>", False),
         ("csrc/op/meta.cpp", '#include "op/checks.h"', False),

@@ -323,7 +323,7 @@ def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice)
     facts = command.add_cuda(extension)
     assert facts["cuda"] is False
     assert ("No nvcc was found" if choice == "auto" else "LORA_EXT_CUDA=0") in facts["cuda_reason"]
-    assert extension.define_macros == []
+    assert extension.sources == ["csrc/cuda/none.cpp"]
     assert extension.extra_objects == []
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emulator import build
-from emulator.package.build import FLAVOUR, TorchObject, link, sources
+from emulator.package.build import FLAVOUR, TorchObject, link, sources, torchs_half
 
 PACKAGE = build.BUILD / "cuda"
 
@@ -31,10 +31,10 @@ class CudaObject(build.Object):
 
 
 def objects() -> list[build.Object]:
-    with_torch = [*sources("**/*.cpp"), "cuda/device.cpp"]
     return [
         *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("cuda/*.cu")),
-        *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),
+        *torchs_half(),
+        TorchObject(FLAVOUR, "cuda/device.cpp", kernels=False),
         build.Object(FLAVOUR, "cuda/runtime.cpp", kernels=False),
         *build.kernel_objects(FLAVOUR),
         *build.library_objects(FLAVOUR),

@@ -18,7 +18,7 @@ CUDA_WORDS = re.compile(
     rb"__(?:device|global|host|forceinline|grid_constant)__|__launch_bounds__\([^()]*\)"
     rb"|LORA_EXT_HOST_DEVICE"
 )
-ON_DEVICE = re.compile(r"__(?:device|global)__")
+ON_DEVICE = re.compile(r"__(?:device|global)__|LORA_EXT_HOST_DEVICE")
 FUNCTION_NAME = {"identifier", "field_identifier", "operator_name"}
 
 

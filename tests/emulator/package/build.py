@@ -1,7 +1,7 @@
 """Builds build/emulator/package/lora_ext: the package, with the kernels running in emulation.
 
-The Python and C++ sources are the package's own, and device.cpp stands for csrc/cuda/: planner,
-tensors, workspace, checks and autograd run as they do on a GPU, on CPU tensors.
+The Python sources and the C++ objects are the package's own, and device.cpp stands for csrc/cuda/:
+planner, tensors, workspace, checks and autograd run as they do on a GPU, on CPU tensors.
 """
 
 import os
@@ -15,14 +15,20 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from torch.utils import cpp_extension
 
-from emulator import build, kept
+from emulator import build, kept, mutants
 
 PACKAGE = build.BUILD / "package"
 FLAVOUR = "plain"
 KERNELS = "kernels/lora_linear_sequence_kernels.cpp"
 DEVICE = "package/device.cpp"
+NO_CUDA = "../../csrc/cuda/none.cpp"
+# As setup.py names it.
+BUILT = build.ROOT.joinpath(
+    "build", f"temp-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
+)
 COPIED = ("lora_ext", "tests", "benchmarks", "pyproject.toml")
 
 
@@ -36,8 +42,18 @@ class TorchObject(build.Object):
 
     def command(self) -> list[str]:
         folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-        macros = ["-DLORA_EXT_WITH_CUDA", "-DTORCH_EXTENSION_NAME=_C", "-ffp-contract=off", "-w"]
-        return [*super().command(), *macros, "-fopenmp", *(f"-isystem{path}" for path in folders)]
+        flags = ["-DTORCH_EXTENSION_NAME=_C", "-ffp-contract=off", "-fopenmp", "-w"]
+        return [*super().command(), *flags, *(f"-isystem{path}" for path in folders)]
+
+
+@dataclass(frozen=True)
+class BuiltObject(build.Object):
+    """A source as setup.py has compiled it."""
+
+    @property
+    def path(self) -> Path:
+        source = (build.EMULATOR / self.source).resolve()
+        return BUILT / source.relative_to(build.ROOT).with_suffix(".o")
 
 
 def sources(pattern: str) -> list[str]:
@@ -46,14 +62,52 @@ def sources(pattern: str) -> list[str]:
     return [f"../../{path.relative_to(build.ROOT)}" for path in found]
 
 
+def what_built_objects_read() -> dict[Path, set[Path]]:
+    """The files of csrc/ that each object of the normal build was made of, which is first brought
+    up to date. Nothing where it was compiled without ninja, which alone knows."""
+    if not (BUILT / "build.ninja").exists():
+        return {}
+    found = shutil.which("ninja")
+    ninja = [*([found] if found else [sys.executable, "-m", "ninja"]), "-C", str(BUILT)]
+    build.run_tool([*ninja, "-j", str(build.JOBS)])
+    command = [*ninja, "-t", "deps"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    read: dict[Path, set[Path]] = {}
+    for line in listed.splitlines():
+        name, is_object, _ = line.partition(": #deps")
+        path = Path(os.path.normpath(BUILT / name.strip()))  # ccache may name it from there
+        if is_object:
+            files = read.setdefault(path, set())
+        elif path.is_relative_to(build.ROOT / "csrc"):
+            files.add(path)
+    return read
+
+
+def torchs_half() -> list[build.Object]:
+    """csrc/ without csrc/cuda/: the objects of the normal build, whatever its device library is.
+
+    Compiled here is what has a copy with mutants or includes one: so in one program a function of a
+    header is always the same.
+    """
+    mutants.write_copies()
+    read = what_built_objects_read()
+
+    def made(name: str) -> build.Object:
+        built = BuiltObject(FLAVOUR, name, kernels=False)
+        files = read.get(built.path, set())
+        if files and all(mutants.copy_of(path) == path for path in files):
+            return built
+        return TorchObject(FLAVOUR, name, kernels=False)
+
+    return [made(name) for name in sources("**/*.cpp") if name != NO_CUDA]
+
+
 def objects() -> list[build.Object]:
-    with_torch = [*sources("**/*.cpp"), DEVICE]
-    for name in ("library/dropout_launch", "launch/dequantize_launch"):
-        with_torch.remove(f"../../csrc/{name}.cpp")
     return [
         build.Object(FLAVOUR, KERNELS, kernels=True),
         *build.kernel_objects(FLAVOUR),
-        *(TorchObject(FLAVOUR, name, kernels=False) for name in with_torch),
+        *torchs_half(),
+        TorchObject(FLAVOUR, DEVICE, kernels=False),
         *build.library_objects(FLAVOUR),
     ]
 
@@ -65,7 +119,7 @@ def make() -> Path:
 
 def link(compiled: list[build.Object], package: Path) -> Path:
     """Makes a package in a folder of which these objects are the extension."""
-    build.compile_all(compiled)
+    build.compile_all([each for each in compiled if not isinstance(each, BuiltObject)])
     with build.alone():
         for name in COPIED:
             copy(build.ROOT / name, package / name)

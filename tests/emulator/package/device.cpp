@@ -4,6 +4,8 @@
 // captured. LORA_EXT_EMULATED_ARCH is the card, 80 by default. LORA_EXT_EMULATED_HANG says that
 // kernels never end, as seen by "wait", or in "launch". LORA_EXT_EMULATED_THROW says what a launch
 // meets: no "memory", an "error" of torch's, or the "end" of the process.
+#include "cuda/device.h"
+
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -15,6 +17,8 @@
 #include <string>
 #include <thread>
 
+#include "cuda/dequantize.h"
+#include "cuda/dropout.h"
 #include "cuda/lora_grouped.h"
 #include "cuda/lora_linear.h"
 #include "emulator/fault.h"
@@ -22,8 +26,6 @@
 #include "emulator/kernels/lora_linear_sequence.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
-#include "launch/dequantize_launch.h"
-#include "library/dropout_launch.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -64,6 +66,8 @@ std::string run(const Run& enqueue) {
 }
 
 }  // namespace
+
+bool is_built() { return true; }
 
 // Asked before a call is planned, so that a mutant of the planning is planted in time.
 bool has_kernels(bool) {
@@ -131,9 +135,12 @@ std::string launch_grouped_backward(Half half, const plan::GroupedPlan& plan,
 }
 
 // Of CUDA tensors, which there are none of.
-void drop(const at::Tensor&, at::Tensor&, const DropoutArgs&, int64_t) { std::abort(); }
-void dropout_mask(at::Tensor&, const DropoutArgs&) { std::abort(); }
-void dequantize(kernel::Dequantize4bitParams, const at::Tensor&) { std::abort(); }
-void dequantize(kernel::Dequantize8bitParams, const at::Tensor&) { std::abort(); }
+std::string launch_dropout(Element, const DropoutParams&, void*) { std::abort(); }
+std::string launch_dequantize(Floating, const kernel::Dequantize4bitParams&, void*) {
+  std::abort();
+}
+std::string launch_dequantize(Floating, const kernel::Dequantize8bitParams&, void*) {
+  std::abort();
+}
 
 }  // namespace lora_ext::cuda
