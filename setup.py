@@ -5,7 +5,8 @@ link the static CUDA runtime. docs/build.md gives the reasons.
 
 Environment, read at build time only:
     LORA_EXT_CUDA         auto (default): CUDA kernels if nvcc can build a program here;
-                          1: fail if it cannot;  0: CPU kernels only
+                          1: fail if it cannot;  0: CPU kernels only;  no-card: the same, as
+                          make says where there is no card
     TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; default: DEFAULT_ARCHS
     CUDA_HOME             CUDA toolkit; default: that of the nvcc on PATH
     CXX                   C++ compiler, g++ 12 or clang 14 or newer; default: c++
@@ -334,10 +335,15 @@ class BuildExt(BuildExtension):
     def add_cuda(self, extension: Extension) -> dict:
         """Compiles the .cu files where LORA_EXT_CUDA and the toolkit allow; returns the facts."""
         choice = os.environ.get("LORA_EXT_CUDA", "").strip() or "auto"
-        if choice not in ("auto", "0", "1"):
+        if choice not in ("auto", "0", "1", "no-card"):
             raise CompileError(f"LORA_EXT_CUDA: expected auto, 0 or 1, but got {choice!r}")
         if choice == "0":
             return without_cuda("LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall.")
+        if choice == "no-card":
+            return without_cuda(
+                "make builds without CUDA where there is no card: set LORA_EXT_CUDA=auto to build by "
+                "the toolkit alone, then reinstall."
+            )
         toolkit = CudaToolkit()
         reason = toolkit.probe()
         if reason and choice == "1":

@@ -311,7 +311,7 @@ def test_no_flag_names_a_processor(setup_py):
     assert not [flag for flag in flags if flag.startswith(("-m", "-Ofast", "-ffast-math"))]
 
 
-@pytest.mark.parametrize("choice", ["auto", "0", "1", "yes"])
+@pytest.mark.parametrize("choice", ["auto", "0", "no-card", "1", "yes"])
 def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice):
     command, extension = build_ext
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -322,7 +322,8 @@ def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice)
         return
     facts = command.add_cuda(extension)
     assert facts["cuda"] is False
-    assert ("No nvcc was found" if choice == "auto" else "LORA_EXT_CUDA=0") in facts["cuda_reason"]
+    said = {"auto": "No nvcc was found", "0": "LORA_EXT_CUDA=0", "no-card": "there is no card"}
+    assert said[choice] in facts["cuda_reason"]
     assert extension.define_macros == []
     assert extension.extra_objects == []
 
