@@ -156,7 +156,7 @@ docs: $(VENV)/.docs
 # With ARGS, which are those of the first, it runs alone.
 bench: $(VENV)/.extras
 	$(PY) -m benchmarks $(ARGS)
-	$(if $(ARGS),,$(PY) -m benchmarks.adapters)
+	$(if $(ARGS),,$(PY) -m benchmarks.adapters --short)
 
 bench-adapters: $(VENV)/.extras
 	$(PY) -m benchmarks.adapters $(ARGS)
