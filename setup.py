@@ -51,6 +51,11 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Without exclude-libs, the shared CUDA runtime that torch loads would answer our calls.
 CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]
+# Of torch's headers a file takes 5 to 10 seconds, of its own one: files of a folder are compiled
+# together. Those that select their instruction set are not: it would hold for the next one.
+WITH_TORCH = ("bindings", "check", "common", "launch", "library", "op", "route")
+MOST_A_UNIT = 7
+UNITS = Path("build", "units")
 GIB_PER_JOB = 2  # a C++ file that includes torch peaks near 1.5 GiB
 CUDA_ADVICE = "put a working CUDA toolkit on PATH or in CUDA_HOME, then reinstall"
 
@@ -75,6 +80,26 @@ int main() {
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path) for path in Path("csrc").glob(pattern))
+
+
+def units_of(sources: list[str]) -> list[str]:
+    """Writes C++ files that include those of WITH_TORCH, some each; returns what is to compile.
+
+    A unit that stays as it is keeps its date, and with it its object.
+    """
+    units, alone = [], [path for path in sources if Path(path).parts[1] not in WITH_TORCH]
+    for folder in WITH_TORCH:
+        inside = [path for path in sources if Path(path).parts[1] == folder]
+        count = -(-len(inside) // MOST_A_UNIT)
+        for number in range(count):
+            own = inside[len(inside) * number // count : len(inside) * (number + 1) // count]
+            text = "".join(f'#include "{Path(path).relative_to("csrc")}"\n' for path in own)
+            unit = UNITS / f"{folder}_{number + 1}.cpp"
+            if not unit.exists() or unit.read_text() != text:
+                unit.parent.mkdir(parents=True, exist_ok=True)
+                unit.write_text(text)
+            units.append(str(unit))
+    return [*units, *alone]
 
 
 def default_jobs() -> int:
@@ -297,6 +322,7 @@ class BuildExt(BuildExtension):
             raise CompileError("lora_ext compiles against torch>=2.11, and there is no torch here")
         check_compiler()
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+        self.extensions[0].sources = units_of(self.extensions[0].sources)
         total = len(self.extensions[0].sources) + len(sources("cuda/*.cu"))
         with progress_line(self.build_temp, total):
             self.build_all()
@@ -341,8 +367,8 @@ class BuildExt(BuildExtension):
             return without_cuda("LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall.")
         if choice == "no-card":
             return without_cuda(
-                "make builds without CUDA where there is no card: set LORA_EXT_CUDA=auto to build by "
-                "the toolkit alone, then reinstall."
+                "make builds without CUDA where there is no card: set LORA_EXT_CUDA=auto to build "
+                "it all the same, then reinstall."
             )
         toolkit = CudaToolkit()
         reason = toolkit.probe()
