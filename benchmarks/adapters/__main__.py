@@ -14,6 +14,7 @@ from .cases import all_cases
 from .measure import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=15, seconds=1.5, patience=2.0)
+_SHORT_PLAN = Plan(min_rounds=5, max_rounds=11, seconds=0.8, patience=1.5)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -24,6 +25,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/adapters"))
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
+    parser.add_argument("--short", action="store_true", help="only what the targets are read from")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
     parser.add_argument("--no-plots", action="store_true", help="no PNG files")
     return parser.parse_args(arguments)
@@ -34,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     document = results.new_document("adapters", describe("cpu", options.machine))
     path = options.out / "results.json"
+    plan = _SHORT_PLAN if options.short else _PLAN
     interrupted = False
     try:
         for case in all_cases():
-            if options.only in case.id:
+            if options.only in case.id and (case.group == "target" or not options.short):
                 print(case.id, file=sys.stderr, flush=True)
-                document["cases"].append(measure(case, _PLAN))
+                document["cases"].append(measure(case, plan))
                 results.keep(document, path)
         document["complete"] = True
     except KeyboardInterrupt:

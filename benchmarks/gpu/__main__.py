@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             "python -m benchmarks.gpu: lora_ext is built without CUDA kernels"
             f" ({built.get('cuda_reason', '')}), so there is nothing to measure: put a CUDA"
-            " toolkit's nvcc on PATH, remove .venv/.built, then `make gpu` again",
+            " toolkit's nvcc on PATH, remove .venv/.built-cuda, then `make gpu` again",
             file=sys.stderr,
         )
         return 2

@@ -139,6 +139,11 @@ struct SkinnyKernels {
                        uint32_t* bits, int64_t pitch);
 };
 
+// The vector code for the passes over x and dX, and over y and dY, which may be of another dtype.
+struct Passes {
+  const SkinnyKernels *over_x, *over_y;
+};
+
 // Null where this build or this processor lacks the instruction set.
 const SkinnyKernels* portable_kernels();
 const SkinnyKernels* avx2_kernels();

@@ -13,7 +13,7 @@ namespace lora_ext::kernel_launch {
 namespace {
 
 template <class Args>
-plan::GroupedProblem common_problem(const Args& args) {
+plan::GroupedProblem grouped_problem(const Args& args) {
   plan::GroupedProblem problem{};
   const GroupedUpdate& update = args.update;
   plan::Problem& one = problem.one;
@@ -134,7 +134,7 @@ void forget_unwanted(std::vector<at::Tensor>& gradients, const std::vector<bool>
 }  // namespace
 
 plan::GroupedProblem problem_of(const GroupedForwardArgs& args) {
-  plan::GroupedProblem problem = common_problem(args);
+  plan::GroupedProblem problem = grouped_problem(args);
   plan::Problem& one = problem.one;
   one.half_dtype = is_half(args.x.scalar_type()) && args.y_dtype() == args.x.scalar_type();
   one.aligned = aligned(args.x) && aligned_rows(one.n) && (!one.given_base || aligned(args.base.y));
@@ -142,7 +142,7 @@ plan::GroupedProblem problem_of(const GroupedForwardArgs& args) {
 }
 
 plan::GroupedProblem problem_of(const GroupedBackwardArgs& args) {
-  plan::GroupedProblem problem = common_problem(args);
+  plan::GroupedProblem problem = grouped_problem(args);
   plan::Problem& one = problem.one;
   const at::ScalarType dtype = args.x.scalar_type();
   one.half_dtype = is_half(dtype) && args.grad.scalar_type() == dtype;

@@ -1,94 +1,90 @@
 // Shapes and dtypes without data of the ops of many adapters, in the way of meta.cpp.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "op/flatten.h"
 #include "op/grouped_checks.h"
 #include "op/grouped_flat.h"
+#include "op/meta_parts.h"
 
 namespace lora_ext {
 namespace {
 
-at::Tensor empty(c10::SymIntArrayRef sizes, const at::Tensor& like, at::ScalarType dtype) {
-  return at::empty_symint(sizes, like.options().dtype(dtype));
+at::Tensor unfilled_s(const at::Tensor& x, const GroupedUpdate& update) {
+  return unfilled({sym_rows(x), update.sym_max_rank()}, x, accumulation_dtype(x.scalar_type()));
 }
 
-at::Tensor empty_like(const at::Tensor& tensor) {
-  return empty(tensor.sym_sizes(), tensor, tensor.scalar_type());
-}
-
-at::Tensor empty_s(const at::Tensor& x, const GroupedUpdate& update) {
-  return empty({sym_rows(x), update.sym_max_rank()}, x, accumulation_dtype(x.scalar_type()));
-}
-
-std::vector<at::Tensor> empty_of(const std::vector<at::Tensor>& factors,
-                                 const std::vector<bool>& wanted) {
+std::vector<at::Tensor> unfilled_of(const std::vector<at::Tensor>& factors,
+                                    const std::vector<bool>& wanted) {
   std::vector<at::Tensor> out;
   for (size_t i = 0; i < factors.size(); ++i) {
-    if (wanted[i]) out.push_back(empty_like(factors[i]));
+    if (wanted[i]) out.push_back(unfilled_like(factors[i]));
   }
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> lora_linear_grouped_forward(const at::Tensor& x,
-                                                               const Base& base,
-                                                               const GroupedUpdate& update) {
+std::tuple<at::Tensor, at::Tensor> lora_linear_grouped_forward_meta(const at::Tensor& x,
+                                                                    const Base& base,
+                                                                    const GroupedUpdate& update) {
   check_grouped_forward(x, base, update);
-  return {empty(sym_with_last(x, base.weight.sym_size(0)), x, x.scalar_type()), empty_s(x, update)};
+  return {unfilled(sym_with_last(x, base.weight.sym_size(0)), x, x.scalar_type()),
+          unfilled_s(x, update)};
 }
 
-at::Tensor lora_linear_grouped(const at::Tensor& x, const Base& base, const GroupedUpdate& update) {
-  return std::get<0>(lora_linear_grouped_forward(x, base, update));
+at::Tensor lora_linear_grouped_meta(const at::Tensor& x, const Base& base,
+                                    const GroupedUpdate& update) {
+  return std::get<0>(lora_linear_grouped_forward_meta(x, base, update));
 }
 
-flat::GroupedGradients lora_linear_grouped_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                    const Base& base, const GroupedUpdate& update,
-                                                    const at::Tensor& s,
-                                                    const flat::GroupedWanted& wanted) {
+flat::GroupedGradients lora_linear_grouped_backward_meta(const at::Tensor& grad,
+                                                         const at::Tensor& x, const Base& base,
+                                                         const GroupedUpdate& update,
+                                                         const at::Tensor& s,
+                                                         const flat::GroupedWanted& wanted) {
   check_grouped_backward(grad, x, base, update, s, wanted.dlora_a.size(), wanted.dlora_b.size());
   at::Tensor dbias;
   if (wanted.dbias) {
-    dbias = empty({base.weight.sym_size(0)}, grad, accumulation_dtype(x.scalar_type()));
+    dbias = unfilled({base.weight.sym_size(0)}, grad, accumulation_dtype(x.scalar_type()));
   }
-  return {wanted.dx ? empty_like(x) : at::Tensor(), empty_of(update.lora_a, wanted.dlora_a),
-          empty_of(update.lora_b, wanted.dlora_b), dbias};
+  return {wanted.dx ? unfilled_like(x) : at::Tensor(), unfilled_of(update.lora_a, wanted.dlora_a),
+          unfilled_of(update.lora_b, wanted.dlora_b), dbias};
 }
 
-std::tuple<at::Tensor, at::Tensor> lora_update_grouped_forward(const at::Tensor& y,
-                                                               const at::Tensor& x,
-                                                               const GroupedUpdate& update) {
+std::tuple<at::Tensor, at::Tensor> lora_update_grouped_forward_meta(const at::Tensor& y,
+                                                                    const at::Tensor& x,
+                                                                    const GroupedUpdate& update) {
   check_grouped_forward(x, Base::given(y), update);
-  return {empty_like(y), empty_s(x, update)};
+  return {unfilled_like(y), unfilled_s(x, update)};
 }
 
-at::Tensor lora_update_grouped(const at::Tensor& y, const at::Tensor& x,
-                               const GroupedUpdate& update) {
-  return std::get<0>(lora_update_grouped_forward(y, x, update));
+at::Tensor lora_update_grouped_meta(const at::Tensor& y, const at::Tensor& x,
+                                    const GroupedUpdate& update) {
+  return std::get<0>(lora_update_grouped_forward_meta(y, x, update));
 }
 
-flat::LoraUpdateGradients lora_update_grouped_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                       const GroupedUpdate& update,
-                                                       const at::Tensor& s,
-                                                       const flat::GroupedWanted& wanted) {
+flat::LoraUpdateGradients lora_update_grouped_backward_meta(const at::Tensor& grad,
+                                                            const at::Tensor& x,
+                                                            const GroupedUpdate& update,
+                                                            const at::Tensor& s,
+                                                            const flat::GroupedWanted& wanted) {
   check_grouped_backward(grad, x, Base::given(), update, s, wanted.dlora_a.size(),
                          wanted.dlora_b.size());
-  return {wanted.dx ? empty_like(x) : at::Tensor(), empty_of(update.lora_a, wanted.dlora_a),
-          empty_of(update.lora_b, wanted.dlora_b)};
+  return {wanted.dx ? unfilled_like(x) : at::Tensor(), unfilled_of(update.lora_a, wanted.dlora_a),
+          unfilled_of(update.lora_b, wanted.dlora_b)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
-  m.impl("lora_linear_grouped", TORCH_FN(flat::lora_linear_grouped<lora_linear_grouped>));
+  m.impl("lora_linear_grouped", TORCH_FN(flat::lora_linear_grouped<lora_linear_grouped_meta>));
   m.impl("lora_linear_grouped_forward",
-         TORCH_FN(flat::lora_linear_grouped_forward<lora_linear_grouped_forward>));
+         TORCH_FN(flat::lora_linear_grouped_forward<lora_linear_grouped_forward_meta>));
   m.impl("lora_linear_grouped_backward",
-         TORCH_FN(flat::lora_linear_grouped_backward<lora_linear_grouped_backward>));
-  m.impl("lora_update_grouped", TORCH_FN(flat::lora_update_grouped<lora_update_grouped>));
+         TORCH_FN(flat::lora_linear_grouped_backward<lora_linear_grouped_backward_meta>));
+  m.impl("lora_update_grouped", TORCH_FN(flat::lora_update_grouped<lora_update_grouped_meta>));
   m.impl("lora_update_grouped_forward",
-         TORCH_FN(flat::lora_update_grouped_forward<lora_update_grouped_forward>));
+         TORCH_FN(flat::lora_update_grouped_forward<lora_update_grouped_forward_meta>));
   m.impl("lora_update_grouped_backward",
-         TORCH_FN(flat::lora_update_grouped_backward<lora_update_grouped_backward>));
+         TORCH_FN(flat::lora_update_grouped_backward<lora_update_grouped_backward_meta>));
 }
 
 }  // namespace lora_ext

@@ -1,8 +1,9 @@
 // Schemas of the ops of many adapters, and typed calls through the dispatcher.
 #include "op/grouped_ops.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include "op/find_op.h"
 
 namespace lora_ext::ops {
 
@@ -49,11 +50,6 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
 }
 
 namespace {
-
-template <class Signature>
-const c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 c10::List<bool> to_list(const std::vector<bool>& values) {
   c10::List<bool> list;

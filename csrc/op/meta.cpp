@@ -1,28 +1,25 @@
 // Shapes and dtypes without data: Meta kernels for torch.compile, export and FakeTensor.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "op/checks.h"
 #include "op/flat.h"
 #include "op/flatten.h"
+#include "op/meta_parts.h"
 
 namespace lora_ext {
 namespace {
 
-at::Tensor empty(c10::SymIntArrayRef sizes, const at::Tensor& like, at::ScalarType dtype) {
-  return at::empty_symint(sizes, like.options().dtype(dtype));
-}
-
 // The gradient of a tensor, undefined where it is not wanted.
 at::Tensor gradient_of(const at::Tensor& tensor, bool wanted) {
-  return wanted ? empty(tensor.sym_sizes(), tensor, tensor.scalar_type()) : at::Tensor();
+  return wanted ? unfilled_like(tensor) : at::Tensor();
 }
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward_meta(const at::Tensor& x, const Base& base,
                                                             const Update& update) {
   check_forward(x, base, update);
-  return {empty(sym_with_last(x, base.weight.sym_size(0)), x, x.scalar_type()),
-          empty({sym_rows(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
+  return {
+      unfilled(sym_with_last(x, base.weight.sym_size(0)), x, x.scalar_type()),
+      unfilled({sym_rows(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
 }
 
 at::Tensor lora_linear_meta(const at::Tensor& x, const Base& base, const Update& update) {
@@ -35,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_
   check_backward(grad, x, base, update, s);
   at::Tensor dbias;
   if (output_mask[3]) {
-    dbias = empty({base.weight.sym_size(0)}, grad, accumulation_dtype(x.scalar_type()));
+    dbias = unfilled({base.weight.sym_size(0)}, grad, accumulation_dtype(x.scalar_type()));
   }
   return {gradient_of(x, output_mask[0]), gradient_of(update.lora_a, output_mask[1]),
           gradient_of(update.lora_b, output_mask[2]), dbias};
@@ -45,8 +42,9 @@ std::tuple<at::Tensor, at::Tensor> lora_update_forward_meta(const at::Tensor& y,
                                                             const at::Tensor& x,
                                                             const Update& update) {
   check_forward(x, Base::given(y), update);
-  return {empty(y.sym_sizes(), y, y.scalar_type()),
-          empty({sym_rows(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
+  return {
+      unfilled(y.sym_sizes(), y, y.scalar_type()),
+      unfilled({sym_rows(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
 }
 
 at::Tensor lora_update_meta(const at::Tensor& y, const at::Tensor& x, const Update& update) {
@@ -64,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward_meta(
 at::Tensor dropout_mask_meta(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
                              double dropout_p, c10::SymInt row_offset, c10::SymInt col_offset) {
   check_dropout_mask(seed, rows, cols, dropout_p, row_offset, col_offset);
-  return empty({rows, cols}, seed, at::kBool);
+  return unfilled({rows, cols}, seed, at::kBool);
 }
 
 }  // namespace

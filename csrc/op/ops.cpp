@@ -1,9 +1,9 @@
 // Schemas of the torch library `lora_ext` and typed calls through the dispatcher.
 #include "op/ops.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "op/find_op.h"
 #include "op/flat.h"
 
 namespace lora_ext::ops {
@@ -49,15 +49,6 @@ TORCH_LIBRARY(lora_ext, m) {
       "SymInt col_offset=0) -> Tensor",
       tags);
 }
-
-namespace {
-
-template <class Signature>
-const c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-}  // namespace
 
 at::Tensor lora_linear(const at::Tensor& x, const Base& base, const Update& u) {
   static const auto op = find<decltype(flat::lora_linear<nullptr>)>("lora_ext::lora_linear");

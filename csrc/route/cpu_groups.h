@@ -9,11 +9,6 @@
 
 namespace lora_ext::cpu {
 
-// The vector code for the passes over x and dX, and over y and dY.
-struct Passes {
-  const SkinnyKernels *over_x, *over_y;
-};
-
 class Groups {
  public:
   Groups(const GroupedUpdate& update, Segments segments, at::ScalarType x, at::ScalarType y);

@@ -120,11 +120,6 @@ void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& 
                   [&](Range range) { kernels.wgrad(args, expand, range); });
 }
 
-// The vector code for the passes over x and dX, and over y and dY, which may be of another dtype.
-struct Passes {
-  const SkinnyKernels *over_x, *over_y;
-};
-
 // Why the vector code has no kernels for a call of any size; passes over bfloat16 read no float16
 // adapters, which come with them only where x and y are of two half types.
 std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank) {

@@ -154,10 +154,15 @@ def test_the_report_and_its_picture(tmp_path):
 def test_command(tmp_path, monkeypatch, capsys):
     small = [case_of(FORWARD), case_of()]
     monkeypatch.setattr("benchmarks.adapters.__main__.all_cases", lambda: small)
-    monkeypatch.setattr("benchmarks.adapters.__main__._PLAN", QUICK)
+    for plan in ("_PLAN", "_SHORT_PLAN"):
+        monkeypatch.setattr(f"benchmarks.adapters.__main__.{plan}", QUICK)
     assert main(["--out", str(tmp_path), "--no-plots", "--only", "step"]) == 0
     document = results.read(tmp_path / "results.json")
     assert [row["case"]["mode"] for row in document["cases"]] == [STEP]
+    small[1] = replace(small[1], group="rows")
+    assert main(["--out", str(tmp_path), "--no-plots", "--short"]) == 0
+    short = results.read(tmp_path / "results.json")["cases"]
+    assert [row["case"]["mode"] for row in short] == [FORWARD]
     assert "many adapters in one batch" in capsys.readouterr().out
     monkeypatch.setattr(
         "benchmarks.adapters.__main__.measure",

@@ -32,7 +32,7 @@ def make(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     venv = tmp_path / "venv"
     program(venv / "bin" / "python", SAYS)
-    for stamp in (".torch", ".built", ".extras", ".kernel-oracles", ".cuda-headers"):
+    for stamp in (".torch", ".built-cpu", ".extras", ".kernel-oracles", ".cuda-headers"):
         (venv / stamp).touch()
     monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
     program(tmp_path / "tools" / "nvidia-smi", "#!/bin/sh\nexit 9\n")
@@ -48,7 +48,47 @@ def make(tmp_path, monkeypatch):
         return done.stdout
 
     run.smi = tmp_path / "tools" / "nvidia-smi"
+    run.venv = venv
     return run
+
+
+@pytest.mark.parametrize(
+    ("card", "environment", "goals", "asked"),
+    [
+        ("", "", "build", "no-card"),
+        ("", "", "bench test demo demo-many", "no-card"),
+        ("", "", "gpu DEVICE=cpu", "no-card"),
+        ("", "auto", "build", "auto"),
+        ("", "1", "test", "1"),
+        ("", "", "wheel", "auto"),
+        ("", "0", "gpu", "1"),
+        ("8.6", "", "build", "auto"),
+        ("8.6", "0", "build", "0"),
+    ],
+)
+def test_cuda_is_compiled_for_a_card_or_on_request(
+    make, monkeypatch, card, environment, goals, asked
+):
+    program(make.smi, f"#!/bin/sh\necho {card}\n")
+    monkeypatch.setenv("LORA_EXT_CUDA", environment)
+    said = make("--dry-run", "-W", "setup.py", *goals.split())
+    assert re.findall("LORA_EXT_CUDA=(.*) PATH", said) == [asked]
+    flavour = "cpu" if asked in ("0", "no-card") else "cuda"
+    assert set(re.findall(r"touch .*/\.built-(.*)", said)) == {flavour}
+
+
+def test_one_build_is_known_and_one_with_cuda_serves_where_there_is_no_card(make, monkeypatch):
+    def built() -> list[str]:
+        return [path.name for path in make.venv.glob(".built-*")]
+
+    assert "install" not in make("build")
+    monkeypatch.setenv("LORA_EXT_CUDA", "1")
+    assert "cuda=1 " in make("build") and built() == [".built-cuda"]
+    monkeypatch.delenv("LORA_EXT_CUDA")
+    assert "install" not in make("build")
+    assert "cuda=auto " in make("-W", "setup.py", "build") and built() == [".built-cuda"]
+    monkeypatch.setenv("LORA_EXT_CUDA", "0")
+    assert "cuda=0 " in make("build") and built() == [".built-cpu"]
 
 
 def test_gpu_builds_for_the_card_whatever_the_environment_says(make, monkeypatch):
@@ -63,8 +103,8 @@ def test_gpu_builds_for_the_card_whatever_the_environment_says(make, monkeypatch
 
 def test_gpu_takes_the_default_list_where_nvidia_smi_says_nothing_of_use(make):
     program(make.smi, "#!/bin/sh\necho Failed to initialize NVML: Driver mismatch\n")
+    assert "cuda=no-card archs=\n" in make("gpu", "DEVICE=cpu")
     assert "cuda=1 archs=\n" in make("gpu")
-    assert "cuda=auto archs=\n" in make("gpu", "DEVICE=cpu")
 
 
 def test_gpu_counts_its_budget_from_the_start_of_make(make):
@@ -131,7 +171,7 @@ def test_tools_of_lent_packages_are_those_of_the_python_that_lends(tmp_path):
         (venv / "bin", "vermin", "own"),
     ):
         program(folder / name, f"#!/bin/sh\necho {says}\n")
-    for stamp in (".torch", ".built"):
+    for stamp in (".torch", ".built-cpu"):
         (venv / stamp).touch()
     command = ["make", "--silent", f"VENV={venv}", f"PYTHON={python}", str(venv / ".tools")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -306,12 +306,38 @@ def test_kernels_on_wgmma_are_launched_only_where_they_were_compiled(
     assert ("-DLORA_EXT_WITH_SM90A" in setup_py["CudaToolkit"]().flags) == has_code
 
 
+def test_every_file_is_compiled_once_and_instruction_sets_apart(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setitem(setup_py["units_of"].__globals__, "UNITS", tmp_path)
+    compiled = setup_py["units_of"](setup_py["sources"]("**/*.cpp"))
+    units = [Path(path) for path in compiled if not path.startswith("csrc/")]
+    included = [re.findall('#include "(.*)"', unit.read_text()) for unit in units]
+    assert 1 < max(map(len, included)) <= setup_py["MOST_A_UNIT"]
+    alone = [path for path in compiled if path.startswith("csrc/")]
+    assert {path for path in alone if "/isa_" in path} == set(setup_py["sources"]("cpu/isa_*.cpp"))
+    there = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cpp")]
+    assert sorted([*(f"csrc/{path}" for unit in included for path in unit), *alone]) == sorted(
+        f"csrc/{path}" for path in there
+    )
+
+
+def test_only_a_unit_that_changed_is_written(setup_py, monkeypatch, tmp_path):
+    """The date of the others says that their objects are up to date."""
+    monkeypatch.setitem(setup_py["units_of"].__globals__, "UNITS", tmp_path)
+    sources = setup_py["sources"]("**/*.cpp")
+    units = [path for path in setup_py["units_of"](sources) if not path.startswith("csrc/")]
+    for path in units:
+        os.utime(path, (1, 1))
+    setup_py["units_of"]([path for path in sources if path != "csrc/route/route.cpp"])
+    changed = [Path(path).name for path in units if Path(path).stat().st_mtime != 1]
+    assert changed == ["route_1.cpp"]
+
+
 def test_no_flag_names_a_processor(setup_py):
     flags = setup_py["CXX_FLAGS"] + setup_py["NVCC_FLAGS"]
     assert not [flag for flag in flags if flag.startswith(("-m", "-Ofast", "-ffast-math"))]
 
 
-@pytest.mark.parametrize("choice", ["auto", "0", "1", "yes"])
+@pytest.mark.parametrize("choice", ["auto", "0", "no-card", "1", "yes"])
 def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice):
     command, extension = build_ext
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -322,7 +348,8 @@ def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice)
         return
     facts = command.add_cuda(extension)
     assert facts["cuda"] is False
-    assert ("No nvcc was found" if choice == "auto" else "LORA_EXT_CUDA=0") in facts["cuda_reason"]
+    said = {"auto": "No nvcc was found", "0": "LORA_EXT_CUDA=0", "no-card": "there is no card"}
+    assert said[choice] in facts["cuda_reason"]
     assert extension.sources == ["csrc/cuda/none.cpp"]
     assert extension.extra_objects == []
 
