@@ -5,6 +5,7 @@ planner, tensors, workspace, checks and autograd run as they do on a GPU, on CPU
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,22 +63,33 @@ def sources(pattern: str) -> list[str]:
     return [f"../../{path.relative_to(build.ROOT)}" for path in found]
 
 
-def what_built_objects_read() -> dict[Path, set[Path]]:
-    """The files of csrc/ that each object of the normal build was made of, which is first brought
-    up to date. Nothing where it was compiled without ninja, which alone knows."""
-    if not (BUILT / "build.ninja").exists():
+def what_built_objects_read() -> dict[str, set[Path]]:
+    """The files of csrc/ that each object of the normal build was made of, by its source, one file
+    or some of a folder. That build is first brought up to date. Nothing where there was no ninja,
+    which alone knows.
+    """
+    listed = BUILT / "build.ninja"
+    if not listed.exists():
         return {}
     found = shutil.which("ninja")
     ninja = [*([found] if found else [sys.executable, "-m", "ninja"]), "-C", str(BUILT)]
     build.run_tool([*ninja, "-j", str(build.JOBS)])
+    compiled = re.findall(r"^build (.+): compile (.+)$", listed.read_text(), re.MULTILINE)
+    source_of = {
+        Path(os.path.normpath(item)): os.path.relpath(source, build.EMULATOR)
+        for item, source in compiled
+    }
     command = [*ninja, "-t", "deps"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    read: dict[Path, set[Path]] = {}
-    for line in listed.splitlines():
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    read: dict[str, set[Path]] = {}
+    files: set[Path] = set()
+    for line in said.splitlines():
         name, is_object, _ = line.partition(": #deps")
         path = Path(os.path.normpath(BUILT / name.strip()))  # ccache may name it from there
         if is_object:
-            files = read.setdefault(path, set())
+            files = set()
+            if path in source_of:
+                read[source_of[path]] = files
         elif path.is_relative_to(build.ROOT / "csrc"):
             files.add(path)
     return read
@@ -93,13 +105,13 @@ def torchs_half() -> list[build.Object]:
     read = what_built_objects_read()
 
     def made(name: str) -> build.Object:
-        built = BuiltObject(FLAVOUR, name, kernels=False)
-        files = read.get(built.path, set())
-        if files and all(mutants.copy_of(path) == path for path in files):
-            return built
-        return TorchObject(FLAVOUR, name, kernels=False)
+        as_built = all(mutants.copy_of(path) == path for path in read[name])
+        return (BuiltObject if as_built else TorchObject)(FLAVOUR, name, kernels=False)
 
-    return [made(name) for name in sources("**/*.cpp") if name != NO_CUDA]
+    if not read:
+        names = [name for name in sources("**/*.cpp") if name != NO_CUDA]
+        return [TorchObject(FLAVOUR, name, kernels=False) for name in names]
+    return [made(name) for name in read if name != NO_CUDA]
 
 
 def objects() -> list[build.Object]:
