@@ -7,6 +7,7 @@
 //              along the rank      four sums of every fourth column, added at the end
 //     expand   along the rank      blocks of columns x ranks are transposed in registers, then as
 //              in simd_passes.h: one sum over ranks in order, the same bits
+//              along the columns   the same without the transposition
 #pragma once
 
 constexpr int64_t kFewRows = 32;
@@ -142,7 +143,18 @@ void shrink_few_rows(const ShrinkArgs& args, const AdapterView& q, int64_t row) 
   }
 }
 
-// Y += scale * mask * (T U) of `kRows` rows from `row` on; u lies along the rank.
+// U from (rank j, column c) on: lanes of up to `cols` columns for each of `ranks` ranks.
+template <class Isa, class Factor>
+void load_ranks(const AdapterView& u, int64_t j, int64_t c, int64_t cols, int64_t ranks,
+                typename Isa::Vec (&block)[Isa::kLanes]) {
+  const auto* first = element<Factor>(u.data, c * u.col_pitch + j * u.rank_pitch);
+  if (u.col_pitch != 1) return load_block<Isa>(first, u.col_pitch, cols, ranks, block);
+  for (int64_t i = 0; i < ranks; ++i) {
+    block[i] = Isa::load_first(first + i * u.rank_pitch, cols);
+  }
+}
+
+// Y += scale * mask * (T U) of `kRows` rows from `row` on; u lies along the rank or the columns.
 template <class Isa, int kRows, class T, class Factor>
 void expand_few_rows(const ExpandArgs& args, const AdapterView& u, int64_t row) {
   using Vec = typename Isa::Vec;
@@ -160,8 +172,7 @@ void expand_few_rows(const ExpandArgs& args, const AdapterView& u, int64_t row) 
       for (int64_t j = 0; j < args.rank; j += kLanes) {
         const int64_t ranks = std::min(kLanes, args.rank - j);
         Vec block[kLanes];
-        load_block<Isa>(element<Factor>(u.data, (c0 + c) * u.col_pitch + j), u.col_pitch, cols - c,
-                        ranks, block);
+        load_ranks<Isa, Factor>(u, j, c0 + c, cols - c, ranks, block);
         const auto add = [&](int64_t i) {
           for (int m = 0; m < kRows; ++m) {
             accum[m] = Isa::fma(Isa::broadcast(t[m * args.rank + j + i]), block[i], accum[m]);

@@ -131,7 +131,7 @@ struct SkinnyKernels {
   // q_is_half or u_is_half of the arguments are not read. 0, and null, where there are none.
   int64_t few_rows;
   void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q, Range rows);  // can_be_few
-  void (*expand_few)(const ExpandArgs& args, const AdapterView& u, Range rows);  // along the rank
+  void (*expand_few)(const ExpandArgs& args, const AdapterView& u, Range rows);  // can_be_few
 
   // Bit c of word c / 32 in row m of `pitch` words is set when (index[rows.begin + m],
   // cols.begin + c) is kept.

@@ -30,7 +30,7 @@ class Factor {
     kernels.pack_shrink(view, panel_);
   }
   void for_expand(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels) {
-    few_ = segment.count <= kernels.few_rows && view.rank_pitch == 1;
+    few_ = segment.count <= kernels.few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
     if (!is_new(segment, view, kernels) || few_) return;
     pack_expand();
   }
