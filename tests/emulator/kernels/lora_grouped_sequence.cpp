@@ -37,7 +37,7 @@ class GroupedTest {
         m_(run.size.m),
         n_(run.size.n),
         k_(run.size.k),
-        // More than rows; and of counts, with those of no adapter, a table of 256 bytes has no room.
+        // More than rows; without those of no adapter their counts would fill 256 bytes just.
         groups_(std::string(run.size.name) == "many"   ? 64
                 : std::string(run.size.name) == "long" ? 1 + draw(2)
                                                        : 1 + draw(6)),
