@@ -690,6 +690,11 @@ assert same(results, expected) and last_error() == 0
     )
 
 
+def test_a_stream_has_no_more_counts_than_it_says():
+    """Those of a million columns; a launch for more has its own, in its workspace."""
+    python("card(80)\nassert has_counts(1, 1 << 14) and not has_counts(1, (1 << 14) + 1)")
+
+
 def test_few_rows_of_many_adapters_are_one_launch_from_a_pool_and_two_from_a_list():
     python(
         "card(80)\n"

@@ -368,6 +368,17 @@ def test_strides(isa, device, rows, layout):
     assert_equal(run(many), wanted)
 
 
+@pytest.mark.parametrize("columns", [(100, 136), (136, 100)], ids=str)
+def test_half_rows_that_are_a_slice_of_columns(isa, device, columns):
+    """They begin at whole chunks of 16 bytes; those of dX, or of y, of 100 columns, do not."""
+    many = make_many(70, *columns, pair=(BF16, BF16), device=device)
+    named = {name: getattr(many, name) for name in ("x", "weight", "grad")}
+    slices = {name: torch.cat([t] * 2, 1)[:, : t.shape[1]] for name, t in named.items()}
+    theirs, exact = run_loop(many), run_loop(many, dtype=F64)
+    ours = run(replace(many, **slices))
+    assert_at_most_twice(ours, theirs, exact, (BF16, BF16), has_half_pairs(isa, (BF16, BF16)))
+
+
 def test_an_index_of_any_shape(isa, device):
     many = make_many((2, 3, 5), 16, 24, device=device)
     wanted = run(many)

@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "emulator/cuda/runtime.h"
+#include "launch/decode_counts.h"
 
 namespace {
 
@@ -157,6 +158,12 @@ void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
 }  // namespace
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+
+// For tests, by ctypes: whether a device's current stream has so many counts for one launch.
+extern "C" int emulated_cuda_has_counts(int device, int count) {
+  const c10::DeviceGuard guard(device_number(device));
+  return lora_ext::kernel_launch::decode_counts(device_number(device), count) != nullptr;
+}
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", TORCH_FN(empty));
