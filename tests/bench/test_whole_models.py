@@ -20,16 +20,6 @@ from benchmarks.whole_models.cases import (
 from benchmarks.whole_models.overhead import overheads
 from benchmarks.whole_models.step import VARIANTS, adapted, check_fused, forward_of, step_of
 
-# Layers of the models: 6 x (q, k, v, o, up, down), 4 x (q, k, v, o, gate, up, down), 4 x 4.
-COUNTS = {
-    "MiniLM attention": 24,
-    "MiniLM all linear": 36,
-    "Llama attention": 16,
-    "Llama all linear": 28,
-    "GPT-2 attention": 8,
-    "GPT-2 all linear": 16,
-}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["MiniLM", "GPT-2"])
