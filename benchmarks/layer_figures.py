@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from matplotlib.colors import TwoSlopeNorm
-
 from . import figures as shared
 from .figures import COLOURS, Figure, plt
 from .markdown import device_of
-from .results import Document, Row, is_disturbed, peak_ratio, ratio, times_of, worst_ratio
-from .shapes import BACKWARD, DROPOUT, FORWARD, SHORT, STEP, reading_order
+from .results import Document, Row, is_disturbed, peak_ratio, ratio, times_of
+from .shapes import BACKWARD, FORWARD, STEP, reading_order
 from .variants import LABELS, floor_of
 
 _MARKERS = {
@@ -96,53 +94,6 @@ def _memory(document: Document) -> Figure | None:
     )
 
 
-def _grid(document: Document) -> Figure | None:
-    """Ours by the faster PEFT over rows and ranks, one panel for each dtype, width and mode."""
-    cells = [r for r in document["cells"] if r["status"] == "ok" and not is_disturbed(r)]
-    cells = [r for r in cells if r["cell"]["group"] == "grid" and not r["cell"]["layer"]]
-    ranks = sorted({r["cell"]["rank"] for r in cells})
-    if len(ranks) < 2:
-        return None
-    rows = sorted({r["cell"]["rows"] for r in cells})
-    measured = {(r["cell"]["mode"], r["cell"]["dropout_p"]) for r in cells}
-    columns = [c for c in ((FORWARD, 0.0), (STEP, 0.0), (STEP, DROPOUT)) if c in measured]
-    panels = sorted({(r["cell"]["dtype"], r["cell"]["in_features"]) for r in cells}, reverse=True)
-    values = {}
-    for result in cells:
-        found = worst_ratio(result, "ours", ("peft", "peft_default"))
-        cell = result["cell"]
-        if found:
-            key = (cell["dtype"], cell["in_features"], cell["mode"], cell["dropout_p"])
-            values[(*key, cell["rank"], cell["rows"])] = found.median
-    figure, grid = plt.subplots(
-        len(panels),
-        len(columns),
-        figsize=(1 + 3.4 * len(columns), 2.1 * len(panels)),
-        squeeze=False,
-        sharex=True,
-    )
-    norm = TwoSlopeNorm(1.0, vmin=0.4, vmax=1.2)
-    for line, (dtype, width) in zip(grid, panels, strict=True):
-        for axes, (mode, p) in zip(line, columns, strict=True):
-            image = [
-                [values.get((dtype, width, mode, p, rank, m), float("nan")) for m in rows]
-                for rank in ranks
-            ]
-            axes.imshow(image, cmap="RdYlGn_r", norm=norm, aspect="auto")
-            for i, numbers in enumerate(image):
-                for j, number in enumerate(numbers):
-                    if number == number:
-                        axes.text(j, i, f"{number:.2f}", ha="center", va="center", fontsize=9)
-            axes.set_xticks(range(len(rows)), [f"M={m}" for m in rows])
-            axes.set_yticks(range(len(ranks)), [f"r={rank}" for rank in ranks])
-            dropout = f", dropout {p:g}" if p else ""
-            axes.set_title(f"{SHORT[dtype]}, K=N={width}, {mode}{dropout}", fontsize=9)
-            axes.tick_params(length=0)
-    title = "time of ours by the faster PEFT (below 1: ours is faster; blank: disturbed)"
-    shared.heading(figure, title_of(document, title))
-    return figure
-
-
 def figures(document: Document) -> dict[str, Figure | None]:
     """File name -> figure."""
     return {
@@ -150,5 +101,4 @@ def figures(document: Document) -> dict[str, Figure | None]:
         "backward.png": _latency(document, BACKWARD),
         "step.png": _latency(document, STEP),
         "memory.png": _memory(document),
-        "grid.png": _grid(document),
     }

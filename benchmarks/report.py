@@ -3,7 +3,8 @@
 What is said and drawn is the affair of each kind: a module with
 
     text(document, images)   the report as Markdown; images: names of files beside it
-    figures(document)        name of a PNG -> figure, or None where the document has nothing for it
+    figures(document)        name of a PNG -> figure, or None where the document has nothing for it;
+                             a kind without it has no pictures
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def write(document: Document, json_path: Path, with_plots: bool = True) -> Path:
         try:
             from . import figures
 
-            images = figures.save(_of_kind(document).figures(document), json_path.parent)
+            draw = getattr(_of_kind(document), "figures", lambda document: {})
+            images = figures.save(draw(document), json_path.parent)
         except Exception as error:  # the results themselves must not be lost to a picture
             print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
     path = json_path.with_name("report.md")

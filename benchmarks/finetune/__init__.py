@@ -6,5 +6,5 @@ trained_models  the models that are trained side by side, from the same initial 
 training        step by step in turns: losses, times, memory, accuracy
 round_trip      saved, loaded into a new model, merged, opened by PEFT: the same predictions?
 claims          what the run claims, and whether it holds
-finetune_report, finetune_figures   what is said and drawn of it
+finetune_report what is said of it
 """

@@ -55,7 +55,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all models")
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many; 0: go on")
-    parser.add_argument("--no-plots", action="store_true", help="no picture")
     return parser.parse_args(arguments)
 
 
@@ -174,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     document = run(options, progress())
-    kept = report.publish(document, options.out / "results.json", not options.no_plots)
+    kept = report.publish(document, options.out / "results.json")
     print(f"the adapter: {options.adapter}")
     failed = [check for check in document["checks"] if not check["holds"]]
     for check in failed:

@@ -35,7 +35,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all models")
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
-    parser.add_argument("--no-plots", action="store_true", help="no picture")
     return parser.parse_args(arguments)
 
 
@@ -100,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     document = run(options, progress())
-    kept = report.publish(document, options.out / "results.json", not options.no_plots)
+    kept = report.publish(document, options.out / "results.json")
     for check in document["checks"]:
         print(f"{'pass' if check['holds'] else 'MISS'}  {check['claim']}: {check['found']}")
     return 0 if kept and all(check["holds"] for check in document["checks"]) else 1

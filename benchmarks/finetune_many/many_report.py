@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from .. import markdown
 from ..markdown import mebibytes, milliseconds, quotient, table
@@ -102,10 +101,3 @@ def text(document: Document, images: Sequence[str]) -> str:
         *markdown.pictures(images, "CPU"),
         *markdown.sections(bodies),
     )
-
-
-def figures(document: Document) -> dict[str, Any]:
-    """Of `many_figures`, which needs a plot library."""
-    from .many_figures import figures
-
-    return figures(document)

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from ..shapes import BACKWARD, DROPOUT, FORWARD, STEP, Cell, call_cells
 
-MOST_HEADLINES = 60
 ROWS = 8192  # of training: batch times sequence length
 
 # name -> in_features, out_features, bias

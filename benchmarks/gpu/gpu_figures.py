@@ -118,7 +118,6 @@ def figures(document: Document) -> dict[str, Figure | None]:
     """File name -> figure."""
     return {
         **layer_figures.figures(document),
-        "grid.png": None,  # a GPU's squares fill none
         "roofline.png": _roofline(document),
         "predictions.png": _predictions(document),
         "adapters.png": _adapters(document),

@@ -18,7 +18,6 @@ _KEPT_LINES = 40
 _MOST_BROKEN = 10  # a build that breaks on every test need not be run on all
 _NO_TESTS = 5  # pytest's exit status when it selects none
 _BROKEN, _LATE = "a test ended its process", "late"
-_OUTCOMES = ("passed", "failed", "skipped")
 
 
 @dataclass

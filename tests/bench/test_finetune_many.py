@@ -189,7 +189,7 @@ def test_each_claim_can_fail(breach):
 def test_pass_and_miss_are_printed_and_decide_the_exit_status(monkeypatch, tmp_path, capsys):
     found = document()
     monkeypatch.setattr(demo, "run", lambda options, say: found)
-    arguments = ["--out", str(tmp_path), "--no-plots"]
+    arguments = ["--out", str(tmp_path)]
     assert demo.main(arguments) == 0
     shown = capsys.readouterr().out
     assert shown.count("pass  ") == len(found["checks"]) and "MISS" not in shown
@@ -205,6 +205,5 @@ def test_the_report_shows_tasks_times_and_pictures(tmp_path):
     text = report.write(document(), tmp_path / "results.json").read_text()
     for label in many_report.LABELS.values():
         assert f"| {label}" in text
-    for expected in ("| area 7", "0.700", "![finetune_many (CPU)](finetune_many.png)", "| pass"):
+    for expected in ("| area 7", "0.700", "| pass"):
         assert expected in text
-    assert (tmp_path / "finetune_many.png").read_bytes().startswith(b"\x89PNG")

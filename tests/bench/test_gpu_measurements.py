@@ -8,7 +8,7 @@ from bench_helpers import QUICK, small
 
 import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
-from benchmarks.gpu import decode, pool_stress, profile, quantized, stress
+from benchmarks.gpu import cases, cells, decode, pool_stress, profile, quantized, stress
 from benchmarks.problem import make_problem
 from lora_ext.nn.layer_pool import LayerPool
 
@@ -20,6 +20,12 @@ def test_cuda_cells_time_every_route_and_baseline():
     assert {*variants.ROUTES, *peers} <= names
     assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, device="cpu")))
     assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, dtype="float32")))
+
+
+def test_no_two_cells_or_cases_share_a_name():
+    """What has a name that is known counts as measured when a run goes on."""
+    for every in ([*cells.headline_cells(), *cells.wide_cells()], cases.many_cases()):
+        assert len({one.id for one in every}) == len(every) > 10
 
 
 def test_backward_alone_gives_the_gradients_of_a_step():

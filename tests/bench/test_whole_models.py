@@ -16,20 +16,9 @@ from benchmarks.whole_models.cases import (
     LENGTH,
     Case,
     base_model,
-    inputs,
 )
 from benchmarks.whole_models.overhead import overheads
 from benchmarks.whole_models.step import VARIANTS, adapted, check_fused, forward_of, step_of
-
-# Layers of the models: 6 x (q, k, v, o, up, down), 4 x (q, k, v, o, gate, up, down), 4 x 4.
-COUNTS = {
-    "MiniLM attention": 24,
-    "MiniLM all linear": 36,
-    "Llama attention": 16,
-    "Llama all linear": 28,
-    "GPT-2 attention": 8,
-    "GPT-2 all linear": 16,
-}
 
 
 @pytest.mark.slow
@@ -146,32 +135,6 @@ def test_a_mixed_batch_is_measured_by_every_variant(monkeypatch):
     assert set(row["forward"]) == {"frozen", "ours", "accelerated", "peft"}
     assert set(row["memory"]) == set(row["timing"])
     assert row["id"] == "Llama attention bfloat16, 2 adapters"
-
-
-@pytest.mark.slow
-def test_a_mixed_batch_has_the_gradients_of_its_samples_in_turn(monkeypatch):
-    monkeypatch.setitem(BATCH, "Llama", 2)
-    monkeypatch.setitem(LENGTH, "Llama", 4)
-    monkeypatch.setattr(mixed_batch, "DROPOUT", 0.0)
-    case = Case("Llama", "attention", "float32")
-    base, names = base_model(case), mixed_batch.names_of(case)
-    pairs = inputs(case, base, 1)
-    model = mixed_batch.own_model(case, base, names)
-    for name, parameter in model.named_parameters():
-        if "lora_b" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    x, grad = pairs[0]
-    mixed_batch._of_batch(model, names, "ours")(x).backward(grad)
-    together = {name: p.grad.clone() for name, p in own.items()}
-    for parameter in own.values():
-        parameter.grad = None
-    choose = lambda name: lora_ext.models.set_adapter(model, name)  # noqa: E731
-    mixed_batch._in_turn(model, names, choose)(x, grad)
-    assert len(own) == 2 * 2 * 16
-    for name, parameter in own.items():
-        wanted = together[name]
-        assert (parameter.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 @pytest.fixture
