@@ -12,8 +12,8 @@ SHELL := /bin/bash
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
-FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
-CXX_FORMATTED := $(shell find csrc tests/cpu tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FOLDERS := benchmarks build_backend csrc emulator lora_ext scripts tests
+CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters demo demo-many gpu
@@ -80,7 +80,7 @@ $(VENV)/.extras: pyproject.toml | $(BUILT)
 	touch $@
 
 # Kernels include CUDA's headers on the host, too; without a toolkit, three wheels of 7 MB have them.
-$(VENV)/.cuda-headers: tests/emulator/cuda_headers.py | $(BUILT)
+$(VENV)/.cuda-headers: emulator/cuda_headers.py | $(BUILT)
 	$(PY) $< >/dev/null ||
 	    $(PIP) install --no-deps nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 	touch $@
@@ -126,9 +126,9 @@ $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 	touch $@
 
 # K=lora_decode: the clean runs and mutants of one program alone.
-OF_ONE := tests/emulator/test_clean.py tests/emulator/test_mutants.py -k
+OF_ONE := tests/emulated/test_clean.py tests/emulated/test_mutants.py -k
 test-kernels: $(VENV)/.kernel-oracles
-	$(PY) -m pytest -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),tests/emulator) \
+	$(PY) -m pytest -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),emulator tests/emulated) \
 	    --durations=25 $(ARGS)
 
 sass: $(VENV)/.kernel-oracles

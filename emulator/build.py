@@ -1,15 +1,19 @@
-"""Compiles the execution layer, the kernels' programs and the self tests into build/emulator/.
+"""Compiles the execution layer, its self tests and programs into build/emulator/.
 
 Three flavours:
 
-    plain  optimised; also what Python loads, package/ and cuda/
+    plain  optimised
     asan   AddressSanitizer and UndefinedBehaviorSanitizer
     race   kernels with -fsanitize=thread, whose callbacks the layer's race checker implements
 
 An object is compiled anew when its command or the content of a file that it includes has changed,
 by ccache where there is one. Commands name files from the root of the repository, so that an object
-and a program do not depend on where that is. From a shell, `python -m emulator.build [FLAVOUR ...]`
-in tests/ builds everything.
+and a program do not depend on where that is. From a shell, there:
+
+    python -m emulator.build [FLAVOUR ...] [SOURCE ...]    all flavours, all self tests by default
+
+What else has kernels makes objects of its own, on other include folders, and links them with the
+layer's: `Object`, `library_objects`, `build_programs`.
 """
 
 import contextlib
@@ -20,16 +24,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator import kept, mutants
+from emulator import kept
 from emulator.cuda_headers import include_dirs
 
-ROOT = Path(__file__).resolve().parents[2]
-EMULATOR = ROOT / "tests" / "emulator"
+EMULATOR = Path(__file__).resolve().parent
+ROOT = EMULATOR.parent
 BUILD = ROOT / "build" / "emulator"
 CXX = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, ["ccache"]), "g++"]
 JOBS = len(os.sched_getaffinity(0))
@@ -78,10 +82,13 @@ def from_root(path: Path) -> str:
     return os.path.relpath(path, ROOT)
 
 
-def common_flags() -> list[str]:
+# The layer's own headers; for its tests, the functions of csrc/ptx/.
+FOLDERS = (ROOT, ROOT / "csrc")
+
+
+def common_flags(folders: Sequence[Path] = FOLDERS) -> list[str]:
     machine = ["-march=x86-64-v3"] if has_x86_64_v3() else []
     system = [f"-isystem{path}" for path in include_dirs()]
-    folders = [mutants.COPIES, ROOT / "csrc", ROOT / "tests"]
     includes = [*(f"-I{from_root(folder)}" for folder in folders), *system]
     return [*FLAGS, *machine, *includes]
 
@@ -99,22 +106,12 @@ def library_sources(flavour: str) -> list[Path]:
     )
 
 
-WHOLE_OP = "lora_linear_sequence"
-SELFTEST_MAIN = "selftests/selftest.cpp"
-PLANNER = [
-    f"../../csrc/plan/{name}.cpp"
-    for name in ("plan", "plan_prediction", "decode_plan", "grouped_plan")
-]
-
-
-def source_of(program: str) -> str:
-    """The host program of a kernel, by its name."""
-    return f"kernels/{program}.cpp"
+SELFTEST_MAIN = "emulator/selftests/selftest.cpp"
 
 
 def selftests(flavour: str) -> list[str]:
     """Those of a flavour: with race or asan in its name, one is for that flavour alone."""
-    found = sorted(str(path.relative_to(EMULATOR)) for path in EMULATOR.glob("selftests/*.cpp"))
+    found = sorted(from_root(path) for path in EMULATOR.glob("selftests/*.cpp"))
     others = [name for name in FLAVOURS if name != flavour]
     return [
         name
@@ -125,7 +122,7 @@ def selftests(flavour: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Object:
-    """One compilation, for a flavour: the source is relative to tests/emulator/."""
+    """One compilation, for a flavour: the source is named from the root."""
 
     flavour: str
     source: str
@@ -135,11 +132,20 @@ class Object:
     def path(self) -> Path:
         return BUILD / self.flavour / "objects" / (self.source.replace("/", "-") + ".o")
 
+    def read(self) -> Path:
+        """What the compiler reads: the source, or a copy of it."""
+        return ROOT / self.source
+
+    def folders(self) -> Sequence[Path]:
+        """The include path."""
+        return FOLDERS
+
     def command(self) -> list[str]:
         flavour = FLAVOURS[self.flavour]
         flags = [*flavour.flags, *(flavour.kernel_flags if self.kernels else ())]
-        source = from_root(mutants.copy_of(EMULATOR / self.source))
-        return [*CXX, *common_flags(), *flags, "-MMD", "-c", source, "-o", from_root(self.path)]
+        common = common_flags(self.folders())
+        source = from_root(self.read())
+        return [*CXX, *common, *flags, "-MMD", "-c", source, "-o", from_root(self.path)]
 
     def key(self) -> str:
         """A hash of the command and of the files that the last compilation read, "" without one."""
@@ -169,11 +175,9 @@ class Object:
 
 
 def compile_all(objects: Sequence[Object]) -> None:
-    """Compiles what has changed, in this order, after the copies that it includes are written."""
-    with alone():
-        mutants.write_copies()
-        with ThreadPoolExecutor(JOBS) as pool:
-            list(pool.map(Object.compile, objects))
+    """Compiles what has changed, in this order."""
+    with alone(), ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(Object.compile, objects))
 
 
 @contextlib.contextmanager
@@ -194,41 +198,37 @@ def run_tool(command: list[str]) -> None:
 
 
 def library_objects(flavour: str) -> list[Object]:
-    sources = [str(path.relative_to(EMULATOR)) for path in library_sources(flavour)]
+    sources = map(from_root, library_sources(flavour))
     return [Object(flavour, source, kernels=False) for source in sources]
 
 
-def kernel_objects(flavour: str) -> list[Object]:
-    """The kernels of all programs, kernels/instances.h, for those that launch them all."""
-    sources = [f"kernels/{name}_kernels.cpp" for name in mutants.PROGRAMS]
-    return [Object(flavour, source, kernels=True) for source in sources]
+def objects_of(flavour: str, source: str) -> list[Object]:
+    """A self test, or a program of one file that has its own main function."""
+    sources = [SELFTEST_MAIN] if Path(source).is_relative_to("emulator/selftests") else []
+    main = [Object(flavour, each, kernels=False) for each in sources]
+    return [Object(flavour, source, kernels=True), *main, *library_objects(flavour)]
 
 
-def objects_of(flavour: str, program: str) -> list[Object]:
-    objects = library_objects(flavour)
-    if not program.startswith("kernels/"):
-        main = Object(flavour, SELFTEST_MAIN, kernels=False)
-        return [Object(flavour, program, kernels=True), main, *objects]
-    kernels = program.replace(".cpp", "_kernels.cpp")
-    sources = [program, "kernels/driver.cpp", *PLANNER]
-    host = [Object(flavour, source, kernels=False) for source in sources]
-    linked = kernel_objects(flavour) if program == source_of(WHOLE_OP) else []
-    return [Object(flavour, kernels, kernels=True), *linked, *host, *objects]
+Key = tuple[str, str]  # flavour, source
 
 
-def build_programs(wanted: list[tuple[str, str]]) -> list[Path]:
-    """Compiles and links programs, given as (flavour, source), and returns the executables."""
-    needed = {key: objects_of(*key) for key in wanted}
+def build_sources(wanted: Sequence[Key]) -> list[Path]:
+    """Compiles and links such programs, and returns the executables."""
+    return build_programs({key: objects_of(*key) for key in wanted})
+
+
+def build_programs(needed: Mapping[Key, Sequence[Object]]) -> list[Path]:
+    """Compiles and links programs of these objects, and returns the executables."""
     unique = dict.fromkeys(item for objects in needed.values() for item in objects)
     # The long compilations first, so that no core is idle at the end.
     ordered = sorted(unique, key=lambda item: not item.kernels)
     compile_all(ordered)
     with ThreadPoolExecutor(JOBS) as pool:
-        return list(pool.map(lambda key: link(*key, needed[key]), wanted))
+        return list(pool.map(lambda key: link(*key, needed[key]), needed))
 
 
-def link(flavour: str, program: str, objects: list[Object]) -> Path:
-    executable = BUILD / flavour / Path(program).stem
+def link(flavour: str, source: str, objects: Sequence[Object]) -> Path:
+    executable = BUILD / flavour / Path(source).stem
     inputs = [from_root(item.path) for item in objects]
     flags = ["-pie", *FLAVOURS[flavour].link_flags, "-pthread"]
     link_changed([*CXX, *flags, *inputs], [item.path for item in objects], executable)
@@ -247,12 +247,13 @@ def link_changed(command: list[str], inputs: Sequence[Path], output: Path) -> No
     stamp.write_text(name)
 
 
-if __name__ == "__main__":
-    flavours = sys.argv[1:] or list(FLAVOURS)
-    programs = [
-        (flavour, name)
-        for flavour in flavours
-        for name in [*map(source_of, mutants.PROGRAMS), *selftests(flavour)]
-    ]
-    for built in build_programs(programs):
+def main(arguments: list[str]) -> None:
+    flavours = [name for name in arguments if name in FLAVOURS] or list(FLAVOURS)
+    sources = [name for name in arguments if name not in FLAVOURS]
+    wanted = [(each, name) for each in flavours for name in sources or selftests(each)]
+    for built in build_sources(wanted):
         print(built.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """Finds CUDA's headers, which kernels include on the host too; nvcc and disassemblers are optional.
 
-    python tests/emulator/cuda_headers.py    prints the compiler flags, or what to install
+    python emulator/cuda_headers.py    prints the compiler flags, or what to install
 
 The headers come from a toolkit (nvcc on PATH, CUDA_HOME, /usr/local/cuda*) or, without one, from
 three wheels of PyPI, 7 MB together. Wheels count wherever this Python finds packages: also those of

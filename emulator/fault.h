@@ -1,6 +1,6 @@
-// Mutants of the kernels, planted at run time, one at a time: one binary holds them all. They are
-// made by mutants/, which writes copies of the kernels' sources with calls of these functions
-// around what a mutant changes. A mutant is known by the hash of its name.
+// Mutants of kernels, planted at run time, one at a time: one binary holds them all. Whoever makes
+// them writes copies of the kernels' sources with calls of these functions around what a mutant
+// changes. A mutant is known by the hash of its name.
 #pragma once
 #include <cstdint>
 #include <set>
@@ -11,11 +11,7 @@ namespace emulator {
 // Plants the mutant of this name; an empty name plants none.
 void plant_fault(const char* mutant);
 
-// The same, of one that the copies have: any other name ends the process, as nothing would be
-// wrong.
-void plant_known_fault(const char* mutant);
-
-// FNV-1a, as in mutants/wrap.py. Of no name, 0.
+// FNV-1a. Of no name, 0.
 uint32_t number_of(const char* mutant);
 
 // How often a program came by the planted mutant: one that no test case reaches proves nothing.

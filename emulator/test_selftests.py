@@ -11,8 +11,13 @@ pytestmark = pytest.mark.kernels
     ("flavour", "source"),
     [(flavour, source) for flavour in build.FLAVOURS for source in build.selftests(flavour)],
 )
-def test_selftest(flavour, source, programs):
-    program = programs[flavour, source]
+def test_selftest(flavour, source, selftests):
+    program = selftests[flavour, source]
     done = run.execute([str(program)], timeout=120)
     where = program.relative_to(build.ROOT)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\nreplay with: {where}"
+
+
+def test_failing_selftest_ends_with_an_error():
+    [program] = build.build_sources([("plain", "emulator/selftests/planted/failing.cpp")])
+    assert run.execute([str(program)], timeout=60).returncode != 0

@@ -1,8 +1,7 @@
 """Finds offsets that are computed in 32 bits in what runs on the device: `make lint`.
 
-clang-tidy, with the queries of .clang-tidy, reads the kernels as the execution layer of
-tests/emulator/ compiles them for the host: three files instantiate them all. Prints what it finds;
-the exit status is 1 then.
+clang-tidy, with the queries of .clang-tidy, reads the kernels as tests/emulated/ compiles them for
+the host: three files instantiate them all. Prints what it finds; the exit status is 1 then.
 """
 
 import re
@@ -12,12 +11,11 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from emulator import mutants  # noqa: E402
-from emulator.build import common_flags, from_root  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from emulator.build import FOLDERS, common_flags  # noqa: E402
 
 ALL_KERNELS = tuple(
-    f"tests/emulator/kernels/{op}_kernels.cpp"
+    f"tests/emulated/kernels/{op}_kernels.cpp"
     for op in ("lora_linear_sequence", "lora_grouped_sequence", "dequantize")
 )
 
@@ -30,8 +28,7 @@ def findings(root: Path = ROOT) -> list[str]:
     command += [*(str(root / kernels) for kernels in ALL_KERNELS), "--"]
     command += ["-DALL_KERNELS_IN_THIS_FILE"]
     # The plain sources, not the copies that mutants are planted in, named from the root.
-    copies = f"-I{from_root(mutants.COPIES)}"
-    command += [flag for flag in common_flags() if flag != copies]
+    command += common_flags([*FOLDERS, ROOT / "tests"])
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     found = [
         line.removeprefix(f"{root}/")

@@ -33,7 +33,7 @@ def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
     if document["kind"] != "gpu" or document["machine"]["device"] != "cuda":
         raise ValueError(f"{folder} holds a trial on a CPU; only a GPU's results are kept")
     own = root / "benchmarks" / "results" / name / "gpu"
-    golden = root / "tests" / "emulator" / "conformance" / "golden"
+    golden = root / "emulator" / "conformance" / "golden"
     tables = root / "lora_ext" / "winners" / "measured"
     found = {folder / "results.json": own / "results.json"}
     for pattern, target in (

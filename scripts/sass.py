@@ -34,7 +34,7 @@ from sass_kernels import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 from emulator import cuda_headers  # noqa: E402
 
 BUILD = ROOT / "build" / "sass"

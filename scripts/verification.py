@@ -19,7 +19,7 @@ from benchmarks.markdown import quotient  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "verification.md"
-GOLDEN = ROOT / "tests" / "emulator" / "conformance" / "golden"
+GOLDEN = ROOT / "emulator" / "conformance" / "golden"
 
 HEAD = """# What is claimed, and how it is known
 
@@ -130,9 +130,9 @@ def kernels() -> str:
         ["every mutant of the kernels is caught, but those that change no result",
          "emulator-verified", "[how](emulation.md#who-catches-what)"],
         ["the op's own tests pass on the kernels: two routes for 8.0, and Hopper's",
-         "emulator-verified", "`tests/emulator/test_package.py`"],
+         "emulator-verified", "`tests/emulated/test_package.py`"],
         ["CUDA calls of `csrc/cuda/` are what the plan says and CUDA allows; failing ones are seen",
-         "emulator-verified", "`tests/emulator/test_cuda_runtime.py`"],
+         "emulator-verified", "`tests/emulated/test_cuda_runtime.py`"],
         ["no spill, local memory, serialised product, or barrier in a main loop, for sm_80 and"
          " sm_90a", "compiled", "`make sass`"],
         [f"golden vectors of the PTX functions: {cards}", "not shown", "`make gpu`"],

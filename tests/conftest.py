@@ -5,7 +5,7 @@ route. One that takes `isa` runs on the CPU under every kernel set of this proce
 "library" (ATen alone); one that takes both also runs on CUDA. What runs on CUDA has the marker
 `gpu`.
 
-In the emulated package (tests/emulator/package), CPU tensors stand for CUDA's: `device` is the CPU
+In the emulated package (tests/emulated/package), CPU tensors stand for CUDA's: `device` is the CPU
 and `isa` is None, as on CUDA.
 """
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import lora_ext
 from lora_ext.reference import lora_linear_reference
 
-# In the emulated package (tests/emulator/package), CPU tensors take the kernels of CUDA.
+# In the emulated package (tests/emulated/package), CPU tensors take the kernels of CUDA.
 EMULATED = "LORA_EXT_EMULATED_ARCH" in os.environ
 EMULATED_ROUTE = os.environ.get("LORA_EXT_EMULATED_ROUTE", "auto")
 

@@ -37,7 +37,7 @@ def conformance(run: Run, seconds: float) -> Result:
     folder = run.out.resolve() / "golden"
     folder.mkdir(parents=True, exist_ok=True)
     command = [child.PYTHON, "-m", "emulator.conformance.produce", str(folder)]
-    return run_command(run, command, seconds, "tests")
+    return run_command(run, command, seconds)
 
 
 def warmup(run: Run, seconds: float) -> Result:

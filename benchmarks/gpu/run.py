@@ -18,7 +18,7 @@ from .child import ROOT, Log
 # Of the machine, for results to belong together: other kernels are another machine.
 _SAME = ("name", "device", "versions", "sources")
 _MEASURED = ("csrc", "lora_ext", "setup.py")
-_CHECKING = ("benchmarks", "tests")
+_CHECKING = ("benchmarks", "emulator", "tests")
 _SUFFIXES = {".py", ".cpp", ".cu", ".h", ".cuh"}
 _OVERRUN = 3.0  # a stage is stopped after so many times what it is expected to take
 # What a command, and a stage's measurements, may take at least where only the code is tried.

@@ -50,14 +50,13 @@ def run_command(
     run: Run,
     command: Sequence[str],
     seconds: float,
-    folder: str = ".",
     kept: int = _KEPT_LINES,
 ) -> Result:
     """Runs a command; returns its status and its last lines, `kept` of them."""
     lines: deque[str] = deque(maxlen=max(kept, _SEEN_LINES))
     late = False
     try:
-        with Child(command, run.log, ROOT / folder) as process:
+        with Child(command, run.log, ROOT) as process:
             try:
                 until = time.monotonic() + max(1.0, seconds)
                 while (line := process.line(until)) is not None:

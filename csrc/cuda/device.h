@@ -2,7 +2,7 @@
 // csrc/cuda/*.h that it includes: lora_linear.h, lora_grouped.h, dropout.h and dequantize.h.
 //
 // Which device library is linked decides: csrc/cuda/*.cu; none.cpp in a build without CUDA; or one
-// of those in tests/emulator/, which run the kernels in the execution layer. Torch's half is the
+// of those in tests/emulated/, which run the kernels in the execution layer. Torch's half is the
 // same objects with each of them.
 #pragma once
 

@@ -13,7 +13,7 @@
 // lora_linear_params.h has what they take. A launcher is called as launch(kernel, grid, threads,
 // shared bytes, parameters), with true after them for a kernel that may start before the one before
 // it ends; for gemm on wgmma as lora_gemm_sm90a/launch.h says; launch.clear(flags, count) makes
-// flags zero. It decides where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulator/ in the
+// flags zero. It decides where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulated/ in the
 // execution layer.
 #pragma once
 #include "kernel/lora_decode_launch.h"

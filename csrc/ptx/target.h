@@ -1,5 +1,5 @@
 // What a function of csrc/ptx/ is on each target: inline asm for the device, and for the host a
-// call of the function of the same name in the execution layer (tests/emulator/).
+// call of the function of the same name in the execution layer (emulator/).
 #pragma once
 
 #include <cstdint>

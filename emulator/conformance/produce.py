@@ -1,6 +1,6 @@
 """Compiles conformance.cu and runs it.
 
-    python -m emulator.conformance.produce [FOLDER]    (in tests/, on a machine with a GPU)
+    python -m emulator.conformance.produce [FOLDER]    (on a machine with a GPU)
 
 writes the GPU's golden vectors into golden/, or into FOLDER. Commit the file.
 """
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from emulator import build, mutants
+from emulator import build
 from emulator.conformance import vectors
 from emulator.cuda_headers import nvcc
 
@@ -21,7 +21,6 @@ GOLDEN = FOLDER / "golden"
 
 
 def compile_for_emulator(source: Path, target: Path, *flags: str) -> Path:
-    mutants.write_copies()
     build.run_tool(
         [*build.CXX, *flags, *build.common_flags(), "-c", str(source), "-o", str(target)]
     )
@@ -53,7 +52,7 @@ def build_for_gpu(target: Path, compute_capability: int) -> Path:
     sm90 = compute_capability == 90
     arch = "90a" if sm90 else str(compute_capability)
     flags = ["-std=c++20", f"-DCONFORMANCE_ARCH={90 if sm90 else 80}"]
-    flags += [f"-I{build.ROOT / 'csrc'}", f"-I{build.ROOT / 'tests'}", "-cudart=static"]
+    flags += [*(f"-I{folder}" for folder in build.FOLDERS), "-cudart=static"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     build.run_tool([compiler, *flags, "-o", str(target), str(SOURCE)])
     return target

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emulator import build
 from emulator.conformance import produce, vectors
 from emulator.cuda_headers import nvcc
 from emulator.oracles.oracle_tools import functions_of_headers
@@ -212,15 +213,15 @@ def test_damaged_files_are_refused(program, tmp_path, right, wrong):
 
 def test_a_wrong_layer_fails(ours, cases, tmp_path):
     """A layer that is wrong about one fragment, where `ours` takes the GPU's place."""
-    layouts = (produce.build.EMULATOR / "matrix" / "layouts.h").read_text()
+    layouts = (build.EMULATOR / "matrix" / "layouts.h").read_text()
     right, wrong = "at.col + 8 * (reg / 2)", "at.col + 8 * (1 - reg / 2)"
     assert layouts.count(right) == 1
     folder = tmp_path / "emulator" / "matrix"
     folder.mkdir(parents=True)
     (folder / "layouts.h").write_text(layouts.replace(right, wrong))
-    source = produce.build.EMULATOR / "matrix" / "mma.cpp"
+    source = build.EMULATOR / "matrix" / "mma.cpp"
     mma = produce.compile_for_emulator(source, tmp_path / "mma.o", f"-I{tmp_path}")
-    objects = [cases, *{**produce.library(), "matrix/mma.cpp": mma}.values()]
+    objects = [cases, *{**produce.library(), build.from_root(source): mma}.values()]
     program = produce.link_for_emulator(objects, tmp_path / "wrong")
     layer = vectors.load(produce.run(program, tmp_path / "wrong.json", "--inputs"))
     differing = {line.partition(":")[0] for line in vectors.compare(layer, ours)}

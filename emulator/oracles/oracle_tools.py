@@ -10,8 +10,8 @@ import pytest
 from emulator import cuda_headers
 
 FOLDER = Path(__file__).resolve().parent
-TESTS = FOLDER.parent.parent
-CSRC = TESTS.parent / "csrc"
+ROOT = FOLDER.parent.parent
+CSRC = ROOT / "csrc"
 
 
 def cutlass_include() -> Path:

@@ -26,7 +26,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-O0",
         "-w",
         f"-I{oracle_tools.CSRC}",
-        f"-I{oracle_tools.TESTS}",
+        f"-I{oracle_tools.ROOT}",
     ]
     command += [f"-isystem{folder}" for folder in folders]
     oracle_tools.run([*command, str(oracle_tools.FOLDER / "layouts.cpp"), "-o", str(target)])

@@ -163,7 +163,7 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
         "benchmarks/results/h100/gpu/results.json",
         "benchmarks/results/h100/gpu/report.md",
         "benchmarks/results/h100/gpu/roofline.png",
-        "tests/emulator/conformance/golden/h100.json",
+        "emulator/conformance/golden/h100.json",
         "lora_ext/winners/measured/a.json",
     }
     with pytest.raises(ValueError, match="expected a name like"):

@@ -1,5 +1,6 @@
-"""Prints MFLOP/s of the kernels in each flavour: `python -m emulator.speed` in tests/."""
+"""Prints MFLOP/s of kernels in each flavour: PYTHONPATH=tests python -m emulated.speed."""
 
+from emulated import programs
 from emulator import build, run
 
 CASES = {"lora_gemm_sm80": "wide", "lora_gemm_sm90a": "deep"}
@@ -16,7 +17,7 @@ def main() -> None:
     print("| program | size | " + " | ".join(build.FLAVOURS) + " |")
     print("|---|---|" + "---|" * len(build.FLAVOURS))
     for program, size in CASES.items():
-        build.build_programs([(flavour, build.source_of(program)) for flavour in build.FLAVOURS])
+        programs.build_programs([(flavour, program) for flavour in build.FLAVOURS])
         cells = [f"{mflops(flavour, program, size):.0f}" for flavour in build.FLAVOURS]
         print(f"| {program} | {size} | " + " | ".join(cells) + " |")
 

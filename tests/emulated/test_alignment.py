@@ -6,7 +6,7 @@ overlap; and the plan shows whether rows that may be copied so are.
 
 import pytest
 
-from emulator.package import build
+from emulated.package import build
 
 pytestmark = pytest.mark.kernels
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from emulator import build, mutants, run
+from emulated import mutants
+from emulator import build, run
 
 pytestmark = pytest.mark.kernels
 

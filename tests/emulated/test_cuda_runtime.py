@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from emulator import mutants
-from emulator.cuda import build as cuda_build
-from emulator.package import build
+from emulated import mutants
+from emulated.cuda import build as cuda_build
+from emulated.package import build
 
 pytestmark = [
     pytest.mark.kernels,
@@ -16,8 +16,7 @@ pytestmark = [
 
 BEGIN = """
 import sys, warnings
-sys.path.insert(0, "tests")
-from emulator.cuda.calls import *
+from emulated.cuda.calls import *
 """
 
 
@@ -27,7 +26,7 @@ def package():
 
 
 def python(code: str) -> str:
-    done = build.run(["-c", BEGIN + code], package=cuda_build.PACKAGE)
+    done = build.run(["-c", BEGIN + code], package=cuda_build.PACKAGE, PYTHONPATH="tests")
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout + done.stderr
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from emulator import build, run
+from emulated import programs
+from emulator import run
 
 pytestmark = pytest.mark.nightly
 
@@ -11,7 +12,7 @@ PROGRAM = "lora_gemm_in_grid_sm90a"
 
 @pytest.fixture(scope="module")
 def program():
-    build.build_programs([("race", build.source_of(PROGRAM))])
+    programs.build_programs([("race", PROGRAM)])
 
 
 @pytest.mark.parametrize("resident", [("--resident", "1"), ()], ids=["one resident", "many"])

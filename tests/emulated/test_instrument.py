@@ -4,17 +4,18 @@ import subprocess
 
 import pytest
 
-from emulator import build, mutants
-from emulator.mutants.faults import FAULTS
-from emulator.mutants.faults.fault import Fault
-from emulator.mutants.harmless import HARMLESS
-from emulator.mutants.wrap import apply, number
+from emulated import mutants, programs
+from emulated.mutants.faults import FAULTS
+from emulated.mutants.faults.fault import Fault
+from emulated.mutants.harmless import HARMLESS
+from emulated.mutants.wrap import apply, number
+from emulator import build
 
 pytest.importorskip("tree_sitter")
 pytest.importorskip("tree_sitter_cpp")
 
-from emulator.mutants import as_named, edits, instrument, rules
-from emulator.mutants.source import Source
+from emulated.mutants import as_named, edits, instrument, rules
+from emulated.mutants.source import Source
 
 KERNEL = """
 template <class T>
@@ -139,7 +140,7 @@ def test_a_planted_mutant_runs_and_nothing_moves(tmp_path, planted, changes, pri
     text = apply(found.text, [*rules.wraps_of(found), *edits.wraps_of(found, faults)])
     (tmp_path / "copy.cpp").write_text(instrument.copy_text(found, text))
     program = tmp_path / "program"
-    folders = [f"-I{build.ROOT / 'tests'}", f"-I{build.ROOT / 'csrc'}"]
+    folders = [f"-I{folder}" for folder in build.FOLDERS]
     words = [*build.CXX, "-std=c++20", "-D__device__=", *folders, str(tmp_path / "copy.cpp")]
     build.run_tool([*words, str(build.EMULATOR / "fault.cpp"), "-o", str(program)])
     done = subprocess.run([program, planted], capture_output=True, text=True, check=True)
@@ -153,8 +154,8 @@ def test_what_includes_a_copy_compiles_where_nothing_was_built(tmp_path, monkeyp
         monkeypatch.setattr(module, "COPIES", tmp_path / "instrumented")
     instrument.write_copies.cache_clear()
     try:
-        list_of_mutants = build.Object("plain", "known_fault.cpp", kernels=False)
-        build.compile_all([list_of_mutants])
+        list_of_mutants = programs.Object("plain", programs.KNOWN_FAULT, kernels=False)
+        programs.compile_all([list_of_mutants])
     finally:
         instrument.write_copies.cache_clear()
     assert list_of_mutants.path.exists()

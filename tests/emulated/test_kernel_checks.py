@@ -2,7 +2,7 @@
 
 import pytest
 
-from emulator.package import build
+from emulated.package import build
 
 pytestmark = pytest.mark.kernels
 

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from emulator import build, run
+from emulated import programs
+from emulator import run
 
 pytestmark = pytest.mark.kernels
 
@@ -46,7 +47,7 @@ def failures(runs: list[run.Run]) -> list[str]:
 
 @pytest.fixture
 def program(flavour):
-    build.build_programs([(flavour, build.source_of(PROGRAM))])
+    programs.build_programs([(flavour, PROGRAM)])
 
 
 @pytest.mark.parametrize("flavour", FEW)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from emulated.mutants import verdicts
 from emulator import build, run
-from emulator.mutants import verdicts
 
 pytestmark = pytest.mark.kernels
 
@@ -26,7 +26,8 @@ def test_every_mutant_is_caught_and_no_control(program, clock):
     wrong = [f"{each.state}: {each.mutant.name}" for each in judged if not each.right]
     alarms = [each.by.describe() for each in judged if each.state == "alarm"]
     how = f"""replay with build/emulator/plain/{program} --fault NAME
-What is not judged is searched, and listed, by: python -m emulator.mutants.verdicts {program}"""
+What is not judged is searched, and listed, by:
+    PYTHONPATH=tests python -m emulated.mutants.verdicts {program}"""
     assert wrong == [], "\n".join([how, *wrong, *alarms])
 
 

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from emulator import mutants
-from emulator.package import build
+from emulated import mutants
+from emulated.package import build
 
 pytestmark = pytest.mark.kernels
 
@@ -103,7 +103,7 @@ def symbols(objects: list, which: str) -> set[str]:
 
 
 def test_a_build_without_cuda_has_all_that_is_asked_of_a_device():
-    none = build.build.Object(build.FLAVOUR, build.NO_CUDA, kernels=False)
+    none = build.programs.Object(build.FLAVOUR, build.NO_CUDA, kernels=False)
     none.compile()
     half = build.torchs_half()
     asked = symbols(half, "--undefined-only") - symbols(half, "--defined-only")

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from emulator import build, mutants, run
+from emulated import mutants
+from emulator import build, run
 
 pytestmark = pytest.mark.kernels
 
@@ -40,14 +41,9 @@ def test_program_ends_with_an_error(program, flavour, programs):
 @pytest.mark.parametrize("flavour", build.FLAVOURS)
 def test_pytest_ends_with_an_error(flavour):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernels"]
-    command += ["tests/emulator/test_clean.py", "-k", f"alarm and lora_split and {flavour}"]
+    command += ["tests/emulated/test_clean.py", "-k", f"alarm and lora_split and {flavour}"]
     assert subprocess.run(command, cwd=build.ROOT, capture_output=True).returncode == 0
     planted = [*command, "--plant", WRONG_RESULT["lora_split"]]
     done = subprocess.run(planted, cwd=build.ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "replay with: " in done.stdout and WRONG_RESULT["lora_split"] in done.stdout
-
-
-def test_failing_selftest_ends_with_an_error():
-    [program] = build.build_programs([("plain", "selftests/planted/failing.cpp")])
-    assert run.execute([str(program)], timeout=60).returncode != 0

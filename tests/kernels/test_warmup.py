@@ -1,6 +1,6 @@
 """`lora_ext.warmup` without a GPU, on a card that is not there.
 
-The kernels themselves are warmed up in tests/emulator/test_package.py.
+The kernels themselves are warmed up in tests/emulated/test_package.py.
 """
 
 from dataclasses import replace

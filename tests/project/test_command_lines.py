@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     path
-    for folder in ("benchmarks", "lora_ext", "scripts", "tests")
+    for folder in ("benchmarks", "emulator", "lora_ext", "scripts", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "add_argument(" in path.read_text()
 ]

@@ -119,7 +119,8 @@ def test_an_edited_source_is_compiled_before_what_needs_it(make, tmp_path):
     tree = tmp_path / "tree"
     compiled = ["csrc/op/ops.cpp", "csrc/kernel/sm90a/kernel.h", "setup.py", "pyproject.toml"]
     compiled.append("build_backend/lora_ext_backend.py")
-    (tree / "tests" / "emulator").mkdir(parents=True)
+    (tree / "tests").mkdir(parents=True)
+    (tree / "emulator").mkdir()
     for name in ("Makefile", *compiled):
         program(tree / name, (ROOT / "Makefile").read_text())
     stamps = list((tmp_path / "venv").glob(".*"))
@@ -191,7 +192,8 @@ def targets() -> list[str]:
 
 def absent(recipe: str) -> list[str]:
     """Programs of the repository, and modules of Python, that a recipe calls but that are not."""
-    own = r"(?<![\w/.-])((?:scripts|tests|benchmarks|csrc|lora_ext|build_backend)/[\w./-]+\.py)\b"
+    folders = "scripts|tests|emulator|benchmarks|csrc|lora_ext|build_backend"
+    own = rf"(?<![\w/.-])((?:{folders})/[\w./-]+\.py)\b"
     missing = [path for path in re.findall(own, recipe) if not (ROOT / path).exists()]
     modules = set(re.findall(r"python -m ([\w.]+)", recipe)) - {"venv", "pip", "mkdocs"}
     return missing + [name for name in sorted(modules) if importlib.util.find_spec(name) is None]

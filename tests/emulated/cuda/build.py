@@ -8,20 +8,21 @@ the CUDA call, and the kernels run in the execution layer.
 from dataclasses import dataclass
 from pathlib import Path
 
+from emulated import programs
+from emulated.package.build import FLAVOUR, TorchObject, link, sources, torchs_half
 from emulator import build
-from emulator.package.build import FLAVOUR, TorchObject, link, sources, torchs_half
 
 PACKAGE = build.BUILD / "cuda"
 
 
 @dataclass(frozen=True)
-class CudaObject(build.Object):
+class CudaObject(programs.Object):
     """A source of csrc/cuda/."""
 
     def command(self) -> list[str]:
         included = [
-            build.EMULATOR / "cuda" / "runtime.h",
-            build.EMULATOR / "kernels" / "instances.h",
+            build.ROOT / "tests" / "emulated" / "cuda" / "runtime.h",
+            build.ROOT / programs.KERNELS / "instances.h",
         ]
         macros = ["-DLORA_EXT_WITH_SM90A", "-w"]
         command = super().command()
@@ -34,10 +35,10 @@ def objects() -> list[build.Object]:
     return [
         *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("cuda/*.cu")),
         *torchs_half(),
-        TorchObject(FLAVOUR, "cuda/device.cpp", kernels=False),
-        build.Object(FLAVOUR, "cuda/runtime.cpp", kernels=False),
-        *build.kernel_objects(FLAVOUR),
-        *build.library_objects(FLAVOUR),
+        TorchObject(FLAVOUR, "tests/emulated/cuda/device.cpp", kernels=False),
+        programs.Object(FLAVOUR, "tests/emulated/cuda/runtime.cpp", kernels=False),
+        *programs.kernel_objects(FLAVOUR),
+        *programs.library_objects(FLAVOUR),
     ]
 
 

@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "emulator/cuda/runtime.h"
+#include "emulated/cuda/runtime.h"
 #include "launch/decode_counts.h"
 
 namespace {

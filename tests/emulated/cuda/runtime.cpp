@@ -1,5 +1,5 @@
 // See runtime.h. What is checked is what "CUDA Runtime API" and "CUDA Driver API" ask for.
-#include "emulator/cuda/runtime.h"
+#include "emulated/cuda/runtime.h"
 
 #include <cxxabi.h>
 
@@ -10,6 +10,7 @@
 #include <mutex>
 #include <sstream>
 
+#include "emulated/mutants/known_fault.h"
 #include "emulator/fault.h"
 
 namespace emulator::cuda {
@@ -198,7 +199,7 @@ void emulated_cuda_be(int arch, int version, int capturing) {
   driver().arch = arch, driver().version = version, driver().capturing = capturing != 0;
 }
 // The nth call from now of a function fails with an error.
-void emulated_cuda_plant(const char* mutant) { emulator::plant_known_fault(mutant); }
+void emulated_cuda_plant(const char* mutant) { emulated::plant_known_fault(mutant); }
 
 void emulated_cuda_fail(const char* call, int nth, int error) {
   driver().failing[call] = {nth, error};

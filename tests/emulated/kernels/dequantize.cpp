@@ -1,13 +1,13 @@
 // Runs dequantize_4bit and dequantize_8bit on weights of any size, block, alignment and type, and
 // compares every bit with float64, rounded as the CPU's kernels round. The race build counts bytes,
 // too: those of the weight are written once, those of codes read once.
-#include "emulator/kernels/dequantize.h"
+#include "emulated/kernels/dequantize.h"
 
 #include "cpu/dtypes.h"
+#include "emulated/kernels/operand.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/operand.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

@@ -1,5 +1,5 @@
 // dequantize_4bit and dequantize_8bit.
-#include "emulator/kernels/dequantize.h"
+#include "emulated/kernels/dequantize.h"
 
 namespace lora_ext::kernel {
 

@@ -1,4 +1,4 @@
-#include "emulator/kernels/driver.h"
+#include "emulated/kernels/driver.h"
 
 #include <chrono>
 #include <cstdio>
@@ -6,6 +6,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "emulated/mutants/known_fault.h"
 #include "emulator/counts/counters.h"
 #include "emulator/fault.h"
 #include "emulator/machine/config.h"
@@ -120,7 +121,7 @@ bool run_case(const Program& program, const Case& run, const std::string& fault)
       json(emulator::name_of(config.completion)).c_str(), config.resident_clusters,
       json(fault).c_str());
   std::fflush(stdout);
-  emulator::plant_known_fault(fault.c_str());
+  emulated::plant_known_fault(fault.c_str());
   std::string outcome = "clean", message;
   kernel_seconds = 0;
   facts.clear();

@@ -1,8 +1,8 @@
 // Matrices in float64, each value with a bound of what representations and float sums may add to
 // it.
 #pragma once
+#include "emulated/kernels/reference.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/reference.h"
 #include "kernel/halves.h"
 
 namespace kernels {

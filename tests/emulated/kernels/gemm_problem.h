@@ -1,6 +1,6 @@
 // A random problem of lora_gemm, Y = P Q + mask * (T U) + bias, or onto a base, and what Y must be.
 #pragma once
-#include "emulator/kernels/operand.h"
+#include "emulated/kernels/operand.h"
 #include "kernel/halves.h"
 
 namespace kernels {

@@ -5,8 +5,8 @@
 #include <memory>
 #include <vector>
 
-#include "emulator/kernels/grouped_rows.h"
-#include "emulator/kernels/operand.h"
+#include "emulated/kernels/grouped_rows.h"
+#include "emulated/kernels/operand.h"
 
 namespace kernels {
 

@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "emulator/kernels/grouped_rows.h"
-#include "emulator/kernels/reference.h"
+#include "emulated/kernels/grouped_rows.h"
+#include "emulated/kernels/reference.h"
 
 namespace kernels {
 

@@ -2,15 +2,15 @@
 // rather than compile its own. Where a tool is to read all kernels in one file, it says
 // ALL_KERNELS_IN_THIS_FILE.
 #pragma once
-#include "emulator/kernels/dequantize.h"
-#include "emulator/kernels/lora_decode.h"
-#include "emulator/kernels/lora_dsdb_sm80.h"
-#include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
-#include "emulator/kernels/lora_gemm_sm80.h"
-#include "emulator/kernels/lora_gemm_sm90a.h"
-#include "emulator/kernels/lora_shrink_sm80.h"
-#include "emulator/kernels/lora_split.h"
-#include "emulator/kernels/lora_wgrad_sm80.h"
+#include "emulated/kernels/dequantize.h"
+#include "emulated/kernels/lora_decode.h"
+#include "emulated/kernels/lora_dsdb_sm80.h"
+#include "emulated/kernels/lora_gemm_in_grid_sm90a.h"
+#include "emulated/kernels/lora_gemm_sm80.h"
+#include "emulated/kernels/lora_gemm_sm90a.h"
+#include "emulated/kernels/lora_shrink_sm80.h"
+#include "emulated/kernels/lora_split.h"
+#include "emulated/kernels/lora_wgrad_sm80.h"
 
 #ifndef ALL_KERNELS_IN_THIS_FILE
 namespace lora_ext::kernel {

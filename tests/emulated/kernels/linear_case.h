@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <string>
 
-#include "emulator/kernels/driver.h"
-#include "emulator/kernels/reference.h"
+#include "emulated/kernels/driver.h"
+#include "emulated/kernels/reference.h"
 #include "plan/plan.h"
 
 namespace kernels {

@@ -2,13 +2,13 @@
 // without an adapter, factors in a pool or a list, aligned or not, NaN in one of them; on grids of
 // any size, or as planned for some card, in a workspace of just the planned size; twice, the second
 // time bit for bit as the first.
-#include "emulator/kernels/lora_decode.h"
+#include "emulated/kernels/lora_decode.h"
 
+#include "emulated/kernels/grouped_factors.h"
+#include "emulated/kernels/linear_case.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/grouped_factors.h"
-#include "emulator/kernels/linear_case.h"
-#include "emulator/kernels/variants.h"
 #include "kernel/lora_decode_launch.h"
 #include "kernel/lora_decode_params.h"
 

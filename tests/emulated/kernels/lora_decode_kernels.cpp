@@ -1,5 +1,5 @@
 // lora_decode, apart from its host program so that only kernels are instrumented.
-#include "emulator/kernels/lora_decode.h"
+#include "emulated/kernels/lora_decode.h"
 
 void kernels::clear_counts(uint32_t* counts, int64_t count) {
   for (int64_t i = 0; i < count; ++i) counts[i] = 0;

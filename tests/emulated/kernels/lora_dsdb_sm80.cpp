@@ -1,10 +1,10 @@
 // Runs lora_dsdb_sm80 on odd sizes, with one panel or several, any number of splits, and one or
 // both of its results.
-#include "emulator/kernels/lora_dsdb_sm80.h"
+#include "emulated/kernels/lora_dsdb_sm80.h"
 
+#include "emulated/kernels/operand.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/operand.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

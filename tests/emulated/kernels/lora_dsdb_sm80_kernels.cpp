@@ -1,5 +1,5 @@
 // lora_dsdb_sm80.
-#include "emulator/kernels/lora_dsdb_sm80.h"
+#include "emulated/kernels/lora_dsdb_sm80.h"
 
 namespace lora_ext::kernel {
 

@@ -1,12 +1,12 @@
 // Runs lora_gemm_in_grid_sm90a on odd sizes, ranks and pitches, with one cluster resident and with
 // many, before a grid that begins beside it and reads T.
-#include "emulator/kernels/lora_gemm_in_grid_sm90a.h"
+#include "emulated/kernels/lora_gemm_in_grid_sm90a.h"
 
+#include "emulated/kernels/cluster_launch.h"
+#include "emulated/kernels/neighbours.h"
+#include "emulated/kernels/operand.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
-#include "emulator/kernels/cluster_launch.h"
-#include "emulator/kernels/neighbours.h"
-#include "emulator/kernels/operand.h"
-#include "emulator/kernels/variants.h"
 #include "kernel/lora_gemm_sm90a/launch.h"
 
 namespace kernels {

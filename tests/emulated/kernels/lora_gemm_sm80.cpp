@@ -1,10 +1,10 @@
 // Runs lora_gemm_sm80 on odd sizes, ranks and pitches, with one or three low-rank terms.
-#include "emulator/kernels/lora_gemm_sm80.h"
+#include "emulated/kernels/lora_gemm_sm80.h"
 
+#include "emulated/kernels/gemm_problem.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/gemm_problem.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

@@ -1,6 +1,6 @@
 // lora_gemm_sm80, apart from its host program so that only kernels are
 // instrumented.
-#include "emulator/kernels/lora_gemm_sm80.h"
+#include "emulated/kernels/lora_gemm_sm80.h"
 
 namespace lora_ext::kernel {
 

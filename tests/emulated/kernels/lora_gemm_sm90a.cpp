@@ -1,12 +1,12 @@
 // Runs lora_gemm_sm90a on odd sizes, ranks and pitches, with one or three low-rank terms, behind
 // the grid that writes T and before one that begins beside it and reads T, too.
-#include "emulator/kernels/lora_gemm_sm90a.h"
+#include "emulated/kernels/lora_gemm_sm90a.h"
 
+#include "emulated/kernels/cluster_launch.h"
+#include "emulated/kernels/gemm_problem.h"
+#include "emulated/kernels/neighbours.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
-#include "emulator/kernels/cluster_launch.h"
-#include "emulator/kernels/gemm_problem.h"
-#include "emulator/kernels/neighbours.h"
-#include "emulator/kernels/variants.h"
 #include "kernel/lora_gemm_sm90a/launch.h"
 
 namespace kernels {

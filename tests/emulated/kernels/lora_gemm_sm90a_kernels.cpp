@@ -1,7 +1,7 @@
 // lora_gemm_sm90a, apart from its host program so that only kernels are
 // instrumented.
-#include "emulator/kernels/lora_gemm_sm90a.h"
-#include "emulator/kernels/neighbours.h"
+#include "emulated/kernels/lora_gemm_sm90a.h"
+#include "emulated/kernels/neighbours.h"
 
 namespace lora_ext::kernel {
 

@@ -1,12 +1,12 @@
 // Runs lora_grouped_gemm_sm80 with rows of many adapters: with a product of P and Q or as the
 // update alone, with and without bias, base and mask. T has NaN in rows without an adapter and past
 // ranks.
-#include "emulator/kernels/lora_grouped_gemm.h"
+#include "emulated/kernels/lora_grouped_gemm.h"
 
+#include "emulated/kernels/grouped_factors.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/grouped_factors.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

@@ -1,5 +1,5 @@
 // lora_grouped_gemm_sm80, apart from its host program so that only kernels are instrumented.
-#include "emulator/kernels/lora_grouped_gemm.h"
+#include "emulated/kernels/lora_grouped_gemm.h"
 
 namespace lora_ext::kernel {
 

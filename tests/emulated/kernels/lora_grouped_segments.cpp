@@ -1,10 +1,10 @@
 // Runs the kernels that find out which rows are whose, on any index, ranges and ranks, in a pool or
 // in a list, and compares all of their tables.
-#include "emulator/kernels/lora_grouped_segments.h"
+#include "emulated/kernels/lora_grouped_segments.h"
 
+#include "emulated/kernels/grouped_rows.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/grouped_rows.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

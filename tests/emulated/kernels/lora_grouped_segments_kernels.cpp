@@ -1,6 +1,6 @@
 // lora_grouped_segments' kernels, apart from their host program so that only kernels are
 // instrumented.
-#include "emulator/kernels/lora_grouped_segments.h"
+#include "emulated/kernels/lora_grouped_segments.h"
 
 namespace lora_ext::kernel {
 

@@ -1,12 +1,12 @@
 // Runs the whole LoRA linear with many adapters, forward and backward, as the planner decides for a
 // card, in one workspace of exactly the planned size; again, as a graph replays it, after the index
 // has changed on the device; and compares two runs bit for bit.
-#include "emulator/kernels/lora_grouped_sequence.h"
+#include "emulated/kernels/lora_grouped_sequence.h"
 
-#include "emulator/kernels/grouped_factors.h"
-#include "emulator/kernels/grouped_gradients.h"
-#include "emulator/kernels/linear_case.h"
-#include "emulator/kernels/variants.h"
+#include "emulated/kernels/grouped_factors.h"
+#include "emulated/kernels/grouped_gradients.h"
+#include "emulated/kernels/linear_case.h"
+#include "emulated/kernels/variants.h"
 
 namespace lora_ext::kernel {
 namespace {

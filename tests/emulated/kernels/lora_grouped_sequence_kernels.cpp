@@ -1,5 +1,5 @@
 // Every kernel of the LoRA linear with many adapters, as the plans call for them.
-#include "emulator/kernels/lora_grouped_sequence.h"
+#include "emulated/kernels/lora_grouped_sequence.h"
 
 namespace lora_ext::kernel {
 namespace {

@@ -1,11 +1,11 @@
 // Runs lora_grouped_shrink and lora_grouped_reduce with rows of many adapters, indexed or in
 // ranges, and T from an S that was saved.
-#include "emulator/kernels/lora_grouped_shrink.h"
+#include "emulated/kernels/lora_grouped_shrink.h"
 
+#include "emulated/kernels/grouped_factors.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/grouped_factors.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

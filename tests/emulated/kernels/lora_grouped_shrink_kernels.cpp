@@ -1,6 +1,6 @@
 // lora_grouped_shrink and lora_grouped_reduce, apart from their host program so that only kernels
 // are instrumented.
-#include "emulator/kernels/lora_grouped_shrink.h"
+#include "emulated/kernels/lora_grouped_shrink.h"
 
 namespace lora_ext::kernel {
 

@@ -1,12 +1,12 @@
 // Runs lora_grouped_wgrad and lora_grouped_reduce_wgrad: the gradients of both factors or of one,
 // of adapters with many pieces of rows, with one, and with none.
-#include "emulator/kernels/lora_grouped_wgrad.h"
+#include "emulated/kernels/lora_grouped_wgrad.h"
 
+#include "emulated/kernels/grouped_factors.h"
+#include "emulated/kernels/grouped_gradients.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/counts/counters.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/grouped_factors.h"
-#include "emulator/kernels/grouped_gradients.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

@@ -1,6 +1,6 @@
 // lora_grouped_wgrad and lora_grouped_reduce_wgrad, apart from their host program so that only
 // kernels are instrumented.
-#include "emulator/kernels/lora_grouped_wgrad.h"
+#include "emulated/kernels/lora_grouped_wgrad.h"
 
 namespace lora_ext::kernel {
 

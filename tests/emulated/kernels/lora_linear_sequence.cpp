@@ -3,13 +3,13 @@
 // used. X and dY are written by a kernel before, and dX is read by one after.
 //
 // A run tells which plans it ran, so that the tests can count them.
-#include "emulator/kernels/lora_linear_sequence.h"
+#include "emulated/kernels/lora_linear_sequence.h"
 
-#include "emulator/kernels/float64_values.h"
-#include "emulator/kernels/linear_case.h"
-#include "emulator/kernels/operand.h"
-#include "emulator/kernels/plan_facts.h"
-#include "emulator/kernels/stored_operand.h"
+#include "emulated/kernels/float64_values.h"
+#include "emulated/kernels/linear_case.h"
+#include "emulated/kernels/operand.h"
+#include "emulated/kernels/plan_facts.h"
+#include "emulated/kernels/stored_operand.h"
 #include "emulator/machine/config.h"
 
 namespace lora_ext::kernel {

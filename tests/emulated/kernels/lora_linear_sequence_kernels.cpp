@@ -1,8 +1,8 @@
 // Every kernel of the LoRA linear, as the plans call for them.
-#include "emulator/kernels/cluster_launch.h"
-#include "emulator/kernels/instances.h"
-#include "emulator/kernels/lora_linear_sequence.h"
-#include "emulator/kernels/neighbours.h"
+#include "emulated/kernels/cluster_launch.h"
+#include "emulated/kernels/instances.h"
+#include "emulated/kernels/lora_linear_sequence.h"
+#include "emulated/kernels/neighbours.h"
 
 namespace lora_ext::kernel {
 namespace {

@@ -1,9 +1,9 @@
 // Runs lora_shrink_sm80 and lora_reduce on odd sizes, with one or two terms and up to seven splits.
-#include "emulator/kernels/lora_shrink_sm80.h"
+#include "emulated/kernels/lora_shrink_sm80.h"
 
+#include "emulated/kernels/operand.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/operand.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

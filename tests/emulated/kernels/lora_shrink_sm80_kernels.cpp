@@ -1,6 +1,6 @@
 // lora_shrink_sm80 and lora_reduce, apart from their host program so that only
 // kernels are instrumented.
-#include "emulator/kernels/lora_shrink_sm80.h"
+#include "emulated/kernels/lora_shrink_sm80.h"
 
 namespace lora_ext::kernel {
 

@@ -1,10 +1,10 @@
 // Runs lora_split on one to three matrices of any size, stride and type, which may lie in a stack
 // of adapters: rows, or columns of a transposed one, far apart.
-#include "emulator/kernels/lora_split.h"
+#include "emulated/kernels/lora_split.h"
 
+#include "emulated/kernels/operand.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/operand.h"
-#include "emulator/kernels/variants.h"
 
 namespace lora_ext::kernel {
 

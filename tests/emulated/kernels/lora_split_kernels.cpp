@@ -1,5 +1,5 @@
 // lora_split.
-#include "emulator/kernels/lora_split.h"
+#include "emulated/kernels/lora_split.h"
 
 namespace lora_ext::kernel {
 

@@ -1,12 +1,12 @@
 // Runs lora_wgrad_sm80 and lora_reduce_wgrad on odd sizes: one product or two of unequal width, one
 // or two terms, any number of splits. U is written by the grids before: by one that has ended, or
 // by the product beside which lora_wgrad begins, and which the grids after it follow, too.
-#include "emulator/kernels/lora_wgrad_sm80.h"
+#include "emulated/kernels/lora_wgrad_sm80.h"
 
+#include "emulated/kernels/gradient.h"
+#include "emulated/kernels/neighbours.h"
+#include "emulated/kernels/variants.h"
 #include "emulator/emulator.h"
-#include "emulator/kernels/gradient.h"
-#include "emulator/kernels/neighbours.h"
-#include "emulator/kernels/variants.h"
 
 namespace kernels {
 

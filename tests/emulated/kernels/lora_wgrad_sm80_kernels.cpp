@@ -1,6 +1,6 @@
 // lora_wgrad_sm80 and lora_reduce_wgrad.
-#include "emulator/kernels/lora_wgrad_sm80.h"
-#include "emulator/kernels/neighbours.h"
+#include "emulated/kernels/lora_wgrad_sm80.h"
+#include "emulated/kernels/neighbours.h"
 
 namespace lora_ext::kernel {
 

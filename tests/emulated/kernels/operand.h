@@ -5,8 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "emulator/kernels/reference.h"
-#include "emulator/kernels/reference_mask.h"
+#include "emulated/kernels/reference.h"
+#include "emulated/kernels/reference_mask.h"
 #include "emulator/memory/global_memory.h"
 #include "kernel/lora_gemm.h"
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <string>
 
-#include "emulator/kernels/linear_case.h"
-#include "emulator/kernels/operand.h"
+#include "emulated/kernels/linear_case.h"
+#include "emulated/kernels/operand.h"
 #include "kernel/lora_gemm_sm90a/tile.h"
 
 namespace kernels {

@@ -2,8 +2,8 @@
 #pragma once
 #include <memory>
 
-#include "emulator/kernels/neighbours.h"
-#include "emulator/kernels/reference.h"
+#include "emulated/kernels/neighbours.h"
+#include "emulated/kernels/reference.h"
 #include "kernel/lora_linear.h"
 
 namespace kernels {

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "emulator/kernels/driver.h"
+#include "emulated/kernels/driver.h"
 
 namespace kernels {
 

@@ -13,7 +13,7 @@
 Only what writes copies needs tree-sitter: a machine without it can collect the tests.
 """
 
-from emulator.mutants.programs import COPIES, PROGRAMS, Mutant, copy_of, mutants_of_faults
+from emulated.mutants.programs import COPIES, PROGRAMS, Mutant, copy_of, mutants_of_faults
 
 __all__ = [
     "COPIES",
@@ -28,12 +28,12 @@ __all__ = [
 
 def program_mutants(program: str) -> list[Mutant]:
     """All that a program must catch, or if it is harmless, must not."""
-    from emulator.mutants import instrument
+    from emulated.mutants import instrument
 
     return instrument.program_mutants(program)
 
 
 def write_copies() -> None:
-    from emulator.mutants import instrument
+    from emulated.mutants import instrument
 
     instrument.write_copies()

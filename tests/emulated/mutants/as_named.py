@@ -9,10 +9,10 @@ import re
 
 from tree_sitter import Node
 
-from emulator.mutants import edits
-from emulator.mutants.faults.fault import Fault
-from emulator.mutants.source import Source
-from emulator.mutants.wrap import apply, planted
+from emulated.mutants import edits
+from emulated.mutants.faults.fault import Fault
+from emulated.mutants.source import Source
+from emulated.mutants.wrap import apply, planted
 
 DROPPED = {"comment", "preproc_call"}
 PLANTED = planted("").partition("(")[0].encode()

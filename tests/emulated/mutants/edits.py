@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from tree_sitter import Node
 
-from emulator.mutants.faults.fault import Fault
-from emulator.mutants.source import Source, is_constant
-from emulator.mutants.wrap import Wrap, planted
+from emulated.mutants.faults.fault import Fault
+from emulated.mutants.source import Source, is_constant
+from emulated.mutants.wrap import Wrap, planted
 
 VALUES = re.compile(r"(?:.*_)?(?:expression|literal|identifier)$|true$|false$|nullptr$|null$")
 NO_VALUES = {

@@ -7,12 +7,12 @@ import os
 from functools import cache
 from pathlib import Path
 
-from emulator.mutants import as_named, edits, rules
-from emulator.mutants.faults import FAULTS
-from emulator.mutants.harmless import HARMLESS
-from emulator.mutants.programs import COPIES, CSRC, PROGRAMS, ROOT, Mutant, mutants_of_faults
-from emulator.mutants.source import Source
-from emulator.mutants.wrap import Wrap, apply, number
+from emulated.mutants import as_named, edits, rules
+from emulated.mutants.faults import FAULTS
+from emulated.mutants.harmless import HARMLESS
+from emulated.mutants.programs import COPIES, CSRC, PROGRAMS, ROOT, Mutant, mutants_of_faults
+from emulated.mutants.source import Source
+from emulated.mutants.wrap import Wrap, apply, number
 
 
 @cache

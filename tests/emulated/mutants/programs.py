@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator.mutants.faults import FAULTS
-from emulator.mutants.faults.fault import Fault
+from emulated.mutants.faults import FAULTS
+from emulated.mutants.faults.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"

@@ -18,8 +18,8 @@ import re
 
 from tree_sitter import Node
 
-from emulator.mutants.source import Source, ancestors, descendants, is_constant, name_of_function
-from emulator.mutants.wrap import Wrap, number, planted
+from emulated.mutants.source import Source, ancestors, descendants, is_constant, name_of_function
+from emulated.mutants.wrap import Wrap, number, planted
 
 # What orders or completes something: leaving it out, or getting a count wrong, is a fault.
 SYNCHRONISATION = {

@@ -10,7 +10,7 @@ import tree_sitter
 import tree_sitter_cpp
 from tree_sitter import Node
 
-from emulator.mutants.programs import CSRC
+from emulated.mutants.programs import CSRC
 
 KERNELS = CSRC / "kernel"
 PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_cpp.language()))

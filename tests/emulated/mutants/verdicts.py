@@ -5,8 +5,8 @@ that catches it, or for a harmless one of a clean run that comes by it. That run
 mutant is named by the kernel's own text: where that has changed, the runs of the most similar names
 that are gone are tried, then all seeds of STEPS.
 
-From tests/, `python -m emulator.mutants.verdicts [--search] [PROGRAM ...]` writes the lists anew;
-with --search it does not believe them.
+`python -m emulated.mutants.verdicts [--search] [PROGRAM ...]`, with PYTHONPATH=tests, writes the
+lists anew; with --search it does not believe them.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator import build, mutants, run
+from emulated import mutants
+from emulated.programs import build_programs
+from emulator import build, run
 
 LISTS = Path(__file__).parent / "caught"
 
@@ -150,7 +152,7 @@ def judge(mutant: mutants.Mutant, tried_first: list[Known], clock: Clock) -> Ver
 def judge_program(program: str, clock: Clock, believe: bool = True) -> list[Verdict]:
     """Of all mutants of a program, in its order; without believing, whatever the list says."""
     flavours = dict.fromkeys(flavour for flavour, _ in STEPS_OF.get(program, STEPS))
-    build.build_programs([(flavour, build.source_of(program)) for flavour in flavours])
+    build_programs([(flavour, program) for flavour in flavours])
     todo = mutants.program_mutants(program)
     known = read(program) if believe else {}
     names = {mutant.name for mutant in todo}

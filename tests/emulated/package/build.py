@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from emulator import build, kept, mutants
+from emulated import mutants, programs
+from emulator import build, kept
 
 PACKAGE = build.BUILD / "package"
 FLAVOUR = "plain"
-KERNELS = "kernels/lora_linear_sequence_kernels.cpp"
-DEVICE = "package/device.cpp"
-NO_CUDA = "../../csrc/cuda/none.cpp"
+KERNELS = f"{programs.KERNELS}/{programs.WHOLE_OP}_kernels.cpp"
+DEVICE = "tests/emulated/package/device.cpp"
+NO_CUDA = "csrc/cuda/none.cpp"
 # As setup.py names it.
 BUILT = build.ROOT.joinpath(
     "build", f"temp-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
@@ -34,7 +35,7 @@ COPIED = ("lora_ext", "tests", "benchmarks", "pyproject.toml")
 
 
 @dataclass(frozen=True)
-class TorchObject(build.Object):
+class TorchObject(programs.Object):
     """A source that includes torch, or is compiled with those that do."""
 
     @property
@@ -48,19 +49,17 @@ class TorchObject(build.Object):
 
 
 @dataclass(frozen=True)
-class BuiltObject(build.Object):
+class BuiltObject(programs.Object):
     """A source as setup.py has compiled it."""
 
     @property
     def path(self) -> Path:
-        source = (build.EMULATOR / self.source).resolve()
-        return BUILT / source.relative_to(build.ROOT).with_suffix(".o")
+        return (BUILT / self.source).with_suffix(".o")
 
 
 def sources(pattern: str) -> list[str]:
     """Of csrc/, as `build.Object` takes them."""
-    found = sorted((build.ROOT / "csrc").glob(pattern))
-    return [f"../../{path.relative_to(build.ROOT)}" for path in found]
+    return sorted(map(build.from_root, (build.ROOT / "csrc").glob(pattern)))
 
 
 def what_built_objects_read() -> dict[str, set[Path]]:
@@ -76,8 +75,7 @@ def what_built_objects_read() -> dict[str, set[Path]]:
     build.run_tool([*ninja, "-j", str(build.JOBS)])
     compiled = re.findall(r"^build (.+): compile (.+)$", listed.read_text(), re.MULTILINE)
     source_of = {
-        Path(os.path.normpath(item)): os.path.relpath(source, build.EMULATOR)
-        for item, source in compiled
+        Path(os.path.normpath(item)): build.from_root(Path(source)) for item, source in compiled
     }
     command = [*ninja, "-t", "deps"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -101,7 +99,7 @@ def torchs_half() -> list[build.Object]:
     Compiled here is what has a copy with mutants or includes one: so in one program a function of a
     header is always the same.
     """
-    mutants.write_copies()
+    programs.write_copies()
     read = what_built_objects_read()
 
     def made(name: str) -> build.Object:
@@ -116,11 +114,11 @@ def torchs_half() -> list[build.Object]:
 
 def objects() -> list[build.Object]:
     return [
-        build.Object(FLAVOUR, KERNELS, kernels=True),
-        *build.kernel_objects(FLAVOUR),
+        programs.Object(FLAVOUR, KERNELS, kernels=True),
+        *programs.kernel_objects(FLAVOUR),
         *torchs_half(),
         TorchObject(FLAVOUR, DEVICE, kernels=False),
-        *build.library_objects(FLAVOUR),
+        *programs.library_objects(FLAVOUR),
     ]
 
 
@@ -131,7 +129,7 @@ def make() -> Path:
 
 def link(compiled: list[build.Object], package: Path) -> Path:
     """Makes a package in a folder of which these objects are the extension."""
-    build.compile_all([each for each in compiled if not isinstance(each, BuiltObject)])
+    programs.compile_all([each for each in compiled if not isinstance(each, BuiltObject)])
     with build.alone():
         for name in COPIED:
             copy(build.ROOT / name, package / name)

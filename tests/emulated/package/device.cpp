@@ -21,9 +21,10 @@
 #include "cuda/dropout.h"
 #include "cuda/lora_grouped.h"
 #include "cuda/lora_linear.h"
+#include "emulated/kernels/lora_grouped_sequence.h"
+#include "emulated/kernels/lora_linear_sequence.h"
+#include "emulated/mutants/known_fault.h"
 #include "emulator/fault.h"
-#include "emulator/kernels/lora_grouped_sequence.h"
-#include "emulator/kernels/lora_linear_sequence.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
 
@@ -54,7 +55,7 @@ std::string run(const Run& enqueue) {
   TORCH_CHECK(thrown != "error", "an emulated error");
   if (thrown == "end") std::abort();
   const std::string fault = environment("LORA_EXT_EMULATED_FAULT");
-  emulator::plant_known_fault(fault.c_str());
+  emulated::plant_known_fault(fault.c_str());
   try {
     emulator::Stream stream;
     enqueue(stream);
@@ -71,7 +72,7 @@ bool is_built() { return true; }
 
 // Asked before a call is planned, so that a mutant of the planning is planted in time.
 bool has_kernels(bool) {
-  emulator::plant_known_fault(environment("LORA_EXT_EMULATED_FAULT").c_str());
+  emulated::plant_known_fault(environment("LORA_EXT_EMULATED_FAULT").c_str());
   return true;
 }
 

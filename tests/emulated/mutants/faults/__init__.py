@@ -6,19 +6,19 @@ others         slips of a hand that writes such kernels: statements moved across
 controls.py    legal edits, which must raise no alarm
 """
 
-from emulator.mutants.faults.controls import CONTROLS
-from emulator.mutants.faults.decode import DECODE
-from emulator.mutants.faults.dequantize import DEQUANTIZE
-from emulator.mutants.faults.epilogue import EPILOGUE
-from emulator.mutants.faults.grouped import GROUPED
-from emulator.mutants.faults.host import HOST
-from emulator.mutants.faults.jobs import JOBS
-from emulator.mutants.faults.loads import LOADS
-from emulator.mutants.faults.maps import MAPS
-from emulator.mutants.faults.mask import MASK
-from emulator.mutants.faults.products import PRODUCTS
-from emulator.mutants.faults.set_up import SET_UP
-from emulator.mutants.faults.thought import THOUGHT
+from emulated.mutants.faults.controls import CONTROLS
+from emulated.mutants.faults.decode import DECODE
+from emulated.mutants.faults.dequantize import DEQUANTIZE
+from emulated.mutants.faults.epilogue import EPILOGUE
+from emulated.mutants.faults.grouped import GROUPED
+from emulated.mutants.faults.host import HOST
+from emulated.mutants.faults.jobs import JOBS
+from emulated.mutants.faults.loads import LOADS
+from emulated.mutants.faults.maps import MAPS
+from emulated.mutants.faults.mask import MASK
+from emulated.mutants.faults.products import PRODUCTS
+from emulated.mutants.faults.set_up import SET_UP
+from emulated.mutants.faults.thought import THOUGHT
 
 FAULTS = [
     *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),

@@ -1,6 +1,6 @@
 """Legal edits, which must raise no alarm."""
 
-from emulator.mutants.faults.fault import Fault
+from emulated.mutants.faults.fault import Fault
 
 PRODUCER = "lora_gemm_sm90a/load.h"
 EPILOGUE = "lora_gemm_sm90a/store.h"

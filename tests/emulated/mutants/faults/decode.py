@@ -1,6 +1,6 @@
 """Plans and parameters of lora_decode, and what the rules cannot know of it."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 of_work = faults_of("lora_decode_work.h")
 of_finish = faults_of("lora_decode_finish.h")

@@ -1,6 +1,6 @@
 """What the rules cannot know of the kernels that dequantise, of their launch and of their op."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 of_4bit = faults_of("dequantize_4bit.h")
 of_8bit = faults_of("dequantize_8bit.h")

@@ -1,6 +1,6 @@
 """From the accumulators through a slab of shared memory to Y."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 FILE = "lora_gemm_sm90a/store.h"
 

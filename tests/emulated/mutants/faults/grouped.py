@@ -1,6 +1,6 @@
 """Plans, parameters and the sequence of many adapters, and what the rules cannot know of its kernels."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 PROGRAM = "lora_grouped_sequence"
 of_gemm = faults_of("lora_grouped_gemm.h")

@@ -4,7 +4,7 @@ Seen by the whole op in emulation, by programs whose rows lie far apart, by the 
 (program "package") and by csrc/cuda/ on the emulated runtime (program "cuda").
 """
 
-from emulator.mutants.faults.fault import Fault
+from emulated.mutants.faults.fault import Fault
 
 PLAN = "plan.cpp"
 PARAMS = "lora_linear_params.h"

@@ -1,6 +1,6 @@
 """Jobs that one thread draws for both blocks of a cluster, and the flags by which T is published."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 FILE = "lora_gemm_sm90a/jobs.h"
 IN_GRID = "lora_gemm_sm90a/in_grid.h"

@@ -1,6 +1,6 @@
 """The producer: loads, what they announce, the stages that they fill."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 PRODUCER = "lora_gemm_sm90a/load.h"
 CONSUMER = "lora_gemm_sm90a/multiply.h"

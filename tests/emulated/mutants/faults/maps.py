@@ -1,6 +1,6 @@
 """Tensor maps that do not fit the arrays or the kernel's boxes."""
 
-from emulator.mutants.faults.fault import Fault
+from emulated.mutants.faults.fault import Fault
 
 FILE = "lora_gemm_sm90a/launch.h"
 

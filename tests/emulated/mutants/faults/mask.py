@@ -1,6 +1,6 @@
 """Dropout's bits on Hopper: drawn ahead in shares, queued, applied."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 CONSUMER = "lora_gemm_sm90a/multiply.h"
 

@@ -1,6 +1,6 @@
 """Operands, fences, commits and waits of the tensor cores, and the registers of the roles."""
 
-from emulator.mutants.faults.fault import Fault, faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 
 CONSUMER = "lora_gemm_sm90a/multiply.h"
 PRODUCER = "lora_gemm_sm90a/load.h"

@@ -1,6 +1,6 @@
 """Barriers before the first tile and after the last."""
 
-from emulator.mutants.faults.fault import Fault
+from emulated.mutants.faults.fault import Fault
 
 BLOCK = "lora_gemm_sm90a/pipeline.h"
 INITS = "      for (int slot = 0; slot < Tile::kStages; ++slot) {\n"

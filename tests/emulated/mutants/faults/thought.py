@@ -1,6 +1,6 @@
 """What a rule cannot know: another offset, count, id or order that a hand would get wrong."""
 
-from emulator.mutants.faults.fault import Fault
+from emulated.mutants.faults.fault import Fault
 
 CONSUMER = "lora_gemm_sm90a/multiply.h"
 PRODUCER = "lora_gemm_sm90a/load.h"
