@@ -1,18 +1,14 @@
 """Writes docs/adapter-folders.md: what PEFT and load_adapter make of folders of trainers.
 
-python scripts/adapter_table.py
+PYTHONPATH=tests:tests/adapters python scripts/adapter_table.py
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "adapters"))
 
 from adapter_folders import folders
 from adapter_verdicts import TABLE, judge, row

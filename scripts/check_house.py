@@ -1,10 +1,11 @@
-"""Checks five rules of this repository that no linter knows, and prints each breach.
+"""Checks six rules of this repository that no linter knows, and prints each breach.
 
 1. Inline assembly stays under csrc/ptx/, one function per instruction.
 2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
 3. No file names a folder of somebody's machine.
 4. A source of csrc/ includes its own room and rooms below it, by their path from csrc/.
 5. Modules of lora_ext import one another without a circle, imports inside functions included.
+6. emulator/, the execution layer, knows nothing of what runs in it: of csrc/ it has ptx/ alone.
 """
 
 import ast
@@ -38,6 +39,7 @@ ROOMS = [
 ]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.
 EXECUTION_LAYER = ("csrc/ptx/target.h", "emulator/emulator.h")
+OF_PROJECT = re.compile(r"\s*(?:from|import) (?:emulated|tests|lora_ext|benchmarks|scripts)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(?:home|root|work|Users|opt|mnt|srv|scratch|data)/\w")
 
 
@@ -64,10 +66,18 @@ def breaches(name: str, text: str) -> list[tuple[int, str]]:
             found.append((number, "this file must compile without torch's headers"))
         if MACHINE_PATH.search(line):
             found.append((number, "names a folder of one machine"))
+        if name.startswith("emulator/") and reaches_out(line):
+            found.append((number, "emulator/ must not know what runs in it"))
         include = INCLUDE.match(line) if is_cxx and name.startswith("csrc/") else None
         if include and (why := wrong_include(name, include[1])):
             found.append((number, why))
     return found
+
+
+def reaches_out(line: str) -> bool:
+    include = INCLUDE.match(line)
+    room = include[1].rpartition("/")[0].split("/")[0] if include else ""
+    return room not in ("", "emulator", "ptx") or OF_PROJECT.match(line) is not None
 
 
 def wrong_include(name: str, included: str) -> str:

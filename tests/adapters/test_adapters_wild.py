@@ -13,7 +13,7 @@ def test_a_folder_of_a_trainer(folder, tmp_path):
     assert verdict.ours != "refused"
     assert not verdict.differs
     assert row(folder.name, verdict) in TABLE.read_text().splitlines(), (
-        "make the table anew: python scripts/adapter_table.py"
+        "make the table anew: PYTHONPATH=tests:tests/adapters python scripts/adapter_table.py"
     )
 
 

@@ -16,7 +16,7 @@ import lora_ext
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "emulator" / "README.md", *PAGES]
 # Pages whose code runs as it stands, block after block.
 GUIDES = ("index", "peft", "distributed", "troubleshooting", "many_adapters")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
