@@ -139,7 +139,7 @@ def test_a_planted_mutant_runs_and_nothing_moves(tmp_path, planted, changes, pri
     (tmp_path / "copy.cpp").write_text(instrument.copy_text(found, text))
     program = tmp_path / "program"
     folders = [f"-I{build.ROOT / 'tests'}", f"-I{build.ROOT / 'csrc'}"]
-    words = [build.CXX, "-std=c++20", "-D__device__=", *folders, str(tmp_path / "copy.cpp")]
+    words = [*build.CXX, "-std=c++20", "-D__device__=", *folders, str(tmp_path / "copy.cpp")]
     build.run_tool([*words, str(build.EMULATOR / "fault.cpp"), "-o", str(program)])
     done = subprocess.run([program, planted], capture_output=True, text=True, check=True)
     assert done.stdout == f"{printed} {PROGRAM[: PROGRAM.index('__LINE__')].count(chr(10)) + 1}\n"
