@@ -15,7 +15,7 @@ COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find 
 FOLDERS := benchmarks build_backend csrc lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc tests/cpu tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models
+.PHONY: build lint format test test-rest test-kernels test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters demo demo-many gpu
 .PHONY: sass sanitize docs wheel clean
 
@@ -115,8 +115,15 @@ format: $(VENV)/.tools
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CXX_FORMATTED)
 
+# A worker on each core. What a path of tests/ in ARGS names runs whole, whatever its markers.
+PYTEST := $(PY) -m pytest -n auto
+DAILY := not nightly and not kernels
 test: $(VENV)/.extras
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) --dist worksteal $(if $(filter tests%,$(ARGS)),,-m "not rest and $(DAILY)") $(ARGS)
+
+# A file stays on one worker: some start processes, and what a file sets up is set up once.
+test-rest: $(VENV)/.extras
+	$(PYTEST) --dist loadfile -m "rest and $(DAILY)" $(ARGS)
 
 # CUTLASS's headers judge the kernels' PTX and layouts; the tests use none of its dependencies, 55 MB.
 # nvdisasm and cuobjdump show what ptxas made of them, 6 MB.
