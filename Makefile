@@ -112,8 +112,11 @@ $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 	$(PIP) install --no-deps 'nvidia-cutlass==4.2.0.0' 'nvidia-cuda-nvdisasm>=13'
 	touch $@
 
+# K=lora_decode: the clean runs and mutants of one program alone.
+OF_ONE := tests/emulator/test_clean.py tests/emulator/test_mutants.py -k
 test-kernels: $(VENV)/.kernel-oracles
-	$(PY) -m pytest -m kernels tests/emulator --durations=25 $(ARGS)
+	$(PY) -m pytest -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),tests/emulator) \
+	    --durations=25 $(ARGS)
 
 sass: $(VENV)/.kernel-oracles
 	$(PY) scripts/sass.py $(ARGS)

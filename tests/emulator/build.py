@@ -6,29 +6,33 @@ Three flavours:
     asan   AddressSanitizer and UndefinedBehaviorSanitizer
     race   kernels with -fsanitize=thread, whose callbacks the layer's race checker implements
 
-An object is compiled anew when its command or the content of a file that it includes has changed.
-From a shell, `python -m emulator.build [FLAVOUR ...]` in tests/ builds everything.
+An object is compiled anew when its command or the content of a file that it includes has changed,
+by ccache where there is one. Commands name files from the root of the repository, so that an object
+and a program do not depend on where that is. From a shell, `python -m emulator.build [FLAVOUR ...]`
+in tests/ builds everything.
 """
 
-import hashlib
+import contextlib
+import fcntl
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator import mutants
+from emulator import kept, mutants
 from emulator.cuda_headers import include_dirs
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
-CXX = os.environ.get("CXX", "g++")
-JOBS = 2
+CXX = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, ["ccache"]), "g++"]
+JOBS = len(os.sched_getaffinity(0))
 
 FLAGS = [
     *(
@@ -39,6 +43,7 @@ FLAGS = [
         "-ftrivial-auto-var-init=pattern",
     ),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-sign-compare"),
+    f"-ffile-prefix-map={ROOT}=.",
 ]
 
 
@@ -68,11 +73,16 @@ def has_x86_64_v3() -> bool:
     return {"avx2", "bmi2", "fma", "f16c", "movbe"} <= set(words)
 
 
+def from_root(path: Path) -> str:
+    """As the compiler is given it, which runs in ROOT."""
+    return os.path.relpath(path, ROOT)
+
+
 def common_flags() -> list[str]:
     machine = ["-march=x86-64-v3"] if has_x86_64_v3() else []
     system = [f"-isystem{path}" for path in include_dirs()]
     folders = [mutants.COPIES, ROOT / "csrc", ROOT / "tests"]
-    includes = [*(f"-I{folder}" for folder in folders), *system]
+    includes = [*(f"-I{from_root(folder)}" for folder in folders), *system]
     return [*FLAGS, *machine, *includes]
 
 
@@ -128,18 +138,15 @@ class Object:
     def command(self) -> list[str]:
         flavour = FLAVOURS[self.flavour]
         flags = [*flavour.flags, *(flavour.kernel_flags if self.kernels else ())]
-        source = str(mutants.copy_of(EMULATOR / self.source))
-        return [CXX, *common_flags(), *flags, "-MMD", "-c", source, "-o", str(self.path)]
+        source = from_root(mutants.copy_of(EMULATOR / self.source))
+        return [*CXX, *common_flags(), *flags, "-MMD", "-c", source, "-o", from_root(self.path)]
 
     def key(self) -> str:
         """A hash of the command and of the files that the last compilation read, "" without one."""
         read = self.dependencies()
         if not read or not all(path.exists() for path in read):
             return ""
-        digest = hashlib.sha256(shlex.join(self.command()).encode())
-        for path in read:
-            digest.update(path.read_bytes())
-        return digest.hexdigest()
+        return kept.key(shlex.join(self.command()), *map(kept.content, read))
 
     def dependencies(self) -> list[Path]:
         """The files that the last compilation read."""
@@ -147,7 +154,7 @@ class Object:
         if not depfile.exists():
             return []
         text = depfile.read_text().replace("\\\n", " ")
-        return [Path(name) for name in text.partition(": ")[2].split()]
+        return [ROOT / name for name in text.partition(": ")[2].split()]
 
     def compile(self) -> None:
         stamp = self.path.with_suffix(".key")
@@ -163,13 +170,23 @@ class Object:
 
 def compile_all(objects: Sequence[Object]) -> None:
     """Compiles what has changed, in this order, after the copies that it includes are written."""
-    mutants.write_copies()
-    with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(Object.compile, objects))
+    with alone():
+        mutants.write_copies()
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(Object.compile, objects))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time builds: tests run beside each other."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run_tool(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\nfailed:\n{done.stderr}")
     if done.stderr:
@@ -212,14 +229,22 @@ def build_programs(wanted: list[tuple[str, str]]) -> list[Path]:
 
 def link(flavour: str, program: str, objects: list[Object]) -> Path:
     executable = BUILD / flavour / Path(program).stem
-    inputs = [item.path for item in objects]
-    if executable.exists() and all(
-        executable.stat().st_mtime_ns > path.stat().st_mtime_ns for path in inputs
-    ):
-        return executable
-    flags = ["-pie", *FLAVOURS[flavour].link_flags]
-    run_tool([CXX, *flags, *map(str, inputs), "-o", str(executable), "-pthread"])
+    inputs = [from_root(item.path) for item in objects]
+    flags = ["-pie", *FLAVOURS[flavour].link_flags, "-pthread"]
+    link_changed([*CXX, *flags, *inputs], [item.path for item in objects], executable)
     return executable
+
+
+def link_changed(command: list[str], inputs: Sequence[Path], output: Path) -> None:
+    """Links unless the output was linked by this command from these objects."""
+    stamp = output.with_suffix(".linked")
+    name = kept.key(shlex.join(command), *map(kept.content, inputs))
+    if output.exists() and stamp.exists() and stamp.read_text() == name:
+        return
+    partial = output.with_suffix(f".{os.getpid()}")
+    run_tool([*command, "-o", from_root(partial)])
+    partial.replace(output)
+    stamp.write_text(name)
 
 
 if __name__ == "__main__":

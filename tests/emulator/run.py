@@ -5,9 +5,11 @@ import os
 import shlex
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from emulator.build import BUILD, ROOT
+from emulator import kept
+from emulator.build import BUILD, JOBS, ROOT
 
 # asan: fibers leave stack frames that are never returned from; a planted fault ends a run in the
 # middle.
@@ -70,8 +72,23 @@ def how_it_ended(done: subprocess.CompletedProcess) -> str:
 
 
 def run_program(flavour: str, program: str, *arguments: str, timeout: float = 300) -> list[Run]:
-    """Runs a built program until its cases are through or one, the last, is not clean."""
-    command = [str(BUILD / flavour / program), *arguments]
+    """Runs a built program until its cases are through or one, the last, is not clean.
+
+    All follows from the executable and its arguments, the seeds among them: what the same have
+    found before is not run again. What was ended by a clock tells of the machine, too.
+    """
+    executable = BUILD / flavour / program
+    name = kept.key(flavour, program, kept.content(executable), *arguments)
+    found = kept.load(name)
+    if found is not None:
+        return [Run(flavour, *each) for each in found]
+    runs = _run_program(flavour, [str(executable), *arguments], timeout)
+    if not {"hang", "crash", "watchdog"} & {each.outcome for each in runs}:
+        kept.store(name, [(each.case, each.outcome, each.message) for each in runs])
+    return runs
+
+
+def _run_program(flavour: str, command: list[str], timeout: float) -> list[Run]:
     done = execute(command, timeout)
     runs = []
     for line in done.stdout.splitlines():
@@ -97,3 +114,15 @@ def mutants_reached(flavour: str, program: str, *arguments: str) -> set[int]:
     done = execute([str(BUILD / flavour / program), "--list-mutants", *arguments], timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {line["mutant"] for line in lines if "mutant" in line}
+
+
+def run_seeds(flavour: str, program: str, seeds: str, *arguments: str) -> list[Run]:
+    """The same, of a range of seeds, which all cores share."""
+    begin, end = map(int, seeds.split(":"))
+    size = -(-(end - begin) // JOBS)
+    ranges = [f"{first}:{min(first + size, end)}" for first in range(begin, end, size)]
+    with ThreadPoolExecutor(JOBS) as pool:
+        found = pool.map(
+            lambda some: run_program(flavour, program, "--seeds", some, *arguments), ranges
+        )
+        return [each for some in found for each in some]

@@ -22,7 +22,9 @@ GOLDEN = FOLDER / "golden"
 
 def compile_for_emulator(source: Path, target: Path, *flags: str) -> Path:
     mutants.write_copies()
-    build.run_tool([build.CXX, *flags, *build.common_flags(), "-c", str(source), "-o", str(target)])
+    build.run_tool(
+        [*build.CXX, *flags, *build.common_flags(), "-c", str(source), "-o", str(target)]
+    )
     return target
 
 
@@ -34,7 +36,7 @@ def library() -> dict[str, Path]:
 
 
 def link_for_emulator(objects: list[Path], target: Path) -> Path:
-    build.run_tool([build.CXX, "-pie", *map(str, objects), "-o", str(target), "-pthread"])
+    build.run_tool([*build.CXX, "-pie", *map(str, objects), "-o", str(target), "-pthread"])
     return target
 
 

@@ -3,13 +3,14 @@
 Each line stays where it is, and #line says which file it is of: reports name the source itself.
 """
 
+import os
 from functools import cache
 from pathlib import Path
 
 from emulator.mutants import edits, rules
 from emulator.mutants.faults import FAULTS
 from emulator.mutants.harmless import HARMLESS
-from emulator.mutants.programs import COPIES, CSRC, PROGRAMS, Mutant, mutants_of_faults
+from emulator.mutants.programs import COPIES, CSRC, PROGRAMS, ROOT, Mutant, mutants_of_faults
 from emulator.mutants.source import Source
 from emulator.mutants.wrap import Wrap, apply, number
 
@@ -37,7 +38,8 @@ def wraps_of(source: Source) -> list[Wrap]:
 
 
 def copy_text(source: Source, text: str) -> str:
-    return f'#include "emulator/fault.h"\n#line 1 "{source.path}"\n{text}'
+    named = os.path.relpath(source.path, ROOT)
+    return f'#include "emulator/fault.h"\n#line 1 "{named}"\n{text}'
 
 
 @cache

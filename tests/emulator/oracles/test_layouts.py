@@ -21,7 +21,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in cuda_headers.include_dirs():
         folders += [folder, folder / "cccl"]
     command = [
-        build.CXX,
+        *build.CXX,
         "-std=c++20",
         "-O0",
         "-w",

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from emulator import build, mutants
+from emulator import build, kept, mutants
 
 PACKAGE = build.BUILD / "package"
 FLAVOUR = "plain"
@@ -86,8 +86,9 @@ def torchs_half() -> list[build.Object]:
     Compiled here is what has a copy with mutants or includes one: so in one program a function of a
     header is always the same.
     """
-    mutants.write_copies()
-    read = what_built_objects_read()
+    with build.alone():
+        mutants.write_copies()
+        read = what_built_objects_read()
 
     def made(name: str) -> build.Object:
         built = BuiltObject(FLAVOUR, name, kernels=False)
@@ -117,23 +118,40 @@ def make() -> Path:
 def link(compiled: list[build.Object], package: Path) -> Path:
     """Makes a package in a folder of which these objects are the extension."""
     build.compile_all([each for each in compiled if not isinstance(each, BuiltObject)])
-    package.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        source, target = build.ROOT / name, package / name
-        if source.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
-            ignored = shutil.ignore_patterns("_C.*.so", "__pycache__", "results")
-            shutil.copytree(source, target, ignore=ignored)
-        else:
-            shutil.copy(source, target)
-    library = package / "lora_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    linked = [f"-L{path}" for path in cpp_extension.library_paths()]
-    linked += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
-    linked += ["-Wl,-Bsymbolic"]  # a CUDA runtime that torch brings answers no call of ours
-    build.run_tool(
-        [build.CXX, "-shared", *(str(each.path) for each in compiled), *linked, "-o", str(library)]
-    )
+    with build.alone():
+        for name in COPIED:
+            copy(build.ROOT / name, package / name)
+        library = package / "lora_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        inputs = [each.path for each in compiled]
+        linked = [f"-L{path}" for path in cpp_extension.library_paths()]
+        linked += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
+        linked += ["-Wl,-Bsymbolic"]  # a CUDA runtime that torch brings answers no call of ours
+        command = [*build.CXX, "-shared", *map(build.from_root, inputs), *linked]
+        build.link_changed(command, inputs, library)
     return package
+
+
+def copy(source: Path, target: Path) -> None:
+    """What has changed of a file or a folder; what is not there goes."""
+
+    def files(folder: Path) -> set[Path]:
+        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return {
+            path
+            for path in found
+            if not {"__pycache__", "results"} & set(path.parts)
+            and path.suffix not in (".so", ".linked")
+        }
+
+    if source.is_dir():
+        wanted = files(source)
+        for path in files(target) - wanted if target.exists() else ():
+            (target / path).unlink()
+        for path in wanted:
+            copy(source / path, target / path)
+    elif not target.exists() or kept.content(source) != kept.content(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
 
 
 def run(
