@@ -25,7 +25,7 @@ CXX_FORMATTED := $(shell find csrc tests/cpu tests/emulator -name '*.cpp' -o -na
 CARD := $(shell nvidia-smi -i 0 --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null \
     | grep -xE '[0-9]+[.][0-9]+')
 ON_CARD := $(if $(filter cpu,$(DEVICE)),,$(filter gpu,$(MAKECMDGOALS)))
-WANTS_CUDA := $(CARD) $(filter test-gpu wheel,$(MAKECMDGOALS)) $(wildcard $(VENV)/.built-cuda)
+WANTS_CUDA := $(CARD) $(filter sass test-gpu wheel,$(MAKECMDGOALS)) $(wildcard $(VENV)/.built-cuda)
 CUDA := $(or $(if $(ON_CARD),1),$(strip $(LORA_EXT_CUDA)),$(if $(strip $(WANTS_CUDA)),auto,no-card))
 BUILT := $(VENV)/.built-$(if $(filter 0 no-card,$(CUDA)),cpu,cuda)
 
@@ -135,7 +135,7 @@ $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 # K=lora_decode: the clean runs and mutants of one program alone.
 OF_ONE := tests/emulator/test_clean.py tests/emulator/test_mutants.py -k
 test-kernels: $(VENV)/.kernel-oracles
-	$(PY) -m pytest -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),tests/emulator) \
+	$(PYTEST) --dist loadfile -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),tests/emulator) \
 	    --durations=25 $(ARGS)
 
 sass: $(VENV)/.kernel-oracles
@@ -149,9 +149,20 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
 	$(PIP) install 'lora_ext[integrations]'
 	touch $@
 
-nightly: $(VENV)/.integrations
-	$(PY) -m pytest -m nightly $(ARGS)
-	$(PY) -m pytest tests/quantized tests/peft/test_peft_quantized.py $(ARGS)
+# All parts, even where one has failed: what takes minutes, what other packages are needed for, older
+# instruction sets, new seeds and ASan in emulation, then every mutant's search, which writes the lists.
+nightly: $(VENV)/.integrations $(VENV)/.kernel-oracles $(VENV)/.tools
+	seed=$(or $(SEED),$$((RANDOM + 1)))
+	echo "seeds from $$seed on: make nightly SEED=$$seed has them again"
+	failed=
+	part() { "$$@" || failed+=$$'\n'"$$*"; }
+	part $(PYTEST) --dist loadfile -m 'nightly and not kernels'
+	part $(PY) -m pytest tests/quantized tests/peft/test_peft_quantized.py
+	part env ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+	    $(PYTEST) --dist loadfile -m '$(DAILY)' tests/op tests/layers tests/packing tests/pool tests/peft
+	part $(PYTEST) --dist loadfile -m kernels tests/emulator --first-seed $$seed
+	part env --chdir tests $(abspath $(PY)) -m emulator.mutants.verdicts --search
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # The site, in build/site.
 $(VENV)/.docs: pyproject.toml | $(BUILT)

@@ -62,6 +62,7 @@ def make(tmp_path, monkeypatch):
         ("", "auto", "build", "auto"),
         ("", "1", "test", "1"),
         ("", "", "wheel", "auto"),
+        ("", "", "sass", "auto"),
         ("", "0", "gpu", "1"),
         ("8.6", "", "build", "auto"),
         ("8.6", "0", "build", "0"),
