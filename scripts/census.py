@@ -33,7 +33,8 @@ RANKS = [1, 4, 8, 16, 24, 32, 64, 128, 256, 300]
 PLANS = 3000  # of a card
 # By how its name begins: kernels that no plan says, or that plans take where they are measured.
 ELSEWHERE = {
-    "dequantize": "launched for a quantised weight, whatever the plan",
+    "dequantize_4bit": "launched for a quantised weight, whatever the plan",
+    "dequantize_8bit": "launched for a quantised weight, whatever the plan",
     "lora_grouped_entries": "launched for a list of adapters, whatever the plan",
 }
 CANDIDATES = {
