@@ -15,7 +15,7 @@ COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find 
 FOLDERS := benchmarks build_backend csrc emulator lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-kernels test-gpu nightly bench bench-full bench-models
+.PHONY: build lint format test test-rest test-kernels test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters demo demo-many gpu
 .PHONY: sass sanitize docs wheel clean
 
@@ -25,7 +25,7 @@ CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -
 CARD := $(shell nvidia-smi -i 0 --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null \
     | grep -xE '[0-9]+[.][0-9]+')
 ON_CARD := $(if $(filter cpu,$(DEVICE)),,$(filter gpu,$(MAKECMDGOALS)))
-WANTS_CUDA := $(CARD) $(filter test-gpu wheel,$(MAKECMDGOALS)) $(wildcard $(VENV)/.built-cuda)
+WANTS_CUDA := $(CARD) $(filter sass test-gpu wheel,$(MAKECMDGOALS)) $(wildcard $(VENV)/.built-cuda)
 CUDA := $(or $(if $(ON_CARD),1),$(strip $(LORA_EXT_CUDA)),$(if $(strip $(WANTS_CUDA)),auto,no-card))
 BUILT := $(VENV)/.built-$(if $(filter 0 no-card,$(CUDA)),cpu,cuda)
 
@@ -115,8 +115,15 @@ format: $(VENV)/.tools
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CXX_FORMATTED)
 
+# A worker on each core. What a path of tests/ or emulator/ in ARGS names runs whole, whatever its markers.
+PYTEST := $(PY) -m pytest -n auto
+DAILY := not nightly and not kernels
 test: $(VENV)/.extras
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) --dist worksteal $(if $(filter tests% emulator%,$(ARGS)),,-m "not rest and $(DAILY)") $(ARGS)
+
+# A file stays on one worker: some start processes, and what a file sets up is set up once.
+test-rest: $(VENV)/.extras
+	$(PYTEST) --dist loadfile -m "rest and $(DAILY)" $(ARGS)
 
 # CUTLASS's headers judge the kernels' PTX and layouts; the tests use none of its dependencies, 55 MB.
 # nvdisasm and cuobjdump show what ptxas made of them, 6 MB.
@@ -128,7 +135,7 @@ $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 # K=lora_decode: the clean runs and mutants of one program alone.
 OF_ONE := tests/emulated/test_clean.py tests/emulated/test_mutants.py -k
 test-kernels: $(VENV)/.kernel-oracles
-	$(PY) -m pytest -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),emulator tests/emulated) \
+	$(PYTEST) --dist loadfile -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),emulator tests/emulated) \
 	    --durations=25 $(ARGS)
 
 sass: $(VENV)/.kernel-oracles
@@ -142,9 +149,20 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
 	$(PIP) install 'lora_ext[integrations]'
 	touch $@
 
-nightly: $(VENV)/.integrations
-	$(PY) -m pytest -m nightly $(ARGS)
-	$(PY) -m pytest tests/quantized tests/peft/test_peft_quantized.py $(ARGS)
+# All parts, even where one has failed: what takes minutes, what other packages are needed for, older
+# instruction sets, new seeds and ASan in emulation, then every mutant's search, which writes the lists.
+nightly: $(VENV)/.integrations $(VENV)/.kernel-oracles $(VENV)/.tools
+	seed=$(or $(SEED),$$((RANDOM + 1)))
+	echo "seeds from $$seed on: make nightly SEED=$$seed has them again"
+	failed=
+	part() { "$$@" || failed+=$$'\n'"$$*"; }
+	part $(PYTEST) --dist loadfile -m 'nightly and not kernels'
+	part $(PY) -m pytest tests/quantized tests/peft/test_peft_quantized.py
+	part env ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+	    $(PYTEST) --dist loadfile -m '$(DAILY)' tests/op tests/layers tests/packing tests/pool tests/peft
+	part $(PYTEST) --dist loadfile -m kernels emulator tests/emulated --first-seed $$seed
+	part env PYTHONPATH=tests $(PY) -m emulated.mutants.verdicts --search
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # The site, in build/site.
 $(VENV)/.docs: pyproject.toml | $(BUILT)

@@ -1,6 +1,6 @@
 """How many plans take each CUDA kernel; `make sass` fails where a compiled kernel is at none.
 
-    python scripts/census.py        a table of kernels and cards, and what no plan takes
+    python scripts/census.py        a table of kernels and cards, of all that can be launched
 
 Asks the planner for layers, rows, ranks, adapters, dropout, alignment and directions, for cards
 that need not be here. A kernel at no plan costs compile time, checks and tests, and nobody runs it.
@@ -33,7 +33,8 @@ RANKS = [1, 4, 8, 16, 24, 32, 64, 128, 256, 300]
 PLANS = 3000  # of a card
 # By how its name begins: kernels that no plan says, or that plans take where they are measured.
 ELSEWHERE = {
-    "dequantize": "launched for a quantised weight, whatever the plan",
+    "dequantize_4bit": "launched for a quantised weight, whatever the plan",
+    "dequantize_8bit": "launched for a quantised weight, whatever the plan",
     "lora_grouped_entries": "launched for a list of adapters, whatever the plan",
 }
 CANDIDATES = {
@@ -148,7 +149,7 @@ def untyped(name: str) -> str:
 def main() -> None:
     found = {name: census(card) for name, card in CARDS.items()}
     print(f"of {PLANS} plans a card", *(f"| {name}" for name in found))
-    for kernel in sorted(set().union(*found.values())):
+    for kernel in sorted(set().union(*found.values(), *map(launched, CARDS.values()))):
         print(kernel, *(f"| {counts[kernel]}" for counts in found.values()))
 
 

@@ -3,13 +3,16 @@
 A test that takes `device` runs on the CPU and on CUDA, there by our kernels and by the library
 route. One that takes `isa` runs on the CPU under every kernel set of this processor and under
 "library" (ATen alone); one that takes both also runs on CUDA. What runs on CUDA has the marker
-`gpu`.
+`gpu`, and is collected where there is a card or `-m` names it.
+
+`make test` runs what has no marker `rest`, which is given here; `make test-rest` has the others.
 
 In the emulated package (tests/emulated/package), CPU tensors stand for CUDA's: `device` is the CPU
 and `isa` is None, as on CUDA.
 """
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -20,6 +23,11 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Inductor's cache keeps headers compiled for another ATEN_CPU_CAPABILITY: nothing compiles with
 # them.
+# Workers of pytest-xdist share the cores, which torch counts when it is imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    own_cores = max(1, len(os.sched_getaffinity(0)) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(own_cores))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     own_cache = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_cache))
@@ -46,6 +54,76 @@ OPTIONAL = {
 
 # Test id -> route: our kernels, around torch's base product, torch's products alone.
 CUDA = {"cuda": "kernel", "cuda-hybrid": "hybrid", "cuda-library": "library"}
+
+# What `make test` leaves to `make test-rest`, of this folder: tests of the project's own tools (one
+# file has those of build_info, too), and what compiles by torch.compile, exports, trains, or starts
+# processes.
+REST = {
+    "bench",
+    "contract/test_checkpoint.py",
+    "contract/test_compile.py",
+    "contract/test_distributed.py",
+    "contract/test_recompile.py",
+    "cpu",
+    "layers/test_distributed.py",
+    "layers/test_modules_compile.py",
+    "layers/test_modules_export.py",
+    "layers/test_modules_recompile.py",
+    "layers/test_onnx.py",
+    "peft/test_peft_compile.py",
+    "peft/test_peft_suite.py",
+    "peft/test_peft_trainers.py",
+    "project/test_build_backend.py",
+    "project/test_clear_errors.py",
+    "project/test_command_lines.py",
+    "project/test_docs.py",
+    "project/test_fresh_clone.py",
+    "project/test_house.py",
+    "project/test_make.py",
+    "project/test_optional_packages.py",
+    "project/test_verification.py",
+    "project/test_wheel.py",
+    "quantized/test_quantized_distributed.py",
+}
+GIB_PER_WORKER = 2
+
+
+def is_rest(path: Path) -> bool:
+    """Whether a file, or a folder, is left to `make test-rest` as a whole."""
+    here = Path(__file__).parent
+    inside = path.relative_to(here).as_posix() if path.is_relative_to(here) else ""
+    return any(f"{inside}/".startswith(f"{name}/") for name in REST)
+
+
+def is_left_out(config, marker: str) -> bool:
+    return f"not {marker}" in config.option.markexpr
+
+
+def has_card_or_names_it(config) -> bool:
+    return torch.cuda.is_available() or re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """The cores that this process may use, of hyperthreads all, as far as memory goes."""
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(gib / GIB_PER_WORKER)))
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if is_left_out(config, "rest") and is_rest(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Before pytest looks at markers."""
+    for item in items:
+        if is_rest(item.path) or item.get_closest_marker("slow"):
+            item.add_marker("rest")
+    if not has_card_or_names_it(config):
+        needs_card = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=needs_card)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 def pytest_addoption(parser):
@@ -91,17 +169,21 @@ def pytest_generate_tests(metafunc):
         }
         for name in sorted(asked):
             metafunc.parametrize(name, [values[name]], indirect=True)
-    elif "isa" in asked:
-        names = [*_C.available_cpu_isas(), "library"]
-        if "device" in asked:
-            on_cpu = [pytest.param("cpu", name, id=f"cpu-{name}") for name in names]
-            on_cuda = [pytest.param(name, None, id=name, marks=pytest.mark.gpu) for name in CUDA]
+    elif asked:
+        config, cuda = metafunc.config, CUDA if has_card_or_names_it(metafunc.config) else ()
+        best, *others = _C.available_cpu_isas()
+        others = [] if is_left_out(config, "rest") else others
+        isas = [(best, ()), ("library", ()), *((name, pytest.mark.rest) for name in others)]
+        if "isa" not in asked:
+            on_cuda = [pytest.param(name, id=name, marks=pytest.mark.gpu) for name in cuda]
+            metafunc.parametrize("device", [pytest.param("cpu", id="cpu"), *on_cuda], indirect=True)
+        elif "device" in asked:
+            on_cpu = [pytest.param("cpu", name, id=f"cpu-{name}", marks=m) for name, m in isas]
+            on_cuda = [pytest.param(name, None, id=name, marks=pytest.mark.gpu) for name in cuda]
             metafunc.parametrize(("device", "isa"), [*on_cpu, *on_cuda], indirect=True)
         else:
-            metafunc.parametrize("isa", names, indirect=True)
-    elif "device" in asked:
-        on_cuda = [pytest.param(name, id=name, marks=pytest.mark.gpu) for name in CUDA]
-        metafunc.parametrize("device", [pytest.param("cpu", id="cpu"), *on_cuda], indirect=True)
+            on_cpu = [pytest.param(name, id=name, marks=marks) for name, marks in isas]
+            metafunc.parametrize("isa", on_cpu, indirect=True)
 
 
 def why_no_cuda() -> str:

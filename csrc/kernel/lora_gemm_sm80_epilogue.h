@@ -64,7 +64,9 @@ struct LoraGemmEpilogue {
 
   // Eight elements of a row, of which `left` are within Y.
   __device__ __forceinline__ void copy_chunk(T* to, const T* from, int left) const {
-    if (p.whole_chunks && left >= 8) {
+    // Wider tiles have k > 0. To ask of them would spill registers on 9.0.
+    const bool whole_chunks = Tile::kN > 64 || p.whole_chunks;
+    if (whole_chunks && left >= 8) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     } else {
 #pragma unroll

@@ -6,8 +6,7 @@
 //     lora_gemm   whole waves of tiles, each a little deeper than k by its epilogue, at the share
 //                 of that rate which its main loop reaches, as counted from its machine code
 //
-// benchmarks/cost_model/ compares these with measurements of a card, and with other packages'
-// launches.
+// benchmarks/gpu/predicted.py puts these beside measurements of a card.
 #pragma once
 
 #include <array>

@@ -35,7 +35,7 @@ class Entry:
         shape: the layer and its rows.
         backward: its backward, else its forward.
         route: "library", "hybrid" or "kernel".
-        tile: with "kernel" the tile, as in "128 x 256"; else "".
+        tile: with "kernel" the tile, as in "128 x 128"; else "".
         us: candidate -> median, lower and upper quartile, in microseconds.
     """
 

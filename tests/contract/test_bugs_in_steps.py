@@ -69,6 +69,7 @@ def test_unsloth_304_895_backward_leaves_what_was_saved(kind, layer, adapters):
         assert torch.equal(first, second)
 
 
+@pytest.mark.rest  # a second each
 @pytest.mark.parametrize("dropout", [0.4, DIFFERENT], ids=["same", "different"])
 @cases([*MATRIX, *CALLED], ["one", "three"])
 def test_fms_acceleration_97_dx_with_dropout(kind, layer, adapters, dropout):

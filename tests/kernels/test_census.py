@@ -20,7 +20,6 @@ import census
         ({"dropout": True}, True, 3, {"lora_grouped_wgrad masked", "lora_grouped_scan"}),
         ({"float_adapters": True}, False, 3, {"lora_grouped_gemm 128x64 float"}),
     ],
-    ids=str,
 )
 def test_a_plan_s_kernels_are_called_as_the_disassembly_calls_them(
     change, backward, groups, expected

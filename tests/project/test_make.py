@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import REST
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +62,7 @@ def make(tmp_path, monkeypatch):
         ("", "auto", "build", "auto"),
         ("", "1", "test", "1"),
         ("", "", "wheel", "auto"),
+        ("", "", "sass", "auto"),
         ("", "0", "gpu", "1"),
         ("8.6", "", "build", "auto"),
         ("8.6", "0", "build", "0"),
@@ -137,6 +139,18 @@ def test_an_edited_source_is_compiled_before_what_needs_it(make, tmp_path):
         os.utime(tree / name, (10**9, 10**9))
     os.utime(tree / compiled[0])
     assert all(map(compiles, ("build", "bench", "demo", "gpu")))
+
+
+def test_each_layer_selects_its_marker_and_a_path_is_run_whole(make):
+    daily = "not nightly and not kernels"
+    assert f"-n auto --dist worksteal -m not rest and {daily} -k few" in make("test", "ARGS=-k few")
+    assert f"-n auto --dist loadfile -m rest and {daily} -k few" in make("test-rest", "ARGS=-k few")
+    said = make("test", "ARGS=tests/bench -k few")
+    assert "--dist worksteal tests/bench -k few" in said and "-m not" not in said
+
+
+def test_what_is_left_to_the_rest_is_there():
+    assert [name for name in REST if not (ROOT / "tests" / name).exists()] == []
 
 
 # Debian's python3 without python3-venv: it makes environments, but cannot put pip into them.

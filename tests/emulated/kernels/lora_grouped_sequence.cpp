@@ -37,8 +37,9 @@ class GroupedTest {
         m_(run.size.m),
         n_(run.size.n),
         k_(run.size.k),
-        // More than rows; without those of no adapter their counts would fill 256 bytes just.
-        groups_(std::string(run.size.name) == "many"   ? 64
+        // More than a launch writes entries of; or as many as fill 256 bytes with their counts, but
+        // for those of no adapter.
+        groups_(std::string(run.size.name) == "many"   ? (draw(2) == 0 ? 64 : 2 * m_)
                 : std::string(run.size.name) == "long" ? 1 + draw(2)
                                                        : 1 + draw(6)),
         rows_(m_, groups_, draw_rank(), random_),

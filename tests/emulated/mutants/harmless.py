@@ -8,6 +8,7 @@ NEXT_GRID = (
     "the next grid begins when this one has ended, or could begin before: it waits where it must"
 )
 LARGE_FLOAT = "a float as large as that and one more are the same"
+EIGHT_STORES = "eight stores of 2 bytes, where one of 16 would do"
 ONE_BY_ONE = "two loads of an element, where one of both would do"
 OTHERS = "adapters without a row in a part of the batch are multiplied for it, too, and not added"
 EVERY_LANE = "every lane waits for its bulk groups, of which only the elected one has any"
@@ -36,9 +37,8 @@ HARMLESS = {
     "lora_gemm_sm80_epilogue.add_base.e<left:always": "what lies beside Y's columns is not stored",
     "lora_gemm_sm80_epilogue.add_base.e<left:high": "what lies beside Y's columns is not stored",
     "lora_gemm_sm80_epilogue.store_slab.row0+row<p.m:high": "what lies below Y is not stored",
-    "lora_gemm_sm80_epilogue.copy_chunk.p.whole_chunks&&left>=8:never": (
-        "eight stores of 2 bytes, where one of 16 would do"
-    ),
+    "lora_gemm_sm80_epilogue.copy_chunk.whole_chunks&&left>=8:never": EIGHT_STORES,
+    "lora_gemm_sm80_epilogue.copy_chunk.Tile::kN>64||p.whole_chunks:never": EIGHT_STORES,
     "lora_gemm_sm90a/kernel.take_role.setmaxnreg_inc:skip": "the consumers spill",
     "lora_gemm_sm90a/pipeline.set_up.p.k>0:never": "two tensor maps less are prefetched",
     "lora_gemm_sm90a/store.put_bias.!bias.given():never": "zeros are put where there is no bias",

@@ -12,6 +12,7 @@ lists anew; with --search it does not believe them.
 import argparse
 import difflib
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -162,11 +163,12 @@ def judge_program(program: str, clock: Clock, believe: bool = True) -> list[Verd
         )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="writes who catches each mutant")
     parser.add_argument("programs", nargs="*", default=PROGRAMS, metavar="PROGRAM")
     parser.add_argument("--search", action="store_true", help="all, whatever the lists say")
     arguments = parser.parse_args()
+    failed = False
     for program in arguments.programs:
         verdicts = judge_program(program, Clock(math.inf), believe=not arguments.search)
         write(program, verdicts)
@@ -174,7 +176,9 @@ def main() -> None:
         print(f"{program}: {len(verdicts)} mutants, {len(wrong)} not as they should be", flush=True)
         for verdict in wrong:
             print(f"    {verdict.state}: {verdict.mutant.name}")
+        failed |= bool(wrong)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

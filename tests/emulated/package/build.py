@@ -99,8 +99,9 @@ def torchs_half() -> list[build.Object]:
     Compiled here is what has a copy with mutants or includes one: so in one program a function of a
     header is always the same.
     """
-    programs.write_copies()
-    read = what_built_objects_read()
+    with build.alone():
+        mutants.write_copies()
+        read = what_built_objects_read()
 
     def made(name: str) -> build.Object:
         as_built = all(mutants.copy_of(path) == path for path in read[name])

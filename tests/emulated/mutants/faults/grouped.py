@@ -23,6 +23,7 @@ of_sequence = of_op("lora_grouped_sequence.h")
 of_many_entries = of_op("lora_grouped_sequence.h", "--size", "many")
 of_plan = of_op("grouped_plan.cpp", *LONG)
 of_tables = of_op("grouped_plan.cpp")
+of_counts = of_op("grouped_plan.cpp", "--size", "many")
 of_partial_sums = of_op("lora_grouped_params.h", *LONG)
 
 GROUPED = [
@@ -46,6 +47,12 @@ GROUPED = [
         "partial sums of dA are added without 1 / (1 - p)",
         "sums of one piece are scaled where they are made",
         ("o_.mask.keep_scale};", "1.f};"),
+    ),
+    of_counts(
+        "grouped_counts_without_those_of_no_adapter",
+        "the workspace has no counts of rows without an adapter",
+        "they are written before dX begins",
+        ("kGroupedChunk) * (p.groups + 1), 4);", "kGroupedChunk) * p.groups, 4);"),
     ),
     of_params(
         "grouped_wgrad_never_masked",
