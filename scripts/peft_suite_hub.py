@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,18 @@ BART = {
 WHISPER = {**BART, "num_mel_bins": 80, "max_source_positions": 60, "max_target_positions": 60}
 CLIP_TEXT = {**TEXT, **SIZES, "max_position_embeddings": 77, "projection_dim": 32}
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
+VISION["out_hidden_size"] = 32
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 64}
+MAMBA = {**TEXT, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+LLAMA4 = {**EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
+QWEN_EXPERTS = {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}
+NEMOTRON = {
+    **GROUPED,
+    "layers_block_type": ["linear_attention", "full_attention"],
+    **{"head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8},
+    **{"n_groups": 2, "ssm_state_size": 8},
+}
 
 
 class Model(NamedTuple):
@@ -97,129 +109,87 @@ class Adapter(NamedTuple):
     subfolder: str = ""
 
 
+HF, PEFT, TRL = (f"{owner}-internal-testing/" for owner in ("hf", "peft", "trl"))
+TINY = f"{PEFT}tiny-random-"
+# Whose names end with their class, and the others.
+OF_CLASS = {
+    "BartForConditionalGeneration": BART,
+    "BertForSequenceClassification": PLAIN,
+    "BloomForCausalLM": BLOOM,
+    "DebertaModel": PLAIN,
+    "DebertaV2Model": PLAIN,
+    "GPT2LMHeadModel": GPT2,
+    "GPTJForCausalLM": {**GPT2, "rotary_dim": 4},
+    "GPTNeoXForCausalLM": PLAIN,
+    "LlamaForCausalLM": GROUPED,
+    "OPTForCausalLM": OPT,
+    "ResNetForImageClassification": RESNET,
+    "RobertaForSequenceClassification": PLAIN,
+    "RobertaModel": PLAIN,
+    "T5ForConditionalGeneration": T5,
+}
 MODELS = {
+    **{f"{TINY}{name}": Model(name, values) for name, values in OF_CLASS.items()},
     "Qwen/Qwen2-0.5B": Model("Qwen2ForCausalLM", {**GROUPED, "vocab_size": VOCABULARY + 20}),
     "google/flan-t5-small": Model("T5ForConditionalGeneration", GATED_T5),
     "gpt2": Model("GPT2LMHeadModel", GPT2),
-    "hf-internal-testing/Mixtral-tiny": Model("MixtralForCausalLM", EXPERTS),
-    "hf-internal-testing/tiny-random-BertModel": Model("BertForPreTraining", PLAIN),
-    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": Model(
-        "Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 64}
-    ),
-    "hf-internal-testing/tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", GROUPED),
-    "hf-internal-testing/tiny-random-MistralForCausalLM": Model("MistralForCausalLM", GROUPED),
-    "hf-internal-testing/tiny-random-WhisperForConditionalGeneration": Model(
+    f"{HF}Mixtral-tiny": Model("MixtralForCausalLM", EXPERTS),
+    f"{HF}tiny-random-BertModel": Model("BertForPreTraining", PLAIN),
+    f"{HF}tiny-random-Gemma3ForCausalLM": Model("Gemma3ForCausalLM", GEMMA),
+    f"{HF}tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", GROUPED),
+    f"{HF}tiny-random-MistralForCausalLM": Model("MistralForCausalLM", GROUPED),
+    f"{HF}tiny-random-WhisperForConditionalGeneration": Model(
         "WhisperForConditionalGeneration", WHISPER
     ),
-    "hf-internal-testing/tiny-random-gpt2": Model("GPT2LMHeadModel", GPT2),
-    "peft-internal-testing/opt-125m": Model("OPTForCausalLM", {**OPT, "num_hidden_layers": 12}),
-    "peft-internal-testing/tiny-clip-text-2": Model("CLIPTextModelWithProjection", CLIP_TEXT),
-    "peft-internal-testing/tiny-dummy-qwen2": Model("Qwen2ForCausalLM", GROUPED),
-    "peft-internal-testing/tiny-random-BartForConditionalGeneration": Model(
-        "BartForConditionalGeneration", BART
-    ),
-    "peft-internal-testing/tiny-random-BertForSequenceClassification": Model(
-        "BertForSequenceClassification", PLAIN
-    ),
-    "peft-internal-testing/tiny-random-BertModel": Model(
-        "BertForPreTraining", PLAIN, ("main", "v2.0.0")
-    ),
-    "peft-internal-testing/tiny-random-BloomForCausalLM": Model("BloomForCausalLM", BLOOM),
-    "peft-internal-testing/tiny-random-DebertaModel": Model("DebertaModel", PLAIN),
-    "peft-internal-testing/tiny-random-DebertaV2Model": Model("DebertaV2Model", PLAIN),
-    "peft-internal-testing/tiny-random-GPT2LMHeadModel": Model("GPT2LMHeadModel", GPT2),
-    "peft-internal-testing/tiny-random-GPTJForCausalLM": Model(
-        "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}
-    ),
-    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": Model("GPTNeoXForCausalLM", PLAIN),
-    "peft-internal-testing/tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", GROUPED),
-    "peft-internal-testing/tiny-random-OPTForCausalLM": Model("OPTForCausalLM", OPT),
-    "peft-internal-testing/tiny-random-ResNetForImageClassification": Model(
-        "ResNetForImageClassification",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3},
-    ),
-    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": Model(
-        "RobertaForSequenceClassification", PLAIN
-    ),
-    "peft-internal-testing/tiny-random-RobertaModel": Model("RobertaModel", PLAIN),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": Model(
-        "T5ForConditionalGeneration", T5
-    ),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": Model(
-        "T5ForConditionalGeneration", T5
-    ),
-    "peft-internal-testing/tiny-random-gpt2": Model("GPT2LMHeadModel", GPT2),
-    "peft-internal-testing/tiny-random-t5": Model("T5ForConditionalGeneration", T5),
-    "tiiuae/falcon-mamba-tiny-dev": Model(
-        "FalconMambaForCausalLM",
-        {**TEXT, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-    ),
-    "trl-internal-testing/tiny-GptOssForCausalLM": Model("GptOssForCausalLM", EXPERTS),
-    "trl-internal-testing/tiny-Llama4ForCausalLM": Model(
-        "Llama4ForCausalLM", {**EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
-    ),
-    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": Model(
+    f"{HF}tiny-random-gpt2": Model("GPT2LMHeadModel", GPT2),
+    f"{PEFT}opt-125m": Model("OPTForCausalLM", {**OPT, "num_hidden_layers": 12}),
+    f"{PEFT}tiny-clip-text-2": Model("CLIPTextModelWithProjection", CLIP_TEXT),
+    f"{PEFT}tiny-dummy-qwen2": Model("Qwen2ForCausalLM", GROUPED),
+    f"{TINY}BertModel": Model("BertForPreTraining", PLAIN, ("main", "v2.0.0")),
+    f"{TINY}T5ForConditionalGeneration-calibrated": Model("T5ForConditionalGeneration", T5),
+    f"{TINY}gpt2": Model("GPT2LMHeadModel", GPT2),
+    f"{TINY}t5": Model("T5ForConditionalGeneration", T5),
+    "tiiuae/falcon-mamba-tiny-dev": Model("FalconMambaForCausalLM", MAMBA),
+    f"{TRL}tiny-GptOssForCausalLM": Model("GptOssForCausalLM", EXPERTS),
+    f"{TRL}tiny-Llama4ForCausalLM": Model("Llama4ForCausalLM", LLAMA4),
+    f"{TRL}tiny-LlamaForSequenceClassification-3.2": Model(
         "LlamaForSequenceClassification", GROUPED
     ),
-    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": Model(
-        "NemotronHForCausalLM",
-        {
-            **GROUPED,
-            "layers_block_type": ["linear_attention", "full_attention"],
-            "head_dim": 8,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 8,
-            "n_groups": 2,
-            "ssm_state_size": 8,
-        },
+    f"{TRL}tiny-NemotronHForCausalLM-nano": Model("NemotronHForCausalLM", NEMOTRON),
+    f"{TRL}tiny-Qwen2_5_VLForConditionalGeneration": Model(
+        "Qwen2_5_VLForConditionalGeneration", {"text_config": GROUPED, "vision_config": VISION}
     ),
-    "trl-internal-testing/tiny-Qwen2_5_VLForConditionalGeneration": Model(
-        "Qwen2_5_VLForConditionalGeneration",
-        {"text_config": GROUPED, "vision_config": {**VISION, "out_hidden_size": 32}},
-    ),
-    "trl-internal-testing/tiny-Qwen3MoeForCausalLM": Model(
-        "Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}
-    ),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", PLAIN),
+    f"{TRL}tiny-Qwen3MoeForCausalLM": Model("Qwen3MoeForCausalLM", QWEN_EXPERTS),
+    f"{TRL}tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", PLAIN),
 }
 
-TINY_OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
+TINY_OPT = f"{TINY}OPTForCausalLM"
+CAUSAL = "AutoModelForCausalLM"
+WHISPER_NAME = f"{HF}tiny-random-WhisperForConditionalGeneration"
 ADAPTERS = {
-    "peft-internal-testing/opt-125m-dummy-lora": Adapter(
-        "AutoModelForCausalLM", "peft-internal-testing/opt-125m", "CAUSAL_LM"
+    f"{PEFT}opt-125m-dummy-lora": Adapter(CAUSAL, f"{PEFT}opt-125m", "CAUSAL_LM"),
+    f"{PEFT}test-lora-subfolder": Adapter(CAUSAL, TINY_OPT, "CAUSAL_LM", subfolder="test"),
+    f"{PEFT}tiny-OPTForCausalLM-lora": Adapter(CAUSAL, TINY_OPT, "CAUSAL_LM"),
+    f"{TINY}BertModel-lora": Adapter(
+        CAUSAL, f"{HF}tiny-random-BertModel", "CAUSAL_LM", revision="v1.2.3"
     ),
-    "peft-internal-testing/test-lora-subfolder": Adapter(
-        "AutoModelForCausalLM", TINY_OPT, "CAUSAL_LM", subfolder="test"
+    f"{PEFT}tiny_GPT2ForTokenClassification-lora": Adapter(
+        "AutoModelForTokenClassification", f"{HF}tiny-random-gpt2", "TOKEN_CLS"
     ),
-    "peft-internal-testing/tiny-OPTForCausalLM-lora": Adapter(
-        "AutoModelForCausalLM", TINY_OPT, "CAUSAL_LM"
-    ),
-    "peft-internal-testing/tiny-random-BertModel-lora": Adapter(
-        "AutoModelForCausalLM",
-        "hf-internal-testing/tiny-random-BertModel",
-        "CAUSAL_LM",
-        revision="v1.2.3",
-    ),
-    "peft-internal-testing/tiny_GPT2ForTokenClassification-lora": Adapter(
-        "AutoModelForTokenClassification", "hf-internal-testing/tiny-random-gpt2", "TOKEN_CLS"
-    ),
-    "peft-internal-testing/tiny_OPTForFeatureExtraction-lora": Adapter(
+    f"{PEFT}tiny_OPTForFeatureExtraction-lora": Adapter(
         "AutoModel", TINY_OPT, "FEATURE_EXTRACTION"
     ),
-    "peft-internal-testing/tiny_OPTForQuestionAnswering-lora": Adapter(
+    f"{PEFT}tiny_OPTForQuestionAnswering-lora": Adapter(
         "AutoModelForQuestionAnswering", TINY_OPT, "QUESTION_ANS"
     ),
-    "peft-internal-testing/tiny_OPTForSequenceClassification-lora": Adapter(
+    f"{PEFT}tiny_OPTForSequenceClassification-lora": Adapter(
         "AutoModelForSequenceClassification", TINY_OPT, "SEQ_CLS"
     ),
-    "peft-internal-testing/tiny_T5ForSeq2SeqLM-lora": Adapter(
-        "AutoModelForSeq2SeqLM", "peft-internal-testing/tiny-random-t5", "SEQ_2_SEQ_LM"
+    f"{PEFT}tiny_T5ForSeq2SeqLM-lora": Adapter(
+        "AutoModelForSeq2SeqLM", f"{TINY}t5", "SEQ_2_SEQ_LM"
     ),
-    "peft-internal-testing/tiny_WhisperForConditionalGeneration-lora": Adapter(
-        "WhisperForConditionalGeneration",
-        "hf-internal-testing/tiny-random-WhisperForConditionalGeneration",
-        None,
-        target_modules=("q_proj", "v_proj"),
+    f"{PEFT}tiny_WhisperForConditionalGeneration-lora": Adapter(
+        "WhisperForConditionalGeneration", WHISPER_NAME, None, ("q_proj", "v_proj")
     ),
 }
 
@@ -340,25 +310,32 @@ PIPELINES: dict[str, Callable[[Path, str], None]] = {
 }
 
 
+def write_data(home: Path, name: str, split: str, features: Any, rows: Sequence[Any]) -> None:
+    """A data set with one split where `datasets` keeps what it has prepared."""
+    import datasets
+
+    owner, short = name.split("/")
+    folder = home / "datasets" / f"{owner}___{short}" / "default" / "0.0.0" / ("0" * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{short}-{split}.arrow"
+    with datasets.arrow_writer.ArrowWriter(path=str(path), features=features) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    splits = datasets.SplitDict()
+    splits.add(datasets.SplitInfo(split, num_examples=len(rows), dataset_name=short))
+    datasets.DatasetInfo(
+        features=features, splits=splits, config_name="default", dataset_name=short, version="0.0.0"
+    ).write_to_directory(str(folder))
+
+
 def make_pictures(home: Path, name: str) -> None:
-    """Writes a data set of one picture of noise where `datasets` keeps what it has prepared."""
+    """A data set of one picture of noise."""
     import datasets
 
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     features = datasets.Features({"image": datasets.Image()})
-    picture = features.encode_example({"image": pixels})
-    owner, short = name.split("/")
-    folder = home / "datasets" / f"{owner}___{short}" / "default" / "0.0.0" / ("0" * 40)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{short}-test.arrow"
-    with datasets.arrow_writer.ArrowWriter(path=str(path), features=features) as writer:
-        writer.write(picture)
-        writer.finalize()
-    splits = datasets.SplitDict()
-    splits.add(datasets.SplitInfo("test", num_examples=1, dataset_name=short))
-    datasets.DatasetInfo(
-        features=features, splits=splits, config_name="default", dataset_name=short, version="0.0.0"
-    ).write_to_directory(str(folder))
+    write_data(home, name, "test", features, [features.encode_example({"image": pixels})])
 
 
 DATA_SETS = {"huggingface/cats-image": make_pictures}

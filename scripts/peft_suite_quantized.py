@@ -41,30 +41,10 @@ GPU_ONLY = r"not \(torch\.cuda\.is_available\(\) or is_xpu_available\(\)\)"
 # Words of the names of cases that are of other methods, of dense bases, of several processes, or of
 # what PEFT's library computes on CUDA alone.
 OTHERS = (
-    "adalora",
-    "adaption",
-    "autocast_dtype",
-    "frod",
-    "hira",
-    "hotswap",
-    "hra",
-    "ia3",
-    "loftq",
-    "no_quantization",
-    "notebook",
-    "offload",
-    "p_tuning",
-    "prefix",
-    "pytorch_compile",
-    "randlora",
-    "road",
-    "same_adapter",
-    "tensorparallel",
-    "testautocast",
-    "trainer_compile",
-    "_pvera",
-    "_vera",
-    "backend_is_set",
+    "adalora or adaption or autocast_dtype or frod or hira or hotswap or hra or ia3 or loftq or "
+    "no_quantization or notebook or offload or p_tuning or prefix or pytorch_compile or randlora "
+    "or road or same_adapter or tensorparallel or testautocast or trainer_compile or _pvera or "
+    "_vera or backend_is_set"
 )
 LORA_CASES = """TEST_CASES[:] = [
     (__import__("peft").LoraConfig, {"target_modules": ["q_proj", "v_proj"], **more})
@@ -171,28 +151,9 @@ def make_hub(home: Path) -> None:
     words = [f"{a}{b}" for a in ("to ", "not ", "or ") for b in ("be", "see", "do", "go")]
     quotes = [" ".join(words[(i * j) % 12] for j in range(1, 5 + i % 5)) for i in range(120)]
     rows = [{"quote": quote, "author": "nobody", "tags": ["a"]} for quote in quotes]
+    data = datasets.Dataset.from_list(rows)
     for name in ("ybelkada/english_quotes_copy", "Abirate/english_quotes"):
-        write_data(home, name, datasets.Dataset.from_list(rows))
-
-
-def write_data(home: Path, name: str, data: object) -> None:
-    """A data set with one split, train, where `datasets` keeps what it has prepared."""
-    import datasets
-
-    owner, short = name.split("/")
-    folder = home / "datasets" / f"{owner}___{short}" / "default" / "0.0.0" / ("0" * 40)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{short}-train.arrow"
-    with datasets.arrow_writer.ArrowWriter(path=str(path), features=data.features) as writer:
-        for row in data:
-            writer.write(row)
-        writer.finalize()
-    splits = datasets.SplitDict()
-    splits.add(datasets.SplitInfo("train", num_examples=len(data), dataset_name=short))
-    words = {"config_name": "default", "dataset_name": short, "version": "0.0.0"}
-    datasets.DatasetInfo(features=data.features, splits=splits, **words).write_to_directory(
-        str(folder)
-    )
+        hub.write_data(home, name, "train", data.features, data)
 
 
 def made_hub(folder: Path, keep: bool) -> Path:
@@ -348,7 +309,7 @@ def main() -> int:
     hub = made_hub(folder, options.keep)
     os.environ["PEFT_DEBUG_WITH_TORCH_COMPILE"] = "1"
     more = ["-m", "single_gpu_tests or not multi_gpu_tests"]
-    more += ["-k", options.cases or f"not ({' or '.join(OTHERS)})"]
+    more += ["-k", options.cases or f"not ({OTHERS})"]
     records = folder / ("records-quantized-some" if options.cases else "records-quantized")
     both: tuple[Results, Results] = ({}, {})
     for name in FILES:

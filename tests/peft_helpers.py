@@ -67,6 +67,16 @@ class Net(nn.Module):
 TARGETS = ["embed", "up", "gate", "down"]
 
 
+def tiny_llama(**sizes: Any) -> nn.Module:
+    """A language model of random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**small, **sizes}))
+
+
 def make_ids(rows: int = 6, seed: int = 5) -> Tensor:
     return torch.randint(VOCAB, (rows, 9), generator=torch.Generator().manual_seed(seed))
 

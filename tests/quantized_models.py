@@ -1,6 +1,7 @@
 """Small PEFT models over layers of the libraries that quantise."""
 
 import importlib.util
+import logging
 import warnings
 
 import pytest
@@ -14,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 WIDTH, HIDDEN = 64, 128
 
 
-def bnb_four_bits(layer: nn.Linear, dtype: torch.dtype, storage=torch.uint8) -> nn.Module:
+def bnb_four_bits(
+    layer: nn.Linear, dtype: torch.dtype, storage=torch.uint8, kind="nf4", nested=True
+) -> nn.Module:
     import bitsandbytes as bnb
 
-    words = {"quant_type": "nf4", "compute_dtype": dtype, "quant_storage": storage}
+    words = {"quant_type": kind, "compute_dtype": dtype, "quant_storage": storage}
+    words["compress_statistics"] = nested
     made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, **words)
     made.load_state_dict(layer.state_dict())
     made.weight.data = made.weight.data.to(dtype)  # before it is quantised
@@ -28,6 +32,8 @@ def bnb_four_bits(layer: nn.Linear, dtype: torch.dtype, storage=torch.uint8) -> 
 def bnb_eight_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     import bitsandbytes as bnb
 
+    # On each call it says that it rounds x to float16, in eval mode.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     made = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
     made.load_state_dict(layer.state_dict())
     made.bias.data = made.bias.data.to(dtype)
@@ -51,10 +57,12 @@ def torchao_int4_groups(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return holder[0].requires_grad_(False)
 
 
-def hqq_four_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+def hqq_four_bits(layer: nn.Linear, dtype: torch.dtype, optimize=True) -> nn.Module:
+    """optimize: looks for better zeros, for long."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=4, group_size=64)
+    config["weight_quant_params"]["optimize"] = optimize
     layer = layer.requires_grad_(False)
     return HQQLinear(layer, config, compute_dtype=dtype, device="cpu", initialize=True)
 

@@ -16,7 +16,6 @@ from adapter_helpers import (
     read_config,
     read_tensors,
     save_peft,
-    write_config,
 )
 
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
@@ -159,28 +158,6 @@ def test_the_dtype_of_factors_is_floating(tmp_path):
     save_peft(peft_model(make_zoo(), target_modules=LINEAR), tmp_path)
     with pytest.raises(AdapterError, match=r"a floating adapter_dtype, but got torch\.int8"):
         load_adapter(make_zoo(), tmp_path, adapter_dtype=torch.int8)
-
-
-def test_a_config_of_an_old_version(tmp_path):
-    theirs = peft_model(make_zoo(), target_modules=LINEAR, r=2)
-    save_peft(theirs, tmp_path)
-    old = {
-        "base_model_name_or_path": "some/model",
-        "bias": "none",
-        "enable_lora": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": 8,
-        "lora_dropout": 0,
-        "merge_weights": False,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": 2,
-        "target_modules": LINEAR,
-        "task_type": "CAUSAL_LM",
-    }
-    write_config(tmp_path, old)
-    torch.testing.assert_close(output(load_adapter(make_zoo(), tmp_path)), output(theirs))
 
 
 def test_loaded_in_inference_mode_and_trained_outside(tmp_path):

@@ -14,23 +14,13 @@ from adapter_helpers import (
     state_of,
     write_config,
 )
+from peft_helpers import tiny_llama
 
 from lora_ext.adapters import AdapterError, load_adapter, read_adapter_config, save_adapter
 
 
-def tiny_llama(**config):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes, **config)).double().eval()
+def language_model(**words):
+    return tiny_llama(vocab_size=32, **words).double().eval()
 
 
 def logits(model):
@@ -54,7 +44,7 @@ def logits(model):
     ids=lambda config: str(config["target_modules"])[:20],
 )
 def test_a_language_model(config, tmp_path):
-    base = tiny_llama(tie_word_embeddings=False)
+    base = language_model(tie_word_embeddings=False)
     theirs = peft_model(base, **config)
     save_peft(theirs, tmp_path / "theirs")
     ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
@@ -65,7 +55,7 @@ def test_a_language_model(config, tmp_path):
 
 def test_all_linear_written_by_hand(tmp_path):
     """PEFT itself stores the names that it stands for."""
-    base = tiny_llama()
+    base = language_model()
     theirs = peft_model(base, target_modules="all-linear", task_type="CAUSAL_LM")
     save_peft(theirs, tmp_path)
     write_config(tmp_path, {**read_config(tmp_path), "target_modules": "all-linear"})
@@ -93,24 +83,9 @@ def test_a_classifier(tmp_path):
     torch.testing.assert_close(logits(from_peft(base, tmp_path / "ours")), logits(theirs))
 
 
-def test_gpt2_with_tied_embeddings(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
-    base = base.double().eval()
-    theirs = peft_model(base, target_modules=["c_attn", "c_proj", "wte"], bias="lora_only")
-    save_peft(theirs, tmp_path / "theirs")
-    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    assert ours.lm_head.weight is ours.transformer.wte.weight
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-11, atol=1e-11)
-    save_adapter(ours, tmp_path / "ours")
-    torch.testing.assert_close(logits(from_peft(base, tmp_path / "ours")), logits(theirs))
-
-
 def test_an_adapter_for_another_embedding_is_refused(tmp_path):
     """PEFT stores the embedding that it targets, and on loading overwrites the model's."""
-    base = tiny_llama()
+    base = language_model()
     save_peft(peft_model(base, target_modules=["v_proj", "embed_tokens"]), tmp_path)
     with torch.no_grad():
         base.model.embed_tokens.weight[3] += 1

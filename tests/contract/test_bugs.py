@@ -69,23 +69,6 @@ def test_lorafusion_a_merged_layer_adds_nothing_twice(kind):
     assert_close(subject(x), wanted, **kind.unmerged(F64))
 
 
-@every_kind
-def test_peft_1355_merging_twice(kind):
-    """Each further merge added the update again, and each unmerge took one out."""
-    subject = kind.make("net", "three", F64)
-    x = subject.x(6)
-    y = subject(x)
-    subject.merge()
-    merged = subject(x)
-    assert_close(merged, y)
-    for _ in range(3):
-        subject.merge()
-        assert torch.equal(subject(x), merged)
-    for _ in range(3):
-        subject.unmerge()
-        assert_close(subject(x), y, **kind.unmerged(F64))
-
-
 @cases(LAYERS, ["opposite"])
 def test_peft_2918_negative_weights(kind, layer, adapters):
     """A negative weight changed the wrong factor: the product is what counts. a and -a cancel."""

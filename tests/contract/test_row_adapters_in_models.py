@@ -3,10 +3,10 @@ every sample has the tokens that it has alone."""
 
 import pytest
 import torch
-import transformers
 from layer_helpers import randomize as randomize_ours
 from peft import LoraConfig, get_peft_model
 from peft_helpers import randomize as randomize_pefts
+from peft_helpers import tiny_llama
 
 import lora_ext
 
@@ -16,19 +16,7 @@ NAMES = ["a", None, "c", "b"]
 
 
 def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return tiny_llama(pad_token_id=0, eos_token_id=None, bos_token_id=None)
 
 
 def ours():
@@ -83,20 +71,6 @@ def test_the_tokens_of_each_sample_alone(model, words):
     assert not torch.equal(same, together)
 
 
-def test_sequences_that_are_sampled(model):
-    """num_return_sequences holds each sample several times in a row."""
-    words = {"do_sample": True, "num_return_sequences": 3}
-    torch.manual_seed(0)
-    together = generated(model, NAMES, prompts(), **words)
-    assert together.shape == (12, 14)
-    logits = []
-    for names in ([n for n in NAMES for _ in range(3)],):
-        with torch.no_grad(), lora_ext.use_adapters(model, names):
-            logits.append(model(input_ids=together).logits)
-    with torch.no_grad(), lora_ext.use_adapters(model, NAMES, repeats=3):
-        torch.testing.assert_close(model(input_ids=together).logits, logits[0])
-
-
 def test_activated_lora_leaves_the_tokens_before_it_as_they_are(model):
     """-1 before the invocation: the base's bits there, so that a cache of the base can be used."""
     ids = prompts(tokens=10)
@@ -134,28 +108,3 @@ def test_activated_lora_generates_with_the_last_of_the_index(model):
                 logits = model(input_ids=tokens, use_cache=False).logits
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(together, tokens)
-
-
-def test_training_of_a_whole_model(model):
-    """A sample's loss trains its adapter as it would alone."""
-    if hasattr(model, "peft_config"):
-        model.base_model.set_adapter(list(RANKS))
-    else:
-        lora_ext.models.set_adapter(model, list(RANKS))
-    ids = prompts()
-    found = []
-    for split in (1, 4):
-        model.zero_grad()
-        for names, part in zip(torch.arange(4).chunk(split), ids.chunk(split), strict=True):
-            with lora_ext.use_adapters(model, [NAMES[i] for i in names]):
-                logits = model(input_ids=part).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
-                )
-            if loss.requires_grad:
-                loss.backward()
-        found.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and len(found[0]) >= 3 * 2 * 2
-    for name, value in found[0].items():
-        limit = 1e-4 * value.abs().max().item()
-        torch.testing.assert_close(value, found[1][name], rtol=0, atol=limit, msg=name)

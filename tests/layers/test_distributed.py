@@ -217,16 +217,6 @@ def bfloat16_policy():
 
 
 @case
-def fsdp_has_the_averaged_gradients(rank):
-    kept = {"reshard_after_forward": False}
-    for layers, options in ((False, {}), (True, {}), (False, kept)):
-        net, alone = shard(make_net(), layers, **options), make_net()
-        assert_equal(train_together(net, rank, 1), train_alone(alone, 1))
-        weight = net.blocks[0].up.weight
-        assert weight.to_local().numel() * WORLD == weight.numel()
-
-
-@case
 def fsdp_trains_as_one_process(rank):
     """By blocks and by layers; bfloat16 weights stay frozen beside float32 factors."""
     by_blocks, by_layers = False, True
@@ -380,7 +370,7 @@ def adapters_saved_from_shards(rank):
     """After an evaluation too, which leaves the root's parameters gathered and rounded."""
     from safetensors.torch import load_file
 
-    from lora_ext.adapters import load_adapter, save_adapter
+    from lora_ext.adapters import AdapterError, load_adapter, save_adapter
 
     plain = make_net()
     if rank == 0:
@@ -401,6 +391,9 @@ def adapters_saved_from_shards(rank):
             ]
             assert_equal(*files)
     dist.barrier()
+    # A file in the folder's place: rank 0 fails, and the other hears of it.
+    error = FileExistsError if rank == 0 else AdapterError
+    assert_raises(error, "README", partial(save_adapter, shard(make_net()), "plain/README.md"))
     other = checkpointed(make_net())
     load_adapter(other, "plain", "loaded")
     for key, value in lora_state_dict(other, adapter="loaded").items():

@@ -3,17 +3,14 @@ dtypes and biases; dropout's statistics; inputs of other kinds."""
 
 import pytest
 import torch
-from helpers import BF16, F32, F64, HALVES, KERNEL_ROWS, max_error, rms_error, short
+from helpers import BF16, F32, F64, KERNEL_ROWS, max_error, rms_error, short
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_helpers import (
     IN,
     KINDS,
-    MATRIX_KINDS,
     OUT,
-    adapter_parameters,
     exact,
-    forward,
     in_peft_order,
     make_input,
     make_layer,
@@ -21,7 +18,6 @@ from layer_helpers import (
 )
 from torch import nn
 
-import lora_ext
 from lora_ext import LoRALinear
 from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding
 
@@ -65,35 +61,6 @@ def test_any_combination_of_adapters(data):
 def parameters_of(layer, name):
     tables = (layer.lora_a, layer.lora_b, layer.lora_bias)
     return [table[name] for table in tables if name in table]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_against_float64(kind):
-    """Of x, every active factor and bias; none of the weight or of what is not active."""
-    bias = kind != "embedding"
-    specs = {
-        "a": AdapterSpec(4, 6.0, lora_bias=bias),
-        "b": AdapterSpec(3, 2.0, use_rslora=True),
-        "idle": AdapterSpec(2, 1.0, lora_bias=bias),
-    }
-    layer = make_layer(kind, specs, F64)
-    layer.set_adapter(["b", "a"])
-    x = make_input(kind, F64)
-    if x.is_floating_point():
-        x.requires_grad_()
-    inputs = [t for t in (x, *layer.parameters()) if t.requires_grad]
-    assert len(inputs) == (4 if kind == "embedding" else 7)
-    y = layer(x)
-    grad = torch.randn(y.shape, dtype=F64, generator=torch.Generator().manual_seed(3))
-    ours = torch.autograd.grad(y, inputs, grad)
-    # An embedding's padding has no gradient, but its row of lora_a counts for lora_b, as in PEFT.
-    wanted = in_peft_order(layer, x) if kind == "embedding" else exact(layer, x)
-    theirs = torch.autograd.grad(wanted, inputs, grad)
-    for value, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
-    layer(x).sum().backward()
-    assert layer.weight.grad is None
-    assert all(p.grad is None for p in parameters_of(layer, "idle"))
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -164,13 +131,6 @@ def test_lora_bias_without_a_bias():
 # ---- dropout ----
 
 
-def kept_inputs(layer, rows):
-    """[rows, IN] of bool: which elements of x reach the update; W is 0, A and B pass x through."""
-    x = torch.ones(rows, IN)
-    with torch.no_grad():
-        return layer(x)[:, :IN] != 0
-
-
 def see_through_layer(*dropouts):
     layer = LoRALinear(IN, IN, bias=False, r=0)
     nn.init.zeros_(layer.weight)
@@ -180,32 +140,6 @@ def see_through_layer(*dropouts):
         nn.init.eye_(layer.lora_b[f"a{i}"])
     layer.set_adapter(list(layer.adapters))
     return layer
-
-
-@pytest.mark.parametrize("rows", [4, 4000])
-def test_dropout_statistics(rows):
-    """Rate and scale, by the op's library route and by its kernels; in training only."""
-    layer = see_through_layer(0.3)
-    repeats = 8000 // rows
-    kept = torch.cat([kept_inputs(layer, rows) for _ in range(repeats)])
-    spread = (0.3 * 0.7 / kept.numel()) ** 0.5
-    assert abs(kept.float().mean().item() - 0.7) < 5 * spread
-    assert (kept.float().mean(0) - 0.7).abs().max() < 5 * spread * IN**0.5
-    y = layer(torch.ones(rows, IN))
-    values = y[y != 0]
-    assert torch.allclose(values, torch.full_like(values, 1 / 0.7), rtol=1e-4)
-    assert not torch.equal(kept_inputs(layer, 200), kept_inputs(layer, 200))
-    layer.eval()
-    assert kept_inputs(layer, rows).all()
-
-
-def test_the_mask_is_that_of_the_seed():
-    layer = see_through_layer(0.5)
-    masks = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        masks.append(kept_inputs(layer, 100))
-    assert torch.equal(*masks)
 
 
 def test_masks_of_several_adapters():
@@ -256,25 +190,6 @@ def test_keyword_arguments_of_the_base():
         assert torch.equal(layer(input=x), layer(x))
 
 
-@pytest.mark.parametrize("cast", HALVES, ids=short)
-@pytest.mark.parametrize("kind", MATRIX_KINDS)
-def test_autocast(kind, cast):
-    """float32 layers under autocast: half outputs, float32 gradients, the error of one rounding."""
-    layer, x = make_layer(kind, SPECS), make_input(kind, lead=(64,)).requires_grad_()
-    with torch.autocast("cpu", cast):
-        y = layer(x)
-        with layer.disable_adapters():
-            assert torch.equal(layer(x), forward(layer, x, layer.weight, layer.bias))
-    assert y.dtype == cast
-    eps = torch.finfo(cast).eps
-    scale = exact(layer, x).abs().max().item()
-    assert max_error(y.detach(), exact(layer, x).detach()) < 8 * eps * scale
-    y.float().sum().backward()
-    for tensor in (x, *adapter_parameters(layer)):
-        assert tensor.grad.dtype == F32
-        assert tensor.grad.isfinite().all()
-
-
 def test_nested_tensors():
     """torch's encoder hands them on; the op has no kernel for them, torch's products have."""
     layer = make_layer("linear", SPECS, F64).eval()
@@ -305,14 +220,3 @@ def test_a_weight_that_is_trained_is_refused():
     layer.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="frozen"):
         layer(make_input("linear"))
-
-
-def test_a_nested_x_in_a_block_is_refused():
-    layer = make_layer("linear")
-    parts = [torch.randn(rows, layer.in_features) for rows in (2, 3)]
-    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
-    with (
-        lora_ext.use_adapters(layer, ["default", None]),
-        pytest.raises(TypeError, match="dense x, but got a nested one"),
-    ):
-        layer(x)

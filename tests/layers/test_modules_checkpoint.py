@@ -11,8 +11,6 @@ from step_helpers import (
     ROWS,
     Pair,
     assert_same,
-    assert_trained,
-    differing,
     make,
     randomized,
     run,
@@ -42,31 +40,6 @@ def checkpointed(module, use_reentrant, **options):
 
 def plain_region(module):
     return lambda x: F.relu(module(x))
-
-
-CHECKPOINTED = ["pissa", "strided convolution"]
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("name", CHECKPOINTED)
-def test_checkpoint_with_dropout_gives_the_same_bits(device, name, use_reentrant):
-    """The recomputation draws the forward pass's masks again."""
-    module, x = make(name, 0.4, device)
-    plain = run(plain_region(module), module, x)
-    assert_trained(plain)
-    assert "dx" in differing(run(plain_region(module), module, x, seed=8), plain)
-    assert_same(run(checkpointed(module, use_reentrant), module, x), plain)
-
-
-@pytest.mark.parametrize("name", CHECKPOINTED)
-def test_compile_checkpoint_and_dropout(device, counter, name):
-    """peft#3020: the three together, in one graph."""
-    module, x = make(name, 0.4, device)
-    plain = run(plain_region(module), module, x)
-    assert_trained(plain)
-    compiled = torch.compile(checkpointed(module, False), backend=counter, fullgraph=True)
-    assert_same(run(compiled, module, x), plain)
-    assert counter.frame_count == 1
 
 
 def save_products(_context, op, *_args, **_kwargs):

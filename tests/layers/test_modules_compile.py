@@ -5,7 +5,6 @@
 
 import pytest
 import torch
-from helpers import BF16, F32
 from step_helpers import (
     OUT,
     ROWS,
@@ -14,13 +13,10 @@ from step_helpers import (
     assert_same,
     assert_trained,
     block,
-    compiled_under_autocast,
-    differing,
     linear,
     make,
     run,
     several,
-    under_autocast,
 )
 from torch import nn
 
@@ -137,24 +133,3 @@ def test_adapters_switched_and_merged_inside_a_compiled_function(counter):
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="requires_grad"):
         torch.compile(step, backend=counter, fullgraph=True)(x)
-
-
-# ---- autocast ----
-
-
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", ["merged lora_bias", "block"])
-def test_compiled_under_autocast(device, counter, name, inside):
-    module, x = make(name, 0.4, device)
-    eager = run(under_autocast(module, device), module, x)
-    assert eager["y"].dtype == (F32 if name == "block" else BF16)
-    compiled = compiled_under_autocast(module, device, counter, inside)
-    result = run(compiled, module, x)
-    assert result["y"].dtype == eager["y"].dtype
-    assert counter.frame_count == 1
-    for key, value in eager.items():
-        if name == "block" and value is not None:
-            # x's three casts to bfloat16 are one in eager, whose gradients then add up in bfloat16.
-            torch.testing.assert_close(result[key], value, rtol=0.05, atol=0.05, msg=key)
-        else:
-            assert differing({key: result[key]}, {key: value}) == []

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from step_helpers import IN, OUT, assert_same, make, run
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -36,16 +35,6 @@ def test_functional_call(counter, name, is_compiled):
         results.append(function(x))
     assert torch.equal(*results)
     assert_same(layer.state_dict(), before)
-
-
-def test_functional_call_does_not_use_the_pack_of_another_weight():
-    layer, x = make("linear", 0.0)
-    layer.pack_weight()
-    weight = torch.randn(OUT, IN)
-    plain = F.linear(x, weight, layer.bias)
-    update = x @ layer.lora_a["default"].T @ layer.lora_b["default"].T * 2
-    y = functional_call(layer, {"weight": weight}, (x,))
-    torch.testing.assert_close(y, plain + update, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

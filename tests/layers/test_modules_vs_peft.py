@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import BF16, F32, F64, HALVES, max_error, rms_error, short
+from helpers import BF16, F32, F64, max_error, rms_error, short
 from layer_helpers import exact, randomize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -141,27 +141,6 @@ def test_same_in_float64(kind, adapters):
         torch.testing.assert_close(value, wanted[key].reshape(value.shape), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("adapters", ["one", "rslora", "lora_bias"])
-@pytest.mark.parametrize("dtype", HALVES, ids=short)
-@pytest.mark.parametrize("kind", [kind for kind in MAKERS if "conv2d" not in kind])
-def test_same_bits_as_pefts_default(library_route, kind, dtype, adapters):
-    """docs/numerics.md: float32 adapters on a half base without dropout, Y and dX, where ATen
-    computes."""
-    if kind == "embedding" and adapters == "lora_bias":
-        pytest.skip("PEFT has no lora_bias on embeddings")
-    words = {n: {**w, "target_modules": ["0"]} for n, w in ADAPTERS[adapters].items()}
-    model = nn.Sequential(MAKERS[kind]()).to(dtype)
-    ours, peft = ours_of(model, words), peft_of(model, words)
-    give_factors(ours, peft)
-    x = make_x(kind, dtype)
-    y, dx = run(ours, x)
-    wanted_y, wanted_dx = run(peft, x)
-    assert y.dtype == wanted_y.dtype
-    assert torch.equal(y, wanted_y)
-    if dx is not None:
-        assert torch.equal(dx, wanted_dx)
-
-
 @pytest.mark.parametrize("different", ["dtype", "dropout", "rank"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
 def test_same_bits_where_torch_adds(dtype, different):
@@ -188,39 +167,6 @@ def test_same_bits_where_torch_adds(dtype, different):
         torch.manual_seed(11)  # the same dropout mask
         outputs.append(m(make_x("linear", dtype)))
     assert torch.equal(*outputs)
-
-
-@pytest.mark.parametrize("half_adapters", [False, True])
-@pytest.mark.parametrize("dtype", HALVES, ids=short)
-@pytest.mark.parametrize("kind", MAKERS)
-def test_errors_no_larger_than_pefts(kind, dtype, half_adapters):
-    """On the kernels' route, against float64, with PEFT's float32 or half adapters."""
-    words = {n: {**w, "target_modules": ["0"]} for n, w in ADAPTERS["three"].items()}
-    model = nn.Sequential(MAKERS[kind]()).to(dtype)
-    ours = ours_of(model, words, dtype if half_adapters else None)
-    peft = peft_of(model, words, autocast_adapter_dtype=not half_adapters)
-    give_factors(ours, peft)
-    x = make_x(kind, dtype, rows=400)
-    with torch.no_grad():
-        y, theirs, wanted = ours(x), peft(x), exact(ours[0], x)
-    assert y.dtype == theirs.dtype == dtype
-    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted) + 1e-6
-    assert rms_error(y, wanted) <= 1.05 * rms_error(theirs, wanted)
-
-
-@pytest.mark.parametrize("cast", HALVES, ids=short)
-def test_autocast_beside_peft(cast):
-    words = {"a": {"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]}}
-    model = nn.Sequential(nn.Linear(24, HEIGHT))
-    ours, peft = ours_of(model, words), peft_of(model, words)
-    give_factors(ours, peft)
-    x = make_x("linear", F32, 400)
-    with torch.no_grad(), torch.autocast("cpu", cast):
-        y, theirs = ours(x), peft(x)
-    wanted = exact(ours[0], x).detach()
-    assert y.dtype == theirs.dtype == cast
-    assert max_error(y, wanted) <= 2 * max_error(theirs, wanted)
-    assert rms_error(y, wanted) <= 1.05 * rms_error(theirs, wanted)
 
 
 # ---- configs ----

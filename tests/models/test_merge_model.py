@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapter_helpers import make_ids, make_zoo
-from helpers import BF16, F32, F64, short
+from helpers import BF16, F64, short
 from layer_helpers import assert_same_state, make_layer, randomize, snapshot
 from torch import nn
 
@@ -22,18 +22,6 @@ def zoo_with_adapters(names=("a", "b"), dtype=F64, **words):
     randomize(model)
     lora_ext.models.set_adapter(model, names)
     return model.eval()
-
-
-def test_merged_model():
-    model, ids = zoo_with_adapters(("a", "b", "c")), make_ids()
-    y = model(ids)
-    for names in (None, ["a", "b", "c"], ["c", "a"], "b", []):
-        lora_ext.models.merge(model, names)
-        assert torch.allclose(model(ids), y, rtol=1e-10, atol=1e-12)
-    lora_ext.models.merge(model)
-    assert {path.path for path in lora_ext.explain(model)} == {"merged"}
-    lora_ext.models.unmerge(model)
-    assert torch.equal(model(ids), y)
 
 
 def test_layers_without_the_adapter_go_on():
@@ -135,15 +123,6 @@ def test_a_state_dict_taken_while_merged():
     assert not any(layer.merged for _, layer in lora_layers(other))
     lora_ext.models.unmerge(model)
     assert torch.equal(other(make_ids()), model(make_ids()))
-
-
-def test_disabling_a_merged_model():
-    model, plain, ids = zoo_with_adapters(dtype=F32), make_zoo(F32), make_ids()
-    lora_ext.models.merge(model)
-    with lora_ext.models.disable_adapters(model) as inside:
-        assert inside is model
-        assert torch.equal(model(ids), plain(ids))
-    assert not torch.equal(model(ids), plain(ids))
 
 
 class Tied(nn.Module):

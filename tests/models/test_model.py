@@ -32,25 +32,6 @@ def trained(model):
 # ---- choosing ----
 
 
-def test_set_adapter():
-    model, ids = model_with("a", "b"), make_ids()
-    outputs = {}
-    for names in ("a", "b", ["a", "b"], ["b", "a"], []):
-        lora_ext.models.set_adapter(model, names)
-        outputs[str(names)] = model(ids)
-        ends = tuple(f".{name}" for name in names)
-        assert all(name.endswith(ends) for name in trained(model)) or not names
-        assert len(trained(model)) == 2 * 5 * len(names)
-    assert torch.equal(outputs["[]"], make_zoo()(ids))
-    assert torch.allclose(outputs["['a', 'b']"], outputs["['b', 'a']"])
-    lora_ext.models.set_adapter(model, (name for name in "ab"))
-    with pytest.raises(ValueError, match=r"set_adapter: expected different names out of"):
-        lora_ext.models.set_adapter(model, ["a", "a"])
-    with pytest.raises(ValueError, match=r"but got \['c'\]"):
-        lora_ext.models.set_adapter(model, "c")
-    assert torch.equal(model(ids), outputs["['a', 'b']"])
-
-
 def test_delete_adapter():
     model, ids = model_with("a", "b"), make_ids()
     apply_lora(model, PISSA, "c")
@@ -85,17 +66,6 @@ def test_disabling_in_two_threads_that_overlap():
     left.set()
     thread.join()
     assert not torch.equal(model(ids), base)
-
-
-def test_disabling_survives_an_error_and_nests():
-    model, ids = model_with("a"), make_ids()
-    y = model(ids)
-    with pytest.raises(ZeroDivisionError), lora_ext.models.disable_adapters(model):
-        with lora_ext.models.disable_adapters(model):
-            pass
-        assert torch.equal(model(ids), make_zoo()(ids))
-        raise ZeroDivisionError
-    assert torch.equal(model(ids), y)
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])

@@ -1,7 +1,6 @@
 """Autograd: gradients by finite differences, which of them exist, and what is kept for them."""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -178,15 +177,6 @@ def test_weight_that_requires_grad_is_fine_without_grad_mode(isa, device, mode):
 # ---- higher derivatives and other modes ----
 
 
-def test_double_backward_raises_and_names_the_reference(device):
-    problem = make_problem(6, 5, 4, 3, (F64, F64), device, bias=False)
-    leaves = arguments(problem)
-    y = OP(**leaves)
-    (dx,) = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"first derivatives only.*reference"):
-        dx.square().sum().backward()
-
-
 @pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
 def test_double_backward_raises_for_every_gradient(device, wanted):
     problem = make_problem(6, 5, 4, 3, (F64, F64), device, bias=False)
@@ -194,7 +184,7 @@ def test_double_backward_raises_for_every_gradient(device, wanted):
     y = OP(**leaves)
     (gradient,) = torch.autograd.grad(y.square().sum(), leaves[wanted], create_graph=True)
     assert gradient.requires_grad
-    with pytest.raises(NotImplementedError, match="first derivatives only"):
+    with pytest.raises(NotImplementedError, match=r"first derivatives only.*reference"):
         gradient.sum().backward()
 
 
@@ -396,34 +386,6 @@ def test_retain_graph(isa, device):
         y.backward(problem.grad)
 
 
-def test_gradients_accumulate(isa, device):
-    problem = make_problem(96, 64, 80, 5, device=device)
-    leaves = arguments(problem)
-    for _ in range(2):
-        OP(**leaves).backward(problem.grad)
-    once = run_ours(type(problem)(**{**vars(problem), "scaling": 1.0}))
-    for name in INPUTS:
-        torch.testing.assert_close(
-            leaves[name].grad, 2 * getattr(once, f"d{name}"), rtol=1e-6, atol=0
-        )
-
-
-@pytest.mark.parametrize("grad", ["expanded", "transposed", "sliced", "one element"])
-def test_gradient_of_y_may_have_any_strides(isa, device, grad):
-    """sum() hands an expanded gradient to backward, a transpose after the layer a strided one."""
-    problem = make_problem(60, 40, 70, 5, device=device, scaling=0.5, integers=3)
-    strided = {
-        "expanded": lambda: torch.ones((), device=device).expand(60, 70),
-        "transposed": lambda: problem.grad.t().contiguous().t(),
-        "sliced": lambda: torch.cat([problem.grad, problem.grad], 1)[:, 70:],
-        "one element": lambda: problem.grad[:, :1].expand(60, 70),
-    }[grad]()
-    problem = type(problem)(**{**vars(problem), "grad": strided})
-    ours, exact = run_ours(problem, 0.5), run_float64(problem, mask_of(problem, 0.5), 2.0)
-    for name, value in ours.items():
-        assert torch.equal(value.double(), getattr(exact, name)), name
-
-
 def test_accumulate_grad_sees_a_tensor_of_its_own(device):
     """Hooks that change a gradient in place change nothing else."""
     problem = make_problem(60, 40, 70, 5, device=device)
@@ -432,14 +394,3 @@ def test_accumulate_grad_sees_a_tensor_of_its_own(device):
         leaves[name].register_hook(lambda gradient: gradient.zero_())
     OP(**leaves).backward(problem.grad)
     assert all(not leaves[name].grad.any() for name in INPUTS)
-
-
-def test_a_layer_in_a_custom_thread(device):
-    """Autograd's worker threads run backward; Python threads run layers at the same time."""
-    problem = make_problem(96, 64, 80, 5, device=device, integers=3, scaling=0.5)
-    alone = run_ours(problem, 0.5)
-    with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda _: run_ours(problem, 0.5), range(16)))
-    for run in runs:
-        for name, value in alone.items():
-            assert torch.equal(value, getattr(run, name)), name

@@ -206,25 +206,6 @@ def test_nan_of_an_adapter_reaches_its_own_rows_alone(isa, device, rows, where):
             assert ours["dlora_a[3]"].count_nonzero() == 0
 
 
-def test_an_adapter_without_rows_has_zeros(isa, device):
-    many = make_many(30, 40, 24, (4, 5, 16), device=device)
-    many = replace(many, index=many.index.masked_fill(many.index == 1, -1))
-    ours = run(many)
-    assert ours["dlora_a[1]"].shape == (5, 40)
-    assert ours["dlora_a[1]"].count_nonzero() == ours["dlora_b[1]"].count_nonzero() == 0
-    assert ours["dlora_a[0]"].count_nonzero() > 0
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
-def test_rows_without_an_adapter_have_the_bits_of_the_base(isa, device, dtype):
-    many = make_many(70, 40, 24, pair=(dtype, dtype), device=device, given=dtype, bias=False)
-    ours = run(many)
-    none = many.index == -1
-    assert none.any()
-    assert torch.equal(ours["y"][none], many.y[none])
-    assert ours["dx"][none].count_nonzero() == 0
-
-
 # ---- dropout ----
 
 
@@ -480,17 +461,6 @@ def test_autocast_casts_half_adapters_of_another_dtype(device, dtype, adapter, g
     wanted = run(by_hand)
     assert ours["dlora_a[0]"].dtype == ours["dlora_b[0]"].dtype == adapter
     assert_equal(ours, {name: value.to(ours[name].dtype) for name, value in wanted.items()})
-
-
-def test_a_packed_weight(device):
-    if device != "cpu":
-        pytest.skip("packs are the CPU's")
-    many = make_many(60, 64, 48)
-    packed = lora_ext.prepack(many.weight, backward=True)
-    ours = lora_ext.lora_linear(
-        many.x, packed, many.lora_a, many.lora_b, many.bias, many.scaling, index=many.index
-    )
-    torch.testing.assert_close(ours, run(many)["y"])
 
 
 def test_index_kinds():

@@ -137,27 +137,6 @@ def test_float32_adapters_have_float32_gradients(isa, device, dtype, dropout_p, 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @dropouts
 @pytest.mark.parametrize("rows", [17, 130])
-def test_gradients_would_show_rounded_adapters(isa, device, dtype, dropout_p, rows):
-    """dlora_b reads lora_a, dlora_a reads lora_b; either rounded errs 50 times the bound."""
-    problem = make_problem(rows, 129, 95, 8, (dtype, F32), device)
-    ours, exact = ours_and_exact(problem, dropout_p)
-    mask, scale = mask_of(problem, dropout_p), keep_scale_of(dropout_p)
-    rounded = type(problem)(
-        **{
-            **vars(problem),
-            **{n: getattr(problem, n).to(dtype).to(F32) for n in ("lora_a", "lora_b")},
-        }
-    )
-    wrong = run_float64(rounded, mask, scale if dropout_p else 1.0)
-    for name in GRADIENTS_OF_ADAPTERS:
-        assert relative_error(getattr(ours, name), getattr(exact, name)) <= 1e-5, name
-        separation = 50e-5 if dtype == BF16 else 10e-5  # float16 has three more bits
-        assert relative_error(getattr(wrong, name), getattr(exact, name)) >= separation, name
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@dropouts
-@pytest.mark.parametrize("rows", [17, 130])
 @pytest.mark.parametrize("name", ["y", "dx"])
 def test_the_update_is_rounded_once(isa, device, dtype, dropout_p, rows, name):
     """With a zero weight y and dx are the update alone: its only error is the last rounding."""
@@ -315,21 +294,6 @@ def test_the_real_peft_layer_agrees_with_the_reference(device, pair, dropout_p):
     peft, reference = run_peft(problem, mask, scale), run_reference(problem, mask, scale)
     for name, value in peft.items():
         assert torch.equal(value, getattr(reference, name)), name
-
-
-@pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=pair_id)
-@dropouts
-def test_error_is_at_most_that_of_the_real_peft_layer(isa, device, pair, dropout_p):
-    problem = make_problem(160, 384, 320, 16, pair, device)
-    mask = mask_of(problem, dropout_p)
-    scale = keep_scale_of(dropout_p) if dropout_p else 1.0
-    ours, peft = run_ours(problem, dropout_p), run_peft(problem, mask, scale)
-    in_order, exact = run_in_order(problem, mask, scale), run_float64(problem, mask, scale)
-    for name in ("y", "dx"):
-        wanted = getattr(exact, name)
-        theirs = max(rms_error(getattr(run, name), wanted) for run in (peft, in_order))
-        ratio = rms_error(getattr(ours, name), wanted) / theirs
-        assert ratio <= allowed_ratio(isa), f"{name}: {ratio:.3f} times PEFT's rms error"
 
 
 def test_every_route_was_reached():

@@ -18,7 +18,6 @@ from helpers import (
 )
 from pack_helpers import call, packable, packed_weight
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext import lora_linear, prepack
@@ -214,14 +213,6 @@ def test_repr_says_what_it_is():
 # ---- together with the rest of torch ----
 
 
-def test_prepack_in_inference_mode():
-    weight = torch.randn(70, 40)
-    with torch.inference_mode():
-        packed = prepack(weight)
-        assert torch.allclose(call(packed), call(packed.weight), atol=1e-4)
-    assert packed.is_packed
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_under_autocast(dtype):
     """A pack in the autocast dtype is used; any other gives way to a cast of the weight."""
@@ -261,13 +252,6 @@ def test_weight_that_requires_grad_later_is_refused():
         call(packed)
 
 
-def test_a_dtype_that_does_not_fit_is_refused_before_the_pack_is_read():
-    packed = packed_weight(BF16) if packable(BF16) else packed_weight()
-    problem = make_problem(60, 40, 70, 5, (F64, F64))
-    with pytest.raises(TypeError, match="expected weight of x's dtype"):
-        lora_linear(problem.x, packed, problem.lora_a, problem.lora_b)
-
-
 @pytest.mark.parametrize("backward", [False, True])
 def test_compile_falls_back_to_the_weight(backward):
     torch._dynamo.reset()
@@ -283,20 +267,6 @@ def test_compile_falls_back_to_the_weight(backward):
     assert packed.is_packed
     assert counter.frame_count == 1
     torch._dynamo.reset()
-
-
-def test_checkpoint_with_a_packed_weight():
-    packed = packed_weight(backward=True)
-    gradients = []
-    for wrap in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
-        torch.manual_seed(2)
-        problem = make_problem(60, 40, 70, 5)
-        x = problem.x.requires_grad_()
-        adapters = (problem.lora_a, problem.lora_b)
-        y = wrap(lambda x, adapters=adapters: lora_linear(x, packed, *adapters, dropout_p=0.5), x)
-        y.backward(problem.grad)
-        gradients.append(x.grad)
-    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)

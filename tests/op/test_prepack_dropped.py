@@ -55,35 +55,6 @@ def test_to_another_dtype_or_device_drops_the_pack():
     assert packed.is_packed
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_write_in_place_drops_the_pack(backward):
-    packed = packed_weight(backward=backward)
-    call(packed)
-    with torch.no_grad():
-        packed.weight.mul_(2)
-    y = call(packed)
-    assert torch.equal(y, call(packed.weight))
-    assert not packed.is_packed
-    assert "written to" in packed.reason
-    assert packed.nbytes == 0
-
-
-def test_a_write_through_a_view_drops_the_pack():
-    packed = packed_weight()
-    with torch.no_grad():
-        packed.weight[3].zero_()
-    assert torch.equal(call(packed), call(packed.weight))
-    assert not packed.is_packed
-
-
-def test_load_state_dict_drops_the_pack():
-    layer = torch.nn.Linear(40, 70, bias=False).requires_grad_(False)
-    packed = prepack(layer.weight)
-    layer.load_state_dict({"weight": torch.randn(70, 40)})
-    assert torch.equal(call(packed), call(layer.weight))
-    assert not packed.is_packed
-
-
 def test_a_write_to_weight_data_is_found_by_verify():
     """It changes no version counter, and peft's merge writes so."""
     packed = packed_weight()

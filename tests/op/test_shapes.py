@@ -168,15 +168,6 @@ def test_any_shape_and_layout(
 # ---- the corners by name ----
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (1, 1, 1), (48,), (3, 1, 16), (2, 3, 8, 2)], ids=str)
-@pytest.mark.parametrize("pair", EXACT_PAIRS, ids=pair_id)
-def test_leading_dimensions(isa, device, lead, pair):
-    problem = make_problem(lead, 19, 23, 4, pair, device, scaling=0.5, integers=3)
-    run = run_ours(problem, 0.5)
-    assert run.y.shape == (*lead, 23)
-    assert_exact(run, problem, mask_of(problem, 0.5), 2.0)
-
-
 @pytest.mark.parametrize("lead", [(0,), (0, 5), (5, 0), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_no_rows(isa, device, lead, dropout_p):

@@ -1,25 +1,17 @@
 """`adapter_names` of PEFT and `use_adapters` on accelerated models: what PEFT computes one adapter
 after the other, in training too, and what is left to PEFT."""
 
-import copy
-
 import pytest
 import torch
 from contract.accelerated import PEFT
 from helpers import BF16, F64
-from peft import LoraConfig
-from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from peft_helpers import (
-    ADAPTERS,
-    Net,
     layer_model,
     lora_modules,
     make_ids,
     make_x,
     net,
-    peft_model,
     plain_copy,
-    randomize,
 )
 
 import lora_ext
@@ -66,21 +58,6 @@ def test_the_same_outputs_as_pefts(kind, adapters):
     torch.testing.assert_close(y, plain_copy(model)(x, adapter_names=NAMES), rtol=1e-11, atol=1e-11)
     with lora_ext.use_adapters(model, OF_BLOCK):
         assert torch.equal(model(x), y)
-
-
-def test_dropout_in_training_is_each_adapters_own():
-    words = {
-        name: {**one, "lora_dropout": p}
-        for (name, one), p in zip(ADAPTERS["three"].items(), (0.0, 0.9, 0.5), strict=True)
-    }
-    torch.manual_seed(1)
-    model = lora_ext.accelerate(peft_model(Net(), words, LINEAR, F64)).train()
-    still = by_names()(copy.deepcopy(model).eval())
-    first, second = by_names()(model), by_names()(model)
-    for sample, name in enumerate(NAMES):
-        moves = name in ("b", "c")
-        assert torch.equal(first[sample], second[sample]) != moves, name
-        assert torch.allclose(first[sample], still[sample], rtol=1e-9, atol=1e-9) != moves, name
 
 
 def test_the_same_list_changed_in_place_is_another_batch():
@@ -136,64 +113,6 @@ def test_a_base_in_another_dtype_than_x():
 
 
 # ---- PEFT's other verbs around it ----
-
-
-def test_values_that_hotswap_writes_are_seen():
-    """`hotswap_adapter_from_state_dict` writes ``.data``, which no version counter sees.
-
-    It also finds an adapter's keys by whether its name is a part of them.
-    """
-    words = {"french": ADAPTERS["three"]["a"], "code": ADAPTERS["three"]["b"]}
-    names = ["french", "code", "__base__"] * 2
-    model = lora_ext.accelerate(peft_model(Net(), words, LINEAR)).eval()
-    other = randomize(copy.deepcopy(model), seed=9)
-    state = {key: p.detach().clone() for key, p in other.named_parameters() if ".french." in key}
-    config = LoraConfig(**words["french"], target_modules=LINEAR)
-    with lora_ext.use_adapters(model, ["french", "code", None] * 2):
-        first = model(make_ids())
-        hotswap_adapter_from_state_dict(model, state, "french", config)
-        second = model(make_ids())
-    wanted = plain_copy(model)(make_ids(), adapter_names=names)
-    torch.testing.assert_close(second, wanted, rtol=1e-5, atol=1e-5)
-    for sample, name in enumerate(names):
-        assert torch.equal(first[sample], second[sample]) != (name == "french")
-
-
-def test_decelerate_within_a_block_and_after_it():
-    """PEFT's own forward knows nothing of blocks; nothing of ours is left behind."""
-    model = accelerated_net(targets=LINEAR).eval()
-    plain = plain_copy(model)(make_ids())
-    with lora_ext.use_adapters(model, OF_BLOCK):
-        model(make_ids())
-    lora_ext.decelerate(model)
-    assert torch.equal(model(make_ids()), plain)
-    torch.testing.assert_close(
-        by_names()(model), by_names()(accelerated_copy(model)), rtol=1e-5, atol=1e-5
-    )
-
-
-def accelerated_copy(model):
-    return lora_ext.accelerate(copy.deepcopy(model))
-
-
-def test_adapters_that_come_and_go():
-    words = {name: ADAPTERS["three"][name] for name in "ab"}
-    model = lora_ext.accelerate(peft_model(Net(), words, LINEAR)).eval()
-    with pytest.raises(ValueError, match=r"names out of \['a', 'b'\].*, but got \['c'\]"):
-        by_block(model, ["a", "c"] * 3)
-    model.add_adapter("c", LoraConfig(r=3, target_modules=LINEAR))
-    randomize(model)
-    found = by_block(model, ["a", "c"] * 3)
-    wanted = plain_copy(model)(make_ids(), adapter_names=["a", "c"] * 3)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    model.delete_adapter("c")
-    with pytest.raises(ValueError, match="but got"):
-        by_block(model, ["a", "c"] * 3)
-
-
-def by_block(model, names):
-    with lora_ext.use_adapters(model, names):
-        return model(make_ids())
 
 
 def test_a_layer_alone():

@@ -11,7 +11,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_helpers import paths
+from peft_helpers import paths, tiny_llama
 from torch.utils.data import Dataset
 
 import lora_ext
@@ -30,20 +30,7 @@ def quiet(monkeypatch):
 
 
 def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return tiny_llama(vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
 def gpt2():
@@ -136,21 +123,6 @@ def test_trainer(tmp_path, name, words):
         tolerance = 2e-2 if words.get("bf16") else 1e-3
         own = fast.eval()(ids).logits
         torch.testing.assert_close(logits, own, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.slow
-def test_generate():
-    """Greedy tokens as PEFT's, with a cache that feeds one row at a time."""
-    model = adapted("llama")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.2)
-    fast = lora_ext.accelerate(copy.deepcopy(model))
-    ids = Texts()[1]["input_ids"][None, :5]
-    words = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
-    texts = [one.eval().generate(input_ids=ids, **words) for one in (fast, model)]
-    assert torch.equal(*texts)
 
 
 @pytest.mark.nightly

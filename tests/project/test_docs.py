@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from peft_helpers import tiny_llama
 
 import lora_ext
 
@@ -62,28 +63,13 @@ def test_code_compiles(path):
             compile(textwrap.dedent(code), path.name, "exec")
 
 
-def llama():
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_guides_run(guide, tmp_path, monkeypatch, capsys):
     """With small models under the names that the text speaks of."""
     from peft import LoraConfig, get_peft_model
 
     monkeypatch.chdir(tmp_path)
-    names = {"base_model": llama(), "other_model": llama(), "served_model": llama()}
+    names = {name: tiny_llama() for name in ("base_model", "other_model", "served_model")}
     names |= {"ids": torch.arange(8)[None]}
     if guide == "troubleshooting":
         config = LoraConfig(target_modules=["q_proj", "v_proj"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from format_helpers import needs, plain_linear
 from helpers import BF16, F32, F64
 from layer_helpers import randomize
+from quantized_models import bnb_eight_bits, bnb_four_bits, hqq_four_bits, torchao_int8
 from torch import Tensor, nn
 
 import lora_ext
@@ -24,40 +24,9 @@ WIDTH, HEIGHT = 128, 96
 ROWS = 20  # more than GGUF's kernels for few rows take
 
 
-def four_bits(dtype: torch.dtype, kind: str = "nf4", nested: bool = True) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit
-
-    words = {"compute_dtype": dtype, "compress_statistics": nested, "quant_type": kind}
-    layer = Linear4bit(WIDTH, HEIGHT, **words)
-    layer.load_state_dict(plain_linear(HEIGHT, WIDTH).state_dict())
-    return nn.Sequential(layer).to("cpu")[0].requires_grad_(False)
-
-
-def eight_bits(dtype: torch.dtype) -> nn.Module:
-    from bitsandbytes.nn import Linear8bitLt
-
-    # On each call it says that it rounds x to float16, in eval mode.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    layer = Linear8bitLt(WIDTH, HEIGHT, has_fp16_weights=False)
-    layer.load_state_dict(plain_linear(HEIGHT, WIDTH).state_dict())
-    layer.bias.data = layer.bias.data.to(dtype)
-    return nn.Sequential(layer).to("cpu")[0].requires_grad_(False)
-
-
-def torchao(dtype: torch.dtype) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    holder = nn.Sequential(plain_linear(HEIGHT, WIDTH, True, dtype))
-    quantize_(holder, Int8WeightOnlyConfig())
-    return holder[0].requires_grad_(False)
-
-
-def hqq(dtype: torch.dtype) -> nn.Module:
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-    settings["weight_quant_params"]["optimize"] = False
-    return HQQLinear(plain_linear(HEIGHT, WIDTH), settings, compute_dtype=dtype, device="cpu")
+def of(make: Callable[..., nn.Module], **words: Any) -> Callable[[torch.dtype], nn.Module]:
+    """A maker of quantized_models.py on the linear layer of these tests."""
+    return lambda dtype: make(plain_linear(HEIGHT, WIDTH), dtype, **words).requires_grad_(False)
 
 
 def gguf(dtype: torch.dtype) -> nn.Module:
@@ -85,12 +54,12 @@ def fp8(dtype: torch.dtype) -> nn.Module:
 
 
 MAKERS: dict[str, Callable[[torch.dtype], nn.Module]] = {
-    "nf4": four_bits,
-    "fp4": lambda dtype: four_bits(dtype, "fp4"),
-    "nf4 plain scales": lambda dtype: four_bits(dtype, nested=False),
-    "int8": eight_bits,
-    "torchao": torchao,
-    "hqq": hqq,
+    "nf4": of(bnb_four_bits),
+    "fp4": of(bnb_four_bits, kind="fp4"),
+    "nf4 plain scales": of(bnb_four_bits, nested=False),
+    "int8": of(bnb_eight_bits),
+    "torchao": of(torchao_int8),
+    "hqq": of(hqq_four_bits, optimize=False),
     "gguf": gguf,
     "fp8": fp8,
 }

@@ -25,9 +25,7 @@ from own_helpers import (
     weight_of,
 )
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-import lora_ext
 from lora_ext import _C
 from lora_ext.nn import AdapterSpec, LoRALinear, LoRAQuantizedLinear
 
@@ -113,15 +111,6 @@ def test_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_only_what_is_trained_has_a_gradient(kind):
-    layer = one_layer(kind)
-    layer(make_x()).sum().backward()
-    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
-    assert trained == {"lora_a.default", "lora_b.default"}
-    assert all(p.grad is None for n, p in layer.named_parameters() if n not in trained)
-
-
-@pytest.mark.parametrize("kind", FEW)
 def test_several_adapters(kind):
     """One call for those that are alike; by torch where they differ in dropout or dtype."""
     layer, x = one_layer(kind), make_x()
@@ -139,15 +128,6 @@ def test_several_adapters(kind):
     layer.set_adapter(())
     assert layer.path() == ("base", "no adapter is active")
     assert torch.equal(layer(x), base(kind)(x))
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_disabled_adapters(kind):
-    layer, x = one_layer(kind), make_x()
-    y = layer(x)
-    with layer.disable_adapters():
-        assert torch.equal(layer(x), base(kind)(x))
-    assert torch.equal(layer(x), y) and not torch.equal(y, base(kind)(x))
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -193,29 +173,6 @@ def test_an_x_of_another_dtype_is_the_bases_matter():
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("kind", FEW)
-def test_checkpoint(kind, reentrant):
-    layer, x = one_layer(kind, dropout=0.2), make_x()
-    torch.manual_seed(0)
-    wanted = gradients(layer, x)
-    wanted = {name: value.clone() for name, value in wanted.items()}
-    layer.zero_grad()
-
-    def run(x):
-        return checkpoint(layer, x, use_reentrant=reentrant)
-
-    leaf = x.clone().requires_grad_()
-    torch.manual_seed(0)
-    y = run(leaf)
-    generator = torch.Generator().manual_seed(4)
-    y.backward(torch.randn(y.shape, generator=generator))
-    assert torch.equal(y, wanted["y"]) and torch.equal(leaf.grad, wanted["x"])
-    for name in ("lora_a", "lora_b"):
-        grad = getattr(layer, name)["default"].grad
-        assert torch.equal(grad, wanted[f"{name}.default"])
-
-
 @pytest.mark.parametrize("kind", FEW)
 def test_compile(kind):
     layer, x = one_layer(kind), make_x()
@@ -230,31 +187,12 @@ def test_compile(kind):
         torch.testing.assert_close(value, own, rtol=1e-4, atol=1e-4 * own.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", FEW)
-def test_compile_without_gradients(kind):
-    layer, x = one_layer(kind).eval(), make_x()
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
-
-
 def test_functional_transforms_take_torch():
     """The op has no batching rule: the base is called, and torch adds."""
     pytest.importorskip("torchao")
     layer, x = one_layer("torchao"), make_x(lead=(3, ROWS))
     update = torch.func.vmap(lambda part: layer(part) - layer.base_forward(part))(x)
     torch.testing.assert_close(update, layer(x) - layer.base_forward(x), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_merging_is_refused(kind):
-    layer, x = one_layer(kind), make_x()
-    y = layer(x)
-    for merge in (layer.merge, lambda: lora_ext.models.merge(layer)):
-        with pytest.raises(RuntimeError, match=r"merge: expected a dense weight.*save_adapter"):
-            merge()
-    assert not layer.merged and torch.equal(layer(x), y)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_helpers import paths
+from peft_helpers import paths, tiny_llama
 
 for package in ("bitsandbytes", "trl", "datasets", "accelerate"):
     pytest.importorskip(package)
@@ -31,19 +31,9 @@ def folder(tmp_path, monkeypatch):
     transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(
         tmp_path / "model"
     )
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128}
+    model = tiny_llama(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
