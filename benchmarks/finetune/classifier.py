@@ -60,23 +60,25 @@ def load_classifier(
     return Classifier(encoder, encoder.config.hidden_size, classes)
 
 
+def batch_of(texts: Sequence[Text], tokenizer: Callable[..., dict[str, Tensor]]) -> Batch:
+    """The texts as one batch, padded to the longest."""
+    tokens = tokenizer(
+        [text.sentence for text in texts],
+        padding=True,
+        truncation=True,
+        max_length=MAX_TOKENS,
+        return_tensors="pt",
+    )
+    labels = torch.tensor([text.label for text in texts])
+    return Batch(tokens["input_ids"], tokens["attention_mask"], labels)
+
+
 def batches_of(
     texts: Sequence[Text], rows: int, tokenizer: Callable[..., dict[str, Tensor]]
 ) -> list[Batch]:
     """The texts in this order, `rows` at a time."""
-    batches = []
-    for start in range(0, len(texts), rows):
-        part = texts[start : start + rows]
-        tokens = tokenizer(
-            [text.sentence for text in part],
-            padding=True,
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        )
-        labels = torch.tensor([text.label for text in part])
-        batches.append(Batch(tokens["input_ids"], tokens["attention_mask"], labels))
-    return batches
+    starts = range(0, len(texts), rows)
+    return [batch_of(texts[start : start + rows], tokenizer) for start in starts]
 
 
 def training_order(lengths: Sequence[int], rows: int, seed: int) -> list[int]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import lora_ext
 
-from ..finetune.classifier import Batch
-from .tasks import Task, batch_of
+from ..finetune.classifier import Batch, batch_of
+from .tasks import Task
 from .tenants import Tenants, name_of
 
 TEXTS = 12  # of each task

@@ -10,10 +10,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..finetune.classifier import MAX_TOKENS, Batch, training_order
+from ..finetune.classifier import Batch, batch_of, training_order
 from ..finetune.data import Dataset, Text
 
 TASKS = 8
@@ -45,19 +44,6 @@ def _balanced(texts: Sequence[Text], label: int, draw: random.Random) -> tuple[T
     chosen = own + draw.sample(others, len(own))
     draw.shuffle(chosen)
     return tuple(Text(t.sentence, int(t.label == label), t.origin) for t in chosen)
-
-
-def batch_of(texts: Sequence[Text], tokenizer: Callable[..., dict[str, Tensor]]) -> Batch:
-    """The texts as one batch, padded to the longest."""
-    tokens = tokenizer(
-        [text.sentence for text in texts],
-        padding=True,
-        truncation=True,
-        max_length=MAX_TOKENS,
-        return_tensors="pt",
-    )
-    labels = torch.tensor([text.label for text in texts])
-    return Batch(tokens["input_ids"], tokens["attention_mask"], labels)
 
 
 def mixed_batches(

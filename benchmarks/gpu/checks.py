@@ -101,25 +101,26 @@ def sanitizer(tool: str) -> Callable[[Run, float], Result]:
     return check
 
 
+def _module(run: Run, name: str, seconds: float) -> Result:
+    command = [child.PYTHON, "-m", f"benchmarks.gpu.{name}", "--device", run.device]
+    return run_command(run, command, seconds)
+
+
 def stress(run: Run, seconds: float) -> Result:
     """The same bits from a thousand replays, and from streams that run at the same time."""
-    command = [child.PYTHON, "-m", "benchmarks.gpu.stress", "--device", run.device]
-    return run_command(run, command, seconds)
+    return _module(run, "stress", seconds)
 
 
 def pool(run: Run, seconds: float) -> Result:
     """Replays of a pool's graph while adapters come and go, against a loop over them."""
-    command = [child.PYTHON, "-m", "benchmarks.gpu.pool_stress", "--device", run.device]
-    return run_command(run, command, seconds)
+    return _module(run, "pool_stress", seconds)
 
 
 def decode(run: Run, seconds: float) -> Result:
     """Few rows in one launch, right and how fast, beside the base product alone."""
-    command = [child.PYTHON, "-m", "benchmarks.gpu.decode", "--device", run.device]
-    return run_command(run, command, seconds)
+    return _module(run, "decode", seconds)
 
 
 def quantized(run: Run, seconds: float) -> Result:
     """Weights in 4 bits beside bitsandbytes' kernels, and times of layers on them."""
-    command = [child.PYTHON, "-m", "benchmarks.gpu.quantized", "--device", run.device]
-    return run_command(run, command, seconds)
+    return _module(run, "quantized", seconds)

@@ -56,21 +56,15 @@ def small(mode=shapes.STEP, dtype="float32", **fields):
     return shapes.Cell(mode, dtype, 5, 24, 32, rank=4, **fields)
 
 
+def summary(ms, **fields):
+    """Of five rounds that took the same time."""
+    kept = {"n": 5, "dropped": 0, "disturbed": False, "inner": 1, "samples": [ms] * 5}
+    return {"ms": ms, "p25": ms, "p75": ms, **kept, **fields}
+
+
 def synthetic(cell, times, peaks=None):
     """A result in which every round takes the same time: ms of each variant."""
-    timing = {
-        name: {
-            "ms": ms,
-            "p25": ms,
-            "p75": ms,
-            "n": 5,
-            "dropped": 0,
-            "disturbed": False,
-            "inner": 1,
-            "samples": [ms] * 5,
-        }
-        for name, ms in times.items()
-    }
+    timing = {name: summary(ms) for name, ms in times.items()}
     peaks = peaks or dict.fromkeys(times, 1 << 20)
     taken = {name: {"peak": peak, "saved": 0} for name, peak in peaks.items()}
     return {

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench_helpers import summary
 
 from benchmarks import report, results
 from benchmarks.adapters import adapters_report, measure, variants
@@ -91,10 +92,6 @@ def test_what_cannot_be_measured_says_why():
 
 
 # ---- the report ----
-
-
-def summary(ms):
-    return {"ms": ms, "p25": ms, "p75": ms, "samples": [ms] * 3, "disturbed": False}
 
 
 def made_up(isa="avx512", ours=1.1):

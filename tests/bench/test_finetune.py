@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from bench_helpers import MACHINE, TinyEncoder
+from bench_helpers import MACHINE, TinyEncoder, summary
 
 from benchmarks import report, results
 from benchmarks.finetune import __main__ as finetune
@@ -78,16 +78,7 @@ def test_training_order_groups_by_length():
 
 def document():
     """A finished run of three steps in which every claim holds."""
-    timing = {
-        "ms": 10.0,
-        "p25": 9.0,
-        "p75": 11.0,
-        "n": 3,
-        "dropped": 0,
-        "disturbed": False,
-        "inner": 1,
-        "samples": [9.0, 10.0, 11.0],
-    }
+    timing = summary(10.0, n=3, samples=[9.0, 10.0, 11.0])
     names = list(trained_models.LABELS)
     same = {"identical": False, "same_answers": 500, "difference": 1e-6}
     found = {

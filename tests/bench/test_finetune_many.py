@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from bench_helpers import MACHINE, TinyEncoder
+from bench_helpers import MACHINE, TinyEncoder, summary
 
 from benchmarks import report, results
 from benchmarks.finetune.classifier import Batch
@@ -135,14 +135,6 @@ def test_batches_have_rows_of_each_task_of_similar_length():
 
 def document():
     """A finished run of three steps in which every claim holds."""
-    timing = {
-        "p25": 9.0,
-        "p75": 11.0,
-        "n": 3,
-        "dropped": 0,
-        "disturbed": False,
-        "inner": 1,
-    }
     steps = [[0.7] * 8, [0.6] * 8, [0.5] * 8]
     served = {"texts": 96, "same_answers": 96, "difference": 1e-6, "accuracy": 0.8}
     names = {"together": 10.0, "in_turn": 20.0, "peft": 30.0}
@@ -151,7 +143,7 @@ def document():
         "tasks": [{"name": f"area {a}", "rank": 4, "rate": 1e-3} for a in range(8)],
         "settings": {"steps": 3, "rows": 4},
         "losses": {name: steps for name in names},
-        "timing": {name: {"ms": ms, "samples": [ms] * 3, **timing} for name, ms in names.items()},
+        "timing": {name: summary(ms, n=3, samples=[ms] * 3) for name, ms in names.items()},
         "differences": {name: [1e-6] * 8 for name in ("in_turn", "peft", "dropout")},
         "served": {"float32": served, "bfloat16": {**served, "same_answers": 95}},
         "memory": {name: {"peak": 2**20} for name in names},

@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from bench_helpers import MACHINE, QUICK, small, synthetic
+from bench_helpers import MACHINE, QUICK, small, summary, synthetic
 
 from benchmarks import report, results, runner, shapes, variants
 from benchmarks.__main__ import chosen_cells
 from benchmarks.targets import MISS, PASS, TARGETS, UNKNOWN, evaluate
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-
-SUMMARY = {"ms": 1.0, "p25": 1.0, "p75": 1.0, "disturbed": False, "samples": [1.0]}
 
 # What is put in place of a part of a document, and what the refusal says.
 FAULTS = {
@@ -22,7 +20,7 @@ FAULTS = {
     "no machine": (lambda d: {**d, "machine": None}, "expected machine, a dict"),
     "no rows": (lambda d: {**d, "cases": {}}, "expected cases, a list"),
     "no samples": (
-        lambda d: {**d, "cases": [{"timing": {"ours": {**SUMMARY, "ms": 2.0}, "peft": {"ms": 1}}}]},
+        lambda d: {**d, "cases": [{"timing": {"ours": summary(2.0), "peft": {"ms": 1}}}]},
         "expected disturbed, ms.* of timing, peft",
     ),
     "no peak": (
