@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
             return None
         return Base(base.weight, base.bias, type(base) is not nn.Linear)
 
-    # PEFT writes to the weight's data, which no version counts.
+    # PEFT writes to the weight's data, which no version counts. Callers look at merge's signature:
+    # diffusers asks whether it takes adapter_names.
+    @functools.wraps(peft_layers.Linear.merge)
     def merge(self, *args: Any, **kwargs: Any) -> None:
         self.packed = None
         peft_layers.Linear.merge(self, *args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from peft.tuners.lora import layer as peft_layers
@@ -25,6 +25,7 @@ class LoraModel(peft_model.LoraModel):
     classes.
     """
 
+    @wraps(peft_model.LoraModel.inject_adapter)
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
         if isinstance(self, LoraModel):  # not in a bound method that outlived `decelerate`

@@ -4,6 +4,7 @@
 """
 
 import filecmp
+import inspect
 import subprocess
 import sys
 
@@ -29,6 +30,25 @@ from peft_helpers import (
 from torch import nn
 
 import lora_ext
+from lora_ext.peft import swap
+
+# ---- signatures ----
+
+
+def parameters(method) -> list[tuple]:
+    found = inspect.signature(method).parameters.values()
+    return [(each.name, each.kind, each.default) for each in found]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), swap.classes().items())
+def test_public_methods_keep_pefts_signatures(theirs, ours):
+    """diffusers' fuse_lora(adapter_names=...) looks for that name among merge's."""
+    methods = dict(inspect.getmembers(theirs, inspect.isfunction))
+    public = {name: method for name, method in methods.items() if not name.startswith("_")}
+    assert {"merge", "inject_adapter"} & set(public)
+    for name, method in public.items():
+        assert parameters(getattr(ours, name)) == parameters(method), name
+
 
 # ---- state and files ----
 
