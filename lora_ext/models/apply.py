@@ -13,7 +13,7 @@ from ..nn.conv import unsupported_reason
 from ..nn.linear import DEFAULT_ADAPTER, is_conv1d
 from ..packing import pack_for
 from ..quantized.layers import is_quantized
-from .config import LoRAConfig
+from .config import LoRAConfig, not_a_config
 from .model import (
     BIAS_SAVED_BY,
     SAVED_BY,
@@ -71,11 +71,15 @@ def apply_lora(
         The model.
 
     Raises:
+        TypeError: config is no LoRAConfig.
         ValueError: no layer matches (near matches are named), a module that is named cannot be
             adapted, a module to save holds or shares an adapted weight, or the adapter exists. The
             model is then unchanged.
     """
     check_not_peft(model, "apply_lora")
+    if not isinstance(config, LoRAConfig):
+        given = not_a_config(config)
+        raise TypeError(f"lora_ext.apply_lora: expected a lora_ext.LoRAConfig, but got {given}")
     reshard(model)
     others = adapter_names(model)
     if adapter in others:

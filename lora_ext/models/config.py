@@ -107,6 +107,17 @@ class LoRAConfig:
         )
 
 
+def not_a_config(given: object) -> str:
+    """What came instead, for an error. The name of PEFT's config differs in a letter's case."""
+    name = type(given).__name__
+    if not type(given).__module__.startswith("peft."):
+        return name
+    return (
+        f"peft's {name}: lora_ext.accelerate(peft.get_peft_model(model, config)) takes that, and "
+        "lora_ext.LoRAConfig is what is meant here"
+    )
+
+
 def _as_patterns(given: Any, name: str) -> tuple[str, ...]:
     several = isinstance(given, Iterable) and not isinstance(given, str)
     patterns: tuple[Any, ...] = tuple(given) if several else (given,)

@@ -111,7 +111,7 @@ def checked_names(model: nn.Module, names: str | Iterable[str], function: str) -
     known = adapter_names(model)
     if len(set(names)) != len(names) or not set(names) <= set(known):
         raise ValueError(
-            f"lora_ext.{function}: expected different names out of {known}, but got {list(names)}"
+            f"lora_ext.{function}: expected distinct names out of {known}, but got {list(names)}"
         )
     return names
 

@@ -296,7 +296,7 @@ class LoRALayer(nn.Module):
         unknown = [name for name in names if name not in self.adapters]
         if unknown or len(set(names)) != len(names):
             raise ValueError(
-                f"lora_ext.nn.{type(self).__name__}.{method}: expected different names out of "
+                f"lora_ext.nn.{type(self).__name__}.{method}: expected distinct names out of "
                 f"{list(self.adapters)}, but got {list(names)}"
             )
         return names

@@ -16,6 +16,7 @@ from ..adapters.load import read_placement
 from ..adapters.placement import Placement
 from ..models import LoRAConfig
 from ..models.apply import find_targets
+from ..models.config import not_a_config
 from ..nn import LoRALayer, initialize
 from ..nn.adapter_spec import AdapterSpec
 
@@ -64,7 +65,7 @@ def read(
     else:
         raise TypeError(
             "expected a LoRAConfig, a mapping of tensors or a folder, but got "
-            f"{type(source).__name__}"
+            f"{not_a_config(source)}"
         )
     for path, spec in incoming.specs.items():
         _check_spec(path, spec, max_rank)

@@ -70,7 +70,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(name=NAMES)
     def delete(self, name):
         if name not in self.names:
-            with pytest.raises(ValueError, match="different names"):
+            with pytest.raises(ValueError, match="distinct names"):
                 lora_ext.models.delete_adapter(self.model, name)
             return
         lora_ext.models.delete_adapter(self.model, name)

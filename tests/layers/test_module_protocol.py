@@ -59,7 +59,7 @@ def test_unknown_and_repeated_names():
         layer.add_adapter("a", SPEC)
     for method in (layer.set_adapter, layer.merge):
         for names in ("c", ["a", "c"], ["a", "a"]):
-            with pytest.raises(ValueError, match=r"different names out of \['a', 'b'\]"):
+            with pytest.raises(ValueError, match=r"distinct names out of \['a', 'b'\]"):
                 method(names)
     with pytest.raises(ValueError, match="delete_adapter"):
         layer.delete_adapter("c")

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from adapter_helpers import make_ids, make_zoo
@@ -383,3 +384,12 @@ def test_a_word_of_peft_is_answered_with_ours(name, ours):
     with pytest.raises(TypeError, match=rf"PEFT's {name} is here .*{ours}"):
         LoRAConfig("q_proj", **{name: 8})
     assert copy.deepcopy(LoRAConfig("q_proj", r=3)) == LoRAConfig("q_proj", r=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "came"),
+    [(peft.LoraConfig(), "peft's LoraConfig: .*accelerate"), (None, "NoneType"), ({}, "dict")],
+)
+def test_another_config_is_refused(config, came):
+    with pytest.raises(TypeError, match=f"expected a lora_ext.LoRAConfig, but got {came}"):
+        apply_lora(nn.Sequential(nn.Linear(2, 2)), config)

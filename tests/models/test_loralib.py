@@ -278,7 +278,7 @@ def test_what_loralib_cannot_store():
     ):
         with pytest.raises(ValueError, match=f"'0' {message}.*save_adapter"):
             lora_ext.loralib.loralib_state_dict(bad)
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(ValueError, match="distinct names"):
         lora_ext.loralib.loralib_state_dict(model("linear"), "other")
     with pytest.raises(ValueError, match="expected bias in"):
         lora_ext.loralib.loralib_state_dict(model("linear"), bias="some")

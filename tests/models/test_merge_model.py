@@ -40,7 +40,7 @@ def test_layers_without_the_adapter_go_on():
     with pytest.raises(ValueError, match=r"but got \['b'\] at 'layers.0.mlp'; call set_adapter"):
         lora_ext.models.merge(model, ["a", "b"])
     with pytest.raises(
-        ValueError, match=r"lora_ext\.models\.merge: expected different names out of"
+        ValueError, match=r"lora_ext\.models\.merge: expected distinct names out of"
     ):
         lora_ext.models.merge(model, "c")
 
@@ -182,7 +182,7 @@ def test_merge_and_unload_of_some():
     assert torch.allclose(model(ids), wanted, rtol=1e-10)
     with pytest.raises(ValueError, match=r"merge_and_unload: expected a model that holds"):
         lora_ext.models.merge_and_unload(make_layer("linear"))
-    with pytest.raises(ValueError, match=r"merge_and_unload: expected different names"):
+    with pytest.raises(ValueError, match=r"merge_and_unload: expected distinct names"):
         lora_ext.models.merge_and_unload(zoo_with_adapters(), "z")
 
 

@@ -43,7 +43,7 @@ def test_delete_adapter():
         assert not any(key.endswith(f".{name}") for key in model.state_dict())
     assert {layer.active_adapters for _, layer in lora_layers(model)} == {("b",), ()}
     assert torch.equal(model(ids), y)
-    with pytest.raises(ValueError, match=r"delete_adapter: expected different names out of \['b'"):
+    with pytest.raises(ValueError, match=r"delete_adapter: expected distinct names out of \['b'"):
         lora_ext.models.delete_adapter(model, "a")
     lora_ext.models.delete_adapter(model, "b")
     assert torch.equal(model(ids), make_zoo()(ids))
@@ -125,7 +125,7 @@ def test_a_lora_state_dict_restores_what_was_trained():
     result = other.load_state_dict(lora_ext.models.lora_state_dict(model), strict=False)
     assert not result.unexpected_keys
     assert torch.equal(other(ids), model(ids))
-    with pytest.raises(ValueError, match="lora_state_dict: expected different names"):
+    with pytest.raises(ValueError, match="lora_state_dict: expected distinct names"):
         lora_ext.models.lora_state_dict(model, adapter="z")
 
 

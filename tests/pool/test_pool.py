@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 
+import peft
 import pytest
 import torch
 from adapter_helpers import LINEAR, from_peft, make_ids, make_zoo, save_peft
@@ -402,6 +403,7 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
         ),
         (AdapterError, "a folder with", ("x", tmp_path / "none")),
         (TypeError, "LoRAConfig, a mapping", ("x", 3)),
+        (TypeError, "peft's LoraConfig: .*accelerate", ("x", peft.LoraConfig())),
         (TypeError, "no config beside a folder", ("x", tmp_path, config)),
     ]
     for error, message, arguments in cases:
