@@ -71,7 +71,7 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
     # PEFT writes to the weight's data, which no version counts. Callers look at merge's signature:
     # diffusers asks whether it takes adapter_names.
     @functools.wraps(peft_layers.Linear.merge)
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.packed = None
         peft_layers.Linear.merge(self, *args, **kwargs)
 

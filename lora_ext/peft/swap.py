@@ -26,7 +26,9 @@ class LoraModel(peft_model.LoraModel):
     """
 
     @wraps(peft_model.LoraModel.inject_adapter)
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
         if isinstance(self, LoraModel):  # not in a bound method that outlived `decelerate`
             swap(model)
