@@ -16,7 +16,7 @@ SUITES = {
     "op/test_numerics.py": 120,
     "op/test_peer_bugs.py": 60,
     "op/test_registration.py": 100,
-    "op/test_shapes.py": 200,
+    "op/test_shapes.py": 150,
     "op/test_lora_update.py": 150,
     "op/test_autograd.py": 100,
     "op/test_dropout.py": 60,
