@@ -109,13 +109,6 @@ def _run_program(flavour: str, command: list[str], timeout: float) -> list[Run]:
     return runs
 
 
-def mutants_reached(flavour: str, program: str, *arguments: str) -> set[int]:
-    """The numbers of the mutants that clean runs of a program come by."""
-    done = execute([str(BUILD / flavour / program), "--list-mutants", *arguments], timeout=300)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line["mutant"] for line in lines if "mutant" in line}
-
-
 def run_seeds(flavour: str, program: str, seeds: str, *arguments: str) -> list[Run]:
     """The same, of a range of seeds, which all cores share."""
     begin, end = map(int, seeds.split(":"))

@@ -65,7 +65,7 @@ def read(
     else:
         raise TypeError(
             "expected a LoRAConfig, a mapping of tensors or a folder, but got "
-            f"{not_a_config(source)}"
+            + not_a_config(source)
         )
     for path, spec in incoming.specs.items():
         _check_spec(path, spec, max_rank)
