@@ -31,14 +31,10 @@ Arguments parse(int argc, char** argv) {
   Arguments arguments;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
-    if (name == "--list-mutants") {
-      arguments[name] = "";
-    } else if (name.starts_with("--") && i + 1 < argc) {
-      arguments[name] = argv[++i];
-    } else {
+    if (!name.starts_with("--") || i + 1 == argc)
       throw std::invalid_argument("expected --name value, but got " + name +
                                   "; driver.h lists the arguments");
-    }
+    arguments[name] = argv[++i];
   }
   return arguments;
 }
@@ -164,12 +160,9 @@ int program_main(int argc, char** argv, const Program& program) try {
     last = std::stoull(range.substr(range.find(':') + 1)) - 1;
   }
   const std::string fault = arguments.contains("--fault") ? arguments.at("--fault") : "";
-  if (arguments.contains("--list-mutants")) emulator::record_mutants();
   for (uint64_t seed = first; seed <= last; ++seed) {
     if (!run_case(program, draw_case(program, arguments, seed), fault)) return 1;
   }
-  for (const uint32_t mutant : emulator::recorded_mutants())
-    std::printf("{\"mutant\": %u}\n", mutant);
   return 0;
 } catch (const std::invalid_argument& error) {
   std::fprintf(stderr, "%s\n", error.what());

@@ -5,7 +5,6 @@
 //   --seed S | --seeds A:B    the seeds A .. B - 1
 //   --size NAME  --variant NAME  --schedule NAME  --completion NAME  --resident CLUSTERS
 //   --fault MUTANT            plants it (fault.h)
-//   --list-mutants            prints the numbers of the mutants that the runs came by
 //   --watchdog SECONDS        processor time that one launch may take
 //
 // The first run that is not clean ends the program, with exit status 1.
