@@ -7,10 +7,7 @@
 #include <stdexcept>
 
 #include "emulated/mutants/known_fault.h"
-#include "emulator/counts/counters.h"
 #include "emulator/fault.h"
-#include "emulator/machine/config.h"
-#include "emulator/machine/fail.h"
 
 namespace kernels {
 namespace {
@@ -61,7 +58,7 @@ uint64_t mix(uint64_t seed) {  // splitmix64
   return seed ^ seed >> 31;
 }
 
-Case draw_case(const Program& program, const Arguments& arguments, uint64_t seed) {
+Case draw_case(const Arguments& arguments, uint64_t seed) {
   // Nine seeds in a row see every schedule with every completion; the rest is drawn.
   const auto name_of = [](auto value) { return emulator::name_of(value); };
   Config& config = emulator::config();
@@ -76,8 +73,9 @@ Case draw_case(const Program& program, const Arguments& arguments, uint64_t seed
   return {seed,
           choose(arguments, "--size", program.sizes, bits >> 8,
                  [](const Size& size) { return size.name; }),
-          choose(arguments, "--variant", program.variants, bits >> 16,
-                 [](const char* name) { return name; })};
+          choose(arguments, "--variant", program.variants, bits >> 16, [](const Variant& variant) {
+            return variant.name;
+          }).name};
 }
 
 std::string json(const std::string& text) {
@@ -105,7 +103,7 @@ std::string json(const std::vector<std::string>& texts) {
 
 // One run as a JSON line; returns whether it was clean. The line begins before the run does, so
 // that a sanitizer that ends the program leaves behind which run it was.
-bool run_case(const Program& program, const Case& run, const std::string& fault) {
+bool run_case(const Case& run, const std::string& fault) {
   const Config& config = emulator::config();
   std::printf(
       "{\"program\": %s, \"seed\": %llu, \"size\": %s, \"variant\": %s, \"schedule\": %s, "
@@ -123,8 +121,11 @@ bool run_case(const Program& program, const Case& run, const std::string& fault)
   facts.clear();
   emulator::reset_counters();
   try {
-    message = program.run(run);
-    if (!message.empty()) outcome = "result";
+    for (const Variant& variant : program.variants)
+      if (run.variant == variant.name) variant.run(run);
+  } catch (const Difference& difference) {
+    outcome = "result";
+    message = difference.what();
   } catch (const emulator::Error& error) {
     outcome = emulator::name_of(error.kind);
     message = error.what();
@@ -135,7 +136,7 @@ bool run_case(const Program& program, const Case& run, const std::string& fault)
       json(outcome).c_str(), json(message).c_str(),
       static_cast<unsigned long long>(emulator::planted_fault_reached()),
       static_cast<unsigned long long>(emulator::counters().early_blocks), kernel_seconds,
-      program.flops(run.size), json(facts).c_str());
+      2.0 * run.size.m * run.size.n * run.size.k, json(facts).c_str());
   std::fflush(stdout);
   return outcome == "clean";
 }
@@ -150,7 +151,15 @@ void run_timed(emulator::Stream& stream) {
 
 void tell(const std::string& fact) { facts.push_back(fact); }
 
-int program_main(int argc, char** argv, const Program& program) try {
+void limit_residency() {
+  uint32_t& resident = emulator::config().resident_clusters;
+  if (resident == 0) resident = 24;
+}
+
+}  // namespace kernels
+
+int main(int argc, char** argv) try {
+  using namespace kernels;
   const Arguments arguments = parse(argc, argv);
   uint64_t first = 1, last = 1;
   if (arguments.contains("--seed")) first = last = std::stoull(arguments.at("--seed"));
@@ -161,12 +170,10 @@ int program_main(int argc, char** argv, const Program& program) try {
   }
   const std::string fault = arguments.contains("--fault") ? arguments.at("--fault") : "";
   for (uint64_t seed = first; seed <= last; ++seed) {
-    if (!run_case(program, draw_case(program, arguments, seed), fault)) return 1;
+    if (!run_case(draw_case(arguments, seed), fault)) return 1;
   }
   return 0;
 } catch (const std::invalid_argument& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 2;
 }
-
-}  // namespace kernels
