@@ -87,29 +87,21 @@ struct GroupedRows {
 
 // Room for the tables, of exactly their size.
 struct GroupedTables {
-  template <class V>
-  using Buffer = GlobalBuffer<V>;
   static size_t size(int64_t count) { return static_cast<size_t>(count); }
 
   const int m, groups, piece_rows;
   const bool indexed;
-  Buffer<int> order, first, counts;
-  Buffer<LoraGroupedSegment> segments;
-  Buffer<LoraGroupedPiece> tiles, pieces;
-  Buffer<LoraGroupedSum> sums;
+  GlobalBuffer<int> order{size(indexed ? m : 0), "order"};
+  GlobalBuffer<int> first{size((m + 127) / 128 + 1), "first"};
+  GlobalBuffer<int> counts{size(indexed ? (m + 255) / 256 * (groups + 1) : 0), "counts"};
+  GlobalBuffer<LoraGroupedSegment> segments{size(groups + 1), "segments"};
+  GlobalBuffer<LoraGroupedPiece> tiles{size(LoraGroupedTables::tiles_of(m, groups, 64)), "tiles"};
+  GlobalBuffer<LoraGroupedPiece> pieces{size(LoraGroupedTables::tiles_of(m, groups, piece_rows)),
+                                        "pieces"};
+  GlobalBuffer<LoraGroupedSum> sums{size(groups), "sums"};
 
   GroupedTables(const GroupedRows& rows, int piece_rows_)
-      : m(rows.m),
-        groups(rows.groups),
-        piece_rows(piece_rows_),
-        indexed(rows.indexed),
-        order(size(indexed ? m : 0), "order"),
-        first(size((m + 127) / 128 + 1), "first"),
-        counts(size(indexed ? (m + 255) / 256 * (groups + 1) : 0), "counts"),
-        segments(size(groups + 1), "segments"),
-        tiles(size(LoraGroupedTables::tiles_of(m, groups, 64)), "tiles"),
-        pieces(size(LoraGroupedTables::tiles_of(m, groups, piece_rows)), "pieces"),
-        sums(size(groups), "sums") {}
+      : m(rows.m), groups(rows.groups), piece_rows(piece_rows_), indexed(rows.indexed) {}
 
   LoraGroupedTables parameters() {
     return {indexed ? order.data() : nullptr,

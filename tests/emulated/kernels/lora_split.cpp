@@ -15,28 +15,23 @@ constexpr double kUnwritten = -12345;
 // A matrix of any magnitude from 2^-20 on, [rows, columns] or transposed, and where its halves go.
 template <class T>
 struct Source {
-  int rows, columns, width;
-  bool transposed, in_float, with_lo;
-  float scale;
-  std::vector<double> values;  // [rows, columns]
-  WrittenRows<float> floats;
-  WrittenRows<T> halves, hi, lo;
+  Random& random;
+  const int rows, columns, width = columns + static_cast<int>(random() % 9);
+  const bool transposed = random() % 2, in_float = random() % 2, with_lo = random() % 2;
+  const float scale = random() % 2 ? 1.f : 1.7f;
+  const int outer = transposed ? columns : rows, inner = transposed ? rows : columns;
+  Matrix<float> values{rows, columns, columns};
+  const WrittenRows<float> floats{in_float ? outer : 0, inner, draw_far_apart(outer, random), 0,
+                                  "matrix"};
+  const WrittenRows<T> halves{in_float ? 0 : outer, inner, draw_far_apart(outer, random),
+                              from_double<T>(0), "matrix"};
+  const bool far_apart = draw_far_apart(rows, random);
+  const int pitch = width + static_cast<int>(random() % 3);
+  const WrittenRows<T> hi{rows, pitch, far_apart, from_double<T>(kUnwritten), "hi"};
+  const WrittenRows<T> lo{rows, pitch, hi.far_apart(), from_double<T>(kUnwritten), "lo"};
 
-  Source(int rows_, int columns_, Random& random)
-      : rows(rows_),
-        columns(columns_),
-        width(columns + static_cast<int>(random() % 9)),
-        transposed(random() % 2),
-        in_float(random() % 2),
-        with_lo(random() % 2),
-        scale(random() % 2 ? 1.f : 1.7f),
-        values(static_cast<size_t>(rows) * columns),
-        floats(in_float ? outer() : 0, inner(), draw_far_apart(outer(), random), 0, "matrix"),
-        halves(in_float ? 0 : outer(), inner(), draw_far_apart(outer(), random), from_double<T>(0),
-               "matrix"),
-        hi(rows, width + static_cast<int>(random() % 3), draw_far_apart(rows, random),
-           from_double<T>(kUnwritten), "hi"),
-        lo(rows, hi.width(), hi.far_apart(), from_double<T>(kUnwritten), "lo") {
+  Source(int rows_, int columns_, Random& random_)
+      : random(random_), rows(rows_), columns(columns_) {
     std::uniform_real_distribution<double> real(-1, 1);
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < columns; ++j) {
@@ -50,18 +45,15 @@ struct Source {
         } else {
           halves.data()[at] = from_double<T>(value);
         }
-        values[static_cast<size_t>(i) * columns + j] =
-            in_float ? value : to_double(halves.data()[at]);
+        values.at(i, j) = in_float ? value : static_cast<float>(to_double(halves.data()[at]));
       }
     }
   }
-  int outer() const { return transposed ? columns : rows; }
-  int inner() const { return transposed ? rows : columns; }
   int64_t outer_stride() const { return in_float ? floats.pitch() : halves.pitch(); }
   int64_t row_stride() const { return transposed ? 1 : outer_stride(); }
   int64_t column_stride() const { return transposed ? outer_stride() : 1; }
 
-  LoraSplitMatrix<T> parameters() {
+  LoraSplitMatrix<T> parameters() const {
     LoraSplitMatrix<T> matrix{};
     matrix.m = in_float ? static_cast<const void*>(floats.data())
                         : static_cast<const void*>(halves.data());
@@ -78,8 +70,7 @@ struct Source {
       for (int j = 0; j < hi.width(); ++j) {
         if (!with_lo) compare("lo", i, j, lo(i, j), unwritten, 0);
         if (j < columns) {
-          compare_halves("hi + lo", i, j, hi(i, j), lo(i, j), with_lo,
-                         scale * values[static_cast<size_t>(i) * columns + j], 0);
+          compare_halves("hi + lo", i, j, hi(i, j), lo(i, j), with_lo, scale * values(i, j), 0);
         } else {  // zero, then what was there
           const double expected = j < width ? 0 : unwritten;
           compare("hi", i, j, hi(i, j), expected, 0);
