@@ -5,8 +5,6 @@ namespace {
 
 uint32_t planted_mutant = 0;
 uint64_t reached = 0;
-bool recording = false;
-std::set<uint32_t> recorded;
 
 }  // namespace
 
@@ -25,11 +23,7 @@ void plant_fault(const char* mutant) {
 
 uint64_t planted_fault_reached() { return reached; }
 
-void record_mutants() { recording = true; }
-const std::set<uint32_t>& recorded_mutants() { return recorded; }
-
 bool is_planted(uint32_t mutant) {
-  if (recording) recorded.insert(mutant);
   const bool is = mutant == planted_mutant;
   reached += is;
   return is;

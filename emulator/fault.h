@@ -3,7 +3,6 @@
 // changes. A mutant is known by the hash of its name.
 #pragma once
 #include <cstdint>
-#include <set>
 #include <type_traits>
 
 namespace emulator {
@@ -16,10 +15,6 @@ uint32_t number_of(const char* mutant);
 
 // How often a program came by the planted mutant: one that no test case reaches proves nothing.
 uint64_t planted_fault_reached();
-
-// From now on, keeps the number of every mutant that a program comes by.
-void record_mutants();
-const std::set<uint32_t>& recorded_mutants();
 
 // Not of this file's includer's translation unit, so that looking it up is not instrumented.
 bool is_planted(uint32_t mutant);

@@ -4,22 +4,11 @@
 #include "emulated/kernels/dequantize.h"
 
 #include "cpu/dtypes.h"
+#include "emulated/kernels/driver.h"
 #include "emulated/kernels/operand.h"
-#include "emulated/kernels/variants.h"
-#include "emulator/counts/counters.h"
-#include "emulator/emulator.h"
 
-namespace lora_ext::kernel {
-
-#define EXTERN_INSTANCES(variant, ...) DEQUANTIZE_INSTANCES(extern template, __VA_ARGS__)
-DEQUANTIZE_VARIANTS(EXTERN_INSTANCES)
-
+namespace kernels {
 namespace {
-
-using emulator::GlobalBuffer;
-using kernels::Case;
-
-using Random = std::mt19937_64;
 
 float draw(Random& random, double scale = 1) {
   return static_cast<float>(std::uniform_real_distribution<double>(-scale, scale)(random));
@@ -43,10 +32,11 @@ std::vector<float> draw_floats(int64_t count, Random& random) {
 template <class T>
 uint32_t bits_of(float value) {
   if constexpr (std::is_same_v<T, float>) {
-    return cpu::float_to_bits(value);
+    return lora_ext::cpu::float_to_bits(value);
   } else {
-    std::conditional_t<std::is_same_v<T, __half>, cpu::Float16, cpu::BFloat16> half;
-    cpu::from_float(value, &half);
+    std::conditional_t<std::is_same_v<T, __half>, lora_ext::cpu::Float16, lora_ext::cpu::BFloat16>
+        half;
+    lora_ext::cpu::from_float(value, &half);
     return half.bits;
   }
 }
@@ -61,7 +51,7 @@ uint32_t bits_of_element(const T& element) {
 template <class T>
 struct Written {
   static constexpr int64_t kBehind = 3;
-  static inline const T kUnwritten = kernels::from_double<T>(-12345);
+  static inline const T kUnwritten = from_double<T>(-12345);
   int64_t before, count;
   GlobalBuffer<T> buffer;
 
@@ -73,41 +63,27 @@ struct Written {
   }
   T* data() { return buffer.data() + before; }
 
-  std::string compare(const std::vector<float>& expected) const {
+  void compare(const std::vector<float>& expected) const {
     for (int64_t i = -before; i < count + kBehind; ++i) {
       const bool inside = i >= 0 && i < count;
       const uint32_t wanted =
           inside ? bits_of<T>(expected[static_cast<size_t>(i)]) : bits_of_element(kUnwritten);
       const uint32_t got = bits_of_element(buffer[static_cast<size_t>(before + i)]);
       if (got != wanted)
-        return emulator::format("out[%lld]: expected bits %x, but got %x",
-                                static_cast<long long>(i), wanted, got);
+        differ("out[%lld]: expected bits %x, but got %x", static_cast<long long>(i), wanted, got);
     }
-    return "";
   }
 };
 
-// Of a launch: "" or what was read or written more than once. A warp reads `around` bytes beside
-// its codes.
+// Of a launch. A warp reads `around` bytes beside its codes.
 template <class T>
-std::string count_bytes(int64_t count, double code_bytes, bool aligned, int64_t around) {
-  if (!kernels::kRaceChecked || !aligned) return "";
-  const emulator::Counters counted = emulator::counters();
-  const uint64_t* bytes = counted.global_bytes;
-  const uint64_t stored = bytes[static_cast<int>(emulator::GlobalAccess::Store)];
-  const uint64_t loaded = bytes[static_cast<int>(emulator::GlobalAccess::Load)];
-  const int64_t whole = count / DequantizedTile<T>::kValues * DequantizedTile<T>::kValues;
-  if (stored != static_cast<uint64_t>(count) * sizeof(T))
-    return emulator::format("%llu bytes stored of %lld values",
-                            static_cast<unsigned long long>(stored), static_cast<long long>(count));
-  if (whole != count) return "";
-  const auto expected =
-      static_cast<uint64_t>(static_cast<double>(count) * code_bytes +
-                            static_cast<double>(count / DequantizedTile<T>::kValues * around));
-  return loaded == expected ? ""
-                            : emulator::format("%llu bytes loaded, expected %llu",
-                                               static_cast<unsigned long long>(loaded),
-                                               static_cast<unsigned long long>(expected));
+void compare_bytes(int64_t count, double code_bytes, bool aligned, int64_t around) {
+  if (!kRaceChecked || !aligned) return;
+  compare_count("bytes stored", counted_bytes(emulator::GlobalAccess::Store), count * sizeof(T));
+  if (count % DequantizedTile<T>::kValues != 0) return;
+  compare_count("bytes loaded", counted_bytes(emulator::GlobalAccess::Load),
+                static_cast<int64_t>(static_cast<double>(count) * code_bytes) +
+                    count / DequantizedTile<T>::kValues * around);
 }
 
 // Whole tiles; one value less, or more; or anything.
@@ -131,31 +107,24 @@ emulator::LaunchConfig grid_of(int64_t count) {
 
 // A weight in 4 bits, with scales that are floats, or codes themselves.
 struct FourBits {
-  int64_t count, block, blocks, scale_block;
-  bool nested;
-  int64_t before;  // bytes in front of the codes
-  GlobalBuffer<uint8_t> packed;
-  GlobalBuffer<float> table, scale;
-  GlobalBuffer<uint8_t> scale_codes;
-  GlobalBuffer<float> scale_table, scale_scale, scale_offset;
+  Random& random;
+  const int64_t count, block, before;  // `before`: bytes in front of the codes
+  const bool nested;
+  const int64_t blocks = (count + block - 1) / block, scale_block = int64_t{2} << random() % 8;
+  GlobalBuffer<uint8_t> packed{static_cast<size_t>(before + (count + 1) / 2), "packed"};
+  const GlobalBuffer<float> table{draw_floats(16, random), "table"};
+  const GlobalBuffer<float> scale{draw_floats(nested ? 1 : blocks, random), "scale"};
+  GlobalBuffer<uint8_t> scale_codes{static_cast<size_t>(nested ? blocks : 1), "scale codes"};
+  const GlobalBuffer<float> scale_table{draw_floats(256, random), "scale table"};
+  const GlobalBuffer<float> scale_scale{
+      draw_floats((blocks + scale_block - 1) / scale_block, random), "scale scale"};
+  const GlobalBuffer<float> scale_offset{draw_floats(1, random), "scale offset"};
 
-  FourBits(int64_t count_, int64_t block_, bool nested_, int64_t before_, Random& random)
-      : count(count_),
-        block(block_),
-        blocks((count + block - 1) / block),
-        scale_block(int64_t{2} << random() % 8),
-        nested(nested_),
-        before(before_),
-        packed(static_cast<size_t>(before + (count + 1) / 2), "packed"),
-        table(draw_floats(16, random), "table"),
-        scale(draw_floats(nested ? 1 : blocks, random), "scale"),
-        scale_codes(static_cast<size_t>(nested ? blocks : 1), "scale codes"),
-        scale_table(draw_floats(256, random), "scale table"),
-        scale_scale(draw_floats((blocks + scale_block - 1) / scale_block, random), "scale scale"),
-        scale_offset(draw_floats(1, random), "scale offset") {
-    fill(packed, random), fill(scale_codes, random);
+  FourBits(int64_t count_, int64_t block_, bool nested_, int64_t before_, Random& random_)
+      : random(random_), count(count_), block(block_), before(before_), nested(nested_) {
+    fill(packed), fill(scale_codes);
   }
-  static void fill(GlobalBuffer<uint8_t>& bytes, Random& random) {
+  void fill(GlobalBuffer<uint8_t>& bytes) {
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
     emulator::race_host_write(bytes.data(), bytes.size());
   }
@@ -190,7 +159,7 @@ struct FourBits {
 };
 
 template <class T>
-std::string run_four_bits(const Case& run, Random& random) {
+void run_four_bits(const Case& run, Random& random) {
   const auto [name, tiles, most_block, odd] = run.size;
   const int64_t block = most_block >> random() % 3;
   const bool aligned = !odd || random() % 2 == 0;
@@ -202,16 +171,15 @@ std::string run_four_bits(const Case& run, Random& random) {
   p.out = out.data(), p.aligned = aligned;
   emulator::Stream stream;
   stream.launch(grid_of<T>(weight.count), dequantize_4bit<T>, p);
-  kernels::run_timed(stream);
-  const std::string difference = out.compare(weight.values());
-  if (!difference.empty()) return difference;
+  run_timed(stream);
+  out.compare(weight.values());
   const int64_t scale_bytes = weight.nested ? 1 + 3 * sizeof(float) : sizeof(float);
-  return count_bytes<T>(weight.count, 0.5, aligned,
-                        32 * (scale_bytes + static_cast<int64_t>(sizeof(float))));
+  compare_bytes<T>(weight.count, 0.5, aligned,
+                   32 * (scale_bytes + static_cast<int64_t>(sizeof(float))));
 }
 
 template <class T>
-std::string run_eight_bits(const Case& run, Random& random) {
+void run_eight_bits(const Case& run, Random& random) {
   constexpr int64_t kChunk = DequantizedTile<T>::kChunk;
   const auto [name, tiles, most_columns, odd] = run.size;
   const bool aligned = !odd || random() % 2 == 0;
@@ -233,35 +201,30 @@ std::string run_eight_bits(const Case& run, Random& random) {
   p.out = out.data(), p.aligned = aligned;
   emulator::Stream stream;
   stream.launch(grid_of<T>(count), dequantize_8bit<T>, p);
-  kernels::run_timed(stream);
+  run_timed(stream);
   std::vector<float> expected;
   for (int64_t i = 0; i < count; ++i)
     expected.push_back(times(codes[static_cast<size_t>(before + i)],
                              times(scale[static_cast<size_t>(i / columns)], multiplier)));
-  const std::string difference = out.compare(expected);
-  if (!difference.empty()) return difference;
+  out.compare(expected);
   constexpr int64_t kScaleBytes = DequantizedTile<T>::kChunks * 32 * sizeof(float);
-  return count_bytes<T>(count, 1, aligned, kScaleBytes);
+  compare_bytes<T>(count, 1, aligned, kScaleBytes);
 }
 
 template <class T>
-std::string run_dequantize(const Case& run) {
+void run_dequantize(const Case& run) {
   Random random(run.seed);
-  emulator::reset_counters();
   return random() % 2 ? run_eight_bits<T>(run, random) : run_four_bits<T>(run, random);
 }
 
-#define VARIANT(name, ...) {#name, run_dequantize<__VA_ARGS__>},
-const std::vector<kernels::Variant> kVariants = {DEQUANTIZE_VARIANTS(VARIANT)};
-
 }  // namespace
-}  // namespace lora_ext::kernel
 
 // Tiles at most, values of a block (or chunks of a row) at most, and whether anything may be
 // unaligned.
-int main(int argc, char** argv) {
-  return kernels::variants_main(
-      argc, argv, "dequantize",
-      {{"blocks_of_128", 3, 128, 0}, {"blocks_of_4096", 10, 4096, 0}, {"unaligned", 2, 256, 1}},
-      lora_ext::kernel::kVariants);
-}
+#define VARIANT(name, ...) {#name, run_dequantize<__VA_ARGS__>},
+const Program program{
+    "dequantize",
+    {DEQUANTIZE_VARIANTS(VARIANT)},
+    {{"blocks_of_128", 3, 128, 0}, {"blocks_of_4096", 10, 4096, 0}, {"unaligned", 2, 256, 1}}};
+
+}  // namespace kernels

@@ -1,5 +1,6 @@
 // The instances of the kernels that dequantise, all that there are.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/dequantize_4bit.h"
 #include "kernel/dequantize_8bit.h"
 
@@ -9,7 +10,9 @@
   X(bf16, __nv_bfloat16)       \
   X(fp16, __half)
 
-// To be used in namespace lora_ext::kernel, with "extern template" or "template".
-#define DEQUANTIZE_INSTANCES(declare, T)                            \
-  declare __global__ void dequantize_4bit<T>(Dequantize4bitParams); \
-  declare __global__ void dequantize_8bit<T>(Dequantize8bitParams);
+#define DEQUANTIZE_INSTANCES(variant, T)             \
+  INSTANCE(dequantize_4bit<T>(Dequantize4bitParams)) \
+  INSTANCE(dequantize_8bit<T>(Dequantize8bitParams))
+namespace lora_ext::kernel {
+DEQUANTIZE_VARIANTS(DEQUANTIZE_INSTANCES)
+}  // namespace lora_ext::kernel

@@ -7,10 +7,7 @@
 #include <stdexcept>
 
 #include "emulated/mutants/known_fault.h"
-#include "emulator/counts/counters.h"
 #include "emulator/fault.h"
-#include "emulator/machine/config.h"
-#include "emulator/machine/fail.h"
 
 namespace kernels {
 namespace {
@@ -31,14 +28,10 @@ Arguments parse(int argc, char** argv) {
   Arguments arguments;
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
-    if (name == "--list-mutants") {
-      arguments[name] = "";
-    } else if (name.starts_with("--") && i + 1 < argc) {
-      arguments[name] = argv[++i];
-    } else {
+    if (!name.starts_with("--") || i + 1 == argc)
       throw std::invalid_argument("expected --name value, but got " + name +
                                   "; driver.h lists the arguments");
-    }
+    arguments[name] = argv[++i];
   }
   return arguments;
 }
@@ -65,7 +58,7 @@ uint64_t mix(uint64_t seed) {  // splitmix64
   return seed ^ seed >> 31;
 }
 
-Case draw_case(const Program& program, const Arguments& arguments, uint64_t seed) {
+Case draw_case(const Arguments& arguments, uint64_t seed) {
   // Nine seeds in a row see every schedule with every completion; the rest is drawn.
   const auto name_of = [](auto value) { return emulator::name_of(value); };
   Config& config = emulator::config();
@@ -80,8 +73,9 @@ Case draw_case(const Program& program, const Arguments& arguments, uint64_t seed
   return {seed,
           choose(arguments, "--size", program.sizes, bits >> 8,
                  [](const Size& size) { return size.name; }),
-          choose(arguments, "--variant", program.variants, bits >> 16,
-                 [](const char* name) { return name; })};
+          choose(arguments, "--variant", program.variants, bits >> 16, [](const Variant& variant) {
+            return variant.name;
+          }).name};
 }
 
 std::string json(const std::string& text) {
@@ -109,7 +103,7 @@ std::string json(const std::vector<std::string>& texts) {
 
 // One run as a JSON line; returns whether it was clean. The line begins before the run does, so
 // that a sanitizer that ends the program leaves behind which run it was.
-bool run_case(const Program& program, const Case& run, const std::string& fault) {
+bool run_case(const Case& run, const std::string& fault) {
   const Config& config = emulator::config();
   std::printf(
       "{\"program\": %s, \"seed\": %llu, \"size\": %s, \"variant\": %s, \"schedule\": %s, "
@@ -127,8 +121,11 @@ bool run_case(const Program& program, const Case& run, const std::string& fault)
   facts.clear();
   emulator::reset_counters();
   try {
-    message = program.run(run);
-    if (!message.empty()) outcome = "result";
+    for (const Variant& variant : program.variants)
+      if (run.variant == variant.name) variant.run(run);
+  } catch (const Difference& difference) {
+    outcome = "result";
+    message = difference.what();
   } catch (const emulator::Error& error) {
     outcome = emulator::name_of(error.kind);
     message = error.what();
@@ -139,7 +136,7 @@ bool run_case(const Program& program, const Case& run, const std::string& fault)
       json(outcome).c_str(), json(message).c_str(),
       static_cast<unsigned long long>(emulator::planted_fault_reached()),
       static_cast<unsigned long long>(emulator::counters().early_blocks), kernel_seconds,
-      program.flops(run.size), json(facts).c_str());
+      2.0 * run.size.m * run.size.n * run.size.k, json(facts).c_str());
   std::fflush(stdout);
   return outcome == "clean";
 }
@@ -154,7 +151,15 @@ void run_timed(emulator::Stream& stream) {
 
 void tell(const std::string& fact) { facts.push_back(fact); }
 
-int program_main(int argc, char** argv, const Program& program) try {
+void limit_residency() {
+  uint32_t& resident = emulator::config().resident_clusters;
+  if (resident == 0) resident = 24;
+}
+
+}  // namespace kernels
+
+int main(int argc, char** argv) try {
+  using namespace kernels;
   const Arguments arguments = parse(argc, argv);
   uint64_t first = 1, last = 1;
   if (arguments.contains("--seed")) first = last = std::stoull(arguments.at("--seed"));
@@ -164,16 +169,11 @@ int program_main(int argc, char** argv, const Program& program) try {
     last = std::stoull(range.substr(range.find(':') + 1)) - 1;
   }
   const std::string fault = arguments.contains("--fault") ? arguments.at("--fault") : "";
-  if (arguments.contains("--list-mutants")) emulator::record_mutants();
   for (uint64_t seed = first; seed <= last; ++seed) {
-    if (!run_case(program, draw_case(program, arguments, seed), fault)) return 1;
+    if (!run_case(draw_case(arguments, seed), fault)) return 1;
   }
-  for (const uint32_t mutant : emulator::recorded_mutants())
-    std::printf("{\"mutant\": %u}\n", mutant);
   return 0;
 } catch (const std::invalid_argument& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 2;
 }
-
-}  // namespace kernels

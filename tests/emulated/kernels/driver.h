@@ -5,17 +5,17 @@
 //   --seed S | --seeds A:B    the seeds A .. B - 1
 //   --size NAME  --variant NAME  --schedule NAME  --completion NAME  --resident CLUSTERS
 //   --fault MUTANT            plants it (fault.h)
-//   --list-mutants            prints the numbers of the mutants that the runs came by
 //   --watchdog SECONDS        processor time that one launch may take
 //
 // The first run that is not clean ends the program, with exit status 1.
 #pragma once
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
-#include "emulator/machine/launch.h"
+#include "emulated/kernels/reference.h"
+#include "emulator/counts/counters.h"
+#include "emulator/emulator.h"
 
 namespace kernels {
 
@@ -30,18 +30,20 @@ struct Case {
   std::string variant;
 };
 
-struct Program {
+// Runs the kernels and compares what they wrote with the reference. Throws Difference and
+// emulator::Error.
+struct Variant {
   const char* name;
-  std::vector<Size> sizes;
-  std::vector<const char*> variants;
-  // Runs the kernels and compares what they wrote with the reference: "" or the first difference.
-  // Throws emulator::Error.
-  std::function<std::string(const Case&)> run;
-  std::function<double(const Size&)> flops;
+  void (*run)(const Case&);
 };
 
-// Of a GEMM: 2 m n k.
-inline double gemm_flops(const Size& size) { return 2.0 * size.m * size.n * size.k; }
+// What a host program defines.
+struct Program {
+  const char* name;
+  std::vector<Variant> variants;
+  std::vector<Size> sizes;
+};
+extern const Program program;
 
 // Runs what the stream holds, and counts the time as that of the kernels.
 void run_timed(emulator::Stream& stream);
@@ -49,6 +51,26 @@ void run_timed(emulator::Stream& stream);
 // A fact about the run under way, such as the route it took, for the line that it prints.
 void tell(const std::string& fact);
 
-int program_main(int argc, char** argv, const Program& program);
+// Of hundreds of blocks, not all at a time: a thread has its own stack.
+void limit_residency();
+
+// Blocks of `size` that cover `count`, as a grid wants them.
+inline unsigned blocks_of(int count, int size) {
+  return static_cast<unsigned>((count + size - 1) / size);
+}
+
+// What a run may ask of memory and of tensor cores.
+inline int64_t counted_bytes(emulator::GlobalAccess kind) {
+  return static_cast<int64_t>(emulator::counters().global_bytes[static_cast<int>(kind)]);
+}
+inline void compare_count(const char* what, uint64_t counted, int64_t expected) {
+  const auto count = static_cast<int64_t>(counted);
+  if (count != expected)
+    differ("%s: expected %lld, but counted %lld", what, static_cast<long long>(expected),
+           static_cast<long long>(count));
+}
+inline void compare_copied_bytes(int64_t expected) {
+  compare_count("bytes copied", counted_bytes(emulator::GlobalAccess::CpAsync), expected);
+}
 
 }  // namespace kernels

@@ -8,76 +8,51 @@ namespace kernels {
 // kAlignment: of Y and the base.
 template <class T, bool kMNMajor, bool kMasked, Alignment kAlignment>
 struct GemmProblem {
-  using Random = std::mt19937_64;
-  using Numbers = kernels::Numbers;
-  template <class V>
-  using Buffer = emulator::GlobalBuffer<V>;
-  using Stored = Operand<T, Alignment::kVector>;
-  using Base = Operand<T, kAlignment>;
+  using Stored = VectorOperand<T>;
   static constexpr double kBetweenRows = -12345;
-  static constexpr int kOffset = Layout<kAlignment>::kOffset;
 
-  const int m, n, k, rank, terms;
-  const Numbers numbers;
-  const bool with_bias, float_bias, lets_wgrad_begin;
-  const Stored p, q;
+  Random& random;
+  const int m, n, depth, k, rank;
+  const int terms = random() % 3 == 0 ? 3 : 1;
+  const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
+  const bool with_bias = !kMasked && random() % 4 != 0, float_bias = random() % 2;
+  const bool lets_wgrad_begin = random() % 4 != 0;
+  const Stored p{m, depth, numbers, random, "p"};
+  const Stored q{kMNMajor ? depth : n, kMNMajor ? n : depth, numbers, random, "q"};
   std::unique_ptr<Stored> t[3], u[3];
-  const kernels::Matrix<T> bias;
-  const Buffer<T> bias_buffer;
-  const Buffer<float> float_bias_buffer;
-  const int y_pitch;
-  Buffer<T> y;
-  const RandomMask mask;
-  std::unique_ptr<Base> base;
+  const Bias<T> bias{n, numbers, random};
+  const WrittenRows<T> y{m,   Layout<kAlignment>::pitch(n) + 8, false, from_double<T>(kBetweenRows),
+                         "y", Layout<kAlignment>::kOffset};
+  const RandomMask mask{numbers, random};
+  std::unique_ptr<Operand<T, kAlignment>> base;
   bool in_place = false;  // Y holds the base
 
   // With k = 0, the low-rank product alone; then p and q have `depth`.
-  GemmProblem(int m_, int n_, int depth, int k_, int rank_, Random& random, bool may_have_base)
-      : m(m_),
-        n(n_),
-        k(k_),
-        rank(rank_),
-        terms(random() % 3 == 0 ? 3 : 1),
-        numbers(random() % 2 ? Numbers::Integers : Numbers::Reals),
-        with_bias(!kMasked && random() % 4 != 0),
-        float_bias(random() % 2),
-        lets_wgrad_begin(random() % 4 != 0),
-        p(m, depth, numbers, random, "p"),
-        q(kMNMajor ? depth : n, kMNMajor ? n : depth, numbers, random, "q"),
-        bias(kernels::random_matrix<T>(1, n, n, numbers, random)),
-        bias_buffer(bias.values, "bias"),
-        float_bias_buffer({bias.values.begin(), bias.values.end()}, "bias in float"),
-        y_pitch(Layout<kAlignment>::pitch(n) + 8),
-        y(kOffset + static_cast<size_t>(m) * y_pitch, "y"),
-        mask(numbers, random) {
+  GemmProblem(int m_, int n_, int depth_, int k_, int rank_, Random& random_, bool may_have_base)
+      : random(random_), m(m_), n(n_), depth(depth_), k(k_), rank(rank_) {
     for (int i = 0; i < terms; ++i) {  // of one pitch
       t[i] = std::make_unique<Stored>(m, rank, numbers, random, "t", false);
       u[i] = std::make_unique<Stored>(kMNMajor ? rank : n, kMNMajor ? n : rank, numbers, random,
                                       "u", false);
     }
-    y.fill(kernels::from_double<T>(kBetweenRows));
     if (!may_have_base || random() % 2) return;
-    base = std::make_unique<Base>(m, n, numbers, random, "base");
+    base = std::make_unique<Operand<T, kAlignment>>(m, n, numbers, random, "base");
     in_place = random() % 2;
     for (int i = 0; in_place && i < m; ++i)
-      std::copy_n(&base->matrix.at(i, 0), n,
-                  y.begin() + kOffset + static_cast<size_t>(i) * y_pitch);
+      std::copy_n(&base->matrix.at(i, 0), n, y.data() + i * y.pitch());
   }
 
-  lora_ext::kernel::LoraGemmParams<T> params() {
-    lora_ext::kernel::LoraGemmParams<T> params{};
+  LoraGemmParams<T> params() {
+    LoraGemmParams<T> params{};
     if (k > 0) params.p = p.data(), params.q = q.data();
-    params.y = y.data() + kOffset;
-    params.p_pitch = p.pitch(), params.q_pitch = q.pitch(), params.y_pitch = y_pitch;
+    params.y = y.data();
+    params.p_pitch = p.pitch(), params.q_pitch = q.pitch(), params.y_pitch = y.pitch();
     params.t_pitch = t[0]->pitch(), params.u_pitch = u[0]->pitch();
     for (int i = 0; i < terms; ++i) params.low_rank[i] = {t[i]->data(), u[i]->data()};
-    if (with_bias) {
-      params.bias = float_bias ? static_cast<const void*>(float_bias_buffer.data())
-                               : static_cast<const void*>(bias_buffer.data());
-    }
+    if (with_bias) params.bias = bias.data(float_bias);
     if (base != nullptr) {
       params.base = in_place ? params.y : base->data();
-      params.base_pitch = in_place ? y_pitch : base->pitch();
+      params.base_pitch = in_place ? y.pitch() : base->pitch();
     }
     params.whole_chunks = kAlignment == Alignment::kVector;
     params.float_bias = float_bias, params.lets_wgrad_begin = lets_wgrad_begin;
@@ -86,22 +61,11 @@ struct GemmProblem {
     return params;
   }
 
-  // Y is right, and nothing is written between its rows. "" or what differs.
-  std::string check() const {
-    for (int i = 0; i < m; ++i) {
-      for (int j = 0; j < y_pitch; ++j) {
-        const kernels::Bounded sum = expected(i, j);
-        const bool exact = numbers == Numbers::Integers || j >= n;
-        const double rounded = kernels::to_double(kernels::from_double<T>(sum.value));
-        const double error =
-            sum.error() + kernels::rounding_error<T>(std::fabs(sum.value) + sum.error());
-        const std::string difference = kernels::compare(
-            "y", i, j, y[kOffset + static_cast<size_t>(i) * y_pitch + static_cast<size_t>(j)],
-            exact ? rounded : sum.value, exact ? 0 : error);
-        if (!difference.empty()) return difference;
-      }
-    }
-    return "";
+  // Y is right, and nothing is written between its rows.
+  void check() const {
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < y.width(); ++j)
+        compare_rounded("y", i, j, y(i, j), expected(i, j), numbers == Numbers::Integers || j >= n);
   }
 
  private:
@@ -109,21 +73,20 @@ struct GemmProblem {
     return kMNMajor ? right.matrix(depth, column) : right.matrix(column, depth);
   }
 
-  kernels::Bounded expected(int i, int j) const {
-    kernels::Bounded sum;
+  Bounded expected(int i, int j) const {
+    Bounded sum;
     if (j >= n) {
       sum.value = kBetweenRows;
       return sum;
     }
     for (int l = 0; l < k; ++l) sum.add(p.matrix(i, l) * right_at(q, l, j));
     for (int term = 0; term < terms; ++term) {
-      const double scale =
-          term < terms - 1 ? 1.0 / lora_ext::kernel::kLoScale<T> : 1.0;  // lo comes first
+      const double scale = term < terms - 1 ? 1.0 / kLoScale<T> : 1.0;  // lo comes first
       const double factor = scale * (kMasked ? mask.factor(i, j) : 1);
       for (int l = 0; l < rank; ++l)
         sum.add(factor * t[term]->matrix(i, l) * right_at(*u[term], l, j));
     }
-    if (with_bias) sum.add(bias(0, j));
+    if (with_bias) sum.add(bias.matrix(0, j));
     if (base != nullptr) sum.add(base->matrix(i, j));
     return sum;
   }

@@ -13,17 +13,14 @@
 
 namespace kernels {
 
-using lora_ext::kernel::LoraGroupedRows;
-using lora_ext::kernel::LoraGroupedTables;
-
 // Who has which rows. `adapter_of[row]` is -1 without an adapter.
 struct GroupedRows {
   int m, groups, most_rank;
   bool indexed;
   std::vector<int> ranks, given, adapter_of;  // ranks as the device has them, then an index or ends
-  std::unique_ptr<emulator::GlobalBuffer<int>> buffer;
+  std::unique_ptr<GlobalBuffer<int>> buffer;
 
-  GroupedRows(int m_, int groups_, int most_rank_, std::mt19937_64& random)
+  GroupedRows(int m_, int groups_, int most_rank_, Random& random)
       : m(m_), groups(groups_), most_rank(most_rank_), indexed(random() % 2), adapter_of(m_, -1) {
     const auto draw = [&](int from, int to) {
       return from + static_cast<int>(random() % static_cast<uint64_t>(to - from + 1));
@@ -37,7 +34,7 @@ struct GroupedRows {
                                   : draw(1, most_rank));
     }
     indexed ? draw_index(draw) : draw_ends(draw);
-    buffer = std::make_unique<emulator::GlobalBuffer<int>>(given, indexed ? "index" : "ends");
+    buffer = std::make_unique<GlobalBuffer<int>>(given, indexed ? "index" : "ends");
     for (int& adapter : adapter_of)
       if (adapter >= 0 && rank(adapter) == 0) adapter = -1;
   }
@@ -90,29 +87,21 @@ struct GroupedRows {
 
 // Room for the tables, of exactly their size.
 struct GroupedTables {
-  template <class V>
-  using Buffer = emulator::GlobalBuffer<V>;
   static size_t size(int64_t count) { return static_cast<size_t>(count); }
 
   const int m, groups, piece_rows;
   const bool indexed;
-  Buffer<int> order, first, counts;
-  Buffer<lora_ext::kernel::LoraGroupedSegment> segments;
-  Buffer<lora_ext::kernel::LoraGroupedPiece> tiles, pieces;
-  Buffer<lora_ext::kernel::LoraGroupedSum> sums;
+  GlobalBuffer<int> order{size(indexed ? m : 0), "order"};
+  GlobalBuffer<int> first{size((m + 127) / 128 + 1), "first"};
+  GlobalBuffer<int> counts{size(indexed ? (m + 255) / 256 * (groups + 1) : 0), "counts"};
+  GlobalBuffer<LoraGroupedSegment> segments{size(groups + 1), "segments"};
+  GlobalBuffer<LoraGroupedPiece> tiles{size(LoraGroupedTables::tiles_of(m, groups, 64)), "tiles"};
+  GlobalBuffer<LoraGroupedPiece> pieces{size(LoraGroupedTables::tiles_of(m, groups, piece_rows)),
+                                        "pieces"};
+  GlobalBuffer<LoraGroupedSum> sums{size(groups), "sums"};
 
   GroupedTables(const GroupedRows& rows, int piece_rows_)
-      : m(rows.m),
-        groups(rows.groups),
-        piece_rows(piece_rows_),
-        indexed(rows.indexed),
-        order(size(indexed ? m : 0), "order"),
-        first(size((m + 127) / 128 + 1), "first"),
-        counts(size(indexed ? (m + 255) / 256 * (groups + 1) : 0), "counts"),
-        segments(size(groups + 1), "segments"),
-        tiles(size(LoraGroupedTables::tiles_of(m, groups, 64)), "tiles"),
-        pieces(size(LoraGroupedTables::tiles_of(m, groups, piece_rows)), "pieces"),
-        sums(size(groups), "sums") {}
+      : m(rows.m), groups(rows.groups), piece_rows(piece_rows_), indexed(rows.indexed) {}
 
   LoraGroupedTables parameters() {
     return {indexed ? order.data() : nullptr,

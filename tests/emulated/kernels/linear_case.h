@@ -12,27 +12,26 @@ namespace kernels {
 
 // 108 SMs make short splits, two make whole walks; sm_86 has less shared memory.
 inline constexpr int kManySms = 108, kFewSms = 2;
-inline lora_ext::plan::Card ampere(int sms) { return {80, sms, 167936, 166912}; }
-inline lora_ext::plan::Card small_ampere() { return {86, 16, 102400, 101376}; }
-inline lora_ext::plan::Card hopper(int sms) { return {90, sms, 233472, 232448}; }
+inline plan::Card ampere(int sms) { return {80, sms, 167936, 166912}; }
+inline plan::Card small_ampere() { return {86, 16, 102400, 101376}; }
+inline plan::Card hopper(int sms) { return {90, sms, 233472, 232448}; }
 
 struct LinearCase {
   int m, n, k, rank;
-  kernels::Numbers numbers;
+  Numbers numbers;
   bool float_adapters, dropout, aligned, early, wants_in_grid;
-  lora_ext::plan::Card card;
-  lora_ext::plan::Choice choice;
+  plan::Card card;
+  plan::Choice choice;
   int64_t clusters;  // of Hopper's kernels that are resident at a time
   float scaling;
   double size_of_a, size_of_b, size_of_dy;  // of real numbers
 
-  bool exact() const { return numbers == kernels::Numbers::Integers; }
+  bool exact() const { return numbers == Numbers::Integers; }
 };
 
 // The families of sizes, by how their names begin: kernels that begin early, kernels that make T in
 // the same grid, and walks of many stages over more tiles than there are clusters.
-inline LinearCase draw_linear_case(const kernels::Case& run, std::mt19937_64& random) {
-  using kernels::Numbers;
+inline LinearCase draw_linear_case(const Case& run, Random& random) {
   const auto draw = [&](uint64_t count) { return static_cast<int>(random() % count); };
   const std::string size = run.size.name;
   const bool every_rank = size == "every_rank", in_grid = size.starts_with("in_grid"),
@@ -47,16 +46,16 @@ inline LinearCase draw_linear_case(const kernels::Case& run, std::mt19937_64& ra
   c.float_adapters = every_rank || draw(2);
   c.dropout = draw(2);
   c.aligned = draw(3) != 0;
-  const lora_ext::plan::Card cards[] = {ampere(kManySms), ampere(kFewSms), small_ampere(),
-                                        hopper(132), hopper(4)};
+  const plan::Card cards[] = {ampere(kManySms), ampere(kFewSms), small_ampere(), hopper(132),
+                              hopper(4)};
   c.card = cards[draw(std::size(cards))];
-  c.choice = draw(2) ? lora_ext::plan::Choice::kKernel : lora_ext::plan::Choice::kHybrid;
+  c.choice = draw(2) ? plan::Choice::kKernel : plan::Choice::kHybrid;
   c.early = draw(2);
   c.clusters = 1 + draw(8);
   // Adapters of a fresh layer, and gradients, are small.
   c.size_of_a = 0.02, c.size_of_b = 0.001, c.size_of_dy = 0.01;
   if (size == "early") {
-    c.aligned = c.early = true, c.choice = lora_ext::plan::Choice::kKernel;
+    c.aligned = c.early = true, c.choice = plan::Choice::kKernel;
     c.card = hopper(draw(2) ? 4 : 132);
   }
   if (in_grid) {  // or as near to it as the planner must see the difference
@@ -67,7 +66,7 @@ inline LinearCase draw_linear_case(const kernels::Case& run, std::mt19937_64& ra
   }
   if (laps) c.aligned = true, c.clusters = 1 + draw(2);
   if (in_grid || laps) {
-    c.choice = lora_ext::plan::Choice::kKernel, c.card = hopper(2 << draw(3));
+    c.choice = plan::Choice::kKernel, c.card = hopper(2 << draw(3));
     c.size_of_a = c.size_of_b = c.size_of_dy = 1;  // so that T shows in Y and dX
   }
   c.scaling = c.exact() ? 0.5f : draw(2) ? 1.7f : in_grid || laps ? 0.6f : 0.013f;

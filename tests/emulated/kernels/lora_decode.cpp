@@ -4,60 +4,38 @@
 // time bit for bit as the first.
 #include "emulated/kernels/lora_decode.h"
 
+#include <optional>
+#include <set>
+
+#include "emulated/kernels/driver.h"
 #include "emulated/kernels/grouped_factors.h"
+#include "emulated/kernels/launch.h"
 #include "emulated/kernels/linear_case.h"
-#include "emulated/kernels/variants.h"
-#include "emulator/counts/counters.h"
-#include "emulator/emulator.h"
 #include "kernel/lora_decode_launch.h"
 #include "kernel/lora_decode_params.h"
 
-namespace lora_ext::kernel {
-
-#define EXTERN_INSTANCE(variant, ...) extern LORA_DECODE_INSTANCE(__VA_ARGS__);
-LORA_DECODE_VARIANTS(EXTERN_INSTANCE)
-
+namespace kernels {
 namespace {
 
-using emulator::GlobalBuffer;
-using kernels::Bounded;
-using kernels::Case;
-using kernels::Numbers;
-
-constexpr double kUnwritten = -12345;
+constexpr float kUnwritten = -12345;
 
 template <class T>
 double rounded_to(double value) {
-  return kernels::to_double(kernels::from_double<T>(value));
+  return to_double(from_double<T>(value));
 }
 
-// As csrc/cuda/ launches it, on a stream of the layer.
-struct Launch {
-  emulator::Stream& stream;
-
-  template <class Params>
-  void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
-                  const Params& params) const {
-    stream.launch({.grid = grid, .block = dim3(threads), .shared_bytes = shared_bytes}, kernel,
-                  params);
-  }
-  void clear(uint32_t* flags, int64_t count) const {
-    stream.launch({.grid = dim3(1), .block = dim3(1)}, kernels::clear_counts, flags, count);
-  }
-};
-
 // Of the rows of a call, all of one adapter.
-kernels::GroupedRows rows_of_one(int m, int rank, std::mt19937_64& random) {
-  kernels::GroupedRows rows(m, 1, rank, random);
+GroupedRows rows_of_one(int m, int rank, Random& random) {
+  GroupedRows rows(m, 1, rank, random);
   rows.ranks.assign(1, rank), rows.adapter_of.assign(static_cast<size_t>(m), 0);
   return rows;
 }
 // Each with its own, or none: an index.
-kernels::GroupedRows rows_of_many(int m, int rank, std::mt19937_64& random) {
+GroupedRows rows_of_many(int m, int rank, Random& random) {
   const int most = random() % 2 ? 3 : 2 * m;
   const int groups = 1 + static_cast<int>(random() % static_cast<uint64_t>(most));
   while (true) {
-    kernels::GroupedRows rows(m, groups, rank, random);
+    GroupedRows rows(m, groups, rank, random);
     if (!rows.indexed) continue;
     // The last row is the first of its adapter, if there is one left.
     for (int g = 0; groups % 2 == 0 && g < groups; ++g) {
@@ -76,66 +54,75 @@ template <class T, class F, int kBatch>
 class Decode {
   using Tile = LoraDecodeTile<kBatch>;
 
+  static constexpr bool kSplit = std::is_same_v<F, float>;
+
+  Random random_;
+  const Size size_;
+  const int m_ = draw_rows(size_.m), n_ = size_.n, k_ = size_.k;
+  const bool many_ = random_() % 2;
+  const int rank_ = draw_rank();
+  const GroupedRows rows_ =
+      many_ ? rows_of_many(m_, rank_, random_) : rows_of_one(m_, rank_, random_);
+  const Numbers numbers_ = random_() % 2 ? Numbers::Integers : Numbers::Reals;
+  GroupedFactors<F> factors_{rows_, n_, k_, numbers_, random_, kSplit ? 0.02 : 1};
+  const VectorOperand<T> x_{m_, k_, numbers_, random_, "x", false};
+  const VectorOperand<T> w_{n_, k_, numbers_, random_, "w", false};
+  const bool float_bias_ = random_() % 2;
+  const Bias<T> bias_{n_, numbers_, random_};
+  const GlobalBuffer<float> scalings_{draw_scalings(), "scalings"};
+  const WrittenRows<float> s_{m_, rank_, false, kUnwritten, "s"};
+  const int width_ = (rank_ + 15) / 16 * 16;
+  int spoiled_ = -1;  // an adapter full of NaN, which no other's rows may see
+  const bool with_bias_ = random_() % 2, with_s_ = random_() % 3 != 0;
+  std::optional<WrittenRows<T>> y_;
+  std::unique_ptr<GlobalBuffer<uint32_t>> flags_;
+  // As planned, or laid out here.
+  bool by_plan_ = false, own_counts_ = false;
+  plan::Plan plan_{};
+  std::unique_ptr<GlobalBuffer<unsigned char>> workspace_;
+  int blocks_ = 0;
+  std::unique_ptr<GlobalBuffer<float>> sums_, s_sums_;
+  std::unique_ptr<GlobalBuffer<T>> t_;
+
  public:
-  explicit Decode(const Case& run)
-      : random_(run.seed),
-        m_(rows_drawn(run.size.m)),
-        n_(run.size.n),
-        k_(run.size.k),
-        many_(random_() % 2),
-        rows_(many_ ? rows_of_many(m_, draw_rank(), random_)
-                    : rows_of_one(m_, draw_rank(), random_)),
-        numbers_(random_() % 2 ? Numbers::Integers : Numbers::Reals),
-        factors_(rows_, n_, k_, numbers_, random_, kSplit ? 0.02 : 1),
-        x_(m_, k_, numbers_, random_, "x", false),
-        w_(n_, k_, numbers_, random_, "w", false),
-        float_bias_(random_() % 2),
-        bias_(kernels::random_matrix<T>(1, n_, n_, numbers_, random_)),
-        bias_buffer_(bias_.values, "bias"),
-        bias_floats_(as_floats(bias_), "bias in floats"),
-        scalings_(draw_scalings(), "scalings"),
-        y_(m_, n_ + 3, false, kernels::from_double<T>(kUnwritten), "y"),
-        s_(m_, rows_.most_rank, false, kUnwritten, "s"),
-        width_((rows_.most_rank + 15) / 16 * 16) {
+  explicit Decode(const Case& run) : random_(run.seed), size_(run.size) {
     if (many_ && random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     if (spoiled_ >= 0) factors_.spoil(spoiled_);
     // The planner has the instance for so many rows of X, and none for too many of A.
     const int adapters = std::min(rows_.groups, m_), kMostRows = 4096;
     by_plan_ = random_() % 2 && plan::decode_tile_for(m_).batch == kBatch &&
                adapters * width_ * (kSplit ? 2 : 1) <= kMostRows;
+    y_.emplace(m_, by_plan_ ? n_ : n_ + 3, false, from_double<T>(kUnwritten), "y");
     by_plan_ ? make_plan() : lay_out();
   }
 
-  std::string run() {
+  void run() {
     emulator::Stream stream;
     Launch launcher{stream};
-    if (by_plan_ && !plan_.is_decode()) return "the plan is another: " + plan_.describe();
+    if (by_plan_ && !plan_.is_decode()) differ("the plan is another: %s", plan_.describe().c_str());
     const LoraDecodeParams<T> params = by_plan_ ? planned() : parameters();
     const auto launch = [&] {
       if (by_plan_) {
         launch_lora_decode<T, F>(plan_, params, !own_counts_, launcher);
-        return kernels::run_timed(stream);
+        return run_timed(stream);
       }
       stream.launch({.grid = dim3(static_cast<unsigned>(blocks_)),
                      .block = dim3(Tile::kThreads),
                      .shared_bytes = Tile::kSharedBytes},
                     lora_decode_sm80<T, F, kBatch>, params);
-      kernels::run_timed(stream);
+      run_timed(stream);
     };
     launch();
-    std::string difference = compare_counters();
-    if (difference.empty()) difference = compare();
-    if (difference.empty() && random_() % 3 == 0) {
-      const auto first = written();
-      launch();
-      if (written() != first) return "a second launch has other bits";
-    }
-    return difference;
+    compare_counters();
+    check();
+    if (random_() % 3 != 0) return;
+    const auto first = written();
+    launch();
+    if (written() != first) differ("a second launch has other bits");
   }
 
  private:
-  static constexpr bool kSplit = std::is_same_v<F, float>;
-  int rows_drawn(int most) {
+  int draw_rows(int most) {
     const int whole = std::min(most, kBatch);
     return random_() % 3 == 0 ? whole
                               : 1 + static_cast<int>(random_() % static_cast<uint64_t>(whole));
@@ -143,12 +130,6 @@ class Decode {
   int draw_rank() {
     constexpr int kRanks[] = {1, 8, 13, 16, 17, 40, 64, 70};
     return kRanks[random_() % std::size(kRanks)];
-  }
-  static std::vector<float> as_floats(const kernels::Matrix<T>& matrix) {
-    std::vector<float> floats;
-    for (const T& value : matrix.values)
-      floats.push_back(static_cast<float>(kernels::to_double(value)));
-    return floats;
   }
   std::vector<float> draw_scalings() {
     std::vector<float> scalings;
@@ -161,14 +142,15 @@ class Decode {
 
   int steps() const { return (k_ + 63) / 64; }
   int tiles() const { return (n_ + Tile::kRows - 1) / Tile::kRows; }
+  std::set<int> adapters() const {
+    std::set<int> taken(rows_.adapter_of.begin(), rows_.adapter_of.end());
+    taken.erase(-1);
+    return taken;
+  }
   int row_blocks() const {
-    std::vector<bool> taken(static_cast<size_t>(rows_.groups));
     int count = 0;
-    for (const int adapter : rows_.adapter_of) {
-      if (adapter < 0 || taken[static_cast<size_t>(adapter)]) continue;
-      taken[static_cast<size_t>(adapter)] = true;
+    for (const int adapter : adapters())
       count += (rows_.rank(adapter) + 15) / 16 * (kSplit ? 2 : 1);
-    }
     return count;
   }
   // Of those that rows take, which may be fewer than the plan has room for.
@@ -193,11 +175,9 @@ class Decode {
   int t_pitch() const { return (kSplit ? 2 : 1) * width_; }
 
   void make_plan() {
-    const plan::Card cards[] = {kernels::ampere(kernels::kManySms),
-                                kernels::ampere(kernels::kFewSms), kernels::small_ampere(),
-                                kernels::hopper(4)};
+    const plan::Card cards[] = {ampere(kManySms), ampere(kFewSms), small_ampere(), hopper(4)};
     const plan::Card& card = cards[random_() % std::size(cards)];
-    plan::Problem one{.m = m_, .n = n_, .k = k_, .rank = rows_.most_rank};
+    plan::Problem one{.m = m_, .n = n_, .k = k_, .rank = rank_};
     one.float_adapters = kSplit;
     const plan::Request request{plan::Choice::kKernel};
     plan_ = many_ ? plan::grouped_forward(card, {one, rows_.groups, true}, request).one
@@ -208,22 +188,19 @@ class Decode {
     flags_ = std::make_unique<GlobalBuffer<uint32_t>>(
         static_cast<size_t>(own_counts_ ? plan_.flag_count() : 0), "flags");
     flags_->fill(0);
-    whole_y_ = std::make_unique<GlobalBuffer<T>>(static_cast<size_t>(m_) * n_, "whole y");
   }
   template <class Forward>
   Forward operands() {
     Forward f{};
     f.m = m_, f.n = n_, f.k = k_, f.x = x_.data(), f.x_pitch = x_.pitch();
     f.weight = w_.data(), f.weight_pitch = w_.pitch(), f.float_adapters = kSplit;
-    if (with_bias_)
-      f.bias = float_bias_ ? static_cast<const void*>(bias_floats_.data())
-                           : static_cast<const void*>(bias_buffer_.data());
-    f.float_bias = float_bias_, f.y = whole_y_->data(), f.s = with_s_ ? s_.data() : nullptr;
+    f.bias = with_bias_ ? bias_.data(float_bias_) : nullptr, f.float_bias = float_bias_;
+    f.y = y_->data(), f.s = with_s_ ? s_.data() : nullptr;
     f.workspace = workspace_->data(), f.counts = own_counts_ ? flags_->data() : nullptr;
     return f;
   }
   LoraDecodeParams<T> planned() {
-    const LoraGroupedFactors factors = factors_.parameters();
+    const LoraGroupedFactors factors = factors_.pool.parameters();
     if (many_) {
       auto f = operands<LoraGroupedForward>();
       f.rows = rows_.parameters(), f.scaling = scalings_.data();
@@ -231,27 +208,22 @@ class Decode {
       return lora_decode_params<T>(plan_, f, factors.entries);
     }
     auto f = operands<LoraLinearForward>();
-    const LoraGroupedEntry of_list = factors.entries != nullptr
-                                         ? factors.entries[0]
-                                         : LoraGroupedEntry{factors.a, factors.b, factors.a_pitch,
-                                                            factors.b_pitch, rows_.most_rank};
-    f.rank = rows_.most_rank, f.scaling = scalings_[0];
-    f.a = {of_list.a, of_list.a_pitch, 1}, f.b = {of_list.b, of_list.b_pitch, 1};
+    const LoraGroupedEntry& one = factors_.pool.entries[0];
+    f.rank = rank_, f.scaling = scalings_[0];
+    f.a = {one.a, one.a_pitch, 1}, f.b = {one.b, one.b_pitch, 1};
     return lora_decode_params<T>(plan_, f);
   }
 
   LoraDecodeParams<T> parameters() {
     LoraDecodeParams<T> p{};
     p.x = x_.data(), p.x_pitch = x_.pitch(), p.w = w_.data(), p.w_pitch = w_.pitch();
-    if (with_bias_ && float_bias_) p.bias = bias_floats_.data();
-    if (with_bias_ && !float_bias_) p.bias = bias_buffer_.data();
-    p.float_bias = float_bias_;
-    p.y = y_.data(), p.y_pitch = y_.pitch();
+    p.bias = with_bias_ ? bias_.data(float_bias_) : nullptr, p.float_bias = float_bias_;
+    p.y = y_->data(), p.y_pitch = y_->pitch();
     p.s = with_s_ ? s_.data() : nullptr;
     p.m = m_, p.n = n_, p.k = k_;
     p.index = many_ ? rows_.buffer->data() : nullptr;
-    p.groups = rows_.groups, p.most_rank = rows_.most_rank;
-    p.factors = factors_.parameters();
+    p.groups = rows_.groups, p.most_rank = rank_;
+    p.factors = factors_.pool.parameters();
     if (!many_) p.factors.ranks = nullptr;
     p.scaling = scalings_[0], p.scalings = many_ ? scalings_.data() : nullptr;
     p.sums = sums_->data(), p.s_sums = s_sums_->data();
@@ -259,11 +231,6 @@ class Decode {
     p.arrivals = flags_->data(), p.s_arrivals = p.arrivals + tiles();
     p.s_tiles = p.s_arrivals + s_tiles();
     return p;
-  }
-
-  T y_at(int row, int column) const {
-    if (!by_plan_ || column >= n_) return y_(row, column);
-    return (*whole_y_)[static_cast<size_t>(row) * n_ + column];
   }
 
   // Bits of Y and S, as numbers: NaN is equal to itself.
@@ -275,7 +242,7 @@ class Decode {
       bits.push_back(of_value);
     };
     for (int i = 0; i < m_; ++i) {
-      for (int j = 0; j < y_.width(); ++j) add(y_at(i, j));
+      for (int j = 0; j < y_->width(); ++j) add((*y_)(i, j));
       for (int r = 0; r < s_.width(); ++r) add(s_(i, r));
     }
     return bits;
@@ -283,14 +250,10 @@ class Decode {
 
   // W is asked for once, X for each tile, also those of S, and A once where it lies in chunks. Of
   // 16 x 8 by 16 each warp multiplies all of its own.
-  std::string compare_counters() {
-    const emulator::Counters counted = emulator::counters();
+  void compare_counters() {
     int64_t elements = int64_t{n_} * k_ + int64_t{tiles() + s_tiles()} * m_ * k_;
     int64_t low_rank = 0;
-    std::vector<bool> taken(static_cast<size_t>(rows_.groups));
-    for (const int adapter : rows_.adapter_of) {
-      if (adapter < 0 || taken[static_cast<size_t>(adapter)]) continue;
-      taken[static_cast<size_t>(adapter)] = true;
+    for (const int adapter : adapters()) {
       if (factors_.a_in_chunks(adapter)) elements += int64_t{rows_.rank(adapter)} * k_;
       int batches = 0;
       for (int first = 0; first < m_; first += 8) {
@@ -302,127 +265,75 @@ class Decode {
     const int64_t products =
         (int64_t{tiles() + s_tiles()} * steps() * 4 * Tile::kBlocks + int64_t{tiles()} * low_rank) *
         Tile::kWarps;
-    const int64_t flop = products * 2 * 16 * 16 * 8;
-    const auto copied = static_cast<int64_t>(
-        counted.global_bytes[static_cast<int>(emulator::GlobalAccess::CpAsync)]);
-    if (static_cast<int64_t>(counted.mma_flop) == flop && copied == 2 * elements) return "";
-    return emulator::format(
-        "expected %lld operations of tensor cores and %lld bytes, counted %lld and %lld",
-        static_cast<long long>(flop), static_cast<long long>(2 * elements),
-        static_cast<long long>(counted.mma_flop), static_cast<long long>(copied));
+    compare_count("operations of tensor cores", emulator::counters().mma_flop,
+                  products * 2 * 16 * 16 * 8);
+    compare_copied_bytes(2 * elements);
   }
 
-  std::string compare() const {
+  void check() const {
     for (size_t i = 0; i < flags_->size(); ++i)
-      if ((*flags_)[i] != 0) return emulator::format("flag %zu is left at %u", i, (*flags_)[i]);
+      if ((*flags_)[i] != 0) differ("flag %zu is left at %u", i, (*flags_)[i]);
     for (int row = 0; row < m_; ++row) {
       const int adapter = rows_.adapter_of[static_cast<size_t>(row)];
       if (spoiled_ >= 0 && adapter == spoiled_) continue;
       std::vector<Bounded> s;
       for (int r = 0; adapter >= 0 && r < rows_.rank(adapter); ++r)
         s.push_back(s_of(row, adapter, r));
-      std::string difference = compare_s(row, s);
-      for (int j = 0; j < y_.width() && difference.empty(); ++j)
-        difference = compare_y(row, j, adapter, s);
-      if (!difference.empty()) return difference;
+      for (int r = 0; r < rank_; ++r) {
+        const bool is_there = with_s_ && static_cast<size_t>(r) < s.size();
+        compare("s", row, r, s_(row, r), is_there ? s[r].value : kUnwritten,
+                is_there && !exact() ? s[r].error() : 0);
+      }
+      for (int j = 0; j < y_->width(); ++j) check_y(row, j, adapter, s);
     }
-    return "";
   }
 
   // S in float64, with what halves of A and float sums may change.
   Bounded s_of(int row, int adapter, int rank) const {
     Bounded sum;
     for (int l = 0; l < k_; ++l)
-      sum.add(x_.matrix(row, l) * kernels::as_halves<T, F>(factors_.a(adapter, rank, l)));
+      sum.add(x_.matrix(row, l) * as_halves<T, F>(factors_.a(adapter, rank, l)));
     return sum;
   }
-  double error_of(const Bounded& sum) const {
-    return numbers_ == Numbers::Integers ? 0 : sum.error();
-  }
+  bool exact() const { return numbers_ == Numbers::Integers; }
 
-  std::string compare_s(int row, const std::vector<Bounded>& s) const {
-    for (int r = 0; r < s_.width(); ++r) {
-      if (static_cast<size_t>(r) >= s.size() || !with_s_) {
-        const std::string difference = kernels::compare("s", row, r, s_(row, r), kUnwritten, 0);
-        if (!difference.empty()) return difference;
-        continue;
-      }
-      const Bounded& sum = s[static_cast<size_t>(r)];
-      const std::string difference =
-          kernels::compare("s", row, r, s_(row, r), sum.value, error_of(sum));
-      if (!difference.empty()) return difference;
-    }
-    return "";
-  }
-
-  std::string compare_y(int row, int j, int adapter, const std::vector<Bounded>& of_row) const {
-    if (j >= n_) return kernels::compare("y", row, j, y_(row, j), rounded_to<T>(kUnwritten), 0);
+  void check_y(int row, int j, int adapter, const std::vector<Bounded>& of_row) const {
+    const T got = (*y_)(row, j);
+    if (j >= n_) return compare("y", row, j, got, rounded_to<T>(kUnwritten), 0);
     Bounded sum;
     double error = 0;
     for (int l = 0; l < k_; ++l) sum.add(x_.matrix(row, l) * w_.matrix(j, l));
-    if (with_bias_) sum.add(bias_(0, j));
+    if (with_bias_) sum.add(bias_.matrix(0, j));
     for (size_t r = 0; r < of_row.size(); ++r) {
       const Bounded& s = of_row[r];
       const double scaling = scalings_[static_cast<size_t>(many_ ? adapter : 0)];
       const double t = scaling * s.value,
-                   b = kernels::as_halves<T, F>(factors_.b(adapter, j, static_cast<int>(r)));
-      const double unit = kernels::rounding_unit<T>();
+                   b = as_halves<T, F>(factors_.b(adapter, j, static_cast<int>(r)));
+      const double unit = rounding_unit<T>();
       const double lost = kSplit ? unit * unit * (1 + std::fabs(t)) + 0x1p-22 * std::fabs(t)
-                                 : kernels::rounding_error<T>(std::fabs(t) + s.error());
-      sum.add((numbers_ == Numbers::Integers ? as_kept(t) : t) * b);
+                                 : rounding_error<T>(std::fabs(t) + s.error());
+      sum.add((exact() ? as_kept(t) : t) * b);
       error += (scaling * s.error() + lost) * std::fabs(b);
       if (kSplit) error += unit * unit * std::fabs(t * b);
     }
-    if (numbers_ == Numbers::Integers) {
-      return kernels::compare("y", row, j, y_at(row, j), rounded_to<T>(sum.value), 0);
-    }
+    if (exact()) return compare("y", row, j, got, rounded_to<T>(sum.value), 0);
     error += sum.error();
-    error += kernels::rounding_error<T>(std::fabs(sum.value) + error);
-    return kernels::compare("y", row, j, y_at(row, j), sum.value, error);
+    compare("y", row, j, got, sum.value, error + rounding_error<T>(std::fabs(sum.value) + error));
   }
   // Integers and halves of them, which one half may have to round.
   static double as_kept(double t) { return kSplit ? t : rounded_to<T>(t); }
-
-  std::mt19937_64 random_;
-  const int m_, n_, k_;
-  const bool many_;
-  const kernels::GroupedRows rows_;
-  const Numbers numbers_;
-  kernels::GroupedFactors<F> factors_;
-  const kernels::Operand<T, kernels::Alignment::kVector> x_, w_;
-  const bool float_bias_;
-  const kernels::Matrix<T> bias_;
-  const GlobalBuffer<T> bias_buffer_;
-  const GlobalBuffer<float> bias_floats_;
-  const GlobalBuffer<float> scalings_;
-  kernels::WrittenRows<T> y_;
-  kernels::WrittenRows<float> s_;
-  const int width_;
-  std::unique_ptr<GlobalBuffer<float>> sums_, s_sums_;
-  std::unique_ptr<GlobalBuffer<T>> t_;
-  std::unique_ptr<GlobalBuffer<uint32_t>> flags_;
-  int blocks_ = 0;
-  bool by_plan_ = false, own_counts_ = false;
-  plan::Plan plan_{};
-  std::unique_ptr<GlobalBuffer<unsigned char>> workspace_;
-  std::unique_ptr<GlobalBuffer<T>> whole_y_;
-  int spoiled_ = -1;  // an adapter full of NaN, which no other's rows may see
-  const bool with_bias_ = random_() % 2, with_s_ = random_() % 3 != 0;
 };
 
-#define VARIANT(name, ...) {#name, [](const Case& run) { return Decode<__VA_ARGS__>(run).run(); }},
-const std::vector<kernels::Variant> kVariants = {LORA_DECODE_VARIANTS(VARIANT)};
-
 }  // namespace
-}  // namespace lora_ext::kernel
 
-int main(int argc, char** argv) {
-  return kernels::variants_main(argc, argv, "lora_decode",
-                                {{"even", 64, 256, 256},
-                                 {"odd", 64, 205, 331},
-                                 {"deep", 64, 70, 1000},
-                                 {"wide", 64, 600, 72},
-                                 {"many_tiles", 2, 8321, 24},
-                                 {"tiny", 3, 1, 5}},
-                                lora_ext::kernel::kVariants);
-}
+#define VARIANT(name, ...) {#name, [](const Case& run) { return Decode<__VA_ARGS__>(run).run(); }},
+const Program program{"lora_decode",
+                      {LORA_DECODE_VARIANTS(VARIANT)},
+                      {{"even", 64, 256, 256},
+                       {"odd", 64, 205, 331},
+                       {"deep", 64, 70, 1000},
+                       {"wide", 64, 600, 72},
+                       {"many_tiles", 2, 8321, 24},
+                       {"tiny", 3, 1, 5}}};
+
+}  // namespace kernels

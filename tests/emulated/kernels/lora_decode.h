@@ -1,5 +1,6 @@
 // The instances of lora_decode, all that there are.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_decode_sm80.h"
 
 // X(variant, T, the factors' type, rows at most)
@@ -21,11 +22,8 @@
   X(float_bf16_32, __nv_bfloat16, float, 32)   \
   X(float_fp16_64, __half, float, 64)
 
-// What clears counts, where nobody else does: a kernel, so that the race checker sees it.
-namespace kernels {
-void clear_counts(uint32_t* counts, int64_t count);
-}  // namespace kernels
-
-// To be used in namespace lora_ext::kernel.
-#define LORA_DECODE_INSTANCE(T, F, batch) \
-  template __global__ void lora_decode_sm80<T, F, batch>(LoraDecodeParams<T>)
+#define LORA_DECODE_INSTANCES(variant, T, F, batch) \
+  INSTANCE(lora_decode_sm80<T, F, batch>(LoraDecodeParams<T>))
+namespace lora_ext::kernel {
+LORA_DECODE_VARIANTS(LORA_DECODE_INSTANCES)
+}  // namespace lora_ext::kernel

@@ -2,29 +2,18 @@
 // both of its results.
 #include "emulated/kernels/lora_dsdb_sm80.h"
 
+#include "emulated/kernels/driver.h"
 #include "emulated/kernels/operand.h"
-#include "emulated/kernels/variants.h"
-#include "emulator/emulator.h"
 
-namespace lora_ext::kernel {
-
-#define EXTERN_INSTANCE(variant, ...) extern LORA_DSDB_SM80_INSTANCE(__VA_ARGS__);
-LORA_DSDB_SM80_VARIANTS(EXTERN_INSTANCE)
-
+namespace kernels {
 namespace {
-
-using emulator::GlobalBuffer;
-using kernels::Bounded;
-using kernels::Case;
-using kernels::Numbers;
-using kernels::Operand;
 
 constexpr float kUnwritten = -12345;
 
 template <class T, int kColumns, Alignment kAlignment>
-std::string run_dsdb(const Case& run) {
+void run_dsdb(const Case& run) {
   const auto [name, m, n, depth] = run.size;
-  std::mt19937_64 random(run.seed);
+  Random random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   const int columns = random() % 2 ? kColumns : 1 + static_cast<int>(random() % kColumns);
   const Operand<T, kAlignment> dy(m, n, numbers, random, "dy"), b(n, columns, numbers, random, "b"),
@@ -50,12 +39,12 @@ std::string run_dsdb(const Case& run) {
                  .block = dim3(Tile::kThreads),
                  .shared_bytes = Tile::kSharedBytes},
                 lora_dsdb_sm80<T, kColumns, kAlignment>, params);
-  kernels::run_timed(stream);
+  run_timed(stream);
 
-  const auto compare = [&](const char* what, int i, int j, double got, const Bounded& expected,
-                           bool written) {
+  const auto check = [&](const char* what, int i, int j, float got, const Bounded& expected,
+                         bool written) {
     const double error = !written || numbers == Numbers::Integers ? 0 : expected.error();
-    return kernels::compare(what, i, j, got, written ? expected.value : kUnwritten, error);
+    compare(what, i, j, got, written ? expected.value : kUnwritten, error);
   };
   for (int panel = 0; panel < panels; ++panel) {
     for (int i = 0; i < m; ++i) {
@@ -64,8 +53,7 @@ std::string run_dsdb(const Case& run) {
         for (int l = panel * Tile::kN; l < std::min(n, (panel + 1) * Tile::kN); ++l)
           expected.add(dy.matrix(i, l) * b.matrix(l, j));
         const size_t at = (static_cast<size_t>(panel) * m + i) * columns + j;
-        const std::string difference = compare("z", i, j, z[at], expected, with_z);
-        if (!difference.empty()) return difference;
+        check("z", i, j, z[at], expected, with_z);
       }
     }
   }
@@ -77,26 +65,21 @@ std::string run_dsdb(const Case& run) {
         for (int i = split * rows_per_split; i < std::min(m, (split + 1) * rows_per_split); ++i)
           expected.add(dy.matrix(i, l) * s.matrix(i, j));
         const size_t at = (static_cast<size_t>(split) * columns + j) * n + l;
-        const std::string difference = compare("g", l, j, g[at], expected, with_g);
-        if (!difference.empty()) return difference;
+        check("g", l, j, g[at], expected, with_g);
       }
     }
   }
-  return "";
 }
-
-#define VARIANT(name, ...) {#name, run_dsdb<__VA_ARGS__>},
-const std::vector<kernels::Variant> kVariants = {LORA_DSDB_SM80_VARIANTS(VARIANT)};
 
 }  // namespace
-}  // namespace lora_ext::kernel
 
-int main(int argc, char** argv) {
-  return kernels::variants_main(argc, argv, "lora_dsdb_sm80",
-                                {{"even", 256, 1024, 32},
-                                 {"odd", 131, 1101, 32},
-                                 {"narrow", 200, 70, 32},
-                                 {"shallow", 61, 300, 32},
-                                 {"tiny", 3, 1, 32}},
-                                lora_ext::kernel::kVariants);
-}
+#define VARIANT(name, ...) {#name, run_dsdb<__VA_ARGS__>},
+const Program program{"lora_dsdb_sm80",
+                      {LORA_DSDB_SM80_VARIANTS(VARIANT)},
+                      {{"even", 256, 1024, 32},
+                       {"odd", 131, 1101, 32},
+                       {"narrow", 200, 70, 32},
+                       {"shallow", 61, 300, 32},
+                       {"tiny", 3, 1, 32}}};
+
+}  // namespace kernels

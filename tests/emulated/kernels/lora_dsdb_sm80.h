@@ -1,5 +1,6 @@
 // The instances of lora_dsdb_sm80 that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_dsdb_sm80.h"
 
 // X(variant, T, columns, alignment)
@@ -11,6 +12,8 @@
   X(element_16, __half, 16, Alignment::kElement)    \
   X(element_32, __nv_bfloat16, 32, Alignment::kElement)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_DSDB_SM80_INSTANCE(T, columns, alignment) \
-  template __global__ void lora_dsdb_sm80<T, columns, alignment>(LoraDsdbParams<T>)
+#define LORA_DSDB_SM80_INSTANCES(variant, T, columns, alignment) \
+  INSTANCE(lora_dsdb_sm80<T, columns, alignment>(LoraDsdbParams<T>))
+namespace lora_ext::kernel {
+LORA_DSDB_SM80_VARIANTS(LORA_DSDB_SM80_INSTANCES)
+}  // namespace lora_ext::kernel

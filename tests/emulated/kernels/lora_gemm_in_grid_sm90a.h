@@ -1,5 +1,6 @@
 // The instances of lora_gemm_in_grid_sm90a.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_gemm_sm90a/in_grid.h"
 
 // All that csrc/cuda/ has. X(variant, T, MN-major, masked)
@@ -11,14 +12,14 @@
   X(dx_masked_bf16, __nv_bfloat16, true, true) \
   X(dx_masked_fp16, __half, true, true)
 
-// Of a variant, one for each number of 16s along k in the rank. To be used in namespace
-// lora_ext::kernel, behind `template` or `extern template`.
-#define LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tail)                             \
-  __global__ void lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile128x256, mn_major, masked, tail>( \
-      LoraInGridMaps, LoraGemmParams<T>, LoraInGridParams<T>)
-#define LORA_GEMM_IN_GRID_SM90A_INSTANCES(keyword, T, mn_major, masked) \
-  LORA_GEMM_IN_GRID_SM90A_SMALL_##mn_major(keyword, T)                  \
-      keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, 4);
-#define LORA_GEMM_IN_GRID_SM90A_SMALL_true(keyword, T)
-#define LORA_GEMM_IN_GRID_SM90A_SMALL_false(keyword, T) \
-  keyword LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, false, false, 1);
+// The last number is how many 16s along k are multiplied of the rank: of small ones, forward alone.
+#define LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tail)                      \
+  INSTANCE(lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile128x256, mn_major, masked, tail>( \
+      LoraInGridMaps, LoraGemmParams<T>, LoraInGridParams<T>))
+#define LORA_GEMM_IN_GRID_SM90A_INSTANCES(variant, ...) \
+  LORA_GEMM_IN_GRID_SM90A_INSTANCE(__VA_ARGS__, 4)
+namespace lora_ext::kernel {
+LORA_GEMM_IN_GRID_SM90A_VARIANTS(LORA_GEMM_IN_GRID_SM90A_INSTANCES)
+LORA_GEMM_IN_GRID_SM90A_INSTANCE(__nv_bfloat16, false, false, 1)
+LORA_GEMM_IN_GRID_SM90A_INSTANCE(__half, false, false, 1)
+}  // namespace lora_ext::kernel

@@ -1,49 +1,34 @@
 // Runs lora_gemm_sm80 on odd sizes, ranks and pitches, with one or three low-rank terms.
 #include "emulated/kernels/lora_gemm_sm80.h"
 
+#include "emulated/kernels/driver.h"
 #include "emulated/kernels/gemm_problem.h"
-#include "emulated/kernels/variants.h"
-#include "emulator/counts/counters.h"
-#include "emulator/emulator.h"
 
-namespace lora_ext::kernel {
-
-#define EXTERN_INSTANCE(variant, ...) extern LORA_GEMM_SM80_INSTANCE(__VA_ARGS__);
-LORA_GEMM_SM80_VARIANTS(EXTERN_INSTANCE)
-
+namespace kernels {
 namespace {
-
-using kernels::Case;
 
 constexpr int kRanks[] = {1, 8, 16, 24, 64, 65, 130, 257};
 
 // What lies past the rank is not multiplied, beyond the 16 of an mma, and each tile of Y asks once
-// for its rows of P and T and its columns of Q and U. "" or what differs.
+// for its rows of P and T and its columns of Q and U.
 template <class Tile>
-std::string compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t terms) {
+void compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t terms) {
   const int64_t row_tiles = (m + Tile::kM - 1) / Tile::kM,
                 column_tiles = (n + Tile::kN - 1) / Tile::kN;
   const int64_t k16_steps = (k + 63) / 64 * 4 + terms * ((rank + 15) / 16);
   const int64_t flop = 2 * row_tiles * column_tiles * Tile::kM * Tile::kN * 16 * k16_steps;
-  const int64_t bytes = (column_tiles * m + row_tiles * n) * (k + terms * rank) * 2;
-  const emulator::Counters counted = emulator::counters();
-  const auto copied = counted.global_bytes[static_cast<int>(emulator::GlobalAccess::CpAsync)];
-  if (counted.mma_flop == static_cast<uint64_t>(flop) && copied == static_cast<uint64_t>(bytes))
-    return "";
-  return emulator::format(
-      "expected %lld operations of tensor cores and %lld bytes, counted %llu and %llu",
-      static_cast<long long>(flop), static_cast<long long>(bytes),
-      static_cast<unsigned long long>(counted.mma_flop), static_cast<unsigned long long>(copied));
+  compare_count("operations of tensor cores", emulator::counters().mma_flop, flop);
+  compare_copied_bytes((column_tiles * m + row_tiles * n) * (k + terms * rank) * 2);
 }
 
 template <Alignment kAlignment, class T, class Tile, bool kMNMajor, bool kMasked>
-std::string run_gemm(const Case& run) {
+void run_gemm(const Case& run) {
   const auto [name, m, n, depth] = run.size;
-  std::mt19937_64 random(run.seed);
+  Random random(run.seed);
   const int k = random() % 6 == 0 || kAlignment == Alignment::kElement ? 0 : depth;
   const int rank = kRanks[random() % std::size(kRanks)];
-  kernels::GemmProblem<T, kMNMajor, kMasked, kAlignment> problem(m, n, depth, k, rank, random,
-                                                                 adds_onto_base<Tile, kMNMajor>);
+  GemmProblem<T, kMNMajor, kMasked, kAlignment> problem(m, n, depth, k, rank, random,
+                                                        adds_onto_base<Tile, kMNMajor>);
   const LoraGemmParams<T> params = problem.params();
 
   const int tiles = ((m + Tile::kM - 1) / Tile::kM) * ((n + Tile::kN - 1) / Tile::kN);
@@ -53,28 +38,25 @@ std::string run_gemm(const Case& run) {
                  .block = dim3(Tile::kThreads),
                  .shared_bytes = Tile::kSharedBytes},
                 lora_gemm_sm80<T, Tile, kMNMajor, kMasked>, params);
-  kernels::run_timed(stream);
+  run_timed(stream);
 
-  const std::string counted = compare_counters<Tile>(m, n, k, rank, problem.terms);
-  return counted.empty() ? problem.check() : counted;
+  compare_counters<Tile>(m, n, k, rank, problem.terms);
+  problem.check();
 }
+
+}  // namespace
 
 #define VARIANT(name, ...) {#name, run_gemm<Alignment::kVector, __VA_ARGS__>},
 #define ELEMENT_VARIANT(name, ...) {#name, run_gemm<Alignment::kElement, __VA_ARGS__>},
-const std::vector<kernels::Variant> kVariants = {
-    LORA_GEMM_SM80_VARIANTS(VARIANT) LORA_GEMM_SM80_ELEMENT_VARIANTS(ELEMENT_VARIANT)};
+const Program program{
+    "lora_gemm_sm80",
+    {LORA_GEMM_SM80_VARIANTS(VARIANT) LORA_GEMM_SM80_ELEMENT_VARIANTS(ELEMENT_VARIANT)},
+    {{"even", 256, 128, 128},
+     {"odd", 131, 77, 99},
+     {"shallow", 130, 70, 61},
+     {"tall", 1900, 65, 24},
+     {"wide", 70, 300, 200},
+     {"deep", 40, 70, 520},
+     {"tiny", 3, 1, 5}}};
 
-}  // namespace
-}  // namespace lora_ext::kernel
-
-int main(int argc, char** argv) {
-  return kernels::variants_main(argc, argv, "lora_gemm_sm80",
-                                {{"even", 256, 128, 128},
-                                 {"odd", 131, 77, 99},
-                                 {"shallow", 130, 70, 61},
-                                 {"tall", 1900, 65, 24},
-                                 {"wide", 70, 300, 200},
-                                 {"deep", 40, 70, 520},
-                                 {"tiny", 3, 1, 5}},
-                                lora_ext::kernel::kVariants);
-}
+}  // namespace kernels

@@ -1,5 +1,6 @@
 // The instances of lora_gemm_sm80 that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_gemm_sm80.h"
 
 // X(variant, T, tile, MN-major, masked)
@@ -18,6 +19,8 @@
   X(forward_element, __half, LoraGemmTile128x64, false, false) \
   X(dx_masked_element, __nv_bfloat16, LoraGemmTile128x64, true, true)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_GEMM_SM80_INSTANCE(T, tile, mn_major, masked) \
-  template __global__ void lora_gemm_sm80<T, tile, mn_major, masked>(LoraGemmParams<T>)
+#define LORA_GEMM_SM80_INSTANCES(variant, T, tile, mn_major, masked) \
+  INSTANCE(lora_gemm_sm80<T, tile, mn_major, masked>(LoraGemmParams<T>))
+namespace lora_ext::kernel {
+LORA_GEMM_SM80_VARIANTS(LORA_GEMM_SM80_INSTANCES)
+}  // namespace lora_ext::kernel

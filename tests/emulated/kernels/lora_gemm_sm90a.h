@@ -1,5 +1,6 @@
 // The instances of lora_gemm_sm90a.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_gemm_sm90a/kernel.h"
 
 // All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
@@ -14,11 +15,11 @@
   LORA_GEMM_SM90A_TILES(X, dx_masked_bf16, __nv_bfloat16, true, true) \
   LORA_GEMM_SM90A_TILES(X, dx_masked_fp16, __half, true, true)
 
-// Of a variant, one for each number of 16s along k in the last step of the rank. To be used in
-// namespace lora_ext::kernel, behind `template` or `extern template`.
-#define LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, tail)                      \
-  __global__ void lora_gemm_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, tail>( \
-      LoraGemmMaps, LoraGemmParams<T>)
-#define LORA_GEMM_SM90A_INSTANCES(keyword, T, mn_major, masked, tile, planned) \
-  keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 1);              \
-  keyword LORA_GEMM_SM90A_INSTANCE(T, mn_major, masked, tile, 4);
+#define LORA_GEMM_SM90A_INSTANCES(variant, T, mn_major, masked, tile, planned)                  \
+  INSTANCE(lora_gemm_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, 1>(LoraGemmMaps,       \
+                                                                            LoraGemmParams<T>)) \
+  INSTANCE(lora_gemm_sm90a<T, LoraGemmSm90aTile##tile, mn_major, masked, 4>(LoraGemmMaps,       \
+                                                                            LoraGemmParams<T>))
+namespace lora_ext::kernel {
+LORA_GEMM_SM90A_VARIANTS(LORA_GEMM_SM90A_INSTANCES)
+}  // namespace lora_ext::kernel

@@ -1,20 +1,3 @@
-// lora_gemm_sm90a, apart from its host program so that only kernels are
-// instrumented.
+#define INSTANCE(...) template __global__ void __VA_ARGS__;
 #include "emulated/kernels/lora_gemm_sm90a.h"
 #include "emulated/kernels/neighbours.h"
-
-namespace lora_ext::kernel {
-
-#define INSTANCES(variant, ...) LORA_GEMM_SM90A_INSTANCES(template, __VA_ARGS__)
-LORA_GEMM_SM90A_VARIANTS(INSTANCES)
-
-}  // namespace lora_ext::kernel
-
-namespace kernels {
-
-NEIGHBOUR_COPY(__half);
-NEIGHBOUR_COPY(__nv_bfloat16);
-NEIGHBOUR_COPY_EARLY(__half);
-NEIGHBOUR_COPY_EARLY(__nv_bfloat16);
-
-}  // namespace kernels

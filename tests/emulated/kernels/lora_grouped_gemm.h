@@ -1,5 +1,6 @@
 // The instances of lora_grouped_gemm_sm80 that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_grouped_gemm.h"
 
 // X(variant, T, the factors' type, tile, MN-major, masked)
@@ -18,7 +19,8 @@
   X(float_element, __nv_bfloat16, float, LoraGemmTile128x64, false, false) \
   X(dx_element, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_GROUPED_GEMM_INSTANCE(T, F, Tile, mn_major, masked)                 \
-  template __global__ void lora_grouped_gemm_sm80<T, F, Tile, mn_major, masked>( \
-      LoraGroupedGemmParams<T>)
+#define LORA_GROUPED_GEMM_INSTANCES(variant, T, F, Tile, mn_major, masked) \
+  INSTANCE(lora_grouped_gemm_sm80<T, F, Tile, mn_major, masked>(LoraGroupedGemmParams<T>))
+namespace lora_ext::kernel {
+LORA_GROUPED_GEMM_VARIANTS(LORA_GROUPED_GEMM_INSTANCES)
+}  // namespace lora_ext::kernel

@@ -2,12 +2,13 @@
 #pragma once
 #include <cuda_fp16.h>
 
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_grouped_entries.h"
 #include "kernel/lora_grouped_segments.h"
 
-// To be used in namespace lora_ext::kernel, with `template` or `extern template`.
-#define LORA_GROUPED_SEGMENTS_INSTANCES(prefix)                                  \
-  prefix __global__ void lora_grouped_entries<__half>(LoraGroupedEntriesParams); \
-  prefix __global__ void lora_grouped_count<__half>(LoraGroupedSegmentsParams);  \
-  prefix __global__ void lora_grouped_scan<__half>(LoraGroupedSegmentsParams);   \
-  prefix __global__ void lora_grouped_place<__half>(LoraGroupedSegmentsParams)
+namespace lora_ext::kernel {
+INSTANCE(lora_grouped_entries<__half>(LoraGroupedEntriesParams))
+INSTANCE(lora_grouped_count<__half>(LoraGroupedSegmentsParams))
+INSTANCE(lora_grouped_scan<__half>(LoraGroupedSegmentsParams))
+INSTANCE(lora_grouped_place<__half>(LoraGroupedSegmentsParams))
+}  // namespace lora_ext::kernel

@@ -1,9 +1,2 @@
-// lora_grouped_segments' kernels, apart from their host program so that only kernels are
-// instrumented.
+#define INSTANCE(...) template __global__ void __VA_ARGS__;
 #include "emulated/kernels/lora_grouped_segments.h"
-
-namespace lora_ext::kernel {
-
-LORA_GROUPED_SEGMENTS_INSTANCES(template);
-
-}  // namespace lora_ext::kernel

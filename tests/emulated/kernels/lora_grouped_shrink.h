@@ -1,5 +1,6 @@
 // The instances of lora_grouped_shrink and lora_grouped_reduce that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_grouped_reduce.h"
 #include "kernel/lora_grouped_shrink.h"
 
@@ -13,9 +14,10 @@
   X(ds_float_bf16, __nv_bfloat16, float, true, false, Alignment::kVector)   \
   X(ds_element, __half, __half, true, false, Alignment::kElement)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_GROUPED_SHRINK_INSTANCE(T, F, mn_major, masked, alignment)                 \
-  template __global__ void lora_grouped_shrink_sm80<T, F, mn_major, masked, alignment>( \
-      LoraGroupedShrinkParams<T>)
-#define LORA_GROUPED_REDUCE_INSTANCE(T) \
-  template __global__ void lora_grouped_reduce<T>(LoraGroupedReduceParams<T>)
+#define LORA_GROUPED_SHRINK_INSTANCES(variant, T, F, mn_major, masked, alignment) \
+  INSTANCE(lora_grouped_shrink_sm80<T, F, mn_major, masked, alignment>(LoraGroupedShrinkParams<T>))
+namespace lora_ext::kernel {
+LORA_GROUPED_SHRINK_VARIANTS(LORA_GROUPED_SHRINK_INSTANCES)
+INSTANCE(lora_grouped_reduce<__nv_bfloat16>(LoraGroupedReduceParams<__nv_bfloat16>))
+INSTANCE(lora_grouped_reduce<__half>(LoraGroupedReduceParams<__half>))
+}  // namespace lora_ext::kernel

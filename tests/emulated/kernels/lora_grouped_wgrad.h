@@ -1,5 +1,6 @@
 // The instances of lora_grouped_wgrad and lora_grouped_reduce_wgrad that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_grouped_reduce_wgrad.h"
 #include "kernel/lora_grouped_wgrad.h"
 
@@ -12,10 +13,12 @@
   X(masked_float_fp16, __half, float, true, Alignment::kVector)          \
   X(masked_element, __half, __half, true, Alignment::kElement)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_GROUPED_WGRAD_INSTANCE(T, F, masked, alignment)                 \
-  template __global__ void lora_grouped_wgrad_sm80<T, F, masked, alignment>( \
-      LoraGroupedWgradParams<T>)
-#define LORA_GROUPED_REDUCE_WGRAD_INSTANCES(prefix, T)                                  \
-  prefix __global__ void lora_grouped_reduce_wgrad<T, T>(LoraGroupedReduceWgradParams); \
-  prefix __global__ void lora_grouped_reduce_wgrad<T, float>(LoraGroupedReduceWgradParams)
+#define LORA_GROUPED_WGRAD_INSTANCES(variant, T, F, masked, alignment) \
+  INSTANCE(lora_grouped_wgrad_sm80<T, F, masked, alignment>(LoraGroupedWgradParams<T>))
+namespace lora_ext::kernel {
+LORA_GROUPED_WGRAD_VARIANTS(LORA_GROUPED_WGRAD_INSTANCES)
+INSTANCE(lora_grouped_reduce_wgrad<__nv_bfloat16, __nv_bfloat16>(LoraGroupedReduceWgradParams))
+INSTANCE(lora_grouped_reduce_wgrad<__nv_bfloat16, float>(LoraGroupedReduceWgradParams))
+INSTANCE(lora_grouped_reduce_wgrad<__half, __half>(LoraGroupedReduceWgradParams))
+INSTANCE(lora_grouped_reduce_wgrad<__half, float>(LoraGroupedReduceWgradParams))
+}  // namespace lora_ext::kernel

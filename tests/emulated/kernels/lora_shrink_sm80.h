@@ -1,5 +1,6 @@
 // The instances of lora_shrink_sm80 and lora_reduce that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_reduce.h"
 #include "kernel/lora_shrink_sm80.h"
 
@@ -14,7 +15,10 @@
   X(ds_fp16, __half, true, false, Alignment::kVector)                \
   X(ds_element, __half, true, false, Alignment::kElement)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_SHRINK_SM80_INSTANCE(T, mn_major, masked, alignment) \
-  template __global__ void lora_shrink_sm80<T, mn_major, masked, alignment>(LoraShrinkParams<T>)
-#define LORA_REDUCE_INSTANCE(T) template __global__ void lora_reduce<T>(LoraReduceParams<T>)
+#define LORA_SHRINK_SM80_INSTANCES(variant, T, mn_major, masked, alignment) \
+  INSTANCE(lora_shrink_sm80<T, mn_major, masked, alignment>(LoraShrinkParams<T>))
+namespace lora_ext::kernel {
+LORA_SHRINK_SM80_VARIANTS(LORA_SHRINK_SM80_INSTANCES)
+INSTANCE(lora_reduce<__nv_bfloat16>(LoraReduceParams<__nv_bfloat16>))
+INSTANCE(lora_reduce<__half>(LoraReduceParams<__half>))
+}  // namespace lora_ext::kernel

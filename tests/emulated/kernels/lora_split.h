@@ -1,5 +1,6 @@
 // The instances of lora_split that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_split.h"
 
 // X(variant, T)
@@ -7,5 +8,7 @@
   X(bf16, __nv_bfloat16)       \
   X(fp16, __half)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_SPLIT_INSTANCE(T) template __global__ void lora_split<T>(LoraSplitParams<T>)
+#define LORA_SPLIT_INSTANCES(variant, T) INSTANCE(lora_split<T>(LoraSplitParams<T>))
+namespace lora_ext::kernel {
+LORA_SPLIT_VARIANTS(LORA_SPLIT_INSTANCES)
+}  // namespace lora_ext::kernel

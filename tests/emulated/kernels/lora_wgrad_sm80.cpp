@@ -3,102 +3,76 @@
 // by the product beside which lora_wgrad begins, and which the grids after it follow, too.
 #include "emulated/kernels/lora_wgrad_sm80.h"
 
+#include <deque>
+
+#include "emulated/kernels/driver.h"
 #include "emulated/kernels/gradient.h"
 #include "emulated/kernels/neighbours.h"
-#include "emulated/kernels/variants.h"
-#include "emulator/emulator.h"
 
 namespace kernels {
-
-extern NEIGHBOUR_COPY(__half);
-extern NEIGHBOUR_COPY(__nv_bfloat16);
-extern NEIGHBOUR_COPY(float);
-extern NEIGHBOUR_PRODUCT(__half);
-extern NEIGHBOUR_PRODUCT(__nv_bfloat16);
-
-}  // namespace kernels
-
-namespace lora_ext::kernel {
-
-#define EXTERN_INSTANCE(variant, ...) extern LORA_WGRAD_SM80_INSTANCE(__VA_ARGS__);
-LORA_WGRAD_SM80_VARIANTS(EXTERN_INSTANCE)
-extern LORA_REDUCE_WGRAD_INSTANCE(__nv_bfloat16);
-extern LORA_REDUCE_WGRAD_INSTANCE(__half);
-
 namespace {
 
-using emulator::GlobalBuffer;
-using kernels::blocks_of;
-using kernels::Bounded;
-using kernels::Case;
-using kernels::Gradient;
-using kernels::Numbers;
-using kernels::Operand;
-using kernels::RandomMask;
-
 template <class T, bool kMasked, Alignment kAlignment>
-std::string run_wgrad(const Case& run) {
+void run_wgrad(const Case& run) {
   const auto [name, m, rank, c] = run.size;
-  std::mt19937_64 random(run.seed);
+  Random random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   const int products = 1 + static_cast<int>(random() % 2);
-  const int terms = 1 + static_cast<int>(random() % 2), width = kernels::padded(rank);
+  const int terms = 1 + static_cast<int>(random() % 2), width = padded(rank);
   const int columns = terms * width;
   const RandomMask mask(numbers, random);
   constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
   const bool product_writes_u = kMayBeginEarly && random() % 2;
   constexpr uint32_t kParts = 2;  // blocks of the grids before
-  constexpr int kOffset = kernels::Layout<kAlignment>::kOffset;
+  constexpr int kOffset = Layout<kAlignment>::kOffset;
 
   LoraWgradParams<T> params{};
   LoraReduceWgradParams sums{};
   params.m = m, params.mask = mask.parameters();
-  std::vector<std::unique_ptr<Operand<T, kAlignment>>> p, u;
-  std::vector<std::unique_ptr<GlobalBuffer<T>>> written_u;
+  std::deque<Operand<T, kAlignment>> p, u;
+  std::deque<GlobalBuffer<T>> written_u;
   GlobalBuffer<uint32_t> written(std::vector<uint32_t>(1), "written");
   GlobalBuffer<float> y(600, "y"), seen_y(600, "y as the last grid sees it");
-  kernels::ProductParams<T> before{};
+  ProductParams<T> before{};
   before.written = written.data(), before.parts = product_writes_u ? kParts : 0;
   before.y = y.data(), before.size = static_cast<int>(y.size());
-  std::vector<std::unique_ptr<GlobalBuffer<float>>> partial;
-  std::vector<std::unique_ptr<Gradient<T>>> gradient;
+  std::deque<GlobalBuffer<float>> partial;
+  std::deque<Gradient<T>> gradient;
   int widest = 0, splits = 0;
   for (int i = 0; i < products; ++i) {
     // The second is wider or narrower than the first, and never masked: dY beside X.
     const int width_c = i == 0 ? c : 1 + static_cast<int>(random() % (2 * c));
     const int steps = (m + 63) / 64, per_split = 1 + static_cast<int>(random() % steps);
     const int here = (steps + per_split - 1) / per_split;
-    p.push_back(std::make_unique<Operand<T, kAlignment>>(m, width_c, numbers, random, "p"));
-    u.push_back(std::make_unique<Operand<T, kAlignment>>(m, columns, numbers, random, "source of u",
-                                                         false));
-    const size_t elements = u[i]->matrix.values.size();
-    written_u.push_back(std::make_unique<GlobalBuffer<T>>(kOffset + elements, "u"));
-    before.from[i] = u[i]->data(), before.to[i] = written_u[i]->data() + kOffset;
+    p.emplace_back(m, width_c, numbers, random, "p");
+    u.emplace_back(m, columns, numbers, random, "source of u", false);
+    const size_t elements = u[i].matrix.values.size();
+    written_u.emplace_back(kOffset + elements, "u");
+    before.from[i] = u[i].data(), before.to[i] = written_u[i].data() + kOffset;
     before.count[i] = static_cast<int>(elements);
-    partial.push_back(std::make_unique<GlobalBuffer<float>>(
-        static_cast<size_t>(here) * columns * width_c, "partial sums"));
-    gradient.push_back(std::make_unique<Gradient<T>>(rank, width_c, random));
+    partial.emplace_back(static_cast<size_t>(here) * columns * width_c, "partial sums");
+    gradient.emplace_back(rank, width_c, random);
     LoraWgradProduct<T>& product = params.product[i];
-    product.p = p[i]->data(), product.u = before.to[i], product.g = partial[i]->data();
-    product.p_pitch = p[i]->pitch(), product.u_pitch = u[i]->pitch();
+    product.p = p[i].data(), product.u = before.to[i], product.g = partial[i].data();
+    product.p_pitch = p[i].pitch(), product.u_pitch = u[i].pitch();
     product.c = width_c, product.columns = columns, product.masked = i == 0;
     product.splits = here, product.steps_per_split = per_split;
     if (product_writes_u) product.written = written.data(), product.parts = kParts;
     const float scale = numbers == Numbers::Integers ? 0.5f : 1.3f;
-    sums.gradient[i] = gradient[i]->reduce(partial[i]->data(), here, terms, columns, width, scale);
+    sums.gradient[i] = gradient[i].reduce(partial[i].data(), here, terms, columns, width, scale);
     widest = std::max(widest, width_c), splits += here;
   }
 
   using Tile = LoraWgradTile;
   emulator::Stream stream;
   for (int i = 0; i < products && !product_writes_u; ++i) {
-    stream.launch({.grid = dim3(kParts), .block = dim3(64)}, kernels::copy<T>, before.from[i],
-                  before.to[i], before.count[i]);
+    stream.launch({.grid = dim3(kParts), .block = dim3(64)}, copy<T>, before.from[i], before.to[i],
+                  before.count[i]);
   }
   stream.launch({.grid = dim3(kParts),
                  .block = dim3(64),
                  .programmatic_dependent = !product_writes_u && random() % 2 != 0},
-                kernels::make_product<T>, before);
+                make_product<T>, before);
   stream.launch({.grid = dim3(blocks_of(widest, Tile::kC), blocks_of(columns, Tile::kColumns),
                               static_cast<unsigned>(splits)),
                  .block = dim3(Tile::kThreads),
@@ -109,43 +83,36 @@ std::string run_wgrad(const Case& run) {
       {.grid = dim3(1 + static_cast<unsigned>(random() % 3), static_cast<unsigned>(products)),
        .block = dim3(256)},
       lora_reduce_wgrad<T>, sums);
-  stream.launch({.grid = dim3(2), .block = dim3(64)}, kernels::copy<float>,
+  stream.launch({.grid = dim3(2), .block = dim3(64)}, copy<float>,
                 static_cast<const float*>(y.data()), seen_y.data(), before.size);
-  kernels::run_timed(stream);
+  run_timed(stream);
 
-  for (size_t i = 0; i < y.size(); ++i) {
-    const std::string difference =
-        kernels::compare("y as the last grid sees it", 0, static_cast<int>(i), seen_y[i], 1.0, 0);
-    if (!difference.empty()) return difference;
-  }
+  for (size_t i = 0; i < y.size(); ++i)
+    compare("y as the last grid sees it", 0, static_cast<int>(i), seen_y[i], 1.0, 0);
   for (int i = 0; i < products; ++i) {
-    const std::string difference = gradient[i]->compare(numbers, [&](int r, int column) {
+    const std::string name = emulator::format("gradient %d", i);
+    gradient[i].compare(name.c_str(), numbers, [&](int r, int column) {
       Bounded expected;
       for (int row = 0; row < m; ++row) {
         const double factor = kMasked && i == 0 ? (mask.reference.kept(row, column) ? 1 : 0) : 1;
         for (int term = 0; term < terms; ++term)
           expected.add(sums.gradient[i].scale * (term ? 1 / kLoScale<T> : 1) * factor *
-                       p[i]->matrix(row, column) * u[i]->matrix(row, term * width + r));
+                       p[i].matrix(row, column) * u[i].matrix(row, term * width + r));
       }
       return expected;
     });
-    if (!difference.empty()) return emulator::format("product %d: ", i) + difference;
   }
-  return "";
 }
-
-#define VARIANT(name, ...) {#name, run_wgrad<__VA_ARGS__>},
-const std::vector<kernels::Variant> kVariants = {LORA_WGRAD_SM80_VARIANTS(VARIANT)};
 
 }  // namespace
-}  // namespace lora_ext::kernel
 
-int main(int argc, char** argv) {
-  return kernels::variants_main(argc, argv, "lora_wgrad_sm80",
-                                {{"even", 512, 16, 128},
-                                 {"odd", 435, 17, 131},
-                                 {"wide", 200, 65, 129},
-                                 {"shallow", 61, 8, 65},
-                                 {"tiny", 5, 1, 3}},
-                                lora_ext::kernel::kVariants);
-}
+#define VARIANT(name, ...) {#name, run_wgrad<__VA_ARGS__>},
+const Program program{"lora_wgrad_sm80",
+                      {LORA_WGRAD_SM80_VARIANTS(VARIANT)},
+                      {{"even", 512, 16, 128},
+                       {"odd", 435, 17, 131},
+                       {"wide", 200, 65, 129},
+                       {"shallow", 61, 8, 65},
+                       {"tiny", 5, 1, 3}}};
+
+}  // namespace kernels

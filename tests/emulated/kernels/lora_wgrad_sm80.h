@@ -1,5 +1,6 @@
 // The instances of lora_wgrad_sm80 and lora_reduce_wgrad that the tests run.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "kernel/lora_reduce_wgrad.h"
 #include "kernel/lora_wgrad_sm80.h"
 
@@ -11,8 +12,10 @@
   X(masked_fp16, __half, true, Alignment::kVector)        \
   X(masked_element, __nv_bfloat16, true, Alignment::kElement)
 
-// To be used in namespace lora_ext::kernel.
-#define LORA_WGRAD_SM80_INSTANCE(T, masked, alignment) \
-  template __global__ void lora_wgrad_sm80<T, masked, alignment>(LoraWgradParams<T>)
-#define LORA_REDUCE_WGRAD_INSTANCE(T) \
-  template __global__ void lora_reduce_wgrad<T>(LoraReduceWgradParams)
+#define LORA_WGRAD_SM80_INSTANCES(variant, T, masked, alignment) \
+  INSTANCE(lora_wgrad_sm80<T, masked, alignment>(LoraWgradParams<T>))
+namespace lora_ext::kernel {
+LORA_WGRAD_SM80_VARIANTS(LORA_WGRAD_SM80_INSTANCES)
+INSTANCE(lora_reduce_wgrad<__nv_bfloat16>(LoraReduceWgradParams))
+INSTANCE(lora_reduce_wgrad<__half>(LoraReduceWgradParams))
+}  // namespace lora_ext::kernel

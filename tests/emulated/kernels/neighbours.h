@@ -1,6 +1,7 @@
 // The grids before and after a kernel under test, where a grid may begin before the one before it
-// has ended. Kernels' programs instantiate what they use beside their own kernels.
+// has ended.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
 #include "ptx/grid_dependency.h"
 #include "ptx/memory.h"
@@ -56,9 +57,12 @@ __global__ void make_product(ProductParams<V> p) {
   for_each_of_grid(p.size, [&](int i) { p.y[i] = 1; });
 }
 
-#define NEIGHBOUR_COPY(V) template __global__ void copy<V>(const V*, V*, int)
-#define NEIGHBOUR_COPY_EARLY(V) \
-  template __global__ void copy_early<V>(const V*, V*, int, const uint32_t*, uint32_t)
-#define NEIGHBOUR_PRODUCT(V) template __global__ void make_product<V>(ProductParams<V>)
+#define NEIGHBOURS(V)                                                   \
+  INSTANCE(copy<V>(const V*, V*, int))                                  \
+  INSTANCE(copy_early<V>(const V*, V*, int, const uint32_t*, uint32_t)) \
+  INSTANCE(make_product<V>(ProductParams<V>))
+NEIGHBOURS(float)
+NEIGHBOURS(__nv_bfloat16)
+NEIGHBOURS(__half)
 
 }  // namespace kernels

@@ -8,14 +8,26 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "emulator/memory/global_memory.h"
+
+namespace lora_ext::kernel {}
+namespace lora_ext::plan {}
+
 namespace kernels {
+
+using namespace lora_ext::kernel;
+namespace plan = lora_ext::plan;
+using emulator::GlobalBuffer;
+using Random = std::mt19937_64;
 
 enum class Numbers { Integers, Reals };
 
@@ -66,8 +78,7 @@ struct Matrix {
 inline int padded(int columns) { return (columns + 7) / 8 * 8; }  // 16 bytes of 16-bit elements
 
 template <class T>
-Matrix<T> random_matrix(int rows, int columns, int pitch, Numbers numbers,
-                        std::mt19937_64& random) {
+Matrix<T> random_matrix(int rows, int columns, int pitch, Numbers numbers, Random& random) {
   Matrix<T> matrix(rows, columns, pitch);
   std::uniform_int_distribution<int> integer(-2, 2);
   std::uniform_real_distribution<double> real(-1, 1);
@@ -93,15 +104,34 @@ struct Bounded {
   double error() const { return (terms + 2) * 2 * rounding_unit<float>() * magnitude; }
 };
 
-// "" or what differs. `error` is 0 where the comparison is exact.
+// What a kernel got wrong, which ends the run.
+struct Difference : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+[[noreturn, gnu::format(printf, 1, 2)]] inline void differ(const char* format, ...) {
+  char text[300];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(text, sizeof text, format, values);
+  va_end(values);
+  throw Difference(text);
+}
+
+// Throws Difference. `error` is 0 where the comparison is exact.
 template <class T>
-std::string compare(const char* name, int row, int column, T got, double expected, double error) {
+void compare(const char* name, int row, int column, T got, double expected, double error) {
   const double value = to_double(got);
-  if (std::fabs(value - expected) <= error) return "";
-  char text[200];
-  std::snprintf(text, sizeof text, "%s[%d, %d]: expected %.9g +- %.3g, but got %.9g", name, row,
-                column, expected, error, value);
-  return text;
+  if (std::fabs(value - expected) <= error) return;
+  differ("%s[%d, %d]: expected %.9g +- %.3g, but got %.9g", name, row, column, expected, error,
+         value);
+}
+
+// The same of a sum with its error, rounded to the type of what was stored.
+template <class T, class Sum>
+void compare_rounded(const char* name, int row, int column, T got, const Sum& sum, bool exact) {
+  const double rounded = to_double(from_double<T>(sum.value)), size = std::fabs(sum.value);
+  compare(name, row, column, got, exact ? rounded : sum.value,
+          exact ? 0 : sum.error() + rounding_error<T>(size + sum.error()));
 }
 
 }  // namespace kernels

@@ -1,14 +1,24 @@
-// Launches kernels of sm_90a in the execution layer.
+// Launches kernels in the execution layer.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
 #include "kernel/lora_gemm_sm90a/launch.h"
 
 namespace kernels {
 
+using lora_ext::kernel::Sm90aLaunch;
+
+template <class V>
+__global__ void clear(V* flags, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) flags[i] = 0;
+}
+INSTANCE(clear<uint32_t>(uint32_t*, int64_t))
+
 // Launches as csrc/cuda/ does, on a card that holds `most` clusters.
-struct ClusterLaunch {
+struct Launch {
   emulator::Stream& stream;
-  int64_t most;
+  int64_t most = 1;
+  int early_launches = 0;
 
   template <class T>
   CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
@@ -28,19 +38,32 @@ struct ClusterLaunch {
   }
 
   template <class Kernel>
-  int64_t clusters(Kernel, const lora_ext::kernel::Sm90aLaunch&) const {
+  int64_t clusters(Kernel, const Sm90aLaunch&) const {
     return most;
   }
 
+  template <class Params>
+  void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
+                  const Params& params, bool early = false) {
+    early_launches += early;
+    stream.launch({.grid = grid,
+                   .block = dim3(threads),
+                   .shared_bytes = shared_bytes,
+                   .programmatic_dependent = early},
+                  kernel, params);
+  }
   template <class... Params>
-  void operator()(void (*kernel)(Params...), const lora_ext::kernel::Sm90aLaunch& how,
-                  const Params&... params) {
+  void operator()(void (*kernel)(Params...), const Sm90aLaunch& how, const Params&... params) {
+    early_launches += how.dependent;
     stream.launch({.grid = how.grid,
                    .block = dim3(how.threads),
                    .cluster = how.cluster,
                    .shared_bytes = how.shared_bytes,
                    .programmatic_dependent = how.dependent},
                   kernel, params...);
+  }
+  void clear(uint32_t* flags, int64_t count) {
+    stream.launch({.grid = dim3(1), .block = dim3(1)}, kernels::clear<uint32_t>, flags, count);
   }
 };
 
