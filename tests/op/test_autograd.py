@@ -17,11 +17,10 @@ from helpers import (
     run_float64,
     run_ours,
 )
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import lora_ext
-from lora_ext.reference import lora_linear_reference
 
 OP = torch.ops.lora_ext.lora_linear
 INPUTS = ("x", "lora_a", "lora_b", "bias")
@@ -172,61 +171,6 @@ def test_weight_that_requires_grad_is_fine_without_grad_mode(isa, device, mode):
         y = OP(**arguments(problem))
     assert not y.requires_grad
     assert torch.equal(y, frozen)
-
-
-# ---- higher derivatives and other modes ----
-
-
-@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
-def test_double_backward_raises_for_every_gradient(device, wanted):
-    problem = make_problem(6, 5, 4, 3, (F64, F64), device, bias=False)
-    leaves = arguments(problem)
-    y = OP(**leaves)
-    (gradient,) = torch.autograd.grad(y.square().sum(), leaves[wanted], create_graph=True)
-    assert gradient.requires_grad
-    with pytest.raises(NotImplementedError, match=r"first derivatives only.*reference"):
-        gradient.sum().backward()
-
-
-def test_reference_has_second_derivatives(device):
-    problem = make_problem(3, 4, 3, 2, (F64, F64), device, bias=False)
-    leaves = arguments(problem)
-    weight = leaves.pop("weight")
-    inputs = tuple(leaves.values())
-    assert gradgradcheck(lambda x, a, b: lora_linear_reference(x, weight, a, b), inputs)
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_ad_raises_or_is_right(device, requires_grad):
-    """A lost tangent is a wrong derivative that nobody notices."""
-    problem = make_problem(6, 5, 4, 3, (F64, F64), device)
-    tangent = torch.randn_like(problem.x)
-    with forward_ad.dual_level():
-        primal = problem.x.detach().requires_grad_(requires_grad)
-        x = forward_ad.make_dual(primal, tangent)
-        try:
-            y = OP(x, problem.weight, problem.lora_a, problem.lora_b, problem.bias)
-        except (RuntimeError, NotImplementedError):
-            return
-        got = forward_ad.unpack_dual(y).tangent
-    assert got is not None, "the tangent of x was dropped in silence"
-    delta = problem.weight + problem.lora_b @ problem.lora_a
-    torch.testing.assert_close(got, tangent @ delta.t())
-
-
-def test_functions_transformed_by_torch_func_name_the_reference(device):
-    problem = make_problem(6, 5, 4, 3, (F64, F64), device)
-    rest = (problem.weight, problem.lora_a, problem.lora_b, problem.bias)
-
-    def loss(x, call):
-        return (call(x, *rest) * problem.grad).sum()
-
-    said = r"lora_ext\.lora_linear: .*lora_linear_reference there"
-    with pytest.raises(NotImplementedError, match=said):
-        torch.func.grad(loss)(problem.x, OP)
-    dx = torch.func.grad(loss)(problem.x, lora_linear_reference)
-    expected = run_float64(type(problem)(**{**vars(problem), "scaling": 1.0})).dx
-    torch.testing.assert_close(dx, expected)
 
 
 # ---- what is saved ----

@@ -206,20 +206,6 @@ def test_only_what_is_wanted_is_computed(isa, device):
         assert [gradient is not None for gradient in found] == mask
 
 
-def test_second_derivatives_and_forward_mode_are_refused(device):
-    problem, y, _ = make(5, 7, 6, 3, (F64, F64), device)
-    leaves = [leaf(t) for t in (y, problem.x, problem.lora_a, problem.lora_b)]
-    (dx,) = torch.autograd.grad(OP(*leaves).square().sum(), leaves[1], create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"lora_ext\.lora_update: .* second backward"):
-        dx.sum().backward()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(y, y)
-        with pytest.raises(NotImplementedError, match=r"lora_ext\.lora_update: .* tangent"):
-            OP(dual, *leaves[1:])
-    with pytest.raises(NotImplementedError, match=r"lora_update: .*lora_update_reference there"):
-        torch.func.grad(lambda x: OP(y, x, *leaves[2:]).sum())(problem.x)
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=short)
 @pytest.mark.parametrize("adapter", [F32, BF16, F16], ids=short)
 def test_autocast(device, dtype, adapter):

@@ -6,7 +6,6 @@ from helpers import BF16, F32, F64
 from many_helpers import OPS, make_many
 
 import lora_ext
-from lora_ext.reference import lora_linear_reference
 
 INT = torch.int32
 
@@ -270,46 +269,6 @@ def test_a_trained_weight():
         lora_ext.lora_linear(**arguments)
     with torch.no_grad():
         lora_ext.lora_linear(**arguments)
-
-
-@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
-def test_second_backward(wanted):
-    arguments = good()
-    leaf = arguments[wanted] if wanted == "x" else arguments[wanted][1]
-    leaf.requires_grad_()
-    y = lora_ext.lora_linear(**arguments)
-    (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match="lora_linear: expected first derivatives only"):
-        first.sum().backward()
-    y = torch.zeros(3, 4, 24)
-    del arguments["weight"], arguments["bias"]
-    y = lora_ext.lora_update(y, **arguments)
-    (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match="lora_update: expected first derivatives only"):
-        first.sum().backward()
-
-
-def test_forward_mode():
-    arguments = good()
-    with torch.autograd.forward_ad.dual_level():
-        a = arguments["lora_a"][1]
-        arguments["lora_a"][1] = torch.autograd.forward_ad.make_dual(a, torch.ones_like(a))
-        with pytest.raises(NotImplementedError, match="got a forward-mode tangent"):
-            lora_ext.lora_linear(**arguments)
-
-
-def test_transforms_of_functions():
-    """And the reference, to which the error points, has them all."""
-    arguments = good()
-    with pytest.raises(NotImplementedError, match=r"reference\.lora_linear_reference"):
-        torch.func.grad(lambda x: lora_ext.lora_linear(**(arguments | {"x": x})).sum())(
-            arguments["x"]
-        )
-    lists = [arguments.pop(name) for name in ("x", "weight")]
-    first = torch.func.grad(
-        lambda x: lora_linear_reference(x, lists[1], **arguments).square().sum()
-    )
-    assert first(lists[0]).shape == (3, 4, 16)
 
 
 def test_a_backward_wants_a_wish_for_each_factor():
