@@ -21,6 +21,7 @@ SUITES = {
     "op/test_autograd.py": 100,
     "op/test_dropout.py": 60,
     "op/test_many_adapters.py": 350,
+    "op/test_many_gradients.py": 25,
     "op/test_many_random.py": 1,
 }
 # By the library's base product, with which all but that is as without.

@@ -12,14 +12,15 @@ from helpers import (
     F32,
     F64,
     accumulation_dtype,
-    keep_scale_of,
     leaf,
     make_problem,
     mask_of,
+    masked,
     max_error,
     pair_id,
     short,
 )
+from many_helpers import assert_equal
 from torch.autograd import gradcheck
 
 import lora_ext
@@ -47,8 +48,8 @@ def differentiated(call, y, problem, grad):
     before = [t.detach().clone() for t in (*leaves, grad)]
     out = call(*leaves)
     out.backward(grad)
-    for tensor, value in zip((*leaves, grad), before, strict=True):
-        torch.testing.assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
+    after = [t.detach() for t in (*leaves, grad)]
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
     return dict(zip(NAMES, (out.detach(), *(t.grad for t in leaves)), strict=True))
 
 
@@ -59,11 +60,10 @@ def run(y, problem, grad, dropout_p=0.0, seed=1, row_offset=0, col_offset=0):
 
 
 def reference(y, problem, grad, dropout_p=0.0, dtype=None):
-    mask = mask_of(problem, dropout_p)
-    scale = keep_scale_of(dropout_p) if dropout_p else 1.0
+    mask = masked(problem, dropout_p)
     if dtype is not None:
         y, problem, grad = y.to(dtype), problem.to(dtype), grad.to(dtype)
-    tail = (problem.scaling, mask, scale)
+    tail = (problem.scaling, *mask)
     return differentiated(lambda *leaves: lora_update_reference(*leaves, *tail), y, problem, grad)
 
 
@@ -101,9 +101,7 @@ def test_max_error_is_at_most_twice_that_of_torch(isa, device, pair, dropout_p, 
 def test_integers_are_exact(isa, device, pair, rows):
     """Small integers, which no dtype rounds: a term that is lost or counted twice shows."""
     problem, y, grad = make(rows, 32, 24, 4, pair, device, integers=1, scaling=0.5)
-    ours, exact = run(y, problem, grad), reference(y, problem, grad, dtype=F64)
-    for name, wanted in exact.items():
-        assert torch.equal(ours[name].double(), wanted), name
+    assert_equal(run(y, problem, grad), reference(y, problem, grad, dtype=F64))
 
 
 @dropouts

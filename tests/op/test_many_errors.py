@@ -12,16 +12,8 @@ INT = torch.int32
 
 def good(name="lora_linear", **changes):
     """Arguments of a call that works: 12 rows, 3 adapters, K = 16, N = 24."""
-    many = make_many((3, 4), 16, 24, (2, 3, 5))
-    arguments = {
-        "x": many.x,
-        "lora_a": many.lora_a,
-        "lora_b": many.lora_b,
-        "scaling": many.scaling,
-        "index": many.index,
-    }
-    base = {"y": many.grad} if name == "lora_update" else {"weight": many.weight, "bias": many.bias}
-    return base | arguments | changes
+    given = F32 if name == "lora_update" else None
+    return make_many((3, 4), 16, 24, (2, 3, 5), given=given).arguments | changes
 
 
 GOOD = good()
