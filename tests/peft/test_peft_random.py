@@ -76,6 +76,4 @@ def test_ranks_beyond_the_ops(rows):
     model = peft_model(nn.Sequential(nn.Linear(24, 40)), words, ["0"], F64)
     fast, x = accelerated(model), torch.randn(rows, 24, dtype=F64)
     assert paths(fast) == {"0": "added"}
-    found, wanted = step(fast, x), step(model, x)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    torch.testing.assert_close(step(fast, x), step(model, x), rtol=1e-9, atol=1e-9)
