@@ -30,15 +30,8 @@ def peft_llama(targets=("q_proj", "v_proj", "down_proj"), adapters=("a", "b"), *
 
 def peft_t5():
     torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=40,
-        d_model=24,
-        d_kv=12,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-    )
+    sizes = {"vocab_size": 40, "d_model": 24, "d_kv": 12, "d_ff": 32, "num_layers": 2}
+    config = transformers.T5Config(**sizes, num_heads=2, decoder_start_token_id=0)
     base = transformers.T5ForConditionalGeneration(config)
     options = {"r": 4, "target_modules": ["q", "v", "wo"], "task_type": "SEQ_2_SEQ_LM"}
     model = get_peft_model(base, LoraConfig(**options), "a")
