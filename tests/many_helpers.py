@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from helpers import F32, F64, accumulation_dtype, keep_scale_of, leaf, make_problem, max_error
@@ -30,20 +32,23 @@ class Many:
     scaling: Tensor  # [G]
     index: Tensor  # [...]
 
+    def each_factor(self, change: Callable[[Tensor], Tensor]) -> Many:
+        lists = ([change(t) for t in factors] for factors in (self.lora_a, self.lora_b))
+        return replace(self, **dict(zip(("lora_a", "lora_b"), lists, strict=True)))
+
     def to(self, dtype: torch.dtype) -> Many:
         def cast(tensor):
             return None if tensor is None else tensor.to(dtype)
 
-        return replace(
-            self,
-            x=cast(self.x),
-            weight=cast(self.weight),
-            y=cast(self.y),
-            lora_a=[cast(a) for a in self.lora_a],
-            lora_b=[cast(b) for b in self.lora_b],
-            bias=cast(self.bias),
-            grad=cast(self.grad),
-        )
+        names = ("x", "weight", "y", "bias", "grad")
+        return replace(self.each_factor(cast), **{n: cast(getattr(self, n)) for n in names})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of lora_linear, or of lora_update where y is given."""
+        base = {"y": self.y} if self.weight is None else {"weight": self.weight, "bias": self.bias}
+        names = ("x", "lora_a", "lora_b", "scaling", "index")
+        return base | {name: getattr(self, name) for name in names}
 
     @property
     def rows(self) -> int:

@@ -17,6 +17,15 @@ Names = Sequence[str | None]
 Step = dict[str, Tensor]
 
 
+def batch(subject: Subject, count: int = 6, dtype: torch.dtype = F64) -> Tensor:
+    """x of `count` samples: ``[count, 5, in]``, pixels, or ids ``[count, tokens]``."""
+    if subject.name == "net":
+        return subject.x(count)
+    if subject.name == "conv2d":
+        return subject.x(15 * count, dtype)
+    return subject.x(5 * count, dtype).unflatten(0, (count, 5))
+
+
 def gradient_of(y: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
     """A dy that depends on y's shape alone."""
     values = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=F64)

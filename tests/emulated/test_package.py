@@ -21,7 +21,8 @@ SUITES = {
     "op/test_lora_update.py": 150,
     "op/test_autograd.py": 100,
     "op/test_dropout.py": 60,
-    "op/test_many_adapters.py": 300,
+    "op/test_many_adapters.py": 250,
+    "op/test_many_gradients.py": 20,
     "op/test_many_random.py": 1,
 }
 # By the library's base product, with which all but that is as without.

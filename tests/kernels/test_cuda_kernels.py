@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import smallest_of_each_kind
+from helpers import BF16, F16, F32, short, smallest_of_each_kind
 
 import lora_ext
 from benchmarks.gpu import stress
@@ -13,7 +13,8 @@ from lora_ext.kernels.kernel_checks import check_kernels
 
 pytestmark = pytest.mark.gpu
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# In float32 the library multiplies, and the kernels of dropout are ours.
+dtypes = pytest.mark.parametrize("dtype", [BF16, F32], ids=short)
 
 
 @pytest.fixture(autouse=True, params=["kernel", "hybrid"])
@@ -204,17 +205,27 @@ def captured(run):
     return graph, out
 
 
-def test_graph_replays_have_the_same_bits():
+@dtypes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_graph_replays_have_the_same_bits(dtype, dropout_p):
+    """Of the x and the seed that they find. A kernel off the current stream is not captured, and
+    replay does nothing: pytorch#114048."""
     check_all_kernels()
-    x, w, a, b = operands(1024, 1024, 1024, 16)
-    expected = lora_ext.lora_linear(x, w, a, b)
-    graph, out = captured(lambda: lora_ext.lora_linear(x, w, a, b))
+    x, *rest = operands(1024, 1024, 1024, 16, dtype)
+    seed = torch.tensor(1, device="cuda")
+
+    def call():
+        return torch.ops.lora_ext.lora_linear(x, *rest, None, 1.0, dropout_p, seed)
+
+    expected = call()
+    graph, out = captured(call)
     for _ in range(1000):
         graph.replay()
     assert torch.equal(out, expected)
     x.copy_(torch.randn_like(x))
+    seed.fill_(2)
     graph.replay()
-    assert torch.equal(out, lora_ext.lora_linear(x, w, a, b))
+    assert torch.equal(out, call())
 
 
 @pytest.mark.parametrize("shape", [(2048, 1024, 1024, 16), (4096, 2048, 2048, 40)])
@@ -223,9 +234,12 @@ def test_replays_of_a_whole_step_have_the_same_bits(shape):
     assert stress.replays("cuda", 200, partial(stress.step_of, sizes=shape)) == 0
 
 
-def test_graph_replays_draw_new_masks():
+@dtypes
+def test_graph_replays_draw_new_masks(dtype):
+    """A seed drawn on the host would be frozen into the graph."""
     check_all_kernels()
-    x, w, a, b = operands(256, 256, 256, 16)
+    x, w, a, b = operands(256, 256, 256, 16, dtype)
+    lora_ext.lora_linear(x, w, a, b, None, 1.0, 0.5)  # loads the kernels
     graph, out = captured(lambda: lora_ext.lora_linear(x, w, a, b, None, 1.0, 0.5))
     graph.replay()
     first = out.clone()
@@ -233,15 +247,18 @@ def test_graph_replays_draw_new_masks():
     assert not torch.equal(out, first)
 
 
-def test_a_side_stream_is_followed():
-    given = operands(1024, 1024, 1024, 16)
-    expected = step(*given)
+@dtypes
+def test_a_side_stream_is_followed(dtype):
+    given = operands(1024, 1024, 1024, 16, dtype)
+    torch.manual_seed(3)
+    expected = step(*given, dropout_p=0.5)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)  # kernels on another stream would run ahead of this
         x = given[0] * 1
-        got = step(x, *given[1:])
+        torch.manual_seed(3)
+        got = step(x, *given[1:], dropout_p=0.5)
     torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 

@@ -17,6 +17,10 @@ def plans(*shape, **options):
     return found.forward, found.backward
 
 
+def plans_of(card, problem, choice="auto"):
+    return [plan(card, problem, choice) for plan in (_C.plan_forward, _C.plan_backward)]
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     rows=sizes,
@@ -111,10 +115,7 @@ def test_limits_of_the_kernels_have_reasons(change, reason):
     card = _C.Card(change.get("arch", 80), 108, 167936, 166912)
     problem = _C.Problem(change.get("m", 64), 64, 64, change.get("rank", 8))
     problem.weight_row_major = change.get("row_major", True)
-    for planned in (
-        _C.plan_forward(card, problem, "kernel"),
-        _C.plan_backward(card, problem, "kernel"),
-    ):
+    for planned in plans_of(card, problem, "kernel"):
         assert not planned.kernel and reason in planned.reason
 
 
@@ -123,7 +124,7 @@ def test_a_transposed_weight_is_no_obstacle_to_the_hybrid_route():
     problem.weight_row_major = problem.aligned_weight = False
     problem.float_adapters = True
     card = lora_ext.kernels.CARDS["A100"]
-    for planned in (_C.plan_forward(card, problem), _C.plan_backward(card, problem)):
+    for planned in plans_of(card, problem):
         assert planned.hybrid and "element-wise" not in str(planned)
 
 
@@ -147,10 +148,7 @@ def test_large_problems_fill_the_card():
 def test_what_wgmma_needs_may_be_missing(missing, reason):
     problem = _C.Problem(8192, 4096, 4096, 16)
     card = _C.Card(90, 132, 233472, 232448, **missing)
-    for planned in (
-        _C.plan_forward(card, problem, "kernel"),
-        _C.plan_backward(card, problem, "kernel"),
-    ):
+    for planned in plans_of(card, problem, "kernel"):
         assert planned.kernel and not planned.wgmma
         assert f"without wgmma: {reason}" in str(planned)
     tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_plan import plans, sizes
 
 import lora_ext
 from lora_ext import _C
@@ -14,7 +15,6 @@ from lora_ext import _C
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "docs" / "kernels.md"
 HEADER = ROOT / "csrc" / "plan" / "main_loop_rates.h"
-sizes = st.integers(1, 20000)
 shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
 options = st.fixed_dictionaries(
     {
@@ -24,11 +24,6 @@ options = st.fixed_dictionaries(
         "aligned": st.booleans(),
     }
 )
-
-
-def plans(*shape, **named):
-    found = lora_ext.kernels.plan(*shape, **named)
-    return found.forward, found.backward
 
 
 def route_of(plan):

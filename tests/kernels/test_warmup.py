@@ -11,7 +11,7 @@ import torch
 
 import lora_ext
 from lora_ext import _C, winners
-from lora_ext.winners import Entry, Shape, TableError, session, tables, trial
+from lora_ext.winners import Entry, Shape, TableError, session, tables
 from lora_ext.winners import __main__ as command
 
 CARD = "A card of the tests"
@@ -68,6 +68,10 @@ def card(monkeypatch, tmp_path):
     _C.replace_winners(CARD, [])
 
 
+def warmed(rows=64, **words):
+    return lora_ext.warmup([LAYER], rows=rows, progress=False, **words)
+
+
 def planned(rows=2048):
     return _C.plan_forward(H100, _C.Problem(rows, *LAYER))
 
@@ -110,19 +114,19 @@ def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
 
 
 def test_a_second_call_costs_nothing(card):
-    first = lora_ext.warmup([LAYER], rows=64, progress=False)
+    first = warmed()
     card.timed.clear(), card.trials.clear()
-    again = lora_ext.warmup([LAYER], rows=[64], progress=False)
+    again = warmed(rows=[64])
     assert not card.timed and not card.trials
     assert again == replace(first, timed=0) and again.path == first.path
     assert planned(64).tile == "128 x 128"
 
 
 def test_another_process_checks_but_times_nothing(card):
-    lora_ext.warmup([LAYER], rows=64, progress=False)
+    warmed()
     _C.replace_winners(CARD, [])
     card.timed.clear(), card.checked.clear()
-    assert lora_ext.warmup([LAYER], rows=64, progress=False).timed == 0
+    assert warmed().timed == 0
     assert not card.timed and card.checked
     assert planned(64).tile == "128 x 128"
 
@@ -139,31 +143,31 @@ def test_all_kernels_that_the_layers_can_take_are_checked_once_and_no_others(car
 
 
 def test_only_what_is_missing_is_timed(card):
-    lora_ext.warmup([LAYER], rows=64, progress=False)
+    warmed()
     card.timed.clear()
-    found = lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+    found = warmed(rows=(64, 512))
     assert {shape.rows for shape, _ in card.timed} == {512} and found.timed == 2
     assert len(found.entries) == 4
 
 
 @pytest.mark.parametrize("change", ["driver", "build"])
 def test_winners_of_another_driver_or_build_do_not_survive(card, monkeypatch, change):
-    path = lora_ext.warmup([LAYER], rows=64, progress=False).path
+    path = warmed().path
     card.timed.clear()
     if change == "driver":
         monkeypatch.setattr(_C, "cuda_driver", lambda: "13.1", raising=False)
     else:
         monkeypatch.setattr(tables, "build_id", lambda: "another")
     assert winners.load_cached() == []
-    assert lora_ext.warmup([LAYER], rows=64, progress=False).timed == 2
+    assert warmed().timed == 2
     assert winners.load_cached() == [winners.read_table(path)]
 
 
 def test_a_corrupt_cache_is_a_warning_and_made_anew(card):
-    path = lora_ext.warmup([LAYER], rows=64, progress=False).path
+    path = warmed().path
     path.write_text("{ half a")
     with pytest.warns(UserWarning, match=rf"ignores the winners in {path}: .*expected JSON"):
-        found = lora_ext.warmup([LAYER], rows=64, progress=False)
+        found = warmed()
     assert found.timed == 2 and winners.read_table(path).entries == found.entries
 
 
@@ -177,7 +181,7 @@ def test_progress_is_said(card, capsys):
 
 
 def test_nothing_is_timed_under_deterministic_algorithms(card, deterministic):
-    found = lora_ext.warmup([LAYER], rows=64, progress=False)
+    found = warmed()
     assert not card.timed and card.checked  # the kernels are, all the same
     assert found.note == "nothing is timed under torch.use_deterministic_algorithms"
     assert found.entries == () and found.path is None
@@ -185,24 +189,23 @@ def test_nothing_is_timed_under_deterministic_algorithms(card, deterministic):
 
 def test_a_file_of_winners_is_made_then_pinned_and_read(card, tmp_path):
     path = tmp_path / "winners.json"
-    found = lora_ext.warmup([LAYER], rows=64, winners=path, progress=False)
+    found = warmed(winners=path)
     assert found.timed == 2 and found.path == path and not tables.user_folder().exists()
     assert planned(64).reason == f"fastest as measured on {CARD}, pinned by {path}"
     card.timed.clear()
-    again = lora_ext.warmup([LAYER], rows=64, winners=str(path), progress=False)
+    again = warmed(winners=str(path))
     assert again.timed == 0 and not card.timed and again.entries == found.entries
-    # another rank
     winners.load_winners(None)
     assert "measured" not in planned(64).reason
-    lora_ext.winners.load_winners(path)
+    winners.load_winners(path)
     assert planned(64).tile == "128 x 128"
-    other = lora_ext.warmup([LAYER], rows=512, progress=False)
+    other = warmed(rows=512)
     assert not card.timed and other.note.startswith(f"nothing is timed while {path} is pinned")
 
 
 def test_a_pinned_file_counts_under_deterministic_algorithms(card, tmp_path, deterministic):
     torch.use_deterministic_algorithms(False)
-    lora_ext.warmup([LAYER], rows=64, winners=tmp_path / "winners.json", progress=False)
+    warmed(winners=tmp_path / "winners.json")
     torch.use_deterministic_algorithms(True)
     assert planned(64).tile == "128 x 128"
 
@@ -210,7 +213,7 @@ def test_a_pinned_file_counts_under_deterministic_algorithms(card, tmp_path, det
 @pytest.mark.parametrize("spoil", ["corrupt", "card", "torch", "driver", "build"])
 def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path, spoil):
     path = tmp_path / "winners.json"
-    lora_ext.warmup([LAYER], rows=64, winners=path, progress=False)
+    warmed(winners=path)
     winners.load_winners(None)
     if spoil == "corrupt":
         path.write_text(path.read_text()[:-20])
@@ -218,8 +221,8 @@ def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path
         winners.write_table(replace(winners.read_table(path), **{spoil: "another"}), path)
     card.timed.clear()
     for call in (
-        lambda: lora_ext.winners.load_winners(path),
-        lambda: lora_ext.warmup([LAYER], rows=64, winners=path, progress=False),
+        lambda: winners.load_winners(path),
+        lambda: warmed(winners=path),
     ):
         with pytest.raises(TableError, match=f"{path}: expected"):
             call()
@@ -228,14 +231,14 @@ def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path
 
 def test_a_file_that_is_not_there_cannot_be_pinned(card, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        lora_ext.winners.load_winners(tmp_path / "none.json")
+        winners.load_winners(tmp_path / "none.json")
 
 
 @pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
 def test_without_kernels_no_file_can_be_pinned(tmp_path):
     with pytest.raises(RuntimeError, match="no CUDA kernels to choose from"):
-        lora_ext.winners.load_winners(tmp_path / "none.json")
-    lora_ext.winners.load_winners(None)
+        winners.load_winners(tmp_path / "none.json")
+    winners.load_winners(None)
 
 
 def test_winners_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatch, tmp_path):
@@ -244,7 +247,7 @@ def test_winners_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatc
 
     monkeypatch.setattr(session, "write_table", full)
     with pytest.warns(UserWarning, match="in use, but not kept: .*No space left"):
-        lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+        warmed(rows=(64, 512))
     assert len(card.timed) == 4 and planned(64).tile == planned(512).tile == "128 x 128"
     with pytest.raises(OSError, match="No space left"):
         lora_ext.warmup([LAYER], rows=128, winners=tmp_path / "winners.json", progress=False)
@@ -258,20 +261,20 @@ def test_an_interrupt_keeps_the_shapes_timed_so_far(card):
 
     card.before_measure = interrupt
     with pytest.raises(KeyboardInterrupt):
-        lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+        warmed(rows=(64, 512))
     assert planned(64).tile == "128 x 128" and "measured" not in planned(512).reason
     assert len(winners.load_cached()[0].entries) == 2
 
 
 def test_a_shape_that_does_not_fit_is_left_out(card):
     card.out_of_memory = {Shape(512, 4096, 1024, 16)}
-    found = lora_ext.warmup([LAYER], rows=(64, 512), progress=False)
+    found = warmed(rows=(64, 512))
     assert found.timed == 2 and "M=512 does not fit into the memory" in found.note
 
 
 def test_kernels_that_fail_their_check_are_listed(card):
     card.failures = {"forward bfloat16 hybrid": "y differs"}
-    found = lora_ext.warmup([LAYER], rows=64, progress=False)
+    found = warmed()
     assert found.failed == ("forward bfloat16 hybrid: y differs",) and "failed: " in str(found)
 
 
@@ -280,8 +283,8 @@ def test_a_device_without_an_index_is_the_current_one(card, monkeypatch, tmp_pat
     asked = []
     monkeypatch.setattr(_C, "cuda_card", lambda device: asked.append(device) or H100)
     for device in ("cuda", torch.device("cuda"), None):
-        path = lora_ext.warmup([LAYER], rows=64, device=device, progress=False).path
-        lora_ext.winners.load_winners(path, device)
+        path = warmed(device=device).path
+        winners.load_winners(path, device)
         winners.load_winners(None)
         tables.table_path(tmp_path, None if device is None else torch.device(device))
     lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda"))
@@ -324,36 +327,6 @@ def test_layers_that_are_none_are_explained(layers, rows, error, words):
 def test_only_half_dtypes_are_timed():
     with pytest.raises(TypeError, match="expected bfloat16 or float16"):
         lora_ext.warmup([LAYER], dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "winner"),
-    [
-        ([8, 9, 8, 9], "kernel 128 x 64"),
-        ([9.95, 9.95, 9.95, 9.95], "library"),  # half a percent
-        ([5, 5, 10.5, 10.5], "library"),  # not in three rounds of four
-        ([11, 12, 11, 12], "library"),
-    ],
-)
-def test_the_library_stays_unless_another_clearly_wins(kernel, winner):
-    times = {"library": [10.0] * 4, "kernel 128 x 64": [float(t) for t in kernel]}
-    assert trial._fastest(times) == winner
-
-
-@pytest.mark.parametrize(
-    ("card", "forward", "masked"),
-    [("A100", 2, 2), ("H100", 4, 5)],
-)
-def test_candidates_are_what_the_card_can_do(card, forward, masked):
-    shape = Shape(2048, 4096, 1024, 16, dropout=True)
-    found = [
-        c.name for c in trial.candidates_for(lora_ext.kernels.CARDS[card], shape, backward=False)
-    ]
-    assert found[:2] == ["library", "hybrid"] and len(found) == 2 + forward
-    found = [
-        c.name for c in trial.candidates_for(lora_ext.kernels.CARDS[card], shape, backward=True)
-    ]
-    assert "kernel 128 x 128" in found and len(found) == 2 + masked
 
 
 def test_shapes_of_a_model():
@@ -420,4 +393,4 @@ def test_a_warm_shape_is_not_slower_than_the_library_by_its_own_table(cuda, tmp_
         a, b = w[:16], w[:, :16].contiguous()
         assert "fastest as measured" in str(lora_ext.explain(x, w, a, b, 0.05))
     finally:
-        lora_ext.winners.load_winners(None)
+        winners.load_winners(None)

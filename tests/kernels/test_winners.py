@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lora_ext
 from lora_ext import _C, winners
-from lora_ext.winners import tables
+from lora_ext.winners import tables, trial
 
 CARD = "A card of the tests"
 H100 = (90, 132, 233472, 232448)
@@ -84,31 +84,27 @@ def test_what_wins_with_few_rows_wins_for_no_more_than_it_can_take():
     assert "measured" not in planned(moved(rows=65)).reason
 
 
+LAYOUTS = ("aligned", "aligned_weight", "aligned_a", "aligned_b", "factor_rows", "weight_row_major")
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"in_features": 4104}, {"out_features": 1032}, {"rank": 8}, {"float_adapters": True},
-     {"dropout": True}],
+    "other",
+    [
+        {"shape": moved(in_features=4104)},
+        {"shape": moved(out_features=1032)},
+        {"shape": moved(rank=8)},
+        {"shape": moved(float_adapters=True)},
+        {"shape": moved(dropout=True)},
+        {"backward": True},
+        {"name": "Another card"},
+        {"name": ""},
+        *({name: False} for name in LAYOUTS),
+    ],
     ids=str,
-)  # fmt: skip
-def test_another_layer_has_no_winner(changes):
-    install([table(entry())])
-    assert "measured" not in planned(moved(**changes)).reason
-
-
-def test_the_other_direction_and_another_card_have_no_winner():
-    install([table(entry())])
-    assert "measured" not in planned(backward=True).reason
-    assert "measured" not in planned(name="Another card").reason
-    assert "measured" not in planned(name="").reason
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["aligned", "aligned_weight", "aligned_a", "aligned_b", "factor_rows", "weight_row_major"],
 )
-def test_what_was_not_measured_has_no_winner(change):
+def test_what_was_not_measured_has_no_winner(other):
     install([table(entry())])
-    assert "measured" not in planned(**{change: False}).reason
+    assert "measured" in planned().reason and "measured" not in planned(**other).reason
 
 
 def test_rows_that_are_no_whole_chunks_were_measured_so():
@@ -204,25 +200,10 @@ def test_two_that_write_at_once_leave_one_whole_table(tmp_path, monkeypatch):
 
 
 def spoiled():
-    document = {
-        "schema": "lora_ext.winners",
-        "schema_version": 1,
-        "card": CARD,
-        "torch": "2",
-        "driver": "13.0",
-        "lora_ext": "0",
-        "build": "0f",
-        "entries": [
-            {
-                **vars(SHAPE),
-                "backward": False,
-                "route": "kernel",
-                "tile": "128 x 64",
-                "us": {"library": [1.0, 1.0, 1.0]},
-            }
-        ],
-    }
-    one = document["entries"][0]
+    us = {"library": [1.0, 1.0, 1.0]}
+    one = {**vars(SHAPE), "backward": False, "route": "kernel", "tile": "128 x 64", "us": us}
+    made = {"card": CARD, "torch": "2", "driver": "13.0", "lora_ext": "0", "build": "0f"}
+    document = {"schema": "lora_ext.winners", "schema_version": 1, **made, "entries": [one]}
     yield "expected JSON", "{ half a docu"
     yield "expected JSON", "\ufeff{}"
     yield "an object with 'schema'", "[]"
@@ -335,3 +316,31 @@ def test_beside_a_pinned_file_the_cache_does_not_count(tmp_path):
     assert "measured" not in planned().reason
     winners.load_cached(tmp_path)
     assert planned().tile == "128 x 64" and "measured" in planned(other).reason
+
+
+# ---- how a winner is found ----
+
+
+@pytest.mark.parametrize(
+    ("kernel", "winner"),
+    [
+        ([8, 9, 8, 9], "kernel 128 x 64"),
+        ([9.95, 9.95, 9.95, 9.95], "library"),  # half a percent
+        ([5, 5, 10.5, 10.5], "library"),  # not in three rounds of four
+        ([11, 12, 11, 12], "library"),
+    ],
+)
+def test_the_library_stays_unless_another_clearly_wins(kernel, winner):
+    times = {"library": [10.0] * 4, "kernel 128 x 64": [float(t) for t in kernel]}
+    assert trial._fastest(times) == winner
+
+
+@pytest.mark.parametrize(("card", "forward", "masked"), [("A100", 2, 2), ("H100", 4, 5)])
+def test_candidates_are_what_the_card_can_do(card, forward, masked):
+    shape = moved(dropout=True)
+    in_forward, in_backward = (
+        [c.name for c in trial.candidates_for(lora_ext.kernels.CARDS[card], shape, backward)]
+        for backward in (False, True)
+    )
+    assert in_forward[:2] == ["library", "hybrid"] and len(in_forward) == 2 + forward
+    assert "kernel 128 x 128" in in_backward and len(in_backward) == 2 + masked

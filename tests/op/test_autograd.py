@@ -1,6 +1,7 @@
 """Autograd: gradients by finite differences, which of them exist, and what is kept for them."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,17 +12,17 @@ from helpers import (
     F64,
     HALVES,
     accumulation_dtype,
+    assert_same_bits,
     make_problem,
-    mask_of,
+    masked,
     pair_id,
     run_float64,
     run_ours,
 )
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import lora_ext
-from lora_ext.reference import lora_linear_reference
 
 OP = torch.ops.lora_ext.lora_linear
 INPUTS = ("x", "lora_a", "lora_b", "bias")
@@ -58,12 +59,12 @@ def test_gradcheck(device, dropout_p, bias, lead):
 def test_gradcheck_would_see_a_wrong_mask_in_backward(device):
     """The mask of another seed in backward alone is caught: the test above rests on it."""
     problem = make_problem(5, 7, 6, 3, (F64, F64), device, bias=False)
+    rest = (problem.weight, problem.lora_a, problem.lora_b, None, 0.7, 0.4)
 
     class OtherMaskInBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             ctx.save_for_backward(x)
-            rest = (problem.weight, problem.lora_a, problem.lora_b, None, 0.7, 0.4)
             return OP(x, *rest, torch.tensor(9, device=device))
 
         @staticmethod
@@ -71,7 +72,6 @@ def test_gradcheck_would_see_a_wrong_mask_in_backward(device):
             (x,) = ctx.saved_tensors
             x = x.detach().requires_grad_()
             with torch.enable_grad():
-                rest = (problem.weight, problem.lora_a, problem.lora_b, None, 0.7, 0.4)
                 y = OP(x, *rest, torch.tensor(10, device=device))
             return torch.autograd.grad(y, x, grad)
 
@@ -94,7 +94,7 @@ def test_any_combination_of_requires_grad(isa, device, wanted, rows, dropout_p):
     leaves = arguments(problem, wanted)
     y = OP(**leaves, scaling=0.5, dropout_p=dropout_p, seed=seed)
     y.backward(problem.grad)
-    exact = run_float64(problem, mask_of(problem, dropout_p), 2.0 if dropout_p else 1.0)
+    exact = run_float64(problem, *masked(problem, dropout_p))
     for name, tensor in leaves.items():
         assert tensor.requires_grad == (name in wanted)
         if name in wanted:
@@ -107,15 +107,10 @@ def test_any_combination_of_requires_grad(isa, device, wanted, rows, dropout_p):
 def test_only_needed_gradients_are_computed(isa, device, wanted):
     """autograd.grad may ask for less than requires grad: the op returns None for the others."""
     problem = make_problem(60, 40, 70, 5, device=device)
-    _, s = torch.ops.lora_ext.lora_linear_forward(
-        problem.x, problem.weight, problem.lora_a, problem.lora_b, None,
-        0.7, 0.0, None, 0, 0, False, None,
-    )  # fmt: skip
+    ops, tail = torch.ops.lora_ext, (0.7, 0.0, None, 0, 0, False, None)
+    _, s = ops.lora_linear_forward(*problem.operands, None, *tail)
     mask = [name in wanted for name in INPUTS]
-    out = torch.ops.lora_ext.lora_linear_backward(
-        problem.grad, problem.x, problem.weight, problem.lora_a, problem.lora_b, s,
-        0.7, 0.0, None, 0, 0, False, None, mask,
-    )  # fmt: skip
+    out = ops.lora_linear_backward(problem.grad, *problem.operands, s, *tail, mask)
     assert [gradient is not None for gradient in out] == mask
 
 
@@ -174,61 +169,6 @@ def test_weight_that_requires_grad_is_fine_without_grad_mode(isa, device, mode):
     assert torch.equal(y, frozen)
 
 
-# ---- higher derivatives and other modes ----
-
-
-@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
-def test_double_backward_raises_for_every_gradient(device, wanted):
-    problem = make_problem(6, 5, 4, 3, (F64, F64), device, bias=False)
-    leaves = arguments(problem)
-    y = OP(**leaves)
-    (gradient,) = torch.autograd.grad(y.square().sum(), leaves[wanted], create_graph=True)
-    assert gradient.requires_grad
-    with pytest.raises(NotImplementedError, match=r"first derivatives only.*reference"):
-        gradient.sum().backward()
-
-
-def test_reference_has_second_derivatives(device):
-    problem = make_problem(3, 4, 3, 2, (F64, F64), device, bias=False)
-    leaves = arguments(problem)
-    weight = leaves.pop("weight")
-    inputs = tuple(leaves.values())
-    assert gradgradcheck(lambda x, a, b: lora_linear_reference(x, weight, a, b), inputs)
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_ad_raises_or_is_right(device, requires_grad):
-    """A lost tangent is a wrong derivative that nobody notices."""
-    problem = make_problem(6, 5, 4, 3, (F64, F64), device)
-    tangent = torch.randn_like(problem.x)
-    with forward_ad.dual_level():
-        primal = problem.x.detach().requires_grad_(requires_grad)
-        x = forward_ad.make_dual(primal, tangent)
-        try:
-            y = OP(x, problem.weight, problem.lora_a, problem.lora_b, problem.bias)
-        except (RuntimeError, NotImplementedError):
-            return
-        got = forward_ad.unpack_dual(y).tangent
-    assert got is not None, "the tangent of x was dropped in silence"
-    delta = problem.weight + problem.lora_b @ problem.lora_a
-    torch.testing.assert_close(got, tangent @ delta.t())
-
-
-def test_functions_transformed_by_torch_func_name_the_reference(device):
-    problem = make_problem(6, 5, 4, 3, (F64, F64), device)
-    rest = (problem.weight, problem.lora_a, problem.lora_b, problem.bias)
-
-    def loss(x, call):
-        return (call(x, *rest) * problem.grad).sum()
-
-    said = r"lora_ext\.lora_linear: .*lora_linear_reference there"
-    with pytest.raises(NotImplementedError, match=said):
-        torch.func.grad(loss)(problem.x, OP)
-    dx = torch.func.grad(loss)(problem.x, lora_linear_reference)
-    expected = run_float64(type(problem)(**{**vars(problem), "scaling": 1.0})).dx
-    torch.testing.assert_close(dx, expected)
-
-
 # ---- what is saved ----
 
 
@@ -256,11 +196,7 @@ def address(tensor):
 def test_saved_is_x_and_s_and_a_seed(isa, device, pair, dropout_p, rows):
     problem = make_problem(rows, 64, 80, 5, pair, device)
     leaves = arguments(problem)
-
-    def call():
-        names = ("x", "weight", "lora_a", "lora_b", "bias")
-        return lora_ext.lora_linear(*(leaves[n] for n in names), 0.7, dropout_p)
-
+    call = partial(lora_ext.lora_linear, **leaves, scaling=0.7, dropout_p=dropout_p)
     _, storages, _ = storages_saved_by(call)
     references = {address(leaves[name]) for name in ("weight", "lora_a", "lora_b")}
     assert references <= set(storages), "they are saved as they are, not copied"
@@ -320,8 +256,7 @@ def test_saved_tensors_may_be_moved_by_hooks(isa, device):
     plain = run_ours(problem, 0.3)
     with saved_tensors_hooks(lambda t: t.clone().cpu(), lambda t: t.clone().to(device)):
         offloaded = run_ours(problem, 0.3)
-    for name, value in plain.items():
-        assert torch.equal(value, getattr(offloaded, name)), name
+    assert_same_bits(offloaded, plain)
 
 
 # ---- inputs are read only ----
@@ -362,8 +297,7 @@ def test_output_may_be_changed_in_place(isa, device):
 def test_writing_to_a_saved_tensor_is_caught(device, name):
     problem = make_problem(96, 64, 80, 5, device=device)
     leaves = arguments(problem)
-    inputs = {**leaves, "x": leaves["x"] * 1, "lora_a": leaves["lora_a"] * 1}
-    inputs["lora_b"] = leaves["lora_b"] * 1
+    inputs = leaves | {name: leaves[name] * 1 for name in ("x", "lora_a", "lora_b")}
     y = OP(**inputs)
     with torch.no_grad():
         inputs[name].mul_(2)

@@ -18,6 +18,7 @@ from helpers import (
 )
 
 import lora_ext
+from lora_ext.functional import dropout_mask
 
 SEED = 0x1234_5678_9ABC_DEF0
 
@@ -90,7 +91,7 @@ def test_every_pass_applies_the_same_mask(
     x = torch.zeros(rows, cols, dtype=dtype, device=device)
     seed = torch.tensor(SEED, device=device)
     offsets = (row_offset, col_offset)
-    mask = lora_ext.functional.dropout_mask(SEED, rows, cols, 0.5, *offsets, device=device)
+    mask = dropout_mask(SEED, rows, cols, 0.5, *offsets, device=device)
     assert torch.equal(applied(x, 0.5, seed, *offsets), mask * 2.0)
 
 
@@ -98,7 +99,7 @@ def test_every_pass_applies_the_same_mask(
 def test_kept_elements_are_divided_by_the_rounded_keep_probability(isa, device, dropout_p):
     x = torch.zeros(60, 70, device=device)
     seed = torch.tensor(SEED, device=device)
-    mask = lora_ext.functional.dropout_mask(SEED, 60, 70, dropout_p, device=device)
+    mask = dropout_mask(SEED, 60, 70, dropout_p, device=device)
     for applied in PASSES:
         value = applied(x, dropout_p, seed)
         assert torch.equal(value != 0, mask), applied.__name__
@@ -111,7 +112,7 @@ def test_a_keep_probability_that_rounds_to_one_drops_nothing(isa, device):
     with_tiny_p, without = run_ours(problem, 1e-6), run_ours(problem)
     assert torch.equal(with_tiny_p.y, without.y)
     assert torch.equal(with_tiny_p.dx, without.dx)
-    assert lora_ext.functional.dropout_mask(SEED, 100, 100, 1e-6, device=device).all()
+    assert dropout_mask(SEED, 100, 100, 1e-6, device=device).all()
 
 
 # ---- the bits ----
@@ -125,7 +126,7 @@ def test_a_keep_probability_that_rounds_to_one_drops_nothing(isa, device):
 )
 def test_mask_is_philox(device, seed, dropout_p, row_offset, col_offset):
     offsets = (row_offset, col_offset)
-    mask = lora_ext.functional.dropout_mask(seed, 4, 75, dropout_p, *offsets, device=device)
+    mask = dropout_mask(seed, 4, 75, dropout_p, *offsets, device=device)
     assert mask.dtype == torch.bool
     assert torch.equal(mask.cpu(), philox_reference.mask(seed, 4, 75, dropout_p, *offsets))
 
@@ -141,25 +142,23 @@ def test_philox_reference_has_the_published_bits():
 @pytest.mark.parametrize("cols", [1, 31, 32, 33, 511, 512, 513, 1057])
 def test_offsets_are_slices_of_the_whole_mask(device, cols):
     row0, col0 = 2**33 - 7, 64
-    whole = lora_ext.functional.dropout_mask(SEED, 40, cols + 67, 0.4, row0, col0, device=device)
+    whole = dropout_mask(SEED, 40, cols + 67, 0.4, row0, col0, device=device)
     for row, col in [(0, 0), (1, 1), (7, 32), (13, 67), (39, 5)]:
         rows = 40 - row
-        part = lora_ext.functional.dropout_mask(
-            SEED, rows, cols, 0.4, row0 + row, col0 + col, device=device
-        )
+        part = dropout_mask(SEED, rows, cols, 0.4, row0 + row, col0 + col, device=device)
         assert torch.equal(part, whole[row:, col : col + cols]), (row, col)
 
 
 def test_seed_may_be_a_tensor_or_an_int(device):
     seed = torch.tensor([SEED], device=device)
-    given = lora_ext.functional.dropout_mask(seed, 9, 9, 0.5)
+    given = dropout_mask(seed, 9, 9, 0.5)
     assert given.device == seed.device
-    assert torch.equal(given, lora_ext.functional.dropout_mask(SEED, 9, 9, 0.5, device=device))
+    assert torch.equal(given, dropout_mask(SEED, 9, 9, 0.5, device=device))
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 5), (5, 0), (0, 0), (1, 1)])
 def test_mask_of_nothing(device, rows, cols):
-    assert lora_ext.functional.dropout_mask(1, rows, cols, 0.5, device=device).shape == (rows, cols)
+    assert dropout_mask(1, rows, cols, 0.5, device=device).shape == (rows, cols)
 
 
 # ---- statistics; seeds are fixed, so that a failure is a bug and not bad luck ----
@@ -172,7 +171,7 @@ def z_score(successes: int, trials: int, probability: float) -> float:
 @pytest.mark.parametrize("dropout_p", [0.001, 0.05, 0.1, 0.3, 0.5, 0.75, 0.99])
 @pytest.mark.parametrize("seed", [1, 2, SEED])
 def test_keep_rate_is_binomial(device, dropout_p, seed):
-    mask = lora_ext.functional.dropout_mask(seed, 1024, 777, dropout_p, device=device)
+    mask = dropout_mask(seed, 1024, 777, dropout_p, device=device)
     keep = 1 / keep_scale_of(dropout_p)
     assert abs(z_score(mask.sum().item(), mask.numel(), keep)) < 4
     # In rows and in columns too: chi-square of n counts is n +- sqrt(2 n).
@@ -191,16 +190,14 @@ def agreement_is_that_of_strangers(a, b, dropout_p) -> bool:
     "shift", [(0, 1), (0, 2), (0, 8), (0, 32), (0, 64), (1, 0), (1, 1), (64, 0)]
 )
 def test_neighbours_are_independent(device, shift):
-    mask = lora_ext.functional.dropout_mask(SEED, 600, 600, 0.3, device=device)
+    mask = dropout_mask(SEED, 600, 600, 0.3, device=device)
     rows, cols = 600 - shift[0], 600 - shift[1]
     assert agreement_is_that_of_strangers(mask[:rows, :cols], mask[shift[0] :, shift[1] :], 0.3)
 
 
 @pytest.mark.parametrize("other", [SEED + 1, SEED ^ (1 << 32), SEED ^ (1 << 62), 0])
 def test_seeds_are_independent(device, other):
-    masks = [
-        lora_ext.functional.dropout_mask(s, 500, 500, 0.3, device=device) for s in (SEED, other)
-    ]
+    masks = [dropout_mask(s, 500, 500, 0.3, device=device) for s in (SEED, other)]
     assert agreement_is_that_of_strangers(*masks, 0.3)
 
 
@@ -229,9 +226,8 @@ def test_manual_seed_repeats_the_masks(device):
 def test_no_generator_is_touched_without_dropout(device):
     problem = make_problem(60, 50, 40, 4, device=device)
     before = torch.get_rng_state()
-    tensors = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
-    plain = lora_ext.lora_linear(*tensors)
-    evaluated = lora_ext.lora_linear(*tensors, dropout_p=0.5, training=False)
+    plain = lora_ext.lora_linear(*problem.operands)
+    evaluated = lora_ext.lora_linear(*problem.operands, dropout_p=0.5, training=False)
     assert torch.equal(plain, evaluated)
     assert torch.equal(before, torch.get_rng_state())
 

@@ -10,7 +10,7 @@ from helpers import BF16, F16, F32, F64
 import lora_ext
 from lora_ext import _C
 
-OP = torch.ops.lora_ext.lora_linear
+OPS = torch.ops.lora_ext
 
 # Real tensors and shapes without data, as torch.compile sees them, are refused in the same words.
 PLACES = ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -23,17 +23,28 @@ def place(request):
     return request.param
 
 
+# Valid calls on 5 rows, 7 in, 6 out, rank 3.
+FACTORS = {"lora_a": torch.zeros(3, 7), "lora_b": torch.zeros(6, 3)}
+OPERANDS = {"x": torch.zeros(5, 7), "weight": torch.zeros(6, 7), **FACTORS}
+LINEAR = {**OPERANDS, "bias": torch.zeros(6)}
+UPDATE = {"y": torch.zeros(5, 6), "x": torch.zeros(5, 7), **FACTORS}
+BACKWARD = {"grad": torch.zeros(5, 6), **OPERANDS, "s": torch.zeros(5, 3)}
+SEED = {"seed": torch.zeros((), dtype=torch.int64), "dropout_p": 0.5}
+MASK = {**SEED, "rows": 4, "cols": 4}
+
+
+def backward(**tensors):
+    tail = (1.0, 0.0, None, 0, 0, False, None, [True] * 4)
+    return OPS.lora_linear_backward(*tensors.values(), *tail)
+
+
+def moved(place, arguments):
+    return {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
 def good(place="cpu", **changes):
-    """The arguments of a valid call on 5 rows, 7 in, 6 out, rank 3, with some changed."""
-    arguments = {
-        "x": torch.zeros(5, 7),
-        "weight": torch.zeros(6, 7),
-        "lora_a": torch.zeros(3, 7),
-        "lora_b": torch.zeros(6, 3),
-        "bias": torch.zeros(6),
-    }
-    changed = {**arguments, **changes}
-    return {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in changed.items()}
+    """The arguments of a valid call, with some changed."""
+    return moved(place, LINEAR | changes)
 
 
 def refused(error, *words, call=lora_ext.lora_linear, **arguments):
@@ -52,7 +63,11 @@ def test_the_valid_call_is_accepted(place):
     assert lora_ext.lora_linear(**good(place)).shape == (5, 6)
 
 
-# ---- shapes ----
+def half_and(half, a, b):
+    """Factors of some dtypes with a half x."""
+    made = {"lora_a": FACTORS["lora_a"].to(a), "lora_b": FACTORS["lora_b"].to(b)}
+    return {"x": torch.zeros(5, 7, dtype=half), "weight": torch.zeros(6, 7, dtype=half), **made}
+
 
 WRONG_SHAPES = {
     "x is 0-d": ({"x": torch.zeros(())}, ["x", "[..., in_features]", "0-d"]),
@@ -69,32 +84,33 @@ WRONG_SHAPES = {
     "bias has another length": ({"bias": torch.zeros(5)}, ["bias", "[6]", "[5]"]),
     "bias is 2-d": ({"bias": torch.zeros(1, 6)}, ["bias", "[6]", "[1, 6]"]),
     "bias is 0-d": ({"bias": torch.zeros(())}, ["bias", "[6]", "[]"]),
+    **{
+        f"rank {rank}": (
+            {"lora_a": torch.zeros(rank, 7), "lora_b": torch.zeros(6, rank)},
+            ["rank from 1 to 512", f"rank {rank}", f"[{rank}, 7]"],
+        )
+        for rank in (0, 513, 4096)
+    },
+    "rank 0, and what to do": (
+        {"lora_a": torch.zeros(0, 7), "lora_b": torch.zeros(6, 0)},
+        ["torch.nn.functional.linear"],
+    ),
 }
-
-
-@pytest.mark.parametrize("name", WRONG_SHAPES)
-def test_shape(place, name):
-    changes, words = WRONG_SHAPES[name]
-    refused(RuntimeError, *words, **good(place, **changes))
-
-
-@pytest.mark.parametrize("rank", [0, 513, 4096])
-def test_rank(place, rank):
-    adapters = {"lora_a": torch.zeros(rank, 7), "lora_b": torch.zeros(6, rank)}
-    words = ["rank from 1 to 512", f"rank {rank}", f"[{rank}, 7]"]
-    if rank == 0:
-        words.append("torch.nn.functional.linear")
-    refused(RuntimeError, *words, **good(place, **adapters))
-
-
-@pytest.mark.parametrize("rank", [1, 512])
-def test_the_ends_of_the_rank_range_are_accepted(isa, device, rank):
-    adapters = {"lora_a": torch.zeros(rank, 7), "lora_b": torch.zeros(6, rank)}
-    assert lora_ext.lora_linear(**good(device, x=torch.zeros(60, 7), **adapters)).shape == (60, 6)
-
-
-# ---- dtypes ----
-
+WRONG_NUMBERS = {
+    **{
+        # In evaluation too: what is wrong in a configuration is said at once.
+        f"dropout_p = {p}, training = {training}": (
+            {"dropout_p": p, "training": training},
+            ["dropout_p", "[0, 1)"],
+        )
+        for p in (-0.1, 1.0, 1.5, math.nan, math.inf, -math.inf)
+        for training in (True, False)
+    },
+    **{
+        f"scaling = {value}": ({"scaling": value}, ["finite scaling"])
+        for value in (math.nan, math.inf, -math.inf)
+    },
+}
 WRONG_DTYPES = {
     "int x": (
         {"x": torch.zeros(5, 7).long()},
@@ -118,34 +134,109 @@ WRONG_DTYPES = {
     ),
     "int bias": ({"bias": torch.zeros(6).long()}, ["bias", "Float", "Long"]),
     "half bias": ({"bias": torch.zeros(6, dtype=BF16)}, ["bias", "Float", "BFloat16"]),
+    # float32 or x's own: the message says both; the other half and float64 are refused.
+    "double on bfloat16": (half_and(BF16, F64, F64), ["lora_a", "or float32"]),
+    "float16 on bfloat16": (half_and(BF16, F16, F16), ["lora_a", "or float32"]),
+    "double on float16": (half_and(F16, F64, F64), ["lora_a", "or float32"]),
+    "bfloat16 on float16": (half_and(F16, BF16, BF16), ["lora_a", "or float32"]),
+    "mixed on bfloat16": (half_and(BF16, BF16, F32), ["lora_b", "BFloat16", "Float"]),
+}
+WRONG_SEEDS = {
+    "no seed": ({"seed": None}, ["seed", "dropout_p = 0.5"]),
+    **{
+        f"seed of shape {shape}": (
+            {"seed": torch.zeros(shape, dtype=torch.int64)},
+            ["seed", "one element", str(list(shape))],
+        )
+        for shape in ((2,), (0,), (1, 3))
+    },
+    **{
+        f"offsets {row}, {col}": (
+            {"row_offset": row, "col_offset": col},
+            ["row_offset", "col_offset", ">= 0", str(min(row, col))],
+        )
+        for row, col in ((-1, 0), (0, -1), (-(2**40), 0))
+    },
+}
+SEED_DTYPES = {
+    f"seed of {dtype}": ({"seed": torch.zeros((), dtype=dtype)}, ["seed", "int64"])
+    for dtype in (torch.int32, F32, torch.uint8)
+}
+WRONG_UPDATES = {
+    "y has other columns": ({"y": torch.zeros(5, 5)}, ["y", "[5, 6]", "[5, 5]"]),
+    "y has other rows": ({"y": torch.zeros(1, 6)}, ["y", "[5, 6]", "[1, 6]"]),
+    "x is 0-d": ({"x": torch.zeros(())}, ["x", "0-d"]),
+    "x has other columns": ({"x": torch.zeros(5, 8)}, ["[..., 7]", "[5, 8]"]),
+    "no rank": ({"lora_a": torch.zeros(0, 7)}, ["rank from 1 to 512", "rank 0"]),
+    "lora_a is 1-d": ({"lora_a": torch.zeros(7)}, ["lora_a", "1 dimensions"]),
+    "ranks differ": ({"lora_b": torch.zeros(6, 4)}, ["lora_b", "3]", "[6, 4]"]),
+    "scaling": ({"scaling": math.nan}, ["scaling", "nan"]),
+    "probability": ({"dropout_p": 1.0}, ["dropout_p", "[0, 1)", "1"]),
+    "offset": ({"row_offset": -1}, [">= 0", "-1"]),
+}
+UPDATE_DTYPES = {
+    "y is of integers": ({"y": torch.zeros(5, 6, dtype=torch.int8)}, ["y", "Char"]),
+    "lora_a is half": ({"lora_a": torch.zeros(3, 7).half()}, ["lora_a", "Half"]),
+    "lora_b differs": ({"lora_b": torch.zeros(6, 3).double()}, ["lora_b", "Double"]),
+    "a list": ({"y": [1.0]}, ["y to be a tensor", "list"]),
+    "no number": ({"scaling": "1"}, ["scaling", "'1'"]),
+}
+WRONG_GRADIENTS = {
+    "grad of other columns": ({"grad": torch.zeros(5, 7)}, ["grad", "[5, 6]", "[5, 7]"]),
+    "grad is 1-d": ({"grad": torch.zeros(30)}, ["grad", "[5, 6]", "[30]"]),
+    "s of another rank": ({"s": torch.zeros(5, 4)}, ["s of shape", "[5, 3]", "[5, 4]"]),
+    "s of other rows": ({"s": torch.zeros(4, 3)}, ["s of shape", "[5, 3]", "[4, 3]"]),
+    "s is 1-d": ({"s": torch.zeros(15)}, ["s of shape", "[5, 3]", "[15]"]),
+    "x of other columns": ({"x": torch.zeros(5, 8)}, ["x", "[..., 7]", "[5, 8]"]),
+}
+S_OF_FLOAT64 = {"s": ({"s": torch.zeros(5, 3, dtype=F64)}, ["s of dtype", "Float", "Double"])}
+WRONG_MASKS = {
+    **{name: ({name: -1}, [">= 0", "-1"]) for name in ("rows", "cols", "row_offset", "col_offset")},
+    **{p: ({"dropout_p": p}, ["dropout_p", "[0, 1)"]) for p in (-0.1, 1.0, math.nan)},
+    **{
+        f"seeds {n}": ({"seed": torch.zeros(n).long()}, ["seed of one element", f"[{n}]"])
+        for n in (0, 2)
+    },
+}
+MASK_DTYPES = {"seed": ({"seed": torch.zeros(())}, ["seed of dtype int64", "Float"])}
+WRONG_WEIGHTS = {
+    **{
+        str(shape): ({"weight": torch.zeros(shape)}, ["weight", str(list(shape))])
+        for shape in ((7,), (2, 3, 4), ())
+    },
+    "trained": (
+        {"weight": torch.zeros(6, 7, requires_grad=True)},
+        ["requires grad", "requires_grad_(False)"],
+    ),
 }
 
-
-@pytest.mark.parametrize("name", WRONG_DTYPES)
-def test_dtype(place, name):
-    changes, words = WRONG_DTYPES[name]
-    refused(TypeError, *words, **good(place, **changes))
-
-
-@pytest.mark.parametrize("half", [BF16, F16], ids=str)
-def test_adapters_of_a_half_x(place, half):
-    """float32 or x's own: the message says both; the other half and float64 are refused."""
-    on_half = {"x": torch.zeros(5, 7, dtype=half), "weight": torch.zeros(6, 7, dtype=half)}
-    for wrong in (F64, F16 if half == BF16 else BF16):
-        adapters = {
-            "lora_a": torch.zeros(3, 7, dtype=wrong),
-            "lora_b": torch.zeros(6, 3, dtype=wrong),
-        }
-        refused(TypeError, "lora_a", "or float32", **good(place, **on_half, **adapters))
+# (function, a valid call, error, case -> (what changes, words of the message))
+TABLES = [
+    (lora_ext.lora_linear, LINEAR, RuntimeError, WRONG_SHAPES | WRONG_NUMBERS),
+    (lora_ext.lora_linear, LINEAR, TypeError, WRONG_DTYPES),
+    (OPS.lora_linear, LINEAR | SEED, RuntimeError, WRONG_SEEDS),
+    (OPS.lora_linear, LINEAR | SEED, TypeError, SEED_DTYPES),
+    (lora_ext.lora_update, UPDATE, RuntimeError, WRONG_UPDATES),
+    (lora_ext.lora_update, UPDATE, TypeError, UPDATE_DTYPES),
+    (OPS.lora_update, UPDATE | SEED, RuntimeError, {"no seed": WRONG_SEEDS["no seed"]}),
+    (backward, BACKWARD, RuntimeError, WRONG_GRADIENTS),
+    (backward, BACKWARD, TypeError, S_OF_FLOAT64),
+    (lora_ext.functional.dropout_mask, MASK, RuntimeError, WRONG_MASKS),
+    (lora_ext.functional.dropout_mask, MASK, TypeError, MASK_DTYPES),
+    (lora_ext.prepack, {}, RuntimeError, WRONG_WEIGHTS),
+]
 
 
-def test_mixed_adapters_are_refused(place):
-    on_half = {"x": torch.zeros(5, 7, dtype=BF16), "weight": torch.zeros(6, 7, dtype=BF16)}
-    mixed = {"lora_a": torch.zeros(3, 7, dtype=BF16), "lora_b": torch.zeros(6, 3, dtype=F32)}
-    refused(TypeError, "lora_b", "BFloat16", "Float", **good(place, **on_half, **mixed))
-
-
-# ---- devices ----
+@pytest.mark.parametrize(
+    ("call", "arguments", "error", "words"),
+    [
+        pytest.param(call, valid | changes, error, words, id=f"{call.__name__} {case}")
+        for call, valid, error, cases in TABLES
+        for case, (changes, words) in cases.items()
+    ],
+)
+def test_what_does_not_fit_is_refused(place, call, arguments, error, words):
+    refused(error, *words, call=call, **moved(place, arguments))
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "bias"])
@@ -166,23 +257,27 @@ def test_device_of_real_tensors(name):
     refused(RuntimeError, "device", "cpu", "cuda:0", **arguments)
 
 
-# ---- numbers ----
+def test_seed_on_another_device():
+    seed = torch.zeros((), dtype=torch.int64, device="meta")
+    refused(
+        RuntimeError, "seed", "cpu", "meta", call=OPS.lora_linear, **LINEAR | SEED | {"seed": seed}
+    )
 
 
-@pytest.mark.parametrize("dropout_p", [-0.1, 1.0, 1.5, math.nan, math.inf, -math.inf])
-def test_dropout_p(place, dropout_p):
-    refused(RuntimeError, "dropout_p", "[0, 1)", **good(place), dropout_p=dropout_p)
+@pytest.mark.parametrize("name", ["grad", "s"])
+def test_backward_op_on_two_devices(name):
+    # Whoever refuses first, the call does not read memory that is not there.
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        backward(**BACKWARD | {name: BACKWARD[name].to("meta")})
 
 
-@pytest.mark.parametrize("dropout_p", [-0.1, 1.0, math.nan])
-def test_dropout_p_is_checked_in_evaluation_too(dropout_p):
-    """A wrong number in a configuration is reported at once, not when training starts."""
-    refused(RuntimeError, "dropout_p", "[0, 1)", **good(), dropout_p=dropout_p, training=False)
+# ---- what is accepted, and what an error leaves ----
 
 
-@pytest.mark.parametrize("scaling", [math.nan, math.inf, -math.inf])
-def test_scaling(place, scaling):
-    refused(RuntimeError, "finite scaling", **good(place), scaling=scaling)
+@pytest.mark.parametrize("rank", [1, 512])
+def test_the_ends_of_the_rank_range_are_accepted(isa, device, rank):
+    adapters = {"lora_a": torch.zeros(rank, 7), "lora_b": torch.zeros(6, rank)}
+    assert lora_ext.lora_linear(**good(device, x=torch.zeros(60, 7), **adapters)).shape == (60, 6)
 
 
 def test_zero_and_negative_scaling_are_accepted(isa, device):
@@ -196,141 +291,10 @@ def test_zero_and_negative_scaling_are_accepted(isa, device):
     assert torch.equal(plus, -minus)
 
 
-# ---- the pure op ----
-
-
-def test_seed_is_needed_with_dropout(place):
-    refused(RuntimeError, "seed", "dropout_p = 0.5", call=OP, **good(place), dropout_p=0.5)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.uint8], ids=str)
-def test_seed_of_another_dtype(place, dtype):
-    seed = torch.zeros((), dtype=dtype, device=place)
-    refused(TypeError, "seed", "int64", call=OP, **good(place), dropout_p=0.5, seed=seed)
-
-
-@pytest.mark.parametrize("shape", [(2,), (0,), (1, 3)])
-def test_seed_of_several_elements(place, shape):
-    seed = torch.zeros(shape, dtype=torch.int64, device=place)
-    words = ["seed", "one element", str(list(shape))]
-    refused(RuntimeError, *words, call=OP, **good(place), dropout_p=0.5, seed=seed)
-
-
-def test_seed_on_another_device():
-    seed = torch.zeros((), dtype=torch.int64, device="meta")
-    refused(RuntimeError, "seed", "cpu", "meta", call=OP, **good(), dropout_p=0.5, seed=seed)
-
-
-@pytest.mark.parametrize("offsets", [(-1, 0), (0, -1), (-(2**40), 0)])
-def test_negative_offsets(place, offsets):
-    seed = torch.zeros((), dtype=torch.int64, device=place)
-    names = dict(zip(("row_offset", "col_offset"), offsets, strict=True))
-    words = ["row_offset", "col_offset", ">= 0", str(min(offsets))]
-    refused(RuntimeError, *words, call=OP, **good(place), dropout_p=0.5, seed=seed, **names)
-
-
-def backward_arguments(place="cpu", **changes):
-    arguments = {k: v for k, v in good().items() if k != "bias"}
-    arguments = {"grad": torch.zeros(5, 6), **arguments, "s": torch.zeros(5, 3), **changes}
-    return [v.to(place) for v in arguments.values()] + [
-        1.0, 0.0, None, 0, 0, False, None, [True] * 4,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"grad": torch.zeros(5, 7)}, RuntimeError, ["grad", "[5, 6]", "[5, 7]"]),
-        ({"grad": torch.zeros(30)}, RuntimeError, ["grad", "[5, 6]", "[30]"]),
-        ({"s": torch.zeros(5, 4)}, RuntimeError, ["s of shape", "[5, 3]", "[5, 4]"]),
-        ({"s": torch.zeros(4, 3)}, RuntimeError, ["s of shape", "[5, 3]", "[4, 3]"]),
-        ({"s": torch.zeros(15)}, RuntimeError, ["s of shape", "[5, 3]", "[15]"]),
-        ({"s": torch.zeros(5, 3, dtype=F64)}, TypeError, ["s of dtype", "Float", "Double"]),
-        ({"x": torch.zeros(5, 8)}, RuntimeError, ["x", "[..., 7]", "[5, 8]"]),
-    ],
-)
-def test_backward_op(place, changes, error, words):
-    def call(**kwargs):
-        torch.ops.lora_ext.lora_linear_backward(*backward_arguments(place, **changes))
-
-    refused(error, *words, call=call)
-
-
-@pytest.mark.parametrize("name", ["grad", "s"])
-def test_backward_op_on_two_devices(name):
-    def call(**kwargs):
-        arguments = backward_arguments(
-            **{name: torch.zeros(5, 6 if name == "grad" else 3, device="meta")}
-        )
-        with torch.no_grad():
-            moved = [a.to("cpu") if i not in (0, 5) else a for i, a in enumerate(arguments[:6])]
-        torch.ops.lora_ext.lora_linear_backward(*moved, *arguments[6:])
-
-    # Whoever refuses first, the call does not read memory that is not there.
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        call()
-
-
-# ---- dropout_mask ----
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [(-1, 4, 0.5), (4, -1, 0.5), (4, 4, 0.5, -1), (4, 4, 0.5, 0, -1)],
-    ids=["rows", "cols", "row_offset", "col_offset"],
-)
-def test_mask_of_negative_numbers(place, arguments):
-    def call():
-        lora_ext.functional.dropout_mask(1, *arguments, device=place)
-
-    refused(RuntimeError, ">= 0", "-1", call=call)
-
-
-@pytest.mark.parametrize("dropout_p", [-0.1, 1.0, math.nan])
-def test_mask_of_a_wrong_probability(place, dropout_p):
-    def call():
-        lora_ext.functional.dropout_mask(1, 4, 4, dropout_p, device=place)
-
-    refused(RuntimeError, "dropout_p", "[0, 1)", call=call)
-
-
-@pytest.mark.parametrize(
-    ("seed", "error", "words"),
-    [
-        (torch.zeros(()), TypeError, ["seed of dtype int64", "Float"]),
-        (torch.zeros(2).long(), RuntimeError, ["seed of one element", "[2]"]),
-        (torch.zeros(0).long(), RuntimeError, ["seed of one element", "[0]"]),
-    ],
-)
-def test_mask_of_a_wrong_seed(place, seed, error, words):
-    def call():
-        lora_ext.functional.dropout_mask(seed.to(place), 4, 4, 0.5)
-
-    refused(error, *words, call=call)
-
-
-# ---- the rest of the module ----
-
-
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match=r"expected one of auto, library, .*but got sse9"):
         _C.set_cpu_isa("sse9")
     assert _C.cpu_isa() == _C.available_cpu_isas()[0]
-
-
-@pytest.mark.parametrize("weight", [torch.zeros(7), torch.zeros(2, 3, 4), torch.zeros(())])
-def test_prepack_of_another_shape(weight):
-    def call():
-        lora_ext.prepack(weight)
-
-    refused(RuntimeError, "weight", str(list(weight.shape)), call=call)
-
-
-def test_prepack_of_a_weight_that_requires_grad():
-    def call():
-        lora_ext.prepack(torch.zeros(6, 7, requires_grad=True))
-
-    refused(RuntimeError, "requires grad", "requires_grad_(False)", call=call)
 
 
 def test_an_error_leaves_no_trace(isa, device):

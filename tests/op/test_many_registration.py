@@ -1,5 +1,7 @@
 """The ops of many adapters as torch sees them: opcheck, meta, compile, checkpoint, export."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import BF16, F32, F64, leaf
@@ -7,14 +9,6 @@ from many_helpers import OPS, make_many, run
 
 import lora_ext
 
-NAMES = (
-    "lora_linear_grouped",
-    "lora_linear_grouped_forward",
-    "lora_linear_grouped_backward",
-    "lora_update_grouped",
-    "lora_update_grouped_forward",
-    "lora_update_grouped_backward",
-)
 SAMPLES = {
     "plain": ((60,), (F32, F32)),
     "one row": ((1,), (F32, F32)),
@@ -25,25 +19,6 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "AutogradCPU", "AutogradCUDA"])
-def test_every_op_has_a_kernel_for(name, key):
-    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"lora_ext::{name}", key)
-
-
-@pytest.mark.parametrize("name", ["lora_linear_grouped", "lora_update_grouped"])
-@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA", "MkldnnCPU"])
-def test_public_ops_have_a_kernel_for(name, key):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{name}", key)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_ops_declare_no_mutation(name):
-    op = getattr(OPS, name).default
-    assert not op._schema.is_mutable
-    assert torch.Tag.pt2_compliant_tag in op.tags
-
-
 def sample(name, device, **options):
     lead, pair = SAMPLES[name]
     return make_many(lead, 16, 24, (3, 1, 5), pair, device, **options)
@@ -52,21 +27,19 @@ def sample(name, device, **options):
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_opcheck_lora_linear_grouped(device, name, dropout_p):
-    many = sample(name, device)
+    many = sample(name, device).each_factor(leaf)
     seed = torch.tensor(3, device=device) if dropout_p else None
-    lists = ([leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b])
-    groups = (many.scaling, many.index, None, None)
-    inputs = (leaf(many.x), many.weight, *lists, *groups, leaf(many.bias), dropout_p, seed, 2, 1)
+    factors, groups = (many.lora_a, many.lora_b), (many.scaling, many.index, None, None)
+    inputs = (leaf(many.x), many.weight, *factors, *groups, leaf(many.bias), dropout_p, seed, 2, 1)
     torch.library.opcheck(OPS.lora_linear_grouped.default, inputs)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck_lora_update_grouped(device, name):
-    many = sample(name, device, given=SAMPLES[name][1][0])
+    many = sample(name, device, given=SAMPLES[name][1][0]).each_factor(leaf)
     seed = torch.tensor(3, device=device)
-    lists = ([leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b])
-    groups = (many.scaling, many.index, None, None)
-    inputs = (leaf(many.y), leaf(many.x), *lists, *groups, 0.5, seed, 2, 1)
+    factors, groups = (many.lora_a, many.lora_b), (many.scaling, many.index, None, None)
+    inputs = (leaf(many.y), leaf(many.x), *factors, *groups, 0.5, seed, 2, 1)
     torch.library.opcheck(OPS.lora_update_grouped.default, inputs)
 
 
@@ -136,13 +109,12 @@ def test_compiled_with_dynamic_rows_does_not_recompile(forget_graphs, device, co
 def test_saved_for_backward_are_no_copies(device):
     """x, the factors, index and scaling as they are; and S and a seed of 8 bytes."""
     many = make_many(60, 16, 24, (3, 5), device=device)
-    x, lora_a, lora_b = leaf(many.x), [leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b]
+    many = replace(many.each_factor(leaf), x=leaf(many.x))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_ext.lora_linear(
-            x, many.weight, lora_a, lora_b, many.bias, many.scaling, 0.5, index=many.index
-        )
-    given = {t.data_ptr() for t in (x, many.weight, *lora_a, *lora_b, many.scaling, many.index)}
+        lora_ext.lora_linear(**many.arguments, dropout_p=0.5)
+    operands = (many.x, many.weight, *many.lora_a, *many.lora_b, many.scaling, many.index)
+    given = {t.data_ptr() for t in operands}
     own = [t for t in saved if t.data_ptr() not in given]
     assert sorted(t.nbytes for t in own) == [8, 60 * 5 * 4]
 
@@ -151,9 +123,7 @@ def test_saved_for_backward_are_no_copies(device):
 def test_without_grad(device, mode):
     many = make_many(60, 16, 24, device=device)
     with mode():
-        y = lora_ext.lora_linear(
-            many.x, many.weight, many.lora_a, many.lora_b, many.bias, many.scaling, index=many.index
-        )
+        y = lora_ext.lora_linear(**many.arguments)
     assert torch.equal(y, run(many)["y"])
 
 
@@ -162,9 +132,7 @@ def test_export(device):
 
     class Layer(torch.nn.Module):
         def forward(self, x, index):
-            return lora_ext.lora_linear(
-                x, many.weight, many.lora_a, many.lora_b, None, many.scaling, index=index
-            )
+            return lora_ext.lora_linear(**many.arguments | {"x": x, "index": index})
 
     program = torch.export.export(Layer(), (many.x, many.index))
     index = many.index.flip(0)

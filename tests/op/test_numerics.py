@@ -8,6 +8,8 @@ Three kinds of evidence. Random numbers bound the rounding error. Integers have 
 hide behind: every element must be exact. On the ATen route float32 adapters have PEFT's own bits.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn as nn
@@ -19,17 +21,17 @@ from helpers import (
     F64,
     HALVES,
     accumulation_dtype,
-    assert_exact,
+    assert_same_bits,
     differentiate,
-    keep_scale_of,
     make_problem,
-    mask_of,
+    masked,
     max_error,
     pair_id,
     relative_error,
     rms_error,
     run_float64,
     run_in_order,
+    run_integers,
     run_ours,
     run_reference,
 )
@@ -53,14 +55,13 @@ dropouts = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 
 
 def ours_and_exact(problem, dropout_p):
-    mask, scale = mask_of(problem, dropout_p), keep_scale_of(dropout_p) if dropout_p else 1.0
-    return run_ours(problem, dropout_p), run_float64(problem, mask, scale)
+    return run_ours(problem, dropout_p), run_float64(problem, *masked(problem, dropout_p))
 
 
 def runs_of_peft(problem, dropout_p):
     """PEFT's order in the same dtypes and under the same mask, by the library and in order."""
-    mask, scale = mask_of(problem, dropout_p), keep_scale_of(dropout_p) if dropout_p else 1.0
-    return [run(problem, mask, scale) for run in (run_reference, run_in_order)]
+    mask = masked(problem, dropout_p)
+    return [run(problem, *mask) for run in (run_reference, run_in_order)]
 
 
 def allowed_ratio(isa) -> float:
@@ -148,11 +149,8 @@ def test_the_update_is_rounded_once(isa, device, dtype, dropout_p, rows, name):
     assert rms_error(getattr(ours, name), wanted) <= 1.02 * unavoidable
 
     adapter = "lora_a" if name == "y" else "lora_b"
-    rounded = type(problem)(
-        **{**vars(problem), adapter: getattr(problem, adapter).to(dtype).to(F32)}
-    )
-    mask = mask_of(problem, dropout_p)
-    wrong = run_float64(rounded, mask, keep_scale_of(dropout_p) if dropout_p else 1.0)
+    rounded = replace(problem, **{adapter: getattr(problem, adapter).to(dtype).to(F32)})
+    wrong = run_float64(rounded, *masked(problem, dropout_p))
     assert rms_error(getattr(wrong, name).to(dtype), wanted) > 1.2 * unavoidable
 
 
@@ -176,10 +174,7 @@ def test_integers_are_exact_at_every_rank(isa, device, pair, dropout_p, ranks):
         rows, in_features, out_features = 48 + rank % 19, 3 + rank % 37, 2 + rank % 35
         sizes = (rows, in_features, out_features, rank)
         problem = make_problem(*sizes, pair, device, scaling=0.25, seed=rank, integers=8)
-        run = run_ours(problem, dropout_p, seed=rank)
-        assert_exact(
-            run, problem, mask_of(problem, dropout_p, seed=rank), 2.0 if dropout_p else 1.0
-        )
+        run_integers(problem, dropout_p, seed=rank)
 
 
 @pytest.mark.parametrize("pair", INTEGER_PAIRS, ids=pair_id)
@@ -189,16 +184,14 @@ def test_integers_are_exact_at_every_number_of_rows(isa, device, pair, rank):
     for rows in range(1, 66):
         sizes = (rows, 5 + rows % 31, 3 + rows % 37, rank)
         problem = make_problem(*sizes, pair, device, scaling=0.25, seed=rows, integers=8)
-        run = run_ours(problem, 0.5, seed=rows)
-        assert_exact(run, problem, mask_of(problem, 0.5, seed=rows), 2.0)
+        run_integers(problem, 0.5, seed=rows)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_integers_are_exact_in_float64(device, dropout_p):
     for rank in (1, 7, 64, 257, 512):
         problem = make_problem(50, 37, 41, rank, (F64, F64), device, scaling=0.25, integers=8)
-        mask = mask_of(problem, dropout_p)
-        assert_exact(run_ours(problem, dropout_p), problem, mask, 2.0 if dropout_p else 1.0)
+        run_integers(problem, dropout_p)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -209,10 +202,7 @@ def test_integers_are_exact_with_half_adapters(isa, device, dtype, dropout_p, ro
     for rank in (1, 2, 7, 8, 15, 16, 17, 33, 64, 129, 257, 512):
         sizes = (rows, 5 + rank % 11, 3 + rank % 13, rank)
         problem = make_problem(*sizes, (dtype, dtype), device, scaling=0.5, seed=rank, integers=2)
-        run = run_ours(problem, dropout_p, seed=rank)
-        assert_exact(
-            run, problem, mask_of(problem, dropout_p, seed=rank), 2.0 if dropout_p else 1.0
-        )
+        run_integers(problem, dropout_p, seed=rank)
 
 
 @pytest.mark.parametrize("pair", INTEGER_PAIRS, ids=pair_id)
@@ -225,9 +215,7 @@ def test_integers_are_exact_over_many_blocks(isa, device, pair, dropout_p):
     shapes = [(291, 1091, 37, 3), (131, 37, 1093, 19), (65, 515, 67, 300)]
     for sizes in [*shapes, (150, 8191, 11, 2), (150, 11, 8191, 2)]:
         problem = make_problem(*sizes, pair, device, scaling=0.25, seed=sizes[0], integers=1)
-        run = run_ours(problem, dropout_p, seed=3)
-        mask = mask_of(problem, dropout_p, seed=3)
-        assert_exact(run, problem, mask, 2.0 if dropout_p else 1.0)
+        run_integers(problem, dropout_p, seed=3)
 
 
 # ---- against the real PEFT layer ----
@@ -289,11 +277,8 @@ def test_aten_route_has_the_bits_of_peft(library_route, dtype, sizes, bias):
 def test_the_real_peft_layer_agrees_with_the_reference(device, pair, dropout_p):
     """So that the bounds above are in units of PEFT itself, not of our rendering of it."""
     problem = make_problem(67, 129, 95, 8, pair, device)
-    mask = mask_of(problem, dropout_p)
-    scale = keep_scale_of(dropout_p) if dropout_p else 1.0
-    peft, reference = run_peft(problem, mask, scale), run_reference(problem, mask, scale)
-    for name, value in peft.items():
-        assert torch.equal(value, getattr(reference, name)), name
+    mask = masked(problem, dropout_p)
+    assert_same_bits(run_peft(problem, *mask), run_reference(problem, *mask))
 
 
 def test_every_route_was_reached():

@@ -8,16 +8,14 @@ from helpers import (
     F16,
     F32,
     F64,
-    keep_scale_of,
     make_problem,
-    mask_of,
+    masked,
     max_error,
     pair_id,
     run_float64,
     run_ours,
 )
 from pack_helpers import call, packable, packed_weight
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_ext
 from lora_ext import lora_linear, prepack
@@ -46,8 +44,7 @@ def test_packed_agrees_with_unpacked(isa, pair, backward, bias, dropout_p, sizes
     assert packed.is_packed
     plain = run_ours(problem, dropout_p)
     with_pack = run_ours(problem, dropout_p, weight=packed)
-    scale = keep_scale_of(dropout_p) if dropout_p else 1.0
-    exact = run_float64(problem, mask_of(problem, dropout_p), scale)
+    exact = run_float64(problem, *masked(problem, dropout_p))
     for name in ("y", "dx"):
         wanted = getattr(exact, name)
         floor = 4 * torch.finfo(F32).eps * wanted.abs().max().item()
@@ -85,28 +82,23 @@ def test_packed_takes_any_strides_of_x(pair, view):
         y.sum().backward()
         results.append((y, leaf.grad))
     tolerance = {"rtol": 1e-5, "atol": 1e-4} if pair[0] == F32 else {"rtol": 2e-2, "atol": 0.25}
-    for packed_value, plain_value in zip(*results, strict=True):
-        torch.testing.assert_close(packed_value, plain_value, **tolerance)
+    torch.testing.assert_close(*results, **tolerance)
 
 
-def test_the_pack_is_really_used():
-    """With another weight's pack the result is that weight's: proof of the route, and no more."""
-    wrong, right = packed_weight(), packed_weight()
-    wrong._packed = right._packed
-    assert torch.allclose(call(wrong), call(right.weight), atol=1e-4)
-    assert not torch.allclose(call(wrong), call(wrong.weight), atol=1e-1)
-
-
-def test_the_transposed_pack_is_really_used():
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_pack_is_really_used(backward):
+    """With another weight's pack y, or dx, is that weight's: proof of the route, and no more."""
     wrong, right = packed_weight(backward=True), packed_weight(backward=True)
-    wrong._packed_t = right._packed_t
-    gradients = []
+    name = "_packed_t" if backward else "_packed"
+    setattr(wrong, name, getattr(right, name))
+    results = []
     for weight in (wrong, wrong.weight, right.weight):
         problem = make_problem(60, 40, 70, 5)
         x = problem.x.requires_grad_()
-        lora_linear(x, weight, problem.lora_a, problem.lora_b).backward(problem.grad)
-        gradients.append(x.grad)
-    got, of_wrong, of_right = gradients
+        y = lora_linear(x, weight, problem.lora_a, problem.lora_b)
+        y.backward(problem.grad)
+        results.append(x.grad if backward else y)
+    got, of_wrong, of_right = results
     assert torch.allclose(got, of_right, atol=1e-4)
     assert not torch.allclose(got, of_wrong, atol=1e-1)
 
@@ -120,14 +112,20 @@ def test_empty_batch_and_one_row():
 # ---- what is packed, and what not, and why ----
 
 
-@pytest.mark.parametrize("dtype", [F16, F64], ids=str)
-def test_other_dtypes_stay_unpacked_with_a_reason(dtype):
-    packed = prepack(torch.randn(70, 40).to(dtype))
+@pytest.mark.parametrize(
+    ("dtype", "on"),
+    [(F16, "cpu"), (F64, "cpu"), pytest.param(F32, "cuda", marks=pytest.mark.gpu)],
+    ids=str,
+)
+def test_what_stays_unpacked_has_a_reason(dtype, on):
+    if on == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    packed = prepack(torch.randn(70, 40, device=on).to(dtype))
     assert not packed.is_packed
     assert packed.nbytes == 0
-    assert str(dtype) in packed.reason
+    assert (on if on == "cuda" else str(dtype)) in packed.reason
     assert packed.route(64) == ("unpacked", packed.reason)
-    problem = make_problem(60, 40, 70, 5, (dtype, dtype))
+    problem = make_problem(60, 40, 70, 5, (dtype, dtype), on)
     tensors = (problem.lora_a, problem.lora_b)
     y = lora_linear(problem.x, packed, *tensors)
     assert torch.equal(y, lora_linear(problem.x, packed.weight, *tensors))
@@ -137,19 +135,6 @@ def test_other_devices_stay_unpacked_with_a_reason():
     packed = prepack(torch.empty(70, 40, device="meta"))
     assert not packed.is_packed
     assert "meta" in packed.reason
-
-
-@pytest.mark.gpu
-def test_cuda_stays_unpacked_with_a_reason():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    packed = prepack(torch.randn(70, 40, device="cuda"))
-    assert not packed.is_packed
-    assert "cuda" in packed.reason
-    problem = make_problem(60, 40, 70, 5, device="cuda")
-    tensors = (problem.lora_a, problem.lora_b)
-    y = lora_linear(problem.x, packed, *tensors)
-    assert torch.equal(y, lora_linear(problem.x, packed.weight, *tensors))
 
 
 @pytest.mark.parametrize("shape", [(0, 40), (70, 0)])
@@ -227,8 +212,7 @@ def test_under_autocast(dtype):
             y = lora_linear(x, weight, problem.lora_a, problem.lora_b)
         y.backward(problem.grad.to(BF16))
         results.append((y, x.grad))
-    for packed_value, plain_value in zip(*results, strict=True):
-        torch.testing.assert_close(packed_value, plain_value, rtol=2e-2, atol=0.1)
+    torch.testing.assert_close(*results, rtol=2e-2, atol=0.1)
 
 
 def test_float64_under_autocast_gives_way_to_the_weight():
@@ -253,9 +237,7 @@ def test_weight_that_requires_grad_later_is_refused():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_compile_falls_back_to_the_weight(backward):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+def test_compile_falls_back_to_the_weight(forget_graphs, counter, backward):
     packed = packed_weight(backward=backward)
     problem = make_problem(60, 40, 70, 5)
 
@@ -266,7 +248,6 @@ def test_compile_falls_back_to_the_weight(backward):
     assert torch.equal(step(problem.x), call(packed.weight))
     assert packed.is_packed
     assert counter.frame_count == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)

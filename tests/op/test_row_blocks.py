@@ -43,7 +43,7 @@ def test_two_blocks_bound_what_a_pass_holds(library_route, dropout_p):
     problem = make_problem(rows, columns, columns, rank, (BF16, F32), bias=False)
     seed = torch.tensor(1) if dropout_p else None
     tail = (0.5, dropout_p, seed, 0, 0, False, None)
-    operands = (problem.x, problem.weight, problem.lora_a, problem.lora_b)
+    operands = problem.operands
     ops, small = torch.ops.lora_ext, 64 * (rows + columns) * rank
     y, s = ops.lora_linear_forward(*operands, None, *tail)
     kept = y.nbytes + s.nbytes
@@ -73,15 +73,11 @@ def test_the_planner_counts_the_launches_of_the_route(library_route, blocks):
     columns = 2048
     rows = blocks * _C.rows_of_block(columns, F32, CPU) - 1
     problem = make_problem(rows, columns, 24, 4, (BF16, F32), bias=False)
-    x, weight, a, b = problem.x, problem.weight, problem.lora_a, problem.lora_b
-    ops = torch.ops.lora_ext
-    _, s = ops.lora_linear_forward(x, weight, a, b, None, 0.5, 0.0, None, 0, 0, False, None)
-    tail = (0.5, 0.0, None, 0, 0, False, None)
-    in_forward = launched(lambda: ops.lora_linear_forward(x, weight, a, b, None, *tail))
-    wanted = [True, True, True, False]
-    in_backward = launched(
-        lambda: ops.lora_linear_backward(problem.grad, x, weight, a, b, s, *tail, wanted)
-    )
+    ops, operands, tail = torch.ops.lora_ext, problem.operands, (0.5, 0.0, None, 0, 0, False, None)
+    _, s = ops.lora_linear_forward(*operands, None, *tail)
+    in_forward = launched(lambda: ops.lora_linear_forward(*operands, None, *tail))
+    arguments = (problem.grad, *operands, s, *tail, [True, True, True, False])
+    in_backward = launched(lambda: ops.lora_linear_backward(*arguments))
 
     # Rows that make as many blocks on CUDA; the launches of each are the same.
     card = lora_ext.kernels.CARDS["A100"]
@@ -96,7 +92,7 @@ def test_the_planner_counts_the_launches_of_the_route(library_route, blocks):
 def test_without_gradients_s_keeps_its_dtype(library_route):
     """Nobody reads S then: the pass that widens it for backward is left out."""
     problem = make_problem(64, 96, 80, 16, (BF16, BF16))
-    operands = (problem.x, problem.weight, problem.lora_a, problem.lora_b, problem.bias)
+    operands = (*problem.operands, problem.bias)
     tail = (0.5, 0.0, None, 0, 0, False, None)
     with torch.no_grad():
         inference = launched(lambda: torch.ops.lora_ext.lora_linear(*operands, *tail))

@@ -131,13 +131,9 @@ def test_what_cannot_be_packed_says_why(ratios):
     assert "not packed: it is trained" in str(found) and "float64" in str(found)
 
 
-def test_deterministic_algorithms_are_not_timed():
-    torch.use_deterministic_algorithms(True)
-    try:
-        model = layer()
-        found = pack_weights(model, (64,))
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_algorithms_are_not_timed(deterministic):
+    model = layer()
+    found = pack_weights(model, (64,))
     assert model.packed is None and "use_deterministic_algorithms" in found.reasons[0]
 
 

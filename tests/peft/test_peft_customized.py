@@ -108,10 +108,8 @@ def test_a_subclass_of_linear_is_called_as_it_is(kind, adapters, dtype):
     model = peft_model(nn.Sequential(kind(24, 40)), ADAPTERS[adapters], ["0"], dtype)
     fast, x = accelerated(model), make_x("linear", dtype)
     assert reasons(fast) == {("added", "the base layer is not exactly nn.Linear or Conv1D")}
-    found, wanted = step(fast, x), step(model, x)
-    for name, value in wanted.items():
-        tolerance = 1e-11 if dtype == F64 else 2e-2
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+    tolerance = 1e-11 if dtype == F64 else 2e-2
+    torch.testing.assert_close(step(fast, x), step(model, x), rtol=tolerance, atol=tolerance)
 
 
 class OneRow(nn.Linear):
@@ -134,18 +132,16 @@ def test_a_base_weight_that_is_trained_gets_its_gradient():
     for one in (model, fast):
         one.base_model.model[0].base_layer.weight.requires_grad_()
     assert reasons(fast) == {("added", "the base weight is trained")}
-    found, wanted = step(fast, x), step(model, x)
-    assert found.keys() == wanted.keys() and any("base_layer.weight" in name for name in found)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11, msg=name)
+    found = step(fast, x)
+    assert any("base_layer.weight" in name for name in found)
+    torch.testing.assert_close(found, step(model, x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_a_base_bias_that_is_trained_gets_its_gradient(bias):
     model = net("one", F64, bias=bias)
     fast, ids = accelerated(model), make_ids()
-    found, wanted = step(fast, ids), step(model, ids)
-    assert found.keys() == wanted.keys() and any("base_layer.bias" in name for name in found)
+    found = step(fast, ids)
+    assert any("base_layer.bias" in name for name in found)
     assert paths(fast)["up"] in ("fused", "library")
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+    torch.testing.assert_close(found, step(model, ids), rtol=1e-10, atol=1e-10)

@@ -81,16 +81,17 @@ def test_variants_that_only_peft_computes(adapters, words, reason):
     assert torch.equal(fast(x), model(x))
 
 
-@pytest.mark.parametrize("change", ["hook", "lora_bias", "offload"])
+OF_DORA = {
+    "hook": lambda m: m.lora_magnitude_vector["a"].register_forward_hook(lambda *_: None),
+    "lora_bias": lambda m: setattr(m.lora_B["a"], "bias", nn.Parameter(torch.ones(40))),
+    "offload": lambda m: setattr(m, "ephemeral_gpu_offload", True),
+}
+
+
+@pytest.mark.parametrize("change", OF_DORA)
 def test_dora_that_only_peft_computes(change):
     model = layer_model("linear", "dora")
-    layer = model.base_model.model[0]
-    if change == "hook":
-        layer.lora_magnitude_vector["a"].register_forward_hook(lambda *_: None)
-    elif change == "lora_bias":
-        layer.lora_B["a"].bias = nn.Parameter(torch.ones(40))
-    else:
-        layer.ephemeral_gpu_offload = True
+    OF_DORA[change](model.base_model.model[0])
     fast, x = accelerated(model), make_x("linear")
     assert set(paths(fast).values()) == {"peft"}
     assert torch.equal(fast(x), model(x))

@@ -71,11 +71,9 @@ def test_random_layers(problem):
 
 @pytest.mark.parametrize("rows", [0, 1, 60])
 def test_ranks_beyond_the_ops(rows):
-    """Above 512 the update is added in blocks of rows."""
+    """Above 512 torch adds the updates, one after the other."""
     words = {"a": {"r": 400, "lora_alpha": 8}, "b": {"r": 200, "lora_alpha": 4}}
     model = peft_model(nn.Sequential(nn.Linear(24, 40)), words, ["0"], F64)
     fast, x = accelerated(model), torch.randn(rows, 24, dtype=F64)
     assert paths(fast) == {"0": "added"}
-    found, wanted = step(fast, x), step(model, x)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    torch.testing.assert_close(step(fast, x), step(model, x), rtol=1e-9, atol=1e-9)

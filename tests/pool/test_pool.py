@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+from functools import partial
 
 import peft
 import pytest
@@ -11,91 +12,24 @@ import torch
 from adapter_helpers import LINEAR, from_peft, make_ids, make_zoo, save_peft
 from adapter_helpers import peft_model as zoo_of_peft
 from helpers import BF16, F16, F32, F64
-from torch import nn
+from pool_helpers import (
+    LAYERS,
+    assert_close,
+    assert_same,
+    assert_served,
+    buffers,
+    make_pool,
+    mixed,
+    randomize,
+    reference,
+    slots,
+    values,
+)
 
 import lora_ext
 from lora_ext import AdapterPool, LoRAConfig
 from lora_ext.adapters import AdapterError
 from lora_ext.nn import layer_pool
-
-NAMES = ["a", "b", None]
-LAYERS = ["layers.0.q_proj", "layers.0.mlp", "layers.1.q_proj", "layers.1.mlp"]
-LAYERS += ["layers.2.q_proj", "layers.2.mlp", "c_attn"]
-
-
-def make_pool(capacity=4, max_rank=6, dtype=F32, **words):
-    """A pool with "a" of rank 4 in all its layers, and "b" of rank 2 in some."""
-    pool = AdapterPool(make_zoo(dtype), capacity, max_rank, LINEAR, **words)
-    pool.add("a", LoRAConfig(LINEAR, r=4, alpha=6, dropout=0.3))
-    pool.add("b", LoRAConfig(["q_proj"], r=2, alpha=-3, use_rslora=True))
-    for seed, name in enumerate(pool):
-        randomize(pool.parameters(name), seed)
-    return pool
-
-
-@torch.no_grad()
-def randomize(parameters, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in parameters:
-        parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=F64))
-
-
-def mixed(pool, names=NAMES):
-    with lora_ext.use_adapters(pool.model, names):
-        return pool.model(make_ids())
-
-
-def reference(pool, names=NAMES):
-    """The same by a model with the pool's adapters as its own, one after the other."""
-    rows = []
-    for row, name in enumerate(names):
-        model = make_zoo(next(pool.model.parameters()).dtype)
-        if name is not None:
-            specs, tensors = pool.specs(name), pool.tensors(name)
-            for path, spec in specs.items():
-                config = LoRAConfig([f"re:{path}"], spec.r, spec.alpha, use_rslora=spec.use_rslora)
-                lora_ext.apply_lora(model, config, path.replace(".", "_"))
-                layer = model.get_submodule(path)
-                layer.set_adapter(path.replace(".", "_"))
-                with torch.no_grad():
-                    layer.lora_a[path.replace(".", "_")].copy_(tensors[f"{path}.lora_a"])
-                    layer.lora_b[path.replace(".", "_")].copy_(tensors[f"{path}.lora_b"])
-        rows.append(model(make_ids())[row])
-    return torch.stack(rows).detach()
-
-
-def assert_close(found, wanted, tolerance=1e-5):
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
-
-
-def assert_served(pool, names=NAMES):
-    """Both ways of a forward, from the parameters and from the whole pool, are the reference; in
-    float64 they are one."""
-    pool.model.eval()
-    wanted = reference(pool, names)
-    assert_close(mixed(pool, names).detach(), wanted)
-    with torch.no_grad():
-        assert_close(mixed(pool, names), wanted)
-
-
-def values(pool, name):
-    return {key: tensor.detach().clone() for key, tensor in pool.tensors(name).items()}
-
-
-def slots(pool):
-    """All that layers hold, as it is."""
-    return {
-        f"{path}.{key}": tensor.clone()
-        for path, layer in pool.layers.items()
-        for key, tensor in layer.pool.named_buffers()
-    }
-
-
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        assert torch.equal(found[key], value), key
-
 
 # ---- what it computes ----
 
@@ -112,7 +46,7 @@ def test_serving_reads_the_pool_itself():
     """In one call a layer, with the tensors that keep their addresses, whatever is added."""
     pool = make_pool(dtype=F32)
     pool.model.eval()
-    pointers = {key: tensor.data_ptr() for key, tensor in pool_tensors(pool).items()}
+    pointers = {key: tensor.data_ptr() for key, tensor in buffers(pool).items()}
     with (
         torch.no_grad(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
@@ -124,17 +58,9 @@ def test_serving_reads_the_pool_itself():
     pool.add("c", LoRAConfig(LINEAR, r=6))
     pool.replace("a", LoRAConfig(LINEAR, r=1))
     pool.remove("b")
-    assert pointers == {key: tensor.data_ptr() for key, tensor in pool_tensors(pool).items()}
+    assert pointers == {key: tensor.data_ptr() for key, tensor in buffers(pool).items()}
     with torch.no_grad():
         assert_close(mixed(pool, ["c", "a", None]), reference(pool, ["c", "a", None]))
-
-
-def pool_tensors(pool):
-    return {
-        f"{path}.{key}": tensor
-        for path, layer in pool.layers.items()
-        for key, tensor in layer.pool.named_buffers()
-    }
 
 
 def test_outside_of_a_block_nothing_is_added():
@@ -159,183 +85,6 @@ def test_beside_adapters_of_the_model():
         pool.add("own", LoRAConfig(LINEAR))
     with pytest.raises(ValueError, match="exists already"):
         lora_ext.apply_lora(model, LoRAConfig(LINEAR), "a")
-
-
-# ---- training ----
-
-
-def test_an_optimizer_of_one_adapter_writes_the_pool_itself():
-    pool = make_pool()
-    others = values(pool, "b")
-    optimizer = torch.optim.Adam(pool.parameters("a"), lr=0.01)
-    before = values(pool, "a")
-    for _ in range(2):
-        mixed(pool).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all(not torch.equal(before[key], t) for key, t in pool.tensors("a").items())
-    assert_same(values(pool, "b"), others)
-    assert_served(pool)
-    for path, layer in pool.layers.items():
-        assert torch.equal(
-            layer.pool.lora_a[pool.slot("a"), :4], pool.tensors("a")[f"{path}.lora_a"]
-        )
-
-
-def test_each_adapter_trains_as_it_does_alone():
-    """Losses add up, so that each adapter has its own, its own rate and its own clipping."""
-    together, *others = (make_pool(dtype=F64) for _ in range(3))
-    alone = dict(zip("ab", others, strict=True))
-    rates = {"a": 0.02, "b": 0.005}
-
-    def optimizers(pool):
-        return {n: torch.optim.SGD(pool.parameters(n), lr=rate) for n, rate in rates.items()}
-
-    def clip(pool, name):
-        nn.utils.clip_grad_norm_(pool.parameters(name), 0.5 if name == "a" else 2.0)
-
-    steps = optimizers(together)
-    for _ in range(3):
-        y = mixed(together).square().mean((1, 2))
-        (y[0] + y[1]).backward()
-        for name, optimizer in steps.items():
-            clip(together, name)
-            optimizer.step()
-            optimizer.zero_grad()
-    for name, pool in alone.items():
-        optimizer = optimizers(pool)[name]
-        names = [n if n == name else None for n in NAMES]
-        for _ in range(3):
-            mixed(pool, names).square().mean((1, 2))[NAMES.index(name)].backward()
-            clip(pool, name)
-            optimizer.step()
-            optimizer.zero_grad()
-        for key, value in values(pool, name).items():
-            assert_close(together.tensors(name)[key].detach(), value, 1e-9)
-
-
-def test_adding_and_removing_does_not_touch_the_others():
-    pool = make_pool()
-    before, parameters = values(pool, "a"), pool.parameters("a")
-    y = mixed(pool).detach()
-    pool.add("c", LoRAConfig(LINEAR, r=6))
-    randomize(pool.parameters("c"), 9)
-    assert torch.equal(mixed(pool).detach(), y)
-    pool.remove("c")
-    pool.remove("b")
-    pool.add("b2", LoRAConfig(LINEAR, r=1))
-    assert_same(values(pool, "a"), before)
-    assert all(one is other for one, other in zip(pool.parameters("a"), parameters, strict=True))
-
-
-def test_parameters_are_not_the_models():
-    pool = make_pool()
-    assert not any(p.requires_grad for p in pool.model.parameters())
-    assert all(p.is_leaf and p.requires_grad for p in pool.parameters("a"))
-    own = {id(p) for p in pool.model.parameters()}
-    assert not own & {id(p) for p in pool.parameters("a")}
-    assert not any("pool" in key for key in pool.model.state_dict())
-    pool.model.load_state_dict(make_zoo().state_dict())
-
-
-def test_a_step_between_forward_and_backward_is_an_error():
-    pool = make_pool()
-    for change in (
-        lambda: pool.replace("a", values(pool, "a"), LoRAConfig(LINEAR, alpha=6)),
-        lambda: torch.optim.SGD(pool.parameters("a"), lr=0.1).step(),
-    ):
-        mixed(pool).sum().backward()
-        y = mixed(pool)
-        change()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-
-
-def test_jobs_of_one_pool_are_pipelined():
-    """Another adapter's step, and another that comes, changes and goes, may fall between a forward
-    and its backward."""
-    together, alone = make_pool(), make_pool()
-
-    def forward(pool, name):
-        return mixed(pool, [name] * 3).square().mean()
-
-    def step(pool, name, loss):
-        loss.backward()
-        optimizer = torch.optim.SGD(pool.parameters(name), lr=0.1)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    losses = {name: forward(together, name) for name in "ab"}
-    for name in "abab":
-        together.add("c", LoRAConfig(LINEAR, r=5))
-        together.replace("c", LoRAConfig(LINEAR, r=3))
-        step(together, name, losses[name])
-        losses[name] = forward(together, name)
-        together.remove("c")
-    for name in "ab":
-        for _ in range(2):
-            step(alone, name, forward(alone, name))
-        assert_same(values(together, name), values(alone, name))
-    assert_served(together)
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
-def test_fused_optimizers_step_ranks_below_the_pools(name):
-    """Their loops on the CPU take a parameter as one run of memory."""
-    pool = make_pool(dtype=F32)
-    plain = {key: nn.Parameter(v.contiguous()) for key, v in values(pool, "b").items()}
-    wanted = slots(pool)
-    optimizers = [
-        getattr(torch.optim, name)(parameters, lr=0.1, fused=fused)
-        for parameters, fused in ((pool.parameters("b"), True), (plain.values(), False))
-    ]
-    for _ in range(3):
-        mixed(pool).square().mean().backward()
-        for key, parameter in pool.tensors("b").items():
-            plain[key].grad = parameter.grad.contiguous()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for key, parameter in plain.items():
-        assert_close(pool.tensors("b")[key], parameter, 1e-5)
-        slot = wanted[key][pool.slot("b")]  # the rest of it, and other slots, stay
-        slot[tuple(map(slice, parameter.shape))] = pool.tensors("b")[key]
-    assert_same(slots(pool), wanted)
-
-
-@pytest.mark.parametrize("dtype", [F64, F32])  # from lists, from the pool itself
-def test_an_adapter_that_is_removed_within_its_block(dtype):
-    """Not the base in its place, nor who is added to its slot."""
-    pool = make_pool(capacity=2, dtype=dtype)
-    pool.model.eval()
-    with torch.no_grad(), lora_ext.use_adapters(pool.model, NAMES):
-        pool.replace("b", values(pool, "b"), LoRAConfig(["q_proj"], alpha=2))
-        pool.model(make_ids())
-        pool.remove("a")
-        for name in ("c", None, "a"):  # in the slot, then by the name
-            with pytest.raises(RuntimeError, match="'a' was removed since"):
-                pool.model(make_ids())
-            pool.remove("c") if name is None else pool.add(name, LoRAConfig(LINEAR, r=3))
-    assert_served(pool)
-
-
-def test_removing_between_forward_and_backward_is_an_error():
-    pool = make_pool()
-    y = mixed(pool)
-    pool.remove("a")
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_dropout_is_the_adapters():
-    pool = make_pool()
-    pool.model.train()
-    torch.manual_seed(1)
-    first, second = mixed(pool).detach(), mixed(pool).detach()
-    assert not torch.equal(first[0], second[0])  # "a" has dropout, "b" has none
-    assert torch.equal(first[1:], second[1:])
-    with torch.no_grad():
-        assert not torch.equal(mixed(pool)[0], mixed(pool)[0])
 
 
 # ---- compiled ----
@@ -384,29 +133,29 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
     good = values(pool, "a")
     config = LoRAConfig(LINEAR, alpha=6)
     key = "layers.1.mlp.lora_b"
-    cases = [
-        (AdapterError, "new name", ("a", LoRAConfig(LINEAR))),
-        (AdapterError, "without dots", ("x.y", LoRAConfig(LINEAR))),
-        (AdapterError, "at most 6, the pool's max_rank, but got 7", ("x", LoRAConfig(LINEAR, r=7))),
-        (AdapterError, "init 'kaiming' or", ("x", LoRAConfig(LINEAR, r=2, init="pissa"))),
-        (AdapterError, "no lora_bias", ("x", LoRAConfig(LINEAR, r=2, lora_bias=True))),
-        (AdapterError, "pool's layers.*'emb'", ("x", LoRAConfig(["emb"], r=2))),
-        (AdapterError, "a config beside tensors", ("x", good)),
-        (AdapterError, "finite", ("x", good | {key: good[key] * float("nan")}, config)),
-        (AdapterError, r"lora_b of shape \[16, 4\]", ("x", good | {key: good[key][1:]}, config)),
-        (AdapterError, "two matrices", ("x", good | {key: good[key][0]}, config)),
-        (AdapterError, "pairs of keys", ("x", {k: v for k, v in good.items() if k != key}, config)),
-        (
-            AdapterError,
-            "pool's layers",
-            ("x", {f"q.{e}": good[key] for e in ("lora_a", "lora_b")}, config),
-        ),
-        (AdapterError, "a folder with", ("x", tmp_path / "none")),
-        (TypeError, "LoRAConfig, a mapping", ("x", 3)),
-        (TypeError, "peft's LoraConfig: .*accelerate", ("x", peft.LoraConfig())),
-        (TypeError, "no config beside a folder", ("x", tmp_path, config)),
-    ]
-    for error, message, arguments in cases:
+    cases = {
+        AdapterError: [
+            ("new name", ("a", LoRAConfig(LINEAR))),
+            ("without dots", ("x.y", LoRAConfig(LINEAR))),
+            ("at most 6, the pool's max_rank, but got 7", ("x", LoRAConfig(LINEAR, r=7))),
+            ("init 'kaiming' or", ("x", LoRAConfig(LINEAR, r=2, init="pissa"))),
+            ("no lora_bias", ("x", LoRAConfig(LINEAR, r=2, lora_bias=True))),
+            ("pool's layers.*'emb'", ("x", LoRAConfig(["emb"], r=2))),
+            ("a config beside tensors", ("x", good)),
+            ("finite", ("x", good | {key: good[key] * float("nan")}, config)),
+            (r"lora_b of shape \[16, 4\]", ("x", good | {key: good[key][1:]}, config)),
+            ("two matrices", ("x", good | {key: good[key][0]}, config)),
+            ("pairs of keys", ("x", {k: v for k, v in good.items() if k != key}, config)),
+            ("pool's layers", ("x", {"q.lora_a": good[key], "q.lora_b": good[key]}, config)),
+            ("a folder with", ("x", tmp_path / "none")),
+        ],
+        TypeError: [
+            ("LoRAConfig, a mapping", ("x", 3)),
+            ("peft's LoraConfig: .*accelerate", ("x", peft.LoraConfig())),
+            ("no config beside a folder", ("x", tmp_path, config)),
+        ],
+    }
+    for error, (message, arguments) in ((e, case) for e, found in cases.items() for case in found):
         with pytest.raises(error, match=message):
             pool.add(*arguments)
         assert_same(slots(pool), before)
@@ -414,28 +163,29 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
     pool.add("c", LoRAConfig(LINEAR, r=1))
     with pytest.raises(AdapterError, match="all 3 are used"):
         pool.add("d", LoRAConfig(LINEAR, r=1))
-    for method in (pool.remove, pool.parameters, pool.slot, pool.specs, pool.tensors):
+    of_a_name = (pool.remove, pool.parameters, pool.slot, pool.specs, pool.tensors)
+    for call in (
+        *(partial(verb, "z") for verb in of_a_name),
+        lambda: pool.replace("z", LoRAConfig(LINEAR)),
+        lambda: pool.save("z", tmp_path / "z"),
+    ):
         with pytest.raises(AdapterError, match=r"one of the adapters \['a', 'b', 'c'\].*'z'"):
-            method("z")
-    with pytest.raises(AdapterError, match="'z'"):
-        pool.replace("z", LoRAConfig(LINEAR))
-    with pytest.raises(AdapterError, match="'z'"):
-        pool.save("z", tmp_path / "z")
+            call()
 
 
 def test_errors_of_the_constructor():
-    with pytest.raises(ValueError, match="capacity of 1 or more"):
-        AdapterPool(make_zoo(), 0, 4, LINEAR)
-    with pytest.raises(ValueError, match="rank r of 1 to 512"):
-        AdapterPool(make_zoo(), 2, 513, LINEAR)
-    with pytest.raises(ValueError, match="'emb', a LoRAEmbedding"):
-        AdapterPool(make_zoo(), 2, 4, ["emb"])
-    with pytest.raises(ValueError, match=r"AdapterPool\.of"):
-        AdapterPool(make_pool().model, 2, 4, LINEAR)
+    peft_zoo = zoo_of_peft(make_zoo(), target_modules=LINEAR)
+    for message, arguments in (
+        ("capacity of 1 or more", (make_zoo(), 0, 4, LINEAR)),
+        ("rank r of 1 to 512", (make_zoo(), 2, 513, LINEAR)),
+        ("'emb', a LoRAEmbedding", (make_zoo(), 2, 4, ["emb"])),
+        (r"AdapterPool\.of", (make_pool().model, 2, 4, LINEAR)),
+        ("PEFT's", (peft_zoo, 2, 4, LINEAR)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdapterPool(*arguments)
     with pytest.raises(ValueError, match="has none"):
         AdapterPool.of(make_zoo())
-    with pytest.raises(ValueError, match="PEFT's"):
-        AdapterPool(zoo_of_peft(make_zoo(), target_modules=LINEAR), 2, 4, LINEAR)
 
 
 def test_replacing_keeps_the_parameters_where_the_rank_stays():
@@ -500,11 +250,11 @@ def test_an_interrupt_leaves_the_old_adapter_whole(monkeypatch, at, rank):
 def test_many_lives_of_a_slot_leave_nothing():
     pool = make_pool(capacity=3)
     tensors = values(pool, "a")
-    count = len(list(pool_tensors(pool)))
+    count = len(list(buffers(pool)))
     for life in range(300):
         pool.add("c", tensors, LoRAConfig(LINEAR, alpha=life + 1))
         pool.remove("c")
-    assert len(list(pool_tensors(pool))) == count
+    assert len(list(buffers(pool))) == count
     layer = pool.layers["c_attn"].pool
     assert layer.specs.keys() == layer.slots.keys() == {"a"}
     assert_served(pool)

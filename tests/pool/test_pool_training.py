@@ -1,0 +1,178 @@
+"""Adapters of a pool in training: each as it is alone, whatever becomes of the others."""
+
+import pytest
+import torch
+from adapter_helpers import LINEAR, make_ids, make_zoo
+from helpers import F32, F64
+from pool_helpers import (
+    NAMES,
+    assert_close,
+    assert_same,
+    assert_served,
+    make_pool,
+    mixed,
+    randomize,
+    slots,
+    values,
+)
+from torch import nn
+
+import lora_ext
+from lora_ext import LoRAConfig
+
+
+def test_an_optimizer_of_one_adapter_writes_the_pool_itself():
+    pool = make_pool()
+    others = values(pool, "b")
+    optimizer = torch.optim.Adam(pool.parameters("a"), lr=0.01)
+    before = values(pool, "a")
+    for _ in range(2):
+        mixed(pool).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(before[key], t) for key, t in pool.tensors("a").items())
+    assert_same(values(pool, "b"), others)
+    assert_served(pool)
+    for path, layer in pool.layers.items():
+        assert torch.equal(
+            layer.pool.lora_a[pool.slot("a"), :4], pool.tensors("a")[f"{path}.lora_a"]
+        )
+
+
+def test_each_adapter_trains_as_it_does_alone():
+    """Losses add up, so that each adapter has its own, its own rate and its own clipping."""
+    rates, limits = {"a": 0.02, "b": 0.005}, {"a": 0.5, "b": 2.0}
+
+    def trained(*each):
+        pool = make_pool(dtype=F64)
+        names = [name if name in each else None for name in NAMES]
+        optimizers = {n: torch.optim.SGD(pool.parameters(n), lr=rates[n]) for n in each}
+        for _ in range(3):
+            y = mixed(pool, names).square().mean((1, 2))
+            sum(y[NAMES.index(name)] for name in each).backward()
+            for name, optimizer in optimizers.items():
+                nn.utils.clip_grad_norm_(pool.parameters(name), limits[name])
+                optimizer.step()
+                optimizer.zero_grad()
+        return {name: values(pool, name) for name in each}
+
+    together = trained("a", "b")
+    for name in together:
+        assert_close(trained(name)[name], together[name], 1e-9)
+
+
+def test_adding_and_removing_does_not_touch_the_others():
+    pool = make_pool()
+    before, parameters = values(pool, "a"), pool.parameters("a")
+    y = mixed(pool).detach()
+    pool.add("c", LoRAConfig(LINEAR, r=6))
+    randomize(pool.parameters("c"), 9)
+    assert torch.equal(mixed(pool).detach(), y)
+    pool.remove("c")
+    pool.remove("b")
+    pool.add("b2", LoRAConfig(LINEAR, r=1))
+    assert_same(values(pool, "a"), before)
+    assert all(one is other for one, other in zip(pool.parameters("a"), parameters, strict=True))
+
+
+def test_parameters_are_not_the_models():
+    pool = make_pool()
+    assert not any(p.requires_grad for p in pool.model.parameters())
+    assert all(p.is_leaf and p.requires_grad for p in pool.parameters("a"))
+    own = {id(p) for p in pool.model.parameters()}
+    assert not own & {id(p) for p in pool.parameters("a")}
+    assert not any("pool" in key for key in pool.model.state_dict())
+    pool.model.load_state_dict(make_zoo().state_dict())
+
+
+def test_a_change_between_forward_and_backward_is_an_error():
+    pool = make_pool()
+    for change in (
+        lambda: pool.replace("a", values(pool, "a"), LoRAConfig(LINEAR, alpha=6)),
+        lambda: torch.optim.SGD(pool.parameters("a"), lr=0.1).step(),
+        lambda: pool.remove("a"),
+    ):
+        mixed(pool).sum().backward()
+        y = mixed(pool)
+        change()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_jobs_of_one_pool_are_pipelined():
+    """Another adapter's step, and another that comes, changes and goes, may fall between a forward
+    and its backward."""
+    together, alone = make_pool(), make_pool()
+
+    def forward(pool, name):
+        return mixed(pool, [name] * 3).square().mean()
+
+    def step(pool, name, loss):
+        loss.backward()
+        optimizer = torch.optim.SGD(pool.parameters(name), lr=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    losses = {name: forward(together, name) for name in "ab"}
+    for name in "abab":
+        together.add("c", LoRAConfig(LINEAR, r=5))
+        together.replace("c", LoRAConfig(LINEAR, r=3))
+        step(together, name, losses[name])
+        losses[name] = forward(together, name)
+        together.remove("c")
+    for name in "ab":
+        for _ in range(2):
+            step(alone, name, forward(alone, name))
+        assert_same(values(together, name), values(alone, name))
+    assert_served(together)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_fused_optimizers_step_ranks_below_the_pools(name):
+    """Their loops on the CPU take a parameter as one run of memory."""
+    pool = make_pool(dtype=F32)
+    plain = {key: nn.Parameter(v.contiguous()) for key, v in values(pool, "b").items()}
+    wanted = slots(pool)
+    optimizers = [
+        getattr(torch.optim, name)(parameters, lr=0.1, fused=fused)
+        for parameters, fused in ((pool.parameters("b"), True), (plain.values(), False))
+    ]
+    for _ in range(3):
+        mixed(pool).square().mean().backward()
+        for key, parameter in pool.tensors("b").items():
+            plain[key].grad = parameter.grad.contiguous()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for key, parameter in plain.items():
+        assert_close(pool.tensors("b")[key], parameter, 1e-5)
+        slot = wanted[key][pool.slot("b")]  # the rest of it, and other slots, stay
+        slot[tuple(map(slice, parameter.shape))] = pool.tensors("b")[key]
+    assert_same(slots(pool), wanted)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32])  # from lists, from the pool itself
+def test_an_adapter_that_is_removed_within_its_block(dtype):
+    """Not the base in its place, nor who is added to its slot."""
+    pool = make_pool(capacity=2, dtype=dtype)
+    pool.model.eval()
+    with torch.no_grad(), lora_ext.use_adapters(pool.model, NAMES):
+        pool.replace("b", values(pool, "b"), LoRAConfig(["q_proj"], alpha=2))
+        pool.model(make_ids())
+        pool.remove("a")
+        for name in ("c", None, "a"):  # in the slot, then by the name
+            with pytest.raises(RuntimeError, match="'a' was removed since"):
+                pool.model(make_ids())
+            pool.remove("c") if name is None else pool.add(name, LoRAConfig(LINEAR, r=3))
+    assert_served(pool)
+
+
+def test_dropout_is_the_adapters():
+    pool = make_pool()
+    pool.model.train()
+    torch.manual_seed(1)
+    first, second = mixed(pool).detach(), mixed(pool).detach()
+    assert not torch.equal(first[0], second[0])  # "a" has dropout, "b" has none
+    assert torch.equal(first[1:], second[1:])
+    with torch.no_grad():
+        assert not torch.equal(mixed(pool)[0], mixed(pool)[0])
