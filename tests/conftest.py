@@ -55,9 +55,8 @@ OPTIONAL = {
 # Test id -> route: our kernels, around torch's base product, torch's products alone.
 CUDA = {"cuda": "kernel", "cuda-hybrid": "hybrid", "cuda-library": "library"}
 
-# What `make test` leaves to `make test-rest`, of this folder: tests of the project's own tools (one
-# file has those of build_info, too), and what compiles by torch.compile, exports, trains, or starts
-# processes.
+# What `make test` leaves to `make test-rest`, of this folder: tests of the project's own tools, and
+# what compiles by torch.compile, exports, trains, or starts processes.
 REST = {
     "bench",
     "contract/test_checkpoint.py",
@@ -81,6 +80,8 @@ REST = {
     "project/test_house.py",
     "project/test_make.py",
     "project/test_optional_packages.py",
+    "project/test_setup.py",
+    "project/test_setup_cuda.py",
     "project/test_verification.py",
     "project/test_wheel.py",
     "quantized/test_quantized_distributed.py",
