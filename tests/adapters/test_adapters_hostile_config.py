@@ -37,10 +37,7 @@ BAD_FIELDS = [
     (fields(r=10**400), "r to be an integer of 1 to 512"),
     (fields(r=3), r"q_proj.lora_A.weight': expected shape \[3, 16\] \(rank 3 by the config"),
     # numbers
-    (
-        fields(lora_alpha="8"),
-        "lora_alpha to be a finite number, but got '8'",
-    ),
+    (fields(lora_alpha="8"), "lora_alpha to be a finite number, but got '8'"),
     (fields(lora_alpha=True), "lora_alpha"),
     (fields(lora_alpha=None), "lora_alpha to be a finite number, but got None"),
     (fields(lora_alpha=Raw("NaN")), f"{CONFIG}: expected lora_alpha to be a finite .* got nan"),
@@ -75,10 +72,7 @@ BAD_FIELDS = [
     (fields(peft_type=None), "peft_type 'LORA', but got None"),
     (fields(bias="some"), "bias to be one of"),
     (fields(bias=["none"]), "bias to be one of"),
-    (
-        fields(bias="none"),
-        r"no other tensors, but got .*layers.0.q_proj.base_layer",
-    ),
+    (fields(bias="none"), r"no other tensors, but got .*layers.0.q_proj.base_layer"),
     (fields(bias="all"), r"'base_model.model.c_attn.bias'.*is missing"),
     (fields(use_rslora=2), "use_rslora to be true or false, but got 2"),
     (fields(lora_bias="yes"), "lora_bias to be true or false"),
