@@ -111,48 +111,36 @@ class Adapter(NamedTuple):
 
 HF, PEFT, TRL = (f"{owner}-internal-testing/" for owner in ("hf", "peft", "trl"))
 TINY = f"{PEFT}tiny-random-"
-# Whose names are this and their class, and the others.
+# Whose names end with their class, and the others.
 OF_CLASS = {
-    TINY: {
-        "BartForConditionalGeneration": BART,
-        "BertForSequenceClassification": PLAIN,
-        "BloomForCausalLM": BLOOM,
-        "DebertaModel": PLAIN,
-        "DebertaV2Model": PLAIN,
-        "GPT2LMHeadModel": GPT2,
-        "GPTJForCausalLM": {**GPT2, "rotary_dim": 4},
-        "GPTNeoXForCausalLM": PLAIN,
-        "LlamaForCausalLM": GROUPED,
-        "OPTForCausalLM": OPT,
-        "ResNetForImageClassification": RESNET,
-        "RobertaForSequenceClassification": PLAIN,
-        "RobertaModel": PLAIN,
-        "T5ForConditionalGeneration": T5,
-    },
-    f"{HF}tiny-random-": {
-        "Gemma3ForCausalLM": GEMMA,
-        "LlamaForCausalLM": GROUPED,
-        "MistralForCausalLM": GROUPED,
-        "WhisperForConditionalGeneration": WHISPER,
-    },
-    f"{TRL}tiny-": {
-        "GptOssForCausalLM": EXPERTS,
-        "Llama4ForCausalLM": LLAMA4,
-        "Qwen2_5_VLForConditionalGeneration": {"text_config": GROUPED, "vision_config": VISION},
-        "Qwen3MoeForCausalLM": QWEN_EXPERTS,
-    },
+    "BartForConditionalGeneration": BART,
+    "BertForSequenceClassification": PLAIN,
+    "BloomForCausalLM": BLOOM,
+    "DebertaModel": PLAIN,
+    "DebertaV2Model": PLAIN,
+    "GPT2LMHeadModel": GPT2,
+    "GPTJForCausalLM": {**GPT2, "rotary_dim": 4},
+    "GPTNeoXForCausalLM": PLAIN,
+    "LlamaForCausalLM": GROUPED,
+    "OPTForCausalLM": OPT,
+    "ResNetForImageClassification": RESNET,
+    "RobertaForSequenceClassification": PLAIN,
+    "RobertaModel": PLAIN,
+    "T5ForConditionalGeneration": T5,
 }
 MODELS = {
-    **{
-        f"{prefix}{name}": Model(name, values)
-        for prefix, classes in OF_CLASS.items()
-        for name, values in classes.items()
-    },
+    **{f"{TINY}{name}": Model(name, values) for name, values in OF_CLASS.items()},
     "Qwen/Qwen2-0.5B": Model("Qwen2ForCausalLM", {**GROUPED, "vocab_size": VOCABULARY + 20}),
     "google/flan-t5-small": Model("T5ForConditionalGeneration", GATED_T5),
     "gpt2": Model("GPT2LMHeadModel", GPT2),
     f"{HF}Mixtral-tiny": Model("MixtralForCausalLM", EXPERTS),
     f"{HF}tiny-random-BertModel": Model("BertForPreTraining", PLAIN),
+    f"{HF}tiny-random-Gemma3ForCausalLM": Model("Gemma3ForCausalLM", GEMMA),
+    f"{HF}tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", GROUPED),
+    f"{HF}tiny-random-MistralForCausalLM": Model("MistralForCausalLM", GROUPED),
+    f"{HF}tiny-random-WhisperForConditionalGeneration": Model(
+        "WhisperForConditionalGeneration", WHISPER
+    ),
     f"{HF}tiny-random-gpt2": Model("GPT2LMHeadModel", GPT2),
     f"{PEFT}opt-125m": Model("OPTForCausalLM", {**OPT, "num_hidden_layers": 12}),
     f"{PEFT}tiny-clip-text-2": Model("CLIPTextModelWithProjection", CLIP_TEXT),
@@ -162,10 +150,16 @@ MODELS = {
     f"{TINY}gpt2": Model("GPT2LMHeadModel", GPT2),
     f"{TINY}t5": Model("T5ForConditionalGeneration", T5),
     "tiiuae/falcon-mamba-tiny-dev": Model("FalconMambaForCausalLM", MAMBA),
+    f"{TRL}tiny-GptOssForCausalLM": Model("GptOssForCausalLM", EXPERTS),
+    f"{TRL}tiny-Llama4ForCausalLM": Model("Llama4ForCausalLM", LLAMA4),
     f"{TRL}tiny-LlamaForSequenceClassification-3.2": Model(
         "LlamaForSequenceClassification", GROUPED
     ),
     f"{TRL}tiny-NemotronHForCausalLM-nano": Model("NemotronHForCausalLM", NEMOTRON),
+    f"{TRL}tiny-Qwen2_5_VLForConditionalGeneration": Model(
+        "Qwen2_5_VLForConditionalGeneration", {"text_config": GROUPED, "vision_config": VISION}
+    ),
+    f"{TRL}tiny-Qwen3MoeForCausalLM": Model("Qwen3MoeForCausalLM", QWEN_EXPERTS),
     f"{TRL}tiny-random-LlamaForCausalLM": Model("LlamaForCausalLM", PLAIN),
 }
 

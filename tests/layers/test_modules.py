@@ -6,16 +6,7 @@ import torch
 from helpers import BF16, F32, F64, KERNEL_ROWS, max_error, rms_error, short
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_helpers import (
-    IN,
-    KINDS,
-    OUT,
-    exact,
-    in_peft_order,
-    make_input,
-    make_layer,
-    randomize,
-)
+from layer_helpers import IN, KINDS, OUT, exact, in_peft_order, make_input, make_layer, randomize
 from torch import nn
 
 from lora_ext import LoRALinear
