@@ -122,22 +122,6 @@ def test_adapters_made_in_inference_mode_can_train():
     assert all(p.grad is not None for p in adapter_parameters(layer))
 
 
-def test_disabled_blocks_may_overlap():
-    """Blocks of two threads, or of generators, that do not nest: the last one gives back."""
-    layer = make_layer("linear")
-    first, second = layer.disable_adapters(), layer.disable_adapters()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not layer.adapters_enabled
-    assert layer.path() == ("base", "adapters are disabled")
-    second.__exit__(None, None, None)
-    assert layer.adapters_enabled
-    with pytest.raises(KeyError), layer.disable_adapters():
-        raise KeyError
-    assert layer.adapters_enabled
-
-
 # ---- hooks ----
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REST
+from rest import REST
 
 ROOT = Path(__file__).resolve().parents[2]
 
