@@ -83,9 +83,16 @@ def peft_tensors(layer, name):
     return found if b.bias is None else {**found, "lora_bias": b.bias}
 
 
-@pytest.mark.parametrize("different", ["dtype", "dropout", "rank"])
+@pytest.mark.parametrize(
+    ("different", "reason"),
+    [
+        ("dtype", "adapters 'a' and 'b' differ in dtype: added by torch"),
+        ("dropout", "adapters 'a' and 'b' differ in dropout: added by torch"),
+        ("rank", "more than 512"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
-def test_same_bits_where_torch_adds(dtype, different):
+def test_same_bits_where_torch_adds(dtype, different, reason):
     """Adapters that one call cannot hold are added in PEFT's order, bit for bit."""
     words = {
         "a": {"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]},
@@ -103,7 +110,7 @@ def test_same_bits_where_torch_adds(dtype, different):
         peft.base_model.model[0].lora_A["b"].to(BF16)
         peft.base_model.model[0].lora_B["b"].to(BF16)
     give_factors(ours, peft)
-    assert ours[0].path()[0] == "library"
+    assert ours[0].path()[0] == "library" and reason in ours[0].path()[1]
     outputs = []
     for m in (ours, peft):
         torch.manual_seed(11)  # the same dropout mask

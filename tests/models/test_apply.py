@@ -77,26 +77,31 @@ def test_what_cannot_be_adapted_changes_nothing(patterns, words, message):
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
 
 
-def refused():
-    """What a layer itself refuses is in layers/test_module_construction: here two of them."""
-
-    class Sub(nn.Linear):
-        pass
-
-    yield "subclass", Sub(4, 4), "Sub; expected nn.Linear"
-    yield "parametrized", nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "ParametrizedLin"
-    yield "spectral_norm", nn.utils.spectral_norm(nn.Linear(4, 4)), r"computed from.*\(at 'odd'\)"
-    yield "conv3x3", nn.Conv2d(4, 4, 3), "Conv2d; expected .* 1x1 nn.Conv2d without groups"
-    yield "groups", nn.Conv2d(4, 4, 1, groups=2), "Conv2d; expected .* 1x1 nn.Conv2d without groups"
-    yield "max_norm", nn.Embedding(4, 4, max_norm=1.0), r"without max_norm.*\(at 'odd'\)"
-    yield "lazy", nn.LazyLinear(4), "LazyLinear; expected nn.Linear"
-    yield "rnn", nn.LSTM(4, 4), "LSTM; expected nn.Linear"
+class Sub(nn.Linear):
+    pass
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in refused()])
-def test_modules_that_are_refused_by_name(name):
-    module, message = next((m, text) for n, m, text in refused() if n == name)
-    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "odd": module})
+# What a layer itself refuses is in layers/test_module_construction: here two of them.
+REFUSED = {
+    "subclass": (lambda: Sub(4, 4), "Sub; expected nn.Linear"),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        "ParametrizedLinear; expected nn.Linear",
+    ),
+    "spectral_norm": (
+        lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+        r"computed from.*\(at 'odd'\)",
+    ),
+    "conv3x3": (lambda: nn.Conv2d(4, 4, 3), "Conv2d; expected .* 1x1 nn.Conv2d without groups"),
+    "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), r"without max_norm.*\(at 'odd'\)"),
+    "lazy": (lambda: nn.LazyLinear(4), "LazyLinear; expected nn.Linear"),
+    "rnn": (lambda: nn.LSTM(4, 4), "LSTM; expected nn.Linear"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_modules_that_are_refused_by_name(make, message):
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "odd": make()})
     before = list(model.modules())
     with pytest.raises(ValueError, match=message):
         apply_lora(model, LoRAConfig(["plain", "odd"]))
