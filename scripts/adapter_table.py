@@ -10,8 +10,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from adapter_folders import folders
 from adapter_verdicts import TABLE, judge, row
+from trainer_folders import folders
 
 HEAD = """# Folders of trainers
 

@@ -37,9 +37,7 @@ ELSEWHERE = {
     "dequantize_8bit": "launched for a quantised weight, whatever the plan",
     "lora_grouped_entries": "launched for a list of adapters, whatever the plan",
 }
-CANDIDATES = {
-    "lora_gemm 128x128": "what warmup times on Ampere; on Hopper for ranks above 256",
-}
+CANDIDATES = {"lora_gemm 128x128": "what warmup times on Ampere; on Hopper for ranks above 256"}
 
 
 def reason(name: str) -> str:
@@ -116,10 +114,7 @@ def census(card: _C.Card, count: int = PLANS) -> Counter:
 def launched(card: _C.Card) -> set[str]:
     """All that the device's check runs on a card, which is all that a call can launch."""
     found = set()
-    for groups, all_kernels in (
-        (0, _C.all_kernels(card, True)),
-        (3, _C.all_grouped_kernels(card)),
-    ):
+    for groups, all_kernels in ((0, _C.all_kernels(card, True)), (3, _C.all_grouped_kernels(card))):
         for kernels in all_kernels:
             problem, plan = kernels.small_case(card)
             asked = {"choice": "hybrid" if plan.hybrid else "kernel", "tile": plan.tile}

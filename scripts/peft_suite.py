@@ -26,15 +26,20 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "compatibility-suite.md"
-HUB = ROOT / "scripts" / "peft_suite_hub.py"
+HUB = str(ROOT / "scripts" / "peft_suite_hub.py")
 SECONDS = 3600  # of one file
 FAST = ("fused", "library", "added")
+
+# File -> what was noted of its cases as they are, and accelerated.
+Results = dict[str, tuple[dict[str, dict], dict[str, dict]]]
+
 # Files whose cases all need a GPU.
 NEED_GPU = {"test_common_gpu", "test_gptqmodel", "test_gpu_examples"}
 # Files whose cases all need models from the hub.
@@ -66,15 +71,15 @@ def unpacked(folder: Path) -> Path:
     return folder / release
 
 
-def made_hub(folder: Path, keep: bool = False) -> Path:
-    """A folder for HF_HOME that has the models that PEFT's tests load."""
-    hub, made = folder / "hub", folder / "hub-made"
+def made_hub(folder: Path, keep: bool, name: str = "hub", maker: Sequence[str] = (HUB,)) -> Path:
+    """A folder for HF_HOME that has the models that PEFT's tests load, made by a script."""
+    hub, made = folder / name, folder / f"{name}-made"
     if not (keep and hub.exists()):
         for old in (hub, made):
             shutil.rmtree(old, ignore_errors=True)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        with (folder / "hub.log").open("w") as log:
-            command = [sys.executable, str(HUB), str(made)]
+        with (folder / f"{name}.log").open("w") as log:
+            command = [sys.executable, *maker, str(made)]
             subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
         made.rename(hub)
     return hub
@@ -139,78 +144,131 @@ def group_of(entry: dict) -> str:
     return "peft" if any(path.startswith("peft") for path in entry["paths"]) else "none"
 
 
-def report(results: dict[str, tuple[dict, dict]]) -> str:
-    """The document, from file -> (plain, accelerated)."""
-    rows, failures, unable, reasons, left_out = [], [], [], Counter(), Counter()
-    totals: Counter[str] = Counter()
-    without = [name for name, (plain, _) in results.items() if not plain]
-    before = 0  # cases that fail before a LoRA adapter is injected, or of another method
+class Count(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+        rows: (file, counts) and a last one of all.
+        failures: a line for each case that fails accelerated alone.
+        unable: a line for each that fails as it is.
+        left_out: outcome -> how many of those that do not pass as they are.
+    """
+
+    rows: list[tuple[str, Counter[str]]]
+    failures: list[str]
+    unable: list[str]
+    left_out: Counter[str]
+
+    @property
+    def total(self) -> Counter[str]:
+        return self.rows[-1][1]
+
+    def table(self, ways: dict[str, str]) -> list[str]:
+        """ways: what `way_of` may say -> what stands above its column."""
+        return [
+            " | ".join(["| file", "cases", "passed", *ways.values()]) + " |",
+            "| --- " * (3 + len(ways)) + "|",
+            *(
+                f"| {name} | {c['cases']} | {c['passed']} | "
+                + " | ".join(f"{c[f'{way} passed']} of {c[way]}" for way in ways)
+                + " |"
+                for name, c in self.rows
+            ),
+        ]
+
+
+def count(results: Results, adapted: str, way_of: Callable[[dict], str]) -> Count:
+    """adapted: the entry of the cases that count; way_of: which forwards a case ran."""
+    found = Count([], [], [], Counter())
+    total: Counter[str] = Counter()
     for name, (plain, accelerated) in results.items():
         counts: Counter[str] = Counter()
         for case, entry in plain.items():
-            if entry["outcome"] != "passed":
-                left_out[entry["outcome"]] += entry.get("lora", False)
-                if entry["outcome"] == "failed":
-                    before += not entry.get("lora")
-                    unable += [(case, entry["why"].splitlines()[:1])] if entry.get("lora") else []
+            if not entry.get(adapted):
                 continue
-            if not entry.get("lora"):
+            if entry["outcome"] != "passed":
+                found.left_out[entry["outcome"]] += 1
+                if entry["outcome"] == "failed":
+                    found.unable.append(f"- `{case}`: {first_line(entry)}")
                 continue
             ours = accelerated.get(case, {"outcome": "missing", "paths": {}, "why": ""})
-            counts["cases"] += 1
-            counts["passed"] += ours["outcome"] == "passed"
-            counts[group_of(ours)] += 1
-            counts[f"{group_of(ours)} passed"] += ours["outcome"] == "passed"
-            reasons.update(path for path in ours["paths"] if path.startswith("peft: "))
-            if ours["outcome"] != "passed":
-                failures.append((case, ours["outcome"], ours["why"].splitlines()[:1]))
-        if counts["cases"]:
-            totals += counts
-            rows.append((name, counts))
-    rows.append(("all", totals))
-    lines = [
-        f"| {name} | {c['cases']} | {c['passed']} | {c['fast passed']} of {c['fast']} "
-        f"| {c['peft passed']} of {c['peft']} | {c['none passed']} of {c['none']} |"
-        for name, c in rows
-    ]
-    share = 100 * totals["passed"] / max(1, totals["cases"])
-    parts = [
-        "# PEFT's own tests on accelerated models",
-        f"PEFT {version('peft')}, torch {version('torch')}, CPU. Written by "
-        "`python scripts/peft_suite.py`; its docstring says what counts.",
-        f"**{totals['passed']} of {totals['cases']} cases pass, {share:.2f} %**; of those in which "
-        f"a fast path computed a forward, {totals['fast passed']} of {totals['fast']}.",
-        "| file | cases | passed | with a fast forward | with PEFT's forward only "
-        "| without a forward of a LoRA layer |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *lines,
-        "## Why PEFT's own forward ran",
-        "| reason | cases |",
-        "| --- | --- |",
-        *(f"| {text.removeprefix('peft: ')} | {n} |" for text, n in reasons.most_common()),
-        "## Cases that fail accelerated and pass as they are",
-        *(
-            [f"- `{case}`: {outcome}. {' '.join(why)}" for case, outcome, why in failures]
-            or ["None."]
-        ),
-        "## LoRA cases that are left out",
-        ", ".join(f"{count} {outcome}" for outcome, count in left_out.most_common() if count)
-        + " as they are, without acceleration: they need a download, a GPU or another package. "
-        f"Not counted: {before} fail so before a LoRA adapter is injected.",
-        *(f"- `{case}`: {' '.join(why)}" for case, why in unable),
-        "Not run for this table, since all cases ask for a GPU: "
-        f"{', '.join(sorted(NEED_GPU))}; those of quantised bases are below. "
-        f"Without a case of LoRA that can be run: {', '.join(without) or 'none'}.",
-    ]
+            passed, way = ours["outcome"] == "passed", way_of(ours)
+            counts.update({"cases": 1, "passed": passed, way: 1, f"{way} passed": passed})
+            if not passed:
+                found.failures.append(f"- `{case}`: {ours['outcome']}. {first_line(ours)}")
+        if counts:
+            total += counts
+            found.rows.append((name, counts))
+    found.rows.append(("all", total))
+    return found
+
+
+def first_line(entry: dict) -> str:
+    return "".join(entry["why"].splitlines()[:1])
+
+
+def page(parts: list[str]) -> str:
+    """Lines of tables and of lists follow one another, other parts stand apart."""
     text = "\n\n".join(parts) + "\n"
     return re.sub(r"\|\n\n\|", "|\n|", text).replace("\n\n- ", "\n- ")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="files whose name contains this text")
+def report(results: Results) -> str:
+    """The document."""
+    found = count(results, "lora", group_of)
+    total = found.total
+    plain = [(name, case, entry) for name, one in results.items() for case, entry in one[0].items()]
+    reasons = Counter(
+        path.removeprefix("peft: ")
+        for name, case, entry in plain
+        if entry["outcome"] == "passed" and entry.get("lora")
+        for path in results[name][1].get(case, {"paths": {}})["paths"]
+        if path.startswith("peft: ")
+    )
+    before = sum(entry["outcome"] == "failed" and not entry.get("lora") for *_, entry in plain)
+    without = [name for name, (cases, _) in results.items() if not cases]
+    share = 100 * total["passed"] / max(1, total["cases"])
+    ways = {
+        "fast": "with a fast forward",
+        "peft": "with PEFT's forward only",
+        "none": "without a forward of a LoRA layer",
+    }
+    return page(
+        [
+            "# PEFT's own tests on accelerated models",
+            f"PEFT {version('peft')}, torch {version('torch')}, CPU. Written by "
+            "`python scripts/peft_suite.py`; its docstring says what counts.",
+            f"**{total['passed']} of {total['cases']} cases pass, {share:.2f} %**; of those in "
+            f"which a fast path computed a forward, {total['fast passed']} of {total['fast']}.",
+            *found.table(ways),
+            "## Why PEFT's own forward ran",
+            "| reason | cases |",
+            "| --- | --- |",
+            *(f"| {text} | {number} |" for text, number in reasons.most_common()),
+            "## Cases that fail accelerated and pass as they are",
+            *(found.failures or ["None."]),
+            "## LoRA cases that are left out",
+            ", ".join(f"{number} {outcome}" for outcome, number in found.left_out.most_common())
+            + " as they are, without acceleration: they need a download, a GPU or another package. "
+            f"Not counted: {before} fail so before a LoRA adapter is injected.",
+            *found.unable,
+            "Not run for this table, since all cases ask for a GPU: "
+            f"{', '.join(sorted(NEED_GPU))}; those of quantised bases are below. "
+            f"Without a case of LoRA that can be run: {', '.join(without) or 'none'}.",
+        ]
+    )
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--only", default="", help="files whose name contains this text; prints")
     parser.add_argument("--keep", action="store_true", help="take what was recorded before")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peft-suite")
+    return parser
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
     parser.add_argument("--without-hub", action="store_true", help="make no models; print")
     options = parser.parse_args()
     folder = options.folder.resolve()

@@ -247,9 +247,7 @@ def make_adapter(home: Path, name: str) -> None:
     base.name_or_path = adapter.base
     base.config._name_or_path = adapter.base
     config = peft.LoraConfig(
-        task_type=adapter.task_type,
-        target_modules=adapter.target_modules,
-        init_lora_weights=False,
+        task_type=adapter.task_type, target_modules=adapter.target_modules, init_lora_weights=False
     )
     peft.get_peft_model(base, config).save_pretrained(folder / adapter.subfolder)
 

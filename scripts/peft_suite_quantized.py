@@ -18,20 +18,15 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zlib
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import peft_suite
-
-# File -> what was noted of its cases as they are, and accelerated.
-Results = dict[str, tuple[dict[str, dict], dict[str, dict]]]
 
 DOCUMENT = peft_suite.DOCUMENT
 HEADING = "## Quantised bases"
@@ -156,103 +151,34 @@ def make_hub(home: Path) -> None:
         hub.write_data(home, name, "train", data.features, data)
 
 
-def made_hub(folder: Path, keep: bool) -> Path:
-    hub, made = folder / "hub-quantized", folder / "hub-quantized-made"
-    if not (keep and hub.exists()):
-        for old in (hub, made):
-            shutil.rmtree(old, ignore_errors=True)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, "--make-hub", str(made)]
-        with (folder / "hub-quantized.log").open("w") as log:
-            subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
-        made.rename(hub)
-    return hub
+WAYS = {
+    "fused": "with a fused forward",
+    "added": "the base called, the update added",
+    "peft": "with PEFT's forward only",
+    "none": "without a forward of an active adapter",
+}
 
 
 def path_of(entry: dict) -> str:
     """The best way in which a case ran a quantised layer that has active adapters."""
     paths = entry.get("quantized") or {}
-    return next((name for name in ("fused", "added", "peft") if paths.get(name)), "none")
+    return next((name for name in WAYS if paths.get(name)), "none")
 
 
-class Count(NamedTuple):
-    """What came of a run.
-
-    Attributes:
-        rows: (file, counts) and a last one of all.
-        failures: (case, outcome, why) of those that fail accelerated alone.
-        unable: (case, why) of those that fail as they are.
-        left_out: outcome -> how many of those that do not pass as they are.
-    """
-
-    rows: list[tuple[str, Counter[str]]]
-    failures: list[tuple[str, str, str]]
-    unable: list[tuple[str, str]]
-    left_out: Counter[str]
-
-    @property
-    def total(self) -> Counter[str]:
-        return self.rows[-1][1]
-
-    @property
-    def table(self) -> list[str]:
-        ways = ("fused", "added", "peft", "none")
-        return [
-            "| file | cases | passed | with a fused forward | the base called, the update added "
-            "| with PEFT's forward only | without a forward of an active adapter |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *(
-                f"| {name} | {c['cases']} | {c['passed']} | "
-                + " | ".join(f"{c[f'{way} passed']} of {c[way]}" for way in ways)
-                + " |"
-                for name, c in self.rows
-            ),
-        ]
-
-    @property
-    def sentence(self) -> str:
-        total = self.total
-        return (
-            f"**{total['passed']} of {total['cases']} cases that pass on plain PEFT pass "
-            f"accelerated**; a fused path ran in {total['fused']} of them."
-        )
+def sentence(total: Counter[str]) -> str:
+    return (
+        f"**{total['passed']} of {total['cases']} cases that pass on plain PEFT pass "
+        f"accelerated**; a fused path ran in {total['fused']} of them."
+    )
 
 
-def count(results: Results) -> Count:
-    found = Count([], [], [], Counter())
-    total: Counter[str] = Counter()
-    for name, (plain, accelerated) in results.items():
-        counts: Counter[str] = Counter()
-        for case, entry in plain.items():
-            if not entry.get("quantized_lora"):
-                continue
-            if entry["outcome"] != "passed":
-                found.left_out[entry["outcome"]] += 1
-                if entry["outcome"] == "failed":
-                    found.unable.append((case, first_line(entry)))
-                continue
-            ours = accelerated.get(case, {"outcome": "missing", "why": ""})
-            passed, way = ours["outcome"] == "passed", path_of(ours)
-            counts.update({"cases": 1, "passed": passed, way: 1, f"{way} passed": passed})
-            if not passed:
-                found.failures.append((case, ours["outcome"], first_line(ours)))
-        total += counts
-        found.rows.append((name, counts))
-    found.rows.append(("all", total))
-    return found
-
-
-def first_line(entry: dict) -> str:
-    return "".join(entry["why"].splitlines()[:1])[:120]
-
-
-def report(with_kernels: Results, without: Results) -> str:
+def report(with_kernels: peft_suite.Results, without: peft_suite.Results) -> str:
     """The section, from file -> (plain, accelerated), of a processor as it is and of one without
     AVX512_BF16."""
-    first, second = count(with_kernels), count(without)
-    failures = [
-        f"- `{case}`: {end}. {why}" for one in (first, second) for case, end, why in one.failures
-    ]
+    first, second = (
+        peft_suite.count(results, "quantized_lora", path_of) for results in (with_kernels, without)
+    )
+    failures = first.failures + second.failures
     left_out = ", ".join(f"{count} {outcome}" for outcome, count in first.left_out.most_common())
     parts = [
         HEADING,
@@ -266,18 +192,17 @@ def report(with_kernels: Results, without: Results) -> str:
         "test_quantization, which has no LoRA, got four LoRA configurations in its table. Not run: "
         "HQQ, which transformers 5 does not load; LoftQ, which PEFT computes on CUDA; GPTQ, AWQ, "
         "AQLM and EETQ, which are not installed; several GPUs.",
-        f"On a CPU {'with' if has_kernels() else 'without'} AVX512_BF16: {first.sentence}",
-        *first.table,
+        f"On a CPU {'with' if has_kernels() else 'without'} AVX512_BF16: {sentence(first.total)}",
+        *first.table(WAYS),
         "On that CPU as on one without AVX512_BF16, where layers of 4 bits dequantise in eval mode "
-        f"as in training: {second.sentence}",
-        *second.table,
+        f"as in training: {sentence(second.total)}",
+        *second.table(WAYS),
         "Cases that fail accelerated and pass as they are:" + (" none." if not failures else ""),
         *failures,
         f"Left out, since they do not pass on plain PEFT: {left_out or 'none'}.",
-        *(f"- `{case}`: {why}" for case, why in first.unable),
+        *first.unable,
     ]
-    text = "\n\n".join(parts) + "\n"
-    return re.sub(r"\|\n\n\|", "|\n|", text).replace("\n\n- ", "\n- ")
+    return peft_suite.page(parts)
 
 
 def has_kernels() -> bool:
@@ -294,11 +219,8 @@ def found(name: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="files whose name contains this text; prints")
+    parser = peft_suite.parser_of(__doc__)
     parser.add_argument("--cases", default="", help="pytest's -k; prints")
-    parser.add_argument("--keep", action="store_true", help="take what was recorded before")
-    parser.add_argument("--folder", type=Path, default=peft_suite.ROOT / "build" / "peft-suite")
     parser.add_argument("--make-hub", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make_hub:
@@ -306,12 +228,12 @@ def main() -> int:
         return 0
     folder = options.folder.resolve()
     release = on_cpu(peft_suite.unpacked(folder))
-    hub = made_hub(folder, options.keep)
+    hub = peft_suite.made_hub(folder, options.keep, "hub-quantized", [__file__, "--make-hub"])
     os.environ["PEFT_DEBUG_WITH_TORCH_COMPILE"] = "1"
     more = ["-m", "single_gpu_tests or not multi_gpu_tests"]
     more += ["-k", options.cases or f"not ({OTHERS})"]
     records = folder / ("records-quantized-some" if options.cases else "records-quantized")
-    both: tuple[Results, Results] = ({}, {})
+    both: tuple[peft_suite.Results, peft_suite.Results] = ({}, {})
     for name in FILES:
         if options.only not in name:
             continue

@@ -180,6 +180,10 @@ def row(kernel: Kernel) -> dict:
     return {**asdict(kernel), **blocks}
 
 
+def markdown(lines: list) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
 def table(kernels: list[Kernel], opcodes: tuple[str, ...]) -> str:
     columns = ["kernel", "threads", "shared KiB", "registers", "blocks an SM", "on 8.6, 8.9"]
     columns += ["divisions"]
@@ -189,16 +193,16 @@ def table(kernels: list[Kernel], opcodes: tuple[str, ...]) -> str:
         cells = [kernel.name, kernel.threads, f"{kernel.shared_bytes / 1024:.0f}", kernel.registers]
         cells += [found["blocks_per_sm"], found["blocks_per_sm_86"], kernel.divisions]
         lines.append([*cells, *(kernel.opcodes[name] for name in opcodes)])
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return markdown(lines)
 
 
 def table_of_tiles(kernels: list[Kernel]) -> str:
-    lines = ["| kernel | registers | instructions a value | 16-byte stores of a lane |"]
-    lines += ["|---|---|---|---|"]
+    columns = ["kernel", "registers", "instructions a value", "16-byte stores of a lane"]
+    lines = [columns, ["---"] * len(columns)]
     for kernel in sorted(kernels, key=lambda each: each.name):
         cells = kernel.name, kernel.registers, f"{kernel.instructions_a_value:.1f}"
-        lines.append("| " + " | ".join(map(str, (*cells, kernel.wide_stores))) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, kernel.wide_stores])
+    return markdown(lines)
 
 
 def table_of_loops(kernels: list[Kernel]) -> str:
@@ -212,7 +216,7 @@ def table_of_loops(kernels: list[Kernel]) -> str:
             if loop.main and alike not in seen:
                 lines.append([kernel.name, loop.place, *cells])
                 seen.add(alike)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return markdown(lines)
 
 
 def architectures(arguments: list[str]) -> list[str]:

@@ -6,8 +6,10 @@ second try of a wait, behind the rest, and their jumps back are no loops.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import networkx as nx  # which torch needs
 
 LINE = re.compile(
     r"^(?P<label>[.$\w]+):\s*$"
@@ -106,53 +108,9 @@ def successors_of(instructions: list[Instruction], labels: dict[str, int]) -> li
     return found
 
 
-def blocks_of(successors: list[list[int]]) -> tuple[list[range], list[list[int]]]:
-    """Runs of instructions that are entered at the first alone, and which runs follow each."""
-    heads = {0}
-    for index, after in enumerate(successors):
-        if after != [index + 1]:
-            heads.update(after)
-            heads.add(index + 1)
-    starts = sorted(head for head in heads if head < len(successors))
-    ends = [*starts[1:], len(successors)]
-    blocks = [range(start, end) for start, end in zip(starts, ends, strict=True)]
-    number = {block[0]: index for index, block in enumerate(blocks)}
-    return blocks, [[number[each] for each in successors[block[-1]]] for block in blocks]
-
-
-def in_order(head: int, successors: Callable[[int], list[int]]) -> list[int]:
-    """What the head reaches, each before what follows it but by a jump back; by depth first."""
-    order: list[int] = []
-    seen, stack = {head}, [(head, iter(successors(head)))]
-    while stack:
-        block, rest = stack[-1]
-        following = next((each for each in rest if each not in seen), None)
-        if following is None:
-            order.append(block)
-            stack.pop()
-        else:
-            seen.add(following)
-            stack.append((following, iter(successors(following))))
-    return order[::-1]
-
-
-def dominators(successors: list[list[int]]) -> dict[int, set[int]]:
-    """For each block that can be reached from the first: those that every path to it passes."""
-    order = in_order(0, lambda block: successors[block])
-    before: dict[int, list[int]] = {block: [] for block in order}
-    for block in order:
-        for each in successors[block]:
-            before[each].append(block)
-    found = {block: set(order) for block in order}
-    found[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for block in order[1:]:
-            common = set.intersection(*(found[each] for each in before[block])) | {block}
-            changed |= common != found[block]
-            found[block] = common
-    return found
+def graph_of(instructions: list[Instruction], labels: dict[str, int]) -> nx.DiGraph:
+    """Instructions by index, and which may follow each."""
+    return nx.DiGraph(dict(enumerate(successors_of(instructions, labels))))
 
 
 def loops_of(text: str) -> list[Loop]:
@@ -160,28 +118,23 @@ def loops_of(text: str) -> list[Loop]:
     instructions, labels = instructions_of(text)
     if not instructions:
         return []
-    blocks, successors = blocks_of(successors_of(instructions, labels))
-    above = dominators(successors)
-    before: dict[int, list[int]] = {block: [] for block in above}
-    for block in above:
-        for each in successors[block]:
-            before[each].append(block)
+    graph = graph_of(instructions, labels)
+    graph = graph.subgraph({0, *nx.descendants(graph, 0)}).copy()
+    above = nx.immediate_dominators(graph, 0)
+    order = {at: number for number, at in enumerate(nx.dfs_postorder_nodes(graph, 0))}
     bodies: dict[int, set[int]] = {}
-    for tail in above:
-        for head in successors[tail]:
-            if head not in above[tail]:
-                continue
-            body = bodies.setdefault(head, {head})
-            waiting = [tail]
+    for tail, head in graph.edges:
+        at = tail
+        if order[head] >= order[tail]:  # else it leads on
+            while at not in (head, 0):
+                at = above[at]
+        if at == head:  # every path to the tail passes it
+            body, waiting = bodies.setdefault(head, {head}), [tail]
             while waiting:
-                block = waiting.pop()
-                if block not in body:
-                    body.add(block)
-                    waiting += before[block]
-    return [
-        Loop(tuple(instructions[at] for block in sorted(body) for at in blocks[block]))
-        for body in bodies.values()
-    ]
+                if (at := waiting.pop()) not in body:
+                    body.add(at)
+                    waiting += graph.pred[at]
+    return [Loop(tuple(instructions[at] for at in sorted(body))) for body in bodies.values()]
 
 
 def main_loops(loops: list[Loop]) -> Iterator[Loop]:
@@ -198,14 +151,13 @@ def waited_loads(text: str, loop: Loop) -> list[Instruction]:
     All warps of a block stand at the barrier, so no other warp multiplies while they arrive.
     """
     instructions, labels = instructions_of(text)
-    successors = successors_of(instructions, labels)
     inside = {each.address for each in loop.body}
-    waiting = [at for at, each in enumerate(instructions) if each.opcode in BARRIERS]
-    seen: set[int] = set()
-    while waiting:
-        at = waiting.pop()
-        each = instructions[at]
-        if at not in seen and each.address in inside and each.opcode not in MATRIX:
-            seen.add(at)
-            waiting += successors[at]
+    before = [
+        at
+        for at, each in enumerate(instructions)
+        if each.address in inside and each.opcode not in MATRIX
+    ]
+    graph = graph_of(instructions, labels).subgraph(before)
+    barriers = {at for at in graph if instructions[at].opcode in BARRIERS}
+    seen = barriers.union(*(nx.descendants(graph, at) for at in barriers))
     return [instructions[at] for at in sorted(seen) if instructions[at].opcode in PLAIN_LOADS]

@@ -4,10 +4,9 @@ Of a kernel that dequantises the way past its 16-byte stores, which is what a ti
 lora_decode the way round its main loop, which is a step.
 """
 
-from collections import deque
-
+import networkx as nx
 import sass_loops
-from sass_loops import Instruction, instructions_of, successors_of
+from sass_loops import Instruction, graph_of, instructions_of
 
 STORES, MATRIX_LOAD, COPY = "STG", "LDSM", "LDGSTS"
 # Bytes of W that a warp instruction must be worth: an H100 issues four a clock on each SM, and its
@@ -19,35 +18,23 @@ def is_wide_store(instruction: Instruction) -> bool:
     return instruction.opcode == STORES and ".128" in instruction.suffix
 
 
-def shortest(successors: list[list[int]], start: int, ends: set[int]) -> list[int]:
+def shortest(graph: nx.DiGraph, start: int, ends: set[int]) -> list[int]:
     """Indices from the start to the nearest of the ends, both included; [] if none is reached."""
-    before = {start: start}
-    waiting = deque([start])
-    while waiting:
-        at = waiting.popleft()
-        if at in ends:
-            path = [at]
-            while path[-1] != start:
-                path.append(before[path[-1]])
-            return path[::-1]
-        for each in successors[at]:
-            if each not in before:
-                before[each] = at
-                waiting.append(each)
-    return []
+    ways = nx.single_source_shortest_path(graph, start)  # the nearest first
+    return next((way for at, way in ways.items() if at in ends), [])
 
 
 def tile_of(text: str) -> list[Instruction]:
     """The instructions of the way past the stores, in their order; [] without one."""
     instructions, labels = instructions_of(text)
-    successors = successors_of(instructions, labels)
+    graph = graph_of(instructions, labels)
     for at, each in enumerate(instructions):
         if each.opcode == "BRA" and ".DIV" in each.suffix:  # taken by a warp that is not whole
-            successors[at] = [at + 1]
+            graph.remove_edges_from([(at, to) for to in graph[at] if to != at + 1])
     stores = {at for at, each in enumerate(instructions) if is_wide_store(each)}
     exits = {at for at, each in enumerate(instructions) if each.opcode == "EXIT"}
-    first = shortest(successors, 0, stores)
-    rest = shortest(successors, first[-1], exits) if first else []
+    first = shortest(graph, 0, stores)
+    rest = shortest(graph, first[-1], exits) if first else []
     return [instructions[at] for at in (*first, *rest[1:])] if rest else []
 
 
@@ -68,13 +55,10 @@ def step_of(text: str) -> list[Instruction]:
     if len(main) != 1:
         return []
     body = {place[each.address] for each in main[0].body}
-    successors = [
-        [each for each in after if each in body] if at in body else []
-        for at, after in enumerate(successors_of(instructions, labels))
-    ]
+    graph = graph_of(instructions, labels).subgraph(body)
     first = min(at for at in body if instructions[at].opcode == MATRIX_LOAD)
     copies = {at for at in body if instructions[at].opcode == COPY}
     together = {at for at in copies if sum(at < other < at + 24 for other in copies) >= 2}
-    out = shortest(successors, first, together)
-    back = shortest(successors, out[-1], {first}) if out else []
+    out = shortest(graph, first, together)
+    back = shortest(graph, out[-1], {first}) if out else []
     return [instructions[at] for at in (*out, *back[1:-1])] if back else []

@@ -178,15 +178,7 @@ def gpus() -> list[str]:
 
 
 def page() -> str:
-    sections = [
-        HEAD.strip(),
-        kernels(),
-        *gpus(),
-        cpu_targets(),
-        models(),
-        fine_tuning(),
-        peft(),
-    ]
+    sections = [HEAD.strip(), kernels(), *gpus(), cpu_targets(), models(), fine_tuning(), peft()]
     return "\n\n".join(sections) + "\n"
 
 

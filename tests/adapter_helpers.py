@@ -72,6 +72,20 @@ class Tree(nn.Module):
         return x
 
 
+class Tied(nn.Module):
+    """A language model whose first and last layer have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(20, 8)
+        self.lin = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 20, bias=False)
+        self.last.weight = self.emb.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.lin(self.emb(ids))))
+
+
 def make_zoo(dtype: torch.dtype = torch.float64) -> Zoo:
     torch.manual_seed(0)
     return Zoo().to(dtype).eval()

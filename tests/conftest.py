@@ -36,6 +36,7 @@ import pytest
 import torch
 import two_processes
 from helpers import EMULATED, EMULATED_ROUTE
+from rest import REST
 
 import lora_ext
 from lora_ext import _C
@@ -55,36 +56,6 @@ OPTIONAL = {
 # Test id -> route: our kernels, around torch's base product, torch's products alone.
 CUDA = {"cuda": "kernel", "cuda-hybrid": "hybrid", "cuda-library": "library"}
 
-# What `make test` leaves to `make test-rest`, of this folder: tests of the project's own tools (one
-# file has those of build_info, too), and what compiles by torch.compile, exports, trains, or starts
-# processes.
-REST = {
-    "bench",
-    "contract/test_checkpoint.py",
-    "contract/test_compile.py",
-    "contract/test_distributed.py",
-    "contract/test_recompile.py",
-    "cpu",
-    "layers/test_distributed.py",
-    "layers/test_modules_compile.py",
-    "layers/test_modules_export.py",
-    "layers/test_modules_recompile.py",
-    "layers/test_onnx.py",
-    "peft/test_peft_compile.py",
-    "peft/test_peft_suite.py",
-    "peft/test_peft_trainers.py",
-    "project/test_build_backend.py",
-    "project/test_clear_errors.py",
-    "project/test_command_lines.py",
-    "project/test_docs.py",
-    "project/test_fresh_clone.py",
-    "project/test_house.py",
-    "project/test_make.py",
-    "project/test_optional_packages.py",
-    "project/test_verification.py",
-    "project/test_wheel.py",
-    "quantized/test_quantized_distributed.py",
-}
 GIB_PER_WORKER = 2
 
 

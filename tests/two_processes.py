@@ -51,6 +51,43 @@ def half(ids, rank):
     return ids.chunk(WORLD)[rank]
 
 
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def plain_name(name):
+    """Without what checkpointing and compilation put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def gradients_of(model):
+    """Name -> gradient of the trained, whole."""
+    return {
+        plain_name(name): whole(parameter.grad).clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def train(model, batches, ranks, forward=None, optimizer=None, seeds=None):
+    """Steps on the parts of these ranks, averaged; name -> gradient of the last one.
+
+    Args:
+        forward: what computes, such as the model in DistributedDataParallel.
+        seeds: rank -> seed of that process's dropout.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.SGD(trained, 0.05)
+    for batch in batches:
+        optimizer.zero_grad()
+        for rank in ranks:
+            torch.manual_seed(seeds[rank] if seeds else 0)
+            y = (forward or model)(half(batch, rank))
+            (y.float().square().mean() / len(ranks)).backward()
+        optimizer.step()
+    return gradients_of(model)
+
+
 def run(module, folder):
     """Runs the module's cases in both processes.
 

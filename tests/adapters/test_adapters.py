@@ -70,10 +70,6 @@ CONFIGS = {
     "exclude names": {"target_modules": LINEAR, "exclude_modules": ["layers.0.mlp"]},
     "exclude regex": {"target_modules": "all-linear", "exclude_modules": r"head\..*"},
     "dropout": {"target_modules": LINEAR, "lora_dropout": 0.25},
-    "init False": {"target_modules": LINEAR, "init_lora_weights": False},
-    "init gaussian": {"target_modules": LINEAR, "init_lora_weights": "gaussian"},
-    "init orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
-    "init eva": {"target_modules": ["q_proj"], "init_lora_weights": "eva"},
 }
 # PEFT initializes these from float32 weights only.
 FLOAT32_CONFIGS = {

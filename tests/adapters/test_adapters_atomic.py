@@ -55,9 +55,13 @@ class Killed(BaseException):
     pass
 
 
+def raise_killed():
+    raise Killed
+
+
 @contextmanager
-def killed_before(step, halve_writes=True):
-    """Runs `step` steps; from then on nothing has an effect and everything raises."""
+def killed_before(step, halve_writes=True, kill=raise_killed):
+    """Runs `step` steps; from then on nothing has an effect and everything kills."""
     taken = 0
     real = {name: getattr(os, name) for name in STEPS}
     real["fsync"] = lambda descriptor: None  # what a kill leaves does not depend on it
@@ -70,10 +74,10 @@ def killed_before(step, halve_writes=True):
             if taken == step and name == "write" and halve_writes and len(args[1]) > 1:
                 taken += 1
                 real[name](args[0], args[1][: len(args[1]) // 2])
-                raise Killed
+                kill()
             if taken >= step:
                 taken += 1
-                raise Killed
+                kill()
             taken += 1
             return real[name](*args, **kwargs)
 
@@ -157,19 +161,8 @@ def fork_and_kill(folder, adapter, step):
     child = os.fork()
     if child == 0:
         try:
-            taken = 0
-            for name in STEPS:
-                real = getattr(os, name)
-
-                def call(*args, real=real):
-                    nonlocal taken
-                    if taken == step:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    taken += 1
-                    return real(*args)
-
-                setattr(os, name, call)
-            put(folder, adapter)
+            with killed_before(step, kill=lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                put(folder, adapter)
         finally:
             os._exit(7)
     _, status = os.waitpid(child, 0)

@@ -126,9 +126,7 @@ def test_a_valid_file_of_other_entries(edit, message, folder):
 
 
 @settings(
-    deadline=None,
-    max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_random_damage_is_refused_or_harmless(data, pristine, tmp_path):

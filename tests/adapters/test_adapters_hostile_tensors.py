@@ -65,27 +65,15 @@ BAD_TENSORS = {
         put("base_model.model.norm.lora_A.weight", torch.ones(2, 10)),
         r"at 'norm', but the adapter is for a torch.nn.modules.normalization.LayerNorm",
     ),
-    "DoRA": (
-        put(Q0 + "lora_magnitude_vector", torch.ones(16)),
-        "magnitude_vector': DoRA",
-    ),
+    "DoRA": (put(Q0 + "lora_magnitude_vector", torch.ones(16)), "magnitude_vector': DoRA"),
     "lora_bias": (put(Q0 + "lora_B.bias", torch.ones(16)), "lora_B.bias', of a"),
     "no key matches": (
         rename_all(lambda key: key.replace("base_model.model.", "transformer.")),
         "expected tensors such as 'base_model.model.* but none matches; got 'transformer",
     ),
-    "no prefix": (
-        rename_all(lambda key: key.split(".", 2)[2]),
-        "none matches; got 'layers",
-    ),
-    "lower case": (
-        rename(A, A.replace("lora_A", "lora_a")),
-        r"A.weight' is missing; there are",
-    ),
-    "two cases": (
-        put(A.replace("q_proj", "Q_proj"), torch.ones(2, 16)),
-        "got .*layers.0.Q_proj",
-    ),
+    "no prefix": (rename_all(lambda key: key.split(".", 2)[2]), "none matches; got 'layers"),
+    "lower case": (rename(A, A.replace("lora_A", "lora_a")), r"A.weight' is missing; there are"),
+    "two cases": (put(A.replace("q_proj", "Q_proj"), torch.ones(2, 16)), "got .*layers.0.Q_proj"),
     "two spellings": (
         put(A.replace("lora_A", "lora_a"), torch.ones(2, 16)),
         "lora_a.weight', of a",
@@ -113,10 +101,7 @@ BAD_TENSORS = {
         r"rank 2 by the config",
     ),
     "transposed": (change(A, lambda a: a.t()), r"expected shape \[2, 16\].*but got \[16, 2\]"),
-    "in features": (
-        change(A, lambda a: a[:, :15]),
-        r"16 in and 16 out .*got \[2, 15\]",
-    ),
+    "in features": (change(A, lambda a: a[:, :15]), r"16 in and 16 out .*got \[2, 15\]"),
     "out features": (change(B, lambda b: b.repeat(2, 1)), r"but got \[32, 2\]"),
     "one dimension": (change(A, lambda a: a.flatten()), r"but got \[32\]"),
     "four dimensions": (change(A, lambda a: a[..., None, None]), r"but got \[2, 16, 1, 1\]"),
@@ -128,10 +113,7 @@ BAD_TENSORS = {
     "bias": (change(Q0 + "base_layer.bias", lambda b: b[:3]), r"expected shape \[16\].*got \[3\]"),
     "norm": (change(NORM, lambda w: w[:3]), r"norm.weight': expected shape \[10\].*but got \[3\]"),
     # dtypes and values
-    "int8": (
-        change(A, lambda a: a.to(torch.int8)),
-        "lora_A.weight': expected a floating dtype",
-    ),
+    "int8": (change(A, lambda a: a.to(torch.int8)), "lora_A.weight': expected a floating dtype"),
     "int64": (change(B, lambda b: b.to(torch.int64)), "lora_B.weight': expected a floating dtype"),
     "bool": (change(A, lambda a: a > 0), "but got BOOL"),
     "uint8 norm": (change(NORM, lambda w: w.to(torch.uint8)), "norm.weight': expected a floating"),
@@ -139,10 +121,7 @@ BAD_TENSORS = {
         change(A, lambda a: a.to(torch.complex64)),
         "lora_A.weight': expected a floating dtype, but got C64",
     ),
-    "NaN": (
-        change(A, fill(float("nan"))),
-        "lora_A.weight': expected finite values",
-    ),
+    "NaN": (change(A, fill(float("nan"))), "lora_A.weight': expected finite values"),
     "infinity": (change(B, fill(float("inf"), (-1, -1))), "lora_B.weight': expected finite values"),
     "NaN in half": (change(A, lambda a: fill(float("nan"))(a.half())), "expected finite values"),
     "NaN in float8": (

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from adapter_helpers import (
+    Tied,
     Tree,
     assert_unchanged,
     from_peft,
@@ -16,7 +17,6 @@ from adapter_helpers import (
     save_peft,
     state_of,
 )
-from torch import nn
 
 from lora_ext import LoRAConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
@@ -62,18 +62,6 @@ def test_modules_to_save_that_hold_adapters(tmp_path):
     with pytest.raises(AdapterError, match=r"modules_to_save without adapters, but 'layers.0.mlp'"):
         load_adapter(model, tmp_path)
     assert_unchanged(model, before)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(20, 8)
-        self.lin = nn.Linear(8, 8)
-        self.last = nn.Linear(8, 20, bias=False)
-        self.last.weight = self.emb.weight
-
-    def forward(self, ids):
-        return self.last(torch.tanh(self.lin(self.emb(ids))))
 
 
 @pytest.mark.parametrize("names", [["emb"], ["last"], ["emb", "last"]], ids=str)

@@ -28,6 +28,16 @@ def logits(model):
         return model(input_ids=make_ids()).logits
 
 
+def goes_back(base, config, folder, task_type):
+    """An adapter of PEFT's, loaded here and saved again, is PEFT's."""
+    theirs = peft_model(base, **config)
+    save_peft(theirs, folder / "theirs")
+    ours = load_adapter(copy.deepcopy(base), folder / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-11, atol=1e-11)
+    save_adapter(ours, folder / "ours", task_type=task_type)
+    torch.testing.assert_close(logits(from_peft(base, folder / "ours")), logits(theirs))
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -44,13 +54,7 @@ def logits(model):
     ids=lambda config: str(config["target_modules"])[:20],
 )
 def test_a_language_model(config, tmp_path):
-    base = language_model(tie_word_embeddings=False)
-    theirs = peft_model(base, **config)
-    save_peft(theirs, tmp_path / "theirs")
-    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-11, atol=1e-11)
-    save_adapter(ours, tmp_path / "ours", task_type="CAUSAL_LM")
-    torch.testing.assert_close(logits(from_peft(base, tmp_path / "ours")), logits(theirs))
+    goes_back(language_model(tie_word_embeddings=False), config, tmp_path, "CAUSAL_LM")
 
 
 def test_all_linear_written_by_hand(tmp_path):
@@ -72,15 +76,10 @@ def test_a_classifier(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(vocab_size=32, intermediate_size=24, num_labels=3, **sizes)
     base = BertForSequenceClassification(config).double().eval()
-    theirs = peft_model(base, target_modules=["query", "value"], task_type="SEQ_CLS")
-    save_peft(theirs, tmp_path / "theirs")
-    ours = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-11, atol=1e-11)
+    config = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    goes_back(base, config, tmp_path, "SEQ_CLS")
     assert read_adapter_config(tmp_path / "theirs").modules_to_save == ("classifier", "score")
-
-    save_adapter(ours, tmp_path / "ours", task_type="SEQ_CLS")
     assert read_config(tmp_path / "ours")["modules_to_save"] == ["classifier"]
-    torch.testing.assert_close(logits(from_peft(base, tmp_path / "ours")), logits(theirs))
 
 
 def test_an_adapter_for_another_embedding_is_refused(tmp_path):

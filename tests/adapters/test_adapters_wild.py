@@ -1,8 +1,8 @@
 """Folders as people's trainers write them: each loads with PEFT's result, or says what to do."""
 
 import pytest
-from adapter_folders import folders
 from adapter_verdicts import TABLE, judge, row
+from trainer_folders import folders
 
 FOLDERS = folders()
 

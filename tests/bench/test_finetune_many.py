@@ -1,17 +1,12 @@
-"""The demonstration of many adapters: tasks, training among others and alone, serving, claims."""
-
-import copy
-import json
+"""The demonstration of many adapters: tasks, training among others and alone, serving."""
 
 import pytest
 import torch
-from bench_helpers import MACHINE, TinyEncoder, summary
+from bench_helpers import TinyEncoder
 
-from benchmarks import report, results
 from benchmarks.finetune.classifier import Batch
 from benchmarks.finetune.data import Dataset, Text
-from benchmarks.finetune_many import __main__ as demo
-from benchmarks.finetune_many import claims, many_report, serving, tasks, training
+from benchmarks.finetune_many import claims, serving, tasks, training
 from benchmarks.finetune_many.tenants import make_tenants
 
 COUNT, WIDTH = 3, 16
@@ -131,71 +126,3 @@ def test_batches_have_rows_of_each_task_of_similar_length():
         assert part.ids.shape[1] == part.mask.sum(1).max() <= batch.ids.shape[1]
     with pytest.raises(ValueError, match="at most 10 steps"):
         tasks.mixed_batches([task("a", 0)], 11, tokenizer)
-
-
-def document():
-    """A finished run of three steps in which every claim holds."""
-    steps = [[0.7] * 8, [0.6] * 8, [0.5] * 8]
-    served = {"texts": 96, "same_answers": 96, "difference": 1e-6, "accuracy": 0.8}
-    names = {"together": 10.0, "in_turn": 20.0, "peft": 30.0}
-    found = {
-        **results.new_document("finetune_many", MACHINE),
-        "tasks": [{"name": f"area {a}", "rank": 4, "rate": 1e-3} for a in range(8)],
-        "settings": {"steps": 3, "rows": 4},
-        "losses": {name: steps for name in names},
-        "timing": {name: summary(ms, n=3, samples=[ms] * 3) for name, ms in names.items()},
-        "differences": {name: [1e-6] * 8 for name in ("in_turn", "peft", "dropout")},
-        "served": {"float32": served, "bfloat16": {**served, "same_answers": 95}},
-        "memory": {name: {"peak": 2**20} for name in names},
-        "seconds": 100.0,
-    }
-    found = json.loads(json.dumps(found))
-    found["checks"] = claims.evaluate(found)
-    return found
-
-
-BREACHES = {
-    "other losses than alone": lambda d: d["differences"]["in_turn"].__setitem__(3, 2e-3),
-    "other losses than PEFT": lambda d: d["differences"]["peft"].__setitem__(7, 2e-3),
-    "no number": lambda d: d["differences"]["peft"].__setitem__(0, None),
-    "other losses with dropout": lambda d: d["differences"]["dropout"].__setitem__(0, 2e-3),
-    "another answer": lambda d: d["served"]["float32"].update(same_answers=95),
-    "other logits": lambda d: d["served"]["float32"].update(difference=1e-3),
-    "other logits in bfloat16": lambda d: d["served"]["bfloat16"].update(difference=0.1),
-    "logits that are no numbers": lambda d: d["served"]["bfloat16"].update(difference=None),
-    "accuracy": lambda d: d["served"]["float32"].update(accuracy=0.6),
-    "slower than in turn": lambda d: d["timing"]["in_turn"].update(samples=[9.0] * 3),
-    "slower than PEFT": lambda d: d["timing"]["peft"].update(samples=[9.0] * 3),
-}
-
-
-@pytest.mark.parametrize("breach", BREACHES.values(), ids=BREACHES)
-def test_each_claim_can_fail(breach):
-    found = document()
-    assert all(check["holds"] for check in found["checks"])
-    breach(found)
-    found["checks"] = claims.evaluate(found)
-    assert [check["holds"] for check in found["checks"]].count(False) == 1
-
-
-def test_pass_and_miss_are_printed_and_decide_the_exit_status(monkeypatch, tmp_path, capsys):
-    found = document()
-    monkeypatch.setattr(demo, "run", lambda options, say: found)
-    arguments = ["--out", str(tmp_path)]
-    assert demo.main(arguments) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("pass  ") == len(found["checks"]) and "MISS" not in shown
-    worse = copy.deepcopy(found)
-    worse["served"]["float32"]["accuracy"] = 0.5
-    worse["checks"] = claims.evaluate(worse)
-    monkeypatch.setattr(demo, "run", lambda options, say: worse)
-    assert demo.main(arguments) == 1
-    assert "MISS  accuracy of at least 65%" in capsys.readouterr().out
-
-
-def test_the_report_shows_tasks_times_and_pictures(tmp_path):
-    text = report.write(document(), tmp_path / "results.json").read_text()
-    for label in many_report.LABELS.values():
-        assert f"| {label}" in text
-    for expected in ("| area 7", "0.700", "| pass"):
-        assert expected in text

@@ -6,13 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import bench_helpers
 import pytest
-from bench_helpers import MACHINE, dies, is_alive
+from bench_helpers import dies, is_alive
 
-from benchmarks import results
 from benchmarks.gpu import child, children, stages
-from benchmarks.gpu.child import Child, Late, Log
-from benchmarks.gpu.run import Run
+from benchmarks.gpu.child import Log
 
 # A Python in `make gpu`'s place of one that has torch: -S -E, it starts at once.
 QUICK_PYTHON = [sys.executable, "-S", "-E", "-c"]
@@ -22,9 +21,9 @@ BEARS = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=
 
 
 def new_run(folder, seconds=600.0):
-    document = results.new_document("gpu", {**MACHINE, "device": "cuda"})
-    end = time.monotonic() + seconds
-    return Run("cuda", folder, document, False, end, "", Log(folder / "log.txt"))
+    run = bench_helpers.new_run(folder, seconds=seconds)
+    run.log = Log(folder / "log.txt")
+    return run
 
 
 def command_of(code):
@@ -120,11 +119,6 @@ def test_a_log_is_bounded_and_no_disk_stops_it(tmp_path):
     assert 20 <= (tmp_path / "log.txt").stat().st_size < 40
     Log(Path("/dev/full")).write("a line")
     Log(Path("/proc/no/such/folder/log.txt")).write("a line")
-
-
-def test_a_line_that_is_late_is_late():
-    with Child(command_of("import time; time.sleep(600)")) as process, pytest.raises(Late):
-        process.line(time.monotonic() + 0.1)
 
 
 # ---- children that are asked ----
@@ -235,18 +229,18 @@ def test_no_item_begins_after_the_stage_has_had_its_time(tmp_path, fake_worker):
 
 
 @pytest.mark.parametrize(
-    "code", ["import os; os.kill(os.getpid(), 9)", "raise SystemExit(1)", "print('no protocol')"]
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "before it was ready"),
+        ("raise SystemExit(1)", "before it was ready"),
+        ("print('no protocol')", "before it was ready"),
+        ("import time; time.sleep(600)", "not ready in time"),
+    ],
 )
-def test_children_that_never_get_ready_are_given_up(tmp_path, fake_worker, code):
+def test_children_that_never_get_ready_are_given_up(tmp_path, fake_worker, monkeypatch, code, said):
+    monkeypatch.setattr(children, "START_S", 1.0 if "sleep" in code else 300.0)
     fake_worker(code)
-    with pytest.raises(children.CannotStart, match="before it was ready"):
-        asked(new_run(tmp_path), items_of("ok"))
-
-
-def test_a_child_that_hangs_before_it_is_ready_meets_a_limit(tmp_path, fake_worker, monkeypatch):
-    monkeypatch.setattr(children, "START_S", 1.0)
-    fake_worker("import time; time.sleep(600)")
-    with pytest.raises(children.CannotStart, match="not ready in time"):
+    with pytest.raises(children.CannotStart, match=said):
         asked(new_run(tmp_path), items_of("ok"))
 
 

@@ -275,12 +275,3 @@ def test_kernels_that_fail_their_check_are_named(double):
     assert status == 1 and found["status"] == "failed"
     assert found["summary"] == "3 of 3 kernels checked, 3 failed; 0 of them for many adapters"
     assert "pingpong: dx is wrong" in found["tail"]
-
-
-def test_another_build_begins_anew(double, monkeypatch, capsys):
-    double("stress")
-    monkeypatch.setattr(gpu, "sources", lambda: "of other kernels")
-    _, document = double("kernels")
-    assert list(document["stages"]) == ["kernels"]
-    assert "sources differ" in capsys.readouterr().err
-    assert (double.out / "results.json.old").exists()

@@ -1,6 +1,6 @@
 """What becomes of the results of `make gpu`: predictions beside them, report, pictures, keeping."""
 
-import importlib.util
+import runpy
 from dataclasses import replace
 
 import pytest
@@ -139,15 +139,8 @@ def test_the_forward_of_many_adapters_has_a_target(tmp_path, ours, verdict):
     assert gpu_targets.evaluate(run.document) == []
 
 
-def keeper():
-    path = stages.ROOT / "scripts" / "keep_gpu_results.py"
-    spec = importlib.util.spec_from_file_location("keep_gpu_results", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
+    places = runpy.run_path(str(stages.ROOT / "scripts" / "keep_gpu_results.py"))["places"]
     folder, root = tmp_path / "out", tmp_path / "root"
     run = measured_run(folder)
     run.write()
@@ -156,9 +149,7 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
         (folder / name).write_text("")
     table = Table("NVIDIA H100", "2.11.0", "13.0", "0.1.0", "0f", ())
     write_table(table, folder / "tuning" / "a.json")
-    found = {
-        str(target.relative_to(root)) for target in keeper().places(folder, "h100", root).values()
-    }
+    found = {str(target.relative_to(root)) for target in places(folder, "h100", root).values()}
     assert found == {
         "benchmarks/results/h100/gpu/results.json",
         "benchmarks/results/h100/gpu/report.md",
@@ -167,10 +158,10 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
         "lora_ext/winners/measured/a.json",
     }
     with pytest.raises(ValueError, match="expected a name like"):
-        keeper().places(folder, "../h100")
+        places(folder, "../h100")
     new_run(tmp_path / "cpu", MACHINE).write()
     with pytest.raises(ValueError, match="trial on a CPU"):
-        keeper().places(tmp_path / "cpu", "cpu")
+        places(tmp_path / "cpu", "cpu")
     (folder / "tuning" / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="schema"):
-        keeper().places(folder, "h100")
+        places(folder, "h100")

@@ -97,11 +97,7 @@ def test_kept_results_are_read_and_reported(path):
 def test_tiny_run_renders_report(tmp_path):
     path = tmp_path / "results.json"
     document = results.new_document("headline", MACHINE)
-    cells = [
-        small(),
-        small(shapes.FORWARD, "bfloat16", dropout_p=0.05),
-        *shapes.call_cells(),
-    ]
+    cells = [small(), small(shapes.FORWARD, "bfloat16", dropout_p=0.05), *shapes.call_cells()]
     runner.run(cells, document, path, QUICK)
     document["targets"] = evaluate(document)
     results.write(document, path)

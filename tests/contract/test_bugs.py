@@ -2,8 +2,8 @@
 kinds of layer.
 
 Names and docstrings have the peers' public reports. `test_peer_bugs` has those of kernels,
-`test_bugs_in_steps` those of forward and backward; `test_layer_bugs` and `test_peft_bugs` have what
-one kind alone can get wrong.
+`test_bugs_in_steps` those of forward and backward; `test_peft_bugs` has what PEFT's layers alone
+can get wrong.
 """
 
 import copy

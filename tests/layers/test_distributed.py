@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import two_processes
 from helpers import BF16, F32
 from torch import nn
-from two_processes import WORLD, half
+from two_processes import WORLD, gradients_of, half, plain_name, whole
 
 import lora_ext
 from lora_ext import LoRAConfig, apply_lora
@@ -24,6 +24,7 @@ from lora_ext.models import lora_layers, lora_state_dict
 from lora_ext.nn import AdapterSpec
 
 case, test_two_processes = two_processes.cases(__name__)
+BOTH = range(WORLD)
 
 
 # ---- models and steps ----
@@ -78,57 +79,9 @@ def batches(steps=2):
     return torch.randint(11, (steps, 8, 5), generator=generator)
 
 
-def loss_of(model, ids):
-    return model(ids).float().square().mean()
-
-
-def optimizer_of(model):
-    return torch.optim.AdamW(lora_ext.models.lora_plus_groups(model, 0.01))
-
-
-def train_alone(net, steps=2, forward=None, seeds=None):
-    """Steps on the averaged gradients of the halves; the gradients of the last step.
-
-    Args:
-        seeds: rank -> seed of that process's dropout.
-    """
-    optimizer = optimizer_of(net)
-    for ids in batches(steps):
-        optimizer.zero_grad()
-        for rank in range(WORLD):
-            if seeds:
-                torch.manual_seed(seeds[rank])
-            (loss_of(forward or net, half(ids, rank)) / WORLD).backward()
-        optimizer.step()
-    return gradients_of(net)
-
-
-def train_together(net, rank, steps=2, forward=None, seeds=None):
-    optimizer = optimizer_of(net)
-    for ids in batches(steps):
-        optimizer.zero_grad()
-        if seeds:
-            torch.manual_seed(seeds[rank])
-        loss_of(forward or net, half(ids, rank)).backward()
-        optimizer.step()
-    return gradients_of(net)
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def plain_name(name):
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
-def gradients_of(net):
-    """Name -> gradient of the trained, whole."""
-    return {
-        plain_name(name): whole(parameter.grad).clone()
-        for name, parameter in net.named_parameters()
-        if parameter.grad is not None
-    }
+def train(net, ranks, steps=2, forward=None, seeds=None):
+    optimizer = torch.optim.AdamW(lora_ext.models.lora_plus_groups(net, 0.01))
+    return two_processes.train(net, batches(steps), ranks, forward, optimizer, seeds)
 
 
 def values_of(net):
@@ -168,20 +121,8 @@ def ddp_trains_as_one_process(rank):
     for options in ({}, {"init": "pissa", "targets": LINEAR}, {"bias": "all"}):
         net, alone = make_net(**options), make_net(**options)
         wrapped = parallel(net, gradient_as_bucket_view=True)
-        gradients = train_together(net, rank, 3, wrapped)
-        assert_trained_alike(net, alone, gradients, train_alone(alone, 3))
-
-
-@case
-def ddp_with_dropout_checkpointing_and_compile(rank):
-    """Each process draws its own masks; the recomputation draws them again."""
-    seeds = [11, 12]
-    alone = make_net(dropout=0.4)
-    expected = train_alone(alone, 2, seeds=seeds)
-    for wrap in (checkpointed, compiled):
-        net = wrap(make_net(dropout=0.4))
-        gradients = train_together(net, rank, 2, parallel(net), seeds=seeds)
-        assert_trained_alike(net, alone, gradients, expected)
+        gradients = train(net, [rank], 3, wrapped)
+        assert_trained_alike(net, alone, gradients, train(alone, BOTH, 3))
 
 
 def checkpointed(net):
@@ -232,8 +173,8 @@ def fsdp_trains_as_one_process(rank):
         net, alone = make_net(**options), make_net(**options)
         frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
         shard(net, layers)
-        gradients = train_together(net, rank, 2)
-        assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
+        gradients = train(net, [rank], 2)
+        assert_trained_alike(net, alone, gradients, train(alone, BOTH, 2))
         assert all(value.dtype == F32 for value in gradients.values())
         for name, value in values_of(net).items():
             assert name not in frozen or torch.equal(value, frozen[name]), name
@@ -258,8 +199,8 @@ def fsdp_stores_the_weight_of_transposed_layers(rank):
     for layer in net[1:]:
         fully_shard(layer)
     fully_shard(net)
-    gradients = train_together(net, rank, 2)
-    assert_trained_alike(net, alone, gradients, train_alone(alone, 2))
+    gradients = train(net, [rank], 2)
+    assert_trained_alike(net, alone, gradients, train(alone, BOTH, 2))
 
 
 @case
@@ -269,12 +210,11 @@ def fsdp_mixed_precision(rank):
     net, half_net = make_net(), make_net()
     shard(net, mp_policy=bfloat16_policy())
     half_net.to(BF16)
-    gradients = train_together(net, rank, 1)
-    ids = batches(1)[0]
+    gradients = train(net, [rank], 1)
     halves = []
-    for one in range(WORLD):
+    for one in BOTH:
         half_net.zero_grad()
-        loss_of(half_net, half(ids, one)).backward()
+        half_net(half(batches(1)[0], one)).float().square().mean().backward()
         halves.append({name: value.float() for name, value in gradients_of(half_net).items()})
     expected = {name: (value + halves[1][name]) / WORLD for name, value in halves[0].items()}
     assert all(value.dtype == F32 for value in gradients.values())
@@ -293,25 +233,24 @@ def fsdp_under_autocast(rank):
 
         return forward
 
-    gradients = train_together(net, rank, 1, under_autocast(net))
-    assert_equal(gradients, train_alone(alone, 1, under_autocast(alone)))
+    gradients = train(net, [rank], 1, under_autocast(net))
+    assert_equal(gradients, train(alone, BOTH, 1, under_autocast(alone)))
 
 
 @case
-def fsdp_with_checkpointing_and_dropout(rank):
-    """The recomputation gathers the parameters, and draws the masks, again."""
+def dropout_with_checkpointing_and_compile(rank):
+    """Each process draws its own masks; the recomputation draws them again, and gathers the
+    parameters."""
     seeds = [11, 12]
     alone = make_net(dropout=0.4)
-    expected = train_alone(alone, 2, seeds=seeds)
-    assert_differs(expected, train_alone(make_net(dropout=0.4), 2, seeds=[11, 13]))
+    expected = train(alone, BOTH, 2, seeds=seeds)
+    other = train(make_net(dropout=0.4), BOTH, 2, seeds=[11, 13])
+    assert any(not torch.equal(value, other[name]) for name, value in expected.items())
     for wrap in (checkpointed, compiled):
-        net = shard(wrap(make_net(dropout=0.4)))
-        gradients = train_together(net, rank, 2, seeds=seeds)
-        assert_trained_alike(net, alone, gradients, expected)
-
-
-def assert_differs(first, second):
-    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+        for way in (parallel, shard):
+            net = wrap(make_net(dropout=0.4))
+            gradients = train(net, [rank], 2, way(net), seeds=seeds)
+            assert_trained_alike(net, alone, gradients, expected)
 
 
 # ---- state of sharded models ----
@@ -361,8 +300,8 @@ def shards_made_on_the_meta_device(rank):
     net.to_empty(device="cpu")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(net, plain.state_dict() if rank == 0 else {}, options=options)
-    gradients = train_together(net, rank, 2)
-    assert_trained_alike(net, plain, gradients, train_alone(plain, 2))
+    gradients = train(net, [rank], 2)
+    assert_trained_alike(net, plain, gradients, train(plain, BOTH, 2))
 
 
 @case

@@ -106,8 +106,8 @@ class Lifecycle(RuleBasedStateMachine):
     def save_and_load(self):
         self.model.load_state_dict(copy.deepcopy(self.model.state_dict()))
 
-    @rule(merged=st.booleans())
-    def disable(self, merged):
+    @rule()
+    def disable(self):
         with lora_ext.models.disable_adapters(self.model), torch.no_grad():
             assert torch.equal(self.model(self.ids), make_zoo()(self.ids))
 
@@ -205,20 +205,3 @@ def test_200_cycles(tmp_path):
 @pytest.mark.nightly
 def test_10000_cycles(tmp_path):
     check_flat_memory(tmp_path, 10_000)
-
-
-def test_models_and_what_they_share_are_freed():
-    """torchtune#904: something of the library kept models alive. Cycles of the model aside."""
-    model = make_zoo()
-    apply_lora(model, LoRAConfig(TARGETS, 2))
-    lora_ext.models.merge(model)
-    lora_ext.explain(model)
-    watched = [weakref.ref(m) for m in model.modules()]
-    watched += [weakref.ref(p) for p in model.parameters()]
-    layers = [weakref.ref(layer) for _, layer in lora_layers(model)]
-    lora_ext.models.merge_and_unload(model)
-    gc.collect()
-    assert [ref() for ref in layers] == [None] * len(layers)
-    del model
-    gc.collect()
-    assert [ref() for ref in watched] == [None] * len(watched)

@@ -169,17 +169,6 @@ def test_set_adapter_and_delete_while_merged(kind):
     assert torch.equal(layer(x), forward(layer, x, layer.weight, layer.bias))
 
 
-def test_disabled_while_merged(kind):
-    layer, x = make_layer(kind, three_specs(kind)), make_input(kind)
-    base = forward(layer, x, layer.weight, layer.bias)
-    for names in (["a", "b", "c"], ["b"]):
-        layer.merge(names)
-        y = layer(x)
-        with layer.disable_adapters():
-            assert torch.equal(layer(x), base)
-        assert torch.equal(layer(x), y)
-
-
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_merging_within_other_modes(kind, context):
     """The same bits, no graph, and no inference tensors: x may want a gradient afterwards."""

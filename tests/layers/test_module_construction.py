@@ -54,22 +54,16 @@ def test_the_constructor_draws_as_nn_linear_does():
     assert torch.equal(LoRALinear(6, 5).weight, plain.weight)
 
 
+BAD_WORDS = {
+    "r": (-1, 513, 2.0, True),
+    "alpha": (float("nan"), float("inf"), "8"),
+    "dropout": (1.0, -0.1, float("nan")),
+    "init": ("zeros",),
+}
+
+
 @pytest.mark.parametrize(
-    "words",
-    [
-        {"r": -1},
-        {"r": 513},
-        {"r": 2.0},
-        {"r": True},
-        {"alpha": float("nan")},
-        {"alpha": float("inf")},
-        {"alpha": "8"},
-        {"dropout": 1.0},
-        {"dropout": -0.1},
-        {"dropout": float("nan")},
-        {"init": "zeros"},
-    ],
-    ids=str,
+    "words", [{key: value} for key, values in BAD_WORDS.items() for value in values], ids=str
 )
 def test_bad_words_are_refused_before_anything_is_allocated(words):
     with pytest.raises(ValueError, match=r"lora_ext\.nn\.AdapterSpec: expected .* but got"):

@@ -6,16 +6,7 @@ import torch
 from helpers import BF16, F32, F64, KERNEL_ROWS, max_error, rms_error, short
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_helpers import (
-    IN,
-    KINDS,
-    OUT,
-    exact,
-    in_peft_order,
-    make_input,
-    make_layer,
-    randomize,
-)
+from layer_helpers import IN, KINDS, OUT, exact, in_peft_order, make_input, make_layer, randomize
 from torch import nn
 
 from lora_ext import LoRALinear
@@ -80,31 +71,6 @@ def test_an_embedding_of_any_gradient(sparse):
 
 
 # ---- several adapters ----
-
-
-def test_ranks_that_sum_to_more_than_512():
-    specs = {f"a{i}": AdapterSpec(200, 100.0) for i in range(3)}
-    for dtype in (F32, BF16):
-        layer = make_layer("linear", specs, dtype)
-        assert layer.path()[0] == "library"
-        assert "512" in layer.path()[1]
-        assert_no_worse_than_peft(layer, make_input("linear", dtype, (64,)))
-        layer.set_adapter(["a2", "a0"])
-        assert "more than 512" not in layer.path()[1]
-        assert_no_worse_than_peft(layer, make_input("linear", dtype, (64,)))
-
-
-def test_adapters_of_different_dtypes():
-    layer = make_layer("linear", {"a": AdapterSpec(4, 6.0)}, BF16)
-    layer.add_adapter("b", AdapterSpec(3, 2.0), BF16)
-    randomize(layer)
-    for names in (["a", "b"], ["b", "a"]):
-        layer.set_adapter(names)
-        assert layer.path() == (
-            "library",
-            f"adapters {names[0]!r} and {names[1]!r} differ in dtype: added by torch",
-        )
-        assert_no_worse_than_peft(layer, make_input("linear", BF16, (64,)))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)

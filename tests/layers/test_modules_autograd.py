@@ -1,4 +1,4 @@
-"""Layers in autograd: inference mode, merged tensors, in-place activations on y, hooks."""
+"""Layers in autograd: in-place activations on y, hooks."""
 
 import copy
 
@@ -7,36 +7,7 @@ import torch
 import torch.nn.functional as F
 from step_helpers import OUT, assert_same, make, run
 
-from lora_ext.nn import AdapterSpec
-
 pytestmark = pytest.mark.usefixtures("forget_graphs")
-
-
-def test_made_in_inference_mode():
-    """A merge there leaves nothing that a later step trips over, and adapters made there train."""
-    layer, x = make("lora_bias", 0.0)
-    with torch.inference_mode():
-        layer.eval()
-        layer.merge()
-        inside = layer(x)
-        layer.add_adapter("second", AdapterSpec(2, 4))
-    merged_step = run(layer, layer, x)
-    assert torch.equal(merged_step["y"], inside)
-    assert merged_step["dx"] is not None
-    layer.train()
-    layer.set_adapter("second")
-    step = run(layer, layer, x)
-    assert step["lora_b.second"].abs().max() > 0
-
-
-def test_merged_tensors_are_no_part_of_a_graph():
-    """A merged lora_bias too: copies are possible, and each backward is the first one."""
-    layer, x = make("merged lora_bias", 0.0)
-    assert not layer.merged_weight.requires_grad
-    assert not layer.merged_bias.requires_grad
-    copied = copy.deepcopy(layer)
-    for _ in range(2):
-        assert_same(run(copied, copied, x), run(layer, layer, x))
 
 
 @pytest.mark.parametrize(

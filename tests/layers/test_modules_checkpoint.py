@@ -6,15 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from step_helpers import (
-    IN,
-    ROWS,
-    Pair,
-    assert_same,
-    make,
-    randomized,
-    run,
-)
+from step_helpers import IN, ROWS, Pair, assert_same, make, randomized, run
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -28,20 +20,6 @@ from lora_ext import LoRAConfig, apply_lora
 pytestmark = pytest.mark.usefixtures("forget_graphs")
 
 
-def checkpointed(module, use_reentrant, **options):
-    def step(x):
-        def region(x):
-            return F.relu(module(x))
-
-        return checkpoint(region, x, use_reentrant=use_reentrant, **options)
-
-    return step
-
-
-def plain_region(module):
-    return lambda x: F.relu(module(x))
-
-
 def save_products(_context, op, *_args, **_kwargs):
     """A policy of selective checkpointing: our products are kept, the rest is recomputed."""
     if op is torch.ops.lora_ext.lora_linear_forward.default:
@@ -51,9 +29,15 @@ def save_products(_context, op, *_args, **_kwargs):
 
 def test_selective_checkpoint(counter):
     module, x = make("linear", 0.4)
-    plain = run(plain_region(module), module, x)
     contexts = partial(create_selective_checkpoint_contexts, save_products)
-    step = checkpointed(module, False, context_fn=contexts)
+
+    def region(x):
+        return F.relu(module(x))
+
+    def step(x):
+        return checkpoint(region, x, use_reentrant=False, context_fn=contexts)
+
+    plain = run(region, module, x)
     assert_same(run(step, module, x), plain)
     assert_same(run(torch.compile(step, backend=counter, fullgraph=True), module, x), plain)
 

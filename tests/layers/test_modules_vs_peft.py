@@ -1,4 +1,8 @@
-"""The layers beside real PEFT with the same tensors: outputs, gradients, patterns and inits."""
+"""The layers beside real PEFT with the same tensors: sums by torch, patterns and inits.
+
+Of one call, `contract/test_numerics` compares outputs and gradients with PEFT's operations, and
+`adapters/test_adapters` outputs with those of PEFT's folders.
+"""
 
 import copy
 import warnings
@@ -19,20 +23,14 @@ from lora_ext.models import lora_layers
 HEIGHT = 40
 MAKERS = {
     "linear": lambda: nn.Linear(24, HEIGHT),
-    "linear without bias": lambda: nn.Linear(24, HEIGHT, bias=False),
     "conv1d": lambda: Conv1D(HEIGHT, 24),
     "embedding": lambda: nn.Embedding(50, HEIGHT, padding_idx=3),
     "conv2d": lambda: nn.Conv2d(24, HEIGHT, 1),
-    "strided conv2d": lambda: nn.Conv2d(24, HEIGHT, 1, stride=2),
 }
 
 
-def make_x(kind, dtype, rows=60):
-    generator = torch.Generator().manual_seed(2)
-    if kind == "embedding":
-        return torch.randint(0, 50, (rows,), generator=generator)
-    shape = (2, 24, 5, 6) if "conv2d" in kind else (rows, 24)
-    return torch.randn(shape, generator=generator).to(dtype)
+def make_x(dtype, rows=60):
+    return torch.randn(rows, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
 def peft_of(model, adapters, **options):
@@ -85,65 +83,16 @@ def peft_tensors(layer, name):
     return found if b.bias is None else {**found, "lora_bias": b.bias}
 
 
-def run(model, x):
-    """(y, dx or None, gradients by (layer, table, adapter))."""
-    x = x.clone().requires_grad_(x.is_floating_point())
-    y = model(x)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype)
-    y.backward(grad)
-    return y.detach(), x.grad
-
-
-def grads_of(model):
-    found = {}
-    for path, layer in model.named_modules():
-        if is_peft(layer):
-            path = path.removeprefix("base_model.model.")
-            for name in layer.scaling:
-                found |= {(path, t, name): p.grad for t, p in peft_tensors(layer, name).items()}
-        elif isinstance(layer, lora_ext.nn.LoRALayer):
-            for table in ("lora_a", "lora_b", "lora_bias"):
-                entries = getattr(layer, table).items()
-                found |= {(path, table, name): p.grad for name, p in entries}
-    return found
-
-
-ADAPTERS = {
-    "one": {"a": {"r": 4, "lora_alpha": 6.0}},
-    "rslora": {"a": {"r": 4, "lora_alpha": 6.0, "use_rslora": True}},
-    "lora_bias": {"a": {"r": 4, "lora_alpha": 6.0, "lora_bias": True}},
-    "three": {
-        "a": {"r": 4, "lora_alpha": 6.0},
-        "b": {"r": 2, "lora_alpha": -3.0},
-        "c": {"r": 5, "lora_alpha": 5.0, "use_rslora": True},
-    },
-}
-
-
-@pytest.mark.parametrize("adapters", ADAPTERS)
-@pytest.mark.parametrize("kind", MAKERS)
-def test_same_in_float64(kind, adapters):
-    """Outputs and all gradients, to the last few bits."""
-    if kind == "embedding" and adapters == "lora_bias":
-        pytest.skip("PEFT has no lora_bias on embeddings")
-    words = {n: {**w, "target_modules": ["0"]} for n, w in ADAPTERS[adapters].items()}
-    model = nn.Sequential(MAKERS[kind]()).double()
-    ours, peft = ours_of(model, words), peft_of(model, words)
-    give_factors(ours, peft)
-    x = make_x(kind, F64)
-    for value, wanted in zip(run(ours, x), run(peft, x), strict=True):
-        if wanted is not None:
-            torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
-    grads, wanted = grads_of(ours), grads_of(peft)
-    assert grads.keys() == wanted.keys()
-    for key, value in grads.items():
-        assert value is not None, key
-        torch.testing.assert_close(value, wanted[key].reshape(value.shape), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("different", ["dtype", "dropout", "rank"])
+@pytest.mark.parametrize(
+    ("different", "reason"),
+    [
+        ("dtype", "adapters 'a' and 'b' differ in dtype: added by torch"),
+        ("dropout", "adapters 'a' and 'b' differ in dropout: added by torch"),
+        ("rank", "more than 512"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
-def test_same_bits_where_torch_adds(dtype, different):
+def test_same_bits_where_torch_adds(dtype, different, reason):
     """Adapters that one call cannot hold are added in PEFT's order, bit for bit."""
     words = {
         "a": {"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]},
@@ -161,11 +110,11 @@ def test_same_bits_where_torch_adds(dtype, different):
         peft.base_model.model[0].lora_A["b"].to(BF16)
         peft.base_model.model[0].lora_B["b"].to(BF16)
     give_factors(ours, peft)
-    assert ours[0].path()[0] == "library"
+    assert ours[0].path()[0] == "library" and reason in ours[0].path()[1]
     outputs = []
     for m in (ours, peft):
         torch.manual_seed(11)  # the same dropout mask
-        outputs.append(m(make_x("linear", dtype)))
+        outputs.append(m(make_x(dtype)))
     assert torch.equal(*outputs)
 
 
@@ -242,7 +191,7 @@ def test_what_is_trained_as_in_peft(bias):
 # ---- inits ----
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "conv2d"])
+@pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("init", [True, "gaussian"])
 def test_first_values_are_distributed_as_pefts(kind, init):
     words = {"r": 64, "lora_alpha": 6.0, "target_modules": ["0"]}
@@ -284,7 +233,7 @@ def test_pissa_and_olora_are_pefts_function(init, dtype):
     """PEFT trains on W - s B0 A0, we on W + s (B A - B0 A0)."""
     model, ours, peft = with_init(init, dtype)
     assert torch.equal(ours[0].weight, model[0].weight)
-    x = make_x("linear", dtype, 400)
+    x = make_x(dtype, 400)
     with torch.no_grad():
         y, theirs, wanted = ours(x), peft(x), exact(ours[0], x)
     # Sums of 28 terms differ by some units of the last place with the library that makes them.

@@ -14,28 +14,6 @@ from lora_ext.nn import AdapterSpec, fused
 from lora_ext.nn.quick import quick_operands
 
 SPECS = {"a": AdapterSpec(4, 6.0, dropout=0.25), "b": AdapterSpec(3, 3.0)}
-# What changes -> whether the quick decision may still answer.
-CHANGES = {
-    "nothing": True,
-    "eval": True,
-    "trained bias": True,
-    "another adapter": True,
-    "half weight, float32 adapters": True,
-    "half weight and adapters": True,
-    "several": False,
-    "none active": False,
-    "merged": False,
-    "disabled": False,
-    "packed": True,
-    "a dropped pack": False,
-    "autocast, half adapters": False,
-    "half adapters, x in another dtype": False,
-    "lora_bias": False,
-    "pissa": False,
-    "parametrized weight": False,
-    "parametrized factor": False,
-    "x of a subclass": False,
-}
 
 
 class Subclass(torch.Tensor):
@@ -47,38 +25,49 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+def pack(layer):
+    layer.packed = prepack(layer.weight)
+    return layer.packed
+
+
+def nothing(layer):
+    pass
+
+
+parametrized = parametrize.register_parametrization
+# What changes -> (whether the quick decision may still answer, what is done to the layer).
+CHANGES = {
+    "nothing": (True, nothing),
+    "eval": (True, lambda layer: layer.eval()),
+    "trained bias": (True, lambda layer: layer.bias.requires_grad_()),
+    "another adapter": (True, lambda layer: layer.set_adapter("b")),
+    "half weight, float32 adapters": (True, nothing),
+    "half weight and adapters": (True, nothing),
+    "several": (False, lambda layer: layer.set_adapter(["a", "b"])),
+    "none active": (False, lambda layer: layer.set_adapter([])),
+    "merged": (False, lambda layer: layer.eval().merge()),
+    "disabled": (False, nothing),
+    "packed": (True, pack),
+    "a dropped pack": (False, lambda layer: pack(layer).drop()),
+    "autocast, half adapters": (False, nothing),
+    "half adapters, x in another dtype": (False, nothing),
+    "lora_bias": (False, nothing),
+    "pissa": (False, nothing),
+    "parametrized weight": (False, lambda layer: parametrized(layer, "weight", Doubled())),
+    "parametrized factor": (False, lambda layer: parametrized(layer.lora_b, "a", Doubled())),
+    "x of a subclass": (False, nothing),
+}
+
+
 def layer_with(change: str):
     """A LoRALinear with two adapters, the first of them active, and what is to differ."""
-    specs = dict(SPECS)
-    if change == "lora_bias":
-        specs["a"] = AdapterSpec(4, 6.0, lora_bias=True)
-    elif change == "pissa":
-        specs["a"] = AdapterSpec(4, 6.0, init="pissa")
+    own = {"lora_bias": {"lora_bias": True}, "pissa": {"init": "pissa"}}.get(change)
+    specs = SPECS | ({} if own is None else {"a": AdapterSpec(4, 6.0, **own)})
     dtype = BF16 if "half" in change else F32
     adapters = BF16 if "half adapters" in change or "weight and adapters" in change else None
     layer = make_layer("linear", specs, dtype, adapters)
     layer.set_adapter("a")
-    if change == "eval":
-        layer.eval()
-    elif change == "trained bias":
-        layer.bias.requires_grad_()
-    elif change == "another adapter":
-        layer.set_adapter("b")
-    elif change == "several":
-        layer.set_adapter(["a", "b"])
-    elif change == "none active":
-        layer.set_adapter([])
-    elif change == "merged":
-        layer.eval().merge()
-    elif change == "packed":
-        layer.packed = prepack(layer.weight)
-    elif change == "a dropped pack":
-        layer.packed = prepack(layer.weight)
-        layer.packed.drop()
-    elif change == "parametrized weight":
-        parametrize.register_parametrization(layer, "weight", Doubled())
-    elif change == "parametrized factor":
-        parametrize.register_parametrization(layer.lora_b, "a", Doubled())
+    CHANGES[change][1](layer)
     return layer
 
 
@@ -103,9 +92,9 @@ def test_the_quick_decision_is_the_full_one(change, monkeypatch):
     monkeypatch.setattr(fused, "lora_linear", lambda *operands: called.append(operands))
     with region(change, layer):
         operands = quick_operands(layer, x)
-        if CHANGES[change]:
+        if CHANGES[change][0]:
             layer.adapted(x)
-    assert (operands is not None) == CHANGES[change]
+    assert (operands is not None) == CHANGES[change][0]
     if operands is None:
         return
     ((full_x, *full),) = called

@@ -32,23 +32,6 @@ def trained(model):
 # ---- choosing ----
 
 
-def test_delete_adapter():
-    model, ids = model_with("a", "b"), make_ids()
-    apply_lora(model, PISSA, "c")
-    lora_ext.models.set_adapter(model, "b")
-    y = model(ids)
-    lora_ext.models.set_adapter(model, ["c", "a", "b"])
-    for name in ("a", "c"):
-        lora_ext.models.delete_adapter(model, name)
-        assert not any(key.endswith(f".{name}") for key in model.state_dict())
-    assert {layer.active_adapters for _, layer in lora_layers(model)} == {("b",), ()}
-    assert torch.equal(model(ids), y)
-    with pytest.raises(ValueError, match=r"delete_adapter: expected distinct names out of \['b'"):
-        lora_ext.models.delete_adapter(model, "a")
-    lora_ext.models.delete_adapter(model, "b")
-    assert torch.equal(model(ids), make_zoo()(ids))
-
-
 def test_disabling_in_two_threads_that_overlap():
     model, ids = model_with("a"), make_ids()
     base, entered, left = make_zoo()(ids), threading.Event(), threading.Event()

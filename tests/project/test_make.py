@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REST
+from rest import REST
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +17,13 @@ SAYS = """#!/bin/sh
 echo "cuda=$LORA_EXT_CUDA archs=$TORCH_CUDA_ARCH_LIST"
 echo "arguments: $*"
 """
+
+
+def called(*arguments) -> str:
+    """What make prints."""
+    done = subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def program(path: Path, text: str) -> Path:
@@ -39,14 +46,7 @@ def make(tmp_path, monkeypatch):
     program(tmp_path / "tools" / "nvidia-smi", "#!/bin/sh\nexit 9\n")
 
     def run(*arguments: str) -> str:
-        done = subprocess.run(
-            ["make", "--silent", f"VENV={venv}", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return called("--silent", f"VENV={venv}", *arguments)
 
     run.smi = tmp_path / "tools" / "nvidia-smi"
     run.venv = venv
@@ -166,14 +166,10 @@ exec {sys.executable} "$@"
 def test_a_python_without_ensurepip_lends_its_pip_with_torch(tmp_path):
     python = program(tmp_path / "bin" / "python3", WITHOUT_ENSUREPIP)
     venv = tmp_path / "new"
-    command = ["make", "--silent", f"VENV={venv}", f"PYTHON={python}", str(venv / ".torch")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    called("--silent", f"VENV={venv}", f"PYTHON={python}", str(venv / ".torch"))
     code = "import pip, setuptools, sys, torch; print(sys.prefix)"
-    found = subprocess.run(
-        [venv / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == str(venv)
+    found = subprocess.check_output([venv / "bin" / "python", "-c", code], text=True)
+    assert found.strip() == str(venv)
 
 
 def test_tools_of_lent_packages_are_those_of_the_python_that_lends(tmp_path):
@@ -188,9 +184,7 @@ def test_tools_of_lent_packages_are_those_of_the_python_that_lends(tmp_path):
         program(folder / name, f"#!/bin/sh\necho {says}\n")
     for stamp in (".torch", ".built-cpu"):
         (venv / stamp).touch()
-    command = ["make", "--silent", f"VENV={venv}", f"PYTHON={python}", str(venv / ".tools")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    called("--silent", f"VENV={venv}", f"PYTHON={python}", str(venv / ".tools"))
     said = [subprocess.check_output([venv / "bin" / name]) for name in ("ruff", "vermin")]
     assert said == [b"lent\n", b"own\n"]
     assert not os.path.lexists(venv / "bin" / "pyright")
@@ -222,7 +216,5 @@ def test_what_a_recipe_calls_is_looked_for():
 @pytest.mark.parametrize("target", targets())
 def test_what_a_target_calls_is_there(tmp_path, target):
     """From nothing: every rule that the target needs is printed."""
-    command = ["make", "--dry-run", f"VENV={tmp_path / 'venv'}", target]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() and absent(done.stdout) == []
+    recipes = called("--dry-run", f"VENV={tmp_path / 'venv'}", target)
+    assert recipes.strip() and absent(recipes) == []

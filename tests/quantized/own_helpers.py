@@ -67,6 +67,7 @@ _PACKAGES = {"torchao": "torchao", "hqq": "hqq", "gguf": "transformers", "fp8": 
 KINDS = [
     pytest.param(kind, marks=needs(_PACKAGES.get(kind, "bitsandbytes")), id=kind) for kind in MAKERS
 ]
+MAKERS["dense"] = of(lambda layer, dtype: layer.to(dtype))  # to compare with
 # Whose own product is not that of the op: torchao scales after it, the others round before they add
 # the bias.
 ROUNDED = {"torchao": DTYPES, "hqq": (BF16,), "gguf": (BF16,)}
@@ -138,12 +139,29 @@ def exact(layer: LoRALayer, x: Tensor) -> Tensor:
     return y
 
 
+def make_grad(y: Tensor) -> Tensor:
+    """The same dy each time."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype)
+
+
+def exact_gradients(layer: LoRALayer, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Of x and of the default adapter, from the formulas in float64."""
+    grad, x, weight = grad.double(), x.double(), weight_of(layer, x)
+    lora_a, lora_b = (factor.detach().double() for factor in layer.factors("default"))
+    scaling = layer.adapters["default"].scaling
+    return {
+        "x": grad @ weight + scaling * (grad @ lora_b @ lora_a),
+        "lora_a.default": scaling * (grad @ lora_b).t() @ x,
+        "lora_b.default": scaling * grad.t() @ (x @ lora_a.t()),
+        "lora_bias.default": scaling * grad.sum(0),
+    }
+
+
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """y, the gradient of x and those of all parameters that have one, for a fixed dy."""
     leaf = x.detach().clone().requires_grad_()
     y = model(leaf)
-    generator = torch.Generator().manual_seed(4)
-    y.backward(torch.randn(y.shape, generator=generator).to(y.dtype))
+    y.backward(make_grad(y))
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": leaf.grad, **found}
 

@@ -37,13 +37,13 @@ def eight_bit_layer():
     return nn.Sequential(layer).to("cpu")[0]
 
 
-def with_lora(layer, **words):
+def with_lora(layer, adapter="default", **words):
     holder = nn.Sequential(layer)
     holder.is_loaded_in_4bit = isinstance(layer, bnb.nn.Linear4bit)
     holder.is_loaded_in_8bit = not holder.is_loaded_in_4bit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(holder, LoraConfig(r=8, target_modules=["0"], **words))
+        return get_peft_model(holder, LoraConfig(r=8, target_modules=["0"], **words), adapter)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
@@ -196,12 +196,8 @@ def test_a_base_with_a_hook_is_called():
 
 @pytest.mark.parametrize("layer", [four_bit_layer, eight_bit_layer], ids=["nf4", "int8"])
 def test_rows_with_adapters_of_their_own(layer):
-    words = {"r": 8, "target_modules": ["0"]}
-    holder = nn.Sequential(layer())
-    holder.is_loaded_in_4bit = layer is four_bit_layer
-    holder.is_loaded_in_8bit = not holder.is_loaded_in_4bit
-    model = get_peft_model(holder, LoraConfig(**words), "a")
-    model.add_adapter("b", LoraConfig(**{**words, "r": 4}))
+    model = with_lora(layer(), "a")
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["0"]))
     randomize(model)
     x = torch.randn(6, 3, K).to(BF16)
     names = ["a", None, "b", "a", "b", None]

@@ -100,20 +100,6 @@ def test_values(name):
     assert torch.allclose(values, torch.from_numpy(wanted), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
-def test_quantised_by_ggml(name):
-    from gguf import GGMLQuantizationType, quants
-
-    layer = make_layer(name, rows=37, blocks=5)
-    values = torch.randn(37, layer.in_features, generator=torch.Generator().manual_seed(5))
-    packed = quants.quantize(values.numpy(), GGMLQuantizationType(layer.ggml_type))
-    layer.weight.data = torch.from_numpy(packed)
-    weight = found(layer, None).weight.dequantize(F32)
-    step = values.abs().max() / (127 if name == "Q8_0" else 8)
-    assert (weight - values).abs().max() <= 1.1 * step
-
-
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"])

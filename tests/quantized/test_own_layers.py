@@ -18,8 +18,10 @@ from own_helpers import (
     WIDTH,
     base,
     exact,
+    exact_gradients,
     gradients,
     in_peft,
+    make_grad,
     make_x,
     one_layer,
     weight_of,
@@ -71,15 +73,8 @@ def test_errors_are_at_most_pefts(kind, pair):
     theirs = in_peft(base(kind, dtype), layer)
     x = make_x(dtype)
     found, other = gradients(layer, x), gradients(theirs, x)
-    wide = x.double().requires_grad_()
-    factors = [f.detach().double().requires_grad_() for f in layer.factors("default")]
-    scaling = layer.adapters["default"].scaling
-    y = wide @ weight_of(layer, x).t() + layer.bias.double()
-    y = y + scaling * (wide @ factors[0].t() @ factors[1].t())
-    generator = torch.Generator().manual_seed(4)
-    y.backward(torch.randn(y.shape, generator=generator).to(found["y"].dtype).double())
-    names = ("y", "x", "lora_a.default", "lora_b.default")
-    exacts = dict(zip(names, (y.detach(), wide.grad, *(f.grad for f in factors)), strict=True))
+    exacts = {"y": exact(layer, x).detach(), **exact_gradients(layer, x, make_grad(found["y"]))}
+    del exacts["lora_bias.default"]
     part = "base_model.model.0.lora_{}.default.weight"
     for name, wanted in exacts.items():
         their_name = part.format(name[5].upper()) if name.startswith("lora") else name
@@ -92,20 +87,11 @@ def test_errors_are_at_most_pefts(kind, pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind):
-    """By finite differences of the formula: of x, of both factors and of a lora_bias."""
+    """Those of the formulas: of x, of both factors and of a lora_bias."""
     layer, x = one_layer(kind, lora_bias=True), make_x()
     found = gradients(layer, x)
     assert set(found) == {"y", "x", "lora_a.default", "lora_b.default", "lora_bias.default"}
-    generator = torch.Generator().manual_seed(4)
-    grad = torch.randn(found["y"].shape, generator=generator).double()
-    weight, scaling = weight_of(layer, x), layer.adapters["default"].scaling
-    lora_a, lora_b = (factor.detach().double() for factor in layer.factors("default"))
-    wanted = {
-        "x": grad @ weight + scaling * (grad @ lora_b @ lora_a),
-        "lora_a.default": scaling * (grad @ lora_b).t() @ x.double(),
-        "lora_b.default": scaling * grad.t() @ (x.double() @ lora_a.t()),
-        "lora_bias.default": scaling * grad.sum(0),
-    }
+    wanted = exact_gradients(layer, x, make_grad(found["y"]))
     for name, value in wanted.items():
         assert (found[name] - value).abs().max() <= 2e-5 * value.abs().max(), name
 

@@ -16,6 +16,7 @@ from own_helpers import (
     adapted,
     base,
     gradients,
+    make_grad,
     make_x,
     same,
 )
@@ -133,7 +134,7 @@ def test_a_state_dict_goes_back(kind):
     missing, unexpected = other.load_state_dict(lora_state_dict(model), strict=False)[:2]
     assert torch.equal(other(x), y)
     assert not unexpected and not any("lora_" in name for name in missing)
-    if isinstance(model.up, _four_bit_class()):
+    if kind.startswith(("nf4", "fp4")):
         # It has no entry for what describes its weight, with adapters or without.
         for one in (model, Net(kind)):
             with pytest.raises(RuntimeError, match=r"Unexpected key.*up\.weight\.absmax"):
@@ -143,14 +144,6 @@ def test_a_state_dict_goes_back(kind):
     nn.init.zeros_(other.up.lora_b["default"])
     other.load_state_dict(state(model))
     assert torch.equal(other(x), y)
-
-
-def _four_bit_class():
-    try:
-        from bitsandbytes.nn import Linear4bit
-    except ImportError:
-        return ()
-    return Linear4bit
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,8 +204,7 @@ def _bias_gradient(model, x):
     """By automatic differentiation of the sum after the layer."""
     shift = torch.zeros(model.up.out_features, requires_grad=True)
     y = model.down(torch.tanh(model.up(x).detach() + shift) + model.other(x).detach())
-    generator = torch.Generator().manual_seed(4)
-    y.backward(torch.randn(y.shape, generator=generator))
+    y.backward(make_grad(y))
     return shift.grad
 
 
@@ -232,19 +224,11 @@ def test_a_bias_that_is_no_parameter_stays_as_it_is():
 def test_trainable_parameters(kind):
     """Packed weights count as the elements that they stand for."""
     count = trainable_parameters(adapted(Net(kind), r=4))
-    dense = trainable_parameters(adapted(_dense(), r=4))
+    dense = trainable_parameters(adapted(Net("dense"), r=4))
     assert count.trainable == dense.trainable and count.adapters == dense.adapters
     # HQQ's biases are no parameters; FP8Linear has a scale for each block.
     extra = {"hqq": -2 * HEIGHT, "fp8": 2 * (HEIGHT // 16) * (WIDTH // 16)}.get(kind, 0)
     assert count.total == dense.total + extra
-
-
-def _dense():
-    model = Net.__new__(Net)
-    nn.Module.__init__(model)
-    model.up, model.other = nn.Linear(WIDTH, HEIGHT), nn.Linear(WIDTH, HEIGHT)
-    model.down = nn.Linear(HEIGHT, WIDTH)
-    return model
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -262,7 +246,7 @@ def test_explain(kind):
     mib = f"{size / 2**20:.3g} MiB"
     assert f"through a workspace of {mib}" in by_name["up"].reason
     assert str(found).endswith(f"workspace: {mib}, shared by 2 layers, one at a time")
-    assert "workspace" not in str(lora_ext.explain(adapted(_dense())))
+    assert "workspace" not in str(lora_ext.explain(adapted(Net("dense"))))
 
 
 @pytest.mark.parametrize("kind", FEW)

@@ -11,7 +11,7 @@ from helpers import BF16, F32
 from peft_helpers import paths
 from quantized_models import MAKERS, bnb_four_bits, is_installed, make_x, quantized_net
 from torch import nn
-from two_processes import WORLD, half
+from two_processes import WORLD, train, whole
 
 import lora_ext
 
@@ -31,25 +31,12 @@ def accelerated(kind, dtype=F32, **words):
     return model
 
 
-def train(model, forward, ranks, seeds=None, dtype=F32):
-    """Steps on the parts of these ranks, averaged; name -> gradient of the last one."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, 0.05)
-    for batch in make_x(dtype, 8 * STEPS).chunk(STEPS):
-        optimizer.zero_grad()
-        for rank in ranks:
-            torch.manual_seed(seeds[rank] if seeds else 0)
-            (forward(half(batch, rank)).square().mean() / len(ranks)).backward()
-        optimizer.step()
-    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def batches(dtype=F32):
+    return make_x(dtype, 8 * STEPS).chunk(STEPS)
 
 
 def assert_trained_alike(model, found, alone, seeds=None, tolerance=0.0, dtype=F32):
-    wanted = train(alone, alone, range(WORLD), seeds, dtype)
+    wanted = train(alone, batches(dtype), range(WORLD), seeds=seeds)
     assert list(found) == list(wanted) and len(found) == 8
     values = dict(model.named_parameters())
     for name, parameter in alone.named_parameters():
@@ -82,7 +69,7 @@ def ddp_trains_as_one_process(rank):
     for kind in KINDS:
         model, alone = accelerated(kind), accelerated(kind)
         forward = parallel(kind, model)
-        found, calls = fused_calls(lambda m=model, f=forward: train(m, f, [rank]))
+        found, calls = fused_calls(lambda m=model, f=forward: train(m, batches(), [rank], f))
         assert calls == 4 * STEPS, kind
         assert_trained_alike(model, found, alone)
 
@@ -93,7 +80,7 @@ def ddp_with_checkpoints_and_dropout(rank):
     for kind in KINDS:
         model, alone = (accelerated(kind, lora_dropout=0.3) for _ in range(2))
         model.base_model.model.reentrant = False
-        found = train(model, parallel(kind, model), [rank], seeds)
+        found = train(model, batches(), [rank], parallel(kind, model), seeds=seeds)
         assert_trained_alike(model, found, alone, seeds)
 
 
@@ -115,7 +102,7 @@ def fsdp2_that_leaves_the_bases_whole(rank):
     for kind in KINDS:
         model, alone = accelerated(kind), accelerated(kind)
         shard(model, ignored_params=bases(model))
-        found, calls = fused_calls(lambda m=model: train(m, m, [rank]))
+        found, calls = fused_calls(lambda m=model: train(m, batches(), [rank]))
         assert calls == 4 * STEPS, kind
         assert_trained_alike(model, found, alone)
 
@@ -123,7 +110,7 @@ def fsdp2_that_leaves_the_bases_whole(rank):
 def sharded_like_one_process(rank, kind, make=None, dtype=F32, tolerance=0.0, **options):
     model, alone = (accelerated(kind, dtype, make=make) for _ in range(2))
     shard(model, **options)
-    found, calls = fused_calls(lambda: train(model, model, [rank], dtype=dtype))
+    found, calls = fused_calls(lambda: train(model, batches(dtype), [rank]))
     assert calls == 4 * STEPS, kind
     assert_trained_alike(model, found, alone, tolerance=tolerance, dtype=dtype)
 

@@ -1,0 +1,189 @@
+"""setup.py and a CUDA toolkit: architectures, options of each file, what cannot be used."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_arch_flags(setup_py):
+    assert setup_py["arch_flags"](["8.0+PTX", "9.0a", "12.0"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+    ]
+    with pytest.raises(CompileError, match=r"expected entries like .* but got 'Hopper'"):
+        setup_py["arch_flags"](["Hopper"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "archs", "has_wgmma"),
+    [
+        ("", ["8.0+PTX", "9.0a"], True),
+        ("8.6 9.0a; 10.0+PTX", ["8.6", "9.0a", "10.0+PTX"], True),
+        ("8.0 9.0a+PTX", ["8.0", "9.0a+PTX"], True),
+        ("8.0;9.0", ["8.0", "9.0"], False),
+        ("9.0+PTX", ["9.0+PTX"], False),
+    ],
+)
+def test_arch_list_is_honoured(setup_py, monkeypatch, asked, archs, has_wgmma):
+    """Kernels on wgmma are empty for others than 9.0a, and lora_wgrad would wait for them."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    toolkit = setup_py["CudaToolkit"]()
+    assert toolkit.archs == archs
+    assert ("-DLORA_EXT_WITH_SM90A" in toolkit.flags) == has_wgmma
+
+
+@pytest.mark.parametrize("choice", ["auto", "0", "no-card", "1", "yes"])
+def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice):
+    command, extension = build_ext
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_EXT_CUDA", choice)
+    if choice in ("1", "yes"):
+        with pytest.raises(CompileError, match=r"No nvcc was found|expected auto, 0 or 1"):
+            command.add_cuda(extension)
+        return
+    facts = command.add_cuda(extension)
+    assert facts["cuda"] is False
+    said = {"auto": "No nvcc was found", "0": "LORA_EXT_CUDA=0", "no-card": "there is no card"}
+    assert said[choice] in facts["cuda_reason"]
+    assert extension.sources == ["csrc/cuda/none.cpp"]
+    assert extension.extra_objects == []
+
+
+# Knows what a real one is asked: its version, folders and architectures, and to write an object.
+NVCC = """#!{python}
+import pathlib, re, sys
+said = " ".join(sys.argv[1:])
+with open({log!r}, "a") as log:
+    print(said, file=log)
+known = {archs!r}
+if "--version" in said:
+    print("Cuda compilation tools, release {release}, V{release}.88")
+elif "--list-gpu-arch" in said:
+    print(*(f"compute_{{arch}}" for arch in known), sep="\\n")
+elif "--dryrun" in said:
+    print('#$ INCLUDES="-I/toolkit/include"', '#$ LIBRARIES="-L/toolkit/lib"', sep="\\n")
+else:
+    for arch in re.findall(r"arch=compute_([0-9]+)", said):
+        if int(arch) not in known:
+            sys.exit(f"nvcc fatal: error: Unsupported gpu architecture 'compute_{{arch}}'")
+    target = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
+    target.write_text("")
+    if target.suffix == ".o":
+        target.with_suffix(".d").write_text(f"{{target}} : \\\\\\n {header} \\\\\\n")
+"""
+
+
+@pytest.fixture
+def toolkit(build_ext, monkeypatch, tmp_path):
+    """install(release, archs): a toolkit; returns add_cuda()'s facts and each file's options."""
+    command, extension = build_ext
+
+    def install(release="13.0", archs=(75, 80, 90, 100)):
+        log = tmp_path / "log"
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        words = {"python": sys.executable, "log": str(log), "archs": archs, "release": release}
+        words["header"] = tmp_path / "header.h"
+        words["header"].touch()
+        nvcc.write_text(NVCC.format(**words))
+        nvcc.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        command.build_temp = str(tmp_path / "objects")
+        facts = command.add_cuda(extension)
+        compiled = re.findall(r"(.*) -c (csrc/cuda/\S+)", log.read_text())
+        return facts, {Path(source).name: options for options, source in compiled}
+
+    return install
+
+
+def codes_of(options: str) -> list[str]:
+    return re.findall(r",code=(\w+)", options)
+
+
+def test_an_nvcc_that_cannot_compile_is_no_toolkit(toolkit):
+    facts, compiled = toolkit(archs=())
+    assert "Unsupported gpu architecture 'compute_80'" in facts["cuda_reason"]
+    assert facts["cuda_reason"].endswith("then reinstall.")
+    assert facts["cuda"] is False and not compiled
+
+
+def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
+    toolkit, tmp_path, build_ext, setup_py, monkeypatch
+):
+    names = setup_py["CudaToolkit"].__init__.__globals__
+    files = ["csrc/cuda/dropout.cu", "csrc/cuda/lora_grouped.cu"]
+    monkeypatch.setitem(names, "sources", lambda pattern: files)
+    toolkit()
+    command, extension = build_ext
+    log = tmp_path / "log"
+
+    def compiled_again() -> int:
+        log.write_text("")
+        command.add_cuda(extension)
+        return log.read_text().count(" -c csrc/cuda/")
+
+    assert compiled_again() == 0
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert [compiled_again(), compiled_again()] == [2, 0]
+    monkeypatch.setitem(names, "NVCC_FLAGS", ["-O2"])
+    assert compiled_again() == 2
+    os.utime(tmp_path / "header.h", (2**32, 2**32))
+    assert compiled_again() == 2
+
+
+@pytest.mark.parametrize("release", ["11.8", "12.0", "12.5", "12.6", "13.1", "14.0"])
+def test_an_older_nvcc_builds_for_the_cpu_and_says_why(toolkit, release):
+    facts, compiled = toolkit(release)
+    kernels = {path.name for path in Path(ROOT, "csrc/cuda").glob("*.cu")}
+    if facts["cuda"] is False:
+        assert release < "12.6" and not compiled
+        assert f"nvcc {release} is older than 12.6" in facts["cuda_reason"]
+        assert facts["cuda_reason"].endswith("then reinstall.")
+    else:
+        assert release >= "12.6" and facts["cuda_version"] == release and set(compiled) == kernels
+
+
+@pytest.mark.parametrize(
+    ("archs", "nvcc", "dropout", "kernels"),
+    [
+        ("", (75, 80, 90), ["sm_75"], ["sm_80", "compute_80", "sm_90a"]),
+        ("", (50, 70, 75, 80, 90), ["sm_70"], ["sm_80", "compute_80", "sm_90a"]),
+        ("7.5", (75, 80), ["sm_75"], ["sm_80"]),
+        ("6.0;7.5+PTX 8.6", (60, 70, 75, 80, 86), ["sm_70", "sm_60", "sm_75"], ["sm_86"]),
+        ("5.2;8.0", (75, 80), ["sm_75"], ["sm_80"]),
+    ],
+)
+def test_cards_below_8_0_get_dropout_and_never_fail_the_build(
+    toolkit, monkeypatch, capsys, archs, nvcc, dropout, kernels
+):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    facts, compiled = toolkit(archs=nvcc)
+    assert facts["cuda"] is True
+    old = [word for word in re.split("[; ]", archs) if word[:1] in ("5", "6", "7")]
+    assert not set(old) & set(facts["cuda_archs"])
+    said = capsys.readouterr().out
+    assert (f"for {' '.join(old)} dropout alone is compiled" in said) == bool(old)
+    for name, options in compiled.items():
+        codes = codes_of(options)
+        if name == "dropout.cu":
+            assert [code for code in codes if code not in ("compute_75", *kernels)] == dropout
+            assert set(kernels) <= set(codes)
+        else:
+            assert codes == kernels, name
+
+
+@pytest.mark.parametrize("plain", ["9.0", "9.0+PTX"])
+def test_no_empty_kernels_on_wgmma_beside_those_of_9_0a(setup_py, plain):
+    """Those of 9.0 are empty, and a Hopper could load either."""
+    codes = codes_of(" ".join(setup_py["arch_flags"](["8.0", plain, "9.0a"])))
+    assert "sm_90a" in codes and "sm_90" not in codes
+    assert ("compute_90" in codes) == plain.endswith("+PTX")
+    assert "sm_90" in codes_of(" ".join(setup_py["arch_flags"](["8.0", plain])))
