@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from . import real_model, report, results, runner
 from .machine import describe
 from .shapes import Cell, few_rows_cells, full_cells, headline_cells, target_cells
@@ -35,10 +33,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--full", action="store_true", help="the whole grid, at most 20 minutes")
     what.add_argument("--few-rows", action="store_true", help="forward of 1 to 16 rows alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="output folder")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all variants")
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--only", default="", help="only cells whose name contains this text")
-    parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--no-plots", action="store_true", help="no PNG files")
     return parser.parse_args(arguments)
 
@@ -96,11 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     kind = "full" if options.full else "few-rows" if options.few_rows else "headline"
     cells = chosen_cells(kind, options.only)
-    if options.list:
-        print("\n".join(cell.id for cell in cells))
-        return 0
-    if options.threads:
-        torch.set_num_threads(options.threads)
     plan, budget_s = _PLANS[kind]
     document = results.new_document(kind, describe("cpu", options.machine))
     path = options.out / "results.json"

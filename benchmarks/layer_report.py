@@ -7,7 +7,17 @@ from functools import partial
 from typing import Any
 
 from . import markdown
-from .markdown import NOTHING, Column, mebibytes, milliseconds, quotient, table, table_of
+from .markdown import (
+    NOTHING,
+    Column,
+    floor_column,
+    mebibytes,
+    present,
+    quotient,
+    ratio_columns,
+    table,
+    table_of,
+)
 from .results import Document, Row, is_disturbed, peak_ratio, ratio
 from .shapes import BACKWARD, FORWARD, STEP, reading_order
 from .variants import LABELS, ROUTES, floor_of
@@ -43,11 +53,8 @@ _LATENCIES = {
 
 _PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "triton_pair", "compiled")
 _OURS = ("ours", "ours_packed", "ours_fp32", *ROUTES)
-_FLOORS = ("merged_packed",)  # beside the one that ratios refer to
-
-
-def _present(results: Sequence[Row], names: Sequence[str], key: str = "timing") -> list[str]:
-    return [name for name in names if any(name in r.get(key, {}) for r in results)]
+# Beside the floor that ratios refer to.
+_COLUMNS = {name: LABELS[name] for name in ("merged_packed", *_OURS, *_PEERS)}
 
 
 def _name_of(result: Row) -> str:
@@ -82,11 +89,8 @@ def latency(document: Document, mode: str, real: bool = False, key: str = "timin
         return f"{min(t['n'] for t in timing)} ({sum(t['dropped'] for t in timing)}){disturbed}"
 
     columns: list[Column] = [("cell", _name_of)]
-    columns += [(floor, lambda cell: milliseconds(cell[key][floor]["ms"]))]
-    columns += [
-        (LABELS[name], lambda cell, n=name: quotient(ratio(cell, n, floor, key), n == "ours"))
-        for name in _present(cells, (*_FLOORS, *_OURS, *_PEERS), key)
-    ]
+    columns += [floor_column(floor, key)]
+    columns += ratio_columns(present(cells, _COLUMNS, key), floor, key, ("ours",))
     columns.append(("ours / PEFT", lambda cell: quotient(ratio(cell, "ours", "peft", key))))
     columns.append(("n (dropped)", dropped))
     return table_of([cell for cell in cells if floor in cell.get(key, {})], columns)
@@ -99,9 +103,10 @@ def call_overhead(document: Document) -> str:
         return f"{cell['timing'][name]['ms'] * 1e3:.1f}" if name in cell["timing"] else NOTHING
 
     cells = [r for r in document["cells"] if r["cell"]["group"] == "call" and r.get("timing")]
-    names = _present(cells, ("merged", "frozen", "ours", "ours_packed", *_PEERS))
+    names = ("merged", "frozen", "ours", "ours_packed", *_PEERS)
+    labels = present(cells, {name: LABELS[name] for name in names})
     columns: list[Column] = [("us per call", lambda cell: cell["cell"]["mode"])]
-    columns += [(LABELS[name], partial(us, name=name)) for name in names]
+    columns += [(label, partial(us, name=name)) for name, label in labels.items()]
     columns.append(("ours / PEFT", lambda cell: quotient(ratio(cell, "ours", "peft"), True)))
     return table_of(cells, columns)
 
@@ -115,14 +120,15 @@ def memory(document: Document, mode: str) -> str:
 
     floor = floor_of(mode)
     cells = [r for r in _of_mode(document, mode) if floor in r.get("memory", {})]
-    names = [n for n in _present(cells, (*_OURS, *_PEERS), "memory") if n != "compiled"]
+    labels = present(cells, {n: LABELS[n] for n in (*_OURS, *_PEERS) if n != "compiled"}, "memory")
     columns: list[Column] = [("cell", _name_of)]
     columns.append((f"{floor} peak", lambda cell: mebibytes(cell["memory"][floor]["peak"])))
     columns += [
-        (LABELS[name], lambda cell, n=name: quotient(peak_ratio(cell, n, floor))) for name in names
+        (label, lambda cell, n=n: quotient(peak_ratio(cell, n, floor)))
+        for n, label in labels.items()
     ]
     if mode == STEP:
-        shown = [n for n in ("ours", "peft", "peft_default") if n in names]
+        shown = [n for n in ("ours", "peft", "peft_default") if n in labels]
         columns += [(f"saved: {LABELS[name]}", partial(saved, name=name)) for name in shown]
     return table_of(cells, columns)
 
@@ -214,10 +220,3 @@ def text(
         *markdown.pictures(images, mark),
         *markdown.sections([("Method", _METHOD)], mark),
     )
-
-
-def figures(document: Document) -> dict[str, Any]:
-    """Of `layer_figures`, which needs a plot library."""
-    from .layer_figures import figures
-
-    return figures(document)

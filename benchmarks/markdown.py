@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from .results import Document, Ratio, Row
+from .results import Document, Ratio, Row, ratio
 
 NOTHING = "-"
 
@@ -72,6 +73,51 @@ def quotient(found: Ratio | float | None, spread: bool = False) -> str:
         return f"{found:.2f}"
     quartiles = f" ({found.p25:.2f}-{found.p75:.2f})" if spread else ""
     return f"{found.median:.2f}{quartiles}"
+
+
+def floor_column(floor: str, key: str = "timing") -> Column:
+    """The times of the variant that others are compared with."""
+    return floor, lambda row: milliseconds(row[key][floor]["ms"])
+
+
+def ratio_columns(
+    labels: Mapping[str, str],
+    floor: str,
+    key: str = "timing",
+    spread: Collection[str] | None = None,
+) -> list[Column]:
+    """The times of variants as multiples of the floor's.
+
+    labels: variant -> what stands above
+    key: which of results.TIMES
+    spread: the variants of which quartiles are shown; by default all
+    """
+    return [
+        (label, lambda row, n=n: quotient(ratio(row, n, floor, key), spread is None or n in spread))
+        for n, label in labels.items()
+    ]
+
+
+def peak_columns(labels: Mapping[str, str]) -> list[Column]:
+    """Peak bytes of variants, of those rows that have them."""
+
+    def peak(row: Row, name: str) -> str:
+        found = row["memory"].get(name)
+        return mebibytes(found["peak"]) if found else NOTHING
+
+    return [(label, lambda row, n=name: peak(row, n)) for name, label in labels.items()]
+
+
+def with_quartiles(found: dict[str, Any]) -> str:
+    """One of results.TIMES in ms, marked where it stands for nothing."""
+    disturbed = "!" if found["disturbed"] else ""
+    return f"{milliseconds(found['ms'])} ({found['p25']:.0f}-{found['p75']:.0f}){disturbed}"
+
+
+def present(rows: Iterable[Row], labels: Mapping[str, str], key: str = "timing") -> dict[str, str]:
+    """The labels of the variants that any of the rows has."""
+    found = {name for row in rows for name in row.get(key, {})}
+    return {name: label for name, label in labels.items() if name in found}
 
 
 def device_of(document: Document) -> str:

@@ -1,59 +1,56 @@
 """report.md and pictures of any results file; `python -m benchmarks.report FILE` renders one again.
 
-What is said and drawn is the affair of each kind: a module with
+What is said and drawn is the affair of each kind. Of two modules the second needs a plot library,
+and not every kind has it:
 
-    text(document, images)   the report as Markdown; images: names of files beside it
-    figures(document)        name of a PNG -> figure, or None where the document has nothing for it;
-                             a kind without it has no pictures
+    *_report    text(document, images), the report as Markdown; images: names of files beside it
+    *_figures   figures(document): name of a PNG -> figure, or None where there is nothing for it
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from . import results
 from .results import Document
 
+# kind -> its modules, without what they end with
+_MODULES = {
+    "headline": "layer",
+    "full": "layer",
+    "few-rows": "layer",
+    "gpu": "gpu.gpu",
+    "models": "whole_models.models",
+    "adapters": "adapters.adapters",
+    "finetune": "finetune.finetune",
+    "finetune_many": "finetune_many.many",
+}
+_WITHOUT_PICTURES = ("finetune", "finetune_many")
 
-def _of_kind(document: Document) -> Any:
-    """The module that knows what to say of a document."""
-    from . import layer_report
-    from .adapters import adapters_report
-    from .finetune import finetune_report
-    from .finetune_many import many_report
-    from .gpu import gpu_report
-    from .whole_models import models_report
 
-    kinds = {
-        "headline": layer_report,
-        "full": layer_report,
-        "few-rows": layer_report,
-        "gpu": gpu_report,
-        "models": models_report,
-        "adapters": adapters_report,
-        "finetune": finetune_report,
-        "finetune_many": many_report,
-    }
-    return kinds[document["kind"]]
+def _of_kind(document: Document, what: str) -> Any:
+    """The module that knows what to say of a document, or how to draw it."""
+    return import_module(f"{__package__}.{_MODULES[document['kind']]}_{what}")
 
 
 def text(document: Document, images: Sequence[str] = ()) -> str:
     """The whole report as Markdown. images: file names of figures, relative to the report."""
-    return _of_kind(document).text(document, images)
+    return _of_kind(document, "report").text(document, images)
 
 
 def write(document: Document, json_path: Path, with_plots: bool = True) -> Path:
     """Write report.md and the figures beside the results file; returns the report's path."""
     images: list[str] = []
-    if with_plots:
+    if with_plots and document["kind"] not in _WITHOUT_PICTURES:
         try:
             from . import figures
 
-            draw = getattr(_of_kind(document), "figures", lambda document: {})
-            images = figures.save(draw(document), json_path.parent)
+            drawn = _of_kind(document, "figures").figures(document)
+            images = figures.save(drawn, json_path.parent)
         except Exception as error:  # the results themselves must not be lost to a picture
             print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
     path = json_path.with_name("report.md")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import memory, results
 from .agreement import disagreements, outputs
@@ -143,32 +144,38 @@ def time_in_turn(
         result["card"] = {"before": before, "after": means.watch()}
 
 
-def _memory(cell: Cell, problem: Problem, variant: Variant) -> dict[str, int]:
-    """Peak bytes of a call and, where there is a backward, the bytes that are saved for it."""
-    x, grad = problem.inputs[0], problem.grads[0]
+def peak_of_step(variant: Variant, x: Tensor, grad: Tensor, device: str) -> int:
+    """Peak bytes of a forward and a backward; no gradient is left."""
 
     def clear() -> None:
         for leaf in (x, *variant.adapters):
             leaf.grad = None
-
-    def forward() -> torch.Tensor:
-        with variant:
-            return variant.call(x)
 
     def step() -> None:
         with variant:
             variant.call(x).backward(grad)
 
     try:
-        if cell.mode != STEP:
-            with torch.no_grad():
-                return {"peak": memory.peak_bytes(forward, cell.device)}
-        peak = memory.peak_bytes(step, cell.device, clear)
-        known = [problem.weight, *variant.adapters]
-        known += [problem.bias] if problem.bias is not None else []
-        return {"peak": peak, "saved": memory.saved_bytes(forward, known)}
+        return memory.peak_bytes(step, device, clear)
     finally:
         clear()
+
+
+def _memory(cell: Cell, problem: Problem, variant: Variant) -> dict[str, int]:
+    """Peak bytes of a call and, where there is a backward, the bytes that are saved for it."""
+    x = problem.inputs[0]
+
+    def forward() -> Tensor:
+        with variant:
+            return variant.call(x)
+
+    if cell.mode != STEP:
+        with torch.no_grad():
+            return {"peak": memory.peak_bytes(forward, cell.device)}
+    peak = peak_of_step(variant, x, problem.grads[0], cell.device)
+    known = [problem.weight, *variant.adapters]
+    known += [problem.bias] if problem.bias is not None else []
+    return {"peak": peak, "saved": memory.saved_bytes(forward, known)}
 
 
 def cell_of(result: results.Row) -> Cell:

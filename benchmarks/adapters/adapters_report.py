@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import markdown
-from ..markdown import NOTHING, mebibytes, milliseconds, quotient, table, table_of
+from ..markdown import (
+    milliseconds,
+    peak_columns,
+    present,
+    quotient,
+    ratio_columns,
+    table,
+    table_of,
+)
 from ..results import Document, Row, is_disturbed, ratio
 from ..shapes import FORWARD, STEP
 from ..variants import floor_of
@@ -43,14 +51,11 @@ def times(rows: Sequence[Row], mode: str, key: str = "timing") -> str:
     """
     floor = floor_of(mode)
     rows = [row for row in rows if floor in row.get(key, {})]
-    present = [n for n in LABELS if n != floor and any(n in row[key] for row in rows)]
+    others = {name: label for name, label in LABELS.items() if name != floor}
     mark = lambda row: "!" if is_disturbed(row) else ""  # noqa: E731
     columns = [("case", lambda row: row["case"]["id"].removeprefix(mode + " "))]
     columns += [(floor, lambda row: milliseconds(row[key][floor]["ms"]) + mark(row))]
-    columns += [
-        (LABELS[name], lambda row, n=name: quotient(ratio(row, n, floor, key), n == "ours"))
-        for name in present
-    ]
+    columns += ratio_columns(present(rows, others, key), floor, key, ("ours",))
     return table_of(rows, columns)
 
 
@@ -93,14 +98,8 @@ def targets(document: Document) -> list[list[str]]:
 def memory(rows: Sequence[Row]) -> str:
     """Peak bytes of steps."""
     rows = [row for row in rows if row.get("memory")]
-    names = [n for n in LABELS if any(n in row["memory"] for row in rows)]
-
-    def peak(row: Row, name: str) -> str:
-        found = row["memory"].get(name)
-        return mebibytes(found["peak"]) if found else NOTHING
-
     columns = [("peak of a step", lambda row: row["case"]["id"].removeprefix("step "))]
-    columns += [(LABELS[name], lambda row, n=name: peak(row, n)) for name in names]
+    columns += peak_columns(present(rows, LABELS, "memory"))
     return table_of(rows, columns)
 
 
@@ -142,10 +141,3 @@ def text(document: Document, images: Sequence[str]) -> str:
         *markdown.pictures(images, mark),
         *markdown.sections([("Method", _METHOD)], mark),
     )
-
-
-def figures(document: Document) -> dict[str, Any]:
-    """Of `adapters_figures`, which needs a plot library."""
-    from .adapters_figures import figures
-
-    return figures(document)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import memory, runner
-from ..agreement import TOLERANCE, error_of
+from .. import runner
+from ..agreement import disagreements
 from ..results import Row
 from ..shapes import FORWARD, STEP
 from ..timing import Plan
@@ -36,33 +36,8 @@ def _outputs(batch: Batch, way: Variant) -> dict[str, Tensor]:
     return {"out": y, "dx": dx, "dlora_a": lora_a, "dlora_b": lora_b}
 
 
-def _wrong(batch: Batch, way: Variant, expected: dict[str, Tensor]) -> list[str]:
-    found = []
-    for name, actual in _outputs(batch, way).items():
-        if actual.shape != expected[name].shape:
-            found.append(f"{name} has shape {list(actual.shape)}")
-            continue
-        error, allowed = error_of(actual, expected[name]), TOLERANCE[batch.weight.dtype]
-        if not error.within(allowed):
-            found.append(f"{name}: max error {error.max:.1e}, rms error {error.rms:.1e}")
-    return found
-
-
 def _memory(batch: Batch, way: Variant) -> dict[str, int]:
-    x, grad = batch.inputs[0], batch.grads[0]
-
-    def clear() -> None:
-        for leaf in (x, *way.adapters):
-            leaf.grad = None
-
-    def step() -> None:
-        with way:
-            way.call(x).backward(grad)
-
-    try:
-        peak = memory.peak_bytes(step, batch.case.device, clear)
-    finally:
-        clear()
+    peak = runner.peak_of_step(way, batch.inputs[0], batch.grads[0], batch.case.device)
     return {"peak": peak, "factors": sum(leaf.nbytes for leaf in way.adapters)}
 
 
@@ -76,7 +51,8 @@ def _checked(batch: Batch, row: Row, announce: runner.Announce) -> dict[str, Var
         try:
             way = BUILDERS[name](batch, case.dropout_p)
             same = BUILDERS[name](batch, 0.0) if case.dropout_p else way
-            found = [] if name in _NO_CHECK else _wrong(batch, same, expected)
+            unlike = name in _NO_CHECK
+            found = [] if unlike else disagreements(_outputs(batch, same), expected)
         except Unavailable as reason:
             row["notes"][name] = str(reason)
             continue

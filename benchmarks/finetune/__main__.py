@@ -46,13 +46,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="MiniLM fine-tuned on real sentences, with lora_ext and with PEFT.",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/finetune"), help="folder")
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        default=Path("benchmarks/out/finetune/adapter"),
-        help="where the trained adapter is saved",
-    )
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all models")
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--steps", type=int, default=0, help="stop after so many; 0: go on")
     return parser.parse_args(arguments)
@@ -152,7 +145,7 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
     document["accuracy"] = {name: accuracy(found, held_out) for name, found in logits.items()}
     say("saving, loading, merging; opening the folder with PEFT")
     trained, expected = variants["ours_dropout"].model, logits["ours_dropout"]
-    document["round_trip"] = round_trip(trained, expected, held_out, options.adapter)
+    document["round_trip"] = round_trip(trained, expected, held_out, options.out / "adapter")
     document["peft_files"] = peft_files(variants["peft_dropout"].model)
 
     say("peak memory")
@@ -170,11 +163,9 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if a claim does not hold, else 0."""
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     document = run(options, progress())
     kept = report.publish(document, options.out / "results.json")
-    print(f"the adapter: {options.adapter}")
+    print(f"the adapter: {options.out / 'adapter'}")
     failed = [check for check in document["checks"] if not check["holds"]]
     for check in failed:
         print(f"DOES NOT HOLD: {check['claim']}: {check['found']}", file=sys.stderr)

@@ -17,7 +17,7 @@ LEAST_GAIN = 0.10  # of accuracy above the majority class
 MOST_DEVIATION = 1e-3
 
 
-def _check(claim: str, found: str, holds: bool) -> Check:
+def check_of(claim: str, found: str, holds: bool) -> Check:
     return {"claim": claim, "found": found, "holds": bool(holds)}
 
 
@@ -26,12 +26,12 @@ def _data(document: Document) -> list[Check]:
     train, held_out = sum(data["train"].values()), sum(data["held_out"].values())
     shared, similarity = data["definitions_on_both_sides"], data["largest_similarity"]
     return [
-        _check(
+        check_of(
             f"at least {LEAST_TRAIN} training and {LEAST_HELD_OUT} held-out texts",
             f"{train} and {held_out}",
             train >= LEAST_TRAIN and held_out >= LEAST_HELD_OUT,
         ),
-        _check(
+        check_of(
             f"no definition on both sides, no similarity of {NEAR:g} or more between the sides",
             f"{shared} definitions, largest similarity {similarity:.3f}",
             shared == 0 and similarity < NEAR,
@@ -43,7 +43,7 @@ def _accuracy(document: Document) -> list[Check]:
     majority = document["data"]["majority"]
     claim = f"{100 * LEAST_GAIN:g} points above the majority class ({majority:.1%}) on held-out"
     return [
-        _check(f"{LABELS[name]}: {claim}", f"{found:.1%}", found >= majority + LEAST_GAIN)
+        check_of(f"{LABELS[name]}: {claim}", f"{found:.1%}", found >= majority + LEAST_GAIN)
         for name, found in document["accuracy"].items()
         if name.startswith("ours")
     ]
@@ -53,7 +53,7 @@ def _agreement(document: Document) -> list[Check]:
     deviation = document["deviation"]
     found = "not finite" if deviation is None else f"{deviation:.1e}"
     return [
-        _check(
+        check_of(
             f"without dropout each step's loss within {MOST_DEVIATION:g} of PEFT's, relative",
             f"largest deviation {found}",
             deviation is not None and deviation <= MOST_DEVIATION,
@@ -68,7 +68,7 @@ def _predictions(document: Document) -> list[Check]:
     def same(name: str, claim: str) -> Check:
         difference, answers = trip[name]["difference"], trip[name]["same_answers"]
         shown = "not finite" if difference is None else f"{difference:.1e}"
-        return _check(
+        return check_of(
             f"{claim}: same answer to every held-out text, logits within {TOLERANCE:g} of the "
             "largest",
             f"{answers} of {texts} answers, {shown}",
@@ -79,7 +79,7 @@ def _predictions(document: Document) -> list[Check]:
     found = "identical" if identical else f"differ by {trip['reloaded']['difference']}"
     before = trip["unadapted"]["same_answers"]
     return [
-        _check(
+        check_of(
             "saved and loaded into a new model: logits bit for bit those of the trained model",
             f"{found}; before loading {before} of {texts} answers are the same",
             identical and not trip["unadapted"]["identical"],

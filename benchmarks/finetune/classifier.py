@@ -29,8 +29,15 @@ def _let_gradients_start(module: nn.Module, inputs: object, output: Tensor) -> T
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
+def mean_of_tokens(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the last hidden states over a text's tokens: ``[rows, H]``, float32."""
+    hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    weight = mask.unsqueeze(-1).float()
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
 class Classifier(nn.Module):
-    """logits [rows, classes] = head(mean of encoder(ids) [rows, tokens, H] over a text's tokens).
+    """logits [rows, classes] = head(mean_of_tokens(encoder, ids, mask)).
 
     The embeddings' output asks for its gradient, so that one flows through every layer in each
     variant alike, also where nothing below the head is trained.
@@ -43,9 +50,7 @@ class Classifier(nn.Module):
         encoder.get_submodule("embeddings").register_forward_hook(_let_gradients_start)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        weight = mask.unsqueeze(-1).float()
-        return self.head((hidden * weight).sum(1) / weight.sum(1))
+        return self.head(mean_of_tokens(self.encoder, ids, mask))
 
 
 def load_classifier(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import markdown
-from ..markdown import mebibytes, milliseconds, quotient, table
+from ..markdown import mebibytes, milliseconds, quotient, table, with_quartiles
 from ..results import Document, peak_ratio, ratio
 from .trained_models import LABELS
 
@@ -61,9 +61,7 @@ def _data(document: Document) -> str:
 
 def _time(part: Document, name: str) -> list[str]:
     """Median time with quartiles, and the same as a multiple of frozen. part: has a timing."""
-    found = part["timing"][name]
-    disturbed = "!" if found["disturbed"] else ""
-    ms = f"{milliseconds(found['ms'])} ({found['p25']:.0f}-{found['p75']:.0f}){disturbed}"
+    ms = with_quartiles(part["timing"][name])
     return [ms, quotient(ratio(part, name, "frozen"), spread=name != "frozen")]
 
 

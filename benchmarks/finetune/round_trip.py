@@ -20,8 +20,8 @@ TOLERANCE = 1e-4  # of the largest logit's magnitude
 _OTHER_SEED = 1  # the new model's head starts from other values than the trained one's did
 
 
-def _compared(logits: Tensor, expected: Tensor) -> dict[str, Any]:
-    """How logits [texts, classes] differ from those of the trained model."""
+def compared(logits: Tensor, expected: Tensor) -> dict[str, Any]:
+    """How logits [texts, classes] differ from those that are expected, by the largest."""
     difference = (logits - expected).abs().max() / expected.abs().max()
     return {
         "identical": torch.equal(logits, expected),
@@ -48,11 +48,11 @@ def round_trip(
     model = load_classifier(classes, head_seed=_OTHER_SEED)
     unadapted = predict(model, batches)
     lora_ext.load_adapter(model, folder)
-    found = {"texts": len(expected), "unadapted": _compared(unadapted, expected)}
-    found["reloaded"] = _compared(predict(model, batches), expected)
+    found = {"texts": len(expected), "unadapted": compared(unadapted, expected)}
+    found["reloaded"] = compared(predict(model, batches), expected)
     lora_ext.models.merge(model)
-    found["merged"] = _compared(predict(model, batches), expected)
-    found["peft"] = _compared(_in_peft(classes, batches, folder), expected)
+    found["merged"] = compared(predict(model, batches), expected)
+    found["peft"] = compared(_in_peft(classes, batches, folder), expected)
     found["files"] = folder_bytes(folder)
     return found
 

@@ -39,7 +39,8 @@ def forward_backward(variant: TrainedModel, batch: Batch) -> Tensor:
     return loss.detach()
 
 
-def _timed(timing: Timing, meter: CpuMeter, function: Callable[[], Result]) -> Result:
+def timed(timing: Timing, meter: CpuMeter, function: Callable[[], Result]) -> Result:
+    """The result of a call, whose time is kept unless other processes disturbed it."""
     results: list[Result] = []
     sample = meter(lambda: results.append(function()), 1)
     clean = sample.wait <= MAX_WAIT
@@ -71,8 +72,8 @@ def train(
             variant, curve = variants[name], curves[name]
             variant.optimizer.param_groups[0]["lr"] = rates[name] * (1 - step / len(batches))
             torch.manual_seed(seed + step)
-            loss = _timed(curve.passes, meter, partial(forward_backward, variant, batch))
-            _timed(curve.updates, meter, variant.optimizer.step)
+            loss = timed(curve.passes, meter, partial(forward_backward, variant, batch))
+            timed(curve.updates, meter, variant.optimizer.step)
             variant.optimizer.zero_grad()
             curve.losses.append(loss.item())
         if step + 1 in marks:

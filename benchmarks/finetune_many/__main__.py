@@ -32,7 +32,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     out = Path("benchmarks/out/finetune_many")
     parser.add_argument("--out", type=Path, default=out, help="folder")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all models")
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     return parser.parse_args(arguments)
@@ -96,8 +95,6 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if a claim does not hold, else 0."""
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     document = run(options, progress())
     kept = report.publish(document, options.out / "results.json")
     for check in document["checks"]:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from ..finetune.claims import Check, check_of
 from ..results import Document, ratio
-
-Check = dict[str, Any]  # claim, found, holds
 
 MOST_DIFFERENCE = 1e-3  # of a task's losses, which begin at ln 2
 MOST_IN_FLOAT32 = 1e-4  # of logits, by the largest logit
 MOST_IN_BFLOAT16 = 5e-2
 LEAST_ACCURACY = 0.65  # a guess is right half of the time
-
-
-def _check(claim: str, found: str, holds: bool) -> Check:
-    return {"claim": claim, "found": found, "holds": bool(holds)}
 
 
 def _losses(document: Document) -> list[Check]:
@@ -30,7 +24,7 @@ def _losses(document: Document) -> list[Check]:
         found = document["differences"][name]
         worst = math.inf if None in found else max(found)
         checks.append(
-            _check(
+            check_of(
                 f"{claim}, within {MOST_DIFFERENCE:g}",
                 f"largest difference {worst:.1e} in {len(found)} tasks",
                 worst <= MOST_DIFFERENCE,
@@ -48,7 +42,7 @@ def _served(document: Document) -> list[Check]:
         what = "the same answers, and " if exact else ""
         worst = math.inf if difference is None else difference
         checks.append(
-            _check(
+            check_of(
                 f"{dtype}, mixed batches beside text by text: {what}logits within {most:g} of the "
                 "largest",
                 f"{same} of {texts} answers the same, {worst:.1e}",
@@ -57,7 +51,7 @@ def _served(document: Document) -> list[Check]:
         )
     accuracy = document["served"]["float32"]["accuracy"]
     claim = f"accuracy of at least {LEAST_ACCURACY:.0%} on held-out texts, where a guess has 50%"
-    return [*checks, _check(claim, f"{accuracy:.1%}", accuracy >= LEAST_ACCURACY)]
+    return [*checks, check_of(claim, f"{accuracy:.1%}", accuracy >= LEAST_ACCURACY)]
 
 
 def _faster(document: Document) -> list[Check]:
@@ -66,7 +60,7 @@ def _faster(document: Document) -> list[Check]:
         found = ratio(document, "together", name)
         shown = "too few undisturbed steps" if found is None else f"{found.median:.2f} x the time"
         holds = found is not None and found.median < 1
-        checks.append(_check(f"one step of all tasks takes less time than {label}", shown, holds))
+        checks.append(check_of(f"one step of all tasks takes less time than {label}", shown, holds))
     return checks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import markdown
-from ..markdown import mebibytes, milliseconds, quotient, table
+from ..markdown import mebibytes, quotient, table, with_quartiles
 from ..results import Document, peak_ratio, ratio
 
 LABELS = {
@@ -65,16 +65,12 @@ def _tasks(document: Document) -> str:
 def _times(document: Document) -> str:
     rows = []
     for name, label in LABELS.items():
-        found = document["timing"][name]
-        mark = "!" if found["disturbed"] else ""
-        peak = document["memory"][name]["peak"]
-        spread = f"({found['p25']:.0f}-{found['p75']:.0f}){mark}"
         rows.append(
             [
                 label,
-                f"{milliseconds(found['ms'])} {spread}",
+                with_quartiles(document["timing"][name]),
                 quotient(ratio(document, name, "together"), spread=name != "together"),
-                mebibytes(peak),
+                mebibytes(document["memory"][name]["peak"]),
                 quotient(peak_ratio(document, name, "together")),
             ]
         )

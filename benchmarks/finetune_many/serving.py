@@ -13,7 +13,9 @@ from torch import Tensor
 
 import lora_ext
 
+from ..finetune import round_trip
 from ..finetune.classifier import Batch, batch_of
+from ..finetune.training import accuracy
 from .tasks import Task
 from .tenants import Tenants, name_of
 
@@ -95,12 +97,6 @@ def in_bfloat16(tenants: Tenants) -> Tenants:
 
 
 def compared(found: Tensor, wanted: Tensor, requests: Requests) -> dict[str, Any]:
-    """Same answers, the largest difference of logits by the largest logit, and accuracy."""
-    labels = torch.cat([batch.labels for batch in requests.batches])
-    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    return {
-        "texts": len(found),
-        "same_answers": int((found.argmax(1) == wanted.argmax(1)).sum()),
-        "difference": difference if difference == difference else None,
-        "accuracy": (found.argmax(1) == labels).double().mean().item(),
-    }
+    """How the logits differ, and how many of them are right."""
+    right = {"texts": len(found), "accuracy": accuracy(found, requests.batches)}
+    return right | round_trip.compared(found, wanted)

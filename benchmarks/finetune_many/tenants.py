@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_ext
 
+from ..finetune.classifier import mean_of_tokens
 from ..finetune.trained_models import TARGETS
 
 RANKS = (4, 8, 16)  # of the tasks in turn
@@ -39,10 +40,7 @@ class Tenants:
     activate: Callable[[str], object]
 
     def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Mean of the last hidden states over a text's tokens: ``[rows, H]``."""
-        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        weight = mask.unsqueeze(-1).float()
-        return (hidden * weight).sum(1) / weight.sum(1)
+        return mean_of_tokens(self.model, ids, mask)
 
 
 def rank_of(place: int) -> int:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import lora_ext
 
 from ..finetune.classifier import Batch
-from ..finetune.training import MAX_WAIT
+from ..finetune.training import timed
 from ..memory import peak_bytes
 from ..timing import CpuMeter, Timing
 from .tasks import ROWS, part_of
@@ -67,10 +67,6 @@ def update(tenants: Tenants, places: Sequence[int]) -> None:
 Step = Callable[[Tenants, Batch], list[Tensor]]
 
 
-def _do(step: Step, tenants: Tenants, batch: Batch, losses: list[Tensor]) -> None:
-    losses.extend(step(tenants, batch))
-
-
 def train(
     runs: Mapping[str, tuple[Tenants, Step]],
     batches: Sequence[Batch],
@@ -85,12 +81,7 @@ def train(
         order.shuffle(names)
         for name in names:
             tenants, step = runs[name]
-            found: list[Tensor] = []
-            sample = meter(partial(_do, step, tenants, batch, found), 1)
-            clean = sample.wait <= MAX_WAIT
-            times[name].samples.append(sample.ms if clean else None)
-            if not clean:
-                times[name].dropped.append(sample.ms)
+            found = timed(times[name], meter, partial(step, tenants, batch))
             update(tenants, range(len(tenants.heads)))
             losses[name].append([loss.item() for loss in found])
         if number % max(1, len(batches) // 4) == 0:

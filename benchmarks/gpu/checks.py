@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import child
 from .children import Item, each
@@ -23,11 +23,26 @@ _GROUPED, _MANY = "many adapters", "tests/op/test_many_adapters.py"
 _HOW = ("-q", "-rfE", "--tb=short", "--continue-on-collection-errors")
 _TEST_S, _SANITIZED_S, _CHECK_S = 60.0, 150.0, 30.0  # limits of one test, and of a kernel's check
 
+Check = Callable[[Run, float], Result]
 
-def _suite(run: Run, name: str, seconds: float, *arguments: str) -> Result:
+
+def suite(name: str, on_gpu: Sequence[str], on_cpu: Sequence[str]) -> Check:
     """Tests as a stage, which goes on where it was stopped for want of time."""
-    before = run.stages.get(name, {}).get("ended", {})
-    return run_tests(run, [*_HOW, *arguments], seconds, _TEST_S, before=before)
+
+    def check(run: Run, seconds: float) -> Result:
+        before = run.stages.get(name, {}).get("ended", {})
+        chosen = on_cpu if run.device != "cuda" else ("-m", "gpu", *on_gpu)
+        return run_tests(run, [*_HOW, *chosen], seconds, _TEST_S, before=before)
+
+    return check
+
+
+# The kernel route against the library route, graphs and streams.
+kernels = suite("kernels", ["tests/kernels/test_cuda_kernels.py"], ["tests/kernels/test_plan.py"])
+# The op with an adapter for each row, on every route.
+many = suite("many", [_MANY], ["-k", "any_shape", _MANY])
+# All other tests marked gpu.
+tests = suite("tests", ["tests", f"--ignore={_MANY}"], ["tests/kernels/test_decode_shares.py"])
 
 
 def conformance(run: Run, seconds: float) -> Result:
@@ -64,28 +79,7 @@ def warmup(run: Run, seconds: float) -> Result:
     return result_of(status, summary, tail=wrong, **right)
 
 
-def kernels(run: Run, seconds: float) -> Result:
-    """The kernel route against the library route, graphs and streams."""
-    if run.device != "cuda":
-        return _suite(run, "kernels", seconds, "tests/kernels/test_plan.py")
-    return _suite(run, "kernels", seconds, "-m", "gpu", "tests/kernels/test_cuda_kernels.py")
-
-
-def many(run: Run, seconds: float) -> Result:
-    """The op with an adapter for each row, on every route."""
-    if run.device != "cuda":
-        return _suite(run, "many", seconds, "-k", "any_shape", _MANY)
-    return _suite(run, "many", seconds, "-m", "gpu", _MANY)
-
-
-def tests(run: Run, seconds: float) -> Result:
-    """All other tests marked gpu."""
-    if run.device != "cuda":
-        return _suite(run, "tests", seconds, "tests/kernels/test_decode_shares.py")
-    return _suite(run, "tests", seconds, "-m", "gpu", "tests", f"--ignore={_MANY}")
-
-
-def sanitizer(tool: str) -> Callable[[Run, float], Result]:
+def sanitizer(tool: str) -> Check:
     """compute-sanitizer on a few kernels."""
 
     def check(run: Run, seconds: float) -> Result:
@@ -101,26 +95,11 @@ def sanitizer(tool: str) -> Callable[[Run, float], Result]:
     return check
 
 
-def _module(run: Run, name: str, seconds: float) -> Result:
-    command = [child.PYTHON, "-m", f"benchmarks.gpu.{name}", "--device", run.device]
-    return run_command(run, command, seconds)
+def program(name: str) -> Check:
+    """A module beside this one, whose docstring says what it checks."""
 
+    def check(run: Run, seconds: float) -> Result:
+        command = [child.PYTHON, "-m", f"benchmarks.gpu.{name}", "--device", run.device]
+        return run_command(run, command, seconds)
 
-def stress(run: Run, seconds: float) -> Result:
-    """The same bits from a thousand replays, and from streams that run at the same time."""
-    return _module(run, "stress", seconds)
-
-
-def pool(run: Run, seconds: float) -> Result:
-    """Replays of a pool's graph while adapters come and go, against a loop over them."""
-    return _module(run, "pool_stress", seconds)
-
-
-def decode(run: Run, seconds: float) -> Result:
-    """Few rows in one launch, right and how fast, beside the base product alone."""
-    return _module(run, "decode", seconds)
-
-
-def quantized(run: Run, seconds: float) -> Result:
-    """Weights in 4 bits beside bitsandbytes' kernels, and times of layers on them."""
-    return _module(run, "quantized", seconds)
+    return check

@@ -7,8 +7,6 @@ by the kernel that reads the weight once (`lora_decode`), by the library route, 
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +17,9 @@ from torch import Tensor
 
 import lora_ext
 
-from ..cuda_timing import CudaMeter, captured
-from ..timing import CpuMeter, Function
+from ..cuda_timing import captured
+from ..timing import Function
+from .command_line import conclude, device_of, medians_ms
 
 _RANK, _SCALING = 16, 2.0
 # Rows, K, N of what is compared; and K = N, rows of what is timed.
@@ -30,8 +29,6 @@ _COMPARED = {
 }
 _TIMED = {"cuda": [(w, m) for w in (4096, 8192) for m in (1, 8, 64)], "cpu": [(128, 4)]}
 _REPLAYS = {"cuda": 200, "cpu": 3}
-_ROUNDS = 7
-_WRONG_SAID = 5
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def functions(made: Problem) -> dict[str, Function]:
 
 def timed(device: str) -> str:
     """Prints medians over the base product alone, and returns the last line."""
-    meter, said = CudaMeter() if device == "cuda" else CpuMeter(), ""
+    said = ""
     for width, rows in _TIMED[device]:
         made = problem(rows, width, width, device, torch.bfloat16, torch.bfloat16)
         every = functions(made)
@@ -171,15 +168,10 @@ def timed(device: str) -> str:
                 name: captured(lambda function=function: function)
                 for name, function in every.items()
             }
-        samples: dict[str, list[float]] = {name: [] for name in every}
-        for _ in range(_ROUNDS):
-            for name, function in every.items():
-                samples[name].append(meter(function, 20).ms)
-        base = statistics.median(samples["base alone"])
+        others = medians_ms(every, device, 20)
+        base = others.pop("base alone")
         cells = [f"base alone {1e3 * base:.1f} us"]
-        for name, ms in samples.items():
-            if name != "base alone":
-                cells.append(f"{name} {statistics.median(ms) / base:.2f}")
+        cells += [f"{name} {ms / base:.2f}" for name, ms in others.items()]
         said = f"K=N={width}, {rows} rows: {', '.join(cells)}"
         print(said, flush=True)
     return said
@@ -187,20 +179,15 @@ def timed(device: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if a result is off or its bits are not repeated."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.decode", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args(arguments).device
+    device = device_of("decode", __doc__, arguments)
     if device == "cuda":
         lora_ext.kernels.set_cuda_route("kernel")
     found = wrong(device)
     if device == "cuda":
         lora_ext.kernels.set_cuda_route("auto")
-    for text in found[:_WRONG_SAID]:
-        print(text)
     times = timed(device)
     count = 8 * len(_COMPARED[device])
-    print(f"{len(found)} of {count} calls of few rows are wrong; {times}")
-    return 1 if found else 0
+    return conclude(found, f"{len(found)} of {count} calls of few rows are wrong; {times}")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,6 @@ def text(document: Document, images: Sequence[str]) -> str:
     return layer_report.text(document, images, before, after)
 
 
-def figures(document: Document) -> dict[str, Any]:
-    """Of `gpu_figures`, which needs a plot library."""
-    from .gpu_figures import figures
-
-    return figures(document)
-
-
 def stages(results: dict[str, dict[str, Any]]) -> str:
     """What each stage of a GPU run said."""
     rows = [

@@ -7,7 +7,6 @@ adapters that are there, in float32.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from lora_ext import AdapterPool, LoRAConfig
 
 from ..agreement import TOLERANCE, error_of
 from ..cuda_timing import captured
+from .command_line import conclude, device_of
 
 _CAPACITY, _MAX_RANK = 8, 16
 _REPLAYS = {"cuda": 200, "cpu": 40}
@@ -30,7 +30,6 @@ _SIZES = {"cuda": [(32, 2048, 2048), (1000, 1024, 2048)], "cpu": [(12, 24, 40)]}
 _DTYPES = (torch.bfloat16, torch.float32)  # of the factors
 # The library route reads an index on the host: it cannot be captured.
 _ROUTES = {"cuda": ("kernel", "hybrid"), "cpu": ("",)}
-_SAID = 5  # replays that are named, of those that differ
 
 
 @dataclass
@@ -123,10 +122,7 @@ def differing(device: str, sizes: Sequence[int], dtype: torch.dtype, count: int)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if a replay differs from the loop."""
-    name = "python -m benchmarks.gpu.pool_stress"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args(arguments).device
+    device = device_of("pool_stress", __doc__, arguments)
     wrong, total = [], 0
     for route in _ROUTES[device]:
         if route:
@@ -136,10 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{route or 'cpu'} {sizes}, factors of {dtype} ...", flush=True)
                 wrong += differing(device, sizes, dtype, _REPLAYS[device])
                 total += 2 * _REPLAYS[device]  # each of two layers
-    for text in wrong[:_SAID]:
-        print(text)
-    print(f"{len(wrong)} of {total} outputs of replays differ from a loop over the adapters")
-    return 1 if wrong else 0
+    said = f"{len(wrong)} of {total} outputs of replays differ from a loop over the adapters"
+    return conclude(wrong, said)
 
 
 if __name__ == "__main__":

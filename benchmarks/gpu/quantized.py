@@ -7,9 +7,7 @@ layer on a dense base, on an NF4 base, and as bitsandbytes and PEFT compute it.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,8 @@ import lora_ext
 from lora_ext.quantized.devices import has_kernels
 from lora_ext.quantized.of_bitsandbytes import FourBitWeight
 
-from ..cuda_timing import CudaMeter
-from ..timing import CpuMeter, Function
+from ..timing import Function
+from .command_line import conclude, device_of, medians_ms
 
 # Of normal quantiles, as Dettmers et al. 2023 have them.
 NF4 = (
@@ -41,8 +39,6 @@ _TIMED = {
     "cuda": [(8192, 2048), (8192, 8192), (4096, 2048), (4096, 8192)],
     "cpu": [(256, 64)],
 }
-_ROUNDS = 7
-_SAID = 5  # differences that are named
 
 
 def quantized(n: int, k: int, device: str, nested: bool) -> FourBitWeight:
@@ -185,16 +181,13 @@ def functions(width: int, rows: int, device: str, library: bool) -> dict[str, Fu
 
 def timed(device: str, library: bool) -> str:
     """Prints medians, and returns the last line; at one size calls take turns."""
-    meter, said = CudaMeter() if device == "cuda" else CpuMeter(), ""
+    said = ""
     for width, rows in _TIMED[device]:
         every = functions(width, rows, device, library)
         for function in every.values():
             function()
-        samples: dict[str, list[float]] = {name: [] for name in every}
-        for _ in range(_ROUNDS):
-            for name, function in every.items():
-                samples[name].append(meter(function, 3).ms)
-        cells = [f"{name} {1e3 * statistics.median(ms):.0f} us" for name, ms in samples.items()]
+        times = medians_ms(every, device, 3)
+        cells = [f"{name} {1e3 * ms:.0f} us" for name, ms in times.items()]
         said = f"K=N={width}, {rows} rows: {', '.join(cells)}"
         print(said, flush=True)
     return said
@@ -202,21 +195,16 @@ def timed(device: str, library: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if a bit differs."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.quantized", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args(arguments).device
+    device = device_of("quantized", __doc__, arguments)
     there = torch.device(f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device)
     if not has_kernels(there):
         print(f"this build's kernels do not run on {there}")
         return 1
     name, expected_by = reference(device)
     wrong = differing(device, expected_by)
-    for text in wrong[:_SAID]:
-        print(text)
     times = timed(device, expected_by is by_library)
     count = 2 * len(_DTYPES) * len(_COMPARED[device])
-    print(f"{len(wrong)} of {count} weights in NF4 differ from {name}; {times}")
-    return 1 if wrong else 0
+    return conclude(wrong, f"{len(wrong)} of {count} weights in NF4 differ from {name}; {times}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ intermediate that is read after its memory went to another stream would show.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 import lora_ext
 
 from ..cuda_timing import captured
+from .command_line import device_of
 
 _WORKERS = 4
 _STEPS = {"cuda": 100, "cpu": 10}
@@ -115,9 +115,7 @@ def side_by_side(device: str, count: int, make: Callable[[str, int], Step]) -> i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if a bit differs."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.stress", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args(arguments).device
+    device = device_of("stress", __doc__, arguments)
     wrong = 0
     cases = [(route, sizes) for route in ROUTES[device] for sizes in _SIZES[device]]
     for route, sizes in cases:

@@ -12,8 +12,8 @@ from torch import nn
 
 import lora_ext
 
-from ..markdown import Column, quotient, table_of
-from ..results import Row, ratio
+from ..markdown import Column, ratio_columns, table_of
+from ..results import Row
 from ..timing import Plan, compared
 from .packed import FROZEN_PACKED, frozen_packed
 
@@ -127,8 +127,4 @@ def table(rows: Sequence[Row]) -> str:
         ("model, batch", lambda row: row["id"]),
         ("merged, tokens/s", tokens),
     ]
-    columns += [
-        (label, lambda row, n=name: quotient(ratio(row, n, "merged"), spread=True))
-        for name, label in _LABELS.items()
-    ]
-    return table_of(rows, columns)
+    return table_of(rows, [*columns, *ratio_columns(_LABELS, "merged")])

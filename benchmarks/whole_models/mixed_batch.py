@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lora_ext
 
-from ..markdown import NOTHING, Column, mebibytes, milliseconds, quotient, table_of
+from ..markdown import Column, floor_column, peak_columns, present, ratio_columns, table_of
 from ..memory import peak_bytes
-from ..results import Row, ratio
-from ..shapes import DROPOUT
+from ..results import Row
 from ..timing import Plan, compared
+from .calls import Pairs, forward_of, hidden, step_of
 from .cases import BATCH, Case, base_model, inputs
-from .step import ALPHA, RANK
+from .step import own_model, peft_model
 
 LABELS = {
     "frozen": "frozen",
@@ -38,79 +37,37 @@ def names_of(case: Case) -> list[str]:
     return [f"adapter_{place}" for place in range(BATCH[case.model])]
 
 
-def own_model(case: Case, base: nn.Module, names: Sequence[str]) -> nn.Module:
-    model = copy.deepcopy(base)
-    paths = [path for path, module in model.named_modules() if case.is_target(path, module)]
-    dtype = getattr(torch, case.dtype)
-    config = lora_ext.LoRAConfig(paths, r=RANK, alpha=ALPHA, dropout=DROPOUT, adapter_dtype=dtype)
-    for name in names:
-        lora_ext.apply_lora(model, config, name)
-    lora_ext.models.set_adapter(model, names)
-    return model
-
-
-def peft_model(case: Case, base: nn.Module, names: Sequence[str]) -> nn.Module:
-    import peft
-
-    paths = [path for path, module in base.named_modules() if case.is_target(path, module)]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=paths)
-    options = {"autocast_adapter_dtype": False}
-    model = peft.get_peft_model(copy.deepcopy(base), config, names[0], **options)
-    for name in names[1:]:
-        model.add_adapter(name, config, **options)
-    model.base_model.set_adapter(list(names))
-    return model.train()
-
-
 def _of_batch(model: nn.Module, names: Sequence[str], how: str) -> Callable[[Tensor], Tensor]:
     """hidden = call(x), each sample with its own adapter, in one call of the model."""
     if how == "frozen":
-        return lambda x: model(inputs_embeds=x).last_hidden_state
+        return hidden(model)
     if how == "ours":
 
         def ours(x: Tensor) -> Tensor:
             with lora_ext.use_adapters(model, names):
-                return model(inputs_embeds=x).last_hidden_state
+                return hidden(model)(x)
 
         return ours
     return lambda x: model(inputs_embeds=x, adapter_names=list(names)).last_hidden_state
 
 
 def _in_turn(
-    model: nn.Module, names: Sequence[str], choose: Callable[[str], object]
-) -> Callable[[Tensor, Tensor], None]:
+    model: nn.Module, names: Sequence[str], choose: Callable[[str], object], pairs: Pairs
+) -> Call:
     """Steps of one sample, with its adapter active."""
+    rotation = itertools.cycle(pairs)
+    trained = [p for p in model.parameters() if p.requires_grad]
 
-    def steps(x: Tensor, grad: Tensor) -> None:
+    def steps() -> None:
+        x, grad = next(rotation)
+        for leaf in trained:
+            leaf.grad = None
         for place, name in enumerate(names):
             choose(name)
             own = x[place : place + 1].detach().requires_grad_()
-            model(inputs_embeds=own).last_hidden_state.backward(grad[place : place + 1])
+            hidden(model)(own).backward(grad[place : place + 1])
 
     return steps
-
-
-def _step(call: Callable[[Tensor, Tensor], object], leaves: Sequence[Tensor], pairs: Any) -> Call:
-    rotation = itertools.cycle(pairs)
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        call(*next(rotation))
-
-    return step
-
-
-def _forward(model: nn.Module, call: Callable[[Tensor], Tensor], pairs: Any) -> Call:
-    rotation = itertools.cycle(pairs)
-
-    def forward() -> None:
-        model.eval()
-        with torch.no_grad():
-            call(next(rotation)[0].detach())
-        model.train()
-
-    return forward
 
 
 def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> Row:
@@ -118,28 +75,28 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> Row:
     base = base_model(case)
     pairs = inputs(case, base, _COPIES)
     names = names_of(case)
-    own, alone, theirs = (
-        own_model(case, base, names),
-        own_model(case, base, names),  # whose adapters take turns in being the one that is trained
-        peft_model(case, base, names),
+    paths = [path for path, module in base.named_modules() if case.is_target(path, module)]
+    own, alone = (  # of the second, adapters take turns in being the one that is trained
+        own_model(copy.deepcopy(base), paths, getattr(torch, case.dtype), names) for _ in range(2)
     )
-    accelerated = lora_ext.accelerate(peft_model(case, base, names))
+    theirs, accelerated = (
+        peft_model(copy.deepcopy(base), paths, False, names).train() for _ in range(2)
+    )
+    lora_ext.accelerate(accelerated)
     models = {"frozen": base, "ours": own, "accelerated": accelerated, "peft": theirs}
     steps: dict[str, Call] = {}
     forwards: dict[str, Call] = {}
     for how, model in models.items():
         call = _of_batch(model, names, how)
-        leaves = [p for p in model.parameters() if p.requires_grad] + [x for x, _ in pairs]
-        forwards[how] = _forward(model, call, pairs)
+        forwards[how] = forward_of(model, pairs, call)
         if how != "peft":  # which refuses to train a mixed batch
-            steps[how] = _step(lambda x, grad, c=call: c(x).backward(grad), leaves, pairs)
+            steps[how] = step_of(model, pairs, call)
     turns = {
         "in_turn": (theirs, theirs.base_model.set_adapter),
         "ours_in_turn": (alone, lambda name: lora_ext.models.set_adapter(alone, name)),
     }
     for how, (model, choose) in turns.items():
-        leaves = [p for p in model.parameters() if p.requires_grad]
-        steps[how] = _step(_in_turn(model, names, choose), leaves, pairs)
+        steps[how] = _in_turn(model, names, choose, pairs)
     result: Row = {"id": f"{case.id}, {len(names)} adapters", "memory": {}}
     for how, step in steps.items():
         progress(f"{result['id']}: {LABELS[how]}")
@@ -154,21 +111,10 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> Row:
 
 def table(rows: Sequence[Row], key: str) -> str:
     """Times of one of "timing" and "forward" over frozen; of steps their peaks, too."""
-    present = [n for n in LABELS if n != "frozen" and any(n in row.get(key, {}) for row in rows)]
+    labels = present(rows, LABELS, key)
+    others = {name: label for name, label in labels.items() if name != "frozen"}
     columns: list[Column] = [("model, layers, base", lambda row: row["id"])]
-    columns += [("frozen", lambda row: milliseconds(row[key]["frozen"]["ms"]))]
-    columns += [
-        (LABELS[name], lambda row, n=name: quotient(ratio(row, n, "frozen", key), spread=True))
-        for name in present
-    ]
+    columns += [floor_column("frozen", key), *ratio_columns(others, "frozen", key)]
     if key == "timing":
-
-        def peak(row: Row, name: str) -> str:
-            found = row["memory"].get(name)
-            return mebibytes(found["peak"]) if found else NOTHING
-
-        columns += [
-            (f"peak: {LABELS[name]}", lambda row, n=name: peak(row, n))
-            for name in ("frozen", *present)
-        ]
+        columns += peak_columns({name: f"peak: {label}" for name, label in labels.items()})
     return table_of(rows, columns)

@@ -34,10 +34,6 @@ SPEEDUP_TARGETS = {"": 1.5, "nf4": 1.5, "int8": 1.4}
 # Python and dispatch of an accelerated layer's call over those of PEFT's.
 OVERHEAD_TARGET = 0.5
 MEMORY_SLACK = 1.03
-# In the order of the picture.
-_BARS = ("ours", "ours_fp32", "peft_accelerated", "peft_default_accelerated")
-_BARS += ("peft", "peft_default")
-
 _METHOD = """\
 - A step is forward and backward of the whole model on 2048 tokens. The embedded tokens want a
   gradient, so that gradients pass through all layers. r = 16; dropout 0.05 on the adapters, none in
@@ -170,39 +166,3 @@ def text(document: Document, images: Sequence[str]) -> str:
         *markdown.pictures(images, "CPU"),
         *markdown.sections([("Method", _METHOD)], "CPU"),
     )
-
-
-def figures(document: Document) -> dict[str, Any]:
-    """Bars of time and memory over frozen."""
-    from .. import figures as shared
-
-    cases = document["cases"]
-    if not cases:  # other parts of the run alone
-        return {}
-    ratios = {name: [ratio(case, name, "frozen") for case in cases] for name in _BARS}
-    panels = {
-        "time of a step": {
-            name: [found and found.median for found in mine] for name, mine in ratios.items()
-        },
-        "peak memory of a step": {
-            name: [peak_ratio(case, name, "frozen") for case in cases] for name in _BARS
-        },
-    }
-    size = (12, 1.2 + 1.3 * len(cases))
-    figure, grid = shared.plt.subplots(1, 2, figsize=size, sharey=True)
-    for axes, (title, lengths) in zip(grid, panels.items(), strict=True):
-        labels = [case["id"] for case in cases]
-        shared.grouped_bars(axes, labels, lengths, LABELS, horizontal=True)
-        axes.set_xlabel("x frozen model (less is better)")
-        shared.finish(axes, f"CPU: {title}", size=11)
-    grid[0].invert_yaxis()
-    figure.tight_layout()
-    figure.legend(
-        *grid[0].get_legend_handles_labels(),
-        frameon=False,
-        fontsize=9,
-        ncols=3,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.0),
-    )
-    return {"models.png": figure}

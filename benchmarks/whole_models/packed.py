@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import lora_ext
 from lora_ext.packed_weight import PackedWeight, packed_linear
 
-from ..markdown import Column, mebibytes, milliseconds, quotient, table_of
-from ..results import Row, ratio
+from ..markdown import Column, floor_column, mebibytes, ratio_columns, table_of
+from ..results import Row
 from ..timing import Plan, compared
+from .calls import forward_of, step_of
 from .cases import BATCH, LENGTH, Case, base_model, inputs
-from .step import adapted, forward_of, step_of
+from .step import adapted
 
 CASES = (
     Case("Llama", "all linear", "float32"),
@@ -117,11 +118,8 @@ def table(rows: Sequence[Row], key: str) -> str:
     """Times over the frozen model's as torch runs it."""
     columns: list[Column] = [
         ("model, layers, base", lambda row: row["id"]),
-        ("frozen", lambda row: milliseconds(row[key]["frozen"]["ms"])),
-    ]
-    columns += [
-        (label, lambda row, n=name: quotient(ratio(row, n, "frozen", key), spread=True))
-        for name, label in _LABELS.items()
+        floor_column("frozen", key),
+        *ratio_columns(_LABELS, "frozen", key),
     ]
     columns.append(("weights", lambda row: mebibytes(row["weights"])))
     columns.append(("packs", lambda row: mebibytes(row["bytes"])))

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 import lora_ext
 from lora_ext.quantized import workspace
 
-from ..markdown import Column, milliseconds, quotient, table_of
-from ..results import Row, ratio
+from ..markdown import Column, floor_column, ratio_columns, table_of
+from ..results import Row
 from ..shapes import DROPOUT
 from ..timing import Plan, compared
+from .calls import ALPHA, RANK, Pairs, step_of
 
 FORMS = {"nf4": "NF4, scales quantised", "int8": "LLM.int8"}
-RANK, ALPHA = 16, 32
 _WIDTHS, _ROWS = (1024, 4096), (1, 16, 512, 2048)
 _COPIES = 3
 _COLUMNS = {"peft": "PEFT", "accelerated": "accelerated"}
@@ -105,49 +105,38 @@ def measure_layers(plan: Plan, progress: Callable[[str], None]) -> list[Row]:
         for rows in _ROWS:
             progress(f"{form}, {width} x {width}, {rows} rows")
             row: Row = {"id": f"{form}, {width} x {width}", "rows": rows}
+            pairs = _inputs(width, rows)
             # In eval bitsandbytes may change its weight for good: each has layers of its own.
-            row["timing"] = compared(_steps(_layers(width, form), width, rows), plan)
-            row["forward"] = compared(_forwards(_layers(width, form), width, rows), plan)
+            for key, call_of in (("timing", _step_of), ("forward", _forward_of)):
+                layers = _layers(width, form)
+                calls = {name: call_of(layer, pairs) for name, layer in layers.items()}
+                for call in calls.values():
+                    call()
+                row[key] = compared(calls, plan)
             found.append(row)
     workspace.release()
     return found
 
 
-def _inputs(width: int, rows: int) -> Any:
+def _inputs(width: int, rows: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     draw = lambda: torch.randn(rows, width, generator=generator).to(torch.bfloat16)  # noqa: E731
-    return itertools.cycle([(draw(), draw()) for _ in range(_COPIES)])
+    return [(draw().requires_grad_(), draw()) for _ in range(_COPIES)]
 
 
-def _steps(layers: dict[str, nn.Module], width: int, rows: int) -> dict[str, Callable[[], None]]:
-    def step_of(layer: nn.Module) -> Callable[[], None]:
-        pairs = _inputs(width, rows)
-        trained = [p for p in layer.parameters() if p.requires_grad]
-
-        def step() -> None:
-            for parameter in trained:
-                parameter.grad = None
-            x, grad = next(pairs)
-            layer(x.detach().requires_grad_()).backward(grad)
-
-        step()
-        return step
-
-    return {name: step_of(layer.train()) for name, layer in layers.items()}
+def _step_of(layer: nn.Module, pairs: Pairs) -> Callable[[], None]:
+    return step_of(layer.train(), pairs, layer)
 
 
-def _forwards(layers: dict[str, nn.Module], width: int, rows: int) -> dict[str, Callable[[], None]]:
-    def forward_of(layer: nn.Module) -> Callable[[], None]:
-        pairs = _inputs(width, rows)
+def _forward_of(layer: nn.Module, pairs: Pairs) -> Callable[[], None]:
+    rotation = itertools.cycle(pairs)
+    layer.eval()
 
-        def forward() -> None:
-            with torch.no_grad():
-                layer(next(pairs)[0])
+    def forward() -> None:
+        with torch.no_grad():
+            layer(next(rotation)[0].detach())
 
-        forward()
-        return forward
-
-    return {name: forward_of(layer.eval()) for name, layer in layers.items()}
+    return forward
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -157,15 +146,7 @@ def table(rows: Sequence[Row]) -> str:
         ("rows", lambda row: str(row["rows"])),
     ]
     for key, what in (("timing", "step"), ("forward", "forward in eval")):
-        columns.append((f"{what}: base", lambda row, k=key: milliseconds(row[k]["base"]["ms"])))
-        for name, label in _COLUMNS.items():
-            columns.append(
-                (label, lambda row, k=key, n=name: quotient(ratio(row, n, "base", k), spread=True))
-            )
-        columns.append(
-            (
-                "accelerated / PEFT",
-                lambda row, k=key: quotient(ratio(row, "accelerated", "peft", k), spread=True),
-            )
-        )
+        columns.append((f"{what}: base", floor_column("base", key)[1]))
+        columns += ratio_columns(_COLUMNS, "base", key)
+        columns += ratio_columns({"accelerated": "accelerated / PEFT"}, "peft", key)
     return table_of(rows, columns)

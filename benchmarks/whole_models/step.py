@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from lora_ext.quantized import workspace
 from ..memory import peak_bytes
 from ..shapes import DROPOUT
 from ..timing import Plan, compared
+from .calls import ALPHA, RANK, forward_of, step_of
 from .cases import Case, base_model, inputs
 
-RANK, ALPHA = 16, 32
 # Accelerated: the model of PEFT that the name begins with, after lora_ext.accelerate.
 VARIANTS = (
     "frozen",
@@ -42,20 +41,37 @@ def adapted(case: Case, base: nn.Module, variant: str) -> nn.Module:
         return model
     if variant.startswith("ours"):
         dtype = torch.float32 if variant == "ours_fp32" else getattr(torch, case.dtype)
-        config = lora_ext.LoRAConfig(
-            paths, r=RANK, alpha=ALPHA, dropout=DROPOUT, adapter_dtype=dtype
-        )
-        return lora_ext.apply_lora(model, config)
-    import peft
-
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=paths)
-    model = peft.get_peft_model(
-        model, config, autocast_adapter_dtype=variant.startswith("peft_default")
-    )
+        return own_model(model, paths, dtype)
+    model = peft_model(model, paths, wide=variant.startswith("peft_default"))
     if variant.endswith("accelerated"):
         lora_ext.accelerate(model)
         check_fused(model)
     return model.base_model.model
+
+
+def own_model(
+    model: nn.Module, paths: list[str], dtype: torch.dtype, names: Sequence[str] = ("default",)
+) -> nn.Module:
+    """The model with adapters of ours, all of them active."""
+    config = lora_ext.LoRAConfig(paths, r=RANK, alpha=ALPHA, dropout=DROPOUT, adapter_dtype=dtype)
+    for name in names:
+        lora_ext.apply_lora(model, config, name)
+    lora_ext.models.set_adapter(model, list(names))
+    return model
+
+
+def peft_model(
+    model: nn.Module, paths: list[str], wide: bool, names: Sequence[str] = ("default",)
+) -> Any:
+    """The same of PEFT's. wide: float32 adapters, whatever the base has."""
+    import peft
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=paths)
+    model = peft.get_peft_model(model, config, names[0], autocast_adapter_dtype=wide)
+    for name in names[1:]:
+        model.add_adapter(name, config, autocast_adapter_dtype=wide)
+    model.base_model.set_adapter(list(names))
+    return model
 
 
 def check_fused(model: nn.Module) -> None:
@@ -63,33 +79,6 @@ def check_fused(model: nn.Module) -> None:
     others = [layer for layer in lora_ext.explain(model) if layer.path not in ("fused", "library")]
     if others:
         raise RuntimeError(f"expected all layers on the fused op, but got {others}")
-
-
-def step_of(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    """Forward and backward on the next input; gradients are dropped before each step."""
-    rotation = itertools.cycle(pairs)
-    leaves = [p for p in model.parameters() if p.requires_grad] + [x for x, _ in pairs]
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        x, grad = next(rotation)
-        model(inputs_embeds=x).last_hidden_state.backward(grad)
-
-    return step
-
-
-def forward_of(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    """A forward for inference on the next input; the model is in eval mode within it."""
-    rotation = itertools.cycle(pairs)
-
-    def forward() -> None:
-        model.eval()
-        with torch.no_grad():
-            model(inputs_embeds=next(rotation)[0].detach())
-        model.train()
-
-    return forward
 
 
 def inputs_to_save(case: Case, model: nn.Module, pair: tuple[Tensor, Tensor]) -> int:
@@ -126,7 +115,7 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> dict[str
     base = base_model(case)
     pairs = inputs(case, base, _COPIES)
     result: dict[str, Any] = {"id": case.id, "form": case.form, "workspace": 0}
-    result |= {"memory": {}, "forward_memory": {}, "trainable": {}}
+    result |= {"memory": {}, "forward_memory": {}}
     calls: dict[str, dict[str, Callable[[], None]]] = {"timing": {}, "forward": {}}
     for variant in VARIANTS:
         progress(f"{case.id}: {variant}")
@@ -142,7 +131,6 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> dict[str
             workspace.release()  # counts where it is allocated
             result[key][variant] = {"peak": peak_bytes(call)}
             result["workspace"] = max(result["workspace"], workspace.nbytes())
-        result["trainable"][variant] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if variant == "frozen":
             result["inputs_to_save"] = inputs_to_save(case, model, pairs[0])
     for what, functions in calls.items():

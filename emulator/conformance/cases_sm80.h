@@ -16,8 +16,7 @@ namespace conformance {
 
 namespace ptx = lora_ext::ptx;
 
-// ---- thread.h
-// ---------------------------------------------------------------------------------------------------------
+// ---- thread.h -----------------------------------------------------------------------------------
 
 __global__ void shared_addresses(uint32_t* offsets, uint32_t* alignment) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
@@ -28,15 +27,13 @@ __global__ void shared_addresses(uint32_t* offsets, uint32_t* alignment) {
 
 inline void case_thread(Recorder& recorder) {
   recorder.begin("thread", {"shared_address", "dynamic_shared_memory"});
-  const std::vector<uint32_t> zeros(96, 0);
-  DeviceArray<uint32_t> offsets(zeros), alignment({7});
+  DeviceArray<uint32_t> offsets(96), alignment(std::vector<uint32_t>{7});
   launch({1, 96, 2048}, shared_addresses, offsets.data(), alignment.data());
   recorder.output("offsets", offsets);
   recorder.output("alignment", alignment);
 }
 
-// ---- barrier.h
-// --------------------------------------------------------------------------------------------------------
+// ---- barrier.h ----------------------------------------------------------------------------------
 
 // Warps 0 and 1 exchange values at barrier 1, warp 2 tells warp 3 at barrier 15.
 __global__ void exchange_at_barriers(const uint32_t* in, uint32_t* out) {
@@ -57,13 +54,12 @@ __global__ void exchange_at_barriers(const uint32_t* in, uint32_t* out) {
 inline void case_barriers(Recorder& recorder) {
   Random random = recorder.begin("named_barriers", {"bar_sync", "bar_arrive"});
   auto in = recorder.input("in", random.integers<uint32_t>(128));
-  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0));
+  DeviceArray<uint32_t> out(128);
   launch({1, 128, 512}, exchange_at_barriers, in.data(), out.data());
   recorder.output("out", out);
 }
 
-// ---- cp_async.h
-// -------------------------------------------------------------------------------------------------------
+// ---- cp_async.h ---------------------------------------------------------------------------------
 
 // Each thread copies 16 bytes twice, in two groups; what the first brought is read while the second
 // may be in flight.
@@ -89,13 +85,12 @@ inline void case_cp_async(Recorder& recorder) {
                                  {"cp_async_16", "cp_async_commit_group", "cp_async_wait_group"});
   auto in = recorder.input("in", random.integers<uint8_t>(2 * 64 * kBytes));
   auto src_bytes = recorder.input("src_bytes", random.integers<uint32_t>(2 * 64, kBytes + 1));
-  DeviceArray<uint8_t> out(std::vector<uint8_t>(2 * 64 * kBytes, 0));
+  DeviceArray<uint8_t> out(2 * 64 * kBytes);
   launch({1, 64, 2 * 64 * kBytes}, copies_in_groups, in.data(), src_bytes.data(), out.data());
   recorder.output("out", out);
 }
 
-// ---- matrix_move.h
-// ----------------------------------------------------------------------------------------------------
+// ---- matrix_move.h ------------------------------------------------------------------------------
 
 constexpr uint32_t kRowBytes = 16,
                    kRows = 64;  // shared memory of the matrix moves: rows in any order
@@ -127,14 +122,13 @@ void case_ldmatrix(Recorder& recorder) {
   Random random = recorder.begin(name, {name});
   auto memory = recorder.input("memory", random.integers<uint8_t>(kRows * kRowBytes));
   auto rows = recorder.input("rows", random.integers<uint32_t>(32, kRows));
-  DeviceArray<uint32_t> out(std::vector<uint32_t>(32 * kCount, 0));
+  DeviceArray<uint32_t> out(32 * kCount);
   launch({1, 32, kRows * kRowBytes}, load_rows<kCount, kTranspose>, memory.data(), rows.data(),
          out.data());
   recorder.output("out", out, {kCount, 32});
 }
 
-// ---- mma.h
-// ------------------------------------------------------------------------------------------------------------
+// ---- mma.h --------------------------------------------------------------------------------------
 
 // a [16, 16], b [16, 8], c and d [16, 8], all row-major; the fragments as the PTX ISA draws them.
 template <typename T>
@@ -196,13 +190,12 @@ void case_mma(Recorder& recorder, bool integers) {
   auto a = recorder.input("a", operand<T>(random, 16 * 16, integers), {16, 16});
   auto b = recorder.input("b", operand<T>(random, 16 * 8, integers), {16, 8});
   auto c = recorder.input("c", addends(random, 16 * 8, integers), {16, 8});
-  DeviceArray<float> d(std::vector<float>(16 * 8, 0));
+  DeviceArray<float> d(16 * 8);
   launch({1, 32}, multiply_tile<T>, a.data(), b.data(), c.data(), d.data());
   recorder.output("d", d, {16, 8});
 }
 
-// ---- memory.h and fence.h
-// ---------------------------------------------------------------------------------------------
+// ---- memory.h and fence.h -----------------------------------------------------------------------
 
 // Block 0 publishes values under a flag, block 1 reads them; 0 releases by the atomic alone, then
 // once more by a fence.
@@ -230,8 +223,8 @@ inline void case_flags(Recorder& recorder) {
   Random random =
       recorder.begin("flags", {"load_acquire_gpu", "atomic_add_release_gpu", "fence_acq_rel_gpu"});
   auto in = recorder.input("in", random.integers<uint32_t>(64));
-  DeviceArray<uint32_t> published(std::vector<uint32_t>(128, 0)), flags({0, 0});
-  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0));
+  DeviceArray<uint32_t> published(128), flags(2);
+  DeviceArray<uint32_t> out(128);
   launch({2, 64}, publish_between_blocks, in.data(), published.data(), flags.data(), out.data());
   recorder.output("out", out);
 }
@@ -246,7 +239,7 @@ __global__ void count_in_any_order(const uint32_t* in, uint32_t* counters) {
 inline void case_atomics(Recorder& recorder) {
   Random random = recorder.begin("atomics", {"atomic_add_release_gpu", "atomic_add_relaxed_gpu"});
   auto in = recorder.input("in", random.integers<uint32_t>(64));
-  DeviceArray<uint32_t> counters({0, 0, 0});
+  DeviceArray<uint32_t> counters(3);
   launch({4, 64}, count_in_any_order, in.data(), counters.data());
   recorder.output("counters", counters);
 }

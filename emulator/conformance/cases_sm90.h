@@ -8,8 +8,7 @@
 
 namespace conformance {
 
-// ---- matrix_move.h
-// ----------------------------------------------------------------------------------------------------
+// ---- matrix_move.h ------------------------------------------------------------------------------
 
 // rows [32]: the row that each lane addresses, no two the same.
 __global__ void store_rows(const uint32_t* in, const uint32_t* rows, unsigned char* out) {
@@ -33,13 +32,12 @@ inline void case_stmatrix(Recorder& recorder) {
   }
   order.resize(32);
   auto rows = recorder.input("rows", order);
-  DeviceArray<uint8_t> out(std::vector<uint8_t>(kRows * kRowBytes, 0));
+  DeviceArray<uint8_t> out(kRows * kRowBytes);
   launch({1, 32, kRows * kRowBytes}, store_rows, in.data(), rows.data(), out.data());
   recorder.output("out", out);
 }
 
-// ---- thread.h
-// --------------------------------------------------------------------------------------------------------------
+// ---- thread.h -----------------------------------------------------------------------------------
 
 // Of each warp: whether one lane is elected, and the same one twice.
 __global__ void elect_lanes(uint32_t* out) {
@@ -57,8 +55,7 @@ inline void case_elect(Recorder& recorder) {
   recorder.output("out", out, {64, 2});
 }
 
-// ---- clusters
-// ---------------------------------------------------------------------------------------------------------
+// ---- clusters -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void synchronize_cluster() {
   ptx::cluster_arrive();
@@ -101,9 +98,9 @@ inline void case_cluster(Recorder& recorder) {
   constexpr uint32_t kBlocks = 8, kThreads = 64;
   auto integers = recorder.input("integers", random.integers<uint32_t>(kBlocks * kThreads));
   auto numbers = recorder.input("numbers", addends(random, kBlocks * kThreads, true));
-  DeviceArray<uint32_t> identity(std::vector<uint32_t>(2 * kBlocks, 0));
-  DeviceArray<uint32_t> read(std::vector<uint32_t>(kBlocks * kThreads, 0));
-  DeviceArray<float> written(std::vector<float>(kBlocks * kThreads, 0));
+  DeviceArray<uint32_t> identity(2 * kBlocks);
+  DeviceArray<uint32_t> read(kBlocks * kThreads);
+  DeviceArray<float> written(kBlocks * kThreads);
   launch({kBlocks, kThreads, 8 * kThreads, kClusterBlocks}, exchange_in_cluster, integers.data(),
          numbers.data(), identity.data(), read.data(), written.data());
   recorder.output("identity", identity, {kBlocks, 2});
@@ -111,8 +108,7 @@ inline void case_cluster(Recorder& recorder) {
   recorder.output("written", written);
 }
 
-// ---- mbarrier.h
-// -------------------------------------------------------------------------------------------------------
+// ---- mbarrier.h ---------------------------------------------------------------------------------
 
 // Two phases of 64 arrivals. seen: what try_wait says for parity 1 and 0, before the first phase
 // has completed and after the second.
@@ -143,7 +139,7 @@ inline void case_mbarrier(Recorder& recorder) {
   Random random = recorder.begin("mbarrier", {"mbarrier_init", "mbarrier_arrive_expect_tx",
                                               "mbarrier_wait", "mbarrier_try_wait"});
   auto in = recorder.input("in", random.integers<uint32_t>(128));
-  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0)), seen(std::vector<uint32_t>(4, 7));
+  DeviceArray<uint32_t> out(128), seen(std::vector<uint32_t>(4, 7));
   launch({1, 64, 64 + 512}, wait_for_phases, in.data(), out.data(), seen.data());
   recorder.output("out", out);
   recorder.output("seen", seen);
@@ -206,14 +202,13 @@ inline void case_mbarrier_cluster(Recorder& recorder) {
       "mbarrier_cluster", {"mbarrier_arrive_cluster", "mbarrier_wait_cluster",
                            "mbarrier_try_wait_cluster", "fence_mbarrier_init", "mbarrier_init"});
   auto in = recorder.input("in", random.integers<uint32_t>(64));
-  DeviceArray<uint32_t> out(std::vector<uint32_t>(128, 0)), seen(std::vector<uint32_t>(64, 7));
+  DeviceArray<uint32_t> out(128), seen(std::vector<uint32_t>(64, 7));
   launch({2, 32, 64 + 256, 2}, arrive_in_cluster, in.data(), out.data(), seen.data());
   recorder.output("out", out);
   recorder.output("seen", seen);
 }
 
-// ---- registers.h, grid_dependency.h
-// -----------------------------------------------------------------------------------
+// ---- registers.h, grid_dependency.h -------------------------------------------------------------
 
 // 168 registers a thread at launch; 40 for the first warpgroup leave 232 for the others.
 __global__ void __launch_bounds__(384, 1) trade_registers(const uint32_t* in, uint32_t* out) {
@@ -230,7 +225,7 @@ __global__ void __launch_bounds__(384, 1) trade_registers(const uint32_t* in, ui
 inline void case_registers(Recorder& recorder) {
   Random random = recorder.begin("registers", {"setmaxnreg_dec", "setmaxnreg_inc"});
   auto in = recorder.input("in", random.integers<uint32_t>(384));
-  DeviceArray<uint32_t> out(std::vector<uint32_t>(384, 0));
+  DeviceArray<uint32_t> out(384);
   launch({1, 384}, trade_registers, in.data(), out.data());
   recorder.output("out", out);
 }
@@ -250,8 +245,7 @@ inline void case_grid_dependency(Recorder& recorder) {
   Random random = recorder.begin("grid_dependency",
                                  {"griddepcontrol_wait", "griddepcontrol_launch_dependents"});
   auto in = recorder.input("in", random.integers<uint32_t>(4 * 64));
-  DeviceArray<uint32_t> middle(std::vector<uint32_t>(4 * 64, 0)),
-      out(std::vector<uint32_t>(4 * 64, 0));
+  DeviceArray<uint32_t> middle(4 * 64), out(4 * 64);
   launch({4, 64}, write_and_launch_dependents, in.data(), middle.data());
   launch({4, 64, 0, 1, true}, wait_and_read, middle.data(), out.data(), 4u * 64u);
   recorder.output("out", out);
@@ -286,9 +280,7 @@ inline void case_grid_dependency_chain(Recorder& recorder) {
       recorder.begin("grid_dependency_chain",
                      {"griddepcontrol_wait", "griddepcontrol_launch_dependents", "cp_async_16"});
   auto in = recorder.input("in", random.integers<uint32_t>(4 * 64));
-  DeviceArray<uint32_t> middle(std::vector<uint32_t>(4 * 64, 0)),
-      late(std::vector<uint32_t>(4 * 64, 0)), out(std::vector<uint32_t>(4 * 64, 0)),
-      sum(std::vector<uint32_t>(4 * 64, 0));
+  DeviceArray<uint32_t> middle(4 * 64), late(4 * 64), out(4 * 64), sum(4 * 64);
   launch({4, 64}, write_and_launch_dependents, in.data(), middle.data());
   launch({4, 64, 0, 1, true}, wait_and_launch_dependents, late.data());
   launch({4, 64, 64 * 16, 1, true}, read_two_behind, middle.data(), out.data());

@@ -75,7 +75,7 @@ inline void case_tma_load(Recorder& recorder, CUtensorMapSwizzle swizzle) {
   const CUtensorMap map = tensor_map(in.data(), tensor, box, swizzle);
   const int corners[][2] = {{0, 0}, {8, 16}, {-5, -3}, {60, 30}, {72, -7}, {100, 3}};
   for (const auto& [x, y] : corners) {
-    DeviceArray<uint8_t> out(std::vector<uint8_t>(box.bytes(), 0));
+    DeviceArray<uint8_t> out(box.bytes());
     launch({1, 64, box.bytes() + 8}, load_box, map, x, y, box.bytes(), out.data());
     recorder.output("box_" + std::to_string(x) + "_" + std::to_string(y), out);
   }
@@ -110,7 +110,7 @@ inline void case_tma_multicast(Recorder& recorder) {
   auto in = recorder.input("in", random.integers<uint16_t>(tensor.height * tensor.pitch),
                            {tensor.height, tensor.pitch});
   const CUtensorMap map = tensor_map(in.data(), tensor, box, CU_TENSOR_MAP_SWIZZLE_128B);
-  DeviceArray<uint8_t> out(std::vector<uint8_t>(4 * box.bytes(), 0));
+  DeviceArray<uint8_t> out(4 * box.bytes());
   launch({2, 64, 2 * box.bytes() + 8, 2}, load_multicast, map, box.bytes(), 16, out.data());
   recorder.output("out", out, {2, 2 * box.bytes()});
 }
@@ -173,8 +173,7 @@ inline void case_proxy_global(Recorder& recorder) {
   Random random = recorder.begin("proxy_global", {"fence_proxy_async_global", "tma_load_2d"});
   const Tensor shape{32, 64, 64};
   auto in = recorder.input("in", random.integers<uint16_t>(32 * 64));
-  DeviceArray<uint16_t> tensor(std::vector<uint16_t>(32 * 64, 0)),
-      out(std::vector<uint16_t>(32 * 64, 0));
+  DeviceArray<uint16_t> tensor(32 * 64), out(32 * 64);
   const CUtensorMap map = tensor_map(tensor.data(), shape, {32, 64}, CU_TENSOR_MAP_SWIZZLE_NONE);
   launch({1, 128, 2 * 32 * 64 + 8}, write_then_load, map, in.data(), tensor.data(), 32u * 64u,
          out.data());

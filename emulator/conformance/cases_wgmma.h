@@ -134,7 +134,7 @@ void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle, bool integers) {
   recorder.input("b_transposed", b, {N, kTileK});
   auto c = recorder.input("c", addends(random, kTileM * N, integers), {kTileM, N});
   DeviceArray<uint16_t> memory_a(stored(a, tile_a)), memory_b(stored(rows_of_b, tile_b));
-  DeviceArray<float> d(std::vector<float>(kTileM * N, 0));
+  DeviceArray<float> d(kTileM * N);
   launch({1, 128, tile_a.bytes() + tile_b.bytes() + 8}, multiply_wgmma<T, N, kMajorA, kMajorB>,
          operand_map(memory_a, tile_a), operand_map(memory_b, tile_b), swizzle, c.data(), d.data());
   recorder.output("d", d, {kTileM, N});

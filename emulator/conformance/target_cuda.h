@@ -27,6 +27,7 @@ class DeviceArray {
     require(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice),
             "cudaMemcpy");
   }
+  explicit DeviceArray(size_t zeros) : DeviceArray(std::vector<T>(zeros)) {}
   ~DeviceArray() { cudaFree(data_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;

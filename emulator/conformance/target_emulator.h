@@ -11,6 +11,7 @@ template <typename T>
 class DeviceArray {
  public:
   explicit DeviceArray(const std::vector<T>& values) : buffer_(values, "array") {}
+  explicit DeviceArray(size_t zeros) : DeviceArray(std::vector<T>(zeros)) {}
   T* data() { return buffer_.data(); }
   std::vector<T> to_host() const { return buffer_.to_vector(); }
 
@@ -61,7 +62,6 @@ inline void prepare(uint64_t seed) {
   emulator::config().schedule = static_cast<emulator::Schedule>(seed / 3 % 3);
 }
 
-inline int compute_capability() { return 90; }
 inline std::string producer() {
   return "{\"kind\": \"emulator\", \"name\": \"execution layer\", \"compute_capability\": 90}";
 }

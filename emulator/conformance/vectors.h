@@ -7,6 +7,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace conformance {
@@ -31,22 +32,9 @@ struct Case {
 };
 
 template <typename T>
-const char* type_name();
-template <>
-inline const char* type_name<uint8_t>() {
-  return "u8";
-}
-template <>
-inline const char* type_name<uint16_t>() {
-  return "u16";
-}
-template <>
-inline const char* type_name<uint32_t>() {
-  return "u32";
-}
-template <>
-inline const char* type_name<float>() {
-  return "f32";
+const char* type_name() {
+  if constexpr (std::is_same_v<T, float>) return "f32";
+  return sizeof(T) == 1 ? "u8" : sizeof(T) == 2 ? "u16" : "u32";
 }
 
 // The same numbers on every machine: the standard fixes this engine, not its distributions.

@@ -39,8 +39,7 @@ namespace gmma = cute::SM90::GMMA;
 using emulator::Major;
 using emulator::Position;
 
-// ---- comparing
-// --------------------------------------------------------------------------------------------------------
+// ---- comparing ----------------------------------------------------------------------------------
 
 std::string perturbed_check;
 long total_comparisons = 0, total_mismatches = 0;
@@ -74,8 +73,7 @@ class Check {
   std::vector<int64_t> ours_, cutes_;
 };
 
-// ---- register fragments
-// -----------------------------------------------------------------------------------------------
+// ---- register fragments -------------------------------------------------------------------------
 
 // CuTe numbers the elements of an m x n tile column by column.
 int64_t column_major(Position at, int64_t rows) { return at.row + rows * at.col; }
@@ -121,8 +119,7 @@ void check_wgmma_a() {
   }
 }
 
-// ---- ldmatrix and stmatrix
-// --------------------------------------------------------------------------------------------
+// ---- ldmatrix and stmatrix ----------------------------------------------------------------------
 
 // Which (lane, bit) of memory, as CuTe's `Memory` layout names its bits, is bit number `wanted`. A
 // lane's memory is the 128-bit row that it addresses.
@@ -167,8 +164,7 @@ void check_stmatrix(const char* name, uint32_t matrices, bool transposed) {
                                                                             transposed);
 }
 
-// ---- swizzles and descriptors
-// -----------------------------------------------------------------------------------------
+// ---- swizzles and descriptors -------------------------------------------------------------------
 
 template <int kBits>
 void check_swizzle(const char* name, emulator::Swizzle mode) {

@@ -56,15 +56,14 @@ T opaque(T value) {
 TEST(a_right_kernel_gives_no_report) {
   CHECK(report_of([] {
           GlobalBuffer<float> buffer(33, "buffer");
-          for_all_modes(2, [&] {
+          for_each_schedule(2, [&] {
             launch(race_launch(4, 96, 1000, 2), [&] {
               float* values = shared_array<float>();
               for (uint32_t i = threadIdx.x; i < 250; i += 96) values[i] = 1;
               __syncthreads();
               if (threadIdx.x < 33 && blockIdx.x == 0)
                 buffer[threadIdx.x] = values[249 - threadIdx.x];
-              cluster_arrive();
-              cluster_wait();
+              sync_cluster();
             });
           });
         }).empty());

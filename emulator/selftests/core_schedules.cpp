@@ -3,13 +3,10 @@
 #include <set>
 #include <vector>
 
-#include "emulator/emulator.h"
-#include "emulator/selftests/cases.h"
+#include "emulator/selftests/kernels.h"
 
+using namespace emulator;
 using namespace emulator::selftest;
-using emulator::config;
-using emulator::launch;
-using emulator::Schedule;
 
 // The order in which 8 warps come to `steps` places where they can be interrupted.
 std::vector<uint32_t> order_of_warps(int steps) {
@@ -17,7 +14,7 @@ std::vector<uint32_t> order_of_warps(int steps) {
   launch({.grid = 1, .block = 256}, [&] {
     for (int i = 0; i < steps; ++i) {
       if (threadIdx.x % 32 == 0) order.push_back(threadIdx.x / 32);
-      emulator::preemption_point();
+      preemption_point();
       __syncwarp();
     }
   });
@@ -35,8 +32,7 @@ TEST(run_ahead_runs_one_warp_to_its_end) {
   config().schedule = Schedule::RunAhead;
   config().freeze = false;
   std::set<uint32_t> first;
-  for (uint64_t seed = 1; seed <= 16; ++seed) {
-    config().seed = seed;
+  for (config().seed = 1; config().seed <= 16; ++config().seed) {
     const auto order = order_of_warps(20);
     CHECK(changes(order) == 7);
     first.insert(order[0]);
@@ -47,8 +43,7 @@ TEST(run_ahead_runs_one_warp_to_its_end) {
 TEST(random_interleaves) {
   const KeepConfig keep;
   config().schedule = Schedule::Random;
-  for (uint64_t seed = 1; seed <= 16; ++seed) {
-    config().seed = seed;
+  for (config().seed = 1; config().seed <= 16; ++config().seed) {
     CHECK(changes(order_of_warps(20)) > 40);
   }
 }
@@ -58,8 +53,7 @@ TEST(priority_prefers_a_warp_and_changes_seldom) {
   config().schedule = Schedule::Priority;
   config().freeze = false;
   size_t total = 0;
-  for (uint64_t seed = 1; seed <= 16; ++seed) {
-    config().seed = seed;
+  for (config().seed = 1; config().seed <= 16; ++config().seed) {
     total += changes(order_of_warps(20));
   }
   CHECK(total >= 16 * 7);
@@ -73,13 +67,12 @@ TEST(freezing_leaves_warps_behind) {
   int most_behind[2] = {};
   for (const bool freeze : {false, true}) {
     config().freeze = freeze;
-    for (uint64_t seed = 1; seed <= 8; ++seed) {
-      config().seed = seed;
+    for (config().seed = 1; config().seed <= 8; ++config().seed) {
       int steps[2] = {};
       launch({.grid = 1, .block = 256}, [&] {  // two warpgroups, each with a barrier of its own
         const uint32_t group = threadIdx.x / 128;
         for (int i = 0; i < 300; ++i) {
-          emulator::bar_sync(1 + group, 128);
+          bar_sync(1 + group, 128);
           if (threadIdx.x % 128 == 0) {
             ++steps[group];
             if (steps[1 - group] < 300) {
@@ -99,13 +92,13 @@ TEST(a_thread_that_yields_lets_every_other_run) {
     bool performed = false;
     launch({.grid = 2, .block = 64}, [&] {  // one lane of one block ends the wait of all the others
       if (blockIdx.x == 1 && threadIdx.x == 33) {
-        for (int i = 0; i < 20; ++i) emulator::yield();
+        for (int i = 0; i < 20; ++i) yield();
         done = true;
       }
-      while (!done) emulator::yield();
+      while (!done) yield();
       if (blockIdx.x == 0 && threadIdx.x == 0) {
-        emulator::engine_push({.what = "event", .perform = [&] { performed = true; }});
-        while (!performed) emulator::yield();
+        engine_push({.what = "event", .perform = [&] { performed = true; }});
+        while (!performed) yield();
       }
     });
   });
@@ -118,7 +111,7 @@ TEST(blocks_start_together_and_apart) {
     launch({.grid = 2, .block = 32}, [&] {
       if (threadIdx.x != 0) return;
       second_begun |= first_done;
-      for (int i = 0; i < 10; ++i) emulator::yield();
+      for (int i = 0; i < 10; ++i) yield();
       if (!first_done && second_begun) apart = true;
       first_done = true;
     });

@@ -1,8 +1,5 @@
 // The race checker and asynchronous operations: cp.async, mbarriers, TMA, wgmma, and the two
 // proxies.
-#include "emulator/copies/mbarrier.h"
-#include "emulator/copies/tma.h"
-#include "emulator/matrix/wgmma.h"
 #include "emulator/selftests/race_kernels.h"
 
 namespace emulator::selftest {
@@ -13,27 +10,8 @@ constexpr uint32_t kTileBytes = kTileRows * kTileColumns * 4;
 constexpr uint32_t kBar = 8192;  // shared address of the mbarriers
 
 CUtensorMap tile_map(GlobalBuffer<float>& buffer, uint32_t rows = kTileRows) {
-  CUtensorMap map;
-  const cuuint64_t dims[] = {kTileColumns, rows};
-  const cuuint64_t strides[] = {kTileColumns * 4};
-  const cuuint32_t box[] = {kTileColumns, kTileRows}, element_strides[] = {1, 1};
-  CHECK(encode_tensor_map_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, buffer.data(), dims,
-                                strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS);
-  return map;
-}
-
-void init_barriers(std::initializer_list<uint32_t> counts) {
-  if (threadIdx.x == 0) {
-    uint32_t at = kBar;
-    for (uint32_t count : counts) {
-      mbarrier_init(at, count);
-      at += 8;
-    }
-    fence_mbarrier_init();
-  }
-  __syncthreads();
+  return tensor_map(buffer.data(), CU_TENSOR_MAP_DATA_TYPE_FLOAT32, Swizzle::kNone, kTileColumns,
+                    rows, kTileColumns * 4, kTileColumns, kTileRows);
 }
 
 TEST(cp_async_needs_its_wait_and_a_barrier) {
@@ -63,7 +41,7 @@ TEST(mbarriers_order_a_ring) {
   const auto run = [] {
     launch(race_launch(1, 64, 16384), [] {
       constexpr int kStages = 2, kSteps = 6;
-      init_barriers({32, 32, 32, 32});
+      init_mbarriers(kBar, {32, 32, 32, 32});
       float* values = shared_array<float>();
       for (int step = 0; step < kSteps; ++step) {
         const uint32_t stage = static_cast<uint32_t>(step % kStages);
@@ -96,7 +74,7 @@ TEST(tma_round_trip_needs_both_proxy_edges) {
     in.fill(1);
     const CUtensorMap in_map = tile_map(in), out_map = tile_map(out);
     launch(race_launch(1, 128, 16384), [&] {
-      init_barriers({1});
+      init_mbarriers(kBar, {1});
       if (threadIdx.x == 0) {
         mbarrier_arrive_expect_tx(kBar, kTileBytes);
         tma_load_2d(0, &in_map, kBar, 0, 0);
@@ -180,7 +158,7 @@ TEST(global_memory_needs_a_proxy_fence_before_tma) {
     flag.fill(0);
     const CUtensorMap map = tile_map(s);
     launch(race_launch(2, 128, 16384), [&] {
-      init_barriers({1});
+      init_mbarriers(kBar, {1});
       if (blockIdx.x == 0) {
         for (uint32_t i = threadIdx.x; i < kTileRows * kTileColumns; i += 128) s[i] = 1;
         if (missing("global, not shared"))
@@ -223,7 +201,7 @@ TEST(the_start_of_a_grid_passes_global_memory_to_tma) {
     });
     if (!beside) stream.launch(race_launch(1, 32), [] { griddepcontrol_launch_dependents(); });
     stream.launch(load, [&] {
-      init_barriers({1});
+      init_mbarriers(kBar, {1});
       if (threadIdx.x == 0) {
         if (missing("proxy fence")) griddepcontrol_wait();
         mbarrier_arrive_expect_tx(kBar, kTileBytes);
@@ -246,7 +224,7 @@ TEST(a_load_over_a_generic_write_needs_a_proxy_fence) {
     in.fill(1);
     const CUtensorMap map = tile_map(in);
     launch(race_launch(1, 64, 16384), [&] {
-      init_barriers({1});
+      init_mbarriers(kBar, {1});
       shared_array<float>()[threadIdx.x] = 0;
       if (!missing("proxy fence")) fence_proxy_async_shared();
       if (!missing("barrier")) __syncthreads();
@@ -270,7 +248,7 @@ TEST(tma_ring_orders_reads_before_the_next_load) {
     in.fill(1);
     const CUtensorMap map = tile_map(in);
     launch(race_launch(1, 64, 16384), [&] {
-      init_barriers({1, 32});
+      init_mbarriers(kBar, {1, 32});
       const uint32_t full = kBar, empty = kBar + 8;
       for (uint32_t step = 0; step < 4; ++step) {
         if (threadIdx.x == 0) {
@@ -301,9 +279,8 @@ TEST(multicast_ring) {
     const CUtensorMap map = tile_map(in, 2 * kTileRows);
     launch(race_launch(2, 64, 16384, 2), [&] {
       const uint32_t full = kBar, empty = kBar + 8, rank = cluster_rank();
-      init_barriers({1, 2});
-      cluster_arrive();
-      cluster_wait();
+      init_mbarriers(kBar, {1, 2});
+      sync_cluster();
       for (uint32_t step = 0; step < 3; ++step) {
         if (threadIdx.x == 0) {
           mbarrier_wait(empty, (step & 1) ^ 1);
@@ -320,8 +297,7 @@ TEST(multicast_ring) {
           if (threadIdx.x < 34) mbarrier_arrive_cluster(empty, threadIdx.x - 32);
         }
       }
-      cluster_arrive();
-      cluster_wait();
+      sync_cluster();
     });
   };
   expect_clean(run);

@@ -90,19 +90,14 @@ TEST(cluster_barriers_order_distributed_memory) {
       const auto mine = static_cast<uint32_t>(threadIdx.x * 4);
       const uint32_t peer = map_shared(mine, cluster_rank() ^ 1);
       shared_array<uint32_t>()[threadIdx.x] = 9;
-      cluster_arrive();
-      cluster_wait();
+      sync_cluster();
       shared_array<uint32_t>()[threadIdx.x] = cluster_rank();
-      if (missing("release"))
-        cluster_arrive_relaxed();
-      else
-        cluster_arrive();
+      missing("release") ? cluster_arrive_relaxed() : cluster_arrive();
       cluster_wait();
       const uint32_t value = load_shared_cluster<uint32_t>(peer);
-      if (!missing("before overwrite")) cluster_arrive(), cluster_wait();
+      if (!missing("before overwrite")) sync_cluster();
       store_shared_cluster<uint32_t>(mine, value);
-      cluster_arrive();
-      cluster_wait();
+      sync_cluster();
       CHECK(value == (cluster_rank() ^ 1) || missing_edge != "");
     });
   };
@@ -113,12 +108,10 @@ TEST(cluster_barriers_order_distributed_memory) {
 
 TEST(a_block_barrier_does_not_order_a_peer) {
   CHECK_FAILS(ErrorKind::Race, "unordered", launch(race_launch(2, 32, 1024, 2), [] {
-                cluster_arrive();
-                cluster_wait();
+                sync_cluster();
                 store_shared_cluster<uint32_t>(map_shared(0, 1), 1);
                 __syncthreads();
-                cluster_arrive();
-                cluster_wait();
+                sync_cluster();
               }));
 }
 
@@ -178,7 +171,7 @@ TEST(accesses_past_the_end_are_noticed) {
 // Blocks of one grid are not ordered, even if one runs after the other has exited.
 TEST(blocks_race_on_global_memory) {
   GlobalBuffer<int> buffer(1, "buffer");
-  for_all_modes(2, [&] {
+  for_each_schedule(2, [&] {
     config().resident_clusters = 1;
     CHECK_FAILS(ErrorKind::Race, "block (", launch(race_launch(4, 32), [&] {
                   if (threadIdx.x == 0) buffer[0] = static_cast<int>(blockIdx.x);

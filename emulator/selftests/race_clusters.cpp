@@ -8,21 +8,11 @@ namespace {
 constexpr uint32_t kFull = 0, kEmpty = 8, kValue = 64;
 constexpr int kRounds = 5;
 
-void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-
 // Block 0 stores a value into block 1, which reads it; both rings of one slot are mbarriers.
 TEST(a_peers_store_needs_a_wait_of_cluster_scope) {
   const auto run = [] {
     launch(race_launch(2, 32, 1024, 2), [] {
-      if (threadIdx.x == 0) {
-        mbarrier_init(kFull, 1);
-        mbarrier_init(kEmpty, 1);
-        fence_mbarrier_init();
-      }
-      cluster_sync();
+      init_mbarriers_of_cluster(kFull, {1, 1});
       if (threadIdx.x == 0) {
         for (int round = 0; round < kRounds; ++round) {
           const uint32_t parity = round & 1;
@@ -40,7 +30,7 @@ TEST(a_peers_store_needs_a_wait_of_cluster_scope) {
           }
         }
       }
-      cluster_sync();
+      sync_cluster();
     });
   };
   expect_clean(run);
@@ -64,7 +54,7 @@ TEST(fence_mbarrier_init_publishes_the_init_alone) {
       missing("fence") ? mbarrier_arrive(kFull)
                        : mbarrier_arrive_cluster(kFull, cluster_rank() ^ 1);
       mbarrier_wait(kFull, 0);
-      cluster_sync();
+      sync_cluster();
     });
   };
   expect_clean(run);
@@ -74,10 +64,8 @@ TEST(fence_mbarrier_init_publishes_the_init_alone) {
 
 // Without an edge, block 1 ends too early. Reported by whoever comes first: the end of the block,
 // or who finds it gone, its memory out of bounds.
-template <class Run>
-void expect_end_of_peer(const char* edge, const Run& run) {
-  missing_edge = edge;
-  for_all_modes(4, [&] {
+void expect_end_of_peer(const char* edge, const std::function<void()>& run) {
+  for_each_schedule_without(edge, [&] {
     try {
       run();
     } catch (const Error& error) {
@@ -88,7 +76,6 @@ void expect_end_of_peer(const char* edge, const Run& run) {
     }
     CHECK(!"expected a fault");
   });
-  missing_edge.clear();
 }
 
 // A remote arrival that nobody waits for is over before an arrive with release, not before a
@@ -96,10 +83,7 @@ void expect_end_of_peer(const char* edge, const Run& run) {
 TEST(a_block_must_not_end_under_a_remote_arrival) {
   const auto run = [] {
     launch(race_launch(2, 32, 1024, 2), [] {
-      if (threadIdx.x == 0) {
-        mbarrier_init(kEmpty, 2);
-        fence_mbarrier_init();
-      }
+      if (threadIdx.x == 0) init_mbarriers_alone(kEmpty, {2});
       cluster_arrive_relaxed();
       cluster_wait();
       if (threadIdx.x == 0 && cluster_rank() == 0) mbarrier_arrive_remote(kEmpty, 1);
@@ -115,13 +99,13 @@ TEST(a_block_must_not_end_before_its_peer_has_read) {
   const auto run = [] {
     launch(race_launch(2, 32, 1024, 2), [] {
       shared_array<uint32_t>(kValue)[threadIdx.x] = threadIdx.x;
-      cluster_sync();
+      sync_cluster();
       cluster_arrive();
       if (!missing("barrier")) cluster_wait();
       if (cluster_rank() == 0) {
         (void)load_shared_cluster<uint32_t>(map_shared(kValue + 4 * threadIdx.x, 1));
       }
-      missing("barrier") ? cluster_wait() : cluster_sync();
+      missing("barrier") ? cluster_wait() : sync_cluster();
     });
   };
   expect_clean(run);

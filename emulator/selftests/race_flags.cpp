@@ -164,7 +164,7 @@ TEST(the_last_block_reduces) {
 
 TEST(grids_of_a_stream_are_ordered) {
   GlobalBuffer<int> data(64, "data");
-  for_all_modes(4, [&] {
+  for_each_schedule(4, [&] {
     Stream stream;
     for (int grid = 0; grid < 3; ++grid)
       stream.launch(race_launch(2, 32), [&, grid] {

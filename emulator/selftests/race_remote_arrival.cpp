@@ -1,8 +1,5 @@
 // The race checker and arrivals at another block's mbarrier: what the default form, .release at
 // .cta scope, orders, and what only .release.cluster does.
-#include "emulator/copies/mbarrier.h"
-#include "emulator/copies/tma.h"
-#include "emulator/matrix/wgmma.h"
 #include "emulator/selftests/race_kernels.h"
 
 namespace emulator::selftest {
@@ -10,35 +7,14 @@ namespace {
 
 constexpr uint32_t kRows = 16, kColumns = 64;  // of halves: a half of a stage
 constexpr uint32_t kHalfStage = kRows * kColumns * 2;
-constexpr uint32_t kFull = 8192, kEmpty = 8200;  // shared addresses of mbarriers
+constexpr uint32_t kFull = 8192, kEmpty = kFull + 8;  // shared addresses of mbarriers
 constexpr uint32_t kValue = 8448;
 constexpr uint32_t kConsumers = 128, kProducer = 128, kThreads = 160;
 constexpr uint16_t kOne = 0x3C00;  // 1 in fp16
 
-void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-
-void init_barriers(uint32_t full, uint32_t empty) {
-  if (threadIdx.x == 0) {
-    mbarrier_init(kFull, full);
-    mbarrier_init(kEmpty, empty);
-    fence_mbarrier_init();
-  }
-  cluster_sync();
-}
-
 CUtensorMap map_of(GlobalBuffer<uint16_t>& buffer) {
-  CUtensorMap map;
-  const cuuint64_t dims[] = {kColumns, 2 * kRows};
-  const cuuint64_t strides[] = {kColumns * 2};
-  const cuuint32_t box[] = {kColumns, kRows}, element_strides[] = {1, 1};
-  CHECK(encode_tensor_map_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, buffer.data(), dims,
-                                strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS);
-  return map;
+  return tensor_map(buffer.data(), CU_TENSOR_MAP_DATA_TYPE_FLOAT16, Swizzle::kNone, kColumns,
+                    2 * kRows, kColumns * 2, kColumns, kRows);
 }
 
 uint64_t operand_at(uint32_t address) {  // no swizzle; every byte pair of the stage holds 1
@@ -53,7 +29,7 @@ TEST(a_stage_that_wgmma_has_read_is_released_by_the_default_arrival) {
     in.fill(kOne);
     const CUtensorMap map = map_of(in);
     launch(race_launch(2, kThreads, 16384, 2), [&] {
-      init_barriers(1, 2 * kConsumers / 32);
+      init_mbarriers_of_cluster(kFull, {1, 2 * kConsumers / 32});
       const uint32_t rank = cluster_rank();
       for (uint32_t step = 0; step < 3; ++step) {
         if (threadIdx.x == kProducer) {
@@ -81,7 +57,7 @@ TEST(a_stage_that_wgmma_has_read_is_released_by_the_default_arrival) {
           CHECK(d[0] == 16 || missing_edge != "");
         }
       }
-      cluster_sync();
+      sync_cluster();
     });
   };
   expect_clean(run);
@@ -94,7 +70,7 @@ TEST(a_stage_that_wgmma_has_read_is_released_by_the_default_arrival) {
 TEST(the_default_arrival_hands_no_store_to_a_peer) {
   const auto run = [](bool into_peer) {
     launch(race_launch(2, 32, 16384, 2), [&] {
-      init_barriers(1, 1);
+      init_mbarriers_of_cluster(kFull, {1, 1});
       if (threadIdx.x == 0) {
         const uint32_t value = map_shared(kValue, into_peer ? 1 : 0);
         if (cluster_rank() == 0) {
@@ -109,7 +85,7 @@ TEST(the_default_arrival_hands_no_store_to_a_peer) {
           CHECK(load_shared_cluster<uint32_t>(value) == 7 || missing_edge != "");
         }
       }
-      cluster_sync();
+      sync_cluster();
     });
   };
   for (const bool into_peer : {false, true}) {
@@ -125,7 +101,7 @@ TEST(the_default_arrival_hands_no_copied_bytes_to_a_peer) {
     in.fill(kOne);
     const CUtensorMap map = map_of(in);
     launch(race_launch(2, 32, 16384, 2), [&] {
-      init_barriers(1, 1);
+      init_mbarriers_of_cluster(kFull, {1, 1});
       if (threadIdx.x == 0 && cluster_rank() == 0) {
         mbarrier_arrive_expect_tx(kFull, kHalfStage);
         tma_load_2d(0, &map, kFull, 0, 0);
@@ -141,7 +117,7 @@ TEST(the_default_arrival_hands_no_copied_bytes_to_a_peer) {
         const uint32_t there = map_shared(0, 0);
         CHECK(load_shared_cluster<uint32_t>(there) == 0x3C003C00u || missing_edge != "");
       }
-      cluster_sync();
+      sync_cluster();
     });
   };
   expect_clean(run);
@@ -152,7 +128,7 @@ TEST(the_default_arrival_hands_no_copied_bytes_to_a_peer) {
 TEST(the_default_arrival_releases_to_its_own_block) {
   const auto run = [] {
     launch(race_launch(2, 64, 16384, 2), [] {
-      init_barriers(1, 1);
+      init_mbarriers_of_cluster(kFull, {1, 1});
       if (threadIdx.x == 0) {
         shared_array<uint32_t>(kValue)[0] = 7;
         if (!missing("arrive")) mbarrier_arrive_remote(kFull, cluster_rank());
@@ -161,7 +137,7 @@ TEST(the_default_arrival_releases_to_its_own_block) {
         if (!missing("arrive")) mbarrier_wait(kFull, 0);
         CHECK(shared_array<uint32_t>(kValue)[0] == 7 || missing_edge != "");
       }
-      cluster_sync();
+      sync_cluster();
     });
   };
   expect_clean(run);

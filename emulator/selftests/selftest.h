@@ -25,17 +25,18 @@ inline void check(bool holds, const char* condition, const char* file, int line)
   throw Failure(format("%s:%d: does not hold: %s", file, line, condition));
 }
 
+// `body` must throw an Error of that kind with a message that contains the text.
 template <typename F>
-void check_fails(ErrorKind kind, const std::string& text, F&& run, const char* file, int line) {
+void fails(const std::string& where, ErrorKind kind, const std::string& text, F&& body) {
+  std::string came = "no error";
   try {
-    run();
+    body();
   } catch (const Error& error) {
-    if (error.kind == kind && std::string(error.what()).find(text) != std::string::npos) return;
-    throw Failure(format("%s:%d: expected %s \"%s\", came %s: %s", file, line, name_of(kind),
-                         text.c_str(), name_of(error.kind), error.what()));
+    came = error.what();
+    if (error.kind == kind && came.find(text) != std::string::npos) return;
   }
-  throw Failure(
-      format("%s:%d: expected %s \"%s\", came no error", file, line, name_of(kind), text.c_str()));
+  throw Failure(format("%s: expected %s \"%s\", came %s", where.c_str(), name_of(kind),
+                       text.c_str(), came.c_str()));
 }
 
 }  // namespace emulator::selftest
@@ -47,6 +48,6 @@ void check_fails(ErrorKind kind, const std::string& text, F&& run, const char* f
 
 #define CHECK(...) emulator::selftest::check(bool(__VA_ARGS__), #__VA_ARGS__, __FILE__, __LINE__)
 
-// The expression must throw emulator::Error of this kind with a message that contains the text.
-#define CHECK_FAILS(kind, text, ...) \
-  emulator::selftest::check_fails(kind, text, [&] { __VA_ARGS__; }, __FILE__, __LINE__)
+#define CHECK_FAILS(kind, text, ...)                                                   \
+  emulator::selftest::fails(emulator::format("%s:%d", __FILE__, __LINE__), kind, text, \
+                            [&] { __VA_ARGS__; })

@@ -6,8 +6,6 @@ namespace {
 using namespace emulator;
 using namespace emulator::selftest;
 
-constexpr auto kMisuse = ErrorKind::Misuse;
-
 TEST(store_writes_every_element_inside_and_nothing_else) {
   for (const Tiling& tiling : kTilings) {
     const uint32_t bytes = tiling.box_bytes();
@@ -16,13 +14,13 @@ TEST(store_writes_every_element_inside_and_nothing_else) {
     const CUtensorMap map = tiling.map(tensor.data());
     for (const Corner corner : kCorners) {
       std::copy(before.begin(), before.end(), tensor.begin());
-      run(blocks_of(kThreads, bytes), [&] {
-        for (uint32_t i = thread_index(); i < bytes; i += kThreads) {
+      launch(blocks_of(kThreads, bytes), [&] {
+        for (uint32_t i = threadIdx.x; i < bytes; i += kThreads) {
           dynamic_shared_memory()[i] = source[i];
         }
         fence_proxy_async_shared();
         syncthreads();
-        if (thread_index() == 0) {
+        if (threadIdx.x == 0) {
           tma_store_2d(&map, 0, corner.x, corner.y);
           bulk_commit_group();
           bulk_wait_group(0);
@@ -66,7 +64,7 @@ TEST(source_may_be_overwritten_once_read) {
 #ifndef EMULATOR_RACE  // where these are races
 TEST(source_overwritten_too_early) {
   Fixture f;
-  run(blocks_of(1, kShared), [&] {
+  launch(blocks_of(1, kShared), [&] {
     fill_tile(1);
     tma_store_2d(&f.map, 0, 0, 0);
     bulk_commit_group();
@@ -80,7 +78,7 @@ TEST(read_does_not_mean_written) {
   Fixture f;
   f.tensor[0] = 77;
   unsigned char after_read = 0, after_write = 0;
-  run(blocks_of(1, kShared), [&] {
+  launch(blocks_of(1, kShared), [&] {
     fill_tile(1);
     tma_store_2d(&f.map, 0, 0, 0);
     bulk_commit_group();
@@ -113,7 +111,7 @@ TEST(groups_are_waited_for_in_order) {
 TEST(groups_not_waited_for) {
   Fixture f;
   const auto store_and = [&](const std::function<void()>& rest) {
-    run(blocks_of(1, kShared), [&] {
+    launch(blocks_of(1, kShared), [&] {
       fill_tile(1);
       tma_store_2d(&f.map, 0, 0, 0);
       rest();
@@ -135,22 +133,22 @@ TEST(groups_not_waited_for) {
 
 TEST(groups_are_of_one_thread) {
   Fixture f;
-  CHECK_FAILS(ErrorKind::ExitCheck, "thread 0", run(blocks_of(32, kShared), [&] {
-                if (thread_index() == 0) fill_tile(1);
+  CHECK_FAILS(ErrorKind::ExitCheck, "thread 0", launch(blocks_of(32, kShared), [&] {
+                if (threadIdx.x == 0) fill_tile(1);
                 syncthreads();
-                if (thread_index() == 0) {
+                if (threadIdx.x == 0) {
                   tma_store_2d(&f.map, 0, 0, 0);
                   bulk_commit_group();
                 }
                 syncthreads();
-                if (thread_index() == 1) bulk_wait_group(0);
+                if (threadIdx.x == 1) bulk_wait_group(0);
               }));
 }
 
 TEST(misused_stores) {
   Fixture f;
   const auto store = [](const CUtensorMap& map, uint32_t src, int32_t y = 0) {
-    run(blocks_of(1, kShared), [&] {
+    launch(blocks_of(1, kShared), [&] {
       for (uint32_t i = 0; i < kShared; ++i) dynamic_shared_memory()[i] = 1;
       fence_proxy_async_shared();
       tma_store_2d(&map, src, 0, y);

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "emulator/selftests/sm90_kernels.h"
+#include "emulator/selftests/kernels.h"
 
 namespace emulator::selftest {
 
@@ -19,14 +19,7 @@ struct Tiling {
   uint32_t pitch() const { return (width * element_bytes + 15) / 16 * 16 + 16; }
   uint32_t box_bytes() const { return columns * rows * element_bytes; }
   CUtensorMap map(void* base) const {
-    const cuuint64_t dim[] = {width, height}, strides[] = {pitch()};
-    const cuuint32_t box[] = {columns, rows}, element_strides[] = {1, 1};
-    CUtensorMap map;
-    CHECK(encode_tensor_map_tiled(
-              &map, type, 2, base, dim, strides, box, element_strides,
-              CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle),
-              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS);
-    return map;
+    return tensor_map(base, type, swizzle, width, height, pitch(), columns, rows);
   }
   // Byte `byte` of the box's element (row, column), counted from the tile's start: within lines of
   // 128 bytes the swizzles permute the chunks of 16 bytes, each by its own bits of the line number.
@@ -68,7 +61,7 @@ constexpr uint32_t kThreads = 64;
 
 // Threads copy `bytes` of shared memory from `offset` on to global memory.
 inline void copy_out(uint32_t offset, uint32_t bytes, unsigned char* out) {
-  for (uint32_t i = thread_index(); i < bytes; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < bytes; i += kThreads) {
     out[i] = dynamic_shared_memory()[offset + i];
   }
 }
@@ -82,14 +75,15 @@ struct Fixture {
   CUtensorMap map = kTile.map(tensor.data());
 };
 
+// One thread makes an mbarrier that waits for so many bytes.
+inline void expect_bytes(uint32_t bytes = kTileBytes) {
+  init_mbarriers_alone(kBar, {1});
+  mbarrier_arrive_expect_tx(kBar, bytes);
+}
+
 inline void fill_tile(unsigned char value) {
   for (uint32_t i = 0; i < kTileBytes; ++i) dynamic_shared_memory()[i] = value;
   fence_proxy_async_shared();
-}
-
-inline void sync_cluster() {
-  cluster_arrive();
-  cluster_wait();
 }
 
 }  // namespace emulator::selftest

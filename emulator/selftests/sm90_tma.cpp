@@ -7,8 +7,6 @@ namespace {
 using namespace emulator;
 using namespace emulator::selftest;
 
-constexpr auto kMisuse = ErrorKind::Misuse;
-
 TEST(load_places_every_element) {
   for (const Tiling& tiling : kTilings) {
     const uint32_t bytes = tiling.box_bytes(), bar = bytes + 1024;
@@ -18,7 +16,7 @@ TEST(load_places_every_element) {
     for (const Corner corner : kCorners) {
       const auto kernel = [&] {
         init_mbarriers(bar, {1});
-        if (thread_index() == 0) {
+        if (threadIdx.x == 0) {
           prefetch_tensor_map(&map);
           mbarrier_arrive_expect_tx(bar, bytes);
           tma_load_2d(1024, &map, bar, corner.x, corner.y);
@@ -42,10 +40,10 @@ TEST(load_places_every_element) {
           }
         }
       };
-      for (Completion completion : kCompletions) {
-        run(blocks_of(kThreads, bar + 8), kernel, 1, Schedule::Random, completion);
+      for_each_completion([&] {
+        launch(blocks_of(kThreads, bar + 8), kernel);
         check();
-      }
+      });
     }
   }
 }
@@ -57,12 +55,8 @@ TEST(multicast_reaches_every_block) {
   GlobalBuffer<unsigned char> out(kBlocks * kBlocks * kTileBytes, "out");
   const auto kernel = [&] {
     const uint32_t rank = cluster_rank();
-    if (thread_index() == 0) {
-      mbarrier_init(kBar, 1);
-      fence_mbarrier_init();
-    }
-    sync_cluster();
-    if (thread_index() == 0) {
+    init_mbarriers_of_cluster(kBar, {1});
+    if (threadIdx.x == 0) {
       mbarrier_arrive_expect_tx(kBar, kBlocks * kTileBytes);
       tma_load_2d_multicast(rank * kTileBytes, &f.map, kBar, 0, int(rank) * 16, 3);
     }
@@ -86,13 +80,9 @@ TEST(multicast_reaches_every_block) {
 TEST(requested_bytes_count_once_and_inside_only) {
   Fixture f;
   reset_counters();
-  run(blocks_of(kThreads, kShared, 2), [&] {
-    if (thread_index() == 0) {
-      mbarrier_init(kBar, 1);
-      fence_mbarrier_init();
-    }
-    sync_cluster();
-    if (thread_index() == 0) {
+  launch(blocks_of(kThreads, kShared, 2), [&] {
+    init_mbarriers_of_cluster(kBar, {1});
+    if (threadIdx.x == 0) {
       mbarrier_arrive_expect_tx(kBar, kTileBytes);
       // 60 of 64 columns and 10 of 16 rows lie inside.
       if (cluster_rank() == 0) tma_load_2d_multicast(0, &f.map, kBar, -4, 54, 3);
@@ -108,13 +98,9 @@ TEST(multicast_to_one_peer_alone) {
   GlobalBuffer<unsigned char> out(kTileBytes, "out");
   run_everywhere(blocks_of(kThreads, kShared, 2), [&] {
     const uint32_t rank = cluster_rank();
-    if (thread_index() == 0) {
-      mbarrier_init(kBar, 1);
-      fence_mbarrier_init();
-    }
-    sync_cluster();
-    if (thread_index() == 0 && rank == 0) tma_load_2d_multicast(0, &f.map, kBar, 0, 0, 2);
-    if (thread_index() == 0 && rank == 1) mbarrier_arrive_expect_tx(kBar, kTileBytes);
+    init_mbarriers_of_cluster(kBar, {1});
+    if (threadIdx.x == 0 && rank == 0) tma_load_2d_multicast(0, &f.map, kBar, 0, 0, 2);
+    if (threadIdx.x == 0 && rank == 1) mbarrier_arrive_expect_tx(kBar, kTileBytes);
     if (rank == 1) {
       mbarrier_wait(kBar, 0);
       copy_out(0, kTileBytes, out.data());
@@ -125,13 +111,11 @@ TEST(multicast_to_one_peer_alone) {
 }
 
 // One thread of one block loads with these arguments.
-void load(const CUtensorMap& map, uint32_t dst, uint32_t bar,
-          uint32_t expected_bytes = kTileBytes) {
-  run(blocks_of(1, kShared), [&] {
-    mbarrier_init(kBar, 1);
-    fence_mbarrier_init();
-    mbarrier_arrive_expect_tx(kBar, expected_bytes);
-    tma_load_2d(dst, &map, bar, 0, 0);
+void load(const CUtensorMap& map, uint32_t dst, uint32_t bar, uint32_t expected_bytes = kTileBytes,
+          int y = 0) {
+  launch(blocks_of(1, kShared), [&] {
+    expect_bytes(expected_bytes);
+    tma_load_2d(dst, &map, bar, 0, y);
     mbarrier_wait(kBar, 0);
   });
 }
@@ -139,11 +123,9 @@ void load(const CUtensorMap& map, uint32_t dst, uint32_t bar,
 TEST(misused_loads) {
   Fixture f;
   load(f.map, 1024, kBar);
-  CHECK_FAILS(kMisuse, "is not 128-byte aligned", [&] {
-    Tiling small = kTile;
-    small.rows = 8;
-    load(small.map(f.tensor.data()), 64, kBar);
-  }());
+  Tiling small = kTile;
+  small.rows = 8;
+  CHECK_FAILS(kMisuse, "is not 128-byte aligned", load(small.map(f.tensor.data()), 64, kBar));
   CHECK_FAILS(kMisuse, "expected a multiple of 1024", load(f.map, 128, kBar));
   CHECK_FAILS(kMisuse, "lie outside", load(f.map, kShared / 1024 * 1024, kBar));
   CHECK_FAILS(kMisuse, "holds no mbarrier", load(f.map, 1024, kBar + 8));
@@ -158,18 +140,12 @@ TEST(misused_loads) {
               load(narrow.map(f.tensor.data()), 1024, kBar, kTileBytes / 2));
   Tiling beyond = kTile;
   beyond.height = 200;
-  CHECK_FAILS(kMisuse, "tensor", run(blocks_of(1, kShared), [&, map = beyond.map(f.tensor.data())] {
-                mbarrier_init(kBar, 1);
-                fence_mbarrier_init();
-                mbarrier_arrive_expect_tx(kBar, kTileBytes);
-                tma_load_2d(0, &map, kBar, 0, 60);
-                mbarrier_wait(kBar, 0);
-              }));
+  CHECK_FAILS(kMisuse, "tensor", load(beyond.map(f.tensor.data()), 0, kBar, kTileBytes, 60));
 }
 
 TEST(load_needs_a_fenced_mbarrier) {
   Fixture f;
-  CHECK_FAILS(kMisuse, "has not executed fence_mbarrier_init", run(blocks_of(1, kShared), [&] {
+  CHECK_FAILS(kMisuse, "has not executed fence_mbarrier_init", launch(blocks_of(1, kShared), [&] {
                 mbarrier_init(kBar, 1);
                 mbarrier_arrive_expect_tx(kBar, kTileBytes);
                 tma_load_2d(0, &f.map, kBar, 0, 0);
@@ -178,55 +154,43 @@ TEST(load_needs_a_fenced_mbarrier) {
 }
 
 TEST(expecting_too_few_bytes_shows) {
+  const KeepConfig keep;
   Fixture f;
-  for (uint64_t seed = 1; seed <= 10; ++seed) {
+  config().completion = Completion::Random;
+  for (config().seed = 1; config().seed <= 10; ++config().seed) {
     // Half of the box lands first: the phase then completes too early, or never.
     GlobalBuffer<unsigned char> out(kTileBytes, "out");
-    bool caught = false;
-    try {
-      run(
-          blocks_of(kThreads, kShared),
-          [&] {
-            init_mbarriers(kBar, {1});
-            if (thread_index() == 0) {
-              mbarrier_arrive_expect_tx(kBar, kTileBytes / 2);
-              tma_load_2d(0, &f.map, kBar, 0, 0);
-            }
-            mbarrier_wait(kBar, 0);
-            copy_out(0, kTileBytes, out.data());
-          },
-          seed, Schedule::Random, Completion::Random);
-    } catch (const Error& error) {
-      caught = true;
-    }
-    CHECK(caught);
+    CHECK(goes_wrong([&] {
+      launch(blocks_of(kThreads, kShared), [&] {
+        init_mbarriers(kBar, {1});
+        if (threadIdx.x == 0) {
+          mbarrier_arrive_expect_tx(kBar, kTileBytes / 2);
+          tma_load_2d(0, &f.map, kBar, 0, 0);
+        }
+        mbarrier_wait(kBar, 0);
+        copy_out(0, kTileBytes, out.data());
+      });
+      return true;
+    }));
   }
 }
 
 TEST(load_not_waited_for) {
   Fixture f;
-  for (Completion completion : kCompletions) {
-    CHECK_FAILS(ErrorKind::ExitCheck, "",
-                run(
-                    blocks_of(1, kShared),
-                    [&] {
-                      mbarrier_init(kBar, 1);
-                      fence_mbarrier_init();
-                      mbarrier_arrive_expect_tx(kBar, kTileBytes);
-                      tma_load_2d(0, &f.map, kBar, 0, 0);
-                      for (int i = 0; i < 100; ++i) yield();
-                    },
-                    1, Schedule::Random, completion));
-  }
+  for_each_completion([&] {
+    CHECK_FAILS(ErrorKind::ExitCheck, "", launch(blocks_of(1, kShared), [&] {
+                  expect_bytes();
+                  tma_load_2d(0, &f.map, kBar, 0, 0);
+                  for (int i = 0; i < 100; ++i) yield();
+                }));
+  });
 }
 
 TEST(destination_in_flight_is_poison) {
   Fixture f;
   unsigned char seen = 0;
-  run(blocks_of(1, kShared), [&] {
-    mbarrier_init(kBar, 1);
-    fence_mbarrier_init();
-    mbarrier_arrive_expect_tx(kBar, kTileBytes);
+  launch(blocks_of(1, kShared), [&] {
+    expect_bytes();
     fill_tile(1);
     tma_load_2d(0, &f.map, kBar, 0, 0);
 #ifndef EMULATOR_RACE
@@ -241,14 +205,10 @@ TEST(destination_in_flight_is_poison) {
 
 TEST(misused_multicasts) {
   Fixture f;
-  const auto multicast = [&](uint16_t mask, uint32_t blocks) {
-    run(blocks_of(32, kShared, blocks), [&, mask] {
-      if (thread_index() == 0) {
-        mbarrier_init(kBar, 1);
-        fence_mbarrier_init();
-      }
-      sync_cluster();
-      if (thread_index() == 0) {
+  const auto multicast = [&](uint16_t mask) {
+    launch(blocks_of(32, kShared, 2), [&, mask] {
+      init_mbarriers_of_cluster(kBar, {1});
+      if (threadIdx.x == 0) {
         if (cluster_rank() == 0) tma_load_2d_multicast(0, &f.map, kBar, 0, 0, mask);
         mbarrier_arrive_expect_tx(kBar, kTileBytes);
       }
@@ -256,26 +216,21 @@ TEST(misused_multicasts) {
       sync_cluster();
     });
   };
-  multicast(3, 2);
-  CHECK_FAILS(kMisuse, "block mask 0x0", multicast(0, 2));
-  CHECK_FAILS(kMisuse, "block mask 0x5", multicast(5, 2));
-  CHECK_FAILS(ErrorKind::Deadlock, "of rank 1", multicast(1, 2));
-  CHECK_FAILS(kMisuse, "different blocks", run(blocks_of(1, kShared, 2), [&] {
-                mbarrier_init(kBar, 1);
-                fence_mbarrier_init();
+  multicast(3);
+  CHECK_FAILS(kMisuse, "block mask 0x0", multicast(0));
+  CHECK_FAILS(kMisuse, "block mask 0x5", multicast(5));
+  CHECK_FAILS(ErrorKind::Deadlock, "of rank 1", multicast(1));
+  CHECK_FAILS(kMisuse, "different blocks", launch(blocks_of(1, kShared, 2), [&] {
+                init_mbarriers_alone(kBar, {1});
                 tma_load_2d(0, &f.map, map_shared(kBar, cluster_rank() ^ 1), 0, 0);
               }));
 }
 
 TEST(multicast_into_a_block_that_has_exited) {
   Fixture f;
-  CHECK_FAILS(kMisuse, "has exited", run(blocks_of(32, kShared, 2), [&] {
-                if (thread_index() == 0) {
-                  mbarrier_init(kBar, 1);
-                  fence_mbarrier_init();
-                }
-                sync_cluster();
-                if (cluster_rank() == 1 || thread_index() != 0) return;
+  CHECK_FAILS(kMisuse, "has exited", launch(blocks_of(32, kShared, 2), [&] {
+                init_mbarriers_of_cluster(kBar, {1});
+                if (cluster_rank() == 1 || threadIdx.x != 0) return;
                 wait_until_exited(1);
                 tma_load_2d_multicast(0, &f.map, kBar, 0, 0, 2);
               }));
@@ -284,13 +239,9 @@ TEST(multicast_into_a_block_that_has_exited) {
 TEST(multicast_in_flight_when_a_block_exits) {
   Fixture f;
   bool issued = false;
-  CHECK_FAILS(ErrorKind::ExitCheck, "TMA multicast load", run(blocks_of(32, kShared, 2), [&] {
-                if (thread_index() == 0) {
-                  mbarrier_init(kBar, 1);
-                  fence_mbarrier_init();
-                }
-                sync_cluster();
-                if (cluster_rank() == 0 && thread_index() == 0) {
+  CHECK_FAILS(ErrorKind::ExitCheck, "TMA multicast load", launch(blocks_of(32, kShared, 2), [&] {
+                init_mbarriers_of_cluster(kBar, {1});
+                if (cluster_rank() == 0 && threadIdx.x == 0) {
                   tma_load_2d_multicast(0, &f.map, kBar, 0, 0, 2);
                   issued = true;
                 }

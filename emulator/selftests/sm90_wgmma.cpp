@@ -3,16 +3,14 @@
 #include <random>
 #include <vector>
 
-#include "emulator/matrix/wgmma.h"
+#include "emulator/selftests/kernels.h"
 #include "emulator/selftests/sm90_descriptor.h"
-#include "emulator/selftests/sm90_kernels.h"
 
 namespace {
 
 using namespace emulator;
 using namespace emulator::selftest;
 
-constexpr Swizzle kSwizzles[] = {Swizzle::kNone, Swizzle::k32, Swizzle::k64, Swizzle::k128};
 constexpr Major kMajors[] = {Major::kK, Major::kMN};
 constexpr uint32_t kThreads = 128, kK = 32;  // two wgmmas along K
 
@@ -26,8 +24,8 @@ struct Operand {
 };
 
 // A line (a row of a K-major operand, a k of an MN-major one) is cut into pieces of the swizzle's
-// width; pieces of one index follow each other line by line, and a piece's chunks are permuted by
-// the line. Unswizzled pieces are the rows of core matrices.
+// width; pieces of one index follow each other line by line, eight lines and then a gap, and a
+// piece's chunks are permuted by the line. Unswizzled pieces are the rows of core matrices.
 Operand make_operand(std::mt19937& rng, int rows, Format format, Major major, Swizzle mode,
                      uint32_t start) {
   std::uniform_real_distribution<float> uniform(-1, 1);
@@ -36,38 +34,40 @@ Operand make_operand(std::mt19937& rng, int rows, Format format, Major major, Sw
   const uint32_t lines = major == Major::kK ? rows : kK;
   const uint32_t length = major == Major::kK ? kK : rows;
   const uint32_t pieces = (length + width - 1) / width;
-  out.image.assign(pieces * lines * width, 0xFFFF);
-  const uint32_t masks[] = {0, 1, 3, 7}, shifts[] = {0, 2, 1, 0};
+  // Where there is room, no two strides of an operand are the same.
+  const uint32_t gap = rows > 128 ? 0 : mode == Swizzle::kNone ? 8 : 8 * width;
+  const uint32_t lines8 = 8 * width + gap;
+  const uint32_t piece = lines / 8 * lines8 + (mode == Swizzle::kNone ? gap : 0);
+  out.image.assign(pieces * piece, 0xFFFF);
   for (int row = 0; row < rows; ++row) {
     for (uint32_t k = 0; k < kK; ++k) {
       const uint16_t bits = from_float(format, uniform(rng));
       out.values.push_back(to_float(format, bits));
       const uint32_t line = major == Major::kK ? row : k, along = major == Major::kK ? k : row;
-      const uint32_t m = static_cast<uint32_t>(mode);
-      const uint32_t chunk = along % width / 8 ^ (line >> shifts[m] & masks[m]);
-      out.image[(along / width * lines + line) * width + chunk * 8 + along % 8] = bits;
+      const uint32_t chunk = drawn_chunk(line, along % width / 8, mode);
+      out.image[along / width * piece + line / 8 * lines8 + line % 8 * width + chunk * 8 +
+                along % 8] = bits;
     }
   }
-  const uint32_t piece = lines * width * 2, lines8 = 8 * width * 2;  // bytes
   for (uint32_t step = 0; step < 2; ++step) {
     uint32_t offset, leading, stride;
     if (major == Major::kK) {
-      offset = step * 16 / width * piece + step * 16 % width * 2;
-      leading = mode == Swizzle::kNone ? piece : 16;
+      offset = step * 16 / width * piece + step * 16 % width;
+      leading = mode == Swizzle::kNone ? piece : 8;
       stride = lines8;
     } else {
       offset = step * 2 * lines8;
       leading = mode == Swizzle::kNone ? lines8 : piece;
       stride = mode == Swizzle::kNone ? piece : lines8;
     }
-    out.step[step] = descriptor_bits(start + offset, leading, stride, mode);
+    out.step[step] = descriptor_bits(start + 2 * offset, 2 * leading, 2 * stride, mode);
   }
   return out;
 }
 
 void copy_image(const std::vector<uint16_t>& image, uint32_t start) {
-  auto* shared = reinterpret_cast<uint16_t*>(dynamic_shared_memory() + start);
-  for (size_t i = thread_index(); i < image.size(); i += kThreads) shared[i] = image[i];
+  auto* shared = shared_array<uint16_t>(start);
+  for (size_t i = threadIdx.x; i < image.size(); i += kThreads) shared[i] = image[i];
 }
 
 struct Element {
@@ -96,10 +96,10 @@ struct Problem {
 
 constexpr uint32_t kStartB = 16 * 1024;
 
-void check_product(const Problem& problem, uint64_t seed, Schedule schedule = Schedule::Random,
-                   Completion completion = Completion::Random) {
+// Operands and schedule by the seed that is set.
+void check_product(const Problem& problem) {
   const auto [shape, a_in_registers, swizzle_a, swizzle_b, accumulate] = problem;
-  std::mt19937 rng(static_cast<unsigned>(seed));
+  std::mt19937 rng(static_cast<unsigned>(config().seed));
   const Operand a = make_operand(rng, 64, shape.format, shape.major_a, swizzle_a, 0);
   const Operand b = make_operand(rng, shape.n, shape.format, shape.major_b, swizzle_b, kStartB);
   const int n = shape.n;
@@ -112,7 +112,7 @@ void check_product(const Problem& problem, uint64_t seed, Schedule schedule = Sc
     fence_proxy_async_shared();
     syncthreads();
     float registers[kMaxN / 2];
-    const uint32_t thread = thread_index();
+    const uint32_t thread = threadIdx.x;
     for (int i = 0; i < n / 2; ++i) {
       const auto [row, col] = accumulator_element(thread, i);
       registers[i] = accumulate ? initial(row, col) : NAN;
@@ -136,7 +136,7 @@ void check_product(const Problem& problem, uint64_t seed, Schedule schedule = Sc
       d[row * n + col] = registers[i];
     }
   };
-  run(blocks_of(kThreads, 48 * 1024), kernel, seed, schedule, completion);
+  launch(blocks_of(kThreads, 48 * 1024), kernel);
 
   for (int row = 0; row < 64; ++row) {
     for (int col = 0; col < n; ++col) {
@@ -155,17 +155,17 @@ void check_product(const Problem& problem, uint64_t seed, Schedule schedule = Sc
 }
 
 TEST(product_of_every_layout) {
-  uint64_t seed = 0;
+  const KeepConfig keep;
+  config().completion = Completion::Random;
   for (Format format : {Format::kBFloat16, Format::kFloat16}) {
     for (Major major_a : kMajors) {
       for (Major major_b : kMajors) {
         for (Swizzle swizzle_a : kSwizzles) {
           for (Swizzle swizzle_b : kSwizzles) {
             for (int n : {8, 24, 64, 72, 256}) {
-              ++seed;
+              const bool accumulate = ++config().seed % 2 == 0;
               check_product(
-                  {{format, n, major_a, major_b}, false, swizzle_a, swizzle_b, seed % 2 == 0},
-                  seed);
+                  {{format, n, major_a, major_b}, false, swizzle_a, swizzle_b, accumulate});
             }
           }
         }
@@ -178,19 +178,17 @@ TEST(product_of_every_n) {
   for (int n = 8; n <= kMaxN; n += 8) {
     const Format format = n % 16 == 0 ? Format::kBFloat16 : Format::kFloat16;
     const Major major = n % 24 == 0 ? Major::kMN : Major::kK;
-    check_product({{format, n, Major::kK, major}, false, Swizzle::k128, Swizzle::k128, false}, n);
-    check_product({{format, n, Major::kK, major}, true, Swizzle::kNone, Swizzle::k64, true}, n);
+    check_product({{format, n, Major::kK, major}, false, Swizzle::k128, Swizzle::k128, false});
+    check_product({{format, n, Major::kK, major}, true, Swizzle::kNone, Swizzle::k64, true});
   }
 }
 
 TEST(product_with_a_in_registers) {
-  uint64_t seed = 0;
   for (Format format : {Format::kBFloat16, Format::kFloat16}) {
     for (Major major_b : kMajors) {
       for (Swizzle swizzle_b : kSwizzles) {
         for (int n : {8, 96}) {
-          check_product({{format, n, Major::kK, major_b}, true, Swizzle::kNone, swizzle_b, true},
-                        ++seed);
+          check_product({{format, n, Major::kK, major_b}, true, Swizzle::kNone, swizzle_b, true});
         }
       }
     }
@@ -198,18 +196,8 @@ TEST(product_with_a_in_registers) {
 }
 
 TEST(product_under_every_schedule) {
-  for (Schedule schedule : kSchedules) {
-    for (Completion completion : kCompletions) {
-      for (uint64_t seed = 1; seed <= 5; ++seed) {
-        check_product({{Format::kBFloat16, 32, Major::kK, Major::kMN},
-                       false,
-                       Swizzle::k128,
-                       Swizzle::k64,
-                       true},
-                      seed, schedule, completion);
-      }
-    }
-  }
+  const WgmmaShape shape{Format::kBFloat16, 32, Major::kK, Major::kMN};
+  for_each_schedule(5, [&] { check_product({shape, false, Swizzle::k128, Swizzle::k64, true}); });
 }
 
 }  // namespace

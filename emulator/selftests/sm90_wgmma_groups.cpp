@@ -3,83 +3,64 @@
 #include <cmath>
 
 #include "emulator/counts/counters.h"
-#include "emulator/matrix/matrix_move.h"
-#include "emulator/matrix/wgmma.h"
+#include "emulator/selftests/kernels.h"
 #include "emulator/selftests/sm90_descriptor.h"
-#include "emulator/selftests/sm90_kernels.h"
-#include "emulator/threads/warp.h"
 
 namespace {
 
 using namespace emulator;
 using namespace emulator::selftest;
 
-constexpr auto kMisuse = ErrorKind::Misuse;
 constexpr uint32_t kThreads = 128;
-// ---- groups and misuse: operands of ones, so that d counts the k of what has executed
-// ------------
-
 constexpr WgmmaShape kShape{Format::kBFloat16, 16, Major::kK, Major::kK};
 constexpr uint32_t kShared = 4096 + 1024;  // a, then b of 512 bytes, then an mbarrier
 const uint64_t kA = descriptor_bits(0, 16, 256, Swizzle::k32);
 const uint64_t kB = descriptor_bits(4096, 16, 256, Swizzle::k32);
 
 void fill_with_ones() {
-  auto* shared = reinterpret_cast<uint16_t*>(dynamic_shared_memory());
+  auto* shared = shared_array<uint16_t>();
   const uint32_t threads = current_thread().block().thread_count;
-  for (uint32_t i = thread_index(); i < 4608 / 2; i += threads) shared[i] = 0x3F80;
+  for (uint32_t i = threadIdx.x; i < 4608 / 2; i += threads) shared[i] = 0x3F80;
   fence_proxy_async_shared();
   syncthreads();
 }
 
 // Runs `body(d)` in each thread of a warpgroup.
-void run_warpgroup(const std::function<void(float*)>& body, uint32_t threads = kThreads,
-                   uint64_t seed = 1, Schedule schedule = Schedule::Random,
-                   Completion completion = Completion::Late) {
-  run(
-      blocks_of(threads, kShared),
-      [&] {
-        fill_with_ones();
-        float d[8] = {};
-        body(d);
-      },
-      seed, schedule, completion);
+void run_warpgroup(const std::function<void(float*)>& body, uint32_t threads = kThreads) {
+  launch(blocks_of(threads, kShared), [&] {
+    fill_with_ones();
+    float d[8] = {};
+    body(d);
+  });
 }
 
 void multiply(float* d) { wgmma_ss(kShape, d, kA, kB, true); }
+void multiply_in_a_group(float* d) {
+  wgmma_fence();
+  multiply(d);
+  wgmma_commit_group();
+}
 
 TEST(groups_complete_in_order) {
-  for (Schedule schedule : kSchedules) {
-    for (Completion completion : kCompletions) {
-      for (uint64_t seed = 1; seed <= 5; ++seed) {
-        run_warpgroup(
-            [](float* d) {
-              float e[8] = {}, f[8] = {};
-              wgmma_fence();
-              multiply(d);
-              multiply(d);
-              wgmma_commit_group();
-              wgmma_fence();
-              multiply(e);
-              wgmma_commit_group();
-              wgmma_commit_group();  // an empty group
-              wgmma_fence();
-              multiply(f);
-              wgmma_commit_group();
-              wgmma_wait_group(3);
-              CHECK(d[0] == 32 && d[7] == 32);
-              wgmma_wait_group(2);
-              CHECK(e[3] == 16);
-              wgmma_fence();
-              multiply(d);
-              wgmma_commit_group();
-              wgmma_wait_group(0);
-              CHECK(d[5] == 48 && f[0] == 16);
-            },
-            kThreads, seed, schedule, completion);
-      }
-    }
-  }
+  for_each_schedule(5, [] {
+    run_warpgroup([](float* d) {
+      float e[8] = {}, f[8] = {};
+      wgmma_fence();
+      multiply(d);
+      multiply(d);
+      wgmma_commit_group();
+      multiply_in_a_group(e);
+      wgmma_commit_group();  // an empty group
+      multiply_in_a_group(f);
+      wgmma_wait_group(3);
+      CHECK(d[0] == 32 && d[7] == 32);
+      wgmma_wait_group(2);
+      CHECK(e[3] == 16);
+      multiply_in_a_group(d);
+      wgmma_wait_group(0);
+      CHECK(d[5] == 48 && f[0] == 16);
+    });
+  });
 }
 
 TEST(operations_are_counted) {
@@ -96,88 +77,64 @@ TEST(operations_are_counted) {
 
 // One thread may release a stage for its warpgroup: a wait covers the shares of all four warps.
 TEST(wait_covers_the_shares_of_the_other_warps) {
-  for (Completion completion : kCompletions) {
-    for (uint64_t seed = 1; seed <= 5; ++seed) {
-      run(
-          blocks_of(kThreads + 32, kShared),
-          [] {
-            if (thread_index() == 0) {
-              mbarrier_init(4608, 1);
-              fence_mbarrier_init();
-            }
-            fill_with_ones();
-            if (thread_index() >= kThreads) {  // overwrites b once it has been released
-              mbarrier_wait(4608, 0);
-              auto* b = reinterpret_cast<uint16_t*>(dynamic_shared_memory() + 4096);
-              for (uint32_t i = thread_index() % 32; i < 256; i += 32) b[i] = 0;
-              return;
-            }
-            float d[8] = {};
-            wgmma_fence();
-            multiply(d);
-            wgmma_commit_group();
-            wgmma_wait_group(0);
-            if (thread_index() == 0) mbarrier_arrive(4608);
-            CHECK(d[0] == 16 && d[7] == 16);
-          },
-          seed, Schedule::Random, completion);
+  run_everywhere(blocks_of(kThreads + 32, kShared), [] {
+    if (threadIdx.x == 0) init_mbarriers_alone(4608, {1});
+    fill_with_ones();
+    if (threadIdx.x >= kThreads) {  // overwrites b once it has been released
+      mbarrier_wait(4608, 0);
+      auto* b = shared_array<uint16_t>(4096);
+      for (uint32_t i = threadIdx.x % 32; i < 256; i += 32) b[i] = 0;
+      return;
     }
-  }
+    float d[8] = {};
+    multiply_in_a_group(d);
+    wgmma_wait_group(0);
+    if (threadIdx.x == 0) mbarrier_arrive(4608);
+    CHECK(d[0] == 16 && d[7] == 16);
+  });
 }
 
 TEST(one_accumulator_over_several_groups) {
-  for (Completion completion : kCompletions) {
-    run_warpgroup(
-        [](float* d) {
-          for (int step = 0; step < 5; ++step) {
-            wgmma_fence();
-            multiply(d);
-            wgmma_commit_group();
-            wgmma_wait_group(1);
-          }
-          wgmma_wait_group(0);
-          for (int i = 0; i < 8; ++i) CHECK(d[i] == 5 * 16);
-        },
-        kThreads, 1, Schedule::RunAhead, completion);
-  }
+  for_each_schedule(1, [] {
+    run_warpgroup([](float* d) {
+      for (int step = 0; step < 5; ++step) {
+        multiply_in_a_group(d);
+        wgmma_wait_group(1);
+      }
+      wgmma_wait_group(0);
+      for (int i = 0; i < 8; ++i) CHECK(d[i] == 5 * 16);
+    });
+  });
 }
 
 #ifndef EMULATOR_RACE  // the write that shows it is a race
 TEST(nothing_starts_before_all_four_warps_have_committed) {
-  for (Completion completion : kCompletions) {
-    run_warpgroup(
-        [](float* d) {
-          if (thread_index() / 32 == 3) {
-            bar_sync(1, kThreads);
-            for (int i = 0; i < 100; ++i) yield();
-            auto* b = reinterpret_cast<uint16_t*>(dynamic_shared_memory() + 4096);
-            for (uint32_t i = thread_index() % 32; i < 256; i += 32) b[i] = 0x4000;
-            fence_proxy_async_shared();
-            syncwarp(~0u);
-          }
-          wgmma_fence();
-          multiply(d);
-          wgmma_commit_group();
-          if (thread_index() / 32 != 3) bar_arrive(1, kThreads);
-          wgmma_wait_group(0);
-          CHECK(d[0] == 32);
-        },
-        kThreads, 1, Schedule::Random, completion);
-  }
+  for_each_completion([] {
+    run_warpgroup([](float* d) {
+      if (threadIdx.x / 32 == 3) {
+        bar_sync(1, kThreads);
+        for (int i = 0; i < 100; ++i) yield();
+        auto* b = shared_array<uint16_t>(4096);
+        for (uint32_t i = threadIdx.x % 32; i < 256; i += 32) b[i] = 0x4000;
+        fence_proxy_async_shared();
+        syncwarp(~0u);
+      }
+      multiply_in_a_group(d);
+      if (threadIdx.x / 32 != 3) bar_arrive(1, kThreads);
+      wgmma_wait_group(0);
+      CHECK(d[0] == 32);
+    });
+  });
 }
 #endif
 
 TEST(wait_leaves_later_groups_alone) {
   run_warpgroup([](float* d) {
     float e[8] = {};
-    const bool is_late = thread_index() / 32 == 3;
-    wgmma_fence();
-    multiply(d);
-    wgmma_commit_group();
+    const bool is_late = threadIdx.x / 32 == 3;
+    multiply_in_a_group(d);
     if (is_late) bar_sync(1, kThreads);
-    wgmma_fence();
-    multiply(e);
-    wgmma_commit_group();
+    multiply_in_a_group(e);
     wgmma_wait_group(1);
     CHECK(d[0] == 16);
     if (!is_late) bar_arrive(1, kThreads);
@@ -187,14 +144,12 @@ TEST(wait_leaves_later_groups_alone) {
 }
 
 TEST(two_warpgroups_are_independent) {
-  run(blocks_of(256, kShared), [] {
+  launch(blocks_of(256, kShared), [] {
     fill_with_ones();
     float d[8] = {};
-    const uint32_t rounds = thread_index() < 128 ? 3 : 1;
+    const uint32_t rounds = threadIdx.x < 128 ? 3 : 1;
     for (uint32_t round = 0; round < rounds; ++round) {
-      wgmma_fence();
-      multiply(d);
-      wgmma_commit_group();
+      multiply_in_a_group(d);
       wgmma_wait_group(0);
     }
     CHECK(d[0] == float(16 * rounds));
@@ -202,22 +157,20 @@ TEST(two_warpgroups_are_independent) {
 }
 
 TEST(accumulators_in_flight_are_poison) {
-  for (Completion completion : kCompletions) {
-    run_warpgroup(
-        [](float* d) {
-          wgmma_fence();
-          multiply(d);
-          CHECK(std::isnan(d[3]));
-          wgmma_commit_group();
-          for (int i = 0; i < 200; ++i) yield();
-          CHECK(std::isnan(d[3]));
-          wgmma_wait_group(1);
-          CHECK(std::isnan(d[3]));
-          wgmma_wait_group(0);
-          CHECK(d[3] == 16);
-        },
-        kThreads, 1, Schedule::Random, completion);
-  }
+  for_each_completion([] {
+    run_warpgroup([](float* d) {
+      wgmma_fence();
+      multiply(d);
+      CHECK(std::isnan(d[3]));
+      wgmma_commit_group();
+      for (int i = 0; i < 200; ++i) yield();
+      CHECK(std::isnan(d[3]));
+      wgmma_wait_group(1);
+      CHECK(std::isnan(d[3]));
+      wgmma_wait_group(0);
+      CHECK(d[3] == 16);
+    });
+  });
 }
 
 TEST(fence_is_required) {
@@ -225,32 +178,24 @@ TEST(fence_is_required) {
   CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) { multiply(d); }));
   CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) {
                 float e[8] = {};
-                wgmma_fence();
-                multiply(d);
-                wgmma_commit_group();
+                multiply_in_a_group(d);
                 multiply(e);
               }));
   CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) {
                 const uint32_t a[4] = {};
-                wgmma_fence();
-                multiply(d);
-                wgmma_commit_group();
+                multiply_in_a_group(d);
                 wgmma_rs(kShape, d, a, kB, true);
               }));
   // wgmmas of one shape on the accumulators in flight follow each other without.
   run_warpgroup([](float* d) {
-    wgmma_fence();
-    multiply(d);
-    wgmma_commit_group();
+    multiply_in_a_group(d);
     multiply(d);
     wgmma_commit_group();
     wgmma_wait_group(0);
     CHECK(d[3] == 32);
   });
   CHECK_FAILS(kMisuse, kText, run_warpgroup([](float* d) {
-                wgmma_fence();
-                multiply(d);
-                wgmma_commit_group();
+                multiply_in_a_group(d);
                 wgmma_fence();
                 wgmma_wait_group(0);
                 multiply(d);
@@ -259,23 +204,17 @@ TEST(fence_is_required) {
 
 TEST(accumulators_written_between_fence_and_wgmma) {
   CHECK_FAILS(kMisuse, "written after wgmma_fence", run_warpgroup([](float* d) {
-                wgmma_fence();
-                multiply(d);
-                wgmma_commit_group();
+                multiply_in_a_group(d);
                 wgmma_wait_group(0);
                 wgmma_fence();
                 d[2] *= 0.5f;
                 multiply(d);
               }));
   run_warpgroup([](float* d) {
-    wgmma_fence();
-    multiply(d);
-    wgmma_commit_group();
+    multiply_in_a_group(d);
     wgmma_wait_group(0);
     d[2] *= 0.5f;
-    wgmma_fence();
-    multiply(d);
-    wgmma_commit_group();
+    multiply_in_a_group(d);
     wgmma_wait_group(0);
     CHECK(d[2] == 24 && d[3] == 32);
   });
@@ -283,9 +222,7 @@ TEST(accumulators_written_between_fence_and_wgmma) {
 
 TEST(accumulators_written_in_flight) {
   CHECK_FAILS(kMisuse, "written while a wgmma was using them", run_warpgroup([](float* d) {
-                wgmma_fence();
-                multiply(d);
-                wgmma_commit_group();
+                multiply_in_a_group(d);
                 d[1] = 0;
                 wgmma_wait_group(0);
               }));
@@ -323,7 +260,7 @@ TEST(fragments_loaded_at_the_wrong_time) {
   const auto kernel = [](bool fence_after, bool wait) {
     run_warpgroup([=](float* d) {
       uint32_t a[4];
-      const uint32_t row = thread_index() % 16 * 16;
+      const uint32_t row = threadIdx.x % 16 * 16;
       ldmatrix(4, false, a, row);
       if (!fence_after) wgmma_fence();
       ldmatrix(4, false, a, row);
@@ -347,15 +284,13 @@ TEST(groups_not_waited_for) {
                 multiply(d);
               }));
   CHECK_FAILS(ErrorKind::ExitCheck, "without wgmma_wait_group<0>", run_warpgroup([](float* d) {
-                wgmma_fence();
-                multiply(d);
-                wgmma_commit_group();
+                multiply_in_a_group(d);
                 wgmma_wait_group(1);
               }));
 }
 
 TEST(warps_that_differ) {
-  const auto warp = [] { return thread_index() / 32; };
+  const auto warp = [] { return threadIdx.x / 32; };
   CHECK_FAILS(kMisuse, "the warps of a warpgroup differ", run_warpgroup([&](float* d) {
                 wgmma_fence();
                 wgmma_ss(kShape, d, kA, warp() == 2 ? kA : kB, true);
@@ -383,7 +318,7 @@ TEST(warps_that_differ) {
 TEST(lanes_that_differ) {
   CHECK_FAILS(kMisuse, "of lanes 0 and 7 differ", run_warpgroup([](float* d) {
                 wgmma_fence();
-                wgmma_ss(kShape, d, kA, kB, thread_index() % 32 != 7);
+                wgmma_ss(kShape, d, kA, kB, threadIdx.x % 32 != 7);
               }));
 }
 
