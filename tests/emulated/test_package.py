@@ -16,10 +16,11 @@ pytestmark = pytest.mark.kernels
 SUITES = {
     "op/test_numerics.py": 110,
     "op/test_peer_bugs.py": 60,
-    "op/test_registration.py": 100,
+    "op/test_registration.py": 90,
     "op/test_shapes.py": 110,
     "op/test_lora_update.py": 150,
     "op/test_autograd.py": 100,
+    "op/test_derivatives.py": 40,
     "op/test_dropout.py": 60,
     "op/test_many_adapters.py": 250,
     "op/test_many_gradients.py": 20,

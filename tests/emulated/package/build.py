@@ -33,7 +33,7 @@ BUILT = build.ROOT.joinpath(
 )
 # What Python reads there: the package, what the tests here call, and the op's own tests.
 PACKAGE_FILES = ("lora_ext", "tests/emulated/cuda/calls.py")
-OP_TESTS = ("op", "conftest.py", "helpers.py", "many_helpers.py", "two_processes.py")
+OP_TESTS = ("op", "conftest.py", "helpers.py", "many_helpers.py", "rest.py", "two_processes.py")
 TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in OP_TESTS))
 
 
