@@ -137,6 +137,7 @@ def four_bit_call(**changes):
         ({"scale": torch.zeros(4).half()}, TypeError, "scale in Float, but got Half"),
         ({"block": 3}, RuntimeError, "an even block, but got 3"),
         ({"block": 0}, RuntimeError, "an even block, but got 0"),
+        ({"block": -2}, RuntimeError, "an even block, but got -2"),
         ({"scale_offset": torch.zeros(1)}, RuntimeError, "or none"),
     ],
 )
