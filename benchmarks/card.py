@@ -17,11 +17,9 @@ def readings() -> dict[str, Any] | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.strip().splitlines()
-    return _parsed(lines[0]) if done.returncode == 0 and lines else None
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    values = [_number(word.strip()) for word in line.split(",")]
+    if done.returncode != 0 or not lines:
+        return None
+    values = [_number(word.strip()) for word in lines[0].split(",")]
     return dict(zip(_FIELDS, values, strict=False))
 
 

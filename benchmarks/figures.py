@@ -67,9 +67,10 @@ def heading(figure: Figure, title: str) -> None:
     figure.tight_layout(rect=(0, 0, 1, 0.985))
 
 
-def legend_beside(axes: Any, size: int = 8) -> None:
-    """To the right of the axes."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=size)
+def legend_beside(axes: Any, size: int = 8, like: Any = None) -> None:
+    """To the right of the axes, with what is drawn there, or on others."""
+    shown = (like or axes).get_legend_handles_labels()
+    axes.legend(*shown, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=size)
 
 
 @dataclass(frozen=True)

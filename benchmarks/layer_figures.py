@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from . import figures as shared
 from .figures import COLOURS, Figure, plt
 from .markdown import device_of
-from .results import Document, Row, is_disturbed, peak_ratio, ratio, times_of
+from .results import Document, Row, is_disturbed, median_ratio, peak_ratio, times_of
 from .shapes import BACKWARD, FORWARD, STEP, reading_order
 from .variants import LABELS, floor_of
 
@@ -79,8 +79,7 @@ def _latency(document: Document, mode: str) -> Figure | None:
     floor = floor_of(mode)
 
     def value(row: Row, name: str) -> float | None:
-        found = ratio(row, name, floor, times_of(row))
-        return found.median if found else None
+        return median_ratio(row, name, floor, times_of(row))
 
     title = title_of(document, f"time of a {_WHAT[mode]}")
     return _dots(_chosen(document, mode), value, title, f"x {floor} {AXIS}")

@@ -186,6 +186,12 @@ def ratio(row: Row, over: str, under: str, key: str = "timing") -> Ratio | None:
     )
 
 
+def median_ratio(row: Row, over: str, under: str, key: str = "timing") -> float | None:
+    """The median of `ratio`."""
+    found = ratio(row, over, under, key)
+    return found and found.median
+
+
 def worst_ratio(row: Row, over: str, unders: Sequence[str]) -> Ratio | None:
     """Ratio to the fastest of several variants; those that were not measured are left out."""
     ratios = [r for name in unders if (r := ratio(row, over, name)) is not None]

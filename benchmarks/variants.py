@@ -146,11 +146,6 @@ def ours_packed(problem: Problem, dropout_p: float) -> Variant:
     return variant
 
 
-def ours_no_dropout(problem: Problem, dropout_p: float) -> Variant:
-    """lora_ext without dropout, to see what its dropout costs."""
-    return ours(problem, 0.0)
-
-
 def _naive(
     x: Tensor,
     weight: Tensor,
@@ -278,7 +273,7 @@ BUILDERS: dict[str, Builder] = {
     "ours_library": partial(ours, route="library"),
     "ours_fp32_kernel": partial(ours, dtype=torch.float32, route="kernel"),
     "ours_packed": ours_packed,
-    "ours_no_dropout": ours_no_dropout,
+    "ours_no_dropout": lambda problem, dropout_p: ours(problem, 0.0),  # what dropout costs
     "naive": naive,
     # PEFT's default: float32 adapters, x upcast in each call; else adapters like the base's weight.
     "peft": partial(_peft, autocast_adapter_dtype=False),

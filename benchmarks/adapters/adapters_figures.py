@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..figures import COLOURS, Dot, Figure, finish, heading, plt
+from ..figures import COLOURS, Dot, Figure, finish, heading, legend_beside, plt
 from ..results import Document, Row, is_disturbed, ratio
 from ..shapes import FORWARD, STEP
 from ..variants import floor_of
@@ -79,13 +79,7 @@ def _curves(document: Document) -> Figure | None:
             rows = [r for r in clean if r["case"]["group"] == group and r["case"]["mode"] == mode]
             _panel(axes, rows, mode, where, label)
         # A forward has all of them; a step lacks those that cannot be trained.
-        line[1].legend(
-            *line[0].get_legend_handles_labels(),
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1.0),
-            frameon=False,
-            fontsize=8,
-        )
+        legend_beside(line[1], like=line[0])
     heading(figure, "CPU: time of a batch of many adapters, less is better")
     return figure
 

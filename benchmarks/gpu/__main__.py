@@ -23,7 +23,7 @@ from .. import results
 from ..__main__ import finish
 from . import checks, children, gpu_targets, measure, profile
 from .child import Log
-from .run import Run, bring, checking, commit, resumed, sources
+from .run import CHECKING, MEASURED, Run, bring, commit, hash_of, resumed
 from .stages import Stage, run_stages
 
 _BUDGET_S = 540.0
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = time.monotonic() + options.budget - spent
     log = Log(options.out / "log.txt")
     empty = results.new_document("gpu", {})
-    run = Run(options.device, options.out, empty, options.quick, end, checking(), log)
+    run = Run(options.device, options.out, empty, options.quick, end, hash_of(CHECKING), log)
     try:
         found = described(run, options.machine)
     except children.CannotStart as error:
@@ -136,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.say("without pytest neither kernels nor sanitizers are tested: install it first")
     if options.resume:
         bring(options.resume, options.out)
-    fresh = results.new_document("gpu", {**machine, "sources": sources(), "commit": commit()})
+    fresh = results.new_document(
+        "gpu", {**machine, "sources": hash_of(MEASURED), "commit": commit()}
+    )
     document = resumed(options.out / "results.json", fresh)
     run = Run(options.device, options.out, document, options.quick, end, run.checking, log)
     interrupted = True

@@ -9,7 +9,7 @@ from .. import layer_figures
 from ..adapters.adapters_figures import STYLES
 from ..figures import COLOURS, Figure, plt
 from ..layer_figures import AXIS, title_of
-from ..results import Document, Row, is_disturbed, ratio, times_of
+from ..results import Document, is_disturbed, median_ratio, times_of
 from ..shapes import FORWARD, STEP
 from ..variants import LABELS, floor_of
 from .cases import reading_order
@@ -99,7 +99,9 @@ def _adapters(document: Document) -> Figure | None:
     )
     for (mode, rows), axes in zip(panels.items(), grid[:, 0], strict=True):
         floor = floor_of(mode)
-        values = {name: [_over(row, name, floor) for row in rows] for name in STYLES}
+        values = {
+            name: [median_ratio(row, name, floor, times_of(row)) for row in rows] for name in STYLES
+        }
         names = [row["case"]["id"].removeprefix(f"{mode} ") for row in rows]
         shared.dots(axes, names, values, STYLES)
         axes.set_xlabel(f"x {floor} {AXIS}")
@@ -107,11 +109,6 @@ def _adapters(document: Document) -> Figure | None:
     shared.legend_beside(grid[0, 0], 9)  # a forward has all of them
     shared.heading(figure, title_of(document, "many adapters in one batch"))
     return figure
-
-
-def _over(row: Row, name: str, floor: str) -> float | None:
-    found = ratio(row, name, floor, times_of(row))
-    return found.median if found else None
 
 
 def figures(document: Document) -> dict[str, Figure | None]:

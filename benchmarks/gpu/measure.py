@@ -75,8 +75,6 @@ def predict(run: Run) -> None:
     document = run.document
     card = predicted.card_named(document["machine"]["gpu"] or "")
     document["predictions"] = []
-    if card is None:
-        return
     for result in document["cells"]:
         cell = runner.cell_of(result)
         for variant, timing in (result.get("timing", {}) | result.get("graph", {})).items():

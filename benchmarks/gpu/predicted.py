@@ -28,9 +28,9 @@ def card_named(name: str) -> _C.Card | None:
     return cards[max(found, key=len)] if found else None
 
 
-def launches_of(card: _C.Card, cell: Cell, variant: str) -> list[tuple[str, float]]:
+def launches_of(card: _C.Card | None, cell: Cell, variant: str) -> list[tuple[str, float]]:
     """(name, microseconds) of each launch of a call; [] where the planner predicts nothing."""
-    if cell.dtype not in ("bfloat16", "float16"):
+    if card is None or cell.dtype not in ("bfloat16", "float16"):
         return []
     backward = {FORWARD: (False,), BACKWARD: (True,)}.get(cell.mode, (False, True))
     launches: list[_C.Launch] = []

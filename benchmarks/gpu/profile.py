@@ -90,11 +90,6 @@ def kernels_of(cell: Cell, variant: str) -> list[tuple[str, float]]:
     return [(e.name(), e.duration_ns() / 1e3) for e in events if e.duration_ns() > 0]
 
 
-def _launches_of(run: Run, cell: Cell, variant: str) -> list[tuple[str, float]]:
-    card = predicted.card_named(run.document["machine"]["gpu"] or "")
-    return [] if card is None else predicted.launches_of(card, cell, variant)
-
-
 def counters(text: str) -> list[dict[str, Any]]:
     """One entry for each kernel in ncu's CSV: its name, and the metrics that ncu could read."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
@@ -144,6 +139,7 @@ def worst(run: Run, seconds: float) -> Result:
         for cell, variant in chosen
     ]
     by_name = dict(zip((item.name for item in items), chosen, strict=True))
+    card = predicted.card_named(run.document["machine"]["gpu"] or "")
     profiles, errors = [], []
     for item, answer in each(run, "profile", items, until):
         cell, variant = by_name[item.name]
@@ -155,7 +151,7 @@ def worst(run: Run, seconds: float) -> Result:
                 "cell": cell.id,
                 "variant": variant,
                 "kernels": answer.result["kernels"],
-                "predicted": _launches_of(run, cell, variant),
+                "predicted": predicted.launches_of(card, cell, variant),
             }
         )
     left = until - time.monotonic()

@@ -17,8 +17,8 @@ from .child import ROOT, Log
 
 # Of the machine, for results to belong together: other kernels are another machine.
 _SAME = ("name", "device", "versions", "sources")
-_MEASURED = ("csrc", "lora_ext", "setup.py")
-_CHECKING = ("benchmarks", "emulator", "tests")
+MEASURED = ("csrc", "lora_ext", "setup.py")
+CHECKING = ("benchmarks", "emulator", "tests")
 _SUFFIXES = {".py", ".cpp", ".cu", ".h", ".cuh"}
 _OVERRUN = 3.0  # a stage is stopped after so many times what it is expected to take
 # What a command, and a stage's measurements, may take at least where only the code is tried.
@@ -99,16 +99,6 @@ def hash_of(names: Iterable[str]) -> str:
                 digest.update(str(file.relative_to(ROOT)).encode())
                 digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def sources() -> str:
-    """Of what is measured: kernels, package and build."""
-    return hash_of(_MEASURED)
-
-
-def checking() -> str:
-    """Of what measures and checks."""
-    return hash_of(_CHECKING)
 
 
 def commit() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..figures import Figure, finish, grouped_bars, plt
-from ..results import Document, peak_ratio, ratio
+from ..results import Document, median_ratio, peak_ratio
 from .models_report import LABELS
 
 # In the order of the picture.
@@ -16,10 +16,9 @@ def figures(document: Document) -> dict[str, Figure]:
     cases = document["cases"]
     if not cases:  # other parts of the run alone
         return {}
-    ratios = {name: [ratio(case, name, "frozen") for case in cases] for name in _BARS}
     panels = {
         "time of a step": {
-            name: [found and found.median for found in mine] for name, mine in ratios.items()
+            name: [median_ratio(case, name, "frozen") for case in cases] for name in _BARS
         },
         "peak memory of a step": {
             name: [peak_ratio(case, name, "frozen") for case in cases] for name in _BARS

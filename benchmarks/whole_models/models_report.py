@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import markdown
 from ..markdown import Column, mebibytes, milliseconds, quotient, table, table_of
-from ..results import Document, Row, peak_ratio, ratio
+from ..results import Document, Row, median_ratio, peak_ratio, ratio
 from . import generate, mixed_batch, packed, quantized
 from .overhead import overheads
 
@@ -108,17 +108,13 @@ def target_rows(case: Row) -> list[list[str]]:
             verdict = "met" if (value >= limit if least else value <= limit) else "missed"
             rows.append([case["id"], LABELS[name], what, f"{limit:.2f}", f"{value:.2f}", verdict])
 
-    def time(over: str, under: str) -> float | None:
-        found = ratio(case, over, under)
-        return found.median if found else None
-
     form = case.get("form", "")
     for name, limit in TIME_TARGETS.items():
         limit = QUANTIZED_TIME_TARGET if form else limit
-        add(name, "time", limit, time(name, "frozen"))
+        add(name, "time", limit, median_ratio(case, name, "frozen"))
         add(name, "peak memory", memory_bound(case), peak_ratio(case, name, "frozen"))
     for name in ("peft", "peft_default"):
-        faster = time(name, f"{name}_accelerated")
+        faster = median_ratio(case, name, f"{name}_accelerated")
         limit = SPEEDUP_TARGETS[form]
         add(name, "its time over the accelerated", limit, faster, least=True)
     return rows

@@ -62,6 +62,13 @@ __device__ __forceinline__ void synchronize_cluster() {
   ptx::cluster_wait();
 }
 
+// One thread makes the object and publishes it.
+__device__ __forceinline__ void init_mbarrier(uint32_t bar, uint32_t count) {
+  if (threadIdx.x != 0) return;
+  ptx::mbarrier_init(bar, count);
+  ptx::fence_mbarrier_init();
+}
+
 constexpr uint32_t kClusterBlocks = 4;
 
 // Each block reads its right neighbour's integers, then writes numbers into its memory.
@@ -151,10 +158,7 @@ __global__ void arrive_in_cluster(const uint32_t* in, uint32_t* out, uint32_t* s
   auto* const values = reinterpret_cast<uint32_t*>(shared + 64);
   const uint32_t bar = ptx::shared_address(shared), thread = threadIdx.x;
   const uint32_t place = blockIdx.x * 32 + thread;
-  if (thread == 0) {
-    ptx::mbarrier_init(bar, 64);
-    ptx::fence_mbarrier_init();
-  }
+  init_mbarrier(bar, 64);
   synchronize_cluster();
   for (uint32_t rank = 0; rank < 2; ++rank) {
     const uint32_t slot = ptx::shared_address(values + place);
@@ -173,10 +177,7 @@ __global__ void arrive_remotely(uint32_t* seen) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
   const uint32_t bar = ptx::shared_address(shared), thread = threadIdx.x;
   uint32_t* const mine = seen + 4 * (blockIdx.x * 32 + thread);
-  if (thread == 0) {
-    ptx::mbarrier_init(bar, 64);
-    ptx::fence_mbarrier_init();
-  }
+  init_mbarrier(bar, 64);
   ptx::cluster_arrive_relaxed();  // the fence has published the object
   ptx::cluster_wait();
   for (uint32_t phase = 0; phase < 2; ++phase) {

@@ -41,11 +41,8 @@ __global__ void load_box(const __grid_constant__ CUtensorMap map, int x, int y, 
                          unsigned char* out) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
   const uint32_t tile = ptx::shared_address(shared), bar = tile + bytes;
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&map);
-    ptx::mbarrier_init(bar, 1);
-    ptx::fence_mbarrier_init();
-  }
+  if (threadIdx.x == 0) ptx::prefetch_tensor_map(&map);
+  init_mbarrier(bar, 1);
   __syncthreads();
   if (threadIdx.x == 0) {
     ptx::mbarrier_arrive_expect_tx(bar, bytes);
@@ -87,10 +84,7 @@ __global__ void load_multicast(const __grid_constant__ CUtensorMap map, uint32_t
   unsigned char* const shared = ptx::dynamic_shared_memory();
   const uint32_t tile = ptx::shared_address(shared), bar = tile + 2 * bytes;
   const uint32_t rank = ptx::cluster_rank();
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_init(bar, 1);
-    ptx::fence_mbarrier_init();
-  }
+  init_mbarrier(bar, 1);
   synchronize_cluster();
   if (threadIdx.x == 0) {
     ptx::mbarrier_arrive_expect_tx(bar, 2 * bytes);
@@ -152,10 +146,7 @@ __global__ void write_then_load(const __grid_constant__ CUtensorMap map, const u
                                 uint16_t* tensor, uint32_t count, uint16_t* out) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
   const uint32_t tile = ptx::shared_address(shared), bar = tile + 2 * count;
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_init(bar, 1);
-    ptx::fence_mbarrier_init();
-  }
+  init_mbarrier(bar, 1);
   for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) tensor[i] = in[i];
   ptx::fence_proxy_async_global();
   __syncthreads();

@@ -66,10 +66,7 @@ __global__ void __launch_bounds__(128)
   const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b = tile_of_b<N, kMajorB>(swizzle);
   const uint32_t shared_a = ptx::shared_address(ptx::dynamic_shared_memory());
   const uint32_t shared_b = shared_a + tile_a.bytes(), bar = shared_b + tile_b.bytes();
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_init(bar, 1);
-    ptx::fence_mbarrier_init();
-  }
+  init_mbarrier(bar, 1);
   __syncthreads();
   if (threadIdx.x == 0) {
     ptx::mbarrier_arrive_expect_tx(bar, tile_a.bytes() + tile_b.bytes());
@@ -117,7 +114,8 @@ inline CUtensorMap operand_map(DeviceArray<uint16_t>& memory, const OperandTile&
 }
 
 template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB>
-void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle, bool integers) {
+void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle = ptx::Swizzle::k128,
+                bool integers = true) {
   const auto letter = [](ptx::Major major) { return major == ptx::Major::kK ? "k" : "mn"; };
   const std::string name = std::string("wgmma_ss_") + FormatOf<T>::kName + "_n" +
                            std::to_string(N) + "_" + letter(kMajorA) + "_" + letter(kMajorB) + "_" +
@@ -142,33 +140,28 @@ void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle, bool integers) {
 
 // Small integers show the layouts bit by bit, for every combination; other numbers show the
 // rounding.
-template <typename T, int N, ptx::Major kMajorA, ptx::Major kMajorB>
-void integers_ss(Recorder& recorder, ptx::Swizzle swizzle = ptx::Swizzle::k128) {
-  case_wgmma<T, N, kMajorA, kMajorB>(recorder, swizzle, true);
-}
-
 template <typename T>
 void record_wgmma_of(Recorder& recorder) {
   constexpr ptx::Major kK = ptx::Major::kK, kMN = ptx::Major::kMN;
   for (ptx::Swizzle swizzle :
        {ptx::Swizzle::kNone, ptx::Swizzle::k32, ptx::Swizzle::k64, ptx::Swizzle::k128}) {
-    integers_ss<T, 64, kK, kK>(recorder, swizzle);
-    integers_ss<T, 64, kK, kMN>(recorder, swizzle);
-    integers_ss<T, 64, kMN, kK>(recorder, swizzle);
-    integers_ss<T, 64, kMN, kMN>(recorder, swizzle);
+    case_wgmma<T, 64, kK, kK>(recorder, swizzle);
+    case_wgmma<T, 64, kK, kMN>(recorder, swizzle);
+    case_wgmma<T, 64, kMN, kK>(recorder, swizzle);
+    case_wgmma<T, 64, kMN, kMN>(recorder, swizzle);
   }
-  integers_ss<T, 8, kK, kK>(recorder);
-  integers_ss<T, 16, kK, kK>(recorder);
-  integers_ss<T, 24, kK, kK>(recorder);
-  integers_ss<T, 16, kK, kMN>(recorder);
-  integers_ss<T, 32, kK, kMN>(recorder);
-  integers_ss<T, 40, kK, kK>(recorder);
-  integers_ss<T, 48, kK, kK>(recorder);
-  integers_ss<T, 56, kK, kK>(recorder);
-  integers_ss<T, 96, kK, kK>(recorder);
-  integers_ss<T, 160, kK, kK>(recorder);
-  integers_ss<T, 192, kK, kMN>(recorder);
-  integers_ss<T, 256, kMN, kMN>(recorder);
+  case_wgmma<T, 8, kK, kK>(recorder);
+  case_wgmma<T, 16, kK, kK>(recorder);
+  case_wgmma<T, 24, kK, kK>(recorder);
+  case_wgmma<T, 16, kK, kMN>(recorder);
+  case_wgmma<T, 32, kK, kMN>(recorder);
+  case_wgmma<T, 40, kK, kK>(recorder);
+  case_wgmma<T, 48, kK, kK>(recorder);
+  case_wgmma<T, 56, kK, kK>(recorder);
+  case_wgmma<T, 96, kK, kK>(recorder);
+  case_wgmma<T, 160, kK, kK>(recorder);
+  case_wgmma<T, 192, kK, kMN>(recorder);
+  case_wgmma<T, 256, kMN, kMN>(recorder);
   case_wgmma<T, 64, kK, kK>(recorder, ptx::Swizzle::k128, false);
   case_wgmma<T, 64, kK, kMN>(recorder, ptx::Swizzle::k128, false);
 }

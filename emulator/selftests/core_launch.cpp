@@ -80,11 +80,7 @@ TEST(blocks_that_wait_for_others) {
   const KeepConfig keep;
   GlobalBuffer<uint32_t> flag(std::vector<uint32_t>{0}, "flag");
   const auto wait_for_block_1 = [&] {
-    if (blockIdx.x == 0)
-      while (load_acquire_gpu(flag.data()) == 0) {
-      }
-    else
-      store_release_gpu(flag.data(), 1);
+    blockIdx.x == 0 ? poll(flag.data()) : store_release_gpu(flag.data(), 1);
   };
   launch({.grid = 2, .block = 1}, wait_for_block_1);
   bool deadlocked = false;

@@ -72,9 +72,7 @@ TEST(flags) {
     uint32_t data = 0;
     launch({.grid = 4, .block = 32}, [&] {  // a chain of blocks: each waits for the one before it
       if (threadIdx.x == 0) {
-        if (blockIdx.x > 0)
-          while (load_acquire_gpu(&flag[blockIdx.x - 1]) != 1) {
-          }
+        if (blockIdx.x > 0) poll(&flag[blockIdx.x - 1]);
         CHECK(data == blockIdx.x);
         ++data;
         store_release_gpu(&flag[blockIdx.x], 1);
@@ -85,8 +83,7 @@ TEST(flags) {
       if (threadIdx.x == 0) atomic_add_release_gpu(&flag[0], 1);
       const uint32_t ticket = atomic_add_relaxed_gpu(&flag[1], 1);
       CHECK(ticket < 256);
-      while (load_acquire_gpu(&flag[0]) < 4) {
-      }
+      poll(&flag[0], 4);
     });
     CHECK(flag[0] == 4 && flag[1] == 256);
     flag.fill(0);
@@ -116,13 +113,7 @@ TEST(flags) {
 #if !defined(EMULATOR_RACE)   // which calls it a race
   for_each_schedule(2, [&] {  // a polling thread sees a plain store too
     flag.fill(0);
-    launch({.grid = 2, .block = 1}, [&] {
-      if (blockIdx.x == 0)
-        while (load_acquire_gpu(&flag[0]) == 0) {
-        }
-      else
-        flag[0] = 1;
-    });
+    launch({.grid = 2, .block = 1}, [&] { blockIdx.x == 0 ? poll(&flag[0]) : void(flag[0] = 1); });
   });
 #endif
   const auto rejects = [&](const char* name, ErrorKind kind, const char* text,
@@ -134,9 +125,7 @@ TEST(flags) {
           "block (0,0,0) warps 0-1, block (1,0,0) warp 0, 96 threads poll ld.acquire.gpu of flag + "
           "4 bytes, which holds 0",
           [&] {
-            if (blockIdx.x == 1 && threadIdx.x >= 32) return;
-            while (load_acquire_gpu(&flag[1]) == 0) {
-            }
+            if (blockIdx.x == 0 || threadIdx.x < 32) poll(&flag[1]);
           });
   rejects("polling with a vote in the loop: deadlock", ErrorKind::Deadlock, "poll ld.acquire.gpu",
           [&] {

@@ -75,35 +75,19 @@ TEST(misuse) {
     }
     __syncwarp();
   });
-  rejects("lanes at different collectives", kMisuse, "divergent warp", [] {
-    if (threadIdx.x < 16)
-      __ballot_sync(kAll, 1);
-    else
-      __syncwarp();
-  });
+  rejects("lanes at different collectives", kMisuse, "divergent warp",
+          [] { threadIdx.x < 16 ? void(__ballot_sync(kAll, 1)) : __syncwarp(); });
   rejects("lanes at the same collective with other immediates", kMisuse, "immediate operands",
           [] { __shfl_sync(kAll, 1, 0, threadIdx.x < 16 ? 8 : 16); });
-  rejects("two groups that wait for each other", kMisuse, "divergent warp", [] {
-    if (threadIdx.x < 16)
-      __syncwarp(0x1ffffu);
-    else
-      __syncwarp(0xffff8000u);
-  });
-  rejects("a group that waits for a lane of another", ErrorKind::ExitCheck, "wait for it at", [] {
-    if (threadIdx.x < 16)
-      __syncwarp(0x1ffffu);
-    else
-      __syncwarp(0xffff0000u);
-  });
+  rejects("two groups that wait for each other", kMisuse, "divergent warp",
+          [] { __syncwarp(threadIdx.x < 16 ? 0x1ffffu : 0xffff8000u); });
+  rejects("a group that waits for a lane of another", ErrorKind::ExitCheck, "wait for it at",
+          [] { __syncwarp(threadIdx.x < 16 ? 0x1ffffu : 0xffff0000u); });
   rejects("a shuffle from a lane outside of the mask", kMisuse, "not in the mask", [] {
     if (threadIdx.x < 8) __shfl_sync(0xffu, 1, 9);
   });
-  rejects("a barrier that half of the warp does not reach", kMisuse, "divergent warp", [] {
-    if (threadIdx.x < 16)
-      __syncthreads();
-    else
-      __syncwarp();
-  });
+  rejects("a barrier that half of the warp does not reach", kMisuse, "divergent warp",
+          [] { threadIdx.x < 16 ? __syncthreads() : __syncwarp(); });
   rejects("a shuffle width of 5", kMisuse, "power of two", [] { __shfl_sync(kAll, 1, 0, 5); });
 }
 

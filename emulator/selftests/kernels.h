@@ -80,6 +80,12 @@ T* shared_array(uint32_t offset = 0) {
   return reinterpret_cast<T*>(dynamic_shared_memory() + offset);
 }
 
+// Until the flag is set, or comes to so many.
+inline void poll(const uint32_t* flag, uint32_t least = 1) {
+  while (load_acquire_gpu(flag) < least) {
+  }
+}
+
 inline void sync_cluster() {
   cluster_arrive();
   cluster_wait();

@@ -33,9 +33,6 @@ uint32_t expected_register(uint32_t j, uint32_t lane, bool transposed) {
   return low | high << 16;
 }
 
-using Load2 = void (*)(uint32_t (&)[2], uint32_t);
-using Load4 = void (*)(uint32_t (&)[4], uint32_t);
-
 template <uint32_t kCount>
 void expect_load(void (*load)(uint32_t (&)[kCount], uint32_t), bool transposed) {
   run_everywhere(blocks_of(32, kShared), [=] {
@@ -64,9 +61,9 @@ TEST(stmatrix_puts_each_element_in_its_row) {
 }
 
 TEST(ldmatrix_gives_each_lane_its_elements) {
-  expect_load(Load4(ptx::ldmatrix_x4), false);
-  expect_load(Load2(ptx::ldmatrix_x2_trans), true);
-  expect_load(Load4(ptx::ldmatrix_x4_trans), true);
+  expect_load<4>(ptx::ldmatrix_x4, false);
+  expect_load<2>(ptx::ldmatrix_x2_trans, true);
+  expect_load<4>(ptx::ldmatrix_x4_trans, true);
 }
 
 TEST(misuse_of_ldmatrix_fails) {

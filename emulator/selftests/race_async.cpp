@@ -6,12 +6,17 @@ namespace emulator::selftest {
 namespace {
 
 constexpr uint32_t kTileRows = 16, kTileColumns = 32;  // of float: rows of 128 bytes
-constexpr uint32_t kTileBytes = kTileRows * kTileColumns * 4;
+constexpr uint32_t kTileElements = kTileRows * kTileColumns, kTileBytes = kTileElements * 4;
 constexpr uint32_t kBar = 8192;  // shared address of the mbarriers
 
 CUtensorMap tile_map(GlobalBuffer<float>& buffer, uint32_t rows = kTileRows) {
   return tensor_map(buffer.data(), CU_TENSOR_MAP_DATA_TYPE_FLOAT32, Swizzle::kNone, kTileColumns,
                     rows, kTileColumns * 4, kTileColumns, kTileRows);
+}
+
+void load_tile(const CUtensorMap& map) {
+  mbarrier_arrive_expect_tx(kBar, kTileBytes);
+  tma_load_2d(0, &map, kBar, 0, 0);
 }
 
 TEST(cp_async_needs_its_wait_and_a_barrier) {
@@ -70,21 +75,17 @@ TEST(mbarriers_order_a_ring) {
 // TMA load, in-place update by all threads, TMA store.
 TEST(tma_round_trip_needs_both_proxy_edges) {
   const auto run = [] {
-    GlobalBuffer<float> in(kTileRows * kTileColumns, "in"), out(kTileRows * kTileColumns, "out");
+    GlobalBuffer<float> in(kTileElements, "in"), out(kTileElements, "out");
     in.fill(1);
     const CUtensorMap in_map = tile_map(in), out_map = tile_map(out);
     launch(race_launch(1, 128, 16384), [&] {
       init_mbarriers(kBar, {1});
-      if (threadIdx.x == 0) {
-        mbarrier_arrive_expect_tx(kBar, kTileBytes);
-        tma_load_2d(0, &in_map, kBar, 0, 0);
-      }
+      if (threadIdx.x == 0) load_tile(in_map);
       if (!missing("wait")) mbarrier_wait(kBar, 0);
       float* tile = shared_array<float>();
-      for (uint32_t i = threadIdx.x; i < kTileRows * kTileColumns; i += 128) tile[i] += 1;
-      if (!missing("proxy fence") && !missing("proxy fence in one warp"))
-        fence_proxy_async_shared();
-      if (missing("proxy fence in one warp") && threadIdx.x / 32 != 2) fence_proxy_async_shared();
+      for (uint32_t i = threadIdx.x; i < kTileElements; i += 128) tile[i] += 1;
+      const bool in_one_warp = missing("proxy fence in one warp") && threadIdx.x / 32 == 2;
+      if (!missing("proxy fence") && !in_one_warp) fence_proxy_async_shared();
       if (!missing("barrier")) __syncthreads();
       if (threadIdx.x == 0) {
         tma_store_2d(&out_map, 0, 0, 0);
@@ -108,11 +109,10 @@ TEST(tma_round_trip_needs_both_proxy_edges) {
 // A fence anywhere on the path between the write and the operation is enough.
 TEST(the_issuer_may_fence_for_all) {
   expect_clean([] {
-    GlobalBuffer<float> out(kTileRows * kTileColumns, "out");
+    GlobalBuffer<float> out(kTileElements, "out");
     const CUtensorMap map = tile_map(out);
     launch(race_launch(1, 128, 16384), [&] {
-      for (uint32_t i = threadIdx.x; i < kTileRows * kTileColumns; i += 128)
-        shared_array<float>()[i] = 1;
+      for (uint32_t i = threadIdx.x; i < kTileElements; i += 128) shared_array<float>()[i] = 1;
       __syncthreads();
       if (threadIdx.x == 0) {
         fence_proxy_async_shared();
@@ -127,12 +127,11 @@ TEST(the_issuer_may_fence_for_all) {
 // What a TMA store wrote may be read after the full wait, not after the wait for its reads.
 TEST(a_bulk_store_is_visible_after_the_full_wait) {
   const auto run = [] {
-    GlobalBuffer<float> out(kTileRows * kTileColumns, "out"), copy(32, "copy");
+    GlobalBuffer<float> out(kTileElements, "out"), copy(32, "copy");
     out.fill(0);
     const CUtensorMap map = tile_map(out);
     launch(race_launch(1, 32, 16384), [&] {
-      for (uint32_t i = threadIdx.x; i < kTileRows * kTileColumns; i += 32)
-        shared_array<float>()[i] = 1;
+      for (uint32_t i = threadIdx.x; i < kTileElements; i += 32) shared_array<float>()[i] = 1;
       fence_proxy_async_shared();
       __syncthreads();
       if (threadIdx.x == 0) {
@@ -153,14 +152,14 @@ TEST(a_bulk_store_is_visible_after_the_full_wait) {
 // must pass to the async proxy.
 TEST(global_memory_needs_a_proxy_fence_before_tma) {
   const auto run = [] {
-    GlobalBuffer<float> s(kTileRows * kTileColumns, "s");
+    GlobalBuffer<float> s(kTileElements, "s");
     GlobalBuffer<uint32_t> flag(1, "flag");
     flag.fill(0);
     const CUtensorMap map = tile_map(s);
     launch(race_launch(2, 128, 16384), [&] {
       init_mbarriers(kBar, {1});
       if (blockIdx.x == 0) {
-        for (uint32_t i = threadIdx.x; i < kTileRows * kTileColumns; i += 128) s[i] = 1;
+        for (uint32_t i = threadIdx.x; i < kTileElements; i += 128) s[i] = 1;
         if (missing("global, not shared"))
           fence_proxy_async_shared();
         else if (!missing("proxy fence"))
@@ -169,10 +168,8 @@ TEST(global_memory_needs_a_proxy_fence_before_tma) {
         if (threadIdx.x == 0) store_release_gpu(flag.data(), 1);
       } else {
         if (threadIdx.x == 0) {
-          while (load_acquire_gpu(flag.data()) == 0) {
-          }
-          mbarrier_arrive_expect_tx(kBar, kTileBytes);
-          tma_load_2d(0, &map, kBar, 0, 0);
+          poll(flag.data());
+          load_tile(map);
         }
         mbarrier_wait(kBar, 0);
         CHECK(shared_array<float>()[threadIdx.x] == 1 || missing_edge != "");
@@ -188,7 +185,7 @@ TEST(global_memory_needs_a_proxy_fence_before_tma) {
 // dependent that starts beside it; griddepcontrol.wait does not.
 TEST(the_start_of_a_grid_passes_global_memory_to_tma) {
   const auto run = [] {
-    GlobalBuffer<float> s(kTileRows * kTileColumns, "s");
+    GlobalBuffer<float> s(kTileElements, "s");
     const CUtensorMap map = tile_map(s);
     LaunchConfig write = race_launch(2, 128), load = race_launch(1, 128, 16384);
     write.programmatic_dependent = load.programmatic_dependent = true;
@@ -196,16 +193,14 @@ TEST(the_start_of_a_grid_passes_global_memory_to_tma) {
     Stream stream;
     stream.launch(write, [&] {
       if (beside) griddepcontrol_launch_dependents();
-      for (uint32_t i = blockIdx.x * 128 + threadIdx.x; i < kTileRows * kTileColumns; i += 256)
-        s[i] = 1;
+      for (uint32_t i = blockIdx.x * 128 + threadIdx.x; i < kTileElements; i += 256) s[i] = 1;
     });
     if (!beside) stream.launch(race_launch(1, 32), [] { griddepcontrol_launch_dependents(); });
     stream.launch(load, [&] {
       init_mbarriers(kBar, {1});
       if (threadIdx.x == 0) {
         if (missing("proxy fence")) griddepcontrol_wait();
-        mbarrier_arrive_expect_tx(kBar, kTileBytes);
-        tma_load_2d(0, &map, kBar, 0, 0);
+        load_tile(map);
       }
       mbarrier_wait(kBar, 0);
       CHECK(shared_array<float>()[threadIdx.x] == 1 || missing_edge != "");
@@ -220,7 +215,7 @@ TEST(the_start_of_a_grid_passes_global_memory_to_tma) {
 // Also what a thread wrote before a load overwrites it must have passed to the async proxy.
 TEST(a_load_over_a_generic_write_needs_a_proxy_fence) {
   const auto run = [] {
-    GlobalBuffer<float> in(kTileRows * kTileColumns, "in");
+    GlobalBuffer<float> in(kTileElements, "in");
     in.fill(1);
     const CUtensorMap map = tile_map(in);
     launch(race_launch(1, 64, 16384), [&] {
@@ -228,10 +223,7 @@ TEST(a_load_over_a_generic_write_needs_a_proxy_fence) {
       shared_array<float>()[threadIdx.x] = 0;
       if (!missing("proxy fence")) fence_proxy_async_shared();
       if (!missing("barrier")) __syncthreads();
-      if (threadIdx.x == 0) {
-        mbarrier_arrive_expect_tx(kBar, kTileBytes);
-        tma_load_2d(0, &map, kBar, 0, 0);
-      }
+      if (threadIdx.x == 0) load_tile(map);
       mbarrier_wait(kBar, 0);
     });
   };
@@ -244,7 +236,7 @@ TEST(a_load_over_a_generic_write_needs_a_proxy_fence) {
 // overwrites what was only read.
 TEST(tma_ring_orders_reads_before_the_next_load) {
   const auto run = [] {
-    GlobalBuffer<float> in(kTileRows * kTileColumns, "in");
+    GlobalBuffer<float> in(kTileElements, "in");
     in.fill(1);
     const CUtensorMap map = tile_map(in);
     launch(race_launch(1, 64, 16384), [&] {
@@ -274,7 +266,7 @@ TEST(tma_ring_orders_reads_before_the_next_load) {
 // consumers of both.
 TEST(multicast_ring) {
   const auto run = [] {
-    GlobalBuffer<float> in(2 * kTileRows * kTileColumns, "in");
+    GlobalBuffer<float> in(2 * kTileElements, "in");
     in.fill(1);
     const CUtensorMap map = tile_map(in, 2 * kTileRows);
     launch(race_launch(2, 64, 16384, 2), [&] {

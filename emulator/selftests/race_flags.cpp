@@ -29,10 +29,6 @@ uint32_t relaxed_load(const uint32_t* address) {
 }
 void relaxed_store(uint32_t* address) { atomicExch(address, 1u); }
 
-void acquire_loop(const uint32_t* flag) {
-  while (load_acquire_gpu(flag) == 0) {
-  }
-}
 void relaxed_loop(const uint32_t* flag) {
   while (relaxed_load(flag) == 0) {
   }
@@ -44,7 +40,7 @@ TEST(release_and_acquire_order_blocks) {
         [](uint32_t* flag) {
           missing("release") ? relaxed_store(flag) : store_release_gpu(flag, 1);
         },
-        [](const uint32_t* flag) { missing("acquire") ? relaxed_loop(flag) : acquire_loop(flag); });
+        [](const uint32_t* flag) { missing("acquire") ? relaxed_loop(flag) : poll(flag); });
   };
   expect_clean(run);
   expect_race("release", "global buffer 'data'", run);
@@ -58,7 +54,7 @@ TEST(release_of_an_atomic_add_orders_blocks) {
           missing("release") ? void(atomic_add_relaxed_gpu(flag, 1))
                              : atomic_add_release_gpu(flag, 1);
         },
-        acquire_loop);
+        [](const uint32_t* flag) { poll(flag); });
   };
   expect_clean(run);
   expect_race("release", "global buffer 'data'", run);
@@ -121,7 +117,7 @@ TEST(a_plain_flag_races) {
                     fence_acq_rel_gpu();
                     *flag = 1;
                   },
-                  acquire_loop));
+                  [](const uint32_t* flag) { poll(flag); }));
 }
 
 TEST(atomics_do_not_race_with_atomics) {

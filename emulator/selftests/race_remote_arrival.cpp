@@ -75,11 +75,7 @@ TEST(the_default_arrival_hands_no_store_to_a_peer) {
         const uint32_t value = map_shared(kValue, into_peer ? 1 : 0);
         if (cluster_rank() == 0) {
           store_shared_cluster<uint32_t>(value, 7);
-          if (missing("release")) {
-            mbarrier_arrive_remote(kFull, 1);
-          } else {
-            mbarrier_arrive_cluster(kFull, 1);
-          }
+          missing("release") ? mbarrier_arrive_remote(kFull, 1) : mbarrier_arrive_cluster(kFull, 1);
         } else {
           mbarrier_wait_cluster(kFull, 0);
           CHECK(load_shared_cluster<uint32_t>(value) == 7 || missing_edge != "");
@@ -106,11 +102,7 @@ TEST(the_default_arrival_hands_no_copied_bytes_to_a_peer) {
         mbarrier_arrive_expect_tx(kFull, kHalfStage);
         tma_load_2d(0, &map, kFull, 0, 0);
         mbarrier_wait(kFull, 0);
-        if (missing("release")) {
-          mbarrier_arrive_remote(kEmpty, 1);
-        } else {
-          mbarrier_arrive_cluster(kEmpty, 1);
-        }
+        missing("release") ? mbarrier_arrive_remote(kEmpty, 1) : mbarrier_arrive_cluster(kEmpty, 1);
       }
       if (threadIdx.x == 0 && cluster_rank() == 1) {
         mbarrier_wait_cluster(kEmpty, 0);

@@ -42,6 +42,11 @@ TEST(store_writes_every_element_inside_and_nothing_else) {
   }
 }
 
+void store_tile(const CUtensorMap& map, int y = 0) {
+  tma_store_2d(&map, 0, 0, y);
+  bulk_commit_group();
+}
+
 TEST(source_may_be_overwritten_once_read) {
   Fixture f;
   run_everywhere(
@@ -50,8 +55,7 @@ TEST(source_may_be_overwritten_once_read) {
         for (int tile = 0; tile < 4; ++tile) {
           bulk_wait_group_read(0);
           fill_tile(static_cast<unsigned char>(10 + tile));
-          tma_store_2d(&f.map, 0, 0, tile * 16);
-          bulk_commit_group();
+          store_tile(f.map, tile * 16);
         }
         bulk_wait_group(0);
       },
@@ -66,8 +70,7 @@ TEST(source_overwritten_too_early) {
   Fixture f;
   launch(blocks_of(1, kShared), [&] {
     fill_tile(1);
-    tma_store_2d(&f.map, 0, 0, 0);
-    bulk_commit_group();
+    store_tile(f.map);
     fill_tile(2);
     bulk_wait_group(0);
   });
@@ -80,8 +83,7 @@ TEST(read_does_not_mean_written) {
   unsigned char after_read = 0, after_write = 0;
   launch(blocks_of(1, kShared), [&] {
     fill_tile(1);
-    tma_store_2d(&f.map, 0, 0, 0);
-    bulk_commit_group();
+    store_tile(f.map);
     bulk_wait_group_read(0);
     after_read = f.tensor[0];
     bulk_wait_group(0);
@@ -96,8 +98,7 @@ TEST(groups_are_waited_for_in_order) {
   run_everywhere(blocks_of(1, kShared), [&] {
     fill_tile(5);
     for (int tile = 0; tile < 3; ++tile) {
-      tma_store_2d(&f.map, 0, 0, tile * 16);
-      bulk_commit_group();
+      store_tile(f.map, tile * 16);
     }
     bulk_wait_group(1);
     CHECK(f.tensor[0] == 5 && f.tensor[16 * kTile.pitch()] == 5);
@@ -137,8 +138,7 @@ TEST(groups_are_of_one_thread) {
                 if (threadIdx.x == 0) fill_tile(1);
                 syncthreads();
                 if (threadIdx.x == 0) {
-                  tma_store_2d(&f.map, 0, 0, 0);
-                  bulk_commit_group();
+                  store_tile(f.map);
                 }
                 syncthreads();
                 if (threadIdx.x == 1) bulk_wait_group(0);
