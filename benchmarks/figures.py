@@ -144,9 +144,8 @@ def grouped_bars(
     labels: Sequence[str],
     lengths: Mapping[str, Sequence[float | None]],
     names: Mapping[str, str],
-    horizontal: bool = False,
 ) -> None:
-    """For each label a bar of each variant, side by side, and a line at 1, the floor.
+    """For each label a bar of each variant, one above the other, and a line at 1, the floor.
 
     lengths: variant -> one for each label; variants without any are left out
     names: variant -> what the legend calls it
@@ -156,16 +155,9 @@ def grouped_bars(
     for place, name in enumerate(present):
         middle = (place - (len(present) - 1) / 2) * width
         found = [(i + middle, one) for i, one in enumerate(lengths[name]) if one is not None]
-        draw = axes.barh if horizontal else axes.bar
-        bars = draw(
-            [at for at, _ in found],
-            [one for _, one in found],
-            0.93 * width,
-            color=COLOURS[name],
-            label=names[name],
-        )
+        places, ends = zip(*found, strict=True)
+        bars = axes.barh(places, ends, 0.93 * width, color=COLOURS[name], label=names[name])
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
-    (axes.axvline if horizontal else axes.axhline)(1.0, color="black", linewidth=1.0)
-    ticks = axes.set_yticks if horizontal else axes.set_xticks
-    ticks(range(len(labels)), labels, fontsize=9 if horizontal else 8)
-    axes.margins(**{"x" if horizontal else "y": 0.12})
+    axes.axvline(1.0, color="black", linewidth=1.0)
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.margins(x=0.12)

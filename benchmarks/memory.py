@@ -28,18 +28,6 @@ def silent_stderr() -> Iterator[None]:
         os.close(null)
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: it would free older tensors in the middle of the measurement."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _cpu_peak_bytes(function: Function) -> int:
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with silent_stderr(), profiler:
@@ -75,8 +63,13 @@ def peak_bytes(function: Function, device: str = "cpu", prepare: Function = lamb
     prepare()
     function()
     prepare()
-    with _no_collection():
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would free older tensors in the middle of the measurement
+    try:
         return measure(function)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def saved_bytes(function: Function, excluded: Iterable[Tensor]) -> int:

@@ -24,9 +24,10 @@ from .variants import BUILDERS
 
 ROWS = 2048  # tokens in one input
 COPIES = 3  # inputs, from different sentences
+# Path in the model, K, N.
 LAYERS = {
-    "MiniLM attention.query": "encoder.layer.0.attention.self.query",
-    "MiniLM intermediate": "encoder.layer.0.intermediate.dense",
+    "MiniLM attention.query": ("encoder.layer.0.attention.self.query", 384, 384),
+    "MiniLM intermediate": ("encoder.layer.0.intermediate.dense", 384, 1536),
 }
 _MODULES = ("argparse", "decimal", "difflib", "email.message", "fractions", "heapq", "http.client")
 _MODULES += ("ipaddress", "logging", "os", "pathlib", "random", "shutil", "socket", "statistics")
@@ -37,10 +38,9 @@ _BATCH = 64  # sentences per model call
 
 def real_cells() -> list[Cell]:
     """Both layers, forward and step, in both dtypes."""
-    shapes = {"MiniLM attention.query": (384, 384), "MiniLM intermediate": (384, 1536)}
     return [
         Cell(mode, dtype, ROWS, *shape, layer=layer, group="real", dropout_p=p)
-        for layer, shape in shapes.items()
+        for layer, (_, *shape) in LAYERS.items()
         for dtype in ("float32", "bfloat16")
         for mode, p in ((FORWARD, 0.0), (STEP, DROPOUT))
     ]
@@ -66,7 +66,7 @@ def sentences() -> Iterator[str]:
 def _captured() -> dict[str, tuple[Tensor, Tensor, list[Tensor]]]:
     """Layer -> weight [N, K], bias [N] and inputs [ROWS, K], in float32 on the CPU."""
     tokenizer, model = minilm.tokenizer(), minilm.encoder(torch.float32).eval()
-    modules = {layer: model.get_submodule(name) for layer, name in LAYERS.items()}
+    modules = {layer: model.get_submodule(path) for layer, (path, *_) in LAYERS.items()}
     rows: dict[str, list[Tensor]] = {layer: [] for layer in LAYERS}
     mask = torch.empty(0)
 

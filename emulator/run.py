@@ -35,13 +35,9 @@ class Run:
     def command(self) -> str:
         """What replays exactly this run, from the root of the repository."""
         case = self.case
-        fixed = {
-            name: case[name]
-            for name in ("seed", "size", "variant", "schedule", "completion", "resident")
-        }
         words = [f"build/emulator/{self.flavour}/{case['program']}"]
-        for name, value in fixed.items():
-            words += [f"--{name}", str(value)]
+        for name in ("seed", "size", "variant", "schedule", "completion", "resident"):
+            words += [f"--{name}", str(case[name])]
         if case["fault"]:
             words += ["--fault", case["fault"]]
         options = " ".join(f"{name}={value}" for name, value in SANITIZER_OPTIONS.items())

@@ -34,7 +34,6 @@ LABELS = {
 class TrainedModel:
     """One model in training."""
 
-    name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -104,7 +103,7 @@ def make_variants(base: Classifier, names: list[str]) -> dict[str, TrainedModel]
                 parameter.copy_(value)
         rate = HEAD_ONLY_RATE if name == "frozen" else LEARNING_RATE
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate)
-        variants[name] = TrainedModel(name, model, optimizer)
+        variants[name] = TrainedModel(model, optimizer)
     adapted = {name: v.trainable.keys() for name, v in variants.items() if name != "frozen"}
     for name, keys in adapted.items():
         if keys != initial.keys():

@@ -7,8 +7,8 @@ intermediate that is read after its memory went to another stream would show.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -93,24 +93,21 @@ def side_by_side(device: str, count: int, make: Callable[[str, int], Step]) -> i
     """How many steps give other bits than alone, of so many in each of a few threads."""
     steps = [make(device, seed) for seed in range(_WORKERS)]
     expected = [[t.clone() for t in step()] for step in steps]
-    wrong = [0] * _WORKERS
 
-    def work(number: int) -> None:
+    def work(number: int) -> int:
+        wrong = 0
         stream = torch.cuda.Stream() if device == "cuda" else None
         with torch.cuda.stream(stream):
             for turn in range(count):
                 scratch = torch.full((1 << (10 + turn % 8),), float("nan"), device=device)
                 del scratch
-                wrong[number] += differing(steps[number](), expected[number])
+                wrong += differing(steps[number](), expected[number])
+        return wrong
 
     if device == "cuda":
         torch.cuda.synchronize()
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(_WORKERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(wrong)
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        return sum(pool.map(work, range(_WORKERS)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ def figures(document: Document) -> dict[str, Figure]:
     figure, grid = plt.subplots(1, 2, figsize=size, sharey=True)
     for axes, (title, lengths) in zip(grid, panels.items(), strict=True):
         labels = [case["id"] for case in cases]
-        grouped_bars(axes, labels, lengths, LABELS, horizontal=True)
+        grouped_bars(axes, labels, lengths, LABELS)
         axes.set_xlabel("x frozen model (less is better)")
         finish(axes, f"CPU: {title}", size=11)
     grid[0].invert_yaxis()

@@ -133,8 +133,14 @@ int64_t place_in_memory(int64_t wanted) {
   return -1;
 }
 
-template <typename Registers, typename Memory>
+// Copy: an atom of CuTe; of a load from memory, or of a store.
+template <typename Copy, bool kLoad>
 void check_matrix_move(const char* name, uint32_t matrices, bool transposed) {
+  using Traits = cute::Copy_Traits<Copy>;
+  using Source = typename Traits::SrcLayout;
+  using Target = typename Traits::DstLayout;
+  using Registers = std::conditional_t<kLoad, Target, Source>;
+  using Memory = std::conditional_t<kLoad, Source, Target>;
   Check check(name);
   for (uint32_t lane = 0; lane < 32; ++lane) {
     for (uint32_t reg = 0; reg < matrices; ++reg) {
@@ -149,19 +155,6 @@ void check_matrix_move(const char* name, uint32_t matrices, bool transposed) {
       }
     }
   }
-}
-
-template <typename Copy>
-void check_ldmatrix(const char* name, uint32_t matrices, bool transposed) {
-  using Traits = cute::Copy_Traits<Copy>;
-  check_matrix_move<typename Traits::DstLayout, typename Traits::SrcLayout>(name, matrices,
-                                                                            transposed);
-}
-template <typename Copy>
-void check_stmatrix(const char* name, uint32_t matrices, bool transposed) {
-  using Traits = cute::Copy_Traits<Copy>;
-  check_matrix_move<typename Traits::SrcLayout, typename Traits::DstLayout>(name, matrices,
-                                                                            transposed);
 }
 
 // ---- swizzles and descriptors -------------------------------------------------------------------
@@ -260,18 +253,18 @@ void check_fragments() {
 }
 
 void check_matrix_moves() {
-  check_ldmatrix<cute::SM75_U32x1_LDSM_N>("ldmatrix.x1", 1, false);
-  check_ldmatrix<cute::SM75_U32x2_LDSM_N>("ldmatrix.x2", 2, false);
-  check_ldmatrix<cute::SM75_U32x4_LDSM_N>("ldmatrix.x4", 4, false);
-  check_ldmatrix<cute::SM75_U16x2_LDSM_T>("ldmatrix.x1.trans", 1, true);
-  check_ldmatrix<cute::SM75_U16x4_LDSM_T>("ldmatrix.x2.trans", 2, true);
-  check_ldmatrix<cute::SM75_U16x8_LDSM_T>("ldmatrix.x4.trans", 4, true);
-  check_stmatrix<cute::SM90_U32x1_STSM_N>("stmatrix.x1", 1, false);
-  check_stmatrix<cute::SM90_U32x2_STSM_N>("stmatrix.x2", 2, false);
-  check_stmatrix<cute::SM90_U32x4_STSM_N>("stmatrix.x4", 4, false);
-  check_stmatrix<cute::SM90_U16x2_STSM_T>("stmatrix.x1.trans", 1, true);
-  check_stmatrix<cute::SM90_U16x4_STSM_T>("stmatrix.x2.trans", 2, true);
-  check_stmatrix<cute::SM90_U16x8_STSM_T>("stmatrix.x4.trans", 4, true);
+  check_matrix_move<cute::SM75_U32x1_LDSM_N, true>("ldmatrix.x1", 1, false);
+  check_matrix_move<cute::SM75_U32x2_LDSM_N, true>("ldmatrix.x2", 2, false);
+  check_matrix_move<cute::SM75_U32x4_LDSM_N, true>("ldmatrix.x4", 4, false);
+  check_matrix_move<cute::SM75_U16x2_LDSM_T, true>("ldmatrix.x1.trans", 1, true);
+  check_matrix_move<cute::SM75_U16x4_LDSM_T, true>("ldmatrix.x2.trans", 2, true);
+  check_matrix_move<cute::SM75_U16x8_LDSM_T, true>("ldmatrix.x4.trans", 4, true);
+  check_matrix_move<cute::SM90_U32x1_STSM_N, false>("stmatrix.x1", 1, false);
+  check_matrix_move<cute::SM90_U32x2_STSM_N, false>("stmatrix.x2", 2, false);
+  check_matrix_move<cute::SM90_U32x4_STSM_N, false>("stmatrix.x4", 4, false);
+  check_matrix_move<cute::SM90_U16x2_STSM_T, false>("stmatrix.x1.trans", 1, true);
+  check_matrix_move<cute::SM90_U16x4_STSM_T, false>("stmatrix.x2.trans", 2, true);
+  check_matrix_move<cute::SM90_U16x8_STSM_T, false>("stmatrix.x4.trans", 4, true);
 }
 
 void check_descriptors() {

@@ -55,6 +55,14 @@ def programs_of(item) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def package():
+    """The package of package/, built."""
+    from emulated.package import build  # which needs torch
+
+    return build.make()
+
+
+@pytest.fixture(scope="session")
 def programs(request):
     """All programs of all selected tests that use this fixture, compiled."""
     using = [item for item in request.session.items if "programs" in item.fixturenames]

@@ -6,16 +6,12 @@ overlap; and the plan shows whether rows that may be copied so are.
 
 import pytest
 
-from emulated.package import build
+from emulated import mutants
+from emulated.package.child import python
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
 CASES = """
-import itertools, sys
-import torch, lora_ext
-from lora_ext import _C
-from lora_ext.kernels.kernel_checks import check_kernels
-
 _C.set_cuda_route("kernel")
 lora_ext.kernels.set_early_launch(False)
 M, K, N = 70, 96, 136
@@ -85,42 +81,40 @@ def check(names, view, sizes=ROWS):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def package():
-    return build.make()
-
-
-def python(code: str, arch: str) -> None:
-    done = build.run(["-c", CASES + code], LORA_EXT_EMULATED_ARCH=arch)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize("name", ["x", "grad", "weight", "lora_a", "lora_b"])
 def test_one_operand_at_a_time_lies_otherwise(name, arch):
-    python(f"for view in VIEWS: check([{name!r}], view)", arch)
+    python(f"{CASES}\nfor view in VIEWS: check([{name!r}], view)", arch)
 
 
 # Whole chunks apart, though no row of a result would be.
-@pytest.mark.parametrize("arch", ["80", "90"])
-def test_an_odd_number_of_columns_in_rows_of_whole_chunks(arch):
-    python(
-        """
+ODD = """
 odd = {"x": (M, 93), "grad": (M, N), "weight": (N, 93), "lora_a": (16, 93), "lora_b": (N, 16)}
 for names in (["x"], ["weight"], ["lora_a"], ["x", "weight"], ["x", "weight", "lora_a"]):
     check(names, (pitched, 3), odd)
 odd = {"x": (M, K), "grad": (M, 131), "weight": (131, K), "lora_a": (16, K), "lora_b": (131, 16)}
 check(["grad"], (pitched, 5), odd)
-""",
-        arch,
-    )
+"""
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_an_odd_number_of_columns_in_rows_of_whole_chunks(arch):
+    python(CASES + ODD, arch)
+
+
+@pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("package")])
+def test_a_wrong_alignment_is_seen(mutant):
+    each = "for name in ROWS: check([name], (sliced, 1))"
+    with pytest.raises(AssertionError):
+        python(f"{CASES}\n{each}\n{ODD}", LORA_EXT_EMULATED_FAULT=mutant)
 
 
 # Of one row, the stride is any number.
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_one_row_has_no_pitch(arch):
     python(
-        """
+        CASES
+        + """
 one = {**ROWS, "x": (1, K), "grad": (1, N)}
 def strided(tensor, by):
     return tensor.as_strided(tensor.shape, (by, 1)), True

@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 BEGIN = """
-import sys, warnings
+import warnings
 from emulated.cuda.calls import *
 """
 
@@ -47,20 +47,16 @@ CALLS = [
 def asked(arch: int, route: str, options: str) -> str:
     return (
         f"""
-card({arch})
-_C.set_cuda_route("{route}")
+card({arch}, route="{route}")
 set_device(0)
-call = Call(rows=300, k=520, n=528, device=torch.device("cuda", 1), apart=8, {options})
+call = Call(k=520, n=528, apart=8, {options})
 assert close(call.both(), call.library())
 record()
 results = call.forward()
 forward = record()
 results += call.backward(results[1])
 backward = record()
-assert last_error() == 0 and current_device() == 0 and failures_left() == 0
-
-def launches(calls):
-    return [each for each in calls if each["call"] == "cudaLaunchKernelEx"]
+assert settled() and current_device() == 0
 
 def early(calls):
     return [kernel_of(each) for each in launches(calls) if each["programmatic"]]
@@ -73,16 +69,16 @@ for planned, calls, n, k, results in (
     (plan.forward, forward, call.n, call.k, results[:1]),
     (plan.backward, backward, call.k, call.n, results[2:3]),
 ):
-    kernels = [kernel_of(each) for each in launches(calls)]
+    launched = kernels(calls)
     assert all(each["device"] == 1 for each in launches(calls))
     product = "ingrid" if planned.in_grid else "gemm"
-    assert kernels.count(product) == 1, kernels
+    assert launched.count(product) == 1, launched
     # The product may begin early where it waits for T, and lora_wgrad beside it.
-    assert ("reduce" in kernels) != planned.in_grid
+    assert ("reduce" in launched) != planned.in_grid
     assert early(calls) == (
         [product] * ("begins early" in str(planned).split("lora_wgrad")[0])
         + ["wgrad"] * planned.early_wgrad
-    ), (kernels, early(calls), str(planned))
+    ), (launched, early(calls), str(planned))
     assert "ingrid" not in early(calls)
     in_clusters = [kernel_of(each) for each in launches(calls) if each["cluster"] != [1, 1, 1]]
     assert in_clusters == [product] * planned.wgmma
@@ -94,7 +90,8 @@ for planned, calls, n, k, results in (
         flags = 2 * 32 + 2 * ((call.rows + 255) // 256)
         clear = [each for each in calls if each["call"] == "cudaMemsetAsync"]
         assert [(each["value"], each["bytes"]) for each in clear] == [(0, 4 * flags)]
-        assert names[cleared:].count("cudaLaunchKernelEx") == len(kernels) - kernels.index("ingrid")
+        after = launched[launched.index("ingrid"):]
+        assert names[cleared:].count("cudaLaunchKernelEx") == len(after)
     maps = {each["data"]: each for each in calls if each["call"] == "cuTensorMapEncodeTiled"}
     if planned.wgmma:
         # Kept by their key: those of weight and of results may be of a call before.
@@ -121,17 +118,15 @@ def test_cuda_is_asked_for_what_the_plan_says(arch, route, options):
 
 RESERVED = """
 SMS = 8  # of the runtime's device
-card(arch)
-_C.set_cuda_route("kernel")
-call = Call(rows=1300, k=72, n=1040, device=torch.device("cuda", 0), **options)
+card(arch, route="kernel")
+call = Call(rows=1300, k=72, n=1040, **options)
 results, blocks = {}, {}
 for reserved in (0, 3, SMS):
     lora_ext.kernels.set_reserved_sms(reserved)
     call.forward()  # the kernels' check
     record()
     results[reserved] = call.forward()[0]
-    launched = [each for each in record() if each["call"] == "cudaLaunchKernelEx"]
-    [product] = [each for each in launched if kernel_of(each) in ("gemm", "ingrid")]
+    [product] = [e for e in launches(record()) if kernel_of(e) in ("gemm", "ingrid")]
     blocks[reserved] = product["grid"][0]
 if arch == 90:  # one block an SM, in clusters of two; two SMs stay at least
     assert blocks == {0: SMS, 3: 4, SMS: 2}, blocks
@@ -153,13 +148,11 @@ def test_reserved_sms_are_left_to_others(arch, options):
 
 
 FIRST_USE = """
-card(90)
-_C.set_cuda_route("kernel")
-options = dict(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 0))
-first = Call(**options)
+card(90, route="kernel")
+first = Call()
 y, s = first.forward()
 gradients = first.backward(s)  # all kept: a new Y in the place of a Y or dY would find its map
-call = Call(**options, apart=16)
+call = Call(apart=16)
 record()
 results = call.forward()
 maps = [each for each in record() if each["call"] == "cuTensorMapEncodeTiled"]
@@ -178,10 +171,9 @@ def test_first_use_of_a_tensor_makes_its_map_with_its_own_pitch():
 def test_shared_memory_is_allowed_once_on_each_device():
     """The runtime refuses launches above what was allowed; the record has no refusal."""
     python("""
-card(90)
-_C.set_cuda_route("kernel")
+card(90, route="kernel")
 for index in (0, 1, 0):
-    call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", index))
+    call = Call(device=torch.device("cuda", index))
     assert close(call.both(), call.library())
     assert max(each["shared"] for each in record() if "shared" in each) > 200 * 1024
 """)
@@ -296,8 +288,7 @@ from lora_ext.quantized import workspace
 from lora_ext.quantized.linear import Call, _QuantizedLinear
 from lora_ext.quantized.of_bitsandbytes import EightBitWeight, FourBitWeight
 
-card(80)
-_C.set_cuda_route("kernel")
+card(80, route="kernel")
 there = torch.device("cuda", 1)
 generator = torch.Generator().manual_seed(0)
 n, k, rows, rank = 136, 96, 70, 8
@@ -348,9 +339,9 @@ for weight, kernel in ((four_bits, "dequantize4bit"), (eight_bits, "dequantize8b
     found = _QuantizedLinear.forward(
         context, Call(quantized, 2.0, 0.0, None), given[0], None, *given[1:]
     )
-    forward = [kernel_of(each) for each in record() if each["call"] == "cudaLaunchKernelEx"]
+    forward = kernels(record())
     _, dx, _, da, db = _QuantizedLinear.backward(context, grad.to(there))
-    backward = [kernel_of(each) for each in record() if each["call"] == "cudaLaunchKernelEx"]
+    backward = kernels(record())
     assert forward[0] == backward[0] == kernel and "gemm" in forward and "gemm" in backward
     assert (forward + backward).count(kernel) == 2, (forward, backward)
     results = [each.cpu() for each in (found, dx, da, db)]
@@ -378,12 +369,8 @@ def call(block=64, scale_block=None, table=there, cols=8):
     ops.dequantize_4bit(packed, torch.zeros(16, device=table), scale, block, *none, out)
 
 def refused(words, **options):
-    try:
+    with pytest.raises(RuntimeError, match=words):
         call(**options)
-    except RuntimeError as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(options)
 
 call()
 refused("on CUDA a block that is a power of two from 32 on, but got 96", block=96)
@@ -392,7 +379,7 @@ refused("expected table on out's device, cuda:1, but got it on cpu", table="cpu"
 fail("cudaLaunchKernelEx", 1, NO_IMAGE)
 refused("dequantising on cuda:1 failed: no kernel image")
 call()
-assert failures_left() == 0 and last_error() == 0 and current_device() == 0
+assert settled() and current_device() == 0
 """)
 
 
@@ -412,7 +399,7 @@ with warnings.catch_warnings():
     assert not devices.has_kernels(first)  # it is asked once
     record()
     assert devices.has_kernels(second) and not record()
-assert failures_left() == 0 and last_error() == 0
+assert settled()
 """)
 
 
@@ -449,12 +436,10 @@ def test_cards_below_8_0_drop_on_the_library_route(dtype):
 card(75)
 options = dict(rows=9, k=70, n=24, rank=4, dropout_p=0.25, dtype=torch.{dtype})
 options |= dict(apart=3, between=7.0)
-call = Call(device=torch.device("cuda", 1), **options)
+call = Call(**options)
 _C.set_cpu_isa("library")
 assert close(call.both(), Call(device=torch.device("cpu"), **options).both())
-launches = record()
-assert launches and {{kernel_of(each) for each in launches}} == {{"dropout"}}
-assert last_error() == 0
+assert {{kernel_of(each) for each in record()}} == {{"dropout"}} and last_error() == 0
 """
         + """
 if call.dtype in (torch.bfloat16, torch.float16):
@@ -470,13 +455,9 @@ FAILS = """
 def failing(name, nth, error, text):
     fail(name, nth, error)
     set_device(0)
-    try:
+    with pytest.raises(RuntimeError, match=f"launching the kernels on cuda:1 failed: {text}"):
         call.both()
-    except RuntimeError as raised:
-        assert f"launching the kernels on cuda:1 failed: {text}" in str(raised), raised
-    else:
-        raise AssertionError(f"no error for {name} {nth}")
-    assert failures_left() == 0 and last_error() == 0 and current_device() == 0, name
+    assert settled() and current_device() == 0, name
     assert same(call.both(), expected), name
 """
 
@@ -486,13 +467,12 @@ def test_a_launch_that_fails_is_raised_and_leaves_nothing_behind(arch):
     """Whichever of the call's launches it is."""
     python(
         f"""
-card({arch})
-_C.set_cuda_route("kernel")
-call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
+card({arch}, route="kernel")
+call = Call()
 expected = call.both()
 record()
 call.both()
-count = sum(each["call"] == "cudaLaunchKernelEx" for each in record())
+count = len(launches(record()))
 assert count > 5, count
 """
         + FAILS
@@ -511,9 +491,8 @@ for nth in range(1, count + 1):
 def test_every_other_call_that_fails_is_raised_and_leaves_nothing_behind():
     python(
         """
-card(90)
-_C.set_cuda_route("kernel")
-call = Call(rows=300, k=520, n=520, rank=40, device=torch.device("cuda", 1))
+card(90, route="kernel")
+call = Call(k=520)
 expected = call.both()
 """
         + FAILS
@@ -522,64 +501,52 @@ failing("cudaMemsetAsync", 1, OUT_OF_MEMORY, "out of memory")
 failing("cudaMemsetAsync", 2, OUT_OF_MEMORY, "out of memory")
 failing("cudaGetDevice", 1, INVALID_DEVICE, "invalid device ordinal")
 failing("cudaGetDevice", 2, INVALID_DEVICE, "invalid device ordinal")
-call = Call(rows=300, k=520, n=520, rank=40, device=torch.device("cuda", 1))  # maps of its own
+call = Call(k=520)  # maps of its own
 failing("cuTensorMapEncodeTiled", 1, 1, "another error")
 """
     )
 
 
 @pytest.mark.parametrize(
-    "failure",
+    ("call", "error"),
     [
-        '"cudaFuncSetAttribute", 1, LAUNCH_FAILURE',
-        '"cudaOccupancyMaxActiveClusters", 1, NO_IMAGE',
-        '"cudaLaunchKernelEx", 1, NO_IMAGE',
-        '"cudaMemsetAsync", 1, LAUNCH_FAILURE',
+        ("cudaFuncSetAttribute", "LAUNCH_FAILURE"),
+        ("cudaOccupancyMaxActiveClusters", "NO_IMAGE"),
+        ("cudaLaunchKernelEx", "NO_IMAGE"),
+        ("cudaMemsetAsync", "LAUNCH_FAILURE"),
+        ("cudaFuncSetAttribute", "OUT_OF_MEMORY"),
+        ("cudaLaunchKernelEx", "OUT_OF_MEMORY"),
     ],
 )
-def test_kernels_that_cannot_be_launched_at_first_use_leave_the_call_to_the_library(failure):
+def test_a_first_use_that_fails_is_left_to_the_library(call, error):
+    """For good, but without memory this once."""
     said = python(f"""
-card(90)
-_C.set_cuda_route("kernel")
-call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
-fail({failure})
+card(90, route="kernel")
+call = Call()
+fail({call!r}, 1, {error})
 results = call.forward()
-assert failures_left() == 0 and last_error() == 0
-_C.set_cuda_route("library")
-assert same(results, call.forward())
-_C.set_cuda_route("kernel")
-assert call.plan().forward_check not in ("passed", "not yet")
-""")
-    assert "failed their check on cuda:1" in said
-
-
-@pytest.mark.parametrize("call", ["cudaFuncSetAttribute", "cudaLaunchKernelEx"])
-def test_without_memory_for_a_first_use_the_library_computes_it_this_once(call):
-    said = python(f"""
-card(90)
-_C.set_cuda_route("kernel")
-call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
-fail({call!r}, 1, OUT_OF_MEMORY)
-results = call.forward()
-assert failures_left() == 0 and last_error() == 0
-assert call.plan().forward_check == "not yet"
+assert settled()
+checks = [call.plan().forward_check]
 _C.set_cuda_route("library")
 assert same(results, call.forward())
 _C.set_cuda_route("kernel")
 call.forward()
-assert call.plan().forward_check == "passed"
+checks.append(call.plan().forward_check)
+if {error} == OUT_OF_MEMORY:
+    assert checks == ["not yet", "passed"]
+else:
+    assert checks[0] == checks[1] and checks[0] not in ("passed", "not yet"), checks
 """)
-    assert "failed their check" not in said
+    assert ("failed their check on cuda:1" in said) == (error != "OUT_OF_MEMORY")
 
 
 def test_a_stream_that_cannot_be_asked_counts_as_capturing():
     python("""
-card(90)
-_C.set_cuda_route("kernel")
-call = Call(rows=70, k=72, n=136, rank=8, device=torch.device("cuda", 1))
+card(90, route="kernel")
+call = Call(rows=70, k=72, n=136, rank=8)
 fail("cudaStreamIsCapturing", 1, OUT_OF_MEMORY)
 results = call.forward()
-assert failures_left() == 0 and last_error() == 0
+assert settled()
 assert call.plan().forward_check == "not yet"
 card(90, capturing=True)
 assert same(call.forward(), results) and call.plan().forward_check == "not yet"
@@ -591,12 +558,11 @@ assert call.plan().forward_check == "passed" and last_error() == 0
 
 def test_a_driver_without_tensor_maps_leaves_wgmma_out():
     python("""
-card(90)
-_C.set_cuda_route("kernel")
+card(90, route="kernel")
 fail("cudaGetDriverEntryPointByVersion", 1, OUT_OF_MEMORY)
-call = Call(rows=300, k=328, n=520, rank=40, device=torch.device("cuda", 1))
+call = Call()
 plan = call.plan()
-assert failures_left() == 0 and last_error() == 0
+assert settled()
 assert not plan.forward.wgmma and "encodes no tensor maps" in str(plan.forward), plan
 assert close(call.both(), call.library()) and last_error() == 0
 """)
@@ -612,7 +578,7 @@ assert close(call.both(), call.library()) and last_error() == 0
 def test_a_driver_that_cannot_run_the_kernels_is_named(version, reason, driver):
     said = python(f"""
 card(90, {version})
-options = dict(rows=70, k=72, n=136, rank=8, device=torch.device("cuda", 1))
+options = dict(rows=70, k=72, n=136, rank=8)
 call = Call(**options)
 plan = call.plan()
 for part in (plan.forward, plan.backward):
@@ -620,12 +586,8 @@ for part in (plan.forward, plan.backward):
     assert "{reason}" in part.reason, part.reason
 assert same(call.both(), call.library())
 assert str(lora_ext.build_info()["cuda_driver"]).startswith("{driver}")
-try:
+with pytest.raises(RuntimeError, match="launching dropout on cuda:1 failed: .*{reason}"):
     Call(**options, dropout_p=0.5).both()
-except RuntimeError as raised:
-    assert "launching dropout on cuda:1 failed: " in str(raised) and "{reason}" in str(raised)
-else:
-    raise AssertionError("no error")
 assert last_error() == 0 and current_device() == 0
 """)
     assert said.count("the CUDA kernels cannot be used on cuda:1") == 1
@@ -641,9 +603,8 @@ def asked(call):
     record()
     y, s = call.forward()
     calls = record()
-    launched = [kernel_of(each) for each in calls if each["call"] == "cudaLaunchKernelEx"]
     cleared = [each["bytes"] for each in calls if each["call"] == "cudaMemsetAsync"]
-    return [y.cpu(), s.cpu()], launched, cleared
+    return [y.cpu(), s.cpu()], kernels(calls), cleared
 """
 
 
@@ -653,7 +614,7 @@ def test_few_rows_are_one_launch_that_clears_nothing(arch, options):
     python(
         f"card({arch})\n"
         + FEW_ROWS
-        + f"made = [Call(rows=rows, k=264, n=536, rank=16, device=there, apart=8{options})"
+        + f"made = [Call(rows=rows, k=264, n=536, rank=16, apart=8{options})"
         + """ for rows in (1, 13, 64)]
 for call in made:
     assert close(call.both(), call.library())  # and the check, and what is cleared once
@@ -673,7 +634,7 @@ def test_few_rows_in_a_graph_have_counts_of_their_own():
         "card(90)\n"
         + FEW_ROWS
         + """
-call = Call(rows=7, k=264, n=536, rank=16, device=there)
+call = Call(rows=7, k=264, n=536, rank=16)
 expected, _, _ = asked(call)
 card(90, capturing=True)
 for _ in range(3):
@@ -716,8 +677,7 @@ for factors, expected in ((on[2:4], ["decode"]), (lists, ["groupedentries", "dec
         y = lora_ext.lora_linear(on[0], on[1], *factors, scaling=2.0, index=on[4])
         calls = record()
         assert close([y.cpu()], [base])
-    launched = [kernel_of(each) for each in calls if each["call"] == "cudaLaunchKernelEx"]
-    assert launched == expected, launched
+    assert kernels(calls) == expected, calls
     assert not [each for each in calls if each["call"] == "cudaMemsetAsync"]
 """
     )

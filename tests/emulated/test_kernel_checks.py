@@ -2,71 +2,33 @@
 
 import pytest
 
-from emulated.package import build
+from emulated.package import child
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
 TERM_LOST = "sum_of_splits.sum_of_splits.split<splits:low"
-CALL = """
-import os, time, warnings
-import pytest, torch, lora_ext
-from lora_ext import _C
+BEGIN = """
 from lora_ext.kernels import isolated
-from lora_ext.kernels.kernel_checks import check_kernels, check_results
-from lora_ext.kernels.kernel_plan import explain_cuda_call
 
 _C.set_cuda_route("hybrid")
-cpu = torch.device("cpu")
-card = _C.cuda_card(cpu)
-
-def operands():
-    torch.manual_seed(0)
-    x, w = torch.randn(70, 96, dtype=torch.bfloat16), torch.randn(136, 96, dtype=torch.bfloat16)
-    return x, w, 0.1 * torch.randn(16, 96), 0.1 * torch.randn(136, 16)
-
-def call():
-    return lora_ext.lora_linear(*operands(), None, 2.0)
-
-def checked():
-    return explain_cuda_call(*operands(), 0.0).forward_check
-
-def library():
-    _C.set_cuda_route("library")
-    y = call()
-    _C.set_cuda_route("hybrid")
-    return y
-
-def emulate(what, value=""):
-    os.environ["LORA_EXT_EMULATED_" + what] = value
-
-def named(start):
-    return [each for each in _C.all_kernels(card, True) if each.name.startswith(start)]
-
 some = [each for each in named("forward bfloat16 hybrid") if "onto a base" not in each.name]
 assert len(some) == 8
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def package():
-    return build.make()
-
-
 def python(code: str, arch: str = "80", **environment: str) -> str:
-    done = build.run(["-c", CALL + code], LORA_EXT_EMULATED_ARCH=arch, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return child.python(BEGIN + code, arch, **environment)
 
 
 def test_without_memory_for_a_check_nothing_is_remembered():
     python(
         """
-y = call()
-assert checked() == "not yet" and torch.equal(y, library())
+y = forward()
+assert checked() == "not yet" and torch.equal(y, by_library(forward))
 failed = check_kernels("cpu", some[:1])
 assert list(failed) == [some[0].name] and "could not be checked: " in failed[some[0].name], failed
 emulate("THROW")
-assert not torch.equal(call(), library()) and checked() == "passed"
+assert not torch.equal(forward(), by_library(forward)) and checked() == "passed"
 assert check_kernels("cpu", some) == {}
 """,
         LORA_EXT_EMULATED_THROW="memory",
@@ -77,10 +39,10 @@ def test_an_error_that_is_no_launch_s_is_raised_and_not_remembered():
     python(
         """
 with pytest.raises(RuntimeError, match="an emulated error"):
-    call()
+    forward()
 assert checked() == "not yet"
 emulate("THROW")
-call()
+forward()
 assert checked() == "passed"
 """,
         LORA_EXT_EMULATED_THROW="error",
@@ -93,9 +55,9 @@ def test_kernels_that_do_not_end_are_an_error_that_says_to_restart():
 assert _C.check_timeout() == 10
 warnings.simplefilter("ignore")
 with pytest.raises(RuntimeError, match="had not ended 10 s after their launch.*restart it"):
-    call()
+    forward()
 assert checked() == "had not ended 10 s after their launch"
-assert torch.equal(call(), library())
+assert torch.equal(forward(), by_library(forward))
 """,
         LORA_EXT_EMULATED_HANG="wait",
     )
@@ -107,7 +69,7 @@ def test_without_a_limit_a_check_takes_its_time():
 with pytest.raises(ValueError, match="expected seconds > 0, but got 0"):
     lora_ext.kernels.set_check_timeout(0)
 lora_ext.kernels.set_check_timeout(None)
-call()
+forward()
 assert checked() == "passed"
 """,
         LORA_EXT_EMULATED_HANG="wait",
@@ -119,7 +81,7 @@ def test_a_failed_check_is_a_python_warning_of_forward():
         """
 warnings.simplefilter("error")
 with pytest.raises(UserWarning, match='the kernels "forward bfloat16 hybrid.*" failed their check'):
-    call()
+    forward()
 assert checked().startswith("y differs from its value in float64 by "), checked()
 warnings.simplefilter("ignore")
 half = [each.half() for each in operands()]
@@ -156,9 +118,7 @@ def first_use(_):
 with ThreadPoolExecutor(4) as pool:
     found = list(pool.map(first_use, range(4)))
 assert all(torch.equal(y, found[0]) for y in found)
-_C.set_cuda_route("library")
-by_library = lora_ext.lora_linear(*given, None, 2.0)
-_C.set_cuda_route("hybrid")
+expected = by_library(forward)
 """
 
 
@@ -166,7 +126,7 @@ def test_threads_may_share_a_first_use():
     said = python(
         THREADS
         + """
-assert not torch.equal(found[0], by_library) and checked() == "passed"
+assert not torch.equal(found[0], expected) and checked() == "passed"
 assert len(check_results("cpu")) == 1
 """
     )
@@ -177,7 +137,7 @@ def test_threads_whose_first_use_fails_are_warned_once():
     said = python(
         THREADS
         + """
-assert torch.equal(found[0], by_library) and checked().startswith("y differs")
+assert torch.equal(found[0], expected) and checked().startswith("y differs")
 """,
         LORA_EXT_EMULATED_FAULT=TERM_LOST,
     )
@@ -186,7 +146,7 @@ assert torch.equal(found[0], by_library) and checked().startswith("y differs")
 
 def test_a_launch_error_is_said_without_a_backtrace():
     said = python(
-        "call()", LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.load.cp_async_commit_group:skip"
+        "forward()", LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.load.cp_async_commit_group:skip"
     )
     assert "failed their check" in said and "launching the kernels on cpu failed: " in said
     assert "Exception raised from" not in said
@@ -200,7 +160,7 @@ from lora_ext.nn.kernel_path import cuda_path
 warnings.simplefilter("ignore")
 problem = problem_of(70, 96, 136, 16, torch.bfloat16, torch.float32, False)
 assert cuda_path(cpu, problem, torch.bfloat16)[0] == "fused"
-call()
+forward()
 path, reason = cuda_path(cpu, problem, torch.bfloat16)
 assert path == "library" and "failed their check on cpu: y differs" in reason, reason
 """,
@@ -296,7 +256,7 @@ assert list(failed) == [some[0].name] and failed[some[0].name].startswith({why!r
 emulate({what!r})
 assert check(some) == failed and len(begun) == 8
 _C.check_kernels = here
-call()
+forward()
 """
     )
 

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from emulated import mutants
 from emulated.package import build
+from emulated.package.child import python
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
 # Tests of the op, which run as on CUDA, two files at a time and the longest first, and how many of
 # each file pass at least.
@@ -44,45 +44,6 @@ ON_HOPPER = (
 # Left to the night: what takes no kernel, one of four pairs of types, every second rank, and calls
 # that look for a leak.
 BY_DAY = ("-k", "not (f64-f64 or f16-f32 or 2+4 or 3+4 or memory_is_flat)")
-
-CALL = """
-import os, sys, warnings
-import torch, lora_ext
-from lora_ext import _C
-from lora_ext.kernels.kernel_checks import check_kernels
-from lora_ext.kernels.kernel_plan import explain_cuda_call
-
-def call():
-    torch.manual_seed(0)
-    x = torch.randn(70, 96, dtype=torch.bfloat16, requires_grad=True)
-    w = torch.randn(136, 96, dtype=torch.bfloat16)
-    a = (0.1 * torch.randn(16, 96)).requires_grad_()
-    b = (0.1 * torch.randn(136, 16)).requires_grad_()
-    y = lora_ext.lora_linear(x, w, a, b, None, 2.0, 0.1)
-    y.sum().backward()
-    plan = explain_cuda_call(x.detach(), w, a.detach(), b.detach(), 0.1)
-    return (y.detach(), x.grad, a.grad, b.grad), plan
-
-def library():
-    _C.set_cuda_route("library")
-    results, _ = call()
-    _C.set_cuda_route("auto")
-    return results
-
-def same(first, second):
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def package():
-    return build.make()
-
-
-def python(code: str, arch: str = "80", **environment: str) -> str:
-    done = build.run(["-c", CALL + code], LORA_EXT_EMULATED_ARCH=arch, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("arch", "route"), [("80", "kernel"), ("80", "hybrid"), ("90", "kernel")])
@@ -122,8 +83,7 @@ results, plan = call()
 assert plan.forward_check == plan.backward_check == "passed", plan
 expected = library()
 assert not same(results, expected)  # another order of rounding: the kernels ran
-for got, wanted in zip(results, expected):
-    assert (got - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+assert close(results, expected)
 again, _ = call()
 assert same(again, results)
 """)
@@ -142,7 +102,7 @@ def test_a_wrong_kernel_is_found_and_not_used(fault):
         """
 results, plan = call()
 assert plan.forward_check not in ("passed", "not yet"), plan
-os.environ["LORA_EXT_EMULATED_FAULT"] = ""
+emulate("FAULT")
 assert same(results, library())
 results, _ = call()
 assert same(results, library())  # not even once the fault is gone
@@ -160,9 +120,9 @@ def test_a_first_use_under_capture_takes_the_library_route():
 results, plan = call()
 assert plan.forward_check == plan.backward_check == "not yet"
 assert same(results, library())
-os.environ["LORA_EXT_EMULATED_CAPTURE"] = "0"
+emulate("CAPTURE", "0")
 call()
-os.environ["LORA_EXT_EMULATED_CAPTURE"] = "1"
+emulate("CAPTURE", "1")
 results, plan = call()
 assert plan.forward_check == plan.backward_check == "passed"
 assert not same(results, library())
@@ -182,7 +142,7 @@ before = torch.get_rng_state()
 assert check_kernels("cpu", kernels) == {{}}
 assert torch.equal(torch.get_rng_state(), before)
 _, plan = call()
-os.environ["LORA_EXT_EMULATED_FAULT"] = "sum_of_splits.sum_of_splits.split<splits:low"
+emulate("FAULT", "sum_of_splits.sum_of_splits.split<splits:low")
 # No check sees it any more.
 assert check_kernels("cpu", kernels) == {{}}
 """,
@@ -212,47 +172,6 @@ assert torch.equal(y, expected)
 """)
 
 
-# One operand at a time whose rows begin in the middle of a chunk, or lie apart, or end in one.
-ODD_OPERANDS = """
-_C.set_cuda_route("kernel")
-
-def results(x, a, b, grad):
-    x, a, b = (each.detach().requires_grad_() for each in (x, a, b))
-    y = lora_ext.lora_linear(x, w, a, b)
-    y.backward(grad)
-    return y.detach(), x.grad, a.grad, b.grad
-
-def strided(tensor, first):
-    columns = tensor.shape[1]
-    wide = torch.zeros(tensor.shape[0], columns + 8 - columns % 8, dtype=tensor.dtype)
-    part = wide[:, first : first + columns]
-    return part.copy_(tensor)
-
-for k in (96, 100):
-    w = torch.randn(136, k + 8 - k % 8, dtype=torch.bfloat16)[:, :k]
-    shapes = (70, k), (16, k), (136, 16), (70, 136)
-    operands = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    expected = results(*operands)
-    for which in range(4):
-        for first in (0, 1, 8):
-            changed = list(operands)
-            changed[which] = strided(operands[which], first if k % 8 == 0 else 0)
-            got = results(*changed)
-            for one, other in zip(got, expected, strict=True):
-                assert (one - other).abs().max() <= 2**-6 * other.abs().max(), (k, which, first)
-"""
-
-
-def test_one_operand_may_be_misaligned():
-    python(ODD_OPERANDS)
-
-
-@pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("package")])
-def test_a_wrong_alignment_is_seen(mutant):
-    with pytest.raises(AssertionError):
-        python(ODD_OPERANDS, LORA_EXT_EMULATED_FAULT=mutant)
-
-
 def test_a_transposed_weight_takes_the_hybrid_route():
     python("""
 x, w = torch.randn(70, 96, dtype=torch.bfloat16), torch.randn(96, 136, dtype=torch.bfloat16).t()
@@ -261,22 +180,18 @@ plan = explain_cuda_call(x, w, a, b, 0.0)
 y = lora_ext.lora_linear(x, w, a, b)
 assert plan.forward.hybrid and "element-wise" not in str(plan.forward), plan
 expected = lora_ext.lora_linear(x.float(), w.float(), a, b)
-assert (y.float() - expected).abs().max() <= 2**-6 * expected.abs().max()
+assert close([y.float()], [expected])
 """)
 
 
 def test_a_launch_that_fails_is_an_error_of_the_call():
     python("""
 call()
-os.environ["LORA_EXT_EMULATED_FAULT"] = "lora_shrink_sm80.load.cp_async_commit_group:skip"
+emulate("FAULT", "lora_shrink_sm80.load.cp_async_commit_group:skip")
 # Found when the block ends.
-try:
+with pytest.raises(RuntimeError, match="lora_ext: launching the kernels on cpu failed: "):
     call()
-except RuntimeError as error:
-    assert "lora_ext: launching the kernels on cpu failed: " in str(error), error
-else:
-    raise AssertionError("no error")
-os.environ["LORA_EXT_EMULATED_FAULT"] = ""
+emulate("FAULT")
 call()
 """)
 
@@ -386,7 +301,6 @@ print(found)
 def test_a_remembered_plan_counts_as_long_as_what_it_was_planned_for():
     python("""
 from lora_ext.winners import Entry, Shape, tables
-card = _C.cuda_card(torch.device("cpu"))
 planned, _ = call()
 _C.set_cuda_route("kernel")
 on_kernels, plan = call()
@@ -406,34 +320,28 @@ assert same(call()[0], planned)
 """)
 
 
-TILES = """
+def test_every_tile_of_hopper_agrees_with_the_library():
+    python(
+        """
 from lora_ext.winners import Entry, Shape, tables
-card = _C.cuda_card(torch.device("cpu"))
 expected = library()
-for tile in _C.tiles_of(card, backward=True, float_adapters=True, dropout=True):
+tiles = _C.tiles_of(card, backward=True, float_adapters=True, dropout=True)
+assert list(tiles) == ["128 x 128", "128 x 64", "wgmma 128 x 256", "pingpong 128 x 192"]
+for tile in tiles:
     won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", tile, {}) for back in (0, 1)]
     tables.install([], [tables.empty_table(card.name).with_entries(won)])
     results, plan = call()
     assert plan.forward.tile == plan.backward.tile == tile, plan
     assert plan.forward_check == plan.backward_check == "passed", plan
-    for got, wanted in zip(results, expected):
-        assert (got - wanted).abs().max() <= 2**-6 * wanted.abs().max()
-    print(tile)
-"""
-
-
-def test_every_tile_of_hopper_agrees_with_the_library():
-    done = build.run(["-c", CALL + TILES], LORA_EXT_EMULATED_ARCH="90")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        *("128 x 128", "128 x 64", "wgmma 128 x 256", "pingpong 128 x 192"),
-    ]
+    assert close(results, expected)
+""",
+        arch="90",
+    )
 
 
 def test_many_adapters_take_the_kernels_and_forward_alone_reads_no_index():
     """An index out of range raises where the host reads it; the kernels take it for no adapter."""
     python("""
-from lora_ext.kernels.kernel_checks import check_results
 torch.manual_seed(0)
 x = torch.randn(70, 96, dtype=torch.bfloat16)
 w = torch.randn(136, 96, dtype=torch.bfloat16)
@@ -449,28 +357,19 @@ assert not torch.equal(y, lora_ext.lora_linear(x, w, a, b, None, 2.0, index=inde
 assert list(check_results("cpu").values()) == ["passed"]
 assert "many adapters" in next(iter(check_results("cpu")))
 _C.set_cuda_route("library")
-try:
+with pytest.raises(IndexError, match="expected an index from -1"):
     lora_ext.lora_linear(x, w, a, b, None, 2.0, index=beyond)
-    raise AssertionError("nothing was raised")
-except IndexError as error:
-    assert "expected an index from -1" in str(error)
 """)
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_every_kernel_of_many_adapters_passes_its_check(arch):
-    done = build.run(
-        [
-            "-c",
-            "from lora_ext import _C\n"
-            "from lora_ext.kernels.kernel_checks import check_kernels\n"
-            "import torch\n"
-            "kernels = _C.all_grouped_kernels(_C.cuda_card(torch.device('cpu')))\n"
-            "kernels = [k for k in kernels if not k.float16]\n"
-            "assert len(kernels) >= 40\n"
-            "failed = check_kernels('cpu', kernels)\n"
-            "assert not failed, failed\n",
-        ],
-        LORA_EXT_EMULATED_ARCH=arch,
+    python(
+        """
+kernels = [each for each in _C.all_grouped_kernels(card) if not each.float16]
+assert len(kernels) >= 40
+failed = check_kernels("cpu", kernels)
+assert not failed, failed
+""",
+        arch,
     )
-    assert done.returncode == 0, done.stderr[-3000:]

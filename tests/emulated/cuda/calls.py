@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import lora_ext
@@ -19,14 +20,7 @@ torch.cuda.current_device = _runtime.emulated_cuda_device
 torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)
 torch.cuda.is_current_stream_capturing = lambda: False
 
-OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_DEVICE, INVALID_DEVICE, NO_IMAGE, LAUNCH_FAILURE = (
-    2,
-    35,
-    100,
-    101,
-    209,
-    719,
-)
+OUT_OF_MEMORY, INVALID_DEVICE, NO_IMAGE, LAUNCH_FAILURE = 2, 101, 209, 719
 OLDEST_DRIVER = 11080  # of an earlier major version than any toolkit that builds the kernels
 
 be = _runtime.emulated_cuda_be  # (arch, driver version, whether a graph is being captured)
@@ -36,8 +30,12 @@ current_device = _runtime.emulated_cuda_device
 last_error = _runtime.emulated_cuda_last_error
 
 
-def card(arch: int, version: int = 99000, capturing: bool = False) -> None:
+def card(
+    arch: int, version: int = 99000, capturing: bool = False, route: str | None = None
+) -> None:
     be(arch, version, int(capturing))
+    if route is not None:
+        _C.set_cuda_route(route)
 
 
 def fail(call: str, nth: int, error: int) -> None:
@@ -49,8 +47,9 @@ def plant(mutant: str) -> None:
     _runtime.emulated_cuda_plant(mutant.encode())
 
 
-def failures_left() -> int:
-    return _runtime.emulated_cuda_still_to_fail()
+def settled() -> bool:
+    """Whether the failures that were asked for have happened, and nothing is left of them."""
+    return _runtime.emulated_cuda_still_to_fail() == 0 and last_error() == 0
 
 
 def record() -> list[dict]:
@@ -68,15 +67,23 @@ def kernel_of(launch: dict) -> str:
     return name[1].lower()
 
 
+def launches(calls: list[dict]) -> list[dict]:
+    return [each for each in calls if each["call"] == "cudaLaunchKernelEx"]
+
+
+def kernels(calls: list[dict]) -> list[str]:
+    return [kernel_of(each) for each in launches(calls)]
+
+
 @dataclass
 class Call:
     """Operands of one call on a device, whose rows may lie apart, and how it runs."""
 
-    rows: int
-    k: int
-    n: int
-    rank: int
-    device: torch.device
+    rows: int = 300
+    k: int = 328
+    n: int = 520
+    rank: int = 40
+    device: torch.device = torch.device("cuda", 1)  # noqa: RUF009
     float_adapters: bool = False
     dropout_p: float = 0.0
     apart: int = 0  # elements between the rows of x, weight, lora_a and the gradient
@@ -147,4 +154,4 @@ def close(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     )
 
 
-__all__ = [name for name in dir() if not name.startswith("_")] + ["_C", "lora_ext", "torch"]
+__all__ = [name for name in dir() if not name.startswith("_")] + ["_C", "lora_ext", "pytest"]

@@ -40,6 +40,7 @@ struct GroupedRows {
   }
 
   int rank(int adapter) const { return std::clamp(ranks[adapter], 0, most_rank); }
+  int rank_of_row(int row) const { return adapter_of[row] < 0 ? 0 : rank(adapter_of[row]); }
   LoraGroupedRows parameters() const {
     return {indexed ? buffer->data() : nullptr, indexed ? nullptr : buffer->data(), m, groups,
             most_rank};

@@ -277,8 +277,7 @@ class Decode {
       const int adapter = rows_.adapter_of[static_cast<size_t>(row)];
       if (spoiled_ >= 0 && adapter == spoiled_) continue;
       std::vector<Bounded> s;
-      for (int r = 0; adapter >= 0 && r < rows_.rank(adapter); ++r)
-        s.push_back(s_of(row, adapter, r));
+      for (int r = 0; r < rows_.rank_of_row(row); ++r) s.push_back(s_of(row, adapter, r));
       for (int r = 0; r < rank_; ++r) {
         const bool is_there = with_s_ && static_cast<size_t>(r) < s.size();
         compare("s", row, r, s_(row, r), is_there ? s[r].value : kUnwritten,

@@ -134,7 +134,7 @@ class GroupedGemm {
       sum.add(p_.matrix(row, l) * (kMNMajor ? q_.matrix(l, j) : q_.matrix(j, l)));
     const int adapter = rows_.adapter_of[row];
     const double factor = kMasked ? mask_.factor(row, j) : 1;
-    for (int r = 0; adapter >= 0 && r < rows_.rank(adapter); ++r) {
+    for (int r = 0; r < rows_.rank_of_row(row); ++r) {
       const double u = kMNMajor ? factors_.a(adapter, r, j) : factors_.b(adapter, j, r);
       const double t = to_double(t_(position, r));
       const double hi = half_of<T, F>(u, false), lo = half_of<T, F>(u, true);

@@ -102,10 +102,6 @@ class GroupedTest {
   Value halves(const Value& number, float scale) const {
     return scaled_halves<T>(number, scale, kSplit, exact());
   }
-  int rank_of_row(int row) const {
-    const int adapter = rows_.adapter_of[row];
-    return adapter < 0 ? 0 : rows_.rank(adapter);
-  }
   // S of a row, s S, and dS.
   Value shrunk(int row, int r) const {
     Value sum;
@@ -149,7 +145,7 @@ class GroupedTest {
     }
     for (int row = 0; row < m_; ++row) {
       std::vector<Value> t;
-      for (int r = 0; r < rank_of_row(row); ++r) {
+      for (int r = 0; r < rows_.rank_of_row(row); ++r) {
         const Value s = shrunk(row, r);
         check("s", row, r, s_(row, r), s);
         t.push_back(halves(s, scalings_[rows_.adapter_of[row]]));
@@ -192,7 +188,7 @@ class GroupedTest {
 
     std::vector<std::vector<Value>> t(m_), scaled(m_);
     for (int row = 0; row < m_; ++row)
-      for (int r = 0; r < rank_of_row(row); ++r) {
+      for (int r = 0; r < rows_.rank_of_row(row); ++r) {
         t[row].push_back(ds(row, r));
         scaled[row].push_back(halves(shrunk(row, r), scalings_[rows_.adapter_of[row]]));
       }

@@ -91,8 +91,7 @@ void run_shrink(const Case& run) {
   if (kAlignment == Alignment::kVector) compare_bytes(rows, tables, factors, kMNMajor, k);
 
   for (int position = 0; position < m; ++position) {
-    const int row = order[position], adapter = rows.adapter_of[row];
-    const int rank = adapter < 0 ? 0 : rows.rank(adapter);
+    const int row = order[position], adapter = rows.adapter_of[row], rank = rows.rank_of_row(row);
     for (int j = 0; j < t_pitch; ++j) {
       if (!with_lo || j >= rank) compare("lo", row, j, lo(position, j), to_double(unwritten), 0);
       if (j >= rank) {

@@ -76,7 +76,7 @@ void run_wgrad(const Case& run) {
   // P once for every kColumns of the rank, and U once for every 128 columns of P.
   int64_t bytes = 0;
   for (int i = 0; i < m; ++i) {
-    const int adapter = rows.adapter_of[i], rank = adapter < 0 ? 0 : rows.rank(adapter);
+    const int rank = rows.rank_of_row(i);
     for (int which = 0; which < 2; ++which) {
       const LoraGroupedWgradProduct<T>& product = params.product[which];
       if (product.c_tiles == 0) continue;

@@ -17,16 +17,7 @@ namespace {
 template <class T>
 class LinearTest {
  public:
-  explicit LinearTest(const Case& run) : random_(run.seed), case_(draw_linear_case(run, random_)) {
-    const auto adapter = [&](int rows, int columns, double size, const char* name) {
-      return stored(rows, columns, case_.float_adapters, random_() % 4 == 0, size, name);
-    };
-    mask_ = std::make_unique<RandomMask>(case_.numbers, random_, /*may_be_shard=*/true);
-    x_ = stored(m_, k_, false, false, 1, "x"), w_ = stored(n_, k_, false, false, 1, "weight");
-    a_ = adapter(rank_, k_, case_.size_of_a, "lora_a");
-    b_ = adapter(n_, rank_, case_.size_of_b, "lora_b");
-    dy_ = stored(m_, n_, false, false, case_.size_of_dy, "grad");
-  }
+  explicit LinearTest(const Case& run) : random_(run.seed), case_(draw_linear_case(run, random_)) {}
 
   void run() {
     // Other plans leave their workspace to the next.
@@ -35,17 +26,20 @@ class LinearTest {
   }
 
  private:
-  std::unique_ptr<Stored<T>> stored(int rows, int columns, bool in_float, bool transposed,
-                                    double size, const char* name) {
-    return std::make_unique<Stored<T>>(rows, columns, in_float, transposed, case_.aligned,
-                                       case_.numbers, size, random_, name);
+  Stored<T> stored(int rows, int columns, bool in_float, bool transposed, double size,
+                   const char* name) {
+    return Stored<T>(rows, columns, in_float, transposed, case_.aligned, case_.numbers, size,
+                     random_, name);
+  }
+  Stored<T> adapter(int rows, int columns, double size, const char* name) {
+    return stored(rows, columns, case_.float_adapters, random_() % 4 == 0, size, name);
   }
 
   plan::Problem problem() const {
     plan::Problem p{.m = m_, .n = n_, .k = k_, .rank = rank_};
     p.float_adapters = case_.float_adapters, p.dropout = case_.dropout;
-    p.aligned_a = a_->aligned(), p.aligned_b = b_->aligned();
-    p.factor_rows = a_->column_stride == 1 && b_->column_stride == 1;
+    p.aligned_a = a_.aligned(), p.aligned_b = b_.aligned();
+    p.factor_rows = a_.column_stride == 1 && b_.column_stride == 1;
     return p;
   }
 
@@ -66,16 +60,16 @@ class LinearTest {
   LoraLinearOperands operands(unsigned char* workspace) const {
     LoraLinearOperands o{};
     o.m = m_, o.n = n_, o.k = k_, o.rank = rank_;
-    o.x = x_->data(), o.weight = w_->data();
-    o.x_pitch = x_->row_stride, o.weight_pitch = w_->row_stride;
-    o.a = a_->matrix(), o.b = b_->matrix(), o.float_adapters = case_.float_adapters;
-    o.scaling = case_.scaling, o.dropout = case_.dropout, o.mask = mask_->parameters();
+    o.x = x_.data(), o.weight = w_.data();
+    o.x_pitch = x_.row_stride, o.weight_pitch = w_.row_stride;
+    o.a = a_.matrix(), o.b = b_.matrix(), o.float_adapters = case_.float_adapters;
+    o.scaling = case_.scaling, o.dropout = case_.dropout, o.mask = mask_.parameters();
     if (!case_.dropout) o.mask.keep_scale = 1;
     o.workspace = workspace;
     return o;
   }
 
-  double mask(int row, int column) const { return case_.dropout ? mask_->factor(row, column) : 1; }
+  double mask(int row, int column) const { return case_.dropout ? mask_.factor(row, column) : 1; }
   bool exact() const { return case_.exact(); }
   double unit() const { return rounding_unit<T>(); }
   double adapter_unit() const { return case_.float_adapters ? 0x1p-24 : unit(); }
@@ -87,10 +81,10 @@ class LinearTest {
     });
   }
   Values dropped() const {
-    return Values(x_->exact).each([&](Value& to, int i, int j) { to = to.times(mask(i, j)); });
+    return Values(x_.exact).each([&](Value& to, int i, int j) { to = to.times(mask(i, j)); });
   }
   // S, unscaled.
-  Values shrunk() const { return product(dropped(), adapter(*a_)); }
+  Values shrunk() const { return product(dropped(), adapter(a_)); }
   Values halves(Values s) const {
     return s.each([&](Value& to, int, int) {
       to = scaled_halves<T>(to, case_.scaling, case_.float_adapters, exact());
@@ -112,15 +106,15 @@ class LinearTest {
 
   void forward_pass() {
     plan::Problem p = problem();
-    p.aligned = x_->aligned() && w_->aligned() && n_ % 8 == 0;
+    p.aligned = x_.aligned() && w_.aligned() && n_ % 8 == 0;
     std::unique_ptr<Stored<T>> base;
     if (case_.choice == plan::Choice::kHybrid && random_() % 2) {
-      base = stored(m_, n_, false, false, 1, "base");
+      base.reset(new Stored<T>(stored(m_, n_, false, false, 1, "base")));
       p.given_base = true, p.aligned = p.aligned && base->aligned();
       tell("forward, onto a base");
     }
     const plan::Plan plan = plan::forward(case_.card, p, request(false));
-    tell_plan("forward", plan, case_, *mask_);
+    tell_plan("forward", plan, case_, mask_);
     const auto workspace = workspace_of(plan);
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
     s_ = std::make_unique<GlobalBuffer<float>>(static_cast<size_t>(m_) * rank_, "s");
@@ -129,11 +123,11 @@ class LinearTest {
 
     LoraLinearForward f{};
     static_cast<LoraLinearOperands&>(f) = operands(workspace->data());
-    f.bias = with_bias ? bias->data() : nullptr, f.float_bias = float_bias;
+    f.bias = with_bias ? bias.data() : nullptr, f.float_bias = float_bias;
     if (base != nullptr) f.base = base->data(), f.base_pitch = base->row_stride;
     f.y = y.data(), f.s = s_->data();
     emulator::Stream stream;
-    x_->is_written_on(stream);
+    x_.is_written_on(stream);
     for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls)
       forward<T>(stream, plan, f, case_.clusters);
     run_timed(stream);
@@ -142,12 +136,12 @@ class LinearTest {
     const Values s = shrunk();
     compare("s", s, *s_, 0, exact());
     Values out(m_, n_);
-    if (!plan.hybrid && base == nullptr) out = product(Values(x_->exact), Values(w_->exact));
+    if (!plan.hybrid && base == nullptr) out = product(Values(x_.exact), Values(w_.exact));
     out.each([&](Value& to, int i, int j) {
-      if (with_bias) to.add({bias->exact(0, j)}, {1});
+      if (with_bias) to.add({bias.exact(0, j)}, {1});
       if (base != nullptr) to.add({base->exact(i, j)}, {1});
     });
-    check_sum("y", std::move(out), product(halves(s), adapter(*b_)), y);
+    check_sum("y", std::move(out), product(halves(s), adapter(b_)), y);
   }
 
   // Of a product with the weight, and what the adapters add to it.
@@ -164,13 +158,13 @@ class LinearTest {
 
   void backward_pass() {
     plan::Problem p = problem();
-    p.aligned = dy_->aligned() && w_->aligned() && x_->aligned() && k_ % 8 == 0;
+    p.aligned = dy_.aligned() && w_.aligned() && x_.aligned() && k_ % 8 == 0;
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
     p.need_dx = case_.wants_in_grid || (needs & 1), p.need_dlora_a = needs & 2,
     p.need_dlora_b = needs & 4;
     const plan::Plan plan = plan::backward(case_.card, p, request(true));
-    tell_plan("backward", plan, case_, *mask_);
+    tell_plan("backward", plan, case_, mask_);
     const auto workspace = workspace_of(plan);
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
     FloatOrHalf<T> da(p.need_dlora_a ? rank_ * k_ : 0, case_.float_adapters, "dlora_a");
@@ -178,11 +172,11 @@ class LinearTest {
 
     LoraLinearBackward g{};
     static_cast<LoraLinearOperands&>(g) = operands(workspace->data());
-    g.dy = dy_->data(), g.dy_pitch = dy_->row_stride, g.s = s_->data();
+    g.dy = dy_.data(), g.dy_pitch = dy_.row_stride, g.s = s_->data();
     g.dx = p.need_dx ? dx.data() : nullptr;
     g.da = p.need_dlora_a ? da.data() : nullptr, g.db = p.need_dlora_b ? db.data() : nullptr;
     emulator::Stream stream;
-    x_->is_written_on(stream), dy_->is_written_on(stream);
+    x_.is_written_on(stream), dy_.is_written_on(stream);
     for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls) {
       const int early = backward<T>(stream, plan, g, case_.clusters);
       if (early != plan.gemm.early + plan.early_wgrad)
@@ -193,11 +187,11 @@ class LinearTest {
                   dx_after.data(), static_cast<int>(dx.size()));
     run_timed(stream);
 
-    const Values dy(dy_->exact), ds = halves(product(dy, adapter(*b_).transposed()));
+    const Values dy(dy_.exact), ds = halves(product(dy, adapter(b_).transposed()));
     if (p.need_dx) {
       Values out(m_, k_);
-      if (!plan.hybrid) out = product(dy, Values(w_->exact).transposed());
-      Values low_rank = product(ds, adapter(*a_).transposed());
+      if (!plan.hybrid) out = product(dy, Values(w_.exact).transposed());
+      Values low_rank = product(ds, adapter(a_).transposed());
       low_rank.each([&](Value& to, int i, int j) { to = to.times(mask(i, j)); });
       check_sum("dx", std::move(out), low_rank, dx_after);
     }
@@ -229,8 +223,12 @@ class LinearTest {
   Random random_;
   const LinearCase case_;
   const int m_ = case_.m, n_ = case_.n, k_ = case_.k, rank_ = case_.rank;
-  std::unique_ptr<RandomMask> mask_;
-  std::unique_ptr<Stored<T>> x_, w_, a_, b_, dy_;
+  const RandomMask mask_{case_.numbers, random_, /*may_be_shard=*/true};
+  Stored<T> x_ = stored(m_, k_, false, false, 1, "x");
+  const Stored<T> w_ = stored(n_, k_, false, false, 1, "weight");
+  const Stored<T> a_ = adapter(rank_, k_, case_.size_of_a, "lora_a");
+  const Stored<T> b_ = adapter(n_, rank_, case_.size_of_b, "lora_b");
+  Stored<T> dy_ = stored(m_, n_, false, false, case_.size_of_dy, "grad");
   std::unique_ptr<GlobalBuffer<float>> s_;
   std::vector<unsigned char> used_workspace_;
 };
