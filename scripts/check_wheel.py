@@ -109,7 +109,18 @@ def run_tests(
     for name in BESIDE:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", *arguments]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-n",
+        "auto",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "-rs",
+        *arguments,
+    ]
     return subprocess.run([*command, "tests"], cwd=folder, env=env).returncode
 
 
