@@ -51,14 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 document["mixed"].append(mixed_batch.measure(case, _PLAN, progress))
                 results.keep(document, path)
         if "quantized_layers" in options.parts and quantized.is_available():
-            found = quantized.measure_layers(_OVERHEAD_PLAN, progress)
-            document["quantized_layers"] = found
+            document["quantized_layers"] = quantized.measure_layers(_OVERHEAD_PLAN, progress)
         elif "quantized_layers" in options.parts:
             progress("bitsandbytes is not installed: nothing is measured over quantised bases")
-        if "packed" in options.parts:
-            document["packed"] = packed.measure(_PLAN, progress)
-        if "generate" in options.parts:
-            document["generate"] = generate.measure(_PLAN, progress)
+        for part, module in {"packed": packed, "generate": generate}.items():
+            if part in options.parts:
+                document[part] = module.measure(_PLAN, progress)
         if "overhead" in options.parts:
             document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
         document["complete"] = True

@@ -20,14 +20,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders = [oracle_tools.cutlass_include()]
     for folder in cuda_headers.include_dirs():
         folders += [folder, folder / "cccl"]
-    command = [
-        *build.CXX,
-        "-std=c++20",
-        "-O0",
-        "-w",
-        f"-I{oracle_tools.CSRC}",
-        f"-I{oracle_tools.ROOT}",
-    ]
+    command = [*build.CXX, "-std=c++20", "-O0", "-w"]
+    command += [f"-I{folder}" for folder in (oracle_tools.CSRC, oracle_tools.ROOT)]
     command += [f"-isystem{folder}" for folder in folders]
     oracle_tools.run([*command, str(oracle_tools.FOLDER / "layouts.cpp"), "-o", str(target)])
     return target

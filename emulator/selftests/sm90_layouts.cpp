@@ -74,9 +74,8 @@ struct MapArguments {
 };
 
 TEST(tensor_map_round_trip) {
-  MapArguments arguments;
   CUtensorMap encoded;
-  CHECK(arguments.encode(&encoded) == CUDA_SUCCESS);
+  CHECK(MapArguments{}.encode(&encoded) == CUDA_SUCCESS);
   CHECK(std::string(tensor_map_error()) == "");
   const TensorMap map = decode_tensor_map(&encoded, "selftest");
   CHECK(map.base == memory && map.width == 100 && map.height == 50 && map.pitch == 208);
@@ -142,16 +141,14 @@ TEST(tensor_map_requirements) {
   for (const Spoil& spoil : valid) CHECK(result_of(spoil) == CUDA_SUCCESS);
 
   alignas(64) uint8_t misaligned[sizeof(CUtensorMap) + 64];
-  MapArguments arguments;
-  CHECK(arguments.encode(reinterpret_cast<CUtensorMap*>(misaligned + 16)) ==
+  CHECK(MapArguments{}.encode(reinterpret_cast<CUtensorMap*>(misaligned + 16)) ==
         CUDA_ERROR_INVALID_VALUE);
 }
 
 TEST(tensor_map_contents_are_checked) {
-  MapArguments arguments;
   CUtensorMap map{};
   CHECK_FAILS(ErrorKind::Misuse, "holds no tensor map", decode_tensor_map(&map, "selftest"));
-  CHECK(arguments.encode(&map) == CUDA_SUCCESS);
+  CHECK(MapArguments{}.encode(&map) == CUDA_SUCCESS);
   map.opaque[2] += 1;
   CHECK_FAILS(ErrorKind::Misuse, "holds no tensor map", decode_tensor_map(&map, "selftest"));
   CHECK_FAILS(ErrorKind::Misuse, "64-byte aligned", decode_tensor_map(nullptr, "selftest"));

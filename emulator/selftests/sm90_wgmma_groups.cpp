@@ -25,6 +25,11 @@ void fill_with_ones() {
   syncthreads();
 }
 
+// Of one warp.
+void fill_b(uint16_t value) {
+  for (uint32_t i = threadIdx.x % 32; i < 256; i += 32) shared_array<uint16_t>(4096)[i] = value;
+}
+
 // Runs `body(d)` in each thread of a warpgroup.
 void run_warpgroup(const std::function<void(float*)>& body, uint32_t threads = kThreads) {
   launch(blocks_of(threads, kShared), [&] {
@@ -82,8 +87,7 @@ TEST(wait_covers_the_shares_of_the_other_warps) {
     fill_with_ones();
     if (threadIdx.x >= kThreads) {  // overwrites b once it has been released
       mbarrier_wait(4608, 0);
-      auto* b = shared_array<uint16_t>(4096);
-      for (uint32_t i = threadIdx.x % 32; i < 256; i += 32) b[i] = 0;
+      fill_b(0);
       return;
     }
     float d[8] = {};
@@ -114,8 +118,7 @@ TEST(nothing_starts_before_all_four_warps_have_committed) {
       if (threadIdx.x / 32 == 3) {
         bar_sync(1, kThreads);
         for (int i = 0; i < 100; ++i) yield();
-        auto* b = shared_array<uint16_t>(4096);
-        for (uint32_t i = threadIdx.x % 32; i < 256; i += 32) b[i] = 0x4000;
+        fill_b(0x4000);
         fence_proxy_async_shared();
         syncwarp(~0u);
       }
