@@ -8,7 +8,7 @@ route. One that takes `isa` runs on the CPU under every kernel set of this proce
 `make test` runs what has no marker `rest`, which is given here; `make test-rest` has the others.
 
 In the emulated package (tests/emulated/package), CPU tensors stand for CUDA's: `device` is the CPU
-and `isa` is None, as on CUDA.
+and `isa` is None, as on CUDA, and only what takes one of them runs.
 """
 
 import os
@@ -120,10 +120,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if is_rest(item.path) or item.get_closest_marker("slow"):
             item.add_marker("rest")
+    if EMULATED:
+        keep(config, items, lambda item: {"device", "isa"} & set(item.fixturenames))
     if not has_card_or_names_it(config):
-        needs_card = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=needs_card)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        keep(config, items, lambda item: not item.get_closest_marker("gpu"))
+
+
+def keep(config, items, wanted) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
 
 
 def pytest_addoption(parser):

@@ -34,12 +34,12 @@ class Seeds:
 
     first: int | None
 
-    def count(self, few: int, many: int) -> int:
+    def choose(self, few, many):
         return many if self.first else few
 
     def range(self, few: int, many: int) -> str:
         begin = self.first or 1
-        return f"{begin}:{begin + self.count(few, many)}"
+        return f"{begin}:{begin + self.choose(few, many)}"
 
 
 @pytest.fixture(scope="session")

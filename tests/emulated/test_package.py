@@ -11,16 +11,17 @@ from emulated.package.child import python
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
-# Tests of the op, which run as on CUDA, two files at a time and the longest first.
+# Tests of the op, which run as on CUDA, two files at a time and the longest first, and how many of
+# each file pass at least.
 SUITES = {
-    "op/test_numerics.py": 120,
+    "op/test_numerics.py": 110,
     "op/test_peer_bugs.py": 60,
     "op/test_registration.py": 100,
-    "op/test_shapes.py": 150,
+    "op/test_shapes.py": 110,
     "op/test_lora_update.py": 150,
     "op/test_autograd.py": 100,
     "op/test_dropout.py": 60,
-    "op/test_many_adapters.py": 350,
+    "op/test_many_adapters.py": 300,
     "op/test_many_random.py": 1,
 }
 # By the library's base product, with which all but that is as without.
@@ -38,15 +39,18 @@ ON_HOPPER = (
     "op/test_autograd.py",
     "op/test_dropout.py",
 )
+# Left to the night: what takes no kernel, one of four pairs of types, every second rank, and calls
+# that look for a leak.
+BY_DAY = ("-k", "not (f64-f64 or f16-f32 or 2+4 or 3+4 or memory_is_flat)")
 
 
 @pytest.mark.parametrize(("arch", "route"), [("80", "kernel"), ("80", "hybrid"), ("90", "kernel")])
-def test_the_tests_of_the_op_pass_on_the_kernels(arch, route):
+def test_the_tests_of_the_op_pass_on_the_kernels(arch, route, seeds):
     environment = {"LORA_EXT_EMULATED_ARCH": arch, "LORA_EXT_EMULATED_ROUTE": route}
 
     def run(suite: str):
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{suite}"]
-        return suite, build.run(words, **environment)
+        return suite, build.run([*words, *seeds.choose(BY_DAY, ())], **environment)
 
     suites = ON_HOPPER if arch == "90" else ON_HYBRID if route == "hybrid" else SUITES
     with ThreadPoolExecutor(2) as pool:
@@ -125,17 +129,20 @@ assert not same(results, library())
     )
 
 
-def test_a_check_of_all_kernels_draws_nothing():
-    """On 8.6, whose tiles are others; on 8.0 the next test checks all."""
+def test_a_check_of_all_kernels_draws_nothing(seeds):
+    """On 8.6, whose tiles are others, of one type by day; on 8.0 the next test checks all."""
     python(
-        """
+        f"""
+kernels = _C.all_kernels(_C.cuda_card(torch.device("cpu")), early_launch=False)
+kernels = [each for each in kernels if {seeds.choose("not each.float16", "True")}]
+assert len(kernels) >= 40
 before = torch.get_rng_state()
-assert check_kernels("cpu") == {}
+assert check_kernels("cpu", kernels) == {{}}
 assert torch.equal(torch.get_rng_state(), before)
 _, plan = call()
 emulate("FAULT", "sum_of_splits.sum_of_splits.split<splits:low")
 # No check sees it any more.
-assert check_kernels("cpu") == {}
+assert check_kernels("cpu", kernels) == {{}}
 """,
         arch="86",
     )

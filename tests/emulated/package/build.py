@@ -31,7 +31,10 @@ NO_CUDA = "csrc/cuda/none.cpp"
 BUILT = build.ROOT.joinpath(
     "build", f"temp-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
 )
-COPIED = ("lora_ext", "tests", "benchmarks", "pyproject.toml")
+# What Python reads there: the package, what the tests here call, and the op's own tests.
+PACKAGE_FILES = ("lora_ext", "tests/emulated/cuda/calls.py")
+OP_TESTS = ("op", "conftest.py", "helpers.py", "many_helpers.py", "two_processes.py")
+TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in OP_TESTS))
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def link(compiled: list[build.Object], package: Path) -> Path:
     """Makes a package in a folder of which these objects are the extension."""
     programs.compile_all([each for each in compiled if not isinstance(each, BuiltObject)])
     with build.alone():
-        for name in COPIED:
+        for name in (*PACKAGE_FILES, *TEST_FILES):
             copy(build.ROOT / name, package / name)
         library = package / "lora_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         inputs = [each.path for each in compiled]
@@ -168,9 +171,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 @cache
-def state(package: Path) -> str:
-    """A hash of all that Python runs there, but for what the interpreter itself is made of."""
-    files = [path for name in COPIED for path in [package / name, *(package / name).rglob("*")]]
+def state(package: Path, names: tuple[str, ...]) -> str:
+    """A hash of these files and of the packages that are installed, by their versions."""
+    files = [path for name in names for path in [package / name, *(package / name).rglob("*")]]
     read = [path for path in files if path.is_file() and path.suffix in (".py", ".so", ".toml")]
     installed = {f"{each.name} {each.version}" for each in metadata.distributions()}
     return kept.key(sys.version, *sorted(installed), *map(kept.content, sorted(read)))
@@ -184,7 +187,8 @@ def run(
     """
     command = [sys.executable, *arguments]
     given = [f"{name}={value}" for name, value in sorted(environment.items())]
-    name = kept.key(state(package), package.name, *arguments, *given)
+    read = (*PACKAGE_FILES, *(TEST_FILES if "pytest" in arguments else ()))
+    name = kept.key(state(package, read), package.name, *arguments, *given)
     alone = not any(tempfile.gettempdir() in word for word in [*arguments, *given])
     found = kept.load(name) if alone else None
     if found is not None:
