@@ -81,16 +81,9 @@ Case draw_case(const Arguments& arguments, uint64_t seed) {
 std::string json(const std::string& text) {
   std::string quoted = "\"";
   for (const char c : text) {
-    char escaped[8];
-    if (c == '"' || c == '\\') {
-      quoted += '\\';
-      quoted += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      std::snprintf(escaped, sizeof escaped, "\\u%04x", c);
-      quoted += escaped;
-    } else {
-      quoted += c;
-    }
+    const bool control = static_cast<unsigned char>(c) < 0x20;
+    if (c == '"' || c == '\\') quoted += '\\';
+    quoted += control ? emulator::format("\\u%04x", c) : std::string(1, c);
   }
   return quoted + '"';
 }
@@ -107,8 +100,7 @@ bool run_case(const Case& run, const std::string& fault) {
   const Config& config = emulator::config();
   std::printf(
       "{\"program\": %s, \"seed\": %llu, \"size\": %s, \"variant\": %s, \"schedule\": %s, "
-      "\"completion\": %s, "
-      "\"resident\": %u, \"fault\": %s",
+      "\"completion\": %s, \"resident\": %u, \"fault\": %s",
       json(program.name).c_str(), static_cast<unsigned long long>(run.seed),
       json(run.size.name).c_str(), json(run.variant).c_str(),
       json(emulator::name_of(config.schedule)).c_str(),

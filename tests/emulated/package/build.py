@@ -32,7 +32,8 @@ BUILT = build.ROOT.joinpath(
     "build", f"temp-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
 )
 # What Python reads there: the package, what the tests here call, and the op's own tests.
-PACKAGE_FILES = ("lora_ext", "tests/emulated/cuda/calls.py")
+CALLS = [f"tests/emulated/{name}/calls.py" for name in ("cuda", "package")]
+PACKAGE_FILES = ("lora_ext", *CALLS)
 OP_TESTS = ("op", "conftest.py", "helpers.py", "many_helpers.py", "rest.py", "two_processes.py")
 TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in OP_TESTS))
 
