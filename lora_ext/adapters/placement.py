@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..models.apply import replacement_for
+from ..models.find import replacement_for
 from ..models.model import adapter_names, named_modules
 from ..nn import (
     LoRAConv2d,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..models.apply import replacement_for
+from ..models.find import replacement_for
 from ..models.model import lora_layers, named_modules
 from ..models.patterns import is_name_of
 from ..nn import LoRALayer

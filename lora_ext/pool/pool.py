@@ -11,7 +11,8 @@ from torch import nn
 
 from ..adapters import AdapterError, save_adapter
 from ..models import LoRAConfig
-from ..models.apply import find_targets, install, replacement_for
+from ..models.apply import install
+from ..models.find import find_targets, replacement_for
 from ..models.model import adapter_names, check_not_peft, lora_layers
 from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect

@@ -15,8 +15,8 @@ from ..adapters.errors import AdapterError
 from ..adapters.load import read_placement
 from ..adapters.placement import Placement
 from ..models import LoRAConfig
-from ..models.apply import find_targets
 from ..models.config import not_a_config
+from ..models.find import find_targets
 from ..nn import LoRALayer, initialize
 from ..nn.adapter_spec import AdapterSpec
 

@@ -1,0 +1,1 @@
+"""The experts of a mixture with low-rank updates."""
