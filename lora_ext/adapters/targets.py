@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..experts.layer import is_experts
 from ..models.find import replacement_for
-from ..models.model import lora_layers, named_modules
+from ..models.model import named_modules, own_parts
 from ..models.patterns import is_name_of
 from ..nn import LoRALayer
 from .errors import some
@@ -19,8 +20,7 @@ from .peft_config import AdapterConfig
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Path -> module, without the model itself and without the parts of adapters' layers."""
-    own = {id(part) for _, layer in lora_layers(model) for part in layer.modules()}
-    own -= {id(layer) for _, layer in lora_layers(model)}
+    own = own_parts(model)
     named = named_modules(model, remove_duplicate)
     return {path: module for path, module in named if path and id(module) not in own}
 
@@ -69,6 +69,7 @@ def warn_of_others(model: nn.Module, config: AdapterConfig, adapted: Iterable[st
     selected = selected_paths(model, targets, excluded, config.modules_to_save)
     others = set(selected).difference(adapted)
     others = {p for p in others if isinstance(modules[p], LoRALayer) or replacement_for(modules[p])}
+    others -= {p for p in others if is_experts(modules[p])}  # not a target of PEFT's
     if others:
         warnings.warn(
             f"lora_ext.load_adapter: target_modules names {some(others)} too, for which the file "

@@ -53,6 +53,10 @@ class LoRAParameter(LoRALayer):
         """E, 1 for a matrix."""
         return self.weight.shape[0] if self.weight.dim() == 3 else 1
 
+    def name_at(self, path: str) -> str:
+        """The parameter's name in the model, for this layer's path there."""
+        return path.removesuffix(f"lora.{self.parameter}") + self.parameter
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The ``[out, in]`` or ``[E, out, in]`` view."""
         return weight.transpose(-2, -1) if self.transposed else weight
