@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..experts.layer import LoRAExperts, is_experts
 from ..models.find import replacement_for
 from ..nn import LoRAConv2d, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAQuantizedLinear
 from ..nn.adapter_spec import AdapterSpec
+from ..nn.experts import LoRAExperts, is_experts
 from ..nn.linear import is_conv1d
 from ..nn.module import LoRAModule, adaptable_parameters
 from .errors import AdapterError, some

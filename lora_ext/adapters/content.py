@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..experts.layer import is_experts
 from ..models.config import BIASES
 from ..models.model import BIAS_SAVED_BY, adapter_names, lora_layers, saved_modules
 from ..nn import LoRAEmbedding, LoRALayer, LoRALinear
 from ..nn.adapter_spec import AdapterSpec
+from ..nn.experts import is_experts
 from ..nn.parameter import LoRAParameter
 from .errors import AdapterError
 from .layout import PREFIX, bias_key, features, plain_spec, slots

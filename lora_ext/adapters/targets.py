@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..experts.layer import is_experts
 from ..models.find import replacement_for
 from ..models.model import named_modules, own_parts
 from ..models.patterns import is_name_of
 from ..nn import LoRALayer
+from ..nn.experts import is_experts
 from .errors import some
 from .peft_config import AdapterConfig
 

@@ -1,45 +1,90 @@
-"""LoRAExperts: the experts of a mixture with adapters."""
+"""`lora_experts`: a layer of frozen experts with low-rank updates, as a function."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
 
-from ..nn.module import LoRAModule
+import torch
+from torch import Tensor
 
-# What transformers' `use_experts_implementation` puts on each instance.
-_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether it is a module of experts under transformers' `use_experts_implementation`, with or
-    without adapters: its weights are two stacks ``[E, ...]``."""
-    return all(mark in module.__dict__ for mark in _MARKS)
+from ..dtypes import HALVES
+from .autograd import Call, Down, GateDown, Up
+from .description import Experts, ExpertsAdapter
+from .routing import Routes, routes_of
 
 
-class LoRAExperts(LoRAModule):
-    """The experts of a mixture with low-rank adapters on their frozen stacks of weights.
+def lora_experts(
+    experts: Experts,
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: Sequence[ExpertsAdapter] = (),
+    down: Sequence[ExpertsAdapter] = (),
+) -> Tensor:
+    """The experts that a router chose for each token, each with a low-rank update.
 
-        z = x W1_e^T (+ b1_e) + s1 (x A1_e^T) B1_e^T        h = gate(z)
-        y = h W2_e^T (+ b2_e) + s2 (h A2_e^T) B2_e^T        out[t] = sum over its experts of w y
+        z = x W1_e^T + b1_e + s1 (x A1_e^T) B1_e^T        h = gate(z)
+        y = h W2_e^T + b2_e + s2 (h A2_e^T) B2_e^T        y = norm(y)
+        out[t] = sum over t's k slots of weight * y       in the slots' order
 
-    for the experts e that the router gave token t. It stands for the classes of transformers that
-    are decorated with `use_experts_implementation`, and is of a class of its own that derives from
-    the base's, too. `lora` has a `LoRAParameter` for each stack: ``gate_up_proj`` (``up_proj``
-    where there is no gate) and ``down_proj``, each with lora_a ``[E r, in]`` and lora_b
-    ``[out, r E]`` as PEFT's ParamWrapper has them.
+    Differentiable once in x, the weights and the factors; never in W1, W2 or their biases.
+
+    Args:
+        experts: the frozen part.
+        x: ``[T, H]``, brought to the experts' dtype.
+        top_k_index: ``[T, k]`` of integers; one that is no expert's, as large as E or larger, adds
+            nothing and has no gradient.
+        top_k_weights: ``[T, k]``, any floating dtype.
+        up, down: the active adapters of each projection; their updates add.
+
+    Returns:
+        ``[T, H]`` in x's dtype.
     """
+    count = len(experts.up)
+    routes = routes_of(top_k_index, count)
+    slots = top_k_index.shape[-1]
+    first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots)
+    second, second_factors = _call(experts, experts.down, experts.down_bias, down, routes, slots)
+    with torch.autocast(x.device.type, enabled=False):
+        z = Up.apply(first, x.to(experts.up.dtype), *first_factors)
+        if experts.norm is None:
+            out = GateDown.apply(second, experts.gate, z, top_k_weights, *second_factors)
+        else:
+            y = experts.norm(Down.apply(second, experts.gate(z), *second_factors))
+            out = _weighted(y, routes, top_k_weights)
+    return out.to(x.dtype)
 
-    @classmethod
-    def _check_base(cls, base: nn.Module) -> None:
-        if not is_experts(base) or isinstance(base, LoRAModule):
-            raise TypeError(
-                "lora_ext.experts.LoRAExperts: expected experts under transformers' "
-                "use_experts_implementation, but got "
-                f"{type(base).__module__}.{type(base).__qualname__}"
-            )
-        if base._is_expert_parallel:
-            raise ValueError(
-                "lora_ext.experts.LoRAExperts: expected all experts in this process, but they are "
-                "expert parallel; load the model without, or leave them out by "
-                "exclude_modules=['experts']"
-            )
+
+def _call(
+    experts: Experts,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[ExpertsAdapter],
+    routes: Routes,
+    slots: int,
+) -> tuple[Call, list[Tensor]]:
+    if experts.is_transposed:
+        weight = weight.transpose(1, 2)
+    adapters = [_with_number(adapter) for adapter in adapters]
+    scalings = tuple(float(adapter.scaling) for adapter in adapters)
+    factors = [adapter.lora_a for adapter in adapters] + [adapter.lora_b for adapter in adapters]
+    return Call(weight, bias, scalings, routes, slots), factors
+
+
+def _with_number(adapter: ExpertsAdapter) -> ExpertsAdapter:
+    """The adapter with a scaling that is a number: one in a tensor goes into B."""
+    lora_a, lora_b, scaling = adapter
+    if not isinstance(scaling, Tensor):
+        return adapter
+    if lora_a.dtype in HALVES:  # a half B times a scaling would be rounded again
+        lora_a, lora_b = lora_a.float(), lora_b.float()
+    return ExpertsAdapter(lora_a, lora_b * scaling, 1.0)
+
+
+def _weighted(y: Tensor, routes: Routes, weights: Tensor) -> Tensor:
+    """The weighted sum of slots, in torch's own differentiable calls."""
+    place = torch.empty_like(routes.perm)
+    place[routes.perm] = torch.arange(len(place), device=place.device)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    slots = y[place].view(*weights.shape, y.shape[-1])
+    return (slots * weights[..., None].to(wide)).sum(1).to(y.dtype)

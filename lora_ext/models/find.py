@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..experts.layer import LoRAExperts, is_experts
 from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear, LoRAQuantizedLinear
 from ..nn.conv import unsupported_reason
+from ..nn.experts import LoRAExperts, is_experts
 from ..nn.linear import is_conv1d
 from ..nn.module import LoRAModule
 from ..quantized.layers import is_quantized

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..experts.layer import is_experts
 from ..nn import LoRALayer
 from ..nn.adapter_spec import AdapterSpec
+from ..nn.experts import is_experts
 from ..nn.module import LoRAModule, adaptable_parameters
 from ..nn.parameter import LoRAParameter
 from .config import LoRAConfig

@@ -23,7 +23,7 @@ class LoRAModule(nn.Module):
     It is of a class of its own that derives from the base's, too, such as LoRAQwen3MoeTopKRouter.
     It shares the base's tensors, mode and hooks, whose names and keys stay; `around` makes one.
     W + scaling * B A is computed in each forward, so this is for small parameters, such as a
-    router's weight; `lora_ext.experts.LoRAExperts` does better for experts.
+    router's weight; `lora_ext.nn.LoRAExperts` does better for experts.
 
     Attributes:
         lora: parameter's name -> `LoRAParameter`.
