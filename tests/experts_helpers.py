@@ -1,5 +1,6 @@
 """Tiny mixtures of transformers, with PEFT's adapters on their experts."""
 
+import peft
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,3 +42,32 @@ def mixture(kind="qwen3_moe", dtype=torch.float64, seed=0, **fields):
 
 def some_ids(seed=1, shape=(2, 7)):
     return torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(seed))
+
+
+KINDS = tuple(_OF_TYPE)
+
+
+@torch.no_grad()
+def randomized(model, seed=5):
+    """The model with random factors in all its adapters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def peft_mixture(kind="qwen3_moe", target_modules=("q_proj",), target_parameters=None, **words):
+    """PEFT's model of a tiny mixture, with a random adapter of rank 3 and alpha 6 on the experts
+    too; words are of the model, and use_rslora."""
+    if target_modules != "all-linear":
+        target_modules = list(target_modules)
+        target_parameters = target_parameters or ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=target_modules,
+        target_parameters=target_parameters,
+        use_rslora=words.pop("use_rslora", False),
+    )
+    return randomized(peft.get_peft_model(mixture(kind, **words), config))

@@ -13,11 +13,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..nn import LoRALayer
+from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from ..nn.adapter_spec import AdapterSpec
 from ..nn.experts import is_experts
-from ..nn.module import LoRAModule, adaptable_parameters
-from ..nn.parameter import LoRAParameter
+from ..nn.module import adaptable_parameters
 from .config import LoRAConfig
 from .patterns import is_name_of, is_pattern, matches
 
@@ -33,7 +32,7 @@ def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
         modules: the (path, module) pairs of a model.
     """
     counts = {
-        path.rpartition(".")[0]: module._parameters["down_proj"].shape[0]  # pyright: ignore
+        path.rpartition(".")[0]: module.num_experts
         for path, module in modules
         if is_experts(module)
     }

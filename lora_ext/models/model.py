@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import LoRALayer
-from ..nn.module import LoRAModule
-from ..nn.parameter import LoRAParameter
+from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from ..peft.report import peft_layers
 from .config import BIASES
 

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import LoRALayer
-from ..nn.module import LoRAModule
-from ..nn.parameter import LoRAParameter
+from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from .apply import install
 from .model import check_not_peft, compute_merged, disown, lora_layers, reshard
 

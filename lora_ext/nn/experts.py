@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
 from .module import LoRAModule
 from .parameter import LoRAParameter
@@ -42,11 +43,16 @@ class LoRAExperts(LoRAModule):
                 "use_experts_implementation, but got "
                 f"{type(base).__module__}.{type(base).__qualname__}"
             )
+        dtypes = {p.dtype for p in base._parameters.values() if p is not None and p.dim() == 3}
+        problem = ""
         if base._is_expert_parallel:
+            problem = "all experts in this process, but they are expert parallel"
+        elif not dtypes <= set(FLOATS):
+            problem = f"weights that are not quantised, but got {sorted(map(str, dtypes))}"
+        if problem:
             raise ValueError(
-                "lora_ext.nn.LoRAExperts: expected all experts in this process, but they are "
-                "expert parallel; load the model without, or leave them out by "
-                "exclude_modules=['experts']"
+                f"lora_ext.nn.LoRAExperts: expected {problem}; exclude_modules=['experts'] leaves "
+                "them out"
             )
 
     def _pair(self) -> tuple[LoRAParameter, LoRAParameter]:

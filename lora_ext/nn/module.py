@@ -56,7 +56,8 @@ class LoRAModule(nn.Module):
         if "parametrizations" in base._modules:
             raise TypeError(
                 f"{name}: expected a {type(base).__name__} with plain parameters, but some are "
-                "computed; torch.nn.utils.parametrize.remove_parametrizations first"
+                "computed (quantised experts are, by bitsandbytes); leave the module out by "
+                "exclude_modules, or torch.nn.utils.parametrize.remove_parametrizations first"
             )
         cls._check_base(base)
         module = _new(cls, type(base))
