@@ -1,5 +1,8 @@
 """The torch autograd Functions of the two projections.
 
+    Projected       z ``[S, N]`` of x ``[T, H]``, or rows of rows
+    GateDown        out ``[T, H]`` of z ``[S, N]`` and the router's weights
+
 Saved for backward: x as it came, z (what the gate takes), the routes and S ``[S, R]`` of each
 projection; not the gathered rows, not h = gate(z), which is computed again, not y.
 """
@@ -13,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import projection as eager
+from . import ops, projection, routing
 from .factors import Factors
 from .projection import Projection, Rows
-from .routing import Routes, sum_of_slots
+from .routing import Routes
 
 
 class Call(NamedTuple):
@@ -45,6 +48,19 @@ class Call(NamedTuple):
         )
 
 
+class _Eager:
+    """The passes themselves, without the dispatcher."""
+
+    forward = staticmethod(projection.forward)
+    backward = staticmethod(projection.backward)
+    sum_of_slots = staticmethod(routing.sum_of_slots)
+
+
+def passes() -> Any:
+    """The passes for this call: of a traced program the ops."""
+    return ops if torch.compiler.is_compiling() else _Eager
+
+
 def _save(ctx: Any, call: Call, *tensors: Tensor | None) -> None:
     ctx.call = call._replace(routes=None)  # pyright: ignore[reportArgumentType]
     ctx.save_for_backward(*call.routes, *tensors)
@@ -60,24 +76,25 @@ def _halves(wants: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]
     return wants[:half], wants[half:]
 
 
-class Up(torch.autograd.Function):
-    """z ``[S, N]`` of x ``[T, H]``."""
+class Projected(torch.autograd.Function):
+    """y ``[S, out]`` of x: ``[T, in]`` if it is of tokens, else ``[S, in]``, sorted."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, *factors: Tensor) -> Tensor:
-        rows = Rows(x, call.routes.token)
-        z, s = eager.forward(rows, call.projection(factors), call.routes.offs)
+    def forward(ctx: Any, call: Call, of_tokens: bool, x: Tensor, *factors: Tensor) -> Tensor:
+        rows = Rows(x, call.routes.token if of_tokens else None)
+        y, s = passes().forward(rows, call.projection(factors), call.routes.offs)
         _save(ctx, call, x, s, *factors)
-        return z
+        ctx.of_tokens = of_tokens
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         call, (x, s, *factors) = _saved(ctx)
-        _, want_x, *wants = ctx.needs_input_grad
-        found = eager.backward(
+        _, _, want_x, *wants = ctx.needs_input_grad
+        found = passes().backward(
             Rows(grad),
-            Rows(x, call.routes.token),
+            Rows(x, call.routes.token if ctx.of_tokens else None),
             None,
             call.projection(tuple(factors)),
             s,
@@ -86,65 +103,45 @@ class Up(torch.autograd.Function):
             *_halves(tuple(wants)),
         )
         dx = found.dx
-        if dx is not None:
-            dx = sum_of_slots(dx, call.routes.perm, None, call.slots)
-        return None, dx, *found.dlora_a, *found.dlora_b
-
-
-class Down(torch.autograd.Function):
-    """y ``[S, H]`` of h ``[S, I]``, without weights: a norm comes before them."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, h: Tensor, *factors: Tensor) -> Tensor:
-        y, s = eager.forward(Rows(h), call.projection(factors), call.routes.offs)
-        _save(ctx, call, h, s, *factors)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        call, (h, s, *factors) = _saved(ctx)
-        _, want_h, *wants = ctx.needs_input_grad
-        found = eager.backward(
-            Rows(grad),
-            Rows(h),
-            None,
-            call.projection(tuple(factors)),
-            s,
-            call.routes.offs,
-            want_h,
-            *_halves(tuple(wants)),
-        )
-        return None, found.dx, *found.dlora_a, *found.dlora_b
+        if dx is not None and ctx.of_tokens:
+            dx = passes().sum_of_slots(dx, call.routes.perm, None, call.slots)
+        return None, None, dx, *found.dlora_a, *found.dlora_b
 
 
 class GateDown(torch.autograd.Function):
-    """out ``[T, H]`` of z ``[S, N]`` and the router's weights ``[T, k]``."""
+    """out ``[T, H]`` of z ``[S, N]`` and the router's weights ``[T, k]``.
+
+    h = gate(z) is computed again in backward. Without a gate z is h: a compiler decides by itself
+    what it computes again, and a gate that is trained has to be seen by autograd.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         call: Call,
-        gate: Callable[[Tensor], Tensor],
+        gate: Callable[[Tensor], Tensor] | None,
         z: Tensor,
         weights: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        y, s = eager.forward(Rows(gate(z)), call.projection(factors), call.routes.offs)
+        h = z if gate is None else gate(z)
+        y, s = passes().forward(Rows(h), call.projection(factors), call.routes.offs)
         _save(ctx, call, z, weights, s, *factors)
         ctx.gate = gate
-        return sum_of_slots(y, call.routes.perm, weights.reshape(-1), call.slots)
+        return passes().sum_of_slots(y, call.routes.perm, weights.reshape(-1), call.slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         call, (z, weights, s, *factors) = _saved(ctx)
         _, _, want_z, want_weights, *wants = ctx.needs_input_grad
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_(want_z)
-            h = ctx.gate(leaf)
+        h = leaf = z
+        if ctx.gate is not None:
+            with torch.enable_grad():
+                leaf = z.detach().requires_grad_(want_z)
+                h = ctx.gate(leaf)
         perm = call.routes.perm
-        found = eager.backward(
+        found = passes().backward(
             Rows(grad, call.routes.token),
             Rows(h.detach()),
             weights.reshape(-1)[perm],
@@ -154,9 +151,11 @@ class GateDown(torch.autograd.Function):
             want_z or want_weights,
             *_halves(tuple(wants)),
         )
-        dz = torch.autograd.grad(h, leaf, found.dx)[0] if want_z else None
+        dz = found.dx if want_z else None
+        if dz is not None and ctx.gate is not None:
+            (dz,) = torch.autograd.grad(h, leaf, dz)
         dweights = None
-        if want_weights:
+        if want_weights and found.dweights is not None:
             dweights = weights.new_empty(weights.numel())
             dweights[perm] = found.dweights.to(weights.dtype)
             dweights = dweights.view(weights.shape)

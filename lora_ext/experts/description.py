@@ -18,6 +18,7 @@ class Experts(NamedTuple):
         is_transposed: whether both have ``[in, out]`` for each expert.
         gate: from ``[S, N]`` to ``[S, I]``, each row by itself: activation and product.
         norm: of each row of what the down projection returns, or None.
+        is_gate_trained: whether the gate has parameters that want a gradient.
     """
 
     up: Tensor
@@ -27,6 +28,7 @@ class Experts(NamedTuple):
     down_bias: Tensor | None = None
     is_transposed: bool = False
     norm: Callable[[Tensor], Tensor] | None = None
+    is_gate_trained: bool = False
 
     @classmethod
     def of(cls, module: Any) -> Experts:
@@ -41,6 +43,7 @@ class Experts(NamedTuple):
             module.down_proj_bias if module.has_bias else None,
             module.is_transposed,
             module.post_expert_norm if module.has_post_expert_norm else None,
+            any(each.requires_grad for part in module.children() for each in part.parameters()),
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
-from .autograd import Call, Down, GateDown, Up
+from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
 from .routing import Routes, routes_of
 
@@ -46,11 +46,14 @@ def lora_experts(
     first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots)
     second, second_factors = _call(experts, experts.down, experts.down_bias, down, routes, slots)
     with torch.autocast(x.device.type, enabled=False):
-        z = Up.apply(first, x.to(experts.up.dtype), *first_factors)
+        z = Projected.apply(first, True, x.to(experts.up.dtype), *first_factors)
+        gate, h = experts.gate, z
+        if experts.norm is not None or experts.is_gate_trained or torch.compiler.is_compiling():
+            gate, h = None, gate(z)
         if experts.norm is None:
-            out = GateDown.apply(second, experts.gate, z, top_k_weights, *second_factors)
+            out = GateDown.apply(second, gate, h, top_k_weights, *second_factors)
         else:
-            y = experts.norm(Down.apply(second, experts.gate(z), *second_factors))
+            y = experts.norm(Projected.apply(second, False, h, *second_factors))
             out = _weighted(y, routes, top_k_weights)
     return out.to(x.dtype)
 

@@ -2,7 +2,8 @@
 
     y = x W_e^T + b_e + s (x A_e^T) B_e^T         for the rows of each expert e
 
-    g = dy:      dx' = g W_e + s (g B_e) A_e      with weights w:  dx = w dx',  dw = <x, dx'> + <g, b_e>
+    g = dy:      dx' = g W_e + s (g B_e) A_e
+    weights w:   dx = w dx',  dw = <x, dx'> + <g, b_e>
                  dA_e = s (g B_e)^T (w x),  dB_e = s g^T (w x A_e^T)
 
 With weights, y is what they multiply later, and g the gradient of the product's sum: so y is not
@@ -163,13 +164,16 @@ def backward(
     rows = len(s)
     experts, _, in_features = weight.shape
     device = weight.device
+    weights = None if weights is None else weights.to(s.dtype)
     bounds = offs.tolist()
     has_all = all(end > begin for begin, end in zip([0, *bounds], bounds, strict=False))
     gradients = None
     if factors is not None:
         gradients = Gradients(factors, experts, want_a, want_b, has_all)
     dx = weight.new_empty(rows, in_features) if want_x else None
-    dweights = None if weights is None else torch.empty(rows, dtype=s.dtype, device=device)
+    dweights = None
+    if want_x and weights is not None:
+        dweights = torch.empty(rows, dtype=s.dtype, device=device)
     for run in _runs(bounds):
         where = slice(run.begin, run.end)
         g = grad.part(run.begin, run.end)
