@@ -18,7 +18,7 @@ from .folder import CONFIG, open_adapter
 from .owners import Owners, check_real, inner_model
 from .peft_config import AdapterConfig, parse_config
 from .placement import Placement, Stored
-from .targets import warn_of_others
+from .targets import warn_of_other_parameters, warn_of_others
 from .tensors import TensorFile, open_tensors
 
 
@@ -70,7 +70,10 @@ def load_adapter(
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             raise AdapterError(f"expected a floating adapter_dtype, but got {adapter_dtype}")
         placement = read_placement(inner, folder, adapter_dtype, _check_owners)
-        warn_of_others(inner, placement.config, [target.path for target in placement.targets])
+        config, targets = placement.config, placement.targets
+        warn_of_others(inner, config, [target.path for target in targets])
+        names = [target.name for target in targets]
+        warn_of_other_parameters(inner, config.target_parameters, names)
         apply(placement, adapter, trainable, adapter_dtype)
     except ValueError as error:
         raise AdapterError(f"lora_ext.load_adapter: {folder}: {error}") from None

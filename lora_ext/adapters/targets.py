@@ -15,6 +15,7 @@ from ..models.patterns import is_name_of
 from ..nn import LoRALayer
 from ..nn.experts import is_experts
 from .errors import some
+from .parameters import is_named
 from .peft_config import AdapterConfig
 
 
@@ -74,6 +75,30 @@ def warn_of_others(model: nn.Module, config: AdapterConfig, adapted: Iterable[st
         warnings.warn(
             f"lora_ext.load_adapter: target_modules names {some(others)} too, for which the file "
             "has no tensors; they stay as they are",
+            stacklevel=3,
+        )
+
+
+def warn_of_other_parameters(
+    model: nn.Module, names: tuple[str, ...], adapted: Iterable[str]
+) -> None:
+    """Warns of what target_parameters names and the file has no tensors for.
+
+    Args:
+        model: before the adapter is added.
+        names: target_parameters.
+        adapted: the parameters that get the adapter, and the layers.
+    """
+    if not names:
+        return
+    every = {f"{p}.{n}" for p, module in base_modules(model).items() for n in module._parameters}
+    adapted = {*adapted, *(f"{path}.weight" for path in adapted)}
+    others = {each for each in every if is_named(each, names)} - adapted
+    others |= {name for name in names if not any(is_named(each, [name]) for each in every)}
+    if others:
+        warnings.warn(
+            f"lora_ext.load_adapter: target_parameters names {some(others)} too, for which the "
+            "file has no tensors or the model no parameter; without effect",
             stacklevel=3,
         )
 

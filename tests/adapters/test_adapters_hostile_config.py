@@ -101,7 +101,6 @@ BAD_FIELDS = [
     (fields(monteclora_config={"num_samples": 8}), "monteclora_config="),
     (fields(alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens=\[1, 2\] \(aLoRA\)"),
     (fields(layer_replication=[[0, 2]]), "layer_replication="),
-    (fields(target_parameters=["experts.w"]), "target_parameters="),
     (fields(trainable_token_indices=[1]), "trainable_token_indices="),
     (fields(trainable_token_indices={"emb": [1]}), "trainable_token_indices="),
     (fields(megatron_config={"x": 1}), "megatron_config="),

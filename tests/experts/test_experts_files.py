@@ -245,6 +245,14 @@ def test_hostile_folders_change_nothing(name, valid, tmp_path):
     load_adapter(mixture(), valid)  # is well-formed
 
 
+def test_a_name_without_tensors_warns(valid, tmp_path):
+    for each in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / each).write_bytes((valid / each).read_bytes())
+    edit(tmp_path, target_parameters=[*BOTH, "mlp.gate.weight", "experts.w"])
+    with pytest.warns(UserWarning, match="names 'experts.w', 'model.layers.0.mlp.gate.weight', "):
+        load_adapter(mixture(), tmp_path)
+
+
 @pytest.mark.parametrize("with_other", [False, True])
 def test_an_error_in_the_middle_leaves_no_adapter(with_other, valid, monkeypatch):
     model = mixture()
