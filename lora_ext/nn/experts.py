@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
+from ..experts.decorated import is_decorated, obstacle, operands, up_name
+from .adapter_spec import MAX_RANK
 from .module import LoRAModule
 from .parameter import LoRAParameter
-from .updates import is_onnx_export, is_plain, is_transformed
+from .updates import is_transformed
 
-# What transformers' `use_experts_implementation` puts on each instance.
+# What transformers' decorator puts on each instance.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether it is a module of experts under transformers' `use_experts_implementation`, with or
     without adapters: its weights are two stacks ``[E, ...]``."""
-    return all(mark in module.__dict__ for mark in _MARKS)
+    kind = module.base_type if isinstance(module, LoRAModule) else type(module)
+    return all(mark in module.__dict__ for mark in _MARKS) and is_decorated(kind)
 
 
 class LoRAExperts(LoRAModule):
@@ -58,31 +61,27 @@ class LoRAExperts(LoRAModule):
     def _pair(self) -> tuple[LoRAParameter, LoRAParameter]:
         """The layers of the first projection and of the second."""
         layers: Any = self._modules["lora"]
-        return layers["gate_up_proj" if self.has_gate else "up_proj"], layers["down_proj"]
+        return layers[up_name(self)], layers["down_proj"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         up, down = self._pair()
-        if not (_adds(up) or _adds(down)):
+        if not (_adds(up) or _adds(down)) or self._obstacle() or is_transformed():
             return super().forward(*args, **kwargs)
-        x, index, weights = _positional(*args, **kwargs)
-        if self._obstacle(x):
+        found = operands(self, self.base_type, args, kwargs)
+        if found is None:
             return super().forward(*args, **kwargs)
         experts = Experts.of(self)._replace(up=up.base_operands()[0], down=down.base_operands()[0])
-        return lora_experts(experts, x, index, weights, _adapters(up), _adapters(down))
+        return lora_experts(experts, *found, _adapters(up), _adapters(down))
 
-    def _obstacle(self, x: Tensor | None) -> str:
-        """Why `lora_experts` cannot compute the layer, or ""."""
-        if is_transformed():
-            return "torch.func transforms the call"
-        if is_onnx_export():
-            return "torch.onnx exports the call"
-        weights = [layer.weight for layer in self._pair()]
-        if not all(map(is_plain, weights if x is None else [x, *weights])):
-            return "a tensor is of a subclass, such as DTensor"
-        return ""
+    def _obstacle(self) -> str:
+        """Why `lora_experts` cannot compute the layer whatever x is, or ""."""
+        for layer in self._pair():
+            if sum(map(layer.rank, layer.added_adapters)) > MAX_RANK:
+                return f"the ranks of the active adapters sum to more than {MAX_RANK}"
+        return obstacle(self)
 
     def adapted_path(self, rows: int | None) -> tuple[str, str]:
-        reason = self._obstacle(None)
+        reason = self._obstacle()
         if reason:
             return "library", f"{reason}: transformers' forward with W + scaling B A"
         return "fused", "rows sorted by expert, base and update of each"
@@ -100,9 +99,3 @@ def _adapters(layer: LoRAParameter) -> list[ExpertsAdapter]:
         ExpertsAdapter(*layer.factors(name), layer.adapters[name].scaling)
         for name in layer.added_adapters
     ]
-
-
-def _positional(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden states, experts of each token, their weights), whatever the model calls them."""
-    x, index, weights = (*args, *kwargs.values())
-    return x, index, weights
