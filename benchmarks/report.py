@@ -23,6 +23,7 @@ def _of_kind(document: Document) -> Any:
     from . import layer_report
     from .adapters import adapters_report
     from .finetune import finetune_report
+    from .finetune_experts import experts_report
     from .finetune_many import many_report
     from .gpu import gpu_report
     from .whole_models import models_report
@@ -36,6 +37,7 @@ def _of_kind(document: Document) -> Any:
         "adapters": adapters_report,
         "finetune": finetune_report,
         "finetune_many": many_report,
+        "finetune_experts": experts_report,
     }
     return kinds[document["kind"]]
 

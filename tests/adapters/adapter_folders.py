@@ -23,6 +23,7 @@ from adapter_helpers import (
     save_peft,
     write_config,
 )
+from experts_helpers import mixture
 from safetensors.torch import save_file
 from torch import nn
 
@@ -46,6 +47,10 @@ VISION = [
     *_layers("model.language_model"),
     "lm_head",
 ]
+PARAMETERS = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
 EXPERTS = [
     "model.layers.0.mlp.gate",
     *(f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(3)),
@@ -73,6 +78,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "decoder": lambda: Tree(DECODER),
     "vision": lambda: Tree(VISION),
     "experts": lambda: Tree(EXPERTS),
+    "mixture": mixture,
     "zoo": make_zoo,
     "llama": lambda: _transformers("llama", tie_word_embeddings=False),
     "tied llama": lambda: _transformers("llama", tie_word_embeddings=True),
@@ -158,6 +164,18 @@ def renamed(old: str, new: str) -> Callable[[Path], None]:
         save_file(tensors, path / WEIGHTS)
 
     return edit
+
+
+def swapped(path: Path) -> None:
+    """Factors of 5 experts as PEFT wrote them before 0.19.1: A_e for B_e^T, and B_e for A_e^T."""
+    tensors = read_tensors(path)
+    for key in [key for key in tensors if "experts" in key and "lora_A" in key]:
+        other = key.replace("lora_A", "lora_B")
+        lora_a, lora_b = tensors[key], tensors[other]
+        tensors[key] = lora_b.view(len(lora_b), -1, 5).permute(2, 1, 0).reshape(-1, len(lora_b))
+        of_a = lora_a.view(5, -1, lora_a.shape[1]).permute(2, 1, 0)
+        tensors[other] = of_a.reshape(lora_a.shape[1], -1).contiguous()
+    save_file(tensors, path / WEIGHTS)
 
 
 def beside_checkpoints(path: Path) -> None:
@@ -258,6 +276,8 @@ def unsloth() -> list[Folder]:
         one("language of a vision model", "vision", {"target_modules": UNSLOTH_LANGUAGE}),
         one("a long expression", "vision", {"target_modules": f"{UNSLOTH_LANGUAGE}|{'x' * 1200}"}),
         one("a path with a newline", base_model_name_or_path="unsloth/x\n"),
+        one("experts", "mixture", PARAMETERS, lora_B_layout="rank_major"),
+        one("experts, before it said their order", "mixture", PARAMETERS),
         one("bias all", config={"bias": "all"}),
         one("layers_to_transform", config={"layers_to_transform": [1]}),
     ]
@@ -411,6 +431,9 @@ def options() -> list[Folder]:
         ),
         one("a lookahead in alpha_pattern", config={"alpha_pattern": {r"(?!.*mlp).*_proj": 3}}),
         one("a lookahead in rank_pattern", config={"rank_pattern": {r"(?!.*mlp).*_proj": 3}}),
+        one("experts", "mixture", PARAMETERS),
+        one("experts and router", "mixture", {"target_modules": "all-linear"}),
+        one("experts, by 0.18", "mixture", PARAMETERS, swapped, peft_version="0.18.1"),
         one("whole paths", config={"target_modules": [p for p in DECODER if "v_proj" in p]}),
         *(
             one(f"stored in {str(d)[6:]}", edit=in_dtype(d))
