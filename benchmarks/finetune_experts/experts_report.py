@@ -18,9 +18,9 @@ _METHOD = """\
   target_parameters. Head and adapters start from the same values. There is no dropout, which PEFT
   does not have for parameters.
 - The variants take their steps in turns on the same batches. Times are of forward and backward,
-  medians with quartiles in brackets; "!" marks a model that has fewer than three steps that no other
-  process disturbed. frozen trains the head alone, with a gradient that flows through all layers, in
-  transformers' own forward of experts, which PEFT's wrappers call, too.
+  medians with quartiles in brackets; "!" marks a model that has fewer than three steps that no
+  other process disturbed. frozen trains the head alone, with a gradient that flows through all
+  layers, in transformers' own forward of experts, which PEFT's wrappers call, too.
 - Memory is what torch's allocator holds at the peak of forward and backward on the batch with the
   most tokens, above what was live before.\
 """

@@ -1,6 +1,6 @@
 """MiniLM as a mixture: sparse upcycling (Komatsuzaki et al. 2023) of its feed-forwards.
 
-    y = sum over the k experts that the router chose of weight_e * (gelu(x W1_e^T + b1_e) W2_e^T + b2_e)
+    y = sum over the k experts e of a token of weight_e * (gelu(x W1_e^T + b1_e) W2_e^T + b2_e)
 
 Each expert begins as a copy of the dense feed-forward, the router is random and the weights of a
 token sum to one: so before training the mixture computes what MiniLM does.

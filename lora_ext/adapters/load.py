@@ -33,9 +33,9 @@ def load_adapter(
 
     Read are ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT 0.21.2 writes them;
     never a pickle, and nothing that the config names is imported or opened. Layers are replaced as
-    by `apply_lora`: those that the tensors name, with the rank that they have; of target_parameters,
-    the modules that hold them. The first adapter of
-    a model becomes active and the rest of it is frozen; a further one waits for `set_adapter`.
+    by `apply_lora`: those that the tensors name, with the rank that they have; for parameters
+    (target_parameters) the modules that hold them. The first adapter of a model becomes active and
+    the rest of it is frozen; a further one waits for `set_adapter`.
     Stored biases and modules to save are written into the model's own parameters; a tied module to
     save gets a parameter of its own where PEFT's copy would differ from the rest. init "pissa" and
     "olora" stand for another weight, W - scaling * B0 A0: A0 and B0 are computed again from W, as

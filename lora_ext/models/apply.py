@@ -38,9 +38,9 @@ def apply_lora(
     nn.Linear, transformers' Conv1D, nn.Embedding and 1x1 nn.Conv2d are replaced by layers that
     share their parameters, and so are the quantised linear layers of bitsandbytes, torchao, HQQ and
     transformers (`lora_ext.nn.LoRAQuantizedLinear`) and its experts (`lora_ext.nn.LoRAExperts`,
-    which cannot have dropout); other subclasses are refused, since they may compute something else. A model that has adapters gets one more, inactive until `set_adapter`;
-    the first is active at once.
-    Biases and modules to save exist once: those that a further config names are trained too.
+    which have no dropout); other subclasses are refused, since they may compute something else. A
+    model that has adapters gets one more, inactive until `set_adapter`; the first is active at
+    once. Biases and modules to save exist once: those that a further config names are trained too.
 
     Args:
         model: any nn.Module that holds such layers.
