@@ -29,8 +29,12 @@ class Factors(NamedTuple):
     lora_b: Sequence[Tensor]
     scalings: Sequence[float]
 
-    def one_scaling(self) -> bool:
-        return all(scaling == self.scalings[0] for scaling in self.scalings)
+    def scaling(self, dtype: torch.dtype) -> float | None:
+        """The op's, of all; None where each is multiplied into its B: they differ, or x has more
+        digits than the op's float32 scaling."""
+        first = self.scalings[0]
+        is_one = all(scaling == first for scaling in self.scalings)
+        return first if is_one and (dtype != torch.float64 or first == 1.0) else None
 
     def rank(self, experts: int) -> int:
         """Of an expert, of all adapters together."""
@@ -58,8 +62,8 @@ def pools_of(factors: Factors, experts: int, hit: Tensor | None, dtype: torch.dt
     kept = dtype_of(factors, dtype)
     first = [_some(_a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
     second = [_some(_b_by_expert(b, experts), hit).to(kept) for b in factors.lora_b]
-    scaling = factors.scalings[0]
-    if not factors.one_scaling():
+    scaling = factors.scaling(dtype)
+    if scaling is None:
         second = [b * scaling for b, scaling in zip(second, factors.scalings, strict=True)]
         scaling = 1.0
     lora_a = first[0] if len(first) == 1 else torch.cat(first, 1)
@@ -71,7 +75,7 @@ def pools_of(factors: Factors, experts: int, hit: Tensor | None, dtype: torch.dt
 def dtype_of(factors: Factors, dtype: torch.dtype) -> torch.dtype:
     """Of the pools: what the op takes beside x, without rounding a factor to half."""
     is_same = all(factor.dtype == dtype for factor in (*factors.lora_a, *factors.lora_b))
-    if dtype in HALVES and not (is_same and factors.one_scaling()):
+    if dtype in HALVES and not (is_same and factors.scaling(dtype) is not None):
         return torch.float32
     return dtype
 
@@ -80,6 +84,7 @@ class Gradients:
     """Gradients of factors in PEFT's layout, which those of pools are written into.
 
     Args:
+        dtype: of x.
         wanted_a, wanted_b: of which adapters' factors.
         has_all: whether each expert will be written; where not, it has zeros.
     """
@@ -88,19 +93,20 @@ class Gradients:
         self,
         factors: Factors,
         experts: int,
+        dtype: torch.dtype,
         wanted_a: Sequence[bool],
         wanted_b: Sequence[bool],
         has_all: bool,
     ) -> None:
         make = torch.empty_like if has_all else torch.zeros_like
         self._factors, self._experts = factors, experts
+        self._is_in_b = factors.scaling(dtype) is None
         self.lora_a = _made(make, factors.lora_a, wanted_a)
         self.lora_b = _made(make, factors.lora_b, wanted_b)
 
     def write(self, hit: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
         """Those of pools of some experts, where wanted."""
         begin = 0
-        one_scaling = self._factors.one_scaling()
         for i, of_a in enumerate(self.lora_a):
             rank = len(self._factors.lora_a[i]) // self._experts
             ranks, begin = slice(begin, begin + rank), begin + rank
@@ -109,7 +115,8 @@ class Gradients:
                 _put(_a_by_expert(of_a, self._experts), hit, lora_a[:, ranks])
             if of_b is not None and lora_b is not None:
                 part = lora_b[:, :, ranks]
-                part = part if one_scaling else part * self._factors.scalings[i]
+                if self._is_in_b:
+                    part = part * self._factors.scalings[i]
                 _put(_b_by_expert(of_b, self._experts), hit, part)
 
 

@@ -169,7 +169,7 @@ def backward(
     has_all = all(end > begin for begin, end in zip([0, *bounds], bounds, strict=False))
     gradients = None
     if factors is not None:
-        gradients = Gradients(factors, experts, want_a, want_b, has_all)
+        gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, has_all)
     dx = weight.new_empty(rows, in_features) if want_x else None
     dweights = None
     if want_x and weights is not None:
