@@ -23,7 +23,7 @@ from adapter_helpers import (
     save_peft,
     write_config,
 )
-from experts_helpers import mixture
+from mixture_helpers import mixture
 from safetensors.torch import save_file
 from torch import nn
 

@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from experts_helpers import KINDS, mixture, randomized, some_ids
+from mixture_helpers import KINDS, mixture, randomized, some_ids
 from torch import nn
 
 import lora_ext

@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from experts_helpers import KINDS, mixture, peft_mixture, randomized, some_ids
+from mixture_helpers import KINDS, mixture, peft_mixture, randomized, some_ids
 from safetensors.torch import load_file, save_file
 
 import lora_ext
