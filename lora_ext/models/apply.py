@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from ..nn import LoRALayer, LoRAModule
 from ..nn.adapter_spec import AdapterSpec
+from ..nn.experts import is_experts
 from ..nn.linear import DEFAULT_ADAPTER
 from ..packing import pack_for
 from .config import LoRAConfig, not_a_config
@@ -70,6 +72,8 @@ def apply_lora(
             "delete_adapter it first or choose another name"
         )
     targets = find_targets(model, config)
+    if ALL_LINEAR in config.target_modules:
+        _warn_of_other_experts(model)
     saved = find_saved(model, config)
     _check_saved([*lora_layers(model), *targets], saved)
     replaced: dict[int, nn.Module] = {}
@@ -126,13 +130,30 @@ def frozen_only_by_success(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def _warn_of_other_experts(model: nn.Module) -> None:
+    """Warns of experts that stay frozen since their layout is not known."""
+    found = {
+        type(module).__name__
+        for module in model.modules()
+        if "Experts" in type(module).__name__ and not is_experts(module)
+        if any(p.dim() > 2 for p in module.parameters(recurse=False))
+    }
+    if found:
+        warnings.warn(
+            f"lora_ext.apply_lora: 'all-linear' leaves out the experts of {sorted(found)}, which "
+            "transformers' use_experts_implementation does not decorate; PEFT's target_parameters "
+            "may take them: lora_ext.accelerate(peft.get_peft_model(model, config))",
+            stacklevel=3,
+        )
+
+
 def _adaptable(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
     """The module, or what takes its place."""
     if isinstance(module, (LoRALayer, LoRAModule)):
         return module
-    kind = replacement_for(module) or LoRAModule
+    kind = replacement_for(module)
     try:
-        return kind.around(module)
+        return LoRAModule.around(module, ["weight"]) if kind is None else kind.around(module)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} (at {path!r})") from None
 

@@ -157,6 +157,11 @@ def _of_folder(
                     f"expected plain LoRA, but got init {target.spec.init!r}; save_adapter after "
                     "load_adapter writes it as such"
                 )
+            if target.order is not None:
+                raise AdapterError(
+                    f"expected adapters of linear layers, but it is on {target.name!r}, too, a "
+                    "parameter, for which a pool has no room; load_adapter takes it"
+                )
             _known(target.path, layers)
 
     placement = read_placement(model, folder, dtype, check)

@@ -135,6 +135,16 @@ def test_experts_that_cannot_have_adapters_are_refused(change, message):
     apply_lora(model, LoRAConfig("all-linear", exclude_modules=["experts"]))
 
 
+def test_experts_of_another_layout_are_not_left_out_in_silence():
+    model = mixture(num_hidden_layers=1)
+    experts = nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.zeros(5, 16, 24))
+    experts.__class__ = type("OtherExperts", (nn.Module,), {})
+    model.others = experts
+    with pytest.warns(UserWarning, match=r"leaves out the experts of \['OtherExperts'\]"):
+        apply_lora(model, LoRAConfig("all-linear"))
+
+
 def two_adapters(kind="gpt_oss"):
     model = apply_lora(mixture(kind), LoRAConfig("all-linear", r=3, alpha=6))
     apply_lora(model, LoRAConfig(["experts", "router"], r=2, use_rslora=True), "second")
@@ -237,7 +247,7 @@ def test_any_implementation_of_transformers_is_the_same(implementation):
         torch.testing.assert_close(logits(model), logits(mixture(dtype=torch.float32)))
 
 
-def test_rows_cannot_differ_yet():
+def test_rows_cannot_differ_yet(tmp_path):
     model = apply_lora(mixture(), LoRAConfig("all-linear", r=2))
     apply_lora(model, LoRAConfig("q_proj", r=2), "attention")
     message = "'default' is on '(gate_up|down)_proj' of a LoRAQwen3MoeExperts"
@@ -248,4 +258,8 @@ def test_rows_cannot_differ_yet():
         torch.testing.assert_close(logits(model)[1], logits(plain)[1])
     with pytest.raises(ValueError, match=r"leave them out by exclude_modules=\['experts'\]"):
         lora_ext.AdapterPool(plain, 2, 4)
-    assert len(lora_ext.AdapterPool(plain, 2, 4, exclude_modules=["experts"]).layers) == 8
+    pool = lora_ext.AdapterPool(plain, 2, 4, exclude_modules=["experts"])
+    assert len(pool.layers) == 8
+    lora_ext.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj', too, a parameter"):
+        pool.add("default", tmp_path)
