@@ -31,6 +31,7 @@ class LoRAParameter(LoRALayer):
         transposed: whether it is ``[E, in, out]`` instead of ``[E, out, in]``.
     """
 
+    module: Any
     bias = None
 
     def __init__(self, module: nn.Module, parameter: str, transposed: bool = False) -> None:
