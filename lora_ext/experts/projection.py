@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import few_rows
 from .factors import Factors, Gradients, pools_of
 
 _ops = torch.ops.lora_ext
@@ -105,13 +106,13 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
     for run in _runs(bounds):
         part, place = x.part(run.begin, run.end), y[run.begin : run.end]
         product = place if factors is None else torch.empty_like(place)
-        for expert, begin, end in run.experts:
-            matrix = weight[expert].t()
-            if bias is None:
-                torch.mm(part[begin:end], matrix, out=product[begin:end])
-            else:
-                torch.addmm(bias[expert], part[begin:end], matrix, out=product[begin:end])
+        if few_rows.takes(weight, run.experts):
+            product = few_rows.product(part, weight, bias, [e for e, _, _ in run.experts])
+        else:
+            _multiply(part, weight, bias, run, product)
         if factors is None:
+            if product is not place:
+                place.copy_(product)
             continue
         pools = pools_of(factors, experts, run.hit(experts, device), weight.dtype)
         sums, s[run.begin : run.end] = _ops.lora_update_grouped_forward(
@@ -133,6 +134,16 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
         y[bounds[-1] :] = 0
         s[bounds[-1] :] = 0
     return y, s
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, run: _Run, out: Tensor) -> None:
+    """x W_e^T + b_e of a run's rows."""
+    for expert, begin, end in run.experts:
+        matrix = weight[expert].t()
+        if bias is None:
+            torch.mm(x[begin:end], matrix, out=out[begin:end])
+        else:
+            torch.addmm(bias[expert], x[begin:end], matrix, out=out[begin:end])
 
 
 class Backward(NamedTuple):
