@@ -25,6 +25,7 @@ from . import claims, mixture
 from .models import LABELS, adapted
 
 STEPS = 60
+HELD_OUT = 240  # texts, of all lengths
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
     order = training_order(lengths, ROWS, SEED)[: options.steps * ROWS]
     batches = batches_of([dataset.train[i] for i in order], ROWS, tokenizer)
     by_length = sorted(dataset.held_out, key=lambda text: len(text.sentence))
+    by_length = by_length[:: max(1, len(by_length) // HELD_OUT)]
     held_out = batches_of(by_length, PREDICTED_TOGETHER, tokenizer)
 
     classes = len(dataset.areas)

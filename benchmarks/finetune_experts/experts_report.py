@@ -10,7 +10,7 @@ from ..results import Document, peak_ratio, ratio
 from .models import LABELS
 
 _METHOD = """\
-- Texts, split, batches and AdamW are those of `make demo`.
+- Texts, split, batches and AdamW are those of `make demo`, with fewer steps and held-out texts.
 - The model is MiniLM-L6 with each feed-forward upcycled into 8 experts, 2 for each token: copies
   of the dense one to begin with, behind a random router that stays as it is. float32, frozen.
 - Adapters sit in the attention's linear layers and on both stacks of each layer's experts, with a
