@@ -16,7 +16,7 @@ FOLDERS := benchmarks build_backend csrc emulator lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-rest test-kernels test-gpu nightly bench bench-full bench-models
-.PHONY: bench-adapters demo demo-many gpu
+.PHONY: bench-adapters demo demo-experts demo-many gpu
 .PHONY: sass sanitize docs wheel clean
 
 # Where there is no card, CUDA kernels could not run, and nvcc takes minutes: they are not compiled. A
@@ -188,6 +188,9 @@ bench-models: $(VENV)/.integrations
 
 demo: $(VENV)/.extras
 	$(PY) -m benchmarks.finetune $(ARGS)
+
+demo-experts: $(VENV)/.extras
+	$(PY) -m benchmarks.finetune_experts $(ARGS)
 
 demo-many: $(VENV)/.extras
 	$(PY) -m benchmarks.finetune_many $(ARGS)

@@ -28,8 +28,9 @@ _MODULES = {
     "adapters": "adapters.adapters",
     "finetune": "finetune.finetune",
     "finetune_many": "finetune_many.many",
+    "finetune_experts": "finetune_experts.experts",
 }
-_WITHOUT_PICTURES = ("finetune", "finetune_many")
+_WITHOUT_PICTURES = ("finetune", "finetune_many", "finetune_experts")
 
 
 def _of_kind(document: Document, what: str) -> Any:

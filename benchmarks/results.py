@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, type]] = {
     "adapters": {"cases": list},
     "finetune": _TRAINING,
     "finetune_many": _TRAINING,
+    "finetune_experts": _TRAINING,
 }
 TIMES = ("timing", "graph", "forward", "updates")
 MEMORIES = ("memory", "forward_memory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,8 @@ def _adapted(base: Classifier, name: str) -> nn.Module:
 def _common_name(name: str) -> str:
     """PEFT's name of a parameter as ours."""
     name = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+    name = name.replace(".experts.base_layer.lora_", ".experts.lora.up_proj.lora_")
+    name = name.replace(".experts.lora_", ".experts.lora.down_proj.lora_")
     for factor in ("A", "B"):
         name = name.replace(f"lora_{factor}.default.weight", f"lora_{factor.lower()}.default")
     return name
@@ -85,8 +88,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {_common_name(name): p for name, p in named if p.requires_grad}
 
 
-def make_variants(base: Classifier, names: list[str]) -> dict[str, TrainedModel]:
-    """A copy of the base for each name, ready to train.
+def make_variants(
+    base: Classifier,
+    names: list[str],
+    adapted: Callable[[Classifier, str], nn.Module] = _adapted,
+) -> dict[str, TrainedModel]:
+    """A copy of the base for each name, with the adapters that it stands for, ready to train.
 
     Adapters and head have the same initial values in all variants, those of the first that has
     them, and AdamW the same settings but for the rate of the head alone.
@@ -95,7 +102,7 @@ def make_variants(base: Classifier, names: list[str]) -> dict[str, TrainedModel]
     variants: dict[str, TrainedModel] = {}
     initial: dict[str, torch.Tensor] = {}
     for name in names:
-        model = _adapted(base, name).train()
+        model = adapted(base, name).train()
         parameters = trainable_parameters(model)
         for key, parameter in parameters.items():
             value = initial.setdefault(key, parameter.detach().clone())

@@ -13,16 +13,20 @@ from torch import Tensor, nn
 
 from ..models.config import BIASES
 from ..models.model import BIAS_SAVED_BY, adapter_names, lora_layers, saved_modules
-from ..nn import LoRAEmbedding, LoRALayer
+from ..nn import LoRAEmbedding, LoRALayer, LoRALinear
 from ..nn.adapter_spec import AdapterSpec
-from .errors import AdapterError, some
-from .layout import PREFIX, bias_key, plain_spec, slots
+from ..nn.experts import is_experts
+from ..nn.parameter import LoRAParameter
+from .errors import AdapterError
+from .layout import PREFIX, bias_key, features, plain_spec, slots
+from .names import escaped, module_names, parameter_names
 from .owners import bias_of, tensors_of
-from .peft_config import AdapterConfig
-from .targets import base_modules, saved_paths, selected_paths
+from .parameters import FactorOrder, parameter_slots
+from .peft_config import PEFT_VERSION, AdapterConfig
+from .targets import base_modules, saved_paths
 
-_SPECIAL = frozenset(".^$*+?{}[]\\|()")
-_MAX_EXPRESSION = 1024
+# Of linear layers in a mixture's experts before transformers 5, which kept them apart.
+_NAMES_OF_EXPERTS = frozenset(("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
 _PEFT_PARTS = (
     "base_layer",
     "lora_dropout",
@@ -51,16 +55,24 @@ class Content:
         self.model = model
         self.adapter = adapter
         self.every = base_modules(model, remove_duplicate=False)
-        self.layers = {p: layer for p, layer in lora_layers(model) if layer.spec_of(adapter)}
-        if not self.layers:
+        self.layers: dict[str, LoRALayer] = {}
+        self.parameters: dict[str, LoRAParameter] = {}
+        for path, layer in lora_layers(model):
+            if layer.spec_of(adapter) is not None:
+                if isinstance(layer, LoRAParameter):
+                    self.parameters[layer.name_at(path)] = layer
+                else:
+                    self.layers[path] = layer
+        every = {**self.layers, **self.parameters}
+        if not every:
             raise AdapterError(
                 f"expected one of the adapters {adapter_names(model)}, but got {adapter!r}"
             )
-        if "" in self.layers:
+        if "" in self.layers or any("." not in name for name in self.parameters):
             raise AdapterError("expected a model that holds layers, but got the layer itself")
         if bias not in (None, *BIASES):
             raise AdapterError(f"expected bias to be None or one of {BIASES}, but got {bias!r}")
-        self.specs = {path: self._plain_spec(path, layer) for path, layer in self.layers.items()}
+        self.specs = {path: self._plain_spec(path, layer) for path, layer in every.items()}
         self.saved = self._find_saved()
         self.bias = bias or self._find_bias()
         self.lora_bias = any(spec.lora_bias for spec in self.specs.values())
@@ -95,12 +107,20 @@ class Content:
             for slot in slots(path, layer, self.specs[path].r, self.lora_bias):
                 value = values.get(slot.table)
                 yield slot.key, torch.zeros(slot.shape) if value is None else value, slot.shape
+        for name, layer in self.parameters.items():
+            around = [one for one in layer.module.layers() if one.spec_of(self.adapter)]
+            depth = len(around) - 1 - around.index(layer)
+            shapes = FactorOrder(layer.count).shapes(self.specs[name].r, features(layer))
+            found = parameter_slots(name.rpartition(".")[0], depth, shapes)
+            for slot, value in zip(found, layer.factors(self.adapter), strict=True):
+                yield slot.key, value, slot.shape
         stored = {f"{PREFIX}{p}.{n}": t for p, m in self.saved.items() for n, t in _state(m)}
         if self.bias != "none":
+            wrapped = {*self.layers, *(name.rpartition(".")[0] for name in self.parameters)}
             for path, module in {"": self.model, **self.every}.items():
                 bias = bias_of(module)
                 if bias is not None and (self.bias == "all" or path in self.layers):
-                    stored[bias_key(path, path in self.layers)] = bias
+                    stored[bias_key(path, path in wrapped)] = bias
         for key, tensor in stored.items():
             yield key, tensor, tuple(tensor.shape)
 
@@ -111,8 +131,11 @@ class Content:
     ) -> AdapterConfig:
         """The config that selects these layers, and no others, in PEFT."""
         use_rslora = _most_common(spec.use_rslora for spec in self.specs.values())
-        ranks = {path: spec.r for path, spec in self.specs.items()}
-        alphas = {path: _alpha(spec, use_rslora) for path, spec in self.specs.items()}
+        as_parameters = self._layers_as_parameters()
+        # The names by which PEFT looks into the patterns.
+        names = {path: f"{path}.weight" if path in as_parameters else path for path in self.specs}
+        ranks = {names[path]: spec.r for path, spec in self.specs.items()}
+        alphas = {names[path]: _alpha(spec, use_rslora) for path, spec in self.specs.items()}
         dropouts = [spec.dropout for spec in self.specs.values()]
         if len(set(dropouts)) > 1:
             warnings.warn(
@@ -121,7 +144,14 @@ class Content:
                 stacklevel=4,
             )
         r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-        target_modules, exclude_modules = self._find_names()
+        modules = [path for path in self.layers if path not in as_parameters]
+        target_modules, exclude_modules = module_names(self.model, modules, self.saved_names)
+        parameters = [*self.parameters, *(names[path] for path in as_parameters)]
+        if parameters and any(dropouts):
+            raise AdapterError(
+                "expected dropout 0 beside adapters on parameters, for which PEFT has none, but "
+                f"got {max(dropouts)}"
+            )
         return AdapterConfig(
             r=r,
             alpha=alpha,
@@ -130,6 +160,8 @@ class Content:
             lora_bias=self.lora_bias,
             bias=self.bias,
             target_modules=target_modules,
+            target_parameters=parameter_names(self.model, parameters),
+            peft_version=PEFT_VERSION if parameters else None,
             exclude_modules=exclude_modules,
             modules_to_save=self.saved_names,
             rank_pattern={_anchored(path): n for path, n in ranks.items() if n != r},
@@ -139,26 +171,21 @@ class Content:
             task_type=task_type,
         )
 
-    def _find_names(self) -> tuple[str | tuple[str, ...], tuple[str, ...]]:
-        """(target_modules, exclude_modules) that select exactly the layers: the last parts of their
-        paths if that will do, else the paths, which may select others whose paths end alike."""
-        paths = tuple(self.layers)
-        short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-        others = tuple(p for p in self._selected(paths, ()) if p not in self.layers)
-        expression = "|".join(map(_escaped, paths))
-        candidates = [(short, ()), (paths, ()), (paths, others)]
-        if len(expression) <= _MAX_EXPRESSION:
-            candidates.append((expression, ()))
-        for targets, excluded in candidates:
-            if set(self._selected(targets, excluded)) == set(paths):
-                return targets, excluded
-        raise AdapterError(
-            f"expected layers that PEFT's target_modules can select, but {some(paths)} cannot be "
-            f"told from {some(others)}, or are inside modules to save"
-        )
+    def _layers_as_parameters(self) -> set[str]:
+        """The layers that target_parameters has to name: in a mixture PEFT takes some names of
+        target_modules for those of the experts' parameters."""
+        if not any(is_experts(module) for module in self.every.values()):
+            return set()
+        return {
+            path
+            for path, layer in self.layers.items()
+            if path.rpartition(".")[2] in _NAMES_OF_EXPERTS and self._can_be_parameter(path, layer)
+        }
 
-    def _selected(self, targets: str | tuple[str, ...], excluded: tuple[str, ...]) -> list[str]:
-        return selected_paths(self.model, targets, excluded, self.saved_names)
+    def _can_be_parameter(self, path: str, layer: LoRALayer) -> bool:
+        spec = self.specs[path]
+        is_plain = type(layer) is LoRALinear and not layer.fan_in_fan_out
+        return is_plain and not spec.dropout and not spec.lora_bias
 
     # ---- what is stored whole ----
 
@@ -243,10 +270,6 @@ def _alpha(spec: AdapterSpec, use_rslora: bool) -> float:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def _escaped(path: str) -> str:
-    return "".join(f"\\{char}" if char in _SPECIAL else char for char in path)
-
-
 def _anchored(path: str) -> str:
     """A key of rank_pattern that matches this path alone."""
-    return f"^{_escaped(path)}"
+    return f"^{escaped(path)}"

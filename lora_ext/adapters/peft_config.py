@@ -8,18 +8,18 @@ a field is applied, or has to be off; one that is not known is ignored with a wa
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..models.config import BIASES
-from ..nn.adapter_spec import MAX_RANK
+from .config_fields import Fields, as_alpha, as_rank
 from .errors import AdapterError, shown
 from .strict_json import parse_json
 
-_MAX_SAVED = 1024
+# Whose format is written.
+PEFT_VERSION = "0.21.2"
+
 _APPLIED = {
     "peft_type",
     "r",
@@ -32,6 +32,9 @@ _APPLIED = {
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
+    "target_parameters",
+    "peft_version",
+    "lora_B_layout",
 }
 _INFORMATION = {
     "target_modules",
@@ -46,7 +49,6 @@ _INFORMATION = {
 _WITHOUT_EFFECT = {
     "layers_pattern",
     "auto_mapping",
-    "peft_version",
     "inference_mode",
     "fan_in_fan_out",
     "runtime_config",
@@ -67,13 +69,14 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "alora_invocation_tokens": "aLoRA",
     "layer_replication": "replicated layers",
-    "target_parameters": "LoRA of parameters instead of modules",
     "trainable_token_indices": "trainable tokens",
     "megatron_config": "Megatron's parallel layers",
     "megatron_core": "Megatron's parallel layers",
     "ensure_weight_tying": "tied adapters",
 }
 _DEFAULTS = {"megatron_core": "megatron.core"}
+
+_LAYOUTS = ("rank_major", "grouped_by_expert")
 
 # Of init_lora_weights: what leaves the weight alone, so that the tensors say everything.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -98,6 +101,10 @@ class AdapterConfig:
         alpha_pattern: expression -> alpha where it differs, the first match wins.
         target_modules, exclude_modules: names, or a string: a regular expression or "all-linear";
             information, never used to load.
+        target_parameters: names of parameters that have adapters, instead of modules.
+        peft_version: that wrote the folder; says how factors of stacks lie (`parameters.py`).
+        lora_b_layout: Unsloth's "rank_major", which is PEFT's, or "grouped_by_expert".
+        is_of_unsloth: whether Unsloth wrote it.
         layers_to_transform: indices of layers; information, never used to load.
         base_model_name_or_path, revision, task_type: information, never used.
     """
@@ -114,6 +121,10 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    peft_version: str | None = None
+    lora_b_layout: str | None = None
+    is_of_unsloth: bool = False
     layers_to_transform: tuple[int, ...] = ()
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -139,27 +150,37 @@ def parse_config(data: bytes) -> AdapterConfig:
             "is PEFT's alone: peft.PeftModel.from_pretrained(model, folder)"
         )
     _check_support(table)
-    fields = _Fields(table)
+    fields = Fields(table)
     init = table.get("init_lora_weights", True)
     init = init.lower() if isinstance(init, str) else ""
     return AdapterConfig(
-        r=_rank("r", table.get("r", 8)),
-        alpha=_alpha("lora_alpha", table.get("lora_alpha", 8)),
+        r=as_rank("r", table.get("r", 8)),
+        alpha=as_alpha("lora_alpha", table.get("lora_alpha", 8)),
         dropout=fields.dropout(),
         use_rslora=fields.flag("use_rslora"),
         lora_bias=fields.flag("lora_bias"),
         init=init if init in ("pissa", "olora") else "kaiming",
         bias=fields.bias(),
         modules_to_save=fields.saved(),
-        rank_pattern=fields.patterns("rank_pattern", _rank),
-        alpha_pattern=fields.patterns("alpha_pattern", _alpha),
+        rank_pattern=fields.patterns("rank_pattern", as_rank),
+        alpha_pattern=fields.patterns("alpha_pattern", as_alpha),
         target_modules=fields.names_or_expression("target_modules"),
         exclude_modules=fields.names_or_expression("exclude_modules"),
+        target_parameters=fields.names("target_parameters"),
+        peft_version=fields.text("peft_version"),
+        lora_b_layout=fields.one_of("lora_B_layout", _LAYOUTS),
+        is_of_unsloth=_is_of_unsloth(table),
         layers_to_transform=fields.indices("layers_to_transform"),
         base_model_name_or_path=fields.text("base_model_name_or_path"),
         revision=fields.text("revision"),
         task_type=fields.text("task_type"),
     )
+
+
+def _is_of_unsloth(table: dict[str, Any]) -> bool:
+    mapping, base = table.get("auto_mapping"), table.get("base_model_name_or_path")
+    marked = isinstance(mapping, dict) and "unsloth_fixed" in mapping
+    return marked or (isinstance(base, str) and base.startswith("unsloth/"))
 
 
 def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
@@ -193,6 +214,11 @@ def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
         "use_dora": False,
         "use_rslora": config.use_rslora,
     }
+    if config.target_parameters:
+        table |= {
+            "peft_version": config.peft_version,
+            "target_parameters": list(config.target_parameters),
+        }
     return (json.dumps(table, indent=2) + "\n").encode()
 
 
@@ -231,79 +257,3 @@ def _check_support(table: dict[str, Any]) -> None:
             f"ignored, as by PEFT: {shown(unknown, 300)}",
             stacklevel=4,
         )
-
-
-class _Fields:
-    """The fields of the object, one method for each kind of value; null is the default."""
-
-    def __init__(self, table: dict[str, Any]) -> None:
-        self.table = {name: value for name, value in table.items() if value is not None}
-
-    def flag(self, name: str) -> bool:
-        value = self.table.get(name, False)
-        if not isinstance(value, int) or value not in (0, 1):
-            raise AdapterError(f"expected {name} to be true or false, but got {shown(value)}")
-        return bool(value)
-
-    def text(self, name: str) -> str | None:
-        value = self.table.get(name)
-        return value if isinstance(value, str) else None
-
-    def dropout(self) -> float:
-        value = self.table.get("lora_dropout", 0.0)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-            raise AdapterError(f"expected lora_dropout in [0, 1), but got {shown(value)}")
-        return float(value)
-
-    def bias(self) -> str:
-        value = self.table.get("bias", "none")
-        if not isinstance(value, str) or value not in BIASES:
-            raise AdapterError(f"expected bias to be one of {BIASES}, but got {shown(value)}")
-        return value
-
-    def names(self, name: str) -> tuple[str, ...]:
-        value = self.table.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise AdapterError(f"expected {name} to be a list of names, but got {shown(value)}")
-        return tuple(value)
-
-    def saved(self) -> tuple[str, ...]:
-        names = self.names("modules_to_save")
-        if len(names) > _MAX_SAVED or not all(names):
-            raise AdapterError(
-                f"expected at most {_MAX_SAVED} names in modules_to_save, none of them empty, but "
-                f"got {len(names)}"
-            )
-        return names
-
-    def names_or_expression(self, name: str) -> str | tuple[str, ...]:
-        value = self.table.get(name)
-        return value if isinstance(value, str) else self.names(name)
-
-    def indices(self, name: str) -> tuple[int, ...]:
-        value = self.table.get(name, [])
-        value = value if isinstance(value, list) else [value]
-        return tuple(index for index in value if isinstance(index, int))
-
-    def patterns(self, name: str, check: Any) -> dict[str, Any]:
-        value = self.table.get(name, {})
-        if not isinstance(value, dict):
-            raise AdapterError(f"expected {name} to be an object, but got {shown(value)}")
-        return {key: check(f"{name}[{shown(key)}]", number) for key, number in value.items()}
-
-
-def _rank(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
-        raise AdapterError(
-            f"expected {name} to be an integer of 1 to {MAX_RANK}, but got {shown(value)}"
-        )
-    return value
-
-
-def _alpha(name: str, value: Any) -> float:
-    try:
-        if not isinstance(value, bool) and math.isfinite(value):
-            return value
-    except (TypeError, OverflowError):  # not a number, or an integer beyond float's range
-        pass
-    raise AdapterError(f"expected {name} to be a finite number, but got {shown(value)}")

@@ -7,21 +7,25 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..models.apply import replacement_for
 from ..models.model import adapter_names, named_modules
-from ..nn import (
-    LoRAConv2d,
-    LoRAEmbedding,
-    LoRALayer,
-    LoRAMergedLinear,
-    LoRAQuantizedLinear,
-)
+from ..nn import LoRAEmbedding, LoRALayer, LoRAQuantizedLinear
 from ..nn.adapter_spec import AdapterSpec
-from ..nn.linear import is_conv1d
+from ..nn.parameter import LoRAParameter
+from .adaptable import can_subtract, example_path, is_linear, layer_for, module_for
 from .alphas import find_alphas
 from .errors import AdapterError, some
-from .layout import PREFIX, Slot, bias_key, path_of_factor, slots
+from .layout import PREFIX, Slot, bias_key, features, path_of_factor, slots
 from .owners import bias_of, check_real
+from .parameters import (
+    FactorOrder,
+    check_wrappers,
+    named_parameters,
+    order_of,
+    parameter_of,
+    parameter_slots,
+    warn_of_unsloth,
+    without_wrappers,
+)
 from .peft_config import AdapterConfig
 from .targets import base_modules, saved_paths
 from .tensors import Entry
@@ -33,18 +37,28 @@ class Target:
 
     Attributes:
         path, module: in the model.
-        layer: the module itself if it has adapters, else a layer without one around it.
+        name: the path, or that of the parameter.
+        layer: the module itself if it has adapters, else a layer without one around it; of a
+            parameter, the part of such a module.
         spec: of the adapter there.
         slots: the tensors that it needs.
+        order: how the file keeps the factors of a parameter.
         values: those tensors by the layer's attribute, once they are read.
     """
 
     path: str
     module: nn.Module
+    name: str
     layer: LoRALayer
     spec: AdapterSpec
     slots: list[Slot]
+    order: FactorOrder | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def in_place(self) -> nn.Module:
+        """What the model has in the module's place with the adapter."""
+        return self.layer.module if isinstance(self.layer, LoRAParameter) else self.layer
 
 
 @dataclass
@@ -120,31 +134,76 @@ class Placement:
         return False
 
     def _find_targets(self, entries: Mapping[str, Entry]) -> list[Target]:
-        wanted = {path_of_factor(key) for key in entries}
+        wanted: dict[str, int] = {}
+        for path in filter(None, map(path_of_factor, entries)):
+            path, depth = without_wrappers(path)
+            wanted[path] = max(depth, wanted.get(path, 0))
         paths = [path for path in self.modules if path in wanted]
         if not paths:
             raise AdapterError(
-                f"expected tensors such as '{PREFIX}{_example(self.modules)}.lora_A.weight', of "
-                f"layers of the {type(self.model).__name__}, but none matches; got "
+                f"expected tensors such as '{PREFIX}{example_path(self.modules)}.lora_A.weight', "
+                f"of layers of the {type(self.model).__name__}, but none matches; got "
                 f"{some(entries, 2) or 'no tensor'}; is it the adapter's base?"
             )
-        alphas = find_alphas(paths, self.config)
-        return [self._target(path, alphas[path], entries) for path in paths]
+        named = {p: self._named(p) for p in paths}
+        names = {p: [f"{p}.{each}" for each in named[p]] or [p] for p in paths}
+        alphas = find_alphas([name for p in paths for name in names[p]], self.config)
+        found = []
+        for path in paths:
+            if not named[path] or is_linear(self.modules[path]):
+                found.append(self._target(path, names[path][0], alphas[names[path][0]], entries))
+            else:
+                check_wrappers(path, named[path], wanted[path], self.config)
+                found += self._parameters(path, named[path], alphas, entries)
+        layers = [(t.layer, t.spec.r) for t in found if isinstance(t.layer, LoRAParameter)]
+        warn_of_unsloth(self.config, layers)
+        return found
 
-    def _target(self, path: str, alpha: float, entries: Mapping[str, Entry]) -> Target:
-        config, module = self.config, self.modules[path]
-        layer = _layer_for(path, module)
-        lora_a = entries.get(slots(path, layer, config.r, False)[0].key)
-        rank = lora_a.shape[0] if lora_a and lora_a.shape else 0
-        spec = AdapterSpec(
+    def _named(self, path: str) -> list[str]:
+        """The parameters of a module that get the adapter; [] where it is the module's."""
+        return named_parameters(path, self.modules[path], self.config.target_parameters)
+
+    def _parameters(
+        self,
+        path: str,
+        names: list[str],
+        alphas: Mapping[str, float],
+        entries: Mapping[str, Entry],
+    ) -> Iterator[Target]:
+        """The targets of a module that PEFT wraps for parameters, the innermost first."""
+        module = self.modules[path]
+        around = module_for(path, module)
+        for depth, parameter in zip(reversed(range(len(names))), names, strict=True):
+            name = f"{path}.{parameter}"
+            layer = parameter_of(path, parameter, around.layers())
+            check_real(repr(name), layer.weight)
+            entry = entries.get(parameter_slots(path, depth, ((0, 0), (0, 0)))[0].key)
+            order = order_of(layer, entry, self.config)
+            rank = entry.shape[0] // order.count if entry and entry.shape else 0
+            spec = self._spec(name, rank, alphas[name], self.config.init)
+            shapes = order.shapes(spec.r, features(layer))
+            slots = parameter_slots(path, depth, shapes)
+            yield Target(path, module, name, layer, spec, slots, order)
+
+    def _spec(self, name: str, rank: int, alpha: float, init: str) -> AdapterSpec:
+        config = self.config
+        return AdapterSpec(
             r=rank if rank in config.rank_pattern.values() else config.r,
             alpha=alpha,
             dropout=config.dropout,
             use_rslora=config.use_rslora,
-            # PEFT initializes embeddings in the plain way whatever init_lora_weights says.
-            init="kaiming" if isinstance(layer, LoRAEmbedding) else config.init,
+            init=init,
             lora_bias=config.lora_bias,
         )
+
+    def _target(self, path: str, name: str, alpha: float, entries: Mapping[str, Entry]) -> Target:
+        config, module = self.config, self.modules[path]
+        layer = layer_for(path, module)
+        lora_a = entries.get(slots(path, layer, config.r, False)[0].key)
+        rank = lora_a.shape[0] if lora_a and lora_a.shape else 0
+        # PEFT initializes embeddings in the plain way whatever init_lora_weights says.
+        init = "kaiming" if isinstance(layer, LoRAEmbedding) else config.init
+        spec = self._spec(path, rank, alpha, init)
         if spec.lora_bias and isinstance(layer, LoRAEmbedding):
             raise AdapterError(f"expected lora_bias false for the embedding {path!r}, but got true")
         if spec.subtracts_init and isinstance(layer, LoRAQuantizedLinear):
@@ -153,12 +212,12 @@ class Placement:
                 f"{spec.init!r}: its factors are taken out of the weight as it was before; load it "
                 "into that model, and save_adapter writes it as plain LoRA"
             )
-        if spec.subtracts_init and not _can_subtract(spec, layer, module):
+        if spec.subtracts_init and not can_subtract(spec, layer, module):
             raise AdapterError(
                 f"expected init_lora_weights {spec.init!r} for linear layers with a positive "
                 f"lora_alpha, but got alpha {spec.alpha} for {path!r}, a {type(module).__name__}"
             )
-        return Target(path, module, layer, spec, slots(path, layer, spec.r, spec.lora_bias))
+        return Target(path, module, name, layer, spec, slots(path, layer, spec.r, spec.lora_bias))
 
     def _saved_module(self, path: str) -> nn.Module:
         module = self.every[path]
@@ -200,40 +259,3 @@ class Placement:
             except (AttributeError, NotImplementedError):  # transformers' answers for "none"
                 continue
         return [path for path, m in self.modules.items() if any(m is one for one in found)]
-
-
-def _example(modules: Mapping[str, nn.Module]) -> str:
-    adaptable = (path for path, m in modules.items() if replacement_for(m) is not None)
-    return next(adaptable, "<path>")
-
-
-def _layer_for(path: str, module: nn.Module) -> LoRALayer:
-    if isinstance(module, LoRAMergedLinear):
-        raise AdapterError(
-            f"expected a layer with plain factors at {path!r}, but it is a LoRAMergedLinear, which "
-            "keeps them by groups"
-        )
-    if isinstance(module, LoRALayer):
-        layer = module
-    else:
-        kind = replacement_for(module)
-        if kind is None:
-            raise AdapterError(
-                "expected nn.Linear, nn.Embedding, Conv1D, a 1x1 nn.Conv2d or a quantised linear "
-                f"layer that is known at {path!r}, but the adapter is for a "
-                f"{type(module).__module__}.{type(module).__qualname__}"
-            )
-        try:
-            layer = kind.around(module)
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"{path!r} cannot be adapted: {error}") from None
-    check_real(f"the weight of {path!r}", layer.stored_weight)
-    return layer
-
-
-def _can_subtract(spec: AdapterSpec, layer: LoRALayer, module: nn.Module) -> bool:
-    """Whether PEFT's init and this library's subtract the same product. PEFT's OLoRA decomposes a
-    Conv1D's weight in its stored layout, and its convolutions have neither init."""
-    if isinstance(layer, LoRAConv2d) or spec.scaling <= 0:
-        return False
-    return spec.init == "pissa" or not getattr(layer, "fan_in_fan_out", is_conv1d(module))

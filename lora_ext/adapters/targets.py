@@ -9,18 +9,19 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..models.apply import replacement_for
-from ..models.model import lora_layers, named_modules
+from ..models.find import replacement_for
+from ..models.model import named_modules, own_parts
 from ..models.patterns import is_name_of
 from ..nn import LoRALayer
+from ..nn.experts import is_experts
 from .errors import some
+from .parameters import is_named
 from .peft_config import AdapterConfig
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Path -> module, without the model itself and without the parts of adapters' layers."""
-    own = {id(part) for _, layer in lora_layers(model) for part in layer.modules()}
-    own -= {id(layer) for _, layer in lora_layers(model)}
+    own = own_parts(model)
     named = named_modules(model, remove_duplicate)
     return {path: module for path, module in named if path and id(module) not in own}
 
@@ -69,10 +70,35 @@ def warn_of_others(model: nn.Module, config: AdapterConfig, adapted: Iterable[st
     selected = selected_paths(model, targets, excluded, config.modules_to_save)
     others = set(selected).difference(adapted)
     others = {p for p in others if isinstance(modules[p], LoRALayer) or replacement_for(modules[p])}
+    others -= {p for p in others if is_experts(modules[p])}  # not a target of PEFT's
     if others:
         warnings.warn(
             f"lora_ext.load_adapter: target_modules names {some(others)} too, for which the file "
             "has no tensors; they stay as they are",
+            stacklevel=3,
+        )
+
+
+def warn_of_other_parameters(
+    model: nn.Module, names: tuple[str, ...], adapted: Iterable[str]
+) -> None:
+    """Warns of what target_parameters names and the file has no tensors for.
+
+    Args:
+        model: before the adapter is added.
+        names: target_parameters.
+        adapted: the parameters that get the adapter, and the layers.
+    """
+    if not names:
+        return
+    every = {f"{p}.{n}" for p, module in base_modules(model).items() for n in module._parameters}
+    adapted = {*adapted, *(f"{path}.weight" for path in adapted)}
+    others = {each for each in every if is_named(each, names)} - adapted
+    others |= {name for name in names if not any(is_named(each, [name]) for each in every)}
+    if others:
+        warnings.warn(
+            f"lora_ext.load_adapter: target_parameters names {some(others)} too, for which the "
+            "file has no tensors or the model no parameter; without effect",
             stacklevel=3,
         )
 

@@ -1,6 +1,6 @@
 """Models with our layers: their adapters chosen, merged, counted and taken out again."""
 
-from .apply import apply_lora, merge_and_unload, unload
+from .apply import apply_lora
 from .config import LoRAConfig
 from .mixed import use_adapters
 from .model import (
@@ -15,6 +15,7 @@ from .model import (
 )
 from .optimizer import lora_plus_groups
 from .trainable import TrainableParameters, trainable_parameters
+from .unload import merge_and_unload, unload
 
 __all__ = [
     "LoRAConfig",

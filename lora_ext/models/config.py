@@ -37,8 +37,10 @@ class LoRAConfig:
 
     Attributes:
         target_modules: one pattern or several; ``"all-linear"`` is every linear layer (nn.Linear,
-            transformers' Conv1D and quantised ones) but the output embedding and what
-            modules_to_save names.
+            transformers' Conv1D and quantised ones) and the experts of mixtures, but for the output
+            embedding and what modules_to_save names. Experts are chosen by their module, too
+            (``"experts"``), and a part of them, or a router, by its name (``"experts.down_proj"``,
+            ``"mlp.gate"``).
         r, alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
         exclude_modules: patterns of modules that get none.
         rank_pattern: pattern -> r where it differs; the first that matches wins.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import LoRALayer
+from ..nn import LoRALayer, LoRAParameter
 from ..nn.row_adapters import RowAdapters, given_to
 from ..peft.parts_by_row import parts_by_row
 
@@ -67,6 +67,7 @@ def use_adapters(
         )
     distinct, index = _checked(names, index, repeats)
     _check_known(distinct, layers)
+    _check_rows_can_differ(distinct, own)
     index = index.detach().to(_device_of(layers[0]), copy=True)
     rows = RowAdapters(distinct, index, _slots(own, distinct, index), repeats)
     with ExitStack() as stack:
@@ -137,6 +138,17 @@ def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:
             f"lora_ext.use_adapters: expected names out of {sorted(known)}, or None for the base, "
             f"but got {sorted(missing)}"
         )
+
+
+def _check_rows_can_differ(names: Sequence[str], layers: Sequence[LoRALayer]) -> None:
+    for layer in layers:
+        found = [name for name in names if name in layer.adapters]
+        if found and isinstance(layer, LoRAParameter):
+            raise ValueError(
+                f"lora_ext.use_adapters: expected adapters of layers whose rows can differ, but "
+                f"{found[0]!r} is on {layer.parameter!r} of a {type(layer.module).__name__}, too; "
+                "choose one adapter for the whole batch by models.set_adapter"
+            )
 
 
 def _device_of(layer: Any) -> torch.device:

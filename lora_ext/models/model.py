@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import LoRALayer
+from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from ..peft.report import peft_layers
 from .config import BIASES
 
@@ -35,6 +35,14 @@ def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tup
     for path, module in named_modules(model, remove_duplicate):
         if isinstance(module, LoRALayer):
             yield path, module
+
+
+def own_parts(model: nn.Module) -> set[int]:
+    """The ids of the modules that are parts of layers with adapters, and not in the base model."""
+    layers = [layer for _, layer in lora_layers(model)]
+    own = {id(part) for layer in layers for part in layer.modules()}
+    own -= {id(layer) for layer in layers if not isinstance(layer, LoRAParameter)}
+    return own | {id(module.lora) for module in model.modules() if isinstance(module, LoRAModule)}
 
 
 def saved_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Module]]:

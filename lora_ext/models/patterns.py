@@ -19,9 +19,14 @@ def matches(pattern: str, path: str) -> bool:
     Raises:
         ValueError: the expression is not valid.
     """
-    if pattern.startswith("re:") or any(mark in pattern for mark in "*?["):
+    if is_pattern(pattern):
         return _compiled(pattern).fullmatch(path) is not None
     return is_name_of(pattern, path)
+
+
+def is_pattern(pattern: str) -> bool:
+    """Whether it is a glob or an expression, no name."""
+    return pattern.startswith("re:") or any(mark in pattern for mark in "*?[")
 
 
 def is_name_of(name: str, path: str) -> bool:

@@ -42,15 +42,34 @@ def merged_tensors(layer: LoRALayer, names: Sequence[str]) -> tuple[Tensor, Tens
             updates.append((name, lora_a.to(wide), lora_b.to(wide) * layer.adapters[name].scaling))
         merged = torch.empty_like(layer.weight)
         source, target = layer.matrix(layer.weight.detach()), layer.matrix(merged)
-        for begin in range(0, source.shape[0], _ROWS):
-            rows = slice(begin, begin + _ROWS)
-            total = source[rows].to(wide, copy=True)
-            for name, lora_a, lora_b in updates:
-                update = lora_b[rows] @ lora_a
-                _check_finite(layer, name, update)
-                total += update
-            target[rows] = _rounded(layer, total, source[rows])
+        if source.dim() == 2:
+            _merge_matrix(layer, source, target, updates)
+        else:  # a stack of matrices
+            of_each = [(n, *each_factor(a, b, len(source))) for n, a, b in updates]
+            for e, matrix in enumerate(source):
+                _merge_matrix(layer, matrix, target[e], [(n, a[e], b[e]) for n, a, b in of_each])
         return merged, _merged_bias(layer, names, wide)
+
+
+def each_factor(lora_a: Tensor, lora_b: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Views (A ``[E, r, in]``, B ``[E, out, r]``) of ``[E r, in]`` and ``[out, r E]``, PEFT's
+    factors of a stack of E matrices."""
+    each_a = lora_a.view(count, -1, lora_a.shape[1])
+    return each_a, lora_b.view(lora_b.shape[0], -1, count).permute(2, 0, 1)
+
+
+def _merge_matrix(
+    layer: LoRALayer, source: Tensor, target: Tensor, updates: list[tuple[str, Tensor, Tensor]]
+) -> None:
+    """Writes source + sum of B A, both ``[out, in]``, into target."""
+    for begin in range(0, source.shape[0], _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        total = source[rows].to(updates[0][1].dtype, copy=True)
+        for name, lora_a, lora_b in updates:
+            update = lora_b[rows] @ lora_a
+            _check_finite(layer, name, update)
+            total += update
+        target[rows] = _rounded(layer, total, source[rows])
 
 
 def _merged_bias(layer: LoRALayer, names: Sequence[str], wide: torch.dtype) -> Tensor | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -65,6 +66,13 @@ def active_names(layer: Any, table: Mapping[str, Any]) -> list[str]:
     active = layer._active_adapter
     names = (active,) if isinstance(active, str) else active
     return [name for name in names if name in table]
+
+
+def no_export_reason() -> str:
+    """Why a program that is exported or traced has PEFT's own forward, or ""."""
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return "the model is exported or traced"
+    return ""
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -13,12 +13,19 @@ from .reasons import ADDED, FUSED, PEFT, adapters_state, dequantized_base
 
 
 def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The (path, layer) pairs of PEFT's LoRA layers; imports nothing that is not imported."""
+    """The (path, layer) pairs of PEFT's LoRA layers; imports nothing that is not imported.
+
+    Of nested wrappers of parameters, the outermost, which stands for all.
+    """
     lora: Any = sys.modules.get("peft.tuners.lora.layer")
-    if lora is not None:
-        for path, module in model.named_modules():
-            if isinstance(module, lora.LoraLayer):
-                yield path, module
+    if lora is None:
+        return
+    inner = set()
+    for path, module in model.named_modules():
+        if isinstance(module, lora.ParamWrapper):
+            inner.add(id(module.base_layer))
+        if isinstance(module, lora.LoraLayer) and id(module) not in inner:
+            yield path, module
 
 
 def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from torch import nn
 from . import mixed_batch
 from .embedding import Embedding
 from .linear import Linear
+from .param_wrapper import ParamWrapper
 from .quantized import CLASSES
 
 
@@ -49,16 +50,29 @@ class LoraModel(peft_model.LoraModel):
 @cache
 def classes() -> dict[type, type]:
     """PEFT's class -> ours, a subclass of it with another forward or `inject_adapter`."""
-    layers = {peft_layers.Linear: Linear, peft_layers.Embedding: Embedding}
+    layers = {
+        peft_layers.Linear: Linear,
+        peft_layers.Embedding: Embedding,
+        peft_layers.ParamWrapper: ParamWrapper,
+    }
     return {**layers, **CLASSES, peft_model.LoraModel: LoraModel}
 
 
 def swap(model: nn.Module, back: bool = False) -> int:
-    """Gives each module of exactly a known class the other one; returns how many layers changed."""
-    table = {ours: theirs for theirs, ours in classes().items()} if back else classes()
+    """Gives each module of exactly a known class the other one; returns how many layers changed.
+
+    Of nested wrappers of parameters the outermost computes for all, and the others are PEFT's.
+    """
+    backward = {ours: theirs for theirs, ours in classes().items()}
+    table = backward if back else classes()
+    inner = {
+        id(module.base_layer)
+        for module in model.modules()
+        if isinstance(module, peft_layers.ParamWrapper)
+    }
     count = 0
     for module in model.modules():
-        other = table.get(type(module))
+        other = (backward if id(module) in inner else table).get(type(module))
         if other is not None:
             module.__class__ = other
             module.__dict__.pop("row_adapters", None)

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..adapters import AdapterError, save_adapter
 from ..models import LoRAConfig
-from ..models.apply import find_targets, install, replacement_for
+from ..models.apply import install
+from ..models.find import find_targets, replacement_for
 from ..models.model import adapter_names, check_not_peft, lora_layers
-from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
+from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAModule
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect
 from ..nn.fused import FusedLoRALayer
 from ..nn.layer_pool import LayerPool, let_go
@@ -303,7 +304,12 @@ def _layer_for(path: str, module: nn.Module) -> LoRALayer:
         layer: Any = module
     else:
         kind = replacement_for(module)
-        assert kind is not None
+        if kind is None or issubclass(kind, LoRAModule):
+            raise ValueError(
+                f"lora_ext.AdapterPool: expected layers whose rows can have different adapters, "
+                f"but target_modules chooses {path!r}, a {type(module).__name__} of a mixture; "
+                "leave them out by exclude_modules=['experts']"
+            )
         try:
             layer = kind.around(module)
         except (TypeError, ValueError) as error:

@@ -15,8 +15,8 @@ from ..adapters.errors import AdapterError
 from ..adapters.load import read_placement
 from ..adapters.placement import Placement
 from ..models import LoRAConfig
-from ..models.apply import find_targets
 from ..models.config import not_a_config
+from ..models.find import find_targets
 from ..nn import LoRALayer, initialize
 from ..nn.adapter_spec import AdapterSpec
 
@@ -156,6 +156,11 @@ def _of_folder(
                 raise AdapterError(
                     f"expected plain LoRA, but got init {target.spec.init!r}; save_adapter after "
                     "load_adapter writes it as such"
+                )
+            if target.order is not None:
+                raise AdapterError(
+                    f"expected adapters of linear layers, but it is on {target.name!r}, too, a "
+                    "parameter, for which a pool has no room; load_adapter takes it"
                 )
             _known(target.path, layers)
 

@@ -24,6 +24,7 @@ from adapter_helpers import (
     save_peft,
     write_config,
 )
+from mixture_helpers import mixture
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ VISION = [
     *_layers("model.language_model"),
     "lm_head",
 ]
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 EXPERTS = [
     "model.layers.0.mlp.gate",
     *(f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(3)),
@@ -74,6 +76,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "decoder": lambda: Tree(DECODER),
     "vision": lambda: Tree(VISION),
     "experts": lambda: Tree(EXPERTS),
+    "mixture": mixture,
     "zoo": make_zoo,
     "llama": lambda: _transformers("llama", tie_word_embeddings=False),
     "tied llama": lambda: _transformers("llama", tie_word_embeddings=True),
@@ -155,6 +158,18 @@ def without(part: str) -> Callable[[Path], None]:
 
 def renamed(old: str, new: str) -> Callable[[Path], None]:
     return each(lambda key, value: {key.replace(old, new): value})
+
+
+def swapped(path: Path) -> None:
+    """Factors of 5 experts as PEFT wrote them before 0.19.1: A_e for B_e^T, and B_e for A_e^T."""
+    tensors = read_tensors(path)
+    for key in [key for key in tensors if "experts" in key and "lora_A" in key]:
+        other = key.replace("lora_A", "lora_B")
+        lora_a, lora_b = tensors[key], tensors[other]
+        tensors[key] = lora_b.view(len(lora_b), -1, 5).permute(2, 1, 0).reshape(-1, len(lora_b))
+        of_a = lora_a.view(5, -1, lora_a.shape[1]).permute(2, 1, 0)
+        tensors[other] = of_a.reshape(lora_a.shape[1], -1).contiguous()
+    save_file(tensors, path / WEIGHTS)
 
 
 def beside_checkpoints(path: Path) -> None:

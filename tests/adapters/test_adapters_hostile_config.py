@@ -91,7 +91,6 @@ BAD_FIELDS = [
     (dict(monteclora_config={"num_samples": 8}), "monteclora_config="),
     (dict(alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens=\[1, 2\] \(aLoRA\)"),
     (dict(layer_replication=[[0, 2]]), "layer_replication="),
-    (dict(target_parameters=["experts.w"]), "target_parameters="),
     (dict(trainable_token_indices=[1]), "trainable_token_indices="),
     (dict(trainable_token_indices={"emb": [1]}), "trainable_token_indices="),
     (dict(megatron_config={"x": 1}), "megatron_config="),

@@ -107,7 +107,7 @@ def failing(function, count, after=False):
     [
         (LoRALayer, "add_adapter", 3),
         (torch.Tensor, "copy_", 10),
-        ("lora_ext.adapters.load", "install", 1),
+        ("lora_ext.adapters.apply", "install", 1),
     ],
 )
 def test_a_failure_at_any_point_changes_nothing(owner, name, last, adapted, folder, monkeypatch):

@@ -102,7 +102,7 @@ def test_a_load_that_fails_after_untying_ties_again(tmp_path, monkeypatch):
         monkeypatch.undo()
         raise MemoryError
 
-    monkeypatch.setattr("lora_ext.adapters.load.install", fail)
+    monkeypatch.setattr("lora_ext.adapters.apply.install", fail)
     with pytest.raises(MemoryError):
         load_adapter(base, tmp_path)
     assert_unchanged(base, before)

@@ -8,12 +8,14 @@ import torch
 from adapter_folders import (
     ATTENTION,
     DECODER,
+    PARAMETERS,
     SEVEN,
     Folder,
     as_pickle,
     beside_checkpoints,
     in_dtype,
     renamed,
+    swapped,
     without,
 )
 
@@ -83,6 +85,7 @@ def versions() -> list[Folder]:
 # ---- by trainers ----
 
 EMBEDDINGS = {"modules_to_save": ["embed_tokens", "lm_head"]}
+OF_EXPERTS = {"targets": ["q_proj"], "base": "mixture", "target_parameters": PARAMETERS}
 HEAD_FIRST = {"modules_to_save": ["lm_head", "embed_tokens"]}
 UNSLOTH = {
     "auto_mapping": {
@@ -121,6 +124,8 @@ def unsloth() -> list[Folder]:
         one("language of a vision model", UNSLOTH_LANGUAGE, "vision"),
         one("a long expression", f"{UNSLOTH_LANGUAGE}|{'x' * 1200}", "vision"),
         one("a path with a newline", fields={"base_model_name_or_path": "unsloth/x\n"}),
+        one("experts", **OF_EXPERTS, fields={"lora_B_layout": "rank_major"}),
+        one("experts, before it said their order", **OF_EXPERTS),
         one("bias all", bias="all"),
         one("layers_to_transform", layers_to_transform=[1]),
     ]
@@ -234,6 +239,9 @@ def options() -> list[Folder]:
         one("names escaped in alpha_pattern", alpha_pattern={escaped: 3}),
         one("a lookahead in alpha_pattern", alpha_pattern=lookahead),
         one("a lookahead in rank_pattern", rank_pattern=lookahead),
+        one("experts", **OF_EXPERTS),
+        one("experts and router", "all-linear", "mixture"),
+        one("experts, by 0.18", **OF_EXPERTS, fields={"peft_version": "0.18.1"}, edit=swapped),
         one("whole paths", [path for path in DECODER if "v_proj" in path]),
         *(one(f"stored in {str(dtype)[6:]}", edit=in_dtype(dtype)) for dtype in dtypes),
         one("rank 600", r=600),

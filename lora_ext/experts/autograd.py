@@ -1,0 +1,162 @@
+"""The torch autograd Functions of the two projections.
+
+    Projected       z ``[S, N]`` of x ``[T, H]``, or rows of rows
+    GateDown        out ``[T, H]`` of z ``[S, N]`` and the router's weights
+
+Saved for backward: x as it came, z (what the gate takes), the routes and S ``[S, R]`` of each
+projection; not the gathered rows, not h = gate(z), which is computed again, not y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops, projection, routing
+from .factors import Factors
+from .projection import Projection, Rows
+from .routing import Routes
+
+
+class Call(NamedTuple):
+    """What a projection has beside tensors with a gradient.
+
+    Attributes:
+        weight: ``[E, out, in]``.
+        bias: ``[E, out]`` or None.
+        scalings: of the adapters.
+        routes: of the rows.
+        slots: k; of the rows of each token.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scalings: tuple[float, ...]
+    routes: Routes
+    slots: int
+
+    def projection(self, factors: tuple[Tensor, ...]) -> Projection:
+        if not factors:
+            return Projection(self.weight, self.bias, None)
+        half = len(factors) // 2
+        return Projection(
+            self.weight, self.bias, Factors(factors[:half], factors[half:], self.scalings)
+        )
+
+
+class _Eager:
+    """The passes themselves, without the dispatcher."""
+
+    forward = staticmethod(projection.forward)
+    backward = staticmethod(projection.backward)
+    sum_of_slots = staticmethod(routing.sum_of_slots)
+
+
+def passes() -> Any:
+    """The passes for this call: of a traced program the ops."""
+    return ops if torch.compiler.is_compiling() else _Eager
+
+
+def _save(ctx: Any, call: Call, *tensors: Tensor | None) -> None:
+    ctx.call = call._replace(routes=None)  # pyright: ignore[reportArgumentType]
+    ctx.save_for_backward(*call.routes, *tensors)
+
+
+def _saved(ctx: Any) -> tuple[Call, list[Tensor]]:
+    perm, token, offs, *tensors = ctx.saved_tensors  # once: a checkpoint unpacks each tensor once
+    return ctx.call._replace(routes=Routes(perm, token, offs)), tensors
+
+
+def _halves(wants: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    half = len(wants) // 2
+    return wants[:half], wants[half:]
+
+
+class Projected(torch.autograd.Function):
+    """y ``[S, out]`` of x: ``[T, in]`` if it is of tokens, else ``[S, in]``, sorted."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, of_tokens: bool, x: Tensor, *factors: Tensor) -> Tensor:
+        rows = Rows(x, call.routes.token if of_tokens else None)
+        y, s = passes().forward(rows, call.projection(factors), call.routes.offs)
+        _save(ctx, call, x, s, *factors)
+        ctx.of_tokens = of_tokens
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        call, (x, s, *factors) = _saved(ctx)
+        _, _, want_x, *wants = ctx.needs_input_grad
+        found = passes().backward(
+            Rows(grad),
+            Rows(x, call.routes.token if ctx.of_tokens else None),
+            None,
+            call.projection(tuple(factors)),
+            s,
+            call.routes.offs,
+            want_x,
+            *_halves(tuple(wants)),
+        )
+        dx = found.dx
+        if dx is not None and ctx.of_tokens:
+            dx = passes().sum_of_slots(dx, call.routes.perm, None, call.slots)
+        return None, None, dx, *found.dlora_a, *found.dlora_b
+
+
+class GateDown(torch.autograd.Function):
+    """out ``[T, H]`` of z ``[S, N]`` and the router's weights ``[T, k]``.
+
+    h = gate(z) is computed again in backward. Without a gate z is h: a compiler decides by itself
+    what it computes again, and a gate that is trained has to be seen by autograd.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        gate: Callable[[Tensor], Tensor] | None,
+        z: Tensor,
+        weights: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        h = z if gate is None else gate(z)
+        y, s = passes().forward(Rows(h), call.projection(factors), call.routes.offs)
+        _save(ctx, call, z, weights, s, *factors)
+        ctx.gate = gate
+        return passes().sum_of_slots(y, call.routes.perm, weights.reshape(-1), call.slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        call, (z, weights, s, *factors) = _saved(ctx)
+        _, _, want_z, want_weights, *wants = ctx.needs_input_grad
+        h = leaf = z
+        if ctx.gate is not None:
+            with torch.enable_grad():
+                leaf = z.detach().requires_grad_(want_z)
+                h = ctx.gate(leaf)
+        perm = call.routes.perm
+        found = passes().backward(
+            Rows(grad, call.routes.token),
+            Rows(h.detach()),
+            weights.reshape(-1)[perm],
+            call.projection(tuple(factors)),
+            s,
+            call.routes.offs,
+            want_z or want_weights,
+            *_halves(tuple(wants)),
+        )
+        dz = found.dx if want_z else None
+        if dz is not None and ctx.gate is not None:
+            (dz,) = torch.autograd.grad(h, leaf, dz)
+        dweights = None
+        if want_weights and found.dweights is not None:
+            dweights = weights.new_empty(weights.numel())
+            dweights[perm] = found.dweights.to(weights.dtype)
+            dweights = dweights.view(weights.shape)
+        return None, None, dz, dweights, *found.dlora_a, *found.dlora_b

@@ -1,0 +1,98 @@
+"""transformers' experts: the classes under its `use_experts_implementation`, and their forward.
+
+The decorator says in which layout the weights are; the forwards that transformers knows for them
+can take the place of one another. Nothing is imported that is not imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dtypes import FLOATS
+
+# Transformers' own: each computes the same. Of others nobody knows.
+_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
+_DEVICES = ("cpu", "cuda")
+_MODULE = "transformers.integrations.moe"
+
+
+@cache
+def _code_of_decorator() -> CodeType:
+    decorate = sys.modules[_MODULE].use_experts_implementation
+    return decorate(type("Experts", (nn.Module,), {})).forward.__code__
+
+
+def is_decorated(kind: type) -> bool:
+    """Whether a class has the forward that transformers' decorator gives, and no other."""
+    if not hasattr(sys.modules.get(_MODULE), "use_experts_implementation"):
+        return False  # not imported, or before transformers 5
+    return getattr(kind.forward, "__code__", None) is _code_of_decorator()
+
+
+def up_name(module: Any) -> str:
+    """The name of the first projection's weight."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def obstacle(module: Any) -> str:
+    """Why `lora_experts` cannot compute a decorated module whatever the input is, or ""."""
+    if module._is_expert_parallel:
+        return "the experts are parallel"
+    if getattr(module.config, "_experts_implementation", None) not in _IMPLEMENTATIONS:
+        return "the experts' implementation is not one of transformers' own"
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return "the model is exported or traced"
+    names = (up_name(module), "down_proj")
+    first, second = (module._parameters.get(name) for name in names)
+    if not (_is_stack(first) and _is_stack(second)):
+        return "the experts' weights are computed, quantised or sharded"
+    if first.dtype != second.dtype or first.device != second.device:
+        return "the experts' weights differ in dtype or device"
+    if first.device.type not in _DEVICES:
+        return "no kernels for this device"
+    biases = [getattr(module, f"{name}_bias") for name in names] if module.has_bias else []
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (first, second, *biases)):
+        return "the experts' own weights or biases are trained"
+    return ""
+
+
+def _is_stack(weight: Any) -> bool:
+    return type(weight) is nn.Parameter and weight.dim() == 3 and weight.dtype in FLOATS
+
+
+def operands(
+    module: Any, kind: type, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(x, top_k_index, top_k_weights) of a call, or None where `lora_experts` cannot take them.
+
+    Args:
+        module: a decorated one.
+        kind: its class, or that which it stands for.
+        args, kwargs: of its forward, whose arguments each model may name in its own way.
+    """
+    if kwargs:
+        names = kind.forward.__wrapped__.__code__.co_varnames[1:4]  # type: ignore[attr-defined]
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        if len(named) != len(args) + len(kwargs) or named.keys() != set(names):
+            return None
+        args = tuple(named[name] for name in names)
+    if len(args) != 3 or not all(type(each) is Tensor for each in args):
+        return None
+    x, index, weights = args
+    down = module.down_proj
+    is_fit = (
+        x.dim() == index.dim() == weights.dim() == 2
+        and index.shape == weights.shape
+        and x.shape == (len(index), down.shape[2 if module.is_transposed else 1])
+        and x.dtype in FLOATS
+        and weights.dtype in FLOATS
+        and not index.is_floating_point()
+        and x.device == down.device
+    )
+    return (x, index, weights) if is_fit else None

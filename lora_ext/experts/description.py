@@ -1,0 +1,61 @@
+"""What a layer of experts is made of, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Experts(NamedTuple):
+    """The frozen part of the experts, E matrices for each of two projections.
+
+    Attributes:
+        up: ``[E, N, H]``, gate and up together or up alone; ``[E, H, N]`` if it is transposed.
+        down: ``[E, H, I]``; ``[E, I, H]`` if it is transposed.
+        up_bias, down_bias: ``[E, N]`` and ``[E, H]``, or None.
+        is_transposed: whether both have ``[in, out]`` for each expert.
+        gate: from ``[S, N]`` to ``[S, I]``, each row by itself: activation and product.
+        norm: of each row of what the down projection returns, or None.
+        is_gate_trained: whether the gate has parameters that want a gradient.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Callable[[Tensor], Tensor]
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    is_transposed: bool = False
+    norm: Callable[[Tensor], Tensor] | None = None
+    is_gate_trained: bool = False
+
+    @classmethod
+    def of(cls, module: Any) -> Experts:
+        """Of a module with the attributes that transformers' `use_experts_implementation` gives."""
+        name = "gate_up_proj" if module.has_gate else "up_proj"
+        return cls(
+            getattr(module, name),
+            module.down_proj,
+            # Without a gate `_apply_gate` exists all the same, and would split.
+            module._apply_gate if module.has_gate else module.act_fn,
+            getattr(module, f"{name}_bias") if module.has_bias else None,
+            module.down_proj_bias if module.has_bias else None,
+            module.is_transposed,
+            module.post_expert_norm if module.has_post_expert_norm else None,
+            any(each.requires_grad for part in module.children() for each in part.parameters()),
+        )
+
+
+class ExpertsAdapter(NamedTuple):
+    """scaling * B_e A_e for each expert e of one projection, in PEFT's layout.
+
+    Attributes:
+        lora_a: ``[E r, in]``; A_e is the rows from e r to (e + 1) r.
+        lora_b: ``[out, r E]``; B_e is the columns e, e + E, e + 2 E, ...
+        scaling: a number, or a tensor of one element that changes without a new graph.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float | Tensor

@@ -1,0 +1,149 @@
+"""PEFT's factors of experts as pools of the grouped op, and the pools' gradients as PEFT's.
+
+    lora_A [E r, in]     A_e = rows e r .. (e + 1) r       a pool as it lies
+    lora_B [out, r E]    B_e = columns e, e + E, ...       the expert is fastest: copied into a pool
+
+Several adapters are one whose ranks are all of theirs. Only experts that have rows are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import HALVES
+
+
+class Factors(NamedTuple):
+    """The adapters of one projection.
+
+    Attributes:
+        lora_a, lora_b: one each for an adapter, in PEFT's layout.
+        scalings: a number for each.
+    """
+
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    scalings: Sequence[float]
+
+    def scaling(self, dtype: torch.dtype) -> float | None:
+        """The op's, of all; None where each is multiplied into its B: they differ, or x has more
+        digits than the op's float32 scaling."""
+        first = self.scalings[0]
+        is_one = all(scaling == first for scaling in self.scalings)
+        return first if is_one and (dtype != torch.float64 or first == 1.0) else None
+
+    def rank(self, experts: int) -> int:
+        """Of an expert, of all adapters together."""
+        return sum(len(a) // experts for a in self.lora_a)
+
+
+class Pools(NamedTuple):
+    """Attributes:
+    lora_a: ``[n, R, in]``.
+    lora_b: ``[n, out, R]``.
+    scaling: ``[n]`` float32, all the same.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: Tensor
+
+
+def pools_of(factors: Factors, experts: int, hit: Tensor | None, dtype: torch.dtype) -> Pools:
+    """The factors of some experts for an x of a dtype.
+
+    Args:
+        hit: their numbers ``[n]``; None for all.
+    """
+    kept = dtype_of(factors, dtype)
+    first = [_some(_a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
+    second = [_some(_b_by_expert(b, experts), hit).to(kept) for b in factors.lora_b]
+    scaling = factors.scaling(dtype)
+    if scaling is None:
+        second = [b * scaling for b, scaling in zip(second, factors.scalings, strict=True)]
+        scaling = 1.0
+    lora_a = first[0] if len(first) == 1 else torch.cat(first, 1)
+    lora_b = second[0].contiguous() if len(second) == 1 else torch.cat(second, 2)
+    scalings = torch.full((len(lora_a),), scaling, dtype=torch.float32, device=lora_a.device)
+    return Pools(lora_a, lora_b, scalings)
+
+
+def dtype_of(factors: Factors, dtype: torch.dtype) -> torch.dtype:
+    """Of the pools: what the op takes beside x, without rounding a factor to half."""
+    is_same = all(factor.dtype == dtype for factor in (*factors.lora_a, *factors.lora_b))
+    if dtype in HALVES and not (is_same and factors.scaling(dtype) is not None):
+        return torch.float32
+    return dtype
+
+
+class Gradients:
+    """Gradients of factors in PEFT's layout, which those of pools are written into.
+
+    Args:
+        dtype: of x.
+        wanted_a, wanted_b: of which adapters' factors.
+        has_all: whether each expert will be written; where not, it has zeros.
+    """
+
+    def __init__(
+        self,
+        factors: Factors,
+        experts: int,
+        dtype: torch.dtype,
+        wanted_a: Sequence[bool],
+        wanted_b: Sequence[bool],
+        has_all: bool,
+    ) -> None:
+        make = torch.empty_like if has_all else torch.zeros_like
+        self._factors, self._experts = factors, experts
+        self._is_in_b = factors.scaling(dtype) is None
+        self.lora_a = _made(make, factors.lora_a, wanted_a)
+        self.lora_b = _made(make, factors.lora_b, wanted_b)
+
+    def write(self, hit: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+        """Those of pools of some experts, where wanted."""
+        begin = 0
+        for i, of_a in enumerate(self.lora_a):
+            rank = len(self._factors.lora_a[i]) // self._experts
+            ranks, begin = slice(begin, begin + rank), begin + rank
+            of_b = self.lora_b[i]
+            if of_a is not None and lora_a is not None:
+                _put(_a_by_expert(of_a, self._experts), hit, lora_a[:, ranks])
+            if of_b is not None and lora_b is not None:
+                part = lora_b[:, :, ranks]
+                if self._is_in_b:
+                    part = part * self._factors.scalings[i]
+                _put(_b_by_expert(of_b, self._experts), hit, part)
+
+
+def _made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    contiguous = torch.contiguous_format
+    return [
+        make(factor, memory_format=contiguous) if wants else None
+        for factor, wants in zip(factors, wanted, strict=True)
+    ]
+
+
+def _a_by_expert(lora_a: Tensor, experts: int) -> Tensor:
+    """``[E, r, in]``, a view where the factor is contiguous."""
+    return lora_a.reshape(experts, -1, lora_a.shape[1])
+
+
+def _b_by_expert(lora_b: Tensor, experts: int) -> Tensor:
+    """``[E, out, r]``, a view where the factor is contiguous."""
+    return lora_b.reshape(len(lora_b), -1, experts).permute(2, 0, 1)
+
+
+def _some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
+    return by_expert if hit is None else by_expert.index_select(0, hit)
+
+
+def _put(by_expert: Tensor, hit: Tensor | None, part: Tensor) -> None:
+    if hit is None:
+        by_expert.copy_(part)
+    else:
+        by_expert.index_copy_(0, hit, part.to(by_expert.dtype))

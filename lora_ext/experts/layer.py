@@ -1,0 +1,93 @@
+"""`lora_experts`: a layer of frozen experts with low-rank updates, as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dtypes import HALVES
+from .autograd import Call, GateDown, Projected
+from .description import Experts, ExpertsAdapter
+from .routing import Routes, routes_of
+
+
+def lora_experts(
+    experts: Experts,
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    up: Sequence[ExpertsAdapter] = (),
+    down: Sequence[ExpertsAdapter] = (),
+) -> Tensor:
+    """The experts that a router chose for each token, each with a low-rank update.
+
+        z = x W1_e^T + b1_e + s1 (x A1_e^T) B1_e^T        h = gate(z)
+        y = h W2_e^T + b2_e + s2 (h A2_e^T) B2_e^T        y = norm(y)
+        out[t] = sum over t's k slots of weight * y       in the slots' order
+
+    Differentiable once in x, the weights and the factors; never in W1, W2 or their biases.
+
+    Args:
+        experts: the frozen part.
+        x: ``[T, H]``, brought to the experts' dtype.
+        top_k_index: ``[T, k]`` of integers; one that is no expert's, as large as E or larger, adds
+            nothing and has no gradient.
+        top_k_weights: ``[T, k]``, any floating dtype.
+        up, down: the active adapters of each projection; their updates add.
+
+    Returns:
+        ``[T, H]`` in x's dtype.
+    """
+    count = len(experts.up)
+    routes = routes_of(top_k_index, count)
+    slots = top_k_index.shape[-1]
+    first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots)
+    second, second_factors = _call(experts, experts.down, experts.down_bias, down, routes, slots)
+    with torch.autocast(x.device.type, enabled=False):
+        z = Projected.apply(first, True, x.to(experts.up.dtype), *first_factors)
+        gate, h = experts.gate, z
+        if experts.norm is not None or experts.is_gate_trained or torch.compiler.is_compiling():
+            gate, h = None, gate(z)
+        if experts.norm is None:
+            out = GateDown.apply(second, gate, h, top_k_weights, *second_factors)
+        else:
+            y = experts.norm(Projected.apply(second, False, h, *second_factors))
+            out = _weighted(y, routes, top_k_weights)
+    return out.to(x.dtype)
+
+
+def _call(
+    experts: Experts,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[ExpertsAdapter],
+    routes: Routes,
+    slots: int,
+) -> tuple[Call, list[Tensor]]:
+    if experts.is_transposed:
+        weight = weight.transpose(1, 2)
+    adapters = [_with_number(adapter) for adapter in adapters]
+    scalings = tuple(float(adapter.scaling) for adapter in adapters)
+    factors = [adapter.lora_a for adapter in adapters] + [adapter.lora_b for adapter in adapters]
+    return Call(weight, bias, scalings, routes, slots), factors
+
+
+def _with_number(adapter: ExpertsAdapter) -> ExpertsAdapter:
+    """The adapter with a scaling that is a number: one in a tensor goes into B."""
+    lora_a, lora_b, scaling = adapter
+    if not isinstance(scaling, Tensor):
+        return adapter
+    if lora_a.dtype in HALVES:  # a half B times a scaling would be rounded again
+        lora_a, lora_b = lora_a.float(), lora_b.float()
+    return ExpertsAdapter(lora_a, lora_b * scaling, 1.0)
+
+
+def _weighted(y: Tensor, routes: Routes, weights: Tensor) -> Tensor:
+    """The weighted sum of slots, in torch's own differentiable calls."""
+    place = torch.empty_like(routes.perm)
+    place[routes.perm] = torch.arange(len(place), device=place.device)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    slots = y[place].view(*weights.shape, y.shape[-1])
+    return (slots * weights[..., None].to(wide)).sum(1).to(y.dtype)

@@ -1,0 +1,139 @@
+"""The passes of `projection` and `routing` as ops of torch.library, for programs that are traced.
+
+How many rows an expert has is read on the host inside one op, so that it breaks no graph. Eager
+calls take the functions themselves, without the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import projection as eager
+from . import routing
+from .factors import Factors
+from .projection import Backward, Projection, Rows
+
+
+def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tensor]:
+    """`projection.forward`, as an op."""
+    return _forward(*x, *_flat(projection), offs)
+
+
+def backward(
+    grad: Rows,
+    x: Rows,
+    weights: Tensor | None,
+    projection: Projection,
+    s: Tensor,
+    offs: Tensor,
+    want_x: bool,
+    want_a: Sequence[bool],
+    want_b: Sequence[bool],
+) -> Backward:
+    """`projection.backward`, as an op."""
+    wanted = [want_x, want_x and weights is not None, *want_a, *want_b]
+    found = iter(_backward(*grad, *x, weights, *_flat(projection), s, offs, wanted))
+    dx, dweights, *factors = [next(found) if wants else None for wants in wanted]
+    return Backward(dx, dweights, factors[: len(want_a)], factors[len(want_a) :])
+
+
+def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int) -> Tensor:
+    """`routing.sum_of_slots`, as an op."""
+    return _sum_of_slots(rows, perm, weights, slots)
+
+
+def _flat(projection: Projection) -> tuple:
+    weight, bias, factors = projection
+    if factors is None:
+        return weight, bias, [], [], []
+    return weight, bias, *map(list, factors)
+
+
+def _projection(
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scalings: list[float],
+) -> Projection:
+    return Projection(weight, bias, Factors(lora_a, lora_b, scalings) if lora_a else None)
+
+
+@torch.library.custom_op("lora_ext::experts_forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    token: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scalings: list[float],
+    offs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    projection = _projection(weight, bias, lora_a, lora_b, scalings)
+    return eager.forward(Rows(x, token), projection, offs)
+
+
+@_forward.register_fake
+def _(x, token, weight, bias, lora_a, lora_b, scalings, offs):
+    rows = len(x) if token is None else len(token)
+    experts, out_features, _ = weight.shape
+    rank = sum(a.shape[0] // experts for a in lora_a)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_empty(rows, out_features), weight.new_empty(rows, rank, dtype=wide)
+
+
+@torch.library.custom_op("lora_ext::experts_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    grad_token: Tensor | None,
+    x: Tensor,
+    token: Tensor | None,
+    weights: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scalings: list[float],
+    s: Tensor,
+    offs: Tensor,
+    wanted: list[bool],
+) -> list[Tensor]:
+    adapters = len(lora_a)
+    found = eager.backward(
+        Rows(grad, grad_token),
+        Rows(x, token),
+        weights,
+        _projection(weight, bias, lora_a, lora_b, scalings),
+        s,
+        offs,
+        wanted[0],
+        wanted[2 : 2 + adapters],
+        wanted[2 + adapters :],
+    )
+    every = (found.dx, found.dweights, *found.dlora_a, *found.dlora_b)
+    return [gradient for gradient in every if gradient is not None]
+
+
+@_backward.register_fake
+def _(grad, grad_token, x, token, weights, weight, bias, lora_a, lora_b, scalings, s, offs, wanted):
+    rows = len(s)
+    every = (
+        weight.new_empty(rows, weight.shape[2]),
+        s.new_empty(rows),
+        *(torch.empty_like(f, memory_format=torch.contiguous_format) for f in (*lora_a, *lora_b)),
+    )
+    return [gradient for gradient, wants in zip(every, wanted, strict=True) if wants]
+
+
+@torch.library.custom_op("lora_ext::experts_sum_of_slots", mutates_args=())
+def _sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int) -> Tensor:
+    return routing.sum_of_slots(rows, perm, weights, slots)
+
+
+@_sum_of_slots.register_fake
+def _(rows, perm, weights, slots):
+    return rows.new_empty(len(perm) // slots, rows.shape[1])

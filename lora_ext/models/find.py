@@ -1,0 +1,169 @@
+"""Which modules of a model a config chooses, and what takes their place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer, LoRALinear, LoRAQuantizedLinear
+from ..nn.conv import unsupported_reason
+from ..nn.experts import LoRAExperts, is_experts
+from ..nn.linear import is_conv1d
+from ..nn.module import LoRAModule
+from ..quantized.layers import is_quantized
+from .config import LoRAConfig
+from .mixtures import names_parameter, routers
+from .model import own_parts
+from .patterns import is_pattern, matches
+
+ALL_LINEAR = "all-linear"
+_LINEAR = (LoRALinear, LoRAQuantizedLinear)
+
+
+def replacement_for(module: nn.Module) -> type[LoRALayer] | type[LoRAModule] | None:
+    """The class that takes the module's place, None for what LoRA is not defined on here."""
+    if is_experts(module):
+        return LoRAExperts
+    if is_conv1d(module):
+        return LoRALinear
+    if not isinstance(module, LoRALayer) and is_quantized(module):
+        return LoRAQuantizedLinear
+    if type(module) is nn.Conv2d and unsupported_reason(module):
+        return None
+    table = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding, nn.Conv2d: LoRAConv2d}
+    return table.get(type(module))
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> list[tuple[str, nn.Module]]:
+    """The (path, module) pairs that get the adapter, each module once.
+
+    Raises:
+        ValueError: a pattern matches nothing, or only what cannot be adapted.
+    """
+    modules = _modules_of(model)
+    inside_saved = [path for path, _ in modules if _matches_any(config.modules_to_save, path)]
+
+    def excluded(path: str) -> bool:
+        return _matches_any(config.exclude_modules, path) or any(
+            path == root or path.startswith(f"{root}.") for root in inside_saved
+        )
+
+    candidates = [(path, module) for path, module in modules if not excluded(path)]
+    of_mixtures = routers(modules) | {id(module) for _, module in modules if is_experts(module)}
+    found = []
+    for pattern in config.target_modules:
+        if pattern == ALL_LINEAR:
+            found += _all_linear(model, candidates)
+        else:
+            found += _matched(pattern, candidates, modules, of_mixtures)
+    unique = {id(module): (path, module) for path, module in reversed(found)}
+    order = {id(module): place for place, (_, module) in reversed(list(enumerate(modules)))}
+    return [unique[key] for key in sorted(unique, key=order.__getitem__)]
+
+
+def find_saved(model: nn.Module, config: LoRAConfig) -> list[nn.Module]:
+    """The modules that config.modules_to_save names.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    modules = _modules_of(model)
+    found: dict[int, nn.Module] = {}
+    for pattern in config.modules_to_save:
+        hits = {id(module): module for path, module in modules if matches(pattern, path)}
+        if not hits:
+            raise ValueError(_nothing("modules_to_save", pattern, [path for path, _ in modules]))
+        found |= hits
+    return list(found.values())
+
+
+def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of all but the model itself and parts of our own layers, each a module too."""
+    own = own_parts(model)
+    named = model.named_modules(remove_duplicate=False)
+    return [(path, module) for path, module in named if path and id(module) not in own]
+
+
+def _matches_any(patterns: Iterable[str], path: str) -> bool:
+    return any(matches(pattern, path) for pattern in patterns)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, LoRALayer) or replacement_for(module) is not None
+
+
+def _all_linear(
+    model: nn.Module, candidates: list[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    found: list[tuple[str, nn.Module]] = [
+        (path, module)
+        for path, module in candidates
+        if module is not output
+        and (isinstance(module, _LINEAR) or replacement_for(module) in (*_LINEAR, LoRAExperts))
+    ]
+    if not found:
+        raise ValueError(
+            "lora_ext.apply_lora: expected linear layers for target_modules 'all-linear', but the "
+            f"{type(model).__name__} has none left (nn.Linear, transformers' Conv1D or a quantised "
+            "one, without exclude_modules, modules_to_save and the output embedding)"
+        )
+    return found
+
+
+def _matched(
+    pattern: str, candidates: list, modules: list, of_mixtures: set[int]
+) -> list[tuple[str, nn.Module]]:
+    """The modules that a pattern chooses; of_mixtures are ids of experts and routers."""
+    hits = [(path, module) for path, module in candidates if matches(pattern, path)]
+    if not hits:
+        hits = [
+            (path, module)
+            for path, module in candidates
+            if id(module) in of_mixtures and names_parameter(pattern, path, module)
+        ]
+    is_name = not is_pattern(pattern)
+    found = [
+        (path, module)
+        for path, module in hits
+        if _is_adaptable(module) or (is_name and id(module) in of_mixtures)
+    ]
+    if found and not is_name:
+        return found
+    if len(found) == len(hits) and found:
+        return found
+    if hits:
+        path, module = next((p, m) for p, m in hits if not _is_adaptable(m))
+        raise ValueError(
+            f"lora_ext.apply_lora: target_modules {pattern!r} names {path!r}, a "
+            f"{type(module).__module__}.{type(module).__qualname__}; expected nn.Linear, "
+            "nn.Embedding, transformers' Conv1D, a 1x1 nn.Conv2d without groups and padding or a "
+            "quantised linear layer that is known, exactly of these classes, or experts or a "
+            "router of transformers"
+        )
+    if any(matches(pattern, path) for path, _ in modules):
+        raise ValueError(
+            f"lora_ext.apply_lora: expected target_modules {pattern!r} to match a layer, but "
+            "exclude_modules or modules_to_save take away all that it matches"
+        )
+    adaptable = [path for path, module in modules if _is_adaptable(module)]
+    raise ValueError(_nothing("target_modules", pattern, adaptable))
+
+
+def _nothing(field: str, pattern: str, paths: list[str]) -> str:
+    """The message for a pattern that matches none of the paths, with the nearest names."""
+    ends = {".".join(path.split(".")[-n:]) for path in paths for n in (1, 2)} | set(paths)
+    near = difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
+    hint = f"near it: {', '.join(map(repr, near))}" if near else f"there are: {_some(paths)}"
+    return (
+        f"lora_ext.apply_lora: expected {field} {pattern!r} to match a module, but it matches none "
+        f"of {len(paths)}; {hint}"
+    )
+
+
+def _some(paths: list[str]) -> str:
+    names = sorted({path.split(".")[-1] for path in paths if not path.split(".")[-1].isdigit()})
+    return ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")

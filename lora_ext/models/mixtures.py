@@ -1,0 +1,78 @@
+"""Which parameters of a mixture's experts and routers a config chooses, with which adapter.
+
+"all-linear" and what names or matches the experts' module take all its weights, as PEFT does for
+the model types that it knows: ``gate_up_proj`` holds two projections, so its rank is 2 r and its
+alpha 2 alpha. A name with the module's in it, such as "experts.down_proj", takes that one alone,
+with r and alpha as they are. A router is taken if it is named ("mlp.gate", "mlp.gate.weight").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from ..nn import LoRALayer, LoRAModule, LoRAParameter
+from ..nn.adapter_spec import AdapterSpec
+from ..nn.experts import is_experts
+from ..nn.module import adaptable_parameters
+from .config import LoRAConfig
+from .patterns import is_name_of, is_pattern, matches
+
+# A parameter with the rows of two projections.
+_FUSED = "gate_up_proj"
+
+
+def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
+    """The ids of the modules beside experts whose weight has a row for each of them, and that are
+    no linear layers.
+
+    Args:
+        modules: the (path, module) pairs of a model.
+    """
+    counts = {
+        path.rpartition(".")[0]: module.num_experts
+        for path, module in modules
+        if is_experts(module)
+    }
+    found = set()
+    for path, module in modules:
+        count, weight = counts.get(path.rpartition(".")[0]), module._parameters.get("weight")
+        if count is None or weight is None or isinstance(module, (nn.Linear, LoRALayer)):
+            continue
+        if weight.dim() == 2 and weight.shape[0] == count:
+            found.add(id(module))
+    return found
+
+
+def names_parameter(pattern: str, path: str, module: nn.Module) -> bool:
+    """Whether a pattern is the name of a parameter of a module, with a part of its path."""
+    if is_pattern(pattern) or "." not in pattern:
+        return False
+    return any(is_name_of(pattern, f"{path}.{name}") for name in adaptable_parameters(module))
+
+
+def chosen(
+    module: LoRAModule, path: str, config: LoRAConfig, all_linear: str
+) -> Iterable[tuple[LoRAParameter, AdapterSpec]]:
+    """The parameters of a module that the config chooses, each with its adapter.
+
+    Args:
+        module: experts or a router, at `path`.
+        config: one whose targets the module is.
+        all_linear: the word that chooses all linear layers.
+    """
+    targets = config.target_modules
+    is_whole = any(pattern == all_linear or matches(pattern, path) for pattern in targets)
+    for layer in module.layers():
+        name = f"{path}.{layer.parameter}"
+        is_named = any(
+            names_parameter(pattern, path, module) and matches(pattern, name) for pattern in targets
+        )
+        if any(matches(pattern, name) for pattern in config.exclude_modules):
+            continue
+        if is_whole and layer.parameter == _FUSED:
+            yield layer, replace(config, r=2 * config.r, alpha=2 * config.alpha).spec_for(name)
+        elif is_whole or is_named:
+            yield layer, config.spec_for(name)

@@ -1,0 +1,77 @@
+"""Taking adapters out of a model: merged into its weights, or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..nn import LoRALayer, LoRAModule, LoRAParameter
+from .apply import install
+from .model import check_not_peft, compute_merged, disown, lora_layers, reshard
+
+
+def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = None) -> nn.Module:
+    """Replaces the layers by plain ones with the adapters merged in, in place; PEFT's function.
+
+    Sums in float32, rounded once. All or nothing: if an update is not finite nothing is replaced.
+    The model keeps one weight a layer; the original is gone unless something else holds it, such as
+    a tied embedding, which keeps its values.
+
+    Args:
+        adapters: None merges what is active.
+
+    Returns:
+        The model, without adapters.
+
+    Raises:
+        ValueError: no layer has one of the names, or the model itself is a layer.
+        RuntimeError: an update is not finite, or a weight is sharded or quantised.
+    """
+    _check_not_layer(model, "models.merge_and_unload")
+    replaced: dict[int, nn.Module] = {}
+    merged: dict[LoRAModule, dict[str, Tensor]] = {m: {} for m in _modules(model)}
+    for layer, (_, weight, bias) in compute_merged(model, adapters, "models.merge_and_unload"):
+        if isinstance(layer, LoRAParameter):
+            if weight is not None:
+                merged[layer.module][layer.parameter] = weight
+        elif weight is None:
+            replaced[id(layer)] = layer.restored()
+        else:
+            replaced[id(layer)] = layer.as_base(weight, layer.bias if bias is None else bias)
+    replaced |= {id(module): module.restored(weights) for module, weights in merged.items()}
+    install(model, replaced)
+    disown(model)
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Replaces the layers by plain ones with the original weights, in place; adapters are gone.
+
+    Raises:
+        ValueError: the model itself is a layer.
+        RuntimeError: a weight is sharded over processes.
+    """
+    _check_not_layer(model, "models.unload")
+    check_not_peft(model, "models.unload")
+    reshard(model)
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.check_whole("unload")
+    replaced: list[Any] = [each for each in layers if not isinstance(each, LoRAParameter)]
+    install(model, {id(each): each.restored() for each in [*replaced, *_modules(model)]})
+    disown(model)
+    return model
+
+
+def _modules(model: nn.Module) -> list[LoRAModule]:
+    return [module for module in model.modules() if isinstance(module, LoRAModule)]
+
+
+def _check_not_layer(model: nn.Module, function: str) -> None:
+    if isinstance(model, (LoRALayer, LoRAModule)):
+        raise ValueError(
+            f"lora_ext.{function}: expected a model that holds the layers, but got the layer "
+            f"itself, a {type(model).__name__}, which cannot be replaced in place"
+        )

@@ -1,0 +1,101 @@
+"""LoRAExperts: the experts of a mixture with adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..dtypes import FLOATS
+from ..experts import Experts, ExpertsAdapter, lora_experts
+from ..experts.decorated import is_decorated, obstacle, operands, up_name
+from .adapter_spec import MAX_RANK
+from .module import LoRAModule
+from .parameter import LoRAParameter
+from .updates import is_transformed
+
+# What transformers' decorator puts on each instance.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is a module of experts under transformers' `use_experts_implementation`, with or
+    without adapters: its weights are two stacks ``[E, ...]``."""
+    kind = module.base_type if isinstance(module, LoRAModule) else type(module)
+    return all(mark in module.__dict__ for mark in _MARKS) and is_decorated(kind)
+
+
+class LoRAExperts(LoRAModule):
+    """The experts of a mixture with low-rank adapters on their frozen stacks of weights.
+
+        z = x W1_e^T (+ b1_e) + s1 (x A1_e^T) B1_e^T        h = gate(z)
+        y = h W2_e^T (+ b2_e) + s2 (h A2_e^T) B2_e^T        out[t] = sum over its experts of w y
+
+    for the experts e that the router gave token t. It stands for the classes of transformers that
+    are decorated with `use_experts_implementation`, and is of a class of its own that derives from
+    the base's, too. `lora` has a `LoRAParameter` for each stack: ``gate_up_proj`` (``up_proj``
+    where there is no gate) and ``down_proj``, each with lora_a ``[E r, in]`` and lora_b
+    ``[out, r E]`` as PEFT's ParamWrapper has them.
+    """
+
+    @classmethod
+    def _check_base(cls, base: nn.Module) -> None:
+        if not is_experts(base) or isinstance(base, LoRAModule):
+            raise TypeError(
+                "lora_ext.nn.LoRAExperts: expected experts under transformers' "
+                "use_experts_implementation, but got "
+                f"{type(base).__module__}.{type(base).__qualname__}"
+            )
+        dtypes = {p.dtype for p in base._parameters.values() if p is not None and p.dim() == 3}
+        problem = ""
+        if base._is_expert_parallel:
+            problem = "all experts in this process, but they are expert parallel"
+        elif not dtypes <= set(FLOATS):
+            problem = f"weights that are not quantised, but got {sorted(map(str, dtypes))}"
+        if problem:
+            raise ValueError(
+                f"lora_ext.nn.LoRAExperts: expected {problem}; exclude_modules=['experts'] leaves "
+                "them out"
+            )
+
+    def _pair(self) -> tuple[LoRAParameter, LoRAParameter]:
+        """The layers of the first projection and of the second."""
+        layers: Any = self._modules["lora"]
+        return layers[up_name(self)], layers["down_proj"]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        up, down = self._pair()
+        if not (_adds(up) or _adds(down)) or self._obstacle() or is_transformed():
+            return super().forward(*args, **kwargs)
+        found = operands(self, self.base_type, args, kwargs)
+        if found is None:
+            return super().forward(*args, **kwargs)
+        experts = Experts.of(self)._replace(up=up.base_operands()[0], down=down.base_operands()[0])
+        return lora_experts(experts, *found, _adapters(up), _adapters(down))
+
+    def _obstacle(self) -> str:
+        """Why `lora_experts` cannot compute the layer whatever x is, or ""."""
+        for layer in self._pair():
+            if sum(map(layer.rank, layer.added_adapters)) > MAX_RANK:
+                return f"the ranks of the active adapters sum to more than {MAX_RANK}"
+        return obstacle(self)
+
+    def adapted_path(self, rows: int | None) -> tuple[str, str]:
+        reason = self._obstacle()
+        if reason:
+            return "library", f"{reason}: transformers' forward with W + scaling B A"
+        return "fused", "rows sorted by expert, base and update of each"
+
+
+def _adds(layer: LoRAParameter) -> bool:
+    """Whether a forward now adds the update of an adapter that is not merged."""
+    return layer.changes_weight and bool(layer.added_adapters)
+
+
+def _adapters(layer: LoRAParameter) -> list[ExpertsAdapter]:
+    if not _adds(layer):
+        return []
+    return [
+        ExpertsAdapter(*layer.factors(name), layer.adapters[name].scaling)
+        for name in layer.added_adapters
+    ]

@@ -1,0 +1,151 @@
+"""LoRAModule: a module of any class with adapters on its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .parameter import LoRAParameter
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+# The child that holds the adapters, and what else is set beside what the base has.
+_LAYERS = "lora"
+_OWN = frozenset(("base_type", *_TABLES))
+
+
+class LoRAModule(nn.Module):
+    """A module whose forward uses its parameters in its own way, with adapters on some of them.
+
+        y = base(x) with W + scaling * B A in the place of each such parameter W
+
+    It is of a class of its own that derives from the base's, too, such as LoRAQwen3MoeTopKRouter.
+    It shares the base's tensors, mode and hooks, whose names and keys stay; `around` makes one.
+    W + scaling * B A is computed in each forward, so this is for small parameters, such as a
+    router's weight; `lora_ext.nn.LoRAExperts` does better for experts.
+
+    Attributes:
+        lora: parameter's name -> `LoRAParameter`.
+        kind: this class, or the one of this file's family that the module's own derives from.
+        base_type: the class that it stands for.
+    """
+
+    lora: nn.ModuleDict
+    kind: type[LoRAModule]
+    base_type: type[nn.Module]
+
+    @classmethod
+    def around(cls, base: nn.Module, parameters: Iterable[str] | None = None) -> Any:
+        """The module in the place of `base`, without an adapter.
+
+        Args:
+            base: any module; it is not changed.
+            parameters: those that may have adapters; None for the class's own choice.
+
+        Raises:
+            TypeError: base has a forward or parameters that are computed.
+        """
+        name = f"lora_ext.nn.{cls.__name__}"
+        if "forward" in base.__dict__:
+            raise TypeError(
+                f"{name}: expected a plain {type(base).__name__}, but its forward is replaced on "
+                "the instance; remove that first (of accelerate's hooks: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
+        if "parametrizations" in base._modules:
+            raise TypeError(
+                f"{name}: expected a {type(base).__name__} with plain parameters, but some are "
+                "computed (quantised experts are, by bitsandbytes); leave the module out by "
+                "exclude_modules, or torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        cls._check_base(base)
+        module = _new(cls, type(base))
+        module._adopt(base)
+        names = adaptable_parameters(base) if parameters is None else tuple(parameters)
+        transposed = bool(getattr(base, "is_transposed", False))
+        layers = {}
+        for each in names:
+            is_stack = base._parameters[each].dim() == 3  # pyright: ignore
+            layers[each] = LoRAParameter(module, each, transposed and is_stack)
+        module.lora = nn.ModuleDict(layers)
+        return module
+
+    @classmethod
+    def _check_base(cls, base: nn.Module) -> None:
+        """Raises TypeError or ValueError for what `around` cannot replace."""
+
+    def _adopt(self, base: nn.Module) -> None:
+        self.__dict__.update(base.__dict__)
+        for table in _TABLES:
+            self.__dict__[table] = base.__dict__[table].copy()
+
+    def restored(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A module of the class that was replaced, with its parameters, or others of a merge.
+
+        Args:
+            weights: parameter's name -> the tensor to have instead.
+        """
+        base = self.base_type.__new__(self.base_type)
+        nn.Module.__init__(base)
+        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN})
+        for table in _TABLES:
+            base.__dict__[table] = self.__dict__[table].copy()
+        del base._modules[_LAYERS]
+        for name, weight in (weights or {}).items():
+            base._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        return base
+
+    def layers(self) -> list[LoRAParameter]:
+        """The parameters that may have adapters."""
+        return list(self._modules[_LAYERS]._modules.values())  # type: ignore[union-attr,return-value]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        weights = {
+            layer.parameter: layer.effective_weight()
+            for layer in self.layers()
+            if layer.changes_weight
+        }
+        if not weights:
+            return self.base_type.forward(self, *args, **kwargs)
+        return self.standing_in(weights).forward(*args, **kwargs)
+
+    def standing_in(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A module of the base's class with other tensors in the place of parameters, for one
+        forward: nothing of this module is changed, so threads do not see one another's."""
+        module = self.base_type.__new__(self.base_type)
+        module.__dict__.update(self.__dict__)
+        module.__dict__.update(weights)  # found before what is in `_parameters`
+        return module
+
+    def adapted_path(self, rows: int | None) -> tuple[str, str]:
+        """(path, reason) of a forward with adapters."""
+        return "library", "the module's own forward with W + scaling B A"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class is made where it is needed, and has no name by which pickle could find it.
+        return _new, (self.kind, self.base_type), self.__dict__
+
+
+def adaptable_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that may have adapters, in its order: stacks of matrices, or, if
+    it has none, matrices."""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    stacks = tuple(name for name, parameter in own.items() if parameter.dim() == 3)
+    return stacks or tuple(name for name, parameter in own.items() if parameter.dim() == 2)
+
+
+_classes: dict[tuple[type, type], type[LoRAModule]] = {}
+
+
+def _new(kind: type[LoRAModule], base_type: type[nn.Module]) -> LoRAModule:
+    """An empty module of the class over a base's."""
+    found = _classes.get((kind, base_type))
+    if found is None:
+        words = {"__module__": kind.__module__, "__doc__": kind.__doc__, "kind": kind}
+        made = type(f"LoRA{base_type.__name__}", (kind, base_type), words)
+        found = _classes.setdefault((kind, base_type), made)
+    module = found.__new__(found)
+    nn.Module.__init__(module)
+    module.base_type = base_type
+    return module

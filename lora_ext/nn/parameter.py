@@ -1,0 +1,129 @@
+"""LoRAParameter: adapters on one parameter of a module that is no matrix product itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_spec import AdapterSpec
+from .base import LoRALayer
+from .merging import each_factor
+
+
+class LoRAParameter(LoRALayer):
+    """Low-rank adapters on a frozen parameter of another module: a matrix, or a stack of E.
+
+        W_e + scaling * B_e A_e        e < E
+
+    The factors are kept as PEFT keeps them, the matrices' index slowest in A, fastest in B:
+
+        lora_a  [E r, in]    A_e = lora_a.view(E, r, in)[e]
+        lora_b  [out, r E]   B_e = lora_b.view(out, r, E)[:, :, e]
+
+    A part of a `LoRAModule`, which computes with it, and never called. The parameter is the
+    module's: it is in no table of this layer.
+
+    Args:
+        module: holds the parameter; not a child of this layer.
+        parameter: its name there, of 2 or 3 dimensions.
+        transposed: whether it is ``[E, in, out]`` instead of ``[E, out, in]``.
+    """
+
+    module: Any
+    bias = None
+
+    def __init__(self, module: nn.Module, parameter: str, transposed: bool = False) -> None:
+        super().__init__()
+        self._init_lora()
+        self.__dict__["module"] = module  # not registered: it holds this layer
+        self.parameter = parameter
+        self.transposed = transposed
+
+    @classmethod
+    def _own_base(cls) -> type[nn.Module]:
+        return nn.Module
+
+    @property
+    def weight(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.module._parameters[self.parameter]
+
+    @property
+    def count(self) -> int:
+        """E, 1 for a matrix."""
+        return self.weight.shape[0] if self.weight.dim() == 3 else 1
+
+    def name_at(self, path: str) -> str:
+        """The parameter's name in the model, for this layer's path there."""
+        return path.removesuffix(f"lora.{self.parameter}") + self.parameter
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The ``[out, in]`` or ``[E, out, in]`` view."""
+        return weight.transpose(-2, -1) if self.transposed else weight
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        out_features, in_features = self.matrix(self.weight).shape[-2:]
+        return out_features, in_features
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        out_features, in_features = self.matrix_shape
+        return (self.count * r, in_features), (out_features, r * self.count)
+
+    def rank(self, name: str) -> int:
+        """Of each matrix."""
+        return self.lora_a[name].shape[0] // self.count
+
+    def factors_of_each(self, name: str) -> tuple[Tensor, Tensor]:
+        """Views (A ``[E, r, in]``, B ``[E, out, r]``)."""
+        return each_factor(*self.factors(name), self.count)
+
+    def _check_new(self, name: str, spec: AdapterSpec) -> None:
+        where = f"lora_ext.nn.LoRAParameter.add_adapter: {self.parameter!r}"
+        if spec.dropout:
+            raise ValueError(
+                f"{where}: expected dropout 0 for an adapter on the experts of a mixture, but got "
+                f"{spec.dropout}; set dropout=0, or leave the experts out by "
+                "exclude_modules=['experts'] and keep it for the other layers"
+            )
+        if spec.lora_bias:
+            raise ValueError(f"{where}: expected no lora_bias, which PEFT has for modules alone")
+        if spec.subtracts_init:
+            raise ValueError(
+                f"{where}: expected init 'kaiming' or 'gaussian', but got {spec.init!r}, which is "
+                "for linear layers"
+            )
+        super()._check_new(name, spec)
+
+    def _check_weight(self, where: str) -> None:
+        super()._check_weight(where)
+        if self.weight.dim() not in (2, 3):
+            raise ValueError(
+                f"{where}: expected {self.parameter!r} to be a matrix or a stack of matrices, but "
+                f"got shape {list(self.weight.shape)}"
+            )
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether a forward now has another weight than the module's own."""
+        if self._disabled or self.adapters_of_rows() is not None:
+            return False
+        return self.merged or bool(self.added_adapters)
+
+    def effective_weight(self) -> Tensor:
+        """W + sum over active adapters of scaling * B A, laid out as W, in W's dtype; gradients
+        reach the factors."""
+        weight, _ = self.base_operands()
+        with torch.autocast(weight.device.type, enabled=False):
+            for name in self.added_adapters:
+                lora_a, lora_b = self.factors_of_each(name)
+                delta = self.matrix((lora_b * self.adapters[name].scaling) @ lora_a)
+                weight = weight + delta.to(weight.dtype).view(weight.shape)
+        return weight
+
+    def _adapted_path(self, rows: int | None) -> tuple[str, str]:
+        return self.module.adapted_path(rows)
+
+    def extra_repr(self) -> str:
+        return f"{self.parameter}: {list(self.weight.shape)}{super().extra_repr()}"

@@ -1,0 +1,71 @@
+"""A chain of PEFT's parameter wrappers around one module, and what adapters it has now."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import layer as peft_layers
+
+from ..nn.updates import is_plain
+from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, has_hooks
+
+
+class Target(NamedTuple):
+    """One parameter of the module.
+
+    Attributes:
+        wrapper: PEFT's.
+        name: of the parameter.
+        adapters: those that add to it now.
+    """
+
+    wrapper: Any
+    name: str
+    adapters: list[str]
+
+
+class Chain(NamedTuple):
+    """Attributes:
+    targets: of the wrappers, the outermost first.
+    base: the module whose parameters they wrap.
+    """
+
+    targets: list[Target]
+    base: Any
+
+
+def chain_of(outermost: Any) -> Chain:
+    """The chain that begins with a wrapper."""
+    targets, module = [], outermost
+    while isinstance(module, peft_layers.ParamWrapper):
+        is_off = module._disable_adapters or module.merged_adapters
+        names = [] if is_off else active_names(module, module._modules["lora_A"]._modules)
+        targets.append(Target(module, module.parameter_name, names))
+        module = module._modules["base_layer"]
+    return Chain(targets, module)
+
+
+def chain_state(chain: Chain) -> tuple[str, str] | None:
+    """(path, reason) by what chains around all kinds of modules have in common, or None."""
+    outermost = chain.targets[0].wrapper
+    for wrapper, _, _ in chain.targets:
+        if wrapper._disable_adapters and wrapper.merged_adapters:
+            return PEFT, "adapters are disabled and merged, which PEFT's forward undoes"
+        state = adapters_state(wrapper)
+        if state is not None and state[0] == PEFT:
+            return state
+        if wrapper is not outermost and has_hooks(wrapper):
+            return PEFT, "the wrapper of another parameter of the module has hooks"
+    if not any(target.adapters for target in chain.targets):
+        return adapters_state(outermost) or (BASE, "none of the active adapters is in this layer")
+    parameters = chain.base._parameters
+    for wrapper, name, adapters in chain.targets:
+        if name not in parameters or "parametrizations" in chain.base._modules:
+            return PEFT, "the module has parametrizations"
+        if not is_plain(parameters[name]):
+            return PEFT, "a parameter is quantised or sharded"
+        for adapter in adapters:
+            reason = adapter_reason(wrapper, adapter)
+            if reason:
+                return PEFT, reason
+    return None

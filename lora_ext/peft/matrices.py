@@ -1,0 +1,56 @@
+"""Modules some of whose matrices have adapters, as `all-linear` gives them to a mixture's router.
+
+    W' = W + scaling * B A        as PEFT makes it, with the same bits: a router compares logits
+
+Such a W is small. What costs PEFT its time is to register a parametrization and to remove it; here
+the module is called with W' in place of W.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.func import functional_call
+
+from ..dtypes import FLOATS
+from ..nn.updates import is_transformed
+from .chain import Chain
+from .reasons import no_export_reason
+
+SUM = "the module is called with W + B A, as PEFT makes it"
+
+
+def are_all(chain: Chain) -> bool:
+    """Whether each parameter of the chain is a matrix."""
+    return all(chain.base._parameters[name].dim() == 2 for _, name, _ in chain.targets)
+
+
+def reason(chain: Chain) -> str:
+    """Why PEFT's own forward is needed, or ""."""
+    if any(chain.base._parameters[name].dtype not in FLOATS for _, name, _ in chain.targets):
+        return "a parameter is not of a floating dtype"
+    return no_export_reason()
+
+
+def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """The arguments of the module, or None where they need PEFT's own forward."""
+    return None if is_transformed() or kwargs.get("adapter_names") else (args, kwargs)
+
+
+def forward(chain: Chain, operands: tuple) -> Any:
+    """What the module returns, with each W + B A for W."""
+    sums = {
+        name: _with_updates(chain.base._parameters[name], wrapper, adapters)
+        for wrapper, name, adapters in chain.targets
+        if adapters
+    }
+    return functional_call(chain.base, sums, *operands, tie_weights=False)
+
+
+def _with_updates(parameter: Tensor, wrapper: Any, adapters: list[str]) -> Tensor:
+    # In PEFT's order, for its bits.
+    delta = wrapper.get_delta_weight(adapters[0])
+    for name in adapters[1:]:
+        delta = delta + wrapper.get_delta_weight(name)
+    return parameter + delta

@@ -1,0 +1,53 @@
+"""PEFT's wrapper of a parameter (`target_parameters`) with another forward.
+
+PEFT nests one wrapper in another for each parameter of a module, and has each register a
+parametrization, W + B A, for the time of the module's forward. Here the outermost wrapper knows
+the whole chain: of experts it computes the layer without ever making W + B A; of matrices, such
+as a router's weight, it makes that sum and hands it to the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import layer as peft_layers
+from torch import Tensor
+
+from . import experts, matrices
+from .chain import chain_of, chain_state
+from .reasons import ADDED, FUSED, PEFT
+
+
+class ParamWrapper(peft_layers.ParamWrapper):
+    """`peft.tuners.lora.layer.ParamWrapper`, the outermost of its chain, with another forward and
+    nothing else.
+
+        forward(hidden_states, top_k_index, top_k_weights)     of experts: `lora_ext.experts`
+        forward(...)     of any other module, each W of the chain being W + B A in that call
+
+    Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` gives a wrapper
+    this class, `lora_ext.decelerate` takes it back.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        chain = chain_of(self)
+        if chain_state(chain) is None:
+            kind = matrices if matrices.are_all(chain) else experts
+            if not kind.reason(chain):
+                operands = kind.operands(chain, (x, *args), kwargs)
+                if operands is not None:
+                    return kind.forward(chain, operands)
+        # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
+        return peft_layers.ParamWrapper.forward(self, x, *args, **kwargs)
+
+    def path(self, rows: int | None = None) -> tuple[str, str]:
+        """How the next forward on tensors in the parameters' dtype is computed, and why."""
+        chain = chain_of(self)
+        state = chain_state(chain)
+        if state is not None:
+            return state
+        if matrices.are_all(chain):
+            reason = matrices.reason(chain)
+            return (PEFT, reason) if reason else (ADDED, matrices.SUM)
+        reason = experts.reason(chain)
+        return (PEFT, reason) if reason else (FUSED, experts.rows_of_experts(chain))

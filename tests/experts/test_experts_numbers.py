@@ -1,0 +1,143 @@
+"""LoRA on experts against PEFT's own forward in float64, both with transformers' eager experts."""
+
+import pytest
+import torch
+from expert_helpers import (
+    EXPERTS,
+    KINDS,
+    assert_close,
+    make_experts,
+    make_routes,
+    mixture,
+    run,
+)
+from helpers import BF16, F16, F32, F64, pair_id
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft_helpers import accelerated, exact_model, reasons
+from torch import Tensor
+
+from lora_ext.experts import Experts, ExpertsAdapter, lora_experts, projection
+
+ROUNDED = "float32 gate"  # by the gate itself
+TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
+
+
+def assert_as_peft(model, *operands, kind="plain") -> None:
+    fast, tolerance = accelerated(model), 1e-6 if kind == ROUNDED else 1e-11
+    assert {path for path, _ in reasons(fast)} == {"fused"}
+    assert_close(run(fast, *operands), run(model, *operands), tolerance)
+
+
+@pytest.fixture(params=[8, 512])
+def run_rows(request, monkeypatch):
+    """Rows at which a run of experts ends."""
+    monkeypatch.setattr(projection, "_RUN", request.param)
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_no_tokens(kind):
+    """PEFT's y has no gradient then; here each factor's is zero."""
+    found = run(accelerated(mixture(kind)), *make_routes(0))
+    assert found["y"].shape == found["dx"].shape == (0, 16)
+    assert len(found) == 7 and all(float(value.abs().sum()) == 0 for value in found.values())
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layout(kind, tokens, run_rows):
+    assert_as_peft(mixture(kind), *make_routes(tokens), kind=kind)
+
+
+@pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved", "norm"])
+def test_adapters_of_one_parameter(kind, name, adapters):
+    assert_as_peft(mixture(kind, adapters, [name]), *make_routes(9))
+
+
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [
+        ([[2]] * 5, "one expert for all, k = 1"),
+        ([[0, 1, 2, 3, 4, 5]] * 5, "all experts for all, k = E"),
+        ([[5, 0], [0, 5], [5, 0]], "the first and the last"),
+        ([[3, 3], [1, 1]], "twice the same"),
+    ],
+)
+def test_routes(index, what, run_rows):
+    index = torch.tensor(index)
+    x, _, weights = make_routes(*index.shape)
+    assert_as_peft(mixture("plain", TWO), x, index, weights)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_random_routes(data):
+    experts = data.draw(st.integers(2, 9), "experts")
+    slots = data.draw(st.integers(1, experts), "slots")
+    tokens = data.draw(st.integers(1, 12), "tokens")
+    number = st.integers(0, experts - 1)
+    index = data.draw(
+        st.lists(
+            st.lists(number, min_size=slots, max_size=slots), min_size=tokens, max_size=tokens
+        ),
+        "index",
+    )
+    rank = data.draw(st.sampled_from([1, 2, experts]), "rank")
+    kind = data.draw(st.sampled_from(list(KINDS)), "kind")
+    model = mixture(kind, {"x": {"r": rank, "lora_alpha": 2 * rank}}, experts=experts)
+    x, _, weights = make_routes(tokens, slots, experts)
+    assert_as_peft(model, x, torch.tensor(index).view(tokens, slots), weights, kind=kind)
+
+
+PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16), (F16, BF16)]
+
+
+@pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
+def test_errors_are_at_most_twice_pefts(pair, adapters):
+    model = mixture("plain", adapters, dtype=pair[0], adapter_dtype=pair[1])
+    operands = make_routes(40, dtype=pair[0])
+    x, index, weights = operands
+    exact = run(exact_model(model), x.double(), index, weights.double())
+    model.base_model.model.experts.get_base_layer().config._experts_implementation = "grouped_mm"
+    theirs, ours = run(model, *operands), run(accelerated(model), *operands)
+    for name, value in exact.items():
+        assert ours[name].dtype == theirs[name].dtype
+        floor = 4 * torch.finfo(ours[name].dtype).eps * float(value.abs().max())
+        error, of_peft = (float((each[name] - value).abs().max()) for each in (ours, theirs))
+        assert error <= 2 * of_peft + floor, name
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_the_same_bits_each_time(kind, two_threads):
+    model, operands = accelerated(mixture(kind, dtype=BF16)), make_routes(128, 4, dtype=BF16)
+    first, second = run(model, *operands), run(model, *operands)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["transposed, biases, interleaved", "norm"])
+def test_numbers_of_no_expert_add_nothing(kind):
+    """They are as slots of weight 0, and their weights have no gradient."""
+    experts = Experts.of(make_experts(kind))
+    sides = [(16, 48), (24, 16)]
+    factors = [torch.randn(EXPERTS * 2, n, dtype=F64) for n, _ in sides]
+    factors += [torch.randn(m, EXPERTS * 2, dtype=F64) for _, m in sides]
+    x, index, weights = make_routes(7)
+    absent = torch.zeros_like(index, dtype=torch.bool)
+    absent[0, 1] = absent[3] = absent[5, 0] = True
+
+    def step(index: Tensor, weights: Tensor) -> list[Tensor]:
+        a1, a2, b1, b2 = leaves = [f.clone().requires_grad_() for f in factors]
+        inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        up, down = ExpertsAdapter(a1, b1, 0.5), ExpertsAdapter(a2, b2, 2.0)
+        y = lora_experts(experts, inputs[0], index, inputs[1], [up], [down])
+        return [y.detach(), *torch.autograd.grad(y, [*inputs, *leaves], torch.ones_like(y))]
+
+    found = step(index.masked_fill(absent, EXPERTS), weights)
+    exact = step(index, weights.masked_fill(absent, 0.0))
+    exact[2] = exact[2].masked_fill(absent, 0.0)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert float(found[0][3].abs().max()) == 0.0

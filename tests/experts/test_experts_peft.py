@@ -1,0 +1,360 @@
+"""Experts in models of PEFT: its verbs, the chain of wrappers, routers, and what PEFT computes."""
+
+import copy
+import filecmp
+
+import pytest
+import torch
+from expert_helpers import (
+    HIDDEN,
+    Mixture,
+    SmallConfig,
+    assert_close,
+    both,
+    make_experts,
+    make_routes,
+    mixture,
+    run,
+)
+from helpers import BF16, F32, F64
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from peft_helpers import accelerated, plain_copy, randomize, reasons
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_ext
+
+TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3, "use_rslora": True}}
+FUSED = {("fused", "rows of each expert, updates of down_proj, gate_up_proj")}
+
+
+def assert_same(model, other, tolerance=1e-11):
+    assert_close(run(model, *make_routes(9)), run(other, *make_routes(9)), tolerance)
+
+
+def wrappers(model):
+    return [module for module in model.modules() if isinstance(module, ParamWrapper)]
+
+
+def experts_of(model):
+    return wrappers(model)[0].get_base_layer()
+
+
+# ---- PEFT's verbs ----
+
+VERBS = {
+    "switch": lambda model: model.set_adapter("y"),
+    "delete": lambda model: model.delete_adapter("x"),
+    "merge": lambda model: model.merge_adapter(),
+    "merge one": lambda model: model.merge_adapter(["y"]),
+    "merge and unmerge": lambda model: (model.merge_adapter(), model.unmerge_adapter()),
+    "disable": lambda model: model.base_model.disable_adapter_layers(),
+    "add": lambda model: (
+        model.add_adapter("z", LoraConfig(r=1, **targets_of(model)), autocast_adapter_dtype=False),
+        model.double(),
+        model.set_adapter("z"),
+        randomize(model),
+    ),
+    "scale": lambda model: [wrapper.set_scale("x", 3.0) for wrapper in wrappers(model)],
+    "convert to half and back": lambda model: model.bfloat16().double(),
+}
+
+
+def targets_of(model):
+    names = [f"experts.{name}" for name in both(experts_of(model))]
+    return {"target_parameters": names, "target_modules": []}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_before_and_after(verb):
+    """Done to an accelerated model they are what they are without, whichever comes first."""
+    model = mixture("plain", TWO)
+    fast = accelerated(model)
+    run(fast, *make_routes(9))
+    for one in (model, fast):
+        VERBS[verb](one)
+    assert_same(fast, model)
+    assert_same(accelerated(model), model)
+    assert_same(lora_ext.decelerate(fast), model)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_unload(merge):
+    model = mixture("transposed, biases, interleaved", TWO)
+    fast = accelerated(model)
+    bases = [one.merge_and_unload() if merge else one.unload() for one in (model, fast)]
+    with torch.no_grad():
+        torch.testing.assert_close(*(base(*make_routes(9)) for base in bases))
+
+
+def test_files_are_the_same_bytes(tmp_path):
+    model = mixture("plain", TWO)
+    model.save_pretrained(tmp_path / "peft")
+    fast = accelerated(model)
+    run(fast, *make_routes(9))
+    fast.save_pretrained(tmp_path / "ours")
+    name = "x/adapter_model.safetensors"
+    assert filecmp.cmp(tmp_path / "peft" / name, tmp_path / "ours" / name, shallow=False)
+
+
+def test_hot_swap(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    other = mixture("plain", {"x": {"r": 3, "lora_alpha": 7}})
+    for wrapper in wrappers(other):
+        nn.init.normal_(wrapper.lora_B["x"].weight)
+    other.save_pretrained(tmp_path)
+    model = mixture("plain")
+    fast = accelerated(model)
+    before = run(fast, *make_routes(9))["y"]
+    for one in (model, fast):
+        hotswap_adapter(one, tmp_path / "x", "x")
+    assert not torch.equal(run(fast, *make_routes(9))["y"], before)
+    assert_same(fast, model)
+
+
+def test_rank_pattern():
+    """The two parameters may differ in rank and alpha."""
+    words = {"r": 3, "rank_pattern": {".*gate_up_proj": 6}, "alpha_pattern": {".*gate_up_proj": 5}}
+    model = mixture("plain", {"x": words})
+    assert {wrapper.r["x"] for wrapper in wrappers(model)} == {3, 6}
+    assert_same(accelerated(model), model)
+
+
+# ---- the chain ----
+
+
+def test_the_outermost_wrapper_stands_for_all():
+    model = mixture()
+    assert reasons(model) == {("peft", "not accelerated; call lora_ext.accelerate(model)")}
+    fast = accelerated(model)
+    assert [type(wrapper) is ParamWrapper for wrapper in wrappers(fast)] == [False, True]
+    assert reasons(fast) == FUSED and len(lora_ext.explain(fast)) == 1
+    assert [type(each) for each in wrappers(lora_ext.decelerate(fast))] == [ParamWrapper] * 2
+    assert_same(copy.deepcopy(accelerated(model)), model)
+
+
+def test_wrappers_of_one_chain_may_differ():
+    """One is merged, the other not; or is disabled."""
+    model = mixture()
+    outer, inner = wrappers(model)
+    inner.merge()
+    assert_same(accelerated(model), model)
+    outer.enable_adapters(False)
+    assert_same(accelerated(model), model)
+    inner.unmerge()
+    assert_same(accelerated(model), model)
+
+
+@pytest.mark.parametrize("order", [("x", "index", "weights"), ("weights", "x", "index")])
+def test_arguments_by_name(order):
+    model = mixture()
+    fast, operands = accelerated(model), make_routes(9)
+    names = dict(zip(("x", "index", "weights"), operands, strict=True))
+    theirs = {"x": "hidden_states", "index": "top_k_index", "weights": "top_k_weights"}
+    x = names.pop("x")
+    words = {theirs[name]: names[name] for name in order if name in names}
+    assert torch.equal(fast.base_model.model.experts(x, **words), fast(*operands))
+
+
+# ---- what PEFT computes ----
+
+
+class Overridden(type(make_experts("plain"))):
+    def forward(self, *operands):
+        return super().forward(*operands) * 2
+
+
+def to_overridden(experts):
+    experts.__class__ = Overridden
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+REASONS = {
+    "the module is not one of transformers' use_experts_implementation": to_overridden,
+    "the experts' forward is replaced on the instance": lambda experts: setattr(
+        experts, "forward", experts.forward
+    ),
+    "the experts have hooks": lambda experts: experts.register_forward_hook(lambda _, __, y: y + 1),
+    "the experts are parallel": lambda experts: setattr(experts, "_is_expert_parallel", True),
+    "the experts' implementation is not one of transformers' own": lambda experts: setattr(
+        experts.config, "_experts_implementation", "registered"
+    ),
+    "the module has parametrizations": lambda experts: (
+        nn.utils.parametrize.register_parametrization(experts, "act", Doubled())
+    ),
+    "the experts' weights are trained": lambda experts: experts.down_proj.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons_for_pefts_forward(reason, monkeypatch):
+    from transformers.integrations import moe
+
+    registered = {"registered": lambda *operands: moe.grouped_mm_experts_forward(*operands) * 3}
+    monkeypatch.setattr(moe.ALL_EXPERTS_FUNCTIONS, "_local_mapping", registered)
+    model = mixture(dtype=F32)
+    experts_of(model).act = nn.Parameter(torch.ones(1))
+    REASONS[reason](experts_of(model))
+    fast = accelerated(model)
+    assert reasons(fast) == {("peft", reason)}
+    operands = make_routes(9, dtype=F32)
+    found, exact = run(fast, *operands), run(model, *operands)
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_a_bias_with_adapters_is_pefts():
+    model = mixture("transposed, biases, interleaved", names=["gate_up_proj", "down_proj_bias"])
+    reason = "a parameter other than the experts' weights has adapters"
+    assert reasons(accelerated(model)) == {("peft", reason)}
+    assert_same(accelerated(model), model)
+
+
+def test_a_module_that_is_not_of_experts():
+    """Of a parameter of 3 dimensions in somebody's own module."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, HIDDEN, HIDDEN, dtype=F64))
+
+        def forward(self, x, index, weights):
+            return torch.einsum("ti,eoi->to", x, self.weight)
+
+    config = LoraConfig(r=2, target_parameters=["experts.weight"], target_modules=[])
+    model = get_peft_model(Mixture(Own()), config, autocast_adapter_dtype=False)
+    model = randomize(model.double())
+    assert {path for path, _ in reasons(accelerated(model))} == {"peft"}
+    with torch.no_grad():
+        assert torch.equal(accelerated(model)(*make_routes(5)), model(*make_routes(5)))
+
+
+def test_under_torch_func():
+    """PEFT's own forward: its derivatives are torch's."""
+    model = accelerated(mixture())
+    x, index, weights = make_routes(5)
+    jacobian = torch.func.jacrev(lambda x: model(x, index, weights).sum())(x)
+    torch.testing.assert_close(
+        jacobian, torch.autograd.functional.jacobian(lambda x: model(x, index, weights).sum(), x)
+    )
+
+
+# ---- steps ----
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_checkpointing(kind, use_reentrant):
+    model = accelerated(mixture(kind))
+
+    def region(*operands):
+        return checkpoint(model, *operands, use_reentrant=use_reentrant)
+
+    region.zero_grad, region.named_parameters = model.zero_grad, model.named_parameters
+    plain, found = run(model, *make_routes(9)), run(region, *make_routes(9))
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_autocast(dtype):
+    """The experts compute in their own dtype, as transformers' grouped ones; y has x's."""
+    model = mixture(dtype=dtype, adapter_dtype=F32)
+    experts_of(model).config._experts_implementation = "grouped_mm"
+    fast, operands = accelerated(model), make_routes(9, dtype=F32)
+    plain = run(model, *operands)
+    with torch.autocast("cpu", BF16):
+        found = run(fast, *operands)
+    assert found["y"].dtype == F32
+    assert_close(found, plain, 1e-5 if dtype == F32 else 4e-2)
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved", "no gate"])
+def test_what_is_kept_for_backward(kind):
+    """x, z, the routes, S of each side and the router's weights: not y, not h, no gathered x."""
+    tokens, slots, rank = 64, 4, 3
+    model = accelerated(mixture(kind, dtype=F32))
+    x, index, weights = make_routes(tokens, slots, dtype=F32)
+    operands = [x.requires_grad_(), index, weights.requires_grad_()]
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    own |= {operand.data_ptr() for operand in operands}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(*operands)
+    rows, experts = tokens * slots, experts_of(model)
+    inner = experts.down_proj.shape[1 if experts.is_transposed else 2]
+    z = rows * inner * (2 if experts.has_gate else 1) * 4
+    routes = rows * 8 * 2 + experts.num_experts * 4
+    assert sum(kept.values()) == z + routes + 2 * rows * rank * 4
+    y.sum().backward()
+
+
+# ---- a router ----
+
+
+def routed(targets=("gate.weight", "experts.gate_up_proj", "experts.down_proj"), dtype=F64):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = Qwen3MoeTopKRouter(SmallConfig())
+            self.experts = make_experts("plain")
+
+        def forward(self, x):
+            _, weights, index = self.gate(x)
+            return self.experts(x, index, weights.to(x.dtype))
+
+    base = Routed().to(dtype)
+    nn.init.normal_(base.gate.weight)
+    words = {"r": 3, "target_modules": [], "target_parameters": list(targets)}
+    names = ("x", "y")
+    model = get_peft_model(base, LoraConfig(**words), "x", autocast_adapter_dtype=dtype == BF16)
+    model.add_adapter("y", LoraConfig(**words), autocast_adapter_dtype=dtype == BF16)
+    model.base_model.set_adapter(list(names))
+    return randomize(model)
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16])
+def test_a_router_has_pefts_bits(dtype):
+    """It compares logits: another rounding would choose another expert."""
+    model = routed(["gate.weight"], dtype)
+    fast = accelerated(model)
+    assert reasons(fast) == {("added", "the module is called with W + B A, as PEFT makes it")}
+    calls = []
+    fast.base_model.model.gate.get_base_layer().register_forward_hook(lambda *_: calls.append(1))
+    found, exact = [], []
+    for one, into in ((model, exact), (fast, found)):
+        x = make_routes(33, dtype=dtype)[0].requires_grad_()
+        out = one.base_model.model.gate(x)
+        (out[0].sum() + (out[1] ** 2).sum()).backward()
+        into += [*out, x.grad, *(p.grad for p in one.parameters() if p.requires_grad)]
+    assert calls == [1] and len(found) == 8
+    assert all(torch.equal(*pair) for pair in zip(found, exact, strict=True))
+    assert "weight" in fast.base_model.model.gate.get_base_layer()._parameters
+
+
+def test_router_and_experts_together():
+    model = routed()
+    fast = accelerated(model)
+    assert {path for path, _ in reasons(fast)} == {"added", "fused"}
+    outcomes = []
+    for one in (model, fast, plain_copy(fast)):
+        one.zero_grad()
+        x = make_routes(33)[0].requires_grad_()
+        y = one(x)
+        y.square().sum().backward()
+        grads = {name: p.grad for name, p in one.named_parameters() if p.requires_grad}
+        outcomes.append({"y": y.detach(), "dx": x.grad, **grads})
+    assert_close(outcomes[1], outcomes[0], 1e-11)
+    assert_close(outcomes[2], outcomes[0], 1e-14)

@@ -1,0 +1,73 @@
+"""Tiny mixtures of transformers, with PEFT's adapters on their experts."""
+
+import peft
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+}
+_OF_TYPE = {
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+    "qwen2_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 12,
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12},
+    "granitemoe": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12},
+}
+
+
+def mixture(kind="qwen3_moe", dtype=torch.float64, seed=0, **fields):
+    """A tiny causal language model of a type of transformers."""
+    sizes = {**_SIZES, **_OF_TYPE[kind], **fields}
+    config = AutoConfig.for_model(kind, **sizes, experts_implementation="eager")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False)
+
+
+def some_ids(seed=1, shape=(2, 7)):
+    return torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(seed))
+
+
+KINDS = tuple(_OF_TYPE)
+
+
+@torch.no_grad()
+def randomized(model, seed=5):
+    """The model with random factors in all its adapters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def peft_mixture(kind="qwen3_moe", target_modules=("q_proj",), target_parameters=None, **words):
+    """PEFT's model of a tiny mixture, with a random adapter of rank 3 and alpha 6 on the experts
+    too; words are of the model, and use_rslora."""
+    if target_modules != "all-linear":
+        target_modules = list(target_modules)
+        target_parameters = target_parameters or ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=target_modules,
+        target_parameters=target_parameters,
+        use_rslora=words.pop("use_rslora", False),
+    )
+    return randomized(peft.get_peft_model(mixture(kind, **words), config))
