@@ -234,7 +234,7 @@ def test_explain_says_which_forward_experts_take():
     assert {each.path for each in lora_ext.explain(model)} == {"fused"}
     model.model.layers[0].mlp.experts.gate_up_proj.requires_grad_(True)
     text = str(lora_ext.explain(model))
-    assert "weights or biases are trained: transformers' forward with W + scaling B A" in text
+    assert "weights are trained: transformers' forward with W + scaling B A" in text
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
