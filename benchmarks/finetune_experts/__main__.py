@@ -24,7 +24,7 @@ from ..machine import describe
 from . import claims, mixture
 from .models import LABELS, adapted
 
-STEPS = 60
+STEPS = 80
 HELD_OUT = 240  # texts, of all lengths
 
 

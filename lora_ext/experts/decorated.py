@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..dtypes import FLOATS
 
@@ -49,21 +50,32 @@ def obstacle(module: Any) -> str:
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return "the model is exported or traced"
     names = (up_name(module), "down_proj")
-    first, second = (module._parameters.get(name) for name in names)
-    if not (_is_stack(first) and _is_stack(second)):
-        return "the experts' weights are computed, quantised or sharded"
-    if first.dtype != second.dtype or first.device != second.device:
-        return "the experts' weights differ in dtype or device"
-    if first.device.type not in _DEVICES:
-        return "no kernels for this device"
+    first = module._parameters.get(names[0])
+    for name in names:
+        reason = _weight_obstacle(module._parameters.get(name), first)
+        if reason:
+            return reason
     biases = [getattr(module, f"{name}_bias") for name in names] if module.has_bias else []
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (first, second, *biases)):
-        return "the experts' own weights or biases are trained"
-    return ""
+    return "the experts' biases are trained" if any(map(_is_trained, biases)) else ""
 
 
-def _is_stack(weight: Any) -> bool:
-    return type(weight) is nn.Parameter and weight.dim() == 3 and weight.dtype in FLOATS
+def _weight_obstacle(weight: Any, first: Any) -> str:
+    if not (_is_plain(weight) and weight.dim() == 3 and weight.dtype in FLOATS):
+        return "the experts' weights are computed, quantised or sharded"
+    if weight.dtype != first.dtype or weight.device != first.device:
+        return "the experts' weights differ in dtype or device"
+    if weight.device.type not in _DEVICES:
+        return "no kernels for this device"
+    return "the experts' weights are trained" if _is_trained(weight) else ""
+
+
+def _is_trained(weight: Tensor) -> bool:
+    return weight.requires_grad and torch.is_grad_enabled()
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor like any other, not a DTensor or a quantised subclass."""
+    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
 
 
 def operands(
@@ -82,7 +94,7 @@ def operands(
         if len(named) != len(args) + len(kwargs) or named.keys() != set(names):
             return None
         args = tuple(named[name] for name in names)
-    if len(args) != 3 or not all(type(each) is Tensor for each in args):
+    if len(args) != 3 or not all(map(_is_plain, args)):
         return None
     x, index, weights = args
     down = module.down_proj
