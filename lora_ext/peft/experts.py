@@ -114,7 +114,7 @@ def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     is_fit = (
         x.dim() == index.dim() == weights.dim() == 2
         and index.shape == weights.shape
-        and x.shape == (len(index), width)
+        and x.shape == (index.shape[0], width)
         and x.dtype in FLOATS
         and weights.dtype in FLOATS
         and not index.is_floating_point()

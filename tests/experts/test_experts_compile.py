@@ -15,10 +15,12 @@ def test_one_graph(kind, adapters, forget_graphs, counter):
     model = accelerated(mixture(kind, adapters))
     compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
     compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    counts = []
     for tokens in (9, 17, 4):
         operands = make_routes(tokens)
         assert_close(run(compiled, *operands), run(model, *operands), 1e-12)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1  # fullgraph: no break; and nothing is compiled again
 
 
 def test_without_gradients_and_float32_adapters(forget_graphs, counter):

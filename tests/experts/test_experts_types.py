@@ -10,7 +10,7 @@ from peft_helpers import accelerated, reasons
 TYPES = decorated_types()
 DOCS = Path(__file__).parents[2] / "docs" / "experts.md"
 # Gates that compute in float32 whatever the experts' dtype is.
-ROUNDED = {"beam", "inkling2", "inkling2_loop"}
+ROUNDED = {"beam", "inkling2", "inkling2_loop", "openai_privacy_filter"}
 
 
 @pytest.mark.parametrize(("model", "kind"), TYPES, ids=[kind for _, kind in TYPES])
