@@ -8,6 +8,8 @@ REST = {
     "contract/test_distributed.py",
     "contract/test_recompile.py",
     "cpu",
+    "experts/test_experts_compile.py",
+    "experts/test_experts_types.py",
     "layers/test_distributed.py",
     "layers/test_modules_compile.py",
     "layers/test_modules_export.py",

@@ -9,7 +9,6 @@ projection; not the gathered rows, not h = gate(z), which is computed again, not
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +79,11 @@ class Projected(torch.autograd.Function):
     """y ``[S, out]`` of x: ``[T, in]`` if it is of tokens, else ``[S, in]``, sorted."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, of_tokens: bool, x: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        # One parameter for all: torch.compile tells by their number whether there is a ctx.
+        call, of_tokens, x, *factors = operands
         rows = Rows(x, call.routes.token if of_tokens else None)
-        y, s = passes().forward(rows, call.projection(factors), call.routes.offs)
+        y, s = passes().forward(rows, call.projection(tuple(factors)), call.routes.offs)
         _save(ctx, call, x, s, *factors)
         ctx.of_tokens = of_tokens
         return y
@@ -116,16 +117,10 @@ class GateDown(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        gate: Callable[[Tensor], Tensor] | None,
-        z: Tensor,
-        weights: Tensor,
-        *factors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        call, gate, z, weights, *factors = operands
         h = z if gate is None else gate(z)
-        y, s = passes().forward(Rows(h), call.projection(factors), call.routes.offs)
+        y, s = passes().forward(Rows(h), call.projection(tuple(factors)), call.routes.offs)
         _save(ctx, call, z, weights, s, *factors)
         ctx.gate = gate
         return passes().sum_of_slots(y, call.routes.perm, weights.reshape(-1), call.slots)

@@ -40,7 +40,7 @@ def lora_experts(
     Returns:
         ``[T, H]`` in x's dtype.
     """
-    count = len(experts.up)
+    count = experts.up.shape[0]
     routes = routes_of(top_k_index, count)
     slots = top_k_index.shape[-1]
     first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots)
@@ -87,7 +87,7 @@ def _with_number(adapter: ExpertsAdapter) -> ExpertsAdapter:
 def _weighted(y: Tensor, routes: Routes, weights: Tensor) -> Tensor:
     """The weighted sum of slots, in torch's own differentiable calls."""
     place = torch.empty_like(routes.perm)
-    place[routes.perm] = torch.arange(len(place), device=place.device)
+    place[routes.perm] = torch.arange(place.shape[0], device=place.device)
     wide = torch.promote_types(y.dtype, torch.float32)
     slots = y[place].view(*weights.shape, y.shape[-1])
     return (slots * weights[..., None].to(wide)).sum(1).to(y.dtype)

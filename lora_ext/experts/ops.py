@@ -79,7 +79,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, token, weight, bias, lora_a, lora_b, scalings, offs):
-    rows = len(x) if token is None else len(token)
+    rows = (x if token is None else token).shape[0]  # len() would make a number of it
     experts, out_features, _ = weight.shape
     rank = sum(a.shape[0] // experts for a in lora_a)
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -120,7 +120,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, grad_token, x, token, weights, weight, bias, lora_a, lora_b, scalings, s, offs, wanted):
-    rows = len(s)
+    rows = s.shape[0]
     every = (
         weight.new_empty(rows, weight.shape[2]),
         s.new_empty(rows),
@@ -136,4 +136,4 @@ def _sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int
 
 @_sum_of_slots.register_fake
 def _(rows, perm, weights, slots):
-    return rows.new_empty(len(perm) // slots, rows.shape[1])
+    return rows.new_empty(perm.shape[0] // slots, rows.shape[1])

@@ -1,0 +1,53 @@
+"""Experts of an accelerated model under torch.compile: one graph, and the eager numbers."""
+
+import pytest
+import torch
+from expert_helpers import assert_close, make_routes, mixture, run
+from helpers import BF16, F32, F64
+from peft_helpers import accelerated
+
+TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
+
+
+@pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved", "no gate", "norm"])
+def test_one_graph(kind, adapters, forget_graphs, counter):
+    model = accelerated(mixture(kind, adapters))
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
+    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    counts = []
+    for tokens in (9, 17, 4):
+        operands = make_routes(tokens)
+        assert_close(run(compiled, *operands), run(model, *operands), 1e-12)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1  # fullgraph: no break; and nothing is compiled again
+
+
+def test_without_gradients_and_float32_adapters(forget_graphs, counter):
+    model = accelerated(mixture(dtype=BF16, adapter_dtype=F32))
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True)
+    operands = make_routes(9, dtype=BF16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*operands), model(*operands))
+
+
+@pytest.mark.parametrize("name", ["experts_forward", "experts_backward", "experts_sum_of_slots"])
+def test_ops_keep_their_contract(name, monkeypatch):
+    """What fake tensors are told is what comes back; nothing that is given is written."""
+    from lora_ext.experts import autograd, ops
+
+    monkeypatch.setattr(autograd, "passes", lambda: ops)
+    given = []
+    real = getattr(torch.ops.lora_ext, name).default
+    own = f"_{name.removeprefix('experts_')}"
+
+    def noted(*operands):
+        given.append(operands)
+        return real(*operands)
+
+    monkeypatch.setattr(ops, own, noted)
+    model = accelerated(mixture("transposed, biases, interleaved", TWO))
+    run(model, *make_routes(9, dtype=F64))
+    assert given
+    for operands in given:
+        torch.library.opcheck(real, operands, test_utils=("test_schema", "test_faketensor"))
