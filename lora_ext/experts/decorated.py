@@ -7,7 +7,6 @@ can take the place of one another. Nothing is imported that is not imported.
 from __future__ import annotations
 
 import sys
-from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -23,17 +22,19 @@ _DEVICES = ("cpu", "cuda")
 _MODULE = "transformers.integrations.moe"
 
 
-@cache
-def _code_of_decorator() -> CodeType:
-    decorate = sys.modules[_MODULE].use_experts_implementation
-    return decorate(type("Experts", (nn.Module,), {})).forward.__code__
+# The code of the forward that the decorator gives: a global, since dynamo looks into a cache.
+_forward: CodeType | None = None
 
 
 def is_decorated(kind: type) -> bool:
     """Whether a class has the forward that transformers' decorator gives, and no other."""
-    if not hasattr(sys.modules.get(_MODULE), "use_experts_implementation"):
-        return False  # not imported, or before transformers 5
-    return getattr(kind.forward, "__code__", None) is _code_of_decorator()
+    global _forward
+    if _forward is None:
+        decorate = getattr(sys.modules.get(_MODULE), "use_experts_implementation", None)
+        if decorate is None:
+            return False  # not imported, or before transformers 5
+        _forward = decorate(type("Experts", (nn.Module,), {})).forward.__code__
+    return getattr(kind.forward, "__code__", None) is _forward
 
 
 def up_name(module: Any) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..nn.adapter_spec import MAX_RANK
 from ..nn.updates import is_transformed
 from .chain import Chain, Target
 from .reasons import has_hooks
+
+with contextlib.suppress(ImportError):  # before transformers 5
+    import transformers.integrations.moe  # noqa: F401
+decorated.is_decorated(nn.Module)  # looks once for the decorator, where no compiler traces it
 
 
 def reason(chain: Chain) -> str:
