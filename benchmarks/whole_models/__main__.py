@@ -10,13 +10,13 @@ from pathlib import Path
 from .. import report, results
 from ..machine import describe
 from ..timing import Plan
-from . import generate, mixed_batch, overhead, packed, quantized
+from . import experts, generate, mixed_batch, overhead, packed, quantized
 from .cases import all_cases, mixed_cases, quantized_cases
 from .step import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
 _OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
-PARTS = ("models", "mixed", "quantized_layers", "packed", "generate", "overhead")
+PARTS = ("models", "mixed", "quantized_layers", "packed", "generate", "experts", "overhead")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document["packed"] = packed.measure(_PLAN, progress)
         if "generate" in options.parts:
             document["generate"] = generate.measure(_PLAN, progress)
+        if "experts" in options.parts:
+            document["experts"] = experts.measure(_PLAN, progress)
+            results.keep(document, path)
         if "overhead" in options.parts:
             document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
         document["complete"] = True
