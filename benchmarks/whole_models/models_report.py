@@ -61,8 +61,9 @@ _METHOD = """\
   of 135M parameters. merged is the model without adapters, whose products are those of a merged
   one.
 - Mixtures are Qwen3-MoE of random weights with 8 experts for each token; frozen is transformers'
-  own implementation. GB/s are of the experts' weights that one token reads. A peak is over that of the
-  frozen model with the adapters' gradients; PEFT default is all-linear in float32, the router too.
+  own implementation. GB/s are of the experts' weights that one token reads. A peak is over that of
+  the frozen model with the adapters' gradients. PEFT default is all-linear in float32, the router
+  too.
 - The overhead of a layer is a call on 2 x 8 numbers, less the ops that it makes, timed alone."""
 
 
