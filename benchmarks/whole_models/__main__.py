@@ -10,13 +10,13 @@ from pathlib import Path
 from .. import report, results
 from ..machine import describe
 from ..timing import Plan
-from . import generate, mixed_batch, overhead, packed, quantized
+from . import experts, generate, mixed_batch, overhead, packed, quantized
 from .cases import all_cases, mixed_cases, quantized_cases
 from .step import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
 _OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
-PARTS = ("models", "mixed", "quantized_layers", "packed", "generate", "overhead")
+PARTS = ("models", "mixed", "quantized_layers", "packed", "generate", "experts", "overhead")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document["quantized_layers"] = quantized.measure_layers(_OVERHEAD_PLAN, progress)
         elif "quantized_layers" in options.parts:
             progress("bitsandbytes is not installed: nothing is measured over quantised bases")
-        for part, module in {"packed": packed, "generate": generate}.items():
+        for part, module in {"packed": packed, "generate": generate, "experts": experts}.items():
             if part in options.parts:
                 document[part] = module.measure(_PLAN, progress)
+                results.keep(document, path)
         if "overhead" in options.parts:
             document["overhead"] = overhead.measure(_OVERHEAD_PLAN)
         document["complete"] = True

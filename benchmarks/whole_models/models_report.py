@@ -8,7 +8,7 @@ from typing import Any
 from .. import markdown
 from ..markdown import Column, mebibytes, milliseconds, quotient, table, table_of
 from ..results import Document, Row, median_ratio, peak_ratio, ratio
-from . import generate, mixed_batch, packed, quantized
+from . import experts, generate, mixed_batch, packed, quantized
 from .overhead import overheads
 
 LABELS = {
@@ -56,6 +56,10 @@ _METHOD = """\
 - generate makes 16 tokens after a prompt of 16 with a KV cache, greedily, on the shape of a Llama
   of 135M parameters. merged is the model without adapters, whose products are those of a merged
   one.
+- Mixtures are Qwen3-MoE of random weights with 8 experts for each token; frozen is transformers'
+  own implementation. GB/s are of the experts' weights that one token reads. A peak is over that of
+  the frozen model with the adapters' gradients. PEFT default is all-linear in float32, the router
+  too.
 - The overhead of a layer is a call on 2 x 8 numbers, less the ops that it makes, timed alone."""
 
 
@@ -153,6 +157,7 @@ def text(document: Document, images: Sequence[str]) -> str:
         ("A step, weights packed where that is faster", packed.table(packing, "timing")),
         ("A forward, weights packed where that is faster", packed.table(packing, "forward")),
         ("Time of generate, as a multiple of merged", generate.table(document.get("generate", []))),
+        ("Mixtures of experts", experts.table(document.get("experts", []))),
         ("Overhead of a layer's call, microseconds", _overheads(document.get("overhead", {}))),
     ]
     return markdown.page(

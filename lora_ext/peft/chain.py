@@ -39,7 +39,8 @@ def chain_of(outermost: Any) -> Chain:
     targets, module = [], outermost
     while isinstance(module, peft_layers.ParamWrapper):
         is_off = module._disable_adapters or module.merged_adapters
-        names = [] if is_off else active_names(module, module._modules["lora_A"]._modules)
+        factors: Any = module._modules["lora_A"]
+        names = [] if is_off else active_names(module, factors._modules)
         targets.append(Target(module, module.parameter_name, names))
         module = module._modules["base_layer"]
     return Chain(targets, module)

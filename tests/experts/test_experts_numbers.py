@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft_helpers import accelerated, exact_model, reasons
 from torch import Tensor
 
-from lora_ext.experts import Experts, ExpertsAdapter, lora_experts, projection
+from lora_ext.experts import Experts, ExpertsAdapter, few_rows, lora_experts, projection
 
 ROUNDED = "float32 gate"  # by the gate itself
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
@@ -94,11 +94,12 @@ def test_random_routes(data):
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16), (F16, BF16)]
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
 @pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
-def test_errors_are_at_most_twice_pefts(pair, adapters):
+def test_errors_are_at_most_twice_pefts(pair, adapters, tokens):
     model = mixture("plain", adapters, dtype=pair[0], adapter_dtype=pair[1])
-    operands = make_routes(40, dtype=pair[0])
+    operands = make_routes(tokens, dtype=pair[0])
     x, index, weights = operands
     exact = run(exact_model(model), x.double(), index, weights.double())
     model.base_model.model.experts.get_base_layer().config._experts_implementation = "grouped_mm"
@@ -108,6 +109,22 @@ def test_errors_are_at_most_twice_pefts(pair, adapters):
         floor = 4 * torch.finfo(ours[name].dtype).eps * float(value.abs().max())
         error, of_peft = (float((each[name] - value).abs().max()) for each in (ours, theirs))
         assert error <= 2 * of_peft + floor, name
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("out_features", [24, 1024])
+def test_products_of_one_row(out_features, is_transposed):
+    """Matrices of one and of several cuts, with biases; float32 sums of half products."""
+    weight = torch.randn(EXPERTS, out_features, 40).to(BF16)
+    if is_transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    bias, x = torch.randn(EXPERTS, out_features).to(BF16), torch.randn(3, 40).to(BF16)
+    experts = [1, 2, 5]
+    assert few_rows.takes(weight, [(e, i, i + 1) for i, e in enumerate(experts)])
+    assert not few_rows.takes(weight, [(1, 0, 2), (2, 2, 3)])
+    found = few_rows.product(x, weight, bias, experts)
+    exact = torch.einsum("tk,tok->to", x.double(), weight[experts].double()) + bias[experts]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])

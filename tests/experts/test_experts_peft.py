@@ -115,8 +115,8 @@ def test_hot_swap(tmp_path):
 
 
 def test_rank_pattern():
-    """The two parameters may differ in rank and alpha."""
-    words = {"r": 3, "rank_pattern": {".*gate_up_proj": 6}, "alpha_pattern": {".*gate_up_proj": 5}}
+    """The two parameters may differ in rank."""
+    words = {"r": 3, "rank_pattern": {".*gate_up_proj": 6}}
     model = mixture("plain", {"x": words})
     assert {wrapper.r["x"] for wrapper in wrappers(model)} == {3, 6}
     assert_same(accelerated(model), model)
