@@ -137,7 +137,8 @@ def forward(chain: Chain, operands: tuple) -> Tensor:
         ]
     down = found.pop("down_proj", [])
     up = next(iter(found.values()), [])
-    return lora_experts(Experts.of(chain.base), *operands, up, down)
+    x, index, weights = operands
+    return lora_experts(Experts.of(chain.base), x, index, weights, up, down)
 
 
 def rows_of_experts(chain: Chain) -> str:
