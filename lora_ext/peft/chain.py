@@ -36,13 +36,14 @@ class Chain(NamedTuple):
 
 def chain_of(outermost: Any) -> Chain:
     """The chain that begins with a wrapper."""
-    targets, module = [], outermost
+    targets: list[Target] = []
+    module: Any = outermost
     while isinstance(module, peft_layers.ParamWrapper):
         is_off = module._disable_adapters or module.merged_adapters
-        factors: Any = module._modules["lora_A"]
-        names = [] if is_off else active_names(module, factors._modules)
+        tables: Any = module._modules
+        names = [] if is_off else active_names(module, tables["lora_A"]._modules)
         targets.append(Target(module, module.parameter_name, names))
-        module = module._modules["base_layer"]
+        module = tables["base_layer"]
     return Chain(targets, module)
 
 

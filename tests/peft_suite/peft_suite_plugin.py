@@ -82,7 +82,7 @@ class Recorder:
         forward = kind.forward
 
         def counted(layer, x, *args, **kwargs):
-            if args or kwargs:
+            if (args or kwargs) and not isinstance(layer, peft_layers.ParamWrapper):
                 self.paths["peft: arguments beside x"] += 1
                 if layer.__dict__.get("row_adapters") is None:  # else noted with its rows
                     self.quantized_paths["peft"] += _is_quantized(layer)
