@@ -36,7 +36,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     out = Path("benchmarks/out/finetune_experts")
     parser.add_argument("--out", type=Path, default=out, help="folder")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch, for all models")
     parser.add_argument("--machine", default="", help="what to call this machine in the report")
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     return parser.parse_args(arguments)
@@ -122,8 +121,6 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if a claim does not hold, else 0."""
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     document = run(options, progress())
     kept = report.publish(document, options.out / "results.json")
     return 0 if kept and all(check["holds"] for check in document["checks"]) else 1

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..dtypes import FLOATS
+from ..nn.updates import is_plain
 
 # Transformers' own: each computes the same. Of others nobody knows.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
@@ -61,7 +61,7 @@ def obstacle(module: Any) -> str:
 
 
 def _weight_obstacle(weight: Any, first: Any) -> str:
-    if not (_is_plain(weight) and weight.dim() == 3 and weight.dtype in FLOATS):
+    if not (is_plain(weight) and weight.dim() == 3 and weight.dtype in FLOATS):
         return "the experts' weights are computed, quantised or sharded"
     if weight.dtype != first.dtype or weight.device != first.device:
         return "the experts' weights differ in dtype or device"
@@ -72,11 +72,6 @@ def _weight_obstacle(weight: Any, first: Any) -> str:
 
 def _is_trained(weight: Tensor) -> bool:
     return weight.requires_grad and torch.is_grad_enabled()
-
-
-def _is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor like any other, not a DTensor or a quantised subclass."""
-    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
 
 
 def operands(
@@ -95,7 +90,7 @@ def operands(
         if len(named) != len(args) + len(kwargs) or named.keys() != set(names):
             return None
         args = tuple(named[name] for name in names)
-    if len(args) != 3 or not all(map(_is_plain, args)):
+    if len(args) != 3 or not all(map(is_plain, args)):
         return None
     x, index, weights = args
     down = module.down_proj

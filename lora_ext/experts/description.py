@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .decorated import up_name
+
 
 class Experts(NamedTuple):
     """The frozen part of the experts, E matrices for each of two projections.
@@ -33,7 +35,7 @@ class Experts(NamedTuple):
     @classmethod
     def of(cls, module: Any) -> Experts:
         """Of a module with the attributes that transformers' `use_experts_implementation` gives."""
-        name = "gate_up_proj" if module.has_gate else "up_proj"
+        name = up_name(module)
         return cls(
             getattr(module, name),
             module.down_proj,

@@ -60,8 +60,8 @@ def pools_of(factors: Factors, experts: int, hit: Tensor | None, dtype: torch.dt
         hit: their numbers ``[n]``; None for all.
     """
     kept = dtype_of(factors, dtype)
-    first = [_some(_a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
-    second = [_some(_b_by_expert(b, experts), hit).to(kept) for b in factors.lora_b]
+    first = [_some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
+    second = [_some(b_by_expert(b, experts), hit).to(kept) for b in factors.lora_b]
     scaling = factors.scaling(dtype)
     if scaling is None:
         second = [b * scaling for b, scaling in zip(second, factors.scalings, strict=True)]
@@ -112,12 +112,12 @@ class Gradients:
             ranks, begin = slice(begin, begin + rank), begin + rank
             of_b = self.lora_b[i]
             if of_a is not None and lora_a is not None:
-                _put(_a_by_expert(of_a, self._experts), hit, lora_a[:, ranks])
+                _put(a_by_expert(of_a, self._experts), hit, lora_a[:, ranks])
             if of_b is not None and lora_b is not None:
                 part = lora_b[:, :, ranks]
                 if self._is_in_b:
                     part = part * self._factors.scalings[i]
-                _put(_b_by_expert(of_b, self._experts), hit, part)
+                _put(b_by_expert(of_b, self._experts), hit, part)
 
 
 def _made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -128,12 +128,12 @@ def _made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tenso
     ]
 
 
-def _a_by_expert(lora_a: Tensor, experts: int) -> Tensor:
+def a_by_expert(lora_a: Tensor, experts: int) -> Tensor:
     """``[E, r, in]``, a view where the factor is contiguous."""
     return lora_a.reshape(experts, -1, lora_a.shape[1])
 
 
-def _b_by_expert(lora_b: Tensor, experts: int) -> Tensor:
+def b_by_expert(lora_b: Tensor, experts: int) -> Tensor:
     """``[E, out, r]``, a view where the factor is contiguous."""
     return lora_b.reshape(len(lora_b), -1, experts).permute(2, 0, 1)
 

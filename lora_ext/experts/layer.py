@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dtypes import HALVES
 from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
-from .routing import Routes, routes_of
+from .routing import Routes, places_of, routes_of
 
 
 def lora_experts(
@@ -86,8 +86,6 @@ def _with_number(adapter: ExpertsAdapter) -> ExpertsAdapter:
 
 def _weighted(y: Tensor, routes: Routes, weights: Tensor) -> Tensor:
     """The weighted sum of slots, in torch's own differentiable calls."""
-    place = torch.empty_like(routes.perm)
-    place[routes.perm] = torch.arange(place.shape[0], device=place.device)
     wide = torch.promote_types(y.dtype, torch.float32)
-    slots = y[place].view(*weights.shape, y.shape[-1])
+    slots = y[places_of(routes.perm)].view(*weights.shape, y.shape[-1])
     return (slots * weights[..., None].to(wide)).sum(1).to(y.dtype)

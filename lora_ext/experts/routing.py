@@ -38,6 +38,13 @@ def routes_of(top_k_index: Tensor, experts: int) -> Routes:
     return Routes(perm, perm // top_k_index.shape[-1], offs)
 
 
+def places_of(perm: Tensor) -> Tensor:
+    """Where each flat slot is among the sorted rows: perm's inverse."""
+    places = torch.empty_like(perm)
+    places[perm] = torch.arange(perm.shape[0], device=perm.device)
+    return places
+
+
 def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int) -> Tensor:
     """out[t] = sum over t's slots of weight * row, in the slots' order; ``[T, n]``.
 
@@ -49,8 +56,7 @@ def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int)
 
     The sum is made in at least float32 and rounded once to the rows' dtype.
     """
-    place = torch.empty_like(perm)
-    place[perm] = torch.arange(len(perm), device=perm.device)
+    place = places_of(perm)
     tokens, width = len(perm) // slots, rows.shape[1]
     wide = torch.promote_types(rows.dtype, torch.float32)
     out = rows.new_empty(tokens, width)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..experts.factors import a_by_expert, b_by_expert
+
 if TYPE_CHECKING:
     from .base import LoRALayer
 
@@ -45,17 +47,11 @@ def merged_tensors(layer: LoRALayer, names: Sequence[str]) -> tuple[Tensor, Tens
         if source.dim() == 2:
             _merge_matrix(layer, source, target, updates)
         else:  # a stack of matrices
-            of_each = [(n, *each_factor(a, b, len(source))) for n, a, b in updates]
+            count = len(source)
+            of_each = [(n, a_by_expert(a, count), b_by_expert(b, count)) for n, a, b in updates]
             for e, matrix in enumerate(source):
                 _merge_matrix(layer, matrix, target[e], [(n, a[e], b[e]) for n, a, b in of_each])
         return merged, _merged_bias(layer, names, wide)
-
-
-def each_factor(lora_a: Tensor, lora_b: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Views (A ``[E, r, in]``, B ``[E, out, r]``) of ``[E r, in]`` and ``[out, r E]``, PEFT's
-    factors of a stack of E matrices."""
-    each_a = lora_a.view(count, -1, lora_a.shape[1])
-    return each_a, lora_b.view(lora_b.shape[0], -1, count).permute(2, 0, 1)
 
 
 def _merge_matrix(

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..experts.factors import a_by_expert, b_by_expert
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
-from .merging import each_factor
 
 
 class LoRAParameter(LoRALayer):
@@ -77,7 +77,8 @@ class LoRAParameter(LoRALayer):
 
     def factors_of_each(self, name: str) -> tuple[Tensor, Tensor]:
         """Views (A ``[E, r, in]``, B ``[E, out, r]``)."""
-        return each_factor(*self.factors(name), self.count)
+        lora_a, lora_b = self.factors(name)
+        return a_by_expert(lora_a, self.count), b_by_expert(lora_b, self.count)
 
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
         where = f"lora_ext.nn.LoRAParameter.add_adapter: {self.parameter!r}"
