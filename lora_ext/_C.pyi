@@ -44,7 +44,7 @@ class Card:
     ) -> None: ...
 
 class Problem:
-    """One LoRA linear as the planner sees it (csrc/plan/plan.h)."""
+    """One LoRA linear as the planner sees it (csrc/plan/problem.h)."""
 
     m: int
     n: int
@@ -124,7 +124,7 @@ def plan_as_asked(
     groups, for as many adapters and an index."""
 
 class Sustained:
-    """What a card is taken to keep up (csrc/plan/plan_prediction.h)."""
+    """What a card is taken to keep up (csrc/plan/rates.h)."""
 
     tflops: float
     dram_gb_s: float
@@ -149,7 +149,7 @@ def predicted_launches(
     card: Card, problem: Problem, plan: Plan, backward: bool
 ) -> list[Launch]: ...
 def plan_numbers(plan: Plan) -> dict[str, int]:
-    """Offsets and pitches in the workspace, shared memory, size of the tile (csrc/plan/plan.h)."""
+    """Offsets and pitches in the workspace, shared memory, size of the tile (csrc/plan/problem.h)."""
 
 class DecodeShares:
     """How lora_decode shares its work among blocks (csrc/plan/decode_shares.h)."""

@@ -16,42 +16,49 @@ using kernel_set::Kernels;
 std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
                                                         const plan::Card& card) {
   const kernel_set::SmallCase small = kernel_set::small_case(kernels);
-  return {small.problem, kernel_set::plan_of(card, small.problem, small.request, kernels.backward)};
+  return {small.problem, plan::make_plan(card, small.problem, small.request)};
 }
 
 // With many adapters where there are groups, an index for each row.
-plan::Plan plan_as_asked(const plan::Card& card, const plan::Problem& problem, bool backward,
+plan::Plan plan_as_asked(const plan::Card& card, plan::Problem problem, bool backward,
                          const std::string& choice, const std::string& tile, bool early_launch,
                          int64_t groups) {
+  problem.backward = backward;
+  if (groups != 0) problem.groups = plan::Groups{groups, true};
   const plan::Request request{choice_of(choice), plan::tile_named(tile), "", early_launch};
-  if (groups == 0) return kernel_set::plan_of(card, problem, request, backward);
-  const plan::GroupedProblem many{problem, groups, true};
-  return kernel_set::plan_of(card, many, request, backward).one;
+  return plan::make_plan(card, problem, request);
 }
 
 // What tests hold against the limits of a card: offsets and pitches in the workspace, as plan.h has
-// them, the tile's shared memory, and grids.
-std::map<std::string, int64_t> plan_numbers(const plan::Plan& p) {
-  return {{"a", p.a},
-          {"b", p.b},
-          {"t", p.t},
-          {"z", p.z},
-          {"flags", p.flags},
-          {"s", p.s},
-          {"g_a", p.g_a},
-          {"g_b", p.g_b},
-          {"a_pitch", p.a_pitch},
-          {"terms", p.terms},
-          {"z_columns", p.z_columns},
-          {"flag_count", p.flag_count()},
-          {"s_sums", p.decode.s_sums},
-          {"batch", p.decode.batch},
-          {"tiles", p.decode.tiles},
-          {"s_tiles", p.decode.s_tiles},
-          {"width", p.decode.width},
-          {"shared", plan::facts_of(p.gemm.tile).shared},
-          {"rows", plan::facts_of(p.gemm.tile).rows},
-          {"columns", plan::facts_of(p.gemm.tile).columns}};
+// them, and the tile's shared memory and grids. kNone is what a plan has not.
+std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
+  plan::Tile tile = plan::Tile::kDecode;
+  std::map<std::string, int64_t> numbers;
+  if (const plan::Tiled* p = plan.tiled()) {
+    tile = p->gemm ? p->gemm->tile : plan::Tile::k128x64;
+    numbers = {{"a", p->a},
+               {"b", p->b},
+               {"t", p->t},
+               {"z", p->z},
+               {"flags", p->in_grid ? p->in_grid->flags : plan::kNone},
+               {"s", p->s},
+               {"g_a", p->g_a},
+               {"g_b", p->g_b},
+               {"a_pitch", p->a_pitch},
+               {"terms", p->terms},
+               {"z_columns", p->z_columns},
+               {"flag_count", p->in_grid ? p->in_grid->flag_count() : 0}};
+  }
+  if (const plan::Decode* p = plan.decode()) {
+    numbers = {{"sums", p->sums},   {"s_sums", p->s_sums},
+               {"t", p->t},         {"flags", p->flags},
+               {"batch", p->batch}, {"terms", p->terms},
+               {"tiles", p->tiles}, {"s_tiles", p->s_tiles},
+               {"width", p->width}, {"flag_count", p->flag_count()}};
+  }
+  const plan::TileFacts& facts = plan::facts_of(tile);
+  numbers.insert({{"shared", facts.shared}, {"rows", facts.rows}, {"columns", facts.columns}});
+  return numbers;
 }
 
 }  // namespace
@@ -91,8 +98,9 @@ void bind_kernel_set(py::module& m) {
   m.def("all_grouped_kernels", &kernel_set::all_grouped_of, py::arg("card"));
   m.def(
       "kernels_of",
-      [](const plan::Plan& plan, const plan::Problem& problem, bool backward, bool float16) {
-        return kernel_set::of_plan(plan, problem, backward, float16);
+      [](const plan::Plan& plan, plan::Problem problem, bool backward, bool float16) {
+        problem.backward = backward;
+        return kernel_set::of_plan(plan, problem, float16);
       },
       py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"), py::arg("float16"));
   m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),

@@ -7,9 +7,10 @@
 
 #include "cuda/device.h"
 #include "launch/kernel_launch.h"
-#include "plan/grouped_plan.h"
 #include "plan/plan.h"
-#include "plan/plan_prediction.h"
+#include "plan/predict.h"
+#include "plan/predict_library.h"
+#include "plan/rates.h"
 #include "plan/winners.h"
 #include "route/kernel_route.h"
 
@@ -23,10 +24,11 @@ const std::map<std::string, plan::Choice> kChoices = {{"auto", plan::Choice::kAu
                                                       {"hybrid", plan::Choice::kHybrid},
                                                       {"library", plan::Choice::kLibrary}};
 
-plan::Request request_for(const plan::Card& card, const plan::Problem& problem, bool backward,
-                          const std::string& choice) {
-  return winners::request_for(card, problem, backward, choice_of(choice),
-                              at::globalContext().deterministicAlgorithms());
+plan::Plan plan_for(const plan::Card& card, const plan::Problem& problem,
+                    const std::string& choice) {
+  const bool deterministic = at::globalContext().deterministicAlgorithms();
+  return plan::make_plan(card, problem,
+                         winners::request_for(card, problem, choice_of(choice), deterministic));
 }
 
 kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& weight,
@@ -130,12 +132,93 @@ void bind_prediction(py::module& m) {
       py::arg("accumulate") = false);
   m.def(
       "predicted_launches",
-      [](const plan::Card& card, const plan::Problem& problem, const plan::Plan& plan,
-         bool backward) {
-        const plan::Launches all = plan::launches_of(card, problem, plan, backward);
+      [](const plan::Card& card, plan::Problem problem, const plan::Plan& plan, bool backward) {
+        problem.backward = backward;
+        const plan::Launches all = plan::launches_of(card, problem, plan);
         return std::vector<plan::Launch>(all.begin(), all.end());
       },
       py::arg("card"), py::arg("problem"), py::arg("plan"), py::arg("backward"));
+}
+
+// `get` of a plan of tiles; 0 of others.
+template <class Get>
+auto of_tiled(const Get& get) {
+  return [get](const plan::Plan& p) {
+    using Number = decltype(get(*p.tiled()));
+    return p.tiled() != nullptr ? get(*p.tiled()) : Number{};
+  };
+}
+
+// lora_gemm's tile, or lora_decode's; without a product, the smallest.
+plan::Tile tile_of(const plan::Plan& p) {
+  if (p.decode() != nullptr) return plan::Tile::kDecode;
+  const bool has_gemm = p.tiled() != nullptr && p.tiled()->gemm;
+  return has_gemm ? p.tiled()->gemm->tile : plan::Tile::k128x64;
+}
+
+int blocks_of(const plan::Plan& p) {
+  if (p.decode() != nullptr) return p.decode()->blocks;
+  return p.tiled() != nullptr && p.tiled()->gemm ? p.tiled()->gemm->blocks : 0;
+}
+
+int columns_of(const plan::Plan& p) {
+  if (p.decode() != nullptr) return p.decode()->terms * p.decode()->width;
+  return p.tiled() != nullptr ? p.tiled()->columns : 0;
+}
+
+std::map<std::string, double> predicted_us(const plan::Plan& p) {
+  std::map<std::string, double> us;
+  if (p.predicted.library > 0) us["library"] = p.predicted.library;
+  if (p.predicted.hybrid > 0) us["hybrid"] = p.predicted.hybrid;
+  if (p.predicted.kernel > 0) us["kernel"] = p.predicted.kernel;
+  return us;
+}
+
+void bind_plans(py::module& m) {
+  using plan::Plan;
+  using plan::Tiled;
+  py::class_<Plan>(m, "Plan")
+      .def_readonly("reason", &Plan::reason)
+      .def_readonly("workspace", &Plan::workspace)
+      .def_property_readonly("kernel", &Plan::has_kernels)
+      .def_property_readonly("hybrid", &Plan::hybrid)
+      .def_property_readonly("predicted_us", &predicted_us)
+      .def_property_readonly("tile", [](const Plan& p) { return plan::facts_of(tile_of(p)).name; })
+      .def_property_readonly("wgmma",
+                             [](const Plan& p) { return plan::facts_of(tile_of(p)).wgmma; })
+      .def_property_readonly("blocks", &blocks_of)
+      .def_property_readonly("columns", &columns_of)
+      .def_property_readonly("in_grid",
+                             of_tiled([](const Tiled& t) { return t.in_grid.has_value(); }))
+      .def_property_readonly("pairs_per_ticket", of_tiled([](const Tiled& t) {
+                               return t.in_grid ? t.in_grid->pairs_per_ticket : 1;
+                             }))
+      .def_property_readonly("one_pass", of_tiled([](const Tiled& t) { return t.one_pass(); }))
+      .def_property_readonly("panels", of_tiled([](const Tiled& t) { return t.panels; }))
+      .def_property_readonly("early_wgrad", of_tiled([](const Tiled& t) { return t.early_wgrad; }))
+      .def_property_readonly("shrink_splits",
+                             of_tiled([](const Tiled& t) { return t.shrink.splits; }))
+      .def_property_readonly("dlora_a_splits",
+                             of_tiled([](const Tiled& t) { return t.dlora_a.splits; }))
+      .def_property_readonly("dlora_b_splits",
+                             of_tiled([](const Tiled& t) { return t.dlora_b.splits; }))
+      .def("__str__", &Plan::describe);
+  const auto choice = py::arg("choice") = "auto";
+  m.def(
+      "plan_grouped_forward",
+      [](const plan::Card& card, plan::Problem problem, int64_t groups) {
+        problem.groups = plan::Groups{groups, true};
+        return plan::make_plan(card, problem, {plan::Choice::kAuto});
+      },
+      py::arg("card"), py::arg("problem"), py::arg("groups"));
+  m.def("plan_forward", &plan_for, py::arg("card"), py::arg("problem"), choice);
+  m.def(
+      "plan_backward",
+      [](const plan::Card& card, plan::Problem problem, const std::string& name) {
+        problem.backward = true;
+        return plan_for(card, problem, name);
+      },
+      py::arg("card"), py::arg("problem"), choice);
 }
 
 }  // namespace
@@ -178,54 +261,7 @@ void bind_plan(py::module& m) {
       .def_readwrite("need_dx", &plan::Problem::need_dx)
       .def_readwrite("need_dlora_a", &plan::Problem::need_dlora_a)
       .def_readwrite("need_dlora_b", &plan::Problem::need_dlora_b);
-  py::class_<plan::Plan>(m, "Plan")
-      .def_readonly("kernel", &plan::Plan::kernel)
-      .def_readonly("hybrid", &plan::Plan::hybrid)
-      .def_readonly("reason", &plan::Plan::reason)
-      .def_readonly("workspace", &plan::Plan::workspace)
-      .def_readonly("columns", &plan::Plan::columns)
-      .def_readonly("panels", &plan::Plan::panels)
-      .def_readonly("one_pass", &plan::Plan::one_pass)
-      .def_readonly("pairs_per_ticket", &plan::Plan::pairs_per_ticket)
-      .def_readonly("early_wgrad", &plan::Plan::early_wgrad)
-      .def_property_readonly("tile",
-                             [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).name; })
-      .def_property_readonly("wgmma",
-                             [](const plan::Plan& p) { return plan::facts_of(p.gemm.tile).wgmma; })
-      .def_property_readonly("in_grid", &plan::Plan::in_grid)
-      .def_property_readonly("predicted_us",
-                             [](const plan::Plan& p) {
-                               std::map<std::string, double> us;
-                               if (p.predicted.library > 0) us["library"] = p.predicted.library;
-                               if (p.predicted.hybrid > 0) us["hybrid"] = p.predicted.hybrid;
-                               if (p.predicted.kernel > 0) us["kernel"] = p.predicted.kernel;
-                               return us;
-                             })
-      .def_property_readonly("blocks", [](const plan::Plan& p) { return p.gemm.blocks; })
-      .def_property_readonly("shrink_splits", [](const plan::Plan& p) { return p.shrink.splits; })
-      .def_property_readonly("dlora_a_splits", [](const plan::Plan& p) { return p.dlora_a.splits; })
-      .def_property_readonly("dlora_b_splits", [](const plan::Plan& p) { return p.dlora_b.splits; })
-      .def("__str__", &plan::Plan::describe);
-  const auto choice = py::arg("choice") = "auto";
-  m.def(
-      "plan_grouped_forward",
-      [](const plan::Card& card, const plan::Problem& problem, int64_t groups) {
-        const plan::GroupedProblem many{problem, groups, true};
-        return plan::grouped_forward(card, many, {plan::Choice::kAuto}).one;
-      },
-      py::arg("card"), py::arg("problem"), py::arg("groups"));
-  m.def(
-      "plan_forward",
-      [](const plan::Card& card, const plan::Problem& problem, const std::string& name) {
-        return plan::forward(card, problem, request_for(card, problem, false, name));
-      },
-      py::arg("card"), py::arg("problem"), choice);
-  m.def(
-      "plan_backward",
-      [](const plan::Card& card, const plan::Problem& problem, const std::string& name) {
-        return plan::backward(card, problem, request_for(card, problem, true, name));
-      },
-      py::arg("card"), py::arg("problem"), choice);
+  bind_plans(m);
   bind_prediction(m);
   bind_winners(m);
   bind_device(m);

@@ -122,9 +122,9 @@ void wait_for(const at::Device& device, const Kernels& kernels) {
 template <class Args>
 std::string run_case(const plan::Card& card, const Kernels& kernels, const plan::Request& request,
                      const Args& args) {
-  const auto problem = kernel_launch::problem_of(args);
-  const auto plan = kernel_set::plan_of(card, problem, request, kernels.backward);
-  const Kernels planned = kernel_set::of_plan(plan, problem, kernels.backward, kernels.float16);
+  const plan::Problem problem = kernel_launch::problem_of(args);
+  const plan::Plan plan = plan::make_plan(card, problem, request);
+  const Kernels planned = kernel_set::of_plan(plan, problem, kernels.float16);
   if (planned != kernels) return "the small case takes other kernels: " + planned.name();
   const at::Device device = args.x.device();
   const auto exact = kernel_bounds::in_double(args);

@@ -1,6 +1,6 @@
 #include "check/kernel_set.h"
 
-#include "plan/decode_plan.h"
+#include "plan/tiles.h"
 
 namespace lora_ext::kernel_set {
 namespace {
@@ -87,29 +87,23 @@ std::string Kernels::name() const {
   return text;
 }
 
-Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backward, bool float16) {
-  const bool has_gemm = plan.gemm.blocks > 0;  // not where dX is not needed
-  const bool wgmma = has_gemm && plan::facts_of(plan.gemm.tile).wgmma;
-  return {backward,
-          float16,
-          has_gemm ? plan.gemm.tile : plan::Tile::k128x64,
-          plan.hybrid,
-          plan.vector,
-          problem.float_adapters,
-          problem.dropout,
-          plan.one_pass,
-          plan.one_pass && plan.columns > 16,
-          wgmma ? plan::tail_of(plan.width, backward && plan.in_grid()) : 0,
-          plan.gemm.early || plan.early_wgrad,
-          !backward && plan.given_base,
-          false,
-          plan.decode.batch};
-}
-
-Kernels of_plan(const plan::GroupedPlan& plan, const plan::GroupedProblem& problem, bool backward,
-                bool float16) {
-  Kernels kernels = of_plan(plan.one, problem.one, backward, float16);
-  kernels.grouped = true;
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool float16) {
+  Kernels kernels{};
+  kernels.backward = problem.backward, kernels.float16 = float16;
+  kernels.float_adapters = problem.float_adapters, kernels.dropout = problem.dropout;
+  kernels.grouped = problem.groups.has_value();
+  if (const plan::Decode* decode = plan.decode()) {
+    kernels.tile = plan::Tile::kDecode, kernels.vector = true, kernels.rows = decode->batch;
+    return kernels;
+  }
+  const plan::Tiled& tiled = *plan.tiled();
+  kernels.tile = tiled.gemm ? tiled.gemm->tile : plan::Tile::k128x64;  // dX may not be needed
+  kernels.hybrid = plan.hybrid(), kernels.vector = tiled.vector;
+  kernels.one_pass = tiled.one_pass(), kernels.wide = tiled.one_pass() && tiled.columns > 16;
+  if (tiled.gemm && plan::facts_of(kernels.tile).wgmma)
+    kernels.tail = plan::tail_of(tiled.width, problem.backward && tiled.in_grid);
+  kernels.early = (tiled.gemm && tiled.gemm->early) || tiled.early_wgrad;
+  kernels.given_base = !problem.backward && tiled.base == plan::Base::kGiven;
   return kernels;
 }
 
@@ -163,22 +157,12 @@ SmallCase small_case(const Kernels& kernels) {
   small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
   if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.most_blocks = 4;
+  problem.backward = kernels.backward;
   problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
   problem.given_base = kernels.given_base;
   problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;
   problem.aligned_b = problem.rank * (kernels.float_adapters ? 4 : 2) % 16 == 0;
   return small;
-}
-
-plan::Plan plan_of(const plan::Card& card, const plan::Problem& problem,
-                   const plan::Request& request, bool backward) {
-  return backward ? plan::backward(card, problem, request) : plan::forward(card, problem, request);
-}
-
-plan::GroupedPlan plan_of(const plan::Card& card, const plan::GroupedProblem& problem,
-                          const plan::Request& request, bool backward) {
-  return backward ? plan::grouped_backward(card, problem, request)
-                  : plan::grouped_forward(card, problem, request);
 }
 
 }  // namespace lora_ext::kernel_set

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "plan/grouped_plan.h"
+#include "plan/plan.h"
 
 namespace lora_ext::kernel_set {
 
@@ -27,9 +27,7 @@ struct Kernels {
 };
 
 // Of a plan for the problem, which must be one with kernels.
-Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool backward, bool float16);
-Kernels of_plan(const plan::GroupedPlan& plan, const plan::GroupedProblem& problem, bool backward,
-                bool float16);
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool float16);
 
 // All that a card can be asked for, with early launches or without; none below compute capability
 // 8.0.
@@ -45,10 +43,5 @@ struct SmallCase {
   plan::Request request;
 };
 SmallCase small_case(const Kernels& kernels);
-
-plan::Plan plan_of(const plan::Card& card, const plan::Problem& problem,
-                   const plan::Request& request, bool backward);
-plan::GroupedPlan plan_of(const plan::Card& card, const plan::GroupedProblem& problem,
-                          const plan::Request& request, bool backward);
 
 }  // namespace lora_ext::kernel_set

@@ -4,8 +4,8 @@
 #include "cuda/stream_launch.h"
 #include "kernel/lora_decode_launch.h"
 
-#define LORA_EXT_DECODE(T, F)                                                        \
-  void launch_lora_decode<T, F>(const plan::Plan&, const LoraDecodeParams<T>&, bool, \
+#define LORA_EXT_DECODE(T, F)                                                          \
+  void launch_lora_decode<T, F>(const plan::Decode&, const LoraDecodeParams<T>&, bool, \
                                 cuda::StreamLaunch&)
 
 namespace lora_ext::kernel {

@@ -6,7 +6,7 @@
 #include "kernel/lora_grouped_sequence.h"
 
 #define LORA_EXT_GROUPED(Operands, T) \
-  void launch_lora_grouped<T>(const plan::GroupedPlan&, const Operands&, cuda::StreamLaunch&)
+  void launch_lora_grouped<T>(const plan::Plan&, const Operands&, cuda::StreamLaunch&)
 
 namespace lora_ext::kernel {
 

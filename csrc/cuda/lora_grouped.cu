@@ -6,8 +6,7 @@ namespace lora_ext::cuda {
 namespace {
 
 template <class Operands>
-std::string launch(Half half, const plan::GroupedPlan& plan, const Operands& operands,
-                   void* stream) {
+std::string launch(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
   StreamLaunch launch(static_cast<cudaStream_t>(stream));
   half == Half::kBFloat16 ? kernel::launch_lora_grouped<__nv_bfloat16>(plan, operands, launch)
                           : kernel::launch_lora_grouped<__half>(plan, operands, launch);
@@ -16,12 +15,12 @@ std::string launch(Half half, const plan::GroupedPlan& plan, const Operands& ope
 
 }  // namespace
 
-std::string launch_grouped_forward(Half half, const plan::GroupedPlan& plan,
+std::string launch_grouped_forward(Half half, const plan::Plan& plan,
                                    const kernel::LoraGroupedForward& operands, void* stream) {
   return launch(half, plan, operands, stream);
 }
 
-std::string launch_grouped_backward(Half half, const plan::GroupedPlan& plan,
+std::string launch_grouped_backward(Half half, const plan::Plan& plan,
                                     const kernel::LoraGroupedBackward& operands, void* stream) {
   return launch(half, plan, operands, stream);
 }

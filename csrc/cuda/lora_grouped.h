@@ -9,9 +9,9 @@
 namespace lora_ext::cuda {
 
 // Asynchronous on `stream` of the current device. "" or the error of a launch.
-std::string launch_grouped_forward(Half half, const plan::GroupedPlan& plan,
+std::string launch_grouped_forward(Half half, const plan::Plan& plan,
                                    const kernel::LoraGroupedForward& operands, void* stream);
-std::string launch_grouped_backward(Half half, const plan::GroupedPlan& plan,
+std::string launch_grouped_backward(Half half, const plan::Plan& plan,
                                     const kernel::LoraGroupedBackward& operands, void* stream);
 
 }  // namespace lora_ext::cuda

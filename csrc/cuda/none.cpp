@@ -31,12 +31,12 @@ std::string launch_forward(Half, const plan::Plan&, const kernel::LoraLinearForw
 std::string launch_backward(Half, const plan::Plan&, const kernel::LoraLinearBackward&, void*) {
   return kNone;
 }
-std::string launch_grouped_forward(Half, const plan::GroupedPlan&,
-                                   const kernel::LoraGroupedForward&, void*) {
+std::string launch_grouped_forward(Half, const plan::Plan&, const kernel::LoraGroupedForward&,
+                                   void*) {
   return kNone;
 }
-std::string launch_grouped_backward(Half, const plan::GroupedPlan&,
-                                    const kernel::LoraGroupedBackward&, void*) {
+std::string launch_grouped_backward(Half, const plan::Plan&, const kernel::LoraGroupedBackward&,
+                                    void*) {
   return kNone;
 }
 std::string launch_dropout(Element, const DropoutParams&, void*) { return kNone; }

@@ -1,7 +1,7 @@
 // The instance of lora_decode for a plan, and its grid.
 #pragma once
 #include "kernel/lora_decode_sm80.h"
-#include "plan/decode_plan.h"
+#include "plan/plan.h"
 
 namespace lora_ext::kernel {
 
@@ -24,17 +24,17 @@ static_assert(is_as_planned_to_decode<8>() && is_as_planned_to_decode<16>() &&
 // F is the factors' type, float or T. A function of its own, which csrc/cuda/ compiles once for all
 // sequences. Workspace comes as the allocator has it, so counts that lie there are cleared before.
 template <class T, class F, class Launch>
-void launch_lora_decode(const plan::Plan& plan, const LoraDecodeParams<T>& params, bool clear,
+void launch_lora_decode(const plan::Decode& plan, const LoraDecodeParams<T>& params, bool clear,
                         Launch& launch) {
   if (clear) launch.clear(params.arrivals, plan.flag_count());
   const auto run = [&](auto batch) {
     constexpr int kBatch = decltype(batch)::value;
     using Tile = LoraDecodeTile<kBatch>;
     static_assert(has_pieces_as_planned<T, F, kBatch>());
-    launch(lora_decode_sm80<T, F, kBatch>, dim3(static_cast<unsigned>(plan.gemm.blocks)),
-           Tile::kThreads, Tile::kSharedBytes, params);
+    launch(lora_decode_sm80<T, F, kBatch>, dim3(static_cast<unsigned>(plan.blocks)), Tile::kThreads,
+           Tile::kSharedBytes, params);
   };
-  switch (plan.decode.batch) {
+  switch (plan.batch) {
     case 8:
       return run(std::integral_constant<int, 8>());
     case 16:

@@ -1,4 +1,5 @@
-// What lora_decode takes, from a plan, the operands, and where the workspace has the rest.
+// What lora_decode takes, from a plan (plan::Decode), the operands, and where the workspace has the
+// rest.
 #pragma once
 #include "kernel/lora_decode.h"
 #include "kernel/lora_grouped_linear.h"
@@ -8,7 +9,7 @@ namespace lora_ext::kernel {
 
 // What one adapter and many have alike, of LoraLinearForward or LoraGroupedForward.
 template <class T, class Forward>
-LoraDecodeParams<T> decode_params(const plan::Plan& plan, const Forward& f) {
+LoraDecodeParams<T> decode_params(const plan::Decode& plan, const Forward& f) {
   const auto at = [&](int64_t offset) { return f.workspace + offset; };
   LoraDecodeParams<T> params{};
   params.x = static_cast<const T*>(f.x), params.x_pitch = f.x_pitch;
@@ -17,19 +18,19 @@ LoraDecodeParams<T> decode_params(const plan::Plan& plan, const Forward& f) {
   params.y = static_cast<T*>(f.y), params.y_pitch = f.n, params.s = f.s;
   params.m = static_cast<int>(f.m), params.n = static_cast<int>(f.n);
   params.k = static_cast<int>(f.k);
-  params.sums = reinterpret_cast<float*>(at(plan.z));
-  params.s_sums = reinterpret_cast<float*>(at(plan.decode.s_sums));
+  params.sums = reinterpret_cast<float*>(at(plan.sums));
+  params.s_sums = reinterpret_cast<float*>(at(plan.s_sums));
   params.t = reinterpret_cast<T*>(at(plan.t));
-  params.width = plan.decode.width, params.t_pitch = plan.terms * plan.decode.width;
+  params.width = plan.width, params.t_pitch = plan.terms * plan.width;
   params.arrivals = f.counts != nullptr ? f.counts : reinterpret_cast<uint32_t*>(at(plan.flags));
-  params.s_arrivals = params.arrivals + plan.decode.tiles;
-  params.s_tiles = params.s_arrivals + plan.decode.s_tiles;
+  params.s_arrivals = params.arrivals + plan.tiles;
+  params.s_tiles = params.s_arrivals + plan.s_tiles;
   return params;
 }
 
 // One adapter for all rows, whose factors have rows of unit stride.
 template <class T>
-LoraDecodeParams<T> lora_decode_params(const plan::Plan& plan, const LoraLinearForward& f) {
+LoraDecodeParams<T> lora_decode_params(const plan::Decode& plan, const LoraLinearForward& f) {
   LoraDecodeParams<T> params = decode_params<T>(plan, f);
   params.groups = 1, params.most_rank = f.rank, params.scaling = f.scaling;
   params.factors.a = const_cast<void*>(f.a.data), params.factors.a_pitch = f.a.row_stride;
@@ -37,9 +38,9 @@ LoraDecodeParams<T> lora_decode_params(const plan::Plan& plan, const LoraLinearF
   return params;
 }
 
-// Each row's own; a list's table lies at `entries`.
+// Each row's own; a list's table is at `entries`.
 template <class T>
-LoraDecodeParams<T> lora_decode_params(const plan::Plan& plan, const LoraGroupedForward& f,
+LoraDecodeParams<T> lora_decode_params(const plan::Decode& plan, const LoraGroupedForward& f,
                                        const LoraGroupedEntry* entries) {
   LoraDecodeParams<T> params = decode_params<T>(plan, f);
   params.index = f.rows.index, params.groups = f.rows.groups, params.most_rank = f.rows.most_rank;

@@ -10,7 +10,7 @@
 
 #include "kernel/lora_grouped.h"
 #include "kernel/mask_operand.h"
-#include "plan/grouped_plan.h"
+#include "plan/plan.h"
 
 namespace lora_ext::kernel {
 

@@ -1,4 +1,4 @@
-// What each kernel of the LoRA linear with many adapters takes, from a plan (grouped_plan.h), the
+// What each kernel of the LoRA linear with many adapters takes, from a plan (plan::Tiled), the
 // operands, and where the workspace has the tables and the intermediates.
 #pragma once
 #include <algorithm>
@@ -25,12 +25,12 @@ static_assert(sizeof(LoraGroupedEntry) == plan::kGroupedEntryBytes &&
 template <class T>
 class LoraGroupedParams {
  public:
-  LoraGroupedParams(const plan::GroupedPlan& plan, const LoraGroupedOperands& operands)
-      : plan_(plan), one_(plan.one), o_(operands) {}
+  LoraGroupedParams(const plan::Tiled& plan, const LoraGroupedOperands& operands)
+      : plan_(plan), tables_(*plan.tables), o_(operands) {}
 
-  LoraGroupedEntry* entries() const { return at<LoraGroupedEntry>(plan_.entries); }
+  LoraGroupedEntry* entries() const { return at<LoraGroupedEntry>(tables_.entries); }
   LoraGroupedEntry* gradient_entries() const {
-    return at<LoraGroupedEntry>(plan_.gradient_entries);
+    return at<LoraGroupedEntry>(tables_.gradient_entries);
   }
 
   LoraGroupedSegmentsParams segments() const { return {o_.rows, factors(), tables()}; }
@@ -48,15 +48,15 @@ class LoraGroupedParams {
 
   // S and T from Z
   LoraGroupedReduceParams<T> reduce(float* s) const {
-    LoraGroupedReduceParams<T> params = reduce_to(one_.t);
+    LoraGroupedReduceParams<T> params = reduce_to(plan_.t);
     params.s = s, params.keep_scale = o_.mask.keep_scale;
     return params;
   }
   // T = dS from Z
-  LoraGroupedReduceParams<T> reduce() const { return reduce_to(one_.t); }
+  LoraGroupedReduceParams<T> reduce() const { return reduce_to(plan_.t); }
   // s S from S
   LoraGroupedReduceParams<T> reduce_saved(const float* s) const {
-    LoraGroupedReduceParams<T> params = reduce_to(one_.s);
+    LoraGroupedReduceParams<T> params = reduce_to(plan_.s);
     params.saved = s;
     return params;
   }
@@ -84,27 +84,27 @@ class LoraGroupedParams {
           at<T>(u),
           at<float>(partial),
           pitch,
-          one_.columns,
+          plan_.columns,
           static_cast<int>(c),
           static_cast<int>((c + LoraWgradTile::kC - 1) / LoraWgradTile::kC),
           false};
     };
-    if (g.need_da) params.product[0] = product(o_.x, o_.x_pitch, one_.t, o_.k, one_.g_a);
-    if (g.need_db) params.product[1] = product(g.dy, g.dy_pitch, one_.s, o_.n, one_.g_b);
+    if (g.need_da) params.product[0] = product(o_.x, o_.x_pitch, plan_.t, o_.k, plan_.g_a);
+    if (g.need_db) params.product[1] = product(g.dy, g.dy_pitch, plan_.s, o_.n, plan_.g_b);
     params.product[0].masked = o_.dropout;
     params.gradients = gradients(g), params.factors = factors();
-    params.pieces = at<LoraGroupedPiece>(plan_.pieces), params.order = at<int>(plan_.order);
+    params.pieces = at<LoraGroupedPiece>(tables_.pieces), params.order = at<int>(tables_.order);
     params.m = static_cast<int>(o_.m), params.most_rank = o_.rows.most_rank;
-    params.lo_column = one_.width, params.mask = o_.mask;
+    params.lo_column = plan_.width, params.mask = o_.mask;
     return params;
   }
   LoraGroupedReduceWgradParams reduce_wgrad(const LoraGroupedBackward& g) const {
     LoraGroupedReduceWgradParams params{};
-    params.gradient[0] = {at<float>(one_.g_a), g.need_da ? static_cast<int>(o_.k) : 0,
+    params.gradient[0] = {at<float>(plan_.g_a), g.need_da ? static_cast<int>(o_.k) : 0,
                           o_.mask.keep_scale};
-    params.gradient[1] = {at<float>(one_.g_b), g.need_db ? static_cast<int>(o_.n) : 0, 1.f};
+    params.gradient[1] = {at<float>(plan_.g_b), g.need_db ? static_cast<int>(o_.n) : 0, 1.f};
     params.gradients = gradients(g), params.factors = factors();
-    params.sums = at<LoraGroupedSum>(plan_.sums), params.most_rank = o_.rows.most_rank;
+    params.sums = at<LoraGroupedSum>(tables_.sums), params.most_rank = o_.rows.most_rank;
     return params;
   }
 
@@ -124,36 +124,36 @@ class LoraGroupedParams {
     return gradients;
   }
   LoraGroupedTables tables() const {
-    return {at<int>(plan_.order),
-            at<LoraGroupedSegment>(plan_.segments),
-            at<int>(plan_.first),
-            at<LoraGroupedPiece>(plan_.tiles),
-            at<LoraGroupedPiece>(plan_.pieces),
-            at<LoraGroupedSum>(plan_.sums),
-            at<int>(plan_.counts),
-            plan_.piece_rows,
-            plan_.tile_count,
-            plan_.piece_count};
+    return {at<int>(tables_.order),
+            at<LoraGroupedSegment>(tables_.segments),
+            at<int>(tables_.first),
+            at<LoraGroupedPiece>(tables_.tiles),
+            at<LoraGroupedPiece>(tables_.pieces),
+            at<LoraGroupedSum>(tables_.sums),
+            at<int>(tables_.counts),
+            tables_.piece_rows,
+            tables_.tile_count,
+            tables_.piece_count};
   }
 
   LoraGroupedShrinkParams<T> shrink_of(const void* x, int64_t pitch, int64_t k) const {
     LoraGroupedShrinkParams<T> params{};
-    params.x = static_cast<const T*>(x), params.x_pitch = pitch, params.z = at<float>(one_.z);
+    params.x = static_cast<const T*>(x), params.x_pitch = pitch, params.z = at<float>(plan_.z);
     params.m = static_cast<int>(o_.m), params.k = static_cast<int>(k);
-    params.z_pitch = one_.z_columns, params.most_rank = o_.rows.most_rank;
-    params.steps_per_split = one_.shrink.steps_per_split, params.factors = factors();
-    params.tiles = at<LoraGroupedPiece>(plan_.tiles), params.order = at<int>(plan_.order);
+    params.z_pitch = plan_.z_columns, params.most_rank = o_.rows.most_rank;
+    params.steps_per_split = plan_.shrink.steps_per_split, params.factors = factors();
+    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
     return params;
   }
   LoraGroupedReduceParams<T> reduce_to(int64_t t) const {
     LoraGroupedReduceParams<T> params{};
-    params.z = at<float>(one_.z), params.scaling = o_.scaling;
-    params.t[0] = at<T>(t), params.t[1] = one_.terms == 2 ? at<T>(t) + one_.width : nullptr;
-    params.t_pitch = one_.columns, params.m = static_cast<int>(o_.m);
-    params.splits = one_.shrink.splits, params.terms = one_.terms;
-    params.z_pitch = one_.z_columns, params.most_rank = o_.rows.most_rank;
+    params.z = at<float>(plan_.z), params.scaling = o_.scaling;
+    params.t[0] = at<T>(t), params.t[1] = plan_.terms == 2 ? at<T>(t) + plan_.width : nullptr;
+    params.t_pitch = plan_.columns, params.m = static_cast<int>(o_.m);
+    params.splits = plan_.shrink.splits, params.terms = plan_.terms;
+    params.z_pitch = plan_.z_columns, params.most_rank = o_.rows.most_rank;
     params.keep_scale = 1.f, params.factors = factors();
-    params.tiles = at<LoraGroupedPiece>(plan_.tiles), params.order = at<int>(plan_.order);
+    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
     return params;
   }
   LoraGroupedGemmParams<T> gemm_of(const void* p, int64_t pitch, int64_t n, int64_t k,
@@ -163,16 +163,16 @@ class LoraGroupedParams {
     params.gemm.q = static_cast<const T*>(o_.weight), params.gemm.q_pitch = o_.weight_pitch;
     params.gemm.y = static_cast<T*>(y), params.gemm.y_pitch = n;
     params.gemm.m = static_cast<int>(o_.m), params.gemm.n = static_cast<int>(n);
-    params.gemm.k = one_.hybrid ? 0 : static_cast<int>(k);
-    params.gemm.whole_chunks = one_.vector;
-    params.t = at<T>(one_.t), params.gemm.t_pitch = one_.columns, params.lo_column = one_.width;
-    params.factors = factors(), params.segments = at<LoraGroupedSegment>(plan_.segments);
-    params.first = at<int>(plan_.first), params.order = at<int>(plan_.order);
+    params.gemm.k = plan_.base != plan::Base::kKernel ? 0 : static_cast<int>(k);
+    params.gemm.whole_chunks = plan_.vector;
+    params.t = at<T>(plan_.t), params.gemm.t_pitch = plan_.columns, params.lo_column = plan_.width;
+    params.factors = factors(), params.segments = at<LoraGroupedSegment>(tables_.segments);
+    params.first = at<int>(tables_.first), params.order = at<int>(tables_.order);
     return params;
   }
 
-  const plan::GroupedPlan& plan_;
-  const plan::Plan& one_;
+  const plan::Tiled& plan_;
+  const plan::Tables& tables_;
   const LoraGroupedOperands& o_;
 };
 

@@ -1,4 +1,4 @@
-// The LoRA linear with many adapters as a sequence of kernels: follows a plan (grouped_plan.h) on
+// The LoRA linear with many adapters as a sequence of kernels: follows a plan (plan.h) on
 // operands in one workspace.
 //
 //     few rows   entries -> decode: S, T, Y
@@ -17,17 +17,29 @@
 
 namespace lora_ext::kernel {
 
+// The table of a list's matrices, where there is one.
+template <class T, class Launch>
+void write_entries(const LoraGroupedMatrices& matrices, int groups, LoraGroupedEntry* to,
+                   Launch& launch) {
+  if (to == nullptr) return;
+  using Params = LoraGroupedEntriesParams;
+  for (int first = 0; first < groups; first += Params::kMost) {
+    Params params{};
+    params.count = std::min(groups - first, Params::kMost), params.to = to + first;
+    std::copy_n(matrices.list + first, params.count, params.entries);
+    launch(lora_grouped_entries<T>, dim3(1), Params::kMost, 0, params);
+  }
+}
+
 // F is the factors' type, float or T.
 template <class T, class F, class Launch>
 class LoraGroupedSequence {
  public:
-  LoraGroupedSequence(const plan::GroupedPlan& plan, const LoraGroupedOperands& operands,
-                      Launch& launch)
+  LoraGroupedSequence(const plan::Tiled& plan, const LoraGroupedOperands& operands, Launch& launch)
       : plan_(plan), o_(operands), params_(plan, operands), launch_(launch) {}
 
   void forward(const LoraGroupedForward& f) {
-    entries(o_.factors, params_.entries());
-    if (plan_.one.is_decode()) return decode(f);
+    write_entries<T>(o_.factors, o_.rows.groups, params_.entries(), launch_);
     segments();
     shrink<false>(params_.shrink(), o_.dropout);
     reduce(params_.reduce(f.s));
@@ -36,8 +48,9 @@ class LoraGroupedSequence {
 
   void backward(const LoraGroupedBackward& g) {
     const bool wants_wgrad = g.need_da || g.need_db;
-    entries(o_.factors, params_.entries());
-    if (wants_wgrad) entries(g.gradients, params_.gradient_entries());
+    write_entries<T>(o_.factors, o_.rows.groups, params_.entries(), launch_);
+    if (wants_wgrad)
+      write_entries<T>(g.gradients, o_.rows.groups, params_.gradient_entries(), launch_);
     segments();
     if (g.dx != nullptr || g.need_da) {
       shrink<true>(params_.shrink(g), false);
@@ -56,22 +69,6 @@ class LoraGroupedSequence {
     return static_cast<unsigned>((count + size - 1) / size);
   }
 
-  void entries(const LoraGroupedMatrices& matrices, LoraGroupedEntry* to) {
-    if (to == nullptr) return;
-    using Params = LoraGroupedEntriesParams;
-    for (int first = 0; first < o_.rows.groups; first += Params::kMost) {
-      Params params{};
-      params.count = std::min(o_.rows.groups - first, Params::kMost), params.to = to + first;
-      std::copy_n(matrices.list + first, params.count, params.entries);
-      launch_(lora_grouped_entries<T>, dim3(1), Params::kMost, 0, params);
-    }
-  }
-
-  void decode(const LoraGroupedForward& f) {
-    launch_lora_decode<T, F>(plan_.one, lora_decode_params<T>(plan_.one, f, params_.entries()),
-                             f.counts == nullptr, launch_);
-  }
-
   void segments() {
     using Params = LoraGroupedSegmentsParams;
     const Params params = params_.segments();
@@ -87,12 +84,13 @@ class LoraGroupedSequence {
   template <bool kMNMajor>
   void shrink(const LoraGroupedShrinkParams<T>& params, bool masked) {
     using Tile = LoraShrinkTile;
-    const dim3 grid(static_cast<unsigned>(plan_.tile_count), blocks_of(params.z_pitch, Tile::kN),
-                    static_cast<unsigned>(plan_.one.shrink.splits));
+    const dim3 grid(static_cast<unsigned>(plan_.tables->tile_count),
+                    blocks_of(params.z_pitch, Tile::kN),
+                    static_cast<unsigned>(plan_.shrink.splits));
     const auto run = [&](auto kernel) {
       launch_(kernel, grid, Tile::kThreads, Tile::kSlabs, params);
     };
-    const bool vector = plan_.one.vector;
+    const bool vector = plan_.vector;
     if constexpr (!kMNMajor) {
       if (masked) {
         return vector ? run(lora_grouped_shrink_sm80<T, F, kMNMajor, true, kV>)
@@ -104,19 +102,20 @@ class LoraGroupedSequence {
   }
 
   void reduce(const LoraGroupedReduceParams<T>& params) {
-    launch_(lora_grouped_reduce<T>, dim3(static_cast<unsigned>(plan_.tile_count)), 256, 0, params);
+    launch_(lora_grouped_reduce<T>, dim3(static_cast<unsigned>(plan_.tables->tile_count)), 256, 0,
+            params);
   }
 
   template <bool kMNMajor, bool kMasked>
   void gemm(const LoraGroupedGemmParams<T>& params) {
-    plan_.one.gemm.tile == plan::Tile::kDeep128x128
+    plan_.gemm->tile == plan::Tile::kDeep128x128
         ? gemm_of<LoraGemmTile128x128Deep, kMNMajor, kMasked>(params)
         : gemm_of<LoraGemmTile128x64, kMNMajor, kMasked>(params);
   }
   template <class Tile, bool kMNMajor, bool kMasked>
   void gemm_of(const LoraGroupedGemmParams<T>& params) {
     launch_(lora_grouped_gemm_sm80<T, F, Tile, kMNMajor, kMasked>,
-            dim3(static_cast<unsigned>(plan_.one.gemm.blocks)), Tile::kThreads, Tile::kSharedBytes,
+            dim3(static_cast<unsigned>(plan_.gemm->blocks)), Tile::kThreads, Tile::kSharedBytes,
             params);
   }
 
@@ -125,12 +124,12 @@ class LoraGroupedSequence {
     const LoraGroupedWgradParams<T> params = params_.wgrad(g);
     constexpr int kColumns = LoraGroupedWgradSm80<T, F, false, kV>::kColumns;
     const int c_tiles = params.product[0].c_tiles + params.product[1].c_tiles;
-    const dim3 grid(static_cast<unsigned>(plan_.piece_count), static_cast<unsigned>(c_tiles),
-                    blocks_of(o_.rows.most_rank, kColumns));
+    const dim3 grid(static_cast<unsigned>(plan_.tables->piece_count),
+                    static_cast<unsigned>(c_tiles), blocks_of(o_.rows.most_rank, kColumns));
     const auto run = [&](auto kernel) {
       launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, params);
     };
-    const bool vector = plan_.one.vector;
+    const bool vector = plan_.vector;
     if (o_.dropout) {
       vector ? run(lora_grouped_wgrad_sm80<T, F, true, kV>)
              : run(lora_grouped_wgrad_sm80<T, F, true, kE>);
@@ -145,27 +144,37 @@ class LoraGroupedSequence {
             params_.reduce_wgrad(g));
   }
 
-  const plan::GroupedPlan& plan_;
+  const plan::Tiled& plan_;
   const LoraGroupedOperands& o_;
   const LoraGroupedParams<T> params_;
   Launch& launch_;
 };
 
+// Few rows.
+template <class T, class F, class Launch>
+void decode_lora_grouped(const plan::Decode& plan, const LoraGroupedForward& f, Launch& launch) {
+  auto* entries = plan.entries == plan::kNone
+                      ? nullptr
+                      : reinterpret_cast<LoraGroupedEntry*>(f.workspace + plan.entries);
+  write_entries<T>(f.factors, f.rows.groups, entries, launch);
+  launch_lora_decode<T, F>(plan, lora_decode_params<T>(plan, f, entries), f.counts == nullptr,
+                           launch);
+}
+
 // As in lora_linear_sequence.h, functions, so that their kernels are compiled in one place.
 template <class T, class Launch>
-void launch_lora_grouped(const plan::GroupedPlan& plan, const LoraGroupedForward& operands,
-                         Launch& launch) {
-  operands.float_adapters
-      ? LoraGroupedSequence<T, float, Launch>(plan, operands, launch).forward(operands)
-      : LoraGroupedSequence<T, T, Launch>(plan, operands, launch).forward(operands);
+void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedForward& f, Launch& launch) {
+  if (const plan::Decode* decode = plan.decode())
+    return f.float_adapters ? decode_lora_grouped<T, float>(*decode, f, launch)
+                            : decode_lora_grouped<T, T>(*decode, f, launch);
+  f.float_adapters ? LoraGroupedSequence<T, float, Launch>(*plan.tiled(), f, launch).forward(f)
+                   : LoraGroupedSequence<T, T, Launch>(*plan.tiled(), f, launch).forward(f);
 }
 
 template <class T, class Launch>
-void launch_lora_grouped(const plan::GroupedPlan& plan, const LoraGroupedBackward& operands,
-                         Launch& launch) {
-  operands.float_adapters
-      ? LoraGroupedSequence<T, float, Launch>(plan, operands, launch).backward(operands)
-      : LoraGroupedSequence<T, T, Launch>(plan, operands, launch).backward(operands);
+void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedBackward& g, Launch& launch) {
+  g.float_adapters ? LoraGroupedSequence<T, float, Launch>(*plan.tiled(), g, launch).backward(g)
+                   : LoraGroupedSequence<T, T, Launch>(*plan.tiled(), g, launch).backward(g);
 }
 
 }  // namespace lora_ext::kernel

@@ -1,4 +1,4 @@
-// What each kernel of the LoRA linear takes, from a plan (plan.h), the operands, and where the
+// What each kernel of the LoRA linear takes, from a plan (plan::Tiled), the operands, and where the
 // workspace has the intermediates.
 #pragma once
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace lora_ext::kernel {
 template <class T>
 class LoraLinearParams {
  public:
-  LoraLinearParams(const plan::Plan& plan, const LoraLinearOperands& operands)
+  LoraLinearParams(const plan::Tiled& plan, const LoraLinearOperands& operands)
       : plan_(plan), o_(operands) {}
 
   // A and B, where they are not used as they lie, and s S.
@@ -69,8 +69,7 @@ class LoraLinearParams {
   }
   // T = dS
   LoraReduceParams<T> reduce() const {
-    return reduce_of(plan_.one_pass ? plan_.panels : plan_.shrink.splits, plan_.width, nullptr,
-                     1.f);
+    return reduce_of(plan_.t_sums(), plan_.width, nullptr, 1.f);
   }
 
   // Y = X W^T + T B^T + bias, or base + T B^T
@@ -97,7 +96,7 @@ class LoraLinearParams {
   LoraInGridParams<T> in_grid(float* s) const {
     LoraInGridParams<T> in{};
     in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
-    in.s = s, in.scaling = o_.scaling, in.pairs_per_ticket = plan_.pairs_per_ticket;
+    in.s = s, in.scaling = o_.scaling, in.pairs_per_ticket = plan_.in_grid->pairs_per_ticket;
     in.ticket = flags(), in.written = written(), in.ready = flags() + 2 * plan::kFlagsApart;
     return in;
   }
@@ -107,7 +106,7 @@ class LoraLinearParams {
   InGridFactor<T> factor(const LoraLinearBackward&) const {
     return {b_halves().hi, b_halves().pitch};
   }
-  uint32_t* flags() const { return at<uint32_t>(plan_.flags); }
+  uint32_t* flags() const { return at<uint32_t>(plan_.in_grid->flags); }
 
   // Z = dY B and G_B = dY^T S
   LoraDsdbParams<T> dsdb(const LoraLinearBackward& g) const {
@@ -144,10 +143,10 @@ class LoraLinearParams {
     if (g.da != nullptr) {
       LoraWgradProduct<T>& product = add(plan_.dlora_a, o_.x, o_.x_pitch, plan_.t, o_.k, plan_.g_a);
       product.masked = o_.dropout;
-      if (plan_.early_wgrad && plan_.in_grid())
-        product.written = written(), product.parts = parts_of_t(plan_.row_blocks);
+      if (plan_.early_wgrad && plan_.in_grid)
+        product.written = written(), product.parts = parts_of_t(plan_.in_grid->row_blocks);
     }
-    if (g.db != nullptr && !plan_.one_pass)
+    if (g.db != nullptr && !plan_.one_pass())
       add(plan_.dlora_b, g.dy, g.dy_pitch, plan_.s, o_.n, plan_.g_b);
     out.params.m = static_cast<int>(o_.m), out.params.mask = o_.mask;
     return out;
@@ -232,7 +231,7 @@ class LoraLinearParams {
 
   // T U: T is S or dS in the workspace. The terms with lo first, as lora_gemm.h has them.
   void low_rank(LoraGemmParams<T>& gemm, const Halves& u) const {
-    if (plan_.hybrid) gemm.k = 0;
+    if (plan_.base != plan::Base::kKernel) gemm.k = 0;
     gemm.whole_chunks = plan_.vector;
     gemm.q = in_t(o_.weight), gemm.q_pitch = o_.weight_pitch;
     gemm.m = static_cast<int>(o_.m), gemm.rank = o_.rank;
@@ -248,7 +247,7 @@ class LoraLinearParams {
     }
   }
 
-  const plan::Plan& plan_;
+  const plan::Tiled& plan_;
   const LoraLinearOperands& o_;
 };
 

@@ -38,15 +38,14 @@ static_assert(is_as_planned<LoraGemmTile128x64>(plan::facts_of(plan::Tile::k128x
 template <class T, class Launch>
 class LoraLinearSequence {
  public:
-  LoraLinearSequence(const plan::Plan& plan, const LoraLinearOperands& operands, Launch& launch)
+  LoraLinearSequence(const plan::Tiled& plan, const LoraLinearOperands& operands, Launch& launch)
       : plan_(plan), params_(plan, operands), dropout_(operands.dropout), launch_(launch) {}
 
   void forward(const LoraLinearForward& f) {
-    if (plan_.is_decode()) return decode(f);
     split(params_.split(/*a=*/true, /*b=*/true, nullptr));
-    if (plan_.in_grid())
+    if (plan_.in_grid)
       return in_grid(params_.gemm(f), params_.in_grid(f.s), params_.factor(f),
-                     {plan_.gemm.tile, false, false, false, plan_.gemm.most_blocks});
+                     {plan_.gemm->tile, false, false, false, plan_.gemm->most_blocks});
     shrink<false>(params_.shrink(), dropout_);
     reduce(params_.reduce(f.s));
     gemm<false, false>(params_.gemm(f));
@@ -55,12 +54,12 @@ class LoraLinearSequence {
   void backward(const LoraLinearBackward& g) {
     const bool need_ds = g.dx != nullptr || g.da != nullptr;
     split(params_.split(g.dx != nullptr, need_ds, g.db != nullptr ? g.s : nullptr));
-    if (plan_.one_pass) {
+    if (plan_.one_pass()) {
       dsdb(params_.dsdb(g));
-    } else if (need_ds && !plan_.in_grid()) {
+    } else if (need_ds && !plan_.in_grid) {
       shrink<true>(params_.shrink(g), false);
     }
-    if (need_ds && !plan_.in_grid()) reduce(params_.reduce());
+    if (need_ds && !plan_.in_grid) reduce(params_.reduce());
     if (g.dx != nullptr) dx(g);
     wgrad(params_.wgrad(g));
     reduce_wgrad(params_.reduce_wgrad(g));
@@ -71,17 +70,10 @@ class LoraLinearSequence {
 
   void dx(const LoraLinearBackward& g) {
     const LoraGemmParams<T> params = params_.gemm(g);
-    if (plan_.in_grid())
+    if (plan_.in_grid)
       return in_grid(params, params_.in_grid(nullptr), params_.factor(g),
-                     {plan_.gemm.tile, true, dropout_, false, plan_.gemm.most_blocks});
+                     {plan_.gemm->tile, true, dropout_, false, plan_.gemm->most_blocks});
     dropout_ ? gemm<true, true>(params) : gemm<true, false>(params);
-  }
-
-  void decode(const LoraLinearForward& f) {
-    const LoraDecodeParams<T> params = lora_decode_params<T>(plan_, f);
-    const bool clear = f.counts == nullptr;
-    f.float_adapters ? launch_lora_decode<T, float>(plan_, params, clear, launch_)
-                     : launch_lora_decode<T, T>(plan_, params, clear, launch_);
   }
 
   static unsigned blocks_of(int64_t count, int64_t size) {
@@ -125,13 +117,13 @@ class LoraLinearSequence {
   // Workspace comes as the allocator has it, so the flags are cleared before each launch.
   void in_grid(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
                const InGridFactor<T>& factor, const Sm90aChoice& choice) {
-    launch_.clear(params_.flags(), plan_.flag_count());
+    launch_.clear(params_.flags(), plan_.in_grid->flag_count());
     launch_lora_gemm_in_grid_sm90a<T>(params, in, factor, choice, launch_);
   }
 
   template <bool kMNMajor, bool kMasked>
   void gemm(const LoraGemmParams<T>& params) {
-    const plan::Gemm& gemm = plan_.gemm;
+    const plan::Gemm& gemm = *plan_.gemm;
     if (plan::facts_of(gemm.tile).wgmma)
       return launch_lora_gemm_sm90a<T>(
           params, {gemm.tile, kMNMajor, kMasked, gemm.early, gemm.most_blocks}, launch_);
@@ -147,7 +139,7 @@ class LoraLinearSequence {
   template <class Tile, bool kMNMajor, bool kMasked>
   void gemm_sm80(const LoraGemmParams<T>& params) {
     launch_(lora_gemm_sm80<T, Tile, kMNMajor, kMasked>,
-            dim3(static_cast<unsigned>(plan_.gemm.blocks)), Tile::kThreads, Tile::kSharedBytes,
+            dim3(static_cast<unsigned>(plan_.gemm->blocks)), Tile::kThreads, Tile::kSharedBytes,
             params);
   }
 
@@ -189,7 +181,7 @@ class LoraLinearSequence {
             sums.params);
   }
 
-  const plan::Plan& plan_;
+  const plan::Tiled& plan_;
   const Params params_;
   const bool dropout_;
   Launch& launch_;
@@ -198,14 +190,18 @@ class LoraLinearSequence {
 // Functions, and no members of the class: what is defined in a class is inline, and its kernels
 // would be compiled wherever it is called.
 template <class T, class Launch>
-void launch_lora_linear(const plan::Plan& plan, const LoraLinearForward& operands, Launch& launch) {
-  LoraLinearSequence<T, Launch>(plan, operands, launch).forward(operands);
+void launch_lora_linear(const plan::Plan& plan, const LoraLinearForward& f, Launch& launch) {
+  const plan::Decode* decode = plan.decode();
+  if (decode == nullptr) return LoraLinearSequence<T, Launch>(*plan.tiled(), f, launch).forward(f);
+  const LoraDecodeParams<T> params = lora_decode_params<T>(*decode, f);
+  const bool clear = f.counts == nullptr;
+  f.float_adapters ? launch_lora_decode<T, float>(*decode, params, clear, launch)
+                   : launch_lora_decode<T, T>(*decode, params, clear, launch);
 }
 
 template <class T, class Launch>
-void launch_lora_linear(const plan::Plan& plan, const LoraLinearBackward& operands,
-                        Launch& launch) {
-  LoraLinearSequence<T, Launch>(plan, operands, launch).backward(operands);
+void launch_lora_linear(const plan::Plan& plan, const LoraLinearBackward& g, Launch& launch) {
+  LoraLinearSequence<T, Launch>(*plan.tiled(), g, launch).backward(g);
 }
 
 }  // namespace lora_ext::kernel

@@ -13,21 +13,19 @@ namespace lora_ext::kernel_launch {
 namespace {
 
 template <class Args>
-plan::GroupedProblem grouped_problem(const Args& args) {
-  plan::GroupedProblem problem{};
+plan::Problem grouped_problem(const Args& args) {
+  plan::Problem problem{};
   const GroupedUpdate& update = args.update;
-  plan::Problem& one = problem.one;
-  one.m = args.x.size(0), one.n = update.out_features(), one.k = args.x.size(1);
-  one.rank = update.max_rank();
-  one.float_adapters = update.lora_a[0].scalar_type() == at::kFloat;
-  one.dropout = update.dropout.enabled();
-  one.given_base = args.base.is_given();
-  if (!one.given_base) {
-    one.weight_row_major = args.base.weight.stride(1) == 1;
-    one.aligned_weight = aligned(args.base.weight);
+  problem.m = args.x.size(0), problem.n = update.out_features(), problem.k = args.x.size(1);
+  problem.rank = update.max_rank();
+  problem.float_adapters = update.lora_a[0].scalar_type() == at::kFloat;
+  problem.dropout = update.dropout.enabled();
+  problem.given_base = args.base.is_given();
+  if (!problem.given_base) {
+    problem.weight_row_major = args.base.weight.stride(1) == 1;
+    problem.aligned_weight = aligned(args.base.weight);
   }
-  problem.groups = update.adapters();
-  problem.indexed = update.index.has_value(), problem.listed = !update.is_pool();
+  problem.groups = plan::Groups{update.adapters(), update.index.has_value(), !update.is_pool()};
   return problem;
 }
 
@@ -133,30 +131,30 @@ void forget_unwanted(std::vector<at::Tensor>& gradients, const std::vector<bool>
 
 }  // namespace
 
-plan::GroupedProblem problem_of(const GroupedForwardArgs& args) {
-  plan::GroupedProblem problem = grouped_problem(args);
-  plan::Problem& one = problem.one;
-  one.half_dtype = is_half(args.x.scalar_type()) && args.y_dtype() == args.x.scalar_type();
-  one.aligned = aligned(args.x) && aligned_rows(one.n) && (!one.given_base || aligned(args.base.y));
+plan::Problem problem_of(const GroupedForwardArgs& args) {
+  plan::Problem problem = grouped_problem(args);
+  problem.half_dtype = is_half(args.x.scalar_type()) && args.y_dtype() == args.x.scalar_type();
+  problem.aligned =
+      aligned(args.x) && aligned_rows(problem.n) && (!problem.given_base || aligned(args.base.y));
   return problem;
 }
 
-plan::GroupedProblem problem_of(const GroupedBackwardArgs& args) {
-  plan::GroupedProblem problem = grouped_problem(args);
-  plan::Problem& one = problem.one;
+plan::Problem problem_of(const GroupedBackwardArgs& args) {
+  plan::Problem problem = grouped_problem(args);
+  problem.backward = true;
   const at::ScalarType dtype = args.x.scalar_type();
-  one.half_dtype = is_half(dtype) && args.grad.scalar_type() == dtype;
-  one.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(one.k);
-  one.need_dx = args.need_dx;
-  one.need_dlora_a = any(args.need_dlora_a), one.need_dlora_b = any(args.need_dlora_b);
+  problem.half_dtype = is_half(dtype) && args.grad.scalar_type() == dtype;
+  problem.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k);
+  problem.need_dx = args.need_dx;
+  problem.need_dlora_a = any(args.need_dlora_a), problem.need_dlora_b = any(args.need_dlora_b);
   return problem;
 }
 
-GroupedForward run(const plan::GroupedPlan& plan, const GroupedForwardArgs& args) {
+GroupedForward run(const plan::Plan& plan, const GroupedForwardArgs& args) {
   const at::Device device = args.x.device();
   const c10::DeviceGuard guard(device);
   const GroupedUpdate& update = args.update;
-  const at::Tensor workspace = workspace_for(plan.one.workspace, args.x);
+  const at::Tensor workspace = workspace_for(plan.workspace, args.x);
   const Numbers numbers(update);
   const std::vector<at::Tensor> a = with_rows(update.lora_a), b = with_rows(update.lora_b);
   const Matrices factors(update, a, b);
@@ -174,19 +172,20 @@ GroupedForward run(const plan::GroupedPlan& plan, const GroupedForwardArgs& args
     operands.base = args.base.y.const_data_ptr(), operands.base_pitch = pitch_of(args.base.y);
   }
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
-  if (plan.one.is_decode()) operands.counts = decode_counts(device, plan.one.flag_count());
+  if (const plan::Decode* decode = plan.decode())
+    operands.counts = decode_counts(device, decode->flag_count());
   check_launch(cuda::launch_grouped_forward(half_of(args.x.scalar_type()), plan, operands,
                                             stream_of(device)),
                device);
-  if (plan.one.library_base()) add_base_forward(out.y, args.x, args.base);
+  if (plan.library_base()) add_base_forward(out.y, args.x, args.base);
   return out;
 }
 
-GroupedBackward run(const plan::GroupedPlan& plan, const GroupedBackwardArgs& args) {
+GroupedBackward run(const plan::Plan& plan, const GroupedBackwardArgs& args) {
   const at::Device device = args.x.device();
   const c10::DeviceGuard guard(device);
   const GroupedUpdate& update = args.update;
-  const at::Tensor workspace = workspace_for(plan.one.workspace, args.x);
+  const at::Tensor workspace = workspace_for(plan.workspace, args.x);
   const Numbers numbers(update);
   const std::vector<at::Tensor> a = with_rows(update.lora_a), b = with_rows(update.lora_b);
   const Matrices factors(update, a, b);
@@ -206,7 +205,7 @@ GroupedBackward run(const plan::GroupedPlan& plan, const GroupedBackwardArgs& ar
   check_launch(cuda::launch_grouped_backward(half_of(args.x.scalar_type()), plan, operands,
                                              stream_of(device)),
                device);
-  if (plan.one.library_base() && args.need_dx) add_base_backward(out.dx, args.grad, args.base);
+  if (plan.library_base() && args.need_dx) add_base_backward(out.dx, args.grad, args.base);
   forget_unwanted(out.dlora_a, args.need_dlora_a);
   forget_unwanted(out.dlora_b, args.need_dlora_b);
   return out;

@@ -4,14 +4,13 @@
 
 #include "common/groups.h"
 #include "launch/kernel_launch.h"
-#include "plan/grouped_plan.h"
 
 namespace lora_ext::kernel_launch {
 
-plan::GroupedProblem problem_of(const GroupedForwardArgs& args);
-plan::GroupedProblem problem_of(const GroupedBackwardArgs& args);
+plan::Problem problem_of(const GroupedForwardArgs& args);
+plan::Problem problem_of(const GroupedBackwardArgs& args);
 
-GroupedForward run(const plan::GroupedPlan& plan, const GroupedForwardArgs& args);
-GroupedBackward run(const plan::GroupedPlan& plan, const GroupedBackwardArgs& args);
+GroupedForward run(const plan::Plan& plan, const GroupedForwardArgs& args);
+GroupedBackward run(const plan::Plan& plan, const GroupedBackwardArgs& args);
 
 }  // namespace lora_ext::kernel_launch

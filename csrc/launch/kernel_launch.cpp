@@ -94,6 +94,7 @@ plan::Problem problem_of(const ForwardArgs& args) {
 
 plan::Problem problem_of(const BackwardArgs& args) {
   plan::Problem problem = common_problem(args);
+  problem.backward = true;
   const at::ScalarType dtype = args.x.scalar_type();
   problem.half_dtype = is_half(dtype) && args.grad.scalar_type() == dtype;
   problem.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k);
@@ -118,7 +119,8 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
     operands.base = args.base.y.const_data_ptr(), operands.base_pitch = pitch_of(args.base.y);
   }
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
-  if (plan.is_decode()) operands.counts = decode_counts(device, plan.flag_count());
+  if (const plan::Decode* decode = plan.decode())
+    operands.counts = decode_counts(device, decode->flag_count());
   check_launch(
       cuda::launch_forward(half_of(args.x.scalar_type()), plan, operands, stream_of(device)),
       device);

@@ -5,8 +5,6 @@
 #include <map>
 #include <mutex>
 
-#include "plan/decode_plan.h"
-
 namespace lora_ext::winners {
 namespace {
 
@@ -38,10 +36,11 @@ bool as_allocated(const plan::Problem& p) {
          p.aligned_b == (p.rank % chunk == 0);
 }
 
-bool was_measured_so(const plan::Problem& p, bool backward) {
+// Calls of many adapters are not timed: the best route depends on the rows' adapters.
+bool was_measured_so(const plan::Problem& p) {
   const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
-  return p.half_dtype && !p.given_base && p.weight_row_major && p.factor_rows && as_allocated(p) &&
-         (all_gradients || !backward);
+  return p.half_dtype && !p.given_base && !p.groups && p.weight_row_major && p.factor_rows &&
+         as_allocated(p) && (all_gradients || !p.backward);
 }
 
 double distance(int64_t one, int64_t other) {
@@ -71,15 +70,15 @@ void replace(const std::string& card, const std::vector<Winner>& winners, bool p
 
 uint64_t version() { return versions(); }
 
-plan::Request request_for(const plan::Card& card, const plan::Problem& p, bool backward,
-                          plan::Choice choice, bool reproducible) {
+plan::Request request_for(const plan::Card& card, const plan::Problem& p, plan::Choice choice,
+                          bool reproducible) {
   const plan::Request asked{choice};
-  if (choice != plan::Choice::kAuto || !was_measured_so(p, backward)) return asked;
+  if (choice != plan::Choice::kAuto || !was_measured_so(p)) return asked;
   const std::lock_guard lock(tables().mutex);
   const auto table = tables().by_card.find(card.name);
   if (table == tables().by_card.end() || (reproducible && !table->second.pinned)) return asked;
   const std::map<Layer, ByRows>& layers = table->second.layers;
-  const auto by_rows = layers.find({backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
+  const auto by_rows = layers.find({p.backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
   if (by_rows == layers.end()) return asked;
   const plan::Request* found = nearest(by_rows->second, p.m);
   // The winner of few rows may not be able to take twice as many.

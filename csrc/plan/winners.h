@@ -35,7 +35,7 @@ uint64_t version();
 // layer. Where the choice must be reproducible, only pinned winners count. Of several numbers of
 // rows the nearest counts, if it is within a factor of 2. Measurements are of operands as torch
 // allocates them and of all gradients; other problems have no winner.
-plan::Request request_for(const plan::Card& card, const plan::Problem& problem, bool backward,
-                          plan::Choice choice, bool reproducible);
+plan::Request request_for(const plan::Card& card, const plan::Problem& problem, plan::Choice choice,
+                          bool reproducible);
 
 }  // namespace lora_ext::winners

@@ -29,28 +29,11 @@ std::atomic<int>& reserved() {
   return sms;
 }
 
-// Of one adapter, or of many.
-template <class Problem>
-struct Planned;
-template <>
-struct Planned<plan::Problem> {
-  using Plan = plan::Plan;
-  static const plan::Plan& one(const Plan& plan) { return plan; }
-  static const plan::Problem& one(const plan::Problem& problem) { return problem; }
-};
-template <>
-struct Planned<plan::GroupedProblem> {
-  using Plan = plan::GroupedPlan;
-  static const plan::Plan& one(const Plan& plan) { return plan.one; }
-  static const plan::Problem& one(const plan::GroupedProblem& problem) { return problem.one; }
-};
-
 // Whatever a plan and the kernels' check depend on.
-template <class Problem>
 struct PlannedCall {
   int device;
-  Problem problem;
-  bool backward, float16;
+  plan::Problem problem;
+  bool float16;
   plan::Choice choice;
   bool early_launch, deterministic;
   int reserved_sms;
@@ -59,58 +42,32 @@ struct PlannedCall {
   auto operator<=>(const PlannedCall&) const = default;
 };
 
-template <class Problem>
-PlannedCall<Problem> call_of(const at::Device& device, const Problem& problem, bool backward,
-                             bool float16) {
-  return {device.index(),
-          problem,
-          backward,
-          float16,
-          choice(),
-          early_launch(),
-          at::globalContext().deterministicAlgorithms(),
-          reserved_sms(),
-          winners::version()};
+PlannedCall call_of(const at::Device& device, const plan::Problem& problem, bool float16) {
+  return {device.index(), problem,           float16,
+          choice(),       early_launch(),    at::globalContext().deterministicAlgorithms(),
+          reserved_sms(), winners::version()};
 }
 
 template <class Args>
-auto call_of(const Args& args) {
-  constexpr bool kBackward =
-      std::is_same_v<Args, BackwardArgs> || std::is_same_v<Args, GroupedBackwardArgs>;
-  return call_of(args.x.device(), kernel_launch::problem_of(args), kBackward,
+PlannedCall call_of(const Args& args) {
+  return call_of(args.x.device(), kernel_launch::problem_of(args),
                  args.x.scalar_type() == at::kHalf);
 }
 
-plan::Request request_for(const plan::Card& card, const PlannedCall<plan::Problem>& call) {
-  return winners::request_for(card, call.problem, call.backward, call.choice, call.deterministic);
-}
-// Nobody times calls of many adapters: what is faster depends on whose the rows are.
-plan::Request request_for(const plan::Card&, const PlannedCall<plan::GroupedProblem>& call) {
-  return {call.choice};
-}
-
-template <class Problem>
-auto plan_of(const at::Device& device, const PlannedCall<Problem>& call) {
+plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
   plan::Card card = kernel_launch::card_of(device);
   card.sms = std::max(2, card.sms - call.reserved_sms);  // a cluster has two
-  plan::Request request = request_for(card, call);
+  plan::Request request = winners::request_for(card, call.problem, call.choice, call.deterministic);
   request.early_launch = call.early_launch;
-  return kernel_set::plan_of(card, call.problem, request, call.backward);
-}
-
-template <class Problem>
-kernel_set::Kernels kernels_of(const typename Planned<Problem>::Plan& plan,
-                               const PlannedCall<Problem>& call) {
-  return kernel_set::of_plan(plan, call.problem, call.backward, call.float16);
+  return plan::make_plan(card, call.problem, request);
 }
 
 // Whether the kernels may run: they have passed their check, or pass it now. nullopt where it could
 // not be made this time.
-template <class Problem>
-std::optional<bool> may_run(const at::Device& device, const typename Planned<Problem>::Plan& plan,
-                            const PlannedCall<Problem>& call) {
-  if (!Planned<Problem>::one(plan).kernel) return false;
-  const kernel_set::Kernels kernels = kernels_of(plan, call);
+std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
+                            const PlannedCall& call) {
+  if (!plan.has_kernels()) return false;
+  const kernel_set::Kernels kernels = kernel_set::of_plan(plan, call.problem, call.float16);
   if (kernel_check::result(device, kernels).empty()) return true;
   if (kernel_launch::is_capturing(device)) return std::nullopt;
   try {
@@ -122,15 +79,12 @@ std::optional<bool> may_run(const at::Device& device, const typename Planned<Pro
 
 // The plan whose kernels may run, or null for the library route. What is certain is remembered, by
 // each thread for itself: planning a call takes ten times as long as finding its plan again.
-template <class Problem>
-const typename Planned<Problem>::Plan* checked_plan(const at::Device& device,
-                                                    const PlannedCall<Problem>& call) {
-  using Plans = std::map<PlannedCall<Problem>, std::optional<typename Planned<Problem>::Plan>>;
+const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call) {
   constexpr size_t kMost = 4096;  // then all are forgotten: serving has ever new shapes
-  thread_local Plans plans;
+  thread_local std::map<PlannedCall, std::optional<plan::Plan>> plans;
   auto known = plans.find(call);
   if (known == plans.end()) {
-    std::optional<typename Planned<Problem>::Plan> plan = plan_of(device, call);
+    std::optional<plan::Plan> plan = plan_of(device, call);
     const std::optional<bool> may = may_run(device, *plan, call);
     if (!may) return nullptr;
     if (!*may) plan.reset();
@@ -142,15 +96,16 @@ const typename Planned<Problem>::Plan* checked_plan(const at::Device& device,
 
 template <class Result, class Args>
 std::optional<Result> run(const Args& args) {
-  const auto* plan = checked_plan(args.x.device(), call_of(args));
+  const plan::Plan* plan = checked_plan(args.x.device(), call_of(args));
   if (plan == nullptr) return std::nullopt;
   return kernel_launch::run(*plan, args);
 }
 
-Explained explained(const at::Device& device, const PlannedCall<plan::Problem>& call) {
+Explained explained(const at::Device& device, const PlannedCall& call) {
   const plan::Plan plan = plan_of(device, call);
-  if (!plan.kernel) return {plan, ""};
-  const std::string result = kernel_check::result(device, kernels_of(plan, call));
+  if (!plan.has_kernels()) return {plan, ""};
+  const std::string result =
+      kernel_check::result(device, kernel_set::of_plan(plan, call.problem, call.float16));
   return {plan, result.empty() ? "passed" : result};
 }
 
@@ -159,7 +114,7 @@ Explained explained(const at::Device& device, const PlannedCall<plan::Problem>& 
 Explained explain(const ForwardArgs& args) { return explained(args.x.device(), call_of(args)); }
 Explained explain(const BackwardArgs& args) { return explained(args.x.device(), call_of(args)); }
 Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16) {
-  return explained(device, call_of(device, problem, false, float16));
+  return explained(device, call_of(device, problem, float16));
 }
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }

@@ -27,7 +27,7 @@ struct Explained {
 };
 Explained explain(const ForwardArgs& args);
 Explained explain(const BackwardArgs& args);
-// Of a forward, without its tensors.
+// Without tensors.
 Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16);
 
 void set_choice(plan::Choice choice);

@@ -19,7 +19,7 @@ def decode_regions(problem, plan, at):
     chunks = at["s_tiles"] * blocks_of(blocks_of(problem.k, 64), 2)
     s_parts = chunks if chunks <= plan.blocks else at["s_tiles"] + plan.blocks
     return {
-        "z": (at["z"], 4 * (at["tiles"] + plan.blocks) * elements),
+        "sums": (at["sums"], 4 * (at["tiles"] + plan.blocks) * elements),
         "s_sums": (at["s_sums"], 4 * s_parts * elements),
         "t": (at["t"], 2 * problem.m * at["terms"] * at["width"]),
         "flags": (at["flags"], 4 * (at["tiles"] + at["s_tiles"] + 1)),

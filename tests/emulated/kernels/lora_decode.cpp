@@ -78,7 +78,7 @@ class Decode {
   std::unique_ptr<GlobalBuffer<uint32_t>> flags_;
   // As planned, or laid out here.
   bool by_plan_ = false, own_counts_ = false;
-  plan::Plan plan_{};
+  plan::Plan plan_;
   std::unique_ptr<GlobalBuffer<unsigned char>> workspace_;
   int blocks_ = 0;
   std::unique_ptr<GlobalBuffer<float>> sums_, s_sums_;
@@ -99,11 +99,11 @@ class Decode {
   void run() {
     emulator::Stream stream;
     Launch launcher{stream};
-    if (by_plan_ && !plan_.is_decode()) differ("the plan is another: %s", plan_.describe().c_str());
+    if (by_plan_ && plan_.decode() == nullptr) differ("the plan is another: %s", plan_.describe().c_str());
     const LoraDecodeParams<T> params = by_plan_ ? planned() : parameters();
     const auto launch = [&] {
       if (by_plan_) {
-        launch_lora_decode<T, F>(plan_, params, !own_counts_, launcher);
+        launch_lora_decode<T, F>(*plan_.decode(), params, !own_counts_, launcher);
         return run_timed(stream);
       }
       stream.launch({.grid = dim3(static_cast<unsigned>(blocks_)),
@@ -177,16 +177,15 @@ class Decode {
   void make_plan() {
     const plan::Card cards[] = {ampere(kManySms), ampere(kFewSms), small_ampere(), hopper(4)};
     const plan::Card& card = cards[random_() % std::size(cards)];
-    plan::Problem one{.m = m_, .n = n_, .k = k_, .rank = rank_};
-    one.float_adapters = kSplit;
-    const plan::Request request{plan::Choice::kKernel};
-    plan_ = many_ ? plan::grouped_forward(card, {one, rows_.groups, true}, request).one
-                  : plan::forward(card, one, request);
+    plan::Problem problem{.m = m_, .n = n_, .k = k_, .rank = rank_};
+    problem.float_adapters = kSplit;
+    if (many_) problem.groups = plan::Groups{rows_.groups, true};
+    plan_ = plan::make_plan(card, problem, {plan::Choice::kKernel});
     workspace_ = std::make_unique<GlobalBuffer<unsigned char>>(static_cast<size_t>(plan_.workspace),
                                                                "workspace");
     own_counts_ = random_() % 2;
     flags_ = std::make_unique<GlobalBuffer<uint32_t>>(
-        static_cast<size_t>(own_counts_ ? plan_.flag_count() : 0), "flags");
+        static_cast<size_t>(own_counts_ ? plan_.decode()->flag_count() : 0), "flags");
     flags_->fill(0);
   }
   template <class Forward>
@@ -205,13 +204,13 @@ class Decode {
       auto f = operands<LoraGroupedForward>();
       f.rows = rows_.parameters(), f.scaling = scalings_.data();
       f.factors.pool = factors;
-      return lora_decode_params<T>(plan_, f, factors.entries);
+      return lora_decode_params<T>(*plan_.decode(), f, factors.entries);
     }
     auto f = operands<LoraLinearForward>();
     const LoraGroupedEntry& one = factors_.pool.entries[0];
     f.rank = rank_, f.scaling = scalings_[0];
     f.a = {one.a, one.a_pitch, 1}, f.b = {one.b, one.b_pitch, 1};
-    return lora_decode_params<T>(plan_, f);
+    return lora_decode_params<T>(*plan_.decode(), f);
   }
 
   LoraDecodeParams<T> parameters() {

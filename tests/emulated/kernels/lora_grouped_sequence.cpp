@@ -68,10 +68,11 @@ class GroupedTest {
   bool exact() const { return numbers_ == Numbers::Integers; }
   bool whole() const { return n_ % 8 == 0 && k_ % 8 == 0; }
 
-  plan::GroupedProblem problem() const {
-    plan::GroupedProblem p{{.m = m_, .n = n_, .k = k_, .rank = rank_}, groups_};
-    p.one.float_adapters = kSplit, p.one.dropout = dropout_, p.one.aligned = whole();
-    p.indexed = rows_.indexed, p.listed = factors_.pool.parameters().entries != nullptr;
+  plan::Problem problem() const {
+    plan::Problem p{.m = m_, .n = n_, .k = k_, .rank = rank_};
+    p.float_adapters = kSplit, p.dropout = dropout_, p.aligned = whole();
+    const bool listed = factors_.pool.parameters().entries != nullptr;
+    p.groups = plan::Groups{groups_, rows_.indexed, listed};
     return p;
   }
   plan::Request request(bool backward) {
@@ -122,20 +123,20 @@ class GroupedTest {
   }
 
   void forward_pass() {
-    plan::GroupedProblem p = problem();
-    p.one.given_base = choice_ == plan::Choice::kHybrid && draw(2);
-    const plan::GroupedPlan plan = plan::grouped_forward(card_, p, request(false));
-    if (!plan.one.kernel) differ("no kernel: %s", plan.one.reason.c_str());
+    plan::Problem p = problem();
+    p.given_base = choice_ == plan::Choice::kHybrid && draw(2);
+    const plan::Plan plan = plan::make_plan(card_, p, request(false));
+    if (!plan.has_kernels()) differ("no kernel: %s", plan.reason.c_str());
     tell_plan("forward", plan);
-    const bool with_bias = !p.one.given_base && draw(2);
+    const bool with_bias = !p.given_base && draw(2);
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
     std::vector<T> before;
     for (int calls = 2; calls > 0; --calls) {
-      GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.one.workspace), "workspace");
+      GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
       LoraGroupedForward f{};
       static_cast<LoraGroupedOperands&>(f) = operands(workspace.data());
       f.bias = with_bias ? bias_.data(false) : nullptr, f.y = y.data(), f.s = s_.data();
-      if (p.one.given_base) f.base = base_.data(), f.base_pitch = base_.pitch();
+      if (p.given_base) f.base = base_.data(), f.base_pitch = base_.pitch();
       emulator::Stream stream;
       grouped_forward<T>(stream, plan, f);
       run_timed(stream);
@@ -152,34 +153,35 @@ class GroupedTest {
       }
       for (int j = 0; j < n_; ++j) {
         Value sum;
-        for (int l = 0; l < k_ && !plan.one.hybrid; ++l)
+        for (int l = 0; l < k_ && !plan.hybrid(); ++l)
           sum.add({x_.matrix(row, l)}, {w_.matrix(j, l)});
         for (size_t r = 0; r < t.size(); ++r)
           sum.add(t[r], factor(factors_.b(rows_.adapter_of[row], j, static_cast<int>(r))));
         if (with_bias) sum.add({bias_.matrix(0, j)}, {1});
-        if (p.one.given_base) sum.add({base_.matrix(row, j)}, {1});
+        if (p.given_base) sum.add({base_.matrix(row, j)}, {1});
         check("y", row, j, y[static_cast<size_t>(row) * n_ + j], sum.sum());
       }
     }
   }
 
   void backward_pass() {
-    plan::GroupedProblem p = problem();
+    plan::Problem p = problem();
+    p.backward = true;
     const int needs = draw(2) ? 7 : 1 + draw(7);
-    p.one.need_dx = needs & 1, p.one.need_dlora_a = needs & 2, p.one.need_dlora_b = needs & 4;
-    const plan::GroupedPlan plan = plan::grouped_backward(card_, p, request(true));
-    if (!plan.one.kernel) differ("no kernel: %s", plan.one.reason.c_str());
+    p.need_dx = needs & 1, p.need_dlora_a = needs & 2, p.need_dlora_b = needs & 4;
+    const plan::Plan plan = plan::make_plan(card_, p, request(true));
+    if (!plan.has_kernels()) differ("no kernel: %s", plan.reason.c_str());
     tell_plan("backward", plan);
-    GlobalBuffer<T> dx(static_cast<size_t>(p.one.need_dx ? m_ : 0) * k_, "dx");
+    GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
     GroupedGradients<F> gradients(rows_, n_, k_, !p.listed), again(rows_, n_, k_, !p.listed);
     for (auto* to : {&again, &gradients}) {
-      GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.one.workspace), "workspace");
+      GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
       LoraGroupedBackward g{};
       static_cast<LoraGroupedOperands&>(g) = operands(workspace.data());
       g.dy = dy_.data(), g.dy_pitch = dy_.pitch(), g.s = s_.data();
-      g.dx = p.one.need_dx ? dx.data() : nullptr;
+      g.dx = p.need_dx ? dx.data() : nullptr;
       g.gradients = {to->pool.parameters(), to->pool.list()}, g.gradients.pool.entries = nullptr;
-      g.need_da = p.one.need_dlora_a, g.need_db = p.one.need_dlora_b;
+      g.need_da = p.need_dlora_a, g.need_db = p.need_dlora_b;
       emulator::Stream stream;
       grouped_backward<T>(stream, plan, g);
       run_timed(stream);
@@ -192,10 +194,10 @@ class GroupedTest {
         t[row].push_back(ds(row, r));
         scaled[row].push_back(halves(shrunk(row, r), scalings_[rows_.adapter_of[row]]));
       }
-    for (int row = 0; row < m_ && p.one.need_dx; ++row) {
+    for (int row = 0; row < m_ && p.need_dx; ++row) {
       for (int j = 0; j < k_; ++j) {
         Value sum;
-        for (int l = 0; l < n_ && !plan.one.hybrid; ++l)
+        for (int l = 0; l < n_ && !plan.hybrid(); ++l)
           sum.add({dy_.matrix(row, l)}, {w_.matrix(l, j)});
         for (size_t r = 0; r < t[row].size(); ++r) {
           const Value a = factor(factors_.a(rows_.adapter_of[row], static_cast<int>(r), j));
@@ -210,20 +212,20 @@ class GroupedTest {
         if (rows_.adapter_of[row] == adapter) term(sum, row);
       return sum.sum();
     };
-    gradients.compare('a', p.one.need_dlora_a, exact(), [&](int g, int r, int column) {
+    gradients.compare('a', p.need_dlora_a, exact(), [&](int g, int r, int column) {
       return gradient(g, [&](Value& sum, int row) { sum.add(t[row][r], x(row, column)); });
     });
-    gradients.compare('b', p.one.need_dlora_b, exact(), [&](int g, int r, int column) {
+    gradients.compare('b', p.need_dlora_b, exact(), [&](int g, int r, int column) {
       return gradient(
           g, [&](Value& sum, int row) { sum.add(scaled[row][r], {dy_.matrix(row, column)}); });
     });
   }
 
-  void tell_plan(const std::string& direction, const plan::GroupedPlan& plan) const {
-    tell(direction + (plan.one.is_decode() ? ", decode"
-                      : plan.one.hybrid    ? ", hybrid"
-                                           : ", kernels"));
-    if (plan.entries != plan::kNone) tell(direction + ", a list");
+  void tell_plan(const std::string& direction, const plan::Plan& plan) const {
+    const plan::Decode* decode = plan.decode();
+    tell(direction + (decode != nullptr ? ", decode" : plan.hybrid() ? ", hybrid" : ", kernels"));
+    const int64_t entries = decode != nullptr ? decode->entries : plan.tiled()->tables->entries;
+    if (entries != plan::kNone) tell(direction + ", a list");
   }
 };
 

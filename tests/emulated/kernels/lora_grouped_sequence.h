@@ -7,10 +7,10 @@
 namespace lora_ext::kernel {
 
 template <class T>
-void grouped_forward(emulator::Stream& stream, const plan::GroupedPlan& plan,
+void grouped_forward(emulator::Stream& stream, const plan::Plan& plan,
                      const LoraGroupedForward& operands);
 template <class T>
-void grouped_backward(emulator::Stream& stream, const plan::GroupedPlan& plan,
+void grouped_backward(emulator::Stream& stream, const plan::Plan& plan,
                       const LoraGroupedBackward& operands);
 
 }  // namespace lora_ext::kernel

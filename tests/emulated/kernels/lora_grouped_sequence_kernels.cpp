@@ -6,22 +6,22 @@
 namespace lora_ext::kernel {
 
 template <class T>
-void grouped_forward(emulator::Stream& stream, const plan::GroupedPlan& plan,
+void grouped_forward(emulator::Stream& stream, const plan::Plan& plan,
                      const LoraGroupedForward& operands) {
   kernels::Launch launch{stream};
   launch_lora_grouped<T>(plan, operands, launch);
 }
 template <class T>
-void grouped_backward(emulator::Stream& stream, const plan::GroupedPlan& plan,
+void grouped_backward(emulator::Stream& stream, const plan::Plan& plan,
                       const LoraGroupedBackward& operands) {
   kernels::Launch launch{stream};
   launch_lora_grouped<T>(plan, operands, launch);
 }
 
 #define SEQUENCE(T)                                                              \
-  template void grouped_forward<T>(emulator::Stream&, const plan::GroupedPlan&,  \
+  template void grouped_forward<T>(emulator::Stream&, const plan::Plan&,  \
                                    const LoraGroupedForward&);                   \
-  template void grouped_backward<T>(emulator::Stream&, const plan::GroupedPlan&, \
+  template void grouped_backward<T>(emulator::Stream&, const plan::Plan&, \
                                     const LoraGroupedBackward&);
 SEQUENCE(__nv_bfloat16)
 SEQUENCE(__half)

@@ -99,7 +99,7 @@ class LinearTest {
       used_workspace_.resize(workspace->size(), emulator::kPoisonByte);
       workspace->fill(0);  // tells the race checker that it is initialised
       std::copy_n(used_workspace_.begin(), workspace->size(), workspace->begin());
-      if (plan.in_grid()) tell("in grid, in a used workspace");
+      if (plan.tiled()->in_grid) tell("in grid, in a used workspace");
     }
     return workspace;
   }
@@ -113,7 +113,7 @@ class LinearTest {
       p.given_base = true, p.aligned = p.aligned && base->aligned();
       tell("forward, onto a base");
     }
-    const plan::Plan plan = plan::forward(case_.card, p, request(false));
+    const plan::Plan plan = plan::make_plan(case_.card, p, request(false));
     tell_plan("forward", plan, case_, mask_);
     const auto workspace = workspace_of(plan);
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
@@ -136,7 +136,7 @@ class LinearTest {
     const Values s = shrunk();
     compare("s", s, *s_, 0, exact());
     Values out(m_, n_);
-    if (!plan.hybrid && base == nullptr) out = product(Values(x_.exact), Values(w_.exact));
+    if (!plan.hybrid() && base == nullptr) out = product(Values(x_.exact), Values(w_.exact));
     out.each([&](Value& to, int i, int j) {
       if (with_bias) to.add({bias.exact(0, j)}, {1});
       if (base != nullptr) to.add({base->exact(i, j)}, {1});
@@ -158,12 +158,13 @@ class LinearTest {
 
   void backward_pass() {
     plan::Problem p = problem();
+    p.backward = true;
     p.aligned = dy_.aligned() && w_.aligned() && x_.aligned() && k_ % 8 == 0;
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
     p.need_dx = case_.wants_in_grid || (needs & 1), p.need_dlora_a = needs & 2,
     p.need_dlora_b = needs & 4;
-    const plan::Plan plan = plan::backward(case_.card, p, request(true));
+    const plan::Plan plan = plan::make_plan(case_.card, p, request(true));
     tell_plan("backward", plan, case_, mask_);
     const auto workspace = workspace_of(plan);
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
@@ -179,7 +180,8 @@ class LinearTest {
     x_.is_written_on(stream), dy_.is_written_on(stream);
     for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls) {
       const int early = backward<T>(stream, plan, g, case_.clusters);
-      if (early != plan.gemm.early + plan.early_wgrad)
+      const plan::Tiled& tiled = *plan.tiled();
+      if (early != (tiled.gemm && tiled.gemm->early) + tiled.early_wgrad)
         differ("%d kernels were launched to begin early", early);
     }
     GlobalBuffer<T> dx_after(dx.size(), "dx after the call");
@@ -190,7 +192,7 @@ class LinearTest {
     const Values dy(dy_.exact), ds = halves(product(dy, adapter(b_).transposed()));
     if (p.need_dx) {
       Values out(m_, k_);
-      if (!plan.hybrid) out = product(dy, Values(w_.exact).transposed());
+      if (!plan.hybrid()) out = product(dy, Values(w_.exact).transposed());
       Values low_rank = product(ds, adapter(a_).transposed());
       low_rank.each([&](Value& to, int i, int j) { to = to.times(mask(i, j)); });
       check_sum("dx", std::move(out), low_rank, dx_after);

@@ -17,35 +17,36 @@ inline int stages_of(plan::Tile tile) {
 // Tells the facts of a plan for `direction`, or throws Difference where no plan may be so.
 inline void tell_plan(const std::string& direction, const plan::Plan& plan, const LinearCase& c,
                       const RandomMask& mask) {
-  if (!plan.kernel) differ("no kernel: %s", plan.reason.c_str());
+  if (plan.tiled() == nullptr) differ("no kernels of tiles: %s", plan.reason.c_str());
+  const plan::Tiled& tiled = *plan.tiled();
   const bool forward = direction == "forward";
   if (c.dropout && mask.reference.col_offset > 0 && mask.reference.col_offset % 32 == 0)
     tell(direction + ", columns of a shard");
-  if (plan.gemm.blocks == 0) return;
-  const plan::TileFacts& tile = facts_of(plan.gemm.tile);
-  tell(direction + ", " + (plan.hybrid ? "hybrid" : tile.name));
+  if (!tiled.gemm) return;
+  const plan::TileFacts& tile = facts_of(tiled.gemm->tile);
+  tell(direction + ", " + (plan.hybrid() ? "hybrid" : tile.name));
   if (!tile.wgmma) return;
 
   const int64_t depth = forward ? c.k : c.n, columns = forward ? c.n : c.k;
   const int64_t pairs = (c.m + 2 * tile.rows - 1) / (2 * tile.rows);
   const int64_t tiles = pairs * ((columns + tile.columns - 1) / tile.columns);
-  const int64_t terms = plan.terms == 2 ? 3 : 1;
+  const int64_t terms = tiled.terms == 2 ? 3 : 1;
   const int64_t steps = (depth + 63) / 64 + terms * ((c.rank + 63) / 64);
-  const std::string kind = direction + (plan.in_grid() ? ", in grid" : ", wgmma");
+  const std::string kind = direction + (tiled.in_grid ? ", in grid" : ", wgmma");
   const bool pingpong = std::string(tile.name).starts_with("pingpong");
   tell(kind);
-  if (steps >= 2 * stages_of(plan.gemm.tile) && tiles > c.clusters)
+  if (steps >= 2 * stages_of(tile.tile) && tiles > c.clusters)
     tell(direction + (pingpong ? ", pingpong laps" : ", cooperative laps"));
   if (columns >= depth + 128) tell(kind + ", more columns than depth");
   if (depth >= columns + 128) tell(kind + ", more depth than columns");
   const bool half_of_one_step = !c.float_adapters && c.rank <= 64;
-  if (plan.in_grid()) {
+  if (tiled.in_grid) {
     if (!half_of_one_step || (forward && c.dropout))
       differ("%s: the planner makes T in the grid of a product that cannot", direction.c_str());
     if (pairs * 2 * tile.rows - c.m >= tile.rows) tell(kind + ", an empty row block");
     if (std::min(tiles, c.clusters) > 3) tell(kind + ", more than 3 clusters");
     if (c.dropout) tell(kind + ", masked");
-    tell(kind + (plan.early_wgrad ? ", early" : ", late"));
+    tell(kind + (tiled.early_wgrad ? ", early" : ", late"));
   } else if (!c.float_adapters && !(forward && c.dropout) && c.rank > 64 && c.rank <= 128) {
     tell(direction + ", rank above that of in grid");
   } else if (half_of_one_step && forward && c.dropout) {

@@ -119,7 +119,7 @@ std::string launch_backward(Half half, const plan::Plan& plan,
   });
 }
 
-std::string launch_grouped_forward(Half half, const plan::GroupedPlan& plan,
+std::string launch_grouped_forward(Half half, const plan::Plan& plan,
                                    const kernel::LoraGroupedForward& operands, void*) {
   return run([&](emulator::Stream& stream) {
     half == Half::kBFloat16 ? kernel::grouped_forward<__nv_bfloat16>(stream, plan, operands)
@@ -127,7 +127,7 @@ std::string launch_grouped_forward(Half half, const plan::GroupedPlan& plan,
   });
 }
 
-std::string launch_grouped_backward(Half half, const plan::GroupedPlan& plan,
+std::string launch_grouped_backward(Half half, const plan::Plan& plan,
                                     const kernel::LoraGroupedBackward& operands, void*) {
   return run([&](emulator::Stream& stream) {
     half == Half::kBFloat16 ? kernel::grouped_backward<__nv_bfloat16>(stream, plan, operands)

@@ -18,7 +18,7 @@ def of_program(file: str):
     return fault
 
 
-of_plan = of_program("decode_plan.cpp")
+of_plan = of_program("workspace.cpp")
 of_shares = of_program("decode_shares.h")
 of_params = of_program("lora_decode_params.h")
 of_launch = of_program("lora_decode_launch.h")
@@ -158,8 +158,8 @@ DECODE = [
         "there is a slot of partial sums for each tile of Y",
         "each block that begins within a tile adds a part",
         (
-            "workspace.take(shares.slots() * elements, 4)",
-            "workspace.take(decode.tiles * elements, 4)",
+            "workspace.take(shares.slots() * elements, kFloat)",
+            "workspace.take(plan.tiles * elements, kFloat)",
         ),
     ),
     of_plan(
@@ -167,22 +167,22 @@ DECODE = [
         "there is a slot of partial sums for each tile of S",
         "each chunk along k has its own",
         (
-            "workspace.take(shares.s_slots() * elements, 4)",
-            "workspace.take(decode.s_tiles * elements, 4)",
+            "workspace.take(shares.s_slots() * elements, kFloat)",
+            "workspace.take(plan.s_tiles * elements, kFloat)",
         ),
     ),
     of_plan(
         "decode_t_of_one_half",
         "T has room for hi",
         "of float32 adapters it has lo, too",
-        ("p.m * plan.terms * decode.width", "p.m * decode.width"),
+        ("p.m * plan.terms * plan.width", "p.m * plan.width"),
     ),
     of_params(
         "decode_counts_of_s_are_those_of_y",
         "tiles of S are counted where those of Y are",
         "each has parts of its own number",
         (
-            "params.s_arrivals = params.arrivals + plan.decode.tiles;",
+            "params.s_arrivals = params.arrivals + plan.tiles;",
             "params.s_arrivals = params.arrivals;",
         ),
     ),
@@ -204,7 +204,7 @@ DECODE = [
         "those of S lie behind them",
         (
             "launch.clear(params.arrivals, plan.flag_count());",
-            "launch.clear(params.arrivals, plan.decode.tiles);",
+            "launch.clear(params.arrivals, plan.tiles);",
         ),
     ),
 ]

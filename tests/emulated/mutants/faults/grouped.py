@@ -21,9 +21,9 @@ LONG = ("--size", "long")  # segments of several pieces
 of_params = of_op("lora_grouped_params.h")
 of_sequence = of_op("lora_grouped_sequence.h")
 of_many_entries = of_op("lora_grouped_sequence.h", "--size", "many")
-of_plan = of_op("grouped_plan.cpp", *LONG)
-of_tables = of_op("grouped_plan.cpp")
-of_counts = of_op("grouped_plan.cpp", "--size", "many")
+of_plan = of_op("tile_choice.cpp", *LONG)
+of_tables = of_op("tile_choice.cpp")
+of_counts = of_op("workspace.cpp", "--size", "many")
 of_partial_sums = of_op("lora_grouped_params.h", *LONG)
 
 GROUPED = [
@@ -38,8 +38,8 @@ GROUPED = [
         "the scaled S is made where dS lies",
         "dB's sums and dA's take different columns",
         (
-            "LoraGroupedReduceParams<T> params = reduce_to(one_.s);",
-            "LoraGroupedReduceParams<T> params = reduce_to(one_.t);",
+            "LoraGroupedReduceParams<T> params = reduce_to(plan_.s);",
+            "LoraGroupedReduceParams<T> params = reduce_to(plan_.t);",
         ),
     ),
     of_partial_sums(
@@ -52,7 +52,7 @@ GROUPED = [
         "grouped_counts_without_those_of_no_adapter",
         "the workspace has no counts of rows without an adapter",
         "they are written before dX begins",
-        ("kGroupedChunk) * (p.groups + 1), 4);", "kGroupedChunk) * p.groups, 4);"),
+        ("kGroupedChunk) * (groups.count + 1), 4);", "kGroupedChunk) * groups.count, 4);"),
     ),
     of_params(
         "grouped_wgrad_never_masked",
@@ -71,7 +71,7 @@ GROUPED = [
         "T's lo begins behind hi's own rank",
         "the width is whole chunks, and every kernel reads it there",
         (
-            "params.lo_column = one_.width, params.mask",
+            "params.lo_column = plan_.width, params.mask",
             "params.lo_column = o_.rows.most_rank, params.mask",
         ),
     ),
@@ -95,8 +95,8 @@ GROUPED = [
         "the grid of the reduce has a tile for each 64 rows",
         "a tile has rows of one adapter, so that there may be one more for each",
         (
-            "launch_(lora_grouped_reduce<T>, dim3(static_cast<unsigned>(plan_.tile_count)),",
-            "launch_(lora_grouped_reduce<T>, dim3(blocks_of(o_.m, 64)),",
+            "dim3(static_cast<unsigned>(plan_.tables->tile_count)), 256, 0",
+            "dim3(blocks_of(o_.m, 64)), 256, 0",
         ),
     ),
     of_tables(
@@ -104,15 +104,15 @@ GROUPED = [
         "there is a piece for each so many rows",
         "a piece has rows of one adapter, so that there may be one more for each",
         (
-            "static_cast<int>(blocks_of(m, plan.piece_rows) + adapters)",
-            "static_cast<int>(blocks_of(m, plan.piece_rows))",
+            "static_cast<int>(blocks_of(p.m, tables.piece_rows) + p.adapters())",
+            "static_cast<int>(blocks_of(p.m, tables.piece_rows))",
         ),
     ),
     of_plan(
         "grouped_half_of_the_slots",
         "partial sums have a slot for each whole piece of rows",
         "a segment a little longer than a piece has two",
-        ("static_cast<int>(2 * (m / plan.piece_rows))", "static_cast<int>(m / plan.piece_rows)"),
+        ("static_cast<int>(2 * (p.m / tables.piece_rows))", "static_cast<int>(p.m / tables.piece_rows)"),
     ),
     of_gemm(
         "grouped_sums_of_all_rows",

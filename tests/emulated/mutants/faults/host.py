@@ -6,7 +6,7 @@ Seen by the whole op in emulation, by programs whose rows lie far apart, by the 
 
 from emulated.mutants.faults.fault import Fault
 
-PLAN = "plan.cpp"
+PLAN = "tile_choice.cpp"
 PARAMS = "lora_linear_params.h"
 SEQUENCE = "lora_linear_sequence.h"
 LAUNCH = "kernel_launch.cpp"
@@ -40,23 +40,23 @@ HOST = [
         "flags for the row blocks that there are, not for pairs of them",
         "the empty block of an odd last pair is published, too",
         PLAN,
-        "plan.row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);",
-        "plan.row_blocks = blocks_of(p.m, tile.rows);",
+        "row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);",
+        "row_blocks = blocks_of(p.m, tile.rows);",
     ),
     whole_op(
         "flags_over_partial_sums",
         "the flags lie where dA's partial sums do",
         "a wgrad that begins early overwrites what it waits for",
         PARAMS,
-        "return at<uint32_t>(plan_.flags);",
-        "return at<uint32_t>(plan_.g_a != plan::kNone ? plan_.g_a : plan_.flags);",
+        "return at<uint32_t>(plan_.in_grid->flags);",
+        "return at<uint32_t>(plan_.g_a != plan::kNone ? plan_.g_a : plan_.in_grid->flags);",
     ),
     whole_op(
         "ready_flags_not_cleared",
         "only the ticket and the parts are cleared",
         "in a used workspace T is read before it is written",
         SEQUENCE,
-        "launch_.clear(params_.flags(), plan_.flag_count());",
+        "launch_.clear(params_.flags(), plan_.in_grid->flag_count());",
         "launch_.clear(params_.flags(), 2 * plan::kFlagsApart);",
     ),
     whole_op(
@@ -81,8 +81,8 @@ HOST = [
         "as many parts are awaited as there are row blocks",
         "each has two",
         PARAMS,
-        "product.parts = parts_of_t(plan_.row_blocks);",
-        "product.parts = static_cast<uint32_t>(plan_.row_blocks);",
+        "product.parts = parts_of_t(plan_.in_grid->row_blocks);",
+        "product.parts = static_cast<uint32_t>(plan_.in_grid->row_blocks);",
     ),
     whole_op(
         "factor_of_a_backward",
@@ -105,7 +105,7 @@ HOST = [
         "no flag is cleared",
         "a workspace comes as the allocator has it",
         SEQUENCE,
-        "    launch_.clear(params_.flags(), plan_.flag_count());\n",
+        "    launch_.clear(params_.flags(), plan_.in_grid->flag_count());\n",
         "",
     ),
     whole_op(

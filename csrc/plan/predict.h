@@ -21,13 +21,6 @@ constexpr double kPredictionError = 0.10;
 // With fewer rows than half of a tile, most of its products would be of zeros.
 constexpr int64_t kFewestRows = 64;
 
-// What a card keeps up: of the library's half product at 4096 x 4096 x 4096; of a copy, read and
-// written bytes together; from the end of a kernel to the start of the next, in a graph.
-struct Sustained {
-  double tflops, dram_gb_s, gap_us;
-};
-Sustained sustained_by(const Card& card);
-
 // A kernel, or a call of the library. `flop` counts what idle SMs could have done meanwhile, and is
 // divided by the share of the library's rate that the kernel reaches. `times`: it comes in so many
 // parts, a launch each.
@@ -36,9 +29,8 @@ struct Launch {
   double bytes, flop;
   int64_t times = 1;
 };
-double microseconds(const Launch& launch, const Sustained& rates);
 
-// Those of one call, in order; without a heap, since every call is planned.
+// Those of one call, in order; without a heap, since every new call is planned.
 class Launches {
  public:
   void add(const char* name, double bytes, double flop = 0.0, int64_t times = 1) {
@@ -53,18 +45,11 @@ class Launches {
   int count_ = 0;
 };
 
-// The library's product [m, n] = [m, k] [k, n], which reads what it adds to if it accumulates.
-Launch library_product(const Card& card, const char* name, int64_t m, int64_t n, int64_t k,
-                       bool accumulate = false);
-// What the main loop of a tile of lora_gemm reaches of the rate of the library's, on the card of
-// its generation.
-double main_loop_share(const Card& card, const TileFacts& tile, bool masked);
-// Of lora_gemm's tiles over [m, n] with k of depth: flop as in Launch.
-double tiles_flop(const Card& card, const TileFacts& tile, int64_t m, int64_t n, int64_t k,
-                  bool masked);
+// lora_gemm's tiles over Y or dX: flop as in Launch.
+double tiles_flop(const Card& card, const TileFacts& tile, const Problem& problem);
 
-// The launches of a plan, on whichever route.
-Launches launches_of(const Card& card, const Problem& problem, const Plan& plan, bool backward);
-double predicted_us(const Card& card, const Problem& problem, const Plan& plan, bool backward);
+// The launches of a plan, on whichever route; of many adapters those that one adapter has, too.
+Launches launches_of(const Card& card, const Problem& problem, const Plan& plan);
+double predicted_us(const Card& card, const Problem& problem, const Plan& plan);
 
 }  // namespace lora_ext::plan

@@ -1,0 +1,14 @@
+// Arithmetic of tiles and elements.
+#pragma once
+
+#include <cstdint>
+
+namespace lora_ext::plan {
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
+inline double area(int64_t rows, int64_t columns) {
+  return static_cast<double>(rows) * static_cast<double>(columns);
+}
+
+}  // namespace lora_ext::plan

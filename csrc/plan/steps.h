@@ -1,0 +1,21 @@
+// The steps of a plan, in their order; plan.h names their files.
+#pragma once
+#include "plan/decode_shares.h"
+#include "plan/plan.h"
+#include "plan/sizes.h"
+
+namespace lora_ext::plan {
+
+// The reason, and which sequence of kernels, if any.
+Plan choose_kernels(const Card& card, const Problem& problem, const Request& request);
+// Tiles, splits and blocks of that sequence.
+void choose_tiles(Plan& plan, const Card& card, const Problem& problem, const Request& request);
+// Offsets of what it keeps in the workspace, and the workspace's size.
+void place_in_workspace(Plan& plan, const Problem& problem);
+
+inline DecodeShares shares_of(const Decode& plan, const Problem& p) {
+  return {static_cast<int>(plan.tiles), static_cast<int>(plan.s_tiles),
+          static_cast<int>(blocks_of(p.k, 64)), plan.blocks};
+}
+
+}  // namespace lora_ext::plan

@@ -1,0 +1,189 @@
+// Tiles of lora_gemm and lora_decode, splits of the kernels of few columns, and blocks of all.
+#include <algorithm>
+#include <limits>
+
+#include "plan/predict.h"
+#include "plan/sizes.h"
+#include "plan/steps.h"
+
+namespace lora_ext::plan {
+namespace {
+
+constexpr int64_t kStep = 64;     // along the split dimension, in all kernels of few columns
+constexpr int64_t kMinSteps = 4;  // of a split: the copies need two to get going
+
+constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;
+
+// Enough splits for two blocks on every SM, but none so short that its copies do not get going.
+Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
+  const int64_t steps = blocks_of(length, kStep);
+  const int64_t wanted = std::max<int64_t>(1, 2 * card.sms / blocks);
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / kMinSteps));
+  const int64_t per_split = blocks_of(steps, splits);
+  return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
+}
+
+// Why no kernel with wgmma and TMA computes a product on a card; "" if one may.
+std::string why_no_wgmma(const Card& card, const Problem& p) {
+  if (card.arch != 90) return "only compute capability 9.0 has it";
+  if (!card.sm90a_code) return "this build has no code for 9.0a";
+  if (!card.tensor_maps) return "the driver encodes no tensor maps";
+  if (p.rank > kMostWgmmaRank) return "the rank is above 256";
+  if (p.groups) return "it cannot keep one adapter's sums from the rows of another";
+  return "";
+}
+
+// Blocks that have work; wgmma's come in pairs of rows.
+int64_t blocks_with_work(const TileFacts& tile, const Problem& p) {
+  const int64_t together = tile.wgmma ? 2 : 1;
+  return together * blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
+}
+
+// Masked tiles take T first, so all clusters stand still while T is made: 0.3 of the time of a tile
+// of 256 columns, if each makes one pair of row blocks at most (predicted; the depth of both is
+// that of the product). The pass over dY that this saves takes the longer the more rows there are:
+// at an H100's rates as long where a fifth of the clusters make T.
+bool masked_t_pays(const Card& card, int64_t m) {
+  return 5 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
+}
+
+// Where T can be made in the same grid it is, which saves two launches, unless there is not a tile
+// for every cluster: then all would wait for T.
+bool in_grid_pays(const Card& card, const Problem& p) {
+  return (!p.dropout || masked_t_pays(card, p.m)) &&
+         blocks_with_work(facts_of(Tile::kInGrid128x256), p) > card.sms;
+}
+
+// The tile that is asked for, if it can be had; else that whose waves are predicted to end first,
+// of those on wgmma where they can be had. Where lora_gemm only adds a low-rank product, the
+// smallest tile, of which most fit on an SM.
+const TileFacts& choose_tile(const Card& card, const Problem& p, const Request& request,
+                             const Tiled& plan) {
+  const TileFacts* best = &facts_of(Tile::k128x64);
+  if (plan.base != Base::kKernel) return *best;
+  const bool wgmma = why_no_wgmma(card, p).empty();
+  // lora_dsdb makes dS without another pass over dY.
+  const bool may_in_grid =
+      wgmma && fits_in_grid(call_of(p)) && p.rank <= kMostInGridRank && !plan.one_pass();
+  const bool in_grid = may_in_grid && in_grid_pays(card, p);
+  double best_time = 0;
+  for (const TileFacts& tile : kTiles) {
+    if (tile.tile == Tile::kDecode || !fits(tile, card, call_of(p))) continue;
+    if ((tile.wgmma && !wgmma) || (tile.in_grid && !may_in_grid)) continue;
+    if (p.groups && !has_grouped_kernel(tile.tile)) continue;
+    if (tile.tile == request.tile) return tile;
+    if (tile.wgmma != wgmma || tile.in_grid != in_grid) continue;
+    const double time = tiles_flop(card, tile, p);
+    if (best_time == 0 || time < best_time) best = &tile, best_time = time;
+  }
+  return *best;
+}
+
+Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
+                 const TileFacts& tile) {
+  const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
+  const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
+  const int64_t blocks = std::min(blocks_with_work(tile, p), card.sms * resident);
+  // As many clusters as are resident, which the driver says; of a card with SMs left to others, no
+  // more than its rest holds.
+  const int most = tile.wgmma ? card.sms : std::numeric_limits<int>::max();
+  return {tile.tile, std::min(static_cast<int>(blocks), request.most_blocks),
+          tile.wgmma && !tile.in_grid && request.early_launch, std::min(most, request.most_blocks)};
+}
+
+// Whole waves of tiles leave some clusters idle at the end. If those alone make T before their
+// first tile, it costs no time, as long as they are done when the others have their first tiles: a
+// pair of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and two are tried.
+// Masked tiles begin with T, and the sooner the more clusters make it.
+int choose_pairs_per_ticket(const Card& card, const Problem& p, const TileFacts& tile) {
+  constexpr int kMost = 2;
+  if (p.dropout) return 1;
+  const int64_t clusters = std::max(1, card.sms / 2), row_pairs = blocks_of(p.m, 2 * tile.rows);
+  const int64_t tiles = row_pairs * blocks_of(p.columns(), tile.columns);
+  const int64_t idle = rounded_up(tiles, clusters) - tiles;
+  if (row_pairs <= idle) return 1;
+  return blocks_of(row_pairs, kMost) <= idle ? kMost : 1;
+}
+
+void choose_product(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
+  const TileFacts& tile = choose_tile(card, p, request, plan);
+  plan.gemm = choose_gemm(card, p, request, tile);
+  if (card.arch == 90 && plan.base == Base::kKernel) plan.no_wgmma = why_no_wgmma(card, p);
+  if (!tile.in_grid) return;
+  plan.in_grid.emplace();
+  plan.in_grid->row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);
+  plan.in_grid->pairs_per_ticket = choose_pairs_per_ticket(card, p, tile);
+}
+
+// Of S or dS, unless another kernel makes it.
+void choose_shrink(Tiled& plan, const Card& card, const Problem& p) {
+  // lora_shrink of a forward with one adapter takes A's halves without padding.
+  const bool whole_chunks = p.backward || p.groups;
+  plan.z_columns = whole_chunks ? plan.columns : static_cast<int>(plan.terms * p.rank);
+  const bool needed = !p.backward || p.need_ds();
+  if (!needed || plan.in_grid || plan.one_pass()) return;
+  plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.depth());
+}
+
+// Of dA and dB with one adapter.
+void choose_gradients(Tiled& plan, const Card& card, const Problem& p, bool early_launch) {
+  const auto splits = [&](int64_t blocks) { return choose_splits(card, blocks, p.m); };
+  const int64_t column_tiles = blocks_of(plan.columns, 64);
+  if (plan.one_pass()) {
+    plan.dlora_b = splits(2 * plan.panels);  // one block an SM
+  } else if (p.need_dlora_b) {
+    plan.dlora_b = splits(blocks_of(p.n, 128) * column_tiles);
+  }
+  if (p.need_dlora_a) plan.dlora_a = splits(blocks_of(p.k, 128) * column_tiles);
+  plan.early_wgrad =
+      plan.gemm && facts_of(plan.gemm->tile).wgmma && plan.has_wgrad() && early_launch;
+}
+
+// Tiles of rows, and pieces of rows over which gradients are summed: long enough that one adapter
+// alone would fill the card.
+void choose_tables(Tiled& plan, const Card& card, const Problem& p) {
+  Tables& tables = plan.tables.emplace();
+  tables.piece_rows = static_cast<int>(rounded_up(p.m, kGroupedTileRows));  // nothing is summed
+  if (p.backward) {
+    const int64_t panels =
+        (p.need_dlora_a ? blocks_of(p.k, 128) : 0) + (p.need_dlora_b ? blocks_of(p.n, 128) : 0);
+    const Splits pieces =
+        choose_splits(card, std::max<int64_t>(1, panels) * blocks_of(plan.columns, 64), p.m);
+    tables.piece_rows = static_cast<int>(kStep) * pieces.steps_per_split;
+    if (p.need_dlora_a) plan.dlora_a = pieces;
+    if (p.need_dlora_b) plan.dlora_b = pieces;
+  }
+  tables.tile_count = static_cast<int>(blocks_of(p.m, kGroupedTileRows) + p.adapters());
+  tables.piece_count = static_cast<int>(blocks_of(p.m, tables.piece_rows) + p.adapters());
+  tables.slots = static_cast<int>(2 * (p.m / tables.piece_rows));
+}
+
+void choose_tiled(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
+  if (p.has_product()) choose_product(plan, card, p, request);
+  choose_shrink(plan, card, p);
+  if (p.groups) {
+    choose_tables(plan, card, p);
+  } else if (p.backward) {
+    choose_gradients(plan, card, p, request.early_launch);
+  }
+}
+
+void choose_decode(Decode& plan, const Card& card, const Problem& p, const Request& request) {
+  const DecodeTile& tile = decode_tile_for(p.m);
+  const int64_t resident =
+      std::clamp<int64_t>(card.shared_per_sm / (tile.shared + 1024), 1, tile.resident);
+  plan.blocks = 1;
+  const int64_t units = shares_of(plan, p).units();
+  const int64_t wanted = std::max<int64_t>(1, units / DecodeShares::kLeastUnits);
+  const auto blocks = static_cast<int>(std::min(wanted, card.sms * resident));
+  plan.blocks = std::min(blocks, request.most_blocks);
+}
+
+}  // namespace
+
+void choose_tiles(Plan& plan, const Card& card, const Problem& p, const Request& request) {
+  if (auto* tiled = std::get_if<Tiled>(&plan.sequence)) choose_tiled(*tiled, card, p, request);
+  if (auto* decode = std::get_if<Decode>(&plan.sequence)) choose_decode(*decode, card, p, request);
+}
+
+}  // namespace lora_ext::plan
