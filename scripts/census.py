@@ -69,11 +69,11 @@ def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
         found.add(f"lora_dsdb {16 if plan.columns <= 16 else 32}{element}")
     elif plan.shrink_splits:
         found.add(f"{many}_shrink{factors}{orientation or masked}{element}")
-    if "lora_reduce\n" in text:
+    if f"{many}_reduce\n" in text:
         found.add(f"{many}_reduce")
     if plan.blocks:
         found.add(gemm_of(plan, many, factors + orientation + masked * backward, named))
-    if "lora_wgrad" in text:
+    if f"{many}_wgrad" in text:
         found.add(f"{many}_wgrad{factors}{masked}{element}")
         found.add(f"{many}_reduce_wgrad{factors}")
     return found

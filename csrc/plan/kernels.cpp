@@ -9,7 +9,6 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr int64_t kStep = 64;  // along the split dimension, in all kernels of few columns
 constexpr int64_t kMostGroups = int64_t{1} << 20, kMostColumnTiles = 65535;
 // Rows of all factors A, in blocks of 16, beyond which S is no small part of lora_decode's work.
 constexpr int64_t kMostFactorRows = 4096;

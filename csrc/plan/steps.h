@@ -15,7 +15,7 @@ void place_in_workspace(Plan& plan, const Problem& problem);
 
 inline DecodeShares shares_of(const Decode& plan, const Problem& p) {
   return {static_cast<int>(plan.tiles), static_cast<int>(plan.s_tiles),
-          static_cast<int>(blocks_of(p.k, 64)), plan.blocks};
+          static_cast<int>(blocks_of(p.k, kStep)), plan.blocks};
 }
 
 }  // namespace lora_ext::plan

@@ -9,7 +9,6 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr int64_t kStep = 64;     // along the split dimension, in all kernels of few columns
 constexpr int64_t kMinSteps = 4;  // of a split: the copies need two to get going
 
 constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;

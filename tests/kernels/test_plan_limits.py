@@ -54,7 +54,7 @@ def check_workspace(found, workspace):
 
 
 def check_grids(problem, plan):
-    columns = _C.plan_numbers(plan)["z_columns"]
+    columns = _C.plan_numbers(plan).get("z_columns", 0)
     assert blocks_of(problem.m, 64) <= MOST_X and blocks_of(columns, 64) <= MOST_YZ
     assert 0 <= plan.shrink_splits <= MOST_YZ
     assert 0 <= plan.panels <= MOST_X
