@@ -173,7 +173,8 @@ class GroupedTest {
     if (!plan.has_kernels()) differ("no kernel: %s", plan.reason.c_str());
     tell_plan("backward", plan);
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
-    GroupedGradients<F> gradients(rows_, n_, k_, !p.listed), again(rows_, n_, k_, !p.listed);
+    const bool pool = !p.groups->listed;
+    GroupedGradients<F> gradients(rows_, n_, k_, pool), again(rows_, n_, k_, pool);
     for (auto* to : {&again, &gradients}) {
       GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
       LoraGroupedBackward g{};
