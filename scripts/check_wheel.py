@@ -115,10 +115,12 @@ def run_tests(
         "pytest",
         "-n",
         "auto",
+        "--dist",
+        "loadfile",
         "-p",
         "no:cacheprovider",
         "-q",
-        "-rs",
+        "-rfs",
         *arguments,
     ]
     return subprocess.run([*command, "tests"], cwd=folder, env=env).returncode
