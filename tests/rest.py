@@ -18,6 +18,7 @@ REST = {
     "peft/test_peft_compile.py",
     "peft/test_peft_suite.py",
     "peft/test_peft_trainers.py",
+    "pool/test_serving.py",
     "project/test_build_backend.py",
     "project/test_clear_errors.py",
     "project/test_command_lines.py",
