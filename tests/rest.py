@@ -17,6 +17,7 @@ REST = {
     "layers/test_onnx.py",
     "peft/test_peft_compile.py",
     "peft/test_peft_suite.py",
+    "peft/test_peft_tensor_parallel.py",
     "peft/test_peft_trainers.py",
     "pool/test_serving.py",
     "project/test_build_backend.py",
