@@ -1,5 +1,5 @@
-"""Both kinds of layer in two processes on the CPU: DistributedDataParallel, FSDP2 and FSDP1 train as
-one process does.
+"""Both kinds of layer in two processes on the CPU: DistributedDataParallel, FSDP2 and FSDP1
+train as one process does.
 
 What both processes compute is compared with the two halves of the batch in one, whose gradients are
 averaged: the same sums, so that the bits agree.

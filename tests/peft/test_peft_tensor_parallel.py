@@ -1,5 +1,5 @@
-"""transformers' tensor parallelism in two processes on the CPU: base and adapters as DTensors, which
-PEFT's forward sums, accelerated or not."""
+"""transformers' tensor parallelism in two processes on the CPU: base and adapters as DTensors,
+which PEFT's forward sums, accelerated or not."""
 
 import pytest
 import torch

@@ -75,7 +75,7 @@ def test_an_older_peft(function, monkeypatch):
 
     for version in ("0.9.0", "0.18.1"):
         monkeypatch.setattr(peft, "__version__", version)
-        with pytest.raises(ImportError, match=f"expected peft 0.19 or newer, but got {version}; pip"):
+        with pytest.raises(ImportError, match=f"peft 0.19 or newer, but got {version}; pip"):
             function(nn.Sequential(nn.Linear(4, 4)))
     for version in ("0.19.0", "0.22.1.dev0", "1.0"):
         monkeypatch.setattr(peft, "__version__", version)
