@@ -25,7 +25,8 @@ class LayerPath:
         path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
             "merged" (one product with the merged weight), "added" (the base as it is, the update by
             `lora_update`) or "base" (no update). Of PEFT's layers also "peft" (PEFT's own forward).
-            "sharded": FSDP has the parameters in pieces, and they decide when they are gathered.
+            "sharded": FSDP or ZeRO-3 has the parameters in pieces; the layer decides when they are
+            gathered.
         reason: why.
         workspace_bytes: of a quantised base that is dequantised for the op, the weight's size in
             its dtype; else 0.
@@ -122,14 +123,15 @@ def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
     found = Explanation()
     managed = _managed_by_fsdp(model)
     for name, layer in lora_layers(model):
-        if id(layer) in managed and _is_flat(layer):
+        if _is_in_pieces(layer, managed):
             found.append(_sharded(name, layer))
             continue
         path, reason = layer.path(rows)
         nbytes = layer.workspace_bytes() if path == "fused" else 0
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
     for name, layer in peft_layers(model):
-        if id(layer) in managed and (_is_flat(layer) or _has_shards(layer)):
+        has_shards = id(layer) in managed and any(map(is_sharded, layer.parameters()))
+        if has_shards or _is_in_pieces(layer, managed):
             found.append(_sharded(name, layer))
             continue
         path, reason = peft_path(layer, rows)
@@ -149,14 +151,10 @@ def _managed_by_fsdp(model: nn.Module) -> set[int]:
     return {id(part) for wrapper in wrappers for part in wrapper.modules()}
 
 
-def _is_flat(layer: nn.Module) -> bool:
-    """As FSDP1 leaves a layer: with pieces of flat parameters, or without parameters."""
-    return all(parameter.dim() < 2 for parameter in layer.parameters())
-
-
-def _has_shards(layer: nn.Module) -> bool:
-    """As FSDP2 leaves a layer: with DTensors."""
-    return any(is_sharded(parameter) for parameter in layer.parameters())
+def _is_in_pieces(layer: nn.Module, managed: set[int]) -> bool:
+    """As FSDP1 and ZeRO-3 leave a layer: with pieces of flat parameters, or without parameters."""
+    whole = 0 if id(layer) in managed else 2
+    return max((parameter.dim() for parameter in layer.parameters()), default=whole) < 2
 
 
 def _sharded(name: str, layer: nn.Module) -> LayerPath:
