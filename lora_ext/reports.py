@@ -12,6 +12,7 @@ from .adapters.owners import is_sharded
 from .kernels.kernel_plan import CallPlan, explain_call
 from .models.model import lora_layers
 from .packing import packed_bytes
+from .peft.reasons import HOOKED
 from .peft.report import peft_layers, peft_path, peft_workspace_bytes
 
 
@@ -130,11 +131,12 @@ def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
         nbytes = layer.workspace_bytes() if path == "fused" else 0
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
     for name, layer in peft_layers(model):
+        path, reason = peft_path(layer, rows)
         has_shards = id(layer) in managed and any(map(is_sharded, layer.parameters()))
-        if has_shards or _is_in_pieces(layer, managed):
+        has_shards |= _is_in_pieces(layer, managed)
+        if has_shards and reason != HOOKED:  # as ZeRO-3's are, also when it is whole
             found.append(_sharded(name, layer))
             continue
-        path, reason = peft_path(layer, rows)
         nbytes = peft_workspace_bytes(layer, path)
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
     found.packed_bytes = packed_bytes(model)

@@ -27,13 +27,12 @@ from . import initialize
 from .adapter_spec import MAX_RANK, AdapterSpec
 from .merging import merged_tensors
 from .row_adapters import RowAdapters, forget, in_force
-from .zero_leaf import ZeroLeaf
 
 # Each forward of a layer takes one of these; `path` says which and why.
 PATHS = ("fused", "packed", "library", "merged", "added", "base")
 
 
-class LoRALayer(ZeroLeaf, nn.Module):
+class LoRALayer(nn.Module):
     """Base class of the layers; a subclass also derives from the nn.Module that it replaces.
 
     Attributes:

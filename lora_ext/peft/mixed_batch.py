@@ -22,7 +22,6 @@ from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
 from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
 from ..nn.updates import Update, dtypes_obstacle, is_traced
-from ..nn.zero_leaf import ZeroLeaf
 from ..quantized.base import QuantizedBase
 from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
@@ -44,7 +43,7 @@ NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
 
 
-class ByRow(ZeroLeaf):
+class ByRow:
     """A mix-in before a class of PEFT whose rows can have different adapters."""
 
     row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer

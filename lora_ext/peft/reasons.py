@@ -25,6 +25,7 @@ from ..quantized.layers import QuantizedBase, quantized_base
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
+HOOKED = "a factor or its dropout has hooks"
 _DEVICES = ("cpu", "cuda", "meta")
 
 
@@ -93,7 +94,7 @@ def adapter_reason(layer: Any, name: str) -> str:
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return "a factor is not a plain nn.Linear"
     if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
-        return "a factor or its dropout has hooks"
+        return HOOKED
     first, second = lora_a.weight, lora_b.weight
     if "forward" in lora_a.__dict__ or "forward" in lora_b.__dict__:
         if not (is_plain(first) and is_plain(second)):
