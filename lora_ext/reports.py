@@ -26,8 +26,7 @@ class LayerPath:
         path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
             "merged" (one product with the merged weight), "added" (the base as it is, the update by
             `lora_update`) or "base" (no update). Of PEFT's layers also "peft" (PEFT's own forward).
-            "sharded": FSDP or ZeRO-3 has the parameters in pieces; the layer decides when they are
-            gathered.
+            "sharded": FSDP has the parameters in pieces; the layer decides when they are gathered.
         reason: why.
         workspace_bytes: of a quantised base that is dequantised for the op, the weight's size in
             its dtype; else 0.

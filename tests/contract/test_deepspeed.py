@@ -17,6 +17,7 @@ from contract.test_distributed import (
     train_alone,
     values,
 )
+from lora_ext.peft.reasons import HOOKED
 
 case, test_two_processes = two_processes.cases(__name__)
 without = importlib.util.find_spec("deepspeed") is None
@@ -48,11 +49,13 @@ def train(deepspeed, subject, stage, rank):
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 0.0,
         },
         dist_init_required=False,
     )
     if stage == 3:
-        assert {layer.path for layer in lora_ext.explain(subject.model)} == {"sharded"}
+        found = {(layer.path, layer.reason) for layer in lora_ext.explain(subject.model)}
+        assert ("peft", HOOKED) in found and "fused" not in {path for path, _ in found}
     with torch.profiler.profile() as profile:
         for batch in subject.x(8 * STEPS).chunk(STEPS):
             engine.backward(engine(half(batch, rank)).square().mean())
@@ -62,12 +65,16 @@ def train(deepspeed, subject, stage, rank):
 
 @case
 def zero_trains_as_one_process(rank):
-    """By the op where it computes in one process, at each stage."""
+    """By the op where it computes in one process, at stages 0 to 2. At 3, which gathers a factor
+    where it is called, PEFT's layers take PEFT's forward, and ours are not for it."""
     deepspeed = started(rank)
     for stage in range(4):
-        for subject, alone in alike("one", "three", "dora"):
+        for subject, alone in alike("one", "three", *(["dora"] if stage < 3 else [])):
+            if stage == 3 and subject.kind.name != "peft":
+                continue
             fused = [layer.path for layer in lora_ext.explain(subject.model)].count("fused")
-            assert train(deepspeed, subject, stage, rank) == STEPS * fused, stage
+            calls = STEPS * fused if stage < 3 else 0
+            assert train(deepspeed, subject, stage, rank) == calls, stage
             train_alone(alone)
             parameters = list(subject.model.parameters()) if stage == 3 else []
             with deepspeed.zero.GatheredParameters(parameters):
