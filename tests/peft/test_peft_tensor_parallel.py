@@ -15,8 +15,8 @@ import lora_ext
 distributed = pytest.importorskip("transformers.distributed")
 case, test_two_processes = two_processes.cases(__name__)
 
-# Those whose outputs are split. Where inputs are, PEFT 0.21.2 gives lora_A its half as the whole width
-# that transformers 5.24 splits, and fails without us, too.
+# Those whose outputs are split. Where inputs are, PEFT 0.21.2 gives lora_A its half as the whole
+# width, which transformers 5.24 splits again: it fails without us, too.
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 SHARDED = "the adapters are sharded for tensor parallelism"
 
