@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
+from .adapters.owners import is_sharded
 from .kernels.kernel_plan import CallPlan, explain_call
 from .models.model import lora_layers
 from .packing import packed_bytes
+from .peft.reasons import HOOKED
 from .peft.report import peft_layers, peft_path, peft_workspace_bytes
 
 
@@ -23,6 +26,7 @@ class LayerPath:
         path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
             "merged" (one product with the merged weight), "added" (the base as it is, the update by
             `lora_update`) or "base" (no update). Of PEFT's layers also "peft" (PEFT's own forward).
+            "sharded": FSDP has the parameters in pieces; the layer decides when they are gathered.
         reason: why.
         workspace_bytes: of a quantised base that is dequantised for the op, the weight's size in
             its dtype; else 0.
@@ -117,13 +121,43 @@ def explain(model, *arguments, **named):
 
 def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
     found = Explanation()
+    managed = _managed_by_fsdp(model)
     for name, layer in lora_layers(model):
+        if _is_in_pieces(layer, managed):
+            found.append(_sharded(name, layer))
+            continue
         path, reason = layer.path(rows)
         nbytes = layer.workspace_bytes() if path == "fused" else 0
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
     for name, layer in peft_layers(model):
         path, reason = peft_path(layer, rows)
+        has_shards = id(layer) in managed and any(map(is_sharded, layer.parameters()))
+        has_shards |= _is_in_pieces(layer, managed)
+        if has_shards and reason != HOOKED:  # as ZeRO-3's are, also when it is whole
+            found.append(_sharded(name, layer))
+            continue
         nbytes = peft_workspace_bytes(layer, path)
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
     found.packed_bytes = packed_bytes(model)
     return found
+
+
+def _managed_by_fsdp(model: nn.Module) -> set[int]:
+    """The ids of the modules that FSDP1 or FSDP2 gathers for their forwards."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # slow to import; absent if unused
+    if fsdp is None:
+        return set()
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    wrappers = [module for module in model.modules() if isinstance(module, kinds)]
+    return {id(part) for wrapper in wrappers for part in wrapper.modules()}
+
+
+def _is_in_pieces(layer: nn.Module, managed: set[int]) -> bool:
+    """As FSDP1 and ZeRO-3 leave a layer: with pieces of flat parameters, or without parameters."""
+    whole = 0 if id(layer) in managed else 2
+    return max((parameter.dim() for parameter in layer.parameters()), default=whole) < 2
+
+
+def _sharded(name: str, layer: nn.Module) -> LayerPath:
+    reason = "sharded now; decided anew when it is gathered"
+    return LayerPath(name, type(layer).__name__, "sharded", reason)

@@ -256,9 +256,9 @@ def in_force(layer: Any) -> RowAdapters | None:
         layer: that holds something.
 
     Raises:
-        RuntimeError: the block belongs to another thread, or is not the innermost one where the
-            forward is called, or has lost an adapter, or a backward repeats a forward of which
-            nothing is known.
+        RuntimeError: the block belongs to another thread or, in a generator, to another context, or
+            is not the innermost one where the forward is called, or has lost an adapter, or a
+            backward repeats a forward of which nothing is known.
     """
     held = layer.row_adapters
     if is_traced():
@@ -280,6 +280,8 @@ def in_force(layer: Any) -> RowAdapters | None:
             "turn"
         )
     rows = of_context(layer)
+    if held is not rows:
+        _check_context(held, layer)
     if rows is None:
         return None
     if rows.opener is not None and _open(rows.outer, layer) and not _is_running(rows.opener):
@@ -362,6 +364,26 @@ def _leave(rows: RowAdapters) -> bool:
         overlaps |= inner.is_open and not rows.below.keys().isdisjoint(inner.below)
         inner = inner.outer
     return inner is None or not overlaps  # None: it was entered in another context
+
+
+def _check_context(held: Any, layer: nn.Module) -> None:
+    """Raises RuntimeError within a generator that goes on in another context than that in which it
+    opened a block: asyncio.wait_for makes one for each step, before Python 3.12."""
+    known = set()
+    rows = _INNERMOST.get()
+    while rows is not None:
+        known.add(id(rows))
+        rows = rows.outer
+    lost = set()
+    while isinstance(held, RowAdapters):
+        if held.is_open and held.opener is not None and id(held) not in known:
+            lost.add(id(held.opener))
+        held = held.below.get(id(layer))
+    frame: FrameType | None = sys._getframe(1) if lost else None
+    while frame is not None:
+        if id(frame) in lost:
+            raise _not_nested("a generator goes on in another task or context than its block's")
+        frame = frame.f_back
 
 
 def _opener() -> FrameType | None:

@@ -36,7 +36,7 @@ class Packed:
         return f"{self.kind}, {direction}: {ratios} of the plain product; {done}{size}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Packing:
     """All of a model; str() is for people.
 
@@ -54,6 +54,10 @@ class Packing:
     def nbytes(self) -> int:
         """Of all packed copies."""
         return sum(kind.nbytes for kind in self.kinds)
+
+    def __repr__(self) -> str:
+        packed = sum(kind.packed for kind in self.kinds)
+        return f"Packing({packed} packs, {self.nbytes / 2**20:.3g} MiB)"
 
     def __str__(self) -> str:
         lines = [str(kind) for kind in self.kinds]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from typing import TypeVar
@@ -11,6 +12,9 @@ from torch import nn
 from ..packing import pack_for
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# Older ones lack attributes of layers, which only a forward would miss.
+_MINIMUM_PEFT = (0, 19)
 
 
 def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Model:
@@ -37,7 +41,7 @@ def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Mod
         AdaLoRA, say, a warning names them.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or older than 0.19.
         TypeError: model is not an nn.Module.
         ValueError: no module of it is a LoRA layer of PEFT.
     """
@@ -98,6 +102,12 @@ def _import_peft(function: str) -> None:
         raise ImportError(
             f"lora_ext.{function}: expected peft to be installed; pip install peft"
         ) from error
+    release = re.match(r"(\d+)\.(\d+)", peft.__version__)
+    if release and tuple(map(int, release.groups())) < _MINIMUM_PEFT:
+        raise ImportError(
+            f"lora_ext.{function}: expected peft 0.19 or newer, but got {peft.__version__}; "
+            "pip install --upgrade peft"
+        )
     try:
         from . import swap  # noqa: F401
     except (ImportError, AttributeError) as error:

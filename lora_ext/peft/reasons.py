@@ -25,6 +25,7 @@ from ..quantized.layers import QuantizedBase, quantized_base
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
+HOOKED = "a factor or its dropout has hooks"
 _DEVICES = ("cpu", "cuda", "meta")
 
 
@@ -93,8 +94,11 @@ def adapter_reason(layer: Any, name: str) -> str:
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return "a factor is not a plain nn.Linear"
     if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
-        return "a factor or its dropout has hooks"
+        return HOOKED
+    first, second = lora_a.weight, lora_b.weight
     if "forward" in lora_a.__dict__ or "forward" in lora_b.__dict__:
+        if not (is_plain(first) and is_plain(second)):
+            return "the adapters are sharded for tensor parallelism"
         return "a factor's forward is replaced on the instance"
     if lora_a.bias is not None:
         return "lora_A has a bias"
@@ -103,7 +107,6 @@ def adapter_reason(layer: Any, name: str) -> str:
             return "the dropout drops everything"
     elif type(dropout) is not nn.Identity:
         return "the dropout is not nn.Dropout"
-    first, second = lora_a.weight, lora_b.weight
     if not (is_plain(first) and is_plain(second)):
         return "a factor is a tensor subclass, such as a sharded one"
     if first.dtype != second.dtype or first.dtype not in FLOATS:

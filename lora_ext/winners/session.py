@@ -25,7 +25,7 @@ from .trial import Trial, kernels_for, measure, planner_listens
 Say = Callable[[str], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Warmup:
     """What `warmup` found; str() is for people.
 
@@ -47,6 +47,13 @@ class Warmup:
     note: str = ""
     packing: Packing | None = None
     own_products: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """One line, as in a list or at a prompt."""
+        if self.packing is not None:
+            return f"Warmup({self.packing!r})"
+        what = f"{len(self.entries)} winners, {self.timed} new, {len(self.failed)} failed checks"
+        return f"Warmup({self.note if self.note and not self.entries else what})"
 
     def __str__(self) -> str:
         if self.packing is not None:

@@ -1,10 +1,11 @@
-"""Both kinds of layer in two processes on the CPU: DistributedDataParallel and FSDP2 train as one
-process does.
+"""Both kinds of layer in two processes on the CPU: DistributedDataParallel, FSDP2 and FSDP1
+train as one process does.
 
 What both processes compute is compared with the two halves of the batch in one, whose gradients are
 averaged: the same sums, so that the bits agree.
 """
 
+import pytest
 import torch
 import two_processes
 from helpers import BF16, F32
@@ -154,6 +155,16 @@ def shard(subject, by_layers=False, **options):
     assert all(hasattr(parameter, "full_tensor") for _, parameter in named(subject))
 
 
+def calls_of_the_op(profile, name="lora_linear"):
+    return [event.name for event in profile.events()].count(f"lora_ext::{name}")
+
+
+def assert_sharded_between_forwards(subject):
+    """`explain` does not take PEFT's pieces for layers; ours know their sizes under FSDP2."""
+    paths = {layer.path for layer in lora_ext.explain(subject.model)}
+    assert (paths == {"sharded"}) == (subject.kind.name == "peft"), paths
+
+
 @case
 def fsdp2_trains_as_one_process(rank):
     """By the op where it computes in one process."""
@@ -162,10 +173,11 @@ def fsdp2_trains_as_one_process(rank):
             theirs = subject.holding(subject.in_peft_order())
             fused = [layer.path for layer in lora_ext.explain(subject.model)].count("fused")
             shard(subject, by_layers)
+            assert_sharded_between_forwards(subject)
             with torch.profiler.profile() as profile:
                 gradients = train(subject, subject.model, [rank])
-            calls = [event.name for event in profile.events()].count("lora_ext::lora_linear")
-            assert calls == STEPS * fused
+            assert calls_of_the_op(profile) == STEPS * fused
+            assert_sharded_between_forwards(subject)
             assert_trained_alike(subject, gradients, alone, tolerance=subject.kind.sharded)
             train_alone(theirs)
             assert_near(values(subject), values(theirs), NEAR_PEFT)
@@ -208,3 +220,30 @@ def fsdp2_after_another_adapter_was_set(rank):
         with torch.no_grad(), subject.disabled(), alone.disabled():
             x = subject.x(4)
             torch.testing.assert_close(subject(x), alone(x))
+
+
+# ---- FSDP1 ----
+
+
+@case
+def fsdp1_trains_as_one_process(rank):
+    """Its flat parameters ask for gradients of what is frozen beside what is trained: PEFT's layers
+    call the base and add the update, ours refuse. `explain` does not take pieces for layers."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    for subject, alone in alike("one", "three"):
+        if subject.kind.name != "peft":
+            with pytest.raises(RuntimeError, match="expected a frozen weight"):
+                FullyShardedDataParallel(subject.model, **options)(subject.x(4))
+            continue
+        fused = [layer.path for layer in lora_ext.explain(subject.model)].count("fused")
+        wrapped = FullyShardedDataParallel(subject.model, **options)
+        assert {layer.path for layer in lora_ext.explain(wrapped)} == {"sharded"}
+        with torch.profiler.profile() as profile:
+            train(subject, wrapped, [rank])
+        assert calls_of_the_op(profile, "lora_update") == STEPS * fused
+        train_alone(alone)
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            assert_near(values(subject), values(alone), 1e-6)
+            assert "sharded" not in {layer.path for layer in lora_ext.explain(wrapped)}

@@ -6,6 +6,7 @@ backward repeats.
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +167,38 @@ def test_generators_that_take_turns_are_refused(subject):
     second.close()
     with opened(NAMES), opened(["b"] * 6):
         assert torch.equal(subject(x), run(subject, ["b"] * 6, x)["y"])
+
+
+def test_a_generator_that_goes_on_in_another_context_is_refused(subject):
+    """As asyncio.wait_for has it before Python 3.12, a task for each step; a context that is not
+    the block's knows nothing of it, or of another one alone."""
+    x = batch(subject)
+
+    def stream():
+        with lora_ext.use_adapters(subject.model, NAMES):
+            while True:
+                yield subject(x)
+
+    async def waiting(steps):
+        async def in_steps():
+            with lora_ext.use_adapters(subject.model, NAMES):
+                while True:
+                    yield subject(x)
+
+        first = in_steps()
+        for _ in range(steps):
+            await asyncio.create_task(anext(first))
+
+    match = "goes on in another task or context"
+    with pytest.raises(RuntimeError, match=match):
+        asyncio.run(waiting(2))
+    for outer in (contextlib.nullcontext(), lora_ext.use_adapters(subject.model, ["b"] * 6)):
+        with outer:
+            streaming, context = stream(), contextvars.copy_context()
+            assert torch.equal(context.run(next, streaming), run(subject, NAMES, x)["y"])
+            assert torch.equal(context.run(next, streaming), run(subject, NAMES, x)["y"])
+            with pytest.raises(RuntimeError, match=match):
+                next(streaming)
 
 
 @every_kind

@@ -108,6 +108,7 @@ def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
     assert found.timed == len(found.entries) == 6 and not found.failed and not found.note
     assert winners.read_table(found.path).entries == found.entries
     assert before.predicted_us and "measured" not in before.reason
+    assert repr(found) == "Warmup(6 winners, 6 new, 0 failed checks)"
     plan = planned()
     assert plan.tile == "128 x 128" and plan.reason.startswith("fastest as measured on this card")
     assert _C.cuda_route() == "auto"

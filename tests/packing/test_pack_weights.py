@@ -181,6 +181,7 @@ def test_warmup_packs_a_model_on_the_cpu(ratios):
     found = lora_ext.warmup(model, rows=(2, 64), progress=said.append)
     assert found.packing is not None and str(found) == str(found.packing)
     assert len(said) == 4
+    assert repr([found]) == f"[Warmup(Packing(4 packs, {found.packing.nbytes / 2**20:.3g} MiB))]"
     kinds = [(kind.kind.in_features, kind.packed) for kind in found.packing.kinds]
     assert sorted(kinds) == [(24, 1), (24, 1), (40, 1), (40, 1)]
     assert lora_ext.warmup(model, rows=2, pack_budget=0, progress=False).packing.nbytes == 0

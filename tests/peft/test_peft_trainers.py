@@ -29,6 +29,11 @@ def quiet(monkeypatch):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def of_trl(test):
+    without = importlib.util.find_spec("trl") is None
+    return pytest.mark.nightly(pytest.mark.skipif(without, reason="trl is not installed")(test))
+
+
 def llama():
     return tiny_llama(vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
@@ -116,22 +121,29 @@ def test_trainer(tmp_path, name, words):
         torch.testing.assert_close(logits, own, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.nightly
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_sft(tmp_path, dropout):
-    """TRL's SFTTrainer, which wraps the model itself: accelerate what it has made."""
-    import datasets
-    import trl
+def word_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"word{i}": i for i in range(3, VOCAB)} | {"<s>": 0, "</s>": 1, "<pad>": 2}
     raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
-    texts = [" ".join(f"word{3 + (7 * i + j) % (VOCAB - 3)}" for j in range(12)) for i in range(32)]
+
+
+def text(first, count):
+    return " ".join(f"word{3 + (first + i) % (VOCAB - 3)}" for i in range(count))
+
+
+@of_trl
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_sft(tmp_path, dropout):
+    """TRL's SFTTrainer, which wraps the model itself: accelerate what it has made."""
+    import datasets
+    import trl
+
+    texts = [text(7 * i, 12) for i in range(32)]
     losses = {}
     for way in ("ours", "peft"):
         torch.manual_seed(1)
@@ -140,7 +152,7 @@ def test_sft(tmp_path, dropout):
             llama(),
             trl.SFTConfig(**options),
             train_dataset=datasets.Dataset.from_dict({"text": texts}),
-            processing_class=tokenizer,
+            processing_class=word_tokenizer(),
             peft_config=LoraConfig(
                 r=4, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear"
             ),
@@ -152,3 +164,70 @@ def test_sft(tmp_path, dropout):
         losses[way] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses["ours"][-1] < losses["ours"][0]
     assert losses["ours"] == pytest.approx(losses["peft"], rel=1e-4 if dropout == 0.0 else 5e-2)
+
+
+def of_preferences(**words):
+    import datasets
+    import trl
+
+    rows = [
+        {"prompt": text(7 * i, 4), "chosen": text(7 * i + 4, 6), "rejected": text(5 * i, 6)}
+        for i in range(32)
+    ]
+    return trl.DPOTrainer(
+        llama(),
+        args=trl.DPOConfig(**words, max_length=32),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"),
+    )
+
+
+def of_rewards(**words):
+    import datasets
+    import trl
+
+    def odd(completions, **_):
+        """The part of a completion's words that have odd numbers."""
+        words = [completion.split() for completion in completions]
+        return [sum(int(w[-1]) % 2 for w in some if w[-1].isdigit()) / 6 for some in words]
+
+    options = trl.GRPOConfig(**words, num_generations=4, max_completion_length=6, beta=0.1)
+    return trl.GRPOTrainer(
+        llama(),
+        reward_funcs=odd,
+        args=options,
+        train_dataset=datasets.Dataset.from_list([{"prompt": text(7 * i, 4)} for i in range(32)]),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"),
+    )
+
+
+@of_trl
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("make", [of_preferences, of_rewards])
+def test_policy_and_reference(tmp_path, make, checkpointing):
+    """TRL's DPO and GRPO, whose references are the model without its adapters: PEFT's numbers, and
+    training resumes from a checkpoint with the same bits."""
+    logs, trained = {}, {}
+    for way in ("ours", "peft", "resumed"):
+        torch.manual_seed(1)
+        words = {"optim": "sgd", "learning_rate": 5.0, "gradient_checkpointing": checkpointing}
+        trainer = make(**arguments(tmp_path / way, bf16=False, **words))
+        if way != "peft":
+            lora_ext.accelerate(trainer.model)
+            assert set(paths(trainer.model).values()) == {"fused"}
+        parameters = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        half_way = str(tmp_path / "ours" / "checkpoint-3") if way == "resumed" else None
+        trainer.train(resume_from_checkpoint=half_way)
+        logs[way] = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trained[way] = {name: p.detach().clone() for name, p in parameters.items()}
+        moved = [name for name, p in trained[way].items() if (p - before[name]).abs().max() > 1e-3]
+        assert len(moved) > len(before) / 2
+    for key in ("loss", "grad_norm", "reward", "kl", "rewards/margins", "completions/mean_length"):
+        ours, wanted = ([entry.get(key, 0.0) for entry in logs[way]] for way in ("ours", "peft"))
+        assert ours == pytest.approx(wanted, rel=1e-3, abs=1e-5), key
+    assert any("reward" in key for key in logs["ours"][0])
+    torch.testing.assert_close(trained["ours"], trained["peft"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(trained["resumed"], trained["ours"], rtol=0, atol=0)

@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import os
+import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,3 +70,21 @@ def test_backend_asks_for_ninja_where_there_is_none(backend, target, monkeypatch
     target("2.12.1", {"install": []})
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
     assert backend.build_requirements() == ["ninja"]
+
+
+def test_an_editable_installation_is_a_path(tmp_path):
+    """A .pth file, from which pyright and editors know where the package is; no hook."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "lora_ext", tree / "lora_ext", ignore=shutil.ignore_patterns("*.so"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    code = f"import lora_ext_backend; lora_ext_backend.build_editable({str(tmp_path)!r})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "build_backend")}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = [name for name in file.namelist() if ".dist-info" not in name]
+        assert names == [name for name in names if name.endswith(".pth")] and len(names) == 1
+        assert file.read(names[0]).decode().strip() == str(tree)

@@ -69,6 +69,19 @@ def test_a_table_that_was_resized_after_the_adapter_was_added():
         model(torch.tensor([1]))
 
 
+@pytest.mark.parametrize("function", [lora_ext.accelerate, lora_ext.decelerate])
+def test_an_older_peft(function, monkeypatch):
+    import peft
+
+    for version in ("0.9.0", "0.18.1"):
+        monkeypatch.setattr(peft, "__version__", version)
+        with pytest.raises(ImportError, match=f"peft 0.19 or newer, but got {version}; pip"):
+            function(nn.Sequential(nn.Linear(4, 4)))
+    for version in ("0.19.0", "0.22.1.dev0", "1.0"):
+        monkeypatch.setattr(peft, "__version__", version)
+        lora_ext.decelerate(nn.Linear(4, 4))
+
+
 def test_the_source_tree_hides_an_installed_copy(tmp_path, monkeypatch):
     for where, files in (("tree", []), ("site", ["_build.json"])):
         (tmp_path / where / "lora_ext").mkdir(parents=True)

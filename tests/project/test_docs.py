@@ -19,7 +19,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "emulator" / "README.md", *PAGES]
 # Pages whose code runs as it stands, block after block.
-GUIDES = ("index", "peft", "distributed", "troubleshooting", "many_adapters")
+GUIDES = ("index", "peft", "distributed", "troubleshooting", "many_adapters", "serving")
+GUIDES += ("reinforcement-learning",)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
