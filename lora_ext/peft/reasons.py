@@ -26,6 +26,8 @@ from ..quantized.layers import QuantizedBase, quantized_base
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
 _DEVICES = ("cpu", "cuda", "meta")
+# Attribute of a layer: the forward that had replaced PEFT's on the instance before `accelerate`.
+REPLACED = "replaced_forward"
 
 
 class ForwardPath(NamedTuple):
@@ -47,18 +49,29 @@ class ForwardPath(NamedTuple):
 
 
 def adapters_state(layer: Any) -> tuple[str, str] | None:
-    """(path, reason) of a layer that adds nothing, None of one that adds its active adapters."""
+    """(path, reason) of a layer that adds nothing, None of one that adds its active adapters.
+
+    A forward on the instance is no reason: where the layer's own runs, it was called by that.
+    """
     if layer._disable_adapters:
         return BASE, "adapters are disabled"
     if layer.merged_adapters:
         return BASE, "merged into the base weight by PEFT"
-    if "forward" in layer.__dict__:
-        return PEFT, "the layer's forward is replaced on the instance"
     if _has_any_global_hook():
         return PEFT, "hooks on all modules are registered"
     if is_onnx_export():
         return PEFT, "ONNX has no such operator; PEFT's forward is exported"
     return None
+
+
+def is_passed_over(layer: Any) -> bool:
+    """Whether what has replaced the layer's forward on the instance calls PEFT's."""
+    forward = layer.__dict__.get("forward")
+    if forward is None:
+        return False
+    method, bases = getattr(forward, "__func__", None), type(layer).__mro__[1:]
+    is_pefts = any(method is vars(base).get("forward", forward) for base in bases)
+    return is_pefts or forward is layer.__dict__.get(REPLACED)
 
 
 def active_names(layer: Any, table: Mapping[str, Any]) -> list[str]:
@@ -128,8 +141,8 @@ def embedding_reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> st
     return ""
 
 
-def input_reason(layer: Any, x: Tensor) -> str:
-    """Why this x needs PEFT's own forward, or ""."""
+def input_reason(layer: Any, x: Tensor, names: Sequence[str]) -> str:
+    """Why this x needs PEFT's own forward for adapters that the layer has, or ""."""
     if not is_plain(x) or x.is_nested or x.dim() == 0:
         return "x is a tensor subclass, nested or a scalar"
     if x.dtype not in FLOATS:
@@ -139,7 +152,9 @@ def input_reason(layer: Any, x: Tensor) -> str:
     if is_transformed():
         return "a transform of torch.func or forward-mode AD is active"
     if not layer.cast_input_dtype_enabled:
-        return "casting the input is turned off (cast_input_dtype_enabled)"
+        table = layer._modules["lora_A"]._modules
+        if any(getattr(table[name], "weight", x).dtype != x.dtype for name in names):
+            return "casting the input is turned off (cast_input_dtype_enabled)"
     return ""
 
 
