@@ -1,7 +1,7 @@
 """diffusers' models accelerated: its own verbs, guidance, offload, casting and GGUF, beside plain
 copies; and the page for its users."""
 
-import textwrap
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,9 @@ def pefts_calls(monkeypatch):
 
 
 def hotswap(model, folder):
-    model.load_lora_adapter(folder, prefix=None, adapter_name="b", hotswap=True)
+    file = "pytorch_lora_weights.safetensors"
+    words = {"prefix": None, "weight_name": file, "adapter_name": "b"}
+    model.load_lora_adapter(folder, hotswap=True, **words)
 
 
 VERBS = {
@@ -263,7 +265,6 @@ def test_a_pipeline_is_refused_by_name():
 def test_the_page(tmp_path, monkeypatch):
     """Its code runs, and images are those of diffusers with PEFT."""
     from diffusers import StableDiffusion3Pipeline
-    from test_docs import FENCE
 
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("fox", "ink")):
@@ -273,11 +274,11 @@ def test_the_page(tmp_path, monkeypatch):
             if "lora_" in key and ".a." in key
         }
         StableDiffusion3Pipeline.save_lora_weights(name, transformer_lora_layers=layers)
-    blocks = [code for language, code in FENCE.findall(PAGE.read_text()) if language == "python"]
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     names = {"pipe": pipeline(), "prompts": prompts()}
     plain = pipeline()
     for code in blocks:
-        exec(compile(textwrap.dedent(code), PAGE.name, "exec"), names)
+        exec(compile(code, PAGE.name, "exec"), names)
     plain.load_lora_weights("fox", adapter_name="fox")
     plain.load_lora_weights("ink", adapter_name="ink")
     plain.set_adapters(["fox", "ink"], [0.7, 0.3])
