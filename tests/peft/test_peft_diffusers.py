@@ -124,6 +124,28 @@ def test_guidance(name):
     close(found, torch.stack([alone[a][i] for i, a in enumerate([None, "b", None, "a"])]))
 
 
+# ---- training ----
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(pefts_calls, name, is_checkpointed):
+    model, fast = both(name)
+    grads = []
+    for one in (model, fast):
+        one.train()
+        if is_checkpointed:
+            one.enable_gradient_checkpointing()
+        one.set_adapters(["a", "b"])
+        pefts_calls.clear()
+        one(**inputs(name), return_dict=False)[0].square().sum().backward()
+        found = {key: p.grad for key, p in one.named_parameters() if p.grad is not None}
+        grads.append({key: grad for key, grad in found.items() if "lora_" in key})
+    assert not pefts_calls and grads[0].keys() == grads[1].keys() and grads[0]
+    for key, grad in grads[0].items():
+        close(grads[1][key], grad, 1e-3)
+
+
 # ---- offload, casting ----
 
 
@@ -139,24 +161,34 @@ def accelerates(model, **words):
     cpu_offload(model, "cpu", **words)
 
 
-# Way -> (what does it, whether the layers of PEFT stay ours).
+def as_pipelines_do(model):
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(model, torch.device("cpu"))
+
+
+# Way -> (what does it, whether layers of PEFT stay ours after `accelerate`, and if it comes first).
 OFFLOADS = {
-    "whole layers": (lambda m: accelerates(m, preload_module_classes=["Linear"]), True),
-    "leaves": (accelerates, False),
-    "groups of blocks": (lambda m: groups(m, "block_level"), True),
-    "groups of leaves": (lambda m: groups(m, "leaf_level"), False),
+    "whole model": (as_pipelines_do, True, True),
+    "whole layers": (lambda m: accelerates(m, preload_module_classes=["Linear"]), True, False),
+    "leaves": (accelerates, False, False),
+    "groups of blocks": (lambda m: groups(m, "block_level"), True, True),
+    "groups of leaves": (lambda m: groups(m, "leaf_level"), False, False),
 }
 
 
+@pytest.mark.parametrize("is_first", [False, True], ids=["after accelerate", "before"])
 @pytest.mark.parametrize("way", OFFLOADS)
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
-def test_offload_after_accelerate(pefts_calls, name, way):
+def test_offload(pefts_calls, name, way, is_first):
     """Where factors are loaded one by one, by hooks of their own, PEFT's forward calls them."""
-    model, fast = both(name)
-    given, (offload, is_ours) = inputs(name), OFFLOADS[way]
-    wanted = output(model, given)
+    offload, *ours = OFFLOADS[way]
+    given, is_ours = inputs(name), ours[is_first]
+    wanted = output(adapted(name), given)
+    fast = adapted(name)
+    for do in (offload, lora_ext.accelerate) if is_first else (lora_ext.accelerate, offload):
+        do(fast)
     pefts_calls.clear()
-    offload(fast)
     close(output(fast, given), wanted)
     assert bool(pefts_calls) != is_ours
     assert linear_paths(fast) <= (FAST if is_ours else {"peft"})
@@ -228,6 +260,26 @@ def test_gguf(pefts_calls, name, dtype, monkeypatch):
     for i, adapter in enumerate("ab"):
         model.set_adapters(adapter)
         close(mixed[i], output(model, given)[i], 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+def test_own_layers_over_gguf(tmp_path):
+    def base():
+        torch.manual_seed(1)
+        return in_gguf(MODELS["flux"][0](), torch.float32).eval()
+
+    model, given = base(), inputs("flux")
+    plain = output(model, given)
+    lora_ext.apply_lora(model, lora_ext.LoRAConfig(MODELS["flux"][1], r=4))
+    assert {layer.path for layer in lora_ext.explain(model)} == {"fused"}
+    close(output(model, given), plain)
+    for key, parameter in model.named_parameters():
+        if "lora_b" in key:
+            nn.init.normal_(parameter, std=0.3)
+    changed = output(model, given)
+    assert (changed - plain).abs().max() > 0.01 * plain.abs().max()
+    lora_ext.save_adapter(model, tmp_path)
+    assert torch.equal(output(lora_ext.load_adapter(base(), tmp_path), given), changed)
+    assert torch.equal(output(lora_ext.models.unload(model), given), plain)
 
 
 # ---- the page ----
