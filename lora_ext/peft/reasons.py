@@ -98,6 +98,24 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether another forward on the instance does more than to move x to the module's device.
+
+    That is what hooks of accelerate do that dispatch a model to several devices, and the hook on
+    the layer has moved x already.
+    """
+    state = module.__dict__
+    if "forward" not in state:
+        return False
+    hook: Any = state.get("_hf_hook")
+    own = state.get("_old_forward")
+    kind = (type(hook).__module__, type(hook).__name__)
+    if kind != ("accelerate.hooks", "AlignDevicesHook") or hook.offload or hook.no_grad:
+        return True
+    is_hooks = getattr(state["forward"], "__wrapped__", None) is own
+    return not (is_hooks and getattr(own, "__func__", None) is type(module).forward)
+
+
 def adapter_reason(layer: Any, name: str) -> str:
     """Why one adapter of a linear layer needs PEFT's own forward, or ""."""
     tables = layer._modules
@@ -107,7 +125,7 @@ def adapter_reason(layer: Any, name: str) -> str:
         return "a factor is not a plain nn.Linear"
     if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
         return "a factor or its dropout has hooks"
-    if "forward" in lora_a.__dict__ or "forward" in lora_b.__dict__:
+    if is_replaced(lora_a) or is_replaced(lora_b):
         return "a factor's forward is replaced on the instance"
     if lora_a.bias is not None:
         return "lora_A has a bias"
@@ -164,7 +182,7 @@ def base_obstacle(base: nn.Module) -> str:
         return "the base layer is not exactly nn.Linear or Conv1D"
     if has_hooks(base):
         return "the base layer has hooks"
-    if "forward" in base.__dict__:
+    if is_replaced(base):
         return "the base layer's forward is replaced on the instance"
     weight = base._parameters.get("weight")
     if weight is None or not is_plain(weight):
@@ -178,6 +196,6 @@ def dequantized_base(base: nn.Module, x: Tensor | None) -> QuantizedBase | str |
     """A base that is no plain weight as the op takes it, why it does not, or None of one that is in
     no form that is known."""
     found = quantized_base(base, x)
-    if found is not None and (has_hooks(base) or "forward" in base.__dict__):
+    if found is not None and (has_hooks(base) or is_replaced(base)):
         return "the base layer has hooks, or another forward on the instance"
     return found

@@ -29,7 +29,8 @@ class DiffusersGgufWeight(QuantizedWeight):
     """
 
     def __init__(self, layer: Any) -> None:
-        self.blocks, self.dtype = layer.weight, layer.compute_dtype
+        self.blocks: Any = layer.weight
+        self.dtype = layer.compute_dtype
         self.shape, self.device = tuple(self.blocks.quant_shape), self.blocks.device
         self.format = self.blocks.quant_type.name
 
@@ -40,14 +41,14 @@ class DiffusersGgufWeight(QuantizedWeight):
         return True
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+        from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
 
         rows, cols = self.shape
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
         count = max(1, _CHUNK // cols) if self.device.type == "cpu" else rows
         for start in range(0, rows, count):
-            values = dequantize_gguf_tensor(self.blocks[start : start + count])
+            values = utils.dequantize_gguf_tensor(self.blocks[start : start + count])
             out[start : start + count].copy_(values.to(self.dtype))
         return out
 
@@ -59,7 +60,7 @@ def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         layer: a `GGUFLinear`.
         x: ``[..., in]``; None for an x in the compute dtype.
     """
-    from diffusers.quantizers.gguf import utils
+    from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
 
     weight, bias = layer.weight, layer.bias
     if type(weight) is not utils.GGUFParameter or not isinstance(layer.compute_dtype, torch.dtype):

@@ -116,6 +116,7 @@ def replace(layer):
 REPLACING = {
     "a function": replace,
     "accelerate's": lambda m: hooks.add_hook_to_module(m, hooks.ModelHook()),
+    "dispatched with its parts": lambda m: hooks.attach_execution_device_hook(m, "cpu"),
     "offloaded with its parts": lambda m: cpu_offload(
         m, "cpu", preload_module_classes=["Linear", "Embedding"]
     ),

@@ -9,8 +9,9 @@ import torch
 from diffusion_helpers import MODELS, adapted, both, inputs, output, twice
 from format_helpers import needs
 from helpers import BF16
+from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layers
-from peft_helpers import FAST, paths, reasons
+from peft_helpers import FAST, paths, randomize, reasons
 from torch import nn
 
 import lora_ext
@@ -82,6 +83,21 @@ def test_verbs(name, verb, tmp_path):
     assert (wanted - before).abs().max() > 0.01 * before.abs().max() or verb == "unfused"
     close(output(fast, given), wanted)
     assert linear_paths(fast) <= expected and bool(linear_paths(fast)) == bool(expected)
+
+
+def test_a_later_adapter():
+    """On the same layers it is accelerated; those that it brings need another call."""
+    model, fast = both("sd3")
+    for targets, expected in ((["to_q"], FAST), (["to_k"], {*FAST, "peft"})):
+        for one in (model, fast):
+            one.add_adapter(LoraConfig(r=3, target_modules=targets), targets[0])
+            one.set_adapters(["a", targets[0]])
+            randomize(one)
+        assert linear_paths(fast) <= {*expected, "base"}
+        close(output(fast, inputs("sd3")), output(model, inputs("sd3")))
+    assert "peft" in linear_paths(fast)
+    assert linear_paths(lora_ext.accelerate(fast)) <= {*FAST, "base"}
+    close(output(fast, inputs("sd3")), output(model, inputs("sd3")))
 
 
 def test_a_folder_of_diffusers_names_the_way_out(tmp_path):
