@@ -44,6 +44,7 @@ from lora_ext.kernels.kernel_checks import check_results
 
 # Of the extras. A machine with a GPU and no network may lack some: what needs them is skipped.
 OPTIONAL = {
+    "accelerate",
     "hypothesis",
     "loralib",
     "matplotlib",

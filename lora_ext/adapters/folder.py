@@ -35,6 +35,7 @@ WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 MAX_CONFIG_BYTES = 1 << 20
 _PICKLE = "adapter_model.bin"
+_DIFFUSERS = "pytorch_lora_weights.safetensors"
 _NEXT = ".next"
 _TMP = ".tmp"
 _CARD_TMP = "adapter_card.tmp"
@@ -174,6 +175,12 @@ def _missing(folder: str, name: str) -> str:
             f"    tensors = torch.load({pickle!r}, map_location='cpu', weights_only=True)\n"
             "    tensors = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}\n"
             f"    save_file(tensors, {os.path.join(folder, WEIGHTS)!r})"
+        )
+    if os.path.lexists(os.path.join(folder, _DIFFUSERS)):
+        return (
+            f"expected {name}, but the folder is one of diffusers, with {_DIFFUSERS}; "
+            "pipe.load_lora_weights(folder) reads it, then lora_ext.accelerate(pipe.transformer), "
+            "or pipe.unet, runs it"
         )
     return f"expected {name}, but the folder has none; it is one of the two files of an adapter"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -20,6 +21,8 @@ from .patterns import is_pattern, matches
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (LoRALinear, LoRAQuantizedLinear)
+# What expressions have, for which PEFT takes a string, and names and globs do not.
+_EXPRESSION = re.compile(r"[\\()|^$]")
 
 
 def replacement_for(module: nn.Module) -> type[LoRALayer] | type[LoRAModule] | None:
@@ -158,6 +161,8 @@ def _nothing(field: str, pattern: str, paths: list[str]) -> str:
     ends = {".".join(path.split(".")[-n:]) for path in paths for n in (1, 2)} | set(paths)
     near = difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
     hint = f"near it: {', '.join(map(repr, near))}" if near else f"there are: {_some(paths)}"
+    if not pattern.startswith("re:") and _EXPRESSION.search(pattern):
+        hint = f"an expression begins with 're:', as in {'re:' + pattern!r}; {hint}"
     return (
         f"lora_ext.apply_lora: expected {field} {pattern!r} to match a module, but it matches none "
         f"of {len(paths)}; {hint}"

@@ -15,7 +15,15 @@ from .base import LoRALayer
 from .kernel_path import kernel_path
 from .mixed import mixed_linear
 from .row_adapters import RowAdapters
-from .updates import Update, added_in_turn, is_onnx_export, obstacle, stacked, with_biases
+from .updates import (
+    Update,
+    added_in_turn,
+    is_onnx_export,
+    is_transformed,
+    obstacle,
+    stacked,
+    with_biases,
+)
 
 
 def check_dense(x: Tensor) -> None:
@@ -38,12 +46,14 @@ class FusedLoRALayer(Packable, LoRALayer):
         """The layer with its active adapters on x ``[..., in]``: ``[..., out]``.
 
         Several adapters become one of the summed rank, and share one dropout mask. What one call of
-        the op cannot do (`obstacle`, a nested x, ONNX) is done by torch in PEFT's order.
+        the op cannot do (`obstacle`, a nested x, ONNX, torch.func) is done by torch in PEFT's
+        order.
         """
         if isinstance(x, Proxy):
             return self._traced(x)
         updates = self._updates()
-        if x.is_nested or obstacle(updates, self.weight.dtype) or is_onnx_export():
+        is_others = x.is_nested or is_onnx_export() or is_transformed()
+        if is_others or obstacle(updates, self.weight.dtype):
             weight, bias = self.base_operands()
             return added_in_turn(F.linear(x, self.matrix(weight), bias), x, updates)
         lora_a, lora_b, scaling = stacked(updates, x)
@@ -61,6 +71,12 @@ class FusedLoRALayer(Packable, LoRALayer):
         if self.packed is not None and self.packed.weight is not self.weight:
             self.packed = None  # another weight took the place of the packed one, as in FSDP
         weight, _ = self.base_operands()
+        if type(weight).__module__.startswith("torchao."):
+            raise TypeError(
+                f"lora_ext.nn.{type(self).__name__}: expected the weight with which the layer was "
+                f"made, but torchao put a {type(weight).__name__} in its place; call "
+                "torchao.quantization.quantize_ before apply_lora"
+            )
         if weight is self.weight and self.packed is not None and self.packed.is_packed:
             return self.packed
         return self.matrix(weight)

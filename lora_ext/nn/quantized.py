@@ -110,8 +110,8 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         if isinstance(base, FusedLoRALayer) or not is_quantized(base):
             raise TypeError(
                 "lora_ext.nn.LoRAQuantizedLinear: expected a quantised linear layer of "
-                "bitsandbytes, torchao, HQQ or transformers, exactly of its class, but got "
-                f"{type(base).__module__}.{type(base).__qualname__}"
+                "bitsandbytes, torchao, HQQ, transformers or diffusers, exactly of its class, but "
+                f"got {type(base).__module__}.{type(base).__qualname__}"
             )
 
     def _adopt(self, base: nn.Module) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dtypes import HALVES
-from .updates import is_autocast, is_traced
+from .updates import is_autocast, is_traced, is_transformed
+
+_Parameter = nn.Parameter
 
 
 def quick_operands(layer: Any, x: Tensor) -> tuple | None:
@@ -26,6 +28,7 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         or type(x) is not Tensor
         or x.is_nested
         or is_traced()
+        or is_transformed()
     ):
         return None
     name, tables, own = names[0], state["_modules"], state["_parameters"]
@@ -34,8 +37,8 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
     weight = own.get("weight")
     lora_a = tables["lora_a"]._parameters.get(name)
     lora_b = tables["lora_b"]._parameters.get(name)
-    if weight is None or lora_a is None or lora_b is None:  # computed from others
-        return None
+    if type(weight) is not _Parameter or lora_a is None or lora_b is None:
+        return None  # computed from others, or quantised since
     if lora_a.dtype in HALVES and (lora_a.dtype is not x.dtype or is_autocast(x)):
         return None
     packed = state["packed"]

@@ -89,10 +89,19 @@ def decelerate(model: Model) -> Model:
 
 
 def _check(model: object, function: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"lora_ext.{function}: expected a model (nn.Module), but got {type(model).__name__}"
-        )
+    if isinstance(model, nn.Module):
+        return
+    parts = vars(model).items() if hasattr(model, "__dict__") else ()
+    held = {name: part for name, part in parts if isinstance(part, nn.Module)}
+    adapted = [
+        name for name, part in held.items() if any("lora_A" in m._modules for m in part.modules())
+    ]
+    # A pipeline of diffusers.
+    names = [f"pipe.{name}" for name in adapted or held]
+    raise TypeError(
+        f"lora_ext.{function}: expected a model (nn.Module), but got {type(model).__name__}"
+        + f"; give the model that it holds: {' or '.join(names)}" * bool(names)
+    )
 
 
 def _import_peft(function: str) -> None:

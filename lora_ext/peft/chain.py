@@ -56,7 +56,7 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
         state = adapters_state(wrapper)
         if state is not None and state[0] == PEFT:
             return state
-        if wrapper is not outermost and has_hooks(wrapper):
+        if wrapper is not outermost and (has_hooks(wrapper) or "forward" in wrapper.__dict__):
             return PEFT, "the wrapper of another parameter of the module has hooks"
     if not any(target.adapters for target in chain.targets):
         return adapters_state(outermost) or (BASE, "none of the active adapters is in this layer")

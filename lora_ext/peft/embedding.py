@@ -43,7 +43,7 @@ class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
             rows = in_force(self)
             if rows is not None:
                 return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)
-        if not (args or kwargs):
+        if not (args or kwargs) and type(self) is not peft_layers.Embedding:
             path = embedding_path(self, x)
             if path.name == ADDED:
                 return _added(self, x, path)

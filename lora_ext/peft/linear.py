@@ -52,14 +52,15 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
             rows = in_force(self)
             if rows is not None:
                 return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)
-        if not (args or kwargs):
+        if not (args or kwargs) and type(self) is not peft_layers.Linear:
             y = quick_forward(self, x)
             if y is not None:
                 return y
             y = computed(self, x, linear_path(self, x))
             if y is not None:
                 return y
-        # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
+        # By name: in a bound method that outlives `decelerate`, as hooks on the instance keep one,
+        # self is of PEFT's class.
         return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
     def packable(self) -> Base | None:
@@ -98,7 +99,7 @@ def linear_path(layer: Any, x: Tensor | None) -> ForwardPath:
     names = active_names(layer, tables["lora_A"]._modules)
     if not names:
         return ForwardPath(BASE, "none of the active adapters is in this layer")
-    reason = "" if x is None else input_reason(layer, x)
+    reason = "" if x is None else input_reason(layer, x, names)
     for name in names:
         reason = reason or adapter_reason(layer, name)
     if reason:

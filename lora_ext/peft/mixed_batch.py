@@ -68,7 +68,7 @@ def linear(
     tables = layer._modules
     table = tables["lora_A"]._modules
     names = [name for name in rows.names if name in table]
-    reason = _reason(layer, names, rows, args, kwargs) or input_reason(layer, x)
+    reason = _reason(layer, names, rows, args, kwargs) or input_reason(layer, x, names)
     updates = quick_updates(layer, names)
     if updates is None:
         for name in names:

@@ -31,7 +31,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         chain = chain_of(self)
-        if chain_state(chain) is None:
+        if type(self) is not peft_layers.ParamWrapper and chain_state(chain) is None:
             kind = matrices if matrices.are_all(chain) else experts
             if not kind.reason(chain):
                 operands = kind.operands(chain, (x, *args), kwargs)

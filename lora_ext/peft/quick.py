@@ -41,7 +41,6 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
         or state["_disable_adapters"]
         or state["merged_adapters"]
         or state["lora_variant"]
-        or "forward" in state
         or not state["cast_input_dtype_enabled"]
         or type(x) is not Tensor
         or not (x.is_cpu or x.is_cuda)

@@ -27,6 +27,8 @@ FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
 HOOKED = "a factor or its dropout has hooks"
 _DEVICES = ("cpu", "cuda", "meta")
+# Attribute of a layer: the forward that had replaced PEFT's on the instance before `accelerate`.
+REPLACED = "replaced_forward"
 
 
 class ForwardPath(NamedTuple):
@@ -48,18 +50,29 @@ class ForwardPath(NamedTuple):
 
 
 def adapters_state(layer: Any) -> tuple[str, str] | None:
-    """(path, reason) of a layer that adds nothing, None of one that adds its active adapters."""
+    """(path, reason) of a layer that adds nothing, None of one that adds its active adapters.
+
+    A forward on the instance is no reason: where the layer's own runs, it was called by that.
+    """
     if layer._disable_adapters:
         return BASE, "adapters are disabled"
     if layer.merged_adapters:
         return BASE, "merged into the base weight by PEFT"
-    if "forward" in layer.__dict__:
-        return PEFT, "the layer's forward is replaced on the instance"
     if _has_any_global_hook():
         return PEFT, "hooks on all modules are registered"
     if is_onnx_export():
         return PEFT, "ONNX has no such operator; PEFT's forward is exported"
     return None
+
+
+def is_passed_over(layer: Any) -> bool:
+    """Whether what has replaced the layer's forward on the instance calls PEFT's."""
+    forward = layer.__dict__.get("forward")
+    if forward is None:
+        return False
+    method, bases = getattr(forward, "__func__", None), type(layer).__mro__[1:]
+    is_pefts = any(method is vars(base).get("forward", forward) for base in bases)
+    return is_pefts or forward is layer.__dict__.get(REPLACED)
 
 
 def active_names(layer: Any, table: Mapping[str, Any]) -> list[str]:
@@ -86,6 +99,24 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether another forward on the instance does more than to move x to the module's device.
+
+    That is what hooks of accelerate do that dispatch a model to several devices, and the hook on
+    the layer has moved x already.
+    """
+    state = module.__dict__
+    if "forward" not in state:
+        return False
+    hook: Any = state.get("_hf_hook")
+    own = state.get("_old_forward")
+    kind = (type(hook).__module__, type(hook).__name__)
+    if kind != ("accelerate.hooks", "AlignDevicesHook") or hook.offload or hook.no_grad:
+        return True
+    is_hooks = getattr(state["forward"], "__wrapped__", None) is own
+    return not (is_hooks and getattr(own, "__func__", None) is type(module).forward)
+
+
 def adapter_reason(layer: Any, name: str) -> str:
     """Why one adapter of a linear layer needs PEFT's own forward, or ""."""
     tables = layer._modules
@@ -96,7 +127,7 @@ def adapter_reason(layer: Any, name: str) -> str:
     if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
         return HOOKED
     first, second = lora_a.weight, lora_b.weight
-    if "forward" in lora_a.__dict__ or "forward" in lora_b.__dict__:
+    if is_replaced(lora_a) or is_replaced(lora_b):
         if not (is_plain(first) and is_plain(second)):
             return "the adapters are sharded for tensor parallelism"
         return "a factor's forward is replaced on the instance"
@@ -131,8 +162,8 @@ def embedding_reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> st
     return ""
 
 
-def input_reason(layer: Any, x: Tensor) -> str:
-    """Why this x needs PEFT's own forward, or ""."""
+def input_reason(layer: Any, x: Tensor, names: Sequence[str]) -> str:
+    """Why this x needs PEFT's own forward for adapters that the layer has, or ""."""
     if not is_plain(x) or x.is_nested or x.dim() == 0:
         return "x is a tensor subclass, nested or a scalar"
     if x.dtype not in FLOATS:
@@ -142,7 +173,9 @@ def input_reason(layer: Any, x: Tensor) -> str:
     if is_transformed():
         return "a transform of torch.func or forward-mode AD is active"
     if not layer.cast_input_dtype_enabled:
-        return "casting the input is turned off (cast_input_dtype_enabled)"
+        table = layer._modules["lora_A"]._modules
+        if any(getattr(table[name], "weight", x).dtype != x.dtype for name in names):
+            return "casting the input is turned off (cast_input_dtype_enabled)"
     return ""
 
 
@@ -152,7 +185,7 @@ def base_obstacle(base: nn.Module) -> str:
         return "the base layer is not exactly nn.Linear or Conv1D"
     if has_hooks(base):
         return "the base layer has hooks"
-    if "forward" in base.__dict__:
+    if is_replaced(base):
         return "the base layer's forward is replaced on the instance"
     weight = base._parameters.get("weight")
     if weight is None or not is_plain(weight):
@@ -166,6 +199,6 @@ def dequantized_base(base: nn.Module, x: Tensor | None) -> QuantizedBase | str |
     """A base that is no plain weight as the op takes it, why it does not, or None of one that is in
     no form that is known."""
     found = quantized_base(base, x)
-    if found is not None and (has_hooks(base) or "forward" in base.__dict__):
+    if found is not None and (has_hooks(base) or is_replaced(base)):
         return "the base layer has hooks, or another forward on the instance"
     return found

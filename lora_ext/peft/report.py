@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..quantized.base import workspace_bytes
-from .reasons import ADDED, FUSED, PEFT, adapters_state, dequantized_base
+from .reasons import ADDED, BASE, FUSED, PEFT, adapters_state, dequantized_base, is_passed_over
 
 
 def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -31,7 +31,10 @@ def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:
     """(path, reason) of a PEFT layer's next forward, accelerated or not."""
     if hasattr(type(layer), "path"):
-        return layer.path(rows)
+        path, reason = layer.path(rows)
+        if path != BASE and is_passed_over(layer):
+            return PEFT, "the layer's forward was replaced on the instance before accelerate"
+        return path, reason
     from .swap import classes
 
     state = adapters_state(layer)

@@ -16,6 +16,7 @@ from .embedding import Embedding
 from .linear import Linear
 from .param_wrapper import ParamWrapper
 from .quantized import CLASSES
+from .reasons import REPLACED
 
 
 class LoraModel(peft_model.LoraModel):
@@ -61,10 +62,12 @@ def classes() -> dict[type, type]:
 def swap(model: nn.Module, back: bool = False) -> int:
     """Gives each module of exactly a known class the other one; returns how many layers changed.
 
-    Of nested wrappers of parameters the outermost computes for all, and the others are PEFT's.
+    Of nested wrappers of parameters the outermost computes for all, and the others are PEFT's. What
+    has replaced the forward of a layer on the instance keeps calling PEFT's; `explain` says so.
     """
     backward = {ours: theirs for theirs, ours in classes().items()}
     table = backward if back else classes()
+    forwards = {kind.forward for pair in classes().items() for kind in pair}
     inner = {
         id(module.base_layer)
         for module in model.modules()
@@ -72,10 +75,15 @@ def swap(model: nn.Module, back: bool = False) -> int:
     }
     count = 0
     for module in model.modules():
+        state = module.__dict__
         other = (backward if id(module) in inner else table).get(type(module))
+        if getattr(state.get("forward"), "__func__", None) in forwards:
+            del state["forward"]  # accelerate's remove_hook_from_module leaves the bound method
         if other is not None:
             module.__class__ = other
-            module.__dict__.pop("row_adapters", None)
-            module.__dict__.pop("packed", None)
+            for name in ("row_adapters", "packed", REPLACED):
+                state.pop(name, None)
+            if "forward" in state and not back:
+                state[REPLACED] = state["forward"]
             count += isinstance(module, peft_layers.LoraLayer)
     return count

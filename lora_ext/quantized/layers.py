@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..dtypes import HALVES
 from .base import QuantizedBase
 from .of_bitsandbytes import eight_bit_base, four_bit_base
+from .of_diffusers import diffusers_gguf_base
 from .of_fp8 import fp8_base
 from .of_gguf import gguf_base
 from .of_hqq import hqq_base
@@ -55,6 +56,7 @@ _FINDERS: dict[str, _Finder] = {
     "bitsandbytes.nn.modules.LinearNF4": four_bit_base,
     "bitsandbytes.nn.modules.LinearFP4": four_bit_base,
     "bitsandbytes.nn.modules.Linear8bitLt": eight_bit_base,
+    "diffusers.quantizers.gguf.utils.GGUFLinear": diffusers_gguf_base,
     "hqq.core.quantize.HQQLinear": hqq_base,
     "torch.nn.modules.linear.Linear": torchao_base,
     "transformers.integrations.finegrained_fp8.FP8Linear": fp8_base,

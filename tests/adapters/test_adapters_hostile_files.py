@@ -36,6 +36,8 @@ def test_files_that_are_missing(folder, tmp_path):
     load_adapter(make_zoo(torch.float32), folder)  # beside a pickle that is not looked at
     (folder / CONFIG).unlink()
     assert_refused(folder, f"expected {CONFIG}, but the folder has none")
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    assert_refused(folder, "the folder is one of diffusers, .* pipe.load_lora_weights")
     (tmp_path / "empty").mkdir()
     assert_refused(tmp_path / "empty", f"expected {CONFIG}, but the folder has none")
     assert_refused(tmp_path / "none", f"a folder with {CONFIG} .*, but got nothing there")

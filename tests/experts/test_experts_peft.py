@@ -5,6 +5,7 @@ import filecmp
 
 import pytest
 import torch
+from accelerate import hooks
 from expert_helpers import (
     HIDDEN,
     Mixture,
@@ -205,6 +206,26 @@ def test_reasons_for_pefts_forward(reason, monkeypatch):
     operands = make_routes(9, dtype=F32)
     found, exact = run(fast, *operands), run(model, *operands)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_hooks_that_replace_the_forward_of_wrappers(monkeypatch):
+    """After accelerate: of the outermost they call ours, of an inner one PEFT's has to run."""
+    calls, theirs = [], ParamWrapper.forward
+    fast, operands = accelerated(mixture()), make_routes(9)
+    wanted, (outer, inner) = fast(*operands), wrappers(fast)
+    monkeypatch.setattr(
+        ParamWrapper, "forward", lambda *args, **words: calls.append(1) or theirs(*args, **words)
+    )
+    hooks.add_hook_to_module(outer, hooks.ModelHook())
+    assert torch.equal(fast(*operands), wanted) and calls == [] and reasons(fast) == FUSED
+    lora_ext.decelerate(fast)(*operands)
+    assert len(calls) == 2
+    lora_ext.accelerate(hooks.remove_hook_from_module(fast, recurse=True))
+    hooks.add_hook_to_module(inner, hooks.ModelHook())
+    why = "the wrapper of another parameter of the module has hooks"
+    assert reasons(fast) == {("peft", why)}
+    torch.testing.assert_close(fast(*operands), wanted)
+    assert len(calls) == 4
 
 
 def test_a_bias_with_adapters_is_pefts():

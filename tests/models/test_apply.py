@@ -51,7 +51,8 @@ def test_all_linear():
     [
         (["q_prj"], {}, r"'q_prj' to match a module.*near it: 'q_proj'"),
         (["layers.0.q_pro"], {}, r"near it: 'layers.0.q_proj'"),
-        (["zzz"], {}, r"there are: 'c_attn', 'conv', 'emb', 'mlp', 'q_proj'"),
+        (["zzz"], {}, r"matches none of \d+; there are: 'c_attn', 'conv', 'emb', 'mlp', 'q_proj'"),
+        ([r".*\.(q|v)_prj"], {}, r"; an expression begins with 're:', .*; (near it|there are): "),
         (
             ["q_proj", "norm"],
             {},

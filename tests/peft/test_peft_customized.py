@@ -1,8 +1,12 @@
 """Hooks on parts of a layer, subclasses and trained weights of its base: all have their effect."""
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload, hooks
 from helpers import BF16, F64
+from peft.tuners.lora import layer as peft_layers
 from peft_helpers import (
     ADAPTERS,
     FAST,
@@ -17,6 +21,10 @@ from peft_helpers import (
     step,
 )
 from torch import nn
+
+import lora_ext
+
+BEFORE = "the layer's forward was replaced on the instance before accelerate"
 
 # ---- hooks ----
 
@@ -81,6 +89,82 @@ def test_hooks_on_the_layer_and_on_all_modules():
     finally:
         handle.remove()
     assert seen.count("Linear") == 5  # the base, A, B, and the layer by both hooks
+
+
+# ---- hooks that replace the forward on the instance ----
+
+
+@pytest.fixture
+def pefts_calls(monkeypatch):
+    """Names of the classes whose own forward ran."""
+    calls = []
+    for kind in (peft_layers.Linear, peft_layers.Embedding):
+
+        def counted(self, *args, kind=kind, real=kind.forward, **kwargs):
+            calls.append(kind.__name__)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    return calls
+
+
+def replace(layer):
+    kept = layer.forward
+    layer.forward = lambda *args: kept(*args)
+
+
+REPLACING = {
+    "a function": replace,
+    "accelerate's": lambda m: hooks.add_hook_to_module(m, hooks.ModelHook()),
+    "dispatched with its parts": lambda m: hooks.attach_execution_device_hook(m, "cpu"),
+    "offloaded with its parts": lambda m: cpu_offload(
+        m, "cpu", preload_module_classes=["Linear", "Embedding"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize("how", REPLACING)
+def test_hooks_attached_after_accelerate_keep_the_fast_path(pefts_calls, how, kind):
+    model, x = layer_model(kind, "three"), make_x(kind)
+    fast = accelerated(model)
+    layer, wanted = fast.base_model.model[0], fast(x)
+    REPLACING[how](layer)
+    assert "forward" in vars(layer)
+    for one in (fast, copy.deepcopy(fast)):
+        assert paths(one)["0"] in FAST
+        with torch.no_grad():  # what is offloaded is gone in backward
+            assert torch.equal(one(x), wanted) and pefts_calls == []
+    lora_ext.decelerate(fast)(x)
+    assert len(pefts_calls) == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_hooks_attached_before_accelerate_call_pefts_forward(pefts_calls, kind):
+    """Until they are taken away, which leaves PEFT's bound method on the instance."""
+    model, x = layer_model(kind, "three"), make_x(kind)
+    hooks.add_hook_to_module(model.base_model.model[0], hooks.ModelHook())
+    fast, before = accelerated(model), ("peft", BEFORE)
+    assert torch.equal(fast(x), model(x)) and reasons(fast) == {before}
+    assert reasons(copy.deepcopy(fast)) == {before}
+    hooks.remove_hook_from_module(fast, recurse=True)
+    assert reasons(fast) == {before} and torch.equal(fast(x), model(x))
+    count = len(pefts_calls)
+    assert paths(lora_ext.accelerate(fast))["0"] in FAST
+    fast(x)
+    assert len(pefts_calls) == count
+    lora_ext.decelerate(fast)(x)
+    assert len(pefts_calls) == count + 1
+
+
+def test_offloaded_factors_are_loaded_by_pefts_forward():
+    """accelerate's own hooks on each of them; the numbers are those of the model as it was."""
+    model, x = layer_model("linear", "three"), make_x("linear")
+    fast = cpu_offload(accelerated(model), "cpu")
+    assert fast.base_model.model[0].lora_A["a"].weight.is_meta
+    assert reasons(fast) == {("peft", "a factor's forward is replaced on the instance")}
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
 
 
 # ---- the base layer ----

@@ -27,7 +27,6 @@ REASONS = {
     "casting the input is turned off (cast_input_dtype_enabled)": lambda m: setattr(
         m, "cast_input_dtype_enabled", False
     ),
-    "the layer's forward is replaced on the instance": lambda m: setattr(m, "forward", m.forward),
 }
 
 

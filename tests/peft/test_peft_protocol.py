@@ -7,6 +7,7 @@ import filecmp
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,11 @@ def test_without_a_peft_model_around_it():
 def test_errors_say_what_to_do():
     with pytest.raises(TypeError, match=r"expected a model \(nn.Module\), but got dict"):
         lora_ext.accelerate({})
+    pipe = SimpleNamespace(scheduler=1, unet=lora_ext.decelerate(net()), vae=nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"SimpleNamespace; give the model .*: pipe\.unet$"):
+        lora_ext.accelerate(pipe)
+    with pytest.raises(TypeError, match=r"that it holds: pipe\.unet or pipe\.vae$"):
+        lora_ext.accelerate(SimpleNamespace(unet=nn.Linear(2, 2), vae=nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="decelerate: expected a model"):
         lora_ext.decelerate(None)
     with pytest.raises(ValueError, match=r"LoRA layers of PEFT.*get_peft_model"):

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import hooks
 from format_helpers import needs
 from helpers import BF16, F32, max_error, short
 from peft import LoraConfig, get_peft_model
@@ -121,6 +122,20 @@ def test_same_as_peft(kind, dtype, words):
         scale = value.abs().max().item()
         limit = (1e-5 if dtype == F32 else 1e-2) * scale
         assert max_error(found[name], value.double()) <= limit, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_attached_after_accelerate_calls_our_forward(kind, monkeypatch):
+    calls, model, x = [], MODELS[kind](WORDS["plain"], F32), make_x(F32)
+    theirs = type(model.base_model.model[0])
+    real, wanted = theirs.forward, lora_ext.accelerate(model)(x)
+    monkeypatch.setattr(
+        theirs, "forward", lambda *args, **words: calls.append(1) or real(*args, **words)
+    )
+    hooks.add_hook_to_module(model.base_model.model[0], hooks.ModelHook())
+    assert torch.equal(model(x), wanted) and calls == []
+    lora_ext.decelerate(model)(x)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

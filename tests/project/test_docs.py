@@ -19,7 +19,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "emulator" / "README.md", *PAGES]
 # Pages whose code runs as it stands, block after block.
-GUIDES = ("index", "peft", "distributed", "troubleshooting", "many_adapters", "serving")
+GUIDES = ("README", "index", "peft", "distributed", "troubleshooting", "many_adapters", "serving")
 GUIDES += ("reinforcement-learning",)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -72,10 +72,15 @@ def test_the_guides_run(guide, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {name: tiny_llama() for name in ("base_model", "other_model", "served_model")}
     names |= {"ids": torch.arange(8)[None]}
+    if guide == "README":
+        config = LoraConfig(target_modules=["q_proj"], r=4)
+        get_peft_model(tiny_llama(), config).save_pretrained("a-folder-that-peft-wrote")
+        names["batch"] = {"input_ids": names["ids"].repeat(3, 1), "labels": torch.ones(3, 8).long()}
     if guide == "troubleshooting":
         config = LoraConfig(target_modules=["q_proj", "v_proj"])
         names["model"] = get_peft_model(names.pop("base_model"), config)
-    blocks = [code for language, code in FENCE.findall((DOCS / f"{guide}.md").read_text())]
+    page = (ROOT if guide == "README" else DOCS) / f"{guide}.md"
+    blocks = [code for language, code in FENCE.findall(page.read_text())]
     assert blocks
     for code in blocks:
         exec(compile(textwrap.dedent(code), f"{guide}.md", "exec"), names)

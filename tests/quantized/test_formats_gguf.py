@@ -1,4 +1,4 @@
-"""transformers' packed GGUF layers beside its own `dequantize` and products."""
+"""Packed GGUF layers of transformers and diffusers beside their own `dequantize` and products."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ import torch
 from format_helpers import DTYPES, check_dequantize, check_product, found, make_x, needs
 from helpers import BF16, F32, short
 
-from lora_ext.quantized import of_gguf
+from lora_ext.quantized import of_diffusers, of_gguf
 from lora_ext.quantized.layers import is_quantized, quantized_base
 
 pytestmark = needs("transformers")
@@ -141,3 +141,55 @@ def test_few_rows(monkeypatch):
     layer = layer.to("meta")
     assert quantized_base(layer, make_x(layer, F32, 8)) == of_gguf.FEW_ROWS
     assert not isinstance(quantized_base(layer, make_x(layer, F32, 9)), str)
+
+
+# ---- diffusers ----
+
+OF_DIFFUSERS = ["Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+
+
+def make_diffusers_layer(name, dtype, bias=True):
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+    from gguf import GGMLQuantizationType
+
+    like = make_layer(name, bias=bias)
+    layer = GGUFLinear(like.in_features, like.out_features, bias, compute_dtype=dtype)
+    kind = GGMLQuantizationType[name]
+    layer.weight = GGUFParameter(like.weight.data, quant_type=kind)
+    layer.bias = like.bias
+    return layer.requires_grad_(False)
+
+
+@needs("diffusers")
+@needs("gguf")
+@pytest.mark.parametrize("name", OF_DIFFUSERS)
+def test_dequantize_of_diffusers(name, monkeypatch):
+    """To the compute dtype, in pieces of rows."""
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    for dtype in DTYPES:
+        layer = make_diffusers_layer(name, dtype)
+        weight = found(layer, make_x(layer, dtype)).weight
+        assert (weight.format, weight.dtype) == (name, dtype) and is_quantized(layer)
+        values = dequantize_gguf_tensor(layer.weight).to(dtype)
+        check_dequantize(weight, values.to)
+        monkeypatch.setattr(of_diffusers, "_CHUNK", 5 * layer.in_features + 1)
+        check_dequantize(weight, values.to)
+
+
+@needs("diffusers")
+@needs("gguf")
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_product_of_diffusers(dtype, bias):
+    layer = make_diffusers_layer("Q4_K", dtype, bias)
+    check_product(layer, make_x(layer, dtype, 1), exact=not bias)
+    check_product(layer, make_x(layer, dtype).view(1, -1, layer.in_features), not bias)
+    other = F32 if dtype != F32 else BF16
+    assert quantized_base(layer, make_x(layer, other)) == of_diffusers.OTHER_DTYPE
+    with torch.autocast("cpu", BF16):
+        check_product(layer, make_x(layer, dtype))
+    changed = found(layer, None).weight.tensors()[0]
+    version = changed._version
+    layer.weight.add_(1)
+    assert changed._version > version

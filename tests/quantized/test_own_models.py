@@ -1,10 +1,11 @@
 """Models with quantised layers and adapters of this package: applied, saved, served, taken out."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
-from format_helpers import plain_linear
+from format_helpers import needs, plain_linear
 from helpers import BF16, F32
 from own_helpers import (
     FEW,
@@ -372,6 +373,19 @@ def test_a_model_that_is_quantised_after_it_has_adapters(kind):
     model.to("cpu")
     assert model[0].path()[0] == "fused"
     assert torch.equal(model(make_x()), base(kind)(make_x()))
+
+
+@needs("torchao")
+@pytest.mark.parametrize("names", [None, ["default"] * 20], ids=["one", "rows"])
+def test_torchao_after_apply_lora_is_refused(names):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(plain_linear(HEIGHT, WIDTH))
+    lora_ext.apply_lora(model, LoRAConfig("0", r=4))
+    quantize_(model, Int8WeightOnlyConfig())
+    rows = nullcontext() if names is None else lora_ext.use_adapters(model, names)
+    with rows, pytest.raises(TypeError, match=r"torchao put a Int8Tensor .*before apply_lora"):
+        model(make_x())
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""The weights of diffusers' GGUF layers, an nn.Linear over ggml's blocks.
+
+Dequantised by diffusers, then brought to the compute dtype, as the layer's own forward does for any
+number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import QuantizedBase, dtype_as_stored
+from .weight import QuantizedWeight
+
+KERNELS = "diffusers' CUDA kernels read the blocks"
+OTHER_DTYPE = "x is not in the compute dtype, which the layer's product needs"
+
+# Elements at a time: the library's functions have several temporaries, which a cache should hold.
+_CHUNK = 1 << 19
+
+
+class DiffusersGgufWeight(QuantizedWeight):
+    """Of a `GGUFLinear`: a `GGUFParameter` ``[out, bytes of a row]``.
+
+    Attributes:
+        dtype: the compute dtype, to which the dequantised values are brought.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.blocks: Any = layer.weight
+        self.dtype = layer.compute_dtype
+        self.shape, self.device = tuple(self.blocks.quant_shape), self.blocks.device
+        self.format = self.blocks.quant_type.name
+
+    def tensors(self) -> list[Tensor]:
+        return [self.blocks.as_tensor()]
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
+
+        rows, cols = self.shape
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        count = max(1, _CHUNK // cols) if self.device.type == "cpu" else rows
+        for start in range(0, rows, count):
+            values = utils.dequantize_gguf_tensor(self.blocks[start : start + count])
+            out[start : start + count].copy_(values.to(self.dtype))
+        return out
+
+
+def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
+    """The base of a `GGUFLinear`, or why it has to be called.
+
+    Args:
+        layer: a `GGUFLinear`.
+        x: ``[..., in]``; None for an x in the compute dtype.
+    """
+    from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
+
+    weight, bias = layer.weight, layer.bias
+    if type(weight) is not utils.GGUFParameter or not isinstance(layer.compute_dtype, torch.dtype):
+        return "the layer has no GGUF weight, or no compute dtype"
+    if weight.quant_type not in utils.dequantize_functions:
+        return f"diffusers cannot dequantise {weight.quant_type.name}"
+    if type(bias) not in (type(None), Tensor, nn.Parameter):
+        return "the bias is quantised, too"
+    if utils.ops is not None and weight.is_cuda:
+        return KERNELS
+    dtype = dtype_as_stored(layer.compute_dtype, x)
+    if dtype is None:
+        return OTHER_DTYPE
+    return QuantizedBase(DiffusersGgufWeight(layer), bias, dtype, dtype)
