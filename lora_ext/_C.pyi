@@ -149,7 +149,7 @@ def predicted_launches(
     card: Card, problem: Problem, plan: Plan, backward: bool
 ) -> list[Launch]: ...
 def plan_numbers(plan: Plan) -> dict[str, int]:
-    """Offsets and pitches in the workspace, shared memory, size of the tile (csrc/plan/problem.h)."""
+    """Offsets and pitches in the workspace, shared memory, size of the tile (csrc/plan/plan.h)."""
 
 class DecodeShares:
     """How lora_decode shares its work among blocks (csrc/plan/decode_shares.h)."""
