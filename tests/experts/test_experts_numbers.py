@@ -117,7 +117,7 @@ def test_errors_are_at_most_twice_pefts(pair, adapters, tokens):
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, BF16)], ids=pair_id)
 def test_few_rows(pair, out_features, is_transposed, monkeypatch):
     """Of one to five rows of an expert, with biases and two adapters; rounded once."""
-    monkeypatch.setattr(few_rows, "MOST_ROWS", 5)
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 5)  # more than the kernel takes at a time
     weight = torch.randn(EXPERTS, out_features, 40).to(pair[0])
     if is_transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
@@ -143,13 +143,11 @@ def test_few_rows(pair, out_features, is_transposed, monkeypatch):
     torch.testing.assert_close(y.double(), exact, rtol=1.01 * half, atol=1e-4)
 
 
-def test_few_rows_are_left_where_they_are_not_few(monkeypatch):
-    weight = torch.randn(EXPERTS, 24, 40).to(BF16)
-    bounds = [0, 1, 2, 2, 2, 4]
-    assert few_rows.MOST_ROWS == 1 and few_rows.numbers_of(bounds, 4, weight, None) == []
-    bounds = [0, 1, 2, 2, 2, 3]
-    assert few_rows.numbers_of(bounds, 3, weight, None) == [1, 2, 5]
-    assert few_rows.numbers_of(bounds, 4, weight, None) == []
+def test_rows_that_the_op_does_not_take():
+    weight, bounds = torch.randn(EXPERTS, 24, 40).to(BF16), [0, 1, 1, 1, 1, 3]
+    assert few_rows.numbers_of(bounds, 3, weight, None) == [1, 5, 5]
+    assert few_rows.numbers_of([0, 1, 1, 1, 1, 6], 6, weight, None) == []
+    assert few_rows.numbers_of(bounds, 4, weight, None) == []  # one has no expert
     assert few_rows.numbers_of(bounds, 3, weight.float(), None) == []
     wide = Factors([torch.ones(EXPERTS, 40, dtype=F64)], [torch.ones(24, EXPERTS)], (1.0,))
     assert few_rows.numbers_of(bounds, 3, weight, wide) == []
