@@ -18,6 +18,7 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 # Kernels for many adapters by their names, and the tests of the op with them.
 _GROUPED, _MANY = "many adapters", "tests/op/test_many_adapters.py"
+_EXPERTS = "tests/experts/test_experts_grouped.py"
 
 # A file that cannot be imported stops no other.
 _HOW = ("-q", "-rfE", "--tb=short", "--continue-on-collection-errors")
@@ -41,8 +42,11 @@ def suite(name: str, on_gpu: Sequence[str], on_cpu: Sequence[str]) -> Check:
 kernels = suite("kernels", ["tests/kernels/test_cuda_kernels.py"], ["tests/kernels/test_plan.py"])
 # The op with an adapter for each row, on every route.
 many = suite("many", [_MANY], ["-k", "any_shape", _MANY])
+# Experts of a mixture on torch's grouped product, with the update on every route.
+experts = suite("experts", [_EXPERTS], [_EXPERTS])
 # All other tests marked gpu.
-tests = suite("tests", ["tests", f"--ignore={_MANY}"], ["tests/kernels/test_decode_shares.py"])
+_OTHERS = [f"--ignore={path}" for path in (_MANY, _EXPERTS)]
+tests = suite("tests", ["tests", *_OTHERS], ["tests/kernels/test_decode_shares.py"])
 
 
 def conformance(run: Run, seconds: float) -> Result:

@@ -59,7 +59,7 @@ MIXTURES = (
 )
 
 
-def base_model(mixture: Mixture) -> nn.Module:
+def base_model(mixture: Mixture, device: str = "cpu") -> nn.Module:
     """The frozen model in training mode."""
     import transformers
 
@@ -77,7 +77,8 @@ def base_model(mixture: Mixture) -> nn.Module:
         use_cache=False,
         dtype=torch.bfloat16,
     )
-    model = transformers.Qwen3MoeModel(config).bfloat16()
+    with torch.device(device):
+        model = transformers.Qwen3MoeModel(config).bfloat16()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -109,26 +110,27 @@ def adapted(base: nn.Module, variant: str) -> nn.Module:
     return wrapped.base_model.model
 
 
-def _forward_of(model: nn.Module, tokens: int) -> Callable[[], None]:
+def forward_of(model: nn.Module, tokens: int) -> Callable[[], None]:
+    """A forward without gradients of so many tokens, others each time."""
     generator = torch.Generator().manual_seed(1)
-    given = itertools.cycle(
-        [torch.randint(1024, (1, tokens), generator=generator) for _ in range(_COPIES)]
-    )
+    drawn = [torch.randint(1024, (1, tokens), generator=generator) for _ in range(_COPIES)]
+    device = next(model.parameters()).device
+    given = itertools.cycle([ids.to(device) for ids in drawn])
 
     def forward() -> None:
-        model.eval()
         with torch.no_grad():
             model(input_ids=next(given))
-        model.train()
 
     return forward
 
 
-def _step_of(model: nn.Module) -> Callable[[], None]:
+def step_of(model: nn.Module, tokens: int = TOKENS) -> Callable[[], None]:
+    """Forward and backward of so many tokens, gradients of the adapters and of the input."""
     generator = torch.Generator().manual_seed(1)
     width = model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
-    shape = (1, TOKENS, width)
-    drawn = [torch.randn(shape, generator=generator).bfloat16() for _ in range(_COPIES + 1)]
+    shape, device = (1, tokens, width), next(model.parameters()).device
+    drawn = [torch.randn(shape, generator=generator) for _ in range(_COPIES + 1)]
+    drawn = [x.bfloat16().to(device) for x in drawn]
     given = itertools.cycle([x.requires_grad_() for x in drawn[1:]])
     leaves = [p for p in model.parameters() if p.requires_grad] + drawn[1:]
 
@@ -150,14 +152,17 @@ def measure(
         base = base_model(mixture)
         models = {variant: adapted(base, variant) for variant in VARIANTS}
         works = {
-            "1 token": {name: _forward_of(model, 1) for name, model in models.items()},
+            "1 token": {name: forward_of(model, 1) for name, model in models.items()},
             f"forward, {TOKENS} tokens": {
-                name: _forward_of(model, TOKENS) for name, model in models.items()
+                name: forward_of(model, TOKENS) for name, model in models.items()
             },
-            f"step, {TOKENS} tokens": {name: _step_of(model) for name, model in models.items()},
+            f"step, {TOKENS} tokens": {name: step_of(model) for name, model in models.items()},
         }
         for work, calls in works.items():
             progress(f"{mixture.name}: {work}")
+            # Here, not in the call: that goes through all modules, of which adapters are many.
+            for model in models.values():
+                model.train(work.startswith("step"))
             row: dict[str, Any] = {"id": f"{mixture.name}, {work}", "memory": {}, "gradients": {}}
             row["read_bytes"] = mixture.read_bytes() if work == "1 token" else 0
             if work.startswith("step"):

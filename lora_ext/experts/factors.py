@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..dtypes import HALVES
 
+_ops = torch.ops.lora_ext
+
 
 class Factors(NamedTuple):
     """The adapters of one projection.
@@ -61,13 +63,13 @@ def pools_of(factors: Factors, experts: int, hit: Tensor | None, dtype: torch.dt
     """
     kept = dtype_of(factors, dtype)
     first = [_some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
-    second = [_some(b_by_expert(b, experts), hit).to(kept) for b in factors.lora_b]
+    second = [_pool_of_b(b, experts, hit).to(kept) for b in factors.lora_b]
     scaling = factors.scaling(dtype)
     if scaling is None:
         second = [b * scaling for b, scaling in zip(second, factors.scalings, strict=True)]
         scaling = 1.0
     lora_a = first[0] if len(first) == 1 else torch.cat(first, 1)
-    lora_b = second[0].contiguous() if len(second) == 1 else torch.cat(second, 2)
+    lora_b = second[0] if len(second) == 1 else torch.cat(second, 2)
     scalings = torch.full((len(lora_a),), scaling, dtype=torch.float32, device=lora_a.device)
     return Pools(lora_a, lora_b, scalings)
 
@@ -117,7 +119,7 @@ class Gradients:
                 part = lora_b[:, :, ranks]
                 if self._is_in_b:
                     part = part * self._factors.scalings[i]
-                _put(b_by_expert(of_b, self._experts), hit, part)
+                _put_b(of_b, self._experts, hit, part)
 
 
 def _made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -142,8 +144,28 @@ def _some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
     return by_expert if hit is None else by_expert.index_select(0, hit)
 
 
+def _pool_of_b(lora_b: Tensor, experts: int, hit: Tensor | None) -> Tensor:
+    """``[n, out, r]``, contiguous."""
+    if lora_b.is_cpu:
+        return _ops.experts_gather(lora_b.contiguous(), _numbers(experts, hit), experts)
+    return _some(b_by_expert(lora_b, experts), hit).contiguous()
+
+
 def _put(by_expert: Tensor, hit: Tensor | None, part: Tensor) -> None:
     if hit is None:
         by_expert.copy_(part)
     else:
         by_expert.index_copy_(0, hit, part.to(by_expert.dtype))
+
+
+def _put_b(gradient: Tensor, experts: int, hit: Tensor | None, part: Tensor) -> None:
+    """Writes ``[n, out, r]`` into a gradient of PEFT's layout."""
+    if gradient.is_cpu:
+        part = part.to(gradient.dtype).contiguous()
+        _ops.experts_scatter(gradient, _numbers(experts, hit), experts, part)
+    else:
+        _put(b_by_expert(gradient, experts), hit, part)
+
+
+def _numbers(experts: int, hit: Tensor | None) -> Tensor:
+    return torch.arange(experts) if hit is None else hit

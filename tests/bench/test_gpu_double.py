@@ -64,7 +64,9 @@ if "benchmarks.gpu.child_tasks" in arguments:
 else:
     kinds = {{"conformance": "conformance", "pool_stress": "pool", "stress": "stress"}}
     kinds |= {{"gpu.quantized": "quantized", "gpu.decode": "decode"}}
+    kinds |= {{"gpu.mixtures": "mixtures"}}
     kinds |= {{"profile": "ncu", "-k san": "tool", "tests --ignore": "tests", "test_many": "many"}}
+    kinds |= {{"test_experts": "experts"}}
     name = next((kind for text, kind in kinds.items() if text in arguments), None)
     name = name or ("kernels" if "test_cuda_kernels" in arguments else "tests")
     name = os.environ.get("DOUBLE", name)

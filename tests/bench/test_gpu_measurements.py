@@ -1,5 +1,6 @@
 """What `make gpu` measures: cells, routes, replays, clocks, counters, bits that differ."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from bench_helpers import QUICK, small
 
 import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
-from benchmarks.gpu import cases, cells, decode, pool_stress, profile, quantized, stress
+from benchmarks.gpu import cases, cells, decode, mixtures, pool_stress, profile, quantized, stress
 from benchmarks.problem import make_problem
 from lora_ext.nn.layer_pool import LayerPool
 
@@ -128,6 +129,17 @@ def test_a_replay_that_reads_what_was_there_before_is_seen(what, monkeypatch, ca
     monkeypatch.setattr(LayerPool, "linear", stale)
     assert pool_stress.main(["--device", "cpu"]) == 1
     assert "after " in capsys.readouterr().out
+
+
+def test_mixtures_are_timed_over_the_frozen_model(capsys):
+    pytest.importorskip("transformers")
+    assert mixtures.main(["--device", "cpu"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"a small layer, step of 16: frozen [\d.]+ ms, peft [\d.]+, peft_accelerated [\d.]+, "
+        r"peft_default [\d.]+, peft_default_accelerated [\d.]+",
+        last,
+    )
 
 
 def test_weights_in_four_bits_have_every_bit_and_steps_on_them_are_timed(monkeypatch, capsys):

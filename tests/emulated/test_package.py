@@ -11,8 +11,8 @@ from emulated.package.child import python
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
-# Tests of the op, which run as on CUDA, two files at a time and the longest first, and how many of
-# each file pass at least.
+# Tests of the op and of experts by it, which run as on CUDA, two files at a time and the longest
+# first, and how many of each file pass at least.
 SUITES = {
     "op/test_numerics.py": 110,
     "op/test_peer_bugs.py": 60,
@@ -24,6 +24,7 @@ SUITES = {
     "op/test_dropout.py": 60,
     "op/test_many_adapters.py": 250,
     "op/test_many_gradients.py": 20,
+    build.EXPERTS_TEST: 30,
     "op/test_many_random.py": 1,
 }
 # By the library's base product, with which all but that is as without.

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from peft_helpers import accelerated, exact_model, reasons
 from torch import Tensor
 
-from lora_ext.experts import Experts, ExpertsAdapter, few_rows, lora_experts, projection
+from lora_ext.experts import Experts, ExpertsAdapter, few_rows, lora_experts, runs
+from lora_ext.experts.factors import Factors
 
 ROUNDED = "float32 gate"  # by the gate itself
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
@@ -32,7 +33,7 @@ def assert_as_peft(model, *operands, kind="plain") -> None:
 @pytest.fixture(params=[8, 512])
 def run_rows(request, monkeypatch):
     """Rows at which a run of experts ends."""
-    monkeypatch.setattr(projection, "_RUN", request.param)
+    monkeypatch.setattr(runs, "_ROWS", request.param)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])
@@ -112,19 +113,74 @@ def test_errors_are_at_most_twice_pefts(pair, adapters, tokens):
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("out_features", [24, 1024])
-def test_products_of_one_row(out_features, is_transposed):
-    """Matrices of one and of several cuts, with biases; float32 sums of half products."""
-    weight = torch.randn(EXPERTS, out_features, 40).to(BF16)
+@pytest.mark.parametrize("out_features", [24, 600])
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, BF16)], ids=pair_id)
+def test_few_rows(pair, out_features, is_transposed, monkeypatch):
+    """Of one to five rows of an expert, with biases and two adapters; rounded once."""
+    monkeypatch.setattr(few_rows, "MOST_ROWS", 5)  # more than the kernel takes at a time
+    weight = torch.randn(EXPERTS, out_features, 40).to(pair[0])
     if is_transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    bias, x = torch.randn(EXPERTS, out_features).to(BF16), torch.randn(3, 40).to(BF16)
-    experts = [1, 2, 5]
-    assert few_rows.takes(weight, [(e, i, i + 1) for i, e in enumerate(experts)])
-    assert not few_rows.takes(weight, [(1, 0, 2), (2, 2, 3)])
-    found = few_rows.product(x, weight, bias, experts)
-    exact = torch.einsum("tk,tok->to", x.double(), weight[experts].double()) + bias[experts]
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+    bias, x = torch.randn(EXPERTS, out_features).to(pair[0]), torch.randn(4, 40).to(pair[0])
+    ranks = (3, 2)
+    lora_a = [torch.randn(EXPERTS * r, 40).to(pair[1]) for r in ranks]
+    lora_b = [torch.randn(out_features, r * EXPERTS).to(pair[1]) for r in ranks]
+    factors = Factors(lora_a, lora_b, (0.5, -2.0))
+    bounds, token = [0, 1, 3, 3, 3, 8], torch.tensor([3, 0, 1, 2, 2, 0, 1, 3])
+    numbers = few_rows.numbers_of(bounds, 8, weight, factors)
+    assert numbers == [1, 2, 2, 5, 5, 5, 5, 5]
+    y, s = few_rows.forward(x, token, weight, bias, factors, numbers)
+    rows = x[token].double()
+    low_rank = [
+        torch.einsum("mk,mrk->mr", rows, a.double().view(EXPERTS, -1, 40)[numbers]) for a in lora_a
+    ]
+    exact = torch.einsum("mk,mok->mo", rows, weight[numbers].double()) + bias[numbers]
+    for part, b, scaling in zip(low_rank, lora_b, factors.scalings, strict=True):
+        of_expert = b.double().view(out_features, -1, EXPERTS).permute(2, 0, 1)[numbers]
+        exact += scaling * torch.einsum("mr,mor->mo", part, of_expert)
+    torch.testing.assert_close(s.double(), torch.cat(low_rank, 1), rtol=1e-5, atol=1e-4)
+    half = torch.finfo(pair[0]).eps / 2
+    torch.testing.assert_close(y.double(), exact, rtol=1.01 * half, atol=1e-4)
+
+
+def test_rows_that_the_op_does_not_take():
+    weight, bounds = torch.randn(EXPERTS, 24, 40).to(BF16), [0, 1, 1, 1, 1, 3]
+    assert few_rows.numbers_of(bounds, 3, weight, None) == [1, 5, 5]
+    assert few_rows.numbers_of([0, 1, 1, 1, 1, 6], 6, weight, None) == []
+    assert few_rows.numbers_of(bounds, 4, weight, None) == []  # one has no expert
+    assert few_rows.numbers_of(bounds, 3, weight.float(), None) == []
+    wide = Factors([torch.ones(EXPERTS, 40, dtype=F64)], [torch.ones(24, EXPERTS)], (1.0,))
+    assert few_rows.numbers_of(bounds, 3, weight, wide) == []
+
+
+OPS = torch.ops.lora_ext
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w, a, b: OPS.experts_few_rows(x, None, w, None, [a], [b], [1.0], [6]), "below"),
+        (lambda x, w, a, b: OPS.experts_few_rows(x, None, w, None, [a], [b], [1.0], [-1]), "below"),
+        (lambda x, w, a, b: OPS.experts_few_rows(x, None, w, None, [a], [b], [1.0], [0, 1]), "row"),
+        (lambda x, w, a, b: OPS.experts_few_rows(x, None, w, None, [a], [a], [1.0], [0]), "lora_b"),
+        (lambda x, w, a, b: OPS.experts_few_rows(x, None, w, None, [a], [b], [], [0]), "scalings"),
+        (lambda x, w, a, b: OPS.experts_few_rows(x, None, w, x, [a], [b], [1.0], [0]), "bias"),
+        (
+            lambda x, w, a, b: OPS.experts_few_rows(
+                x, torch.tensor([1]), w, None, [a], [b], [1.0], [0]
+            ),
+            "tokens below 1",
+        ),
+        (lambda x, w, a, b: OPS.experts_gather(b, torch.tensor([6]), EXPERTS), "below"),
+        (lambda x, w, a, b: OPS.experts_gather(b, torch.tensor([0]), 5), "lora_b"),
+        (lambda x, w, a, b: OPS.experts_scatter(b, torch.tensor([0]), EXPERTS, b), "pool"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(call, message):
+    x, weight = torch.ones(1, 40, dtype=BF16), torch.ones(EXPERTS, 24, 40, dtype=BF16)
+    factors = torch.ones(EXPERTS * 2, 40), torch.ones(24, 2 * EXPERTS)
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        call(x, weight, *factors)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])

@@ -35,7 +35,8 @@ BUILT = build.ROOT.joinpath(
 CALLS = [f"tests/emulated/{name}/calls.py" for name in ("cuda", "package")]
 PACKAGE_FILES = ("lora_ext", *CALLS)
 OP_TESTS = ("op", "conftest.py", "helpers.py", "many_helpers.py", "rest.py", "two_processes.py")
-TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in OP_TESTS))
+EXPERTS_TEST = "experts/test_experts_grouped.py"
+TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in (*OP_TESTS, EXPERTS_TEST)))
 
 
 @dataclass(frozen=True)

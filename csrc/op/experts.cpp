@@ -1,0 +1,138 @@
+// What lora_ext/experts does on the CPU beside the ops of many adapters: a projection of experts that
+// have few rows each; and B of some experts, gathered as a pool, or a pool's gradient scattered.
+// Nothing of it has a gradient of its own: the passes of lora_ext/experts/projection.py call it.
+#include <torch/library.h>
+
+#include <array>
+
+#include "cpu/dispatch.h"
+#include "op/check_parts.h"
+#include "route/cpu_expert_pools.h"
+#include "route/cpu_experts.h"
+
+namespace lora_ext {
+namespace {
+
+void check_token(const char* op, const ExpertsArgs& args) {
+  if (!args.token) {
+    EXPECT(args.x.size(0) == args.rows(), "expected ", args.rows(),
+           " rows of x, one for each expert named, but got ", args.x.sizes());
+    return;
+  }
+  const at::Tensor& token = *args.token;
+  EXPECT(token.scalar_type() == at::kLong && token.dim() == 1 && token.is_contiguous() &&
+             token.size(0) == args.rows() && token.is_cpu(),
+         "expected token of int64 and shape [", args.rows(), "], but got ", token.scalar_type(),
+         " of ", token.sizes());
+  for (int64_t m = 0; m < args.rows(); ++m) {
+    const int64_t at = token.const_data_ptr<int64_t>()[m];
+    TORCH_CHECK_INDEX(at >= 0 && at < args.x.size(0), "lora_ext.", op, ": expected tokens below ",
+                      args.x.size(0), ", but got ", at);
+  }
+}
+
+void check_factor(const char* op, const char* name, const at::Tensor& factor,
+                  at::IntArrayRef shape) {
+  const at::ScalarType dtype = factor.scalar_type();
+  EXPECT_TYPE(is_half(dtype) || dtype == at::kFloat, "expected ", name,
+              " in float32, bfloat16 or float16, but got ", dtype);
+  EXPECT(factor.sizes() == shape && factor.is_contiguous() && factor.is_cpu(), "expected ", name,
+         " contiguous, of shape ", shape, ", but got ", factor.sizes());
+}
+
+void check(const char* op, const ExpertsArgs& args) {
+  const at::Tensor &x = args.x, &weight = args.weight;
+  EXPECT(weight.dim() == 3 && weight.size(0) > 0 && weight.is_cpu() &&
+             (weight.stride(1) == 1 || weight.stride(2) == 1),
+         "expected weight of shape [experts, out_features, in_features], one of the last two of"
+         " stride 1, but got ",
+         weight.sizes());
+  EXPECT_TYPE(is_half(weight.scalar_type()) && x.scalar_type() == weight.scalar_type(),
+              "expected x and weight both in bfloat16 or in float16, but got ", x.scalar_type(),
+              " and ", weight.scalar_type());
+  const int64_t experts = weight.size(0), out = weight.size(1), in = weight.size(2);
+  EXPECT(x.dim() == 2 && x.size(1) == in && x.stride(1) == 1 && x.is_cpu(),
+         "expected x of shape [rows, ", in, "], contiguous along its columns, but got ", x.sizes());
+  for (const int64_t expert : args.experts) {
+    TORCH_CHECK_INDEX(expert >= 0 && expert < experts, "lora_ext.", op,
+                      ": expected numbers of experts below ", experts, ", but got ", expert);
+  }
+  check_token(op, args);
+  if (args.bias) check_factor(op, "bias", *args.bias, {experts, out});
+  const size_t adapters = args.lora_a.size();
+  EXPECT(args.lora_b.size() == adapters && args.scalings.size() == adapters,
+         "expected as many of lora_a, lora_b and scalings, but got ", adapters, ", ",
+         args.lora_b.size(), " and ", args.scalings.size());
+  for (size_t i = 0; i < adapters; ++i) {
+    EXPECT(args.lora_a[i].dim() == 2, "expected lora_a of shape [experts r, in_features], but got ",
+           args.lora_a[i].sizes());
+    const int64_t rank = args.rank_of(i);
+    check_factor(op, "lora_a", args.lora_a[i], {experts * rank, in});
+    check_factor(op, "lora_b", args.lora_b[i], {out, rank * experts});
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> experts_few_rows(
+    const at::Tensor& x, const std::optional<at::Tensor>& token, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, at::TensorList lora_a, at::TensorList lora_b,
+    at::ArrayRef<double> scalings, at::IntArrayRef experts) {
+  const ExpertsArgs args{x,           token, weight, bias, lora_a.vec(), lora_b.vec(),
+                         scalings.vec(), experts.vec()};
+  check("experts_few_rows", args);
+  TORCH_CHECK(cpu::kernels_for_few_rows() != nullptr,
+              "lora_ext.experts_few_rows: expected an instruction set of the CPU's kernels, but the"
+              " library route is chosen");
+  const Forward out = cpu::experts_few_rows(args);
+  return {out.y, out.s};
+}
+
+void check_pool(const char* op, const at::Tensor& lora_b, const at::Tensor& hit, int64_t experts) {
+  EXPECT(experts > 0 && lora_b.dim() == 2 && lora_b.size(1) % experts == 0 &&
+             lora_b.is_contiguous() && lora_b.is_cpu(),
+         "expected a contiguous lora_b of shape [out_features, r ", experts, "], but got ",
+         lora_b.sizes());
+  check_supported(op, "lora_b", lora_b.scalar_type());
+  EXPECT(hit.scalar_type() == at::kLong && hit.dim() == 1 && hit.is_contiguous() && hit.is_cpu(),
+         "expected hit of int64 and one dimension, but got ", hit.scalar_type(), " of ",
+         hit.sizes());
+  for (int64_t i = 0; i < hit.numel(); ++i) {
+    const int64_t expert = hit.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK_INDEX(expert >= 0 && expert < experts, "lora_ext.", op,
+                      ": expected numbers of experts below ", experts, ", but got ", expert);
+  }
+}
+
+at::Tensor experts_gather(const at::Tensor& lora_b, const at::Tensor& hit, int64_t experts) {
+  check_pool("experts_gather", lora_b, hit, experts);
+  return cpu::experts_gather(lora_b, hit, experts);
+}
+
+void experts_scatter(at::Tensor& lora_b, const at::Tensor& hit, int64_t experts,
+                     const at::Tensor& pool) {
+  const char* op = "experts_scatter";
+  check_pool(op, lora_b, hit, experts);
+  const std::array<int64_t, 3> shape{hit.numel(), lora_b.size(0), lora_b.size(1) / experts};
+  EXPECT(pool.sizes() == at::IntArrayRef(shape) && pool.is_contiguous() &&
+             pool.scalar_type() == lora_b.scalar_type() && pool.is_cpu(),
+         "expected a contiguous pool of lora_b's dtype and shape ", at::IntArrayRef(shape),
+         ", but got ", pool.scalar_type(), " of ", pool.sizes());
+  cpu::experts_scatter(lora_b, hit, experts, pool);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
+  m.def(
+      "experts_few_rows(Tensor x, Tensor? token, Tensor weight, Tensor? bias, Tensor[] lora_a, "
+      "Tensor[] lora_b, float[] scalings, int[] experts) -> (Tensor, Tensor)");
+  m.def("experts_gather(Tensor lora_b, Tensor hit, int experts) -> Tensor");
+  m.def("experts_scatter(Tensor(a!) lora_b, Tensor hit, int experts, Tensor pool) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
+  m.impl("experts_few_rows", TORCH_FN(experts_few_rows));
+  m.impl("experts_gather", TORCH_FN(experts_gather));
+  m.impl("experts_scatter", TORCH_FN(experts_scatter));
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,88 @@
+"""The base's products of a run: each expert's matrix and its rows.
+
+    forward      x W_e^T + b_e
+    backward     g W_e
+
+Torch's grouped product takes all experts on a GPU, in bfloat16 and where its rules of alignment
+hold; else there is a product for each expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from .runs import Run
+
+# Where the grouped product is one kernel. Torch has it on a CPU, as a loop over all experts.
+DEVICES = ("cuda",)
+_LEAST_CARD = (8, 0)
+_ALIGNMENT = 16  # bytes
+
+
+def are_grouped(weight: Tensor, rows: int, given: Tensor | None) -> bool:
+    """Whether the grouped product takes a call, forward and backward.
+
+    Args:
+        weight: ``[E, out, in]``.
+        rows: of the call.
+        given: rows that are taken as they lie, not gathered.
+    """
+    if weight.device.type not in DEVICES or weight.dtype != torch.bfloat16 or rows == 0:
+        return False
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < _LEAST_CARD:
+        return False
+    # Gathered rows, and those of y and dx, are as wide as the weight.
+    are_wide = all(size * weight.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
+    return are_wide and _is_aligned(weight) and (given is None or _is_aligned(given))
+
+
+def _is_aligned(matrices: Tensor) -> bool:
+    """Whether matrices lie along a dimension, each of their rows at a whole 16 bytes."""
+    strides = matrices.stride()
+    if 1 not in strides[-2:] or matrices.data_ptr() % _ALIGNMENT:
+        return False
+    others = [stride for stride in strides if stride != 1]
+    return all(stride * matrices.element_size() % _ALIGNMENT == 0 for stride in others)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, run: Run) -> Tensor:
+    """``[rows, out]`` of the run's rows."""
+    if run.experts is None:
+        y = grouped_mm(x, weight.transpose(1, 2), offs=run.offs)
+        if bias is not None:
+            y += bias[run.numbers(len(bias))]
+        return y
+    y = weight.new_empty(len(x), weight.shape[1])
+    for expert, begin, end in run.experts:
+        matrix = weight[expert].t()
+        if bias is None:
+            torch.mm(x[begin:end], matrix, out=y[begin:end])
+        else:
+            torch.addmm(bias[expert], x[begin:end], matrix, out=y[begin:end])
+    return y
+
+
+def backward(grad: Tensor, weight: Tensor, run: Run, out: Tensor | None) -> Tensor:
+    """``[rows, in]`` of the run's rows; written into out, which a product for each expert needs."""
+    if run.experts is None:
+        return grouped_mm(grad, weight, offs=run.offs)
+    assert out is not None
+    for expert, begin, end in run.experts:
+        torch.mm(grad[begin:end], weight[expert], out=out[begin:end])
+    return out
+
+
+def dot_bias(grad: Tensor, bias: Tensor, run: Run) -> Tensor:
+    """<g, b_e> ``[rows]`` in at least float32."""
+    if run.experts is None:
+        return dot(grad, bias[run.numbers(len(bias))])
+    parts = [dot(grad[begin:end], bias[expert]) for expert, begin, end in run.experts]
+    return torch.cat(parts)
+
+
+def dot(rows: Tensor, others: Tensor) -> Tensor:
+    """<row, other> ``[rows]`` in at least float32."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (rows * others.to(wide)).sum(-1)

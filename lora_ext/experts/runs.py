@@ -1,0 +1,107 @@
+"""Which rows and experts are taken together.
+
+On a CPU a run is consecutive experts with a few hundred rows: what is gathered for a run, and the
+run's product, stay in the cache until the update is added. On a GPU whose grouped product takes the
+operands all experts are one run, and how many rows each has stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows at which a run of experts ends.
+_ROWS = 512
+
+
+class Run(NamedTuple):
+    """Consecutive experts.
+
+    Attributes:
+        begin, end: their rows.
+        offs: int32, where each expert's rows end, counted from the run's first.
+        hit: numbers of the experts, all of which have rows; None: of all experts, with or without.
+        experts: (number, begin, end) of each; None where only the device knows.
+    """
+
+    begin: int
+    end: int
+    offs: Tensor
+    hit: Tensor | None
+    experts: list[tuple[int, int, int]] | None
+
+    def numbers(self, experts: int) -> Tensor:
+        """The expert of each row; of a row after the last expert's, the last."""
+        rows = torch.arange(self.begin, self.end, device=self.offs.device, dtype=torch.int32)
+        return torch.searchsorted(self.offs, rows, right=True).clamp_(max=experts - 1)
+
+
+class Runs(NamedTuple):
+    """Attributes:
+    each: the runs.
+    has_all: whether every expert is in one of them.
+    rest: the first row after the last expert's; None where only the device knows.
+    """
+
+    each: list[Run]
+    has_all: bool
+    rest: int | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one run has all rows, and only the device knows whose they are."""
+        return self.rest is None
+
+    def clear_rest(self, *tensors: Tensor | None) -> None:
+        """Writes zeros to the rows after the last expert's."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if self.rest is None:
+                rows = torch.arange(len(tensor), device=tensor.device)
+                is_rest = rows >= self.each[0].offs[-1]
+                tensor.masked_fill_(is_rest.view(-1, *[1] * (tensor.dim() - 1)), 0)
+            elif self.rest < len(tensor):
+                tensor[self.rest :] = 0
+
+
+def on_device(offs: Tensor, rows: int) -> Runs:
+    """All experts in one run."""
+    return Runs([Run(0, rows, offs, None, None)], True, None)
+
+
+def on_host(bounds: Sequence[int], device: torch.device) -> Runs:
+    """Runs of a few hundred rows.
+
+    Args:
+        bounds: offs, as numbers.
+        device: of the rows.
+    """
+    each = []
+    first, last, experts = 0, 0, []
+    for number, end in enumerate(bounds):
+        if end > last:
+            experts.append((number, last - first, end - first))
+            last = end
+        if experts and (last - first >= _ROWS or number + 1 == len(bounds)):
+            each.append(_run(first, last, experts, len(bounds), device))
+            first, experts = last, []
+    count = sum(len(run.experts or ()) for run in each)
+    return Runs(each, count == len(bounds), last)
+
+
+def _run(
+    first: int,
+    last: int,
+    experts: list[tuple[int, int, int]],
+    all_experts: int,
+    device: torch.device,
+) -> Run:
+    offs = torch.tensor([end for *_, end in experts], dtype=torch.int32, device=device)
+    hit = None
+    if len(experts) < all_experts:
+        hit = torch.tensor([number for number, *_ in experts], device=device)
+    return Run(first, last, offs, hit, experts)

@@ -1,0 +1,156 @@
+"""Experts by torch's grouped product with the grouped update onto it, as on a GPU.
+
+A CPU's grouped product is a loop of torch's; here the code is made to take it all the same.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers import BF16, F16, F32, F64, pair_id
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from lora_ext.experts import Experts, ExpertsAdapter, lora_experts, products, runs
+
+EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
+
+
+@pytest.fixture(autouse=True)
+def grouped(monkeypatch):
+    """No run of experts is made by numbers that the host reads."""
+    monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(runs, "on_host", None)
+
+
+def swiglu(z: Tensor) -> Tensor:
+    gate, up = z.chunk(2, -1)
+    return silu(gate) * up
+
+
+@dataclass
+class Case:
+    """A layer and what it is called with; x, the router's weights and the factors are leaves."""
+
+    experts: Experts
+    x: Tensor
+    index: Tensor
+    weights: Tensor
+    factors: list[Tensor]
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same numbers, all in one dtype."""
+        names = ("up", "down", "up_bias", "down_bias")
+        frozen = {name: getattr(self.experts, name) for name in names}
+        made = {name: t.to(dtype) for name, t in frozen.items() if t is not None}
+        experts = self.experts._replace(**made)
+        leaves = [t.detach().to(dtype) for t in self.leaves()]
+        return Case(experts, leaves[0], self.index, leaves[1], leaves[2:])
+
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.weights, *self.factors]
+
+    def step(self, layer) -> list[Tensor]:
+        """What a layer returns, and the gradient of each leaf."""
+        leaves = [t.detach().clone().requires_grad_() for t in self.leaves()]
+        x, weights, a1, b1, a2, b2 = leaves
+        up, down = [ExpertsAdapter(a1, b1, 0.5)], [ExpertsAdapter(a2, b2, -2.0)]
+        y = layer(self.experts, x, self.index, weights, up, down)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def make_case(
+    pair: tuple[torch.dtype, torch.dtype],
+    device: str,
+    tokens: int = 40,
+    with_bias: bool = False,
+    is_transposed: bool = False,
+) -> Case:
+    """Some of the slots have the number of no expert, one expert no slot."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape: int, dtype: torch.dtype = pair[0]) -> Tensor:
+        return (0.3 * torch.randn(shape, generator=generator)).to(dtype).to(device)
+
+    sides = [(2 * INNER, HIDDEN), (HIDDEN, INNER)]
+    weights = [draw(EXPERTS, *(reversed(s) if is_transposed else s)) for s in sides]
+    biases = [draw(EXPERTS, out) if with_bias else None for out, _ in sides]
+    factors = []
+    for out, within in sides:
+        factors += [
+            draw(EXPERTS * RANK, within, dtype=pair[1]),
+            draw(out, RANK * EXPERTS, dtype=pair[1]),
+        ]
+    index = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :3]
+    index[index == 2] = EXPERTS
+    experts = Experts(*weights, swiglu, *biases, is_transposed)
+    router = torch.rand(tokens, 3, generator=generator).to(pair[0]).to(device)
+    return Case(experts, draw(tokens, HIDDEN), index.to(device), router, factors)
+
+
+def by_sums(experts, x, index, weights, up, down) -> Tensor:
+    """The layer with W + B A of every expert, as PEFT and grouped products give it."""
+    stacks = []
+    for weight, ((a, b, scaling),) in ((experts.up, up), (experts.down, down)):
+        weight = weight.transpose(1, 2) if experts.is_transposed else weight
+        first = a.view(EXPERTS, RANK, -1)
+        delta = torch.einsum("ore,eri->eoi", b.view(len(b), RANK, EXPERTS), first)
+        stacks.append(weight + (scaling * delta).to(weight.dtype))
+    biases = [experts.up_bias, experts.down_bias]
+    out = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        token, slot = torch.where(index == e)
+        rows = x[token]
+        for stack, bias, gate in zip(stacks, biases, (swiglu, None), strict=True):
+            rows = linear(rows, stack[e])
+            rows = rows if bias is None else rows + bias[e]
+            rows = gate(rows) if gate else rows
+        out = out.index_add(0, token, (rows * weights[token, slot, None]).to(out.dtype))
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32)], ids=pair_id)
+def test_errors_are_at_most_twice_those_of_sums(device, pair, with_bias, is_transposed, tokens):
+    case = make_case(pair, device, tokens, with_bias, is_transposed)
+    exact = case.to(F64).step(by_sums)
+    for own, theirs, value in zip(case.step(lora_experts), case.step(by_sums), exact, strict=True):
+        assert own.dtype == theirs.dtype
+        floor = 4 * torch.finfo(own.dtype).eps * float(value.norm())
+        error, of_sums = (float((each - value).norm()) for each in (own, theirs))
+        assert error <= 2 * of_sums + floor
+
+
+@pytest.mark.gpu
+def test_nothing_is_read_on_the_host(cuda):
+    """Of a second call: at the first the kernels are checked."""
+    case = make_case((BF16, F32), cuda, 300)
+    case.step(lora_experts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.step(lora_experts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "rows", "takes"),
+    [
+        (BF16, 32, None, True),
+        (BF16, 32, torch.empty(5, 40, dtype=BF16)[:, :32], True),
+        (BF16, 32, torch.empty(5, 40, dtype=BF16)[:, 1:33], False),
+        (BF16, 32, torch.empty(5, 36, dtype=BF16)[:, :32], False),
+        (BF16, 32, torch.empty(0, 32, dtype=BF16), False),
+        (BF16, 20, None, False),
+        (F16, 32, None, False),
+        (F32, 32, None, False),
+    ],
+)
+def test_what_the_grouped_product_takes(dtype, columns, rows, takes):
+    """Bfloat16 whose rows begin at whole 16 bytes."""
+    weight = torch.empty(EXPERTS, 48, columns, dtype=dtype)
+    count = 5 if rows is None else len(rows)
+    assert products.are_grouped(weight, count, rows) == takes
