@@ -162,7 +162,8 @@ def with_stacks(
     no key is of one expert or of a router that target_parameters does not name.
 
     Raises:
-        AdapterError: an expert's factors are missing, or not of one rank, size and alpha.
+        AdapterError: an expert's factors are missing, or not of one rank, size and alpha; or there
+            is dropout.
     """
     modules = base_modules(model)
     at_router = routers(list(modules.items()))
@@ -183,6 +184,12 @@ def with_stacks(
         others[key.replace(found[1], path) if found else key] = entry
     if not (apart or names):
         return file, config
+    if config.dropout:
+        raise AdapterError(
+            "expected lora_dropout 0 for experts and routers, which are parameters since "
+            f"transformers 5, but got {config.dropout}; it matters in training alone: to load the "
+            'adapter without, put "lora_dropout": 0 into adapter_config.json'
+        )
     stacks = {p: _stacks(p, modules[p], factors, config) for p, factors in apart.items()}
     every = [stack for each in stacks.values() for stack in each]
     names += [stack.name for stack in every]
