@@ -187,8 +187,9 @@ def with_stacks(
     if config.dropout:
         raise AdapterError(
             "expected lora_dropout 0 for experts and routers, which are parameters since "
-            f"transformers 5, but got {config.dropout}; it matters in training alone: to load the "
-            'adapter without, put "lora_dropout": 0 into adapter_config.json'
+            "transformers 5 and have none in a PeftModel either, but got "
+            f"{config.dropout}; it matters in training alone: to load the adapter without, put "
+            '"lora_dropout": 0 into adapter_config.json'
         )
     stacks = {p: _stacks(p, modules[p], factors, config) for p, factors in apart.items()}
     every = [stack for each in stacks.values() for stack in each]
