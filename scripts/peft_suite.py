@@ -37,6 +37,13 @@ HUB = str(ROOT / "scripts" / "peft_suite_hub.py")
 SECONDS = 3600  # of one file
 FAST = ("fused", "library", "added")
 
+# Cases that only PEFT's own forward can pass -> why.
+EXPECTED = {
+    "tests/test_target_parameters.py::TestTargetParameters::"
+    "test_target_parameter_result_caching_works": "it counts PEFT's sums W + B A of all experts, "
+    "and here none is made",
+}
+
 # File -> what was noted of its cases as they are, and accelerated.
 Results = dict[str, tuple[dict[str, dict], dict[str, dict]]]
 
@@ -195,7 +202,8 @@ def count(results: Results, adapted: str, way_of: Callable[[dict], str]) -> Coun
             passed, way = ours["outcome"] == "passed", way_of(ours)
             counts.update({"cases": 1, "passed": passed, way: 1, f"{way} passed": passed})
             if not passed:
-                found.failures.append(f"- `{case}`: {ours['outcome']}. {first_line(ours)}")
+                why = EXPECTED.get(case) or first_line(ours)
+                found.failures.append(f"- `{case}`: {ours['outcome']}. {why}")
         if counts:
             total += counts
             found.rows.append((name, counts))

@@ -1,7 +1,12 @@
 """Tiny mixtures of transformers, with PEFT's adapters on their experts."""
 
+import copy
+import json
+import warnings
+
 import peft
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _SIZES = {
@@ -71,3 +76,25 @@ def peft_mixture(kind="qwen3_moe", target_modules=("q_proj",), target_parameters
         use_rslora=words.pop("use_rslora", False),
     )
     return randomized(peft.get_peft_model(mixture(kind, **words), config))
+
+
+def logits(model):
+    return model(some_ids()).logits
+
+
+def loaded_by_peft(base, folder):
+    with warnings.catch_warnings():  # PEFT looks for its patterns' keys among modules alone
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+
+
+def edit(folder, tensors=None, **fields):
+    """Rewrites a folder's tensors by a function, and fields of its config."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    if tensors is not None:
+        path = folder / "adapter_model.safetensors"
+        found = load_file(path)
+        tensors(found)
+        save_file({key: value.contiguous() for key, value in found.items()}, path)

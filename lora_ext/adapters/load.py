@@ -18,6 +18,7 @@ from .folder import CONFIG, open_adapter
 from .owners import Owners, check_real, inner_model
 from .peft_config import AdapterConfig, parse_config
 from .placement import Placement, Stored
+from .separate_experts import with_stacks
 from .targets import warn_of_other_parameters, warn_of_others
 from .tensors import TensorFile, open_tensors
 
@@ -106,10 +107,11 @@ def read_placement(
             open_tensors(files.weights) as file,
             _with_way_out(),
         ):
-            placement = Placement(model, config, file.entries)
-            check_keys(placement, file.entries)
-            check_entries(placement, file.entries)
-            _read(placement, file, dtype)
+            tensors, config = with_stacks(file, config, model)
+            placement = Placement(model, config, tensors.entries)
+            check_keys(placement, tensors.entries)
+            check_entries(placement, tensors.entries)
+            _read(placement, tensors, dtype)
             check(placement)
     return placement
 

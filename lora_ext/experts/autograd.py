@@ -112,7 +112,8 @@ class Projected(torch.autograd.Function):
 class GateDown(torch.autograd.Function):
     """out ``[T, H]`` of z ``[S, N]`` and the router's weights ``[T, k]``.
 
-    h = gate(z) is computed again in backward. Without a gate z is h: a compiler decides by itself
+    h = gate(z) is computed again in backward, as in forward without autocast, which may be on where
+    the caller runs backward. Without a gate z is h: a compiler decides by itself
     what it computes again, and a gate that is trained has to be seen by autograd.
     """
 
@@ -132,7 +133,7 @@ class GateDown(torch.autograd.Function):
         _, _, want_z, want_weights, *wants = ctx.needs_input_grad
         h = leaf = z
         if ctx.gate is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
                 leaf = z.detach().requires_grad_(want_z)
                 h = ctx.gate(leaf)
         perm = call.routes.perm
@@ -148,7 +149,8 @@ class GateDown(torch.autograd.Function):
         )
         dz = found.dx if want_z else None
         if dz is not None and ctx.gate is not None:
-            (dz,) = torch.autograd.grad(h, leaf, dz)
+            with torch.autocast(z.device.type, enabled=False):
+                (dz,) = torch.autograd.grad(h, leaf, dz)
         dweights = None
         if want_weights and found.dweights is not None:
             dweights = weights.new_empty(weights.numel())

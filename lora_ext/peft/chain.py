@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import peft
 from peft.tuners.lora import layer as peft_layers
 
 from ..nn.updates import is_plain
 from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, has_hooks
+
+# Releases that leave the update of one adapter on a stack which has a parametrization of its own.
+_LEAVES_UPDATES = ("0.21.0", "0.21.1", "0.21.2")
 
 
 class Target(NamedTuple):
@@ -61,9 +65,9 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
     if not any(target.adapters for target in chain.targets):
         return adapters_state(outermost) or (BASE, "none of the active adapters is in this layer")
     parameters = chain.base._parameters
+    if "parametrizations" in chain.base._modules:
+        return PEFT, _parametrizations_reason(chain)
     for wrapper, name, adapters in chain.targets:
-        if name not in parameters or "parametrizations" in chain.base._modules:
-            return PEFT, "the module has parametrizations"
         if not is_plain(parameters[name]):
             return PEFT, "a parameter is quantised or sharded"
         for adapter in adapters:
@@ -71,3 +75,14 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
             if reason:
                 return PEFT, reason
     return None
+
+
+def _parametrizations_reason(chain: Chain) -> str:
+    reason = "the module has parametrizations"
+    is_left = any(
+        len(adapters) == 1 and wrapper.num_experts > 1 and name not in chain.base._parameters
+        for wrapper, name, adapters in chain.targets
+    )
+    if is_left and peft.__version__ in _LEAVES_UPDATES:
+        reason += f", to which peft {peft.__version__} adds the update once more in each forward"
+    return reason

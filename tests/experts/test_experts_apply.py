@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from mixture_helpers import KINDS, mixture, randomized, some_ids
+from mixture_helpers import KINDS, logits, mixture, randomized
 from torch import nn
 
 import lora_ext
@@ -16,10 +16,6 @@ from lora_ext.nn import LoRAExperts, LoRAParameter
 
 LAYERS = [f"model.layers.{i}" for i in range(2)]
 ATTENTION = [f"{n}_proj" for n in "qkvo"]
-
-
-def logits(model):
-    return model(some_ids()).logits
 
 
 def chosen(model, *targets, **words):

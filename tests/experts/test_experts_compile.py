@@ -31,6 +31,15 @@ def test_without_gradients_and_float32_adapters(forget_graphs, counter):
         torch.testing.assert_close(compiled(*operands), model(*operands))
 
 
+def test_inductor(forget_graphs, cxx_compiler):
+    """The gate, the router's weights and the sums between the ops become code of inductor."""
+    model = accelerated(mixture("transposed, biases, interleaved", dtype=F32))
+    compiled = torch.compile(model.base_model.model, fullgraph=True)
+    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    operands = make_routes(9, dtype=F32)
+    assert_close(run(compiled, *operands), run(model, *operands), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["experts_forward", "experts_backward", "experts_sum_of_slots"])
 def test_ops_keep_their_contract(name, monkeypatch):
     """What fake tensors are told is what comes back; nothing that is given is written."""

@@ -4,11 +4,18 @@ import copy
 import json
 import warnings
 
-import peft
 import pytest
 import torch
-from mixture_helpers import KINDS, mixture, peft_mixture, randomized, some_ids
-from safetensors.torch import load_file, save_file
+from mixture_helpers import (
+    KINDS,
+    edit,
+    loaded_by_peft,
+    logits,
+    mixture,
+    peft_mixture,
+    randomized,
+)
+from safetensors.torch import save_file
 
 import lora_ext
 from lora_ext import LoRAConfig, apply_lora, load_adapter, save_adapter
@@ -18,29 +25,6 @@ from lora_ext.nn import LoRAExperts, LoRAParameter
 EXPERTS = "base_model.model.model.layers.0.mlp.experts."
 INNER, OUTER = EXPERTS + "base_layer.", EXPERTS
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-
-
-def loaded_by_peft(base, folder):
-    with warnings.catch_warnings():  # PEFT looks for its patterns' keys among modules alone
-        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
-        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(some_ids()).logits
-
-
-def edit(folder, tensors=None, **fields):
-    """Rewrites a folder's tensors by a function, and fields of its config."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-    if tensors is not None:
-        path = folder / "adapter_model.safetensors"
-        found = load_file(path)
-        tensors(found)
-        save_file({key: value.contiguous() for key, value in found.items()}, path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,11 +3,13 @@
 import copy
 import filecmp
 
+import peft
 import pytest
 import torch
 from accelerate import hooks
 from expert_helpers import (
     HIDDEN,
+    INNER,
     Mixture,
     assert_close,
     both,
@@ -228,6 +230,30 @@ def test_hooks_that_replace_the_forward_of_wrappers(monkeypatch):
     assert len(calls) == 4
 
 
+# Releases of PEFT that leave one adapter's update on a stack with a parametrization of its own.
+LEAVES_UPDATES = {"0.21.0", "0.21.1", "0.21.2"}
+
+
+@pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
+def test_pefts_bug_on_stacks_with_a_parametrization(adapters):
+    """Such as experts in 4 bits. PEFT 0.21's `_remove_parametrizations` looks for a
+    _LoraParameterProxy, but the update of one adapter is a _LoraFactorsProxy: it stays, and each
+    forward adds it once more, to what `explain` says. (The release before has no such class.)"""
+    model = mixture("plain", adapters, names=["down_proj"])
+    nn.utils.parametrize.register_parametrization(experts_of(model), "down_proj", Doubled())
+    fast, operands = accelerated(model), make_routes(9)
+    is_left = peft.__version__ in LEAVES_UPDATES and adapters is None
+    for one in (model, fast):
+        with torch.no_grad():
+            first, second = one(*operands), one(*operands)
+        assert torch.equal(first, second) != is_left
+        assert len(experts_of(one).parametrizations["down_proj"]) == (3 if is_left else 1)
+    assert torch.equal(fast(*operands), model(*operands))
+    ((path, reason),) = reasons(fast)
+    assert path == "peft" and reason.startswith("the module has parametrizations")
+    assert ("adds the update once more in each forward" in reason) == is_left
+
+
 def test_a_bias_with_adapters_is_pefts():
     model = mixture("transposed, biases, interleaved", names=["gate_up_proj", "down_proj_bias"])
     reason = "a parameter other than the experts' weights has adapters"
@@ -279,11 +305,21 @@ def test_checkpointing(kind, use_reentrant):
     assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
+def gate_with_product(z):
+    """Whose product autocast would make in bfloat16."""
+    gate, up = z.chunk(2, -1)
+    return (nn.functional.silu(gate) * up) @ torch.eye(INNER, dtype=z.dtype)
+
+
+@pytest.mark.parametrize("with_product", [False, True], ids=["own gate", "gate with a product"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_autocast(dtype):
+def test_autocast(dtype, with_product):
     """The experts compute in their own dtype, as transformers' grouped ones; y has x's."""
     model = mixture(dtype=dtype, adapter_dtype=F32)
-    experts_of(model).config._experts_implementation = "grouped_mm"
+    experts = experts_of(model)
+    experts.config._experts_implementation = "grouped_mm"
+    if with_product:
+        experts._apply_gate = gate_with_product
     fast, operands = accelerated(model), make_routes(9, dtype=F32)
     plain = run(model, *operands)
     with torch.autocast("cpu", BF16):

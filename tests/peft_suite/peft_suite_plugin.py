@@ -57,7 +57,8 @@ class Recorder:
 
         LoraModel.inject_adapter = inject_adapter
         if not self.plain:
-            others = (peft_layers._ConvNd, peft_layers.MultiheadAttention, peft_layers.ParamWrapper)
+            # Of PEFT's ParamWrapper only the outermost of a chain is ours, and stands for all.
+            others = (peft_layers._ConvNd, peft_layers.MultiheadAttention)
             for kind in (*classes().values(), *others):
                 if issubclass(kind, LoraLayer):
                     self._count(kind)

@@ -112,7 +112,10 @@ GROUPED = [
         "grouped_half_of_the_slots",
         "partial sums have a slot for each whole piece of rows",
         "a segment a little longer than a piece has two",
-        ("static_cast<int>(2 * (p.m / tables.piece_rows))", "static_cast<int>(p.m / tables.piece_rows)"),
+        (
+            "static_cast<int>(2 * (p.m / tables.piece_rows))",
+            "static_cast<int>(p.m / tables.piece_rows)",
+        ),
     ),
     of_gemm(
         "grouped_sums_of_all_rows",

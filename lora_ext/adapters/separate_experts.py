@@ -1,0 +1,259 @@
+"""Files of adapters from before transformers 5, which had a linear layer for each expert.
+
+    <path>.<e>.gate_proj.lora_A.weight [r, in], lora_B.weight [out, r]      w1 in Mixtral
+    <path>.<e>.up_proj...                                                   w3
+    <path>.<e>.down_proj...                                                 w2
+
+Now one stack has the rows of gate and up. Its factors are theirs side by side,
+
+    A_e = [A_gate; A_up]  [2 r, in]        B_e = diag(B_gate, B_up)  [2 out, 2 r]
+
+with an alpha that keeps the scaling, so that every product is as it was; of a projection without
+an adapter the rows of B are zero. The router was a linear layer, too, and has a parameter now.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..experts.decorated import up_name
+from ..models.mixtures import routers
+from ..nn.experts import is_experts
+from .alphas import find_alphas
+from .errors import AdapterError, shown, some
+from .layout import PREFIX, path_of_factor
+from .names import escaped
+from .parameters import is_named, named_parameters, parameter_slots
+from .peft_config import PEFT_VERSION, AdapterConfig
+from .targets import base_modules
+from .tensors import Entry, TensorFile
+
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
+_OF_EXPERT = re.compile(r"(.+)\.(0|[1-9]\d{0,5})\.(gate_proj|up_proj|down_proj|w1|w3|w2)")
+_TODAY = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+# (projection, "A" or "B", expert) -> its entry in the file
+Factors = dict[tuple[str, str, int], Entry]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One parameter's factors, of all its experts.
+
+    Attributes:
+        name: of the parameter, with its path.
+        rows: the projections whose rows it has.
+        adapted: those that have an adapter.
+        count: E.
+        rank: of each projection's adapter.
+        features: (in, out) of each projection.
+        factors: in the file.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    adapted: tuple[str, ...]
+    count: int
+    rank: int
+    features: tuple[int, int]
+    factors: Factors
+
+    def shape(self, factor: str) -> tuple[int, int]:
+        """Of lora_A ``[E R, in]`` or lora_B ``[out, R E]``, R the rank of all projections."""
+        ranks = self.count * self.rank * len(self.adapted)
+        in_features, out_features = self.features
+        if factor == "A":
+            return ranks, in_features
+        return len(self.rows) * out_features, ranks
+
+    def check(self) -> None:
+        """Raises AdapterError where a factor is missing, too many or of another size."""
+        in_features, out_features = self.features
+        shapes = {"A": (self.rank, in_features), "B": (out_features, self.rank)}
+        for part in self.adapted:
+            for factor, shape in shapes.items():
+                for e in range(self.count):
+                    entry = self.factors.get((part, factor, e))
+                    if entry is None:
+                        raise AdapterError(
+                            f"expected {part} of each of the {self.count} experts of "
+                            f"{self.name!r}, but lora_{factor} of expert {e} is missing"
+                        )
+                    if entry.shape != shape or not entry.is_floating:
+                        raise AdapterError(
+                            f"{shown(entry.name, 200)}: expected shape {list(shape)} and a "
+                            f"floating dtype, but got {list(entry.shape)} and {entry.dtype}"
+                        )
+        more = [entry.name for (_, _, e), entry in self.factors.items() if e >= self.count]
+        if more:
+            raise AdapterError(
+                f"expected factors of the {self.count} experts of {self.name!r}, but got "
+                f"{some(more)}"
+            )
+
+    def alpha(self, config: AdapterConfig) -> float:
+        """That keeps each projection's scaling with the rank of all.
+
+        Raises:
+            AdapterError: they do not have one alpha.
+        """
+        paths = {path_of_factor(entry.name) or "" for entry in self.factors.values()}
+        alphas = set(find_alphas(paths, config).values())
+        if len(alphas) > 1:
+            raise AdapterError(
+                f"expected one lora_alpha for all experts of {self.name!r}, but alpha_pattern "
+                f"gives {some(map(str, alphas))}"
+            )
+        times = len(self.adapted)
+        return alphas.pop() * (math.sqrt(times) if config.use_rslora else times)
+
+    def read(self, file: TensorFile, factor: str, dtype: torch.dtype | None) -> Tensor:
+        """The factor as PEFT stores it for a stack."""
+        every = range(self.count)
+        parts = [
+            torch.stack([file.read(self.factors[part, factor, e], dtype) for e in every])
+            for part in self.adapted
+        ]
+        if factor == "A":
+            return torch.cat(parts, 1).flatten(0, 1)
+        out = self.features[1]
+        lora_b = parts[0].new_zeros(self.shape("B")).unflatten(1, (-1, self.count))
+        for number, (part, each) in enumerate(zip(self.adapted, parts, strict=True)):
+            row, column = self.rows.index(part) * out, number * self.rank
+            lora_b[row : row + out, column : column + self.rank] = each.permute(1, 2, 0)
+        return lora_b.flatten(1)
+
+
+class _StackedFile(TensorFile):
+    """A file as if it had the stacks' factors under the keys of today.
+
+    Args:
+        file: what is read.
+        others: its other tensors, by the keys of today.
+        stacks: key -> stack, and "A" or "B".
+    """
+
+    def __init__(
+        self, file: TensorFile, others: dict[str, Entry], stacks: dict[str, tuple[Stack, str]]
+    ) -> None:
+        self._source, self._stacks = file, stacks
+        self.entries = dict(others)
+        for key, (stack, factor) in stacks.items():
+            self.entries[key] = Entry(key, "F32", stack.shape(factor))
+
+    def read(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
+        if entry.name not in self._stacks:
+            return self._source.read(entry, dtype)
+        stack, factor = self._stacks[entry.name]
+        return stack.read(self._source, factor, dtype)
+
+
+def with_stacks(
+    file: TensorFile, config: AdapterConfig, model: nn.Module
+) -> tuple[TensorFile, AdapterConfig]:
+    """A file and its config as if PEFT had written them for the model's stacks; themselves where
+    no key is of one expert or of a router that target_parameters does not name.
+
+    Raises:
+        AdapterError: an expert's factors are missing, or not of one rank, size and alpha; or there
+            is dropout.
+    """
+    modules = base_modules(model)
+    at_router = routers(list(modules.items()))
+    others: dict[str, Entry] = {}
+    apart: dict[str, Factors] = {}
+    names: list[str] = []
+    for key, entry in file.entries.items():
+        found = _FACTOR.fullmatch(key)
+        path = _path_of_today(found[1], modules) if found else ""
+        of_expert = _OF_EXPERT.fullmatch(path)
+        if found and of_expert and _is_taken(modules.get(of_expert[1])):
+            part = _TODAY.get(of_expert[3], of_expert[3])
+            apart.setdefault(of_expert[1], {})[part, found[2], int(of_expert[2])] = entry
+            continue
+        name = f"{path}.weight"
+        if id(modules.get(path)) in at_router and not is_named(name, config.target_parameters):
+            names.append(name)
+        others[key.replace(found[1], path) if found else key] = entry
+    if not (apart or names):
+        return file, config
+    if config.dropout:
+        raise AdapterError(
+            "expected lora_dropout 0 for experts and routers, which are parameters since "
+            "transformers 5 and have none in a PeftModel either, but got "
+            f"{config.dropout}; it matters in training alone: to load the adapter without, put "
+            '"lora_dropout": 0 into adapter_config.json'
+        )
+    stacks = {p: _stacks(p, modules[p], factors, config) for p, factors in apart.items()}
+    every = [stack for each in stacks.values() for stack in each]
+    names += [stack.name for stack in every]
+    alphas = {f"^{escaped(stack.name)}": stack.alpha(config) for stack in every}
+    ranks = {stack.name: stack.rank * len(stack.adapted) for stack in every}
+    keys = dict(_keys(stacks))
+    if len(others | keys) + sum(map(len, apart.values())) != len(file.entries) + len(keys):
+        raise AdapterError(
+            "expected each tensor once, but the file has one by its name in transformers 4 and by "
+            "that in 5"
+        )
+    config = replace(
+        config,
+        target_parameters=(*config.target_parameters, *names),
+        rank_pattern={**config.rank_pattern, **ranks},
+        alpha_pattern={**alphas, **config.alpha_pattern},
+        peft_version=PEFT_VERSION,
+        lora_b_layout=None,
+        is_of_unsloth=False,
+    )
+    return _StackedFile(file, others, keys), config
+
+
+def _keys(stacks: Mapping[str, list[Stack]]) -> Iterator[tuple[str, tuple[Stack, str]]]:
+    """(key of today, (stack, "A" or "B"))."""
+    for path, of_path in stacks.items():
+        for depth, stack in enumerate(reversed(of_path)):
+            slots = parameter_slots(path, depth, (stack.shape("A"), stack.shape("B")))
+            for slot, factor in zip(slots, "AB", strict=True):
+                yield slot.key, (stack, factor)
+
+
+def _path_of_today(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Mixtral's block had another name."""
+    if path.partition(".experts.")[0] in modules:
+        return path
+    return path.replace(".block_sparse_moe.", ".mlp.")
+
+
+def _is_taken(module: Any) -> bool:
+    """Whether it is experts whose stack has the gate's rows before those of up."""
+    return module is not None and is_experts(module) and module.is_concatenated
+
+
+def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> list[Stack]:
+    """Of a module's parameters, the innermost wrapper's first."""
+    rows = {
+        up_name(module): ("gate_proj", "up_proj") if module.has_gate else ("up_proj",),
+        "down_proj": ("down_proj",),
+    }
+    found = []
+    for name in named_parameters(path, module, [f"{path}.{each}" for each in rows]):
+        adapted = tuple(part for part in rows[name] if any(part == of for of, _, _ in factors))
+        if not adapted:
+            continue
+        count, *sides = module._parameters[name].shape
+        in_features, out_features = sides if module.is_transposed else reversed(sides)
+        own = {key: entry for key, entry in factors.items() if key[0] in adapted}
+        features = (in_features, out_features // len(rows[name]))
+        first = own.get((adapted[0], "A", 0))
+        found_rank = first.shape[0] if first and first.shape else 0
+        rank = found_rank if found_rank in config.rank_pattern.values() else config.r
+        stack = Stack(f"{path}.{name}", rows[name], adapted, count, rank, features, own)
+        stack.check()
+        found.append(stack)
+    return found
