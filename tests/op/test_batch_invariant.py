@@ -34,9 +34,10 @@ def both(problem: Problem, first: int, rows: int):
     return y, dx()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
 @settings(
-    max_examples=12,
+    max_examples=6,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
