@@ -8,8 +8,9 @@ bias; the weight is frozen. `lora_update` adds the update alone onto the y of an
 the layer, `apply_lora` puts it into a model as a `LoRAConfig` says, `save_adapter` and
 `load_adapter` keep adapters in PEFT's format. `use_adapters` gives each sample of a batch an
 adapter of its own, `AdapterPool` holds many. `prepack` keeps a frozen weight in oneDNN's layout on
-the CPU, `warmup` checks and times the kernels on a GPU, `explain` says what a model's layers run
-and why, `build_info` what was compiled and what runs here.
+the CPU, `batch_invariant` keeps a row's bits the same in batches of any size, `warmup` checks and
+times the kernels on a GPU, `explain` says what a model's layers run and why, `build_info` what was
+compiled and what runs here.
 
 The rest is in modules named for their use:
 
@@ -33,8 +34,10 @@ except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
 from . import adapters, functional, kernels, loralib, models, nn, pool, reference, winners
+from . import flops as flops  # of which torch's counter is told
 from .adapters import load_adapter, save_adapter
 from .functional import lora_linear, lora_update, prepack
+from .invariance import batch_invariant
 from .models import LoRAConfig, apply_lora, use_adapters
 from .nn import LoRALinear
 from .peft import accelerate, decelerate
@@ -55,6 +58,7 @@ __all__ = [
     "accelerate",
     "adapters",
     "apply_lora",
+    "batch_invariant",
     "build_info",
     "decelerate",
     "explain",

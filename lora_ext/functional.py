@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped import Factors, Scaling, is_grouped, operands
+from .grouped import Factors, Scaling, check_no_gradient, is_grouped, operands
+from .invariance import refuse, row_block
 from .packed_weight import PackedWeight, prepack
 from .quantized.linear import Call, quantized_linear, quantized_product
 from .quantized.weight import QuantizedWeight
@@ -67,7 +68,8 @@ def lora_linear(
         lora_b: ``[out_features, r]`` in lora_a's dtype.
         bias: ``[out_features]`` in x's dtype or float32.
         scaling: factor of the update: alpha / r, or alpha / sqrt(r) for rsLoRA. Of many adapters
-            one for all, or one each: a sequence, or a float32 tensor ``[adapters]`` on x's device.
+            one for all, or one each: a sequence, or a float32 tensor ``[adapters]`` on x's device,
+            or a float64 one with a float64 x. It has no gradient.
         dropout_p: probability in [0, 1) that an element of x is zero in the update (not in the base
             product), as PEFT's lora_dropout. The keep probability is rounded to 1/65536 and the
             kept elements are divided by the rounded value. The mask is a function of a seed that
@@ -93,8 +95,9 @@ def lora_linear(
 
     Raises:
         IndexError: an index, offs or ranks names what does not exist, where the host reads it.
-        RuntimeError: shapes, rank, devices or numbers do not fit; weight requires grad under grad
-            mode; a second backward.
+        NotImplementedError: within `lora_ext.batch_invariant`, which does not take the call.
+        RuntimeError: shapes, rank, devices or numbers do not fit; weight or scaling requires grad
+            under grad mode; a second backward.
         TypeError: a dtype does not fit, an operand is no tensor, x is nested, or scaling is no
             number.
     """
@@ -107,26 +110,21 @@ def lora_linear(
         raise _not_a_tensor("lora_linear", x=x, lora_a=lora_a, lora_b=lora_b)
     if x.is_nested:
         raise _nested("lora_linear", "x")
-    if scaling is None or isinstance(scaling, str):
-        raise TypeError(f"lora_ext.lora_linear: expected a number scaling, but got {scaling!r}")
+    _check_scaling("lora_linear", scaling)
     if not training:
         dropout_p = _turned_off(dropout_p)
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
     elif isinstance(weight, QuantizedWeight):
+        refuse("a quantised weight")
         seed = draw_seed(x.device) if dropout_p > 0.0 else None
         call = Call(weight, scaling, dropout_p, seed)
         return quantized_linear(call, x, (lora_a,), (lora_b,), bias)
     elif not isinstance(weight, Tensor):
         raise _not_a_tensor("lora_linear", weight=weight)
-    if dropout_p == 0.0:
-        return _forward(
-            x, weight, lora_a, lora_b, bias, scaling, 0.0, None, 0, 0, False, packed, packed_t
-        )
-    seed = draw_seed(x.device)
-    return _forward(
-        x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, 0, 0, False, packed, packed_t
-    )
+    seed = None if dropout_p == 0.0 else draw_seed(x.device)
+    rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
+    return _forward(x, weight, lora_a, lora_b, bias, scaling, *rest)
 
 
 def _linear_of_many(
@@ -141,6 +139,7 @@ def _linear_of_many(
     *groups: Tensor | None,
 ) -> Tensor:
     packed = packed_t = None
+    refuse("an adapter for each row")
     if not isinstance(x, Tensor):
         raise _not_a_tensor("lora_linear", x=x)
     if x.is_nested:
@@ -204,9 +203,12 @@ def lora_update(
 
     Raises:
         IndexError: an index, offs or ranks names what does not exist, where the host reads it.
-        RuntimeError: shapes, rank, devices or numbers do not fit; a second backward.
+        NotImplementedError: within `lora_ext.batch_invariant`.
+        RuntimeError: shapes, rank, devices or numbers do not fit; scaling requires grad under grad
+            mode; a second backward.
         TypeError: a dtype does not fit, an operand is no tensor or nested, or scaling is no number.
     """
+    refuse("lora_update, onto what another base returned")
     many = is_grouped(index, offs, ranks)
     one = () if many else (("lora_a", lora_a), ("lora_b", lora_b))
     for name, tensor in (("y", y), ("x", x), *one):
@@ -221,8 +223,7 @@ def lora_update(
         return _grouped_update(
             y, x, *factors, index, offs, ranks, dropout_p, seed, row_offset, col_offset
         )
-    if scaling is None or isinstance(scaling, str):
-        raise TypeError(f"lora_ext.lora_update: expected a number scaling, but got {scaling!r}")
+    _check_scaling("lora_update", scaling)
     if seed is None and dropout_p > 0.0:
         seed = draw_seed(x.device)
     return _update(y, x, lora_a, lora_b, scaling, dropout_p, seed, row_offset, col_offset)
@@ -235,6 +236,14 @@ def base_linear(
     if isinstance(weight, QuantizedWeight):
         return quantized_product(x, weight, bias)
     return F.linear(x, weight.matrix if isinstance(weight, PackedWeight) else weight, bias)
+
+
+def _check_scaling(function: str, scaling: Scaling) -> None:
+    if type(scaling) is float:
+        return
+    if scaling is None or isinstance(scaling, str):
+        raise TypeError(f"lora_ext.{function}: expected a number scaling, but got {scaling!r}")
+    check_no_gradient(function, scaling)
 
 
 def _turned_off(dropout_p: float) -> float:

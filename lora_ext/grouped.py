@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "Scaling"]
+__all__ = ["Factors", "Scaling"]  # those of the public signatures
 
 Factors: TypeAlias = Tensor | Sequence[Tensor]
 Scaling: TypeAlias = float | Sequence[float] | Tensor
@@ -35,7 +35,18 @@ def operands(
     """
     first, second = _listed(function, "lora_a", lora_a), _listed(function, "lora_b", lora_b)
     adapters = len(first[0]) if len(first) == 1 and first[0].dim() == 3 else len(first)
-    return first, second, _scaling(function, scaling, adapters, x.device)
+    check_no_gradient(function, scaling)
+    return first, second, _scaling(function, scaling, adapters, x)
+
+
+def check_no_gradient(function: str, scaling: Scaling) -> None:
+    """Raises RuntimeError for a scaling that would get none."""
+    each = scaling if isinstance(scaling, list | tuple) else (scaling,)
+    if torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in each):
+        raise RuntimeError(
+            f"lora_ext.{function}: expected a scaling without gradient, but got a tensor that "
+            "requires grad; to train it, multiply lora_b by it and leave scaling at 1"
+        )
 
 
 def _listed(function: str, name: str, factors: Factors) -> list[Tensor]:
@@ -56,13 +67,17 @@ def _listed(function: str, name: str, factors: Factors) -> list[Tensor]:
     return listed
 
 
-def _scaling(function: str, scaling: Scaling, adapters: int, device: torch.device) -> Tensor:
+def _scaling(function: str, scaling: Scaling, adapters: int, x: Tensor) -> Tensor:
     if isinstance(scaling, Tensor) and scaling.dim() > 0:
         return scaling
+    kind = {
+        "dtype": torch.float64 if x.dtype is torch.float64 else torch.float32,
+        "device": x.device,
+    }
     try:
         if isinstance(scaling, Sequence):
-            return torch.tensor(scaling, dtype=torch.float32, device=device)
-        return torch.full((adapters,), float(scaling), dtype=torch.float32, device=device)
+            return torch.tensor(scaling, **kind)
+        return torch.full((adapters,), float(scaling), **kind)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"lora_ext.{function}: expected scaling to be a number, a sequence of numbers or a "

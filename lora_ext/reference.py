@@ -29,7 +29,7 @@ def lora_linear_reference(
         keep_mask: bool of x's flattened shape ``[M, in_features]``; None keeps everything.
         keep_scale: factor of kept elements, 1 / keep probability.
         index: the adapter of each row of x, -1 for none, out of the sequences lora_a and lora_b,
-            with a scaling for each: a loop over the adapters.
+            with one scaling for all or one for each: a loop over the adapters.
     """
     base = F.linear(x, weight, bias)
     return lora_update_reference(base, x, lora_a, lora_b, scaling, keep_mask, keep_scale, index)
@@ -60,7 +60,8 @@ def lora_update_reference(
         one: Any = (lora_a, lora_b, scaling)
         update = F.linear(F.linear(wide, one[0]), one[1]) * one[2]
         return (y + update).to(y.dtype)
-    adapters, each = index.reshape(-1), torch.as_tensor(scaling)
+    each = torch.as_tensor(scaling, dtype=torch.float64).expand(len(lora_a))
+    adapters = index.reshape(-1)
     inputs = wide.reshape(len(adapters), x.shape[-1])
     out = y.reshape(len(adapters), y.shape[-1])
     for g, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):

@@ -58,22 +58,27 @@ at::Tensor factor_of(const std::vector<at::Tensor>& factors, bool pool, int64_t 
 }
 
 // The adapter of one segment; its dropout has been applied.
-Update update_of(const GroupedUpdate& update, const Segment& segment, const float* scaling) {
+Update update_of(const GroupedUpdate& update, const Segment& segment, const double* scaling) {
   const bool pool = update.is_pool();
   return {factor_of(update.lora_a, pool, 0, segment), factor_of(update.lora_b, pool, 1, segment),
           scaling[segment.adapter]};
 }
 
-// drop(X) of the rows, in the adapters' dtype where something is dropped.
-at::Tensor inputs_of(const at::Tensor& x, const GroupedUpdate& update, const Rows& rows) {
+// drop(X) of the rows, for a y of some dtype: in the widest where something is dropped, so that
+// x over the probability to keep it is not rounded to a half x.
+at::Tensor inputs_of(const at::Tensor& x, const GroupedUpdate& update, at::ScalarType y,
+                     const Rows& rows) {
   at::Tensor own = rows.of(x);
   if (!update.dropout.enabled()) return own;
-  own = own.to(update.lora_a[0].scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  const at::ScalarType wide = c10::promoteTypes(update.lora_a[0].scalar_type(), y);
+  own = own.to(wide, /*non_blocking=*/false, /*copy=*/true);
   rows.drop(own, update.dropout);
   return own;
 }
 
-at::Tensor on_host(const at::Tensor& scaling) { return scaling.to(at::kCPU).contiguous(); }
+at::Tensor on_host(const at::Tensor& scaling) {
+  return scaling.to(at::TensorOptions(at::kCPU).dtype(at::kDouble)).contiguous();
+}
 
 // Where an adapter's gradient goes, if it is wanted: for a pool into the gradient of all.
 struct Gradients {
@@ -103,8 +108,9 @@ GroupedForward forward(const GroupedForwardArgs& args) {
                      at::zeros({args.x.size(0), update.max_rank()}, args.x.options().dtype(sums))};
   for (const Segment& segment : segments.list) {
     const Rows rows(segments, segment, args.x.device());
-    const Forward own = forward({inputs_of(args.x, update, rows), Base::given(rows.of(out.y)),
-                                 update_of(update, segment, scaling.const_data_ptr<float>())});
+    const Forward own =
+        forward({inputs_of(args.x, update, out.y.scalar_type(), rows), Base::given(rows.of(out.y)),
+                 update_of(update, segment, scaling.const_data_ptr<double>())});
     rows.put(out.y, own.y);
     at::Tensor s = out.s.narrow(1, 0, segment.rank);
     rows.put(s, own.s);
@@ -124,8 +130,8 @@ GroupedBackward backward(const GroupedBackwardArgs& args) {
     const bool need_a = da.wants(pool, segment), need_b = db.wants(pool, segment);
     const Rows rows(segments, segment, args.x.device());
     const Backward own = backward(
-        {rows.of(args.grad), inputs_of(args.x, update, rows), Base::given(),
-         update_of(update, segment, scaling.const_data_ptr<float>()),
+        {rows.of(args.grad), inputs_of(args.x, update, args.grad.scalar_type(), rows),
+         Base::given(), update_of(update, segment, scaling.const_data_ptr<double>()),
          rows.of(args.s.narrow(1, 0, segment.rank)).contiguous(), args.need_dx, need_a, need_b});
     if (need_a) da.put(pool, 0, segment, own.dlora_a);
     if (need_b) db.put(pool, 1, segment, own.dlora_b);

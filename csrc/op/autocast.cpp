@@ -29,6 +29,8 @@ GroupedUpdate update_for(const GroupedUpdate& update, at::ScalarType dtype,
   GroupedUpdate own = update;
   for (at::Tensor& a : own.lora_a) a = adapter_for(a, dtype, device);
   for (at::Tensor& b : own.lora_b) b = adapter_for(b, dtype, device);
+  own.scaling =
+      update.scaling.scalar_type() == at::kDouble ? update.scaling.to(at::kFloat) : update.scaling;
   return own;
 }
 
@@ -39,11 +41,12 @@ Base cast(const Base& base) {
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>
-at::Tensor lora_linear_autocast(const at::Tensor& x, const Base& base, const Update& update) {
+at::Tensor lora_linear_autocast(const at::Tensor& x, const Base& base, const Update& update,
+                                int64_t row_block) {
   const c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
   return ops::lora_linear(at::autocast::cached_cast(dtype, x, device), cast(base),
-                          update_for(update, dtype, device));
+                          update_for(update, dtype, device), row_block);
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>

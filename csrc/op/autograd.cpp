@@ -19,16 +19,16 @@ namespace {
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
   // Positions of the differentiable inputs among forward's arguments: tensors apart from the values
   // that hold them, where torch finds them.
-  enum Input { kX = 0, kBase = 1, kLoraA = 2, kLoraB = 3, kBias = 4, kNumInputs = 7 };
+  enum Input { kX = 0, kBase = 1, kLoraA = 2, kLoraB = 3, kBias = 4, kNumInputs = 8 };
 
   // base_tensor: the frozen weight, or the given y.
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
                             const at::Tensor& /*base_tensor*/, const at::Tensor& lora_a,
                             const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
-                            const Base& base, const Update& update) {
+                            const Base& base, const Update& update, int64_t row_block) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, s] = base.is_given() ? ops::lora_update_forward(base.y, x, update)
-                                  : ops::lora_linear_forward(x, base, update);
+                                  : ops::lora_linear_forward(x, base, update, row_block);
     const DropoutArgs& dropout = update.dropout;
     ctx->save_for_backward(
         {x, base.weight, lora_a, lora_b, s, dropout.seed.value_or(at::Tensor())});
@@ -38,6 +38,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     ctx->saved_data["col_offset"] = dropout.col_offset;
     ctx->saved_data["cast_weight"] = base.cast_weight;
     ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["row_block"] = row_block;
     save_pack(ctx, base);
     return y;
   }
@@ -66,17 +67,20 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
       return out;
     }
     const bool need_dbias = data["has_bias"].toBool() && ctx->needs_input_grad(kBias);
-    std::tie(out[kX], out[kLoraA], out[kLoraB], out[kBias]) = ops::lora_linear_backward(
-        grad, x, base, update, s, {need_dx, need_da, need_db, need_dbias});
+    std::tie(out[kX], out[kLoraA], out[kLoraB], out[kBias]) =
+        ops::lora_linear_backward(grad, x, base, update, s, {need_dx, need_da, need_db, need_dbias},
+                                  data["row_block"].toInt());
     return out;
   }
 };
 
-at::Tensor call_of(const at::Tensor& x, const Base& base, const Update& update) {
-  return base.is_given() ? ops::lora_update(base.y, x, update) : ops::lora_linear(x, base, update);
+at::Tensor call_of(const at::Tensor& x, const Base& base, const Update& update, int64_t row_block) {
+  return base.is_given() ? ops::lora_update(base.y, x, update)
+                         : ops::lora_linear(x, base, update, row_block);
 }
 
-at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update) {
+at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update,
+                    int64_t row_block) {
   const at::Tensor& base_tensor = base.is_given() ? base.y : base.weight;
   const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
   const std::optional<at::Tensor>& bias = base.bias;
@@ -87,24 +91,24 @@ at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update)
     if (x.requires_grad() || base_tensor.requires_grad() || lora_a.requires_grad() ||
         lora_b.requires_grad() || wants_grad(bias)) {
       check_transforms(base);
-      return LoraFunction::apply(x, base_tensor, lora_a, lora_b, bias, base, update);
+      return LoraFunction::apply(x, base_tensor, lora_a, lora_b, bias, base, update, row_block);
     }
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return call_of(x, base, update);
+  return call_of(x, base, update, row_block);
 }
 
 at::Tensor lora_update_autograd(const at::Tensor& y, const at::Tensor& x, const Update& update) {
-  return autograd(x, Base::given(y), update);
+  return autograd(x, Base::given(y), update, 0);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_autograd(
     const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
-    const at::Tensor& s, std::array<bool, 4> output_mask) {
+    const at::Tensor& s, std::array<bool, 4> output_mask, int64_t row_block) {
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = ops::lora_linear_backward(grad, x, base, update, s, output_mask);
+    out = ops::lora_linear_backward(grad, x, base, update, s, output_mask, row_block);
   }
   if (at::GradMode::is_enabled()) {
     auto& [dx, da, db, dbias] = out;

@@ -10,45 +10,51 @@
 
 namespace lora_ext::flat {
 
-using LoraLinear = at::Tensor(const at::Tensor& x, const Base& base, const Update& update);
+using LoraLinear = at::Tensor(const at::Tensor& x, const Base& base, const Update& update,
+                              int64_t row_block);
 template <LoraLinear kernel>
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                        const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
                        double scaling, double dropout_p, const std::optional<at::Tensor>& seed,
                        c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
                        const std::optional<at::Tensor>& packed,
-                       const std::optional<at::Tensor>& packed_t) {
+                       const std::optional<at::Tensor>& packed_t, int64_t row_block) {
   return kernel(
       x, {weight, bias, cast_weight, packed, packed_t},
-      {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}});
+      {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}},
+      row_block);
 }
 
 using LoraLinearForward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& x, const Base& base,
-                                                             const Update& update);
+                                                             const Update& update,
+                                                             int64_t row_block);
 template <LoraLinearForward kernel>
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const std::optional<at::Tensor>& bias, double scaling,
     double dropout_p, const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
-    c10::SymInt col_offset, bool cast_weight, const std::optional<at::Tensor>& packed) {
+    c10::SymInt col_offset, bool cast_weight, const std::optional<at::Tensor>& packed,
+    int64_t row_block) {
   return kernel(
       x, {weight, bias, cast_weight, packed},
-      {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}});
+      {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}},
+      row_block);
 }
 
 using LoraLinearBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
-    const at::Tensor& s, std::array<bool, 4> output_mask);
+    const at::Tensor& s, std::array<bool, 4> output_mask, int64_t row_block);
 template <LoraLinearBackward kernel>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const at::Tensor& s, double scaling, double dropout_p,
     const std::optional<at::Tensor>& seed, c10::SymInt row_offset, c10::SymInt col_offset,
-    bool cast_weight, const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask) {
+    bool cast_weight, const std::optional<at::Tensor>& packed_t, std::array<bool, 4> output_mask,
+    int64_t row_block) {
   return kernel(
       grad, x, {weight, {}, cast_weight, {}, packed_t},
       {lora_a, lora_b, scaling, {dropout_p, seed, std::move(row_offset), std::move(col_offset)}}, s,
-      output_mask);
+      output_mask, row_block);
 }
 
 using LoraUpdate = at::Tensor(const at::Tensor& y, const at::Tensor& x, const Update& update);

@@ -90,8 +90,11 @@ void check_groups(const char* op, const at::Tensor& x, const GroupedUpdate& upda
     check_int32(op, "ranks", *update.ranks, x);
     check_one_per_adapter(op, "ranks", *update.ranks, adapters);
   }
-  EXPECT_TYPE(update.scaling.scalar_type() == at::kFloat,
-              "expected scaling of dtype float32, but got ", update.scaling.scalar_type());
+  const at::ScalarType scaling = update.scaling.scalar_type();
+  const bool may_be_double = x.scalar_type() == at::kDouble;
+  EXPECT_TYPE(scaling == at::kFloat || (may_be_double && scaling == at::kDouble),
+              "expected scaling of dtype float32", may_be_double ? " or float64" : "", ", but got ",
+              scaling);
   check_one_per_adapter(op, "scaling", update.scaling, adapters);
   check_same_device(op, "scaling", update.scaling, x);
 }

@@ -15,20 +15,22 @@ at::Tensor gradient_of(const at::Tensor& tensor, bool wanted) {
 }
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward_meta(const at::Tensor& x, const Base& base,
-                                                            const Update& update) {
+                                                            const Update& update,
+                                                            int64_t /*row_block*/) {
   check_forward(x, base, update);
   return {
       unfilled(sym_with_last(x, base.weight.sym_size(0)), x, x.scalar_type()),
       unfilled({sym_rows(x), update.lora_a.sym_size(0)}, x, accumulation_dtype(x.scalar_type()))};
 }
 
-at::Tensor lora_linear_meta(const at::Tensor& x, const Base& base, const Update& update) {
-  return std::get<0>(lora_linear_forward_meta(x, base, update));
+at::Tensor lora_linear_meta(const at::Tensor& x, const Base& base, const Update& update,
+                            int64_t row_block) {
+  return std::get<0>(lora_linear_forward_meta(x, base, update, row_block));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_meta(
     const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
-    const at::Tensor& s, std::array<bool, 4> output_mask) {
+    const at::Tensor& s, std::array<bool, 4> output_mask, int64_t /*row_block*/) {
   check_backward(grad, x, base, update, s);
   at::Tensor dbias;
   if (output_mask[3]) {

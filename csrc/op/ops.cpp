@@ -17,18 +17,19 @@ TORCH_LIBRARY(lora_ext, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, "
       "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, SymInt row_offset=0, "
-      "SymInt col_offset=0, bool cast_weight=False, Tensor? packed=None, Tensor? packed_t=None) "
-      "-> Tensor",
+      "SymInt col_offset=0, bool cast_weight=False, Tensor? packed=None, Tensor? packed_t=None, "
+      "int row_block=0) -> Tensor",
       tags);
   m.def(
       "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
       "float scaling, float dropout_p, Tensor? seed, SymInt row_offset, SymInt col_offset, "
-      "bool cast_weight, Tensor? packed) -> (Tensor, Tensor)",
+      "bool cast_weight, Tensor? packed, int row_block=0) -> (Tensor, Tensor)",
       tags);
   m.def(
       "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
       "Tensor s, float scaling, float dropout_p, Tensor? seed, SymInt row_offset, "
-      "SymInt col_offset, bool cast_weight, Tensor? packed_t, bool[4] output_mask) "
+      "SymInt col_offset, bool cast_weight, Tensor? packed_t, bool[4] output_mask, int "
+      "row_block=0) "
       "-> (Tensor, Tensor, Tensor, Tensor)",
       tags);
   m.def(
@@ -50,30 +51,30 @@ TORCH_LIBRARY(lora_ext, m) {
       tags);
 }
 
-at::Tensor lora_linear(const at::Tensor& x, const Base& base, const Update& u) {
+at::Tensor lora_linear(const at::Tensor& x, const Base& base, const Update& u, int64_t row_block) {
   static const auto op = find<decltype(flat::lora_linear<nullptr>)>("lora_ext::lora_linear");
   return op.call(x, base.weight, u.lora_a, u.lora_b, base.bias, u.scaling, u.dropout.p,
                  u.dropout.seed, u.dropout.row_offset, u.dropout.col_offset, base.cast_weight,
-                 base.packed, base.packed_t);
+                 base.packed, base.packed_t, row_block);
 }
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const at::Tensor& x, const Base& base,
-                                                       const Update& u) {
+                                                       const Update& u, int64_t row_block) {
   static const auto op =
       find<decltype(flat::lora_linear_forward<nullptr>)>("lora_ext::lora_linear_forward");
   return op.call(x, base.weight, u.lora_a, u.lora_b, base.bias, u.scaling, u.dropout.p,
                  u.dropout.seed, u.dropout.row_offset, u.dropout.col_offset, base.cast_weight,
-                 base.packed);
+                 base.packed, row_block);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& u,
-    const at::Tensor& s, std::array<bool, 4> output_mask) {
+    const at::Tensor& s, std::array<bool, 4> output_mask, int64_t row_block) {
   static const auto op =
       find<decltype(flat::lora_linear_backward<nullptr>)>("lora_ext::lora_linear_backward");
   return op.call(grad, x, base.weight, u.lora_a, u.lora_b, s, u.scaling, u.dropout.p,
                  u.dropout.seed, u.dropout.row_offset, u.dropout.col_offset, base.cast_weight,
-                 base.packed_t, output_mask);
+                 base.packed_t, output_mask, row_block);
 }
 
 at::Tensor lora_update(const at::Tensor& y, const at::Tensor& x, const Update& u) {

@@ -28,52 +28,82 @@ void in_granules(int64_t size, int64_t granule, int64_t work, const Run& run) {
   });
 }
 
-at::Tensor shrink(const SkinnyKernels& kernels, const ForwardArgs& args) {
-  const AdapterView a = view_of(args.update.lora_a, 0);
-  const DropoutArgs& dropout = args.update.dropout;
-  const int64_t rows = args.x.size(0), work = (rows + kReadRows) * a.rank * a.cols;
-  at::Tensor s = at::empty({rows, a.rank}, args.x.options().dtype(at::kFloat));
-  ShrinkArgs shrink{args.x.const_data_ptr(),
-                    dtype_of(args.x.scalar_type()),
-                    args.x.stride(0),
-                    a.cols,
-                    a.rank,
-                    nullptr,
-                    false,
-                    static_cast<float>(dropout.enabled() ? dropout.keep_scale() : 1.0),
-                    s.mutable_data_ptr<float>(),
-                    dropout_of(dropout)};
-  if (rows > 1) {
-    in_granules(rows, 1, work, [&](Range range) { kernels.shrink_few(shrink, a, range); });
-    return s;
-  }
-  in_granules(a.rank, kRankGranule, work, [&](Range ranks) {
-    ShrinkArgs own = shrink;
-    own.rank = ranks.end - ranks.begin, own.t += ranks.begin;
-    kernels.shrink_few(own, part_of(a, ranks, {0, a.cols}), {0, 1});
-  });
-  return s;
+double keep_scale_of(const DropoutArgs& dropout) {
+  return dropout.enabled() ? dropout.keep_scale() : 1.0;
 }
 
-void expand(const SkinnyKernels& kernels, const at::Tensor& y, const at::Tensor& s,
-            const Update& update) {
-  const AdapterView b = view_of(update.lora_b, 1);
-  const int64_t rows = y.size(0), work = (rows + kReadRows) * b.rank * b.cols;
-  in_granules(b.cols, kColumnGranule, work, [&](Range columns) {
+// scale * drop(p) Q for the adapter view Q: S and dS, [rows, rank] in float.
+at::Tensor shrink_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const AdapterView& q,
+                         double scale, const Dropout& dropout) {
+  const int64_t rows = p.size(0), work = (rows + kReadRows) * q.rank * q.cols;
+  at::Tensor t = at::empty({rows, q.rank}, p.options().dtype(at::kFloat));
+  const ShrinkArgs args{p.const_data_ptr(),
+                        dtype_of(p.scalar_type()),
+                        p.stride(0),
+                        q.cols,
+                        q.rank,
+                        nullptr,
+                        false,
+                        static_cast<float>(scale),
+                        t.mutable_data_ptr<float>(),
+                        dropout};
+  if (rows > 1) {
+    in_granules(rows, 1, work, [&](Range range) { kernels.shrink_few(args, q, range); });
+    return t;
+  }
+  in_granules(q.rank, kRankGranule, work, [&](Range ranks) {
+    ShrinkArgs own = args;
+    own.rank = ranks.end - ranks.begin, own.t += ranks.begin;
+    kernels.shrink_few(own, part_of(q, ranks, {0, q.cols}), {0, 1});
+  });
+  return t;
+}
+
+// y += scale * mask * (t U) for the adapter view U.
+void expand_few(const SkinnyKernels& kernels, const at::Tensor& y, const at::Tensor& t,
+                const AdapterView& u, double scale, const Dropout& dropout) {
+  const int64_t rows = y.size(0), work = (rows + kReadRows) * u.rank * u.cols;
+  in_granules(u.cols, kColumnGranule, work, [&](Range columns) {
     const int64_t cols = columns.end - columns.begin;
+    Dropout own = dropout;
+    own.col_offset += columns.begin;
     const ExpandArgs args{
         static_cast<char*>(y.mutable_data_ptr()) + columns.begin * y.element_size(),
         dtype_of(y.scalar_type()),
         y.stride(0),
         cols,
-        b.rank,
+        u.rank,
         nullptr,
         false,
-        static_cast<float>(update.scaling),
-        s.const_data_ptr<float>(),
-        Dropout{}};
-    kernels.expand_few(args, part_of(b, {0, b.rank}, columns), {0, rows});
+        static_cast<float>(scale),
+        t.const_data_ptr<float>(),
+        own};
+    kernels.expand_few(args, part_of(u, {0, u.rank}, columns), {0, rows});
   });
+}
+
+// scale * t^T drop(p), of a factor's sizes and dtype; rank_dim is where its rank is.
+at::Tensor wgrad_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& t,
+                        const at::Tensor& factor, int64_t rank_dim, double scale,
+                        const Dropout& dropout) {
+  at::Tensor g = at::empty(factor.sizes(), factor.options());
+  const WgradArgs args{p.const_data_ptr(),
+                       dtype_of(p.scalar_type()),
+                       p.stride(0),
+                       p.size(0),
+                       t.size(1),
+                       t.const_data_ptr(),
+                       static_cast<float>(scale),
+                       g.mutable_data_ptr(),
+                       dtype_of(g.scalar_type()),
+                       g.stride(rank_dim),
+                       g.stride(1 - rank_dim),
+                       dropout};
+  // It reads little and writes a factor.
+  const int64_t work = (p.size(0) + kReadRows) * t.size(1) * p.size(1);
+  in_granules(p.size(1), kernels.col_granule, work,
+              [&](Range columns) { kernels.wgrad(args, ExpandArgs{}, columns); });
+  return g;
 }
 
 }  // namespace
@@ -83,13 +113,38 @@ bool lie_for_few_rows(const Update& update) {
   return (a.col_pitch == 1 || a.rank_pitch == 1) && b.rank_pitch == 1;
 }
 
+// Vectors for bfloat16, too: an AMX tile has 32 rows.
 Forward forward_few_rows(const ForwardArgs& args) {
-  // Vectors for bfloat16, too: an AMX tile has 32 rows.
   const SkinnyKernels& kernels = *kernels_for_few_rows();
+  const Update& update = args.update;
   const at::Tensor y = base_forward(args.x, args.base);
-  const at::Tensor s = shrink(kernels, args);
-  expand(kernels, y, s, args.update);
+  const at::Tensor s = shrink_of_few(kernels, args.x, view_of(update.lora_a, 0),
+                                     keep_scale_of(update.dropout), dropout_of(update.dropout));
+  expand_few(kernels, y, s, view_of(update.lora_b, 1), update.scaling, Dropout{});
   return {y, s};
+}
+
+Backward backward_few_rows(const BackwardArgs& args) {
+  const SkinnyKernels& kernels = *kernels_for_few_rows();
+  const Update& update = args.update;
+  const double keep_scale = keep_scale_of(update.dropout);
+  const Dropout dropout = dropout_of(update.dropout);
+  Backward out;
+  if (args.need_dlora_b) {
+    out.dlora_b =
+        wgrad_of_few(kernels, args.grad, args.s, update.lora_b, 1, update.scaling, Dropout{});
+  }
+  if (!args.need_dx && !args.need_dlora_a) return out;
+  const at::Tensor ds =
+      shrink_of_few(kernels, args.grad, view_of(update.lora_b, 1), update.scaling, Dropout{});
+  if (args.need_dx) {
+    out.dx = base_backward(args.grad, args.x, args.base);
+    expand_few(kernels, out.dx, ds, view_of(update.lora_a, 0), keep_scale, dropout);
+  }
+  if (args.need_dlora_a) {
+    out.dlora_a = wgrad_of_few(kernels, args.x, ds, update.lora_a, 0, keep_scale, dropout);
+  }
+  return out;
 }
 
 }  // namespace lora_ext::cpu

@@ -19,11 +19,16 @@
 namespace lora_ext::cpu {
 namespace {
 
-// Packing the adapters costs rank * (K + N) whatever the rows; below these bounds it costs more
-// than the passes save. Measured at K = N = 1024 and 4096 with 1 and 16 rows, ranks 16 and 64.
-constexpr int64_t kMinRows = 8;
-constexpr int64_t kMinRowsOfHighRank = 48;
+// Packing the adapters costs rank * (K + N) whatever the rows. Up to these rows it costs more than
+// the passes save, and the factors are read as they lie. Measured at K = N = 1024 and 4096 with 1
+// and 16 rows, ranks 16 and 64.
+constexpr int64_t kFewForwardRows = 16;
+constexpr int64_t kFewBackwardRows = 7;
+constexpr int64_t kFewRowsOfHighRank = 32;
 constexpr int64_t kHighRank = 32;
+
+// Above, torch's products of bfloat16 are faster where the processor has such.
+constexpr int64_t kHighestRankOfBFloat16 = 96;
 
 template <class Bytes, class Pack>
 at::Tensor packed(const AdapterView& view, Bytes bytes, Pack pack) {
@@ -120,62 +125,76 @@ void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& 
                   [&](Range range) { kernels.wgrad(args, expand, range); });
 }
 
-// Why the vector code has no kernels for a call of any size; passes over bfloat16 read no float16
-// adapters, which come with them only where x and y are of two half types.
-std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank) {
+// Whether the processor has products of bfloat16, which the library's use and the vector code of
+// AVX-512 does not.
+bool has_bfloat16_products() {
+#if defined(__x86_64__)
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
+// Why the library computes a call; passes over bfloat16 read no float16 adapters, which come with
+// them only where x and y are of two half types.
+std::string reason_for_library(at::ScalarType x, at::ScalarType y, at::ScalarType adapters,
+                               int64_t rank) {
   if (x == at::kDouble || y == at::kDouble) return "float64 takes the library route";
-  if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";
+  const SkinnyKernels* kernels = kernels_for(dtype_of(x));
+  if (kernels == nullptr) return "the library route was asked for";
   if (rank > kMaxRank) return "rank above " + std::to_string(kMaxRank);
-  return is_half(y) && is_half(x) && x != y ? "x and y of two half types" : "";
-}
-
-// Whether packing the adapters pays.
-bool packs(int64_t rows, int64_t rank) {
-  return rows >= (rank > kHighRank ? kMinRowsOfHighRank : kMinRows);
-}
-
-// nullopt where the library computes the call.
-std::optional<Passes> passes_of(const at::Tensor& x, at::ScalarType y, const Update& update) {
-  if (!packs(x.size(0), update.rank()) ||
-      !reason_for_library(x.scalar_type(), y, update.rank()).empty()) {
-    return std::nullopt;
+  if (is_half(y) && is_half(x) && x != y) return "x and y of two half types";
+  if (adapters == at::kBFloat16 && rank > kHighestRankOfBFloat16 && has_bfloat16_products() &&
+      kernels == avx512_kernels()) {
+    return "bfloat16 adapters of a rank above " + std::to_string(kHighestRankOfBFloat16);
   }
-  return Passes{kernels_for(dtype_of(x.scalar_type())), kernels_for(dtype_of(y))};
+  return "";
+}
+
+bool is_few(int64_t rows, int64_t most, const Update& update) {
+  return rows <= (update.rank() > kHighRank ? kFewRowsOfHighRank : most) &&
+         lie_for_few_rows(update);
+}
+
+bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& update) {
+  return !reason_for_library(x.scalar_type(), y, update.lora_a.scalar_type(), update.rank())
+              .empty();
+}
+
+Passes passes_of(const at::Tensor& x, at::ScalarType y) {
+  return {kernels_for(dtype_of(x.scalar_type())), kernels_for(dtype_of(y))};
 }
 
 }  // namespace
 
-std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x) {
-  const std::string reason = reason_for_library(x, x, rank);
-  if (!reason.empty() || rows <= kFewForwardRows || packs(rows, rank)) return reason;
-  return "fewer than " + std::to_string(kMinRowsOfHighRank) + " rows with a rank above " +
-         std::to_string(kHighRank);
+std::string library_reason(at::ScalarType x, at::ScalarType adapters, int64_t rank) {
+  return reason_for_library(x, x, adapters, rank);
 }
 
 Forward forward(const ForwardArgs& args) {
-  if (args.x.size(0) <= kFewForwardRows && lie_for_few_rows(args.update) &&
-      reason_for_library(args.x.scalar_type(), args.y_dtype(), args.update.rank()).empty()) {
-    return forward_few_rows(args);
-  }
-  const std::optional<Passes> passes = passes_of(args.x, args.y_dtype(), args.update);
-  if (!passes) return library_route::forward(args);
+  if (takes_library(args.x, args.y_dtype(), args.update)) return library_route::forward(args);
+  if (is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
+  const Passes passes = passes_of(args.x, args.y_dtype());
   at::Tensor y = base_forward(args.x, args.base);
   const double keep_scale = args.update.dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
-  at::Tensor s = shrink(*passes->over_x, args.x, view_of(args.update.lora_a, 0), keep_scale,
+  at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.lora_a, 0), keep_scale,
                         dropout_of(args.update.dropout));
-  expand(*passes->over_y, y, s, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
+  expand(*passes.over_y, y, s, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
   return {y, s};
 }
 
 Backward backward(const BackwardArgs& args) {
-  const std::optional<Passes> passes = passes_of(args.x, args.grad.scalar_type(), args.update);
-  if (!passes) return library_route::backward(args);
+  const at::ScalarType y = args.grad.scalar_type();
+  if (takes_library(args.x, y, args.update)) return library_route::backward(args);
+  if (is_few(args.x.size(0), kFewBackwardRows, args.update)) return backward_few_rows(args);
+  const Passes passes = passes_of(args.x, y);
   Backward out;
   const ExpandArgs no_expand{};
   if (args.need_dx) out.dx = base_backward(args.grad, args.x, args.base);
   if (args.need_dlora_b) {
     out.dlora_b = at::empty(args.update.lora_b.sizes(), args.update.lora_b.options());
-    wgrad(*passes->over_y, args.grad, args.s, out.dlora_b, 1, args.update.scaling, Dropout{},
+    wgrad(*passes.over_y, args.grad, args.s, out.dlora_b, 1, args.update.scaling, Dropout{},
           no_expand);
   }
   if (!args.need_dx && !args.need_dlora_a) return out;
@@ -183,22 +202,21 @@ Backward backward(const BackwardArgs& args) {
   const Dropout dropout = dropout_of(args.update.dropout);
   const double keep_scale = dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
   const AdapterView lora_a = view_of(args.update.lora_a, 0);
-  const at::Tensor ds = shrink(*passes->over_y, args.grad, view_of(args.update.lora_b, 1),
+  const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.lora_b, 1),
                                args.update.scaling, Dropout{});
   if (!args.need_dlora_a) {
-    expand(*passes->over_x, out.dx, ds, lora_a, keep_scale, dropout);
+    expand(*passes.over_x, out.dx, ds, lora_a, keep_scale, dropout);
     return out;
   }
   out.dlora_a = at::empty(args.update.lora_a.sizes(), args.update.lora_a.options());
   if (!args.need_dx) {
-    wgrad(*passes->over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout, no_expand);
+    wgrad(*passes.over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout, no_expand);
     return out;
   }
   const at::Tensor panel =
-      packed(lora_a, passes->over_x->expand_panel_bytes, passes->over_x->pack_expand);
-  const at::Tensor rows_t =
-      packed_t(passes->over_x->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
-  wgrad(*passes->over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout,
+      packed(lora_a, passes.over_x->expand_panel_bytes, passes.over_x->pack_expand);
+  const at::Tensor rows_t = packed_t(passes.over_x->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
+  wgrad(*passes.over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout,
         expand_args(out.dx, rows_t, panel, lora_a, keep_scale, dropout));
   return out;
 }

@@ -7,8 +7,8 @@
 
 namespace lora_ext::cpu {
 
-// Why a forward takes the library route, or an empty string when the vector kernels take it.
-std::string library_reason(int64_t rows, int64_t rank, at::ScalarType x);
+// Why a call takes the library route, or an empty string when the vector kernels take it.
+std::string library_reason(at::ScalarType x, at::ScalarType adapters, int64_t rank);
 
 Forward forward(const ForwardArgs& args);
 Backward backward(const BackwardArgs& args);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
+from ..invariance import refuse
 from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
 from .routing import Routes, places_of, routes_of
@@ -40,6 +41,7 @@ def lora_experts(
     Returns:
         ``[T, H]`` in x's dtype.
     """
+    refuse("experts")
     count = experts.up.shape[0]
     routes = routes_of(top_k_index, count)
     slots = top_k_index.shape[-1]

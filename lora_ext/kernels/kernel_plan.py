@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _C
 from ..device import indexed
 from ..dtypes import HALVES
+from ..invariance import invariance_note
 
 # Compute capability times 10, SMs, and bytes of shared memory: of an SM, of a block at most.
 CARDS = {
@@ -136,12 +137,11 @@ def explain_call(
 ) -> CallPlan:
     """How ``lora_linear(x, weight, lora_a, lora_b, dropout_p=...)`` computes, and its backward."""
     x, weight, lora_a, lora_b = (t.detach() for t in (_flat(x), weight, lora_a, lora_b))
-    rows, rank = x.shape[0], lora_a.shape[0]
+    rank = lora_a.shape[0]
     if x.device.type == "cpu":
-        reason = _C.cpu_library_reason(rows, rank, x.dtype)
-        return CallPlan(
-            None, None, cpu=f"library: {reason}" if reason else f"{_C.cpu_isa()} kernels"
-        )
+        reason = _C.cpu_library_reason(x.dtype, lora_a.dtype, rank)
+        path = f"library: {reason}" if reason else f"{_C.cpu_isa()} kernels"
+        return CallPlan(None, None, cpu=f"{path}{invariance_note()}")
     if x.device.type != "cuda" or not _C.with_cuda:
         return CallPlan(None, None, cpu=f"library: no kernels for {x.device} in this build")
     return explain_cuda_call(x, weight, lora_a, lora_b, dropout_p)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..invariance import refuse
 from . import initialize
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
@@ -80,6 +81,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if self.computes_base:
             return self._look_up(input, self.base_operands()[0])
         y = self._look_up(input, self.base_operands()[0])
+        refuse("an embedding")
         for name in self.added_adapters:
             lora_a, lora_b = self._checked_factors(name)
             # A sparse gradient could not pass the transposition.

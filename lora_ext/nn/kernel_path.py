@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..invariance import invariance_note
 from ..kernels.kernel_plan import problem_of
 from ..packed_weight import PackedWeight
 from .updates import Update
@@ -32,13 +33,13 @@ def kernel_path(
     if weight.device.type == "cuda" and _C.with_cuda:
         return _cuda_path(weight, updates, rows, rank)
     if weight.device.type == "cpu":
-        reason = _C.cpu_library_reason(rows, rank, weight.dtype)
+        reason = _C.cpu_library_reason(weight.dtype, updates[0].lora_a.dtype, rank)
     else:
         reason = f"{weight.device.type}: torch's products compute base and update"
     if reason:
-        return "library", reason
-    path, note = "fused", ""
-    if isinstance(operand, PackedWeight):
+        return "library", f"{reason}{invariance_note()}"
+    path, note = "fused", invariance_note()
+    if isinstance(operand, PackedWeight) and not note:
         route, why = operand.route(rows)
         path, note = ("packed", f", {why}") if route == "packed" else ("fused", f"; {why}")
     return path, f"{_C.cpu_isa()} kernels, rank {rank}{note}"

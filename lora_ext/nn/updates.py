@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..dtypes import FLOATS, HALVES
 from ..functional import lora_update
+from ..invariance import refuse
 from .adapter_spec import MAX_RANK
 
 _is_compiling = torch.compiler.is_compiling
@@ -158,6 +159,7 @@ def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
 
 def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """The updates added to the base's y in PEFT's order: sums in the widest dtype, rounded once."""
+    refuse("updates that torch adds")
     total = base
     for update in updates:
         dropped = F.dropout(x.to(update.lora_a.dtype), update.dropout)

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dtypes import HALVES
 from ..functional import dropout_mask
+from ..invariance import refuse
 
 # Elements of a block: 1 MiB of float32, which stays in a core's cache; on a GPU, which needs more
 # to be busy, 64 MiB.
@@ -59,6 +60,7 @@ def combine(
     Returns:
         A new tensor of u's shape and dtype, or, without u, of the base's.
     """
+    refuse("DoRA or an embedding")
     part, lora_b = _at_least_float32(part), _at_least_float32(lora_b)
     if torch.compiler.is_compiling():
         return _combined(base, u, factor, F.linear(part, lora_b) * scaling)

@@ -110,6 +110,10 @@ WRONG_NUMBERS = {
         f"scaling = {value}": ({"scaling": value}, ["finite scaling"])
         for value in (math.nan, math.inf, -math.inf)
     },
+    "scaling that requires grad": (
+        {"scaling": torch.ones((), requires_grad=True)},
+        ["scaling without gradient", "requires grad", "multiply lora_b by it"],
+    ),
 }
 WRONG_DTYPES = {
     "int x": (

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import BF16, DTYPE_PAIRS, EMULATED, F16, F32, F64, leaf, pair_id, short
+from helpers import BF16, DTYPE_PAIRS, EMULATED, F16, F32, F64, leaf, max_error, pair_id, short
 from many_helpers import (
     KINDS,
     OPS,
@@ -20,7 +20,7 @@ from many_helpers import (
 from torch.autograd import gradcheck
 
 import lora_ext
-from lora_ext import _C
+from lora_ext import _C, reference
 
 # Segments of few rows, of many, of more than a piece; columns that are no multiple of anything.
 SHAPES = [(1, 40, 24), (9, 129, 95), (67, 64, 257), (450, 130, 70)]
@@ -215,6 +215,26 @@ def test_offsets_name_a_part_of_the_whole_mask(isa, device, offset):
     assert torch.equal(ours["dx"], torch.where(mask, 2 * wanted["dx"], 0))
     for g in range(2):
         assert torch.equal(ours[f"dlora_a[{g}]"], wanted[f"dlora_a[{g}]"])
+
+
+@pytest.mark.parametrize("given", [None, F64], ids=["linear", "update"])
+def test_float64_keeps_the_scaling(device, given):
+    """Which float32 would round: a number, the default, one each."""
+    many = make_many(20, 16, 24, (2, 3), (F64, F64), device, given=given)
+    name = "lora_update" if given else "lora_linear"
+    each = torch.tensor([0.1, 0.3], dtype=F64, device=device)
+    for scaling in ({"scaling": 0.1}, {}, {"scaling": [0.1, 0.3]}, {"scaling": each}):
+        arguments = many.arguments
+        del arguments["scaling"]
+        ours = getattr(lora_ext, name)(**arguments, **scaling)
+        wanted = getattr(reference, f"{name}_reference")(**arguments, **scaling)
+        torch.testing.assert_close(ours, wanted, rtol=1e-14, atol=1e-14)
+
+
+def test_dropout_does_not_round_x_beside_a_wide_y(isa, device):
+    many = make_many(40, 64, 24, (2, 3), (BF16, BF16), device, given=F32)
+    ours, exact = run(many, 0.3), run_loop(many, 0.3, dtype=F64)
+    assert max_error(ours["y"], exact["y"]) <= 1e-5 * exact["y"].abs().max()
 
 
 # ---- the same bits ----

@@ -76,6 +76,14 @@ REFUSED = {
         "ranks too large": ("ranks from 0 to 5, but got 6 at 1", pool(1, 6, 2)),
     },
     RuntimeError: {
+        "scaling that requires grad": (
+            "a scaling without gradient.*multiply lora_b by it",
+            {"scaling": torch.ones(3, requires_grad=True)},
+        ),
+        "numbers that require grad": (
+            "a scaling without gradient",
+            {"scaling": [1.0, torch.ones((), requires_grad=True), 2.0]},
+        ),
         "index too short": (
             r".*one element for each of the 12 rows of x \[3, 4, 16\], but got \[3\]",
             index(0, 0, 0),

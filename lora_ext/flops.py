@@ -1,0 +1,145 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for our ops: 2 for each multiply-add of
+the base product and of the factors', as torch counts a product of matrices; nothing for dropout,
+biases and sums.
+
+    forward    rows (2 in out + 2 r (in + out))
+    backward   the same for dX, and 2 r in and 2 r out more for each of dlora_a and dlora_b
+
+Of many adapters a row counts with the rank of its own, if the index is at hand: a program that is
+traced has no numbers, and each row counts with the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
+
+_ops = torch.ops.lora_ext
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
+
+
+def _forward(x: Tensor, out: int, base: bool, ranks: int) -> int:
+    """ranks: summed over rows."""
+    in_features = x.shape[-1]
+    products = 2 * _rows(x) * in_features * out if base else 0
+    return products + 2 * ranks * (in_features + out)
+
+
+def _backward(x: Tensor, out: int, base: bool, ranks: int, ranks_a: int, ranks_b: int, dx: bool):
+    """ranks, and those of them that want a gradient of lora_a and of lora_b, summed over rows."""
+    in_features = x.shape[-1]
+    flops = 2 * _rows(x) * in_features * out if base and dx else 0
+    flops += 2 * (ranks if dx else ranks_a) * out  # dS
+    flops += 2 * ranks * in_features if dx else 0
+    return flops + 2 * ranks_a * in_features + 2 * ranks_b * out
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
+def _ranks(
+    x: Tensor, lora_a: Sequence[Tensor], index: Tensor | None, offs: Tensor | None, ranks: Any
+) -> list[int]:
+    """Of each adapter, its rank times the rows that have it."""
+    is_pool = lora_a[0].dim() == 3
+    count = len(lora_a[0]) if is_pool else len(lora_a)
+    each = [lora_a[0].shape[1]] * count if is_pool else [a.shape[0] for a in lora_a]
+    where = index if index is not None else offs
+    assert where is not None
+    if not _has_values(where) or not (ranks is None or _has_values(ranks)):
+        return [max(each) * _rows(x)] + [0] * (count - 1)
+    if ranks is not None:
+        each = ranks.tolist()
+    if index is not None:
+        index = index.flatten()
+        rows = torch.bincount(index[index >= 0].long(), minlength=count).tolist()
+    else:
+        ends = where.tolist()
+        rows = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return [rank * n for rank, n in zip(each, rows, strict=True)]
+
+
+def _wanted(ranks: list[int], wanted: Sequence[bool]) -> int:
+    wanted = list(wanted) * len(ranks) if len(wanted) == 1 else wanted
+    return sum(rank for rank, wants in zip(ranks, wanted, strict=True) if wants)
+
+
+@register_flop_formula([_ops.lora_linear, _ops.lora_linear_forward], get_raw=True)
+def _(x, weight, lora_a, *_, **__) -> int:
+    return _forward(x, weight.shape[0], True, _rows(x) * lora_a.shape[0])
+
+
+@register_flop_formula(_ops.lora_linear_backward, get_raw=True)
+def _(grad, x, weight, lora_a, *rest, **__) -> int:
+    dx, da, db, _bias = next(value for value in rest if isinstance(value, list | tuple))
+    ranks = _rows(x) * lora_a.shape[0]
+    return _backward(x, weight.shape[0], True, ranks, ranks * da, ranks * db, dx)
+
+
+@register_flop_formula([_ops.lora_update, _ops.lora_update_forward], get_raw=True)
+def _(y, x, lora_a, *_, **__) -> int:
+    return _forward(x, y.shape[-1], False, _rows(x) * lora_a.shape[0])
+
+
+@register_flop_formula(_ops.lora_update_backward, get_raw=True)
+def _(grad, x, lora_a, *rest, **__) -> int:
+    dx, da, db = rest[-1]
+    ranks = _rows(x) * lora_a.shape[0]
+    return _backward(x, grad.shape[-1], False, ranks, ranks * da, ranks * db, dx)
+
+
+@register_flop_formula([_ops.lora_linear_grouped, _ops.lora_linear_grouped_forward], get_raw=True)
+def _(x, weight, lora_a, lora_b, scaling, index=None, offs=None, ranks=None, *_, **__) -> int:
+    return _forward(x, weight.shape[0], True, sum(_ranks(x, lora_a, index, offs, ranks)))
+
+
+@register_flop_formula(_ops.lora_linear_grouped_backward, get_raw=True)
+def _(grad, x, weight, lora_a, lora_b, s, scaling, index, offs, ranks, *rest, **__) -> int:
+    (dx, _bias), wanted_a, wanted_b = rest[-3:]
+    each = _ranks(x, lora_a, index, offs, ranks)
+    wants = (_wanted(each, wanted_a), _wanted(each, wanted_b))
+    return _backward(x, weight.shape[0], True, sum(each), *wants, dx)
+
+
+@register_flop_formula([_ops.lora_update_grouped, _ops.lora_update_grouped_forward], get_raw=True)
+def _(y, x, lora_a, lora_b, scaling, index=None, offs=None, ranks=None, *_, **__) -> int:
+    return _forward(x, y.shape[-1], False, sum(_ranks(x, lora_a, index, offs, ranks)))
+
+
+@register_flop_formula(_ops.lora_update_grouped_backward, get_raw=True)
+def _(grad, x, lora_a, lora_b, s, scaling, index, offs, ranks, *rest, **__) -> int:
+    dx, wanted_a, wanted_b = rest[-3:]
+    each = _ranks(x, lora_a, index, offs, ranks)
+    wants = (_wanted(each, wanted_a), _wanted(each, wanted_b))
+    return _backward(x, grad.shape[-1], False, sum(each), *wants, dx)
+
+
+def _rows_of_experts(x: Tensor, token: Tensor | None, offs: Tensor) -> int:
+    rows = (x if token is None else token).shape[0]
+    return int(offs[-1]) if len(offs) and _has_values(offs) else rows
+
+
+@register_flop_formula(_ops.experts_forward, get_raw=True)
+def _(x, token, weight, bias, lora_a, lora_b, scalings, offs, **__) -> int:
+    experts, out, _ = weight.shape
+    x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
+    return _forward(x, out, True, len(x) * sum(a.shape[0] // experts for a in lora_a))
+
+
+@register_flop_formula(_ops.experts_backward, get_raw=True)
+def _(grad, _g, x, token, _w, weight, _b, lora_a, lora_b, _s, s, offs, wanted, **__) -> int:
+    experts, out, _ = weight.shape
+    x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
+    each = [len(x) * (a.shape[0] // experts) for a in lora_a]
+    dx, adapters = wanted[0], len(each)
+    wants = (_wanted(each, wanted[2 : 2 + adapters]), _wanted(each, wanted[2 + adapters :]))
+    return _backward(x, out, True, sum(each), *wants, dx)

@@ -1,0 +1,235 @@
+"""`lora_ext.batch_invariant`: a row of y and dX has the same bits in a batch of any size.
+
+By itself: a machine with a GPU may lack hypothesis, and is to run the other tests.
+"""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+from helpers import BF16, DTYPE_PAIRS, F32, Problem, make_problem, pair_id
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import lora_ext
+from lora_ext import LoRAConfig, batch_invariant
+from lora_ext.invariance import is_on
+
+ROWS = 2048
+
+
+def part(problem: Problem, first: int, rows: int, dropout_p: float = 0.0):
+    """(y, a function that returns dX) of some rows."""
+    where = slice(first, first + rows)
+    x = problem.x[where].clone().requires_grad_()
+    rest = (problem.bias, problem.scaling, dropout_p)
+    y = lora_ext.lora_linear(x, problem.weight, problem.lora_a, problem.lora_b, *rest)
+    return y, lambda: torch.autograd.grad(y, x, problem.grad[where])[0]
+
+
+def both(problem: Problem, first: int, rows: int):
+    y, dx = part(problem, first, rows)
+    return y, dx()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+@settings(
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    sizes=st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 130)),
+    parts=st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(1, 100)), min_size=4),
+    threads=st.sampled_from([1, 2]),
+)
+@example((256, 384, 16), [(7, 1), (40, 2), (100, 7), (3, 33)], 1)  # F.linear's own rows differ
+@example((1024, 64, 40), [(0, 1), (31, 1), (32, 1), (1000, 1000)], 2)
+def test_a_row_has_the_same_bits_in_any_batch(isa, pair, sizes, parts, threads):
+    torch.set_num_threads(threads)
+    problem = make_problem(ROWS, *sizes, pair)
+    with batch_invariant():
+        y, dx = both(problem, 0, ROWS)
+        for first, rows in parts:
+            own_y, own_dx = both(problem, first, rows)
+            assert torch.equal(own_y, y[first : first + rows]), (first, rows)
+            assert torch.equal(own_dx, dx[first : first + rows]), (first, rows)
+
+
+def test_without_it_they_differ():
+    """So that the test above would see a block that is not one."""
+    problem = make_problem(ROWS, 256, 384, 16, (F32, F32))
+    y, dx = both(problem, 0, ROWS)
+    own_y, own_dx = both(problem, 7, 1)
+    assert not (torch.equal(own_y, y[7:8]) and torch.equal(own_dx, dx[7:8]))
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("rows", [0, 1, 32, 75])
+def test_it_computes_the_same(isa, pair, rows):
+    """With dropout, whose mask goes on from block to block, and all gradients."""
+    problem = make_problem(rows, 70, 90, 9, pair)
+    runs = []
+    for mode in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
+        bias = problem.bias.clone().requires_grad_()
+        torch.manual_seed(5)
+        with batch_invariant(mode):
+            y = lora_ext.lora_linear(leaves[0], problem.weight, *leaves[1:], bias, 0.7, 0.4)
+        runs.append((y, *torch.autograd.grad(y, (*leaves, bias), problem.grad)))
+    bound = 1e-2 if pair[0].itemsize == 2 else 1e-5
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=2 * bound)
+
+
+def test_dx_follows_the_forward_in_any_thread():
+    problem = make_problem(ROWS, 256, 384, 16, (F32, F32))
+    found = []
+    with batch_invariant():
+        _, whole = part(problem, 0, ROWS)
+        _, own = part(problem, 7, 1)
+    thread = threading.Thread(target=lambda: found.append(own()))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], whole()[7:8])
+
+
+# ---- the switch ----
+
+
+def test_blocks_nest_and_a_call_holds_for_the_process():
+    seen = []
+
+    def look() -> bool:
+        thread = threading.Thread(target=lambda: seen.append(is_on()))
+        thread.start()
+        thread.join()
+        return seen[-1]
+
+    assert not is_on()
+    with batch_invariant():
+        assert is_on()
+        assert not look(), "a block is its thread's"
+        with batch_invariant(False):
+            assert not is_on()
+            with batch_invariant(True):
+                assert is_on()
+            assert not is_on()
+        assert is_on()
+    with pytest.raises(KeyError), batch_invariant():
+        raise KeyError
+    assert not is_on()
+    assert not look(), "what a block was given is not the process's"
+    try:
+        batch_invariant(True)
+        assert is_on()
+        assert look()
+        with batch_invariant(False):
+            assert not is_on()
+            assert look(), "nor is this"
+        assert is_on()
+    finally:
+        batch_invariant(False)
+    assert not is_on()
+    assert not look()
+    with pytest.raises(TypeError, match="expected True or False, but got 1"):
+        batch_invariant(1)
+
+
+def test_blocks_of_tasks_overlap():
+    """Each has its own, whoever ends first; what torch.compile reads is the thread's."""
+
+    async def task(mode: bool, turns: int) -> list[bool]:
+        with batch_invariant(mode):
+            seen = []
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                seen.append(is_on())
+        return seen
+
+    async def all_of_them():
+        return await asyncio.gather(task(True, 2), task(False, 5), task(True, 4))
+
+    assert asyncio.run(all_of_them()) == [[True] * 2, [False] * 5, [True] * 4]
+    assert not is_on()
+
+
+@pytest.mark.slow
+def test_compiled(counter, forget_graphs):
+    """The switch is guarded, and dX follows the forward."""
+    problem = make_problem(ROWS, 256, 384, 16, (F32, F32))
+    rest = (problem.weight, problem.lora_a, problem.lora_b)
+    call = torch.compile(lambda x: lora_ext.lora_linear(x, *rest), backend=counter, fullgraph=True)
+
+    def run(rows: int):
+        x = problem.x[7 : 7 + rows].clone().requires_grad_()
+        with batch_invariant():
+            y = call(x)
+        return y, torch.autograd.grad(y, x, problem.grad[7 : 7 + rows])[0]
+
+    call(problem.x[:3])
+    whole, own = run(1000), run(1)
+    for all_rows, row in zip(whole, own, strict=True):
+        assert torch.equal(all_rows[:1], row)
+
+
+# ---- what it does not take ----
+
+
+def refused(what: str):
+    return pytest.raises(NotImplementedError, match=f"batch_invariant: expected .*but got {what}")
+
+
+def test_the_rest_is_refused():
+    problem = make_problem(4, 8, 6, 2)
+    x, weight, lora_a, lora_b = problem.operands
+    index = torch.zeros(4, dtype=torch.int32)
+    y = torch.zeros(4, 6)
+    with batch_invariant():
+        with refused("an adapter for each row"):
+            lora_ext.lora_linear(x, weight, [lora_a], [lora_b], index=index)
+        with refused("lora_update"):
+            lora_ext.lora_update(y, x, lora_a, lora_b)
+        with refused("lora_update"):
+            lora_ext.lora_update(y, x, [lora_a], [lora_b], index=index)
+
+
+def test_layers_are_taken_or_refused():
+    model = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 24), nn.Linear(24, 9))
+    lora_ext.apply_lora(model, LoRAConfig(["1"], r=4))
+    lora_ext.apply_lora(model, LoRAConfig(["1"], r=3), "other")
+    lora_ext.models.set_adapter(model, ["default", "other"])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    ids = torch.arange(9)
+    with batch_invariant():
+        x = model[0](torch.arange(2000) % 9)
+        assert torch.equal(model[1](x)[:9], model[1](model[0](ids)))
+        (layer,) = lora_ext.explain(model)
+        assert layer.path == "fused"
+        assert layer.reason.endswith("rank 7; batch-invariant, in blocks of 32 rows")
+    assert "batch-invariant" not in lora_ext.explain(model)[0].reason
+    lora_ext.apply_lora(model, LoRAConfig(["0"], r=4), "third")
+    lora_ext.models.set_adapter(model, ["third"])
+    with batch_invariant(), refused("an embedding"):
+        model(ids)
+
+
+def test_peft_is_taken_or_refused():
+    peft = pytest.importorskip("peft")
+    for use_dora in (False, True):
+        base = nn.Sequential(nn.Linear(16, 24)).to(BF16)
+        config = peft.LoraConfig(r=4, target_modules=["0"], use_dora=use_dora)
+        model = lora_ext.accelerate(peft.get_peft_model(base, config))
+        nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+        x = torch.randn(200, 16, dtype=BF16)
+        with batch_invariant():
+            if use_dora:
+                with refused("DoRA"):
+                    model(x)
+            else:
+                assert torch.equal(model(x)[3:4], model(x[3:4]))
