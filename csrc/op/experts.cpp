@@ -1,6 +1,7 @@
-// What lora_ext/experts does on the CPU beside the ops of many adapters: a projection of experts that
-// have few rows each; and B of some experts, gathered as a pool, or a pool's gradient scattered.
-// Nothing of it has a gradient of its own: the passes of lora_ext/experts/projection.py call it.
+// What lora_ext/experts does on the CPU beside the ops of many adapters: a projection of experts
+// that have few rows each; and B of some experts, gathered as a pool, or a pool's gradient put into
+// B's. Nothing of it has a gradient of its own: the passes of lora_ext/experts/projection.py call
+// it.
 #include <torch/library.h>
 
 #include <array>
@@ -13,25 +14,35 @@
 namespace lora_ext {
 namespace {
 
+void check_below(const char* op, const char* what, at::IntArrayRef numbers, int64_t limit) {
+  for (const int64_t number : numbers) {
+    TORCH_CHECK_INDEX(number >= 0 && number < limit, "lora_ext.", op, ": expected numbers of ",
+                      what, " below ", limit, ", but got ", number);
+  }
+}
+
+// Numbers in one dimension, on the CPU.
+at::IntArrayRef numbers_of(const char* op, const char* name, const at::Tensor& numbers) {
+  EXPECT(numbers.scalar_type() == at::kLong && numbers.dim() == 1 && numbers.is_contiguous() &&
+             numbers.is_cpu(),
+         "expected ", name, " of int64 and one dimension, but got ", numbers.scalar_type(), " of ",
+         numbers.sizes());
+  return {numbers.const_data_ptr<int64_t>(), static_cast<size_t>(numbers.numel())};
+}
+
 void check_token(const char* op, const ExpertsArgs& args) {
   if (!args.token) {
     EXPECT(args.x.size(0) == args.rows(), "expected ", args.rows(),
            " rows of x, one for each expert named, but got ", args.x.sizes());
     return;
   }
-  const at::Tensor& token = *args.token;
-  EXPECT(token.scalar_type() == at::kLong && token.dim() == 1 && token.is_contiguous() &&
-             token.size(0) == args.rows() && token.is_cpu(),
-         "expected token of int64 and shape [", args.rows(), "], but got ", token.scalar_type(),
-         " of ", token.sizes());
-  for (int64_t m = 0; m < args.rows(); ++m) {
-    const int64_t at = token.const_data_ptr<int64_t>()[m];
-    TORCH_CHECK_INDEX(at >= 0 && at < args.x.size(0), "lora_ext.", op, ": expected tokens below ",
-                      args.x.size(0), ", but got ", at);
-  }
+  const at::IntArrayRef tokens = numbers_of(op, "token", *args.token);
+  EXPECT(static_cast<int64_t>(tokens.size()) == args.rows(), "expected ", args.rows(),
+         " tokens, one for each expert named, but got ", tokens.size());
+  check_below(op, "tokens", tokens, args.x.size(0));
 }
 
-void check_factor(const char* op, const char* name, const at::Tensor& factor,
+void check_matrix(const char* op, const char* name, const at::Tensor& factor,
                   at::IntArrayRef shape) {
   const at::ScalarType dtype = factor.scalar_type();
   EXPECT_TYPE(is_half(dtype) || dtype == at::kFloat, "expected ", name,
@@ -40,7 +51,7 @@ void check_factor(const char* op, const char* name, const at::Tensor& factor,
          " contiguous, of shape ", shape, ", but got ", factor.sizes());
 }
 
-void check(const char* op, const ExpertsArgs& args) {
+void check_few_rows(const char* op, const ExpertsArgs& args) {
   const at::Tensor &x = args.x, &weight = args.weight;
   EXPECT(weight.dim() == 3 && weight.size(0) > 0 && weight.is_cpu() &&
              (weight.stride(1) == 1 || weight.stride(2) == 1),
@@ -53,12 +64,9 @@ void check(const char* op, const ExpertsArgs& args) {
   const int64_t experts = weight.size(0), out = weight.size(1), in = weight.size(2);
   EXPECT(x.dim() == 2 && x.size(1) == in && x.stride(1) == 1 && x.is_cpu(),
          "expected x of shape [rows, ", in, "], contiguous along its columns, but got ", x.sizes());
-  for (const int64_t expert : args.experts) {
-    TORCH_CHECK_INDEX(expert >= 0 && expert < experts, "lora_ext.", op,
-                      ": expected numbers of experts below ", experts, ", but got ", expert);
-  }
+  check_below(op, "experts", args.experts, experts);
   check_token(op, args);
-  if (args.bias) check_factor(op, "bias", *args.bias, {experts, out});
+  if (args.bias) check_matrix(op, "bias", *args.bias, {experts, out});
   const size_t adapters = args.lora_a.size();
   EXPECT(args.lora_b.size() == adapters && args.scalings.size() == adapters,
          "expected as many of lora_a, lora_b and scalings, but got ", adapters, ", ",
@@ -67,8 +75,8 @@ void check(const char* op, const ExpertsArgs& args) {
     EXPECT(args.lora_a[i].dim() == 2, "expected lora_a of shape [experts r, in_features], but got ",
            args.lora_a[i].sizes());
     const int64_t rank = args.rank_of(i);
-    check_factor(op, "lora_a", args.lora_a[i], {experts * rank, in});
-    check_factor(op, "lora_b", args.lora_b[i], {out, rank * experts});
+    check_matrix(op, "lora_a", args.lora_a[i], {experts * rank, in});
+    check_matrix(op, "lora_b", args.lora_b[i], {out, rank * experts});
   }
 }
 
@@ -76,9 +84,9 @@ std::tuple<at::Tensor, at::Tensor> experts_few_rows(
     const at::Tensor& x, const std::optional<at::Tensor>& token, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, at::TensorList lora_a, at::TensorList lora_b,
     at::ArrayRef<double> scalings, at::IntArrayRef experts) {
-  const ExpertsArgs args{x,           token, weight, bias, lora_a.vec(), lora_b.vec(),
-                         scalings.vec(), experts.vec()};
-  check("experts_few_rows", args);
+  const ExpertsArgs args{
+      x, token, weight, bias, lora_a.vec(), lora_b.vec(), scalings.vec(), experts.vec()};
+  check_few_rows("experts_few_rows", args);
   TORCH_CHECK(cpu::kernels_for_few_rows() != nullptr,
               "lora_ext.experts_few_rows: expected an instruction set of the CPU's kernels, but the"
               " library route is chosen");
@@ -86,31 +94,24 @@ std::tuple<at::Tensor, at::Tensor> experts_few_rows(
   return {out.y, out.s};
 }
 
-void check_pool(const char* op, const at::Tensor& lora_b, const at::Tensor& hit, int64_t experts) {
+void check_hit(const char* op, const at::Tensor& lora_b, const at::Tensor& hit, int64_t experts) {
   EXPECT(experts > 0 && lora_b.dim() == 2 && lora_b.size(1) % experts == 0 &&
              lora_b.is_contiguous() && lora_b.is_cpu(),
          "expected a contiguous lora_b of shape [out_features, r ", experts, "], but got ",
          lora_b.sizes());
   check_supported(op, "lora_b", lora_b.scalar_type());
-  EXPECT(hit.scalar_type() == at::kLong && hit.dim() == 1 && hit.is_contiguous() && hit.is_cpu(),
-         "expected hit of int64 and one dimension, but got ", hit.scalar_type(), " of ",
-         hit.sizes());
-  for (int64_t i = 0; i < hit.numel(); ++i) {
-    const int64_t expert = hit.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_INDEX(expert >= 0 && expert < experts, "lora_ext.", op,
-                      ": expected numbers of experts below ", experts, ", but got ", expert);
-  }
+  check_below(op, "experts", numbers_of(op, "hit", hit), experts);
 }
 
 at::Tensor experts_gather(const at::Tensor& lora_b, const at::Tensor& hit, int64_t experts) {
-  check_pool("experts_gather", lora_b, hit, experts);
+  check_hit("experts_gather", lora_b, hit, experts);
   return cpu::experts_gather(lora_b, hit, experts);
 }
 
 void experts_scatter(at::Tensor& lora_b, const at::Tensor& hit, int64_t experts,
                      const at::Tensor& pool) {
   const char* op = "experts_scatter";
-  check_pool(op, lora_b, hit, experts);
+  check_hit(op, lora_b, hit, experts);
   const std::array<int64_t, 3> shape{hit.numel(), lora_b.size(0), lora_b.size(1) / experts};
   EXPECT(pool.sizes() == at::IntArrayRef(shape) && pool.is_contiguous() &&
              pool.scalar_type() == lora_b.scalar_type() && pool.is_cpu(),

@@ -17,10 +17,10 @@ constexpr int64_t kPieceColumns = 256, kMostRows = 4;
 constexpr int64_t kLine = 64;          // bytes
 constexpr int64_t kPrefetched = 2048;  // bytes ahead
 // Reading a factor takes as long as the products of so many rows.
-constexpr int64_t kReadRows = 3;
+constexpr int64_t kFactorRows = 3;
 
 // The product of some rows with some ranks of a factor, or columns of a weight.
-struct Piece {
+struct Product {
   Range rows;        // of one expert, at most kMostRows
   AdapterView view;  // at most kPieceColumns ranks
   float* to;
@@ -46,7 +46,7 @@ class FewRows {
     if (args_.bias) bias_ = args_.bias->to(at::kFloat);
     multiply();
     const Dtype dtype = dtype_of(y_.scalar_type());
-    const int64_t work = (rows + kReadRows) * columns * (args_.rank() + 1);
+    const int64_t work = (rows + kFactorRows) * columns * (args_.rank() + 1);
     const int64_t threads = std::min(threads_for(work), columns);
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       const Range range{first * columns / threads, last * columns / threads};
@@ -57,7 +57,7 @@ class FewRows {
 
  private:
   void multiply() {
-    std::vector<Piece> pieces;
+    std::vector<Product> pieces;
     const int64_t rows = args_.rows();
     for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
       const int64_t expert = args_.experts[begin];
@@ -74,22 +74,22 @@ class FewRows {
       }
     }
     int64_t work = 0;
-    for (const Piece& piece : pieces) work += piece.work;
-    run_pieces(pieces, threads_for(work), [&](int64_t, const Piece& piece) { multiply(piece); });
+    for (const Product& piece : pieces) work += piece.work;
+    run_pieces(pieces, threads_for(work), [&](int64_t, const Product& piece) { multiply(piece); });
   }
 
-  static void add(std::vector<Piece>& pieces, Range rows, const AdapterView& view,
+  static void add(std::vector<Product>& products, Range rows, const AdapterView& view,
                   const at::Tensor& out, int64_t column) {
     float* to = out.mutable_data_ptr<float>() + rows.begin * out.size(1) + column;
     const int64_t count = rows.end - rows.begin;
     for (int64_t begin = 0; begin < view.rank; begin += kPieceColumns) {
       const int64_t end = std::min(begin + kPieceColumns, view.rank);
       pieces.push_back({rows, part_of(view, {begin, end}, {0, view.cols}), to + begin, out.size(1),
-                        (count + kReadRows) * (end - begin) * view.cols});
+                        (count + kFactorRows) * (end - begin) * view.cols});
     }
   }
 
-  void multiply(const Piece& piece) const {
+  void multiply(const Product& piece) const {
     alignas(64) float t[kMostRows * kPieceColumns];
     const int64_t ranks = piece.view.rank, rows = piece.rows.end - piece.rows.begin;
     const ShrinkArgs args{args_.x.const_data_ptr(),
@@ -155,8 +155,12 @@ class FewRows {
   Adapter adapter(size_t i, int64_t first) const {
     const auto rows = static_cast<size_t>(args_.rows());
     const int64_t rank = args_.rank_of(i), size = args_.lora_b[i].element_size();
-    Adapter out{&args_.lora_b[i], rank, static_cast<float>(args_.scalings[i]),
-                std::vector<float>(rank * rows), std::vector<float>(rows), {}};
+    Adapter out{&args_.lora_b[i],
+                rank,
+                static_cast<float>(args_.scalings[i]),
+                std::vector<float>(rank * rows),
+                std::vector<float>(rows),
+                {}};
     const float* s = s_.const_data_ptr<float>() + first;
     int64_t last = -1;
     for (size_t m = 0; m < rows; ++m) {

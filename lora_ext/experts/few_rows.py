@@ -15,8 +15,8 @@ from .. import _C
 from ..dtypes import HALVES
 from .factors import Factors
 
-# Rows of one expert. Of 16 experts x (1536, 2048), r = 16, the op takes .68 of the time of a product
-# for each expert and the update after it with one row, .70 with two, .85 with three, .80 with four.
+# Rows of one expert. Of 16 experts x (1536, 2048), r = 16, the op takes .68 of a product for each
+# expert and the update after it with one row, .70 with two, .85 with three, .80 with four.
 MOST_ROWS = 4
 
 _op = torch.ops.lora_ext.experts_few_rows

@@ -169,7 +169,7 @@ OPS = torch.ops.lora_ext
             lambda x, w, a, b: OPS.experts_few_rows(
                 x, torch.tensor([1]), w, None, [a], [b], [1.0], [0]
             ),
-            "tokens below 1",
+            "of tokens below 1",
         ),
         (lambda x, w, a, b: OPS.experts_gather(b, torch.tensor([6]), EXPERTS), "below"),
         (lambda x, w, a, b: OPS.experts_gather(b, torch.tensor([0]), 5), "lora_b"),
