@@ -19,6 +19,7 @@ from .updates import (
     Update,
     added_in_turn,
     is_onnx_export,
+    is_plain,
     is_transformed,
     obstacle,
     stacked,
@@ -71,7 +72,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         if self.packed is not None and self.packed.weight is not self.weight:
             self.packed = None  # another weight took the place of the packed one, as in FSDP
         weight, _ = self.base_operands()
-        if type(weight).__module__.startswith("torchao."):
+        if not is_plain(weight) and type(weight).__module__.startswith("torchao."):
             raise TypeError(
                 f"lora_ext.nn.{type(self).__name__}: expected the weight with which the layer was "
                 f"made, but torchao put a {type(weight).__name__} in its place; call "
