@@ -32,11 +32,11 @@ void for_numbers(void* b, const at::Tensor& hit, int64_t experts, void* pool, in
   });
 }
 
+// The same of b, which begins at `first`.
 template <class Run>
-void for_numbers_of(const at::Tensor& b, const at::Tensor& hit, int64_t experts, void* pool,
-                    const Run& run) {
+void for_numbers_of(const at::Tensor& b, void* first, const at::Tensor& hit, int64_t experts,
+                    void* pool, const Run& run) {
   const int64_t rows = b.size(0), rank = b.size(1) / experts;
-  void* first = const_cast<void*>(b.const_data_ptr());
   switch (b.element_size()) {
     case 2:
       return for_numbers<uint16_t>(first, hit, experts, pool, rows, rank, run);
@@ -51,15 +51,17 @@ void for_numbers_of(const at::Tensor& b, const at::Tensor& hit, int64_t experts,
 
 at::Tensor experts_gather(const at::Tensor& b, const at::Tensor& hit, int64_t experts) {
   at::Tensor pool = at::empty({hit.numel(), b.size(0), b.size(1) / experts}, b.options());
-  for_numbers_of(b, hit, experts, pool.mutable_data_ptr(),
+  void* first = const_cast<void*>(b.const_data_ptr());
+  for_numbers_of(b, first, hit, experts, pool.mutable_data_ptr(),
                  [](const auto& from, auto& to) { to = from; });
   return pool;
 }
 
 void experts_scatter(const at::Tensor& b, const at::Tensor& hit, int64_t experts,
                      const at::Tensor& pool) {
-  for_numbers_of(b, hit, experts, const_cast<void*>(pool.const_data_ptr()),
-                 [](auto& to, const auto& from) { to = from; });
+  void* from = const_cast<void*>(pool.const_data_ptr());
+  for_numbers_of(b, b.mutable_data_ptr(), hit, experts, from,
+                 [](auto& to, const auto& value) { to = value; });
 }
 
 }  // namespace lora_ext::cpu

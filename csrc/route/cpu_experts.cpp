@@ -78,7 +78,7 @@ class FewRows {
     run_pieces(pieces, threads_for(work), [&](int64_t, const Product& piece) { multiply(piece); });
   }
 
-  static void add(std::vector<Product>& products, Range rows, const AdapterView& view,
+  static void add(std::vector<Product>& pieces, Range rows, const AdapterView& view,
                   const at::Tensor& out, int64_t column) {
     float* to = out.mutable_data_ptr<float>() + rows.begin * out.size(1) + column;
     const int64_t count = rows.end - rows.begin;
