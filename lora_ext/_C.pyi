@@ -16,7 +16,7 @@ def set_cpu_isa(name: str) -> None:
         ValueError: the name is unknown or not available here.
     """
 
-def cpu_library_reason(x_dtype: torch.dtype, adapter_dtype: torch.dtype, rank: int) -> str:
+def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:
     """Why a call takes the library route, or "" when the vector kernels take it."""
 
 def rows_of_block(columns: int, dtype: torch.dtype, device: torch.device) -> int:

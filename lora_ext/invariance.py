@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A token of a few sequences costs as much as so many rows, and a long text reads the weight once
-# for so many.
+# A few rows cost as much as so many, and of many rows each so many read the weight once: more would
+# be slow for a token, fewer for a text.
 ROW_BLOCK = 32
 
 _is_compiling = torch.compiler.is_compiling
@@ -61,7 +61,9 @@ class batch_invariant:
 
     Raises:
         NotImplementedError: at a call of what it does not take: an adapter for each row, a
-            quantised weight, `lora_update`, experts, embeddings, DoRA, CUDA.
+            quantised weight, `lora_update`, experts, embeddings, DoRA, CUDA; or where torch's
+            products do not multiply the rows of one block alike, which is tried once for each
+            shape and dtype.
         TypeError: mode is no bool.
     """
 

@@ -34,10 +34,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("name"));
   m.def(
       "cpu_library_reason",
-      [](const at::ScalarType& x, const at::ScalarType& adapters, int64_t rank) {
-        return cpu::library_reason(x, adapters, rank);
-      },
-      py::arg("x_dtype"), py::arg("adapter_dtype"), py::arg("rank"));
+      [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, rank); },
+      py::arg("x_dtype"), py::arg("rank"));
   m.def(
       "rows_of_block",
       [](int64_t columns, const at::ScalarType& dtype, const at::Device& device) {

@@ -27,9 +27,6 @@ constexpr int64_t kFewBackwardRows = 7;
 constexpr int64_t kFewRowsOfHighRank = 32;
 constexpr int64_t kHighRank = 32;
 
-// Above, torch's products of bfloat16 are faster where the processor has such.
-constexpr int64_t kHighestRankOfBFloat16 = 96;
-
 template <class Bytes, class Pack>
 at::Tensor packed(const AdapterView& view, Bytes bytes, Pack pack) {
   at::Tensor panel = at::empty({bytes(view.rank, view.cols)}, at::kByte);
@@ -125,31 +122,13 @@ void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& 
                   [&](Range range) { kernels.wgrad(args, expand, range); });
 }
 
-// Whether the processor has products of bfloat16, which the library's use and the vector code of
-// AVX-512 does not.
-bool has_bfloat16_products() {
-#if defined(__x86_64__)
-  static const bool found = __builtin_cpu_supports("avx512bf16");
-  return found;
-#else
-  return false;
-#endif
-}
-
 // Why the library computes a call; passes over bfloat16 read no float16 adapters, which come with
 // them only where x and y are of two half types.
-std::string reason_for_library(at::ScalarType x, at::ScalarType y, at::ScalarType adapters,
-                               int64_t rank) {
+std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank) {
   if (x == at::kDouble || y == at::kDouble) return "float64 takes the library route";
-  const SkinnyKernels* kernels = kernels_for(dtype_of(x));
-  if (kernels == nullptr) return "the library route was asked for";
+  if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";
   if (rank > kMaxRank) return "rank above " + std::to_string(kMaxRank);
-  if (is_half(y) && is_half(x) && x != y) return "x and y of two half types";
-  if (adapters == at::kBFloat16 && rank > kHighestRankOfBFloat16 && has_bfloat16_products() &&
-      kernels == avx512_kernels()) {
-    return "bfloat16 adapters of a rank above " + std::to_string(kHighestRankOfBFloat16);
-  }
-  return "";
+  return is_half(y) && is_half(x) && x != y ? "x and y of two half types" : "";
 }
 
 bool is_few(int64_t rows, int64_t most, const Update& update) {
@@ -158,8 +137,7 @@ bool is_few(int64_t rows, int64_t most, const Update& update) {
 }
 
 bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& update) {
-  return !reason_for_library(x.scalar_type(), y, update.lora_a.scalar_type(), update.rank())
-              .empty();
+  return !reason_for_library(x.scalar_type(), y, update.rank()).empty();
 }
 
 Passes passes_of(const at::Tensor& x, at::ScalarType y) {
@@ -168,8 +146,8 @@ Passes passes_of(const at::Tensor& x, at::ScalarType y) {
 
 }  // namespace
 
-std::string library_reason(at::ScalarType x, at::ScalarType adapters, int64_t rank) {
-  return reason_for_library(x, x, adapters, rank);
+std::string library_reason(at::ScalarType x, int64_t rank) {
+  return reason_for_library(x, x, rank);
 }
 
 Forward forward(const ForwardArgs& args) {

@@ -8,7 +8,7 @@
 namespace lora_ext::cpu {
 
 // Why a call takes the library route, or an empty string when the vector kernels take it.
-std::string library_reason(at::ScalarType x, at::ScalarType adapters, int64_t rank);
+std::string library_reason(at::ScalarType x, int64_t rank);
 
 Forward forward(const ForwardArgs& args);
 Backward backward(const BackwardArgs& args);

@@ -139,7 +139,7 @@ def explain_call(
     x, weight, lora_a, lora_b = (t.detach() for t in (_flat(x), weight, lora_a, lora_b))
     rank = lora_a.shape[0]
     if x.device.type == "cpu":
-        reason = _C.cpu_library_reason(x.dtype, lora_a.dtype, rank)
+        reason = _C.cpu_library_reason(x.dtype, rank)
         path = f"library: {reason}" if reason else f"{_C.cpu_isa()} kernels"
         return CallPlan(None, None, cpu=f"{path}{invariance_note()}")
     if x.device.type != "cuda" or not _C.with_cuda:

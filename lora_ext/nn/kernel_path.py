@@ -33,7 +33,7 @@ def kernel_path(
     if weight.device.type == "cuda" and _C.with_cuda:
         return _cuda_path(weight, updates, rows, rank)
     if weight.device.type == "cpu":
-        reason = _C.cpu_library_reason(weight.dtype, updates[0].lora_a.dtype, rank)
+        reason = _C.cpu_library_reason(weight.dtype, rank)
     else:
         reason = f"{weight.device.type}: torch's products compute base and update"
     if reason:
