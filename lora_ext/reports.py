@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .adapters.owners import is_sharded
 from .kernels.kernel_plan import CallPlan, explain_call
 from .models.model import lora_layers
+from .nn import LoRALayer
 from .packing import packed_bytes
-from .peft.reasons import HOOKED
+from .peft.reasons import HOOKED, PEFT, has_hooks
 from .peft.report import peft_layers, peft_path, peft_workspace_bytes
 
 
@@ -130,12 +131,11 @@ def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
         nbytes = layer.workspace_bytes() if path == "fused" else 0
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
     for name, layer in peft_layers(model):
-        path, reason = peft_path(layer, rows)
         has_shards = id(layer) in managed and any(map(is_sharded, layer.parameters()))
-        has_shards |= _is_in_pieces(layer, managed)
-        if has_shards and reason != HOOKED:  # as ZeRO-3's are, also when it is whole
+        if has_shards or _is_in_pieces(layer, managed):
             found.append(_sharded(name, layer))
             continue
+        path, reason = peft_path(layer, rows)
         nbytes = peft_workspace_bytes(layer, path)
         found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
     found.packed_bytes = packed_bytes(model)
@@ -159,5 +159,8 @@ def _is_in_pieces(layer: nn.Module, managed: set[int]) -> bool:
 
 
 def _sharded(name: str, layer: nn.Module) -> LayerPath:
-    reason = "sharded now; decided anew when it is gathered"
-    return LayerPath(name, type(layer).__name__, "sharded", reason)
+    kind = type(layer).__name__
+    parts = [part for path, part in layer.named_modules() if path.startswith("lora_")]
+    if isinstance(layer, LoRALayer) or not any(map(has_hooks, parts)):
+        return LayerPath(name, kind, "sharded", "sharded now; decided anew when it is gathered")
+    return LayerPath(name, kind, PEFT, HOOKED)  # ZeRO-3's, which stay when it is whole

@@ -10,6 +10,7 @@ from two_processes import WORLD, half
 
 import lora_ext
 from contract.test_distributed import (
+    NEAR_PEFT,
     STEPS,
     alike,
     assert_near,
@@ -78,4 +79,4 @@ def zero_trains_as_one_process(rank):
             train_alone(alone)
             parameters = list(subject.model.parameters()) if stage == 3 else []
             with deepspeed.zero.GatheredParameters(parameters):
-                assert_near(values(subject), values(alone), 1e-6)
+                assert_near(values(subject), values(alone), 1e-6 if stage < 3 else NEAR_PEFT)

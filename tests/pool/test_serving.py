@@ -124,12 +124,12 @@ def counted(pool):
     return removed
 
 
-many = pytest.mark.parametrize(
-    "count", [150, pytest.param(10_000, marks=[pytest.mark.nightly])], ids=str
-)
+def counts(nightly):
+    many = pytest.param(nightly, marks=[pytest.mark.nightly])
+    return pytest.mark.parametrize("count", [150, many], ids=str)
 
 
-@many
+@counts(10_000)
 def test_every_answer_is_that_of_its_adapter_alone(page, folders, alone, count):
     """By the page's server, in batches, where tenants give up their slots all the time."""
 
@@ -151,7 +151,7 @@ def test_every_answer_is_that_of_its_adapter_alone(page, folders, alone, count):
     assert any("broken" in text and "adapter_config.json" in text for text in errors)
 
 
-@many
+@counts(3_000)
 def test_a_block_for_each_request(page, folders, alone, count):
     """Tasks whose blocks overlap, and others who take their slots away: an answer is right, or says
     that its adapter was removed."""
