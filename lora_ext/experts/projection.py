@@ -54,15 +54,15 @@ class Rows(NamedTuple):
         return self.values.index_select(0, self.token[begin:end])
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return len(self.values) if self.token is None else len(self.token)
 
 
 def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> Runs | None:
     """All experts as one run, where the grouped product takes it."""
     given = rows.values if rows.token is None else None
-    if products.are_grouped(weight, rows.count, given):
-        return runs.on_device(offs, rows.count)
+    if products.are_grouped(weight, rows.size, given):
+        return runs.on_device(offs, rows.size)
     return None
 
 
@@ -72,15 +72,15 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
     taken = _on_device(x, weight, offs)
     if taken is None:
         bounds = offs.tolist()
-        numbers = few_rows.numbers_of(bounds, x.count, weight, factors)
+        numbers = few_rows.numbers_of(bounds, x.size, weight, factors)
         if numbers:
             return few_rows.forward(*x, weight, bias, factors, numbers)
         taken = runs.on_host(bounds, weight.device)
     experts, out_features, _ = weight.shape
     rank = 0 if factors is None else factors.rank(experts)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    y = weight.new_empty(0 if taken.is_whole else x.count, out_features)
-    s = weight.new_empty(x.count, rank, dtype=wide)
+    y = weight.new_empty(0 if taken.is_whole else x.size, out_features)
+    s = weight.new_empty(x.size, rank, dtype=wide)
     for run in taken.each:
         where = slice(run.begin, run.end)
         part = x.part(run.begin, run.end)

@@ -65,8 +65,9 @@ def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     weight, bias = layer.weight, layer.bias
     if type(weight) is not utils.GGUFParameter or not isinstance(layer.compute_dtype, torch.dtype):
         return "the layer has no GGUF weight, or no compute dtype"
-    if weight.quant_type not in utils.dequantize_functions:
-        return f"diffusers cannot dequantise {weight.quant_type.name}"
+    kind: Any = layer.weight.quant_type
+    if kind not in utils.dequantize_functions:
+        return f"diffusers cannot dequantise {kind.name}"
     if type(bias) not in (type(None), Tensor, nn.Parameter):
         return "the bias is quantised, too"
     if utils.ops is not None and weight.is_cuda:
