@@ -64,13 +64,15 @@ Update update_of(const GroupedUpdate& update, const Segment& segment, const doub
           scaling[segment.adapter]};
 }
 
-// drop(X) of the rows, for a y of some dtype: in the widest where something is dropped, so that
-// x over the probability to keep it is not rounded to a half x.
+// drop(X) of the rows, for a y of some dtype: in the adapters' where something is dropped, and at
+// least in float32 for a wider y, so that x over the probability to keep it is not rounded to a
+// half x.
 at::Tensor inputs_of(const at::Tensor& x, const GroupedUpdate& update, at::ScalarType y,
                      const Rows& rows) {
   at::Tensor own = rows.of(x);
   if (!update.dropout.enabled()) return own;
-  const at::ScalarType wide = c10::promoteTypes(update.lora_a[0].scalar_type(), y);
+  const at::ScalarType adapters = update.lora_a[0].scalar_type();
+  const at::ScalarType wide = is_half(y) ? adapters : c10::promoteTypes(adapters, at::kFloat);
   own = own.to(wide, /*non_blocking=*/false, /*copy=*/true);
   rows.drop(own, update.dropout);
   return own;
