@@ -99,7 +99,8 @@ class Decode {
   void run() {
     emulator::Stream stream;
     Launch launcher{stream};
-    if (by_plan_ && plan_.decode() == nullptr) differ("the plan is another: %s", plan_.describe().c_str());
+    if (by_plan_ && plan_.decode() == nullptr)
+      differ("the plan is another: %s", plan_.describe().c_str());
     const LoraDecodeParams<T> params = by_plan_ ? planned() : parameters();
     const auto launch = [&] {
       if (by_plan_) {

@@ -18,9 +18,9 @@ void grouped_backward(emulator::Stream& stream, const plan::Plan& plan,
   launch_lora_grouped<T>(plan, operands, launch);
 }
 
-#define SEQUENCE(T)                                                              \
+#define SEQUENCE(T)                                                       \
   template void grouped_forward<T>(emulator::Stream&, const plan::Plan&,  \
-                                   const LoraGroupedForward&);                   \
+                                   const LoraGroupedForward&);            \
   template void grouped_backward<T>(emulator::Stream&, const plan::Plan&, \
                                     const LoraGroupedBackward&);
 SEQUENCE(__nv_bfloat16)
