@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
-# Of one collective, and of all cases together: a deadlock fails instead of hanging.
-COLLECTIVE_SECONDS, ALL_SECONDS = 15, 120
+# Of one collective, and from the end of one case to that of the next, the first with all imports: a
+# deadlock fails instead of hanging, and a busy machine may take its time.
+COLLECTIVE_SECONDS, CASE_SECONDS = 30, 120
 
 # module -> {name: function of the rank}; filled where a module is imported, in each process.
 CASES = {}
@@ -101,9 +102,13 @@ def run(module, folder):
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         context = mp.spawn(_run_cases, (module, str(folder), names), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + ALL_SECONDS
+    reports = [folder / f"rank{rank}.json" for rank in range(WORLD)]
+    deadline, seen = 0.0, None
     try:
-        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+        while not context.join(timeout=0.2):
+            sizes = [path.stat().st_size if path.exists() else 0 for path in reports]
+            if sizes != seen:
+                deadline, seen = time.monotonic() + CASE_SECONDS, sizes
             if time.monotonic() > deadline:
                 break
     finally:
@@ -111,7 +116,6 @@ def run(module, folder):
             if process.is_alive():
                 process.kill()
                 process.join()
-    reports = [folder / f"rank{rank}.json" for rank in range(WORLD)]
     found = [json.loads(path.read_text()) if path.exists() else {} for path in reports]
     unfinished = "the process did not come to its end"
     return {
