@@ -99,7 +99,7 @@ def test_every_public_name_is_in_the_reference():
         assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
     top = {name for name in lora_ext.__all__ if not name.startswith("_")}
     modules = {name for name in top if isinstance(getattr(lora_ext, name), ModuleType)}
-    assert len(top - modules) <= 15 and top - modules <= set(written)
+    assert len(top - modules) <= 16 and top - modules <= set(written)
     # Constants and second names are written once; winners has parts for its own use.
     for module in modules - {"reference", "winners"}:
         public = set(getattr(lora_ext, module).__all__) - top - {"CARDS", "LoRALayer"}
