@@ -24,7 +24,7 @@ SUITES = {
     "op/test_dropout.py": 60,
     "op/test_many_adapters.py": 250,
     "op/test_many_gradients.py": 20,
-    build.EXPERTS_TEST: 24,
+    build.EXPERTS_TEST: 12,
     "op/test_many_random.py": 1,
 }
 # By the library's base product, with which all but that is as without.
