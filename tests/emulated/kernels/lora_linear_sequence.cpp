@@ -99,7 +99,7 @@ class LinearTest {
       used_workspace_.resize(workspace->size(), emulator::kPoisonByte);
       workspace->fill(0);  // tells the race checker that it is initialised
       std::copy_n(used_workspace_.begin(), workspace->size(), workspace->begin());
-      if (plan.tiled()->in_grid) tell("in grid, in a used workspace");
+      if (plan.tiled() != nullptr && plan.tiled()->in_grid) tell("in grid, in a used workspace");
     }
     return workspace;
   }

@@ -17,11 +17,12 @@ inline int stages_of(plan::Tile tile) {
 // Tells the facts of a plan for `direction`, or throws Difference where no plan may be so.
 inline void tell_plan(const std::string& direction, const plan::Plan& plan, const LinearCase& c,
                       const RandomMask& mask) {
-  if (plan.tiled() == nullptr) differ("no kernels of tiles: %s", plan.reason.c_str());
-  const plan::Tiled& tiled = *plan.tiled();
+  if (!plan.has_kernels()) differ("no kernel: %s", plan.reason.c_str());
   const bool forward = direction == "forward";
   if (c.dropout && mask.reference.col_offset > 0 && mask.reference.col_offset % 32 == 0)
     tell(direction + ", columns of a shard");
+  if (plan.decode() != nullptr) return tell(direction + ", decode");
+  const plan::Tiled& tiled = *plan.tiled();
   if (!tiled.gemm) return;
   const plan::TileFacts& tile = facts_of(tiled.gemm->tile);
   tell(direction + ", " + (plan.hybrid() ? "hybrid" : tile.name));
