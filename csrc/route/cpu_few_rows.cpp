@@ -28,10 +28,6 @@ void in_granules(int64_t size, int64_t granule, int64_t work, const Run& run) {
   });
 }
 
-double keep_scale_of(const DropoutArgs& dropout) {
-  return dropout.enabled() ? dropout.keep_scale() : 1.0;
-}
-
 // scale * drop(p) Q for the adapter view Q: S and dS, [rows, rank] in float.
 at::Tensor shrink_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const AdapterView& q,
                          double scale, const Dropout& dropout) {
@@ -87,18 +83,7 @@ at::Tensor wgrad_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const
                         const at::Tensor& factor, int64_t rank_dim, double scale,
                         const Dropout& dropout) {
   at::Tensor g = at::empty(factor.sizes(), factor.options());
-  const WgradArgs args{p.const_data_ptr(),
-                       dtype_of(p.scalar_type()),
-                       p.stride(0),
-                       p.size(0),
-                       t.size(1),
-                       t.const_data_ptr(),
-                       static_cast<float>(scale),
-                       g.mutable_data_ptr(),
-                       dtype_of(g.scalar_type()),
-                       g.stride(rank_dim),
-                       g.stride(1 - rank_dim),
-                       dropout};
+  const WgradArgs args = wgrad_args(p, t.const_data_ptr(), g, rank_dim, scale, dropout);
   // It reads little and writes a factor.
   const int64_t work = (p.size(0) + kReadRows) * t.size(1) * p.size(1);
   in_granules(p.size(1), kernels.col_granule, work,

@@ -23,6 +23,10 @@ inline Dropout dropout_of(const DropoutArgs& args) {
           args.first_col(), args.keep_count()};
 }
 
+inline double keep_scale_of(const DropoutArgs& args) {
+  return args.enabled() ? args.keep_scale() : 1.0;
+}
+
 // [rank, cols] as the kernels see it: lora_a directly, lora_b transposed.
 inline AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
   return {adapter.const_data_ptr(), dtype_of(adapter.scalar_type()),
@@ -37,6 +41,23 @@ inline AdapterView part_of(AdapterView view, const Range& ranks, const Range& co
               (ranks.begin * view.rank_pitch + cols.begin * view.col_pitch) * size;
   view.rank = ranks.end - ranks.begin, view.cols = cols.end - cols.begin;
   return view;
+}
+
+// g = scale * t^T drop(p), of a factor whose rank is in rank_dim; t as the pass reads it.
+inline WgradArgs wgrad_args(const at::Tensor& p, const void* t, const at::Tensor& g,
+                            int64_t rank_dim, double scale, const Dropout& dropout) {
+  return {p.const_data_ptr(),
+          dtype_of(p.scalar_type()),
+          p.stride(0),
+          p.size(0),
+          g.size(rank_dim),
+          t,
+          static_cast<float>(scale),
+          g.mutable_data_ptr(),
+          dtype_of(g.scalar_type()),
+          g.stride(rank_dim),
+          g.stride(1 - rank_dim),
+          dropout};
 }
 
 }  // namespace lora_ext::cpu

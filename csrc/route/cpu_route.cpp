@@ -106,18 +106,7 @@ void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& 
            int64_t rank_dim, double scale, const Dropout& dropout, const ExpandArgs& expand) {
   const int64_t rank = t.size(1);
   const at::Tensor columns_t = packed_t(kernels.wgrad_t, t, false);
-  const WgradArgs args{p.const_data_ptr(),
-                       dtype_of(p.scalar_type()),
-                       p.stride(0),
-                       p.size(0),
-                       rank,
-                       columns_t.const_data_ptr(),
-                       static_cast<float>(scale),
-                       g.mutable_data_ptr(),
-                       dtype_of(g.scalar_type()),
-                       g.stride(rank_dim),
-                       g.stride(1 - rank_dim),
-                       dropout};
+  const WgradArgs args = wgrad_args(p, columns_t.const_data_ptr(), g, rank_dim, scale, dropout);
   parallel_ranges(p.size(1), kernels.col_granule, p.size(0) * rank,
                   [&](Range range) { kernels.wgrad(args, expand, range); });
 }
@@ -155,7 +144,7 @@ Forward forward(const ForwardArgs& args) {
   if (is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
   const Passes passes = passes_of(args.x, args.y_dtype());
   at::Tensor y = base_forward(args.x, args.base);
-  const double keep_scale = args.update.dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
+  const double keep_scale = keep_scale_of(args.update.dropout);
   at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.lora_a, 0), keep_scale,
                         dropout_of(args.update.dropout));
   expand(*passes.over_y, y, s, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
@@ -178,7 +167,7 @@ Backward backward(const BackwardArgs& args) {
   if (!args.need_dx && !args.need_dlora_a) return out;
 
   const Dropout dropout = dropout_of(args.update.dropout);
-  const double keep_scale = dropout.enabled() ? args.update.dropout.keep_scale() : 1.0;
+  const double keep_scale = keep_scale_of(args.update.dropout);
   const AdapterView lora_a = view_of(args.update.lora_a, 0);
   const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.lora_b, 1),
                                args.update.scaling, Dropout{});

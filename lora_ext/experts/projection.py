@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import few_rows, products, runs
-from .factors import Factors, Gradients, pools_of
+from .factors import Factors, Gradients, Pools, pools_of
 from .runs import Run, Runs
 
 _ops = torch.ops.lora_ext
@@ -66,6 +66,11 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> Runs | None:
     return None
 
 
+def _groups(pools: Pools, run: Run) -> tuple:
+    """The op's arguments from scaling to col_offset: ends of rows, without ranks and dropout."""
+    return pools.scaling, None, run.offs, None, 0.0, None, 0, 0
+
+
 def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tensor]:
     """(y ``[S, out]``, s ``[S, R]``); s is x A^T in at least float32, empty without adapters."""
     weight, bias, factors = projection
@@ -92,14 +97,7 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
                 part,
                 [pools.lora_a],
                 [pools.lora_b],
-                pools.scaling,
-                None,
-                run.offs,
-                None,
-                0.0,
-                None,
-                0,
-                0,
+                *_groups(pools, run),
             )
         if taken.is_whole:
             y = sums
@@ -202,14 +200,7 @@ def _update_backward(
         [pools.lora_a],
         [pools.lora_b],
         s.contiguous(),
-        pools.scaling,
-        None,
-        run.offs,
-        None,
-        0.0,
-        None,
-        0,
-        0,
+        *_groups(pools, run),
         want_x,
         [want_a],
         [want_b],

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .base import QuantizedBase, dtype_as_stored
-from .weight import QuantizedWeight
+from .of_gguf import GgufWeight
 
 KERNELS = "diffusers' CUDA kernels read the blocks"
 OTHER_DTYPE = "x is not in the compute dtype, which the layer's product needs"
 
-# Elements at a time: the library's functions have several temporaries, which a cache should hold.
-_CHUNK = 1 << 19
 
-
-class DiffusersGgufWeight(QuantizedWeight):
+class DiffusersGgufWeight(GgufWeight):
     """Of a `GGUFLinear`: a `GGUFParameter` ``[out, bytes of a row]``.
 
     Attributes:
@@ -30,27 +27,17 @@ class DiffusersGgufWeight(QuantizedWeight):
 
     def __init__(self, layer: Any) -> None:
         self.blocks: Any = layer.weight
-        self.dtype = layer.compute_dtype
+        self.dtype, self.permutation = layer.compute_dtype, None
         self.shape, self.device = tuple(self.blocks.quant_shape), self.blocks.device
         self.format = self.blocks.quant_type.name
 
     def tensors(self) -> list[Tensor]:
         return [self.blocks.as_tensor()]
 
-    def writes(self, dtype: torch.dtype) -> bool:
-        return True
-
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def _chunk(self, start: int, stop: int) -> Tensor:
         from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
 
-        rows, cols = self.shape
-        if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        count = max(1, _CHUNK // cols) if self.device.type == "cpu" else rows
-        for start in range(0, rows, count):
-            values = utils.dequantize_gguf_tensor(self.blocks[start : start + count])
-            out[start : start + count].copy_(values.to(self.dtype))
-        return out
+        return utils.dequantize_gguf_tensor(self.blocks[start:stop]).to(self.dtype)
 
 
 def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:

@@ -173,7 +173,7 @@ def test_dequantize_of_diffusers(name, monkeypatch):
         assert (weight.format, weight.dtype) == (name, dtype) and is_quantized(layer)
         values = dequantize_gguf_tensor(layer.weight).to(dtype)
         check_dequantize(weight, values.to)
-        monkeypatch.setattr(of_diffusers, "_CHUNK", 5 * layer.in_features + 1)
+        monkeypatch.setattr(of_gguf, "_CPU_CHUNK", 5 * layer.in_features + 1)
         check_dequantize(weight, values.to)
 
 
