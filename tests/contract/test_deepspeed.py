@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import two_processes
-from two_processes import WORLD, half
+from two_processes import WORLD, CallsOfOps, half
 
 import lora_ext
 from contract.test_distributed import (
@@ -14,7 +14,6 @@ from contract.test_distributed import (
     STEPS,
     alike,
     assert_near,
-    calls_of_the_op,
     train_alone,
     values,
 )
@@ -57,11 +56,11 @@ def train(deepspeed, subject, stage, rank):
     if stage == 3:
         found = {(layer.path, layer.reason) for layer in lora_ext.explain(subject.model)}
         assert ("peft", HOOKED) in found and "fused" not in {path for path, _ in found}
-    with torch.profiler.profile() as profile:
+    with CallsOfOps() as calls:
         for batch in subject.x(8 * STEPS).chunk(STEPS):
             engine.backward(engine(half(batch, rank)).square().mean())
             engine.step()
-    return calls_of_the_op(profile)
+    return calls.of["lora_linear"]
 
 
 @case

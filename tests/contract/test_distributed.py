@@ -10,7 +10,7 @@ import torch
 import two_processes
 from helpers import BF16, F32
 from torch import nn
-from two_processes import WORLD, half
+from two_processes import WORLD, CallsOfOps, half
 
 import lora_ext
 from contract.cases import KINDS
@@ -155,10 +155,6 @@ def shard(subject, by_layers=False, **options):
     assert all(hasattr(parameter, "full_tensor") for _, parameter in named(subject))
 
 
-def calls_of_the_op(profile, name="lora_linear"):
-    return [event.name for event in profile.events()].count(f"lora_ext::{name}")
-
-
 def assert_sharded_between_forwards(subject):
     """`explain` does not take PEFT's pieces for layers; ours know their sizes under FSDP2."""
     paths = {layer.path for layer in lora_ext.explain(subject.model)}
@@ -174,9 +170,9 @@ def fsdp2_trains_as_one_process(rank):
             fused = [layer.path for layer in lora_ext.explain(subject.model)].count("fused")
             shard(subject, by_layers)
             assert_sharded_between_forwards(subject)
-            with torch.profiler.profile() as profile:
+            with CallsOfOps() as calls:
                 gradients = train(subject, subject.model, [rank])
-            assert calls_of_the_op(profile) == STEPS * fused
+            assert calls.of["lora_linear"] == STEPS * fused
             assert_sharded_between_forwards(subject)
             assert_trained_alike(subject, gradients, alone, tolerance=subject.kind.sharded)
             train_alone(theirs)
@@ -240,9 +236,9 @@ def fsdp1_trains_as_one_process(rank):
         fused = [layer.path for layer in lora_ext.explain(subject.model)].count("fused")
         wrapped = FullyShardedDataParallel(subject.model, **options)
         assert {layer.path for layer in lora_ext.explain(wrapped)} == {"sharded"}
-        with torch.profiler.profile() as profile:
+        with CallsOfOps() as calls:
             train(subject, wrapped, [rank])
-        assert calls_of_the_op(profile, "lora_update") == STEPS * fused
+        assert calls.of["lora_update"] == STEPS * fused
         train_alone(alone)
         with FullyShardedDataParallel.summon_full_params(wrapped):
             assert_near(values(subject), values(alone), 1e-6)

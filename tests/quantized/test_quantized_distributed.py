@@ -11,7 +11,7 @@ from helpers import BF16, F32
 from peft_helpers import paths
 from quantized_models import MAKERS, bnb_four_bits, is_installed, make_x, quantized_net
 from torch import nn
-from two_processes import WORLD, train, whole
+from two_processes import WORLD, CallsOfOps, train, whole
 
 import lora_ext
 
@@ -59,9 +59,9 @@ def parallel(kind, model):
 
 
 def fused_calls(function):
-    with torch.profiler.profile() as profile:
+    with CallsOfOps() as calls:
         result = function()
-    return result, [e.name for e in profile.events()].count("lora_ext::lora_linear_forward")
+    return result, calls.of["lora_linear_forward"]
 
 
 @case
