@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Rows at which oneDNN's layout is chosen; its blocked layouts serve all batch sizes alike.
 _LAYOUT_ROWS = 512
@@ -45,7 +46,7 @@ class PackedWeight:
     """A frozen weight with a packed copy, accepted by `lora_linear` in the weight's place.
 
     The pack is a cache: copies, pickles and state dicts hold the weight alone. Each use compares
-    the weight's address, dtype, shape, strides and version with those that were packed, and drops a
+    the weight's storage, dtype, shape, strides and version with those that were packed, and drops a
     pack that they contradict: after ``Module.to``, ``weight.data = other``, ``weight.add_(...)``.
     Writes of values through ``weight.data`` change none of these, so nothing can notice them
     cheaply: call `drop` after such a write, or `verify` to compare a checksum.
@@ -77,6 +78,7 @@ class PackedWeight:
         self._packed = packed
         self._packed_t = packed_t
         self._identity = _identity(weight) if self.is_packed else None
+        self._storage = StorageWeakRef(weight.untyped_storage()) if self.is_packed else None
         self._checksum = _checksum(weight) if self.is_packed else None
 
     @property
@@ -121,7 +123,7 @@ class PackedWeight:
         """("packed" or "unpacked", reason) for a forward on `rows` rows."""
         if not self.is_packed:
             return "unpacked", self.reason
-        if _identity(self.weight) != self._identity:
+        if self._is_changed():
             return "unpacked", _CHANGED
         if self._packed is None:
             return "unpacked", "packed for backward alone, where it was faster"
@@ -142,7 +144,7 @@ class PackedWeight:
         """(weight, packed, packed transposed) for a call on x, None where plain is used."""
         if not self.is_packed or torch.compiler.is_compiling():
             return self.matrix, None, None
-        if _identity(self.weight) != self._identity:
+        if self._is_changed():
             self.drop(_CHANGED)
             return self.matrix, None, None
         if PackedWeight.debug:
@@ -157,6 +159,13 @@ class PackedWeight:
             self._packed if forward else None,
             self._packed_t if backward else None,
         )
+
+    def _is_changed(self) -> bool:
+        """Of a pack. A weight that was cast and cast back has its old address more often than not:
+        what was packed is that weight's only while the storage lives.
+        """
+        assert self._storage is not None
+        return self._storage.expired() or _identity(self.weight) != self._identity
 
     def to(self, *args, **kwargs) -> PackedWeight:
         """The weight moved or cast by ``Tensor.to``; the pack does not travel."""

@@ -131,11 +131,20 @@ def test_a_pack_is_freed_with_its_last_user():
 def changed_by(change):
     """A pack of an nn.Linear's weight, used, then changed: the layer, and the pack."""
     layer = nn.Linear(40, 70, bias=False).requires_grad_(False)
+    layer.memory = torch.randn(70, 40).numpy()
+    layer.weight.data = torch.from_numpy(layer.memory)
     packed = prepack(layer.weight)
     assert packed.is_packed
     call(packed)
     change(layer)
     return layer, packed
+
+
+def at_its_address(layer):
+    """As a cast and a cast back often leave it: a new storage in the place of the old one."""
+    layer.weight.data = torch.empty(0)
+    layer.memory += 1
+    layer.weight.data = torch.from_numpy(layer.memory)
 
 
 CHANGES = {
@@ -145,6 +154,7 @@ CHANGES = {
     "other data": lambda layer: setattr(layer.weight, "data", torch.randn(70, 40)),
     "other strides": lambda layer: setattr(layer.weight, "data", torch.randn(40, 70).t()),
     "in place": lambda layer: layer.weight.add_(1),
+    "other data at its address": at_its_address,
     "data of inference mode": lambda layer: setattr(layer.weight, "data", inference_weight()),
 }
 
