@@ -49,12 +49,14 @@ def _has_values(tensor: Tensor) -> bool:
 def _ranks(
     x: Tensor, lora_a: Sequence[Tensor], index: Tensor | None, offs: Tensor | None, ranks: Any
 ) -> list[int]:
-    """Of each adapter, its rank times the rows that have it."""
+    """Of each adapter, its rank times the rows that have it; one has all."""
+    where = index if index is not None else offs
+    if where is None:
+        one = lora_a if isinstance(lora_a, Tensor) else lora_a[0]
+        return [one.shape[0] * _rows(x)]
     is_pool = lora_a[0].dim() == 3
     count = len(lora_a[0]) if is_pool else len(lora_a)
     each = [lora_a[0].shape[1]] * count if is_pool else [a.shape[0] for a in lora_a]
-    where = index if index is not None else offs
-    assert where is not None
     if not _has_values(where) or not (ranks is None or _has_values(ranks)):
         return [max(each) * _rows(x)] + [0] * (count - 1)
     if ranks is not None:
@@ -68,59 +70,32 @@ def _ranks(
     return [rank * n for rank, n in zip(each, rows, strict=True)]
 
 
+# What the op's schema has after lora_b: where index, offs and ranks stand.
+_LAST = ("index", "offs", "ranks")
+_BEFORE = 11
+
+
+def _groups(rest: Sequence[Any], options: dict[str, Any]) -> list[Tensor | None]:
+    given = (*rest[_BEFORE:], None, None, None)[:3]
+    return [options.get(name, value) for name, value in zip(_LAST, given, strict=True)]
+
+
 def _wanted(ranks: list[int], wanted: Sequence[bool]) -> int:
     wanted = list(wanted) * len(ranks) if len(wanted) == 1 else wanted
     return sum(rank for rank, wants in zip(ranks, wanted, strict=True) if wants)
 
 
-@register_flop_formula([_ops.lora_linear, _ops.lora_linear_forward], get_raw=True)
-def _(x, weight, lora_a, *_, **__) -> int:
-    return _forward(x, weight.shape[0], True, _rows(x) * lora_a.shape[0])
+@register_flop_formula([_ops.lora, _ops.lora_grouped, _ops.lora_forward], get_raw=True)
+def _(x, weight, y, lora_a, lora_b, *rest, **options) -> int:
+    out = y.shape[-1] if weight is None else weight.shape[0]
+    return _forward(x, out, weight is not None, sum(_ranks(x, lora_a, *_groups(rest, options))))
 
 
-@register_flop_formula(_ops.lora_linear_backward, get_raw=True)
-def _(grad, x, weight, lora_a, *rest, **__) -> int:
-    dx, da, db, _bias = next(value for value in rest if isinstance(value, list | tuple))
-    ranks = _rows(x) * lora_a.shape[0]
-    return _backward(x, weight.shape[0], True, ranks, ranks * da, ranks * db, dx)
-
-
-@register_flop_formula([_ops.lora_update, _ops.lora_update_forward], get_raw=True)
-def _(y, x, lora_a, *_, **__) -> int:
-    return _forward(x, y.shape[-1], False, _rows(x) * lora_a.shape[0])
-
-
-@register_flop_formula(_ops.lora_update_backward, get_raw=True)
-def _(grad, x, lora_a, *rest, **__) -> int:
-    dx, da, db = rest[-1]
-    ranks = _rows(x) * lora_a.shape[0]
-    return _backward(x, grad.shape[-1], False, ranks, ranks * da, ranks * db, dx)
-
-
-@register_flop_formula([_ops.lora_linear_grouped, _ops.lora_linear_grouped_forward], get_raw=True)
-def _(x, weight, lora_a, lora_b, scaling, index=None, offs=None, ranks=None, *_, **__) -> int:
-    return _forward(x, weight.shape[0], True, sum(_ranks(x, lora_a, index, offs, ranks)))
-
-
-@register_flop_formula(_ops.lora_linear_grouped_backward, get_raw=True)
-def _(grad, x, weight, lora_a, lora_b, s, scaling, index, offs, ranks, *rest, **__) -> int:
-    (dx, _bias), wanted_a, wanted_b = rest[-3:]
-    each = _ranks(x, lora_a, index, offs, ranks)
+@register_flop_formula(_ops.lora_backward, get_raw=True)
+def _(grad, s, of_base, wanted_a, wanted_b, x, weight, y, lora_a, lora_b, *rest, **options) -> int:
+    each = _ranks(x, lora_a, *_groups(rest, options))
     wants = (_wanted(each, wanted_a), _wanted(each, wanted_b))
-    return _backward(x, weight.shape[0], True, sum(each), *wants, dx)
-
-
-@register_flop_formula([_ops.lora_update_grouped, _ops.lora_update_grouped_forward], get_raw=True)
-def _(y, x, lora_a, lora_b, scaling, index=None, offs=None, ranks=None, *_, **__) -> int:
-    return _forward(x, y.shape[-1], False, sum(_ranks(x, lora_a, index, offs, ranks)))
-
-
-@register_flop_formula(_ops.lora_update_grouped_backward, get_raw=True)
-def _(grad, x, lora_a, lora_b, s, scaling, index, offs, ranks, *rest, **__) -> int:
-    dx, wanted_a, wanted_b = rest[-3:]
-    each = _ranks(x, lora_a, index, offs, ranks)
-    wants = (_wanted(each, wanted_a), _wanted(each, wanted_b))
-    return _backward(x, grad.shape[-1], False, sum(each), *wants, dx)
+    return _backward(x, grad.shape[-1], weight is not None, sum(each), *wants, of_base[0])
 
 
 def _rows_of_experts(x: Tensor, token: Tensor | None, offs: Tensor) -> int:

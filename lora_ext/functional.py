@@ -12,10 +12,8 @@ from .quantized.weight import QuantizedWeight
 
 __all__ = ["PackedWeight", "dropout_mask", "lora_linear", "lora_update", "prepack"]
 
-_forward = torch.ops.lora_ext.lora_linear.default
-_update = torch.ops.lora_ext.lora_update.default
-_grouped_forward = torch.ops.lora_ext.lora_linear_grouped.default
-_grouped_update = torch.ops.lora_ext.lora_update_grouped.default
+_lora = torch.ops.lora_ext.lora.default
+_grouped = torch.ops.lora_ext.lora_grouped.default
 _mask = torch.ops.lora_ext.dropout_mask.default
 
 # Seeds are any non-negative int64.
@@ -124,7 +122,7 @@ def lora_linear(
         raise _not_a_tensor("lora_linear", weight=weight)
     seed = None if dropout_p == 0.0 else draw_seed(x.device)
     rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
-    return _forward(x, weight, lora_a, lora_b, bias, scaling, *rest)
+    return _lora(x, weight, None, lora_a, lora_b, scaling, bias, *rest)
 
 
 def _linear_of_many(
@@ -150,14 +148,13 @@ def _linear_of_many(
         raise _not_a_tensor("lora_linear", weight=weight)
     if not training:
         dropout_p = _turned_off(dropout_p)
-    factors = operands("lora_linear", x, lora_a, lora_b, scaling)
+    first, second, scalings = operands("lora_linear", x, lora_a, lora_b, scaling)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     if isinstance(weight, QuantizedWeight):
-        call = Call(weight, factors[2], dropout_p, seed, groups)
-        return quantized_linear(call, x, factors[0], factors[1], bias)
-    return _grouped_forward(
-        x, weight, *factors, *groups, bias, dropout_p, seed, 0, 0, False, packed, packed_t
-    )
+        call = Call(weight, scalings, dropout_p, seed, groups)
+        return quantized_linear(call, x, first, second, bias)
+    rest = (dropout_p, seed, 0, 0, False, packed, packed_t, 0)
+    return _grouped(x, weight, None, first, second, 1.0, bias, *rest, scalings, *groups)
 
 
 def lora_update(
@@ -217,16 +214,16 @@ def lora_update(
         if tensor.is_nested:
             raise _nested("lora_update", name)
     if many:
-        factors = operands("lora_update", x, lora_a, lora_b, scaling)
-        if seed is None and dropout_p > 0.0:
-            seed = draw_seed(x.device)
-        return _grouped_update(
-            y, x, *factors, index, offs, ranks, dropout_p, seed, row_offset, col_offset
-        )
-    _check_scaling("lora_update", scaling)
+        lora_a, lora_b, scaling = operands("lora_update", x, lora_a, lora_b, scaling)
+    else:
+        _check_scaling("lora_update", scaling)
     if seed is None and dropout_p > 0.0:
         seed = draw_seed(x.device)
-    return _update(y, x, lora_a, lora_b, scaling, dropout_p, seed, row_offset, col_offset)
+    dropout = (dropout_p, seed, row_offset, col_offset)
+    if not many:
+        return _lora(x, None, y, lora_a, lora_b, scaling, None, *dropout)
+    groups = {"scalings": scaling, "index": index, "offs": offs, "ranks": ranks}
+    return _grouped(x, None, y, lora_a, lora_b, 1.0, None, *dropout, **groups)
 
 
 def base_linear(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import op_calls
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -158,7 +159,7 @@ def run_ours(
     tail = (problem.scaling, dropout_p, seeds, row_offset, col_offset, False, packed, packed_t)
 
     def forward(x, lora_a, lora_b, bias):
-        return torch.ops.lora_ext.lora_linear(x, weight, lora_a, lora_b, bias, *tail)
+        return op_calls.lora_linear(x, weight, lora_a, lora_b, bias, *tail)
 
     return differentiate(problem, forward)
 

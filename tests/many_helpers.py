@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import op_calls
 import torch
 from helpers import F32, F64, accumulation_dtype, keep_scale_of, leaf, make_problem, max_error
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 import lora_ext
 from lora_ext.reference import lora_linear_reference, lora_update_reference
 
-OPS = torch.ops.lora_ext
 RANKS = (1, 16, 8, 33)
 KINDS = ["ranges", "mixed", "in turn", "one", "none"]  # of index_of
 
@@ -139,8 +139,8 @@ def run(
 
     def forward(base, x, lora_a, lora_b, bias):
         if many.weight is None:
-            return OPS.lora_update_grouped(base, x, lora_a, lora_b, *groups, *tail)
-        return OPS.lora_linear_grouped(x, base, lora_a, lora_b, *groups, bias, *tail)
+            return op_calls.lora_update_grouped(base, x, lora_a, lora_b, groups, *tail)
+        return op_calls.lora_linear_grouped(x, base, lora_a, lora_b, groups, bias, *tail)
 
     return differentiated(many, forward)
 

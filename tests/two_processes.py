@@ -93,7 +93,7 @@ def train(model, batches, ranks, forward=None, optimizer=None, seeds=None):
 
 class CallsOfOps(TorchFunctionMode):
     """Counts what Python calls of lora_ext's ops: `with CallsOfOps() as calls`, then
-    `calls.of["lora_linear"]`.
+    `calls.of["lora"]`.
 
     Not by torch's profiler, which also records the collectives, in gloo's threads: its end does not
     wait for them, and a process with torch 2.13 was seen to crash in one (SIGSEGV in malloc).

@@ -35,7 +35,7 @@ kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& w
                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
                                         double dropout_p) {
   return kernel_route::explain(
-      ForwardArgs{x, Base{weight}, Update{lora_a, lora_b, 1.0, DropoutArgs{dropout_p}}});
+      ForwardArgs{x, Base{weight}, Update::one(lora_a, lora_b, 1.0, DropoutArgs{dropout_p})});
 }
 
 // Without a gradient of y, of one that is contiguous.
@@ -43,11 +43,13 @@ kernel_route::Explained explain_backward(const at::Tensor& x, const at::Tensor& 
                                          const at::Tensor& lora_a, const at::Tensor& lora_b,
                                          double dropout_p, const std::optional<at::Tensor>& grad) {
   const at::Tensor contiguous = at::empty({0, weight.size(0)}, x.options());
-  return kernel_route::explain(BackwardArgs{grad ? *grad : contiguous,
-                                            x,
-                                            Base{weight},
-                                            Update{lora_a, lora_b, 1.0, DropoutArgs{dropout_p}},
-                                            {}});
+  return kernel_route::explain(
+      BackwardArgs{grad ? *grad : contiguous,
+                   x,
+                   Base{weight},
+                   Update::one(lora_a, lora_b, 1.0, DropoutArgs{dropout_p}),
+                   {},
+                   Wanted::one(true, true, true)});
 }
 
 void bind_device(py::module& m) {

@@ -13,32 +13,21 @@
 namespace lora_ext::kernel_bounds {
 namespace {
 
-std::vector<at::Tensor> doubled(const std::vector<at::Tensor>& tensors) {
-  std::vector<at::Tensor> out;
-  for (const at::Tensor& tensor : tensors) out.push_back(tensor.to(at::kDouble));
-  return out;
-}
-
-GroupedUpdate in_double(const GroupedUpdate& update) {
-  GroupedUpdate exact = update;
-  exact.lora_a = doubled(update.lora_a), exact.lora_b = doubled(update.lora_b);
-  return exact;
-}
-
 // The rows of an adapter, or, of -1, those of none.
-at::Tensor rows_of(const GroupedUpdate& update, int64_t adapter) {
-  return update.index->reshape({-1}).eq(adapter).nonzero().reshape({-1});
+at::Tensor rows_of(const Update& update, int64_t adapter) {
+  return update.grouping->index->reshape({-1}).eq(adapter).nonzero().reshape({-1});
 }
 
 // One adapter as the bounds of one take it: what its mask drops makes the sums smaller.
-Update update_of(const GroupedUpdate& update, int64_t g) {
-  return {update.lora_a[g], update.lora_b[g], update.scaling[g].item<double>(), update.dropout};
+Update update_of(const Update& update, int64_t g) {
+  return Update::one(update.lora_a[g], update.lora_b[g], update.grouping->scaling[g].item<double>(),
+                     update.dropout);
 }
 
 // None: factors of zeros.
-Update no_update(const GroupedUpdate& update) {
-  return {at::zeros({1, update.in_features()}, update.lora_a[0].options()),
-          at::zeros({update.out_features(), 1}, update.lora_b[0].options())};
+Update no_update(const Update& update) {
+  return Update::one(at::zeros({1, update.in_features()}, update.lora_a[0].options()),
+                     at::zeros({update.out_features(), 1}, update.lora_b[0].options()), 1.0);
 }
 
 Base base_of(const Base& base, const at::Tensor& rows) {
@@ -49,24 +38,10 @@ Base base_of(const Base& base, const at::Tensor& rows) {
 
 }  // namespace
 
-GroupedForwardArgs in_double(const GroupedForwardArgs& args) {
-  const ForwardArgs one = in_double(ForwardArgs{args.x, args.base, update_of(args.update, 0)});
-  return {one.x, one.base, in_double(args.update)};
-}
-
-GroupedBackwardArgs in_double(const GroupedBackwardArgs& args) {
-  GroupedBackwardArgs exact = args;
-  for (at::Tensor* each : {&exact.grad, &exact.x, &exact.base.weight, &exact.s})
-    *each = each->to(at::kDouble);
-  exact.base.packed_t = std::nullopt;
-  exact.update = in_double(args.update);
-  return exact;
-}
-
-GroupedForward allowed(const GroupedForwardArgs& args, const GroupedForwardArgs& exact,
-                       const GroupedForward& expected, bool hybrid) {
-  GroupedForward out{at::zeros_like(expected.y),
-                     at::full_like(expected.s, std::numeric_limits<double>::infinity())};
+Forward allowed_grouped(const ForwardArgs& args, const ForwardArgs& exact, const Forward& expected,
+                        bool hybrid) {
+  Forward out{at::zeros_like(expected.y),
+              at::full_like(expected.s, std::numeric_limits<double>::infinity())};
   for (int64_t g = -1; g < args.update.adapters(); ++g) {
     const at::Tensor rows = rows_of(args.update, g);
     if (rows.numel() == 0) continue;
@@ -82,9 +57,9 @@ GroupedForward allowed(const GroupedForwardArgs& args, const GroupedForwardArgs&
   return out;
 }
 
-GroupedBackward allowed(const GroupedBackwardArgs& args, const GroupedBackwardArgs& exact,
-                        const GroupedBackward& expected, bool hybrid) {
-  GroupedBackward out{at::zeros_like(expected.dx), {}, {}};
+Backward allowed_grouped(const BackwardArgs& args, const BackwardArgs& exact,
+                         const Backward& expected, bool hybrid) {
+  Backward out{at::zeros_like(expected.dx), {}, {}};
   for (int64_t g = -1; g < args.update.adapters(); ++g) {
     const at::Tensor rows = rows_of(args.update, g);
     const Update own = g < 0 ? no_update(args.update) : update_of(args.update, g);
@@ -94,17 +69,17 @@ GroupedBackward allowed(const GroupedBackwardArgs& args, const GroupedBackwardAr
       part.grad = from.grad.index_select(0, rows), part.x = from.x.index_select(0, rows);
       part.base = from.base, part.update = update;
       part.s = from.s.index_select(0, rows).narrow(1, 0, update.rank());
-      part.need_dlora_a = part.need_dlora_b = g >= 0;
+      part.wanted = Wanted::one(true, g >= 0, g >= 0);
       return part;
     };
-    const Backward part =
-        allowed(of({}, own, args), of({}, own_exact, exact),
-                {expected.dx.index_select(0, rows), g < 0 ? at::Tensor() : expected.dlora_a[g],
-                 g < 0 ? at::Tensor() : expected.dlora_b[g]},
-                hybrid);
+    const Backward part = allowed(of({}, own, args), of({}, own_exact, exact),
+                                  {expected.dx.index_select(0, rows),
+                                   {g < 0 ? at::Tensor() : expected.dlora_a[g]},
+                                   {g < 0 ? at::Tensor() : expected.dlora_b[g]}},
+                                  hybrid);
     out.dx.index_copy_(0, rows, part.dx);
     if (g < 0) continue;
-    out.dlora_a.push_back(part.dlora_a), out.dlora_b.push_back(part.dlora_b);
+    out.dlora_a.push_back(part.dlora_a[0]), out.dlora_b.push_back(part.dlora_b[0]);
   }
   return out;
 }

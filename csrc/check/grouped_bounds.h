@@ -2,17 +2,13 @@
 // adapter's rows and gradients as kernel_bounds.h says.
 #pragma once
 
-#include "common/groups.h"
+#include "common/call.h"
 
 namespace lora_ext::kernel_bounds {
 
-// Every operand in float64, for the library route.
-GroupedForwardArgs in_double(const GroupedForwardArgs& args);
-GroupedBackwardArgs in_double(const GroupedBackwardArgs& args);
-
-GroupedForward allowed(const GroupedForwardArgs& args, const GroupedForwardArgs& exact,
-                       const GroupedForward& expected, bool hybrid);
-GroupedBackward allowed(const GroupedBackwardArgs& args, const GroupedBackwardArgs& exact,
-                        const GroupedBackward& expected, bool hybrid);
+Forward allowed_grouped(const ForwardArgs& args, const ForwardArgs& exact, const Forward& expected,
+                        bool hybrid);
+Backward allowed_grouped(const BackwardArgs& args, const BackwardArgs& exact,
+                         const Backward& expected, bool hybrid);
 
 }  // namespace lora_ext::kernel_bounds

@@ -15,6 +15,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "check/grouped_bounds.h"
+
 namespace lora_ext::kernel_bounds {
 namespace {
 
@@ -31,7 +33,7 @@ struct Roundings {
   template <class Args>
   Roundings(const Args& args, bool hybrid) {
     const bool float16 = args.x.scalar_type() == at::kHalf;
-    const bool float_adapters = args.update.lora_a.scalar_type() == at::kFloat;
+    const bool float_adapters = args.update.a().scalar_type() == at::kFloat;
     half = float16 ? 0x1p-11 : 0x1p-8;
     // Second halves of float16 are subnormal for numbers below 2^-3: 2^-25 is lost, not u^2.
     const double two_halves = 4 * (float16 ? 0x1p-19 : 0x1p-16);
@@ -72,13 +74,21 @@ at::Tensor allowed_of_gradient(const at::Tensor& result, const at::Tensor& produ
   return result.abs().mul_(rounding.of_adapter).add_(products, rounding.low_rank + sum_of(count));
 }
 
+Update in_double(const Update& update) {
+  Update exact = update;
+  for (Factors* factors : {&exact.lora_a, &exact.lora_b}) {
+    for (at::Tensor& factor : *factors) factor = factor.to(at::kDouble);
+  }
+  return exact;
+}
+
 }  // namespace
 
 ForwardArgs in_double(const ForwardArgs& args) {
   ForwardArgs exact = args;
   at::Tensor& base = exact.base.is_given() ? exact.base.y : exact.base.weight;
-  for (at::Tensor* each : {&exact.x, &base, &exact.update.lora_a, &exact.update.lora_b})
-    *each = each->to(at::kDouble);
+  for (at::Tensor* each : {&exact.x, &base}) *each = each->to(at::kDouble);
+  exact.update = in_double(args.update);
   exact.base.bias = doubled(args.base.bias);
   exact.base.packed = std::nullopt;
   return exact;
@@ -86,20 +96,21 @@ ForwardArgs in_double(const ForwardArgs& args) {
 
 BackwardArgs in_double(const BackwardArgs& args) {
   BackwardArgs exact = args;
-  for (at::Tensor* each : {&exact.grad, &exact.x, &exact.base.weight, &exact.update.lora_a,
-                           &exact.update.lora_b, &exact.s})
+  for (at::Tensor* each : {&exact.grad, &exact.x, &exact.base.weight, &exact.s})
     *each = each->to(at::kDouble);
+  exact.update = in_double(args.update);
   exact.base.packed_t = std::nullopt;
   return exact;
 }
 
 Forward allowed(const ForwardArgs& args, const ForwardArgs& exact, const Forward& expected,
                 bool hybrid) {
+  if (!args.update.is_one()) return allowed_grouped(args, exact, expected, hybrid);
   const Roundings rounding(args, hybrid);
   const int64_t k = args.x.size(1), rank = args.update.rank();
   const at::Tensor s =
-      spread(exact.x, exact.update.lora_a.t(), scale_of(args.update.dropout));      // [M, r]
-  const at::Tensor low = spread(s, exact.update.lora_b.t(), exact.update.scaling);  // [M, N]
+      spread(exact.x, exact.update.a().t(), scale_of(args.update.dropout));      // [M, r]
+  const at::Tensor low = spread(s, exact.update.b().t(), exact.update.scaling);  // [M, N]
   const bool given = args.base.is_given();
   const at::Tensor base = given ? at::zeros_like(low) : spread(exact.x, exact.base.weight.t());
   Forward out{allowed_of(expected.y, base, low, k + rank, rounding),
@@ -111,22 +122,23 @@ Forward allowed(const ForwardArgs& args, const ForwardArgs& exact, const Forward
 
 Backward allowed(const BackwardArgs& args, const BackwardArgs& exact, const Backward& expected,
                  bool hybrid) {
+  if (!args.update.is_one()) return allowed_grouped(args, exact, expected, hybrid);
   const Roundings rounding(args, hybrid);
   const int64_t m = args.x.size(0), n = args.update.out_features(), rank = args.update.rank();
   const double keep_scale = scale_of(args.update.dropout);
-  const at::Tensor ds = spread(exact.grad, exact.update.lora_b, exact.update.scaling);  // [M, r]
-  Backward out;
-  if (args.need_dx) {
+  const at::Tensor ds = spread(exact.grad, exact.update.b(), exact.update.scaling);  // [M, r]
+  Backward out = Backward::one();
+  if (args.wanted.dx) {
     out.dx = allowed_of(expected.dx, spread(exact.grad, exact.base.weight),
-                        spread(ds, exact.update.lora_a, keep_scale), n + rank, rounding);
+                        spread(ds, exact.update.a(), keep_scale), n + rank, rounding);
   }
-  if (args.need_dlora_a) {
-    out.dlora_a =
-        allowed_of_gradient(expected.dlora_a, spread(ds.t(), exact.x, keep_scale), m + n, rounding);
+  if (args.need_dlora_a()) {
+    out.da() = allowed_of_gradient(expected.dlora_a[0], spread(ds.t(), exact.x, keep_scale), m + n,
+                                   rounding);
   }
-  if (args.need_dlora_b) {
-    out.dlora_b = allowed_of_gradient(
-        expected.dlora_b, spread(exact.grad.t(), exact.s, exact.update.scaling), m, rounding);
+  if (args.need_dlora_b()) {
+    out.db() = allowed_of_gradient(
+        expected.dlora_b[0], spread(exact.grad.t(), exact.s, exact.update.scaling), m, rounding);
   }
   return out;
 }

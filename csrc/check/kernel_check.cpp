@@ -13,11 +13,9 @@
 #include <sstream>
 #include <tuple>
 
-#include "check/grouped_bounds.h"
 #include "check/kernel_bounds.h"
 #include "common/check.h"
-#include "launch/grouped_launch.h"
-#include "library/grouped_library_route.h"
+#include "launch/kernel_launch.h"
 #include "library/library_route.h"
 
 namespace lora_ext::kernel_check {
@@ -71,17 +69,8 @@ std::string compare_all(const Forward& got, const Forward& expected, const Forwa
   const std::string y = compare("y", got.y, expected.y, allowed.y);
   return y.empty() ? compare("s", got.s, expected.s, allowed.s) : y;
 }
-std::string compare_all(const Backward& got, const Backward& expected, const Backward& allowed) {
-  const std::string dx = compare("dx", got.dx, expected.dx, allowed.dx);
-  if (!dx.empty()) return dx;
-  const std::string da = compare("dlora_a", got.dlora_a, expected.dlora_a, allowed.dlora_a);
-  if (!da.empty() || !got.dlora_b.defined()) return da;
-  return compare("dlora_b", got.dlora_b, expected.dlora_b, allowed.dlora_b);
-}
-
 // Of rows without an adapter, S has nothing.
-std::string compare_all(const GroupedBackward& got, const GroupedBackward& expected,
-                        const GroupedBackward& allowed) {
+std::string compare_all(const Backward& got, const Backward& expected, const Backward& allowed) {
   std::string off = compare("dx", got.dx, expected.dx, allowed.dx);
   for (size_t g = 0; off.empty() && g < got.dlora_a.size(); ++g) {
     off = compare("dlora_a", got.dlora_a[g], expected.dlora_a[g], allowed.dlora_a[g]);
@@ -93,7 +82,7 @@ std::string compare_all(const GroupedBackward& got, const GroupedBackward& expec
 
 template <class Args>
 auto by_library(const Args& args) {
-  if constexpr (std::is_same_v<Args, ForwardArgs> || std::is_same_v<Args, GroupedForwardArgs>)
+  if constexpr (std::is_same_v<Args, ForwardArgs>)
     return library_route::forward(args);
   else
     return library_route::backward(args);
@@ -152,26 +141,27 @@ std::string run_grouped_case(const plan::Card& card, const Kernels& kernels,
                              const Update& one, const at::TensorOptions& options) {
   constexpr int64_t kAdapters = 5;
   const int64_t m = x.size(0), n = w.size(0), rank = one.rank();
-  GroupedUpdate update;
+  Update update;
+  update.dropout = one.dropout;
   for (int64_t g = 0; g < kAdapters; ++g) {
     const int64_t own = std::max<int64_t>(1, rank - 7 * g);
-    update.lora_a.push_back(one.lora_a.narrow(0, 0, own).mul(1.0 + 0.25 * double(g)));
-    update.lora_b.push_back(one.lora_b.narrow(1, 0, own).contiguous());
+    update.lora_a.push_back(one.a().narrow(0, 0, own).mul(1.0 + 0.25 * double(g)));
+    update.lora_b.push_back(one.b().narrow(1, 0, own).contiguous());
   }
-  update.scaling = at::arange(1, kAdapters + 1, options.dtype(at::kFloat)).mul_(0.5);
   const at::Tensor turns = at::arange(m, options.dtype(at::kInt));
-  update.index = turns.add(turns.floor_divide(4)).remainder(kAdapters).sub_(1).to(at::kInt);
-  update.dropout = one.dropout;
+  update.grouping =
+      Grouping{at::arange(1, kAdapters + 1, options.dtype(at::kFloat)).mul_(0.5),
+               turns.add(turns.floor_divide(4)).remainder(kAdapters).sub_(1).to(at::kInt)};
   if (!kernels.backward) {
     const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
                                          : Base{w, numbers({n}, 12.9, 1, options)};
-    return run_case(card, kernels, request, GroupedForwardArgs{x, base, update});
+    return run_case(card, kernels, request, ForwardArgs{x, base, update});
   }
-  const std::vector<bool> all(kAdapters, true);
-  return run_case(
-      card, kernels, request,
-      GroupedBackwardArgs{numbers({m, n}, 12.47, 1, options), x, Base{w}, update,
-                          numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)), true, all, all});
+  const Wishes all(kAdapters, true);
+  return run_case(card, kernels, request,
+                  BackwardArgs{numbers({m, n}, 12.47, 1, options), x, Base{w}, update,
+                               numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),
+                               Wanted{true, all, all}});
 }
 
 std::string run_small_case(const at::Device& device, const plan::Card& card,
@@ -191,7 +181,7 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
   const at::Tensor x = numbers({m, k}, 12.71, 1, options), w = numbers({n, k}, 12.37, 0.1, options);
   const at::Tensor a = numbers({rank, k}, 12.53, 0.1, adapter);
   const at::Tensor b = numbers({n, rank}, 12.29, 0.1, adapter);
-  const Update update{a, b, 2.0, dropout};
+  const Update update = Update::one(a, b, 2.0, dropout);
   if (kernels.grouped) return run_grouped_case(card, kernels, small.request, x, w, update, options);
   if (!kernels.backward) {
     const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
@@ -203,9 +193,7 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
                           Base{w},
                           update,
                           numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),
-                          problem.need_dx,
-                          problem.need_dlora_a,
-                          problem.need_dlora_b};
+                          Wanted::one(problem.need_dx, problem.need_dlora_a, problem.need_dlora_b)};
   return run_case(card, kernels, small.request, args);
 }
 

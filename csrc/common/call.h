@@ -1,4 +1,4 @@
-// One LoRA linear, forward and backward, on 2-D tensors: the contract between the op (op/,
+// One call of the op, forward and backward, on 2-D tensors: the contract between the op (op/,
 // checks and shapes) and the routes that compute it.
 //
 //     S  = drop(X) A^T            Y  = X W^T + bias + s S B^T
@@ -7,12 +7,18 @@
 //
 // drop(X) = keep_scale * mask * X, with the mask of philox.h. S keeps keep_scale, not s.
 // M rows, K = in features, N = out features, r = rank.
+//
+// Of many adapters each row m has its own A, B and s, those of adapter g = index[m], or none; dA_g
+// and dB_g are sums over the rows of g alone, in the rows' order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
+#include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "common/philox.h"
 
@@ -38,6 +44,8 @@ struct Base {
   bool cast_weight = false;              // weight and bias are of any dtype, and rounded to x's
   std::optional<at::Tensor> packed{};    // oneDNN's layout of weight, for a forward
   std::optional<at::Tensor> packed_t{};  // and of weight^T, for a backward
+  // y and dx in blocks of so many rows, whatever the number of all; 0: in one.
+  int64_t row_block = 0;
   at::Tensor y{};  // given in place of a weight: [M, N], last stride 1, of any dtype; in a forward
 
   static Base given(at::Tensor y = {}) {
@@ -46,20 +54,62 @@ struct Base {
     return base;
   }
   bool is_given() const { return !weight.defined(); }
-  // Of Python's name, for messages: the op whose base it is.
+  // Name of the Python function, used in error messages.
   const char* op() const { return is_given() ? "lora_update" : "lora_linear"; }
 };
 
-// The trained part: scaling * (drop(x) lora_a^T) lora_b^T.
-struct Update {
-  at::Tensor lora_a;  // [r, K]
-  at::Tensor lora_b;  // [N, r]
-  double scaling = 1.0;
-  DropoutArgs dropout{};
+// Which adapter each row has, and how its update is scaled, where a call has many adapters.
+struct Grouping {
+  at::Tensor scaling;                 // [G], float32
+  std::optional<at::Tensor> index{};  // int32, one for each row: an adapter, or -1 for none; or
+  std::optional<at::Tensor> offs{};   // [G], int32: adapter g has the rows from offs[g - 1] on
+  std::optional<at::Tensor> ranks{};  // [G], int32, of a pool; 0 where a slot is free
+};
 
-  int64_t rank() const { return lora_a.size(0); }
-  int64_t in_features() const { return lora_a.size(1); }
-  int64_t out_features() const { return lora_b.size(0); }
+// Most calls have one adapter, whose list needs no memory of its own.
+using Factors = c10::SmallVector<at::Tensor, 1>;
+using Wishes = c10::SmallVector<bool, 1>;
+
+// The trained part: scaling * (drop(x) lora_a^T) lora_b^T. One adapter, for all rows, has one
+// matrix in each list.
+struct Update {
+  // [r, K] and [N, r] for each adapter; or a pool of many: one [G, r, K] and one [G, N, r].
+  Factors lora_a, lora_b;
+  double scaling = 1.0;  // of one adapter
+  DropoutArgs dropout{};
+  std::optional<Grouping> grouping{};  // of many
+
+  static Update one(at::Tensor lora_a, at::Tensor lora_b, double scaling,
+                    DropoutArgs dropout = {}) {
+    return {Factors{std::move(lora_a)}, Factors{std::move(lora_b)}, scaling, std::move(dropout)};
+  }
+
+  bool is_one() const { return !grouping; }
+  // Of one adapter.
+  const at::Tensor& a() const { return lora_a[0]; }
+  const at::Tensor& b() const { return lora_b[0]; }
+
+  bool is_pool() const { return lora_a.size() == 1 && lora_a[0].dim() == 3; }
+  c10::SymInt sym_adapters() const {
+    return is_pool() ? lora_a[0].sym_size(0) : c10::SymInt(static_cast<int64_t>(lora_a.size()));
+  }
+  int64_t adapters() const { return sym_adapters().expect_int(); }
+  // The rank, of many adapters the largest, for which S has room in every row. It takes a look at
+  // every adapter of a list.
+  c10::SymInt sym_rank() const {
+    if (is_pool()) return lora_a[0].sym_size(1);
+    c10::SymInt most = lora_a[0].sym_size(0);
+    for (size_t g = 1; g < lora_a.size(); ++g) most = most.max(lora_a[g].sym_size(0));
+    return most;
+  }
+  int64_t rank() const {
+    if (is_pool()) return lora_a[0].size(1);
+    int64_t most = 0;
+    for (const at::Tensor& a : lora_a) most = std::max(most, a.size(0));
+    return most;
+  }
+  int64_t in_features() const { return lora_a[0].size(-1); }
+  int64_t out_features() const { return lora_b[0].size(-2); }
 };
 
 struct ForwardArgs {
@@ -71,26 +121,46 @@ struct ForwardArgs {
   at::ScalarType y_dtype() const { return (base.is_given() ? base.y : x).scalar_type(); }
 };
 
+// Which gradients a backward is asked for.
+struct Wanted {
+  bool dx = true;
+  Wishes dlora_a, dlora_b;  // for each tensor of these
+  bool dbias = false;       // a sum that the op itself makes
+
+  static Wanted one(bool dx, bool a, bool b) { return {dx, Wishes{a}, Wishes{b}}; }
+  bool any_a() const { return std::find(dlora_a.begin(), dlora_a.end(), true) != dlora_a.end(); }
+  bool any_b() const { return std::find(dlora_b.begin(), dlora_b.end(), true) != dlora_b.end(); }
+  bool any() const { return dx || any_a() || any_b(); }
+};
+
 struct BackwardArgs {
   at::Tensor grad;  // dY [M, N], last stride 1, dtype of y: x's, unless the base is given
   at::Tensor x;     // [M, K], last stride 1
   Base base;
   Update update;
-  at::Tensor s;  // [M, r], accumulation dtype
-  bool need_dx = true;
-  bool need_dlora_a = true;
-  bool need_dlora_b = true;
+  at::Tensor s;  // what the forward gave
+  Wanted wanted;
+
+  // Of one adapter.
+  bool need_dlora_a() const { return wanted.dlora_a[0]; }
+  bool need_dlora_b() const { return wanted.dlora_b[0]; }
 };
 
 struct Forward {
   at::Tensor y;  // [M, N]
-  at::Tensor s;  // [M, r], accumulation dtype; of any dtype where it is not needed
+  // [M, r], accumulation dtype; of any dtype where it is not needed. Of many adapters each row has
+  // as many columns as its adapter has ranks; the rest is not written.
+  at::Tensor s;
 };
 
 struct Backward {
-  at::Tensor dx;       // [M, K], undefined when not needed
-  at::Tensor dlora_a;  // [r, K]
-  at::Tensor dlora_b;  // [N, r]
+  at::Tensor dx;             // [M, K], undefined when not needed
+  Factors dlora_a, dlora_b;  // of each that wants one, else undefined
+
+  // To be filled for one adapter.
+  static Backward one() { return {{}, Factors{at::Tensor()}, Factors{at::Tensor()}}; }
+  at::Tensor& da() { return dlora_a[0]; }
+  at::Tensor& db() { return dlora_b[0]; }
 };
 
 inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }

@@ -14,13 +14,13 @@ at::Tensor on_host(const at::Tensor& numbers) {
 }
 
 // Of each adapter.
-std::vector<int64_t> ranks_of(const char* op, const GroupedUpdate& update) {
-  const int64_t adapters = update.adapters(), most = update.max_rank();
+std::vector<int64_t> ranks_of(const char* op, const Update& update) {
+  const int64_t adapters = update.adapters(), most = update.rank();
   std::vector<int64_t> ranks(static_cast<size_t>(adapters), most);
   if (!update.is_pool()) {
     for (int64_t g = 0; g < adapters; ++g) ranks[g] = update.lora_a[g].size(0);
-  } else if (update.ranks) {
-    const at::Tensor numbers = on_host(*update.ranks);
+  } else if (update.grouping->ranks) {
+    const at::Tensor numbers = on_host(*update.grouping->ranks);
     const int32_t* data = numbers.const_data_ptr<int32_t>();
     for (int64_t g = 0; g < adapters; ++g) {
       TORCH_CHECK_INDEX(data[g] >= 0 && data[g] <= most, "lora_ext.", op,
@@ -66,12 +66,13 @@ std::vector<int64_t> sorted_by_offs(const char* op, const int32_t* offs, int64_t
 
 }  // namespace
 
-Segments segments_of(const char* op, const GroupedUpdate& update, int64_t rows) {
+Segments segments_of(const char* op, const Update& update, int64_t rows) {
   const int64_t adapters = update.adapters();
   Segments out;
-  const at::Tensor numbers = on_host(update.index ? *update.index : *update.offs);
+  const at::Tensor numbers =
+      on_host(update.grouping->index ? *update.grouping->index : *update.grouping->offs);
   const int32_t* data = numbers.const_data_ptr<int32_t>();
-  const std::vector<int64_t> begins = update.index
+  const std::vector<int64_t> begins = update.grouping->index
                                           ? sort_by_index(op, data, rows, adapters, out.order)
                                           : sorted_by_offs(op, data, rows, adapters, out.order);
   const std::vector<int64_t> ranks = ranks_of(op, update);

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/groups.h"
+#include "common/call.h"
 
 namespace lora_ext {
 
@@ -22,7 +22,7 @@ struct Segments {
 };
 
 // Reads index, offs and ranks, which on a GPU waits for the device. Throws where one of them names
-// an adapter, a row or a rank that does not exist. `op` is of Python's name.
-Segments segments_of(const char* op, const GroupedUpdate& update, int64_t rows);
+// an adapter, a row or a rank that does not exist. `op` is the Python function's name.
+Segments segments_of(const char* op, const Update& update, int64_t rows);
 
 }  // namespace lora_ext

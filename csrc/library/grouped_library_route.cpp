@@ -51,23 +51,22 @@ class Rows {
   at::Tensor index_;
 };
 
-at::Tensor factor_of(const std::vector<at::Tensor>& factors, bool pool, int64_t rank_dim,
-                     const Segment& segment) {
+at::Tensor factor_of(at::TensorList factors, bool pool, int64_t rank_dim, const Segment& segment) {
   return pool ? factors[0].select(0, segment.adapter).narrow(rank_dim, 0, segment.rank)
               : factors[static_cast<size_t>(segment.adapter)];
 }
 
 // The adapter of one segment; its dropout has been applied.
-Update update_of(const GroupedUpdate& update, const Segment& segment, const double* scaling) {
+Update update_of(const Update& update, const Segment& segment, const double* scaling) {
   const bool pool = update.is_pool();
-  return {factor_of(update.lora_a, pool, 0, segment), factor_of(update.lora_b, pool, 1, segment),
-          scaling[segment.adapter]};
+  return Update::one(factor_of(update.lora_a, pool, 0, segment),
+                     factor_of(update.lora_b, pool, 1, segment), scaling[segment.adapter]);
 }
 
 // drop(X) of the rows, for a y of some dtype: in the adapters' where something is dropped, and at
 // least in float32 for a wider y, so that x over the probability to keep it is not rounded to a
 // half x.
-at::Tensor inputs_of(const at::Tensor& x, const GroupedUpdate& update, at::ScalarType y,
+at::Tensor inputs_of(const at::Tensor& x, const Update& update, at::ScalarType y,
                      const Rows& rows) {
   at::Tensor own = rows.of(x);
   if (!update.dropout.enabled()) return own;
@@ -84,8 +83,7 @@ at::Tensor on_host(const at::Tensor& scaling) {
 
 // Where an adapter's gradient goes, if it is wanted: for a pool into the gradient of all.
 struct Gradients {
-  Gradients(const std::vector<at::Tensor>& factors, const std::vector<bool>& wanted)
-      : each(factors.size()) {
+  Gradients(at::TensorList factors, const Wishes& wanted) : each(factors.size()) {
     for (size_t i = 0; i < factors.size(); ++i) {
       if (wanted[i]) each[i] = at::zeros(factors[i].sizes(), factors[i].options());
     }
@@ -96,18 +94,18 @@ struct Gradients {
   void put(bool pool, int64_t rank_dim, const Segment& segment, const at::Tensor& gradient) {
     factor_of(each, pool, rank_dim, segment).copy_(gradient);
   }
-  std::vector<at::Tensor> each;
+  Factors each;
 };
 
 }  // namespace
 
-GroupedForward forward(const GroupedForwardArgs& args) {
-  const GroupedUpdate& update = args.update;
+Forward forward_grouped(const ForwardArgs& args) {
+  const Update& update = args.update;
   const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
-  const at::Tensor scaling = on_host(update.scaling);
+  const at::Tensor scaling = on_host(update.grouping->scaling);
   const at::ScalarType sums = accumulation_dtype(args.x.scalar_type());
-  GroupedForward out{base_forward(args.x, args.base),
-                     at::zeros({args.x.size(0), update.max_rank()}, args.x.options().dtype(sums))};
+  Forward out{base_forward(args.x, args.base),
+              at::zeros({args.x.size(0), update.rank()}, args.x.options().dtype(sums))};
   for (const Segment& segment : segments.list) {
     const Rows rows(segments, segment, args.x.device());
     const Forward own =
@@ -120,24 +118,25 @@ GroupedForward forward(const GroupedForwardArgs& args) {
   return out;
 }
 
-GroupedBackward backward(const GroupedBackwardArgs& args) {
-  const GroupedUpdate& update = args.update;
+Backward backward_grouped(const BackwardArgs& args) {
+  const Update& update = args.update;
   const bool pool = update.is_pool();
   const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
-  const at::Tensor scaling = on_host(update.scaling);
+  const at::Tensor scaling = on_host(update.grouping->scaling);
   at::Tensor dx;
-  if (args.need_dx) dx = base_backward(args.grad, args.x, args.base);
-  Gradients da(update.lora_a, args.need_dlora_a), db(update.lora_b, args.need_dlora_b);
+  if (args.wanted.dx) dx = base_backward(args.grad, args.x, args.base);
+  Gradients da(update.lora_a, args.wanted.dlora_a), db(update.lora_b, args.wanted.dlora_b);
   for (const Segment& segment : segments.list) {
     const bool need_a = da.wants(pool, segment), need_b = db.wants(pool, segment);
     const Rows rows(segments, segment, args.x.device());
-    const Backward own = backward(
-        {rows.of(args.grad), inputs_of(args.x, update, args.grad.scalar_type(), rows),
-         Base::given(), update_of(update, segment, scaling.const_data_ptr<double>()),
-         rows.of(args.s.narrow(1, 0, segment.rank)).contiguous(), args.need_dx, need_a, need_b});
-    if (need_a) da.put(pool, 0, segment, own.dlora_a);
-    if (need_b) db.put(pool, 1, segment, own.dlora_b);
-    if (!args.need_dx) continue;
+    Backward own =
+        backward({rows.of(args.grad), inputs_of(args.x, update, args.grad.scalar_type(), rows),
+                  Base::given(), update_of(update, segment, scaling.const_data_ptr<double>()),
+                  rows.of(args.s.narrow(1, 0, segment.rank)).contiguous(),
+                  Wanted::one(args.wanted.dx, need_a, need_b)});
+    if (need_a) da.put(pool, 0, segment, own.da());
+    if (need_b) db.put(pool, 1, segment, own.db());
+    if (!args.wanted.dx) continue;
     at::Tensor delta = own.dx;
     if (update.dropout.enabled()) rows.drop(delta, update.dropout);
     rows.put(dx, rows.of(dx).add(delta.to(dx.scalar_type())));

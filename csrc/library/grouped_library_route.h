@@ -2,11 +2,11 @@
 // rows are gathered. It reads the index on the host, so that on a GPU it waits for the device.
 #pragma once
 
-#include "common/groups.h"
+#include "common/call.h"
 
 namespace lora_ext::library_route {
 
-GroupedForward forward(const GroupedForwardArgs& args);
-GroupedBackward backward(const GroupedBackwardArgs& args);
+Forward forward_grouped(const ForwardArgs& args);
+Backward backward_grouped(const BackwardArgs& args);
 
 }  // namespace lora_ext::library_route

@@ -1,149 +1,183 @@
-// The torch autograd Function of lora_ext::lora_linear and lora_ext::lora_update.
+// The torch autograd Function of lora_ext::lora and lora_ext::lora_grouped.
 //
-// Saved for backward: x, S [M, r], the seed (8 bytes) and references to weight, lora_a, lora_b.
-// Never saved: a mask, a copy of x, of the weight, of y or of the output. Backward asks only for
-// the gradients that are needed; the weight is frozen and has none, and a given y has that of the
-// output.
+// Saved for backward: x, S [M, r], the seed (8 bytes) and references to weight, lora_a, lora_b, and
+// of many adapters to scaling, index or offs and ranks. Never saved: a mask, a copy of x, of the
+// weight, of y or of the output. Backward asks only for the gradients that are needed; the weight
+// is frozen and has none, and a given y has that of the output. A factor without rows has a
+// gradient of zeros, as with grouped_mm: which ones those are, only the device knows.
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "op/autograd_parts.h"
-#include "op/flat.h"
+#include <algorithm>
+
+#include "op/autograd_checks.h"
 #include "op/ops.h"
 
 namespace lora_ext {
 namespace {
 
-// lora_linear, or lora_update where the base is given.
-struct LoraFunction : torch::autograd::Function<LoraFunction> {
-  // Positions of the differentiable inputs among forward's arguments: tensors apart from the values
-  // that hold them, where torch finds them.
-  enum Input { kX = 0, kBase = 1, kLoraA = 2, kLoraB = 3, kBias = 4, kNumInputs = 8 };
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
-  // base_tensor: the frozen weight, or the given y.
+bool requires_grad(const at::Tensor& tensor) { return tensor.requires_grad(); }
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+
+const at::Tensor& tensor_of(const Base& base) { return base.is_given() ? base.y : base.weight; }
+
+template <class Holds>
+bool any_input(const at::Tensor& x, const Base& base, const Update& update, const Holds& holds) {
+  return holds(x) || holds(tensor_of(base)) ||
+         std::any_of(update.lora_a.begin(), update.lora_a.end(), holds) ||
+         std::any_of(update.lora_b.begin(), update.lora_b.end(), holds) ||
+         (base.bias && holds(*base.bias));
+}
+
+// The pack of a base's transpose, for its backward, and the storage whose pack it is: loaded only
+// if the weight still has its values there. An address would not do, which another storage may have
+// by then.
+void save_pack(AutogradContext* ctx, const Base& base) {
+  if (!base.packed_t) return;
+  ctx->saved_data["packed_t"] = *base.packed_t;
+  ctx->saved_data["packed_of"] = base.weight.storage();
+}
+
+void load_pack(AutogradContext* ctx, Base& base) {
+  auto& data = ctx->saved_data;
+  if (data.count("packed_t") != 0 &&
+      data["packed_of"].toStorage().is_alias_of(base.weight.storage())) {
+    base.packed_t = data["packed_t"].toTensor();
+  }
+}
+
+struct LoraFunction : torch::autograd::Function<LoraFunction> {
+  // Differentiable inputs: x, the frozen weight or the given y, the tensors of lora_a and of
+  // lora_b, and the bias; then what is none. Torch finds tensors and TensorLists, none inside of
+  // other values.
+  static constexpr size_t kX = 0, kBase = 1, kFactors = 2;
+  // What is saved, before the factors; the last four of many adapters.
+  enum Saved { kSavedX, kWeight, kS, kSeed, kScaling, kIndex, kOffs, kRanks };
+
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
-                            const at::Tensor& /*base_tensor*/, const at::Tensor& lora_a,
-                            const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
-                            const Base& base, const Update& update, int64_t row_block) {
+                            const at::Tensor& /*base_tensor*/, at::TensorList lora_a,
+                            at::TensorList lora_b, const std::optional<at::Tensor>& bias,
+                            const Base& base, const Update& update) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, s] = base.is_given() ? ops::lora_update_forward(base.y, x, update)
-                                  : ops::lora_linear_forward(x, base, update, row_block);
+    auto [y, s] = ops::lora_forward(x, base, update);
+    const at::Tensor none;
     const DropoutArgs& dropout = update.dropout;
-    ctx->save_for_backward(
-        {x, base.weight, lora_a, lora_b, s, dropout.seed.value_or(at::Tensor())});
-    ctx->saved_data["scaling"] = update.scaling;
-    ctx->saved_data["dropout_p"] = dropout.p;
-    ctx->saved_data["row_offset"] = dropout.row_offset;
-    ctx->saved_data["col_offset"] = dropout.col_offset;
-    ctx->saved_data["cast_weight"] = base.cast_weight;
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["row_block"] = row_block;
+    variable_list saved = {x, base.weight, s, dropout.seed.value_or(none)};
+    if (const std::optional<Grouping>& many = update.grouping) {
+      saved.insert(saved.end(), {many->scaling, many->index.value_or(none),
+                                 many->offs.value_or(none), many->ranks.value_or(none)});
+    }
+    saved.insert(saved.end(), lora_a.begin(), lora_a.end());
+    saved.insert(saved.end(), lora_b.begin(), lora_b.end());
+    ctx->save_for_backward(std::move(saved));
+    auto& data = ctx->saved_data;
+    if (update.is_one()) data["scaling"] = update.scaling;
+    data["dropout_p"] = dropout.p;
+    data["row_offset"] = dropout.row_offset;
+    data["col_offset"] = dropout.col_offset;
+    data["cast_weight"] = base.cast_weight;
+    data["has_bias"] = bias.has_value();
+    data["row_block"] = base.row_block;
     save_pack(ctx, base);
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list out(kNumInputs);
+    const variable_list saved = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    const bool is_one = data.count("scaling") != 0;
+    const size_t begin = is_one ? kScaling : kRanks + 1, factors = (saved.size() - begin) / 2;
+    const size_t bias = kFactors + 2 * factors;
+    variable_list out(bias + 3);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) return out;
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &s = saved[4];
-    auto& data = ctx->saved_data;
-    Base base{saved[1]};
-    base.cast_weight = data["cast_weight"].toBool();
+    Base base{saved[kWeight]};
+    base.cast_weight = data["cast_weight"].toBool(), base.row_block = data["row_block"].toInt();
     load_pack(ctx, base);
-    const Update update{saved[2],
-                        saved[3],
-                        data["scaling"].toDouble(),
-                        {data["dropout_p"].toDouble(), optional(saved[5]),
-                         data["row_offset"].toSymInt(), data["col_offset"].toSymInt()}};
-    const bool need_dx = ctx->needs_input_grad(kX), need_da = ctx->needs_input_grad(kLoraA),
-               need_db = ctx->needs_input_grad(kLoraB);
-    if (base.is_given()) {
-      if (ctx->needs_input_grad(kBase)) out[kBase] = grad;
-      std::tie(out[kX], out[kLoraA], out[kLoraB]) =
-          ops::lora_update_backward(grad, x, update, s, {need_dx, need_da, need_db});
-      return out;
+    const auto first = saved.begin() + static_cast<int64_t>(begin);
+    const auto middle = first + static_cast<int64_t>(factors);
+    Update update{{first, middle},
+                  {middle, saved.end()},
+                  is_one ? data["scaling"].toDouble() : 1.0,
+                  {data["dropout_p"].toDouble(), optional(saved[kSeed]),
+                   data["row_offset"].toSymInt(), data["col_offset"].toSymInt()}};
+    if (!is_one) {
+      update.grouping = Grouping{saved[kScaling], optional(saved[kIndex]), optional(saved[kOffs]),
+                                 optional(saved[kRanks])};
     }
-    const bool need_dbias = data["has_bias"].toBool() && ctx->needs_input_grad(kBias);
-    std::tie(out[kX], out[kLoraA], out[kLoraB], out[kBias]) =
-        ops::lora_linear_backward(grad, x, base, update, s, {need_dx, need_da, need_db, need_dbias},
-                                  data["row_block"].toInt());
+    if (base.is_given() && ctx->needs_input_grad(kBase)) out[kBase] = grad;
+    const WantedOfBase wanted{ctx->needs_input_grad(kX),
+                              data["has_bias"].toBool() && ctx->needs_input_grad(bias)};
+    c10::List<bool> wanted_a, wanted_b;
+    for (size_t i = 0; i < factors; ++i) {
+      wanted_a.push_back(ctx->needs_input_grad(kFactors + i));
+      wanted_b.push_back(ctx->needs_input_grad(kFactors + factors + i));
+    }
+    variable_list da, db;
+    std::tie(out[kX], da, db, out[bias]) = ops::lora_backward(
+        grad, saved[kS], wanted, wanted_a, wanted_b, saved[kSavedX], base, update);
+    place(da, wanted_a, out, kFactors);
+    place(db, wanted_b, out, kFactors + factors);
     return out;
+  }
+
+  // The gradients that were wanted, at their places among all.
+  static void place(const variable_list& gradients, const c10::List<bool>& wanted,
+                    variable_list& out, size_t at) {
+    size_t next = 0;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      if (wanted.get(i)) out[at + i] = gradients[next++];
+    }
   }
 };
 
-at::Tensor call_of(const at::Tensor& x, const Base& base, const Update& update, int64_t row_block) {
-  return base.is_given() ? ops::lora_update(base.y, x, update)
-                         : ops::lora_linear(x, base, update, row_block);
-}
-
-at::Tensor autograd(const at::Tensor& x, const Base& base, const Update& update,
-                    int64_t row_block) {
-  const at::Tensor& base_tensor = base.is_given() ? base.y : base.weight;
-  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
-  const std::optional<at::Tensor>& bias = base.bias;
-  check_no_tangents(base, has_tangent(x) || has_tangent(base_tensor) || has_tangent(lora_a) ||
-                              has_tangent(lora_b) || (bias && has_tangent(*bias)));
+at::Tensor lora_autograd(const at::Tensor& x, const Base& base, const Update& update) {
+  check_no_tangents(base, any_input(x, base, update, has_tangent));
   if (at::GradMode::is_enabled()) {
     check_frozen(base);
-    if (x.requires_grad() || base_tensor.requires_grad() || lora_a.requires_grad() ||
-        lora_b.requires_grad() || wants_grad(bias)) {
+    if (any_input(x, base, update, requires_grad)) {
       check_transforms(base);
-      return LoraFunction::apply(x, base_tensor, lora_a, lora_b, bias, base, update, row_block);
+      return LoraFunction::apply(x, tensor_of(base), at::TensorList(update.lora_a),
+                                 at::TensorList(update.lora_b), base.bias, base, update);
     }
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return call_of(x, base, update, row_block);
+  return ops::lora(x, base, update);
 }
 
-at::Tensor lora_update_autograd(const at::Tensor& y, const at::Tensor& x, const Update& update) {
-  return autograd(x, Base::given(y), update, 0);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward_autograd(
-    const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
-    const at::Tensor& s, std::array<bool, 4> output_mask, int64_t row_block) {
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> out;
+Gradients lora_backward_autograd(const at::Tensor& grad, const at::Tensor& s, WantedOfBase wanted,
+                                 const c10::List<bool>& wanted_a, const c10::List<bool>& wanted_b,
+                                 const at::Tensor& x, const Base& base, const Update& update) {
+  Gradients out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = ops::lora_linear_backward(grad, x, base, update, s, output_mask, row_block);
+    out = ops::lora_backward(grad, s, wanted, wanted_a, wanted_b, x, base, update);
   }
-  if (at::GradMode::is_enabled()) {
-    auto& [dx, da, db, dbias] = out;
-    refuse_double_backward({&dx, &da, &db, &dbias}, {grad, x, update.lora_a, update.lora_b},
-                           "lora_linear");
+  if (!at::GradMode::is_enabled()) return out;
+  auto& [dx, da, db, dbias] = out;
+  std::vector<at::Tensor*> gradients = {&dx, &dbias};
+  for (std::vector<at::Tensor>* list : {&da, &db}) {
+    for (at::Tensor& gradient : *list) gradients.push_back(&gradient);
   }
-  return out;
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward_autograd(
-    const at::Tensor& grad, const at::Tensor& x, const Update& update, const at::Tensor& s,
-    std::array<bool, 3> output_mask) {
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> out;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    out = ops::lora_update_backward(grad, x, update, s, output_mask);
-  }
-  if (at::GradMode::is_enabled()) {
-    auto& [dx, da, db] = out;
-    refuse_double_backward({&dx, &da, &db}, {grad, x, update.lora_a, update.lora_b}, "lora_update");
-  }
+  variable_list inputs = {grad, x};
+  inputs.insert(inputs.end(), update.lora_a.begin(), update.lora_a.end());
+  inputs.insert(inputs.end(), update.lora_b.begin(), update.lora_b.end());
+  refuse_double_backward(gradients, inputs, base.op());
   return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {
-  m.impl("lora_linear", TORCH_FN(flat::lora_linear<autograd>));
-  m.impl("lora_linear_backward",
-         TORCH_FN(flat::lora_linear_backward<lora_linear_backward_autograd>));
-  m.impl("lora_linear_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("lora_update", TORCH_FN(flat::lora_update<lora_update_autograd>));
-  m.impl("lora_update_backward",
-         TORCH_FN(flat::lora_update_backward<lora_update_backward_autograd>));
-  m.impl("lora_update_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lora", TORCH_FN(Lora::flat<lora_autograd>));
+  m.impl("lora_grouped", TORCH_FN(LoraGrouped::flat<lora_autograd>));
+  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<lora_backward_autograd>));
+  m.impl("lora_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dropout_mask", torch::CppFunction::makeFallthrough());
 }
 

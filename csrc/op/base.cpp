@@ -7,10 +7,13 @@
 
 namespace lora_ext {
 
-Base base_for(const Base& base, at::ScalarType dtype) {
+Base flat_base(const Base& base, at::ScalarType dtype) {
+  if (base.is_given()) return Base::given(base.y.defined() ? flattened(base.y) : at::Tensor());
   Base own = base;
-  own.weight = base.weight.to(dtype);
-  if (base.weight.scalar_type() != dtype) own.packed = own.packed_t = std::nullopt;
+  if (base.weight.scalar_type() != dtype) {
+    own.weight = base.weight.to(dtype);
+    own.packed = own.packed_t = std::nullopt;
+  }
   if (base.bias && (base.cast_weight || base.bias->scalar_type() != at::kFloat)) {
     own.bias = base.bias->to(dtype);
   }

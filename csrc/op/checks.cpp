@@ -2,86 +2,295 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "common/bounds.h"
-#include "op/check_parts.h"
+#include "common/check.h"
 #include "op/flatten.h"
 
 namespace lora_ext {
 namespace {
 
-void check_factors(const char* op, const at::Tensor& x, const Update& update) {
-  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
-  EXPECT(x.dim() >= 1, "expected x of shape [..., in_features], but got a 0-d tensor");
-  EXPECT(lora_a.dim() == 2, "expected lora_a of shape [rank, in_features], but got ", lora_a.dim(),
-         " dimensions: ", lora_a.sym_sizes());
-  EXPECT(lora_b.dim() == 2, "expected lora_b of shape [out_features, rank], but got ", lora_b.dim(),
-         " dimensions: ", lora_b.sym_sizes());
+bool supported(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
 }
 
-// without: what to do where there is no adapter.
-void check_rank(const char* op, const at::Tensor& lora_a, const char* without) {
-  const c10::SymInt rank = lora_a.sym_size(0);
-  EXPECT(rank >= 1 && rank <= kMaxRank, "expected a rank from 1 to ", kMaxRank, ", but got rank ",
-         rank, " from lora_a ", lora_a.sym_sizes(), rank == 0 ? without : "");
+}  // namespace
+
+void check_supported(const char* op, const char* name, at::ScalarType dtype) {
+  EXPECT_TYPE(supported(dtype), "expected ", name,
+              " of dtype float64, float32, bfloat16 or float16, but got ", dtype);
 }
 
-void check_weight_shapes(const char* op, const at::Tensor& x, const Base& base,
-                         const Update& update) {
-  check_weight(op, x, base);
-  const at::Tensor &weight = base.weight, &lora_a = update.lora_a, &lora_b = update.lora_b;
+namespace {
+
+// ---- dtypes and devices ----
+
+void check_same_device(const char* op, const std::string& name, const at::Tensor& tensor,
+                       const at::Tensor& x) {
+  EXPECT(tensor.device() == x.device(), "expected ", name, " on x's device ", x.device(),
+         ", but got ", tensor.device(), "; move one of them with .to()");
+}
+
+void check_int32(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+  EXPECT_TYPE(tensor.scalar_type() == at::kInt, "expected ", name, " of dtype int32, but got ",
+              tensor.scalar_type(), "; convert it with .to(torch.int32)");
+  check_same_device(op, name, tensor, x);
+}
+
+// ---- the base ----
+
+void check_weight_shapes(const char* op, const at::Tensor& x, const Base& base) {
+  const at::Tensor& weight = base.weight;
+  EXPECT(!base.y.defined(), "expected a weight or a y, but got both");
+  EXPECT(weight.dim() == 2, "expected weight of shape [out_features, in_features], but got ",
+         weight.dim(), " dimensions: ", weight.sym_sizes());
   const c10::SymInt in_features = weight.sym_size(1), out_features = weight.sym_size(0);
-  EXPECT(lora_a.sym_size(1) == in_features, "expected lora_a of shape [rank, ", in_features,
-         "] for weight ", weight.sym_sizes(), ", but got ", lora_a.sym_sizes());
-  check_rank(op, lora_a, "; call torch.nn.functional.linear where there is no adapter");
-  const c10::SymInt rank = lora_a.sym_size(0);
-  EXPECT(lora_b.sym_size(0) == out_features && lora_b.sym_size(1) == rank,
-         "expected lora_b of shape [", out_features, ", ", rank, "] for weight ",
-         weight.sym_sizes(), " and lora_a ", lora_a.sym_sizes(), ", but got ", lora_b.sym_sizes());
+  EXPECT(x.sym_size(-1) == in_features, "expected x of shape [..., ", in_features, "] for weight ",
+         weight.sym_sizes(), ", but got ", x.sym_sizes());
+  if (base.bias) {
+    EXPECT(base.bias->dim() == 1 && base.bias->sym_size(0) == out_features,
+           "expected bias of shape [", out_features, "], but got ", base.bias->sym_sizes());
+  }
 }
 
-void check_update_shapes(const char* op, const at::Tensor& x, const Update& update) {
-  const at::Tensor &lora_a = update.lora_a, &lora_b = update.lora_b;
-  EXPECT(x.sym_size(-1) == lora_a.sym_size(1), "expected x of shape [..., ", lora_a.sym_size(1),
-         "] for lora_a ", lora_a.sym_sizes(), ", but got ", x.sym_sizes());
-  check_rank(op, lora_a, "; y is the result where there is no adapter");
-  EXPECT(lora_b.sym_size(1) == lora_a.sym_size(0), "expected lora_b of shape [out_features, ",
-         lora_a.sym_size(0), "] for lora_a ", lora_a.sym_sizes(), ", but got ", lora_b.sym_sizes());
+void check_weight_dtypes(const char* op, at::ScalarType dtype, const Base& base) {
+  const bool casts = base.cast_weight;
+  const at::ScalarType weight = base.weight.scalar_type();
+  EXPECT_TYPE(weight == dtype || (casts && supported(weight)), "expected weight of x's dtype ",
+              dtype, ", but got ", weight, "; cast one of them, or run under torch.autocast");
+  if (!base.bias) return;
+  const at::ScalarType bias = base.bias->scalar_type();
+  EXPECT_TYPE(bias == dtype || bias == at::kFloat || (casts && supported(bias)),
+              "expected bias of x's dtype ", dtype, " or float32, but got ", bias);
 }
 
-void check_adapter_dtypes(const char* op, at::ScalarType dtype, const Update& update) {
-  const at::ScalarType adapter = update.lora_a.scalar_type();
-  EXPECT_TYPE(is_adapter_dtype(adapter, dtype), "expected lora_a of x's dtype ", dtype,
-              or_float32(dtype), ", but got ", adapter);
-  EXPECT_TYPE(update.lora_b.scalar_type() == adapter, "expected lora_b of lora_a's dtype ", adapter,
-              ", but got ", update.lora_b.scalar_type());
+// y of a given base, or the gradient of y.
+void check_output(const char* op, const char* name, const at::Tensor& y, const at::Tensor& x,
+                  const c10::SymInt& out_features) {
+  const std::vector<c10::SymInt> sizes = sym_with_last(x, out_features);
+  EXPECT(y.sym_sizes().equals(sizes), "expected ", name, " of shape ", c10::SymIntArrayRef(sizes),
+         ", but got ", y.sym_sizes());
+  check_supported(op, name, y.scalar_type());
+  check_same_device(op, name, y, x);
 }
 
-void check_numbers(const char* op, const at::Tensor& x, const Update& update) {
-  // The kernels hold it in the dtype in which they sum: float32, or float64 for float64.
+// ---- the update ----
+
+// A factor's name in messages: one adapter's has no number.
+std::string name_of(const char* list, const Update& update, size_t i) {
+  return update.is_one() ? list : std::string(list) + "[" + std::to_string(i) + "]";
+}
+
+// Before anything is read from the shapes.
+void check_lists(const char* op, const Update& update) {
+  const auto &lora_a = update.lora_a, &lora_b = update.lora_b;
+  EXPECT(!lora_a.empty(), "expected at least one adapter, but got an empty list lora_a");
+  EXPECT(lora_a.size() == lora_b.size(), "expected as many lora_b as lora_a, ", lora_a.size(),
+         ", but got ", lora_b.size());
+  if (update.is_one()) {
+    EXPECT(lora_a.size() == 1,
+           "expected one adapter without an index of adapters or offs, but got ", lora_a.size());
+    EXPECT(lora_a[0].dim() == 2, "expected lora_a of shape [rank, in_features], but got ",
+           lora_a[0].dim(), " dimensions: ", lora_a[0].sym_sizes());
+    EXPECT(lora_b[0].dim() == 2, "expected lora_b of shape [out_features, rank], but got ",
+           lora_b[0].dim(), " dimensions: ", lora_b[0].sym_sizes());
+    return;
+  }
+  const int64_t dims = update.is_pool() ? 3 : 2;
+  for (size_t i = 0; i < lora_a.size(); ++i) {
+    for (const auto& [list, factor] : {std::pair("lora_a", &lora_a[i]), {"lora_b", &lora_b[i]}}) {
+      EXPECT(factor->dim() == dims, "expected ", name_of(list, update, i), " of ", dims,
+             dims == 2 ? " dimensions, as in a list" : " dimensions, as in a pool", ", but got ",
+             factor->dim(), ": ", factor->sym_sizes());
+    }
+  }
+}
+
+// name: of lora_a.
+void check_rank(const char* op, const std::string& name, const at::Tensor& a,
+                const c10::SymInt& rank, const Base& base, const Update& update) {
+  const char* without = !update.is_one() ? "; give rows without an adapter the index -1"
+                        : base.is_given()
+                            ? "; y is the result where there is no adapter"
+                            : "; call torch.nn.functional.linear where there is no adapter";
+  EXPECT(rank >= 1 && rank <= kMaxRank, "expected a rank from 1 to ", kMaxRank, ", but got rank ",
+         rank, " from ", name, " ", a.sym_sizes(), rank == 0 ? without : "");
+}
+
+void check_pair(const char* op, const Base& base, const Update& update, size_t i,
+                const c10::SymInt& in_features, const c10::SymInt& out_features) {
+  const at::Tensor &a = update.lora_a[i], &b = update.lora_b[i];
+  const c10::SymInt rank = a.sym_size(0);
+  if (a.sym_size(1) == in_features && b.sym_size(0) == out_features && b.sym_size(1) == rank &&
+      rank >= 1 && rank <= kMaxRank) {
+    return;
+  }
+  const std::string name_a = name_of("lora_a", update, i), name_b = name_of("lora_b", update, i);
+  const std::string of_weight =
+      base.is_given() ? "" : c10::str(" for weight ", base.weight.sym_sizes());
+  EXPECT(a.sym_size(1) == in_features, "expected ", name_a, " of shape [rank, ", in_features, "]",
+         of_weight, ", but got ", a.sym_sizes());
+  check_rank(op, name_a, a, rank, base, update);
+  EXPECT(false, "expected ", name_b, " of shape [", out_features, ", ", rank, "]",
+         of_weight.empty() ? " for " : of_weight + " and ", name_a, " ", a.sym_sizes(),
+         ", but got ", b.sym_sizes());
+}
+
+void check_pool(const char* op, const Base& base, const Update& update,
+                const c10::SymInt& in_features, const c10::SymInt& out_features) {
+  const at::Tensor &a = update.lora_a[0], &b = update.lora_b[0];
+  EXPECT(a.sym_size(2) == in_features, "expected a pool lora_a of shape [adapters, rank, ",
+         in_features, "], but got ", a.sym_sizes());
+  check_rank(op, "a pool lora_a", a, a.sym_size(1), base, update);
+  EXPECT(b.sym_size(0) == a.sym_size(0) && b.sym_size(1) == out_features &&
+             b.sym_size(2) == a.sym_size(1),
+         "expected a pool lora_b of shape [", a.sym_size(0), ", ", out_features, ", ",
+         a.sym_size(1), "] for lora_a ", a.sym_sizes(), ", but got ", b.sym_sizes());
+}
+
+void check_update_shapes(const char* op, const at::Tensor& x, const Base& base,
+                         const Update& update) {
+  const at::Tensor& a = update.lora_a[0];
+  const c10::SymInt in_features = base.is_given() ? a.sym_size(-1) : base.weight.sym_size(1);
+  const c10::SymInt out_features =
+      base.is_given() ? update.lora_b[0].sym_size(-2) : base.weight.sym_size(0);
+  EXPECT(x.sym_size(-1) == in_features, "expected x of shape [..., ", in_features, "] for ",
+         name_of("lora_a", update, 0), " ", a.sym_sizes(), ", but got ", x.sym_sizes());
+  if (update.is_pool()) return check_pool(op, base, update, in_features, out_features);
+  for (size_t i = 0; i < update.lora_a.size(); ++i) {
+    check_pair(op, base, update, i, in_features, out_features);
+  }
+}
+
+void check_update_dtypes(const char* op, at::ScalarType dtype, const Update& update) {
+  const at::ScalarType adapter = update.lora_a[0].scalar_type();
+  const bool may_be_float = is_half(dtype) && adapter == at::kFloat;
+  EXPECT_TYPE(adapter == dtype || may_be_float, "expected lora_a of x's dtype ", dtype,
+              is_half(dtype) ? " or float32" : "", ", but got ", adapter);
+  for (size_t i = 0; i < update.lora_a.size(); ++i) {
+    for (const auto& [list, factor] :
+         {std::pair("lora_a", &update.lora_a[i]), {"lora_b", &update.lora_b[i]}}) {
+      EXPECT_TYPE(factor->scalar_type() == adapter, "expected ", name_of(list, update, i), " of ",
+                  name_of("lora_a", update, 0), "'s dtype ", adapter, ", but got ",
+                  factor->scalar_type());
+    }
+  }
+}
+
+void check_update_devices(const char* op, const at::Tensor& x, const Update& update) {
+  for (size_t i = 0; i < update.lora_a.size(); ++i) {
+    for (const auto& [list, factor] :
+         {std::pair("lora_a", &update.lora_a[i]), {"lora_b", &update.lora_b[i]}}) {
+      if (factor->device() == x.device()) continue;
+      check_same_device(op, name_of(list, update, i), *factor, x);
+    }
+  }
+}
+
+void check_one_per_adapter(const char* op, const char* name, const at::Tensor& tensor,
+                           const c10::SymInt& adapters) {
+  EXPECT(tensor.dim() == 1 && tensor.sym_size(0) == adapters, "expected ", name, " of shape [",
+         adapters, "], one for each adapter, but got ", tensor.sym_sizes());
+}
+
+void check_grouping(const char* op, const at::Tensor& x, const Update& update) {
+  const Grouping& many = *update.grouping;
+  const c10::SymInt adapters = update.sym_adapters(), rows = sym_rows(x);
+  EXPECT(many.index.has_value() != many.offs.has_value(),
+         "expected an index of adapters for each row, or offs, the ends of their rows, but got ",
+         many.index ? "both" : "neither");
+  EXPECT(rows <= std::numeric_limits<int32_t>::max(), "expected at most 2^31 - 1 rows, but got ",
+         rows);
+  if (many.index) {
+    check_int32(op, "index", *many.index, x);
+    EXPECT(many.index->sym_numel() == rows, "expected an index with one element for each of the ",
+           rows, " rows of x ", x.sym_sizes(), ", but got ", many.index->sym_sizes());
+  } else {
+    check_int32(op, "offs", *many.offs, x);
+    check_one_per_adapter(op, "offs", *many.offs, adapters);
+  }
+  if (many.ranks) {
+    EXPECT(update.is_pool(), "expected ranks with a pool alone: those of a list are in its shapes");
+    check_int32(op, "ranks", *many.ranks, x);
+    check_one_per_adapter(op, "ranks", *many.ranks, adapters);
+  }
+  EXPECT(many.scaling.defined(), "expected scalings of the adapters, but got none");
+  const at::ScalarType scaling = many.scaling.scalar_type();
+  const bool may_be_double = x.scalar_type() == at::kDouble;
+  EXPECT_TYPE(scaling == at::kFloat || (may_be_double && scaling == at::kDouble),
+              "expected scaling of dtype float32", may_be_double ? " or float64" : "", ", but got ",
+              scaling);
+  check_one_per_adapter(op, "scaling", many.scaling, adapters);
+  check_same_device(op, "scaling", many.scaling, x);
+}
+
+// The kernels hold it in the dtype in which they sum: float32, or float64 for float64.
+void check_scaling(const char* op, const at::Tensor& x, double scaling) {
   const double largest = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                         : std::numeric_limits<float>::max();
-  EXPECT(std::abs(update.scaling) <= largest, "expected a finite scaling of at most ", largest,
-         " in magnitude, but got ", update.scaling);
-  check_dropout(op, x, update.dropout);
+  EXPECT(std::abs(scaling) <= largest, "expected a finite scaling of at most ", largest,
+         " in magnitude, but got ", scaling);
 }
+
+// ---- dropout ----
+
+void check_seed(const char* op, const at::Tensor& seed) {
+  EXPECT_TYPE(seed.scalar_type() == at::kLong, "expected seed of dtype int64, but got ",
+              seed.scalar_type());
+  EXPECT(seed.sym_numel() == 1, "expected seed of one element, but got shape ", seed.sym_sizes());
+}
+
+void check_probability(const char* op, double dropout_p) {
+  EXPECT(dropout_p >= 0.0 && dropout_p < 1.0, "expected dropout_p in [0, 1), but got ", dropout_p);
+}
+
+void check_offsets(const char* op, const c10::SymInt& row_offset, const c10::SymInt& col_offset) {
+  EXPECT(row_offset >= 0 && col_offset >= 0, "expected row_offset and col_offset >= 0, but got ",
+         row_offset, " and ", col_offset);
+  // A group of the mask is numbered in 32 bits, four for each 32 columns.
+  EXPECT(col_offset <= int64_t{1} << 34, "expected col_offset <= 2^34, but got ", col_offset);
+}
+
+void check_dropout(const char* op, const at::Tensor& x, const DropoutArgs& dropout) {
+  check_probability(op, dropout.p);
+  check_offsets(op, dropout.row_offset, dropout.col_offset);
+  if (dropout.p > 0.0) {
+    EXPECT(dropout.seed.has_value(), "expected a seed with dropout_p = ", dropout.p,
+           ": an int64 tensor of one element on x's device");
+    check_seed(op, *dropout.seed);
+    check_same_device(op, "seed", *dropout.seed, x);
+  }
+}
+
+// ---- all ----
 
 // All but a given y, of which a backward has only the gradient.
 void check_operands(const char* op, const at::Tensor& x, const Base& base, const Update& update) {
   const at::ScalarType dtype = x.scalar_type();
-  check_factors(op, x, update);
-  if (base.is_given()) {
-    check_update_shapes(op, x, update);
-  } else {
-    check_weight_shapes(op, x, base, update);
-  }
+  EXPECT(x.dim() >= 1, "expected x of shape [..., in_features], but got a 0-d tensor");
+  check_lists(op, update);
+  if (!base.is_given()) check_weight_shapes(op, x, base);
+  EXPECT(!base.is_given() || !base.bias, "expected no bias beside a y that is given, but got one");
+  check_update_shapes(op, x, base, update);
   check_supported(op, "x", dtype);
   if (!base.is_given()) check_weight_dtypes(op, dtype, base);
-  check_adapter_dtypes(op, dtype, update);
-  if (!base.is_given()) check_weight_devices(op, x, base);
-  check_same_device(op, "lora_a", update.lora_a, x);
-  check_same_device(op, "lora_b", update.lora_b, x);
-  check_numbers(op, x, update);
+  check_update_dtypes(op, dtype, update);
+  if (!base.is_given()) {
+    check_same_device(op, "weight", base.weight, x);
+    if (base.bias) check_same_device(op, "bias", *base.bias, x);
+  }
+  check_update_devices(op, x, update);
+  if (update.is_one()) {
+    check_scaling(op, x, update.scaling);
+  } else {
+    check_grouping(op, x, update);
+  }
+  check_dropout(op, x, update.dropout);
+  EXPECT(base.row_block == 0 || (base.row_block > 0 && update.is_one() && !base.is_given()),
+         "expected row_block >= 0, and 0 for many adapters or a y that is given, but got ",
+         base.row_block);
 }
 
 }  // namespace
@@ -89,15 +298,36 @@ void check_operands(const char* op, const at::Tensor& x, const Base& base, const
 void check_forward(const at::Tensor& x, const Base& base, const Update& update) {
   const char* op = base.op();
   check_operands(op, x, base, update);
-  if (base.is_given()) check_output(op, "y", base.y, x, update.lora_b.sym_size(0));
+  if (!base.is_given()) return;
+  EXPECT(base.y.defined(), "expected a weight or a y, but got neither");
+  check_output(op, "y", base.y, x, update.lora_b[0].sym_size(-2));
 }
 
 void check_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base,
                     const Update& update, const at::Tensor& s) {
   const char* op = base.op();
   check_operands(op, x, base, update);
-  check_output(op, "grad", grad, x, update.lora_b.sym_size(0));
-  check_s(op, s, x, update.lora_a.sym_size(0));
+  check_output(op, "grad", grad, x, update.lora_b[0].sym_size(-2));
+  const std::vector<c10::SymInt> s_sizes = {sym_rows(x), update.sym_rank()};
+  EXPECT(s.sym_sizes().equals(s_sizes), "expected s of shape ", c10::SymIntArrayRef(s_sizes),
+         ", but got ", s.sym_sizes());
+  const at::ScalarType sum_dtype = accumulation_dtype(x.scalar_type());
+  EXPECT_TYPE(s.scalar_type() == sum_dtype, "expected s of dtype ", sum_dtype, ", but got ",
+              s.scalar_type());
+  check_same_device(op, "s", s, x);
+}
+
+Wanted checked_wanted(WantedOfBase of_base, const c10::List<bool>& wanted_a,
+                      const c10::List<bool>& wanted_b, const Base& base, const Update& update) {
+  const char* op = base.op();
+  EXPECT(wanted_a.size() == update.lora_a.size() && wanted_b.size() == update.lora_b.size(),
+         "expected a wish for each of the ", update.lora_a.size(), " factors, but got ",
+         wanted_a.size(), " and ", wanted_b.size());
+  EXPECT(!of_base[1] || !base.is_given(),
+         "expected no wish for the gradient of a bias: a y that is "
+         "given has none");
+  return {of_base[0], Wishes(wanted_a.begin(), wanted_a.end()),
+          Wishes(wanted_b.begin(), wanted_b.end()), of_base[1]};
 }
 
 void check_dropout_mask(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& cols,

@@ -10,10 +10,10 @@
 #include <limits>
 #include <vector>
 
+#include "common/check.h"
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "launch/dequantize_launch.h"
-#include "op/check_parts.h"
 #include "route/cpu_operands.h"
 
 namespace lora_ext {

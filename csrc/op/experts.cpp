@@ -6,8 +6,9 @@
 
 #include <array>
 
+#include "common/check.h"
 #include "cpu/dispatch.h"
-#include "op/check_parts.h"
+#include "op/checks.h"
 #include "route/cpu_expert_pools.h"
 #include "route/cpu_experts.h"
 

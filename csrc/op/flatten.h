@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/zeros.h>
 
 #include <vector>
 
@@ -13,6 +12,7 @@ namespace lora_ext {
 
 // [..., C] as [M, C] with unit stride in C; a view wherever the strides allow it.
 inline at::Tensor flattened(const at::Tensor& tensor) {
+  if (tensor.dim() == 2 && tensor.stride(1) == 1) return tensor;  // a reshape takes 0.3 us
   const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
   const at::Tensor flat = tensor.reshape({rows, tensor.size(-1)});
   return flat.stride(1) == 1 ? flat : flat.contiguous();
@@ -35,15 +35,6 @@ inline c10::SymInt sym_rows(const at::Tensor& tensor) {
   c10::SymInt rows = 1;
   for (int64_t dim = 0; dim < tensor.dim() - 1; ++dim) rows = rows * tensor.sym_size(dim);
   return rows;
-}
-
-// The gradients of a call without an element.
-inline Backward zero_gradients(const at::Tensor& x, const Update& update, bool dx, bool dlora_a,
-                               bool dlora_b) {
-  const auto zeros = [](const at::Tensor& tensor, bool wanted) {
-    return wanted ? at::zeros(tensor.sizes(), tensor.options()) : at::Tensor();
-  };
-  return {zeros(x, dx), zeros(update.lora_a, dlora_a), zeros(update.lora_b, dlora_b)};
 }
 
 // Autocast is decided once, by autocast.cpp; inside, no ATen call may cast again. A backward that

@@ -1,36 +1,143 @@
-// The ops of the torch library `lora_ext` as calls through the dispatcher: each calls the op of its
-// name on whatever backend the tensors have.
+// The op family of the torch library `lora_ext`: lora, lora_grouped, lora_forward, lora_backward.
+//
+// A schema has flat arguments; for every backend they become the values of common/call.h here.
+// LoraForward::flat<kernel> is what TORCH_LIBRARY_IMPL registers for a kernel that takes values,
+// and ops::lora_forward calls that op through the dispatcher, on whatever backend the tensors have.
+//
+// One kernel serves lora, of one adapter, and lora_grouped, of a list of many or a pool. They are
+// two schemas because lists cost a call from Python 1 us, a tenth of its overhead.
 #pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "common/call.h"
 
-namespace lora_ext::ops {
+namespace lora_ext {
 
-// row_block: in blocks of so many rows, whatever the number of all, for y and dx; 0: in one.
-at::Tensor lora_linear(const at::Tensor& x, const Base& base, const Update& update,
-                       int64_t row_block);
+inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
 
-// (y [..., N], s [M, r])
-std::tuple<at::Tensor, at::Tensor> lora_linear_forward(const at::Tensor& x, const Base& base,
-                                                       const Update& update, int64_t row_block);
+// An op whose arguments are some of its own, then x, the base and the update.
+template <class Result, class... Own>
+struct Op {
+  using Kernel = Result(Own... own, const at::Tensor& x, const Base& base, const Update& update);
 
-// Gradients of x, lora_a, lora_b and bias, those that the mask names.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
-    const at::Tensor& grad, const at::Tensor& x, const Base& base, const Update& update,
-    const at::Tensor& s, std::array<bool, 4> output_mask, int64_t row_block);
+  template <Kernel kernel>
+  static Result flat(Own... own, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                     const std::optional<at::Tensor>& y, at::TensorList lora_a,
+                     at::TensorList lora_b, double scaling, const std::optional<at::Tensor>& bias,
+                     double dropout_p, const std::optional<at::Tensor>& seed,
+                     c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
+                     const std::optional<at::Tensor>& packed,
+                     const std::optional<at::Tensor>& packed_t, int64_t row_block,
+                     const std::optional<at::Tensor>& scalings,
+                     const std::optional<at::Tensor>& index, const std::optional<at::Tensor>& offs,
+                     const std::optional<at::Tensor>& ranks) {
+    const at::Tensor none;
+    Update update{{lora_a.begin(), lora_a.end()},
+                  {lora_b.begin(), lora_b.end()},
+                  scaling,
+                  {dropout_p, seed, std::move(row_offset), std::move(col_offset)}};
+    if (scalings || index || offs || ranks) {
+      update.grouping = Grouping{scalings.value_or(none), index, offs, ranks};
+    }
+    return kernel(
+        own..., x,
+        {weight.value_or(none), bias, cast_weight, packed, packed_t, row_block, y.value_or(none)},
+        update);
+  }
 
-at::Tensor lora_update(const at::Tensor& y, const at::Tensor& x, const Update& update);
+  static auto find(const char* name) {
+    return c10::Dispatcher::singleton()
+        .findSchemaOrThrow(name, "")
+        .template typed<decltype(flat<nullptr>)>();
+  }
 
-// (y + the update [..., N], s [M, r])
-std::tuple<at::Tensor, at::Tensor> lora_update_forward(const at::Tensor& y, const at::Tensor& x,
-                                                       const Update& update);
+  template <class Handle>
+  static Result call(const Handle& op, Own... own, const at::Tensor& x, const Base& base,
+                     const Update& u) {
+    const DropoutArgs& d = u.dropout;
+    std::optional<at::Tensor> scalings, index, offs, ranks;
+    if (u.grouping) {
+      scalings = u.grouping->scaling, index = u.grouping->index;
+      offs = u.grouping->offs, ranks = u.grouping->ranks;
+    }
+    return op.call(own..., x, optional(base.weight), optional(base.y), u.lora_a, u.lora_b,
+                   u.scaling, base.bias, d.p, d.seed, d.row_offset, d.col_offset, base.cast_weight,
+                   base.packed, base.packed_t, base.row_block, scalings, index, offs, ranks);
+  }
+};
 
-// Gradients of x, lora_a and lora_b, those that the mask names; that of y is grad.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_update_backward(
-    const at::Tensor& grad, const at::Tensor& x, const Update& update, const at::Tensor& s,
-    std::array<bool, 3> output_mask);
+// Gradients of x, of those of lora_a and of lora_b that are wanted, and of the bias. That of a
+// given y is grad.
+using Gradients =
+    std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor>;
+// Whether the gradients of x and of the bias are wanted.
+using WantedOfBase = std::array<bool, 2>;
 
-}  // namespace lora_ext::ops
+using LoraGrouped = Op<at::Tensor>;
+using LoraForward = Op<std::tuple<at::Tensor, at::Tensor>>;  // y [..., N] and S
+using LoraBackward =
+    Op<Gradients, const at::Tensor& /*grad*/, const at::Tensor& /*s*/, WantedOfBase,
+       const c10::List<bool>& /*of each of lora_a*/, const c10::List<bool>& /*of each of lora_b*/>;
+
+// lora_grouped of one adapter.
+struct Lora {
+  template <LoraGrouped::Kernel kernel>
+  static at::Tensor flat(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& y, const at::Tensor& lora_a,
+                         const at::Tensor& lora_b, double scaling,
+                         const std::optional<at::Tensor>& bias, double dropout_p,
+                         const std::optional<at::Tensor>& seed, c10::SymInt row_offset,
+                         c10::SymInt col_offset, bool cast_weight,
+                         const std::optional<at::Tensor>& packed,
+                         const std::optional<at::Tensor>& packed_t, int64_t row_block) {
+    const at::Tensor none;
+    return kernel(
+        x,
+        {weight.value_or(none), bias, cast_weight, packed, packed_t, row_block, y.value_or(none)},
+        Update::one(lora_a, lora_b, scaling,
+                    {dropout_p, seed, std::move(row_offset), std::move(col_offset)}));
+  }
+
+  static at::Tensor call(const at::Tensor& x, const Base& base, const Update& u) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("lora_ext::lora", "")
+                               .typed<decltype(flat<nullptr>)>();
+    const DropoutArgs& d = u.dropout;
+    return op.call(x, optional(base.weight), optional(base.y), u.a(), u.b(), u.scaling, base.bias,
+                   d.p, d.seed, d.row_offset, d.col_offset, base.cast_weight, base.packed,
+                   base.packed_t, base.row_block);
+  }
+};
+
+namespace ops {
+
+// lora or lora_grouped.
+inline at::Tensor lora(const at::Tensor& x, const Base& base, const Update& update) {
+  if (update.is_one()) return Lora::call(x, base, update);
+  static const auto op = LoraGrouped::find("lora_ext::lora_grouped");
+  return LoraGrouped::call(op, x, base, update);
+}
+
+inline std::tuple<at::Tensor, at::Tensor> lora_forward(const at::Tensor& x, const Base& base,
+                                                       const Update& update) {
+  static const auto op = LoraForward::find("lora_ext::lora_forward");
+  return LoraForward::call(op, x, base, update);
+}
+
+inline Gradients lora_backward(const at::Tensor& grad, const at::Tensor& s, WantedOfBase wanted,
+                               const c10::List<bool>& wanted_a, const c10::List<bool>& wanted_b,
+                               const at::Tensor& x, const Base& base, const Update& update) {
+  static const auto op = LoraBackward::find("lora_ext::lora_backward");
+  return LoraBackward::call(op, grad, s, wanted, wanted_a, wanted_b, x, base, update);
+}
+
+}  // namespace ops
+}  // namespace lora_ext

@@ -94,7 +94,7 @@ at::Tensor wgrad_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const
 }  // namespace
 
 bool lie_for_few_rows(const Update& update) {
-  const AdapterView a = view_of(update.lora_a, 0), b = view_of(update.lora_b, 1);
+  const AdapterView a = view_of(update.a(), 0), b = view_of(update.b(), 1);
   return (a.col_pitch == 1 || a.rank_pitch == 1) && b.rank_pitch == 1;
 }
 
@@ -103,9 +103,9 @@ Forward forward_few_rows(const ForwardArgs& args) {
   const SkinnyKernels& kernels = *kernels_for_few_rows();
   const Update& update = args.update;
   const at::Tensor y = base_forward(args.x, args.base);
-  const at::Tensor s = shrink_of_few(kernels, args.x, view_of(update.lora_a, 0),
+  const at::Tensor s = shrink_of_few(kernels, args.x, view_of(update.a(), 0),
                                      keep_scale_of(update.dropout), dropout_of(update.dropout));
-  expand_few(kernels, y, s, view_of(update.lora_b, 1), update.scaling, Dropout{});
+  expand_few(kernels, y, s, view_of(update.b(), 1), update.scaling, Dropout{});
   return {y, s};
 }
 
@@ -114,20 +114,19 @@ Backward backward_few_rows(const BackwardArgs& args) {
   const Update& update = args.update;
   const double keep_scale = keep_scale_of(update.dropout);
   const Dropout dropout = dropout_of(update.dropout);
-  Backward out;
-  if (args.need_dlora_b) {
-    out.dlora_b =
-        wgrad_of_few(kernels, args.grad, args.s, update.lora_b, 1, update.scaling, Dropout{});
+  Backward out = Backward::one();
+  if (args.need_dlora_b()) {
+    out.db() = wgrad_of_few(kernels, args.grad, args.s, update.b(), 1, update.scaling, Dropout{});
   }
-  if (!args.need_dx && !args.need_dlora_a) return out;
+  if (!args.wanted.dx && !args.need_dlora_a()) return out;
   const at::Tensor ds =
-      shrink_of_few(kernels, args.grad, view_of(update.lora_b, 1), update.scaling, Dropout{});
-  if (args.need_dx) {
+      shrink_of_few(kernels, args.grad, view_of(update.b(), 1), update.scaling, Dropout{});
+  if (args.wanted.dx) {
     out.dx = base_backward(args.grad, args.x, args.base);
-    expand_few(kernels, out.dx, ds, view_of(update.lora_a, 0), keep_scale, dropout);
+    expand_few(kernels, out.dx, ds, view_of(update.a(), 0), keep_scale, dropout);
   }
-  if (args.need_dlora_a) {
-    out.dlora_a = wgrad_of_few(kernels, args.x, ds, update.lora_a, 0, keep_scale, dropout);
+  if (args.need_dlora_a()) {
+    out.da() = wgrad_of_few(kernels, args.x, ds, update.a(), 0, keep_scale, dropout);
   }
   return out;
 }

@@ -91,8 +91,8 @@ bool has_passes(at::ScalarType x, at::ScalarType y) {
 // A gradient's place among those of a list, or in that of a pool.
 class Gradient {
  public:
-  Gradient(const GroupedUpdate& update, const std::vector<at::Tensor>& factors,
-           const std::vector<bool>& wanted, int64_t rank_dim, const Groups& groups)
+  Gradient(const Update& update, at::TensorList factors, const Wishes& wanted, int64_t rank_dim,
+           const Groups& groups)
       : pool_(update.is_pool()), rank_dim_(rank_dim), each(factors.size()) {
     std::vector<bool> is_written(factors.size(), false);
     if (!pool_) {
@@ -127,7 +127,7 @@ class Gradient {
   int64_t rank_dim_;
 
  public:
-  std::vector<at::Tensor> each;
+  Factors each;
 };
 
 WgradArgs wgrad_args(const Groups& groups, const ColumnPiece& piece, const at::Tensor& p,
@@ -143,21 +143,21 @@ WgradArgs wgrad_args(const Groups& groups, const ColumnPiece& piece, const at::T
 
 class BackwardPass {
  public:
-  BackwardPass(const GroupedBackwardArgs& args, const Groups& groups)
+  BackwardPass(const BackwardArgs& args, const Groups& groups)
       : args_(args),
         groups_(groups),
-        da_(args.update, args.update.lora_a, args.need_dlora_a, 0, groups),
-        db_(args.update, args.update.lora_b, args.need_dlora_b, 1, groups) {}
+        da_(args.update, args.update.lora_a, args.wanted.dlora_a, 0, groups),
+        db_(args.update, args.update.lora_b, args.wanted.dlora_b, 1, groups) {}
 
-  GroupedBackward run() {
-    if (args_.need_dx) dx_ = base_backward(args_.grad, args_.x, args_.base);
+  Backward run() {
+    if (args_.wanted.dx) dx_ = base_backward(args_.grad, args_.x, args_.base);
     make_ds();
     make_columns();
     return {dx_, da_.each, db_.each};
   }
 
  private:
-  bool needs_ds(const Segment& segment) const { return args_.need_dx || da_.wants(segment); }
+  bool needs_ds(const Segment& segment) const { return args_.wanted.dx || da_.wants(segment); }
 
   void make_ds() {
     std::vector<RowPiece> pieces;
@@ -165,7 +165,7 @@ class BackwardPass {
       if (needs_ds(*piece.segment)) pieces.push_back(piece);
     }
     if (pieces.empty()) return;
-    ds_ = at::empty({args_.x.size(0), args_.update.max_rank()}, at::kFloat);
+    ds_ = at::empty({args_.x.size(0), args_.update.rank()}, at::kFloat);
     const int64_t threads = threads_for(work_of(pieces));
     std::vector<Thread> state(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
@@ -227,7 +227,7 @@ class BackwardPass {
     const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
     const float* ds = Groups::ds_of(ds_, segment, 0);
     ExpandArgs expand{};
-    if (args_.need_dx) {
+    if (args_.wanted.dx) {
       const Dropout dropout = groups_.dropout_at(rows, piece.columns.begin);
       own.a.for_columns(part_of(groups_.a(segment), {0, segment.rank}, piece.columns), kernels);
       const void* packed = packed_t(kernels.expand_t, ds, segment.count, segment.rank,
@@ -242,7 +242,7 @@ class BackwardPass {
     kernels.wgrad(args, expand, {0, count_of(piece.columns)});
   }
 
-  const GroupedBackwardArgs& args_;
+  const BackwardArgs& args_;
   const Groups& groups_;
   Gradient da_, db_;
   at::Tensor dx_, ds_;
@@ -250,13 +250,14 @@ class BackwardPass {
 
 }  // namespace
 
-GroupedForward forward(const GroupedForwardArgs& args) {
-  if (!has_passes(args.x.scalar_type(), args.y_dtype())) return library_route::forward(args);
+Forward forward_grouped(const ForwardArgs& args) {
+  if (!has_passes(args.x.scalar_type(), args.y_dtype()))
+    return library_route::forward_grouped(args);
   const int64_t rows = args.x.size(0);
   const Groups groups(args.update, segments_of(args.base.op(), args.update, rows),
                       args.x.scalar_type(), args.y_dtype());
   const at::Tensor y = base_forward(args.x, args.base);
-  const at::Tensor s = at::empty({rows, args.update.max_rank()}, at::kFloat);
+  const at::Tensor s = at::empty({rows, args.update.rank()}, at::kFloat);
   const std::vector<RowPiece> pieces = pieces_of_rows(groups, args.x.size(1) + y.size(1));
   const int64_t threads = threads_for(work_of(pieces));
   std::vector<Thread> state(static_cast<size_t>(threads));
@@ -283,9 +284,9 @@ GroupedForward forward(const GroupedForwardArgs& args) {
   return {y, s};
 }
 
-GroupedBackward backward(const GroupedBackwardArgs& args) {
+Backward backward_grouped(const BackwardArgs& args) {
   if (!has_passes(args.x.scalar_type(), args.grad.scalar_type())) {
-    return library_route::backward(args);
+    return library_route::backward_grouped(args);
   }
   const Groups groups(args.update, segments_of(args.base.op(), args.update, args.x.size(0)),
                       args.x.scalar_type(), args.grad.scalar_type());

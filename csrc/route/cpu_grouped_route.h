@@ -2,11 +2,11 @@
 // adapter in vector code over its own.
 #pragma once
 
-#include "common/groups.h"
+#include "common/call.h"
 
 namespace lora_ext::cpu {
 
-GroupedForward forward(const GroupedForwardArgs& args);
-GroupedBackward backward(const GroupedBackwardArgs& args);
+Forward forward_grouped(const ForwardArgs& args);
+Backward backward_grouped(const BackwardArgs& args);
 
 }  // namespace lora_ext::cpu

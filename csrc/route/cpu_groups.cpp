@@ -21,10 +21,10 @@ constexpr int64_t kTileRows = 33;
 
 }  // namespace
 
-Groups::Groups(const GroupedUpdate& update, Segments segments, at::ScalarType x, at::ScalarType y)
+Groups::Groups(const Update& update, Segments segments, at::ScalarType x, at::ScalarType y)
     : update_(update),
       segments_(std::move(segments)),
-      scaling_(update.scaling.contiguous()),
+      scaling_(update.grouping->scaling.contiguous()),
       x_(dtype_of(x)),
       y_(dtype_of(y)),
       dropout_(dropout_of(update.dropout)),
@@ -69,8 +69,7 @@ void Groups::gather_s(const at::Tensor& s, const Segment& segment, Range rows, f
   }
 }
 
-AdapterView Groups::view(const std::vector<at::Tensor>& factors, int64_t rank_dim,
-                         const Segment& segment) const {
+AdapterView Groups::view(at::TensorList factors, int64_t rank_dim, const Segment& segment) const {
   const bool pool = update_.is_pool();
   const at::Tensor& factor = factors[pool ? 0 : static_cast<size_t>(segment.adapter)];
   const int64_t dim = pool ? rank_dim + 1 : rank_dim, other = pool ? 2 - rank_dim : 1 - rank_dim;

@@ -11,7 +11,7 @@ namespace lora_ext::cpu {
 
 class Groups {
  public:
-  Groups(const GroupedUpdate& update, Segments segments, at::ScalarType x, at::ScalarType y);
+  Groups(const Update& update, Segments segments, at::ScalarType x, at::ScalarType y);
 
   const std::vector<Segment>& segments() const { return segments_.list; }
   int64_t rows() const { return static_cast<int64_t>(segments_.order.size()); }
@@ -44,10 +44,9 @@ class Groups {
   void gather_s(const at::Tensor& s, const Segment& segment, Range rows, float* to) const;
 
  private:
-  AdapterView view(const std::vector<at::Tensor>& factors, int64_t rank_dim,
-                   const Segment& segment) const;
+  AdapterView view(at::TensorList factors, int64_t rank_dim, const Segment& segment) const;
 
-  const GroupedUpdate& update_;
+  const Update& update_;
   Segments segments_;
   at::Tensor scaling_;
   Dtype x_, y_;

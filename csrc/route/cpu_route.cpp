@@ -14,6 +14,7 @@
 #include "library/base_linear.h"
 #include "library/library_route.h"
 #include "route/cpu_few_rows.h"
+#include "route/cpu_grouped_route.h"
 #include "route/cpu_operands.h"
 
 namespace lora_ext::cpu {
@@ -140,50 +141,52 @@ std::string library_reason(at::ScalarType x, int64_t rank) {
 }
 
 Forward forward(const ForwardArgs& args) {
+  if (!args.update.is_one()) return forward_grouped(args);
   if (takes_library(args.x, args.y_dtype(), args.update)) return library_route::forward(args);
   if (is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
   const Passes passes = passes_of(args.x, args.y_dtype());
   at::Tensor y = base_forward(args.x, args.base);
   const double keep_scale = keep_scale_of(args.update.dropout);
-  at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.lora_a, 0), keep_scale,
+  at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0), keep_scale,
                         dropout_of(args.update.dropout));
-  expand(*passes.over_y, y, s, view_of(args.update.lora_b, 1), args.update.scaling, Dropout{});
+  expand(*passes.over_y, y, s, view_of(args.update.b(), 1), args.update.scaling, Dropout{});
   return {y, s};
 }
 
 Backward backward(const BackwardArgs& args) {
+  if (!args.update.is_one()) return backward_grouped(args);
   const at::ScalarType y = args.grad.scalar_type();
   if (takes_library(args.x, y, args.update)) return library_route::backward(args);
   if (is_few(args.x.size(0), kFewBackwardRows, args.update)) return backward_few_rows(args);
   const Passes passes = passes_of(args.x, y);
-  Backward out;
+  Backward out = Backward::one();
   const ExpandArgs no_expand{};
-  if (args.need_dx) out.dx = base_backward(args.grad, args.x, args.base);
-  if (args.need_dlora_b) {
-    out.dlora_b = at::empty(args.update.lora_b.sizes(), args.update.lora_b.options());
-    wgrad(*passes.over_y, args.grad, args.s, out.dlora_b, 1, args.update.scaling, Dropout{},
+  if (args.wanted.dx) out.dx = base_backward(args.grad, args.x, args.base);
+  if (args.need_dlora_b()) {
+    out.db() = at::empty(args.update.b().sizes(), args.update.b().options());
+    wgrad(*passes.over_y, args.grad, args.s, out.db(), 1, args.update.scaling, Dropout{},
           no_expand);
   }
-  if (!args.need_dx && !args.need_dlora_a) return out;
+  if (!args.wanted.dx && !args.need_dlora_a()) return out;
 
   const Dropout dropout = dropout_of(args.update.dropout);
   const double keep_scale = keep_scale_of(args.update.dropout);
-  const AdapterView lora_a = view_of(args.update.lora_a, 0);
-  const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.lora_b, 1),
+  const AdapterView lora_a = view_of(args.update.a(), 0);
+  const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.b(), 1),
                                args.update.scaling, Dropout{});
-  if (!args.need_dlora_a) {
+  if (!args.need_dlora_a()) {
     expand(*passes.over_x, out.dx, ds, lora_a, keep_scale, dropout);
     return out;
   }
-  out.dlora_a = at::empty(args.update.lora_a.sizes(), args.update.lora_a.options());
-  if (!args.need_dx) {
-    wgrad(*passes.over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout, no_expand);
+  out.da() = at::empty(args.update.a().sizes(), args.update.a().options());
+  if (!args.wanted.dx) {
+    wgrad(*passes.over_x, args.x, ds, out.da(), 0, keep_scale, dropout, no_expand);
     return out;
   }
   const at::Tensor panel =
       packed(lora_a, passes.over_x->expand_panel_bytes, passes.over_x->pack_expand);
   const at::Tensor rows_t = packed_t(passes.over_x->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
-  wgrad(*passes.over_x, args.x, ds, out.dlora_a, 0, keep_scale, dropout,
+  wgrad(*passes.over_x, args.x, ds, out.da(), 0, keep_scale, dropout,
         expand_args(out.dx, rows_t, panel, lora_a, keep_scale, dropout));
   return out;
 }

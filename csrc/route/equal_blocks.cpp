@@ -48,8 +48,8 @@ at::Tensor equal_rows(int64_t rows, const at::Tensor& like) {
 }
 
 Update waves_like(const Update& update) {
-  const at::Tensor &a = update.lora_a, &b = update.lora_b;
-  return {wave(a.size(0), a.size(1), a), wave(b.size(0), b.size(1), b)};
+  const at::Tensor &a = update.a(), &b = update.b();
+  return Update::one(wave(a.size(0), a.size(1), a), wave(b.size(0), b.size(1), b), 1.0);
 }
 
 void check_rows_are_alike(const at::Tensor& rows, const Base& base, int64_t block) {
@@ -75,8 +75,8 @@ void once_for(bool is_forward, const at::Tensor& x, const Update& update, int64_
   static std::mutex mutex;
   static std::set<Kind> tried;
   const Kind kind{
-      is_forward,        block,           update.in_features(),        update.out_features(),
-      update.rank(),     x.scalar_type(), update.lora_a.scalar_type(), at::get_num_threads(),
+      is_forward,        block,           update.in_features(),     update.out_features(),
+      update.rank(),     x.scalar_type(), update.a().scalar_type(), at::get_num_threads(),
       cpu::current_isa()};
   {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -108,9 +108,11 @@ void try_backward(BackwardArgs args, int64_t block) {
 
 }  // namespace
 
-Forward forward_in_blocks(const ForwardArgs& args, int64_t block) {
-  const int64_t rows = args.x.size(0), first_row = args.update.dropout.first_row();
+Forward forward_in_blocks(const ForwardArgs& args) {
+  const int64_t rows = args.x.size(0), block = args.base.row_block;
+  const int64_t first_row = args.update.dropout.first_row();
   ForwardArgs own = args;
+  own.base.row_block = 0;
   own.base.packed = std::nullopt;
   try_forward(own, block);
   own.x = rows_like(args.x, block);
@@ -127,17 +129,18 @@ Forward forward_in_blocks(const ForwardArgs& args, int64_t block) {
   return out;
 }
 
-Backward backward_in_blocks(const BackwardArgs& args, int64_t block) {
-  Backward out;
-  if (args.need_dlora_a || args.need_dlora_b) {
-    BackwardArgs sums = args;
-    sums.need_dx = false;
-    out = backward(sums);
-  }
-  if (!args.need_dx) return out;
-  const int64_t rows = args.x.size(0), first_row = args.update.dropout.first_row();
+Backward backward_in_blocks(const BackwardArgs& args) {
+  const int64_t rows = args.x.size(0), block = args.base.row_block;
+  const int64_t first_row = args.update.dropout.first_row();
   BackwardArgs own = args;
-  own.need_dlora_a = own.need_dlora_b = false;
+  own.base.row_block = 0;
+  Backward out = Backward::one();
+  if (args.need_dlora_a() || args.need_dlora_b()) {
+    own.wanted.dx = false;
+    out = backward(own);
+  }
+  if (!args.wanted.dx) return out;
+  own.wanted = Wanted::one(true, false, false);
   own.base.packed_t = std::nullopt;
   own.grad = rows_like(args.grad, block);
   own.x = rows_like(args.x, block), own.s = rows_like(args.s, block);  // of dX nobody reads them

@@ -7,7 +7,6 @@
 #include <map>
 
 #include "check/kernel_check.h"
-#include "launch/grouped_launch.h"
 #include "launch/kernel_launch.h"
 #include "plan/winners.h"
 
@@ -119,13 +118,6 @@ Explained explain_problem(const at::Device& device, const plan::Problem& problem
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
 std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
-std::optional<GroupedForward> forward(const GroupedForwardArgs& args) {
-  return run<GroupedForward>(args);
-}
-std::optional<GroupedBackward> backward(const GroupedBackwardArgs& args) {
-  return run<GroupedBackward>(args);
-}
-
 void set_choice(plan::Choice wanted) { choice() = wanted; }
 plan::Choice current_choice() { return choice(); }
 void set_early_launch(bool enabled) { early_launch() = enabled; }

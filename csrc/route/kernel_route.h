@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "common/groups.h"
+#include "common/call.h"
 #include "plan/plan.h"
 
 namespace lora_ext::kernel_route {
@@ -16,8 +16,6 @@ namespace lora_ext::kernel_route {
 // nullopt where the planner, a check or a capture in progress wants the library route.
 std::optional<Forward> forward(const ForwardArgs& args);
 std::optional<Backward> backward(const BackwardArgs& args);
-std::optional<GroupedForward> forward(const GroupedForwardArgs& args);
-std::optional<GroupedBackward> backward(const GroupedBackwardArgs& args);
 
 // What forward and backward would do, and what the check of those kernels has said: "passed", "not
 // yet", or what failed; "" without kernels. Of args.grad only the rows' alignment counts.

@@ -3,11 +3,13 @@
 #include "launch/kernel_launch.h"
 #include "library/library_route.h"
 #include "route/cpu_route.h"
+#include "route/equal_blocks.h"
 #include "route/kernel_route.h"
 
 namespace lora_ext::route {
 
 Forward forward(ForwardArgs args) {
+  if (args.base.row_block > 0) return forward_in_blocks(args);
   std::optional<at::Tensor>& bias = args.base.bias;
   if (kernel_launch::has_kernels(args.x.device())) {
     if (bias) bias = bias->contiguous();
@@ -18,6 +20,7 @@ Forward forward(ForwardArgs args) {
 }
 
 Backward backward(const BackwardArgs& args) {
+  if (args.base.row_block > 0) return backward_in_blocks(args);
   if (kernel_launch::has_kernels(args.x.device())) {
     if (std::optional<Backward> out = kernel_route::backward(args)) return *std::move(out);
   }

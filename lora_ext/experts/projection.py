@@ -13,7 +13,7 @@ needed to get dw. W has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,9 +66,10 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> Runs | None:
     return None
 
 
-def _groups(pools: Pools, run: Run) -> tuple:
-    """The op's arguments from scaling to col_offset: ends of rows, without ranks and dropout."""
-    return pools.scaling, None, run.offs, None, 0.0, None, 0, 0
+def _update_of(pools: Pools, run: Run) -> dict[str, Any]:
+    """The op's arguments of many adapters without dropout, whose rows have ends."""
+    lora_a, lora_b = [pools.lora_a], [pools.lora_b]
+    return {"lora_a": lora_a, "lora_b": lora_b, "scalings": pools.scaling, "offs": run.offs}
 
 
 def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,13 +93,7 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
         sums = products.forward(part, weight, bias, run)
         if factors is not None:
             pools = pools_of(factors, experts, run.hit, weight.dtype)
-            sums, s[where] = _ops.lora_update_grouped_forward(
-                sums,
-                part,
-                [pools.lora_a],
-                [pools.lora_b],
-                *_groups(pools, run),
-            )
+            sums, s[where] = _ops.lora_forward(part, None, sums, **_update_of(pools, run))
         if taken.is_whole:
             y = sums
         else:
@@ -194,16 +189,9 @@ def _update_backward(
     if x is None:  # only its shape and dtype are looked at
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
     pools = pools_of(factors, experts, run.hit, weight.dtype)
-    dx, (*da,), (*db,) = _ops.lora_update_grouped_backward(
-        grad,
-        x,
-        [pools.lora_a],
-        [pools.lora_b],
-        s.contiguous(),
-        *_groups(pools, run),
-        want_x,
-        [want_a],
-        [want_b],
+    wanted = ([want_x, False], [want_a], [want_b])
+    dx, (*da,), (*db,), _ = _ops.lora_backward(
+        grad, s.contiguous(), *wanted, x, None, None, **_update_of(pools, run)
     )
     gradients.write(run.hit, da[0] if da else None, db[0] if db else None)
     return dx

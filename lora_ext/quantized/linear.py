@@ -169,6 +169,15 @@ class _QuantizedProduct(torch.autograd.Function):
         return None, dx, dbias
 
 
+def _options(call: Call) -> dict[str, Any]:
+    """What the op takes beside tensors with a gradient."""
+    options = {"dropout_p": call.dropout_p, "seed": call.seed}
+    if call.groups is None:
+        return options | {"scaling": call.scaling}
+    index, offs, ranks = call.groups
+    return options | {"scalings": call.scaling, "index": index, "offs": offs, "ranks": ranks}
+
+
 def _forward(
     call: Call,
     x: Tensor,
@@ -177,10 +186,9 @@ def _forward(
     lora_b: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
-    _, scaling, p, seed, groups = call
-    if groups is None:
-        return _ops.lora_linear(x, weight, *lora_a, *lora_b, bias, scaling, p, seed)
-    return _ops.lora_linear_grouped(x, weight, lora_a, lora_b, scaling, *groups, bias, p, seed)
+    if call.groups is None:  # vmap can take no list apart
+        return _ops.lora(x, weight, None, *lora_a, *lora_b, bias=bias, **_options(call))
+    return _ops.lora_grouped(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
 
 
 def _forward_for_backward(
@@ -191,13 +199,7 @@ def _forward_for_backward(
     lora_b: Sequence[Tensor],
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _, scaling, p, seed, groups = call
-    rest = (p, seed, 0, 0, False, None)
-    if groups is None:
-        return _ops.lora_linear_forward(x, weight, *lora_a, *lora_b, bias, scaling, *rest)
-    return _ops.lora_linear_grouped_forward(
-        x, weight, lora_a, lora_b, scaling, *groups, bias, *rest
-    )
+    return _ops.lora_forward(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
 
 
 def _backward(
@@ -213,30 +215,10 @@ def _backward(
     want: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(dx, dbias, gradients of the factors), None where not wanted."""
-    _, scaling, p, seed, groups = call
-    rest = (p, seed, 0, 0, False, None)
     half = len(want) // 2
-    if groups is None:
-        wanted = [want_x, *want, want_bias]
-        dx, da, db, dbias = _ops.lora_linear_backward(
-            grad, x, weight, *lora_a, *lora_b, s, scaling, *rest, wanted
-        )
-        found = (dx, dbias, da, db)
-        flags = (want_x, want_bias, *want)
-        return tuple(g if wants else None for g, wants in zip(found, flags, strict=True))
-    dx, da, db, dbias = _ops.lora_linear_grouped_backward(
-        grad,
-        x,
-        weight,
-        lora_a,
-        lora_b,
-        s,
-        scaling,
-        *groups,
-        *rest,
-        [want_x, want_bias],
-        list(want[:half]),
-        list(want[half:]),
+    wanted = ([want_x, want_bias], list(want[:half]), list(want[half:]))
+    dx, da, db, dbias = _ops.lora_backward(
+        grad, s, *wanted, x, weight, None, lora_a, lora_b, **_options(call)
     )
     found = iter((*da, *db))  # of those that are wanted alone
     gradients = [next(found) if wants else None for wants in want]

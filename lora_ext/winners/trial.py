@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ _SCALING = 2.0
 # A route takes the library's place if it wins by this much in three rounds of four.
 _LEAST_GAIN = 0.01
 
-_forward = torch.ops.lora_ext.lora_linear_forward.default
-_backward = torch.ops.lora_ext.lora_linear_backward.default
+_forward = torch.ops.lora_ext.lora_forward.default
+_backward = torch.ops.lora_ext.lora_backward.default
 
 Times = dict[str, list[float]]  # candidate -> microseconds of each round
 
@@ -95,14 +96,17 @@ class Trial:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Y and S."""
-        operands = (self.x, self.weight, self.lora_a, self.lora_b, None)
-        return _forward(*operands, _SCALING, self.dropout_p, self.seed, 0, 0, False, None)
+        return _forward(*self._operands())
 
     def backward(self) -> tuple[Tensor, ...]:
         """Gradients of x, lora_a and lora_b."""
-        operands = (self.grad, self.x, self.weight, self.lora_a, self.lora_b, self.s)
-        mask = [True, True, True, False]
-        return _backward(*operands, _SCALING, self.dropout_p, self.seed, 0, 0, False, None, mask)
+        wanted = ([True, False], [True], [True])
+        dx, (da,), (db,), _ = _backward(self.grad, self.s, *wanted, *self._operands())
+        return dx, da, db
+
+    def _operands(self) -> tuple[Any, ...]:
+        factors = ([self.lora_a], [self.lora_b])
+        return (self.x, self.weight, None, *factors, _SCALING, None, self.dropout_p, self.seed)
 
     def run(self, backward: bool) -> object:
         """One direction."""

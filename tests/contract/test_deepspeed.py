@@ -60,7 +60,7 @@ def train(deepspeed, subject, stage, rank):
         for batch in subject.x(8 * STEPS).chunk(STEPS):
             engine.backward(engine(half(batch, rank)).square().mean())
             engine.step()
-    return calls.of["lora_linear"]
+    return calls.of["lora"]
 
 
 @case

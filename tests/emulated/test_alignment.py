@@ -16,8 +16,16 @@ _C.set_cuda_route("kernel")
 lora_ext.kernels.set_early_launch(False)
 M, K, N = 70, 96, 136
 ROWS = {"x": (M, K), "grad": (M, N), "weight": (N, K), "lora_a": (16, K), "lora_b": (N, 16)}
-forward = torch.ops.lora_ext.lora_linear_forward.default
-backward = torch.ops.lora_ext.lora_linear_backward.default
+def forward(x, weight, a, b):
+    return torch.ops.lora_ext.lora_forward(x, weight, None, [a], [b], 2.0)
+
+def backward(grad, x, weight, a, b, s):
+    inputs = (x, weight, None, [a], [b], 2.0)
+    dx, (da,), (db,), _ = torch.ops.lora_ext.lora_backward(
+        grad, s, [True, False], [True], [True], *inputs
+    )
+    return dx, da, db
+
 
 def numbers(shape, seed):
     made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -55,12 +63,11 @@ def check(names, view, sizes=ROWS):
         given[name], fully[name] = make(given[name], *how)
     x, grad, weight, a, b = (given[each] for each in ROWS)
     what = (names, make.__name__, *how)
-    y, s = forward(x, weight, a, b, None, 2.0, 0.0, None, 0, 0, False, None)
-    mask = [True, True, True, False]
-    got = (y, *backward(grad, x, weight, a, b, s, 2.0, 0.0, None, 0, 0, False, None, mask)[:3])
+    y, s = forward(x, weight, a, b)
+    got = (y, *backward(grad, x, weight, a, b, s))
     wide = [each.double() for each in (x, weight, a, b)]
-    y, s = forward(*wide, None, 2.0, 0.0, None, 0, 0, False, None)
-    grads = backward(grad.double(), *wide, s, 2.0, 0.0, None, 0, 0, False, None, mask)[:3]
+    y, s = forward(*wide)
+    grads = backward(grad.double(), *wide, s)
     for one, other in zip(got, (y, *grads)):
         assert (one.double() - other).abs().max() <= 2**-6 * other.abs().max(), what
     operands = (x, weight, a, b, 0.0)

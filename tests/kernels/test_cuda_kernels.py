@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import op_calls
 import pytest
 import torch
 from helpers import BF16, F16, F32, short, smallest_of_each_kind
@@ -215,7 +216,7 @@ def test_graph_replays_have_the_same_bits(dtype, dropout_p):
     seed = torch.tensor(1, device="cuda")
 
     def call():
-        return torch.ops.lora_ext.lora_linear(x, *rest, None, 1.0, dropout_p, seed)
+        return op_calls.lora_linear(x, *rest, None, 1.0, dropout_p, seed)
 
     expected = call()
     graph, out = captured(call)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("forget_graphs")
 
 def save_products(_context, op, *_args, **_kwargs):
     """A policy of selective checkpointing: our products are kept, the rest is recomputed."""
-    if op is torch.ops.lora_ext.lora_linear_forward.default:
+    if op is torch.ops.lora_ext.lora_forward.default:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

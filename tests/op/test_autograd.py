@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import op_calls
 import pytest
 import torch
 from helpers import (
@@ -24,7 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import lora_ext
 
-OP = torch.ops.lora_ext.lora_linear
+OP = op_calls.lora_linear
 INPUTS = ("x", "lora_a", "lora_b", "bias")
 
 
@@ -107,7 +108,7 @@ def test_any_combination_of_requires_grad(isa, device, wanted, rows, dropout_p):
 def test_only_needed_gradients_are_computed(isa, device, wanted):
     """autograd.grad may ask for less than requires grad: the op returns None for the others."""
     problem = make_problem(60, 40, 70, 5, device=device)
-    ops, tail = torch.ops.lora_ext, (0.7, 0.0, None, 0, 0, False, None)
+    ops, tail = op_calls, (0.7, 0.0, None, 0, 0, False, None)
     _, s = ops.lora_linear_forward(*problem.operands, None, *tail)
     mask = [name in wanted for name in INPUTS]
     out = ops.lora_linear_backward(problem.grad, *problem.operands, s, *tail, mask)

@@ -2,6 +2,7 @@
 
 import math
 
+import op_calls
 import philox_reference
 import pytest
 import torch
@@ -34,7 +35,7 @@ def applied_in_forward(x, dropout_p, seed, row_offset=0, col_offset=0):
         rank = min(512, cols - first)
         lora_a = torch.zeros(rank, cols, device=x.device)
         lora_a[:, first : first + rank] = torch.eye(rank, device=x.device)
-        _, s = torch.ops.lora_ext.lora_linear_forward(
+        _, s = op_calls.lora_linear_forward(
             torch.ones_like(x), torch.zeros_like(x[:1]), lora_a.to(x.dtype), x.new_ones(1, rank),
             None, 1.0, dropout_p, seed, row_offset, col_offset, False, None,
         )  # fmt: skip
@@ -45,7 +46,7 @@ def applied_in_forward(x, dropout_p, seed, row_offset=0, col_offset=0):
 def applied_in_dx(x, dropout_p, seed, row_offset=0, col_offset=0):
     """keep_scale * mask from dx = mask * (dS lora_a) with dS lora_a = 1 and a zero weight."""
     leaf = x.detach().requires_grad_()
-    y = torch.ops.lora_ext.lora_linear(
+    y = op_calls.lora_linear(
         leaf, torch.zeros_like(x[:1]), torch.ones_like(x[:1]), x.new_ones(1, 1), None,
         1.0, dropout_p, seed, row_offset, col_offset,
     )  # fmt: skip
@@ -58,7 +59,7 @@ def applied_in_dlora_a(x, dropout_p, seed, row_offset=0, col_offset=0, with_dx=T
     rows, cols = x.shape
     eye = torch.eye(rows, dtype=x.dtype, device=x.device)
     lora_a = torch.zeros(rows, cols, dtype=x.dtype, device=x.device).requires_grad_()
-    y = torch.ops.lora_ext.lora_linear(
+    y = op_calls.lora_linear(
         torch.ones_like(x).requires_grad_(with_dx), x.new_zeros(rows, cols), lora_a, eye, None,
         1.0, dropout_p, seed, row_offset, col_offset,
     )  # fmt: skip
@@ -236,7 +237,7 @@ def test_no_generator_is_touched_without_dropout(device):
 def test_row_shards_reproduce_the_whole(isa, device, pair):
     """A sharded batch: row_offset counts rows of x flattened to [M, K]. Integers leave no error."""
     problem = make_problem((4, 50), 70, 30, 5, pair, device, scaling=0.5, integers=3)
-    op, seed = torch.ops.lora_ext.lora_linear, torch.tensor(SEED, device=device)
+    op, seed = op_calls.lora_linear, torch.tensor(SEED, device=device)
     rest = (problem.weight, problem.lora_a, problem.lora_b, problem.bias, 0.5, 0.5, seed)
     whole = op(problem.x, *rest)
     shards = [op(problem.x[i : i + 1], *rest, 50 * i) for i in range(4)]
@@ -247,7 +248,7 @@ def test_row_shards_reproduce_the_whole(isa, device, pair):
 def test_column_shards_reproduce_the_whole(isa, device):
     """A layer split along in_features: its parts add up when col_offset says where they start."""
     problem = make_problem(70, 150, 30, 5, device=device, bias=False, scaling=0.5, integers=3)
-    op, seed = torch.ops.lora_ext.lora_linear, torch.tensor(SEED, device=device)
+    op, seed = op_calls.lora_linear, torch.tensor(SEED, device=device)
 
     def part(first, last):
         tensors = (t[:, first:last] for t in (problem.x, problem.weight, problem.lora_a))
@@ -263,11 +264,9 @@ def test_dropped_elements_do_not_propagate_nan(isa, device):
     x = torch.where(mask, problem.x, torch.full_like(problem.x, float("nan")))
     tensors = (torch.zeros_like(problem.weight), problem.lora_a, problem.lora_b)
     seed = torch.tensor(SEED, device=device)
-    _, s = torch.ops.lora_ext.lora_linear_forward(
-        x, *tensors, None, 1.0, 0.5, seed, 0, 0, False, None
-    )
+    _, s = op_calls.lora_linear_forward(x, *tensors, None, 1.0, 0.5, seed, 0, 0, False, None)
     assert s.isfinite().all()
     lora_a = problem.lora_a.detach().requires_grad_()
-    y = torch.ops.lora_ext.lora_linear(x, tensors[0], lora_a, tensors[2], None, 1.0, 0.5, seed)
+    y = op_calls.lora_linear(x, tensors[0], lora_a, tensors[2], None, 1.0, 0.5, seed)
     y.backward(torch.ones_like(y))
     assert lora_a.grad.isfinite().all()

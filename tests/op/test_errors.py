@@ -3,6 +3,7 @@
 import math
 import re
 
+import op_calls
 import pytest
 import torch
 from helpers import BF16, F16, F32, F64
@@ -35,7 +36,7 @@ MASK = {**SEED, "rows": 4, "cols": 4}
 
 def backward(**tensors):
     tail = (1.0, 0.0, None, 0, 0, False, None, [True] * 4)
-    return OPS.lora_linear_backward(*tensors.values(), *tail)
+    return op_calls.lora_linear_backward(*tensors.values(), *tail)
 
 
 def moved(place, arguments):
@@ -218,11 +219,11 @@ WRONG_WEIGHTS = {
 TABLES = [
     (lora_ext.lora_linear, LINEAR, RuntimeError, WRONG_SHAPES | WRONG_NUMBERS),
     (lora_ext.lora_linear, LINEAR, TypeError, WRONG_DTYPES),
-    (OPS.lora_linear, LINEAR | SEED, RuntimeError, WRONG_SEEDS),
-    (OPS.lora_linear, LINEAR | SEED, TypeError, SEED_DTYPES),
+    (op_calls.lora_linear, LINEAR | SEED, RuntimeError, WRONG_SEEDS),
+    (op_calls.lora_linear, LINEAR | SEED, TypeError, SEED_DTYPES),
     (lora_ext.lora_update, UPDATE, RuntimeError, WRONG_UPDATES),
     (lora_ext.lora_update, UPDATE, TypeError, UPDATE_DTYPES),
-    (OPS.lora_update, UPDATE | SEED, RuntimeError, {"no seed": WRONG_SEEDS["no seed"]}),
+    (op_calls.lora_update, UPDATE | SEED, RuntimeError, {"no seed": WRONG_SEEDS["no seed"]}),
     (backward, BACKWARD, RuntimeError, WRONG_GRADIENTS),
     (backward, BACKWARD, TypeError, S_OF_FLOAT64),
     (lora_ext.functional.dropout_mask, MASK, RuntimeError, WRONG_MASKS),
@@ -264,7 +265,12 @@ def test_device_of_real_tensors(name):
 def test_seed_on_another_device():
     seed = torch.zeros((), dtype=torch.int64, device="meta")
     refused(
-        RuntimeError, "seed", "cpu", "meta", call=OPS.lora_linear, **LINEAR | SEED | {"seed": seed}
+        RuntimeError,
+        "seed",
+        "cpu",
+        "meta",
+        call=op_calls.lora_linear,
+        **LINEAR | SEED | {"seed": seed},
     )
 
 

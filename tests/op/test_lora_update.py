@@ -2,6 +2,7 @@
 
 import math
 
+import op_calls
 import pytest
 import torch
 from helpers import (
@@ -26,7 +27,8 @@ from torch.autograd import gradcheck
 import lora_ext
 from lora_ext.reference import lora_update_reference
 
-OP = torch.ops.lora_ext.lora_update
+OP = op_calls.lora_update
+OPS = op_calls.OPS
 NAMES = ("out", "dy", "dx", "dlora_a", "dlora_b")
 SHAPES = [(67, 129, 95, 5), (130, 257, 64, 17), (48, 33, 257, 16), (9, 64, 31, 1), (3, 40, 24, 4)]
 
@@ -123,9 +125,7 @@ def test_the_update_of_zero_is_that_of_lora_linear(isa, device, pair, dropout_p)
     factors = (problem.lora_a, problem.lora_b)
     zeros = torch.zeros_like(problem.weight)
     alone = OP(torch.zeros_like(y), problem.x, *factors, *tail)
-    assert torch.equal(
-        alone, torch.ops.lora_ext.lora_linear(problem.x, zeros, *factors, None, *tail)
-    )
+    assert torch.equal(alone, op_calls.lora_linear(problem.x, zeros, *factors, None, *tail))
     if dropout_p:
         other = OP(torch.zeros_like(y), problem.x, *factors, *tail[:3], 4, 2)
         assert not torch.equal(alone, other)
@@ -193,11 +193,11 @@ def test_any_strides(isa, device, rows):
 
 def test_only_what_is_wanted_is_computed(isa, device):
     problem, y, grad = make(60, 40, 24, 5, device=device)
-    _, s = torch.ops.lora_ext.lora_update_forward(
+    _, s = op_calls.lora_update_forward(
         y, problem.x, problem.lora_a, problem.lora_b, 1.0, 0.0, None, 0, 0
     )
     for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
-        found = torch.ops.lora_ext.lora_update_backward(
+        found = op_calls.lora_update_backward(
             grad, problem.x, problem.lora_a, problem.lora_b, s, 1.0, 0.0, None, 0, 0, mask
         )
         assert [gradient is not None for gradient in found] == mask
@@ -227,12 +227,13 @@ def test_opcheck(device, pair, dropout_p):
     seed = torch.tensor(3, device=device) if dropout_p else None
     tensors = (y, problem.x, problem.lora_a, problem.lora_b)
     tail = (0.7, dropout_p, seed, 2, 1)
-    torch.library.opcheck(OP.default, (*map(leaf, tensors), *tail))
-    ops = torch.ops.lora_ext
-    torch.library.opcheck(ops.lora_update_forward.default, (*tensors, *tail))
-    _, s = ops.lora_update_forward(*tensors, *tail)
-    inputs = (grad, *tensors[1:], s, *tail, [True, False, True])
-    torch.library.opcheck(ops.lora_update_backward.default, inputs)
+    torch.library.opcheck(OPS.lora.default, op_calls.update_inputs(*map(leaf, tensors), *tail))
+    inputs = op_calls.one_in_lists(op_calls.update_inputs(*tensors, *tail))
+    torch.library.opcheck(OPS.lora_forward.default, inputs)
+    _, s = op_calls.lora_update_forward(*tensors, *tail)
+    operands = op_calls.one_in_lists(op_calls.update_inputs(None, *tensors[1:], *tail))
+    inputs = (grad, s, [True, False], [False], [True], *operands)
+    torch.library.opcheck(OPS.lora_backward.default, inputs)
 
 
 @pytest.mark.skipif(EMULATED, reason="the compiler is the same")

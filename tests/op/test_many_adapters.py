@@ -3,12 +3,12 @@
 import math
 from dataclasses import replace
 
+import op_calls
 import pytest
 import torch
 from helpers import BF16, DTYPE_PAIRS, EMULATED, F16, F32, F64, leaf, max_error, pair_id, short
 from many_helpers import (
     KINDS,
-    OPS,
     RANKS,
     assert_at_most_twice,
     assert_equal,
@@ -114,8 +114,8 @@ def test_gradcheck(device, dropout_p, update):
         groups = (many.scaling, many.index, None, None)
         lists = (factors[:count], factors[count:])
         if update:
-            return OPS.lora_update_grouped(base, x, *lists, *groups, dropout_p, seed)
-        return OPS.lora_linear_grouped(x, many.weight, *lists, *groups, base, dropout_p, seed)
+            return op_calls.lora_update_grouped(base, x, *lists, groups, dropout_p, seed)
+        return op_calls.lora_linear_grouped(x, many.weight, *lists, groups, base, dropout_p, seed)
 
     leaves = [leaf(t) for t in (*many.lora_a, *many.lora_b)]
     assert gradcheck(call, (base, leaf(many.x), *leaves))
@@ -275,7 +275,7 @@ def test_a_pool_has_the_bits_of_a_list(isa, device, pair, rows, ranks):
     y, x, a, b = (leaf(t) for t in (many.y, many.x, pool_a, pool_b))
     seed = torch.tensor(1, device=device)
     groups = (scaling, table[many.index.long()], None, in_use if is_ranked else None)
-    out = OPS.lora_update_grouped(y, x, [a], [b], *groups, 0.3, seed)
+    out = op_calls.lora_update_grouped(y, x, [a], [b], groups, 0.3, seed)
     out.backward(many.grad)
     assert torch.equal(out, lists["y"])
     assert torch.equal(x.grad, lists["dx"])
@@ -367,7 +367,7 @@ def test_a_backward_may_take_another_route_than_its_forward(kind, then):
             _C.set_cpu_isa(first)
             leaves = [leaf(t) for t in (*many.lora_a, *many.lora_b)]
             lists = leaves[:4], leaves[4:]
-            y = OPS.lora_update_grouped(many.y, many.x, *lists, many.scaling, many.index)
+            y = op_calls.lora_update_grouped(many.y, many.x, *lists, (many.scaling, many.index))
             _C.set_cpu_isa(second)
             y.backward(many.grad)
             wanted = run_loop(many, dtype=F64)

@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import BF16, F32, F64, leaf
-from many_helpers import OPS, make_many, run
+from many_helpers import make_many, run
+from op_calls import (
+    OPS,
+    grouped,
+    lora_linear_grouped_backward,
+    lora_linear_grouped_forward,
+)
 
 import lora_ext
 
@@ -29,18 +35,18 @@ def sample(name, device, **options):
 def test_opcheck_lora_linear_grouped(device, name, dropout_p):
     many = sample(name, device).each_factor(leaf)
     seed = torch.tensor(3, device=device) if dropout_p else None
-    factors, groups = (many.lora_a, many.lora_b), (many.scaling, many.index, None, None)
-    inputs = (leaf(many.x), many.weight, *factors, *groups, leaf(many.bias), dropout_p, seed, 2, 1)
-    torch.library.opcheck(OPS.lora_linear_grouped.default, inputs)
+    rest = (1.0, leaf(many.bias), dropout_p, seed, 2, 1)
+    inputs = (leaf(many.x), many.weight, None, many.lora_a, many.lora_b, *rest)
+    torch.library.opcheck(OPS.lora_grouped.default, inputs, grouped(many.scaling, many.index))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck_lora_update_grouped(device, name):
     many = sample(name, device, given=SAMPLES[name][1][0]).each_factor(leaf)
     seed = torch.tensor(3, device=device)
-    factors, groups = (many.lora_a, many.lora_b), (many.scaling, many.index, None, None)
-    inputs = (leaf(many.y), leaf(many.x), *factors, *groups, 0.5, seed, 2, 1)
-    torch.library.opcheck(OPS.lora_update_grouped.default, inputs)
+    rest = (1.0, None, 0.5, seed, 2, 1)
+    inputs = (leaf(many.x), None, leaf(many.y), many.lora_a, many.lora_b, *rest)
+    torch.library.opcheck(OPS.lora_grouped.default, inputs, grouped(many.scaling, many.index))
 
 
 @pytest.mark.parametrize("by", ["index", "offs"])
@@ -50,8 +56,8 @@ def test_opcheck_of_a_pool(device, by):
     many = make_many(30, 16, 24, (1,) * 4, device=device)
     offs = torch.tensor([3, 9, 9, 25], dtype=torch.int32, device=device)
     groups = (many.index, None, ranks) if by == "index" else (None, offs, ranks)
-    inputs = (leaf(many.x), many.weight, [leaf(a)], [leaf(b)], many.scaling, *groups)
-    torch.library.opcheck(OPS.lora_linear_grouped.default, inputs)
+    inputs = (leaf(many.x), many.weight, None, [leaf(a)], [leaf(b)])
+    torch.library.opcheck(OPS.lora_grouped.default, inputs, grouped(many.scaling, *groups))
 
 
 MASKS = [
@@ -71,12 +77,9 @@ def test_meta_agrees_with_real(device, name, mask):
     def outputs(place):
         x, weight, bias, grad = (t.to(place) for t in (many.x, many.weight, many.bias, many.grad))
         lists = ([a.to(place) for a in many.lora_a], [b.to(place) for b in many.lora_b])
-        groups = (many.scaling.to(place), many.index.to(place), None, None)
-        tail = (0.0, None, 0, 0, False, None)
-        y, s = OPS.lora_linear_grouped_forward(x, weight, *lists, *groups, bias, *tail)
-        dx, da, db, dbias = OPS.lora_linear_grouped_backward(
-            grad, x, weight, *lists, s, *groups, *tail, *mask
-        )
+        groups = (many.scaling.to(place), many.index.to(place))
+        y, s = lora_linear_grouped_forward(x, weight, *lists, groups, bias)
+        dx, da, db, dbias = lora_linear_grouped_backward(grad, x, weight, *lists, s, groups, mask)
         assert len(da) == sum(mask[1])
         assert len(db) == sum(mask[2])
         return y, s, dx, *da, *db, dbias

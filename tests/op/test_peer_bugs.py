@@ -11,6 +11,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import op_calls
 import pytest
 import torch
 from helpers import (
@@ -30,7 +31,7 @@ from helpers import (
 
 import lora_ext
 
-OP = torch.ops.lora_ext.lora_linear
+OP = op_calls.lora_linear
 EXACT_PAIRS = [(F32, F32), (BF16, F32), (F16, F32)]
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import op_calls
 import pytest
 import torch
 from helpers import (
@@ -21,8 +22,8 @@ import lora_ext
 from lora_ext import _C
 
 OPS = torch.ops.lora_ext
-PUBLIC = ("lora_linear", "lora_update", "lora_linear_grouped", "lora_update_grouped")
-NAMES = [f"{name}{part}" for name in PUBLIC for part in ("", "_forward", "_backward")]
+PUBLIC = ("lora", "lora_grouped")
+NAMES = (*PUBLIC, "lora_forward", "lora_backward")
 
 
 # ---- registration ----
@@ -75,15 +76,17 @@ def test_opcheck_lora_linear(device, name, dropout_p):
     problem = sample(name, device)
     seed = torch.tensor(3, device=device) if dropout_p else None
     leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b, problem.bias)]
-    inputs = (leaves[0], problem.weight, *leaves[1:], 0.7, dropout_p, seed, 2, 1)
-    torch.library.opcheck(OPS.lora_linear.default, inputs)
+    inputs = op_calls.linear_inputs(
+        leaves[0], problem.weight, *leaves[1:], 0.7, dropout_p, seed, 2, 1
+    )
+    torch.library.opcheck(OPS.lora.default, inputs)
 
 
 def test_opcheck_strided_inputs(device):
     problem = sample("plain", device)
     x = torch.cat([problem.x] * 2, 1)[:, 16:].requires_grad_()
     rest = (t.t().contiguous().t() for t in (problem.weight, problem.lora_a, problem.lora_b))
-    torch.library.opcheck(OPS.lora_linear.default, (x, *rest))
+    torch.library.opcheck(OPS.lora.default, op_calls.linear_inputs(x, *rest))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -91,8 +94,9 @@ def test_opcheck_strided_inputs(device):
 def test_opcheck_lora_linear_forward(device, name, dropout_p):
     problem = sample(name, device)
     seed = torch.tensor(3, device=device) if dropout_p else None
-    inputs = (*problem.operands, problem.bias, 0.7, dropout_p, seed, 2, 1, False, None)
-    torch.library.opcheck(OPS.lora_linear_forward.default, inputs)
+    operands = (*problem.operands, problem.bias, 0.7, dropout_p, seed, 2, 1)
+    inputs = op_calls.one_in_lists(op_calls.linear_inputs(*operands))
+    torch.library.opcheck(OPS.lora_forward.default, inputs)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -102,10 +106,12 @@ def test_opcheck_lora_linear_forward(device, name, dropout_p):
 def test_opcheck_lora_linear_backward(device, name, mask):
     problem = sample(name, device)
     seed = torch.tensor(3, device=device)
-    tail = (0.7, 0.5, seed, 2, 1, False, None)
-    _, s = OPS.lora_linear_forward(*problem.operands, problem.bias, *tail)
-    inputs = (problem.grad, *problem.operands, s, *tail, [bool(m) for m in mask])
-    torch.library.opcheck(OPS.lora_linear_backward.default, inputs)
+    operands = (*problem.operands, problem.bias, 0.7, 0.5, seed, 2, 1)
+    operands = op_calls.one_in_lists(op_calls.linear_inputs(*operands))
+    _, s = OPS.lora_forward(*operands)
+    dx, da, db, dbias = (bool(m) for m in mask)
+    inputs = (problem.grad, s, [dx, dbias], [da], [db], *operands)
+    torch.library.opcheck(OPS.lora_backward.default, inputs)
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (0, 9), (1, 130)])
@@ -125,9 +131,9 @@ def test_meta_agrees_with_real(device, name):
 
     def outputs(place):
         there = problem.to(place)
-        y, s = OPS.lora_linear_forward(*there.operands, there.bias, *tail)
-        grads = OPS.lora_linear_backward(there.grad, *there.operands, s, *tail, [True] * 4)
-        return (OPS.lora_linear(*there.operands, there.bias), y, s, *grads)
+        y, s = op_calls.lora_linear_forward(*there.operands, there.bias, *tail)
+        grads = op_calls.lora_linear_backward(there.grad, *there.operands, s, *tail, [True] * 4)
+        return (op_calls.lora_linear(*there.operands, there.bias), y, s, *grads)
 
     for real, meta in zip(outputs(device), outputs("meta"), strict=True):
         assert (real.shape, real.dtype, real.stride()) == (meta.shape, meta.dtype, meta.stride())
@@ -211,7 +217,7 @@ def test_autocast_does_not_round_the_adapters(isa, device, dtype, rows, dropout_
     leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b, problem.bias)]
     with torch.autocast(device, dtype):
         seed = torch.tensor(1, device=device)
-        y = OPS.lora_linear(leaves[0], problem.weight, *leaves[1:], 0.7, dropout_p, seed)
+        y = op_calls.lora_linear(leaves[0], problem.weight, *leaves[1:], 0.7, dropout_p, seed)
     y.backward(cast["grad"])
     assert torch.equal(y, by_hand.y)
     assert torch.equal(leaves[0].grad, by_hand.dx.float())
@@ -223,7 +229,7 @@ def test_autocast_does_not_round_the_adapters(isa, device, dtype, rows, dropout_
 def test_autocast_casts_half_adapters_of_another_dtype(device):
     problem = make_problem(60, 40, 70, 5, (F16, F16), device)
     with torch.autocast(device, BF16):
-        y = OPS.lora_linear(*problem.operands)
+        y = op_calls.lora_linear(*problem.operands)
     assert y.dtype == BF16
 
 
@@ -231,15 +237,15 @@ def test_autocast_leaves_float64_alone(device):
     """As torch's own linear: autocast never casts float64."""
     problem = make_problem(60, 40, 70, 5, (F64, F64), device)
     with torch.autocast(device, BF16):
-        y = OPS.lora_linear(*problem.operands)
-    assert torch.equal(y, OPS.lora_linear(*problem.operands))
+        y = op_calls.lora_linear(*problem.operands)
+    assert torch.equal(y, op_calls.lora_linear(*problem.operands))
 
 
 def test_autocast_switched_off_inside(device):
     problem = make_problem(60, 40, 70, 5, device=device)
     with torch.autocast(device, BF16), torch.autocast(device, enabled=False):
-        y = OPS.lora_linear(*problem.operands)
-    assert torch.equal(y, OPS.lora_linear(*problem.operands))
+        y = op_calls.lora_linear(*problem.operands)
+    assert torch.equal(y, op_calls.lora_linear(*problem.operands))
 
 
 def test_backward_inside_an_autocast_region(isa, device):
@@ -249,7 +255,7 @@ def test_backward_inside_an_autocast_region(isa, device):
     for inside in (False, True):
         leaves = [leaf(t) for t in (problem.x, problem.lora_a, problem.lora_b)]
         with torch.autocast(device, BF16):
-            y = OPS.lora_linear(leaves[0], problem.weight, *leaves[1:])
+            y = op_calls.lora_linear(leaves[0], problem.weight, *leaves[1:])
             if inside:
                 y.backward(problem.grad.to(BF16))
         if not inside:
@@ -281,6 +287,6 @@ def test_dispatch_modes_see_the_ops(device):
     problem = make_problem(60, 40, 70, 5, device=device)
     with Recorder():
         run_ours(problem)
-    assert "lora_ext.lora_linear_forward.default" in seen
-    assert "lora_ext.lora_linear_backward.default" in seen
+    assert "lora_ext.lora_forward.default" in seen
+    assert "lora_ext.lora_backward.default" in seen
     assert len([name for name in seen if name.startswith("lora_ext")]) == 2

@@ -1,5 +1,6 @@
 """The library route: rows in blocks where adapters are wider than activations, and its launches."""
 
+import op_calls
 import pytest
 import torch
 from helpers import BF16, F32, F64, make_problem
@@ -44,7 +45,7 @@ def test_two_blocks_bound_what_a_pass_holds(library_route, dropout_p):
     seed = torch.tensor(1) if dropout_p else None
     tail = (0.5, dropout_p, seed, 0, 0, False, None)
     operands = problem.operands
-    ops, small = torch.ops.lora_ext, 64 * (rows + columns) * rank
+    ops, small = op_calls, 64 * (rows + columns) * rank
     y, s = ops.lora_linear_forward(*operands, None, *tail)
     kept = y.nbytes + s.nbytes
     peak = memory.peak_bytes(lambda: ops.lora_linear_forward(*operands, None, *tail))
@@ -73,7 +74,7 @@ def test_the_planner_counts_the_launches_of_the_route(library_route, blocks):
     columns = 2048
     rows = blocks * _C.rows_of_block(columns, F32, CPU) - 1
     problem = make_problem(rows, columns, 24, 4, (BF16, F32), bias=False)
-    ops, operands, tail = torch.ops.lora_ext, problem.operands, (0.5, 0.0, None, 0, 0, False, None)
+    ops, operands, tail = op_calls, problem.operands, (0.5, 0.0, None, 0, 0, False, None)
     _, s = ops.lora_linear_forward(*operands, None, *tail)
     in_forward = launched(lambda: ops.lora_linear_forward(*operands, None, *tail))
     arguments = (problem.grad, *operands, s, *tail, [True, True, True, False])
@@ -95,6 +96,6 @@ def test_without_gradients_s_keeps_its_dtype(library_route):
     operands = (*problem.operands, problem.bias)
     tail = (0.5, 0.0, None, 0, 0, False, None)
     with torch.no_grad():
-        inference = launched(lambda: torch.ops.lora_ext.lora_linear(*operands, *tail))
-    training = launched(lambda: torch.ops.lora_ext.lora_linear_forward(*operands, *tail))
+        inference = launched(lambda: op_calls.lora_linear(*operands, *tail))
+    training = launched(lambda: op_calls.lora_linear_forward(*operands, *tail))
     assert (inference, training) == (3, 4)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import hypothesis.strategies as st
+import op_calls
 import pytest
 import torch
 from helpers import (
@@ -25,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 
 import lora_ext
 
-OP = torch.ops.lora_ext.lora_linear
+OP = op_calls.lora_linear
 EXACT_PAIRS = [(F64, F64), (F32, F32), (BF16, F32), (F16, F32)]
 
 # Fixtures that last a function are set once for all examples, which is what is wanted here.
@@ -183,7 +184,7 @@ EVEN, ODD = (96, 64, 32), (77, 83, 5)  # in_features, out_features, rank
 def s_of(problem, dropout_p=0.0):
     seed = torch.tensor(1, device=problem.x.device)
     tail = (problem.bias, problem.scaling, dropout_p, seed, 0, 0, False, None)
-    return torch.ops.lora_ext.lora_linear_forward(*problem.operands, *tail)[1]
+    return op_calls.lora_linear_forward(*problem.operands, *tail)[1]
 
 
 def in_nan(problem):

@@ -53,7 +53,7 @@ def test_serving_reads_the_pool_itself():
     ):
         mixed(pool)
     calls = [event.name for event in profile.events()]
-    assert calls.count("lora_ext::lora_linear_grouped") == len(LAYERS)
+    assert calls.count("lora_ext::lora_grouped") == len(LAYERS)
     assert "aten::cat" not in calls and "aten::stack" not in calls
     pool.add("c", LoRAConfig(LINEAR, r=6))
     pool.replace("a", LoRAConfig(LINEAR, r=1))

@@ -61,7 +61,7 @@ def parallel(kind, model):
 def fused_calls(function):
     with CallsOfOps() as calls:
         result = function()
-    return result, calls.of["lora_linear_forward"]
+    return result, calls.of["lora_forward"]
 
 
 @case

@@ -108,21 +108,19 @@ class Call:
 
     def forward(self) -> list[torch.Tensor]:
         """Y and S."""
-        return list(
-            torch.ops.lora_ext.lora_linear_forward(
-                *(self.x, self.weight, self.lora_a, self.lora_b, None, 2.0),
-                *(self.dropout_p, self.seed, 0, 0, False, None),
-            )
-        )
+        return list(torch.ops.lora_ext.lora_forward(*self.operands()))
 
     def backward(self, s: torch.Tensor) -> list[torch.Tensor]:
         """dX, dA and dB."""
-        return list(
-            torch.ops.lora_ext.lora_linear_backward(
-                *(self.grad, self.x, self.weight, self.lora_a, self.lora_b, s, 2.0),
-                *(self.dropout_p, self.seed, 0, 0, False, None, [True, True, True, False]),
-            )[:3]
-        )
+        wanted = ([True, False], [True], [True])
+        found = torch.ops.lora_ext.lora_backward(self.grad, s, *wanted, *self.operands())
+        dx, (da,), (db,), _ = found
+        return [dx, da, db]
+
+    def operands(self) -> tuple:
+        """As the op has them."""
+        factors = ([self.lora_a], [self.lora_b])
+        return (self.x, self.weight, None, *factors, 2.0, None, self.dropout_p, self.seed)
 
     def both(self) -> list[torch.Tensor]:
         results = self.forward()

@@ -148,8 +148,8 @@ HOST = [
         "lora_b counts as aligned if lora_a is",
         "a slice of lora_b is not",
         LAUNCH,
-        "problem.aligned_b = aligned(update.lora_b)",
-        "problem.aligned_b = aligned(update.lora_a)",
+        "problem.aligned_b = aligned(update.b())",
+        "problem.aligned_b = aligned(update.a())",
     ),
     seen_by(
         "cuda",
