@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels use: the best that the processor has, or one set by hand.
+// Selects the instruction set of the CPU kernels: the best that the processor has, or one set by
+// the user.
 #pragma once
 
 #include <string>
@@ -9,7 +10,7 @@
 
 namespace lora_ext::cpu {
 
-// "amx", "avx512", "avx2", "portable", as far as this build and processor have them, best first.
+// "amx", "avx512", "avx2", "portable": those that this build and processor have, best first.
 std::vector<std::string> available_isas();
 
 // The name in use; "library" when every call takes the ATen route.
@@ -24,7 +25,7 @@ const SkinnyKernels* kernels_for(Dtype dtype);
 // The same for so few rows that tiles of 32 would be mostly empty.
 const SkinnyKernels* kernels_for_few_rows();
 
-// Of the same instruction set, portable ones on the library route.
+// The kernels of the same instruction set; the portable ones on the library route.
 const DequantizeKernels& dequantize_kernels();
 
 }  // namespace lora_ext::cpu
