@@ -1,8 +1,8 @@
 // mbarrier objects (PTX ISA, "mbarrier"): barriers in shared memory that count arrivals and the
 // bytes of asynchronous copies.
 //
-// The 8 bytes of an object hold a stamp, and its state lies beside the memory: an ordinary store or
-// a copy over the object is noticed by the next operation on it. `bar` is an address of the calling
+// The 8 bytes of an object hold a stamp; its state is outside of the memory: an ordinary store or a
+// copy over the object is detected by the next operation on it. `bar` is an address of the calling
 // block's own shared memory.
 #pragma once
 
