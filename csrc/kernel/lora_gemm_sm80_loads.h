@@ -2,7 +2,6 @@
 // across the end of a tile, so that a tile's first stages arrive while the tile before is stored.
 //
 //     parts of a tile     P Q, then each term of T U; with a mask, the terms first
-//     a tile's parts     P Q, then each term of T U; masked, the terms first
 #pragma once
 #include <climits>
 #include <type_traits>

@@ -4,7 +4,6 @@
 // Work is counted in steps, 64 along k of a tile. Tiles of S are cut into chunks of two steps,
 // tiles of Y into units of one step. Each block has consecutive chunks and then consecutive units,
 // in all as many steps as any other block, or one more: a block has two units less per chunk.
-// steps in all as any other, or one more: whoever has a chunk has two units less.
 #pragma once
 
 #include "common/host_device.h"
