@@ -55,7 +55,7 @@ void dot_ranks(const float* p, const T* q, int64_t q_pitch, int64_t depth, float
 template <class Isa, int kRows, class T>
 void dot_block(const float* p, const T* q, int64_t q_pitch, int64_t rank, int64_t depth,
                float* sums, int64_t sums_pitch) {
-  // Number of accumulators; at most 8 rows of Q, which may compete for lines of the cache.
+  // By the accumulators; and at most 8 rows of Q, which may compete for lines of the cache.
   constexpr int kRanks = std::min(8, (Isa::kTileRows > 8 ? 16 : 8) / kRows);
   int64_t j = 0;
   for (; j + kRanks <= rank; j += kRanks) {

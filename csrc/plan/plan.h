@@ -53,7 +53,7 @@ struct Predicted {
 };
 
 constexpr int64_t kNone = -1;        // an offset of what is not in the workspace
-constexpr int64_t kFlagsApart = 32;  // by 128 bytes: flags that different blocks write
+constexpr int64_t kFlagsApart = 32;  // of 4 bytes: flags of different blocks, 128 bytes apart
 
 // Who computes the base product X W^T or dY W: lora_gemm; the library, which accumulates onto
 // lora_gemm's low-rank product; or none, as y is given.
@@ -97,7 +97,7 @@ struct Tiled {
   Splits shrink{};         // of k, or of n
 
   // Backward only.
-  int panels = 0;  // if not 0, lora_dsdb computes dS and dB, with so many partial sums of dS
+  int panels = 0;  // if not 0, lora_dsdb computes dS and dB, with this number of sums of dS
   Splits dlora_b{}, dlora_a{};
   bool early_wgrad = false;  // PDL: lora_wgrad starts beside the last tiles of dX
 

@@ -20,7 +20,7 @@ void mbarrier_init(uint32_t bar, uint32_t count);
 void mbarrier_arrive(uint32_t bar);
 /// Both arrive at the object at the same offset in block `rank` of the cluster. The arrival is in
 /// flight for a while: that block must not exit before it has landed. _remote is the default form,
-/// .release at .cta scope: to another block it orders no access of threads, but whoever waits there
+/// .release at .cta scope: to another block it orders no access of threads, but a waiter there
 /// may have operations of the async proxy overwrite what such operations have read, if the caller
 /// had waited for them. _cluster releases at .cluster scope.
 void mbarrier_arrive_remote(uint32_t bar, uint32_t rank);

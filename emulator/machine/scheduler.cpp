@@ -16,7 +16,7 @@
 namespace emulator {
 namespace {
 
-// When a block that waits to start does so: one turn in so many.
+// The odds that a block that waits to start does so: one turn in this number.
 uint32_t g_start_odds = 1;
 
 struct Polls {
@@ -210,14 +210,13 @@ void abandon_current_thread(std::exception_ptr failure) {
   Machine& m = machine();
   m.failure = std::move(failure);
   switch_context(m.current->context, m.scheduler, /*last=*/true);
-  std::abort();  // nobody switches back
+  std::abort();  // no fiber switches back
 }
 
 void yield() {
   Machine& m = machine();
   Warp& warp = *current_thread().warp;
-  // A thread that yields in a loop waits for another thread, so it must not be the one that every
-  // policy prefers.
+  // A thread that yields in a loop waits for another one, so no policy may keep preferring it.
   warp.rotation = (m.current->lane + 1) % kWarpSize;
   warp.priority = --g_policy.lowest_priority;
   g_policy.yielded = true;

@@ -88,8 +88,7 @@ class Decode {
   explicit Decode(const Case& run) : random_(run.seed), size_(run.size) {
     if (many_ && random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     if (spoiled_ >= 0) factors_.spoil(spoiled_);
-    // The planner selects the instance for the number of rows of X, and none if A has too many
-    // rows.
+    // The plan has the instance for the number of rows of X, or none if A has too many rows.
     const int adapters = std::min(rows_.groups, m_), kMostRows = 4096;
     by_plan_ = random_() % 2 && plan::decode_tile_for(m_).batch == kBatch &&
                adapters * width_ * (kSplit ? 2 : 1) <= kMostRows;
