@@ -48,8 +48,7 @@ void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range ra
   }
 }
 
-// Adds the products of two row tiles with up to two rank tiles of one staged block to sums [32,
-// rank_pad].
+// Adds the products of two row tiles with up to two rank tiles to sums [32, rank_pad].
 template <int kRankTiles>
 void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloat16* b,
                   int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch) {

@@ -93,8 +93,7 @@ void wgrad_tiles(const BFloat16* t_hi, const BFloat16* t_lo, const BFloat16* p, 
   _tile_stored(3, sums + 3 * kTileRows, kSumStride);
 }
 
-// Columns are processed in slabs whose sums fit 128 KB; a block of rows draws the mask of a whole
-// slab.
+// Columns go in slabs whose sums fit 128 KB; a row block draws the mask of a whole slab.
 void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   const TileConfig config;
   constexpr int64_t kMaxSlab = 512;

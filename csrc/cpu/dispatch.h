@@ -1,5 +1,4 @@
-// Selects the instruction set of the CPU kernels: the best that the processor has, or one set by
-// the user.
+// Selects the CPU kernels' instruction set: the best of the processor, or the user's choice.
 #pragma once
 
 #include <string>

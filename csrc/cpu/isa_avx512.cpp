@@ -67,8 +67,7 @@ struct Avx512 {
     explicit Table(const float* values) : all(_mm512_loadu_ps(values)) {}
     Vec all;
   };
-  // Duplicates each byte, then takes its upper and its lower half; the lowest four bits are the
-  // index.
+  // Doubles each byte, then takes its upper and its lower half; the lowest four bits index.
   static Vec lookup(const Table& table, const uint8_t* codes) {
     const __m512i bytes =
         _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));

@@ -154,8 +154,7 @@ void load_ranks(const AdapterView& u, int64_t j, int64_t c, int64_t cols, int64_
   }
 }
 
-// Y += scale * mask * (T U) for `kRows` rows from `row` on; u is contiguous along the rank or the
-// columns.
+// Y += scale * mask * (T U) for `kRows` rows from `row` on; u along the rank or the columns.
 template <class Isa, int kRows, class T, class Factor>
 void expand_few_rows(const ExpandArgs& args, const AdapterView& u, int64_t row) {
   using Vec = typename Isa::Vec;

@@ -54,8 +54,7 @@ struct LoraDecodeParams {
 // A tile of kRows rows of W, 16 per warp, and up to kBatch rows of X, in steps of 64 along k.
 //
 // Up to 16 rows, two blocks per SM have four stages of 8 KiB each in flight. More rows take larger
-// tiles, with one block per SM: X is read once per tile, and there are as many partial sums as
-// blocks.
+// tiles, one block per SM: X is read once per tile, and partial sums are as many as blocks.
 template <int kBatch_>
 struct LoraDecodeTile {
   static constexpr int kBatch = kBatch_;

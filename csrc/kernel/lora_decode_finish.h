@@ -60,8 +60,7 @@ struct LoraDecodeFinish {
     }
   }
 
-  // The block of 16 rows that this warp has in a tile of S, and whether any adapter's rank is
-  // there.
+  // The 16 rows of this warp in a tile of S, and whether they hold any rank of an adapter.
   __device__ __forceinline__ int s_block(int tile) const { return tile * Tile::kWarps + warp; }
   __device__ __forceinline__ bool has_s(int tile) const { return s_block(tile) < table.row_blocks; }
 

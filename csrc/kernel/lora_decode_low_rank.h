@@ -27,8 +27,7 @@ struct LoraDecodeLowRank {
   __device__ __forceinline__ int row_of(int j, int e) const { return j * 8 + lane % 4 * 2 + e % 2; }
 
   // 16 ranks of an adapter's B as loaded: two neighbouring elements for each register of an
-  // mma.sync. They are converted to halves after all loads have been issued, since that waits for
-  // the loads.
+  // mma.sync. Converted to halves after all loads are issued, since that waits for the loads.
   using Pair = std::conditional_t<kSplit, uint64_t, uint32_t>;
   struct Piece {
     int number, column;

@@ -31,8 +31,7 @@ struct LoraDsdbSm80 {
         Tile::kB, {p.b, p.b_pitch, p.n, p.columns}, n0, 0);
   }
 
-  // Position of the next chunk to load. The rows of s S are loaded with the first chunk of their
-  // step.
+  // Next chunk to load. Rows of s S are loaded with the first chunk of their step.
   struct Loads {
     int step, chunk = 0, stage = 0;
   };

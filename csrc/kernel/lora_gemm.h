@@ -26,8 +26,7 @@ namespace lora_ext::kernel {
 
 constexpr int kMaxLowRankTerms = 3;
 
-// A pitch is the number of elements from one row to the next. m, n, k and rank fit an int; offsets
-// need not.
+// Pitches are in elements, from row to row. m, n, k and rank fit an int; offsets need not.
 template <class T>
 struct LoraGemmParams {
   const T* p;  // [m, k]

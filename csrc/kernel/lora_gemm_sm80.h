@@ -116,10 +116,9 @@ struct LoraGemmSm80 {
     return stage == kLast ? 0 : stage + Tile::kStageBytes;
   }
 
-  // P Q of a tile. The 64 along k are four quarters: while one is multiplied, the fragments of the
-  // next are loaded; ptxas interleaves these loads with the products, as there is no branch. The
-  // last quarter follows the step's barrier, and has the next step's first fragments and the
-  // copies.
+  // P Q of a tile. 64 along k are four quarters: while one is multiplied, the fragments of the next
+  // are loaded; ptxas interleaves these loads with the products, as there is no branch. The last
+  // quarter, after the step's barrier, has the next step's first fragments and the copies.
   __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads) const {
     static_assert(Tile::kK == 64);
     Fragments now, then;

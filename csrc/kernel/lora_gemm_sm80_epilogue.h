@@ -77,8 +77,7 @@ struct LoraGemmEpilogue {
     }
   }
 
-  // Calls move(chunk of the slab, row, column, elements of the chunk within Y) for the chunks of 16
-  // rows.
+  // Calls move(chunk of the slab, row, column, elements within Y) for the chunks of 16 rows.
   template <class Move>
   __device__ __forceinline__ void for_chunks(unsigned char* slab, int row0, int column0,
                                              const Move& move) const {

@@ -47,8 +47,7 @@ struct LoraGroupedSegment {
   int steps;  // of 64 along the rank, of all segments before
 };
 
-// A piece: positions of one adapter that one block processes; if it is empty, the block has nothing
-// to do.
+// A piece: positions of one adapter that one block processes; it may be empty.
 struct LoraGroupedPiece {
   int adapter, begin, count;
   int slot;  // of its partial sum, if its segment has several pieces; else -1

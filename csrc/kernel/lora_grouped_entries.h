@@ -1,6 +1,5 @@
 // lora_grouped_entries: writes a list of adapters that the host has as a table on the device.
-// Entries are kernel parameters, so that the launch can be captured and no copy has to be waited
-// for.
+// Entries are kernel parameters, so that the launch can be captured and no copy is waited for.
 #pragma once
 #include "kernel/lora_grouped.h"
 #include "ptx/target.h"

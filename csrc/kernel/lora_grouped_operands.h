@@ -1,5 +1,4 @@
-// What the kernels of many adapters read of one adapter: its entry, and tiles of its factors as
-// halves.
+// What kernels of many adapters read of one: its entry, and tiles of its factors as halves.
 #pragma once
 #include "kernel/halves.h"
 #include "kernel/lora_grouped_ranks.h"
@@ -8,8 +7,7 @@
 
 namespace lora_ext::kernel {
 
-// Number of columns of Z or T that a rank takes, and of each half if a factor is in floats: whole
-// chunks.
+// Columns of Z or T for a rank, and for each half if a factor is in floats: whole chunks.
 __device__ __forceinline__ int whole_chunks(int rank) { return (rank + 7) / 8 * 8; }
 
 // The entry of an adapter whose factors have elements F.

@@ -34,8 +34,7 @@ struct LoraGroupedChunk {
   const int thread = static_cast<int>(threadIdx.x);
   const int row = static_cast<int>(blockIdx.x) * kChunk + thread;
 
-  // Returns the adapter of the row, or `groups` if it has none. A row past m has a key that no row
-  // has.
+  // Returns the row's adapter, or `groups` without one. A row past m has a key that no row has.
   __device__ __forceinline__ int key() const {
     if (row >= p.rows.m) return -1;
     const int adapter = p.rows.index[row], groups = p.rows.groups;

@@ -44,8 +44,7 @@ struct LoraGroupedShrinkSm80 {
   const int first_step = static_cast<int>(blockIdx.z) * p.steps_per_split;
   const int end_step = min(first_step + p.steps_per_split, (p.k + Tile::kK - 1) / Tile::kK);
 
-  // Returns the row of X at a position of the tile; returns m (out of range) if the position has no
-  // row.
+  // Returns the row of X at a position of the tile, or m (out of range) if there is none.
   __device__ __forceinline__ int row_at(int position) const {
     return position < piece.count ? PositionedRows{p.order, p.m}(piece.begin + position) : p.m;
   }

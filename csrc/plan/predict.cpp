@@ -22,8 +22,7 @@ struct TileEnd {
 };
 constexpr TileEnd kEndOnMma{128, 192}, kEndOnWgmma{64, 64};
 // A draw for eight elements of a low-rank product alone takes some 80 instructions, of which an SM
-// issues 128 per clock; here in operations per element that mma.sync performs on an H100's SM
-// meanwhile.
+// issues 128 per clock; here in operations per element of mma.sync on an H100's SM meanwhile.
 constexpr double kDrawFlop = 150;
 // A job that computes T for a pair of row blocks, relative to a pair of tiles of 128 x 256: it
 // fills stages of a third of the bytes, each in about that fraction of the time that a tile
@@ -71,8 +70,7 @@ double tile_flop(const Card& card, const TileFacts& tile, int64_t depth, bool ma
   return 2.0 * area(tile.rows, tile.columns) * static_cast<double>(depth) / share;
 }
 
-// Time, in tiles, during which all clusters wait for T, unless clusters without a last tile compute
-// it.
+// Time, in tiles, for which all wait for T, unless clusters without a last tile compute it.
 double wait_for_t(const InGrid& in_grid, const Waves& waves, bool masked) {
   const double job = kJobTiles * in_grid.pairs_per_ticket;
   const int64_t tickets = blocks_of(in_grid.row_blocks / 2, in_grid.pairs_per_ticket);

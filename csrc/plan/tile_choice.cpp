@@ -91,10 +91,9 @@ Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
 }
 
 // Whole waves of tiles leave some clusters idle at the end. If only those compute T before their
-// first tile, it costs no time, as long as they are done when the others have finished their first
-// tiles: a pair of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and up to
-// two are tried. Masked tiles begin with T, which is complete the sooner the more clusters compute
-// it.
+// first tile, it costs no time if they are done when the others have done their first tiles: a pair
+// of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and up to two are
+// tried. Masked tiles begin with T, which is complete the sooner the more clusters compute it.
 int choose_pairs_per_ticket(const Card& card, const Problem& p, const TileFacts& tile) {
   constexpr int kMost = 2;
   if (p.dropout) return 1;

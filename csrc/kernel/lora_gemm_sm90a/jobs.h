@@ -108,8 +108,7 @@ struct LoraGemmSm90aJobs {
     } while (job < count());
   }
 
-  // Returns the next job; of the threads that call together, `reader` is the one that signals the
-  // scheduler.
+  // Returns the next job; `reader`: the thread, of those calling together, that signals.
   __device__ __forceinline__ int next(Ring& ring, bool reader) const {
     ptx::mbarrier_wait_cluster(full(ring.slot), ring.parity);
     const int job = static_cast<int>(ptx::load_shared_cluster<uint32_t>(ticket(ring.slot)));

@@ -73,8 +73,7 @@ struct LoraGemmSm90aProducer {
     ring.advance();
   }
 
-  // Half of the right operand: K-major by columns of Y, MN-major by rows of k in every panel of 64
-  // columns.
+  // Half of the right operand: columns of Y if K-major, else rows of k in every 64-column panel.
   template <int kColumns>
   __device__ __forceinline__ void multicast_half(const Ring& ring, const CUtensorMap* right, int k0,
                                                  int column) const {

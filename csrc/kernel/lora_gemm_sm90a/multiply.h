@@ -191,17 +191,15 @@ struct LoraGemmSm90aConsumer {
     ring = now.ring;
   }
 
-  // Called once per warp, for both blocks, since the producer of either multicasts into the stage.
-  // Only wgmma has read it, so no release of cluster scope, a memory barrier in the main loop, is
-  // needed.
+  // Once per warp, for both blocks, since either's producer multicasts into the stage. Only wgmma
+  // has read it, so no release of cluster scope, a memory barrier in the main loop, is needed.
   __device__ __forceinline__ void release(int slot) const {
     constexpr int kBlocks = Tile::kClusterSize;
     if (lane < kBlocks) ptx::mbarrier_arrive_remote(block.empty(slot), static_cast<uint32_t>(lane));
   }
 
-  // Pingpong: the consumers use the tensor core alternately, tile by tile. Without this, the second
-  // consumer would wait for phases more than one pass of the ring ahead, where the parity is
-  // ambiguous.
+  // Pingpong: the consumers use the tensor core alternately, tile by tile. Otherwise the second
+  // would wait for phases more than one pass of the ring ahead, where the parity is ambiguous.
   static constexpr uint32_t kTurnBarrier = 1 + Tile::kConsumers;
   static constexpr uint32_t kTurnThreads = Tile::kConsumers * Tile::kWarpgroup;
 
