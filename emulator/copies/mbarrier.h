@@ -32,7 +32,7 @@ void mbarrier_expect_tx(uint32_t bar, uint32_t bytes);
 bool mbarrier_try_wait(uint32_t bar, uint32_t parity);
 /// Loops on try_wait.
 void mbarrier_wait(uint32_t bar, uint32_t parity);
-/// With acquire semantics in the cluster. The two above acquire in the block: what threads of other
+/// Acquires at cluster scope. The two above acquire in the block: what threads of other
 /// blocks read is over, but what they wrote need not be visible; bulk copies are, to each.
 bool mbarrier_try_wait_cluster(uint32_t bar, uint32_t parity);
 void mbarrier_wait_cluster(uint32_t bar, uint32_t parity);

@@ -60,7 +60,7 @@ void race_global_end(const void* memory);
 /// The host writes to a buffer, between launches.
 void race_host_write(const void* memory, size_t bytes);
 
-/// By the current thread, or by another thread on whose behalf a warp or block operation is
+/// Called by the current thread, or for another thread on whose behalf a warp or block operation is
 /// performed.
 void race_release(const void* sync, ReleaseMode mode = ReleaseMode::Join);
 void race_acquire(const void* sync);

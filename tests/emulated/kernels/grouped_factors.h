@@ -122,7 +122,7 @@ class GroupedFactors {
   std::vector<Matrix<F>> a_of_, b_of_;
 };
 
-// With the layout of their factors, and space between them that must not be written.
+// Gradients with the layout of their factors, and space between them that must not be written.
 template <class F>
 struct GroupedGradients {
   static constexpr int kBetween = 3;
