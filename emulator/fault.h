@@ -1,6 +1,6 @@
-// Mutants of kernels, planted at run time, one at a time: one binary holds them all. Whoever makes
-// them writes copies of the kernels' sources with calls of these functions around what a mutant
-// changes. A mutant is known by the hash of its name.
+// Mutants of kernels, planted at run time, one at a time: one binary holds them all. The tool that
+// makes mutants writes copies of the kernels' sources with calls of these functions around the text
+// that a mutant changes. A mutant is identified by the hash of its name.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -10,10 +10,10 @@ namespace emulator {
 // Plants the mutant of this name; an empty name plants none.
 void plant_fault(const char* mutant);
 
-// FNV-1a. Of no name, 0.
+// FNV-1a; 0 for an empty name.
 uint32_t number_of(const char* mutant);
 
-// How often a program came by the planted mutant: one that no test case reaches proves nothing.
+// How often the program reached the planted mutant: one that no test case reaches proves nothing.
 uint64_t planted_fault_reached();
 
 // Not of this file's includer's translation unit, so that looking it up is not instrumented.
@@ -21,7 +21,7 @@ bool is_planted(uint32_t mutant);
 bool condition(uint32_t always, uint32_t never, bool right);
 int off_by(uint32_t low, uint32_t high);  // -1, 1, or 0 if neither is planted
 
-// What the compiler evaluates is as it is written.
+// Constant evaluation uses the source as written.
 constexpr bool planted(uint32_t mutant) {
   return !std::is_constant_evaluated() && is_planted(mutant);
 }

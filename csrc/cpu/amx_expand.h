@@ -76,7 +76,7 @@ inline void add_columns32(BFloat16* y, uint32_t keep, __m512 scale, const float*
   std::memcpy(y, &rounded, sizeof(rounded));
 }
 
-// At most 32 rows by 64 columns at (row, col).
+// A block of at most 32 rows by 64 columns at (row, col).
 void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col,
                   const uint32_t* bits, int64_t bits_pitch) {
   alignas(64) float sums[kRowBlock * kColBlock];

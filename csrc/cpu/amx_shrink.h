@@ -30,7 +30,7 @@ void pack_shrink(const AdapterView& adapter, void* panel) {
   }
 }
 
-// Some rows and columns [0, cols) of src, masked, zero-padded to 32 columns and 32 rows.
+// Stages rows `range` and columns [0, cols) of src, masked, zero-padded to 32 columns and 32 rows.
 void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range range, int64_t cols,
                 const uint32_t* bits, int64_t bits_pitch, BFloat16* dst) {
   const int64_t rows = range.end - range.begin;
@@ -41,14 +41,14 @@ void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range ra
       uint32_t keep = m < rows ? 0xFFFFFFFFu : 0u;
       if (cols - c < kTileDepth) keep &= (1u << (cols - c)) - 1;
       if (bits != nullptr && m < rows) keep &= bits[m * bits_pitch + c / 32];
-      // Lanes that are masked off are not read: no address beyond the row is touched.
+      // Masked-off lanes are not read: no address past the row is accessed.
       const __m512i value = _mm512_maskz_loadu_epi16(keep, in + c);
       _mm512_storeu_si512(out + c, value);
     }
   }
 }
 
-// Adds two row tiles by up to two rank tiles of one staged block to sums [32, rank_pad].
+// Adds the products of two row tiles with up to two rank tiles to sums [32, rank_pad].
 template <int kRankTiles>
 void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloat16* b,
                   int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch) {

@@ -45,8 +45,8 @@ inline __m512 to_wide(__m256i half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Sixteen floats as hi + lo. A finite float that rounds to infinity is cut instead; an infinite or
-// NaN hi stands alone, since Inf - Inf is NaN.
+// Splits sixteen floats into hi + lo. A finite float that would round to infinity is truncated
+// instead; if hi is infinite or NaN, lo is 0, since Inf - Inf is NaN.
 struct Split {
   __m256i hi, lo;
 
@@ -63,7 +63,7 @@ struct Split {
   }
 };
 
-// Sixteen (at most `count`) elements of an adapter along one dimension, zero beyond.
+// Loads sixteen (at most `count`) elements of an adapter along one dimension, zero past the end.
 inline __m512 load_adapter(const AdapterView& adapter, int64_t index, int64_t pitch,
                            int64_t count) {
   const auto exists = static_cast<__mmask16>(count >= 16 ? 0xFFFFu : (1u << count) - 1);
@@ -81,7 +81,7 @@ inline __m512 load_adapter(const AdapterView& adapter, int64_t index, int64_t pi
   return _mm512_load_ps(values);
 }
 
-// Two rows of sixteen as pairs (a[i], b[i]): one row of a B tile.
+// Interleaves two rows of sixteen as pairs (a[i], b[i]): one row of a B tile.
 inline __m512i interleave(__m256i a, __m256i b) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
 }

@@ -2,8 +2,8 @@
 // Included by isa_amx.cpp after its target pragma, inside its anonymous namespace.
 #pragma once
 
-// P of 64 columns and an even number of rows, masked, two rows interleaved:
-// dst[pair][column][2]; rows beyond `rows` and columns beyond `cols` are zero.
+// Stages P for 64 columns and an even number of rows, masked, two rows interleaved:
+// dst[pair][column][2]; rows past `rows` and columns past `cols` are zero.
 void stage_pairs(const BFloat16* src, int64_t src_pitch, RowIndex index, Range range,
                  int64_t rows_pad, int64_t cols, const uint32_t* bits, int64_t bits_pitch,
                  BFloat16* dst) {
@@ -93,7 +93,7 @@ void wgrad_tiles(const BFloat16* t_hi, const BFloat16* t_lo, const BFloat16* p, 
   _tile_stored(3, sums + 3 * kTileRows, kSumStride);
 }
 
-// Columns go in slabs whose sums fit 128 KB; a block of rows draws the mask of a whole slab.
+// Columns go in slabs whose sums fit 128 KB; a row block draws the mask of a whole slab.
 void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   const TileConfig config;
   constexpr int64_t kMaxSlab = 512;

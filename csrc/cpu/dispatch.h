@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: the best that the processor has, or one set by hand.
+// Selects the CPU kernels' instruction set: the best of the processor, or the user's choice.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 
 namespace lora_ext::cpu {
 
-// "amx", "avx512", "avx2", "portable", as far as this build and processor have them, best first.
+// "amx", "avx512", "avx2", "portable": those that this build and processor have, best first.
 std::vector<std::string> available_isas();
 
 // The name in use; "library" when every call takes the ATen route.
@@ -24,7 +24,7 @@ const SkinnyKernels* kernels_for(Dtype dtype);
 // The same for so few rows that tiles of 32 would be mostly empty.
 const SkinnyKernels* kernels_for_few_rows();
 
-// Of the same instruction set, portable ones on the library route.
+// The kernels of the same instruction set; the portable ones on the library route.
 const DequantizeKernels& dequantize_kernels();
 
 }  // namespace lora_ext::cpu

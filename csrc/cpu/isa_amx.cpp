@@ -1,17 +1,17 @@
 // The skinny passes on AMX tiles, for bfloat16 activations.
 //
-// Every product runs as bfloat16 tiles with float sums. What is not bfloat16 already is written as
+// Every product runs as bfloat16 tiles with float sums. Values that are not bfloat16 are written as
 // a sum of two bfloat16 terms, hi = bf16(v) and lo = bf16(v - hi), exact to 2^-17: T always, the
-// adapters when they are float. Terms extend the inner dimension, so a product of split operands
-// is still one tile product over [hi hi lo] x [hi lo hi]; lo x lo, 2^-34, is left out:
+// adapters if they are float. Terms extend the inner dimension, so a product of split operands is
+// still one tile product over [hi hi lo] x [hi lo hi]; lo x lo, 2^-34, is left out:
 //
 //              A (rows x inner)             B (inner x 16 columns, pairs interleaved)
-//     shrink   P, as it lies in memory      Q_hi and Q_lo, accumulated onto the same tile
-//     expand   [T_hi T_lo (T_hi)]           [U_hi U_hi (U_lo)]^T, packed once a call
+//     shrink   P, in its original layout    Q_hi and Q_lo, accumulated onto the same tile
+//     expand   [T_hi T_lo (T_hi)]           [U_hi U_hi (U_lo)]^T, packed once per call
 //     wgrad    T_hi^T and T_lo^T            P, two rows interleaved while it is staged
 //
 // A tile is 16 rows of 64 bytes; TDPBF16PS multiplies 16 x 32 by 32 x 16 in 16 cycles. Compiled on
-// x86-64 by a target pragma; chosen at run time when processor and kernel grant the tile state.
+// x86-64 by a target pragma; chosen at run time if processor and kernel grant the tile state.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -76,7 +76,7 @@ constexpr SkinnyKernels kKernels = {"amx",
 namespace lora_ext::cpu {
 namespace {
 
-// Linux grants the tile registers to a process that asks (Documentation/arch/x86/xstate.rst).
+// Linux grants the tile registers to a process on request (Documentation/arch/x86/xstate.rst).
 bool request_tiles() {
   constexpr long kArchReqXcompPerm = 0x1023;
   constexpr long kXfeatureTileData = 18;

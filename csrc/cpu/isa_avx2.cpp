@@ -56,8 +56,8 @@ struct Avx2 {
         : lower(_mm256_loadu_ps(values)), upper(_mm256_loadu_ps(values + 8)) {}
     Vec lower, upper;
   };
-  // Each byte twice, then its upper and its lower half. Of an index the lowest three bits count in
-  // either half of the table, and the fourth, moved to the sign, chooses.
+  // Duplicates each byte, then takes its upper and its lower half. The lowest three bits of a code
+  // index either half of the table; the fourth, moved to the sign, selects the half.
   static Vec lookup(const Table& table, const uint8_t* codes) {
     int32_t four;
     __builtin_memcpy(&four, codes, sizeof(four));
@@ -68,7 +68,7 @@ struct Avx2 {
                             _mm256_permutevar8x32_ps(table.upper, code),
                             _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
   }
-  // The first `count` elements, and zeros.
+  // Loads the first `count` elements, and zeros.
   template <class T>
   static Vec load_first(const T* p, int64_t count) {
     if (count >= kLanes) return load(p);
@@ -91,7 +91,7 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // Pairs of rows, then of pairs within halves of 128 bits, then the halves.
+  // Transposes pairs of rows, then pairs within halves of 128 bits, then the halves.
   static void transpose(Vec (&rows)[kLanes]) {
     Vec pairs[kLanes], fours[kLanes];
     for (int i = 0; i < kLanes; i += 2) {
@@ -123,7 +123,7 @@ struct Avx2 {
     return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
   }
 
-  // Four calls in the 64-bit lanes; a word needs only its low half for the next product.
+  // Four Philox calls in the 64-bit lanes; the next product needs only the low half of a word.
   static void dropout_words(const uint64_t* products, const DropoutRow& row,
                             const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
     const __m256i mul0 = _mm256_set1_epi64x(philox::kMul0);
@@ -173,7 +173,7 @@ constexpr DequantizeKernels kDequantize = make_dequantize<Avx2>();
 namespace lora_ext::cpu {
 namespace {
 
-// Not a name that every compiler's __builtin_cpu_supports knows.
+// Not every compiler's __builtin_cpu_supports knows this name.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1u) != 0;

@@ -48,7 +48,7 @@ struct Avx512 {
   static Vec load(const Float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  // The first `count` elements, and zeros.
+  // Loads the first `count` elements, and zeros.
   static Vec load_first(const float* p, int64_t count) {
     return _mm512_maskz_loadu_ps(mask_of(count), p);
   }
@@ -67,7 +67,7 @@ struct Avx512 {
     explicit Table(const float* values) : all(_mm512_loadu_ps(values)) {}
     Vec all;
   };
-  // Each byte twice, then its upper and its lower half; of an index the lowest four bits count.
+  // Doubles each byte, then takes its upper and its lower half; the lowest four bits index.
   static Vec lookup(const Table& table, const uint8_t* codes) {
     const __m512i bytes =
         _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
@@ -91,8 +91,8 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // rows[j] = float(in[i][j]) of 16 x 16 bfloat16 at i. Two neighbours move as one word, which
-  // makes 32 shuffles of 64 and no conversion before them.
+  // rows[j] = float(in[i][j]) for 16 x 16 bfloat16 elements, at i. Two neighbours move as one word,
+  // which takes 32 shuffles instead of 64, and no conversion before them.
   [[gnu::always_inline]] static void load_transposed(const BFloat16* in, int64_t pitch,
                                                      Vec (&rows)[kLanes]) {
     __m512i words[8], pairs[8], fours[8];
@@ -127,7 +127,7 @@ struct Avx512 {
     for (int i = 0; i < kLanes; ++i) rows[i] = load(in + i * pitch);
     transpose(rows);
   }
-  // Pairs of rows, then of pairs within quarters of 128 bits, then the quarters.
+  // Transposes pairs of rows, then pairs within quarters of 128 bits, then the quarters.
   static void transpose(Vec (&rows)[kLanes]) {
     Vec pairs[kLanes], fours[kLanes];
     for (int i = 0; i < kLanes; i += 2) {

@@ -45,7 +45,7 @@ struct Portable {
     return Vec{table[codes[0] >> 4], table[codes[0] & 15], table[codes[1] >> 4],
                table[codes[1] & 15]};
   }
-  // The first `count` elements, and zeros.
+  // Loads the first `count` elements, and zeros.
   template <class T>
   static Vec load_first(const T* p, int64_t count) {
     if (count >= kLanes) return load(p);

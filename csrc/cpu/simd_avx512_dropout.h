@@ -2,7 +2,8 @@
 // Shared by the AVX-512 and AMX files; included after their target pragma.
 #pragma once
 
-// 16-bit lanes: per 32 columns the four draws of a in order, then those of b; one bit where kept.
+// 16-bit lanes: per 32 columns the four draws of a in order, then those of b; returns one bit per
+// lane, set if kept.
 inline uint32_t avx512_kept(__m512i a, __m512i b, __m512i last) {
   const __m512i order =
       _mm512_setr_epi32(0, 2, 4, 6, 16, 18, 20, 22, 8, 10, 12, 14, 24, 26, 28, 30);

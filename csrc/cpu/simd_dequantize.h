@@ -1,20 +1,20 @@
-// The table of dequantize.h in vector code, for the instruction set of the including file.
-// Included after simd_passes.h, inside an anonymous namespace per file. An Isa adds to what the
-// passes need:
+// The functions of dequantize.h in vector code, for the instruction set of the including file.
+// Included after simd_passes.h, inside an anonymous namespace per file. An Isa has, in addition to
+// what the passes need:
 //
 //     Table               16 floats for lookup
-//     lookup(table, p)    table[code] of the first kLanes codes at p, two a byte
+//     lookup(table, p)    table[code] for the first kLanes codes at p, two per byte
 //     load(const int8_t*)
 #pragma once
 
-// One value, for what is left of a block.
+// One value, for the remainder of a block.
 template <class T>
 void dequantize_one(const float* table, const uint8_t* packed, int64_t i, float scale, T* out) {
   const uint8_t byte = packed[i / 2];
   from_float(table[i % 2 == 0 ? byte >> 4 : byte & 15] * scale, out + i);
 }
 
-// table[code] * scale of `count` codes that begin with a byte.
+// table[code] * scale for `count` codes; the first begins a byte.
 template <class Isa, class T>
 void dequantize_run(const typename Isa::Table& lanes, const float* table, const uint8_t* packed,
                     int64_t count, float scale, T* out) {
@@ -38,8 +38,8 @@ void four_bits(const FourBitArgs& args, Range blocks) {
   }
 }
 
-// Codes of 32 columns are brought into the order of four_bits first, a row after the other: bytes
-// move once within a kilobyte.
+// First reorders the codes of 32 columns into the order of four_bits, row after row: bytes move
+// once, within a kilobyte.
 template <class Isa, class T>
 void panels(const PanelArgs& args, Range panels) {
   constexpr int64_t kCols = 32, kBytes = kCols / 2, kRows = PanelArgs::kRows;

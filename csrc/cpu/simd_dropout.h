@@ -1,14 +1,17 @@
 // Dropout bits of a block, in vector code of the including file's instruction set.
 //
-// Included after `#pragma GCC target`, inside an anonymous namespace per file. The two first
-// Philox rounds are split by hand (philox.h): with counter (row_lo, group, 0, row_hi)
+// Included after `#pragma GCC target`, inside an anonymous namespace per file. The first two Philox
+// rounds are split by hand (philox.h): with counter (row_lo, group, 0, row_hi)
 //
-//     round 1   c0 = group ^ k0               c2 = hi(M0 row_lo) ^ row_hi ^ k1    c3 = lo(M0
-//     row_lo) round 2   c0 = hi(M1 c2) ^ k0'          c1 = lo(M1 c2)                      (row
-//     only)
-//               c2 = hi(M0 (group ^ k0)) ^ c3 ^ k1'    c3 = lo(M0 (group ^ k0))   (table of groups)
+//     round 1   c0 = group ^ k0                        depends on the group
+//               c2 = hi(M0 row_lo) ^ row_hi ^ k1       depends on the row
+//               c3 = lo(M0 row_lo)                     depends on the row
+//     round 2   c0 = hi(M1 c2) ^ k0'                   depends on the row
+//               c1 = lo(M1 c2)                         depends on the row
+//               c2 = hi(M0 (group ^ k0)) ^ c3 ^ k1'    the product: table of groups
+//               c3 = lo(M0 (group ^ k0))               table of groups
 //
-// which leaves 9 of 14 multiplications per call. Isa::kDropoutWords words are made at a time by
+// which leaves 9 of 14 multiplications per call. Isa::kDropoutWords words are computed at a time by
 // Isa::dropout_words(table, RowState, keys, keep_count, words).
 #pragma once
 
@@ -26,7 +29,8 @@ struct DropoutKeys {
   }
 };
 
-// What rounds 1 and 2 leave of a row; the round-2 words c2 and c3 still need the group's product.
+// Results of rounds 1 and 2 that depend only on the row; c2 and c3 of round 2 still need the
+// product of the group.
 struct DropoutRow {
   uint32_t c0, c1;   // after round 2
   uint32_t c2_part;  // c3 of round 1, xor k1'; xor hi(product) gives c2 of round 2

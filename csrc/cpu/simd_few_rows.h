@@ -1,5 +1,5 @@
-// Shrink and expand of so few rows that packing a factor would cost more than its product: the
-// factor is read as it lies, once.
+// Shrink and expand for so few rows that packing a factor would cost more than its product: the
+// factor is read once, in its original layout.
 //
 // Included after `#pragma GCC target`, inside an anonymous namespace per file.
 //
@@ -55,7 +55,7 @@ void dot_ranks(const float* p, const T* q, int64_t q_pitch, int64_t depth, float
 template <class Isa, int kRows, class T>
 void dot_block(const float* p, const T* q, int64_t q_pitch, int64_t rank, int64_t depth,
                float* sums, int64_t sums_pitch) {
-  // Accumulators; and no more than 8 rows of Q, which may compete for lines of the cache.
+  // By the accumulators; and at most 8 rows of Q, which may compete for lines of the cache.
   constexpr int kRanks = std::min(8, (Isa::kTileRows > 8 ? 16 : 8) / kRows);
   int64_t j = 0;
   for (; j + kRanks <= rank; j += kRanks) {
@@ -112,7 +112,7 @@ void broadcast_block(const float* p, const T* q, int64_t q_pitch, int64_t rank, 
   }
 }
 
-// T of `kRows` rows from `row` on.
+// Computes `kRows` rows of T from `row` on.
 template <class Isa, int kRows, class T, class Factor>
 void shrink_few_rows(const ShrinkArgs& args, const AdapterView& q, int64_t row) {
   const int64_t rank_pad = round_up(args.rank, Isa::kLanes);
@@ -143,7 +143,7 @@ void shrink_few_rows(const ShrinkArgs& args, const AdapterView& q, int64_t row) 
   }
 }
 
-// U from (rank j, column c) on: lanes of up to `cols` columns for each of `ranks` ranks.
+// Loads U from (rank j, column c) on: lanes of up to `cols` columns for each of `ranks` ranks.
 template <class Isa, class Factor>
 void load_ranks(const AdapterView& u, int64_t j, int64_t c, int64_t cols, int64_t ranks,
                 typename Isa::Vec (&block)[Isa::kLanes]) {
@@ -154,7 +154,7 @@ void load_ranks(const AdapterView& u, int64_t j, int64_t c, int64_t cols, int64_
   }
 }
 
-// Y += scale * mask * (T U) of `kRows` rows from `row` on; u lies along the rank or the columns.
+// Y += scale * mask * (T U) for `kRows` rows from `row` on; u along the rank or the columns.
 template <class Isa, int kRows, class T, class Factor>
 void expand_few_rows(const ExpandArgs& args, const AdapterView& u, int64_t row) {
   using Vec = typename Isa::Vec;

@@ -1,9 +1,9 @@
-// Factors as the passes of simd_passes.h read them: in float, lanes padded with zeros.
+// Packs factors for the passes of simd_passes.h: in float, lanes padded with zeros.
 //
-// Included after `#pragma GCC target`, inside an anonymous namespace per file. A factor lies along
-// one of its dimensions; the panel may want the other, and then blocks of kLanes x kLanes are
-// transposed in registers. Packing 16 x 2048 bfloat16 by single elements took as long as the pass
-// of 12 rows that reads it.
+// Included after `#pragma GCC target`, inside an anonymous namespace per file. A factor is
+// contiguous along one of its dimensions; if the panel needs the other one, blocks of kLanes x
+// kLanes are transposed in registers. Packing 16 x 2048 bfloat16 by single elements took as long as
+// the pass of 12 rows that reads it.
 #pragma once
 
 template <class T>
@@ -49,8 +49,8 @@ void transpose_strip(const T* in, int64_t in_pitch, int64_t rows, int64_t width,
   }
 }
 
-// The same for any number of rows. Long rows are copied in parts to where they lie together first:
-// 16 rows at a power of two compete for the same lines of the first-level cache.
+// The same for any number of rows. Parts of long rows are first copied so that they are contiguous:
+// 16 rows at a power-of-two pitch compete for the same lines of the first-level cache.
 template <class Isa, class T>
 void transpose_rows(const T* in, int64_t in_pitch, int64_t rows, int64_t width, float* out,
                     int64_t out_pitch) {
@@ -101,8 +101,8 @@ void pack_shrink(const AdapterView& adapter, void* panel) {
   });
 }
 
-// Of a row of the panel of expand, in floats. A cache line more than there are columns: at a power
-// of two, all rows of a block would compete for the same lines of the first-level cache.
+// Pitch of the panel of expand, in floats. One cache line more than the columns: at a power of two,
+// all rows of a block would compete for the same lines of the first-level cache.
 template <class Isa>
 int64_t expand_pitch(int64_t cols) {
   constexpr int64_t kCacheLine = 16;

@@ -1,5 +1,5 @@
-// The table of skinny.h in vector code, for the instruction set of the including file.
-// Included after simd_passes.h and simd_few_rows.h, inside an anonymous namespace per file.
+// The functions of skinny.h in vector code, for the instruction set of the including file. Included
+// after simd_passes.h and simd_few_rows.h, inside an anonymous namespace per file.
 #pragma once
 
 template <class Isa>

@@ -1,18 +1,18 @@
-// The skinny passes of a LoRA linear on the CPU: what surrounds the base GEMM.
+// The skinny passes of a LoRA linear on the CPU: all but the base GEMM.
 //
-//     shrink   T[m, j]  = scale * sum_c mask(m, c) P[m, c] Q[c, j]   S = drop(x) A^T, dS = dY B
+//     shrink   T[m, j]  = scale * sum_c mask(m, c) P[m, c] Q[c, j]   S = drop(X) A^T, dS = dY B
 //     expand   Y[m, c] += scale * mask(m, c) sum_j T[m, j] U[j, c]   Y += S B^T, dX += dS A
-//     wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]   dA = dS^T drop(x), dB = dY^T S
+//     wgrad    G[j, c]  = scale * sum_m T[m, j] mask(m, c) P[m, c]   dA = dS^T drop(X), dB = dY^T S
 //
-// rows = M, cols = K or N, rank = r. P and Y are in the activation dtype and are converted in
-// registers; T is float; Q and U are packed once a call from the adapters, whatever their dtype,
-// and T into what expand and wgrad read, unless that is T itself.
-// Expand and wgrad over the same columns share one pass, and with it one mask. The rows of a pass
-// need not lie together: a RowIndex says where each is (many adapters in one batch).
+// rows = M, cols = K or N, rank = r. P and Y have the activation dtype and are converted in
+// registers; T is float. Q and U are packed once per call from the adapters, whatever their dtype;
+// T is packed into what expand and wgrad read, unless they read T itself. Expand and wgrad over the
+// same columns share one pass, and with it one mask. The rows of a pass need not be contiguous: a
+// RowIndex gives the position of each (many adapters in one batch).
 //
-// One table of functions per instruction set. Each is torch-free and single-threaded over a range
-// of rows or columns; route/cpu_route.cpp spreads ranges over threads. An element's sum has the
-// same order whatever the ranges, so results do not depend on the number of threads.
+// One table of functions per instruction set. Each function is torch-free and single-threaded over
+// a range of rows or columns; route/cpu_route.cpp distributes ranges over threads. The order of an
+// element's sum does not depend on the ranges, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +32,10 @@ struct Dropout {
   bool enabled() const { return keep_count < philox::kKeepOne; }
 };
 
-// Where the rows of a pass are: row m of P and Y, and of the mask, is rows[m]. T has them in the
+// Positions of the rows of a pass: row m of P and Y, and of the mask, is rows[m]. T has them in the
 // order of the pass.
 struct RowIndex {
-  const int32_t* at = nullptr;  // null: they are the rows themselves
+  const int32_t* at = nullptr;  // null: row m is m
 
   int64_t operator[](int64_t m) const { return at == nullptr ? m : at[m]; }
 };
@@ -103,7 +103,7 @@ struct Range {
   int64_t end;
 };
 
-// T in the layout of a pass: rows starting at multiples of row_granule are packed independently.
+// Layout of T for a pass: rows starting at multiples of row_granule are packed independently.
 struct TLayout {
   int64_t row_granule;
   int64_t (*bytes)(int64_t rows, int64_t rank, bool u_is_half);
@@ -119,16 +119,16 @@ struct SkinnyKernels {
   void (*pack_shrink)(const AdapterView& adapter, void* panel);
   int64_t (*expand_panel_bytes)(int64_t rank, int64_t cols);
   void (*pack_expand)(const AdapterView& adapter, void* panel);
-  TLayout expand_t;  // bytes is null where the pass reads T itself
+  TLayout expand_t;  // bytes is null if the pass reads T itself
   TLayout wgrad_t;
 
   void (*shrink)(const ShrinkArgs& args, Range rows);
   void (*expand)(const ExpandArgs& args, Range rows);
-  // Columns [cols) of G; with a non-null expand.y also of Y, which shares T and the mask.
+  // Columns [cols) of G; if expand.y is not null, also of Y, which shares T and the mask.
   void (*wgrad)(const WgradArgs& args, const ExpandArgs& expand, Range cols);
 
-  // The same products of at most so many rows on a factor as it lies, unpacked: q or u and
-  // q_is_half or u_is_half of the arguments are not read. 0, and null, where there are none.
+  // The same products for at most so many rows with a factor in its original layout, unpacked: q or
+  // u and q_is_half or u_is_half of the arguments are not read. 0, and null, if there are none.
   int64_t few_rows;
   void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q, Range rows);  // can_be_few
   void (*expand_few)(const ExpandArgs& args, const AdapterView& u, Range rows);  // can_be_few
@@ -139,12 +139,12 @@ struct SkinnyKernels {
                        uint32_t* bits, int64_t pitch);
 };
 
-// The vector code for the passes over x and dX, and over y and dY, which may be of another dtype.
+// The vector code for the passes over X and dX, and over Y and dY, which may have another dtype.
 struct Passes {
   const SkinnyKernels *over_x, *over_y;
 };
 
-// Null where this build or this processor lacks the instruction set.
+// Null if this build or this processor lacks the instruction set.
 const SkinnyKernels* portable_kernels();
 const SkinnyKernels* avx2_kernels();
 const SkinnyKernels* avx512_kernels();

@@ -2,7 +2,7 @@
 // an anonymous namespace per file, after its target pragma.
 #pragma once
 
-// Calls run with a value of the element type that `dtype` names.
+// Calls run with a value of the element type named by `dtype`.
 template <class Run>
 void with_dtype(Dtype dtype, const Run& run) {
   switch (dtype) {

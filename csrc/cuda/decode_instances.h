@@ -1,5 +1,5 @@
-// lora_decode, which lora_decode_bf16.cu and lora_decode_fp16.cu compile, one type each: whoever
-// includes this links them.
+// lora_decode: lora_decode_bf16.cu and lora_decode_fp16.cu compile it, one type each; files that
+// include this header link them.
 #pragma once
 #include "cuda/stream_launch.h"
 #include "kernel/lora_decode_launch.h"

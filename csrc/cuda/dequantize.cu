@@ -1,4 +1,4 @@
-// The grids of the kernels that dequantise, and their instances.
+// The instances and grids of the dequantisation kernels.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

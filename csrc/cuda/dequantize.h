@@ -1,4 +1,4 @@
-// Dequantising on CUDA: launchers, free of torch. Nothing waits for the host.
+// Dequantisation on CUDA: launchers, free of torch. They do not synchronise with the host.
 #pragma once
 
 #include <string>
@@ -9,8 +9,8 @@ namespace lora_ext::cuda {
 
 enum class Floating { kFloat32, kBFloat16, kFloat16 };
 
-// On `stream` of the current device, to values of the type; count > 0. "" or the error of the
-// launch.
+// Launches on `stream` of the current device and writes values of the type; count > 0. Returns ""
+// or the error of the launch.
 std::string launch_dequantize(Floating type, const kernel::Dequantize4bitParams& params,
                               void* stream);
 std::string launch_dequantize(Floating type, const kernel::Dequantize8bitParams& params,

@@ -7,7 +7,7 @@
 namespace lora_ext::cuda {
 namespace {
 
-// setup.py knows; without, kernels on wgmma are empty on every card.
+// Defined by setup.py; without it, kernels with wgmma are empty on every card.
 #ifdef LORA_EXT_WITH_SM90A
 constexpr bool kHasSm90aCode = true;
 #else

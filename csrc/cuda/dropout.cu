@@ -2,8 +2,8 @@
 //
 //     out[m, c] = kept(seed, row_offset + m, col_offset + c) ? keep_scale * x[m, c] : 0
 //
-// Memory-bound: 2 * sizeof(T) bytes an element. Threads of a warp take consecutive groups, which
-// own column pairs 8 apart in a run of 32, so a warp covers 256 consecutive columns.
+// Memory-bound: 2 * sizeof(T) bytes per element. Threads of a warp take consecutive groups, which
+// own column pairs 8 apart among 32 columns, so a warp covers 256 consecutive columns.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -69,7 +69,7 @@ std::string launch(const DropoutParams& params, void* stream) {
   const int64_t groups = params.rows * ((params.cols + 31) / 32 * 4 + 4);
   const int64_t blocks = (groups + kThreads - 1) / kThreads;
   if (params.rows == 0 || params.cols == 0) return "";
-  // Its own value is the launch's alone; cudaGetLastError may report an older error.
+  // Only its own return value is that of this launch; cudaGetLastError may report an older error.
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
   launch.blockDim = dim3(kThreads), launch.stream = static_cast<cudaStream_t>(stream);

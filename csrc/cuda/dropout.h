@@ -20,7 +20,7 @@ struct DropoutParams {
 };
 
 // out = kept ? keep_scale * x : 0, or the mask itself. Asynchronous on `stream` of the current
-// device. "" or the error of the launch.
+// device. Returns "" or the error of the launch.
 std::string launch_dropout(Element element, const DropoutParams& params, void* stream);
 
 }  // namespace lora_ext::cuda

@@ -11,7 +11,7 @@ std::string text_of_version(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// 0 without a driver.
+// Returns 0 without a driver.
 int driver_version() {
   int version = 0;
   if (cudaDriverGetVersion(&version) == cudaSuccess) return version;

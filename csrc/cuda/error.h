@@ -6,9 +6,9 @@
 
 namespace lora_ext::cuda {
 
-// "" for cudaSuccess; else the runtime's words, with both versions where the driver is older than
-// the runtime of this build. The error is the caller's from here on: left behind, the next one to
-// ask, torch or we, would report it for a call of its own.
+// Returns "" for cudaSuccess; else the runtime's message, with both versions if the driver is older
+// than the runtime of this build. Clears the error: otherwise the next caller to query it, torch or
+// this library, would report it for its own call.
 std::string text_of(cudaError_t error);
 
 }  // namespace lora_ext::cuda

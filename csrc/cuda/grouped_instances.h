@@ -1,5 +1,5 @@
-// The sequence of many adapters, which lora_grouped_bf16.cu and lora_grouped_fp16.cu compile with
-// its kernels, one type each: whoever includes this links them.
+// The sequence for many adapters: lora_grouped_bf16.cu and lora_grouped_fp16.cu compile it with its
+// kernels, one type each; files that include this header link them.
 #pragma once
 #include "cuda/decode_instances.h"
 #include "cuda/stream_launch.h"

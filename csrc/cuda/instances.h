@@ -1,6 +1,6 @@
-// What files of this folder compile for one type each, so that they compile side by side: whoever
-// includes this links it. lora_linear_*.cu has the sequence and its kernels, the others have those
-// for Hopper.
+// The instances that the files of this folder compile for one type each, so that they compile in
+// parallel; files that include this header link them. lora_linear_*.cu has the sequence and its
+// kernels, the others have those for Hopper.
 #pragma once
 #include "cuda/decode_instances.h"
 #include "cuda/stream_launch.h"

@@ -1,4 +1,4 @@
-// The kernel route of many adapters on a device, free of torch: planned launches on a stream, as in
+// The kernel route for many adapters on a device, free of torch: launches a plan on a stream, as in
 // lora_linear.h.
 #pragma once
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace lora_ext::cuda {
 
-// Asynchronous on `stream` of the current device. "" or the error of a launch.
+// Asynchronous on `stream` of the current device. Returns "" or the error of a launch.
 std::string launch_grouped_forward(Half half, const plan::Plan& plan,
                                    const kernel::LoraGroupedForward& operands, void* stream);
 std::string launch_grouped_backward(Half half, const plan::Plan& plan,

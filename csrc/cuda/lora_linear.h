@@ -1,4 +1,4 @@
-// The kernel route of one adapter on a device: planned launches on a stream.
+// The kernel route for one adapter on a device: launches a plan on a stream.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@ namespace lora_ext::cuda {
 
 enum class Half { kBFloat16, kFloat16 };
 
-// Asynchronous on `stream` of the current device. "" or the error of a launch.
+// Asynchronous on `stream` of the current device. Returns "" or the error of a launch.
 std::string launch_forward(Half half, const plan::Plan& plan,
                            const kernel::LoraLinearForward& operands, void* stream);
 std::string launch_backward(Half half, const plan::Plan& plan,

@@ -1,4 +1,4 @@
-// The device library of a build without CUDA: it has no kernels, and every function says so.
+// The device library of a build without CUDA: it has no kernels; every function reports that.
 #include "cuda/dequantize.h"
 #include "cuda/device.h"
 #include "cuda/dropout.h"

@@ -17,7 +17,7 @@ class StreamLaunch {
  public:
   explicit StreamLaunch(cudaStream_t stream) : stream_(stream) {}
 
-  // Early: the kernel may start as soon as the one before it lets it
+  // Early: with PDL, the kernel may start as soon as the one before triggers it
   // (griddepcontrol.launch_dependents).
   template <class Params>
   void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
@@ -38,7 +38,7 @@ class StreamLaunch {
       error_ = cudaMemsetAsync(flags, 0, static_cast<size_t>(count) * sizeof *flags, stream_);
   }
 
-  // In clusters, as kernel/lora_gemm_sm90a/launch.h asks for it.
+  // Launches in clusters, as kernel/lora_gemm_sm90a/launch.h describes.
   template <class... Params>
   void operator()(void (*kernel)(Params...), const kernel::Sm90aLaunch& how,
                   const Params&... params) {
@@ -58,8 +58,8 @@ class StreamLaunch {
     return map;
   }
 
-  // How many are resident at a time, and at least 1, so that a grid is never empty. The SMs of a
-  // cluster must be neighbours, of which the driver knows how many there are.
+  // Number of clusters resident at a time, at least 1, so that a grid is never empty. The SMs of a
+  // cluster must be neighbours; only the driver knows how many such groups there are.
   template <class Kernel>
   int64_t clusters(Kernel kernel, const kernel::Sm90aLaunch& how) {
     static std::mutex mutex;
@@ -81,7 +81,7 @@ class StreamLaunch {
   cudaError_t error() const { return error_; }
 
  private:
-  // A launch configuration points to its attributes.
+  // A launch configuration points to its attributes, so both have one lifetime.
   struct ClusterConfiguration {
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t launch = {};
@@ -105,7 +105,7 @@ class StreamLaunch {
     return attribute;
   }
 
-  // Above 48 KiB a kernel must be allowed its dynamic shared memory, once on each device.
+  // More than 48 KiB of dynamic shared memory must be allowed for a kernel, once on each device.
   static cudaError_t allow_shared(const void* kernel, uint32_t shared_bytes) {
     if (shared_bytes <= 48 * 1024) return cudaSuccess;
     static std::mutex mutex;

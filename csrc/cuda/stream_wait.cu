@@ -9,8 +9,8 @@
 namespace lora_ext::cuda {
 namespace {
 
-// A query would end a capture that another thread has begun in the global mode, which is torch's
-// default. It has nothing to do with this stream.
+// A query would invalidate a capture that another thread has begun in the global mode, which is
+// torch's default, although it has nothing to do with this stream.
 class BesideCaptures {
  public:
   BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -19,12 +19,12 @@ class BesideCaptures {
   BesideCaptures& operator=(const BesideCaptures&) = delete;
 
  private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then what was before
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the previous mode
 };
 
 }  // namespace
 
-// A query, since nothing that waits in the driver can be left again.
+// Polls, since a wait in the driver cannot be aborted.
 std::optional<std::string> wait(void* stream, double seconds) {
   using Clock = std::chrono::steady_clock;
   const BesideCaptures beside;
@@ -37,7 +37,7 @@ std::optional<std::string> wait(void* stream, double seconds) {
   while (error == cudaSuccess) {
     error = cudaEventQuery(done);
     if (error != cudaErrorNotReady) break;
-    cudaGetLastError();  // not ready is no error to leave behind
+    cudaGetLastError();  // clears "not ready", which is no error
     error = cudaSuccess;
     if (std::chrono::duration<double>(Clock::now() - start).count() > seconds) {
       ended = false;

@@ -9,7 +9,7 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// The oldest version of the function, of CUDA 12.0; null where the driver has none.
+// The oldest version of the function, from CUDA 12.0; null if the driver does not have it.
 Encode find_encode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -53,7 +53,7 @@ struct Hash {
 bool has_tensor_maps() { return encode_function() != nullptr; }
 
 cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map) {
-  constexpr size_t kMost = 4096;  // 700 KiB; activations come at ever new addresses
+  constexpr size_t kMost = 4096;  // 700 KiB; a limit, since activations keep getting new addresses
   thread_local std::unordered_map<TensorMapKey, CUtensorMap, Hash> kept;
   if (const auto known = kept.find(key); known != kept.end()) {
     *map = known->second;

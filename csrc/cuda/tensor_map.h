@@ -9,16 +9,16 @@ namespace lora_ext::cuda {
 
 struct TensorMapKey {
   const void* data;
-  CUtensorMapDataType type;  // of 16 bits an element
+  CUtensorMapDataType type;  // of a 16-bit type
   int rows, columns;
   int64_t pitch;  // elements
   int box_rows;
   bool operator==(const TensorMapKey&) const = default;
 };
 
-// Boxes of box_rows x 64 elements under the 128-byte swizzle, zeros outside. Maps are kept, for
-// each thread, by their key: a weight's is encoded once. The driver's function is found at run
-// time, so that nothing links libcuda.
+// Boxes of box_rows x 64 elements with the 128-byte swizzle, zeros outside of the matrix. Maps are
+// cached per thread by their key: a weight's is encoded once. The driver's function is looked up at
+// run time, so that libcuda need not be linked.
 cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map);
 
 // Whether the driver has the function.

@@ -1,4 +1,4 @@
-// The bias of Y's columns, in float or in the type of Y.
+// The bias added to the columns of Y, stored in float or in Y's type.
 #pragma once
 #include "ptx/target.h"
 
@@ -10,9 +10,9 @@ struct Bias {
   bool in_float;
   int n;
 
-  // Of two neighbouring columns in each of kBlocks blocks of 8, as a lane holds them in
-  // accumulators of mma and wgmma; the first is `column`. 0 without a bias and past the last
-  // column.
+  // Returns the bias of two neighbouring columns in each of kBlocks blocks of 8 columns, in a
+  // lane's layout of the accumulators of mma and wgmma; the first column is `column`. Returns 0 if
+  // there is no bias, and past the last column.
   template <int kBlocks>
   __device__ __forceinline__ void load(float (&values)[kBlocks][2], int column) const {
     if (data == nullptr) {

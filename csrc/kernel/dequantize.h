@@ -1,4 +1,4 @@
-// What the kernels that dequantise take.
+// Parameters of the dequantisation kernels.
 #pragma once
 
 #include <cstdint>
@@ -10,25 +10,25 @@ struct Dequantize4bitParams {
 
   const uint8_t* packed;       // two codes a byte, the first in the upper half
   const float* table;          // 16 values
-  const float* scale;          // one a block; or null, and made of the others
-  const uint8_t* scale_codes;  // one a block
+  const float* scale;          // one per block; if null, computed from the members below
+  const uint8_t* scale_codes;  // one per block
   const float* scale_table;    // 256 values
-  const float* scale_scale;    // one for each scale_block blocks
+  const float* scale_scale;    // one per scale_block blocks
   const float* scale_offset;   // one value
   void* out;
   int64_t count;
-  int block_bits, scale_block_bits;  // blocks are powers of two
-  bool aligned;                      // packed to 4 bytes and out to 16
+  int block_bits, scale_block_bits;  // both are powers of two
+  bool aligned;                      // packed to 4 bytes and out to 16 bytes
 };
 
 struct Dequantize8bitParams {
   const int8_t* codes;  // [rows, columns]
-  const float* scale;   // one a row
+  const float* scale;   // one per row
   void* out;            // [rows, columns]
   int64_t count;
   uint32_t columns;
   float multiplier;
-  bool aligned;  // codes to 8 bytes, out to 16, and rows of whole chunks
+  bool aligned;  // codes to 8 bytes, out to 16 bytes; rows are whole 16-byte chunks of out
 };
 
 }  // namespace lora_ext::kernel

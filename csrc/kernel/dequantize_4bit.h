@@ -1,15 +1,16 @@
-// dequantize_4bit: NF4 and FP4 codes as floating values, bit for bit those of cpu/dequantize.h.
+// dequantize_4bit: dequantises NF4 and FP4 codes, bit for bit as cpu/dequantize.h does.
 //
 //     out[i] = table[code i] * scale[i / block]
 //     scale[b] = scale_table[code b] * scale_scale[b / scale_block] + offset      or as it is given
 //
-// The table lies in the lanes of a warp, twice, and a code is looked up by a shuffle, which takes
-// the lane modulo 32 itself: of the codes that lie above it in the word, one bit says which of the
-// two. So a value takes a shift, a shuffle, a product and half a conversion, where a table in
-// shared memory needs a mask, too, and a barrier first. With all that a tile takes besides it is
-// 6.4 instructions a value on sm_80 and 6.8 on sm_90a: an H100 issues those of 4.4e12 values a
-// second, and moves the 2.5 bytes of 1.3e12. So loads of codes are of 4 bytes: one of 16 would save
-// 3 of 216 instructions, and take 16 shuffles to bring what it loads to whoever stores it.
+// The table is stored in the lanes of a warp, twice, and a code is looked up by a shuffle. The
+// shuffle takes the lane modulo 32 itself, so the bits above the code in its word need no mask: one
+// of them only selects one of the two copies. So a value takes a shift, a shuffle, a multiplication
+// and half a conversion; a table in shared memory would need a mask, too, and a barrier first.
+// Together with the other work of a tile this is 6.4 instructions per value on sm_80 and 6.8 on
+// sm_90a: an H100 issues the instructions of 4.4e12 values per second, and moves the 2.5 bytes of
+// 1.3e12 values. So codes are loaded 4 bytes at a time: a load of 16 would save 3 of 216
+// instructions, and take 16 shuffles to bring the codes to the lanes that store the values.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ namespace lora_ext::kernel {
 __device__ __forceinline__ float scale_of(const Dequantize4bitParams& p, int64_t block) {
   if (p.scale != nullptr) return p.scale[block];
   const float factor = p.scale_scale[block >> p.scale_block_bits];
-  // Rounded twice, as bitsandbytes does: a fused multiply-add would have other bits.
+  // Rounded twice, as in bitsandbytes: a fused multiply-add would give other bits.
   return __fadd_rn(__fmul_rn(p.scale_table[p.scale_codes[block]], factor), *p.scale_offset);
 }
 
@@ -35,8 +36,8 @@ __device__ __forceinline__ void dequantize_one(const Dequantize4bitParams& p, in
   static_cast<T*>(p.out)[i] = dequantized<T>(p.table[code] * scale_of(p, i >> p.block_bits));
 }
 
-// All values of the calling warp's tile. A lane holds the scale of one of its blocks, 32 at most:
-// it is made once, by three loads that depend on one another where it was quantised.
+// Dequantises the tile of the calling warp. Each lane holds the scale of one block of the tile,
+// which has at most 32: it is computed once, by three dependent loads if the scales are quantised.
 template <class T>
 __device__ __forceinline__ void dequantize_tile(const Dequantize4bitParams& p, int64_t first) {
   using Tile = DequantizedTile<T>;

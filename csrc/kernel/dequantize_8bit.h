@@ -1,8 +1,9 @@
-// dequantize_8bit: codes of 8 bits as floating values, bit for bit those of cpu/dequantize.h.
+// dequantize_8bit: dequantises 8-bit codes, bit for bit as cpu/dequantize.h does.
 //
 //     out[n, k] = code[n, k] * (scale[n] * multiplier)
 //
-// Rows may be short, as runs of a row with a scale each are: tiles take no notice of them.
+// Rows may be short, as where each part of a weight's row has its own scale: tiles do not depend on
+// where rows begin.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@ __device__ __forceinline__ void dequantize_one(const Dequantize8bitParams& p, in
   static_cast<T*>(p.out)[i] = dequantized<T>(static_cast<float>(p.codes[i]) * scale);
 }
 
-// All values of the calling warp's tile: one division of 64 bits, and one of 32 for each chunk.
+// Dequantises the tile of the calling warp: one 64-bit division, and one 32-bit division per chunk.
 template <class T>
 __device__ __forceinline__ void dequantize_tile(const Dequantize8bitParams& p, int64_t first) {
   using Tile = DequantizedTile<T>;

@@ -1,7 +1,7 @@
-// What kernels that dequantise share: how a weight is divided among warps, and how they store it.
+// Common to the dequantisation kernels: the tile of each warp, and the stores.
 //
-// A warp writes kChunks times 512 consecutive bytes, a lane 16 of each: every store of a warp fills
-// whole sectors, and its loads of codes, kChunks at once, are consecutive, too.
+// A warp writes kChunks times 512 consecutive bytes, 16 per lane: every store of a warp fills whole
+// sectors. The loads of codes, kChunks of them in flight, are consecutive, too.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +15,12 @@ constexpr int kDequantizeThreads = 256;
 
 template <class T>
 struct DequantizedTile {
-  static constexpr int kChunk = sizeof(T) == 4 ? 4 : 8;  // values, 16 bytes, that a lane stores
+  static constexpr int kChunk = sizeof(T) == 4 ? 4 : 8;  // values in the 16 bytes a lane stores
   static constexpr int kChunks = 4;
-  static constexpr int kValues = kChunks * 32 * kChunk;  // of a warp
+  static constexpr int kValues = kChunks * 32 * kChunk;  // per warp
   static constexpr int kBlockValues = kDequantizeThreads / 32 * kValues;
 
-  // Of the calling warp.
+  // The first value of the calling warp.
   static __device__ __forceinline__ int64_t first() {
     const auto warp = static_cast<int>(threadIdx.x) / 32;
     return static_cast<int64_t>(blockIdx.x) * kBlockValues + warp * kValues;

@@ -1,10 +1,10 @@
-// Dropout of elements in the fragments of mma.sync, between ldmatrix and the product.
+// Dropout on the fragments of mma.sync, between ldmatrix and the product.
 #pragma once
 #include "kernel/mask.h"
 
 namespace lora_ext::kernel {
 
-// Zeroes the dropped of two neighbouring elements, whose draws are the halves of `draws`.
+// Zeroes those of two neighbouring elements that are dropped; `draws` holds their two 16-bit draws.
 __device__ __forceinline__ void keep_or_drop(uint32_t& pair, uint32_t draws, const Mask& mask) {
   const bool low = (draws & 0xFFFF) < mask.keep_count;
   const bool high = draws >> 16 < mask.keep_count;

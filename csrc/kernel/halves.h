@@ -1,9 +1,10 @@
-// A float as the sum of two halves: hi + lo / kLoScale.
+// Splits a float into two halves: value = hi + lo / kLoScale.
 //
-// bfloat16 has float's exponents, and lo is what hi leaves. What half leaves would fall below its
-// smallest number, 2^-24, for values under 2^-13, which gradients and fresh adapters are: there lo
-// is kept 2^11 times as large, which its exponents always hold, since |value - hi| <= 2^-11
-// |value|.
+// For bfloat16, which has float's exponent range, lo = value - hi. For float16, value - hi would
+// fall below its smallest number, 2^-24, for values under 2^-13, as gradients and fresh adapters
+// have: there lo is stored 2^11 times as large, which float16 can always represent, since
+//
+//     |value - hi| <= 2^-11 |value|.
 #pragma once
 #include "kernel/rounded.h"
 #include "ptx/target.h"
@@ -13,7 +14,7 @@ namespace lora_ext::kernel {
 template <class T>
 constexpr float kLoScale = std::is_same_v<T, __half> ? 2048.f : 1.f;
 
-// A float above bfloat16's largest number is still a number: the largest, and what it leaves.
+// A finite float above bfloat16's largest number gives hi = that largest number, and lo = the rest.
 template <class T>
 __device__ __forceinline__ T high_half(float value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {

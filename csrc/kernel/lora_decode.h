@@ -1,17 +1,19 @@
-// lora_decode: the LoRA linear of few rows in one launch, each row with its own adapter, or none.
+// lora_decode: the LoRA linear of few rows in one launch; each row has its own adapter, or none.
 //
 //     Y = X W^T + bias + s_g (X A_g^T) B_g^T            S = X A_g^T       T = s_g S
 //
-// W is most of what is read, and it is read once. So the operands change sides: rows of W fill the
-// 16 of mma.sync's tile, the batch its 8. A product is cut into "units", 64 along k of a tile of
-// W's rows, and every block takes as many of them one after the other, wherever tiles end: all SMs
-// read for as long (plan/decode_shares.h). What a block has of a tile leaves as a partial sum. Who
-// comes last to a tile adds its sums, in the order of k, and finishes it: nobody waits for anybody,
-// so that the grid ends however many of its blocks are resident.
+// Most of the bytes read are W's, and W is read once. So the operands are swapped: rows of W fill
+// the 16 rows of mma.sync's tile, the batch its 8 columns. A tile is a number of rows of W; its
+// product takes steps of 64 along k ("units" in the code). Steps are numbered over all tiles and
+// divided evenly among the blocks, without regard to where tiles end (stream-k), so that all SMs
+// read for the same time (plan/decode_shares.h). A block writes a partial sum for each tile it has
+// steps of. The block that arrives last at a tile adds its partial sums, in the order of k, and
+// finishes it. No block waits for another, so the grid ends however many of its blocks are
+// resident.
 //
-// S is made in the same way before, its rows of A in tiles as those of W are, by blocks that then
-// have so much less of Y. Who comes last to the last tile of S comes to every tile of Y as one more
-// part of it.
+// S is computed in the same way, before Y: rows of A form tiles as rows of W do, and the blocks
+// that compute them get that much less of Y. The block that arrives last at the last tile of S then
+// arrives at every tile of Y once more, for S.
 #pragma once
 
 #include <cstdint>
@@ -22,52 +24,52 @@ namespace lora_ext::kernel {
 
 template <class T>
 struct LoraDecodeParams {
-  const T* x;        // [m, k]; as w in rows of 16-byte chunks
+  const T* x;        // [m, k]; x and w have rows of 16-byte chunks
   const T* w;        // [n, k]
-  const void* bias;  // [n], in float or T; or null
+  const void* bias;  // [n], in float or T; may be null
   T* y;              // [m, n]
-  float* s;          // [m, most_rank]: of each row as many as its adapter has ranks; or null
+  float* s;          // [m, most_rank], of which each row's rank is written; may be null
   int64_t x_pitch, w_pitch, y_pitch;
   int m, n, k;
   bool float_bias;
 
-  const int* index;  // [m], the adapter of each row; what names none is none. Null: 0 for all
-  int groups;        // adapters
+  const int* index;  // [m], the adapter of each row; other values mean none. Null: 0 for all
+  int groups;        // number of adapters
   int most_rank;
-  LoraGroupedFactors factors;  // ranks null: all have the largest
-  const float* scalings;       // [groups], or null:
-  float scaling;               // of all
+  LoraGroupedFactors factors;  // if ranks is null, all have the largest rank
+  const float* scalings;       // [groups]; if null, `scaling` is that of all
+  float scaling;
 
-  float* sums;    // [DecodeShares::slots()] of a tile's elements (plan/decode_shares.h)
-  float* s_sums;  // [s_slots()] likewise
-  T* t;           // [m, t_pitch], hi and, with factors in float, behind it lo; width each
+  float* sums;    // [DecodeShares::slots()], each of a tile's elements (plan/decode_shares.h)
+  float* s_sums;  // [s_slots()], likewise
+  T* t;           // [m, t_pitch]: hi in `width` columns and, with factors in float, lo in as many
   int t_pitch, width;
-  // Zero at launch, and again after it, so that the replay of a graph finds them so: the parts that
-  // have come to each tile of Y, to each of S, and tiles to S.
+  // Zero at launch, and reset to zero by the kernel, so that a graph can be replayed: the number of
+  // arrivals at each tile of Y, at each tile of S, and the number of tiles of S that are complete.
   uint32_t* arrivals;    // [tiles]
   uint32_t* s_arrivals;  // [tiles of S]
   uint32_t* s_tiles;     // [1]
 };
 
-// A tile of kRows of W, 16 a warp, and up to kBatch rows of X, in steps of 64 along k.
+// A tile of kRows rows of W, 16 per warp, and up to kBatch rows of X, in steps of 64 along k.
 //
-// Up to 16 rows two blocks an SM have four stages of 8 KiB each in flight. More rows take wider
-// tiles, one an SM: X is read once for each tile, and partial sums are as many as blocks.
+// Up to 16 rows, two blocks per SM have four stages of 8 KiB each in flight. More rows take larger
+// tiles, one block per SM: X is read once per tile, and partial sums are as many as blocks.
 template <int kBatch_>
 struct LoraDecodeTile {
   static constexpr int kBatch = kBatch_;
   static constexpr int kK = 64;
   static constexpr int kRows = kBatch <= 16 ? 64 : 128;
   static constexpr int kStages = kBatch <= 16 ? 5 : 4;
-  static constexpr int kResident = kBatch <= 16 ? 2 : 1;  // blocks an SM
+  static constexpr int kResident = kBatch <= 16 ? 2 : 1;  // blocks per SM
   static constexpr int kWarps = kRows / 16, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = kBatch / 8;  // of mma.sync, along the batch
+  static constexpr int kBlocks = kBatch / 8;  // n-blocks of mma.sync
   static constexpr int kElements = kRows * kBatch;
 
   static constexpr uint32_t kWeightBytes = kRows * kK * 2;
   static constexpr uint32_t kStageBytes = kWeightBytes + kBatch * kK * 2;
   static constexpr uint32_t kTable = kStages * kStageBytes;
-  // Behind the ring: LoraDecodeTable.
+  // LoraDecodeTable follows the ring in shared memory.
   static constexpr uint32_t kTableBytes = kBatch * 36 + 12 + kWarps * 4;
   static constexpr uint32_t kSharedBytes = kTable + kTableBytes;
 };

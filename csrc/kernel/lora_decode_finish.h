@@ -1,6 +1,6 @@
-// From partial sums to S, T and Y.
+// lora_decode, second half: from partial sums to S, T and Y.
 //
-// Partial sums lie as lanes hold them (kernel/lora_decode_low_rank.h).
+// Partial sums are stored in the accumulators' lane layout (kernel/lora_decode_low_rank.h).
 #pragma once
 #include "kernel/halves.h"
 #include "kernel/lora_decode_low_rank.h"
@@ -9,7 +9,7 @@
 
 namespace lora_ext::kernel {
 
-// F is the factors' type, float or T.
+// F is the type of the factors, float or T.
 template <class T, class F, class Tile>
 struct LoraDecodeFinish {
   static constexpr bool kSplit = std::is_same_v<F, float>;
@@ -33,8 +33,8 @@ struct LoraDecodeFinish {
     for (int j = 0; j < Tile::kBlocks; ++j)
       to[j * 32] = float4{acc[j][0], acc[j][1], acc[j][2], acc[j][3]};
   }
-  // The sum of `count` parts in one order, in slots one after the other. Loads of some are in
-  // flight together: each by itself would take a round trip through L2.
+  // Sums `count` partial sums from consecutive slots, in a fixed order. Several loads are in flight
+  // at once: one by one, each would take a round trip through L2.
   __device__ __forceinline__ void add_all(float* sums, int slot, int count,
                                           Accumulators& acc) const {
     constexpr int kTogether = 8 / Tile::kBlocks > 1 ? 8 / Tile::kBlocks : 1;
@@ -60,12 +60,12 @@ struct LoraDecodeFinish {
     }
   }
 
-  // The 16 rows that this warp has of a tile of S, and whether they are any adapter's.
+  // The 16 rows of this warp in a tile of S, and whether they hold any rank of an adapter.
   __device__ __forceinline__ int s_block(int tile) const { return tile * Tile::kWarps + warp; }
   __device__ __forceinline__ bool has_s(int tile) const { return s_block(tile) < table.row_blocks; }
 
-  // S and T of a tile of S, whose parts lie from a slot on. Columns of T past the rank, of its last
-  // 16, become zero.
+  // Computes S and T of a tile of S from its partial sums, which begin at `slot`. Columns of T past
+  // the rank, up to a multiple of 16, become zero.
   __device__ __forceinline__ void finish_s(int tile, int slot, int count) const {
     if (!has_s(tile)) return;
     Accumulators acc;
@@ -98,7 +98,7 @@ struct LoraDecodeFinish {
                         : static_cast<float>(static_cast<const T*>(p.bias)[row]);
   }
 
-  // A tile of Y, all of whose parts and S have come.
+  // Finishes a tile of Y; all of its partial sums and S are complete.
   __device__ __forceinline__ void finish_y(int tile) const {
     Accumulators acc;
     const int first = work.shares.first_block(tile);

@@ -1,4 +1,4 @@
-// The instance of lora_decode for a plan, and its grid.
+// Selects the instance of lora_decode and its grid for a plan.
 #pragma once
 #include "kernel/lora_decode_sm80.h"
 #include "plan/plan.h"
@@ -21,8 +21,8 @@ constexpr bool has_pieces_as_planned() {
 static_assert(is_as_planned_to_decode<8>() && is_as_planned_to_decode<16>() &&
               is_as_planned_to_decode<32>() && is_as_planned_to_decode<64>());
 
-// F is the factors' type, float or T. A function of its own, which csrc/cuda/ compiles once for all
-// sequences. Workspace comes as the allocator has it, so counts that lie there are cleared before.
+// F is the type of the factors, float or T. A function of its own, so that csrc/cuda/ compiles it
+// once for all sequences. Workspace is not initialised, so arrival counts in it are cleared before.
 template <class T, class F, class Launch>
 void launch_lora_decode(const plan::Decode& plan, const LoraDecodeParams<T>& params, bool clear,
                         Launch& launch) {

@@ -1,7 +1,7 @@
-// T B^T, added to the sums of a tile of Y.
+// Adds T B^T to the accumulators of a tile of Y.
 //
-// Of each block of 16 x 8, lane l holds rows l / 4 and l / 4 + 8 (of W or A), and of the batch rows
-// 2 (l % 4) and the next.
+// In each 16 x 8 block of accumulators, lane l holds rows l / 4 and l / 4 + 8 (rows of W or A) and
+// columns 2 (l % 4) and 2 (l % 4) + 1 (rows of the batch).
 #pragma once
 #include "kernel/halves.h"
 #include "kernel/lora_decode_table.h"
@@ -9,7 +9,7 @@
 
 namespace lora_ext::kernel {
 
-// F is the factors' type, float or T.
+// F is the type of the factors, float or T.
 template <class T, class F, class Tile>
 struct LoraDecodeLowRank {
   static constexpr bool kSplit = std::is_same_v<F, float>;
@@ -23,22 +23,22 @@ struct LoraDecodeLowRank {
 #pragma unroll
     for (int i = 0; i < Tile::kBlocks * 4; ++i) acc[i / 4][i % 4] = 0.f;
   }
-  // The row of the batch in a lane's element.
+  // The batch row of a lane's element.
   __device__ __forceinline__ int row_of(int j, int e) const { return j * 8 + lane % 4 * 2 + e % 2; }
 
-  // 16 ranks of an adapter's B as they come: two neighbours for each register of an mma.sync. They
-  // are made halves when all are under way, since that waits for them.
+  // 16 ranks of an adapter's B as loaded: two neighbouring elements for each register of an
+  // mma.sync. Converted to halves after all loads are issued, since that waits for the loads.
   using Pair = std::conditional_t<kSplit, uint64_t, uint32_t>;
   struct Piece {
     int number, column;
     Pair b[4];
   };
-  // Loads of some are in flight together: each by itself would take a round trip through L2 or, as
-  // nobody has read B before, through DRAM. A batch has up to as many adapters as rows. With floats
-  // and all rows there are registers for one.
+  // Several loads are in flight at once: one by one, each would take a round trip through L2 or, as
+  // nothing has read B before, through DRAM. A batch has up to as many adapters as rows. With
+  // floats and the largest batch there are registers for one.
   static constexpr int kPieces = !kSplit ? 4 : Tile::kBlocks < 8 ? 2 : 1;
 
-  // Two neighbouring elements of a row of B; what lies past its rows or the rank is zero.
+  // Loads two neighbouring elements of a row of B; zero past its rows or the rank.
   __device__ __forceinline__ Pair load_pair(const LoraGroupedEntry& entry, int rank, int row,
                                             int column) const {
     if (row >= p.n || column >= rank) return 0;
@@ -61,7 +61,7 @@ struct LoraDecodeLowRank {
     for (int i = 0; i < 4; ++i)
       piece.b[i] = load_pair(entry, own.rank, row + i % 2 * 8, column + i / 2 * 8);
   }
-  // As halves: of floats hi and lo, of halves themselves.
+  // As halves: a float as hi and lo, a half as itself.
   __device__ __forceinline__ static void take_apart(uint32_t& hi, uint32_t& lo, Pair both) {
     if constexpr (kSplit) {
       float pair[2];
@@ -74,7 +74,7 @@ struct LoraDecodeLowRank {
       hi = both, lo = 0;
     }
   }
-  // Of the rows that take the adapter; the others' T may have no such columns.
+  // Loads T for rows that take the adapter; T of other rows may not have these columns.
   __device__ __forceinline__ void load_t(uint32_t (&b)[2], int j, int number, int column) const {
     const int row = j * 8 + lane / 4;
     b[0] = b[1] = 0;
@@ -84,8 +84,8 @@ struct LoraDecodeLowRank {
     b[1] = *reinterpret_cast<const uint32_t*>(t + 8);
   }
 
-  // T B^T of one adapter and of 32 rows at most, for which there are registers: B hi T hi, and,
-  // kept kLoScale times as large, B hi T lo and B lo T hi.
+  // T B^T of one adapter and at most 32 rows, which is what registers allow: B hi T hi, and, scaled
+  // by kLoScale, B hi T lo and B lo T hi.
   static constexpr int kTogether = Tile::kBlocks < 4 ? Tile::kBlocks : 4;
   struct Sums {
     float hi[kTogether][4], lo[kSplit ? kTogether : 1][4];
@@ -98,7 +98,7 @@ struct LoraDecodeLowRank {
       }
     }
   };
-  // Of the batch's blocks from j0 on, those which have a row of an adapter.
+  // Which of the batch's blocks from j0 on have a row with this adapter.
   __device__ __forceinline__ uint32_t rows_from(int j0, int number) const {
     return table.adapters[number].of_batch >> j0 & ((1u << kTogether) - 1);
   }
@@ -126,7 +126,7 @@ struct LoraDecodeLowRank {
       }
     }
   }
-  // To the rows of that adapter alone: NaN in one is nothing to the rows of another.
+  // Adds to the rows with that adapter only: a NaN in one adapter must not reach rows of another.
   __device__ __forceinline__ void add_to_rows(Accumulators& acc, const Sums& low, int number,
                                               int j0) const {
 #pragma unroll
@@ -140,12 +140,12 @@ struct LoraDecodeLowRank {
     }
   }
 
-  // The adapters with rows in a part of the batch.
+  // The next adapter that has rows in this part of the batch.
   __device__ __forceinline__ int next_number(int number, int j0) const {
     while (number < table.count && rows_from(j0, number) == 0) ++number;
     return number;
   }
-  // One adapter after the other, each of 16 ranks after 16.
+  // One adapter after the other, 16 ranks at a time.
   __device__ __forceinline__ void add(Accumulators& acc, int row) const {
 #pragma unroll
     for (int j0 = 0; j0 < Tile::kBlocks; j0 += kTogether) {

@@ -1,5 +1,4 @@
-// What lora_decode takes, from a plan (plan::Decode), the operands, and where the workspace has the
-// rest.
+// Parameters of lora_decode, from a plan (plan::Decode), the operands and the workspace.
 #pragma once
 #include "kernel/lora_decode.h"
 #include "kernel/lora_grouped_linear.h"
@@ -7,7 +6,8 @@
 
 namespace lora_ext::kernel {
 
-// What one adapter and many have alike, of LoraLinearForward or LoraGroupedForward.
+// Parameters that do not depend on whether there is one adapter or many; Forward is
+// LoraLinearForward or LoraGroupedForward.
 template <class T, class Forward>
 LoraDecodeParams<T> decode_params(const plan::Decode& plan, const Forward& f) {
   const auto at = [&](int64_t offset) { return f.workspace + offset; };
@@ -28,7 +28,7 @@ LoraDecodeParams<T> decode_params(const plan::Decode& plan, const Forward& f) {
   return params;
 }
 
-// One adapter for all rows, whose factors have rows of unit stride.
+// One adapter for all rows; its factors have unit stride along a row.
 template <class T>
 LoraDecodeParams<T> lora_decode_params(const plan::Decode& plan, const LoraLinearForward& f) {
   LoraDecodeParams<T> params = decode_params<T>(plan, f);
@@ -38,7 +38,7 @@ LoraDecodeParams<T> lora_decode_params(const plan::Decode& plan, const LoraLinea
   return params;
 }
 
-// Each row's own; a list's table is at `entries`.
+// One adapter per row; the table of a list of adapters is at `entries`.
 template <class T>
 LoraDecodeParams<T> lora_decode_params(const plan::Decode& plan, const LoraGroupedForward& f,
                                        const LoraGroupedEntry* entries) {

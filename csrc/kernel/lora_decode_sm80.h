@@ -1,9 +1,9 @@
 // lora_decode on mma.sync (sm_80 and later).
 //
 //   W, or A, and X --cp.async--> ring of stages --ldmatrix--> fragments --mma.sync--> accumulators
-//                  --partial sums--> whoever comes last to a tile --> S, T or Y
+//                  --partial sums--> the block that arrives last at a tile --> S, T or Y
 //
-// Lines to start reading at: run() is the main loop; come() is how parts of a tile are counted.
+// Start reading at run(), the main loop, and at come(), which counts arrivals at a tile.
 #pragma once
 #include "kernel/lora_decode_finish.h"
 #include "kernel/tile_copy_sm80.h"
@@ -31,8 +31,8 @@ struct LoraDecodeSm80 {
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  // A chunk of a row of A as halves, zeros past the last adapter's rank: of floats, the lower eight
-  // rows of each 16 are lo.
+  // Copies a chunk of a row of A as halves, zeros past the last adapter's rank. With floats, the
+  // lower eight rows of each 16 are lo.
   __device__ __forceinline__ void copy_factor_chunk(uint32_t to, int row_of_s, int column) const {
     const int block = row_of_s / 16;
     const T* nothing = p.w;
@@ -62,7 +62,7 @@ struct LoraDecodeSm80 {
     }
   }
 
-  // Starts the copies of a step.
+  // Issues the copies of a step.
   __device__ __forceinline__ void load(const Walk& walk, int stage) const {
     const Copy copy{shared};
     const uint32_t tile = static_cast<uint32_t>(stage) * Tile::kStageBytes;
@@ -79,8 +79,8 @@ struct LoraDecodeSm80 {
                                                       {p.x, p.x_pitch, p.m, p.k}, 0, k0);
     }
   }
-  // The next step of the block. A group is committed for every step, even past the last, so that
-  // "all but the latest kStages - 2" always means the step to multiply.
+  // Loads the block's next step. A cp.async group is committed for every step, even past the last,
+  // so that "all but the latest kStages - 2" always means the step to multiply.
   __device__ __forceinline__ void load_next(Walk& walk, int stage) const {
     if (walk.step < walk.end || work.next(walk)) {
       load(walk, stage);
@@ -90,7 +90,7 @@ struct LoraDecodeSm80 {
   }
   __device__ __forceinline__ static int following(int stage) { return (stage + 1) % Tile::kStages; }
 
-  // 16 rows of W by all rows of X: an ldmatrix brings 32 along k of eight rows of X.
+  // Multiplies 16 rows of W with all rows of X: an ldmatrix loads 32 along k of eight rows of X.
   __device__ __forceinline__ void multiply(Accumulators& acc, int stage) const {
     const uint32_t left = shared + static_cast<uint32_t>(stage) * Tile::kStageBytes;
     const uint32_t right = left + Tile::kWeightBytes;
@@ -112,8 +112,9 @@ struct LoraDecodeSm80 {
     }
   }
 
-  // Counts a part, by one thread, behind a barrier of all that have written it; whether it is the
-  // last. All parts are visible to that thread then, and to whom a barrier orders behind it.
+  // Counts an arrival, by one thread, after a barrier of all threads that have written the partial
+  // sum; returns whether it is the last. All partial sums are then visible to that thread, and to
+  // threads that a barrier orders after it.
   __device__ __forceinline__ static bool count(uint32_t* arrivals, uint32_t parts) {
     ptx::fence_acq_rel_gpu();
     const bool last = ptx::atomic_add_relaxed_gpu(arrivals, 1) == parts - 1;
@@ -123,7 +124,7 @@ struct LoraDecodeSm80 {
     }
     return last;
   }
-  // The same for the block.
+  // The same, called by the whole block.
   __device__ __forceinline__ bool come(uint32_t* arrivals, uint32_t parts) const {
     __syncthreads();
     if (threadIdx.x == 0) table.is_last = count(arrivals, parts);
@@ -144,8 +145,8 @@ struct LoraDecodeSm80 {
     if (come(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles))) bring_s();
   }
 
-  // All of S is there: one more part for each tile of Y, and the last for those whose others have
-  // come before.
+  // S is complete: one more arrival at each tile of Y, which is the last one if all others have
+  // arrived before.
   __device__ __forceinline__ void bring_s() const {
     for (int first = 0; first < work.shares.tiles; first += Tile::kThreads) {
       const int tile = first + static_cast<int>(threadIdx.x);
@@ -170,7 +171,7 @@ struct LoraDecodeSm80 {
       Finish::LowRank::clear(acc);
       for (; products.step < products.end; ++products.step) {
         ptx::cp_async_wait_group<Tile::kStages - 2>();
-        __syncthreads();  // both ends of the ring
+        __syncthreads();  // before a read of the loaded stage and before a write to the freed one
         load_next(loads, filled);
         multiply(acc, stage);
         stage = following(stage), filled = following(filled);

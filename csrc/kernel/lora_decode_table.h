@@ -1,25 +1,25 @@
 // Which adapters the rows of a lora_decode take: a table in each block's shared memory, made from
-// what the device has, so that a graph stays right when an index, a rank or a scaling changes.
+// data on the device, so that a graph stays valid when an index, a rank or a scaling changes.
 #pragma once
 #include "kernel/lora_decode.h"
 #include "kernel/lora_grouped_ranks.h"
 
 namespace lora_ext::kernel {
 
-// An adapter that some row takes.
+// An adapter that at least one row takes.
 struct LoraDecodeAdapter {
   int adapter, rank;
-  int first_block;    // its first 16 rows in the tiles of S
-  uint32_t of_batch;  // which eights of the batch have a row of it
+  int first_block;    // index of its first block of 16 rows in the tiles of S
+  uint32_t of_batch;  // bit j: a row of the j-th eight of the batch has it
 };
 
-// Blocks of 16 rows of A in tiles of S: a rank takes whole ones, and of floats twice as many, each
-// with hi of eight ranks and, below, lo of the same.
+// Number of 16-row blocks of A in the tiles of S. A rank takes whole blocks; with floats twice as
+// many, each with hi of eight ranks and, below, lo of the same ranks.
 __device__ __forceinline__ int decode_row_blocks(int rank, bool in_float) {
   return (rank + 15) / 16 * (1 + static_cast<int>(in_float));
 }
 
-// Where an adapter's factors, of F, lie; of its rank adapters[] tells.
+// Pointers and pitches of an adapter's factors of type F; adapters[] has its rank.
 template <class F, class T>
 __device__ __forceinline__ LoraGroupedEntry decode_entry(const LoraDecodeParams<T>& p,
                                                          int adapter) {
@@ -35,16 +35,16 @@ struct LoraDecodeTable {
   static_assert(kBatch <= Tile::kThreads);
 
   LoraDecodeAdapter adapters[kBatch];  // [count], in the order of their first rows
-  int number_of[kBatch];               // of each row's, among them; -1 without one
-  int adapter_of[kBatch];              // while the table is made: by itself,
-  int first_of[kBatch];                // the first row that has it,
-  int blocks_of[kBatch];               // and in such a row its blocks in tiles of S
-  int number_at[kBatch];               // its number there
+  int number_of[kBatch];               // per row, its index in adapters[]; -1 without an adapter
+  int adapter_of[kBatch];              // temporary, per row: its adapter,
+  int first_of[kBatch];                // the first row with the same adapter,
+  int blocks_of[kBatch];               // in such a first row its 16-row blocks in tiles of S,
+  int number_at[kBatch];               // and its index in adapters[]
   int count, row_blocks;
   int is_last;
-  uint32_t to_finish[Tile::kWarps];  // bits of a warp's lanes
+  uint32_t to_finish[Tile::kWarps];  // one bit per lane
 
-  // A row's adapter, if that has a rank.
+  // The adapter of a row; -1 if there is none or its rank is 0.
   template <class T>
   __device__ __forceinline__ static int adapter_at(const LoraDecodeParams<T>& p, int row) {
     if (row >= p.m) return -1;
@@ -59,7 +59,7 @@ struct LoraDecodeTable {
     return all_alike ? p.most_rank : rank_of(p.factors, adapter, p.most_rank);
   }
 
-  // By all threads of the block.
+  // Called by all threads of the block.
   template <class T>
   __device__ __forceinline__ void make(const LoraDecodeParams<T>& p, bool in_float) {
     const int row = static_cast<int>(threadIdx.x);
@@ -76,11 +76,11 @@ struct LoraDecodeTable {
     __syncthreads();
     if (has_row) number(p, row);
     __syncthreads();
-    // Read behind the barriers of parts that come.
+    // The barriers of the arrivals order this before it is read.
     if (has_row) number_of[row] = adapter_of[row] < 0 ? -1 : number_at[first_of[row]];
   }
 
-  // The adapter whose first row this is, and, in the last row, how much there is in all.
+  // Writes the adapter whose first row this is and, in the last row, the totals.
   template <class T>
   __device__ __forceinline__ void number(const LoraDecodeParams<T>& p, int row) {
     int before = 0, blocks_before = 0;
@@ -99,7 +99,7 @@ struct LoraDecodeTable {
     }
   }
 
-  // Among adapters[], the one that has a block of 16 rows in the tiles of S; there is one.
+  // The index in adapters[] of the adapter that has a 16-row block of the tiles of S; there is one.
   __device__ __forceinline__ int number_of_block(int block) const {
     int low = 0, high = count - 1;
     while (low < high) {

@@ -1,5 +1,5 @@
-// What each block of lora_decode does, in which order: chunks of S, then units of Y. All of it
-// follows from the grid and the table, so equal calls have equal sums.
+// The work of each block of lora_decode, in order: chunks of S, then steps of Y ("units"). All of
+// it follows from the grid and the table, so equal calls have equal sums.
 #pragma once
 #include "kernel/lora_decode.h"
 #include "plan/decode_shares.h"
@@ -18,13 +18,13 @@ struct LoraDecodeWork {
                (row_blocks * 16 + Tile::kRows - 1) / Tile::kRows, (p.k + Tile::kK - 1) / Tile::kK,
                static_cast<int>(gridDim.x)} {}
 
-  // With that of S, if there is any.
+  // Number of arrivals at a tile of Y, including that of S if there is any.
   __device__ __forceinline__ uint32_t parts_of(int tile) const {
     return static_cast<uint32_t>(shares.last_block(tile) - shares.first_block(tile) + 1 +
                                  (shares.s_tiles > 0));
   }
 
-  // Where the loads or the products of a block are.
+  // The current position of a block's loads or of its products.
   struct Walk {
     int next_chunk, end_chunk;  // over all tiles of S
     int next_unit, end_unit;    // over all of Y
@@ -42,7 +42,7 @@ struct LoraDecodeWork {
             0,
             0};
   }
-  // On to the next part of a tile; whether there is one.
+  // Advances to the next part of a tile; returns whether there is one.
   __device__ __forceinline__ bool next(Walk& walk) const {
     walk.of_s = walk.next_chunk < walk.end_chunk;
     if (walk.of_s) {
@@ -61,7 +61,7 @@ struct LoraDecodeWork {
     walk.next_unit += walk.end - walk.step;
     return true;
   }
-  // The slot of such a part of S, which is through.
+  // The slot of the partial sum of a part of S that is multiplied to its end.
   __device__ __forceinline__ int s_slot(const Walk& walk) const {
     return shares.s_slot(walk.tile, (walk.end - 1) / Shares::kChunk, static_cast<int>(blockIdx.x));
   }

@@ -1,5 +1,5 @@
-// lora_dsdb on mma.sync: a block walks over its split of the rows, 64 at a time, and for each of
-// them over the 128-column chunks of its panel. Grid: panels, splits.
+// lora_dsdb on mma.sync: a block iterates over its split of the rows, 64 at a time, and for each of
+// these steps over the 128-column chunks of its panel. Grid: panels, splits.
 #pragma once
 #include "kernel/lora_dsdb.h"
 #include "kernel/tile_copy_sm80.h"
@@ -31,7 +31,7 @@ struct LoraDsdbSm80 {
         Tile::kB, {p.b, p.b_pitch, p.n, p.columns}, n0, 0);
   }
 
-  // The next chunk to load. Rows of s S come with the first chunk of their step.
+  // Next chunk to load. Rows of s S are loaded with the first chunk of their step.
   struct Loads {
     int step, chunk = 0, stage = 0;
   };
@@ -56,12 +56,12 @@ struct LoraDsdbSm80 {
     next.stage = (next.stage + 1) % Tile::kStages;
     ptx::cp_async_commit_group();
   }
-  // As many as there are stages: of a panel with one chunk, the copies are two steps ahead.
+  // s S has as many stages as dY: with one chunk per panel, the copies are two steps ahead.
   __device__ __forceinline__ static uint32_t s_tile(int step) {
     return Tile::kS + static_cast<uint32_t>(step % Tile::kStages) * Tile::kSBytes;
   }
 
-  // Warps 0..3 and 4..7: the 64 rows, 16 each, and one half of the columns.
+  // Warps 0..3 and 4..7 each cover the 64 rows, 16 per warp, and one half of the columns.
   __device__ __forceinline__ void multiply_ds(Ds& ds, uint32_t dy, int chunk) const {
 #pragma unroll
     for (int k16 = 0; k16 < Tile::kChunkN / 16; ++k16) {
@@ -149,7 +149,7 @@ struct LoraDsdbSm80 {
       for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
         if (chunk >= chunks) break;
         ptx::cp_async_wait_group<Tile::kStages - 2>();
-        __syncthreads();  // both ends of the ring
+        __syncthreads();  // before a read of the loaded stage and before a write to the freed one
         load_next(next);
         const uint32_t dy = shared + stage * Tile::kDyBytes;
         multiply_ds(ds, dy, chunk);

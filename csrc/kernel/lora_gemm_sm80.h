@@ -3,11 +3,11 @@
 //   global --cp.async--> ring of stages --ldmatrix--> fragments --mma.sync--> accumulators
 //          --slab--> Y
 //
-// Blocks are persistent: each walks over tiles of Y. Lines to start reading at: run(), what a tile
-// takes; step(), the main loop's body; lora_gemm_sm80_loads.h, what steps bring.
+// Persistent blocks: each iterates over tiles of Y. Start reading at run(), the loop over tiles;
+// step(), the body of the main loop; lora_gemm_sm80_loads.h, what each step loads.
 //
-// While a step is multiplied its stage has arrived, and so it goes on: in the last quarter of a
-// step the next one's stage is waited for.
+// Invariant: the stage of the step that is being multiplied has arrived. To keep it, the last
+// quarter of a step waits for the stage of the next step.
 #pragma once
 #include "kernel/halves.h"
 #include "kernel/lora_gemm_sm80_epilogue.h"
@@ -16,15 +16,15 @@
 
 namespace lora_ext::kernel {
 
-// What LoraGemmSm80 asks of the low-rank product: here, of one adapter, whose T and U are p's own.
-// lora_grouped_gemm.h has that of many.
+// The interface of the low-rank product to LoraGemmSm80: here for one adapter, whose T and U are
+// those of p. lora_grouped_gemm.h has that for many.
 struct OneAdapter {
   using Rows = SameRows;
   struct Cursor {
-  };  // where the low-rank steps of a tile are, if they are not the same in all tiles
+  };  // position of a tile's low-rank steps; empty if these are the same in all tiles
   const Rows rows{};
 
-  // The low-rank parts of a tile, a term each, and the steps of one.
+  // The terms of a tile's low-rank product, and the steps of one term.
   template <class Params>
   __device__ __forceinline__ static int parts(const Params& p) {
     return p.terms;
@@ -44,13 +44,13 @@ struct OneAdapter {
   __device__ __forceinline__ static void copy_step(Loads& loads) {
     loads.copy_step();
   }
-  // Whether a step has other copies than P Q's have.
+  // Whether the copies of this step differ from those of P Q.
   template <class Loads>
   __device__ __forceinline__ static constexpr bool copies_apart(const Loads&) {
     return false;
   }
 
-  // What lies past the rank is not multiplied, beyond the 16 of an mma.
+  // Columns past the rank, rounded up to the 16 of an mma, are not multiplied.
   template <class Gemm>
   __device__ __forceinline__ static void multiply(const Gemm& gemm,
                                                   typename Gemm::Accumulators& acc,
@@ -91,7 +91,7 @@ struct LoraGemmSm80 {
     uint32_t stage;
   };
 
-  // The first `k16_steps` of a stage's four.
+  // Multiplies the first `k16_steps` of a stage's four.
   __device__ __forceinline__ void multiply(Accumulators& acc, uint32_t stage, int k16_steps) const {
 #pragma unroll 1
     for (int k16 = 0; k16 < k16_steps; ++k16) {
@@ -101,9 +101,10 @@ struct LoraGemmSm80 {
     }
   }
 
-  // One barrier serves both ends of the ring: every thread's copies into the next step's stage are
-  // there, and every warp has left this step's, which the copies that begin now fill. A group is
-  // committed for every step, so that "all but the latest kStages - 2" always means the next.
+  // One barrier for both ends of the ring: every thread's copies into the next step's stage have
+  // arrived, and every warp has finished reading this step's stage, which the copies issued now
+  // overwrite. A group is committed for every step, so that "all but the latest kStages - 2" always
+  // means the next step.
   __device__ __forceinline__ void finish_step(Walk& walk, Loads& loads) const {
     ptx::cp_async_commit_group();
     ptx::cp_async_wait_group<Tile::kStages - 2>();
@@ -116,8 +117,8 @@ struct LoraGemmSm80 {
   }
 
   // P Q of a tile. 64 along k are four quarters: while one is multiplied, the fragments of the next
-  // are loaded, which ptxas puts between the products, as there is no branch. The last quarter
-  // follows the step's barrier, and has the next step's first fragments and the copies.
+  // are loaded; ptxas interleaves these loads with the products, as there is no branch. The last
+  // quarter, after the step's barrier, has the next step's first fragments and the copies.
   __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads) const {
     static_assert(Tile::kK == 64);
     Fragments now, then;
@@ -139,8 +140,9 @@ struct LoraGemmSm80 {
     }
   }
 
-  // 16 along k of `now`, meanwhile the fragments `then`, from a stage at k16, and all copies of a
-  // step: together, as the first copy after a load of fragments costs three instructions more.
+  // Multiplies 16 along k of `now`; meanwhile loads the fragments `then` from a stage at k16 and
+  // issues all copies of a step: together, as the first copy after a fragment load costs three more
+  // instructions.
   template <bool kCopies>
   __device__ __forceinline__ void quarter(Accumulators& acc, const Fragments& now, Fragments& then,
                                           uint32_t stage, int k16, Loads& loads) const {
@@ -166,12 +168,12 @@ struct LoraGemmSm80 {
     }
   }
 
-  // The terms with lo, which is kept kLoScale times as large, come before hi hi: around them the
-  // sum is scaled, too. Powers of two, hence exact.
+  // The terms with lo, which is stored scaled by kLoScale, come before hi hi: the sum is scaled
+  // before and after them. The scales are powers of two, hence exact.
   template <bool kEnter>
   __device__ __forceinline__ void scale_for_lo(Accumulators& acc, int term) const {
     constexpr float kFactor = kEnter ? kLoScale<T> : 1.f / kLoScale<T>;
-    if constexpr (kFactor != 1.f && !(kEnter && kMasked)) {  // masked, the sum begins here, with 0
+    if constexpr (kFactor != 1.f && !(kEnter && kMasked)) {  // masked: the sum begins here, at 0
       constexpr int kTermsBefore = kEnter ? 0 : kMaxLowRankTerms - 1;
       if (p.terms == kMaxLowRankTerms && term == kTermsBefore) {
 #pragma unroll
@@ -202,7 +204,7 @@ struct LoraGemmSm80 {
          tile += static_cast<int>(gridDim.x)) {
       Accumulators acc;
       if constexpr (kMasked) {
-        // Drawn while no accumulators are live: with both, the draws would spill.
+        // Drawn while no accumulators are live: both together would spill.
         const LoraGemmPlace at = raster.place_of(tile);
         const auto kept = epilogue.draw(at.row + warp.row, at.column + warp.column);
         clear(acc);
@@ -218,7 +220,7 @@ struct LoraGemmSm80 {
         epilogue.store(acc, at.row + warp.row, at.column + warp.column);
       }
     }
-    ptx::cp_async_commit_group();  // steps past the last tile have copies, too
+    ptx::cp_async_commit_group();  // steps past the last tile commit a group, too
     ptx::cp_async_wait_group<0>();
   }
 };

@@ -1,7 +1,8 @@
-// From the accumulators to Y: the mask on the low-rank product, the bias, and rows that leave in
-// 16-byte chunks by way of a slab of shared memory of each warp. Rows of a base come the same way.
+// Epilogue of lora_gemm on mma.sync: the mask on the low-rank product, the bias, and the stores of
+// Y's rows in 16-byte chunks through a slab of shared memory per warp. Rows of a base are loaded
+// the same way.
 //
-// Of each 16 x 8 block, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
+// In each 16 x 8 block, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1.
 #pragma once
 #include "kernel/bias.h"
 #include "kernel/lora_gemm.h"
@@ -20,15 +21,15 @@ struct LoraGemmEpilogue {
   const Rows row_at{};
   const int lane = threadIdx.x % 32;
 
-  // Dropout's bits of the warp's tile: shares of a row, rows 0 and 8 of each 16, one below the
-  // other.
+  // Dropout bits of the warp's tile, in shares of 8 elements (mask_shares.h): the shares of a row,
+  // for rows 0 and 8 of each 16, one below the other.
   static constexpr int kSharesOfRow = kColumnBlocks / 4, kShares = kRowBlocks * 2 * kSharesOfRow;
   struct Kept {
     uint32_t words[kShares / 4];
   };
   static_assert(kShares % 4 == 0);
 
-  // Where the warp's tile begins at (row0, column0).
+  // Draws the bits of the warp's tile that begins at (row0, column0).
   __device__ __forceinline__ Kept draw(int row0, int column0) const {
     const MaskShares shares{p.mask};
     Kept kept{};
@@ -40,7 +41,8 @@ struct LoraGemmEpilogue {
     }
     return kept;
   }
-  // As a queue, so that no register is chosen at run time: the first share lies highest in the end.
+  // Used as a queue, so that no register is indexed at run time: the first share ends up in the
+  // highest bits.
   __device__ __forceinline__ static void push(Kept& kept, uint32_t share) {
     constexpr int kLast = kShares / 4 - 1;
 #pragma unroll
@@ -48,7 +50,7 @@ struct LoraGemmEpilogue {
     kept.words[kLast] = kept.words[kLast] << 8 | share;
   }
 
-  // mask * accumulators, which hold T U alone.
+  // mask * accumulators, which hold only T U at this point.
   __device__ __forceinline__ void mask(Accumulators& acc, const Kept& kept) const {
 #pragma unroll
     for (int share = 0; share < kShares; ++share) {
@@ -62,9 +64,9 @@ struct LoraGemmEpilogue {
     }
   }
 
-  // Eight elements of a row, of which `left` are within Y.
+  // Copies eight elements of a row, of which `left` are within Y.
   __device__ __forceinline__ void copy_chunk(T* to, const T* from, int left) const {
-    // Wider tiles have k > 0. To ask of them would spill registers on 9.0.
+    // Wider tiles have k > 0. Testing this for them would spill registers on 9.0.
     const bool whole_chunks = Tile::kN > 64 || p.whole_chunks;
     if (whole_chunks && left >= 8) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
@@ -75,7 +77,7 @@ struct LoraGemmEpilogue {
     }
   }
 
-  // move(chunk of the slab, row, column, elements of the chunk within Y) for the chunks of 16 rows.
+  // Calls move(chunk of the slab, row, column, elements within Y) for the chunks of 16 rows.
   template <class Move>
   __device__ __forceinline__ void for_chunks(unsigned char* slab, int row0, int column0,
                                              const Move& move) const {
@@ -91,7 +93,7 @@ struct LoraGemmEpilogue {
     }
   }
 
-  // Two neighbours of a row of the base, of which `left` are within it.
+  // Adds two neighbouring elements of a row of the base, of which `left` are within it.
   __device__ __forceinline__ static void add_base(float (&sums)[2], const unsigned char* base,
                                                   int left) {
     const T* two = reinterpret_cast<const T*>(base);
@@ -100,7 +102,7 @@ struct LoraGemmEpilogue {
       if (e < left) sums[e] += static_cast<float>(two[e]);
   }
 
-  // The warp's part of Y, a slab at a time.
+  // Stores the warp's part of Y, a slab at a time.
   __device__ __forceinline__ void store(const Accumulators& acc, int row0, int column0) const {
     const Bias<T> bias{p.bias, p.float_bias, p.n};
     float of_columns[kColumnBlocks][2];

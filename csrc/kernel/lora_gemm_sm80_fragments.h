@@ -1,5 +1,5 @@
-// What a warp of lora_gemm multiplies: kWarpM rows of P or T by kWarpN columns of Q or U, in
-// fragments of 16 along k from a stage of shared memory.
+// The warp tile of lora_gemm: kWarpM rows of P or T by kWarpN columns of Q or U, in fragments of 16
+// along k loaded from a stage of shared memory.
 #pragma once
 #include "kernel/tile_copy_sm80.h"
 #include "ptx/matrix_move.h"
@@ -13,7 +13,7 @@ struct LoraGemmWarp {
   static constexpr int kPairs = kColumnBlocks / 2;
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
 
-  // Blocks of 16 x 16 of the left operand, and of the right one two blocks of 16 x 8.
+  // Blocks of 16 x 16 of the left operand; of the right one pairs of blocks of 16 x 8.
   struct Fragments {
     uint32_t left[kRowBlocks][4], right[kPairs][4];
   };
@@ -23,17 +23,17 @@ struct LoraGemmWarp {
   const int row = warp % (Tile::kM / Tile::kWarpM) * Tile::kWarpM;
   const int column = warp / (Tile::kM / Tile::kWarpM) * Tile::kWarpN;
 
-  // What this lane addresses in a stage of a warp's first block, at k16 = 0. Of the left operand
-  // lanes 0..15 address the rows of the left half, 16..31 of the right half.
+  // The address that this lane gives to ldmatrix for the first block of a warp, at k16 = 0. For the
+  // left operand, lanes 0..15 address the rows of the left half, 16..31 those of the right half.
   const uint32_t left_at = row_chunk_offset(row + lane % 16, lane / 16);
   const uint32_t right_at =
       Tile::kLeftBytes + (kMNMajor
                               ? panel_chunk_offset<Tile::kK>(lane % 16, column / 8 + lane / 16)
                               : row_chunk_offset(column + lane / 16 * 8 + lane % 8, lane / 8 % 2));
 
-  // From there, blocks of 16 rows are 16 x 128 bytes apart, in which the swizzle repeats itself,
-  // and the chunks of 16 columns lie where bits 5 and 6 of the offset, which the swizzle has
-  // taken, differ by their number: so that most of an address is a constant of the instruction.
+  // Blocks of 16 rows are 16 x 128 bytes apart, which is a period of the swizzle. Chunks of 16
+  // columns differ in bits 5 and 6 of the offset, to which the swizzle is applied by XOR: so most
+  // of an address is a constant of the instruction.
   static constexpr uint32_t kRowsApart = 16 * 128, kChunksApart = 32;
   __device__ __forceinline__ void load_left(uint32_t (&block)[4], uint32_t stage, int i,
                                             int k16) const {

@@ -1,7 +1,7 @@
-// What the steps of lora_gemm bring to shared memory, kStages - 1 of them ahead of the products and
-// across the end of a tile, so that a tile's first stages arrive while the one before is stored.
+// What the steps of lora_gemm load into shared memory, kStages - 1 steps ahead of the products and
+// across the end of a tile, so that a tile's first stages arrive while the tile before is stored.
 //
-//     a tile's parts     P Q, then each term of T U; masked, the terms first
+//     parts of a tile     P Q, then each term of T U; with a mask, the terms first
 #pragma once
 #include <climits>
 #include <type_traits>
@@ -16,7 +16,7 @@ struct LoraGemmPlace {
   int row, column;
 };
 
-// Tiles in an order that keeps eight row blocks of P and one column block of Q in L2.
+// Order of the tiles: one that keeps eight row blocks of P and one column block of Q in L2.
 template <class Tile>
 struct LoraGemmRaster {
   const int row_tiles, column_tiles;
@@ -48,13 +48,13 @@ struct LoraGemmLoads {
   Right right{{shared}};
   int tile = static_cast<int>(blockIdx.x - gridDim.x);
   int part = adapters.parts(p);
-  int steps = 0;  // of the part, still to be copied
+  int steps = 0;  // of the part, not yet copied
   bool low_rank = false;
-  uint32_t stage = 0;  // the offset of the one to fill
+  uint32_t stage = 0;  // offset of the stage to fill next
   typename Adapters::Cursor cursor{};
 
-  // The next part that has any steps. After the last tile steps go on: past the end of the operands
-  // they copy zeros, into stages that nobody needs.
+  // Begins the next part that has any steps. After the last tile, steps go on: past the end of the
+  // operands they copy zeros into stages that are never read.
   __device__ __forceinline__ void begin_part() {
     do {
       if (part == adapters.parts(p)) {
@@ -75,7 +75,7 @@ struct LoraGemmLoads {
   }
   __device__ __forceinline__ void begin_product(const T* of_left, int64_t left_pitch,
                                                 const T* of_right, int64_t right_pitch, int depth) {
-    // Found again for each part, rather than kept in registers all along.
+    // Recomputed for each part rather than kept in registers throughout.
     const LoraGemmPlace at = raster.place_of(tile);
     left.begin({of_left, left_pitch, p.m, depth}, at.row, 0, adapters.rows);
     if constexpr (kMNMajor) {
@@ -84,7 +84,7 @@ struct LoraGemmLoads {
       right.begin({of_right, right_pitch, p.n, depth}, at.column, 0, {});
     }
   }
-  // Begins all copies of a step.
+  // Issues all copies of a step.
   __device__ __forceinline__ void step() {
     if (steps == 0) begin_part();
     adapters.copy_step(*this);

@@ -1,36 +1,38 @@
 // lora_grouped: many LoRA adapters in one batch. Each row of X takes one adapter g, or none:
 //
-//     Y = X W^T + bias + s_g (drop(X) A_g^T) B_g^T          dS = s_g dY B_g
-//     dX = dY W + mask * (dS A_g)      dA_g = dS^T drop(X)      dB_g = s_g dY^T S      over g's
-//     rows
+//     Y    = X W^T + bias + s_g (drop(X) A_g^T) B_g^T
+//     dS   = s_g dY B_g
+//     dX   = dY W + mask * (dS A_g)
+//     dA_g = dS^T drop(X)              over the rows of g
+//     dB_g = s_g dY^T S                over the rows of g
 //
-// The host knows neither which rows are whose nor the adapters' ranks, only how many there may be:
-// grids and workspace follow from that, and lora_grouped_segments.h makes the tables below on the
-// device. Rows are taken in the order of their adapters, each at a "position"; those without an
-// adapter come last, or, where ranges of rows are given, stay where they are.
+// The host knows neither the adapter of a row nor the ranks of the adapters, only the largest
+// possible numbers: grids and workspace follow from those, and lora_grouped_segments.h makes the
+// tables below on the device. Rows are processed in the order of their adapters, each at a
+// "position"; rows without an adapter come last, or, where ranges of rows are given, stay in place.
 #pragma once
 
 #include <cstdint>
 
 namespace lora_ext::kernel {
 
-// Who takes which adapter: either an index for each row, or the ends of ranges of rows. An index
+// The map from rows to adapters: either an index per row, or the ends of ranges of rows. An index
 // that names no adapter, as -1 does, and one that names an adapter of rank 0 mean none.
 struct LoraGroupedRows {
   const int* index;  // [m], or null
-  const int* ends;   // [groups], where there is no index; clamped to ascend and to end at m
+  const int* ends;   // [groups], used without an index; clamped to ascend and to end at m
   int m, groups;
   int most_rank;  // larger ranks count as this, negative ones as 0
 };
 
-// One adapter's matrices, A [rank, k] and B [n, rank], rows a pitch apart.
+// One adapter's matrices, A [rank, k] and B [n, rank], with the pitch of their rows.
 struct LoraGroupedEntry {
   void *a, *b;
   int64_t a_pitch, b_pitch;  // elements
   int rank;
 };
 
-// Those of all adapters, or their gradients: a table, or a pool in which they lie a stride apart.
+// The matrices of all adapters, or their gradients: a table, or a pool with a fixed stride.
 struct LoraGroupedFactors {
   const LoraGroupedEntry* entries;  // [groups], or null
   void *a, *b;                      // of a pool: [groups, most_rank, k] and [groups, n, most_rank]
@@ -38,28 +40,29 @@ struct LoraGroupedFactors {
   const int* ranks;                              // [groups]
 };
 
-// Positions of one adapter of some rank that has rows. One more, past the last, begins nowhere.
+// A segment: the positions of one adapter that has rows and a rank. The last segment is followed by
+// an entry that begins at INT_MAX.
 struct LoraGroupedSegment {
   int adapter, begin, end, rank;
-  int steps;  // of 64 along the ranks of all segments before
+  int steps;  // of 64 along the rank, of all segments before
 };
 
-// Positions of one adapter that one block takes; of none, the block has nothing to do.
+// A piece: positions of one adapter that one block processes; it may be empty.
 struct LoraGroupedPiece {
   int adapter, begin, count;
-  int slot;  // of its partial sum, where its segment has other pieces; else -1
+  int slot;  // of its partial sum, if its segment has several pieces; else -1
 };
 
-// How the sum over an adapter's rows is made: `pieces` partial sums from `slot` on, or, of one
-// piece, at once. Without rows there is none.
+// How the sum over an adapter's rows is computed: from `pieces` partial sums, the first in `slot`,
+// or, if there is one piece, directly. Without rows there is no piece.
 struct LoraGroupedSum {
   int pieces, slot;
 };
 
-// On the device, written by lora_grouped_segments.h.
+// Tables on the device, written by lora_grouped_segments.h.
 struct LoraGroupedTables {
-  static constexpr int kTileRows = 64;      // of `tiles`, which are pieces
-  static constexpr int kRowTileRows = 128;  // of lora_gemm's tiles, which straddle segments
+  static constexpr int kTileRows = 64;      // rows of `tiles`, which are pieces
+  static constexpr int kRowTileRows = 128;  // rows of lora_gemm's tiles, which may span segments
 
   int* order;                    // [m], the row at each position; null where that is the position
   LoraGroupedSegment* segments;  // [groups + 1]
@@ -67,15 +70,15 @@ struct LoraGroupedTables {
   LoraGroupedPiece* tiles;       // [tile_count]
   LoraGroupedPiece* pieces;      // [piece_count], for sums over rows
   LoraGroupedSum* sums;          // [groups]
-  int* counts;                   // [chunks, groups + 1], where an index is given
+  int* counts;                   // [chunks, groups + 1], used with an index
   int piece_rows, tile_count, piece_count;
 
-  // What the host knows of them. Pieces never straddle segments.
+  // Upper bounds that the host knows. Pieces never span segments.
   static constexpr int tiles_of(int m, int groups, int rows) {
     return (m + rows - 1) / rows + (groups < m ? groups : m);
   }
-  // Partial sums of segments with more than one piece: `count` rows, more than `rows`, make at most
-  // 2 (count / rows) pieces.
+  // Number of partial sums of segments with several pieces: a segment with `count` rows, more than
+  // `rows`, has at most 2 (count / rows) pieces.
   static constexpr int slots_of(int m, int rows) { return 2 * (m / rows); }
 };
 

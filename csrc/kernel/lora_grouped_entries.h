@@ -1,5 +1,5 @@
-// lora_grouped_entries: a list of adapters that the host has, as a table on the device. Entries
-// come as parameters, so that the launch can be captured and nothing waits for a copy.
+// lora_grouped_entries: writes a list of adapters that the host has as a table on the device.
+// Entries are kernel parameters, so that the launch can be captured and no copy is waited for.
 #pragma once
 #include "kernel/lora_grouped.h"
 #include "ptx/target.h"
@@ -7,13 +7,13 @@
 namespace lora_ext::kernel {
 
 struct LoraGroupedEntriesParams {
-  static constexpr int kMost = 64;  // of a launch: 2.5 of the 4 KiB that parameters may have
+  static constexpr int kMost = 64;  // per launch: 2.5 of the 4 KiB that parameters may have
   LoraGroupedEntry entries[kMost];
   LoraGroupedEntry* to;
   int count;
 };
 
-// One block, a thread for each entry, of whatever type.
+// One block, one thread per entry; entries do not depend on T.
 template <class T>
 __global__ void __launch_bounds__(LoraGroupedEntriesParams::kMost)
     lora_grouped_entries(const __grid_constant__ LoraGroupedEntriesParams p) {

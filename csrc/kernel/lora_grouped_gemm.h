@@ -1,13 +1,13 @@
-// lora_grouped_gemm: lora_gemm with many adapters, each row of T with its own U.
+// lora_grouped_gemm: lora_gemm with many adapters; each row of T has its own U.
 //
 //     Y = P Q + mask * (T U_g) + bias          forward: U_g = B_g^T         dX: U_g = A_g
 //
-// The main loop over P and Q is lora_gemm's, over rows in the order of their adapters: a tile's
-// rows of P and Y are where `order` says. Low-rank steps follow each adapter that has rows in the
-// tile, as many as its own rank needs; with rows in order these are one or two. With k = 0 it is
-// the update alone, onto a base or for the library to add onto.
+// The main loop over P and Q is that of lora_gemm, over rows in the order of their adapters:
+// `order` gives the rows of P and Y in a tile. Low-rank steps follow for each adapter that has rows
+// in the tile, as many as its rank needs; with sorted rows these are one or two adapters. With k =
+// 0 it computes the update alone, onto a base or for the library to add onto.
 //
-// Of floats three terms, lo hi, hi lo, hi hi, one after the other for each adapter.
+// With floats there are three terms for each adapter, lo hi, hi lo, hi hi, one after the other.
 #pragma once
 #include <climits>
 
@@ -20,13 +20,13 @@ template <class T>
 struct LoraGroupedGemmParams {
   LoraGemmParams<T> gemm;  // its low_rank, u_pitch, rank and terms are not used
   const T* t;              // [m, gemm.t_pitch], by position
-  int lo_column;           // of T, where the factors are in floats
+  int lo_column;           // first lo column of T, if the factors are in floats
   LoraGroupedFactors factors;
   const LoraGroupedSegment* segments;
   const int *first, *order;
 };
 
-// What LoraGemmSm80 asks of the low-rank product (OneAdapter), of many adapters.
+// The interface of the low-rank product to LoraGemmSm80 (OneAdapter), for many adapters.
 template <class T, class F, bool kMNMajor>
 struct ManyAdapters {
   static constexpr int kTerms = std::is_same_v<F, float> ? 3 : 1;
@@ -35,7 +35,7 @@ struct ManyAdapters {
   const LoraGroupedGemmParams<T>& g;
   const Rows rows{g.order, g.gemm.m};
 
-  // How many low-rank steps a tile has, and the next: of this segment, the so manieth.
+  // Number of low-rank steps of a tile, and the next one: segment index, and step index within it.
   struct Cursor {
     int steps, segment, step;
   };
@@ -44,17 +44,17 @@ struct ManyAdapters {
     return cursor.steps;
   }
 
-  // Of a tile whose rows begin at `row`.
+  // Begins at the tile whose first row is `row`.
   __device__ __forceinline__ void begin(Cursor& cursor, int row) const {
     constexpr int kRows = LoraGroupedTables::kRowTileRows;
     const int tile = row / kRows, next = g.first[tile + 1];
     cursor.segment = g.first[tile], cursor.step = 0;
-    // The next tile's first segment may have begun in this one.
+    // The next tile's first segment may begin in this one.
     const int end = next + static_cast<int>(g.segments[next].begin < row + kRows);
     cursor.steps = kTerms * (g.segments[end].steps - g.segments[cursor.segment].steps);
   }
 
-  // The step at a cursor, which it leaves behind: of a term, 64 along the segment's rank.
+  // The step at a cursor, which take() advances: 64 along the segment's rank of one term.
   struct Step {
     LoraGroupedSegment segment;
     int term, k0;
@@ -80,7 +80,7 @@ struct ManyAdapters {
     }
   }
 
-  // The segment's rows of T in the tile, zeros for others, and its U.
+  // Loads the segment's rows of T in the tile, zeros for other rows, and its U.
   template <class Loads>
   __device__ __forceinline__ void load(Loads& loads) const {
     using Tile = typename Loads::TileOf;
@@ -90,7 +90,7 @@ struct ManyAdapters {
     const int rank = step.segment.rank;
     const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{loads.shared};
     const T* t = g.t + (kTerms == 3 && step.term == 0 ? g.lo_column : 0);
-#pragma unroll 1  // unrolled, what it needs of each chunk would lie in registers all along
+#pragma unroll 1  // unrolled, the addresses of each chunk would stay in registers throughout
     for (int index = static_cast<int>(threadIdx.x); index < Tile::kM * 8; index += Tile::kThreads) {
       const int position = at.row + index / 8, chunk = index % 8;
       copy.copy_chunk(loads.stage + row_chunk_offset(index / 8, chunk),
@@ -117,7 +117,7 @@ struct ManyAdapters {
     return loads.low_rank;
   }
 
-  // T U of a tile whose rows begin at `row`.
+  // T U of the tile whose rows begin at `row`.
   template <class Gemm>
   __device__ __forceinline__ void multiply(const Gemm& gemm, typename Gemm::Accumulators& acc,
                                            typename Gemm::Walk& walk, typename Gemm::Loads& loads,
@@ -138,8 +138,8 @@ struct ManyAdapters {
     }
   }
 
-  // The sums go to rows [begin, end) of the warp's alone, so that nothing of an adapter, NaN
-  // included, reaches the rows of others.
+  // The sums are added only to rows [begin, end) of the warp, so that no value of an adapter, NaN
+  // included, reaches rows of another.
   template <class Warp>
   __device__ __forceinline__ static void multiply_rows(const Warp& warp,
                                                        typename Warp::Accumulators& acc,

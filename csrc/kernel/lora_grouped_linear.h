@@ -4,8 +4,8 @@
 //     backward   dS = s_g dY B_g             dX = dY W + mask * (dS A_g)
 //                dA_g = dS^T drop(X)         dB_g = s_g dY^T S               over the rows of g
 //
-// Nothing that is read on the device need be known to the host: index or ends, ranks and scalings
-// may change between replays of a graph, and adapters within their pool.
+// The host does not need to know the values on the device: index or ends, ranks and scalings may
+// change between replays of a graph, and adapters within their pool.
 #pragma once
 
 #include "kernel/lora_grouped.h"
@@ -15,9 +15,9 @@
 namespace lora_ext::kernel {
 
 // All factors, or all gradients of factors, in floats or in X's type: a pool, or a list that the
-// host has. A gradient lies as its factor does.
+// host has. A gradient has the layout of its factor.
 struct LoraGroupedMatrices {
-  LoraGroupedFactors pool;       // its entries null; ranks also where these are gradients
+  LoraGroupedFactors pool;       // its entries are null; has ranks also if these are gradients
   const LoraGroupedEntry* list;  // [groups], on the host; null for a pool
 };
 
@@ -30,12 +30,12 @@ struct LoraGroupedOperands {
   const void *x, *weight;
   int64_t x_pitch, weight_pitch;
   bool dropout;
-  Mask mask;  // of X, by row as it lies; keep_scale is 1 without dropout
+  Mask mask;  // of X, by original row; keep_scale is 1 without dropout
   unsigned char* workspace;
 };
 
 struct LoraGroupedForward : LoraGroupedOperands {
-  const void* bias;  // [n], in float or X's type; or null
+  const void* bias;  // [n], in float or X's type; may be null
   bool float_bias;
   const void* base;  // [m, n], onto which Y is added, in a plan for a given base; else null
   int64_t base_pitch;
@@ -47,9 +47,9 @@ struct LoraGroupedForward : LoraGroupedOperands {
 struct LoraGroupedBackward : LoraGroupedOperands {
   const void* dy;
   int64_t dy_pitch;
-  const float* s;  // as forward has left it
+  const float* s;  // as forward has written it
   void* dx;        // [m, k], contiguous, or null; in a hybrid plan without dY W
-  // All elements are written, of a pool also those past a rank, with zeros.
+  // All elements are written; in a pool those past a rank with zeros.
   LoraGroupedMatrices gradients;
   bool need_da, need_db;
 };

@@ -7,10 +7,10 @@
 
 namespace lora_ext::kernel {
 
-// Columns of Z or T that a rank takes, and their halves where a factor is in floats: whole chunks.
+// Columns of Z or T for a rank, and for each half if a factor is in floats: whole chunks.
 __device__ __forceinline__ int whole_chunks(int rank) { return (rank + 7) / 8 * 8; }
 
-// Of elements F.
+// The entry of an adapter whose factors have elements F.
 template <class F>
 __device__ __forceinline__ LoraGroupedEntry entry_of(const LoraGroupedFactors& factors,
                                                      int adapter) {
@@ -20,9 +20,9 @@ __device__ __forceinline__ LoraGroupedEntry entry_of(const LoraGroupedFactors& f
           factors.ranks[adapter]};
 }
 
-// A [rank, depth] or B [depth, rank] of one adapter as halves of T, floats as hi and, along the
-// rank from `lo_from` on, lo. Tiles come in 16-byte chunks, asynchronously where chunks of T lie
-// so.
+// Tiles of A [rank, depth] or B [depth, rank] of one adapter as halves of T; floats as hi and,
+// along the rank from `lo_from` on, lo. Copied in 16-byte chunks, asynchronously where the chunks
+// of T are aligned.
 template <class T, class F, bool kRankInside, int kThreads>
 struct FactorTile {
   static constexpr bool kSplit = std::is_same_v<F, float>;
@@ -49,7 +49,7 @@ struct FactorTile {
     }
   }
 
-  // kRows x kColumns from (first_row, first_column) on, in panels as tile_copy_sm80.h has them.
+  // Copies kRows x kColumns from (first_row, first_column) on, in the panels of tile_copy_sm80.h.
   template <int kRows, int kColumns>
   __device__ __forceinline__ void copy(uint32_t shared, uint32_t tile, int first_row,
                                        int first_column) const {

@@ -1,5 +1,5 @@
-// What each kernel of the LoRA linear with many adapters takes, from a plan (plan::Tiled), the
-// operands, and where the workspace has the tables and the intermediates.
+// Parameters of each kernel of the LoRA linear with many adapters, from a plan (plan::Tiled), the
+// operands, and the tables and intermediates in the workspace.
 #pragma once
 #include <algorithm>
 

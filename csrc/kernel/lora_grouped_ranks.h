@@ -1,4 +1,4 @@
-// The ranks of many adapters, as far as there is room for them.
+// The ranks of many adapters, clamped to 0..most_rank.
 #pragma once
 #include "kernel/lora_grouped.h"
 #include "ptx/target.h"

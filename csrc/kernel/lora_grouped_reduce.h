@@ -1,10 +1,9 @@
-// lora_grouped_reduce: the sum of the splits of lora_grouped_shrink, in one fixed order.
+// lora_grouped_reduce: sums the splits of lora_grouped_shrink, in one fixed order.
 //
-//     S = keep_scale * sum of Z       over splits, hi + lo / kLoScale     [m, most_rank], by row
-//     T = s_g S                       in X's type, as hi and lo           [m, width] each, by
-//     position
+//     S = keep_scale * sum of Z     over splits, hi + lo / kLoScale    [m, most_rank], by row
+//     T = s_g S                     in X's type, as hi and lo          [m, width] each, by position
 //
-// Or T alone from an S that was saved. Only the columns of a row's own rank are read and written.
+// Or T alone from a saved S. Only the columns of a row's own rank are read and written.
 #pragma once
 #include "kernel/lora_grouped_operands.h"
 #include "kernel/sum_of_splits.h"
@@ -13,9 +12,9 @@ namespace lora_ext::kernel {
 
 template <class T>
 struct LoraGroupedReduceParams {
-  const float* z;        // [splits, m, z_pitch], by position; null where S is given
-  float* s;              // [m, most_rank], written, or null
-  const float* saved;    // [m, most_rank], or null
+  const float* z;        // [splits, m, z_pitch], by position; null if S is given
+  float* s;              // [m, most_rank], written; may be null
+  const float* saved;    // [m, most_rank]; may be null
   const float* scaling;  // [groups]
   T* t[2];               // [m, t_pitch], hi and lo; lo may be null
   int64_t t_pitch;
@@ -26,7 +25,7 @@ struct LoraGroupedReduceParams {
   const int* order;
 };
 
-// A block for each tile of positions, a thread an element of T.
+// One block per tile of positions, one thread per element of T.
 template <class T>
 __global__ void __launch_bounds__(256)
     lora_grouped_reduce(const __grid_constant__ LoraGroupedReduceParams<T> p) {

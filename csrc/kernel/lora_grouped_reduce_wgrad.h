@@ -1,8 +1,9 @@
-// lora_grouped_reduce_wgrad: what lora_grouped_wgrad leaves to do of the gradients.
+// lora_grouped_reduce_wgrad: completes the gradients that lora_grouped_wgrad leaves as partial
+// sums.
 //
-//     dA_g = scale * sum of its partial sums       where g's rows are more than one piece   [rank,
-//     K] dB_g = scale * sum of its partial sums                                                [N,
-//     rank] 0       where g has no rows; in a pool also past its rank
+//     dA_g = scale * sum of its partial sums    if g's rows are more than one piece     [rank, K]
+//     dB_g = scale * sum of its partial sums                                            [N, rank]
+//     0                                         if g has no rows; in a pool also past its rank
 #pragma once
 #include "kernel/lora_grouped_operands.h"
 #include "kernel/sum_of_splits.h"
@@ -11,7 +12,7 @@ namespace lora_ext::kernel {
 
 struct LoraGroupedReduceGradient {
   const float* partial;  // [slots, most_rank, c]
-  int c;                 // 0 if it is not wanted
+  int c;                 // 0 if the gradient is not wanted
   float scale;
 };
 
@@ -22,8 +23,8 @@ struct LoraGroupedReduceWgradParams {
   int most_rank;
 };
 
-// Grid: adapters, blocks for the elements of a gradient, gradients. Neighbours along c for dA,
-// along the rank for dB, as they lie.
+// Grid: adapters, blocks for the elements of a gradient, gradients. Neighbouring threads are
+// neighbours in memory: along c for dA, along the rank for dB.
 template <class T, class F>
 __global__ void __launch_bounds__(256)
     lora_grouped_reduce_wgrad(const __grid_constant__ LoraGroupedReduceWgradParams p) {
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(256)
   const LoraGroupedEntry to = entry_of<F>(p.gradients, adapter);
   const int rank = rank_of(p.factors, adapter, p.most_rank);
   const int end = p.gradients.entries == nullptr ? p.most_rank : rank;
-  const int first = sum.pieces == 1 ? rank : 0, ranks = end - first;  // of one piece: it is made
+  const int first = sum.pieces == 1 ? rank : 0, ranks = end - first;  // one piece: complete
   const int64_t count = static_cast<int64_t>(ranks) * what.c;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < count;

@@ -1,11 +1,13 @@
-// lora_grouped_segments: which rows are whose, from an index or from ranges, as tables on the
-// device (lora_grouped.h). A stable counting sort without atomics, so that it repeats bit for bit:
+// lora_grouped_segments: sorts the rows by adapter, from an index or from ranges, and writes tables
+// on the device (lora_grouped.h). A stable counting sort without atomics, so that it repeats bit
+// for bit:
 //
-//     count    of each chunk of rows, how many each adapter has          an index alone
-//     scan     one block: where each adapter and each chunk of it begins, and all tables
-//     place    each row at its position                                  an index alone
+//     count    for each chunk of rows, how many each adapter has         only with an index
+//     scan     one block: where each adapter, and each chunk of it, begins, and all tables
+//     place    each row at its position                                  only with an index
 //
-// Of T, X's type, they know nothing: each file of kernels has its own.
+// The kernels do not depend on T, the type of X: they are templates so that each file of kernels
+// has its own.
 #pragma once
 #include <climits>
 
@@ -16,7 +18,7 @@ namespace lora_ext::kernel {
 
 struct LoraGroupedSegmentsParams {
   static constexpr int kThreads = 256;
-  static constexpr int kChunk = kThreads;  // a thread for each row of a chunk
+  static constexpr int kChunk = kThreads;  // one thread per row of a chunk
   static constexpr uint32_t kSharedBytes = kThreads * sizeof(int);
 
   LoraGroupedRows rows;
@@ -24,7 +26,7 @@ struct LoraGroupedSegmentsParams {
   LoraGroupedTables tables;
 };
 
-// A chunk of rows, one in each thread.
+// A chunk of rows, one row per thread.
 struct LoraGroupedChunk {
   static constexpr int kChunk = LoraGroupedSegmentsParams::kChunk;
   const LoraGroupedSegmentsParams& p;
@@ -32,7 +34,7 @@ struct LoraGroupedChunk {
   const int thread = static_cast<int>(threadIdx.x);
   const int row = static_cast<int>(blockIdx.x) * kChunk + thread;
 
-  // The adapter of a row, or one past the last. A row past the last has a key that no row has.
+  // Returns the row's adapter, or `groups` without one. A row past m has a key that no row has.
   __device__ __forceinline__ int key() const {
     if (row >= p.rows.m) return -1;
     const int adapter = p.rows.index[row], groups = p.rows.groups;
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
   constexpr int kThreads = LoraGroupedSegmentsParams::kThreads;
   for (int i = chunk.thread; i < p.rows.groups + 1; i += kThreads) chunk.counts()[i] = 0;
   chunk.share(key);
-  // The last of a key in its chunk knows how many there are.
+  // The last row with a key in its chunk knows their number.
   const int before = chunk.same(key, chunk.thread);
   if (key >= 0 && before + 1 == chunk.same(key, kThreads)) chunk.counts()[key] = before + 1;
 }
@@ -89,7 +91,7 @@ struct LoraGroupedScan {
     return (count + size - 1) / size;
   }
 
-  // What threads before this one have, and what all threads before the batch have, together.
+  // Prefix combination: of the values of the threads before this one and of all batches before.
   // `carry` becomes that of the next batch. Values are not negative.
   template <class Together>
   __device__ __forceinline__ int before(int value, int& carry, const Together& together) const {
@@ -117,7 +119,7 @@ struct LoraGroupedScan {
     return before(value, carry, [](int a, int b) { return max(a, b); });
   }
 
-  // Rows of an adapter, or of none; `counts` then has where in them each chunk begins.
+  // Number of rows with this key; `counts` then has where in them each chunk begins.
   __device__ __forceinline__ int count_rows(int key) const {
     int* counts = p.tables.counts + key;
     int rows = 0;
@@ -137,7 +139,7 @@ struct LoraGroupedScan {
     }
   }
 
-  // Over all batches of adapters so far.
+  // Totals of all batches of adapters so far.
   struct Carry {
     int rows, segments, steps, tiles, pieces, slots, end;
   };
@@ -158,7 +160,7 @@ struct LoraGroupedScan {
     return {begin, max(begin, end)};
   }
 
-  // Pieces of at most `rows` positions each, from `to` on.
+  // Writes pieces of at most `rows` positions each, from `to` on.
   __device__ __forceinline__ static void write_pieces(LoraGroupedPiece* to, int adapter,
                                                       const Range& range, int rows, int slot) {
     for (int begin = range.begin; begin < range.end; begin += rows) {
@@ -167,7 +169,7 @@ struct LoraGroupedScan {
     }
   }
 
-  // The tables of one adapter for each thread.
+  // The tables of a batch of adapters, one per thread.
   __device__ __forceinline__ void batch(int key, Carry& carry) const {
     const LoraGroupedTables& t = p.tables;
     const Range range = range_of(key, carry);
@@ -192,7 +194,7 @@ struct LoraGroupedScan {
       t.first[i] = segment;
   }
 
-  // Past what the adapters have.
+  // Fills the tables past the last entry.
   __device__ __forceinline__ void finish(const Carry& carry) const {
     const LoraGroupedTables& t = p.tables;
     const auto leave_empty = [&](LoraGroupedPiece* pieces, int used, int count) {
@@ -213,7 +215,7 @@ struct LoraGroupedScan {
   }
 };
 
-// One block.
+// Grid: one block.
 template <class T>
 __global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
     lora_grouped_scan(const __grid_constant__ LoraGroupedSegmentsParams p) {

@@ -1,15 +1,14 @@
-// The LoRA linear with many adapters as a sequence of kernels: follows a plan (plan.h) on
-// operands in one workspace.
+// The LoRA linear with many adapters as a sequence of kernels: follows a plan (plan.h) on operands
+// in one workspace.
 //
 //     few rows   entries -> decode: S, T, Y
 //     forward    entries -> count, scan, place -> shrink: Z -> reduce: S, T -> gemm: Y
-//     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS; reduce: s S -> gemm:
-//     dX
-//                -> wgrad: dA, dB, or partial sums -> reduce_wgrad: dA, dB
+//     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS; reduce: s S
+//                -> gemm: dX -> wgrad: dA, dB, or partial sums -> reduce_wgrad: dA, dB
 //
-// Without a list there are no entries to write, without an index there is nothing to count or to
-// place. In a hybrid plan gemm leaves out the base product, which the library then accumulates onto
-// Y and dX. A launcher is called as in lora_linear_sequence.h.
+// Without a list there are no entries to write; without an index, count and place are left out. In
+// a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and dX.
+// The interface of a launcher is that of lora_linear_sequence.h.
 #pragma once
 #include "kernel/lora_decode_launch.h"
 #include "kernel/lora_decode_params.h"
@@ -17,7 +16,7 @@
 
 namespace lora_ext::kernel {
 
-// The table of a list's matrices, where there is one.
+// The table of a list's matrices; none for a pool.
 template <class T, class Launch>
 void write_entries(const LoraGroupedMatrices& matrices, int groups, LoraGroupedEntry* to,
                    Launch& launch) {
@@ -31,7 +30,7 @@ void write_entries(const LoraGroupedMatrices& matrices, int groups, LoraGroupedE
   }
 }
 
-// F is the factors' type, float or T.
+// F is the type of the factors, float or T.
 template <class T, class F, class Launch>
 class LoraGroupedSequence {
  public:
@@ -137,7 +136,7 @@ class LoraGroupedSequence {
       vector ? run(lora_grouped_wgrad_sm80<T, F, false, kV>)
              : run(lora_grouped_wgrad_sm80<T, F, false, kE>);
     }
-    // Most adapters have one piece, and nothing to add.
+    // Most adapters have one piece, and nothing to sum.
     constexpr unsigned kBlocks = 16;
     launch_(lora_grouped_reduce_wgrad<T, F>,
             dim3(static_cast<unsigned>(o_.rows.groups), kBlocks, 2), 256, 0,
@@ -161,7 +160,7 @@ void decode_lora_grouped(const plan::Decode& plan, const LoraGroupedForward& f, 
                            launch);
 }
 
-// As in lora_linear_sequence.h, functions, so that their kernels are compiled in one place.
+// Functions as in lora_linear_sequence.h, so that their kernels are compiled in one place.
 template <class T, class Launch>
 void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedForward& f, Launch& launch) {
   if (const plan::Decode* decode = plan.decode())

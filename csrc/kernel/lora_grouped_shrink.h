@@ -1,11 +1,11 @@
 // lora_grouped_shrink: the skinny product of many adapters, each row with its own, split along k.
-// lora_grouped_reduce adds the splits.
+// lora_grouped_reduce sums the splits.
 //
 //     forward   Z[split] = drop(X) A_g^T     at the positions of g's rows     [m, its columns]
 //     dS        Z[split] = dY B_g
 //
-// lora_shrink of one tile of 64 positions, which are one adapter's. A tile reads its rows of X by
-// their places, once for every 64 columns, and takes as many columns as its adapter has.
+// lora_shrink on a tile of 64 positions of one adapter. A tile gathers its rows of X by `order`,
+// once for every 64 columns, and has as many columns as its adapter's rank takes.
 #pragma once
 #include "kernel/lora_grouped_operands.h"
 #include "kernel/lora_shrink_sm80.h"
@@ -15,14 +15,14 @@ namespace lora_ext::kernel {
 template <class T>
 struct LoraGroupedShrinkParams {
   const T* x;  // [m, k]
-  float* z;    // [splits, m, z_pitch], by position; of floats lo's columns follow hi's
+  float* z;    // [splits, m, z_pitch], by position; with floats lo's columns follow hi's
   int64_t x_pitch;
   int m, k, z_pitch, most_rank;
   int steps_per_split;  // of 64 along k
   LoraGroupedFactors factors;
   const LoraGroupedPiece* tiles;
   const int* order;
-  Mask mask;  // of X; for masked kernels only
+  Mask mask;  // of X; only for masked kernels
 };
 
 template <class T, class F, bool kMNMajor, bool kMasked, Alignment kAlignment>
@@ -31,7 +31,7 @@ struct LoraGroupedShrinkSm80 {
   using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
   using Factor = FactorTile<T, F, kMNMajor, Tile::kThreads>;
   using Product = LoraShrinkProduct<T, kMNMajor, kMasked>;
-  static constexpr int kCopies = Tile::kM * 8 / Tile::kThreads;  // of chunks of X, of a thread
+  static constexpr int kCopies = Tile::kM * 8 / Tile::kThreads;  // chunks of X per thread
   static_assert(Tile::kM == LoraGroupedTables::kTileRows);
 
   const LoraGroupedShrinkParams<T>& p;
@@ -44,7 +44,7 @@ struct LoraGroupedShrinkSm80 {
   const int first_step = static_cast<int>(blockIdx.z) * p.steps_per_split;
   const int end_step = min(first_step + p.steps_per_split, (p.k + Tile::kK - 1) / Tile::kK);
 
-  // The row of X at a position of the tile; of none, one past the last.
+  // Returns the row of X at a position of the tile, or m (out of range) if there is none.
   __device__ __forceinline__ int row_at(int position) const {
     return position < piece.count ? PositionedRows{p.order, p.m}(piece.begin + position) : p.m;
   }
@@ -99,7 +99,7 @@ struct LoraGroupedShrinkSm80 {
     product.clear(acc);
     for (int step = first_step; step < end_step; ++step) {
       ptx::cp_async_wait_group<Tile::kStages - 2>();
-      __syncthreads();  // both ends of the ring
+      __syncthreads();  // before a read of the loaded stage and before a write to the freed one
       load(rows, step + Tile::kStages - 1);
       product.multiply(acc, shared + stage_of(step), step * Tile::kK);
     }

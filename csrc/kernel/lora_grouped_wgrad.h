@@ -3,9 +3,9 @@
 //     dA_g   P = drop(X), U = dS      P^T U over g's rows, [rank, K]
 //     dB_g   P = dY,      U = s S     here [N, rank]
 //
-// lora_wgrad of one piece of an adapter's positions. A segment that is one piece makes its gradient
-// at once; the pieces of a longer one leave partial sums, which lora_grouped_reduce_wgrad adds in
-// their order. Of floats, U's hi and lo halves lie in one tile, 32 columns each, so that a thread
+// lora_wgrad on one piece of an adapter's positions. A segment of one piece writes its gradient
+// directly; the pieces of a longer one write partial sums, which lora_grouped_reduce_wgrad sums in
+// their order. With floats, U's hi and lo halves are in one tile, 32 columns each, so that a thread
 // has both parts of a sum.
 #pragma once
 #include "kernel/lora_grouped_operands.h"
@@ -20,17 +20,17 @@ struct LoraGroupedWgradProduct {
   float* partial;  // [slots, most_rank, c]
   int64_t p_pitch, u_pitch;
   int c, c_tiles;
-  bool masked;  // P; in masked kernels only
+  bool masked;  // whether P is masked; only in masked kernels
 };
 
 template <class T>
 struct LoraGroupedWgradParams {
-  LoraGroupedWgradProduct<T> product[2];  // dA, dB; with no tiles it is not wanted
-  LoraGroupedFactors gradients, factors;  // of the factors, the ranks alone
+  LoraGroupedWgradProduct<T> product[2];  // dA, dB; no tiles if not wanted
+  LoraGroupedFactors gradients, factors;  // only the ranks of the factors are used
   const LoraGroupedPiece* pieces;
   const int* order;
   int m, most_rank;
-  int lo_column;  // of U, where the factors are in floats
+  int lo_column;  // first lo column of U, if the factors are in floats
   Mask mask;
 };
 
@@ -40,7 +40,7 @@ struct LoraGroupedWgradSm80 {
   using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
   using Multiply = LoraWgradMultiply<T, kMasked>;
   static constexpr bool kSplit = std::is_same_v<F, float>;
-  static constexpr int kColumns = kSplit ? Tile::kColumns / 2 : Tile::kColumns;  // of the rank
+  static constexpr int kColumns = kSplit ? Tile::kColumns / 2 : Tile::kColumns;  // along the rank
 
   const LoraGroupedWgradParams<T>& p;
   const LoraGroupedPiece piece;
@@ -77,7 +77,7 @@ struct LoraGroupedWgradSm80 {
     ptx::cp_async_commit_group();
   }
 
-  // U is ours, in whole chunks.
+  // U is in the workspace, in whole chunks.
   __device__ __forceinline__ void load_u(uint32_t tile, int step) const {
     const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{shared};
 #pragma unroll
@@ -92,7 +92,7 @@ struct LoraGroupedWgradSm80 {
     }
   }
 
-  // Both halves of a sum, where there are two.
+  // Adds the lo half of each sum to its hi half, if there are two.
   __device__ __forceinline__ static void add_lo(typename Multiply::Accumulators& acc) {
     constexpr int kApart = Multiply::kColumnBlocks / 2;
 #pragma unroll
@@ -119,7 +119,7 @@ struct LoraGroupedWgradSm80 {
       }
     });
   }
-  // keep_scale belongs to drop(X), whose elements were left as they are.
+  // drop(X) includes keep_scale, but the elements multiplied here are those of X, not scaled.
   __device__ __forceinline__ F to_element(float sum) const {
     const float scaled = product.masked ? p.mask.keep_scale * sum : sum;
     if constexpr (kSplit) {
@@ -137,7 +137,7 @@ struct LoraGroupedWgradSm80 {
     multiply.clear(acc);
     for (int step = 0; step < steps; ++step) {
       ptx::cp_async_wait_group<Tile::kStages - 2>();
-      __syncthreads();  // both ends of the ring
+      __syncthreads();  // before a read of the loaded stage and before a write to the freed one
       load(step + Tile::kStages - 1);
       multiply.multiply(acc, shared + stage_of(step), step * Tile::kM, product.masked,
                         [&](int position) { return row_at(position); });

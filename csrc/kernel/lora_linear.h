@@ -17,7 +17,7 @@ struct Matrix {
   int64_t row_stride, column_stride;
 };
 
-// What forward and backward share. Adapters are in float or, like everything else, in T.
+// Operands of forward and backward. Adapters are in float or, like everything else, in T.
 struct LoraLinearOperands {
   int64_t m, n, k;
   int rank;
@@ -32,13 +32,13 @@ struct LoraLinearOperands {
 };
 
 struct LoraLinearForward : LoraLinearOperands {
-  const void* bias;  // in float or T; or null
+  const void* bias;  // in float or T; may be null
   bool float_bias;
   const void* base;  // [m, n], onto which Y is added, in a plan for a given base; else null
   int64_t base_pitch;
   void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
   float* s;  // [m, rank]
-  // Of lora_decode: as many zeros as the plan has flags; null where they are in the workspace.
+  // For lora_decode: as many zeros as the plan has flags; null if they are in the workspace.
   uint32_t* counts;
 };
 

@@ -1,5 +1,5 @@
-// What each kernel of the LoRA linear takes, from a plan (plan::Tiled), the operands, and where the
-// workspace has the intermediates.
+// Parameters of each kernel of the LoRA linear, from a plan (plan::Tiled), the operands and the
+// intermediates in the workspace.
 #pragma once
 #include <algorithm>
 
@@ -21,7 +21,7 @@ class LoraLinearParams {
   LoraLinearParams(const plan::Tiled& plan, const LoraLinearOperands& operands)
       : plan_(plan), o_(operands) {}
 
-  // A and B, where they are not used as they lie, and s S.
+  // Halves of A and B, unless they are used in their original layout, and of s S.
   struct Split {
     LoraSplitParams<T> params{};
     unsigned matrices = 0;
@@ -92,7 +92,7 @@ class LoraLinearParams {
     return params;
   }
 
-  // T in the same grid: of X A^T, where s may be null, or of dY B.
+  // T in the same grid: s X A^T, where s may be null, or dS = s dY B.
   LoraInGridParams<T> in_grid(float* s) const {
     LoraInGridParams<T> in{};
     in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
@@ -108,7 +108,7 @@ class LoraLinearParams {
   }
   uint32_t* flags() const { return at<uint32_t>(plan_.in_grid->flags); }
 
-  // Z = dY B and G_B = dY^T S
+  // Z = dY B and G_B = dY^T (s S)
   LoraDsdbParams<T> dsdb(const LoraLinearBackward& g) const {
     LoraDsdbParams<T> params{};
     params.dy = in_t(g.dy), params.dy_pitch = g.dy_pitch;
@@ -120,11 +120,11 @@ class LoraLinearParams {
     return params;
   }
 
-  // G_A = drop(X)^T dS, and G_B = dY^T S unless lora_dsdb makes it.
+  // G_A = drop(X)^T dS, and G_B = dY^T (s S) unless lora_dsdb computes it.
   struct Wgrad {
     LoraWgradParams<T> params{};
     unsigned products = 0;
-    int widest = 0;  // columns of P
+    int widest = 0;  // largest number of columns of P
     unsigned splits = 0;
   };
   Wgrad wgrad(const LoraLinearBackward& g) const {
@@ -182,7 +182,7 @@ class LoraLinearParams {
 
  private:
   struct Halves {
-    const T *hi, *lo;  // lo is null without one
+    const T *hi, *lo;  // lo is null if there is one term
     int64_t pitch;
   };
 
@@ -202,7 +202,7 @@ class LoraLinearParams {
     if (plan_.b == plan::kNone) return {in_t(o_.b.data), nullptr, o_.b.row_stride};
     return in_columns(plan_.b);
   }
-  // Halves side by side, [rows, columns].
+  // The halves side by side, [rows, columns].
   Halves in_columns(int64_t offset) const {
     const T* hi = at(offset);
     return {hi, two() ? hi + plan_.width : nullptr, plan_.columns};
@@ -229,7 +229,7 @@ class LoraLinearParams {
     return params;
   }
 
-  // T U: T is S or dS in the workspace. The terms with lo first, as lora_gemm.h has them.
+  // T U: T is s S or dS in the workspace. The terms with lo come first, as in lora_gemm.h.
   void low_rank(LoraGemmParams<T>& gemm, const Halves& u) const {
     if (plan_.base != plan::Base::kKernel) gemm.k = 0;
     gemm.whole_chunks = plan_.vector;

@@ -9,12 +9,11 @@
 // In a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and
 // dX.
 //
-// Here stands in which order kernels run, in which instance and on which grid;
-// lora_linear_params.h has what they take. A launcher is called as launch(kernel, grid, threads,
-// shared bytes, parameters), with true after them for a kernel that may start before the one before
-// it ends; for gemm on wgmma as lora_gemm_sm90a/launch.h says; launch.clear(flags, count) makes
-// flags zero. It decides where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulated/ in the
-// execution layer.
+// This file decides the order of the kernels, their instances and grids; lora_linear_params.h has
+// their parameters. A launcher is called as launch(kernel, grid, threads, shared bytes,
+// parameters), with true as a last argument for a launch with PDL; for gemm on wgmma see
+// lora_gemm_sm90a/launch.h; launch.clear(flags, count) sets flags to zero. The launcher decides
+// where kernels run: csrc/cuda/ on a stream of a GPU, tests/emulated/ in the execution layer.
 #pragma once
 #include "kernel/lora_decode_launch.h"
 #include "kernel/lora_decode_params.h"
@@ -79,7 +78,7 @@ class LoraLinearSequence {
   static unsigned blocks_of(int64_t count, int64_t size) {
     return static_cast<unsigned>((count + size - 1) / size);
   }
-  // For kernels with one thread an element, which go on beyond the grid.
+  // For kernels with one thread per element and a grid-stride loop.
   static unsigned blocks_for(int64_t elements) {
     constexpr int64_t kMostBlocks = 2048;
     return static_cast<unsigned>(std::min<int64_t>((elements + 255) / 256, kMostBlocks));
@@ -114,7 +113,7 @@ class LoraLinearSequence {
     launch_(lora_reduce<T>, dim3(blocks_for(int64_t{params.m} * params.width)), 256, 0, params);
   }
 
-  // Workspace comes as the allocator has it, so the flags are cleared before each launch.
+  // Workspace is not initialised, so the flags are cleared before each launch.
   void in_grid(const LoraGemmParams<T>& params, const LoraInGridParams<T>& in,
                const InGridFactor<T>& factor, const Sm90aChoice& choice) {
     launch_.clear(params_.flags(), plan_.in_grid->flag_count());
@@ -167,7 +166,7 @@ class LoraLinearSequence {
       launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params, plan_.early_wgrad);
     };
     constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
-    // Also where dB alone is wanted: the kernel is then the one that the check has run.
+    // Also if only dB is wanted: this is then the kernel that the check has run.
     if (dropout_) {
       plan_.vector ? run(lora_wgrad_sm80<T, true, kV>) : run(lora_wgrad_sm80<T, true, kE>);
     } else {
@@ -187,8 +186,8 @@ class LoraLinearSequence {
   Launch& launch_;
 };
 
-// Functions, and no members of the class: what is defined in a class is inline, and its kernels
-// would be compiled wherever it is called.
+// Functions rather than members of the class: member functions defined in a class are inline, and
+// their kernels would be compiled wherever they are called.
 template <class T, class Launch>
 void launch_lora_linear(const plan::Plan& plan, const LoraLinearForward& f, Launch& launch) {
   const plan::Decode* decode = plan.decode();

@@ -1,4 +1,4 @@
-// lora_reduce: the sum of the splits of a skinny product, in one fixed order.
+// lora_reduce: sums the splits of a skinny product, in one fixed order.
 //
 //     S = keep_scale * sum of Z         over splits, hi + lo / kLoScale   [m, rank]
 //     T = scaling * S                   in X's type, as hi and lo         [m, width] each
@@ -15,7 +15,7 @@ template <class T>
 struct LoraReduceParams {
   const float*
       z;     // [splits, m, z_pitch]: the rank's columns, with two terms lo's from lo_column on
-  float* s;  // [m, rank], or null
+  float* s;  // [m, rank]; may be null
   T* t[2];   // [m, width], hi and lo; lo may be null
   int64_t t_pitch;
   int m, rank, splits, terms;
@@ -24,7 +24,7 @@ struct LoraReduceParams {
   float keep_scale, scaling;
 };
 
-// One thread an element of T. lora_gemm may begin at once: it waits before it reads T.
+// One thread per element of T. lora_gemm may start at once (PDL): it waits before it reads T.
 template <class T>
 __global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
   ptx::griddepcontrol_launch_dependents();

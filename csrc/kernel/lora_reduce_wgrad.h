@@ -1,4 +1,4 @@
-// lora_reduce_wgrad: from the splits of lora_wgrad and lora_dsdb to the gradients of A and B.
+// lora_reduce_wgrad: sums the splits of lora_wgrad and lora_dsdb into the gradients of A and B.
 //
 //     dA = scale * sum of G^T       over splits, hi + lo / kLoScale      [rank, K]
 //     dB = scale * sum of G                                              [N, rank]
@@ -19,10 +19,10 @@ struct LoraReduceGradient {
 };
 
 struct LoraReduceWgradParams {
-  LoraReduceGradient gradient[2];  // one for each blockIdx.y
+  LoraReduceGradient gradient[2];  // one per blockIdx.y
 };
 
-// One thread an element, neighbours along c.
+// One thread per element, neighbouring threads along c.
 template <class T>
 __global__ void __launch_bounds__(256)
     lora_reduce_wgrad(const __grid_constant__ LoraReduceWgradParams p) {

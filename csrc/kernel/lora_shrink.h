@@ -1,10 +1,10 @@
-// lora_shrink: the skinny product of the LoRA linear, split along k. lora_reduce.h adds the splits.
+// lora_shrink: the skinny product of the LoRA linear, split along k. lora_reduce.h sums the splits.
 //
-//     forward   Z[split] = drop(X) A^T     over the split's share of k       [m, columns]
-//     dS        Z[split] = dY B            over the split's share of n
+//     forward   Z[split] = drop(X) A^T     over the split's range of k       [m, columns]
+//     dS        Z[split] = dY B            over the split's range of n
 //
-// The right operand lies K-major, as [columns, k] (forward: A), or MN-major, as [k, columns] (dS:
-// B). With fp32 adapters its hi and lo halves lie one after the other along `columns`.
+// The right operand is K-major, [columns, k] (forward: A), or MN-major, [k, columns] (dS: B). With
+// fp32 adapters its hi and lo halves are stored one after the other along `columns`.
 #pragma once
 
 #include <cstdint>
@@ -22,11 +22,11 @@ struct LoraShrinkParams {
   int64_t x_pitch, a_pitch;
   int m, k, columns;
   int steps_per_split;  // of 64 along k
-  Mask mask;            // of X; for masked kernels only
+  Mask mask;            // of X; only for masked kernels
 };
 
 // 64 rows of X; four warps of 16 rows each. X is read once for every 64 columns. Three stages, 48
-// KiB: three blocks on an SM of sm_80, two on one of sm_86.
+// KiB: three blocks per SM of sm_80, two per SM of sm_86.
 using LoraShrinkTile = LoraGemmTile<64, 64, 16, 64, 3>;
 
 }  // namespace lora_ext::kernel

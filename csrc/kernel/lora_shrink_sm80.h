@@ -1,4 +1,4 @@
-// lora_shrink on mma.sync: a block makes one tile of Z, [64, 64], from one split of k. Grid: row
+// lora_shrink on mma.sync: a block computes one tile of Z, [64, 64], from one split of k. Grid: row
 // tiles, column tiles, splits.
 #pragma once
 #include "kernel/fragment_mask.h"
@@ -9,7 +9,7 @@
 
 namespace lora_ext::kernel {
 
-// 64 x 64 of Z from stages of X and A, one after the other.
+// Computes a 64 x 64 tile of Z from stages of X and A, one after the other.
 template <class T, bool kMNMajor, bool kMasked>
 struct LoraShrinkProduct {
   using Tile = LoraShrinkTile;
@@ -17,7 +17,7 @@ struct LoraShrinkProduct {
   using Accumulators = float[kColumnBlocks][4];
 
   const Mask& dropout;
-  const int rows[2];  // of X, that this lane holds of each fragment
+  const int rows[2];  // of X, held by this lane in each fragment
   const uint64_t seed = kMasked ? static_cast<uint64_t>(*dropout.seed) : 0;  // once for all steps
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -26,8 +26,9 @@ struct LoraShrinkProduct {
     for (int i = 0; i < kColumnBlocks * 4; ++i) acc[i / 4][i % 4] = 0.f;
   }
 
-  // A fragment holds rows l / 4 and l / 4 + 8 (registers 0 and 1), columns 2 (l % 4) and the next,
-  // then the same 8 columns further (2 and 3). Two fragments along k use the four words of a draw.
+  // A fragment holds rows l / 4 and l / 4 + 8 (registers 0 and 1), columns 2 (l % 4) and 2 (l % 4)
+  // + 1, and the same 8 columns further (registers 2 and 3). Two fragments along k use the four
+  // words of a draw.
   struct Draws {
     philox::Words rows[2];
   };
@@ -52,7 +53,7 @@ struct LoraShrinkProduct {
     }
   }
 
-  // A stage, whose columns of X begin at `column`.
+  // Multiplies a stage, whose columns of X begin at `column`.
   __device__ __forceinline__ void multiply(Accumulators& acc, uint32_t left, int column) const {
     const uint32_t right = left + Tile::kLeftBytes;
     Draws draws{};
@@ -134,7 +135,7 @@ struct LoraShrinkSm80 {
     product.clear(acc);
     for (int step = first_step; step < end_step; ++step) {
       ptx::cp_async_wait_group<Tile::kStages - 2>();
-      __syncthreads();  // both ends of the ring
+      __syncthreads();  // before a read of the loaded stage and before a write to the freed one
       load(step + Tile::kStages - 1);
       product.multiply(acc, stage_of(step), step * Tile::kK);
     }

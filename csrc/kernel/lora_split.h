@@ -1,9 +1,9 @@
-// lora_split: matrices as halves that the kernels can copy in 16-byte chunks.
+// lora_split: writes matrices as halves that the kernels can copy in 16-byte chunks.
 //
 //     hi + lo / kLoScale = scale * M        [rows, width] each, zero past M's columns
 //
-// It splits fp32 adapters and S, and gives a half adapter whose rows are not whole chunks (r not a
-// multiple of 8) a pitch that is.
+// It splits fp32 adapters and S. A half adapter whose rows are not whole chunks (r not a multiple
+// of 8) is copied to a pitch that is.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,10 @@ constexpr int kMaxSplitMatrices = 3;
 
 template <class T>
 struct LoraSplitParams {
-  LoraSplitMatrix<T> matrix[kMaxSplitMatrices];  // one for each blockIdx.y
+  LoraSplitMatrix<T> matrix[kMaxSplitMatrices];  // one per blockIdx.y
 };
 
-// One thread an element.
+// One thread per element.
 template <class T>
 __global__ void __launch_bounds__(256) lora_split(const __grid_constant__ LoraSplitParams<T> p) {
   const LoraSplitMatrix<T>& what = p.matrix[blockIdx.y];

@@ -1,14 +1,15 @@
-// lora_wgrad: gradients of the adapters, split along the rows. lora_reduce_wgrad.h adds the splits.
+// lora_wgrad: gradients of the adapters, split along the rows. lora_reduce_wgrad.h sums the splits.
 //
-//     G[split]^T = P^T U            over the split's share of the m rows    [columns, c]
+//     G[split]^T = P^T U            over the split's range of the m rows    [columns, c]
 //
 //     dA   P = drop(X), U = dS      [r, K]
 //     dB   P = dY,      U = s S     [N, r], here transposed as well
 //
-// One grid makes one product or both. With fp32 adapters U's hi and lo halves lie side by side.
+// One grid computes one product or both. With fp32 adapters U's hi and lo halves are stored side by
+// side.
 //
-// Where dX is made by lora_gemm on sm_90a, this grid may begin beside its last tiles (programmatic
-// dependent launch): all operands are ready by then, or `written` says when dS is.
+// If lora_gemm on sm_90a computes dX, this grid may start beside its last tiles (programmatic
+// dependent launch, PDL): all operands are ready by then, or `written` tells when dS is.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +27,9 @@ struct LoraWgradProduct {
   int64_t p_pitch, u_pitch;
   int c, columns, splits;
   int steps_per_split;  // of 64 rows
-  bool masked;          // P; in masked kernels only
-  // Where a grid that may still run makes U, dS (lora_gemm_sm90a/in_grid.h): complete at `parts`.
-  // Else null and 0.
+  bool masked;          // whether P is masked; only in masked kernels
+  // If a grid that may still run writes U = dS (lora_gemm_sm90a/in_grid.h): U is complete when this
+  // counter reaches `parts`. Else null and 0.
   const uint32_t* written;
   uint32_t parts;
 };

@@ -1,4 +1,4 @@
-// lora_wgrad on mma.sync: a block makes one tile of a product, [64, 128], from one split of the
+// lora_wgrad on mma.sync: a block computes one tile of a product, [64, 128], from one split of the
 // rows. Grid: tiles along c, tiles along the columns of U, splits of both products.
 #pragma once
 #include "kernel/fragment_mask.h"
@@ -11,7 +11,7 @@
 
 namespace lora_ext::kernel {
 
-// 128 columns of P by 64 of U from stages of both, one after the other.
+// Computes 128 columns of P by 64 of U from stages of both, one after the other.
 template <class T, bool kMasked>
 struct LoraWgradMultiply {
   using Tile = LoraWgradTile;
@@ -29,10 +29,10 @@ struct LoraWgradMultiply {
       acc[i / (kColumnBlocks * 4)][i / 4 % kColumnBlocks][i % 4] = 0.f;
   }
 
-  // The fragments of P^T hold one column of P in a lane, two rows a register: row 2 (l % 4) and the
-  // next, the same 8 rows further in registers 2 and 3. A draw decides eight elements of one row,
-  // of which this lane holds four and lane l ^ 4, with the neighbouring column, the others: each
-  // draws for one of the two rows, and they exchange.
+  // The fragments of P^T hold one column of P per lane and two rows per register: rows 2 (l % 4)
+  // and 2 (l % 4) + 1, the same 8 rows further in registers 2 and 3. A draw decides eight elements
+  // of one row: this lane holds four of them, and lane l ^ 4, which has the neighbouring column,
+  // the other four. So each lane draws for one of the two rows, and the lanes exchange the bits.
   template <class RowOf>
   __device__ __forceinline__ void mask(uint32_t (&a)[kRowBlocks][4], int row0,
                                        const RowOf& row_of) const {
@@ -64,7 +64,7 @@ struct LoraWgradMultiply {
     }
   }
 
-  // A stage, whose rows begin at `row0`; of a row, row_of says where it counts from in the mask.
+  // Multiplies a stage, whose rows begin at `row0`; row_of maps its rows to rows of the mask.
   template <class RowOf>
   __device__ __forceinline__ void multiply(Accumulators& acc, uint32_t left, int row0, bool masked,
                                            const RowOf& row_of) const {
@@ -94,7 +94,8 @@ struct LoraWgradMultiply {
     }
   }
 
-  // visit(c, column, sum) for this thread's sums, in columns of P and U counted from c0 and 0.
+  // Calls visit(c, column, sum) for this thread's sums; c is a column of P counted from c0,
+  // `column` a column of U counted from 0.
   template <class Visit>
   __device__ __forceinline__ void for_each(const Accumulators& acc, const Visit& visit) const {
 #pragma unroll
@@ -115,7 +116,7 @@ struct LoraWgradSm80 {
   using Tile = LoraWgradTile;
   using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
   using Multiply = LoraWgradMultiply<T, kMasked>;
-  // Beside dX on wgmma, which needs rows of whole chunks.
+  // With PDL beside dX on wgmma, which needs rows of whole chunks.
   static constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
 
   const LoraWgradParams<T>& p;
@@ -154,10 +155,11 @@ struct LoraWgradSm80 {
     });
   }
 
-  // What follows this grid follows the one before it, too, which may still make dX. One block sees
-  // to that, the first, which always has a tile: any more would hold SMs that others could use. At
-  // the end of the kernel, past the return without a tile, it would cost ten registers on sm_90a
-  // and with them one block of three an SM.
+  // The kernel after this grid also depends on the grid before this one, which may still compute
+  // dX. So one block waits for that grid: the first, which always has a tile. Any more waiting
+  // blocks would hold SMs that others could use. At the end of the kernel, after the return of
+  // blocks without a tile, the wait would cost ten registers on sm_90a and with them one of three
+  // blocks per SM.
   __device__ __forceinline__ void wait_for_dx() const {
     if (blockIdx.x + blockIdx.y + blockIdx.z == 0) ptx::griddepcontrol_wait();
   }
@@ -170,7 +172,7 @@ struct LoraWgradSm80 {
     multiply.clear(acc);
     for (int step = first_step; step < end_step; ++step) {
       ptx::cp_async_wait_group<Tile::kStages - 2>();
-      __syncthreads();  // both ends of the ring
+      __syncthreads();  // before a read of the loaded stage and before a write to the freed one
       load(step + Tile::kStages - 1);
       multiply.multiply(acc, shared + stage_of(step), step * Tile::kM, product.masked,
                         [](int row) { return row; });
@@ -180,7 +182,7 @@ struct LoraWgradSm80 {
   }
 };
 
-// Until the grid before has written all of U, which it publishes part by part.
+// Waits until the grid before has written all of U, which it publishes row block by row block.
 template <class T>
 __device__ __forceinline__ void wait_for_u(const LoraWgradProduct<T>& product) {
   if (threadIdx.x == 0) {

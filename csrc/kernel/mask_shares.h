@@ -1,5 +1,6 @@
-// Dropout's mask by shares: the 8 elements of a row that a lane holds in four blocks of m16n8 side
-// by side, two neighbouring columns of each, as 8 bits of which the first is the highest.
+// Dropout's mask in shares: a share is the 8 elements of a row that a lane holds in four
+// neighbouring blocks of m16n8, two columns in each. Its 8 bits have the first element in the
+// highest bit.
 #pragma once
 #include "kernel/mask.h"
 
@@ -9,14 +10,14 @@ struct MaskShares {
   const Mask& mask;
   const uint64_t seed = static_cast<uint64_t>(*mask.seed);
 
-  // Of the share whose first element is (row, column) of what the kernel masks.
+  // Draws the share whose first element is (row, column) of what the kernel masks.
   __device__ __forceinline__ uint32_t draw(int row, int column) const {
     const auto at_row = static_cast<uint64_t>(mask.row_offset + row);
     const auto at_column = static_cast<uint64_t>(mask.col_offset + column);
     return mask.in_step() ? draw_in_step(at_row, at_column) : draw_each(at_row, at_column);
   }
 
-  // Where columns count from a multiple of 32, one draw decides them all, in their order.
+  // If columns are counted from a multiple of 32, one draw decides all elements, in their order.
   __device__ __forceinline__ uint32_t draw_in_step(uint64_t row, uint64_t column) const {
     const philox::Words words = philox::draw(seed, row, philox::group_of(column));
     uint32_t bits = 0;
@@ -28,7 +29,7 @@ struct MaskShares {
     return bits;
   }
 
-  // Any other offset: a draw for each element.
+  // For any other offset: one draw per element.
   __device__ __forceinline__ uint32_t draw_each(uint64_t row, uint64_t column) const {
     uint32_t bits = 0;
 #pragma unroll 1
@@ -37,7 +38,7 @@ struct MaskShares {
     return bits;
   }
 
-  // Below keep_count the difference is negative: its sign is shifted in, by one instruction.
+  // Below keep_count the difference is negative: its sign bit is shifted in, by one instruction.
   __device__ __forceinline__ uint32_t with_bit(uint32_t bits, uint32_t draw) const {
     return bits << 1 | (draw - mask.keep_count) >> 31;
   }

@@ -1,4 +1,4 @@
-// float to a half type, to nearest even.
+// Rounds float to a half type, to nearest even.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

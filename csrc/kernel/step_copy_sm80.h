@@ -1,18 +1,18 @@
-// What a thread copies of an operand of lora_gemm, step after step along k: the same chunks of each
-// tile. Addresses and limits are worked out where a product begins, and advance with the steps.
+// The copies of one thread for an operand of lora_gemm, step after step along k: the same chunks of
+// each tile. Addresses and limits are computed where a product begins, and advance with the steps.
 #pragma once
 #include "kernel/tile_copy_sm80.h"
 
 namespace lora_ext::kernel {
 
-// The row of P and Y at a position: itself.
+// For rows in their original order: position = row of P and Y.
 struct SameRows {
   static constexpr bool kInOrder = true;
   __device__ __forceinline__ int operator()(int position) const { return position; }
 };
 
-// Of tiles of kRows x kColumns, which follow each other along the rows of a matrix (kAlongRows) or
-// down its columns. A thread's chunks lie one below the other, kApart rows apart.
+// Tiles of kRows x kColumns, one after the other along the rows of a matrix (kAlongRows) or down
+// its columns. A thread's chunks are one below the other, kApart rows apart.
 template <class T, int kThreads, int kRows, int kColumns, bool kAlongRows, class Rows = SameRows>
 struct StepCopy {
   using Chunk = ChunkCopy<T, Alignment::kVector>;
@@ -32,7 +32,7 @@ struct StepCopy {
   const Chunk chunk;
   const int row_in_tile = static_cast<int>(threadIdx.x) / kRowChunks;
   const int chunk_in_row = static_cast<int>(threadIdx.x) % kRowChunks;
-  // Of the first chunk, in a tile of panels (tile_copy_sm80.h).
+  // Offset of the first chunk, in a tile of panels (tile_copy_sm80.h).
   const uint32_t in_tile = panel_chunk_offset<kRows>(row_in_tile, chunk_in_row);
 
   const T* source = nullptr;  // the first chunk of this step
@@ -41,7 +41,7 @@ struct StepCopy {
   int position = 0;           // of the first chunk's row
   int row_at[Rows::kInOrder ? 1 : kCopies] = {};  // rows that are not in order
 
-  // From (first_row, first_column) on.
+  // Begins at (first_row, first_column).
   __device__ __forceinline__ void begin(const Matrix& matrix, int first_row, int first_column,
                                         const Rows& row_of) {
     const int column = first_column + chunk_in_row * 8;
@@ -57,7 +57,7 @@ struct StepCopy {
     }
   }
 
-  // A chunk of the step.
+  // Copies the thread's i-th chunk of the step.
   __device__ __forceinline__ void copy(uint32_t tile, int i) {
     const int elements = i * kApart < rows ? min(max(columns, 0), 8) : 0;
     const uint32_t to = tile + in_tile + static_cast<uint32_t>(i * kApart) * 128;

@@ -6,7 +6,7 @@
 
 namespace lora_ext::kernel {
 
-// hi + lo / kLoScale, each the sum over the splits of what lies `step` floats apart.
+// Returns hi + lo / kLoScale, each summed over the splits, which are `step` floats apart.
 template <class T>
 __device__ __forceinline__ float sum_of_splits(const float* z, int splits, int64_t step, int terms,
                                                int64_t lo) {

@@ -1,8 +1,8 @@
-// From global memory into tiles of shared memory, in 16-byte chunks of 8 elements.
+// Copies from global memory into tiles of shared memory, in 16-byte chunks of 8 elements.
 //
-// A tile is one or more panels side by side, each with rows of kChunks chunks. Chunks of a row are
-// swizzled, so that the eight rows of an ldmatrix lie in different banks. What lies outside the
-// matrix is zero.
+// A tile is one or more panels side by side, each with rows of kChunks chunks. The chunks of a row
+// are swizzled, so that the eight rows of an ldmatrix are in different banks. Elements outside of
+// the matrix become zero.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -13,21 +13,21 @@
 
 namespace lora_ext::kernel {
 
-// Where a chunk lies in a panel. Eight rows of 16-byte chunks c fall into eight different 16-byte
-// columns of the 128 bytes of all banks: with rows of 8 chunks by c ^ row, with shorter rows after
-// as many rows as share those 128 bytes.
+// Offset of a chunk in a panel. Eight rows of 16-byte chunks c must fall into the eight different
+// 16-byte columns of the 128 bytes of all banks: rows of 8 chunks use c ^ row; shorter rows change
+// the swizzle after as many rows as share those 128 bytes.
 template <int kChunks = 8>
 __device__ __forceinline__ uint32_t row_chunk_offset(int row, int chunk) {
   static_assert(kChunks == 2 || kChunks == 4 || kChunks == 8);
   return static_cast<uint32_t>(row * kChunks + (chunk ^ row / (8 / kChunks) % kChunks)) * 16;
 }
-// And in a tile of panels with kRows rows of 8 chunks each.
+// Offset of a chunk in a tile of panels with kRows rows of 8 chunks each.
 template <int kRows>
 __device__ __forceinline__ uint32_t panel_chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(chunk / 8 * kRows * 128) + row_chunk_offset(row, chunk % 8);
 }
 
-// One chunk, of which `elements` from `source` on are inside; with none, nothing is read.
+// Copies one chunk, of which `elements` from `source` on are inside; if 0, nothing is read.
 template <class T, Alignment kAlignment>
 struct ChunkCopy {
   const uint32_t shared;
@@ -53,7 +53,7 @@ struct TileCopy {
 
   const uint32_t shared;
 
-  // Brings the 8 elements from `column` on of a row into the chunk at `to`.
+  // Copies the 8 elements of a row from `column` on into the chunk at `to`.
   __device__ __forceinline__ void copy_chunk(uint32_t to, const Matrix& matrix, int row,
                                              int column) const {
     const int left = matrix.columns - column;
@@ -64,9 +64,9 @@ struct TileCopy {
     ChunkCopy<T, kAlignment>{shared}.copy(to, source, elements);
   }
 
-  // Rows [first_row, first_row + kRows), columns [first_column, first_column + kColumns), in
-  // panels of kChunks chunks a row. Of a tile with fewer chunks than threads, its first threads
-  // copy one each, and the others must not call.
+  // Copies rows [first_row, first_row + kRows), columns [first_column, first_column + kColumns),
+  // into panels of kChunks chunks per row. If a tile has fewer chunks than threads, the first
+  // threads copy one each, and the others must not call.
   template <int kRows, int kColumns, int kChunks = 8>
   __device__ __forceinline__ void copy_tile(uint32_t tile, const Matrix& matrix, int first_row,
                                             int first_column) const {
@@ -74,7 +74,7 @@ struct TileCopy {
                                         [&](int row) { return first_row + row; });
   }
 
-  // The same of any rows: row_of(the tile's row) is the matrix's.
+  // The same for gathered rows: row_of(row of the tile) is the row of the matrix.
   template <int kRows, int kColumns, int kChunks = 8, class RowOf>
   __device__ __forceinline__ void copy_rows(uint32_t tile, const Matrix& matrix, int first_column,
                                             const RowOf& row_of) const {
@@ -82,7 +82,7 @@ struct TileCopy {
     static_assert(kRowChunks % kChunks == 0);
     static_assert(kAll % kThreads == 0 || kAll < kThreads);
     constexpr int kCopies = (kAll + kThreads - 1) / kThreads;
-    // Element-wise, a chunk is code enough: unrolled, the kernels would spill.
+    // Element-wise, the code of one chunk is large: unrolled, the kernels would spill.
     [[maybe_unused]] constexpr int kUnrolled = kAlignment == Alignment::kVector ? kCopies : 1;
 #pragma unroll kUnrolled
     for (int i = 0; i < kCopies; ++i) {

@@ -1,9 +1,9 @@
-// How lora_decode (kernel/lora_decode.h) shares its work among the blocks of its grid; the planner
-// places partial sums by it.
+// How lora_decode (kernel/lora_decode.h) divides its work among the blocks of its grid; the planner
+// places partial sums accordingly.
 //
 // Work is counted in steps, 64 along k of a tile. Tiles of S are cut into chunks of two steps,
-// those of Y into units of one. Each block has a run of chunks and then a run of units, as many
-// steps in all as any other, or one more: whoever has a chunk has two units less.
+// tiles of Y into units of one step. Each block has consecutive chunks and then consecutive units,
+// in all as many steps as any other block, or one more: a block has two units less per chunk.
 #pragma once
 
 #include "common/host_device.h"
@@ -11,18 +11,18 @@
 namespace lora_ext::plan {
 
 struct DecodeShares {
-  // One step would leave twice the sums, for no block to end sooner.
+  // One step per chunk would double the partial sums, and no block would end sooner.
   static constexpr int kChunk = 2;
-  // Of a block, at least, unless there is one block: fewer would not get its copies going, leave
-  // more partial sums than they save, and be less than what a chunk takes away.
+  // Least units of a block, unless there is one block: fewer would not fill its pipeline of copies,
+  // leave more partial sums than they save, and be less than what a chunk takes away.
   static constexpr int kLeastUnits = 4;
-  // So that nothing here is 2^31 or more: W would have 16 TiB.
+  // Keeps all numbers here below 2^31: W would have 16 TiB.
   static constexpr int kMostUnits = 1 << 30, kMostBlocks = 1 << 15;
 
   int tiles, s_tiles, steps;  // of Y, of S, and of each tile along k
   int blocks;
 
-  // Places in all of them at which blocks begin: block * count / blocks, without 64 bits.
+  // Where blocks begin among `count` items: block * count / blocks, without 64-bit arithmetic.
   struct Run {
     int each, left, blocks;
     LORA_EXT_HOST_DEVICE int first(int block) const {
@@ -56,8 +56,8 @@ struct DecodeShares {
     const Run s = run_of(all_chunks());
     return block_with(chunk, all_chunks(), [&](int block) { return s.first(block); });
   }
-  // Of `count` units or chunks, of which a block's begin with its first: from where the one at `at`
-  // would be if all blocks had as many.
+  // The block that has item `at` of `count` units or chunks; first(block) is its first item.
+  // Searches from the block that would have it if all blocks had the same number.
   template <class First>
   LORA_EXT_HOST_DEVICE int block_with(int at, int count, const First& first) const {
     int block = guess(at, count);
@@ -72,15 +72,15 @@ struct DecodeShares {
   }
 
   // The blocks that have a part of a tile of Y. Along all units a new part begins with a tile or
-  // with a block, so that tile + block is a slot of its own.
+  // with a block, so tile + block is a unique slot.
   LORA_EXT_HOST_DEVICE int first_block(int tile) const { return block_of(tile * steps); }
   LORA_EXT_HOST_DEVICE int last_block(int tile) const { return block_of((tile + 1) * steps - 1); }
   LORA_EXT_HOST_DEVICE int slots() const { return tiles + blocks; }
 
-  // Parts of a tile of S: its chunks, where each is a block's of its own; else as those of Y.
+  // Parts of a tile of S: its chunks, if each has a block of its own; else as those of Y.
   LORA_EXT_HOST_DEVICE bool chunks_apart() const { return all_chunks() <= blocks; }
   struct Parts {
-    int slot, count;  // the first one's; the others' follow
+    int slot, count;  // the slot of the first part; the others follow
   };
   LORA_EXT_HOST_DEVICE Parts s_parts(int tile) const {
     if (chunks_apart()) return {tile * chunks(), chunks()};
@@ -90,7 +90,7 @@ struct DecodeShares {
   LORA_EXT_HOST_DEVICE int s_slot(int tile, int chunk, int block) const {
     return chunks_apart() ? tile * chunks() + chunk : tile + block;
   }
-  // With as many tiles of S or fewer.
+  // Enough for as many tiles of S or fewer.
   LORA_EXT_HOST_DEVICE int s_slots() const {
     return chunks_apart() ? all_chunks() : s_tiles + blocks;
   }

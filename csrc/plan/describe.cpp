@@ -1,4 +1,4 @@
-// A plan in words.
+// Describes a plan in words.
 #include <iomanip>
 #include <sstream>
 
@@ -78,7 +78,7 @@ std::string describe_decode(const Decode& plan) {
 
 }  // namespace
 
-// "library 12 us, hybrid 11 us", without what was left out.
+// "library 12 us, hybrid 11 us"; routes that were left out are not listed.
 std::string Predicted::describe() const {
   std::ostringstream text;
   text << std::fixed << std::setprecision(1);

@@ -10,7 +10,8 @@ namespace lora_ext::plan {
 namespace {
 
 constexpr int64_t kMostGroups = int64_t{1} << 20, kMostColumnTiles = 65535;
-// Rows of all factors A, in blocks of 16, beyond which S is no small part of lora_decode's work.
+// Largest number of rows of all factors A, in blocks of 16, with which S is a small part of
+// lora_decode's work.
 constexpr int64_t kMostFactorRows = 4096;
 
 std::string why_library_of_many(const Problem& p) {
@@ -21,7 +22,7 @@ std::string why_library_of_many(const Problem& p) {
   return "";
 }
 
-// Why the library route computes a problem; "" if the kernels may.
+// Why the library route computes a problem; "" if the kernels can.
 std::string why_library(const Card& card, const Problem& p, const Request& request) {
   const Choice choice = request.choice;
   if (choice == Choice::kLibrary && !request.measured.empty())
@@ -52,9 +53,9 @@ Base base_of(const Problem& p, const Request& request) {
   return ours ? Base::kKernel : Base::kLibrary;
 }
 
-// Panels of lora_dsdb, which makes dS and dB in one pass over dY, where its partial sums of dS,
-// 8 bytes for each row, column and panel (4 written and 4 read), are at most half of what the
-// second pass would read, 2 bytes an element; else 0.
+// Number of panels of lora_dsdb, which computes dS and dB in one pass over dY, if its partial sums
+// of dS, 8 bytes for each row, column and panel (4 written and 4 read), are at most half of what
+// the second pass would read, 2 bytes an element; else 0.
 int panels_of(const Problem& p, int columns) {
   if (p.groups || !p.need_ds() || !p.need_dlora_b || columns > 32) return 0;
   const int64_t panels = blocks_of(p.n, 16384 / (columns <= 16 ? 16 : 32));
@@ -83,7 +84,7 @@ Decode decode(const Problem& p) {
   return plan;
 }
 
-// Few rows, which have one adapter or an index of them.
+// Few rows, with one adapter or an index of adapters.
 bool fits_decode(const Card& card, const Problem& p) {
   if (p.backward || p.dropout || (p.groups && !p.groups->indexed)) return false;
   if (p.m < 1 || p.m > kMostDecodeRows || p.n < 1 || p.k < 1) return false;

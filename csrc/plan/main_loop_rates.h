@@ -4,13 +4,13 @@
 
 namespace lora_ext::plan {
 
-// Of lora_gemm's loop over k; 0 where there is no such kernel.
+// The rate of lora_gemm's loop over k; 0 if there is no such kernel.
 struct MainLoopRate {
   double plain, masked;
 };
-// On one card: of the library's kernels, of those of kTiles, in its order, and of the kernels of
-// few columns, lora_dsdb's of 16 and of 32; and microseconds of a step of lora_decode, of all
-// blocks that an SM has, for each of kDecodeTiles.
+// The rates on one card: of the library's kernels, of those of kTiles, in its order, and of the
+// skinny kernels, lora_dsdb's for 16 and for 32 columns; and microseconds of a step of lora_decode,
+// for all blocks that an SM has, for each of kDecodeTiles.
 struct MainLoopRates {
   double library;
   MainLoopRate tiles[6];

@@ -15,15 +15,15 @@ Plan as_asked(const Card& card, const Problem& p, const Request& request) {
   return plan;
 }
 
-// The lead that a plan with our own base product must have in predicted time: as much as a
-// prediction may be off, but none where all that it predicts is how long W takes to be read, which
-// the library's takes, too.
+// Largest predicted time, relative to the other route, at which our own base product is chosen: it
+// must lead by as much as a prediction may be off, but by nothing if all that is predicted is the
+// time to read W, which the library's product takes, too.
 double most_of_others(const Plan& plan) {
   return plan.decode() != nullptr ? 1.0 : 1.0 - kPredictionError;
 }
 
-// Half adapters leave nothing but the base product to our kernels in a forward without a mask:
-// x A^T is one pass over x in the library, too, and the expand its own first over Y. Of many
+// With half adapters, a forward without a mask leaves only the base product to our kernels: x A^T
+// is one pass over x in the library, too, and its expand is the first product onto Y. For many
 // adapters the library has no route that does not wait for the host.
 bool hybrid_may_pay(const Problem& p) {
   return p.groups || p.backward || p.dropout || p.float_adapters;
@@ -38,9 +38,9 @@ std::string reason_of(const Plan& plan, const Problem& p) {
                       : "predicted: the library's base product, our kernels for all else";
 }
 
-// The route with the least predicted time; and our own base product only with a lead that is more
-// than a prediction may be off, but of few rows: there the library's product, too, takes what its
-// bytes take.
+// The route with the least predicted time. Our own base product is chosen only with a lead larger
+// than the error of a prediction, except for few rows: there the library's product, too, takes the
+// time of its bytes.
 Plan predicted_best(const Card& card, const Problem& p, const Request& request) {
   Predicted us;
   const auto planned = [&](Choice choice, double& time) {

@@ -12,27 +12,30 @@ namespace {
 
 constexpr double kHalf = 2, kFloat = 4;  // bytes
 
-// What a tile takes beside its products, in columns of k that its main loop could have made
-// meanwhile. By the instructions counted in the machine code, wgmma's take 1.2 % of a depth of 4096
-// (docs/kernels.md), and applying a mask, whose bits are drawn among products, 0.9 %; none of the
-// epilogue where another warpgroup multiplies. On mma.sync estimated, and bits are drawn outside.
+// The time of a tile outside of its products, as the columns of k that its main loop could have
+// multiplied in that time. Counted in the machine code, wgmma's epilogue takes 1.2 % of a depth of
+// 4096 (docs/kernels.md), and applying a mask, whose bits are drawn between products, 0.9 %;
+// nothing of the epilogue if another warpgroup multiplies meanwhile. For mma.sync it is estimated,
+// and bits are drawn outside of the loop.
 struct TileEnd {
   int64_t epilogue, mask;
 };
 constexpr TileEnd kEndOnMma{128, 192}, kEndOnWgmma{64, 64};
-// A draw for eight elements of a low-rank product alone, some 80 instructions of which an SM issues
-// 128 a clock, in operations that mma.sync makes on an H100's SM meanwhile, for each element.
+// A draw for eight elements of a low-rank product alone takes some 80 instructions, of which an SM
+// issues 128 per clock; here in operations per element of mma.sync on an H100's SM meanwhile.
 constexpr double kDrawFlop = 150;
-// A job that makes T of a pair of row blocks, over a pair of tiles of 128 x 256: it fills stages of
-// a third of the bytes, each in about that share of the time that a tile multiplies one.
+// A job that computes T for a pair of row blocks, relative to a pair of tiles of 128 x 256: it
+// fills stages of a third of the bytes, each in about that fraction of the time that a tile
+// multiplies one.
 constexpr double kJobTiles = 0.3;
-// The share of a card's bandwidth that a share of its SMs can draw, over that share.
+// The fraction of a card's bandwidth that some of its SMs can draw, over the fraction of SMs.
 constexpr double kShareOfDram = 2.5;
 
-// Of lora_decode. Requests that L2 answers while DRAM delivers one byte: three fifths of what cards
-// are said to do. What a block does before its first bytes come, and the last one after the last
-// have: its partial sums, the counting, those of others and their end, four round trips through L2.
-// And of T B^T, for which B comes from DRAM and then T from L2, each time but the first (assumed).
+// For lora_decode: bytes that L2 delivers while DRAM delivers one, three fifths of the published
+// ratio. Time of a block before its first bytes arrive, and of the last block after its last bytes:
+// its partial sum, the arrival, the other partial sums and their end, four round trips through L2.
+// Time of each round of T B^T but the first, for which B comes from DRAM and then T from L2
+// (assumed).
 constexpr double kL2Share = 1.75;
 constexpr double kEndsUs = 1.5, kRoundUs = 0.5;
 
@@ -48,14 +51,14 @@ Waves waves_of(const Card& card, const TileFacts& tile, const Problem& p) {
   return {blocks_of(tiles, workers), workers, tiles};
 }
 
-// Passes over m x k or m x n elements in our kernels of few columns, which come in 64s.
+// Passes over m x k or m x n elements in our skinny kernels, whose columns are rounded up to 64.
 Launch skinny(const Card& card, const char* name, double bytes, double elements, int columns,
               double of_tensor_rate, double draws = 0.0) {
   const double flop = 2.0 * 64 * static_cast<double>(blocks_of(columns, 64));
   return {name, bytes, elements * (flop + draws) / share_on_mma(card, of_tensor_rate)};
 }
 
-// Three products of halves are one of floats: hi hi, hi lo, lo hi.
+// One product of floats is three of halves: hi hi, hi lo, lo hi.
 int64_t rank_terms(const Problem& p) { return p.float_adapters ? 3 : 1; }
 int64_t low_rank_depth(const Problem& p) { return rank_terms(p) * 16 * blocks_of(p.rank, 16); }
 
@@ -67,7 +70,7 @@ double tile_flop(const Card& card, const TileFacts& tile, int64_t depth, bool ma
   return 2.0 * area(tile.rows, tile.columns) * static_cast<double>(depth) / share;
 }
 
-// Tiles' time for which all wait until T is made, unless clusters without a last tile make it.
+// Time, in tiles, for which all wait for T, unless clusters without a last tile compute it.
 double wait_for_t(const InGrid& in_grid, const Waves& waves, bool masked) {
   const double job = kJobTiles * in_grid.pairs_per_ticket;
   const int64_t tickets = blocks_of(in_grid.row_blocks / 2, in_grid.pairs_per_ticket);
@@ -75,7 +78,7 @@ double wait_for_t(const InGrid& in_grid, const Waves& waves, bool masked) {
   return job * static_cast<double>(blocks_of(tickets, waves.workers));
 }
 
-// A low-rank product alone, onto the library's or onto a given y.
+// Only a low-rank product, added onto the library's product or onto a given y.
 Launch low_rank_gemm(const Card& card, const Problem& p, const Tiled& plan, double factors) {
   const double y = area(p.m, p.columns());
   const double onto = plan.base == Base::kGiven && !p.backward ? kHalf * y : 0.0;
@@ -98,9 +101,9 @@ Launch lora_gemm(const Card& card, const Problem& p, const Tiled& plan) {
   return {"lora_gemm", bytes, wave * (static_cast<double>(waves.whole) + wait)};
 }
 
-// What is left of lora_wgrad after the last wave of dX, beside which it begins: on the SMs that
-// have no tile in it, and from the end of the first main loops on, since all of a grid must begin
-// before a dependent may.
+// What is left of lora_wgrad after the last wave of dX, beside which it starts: it runs on the SMs
+// that have no tile in that wave, and from the end of the first main loops on, since all blocks of
+// a grid must have started before a dependent grid may.
 Launch after_dx(const Card& card, const Launch& wgrad, const Launch& dx, const Waves& waves) {
   if (waves.whole < 2) return wgrad;
   const Sustained rates = sustained_by(card);
@@ -115,7 +118,7 @@ Launch after_dx(const Card& card, const Launch& wgrad, const Launch& dx, const W
   return {wgrad.name, left * wgrad.bytes, left * wgrad.flop};
 }
 
-// Partial sums of S or dS.
+// Bytes of the partial sums of S or dS.
 double t_sum_bytes(const Problem& p, const Tiled& plan) {
   return kFloat * plan.t_sums() * area(p.m, plan.columns);
 }
@@ -152,7 +155,7 @@ Launch wgrad_launch(const Card& card, const Problem& p, const Tiled& plan) {
   return wgrad;
 }
 
-// dX and the gradients of A and B.
+// Adds the products of dX and of the gradients of A and B.
 void add_products(const Card& card, const Problem& p, const Tiled& plan, Launches& launches) {
   Launch dx{"", 0.0, 0.0};
   if (plan.gemm) {
@@ -194,14 +197,14 @@ Launches tiled_backward(const Card& card, const Problem& p, const Tiled& plan) {
   return launches;
 }
 
-// Times that T B^T of a tile waits for loads.
+// Number of times that T B^T of a tile waits for loads.
 int64_t rounds_of(const Problem& p) {
   return blocks_of(p.adapters() * blocks_of(p.rank, 16),
                    decode_pieces(decode_tile_for(p.m), p.float_adapters));
 }
 
-// The longest of bytes of DRAM, requests of L2, which are X for each tile and partial sums out and
-// in, and of the steps of a block; and the ends of the grid.
+// The longest of: bytes of DRAM; requests of L2, which are X for each tile and partial sums out and
+// in; and the steps of a block; plus the start and the end of the grid.
 Launch lora_decode(const Card& card, const Problem& p, const Decode& plan) {
   const DecodeTile& tile = decode_tile_for(p.m);
   const double of_factor = p.float_adapters ? 4 : 2;
@@ -221,8 +224,9 @@ Launch lora_decode(const Card& card, const Problem& p, const Decode& plan) {
           (loop + ends) * 1e6 * rates.tflops};
 }
 
-// What many adapters add: the tables, and each other adapter's factors and gradients, which are
-// read and written once; of products without a base, each adapter's low-rank steps are its own.
+// The additional time of many adapters: the tables, and the factors and gradients of each other
+// adapter, which are read and written once; in products with our own base, also the low-rank steps
+// of each adapter.
 double us_of_many(const Card& card, const Problem& p, const Tiled& plan) {
   const Sustained rates = sustained_by(card);
   const double element = p.float_adapters ? kFloat : kHalf;

@@ -1,4 +1,4 @@
-// The launches of the library route, as csrc/library/library_route.cpp has them.
+// The launches of the library route, as csrc/library/library_route.cpp makes them.
 #include "plan/predict_library.h"
 
 #include <algorithm>
@@ -11,17 +11,16 @@ namespace {
 
 constexpr double kHalf = 2, kFloat = 4;  // bytes
 
-// What the library chooses among, the smaller tiles at a lower rate.
+// Tiles that the library chooses from, the smaller ones at a lower rate.
 struct LibraryTile {
   int64_t rows, columns;
   double share;
 };
 constexpr LibraryTile kLibraryTiles[] = {
     {128, 256, 1.0}, {128, 128, 0.9}, {128, 64, 0.75}, {64, 64, 0.55}};
-constexpr int64_t kLibrarySplit = 512;  // the least depth of a split of k
+constexpr int64_t kLibrarySplit = 512;  // least depth of a split of k
 
-// With adapters of x's dtype: the expand first, the base product
-// onto it.
+// With adapters of x's dtype: first the expand, then the base product, accumulated onto it.
 Launches library_forward(const Card& card, const Problem& p) {
   Launches launches;
   if (p.dropout) launches.add("dropout", 2 * kHalf * area(p.m, p.k));

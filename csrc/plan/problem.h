@@ -1,4 +1,4 @@
-// What the planner is given: the card, and the LoRA linear's operands.
+// Inputs of the planner: the card, and the operands of the LoRA linear.
 #pragma once
 
 #include <algorithm>
@@ -9,35 +9,35 @@
 
 namespace lora_ext::plan {
 
-// What a card gives to kernels. `arch` is 10 major + minor.
+// Properties of a card. `arch` is 10 major + minor.
 struct Card {
   int arch;
   int sms;
-  int64_t shared_per_sm, shared_per_block;  // bytes; a block can have at most the second
-  std::string name{};       // the driver's, by which measurements are kept; "" in the abstract
+  int64_t shared_per_sm, shared_per_block;  // bytes; the second is the limit of a block
+  std::string name{};       // the driver's, the key of measurements; "" for an abstract card
   bool tensor_maps = true;  // the driver encodes them, which TMA needs
-  bool sm90a_code = true;   // this build has some
+  bool sm90a_code = true;   // this build has sm_90a code
   std::string error{};      // why the CUDA runtime cannot use the card; "" if it can
 };
 
-// Many adapters in one batch, each of some rows. Neither whose a row is nor what rank an adapter
-// has is known on the host.
+// Many adapters in one batch, each with some rows. The host knows neither the adapter of a row nor
+// the rank of an adapter.
 struct Groups {
   int64_t count;
-  bool indexed = false;  // an index for each row; else ends of ranges
+  bool indexed = false;  // an index per row; else ends of ranges
   bool listed = false;   // adapters are a list of tensors; else slots of a pool
 
   auto operator<=>(const Groups&) const = default;
 };
 
-// A LoRA linear's operands. "aligned": unit stride in a row, and pointer and row pitch are
+// The operands of a LoRA linear. "aligned": unit stride along a row, and pointer and row pitch are
 // multiples of 16 bytes.
 struct Problem {
   int64_t m, n, k, rank;        // the largest rank, if there are groups
-  bool half_dtype = true;       // x's: bfloat16 or half; others stay on the library route
+  bool half_dtype = true;       // x is bfloat16 or half; others stay on the library route
   bool float_adapters = false;  // else of x's dtype
   bool dropout = false;
-  bool given_base = false;       // y is there: there is no weight, and no base product
+  bool given_base = false;       // y is given: there is no weight, and no base product
   bool weight_row_major = true;  // [n, k] with unit stride along k
   bool aligned = true;           // x and y (forward); dY, x and dX (backward)
   bool aligned_weight = true;
@@ -55,9 +55,9 @@ struct Problem {
   int64_t depth() const { return backward ? n : k; }
   bool masked_product() const { return backward && dropout; }
   bool need_ds() const { return backward && (need_dx || need_dlora_a); }
-  // The most adapters that rows can have.
+  // The largest number of adapters that rows can have.
   int64_t adapters() const { return groups ? std::min(groups->count, m) : 1; }
-  // Whether kernels can make X W^T or dY W: they copy whole chunks of 16 bytes.
+  // Whether kernels can compute X W^T or dY W: they copy whole chunks of 16 bytes.
   bool kernels_can_make_base() const {
     return !given_base && weight_row_major && aligned && aligned_weight;
   }

@@ -6,10 +6,10 @@
 namespace lora_ext::plan {
 namespace {
 
-// Vendors' dense rates times 0.8 and bandwidths times 0.9, of a card of each generation. Others of
-// the generation are taken to have as much for each SM. `mma_share`: the rate of mma.sync over that
-// of the library, which has faster instructions for its products on 9.0 (arXiv:2501.12084 measured
-// 494 of 757 TFLOP/s) and 10.x.
+// Vendors' dense rates times 0.8 and bandwidths times 0.9, for one card of each generation. Other
+// cards of the generation are assumed to have the same per SM. `mma_share`: the rate of mma.sync
+// over that of the library, which has faster instructions for its products on 9.0 (arXiv:2501.12084
+// measured 494 of 757 TFLOP/s) and 10.x.
 struct Generation {
   int arch, sms;
   double tflops, dram_gb_s, mma_share;
@@ -23,7 +23,7 @@ constexpr Generation kGenerations[] = {
     {120, 170, 170, 1600, 1.0},    // RTX 5090
 };
 
-// The last that is not newer than the card.
+// The last generation that is not newer than the card.
 const Generation& generation_of(const Card& card) {
   const Generation* found = &kGenerations[0];
   for (const Generation& each : kGenerations)
@@ -58,7 +58,7 @@ double share_on_mma(const Card& card, double of_tensor_rate) {
 }
 
 double main_loop_share(const Card& card, const TileFacts& tile, bool masked) {
-  if (tile.tile == Tile::kDecode) return 0.0;  // by decode_step_us
+  if (tile.tile == Tile::kDecode) return 0.0;  // see decode_step_us
   const MainLoopRates& rates = main_loops_of(card);
   const double rate = rate_of(rates.tiles[static_cast<int>(tile.tile)], masked);
   return tile.wgmma ? rate / rates.library : share_on_mma(card, rate);

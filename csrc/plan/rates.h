@@ -1,4 +1,4 @@
-// What a card keeps up, and how much of it kernels reach.
+// Sustained rates of a card, and the fraction of them that kernels reach.
 #pragma once
 
 #include "plan/main_loop_rates.h"
@@ -7,26 +7,25 @@
 
 namespace lora_ext::plan {
 
-// Of the library's half product at 4096 x 4096 x 4096; of a copy, read and written bytes together;
-// from the end of a kernel to the start of the next, in a graph.
+// Rate of the library's half product at 4096 x 4096 x 4096; of a copy, read and written bytes
+// together; time from the end of a kernel to the start of the next, in a graph.
 struct Sustained {
   double tflops, dram_gb_s, gap_us;
 };
 Sustained sustained_by(const Card& card);
 double microseconds(const Launch& launch, const Sustained& rates);
 
-// By card: 10.x, whose mma.sync was not counted, as 9.0; others by what fits into their shared
-// memory.
+// Chosen by card: 10.x, whose mma.sync was not counted, as 9.0; others by their shared memory.
 const MainLoopRates& main_loops_of(const Card& card);
 inline double rate_of(const MainLoopRate& rate, bool masked) {
   return masked ? rate.masked : rate.plain;
 }
-// Of the library's rate, by a loop on mma.sync.
+// Relative to the library's rate, for a loop on mma.sync.
 double share_on_mma(const Card& card, double of_tensor_rate);
-// What the main loop of a tile of lora_gemm reaches of the rate of the library's, on the card of
-// its generation.
+// Rate of the main loop of a tile of lora_gemm, relative to the library's, on the card of its
+// generation.
 double main_loop_share(const Card& card, const TileFacts& tile, bool masked);
-// A step of lora_decode, of all blocks that an SM has, in microseconds.
+// Microseconds of a step of lora_decode, of all blocks that an SM has.
 double decode_step_us(const Card& card, const DecodeTile& tile);
 
 }  // namespace lora_ext::plan

@@ -5,7 +5,7 @@
 
 namespace lora_ext::plan {
 
-constexpr int64_t kStep = 64;  // of the depth of a sum, in all main loops
+constexpr int64_t kStep = 64;  // depth of one step of all main loops
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }

@@ -1,4 +1,4 @@
-// The steps of a plan, in their order; plan.h names their files.
+// The steps of a plan, in order; plan.h names their files.
 #pragma once
 #include "plan/decode_shares.h"
 #include "plan/plan.h"
@@ -6,11 +6,11 @@
 
 namespace lora_ext::plan {
 
-// The reason, and which sequence of kernels, if any.
+// Sets the reason, and the sequence of kernels, if any.
 Plan choose_kernels(const Card& card, const Problem& problem, const Request& request);
-// Tiles, splits and blocks of that sequence.
+// Sets the tiles, splits and blocks of that sequence.
 void choose_tiles(Plan& plan, const Card& card, const Problem& problem, const Request& request);
-// Offsets of what it keeps in the workspace, and the workspace's size.
+// Sets the offsets of intermediates in the workspace, and its size.
 void place_in_workspace(Plan& plan, const Problem& problem);
 
 inline DecodeShares shares_of(const Decode& plan, const Problem& p) {

@@ -1,4 +1,4 @@
-// Tiles of lora_gemm and lora_decode, splits of the kernels of few columns, and blocks of all.
+// Tiles of lora_gemm and lora_decode, splits of the skinny kernels, and blocks of all.
 #include <algorithm>
 #include <limits>
 
@@ -9,11 +9,11 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr int64_t kMinSteps = 4;  // of a split: the copies need two to get going
+constexpr int64_t kMinSteps = 4;  // per split: its pipeline of copies needs two to fill
 
 constexpr int64_t kMostWgmmaRank = 256, kMostInGridRank = 64;
 
-// Enough splits for two blocks on every SM, but none so short that its copies do not get going.
+// Enough splits for two blocks on every SM, but none too short to fill its pipeline of copies.
 Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
   const int64_t steps = blocks_of(length, kStep);
   const int64_t wanted = std::max<int64_t>(1, 2 * card.sms / blocks);
@@ -22,7 +22,7 @@ Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
   return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
 }
 
-// Why no kernel with wgmma and TMA computes a product on a card; "" if one may.
+// Why no kernel with wgmma and TMA computes a product on a card; "" if one can.
 std::string why_no_wgmma(const Card& card, const Problem& p) {
   if (card.arch != 90) return "only compute capability 9.0 has it";
   if (!card.sm90a_code) return "this build has no code for 9.0a";
@@ -32,36 +32,36 @@ std::string why_no_wgmma(const Card& card, const Problem& p) {
   return "";
 }
 
-// Blocks that have work; wgmma's come in pairs of rows.
+// Number of blocks that have work; wgmma's blocks form pairs along the rows.
 int64_t blocks_with_work(const TileFacts& tile, const Problem& p) {
   const int64_t together = tile.wgmma ? 2 : 1;
   return together * blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
 }
 
-// Masked tiles take T first, so all clusters stand still while T is made: 0.3 of the time of a tile
-// of 256 columns, if each makes one pair of row blocks at most (predicted; the depth of both is
-// that of the product). The pass over dY that this saves takes the longer the more rows there are:
-// at an H100's rates as long where a fifth of the clusters make T.
+// Masked tiles take T first, so all clusters wait while T is computed: 0.3 of the time of a tile of
+// 256 columns, if each computes at most one pair of row blocks (predicted; both have the depth of
+// the product). This saves a pass over dY, which takes longer the more rows there are: at an H100's
+// rates both take the same time where a fifth of the clusters compute T.
 bool masked_t_pays(const Card& card, int64_t m) {
   return 5 * blocks_of(m, 2 * facts_of(Tile::kInGrid128x256).rows) >= card.sms / 2;
 }
 
-// Where T can be made in the same grid it is, which saves two launches, unless there is not a tile
-// for every cluster: then all would wait for T.
+// T is computed in the same grid where possible, which saves two launches, unless there are fewer
+// tiles than clusters: then all would wait for T.
 bool in_grid_pays(const Card& card, const Problem& p) {
   return (!p.dropout || masked_t_pays(card, p.m)) &&
          blocks_with_work(facts_of(Tile::kInGrid128x256), p) > card.sms;
 }
 
-// The tile that is asked for, if it can be had; else that whose waves are predicted to end first,
-// of those on wgmma where they can be had. Where lora_gemm only adds a low-rank product, the
-// smallest tile, of which most fit on an SM.
+// The requested tile, if the card and the call can have it; else the one whose waves are predicted
+// to end first, among those on wgmma if there are any. If lora_gemm only adds a low-rank product,
+// the smallest tile, of which most fit on an SM.
 const TileFacts& choose_tile(const Card& card, const Problem& p, const Request& request,
                              const Tiled& plan) {
   const TileFacts* best = &facts_of(Tile::k128x64);
   if (plan.base != Base::kKernel) return *best;
   const bool wgmma = why_no_wgmma(card, p).empty();
-  // lora_dsdb makes dS without another pass over dY.
+  // lora_dsdb computes dS without another pass over dY.
   const bool may_in_grid =
       wgmma && fits_in_grid(call_of(p)) && p.rank <= kMostInGridRank && !plan.one_pass();
   const bool in_grid = may_in_grid && in_grid_pays(card, p);
@@ -83,17 +83,17 @@ Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
   const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
   const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
   const int64_t blocks = std::min(blocks_with_work(tile, p), card.sms * resident);
-  // As many clusters as are resident, which the driver says; of a card with SMs left to others, no
-  // more than its rest holds.
+  // As many clusters as are resident, which the driver tells; if some SMs are reserved for other
+  // work, no more than fit on the rest.
   const int most = tile.wgmma ? card.sms : std::numeric_limits<int>::max();
   return {tile.tile, std::min(static_cast<int>(blocks), request.most_blocks),
           tile.wgmma && !tile.in_grid && request.early_launch, std::min(most, request.most_blocks)};
 }
 
-// Whole waves of tiles leave some clusters idle at the end. If those alone make T before their
-// first tile, it costs no time, as long as they are done when the others have their first tiles: a
-// pair of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and two are tried.
-// Masked tiles begin with T, and the sooner the more clusters make it.
+// Whole waves of tiles leave some clusters idle at the end. If only those compute T before their
+// first tile, it costs no time if they are done when the others have done their first tiles: a pair
+// of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and up to two are
+// tried. Masked tiles begin with T, which is complete the sooner the more clusters compute it.
 int choose_pairs_per_ticket(const Card& card, const Problem& p, const TileFacts& tile) {
   constexpr int kMost = 2;
   if (p.dropout) return 1;
@@ -114,9 +114,9 @@ void choose_product(Tiled& plan, const Card& card, const Problem& p, const Reque
   plan.in_grid->pairs_per_ticket = choose_pairs_per_ticket(card, p, tile);
 }
 
-// Of S or dS, unless another kernel makes it.
+// Splits for S or dS, unless another kernel computes it.
 void choose_shrink(Tiled& plan, const Card& card, const Problem& p) {
-  // lora_shrink of a forward with one adapter takes A's halves without padding.
+  // lora_shrink in a forward with one adapter takes A's halves without padding.
   const bool whole_chunks = p.backward || p.groups;
   plan.z_columns = whole_chunks ? plan.columns : static_cast<int>(plan.terms * p.rank);
   const bool needed = !p.backward || p.need_ds();
@@ -124,12 +124,12 @@ void choose_shrink(Tiled& plan, const Card& card, const Problem& p) {
   plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.depth());
 }
 
-// Of dA and dB with one adapter.
+// Splits for dA and dB with one adapter.
 void choose_gradients(Tiled& plan, const Card& card, const Problem& p, bool early_launch) {
   const auto splits = [&](int64_t blocks) { return choose_splits(card, blocks, p.m); };
   const int64_t column_tiles = blocks_of(plan.columns, 64);
   if (plan.one_pass()) {
-    plan.dlora_b = splits(2 * plan.panels);  // one block an SM
+    plan.dlora_b = splits(2 * plan.panels);  // one block per SM
   } else if (p.need_dlora_b) {
     plan.dlora_b = splits(blocks_of(p.n, 128) * column_tiles);
   }
@@ -138,8 +138,8 @@ void choose_gradients(Tiled& plan, const Card& card, const Problem& p, bool earl
       plan.gemm && facts_of(plan.gemm->tile).wgmma && plan.has_wgrad() && early_launch;
 }
 
-// Tiles of rows, and pieces of rows over which gradients are summed: long enough that one adapter
-// alone would fill the card.
+// Row tiles, and pieces of rows for the partial sums of gradients: sized so that one adapter alone
+// would fill the card.
 void choose_tables(Tiled& plan, const Card& card, const Problem& p) {
   Tables& tables = plan.tables.emplace();
   tables.piece_rows = static_cast<int>(rounded_up(p.m, kGroupedTileRows));  // nothing is summed

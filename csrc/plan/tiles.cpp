@@ -3,9 +3,9 @@
 namespace lora_ext::plan {
 namespace {
 
-// Two blocks an SM, of two stages each, or where shared memory has no room for both, one block of
-// three: with one of two stages, copies would be waited for (L40S: 0.65 of the tensor rate, 0.93
-// with three; A100: 0.92 with two blocks, 0.80 with one).
+// Two blocks per SM, of two stages each; or, if shared memory has no room for both, one block of
+// three stages: with one block of two stages, the loop would wait for copies (L40S: 0.65 of the
+// tensor rate, 0.93 with three; A100: 0.92 with two blocks, 0.80 with one).
 bool is_as_deep_as_fits(const TileFacts& tile, const Card& card) {
   if (tile.tile == Tile::k128x128) return two_blocks_fit(card);
   return tile.tile != Tile::kDeep128x128 || !two_blocks_fit(card);

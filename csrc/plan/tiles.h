@@ -11,8 +11,8 @@
 
 namespace lora_ext::plan {
 
-// Of kernel/lora_gemm_sm80.h, of lora_gemm_sm90a/in_grid.h and kernel.h, and, for few rows,
-// kernel/lora_decode.h.
+// Tiles of kernel/lora_gemm_sm80.h, of lora_gemm_sm90a/in_grid.h and kernel.h, and, for few rows,
+// of kernel/lora_decode.h.
 enum class Tile {
   k128x128,
   kDeep128x128,
@@ -23,16 +23,17 @@ enum class Tile {
   kDecode,
 };
 
-// The tiles of kernel/lora_gemm.h, which are the same (kernel/lora_linear_sequence.h and
-// lora_gemm_sm90a/launch.h assert it): rows, columns, shared memory in bytes, resident blocks an SM
-// at most (by registers). What their main loops reach of the tensor rate is in main_loop_rates.h.
+// The tiles of kernel/lora_gemm.h, to which these are equal (kernel/lora_linear_sequence.h and
+// lora_gemm_sm90a/launch.h assert it): rows, columns, shared memory in bytes, most resident blocks
+// per SM (by registers). main_loop_rates.h has the fraction of the tensor rate that their main
+// loops reach.
 struct TileFacts {
   Tile tile;
   const char* name;
   int64_t rows, columns, shared;
   int resident;
-  bool wgmma;    // on compute capability 9.0 alone, in pairs of blocks one below the other
-  bool in_grid;  // makes T, too, where fits_in_grid allows it
+  bool wgmma;    // only on compute capability 9.0, in pairs of blocks along the rows
+  bool in_grid;  // can also compute T, if fits_in_grid allows it
 };
 constexpr TileFacts kTiles[] = {
     {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, false, false},
@@ -41,13 +42,13 @@ constexpr TileFacts kTiles[] = {
     {Tile::kInGrid128x256, "in-grid 128 x 256", 128, 256, 231528, 1, true, true},
     {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, true, false},
     {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, false},
-    // Its instances are kDecodeTiles; this is the largest.
+    // Its instances are kDecodeTiles; this is the largest one.
     {Tile::kDecode, "decode", 64, 128, 100652, 1, false, false},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
 // lora_decode's instances for up to `batch` rows of X, which kernel/lora_decode_launch.h asserts:
-// rows of W in a tile, bytes of shared memory, and blocks on an SM that registers leave room for.
+// rows of W in a tile, bytes of shared memory, and blocks per SM that registers allow.
 struct DecodeTile {
   int64_t batch, rows, shared, resident;
 };
@@ -60,43 +61,44 @@ constexpr const DecodeTile& decode_tile_for(int64_t m) {
   while (tile->batch < m) ++tile;
   return *tile;
 }
-// Times 16 ranks of B whose loads are in flight together, as kernel/lora_decode_low_rank.h has
-// them.
+// Number of 16-rank pieces of B whose loads are in flight at once, as in
+// kernel/lora_decode_low_rank.h.
 constexpr int64_t decode_pieces(const DecodeTile& tile, bool float_adapters) {
   return !float_adapters ? 4 : tile.batch < 64 ? 2 : 1;
 }
 
-// The 16s along k that the last 64 of the rank need: one, or all four. Two and three are made in
-// four, which costs a tile two products at most and saves a third of the kernels; and so is one on
-// dX whose T is made in its grid: lora_dsdb makes T of so few columns, but where B is frozen.
+// The number of 16s along k that the last 64 of the rank need: one, or all four. Two and three are
+// computed as four, which costs a tile at most two products and saves a third of the kernels. So is
+// one for dX whose T is computed in its grid: with so few columns lora_dsdb computes T, unless B is
+// frozen.
 constexpr int tail_of(int rank, bool in_grid_dx = false) {
   return (rank - 1) % 64 < 16 && !in_grid_dx ? 1 : 4;
 }
 
 std::optional<Tile> tile_named(const std::string& name);
 
-// Whether there is a kernel of many adapters with a tile. A wgmma cannot keep one adapter's sums
-// from the rows of another; and where two blocks of 128 x 128 fit on an SM, the library's base
+// Whether there is a kernel for many adapters with a tile. A wgmma cannot keep one adapter's sums
+// out of the rows of another; and if two blocks of 128 x 128 fit on an SM, the library's base
 // product is always faster than one that waits for each adapter's rows.
 constexpr bool has_grouped_kernel(Tile tile) {
   return tile == Tile::kDeep128x128 || tile == Tile::k128x64 || tile == Tile::kDecode;
 }
 
-// A call, as far as it decides which tiles can compute it.
+// The properties of a call that decide which tiles can compute it.
 struct Call {
   bool backward, float_adapters, dropout;
 };
 inline Call call_of(const Problem& p) { return {p.backward, p.float_adapters, p.dropout}; }
-// T in the grid of the product is of one half and of one step of T U; and not of dropped X, which a
-// tensor core cannot take from shared memory as it came.
+// T can be computed in the grid of the product if it has one term and one step of T U; and not for
+// dropped X, since wgmma reads X from shared memory as loaded, without the mask.
 inline bool fits_in_grid(const Call& call) {
   return !call.float_adapters && (call.backward || !call.dropout);
 }
-// Whether a card has a tile for a call, of some rank; and all that it has.
+// Whether a card has a tile for a call, for any rank; and all tiles that it has.
 bool fits(const TileFacts& tile, const Card& card, const Call& call);
 std::vector<Tile> tiles_of(const Card& card, const Call& call);
 
-// Two blocks of 128 x 128 with two stages, on an SM.
+// Whether two blocks of 128 x 128 with two stages fit on an SM.
 inline bool two_blocks_fit(const Card& card) {
   return card.shared_per_sm >= 2 * (facts_of(Tile::k128x128).shared + 1024);
 }

@@ -28,7 +28,7 @@ std::atomic<uint64_t>& versions() {
   return count;
 }
 
-// Operands that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
+// Tensors that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
 bool as_allocated(const plan::Problem& p) {
   const bool x = p.k % 8 == 0, y = p.n % 8 == 0;
   const int64_t chunk = p.float_adapters ? 4 : 8;
@@ -36,7 +36,7 @@ bool as_allocated(const plan::Problem& p) {
          p.aligned_b == (p.rank % chunk == 0);
 }
 
-// Calls of many adapters are not timed: the best route depends on the rows' adapters.
+// Grouped calls are not autotuned: the best route depends on the row-to-adapter map.
 bool was_measured_so(const plan::Problem& p) {
   const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
   return p.half_dtype && !p.given_base && !p.groups && p.weight_row_major && p.factor_rows &&
@@ -81,7 +81,7 @@ plan::Request request_for(const plan::Card& card, const plan::Problem& p, plan::
   const auto by_rows = layers.find({p.backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
   if (by_rows == layers.end()) return asked;
   const plan::Request* found = nearest(by_rows->second, p.m);
-  // The winner of few rows may not be able to take twice as many.
+  // The fastest route for few rows may not support twice as many.
   const bool fits =
       found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMostDecodeRows);
   return fits ? *found : asked;

@@ -1,4 +1,4 @@
-// Where in one workspace intermediates are.
+// Offsets of intermediates in one workspace.
 #include "plan/sizes.h"
 #include "plan/steps.h"
 
@@ -34,7 +34,7 @@ void place_tables(Tables& tables, const Problem& p, Workspace& workspace) {
   tables.sums = workspace.take(groups.count, kGroupedSumBytes);
 }
 
-// Halves of A and B, unless the kernels can read A and B themselves: in the kernels' type, in rows
+// Halves of A and B, unless the kernels can read A and B directly: in the kernels' type, with rows
 // of whole chunks.
 void place_factors(Tiled& plan, const Problem& p, Workspace& workspace) {
   const bool needs_a = p.has_product() || !p.backward, needs_b = p.need_ds() || !p.backward;
@@ -47,7 +47,7 @@ void place_factors(Tiled& plan, const Problem& p, Workspace& workspace) {
 
 void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
   if (plan.tables) {
-    place_tables(*plan.tables, p, workspace);  // kernels of many adapters read A and B
+    place_tables(*plan.tables, p, workspace);  // kernels of many adapters read A and B directly
   } else {
     place_factors(plan, p, workspace);
   }
@@ -59,7 +59,7 @@ void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
   if (need_t && !plan.in_grid)
     plan.z = workspace.take(plan.t_sums() * p.m * plan.z_columns, kFloat);
   if (need_t) plan.t = workspace.take(halves, kHalf);
-  // Partial sums of one adapter for each split, of many in slots.
+  // Partial sums: with one adapter one per split, with many adapters one per slot.
   const auto sums = [&](const Splits& splits) {
     return plan.tables ? plan.tables->slots * p.rank : int64_t{splits.splits} * plan.columns;
   };

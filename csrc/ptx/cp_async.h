@@ -1,12 +1,12 @@
-// Asynchronous copies from global to shared memory, 16 bytes a thread, in commit groups.
+// Asynchronous copies from global to shared memory, 16 bytes per thread, in commit groups.
 #pragma once
 
 #include "ptx/target.h"
 
 namespace lora_ext::ptx {
 
-// cp.async.cg 16 (sm_80): copies src_bytes <= 16 bytes past L1 and fills the rest of the 16 with
-// zeros. With src_bytes == 0 nothing is read, so that `src` may point anywhere.
+// cp.async.cg 16 (sm_80): copies src_bytes <= 16 bytes, bypassing L1, and fills the rest of the 16
+// with zeros. With src_bytes == 0 nothing is read, so `src` may be any address.
 LORA_EXT_DEVICE void cp_async_16(uint32_t dst, const void* src, uint32_t src_bytes) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst),
@@ -27,7 +27,7 @@ LORA_EXT_DEVICE void cp_async_commit_group() {
 }
 
 // cp.async.wait_group (sm_80): waits until at most the kPending latest groups are in flight. It
-// covers this thread's copies alone: other threads need a barrier after it.
+// covers only this thread's copies: other threads need a barrier after it.
 template <int kPending>
 LORA_EXT_DEVICE void cp_async_wait_group() {
 #ifdef __CUDACC__

@@ -1,8 +1,7 @@
 // Fences: between the generic and the async proxy, and between threads.
 //
-// Bulk copies and wgmma access memory through the async proxy. What threads wrote by ordinary
-// stores is visible there only after a proxy fence of the thread that wrote it (PTX ISA,
-// "Proxies").
+// Bulk copies and wgmma access memory through the async proxy. Ordinary stores of a thread become
+// visible there only after a proxy fence of the same thread (PTX ISA, "Proxies").
 #pragma once
 
 #include "ptx/target.h"

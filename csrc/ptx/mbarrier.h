@@ -9,7 +9,7 @@
 
 namespace lora_ext::ptx {
 
-// mbarrier.init (sm_80): an 8-byte aligned object whose every phase takes `count` arrivals.
+// mbarrier.init (sm_80): an 8-byte aligned object; every phase expects `count` arrivals.
 LORA_EXT_DEVICE void mbarrier_init(uint32_t bar, uint32_t count) {
 #ifdef __CUDACC__
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
@@ -22,11 +22,11 @@ LORA_EXT_DEVICE void mbarrier_init(uint32_t bar, uint32_t count) {
 // the cluster has at `bar`, for stages that wgmma has read and bulk copies will fill again.
 //
 // Without qualifiers the arrival is .release at .cta scope: it counts, but what this thread wrote
-// or read by ordinary instructions is ordered for its own block alone (PTX ISA, "Morally strong":
-// the scope of either operation must include the thread of the other). What is ordered all the same
-// are operations of the async proxy that this thread has waited for: they are over when it arrives,
-// and a copy that is issued because the phase has completed cannot come before them. The form with
-// .release.cluster would add nothing to that but a MEMBAR.ALL.GPU of every warp at every stage.
+// or read by ordinary instructions is ordered only for its own block (PTX ISA, "Morally strong":
+// the scope of either operation must include the thread of the other). Operations of the async
+// proxy that this thread has waited for are ordered all the same: they have ended when it arrives,
+// and a copy issued because the phase has completed cannot come before them. The form with
+// .release.cluster would only add a MEMBAR.ALL.GPU of every warp at every stage.
 LORA_EXT_DEVICE void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
 #ifdef __CUDACC__
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_shared(bar, rank))
@@ -36,9 +36,9 @@ LORA_EXT_DEVICE void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
 #endif
 }
 
-// mbarrier.arrive.release.cluster (sm_90): as mbarrier_arrive_remote, and what this thread wrote is
-// visible to whoever waits with mbarrier_wait_cluster. ptxas puts MEMBAR.ALL.GPU before it: it is
-// no arrival for a main loop.
+// mbarrier.arrive.release.cluster (sm_90): as mbarrier_arrive_remote; in addition, what this thread
+// wrote is visible to threads that wait with mbarrier_wait_cluster. ptxas puts MEMBAR.ALL.GPU
+// before it, so it does not belong in a main loop.
 LORA_EXT_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
 #ifdef __CUDACC__
   asm volatile(
@@ -90,8 +90,8 @@ LORA_EXT_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
 }
 
 // mbarrier.try_wait.parity.acquire.cluster (sm_90): as mbarrier_try_wait, for data that threads of
-// other blocks wrote before they arrived. What bulk copies brought needs it not, and ptxas
-// invalidates L1 for it (CCTL.IVALL): it is no wait for a main loop.
+// other blocks wrote before they arrived. Data of bulk copies does not need it. ptxas invalidates
+// L1 for it (CCTL.IVALL), so it does not belong in a main loop.
 LORA_EXT_DEVICE bool mbarrier_try_wait_cluster(uint32_t bar, uint32_t parity) {
 #ifdef __CUDACC__
   uint32_t completed;

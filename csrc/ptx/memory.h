@@ -1,5 +1,5 @@
-// Memory accesses with an order or a place that C++ has no word for: flags between blocks in global
-// memory, and the shared memory of the other blocks of the cluster.
+// Memory accesses that C++ cannot express: ordered accesses to flags between blocks in global
+// memory, and accesses to the shared memory of other blocks of the cluster.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,7 @@ LORA_EXT_DEVICE uint32_t load_acquire_gpu(const uint32_t* flag) {
 #endif
 }
 
-// red.release.gpu.add (sm_70): adds, publishing like store_release_gpu.
+// red.release.gpu.add (sm_70): adds, with release semantics.
 LORA_EXT_DEVICE void atomic_add_release_gpu(uint32_t* counter, uint32_t value) {
 #ifdef __CUDACC__
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(counter)),

@@ -11,8 +11,7 @@
 namespace lora_ext::ptx {
 
 // mma.sync m16n8k16 (sm_80): d[16, 8] += a[16, 16] b[16, 8], fp32 accumulators, T = __nv_bfloat16
-// or
-// __half. The fragments are those of PTX ISA, "Matrix fragments for mma.m16n8k16".
+// or __half. The fragments are those of PTX ISA, "Matrix fragments for mma.m16n8k16".
 template <typename T>
 LORA_EXT_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);

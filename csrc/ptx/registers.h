@@ -1,4 +1,4 @@
-// The register budget of a warp, which warpgroups of one block can trade.
+// The register budget of a warp, which warpgroups of one block can exchange.
 //
 // Needs __launch_bounds__ with a number of blocks; ptxas ignores it with -rdc or calls of external
 // functions (messages C7504-C7509).
@@ -8,7 +8,7 @@
 
 namespace lora_ext::ptx {
 
-// setmaxnreg.dec (sm_90a): gives back all registers over kRegisters, a multiple of 8 in 24..256.
+// setmaxnreg.dec (sm_90a): releases all registers over kRegisters, a multiple of 8 in 24..256.
 // Every warp of the warpgroup must execute it.
 template <int kRegisters>
 LORA_EXT_DEVICE void setmaxnreg_dec() {
@@ -20,7 +20,7 @@ LORA_EXT_DEVICE void setmaxnreg_dec() {
 #endif
 }
 
-// setmaxnreg.inc (sm_90a): waits until the block's pool has registers enough, then takes them.
+// setmaxnreg.inc (sm_90a): waits until the block's pool has enough registers, then takes them.
 template <int kRegisters>
 LORA_EXT_DEVICE void setmaxnreg_inc() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);

@@ -1,5 +1,5 @@
-// What a function of csrc/ptx/ is on each target: inline asm for the device, and for the host a
-// call of the function of the same name in the execution layer (emulator/).
+// How a function of csrc/ptx/ is compiled for each target: inline asm for the device; for the host
+// a call of the function of the same name in the execution layer (emulator/).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace lora_ext::ptx {
 
-// Whether instructions of sm_90a alone (wgmma, setmaxnreg) may be used where this is compiled for.
+// Whether instructions that only sm_90a has (wgmma, setmaxnreg) may be used on the target.
 #if defined(__CUDACC__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kHasSm90a = false;
 #else

@@ -1,4 +1,4 @@
-// Who a thread is and where its block's shared memory lies.
+// Special registers of a thread, and addresses in shared memory.
 //
 // Shared addresses are 32-bit, as in PTX's .shared state space. A shared::cta address is also a
 // shared::cluster address: that of the block's own memory.
@@ -39,8 +39,8 @@ LORA_EXT_DEVICE unsigned char* dynamic_shared_memory() {
 #endif
 }
 
-// mapa.shared::cluster (sm_90): the address, in block `rank`'s shared memory, of what `address` is
-// in this block's.
+// mapa.shared::cluster (sm_90): the address in block `rank`'s shared memory that corresponds to
+// `address` in this block's.
 LORA_EXT_DEVICE uint32_t map_shared(uint32_t address, uint32_t rank) {
 #ifdef __CUDACC__
   uint32_t mapped;
@@ -52,9 +52,9 @@ LORA_EXT_DEVICE uint32_t map_shared(uint32_t address, uint32_t rank) {
 }
 
 // elect.sync (sm_90): true in one lane of the warp, the same each time, false in the others. All 32
-// must come to it. ptxas knows that what follows runs in one lane, so that operands of TMA, which
-// lie in uniform registers, need no loop over the lanes that might differ, as they do behind a
-// comparison of threadIdx.
+// lanes must execute it. ptxas then knows that the code after it runs in one lane, so the operands
+// of TMA, which are in uniform registers, need no loop over lanes that might differ, as they do
+// after a comparison of threadIdx.
 LORA_EXT_DEVICE bool elect_sync() {
 #ifdef __CUDACC__
   uint32_t elected;

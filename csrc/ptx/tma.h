@@ -1,5 +1,5 @@
-// Bulk tensor copies (TMA) of 2-D tiles. x is the coordinate along the contiguous dimension; what
-// lies outside the tensor is read as zero and not written.
+// Bulk tensor copies (TMA) of 2-D tiles. x is the coordinate along the contiguous dimension;
+// elements outside of the tensor are read as zero and not written.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +8,7 @@
 
 namespace lora_ext::ptx {
 
-// prefetch.tensormap (sm_90): brings the descriptor into its cache.
+// prefetch.tensormap (sm_90): loads the descriptor into its cache.
 LORA_EXT_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
 #ifdef __CUDACC__
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

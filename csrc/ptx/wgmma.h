@@ -1,12 +1,14 @@
-// The asynchronous matrix multiply-accumulate of a warpgroup (sm_90a): d[64, N] (+)= a[64, 16]
-// b[16, N], fp32 accumulators, operands T = __nv_bfloat16 or __half.
+// The asynchronous matrix multiply-accumulate of a warpgroup (sm_90a), with fp32 accumulators and
+// operands T = __nv_bfloat16 or __half:
 //
-// b, and a in wgmma_ss, lie in shared memory, described by matrix_descriptor. The order is
+//     d[64, N] (+)= a[64, 16] b[16, N]
+//
+// b, and a in wgmma_ss, are in shared memory, described by matrix_descriptor. The order is
 //
 //     wgmma_fence(); wgmma_ss(...) ...; wgmma_commit_group(); ... wgmma_wait_group<0>();
 //
-// and in between neither d nor a's registers may be touched. All four warps of the warpgroup take
-// part.
+// and in between neither d nor a's registers may be touched. All four warps of the warpgroup must
+// execute it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,7 +24,7 @@
 
 namespace lora_ext::ptx {
 
-// Which dimension of an operand in shared memory is contiguous: k, or m (of a) or n (of b).
+// Which dimension of an operand in shared memory is contiguous: k, or m (for a) or n (for b).
 enum class Major { kK, kMN };
 
 // wgmma.fence (sm_90a): orders earlier accesses to d's and a's registers before the wgmmas that
@@ -63,7 +65,7 @@ struct WgmmaInstruction {
 };
 
 // `r` is the number of accumulator registers; r1 .. r4 are the numbers after it, for the operands
-// that follow: a, b, accumulate, and the two transpose flags, which PTX takes as immediates.
+// that follow: a, b, accumulate, and the two transpose flags, which are immediates in PTX.
 #define LORA_EXT_WGMMA_TYPE(name, type, n, r, r1, r2, r3, r4)                                 \
   template <int kTransposeA, int kTransposeB>                                                 \
   LORA_EXT_DEVICE static void ss_##name(float (&d)[r], uint64_t a, uint64_t b,                \

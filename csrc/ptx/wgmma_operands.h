@@ -1,5 +1,5 @@
-// The operand lists of wgmma.mma_async, whose m64nNk16 has N / 2 accumulator registers a thread.
-// Inline asm takes string literals alone, so the lists are macros, each made of a shorter one.
+// The operand lists of wgmma.mma_async, whose m64nNk16 has N / 2 accumulator registers per thread.
+// Inline asm accepts only string literals, so the lists are macros, each made of a shorter one.
 //
 //     LORA_EXT_REGISTERS_<n>     the text "%0, %1, ..., %<n - 1>"
 //     LORA_EXT_ACCUMULATORS_<n>  the read-write operands d[0] .. d[n - 1]

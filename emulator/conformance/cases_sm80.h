@@ -35,7 +35,7 @@ inline void case_thread(Recorder& recorder) {
 
 // ---- barrier.h ----------------------------------------------------------------------------------
 
-// Warps 0 and 1 exchange values at barrier 1, warp 2 tells warp 3 at barrier 15.
+// Warps 0 and 1 exchange values at barrier 1; warp 2 signals warp 3 at barrier 15.
 __global__ void exchange_at_barriers(const uint32_t* in, uint32_t* out) {
   auto* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared_memory());
   const uint32_t warp = threadIdx.x / 32;
@@ -61,7 +61,7 @@ inline void case_barriers(Recorder& recorder) {
 
 // ---- cp_async.h ---------------------------------------------------------------------------------
 
-// Each thread copies 16 bytes twice, in two groups; what the first brought is read while the second
+// Each thread copies 16 bytes twice, in two groups; the data of the first is read while the second
 // may be in flight.
 __global__ void copies_in_groups(const unsigned char* in, const uint32_t* src_bytes,
                                  unsigned char* out) {
@@ -130,7 +130,8 @@ void case_ldmatrix(Recorder& recorder) {
 
 // ---- mma.h --------------------------------------------------------------------------------------
 
-// a [16, 16], b [16, 8], c and d [16, 8], all row-major; the fragments as the PTX ISA draws them.
+// a [16, 16], b [16, 8], c and d [16, 8], all row-major; the fragments follow the figures of the
+// PTX ISA.
 template <typename T>
 __global__ void multiply_tile(const uint16_t* a, const uint16_t* b, const float* c, float* d) {
   const uint32_t group = threadIdx.x / 4, pair = 2 * (threadIdx.x % 4);
@@ -197,8 +198,8 @@ void case_mma(Recorder& recorder, bool integers) {
 
 // ---- memory.h and fence.h -----------------------------------------------------------------------
 
-// Block 0 publishes values under a flag, block 1 reads them; 0 releases by the atomic alone, then
-// once more by a fence.
+// Block 0 publishes values under a flag, block 1 reads them; block 0 releases by the atomic alone,
+// then once more by a fence.
 __global__ void publish_between_blocks(const uint32_t* in, uint32_t* published, uint32_t* flags,
                                        uint32_t* out) {
   for (uint32_t round = 0; round < 2; ++round) {
@@ -229,7 +230,7 @@ inline void case_flags(Recorder& recorder) {
   recorder.output("out", out);
 }
 
-// The old values that atomics return come in any order: their sum does not.
+// The order of the old values that atomics return is not fixed: their sum is.
 __global__ void count_in_any_order(const uint32_t* in, uint32_t* counters) {
   ptx::atomic_add_release_gpu(counters, in[threadIdx.x]);
   const uint32_t old = ptx::atomic_add_relaxed_gpu(counters + 1, 1);

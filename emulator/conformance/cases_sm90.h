@@ -1,4 +1,4 @@
-// Conformance cases of sm_90's functions but for TMA and wgmma.
+// Conformance cases of sm_90's functions except for TMA and wgmma.
 #pragma once
 
 #include "emulator/conformance/cases_sm80.h"
@@ -39,7 +39,7 @@ inline void case_stmatrix(Recorder& recorder) {
 
 // ---- thread.h -----------------------------------------------------------------------------------
 
-// Of each warp: whether one lane is elected, and the same one twice.
+// For each warp: whether exactly one lane is elected, and the same one twice.
 __global__ void elect_lanes(uint32_t* out) {
   const bool elected = ptx::elect_sync(), again = ptx::elect_sync();
   const uint32_t lanes = __ballot_sync(0xffffffffu, elected);
@@ -62,7 +62,7 @@ __device__ __forceinline__ void synchronize_cluster() {
   ptx::cluster_wait();
 }
 
-// One thread makes the object and publishes it.
+// One thread initialises the object and publishes it.
 __device__ __forceinline__ void init_mbarrier(uint32_t bar, uint32_t count) {
   if (threadIdx.x != 0) return;
   ptx::mbarrier_init(bar, count);
@@ -117,7 +117,7 @@ inline void case_cluster(Recorder& recorder) {
 
 // ---- mbarrier.h ---------------------------------------------------------------------------------
 
-// Two phases of 64 arrivals. seen: what try_wait says for parity 1 and 0, before the first phase
+// Two phases of 64 arrivals. seen: what try_wait returns for parity 1 and 0, before the first phase
 // has completed and after the second.
 __global__ void wait_for_phases(const uint32_t* in, uint32_t* out, uint32_t* seen) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
@@ -152,7 +152,7 @@ inline void case_mbarrier(Recorder& recorder) {
   recorder.output("seen", seen);
 }
 
-// Every thread of the pair gives a value to both blocks and arrives at both blocks' objects.
+// Every thread of the pair writes a value to both blocks and arrives at both blocks' objects.
 __global__ void arrive_in_cluster(const uint32_t* in, uint32_t* out, uint32_t* seen) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
   auto* const values = reinterpret_cast<uint32_t*>(shared + 64);
@@ -171,7 +171,7 @@ __global__ void arrive_in_cluster(const uint32_t* in, uint32_t* out, uint32_t* s
   synchronize_cluster();
 }
 
-// Every thread of the pair arrives, in each of two phases, at both blocks' objects: by the default
+// Every thread of the pair arrives, in each of two phases, at both blocks' objects, in the default
 // form, which counts at either.
 __global__ void arrive_remotely(uint32_t* seen) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
@@ -211,7 +211,7 @@ inline void case_mbarrier_cluster(Recorder& recorder) {
 
 // ---- registers.h, grid_dependency.h -------------------------------------------------------------
 
-// 168 registers a thread at launch; 40 for the first warpgroup leave 232 for the others.
+// 168 registers per thread at launch; 40 for the first warpgroup leave 232 for the others.
 __global__ void __launch_bounds__(384, 1) trade_registers(const uint32_t* in, uint32_t* out) {
   const uint32_t value = in[threadIdx.x];
   if (threadIdx.x < 128) {
@@ -252,9 +252,9 @@ inline void case_grid_dependency(Recorder& recorder) {
   recorder.output("out", out);
 }
 
-// Three grids that begin early, and an ordinary one: the third reads past L1 what the first wrote,
-// since the second has waited for it, and one block of it waits for the second, so that the fourth
-// finds what that wrote, late.
+// Three grids launched with PDL, and an ordinary one. The third reads, past L1, what the first
+// wrote, since the second has waited for the first. One block of the third waits for the second, so
+// the fourth sees what the second wrote late.
 __global__ void wait_and_launch_dependents(uint32_t* late) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();

@@ -1,5 +1,5 @@
-// Conformance cases of TMA: what lies where in shared memory under each swizzle, and what is
-// written back.
+// Conformance cases of TMA: the layout in shared memory under each swizzle, and what is written
+// back.
 #pragma once
 
 #include "emulator/conformance/cases_sm90.h"
@@ -10,7 +10,7 @@ namespace conformance {
 constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                             CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
 
-// A row-major tensor [height, width] of 16-bit elements with rows `pitch` elements apart, copied in
+// A row-major tensor [height, width] of 16-bit elements with a pitch of `pitch` elements, copied in
 // boxes.
 struct Tensor {
   uint32_t height, width, pitch;
@@ -36,7 +36,7 @@ inline CUtensorMap tensor_map(uint16_t* base, const Tensor& tensor, const Box& b
   return map;
 }
 
-// One box, then its raw bytes.
+// Loads one box and returns its raw bytes.
 __global__ void load_box(const __grid_constant__ CUtensorMap map, int x, int y, uint32_t bytes,
                          unsigned char* out) {
   unsigned char* const shared = ptx::dynamic_shared_memory();
@@ -60,7 +60,7 @@ inline Box box_of(CUtensorMapSwizzle swizzle) {
   return {24, 8u << static_cast<uint32_t>(swizzle)};  // rows as wide as the swizzle
 }
 
-// Boxes inside, across each edge and beyond the tensor.
+// Boxes inside the tensor, across each edge and outside.
 inline void case_tma_load(Recorder& recorder, CUtensorMapSwizzle swizzle) {
   Random random = recorder.begin("tma_load_2d_" + swizzle_name(swizzle),
                                  {"tma_load_2d", "prefetch_tensor_map", "mbarrier_arrive_expect_tx",
@@ -109,7 +109,7 @@ inline void case_tma_multicast(Recorder& recorder) {
   recorder.output("out", out, {2, 2 * box.bytes()});
 }
 
-// Raw bytes go out as one box, then, changed, as another.
+// Stores raw bytes as one box, then, changed, as another.
 __global__ void store_boxes(const __grid_constant__ CUtensorMap map, const unsigned char* in,
                             uint32_t bytes, int x, int y, int step) {
   unsigned char* const shared = ptx::dynamic_shared_memory();

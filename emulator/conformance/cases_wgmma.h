@@ -25,8 +25,8 @@ struct OperandTile {
   __host__ __device__ uint32_t boxes() const { return (k_major() ? kTileK : rows) * 2 / width(); }
   __host__ __device__ uint32_t bytes() const { return rows * kTileK * 2; }
 
-  // Descriptor of the 16 columns of `step`. Without swizzle PTX lets the two offsets change their
-  // parts with the major dimension ("Strides" of the matrix descriptor).
+  // Descriptor of the 16 columns of `step`. Without swizzle the two offsets exchange their roles
+  // with the major dimension ("Strides" of the matrix descriptor).
   __device__ uint64_t descriptor(uint32_t tile, uint32_t step) const {
     uint32_t leading = box_bytes(), stride = 8 * width(), start = 0;
     if (k_major()) {
@@ -51,8 +51,8 @@ __device__ inline void load_operand(const OperandTile& tile, uint32_t address,
   }
 }
 
-// B of N columns: MN-major, fewer than its boxes are wide leave the rest of one unused, as the
-// kernels have it where T is made.
+// B of N columns: if MN-major and N is less than the width of a box, the rest of the box is unused,
+// as in the kernels that compute T.
 template <int N, ptx::Major kMajorB>
 __host__ __device__ constexpr OperandTile tile_of_b(ptx::Swizzle swizzle) {
   return {kMajorB == ptx::Major::kMN && N < 64 ? 64u : N, kMajorB, swizzle};
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(128)
   for (int i = 0; i < N / 2; ++i) d[place(i)] = accumulators[i];
 }
 
-// A matrix [rows, kTileK] in the order in which memory has it, for TMA.
+// A matrix [rows, kTileK] in memory order, for TMA.
 inline std::vector<uint16_t> stored(const std::vector<uint16_t>& matrix, const OperandTile& tile) {
   if (tile.k_major()) return matrix;
   std::vector<uint16_t> transposed(matrix.size());

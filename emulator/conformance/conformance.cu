@@ -1,12 +1,12 @@
-// Executes every function of csrc/ptx/ with random operands and writes what came out, as golden
+// Executes every function of csrc/ptx/ with random operands and writes the results as golden
 // vectors.
 //
 //     conformance FILE [--inputs] [--schedule SEED]
 //
-// prints each case's name before it begins, and FILE then holds the cases before it.
+// prints each case's name before it begins; FILE then holds the cases before it.
 //
-// nvcc compiles it for a GPU, g++ for the execution layer, whose schedule the seed chooses: nothing
-// in the file depends on it. With --inputs the file has the operands too, and not just their
+// nvcc compiles it for a GPU, g++ for the execution layer, where the seed selects the schedule:
+// nothing in the file depends on it. With --inputs the file has the operands too, not only their
 // hashes. CONFORMANCE_ARCH is the architecture that it is compiled for, 80 or 90 (sm_90a).
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +29,7 @@
 
 namespace {
 
-// In one step: a reader, or whoever ends the program, never leaves half a file.
+// Atomically: neither a reader nor the end of the program can leave half a file.
 void write(const std::string& path, const std::string& text) {
   const std::string partial = path + ".partial";
   std::FILE* file = std::fopen(partial.c_str(), "wb");

@@ -1,5 +1,5 @@
 // Records what a case reads and writes while it runs. Each case is named before it begins, and the
-// cases before it are on disk by then: a kernel that hangs or faults loses nothing but itself.
+// cases before it are on disk by then: a kernel that hangs or faults loses only its own case.
 #pragma once
 
 #include <cstdio>
@@ -19,11 +19,11 @@ class Recorder {
   Recorder(uint64_t seed, std::function<void(const Case&)> keep)
       : seed_(seed), keep_(std::move(keep)) {}
 
-  // Of the cases that follow.
+  // Sets the architecture of the cases that follow.
   void set_architecture(int architecture) { architecture_ = architecture; }
 
-  // Begins a case. Its random numbers depend on its name and the seed alone, so that a new case
-  // leaves the others as they are.
+  // Begins a case. Its random numbers depend only on its name and the seed, so that a new case does
+  // not change the others.
   Random begin(const std::string& name, std::vector<std::string> functions,
                Comparison comparison = Comparison::kExact) {
     finish();

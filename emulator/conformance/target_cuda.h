@@ -78,7 +78,7 @@ void launch(const Launch& launch, void (*kernel)(Parameters...), Arguments&&... 
 
 inline void synchronize() { require(cudaDeviceSynchronize(), "kernel"); }
 
-// The driver's function is asked for at run time: nothing links to the driver.
+// The driver's function is looked up at run time, so that the driver need not be linked.
 inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
                                   void* base, const cuuint64_t* dims, const cuuint64_t* pitches,
                                   const cuuint32_t* box, const cuuint32_t* strides,

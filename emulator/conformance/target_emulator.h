@@ -54,7 +54,7 @@ inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cu
                                            interleave, swizzle, promotion, fill);
 }
 
-// The seed chooses the schedule, which no output may depend on.
+// The seed selects the schedule, on which no output may depend.
 inline void prepare(uint64_t seed) {
   emulator::config() = emulator::Config{};
   emulator::config().seed = seed;

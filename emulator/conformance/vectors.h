@@ -27,7 +27,7 @@ struct Case {
   std::string name;
   std::vector<std::string> functions;  // those of csrc/ptx/ that the case executes
   Comparison comparison;
-  int architecture;  // 80, or 90: the least that it runs on
+  int architecture;  // 80, or 90: the lowest that it runs on
   std::vector<Array> inputs, outputs;
 };
 
@@ -98,7 +98,7 @@ uint64_t hash(const Bytes& bytes, uint64_t start = 14695981039346656037u) {
   return value;
 }
 
-// Inputs are the same on every machine: a file for the repository has their hashes alone.
+// Inputs are the same on every machine: a file for the repository has only their hashes.
 inline std::string json(const Array& array, bool with_data) {
   const std::string shape = list(array.shape, ", ", [](size_t n) { return std::to_string(n); });
   char digits[17];

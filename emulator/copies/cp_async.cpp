@@ -23,8 +23,8 @@ void perform(PendingCopy& copy) {
   std::memset(copy.destination + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
 }
 
-// The race checker's agent for one more copy: that of the copy before it, if it is of the same
-// group and the thread cannot have learnt anything since.
+// The race checker's agent for the next copy: that of the copy before it, if it is in the same
+// group and the thread cannot have synchronised since.
 AsyncAgent agent_for_next(CpAsyncState& state) {
   const uint64_t switches = machine().switches;
   const bool same = state.uncommitted != 0 && state.switches == switches;
@@ -45,7 +45,7 @@ void issue(uint32_t destination, const void* source, uint32_t bytes, uint32_t so
   CpAsyncState& state = current_thread().cp_async;
   state.copies.push_back({pointer, source, bytes, source_bytes, agent_for_next(state), false});
   ++state.uncommitted;
-  // Until the wait nobody may touch the destination, even if the bytes arrive at once.
+  // Until the wait the destination may not be accessed, even if the bytes arrive at once.
   race_in_flight(pointer, bytes, true);
   poison(pointer, bytes);
   switch (m.config.completion) {

@@ -165,8 +165,8 @@ void mbarrier_init(uint32_t bar, uint32_t count) {
   slot->offset = offset;
   slot->count = slot->pending = count;
   slot->initialiser = &current_thread();
-  // An operation of its own: fence_mbarrier_init publishes it apart from what else the thread
-  // wrote.
+  // An operation of its own: fence_mbarrier_init publishes it separately from the thread's other
+  // writes.
   const AsyncAgent init = race_fork_async(Proxy::Generic);
   race_async_write(init, pointer, kBytes, kWhat);
   race_async_complete(init, &slot->init_object);
@@ -185,7 +185,7 @@ void mbarrier_arrive(uint32_t bar) {
 
 namespace {
 
-// `release`: into the sync object of the peer's phase.
+// `release`: the function that releases into the sync object of the peer's phase.
 void arrive_at_rank(uint32_t bar, uint32_t rank, const char* what, void (*release)(const void*)) {
   const SharedLocation at = resolve_shared(map_shared(bar, rank), kBytes, kBytes, what);
   if (at.block == &current_thread().block()) {
@@ -197,10 +197,10 @@ void arrive_at_rank(uint32_t bar, uint32_t rank, const char* what, void (*releas
   }
   Mbarrier& mbarrier = mbarrier_for_remote(*at.block, at.offset, what);
   race_read(at.pointer, kBytes, what);
-  // Released into the phase of now: the phase in which this thread's arrival is due cannot complete
+  // Released into the current phase: the phase that expects this thread's arrival cannot complete
   // without it.
   release(mbarrier.peer_sync_object());
-  race_peer_access(*at.block, what);  // which must not end before this has arrived
+  race_peer_access(*at.block, what);  // which must not exit before this has arrived
   engine_push({.what = what, .touches = at.block, .before_release = true, .perform = [at, what] {
                  count_arrival(mbarrier_for_remote(*at.block, at.offset, what), what);
                }});

@@ -1,8 +1,8 @@
 // mbarrier objects (PTX ISA, "mbarrier"): barriers in shared memory that count arrivals and the
 // bytes of asynchronous copies.
 //
-// The 8 bytes of an object hold a stamp, and its state lies beside the memory: an ordinary store or
-// a copy over the object is noticed by the next operation on it. `bar` is an address of the calling
+// The 8 bytes of an object hold a stamp; its state is outside of the memory: an ordinary store or a
+// copy over the object is detected by the next operation on it. `bar` is an address of the calling
 // block's own shared memory.
 #pragma once
 
@@ -20,7 +20,7 @@ void mbarrier_init(uint32_t bar, uint32_t count);
 void mbarrier_arrive(uint32_t bar);
 /// Both arrive at the object at the same offset in block `rank` of the cluster. The arrival is in
 /// flight for a while: that block must not exit before it has landed. _remote is the default form,
-/// .release at .cta scope: to another block it orders no access of threads, but whoever waits there
+/// .release at .cta scope: to another block it orders no access of threads, but a waiter there
 /// may have operations of the async proxy overwrite what such operations have read, if the caller
 /// had waited for them. _cluster releases at .cluster scope.
 void mbarrier_arrive_remote(uint32_t bar, uint32_t rank);
@@ -32,7 +32,7 @@ void mbarrier_expect_tx(uint32_t bar, uint32_t bytes);
 bool mbarrier_try_wait(uint32_t bar, uint32_t parity);
 /// Loops on try_wait.
 void mbarrier_wait(uint32_t bar, uint32_t parity);
-/// With acquire semantics in the cluster. The two above acquire in the block: what threads of other
+/// Acquires at cluster scope. The two above acquire in the block: what threads of other
 /// blocks read is over, but what they wrote need not be visible; bulk copies are, to each.
 bool mbarrier_try_wait_cluster(uint32_t bar, uint32_t parity);
 void mbarrier_wait_cluster(uint32_t bar, uint32_t parity);

@@ -39,7 +39,7 @@ struct Box {
            first_column() < last_column();
   }
   uint32_t inside_bytes() const { return (last_column() - first_column()) * map.element_bytes; }
-  // Of the first column inside.
+  // Address of the first column inside.
   uint8_t* global_row(uint32_t row) const {
     return map.base + (y + row) * static_cast<int64_t>(map.pitch) +
            (x + first_column()) * map.element_bytes;

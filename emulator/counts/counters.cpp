@@ -17,7 +17,7 @@ Counters& state() {
   return instance;
 }
 
-// Passes over the banks that distinct 4-byte words take: the most that fall to one bank.
+// Passes over the banks that distinct 4-byte words take: the largest number in one bank.
 uint64_t passes(std::vector<uint32_t> words) {
   std::sort(words.begin(), words.end());
   words.erase(std::unique(words.begin(), words.end()), words.end());

@@ -23,8 +23,8 @@ namespace {
 Context* g_left = nullptr;     // the context that the last switch left
 Context* g_entered = nullptr;  // and the one that it continued
 
-// AddressSanitizer must know which stack is in use. The bounds of the OS thread's own stack are
-// learnt when it is left.
+// AddressSanitizer must know which stack is in use. The bounds of the OS thread's own stack become
+// known when it is left.
 void switch_arrived() {
 #if defined(__SANITIZE_ADDRESS__)
   const void* bottom;

@@ -13,8 +13,8 @@ struct Context {
   void* fake_stack = nullptr;  ///< AddressSanitizer's
 };
 
-/// Saves the caller in `from` and continues `to`. Returns when somebody switches back to `from`;
-/// with `last` nobody will.
+/// Saves the caller in `from` and continues `to`. Returns when another context switches back to
+/// `from`; with `last` that never happens.
 void switch_context(Context& from, Context& to, bool last = false);
 
 /// A stack with an inaccessible page below it; recycled through a pool, because mapping one costs

@@ -174,7 +174,7 @@ struct Block {
 struct ClusterBarrier final : Waitable {
   uint32_t arrived = 0;
   uint64_t generation = 0;
-  /// Of even and odd generations: a thread may read that of its own late, when others have arrived
+  /// For even and odd generations: a thread may read that of its own late, when others have arrived
   /// for the next.
   std::array<char, 2> sync_objects{};
   const Cluster* cluster = nullptr;

@@ -129,7 +129,7 @@ void free_cluster(Cluster& cluster) {
 }
 
 // In any order: a programmatic dependent that has not waited for the grid before it may complete
-// first, and nothing in PTX keeps the grid after it from starting then.
+// first, and nothing in PTX prevents the grid after it from starting then.
 void complete_grids() {
   for (auto& grid : machine().grids) {
     if (grid->clusters_left != 0 || grid->complete) continue;

@@ -16,7 +16,7 @@
 namespace emulator {
 namespace {
 
-// When a block that waits to start does so: one turn in so many.
+// The odds that a block that waits to start does so: one turn in this number.
 uint32_t g_start_odds = 1;
 
 struct Polls {
@@ -114,9 +114,9 @@ bool wake_changed_pollers() {
   return any;
 }
 
-// Nothing else can run. A loop that polls several things in turn may be waiting for another than
-// the one that it looked at last, so all pollers look again; only if that keeps changing nothing
-// are they stuck.
+// No other thread can run. A loop that polls several things in sequence may be waiting for another
+// than the one that it looked at last, so all pollers look again; they are stuck only if nothing
+// changes after repeated attempts.
 bool retry_all_pollers() {
   Machine& m = machine();
   if (m.pollers.empty()) return false;
@@ -159,7 +159,7 @@ void step() {
   update_freeze();
   Warp* warp = pick_warp();
   if (warp == nullptr) {
-    // Whether what is frozen misses an operation or not, both happen.
+    // Both cases must occur: the frozen warps miss an operation, or do not.
     if (!m.operations.empty() && m.rng.one_in(2)) return perform_operation();
     thaw();
     warp = pick_warp();
@@ -210,13 +210,13 @@ void abandon_current_thread(std::exception_ptr failure) {
   Machine& m = machine();
   m.failure = std::move(failure);
   switch_context(m.current->context, m.scheduler, /*last=*/true);
-  std::abort();  // nobody switches back
+  std::abort();  // no fiber switches back
 }
 
 void yield() {
   Machine& m = machine();
   Warp& warp = *current_thread().warp;
-  // Whoever yields in a loop waits for somebody: it must not be the one that every policy prefers.
+  // A thread that yields in a loop waits for another one, so no policy may keep preferring it.
   warp.rotation = (m.current->lane + 1) % kWarpSize;
   warp.priority = --g_policy.lowest_priority;
   g_policy.yielded = true;
@@ -225,7 +225,7 @@ void yield() {
 
 void preemption_point() {
   Machine& m = machine();
-  if (m.current == nullptr || m.current_operation != nullptr) return;  // not by a thread
+  if (m.current == nullptr || m.current_operation != nullptr) return;  // not on behalf of a thread
   constexpr uint32_t kPointsPerPreemption = 4;
   switch (m.config.schedule) {
     case Schedule::RunAhead:

@@ -38,8 +38,8 @@ void on_tick(int) {
     m.time_is_over = 1;
     g_turns_at_expiry = m.turns;
   } else if (m.current != nullptr && m.turns == g_turns_at_expiry) {
-    // A whole tick later the scheduler has still not come round to look: the thread spins in code
-    // of its own, where it can be abandoned.
+    // A whole tick later the scheduler has still not checked: the thread spins in its own code,
+    // where it can be abandoned.
     abandon_current_thread(spinning_thread());
   }
 }

@@ -14,7 +14,7 @@ namespace {
 
 constexpr uint32_t kRowBytes = 16;
 
-// What a lane brings: the row that it addresses (null past the last matrix), and its registers.
+// Operands of a lane: the row that it addresses (null past the last matrix), and its registers.
 struct LoadOperand {
   const unsigned char* row;
   uint32_t address;

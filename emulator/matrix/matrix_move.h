@@ -12,7 +12,7 @@ namespace emulator {
 
 // `count` matrices, 2 or 4, one register each; `transposed` is .trans.
 void ldmatrix(uint32_t count, bool transposed, uint32_t* registers, uint32_t address);
-// Four.
+// Four matrices.
 void stmatrix(uint32_t address, const uint32_t* registers);
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { ldmatrix(4, false, r, address); }

@@ -16,7 +16,7 @@ constexpr const char* kMma = "wgmma.mma_async";
 
 // ---- issue --------------------------------------------------------------------------------------
 
-// What one lane brings to a wgmma.
+// The operands of one lane of a wgmma.
 struct Issue {
   WgmmaShape shape;
   float* d;
@@ -170,7 +170,7 @@ void finish_share(WgmmaGroup& group) {
 
 void queue_next(Warp& warp);
 
-// Executes the warp's share of its oldest wgmma.
+// Executes the warp's part of its oldest wgmma.
 void execute_next(Warp& warp) {
   WarpWgmma& state = wgmma_state(warp);
   state.executing = false;
@@ -214,8 +214,8 @@ void check_same_instructions(const WgmmaGroup& expected, const Warp& expected_wa
   }
 }
 
-// The group becomes one with those of the same index in the other warps, and may start once all
-// four have committed it.
+// Joins the group with those of the same index in the other warps; it may start once all four have
+// committed it.
 void commit(Warp& warp) {
   WarpWgmma& state = wgmma_state(warp);
   auto group = std::make_unique<WgmmaGroup>();
@@ -247,7 +247,7 @@ void commit(Warp& warp) {
 
 // ---- waiting ------------------------------------------------------------------------------------
 
-// Passes the groups before `end`, once all lanes have.
+// Retires the groups before `end`, once all lanes have passed the wait.
 void retire(WarpWgmma& state, uint64_t end) {
   while (!state.groups.empty() && state.groups.front()->index < end) state.groups.pop_front();
   std::erase_if(state.in_flight, [&](const std::unique_ptr<WgmmaAccumulator>& accumulator) {

@@ -1,9 +1,9 @@
 // Asynchronous matrix multiply-accumulate of a warpgroup: wgmma.mma_async.m64nNk16 (PTX ISA,
 // "Asynchronous warpgroup level matrix instructions").
 //
-// A wgmma starts once all four warps have committed its group. Each warp's share of 16 rows then
-// executes on its own, in order, at times that the configuration's completion chooses. Until
-// wgmma_wait_group covers it the accumulator registers hold poison.
+// A wgmma starts once all four warps have committed its group. Each warp's 16 rows then execute
+// independently, in order, at times that the configuration's completion selects. Until
+// wgmma_wait_group covers it, the accumulator registers hold poison.
 #pragma once
 
 #include <cstdint>

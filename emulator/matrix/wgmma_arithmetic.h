@@ -1,5 +1,6 @@
-// The arithmetic of one warp's share of wgmma.m64nNk16: 16 rows of d[64, N] (+)= a[64, 16] b[16,
-// N].
+// The arithmetic of one warp's part of wgmma.m64nNk16, 16 rows:
+//
+//     d[16, N] (+)= a[16, 16] b[16, N]
 //
 // Operands are widened to float, where each product is exact (8 x 8 or 11 x 11 significand bits).
 // d is accumulated in fp32 in the order k = 0, 1, .. 15, one rounding a step. The order of a tensor

@@ -32,7 +32,7 @@ std::vector<GlobalRange>& ranges() {
 size_t writable_bytes(size_t bytes) { return page_bytes() + whole_pages(bytes + kGuardBytes); }
 
 void add_range(GlobalRange range) {
-  // A buffer of the host's arrives filled, one of ours as poison.
+  // A buffer of the host is initialised, one allocated here is poison.
   race_global_begin(range.begin, range.bytes, range.guard_bytes, range.name.c_str(),
                     /*initialised=*/range.guard_bytes == 0);
   auto& all = ranges();

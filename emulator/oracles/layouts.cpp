@@ -167,8 +167,8 @@ void check_swizzle(const char* name, emulator::Swizzle mode) {
   }
 }
 
-// A tile [rows, 64] of 16-bit elements, made of CuTe's atoms column by column, as wgmma is told of
-// it.
+// A tile [rows, 64] of 16-bit elements, made of CuTe's atoms column by column, as a wgmma
+// descriptor describes it.
 struct Description {
   Major major;
   lora_ext::ptx::Swizzle swizzle;
@@ -197,8 +197,8 @@ struct Description {
   }
 };
 
-// For each 16 columns of the tile: CuTe's descriptor is the one that we would write, and each
-// element lies where we look for it.
+// For each 16 columns of the tile: CuTe's descriptor equals ours, and each element is at the
+// address that we compute.
 template <typename Atom, int kRows, gmma::Major kMajor>
 void check_descriptor(const std::string& name, emulator::Swizzle swizzle) {
   using T = cute::bfloat16_t;

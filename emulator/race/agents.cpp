@@ -67,7 +67,7 @@ void Agents::end_thread(Thread& thread) {
   free_threads_.push_back(thread.race_id);
   if (++info.ended < info.threads) return;
   check_peer_accesses(info);
-  // The memory of Block and Cluster may serve others from here on: forget whose it was.
+  // The memory of Block and Cluster may be reused: remove what refers to it.
   running_.erase(&block);
   if (++clusters_[block.cluster].blocks_ended == block.cluster->blocks.size())
     clusters_.erase(block.cluster);
@@ -93,8 +93,8 @@ void Agents::check_peer_accesses(const BlockInfo& block) const {
 }
 
 uint32_t Agents::fork(ThreadState& thread, Proxy proxy, const Site* issued_at) {
-  // An operation takes over the name of an earlier one only if its issuer knows that one to be
-  // over: then "knows the later" implies "knows the earlier", which is what a vector clock can
+  // An operation reuses the name of an earlier one only if its issuer knows that one to be
+  // complete: then "knows the later" implies "knows the earlier", which is what a vector clock can
   // express.
   OperationState* state = nullptr;
   uint32_t index = 0;

@@ -15,8 +15,8 @@
 
 namespace emulator::race {
 
-// G, and P for each Space (race.h). `performed` knows, beside G, of accesses that are over but
-// whose writes need not be visible: it orders a later write, not a later read.
+// G, and P for each Space (race.h). `performed` knows, in addition to G, accesses that are complete
+// but whose writes need not be visible: it orders a later write, not a later read.
 struct Knowledge {
   View seen;
   View proxied[2];
@@ -97,7 +97,8 @@ class Agents {
     std::vector<PeerAccess> peer_accesses;  // to its shared memory: the last of each thread
     SyncClock known_at_exit;
   };
-  // Every access of a peer has happened before the end of the block, at which its memory is gone.
+  // Checks that every access of a peer has happened before the end of the block, when its memory is
+  // released.
   void check_peer_accesses(const BlockInfo& block) const;
 
   std::vector<BlockInfo> blocks_;  // by serial number

@@ -25,7 +25,7 @@ class Checker {
   // that do not throw, so a fault is kept until the thread next enters the layer.
   void plain_access(const void* memory, size_t bytes, const void* instruction, bool writes,
                     uint8_t flags = 0);
-  // Of an access whose type is aligned to its size: a GPU makes no other.
+  // Checks an access whose type is aligned to its size: a GPU makes no other.
   void check_aligned(const void* memory, size_t bytes, bool writes);
 
   // Throws, or keeps the first fault if it comes from a callback.

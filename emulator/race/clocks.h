@@ -105,8 +105,8 @@ void raise(ClockRef& clock, AgentId agent, Epoch epoch);
 
 class SyncClock;
 
-// What one agent knows: a shared clock, its own epoch, and the few things it alone has learnt since
-// it last met others.
+// What one agent knows: a shared clock, its own epoch, and the few entries that it alone has learnt
+// since its last barrier.
 class View {
  public:
   AgentId self;

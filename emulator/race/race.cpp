@@ -48,7 +48,7 @@ void race_thread_end(Thread& thread) {
 }
 
 void race_shared_begin(const void* memory, size_t bytes) {
-  // Nothing else lies in the pages around a block's shared memory (shared_memory.cpp).
+  // The pages around a block's shared memory contain nothing else (shared_memory.cpp).
   constexpr size_t kGuardBytes = 1024;
   if (bytes > 0) checker().shadow.add(memory, bytes, kGuardBytes, Space::Shared, "", false);
 }
@@ -161,8 +161,8 @@ void race_async_complete(AsyncAgent agent, const void* sync) {
 }
 
 void race_in_flight(const void* pointer, size_t bytes, bool on) {
-  // Taking the mark away is the operation's own act, performed on the scheduler's stack or by any
-  // thread.
+  // Removing the mark is an action of the operation itself, performed on the scheduler's stack or
+  // by any thread.
   ThreadState* thread = checker().current();
   const Actor actor =
       thread && on ? engine_actor(*thread, 0, "issue of an asynchronous operation") : Actor();

@@ -47,11 +47,11 @@ void race_thread_begin(Thread& thread);
 void race_thread_end(Thread& thread);
 
 /// `memory` becomes a block's shared memory, with undefined contents (a new block, on recycled
-/// memory). / It is nobody's any more.
+/// memory). / It no longer belongs to any block.
 void race_shared_begin(const void* memory, size_t bytes);
 void race_shared_end(const void* memory, size_t bytes);
 
-/// A buffer in global memory with `guard_bytes` on either side that nobody may touch.
+/// A buffer in global memory with `guard_bytes` on either side that must not be accessed.
 /// `initialised`: the host has filled it; else reading what nothing wrote is a fault. / It is
 /// freed.
 void race_global_begin(const void* memory, size_t bytes, size_t guard_bytes, const char* name,
@@ -60,14 +60,14 @@ void race_global_end(const void* memory);
 /// The host writes to a buffer, between launches.
 void race_host_write(const void* memory, size_t bytes);
 
-/// By the current thread, or by another thread on whose behalf a warp or block operation is
+/// Called by the current thread, or for another thread on whose behalf a warp or block operation is
 /// performed.
 void race_release(const void* sync, ReleaseMode mode = ReleaseMode::Join);
 void race_acquire(const void* sync);
 void race_release(Thread& thread, const void* sync, ReleaseMode mode = ReleaseMode::Join);
-/// An arrival whose scope leaves out those who wait: of what the current thread knows it releases
-/// only that operations of the async proxy are over, and so only to what overwrites their operands
-/// (performed, in race/agents.h). Generic accesses are released to nobody.
+/// An arrival whose scope does not include the waiting threads: it releases only that operations of
+/// the async proxy are complete, and only to operations that overwrite their operands
+/// (performed, in race/agents.h). It releases no generic accesses.
 void race_release_finished(const void* sync);
 /// A relaxed arrival: releases only what the current thread's fences of at least this scope
 /// precede.
@@ -107,7 +107,7 @@ void race_async_read(AsyncAgent agent, const void* pointer, size_t bytes, const 
 void race_async_write(AsyncAgent agent, const void* pointer, size_t bytes, const char* what);
 void race_async_complete(AsyncAgent agent, const void* sync);
 
-/// While on, nobody but the operation itself may touch these bytes.
+/// While on, only the operation itself may access these bytes.
 void race_in_flight(const void* pointer, size_t bytes, bool on);
 
 #else

@@ -1,4 +1,4 @@
-// Checks and remembers accesses to shadow cells; the rules of who conflicts with whom are in
+// Checks and remembers accesses to shadow cells; the rules of which accesses conflict are in
 // ordered() and the two checks.
 #include "emulator/race/shadow.h"
 
@@ -180,7 +180,7 @@ uint32_t Shadow::remember(const Actor& actor, uint8_t mask, uint32_t previous, u
 }
 
 uint32_t Shadow::with_reader(uint32_t reads, const Actor& actor, uint8_t mask) {
-  // A read that happened before this one need not be kept: whoever is ordered after this one is
+  // A read that happened before this one need not be kept: what is ordered after this one is
   // ordered after it too. An atomic read does not stand for a plain one, nor a byte for a whole
   // cell.
   constexpr int kSearched = 32;

@@ -59,7 +59,7 @@ constexpr size_t kCellBytes = 2;
 
 struct Region {
   uintptr_t begin = 0, end = 0;
-  size_t guard_bytes = 0;  // on either side, that nobody may touch
+  size_t guard_bytes = 0;  // on either side, never to be accessed
   Space space = Space::Global;
   std::string name;
   std::vector<Cell> cells;
@@ -69,7 +69,7 @@ struct Region {
   }
 };
 
-// Who makes an access and what it may rely on.
+// The agent of an access, and what is ordered before it.
 struct Actor {
   AgentId id;
   Epoch epoch = 0;

@@ -63,14 +63,14 @@ void look_up(const std::vector<const void*>& frames, Positions& known) {
 }
 
 std::string without_folders(const std::string& file_and_line) {
-  // Two folders tell files apart; the rest of the path is the machine's.
+  // Two folders distinguish files; the rest of the path depends on the machine.
   size_t from = file_and_line.size();
   for (int i = 0; i < 3 && from != std::string::npos && from > 0; ++i)
     from = file_and_line.rfind('/', from - 1);
   return from == std::string::npos || from == 0 ? file_and_line : file_and_line.substr(from + 1);
 }
 
-// Code of the layer and of csrc/ptx lies between a kernel's line and the hook; so may headers of
+// Code of the layer and of csrc/ptx may be between a kernel's line and the hook, as may headers of
 // C++ and CUDA.
 bool is_kernel_code(const Position& position) {
   const std::string& file = position.file_and_line;

@@ -61,7 +61,7 @@ void SyncObjects::acquire_performed(ThreadState& thread, const void* sync) {
 }
 
 void SyncObjects::complete(const OperationState& operation, const void* sync) {
-  // The completion tells of the operation alone: what its issuer did before is ordered only by the
+  // The completion orders only the operation: what its issuer did before is ordered only by the
   // issuer's own release.
   objects_[sync].clocks.seen.release(operation.id, operation.epoch);
 }

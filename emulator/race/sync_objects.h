@@ -21,7 +21,7 @@ class SyncObjects {
 
   void release(ThreadState& thread, const void* sync, ReleaseMode mode);
   void release_fenced(ThreadState& thread, const void* sync, Scope scope);
-  // Of an operation that is over, and for what may overwrite its operands alone.
+  // Releases an operation that is complete, only to operations that may overwrite its operands.
   void release_finished(AgentId operation, Epoch epoch, const void* sync) {
     objects_[sync].clocks.performed.release(operation, epoch);
   }
@@ -35,7 +35,7 @@ class SyncObjects {
   // fence. The scopes of both fences must reach the other thread.
   void atomic(ThreadState& thread, const void* address, AtomicAccess access);
   void fence(ThreadState& thread, Scope scope);
-  // A fence of at most cluster scope for what `sync` has gathered alone.
+  // A fence of at most cluster scope, for what `sync` alone has gathered.
   void fence_only(ThreadState& thread, const void* sync);
 
  private:

@@ -46,7 +46,7 @@ void expect_report(const char* text, const std::function<void()>& body) {
   CHECK(report.find("asan_faults.cpp") != std::string::npos);
 }
 
-// An index or a pointer that the compiler knows nothing of.
+// An index or a pointer whose value the compiler cannot know.
 template <class T>
 T opaque(T value) {
   static volatile bool never = false;

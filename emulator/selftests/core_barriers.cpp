@@ -21,7 +21,7 @@ TEST(named_barriers) {
       bar_sync(1 + threadIdx.x / 64, 64);
       CHECK(count >= 128 + 64);
       __syncthreads();
-      // Warp 0 waits for what the others only announce.
+      // Warp 0 waits at a barrier at which the others only arrive.
       if (threadIdx.x >= 32) {
         ++produced;
         bar_arrive(3, 128);

@@ -197,8 +197,8 @@ DependentResult run_dependent(bool signal, bool wait, bool programmatic) {
   return result;
 }
 
-// Of three grids the second, which begins early, may wait for the first in one block of two; and
-// the third for the second, or it is an ordinary one.
+// Of three grids the second, launched with PDL, may wait for the first in one block of two; the
+// third may wait for the second, or is an ordinary one.
 bool third_follows_first(bool wait, bool early) {
   bool first_done = false, follows = true;
   Stream stream;

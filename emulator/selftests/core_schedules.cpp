@@ -1,4 +1,4 @@
-// The adversary's promises: what each schedule and the freezing of warps make happen.
+// Properties of the adversary: what each schedule and the freezing of warps cause.
 #include <algorithm>
 #include <set>
 #include <vector>
@@ -8,7 +8,7 @@
 using namespace emulator;
 using namespace emulator::selftest;
 
-// The order in which 8 warps come to `steps` places where they can be interrupted.
+// The order in which 8 warps reach `steps` preemption points.
 std::vector<uint32_t> order_of_warps(int steps) {
   std::vector<uint32_t> order;
   launch({.grid = 1, .block = 256}, [&] {
@@ -60,7 +60,7 @@ TEST(priority_prefers_a_warp_and_changes_seldom) {
   CHECK(total < 16 * 20);
 }
 
-// Two warps that take turns through a barrier: a third that is frozen falls far behind.
+// Two warps alternate through a barrier: a third that is frozen falls far behind.
 TEST(freezing_leaves_warps_behind) {
   const KeepConfig keep;
   config().schedule = Schedule::Random;

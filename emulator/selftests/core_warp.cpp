@@ -26,7 +26,7 @@ TEST(shuffles) {
       CHECK(__ballot_sync(kAll, lane % 3 == 0) == 0x49249249u);
       CHECK(__any_sync(kAll, lane == 7) == 1 && __any_sync(kAll, 0) == 0);
       CHECK(__all_sync(kAll, 1) == 1 && __all_sync(kAll, lane != 7) == 0);
-      // The halves of a warp go different ways, with masks of their own.
+      // The halves of a warp diverge, each with its own mask.
       const unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;
       float sum = 1;
       for (int i = 8; i > 0; i /= 2) sum += __shfl_xor_sync(half, sum, i);

@@ -67,7 +67,7 @@ inline void run_everywhere(
   });
 }
 
-// Launches so fail, each with a sentence of its own: rejects(sentence, kind, text, kernel).
+// Expects launches to fail, each with its own message: rejects(message, kind, text, kernel).
 inline auto rejecting(const LaunchConfig& launch_config) {
   return [=](const std::string& name, ErrorKind kind, const char* text,
              const std::function<void()>& kernel) {
@@ -80,7 +80,7 @@ T* shared_array(uint32_t offset = 0) {
   return reinterpret_cast<T*>(dynamic_shared_memory() + offset);
 }
 
-// Until the flag is set, or comes to so many.
+// Polls until the flag is set, or reaches `least`.
 inline void poll(const uint32_t* flag, uint32_t least = 1) {
   while (load_acquire_gpu(flag) < least) {
   }
@@ -119,7 +119,7 @@ inline void init_mbarriers_alone(uint32_t first, std::initializer_list<uint32_t>
   fence_mbarrier_init();
 }
 
-// The first thread does, and makes them known to its block, or to the cluster.
+// The first thread initialises them, and publishes them to its block, or to the cluster.
 inline void init_mbarriers(uint32_t first, std::initializer_list<uint32_t> counts) {
   if (threadIdx.x == 0) init_mbarriers_alone(first, counts);
   syncthreads();

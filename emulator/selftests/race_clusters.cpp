@@ -62,8 +62,8 @@ TEST(fence_mbarrier_init_publishes_the_init_alone) {
   expect_race("release", "read after unordered write", run);
 }
 
-// Without an edge, block 1 ends too early. Reported by whoever comes first: the end of the block,
-// or who finds it gone, its memory out of bounds.
+// Without an edge, block 1 ends too early. Reported by the first to notice: the end of the block,
+// or an access to its memory, which is then out of bounds.
 void expect_end_of_peer(const char* edge, const std::function<void()>& run) {
   for_each_schedule_without(edge, [&] {
     try {
@@ -78,8 +78,8 @@ void expect_end_of_peer(const char* edge, const std::function<void()>& run) {
   });
 }
 
-// A remote arrival that nobody waits for is over before an arrive with release, not before a
-// relaxed one: behind that the peer may have ended while it is under way.
+// A remote arrival that is not waited for is complete before an arrive with release, not before a
+// relaxed one: after that the peer may have ended while it is in flight.
 TEST(a_block_must_not_end_under_a_remote_arrival) {
   const auto run = [] {
     launch(race_launch(2, 32, 1024, 2), [] {

@@ -50,7 +50,7 @@ TEST(a_stage_that_wgmma_has_read_is_released_by_the_default_arrival) {
           wgmma_commit_group();
           if (missing("wait")) release();
           wgmma_wait_group(0);
-          // By the lane that releases the half of the stage which it reads.
+          // Read by the lane that releases this half of the stage.
           if (missing("read by a thread") && threadIdx.x % 32 == 0)
             CHECK(shared_array<uint16_t>()[threadIdx.x] == kOne);
           if (!missing("wait")) release();
@@ -65,8 +65,8 @@ TEST(a_stage_that_wgmma_has_read_is_released_by_the_default_arrival) {
   expect_race("read by a thread", "write after unordered read", run);
 }
 
-// A value that a thread stores into its peer's memory, and one that it leaves in its own for the
-// peer to fetch.
+// A value that a thread stores into its peer's memory, and one that it writes to its own for the
+// peer to read.
 TEST(the_default_arrival_hands_no_store_to_a_peer) {
   const auto run = [](bool into_peer) {
     launch(race_launch(2, 32, 16384, 2), [&] {
@@ -90,7 +90,7 @@ TEST(the_default_arrival_hands_no_store_to_a_peer) {
   }
 }
 
-// Nor what a copy has brought: the peer may overwrite it, but not read it.
+// The same for data of a copy: the peer may overwrite it, but not read it.
 TEST(the_default_arrival_hands_no_copied_bytes_to_a_peer) {
   const auto run = [] {
     GlobalBuffer<uint16_t> in(2 * kRows * kColumns, "in");

@@ -75,7 +75,7 @@ struct Fixture {
   CUtensorMap map = kTile.map(tensor.data());
 };
 
-// One thread makes an mbarrier that waits for so many bytes.
+// One thread initialises an mbarrier that expects this number of bytes.
 inline void expect_bytes(uint32_t bytes = kTileBytes) {
   init_mbarriers_alone(kBar, {1});
   mbarrier_arrive_expect_tx(kBar, bytes);

@@ -96,7 +96,7 @@ struct Problem {
 
 constexpr uint32_t kStartB = 16 * 1024;
 
-// Operands and schedule by the seed that is set.
+// Operands and schedule depend on the seed that is set.
 void check_product(const Problem& problem) {
   const auto [shape, a_in_registers, swizzle_a, swizzle_b, accumulate] = problem;
   std::mt19937 rng(static_cast<unsigned>(config().seed));

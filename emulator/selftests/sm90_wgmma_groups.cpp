@@ -25,7 +25,7 @@ void fill_with_ones() {
   syncthreads();
 }
 
-// Of one warp.
+// Called by one warp.
 void fill_b(uint16_t value) {
   for (uint32_t i = threadIdx.x % 32; i < 256; i += 32) shared_array<uint16_t>(4096)[i] = value;
 }
@@ -80,7 +80,7 @@ TEST(operations_are_counted) {
   CHECK(counters().wgmma_flop == 2 * (2 * 64 * 16 * 16));
 }
 
-// One thread may release a stage for its warpgroup: a wait covers the shares of all four warps.
+// One thread may release a stage for its warpgroup: a wait covers the parts of all four warps.
 TEST(wait_covers_the_shares_of_the_other_warps) {
   run_everywhere(blocks_of(kThreads + 32, kShared), [] {
     if (threadIdx.x == 0) init_mbarriers_alone(4608, {1});
@@ -189,7 +189,7 @@ TEST(fence_is_required) {
                 multiply_in_a_group(d);
                 wgmma_rs(kShape, d, a, kB, true);
               }));
-  // wgmmas of one shape on the accumulators in flight follow each other without.
+  // wgmmas of one shape on accumulators in flight follow each other without a fence.
   run_warpgroup([](float* d) {
     multiply_in_a_group(d);
     multiply(d);

@@ -49,7 +49,8 @@ void acquire_at_start(const Grid& grid) {
     // mechanisms: what it alone orders passes to another proxy by a fence.
     return race_proxy_fence(Space::Global);
   }
-  // A dependent starts behind what was complete when the one before it started or let it start.
+  // A dependent starts after what was complete when the grid before it started or called
+  // launch_dependents.
   acquire_at_start(*before);
   if (before->previous != nullptr && before->dependents_follow_the_one_before)
     race_acquire(before->previous);

@@ -1,4 +1,4 @@
-// The register pool of a block. What .dec releases, .inc takes or waits for.
+// The register pool of a block. .inc takes what .dec has released, or waits for it.
 #include "emulator/threads/registers.h"
 
 #include <algorithm>

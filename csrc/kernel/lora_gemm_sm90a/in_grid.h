@@ -1,13 +1,13 @@
-// lora_gemm on sm_90a that makes its own T: one launch instead of lora_shrink, lora_reduce and
-// lora_gemm.
+// lora_gemm on sm_90a that also computes its own T: one launch instead of lora_shrink, lora_reduce
+// and lora_gemm.
 //
 //     T = scaling P A          forward S = X A^T, backward dS = dY B
 //     Y = P Q + mask * (T U) + bias
 //
-// P passes a second time through the same ring, the first N columns of whose right tiles then hold
-// A instead of Q. T goes to global memory, since wgrad reads it, too, and each tile's producer
-// waits for its row block of T before it loads it. For one term of rank 64 at most, and P without
-// dropout: forward with dropout, and float32 adapters, take T from lora_reduce.
+// P passes through the ring twice; the first time, the first N columns of the right tiles hold A
+// instead of Q. T is written to global memory, since wgrad reads it, too, and the producer of each
+// tile waits for its row block of T before it loads it. Only for one term of rank 64 at most, and P
+// without dropout: forward with dropout, and float32 adapters, take T from lora_reduce.
 #pragma once
 #include "kernel/lora_gemm_sm90a/jobs.h"
 #include "kernel/lora_gemm_sm90a/kernel.h"
@@ -19,7 +19,7 @@ struct LoraInGridMaps {
   CUtensorMap a;  // [rank, k] or [k, rank], boxes of kRightBoxRows of kShrinkColumns
 };
 
-// Columns of T that a job makes: those of the tail, since the rank is one step of T U at most.
+// Columns of T that a job computes: those of the tail, since the rank is at most one step of T U.
 template <int kTail>
 constexpr int kShrinkColumns = 16 * kTail;
 
@@ -33,7 +33,7 @@ struct LoraInGridProducer {
   const Producer producer{jobs.block};
 
   __device__ __forceinline__ void produce() const {
-    // lora_wgrad may take SMs that the last tiles leave idle; it waits for T itself.
+    // lora_wgrad may start on SMs that the last tiles leave idle; it waits for T itself.
     if (jobs.block.p.lets_wgrad_begin) ptx::griddepcontrol_launch_dependents();
     typename Producer::Ring ring;
     typename Jobs::Ring tickets;
@@ -69,7 +69,7 @@ template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 struct LoraInGridConsumer {
   using Jobs = LoraGemmSm90aJobs<T, Tile>;
   using Consumer = LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, kTail>;
-  static constexpr int kSums = kShrinkColumns<kTail> / 2;  // of a thread
+  static constexpr int kSums = kShrinkColumns<kTail> / 2;  // per thread
   using Sums = float[Tile::kRowBlocks][kSums];
 
   const Jobs& jobs;
@@ -82,7 +82,7 @@ struct LoraInGridConsumer {
     typename Jobs::Ring tickets;
     const auto next_job = [&] { return jobs.next(tickets, consumer.lane == 0); };
     for (int job = next_job(), next = 0; job < jobs.count(); job = next) {
-      if constexpr (kMasked) next = next_job();  // now, since its mask is drawn beside this one
+      if constexpr (kMasked) next = next_job();  // its mask is drawn beside this one
       if (jobs.makes_t(job)) {
         jobs.for_rows_of(job, [&](int row) { shrink(ring, row); });
       } else {
@@ -95,7 +95,7 @@ struct LoraInGridConsumer {
     consumer.epilogue.drain();
   }
 
-  // The block's rows of T from `row` on, 64 for each consumer.
+  // Computes the block's rows of T from `row` on, 64 per consumer.
   __device__ __forceinline__ void shrink(typename Consumer::Ring& ring, int row) const {
     Sums sums;
     typename Consumer::Progress now{ring};
@@ -125,8 +125,8 @@ struct LoraInGridConsumer {
   }
 };
 
-// As lora_gemm_sm90a, but never launched as a dependent: it draws tickets at once, before it could
-// wait for what sets them to zero.
+// As lora_gemm_sm90a, but never launched with PDL: it draws job numbers at once, before it could
+// wait for the kernel that sets the counters to zero.
 template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_gemm_in_grid_sm90a(const __grid_constant__ LoraInGridMaps maps,

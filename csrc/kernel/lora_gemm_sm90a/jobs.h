@@ -1,11 +1,11 @@
-// The jobs of lora_gemm_in_grid_sm90a: how clusters draw them, and how those that make T tell those
-// that read it.
+// The job scheduler of lora_gemm_in_grid_sm90a: how clusters draw jobs from a counter (`ticket`),
+// and how the jobs that compute T signal those that read it.
 //
-//   tickets   first    T of pairs of row blocks, one for each block of the cluster
+//   jobs      first    pairs of row blocks of T, one for each block of the cluster
 //             then     the tiles of Y
 //
-// A job for T waits for nothing, and a tile only for jobs with smaller tickets, which running
-// clusters have drawn: so the grid ends even if one cluster alone is resident.
+// A job of T waits for nothing, and a tile only for jobs with smaller numbers, which running
+// clusters have drawn: so the grid ends even if only one cluster is resident.
 #pragma once
 #include "kernel/lora_gemm_sm90a/pipeline.h"
 #include "ptx/fence.h"
@@ -13,27 +13,27 @@
 
 namespace lora_ext::kernel {
 
-// What makes T = scaling P A beside the product: A lies as Q does, T is low_rank[0].t.
+// Parameters of T = scaling P A beside the product: A has the layout of Q, T is low_rank[0].t.
 template <class T>
 struct LoraInGridParams {
-  T* t;      // [m, width], columns past the rank become zero
-  float* s;  // [m, rank]: P A in float; or null
+  T* t;      // [m, width]; columns past the rank become zero
+  float* s;  // [m, rank]: P A in float; may be null
   int64_t t_pitch;
   int width;  // whole 16-byte chunks
   float scaling;
-  int pairs_per_ticket;  // pairs of row blocks of T that a cluster makes at a time
+  int pairs_per_ticket;  // pairs of row blocks of T in one job
 
-  // All zero at launch.
-  uint32_t* ticket;  // [1], the next job
-  uint32_t* ready;   // [2 row pairs], consumers that have written their rows of a row block of T
-  // Over all row blocks: all of T is there at parts_of_t.
+  // Counters, all zero at launch.
+  uint32_t* ticket;  // [1], the number of the next job
+  uint32_t* ready;   // [2 row pairs], per row block of T, consumers that have written their rows
+  // Over all row blocks: T is complete at parts_of_t.
   uint32_t* written;  // [1]
 };
 
 // Two consumers write each row block.
 constexpr uint32_t parts_of_t(uint32_t row_blocks) { return 2 * row_blocks; }
 
-// Shared memory behind the tile's: a ring of jobs that the scheduler has drawn ahead.
+// Shared memory after the tile's: a ring of jobs that the scheduler has drawn ahead.
 template <class Tile>
 struct JobTile {
   static constexpr int kTickets = 2;
@@ -49,7 +49,7 @@ struct LoraGemmSm90aJobs {
   using Layout = JobTile<Tile>;
   using Block = LoraGemmSm90aBlock<T, Tile>;
   using Ring = StageRing<Layout::kTickets>;
-  // Who reads a ticket: in each block its producer and the warps of its consumers.
+  // Readers of a job number: in each block its producer and the warps of its consumers.
   static constexpr int kReaders = Tile::kClusterSize * (1 + Tile::kReaders);
 
   const Block& block;
@@ -65,14 +65,14 @@ struct LoraGemmSm90aJobs {
     return block.shared + Layout::kTicket + 4 * static_cast<uint32_t>(slot);
   }
 
-  // Where the last wave of tiles leaves clusters idle, fewer of them make more of T each, so that
-  // none of those that multiply to the end has begun later.
+  // If the last wave of tiles leaves clusters idle, fewer clusters compute more of T each, so that
+  // no cluster that multiplies to the end has started later.
   const int jobs_for_t = (block.row_pairs + in.pairs_per_ticket - 1) / in.pairs_per_ticket;
 
   __device__ __forceinline__ int count() const { return jobs_for_t + block.tiles; }
   __device__ __forceinline__ bool makes_t(int job) const { return job < jobs_for_t; }
   __device__ __forceinline__ int tile_of(int job) const { return job - jobs_for_t; }
-  // visit(first row of the block's part) for the pairs of row blocks of a job for T.
+  // Calls visit(first row of the block's half) for the pairs of row blocks of a job of T.
   template <class Visit>
   __device__ __forceinline__ void for_rows_of(int job, const Visit& visit) const {
     const int first = job * in.pairs_per_ticket;
@@ -81,7 +81,7 @@ struct LoraGemmSm90aJobs {
       visit(pair * Tile::kPairM + static_cast<int>(block.rank) * Tile::kM);
   }
 
-  // Before the block's own set-up, whose fence and barrier publish this, too.
+  // Called before the block's own set-up, whose fence and barrier publish this, too.
   __device__ __forceinline__ void set_up() const {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < Layout::kTickets; ++slot) {
@@ -91,12 +91,12 @@ struct LoraGemmSm90aJobs {
     }
   }
 
-  // One thread of the cluster draws its jobs, the last a ticket past them all, for both blocks.
+  // One thread of the cluster draws its jobs for both blocks; the last number is past all jobs.
   __device__ __forceinline__ void schedule() const {
     Ring ring;
     int job = 0;
     do {
-      // Of cluster scope, like the readers' arrivals: they have read what is stored anew.
+      // Cluster scope, like the readers' arrivals: they have read the value that is overwritten.
       ptx::mbarrier_wait_cluster(empty(ring.slot), ring.parity ^ 1);
       job = static_cast<int>(ptx::atomic_add_relaxed_gpu(in.ticket, 1));
       for (uint32_t to = 0; to < Tile::kClusterSize; ++to) {
@@ -108,7 +108,7 @@ struct LoraGemmSm90aJobs {
     } while (job < count());
   }
 
-  // The next job; `reader` is the one of the threads that call together which tells the scheduler.
+  // Returns the next job; `reader`: the thread, of those calling together, that signals.
   __device__ __forceinline__ int next(Ring& ring, bool reader) const {
     ptx::mbarrier_wait_cluster(full(ring.slot), ring.parity);
     const int job = static_cast<int>(ptx::load_shared_cluster<uint32_t>(ticket(ring.slot)));
@@ -118,13 +118,13 @@ struct LoraGemmSm90aJobs {
     return job;
   }
 
-  // A consumer has written its rows of the block of T that begins at `row`; called behind a barrier
-  // of its threads by one of them.
+  // Signals that a consumer has written its rows of the block of T that begins at `row`; called by
+  // one of its threads, after a barrier of all of them.
   __device__ __forceinline__ void publish(int row) const {
     ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);
     ptx::atomic_add_release_gpu(in.written, 1);
   }
-  // Until all consumers have. T was written by ordinary stores, and is read by TMA.
+  // Waits until all consumers have signalled. T was written by ordinary stores and is read by TMA.
   __device__ __forceinline__ void wait_until_ready(int row) const {
     const uint32_t* ready = in.ready + row / Tile::kM;
     while (ptx::load_acquire_gpu(ready) < Tile::kConsumers) {

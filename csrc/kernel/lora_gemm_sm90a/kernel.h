@@ -2,22 +2,22 @@
 //
 //   global --TMA, half of Q multicast--> ring of stages --wgmma--> accumulators --slab, TMA--> Y
 //
-// Three warpgroups: a producer that loads, and two consumers that multiply and store. Blocks come
-// in clusters of two, one tile below the other, and are persistent: each cluster walks over pairs
+// Three warpgroups: a producer that loads, and two consumers that multiply and store. Blocks form
+// clusters of two, one tile below the other, and are persistent: each cluster iterates over pairs
 // of tiles, and loads run ahead of the products across the end of a tile.
 //
 //   tile.h      tiles, registers, the layout of shared memory
-//   pipeline.h  barriers, ring, order of the tiles, begin and end
+//   pipeline.h  barriers, ring, order of the tiles, set-up and end of a block
 //   load.h      the producer: what a stage receives
 //   multiply.h  the consumers: the main loop
 //   mask_ahead.h  dropout's bits, drawn while the tensor core works
-//   store.h, tile_bias.h  bias, rounding, slabs
-//   jobs.h, in_grid.h  the kernel that makes its own T
+//   store.h, tile_bias.h  the epilogue: bias, rounding, slabs
+//   jobs.h, in_grid.h  the kernel that computes its own T
 //   launch.h    from parameters to a launch of either
 //
 // Launched in clusters of Tile::kClusterSize (a launch attribute, so that the source compiles for
-// every architecture), and, if T is written by the kernel before, with programmatic stream
-// serialization or without: then griddepcontrol.wait finds nothing to wait for.
+// every architecture). If T is written by the kernel before, it may be launched with PDL
+// (programmatic dependent launch); without PDL griddepcontrol.wait returns at once.
 #pragma once
 #include "kernel/lora_gemm_sm90a/load.h"
 #include "kernel/lora_gemm_sm90a/multiply.h"
@@ -25,11 +25,11 @@
 
 namespace lora_ext::kernel {
 
-// produce(warp) in the first warpgroup, consume(0) and consume(1) in the others, which take over
-// most of its registers.
+// Runs produce(warp) in the first warpgroup, and consume(0) and consume(1) in the others, to which
+// setmaxnreg moves most of the producer's registers.
 template <class Tile, class Produce, class Consume>
 __device__ __forceinline__ void take_role(const Produce& produce, const Consume& consume) {
-  // From lane 0, so that ptxas knows that a warp agrees on its role.
+  // Broadcast from lane 0, so that ptxas knows that the role is uniform in a warp.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   constexpr int kWarps = Tile::kWarpgroup / 32;
   if (warp < kWarps) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void take_role(const Produce& produce, const Consume&
   }
 }
 
-// Empty for other architectures, where nothing launches it.
+// Empty for other architectures, where it is never launched.
 template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_gemm_sm90a(const __grid_constant__ LoraGemmMaps maps,

@@ -1,8 +1,8 @@
 // From parameters to a launch of lora_gemm_sm90a or lora_gemm_in_grid_sm90a: the tensor maps, the
 // instance and the grid.
 //
-// Requires what TMA does: pointers and pitches that are multiples of 16 bytes. m, n, k and the rank
-// may be anything.
+// Requires what TMA requires: pointers and pitches that are multiples of 16 bytes. m, n, k and the
+// rank may be anything.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -13,22 +13,22 @@
 
 namespace lora_ext::kernel {
 
-// Which instance computes a product, and on how much of the card.
+// Which instance computes a product, and on how many blocks.
 struct Sm90aChoice {
-  plan::Tile tile;                                    // of wgmma
+  plan::Tile tile;                                    // a wgmma tile
   bool mn_major, masked;                              // dX, and dX with dropout
   bool dependent;                                     // as in Sm90aLaunch
-  int most_blocks = std::numeric_limits<int>::max();  // two a cluster
+  int most_blocks = std::numeric_limits<int>::max();  // two per cluster
 };
 
-// How a launcher of lora_gemm_sm90a is to launch it.
+// How to launch lora_gemm_sm90a.
 struct Sm90aLaunch {
   dim3 grid, cluster;
   unsigned threads;
   uint32_t shared_bytes;
-  // Whether it may start while the kernel before, which must be one that writes T, still runs. That
-  // one must not be launched so itself, unless it waits for its predecessor: what else lora_gemm
-  // reads and writes must be ready by then.
+  // Launched with PDL: the grid may start while the kernel before, which must write T, still runs.
+  // That kernel must not be launched with PDL itself, unless it waits for its predecessor: all else
+  // that lora_gemm reads and writes must be ready by then.
   bool dependent;
 };
 
@@ -51,9 +51,9 @@ static_assert(is_in_grid_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kInGri
 
 static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers);
 
-// Boxes of P and T, and of Q and U (in-grid also A), as TMA brings them into stages. encode(const
-// T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements wide under the
-// 128-byte swizzle, which reads zeros outside.
+// Tensor maps of P and T, and of Q and U (in-grid also A), with the boxes of the stages.
+// encode(const T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements
+// wide with the 128-byte swizzle, which reads zeros outside of the matrix.
 template <class Tile, class T, class Encode>
 CUtensorMap left_map(const T* data, int rows, int depth, int64_t pitch, Encode&& encode) {
   return encode(data, rows, depth, pitch, Tile::kLeftBoxRows);
@@ -83,7 +83,7 @@ LoraGemmMaps maps_of(const LoraGemmParams<T>& p, Encode&& encode) {
   return maps;
 }
 
-// Pairs of tiles, each for a cluster.
+// Number of pairs of tiles, one pair per cluster.
 template <class Tile, class T>
 int64_t pairs_of_tiles(const LoraGemmParams<T>& p) {
   const int64_t row_pairs = (p.m + Tile::kPairM - 1) / Tile::kPairM;
@@ -95,15 +95,15 @@ inline unsigned clusters_for(int64_t jobs, int64_t resident, const Sm90aChoice& 
   return static_cast<unsigned>(std::min({jobs, resident, most}));
 }
 
-// use(kernel) with the instance for a rank.
+// Calls use(kernel) with the instance for a rank.
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Use>
 void with_instance_for(int rank, Use&& use) {
   if (plan::tail_of(rank) == 1) return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 1>);
   return use(lora_gemm_sm90a<T, Tile, kMNMajor, kMasked, 4>);
 }
 
-// launch(kernel, Sm90aLaunch, maps, params) launches, launch.encode(...) is the encode of maps_of,
-// and launch.clusters(kernel, Sm90aLaunch) how many clusters are resident at a time.
+// launch(kernel, Sm90aLaunch, maps, params) launches; launch.encode(...) is the encode of maps_of;
+// launch.clusters(kernel, Sm90aLaunch) is the number of clusters resident at a time.
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Launch>
 void launch_tile(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
   with_instance_for<T, Tile, kMNMajor, kMasked>(p.rank, [&](auto kernel) {
@@ -131,7 +131,7 @@ void launch_lora_gemm_sm90a(const LoraGemmParams<T>& p, const Sm90aChoice& choic
 
 // lora_gemm_in_grid_sm90a
 
-// A of T = scaling P A, as Q lies: [rank, k], or MN-major [k, rank].
+// A of T = scaling P A, in the layout of Q: [rank, k], or MN-major [k, rank].
 template <class T>
 struct InGridFactor {
   const T* a;

@@ -1,9 +1,8 @@
-// The producer of lora_gemm on sm_90a: one thread of a block keeps the ring of stages filled by
-// TMA.
+// The producer of lora_gemm on sm_90a: one thread of a block fills the ring of stages by TMA.
 //
-// A stage holds 64 along k of the block's own rows of P or T, and of its columns of Q or U, which
-// the two blocks of a cluster share: each loads half and multicasts it to both. What lies outside
-// an operand arrives as zeros, and counts as bytes all the same.
+// A stage holds 64 along k of the block's own rows of P or T, and of columns of Q or U that the two
+// blocks of a cluster share: each loads half and multicasts it to both. Elements outside of an
+// operand arrive as zeros, and count as bytes all the same.
 #pragma once
 #include "kernel/lora_gemm_sm90a/pipeline.h"
 #include "ptx/fence.h"
@@ -20,7 +19,7 @@ struct LoraGemmSm90aProducer {
   const Block& block;
   const LoraGemmMaps& maps = block.maps;
 
-  // Tile by tile, the steps in the order in which consumers take them.
+  // Tile by tile, in the order in which the consumers take the steps.
   __device__ __forceinline__ void produce() const {
     Ring ring;
     bool t_is_written = false;
@@ -34,11 +33,11 @@ struct LoraGemmSm90aProducer {
     }
   }
 
-  // T comes from the kernel before, which may still run; nothing else here depends on it. What that
-  // kernel wrote by ordinary stores is read through the async proxy.
+  // Waits for T, which the kernel before writes and which nothing else here depends on. That kernel
+  // may still run. It used ordinary stores; T is read through the async proxy.
   //
-  // Once every block has T, lora_wgrad, which reads it, too, may take SMs that the last tiles leave
-  // idle: beside a block of this grid its own do not fit.
+  // Once every block has T, lora_wgrad, which reads it, too, may start on SMs that the last tiles
+  // leave idle: its blocks do not fit beside a block of this grid.
   __device__ __forceinline__ void wait_for_t() const {
     ptx::griddepcontrol_wait();
     ptx::fence_proxy_async_global();
@@ -60,7 +59,7 @@ struct LoraGemmSm90aProducer {
     }
   }
 
-  // Fills one stage, once it is empty; kColumns of the right operand belong to it.
+  // Waits until one stage is empty and fills it; it has kColumns of the right operand.
   template <int kColumns>
   __device__ __forceinline__ void load(Ring& ring, const CUtensorMap* left,
                                        const CUtensorMap* right, int k0, const Place& at) const {
@@ -74,7 +73,7 @@ struct LoraGemmSm90aProducer {
     ring.advance();
   }
 
-  // K-major halves are columns of Y, MN-major ones rows of k in every panel of 64 columns.
+  // Half of the right operand: columns of Y if K-major, else rows of k in every 64-column panel.
   template <int kColumns>
   __device__ __forceinline__ void multicast_half(const Ring& ring, const CUtensorMap* right, int k0,
                                                  int column) const {

@@ -1,14 +1,14 @@
-// Dropout's bits of a tile of lora_gemm on sm_90a, drawn before the product that they mask is
-// there.
+// Dropout's bits for a tile of lora_gemm on sm_90a, drawn before the product that they mask is
+// complete.
 //
-// An element takes 13 instructions to draw, and 2.4 to mask once its bit is there. So bits are
-// drawn while the tensor core works for others: in pingpong schedules before a consumer's turn, in
-// cooperative ones a share in each step of the tile before; 4 registers hold those of 128
-// accumulators.
+// An element takes 13 instructions to draw, and 2.4 to mask once its bit is drawn. So bits are
+// drawn while the tensor core works on other tiles: with the pingpong schedule before the consumer
+// may multiply, with the cooperative schedule a part in each step of the tile before. 4 registers
+// hold the bits of 128 accumulators.
 //
-//   draw_in_step(tile)   some of a tile's bits: all of them in the steps of another tile
-//   finish(tile)         those that are not drawn yet
-//   apply(acc)           mask * accumulators, which hold T U alone
+//   draw_in_step(tile)   some of a tile's bits; the steps of one tile draw all of them
+//   finish(tile)         draws the bits that are not drawn yet
+//   apply(acc)           mask * accumulators, which hold only T U at this point
 #pragma once
 #include "kernel/lora_gemm_sm90a/pipeline.h"
 #include "kernel/mask_shares.h"
@@ -25,19 +25,19 @@ struct LoraGemmSm90aMaskAhead {
   static_assert(kShares % 4 == 0);
 
   const Block& block;
-  const int first_row, first_column;  // of the thread, in a tile
+  const int first_row, first_column;  // of this thread, in a tile
   const MaskShares shares{block.p.mask};
 
-  // Of a tile's steps: so many that the last one finds none left.
+  // Shares per step of a tile, rounded up, so that none are left after the last step.
   const int shares_of_step = (kShares + block.main_steps - 1) / max(block.main_steps, 1);
 
   int tile = -1, drawn = 0;
   int row = 0, column = 0;  // of the thread's first element
-  // As a queue, so that no register is chosen at run time: a share comes in at the end, the first
-  // lies highest once all are there.
+  // Used as a queue, so that no register is indexed at run time: a share is pushed at the end; the
+  // first is in the highest bits once all are drawn.
   uint32_t words[kWords] = {};
 
-  // From here on bits are those of this tile.
+  // Restarts for another tile.
   __device__ __forceinline__ void begin(int of_tile) {
     if (tile == of_tile) return;
     const auto at = block.place_of(of_tile);
@@ -62,7 +62,7 @@ struct LoraGemmSm90aMaskAhead {
     draw(kShares);
   }
 
-  // Rows 0 and 8 of each 64, and shares from left to right.
+  // The order: rows 0 and 8 of each 64, and shares from left to right.
   __device__ __forceinline__ uint32_t draw_share() const {
     const int of_rows = drawn / kSharesOfRow;
     return shares.draw(row + of_rows / 2 * 64 + of_rows % 2 * 8,

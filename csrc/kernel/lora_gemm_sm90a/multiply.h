@@ -1,15 +1,15 @@
 // A consumer warpgroup of lora_gemm on sm_90a: from full stages through the tensor core to the
-// accumulators of one tile, or of its own 64 rows of it.
+// accumulators of one tile, or of its 64 rows of the tile.
 //
 //   consume()    its tiles, one after the other
 //   compute()    one tile: the steps of P Q and of T U
 //   step()       one stage: wait until it is full, multiply, release the stage before
 //   multiply()   the wgmmas of a stage
-//   release()    tells both producers that a stage may be filled again
+//   release()    signals both producers that a stage may be filled again
 //
-// wgmma runs asynchronously: while the products of a step are under way, those of the step before
-// are waited for, and only then may its stage be released. In between nothing touches the
-// accumulators (PTX ISA, wgmma.fence), or ptxas would make every wgmma wait for the one before.
+// wgmma is asynchronous: while the products of a step are in flight, the step waits for those of
+// the step before, and only then releases their stage. In between nothing touches the accumulators
+// (PTX ISA, wgmma.fence), or ptxas would make every wgmma wait for the one before.
 #pragma once
 #include "kernel/halves.h"
 #include "kernel/lora_gemm_sm90a/mask_ahead.h"
@@ -18,8 +18,9 @@
 
 namespace lora_ext::kernel {
 
-// kTail: the wgmmas of 16 along k that the last step of T U needs; 64 - 16 kTail of its 64 would
-// only multiply zeros. A constant, since ptxas cannot pipeline a number known at run time (C7519).
+// kTail: the number of wgmmas, of 16 along k each, in the last step of T U; the other 64 - 16 kTail
+// of its 64 would only multiply zeros. A constant, since ptxas cannot pipeline a number known at
+// run time (C7519).
 template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail>
 struct LoraGemmSm90aConsumer {
   using Block = LoraGemmSm90aBlock<T, Tile>;
@@ -45,10 +46,10 @@ struct LoraGemmSm90aConsumer {
     }
   }
 
-  // How far a tile has come.
+  // The state of a tile's main loop.
   struct Progress {
     Ring ring;
-    int held = -1;  // the stage that wgmmas under way may still read
+    int held = -1;  // the stage that wgmmas in flight may still read
     bool accumulate = false;
   };
 
@@ -70,20 +71,20 @@ struct LoraGemmSm90aConsumer {
     epilogue.drain();
   }
 
-  // Where the tile lies; `next` is the one whose mask is drawn meanwhile. What needs no
-  // accumulators is done while products are under way.
+  // Computes a tile and returns its position; `next` is the tile whose mask is drawn meanwhile.
+  // Work that needs no accumulators is done while products are in flight.
   __device__ __forceinline__ Place compute(Accumulators& acc, Ring& ring, int tile, int next,
                                            MaskAhead& ahead) const {
     Progress now{ring};
     if constexpr (kMasked) ahead.finish(tile);
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
-    if constexpr (kMasked) {  // T U first, since the mask is for it alone
+    if constexpr (kMasked) {  // T U first: only T U is masked
       multiply_low_rank(acc, now);
       wait_for_products();
       ahead.apply(acc);
     }
     if constexpr (kMasked && !Tile::kPingpong) {
-      const int then = min(next, block.tiles - 1);  // or any, at the end
+      const int then = min(next, block.tiles - 1);  // any valid tile, at the end
       multiply_main(acc, now, [&] { ahead.draw_in_step(then); });
     } else {
       multiply_main(acc, now);
@@ -101,7 +102,7 @@ struct LoraGemmSm90aConsumer {
     __device__ __forceinline__ void operator()() const {}
   };
 
-  // Accumulators of 64 x 2 kHalf, a row block each. meanwhile() runs beside each step's products.
+  // Accumulators of 64 x 2 kHalf per row block. meanwhile() runs beside each step's products.
   template <int kHalf, class Meanwhile = Nothing>
   __device__ __forceinline__ void multiply_main(float (&acc)[Tile::kRowBlocks][kHalf],
                                                 Progress& now,
@@ -119,8 +120,8 @@ struct LoraGemmSm90aConsumer {
     }
   }
 
-  // The terms with lo, which is kept kLoScale times as large, come before hi hi: around them the
-  // sum is scaled, too. Powers of two, hence exact.
+  // The terms with lo, which is stored scaled by kLoScale, come before hi hi: the sum is scaled
+  // before and after them. The scales are powers of two, hence exact.
   __device__ __forceinline__ void scale_for_lo(Accumulators& acc, const Progress& now,
                                                int term) const {
     if constexpr (kLoScale<T> != 1.f) {
@@ -138,7 +139,7 @@ struct LoraGemmSm90aConsumer {
     }
   }
 
-  // One stage, of which kSteps times 16 along k are multiplied.
+  // Multiplies one stage, kSteps times 16 along k.
   template <int kSteps, int kHalf, class Meanwhile = Nothing>
   __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now,
                                        const Meanwhile& meanwhile = Meanwhile()) const {
@@ -151,8 +152,8 @@ struct LoraGemmSm90aConsumer {
     now.ring.advance();
   }
 
-  // The wgmmas of a stage, whose rows are 128 bytes. K-major, 16 of k are 32 bytes of a row, and
-  // groups of eight rows lie 1024 bytes apart. MN-major, 16 of k are 16 rows of each panel.
+  // The wgmmas of a stage, whose rows are 128 bytes. K-major: 16 along k are 32 bytes of a row, and
+  // groups of eight rows are 1024 bytes apart. MN-major: 16 along k are 16 rows of each panel.
   template <int kSteps, int kHalf>
   __device__ __forceinline__ void multiply(float (&acc)[Tile::kRowBlocks][kHalf],
                                            Progress& now) const {
@@ -180,25 +181,25 @@ struct LoraGemmSm90aConsumer {
     now.accumulate = true;
   }
 
-  // Until the accumulators may be touched.
+  // Afterwards the accumulators may be read and written.
   __device__ __forceinline__ void wait_for_products() const { ptx::wgmma_wait_group<0>(); }
 
-  // The end of a product, which has one step at least.
+  // The end of a product, which has at least one step.
   __device__ __forceinline__ void finish(Ring& ring, const Progress& now) const {
     wait_for_products();
     release(now.held);
     ring = now.ring;
   }
 
-  // Once a warp, to both blocks, since either's producer multicasts into the stage. Only wgmma has
-  // read it, so that no release of cluster scope, a memory barrier in the main loop, is needed.
+  // Once per warp, for both blocks, since either's producer multicasts into the stage. Only wgmma
+  // has read it, so no release of cluster scope, a memory barrier in the main loop, is needed.
   __device__ __forceinline__ void release(int slot) const {
     constexpr int kBlocks = Tile::kClusterSize;
     if (lane < kBlocks) ptx::mbarrier_arrive_remote(block.empty(slot), static_cast<uint32_t>(lane));
   }
 
-  // Pingpong: consumers take turns at the tensor core, tile by tile. Without, the one that comes
-  // second would wait for phases more than a lap of the ring ahead, whose parity says nothing.
+  // Pingpong: the consumers use the tensor core alternately, tile by tile. Otherwise the second
+  // would wait for phases more than one pass of the ring ahead, where the parity is ambiguous.
   static constexpr uint32_t kTurnBarrier = 1 + Tile::kConsumers;
   static constexpr uint32_t kTurnThreads = Tile::kConsumers * Tile::kWarpgroup;
 

@@ -1,5 +1,5 @@
-// What the roles of lora_gemm on sm_90a share: where things lie, the ring of stages, the order of
-// the tiles, and how a block begins and ends.
+// Shared by the roles of lora_gemm on sm_90a: pointers into shared memory, the ring of stages, the
+// order of the tiles, and the set-up and end of a block.
 #pragma once
 #include <cuda.h>
 
@@ -12,7 +12,7 @@
 
 namespace lora_ext::kernel {
 
-// The operands of LoraGemmParams as TMA sees them, in boxes 64 elements wide under the 128-byte
+// The tensor maps of the operands of LoraGemmParams, with boxes 64 elements wide and the 128-byte
 // swizzle. With k = 0, p and q are never used.
 struct LoraGemmMaps {
   CUtensorMap p;  // [m, k], boxes of Tile::kLeftBoxRows
@@ -23,9 +23,9 @@ struct LoraGemmMaps {
   CUtensorMap y;  // [m, n], boxes of Tile::kStoreBoxRows
 };
 
-// A position in the ring of stages. Two mbarriers guard each stage: full, when its bytes have come,
-// and empty, when its readers have left. `parity` is that of the phase of full to wait for. Stages
-// are empty at first, so that of empty is one phase behind.
+// A position in the ring of stages. Two mbarriers guard each stage: full, completed when its bytes
+// have arrived, and empty, completed when its readers have released it. `parity` is that of the
+// phase of full to wait for. Stages are empty at first, so empty is one phase behind.
 template <int kStages>
 struct StageRing {
   int slot = 0;
@@ -38,7 +38,7 @@ struct StageRing {
       parity ^= 1;
     }
   }
-  // Passes the stages of a tile that the other consumer takes.
+  // Skips the stages of a tile that the other consumer takes.
   __device__ __forceinline__ void skip(int steps) {
     slot += steps;
     parity ^= static_cast<uint32_t>(slot / kStages) & 1;
@@ -55,10 +55,10 @@ struct LoraGemmSm90aBlock {
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
   const uint32_t rank = ptx::cluster_rank();
   const int first_tile = static_cast<int>(blockIdx.x) / Tile::kClusterSize;
-  const int tile_stride = static_cast<int>(gridDim.x) / Tile::kClusterSize;  // clusters
+  const int tile_stride = static_cast<int>(gridDim.x) / Tile::kClusterSize;  // number of clusters
   const int row_pairs = (p.m + Tile::kPairM - 1) / Tile::kPairM;
   const int column_tiles = (p.n + Tile::kN - 1) / Tile::kN;
-  const int tiles = row_pairs * column_tiles;  // pairs of them, one for each block of a cluster
+  const int tiles = row_pairs * column_tiles;  // pairs of tiles, one tile per block of a cluster
   const int main_steps = (p.k + Tile::kK - 1) / Tile::kK;
   const int steps_per_term = (p.rank + Tile::kK - 1) / Tile::kK;
   const int steps = main_steps + steps_per_term * p.terms;
@@ -76,10 +76,10 @@ struct LoraGemmSm90aBlock {
     return left(slot) + Tile::kLeftBytes;
   }
 
-  // Clusters walk over tiles in an order that keeps eight pairs of row blocks of P and about as
-  // many columns of Q in L2.
+  // Order of the tiles: one that keeps eight pairs of row blocks of P and about as many columns of
+  // Q in L2.
   struct Place {
-    int row, column;  // of the block's tile
+    int row, column;  // first row and column of the block's tile
   };
   __device__ __forceinline__ Place place_of(int tile) const {
     constexpr int kGroup = 8;
@@ -91,7 +91,7 @@ struct LoraGemmSm90aBlock {
   }
 
   __device__ __forceinline__ void set_up() const {
-    // Readers in both blocks: what this block multicasts lands in both.
+    // Readers are in both blocks: what this block multicasts arrives in both.
     constexpr int kLeave = Tile::kClusterSize * Tile::kReaders;
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < Tile::kStages; ++slot) {
@@ -107,14 +107,14 @@ struct LoraGemmSm90aBlock {
         ptx::prefetch_tensor_map(&maps.q);
       }
     }
-    // Nobody may arrive at a barrier of the peer's, or multicast to it, before it is initialised.
-    // The fence publishes that, and nothing else has been written.
+    // No thread may arrive at a barrier of the peer, or multicast to it, before it is initialised.
+    // The fence publishes the initialisation, and nothing else has been written.
     ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   }
 
-  // A block stays until no arrival of its peer's at its barriers can be under way any more: so
-  // this one releases, before which a thread's remote arrivals have been performed.
+  // A block must not exit while arrivals of its peer at its barriers may be in flight: so the
+  // arrival here is a release, before which a thread's remote arrivals are performed.
   __device__ __forceinline__ void leave() const {
     ptx::cluster_arrive();
     ptx::cluster_wait();

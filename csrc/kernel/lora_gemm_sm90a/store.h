@@ -1,10 +1,10 @@
-// From the accumulators of lora_gemm on sm_90a to Y: the bias in float32, one rounding, and slabs
-// of 16 x 64 that leave by TMA, each warp's by itself.
+// The epilogue of lora_gemm on sm_90a: adds the bias in float32, rounds once, and stores Y by TMA
+// in slabs of 16 x 64, each warp its own.
 //
 //   accumulators --bias, round, stmatrix--> slab, swizzled --TMA--> Y, clipped at its edges
 //
-// wgmma's accumulators are those of m16n8: of each block of 8 columns, lane l of warp w holds rows
-// 16 w + l / 4 and 8 more, columns 2 (l % 4) and the next.
+// wgmma's accumulators have the layout of m16n8: in each block of 8 columns, lane l of warp w holds
+// rows 16 w + l / 4 and 16 w + l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1.
 #pragma once
 #include "kernel/lora_gemm_sm90a/tile_bias.h"
 #include "kernel/rounded.h"
@@ -32,7 +32,7 @@ struct LoraGemmSm90aEpilogue {
     return at.row + consumer * Tile::kRowsApart + row_block * 64 + warp * Tile::kSlabRows;
   }
 
-  // While products are under way.
+  // Called while products are in flight.
   __device__ __forceinline__ void put_bias(
       const typename LoraGemmSm90aBias<T, Tile>::Loaded& loaded) const {
     if (!bias.given()) return;
@@ -41,7 +41,7 @@ struct LoraGemmSm90aEpilogue {
     warpgroup_barrier();
   }
 
-  // Warp by warp: none waits for another.
+  // Each warp by itself: no warp waits for another.
   __device__ __forceinline__ void store(const Accumulators& acc, const Place& at) const {
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks; ++i) {
@@ -57,16 +57,16 @@ struct LoraGemmSm90aEpilogue {
     }
   }
 
-  // Until the store before last has read its slab, which is filled next. Bulk groups belong to a
-  // lane: the elected one, which is always the same.
+  // Waits until the store before last has read its slab, which is filled next. Bulk groups belong
+  // to a lane: the elected one, which is always the same.
   __device__ __forceinline__ void wait_until_free() const {
     if (ptx::elect_sync()) ptx::bulk_wait_group_read<Tile::kSlabs - 1>();
     __syncwarp();
   }
 
-  // 16 x 64 accumulators, 32 a lane, in blocks of 8 columns.
+  // Fills a slab with 16 x 64 accumulators, 32 per lane, in blocks of 8 columns.
   __device__ __forceinline__ void fill(uint32_t slab, const float* acc, int column0) const {
-    constexpr int kBatch = Tile::kAccumulators > 128 ? 2 : 8;  // of loads, as registers allow
+    constexpr int kBatch = Tile::kAccumulators > 128 ? 2 : 8;  // loads at once, as registers allow
 #pragma unroll
     for (int first = 0; first < 8; first += kBatch) {
       float2 added[kBatch] = {};
@@ -80,8 +80,8 @@ struct LoraGemmSm90aEpilogue {
     }
   }
 
-  // Two blocks are four 8 x 8 matrices of a warp's 16 rows: of each block the upper, then the lower
-  // one. Chunk c of row r lies at c ^ (r % 8), as the swizzle has it.
+  // Stores two blocks as four 8 x 8 matrices of a warp's 16 rows: for each block the upper, then
+  // the lower one. Chunk c of row r is at c ^ (r % 8), as the swizzle requires.
   __device__ __forceinline__ void store_blocks(uint32_t slab, int block, const float* acc,
                                                const float2* added) const {
     uint32_t packed[4];
@@ -104,7 +104,8 @@ struct LoraGemmSm90aEpilogue {
     }
   }
 
-  // The writes, too, belong to this grid, and shared memory must last until they have read it.
+  // Waits for the writes to global memory, too: they must end within this grid, and shared memory
+  // must last until it has been read.
   __device__ __forceinline__ void drain() const {
     if (ptx::elect_sync()) ptx::bulk_wait_group<0>();
   }

@@ -1,5 +1,5 @@
-// Tiles of lora_gemm on sm_90a: their shape, who computes what of them, and where everything lies
-// in a block's shared memory.
+// Tiles of lora_gemm on sm_90a: their shape, their division among consumers, and the layout of a
+// block's shared memory.
 //
 //   tile of Y, 128 x kN        stages of the ring, kStages of them       staging of Y
 //
@@ -16,7 +16,7 @@
 
 namespace lora_ext::kernel {
 
-// How the two consumer warpgroups share the work.
+// How the two consumer warpgroups divide the tiles.
 enum class Sm90aSchedule {
   kCooperative,  // each computes 64 rows of every tile
   kPingpong,     // each computes every other tile: one stores while the other multiplies
@@ -27,20 +27,20 @@ struct LoraGemmSm90aTile {
   static constexpr int kM = 128, kN = kN_, kK = 64, kStages = kStages_;
   static constexpr bool kPingpong = kSchedule_ == Sm90aSchedule::kPingpong;
 
-  // Blocks of a cluster, one below the other, share their tile of Q: each loads half for both.
+  // The blocks of a cluster, one below the other, share their tile of Q: each loads half for both.
   static constexpr int kClusterSize = 2, kPairM = kClusterSize * kM;
 
   static constexpr int kWarpgroup = 128, kConsumers = 2;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;  // the producer comes first
   static constexpr int kConsumerM = kPingpong ? kM : kM / kConsumers;
-  static constexpr int kRowsApart = kM - kConsumerM;         // the consumers' parts of a tile
+  static constexpr int kRowsApart = kM - kConsumerM;         // between the consumers' rows
   static constexpr int kRowBlocks = kConsumerM / 64;         // a wgmma makes 64 rows
-  static constexpr int kAccumulators = kRowBlocks * kN / 2;  // of a thread
-  // Warps of a block that read a stage, each of which says when it is done with it.
+  static constexpr int kAccumulators = kRowBlocks * kN / 2;  // per thread
+  // Number of warps of a block that read a stage, each of which arrives at its empty barrier.
   static constexpr int kReaders = (kPingpong ? 1 : kConsumers) * 4;
 
-  // A thread is launched with 168 registers, 65,536 / 384 in whole eights. The producer gives back
-  // what it does not need: 128 x 40 + 256 x 232 = 64,512.
+  // A thread is launched with 168 registers, 65,536 / 384 rounded down to a multiple of 8. The
+  // producer releases what it does not need: 128 x 40 + 256 x 232 = 64,512.
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
 
@@ -48,9 +48,9 @@ struct LoraGemmSm90aTile {
   static constexpr uint32_t kLeftBytes = kM * kRowBytes, kRightBytes = kN * kRowBytes;
   static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes;
   static constexpr uint32_t kPanelBytes = kK * kRowBytes;  // MN-major: 64 of k x 64 columns
-  static constexpr int kSlabRows = 16, kSlabs = 2;         // of a warp
+  static constexpr int kSlabRows = 16, kSlabs = 2;         // per warp
   static constexpr uint32_t kSlabBytes = kSlabRows * kRowBytes;
-  // As many as each thread of a consumer loads one after the other.
+  // Rounded up, so that every thread of a consumer loads the same number.
   static constexpr int kBiasColumns = (kN + kWarpgroup - 1) / kWarpgroup * kWarpgroup;
 
   static constexpr uint32_t kStaging = kStages * kStageBytes;
@@ -67,7 +67,7 @@ struct LoraGemmSm90aTile {
   static_assert(kRowBlocks * (kN / 64) % kSlabs == 0,
                 "a tile begins with the slab used longest ago");
 
-  // Boxes of TMA, 64 elements wide: rows of each operand's box.
+  // TMA boxes are 64 elements wide; these are the rows of each operand's box.
   static constexpr int kLeftBoxRows = kM, kStoreBoxRows = kSlabRows;
   template <bool kMNMajor, int kColumns = kN>
   static constexpr int kRightBoxRows = (kMNMajor ? kK : kColumns) / kClusterSize;

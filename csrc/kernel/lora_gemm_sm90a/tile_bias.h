@@ -1,6 +1,6 @@
-// The bias of a tile's columns in lora_gemm on sm_90a: loaded and kept as floats in shared memory
-// before the last of the tile's products have ended, so that the epilogue waits for no load. Each
-// consumer has a row of its own, since they may be at different tiles.
+// The bias of a tile's columns in lora_gemm on sm_90a: loaded into shared memory as floats before
+// the last of the tile's products have ended, so that the epilogue waits for no load. Each consumer
+// has its own row of it, since they may be at different tiles.
 #pragma once
 #include <cstring>
 
@@ -10,10 +10,10 @@ namespace lora_ext::kernel {
 
 template <class T, class Tile>
 struct LoraGemmSm90aBias {
-  static constexpr int kEach = Tile::kBiasColumns / Tile::kWarpgroup;  // of a thread
+  static constexpr int kEach = Tile::kBiasColumns / Tile::kWarpgroup;  // per thread
 
-  // Of columns `thread`, and kWarpgroup further: bits as they lie in memory, since their value is
-  // there only once the load has ended.
+  // The bias of columns `thread`, thread + kWarpgroup, ...: raw bits as loaded, since a conversion
+  // would wait for the load to end.
   struct Loaded {
     uint32_t bits[kEach];
   };
@@ -23,7 +23,7 @@ struct LoraGemmSm90aBias {
 
   __device__ __forceinline__ bool given() const { return p.bias != nullptr; }
 
-  // Of the tile that begins at `column`; zero past the last column.
+  // Loads the bias of the tile that begins at `column`; zero past the last column.
   __device__ __forceinline__ Loaded load(int column) const {
     Loaded loaded{};
     if (given()) {
@@ -36,13 +36,13 @@ struct LoraGemmSm90aBias {
     return loaded;
   }
 
-  // Behind a barrier, after which nobody reads the row of the tile before, and before one.
+  // Called after a barrier that ends all reads of the row of the tile before, and followed by one.
   __device__ __forceinline__ void put(const Loaded& loaded) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) row()[thread + i * Tile::kWarpgroup] = value_of(loaded.bits[i]);
   }
 
-  // Of two neighbouring columns of the tile.
+  // Returns the bias of two neighbouring columns of the tile.
   __device__ __forceinline__ float2 pair(int column) const {
     return *reinterpret_cast<const float2*>(row() + column);
   }

@@ -1,6 +1,6 @@
 // A CUDA device for a torch that was built without CUDA: its memory is the host's, its streams are
-// runtime.h's, torch's own ops run on the CPU. So the extension meets CUDA tensors, a current
-// device and a current stream as it does on a GPU.
+// those of runtime.h, and torch's own ops run on the CPU. So the extension gets CUDA tensors, a
+// current device and a current stream as on a GPU.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_reshape_alias_native.h>
@@ -45,7 +45,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
 };
 
-// Memory that nothing has cleared: bytes of ones, NaN in every type.
+// Uninitialised memory: bytes of ones, NaN in every type.
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     const size_t whole = (bytes + 511) / 512 * 512;
@@ -95,14 +95,14 @@ at::Tensor moved(const at::Tensor& tensor, at::Device device) {
       .make_tensor();
 }
 
-// On the CPU; a tensor without elements as one that an op may still resize.
+// Moves a tensor to the CPU; one without elements so that an op may still resize it.
 at::Tensor on_cpu(const at::Tensor& tensor) {
   if (!tensor.is_cuda()) return tensor;
   if (tensor.numel() > 0) return moved(tensor, at::kCPU);
   return at::empty(tensor.sizes(), tensor.options().device(at::kCPU));
 }
 
-// A tensor that the op has resized.
+// Copies the size of a tensor that the op has resized.
 void follow(const at::Tensor& tensor, const at::Tensor& resized) {
   if (tensor.sizes() == resized.sizes()) return;
   const at::Tensor now = moved(resized, tensor.device());
@@ -110,7 +110,7 @@ void follow(const at::Tensor& tensor, const at::Tensor& resized) {
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(now.sizes(), now.strides());
 }
 
-// Any op of torch's.
+// Runs any op of torch on the CPU.
 void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const size_t count = op.schema().arguments().size();
   std::vector<std::pair<at::Tensor, at::Tensor>> known;  // on the CPU, and the op's own
@@ -159,7 +159,8 @@ void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
-// For tests, by ctypes: whether a device's current stream has so many counts for one launch.
+// For tests, by ctypes: whether the current stream of a device has `count` arrival counts for one
+// launch.
 extern "C" int emulated_cuda_has_counts(int device, int count) {
   const c10::DeviceGuard guard(device_number(device));
   return lora_ext::kernel_launch::decode_counts(device_number(device), count) != nullptr;
@@ -171,7 +172,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
-  // Torch's kernel for every device that has none would look for CUDA's.
+  // Otherwise torch's fallback for devices without a kernel would look for CUDA's.
   m.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 

@@ -1,4 +1,4 @@
-// See runtime.h. What is checked is what "CUDA Runtime API" and "CUDA Driver API" ask for.
+// See runtime.h. It checks what "CUDA Runtime API" and "CUDA Driver API" require.
 #include "emulated/cuda/runtime.h"
 
 #include <cxxabi.h>
@@ -16,7 +16,7 @@
 namespace emulator::cuda {
 namespace {
 
-// What tests set, and what they read. Kernels run one at a time: the layer has one machine.
+// State that tests set, and that they read. Kernels run one at a time: the layer has one machine.
 struct Driver {
   std::recursive_mutex mutex;
   int arch = 90;
@@ -46,13 +46,13 @@ cudaError_t done(cudaError_t error) {
   return error;
 }
 
-// Refused as a real one would, and on record.
+// Refuses a call as the real runtime would, and records it.
 cudaError_t refuse(cudaError_t error, const std::string& reason) {
   driver().record << R"({"refused": ")" << reason << "\"}\n";
   return done(error);
 }
 
-// 0, or the error that a test wants of this call.
+// Returns 0, or the error that a test wants of this call.
 int planned_failure(const char* call) {
   auto& failing = driver().failing;
   const auto found = failing.find(call);
@@ -62,7 +62,7 @@ int planned_failure(const char* call) {
   return error;
 }
 
-// Of every call, at its begin: not cudaSuccess if it fails.
+// Called at the begin of every call; returns an error if the call is to fail.
 cudaError_t begin(const char* call) {
   if (driver().version < CUDART_VERSION / 1000 * 1000)
     return done(driver().version == 0 ? cudaErrorNoDevice : cudaErrorInsufficientDriver);
@@ -86,7 +86,7 @@ struct Attributes {
   bool programmatic = false;
 };
 
-// "" or what is wrong.
+// Returns "" or the error.
 std::string read_attributes(const cudaLaunchConfig_t& config, Attributes& out) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
@@ -206,7 +206,7 @@ void emulated_cuda_fail(const char* call, int nth, int error) {
 }
 // Whether a failure that was asked for has not happened.
 int emulated_cuda_still_to_fail() { return static_cast<int>(driver().failing.size()); }
-// The record since the last one.
+// The records since the last call of this function.
 const char* emulated_cuda_record() {
   driver().read = driver().record.str();
   driver().record.str("");

@@ -1,5 +1,5 @@
-// The CUDA runtime for csrc/cuda/ compiled by g++, as far as that calls it: checks what it is
-// asked, keeps a record, runs kernels in the execution layer, and fails where a test wants it to.
+// The part of the CUDA runtime that csrc/cuda/ uses, compiled by g++: checks its arguments, keeps a
+// record, runs kernels in the execution layer, and fails where a test wants it to.
 //
 // Included before each source of csrc/cuda/ (-include), so that these launch what they launch on a
 // GPU. runtime.cpp has the functions of cuda_runtime_api.h.
@@ -57,5 +57,5 @@ struct Dimensions {
 inline constexpr emulator::cuda::Dimensions<emulator::grid_dimensions> gridDim;
 inline constexpr emulator::cuda::Dimensions<emulator::block_dimensions> blockDim;
 
-// The header's own passes untyped pointers on, from which no kernel can be called here.
+// The header's own version takes untyped pointers, from which no kernel can be called here.
 #define cudaLaunchKernelEx ::emulator::cuda::launch_kernel_ex

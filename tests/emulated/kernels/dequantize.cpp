@@ -1,6 +1,6 @@
 // Runs dequantize_4bit and dequantize_8bit on weights of any size, block, alignment and type, and
-// compares every bit with float64, rounded as the CPU's kernels round. The race build counts bytes,
-// too: those of the weight are written once, those of codes read once.
+// compares every bit with float64, rounded as the CPU's kernels round. The race build also counts
+// bytes: those of the weight are written once, those of codes read once.
 #include "emulated/kernels/dequantize.h"
 
 #include "cpu/dtypes.h"
@@ -20,7 +20,7 @@ std::vector<float> draw_floats(int64_t count, Random& random) {
   return values;
 }
 
-// Of floats, in double and rounded once; in a function of its own, which no compiler fuses.
+// Product of floats, in double and rounded once; a function of its own, which no compiler fuses.
 [[gnu::noinline]] float times(float a, float b) {
   return static_cast<float>(static_cast<double>(a) * b);
 }
@@ -47,7 +47,7 @@ uint32_t bits_of_element(const T& element) {
   return bits;
 }
 
-// Values to write, `before` elements into a buffer that has some behind them, too.
+// Output values, `before` elements into a buffer with more elements after them.
 template <class T>
 struct Written {
   static constexpr int64_t kBehind = 3;
@@ -75,7 +75,7 @@ struct Written {
   }
 };
 
-// Of a launch. A warp reads `around` bytes beside its codes.
+// Counters of a launch. A warp reads `around` bytes beside its codes.
 template <class T>
 void compare_bytes(int64_t count, double code_bytes, bool aligned, int64_t around) {
   if (!kRaceChecked || !aligned) return;
@@ -86,7 +86,7 @@ void compare_bytes(int64_t count, double code_bytes, bool aligned, int64_t aroun
                     count / DequantizedTile<T>::kValues * around);
 }
 
-// Whole tiles; one value less, or more; or anything.
+// Draws whole tiles; one value less, or more; or any number.
 template <class T>
 int64_t draw_count(int most_tiles, Random& random) {
   constexpr int64_t kTile = DequantizedTile<T>::kValues;
@@ -105,7 +105,7 @@ emulator::LaunchConfig grid_of(int64_t count) {
           .block = dim3(kDequantizeThreads)};
 }
 
-// A weight in 4 bits, with scales that are floats, or codes themselves.
+// A weight in 4 bits, with scales that are floats or quantised.
 struct FourBits {
   Random& random;
   const int64_t count, block, before;  // `before`: bytes in front of the codes
@@ -165,7 +165,7 @@ void run_four_bits(const Case& run, Random& random) {
   const bool aligned = !odd || random() % 2 == 0;
   const FourBits weight(draw_count<T>(tiles, random), block, random() % 2,
                         aligned ? 4 * static_cast<int64_t>(random() % 3) : 1, random);
-  // Of the two, one alone may begin in the middle of a chunk.
+  // Only one of the two may begin in the middle of a chunk.
   Written<T> out(aligned || random() % 2 == 0 ? 0 : 1, weight.count);
   Dequantize4bitParams p = weight.parameters();
   p.out = out.data(), p.aligned = aligned;
@@ -183,8 +183,8 @@ void run_eight_bits(const Case& run, Random& random) {
   constexpr int64_t kChunk = DequantizedTile<T>::kChunk;
   const auto [name, tiles, most_columns, odd] = run.size;
   const bool aligned = !odd || random() % 2 == 0;
-  // Rows of a chunk or more, of which tiles may have a whole number; unaligned ones of any number
-  // of columns.
+  // Rows of at least a chunk, of which tiles may have a whole number; unaligned ones with any
+  // number of columns.
   auto columns = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(most_columns));
   if (aligned) columns = kChunk * (random() % 2 ? columns : int64_t{1} << random() % 6);
   const int64_t rows = (draw_count<T>(tiles, random) + columns - 1) / columns;
@@ -219,8 +219,7 @@ void run_dequantize(const Case& run) {
 
 }  // namespace
 
-// Tiles at most, values of a block (or chunks of a row) at most, and whether anything may be
-// unaligned.
+// Most tiles, most values of a block (or chunks of a row), and whether operands may be unaligned.
 #define VARIANT(name, ...) {#name, run_dequantize<__VA_ARGS__>},
 const Program program{
     "dequantize",

@@ -1,4 +1,4 @@
-// The instances of the kernels that dequantise, all that there are.
+// All instances of the dequantisation kernels.
 #pragma once
 #include "emulated/kernels/instance.h"
 #include "kernel/dequantize_4bit.h"

@@ -51,15 +51,15 @@ void run_timed(emulator::Stream& stream);
 // A fact about the run under way, such as the route it took, for the line that it prints.
 void tell(const std::string& fact);
 
-// Of hundreds of blocks, not all at a time: a thread has its own stack.
+// For grids of hundreds of blocks: limits the resident blocks, since each thread has its own stack.
 void limit_residency();
 
-// Blocks of `size` that cover `count`, as a grid wants them.
+// Number of blocks of `size` that cover `count`, for a grid.
 inline unsigned blocks_of(int count, int size) {
   return static_cast<unsigned>((count + size - 1) / size);
 }
 
-// What a run may ask of memory and of tensor cores.
+// Expected counts of memory accesses and of tensor-core operations.
 inline int64_t counted_bytes(emulator::GlobalAccess kind) {
   return static_cast<int64_t>(emulator::counters().global_bytes[static_cast<int>(kind)]);
 }

@@ -1,12 +1,12 @@
-// Matrices in float64, each value with a bound of what representations and float sums may add to
-// it.
+// Matrices in float64; each value has a bound of the error that representations and float sums may
+// add.
 #pragma once
 #include "emulated/kernels/reference.h"
 #include "kernel/halves.h"
 
 namespace kernels {
 
-// A number, or a sum of products under way, and how far off kernels may be.
+// A number, or a partial sum of products, and the error that kernels may have.
 struct Value {
   double value = 0, off = 0, magnitude = 0;
   int terms = 0;
@@ -24,7 +24,7 @@ struct Value {
   }
 };
 
-// What a float becomes as one half or two.
+// The value of a float stored as one half or two.
 template <class T>
 Value as_half(Value number, bool two) {
   const double unit = rounding_unit<T>();
@@ -34,7 +34,7 @@ Value as_half(Value number, bool two) {
   return number;
 }
 
-// Of integers, the one value that rounding to T may leave.
+// For integers: the only value that rounding to T may give.
 template <class T>
 Value rounded(Value number) {
   number.value = to_double(from_double<T>(number.value));

@@ -1,4 +1,4 @@
-// A random problem of lora_gemm, Y = P Q + mask * (T U) + bias, or onto a base, and what Y must be.
+// A random problem of lora_gemm, Y = P Q + mask * (T U) + bias, or onto a base, and the expected Y.
 #pragma once
 #include "emulated/kernels/operand.h"
 #include "kernel/halves.h"
@@ -27,10 +27,10 @@ struct GemmProblem {
   std::unique_ptr<Operand<T, kAlignment>> base;
   bool in_place = false;  // Y holds the base
 
-  // With k = 0, the low-rank product alone; then p and q have `depth`.
+  // With k = 0 it is only the low-rank product; p and q then have depth `depth`.
   GemmProblem(int m_, int n_, int depth_, int k_, int rank_, Random& random_, bool may_have_base)
       : random(random_), m(m_), n(n_), depth(depth_), k(k_), rank(rank_) {
-    for (int i = 0; i < terms; ++i) {  // of one pitch
+    for (int i = 0; i < terms; ++i) {  // all have one pitch
       t[i] = std::make_unique<Stored>(m, rank, numbers, random, "t", false);
       u[i] = std::make_unique<Stored>(kMNMajor ? rank : n, kMNMajor ? n : rank, numbers, random,
                                       "u", false);
@@ -61,7 +61,7 @@ struct GemmProblem {
     return params;
   }
 
-  // Y is right, and nothing is written between its rows.
+  // Checks that Y is right, and that nothing is written between its rows.
   void check() const {
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < y.width(); ++j)

@@ -10,8 +10,8 @@
 
 namespace kernels {
 
-// Of each adapter A [rank, k] and B [n, rank], in a pool or in a list; `between` more elements
-// behind each.
+// A [rank, k] and B [n, rank] of each adapter, in a pool or in a list, with `between` unused
+// elements after each.
 template <class F>
 struct GroupedPool {
   using Entry = LoraGroupedEntry;
@@ -60,8 +60,8 @@ struct GroupedPool {
   }
 };
 
-// With NaN wherever no adapter's own rank reaches, and in the factors of adapters that nobody
-// takes. Rows of factors in a list begin anywhere, but for one adapter in two.
+// NaN outside of each adapter's own rank, and in the factors of adapters that no row takes. Rows of
+// factors in a list begin at any address, except for one adapter in two.
 template <class F>
 class GroupedFactors {
   const GroupedRows& rows_;
@@ -91,7 +91,7 @@ class GroupedFactors {
     for (int g = 0; g < rows.groups; ++g) {
       a_of_.push_back(drawn(rows.rank(g), k));
       b_of_.push_back(drawn(n, rows.rank(g)));
-      const bool dense = !pooled_ && random() % 2;  // rows one behind the other
+      const bool dense = !pooled_ && random() % 2;  // rows are contiguous
       if (dense) pool.entries[g].b_pitch = rows.rank(g);
       if (std::find(taken.begin(), taken.end(), g) == taken.end()) continue;
       put(g, [&](Matrix<F>& matrix, int i, int j) { return matrix.at(i, j); });
@@ -102,7 +102,7 @@ class GroupedFactors {
   void spoil(int g) {
     put(g, [](Matrix<F>&, int, int) { return from_double<F>(NAN); });
   }
-  // Whether an adapter's A and B lie in 16-byte chunks.
+  // Whether an adapter's A and B consist of 16-byte chunks.
   bool a_in_chunks(int g) const { return in_chunks(&pool.a(g, 0, 0), pool.entries[g].a_pitch); }
   bool b_in_chunks(int g) const { return in_chunks(&pool.b(g, 0, 0), pool.entries[g].b_pitch); }
   double a(int adapter, int r, int column) const { return a_of_[adapter](r, column); }
@@ -122,7 +122,7 @@ class GroupedFactors {
   std::vector<Matrix<F>> a_of_, b_of_;
 };
 
-// As their factors lie, with room between that nobody may write.
+// Gradients with the layout of their factors, and space between them that must not be written.
 template <class F>
 struct GroupedGradients {
   static constexpr int kBetween = 3;
@@ -145,7 +145,8 @@ struct GroupedGradients {
     return same(pool.all_a, other.pool.all_a) && same(pool.all_b, other.pool.all_b);
   }
 
-  // Of A's gradients or B's: expected(adapter, r, column) gives a sum, exact or with its error.
+  // Checks the gradients of A or of B: expected(adapter, r, column) gives a sum, exact or with its
+  // error.
   template <class Expected>
   void compare(char factor, bool wanted, bool exact, const Expected& expected) const {
     const bool of_a = factor == 'a';
@@ -171,7 +172,7 @@ struct GroupedGradients {
   }
 };
 
-// Of floats, hi and lo as the kernels keep them.
+// A float as the kernels keep it, as hi and lo.
 template <class T, class F>
 double half_of(double value, bool lo) {
   if constexpr (!std::is_same_v<F, float>) return lo ? 0 : value;

@@ -1,6 +1,6 @@
-// Many adapters in one batch, for the kernels' host programs: which rows are whose, drawn with
-// everything that can be wrong with an index, ranges and ranks, and what the device must make of
-// it.
+// Many adapters in one batch, for the kernels' host programs: the map from rows to adapters, drawn
+// with everything that can be wrong with an index, ranges and ranks, and the tables that the device
+// must make of it.
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -13,7 +13,7 @@
 
 namespace kernels {
 
-// Who has which rows. `adapter_of[row]` is -1 without an adapter.
+// The adapter of each row. `adapter_of[row]` is -1 without an adapter.
 struct GroupedRows {
   int m, groups, most_rank;
   bool indexed;
@@ -54,7 +54,8 @@ struct GroupedRows {
   }
 
  private:
-  // Sorted, or mixed, or one adapter for most rows; none for some, and nonsense.
+  // Draws a sorted or mixed index, or one adapter for most rows; some rows without an adapter, and
+  // some invalid values.
   template <class Draw>
   void draw_index(const Draw& draw) {
     const int nobody[] = {-1, -1, INT_MIN, groups, INT_MAX};
@@ -68,11 +69,11 @@ struct GroupedRows {
     for (int row = 0; row < m; ++row)
       if (given[row] >= 0 && given[row] < groups) adapter_of[row] = given[row];
   }
-  // With empty ranges, rows past the last, or ends that descend or lie outside.
+  // Draws ranges: some empty, some rows after the last, ends that descend or are out of range.
   template <class Draw>
   void draw_ends(const Draw& draw) {
     const bool nonsense = draw(0, 3) == 0, to_the_end = draw(0, 1);
-    const int unit = draw(0, 1) ? 1 : 128;  // of which tiles have 64 or 128
+    const int unit = draw(0, 1) ? 1 : 128;  // tiles have 64 or 128 rows
     for (int g = 0; g < groups; ++g) given.push_back(draw(0, draw(0, 3) ? m : m / 2) / unit * unit);
     if (!nonsense) std::sort(given.begin(), given.end());
     if (nonsense) given[draw(0, groups - 1)] = draw(0, 1) ? m + draw(1, 1000) : -draw(1, 1000);
@@ -86,7 +87,7 @@ struct GroupedRows {
   }
 };
 
-// Room for the tables, of exactly their size.
+// Memory for the tables, of exactly their size.
 struct GroupedTables {
   static size_t size(int64_t count) { return static_cast<size_t>(count); }
 
@@ -117,7 +118,7 @@ struct GroupedTables {
             static_cast<int>(pieces.size())};
   }
 
-  // As the device must fill it: on the host, by the plainest way.
+  // Fills the tables as the device must, on the host, by the simplest algorithm.
   void fill(const GroupedRows& rows) {
     order.fill(0), first.fill(0), segments.fill({}), tiles.fill({}), pieces.fill({}), sums.fill({});
     const auto order_of = positions(rows);

@@ -1,5 +1,5 @@
-// The kernels' instances that the programs of kernels/ compile: whoever includes this links them
-// rather than compile its own.
+// The kernels' instances that the programs of kernels/ compile: files that include this header link
+// them rather than compile their own.
 #pragma once
 #include "emulated/kernels/dequantize.h"
 #include "emulated/kernels/lora_decode.h"

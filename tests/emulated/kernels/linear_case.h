@@ -1,4 +1,4 @@
-// What a seed draws of a whole LoRA linear: its operands' types, the card, and what is asked of the
+// What a seed draws for a whole LoRA linear: its operands' types, the card, and the request to the
 // planner.
 #pragma once
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace kernels {
 
-// 108 SMs make short splits, two make whole walks; sm_86 has less shared memory.
+// 108 SMs give short splits, two give many tiles per block; sm_86 has less shared memory.
 inline constexpr int kManySms = 108, kFewSms = 2;
 inline plan::Card ampere(int sms) { return {80, sms, 167936, 166912}; }
 inline plan::Card small_ampere() { return {86, 16, 102400, 101376}; }
@@ -24,13 +24,13 @@ struct LinearCase {
   plan::Choice choice;
   int64_t clusters;  // of Hopper's kernels that are resident at a time
   float scaling;
-  double size_of_a, size_of_b, size_of_dy;  // of real numbers
+  double size_of_a, size_of_b, size_of_dy;  // for real numbers
 
   bool exact() const { return numbers == Numbers::Integers; }
 };
 
-// The families of sizes, by how their names begin: kernels that begin early, kernels that make T in
-// the same grid, and walks of many stages over more tiles than there are clusters.
+// Families of sizes, named by the prefix: kernels launched with PDL, kernels that compute T in the
+// same grid, and many stages over more tiles than there are clusters.
 inline LinearCase draw_linear_case(const Case& run, Random& random) {
   const auto draw = [&](uint64_t count) { return static_cast<int>(random() % count); };
   const std::string size = run.size.name;
@@ -58,7 +58,7 @@ inline LinearCase draw_linear_case(const Case& run, Random& random) {
     c.aligned = c.early = true, c.choice = plan::Choice::kKernel;
     c.card = hopper(draw(2) ? 4 : 132);
   }
-  if (in_grid) {  // or as near to it as the planner must see the difference
+  if (in_grid) {  // or just beyond what fits, where the planner must see the difference
     constexpr int kNear[] = {5, 24, 40, 40, 64, 64};
     c.rank = draw(5) == 0 ? 65 + draw(64) : kNear[draw(std::size(kNear))];
     c.early = draw(4) != 0, c.float_adapters = draw(8) == 0, c.aligned = draw(8) != 0,

@@ -1,7 +1,7 @@
-// Runs lora_decode with one adapter for all rows, or with each row's own: ranks that differ, rows
+// Runs lora_decode with one adapter for all rows, or with one per row: ranks that differ, rows
 // without an adapter, factors in a pool or a list, aligned or not, NaN in one of them; on grids of
-// any size, or as planned for some card, in a workspace of just the planned size; twice, the second
-// time bit for bit as the first.
+// any size, or as planned for some card, in a workspace of exactly the planned size; twice, and
+// compares the second result with the first bit by bit.
 #include "emulated/kernels/lora_decode.h"
 
 #include <optional>
@@ -24,13 +24,13 @@ double rounded_to(double value) {
   return to_double(from_double<T>(value));
 }
 
-// Of the rows of a call, all of one adapter.
+// The rows of a call with one adapter.
 GroupedRows rows_of_one(int m, int rank, Random& random) {
   GroupedRows rows(m, 1, rank, random);
   rows.ranks.assign(1, rank), rows.adapter_of.assign(static_cast<size_t>(m), 0);
   return rows;
 }
-// Each with its own, or none: an index.
+// Rows with an adapter each, or none: an index.
 GroupedRows rows_of_many(int m, int rank, Random& random) {
   const int most = random() % 2 ? 3 : 2 * m;
   const int groups = 1 + static_cast<int>(random() % static_cast<uint64_t>(most));
@@ -42,7 +42,7 @@ GroupedRows rows_of_many(int m, int rank, Random& random) {
       const bool taken = std::count(rows.adapter_of.begin(), rows.adapter_of.end(), g) > 0;
       if (!taken && rows.rank(g) > 0) (*rows.buffer)[m - 1] = rows.adapter_of[m - 1] = g;
     }
-    if (random() % 8 == 0) {  // nobody has an adapter
+    if (random() % 8 == 0) {  // no row has an adapter
       std::fill(rows.buffer->begin(), rows.buffer->end(), -1);
       std::fill(rows.adapter_of.begin(), rows.adapter_of.end(), -1);
     }
@@ -72,11 +72,11 @@ class Decode {
   const GlobalBuffer<float> scalings_{draw_scalings(), "scalings"};
   const WrittenRows<float> s_{m_, rank_, false, kUnwritten, "s"};
   const int width_ = (rank_ + 15) / 16 * 16;
-  int spoiled_ = -1;  // an adapter full of NaN, which no other's rows may see
+  int spoiled_ = -1;  // an adapter full of NaN, which must not reach rows of others
   const bool with_bias_ = random_() % 2, with_s_ = random_() % 3 != 0;
   std::optional<WrittenRows<T>> y_;
   std::unique_ptr<GlobalBuffer<uint32_t>> flags_;
-  // As planned, or laid out here.
+  // By the planner, or with a layout drawn here.
   bool by_plan_ = false, own_counts_ = false;
   plan::Plan plan_;
   std::unique_ptr<GlobalBuffer<unsigned char>> workspace_;
@@ -88,7 +88,7 @@ class Decode {
   explicit Decode(const Case& run) : random_(run.seed), size_(run.size) {
     if (many_ && random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     if (spoiled_ >= 0) factors_.spoil(spoiled_);
-    // The planner has the instance for so many rows of X, and none for too many of A.
+    // The plan has the instance for the number of rows of X, or none if A has too many rows.
     const int adapters = std::min(rows_.groups, m_), kMostRows = 4096;
     by_plan_ = random_() % 2 && plan::decode_tile_for(m_).batch == kBatch &&
                adapters * width_ * (kSplit ? 2 : 1) <= kMostRows;
@@ -154,7 +154,7 @@ class Decode {
       count += (rows_.rank(adapter) + 15) / 16 * (kSplit ? 2 : 1);
     return count;
   }
-  // Of those that rows take, which may be fewer than the plan has room for.
+  // Tiles of the adapters that rows take, which may be fewer than the plan has room for.
   int s_tiles() const { return (row_blocks() * 16 + Tile::kRows - 1) / Tile::kRows; }
 
   // Grids of one block, of as many as there may be, and of any in between.
@@ -248,8 +248,8 @@ class Decode {
     return bits;
   }
 
-  // W is asked for once, X for each tile, also those of S, and A once where it lies in chunks. Of
-  // 16 x 8 by 16 each warp multiplies all of its own.
+  // Reads W once, X once per tile, including those of S, and A once if it consists of chunks. Each
+  // warp multiplies all of its blocks of 16 x 8 by 16.
   void compare_counters() {
     int64_t elements = int64_t{n_} * k_ + int64_t{tiles() + s_tiles()} * m_ * k_;
     int64_t low_rank = 0;
@@ -287,7 +287,7 @@ class Decode {
     }
   }
 
-  // S in float64, with what halves of A and float sums may change.
+  // S in float64, with the error that halves of A and float sums may have.
   Bounded s_of(int row, int adapter, int rank) const {
     Bounded sum;
     for (int l = 0; l < k_; ++l)

@@ -1,5 +1,5 @@
 // Runs lora_gemm_in_grid_sm90a on odd sizes, ranks and pitches, with one cluster resident and with
-// many, before a grid that begins beside it and reads T.
+// many, before a grid that starts beside it and reads T.
 #include "emulated/kernels/lora_gemm_in_grid_sm90a.h"
 
 #include "emulated/kernels/driver.h"
@@ -56,7 +56,7 @@ struct Problem {
     return params;
   }
 
-  // S, T from the sum that it holds, and Y from T as it was stored: each rounding counts once.
+  // Checks S, T against the stored S, and Y against the stored T: each rounding counts once.
   void check() const {
     for (int i = 0; i < m; ++i) {
       for (int j = 0; j < t_pitch; ++j) check_t(i, j);
@@ -89,7 +89,7 @@ struct Problem {
   }
 };
 
-// Beyond what lora_gemm_sm90a asks for, P once more, and A once for each pair of row blocks.
+// In addition to the reads of lora_gemm_sm90a: P once more, and A once per pair of row blocks.
 template <class Tile>
 void compare_loads(int64_t m, int64_t n, int64_t k, int64_t rank) {
   const int64_t pairs = (m + Tile::kPairM - 1) / Tile::kPairM,

@@ -12,7 +12,8 @@
   X(dx_masked_bf16, __nv_bfloat16, true, true) \
   X(dx_masked_fp16, __half, true, true)
 
-// The last number is how many 16s along k are multiplied of the rank: of small ones, forward alone.
+// The last number is the number of 16s along k of the rank that are multiplied; small ones only
+// forward.
 #define LORA_GEMM_IN_GRID_SM90A_INSTANCE(T, mn_major, masked, tail)                      \
   INSTANCE(lora_gemm_in_grid_sm90a<T, LoraGemmSm90aTile128x256, mn_major, masked, tail>( \
       LoraInGridMaps, LoraGemmParams<T>, LoraInGridParams<T>))

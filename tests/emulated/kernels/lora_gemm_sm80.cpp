@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kRanks[] = {1, 8, 16, 24, 64, 65, 130, 257};
 
-// What lies past the rank is not multiplied, beyond the 16 of an mma, and each tile of Y asks once
-// for its rows of P and T and its columns of Q and U.
+// Columns past the rank, rounded up to the 16 of an mma, are not multiplied; each tile of Y reads
+// its rows of P and T and its columns of Q and U once.
 template <class Tile>
 void compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t terms) {
   const int64_t row_tiles = (m + Tile::kM - 1) / Tile::kM,
@@ -32,7 +32,7 @@ void run_gemm(const Case& run) {
   const LoraGemmParams<T> params = problem.params();
 
   const int tiles = ((m + Tile::kM - 1) / Tile::kM) * ((n + Tile::kN - 1) / Tile::kN);
-  const int blocks = 1 + static_cast<int>(random() % tiles);  // fewer blocks walk over more tiles
+  const int blocks = 1 + static_cast<int>(random() % tiles);  // fewer blocks have more tiles
   emulator::Stream stream;
   stream.launch({.grid = dim3(static_cast<unsigned>(blocks)),
                  .block = dim3(Tile::kThreads),

@@ -14,7 +14,7 @@
   X(dx_masked_bf16, __nv_bfloat16, LoraGemmTile128x64, true, true)      \
   X(dx_masked_middle, __half, LoraGemmTile128x128, true, true)
 
-// Again, with rows of Y that begin anywhere.
+// The same with rows of Y at any address.
 #define LORA_GEMM_SM80_ELEMENT_VARIANTS(X)                     \
   X(forward_element, __half, LoraGemmTile128x64, false, false) \
   X(dx_masked_element, __nv_bfloat16, LoraGemmTile128x64, true, true)

@@ -1,5 +1,5 @@
-// Runs lora_gemm_sm90a on odd sizes, ranks and pitches, with one or three low-rank terms, behind
-// the grid that writes T and before one that begins beside it and reads T, too.
+// Runs lora_gemm_sm90a on odd sizes, ranks and pitches, with one or three low-rank terms, after the
+// grid that writes T and before one that starts beside it and reads T, too.
 #include "emulated/kernels/lora_gemm_sm90a.h"
 
 #include "emulated/kernels/driver.h"
@@ -10,9 +10,9 @@
 namespace kernels {
 namespace {
 
-// What lies past the rank is not multiplied, beyond the last step's 16s, each tile of Y asks once
-// for its rows of P and T and each pair of tiles once for their columns of Q and U, rows of slabs
-// lie in different banks, and Y is written once.
+// Columns past the rank, rounded up to the last step's 16s, are not multiplied; each tile of Y
+// reads its rows of P and T once, and each pair of tiles its columns of Q and U once; rows of slabs
+// are in different banks, and Y is written once.
 template <class Tile>
 void compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t terms) {
   const int64_t pairs = (m + Tile::kPairM - 1) / Tile::kPairM,
@@ -49,7 +49,7 @@ void run_gemm(const Case& run) {
                   written_t[i]->data(), static_cast<int>(written_t[i]->size()));
   }
   const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
-  Launch launch{stream, 1 + static_cast<int64_t>(random() % (pairs + 1))};  // few walk over many
+  Launch launch{stream, 1 + static_cast<int64_t>(random() % (pairs + 1))};  // few have many tiles
   const bool dependent = random() % 2 != 0;
   launch_lora_gemm_sm90a<T>(params, {kTile, kMNMajor, kMasked, dependent}, launch);
   const GlobalBuffer<T>& last_t = *written_t[terms - 1];

@@ -34,7 +34,7 @@ class GroupedGemm {
   const WrittenRows<T> y_{m_,    n_ + 8 - n_ % 8 * (kAlignment == Alignment::kVector),
                           false, from_double<T>(kUnwritten),
                           "y",   Layout<kAlignment>::kOffset};
-  int spoiled_ = -1;  // an adapter full of NaN, which no other's rows may see
+  int spoiled_ = -1;  // an adapter full of NaN, which must not reach rows of others
   const bool with_bias_ = !kMasked && random_() % 2;
   const bool with_base_ = adds_onto_base<Tile, kMNMajor> && random_() % 2;
 
@@ -86,8 +86,8 @@ class GroupedGemm {
     return kRanks[random_() % std::size(kRanks)];
   }
 
-  // Each tile multiplies all of P Q, and of each of its adapters the 16 rows that it is in; and
-  // asks once for its rows of P, theirs of T, and its columns of Q and U.
+  // Each tile multiplies all of P Q, and for each of its adapters the blocks of 16 rows that have
+  // it; it reads its rows of P, their rows of T, and its columns of Q and U once.
   void compare_counters() {
     const int64_t row_tiles = blocks_of(m_, Tile::kM);
     const int64_t column_tiles = blocks_of(n_, Tile::kN);

@@ -14,7 +14,7 @@
   X(dx_masked_float, __half, float, LoraGemmTile128x64, true, true)                    \
   X(dx_masked_128x64, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true)
 
-// Again, with rows of Y that begin anywhere.
+// The same with rows of Y at any address.
 #define LORA_GROUPED_GEMM_ELEMENT_VARIANTS(X)                              \
   X(float_element, __nv_bfloat16, float, LoraGemmTile128x64, false, false) \
   X(dx_element, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true)

@@ -1,5 +1,5 @@
-// Runs the kernels that find out which rows are whose, on any index, ranges and ranks, in a pool or
-// in a list, and compares all of their tables.
+// Runs the kernels that sort rows by adapter, on any index, ranges and ranks, in a pool or in a
+// list, and compares all of their tables.
 #include "emulated/kernels/lora_grouped_segments.h"
 
 #include "emulated/kernels/driver.h"

@@ -51,8 +51,8 @@ class GroupedTest {
 
  private:
   int draw(int count) { return static_cast<int>(random_() % static_cast<uint64_t>(count)); }
-  // More than a launch writes entries of; or as many as fill 256 bytes with their counts, but for
-  // those of no adapter.
+  // More groups than one launch writes entries for; or as many as fill 256 bytes with their counts,
+  // except for the count of rows without an adapter.
   int draw_groups(const std::string& size) {
     if (size == "many") return draw(2) == 0 ? 64 : 2 * m_;
     return 1 + draw(size == "long" ? 2 : 6);
@@ -79,7 +79,7 @@ class GroupedTest {
     plan::Request asked{choice_};
     if (draw(3) == 0) asked.choice = plan::Choice::kAuto;
     auto tiles = plan::tiles_of(card_, {backward, kSplit, dropout_});
-    std::erase(tiles, plan::Tile::kDecode);  // which few rows take where no tile is asked for
+    std::erase(tiles, plan::Tile::kDecode);  // which few rows take if no tile is requested
     if (draw(2)) asked.tile = tiles[draw(static_cast<int>(tiles.size()))];
     return asked;
   }
@@ -94,7 +94,7 @@ class GroupedTest {
     return o;
   }
 
-  // As kernels have them: drop(X), a factor, and halves of a float.
+  // Values as the kernels have them: drop(X), a factor, and halves of a float.
   double mask(int row, int column) const { return dropout_ ? mask_.factor(row, column) : 1; }
   Value x(int row, int column) const { return {mask(row, column) * x_.matrix(row, column)}; }
   Value factor(double value) const {

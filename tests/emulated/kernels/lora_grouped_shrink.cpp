@@ -10,8 +10,8 @@ namespace {
 
 constexpr float kUnwritten = -12345;
 
-// What is copied past L1: X once for every 64 columns of each adapter, and its factor once for
-// every tile of rows, as far as they are there.
+// Bytes copied past L1: X once for every 64 columns of each adapter, and its factor once for every
+// tile of rows, without what is out of bounds.
 template <class F>
 void compare_bytes(const GroupedRows& rows, GroupedTables& tables, const GroupedFactors<F>& factors,
                    bool of_b, int k) {

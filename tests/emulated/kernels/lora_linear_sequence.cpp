@@ -2,7 +2,7 @@
 // through the kernels, in one workspace of exactly the planned size, which other calls may have
 // used. X and dY are written by a kernel before, and dX is read by one after.
 //
-// A run tells which plans it ran, so that the tests can count them.
+// Each run reports which plans it ran, so that the tests can count them.
 #include "emulated/kernels/lora_linear_sequence.h"
 
 #include "emulated/kernels/float64_values.h"
@@ -20,7 +20,7 @@ class LinearTest {
   explicit LinearTest(const Case& run) : random_(run.seed), case_(draw_linear_case(run, random_)) {}
 
   void run() {
-    // Other plans leave their workspace to the next.
+    // Other plans may use the workspace before.
     for (int passes = random_() % 6 == 0 ? 2 : 1; passes > 0; --passes) forward_pass();
     backward_pass();
   }
@@ -43,13 +43,13 @@ class LinearTest {
     return p;
   }
 
-  // Any of the card's tiles, or the planner's. What may be made in the grid mostly is.
+  // Any of the card's tiles, or the planner's. T is mostly computed in the grid where possible.
   plan::Request request(bool backward) {
     plan::Request asked{case_.choice};
     asked.early_launch = case_.early;
     const plan::Call call{backward, case_.float_adapters, case_.dropout};
     auto tiles = plan::tiles_of(case_.card, call);
-    std::erase(tiles, plan::Tile::kDecode);  // which few rows take where no tile is asked for
+    std::erase(tiles, plan::Tile::kDecode);  // which few rows take if no tile is requested
     if (random_() % 3 != 0) asked.tile = tiles[random_() % tiles.size()];
     const auto in_grid = [](plan::Tile tile) { return plan::facts_of(tile).in_grid; };
     const auto first = std::find_if(tiles.begin(), tiles.end(), in_grid);
@@ -91,7 +91,7 @@ class LinearTest {
     });
   }
 
-  // Of the planned size: as it is allocated, or as the call before has left it.
+  // A workspace of the planned size: as allocated, or as the call before has left it.
   std::unique_ptr<GlobalBuffer<unsigned char>> workspace_of(const plan::Plan& plan) {
     auto workspace = std::make_unique<GlobalBuffer<unsigned char>>(
         static_cast<size_t>(plan.workspace), "workspace");
@@ -144,7 +144,7 @@ class LinearTest {
     check_sum("y", std::move(out), product(halves(s), adapter(b_)), y);
   }
 
-  // Of a product with the weight, and what the adapters add to it.
+  // Checks a product with the weight plus the adapters' part.
   void check_sum(const char* name, Values sum, const Values& low_rank,
                  const GlobalBuffer<T>& got) const {
     sum.each([&](Value& to, int i, int j) {
@@ -211,7 +211,7 @@ class LinearTest {
     if (exact() && !case_.float_adapters)
       expected.each([](Value& to, int, int) { to = rounded<T>(to); });
     compare(name, expected, got, adapter_unit(), exact());
-    constexpr int kFewRows = 8;  // whose sums cancel too much for a bound of all elements together
+    constexpr int kFewRows = 8;  // their sums cancel too much for a bound of all elements together
     if (!case_.float_adapters || m_ < kFewRows) return;
     double squares = 0;
     for (const Value& each : t.values) squares += each.value * each.value;

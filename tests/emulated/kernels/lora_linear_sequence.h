@@ -5,11 +5,11 @@
 
 namespace lora_ext::kernel {
 
-// On a card that holds so many clusters at a time.
+// On a card with this number of resident clusters.
 template <class T>
 void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands,
              int64_t clusters);
-// Returns how many kernels were launched to begin early.
+// Returns how many kernels were launched with PDL.
 template <class T>
 int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands,
              int64_t clusters);

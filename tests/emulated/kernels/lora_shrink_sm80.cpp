@@ -63,7 +63,7 @@ void run_shrink(const Case& run) {
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < t_pitch; ++j) {
       if (!with_lo) compare("lo", i, j, lo(i, j), between, 0);
-      if (j >= rank) {  // zero, then what was there
+      if (j >= rank) {  // zero up to the width, then unchanged
         const double expected = j < width ? 0 : between;
         compare("hi", i, j, hi(i, j), expected, 0);
         if (with_lo) compare("lo", i, j, lo(i, j), expected, 0);

@@ -1,5 +1,5 @@
-// Runs lora_split on one to three matrices of any size, stride and type, which may lie in a stack
-// of adapters: rows, or columns of a transposed one, far apart.
+// Runs lora_split on one to three matrices of any size, stride and type, which may be in a stack of
+// adapters: rows, or columns of a transposed one, far apart.
 #include "emulated/kernels/lora_split.h"
 
 #include <deque>
@@ -71,7 +71,7 @@ struct Source {
         if (!with_lo) compare("lo", i, j, lo(i, j), unwritten, 0);
         if (j < columns) {
           compare_halves("hi + lo", i, j, hi(i, j), lo(i, j), with_lo, scale * values(i, j), 0);
-        } else {  // zero, then what was there
+        } else {  // zero up to the width, then unchanged
           const double expected = j < width ? 0 : unwritten;
           compare("hi", i, j, hi(i, j), expected, 0);
           if (with_lo) compare("lo", i, j, lo(i, j), expected, 0);
@@ -87,7 +87,7 @@ void run_split(const Case& run) {
   Random random(run.seed);
   std::deque<Source<T>> sources;
   LoraSplitParams<T> params{};
-  for (int i = 0; i < count; ++i) {  // of unequal sizes, that one grid covers
+  for (int i = 0; i < count; ++i) {  // of unequal sizes, in one grid
     sources.emplace_back(1 + static_cast<int>(random() % rows), columns, random);
     params.matrix[i] = sources.back().parameters();
   }

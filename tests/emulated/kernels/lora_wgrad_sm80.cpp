@@ -1,6 +1,6 @@
 // Runs lora_wgrad_sm80 and lora_reduce_wgrad on odd sizes: one product or two of unequal width, one
-// or two terms, any number of splits. U is written by the grids before: by one that has ended, or
-// by the product beside which lora_wgrad begins, and which the grids after it follow, too.
+// or two terms, any number of splits. U is written by a grid before: by one that has ended, or by
+// the product beside which lora_wgrad starts, and on which the grids after it depend, too.
 #include "emulated/kernels/lora_wgrad_sm80.h"
 
 #include <deque>

@@ -1,4 +1,4 @@
-// The grids before and after a kernel under test, where a grid may begin before the one before it
+// The grids before and after a kernel under test, where a grid may start before the one before it
 // has ended.
 #pragma once
 #include "emulated/kernels/instance.h"
@@ -8,7 +8,7 @@
 
 namespace kernels {
 
-// Each thread of the grid in turn: visit(i) for its share of `count`.
+// Each thread of the grid calls visit(i) for its part of `count`.
 template <class Visit>
 inline void for_each_of_grid(int count, const Visit& visit) {
   const int threads = static_cast<int>(gridDim.x * blockDim.x);
@@ -23,7 +23,8 @@ __global__ void copy(const V* from, V* to, int count) {
   for_each_of_grid(count, [&](int i) { to[i] = from[i]; });
 }
 
-// The same beside the grid before, for what that one waited for, or publishes in parts.
+// The same for a grid beside the one before, for data that that one waited for, or publishes in
+// parts.
 template <class V>
 __global__ void copy_early(const V* from, V* to, int count, const uint32_t* written,
                            uint32_t parts) {
@@ -33,8 +34,8 @@ __global__ void copy_early(const V* from, V* to, int count, const uint32_t* writ
   if (blockIdx.x == 0) lora_ext::ptx::griddepcontrol_wait();
 }
 
-// In the place of dX before wgrad: y = 1, and wgrad may start when the grid before has ended. If
-// `parts` is not 0 it is this one that writes `to`, and publishes it in so many parts, its blocks.
+// Takes the place of dX before wgrad: y = 1, and wgrad may start when the grid before has ended. If
+// `parts` is not 0, this grid writes `to`, and its blocks publish it in that many parts.
 template <class V>
 struct ProductParams {
   const V* from[2];

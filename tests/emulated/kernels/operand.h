@@ -12,7 +12,7 @@
 
 namespace kernels {
 
-// The layer's buffers are aligned; an odd offset and an odd pitch are what kElement is for.
+// The layer's buffers are aligned; an odd offset and an odd pitch require kElement.
 template <Alignment kAlignment>
 struct Layout {
   static constexpr int kOffset = kAlignment == Alignment::kVector ? 0 : 1;
@@ -34,8 +34,8 @@ inline bool draw_far_apart(int rows, Random& random) {
   return random() % 8 == 0 && rows >= 3 && rows <= 70 && !kRaceChecked;
 }
 
-// Address space whose pages exist once they are written: rows so far apart that offsets need 64
-// bits.
+// Address space whose pages are allocated when they are written: for rows so far apart that offsets
+// need 64 bits.
 class SparseMemory {
  public:
   explicit SparseMemory(size_t bytes) : bytes_(bytes) {
@@ -144,8 +144,8 @@ struct FloatOrHalf {
   double operator[](size_t at) const { return in_float ? floats[at] : to_double(halves[at]); }
 };
 
-// What one half or two hold of a float: a rounding each, with the halves' own floor. The float may
-// be off by `error`.
+// The value of a float stored as one half or two: a rounding each, with the halves' own floor. The
+// float may be off by `error`.
 template <class T>
 void compare_halves(const char* name, int row, int column, T hi, T lo, bool with_lo, double number,
                     double error) {
@@ -155,8 +155,8 @@ void compare_halves(const char* name, int row, int column, T hi, T lo, bool with
           relative * std::fabs(number) + 0x1p-25 / scale + error);
 }
 
-// A mask at random offsets, with a seed in global memory. With integers the scale is one, too. Of a
-// shard, which tensor parallelism makes, columns begin at a multiple of whole fragments.
+// A mask at random offsets, with a seed in global memory. With integers the scale is one, too. For
+// a shard, as tensor parallelism makes, columns begin at a multiple of whole fragments.
 struct RandomMask {
   ReferenceMask reference;
   GlobalBuffer<int64_t> seed;
@@ -177,7 +177,7 @@ struct RandomMask {
     const auto kind = random() % 3, offset = 1 + random() % 100;
     return static_cast<int64_t>(kind == 0 ? 0 : kind == 1 ? offset * 32 : offset);
   }
-  // What an element is multiplied by.
+  // The factor of an element.
   double factor(int row, int column) const { return reference.kept(row, column) ? keep_scale : 0; }
 };
 

@@ -1,4 +1,4 @@
-// What a plan is, as far as the tests count it, and what no plan may be.
+// Facts of a plan that the tests count, and invariants of all plans.
 #pragma once
 #include <algorithm>
 #include <string>
@@ -14,7 +14,7 @@ inline int stages_of(plan::Tile tile) {
                                               : LoraGemmSm90aTile128x256::kStages;
 }
 
-// Tells the facts of a plan for `direction`, or throws Difference where no plan may be so.
+// Reports the facts of a plan for `direction`; throws Difference if the plan breaks an invariant.
 inline void tell_plan(const std::string& direction, const plan::Plan& plan, const LinearCase& c,
                       const RandomMask& mask) {
   if (!plan.has_kernels()) differ("no kernel: %s", plan.reason.c_str());

@@ -1,5 +1,5 @@
-// What the kernels are compared with: plain loops in double, and random operands. Uses nothing of
-// the execution layer but its buffers.
+// The reference for the kernels: plain loops in double, and random operands. Uses only the buffers
+// of the execution layer.
 //
 // Operands are either small integers, so that every sum is exact in fp32 in any order and the
 // comparison is exact, too, or real numbers, where each element has its own error bound.
@@ -50,15 +50,15 @@ constexpr double rounding_unit() {
   return std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
 }
 
-// What rounding to T may change in a number of this size: also below fp16's smallest normal number,
-// where neighbours are 2^-24 apart. (bf16's are as small as float's.)
+// The error of rounding a number of this size to T: also below fp16's smallest normal number, where
+// neighbours are 2^-24 apart. (bf16's are as small as float's.)
 template <class T>
 double rounding_error(double magnitude) {
   const double least = std::is_same_v<T, __half> ? 0x1p-25 : 0;
   return std::fmax(rounding_unit<T>() * magnitude, least);
 }
 
-// Row-major [rows, columns], rows `pitch` elements apart; what lies between the rows is NaN.
+// Row-major [rows, columns], rows `pitch` elements apart; the elements between the rows are NaN.
 template <class T>
 struct Matrix {
   int rows, columns, pitch;
@@ -104,7 +104,7 @@ struct Bounded {
   double error() const { return (terms + 2) * 2 * rounding_unit<float>() * magnitude; }
 };
 
-// What a kernel got wrong, which ends the run.
+// An error of a kernel, which ends the run.
 struct Difference : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -126,7 +126,7 @@ void compare(const char* name, int row, int column, T got, double expected, doub
          value);
 }
 
-// The same of a sum with its error, rounded to the type of what was stored.
+// The same for a sum with its error, rounded to the type that was stored.
 template <class T, class Sum>
 void compare_rounded(const char* name, int row, int column, T got, const Sum& sum, bool exact) {
   const double rounded = to_double(from_double<T>(sum.value)), size = std::fabs(sum.value);

@@ -1,4 +1,4 @@
-// An operand of the whole LoRA linear: a half or float matrix as it lies in global memory.
+// An operand of the whole LoRA linear: a half or float matrix in global memory.
 #pragma once
 #include <memory>
 
@@ -11,7 +11,7 @@ namespace kernels {
 // An operand in T or float, at any stride and offset.
 template <class T>
 struct Stored {
-  Matrix<float> exact;  // what is stored
+  Matrix<float> exact;  // the stored values
   int64_t row_stride, column_stride;
   int offset;
   FloatOrHalf<T> numbers;
@@ -47,7 +47,7 @@ struct Stored {
     return numbers.in_float ? static_cast<const void*>(numbers.floats.data() + offset)
                             : static_cast<const void*>(numbers.halves.data() + offset);
   }
-  // A kernel writes it, by ordinary stores, rather than the host.
+  // Written by a kernel, by ordinary stores, rather than by the host.
   void is_written_on(emulator::Stream& stream) {
     GlobalBuffer<T>& halves = numbers.halves;
     if (source == nullptr) {

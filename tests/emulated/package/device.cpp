@@ -1,9 +1,9 @@
 // The kernel route's device in the emulated package: CPU tensors, kernels in the execution layer.
 //
-// LORA_EXT_EMULATED_FAULT plants a mutant. LORA_EXT_EMULATED_CAPTURE=1 says that a graph is being
-// captured. LORA_EXT_EMULATED_ARCH is the card, 80 by default. LORA_EXT_EMULATED_HANG says that
-// kernels never end, as seen by "wait", or in "launch". LORA_EXT_EMULATED_THROW says what a launch
-// meets: no "memory", an "error" of torch's, or the "end" of the process.
+// LORA_EXT_EMULATED_FAULT plants a mutant. LORA_EXT_EMULATED_CAPTURE=1 simulates the capture of a
+// graph. LORA_EXT_EMULATED_ARCH is the card, 80 by default. LORA_EXT_EMULATED_HANG simulates
+// kernels that never end, as seen by "wait", or in "launch". LORA_EXT_EMULATED_THROW simulates a
+// failing launch: out of "memory", an "error" of torch, or the "end" of the process.
 #include "cuda/device.h"
 
 #include <c10/util/Exception.h>
@@ -38,8 +38,8 @@ std::string environment(const char* name) {
   return value == nullptr ? "" : value;
 }
 
-// Runs one direction; an error of the layer is that of a launch. A call at a time: the layer has
-// one machine.
+// Runs one direction; an error of the layer becomes that of a launch. One call at a time: the layer
+// has one machine.
 template <class Run>
 std::string run(const Run& enqueue) {
   static std::mutex one_machine;
@@ -70,7 +70,7 @@ std::string run(const Run& enqueue) {
 
 bool is_built() { return true; }
 
-// Asked before a call is planned, so that a mutant of the planning is planted in time.
+// Called before a call is planned, so that a mutant of the planning is planted in time.
 bool has_kernels(bool) {
   emulated::plant_known_fault(environment("LORA_EXT_EMULATED_FAULT").c_str());
   return true;
@@ -135,7 +135,7 @@ std::string launch_grouped_backward(Half half, const plan::Plan& plan,
   });
 }
 
-// Of CUDA tensors, which there are none of.
+// For CUDA tensors, which do not exist here.
 std::string launch_dropout(Element, const DropoutParams&, void*) { std::abort(); }
 std::string launch_dequantize(Floating, const kernel::Dequantize4bitParams&, void*) {
   std::abort();
