@@ -54,7 +54,7 @@ CUDART_LINK = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 CUDART_LINK += ["-Wl,--exclude-libs,libcudart_static.a"]
 # Of torch's headers a file takes 5 to 10 seconds, of its own one: files of a folder are compiled
 # together. Those that select their instruction set are not: it would hold for the next one.
-WITH_TORCH = ("bindings", "check", "common", "launch", "library", "op", "route")
+WITH_TORCH = re.compile(r"csrc/(?:common|cpu(?!/isa_)|op)/")
 MOST_A_UNIT = 7
 UNITS = Path("build", "units")
 GIB_PER_JOB = 2  # a C++ file that includes torch peaks near 1.5 GiB
@@ -89,14 +89,16 @@ def units_of(sources: list[str]) -> list[str]:
 
     A unit that stays as it is keeps its date, and with it its object.
     """
-    units, alone = [], [path for path in sources if Path(path).parts[1] not in WITH_TORCH]
-    for folder in WITH_TORCH:
-        inside = [path for path in sources if Path(path).parts[1] == folder]
+    units, alone = [], [path for path in sources if not WITH_TORCH.match(path)]
+    for folder in sorted({str(Path(path).parent) for path in sources if WITH_TORCH.match(path)}):
+        inside = [
+            path for path in sources if str(Path(path).parent) == folder and path not in alone
+        ]
         count = -(-len(inside) // MOST_A_UNIT)
         for number in range(count):
             own = inside[len(inside) * number // count : len(inside) * (number + 1) // count]
             text = "".join(f'#include "{Path(path).relative_to("csrc")}"\n' for path in own)
-            unit = UNITS / f"{folder}_{number + 1}.cpp"
+            unit = UNITS / f"{Path(folder).name}_{number + 1}.cpp"
             if not unit.exists() or unit.read_text() != text:
                 unit.parent.mkdir(parents=True, exist_ok=True)
                 unit.write_text(text)

@@ -95,7 +95,7 @@ def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool)
     """The tiles that the card has for a call of some rank."""
 
 class Kernels:
-    """The kernels that one call uses, as the unit that is checked (csrc/check/kernel_set.h)."""
+    """The kernels that one call uses, as the unit that is checked (csrc/op/check/kernel_set.h)."""
 
     name: str
     backward: bool
@@ -219,7 +219,7 @@ def explain_problem(device: torch.device, problem: Problem, float16: bool) -> Ex
     """A forward on a device, without its tensors."""
 
 def check_kernels(device: torch.device, kernels: Kernels) -> str:
-    """Checks them now, unless it is known: "passed", or what failed (csrc/check/kernel_check.h)."""
+    """Checks them now if it is not known: "passed", or what failed (csrc/op/check/kernel_check.h)."""
 
 def check_result(device: torch.device, kernels: Kernels) -> str:
     """ "passed", "not yet", or what failed. The device has an index."""

@@ -1,7 +1,7 @@
 """`batch_invariant`: whether a row of a call has the same bits in a batch of any size.
 
 A library chooses its kernels by the number of rows, and so do our routes. So y and dX are computed
-in blocks that all have `ROW_BLOCK` rows (csrc/route/equal_blocks.h).
+in blocks that all have `ROW_BLOCK` rows (csrc/op/route/equal_blocks.h).
 """
 
 from __future__ import annotations

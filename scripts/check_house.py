@@ -24,12 +24,12 @@ TORCH_FREE = re.compile(r"csrc/(?:(?:cuda|kernel|plan|ptx)/.*|cpu/isa_[^/]*\.cpp
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 # From the top down, the way that a call takes.
 ROOMS = [
-    "bindings",
+    "op/bindings",
     "op",
-    "route",
-    "check",
-    "launch",
-    "library",
+    "op/route",
+    "op/check",
+    "op/launch",
+    "op/library",
     "cuda",
     "kernel",
     "plan",
@@ -80,14 +80,19 @@ def reaches_out(line: str) -> bool:
     return room not in ("", "emulator", "ptx") or OF_PROJECT.match(line) is not None
 
 
+def room_of(path: str) -> str:
+    """The innermost room that a path from csrc/ is in, or ""."""
+    folders = [str(folder) for folder in Path(path).parents]
+    return next((folder for folder in folders if folder in ROOMS), "")
+
+
 def wrong_include(name: str, included: str) -> str:
     """Why a source of csrc/ must not include a file; "" if it may."""
     if (name, included) == EXECUTION_LAYER:
         return ""
-    own, room = name.split("/")[1], included.split("/")[0]
-    for folder in (own, room):
-        if folder not in ROOMS or "/" not in included:
-            return f'"{included}" in {name}: expected a file in one of the rooms {", ".join(ROOMS)}'
+    own, room = room_of(name.removeprefix("csrc/")), room_of(included)
+    if not own or not room:
+        return f'"{included}" in {name}: expected a file in one of the rooms {", ".join(ROOMS)}'
     if ROOMS.index(room) < ROOMS.index(own):
         return f"{own}/ must not include {room}/, which stands above it"
     return ""

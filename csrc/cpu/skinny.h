@@ -11,7 +11,7 @@
 // RowIndex gives the position of each (many adapters in one batch).
 //
 // One table of functions per instruction set. Each function is torch-free and single-threaded over
-// a range of rows or columns; route/cpu_route.cpp distributes ranges over threads. The order of an
+// a range of rows or columns; driver.cpp distributes ranges over threads. The order of an
 // element's sum does not depend on the ranges, so results do not depend on the number of threads.
 #pragma once
 

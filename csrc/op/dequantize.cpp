@@ -12,9 +12,9 @@
 
 #include "common/check.h"
 #include "cpu/dispatch.h"
+#include "cpu/operands.h"
 #include "cuda/device.h"
-#include "launch/dequantize_launch.h"
-#include "route/cpu_operands.h"
+#include "op/launch/dequantize_launch.h"
 
 namespace lora_ext {
 namespace {

@@ -3,8 +3,8 @@
 #include <torch/library.h>
 
 #include "cuda/device.h"
-#include "library/dropout.h"
 #include "op/checks.h"
+#include "op/library/dropout.h"
 
 namespace lora_ext {
 namespace {

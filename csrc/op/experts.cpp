@@ -2,15 +2,16 @@
 // that have few rows each; and B of some experts, gathered as a pool, or a pool's gradient put into
 // B's. Nothing of it has a gradient of its own: the passes of lora_ext/experts/projection.py call
 // it.
+#include "cpu/experts.h"
+
 #include <torch/library.h>
 
 #include <array>
 
 #include "common/check.h"
 #include "cpu/dispatch.h"
+#include "cpu/expert_pools.h"
 #include "op/checks.h"
-#include "route/cpu_expert_pools.h"
-#include "route/cpu_experts.h"
 
 namespace lora_ext {
 namespace {

@@ -7,7 +7,7 @@
 #include "op/checks.h"
 #include "op/flatten.h"
 #include "op/ops.h"
-#include "route/route.h"
+#include "op/route/route.h"
 
 namespace lora_ext {
 namespace {

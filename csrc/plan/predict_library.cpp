@@ -1,4 +1,4 @@
-// The launches of the library route, as csrc/library/library_route.cpp makes them.
+// The launches of the library route, as csrc/op/library/library_route.cpp makes them.
 #include "plan/predict_library.h"
 
 #include <algorithm>

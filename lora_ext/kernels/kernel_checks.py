@@ -1,7 +1,7 @@
 """Checks CUDA kernels ahead of their first use, by default in a process of its own.
 
 Kernels that hang or fault leave a process without its device. So a child computes the small cases
-(csrc/check/kernel_set.h), this process keeps what it found, and a lost child costs one check.
+(csrc/op/check/kernel_set.h), this process keeps what it found, and a lost child costs one check.
 """
 
 from __future__ import annotations

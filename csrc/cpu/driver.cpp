@@ -1,0 +1,193 @@
+// Spreads the skinny passes over threads around the base GEMM:
+//
+//     forward   Y = X W^T + bias (library)    S = shrink(X, A)     Y += s S B^T
+//     backward  dX = dY W (library)           dS = shrink(dY, B)   dB = wgrad(dY, S)
+//               dA = wgrad(X, dS) and dX += mask * (dS A) in one pass with one mask
+//
+// Workspaces are the adapters packed in the kernels' layout, from torch's allocator.
+#include "cpu/driver.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "common/base_linear.h"
+#include "cpu/dispatch.h"
+#include "cpu/few_rows.h"
+#include "cpu/grouped.h"
+#include "cpu/operands.h"
+
+namespace lora_ext::cpu {
+namespace {
+
+// Packing the adapters costs rank * (K + N) whatever the rows. Up to these rows it costs more than
+// the passes save, and the factors are read as they lie. Measured at K = N = 1024 and 4096 with 1
+// and 16 rows, ranks 16 and 64.
+constexpr int64_t kFewForwardRows = 16;
+constexpr int64_t kFewBackwardRows = 7;
+constexpr int64_t kFewRowsOfHighRank = 32;
+constexpr int64_t kHighRank = 32;
+
+template <class Bytes, class Pack>
+at::Tensor packed(const AdapterView& view, Bytes bytes, Pack pack) {
+  at::Tensor panel = at::empty({bytes(view.rank, view.cols)}, at::kByte);
+  pack(view, panel.mutable_data_ptr());
+  return panel;
+}
+
+// Calls run(range) over [0, size) in granules; small jobs stay on one thread.
+template <class Run>
+void parallel_ranges(int64_t size, int64_t granule, int64_t work_per_item, const Run& run) {
+  constexpr int64_t kMinWork = 1 << 18;  // multiply-adds worth a thread's start, about 5 us
+  const int64_t granules = (size + granule - 1) / granule;
+  const int64_t grain =
+      std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, granule * work_per_item));
+  at::parallel_for(0, granules, grain, [&](int64_t begin, int64_t end) {
+    run(Range{begin * granule, std::min(end * granule, size)});
+  });
+}
+
+// scale * drop(p) Q for the adapter view Q: S and dS, [rows, rank] in float.
+at::Tensor shrink(const SkinnyKernels& kernels, const at::Tensor& p, const AdapterView& adapter,
+                  double scale, const Dropout& dropout) {
+  const int64_t rows = p.size(0);
+  at::Tensor t = at::empty({rows, adapter.rank}, p.options().dtype(at::kFloat));
+  const at::Tensor panel = packed(adapter, kernels.shrink_panel_bytes, kernels.pack_shrink);
+  const ShrinkArgs args{p.const_data_ptr(),
+                        dtype_of(p.scalar_type()),
+                        p.stride(0),
+                        adapter.cols,
+                        adapter.rank,
+                        panel.const_data_ptr(),
+                        adapter.dtype == Dtype::kBFloat16,
+                        static_cast<float>(scale),
+                        t.mutable_data_ptr<float>(),
+                        dropout};
+  parallel_ranges(rows, kernels.row_granule, adapter.cols * adapter.rank,
+                  [&](Range range) { kernels.shrink(args, range); });
+  return t;
+}
+
+// T in the layout that a pass reads: t itself, or packed over threads.
+at::Tensor packed_t(const TLayout& layout, const at::Tensor& t, bool u_is_half) {
+  if (layout.bytes == nullptr) return t;
+  const int64_t rows = t.size(0), rank = t.size(1);
+  at::Tensor out = at::empty({layout.bytes(rows, rank, u_is_half)}, at::kByte);
+  parallel_ranges(rows, layout.row_granule, 8 * rank, [&](Range range) {
+    layout.pack(t.const_data_ptr<float>(), rank, u_is_half, range, out.mutable_data_ptr());
+  });
+  return out;
+}
+
+ExpandArgs expand_args(at::Tensor& y, const at::Tensor& t, const at::Tensor& panel,
+                       const AdapterView& adapter, double scale, const Dropout& dropout) {
+  return {y.mutable_data_ptr(),
+          dtype_of(y.scalar_type()),
+          y.stride(0),
+          adapter.cols,
+          adapter.rank,
+          panel.const_data_ptr(),
+          adapter.dtype == Dtype::kBFloat16,
+          static_cast<float>(scale),
+          t.const_data_ptr(),
+          dropout};
+}
+
+void expand(const SkinnyKernels& kernels, at::Tensor& y, const at::Tensor& t,
+            const AdapterView& adapter, double scale, const Dropout& dropout) {
+  const at::Tensor panel = packed(adapter, kernels.expand_panel_bytes, kernels.pack_expand);
+  const at::Tensor rows_t = packed_t(kernels.expand_t, t, adapter.dtype == Dtype::kBFloat16);
+  const ExpandArgs args = expand_args(y, rows_t, panel, adapter, scale, dropout);
+  parallel_ranges(y.size(0), kernels.row_granule, adapter.cols * adapter.rank,
+                  [&](Range range) { kernels.expand(args, range); });
+}
+
+// g(j, c) = scale * sum_m t[m, j] drop(p)[m, c], and the expand over the same columns if given.
+void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& t, at::Tensor& g,
+           int64_t rank_dim, double scale, const Dropout& dropout, const ExpandArgs& expand) {
+  const int64_t rank = t.size(1);
+  const at::Tensor columns_t = packed_t(kernels.wgrad_t, t, false);
+  const WgradArgs args = wgrad_args(p, columns_t.const_data_ptr(), g, rank_dim, scale, dropout);
+  parallel_ranges(p.size(1), kernels.col_granule, p.size(0) * rank,
+                  [&](Range range) { kernels.wgrad(args, expand, range); });
+}
+
+// Why the library computes a call; passes over bfloat16 read no float16 adapters, which come with
+// them only where x and y are of two half types.
+std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank) {
+  if (x == at::kDouble || y == at::kDouble) return "float64 takes the library route";
+  if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";
+  if (rank > kMaxRank) return "rank above " + std::to_string(kMaxRank);
+  return is_half(y) && is_half(x) && x != y ? "x and y of two half types" : "";
+}
+
+bool is_few(int64_t rows, int64_t most, const Update& update) {
+  return rows <= (update.rank() > kHighRank ? kFewRowsOfHighRank : most) &&
+         lie_for_few_rows(update);
+}
+
+bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& update) {
+  return !reason_for_library(x.scalar_type(), y, update.rank()).empty();
+}
+
+Passes passes_of(const at::Tensor& x, at::ScalarType y) {
+  return {kernels_for(dtype_of(x.scalar_type())), kernels_for(dtype_of(y))};
+}
+
+}  // namespace
+
+std::string library_reason(at::ScalarType x, int64_t rank) {
+  return reason_for_library(x, x, rank);
+}
+
+std::optional<Forward> forward(const ForwardArgs& args) {
+  if (!args.update.is_one()) return forward_grouped(args);
+  if (takes_library(args.x, args.y_dtype(), args.update)) return std::nullopt;
+  if (is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
+  const Passes passes = passes_of(args.x, args.y_dtype());
+  at::Tensor y = base_forward(args.x, args.base);
+  const double keep_scale = keep_scale_of(args.update.dropout);
+  at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0), keep_scale,
+                        dropout_of(args.update.dropout));
+  expand(*passes.over_y, y, s, view_of(args.update.b(), 1), args.update.scaling, Dropout{});
+  return Forward{y, s};
+}
+
+std::optional<Backward> backward(const BackwardArgs& args) {
+  if (!args.update.is_one()) return backward_grouped(args);
+  const at::ScalarType y = args.grad.scalar_type();
+  if (takes_library(args.x, y, args.update)) return std::nullopt;
+  if (is_few(args.x.size(0), kFewBackwardRows, args.update)) return backward_few_rows(args);
+  const Passes passes = passes_of(args.x, y);
+  Backward out = Backward::one();
+  const ExpandArgs no_expand{};
+  if (args.wanted.dx) out.dx = base_backward(args.grad, args.x, args.base);
+  if (args.need_dlora_b()) {
+    out.db() = at::empty(args.update.b().sizes(), args.update.b().options());
+    wgrad(*passes.over_y, args.grad, args.s, out.db(), 1, args.update.scaling, Dropout{},
+          no_expand);
+  }
+  if (!args.wanted.dx && !args.need_dlora_a()) return out;
+
+  const Dropout dropout = dropout_of(args.update.dropout);
+  const double keep_scale = keep_scale_of(args.update.dropout);
+  const AdapterView lora_a = view_of(args.update.a(), 0);
+  const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.b(), 1),
+                               args.update.scaling, Dropout{});
+  if (!args.need_dlora_a()) {
+    expand(*passes.over_x, out.dx, ds, lora_a, keep_scale, dropout);
+    return out;
+  }
+  out.da() = at::empty(args.update.a().sizes(), args.update.a().options());
+  if (!args.wanted.dx) {
+    wgrad(*passes.over_x, args.x, ds, out.da(), 0, keep_scale, dropout, no_expand);
+    return out;
+  }
+  const at::Tensor panel =
+      packed(lora_a, passes.over_x->expand_panel_bytes, passes.over_x->pack_expand);
+  const at::Tensor rows_t = packed_t(passes.over_x->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
+  wgrad(*passes.over_x, args.x, ds, out.da(), 0, keep_scale, dropout,
+        expand_args(out.dx, rows_t, panel, lora_a, keep_scale, dropout));
+  return out;
+}
+
+}  // namespace lora_ext::cpu

@@ -1,0 +1,202 @@
+// First the products with W and A, pieces of an expert's columns each; then y, a range of columns
+// of all experts at a time: a column of B's experts is some KB of memory without a gap, though each
+// expert has but one number in some hundred bytes of it. No sum is split, so that results do not
+// depend on threads.
+#include "cpu/experts.h"
+
+#include <ATen/ops/empty.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/operands.h"
+#include "cpu/work_split.h"
+
+namespace lora_ext::cpu {
+namespace {
+
+constexpr int64_t kPieceColumns = 256, kMostRows = 4;
+constexpr int64_t kLine = 64;          // bytes
+constexpr int64_t kPrefetched = 2048;  // bytes ahead
+// Reading a factor takes as long as the products of so many rows.
+constexpr int64_t kFactorRows = 3;
+
+// The product of some rows with some ranks of a factor, or columns of a weight.
+struct Product {
+  Range rows;        // of one expert, at most kMostRows
+  AdapterView view;  // at most kPieceColumns ranks
+  float* to;
+  int64_t pitch;
+  int64_t work;
+};
+
+class FewRows {
+ public:
+  explicit FewRows(const ExpertsArgs& args)
+      : args_(args), kernels_(*kernels_for_few_rows()), where_(args.experts.size()) {
+    const int64_t* token = args.token ? args.token->const_data_ptr<int64_t>() : nullptr;
+    for (size_t m = 0; m < where_.size(); ++m) {
+      where_[m] = static_cast<int32_t>(token == nullptr ? static_cast<int64_t>(m) : token[m]);
+    }
+  }
+
+  Forward run() {
+    const int64_t rows = args_.rows(), columns = args_.weight.size(1);
+    const auto floats = args_.x.options().dtype(at::kFloat);
+    sums_ = at::empty({rows, columns}, floats), s_ = at::empty({rows, args_.rank()}, floats);
+    y_ = at::empty({rows, columns}, args_.weight.options());
+    if (args_.bias) bias_ = args_.bias->to(at::kFloat);
+    multiply();
+    const Dtype dtype = dtype_of(y_.scalar_type());
+    const int64_t work = (rows + kFactorRows) * columns * (args_.rank() + 1);
+    const int64_t threads = std::min(threads_for(work), columns);
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      const Range range{first * columns / threads, last * columns / threads};
+      dtype == Dtype::kBFloat16 ? finish<BFloat16>(range) : finish<Float16>(range);
+    });
+    return {y_, s_};
+  }
+
+ private:
+  void multiply() {
+    std::vector<Product> pieces;
+    const int64_t rows = args_.rows();
+    for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
+      const int64_t expert = args_.experts[begin];
+      while (end < rows && end - begin < kMostRows && args_.experts[end] == expert) ++end;
+      const Range own{begin, end};
+      add(pieces, own, view_of(args_.weight.select(0, expert), 0), sums_, 0);
+      int64_t column = 0;
+      for (size_t i = 0; i < args_.lora_a.size(); ++i) {
+        const int64_t rank = args_.rank_of(i);
+        const AdapterView all = view_of(args_.lora_a[i], 0);
+        const Range ranks{expert * rank, (expert + 1) * rank};
+        add(pieces, own, part_of(all, ranks, {0, all.cols}), s_, column);
+        column += rank;
+      }
+    }
+    int64_t work = 0;
+    for (const Product& piece : pieces) work += piece.work;
+    run_pieces(pieces, threads_for(work), [&](int64_t, const Product& piece) { multiply(piece); });
+  }
+
+  static void add(std::vector<Product>& pieces, Range rows, const AdapterView& view,
+                  const at::Tensor& out, int64_t column) {
+    float* to = out.mutable_data_ptr<float>() + rows.begin * out.size(1) + column;
+    const int64_t count = rows.end - rows.begin;
+    for (int64_t begin = 0; begin < view.rank; begin += kPieceColumns) {
+      const int64_t end = std::min(begin + kPieceColumns, view.rank);
+      pieces.push_back({rows, part_of(view, {begin, end}, {0, view.cols}), to + begin, out.size(1),
+                        (count + kFactorRows) * (end - begin) * view.cols});
+    }
+  }
+
+  void multiply(const Product& piece) const {
+    alignas(64) float t[kMostRows * kPieceColumns];
+    const int64_t ranks = piece.view.rank, rows = piece.rows.end - piece.rows.begin;
+    const ShrinkArgs args{args_.x.const_data_ptr(),
+                          dtype_of(args_.x.scalar_type()),
+                          args_.x.stride(0),
+                          piece.view.cols,
+                          ranks,
+                          nullptr,
+                          false,
+                          1.0f,
+                          t,
+                          Dropout{},
+                          {where_.data() + piece.rows.begin}};
+    kernels_.shrink_few(args, piece.view, {0, rows});
+    for (int64_t m = 0; m < rows; ++m) {
+      std::copy_n(t + m * ranks, ranks, piece.to + m * piece.pitch);
+    }
+  }
+
+  // Y in its dtype, for a range of columns.
+  template <class Value>
+  void finish(Range columns) const {
+    const int64_t rows = args_.rows(), width = y_.size(1);
+    const float* bias = bias_.defined() ? bias_.const_data_ptr<float>() : nullptr;
+    auto* y = static_cast<Value*>(y_.mutable_data_ptr());
+    const float* sums = sums_.const_data_ptr<float>();
+    std::vector<Adapter> adapters;
+    int64_t first = 0;
+    for (size_t i = 0; i < args_.lora_a.size(); first += args_.rank_of(i++)) {
+      adapters.push_back(adapter(i, first));
+    }
+    std::vector<float> own(args_.experts.size());
+    for (int64_t n = columns.begin; n < columns.end; ++n) {
+      for (int64_t m = 0; m < rows; ++m) {
+        own[m] = sums[m * width + n];
+        if (bias != nullptr) own[m] += bias[args_.experts[m] * width + n];
+      }
+      for (Adapter& each : adapters) {
+        switch (dtype_of(each.b->scalar_type())) {
+          case Dtype::kFloat32:
+            add_update<float>(each, n, own);
+            break;
+          case Dtype::kBFloat16:
+            add_update<BFloat16>(each, n, own);
+            break;
+          case Dtype::kFloat16:
+            add_update<Float16>(each, n, own);
+        }
+      }
+      for (int64_t m = 0; m < rows; ++m) from_float(own[m], y + m * width + n);
+    }
+  }
+
+  struct Adapter {
+    const at::Tensor* b;
+    int64_t rank;
+    float scaling;
+    std::vector<float> s;        // [rank, M]
+    std::vector<float> sums;     // [M]
+    std::vector<int64_t> lines;  // of a rank's numbers of one column, an expert in each line used
+  };
+
+  Adapter adapter(size_t i, int64_t first) const {
+    const auto rows = static_cast<size_t>(args_.rows());
+    const int64_t rank = args_.rank_of(i), size = args_.lora_b[i].element_size();
+    Adapter out{&args_.lora_b[i],
+                rank,
+                static_cast<float>(args_.scalings[i]),
+                std::vector<float>(rank * rows),
+                std::vector<float>(rows),
+                {}};
+    const float* s = s_.const_data_ptr<float>() + first;
+    int64_t last = -1;
+    for (size_t m = 0; m < rows; ++m) {
+      for (int64_t j = 0; j < rank; ++j) out.s[j * rows + m] = s[m * s_.size(1) + j];
+      const int64_t line = args_.experts[m] * size / kLine;
+      if (line != last) out.lines.push_back(args_.experts[m]);
+      last = line;
+    }
+    return out;
+  }
+
+  // own[m] += scaling * sum_j s[m, j] B_e[n, j]
+  template <class Value>
+  void add_update(Adapter& adapter, int64_t n, std::vector<float>& own) const {
+    const size_t rows = own.size();
+    const int64_t experts = args_.weight.size(0), ahead = kPrefetched / sizeof(Value);
+    const auto* at = static_cast<const Value*>(adapter.b->const_data_ptr());
+    at += n * adapter.rank * experts;
+    const float* s = adapter.s.data();
+    float* sums = adapter.sums.data();
+    std::fill_n(sums, rows, 0.0f);
+    for (int64_t j = 0; j < adapter.rank; ++j, at += experts, s += rows) {
+      for (const int64_t expert : adapter.lines) __builtin_prefetch(at + ahead + expert);
+      for (size_t m = 0; m < rows; ++m) sums[m] += s[m] * to_float(at[args_.experts[m]]);
+    }
+    for (size_t m = 0; m < rows; ++m) own[m] += adapter.scaling * sums[m];
+  }
+
+  const ExpertsArgs& args_;
+  const SkinnyKernels& kernels_;
+  std::vector<int32_t> where_;
+  at::Tensor sums_, s_, y_, bias_;
+};
+
+}  // namespace
+
+Forward experts_few_rows(const ExpertsArgs& args) { return FewRows(args).run(); }
+
+}  // namespace lora_ext::cpu

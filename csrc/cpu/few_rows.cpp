@@ -1,0 +1,134 @@
+// Work is split over rows, and of one row over the ranks of S; over the columns of Y. No sum is
+// split, so that results do not depend on threads.
+#include "cpu/few_rows.h"
+
+#include <ATen/ops/empty.h>
+
+#include "common/base_linear.h"
+#include "cpu/dispatch.h"
+#include "cpu/operands.h"
+#include "cpu/work_split.h"
+
+namespace lora_ext::cpu {
+namespace {
+
+constexpr int64_t kRankGranule = 16, kColumnGranule = 128;
+// Reading a factor takes as long as the products of so many rows.
+constexpr int64_t kReadRows = 3;
+
+// Calls run(range) over [0, size) in granules, over as many threads as the work is worth.
+template <class Run>
+void in_granules(int64_t size, int64_t granule, int64_t work, const Run& run) {
+  const int64_t granules = (size + granule - 1) / granule;
+  const int64_t threads = std::min(threads_for(work), granules);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * granules / threads * granule;
+    const int64_t end = last * granules / threads * granule;
+    run(Range{begin, std::min(end, size)});
+  });
+}
+
+// scale * drop(p) Q for the adapter view Q: S and dS, [rows, rank] in float.
+at::Tensor shrink_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const AdapterView& q,
+                         double scale, const Dropout& dropout) {
+  const int64_t rows = p.size(0), work = (rows + kReadRows) * q.rank * q.cols;
+  at::Tensor t = at::empty({rows, q.rank}, p.options().dtype(at::kFloat));
+  const ShrinkArgs args{p.const_data_ptr(),
+                        dtype_of(p.scalar_type()),
+                        p.stride(0),
+                        q.cols,
+                        q.rank,
+                        nullptr,
+                        false,
+                        static_cast<float>(scale),
+                        t.mutable_data_ptr<float>(),
+                        dropout};
+  if (rows > 1) {
+    in_granules(rows, 1, work, [&](Range range) { kernels.shrink_few(args, q, range); });
+    return t;
+  }
+  in_granules(q.rank, kRankGranule, work, [&](Range ranks) {
+    ShrinkArgs own = args;
+    own.rank = ranks.end - ranks.begin, own.t += ranks.begin;
+    kernels.shrink_few(own, part_of(q, ranks, {0, q.cols}), {0, 1});
+  });
+  return t;
+}
+
+// y += scale * mask * (t U) for the adapter view U.
+void expand_few(const SkinnyKernels& kernels, const at::Tensor& y, const at::Tensor& t,
+                const AdapterView& u, double scale, const Dropout& dropout) {
+  const int64_t rows = y.size(0), work = (rows + kReadRows) * u.rank * u.cols;
+  in_granules(u.cols, kColumnGranule, work, [&](Range columns) {
+    const int64_t cols = columns.end - columns.begin;
+    Dropout own = dropout;
+    own.col_offset += columns.begin;
+    const ExpandArgs args{
+        static_cast<char*>(y.mutable_data_ptr()) + columns.begin * y.element_size(),
+        dtype_of(y.scalar_type()),
+        y.stride(0),
+        cols,
+        u.rank,
+        nullptr,
+        false,
+        static_cast<float>(scale),
+        t.const_data_ptr<float>(),
+        own};
+    kernels.expand_few(args, part_of(u, {0, u.rank}, columns), {0, rows});
+  });
+}
+
+// scale * t^T drop(p), of a factor's sizes and dtype; rank_dim is where its rank is.
+at::Tensor wgrad_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& t,
+                        const at::Tensor& factor, int64_t rank_dim, double scale,
+                        const Dropout& dropout) {
+  at::Tensor g = at::empty(factor.sizes(), factor.options());
+  const WgradArgs args = wgrad_args(p, t.const_data_ptr(), g, rank_dim, scale, dropout);
+  // It reads little and writes a factor.
+  const int64_t work = (p.size(0) + kReadRows) * t.size(1) * p.size(1);
+  in_granules(p.size(1), kernels.col_granule, work,
+              [&](Range columns) { kernels.wgrad(args, ExpandArgs{}, columns); });
+  return g;
+}
+
+}  // namespace
+
+bool lie_for_few_rows(const Update& update) {
+  const AdapterView a = view_of(update.a(), 0), b = view_of(update.b(), 1);
+  return (a.col_pitch == 1 || a.rank_pitch == 1) && b.rank_pitch == 1;
+}
+
+// Vectors for bfloat16, too: an AMX tile has 32 rows.
+Forward forward_few_rows(const ForwardArgs& args) {
+  const SkinnyKernels& kernels = *kernels_for_few_rows();
+  const Update& update = args.update;
+  const at::Tensor y = base_forward(args.x, args.base);
+  const at::Tensor s = shrink_of_few(kernels, args.x, view_of(update.a(), 0),
+                                     keep_scale_of(update.dropout), dropout_of(update.dropout));
+  expand_few(kernels, y, s, view_of(update.b(), 1), update.scaling, Dropout{});
+  return {y, s};
+}
+
+Backward backward_few_rows(const BackwardArgs& args) {
+  const SkinnyKernels& kernels = *kernels_for_few_rows();
+  const Update& update = args.update;
+  const double keep_scale = keep_scale_of(update.dropout);
+  const Dropout dropout = dropout_of(update.dropout);
+  Backward out = Backward::one();
+  if (args.need_dlora_b()) {
+    out.db() = wgrad_of_few(kernels, args.grad, args.s, update.b(), 1, update.scaling, Dropout{});
+  }
+  if (!args.wanted.dx && !args.need_dlora_a()) return out;
+  const at::Tensor ds =
+      shrink_of_few(kernels, args.grad, view_of(update.b(), 1), update.scaling, Dropout{});
+  if (args.wanted.dx) {
+    out.dx = base_backward(args.grad, args.x, args.base);
+    expand_few(kernels, out.dx, ds, view_of(update.a(), 0), keep_scale, dropout);
+  }
+  if (args.need_dlora_a()) {
+    out.da() = wgrad_of_few(kernels, args.x, ds, update.a(), 0, keep_scale, dropout);
+  }
+  return out;
+}
+
+}  // namespace lora_ext::cpu

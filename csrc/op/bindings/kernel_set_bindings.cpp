@@ -1,0 +1,111 @@
+// Which kernels a plan takes, and the small case of each, in the module lora_ext._C.
+#include <pybind11/operators.h>
+
+#include <map>
+
+#include "op/bindings/plan_bindings.h"
+#include "op/check/kernel_set.h"
+#include "plan/decode_shares.h"
+
+namespace lora_ext {
+namespace {
+
+namespace py = pybind11;
+using kernel_set::Kernels;
+
+std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
+                                                        const plan::Card& card) {
+  const kernel_set::SmallCase small = kernel_set::small_case(kernels);
+  return {small.problem, plan::make_plan(card, small.problem, small.request)};
+}
+
+// With many adapters where there are groups, an index for each row.
+plan::Plan plan_as_asked(const plan::Card& card, plan::Problem problem, bool backward,
+                         const std::string& choice, const std::string& tile, bool early_launch,
+                         int64_t groups) {
+  problem.backward = backward;
+  if (groups != 0) problem.groups = plan::Groups{groups, true};
+  const plan::Request request{choice_of(choice), plan::tile_named(tile), "", early_launch};
+  return plan::make_plan(card, problem, request);
+}
+
+// What tests hold against the limits of a card: offsets and pitches in the workspace, as plan.h has
+// them, and the tile's shared memory and grids. kNone is what a plan has not.
+std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
+  plan::Tile tile = plan::Tile::kDecode;
+  std::map<std::string, int64_t> numbers;
+  if (const plan::Tiled* p = plan.tiled()) {
+    tile = p->gemm ? p->gemm->tile : plan::Tile::k128x64;
+    numbers = {{"a", p->a},
+               {"b", p->b},
+               {"t", p->t},
+               {"z", p->z},
+               {"flags", p->in_grid ? p->in_grid->flags : plan::kNone},
+               {"s", p->s},
+               {"g_a", p->g_a},
+               {"g_b", p->g_b},
+               {"a_pitch", p->a_pitch},
+               {"terms", p->terms},
+               {"z_columns", p->z_columns},
+               {"flag_count", p->in_grid ? p->in_grid->flag_count() : 0}};
+  }
+  if (const plan::Decode* p = plan.decode()) {
+    numbers = {{"sums", p->sums},   {"s_sums", p->s_sums},
+               {"t", p->t},         {"flags", p->flags},
+               {"batch", p->batch}, {"terms", p->terms},
+               {"tiles", p->tiles}, {"s_tiles", p->s_tiles},
+               {"width", p->width}, {"flag_count", p->flag_count()}};
+  }
+  const plan::TileFacts& facts = plan::facts_of(tile);
+  numbers.insert({{"shared", facts.shared}, {"rows", facts.rows}, {"columns", facts.columns}});
+  return numbers;
+}
+
+}  // namespace
+
+void bind_kernel_set(py::module& m) {
+  py::class_<Kernels>(m, "Kernels")
+      .def_property_readonly("name", &Kernels::name)
+      .def_readonly("backward", &Kernels::backward)
+      .def_readonly("float16", &Kernels::float16)
+      .def("small_case", &planned_small_case, py::arg("card"))
+      .def(py::self == py::self)
+      .def("__hash__", [](const Kernels& kernels) { return py::hash(py::str(kernels.name())); })
+      .def("__repr__", &Kernels::name);
+  m.def("plan_numbers", &plan_numbers, py::arg("plan"));
+  // As tests hold them against a plain loop over blocks.
+  using Shares = plan::DecodeShares;
+  py::class_<Shares>(m, "DecodeShares")
+      .def(py::init([](int tiles, int s_tiles, int steps, int blocks) {
+             return Shares{tiles, s_tiles, steps, blocks};
+           }),
+           py::arg("tiles"), py::arg("s_tiles"), py::arg("steps"), py::arg("blocks"))
+      .def("first_chunk", &Shares::first_chunk, py::arg("block"))
+      .def("first_unit", &Shares::first_unit, py::arg("block"))
+      .def("block_of", &Shares::block_of, py::arg("unit"))
+      .def(
+          "s_parts",
+          [](const Shares& shares, int tile) {
+            const Shares::Parts parts = shares.s_parts(tile);
+            return std::pair(parts.slot, parts.count);
+          },
+          py::arg("tile"))
+      .def("s_slot", &Shares::s_slot, py::arg("tile"), py::arg("chunk"), py::arg("block"))
+      .def_property_readonly("slots", &Shares::slots)
+      .def_property_readonly("s_slots", &Shares::s_slots)
+      .def_property_readonly("chunks", &Shares::chunks);
+  m.def("all_kernels", &kernel_set::all_of, py::arg("card"), py::arg("early_launch"));
+  m.def("all_grouped_kernels", &kernel_set::all_grouped_of, py::arg("card"));
+  m.def(
+      "kernels_of",
+      [](const plan::Plan& plan, plan::Problem problem, bool backward, bool float16) {
+        problem.backward = backward;
+        return kernel_set::of_plan(plan, problem, float16);
+      },
+      py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"), py::arg("float16"));
+  m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
+        py::arg("backward"), py::arg("choice"), py::arg("tile") = "",
+        py::arg("early_launch") = true, py::arg("groups") = 0);
+}
+
+}  // namespace lora_ext

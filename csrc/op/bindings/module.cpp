@@ -1,0 +1,48 @@
+// The pybind11 module lora_ext._C: queries and switches. The ops themselves are in the torch
+// library `lora_ext` (ops.cpp), reached as torch.ops.lora_ext.
+#include <torch/csrc/utils/pybind.h>
+
+#include "common/row_blocks.h"
+#include "cpu/dispatch.h"
+#include "cpu/driver.h"
+#include "cuda/device.h"
+#include "op/bindings/plan_bindings.h"
+
+#if defined(__clang__)
+#define LORA_EXT_COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+#define LORA_EXT_COMPILER "gcc " __VERSION__
+#else
+#define LORA_EXT_COMPILER "unknown"
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  namespace cpu = lora_ext::cpu;
+  m.doc() = "Queries of the compiled extension; the ops are in torch.ops.lora_ext.";
+  m.attr("with_cuda") = lora_ext::cuda::is_built();
+  m.attr("compiler") = LORA_EXT_COMPILER;
+  m.def("cpu_isa", &cpu::current_isa);
+  m.def("available_cpu_isas", &cpu::available_isas);
+  m.def(
+      "set_cpu_isa",
+      [](const std::string& name) {
+        if (cpu::set_isa(name)) return;
+        std::string known = "auto, library";
+        for (const std::string& isa : cpu::available_isas()) known += ", " + isa;
+        throw py::value_error("lora_ext: expected one of " + known + ", but got " + name);
+      },
+      py::arg("name"));
+  m.def(
+      "cpu_library_reason",
+      [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, rank); },
+      py::arg("x_dtype"), py::arg("rank"));
+  m.def(
+      "rows_of_block",
+      [](int64_t columns, const at::ScalarType& dtype, const at::Device& device) {
+        return lora_ext::rows_of_block(columns, dtype, device.type());
+      },
+      py::arg("columns"), py::arg("dtype"), py::arg("device"));
+  lora_ext::bind_plan(m);
+  lora_ext::bind_kernel_set(m);
+  lora_ext::bind_kernel_check(m);
+}

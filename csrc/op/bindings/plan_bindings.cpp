@@ -1,0 +1,272 @@
+#include "op/bindings/plan_bindings.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+
+#include <map>
+
+#include "cuda/device.h"
+#include "op/launch/kernel_launch.h"
+#include "op/route/kernel_route.h"
+#include "plan/plan.h"
+#include "plan/predict.h"
+#include "plan/predict_library.h"
+#include "plan/rates.h"
+#include "plan/winners.h"
+
+namespace lora_ext {
+namespace {
+
+namespace py = pybind11;
+
+const std::map<std::string, plan::Choice> kChoices = {{"auto", plan::Choice::kAuto},
+                                                      {"kernel", plan::Choice::kKernel},
+                                                      {"hybrid", plan::Choice::kHybrid},
+                                                      {"library", plan::Choice::kLibrary}};
+
+plan::Plan plan_for(const plan::Card& card, const plan::Problem& problem,
+                    const std::string& choice) {
+  const bool deterministic = at::globalContext().deterministicAlgorithms();
+  return plan::make_plan(card, problem,
+                         winners::request_for(card, problem, choice_of(choice), deterministic));
+}
+
+kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& weight,
+                                        const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                        double dropout_p) {
+  return kernel_route::explain(
+      ForwardArgs{x, Base{weight}, Update::one(lora_a, lora_b, 1.0, DropoutArgs{dropout_p})});
+}
+
+// Without a gradient of y, of one that is contiguous.
+kernel_route::Explained explain_backward(const at::Tensor& x, const at::Tensor& weight,
+                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                         double dropout_p, const std::optional<at::Tensor>& grad) {
+  const at::Tensor contiguous = at::empty({0, weight.size(0)}, x.options());
+  return kernel_route::explain(
+      BackwardArgs{grad ? *grad : contiguous,
+                   x,
+                   Base{weight},
+                   Update::one(lora_a, lora_b, 1.0, DropoutArgs{dropout_p}),
+                   {},
+                   Wanted::one(true, true, true)});
+}
+
+void bind_device(py::module& m) {
+  m.def(
+      "cuda_card", [](const at::Device& device) { return kernel_launch::card_of(device); },
+      py::arg("device"));
+  m.def("cuda_driver", &cuda::driver);
+  py::class_<kernel_route::Explained>(m, "Explained")
+      .def_readonly("plan", &kernel_route::Explained::plan)
+      .def_readonly("check", &kernel_route::Explained::check);
+  m.def("explain_forward", &explain_forward, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
+        py::arg("lora_b"), py::arg("dropout_p"));
+  m.def("explain_backward", &explain_backward, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
+        py::arg("lora_b"), py::arg("dropout_p"), py::arg("grad") = py::none());
+  m.def("explain_problem", &kernel_route::explain_problem, py::arg("device"), py::arg("problem"),
+        py::arg("float16"));
+  m.def(
+      "set_cuda_route", [](const std::string& name) { kernel_route::set_choice(choice_of(name)); },
+      py::arg("name"));
+  m.def("set_early_launch", &kernel_route::set_early_launch, py::arg("enabled"));
+  m.def("set_reserved_sms", &kernel_route::set_reserved_sms, py::arg("count"));
+  m.def("reserved_sms", &kernel_route::reserved_sms);
+  m.def("cuda_route", [] {
+    for (const auto& [name, choice] : kChoices)
+      if (choice == kernel_route::current_choice()) return name;
+    return std::string("auto");
+  });
+}
+
+winners::Winner winner_of(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
+                          int64_t k, int64_t rank, const std::string& route,
+                          const std::string& tile, const std::string& measured) {
+  const plan::Choice choice = choice_of(route);
+  const std::optional<plan::Tile> asked = plan::tile_named(tile);
+  if (choice == plan::Choice::kAuto) throw py::value_error("lora_ext: auto wins nothing");
+  if (!tile.empty() && !asked) throw py::value_error("lora_ext: there is no tile " + tile);
+  return {{backward, float_adapters, dropout, n, k, rank}, rows, {choice, asked, measured}};
+}
+
+void bind_winners(py::module& m) {
+  py::class_<winners::Winner>(m, "Winner")
+      .def(py::init(&winner_of), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
+           py::arg("dropout"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("rank"),
+           py::arg("route"), py::arg("tile"), py::arg("measured"));
+  m.def("replace_winners", &winners::replace, py::arg("card"), py::arg("winners"),
+        py::arg("pinned") = false);
+  m.def(
+      "tiles_of",
+      [](const plan::Card& card, bool backward, bool float_adapters, bool dropout) {
+        std::vector<std::string> names;
+        for (const plan::Tile tile : plan::tiles_of(card, {backward, float_adapters, dropout}))
+          names.emplace_back(plan::facts_of(tile).name);
+        return names;
+      },
+      py::arg("card"), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
+      py::arg("dropout"));
+}
+
+void bind_prediction(py::module& m) {
+  py::class_<plan::Sustained>(m, "Sustained")
+      .def_readonly("tflops", &plan::Sustained::tflops)
+      .def_readonly("dram_gb_s", &plan::Sustained::dram_gb_s)
+      .def_readonly("gap_us", &plan::Sustained::gap_us);
+  py::class_<plan::Launch>(m, "Launch")
+      .def_property_readonly("name", [](const plan::Launch& l) { return std::string(l.name); })
+      .def_readonly("bytes", &plan::Launch::bytes)
+      .def_readonly("flop", &plan::Launch::flop)
+      .def_readonly("times", &plan::Launch::times);
+  m.def("sustained_by", &plan::sustained_by, py::arg("card"));
+  m.def(
+      "main_loop_share",
+      [](const plan::Card& card, const std::string& tile, bool masked) {
+        return plan::main_loop_share(card, plan::facts_of(plan::tile_named(tile).value()), masked);
+      },
+      py::arg("card"), py::arg("tile"), py::arg("masked"));
+  m.def(
+      "library_product",
+      [](const plan::Card& card, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+        return plan::library_product(card, "", rows, columns, depth, accumulate);
+      },
+      py::arg("card"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
+      py::arg("accumulate") = false);
+  m.def(
+      "predicted_launches",
+      [](const plan::Card& card, plan::Problem problem, const plan::Plan& plan, bool backward) {
+        problem.backward = backward;
+        const plan::Launches all = plan::launches_of(card, problem, plan);
+        return std::vector<plan::Launch>(all.begin(), all.end());
+      },
+      py::arg("card"), py::arg("problem"), py::arg("plan"), py::arg("backward"));
+}
+
+// `get` of a plan of tiles; 0 of others.
+template <class Get>
+auto of_tiled(const Get& get) {
+  return [get](const plan::Plan& p) {
+    using Number = decltype(get(*p.tiled()));
+    return p.tiled() != nullptr ? get(*p.tiled()) : Number{};
+  };
+}
+
+// lora_gemm's tile, or lora_decode's; without a product, the smallest.
+plan::Tile tile_of(const plan::Plan& p) {
+  if (p.decode() != nullptr) return plan::Tile::kDecode;
+  const bool has_gemm = p.tiled() != nullptr && p.tiled()->gemm;
+  return has_gemm ? p.tiled()->gemm->tile : plan::Tile::k128x64;
+}
+
+int blocks_of(const plan::Plan& p) {
+  if (p.decode() != nullptr) return p.decode()->blocks;
+  return p.tiled() != nullptr && p.tiled()->gemm ? p.tiled()->gemm->blocks : 0;
+}
+
+int columns_of(const plan::Plan& p) {
+  if (p.decode() != nullptr) return p.decode()->terms * p.decode()->width;
+  return p.tiled() != nullptr ? p.tiled()->columns : 0;
+}
+
+std::map<std::string, double> predicted_us(const plan::Plan& p) {
+  std::map<std::string, double> us;
+  if (p.predicted.library > 0) us["library"] = p.predicted.library;
+  if (p.predicted.hybrid > 0) us["hybrid"] = p.predicted.hybrid;
+  if (p.predicted.kernel > 0) us["kernel"] = p.predicted.kernel;
+  return us;
+}
+
+void bind_plans(py::module& m) {
+  using plan::Plan;
+  using plan::Tiled;
+  py::class_<Plan>(m, "Plan")
+      .def_readonly("reason", &Plan::reason)
+      .def_readonly("workspace", &Plan::workspace)
+      .def_property_readonly("kernel", &Plan::has_kernels)
+      .def_property_readonly("hybrid", &Plan::hybrid)
+      .def_property_readonly("predicted_us", &predicted_us)
+      .def_property_readonly("tile", [](const Plan& p) { return plan::facts_of(tile_of(p)).name; })
+      .def_property_readonly("wgmma",
+                             [](const Plan& p) { return plan::facts_of(tile_of(p)).wgmma; })
+      .def_property_readonly("blocks", &blocks_of)
+      .def_property_readonly("columns", &columns_of)
+      .def_property_readonly("in_grid",
+                             of_tiled([](const Tiled& t) { return t.in_grid.has_value(); }))
+      .def_property_readonly("pairs_per_ticket", of_tiled([](const Tiled& t) {
+                               return t.in_grid ? t.in_grid->pairs_per_ticket : 1;
+                             }))
+      .def_property_readonly("one_pass", of_tiled([](const Tiled& t) { return t.one_pass(); }))
+      .def_property_readonly("panels", of_tiled([](const Tiled& t) { return t.panels; }))
+      .def_property_readonly("early_wgrad", of_tiled([](const Tiled& t) { return t.early_wgrad; }))
+      .def_property_readonly("shrink_splits",
+                             of_tiled([](const Tiled& t) { return t.shrink.splits; }))
+      .def_property_readonly("dlora_a_splits",
+                             of_tiled([](const Tiled& t) { return t.dlora_a.splits; }))
+      .def_property_readonly("dlora_b_splits",
+                             of_tiled([](const Tiled& t) { return t.dlora_b.splits; }))
+      .def("__str__", &Plan::describe);
+  const auto choice = py::arg("choice") = "auto";
+  m.def(
+      "plan_grouped_forward",
+      [](const plan::Card& card, plan::Problem problem, int64_t groups) {
+        problem.groups = plan::Groups{groups, true};
+        return plan::make_plan(card, problem, {plan::Choice::kAuto});
+      },
+      py::arg("card"), py::arg("problem"), py::arg("groups"));
+  m.def("plan_forward", &plan_for, py::arg("card"), py::arg("problem"), choice);
+  m.def(
+      "plan_backward",
+      [](const plan::Card& card, plan::Problem problem, const std::string& name) {
+        problem.backward = true;
+        return plan_for(card, problem, name);
+      },
+      py::arg("card"), py::arg("problem"), choice);
+}
+
+}  // namespace
+
+plan::Choice choice_of(const std::string& name) {
+  const auto found = kChoices.find(name);
+  if (found != kChoices.end()) return found->second;
+  throw py::value_error("lora_ext: expected one of auto, hybrid, kernel, library, but got " + name);
+}
+
+void bind_plan(py::module& m) {
+  py::class_<plan::Card>(m, "Card")
+      .def(py::init<int, int, int64_t, int64_t, std::string, bool, bool, std::string>(),
+           py::arg("arch"), py::arg("sms"), py::arg("shared_per_sm"), py::arg("shared_per_block"),
+           py::arg("name") = "", py::arg("tensor_maps") = true, py::arg("sm90a_code") = true,
+           py::arg("error") = "")
+      .def_readonly("error", &plan::Card::error)
+      .def_readonly("name", &plan::Card::name)
+      .def_readonly("arch", &plan::Card::arch)
+      .def_readonly("sms", &plan::Card::sms)
+      .def_readonly("shared_per_sm", &plan::Card::shared_per_sm)
+      .def_readonly("shared_per_block", &plan::Card::shared_per_block);
+  py::class_<plan::Problem>(m, "Problem")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("m"), py::arg("n"), py::arg("k"),
+           py::arg("rank"))
+      .def_readonly("m", &plan::Problem::m)
+      .def_readonly("n", &plan::Problem::n)
+      .def_readonly("k", &plan::Problem::k)
+      .def_readonly("rank", &plan::Problem::rank)
+      .def_readwrite("half_dtype", &plan::Problem::half_dtype)
+      .def_readwrite("float_adapters", &plan::Problem::float_adapters)
+      .def_readwrite("dropout", &plan::Problem::dropout)
+      .def_readwrite("given_base", &plan::Problem::given_base)
+      .def_readwrite("weight_row_major", &plan::Problem::weight_row_major)
+      .def_readwrite("aligned", &plan::Problem::aligned)
+      .def_readwrite("aligned_weight", &plan::Problem::aligned_weight)
+      .def_readwrite("aligned_a", &plan::Problem::aligned_a)
+      .def_readwrite("aligned_b", &plan::Problem::aligned_b)
+      .def_readwrite("factor_rows", &plan::Problem::factor_rows)
+      .def_readwrite("need_dx", &plan::Problem::need_dx)
+      .def_readwrite("need_dlora_a", &plan::Problem::need_dlora_a)
+      .def_readwrite("need_dlora_b", &plan::Problem::need_dlora_b);
+  bind_plans(m);
+  bind_prediction(m);
+  bind_winners(m);
+  bind_device(m);
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,146 @@
+// The kernels multiply halves exactly and add in float32. They round
+//   - Y and dX, and the adapters' gradients where those are half: once, by u;
+//   - s S and dS: once, by u, with half adapters; with float ones they keep two halves, as A and B
+//     do, which lose u^2 each, and the product of both second halves is left out: four such losses
+//     in S, dS and what is made of them;
+//   - in a hybrid plan, the low-rank product once more, by u, before the base product comes onto
+//     it; and the library may add parts of that product in half;
+//   - each sum of d products, in whatever order and also where tensor cores truncate: by less than
+//     d 2^-23 of its size on the way.
+// Losses of different numbers are independent, so those of a sum of products add as the root of the
+// sum of squares of the products; kMost is well above what the largest of 300,000 elements is off
+// by, and below what one lost second half makes.
+#include "op/check/kernel_bounds.h"
+
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "op/check/grouped_bounds.h"
+
+namespace lora_ext::kernel_bounds {
+namespace {
+
+constexpr double kMost = 8;
+
+struct Roundings {
+  double half;        // of a result in x's dtype
+  double low_rank;    // what S and dS lose, in a sum
+  double of_s;        // S's own sum, which is kept in float
+  double once_more;   // hybrid: of the low-rank product
+  double base;        // hybrid: of the base product, in a sum
+  double of_adapter;  // of a gradient in an adapter's dtype
+
+  template <class Args>
+  Roundings(const Args& args, bool hybrid) {
+    const bool float16 = args.x.scalar_type() == at::kHalf;
+    const bool float_adapters = args.update.a().scalar_type() == at::kFloat;
+    half = float16 ? 0x1p-11 : 0x1p-8;
+    // Second halves of float16 are subnormal for numbers below 2^-3: 2^-25 is lost, not u^2.
+    const double two_halves = 4 * (float16 ? 0x1p-19 : 0x1p-16);
+    low_rank = kMost * (float_adapters ? two_halves : half);
+    of_s = float_adapters ? low_rank : 0;
+    once_more = base = hybrid ? kMost * half : 0;
+    of_adapter = float_adapters ? 0 : half;
+  }
+};
+
+double sum_of(int64_t products) { return static_cast<double>(products) * 0x1p-23; }
+
+double scale_of(const DropoutArgs& dropout) {
+  return dropout.enabled() ? dropout.keep_scale() : 1.0;
+}
+
+std::optional<at::Tensor> doubled(const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional<at::Tensor>(tensor->to(at::kDouble)) : std::nullopt;
+}
+
+// factor times the root of the sum of squares, of the products that p q sums.
+at::Tensor spread(const at::Tensor& p, const at::Tensor& q, double factor = 1) {
+  return at::mm(p.square(), q.square()).sqrt_().mul_(factor);
+}
+
+// Of Y or dX: base is the spread of the base product, low that of the low-rank one.
+at::Tensor allowed_of(const at::Tensor& result, const at::Tensor& base, const at::Tensor& low,
+                      int64_t products, const Roundings& rounding) {
+  const double sum = sum_of(products);
+  return result.abs()
+      .mul_(rounding.half)
+      .add_(base, rounding.base + sum)
+      .add_(low, rounding.low_rank + rounding.once_more + sum);
+}
+
+at::Tensor allowed_of_gradient(const at::Tensor& result, const at::Tensor& products, int64_t count,
+                               const Roundings& rounding) {
+  return result.abs().mul_(rounding.of_adapter).add_(products, rounding.low_rank + sum_of(count));
+}
+
+Update in_double(const Update& update) {
+  Update exact = update;
+  for (Factors* factors : {&exact.lora_a, &exact.lora_b}) {
+    for (at::Tensor& factor : *factors) factor = factor.to(at::kDouble);
+  }
+  return exact;
+}
+
+}  // namespace
+
+ForwardArgs in_double(const ForwardArgs& args) {
+  ForwardArgs exact = args;
+  at::Tensor& base = exact.base.is_given() ? exact.base.y : exact.base.weight;
+  for (at::Tensor* each : {&exact.x, &base}) *each = each->to(at::kDouble);
+  exact.update = in_double(args.update);
+  exact.base.bias = doubled(args.base.bias);
+  exact.base.packed = std::nullopt;
+  return exact;
+}
+
+BackwardArgs in_double(const BackwardArgs& args) {
+  BackwardArgs exact = args;
+  for (at::Tensor* each : {&exact.grad, &exact.x, &exact.base.weight, &exact.s})
+    *each = each->to(at::kDouble);
+  exact.update = in_double(args.update);
+  exact.base.packed_t = std::nullopt;
+  return exact;
+}
+
+Forward allowed(const ForwardArgs& args, const ForwardArgs& exact, const Forward& expected,
+                bool hybrid) {
+  if (!args.update.is_one()) return allowed_grouped(args, exact, expected, hybrid);
+  const Roundings rounding(args, hybrid);
+  const int64_t k = args.x.size(1), rank = args.update.rank();
+  const at::Tensor s =
+      spread(exact.x, exact.update.a().t(), scale_of(args.update.dropout));      // [M, r]
+  const at::Tensor low = spread(s, exact.update.b().t(), exact.update.scaling);  // [M, N]
+  const bool given = args.base.is_given();
+  const at::Tensor base = given ? at::zeros_like(low) : spread(exact.x, exact.base.weight.t());
+  Forward out{allowed_of(expected.y, base, low, k + rank, rounding),
+              s.mul(rounding.of_s + sum_of(k))};
+  if (exact.base.bias) out.y.add_(exact.base.bias->abs(), rounding.once_more + sum_of(k + rank));
+  if (given) out.y.add_(exact.base.y.abs(), rounding.once_more + sum_of(k + rank));
+  return out;
+}
+
+Backward allowed(const BackwardArgs& args, const BackwardArgs& exact, const Backward& expected,
+                 bool hybrid) {
+  if (!args.update.is_one()) return allowed_grouped(args, exact, expected, hybrid);
+  const Roundings rounding(args, hybrid);
+  const int64_t m = args.x.size(0), n = args.update.out_features(), rank = args.update.rank();
+  const double keep_scale = scale_of(args.update.dropout);
+  const at::Tensor ds = spread(exact.grad, exact.update.b(), exact.update.scaling);  // [M, r]
+  Backward out = Backward::one();
+  if (args.wanted.dx) {
+    out.dx = allowed_of(expected.dx, spread(exact.grad, exact.base.weight),
+                        spread(ds, exact.update.a(), keep_scale), n + rank, rounding);
+  }
+  if (args.need_dlora_a()) {
+    out.da() = allowed_of_gradient(expected.dlora_a[0], spread(ds.t(), exact.x, keep_scale), m + n,
+                                   rounding);
+  }
+  if (args.need_dlora_b()) {
+    out.db() = allowed_of_gradient(
+        expected.dlora_b[0], spread(exact.grad.t(), exact.s, exact.update.scaling), m, rounding);
+  }
+  return out;
+}
+
+}  // namespace lora_ext::kernel_bounds

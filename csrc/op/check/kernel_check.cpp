@@ -1,0 +1,247 @@
+#include "op/check/kernel_check.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/full.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
+
+#include <atomic>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <sstream>
+#include <tuple>
+
+#include "common/check.h"
+#include "op/check/kernel_bounds.h"
+#include "op/launch/kernel_launch.h"
+#include "op/library/library_route.h"
+
+namespace lora_ext::kernel_check {
+namespace {
+
+constexpr char kNotYet[] = "not yet";
+
+struct Results {
+  std::mutex mutex;
+  std::map<std::tuple<int, Kernels>, std::string> by_kernels;
+};
+Results& all_results() {
+  static Results all;
+  return all;
+}
+
+std::atomic<double>& most_seconds() {
+  static std::atomic<double> seconds{10.0};
+  return seconds;
+}
+
+std::function<void(const std::string&)>& warning() {
+  static std::function<void(const std::string&)> warn;
+  return warn;
+}
+
+// Scattered numbers in (-size, size) that are no one's random numbers: torch's generator must stay
+// as it is.
+at::Tensor numbers(at::IntArrayRef shape, double step, double size, const at::TensorOptions& like) {
+  const int64_t count = c10::multiply_integers(shape);
+  const at::Tensor scattered = at::arange(count, like.dtype(at::kFloat)).mul_(step).sin_();
+  return scattered.mul_(43758.5).frac_().mul_(size).view(shape).to(like.dtype());
+}
+
+// "" or what differs.
+std::string compare(const char* what, const at::Tensor& got, const at::Tensor& expected,
+                    const at::Tensor& allowed) {
+  const at::Tensor off = got.to(at::kDouble).sub_(expected).abs_();
+  // What nobody writes may be anything, NaN among it.
+  const at::Tensor excess = off.sub(allowed).masked_fill_(allowed.isinf(), 0);
+  if (excess.max().item<double>() <= 0) return "";  // NaN is not
+  const int64_t worst = excess.argmax().item<int64_t>();
+  std::ostringstream text;
+  text << what << " differs from its value in float64 by " << off.flatten()[worst].item<double>()
+       << " in row " << worst / got.size(1) << ", column " << worst % got.size(1) << ", more than "
+       << allowed.flatten()[worst].item<double>();
+  return text.str();
+}
+
+std::string compare_all(const Forward& got, const Forward& expected, const Forward& allowed) {
+  const std::string y = compare("y", got.y, expected.y, allowed.y);
+  return y.empty() ? compare("s", got.s, expected.s, allowed.s) : y;
+}
+// Of rows without an adapter, S has nothing.
+std::string compare_all(const Backward& got, const Backward& expected, const Backward& allowed) {
+  std::string off = compare("dx", got.dx, expected.dx, allowed.dx);
+  for (size_t g = 0; off.empty() && g < got.dlora_a.size(); ++g) {
+    off = compare("dlora_a", got.dlora_a[g], expected.dlora_a[g], allowed.dlora_a[g]);
+    if (!off.empty() || !got.dlora_b[g].defined()) continue;
+    off = compare("dlora_b", got.dlora_b[g], expected.dlora_b[g], allowed.dlora_b[g]);
+  }
+  return off;
+}
+
+template <class Args>
+auto by_library(const Args& args) {
+  if constexpr (std::is_same_v<Args, ForwardArgs>)
+    return library_route::forward(args);
+  else
+    return library_route::backward(args);
+}
+
+// Throws where the kernels never may end, or have left the device unusable.
+void wait_for(const at::Device& device, const Kernels& kernels) {
+  const double seconds = timeout();
+  const std::optional<std::string> error = kernel_launch::wait(device, seconds);
+  if (error == "") return;
+  std::ostringstream what;
+  if (error) {
+    what << "ended in an error of the device: " << *error;
+  } else {
+    what << "had not ended " << seconds << " s after their launch";
+  }
+  remember(device, kernels, what.str());
+  LORA_EXT_CHECK(
+      false, "the kernels \"", kernels.name(), "\", checked before their first use on ", device,
+      ", ", what.str(),
+      ". This process can use the device no more: restart it, and call "
+      "lora_ext.kernels.set_cuda_route(\"library\") first, or lora_ext.warmup(model, rows=...), "
+      "which checks in a process of its own.");
+}
+
+template <class Args>
+std::string run_case(const plan::Card& card, const Kernels& kernels, const plan::Request& request,
+                     const Args& args) {
+  const plan::Problem problem = kernel_launch::problem_of(args);
+  const plan::Plan plan = plan::make_plan(card, problem, request);
+  const Kernels planned = kernel_set::of_plan(plan, problem, kernels.float16);
+  if (planned != kernels) return "the small case takes other kernels: " + planned.name();
+  const at::Device device = args.x.device();
+  const auto exact = kernel_bounds::in_double(args);
+  const auto expected = by_library(exact);
+  // A base that is given is no product of the library's, which would be rounded once more.
+  const auto allowed =
+      kernel_bounds::allowed(args, exact, expected, kernels.hybrid && !kernels.given_base);
+  // What was queued before may take any time, and its errors are not the kernels'.
+  const auto before = kernel_launch::wait(device, std::numeric_limits<double>::infinity());
+  LORA_EXT_CHECK(before == "", "expected ", device,
+                 " in order, but got an error of what ran before: ", before.value_or(""));
+  try {
+    const auto got = kernel_launch::run(plan, args);
+    wait_for(device, kernels);
+    return compare_all(got, expected, allowed);
+  } catch (const kernel_launch::LaunchError& error) {
+    return error.what_without_backtrace();
+  }
+}
+
+// Five adapters of the ranks up to the largest, one without rows, and rows without an adapter: of
+// every fourth row, so that tiles have several and their rows do not lie together.
+std::string run_grouped_case(const plan::Card& card, const Kernels& kernels,
+                             const plan::Request& request, const at::Tensor& x, const at::Tensor& w,
+                             const Update& one, const at::TensorOptions& options) {
+  constexpr int64_t kAdapters = 5;
+  const int64_t m = x.size(0), n = w.size(0), rank = one.rank();
+  Update update;
+  update.dropout = one.dropout;
+  for (int64_t g = 0; g < kAdapters; ++g) {
+    const int64_t own = std::max<int64_t>(1, rank - 7 * g);
+    update.lora_a.push_back(one.a().narrow(0, 0, own).mul(1.0 + 0.25 * double(g)));
+    update.lora_b.push_back(one.b().narrow(1, 0, own).contiguous());
+  }
+  const at::Tensor turns = at::arange(m, options.dtype(at::kInt));
+  update.grouping =
+      Grouping{at::arange(1, kAdapters + 1, options.dtype(at::kFloat)).mul_(0.5),
+               turns.add(turns.floor_divide(4)).remainder(kAdapters).sub_(1).to(at::kInt)};
+  if (!kernels.backward) {
+    const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
+                                         : Base{w, numbers({n}, 12.9, 1, options)};
+    return run_case(card, kernels, request, ForwardArgs{x, base, update});
+  }
+  const Wishes all(kAdapters, true);
+  return run_case(card, kernels, request,
+                  BackwardArgs{numbers({m, n}, 12.47, 1, options), x, Base{w}, update,
+                               numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),
+                               Wanted{true, all, all}});
+}
+
+std::string run_small_case(const at::Device& device, const plan::Card& card,
+                           const Kernels& kernels) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const kernel_set::SmallCase small = kernel_set::small_case(kernels);
+  const plan::Problem& problem = small.problem;
+  const int64_t m = problem.m, n = problem.n, k = problem.k, rank = problem.rank;
+  const at::ScalarType dtype = kernels.float16 ? at::kHalf : at::kBFloat16;
+  const auto options = at::TensorOptions().device(device).dtype(dtype);
+  const auto adapter = options.dtype(kernels.float_adapters ? at::kFloat : dtype);
+  DropoutArgs dropout;
+  if (kernels.dropout) {
+    dropout.p = 0.25;
+    dropout.seed = at::full({}, 7, options.dtype(at::kLong));
+  }
+  const at::Tensor x = numbers({m, k}, 12.71, 1, options), w = numbers({n, k}, 12.37, 0.1, options);
+  const at::Tensor a = numbers({rank, k}, 12.53, 0.1, adapter);
+  const at::Tensor b = numbers({n, rank}, 12.29, 0.1, adapter);
+  const Update update = Update::one(a, b, 2.0, dropout);
+  if (kernels.grouped) return run_grouped_case(card, kernels, small.request, x, w, update, options);
+  if (!kernels.backward) {
+    const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
+                                         : Base{w, numbers({n}, 12.9, 1, options)};
+    return run_case(card, kernels, small.request, ForwardArgs{x, base, update});
+  }
+  const BackwardArgs args{numbers({m, n}, 12.47, 1, options),
+                          x,
+                          Base{w},
+                          update,
+                          numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),
+                          Wanted::one(problem.need_dx, problem.need_dlora_a, problem.need_dlora_b)};
+  return run_case(card, kernels, small.request, args);
+}
+
+}  // namespace
+
+std::string result(const at::Device& device, const Kernels& kernels) {
+  const std::lock_guard lock(all_results().mutex);
+  const auto found = all_results().by_kernels.find({device.index(), kernels});
+  return found == all_results().by_kernels.end() ? kNotYet : found->second;
+}
+
+std::vector<std::pair<Kernels, std::string>> results(const at::Device& device) {
+  std::vector<std::pair<Kernels, std::string>> found;
+  const std::lock_guard lock(all_results().mutex);
+  for (const auto& [key, result] : all_results().by_kernels) {
+    if (std::get<int>(key) == device.index()) found.emplace_back(std::get<Kernels>(key), result);
+  }
+  return found;
+}
+
+std::string remember(const at::Device& device, const Kernels& kernels, const std::string& result) {
+  {
+    const std::lock_guard lock(all_results().mutex);
+    const auto [known, added] =
+        all_results().by_kernels.try_emplace({device.index(), kernels}, result);
+    if (!added) return known->second;
+  }
+  if (result.empty()) return result;
+  const std::string text = "lora_ext: the kernels \"" + kernels.name() +
+                           "\" failed their check on " + device.str() +
+                           " and are not used there; the library route is. " + result;
+  if (warning()) {
+    warning()(text);
+  } else {
+    TORCH_WARN(text);
+  }
+  return result;
+}
+
+std::string check(const at::Device& device, const plan::Card& card, const Kernels& kernels) {
+  const std::string known = result(device, kernels);
+  if (known != kNotYet) return known;
+  return remember(device, kernels, run_small_case(device, card, kernels));
+}
+
+void set_timeout(double seconds) { most_seconds() = seconds; }
+double timeout() { return most_seconds(); }
+
+void set_warn(std::function<void(const std::string&)> warn) { warning() = std::move(warn); }
+
+}  // namespace lora_ext::kernel_check

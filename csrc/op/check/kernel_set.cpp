@@ -1,0 +1,168 @@
+#include "op/check/kernel_set.h"
+
+#include "plan/tiles.h"
+
+namespace lora_ext::kernel_set {
+namespace {
+
+// One pass over dY is for few columns.
+std::vector<int> tails_of(const Kernels& kernels) {
+  if (!plan::facts_of(kernels.tile).wgmma) return {0};
+  if (kernels.backward && plan::facts_of(kernels.tile).in_grid) return {4};
+  if (!kernels.one_pass) return {1, 4};
+  return {kernels.wide && !kernels.float_adapters ? 4 : 1};
+}
+
+// With early launches, too, dX whose T is made in the same grid begins no other kernel where both
+// adapters are frozen.
+std::vector<bool> early_of(const Kernels& kernels, bool early_launch) {
+  const plan::TileFacts& tile = plan::facts_of(kernels.tile);
+  if (!early_launch || !tile.wgmma) return {false};
+  if (!tile.in_grid) return {true};
+  return kernels.backward ? std::vector<bool>{true, false} : std::vector<bool>{false};
+}
+
+// Of forwards alone, and without dropout.
+void add_decode(Kernels kernels, std::vector<Kernels>& all) {
+  kernels.tile = plan::Tile::kDecode, kernels.vector = true;
+  kernels.early = false, kernels.tail = 0;
+  for (const plan::DecodeTile& tile : plan::kDecodeTiles) {
+    kernels.rows = static_cast<int>(tile.batch);
+    all.push_back(kernels);
+  }
+}
+
+// Of one dtype, of adapters and activations, and dropout, with each tile; and the hybrid route's.
+void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
+               std::vector<Kernels>& all) {
+  const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
+  for (const plan::Tile tile : plan::tiles_of(card, call)) {
+    if (plan::facts_of(tile).in_grid && kernels.one_pass) continue;
+    if (tile == plan::Tile::kDecode) {
+      add_decode(kernels, all);
+      continue;
+    }
+    kernels.tile = tile, kernels.vector = true;
+    for (const bool early : early_of(kernels, early_launch)) {
+      for (const int tail : tails_of(kernels)) {
+        kernels.early = early, kernels.tail = tail;
+        all.push_back(kernels);
+      }
+    }
+  }
+  kernels.tile = plan::Tile::k128x64, kernels.hybrid = true, kernels.tail = 0;
+  kernels.early = false;
+  for (const bool vector : {true, false}) {
+    kernels.vector = vector;
+    for (const bool given_base : {false, true}) {
+      kernels.given_base = given_base;
+      if (!given_base || !kernels.backward) all.push_back(kernels);
+    }
+  }
+}
+
+// Columns up to 16, up to 32, and more, with one half of an adapter or two; and the tail.
+int64_t rank_for(const Kernels& kernels) {
+  if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
+  const int64_t whole = plan::facts_of(kernels.tile).in_grid ? 0 : 64;
+  return kernels.tail == 1 ? whole + 8 : 40;
+}
+
+}  // namespace
+
+std::string Kernels::name() const {
+  std::string text = backward ? "backward" : "forward";
+  text += float16 ? " float16 " : " bfloat16 ";
+  text += hybrid ? "hybrid" : plan::facts_of(tile).name;
+  if (!vector) text += " element-wise";
+  if (float_adapters) text += " float32 adapters";
+  if (dropout) text += " dropout";
+  if (one_pass) text += " one pass";
+  if (wide) text += " wide";
+  if (tail != 0) text += " tail " + std::to_string(tail);
+  if (early) text += " early";
+  if (given_base) text += " onto a base";
+  if (grouped) text += " many adapters";
+  if (rows != 0) text += " up to " + std::to_string(rows) + " rows";
+  return text;
+}
+
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool float16) {
+  Kernels kernels{};
+  kernels.backward = problem.backward, kernels.float16 = float16;
+  kernels.float_adapters = problem.float_adapters, kernels.dropout = problem.dropout;
+  kernels.grouped = problem.groups.has_value();
+  if (const plan::Decode* decode = plan.decode()) {
+    kernels.tile = plan::Tile::kDecode, kernels.vector = true, kernels.rows = decode->batch;
+    return kernels;
+  }
+  const plan::Tiled& tiled = *plan.tiled();
+  kernels.tile = tiled.gemm ? tiled.gemm->tile : plan::Tile::k128x64;  // dX may not be needed
+  kernels.hybrid = plan.hybrid(), kernels.vector = tiled.vector;
+  kernels.one_pass = tiled.one_pass(), kernels.wide = tiled.one_pass() && tiled.columns > 16;
+  if (tiled.gemm && plan::facts_of(kernels.tile).wgmma)
+    kernels.tail = plan::tail_of(tiled.width, problem.backward && tiled.in_grid);
+  kernels.early = (tiled.gemm && tiled.gemm->early) || tiled.early_wgrad;
+  kernels.given_base = !problem.backward && tiled.base == plan::Base::kGiven;
+  return kernels;
+}
+
+std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
+  struct Dsdb {
+    bool one_pass, wide;
+  };
+  std::vector<Kernels> all;
+  if (card.arch < 80) return all;
+  for (const bool float16 : {false, true}) {
+    for (const bool float_adapters : {false, true}) {
+      for (const bool dropout : {false, true}) {
+        Kernels kernels{};
+        kernels.float16 = float16, kernels.float_adapters = float_adapters;
+        kernels.dropout = dropout;
+        add_tiles(card, early_launch, kernels, all);
+        kernels.backward = true;
+        for (const Dsdb dsdb : {Dsdb{false, false}, Dsdb{true, false}, Dsdb{true, true}}) {
+          kernels.one_pass = dsdb.one_pass, kernels.wide = dsdb.wide;
+          add_tiles(card, early_launch, kernels, all);
+        }
+      }
+    }
+  }
+  return all;
+}
+
+// Nothing begins early.
+std::vector<Kernels> all_grouped_of(const plan::Card& card) {
+  std::vector<Kernels> all;
+  for (Kernels& each : all_of(card, false)) {
+    if (!plan::has_grouped_kernel(each.tile) || each.one_pass) continue;
+    each.grouped = true;
+    all.push_back(each);
+  }
+  return all;
+}
+
+// Rows, columns and depth that no tile divides, the second wide enough for one pass over dY, and
+// the last pair of row blocks half empty. An odd depth and width make rows unaligned.
+//
+// Two blocks, or two clusters, compute all tiles: each has a second, so that stages are used again
+// and both consumers of a pingpong tile work, and parts of T come from another cluster.
+//
+// Few rows have four blocks, which share most tiles, and are three fewer than there may be.
+SmallCase small_case(const Kernels& kernels) {
+  SmallCase small{{264, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
+                  {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};
+  if (!kernels.hybrid) small.request.tile = kernels.tile;
+  small.request.early_launch = kernels.early;
+  small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
+  plan::Problem& problem = small.problem;
+  if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.most_blocks = 4;
+  problem.backward = kernels.backward;
+  problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
+  problem.given_base = kernels.given_base;
+  problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;
+  problem.aligned_b = problem.rank * (kernels.float_adapters ? 4 : 2) % 16 == 0;
+  return small;
+}
+
+}  // namespace lora_ext::kernel_set

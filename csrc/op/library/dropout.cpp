@@ -1,0 +1,90 @@
+// The mask, and masked copies for the library route, on the CPU; on CUDA by dropout_launch.cpp.
+#include "op/library/dropout.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "common/check.h"
+#include "cpu/skinny.h"
+#include "cuda/device.h"
+#include "op/library/dropout_launch.h"
+
+namespace lora_ext {
+namespace {
+
+// Best available: the bits are the same in all.
+const cpu::SkinnyKernels& dropout_kernels() {
+  static const cpu::SkinnyKernels& kernels =
+      cpu::avx512_kernels() != nullptr ? *cpu::avx512_kernels()
+      : cpu::avx2_kernels() != nullptr ? *cpu::avx2_kernels()
+                                       : *cpu::portable_kernels();
+  return kernels;
+}
+
+// Calls row(m, bits) for each row of the mask, bits as words of 32 columns.
+template <class Row>
+void for_mask_rows(const DropoutArgs& args, int64_t first_row, int64_t rows, int64_t cols,
+                   const Row& row) {
+  const cpu::Dropout dropout{static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()),
+                             args.first_row() + first_row, args.first_col(), args.keep_count()};
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, cols));
+  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> bits(static_cast<size_t>((cols + 31) / 32));
+    for (int64_t m = begin; m < end; ++m) {
+      dropout_kernels().dropout_bits(dropout, {}, {m, m + 1}, {0, cols}, bits.data(),
+                                     static_cast<int64_t>(bits.size()));
+      row(m, bits.data());
+    }
+  });
+}
+
+bool is_kept(const uint32_t* bits, int64_t c) { return (bits[c / 32] >> (c % 32) & 1u) != 0; }
+
+// out = keep ? scale * x : 0; x and out may be the same tensor.
+void drop_cpu(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout, int64_t first_row) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "lora_ext_drop", [&] {
+    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    const auto scale = static_cast<acc_t>(dropout.keep_scale());
+    const auto* in = x.const_data_ptr<scalar_t>();
+    auto* to = out.mutable_data_ptr<scalar_t>();
+    const int64_t cols = x.size(1);
+    for_mask_rows(dropout, first_row, x.size(0), cols, [&](int64_t m, const uint32_t* bits) {
+      for (int64_t c = 0; c < cols; ++c) {
+        const auto value = static_cast<acc_t>(in[m * x.stride(0) + c]) * scale;
+        to[m * out.stride(0) + c] = static_cast<scalar_t>(is_kept(bits, c) ? value : acc_t{0});
+      }
+    });
+  });
+}
+
+void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
+               int64_t first_row) {
+  if (x.is_cpu()) return drop_cpu(x, out, dropout, first_row);
+  if (x.is_cuda() && cuda::is_built()) return cuda::drop(x, out, dropout, first_row);
+  LORA_EXT_CHECK(false, "expected CPU tensors with dropout in this build, but got ", x.device(),
+                 "; lora_ext.build_info() says why CUDA kernels were not built");
+}
+
+}  // namespace
+
+at::Tensor dropped(const at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  drop_into(x, out, dropout, first_row);
+  return out;
+}
+
+void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
+  drop_into(x, x, dropout, first_row);
+}
+
+void fill_dropout_mask(at::Tensor& mask, const DropoutArgs& dropout) {
+  if (mask.is_cuda()) return cuda::dropout_mask(mask, dropout);
+  const int64_t cols = mask.size(1);
+  auto* out = mask.mutable_data_ptr<bool>();
+  for_mask_rows(dropout, 0, mask.size(0), cols, [&](int64_t m, const uint32_t* bits) {
+    for (int64_t c = 0; c < cols; ++c) out[m * cols + c] = is_kept(bits, c);
+  });
+}
+
+}  // namespace lora_ext

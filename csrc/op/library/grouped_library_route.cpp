@@ -1,0 +1,147 @@
+// Each adapter's rows as a call of library_route.h: gathered, with dropout applied beforehand by
+// the rows that they are in x, onto a y that is given.
+#include "op/library/grouped_library_route.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+
+#include "common/base_linear.h"
+#include "common/segments.h"
+#include "op/library/dropout.h"
+#include "op/library/library_route.h"
+
+namespace lora_ext::library_route {
+namespace {
+
+// The rows of one segment in tensors of the call.
+class Rows {
+ public:
+  Rows(const Segments& segments, const Segment& segment, const at::Device& device)
+      : at_(segments.order.data() + segment.begin), count_(segment.count) {
+    if (is_range()) return;
+    auto* data = const_cast<int32_t*>(at_);
+    index_ = at::from_blob(data, {count_}, at::TensorOptions(at::kInt)).to(device);
+  }
+
+  at::Tensor of(const at::Tensor& tensor) const {
+    return is_range() ? tensor.narrow(0, at_[0], count_) : tensor.index_select(0, index_);
+  }
+  void put(at::Tensor& tensor, const at::Tensor& rows) const {
+    if (is_range()) {
+      tensor.narrow(0, at_[0], count_).copy_(rows);
+    } else {
+      tensor.index_copy_(0, index_.to(at::kLong), rows);
+    }
+  }
+  // rows *= keep_scale * mask, by where they are in the call.
+  void drop(at::Tensor& rows, const DropoutArgs& dropout) const {
+    for (int64_t begin = 0, end = 0; begin < count_; begin = end) {
+      while (end < count_ && at_[end] - at_[begin] == end - begin) ++end;
+      at::Tensor run = rows.narrow(0, begin, end - begin);
+      drop_(run, dropout, at_[begin]);
+    }
+  }
+
+ private:
+  bool is_range() const { return at_[count_ - 1] - at_[0] == count_ - 1; }
+
+  const int32_t* at_;
+  int64_t count_;
+  at::Tensor index_;
+};
+
+at::Tensor factor_of(at::TensorList factors, bool pool, int64_t rank_dim, const Segment& segment) {
+  return pool ? factors[0].select(0, segment.adapter).narrow(rank_dim, 0, segment.rank)
+              : factors[static_cast<size_t>(segment.adapter)];
+}
+
+// The adapter of one segment; its dropout has been applied.
+Update update_of(const Update& update, const Segment& segment, const double* scaling) {
+  const bool pool = update.is_pool();
+  return Update::one(factor_of(update.lora_a, pool, 0, segment),
+                     factor_of(update.lora_b, pool, 1, segment), scaling[segment.adapter]);
+}
+
+// drop(X) of the rows, for a y of some dtype: in the adapters' where something is dropped, and at
+// least in float32 for a wider y, so that x over the probability to keep it is not rounded to a
+// half x.
+at::Tensor inputs_of(const at::Tensor& x, const Update& update, at::ScalarType y,
+                     const Rows& rows) {
+  at::Tensor own = rows.of(x);
+  if (!update.dropout.enabled()) return own;
+  const at::ScalarType adapters = update.lora_a[0].scalar_type();
+  const at::ScalarType wide = is_half(y) ? adapters : c10::promoteTypes(adapters, at::kFloat);
+  own = own.to(wide, /*non_blocking=*/false, /*copy=*/true);
+  rows.drop(own, update.dropout);
+  return own;
+}
+
+at::Tensor on_host(const at::Tensor& scaling) {
+  return scaling.to(at::TensorOptions(at::kCPU).dtype(at::kDouble)).contiguous();
+}
+
+// Where an adapter's gradient goes, if it is wanted: for a pool into the gradient of all.
+struct Gradients {
+  Gradients(at::TensorList factors, const Wishes& wanted) : each(factors.size()) {
+    for (size_t i = 0; i < factors.size(); ++i) {
+      if (wanted[i]) each[i] = at::zeros(factors[i].sizes(), factors[i].options());
+    }
+  }
+  bool wants(bool pool, const Segment& segment) const {
+    return each[pool ? 0 : static_cast<size_t>(segment.adapter)].defined();
+  }
+  void put(bool pool, int64_t rank_dim, const Segment& segment, const at::Tensor& gradient) {
+    factor_of(each, pool, rank_dim, segment).copy_(gradient);
+  }
+  Factors each;
+};
+
+}  // namespace
+
+Forward forward_grouped(const ForwardArgs& args) {
+  const Update& update = args.update;
+  const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
+  const at::Tensor scaling = on_host(update.grouping->scaling);
+  const at::ScalarType sums = accumulation_dtype(args.x.scalar_type());
+  Forward out{base_forward(args.x, args.base),
+              at::zeros({args.x.size(0), update.rank()}, args.x.options().dtype(sums))};
+  for (const Segment& segment : segments.list) {
+    const Rows rows(segments, segment, args.x.device());
+    const Forward own =
+        forward({inputs_of(args.x, update, out.y.scalar_type(), rows), Base::given(rows.of(out.y)),
+                 update_of(update, segment, scaling.const_data_ptr<double>())});
+    rows.put(out.y, own.y);
+    at::Tensor s = out.s.narrow(1, 0, segment.rank);
+    rows.put(s, own.s);
+  }
+  return out;
+}
+
+Backward backward_grouped(const BackwardArgs& args) {
+  const Update& update = args.update;
+  const bool pool = update.is_pool();
+  const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
+  const at::Tensor scaling = on_host(update.grouping->scaling);
+  at::Tensor dx;
+  if (args.wanted.dx) dx = base_backward(args.grad, args.x, args.base);
+  Gradients da(update.lora_a, args.wanted.dlora_a), db(update.lora_b, args.wanted.dlora_b);
+  for (const Segment& segment : segments.list) {
+    const bool need_a = da.wants(pool, segment), need_b = db.wants(pool, segment);
+    const Rows rows(segments, segment, args.x.device());
+    Backward own =
+        backward({rows.of(args.grad), inputs_of(args.x, update, args.grad.scalar_type(), rows),
+                  Base::given(), update_of(update, segment, scaling.const_data_ptr<double>()),
+                  rows.of(args.s.narrow(1, 0, segment.rank)).contiguous(),
+                  Wanted::one(args.wanted.dx, need_a, need_b)});
+    if (need_a) da.put(pool, 0, segment, own.da());
+    if (need_b) db.put(pool, 1, segment, own.db());
+    if (!args.wanted.dx) continue;
+    at::Tensor delta = own.dx;
+    if (update.dropout.enabled()) rows.drop(delta, update.dropout);
+    rows.put(dx, rows.of(dx).add(delta.to(dx.scalar_type())));
+  }
+  return {dx, da.each, db.each};
+}
+
+}  // namespace lora_ext::library_route
