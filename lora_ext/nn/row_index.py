@@ -1,8 +1,8 @@
 """Which adapter each row of a batch has, as one layer's op takes it.
 
 A block of `lora_ext.use_adapters` has distinct names and an int32 index into them, of samples
-``[batch]`` or of tokens ``[batch, tokens]``. A layer asks for the index of its own rows: expanded to
-the leading dimensions of its x and, where it lacks some of the adapters, counting those that it
+``[batch]`` or of tokens ``[batch, tokens]``. A layer asks for the index of its own rows: expanded
+to the leading dimensions of its x and, where it lacks some of the adapters, counting those that it
 has. Each such tensor is made once a block, and shared by all layers.
 """
 
