@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer, variants
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
@@ -38,6 +38,7 @@ from .reasons import (
     input_reason,
     is_plain,
 )
+from .variants import row_reason
 
 NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
@@ -160,16 +161,7 @@ def _reason(
         return state[1]
     if args or kwargs:
         return "the layer gets more than x"
-    kept = layer.lora_variant
-    for name in names if kept else ():
-        variant = kept.get(name)
-        if variant is not None and (rows.is_pefts or type(variant) is not _ACTIVATED):
-            return f"{name!r} is DoRA or another variant of LoRA"
-    return ""
-
-
-# aLoRA computes plain LoRA from its invocation on, and nothing before.
-_ACTIVATED = getattr(variants, "ALoraLinearVariant", None)
+    return row_reason(layer, names, rows.is_pefts)
 
 
 def _rows_reason(x: Tensor, rows: RowAdapters) -> str:
