@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..dtypes import HALVES
 from ..functional import base_linear, lora_linear, lora_update
+from ..torch_state import compute_dtype, is_autocast
 from .row_adapters import RowAdapters
-from .updates import Update, compute_dtype, is_autocast
+from .updates import Update
 
 
 def mixed_linear(

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..torch_state import is_traced
 from . import recompute
 from .row_index import RowIndex
-from .updates import is_traced
 
 _current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .updates import is_traced
+from ..torch_state import is_traced
 
 # No adapter has this number: the op refuses it.
 _NOBODY = 2**31 - 1

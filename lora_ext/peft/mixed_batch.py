@@ -21,8 +21,9 @@ from torch import Tensor
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
 from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
-from ..nn.updates import Update, dtypes_obstacle, is_traced
+from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
+from ..torch_state import is_plain, is_traced
 from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
 from .reasons import (
@@ -36,7 +37,6 @@ from .reasons import (
     dequantized_base,
     embedding_reason,
     input_reason,
-    is_plain,
 )
 from .variants import row_reason
 

@@ -20,8 +20,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
-from ..nn.updates import Update, is_onnx_export, is_plain, is_transformed
+from ..nn.updates import Update
 from ..quantized.layers import QuantizedBase, quantized_base
+from ..torch_state import is_onnx_export, is_plain, is_transformed
 
 if TYPE_CHECKING:
     from .variants import Variant
