@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import F32, F64
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from peft.tuners.lora.variants import MiCALinearVariant
 from peft_helpers import accelerated, layer_model, make_x, paths, reasons
 from torch import nn
 
