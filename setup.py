@@ -89,11 +89,10 @@ def units_of(sources: list[str]) -> list[str]:
 
     A unit that stays as it is keeps its date, and with it its object.
     """
-    units, alone = [], [path for path in sources if not WITH_TORCH.match(path)]
-    for folder in sorted({str(Path(path).parent) for path in sources if WITH_TORCH.match(path)}):
-        inside = [
-            path for path in sources if str(Path(path).parent) == folder and path not in alone
-        ]
+    together = [path for path in sources if WITH_TORCH.match(path)]
+    units, alone = [], [path for path in sources if path not in together]
+    for folder in sorted({str(Path(path).parent) for path in together}):
+        inside = [path for path in together if str(Path(path).parent) == folder]
         count = -(-len(inside) // MOST_A_UNIT)
         for number in range(count):
             own = inside[len(inside) * number // count : len(inside) * (number + 1) // count]

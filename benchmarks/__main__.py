@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import real_model, report, results, runner
-from .machine import describe
+from . import real_model, results, runner
 from .shapes import Cell, few_rows_cells, full_cells, headline_cells, target_cells
-from .targets import MISS, evaluate
+from .suite import NO_PLOTS, ONLY, Suite, wrong
+from .targets import evaluate
 from .timing import Plan
 
 # kind -> (plan of each cell, seconds after which no further cell begins)
@@ -23,20 +23,8 @@ _PLANS = {
 _REAL_HEADLINES = ("query step bf16", "query forward fp32", "intermediate step fp32")
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Latency and memory of one LoRA linear on this machine, ours and the others.",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--full", action="store_true", help="the whole grid, at most 20 minutes")
-    what.add_argument("--few-rows", action="store_true", help="forward of 1 to 16 rows alone")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="output folder")
-    parser.add_argument("--machine", default="", help="what to call this machine in the report")
-    parser.add_argument("--only", default="", help="only cells whose name contains this text")
-    parser.add_argument("--no-plots", action="store_true", help="no PNG files")
-    return parser.parse_args(arguments)
+def _kind(name: str, about: str) -> dict[str, str]:
+    return {"dest": "kind", "action": "store_const", "const": name, "help": about}
 
 
 def with_progress(cells: Sequence[Cell]) -> Iterator[Cell]:
@@ -75,38 +63,33 @@ def chosen_cells(kind: str, only: str) -> list[Cell]:
     return [cell for cell in cells if only in cell.id]
 
 
-def finish(document: results.Document, path: Path, with_plots: bool) -> int:
-    """Report and plots, and on stderr what is wrong or missed. Returns the exit status."""
-    kept = report.publish(document, path, with_plots)
-    wrong = [r["cell"]["id"] for r in document["cells"] if r["status"] == "wrong"]
-    for name in wrong:
-        print(f"WRONG: {name}: ours disagrees with naive", file=sys.stderr)
-    missed = sum(row["verdict"] == MISS for row in document["targets"])
-    if missed:
-        print(f"{missed} targets are missed", file=sys.stderr)
-    return 0 if kept and not wrong else 1
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 if ours is wrong anywhere, 130 after an interrupt, else 0."""
-    options = parse(arguments)
-    kind = "full" if options.full else "few-rows" if options.few_rows else "headline"
-    cells = chosen_cells(kind, options.only)
-    plan, budget_s = _PLANS[kind]
-    document = results.new_document(kind, describe("cpu", options.machine))
-    path = options.out / "results.json"
+def _measure(options: argparse.Namespace, document: results.Document, path: Path) -> None:
+    cells = chosen_cells(document["kind"], options.only)
+    plan, budget_s = _PLANS[document["kind"]]
     makers = {"real": real_model.make_real}
-    interrupted = False
-    try:
-        runner.run(cells, document, path, plan, makers, budget_s, with_progress)
-        document["numerics"] = real_model.numerics([c for c in cells if c.group == "real"])
-    except KeyboardInterrupt:
-        interrupted = True
-        print("interrupted: the report covers the cells measured so far", file=sys.stderr)
-    document["targets"] = evaluate(document)
-    status = finish(document, path, not options.no_plots)
-    return 130 if interrupted else status
+    runner.run(cells, document, path, plan, makers, budget_s, with_progress)
+    document["numerics"] = real_model.numerics([c for c in cells if c.group == "real"])
 
+
+def _conclude(document: results.Document) -> list[str]:
+    document["targets"] = evaluate(document)
+    return wrong(document, "cell", "naive")
+
+
+SUITE = Suite(
+    "benchmarks",
+    "Latency and memory of one LoRA linear on this machine, ours and the others.",
+    "",
+    _measure,
+    {
+        "--full": _kind("full", "the whole grid, at most 20 minutes"),
+        "--few-rows": _kind("few-rows", "forward of 1 to 16 rows alone"),
+        **ONLY,
+        **NO_PLOTS,
+    },
+    _conclude,
+    "headline",
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SUITE.main())

@@ -122,6 +122,14 @@ def rows_of(document: Document) -> list[Row]:
     return rows if isinstance(rows, list) else [document]
 
 
+def has_findings(document: Document) -> bool:
+    """Whether there is something to report; a training is reported as a whole."""
+    if rows_of(document) == [document]:
+        return document["complete"]
+    parts = (part for name, part in document.items() if name != "machine")
+    return any(part for part in parts if isinstance(part, list | dict))
+
+
 def _faults(document: Any) -> Iterator[str]:
     """What a document lacks, the most general first."""
     if not isinstance(document, dict):

@@ -219,7 +219,7 @@ def explain_problem(device: torch.device, problem: Problem, float16: bool) -> Ex
     """A forward on a device, without its tensors."""
 
 def check_kernels(device: torch.device, kernels: Kernels) -> str:
-    """Checks them now if it is not known: "passed", or what failed (csrc/op/check/kernel_check.h)."""
+    """Checks them now, unless known: "passed", or what failed (csrc/op/check/kernel_check.h)."""
 
 def check_result(device: torch.device, kernels: Kernels) -> str:
     """ "passed", "not yet", or what failed. The device has an index."""

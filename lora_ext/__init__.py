@@ -33,7 +33,8 @@ try:
 except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
-from . import adapters, functional, kernels, loralib, models, nn, pool, reference, winners
+# Not in __all__: what is imported by a star must not hide torch's nn or functional.
+from . import adapters, functional, kernels, loralib, models, nn, pool, reference, winners  # noqa: F401
 from . import flops as flops  # of which torch's counter is told
 from .adapters import load_adapter, save_adapter
 from .functional import lora_linear, lora_update, prepack
@@ -56,25 +57,16 @@ __all__ = [
     "LoRALinear",
     "__version__",
     "accelerate",
-    "adapters",
     "apply_lora",
     "batch_invariant",
     "build_info",
     "decelerate",
     "explain",
-    "functional",
-    "kernels",
     "load_adapter",
     "lora_linear",
     "lora_update",
-    "loralib",
-    "models",
-    "nn",
-    "pool",
     "prepack",
-    "reference",
     "save_adapter",
     "use_adapters",
     "warmup",
-    "winners",
 ]

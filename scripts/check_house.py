@@ -4,7 +4,8 @@
 2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
 3. No file names a folder of somebody's machine.
 4. A source of csrc/ includes its own room and rooms below it, by their path from csrc/.
-5. Modules of lora_ext import one another without a circle, imports inside functions included.
+5. Modules of lora_ext and of benchmarks import one another without a circle, imports inside
+   functions included; and so do their folders.
 6. emulator/, the execution layer, knows nothing of what runs in it: of csrc/ it has ptx/ alone.
 """
 
@@ -129,22 +130,35 @@ def imports(modules: dict[str, str]) -> dict[str, set[str]]:
 
 
 def circle(modules: dict[str, str]) -> list[str]:
-    """The modules along one circle of imports, the first of them again at the end; or []."""
-    try:
-        TopologicalSorter(imports(modules)).prepare()
-    except CycleError as error:
-        return list(reversed(error.args[1]))
+    """The modules along one circle of imports, the first of them again at the end; without one,
+    the folders along one; or []."""
+    by_module = imports(modules)
+    by_folder: dict[str, set[str]] = {}
+    for name, others in by_module.items():
+        folder = _folder(name)
+        by_folder.setdefault(folder, set()).update({*map(_folder, others)} - {folder})
+    for graph in (by_module, by_folder):
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            return list(reversed(error.args[1]))
     return []
+
+
+def _folder(module: str) -> str:
+    """The folder of a package's that a module is in; a module outside them is one itself."""
+    return ".".join(module.split(".")[:2])
 
 
 def main() -> int:
     count = 0
-    sources = sorted((ROOT / "lora_ext").rglob("*.py"))
-    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources)
-    around = circle({name: path.read_text() for name, path in zip(names, sources, strict=True)})
-    if around:
-        print(f"lora_ext: modules import one another in a circle: {' -> '.join(around)}")
-        count += 1
+    for package in ("lora_ext", "benchmarks"):
+        sources = sorted((ROOT / package).rglob("*.py"))
+        names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources)
+        around = circle({name: path.read_text() for name, path in zip(names, sources, strict=True)})
+        if around:
+            print(f"{package}: modules import one another in a circle: {' -> '.join(around)}")
+            count += 1
     for name in tracked_files():
         try:
             text = (ROOT / name).read_text(encoding="utf-8")

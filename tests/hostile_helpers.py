@@ -24,10 +24,10 @@ def save_valid(folder):
     save_peft(peft_model(make_zoo(torch.float32), **config), folder)
 
 
-def assert_refused(folder, message, base=None):
+def assert_refused(folder, message, base=None, targets="q_proj"):
     """Into a plain model, and into one with an adapter, whose layers are there already."""
     base = make_zoo(torch.float32) if base is None else base
-    adapted = apply_lora(copy.deepcopy(base), LoRAConfig("q_proj", r=3), adapter="other")
+    adapted = apply_lora(copy.deepcopy(base), LoRAConfig(targets, r=3), adapter="other")
     for model in (base, adapted):
         before = state_of(model)
         with pytest.raises(AdapterError, match=message) as caught:

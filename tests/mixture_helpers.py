@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 
 import peft
@@ -98,3 +99,15 @@ def edit(folder, tensors=None, **fields):
         found = load_file(path)
         tensors(found)
         save_file({key: value.contiguous() for key, value in found.items()}, path)
+
+
+def edited(source, folder, tensors=None, **fields):
+    """`edit` of a copy; returns the folder."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    edit(folder, tensors, **fields)
+    return folder
+
+
+def put(key, *shape):
+    """For `edit`: ones under a key."""
+    return lambda tensors: tensors.__setitem__(key, torch.ones(shape))

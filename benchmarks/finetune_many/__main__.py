@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from .. import minilm, report, results
+from .. import minilm, results
 from ..finetune import data
-from ..finetune.__main__ import Say, progress
-from ..machine import describe
+from ..finetune.demonstration import Say, demonstration
 from . import claims, serving
 from .tasks import ROWS, mixed_batches, tasks_of
 from .tenants import make_tenants, rank_of, rate_of
@@ -24,27 +20,12 @@ DROPOUT = 0.1
 DROPOUT_STEPS = 4
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.finetune_many",
-        description="Eight adapters of one MiniLM, trained and served in one batch.",
-    )
-    out = Path("benchmarks/out/finetune_many")
-    parser.add_argument("--out", type=Path, default=out, help="folder")
-    parser.add_argument("--machine", default="", help="what to call this machine in the report")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of training")
-    return parser.parse_args(arguments)
-
-
 def _finite(differences: list[float]) -> list[float | None]:
     return [value if value < float("inf") else None for value in differences]  # JSON has none
 
 
-def run(options: argparse.Namespace, say: Say) -> results.Document:
+def run(options: argparse.Namespace, document: results.Document, say: Say) -> None:
     """The whole run."""
-    started = time.monotonic()
-    document = results.new_document("finetune_many", describe("cpu", options.machine))
     tasks, tokenizer = tasks_of(data.read()), minilm.tokenizer()
     batches = mixed_batches(tasks, options.steps, tokenizer)
     document["tasks"] = [
@@ -86,21 +67,15 @@ def run(options: argparse.Namespace, say: Say) -> results.Document:
 
     say("peak memory")
     document["memory"] = peaks(runs, max(batches, key=lambda batch: batch.ids.numel()))
-    document["checks"] = claims.evaluate(document)
-    document["complete"] = True
-    document["seconds"] = time.monotonic() - started
-    return document
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 if a claim does not hold, else 0."""
-    options = parse(arguments)
-    document = run(options, progress())
-    kept = report.publish(document, options.out / "results.json")
-    for check in document["checks"]:
-        print(f"{'pass' if check['holds'] else 'MISS'}  {check['claim']}: {check['found']}")
-    return 0 if kept and all(check["holds"] for check in document["checks"]) else 1
-
+SUITE = demonstration(
+    "finetune_many",
+    "Eight adapters of one MiniLM, trained and served in one batch.",
+    run,
+    claims.evaluate,
+    {"default": STEPS, "help": "of training"},
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SUITE.main())

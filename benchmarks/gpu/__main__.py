@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import results
-from ..__main__ import finish
+from ..suite import finish, wrong
 from . import checks, children, gpu_targets, measure, profile
 from .child import Log
 from .run import CHECKING, MEASURED, Run, bring, commit, hash_of, resumed
@@ -152,11 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document["targets"] = gpu_targets.evaluate(document)
     # At most 8 files: pictures are drawn from the results afterwards, by `python -m
     # benchmarks.report`, where there is a plot library.
-    status = finish(document, run.path, with_plots=False)
     failed = [name for name, result in run.stages.items() if result["status"] == "failed"]
-    for name in failed:
-        print(f"FAILED: {name}: {run.stages[name]['summary']}", file=sys.stderr)
-    return 130 if interrupted else 1 if failed else status
+    faults = [f"FAILED: {name}: {run.stages[name]['summary']}" for name in failed]
+    status = finish(document, run.path, [*wrong(document, "cell", "naive"), *faults], False)
+    return 130 if interrupted else status
 
 
 if __name__ == "__main__":

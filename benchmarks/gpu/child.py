@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
+MARK = "@answer "  # before an answer, among all else that a child prints
 _LOG_BYTES = 4 << 20
 _LONGEST_LINE = 1 << 16
 _POLL_S = 0.2

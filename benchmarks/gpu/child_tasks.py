@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-MARK = "@answer "
+from .child import MARK
+
 _ERROR_LENGTH = 300
 
 # Packages that stages use where they are installed.

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import child
-from .child import Child, Late, last_said
-from .child_tasks import MARK
+from .child import MARK, Child, Late, last_said
 from .run import Run
 
 START_S = 90.0  # until a child has imported torch and found the device

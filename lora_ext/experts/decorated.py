@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATS
-from ..nn.updates import is_plain
+from ..torch_state import is_plain
 
 # Transformers' own: each computes the same. Of others nobody knows.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")

@@ -9,10 +9,10 @@ from torch import nn
 from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
 from ..experts.decorated import is_decorated, obstacle, operands, up_name
+from ..torch_state import is_transformed
 from .adapter_spec import MAX_RANK
 from .module import LoRAModule
 from .parameter import LoRAParameter
-from .updates import is_transformed
 
 # What transformers' decorator puts on each instance.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")

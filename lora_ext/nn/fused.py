@@ -11,20 +11,12 @@ from torch.fx import Proxy
 
 from ..functional import lora_linear
 from ..packed_weight import Base, Packable, PackedWeight, prepack
+from ..torch_state import is_onnx_export, is_plain, is_transformed
 from .base import LoRALayer
 from .kernel_path import kernel_path
 from .mixed import mixed_linear
 from .row_adapters import RowAdapters
-from .updates import (
-    Update,
-    added_in_turn,
-    is_onnx_export,
-    is_plain,
-    is_transformed,
-    obstacle,
-    stacked,
-    with_biases,
-)
+from .updates import Update, added_in_turn, obstacle, stacked, with_biases
 
 
 def check_dense(x: Tensor) -> None:

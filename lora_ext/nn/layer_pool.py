@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..dtypes import HALVES
 from ..functional import lora_linear, lora_update
+from ..torch_state import compute_dtype
 from .adapter_spec import AdapterSpec
-from .updates import compute_dtype
 
 
 class SlotContent(NamedTuple):

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..dtypes import HALVES
 from ..functional import base_linear, lora_linear, lora_update
-from .row_adapters import RowAdapters
-from .updates import Update, compute_dtype, is_autocast
+from ..torch_state import compute_dtype, is_autocast
+from .row_index import RowIndex
+from .updates import Update
 
 
 def mixed_linear(
@@ -24,7 +25,7 @@ def mixed_linear(
     weight: Any,
     bias: Tensor | None,
     updates: Sequence[Update],
-    rows: RowAdapters,
+    rows: RowIndex,
 ) -> Tensor:
     """A base that is a weight, with the updates of the adapters that the layer has.
 
@@ -48,7 +49,7 @@ def mixed_linear(
     return y
 
 
-def mixed_onto(y: Tensor, x: Tensor, updates: Sequence[Update], rows: RowAdapters) -> Tensor:
+def mixed_onto(y: Tensor, x: Tensor, updates: Sequence[Update], rows: RowIndex) -> Tensor:
     """The updates onto what any base returned for x, as a new tensor of its dtype."""
     dtype_of_base = y.dtype
     y = _with_biases(y, x.shape[:-1], updates, rows)
@@ -66,7 +67,7 @@ def mixed_lookup(
     y: Tensor,
     ids: Tensor,
     updates: Sequence[Update],
-    rows: RowAdapters,
+    rows: RowIndex,
     look_up: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """What an embedding returned for ids, with each row's own column of A as its S:
@@ -117,7 +118,7 @@ def _parts(updates: Sequence[Update], x: Tensor) -> list[list[Update]]:
 
 
 def _operands(
-    part: Sequence[Update], x: Tensor, rows: RowAdapters
+    part: Sequence[Update], x: Tensor, rows: RowIndex
 ) -> tuple[list[Tensor], list[Tensor], Any, float, Tensor]:
     """(lora_a, lora_b, scaling, dropout_p, index) of one call."""
     lora_a = [update.lora_a for update in part]
@@ -131,9 +132,7 @@ def _operands(
     return lora_a, lora_b, scaling, part[0].dropout, rows.index_of(x.shape[:-1], x.device, names)
 
 
-def _with_biases(
-    y: Tensor, lead: torch.Size, updates: Sequence[Update], rows: RowAdapters
-) -> Tensor:
+def _with_biases(y: Tensor, lead: torch.Size, updates: Sequence[Update], rows: RowIndex) -> Tensor:
     """y with each row's lora_bias, scaled, in at least float32; y where there is none."""
     biased = [update for update in updates if update.bias is not None]
     if not biased:

@@ -13,22 +13,14 @@ from torch.fx import Proxy
 from ..packed_weight import PackedWeight
 from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
+from ..torch_state import is_onnx_export, is_plain, is_transformed
 from .adapter_spec import AdapterSpec
 from .fused import FusedLoRALayer, check_dense
 from .linear import DEFAULT_ADAPTER
 from .mixed import mixed_onto
 from .quantized_base import linear_on, mixed_linear_on, pool_linear_on
 from .row_adapters import RowAdapters
-from .updates import (
-    Update,
-    added,
-    added_in_turn,
-    dtypes_obstacle,
-    is_onnx_export,
-    is_plain,
-    is_transformed,
-    updates_obstacle,
-)
+from .updates import Update, added, added_in_turn, dtypes_obstacle, updates_obstacle
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..functional import lora_linear
 from ..quantized.base import QuantizedBase
 from .mixed import mixed_linear
-from .row_adapters import RowAdapters
+from .row_index import RowIndex
 from .updates import Update, stacked, with_biases
 
 
@@ -30,7 +30,7 @@ def linear_on(base: QuantizedBase, x: Tensor, updates: Sequence[Update]) -> Tens
 
 
 def mixed_linear_on(
-    base: QuantizedBase, x: Tensor, updates: Sequence[Update], rows: RowAdapters
+    base: QuantizedBase, x: Tensor, updates: Sequence[Update], rows: RowIndex
 ) -> Tensor:
     """The base with each row's own update."""
     given = x.to(base.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..dtypes import HALVES
-from .updates import is_autocast, is_traced, is_transformed
+from ..torch_state import is_autocast, is_traced, is_transformed
 
 _Parameter = nn.Parameter
 

@@ -1,9 +1,4 @@
-"""Which adapter each row of a batch has: what an open `lora_ext.use_adapters` gives its layers.
-
-A block has distinct names and an int32 index into them, of samples ``[batch]`` or of tokens
-``[batch, tokens]``. A layer asks for the index of its own rows: expanded to the leading dimensions
-of its x and, where it lacks some of the adapters, counting those that it has. Each such tensor is
-made once a block, and shared by all layers.
+"""The blocks of `lora_ext.use_adapters` that are open, and which of them counts for a layer.
 
 Each asyncio task has the blocks that it entered itself, by a `contextvars.ContextVar`: a layer
 holds the block that was entered last, whoever did, and asks the context whose it is. A graph of
@@ -26,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..torch_state import is_traced
 from . import recompute
-from .updates import is_traced
+from .row_index import RowIndex
 
 _current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident
@@ -40,19 +36,12 @@ _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
 # By their ids, as long as anything holds them: a part that is checkpointed does after the block.
 _BLOCKS: weakref.WeakValueDictionary[int, RowAdapters] = weakref.WeakValueDictionary()
-# No adapter has this number: the op refuses it.
-_NOBODY = 2**31 - 1
 
 
-class RowAdapters:
-    """The adapters of one block.
+class RowAdapters(RowIndex):
+    """The adapters of one block, as long as it is open.
 
     Attributes:
-        names: distinct names of adapters, which the index counts.
-        index: int32 ``[batch]`` or ``[batch, tokens]``, -1 for the base alone.
-        slots: the same with the slots of a pool in the place of names; None if the names are not
-            all a pool's.
-        repeats: how often the model may repeat each sample, as beam search does.
         is_pefts: whether it came as PEFT's adapter_names, whose errors are PEFT's own.
     """
 
@@ -64,16 +53,11 @@ class RowAdapters:
         repeats: int = 1,
         is_pefts: bool = False,
     ) -> None:
-        self.names = tuple(names)
-        self.index, self.slots = index, slots
-        self.repeats = repeats
+        super().__init__(names, index, slots, repeats)
         self.is_pefts = is_pefts
         self.is_open = True
         self.thread = _thread()
         self.records_gradients = torch.is_grad_enabled()
-        # Tokens of the x that came last in 3 dimensions, for layers whose x is flattened.
-        self._tokens = 0
-        self._made: dict[Any, Tensor] = {}
         # By the id of each layer that the block is for: what it held before.
         self.below: dict[int, Any] = {}
         # The block around it in its context, and whether other contexts have some beside it.
@@ -87,62 +71,6 @@ class RowAdapters:
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy or a pickle of a layer is in no block
 
-    def index_of(self, lead: torch.Size, device: torch.device, names: Sequence[str]) -> Tensor:
-        """int32 ``[rows]``: for each row its place in `names`, or -1.
-
-        Args:
-            lead: the shape of x without its features.
-            device: of x.
-            names: those of this block that the layer has, in the block's order.
-
-        Raises:
-            ValueError: the rows are not those of the block's samples.
-        """
-        if is_traced():
-            return self._chosen(self._expanded(self.index, lead, device), names)
-        if len(lead) > 1:
-            self._tokens = lead[1]
-        key = (lead, device, None if len(names) == len(self.names) else tuple(names), self._tokens)
-        found = self._made.get(key)
-        if found is None:
-            found = self._chosen(self._expanded(self.index, lead, device), names)
-            self._made[key] = found
-        return found
-
-    def slots_of(self, lead: torch.Size, device: torch.device) -> Tensor:
-        """int32 ``[rows]``: for each row its slot of the pool, or -1; errors as in `index_of`."""
-        assert self.slots is not None
-        if is_traced():
-            return self._expanded(self.slots, lead, device)
-        if len(lead) > 1:
-            self._tokens = lead[1]
-        key = (lead, device, "slots", self._tokens)
-        found = self._made.get(key)
-        if found is None:
-            found = self._made[key] = self._expanded(self.slots, lead, device)
-        return found
-
-    def scaling_of(self, scalings: tuple[Any, ...], device: torch.device) -> Any:
-        """float32 ``[adapters]``, made once for the same numbers; under a compiler the numbers."""
-        if any(isinstance(scaling, Tensor) for scaling in scalings):
-            return torch.stack(
-                [torch.as_tensor(s, dtype=torch.float32, device=device).view(()) for s in scalings]
-            )
-        if is_traced():
-            return scalings
-        key = (scalings, device)
-        found = self._made.get(key)
-        if found is None:
-            found = torch.tensor(scalings, dtype=torch.float32, device=device)
-            self._made[key] = found
-        return found
-
-    def sample_names(self, nobody: str) -> list[str] | None:
-        """A name for each sample; None where tokens of one sample may differ."""
-        if self.index.dim() != 1:
-            return None
-        return [nobody if i < 0 else self.names[i] for i in self.index.tolist()]
-
     def check_there(self) -> None:
         """Raises RuntimeError if one of the adapters was removed since the block was entered."""
         if self.gone is not None:
@@ -151,87 +79,6 @@ class RowAdapters:
                 f"but {self.gone!r} was removed since; remove an adapter after the blocks and the "
                 "backwards that use it"
             )
-
-    def _chosen(self, index: Tensor, names: Sequence[str]) -> Tensor:
-        """The index counting `names` in the place of all."""
-        if len(names) == len(self.names):
-            return index
-        places = {name: place for place, name in enumerate(names)}
-        count = len(self.names)
-        table = [_NOBODY, -1, *(places.get(name, -1) for name in self.names), _NOBODY]
-        numbers = torch.tensor(table, dtype=torch.int32, device=index.device)
-        return numbers[(index + 2).clamp(0, count + 2)]
-
-    def _expanded(self, index: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
-        """The index with one element for each of the rows ``lead``."""
-        index = index.to(device)
-        if len(lead) == 1:
-            lead = self._unflattened(index, lead)
-        if len(lead) == 0:
-            raise self._mismatch(lead)
-        index = self._repeated(index, lead)
-        if index.dim() == 2:
-            if lead[1] == 1:
-                index = index[:, -1:]  # a step after the prompt: each sample goes on with its last
-            elif lead[1] != index.shape[1]:
-                raise self._mismatch(lead)
-        return index.reshape(*index.shape, *(1 for _ in lead[index.dim() :])).expand(lead).flatten()
-
-    def _unflattened(self, index: Tensor, lead: torch.Size) -> torch.Size:
-        """The samples, or samples and tokens, of x ``[rows, in]``."""
-        batches = {index.shape[0], index.shape[0] * self.repeats}
-        tokens = 0 if is_traced() else self._tokens
-        if index.dim() == 1 and lead[0] in batches:
-            return lead
-        if index.dim() == 2:
-            tokens = tokens or index.shape[1]
-        for batch in batches:
-            if tokens and batch * tokens == lead[0]:
-                return torch.Size((batch, tokens))
-        raise self._mismatch(lead)
-
-    def _repeated(self, index: Tensor, lead: torch.Size) -> Tensor:
-        if lead[0] == index.shape[0]:
-            return index
-        if lead[0] == index.shape[0] * self.repeats:
-            return index.repeat_interleave(self.repeats, 0)
-        raise self._mismatch(lead)
-
-    def _mismatch(self, lead: torch.Size) -> ValueError:
-        batch, rest = self.index.shape[0], list(self.index.shape[1:])
-        samples = lead[0] if len(lead) else 0
-        wanted = f"[{batch}, tokens, in]"
-        if rest:
-            wanted = f"[{batch}, {rest[0]}, in], or [{batch}, 1, in] for a step after it"
-        hint = "; samples come first, in the order of the names"
-        if batch and samples > batch and samples % batch == 0:
-            hint = _hint_of_more(samples, batch, "a row of the index" if rest else "a name", lead)
-        elif rest and len(lead) > 1 and samples in (batch, batch * self.repeats):
-            hint = "; give an index for these tokens, or one for each sample"
-        return ValueError(
-            f"lora_ext.use_adapters: expected x of shape {wanted}, for an index of shape "
-            f"{list(self.index.shape)}, but a layer got [{', '.join(map(str, lead))}, in]{hint}"
-        )
-
-
-def _hint_of_more(samples: int, batch: int, own: str, lead: torch.Size) -> str:
-    """What to do about x with a multiple of the block's samples, or of other rows."""
-    hint = (
-        f"; give {own} for each of the {samples} samples, in their order: a batch of torch.cat("
-        '[uncond, cond]), as in classifier-free guidance, wants the names twice, ["a", "b", "a", '
-        '"b"]'
-    )
-    if len(lead) == 1:
-        # Rows of a vision tower: their number says nothing, and differs from layer to layer.
-        return (
-            f"{hint}. Where the {samples} rows are no samples, such as the patches of all images, "
-            "none can have an adapter of its own: target other layers"
-        )
-    return (
-        f"{hint}. Only where each sample is repeated beside itself, as generate does for num_beams "
-        f"and num_return_sequences: [a, a, b, b], give use_adapters(..., "
-        f"repeats={samples // batch})"
-    )
 
 
 class _Closed:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import peft
 from peft.tuners.lora import layer as peft_layers
 
-from ..nn.updates import is_plain
+from ..torch_state import is_plain
 from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, has_hooks
 
 # Releases that leave the update of one adapter on a stack which has a parametrization of its own.

@@ -12,13 +12,11 @@ to the base product in blocks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import dora as peft_dora
-from peft.tuners.lora import variants
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import base_linear, draw_seed, lora_linear
 from ..nn.updates import Update, stacked
@@ -30,21 +28,21 @@ from .row_blocks import combine, drop, shrink, without_autocast
 _BLOCK = 1 << 20
 
 
-def reason(layer: Any, names: Sequence[str]) -> str:
-    """Why the active adapters, one of which is a variant of LoRA, need PEFT's forward, or ""."""
-    for name in names:
-        variant = layer.lora_variant.get(name)
-        if variant is not None and type(variant) is not variants.DoraLinearVariant:
-            return "a variant of LoRA other than DoRA"
-    if len(names) > 1:
-        return "several active adapters, one of them DoRA"
-    if layer.lora_B[names[0]].bias is not None:
+def linear_reason(layer: Any, name: str) -> str:
+    """Why an adapter of a linear layer needs PEFT's forward, or ""."""
+    if layer.lora_B[name].bias is not None:
         return "DoRA with a lora_bias, which PEFT does not make"
-    return magnitude_reason(layer, names[0], peft_dora.DoraLinearLayer)
+    return _magnitude_reason(layer, name, peft_dora.DoraLinearLayer)
 
 
-def magnitude_reason(layer: Any, name: str, kind: type) -> str:
-    """Why the magnitude vector needs PEFT's forward, or ""."""
+def embedding_reason(layer: Any, name: str) -> str:
+    """Why an adapter of an embedding needs PEFT's forward, or ""."""
+    if has_hooks(layer._modules["base_layer"]):
+        return "DoRA on a base layer with hooks"
+    return _magnitude_reason(layer, name, peft_dora.DoraEmbeddingLayer)
+
+
+def _magnitude_reason(layer: Any, name: str, kind: type) -> str:
     vector = layer.lora_magnitude_vector[name]
     if type(vector) is not kind or has_hooks(vector):
         return "DoRA's magnitude vector is not PEFT's own, or has hooks"
@@ -53,18 +51,11 @@ def magnitude_reason(layer: Any, name: str, kind: type) -> str:
     return ""
 
 
-def linear(layer: Any, x: Tensor, update: Update) -> Tensor:
-    """y of the equations above, for a base that is exactly nn.Linear or Conv1D."""
-    base = layer._modules["base_layer"]
-    weight = base.weight
-    return on_weight(layer, x, weight if type(base) is nn.Linear else weight.t(), base.bias, update)
-
-
-def on_weight(
+def linear(
     layer: Any, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: Update
 ) -> Tensor:
     """y of the equations above, for a weight as `lora_linear` takes it."""
-    factor = factor_of(layer, weight, update, update.lora_a.dtype)
+    factor = _factor_of(layer, weight, update, update.lora_a.dtype)
     if update.dropout == 0.0 and _is_cached(layer.lora_magnitude_vector[update.name]):
         return _scaled(x, weight, bias, update, factor)
     scaled_b = update.lora_b * factor[:, None]
@@ -93,7 +84,15 @@ def _scaled(
     return scaled.to(y.dtype)
 
 
-def factor_of(
+def embedding(layer: Any, y: Tensor, part: Tensor, update: Update) -> Tensor:
+    """g * (y + s S B^T) for what the base returned and S ``[..., r]``, the lookup in A."""
+    table = layer._modules["base_layer"].weight
+    rounded_to = torch.promote_types(table.dtype, update.lora_a.dtype)
+    factor = _factor_of(layer, table.t(), update, rounded_to)
+    return combine(None, y, factor, part, update.lora_b * factor[:, None], update.scaling)
+
+
+def _factor_of(
     layer: Any, weight: Tensor | QuantizedWeight, update: Update, rounded_to: torch.dtype
 ) -> Tensor:
     """g ``[out]`` for the weight as ``[out, in]``, at least float32."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layers
-from peft.tuners.lora import variants
 from torch import Tensor
 
 from ..nn.row_adapters import in_force
 from ..nn.updates import Update
-from . import dora, mixed_batch
+from . import mixed_batch
 from .reasons import (
     ADDED,
     BASE,
@@ -23,9 +19,9 @@ from .reasons import (
     active_names,
     adapters_state,
     embedding_reason,
-    has_hooks,
 )
 from .row_blocks import combine
+from .variants import EMBEDDING, variant_of
 
 
 class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
@@ -67,28 +63,17 @@ def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
     if not names:
         return ForwardPath(BASE, "none of the active adapters is in this layer")
     reason = embedding_reason(layer, ids, names)
-    is_dora = not reason and any(name in layer.lora_variant for name in names)
-    if is_dora:
-        reason = _dora_reason(layer, names)
+    variant = None
+    if not reason:
+        variant, reason = variant_of(EMBEDDING, layer, names)
     if reason:
         return ForwardPath(PEFT, reason)
     updates = [
         Update(name, table[name], layer.lora_embedding_B[name], None, layer.scaling[name], 0.0)
         for name in names
     ]
-    what = "DoRA: " if is_dora else ""
-    return ForwardPath(ADDED, f"{what}a lookup and a small product by torch", updates, is_dora)
-
-
-def _dora_reason(layer: Any, names: Sequence[str]) -> str:
-    """Why adapters that are variants of LoRA need PEFT's forward, or ""."""
-    if len(names) > 1:
-        return "several active adapters, one of them DoRA"
-    if type(layer.lora_variant[names[0]]) is not variants.DoraEmbeddingVariant:
-        return "a variant of LoRA other than DoRA"
-    if has_hooks(layer._modules["base_layer"]):
-        return "DoRA on a base layer with hooks"
-    return dora.magnitude_reason(layer, names[0], peft_dora.DoraEmbeddingLayer)
+    what = "" if variant is None else f"{variant.name}: "
+    return ForwardPath(ADDED, f"{what}a lookup and a small product by torch", updates, variant)
 
 
 def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
@@ -105,14 +90,11 @@ def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
     ]
     y = base(ids)
     first = path.updates[0]
-    if not path.is_dora:
-        if len(parts) == 1:
-            return combine(y, None, None, parts[0], first.lora_b, first.scaling)
-        total = y
-        for part, update in zip(parts, path.updates, strict=True):
-            total = total + (part @ update.lora_b.t()) * update.scaling
-        return total.to(y.dtype)
-    table = base.weight
-    rounded_to = torch.promote_types(table.dtype, first.lora_a.dtype)
-    factor = dora.factor_of(layer, table.t(), first, rounded_to)
-    return combine(None, y, factor, parts[0], first.lora_b * factor[:, None], first.scaling)
+    if path.variant is not None:
+        return path.variant.forward(layer, y, parts[0], first)
+    if len(parts) == 1:
+        return combine(y, None, None, parts[0], first.lora_b, first.scaling)
+    total = y
+    for part, update in zip(parts, path.updates, strict=True):
+        total = total + (part @ update.lora_b.t()) * update.scaling
+    return total.to(y.dtype)

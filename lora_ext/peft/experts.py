@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..nn.adapter_spec import MAX_RANK
-from ..nn.updates import is_transformed
+from ..torch_state import is_transformed
 from .chain import Chain, Target
 from .reasons import has_hooks
 

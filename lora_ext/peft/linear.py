@@ -17,8 +17,8 @@ from ..nn.row_adapters import in_force
 from ..nn.updates import Update, added, stacked, updates_obstacle, with_biases
 from ..packed_weight import Base, Packable
 from ..quantized.base import QuantizedBase
-from . import dora, mixed_batch
-from .parts import operand_of, update_of
+from . import mixed_batch
+from .parts import matrix_of, operand_of, update_of
 from .quick import quick_forward
 from .reasons import (
     ADDED,
@@ -33,6 +33,7 @@ from .reasons import (
     dequantized_base,
     input_reason,
 )
+from .variants import LINEAR, variant_of
 
 
 class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
@@ -107,14 +108,16 @@ def linear_path(layer: Any, x: Tensor | None) -> ForwardPath:
     updates = [update_of(layer, name) for name in names]
     base, kept = _base_or_reason(tables["base_layer"], x, updates)
     note = "" if base is None else base.note
-    if layer.lora_variant and any(name in layer.lora_variant for name in names):
+    variant, reason = variant_of(LINEAR, layer, names)
+    if variant is not None:
         one_dimension = x is not None and x.dim() == 1  # to which PEFT adds another
-        reason = dora.reason(layer, names) or kept or ("DoRA on one row" if one_dimension else "")
-        if reason:
-            return ForwardPath(PEFT, reason)
+        reason = reason or kept or (f"{variant.name} on one row" if one_dimension else "")
+    if reason:
+        return ForwardPath(PEFT, reason)
+    if variant is not None:
         what = "torch's base product" if base is None else note
-        return ForwardPath(ADDED, f"DoRA: added to {what}", updates, True, base)
-    return ForwardPath(ADDED if kept else FUSED, kept or note, updates, False, base)
+        return ForwardPath(ADDED, f"{variant.name}: added to {what}", updates, variant, base)
+    return ForwardPath(ADDED if kept else FUSED, kept or note, updates, None, base)
 
 
 def _base_or_reason(
@@ -134,8 +137,8 @@ def _base_or_reason(
 
 def computed(layer: Any, x: Tensor, path: ForwardPath) -> Tensor | None:
     """y of a path that is computed here, None of one that is PEFT's."""
-    if path.is_dora:
-        return _scaled(layer, x, path.updates[0], path.base)
+    if path.variant is not None:
+        return _of_variant(layer, x, path)
     if path.name == FUSED:
         return _fused(layer, x, path.updates, path.base)
     return called(layer, x, path.updates) if path.name == ADDED else None
@@ -160,13 +163,15 @@ def _fused(
     return linear_on(quantized, x, updates)
 
 
-def _scaled(layer: Any, x: Tensor, update: Update, quantized: QuantizedBase | None) -> Tensor:
-    """DoRA's sum."""
-    if quantized is None:
-        return dora.linear(layer, x, update)
-    given = x.to(quantized.dtype)
-    y = dora.on_weight(layer, given, quantized.weight, quantized.call_bias, update)
-    return y.to(quantized.y_dtype)
+def _of_variant(layer: Any, x: Tensor, path: ForwardPath) -> Tensor:
+    """The forward of a variant of LoRA, with its one update."""
+    assert path.variant is not None
+    (update,), found, forward = path.updates, path.base, path.variant.forward
+    if found is None:
+        base = layer._modules["base_layer"]
+        return forward(layer, x, matrix_of(base), base.bias, update)
+    y = forward(layer, x.to(found.dtype), found.weight, found.call_bias, update)
+    return y.to(found.y_dtype)
 
 
 def called(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..dtypes import FLOATS
-from ..nn.updates import is_transformed
+from ..torch_state import is_transformed
 from .chain import Chain
 from .reasons import no_export_reason
 

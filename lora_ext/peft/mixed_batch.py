@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer, variants
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
 from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
-from ..nn.updates import Update, dtypes_obstacle, is_traced
+from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
+from ..torch_state import is_plain, is_traced
 from .parts import operand_of, quick_updates, update_of
 from .parts_by_row import parts_by_row
 from .reasons import (
@@ -36,8 +37,8 @@ from .reasons import (
     dequantized_base,
     embedding_reason,
     input_reason,
-    is_plain,
 )
+from .variants import row_reason
 
 NOBODY = "__base__"
 _BY_ROW = "each row its own adapter"
@@ -160,16 +161,7 @@ def _reason(
         return state[1]
     if args or kwargs:
         return "the layer gets more than x"
-    kept = layer.lora_variant
-    for name in names if kept else ():
-        variant = kept.get(name)
-        if variant is not None and (rows.is_pefts or type(variant) is not _ACTIVATED):
-            return f"{name!r} is DoRA or another variant of LoRA"
-    return ""
-
-
-# aLoRA computes plain LoRA from its invocation on, and nothing before.
-_ACTIVATED = getattr(variants, "ALoraLinearVariant", None)
+    return row_reason(layer, names, rows.is_pefts)
 
 
 def _rows_reason(x: Tensor, rows: RowAdapters) -> str:

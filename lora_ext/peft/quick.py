@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..dtypes import FLOATS, HALVES
 from ..functional import lora_linear
 from ..nn.adapter_spec import MAX_RANK
-from ..nn.updates import is_traced
+from ..torch_state import is_traced
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
 _is_autocast_enabled = torch.is_autocast_enabled

@@ -12,7 +12,7 @@ a part that would not be called, takes the next one. Reasons are constants, so t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
-from ..nn.updates import Update, is_onnx_export, is_plain, is_transformed
+from ..nn.updates import Update
 from ..quantized.layers import QuantizedBase, quantized_base
+from ..torch_state import is_onnx_export, is_plain, is_transformed
+
+if TYPE_CHECKING:
+    from .variants import Variant
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
@@ -38,14 +42,14 @@ class ForwardPath(NamedTuple):
         name: FUSED, ADDED, PEFT or BASE.
         reason: why, for people.
         updates: of the active adapters, where we compute them.
-        is_dora: whether the one update is DoRA's.
+        variant: of LoRA, which the one update is; None for plain updates.
         base: of a quantised layer, what the op multiplies by.
     """
 
     name: str
     reason: str
     updates: Sequence[Update] = ()
-    is_dora: bool = False
+    variant: Variant | None = None
     base: QuantizedBase | None = None
 
 

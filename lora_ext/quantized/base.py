@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_state import compute_dtype, is_autocast
 from .weight import QuantizedWeight
 
 
@@ -45,21 +46,11 @@ def workspace_bytes(found: QuantizedBase | str | None) -> int:
     return found.weight.workspace_bytes(found.dtype) if isinstance(found, QuantizedBase) else 0
 
 
-def is_autocast(x: Tensor) -> bool:
-    """Whether products of x are brought to another dtype; never on meta, which has no autocast."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """That in which ``x @ w`` is computed: autocast's, or x's."""
-    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
-
-
 def dtype_as_stored(stored: torch.dtype, x: Tensor | None) -> torch.dtype | None:
     """That of a product which never casts the weight to x's dtype, None where x is in another."""
     if x is None:
         return stored
-    return product_dtype(x) if is_autocast(x) or x.dtype == stored else None
+    return compute_dtype(x) if is_autocast(x) or x.dtype == stored else None
 
 
 def with_bias_dtype(dtype: torch.dtype, bias: Tensor | None) -> torch.dtype:

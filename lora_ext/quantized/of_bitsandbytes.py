@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, is_autocast, product_dtype
+from ..torch_state import compute_dtype, is_autocast
+from .base import QuantizedBase
 from .devices import has_kernels
 from .few_rows import FEW_ROWS, own_product_wins
 from .weight import QuantizedWeight
@@ -192,5 +193,5 @@ def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         return "it quantises x, too"
     if not layer.training:
         return "in eval it quantises x, too"
-    dtype = torch.float32 if x is None else product_dtype(x)
+    dtype = torch.float32 if x is None else compute_dtype(x)
     return QuantizedBase(EightBitWeight(codes, scale), layer.bias, dtype, dtype)

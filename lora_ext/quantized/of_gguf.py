@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, product_dtype
+from ..torch_state import compute_dtype
+from .base import QuantizedBase
 from .weight import QuantizedWeight
 
 FEW_ROWS = "up to 8 rows go to ggml's kernel, which reads the blocks"
@@ -84,7 +85,7 @@ def gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if layer.weight.device.type != "cpu" and x.numel() <= _max_rows() * layer.in_features:
         return FEW_ROWS
     # Under autocast, too, y is brought back to x's dtype.
-    return QuantizedBase(GgufWeight(layer, x.dtype), layer.bias, product_dtype(x), x.dtype)
+    return QuantizedBase(GgufWeight(layer, x.dtype), layer.bias, compute_dtype(x), x.dtype)
 
 
 def _max_rows() -> int:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .base import QuantizedBase, dtype_as_stored, product_dtype, with_bias_dtype
+from ..torch_state import compute_dtype
+from .base import QuantizedBase, dtype_as_stored, with_bias_dtype
 from .torchao_weights import CodesWeight, NF4Weight, ScaledCodesWeight, TorchaoWeight
 
 QUANTISES_X = "torchao's weight quantises x, too"
@@ -66,7 +67,7 @@ def _int8(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase |
     if x is None:
         return QuantizedBase(found, bias, weight.dtype, weight.dtype)
     # Under autocast, too, y is brought back to x's dtype.
-    return QuantizedBase(found, bias, product_dtype(x), x.dtype)
+    return QuantizedBase(found, bias, compute_dtype(x), x.dtype)
 
 
 def _intx(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase | str:
@@ -91,7 +92,7 @@ def _float8(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase
 
 
 def _nf4(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase | str:
-    dtype = weight.dtype if x is None else product_dtype(x)
+    dtype = weight.dtype if x is None else compute_dtype(x)
     return QuantizedBase(NF4Weight(weight, "nf4"), bias, dtype, with_bias_dtype(dtype, bias))
 
 

@@ -9,7 +9,7 @@ from bench_helpers import summary
 
 from benchmarks import report, results
 from benchmarks.adapters import adapters_report, measure, variants
-from benchmarks.adapters.__main__ import main
+from benchmarks.adapters.__main__ import SUITE
 from benchmarks.adapters.batch import Batch, make_batch
 from benchmarks.adapters.cases import Case, all_cases
 from benchmarks.machine import describe
@@ -149,7 +149,7 @@ def test_the_report_and_its_picture(tmp_path):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    small = [case_of(FORWARD), case_of()]
+    main, small = SUITE.main, [case_of(FORWARD), case_of()]
     monkeypatch.setattr("benchmarks.adapters.__main__.all_cases", lambda: small)
     for plan in ("_PLAN", "_SHORT_PLAN"):
         monkeypatch.setattr(f"benchmarks.adapters.__main__.{plan}", QUICK)

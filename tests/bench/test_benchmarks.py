@@ -6,8 +6,7 @@ import pytest
 import torch
 from bench_helpers import MACHINE, QUICK, small
 
-from benchmarks import agreement, memory, report, results, runner, shapes, variants
-from benchmarks.__main__ import finish
+from benchmarks import agreement, memory, report, results, runner, shapes, suite, variants
 from benchmarks.machine import missing_device
 from benchmarks.timing import CpuMeter, Plan, Sample, Timing, interleaved
 
@@ -106,7 +105,8 @@ def test_wrong_gradient_alone_is_caught_and_fails_the_program(tmp_path, capsys):
     assert [text.split(":")[0] for text in result["disagreements"]["ours"]] == ["dx"]
     document = results.new_document("headline", MACHINE)
     document["cells"] = [result]
-    assert finish(document, tmp_path / "results.json", with_plots=False) == 1
+    faults = suite.wrong(document, "cell", "naive")
+    assert suite.finish(document, tmp_path / "results.json", faults, with_plots=False) == 1
     assert "**WRONG**" in (tmp_path / "report.md").read_text()
 
 

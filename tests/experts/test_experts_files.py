@@ -6,20 +6,22 @@ import warnings
 
 import pytest
 import torch
+from hostile_helpers import assert_refused
 from mixture_helpers import (
     KINDS,
     edit,
+    edited,
     loaded_by_peft,
     logits,
     mixture,
     peft_mixture,
+    put,
     randomized,
 )
 from safetensors.torch import save_file
 
 import lora_ext
 from lora_ext import LoRAConfig, apply_lora, load_adapter, save_adapter
-from lora_ext.adapters import AdapterError
 from lora_ext.nn import LoRAExperts, LoRAParameter
 
 EXPERTS = "base_model.model.model.layers.0.mlp.experts."
@@ -160,10 +162,6 @@ def drop(key):
     return lambda tensors: tensors.pop(key)
 
 
-def put(key, *shape):
-    return lambda tensors: tensors.__setitem__(key, torch.ones(shape))
-
-
 def rename_outer(tensors):
     for key in ("lora_A.weight", "lora_B.weight"):
         tensors[f"{EXPERTS}base_layer.base_layer.{key}"] = tensors.pop(OUTER + key)
@@ -213,26 +211,13 @@ def valid(tmp_path_factory):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_folders_change_nothing(name, valid, tmp_path):
     tensors, fields, message = HOSTILE[name]
-    for each in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / each).write_bytes((valid / each).read_bytes())
-    edit(tmp_path, tensors, **fields)
-    with_other = apply_lora(mixture(), LoRAConfig(["experts.down_proj"], r=2), "other")
-    for model in (mixture(), with_other):
-        before = {key: value.clone() for key, value in model.state_dict().items()}
-        types = [type(module) for module in model.modules()]
-        with pytest.raises(AdapterError, match=message):
-            load_adapter(model, tmp_path)
-        assert [type(module) for module in model.modules()] == types
-        after = model.state_dict()
-        assert list(after) == list(before)
-        assert all(torch.equal(after[key], before[key]) for key in before)
+    folder = edited(valid, tmp_path, tensors, **fields)
+    assert_refused(folder, message, mixture(), ["experts.down_proj"])
     load_adapter(mixture(), valid)  # is well-formed
 
 
 def test_a_name_without_tensors_warns(valid, tmp_path):
-    for each in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / each).write_bytes((valid / each).read_bytes())
-    edit(tmp_path, target_parameters=[*BOTH, "mlp.gate.weight", "experts.w"])
+    edited(valid, tmp_path, target_parameters=[*BOTH, "mlp.gate.weight", "experts.w"])
     with pytest.warns(UserWarning, match="names 'experts.w', 'model.layers.0.mlp.gate.weight', "):
         load_adapter(mixture(), tmp_path)
 

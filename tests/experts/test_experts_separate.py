@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from mixture_helpers import edit, loaded_by_peft, logits, mixture, peft_mixture
+from hostile_helpers import assert_refused
+from mixture_helpers import edit, edited, loaded_by_peft, logits, mixture, peft_mixture, put
 
 from lora_ext import load_adapter, save_adapter
-from lora_ext.adapters import AdapterError
 
 EXPERTS = "base_model.model.model.layers.0.mlp.experts."
 # Names of gate, up and down.
@@ -86,10 +86,6 @@ def test_some_layers_of_experts(is_kept, words, tmp_path):
     torch.testing.assert_close(logits(found), logits(model))
 
 
-def put(key, *shape):
-    return lambda tensors: tensors.__setitem__(key, torch.ones(shape))
-
-
 HOSTILE = {
     "one missing": (
         lambda t: t.pop(EXPERTS + "3.up_proj.lora_B.weight"),
@@ -122,11 +118,5 @@ def valid(tmp_path_factory):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_layers_of_experts_that_do_not_fit(name, valid, tmp_path):
     tensors, fields, message = HOSTILE[name]
-    for each in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / each).write_bytes((valid / each).read_bytes())
-    edit(tmp_path, tensors, **fields)
-    model = mixture()
-    types = [type(module) for module in model.modules()]
-    with pytest.raises(AdapterError, match=message):
-        load_adapter(model, tmp_path)
-    assert [type(module) for module in model.modules()] == types
+    folder = edited(valid, tmp_path, tensors, **fields)
+    assert_refused(folder, message, mixture(), ["experts.down_proj"])

@@ -233,7 +233,7 @@ def test_the_quick_decision_is_the_full_one(change):
     if operands is not None:
         weight, lora_a, lora_b, bias, scaling, p = operands
         (update,) = path.updates
-        assert path.name == "fused" and not path.is_dora
+        assert path.name == "fused" and path.variant is None
         assert weight is layer.base_layer.weight and bias is layer.base_layer.bias
         assert lora_a is update.lora_a and lora_b is update.lora_b
         assert (scaling, p) == (update.scaling, update.dropout)

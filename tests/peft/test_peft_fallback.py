@@ -10,6 +10,7 @@ from peft_helpers import accelerated, layer_model, make_x, paths, reasons
 from torch import nn
 
 import lora_ext
+from lora_ext.peft import variants
 
 
 def parametrized(layer):
@@ -78,6 +79,22 @@ def test_variants_that_only_peft_computes(adapters, words, reason):
     fast, x = accelerated(model), make_x("linear")
     assert reasons(fast) == {("peft", reason)}
     assert torch.equal(fast(x), model(x))
+
+
+def test_a_variant_in_the_table_is_computed_here(monkeypatch):
+    """MiCA trains A alone: its forward is LoRA's."""
+    from peft.tuners.lora.variants import MiCALinearVariant
+
+    def forward(layer, x, weight, bias, update):
+        factors = update.lora_a, update.lora_b
+        return lora_ext.lora_linear(x, weight, *factors, bias, update.scaling)
+
+    entry = variants.Variant("MiCA", lambda layer, name: "", forward)
+    monkeypatch.setitem(variants.LINEAR, MiCALinearVariant, entry)
+    model = layer_model("linear", "one", init_lora_weights="mica")
+    fast, x = accelerated(model), make_x("linear")
+    assert reasons(fast) == {("added", "MiCA: added to torch's base product")}
+    torch.testing.assert_close(fast(x), model(x))
 
 
 OF_DORA = {

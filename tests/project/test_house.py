@@ -48,6 +48,7 @@ def test_house_rules(name, line, wrong):
             "from .packages import inner",
             ["p.lower", "p.packages.inner", "p.package.__init__", "p.package.inner", "p.lower"],
         ),
+        ("from .tools.leaf import f", ["p.lower", "p.tools", "p.lower"]),
     ],
 )
 def test_circles_of_imports_are_found(lower, around):
@@ -60,6 +61,8 @@ def test_circles_of_imports_are_found(lower, around):
         "p.package.inner": "from ..lower import f\nfrom . import other",
         "p.package.other": "",
         "p.packages.inner": "from .. import package",
+        "p.tools.leaf": "",
+        "p.tools.other": "from ..lower import f",
     }
     found = circle(modules)
     assert sorted(set(found)) == sorted(set(around)) and found[:1] == found[-1:]

@@ -1,0 +1,287 @@
+"""NamedAdapters: adapters by name beside a frozen weight, and their first values.
+
+    adapters      name -> AdapterSpec
+    lora_a        name -> [r, in]         lora_a_init   name -> [r, in]    (PiSSA and OLoRA)
+    lora_b        name -> [out, r]        lora_b_init   name -> [out, r]
+    lora_bias     name -> [out]           (where the spec has lora_bias)
+
+PiSSA and OLoRA start from factors of the weight. Their authors take the initial product out of the
+weight; here the weight stays and the layer computes W + s (B A - B0 A0), a product of rank 2 r, so
+that any number of them can be added, switched, merged and deleted, and a bfloat16 weight is not
+rounded a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import initialize
+from .adapter_spec import MAX_RANK, AdapterSpec
+from .drop_in import DropIn
+from .row_adapters import RowAdapters, forget
+
+
+class NamedAdapters(DropIn):
+    """The adapters of a layer; what a forward does with them, `LoRALayer` says.
+
+    Attributes:
+        adapters: name -> `AdapterSpec`, in the order in which they were added.
+        active_adapters: names whose updates are added, a tuple.
+    """
+
+    def _init_lora(self, base: nn.Module | None = None) -> None:
+        super()._init_lora(base)
+        self.adapters: dict[str, AdapterSpec] = {}
+        self.active_adapters: tuple[str, ...] = ()
+        # The layer's part of an `AdapterPool`, a `LayerPool`.
+        self.pool: Any = None
+        self.lora_a = nn.ParameterDict()
+        # Never called, but seen: nn.TransformerEncoderLayer reads linear1.weight itself, past the
+        # adapters, unless a module within has a hook.
+        self.lora_a.register_forward_pre_hook(_unused_hook)
+        self.lora_b = nn.ParameterDict()
+        self.lora_bias = nn.ParameterDict()
+        self.lora_a_init = nn.ParameterDict()
+        self.lora_b_init = nn.ParameterDict()
+
+    # What a subclass says of its base.
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The ``[out, in]`` view of a tensor that is laid out as ``self.weight``."""
+        raise NotImplementedError
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """What the base keeps of its weight; its device is that of the adapters."""
+        return self.weight
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the base's product."""
+        out_features, in_features = self.matrix(self.weight).shape
+        return out_features, in_features
+
+    def weight_values(self) -> Tensor:
+        """The weight ``[out, in]`` for an init that starts from it."""
+        return self.matrix(self.weight.detach())
+
+    def factor_dtype(self, wanted: torch.dtype | None = None) -> torch.dtype:
+        """That of an adapter for which `wanted` is None: float32, on a float64 weight float64."""
+        if wanted is not None:
+            return wanted
+        return torch.float64 if self.stored_weight.dtype == torch.float64 else torch.float32
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of lora_a and lora_b as they are stored."""
+        out_features, in_features = self.matrix_shape
+        return (r, in_features), (out_features, r)
+
+    def initialize(self, name: str) -> None:
+        """Gives the adapter its first values, by its spec's init."""
+        spec, lora_a, lora_b = self.adapters[name], self.lora_a[name], self.lora_b[name]
+        if spec.init == "kaiming":
+            initialize.kaiming_(lora_a, lora_b)
+        elif spec.init == "gaussian":
+            initialize.gaussian_(lora_a, lora_b, spec.r)
+        else:
+            factors = initialize.pissa if spec.init == "pissa" else initialize.olora
+            first_a, first_b = factors(self.weight_values(), spec)
+            with torch.no_grad():
+                for table, first in ((self.lora_a, first_a), (self.lora_b, first_b)):
+                    table[name].copy_(first)
+            self._freeze_init(name)
+
+    def spec_of(self, name: str) -> AdapterSpec | None:
+        """The spec of one of the layer's adapters or of its pool's, None if there is none."""
+        spec = self.adapters.get(name)
+        if spec is None and self.pool is not None and name in self.pool:
+            return self.pool.specs[name]
+        return spec
+
+    def rank(self, name: str) -> int:
+        """R of `factors`: what the adapter costs."""
+        if name not in self.adapters and self.pool is not None:
+            return self.pool.specs[name].r
+        return self.lora_a[name].shape[0] * (2 if name in self.lora_a_init else 1)
+
+    def row_names(self, rows: RowAdapters) -> list[str]:
+        """The adapters of a block of `use_adapters` that the layer has."""
+        own, pooled = self.adapters, self.pool
+        if pooled is None:
+            return [name for name in rows.names if name in own]
+        specs, names = pooled.specs, pooled.names
+        return [n for n in rows.names if n in own or (n in specs and n in names)]
+
+    def _freeze_init(self, name: str) -> None:
+        """Keeps the present factors as those to subtract."""
+        for table, kept in ((self.lora_a, self.lora_a_init), (self.lora_b, self.lora_b_init)):
+            kept[name] = nn.Parameter(table[name].detach().clone(), requires_grad=False)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A ``[R, in]``, B ``[out, R]``) with delta W = scaling * B A; R = r, or 2 r for PiSSA."""
+        if name not in self.adapters and self.pool is not None:
+            return self.pool.slots[name]
+        lora_a, lora_b = self.lora_a[name], self.lora_b[name]
+        if name in self.lora_a_init:
+            lora_a = torch.cat([lora_a, self.lora_a_init[name]])
+            lora_b = torch.cat([lora_b, -self.lora_b_init[name]], dim=1)
+        return lora_a, lora_b
+
+    # Adapters by name.
+
+    def add_adapter(self, name: str, spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
+        """Adds an adapter and freezes the weight. One that is alone becomes active and trainable.
+
+        Args:
+            name: without dots; it is part of the state dict's keys.
+            spec: rank, alpha and so on.
+            dtype: of the factors; None is float32 on a half weight, else the weight's.
+
+        Raises:
+            ValueError: the name is taken or cannot be used, the rank does not fit, or a merge or
+                init needs values that the weight does not have (meta device).
+            RuntimeError: the weight is sharded over processes.
+        """
+        self.check_whole("add_adapter")
+        self._check_new(name, spec)
+        weight = self.stored_weight
+        like: dict[str, Any] = {"dtype": self.factor_dtype(dtype), "device": weight.device}
+        with torch.inference_mode(False):  # parameters must be able to train later
+            shape_a, shape_b = self.factor_shapes(spec.r)
+            lora_a, lora_b = torch.empty(shape_a, **like), torch.empty(shape_b, **like)
+            try:
+                self.adapters[name] = spec
+                self.lora_a[name], self.lora_b[name] = nn.Parameter(lora_a), nn.Parameter(lora_b)
+                if spec.lora_bias:
+                    out_features = self.matrix_shape[0]
+                    self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, **like))
+                self.initialize(name)
+            except BaseException:  # an interrupt too leaves no half-made adapter
+                self._remove(name)
+                raise
+        weight.requires_grad_(False)
+        is_alone = len(self.adapters) == 1
+        self._set_trainable(name, is_alone)
+        if is_alone:
+            self.active_adapters = (name,)
+
+    def _check_new(self, name: str, spec: AdapterSpec) -> None:
+        where = f"lora_ext.nn.{type(self).__name__}.add_adapter"
+        # ParameterDict keeps entries as attributes: "keys" would hide its method.
+        if not name or "." in name or hasattr(nn.ParameterDict(), name):
+            raise ValueError(
+                f"{where}: expected a name that is not empty, has no dot and is no attribute of "
+                f"nn.ParameterDict, but got {name!r}"
+            )
+        if name in self.adapters or (self.pool is not None and name in self.pool.names):
+            raise ValueError(
+                f"{where}: {name!r} exists already; delete_adapter it first or choose another name"
+            )
+        self._check_weight(where)
+        if spec.subtracts_init:
+            limit = min(*self.matrix_shape, MAX_RANK // 2)
+            if spec.r > limit:
+                raise ValueError(
+                    f"{where}: init {spec.init!r} takes r columns of the weight's factors and "
+                    f"needs rank 2 r: expected r of at most {limit}, but got {spec.r}"
+                )
+            if self.stored_weight.is_meta:
+                raise ValueError(
+                    f"{where}: init {spec.init!r} needs the weight's values, but the weight is on "
+                    "the meta device; load it first"
+                )
+            if spec.init == "pissa" and spec.scaling <= 0:
+                raise ValueError(
+                    f"{where}: init 'pissa' divides by the scaling: expected alpha above 0, but "
+                    f"got {spec.alpha}"
+                )
+
+    def _check_weight(self, where: str) -> None:
+        """Raises ValueError for a weight beside which there can be no adapter."""
+        if not self.weight.is_floating_point():
+            raise ValueError(f"{where}: expected a floating weight, but got {self.weight.dtype}")
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter; if it was active the others stay so, if it was merged, unmerges.
+
+        Raises:
+            ValueError: no adapter has this name.
+            RuntimeError: the weight is sharded over processes.
+        """
+        self._known(name, "delete_adapter")
+        self.check_whole("delete_adapter")
+        forget(self, name)
+        self._set_active(active for active in self.active_adapters if active != name)
+        self._remove(name)
+
+    def check_whole(self, method: str) -> None:
+        """Raises RuntimeError if the weight is sharded over processes."""
+        # FSDP keeps a list of parameters of its own: it would neither shard nor average a new one,
+        # and would put a deleted one back.
+        if hasattr(self.stored_weight, "full_tensor"):
+            raise RuntimeError(
+                f"lora_ext.nn.{type(self).__name__}.{method}: expected a whole weight, but it is "
+                f"sharded (DTensor); {method} before fully_shard"
+            )
+
+    def _remove(self, name: str) -> None:
+        self.adapters.pop(name, None)
+        for table in self.tables().values():
+            if name in table:
+                del table[name]
+
+    def set_adapter(self, names: str | Iterable[str]) -> None:
+        """Makes exactly these adapters active and trainable; their updates add up.
+
+        A weight merged from any other is unmerged.
+
+        Raises:
+            ValueError: no adapter has one of the names, or a name comes twice.
+        """
+        names = self._known(names, "set_adapter")
+        self._set_active(names)
+        for name in self.adapters:
+            self._set_trainable(name, name in names)
+
+    def _set_active(self, names: Iterable[str]) -> None:
+        self.active_adapters = tuple(names)
+
+    def _set_trainable(self, name: str, trainable: bool) -> None:
+        for table in (self.lora_a, self.lora_b, self.lora_bias):
+            if name in table:
+                table[name].requires_grad_(trainable)
+
+    def _known(self, names: str | Iterable[str], method: str) -> tuple[str, ...]:
+        names = (names,) if isinstance(names, str) else tuple(names)
+        unknown = [name for name in names if name not in self.adapters]
+        if unknown or len(set(names)) != len(names):
+            raise ValueError(
+                f"lora_ext.nn.{type(self).__name__}.{method}: expected distinct names out of "
+                f"{list(self.adapters)}, but got {list(names)}"
+            )
+        return names
+
+    def tables(self) -> dict[str, nn.ParameterDict]:
+        """All that belongs to adapters: attribute name -> ParameterDict by adapter."""
+        names = ("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        shown = [
+            f"{name}{'' if name in self.active_adapters else ' (inactive)'}: r={spec.r}, "
+            f"alpha={spec.alpha:g}, dropout={spec.dropout:g}"
+            for name, spec in self.adapters.items()
+        ]
+        return ", ".join([super().extra_repr(), f"adapters={{{'; '.join(shown)}}}"])
+
+    def __repr__(self) -> str:
+        # On one line, like the layer that it replaces, without the tables of parameters.
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _unused_hook(module: nn.Module, args: Any) -> None:
+    """Of a ParameterDict, which nobody calls."""

@@ -1,0 +1,47 @@
+"""What torch does with the call at hand: autocast, tracing, transforms, tensors of other kinds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor like any other: not a DTensor, not a quantised subclass."""
+    kind = type(tensor)
+    return kind is nn.Parameter or kind is Tensor or issubclass(kind, FakeTensor)
+
+
+def is_transformed() -> bool:
+    """Whether the op would refuse this call, which needs torch's own derivatives."""
+    if torch.compiler.is_compiling():
+        return False
+    if peek_interpreter_stack() is not None:
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_onnx_export() -> bool:
+    """Whether torch.onnx.export, which has no operator for the op, is tracing."""
+    # The question about ONNX itself costs microseconds; either exporter traces in one of two ways.
+    return is_traced() and torch.onnx.is_in_onnx_export()
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records what is called."""
+    return _is_compiling() or _tracing_state() is not None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or that to which autocast will bring it."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; never for the meta device, which has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
