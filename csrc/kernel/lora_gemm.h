@@ -41,7 +41,7 @@ struct LoraGemmParams {
   int64_t p_pitch, q_pitch, t_pitch, u_pitch, base_pitch, y_pitch;
   int m, n, k, rank, terms;
   bool float_bias;
-  bool whole_chunks = true;  // rows of Y and base are; with k > 0 they and P's and Q's must be
+  bool whole_chunks = true;  // rows of Y and base; required, for P and Q too, if k > 0
   bool lets_wgrad_begin;     // on sm_90a: the next grid is lora_wgrad, launched with PDL
 
   Mask mask;  // of Y; only for masked kernels

@@ -166,7 +166,7 @@ class LoraLinearSequence {
       launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params, plan_.early_wgrad);
     };
     constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
-    // Also if only dB is wanted: this is then the kernel that the check has run.
+    // The masked instance also if only dB is wanted: only that one was checked.
     if (dropout_) {
       plan_.vector ? run(lora_wgrad_sm80<T, true, kV>) : run(lora_wgrad_sm80<T, true, kE>);
     } else {

@@ -67,10 +67,10 @@ constexpr int64_t decode_pieces(const DecodeTile& tile, bool float_adapters) {
   return !float_adapters ? 4 : tile.batch < 64 ? 2 : 1;
 }
 
-// The number of 16s along k that the last 64 of the rank need: one, or all four. Two and three are
-// computed as four, which costs a tile at most two products and saves a third of the kernels. So is
-// one for dX whose T is computed in its grid: with so few columns lora_dsdb computes T, unless B is
-// frozen.
+// Number of k16 steps for the last 64 columns of the rank: 1 if at most 16 columns remain, else 4.
+// Two and three steps are computed as 4, which costs a tile at most two products and saves a third
+// of the kernels. A dX whose T is computed in its grid always has 4: with so few columns lora_dsdb
+// computes T, unless B is frozen.
 constexpr int tail_of(int rank, bool in_grid_dx = false) {
   return (rank - 1) % 64 < 16 && !in_grid_dx ? 1 : 4;
 }

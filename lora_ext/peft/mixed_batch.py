@@ -196,7 +196,8 @@ def _left_to_peft(
         ValueError: it does not.
     """
     names = rows.sample_names(NOBODY)
-    refused = layer.merged_adapters or "variant" in reason
+    here = [name for name in rows.names if name in known_names(layer)]
+    refused = layer.merged_adapters or row_reason(layer, here, rows.is_pefts)
     if rows.is_pefts or (names is not None and len(x) == len(names) and not refused):
         return theirs.forward(layer, x, *args, adapter_names=names, **kwargs)
     raise ValueError(
