@@ -154,8 +154,7 @@ def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
 
 
 def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
-    """The updates added to the base's y in PEFT's order: summed in the widest dtype, rounded once.
-    """
+    """The updates added to the base's y in PEFT's order: in the widest dtype, rounded once."""
     refuse("updates that torch adds")
     total = base
     for update in updates:

@@ -172,7 +172,7 @@ def _rows_reason(x: Tensor, rows: RowAdapters) -> str:
 
 
 def _is_called(base: Any) -> bool:
-    """Whether the base is neither a plain weight nor dequantised, so that it has to be called."""
+    """For a base that is not a plain weight: whether it is called, since it is not dequantised."""
     return not isinstance(dequantized_base(base, None), QuantizedBase)
 
 
