@@ -2,7 +2,7 @@
 //
 // A schema has flat arguments; here they become the structs of common/call.h, for every backend.
 // LoraForward::flat<kernel> is what TORCH_LIBRARY_IMPL registers for a kernel that takes structs,
-// and ops::lora_forward calls that op through the dispatcher, on whatever backend the tensors have.
+// and ops::lora_forward calls that op through the dispatcher, on the backend of the tensors.
 //
 // One kernel serves lora, which takes one adapter, and lora_grouped, which takes a list of adapters
 // or a pool. They are two schemas because list arguments cost a call from Python 1 us, a tenth of

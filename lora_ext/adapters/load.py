@@ -48,7 +48,7 @@ def load_adapter(
         adapter: the name that it gets in the model.
         trainable: whether it is to be trained further, or frozen.
         adapter_dtype: of its factors; None is float32 on a half base, else the base's dtype,
-            whatever the file holds (PEFT's autocast_adapter_dtype).
+            for any dtype in the file (PEFT's autocast_adapter_dtype).
 
     Returns:
         The model.

@@ -96,7 +96,7 @@ class AdapterConfig:
 
     Attributes:
         r, alpha, dropout, use_rslora, lora_bias: as in `lora_ext.nn.AdapterSpec`.
-        init: "kaiming", or "pissa" or "olora", where W stands for W - scaling * B0 A0.
+        init: "kaiming", or "pissa" or "olora", where the base is W - scaling * B0 A0.
         bias: "none", "all" or "lora_only".
         modules_to_save: names of modules that are stored whole.
         rank_pattern: expression -> rank where it differs; the tensors determine the ranks.

@@ -78,7 +78,7 @@ def plan(
         adapter_dtype: of lora_a and lora_b; default: dtype.
         dropout: whether dropout_p > 0.
         aligned: whether the rows of every operand begin at multiples of 16 bytes.
-        route: "auto", "kernel", "hybrid" or "library", as `set_cuda_route` takes it.
+        route: "auto", "kernel", "hybrid" or "library", as in `set_cuda_route`.
 
     Raises:
         ValueError: the card, the route or a size is not valid.

@@ -1,6 +1,6 @@
 // Every block is the same call: its rows are copied into one buffer, whose alignment is always the
 // same, and missing rows are filled with zeros. What depends on the library is that it multiplies
-// all rows of one product in the same way, at whatever position. Some libraries do not, in the last
+// all rows of one product in the same way, at any position. Some libraries do not, in the last
 // rows: so before the first call of a kind, a block of equal rows is tried.
 #include "op/route/equal_blocks.h"
 
