@@ -17,7 +17,7 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
     The `regex` package matches, since a backtracking match in `re` cannot be ended.
 
     Raises:
-        AdapterError: a key is no expression, or all of it takes more than ten seconds.
+        AdapterError: a key is not a valid expression, or matching takes more than ten seconds.
     """
     if not config.alpha_pattern:
         return dict.fromkeys(paths, config.alpha)

@@ -77,7 +77,7 @@ def open_tensors(descriptor: int) -> Iterator[TensorFile]:
         descriptor: of the file, open for reading.
 
     Raises:
-        AdapterError: it is no safetensors file, or its header contradicts itself or its length.
+        AdapterError: it is not a safetensors file, or its header contradicts itself or its length.
     """
     from safetensors import SafetensorError, safe_open
 

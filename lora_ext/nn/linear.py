@@ -78,7 +78,7 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
-        """The layer that replaces an existing one and shares its weight, bias and hooks.
+        """Makes the layer from an existing one, whose weight, bias and hooks it shares.
 
         Args:
             linear: an nn.Linear, or transformers' Conv1D; frozen from now on.

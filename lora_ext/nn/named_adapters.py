@@ -135,7 +135,8 @@ class NamedAdapters(DropIn):
     # Adapters by name.
 
     def add_adapter(self, name: str, spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
-        """Adds an adapter and freezes the weight. The first one becomes active and trainable.
+        """Adds an adapter and freezes the weight. If it is the only one, it becomes active and
+        trainable.
 
         Args:
             name: without dots, since it is part of the state dict's keys.

@@ -81,7 +81,7 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRAQuantizedLinear:
-        """The layer that replaces a quantised one, with an adapter unless r is 0.
+        """Makes the layer from a quantised one, with an adapter unless r is 0.
 
         Args:
             linear: the base, frozen from now on.
