@@ -4,26 +4,26 @@ with_cuda: bool
 compiler: str
 
 def cpu_isa() -> str:
-    """The CPU kernels in use: "amx", "avx512", "avx2", "portable", or "library" for ATen alone."""
+    """The CPU kernels in use: "amx", "avx512", "avx2", "portable", or "library" for ATen only."""
 
 def available_cpu_isas() -> list[str]:
-    """What this build and processor have, best first."""
+    """The sets of CPU kernels that this build and processor support, the best first."""
 
 def set_cpu_isa(name: str) -> None:
-    """Uses one of available_cpu_isas(), "library", or "auto" for the best; for tests and timings.
+    """Selects one of available_cpu_isas(), "library", or "auto" for the best; for tests and timing.
 
     Raises:
         ValueError: the name is unknown or not available here.
     """
 
 def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:
-    """Why a call takes the library route, or "" when the vector kernels take it."""
+    """Why a call takes the library route, or "" if the vector kernels compute it."""
 
 def rows_of_block(columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows at a time on the library route with wide adapters, by the wider of in and out."""
+    """Rows at a time on the library route with wide adapters; columns: the wider of in and out."""
 
 class Card:
-    """What a GPU gives to kernels; sizes in bytes, arch is 10 major + minor."""
+    """The resources of a GPU for kernels; sizes in bytes, arch is 10 major + minor."""
 
     arch: int
     sms: int
@@ -44,7 +44,7 @@ class Card:
     ) -> None: ...
 
 class Problem:
-    """One LoRA linear as the planner sees it (csrc/plan/problem.h)."""
+    """One LoRA linear as the planner's input (csrc/plan/problem.h)."""
 
     m: int
     n: int
@@ -88,27 +88,27 @@ class Plan:
 
 def plan_forward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
 def plan_grouped_forward(card: Card, problem: Problem, groups: int) -> Plan:
-    """As predicted, with each row's adapter by an index into a pool of so many (groups)."""
+    """The predicted plan for rows with an index into a pool of `groups` adapters."""
 
 def plan_backward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
 def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool) -> list[str]:
-    """The tiles that the card has for a call of some rank."""
+    """The tiles that the card supports for a call with some rank."""
 
 class Kernels:
-    """The kernels that one call uses, as the unit that is checked (csrc/op/check/kernel_set.h)."""
+    """The kernels that one call uses: the unit that is checked (csrc/op/check/kernel_set.h)."""
 
     name: str
     backward: bool
     float16: bool
     def small_case(self, card: Card) -> tuple[Problem, Plan]:
-        """What is computed to check them."""
+        """The case that is computed to check them."""
 
 def all_grouped_kernels(card: Card) -> list[Kernels]: ...
 def all_kernels(card: Card, early_launch: bool) -> list[Kernels]:
-    """All that a card can be asked for; none below compute capability 8.0."""
+    """All sets of kernels that a card can run; none below compute capability 8.0."""
 
 def kernels_of(plan: Plan, problem: Problem, *, backward: bool, float16: bool) -> Kernels:
-    """Those of a plan for the problem, which must be one with kernels."""
+    """The kernels of a plan for the problem; the plan must use kernels."""
 
 def plan_as_asked(
     card: Card,
@@ -120,18 +120,18 @@ def plan_as_asked(
     early_launch: bool = True,
     groups: int = 0,
 ) -> Plan:
-    """The plan for a route and a tile, or the planner's own where the tile cannot be had; with
-    groups, for as many adapters and an index."""
+    """The plan for a route and a tile, or the planner's own if the tile is not available; with
+    groups, for this number of adapters and an index."""
 
 class Sustained:
-    """What a card is taken to keep up (csrc/plan/rates.h)."""
+    """The rates that a card is assumed to sustain (csrc/plan/rates.h)."""
 
     tflops: float
     dram_gb_s: float
     gap_us: float
 
 class Launch:
-    """A predicted launch, in so many parts; flop at the rate of the library's large products."""
+    """A predicted launch, in `times` parts; flop at the rate of the library's large products."""
 
     name: str
     bytes: float
@@ -140,7 +140,7 @@ class Launch:
 
 def sustained_by(card: Card) -> Sustained: ...
 def main_loop_share(card: Card, tile: str, masked: bool) -> float:
-    """Of the rate of the library's main loop (csrc/plan/main_loop_rates.h)."""
+    """The share of the rate of the library's main loop (csrc/plan/main_loop_rates.h)."""
 
 def library_product(
     card: Card, rows: int, columns: int, depth: int, accumulate: bool = False
@@ -186,14 +186,14 @@ class Winner:
     ) -> None: ...
 
 def replace_winners(card: str, winners: list[Winner], pinned: bool = False) -> None:
-    """Puts these in place of all that the planner knew of a card, by the driver's name for it.
+    """Replaces all winners that the planner has for a card, given by the driver's name.
 
-    Pinned ones count under torch.use_deterministic_algorithms, too.
+    Pinned winners are also used under torch.use_deterministic_algorithms.
     """
 
-# Without CUDA kernels in the build, with_cuda, they know no card and run nothing.
+# Without CUDA kernels in the build (with_cuda) the rest finds no card and runs nothing.
 class Explained:
-    """A plan, and what the check of its kernels has said."""
+    """A plan, and the result of the check of its kernels."""
 
     plan: Plan
     check: str
@@ -216,10 +216,11 @@ def explain_backward(
     grad: torch.Tensor | None = None,
 ) -> Explained: ...
 def explain_problem(device: torch.device, problem: Problem, float16: bool) -> Explained:
-    """A forward on a device, without its tensors."""
+    """Explains a forward on a device, without its tensors."""
 
 def check_kernels(device: torch.device, kernels: Kernels) -> str:
-    """Checks them now, unless known: "passed", or what failed (csrc/op/check/kernel_check.h)."""
+    """Checks them now unless the result is known: "passed", or what failed
+    (csrc/op/check/kernel_check.h)."""
 
 def check_result(device: torch.device, kernels: Kernels) -> str:
     """ "passed", "not yet", or what failed. The device has an index."""
@@ -228,7 +229,7 @@ def check_results(device: torch.device) -> list[tuple[str, str]]:
     """Names of kernels, and "passed" or what failed. The device has an index."""
 
 def remember_check(device: torch.device, kernels: Kernels, result: str) -> None:
-    """Keeps what another process has found: "passed", or what failed."""
+    """Stores a result from another process: "passed", or what failed."""
 
 def set_check_timeout(seconds: float) -> None: ...
 def check_timeout() -> float: ...

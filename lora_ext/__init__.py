@@ -4,15 +4,15 @@
 
 `lora_linear` computes the layer and, through autograd, the gradients of x, lora_a, lora_b and
 bias; the weight is frozen. `lora_update` adds the update alone onto the y of any other base.
-`accelerate` runs a model of PEFT on them, `decelerate` gives it back. Without PEFT, `LoRALinear` is
-the layer, `apply_lora` puts it into a model as a `LoRAConfig` says, `save_adapter` and
-`load_adapter` keep adapters in PEFT's format. `use_adapters` gives each sample of a batch an
-adapter of its own, `AdapterPool` holds many. `prepack` keeps a frozen weight in oneDNN's layout on
-the CPU, `batch_invariant` keeps a row's bits the same in batches of any size, `warmup` checks and
-times the kernels on a GPU, `explain` says what a model's layers run and why, `build_info` what was
-compiled and what runs here.
+`accelerate` runs a PEFT model on them, `decelerate` undoes this. Without PEFT, `LoRALinear` is the
+layer, `apply_lora` adds such layers to a model according to a `LoRAConfig`, `save_adapter` and
+`load_adapter` write and read adapters in PEFT's format. `use_adapters` selects an adapter for each
+sample of a batch, `AdapterPool` holds many adapters. `prepack` keeps a frozen weight in oneDNN's
+layout on the CPU, `batch_invariant` keeps the bits of a row the same in batches of any size,
+`warmup` checks and times the kernels on a GPU, `explain` reports what the layers of a model run and
+why, `build_info` what was compiled and what runs here.
 
-The rest is in modules named for their use:
+The rest is in modules that are named after their purpose:
 
     functional   the op, its dropout mask, packed weights      adapters   folders of adapters
     nn           layers                                        loralib    loralib's models
@@ -33,9 +33,9 @@ try:
 except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
-# Not in __all__: what is imported by a star must not hide torch's nn or functional.
+# Not in __all__: `from lora_ext import *` must not hide torch's nn or functional.
 from . import adapters, functional, kernels, loralib, models, nn, pool, reference, winners  # noqa: F401
-from . import flops as flops  # of which torch's counter is told
+from . import flops as flops  # registers the formulas with torch's FLOP counter
 from .adapters import load_adapter, save_adapter
 from .functional import lora_linear, lora_update, prepack
 from .invariance import batch_invariant

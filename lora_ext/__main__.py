@@ -1,4 +1,4 @@
-"""`python -m lora_ext` prints how this copy was built: the table to put in a bug report."""
+"""`python -m lora_ext` prints how this copy was built: a table for bug reports."""
 
 from .build_info import build_info
 

@@ -1,4 +1,4 @@
-"""What this copy of lora_ext was built with and runs on; `python -m lora_ext` prints it."""
+"""How this copy of lora_ext was built and what it runs on; `python -m lora_ext` prints it."""
 
 import functools
 import hashlib
@@ -11,8 +11,8 @@ from typing import Any
 
 _FACTS_FILE = Path(__file__).with_name("_build.json")  # written by setup.py
 _REINSTALL = "run `pip install .` in the source tree"
-# uv reads what our pyproject.toml says of torch only where it is run: elsewhere it builds with the
-# newest torch, whatever the target holds.
+# uv reads the requirements for torch in our pyproject.toml only if it is run in this project;
+# otherwise it builds with the newest torch, even if the target environment has another.
 _REINSTALL_BY_UV = "run `uv pip install .` inside the source tree, or with --no-build-isolation,"
 
 
@@ -33,7 +33,7 @@ def _readable(value: Any) -> str:
 
 
 def _build_facts() -> tuple[dict[str, Any], str]:
-    """The facts that the build wrote, and "" or, where there are none, what is wrong with them."""
+    """The facts that the build wrote, and "" or, if they cannot be read, what is wrong."""
     try:
         facts = json.loads(_FACTS_FILE.read_text())
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def _build_facts() -> tuple[dict[str, Any], str]:
 
 
 def _hidden_copy() -> str:
-    """What to do where the source tree hides an installed copy, else ""."""
+    """What to do if the source tree hides an installed copy, else ""."""
     here = _FACTS_FILE.parent.resolve()
     for entry in sys.path:
         other = Path(entry or ".", here.name).resolve()
@@ -70,7 +70,7 @@ def _running_torch() -> tuple[str, str | None]:
 
 
 def _release(torch_version: str) -> list[str]:
-    """The part that an extension is tied to: "2.13.0+cpu" -> ["2", "13"]."""
+    """The part of the version that an extension depends on: "2.13.0+cpu" -> ["2", "13"]."""
     return torch_version.split("+")[0].split(".")[:2]
 
 
@@ -84,13 +84,13 @@ def version() -> str:
 
 @functools.cache
 def build_id() -> str:
-    """Names the compiled extension: equal files have equal names, others have not."""
+    """An identifier of the compiled extension: the same for equal files, different for others."""
     extension = importlib.import_module("lora_ext._C")
     return hashlib.blake2b(Path(str(extension.__file__)).read_bytes(), digest_size=6).hexdigest()
 
 
 def torch_mismatch() -> str:
-    """Returns "" if the running torch is of the release built with, else a sentence on what to do.
+    """Returns "" if torch is of the release that the extension was built with, else what to do.
 
     Under another release the extension fails to import or, worse, imports and misreads memory.
     """
@@ -108,7 +108,7 @@ def torch_mismatch() -> str:
 
 
 def _installer() -> str:
-    """The program that installed this copy, as it says itself (PEP 627); "" where it does not."""
+    """The program that installed this copy, from its INSTALLER file (PEP 627); "" if unknown."""
     try:
         return (importlib.metadata.distribution("lora_ext").read_text("INSTALLER") or "").strip()
     except importlib.metadata.PackageNotFoundError:
@@ -116,7 +116,7 @@ def _installer() -> str:
 
 
 def import_error_hint() -> str:
-    """Returns one sentence for whoever cannot import lora_ext._C: what is wrong, what to run."""
+    """Returns a sentence for a failed import of lora_ext._C: what is wrong and what to run."""
     reason = _build_facts()[1] or torch_mismatch()
     reason = reason or f"it is damaged, or was built for another Python: {_REINSTALL}"
     return f"lora_ext._C, the compiled part of lora_ext, cannot be imported: {reason}"

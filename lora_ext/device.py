@@ -1,4 +1,4 @@
-"""Which device a call means."""
+"""Which device an argument refers to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def indexed(device: torch.device | str | None = None) -> torch.device:
-    """A device with its index, as cards and their tables are known by it.
+    """A device with its index, which identifies its card and its tables.
 
     Args:
         device: ``None`` and a CUDA device without an index mean the current CUDA device; any other

@@ -1,4 +1,4 @@
-"""The floating dtypes that the op computes in, by their width."""
+"""The floating dtypes in which the op computes, by width."""
 
 import torch
 

@@ -1,12 +1,12 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for our ops: 2 for each multiply-add of
-the base product and of the factors', as torch counts a product of matrices; nothing for dropout,
-biases and sums.
+"""The FLOPs that `torch.utils.flop_counter.FlopCounterMode` counts for our ops: 2 for each
+multiply-add of the base product and of the products with the factors, as torch counts a matrix
+product; nothing for dropout, biases and sums.
 
     forward    rows (2 in out + 2 r (in + out))
     backward   the same for dX, and 2 r in and 2 r out more for each of dlora_a and dlora_b
 
-Of many adapters a row counts with the rank of its own, if the index is at hand: a program that is
-traced has no numbers, and each row counts with the largest.
+With many adapters each row counts with the rank of its adapter, if the values of the index are
+known; in a traced program they are not, and each row counts with the largest rank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def _forward(x: Tensor, out: int, base: bool, ranks: int) -> int:
 
 
 def _backward(x: Tensor, out: int, base: bool, ranks: int, ranks_a: int, ranks_b: int, dx: bool):
-    """ranks, and those of them that want a gradient of lora_a and of lora_b, summed over rows."""
+    """ranks, ranks_a, ranks_b: all ranks, and those of the adapters for which the gradient of
+    lora_a or of lora_b is requested, summed over rows."""
     in_features = x.shape[-1]
     flops = 2 * _rows(x) * in_features * out if base and dx else 0
     flops += 2 * (ranks if dx else ranks_a) * out  # dS
@@ -49,7 +50,7 @@ def _has_values(tensor: Tensor) -> bool:
 def _ranks(
     x: Tensor, lora_a: Sequence[Tensor], index: Tensor | None, offs: Tensor | None, ranks: Any
 ) -> list[int]:
-    """Of each adapter, its rank times the rows that have it; one has all."""
+    """For each adapter, its rank times its number of rows; a single adapter has all rows."""
     where = index if index is not None else offs
     if where is None:
         one = lora_a if isinstance(lora_a, Tensor) else lora_a[0]
@@ -70,7 +71,7 @@ def _ranks(
     return [rank * n for rank, n in zip(each, rows, strict=True)]
 
 
-# What the op's schema has after lora_b: where index, offs and ranks stand.
+# The op's arguments after lora_b, for the positions of index, offs and ranks.
 _LAST = ("index", "offs", "ranks")
 _BEFORE = 11
 

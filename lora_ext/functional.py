@@ -47,12 +47,12 @@ def lora_linear(
 
         y = x W^T + scaling * (drop(x) lora_a^T) lora_b^T + bias
 
-    With ``index`` or ``offs``, each row has an adapter of its own, or none:
+    With ``index`` or ``offs``, each row has its own adapter, or none:
 
         y[m] = x[m] W^T + scaling[g] * (drop(x)[m] lora_a[g]^T) lora_b[g]^T + bias,  g = index[m]
 
-    Differentiable once in x, lora_a, lora_b and bias, each computed only if needed; never in
-    weight. Saved for backward: x, the [M, r] product drop(x) lora_a^T and a seed of 8 bytes.
+    Differentiable once in x, lora_a, lora_b and bias, each gradient computed only if needed; never
+    in weight. Saved for backward: x, the [M, r] product drop(x) lora_a^T and a seed of 8 bytes.
 
     Args:
         x: ``[..., in_features]``; float64, float32, bfloat16 or float16; any strides.
@@ -61,43 +61,43 @@ def lora_linear(
             in backward. Under ``torch.autocast`` any floating dtype: it is cast for the product and
             again in backward, and the cast copy is not saved.
         lora_a: ``[r, in_features]``, 1 <= r <= 512, in x's dtype, or float32 with a half x. float32
-            adapters are never rounded to half: their products keep float32 grade, and their
-            gradients are float32.
+            adapters are never rounded to half: their products have about float32 precision, and
+            their gradients are float32.
         lora_b: ``[out_features, r]`` in lora_a's dtype.
         bias: ``[out_features]`` in x's dtype or float32.
-        scaling: factor of the update: alpha / r, or alpha / sqrt(r) for rsLoRA. Of many adapters
-            one for all, or one each: a sequence, or a float32 tensor ``[adapters]`` on x's device,
-            or a float64 one with a float64 x. It has no gradient.
+        scaling: factor of the update: alpha / r, or alpha / sqrt(r) for rsLoRA. With many adapters
+            one for all, or one for each: a sequence, or a float32 tensor ``[adapters]`` on x's
+            device, or a float64 one with a float64 x. It has no gradient.
         dropout_p: probability in [0, 1) that an element of x is zero in the update (not in the base
             product), as PEFT's lora_dropout. The keep probability is rounded to 1/65536 and the
-            kept elements are divided by the rounded value. The mask is a function of a seed that
-            each call draws from torch's generator and of (row, column); it is never stored. An
-            element that is dropped does not propagate NaN.
+            kept elements are divided by the rounded value. The mask is a function of (row, column)
+            and of a seed that each call draws from torch's generator; it is never stored. A dropped
+            element does not propagate NaN.
         training: False turns dropout off.
         index: int32, one element for each row of x (any shape), from -1 (the base alone) to
             adapters - 1. Then lora_a and lora_b are lists of matrices, whose ranks may differ, or
             pools ``[adapters, r, in_features]`` and ``[adapters, out_features, r]``.
-        offs: in place of an index, int32 ``[adapters]``: adapter g has the rows from offs[g - 1] (0
-            for the first) to offs[g], as groups of `torch.nn.functional.grouped_mm` have; rows from
-            offs[-1] on have the base alone.
-        ranks: of the slots of a pool, int32 ``[adapters]``: slot g is lora_a[g, :ranks[g]] and
-            lora_b[g, :, :ranks[g]]; a rank of 0 is a free slot, whose rows have the base alone.
+        offs: instead of an index, int32 ``[adapters]``: adapter g has the rows from offs[g - 1] (0
+            for the first) to offs[g], like the groups of `torch.nn.functional.grouped_mm`; rows
+            from offs[-1] on have the base alone.
+        ranks: ranks of the slots of a pool, int32 ``[adapters]``: slot g is lora_a[g, :ranks[g]]
+            and lora_b[g, :, :ranks[g]]; a rank of 0 is a free slot, whose rows have the base alone.
 
-    Each of many adapters has the gradient of its own rows, summed in their order; one without rows
-    has zeros. What is in the factors of an adapter reaches no row but its own. CUDA kernels read
-    index, offs, ranks and scaling on the device, without a word to the host: to them a number out
-    of range is no adapter. Everywhere else it raises.
+    With many adapters the gradient of each is that of its own rows, summed in their order; it is
+    zero for an adapter without rows. The values in an adapter's factors affect only its own rows.
+    CUDA kernels read index, offs, ranks and scaling on the device, without synchronising with the
+    host: they treat a number out of range as no adapter. Everywhere else it raises.
 
     Returns:
         ``[..., out_features]`` in x's dtype (the autocast dtype under autocast).
 
     Raises:
-        IndexError: an index, offs or ranks names what does not exist, where the host reads it.
-        NotImplementedError: within `lora_ext.batch_invariant`, which does not take the call.
+        IndexError: a value in index, offs or ranks is out of range, where the host reads it.
+        NotImplementedError: within `lora_ext.batch_invariant`, if it does not support the call.
         RuntimeError: shapes, rank, devices or numbers do not fit; weight or scaling requires grad
             under grad mode; a second backward.
-        TypeError: a dtype does not fit, an operand is no tensor, x is nested, or scaling is no
-            number.
+        TypeError: a dtype does not fit, an operand is not a tensor, x is nested, or scaling is not
+            a number.
     """
     if is_grouped(index, offs, ranks):
         return _linear_of_many(
@@ -172,17 +172,17 @@ def lora_update(
     offs: Tensor | None = None,
     ranks: Tensor | None = None,
 ) -> Tensor:
-    """A low-rank update added onto what a base layer, of whatever kind, returned for x.
+    """A low-rank update added onto the output y of any base layer for x.
 
         y + scaling * (drop(x) lora_a^T) lora_b^T
 
-    For a base that is a plain weight, `lora_linear` computes both with one pass over y less.
+    If the base is a plain weight, `lora_linear` computes both and saves one pass over y.
     Differentiable once in y, x, lora_a and lora_b. Saved for backward: x, the [M, r] product
     drop(x) lora_a^T and the seed; not y.
 
     Args:
-        y: ``[..., out_features]``; float64, float32, bfloat16 or float16, not necessarily x's; any
-            strides. It is not written.
+        y: ``[..., out_features]``; float64, float32, bfloat16 or float16, not necessarily x's
+            dtype; any strides. It is not written.
         x: ``[..., in_features]``; the same dtypes; any strides. Under ``torch.autocast`` it is cast
             to the autocast dtype, and y keeps its own.
         lora_a: ``[r, in_features]``, 1 <= r <= 512, in x's dtype, or float32 with a half x.
@@ -191,19 +191,20 @@ def lora_update(
         dropout_p: probability in [0, 1) that an element of x is zero, as in `lora_linear`.
         seed: int64 tensor of one element on x's device, which fixes the mask (`dropout_mask`); None
             draws one from torch's generator.
-        row_offset, col_offset: of x in the whole mask, where x is a part of a larger tensor.
-        index, offs, ranks: of many adapters, as in `lora_linear`.
+        row_offset, col_offset: position of x in the whole mask, if x is a part of a larger tensor.
+        index, offs, ranks: for many adapters, as in `lora_linear`.
 
     Returns:
-        A new contiguous tensor of y's shape and dtype. The sum is made in the widest of the dtypes,
-        at least in float32, and rounded once.
+        A new contiguous tensor of y's shape and dtype. The sum is computed in the widest of the
+        dtypes, at least in float32, and rounded once.
 
     Raises:
-        IndexError: an index, offs or ranks names what does not exist, where the host reads it.
+        IndexError: a value in index, offs or ranks is out of range, where the host reads it.
         NotImplementedError: within `lora_ext.batch_invariant`.
         RuntimeError: shapes, rank, devices or numbers do not fit; scaling requires grad under grad
             mode; a second backward.
-        TypeError: a dtype does not fit, an operand is no tensor or nested, or scaling is no number.
+        TypeError: a dtype does not fit, an operand is not a tensor or is nested, or scaling is not
+            a number.
     """
     refuse("lora_update, onto what another base returned")
     many = is_grouped(index, offs, ranks)
@@ -229,7 +230,7 @@ def lora_update(
 def base_linear(
     x: Tensor, weight: Tensor | PackedWeight | QuantizedWeight, bias: Tensor | None
 ) -> Tensor:
-    """x W^T + bias, the base alone, for a weight as `lora_linear` takes it."""
+    """x W^T + bias, the base alone, for any weight that `lora_linear` accepts."""
     if isinstance(weight, QuantizedWeight):
         return quantized_product(x, weight, bias)
     return F.linear(x, weight.matrix if isinstance(weight, PackedWeight) else weight, bias)
@@ -278,14 +279,14 @@ def dropout_mask(
     """The mask that `lora_linear` applies: ``[rows, cols]`` of bool, True where x is kept.
 
     Element (i, j) is Philox-4x32-7 (Salmon et al. 2011) of the seed, row_offset + i and
-    col_offset + j: the same on every device and instruction set, so that a shard computes its part
-    of the whole mask. Rows are those of x flattened to ``[M, in_features]``.
+    col_offset + j: the same on every device and instruction set, so that a shard can compute its
+    part of the whole mask. Rows are those of x flattened to ``[M, in_features]``.
 
     Args:
         seed: an int, or an int64 tensor of one element (then `device` is the tensor's).
         rows, cols: the shape.
         dropout_p: probability in [0, 1); kept with round(65536 (1 - dropout_p)) / 65536.
-        row_offset, col_offset: of the first element in the whole mask, >= 0.
+        row_offset, col_offset: position of the first element in the whole mask, >= 0.
         device: where to compute it when seed is an int.
 
     Raises:

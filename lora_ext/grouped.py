@@ -1,9 +1,9 @@
-"""Calls of many adapters: what `lora_linear` and `lora_update` do where an index or offs is given.
+"""Calls with many adapters: `lora_linear` and `lora_update` if an index or offs is given.
 
-    y[m] = x[m] W^T + bias + scaling[g] (drop(x)[m] A_g^T) B_g^T      g the adapter of row m
+    y[m] = x[m] W^T + bias + scaling[g] (drop(x)[m] A_g^T) B_g^T      g: the adapter of row m
 
 Factors are lists of matrices, whose ranks may differ, or a pool: two tensors with one slot for each
-adapter. Nothing is copied for a row, and no factor is padded to the largest rank.
+adapter. No factor is copied for each row or padded to the largest rank.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Factors", "Scaling"]  # those of the public signatures
+__all__ = ["Factors", "Scaling"]  # the types in public signatures
 
 Factors: TypeAlias = Tensor | Sequence[Tensor]
 Scaling: TypeAlias = float | Sequence[float] | Tensor
 
 
 def is_grouped(index: Tensor | None, offs: Tensor | None, ranks: Tensor | None) -> bool:
-    """Whether a call is one of many adapters."""
+    """Whether a call has many adapters."""
     return index is not None or offs is not None or ranks is not None
 
 
@@ -31,7 +31,7 @@ def operands(
     """The factors and the scaling as the op takes them.
 
     Raises:
-        TypeError: a factor is no tensor, or scaling is no number.
+        TypeError: a factor is not a tensor, or scaling is not a number.
     """
     first, second = _listed(function, "lora_a", lora_a), _listed(function, "lora_b", lora_b)
     adapters = len(first[0]) if len(first) == 1 and first[0].dim() == 3 else len(first)
@@ -40,7 +40,7 @@ def operands(
 
 
 def check_no_gradient(function: str, scaling: Scaling) -> None:
-    """Raises RuntimeError for a scaling that would get none."""
+    """Raises RuntimeError for a scaling that requires grad, since it gets no gradient."""
     each = scaling if isinstance(scaling, list | tuple) else (scaling,)
     if torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in each):
         raise RuntimeError(

@@ -1,6 +1,6 @@
-"""`batch_invariant`: whether a row of a call has the same bits in a batch of any size.
+"""`batch_invariant`: makes the bits of a row the same in a batch of any size.
 
-A library chooses its kernels by the number of rows, and so do our routes. So y and dX are computed
+Libraries choose their kernels by the number of rows, and so do our routes. So y and dX are computed
 in blocks that all have `ROW_BLOCK` rows (csrc/op/route/equal_blocks.h).
 """
 
@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A few rows cost as much as so many, and of many rows each so many read the weight once: more would
-# be slow for a token, fewer for a text.
+# Fewer rows cost as much as this number, and the weight is read once for each block of this number
+# of rows: a larger block would be slow for a single token, a smaller one for a long text.
 ROW_BLOCK = 32
 
 _is_compiling = torch.compiler.is_compiling
 
 
 class _Process:
-    """What holds outside of blocks."""
+    """The mode outside of `with` blocks."""
 
     mode = False
 
@@ -33,7 +33,7 @@ class _Block(NamedTuple):
 
 
 _innermost: ContextVar[_Block | None] = ContextVar("lora_ext_batch_invariant", default=None)
-# torch.compile cannot read a ContextVar, but guards what it reads here.
+# torch.compile cannot read a ContextVar, but it guards on this object.
 _thread = threading.local()
 
 
@@ -45,26 +45,27 @@ class batch_invariant:
         lora_ext.batch_invariant(True)         # for the process, outside of blocks
         lora_ext.batch_invariant(False)
 
-    Without it a row's last bits may depend on how many rows come with it, as they do with
-    ``F.linear``: what is decoded is not bit for bit what is scored. Within, `lora_linear` and the
-    layers on it multiply blocks of 32 rows, the last one filled up with zeros, so that every row
-    meets the same products. dX follows the forward, whenever and in whatever thread it comes.
-    Gradients of factors and biases are sums over all rows, and as without it.
+    Without it the last bits of a row may depend on the number of rows in the batch, as with
+    ``F.linear``: decoding and scoring then do not give the same bits. Within the block,
+    `lora_linear` and the layers that use it multiply blocks of 32 rows, the last one padded with
+    zeros, so that every row goes through the same products. dX has the mode of its forward, at any
+    time and in any thread. Gradients of factors and biases are sums over all rows, the same as
+    without it.
 
-    It takes one adapter or several active ones on a dense weight on the CPU, in every dtype. Packed
+    It supports one or several active adapters on a dense weight on the CPU, in every dtype. Packed
     weights are not used. Other layers of a model, such as its attention, base layers without
-    adapters and merged ones, are torch's, and as invariant as torch makes them.
+    adapters and merged ones, are computed by torch, and are as invariant as torch makes them.
 
     Args:
-        mode: True or False sets it for the process at once; of a ``with`` statement it is the
-            block's alone.
+        mode: True or False sets it for the process at once; in a ``with`` statement it holds for
+            the block only.
 
     Raises:
-        NotImplementedError: at a call of what it does not take: an adapter for each row, a
-            quantised weight, `lora_update`, experts, embeddings, DoRA, CUDA; or where torch's
-            products do not multiply the rows of one block alike, which is tried once for each
-            shape and dtype.
-        TypeError: mode is no bool.
+        NotImplementedError: at a call that it does not support: an adapter for each row, a
+            quantised weight, `lora_update`, experts, embeddings, DoRA, CUDA; or if torch's products
+            do not multiply all rows of a block alike, which is tested once for each shape and
+            dtype.
+        TypeError: mode is not a bool.
     """
 
     def __init__(self, mode: bool | None = None) -> None:
@@ -79,7 +80,7 @@ class batch_invariant:
             self._before, _Process.mode = _Process.mode, mode
 
     def __enter__(self) -> None:
-        if self._before is not None:  # it was no call, but the block's mode
+        if self._before is not None:  # used as a block, so the call's setting is undone
             _Process.mode, self._before = self._before, None
         _innermost.set(_Block(self._mode, _innermost.get()))
         _open_in_thread().append(self._mode)
@@ -93,7 +94,7 @@ class batch_invariant:
     ) -> None:
         block = _innermost.get()
         _innermost.set(block and block.outer)
-        opened = _open_in_thread()  # by other tasks, too
+        opened = _open_in_thread()  # also counts blocks of other tasks
         if self._mode in opened:
             del opened[len(opened) - 1 - opened[::-1].index(self._mode)]
         _thread.mode = opened[-1] if opened else None
@@ -116,7 +117,7 @@ def is_on() -> bool:
 
 
 def row_block(x: Tensor) -> int:
-    """The op's row_block for a call of one adapter on a dense weight: 0 where it is off."""
+    """The op's row_block for a call with one adapter on a dense weight; 0 if the mode is off."""
     if not is_on():
         return 0
     if x.device.type not in ("cpu", "meta"):
@@ -125,12 +126,12 @@ def row_block(x: Tensor) -> int:
 
 
 def invariance_note() -> str:
-    """What `lora_ext.explain` adds to the reason of a call."""
+    """The note that `lora_ext.explain` adds to the reason of a call."""
     return f"; batch-invariant, in blocks of {ROW_BLOCK} rows" if is_on() else ""
 
 
 def refuse(what: str) -> None:
-    """Raises NotImplementedError where it is on; what: that it does not take."""
+    """Raises NotImplementedError if the mode is on; what: the call that it does not support."""
     if is_on():
         raise NotImplementedError(
             "lora_ext.batch_invariant: expected adapters of all rows on a dense weight on the CPU, "

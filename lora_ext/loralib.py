@@ -1,4 +1,4 @@
-"""Models and state dicts of microsoft/LoRA's package loralib, which is not imported."""
+"""Models and state dicts of loralib, the package of microsoft/LoRA, which is not imported."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def convert_loralib(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> nn.Modu
         The model.
 
     Raises:
-        ValueError: there are no loralib layers, one of another kind (its convolutions, subclasses),
-            or one with a setting that the layers here have not. The model is then unchanged.
+        ValueError: there are no loralib layers, or one of another kind (its convolutions,
+            subclasses), or with a setting that the layers here do not have. The model is then
+            unchanged.
     """
     found = [(path, module) for path, module in model.named_modules() if _kind(module)]
     others = [path for path, m in found if _kind(m) not in _KINDS]
@@ -65,7 +66,7 @@ def convert_loralib(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> nn.Modu
 
 
 def _kind(module: nn.Module) -> str:
-    """Name of the loralib class or of one derived from it, "" for any other."""
+    """The name of the loralib class that the module is an instance of, or ""."""
     kind = type(module)
     if not hasattr(module, "r"):
         return ""
@@ -117,14 +118,14 @@ def loralib_state_dict(
 ) -> dict[str, Tensor]:
     """One adapter as ``loralib.lora_state_dict`` gives it: ``<path>.lora_A``, ``<path>.lora_B``.
 
-    alpha is no part of it, as in loralib: whoever loads it must know alpha.
+    As in loralib it does not contain alpha, which must be known to load it.
 
     Args:
         bias: which biases to include: "none", "all" or "lora_only", those of layers with adapters.
 
     Raises:
-        ValueError: no layer has the adapter, or it has what loralib has not: PiSSA's or OLoRA's
-            init, a lora_bias, a 1x1 convolution.
+        ValueError: no layer has the adapter, or it uses something that loralib does not have:
+            PiSSA's or OLoRA's init, a lora_bias, a 1x1 convolution.
     """
     if bias not in BIASES:
         raise ValueError(
@@ -173,7 +174,7 @@ def _check_known_to_loralib(path: str, layer: LoRALayer, adapter: str) -> None:
 def load_loralib_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], adapter: str = DEFAULT_ADAPTER
 ) -> None:
-    """Reads a state dict of loralib into adapters that the model has already.
+    """Loads a state dict of loralib into adapters that the model already has.
 
     Args:
         model: with layers from `apply_lora`, `convert_loralib` or the classes themselves.
@@ -182,7 +183,7 @@ def load_loralib_state_dict(
         adapter: which adapter to fill.
 
     Raises:
-        ValueError: a key has no place in the model, an adapter of the model has no key, a shape
+        ValueError: a key does not belong to the model, an adapter of the model has no key, a shape
             does not fit, or a value is not finite. Nothing is then written.
     """
     layers = {

@@ -1,4 +1,4 @@
-"""A frozen weight kept in oneDNN's packed layout, for the CPU."""
+"""A frozen weight in oneDNN's packed layout, for the CPU."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Rows at which oneDNN's layout is chosen; its blocked layouts serve all batch sizes alike.
+# Number of rows for which oneDNN chooses the layout; its blocked layouts suit all batch sizes.
 _LAYOUT_ROWS = 512
-# A single float32 row is a GEMV, in which MKL was 1.3 to 1.6 times faster than oneDNN's blocks.
+# A single float32 row is a GEMV, where MKL was 1.3 to 1.6 times faster than oneDNN's blocks.
 _MIN_PACKED_ROWS = {torch.float32: 2, torch.bfloat16: 1}
 _PACKABLE = (torch.float32, torch.bfloat16)
 _CHANGED = "the weight was written to, replaced, moved or cast since it was packed"
 
 
-# A pack is taken where its product takes so much of the plain one's time, at most.
+# A pack is used if its product takes at most this fraction of the plain product's time.
 MOST_TIME = 0.95
 
 Measured = tuple[tuple[int, float], ...]
 
 
 class Wins(NamedTuple):
-    """Time of the packed product over that of the plain one, as it was measured: (rows of x, ratio)
-    in each direction.
+    """Measured time of the packed product over that of the plain one: (rows of x, ratio) in each
+    direction.
 
-    A call goes by the number of rows that is nearest to its own, as a ratio, and takes the pack
-    where it wins by 5 % at least.
+    A call uses the measurement whose number of rows is nearest to its own, as a ratio, and takes
+    the pack if it is faster by at least 5 %.
     """
 
     forward: Measured = ()
@@ -36,26 +36,26 @@ class Wins(NamedTuple):
 
 
 def near(rows: int, measured: Measured) -> float:
-    """The ratio at the nearest number of rows; infinite where nothing was measured."""
+    """The ratio at the nearest number of rows; infinite if nothing was measured."""
     if not measured or rows < 1:
         return math.inf
     return min(measured, key=lambda each: abs(math.log(each[0] / rows)))[1]
 
 
 class PackedWeight:
-    """A frozen weight with a packed copy, accepted by `lora_linear` in the weight's place.
+    """A frozen weight with a packed copy; `lora_linear` accepts it instead of the weight.
 
-    The pack is a cache: copies, pickles and state dicts hold the weight alone. Each use compares
-    the weight's storage, dtype, shape, strides and version with those that were packed, and drops a
-    pack that they contradict: after ``Module.to``, ``weight.data = other``, ``weight.add_(...)``.
-    Writes of values through ``weight.data`` change none of these, so nothing can notice them
-    cheaply: call `drop` after such a write, or `verify` to compare a checksum.
+    The pack is a cache: copies, pickles and state dicts contain the weight alone. Each use compares
+    the weight's storage, dtype, shape, strides and version with those at packing, and drops the
+    pack if they differ: after ``Module.to``, ``weight.data = other``, ``weight.add_(...)``.
+    Writing values through ``weight.data`` changes none of these, so it cannot be detected cheaply:
+    call `drop` after such a write, or `verify` to compare a checksum.
 
     Attributes:
         weight: the original tensor, never a copy.
-        transposed: the weight is kept as ``[in_features, out_features]``, as in Conv1D.
-        wins: where the pack is faster, if that was measured (`lora_ext.warmup`); otherwise it is
-            taken wherever there is one, but for a single row in float32.
+        transposed: the weight is stored as ``[in_features, out_features]``, as in Conv1D.
+        wins: where the pack is faster, if this was measured (`lora_ext.warmup`); otherwise the pack
+            is used in all cases except a single row in float32.
         reason: why there is no pack, or an empty string.
         debug: set ``PackedWeight.debug = True`` to call `verify` in every `lora_linear` call.
     """
@@ -98,11 +98,11 @@ class PackedWeight:
 
     @property
     def copies(self) -> tuple[Tensor | None, Tensor | None]:
-        """(what forward multiplies by, what backward does), in oneDNN's layout."""
+        """(operand of the forward product, operand of the backward product) in oneDNN's layout."""
         return self._packed, self._packed_t
 
     def drop(self, reason: str = "dropped") -> None:
-        """Frees the packed copies; calls go on with the plain weight."""
+        """Frees the packed copies; later calls use the plain weight."""
         self._packed = self._packed_t = self._checksum = None
         self.reason = reason
 
@@ -120,7 +120,7 @@ class PackedWeight:
             )
 
     def route(self, rows: int) -> tuple[str, str]:
-        """("packed" or "unpacked", reason) for a forward on `rows` rows."""
+        """("packed" or "unpacked", reason) for a forward with `rows` rows."""
         if not self.is_packed:
             return "unpacked", self.reason
         if self._is_changed():
@@ -141,7 +141,7 @@ class PackedWeight:
         return "packed", f"{size}, measured at {ratio:.2f} of the plain product's time"
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(weight, packed, packed transposed) for a call on x, None where plain is used."""
+        """(weight, packed, packed transposed) for a call on x; None if the plain weight is used."""
         if not self.is_packed or torch.compiler.is_compiling():
             return self.matrix, None, None
         if self._is_changed():
@@ -161,14 +161,14 @@ class PackedWeight:
         )
 
     def _is_changed(self) -> bool:
-        """Of a pack. A weight that was cast and cast back has its old address more often than not:
-        what was packed is that weight's only while the storage lives.
+        """Whether the weight differs from the one that was packed. A weight that was cast and cast
+        back often has its old address, so the packed weight is identified by its live storage.
         """
         assert self._storage is not None
         return self._storage.expired() or _identity(self.weight) != self._identity
 
     def to(self, *args, **kwargs) -> PackedWeight:
-        """The weight moved or cast by ``Tensor.to``; the pack does not travel."""
+        """The weight moved or cast by ``Tensor.to``, without the pack."""
         moved = self.weight.to(*args, **kwargs)
         if moved is self.weight:
             return self
@@ -184,7 +184,7 @@ class PackedWeight:
 
 
 class Base(NamedTuple):
-    """A layer's frozen weight as `prepack` takes it, and the bias that goes with it."""
+    """A layer's frozen weight in the form that `prepack` takes, and its bias."""
 
     weight: Tensor
     bias: Tensor | None
@@ -192,16 +192,16 @@ class Base(NamedTuple):
 
 
 class Packable:
-    """A layer that multiplies by a pack of its weight if it has one.
+    """A layer that uses a pack of its weight if it has one.
 
     Attributes:
-        packed: of the weight that the layer has; a pack of another is not used.
+        packed: the pack of the layer's weight; a pack of another weight is not used.
     """
 
     packed: PackedWeight | None = None
 
     def packable(self) -> Base | None:
-        """What may be packed; None where a pack would not be used."""
+        """The weight that can be packed; None if a pack would not be used."""
         raise NotImplementedError
 
 
@@ -211,16 +211,16 @@ def prepack(
     """Packs a frozen CPU weight in oneDNN's layout once, for all later calls of `lora_linear`.
 
     Args:
-        weight: ``[out_features, in_features]``, or if `transposed` the other way; float32 and
-            bfloat16 on the CPU are packed, all else comes back unpacked with the reason; so does
-            a weight that was made under ``torch.inference_mode``, whose changes could not be seen.
-        forward: pack what forward multiplies by.
-        backward: pack the transpose, for dX in training: a copy of its own.
-        transposed: the weight is kept as ``[in_features, out_features]``, as in transformers'
+        weight: ``[out_features, in_features]``, or the transpose if `transposed`; float32 and
+            bfloat16 on the CPU are packed, anything else is returned unpacked with the reason; so
+            is a weight made under ``torch.inference_mode``, whose changes could not be detected.
+        forward: pack the operand of the forward product.
+        backward: pack the transpose, for dX in training: a second copy.
+        transposed: the weight is stored as ``[in_features, out_features]``, as in transformers'
             Conv1D.
 
     Returns:
-        A `PackedWeight`; ``is_packed``, ``reason`` and ``nbytes`` say what was done.
+        A `PackedWeight`; ``is_packed``, ``reason`` and ``nbytes`` describe the result.
 
     Raises:
         RuntimeError: weight is not 2-D, or requires grad (only a frozen weight stays valid).
@@ -276,8 +276,8 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _identity(weight: Tensor) -> tuple[Any, ...]:
-    """What a change of the weight changes, but for a write of values through ``weight.data``."""
-    if weight.is_inference():  # an inference tensor took the place of the data
+    """Values that change with the weight, except if values are written through ``weight.data``."""
+    if weight.is_inference():  # the data was replaced by an inference tensor
         return ()
     return (
         weight.data_ptr(),
@@ -290,7 +290,7 @@ def _identity(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _checksum(weight: Tensor) -> int:
-    """Of at most about 4096 elements spread over the weight: their bits, summed with weights."""
+    """A weighted sum of the bits of at most about 4096 elements spread over the weight."""
     flat = weight.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // 4096)].contiguous()
     bits = sample.view(torch.int16 if sample.element_size() == 2 else torch.int32).to(torch.int64)

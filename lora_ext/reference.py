@@ -1,4 +1,4 @@
-"""The LoRA linear and its update written plainly in torch: what the kernels are compared with."""
+"""The LoRA linear and its update in plain torch: the reference for the kernels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +28,8 @@ def lora_linear_reference(
         x: ``[..., in_features]``; weight, lora_a, lora_b, bias, scaling: as in `lora_linear`.
         keep_mask: bool of x's flattened shape ``[M, in_features]``; None keeps everything.
         keep_scale: factor of kept elements, 1 / keep probability.
-        index: the adapter of each row of x, -1 for none, out of the sequences lora_a and lora_b,
-            with one scaling for all or one for each: a loop over the adapters.
+        index: the adapter of each row of x in the sequences lora_a and lora_b, or -1 for none;
+            with one scaling for all or one for each. It is computed by a loop over the adapters.
     """
     base = F.linear(x, weight, bias)
     return lora_update_reference(base, x, lora_a, lora_b, scaling, keep_mask, keep_scale, index)

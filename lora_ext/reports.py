@@ -1,4 +1,4 @@
-"""What a model does and trains, for print()."""
+"""Reports on how a model computes and what it trains, for print()."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class LayerPath:
         name: dotted path of the layer in the model.
         kind: its class.
         path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
-            "merged" (one product with the merged weight), "added" (the base as it is, the update by
-            `lora_update`) or "base" (no update). Of PEFT's layers also "peft" (PEFT's own forward).
-            "sharded": FSDP has the parameters in pieces; the layer decides when they are gathered.
+            "merged" (one product with the merged weight), "added" (the base's own forward, then
+            `lora_update`) or "base" (no update). For PEFT's layers also "peft" (PEFT's own
+            forward). "sharded": FSDP has sharded the parameters; the layer chooses its path when
+            they are gathered.
         reason: why.
-        workspace_bytes: of a quantised base that is dequantised for the op, the weight's size in
-            its dtype; else 0.
+        workspace_bytes: for a quantised base that is dequantised for the op, the size of the
+            dequantised weight; else 0.
     """
 
     name: str
@@ -44,9 +45,9 @@ class Explanation(list[LayerPath]):
     """A list of `LayerPath`; str() is a table, with equal layers counted on one line.
 
     Attributes:
-        workspace_bytes: what the layers with a quantised base share, one at a time: the size of the
-            largest dequantised weight. There is one such memory for each device, stream and dtype.
-        packed_bytes: of the packed copies of weights that `lora_ext.warmup` made on a CPU.
+        workspace_bytes: size of the largest dequantised weight. The layers with a quantised base
+            share this memory, one at a time; there is one for each device, stream and dtype.
+        packed_bytes: size of the packed copies of weights that `lora_ext.warmup` made on a CPU.
     """
 
     packed_bytes: int = 0
@@ -90,7 +91,7 @@ def explain(
 
 
 def explain(model, *arguments, **named):
-    """Says how layers, or one call on given tensors, are computed, and why so.
+    """Explains how layers, or one call on given tensors, are computed, and why.
 
         print(lora_ext.explain(model))                          # each layer's next forward
         print(lora_ext.explain(x, weight, lora_a, lora_b))      # one call of lora_linear
@@ -98,12 +99,12 @@ def explain(model, *arguments, **named):
     Args:
         model: a model with layers of this package or of PEFT, or one layer; or x, followed by
             weight, lora_a, lora_b and dropout_p as `lora_linear` takes them.
-        rows: with a model, rows of x (batch times sequence), which choose the kernel; None for
-            many.
+        rows: with a model, the number of rows of x (batch times sequence), which selects the
+            kernel; None for many.
 
     Returns:
         A table of layers, or a `CallPlan`: on CUDA, the kernels, their tiles, splits and workspace
-        for forward and backward, and what their check on this device has said.
+        for forward and backward, and the result of their check on this device.
     """
     if isinstance(model, Tensor):
         if len(arguments) + len(named.keys() & {"weight", "lora_a", "lora_b"}) < 3:
@@ -153,7 +154,8 @@ def _managed_by_fsdp(model: nn.Module) -> set[int]:
 
 
 def _is_in_pieces(layer: nn.Module, managed: set[int]) -> bool:
-    """As FSDP1 and ZeRO-3 leave a layer: with pieces of flat parameters, or without parameters."""
+    """Whether FSDP1 or ZeRO-3 has sharded a layer: its parameters are parts of flat ones, or it
+    has none."""
     whole = 0 if id(layer) in managed else 2
     return max((parameter.dim() for parameter in layer.parameters()), default=whole) < 2
 
@@ -163,4 +165,4 @@ def _sharded(name: str, layer: nn.Module) -> LayerPath:
     parts = [part for path, part in layer.named_modules() if path.startswith("lora_")]
     if isinstance(layer, LoRALayer) or not any(map(has_hooks, parts)):
         return LayerPath(name, kind, "sharded", "sharded now; decided anew when it is gathered")
-    return LayerPath(name, kind, PEFT, HOOKED)  # ZeRO-3's, which stay when it is whole
+    return LayerPath(name, kind, PEFT, HOOKED)  # ZeRO-3's hooks, which remain when it is gathered

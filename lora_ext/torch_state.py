@@ -1,4 +1,4 @@
-"""What torch does with the call at hand: autocast, tracing, transforms, tensors of other kinds."""
+"""The state of torch for the current call: autocast, tracing, transforms, tensor subclasses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor like any other: not a DTensor, not a quantised subclass."""
+    """Whether it is a plain tensor: not a DTensor, not a quantised subclass."""
     kind = type(tensor)
     return kind is nn.Parameter or kind is Tensor or issubclass(kind, FakeTensor)
 
 
 def is_transformed() -> bool:
-    """Whether the op would refuse this call, which needs torch's own derivatives."""
+    """Whether the op would raise an error in this call, which needs torch's own derivatives."""
     if torch.compiler.is_compiling():
         return False
     if peek_interpreter_stack() is not None:
@@ -27,18 +27,18 @@ def is_transformed() -> bool:
 
 
 def is_onnx_export() -> bool:
-    """Whether torch.onnx.export, which has no operator for the op, is tracing."""
-    # The question about ONNX itself costs microseconds; either exporter traces in one of two ways.
+    """Whether torch.onnx.export is tracing; ONNX has no operator for the op."""
+    # torch's own check for ONNX costs microseconds; each exporter traces in one of two ways.
     return is_traced() and torch.onnx.is_in_onnx_export()
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace records what is called."""
+    """Whether torch.compile, torch.export or torch.jit.trace is tracing the call."""
     return _is_compiling() or _tracing_state() is not None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """x's dtype, or that to which autocast will bring it."""
+    """x's dtype, or the dtype to which autocast will cast it."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
 
 

@@ -1,5 +1,5 @@
-// The base's part of a result: x W^T + bias and dY W, plain or on a packed weight; or a given y,
-// from which x has no gradient.
+// The base's part of a result: x W^T + bias and dY W, with a plain or a packed weight; or a given
+// y, which contributes nothing to the gradient of x.
 #pragma once
 
 #include "common/call.h"
@@ -11,7 +11,7 @@ at::Tensor base_forward(const at::Tensor& x, const Base& base);
 // [M, K] of dY [M, N], a fresh tensor of x's dtype
 at::Tensor base_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
-// Of a weight, onto what the low-rank part has written; a bias is there already.
+// Adds the base product of a weight onto the low-rank part, which already includes the bias.
 void add_base_forward(at::Tensor& y, const at::Tensor& x, const Base& base);
 void add_base_backward(at::Tensor& dx, const at::Tensor& grad, const Base& base);
 

@@ -8,8 +8,8 @@
 // drop(X) = keep_scale * mask * X, with the mask of philox.h. S keeps keep_scale, not s.
 // M rows, K = in features, N = out features, r = rank.
 //
-// Of many adapters each row m has its own A, B and s, those of adapter g = index[m], or none; dA_g
-// and dB_g are sums over the rows of g alone, in the rows' order.
+// With many adapters each row m has the A, B and s of adapter g = index[m], or no update; dA_g and
+// dB_g are sums over the rows of g only, in the order of the rows.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,7 +27,7 @@ namespace lora_ext {
 struct DropoutArgs {
   double p = 0.0;
   std::optional<at::Tensor> seed{};  // int64, one element, on x's device
-  c10::SymInt row_offset = 0;        // symbols where shapes are, numbers for the routes
+  c10::SymInt row_offset = 0;        // symbolic if shapes are symbolic; a number in the routes
   c10::SymInt col_offset = 0;
 
   bool enabled() const { return p > 0.0 && keep_count() < philox::kKeepOne; }
@@ -37,16 +37,16 @@ struct DropoutArgs {
   int64_t first_col() const { return col_offset.expect_int(); }
 };
 
-// The frozen part of a layer: x W^T + bias of a weight, or the y that any other module returned.
+// The frozen part of a layer: x W^T + bias with a weight, or a y that another module returned.
 struct Base {
-  at::Tensor weight{};                   // [N, K], of x's dtype unless it is cast
-  std::optional<at::Tensor> bias{};      // [N], of x's dtype, or float32
-  bool cast_weight = false;              // weight and bias are of any dtype, and rounded to x's
-  std::optional<at::Tensor> packed{};    // oneDNN's layout of weight, for a forward
-  std::optional<at::Tensor> packed_t{};  // and of weight^T, for a backward
-  // y and dx in blocks of so many rows, whatever the number of all; 0: in one.
+  at::Tensor weight{};                   // [N, K], in x's dtype unless cast_weight is set
+  std::optional<at::Tensor> bias{};      // [N], in x's dtype or float32
+  bool cast_weight = false;              // weight and bias have any dtype and are rounded to x's
+  std::optional<at::Tensor> packed{};    // weight in oneDNN's layout, for a forward
+  std::optional<at::Tensor> packed_t{};  // weight^T in oneDNN's layout, for a backward
+  // y and dx are computed in blocks of this number of rows; 0: in one block.
   int64_t row_block = 0;
-  at::Tensor y{};  // given in place of a weight: [M, N], last stride 1, of any dtype; in a forward
+  at::Tensor y{};  // given instead of a weight, in a forward: [M, N], last stride 1, any dtype
 
   static Base given(at::Tensor y = {}) {
     Base base;
@@ -58,26 +58,26 @@ struct Base {
   const char* op() const { return is_given() ? "lora_update" : "lora_linear"; }
 };
 
-// Which adapter each row has, and how its update is scaled, where a call has many adapters.
+// In a call with many adapters: which adapter each row has, and the scaling of each adapter.
 struct Grouping {
   at::Tensor scaling;                 // [G], float32
-  std::optional<at::Tensor> index{};  // int32, one for each row: an adapter, or -1 for none; or
+  std::optional<at::Tensor> index{};  // int32, for each row: an adapter, or -1 for none; or
   std::optional<at::Tensor> offs{};   // [G], int32: adapter g has the rows from offs[g - 1] on
-  std::optional<at::Tensor> ranks{};  // [G], int32, of a pool; 0 where a slot is free
+  std::optional<at::Tensor> ranks{};  // [G], int32, for a pool; 0 for a free slot
 };
 
-// Most calls have one adapter, whose list needs no memory of its own.
+// Most calls have one adapter: its list needs no allocation.
 using Factors = c10::SmallVector<at::Tensor, 1>;
 using Wishes = c10::SmallVector<bool, 1>;
 
 // The trained part: scaling * (drop(x) lora_a^T) lora_b^T. One adapter, for all rows, has one
 // matrix in each list.
 struct Update {
-  // [r, K] and [N, r] for each adapter; or a pool of many: one [G, r, K] and one [G, N, r].
+  // [r, K] and [N, r] for each adapter; or a pool: one tensor [G, r, K] and one [G, N, r].
   Factors lora_a, lora_b;
-  double scaling = 1.0;  // of one adapter
+  double scaling = 1.0;  // with one adapter
   DropoutArgs dropout{};
-  std::optional<Grouping> grouping{};  // of many
+  std::optional<Grouping> grouping{};  // with many adapters
 
   static Update one(at::Tensor lora_a, at::Tensor lora_b, double scaling,
                     DropoutArgs dropout = {}) {
@@ -85,7 +85,7 @@ struct Update {
   }
 
   bool is_one() const { return !grouping; }
-  // Of one adapter.
+  // For calls with one adapter.
   const at::Tensor& a() const { return lora_a[0]; }
   const at::Tensor& b() const { return lora_b[0]; }
 
@@ -94,8 +94,8 @@ struct Update {
     return is_pool() ? lora_a[0].sym_size(0) : c10::SymInt(static_cast<int64_t>(lora_a.size()));
   }
   int64_t adapters() const { return sym_adapters().expect_int(); }
-  // The rank, of many adapters the largest, for which S has room in every row. It takes a look at
-  // every adapter of a list.
+  // The rank; with many adapters the largest rank, which is the number of columns of S. It loops
+  // over every adapter of a list.
   c10::SymInt sym_rank() const {
     if (is_pool()) return lora_a[0].sym_size(1);
     c10::SymInt most = lora_a[0].sym_size(0);
@@ -121,11 +121,11 @@ struct ForwardArgs {
   at::ScalarType y_dtype() const { return (base.is_given() ? base.y : x).scalar_type(); }
 };
 
-// Which gradients a backward is asked for.
+// The gradients that a backward is to compute.
 struct Wanted {
   bool dx = true;
-  Wishes dlora_a, dlora_b;  // for each tensor of these
-  bool dbias = false;       // a sum that the op itself makes
+  Wishes dlora_a, dlora_b;  // for each tensor of lora_a and lora_b
+  bool dbias = false;       // computed by the op, not by the route
 
   static Wanted one(bool dx, bool a, bool b) { return {dx, Wishes{a}, Wishes{b}}; }
   bool any_a() const { return std::find(dlora_a.begin(), dlora_a.end(), true) != dlora_a.end(); }
@@ -138,26 +138,26 @@ struct BackwardArgs {
   at::Tensor x;     // [M, K], last stride 1
   Base base;
   Update update;
-  at::Tensor s;  // what the forward gave
+  at::Tensor s;  // S of the forward
   Wanted wanted;
 
-  // Of one adapter.
+  // For calls with one adapter.
   bool need_dlora_a() const { return wanted.dlora_a[0]; }
   bool need_dlora_b() const { return wanted.dlora_b[0]; }
 };
 
 struct Forward {
   at::Tensor y;  // [M, N]
-  // [M, r], accumulation dtype; of any dtype where it is not needed. Of many adapters each row has
-  // as many columns as its adapter has ranks; the rest is not written.
+  // [M, r], accumulation dtype; any dtype if it is not needed. With many adapters each row has as
+  // many columns as the rank of its adapter; the rest is not written.
   at::Tensor s;
 };
 
 struct Backward {
   at::Tensor dx;             // [M, K], undefined when not needed
-  Factors dlora_a, dlora_b;  // of each that wants one, else undefined
+  Factors dlora_a, dlora_b;  // those that are requested; the others are undefined
 
-  // To be filled for one adapter.
+  // An empty result for one adapter.
   static Backward one() { return {{}, Factors{at::Tensor()}, Factors{at::Tensor()}}; }
   at::Tensor& da() { return dlora_a[0]; }
   at::Tensor& db() { return dlora_b[0]; }
@@ -165,7 +165,7 @@ struct Backward {
 
 inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
-// The dtype in which S is kept and sums are made: float for half types, else the type itself.
+// The dtype of S and of sums: float for half types, else the type itself.
 inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {
   return is_half(dtype) ? at::kFloat : dtype;
 }

@@ -7,9 +7,9 @@
 //     key     = (seed_lo, seed_hi)
 //     draw    = 16-bit half (col % 2) of word (col % 32) / 8
 //
-// In a run of 32 columns, word j of the four calls holds columns 8j .. 8j+7 in order, which is
-// how mma fragments and vector registers hold them too. Rounds 1 and 2 split into a part of the
-// row and a part of the column, so vector code computes each once (see cpu/simd_dropout.h).
+// In 32 consecutive columns, word j of the four calls holds columns 8j .. 8j+7 in order, as mma
+// fragments and vector registers do. Rounds 1 and 2 split into a part that depends on the row and a
+// part that depends on the column, so vector code computes each once (see cpu/simd_dropout.h).
 //
 // Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Seven rounds are
 // the fewest that pass BigCrush there.
@@ -64,7 +64,7 @@ inline uint32_t keep_count_of(double dropout_p) {
   return count < 1.0 ? 1u : static_cast<uint32_t>(count);
 }
 
-// The inverted-dropout scale of the probability that is really used.
+// The scale of inverted dropout for the rounded probability, which is the one that is used.
 inline double keep_scale_of(uint32_t keep_count) {
   return static_cast<double>(kKeepOne) / keep_count;
 }

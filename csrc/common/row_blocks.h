@@ -1,4 +1,4 @@
-// Passes over rows that make temporaries of a few rows at a time.
+// Loops over blocks of rows, so that temporaries have a few rows only.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,9 @@
 
 namespace lora_ext {
 
-// Rows whose copy in `dtype` stays under a bound, but at least 16. On the CPU 2 MiB, which stays in
-// a core's cache. Elsewhere 256 MiB, so that most calls are one block.
+// The number of rows whose copy in `dtype` stays below a bound, but at least 16. The bound is 2 MiB
+// on the CPU, which stays in a core's cache, and 256 MiB elsewhere, so that most calls are one
+// block.
 inline int64_t rows_of_block(int64_t columns, at::ScalarType dtype, at::DeviceType device) {
   const int64_t bytes = device == at::kCPU ? int64_t{1} << 21 : kWideBlockBytes;
   const int64_t row_bytes =
@@ -19,7 +20,7 @@ inline int64_t rows_of_block(int64_t columns, at::ScalarType dtype, at::DeviceTy
   return std::max<int64_t>(16, bytes / row_bytes);
 }
 
-// Calls visit(first_row, row_count) over blocks of the rows of x, whose temporaries have so many
+// Calls visit(first_row, row_count) for blocks of the rows of x. The temporaries have `columns`
 // columns in `dtype`.
 template <class Visit>
 void for_row_blocks(const at::Tensor& x, int64_t columns, at::ScalarType dtype,

@@ -13,7 +13,7 @@ at::Tensor on_host(const at::Tensor& numbers) {
   return numbers.reshape({-1}).to(at::kCPU).contiguous();
 }
 
-// Of each adapter.
+// The ranks of the adapters.
 std::vector<int64_t> ranks_of(const char* op, const Update& update) {
   const int64_t adapters = update.adapters(), most = update.rank();
   std::vector<int64_t> ranks(static_cast<size_t>(adapters), most);
@@ -31,7 +31,7 @@ std::vector<int64_t> ranks_of(const char* op, const Update& update) {
   return ranks;
 }
 
-// begins[g]: of adapter g among the sorted rows; one more for the end.
+// begins[g]: the first of the sorted rows that has adapter g; the last element is the end.
 std::vector<int64_t> sort_by_index(const char* op, const int32_t* index, int64_t rows,
                                    int64_t adapters, std::vector<int32_t>& order) {
   std::vector<int64_t> begins(static_cast<size_t>(adapters) + 1, 0);

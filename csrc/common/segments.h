@@ -1,4 +1,4 @@
-// The rows of a call by adapter, on the host: those of one adapter form a segment.
+// The rows of a call sorted by adapter, on the host: the rows of one adapter form a segment.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,15 @@ struct Segment {
   int64_t rank;
 };
 
-// Segments in the order of adapters; without those that have no rows, and without rows that have no
-// adapter. `order` says which row each sorted row is; the rows of one segment ascend.
+// Segments in the order of adapters. Adapters without rows have no segment; rows without an adapter
+// are in none. `order` maps each sorted row to the row of the call; within a segment they ascend.
 struct Segments {
   std::vector<Segment> list;
   std::vector<int32_t> order;
 };
 
-// Reads index, offs and ranks, which on a GPU waits for the device. Throws where one of them names
-// an adapter, a row or a rank that does not exist. `op` is the Python function's name.
+// Reads index, offs and ranks; on a GPU this waits for the device. Throws if one of them names an
+// adapter, a row or a rank that does not exist. `op` is the name of the Python function.
 Segments segments_of(const char* op, const Update& update, int64_t rows);
 
 }  // namespace lora_ext

@@ -19,9 +19,9 @@
 namespace lora_ext::cpu {
 namespace {
 
-// Packing the adapters costs rank * (K + N) whatever the rows. Up to these rows it costs more than
-// the passes save, and the factors are read as they lie. Measured at K = N = 1024 and 4096 with 1
-// and 16 rows, ranks 16 and 64.
+// Packing the adapters costs rank * (K + N), independent of the rows. Up to these numbers of rows
+// it costs more than the passes save, so the factors are read in their original layout. Measured at
+// K = N = 1024 and 4096 with 1 and 16 rows, ranks 16 and 64.
 constexpr int64_t kFewForwardRows = 16;
 constexpr int64_t kFewBackwardRows = 7;
 constexpr int64_t kFewRowsOfHighRank = 32;
@@ -34,7 +34,7 @@ at::Tensor packed(const AdapterView& view, Bytes bytes, Pack pack) {
   return panel;
 }
 
-// Calls run(range) over [0, size) in granules; small jobs stay on one thread.
+// Calls run(range) over [0, size) in granules; little work stays on one thread.
 template <class Run>
 void parallel_ranges(int64_t size, int64_t granule, int64_t work_per_item, const Run& run) {
   constexpr int64_t kMinWork = 1 << 18;  // multiply-adds worth a thread's start, about 5 us
@@ -67,7 +67,7 @@ at::Tensor shrink(const SkinnyKernels& kernels, const at::Tensor& p, const Adapt
   return t;
 }
 
-// T in the layout that a pass reads: t itself, or packed over threads.
+// T in the layout that a pass reads: t itself, or packed by several threads.
 at::Tensor packed_t(const TLayout& layout, const at::Tensor& t, bool u_is_half) {
   if (layout.bytes == nullptr) return t;
   const int64_t rows = t.size(0), rank = t.size(1);
@@ -101,7 +101,7 @@ void expand(const SkinnyKernels& kernels, at::Tensor& y, const at::Tensor& t,
                   [&](Range range) { kernels.expand(args, range); });
 }
 
-// g(j, c) = scale * sum_m t[m, j] drop(p)[m, c], and the expand over the same columns if given.
+// g(j, c) = scale * sum_m t[m, j] drop(p)[m, c], and, if given, the expand over the same columns.
 void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& t, at::Tensor& g,
            int64_t rank_dim, double scale, const Dropout& dropout, const ExpandArgs& expand) {
   const int64_t rank = t.size(1);
@@ -111,8 +111,8 @@ void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& 
                   [&](Range range) { kernels.wgrad(args, expand, range); });
 }
 
-// Why the library computes a call; passes over bfloat16 read no float16 adapters, which come with
-// them only where x and y are of two half types.
+// Why the library computes a call, or "". Passes over bfloat16 cannot read float16 adapters, which
+// occur with them only if x and y have different half types.
 std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank) {
   if (x == at::kDouble || y == at::kDouble) return "float64 takes the library route";
   if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";

@@ -1,4 +1,4 @@
-// The LoRA linear on the CPU: the base GEMM of the library, the low-rank part in vector code.
+// The LoRA linear on the CPU: the base GEMM by the library, the low-rank part in vector code.
 #pragma once
 
 #include <optional>
@@ -8,10 +8,10 @@
 
 namespace lora_ext::cpu {
 
-// Why a call takes the library route, or an empty string when the vector kernels take it.
+// Why a call takes the library route, or "" if the vector kernels compute it.
 std::string library_reason(at::ScalarType x, int64_t rank);
 
-// nullopt where the library takes the call.
+// nullopt if the library computes the call.
 std::optional<Forward> forward(const ForwardArgs& args);
 std::optional<Backward> backward(const BackwardArgs& args);
 

@@ -1,5 +1,5 @@
-// A row of B at a time, for all experts: it is some KB without a gap, and stays in the cache while
-// one expert after the other picks its numbers, or puts them there.
+// Processes one row of B at a time, for all experts: a row is some KB of contiguous memory, and
+// stays in the cache while the numbers of one expert after the other are copied from it or to it.
 #include "cpu/expert_pools.h"
 
 #include <ATen/Parallel.h>
@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // numbers worth a thread's start
 
-// Calls run(b's number, the pool's) for each number of some experts, which are of `Bits`.
+// Calls run(number in b, number in the pool) for each number of the experts `hit`. Bits is an
+// unsigned integer of the element's size.
 template <class Bits, class Run>
 void for_numbers(void* b, const at::Tensor& hit, int64_t experts, void* pool, int64_t rows,
                  int64_t rank, const Run& run) {
@@ -32,7 +33,7 @@ void for_numbers(void* b, const at::Tensor& hit, int64_t experts, void* pool, in
   });
 }
 
-// The same of b, which begins at `first`.
+// The same for a tensor b whose memory begins at `first`.
 template <class Run>
 void for_numbers_of(const at::Tensor& b, void* first, const at::Tensor& hit, int64_t experts,
                     void* pool, const Run& run) {

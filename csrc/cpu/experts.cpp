@@ -1,7 +1,7 @@
-// First the products with W and A, pieces of an expert's columns each; then y, a range of columns
-// of all experts at a time: a column of B's experts is some KB of memory without a gap, though each
-// expert has but one number in some hundred bytes of it. No sum is split, so that results do not
-// depend on threads.
+// First the products with W and A, in pieces of some columns of one expert; then y, where a thread
+// takes a range of columns for all experts: one column of B for all experts is some KB of
+// contiguous memory, although each expert has only one number in some hundred bytes of it. No sum
+// is split, so results do not depend on the number of threads.
 #include "cpu/experts.h"
 
 #include <ATen/ops/empty.h>
@@ -16,12 +16,12 @@ namespace {
 constexpr int64_t kPieceColumns = 256, kMostRows = 4;
 constexpr int64_t kLine = 64;          // bytes
 constexpr int64_t kPrefetched = 2048;  // bytes ahead
-// Reading a factor takes as long as the products of so many rows.
+// Reading a factor takes as long as the products of this number of rows.
 constexpr int64_t kFactorRows = 3;
 
-// The product of some rows with some ranks of a factor, or columns of a weight.
+// The product of some rows with some ranks of a factor, or with some columns of a weight.
 struct Product {
-  Range rows;        // of one expert, at most kMostRows
+  Range rows;        // of one expert; at most kMostRows
   AdapterView view;  // at most kPieceColumns ranks
   float* to;
   int64_t pitch;
@@ -109,7 +109,7 @@ class FewRows {
     }
   }
 
-  // Y in its dtype, for a range of columns.
+  // Writes Y in its dtype, for a range of columns.
   template <class Value>
   void finish(Range columns) const {
     const int64_t rows = args_.rows(), width = y_.size(1);
@@ -149,7 +149,7 @@ class FewRows {
     float scaling;
     std::vector<float> s;        // [rank, M]
     std::vector<float> sums;     // [M]
-    std::vector<int64_t> lines;  // of a rank's numbers of one column, an expert in each line used
+    std::vector<int64_t> lines;  // one expert for each cache line that is read
   };
 
   Adapter adapter(size_t i, int64_t first) const {

@@ -1,5 +1,5 @@
-// A factor of one adapter as a thread's passes read it: packed once for the pieces of a segment
-// that follow one another, or as it lies where the segment has few rows.
+// A factor of one adapter for the passes of one thread: packed once for consecutive pieces of a
+// segment, or in its original layout if the segment has few rows.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -9,7 +9,7 @@
 
 namespace lora_ext::cpu {
 
-// Memory of one thread, as large as what was last packed into it needs.
+// Memory of one thread, which grows to the size that is asked for.
 class Scratch {
  public:
   void* of(int64_t bytes) {
@@ -35,7 +35,7 @@ class Factor {
     pack_expand();
   }
 
-  // Some columns of a factor, for the expand that goes with wgrad: packed, and each time.
+  // Some columns of a factor, for the expand together with wgrad: packed in every call.
   void for_columns(const AdapterView& view, const SkinnyKernels& kernels) {
     kernels_ = &kernels, view_ = view, few_ = false, packed_ = nullptr;
     pack_expand();

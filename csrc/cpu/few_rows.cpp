@@ -1,5 +1,5 @@
-// Work is split over rows, and of one row over the ranks of S; over the columns of Y. No sum is
-// split, so that results do not depend on threads.
+// S is split over rows, or with one row over ranks; Y is split over columns. No sum is split, so
+// results do not depend on the number of threads.
 #include "cpu/few_rows.h"
 
 #include <ATen/ops/empty.h>
@@ -13,10 +13,10 @@ namespace lora_ext::cpu {
 namespace {
 
 constexpr int64_t kRankGranule = 16, kColumnGranule = 128;
-// Reading a factor takes as long as the products of so many rows.
+// Reading a factor takes as long as the products of this number of rows.
 constexpr int64_t kReadRows = 3;
 
-// Calls run(range) over [0, size) in granules, over as many threads as the work is worth.
+// Calls run(range) over [0, size) in granules, on as many threads as the work is worth.
 template <class Run>
 void in_granules(int64_t size, int64_t granule, int64_t work, const Run& run) {
   const int64_t granules = (size + granule - 1) / granule;
@@ -78,13 +78,13 @@ void expand_few(const SkinnyKernels& kernels, const at::Tensor& y, const at::Ten
   });
 }
 
-// scale * t^T drop(p), of a factor's sizes and dtype; rank_dim is where its rank is.
+// scale * t^T drop(p), with the sizes and dtype of `factor`; rank_dim is its dimension of the rank.
 at::Tensor wgrad_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& t,
                         const at::Tensor& factor, int64_t rank_dim, double scale,
                         const Dropout& dropout) {
   at::Tensor g = at::empty(factor.sizes(), factor.options());
   const WgradArgs args = wgrad_args(p, t.const_data_ptr(), g, rank_dim, scale, dropout);
-  // It reads little and writes a factor.
+  // It reads little and writes a whole factor.
   const int64_t work = (p.size(0) + kReadRows) * t.size(1) * p.size(1);
   in_granules(p.size(1), kernels.col_granule, work,
               [&](Range columns) { kernels.wgrad(args, ExpandArgs{}, columns); });
@@ -98,7 +98,7 @@ bool lie_for_few_rows(const Update& update) {
   return (a.col_pitch == 1 || a.rank_pitch == 1) && b.rank_pitch == 1;
 }
 
-// Vectors for bfloat16, too: an AMX tile has 32 rows.
+// Vector code also for bfloat16: an AMX tile has 32 rows.
 Forward forward_few_rows(const ForwardArgs& args) {
   const SkinnyKernels& kernels = *kernels_for_few_rows();
   const Update& update = args.update;

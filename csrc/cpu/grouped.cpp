@@ -1,4 +1,4 @@
-// Spreads the skinny passes over segments, the rows of one adapter each, and over threads:
+// Distributes the skinny passes over segments (the rows of one adapter each) and over threads:
 //
 //     forward   Y = X W^T + bias (library)   for each piece of rows: S = shrink(X, A_g),
 //                                            Y += s_g S B_g^T
@@ -6,8 +6,8 @@
 //                                            for each piece of columns: dB_g = wgrad(dY, S), and
 //                                            dA_g = wgrad(X, dS) with dX += mask * (dS A_g)
 //
-// A thread packs an adapter's factors once for the pieces that follow one another, in memory of its
-// own: nothing is kept for all adapters at a time. A piece of columns is a problem of its own, with
+// A thread packs an adapter's factors once for consecutive pieces, into its own memory: packed
+// factors of all adapters never exist at a time. A piece of columns is a separate problem, with
 // every pointer moved to its first column.
 #include "cpu/grouped.h"
 
@@ -32,7 +32,7 @@ int64_t work_of(const std::vector<Piece>& pieces) {
   return work;
 }
 
-// What a thread keeps from piece to piece.
+// What a thread keeps for the next piece.
 struct Thread {
   Factor a, b;
   Scratch s, t, expand_t;
@@ -64,7 +64,7 @@ ShrinkArgs shrink_args(const at::Tensor& p, const Groups::Rows& rows, const Fact
           rows.index};
 }
 
-// Y += scale * mask * (T U) for rows of Y, from a column on.
+// Y += scale * mask * (T U) for rows of Y, from `column` on.
 ExpandArgs expand_args(const at::Tensor& y, const Groups::Rows& rows, int64_t column,
                        const Factor& u, float scale, const void* t, const Dropout& dropout) {
   return {at_element(y, rows.first, column),
@@ -80,14 +80,14 @@ ExpandArgs expand_args(const at::Tensor& y, const Groups::Rows& rows, int64_t co
           rows.index};
 }
 
-// Whether the vector kernels compute the call: they have no float64 and read no float16 factors
-// where x and y are of two half types.
+// Whether the vector kernels can compute the call: they do not support float64, nor float16 factors
+// if x and y have different half types.
 bool has_passes(at::ScalarType x, at::ScalarType y) {
   const bool two_halves = is_half(y) && is_half(x) && x != y;
   return x != at::kDouble && y != at::kDouble && !two_halves && kernels_for(dtype_of(x)) != nullptr;
 }
 
-// A gradient's place among those of a list, or in that of a pool.
+// The gradients of lora_a or of lora_b: a list of tensors, or one tensor for a pool.
 class Gradient {
  public:
   Gradient(const Update& update, at::TensorList factors, const Wishes& wanted, int64_t rank_dim,
@@ -106,7 +106,7 @@ class Gradient {
 
   bool wants(const Segment& segment) const { return of(segment).defined(); }
 
-  // G of wgrad for columns from `column` on.
+  // Sets wgrad's result G to the gradient of a segment's adapter, from `column` on.
   void to(WgradArgs& args, const Segment& segment, int64_t column) const {
     const at::Tensor& g = of(segment);
     const int64_t dim = pool_ ? rank_dim_ + 1 : rank_dim_;
@@ -198,7 +198,7 @@ class BackwardPass {
     });
   }
 
-  // S of a segment as wgrad takes it; gathered, if need be, by each piece of columns that needs it.
+  // S of a segment in wgrad's layout; if it must be gathered, each piece of columns does so itself.
   const float* s_of(const Segment& segment, Thread& own) const {
     const Range rows{0, segment.count};
     if (const float* in_place = groups_.s_in_place(args_.s, segment, rows)) return in_place;

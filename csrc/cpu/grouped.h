@@ -1,5 +1,5 @@
-// Many adapters on the CPU: the base GEMM of the library over all rows, the low-rank part of each
-// adapter in vector code over its own.
+// Many adapters on the CPU: the base GEMM by the library over all rows, the low-rank part of each
+// adapter in vector code over the adapter's rows.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace lora_ext::cpu {
 
-// nullopt where the library takes the call.
+// nullopt if the library computes the call.
 std::optional<Forward> forward_grouped(const ForwardArgs& args);
 std::optional<Backward> backward_grouped(const BackwardArgs& args);
 

@@ -11,12 +11,13 @@ namespace lora_ext::cpu {
 namespace {
 
 constexpr int64_t kPieceRows = 96;     // whole blocks of every instruction set's shrink
-constexpr int64_t kColumnBlock = 128;  // of wgrad
-constexpr int64_t kPackRows = 4;       // packing a factor takes as long as so many rows do
+constexpr int64_t kColumnBlock = 128;  // wgrad's block of columns
+constexpr int64_t kPackRows = 4;       // packing a factor takes as long as this number of rows
 
-// From so many rows of one adapter on it has AMX tiles: up to 32 the vector code reads a factor as
-// it lies. With tiles from 16 on, 16 rows for each of 8 adapters at K = N = 2048 took 1.46 times
-// the merged layer and a step 1.70 times the frozen one, in vectors 1.32 and 1.40.
+// AMX tiles are used from this number of rows of one adapter on; up to 32 rows the vector code
+// reads a factor in its original layout. With tiles from 16 rows on, 16 rows for each of 8 adapters
+// at K = N = 2048 took 1.46 times the merged layer and a training step 1.70 times the frozen one;
+// with vector code 1.32 and 1.40.
 constexpr int64_t kTileRows = 33;
 
 }  // namespace

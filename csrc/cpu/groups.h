@@ -1,5 +1,5 @@
-// A call of many adapters as the skinny passes take it: the rows, factors and sums of each segment,
-// and how the work is cut into pieces for threads.
+// A call with many adapters, prepared for the skinny passes: the rows, factors and sums of each
+// segment, and how the work is cut into pieces for threads.
 #pragma once
 
 #include <vector>
@@ -24,21 +24,22 @@ class Groups {
   AdapterView a(const Segment& segment) const { return view(update_.lora_a, 0, segment); }
   AdapterView b(const Segment& segment) const { return view(update_.lora_b, 1, segment); }
 
-  // Some rows of a segment: where the first is, if they lie together, else where each is.
+  // Some rows of a segment: the first one if they are contiguous, else the index of each.
   struct Rows {
     int64_t first;
     RowIndex index;
   };
   Rows rows_of(const Segment& segment, Range range) const;
-  // The mask for those rows, from a column on.
+  // The mask for those rows, from `column` on.
   Dropout dropout_at(const Rows& rows, int64_t column) const;
 
-  // S and dS, [rows, rank] of a segment as the passes take them. dS, which is nobody else's, lies
-  // so; S has each row where it is in x, [M, max rank], and a segment's may lie so by chance.
+  // The passes take S and dS of a segment as dense [rows, rank]. dS, a temporary, is stored this
+  // way. S is [M, max rank] with the rows in the order of x, so a segment's part may or may not be
+  // dense.
   static float* ds_of(const at::Tensor& ds, const Segment& segment, int64_t row) {
     return ds.mutable_data_ptr<float>() + segment.begin * ds.size(1) + row * segment.rank;
   }
-  // Where the passes may use S itself; else null.
+  // The address in S if the passes can use it in place; else nullptr.
   float* s_in_place(const at::Tensor& s, const Segment& segment, Range rows) const;
   void scatter_s(const at::Tensor& s, const Segment& segment, Range rows, const float* from) const;
   void gather_s(const at::Tensor& s, const Segment& segment, Range rows, float* to) const;
@@ -60,17 +61,18 @@ struct RowPiece {
   Range rows;
   int64_t work;
 };
-// Of all segments, whose work in a row is `columns` times the rank.
+// The pieces of all segments; the work for one row is `columns` times the rank.
 std::vector<RowPiece> pieces_of_rows(const Groups& groups, int64_t columns);
 
-// Columns of one product of a segment: of dB over dY, or of dA over X with the expand onto dX.
+// Columns of one product of a segment: of dB, a product with dY, or of dA, a product with X,
+// together with the expand onto dX.
 struct ColumnPiece {
   const Segment* segment;
   bool over_x;
   Range columns;
   int64_t work;
 };
-// total: the work of all segments' columns.
+// total: the work for the columns of all segments.
 void add_columns(std::vector<ColumnPiece>& pieces, const Segment& segment, bool over_x,
                  int64_t columns, int64_t total);
 int64_t work_of_column(const Segment& segment);

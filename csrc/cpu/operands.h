@@ -1,4 +1,4 @@
-// A call's operands as the skinny passes of cpu/skinny.h take them.
+// Converts the operands of a call to those of the skinny passes in cpu/skinny.h.
 #pragma once
 
 #include "common/call.h"
@@ -27,14 +27,14 @@ inline double keep_scale_of(const DropoutArgs& args) {
   return args.enabled() ? args.keep_scale() : 1.0;
 }
 
-// [rank, cols] as the kernels see it: lora_a directly, lora_b transposed.
+// A factor as [rank, cols] for the kernels: lora_a directly, lora_b transposed.
 inline AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
   return {adapter.const_data_ptr(), dtype_of(adapter.scalar_type()),
           adapter.stride(rank_dim), adapter.stride(1 - rank_dim),
           adapter.size(rank_dim),   adapter.size(1 - rank_dim)};
 }
 
-// Some ranks and columns of a factor, as a factor of its own.
+// A view of some ranks and columns of a factor.
 inline AdapterView part_of(AdapterView view, const Range& ranks, const Range& cols) {
   const int64_t size = view.dtype == Dtype::kFloat32 ? 4 : 2;
   view.data = static_cast<const char*>(view.data) +
@@ -43,7 +43,7 @@ inline AdapterView part_of(AdapterView view, const Range& ranks, const Range& co
   return view;
 }
 
-// g = scale * t^T drop(p), of a factor whose rank is in rank_dim; t as the pass reads it.
+// g = scale * t^T drop(p); rank_dim is g's dimension of the rank, t is in the layout of the pass.
 inline WgradArgs wgrad_args(const at::Tensor& p, const void* t, const at::Tensor& g,
                             int64_t rank_dim, double scale, const Dropout& dropout) {
   return {p.const_data_ptr(),

@@ -1,4 +1,4 @@
-// Pieces of unequal work over threads.
+// Distributes pieces of unequal work over threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,14 +9,14 @@
 
 namespace lora_ext::cpu {
 
-// Threads that a sum of work, in multiply-adds, is worth.
+// The number of threads that an amount of work, in multiply-adds, is worth.
 inline int64_t threads_for(int64_t work) {
   constexpr int64_t kMinWork = 1 << 18;  // what a thread's start costs, about 5 us
   return std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
 }
 
-// Calls run(thread, piece) for every piece, in each thread those that follow one another: a piece
-// has a `work`. With whom a piece runs decides nothing about its result.
+// Calls run(thread, piece) for every piece; each thread runs consecutive pieces. A piece has a
+// field `work`. The result of a piece does not depend on the thread that runs it.
 template <class Piece, class Run>
 void run_pieces(const std::vector<Piece>& pieces, int64_t threads, const Run& run) {
   int64_t total = 0;
@@ -25,7 +25,7 @@ void run_pieces(const std::vector<Piece>& pieces, int64_t threads, const Run& ru
   firsts[0] = 0;
   int64_t before = 0, thread = 1;
   for (size_t i = 0; i < pieces.size(); ++i) {
-    // A piece goes to the thread in whose share its middle lies.
+    // A piece goes to the thread whose share of the work contains the middle of the piece.
     while (thread < threads && 2 * before + pieces[i].work > 2 * (total / threads) * thread) {
       firsts[static_cast<size_t>(thread++)] = i;
     }

@@ -1,4 +1,4 @@
-// Autocast: x goes to the autocast dtype. The adapters keep their dtype unless they are float64,
+// Autocast: x is cast to the autocast dtype. The adapters keep their dtype unless they are float64,
 // so that float32 adapters are never rounded to half. The weight is not cast here: the op casts it
 // inside forward and again inside backward, so that no cast copy is saved. A given y keeps its
 // dtype, which is the result's.

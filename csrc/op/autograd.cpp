@@ -1,10 +1,11 @@
 // The torch autograd Function of lora_ext::lora and lora_ext::lora_grouped.
 //
-// Saved for backward: x, S [M, r], the seed (8 bytes) and references to weight, lora_a, lora_b, and
-// of many adapters to scaling, index or offs and ranks. Never saved: a mask, a copy of x, of the
-// weight, of y or of the output. Backward asks only for the gradients that are needed; the weight
-// is frozen and has none, and a given y has that of the output. A factor without rows has a
-// gradient of zeros, as with grouped_mm: which ones those are, only the device knows.
+// Saved for backward: x, S [M, r], the seed (8 bytes) and references to weight, lora_a and lora_b;
+// with many adapters also to scaling, index or offs, and ranks. Never saved: a mask, or a copy of
+// x, of the weight, of y or of the output. Backward computes only the gradients that are needed;
+// the weight is frozen and has none, and the gradient of a given y is that of the output. A factor
+// without rows has a gradient of zeros, as with grouped_mm: which factors these are is known only
+// on the device.
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -34,9 +35,9 @@ bool any_input(const at::Tensor& x, const Base& base, const Update& update, cons
          (base.bias && holds(*base.bias));
 }
 
-// The pack of a base's transpose, for its backward, and the storage whose pack it is: loaded only
-// if the weight still has its values there. An address would not do, which another storage may have
-// by then.
+// Saves the pack of the transposed weight, for backward, and the storage that it was packed from.
+// The pack is loaded only if the weight still has this storage. Its address would not be enough:
+// another storage may have it by then.
 void save_pack(AutogradContext* ctx, const Base& base) {
   if (!base.packed_t) return;
   ctx->saved_data["packed_t"] = *base.packed_t;
@@ -52,11 +53,11 @@ void load_pack(AutogradContext* ctx, Base& base) {
 }
 
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
-  // Differentiable inputs: x, the frozen weight or the given y, the tensors of lora_a and of
-  // lora_b, and the bias; then what is none. Torch finds tensors and TensorLists, none inside of
-  // other values.
+  // The differentiable inputs come first: x, the frozen weight or the given y, the tensors of
+  // lora_a and of lora_b, and the bias; then the other arguments. Torch finds tensors and
+  // TensorLists among the arguments, but not tensors inside of other values.
   static constexpr size_t kX = 0, kBase = 1, kFactors = 2;
-  // What is saved, before the factors; the last four of many adapters.
+  // The tensors that are saved before the factors; the last four only with many adapters.
   enum Saved { kSavedX, kWeight, kS, kSeed, kScaling, kIndex, kOffs, kRanks };
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
@@ -126,7 +127,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     return out;
   }
 
-  // The gradients that were wanted, at their places among all.
+  // Puts the requested gradients at their positions among all inputs.
   static void place(const variable_list& gradients, const c10::List<bool>& wanted,
                     variable_list& out, size_t at) {
     size_t next = 0;

@@ -50,7 +50,7 @@ void check_frozen(const Base& base) {
                  "computed for it; call weight.requires_grad_(False)");
 }
 
-// torch refuses C++ Functions inside its function transforms, in words that name no way out.
+// torch refuses C++ Functions inside its function transforms, but its message names no alternative.
 void check_transforms(const Base& base) {
   const auto& functorch = at::functorch::functorchTLSAccessor();
   if (!functorch) return;

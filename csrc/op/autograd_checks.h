@@ -1,4 +1,4 @@
-// What the autograd Function refuses, in words that name a way out.
+// What the autograd Function refuses; each message names an alternative.
 #pragma once
 
 #include <vector>
@@ -11,8 +11,8 @@ void check_no_tangents(const Base& base, bool any);
 void check_frozen(const Base& base);
 void check_transforms(const Base& base);
 
-// In grad mode: makes the gradients of a call those of which there is no second derivative, whose
-// own backward raises (create_graph). Undefined gradients stay so.
+// In grad mode, replaces the gradients of a call by copies whose own backward raises: there is no
+// second derivative (create_graph). Undefined gradients stay undefined.
 void refuse_double_backward(const std::vector<at::Tensor*>& gradients,
                             const std::vector<at::Tensor>& inputs, const char* name);
 

@@ -28,7 +28,7 @@ at::Tensor bias_alone(const at::Tensor& x, const Base& base, int64_t out_feature
   return y;
 }
 
-// On the CPU at::sum makes a wide copy of what it sums.
+// On the CPU at::sum makes a wide copy of its operand.
 at::Tensor sum_of_rows(const at::Tensor& grad, int64_t columns, at::ScalarType wide) {
   at::Tensor sum = at::zeros({columns}, grad.options().dtype(wide));
   if (grad.numel() == 0) return sum;

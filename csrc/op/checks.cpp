@@ -66,7 +66,7 @@ void check_weight_dtypes(const char* op, at::ScalarType dtype, const Base& base)
               "expected bias of x's dtype ", dtype, " or float32, but got ", bias);
 }
 
-// y of a given base, or the gradient of y.
+// A y that is given as the base, or the gradient of y.
 void check_output(const char* op, const char* name, const at::Tensor& y, const at::Tensor& x,
                   const c10::SymInt& out_features) {
   const std::vector<c10::SymInt> sizes = sym_with_last(x, out_features);
@@ -78,12 +78,12 @@ void check_output(const char* op, const char* name, const at::Tensor& y, const a
 
 // ---- the update ----
 
-// A factor's name in messages: one adapter's has no number.
+// The name of a factor in messages: with one adapter it has no number.
 std::string name_of(const char* list, const Update& update, size_t i) {
   return update.is_one() ? list : std::string(list) + "[" + std::to_string(i) + "]";
 }
 
-// Before anything is read from the shapes.
+// Called before anything is read from the shapes.
 void check_lists(const char* op, const Update& update) {
   const auto &lora_a = update.lora_a, &lora_b = update.lora_b;
   EXPECT(!lora_a.empty(), "expected at least one adapter, but got an empty list lora_a");
@@ -108,7 +108,7 @@ void check_lists(const char* op, const Update& update) {
   }
 }
 
-// name: of lora_a.
+// name: that of lora_a in messages.
 void check_rank(const char* op, const std::string& name, const at::Tensor& a,
                 const c10::SymInt& rank, const Base& base, const Update& update) {
   const char* without = !update.is_one() ? "; give rows without an adapter the index -1"
@@ -226,7 +226,7 @@ void check_grouping(const char* op, const at::Tensor& x, const Update& update) {
   check_same_device(op, "scaling", many.scaling, x);
 }
 
-// The kernels hold it in the dtype in which they sum: float32, or float64 for float64.
+// The kernels hold the scaling in the dtype in which they sum: float32, or float64 for float64.
 void check_scaling(const char* op, const at::Tensor& x, double scaling) {
   const double largest = x.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                         : std::numeric_limits<float>::max();
@@ -249,7 +249,7 @@ void check_probability(const char* op, double dropout_p) {
 void check_offsets(const char* op, const c10::SymInt& row_offset, const c10::SymInt& col_offset) {
   EXPECT(row_offset >= 0 && col_offset >= 0, "expected row_offset and col_offset >= 0, but got ",
          row_offset, " and ", col_offset);
-  // A group of the mask is numbered in 32 bits, four for each 32 columns.
+  // The mask's groups, four for each 32 columns, are numbered in 32 bits.
   EXPECT(col_offset <= int64_t{1} << 34, "expected col_offset <= 2^34, but got ", col_offset);
 }
 
@@ -266,7 +266,7 @@ void check_dropout(const char* op, const at::Tensor& x, const DropoutArgs& dropo
 
 // ---- all ----
 
-// All but a given y, of which a backward has only the gradient.
+// Checks all operands except a given y: a backward has only its gradient.
 void check_operands(const char* op, const at::Tensor& x, const Base& base, const Update& update) {
   const at::ScalarType dtype = x.scalar_type();
   EXPECT(x.dim() >= 1, "expected x of shape [..., in_features], but got a 0-d tensor");

@@ -1,5 +1,5 @@
-// lora_ext::dequantize_4bit, dequantize_4bit_panels and dequantize_8bit: a frozen weight written as
-// floating values into a tensor of the caller's. Panels are of the CPU alone.
+// lora_ext::dequantize_4bit, dequantize_4bit_panels and dequantize_8bit write a frozen weight as
+// floating values into a tensor of the caller's. Panels exist on the CPU only.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // values worth a thread's start, about 5 us
 
-// A mix of devices reaches the kernel of one of them, for meta tensors one that writes nothing.
+// Tensors on different devices are dispatched to the kernel of one of the devices; with a meta
+// tensor among them that kernel would write nothing.
 void check(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& out,
            at::ScalarType dtype, const c10::SymInt& count) {
   EXPECT(tensor.device() == out.device(), "expected ", name, " on out's device, ", out.device(),
@@ -45,10 +46,11 @@ c10::SymInt blocks_of(const char* op, const c10::SymInt& count, int64_t block) {
   return count / block + (count % block != 0 ? 1 : 0);
 }
 
-// Scales that are 8-bit codes themselves: table[code] * scale[i / block] + offset, rounded twice.
+// Scales that are 8-bit codes themselves: table[code] * scale[i / block] + offset, rounded after
+// the product and after the sum.
 struct NestedScale {
   std::optional<at::Tensor> table{};   // [256]
-  std::optional<at::Tensor> scale{};   // one a block of codes
+  std::optional<at::Tensor> scale{};   // one for each block of codes
   std::optional<at::Tensor> offset{};  // one element
   int64_t block = 1;
 
@@ -161,7 +163,7 @@ void dequantize_8bit(const at::Tensor& codes, const at::Tensor& scale, double mu
       [&](int64_t begin, int64_t end) { kernels.eight_bits(args, cpu::Range{begin, end}); });
 }
 
-// The kernels shift where they would divide.
+// The kernels replace the division by a shift.
 int bits_of(const char* op, const char* name, int64_t block, int least) {
   EXPECT(std::has_single_bit(static_cast<uint64_t>(block)) && block >> least > 0 &&
              block <= int64_t{1} << 30,

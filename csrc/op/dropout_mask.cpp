@@ -1,4 +1,4 @@
-// lora_ext::dropout_mask: the mask that a LoRA linear draws, as an op of its own.
+// lora_ext::dropout_mask: the mask that a LoRA linear draws, as a separate op.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

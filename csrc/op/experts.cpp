@@ -1,7 +1,7 @@
-// What lora_ext/experts does on the CPU beside the ops of many adapters: a projection of experts
-// that have few rows each; and B of some experts, gathered as a pool, or a pool's gradient put into
-// B's. Nothing of it has a gradient of its own: the passes of lora_ext/experts/projection.py call
-// it.
+// The ops that lora_ext/experts uses on the CPU besides lora_grouped: a projection of experts that
+// have few rows each; and gathering B of some experts into a pool, or writing the gradient of a
+// pool into that of B. None of them is differentiable: the passes of lora_ext/experts/projection.py
+// call them.
 #include "cpu/experts.h"
 
 #include <torch/library.h>
@@ -23,7 +23,7 @@ void check_below(const char* op, const char* what, at::IntArrayRef numbers, int6
   }
 }
 
-// Numbers in one dimension, on the CPU.
+// int64 numbers in one dimension, on the CPU.
 at::IntArrayRef numbers_of(const char* op, const char* name, const at::Tensor& numbers) {
   EXPECT(numbers.scalar_type() == at::kLong && numbers.dim() == 1 && numbers.is_contiguous() &&
              numbers.is_cpu(),

@@ -1,4 +1,5 @@
-// From the shapes of a call, [..., C], to the 2-D tensors of the routes; of symbols, their sizes.
+// From the shapes of a call, [..., C], to the 2-D tensors of the routes; for symbolic shapes, to
+// the sizes of these tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -38,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor> lora_forward(const at::Tensor& x, const Base&
   return {std::move(out.y), std::move(out.s)};
 }
 
-// Of those factors whose gradient is wanted.
+// One gradient for each factor whose gradient is requested.
 std::vector<at::Tensor> zeros_of(at::TensorList factors, const Wishes& wanted) {
   std::vector<at::Tensor> out;
   for (size_t i = 0; i < factors.size(); ++i) {

@@ -6,8 +6,8 @@
 namespace lora_ext {
 namespace {
 
-// The base is a weight [N, K], or the y [..., N] that any other module returned. FACTOR is Tensor
-// for one adapter; or Tensor[] for one in a list, and with kGroups for a list of many or a pool.
+// The base is a weight [N, K], or a y [..., N] that another module returned. FACTOR is Tensor for
+// one adapter; or Tensor[] for a list of one, and with kGroups for a list of many or a pool.
 std::string operands(const std::string& factor) {
   return "Tensor x, Tensor? weight, Tensor? y, " + factor + " lora_a, " + factor +
          " lora_b, float scaling=1.0, Tensor? bias=None, float dropout_p=0.0, Tensor? seed=None, "

@@ -1,11 +1,12 @@
 // The op family of the torch library `lora_ext`: lora, lora_grouped, lora_forward, lora_backward.
 //
-// A schema has flat arguments; for every backend they become the values of common/call.h here.
-// LoraForward::flat<kernel> is what TORCH_LIBRARY_IMPL registers for a kernel that takes values,
-// and ops::lora_forward calls that op through the dispatcher, on whatever backend the tensors have.
+// A schema has flat arguments; here they become the structs of common/call.h, for every backend.
+// LoraForward::flat<kernel> is what TORCH_LIBRARY_IMPL registers for a kernel that takes structs,
+// and ops::lora_forward calls that op through the dispatcher, on the backend of the tensors.
 //
-// One kernel serves lora, of one adapter, and lora_grouped, of a list of many or a pool. They are
-// two schemas because lists cost a call from Python 1 us, a tenth of its overhead.
+// One kernel serves lora, which takes one adapter, and lora_grouped, which takes a list of adapters
+// or a pool. They are two schemas because list arguments cost a call from Python 1 us, a tenth of
+// its overhead.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -23,7 +24,7 @@ inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
-// An op whose arguments are some of its own, then x, the base and the update.
+// An op whose arguments are first some of its own (Own), then x, the base and the update.
 template <class Result, class... Own>
 struct Op {
   using Kernel = Result(Own... own, const at::Tensor& x, const Base& base, const Update& update);
@@ -74,11 +75,11 @@ struct Op {
   }
 };
 
-// Gradients of x, of those of lora_a and of lora_b that are wanted, and of the bias. That of a
-// given y is grad.
+// The gradients of x, of the tensors of lora_a and lora_b whose gradient is requested, and of the
+// bias. The gradient of a given y is grad itself.
 using Gradients =
     std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor>;
-// Whether the gradients of x and of the bias are wanted.
+// Whether the gradients of x and of the bias are requested.
 using WantedOfBase = std::array<bool, 2>;
 
 using LoraGrouped = Op<at::Tensor>;
@@ -87,7 +88,7 @@ using LoraBackward =
     Op<Gradients, const at::Tensor& /*grad*/, const at::Tensor& /*s*/, WantedOfBase,
        const c10::List<bool>& /*of each of lora_a*/, const c10::List<bool>& /*of each of lora_b*/>;
 
-// lora_grouped of one adapter.
+// lora_grouped for one adapter.
 struct Lora {
   template <LoraGrouped::Kernel kernel>
   static at::Tensor flat(const at::Tensor& x, const std::optional<at::Tensor>& weight,

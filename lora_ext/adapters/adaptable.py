@@ -1,4 +1,4 @@
-"""What takes the place of a module that a file has tensors for."""
+"""The layer that replaces a module for which a file has tensors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .owners import check_real
 
 
 def example_path(modules: Mapping[str, nn.Module]) -> str:
-    """The path of some module that can have an adapter."""
+    """The path of one module that can have an adapter, as an example for messages."""
     adaptable = (path for path, m in modules.items() if replacement_for(m) is not None)
     return next(adaptable, "<path>")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter of its weight is one of the module: W is ``[out, in]``."""
+    """Whether an adapter of the weight is an adapter of the module: W is ``[out, in]``."""
     if isinstance(module, LoRALinear):
         return not module.fan_in_fan_out
     return (
@@ -34,7 +34,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def layer_for(path: str, module: nn.Module) -> LoRALayer:
-    """The layer in the place of a module that gets an adapter.
+    """The layer that replaces a module which gets an adapter.
 
     Raises:
         AdapterError: it cannot have one.
@@ -69,7 +69,7 @@ def layer_for(path: str, module: nn.Module) -> LoRALayer:
 
 
 def module_for(path: str, module: nn.Module) -> LoRAModule:
-    """What takes the place of a module whose parameters get an adapter.
+    """The module that replaces one whose parameters get an adapter.
 
     Raises:
         AdapterError: they cannot have one.

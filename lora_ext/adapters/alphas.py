@@ -1,4 +1,4 @@
-"""The alpha of each layer by alpha_pattern, whose expressions may be a stranger's."""
+"""The alpha of each layer by alpha_pattern; its expressions come from an untrusted file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
     The `regex` package matches, since a backtracking match in `re` cannot be ended.
 
     Raises:
-        AdapterError: a key is no expression, or all of it takes more than ten seconds.
+        AdapterError: a key is not a valid expression, or matching takes more than ten seconds.
     """
     if not config.alpha_pattern:
         return dict.fromkeys(paths, config.alpha)
@@ -52,7 +52,7 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
 
 
 def _left(end: float) -> float:
-    """Seconds until `end`; a match that fails at once does not look at the clock itself."""
+    """Seconds until `end`; a match that fails at once does not check the time itself."""
     left = end - time.monotonic()
     if left <= 0:
         raise TimeoutError

@@ -1,4 +1,4 @@
-"""A placement put into its model, all of it, or, on any error, nothing."""
+"""Applies a placement to its model: all of it or, on any error, nothing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def apply(
 
 
 def _untie(stored: Stored, value: Tensor) -> None:
-    """Gives the holder a parameter of its own, which the model's tied module does not see."""
+    """Gives the holder a separate parameter, so that the tied module does not change."""
     tensor = stored.tensor
     own = nn.Parameter(value.to(tensor.device), requires_grad=tensor.requires_grad)
     stored.holder._parameters[stored.name] = stored.tensor = own
@@ -101,7 +101,7 @@ def _add(target: Target, adapter: str, dtype: torch.dtype | None) -> None:
 
 
 def _mark(placement: Placement, adapter: str) -> None:
-    """Notes on the modules what belongs to the adapter besides its factors."""
+    """Records on the modules what belongs to the adapter besides its factors."""
     layers = {id(target.module): target.in_place for target in placement.targets}
     owned = [(root, SAVED_BY) for root in placement.saved.values()]
     if placement.config.bias != "none":

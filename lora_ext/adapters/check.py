@@ -1,4 +1,4 @@
-"""A file's tensors against a placement, from the header alone: nothing is read or allocated."""
+"""Checks a file's tensors against a placement by its header: nothing is read or allocated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .tensors import Entry
 
 
 def check_keys(placement: Placement, header: Mapping[str, Entry]) -> None:
-    """Every tensor has a place, and every place its tensor.
+    """Checks that every tensor of the file belongs to a slot, and that every slot has its tensor.
 
     Raises:
-        AdapterError: one is missing or one too many.
+        AdapterError: a tensor is missing, or there is one too many.
     """
     needed = {slot.key for target in placement.targets for slot in target.slots}
     needed |= {key for key, entry in placement.stored.items() if entry.written}
@@ -42,10 +42,11 @@ def _why_unknown(placement: Placement, unknown: set[str]) -> str:
 
 
 def check_entries(placement: Placement, header: Mapping[str, Entry]) -> None:
-    """Shapes and dtypes.
+    """Checks shapes and dtypes.
 
     Raises:
-        AdapterError: a rank is not the config's, a size not the model's, or a dtype cannot be used.
+        AdapterError: a rank differs from the config, a size from the model, or a dtype cannot be
+            used.
     """
     for target in placement.targets:
         for slot in target.slots:

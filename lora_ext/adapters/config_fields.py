@@ -1,4 +1,4 @@
-"""Values of adapter_config.json, one method for each kind."""
+"""Reads the values of adapter_config.json, with one method for each kind of value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_SAVED = 1024
 
 
 class Fields:
-    """The fields of the object, one method for each kind of value; null is the default."""
+    """The fields of the object, with one method for each kind of value; null means the default."""
 
     def __init__(self, table: dict[str, Any]) -> None:
         self.table = {name: value for name, value in table.items() if value is not None}

@@ -1,5 +1,5 @@
-"""What PEFT's format stores of one adapter of a model: its config, derived from the layers, and its
-tensors."""
+"""What PEFT's format stores for one adapter of a model: the config, derived from the layers, and
+the tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from .parameters import FactorOrder, parameter_slots
 from .peft_config import PEFT_VERSION, AdapterConfig
 from .targets import base_modules, saved_paths
 
-# Of linear layers in a mixture's experts before transformers 5, which kept them apart.
+# Names of the linear layers in a mixture's experts before transformers 5, which had one layer for
+# each expert.
 _NAMES_OF_EXPERTS = frozenset(("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
 _PEFT_PARTS = (
     "base_layer",
@@ -45,7 +46,7 @@ class Content:
     Args:
         model: has the adapter.
         adapter: its name.
-        bias: "none", "all" or "lora_only"; None finds out.
+        bias: "none", "all" or "lora_only"; None derives it from the model.
 
     Raises:
         AdapterError: the model has no such adapter, or the format cannot express it.
@@ -132,7 +133,7 @@ class Content:
         """The config that selects these layers, and no others, in PEFT."""
         use_rslora = _most_common(spec.use_rslora for spec in self.specs.values())
         as_parameters = self._layers_as_parameters()
-        # The names by which PEFT looks into the patterns.
+        # The names that PEFT matches with the patterns.
         names = {path: f"{path}.weight" if path in as_parameters else path for path in self.specs}
         ranks = {names[path]: spec.r for path, spec in self.specs.items()}
         alphas = {names[path]: _alpha(spec, use_rslora) for path, spec in self.specs.items()}
@@ -172,8 +173,8 @@ class Content:
         )
 
     def _layers_as_parameters(self) -> set[str]:
-        """The layers that target_parameters has to name: in a mixture PEFT takes some names of
-        target_modules for those of the experts' parameters."""
+        """The layers that target_parameters has to name: in a mixture PEFT interprets some names in
+        target_modules as names of the experts' parameters."""
         if not any(is_experts(module) for module in self.every.values()):
             return set()
         return {
@@ -190,8 +191,8 @@ class Content:
     # ---- what is stored whole ----
 
     def _find_saved(self) -> dict[str, nn.Module]:
-        """Path -> module to save, with those that PEFT's names cannot leave out: PEFT copies each
-        of them, so tied tensors are stored for every module that holds them."""
+        """Path -> module to save, including modules that PEFT's names cannot exclude: PEFT copies
+        each of them, so tied tensors are stored for every module that holds them."""
         modules = self.every
         paths = {path for path, _ in saved_modules(self.model, self.adapter)}
         while True:
@@ -229,7 +230,7 @@ class Content:
         return names
 
     def _find_bias(self) -> str:
-        """The mode that covers the biases that are trained, or came with the adapter."""
+        """The mode that covers the biases that are trained or that came with the adapter."""
         inside = {id(part) for module in self.saved.values() for part in module.modules()}
         owners = [
             module
@@ -249,8 +250,8 @@ class Content:
 
 
 def _clashes(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """The (name, part) pairs in which a name in modules_to_save is the end of a part of PEFT's own
-    layers, which PEFT would try to copy too."""
+    """The (name, part) pairs in which a name in modules_to_save is the end of the name of a part of
+    PEFT's own layers: PEFT would try to copy that part too."""
     return [(name, part) for name in names for part in _PEFT_PARTS if part.endswith(name)]
 
 
@@ -263,7 +264,7 @@ def _most_common(values):
 
 
 def _alpha(spec: AdapterSpec, use_rslora: bool) -> float:
-    """The alpha that gives the spec's scaling with this convention; an integer where it is one."""
+    """The alpha that gives the spec's scaling with this convention; an int if it is integral."""
     alpha = spec.alpha
     if spec.use_rslora != use_rslora:
         alpha = spec.scaling * (math.sqrt(spec.r) if use_rslora else spec.r)

@@ -1,4 +1,4 @@
-"""The error of adapter files, and how values are shown in it."""
+"""The error for adapter files, and how its messages show values."""
 
 from __future__ import annotations
 

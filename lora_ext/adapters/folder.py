@@ -1,4 +1,4 @@
-r"""The two files of an adapter as one: read as a pair that belongs together, replaced at once.
+r"""Reads the two files of an adapter as a consistent pair, and replaces them atomically.
 
     adapter_config.json           adapter_model.safetensors
     adapter_config.json.next      adapter_model.safetensors.next      while a save is under way
@@ -7,15 +7,16 @@ r"""The two files of an adapter as one: read as a pair that belongs together, re
 A save writes .tmp files and makes them durable. If the config keeps its bytes, one rename replaces
 the weights. Otherwise, by renames alone, each made durable before the next:
 
-    1  config.tmp -> config.next         nothing is promised yet: a reader ignores .next files
-    2  weights.tmp -> weights.next       both .next files stand: ready
+    1  config.tmp -> config.next         no effect yet: a reader ignores .next files
+    2  weights.tmp -> weights.next       both .next files exist: ready
     3  config.next -> config             the commit: weights.next without config.next
     4  weights.next -> weights
 
-A reader that finds weights.next without config.next takes the weights from there, and the next save
-does step 4 first. A kill at any moment leaves the old adapter or the new one to `open_adapter`.
-Where both .next files stand, weights.next is removed first, so that no step of cleaning up can look
-like a commit. A reader that meets a save looks again until the pair stood still while it opened it.
+A reader that finds weights.next without config.next reads the weights from it, and the next save
+does step 4 first. If the process is killed at any moment, `open_adapter` finds the old adapter or
+the new one. If both .next files exist, weights.next is removed first, so that no step of the
+cleanup can look like a commit. A reader that runs during a save retries until the pair did not
+change while it was opened.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class OpenAdapter:
-    """The files of one adapter, as they stood together.
+    """The files of one adapter, a consistent pair.
 
     Attributes:
         config: bytes of adapter_config.json.
@@ -104,7 +105,7 @@ def _what_is_there(path: str) -> str:
 
 
 def _pending(folder: str) -> tuple[bool, bool]:
-    """Whether (config.next, weights.next) are there."""
+    """Whether (config.next, weights.next) exist."""
     config, weights = (os.path.lexists(os.path.join(folder, n + _NEXT)) for n in (CONFIG, WEIGHTS))
     return config, weights
 
@@ -114,7 +115,7 @@ def _open_regular(folder: str, name: str) -> int:
     try:
         if stat.S_ISLNK(os.lstat(path).st_mode):
             path = _resolved_link(folder, name)
-        # A FIFO in the file's place would block open() until somebody writes to it.
+        # A FIFO instead of a file would block open() until a process writes to it.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags)
     except FileNotFoundError:
@@ -129,7 +130,7 @@ def _open_regular(folder: str, name: str) -> int:
 
 
 def _resolved_link(folder: str, name: str) -> str:
-    """Where a link leads, if that is inside the folder or among the blobs of its cache."""
+    """The target of a link, if it is inside the folder or among the blobs of its cache."""
     target = os.path.realpath(os.path.join(folder, name), strict=True)
     home = os.path.realpath(folder)
     parts = home.split(os.sep)
@@ -201,14 +202,14 @@ def _kind(mode: int) -> str:
 def replace_adapter(
     folder: str, config: bytes, weights: Callable[[], Iterable[memoryview | bytes]], card: bytes
 ) -> None:
-    """Puts an adapter in the place of what the folder holds, or leaves that as it is.
+    """Replaces the adapter in the folder or, on an error, leaves the folder unchanged.
 
     Other files in the folder are not touched; README.md is written if there is none.
 
     Args:
         folder: made if it does not exist.
         config: bytes of adapter_config.json.
-        weights: makes the pieces of the safetensors file.
+        weights: yields the parts of the safetensors file.
         card: bytes of README.md.
 
     Raises:
@@ -268,7 +269,7 @@ class _Save:
     ) -> None:
         self.recover()
         try:
-            # All that needs space comes before the first rename.
+            # Everything that needs disk space happens before the first rename.
             self.write(WEIGHTS + _TMP, weights())
             same_config = self.exists(WEIGHTS) and self.holds(CONFIG, config)
             if not same_config:
@@ -290,13 +291,13 @@ class _Save:
             raise
 
     def recover(self) -> None:
-        """Finishes or forgets what a killed save left."""
+        """Finishes or discards a save that was killed."""
         if self.exists(WEIGHTS + _NEXT) and not self.exists(CONFIG + _NEXT):
             self.rename(WEIGHTS + _NEXT, WEIGHTS)
         self.clean_up()
 
     def clean_up(self) -> None:
-        if self.exists(CONFIG + _NEXT):  # no commit: weights.next goes first
+        if self.exists(CONFIG + _NEXT):  # not committed: weights.next is removed first
             self.remove(WEIGHTS + _NEXT)
             self.remove(CONFIG + _NEXT)
         for name in (WEIGHTS + _TMP, CONFIG + _TMP, _CARD_TMP):

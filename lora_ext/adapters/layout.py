@@ -19,12 +19,12 @@ _ENDS = (
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of an adapter belongs.
+    """The place of one tensor of an adapter, in the file and in the layer.
 
     Attributes:
         key: its name in the file.
         table: "lora_a", "lora_b" or "lora_bias": the layer's attribute.
-        shape: its shape in the file; in the layer it is that of the first two dimensions.
+        shape: its shape in the file; in the layer it has the first two dimensions only.
     """
 
     key: str
@@ -33,7 +33,7 @@ class Slot:
 
 
 def path_of_factor(key: str) -> str | None:
-    """The path of the module that a tensor of the file adapts; None for what is no factor."""
+    """The path of the module that a tensor of the file adapts; None if it is not a factor."""
     for end in _ENDS:
         if key.startswith(PREFIX) and key.endswith(end):
             return key[len(PREFIX) : -len(end)]
@@ -50,8 +50,8 @@ def slots(path: str, layer: LoRALayer, rank: int, lora_bias: bool) -> list[Slot]
     """The tensors that PEFT stores for a module with an adapter.
 
     Linear layers and Conv1D have lora_A.weight ``[r, in]`` and lora_B.weight ``[out, r]``, 1x1
-    convolutions the same with two dimensions of one, embeddings lora_embedding_A ``[r, in]`` and
-    lora_embedding_B ``[out, r]``.
+    convolutions the same with two more dimensions of size 1. Embeddings have lora_embedding_A
+    ``[r, in]`` and lora_embedding_B ``[out, r]``.
     """
     in_features, out_features = features(layer)
     start = f"{PREFIX}{path}."

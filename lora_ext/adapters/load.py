@@ -1,4 +1,4 @@
-"""Loading an adapter from PEFT's folder: all of it is checked first, then all of it applied."""
+"""Loads an adapter from PEFT's folder: everything is checked first, then everything is applied."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def load_adapter(
 ) -> nn.Module:
     """Adds an adapter from a folder in PEFT's format to a model, in place.
 
-    Read are ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT 0.21.2 writes them;
+    It reads ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT 0.21.2 writes them;
     never a pickle, and nothing that the config names is imported or opened. Layers are replaced as
-    by `apply_lora`: those that the tensors name, with the rank that they have; for parameters
+    by `apply_lora`: those that the tensors name, with the rank of the tensors; for parameters
     (target_parameters) the modules that hold them. The first adapter of a model becomes active and
-    the rest of it is frozen; a further one waits for `set_adapter`.
+    the rest of the model is frozen; further adapters stay inactive until `set_adapter`.
     Stored biases and modules to save are written into the model's own parameters; a tied module to
-    save gets a parameter of its own where PEFT's copy would differ from the rest. init "pissa" and
-    "olora" stand for another weight, W - scaling * B0 A0: A0 and B0 are computed again from W, as
-    PEFT does, and the weight is kept.
+    save gets a separate parameter where PEFT's copy would differ from the rest. With init "pissa"
+    and "olora" the adapter belongs to another weight, W - scaling * B0 A0: A0 and B0 are computed
+    again from W, as PEFT does, and W is kept.
 
     Args:
         model: the base that the adapter was trained on, with or without other adapters.
         folder: a local path.
-        adapter: the name that it gets here.
+        adapter: the name that it gets in the model.
         trainable: whether it is to be trained further, or frozen.
         adapter_dtype: of its factors; None is float32 on a half base, else the base's dtype,
-            whatever the file holds (PEFT's autocast_adapter_dtype).
+            for any dtype in the file (PEFT's autocast_adapter_dtype).
 
     Returns:
         The model.
@@ -88,13 +88,13 @@ def read_placement(
     dtype: torch.dtype | None,
     check: Callable[[Placement], None],
 ) -> Placement:
-    """What a folder asks of a model, checked, with all tensors read; changes nothing.
+    """Reads a folder with all its tensors and checks it for a model; changes nothing.
 
     Args:
         model: the adapter's base.
         folder: a local path.
         dtype: of the factors; None as in `load_adapter`.
-        check: of what was read; raises ValueError.
+        check: is called with the placement that was read; raises ValueError.
 
     Raises:
         AdapterError: as `load_adapter`.
@@ -117,7 +117,7 @@ def read_placement(
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
-    """What an adapter's config says, without a model: rank, targets, the base's name and so on.
+    """Reads an adapter's config without a model: rank, targets, the name of the base and so on.
 
     Raises:
         AdapterError: a file is missing, or the config is not that of a plain LoRA.
@@ -141,7 +141,7 @@ def _naming(file: str) -> Iterator[None]:
 
 @contextmanager
 def _with_way_out() -> Iterator[None]:
-    """Says after the message of a ValueError what may take the adapter."""
+    """Adds to the message of a ValueError what can load the adapter."""
     try:
         yield
     except ValueError as error:
@@ -180,8 +180,8 @@ def _read(placement: Placement, file: TensorFile, adapter_dtype: torch.dtype | N
 
 
 def _check_owners(placement: Placement) -> None:
-    """What is written may not change what another adapter or a tied module relies on: a module that
-    PEFT copies gets a parameter of its own, and anything else is refused."""
+    """Checks that no write changes tensors that another adapter or a tied module relies on: a
+    module that PEFT copies gets a separate parameter, anything else is an error."""
     owners = Owners(placement.model)
     groups: dict[int, list[tuple[Stored, Tensor]]] = {}
     for stored, value in written(placement):

@@ -18,7 +18,7 @@ def module_names(
     model: nn.Module, paths: Sequence[str], saved: tuple[str, ...]
 ) -> tuple[str | tuple[str, ...], tuple[str, ...]]:
     """(target_modules, exclude_modules) that select exactly the layers: the last parts of their
-    paths if that will do, else the paths, which may select others whose paths end alike.
+    paths if these suffice, else the paths; others whose paths end alike are excluded.
 
     Args:
         model: with the layers.
@@ -26,7 +26,7 @@ def module_names(
         saved: names in modules_to_save.
 
     Raises:
-        AdapterError: no names do.
+        AdapterError: no names select exactly these layers.
     """
     paths = tuple(paths)
     short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
@@ -45,8 +45,8 @@ def module_names(
 
 
 def parameter_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The target_parameters that select exactly these: the last two parts of their names if that
-    will do, else the names.
+    """The target_parameters that select exactly these parameters: the last two parts of their
+    names if these suffice, else the names.
 
     Args:
         model: with adapters on them.
@@ -68,5 +68,5 @@ def parameter_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def escaped(path: str) -> str:
-    """An expression that matches this path."""
+    """A regular expression that matches this path only."""
     return "".join(f"\\{char}" if char in _SPECIAL else char for char in path)

@@ -1,4 +1,4 @@
-"""What in a model belongs to which adapter, and what is shared."""
+"""Which tensors of a model belong to which adapter, and which are shared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def check_real(what: str, tensor: Tensor) -> None:
-    """Raises AdapterError for a tensor that cannot be written to as a whole."""
+    """Raises AdapterError for a tensor that cannot be written as a whole."""
     if tensor.is_meta or is_sharded(tensor):
         state = "on the meta device" if tensor.is_meta else "sharded"
         raise AdapterError(
@@ -37,7 +37,7 @@ def check_real(what: str, tensor: Tensor) -> None:
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """What ``module.state_dict()`` holds as "bias"."""
+    """The tensor that ``module.state_dict()`` has as "bias"."""
     if "bias" in module._non_persistent_buffers_set:
         return None
     return dict(tensors_of(module)).get("bias")
@@ -50,7 +50,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Owners:
-    """Who holds each tensor of a model, and which adapter has stored it."""
+    """Which modules hold each tensor of a model, and which adapter has stored it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.holders: dict[int, list[tuple[str, nn.Module]]] = {}

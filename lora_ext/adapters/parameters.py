@@ -1,4 +1,4 @@
-"""Adapters on parameters in PEFT's files: which parameters, under which keys, in which order.
+"""Adapters on parameters in PEFT's files: which parameters, with which keys, in which order.
 
 PEFT wraps a module once for each parameter that target_parameters names, in the module's order,
 and a key has a ``base_layer`` for each wrapper around its own:
@@ -6,14 +6,15 @@ and a key has a ``base_layer`` for each wrapper around its own:
     <path>.base_layer.lora_A.weight     of gate_up_proj, the inner
     <path>.lora_A.weight                of down_proj, the outer
 
-Of a stack of E matrices W_e ``[out, in]`` the factors are
+The factors of a stack of E matrices W_e ``[out, in]`` are
 
     lora_A  [E r, in]      A_e = rows e r to (e + 1) r
     lora_B  [out, r E]     B_e = columns e, e + E, e + 2 E, ...
 
-Before 0.19.1 PEFT took the parameter's dimension 1 for `in`, also where it is `out` (0.19.0: where
-it is `in`, too): what is then stored as A is B_e^T, and as B is A_e^T. Unsloth's first versions
-took the columns e r to (e + 1) r of lora_B; its later ones say so by lora_B_layout.
+Before 0.19.1 PEFT interpreted the parameter's dimension 1 as `in`, also where it is `out`, and
+0.19.0 swapped the two also where it is `in`: then B_e^T is stored as A, and A_e^T as B. Unsloth's
+first versions used the columns e r to (e + 1) r of lora_B for B_e; its later versions state this in
+lora_B_layout.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from .peft_config import AdapterConfig
 from .tensors import Entry
 
 _INNER = ".base_layer"
-# The first version that takes `in` for `in` in both layouts of a stack.
+# The first version that interprets `in` correctly in both layouts of a stack.
 _FIXED = (0, 19, 1)
 
 
 def without_wrappers(path: str) -> tuple[str, int]:
-    """(the module's path, wrappers around) of a key's path."""
+    """(the module's path, the number of wrappers around it) from the path in a key."""
     depth = 0
     while path.endswith(_INNER):
         path, depth = path.removesuffix(_INNER), depth + 1
@@ -45,7 +46,7 @@ def without_wrappers(path: str) -> tuple[str, int]:
 
 
 def is_named(name: str, targets: Iterable[str]) -> bool:
-    """Whether target_parameters names this parameter: PEFT's rule."""
+    """Whether target_parameters names this parameter, by PEFT's rule."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -57,11 +58,11 @@ def named_parameters(path: str, module: nn.Module, targets: Iterable[str]) -> li
 
 @dataclass(frozen=True)
 class FactorOrder:
-    """How a file keeps the factors of one parameter.
+    """The layout in which a file stores the factors of one parameter.
 
     Attributes:
         count: E, 1 for a matrix.
-        is_swapped: whether A stands in the place of B, transposed, and B in that of A.
+        is_swapped: whether B^T is stored as A, and A^T as B.
         is_grouped: whether the columns of lora_B are grouped by expert.
     """
 
@@ -75,7 +76,7 @@ class FactorOrder:
         return (self.count * r, first), (second, r * self.count)
 
     def ours(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-        """The file's tensors as a `LoRAParameter` keeps them."""
+        """The file's tensors in the layout of a `LoRAParameter`."""
         count = self.count
         if self.is_grouped:
             lora_b = lora_b.view(len(lora_b), count, -1).transpose(1, 2).reshape(lora_b.shape)
@@ -87,7 +88,7 @@ class FactorOrder:
 
 
 def order_of(layer: LoRAParameter, entry: Entry | None, config: AdapterConfig) -> FactorOrder:
-    """How a file keeps the factors of a parameter; warns where it does not say it.
+    """The layout of a parameter's factors in a file; warns if the file does not determine it.
 
     Args:
         layer: of the parameter.
@@ -106,7 +107,7 @@ def order_of(layer: LoRAParameter, entry: Entry | None, config: AdapterConfig) -
 
 
 def _is_swapped_by_version(version: str | None, transposed: bool) -> bool:
-    """Of a stack of square matrices, whose shapes say nothing."""
+    """Whether factors of square matrices are swapped, which their shapes cannot show."""
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version or "")
     numbers = tuple(int(part or 0) for part in found.groups()) if found else (0, 0, 0)
     is_known = found is not None and ("dev" not in str(version) or numbers > _FIXED)
@@ -124,11 +125,11 @@ def _is_swapped_by_version(version: str | None, transposed: bool) -> bool:
 
 
 def warn_of_unsloth(config: AdapterConfig, targets: Iterable[tuple[LoRAParameter, int]]) -> None:
-    """Warns of a file of Unsloth that does not say how lora_B is laid out.
+    """Warns of a file from Unsloth that does not state the layout of lora_B.
 
     Args:
         config: the adapter's.
-        targets: the parameters that get it, each with its rank.
+        targets: the parameters that get the adapter, each with its rank.
     """
     unclear = any(layer.count > 1 and r > 1 for layer, r in targets)
     if config.is_of_unsloth and config.lora_b_layout is None and unclear:
@@ -142,7 +143,7 @@ def warn_of_unsloth(config: AdapterConfig, targets: Iterable[tuple[LoRAParameter
 
 
 def check_wrappers(path: str, names: list[str], depth: int, config: AdapterConfig) -> None:
-    """Raises AdapterError where the keys of a module are not those of the named parameters."""
+    """Raises AdapterError if the keys of a module are not those of the named parameters."""
     if depth + 1 != len(names):
         raise AdapterError(
             f"expected factors for each of the parameters {names} of {path!r}, which "
@@ -171,7 +172,7 @@ def parameter_slots(path: str, depth: int, shapes: tuple[tuple[int, int], ...]) 
 
     Args:
         path: of the module.
-        depth: wrappers around that of the parameter.
+        depth: number of wrappers around that of the parameter.
         shapes: of lora_A and lora_B in the file.
     """
     start = f"{PREFIX}{path}{_INNER * depth}."

@@ -1,8 +1,9 @@
-"""adapter_config.json: PEFT's LoraConfig, of which all that changes the result is understood.
+"""adapter_config.json: PEFT's LoraConfig. Every field that changes the result is understood.
 
-Fields and defaults are those of PEFT 0.21.2. The tensors say which layers have an adapter, and of
-what rank. So the fields that choose layers are kept as information, as is what describes the base;
-a field is applied, or has to be off; one that is not known is ignored with a warning, as PEFT does.
+Fields and defaults are those of PEFT 0.21.2. The tensors determine which layers have an adapter,
+and with which rank. So the fields that choose layers, like those that describe the base, are kept
+as information. Any other field is applied or must be off; an unknown field is ignored with a
+warning, as in PEFT.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .config_fields import Fields, as_alpha, as_rank
 from .errors import AdapterError, shown
 from .strict_json import parse_json
 
-# Whose format is written.
+# The version of PEFT whose format is written.
 PEFT_VERSION = "0.21.2"
 
 _APPLIED = {
@@ -44,8 +45,9 @@ _INFORMATION = {
     "revision",
     "task_type",
 }
-# Which layers (the tensors say it), which classes to import, training or inference, the layout of
-# the weight (the module's class says it), and settings of a first initialization, long past.
+# Fields that are not needed: which layers (known from the tensors), which classes to import,
+# training or inference, the layout of the weight (known from the module's class), and settings of
+# the first initialization, which is over.
 _WITHOUT_EFFECT = {
     "layers_pattern",
     "auto_mapping",
@@ -58,7 +60,7 @@ _WITHOUT_EFFECT = {
     "lora_ga_config",
     "loftq_config",
 }
-# Variants of LoRA and their settings, with the defaults of those whose default is not empty.
+# Variants of LoRA and their settings, with the defaults where these are not empty.
 _REFUSED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -78,7 +80,7 @@ _DEFAULTS = {"megatron_core": "megatron.core"}
 
 _LAYOUTS = ("rank_major", "grouped_by_expert")
 
-# Of init_lora_weights: what leaves the weight alone, so that the tensors say everything.
+# Values of init_lora_weights that do not change the weight: the tensors are then sufficient.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGES_WEIGHT = {
     "corda": "of data",
@@ -90,19 +92,20 @@ _CHANGES_WEIGHT = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says, checked and in this library's terms.
+    """The content of adapter_config.json, checked and in this library's terms.
 
     Attributes:
         r, alpha, dropout, use_rslora, lora_bias: as in `lora_ext.nn.AdapterSpec`.
-        init: "kaiming", or "pissa" or "olora", where W stands for W - scaling * B0 A0.
+        init: "kaiming", or "pissa" or "olora", where the base is W - scaling * B0 A0.
         bias: "none", "all" or "lora_only".
         modules_to_save: names of modules that are stored whole.
-        rank_pattern: expression -> rank where it differs; the tensors say which is whose.
+        rank_pattern: expression -> rank where it differs; the tensors determine the ranks.
         alpha_pattern: expression -> alpha where it differs, the first match wins.
         target_modules, exclude_modules: names, or a string: a regular expression or "all-linear";
             information, never used to load.
         target_parameters: names of parameters that have adapters, instead of modules.
-        peft_version: that wrote the folder; says how factors of stacks lie (`parameters.py`).
+        peft_version: that wrote the folder; determines the layout of factors of stacks
+            (`parameters.py`).
         lora_b_layout: Unsloth's "rank_major", which is PEFT's, or "grouped_by_expert".
         is_of_unsloth: whether Unsloth wrote it.
         layers_to_transform: indices of layers; information, never used to load.
@@ -138,8 +141,8 @@ def parse_config(data: bytes) -> AdapterConfig:
         data: its bytes; at most 1 MiB, which the caller checks.
 
     Raises:
-        AdapterError: it is no JSON object, a value is not valid, or it asks for what is not
-            supported; the message names the field.
+        AdapterError: it is not a JSON object, a value is not valid, or it requests something that
+            is not supported; the message names the field.
     """
     table = parse_json(data, max_depth=16)
     if not isinstance(table, dict):

@@ -1,4 +1,4 @@
-"""What an adapter's tensors and config ask of a model: which layers, and what for them."""
+"""What an adapter's tensors and config require of a model: which layers get which adapter."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Target:
     """A module that gets the adapter.
 
     Attributes:
-        path, module: in the model.
+        path, module: the module and its path in the model.
         name: the path, or that of the parameter.
-        layer: the module itself if it has adapters, else a layer without one around it; of a
-            parameter, the part of such a module.
+        layer: the module itself if it has adapters, else a new layer around it without adapters;
+            for a parameter, the part of such a module.
         spec: of the adapter there.
-        slots: the tensors that it needs.
-        order: how the file keeps the factors of a parameter.
-        values: those tensors by the layer's attribute, once they are read.
+        slots: the tensors that the adapter needs.
+        order: the layout of a parameter's factors in the file.
+        values: the tensors by the layer's attribute, after they are read.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Target:
 
     @property
     def in_place(self) -> nn.Module:
-        """What the model has in the module's place with the adapter."""
+        """The module that the model has at this path with the adapter."""
         return self.layer.module if isinstance(self.layer, LoRAParameter) else self.layer
 
 
@@ -69,10 +69,10 @@ class Stored:
         key: its name in the file.
         tensor: of the model.
         holder: the module that it is a parameter or buffer of.
-        written: False if the file may have it, and then with the model's values.
-        is_copied: whether PEFT copies the holder, so that what is tied to it stays as it is.
-        value: what is to be written, once it is read.
-        untied: whether the holder gets a parameter of its own instead.
+        written: False if the tensor is optional in the file and must have the model's values.
+        is_copied: whether PEFT copies the holder, so that modules tied to it do not change.
+        value: the value to write, after it is read.
+        untied: whether the holder gets a separate parameter instead.
     """
 
     key: str
@@ -90,13 +90,12 @@ class Stored:
 
 
 class Placement:
-    """All that an adapter asks of a model.
+    """Everything that an adapter requires of a model.
 
     Args:
         model: the base, with or without adapters.
         config: the adapter's.
-        entries: the tensors of its file; their keys say which layers have it, their shapes its
-            rank.
+        entries: the tensors of its file; their keys determine the layers, their shapes the rank.
 
     Attributes:
         modules: path -> module of the model, each once.
@@ -106,7 +105,7 @@ class Placement:
         stored: key -> tensor of the base in the file.
 
     Raises:
-        AdapterError: it asks for what the model does not have, or for what cannot be adapted.
+        AdapterError: it requires something that the model does not have or that cannot be adapted.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class Placement:
         """Whether a file may have this tensor, although it is not applied."""
         if key in self.stored:
             return True
-        # Copies that PEFT stores beside the modules to save, of their biases with bias "all".
+        # With bias "all" PEFT also stores copies of the biases of the modules to save.
         for part in (".original_module.", ".modules_to_save."):
             path, _, name = key.removeprefix(PREFIX).partition(part)
             if {name, name.partition(".")[2]} & self._saved_names.get(path, set()):
@@ -160,7 +159,7 @@ class Placement:
         return found
 
     def _named(self, path: str) -> list[str]:
-        """The parameters of a module that get the adapter; [] where it is the module's."""
+        """The parameters of a module that get the adapter; [] if the module itself gets it."""
         return named_parameters(path, self.modules[path], self.config.target_parameters)
 
     def _parameters(
@@ -201,7 +200,7 @@ class Placement:
         layer = layer_for(path, module)
         lora_a = entries.get(slots(path, layer, config.r, False)[0].key)
         rank = lora_a.shape[0] if lora_a and lora_a.shape else 0
-        # PEFT initializes embeddings in the plain way whatever init_lora_weights says.
+        # PEFT initializes embeddings in the default way for any value of init_lora_weights.
         init = "kaiming" if isinstance(layer, LoRAEmbedding) else config.init
         spec = self._spec(path, rank, alpha, init)
         if spec.lora_bias and isinstance(layer, LoRAEmbedding):
@@ -250,7 +249,7 @@ class Placement:
                 yield Stored(key, tensor, holder, written=True, is_copied=True)
 
     def _embedding_paths(self) -> list[str]:
-        """Where PEFT stores a weight that is not trained, since it may have been resized."""
+        """The paths at which PEFT stores an untrained weight, since it may have been resized."""
         found = []
         for name in ("get_input_embeddings", "get_output_embeddings"):
             get = getattr(self.model, name, None)

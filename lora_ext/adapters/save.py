@@ -41,11 +41,12 @@ def save_adapter(
 ) -> None:
     """Writes an adapter to a folder in the format of PEFT 0.21.2, for PEFT and `load_adapter`.
 
-    Written are ``adapter_config.json``, ``adapter_model.safetensors`` and, if there is none, a
-    ``README.md``; other files are not touched. A kill at any moment leaves the adapter that the
-    folder held or the new one (`docs/adapters.md`). The config is derived from the layers: the most
-    common rank and alpha, and patterns for the rest. What is no plain LoRA is written as one with
-    the same product: PiSSA and OLoRA with rank 2 r, merged projections with one dense pair.
+    It writes ``adapter_config.json``, ``adapter_model.safetensors`` and, if there is none, a
+    ``README.md``; other files are not touched. If the process is killed at any moment, the folder
+    has the previous adapter or the new one (`docs/adapters.md`). The config is derived from the
+    layers: the most common rank and alpha, and patterns for the rest. An adapter that is not plain
+    LoRA is written as a plain one with the same product: PiSSA and OLoRA with rank 2 r, merged
+    projections with one dense pair.
 
     With parameters sharded by FSDP2 every rank calls it; rank 0 writes. Else one process calls it.
 
@@ -62,7 +63,7 @@ def save_adapter(
             a value is not finite, another save to the folder is under way, or a file is a link.
         OSError: the folder cannot be written, or the disk is full.
 
-    In both cases the folder holds what it held.
+    In both cases the folder is unchanged.
     """
     folder = os.fspath(folder)
     inner = inner_model(model)
@@ -91,9 +92,9 @@ def save_adapter(
 def _whole(
     tensors: Iterable[tuple[str, Tensor, tuple[int, ...]]],
 ) -> tuple[dict[str, Tensor], bool]:
-    """The tensors on the CPU, on rank 0 if some are sharded, and whether some are.
+    """The tensors on the CPU, on rank 0 if some are sharded, and whether some are sharded.
 
-    Every rank takes part in the gathering and sees the same values, so all refuse the same.
+    Every rank takes part in gathering them and gets the same values, so all raise the same errors.
     """
     whole: dict[str, Tensor] = {}
     is_collective = False

@@ -1,15 +1,15 @@
-"""Files of adapters from before transformers 5, which had a linear layer for each expert.
+"""Adapter files from before transformers 5, which had a linear layer for each expert.
 
     <path>.<e>.gate_proj.lora_A.weight [r, in], lora_B.weight [out, r]      w1 in Mixtral
     <path>.<e>.up_proj...                                                   w3
     <path>.<e>.down_proj...                                                 w2
 
-Now one stack has the rows of gate and up. Its factors are theirs side by side,
+Now one stack has the rows of gate and up. Its factors combine those of both,
 
     A_e = [A_gate; A_up]  [2 r, in]        B_e = diag(B_gate, B_up)  [2 out, 2 r]
 
-with an alpha that keeps the scaling, so that every product is as it was; of a projection without
-an adapter the rows of B are zero. The router was a linear layer, too, and has a parameter now.
+with an alpha that keeps the scaling, so that every product stays the same; the rows of B for a
+projection without an adapter are zero. The router also was a linear layer, and now is a parameter.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Factors = dict[tuple[str, str, int], Entry]
 
 @dataclass(frozen=True)
 class Stack:
-    """One parameter's factors, of all its experts.
+    """The factors of one parameter, for all its experts.
 
     Attributes:
         name: of the parameter, with its path.
-        rows: the projections whose rows it has.
-        adapted: those that have an adapter.
+        rows: the projections whose rows it contains.
+        adapted: the projections that have an adapter.
         count: E.
-        rank: of each projection's adapter.
+        rank: the rank of each projection's adapter.
         features: (in, out) of each projection.
         factors: in the file.
     """
@@ -66,7 +66,8 @@ class Stack:
     factors: Factors
 
     def shape(self, factor: str) -> tuple[int, int]:
-        """Of lora_A ``[E R, in]`` or lora_B ``[out, R E]``, R the rank of all projections."""
+        """The shape of lora_A ``[E R, in]`` or lora_B ``[out, R E]``; R is the rank of all
+        projections together."""
         ranks = self.count * self.rank * len(self.adapted)
         in_features, out_features = self.features
         if factor == "A":
@@ -74,7 +75,7 @@ class Stack:
         return len(self.rows) * out_features, ranks
 
     def check(self) -> None:
-        """Raises AdapterError where a factor is missing, too many or of another size."""
+        """Raises AdapterError if a factor is missing, is one too many or has another size."""
         in_features, out_features = self.features
         shapes = {"A": (self.rank, in_features), "B": (out_features, self.rank)}
         for part in self.adapted:
@@ -99,10 +100,10 @@ class Stack:
             )
 
     def alpha(self, config: AdapterConfig) -> float:
-        """That keeps each projection's scaling with the rank of all.
+        """The alpha that keeps each projection's scaling with the rank of all together.
 
         Raises:
-            AdapterError: they do not have one alpha.
+            AdapterError: the projections do not have the same alpha.
         """
         paths = {path_of_factor(entry.name) or "" for entry in self.factors.values()}
         alphas = set(find_alphas(paths, config).values())
@@ -132,11 +133,11 @@ class Stack:
 
 
 class _StackedFile(TensorFile):
-    """A file as if it had the stacks' factors under the keys of today.
+    """A view of a file in which the stacks' factors have the current keys.
 
     Args:
-        file: what is read.
-        others: its other tensors, by the keys of today.
+        file: the file that is read.
+        others: its other tensors, by their current keys.
         stacks: key -> stack, and "A" or "B".
     """
 
@@ -158,12 +159,13 @@ class _StackedFile(TensorFile):
 def with_stacks(
     file: TensorFile, config: AdapterConfig, model: nn.Module
 ) -> tuple[TensorFile, AdapterConfig]:
-    """A file and its config as if PEFT had written them for the model's stacks; themselves where
-    no key is of one expert or of a router that target_parameters does not name.
+    """A file and its config as if PEFT had written them for the model's stacks. Both are returned
+    unchanged if no key belongs to a single expert, or to a router that target_parameters does not
+    name.
 
     Raises:
-        AdapterError: an expert's factors are missing, or not of one rank, size and alpha; or there
-            is dropout.
+        AdapterError: an expert's factors are missing, or differ in rank, size or alpha; or there is
+            dropout.
     """
     modules = base_modules(model)
     at_router = routers(list(modules.items()))
@@ -215,7 +217,7 @@ def with_stacks(
 
 
 def _keys(stacks: Mapping[str, list[Stack]]) -> Iterator[tuple[str, tuple[Stack, str]]]:
-    """(key of today, (stack, "A" or "B"))."""
+    """(current key, (stack, "A" or "B"))."""
     for path, of_path in stacks.items():
         for depth, stack in enumerate(reversed(of_path)):
             slots = parameter_slots(path, depth, (stack.shape("A"), stack.shape("B")))
@@ -224,19 +226,19 @@ def _keys(stacks: Mapping[str, list[Stack]]) -> Iterator[tuple[str, tuple[Stack,
 
 
 def _path_of_today(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Mixtral's block had another name."""
+    """The current path: Mixtral's block had another name."""
     if path.partition(".experts.")[0] in modules:
         return path
     return path.replace(".block_sparse_moe.", ".mlp.")
 
 
 def _is_taken(module: Any) -> bool:
-    """Whether it is experts whose stack has the gate's rows before those of up."""
+    """Whether the module is experts whose stack has the gate's rows before those of up."""
     return module is not None and is_experts(module) and module.is_concatenated
 
 
 def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> list[Stack]:
-    """Of a module's parameters, the innermost wrapper's first."""
+    """The stacks of a module's parameters, that of the innermost wrapper first."""
     rows = {
         up_name(module): ("gate_proj", "up_proj") if module.has_gate else ("up_proj",),
         "down_proj": ("down_proj",),

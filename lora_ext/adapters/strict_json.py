@@ -1,4 +1,4 @@
-"""JSON in which nothing can be hidden: no duplicate keys, no endless nesting."""
+"""Strict JSON: no duplicate keys, limited nesting."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .errors import AdapterError, shown
 
 
 def parse_json(data: bytes, max_depth: int) -> Any:
-    """The value of UTF-8 encoded JSON; NaN and Infinity are floats, as in Python's own.
+    """The value of UTF-8 encoded JSON; NaN and Infinity are floats, as in Python's json module.
 
     Args:
         data: the bytes; the caller bounds their number.
-        max_depth: of lists and objects inside each other.
+        max_depth: most levels of nested lists and objects.
 
     Raises:
         AdapterError: not UTF-8, not JSON, a key twice in one object, a number that is too long, or

@@ -1,5 +1,5 @@
-"""Which modules a config's names mean: PEFT's rules, on the paths of the model before it had
-adapters."""
+"""Which modules the names in a config select: PEFT's rules, on the paths that the model had before
+it got adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .peft_config import AdapterConfig
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Path -> module, without the model itself and without the parts of adapters' layers."""
+    """Path -> module, without the model itself and without parts of layers with adapters."""
     own = own_parts(model)
     named = named_modules(model, remove_duplicate)
     return {path: module for path, module in named if path and id(module) not in own}
@@ -50,17 +50,18 @@ def selected_paths(
 
 
 def saved_paths(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """The modules that modules_to_save names: as in PEFT, those whose path ends with a name, at a
-    dot or not. A name may match none: PEFT adds names of heads that a model may not have."""
+    """The modules that modules_to_save names: as in PEFT, those whose path ends with a name, with a
+    dot before it or not. A name may match none: PEFT adds names of heads that a model may not
+    have."""
     return [path for path in base_modules(model, False) if path.endswith(names)] if names else []
 
 
 def warn_of_others(model: nn.Module, config: AdapterConfig, adapted: Iterable[str]) -> None:
-    """Warns of layers that target_modules names and the file has no tensors for.
+    """Warns of layers that target_modules names but for which the file has no tensors.
 
     Args:
         model: before the adapter is added.
-        config: the adapter's; where it chooses by an expression or an index, nothing is said.
+        config: the adapter's; if it selects by an expression or an index, there is no warning.
         adapted: the layers that get the adapter.
     """
     targets, excluded = config.target_modules, config.exclude_modules
@@ -82,7 +83,7 @@ def warn_of_others(model: nn.Module, config: AdapterConfig, adapted: Iterable[st
 def warn_of_other_parameters(
     model: nn.Module, names: tuple[str, ...], adapted: Iterable[str]
 ) -> None:
-    """Warns of what target_parameters names and the file has no tensors for.
+    """Warns of parameters that target_parameters names but for which the file has no tensors.
 
     Args:
         model: before the adapter is added.
@@ -104,7 +105,7 @@ def warn_of_other_parameters(
 
 
 def _named(paths: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The paths that are one of the names, or end with one at a dot."""
+    """The paths that are one of the names, or end with a dot and a name."""
     wanted = frozenset(names)
     return [
         path

@@ -1,8 +1,8 @@
 """safetensors files, read and written by the safetensors library.
 
-A file is opened through a descriptor, so that what was found to be a regular file of the folder is
-what is read. The library checks the header against the file; names, shapes and dtypes are known
-before a tensor is read.
+A file is opened through a descriptor, so the file that is read is the one that was found to be a
+regular file of the folder. The library checks the header against the file; names, shapes and dtypes
+are known before a tensor is read.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class TensorFile:
 
         Args:
             entry: of this file.
-            dtype: of the copy; None is the file's.
+            dtype: of the copy; None keeps the file's.
 
         Raises:
-            AdapterError: torch has no such dtype, or a value is not finite in `dtype`.
+            AdapterError: torch does not have the dtype, or a value is not finite in `dtype`.
         """
         where = shown(entry.name, 200)
         try:
             stored = self._file.get_tensor(entry.name)
-        except Exception as error:  # SafetensorError is none of the standard ones
+        except Exception as error:  # SafetensorError has no standard base class but Exception
             raise AdapterError(f"{where}: expected a tensor for torch, but got {error}") from None
         value = stored.to(dtype or stored.dtype, copy=True)
         if value.is_floating_point() and not torch.isfinite(_comparable(value)).all():
@@ -77,7 +77,7 @@ def open_tensors(descriptor: int) -> Iterator[TensorFile]:
         descriptor: of the file, open for reading.
 
     Raises:
-        AdapterError: it is no safetensors file, or its header contradicts itself or its length.
+        AdapterError: it is not a safetensors file, or its header contradicts itself or its length.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -114,4 +114,4 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _comparable(value: Tensor) -> Tensor:
-    return value.float() if value.itemsize == 1 else value  # torch cannot ask a float8
+    return value.float() if value.itemsize == 1 else value  # no isfinite for float8

@@ -1,7 +1,7 @@
 """LoRA on the experts of a mixture: the whole layer, from tokens and their routes to its output.
 
-Models and PEFT's layers describe what they hold as `Experts` and `ExpertsAdapter`s; nothing here
-knows who they are.
+Models and PEFT's layers pass their tensors as `Experts` and `ExpertsAdapter`s; nothing in this
+package depends on either.
 """
 
 from .description import Experts, ExpertsAdapter

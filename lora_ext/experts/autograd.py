@@ -1,10 +1,10 @@
 """The torch autograd Functions of the two projections.
 
-    Projected       z ``[S, N]`` of x ``[T, H]``, or rows of rows
+    Projected       z ``[S, N]`` of x ``[T, H]``, or of sorted rows
     GateDown        out ``[T, H]`` of z ``[S, N]`` and the router's weights
 
-Saved for backward: x as it came, z (what the gate takes), the routes and S ``[S, R]`` of each
-projection; not the gathered rows, not h = gate(z), which is computed again, not y.
+Saved for backward: x (not gathered), z (the input of the gate), the routes and S ``[S, R]`` of each
+projection; not the gathered rows, not h = gate(z), which is computed again, and not y.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .routing import Routes
 
 
 class Call(NamedTuple):
-    """What a projection has beside tensors with a gradient.
+    """The arguments of a projection other than tensors with a gradient.
 
     Attributes:
         weight: ``[E, out, in]``.
         bias: ``[E, out]`` or None.
-        scalings: of the adapters.
-        routes: of the rows.
-        slots: k; of the rows of each token.
+        scalings: those of the adapters.
+        routes: the routes of the rows.
+        slots: k, the number of rows of each token.
     """
 
     weight: Tensor
@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
 
 class _Eager:
-    """The passes themselves, without the dispatcher."""
+    """The passes as plain functions, without the dispatcher."""
 
     forward = staticmethod(projection.forward)
     backward = staticmethod(projection.backward)
@@ -56,7 +56,7 @@ class _Eager:
 
 
 def passes() -> Any:
-    """The passes for this call: of a traced program the ops."""
+    """The passes for this call: in a traced program, the ops."""
     return ops if torch.compiler.is_compiling() else _Eager
 
 
@@ -76,11 +76,12 @@ def _halves(wants: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]
 
 
 class Projected(torch.autograd.Function):
-    """y ``[S, out]`` of x: ``[T, in]`` if it is of tokens, else ``[S, in]``, sorted."""
+    """y ``[S, out]`` for x: ``[T, in]`` if its rows are tokens, else ``[S, in]``, sorted."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
-        # One parameter for all: torch.compile tells by their number whether there is a ctx.
+        # One *args for all: torch.compile decides by the number of parameters whether there is a
+        # ctx.
         call, of_tokens, x, *factors = operands
         rows = Rows(x, call.routes.token if of_tokens else None)
         y, s = passes().forward(rows, call.projection(tuple(factors)), call.routes.offs)
@@ -110,11 +111,11 @@ class Projected(torch.autograd.Function):
 
 
 class GateDown(torch.autograd.Function):
-    """out ``[T, H]`` of z ``[S, N]`` and the router's weights ``[T, k]``.
+    """out ``[T, H]`` for z ``[S, N]`` and the router's weights ``[T, k]``.
 
-    h = gate(z) is computed again in backward, as in forward without autocast, which may be on where
-    the caller runs backward. Without a gate z is h: a compiler decides by itself
-    what it computes again, and a gate that is trained has to be seen by autograd.
+    h = gate(z) is computed again in backward. As in forward this runs without autocast, which may
+    be on where the caller runs backward. If no gate is passed, z is h: a compiler decides itself
+    what to compute again, and the gradients of a trained gate must be recorded by autograd.
     """
 
     @staticmethod

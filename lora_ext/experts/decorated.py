@@ -1,7 +1,7 @@
-"""transformers' experts: the classes under its `use_experts_implementation`, and their forward.
+"""transformers' experts: the classes decorated with `use_experts_implementation`.
 
-The decorator says in which layout the weights are; the forwards that transformers knows for them
-can take the place of one another. Nothing is imported that is not imported.
+The decorator states the layout of the weights; the forwards that transformers registers for them
+are interchangeable. No module is imported that has not been imported already.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ..dtypes import FLOATS
 from ..torch_state import is_plain
 
-# Transformers' own: each computes the same. Of others nobody knows.
+# The forwards of transformers, which all compute the same. Nothing is known about others.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
 _DEVICES = ("cpu", "cuda")
 _MODULE = "transformers.integrations.moe"
 
 
-# The code of the forward that the decorator gives: a global, since dynamo looks into a cache.
+# The code of the decorator's forward. It is a global, since dynamo would trace into a cache.
 _forward: CodeType | None = None
 
 
@@ -32,7 +32,7 @@ def is_decorated(kind: type) -> bool:
     if _forward is None:
         decorate = getattr(sys.modules.get(_MODULE), "use_experts_implementation", None)
         if decorate is None:
-            return False  # not imported, or before transformers 5
+            return False  # not imported, or transformers < 5
         _forward = decorate(type("Experts", (nn.Module,), {})).forward.__code__
     return getattr(kind.forward, "__code__", None) is _forward
 
@@ -43,7 +43,7 @@ def up_name(module: Any) -> str:
 
 
 def obstacle(module: Any) -> str:
-    """Why `lora_experts` cannot compute a decorated module whatever the input is, or ""."""
+    """Why `lora_experts` cannot compute a decorated module for any input, or ""."""
     if module._is_expert_parallel:
         return "the experts are parallel"
     if getattr(module.config, "_experts_implementation", None) not in _IMPLEMENTATIONS:
@@ -77,12 +77,12 @@ def _is_trained(weight: Tensor) -> bool:
 def operands(
     module: Any, kind: type, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(x, top_k_index, top_k_weights) of a call, or None where `lora_experts` cannot take them.
+    """(x, top_k_index, top_k_weights) of a call, or None if `lora_experts` does not support them.
 
     Args:
-        module: a decorated one.
-        kind: its class, or that which it stands for.
-        args, kwargs: of its forward, whose arguments each model may name in its own way.
+        module: a decorated module.
+        kind: its class, or the class that it replaces.
+        args, kwargs: of its forward; the names of the arguments depend on the model.
     """
     if kwargs:
         names = kind.forward.__wrapped__.__code__.co_varnames[1:4]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a layer of experts is made of, as values."""
+"""The parts of a layer of experts, as values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Experts(NamedTuple):
     """The frozen part of the experts, E matrices for each of two projections.
 
     Attributes:
-        up: ``[E, N, H]``, gate and up together or up alone; ``[E, H, N]`` if it is transposed.
+        up: ``[E, N, H]``, gate and up together or up alone; ``[E, H, N]`` if transposed.
         down: ``[E, H, I]``; ``[E, I, H]`` if it is transposed.
         up_bias, down_bias: ``[E, N]`` and ``[E, H]``, or None.
         is_transposed: whether both have ``[in, out]`` for each expert.
-        gate: from ``[S, N]`` to ``[S, I]``, each row by itself: activation and product.
-        norm: of each row of what the down projection returns, or None.
-        is_gate_trained: whether the gate has parameters that want a gradient.
+        gate: from ``[S, N]`` to ``[S, I]``, applied to each row: activation and product.
+        norm: a function of each row of the down projection's result, or None.
+        is_gate_trained: whether the gate has parameters that require a gradient.
     """
 
     up: Tensor
@@ -34,12 +34,12 @@ class Experts(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> Experts:
-        """Of a module with the attributes that transformers' `use_experts_implementation` gives."""
+        """The experts of a module decorated with transformers' `use_experts_implementation`."""
         name = up_name(module)
         return cls(
             getattr(module, name),
             module.down_proj,
-            # Without a gate `_apply_gate` exists all the same, and would split.
+            # `_apply_gate` exists also in a module without a gate, but it would split its input.
             module._apply_gate if module.has_gate else module.act_fn,
             getattr(module, f"{name}_bias") if module.has_bias else None,
             module.down_proj_bias if module.has_bias else None,
@@ -55,7 +55,7 @@ class ExpertsAdapter(NamedTuple):
     Attributes:
         lora_a: ``[E r, in]``; A_e is the rows from e r to (e + 1) r.
         lora_b: ``[out, r E]``; B_e is the columns e, e + E, e + 2 E, ...
-        scaling: a number, or a tensor of one element that changes without a new graph.
+        scaling: a number, or a tensor of one element, which can change without a new graph.
     """
 
     lora_a: Tensor

@@ -1,9 +1,9 @@
-"""PEFT's factors of experts as pools of the grouped op, and the pools' gradients as PEFT's.
+"""Converts PEFT's factors of experts to pools of the grouped op, and the pools' gradients back.
 
-    lora_A [E r, in]     A_e = rows e r .. (e + 1) r       a pool as it lies
+    lora_A [E r, in]     A_e = rows e r .. (e + 1) r       already a pool
     lora_B [out, r E]    B_e = columns e, e + E, ...       the expert is fastest: copied into a pool
 
-Several adapters are one whose ranks are all of theirs. Only experts that have rows are copied.
+Several adapters become one adapter with the sum of their ranks. Only experts with rows are copied.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Factors(NamedTuple):
     """The adapters of one projection.
 
     Attributes:
-        lora_a, lora_b: one each for an adapter, in PEFT's layout.
-        scalings: a number for each.
+        lora_a, lora_b: one tensor for each adapter, in PEFT's layout.
+        scalings: one number for each adapter.
     """
 
     lora_a: Sequence[Tensor]
@@ -32,14 +32,14 @@ class Factors(NamedTuple):
     scalings: Sequence[float]
 
     def scaling(self, dtype: torch.dtype) -> float | None:
-        """The op's, of all; None where each is multiplied into its B: they differ, or x has more
-        digits than the op's float32 scaling."""
+        """The op's scaling for all adapters; None if each scaling is multiplied into its B: they
+        differ, or x is wider than the op's float32 scaling."""
         first = self.scalings[0]
         is_one = all(scaling == first for scaling in self.scalings)
         return first if is_one and (dtype != torch.float64 or first == 1.0) else None
 
     def rank(self, experts: int) -> int:
-        """Of an expert, of all adapters together."""
+        """The rank of one expert: the sum over all adapters."""
         return sum(len(a) // experts for a in self.lora_a)
 
 
@@ -47,7 +47,7 @@ class Pools(NamedTuple):
     """Attributes:
     lora_a: ``[n, R, in]``.
     lora_b: ``[n, out, R]``.
-    scaling: ``[n]`` float32, all the same.
+    scaling: ``[n]`` float32, all elements equal.
     """
 
     lora_a: Tensor
@@ -56,10 +56,10 @@ class Pools(NamedTuple):
 
 
 def pools_of(factors: Factors, experts: int, hit: Tensor | None, dtype: torch.dtype) -> Pools:
-    """The factors of some experts for an x of a dtype.
+    """The factors of some experts as pools, for an x in `dtype`.
 
     Args:
-        hit: their numbers ``[n]``; None for all.
+        hit: the numbers of the experts ``[n]``; None for all.
     """
     kept = dtype_of(factors, dtype)
     first = [_some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
@@ -75,7 +75,7 @@ def pools_of(factors: Factors, experts: int, hit: Tensor | None, dtype: torch.dt
 
 
 def dtype_of(factors: Factors, dtype: torch.dtype) -> torch.dtype:
-    """Of the pools: what the op takes beside x, without rounding a factor to half."""
+    """The dtype of the pools: one that the op supports with x and that rounds no factor to half."""
     is_same = all(factor.dtype == dtype for factor in (*factors.lora_a, *factors.lora_b))
     if dtype in HALVES and not (is_same and factors.scaling(dtype) is not None):
         return torch.float32
@@ -83,12 +83,12 @@ def dtype_of(factors: Factors, dtype: torch.dtype) -> torch.dtype:
 
 
 class Gradients:
-    """Gradients of factors in PEFT's layout, which those of pools are written into.
+    """Gradients of factors in PEFT's layout; the gradients of pools are written into them.
 
     Args:
         dtype: of x.
-        wanted_a, wanted_b: of which adapters' factors.
-        has_all: whether each expert will be written; where not, it has zeros.
+        wanted_a, wanted_b: for which adapters the gradient is requested.
+        has_all: whether every expert will be written; if not, the others have zeros.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Gradients:
         self.lora_b = _made(make, factors.lora_b, wanted_b)
 
     def write(self, hit: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
-        """Those of pools of some experts, where wanted."""
+        """Writes the gradients of the pools of some experts, if requested."""
         begin = 0
         for i, of_a in enumerate(self.lora_a):
             rank = len(self._factors.lora_a[i]) // self._experts

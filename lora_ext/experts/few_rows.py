@@ -1,7 +1,8 @@
-"""A projection of experts that have few rows each on a CPU, as when a model generates: one op.
+"""A projection of experts with few rows each on a CPU, as when a model generates, as one op.
 
-A product of so few rows is a read of the expert's matrix, for which the kernel of an update's first
-half is faster than torch's `mm`. B, whose fastest index is the expert, is read as it lies.
+With so few rows the time of a product is that of reading the expert's matrix; the kernel that
+computes an update's first half (shrink) is then faster than torch's `mm`. B, in which the expert is
+the fastest index, is read in this layout.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from .. import _C
 from ..dtypes import HALVES
 from .factors import Factors
 
-# Rows of one expert. Of 16 experts x (1536, 2048), r = 16, the op takes .68 of a product for each
-# expert and the update after it with one row, .70 with two, .85 with three, .80 with four.
+# The most rows of one expert. With 16 experts x (1536, 2048), r = 16, the op takes .68 of the time
+# of a product for each expert with the update after it for one row, .70 for two, .85 for three,
+# .80 for four.
 MOST_ROWS = 4
 
 _op = torch.ops.lora_ext.experts_few_rows
@@ -25,11 +27,11 @@ _op = torch.ops.lora_ext.experts_few_rows
 def numbers_of(
     bounds: Sequence[int], rows: int, weight: Tensor, factors: Factors | None
 ) -> list[int]:
-    """The expert of each row; nothing where the op does not take them.
+    """The expert of each row; an empty list if the op does not support the call.
 
     Args:
-        bounds: where each expert's rows end.
-        rows: all of them.
+        bounds: the end of each expert's rows.
+        rows: the number of all rows.
     """
     if not weight.is_cpu or weight.dtype not in HALVES or 1 not in weight.stride()[1:]:
         return []
@@ -57,11 +59,11 @@ def forward(
     factors: Factors | None,
     numbers: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """(y ``[S, out]``, s ``[S, R]`` in float32).
+    """Returns (y ``[S, out]``, s ``[S, R]`` in float32).
 
     Args:
         x: ``[S, in]``, or ``[T, in]`` with tokens.
-        token: ``[S]``: where in x each row is.
+        token: ``[S]``: the index in x of each row.
         weight: ``[E, out, in]``.
         bias: ``[E, out]`` or None.
         factors: of the active adapters, or None.

@@ -1,4 +1,4 @@
-"""`lora_experts`: a layer of frozen experts with low-rank updates, as a function."""
+"""`lora_experts`: a layer of frozen experts with low-rank updates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lora_experts(
     Args:
         experts: the frozen part.
         x: ``[T, H]``, brought to the experts' dtype.
-        top_k_index: ``[T, k]`` of integers; one that is no expert's, as large as E or larger, adds
+        top_k_index: ``[T, k]``, integers; a number that is E or larger is no expert: it adds
             nothing and has no gradient.
         top_k_weights: ``[T, k]``, any floating dtype.
         up, down: the active adapters of each projection; their updates add.
@@ -77,7 +77,7 @@ def _call(
 
 
 def _with_number(adapter: ExpertsAdapter) -> ExpertsAdapter:
-    """The adapter with a scaling that is a number: one in a tensor goes into B."""
+    """The adapter with a number as scaling: a scaling in a tensor is multiplied into B."""
     lora_a, lora_b, scaling = adapter
     if not isinstance(scaling, Tensor):
         return adapter

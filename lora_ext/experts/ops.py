@@ -1,7 +1,7 @@
-"""The passes of `projection` and `routing` as ops of torch.library, for programs that are traced.
+"""The passes of `projection` and `routing` as ops of torch.library, for traced programs.
 
-How many rows an expert has is read on the host inside one op, so that it breaks no graph. Eager
-calls take the functions themselves, without the dispatcher.
+The number of rows of each expert is read on the host inside an op, so that it causes no graph
+break. Eager calls use the functions directly, without the dispatcher.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, token, weight, bias, lora_a, lora_b, scalings, offs):
-    rows = (x if token is None else token).shape[0]  # len() would make a number of it
+    rows = (x if token is None else token).shape[0]  # len() would make it a constant
     experts, out_features, _ = weight.shape
     rank = sum(a.shape[0] // experts for a in lora_a)
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -1,10 +1,10 @@
-"""The base's products of a run: each expert's matrix and its rows.
+"""The base's products of a run: the rows of each expert times its matrix.
 
     forward      x W_e^T + b_e
     backward     g W_e
 
-Torch's grouped product takes all experts on a GPU, in bfloat16 and where its rules of alignment
-hold; else there is a product for each expert.
+torch's grouped product computes all experts at once on a GPU, in bfloat16 and if its alignment
+rules hold; otherwise there is one product for each expert.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from torch.nn.functional import grouped_mm
 
 from .runs import Run
 
-# Where the grouped product is one kernel. Torch has it on a CPU, as a loop over all experts.
+# The devices on which the grouped product is one kernel. On a CPU torch loops over all experts.
 DEVICES = ("cuda",)
 _LEAST_CARD = (8, 0)
 _ALIGNMENT = 16  # bytes
 
 
 def are_grouped(weight: Tensor, rows: int, given: Tensor | None) -> bool:
-    """Whether the grouped product takes a call, forward and backward.
+    """Whether the grouped product supports a call, forward and backward.
 
     Args:
         weight: ``[E, out, in]``.
-        rows: of the call.
-        given: rows that are taken as they lie, not gathered.
+        rows: the number of rows of the call.
+        given: rows that are used in place, not gathered.
     """
     if weight.device.type not in DEVICES or weight.dtype != torch.bfloat16 or rows == 0:
         return False
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < _LEAST_CARD:
         return False
-    # Gathered rows, and those of y and dx, are as wide as the weight.
+    # The rows of y and dx, and gathered rows, have the width of one of the weight's dimensions.
     are_wide = all(size * weight.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
     return are_wide and _is_aligned(weight) and (given is None or _is_aligned(given))
 
 
 def _is_aligned(matrices: Tensor) -> bool:
-    """Whether matrices lie along a dimension, each of their rows at a whole 16 bytes."""
+    """Whether matrices have unit stride in a dimension, and rows aligned to 16 bytes."""
     strides = matrices.stride()
     if 1 not in strides[-2:] or matrices.data_ptr() % _ALIGNMENT:
         return False
@@ -48,7 +48,7 @@ def _is_aligned(matrices: Tensor) -> bool:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, run: Run) -> Tensor:
-    """``[rows, out]`` of the run's rows."""
+    """The products ``[rows, out]`` for the rows of the run."""
     if run.experts is None:
         y = grouped_mm(x, weight.transpose(1, 2), offs=run.offs)
         if bias is not None:
@@ -65,7 +65,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, run: Run) -> Tensor:
 
 
 def backward(grad: Tensor, weight: Tensor, run: Run, out: Tensor | None) -> Tensor:
-    """``[rows, in]`` of the run's rows; written into out, which a product for each expert needs."""
+    """The products ``[rows, in]`` for the rows of the run, written into `out`, which is needed if
+    each expert has its own product."""
     if run.experts is None:
         return grouped_mm(grad, weight, offs=run.offs)
     assert out is not None

@@ -6,8 +6,8 @@
     weights w:   dx = w dx',  dw = <x, dx'> + <g, b_e>
                  dA_e = s (g B_e)^T (w x),  dB_e = s g^T (w x A_e^T)
 
-With weights, y is what they multiply later, and g the gradient of the product's sum: so y is not
-needed to get dw. W has no gradient.
+With weights, y is multiplied by them later, and g is the gradient of the sum of these products: so
+y is not needed for dw. W has no gradient.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Projection(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Sorted rows: those of a tensor, or where each is in it.
+    """Sorted rows: the rows of a tensor, or indices into one.
 
     Attributes:
-        values: ``[S, n]``, or ``[T, n]`` with a token.
-        token: ``[S]``, or None.
+        values: ``[S, n]``, or ``[T, n]`` with token.
+        token: ``[S]``, the index of each row, or None.
     """
 
     values: Tensor
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
 
 def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> Runs | None:
-    """All experts as one run, where the grouped product takes it."""
+    """All experts as one run, if the grouped product supports it; else None."""
     given = rows.values if rows.token is None else None
     if products.are_grouped(weight, rows.size, given):
         return runs.on_device(offs, rows.size)
@@ -67,7 +67,7 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> Runs | None:
 
 
 def _update_of(pools: Pools, run: Run) -> dict[str, Any]:
-    """The op's arguments of many adapters without dropout, whose rows have ends."""
+    """The op's arguments for many adapters with offs, without dropout."""
     lora_a, lora_b = [pools.lora_a], [pools.lora_b]
     return {"lora_a": lora_a, "lora_b": lora_b, "scalings": pools.scaling, "offs": run.offs}
 
@@ -106,7 +106,7 @@ class Backward(NamedTuple):
     """Attributes:
     dx: ``[S, in]``, or None.
     dweights: ``[S]`` in at least float32, or None.
-    dlora_a, dlora_b: one for each adapter, None where not wanted.
+    dlora_a, dlora_b: one for each adapter, None if not requested.
     """
 
     dx: Tensor | None
@@ -177,7 +177,7 @@ def _update_backward(
     gradients: Gradients,
     want_x: bool,
 ) -> Tensor | None:
-    """dx' of the update; the factors' gradients are written."""
+    """Returns dx' of the update and writes the gradients of the factors."""
     weight, _, factors = projection
     assert factors is not None
     experts = len(weight)
@@ -186,7 +186,7 @@ def _update_backward(
     if weights is not None:
         assert x is not None
         x, s = (x * weights[:, None]).to(x.dtype), s * weights[:, None]
-    if x is None:  # only its shape and dtype are looked at
+    if x is None:  # only its shape and dtype are used
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
     pools = pools_of(factors, experts, run.hit, weight.dtype)
     wanted = ([want_x, False], [want_a], [want_b])

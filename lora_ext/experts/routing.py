@@ -1,9 +1,9 @@
-"""From a router's choice to rows sorted by expert, and back.
+"""Sorts the rows that a router chose by expert, and sums them back by token.
 
-    S = T k rows; row j of the sorted ones is slot perm[j] % k of token perm[j] // k
+    S = T k rows; sorted row j is slot perm[j] % k of token perm[j] // k
     expert e has the sorted rows from offs[e - 1] to offs[e]
 
-An expert's number that does not exist, as expert parallelism gives to other ranks' slots, is sorted
+A number that is no expert, such as expert parallelism gives to the slots of other ranks, is sorted
 to the end, after offs[-1]: those rows are zero.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a block of tokens: 1 MiB of float32, which stays in a core's cache; on a GPU 64 MiB.
+# Elements in a block of tokens: 1 MiB of float32, which stays in a core's cache; on a GPU 64 MiB.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 
 
@@ -31,7 +31,7 @@ class Routes(NamedTuple):
 
 
 def routes_of(top_k_index: Tensor, experts: int) -> Routes:
-    """The routes of ``[T, k]`` experts' numbers; slots of one expert keep their order."""
+    """The routes for expert numbers ``[T, k]``; the slots of one expert keep their order."""
     ids, perm = torch.sort(top_k_index.reshape(-1), stable=True)
     numbers = torch.arange(experts, device=ids.device, dtype=ids.dtype)
     offs = torch.searchsorted(ids, numbers, right=True, out_int32=True)
@@ -39,7 +39,7 @@ def routes_of(top_k_index: Tensor, experts: int) -> Routes:
 
 
 def places_of(perm: Tensor) -> Tensor:
-    """Where each flat slot is among the sorted rows: perm's inverse."""
+    """The sorted row of each flat slot: the inverse of perm."""
     places = torch.empty_like(perm)
     places[perm] = torch.arange(perm.shape[0], device=perm.device)
     return places
@@ -54,7 +54,7 @@ def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int)
         weights: ``[S]`` in the slots' order, or None for 1.
         slots: k.
 
-    The sum is made in at least float32 and rounded once to the rows' dtype.
+    The sum is computed in at least float32 and rounded once to the dtype of the rows.
     """
     place = places_of(perm)
     tokens, width = len(perm) // slots, rows.shape[1]

@@ -1,8 +1,9 @@
-"""Which rows and experts are taken together.
+"""Which rows and experts are processed together.
 
-On a CPU a run is consecutive experts with a few hundred rows: what is gathered for a run, and the
-run's product, stay in the cache until the update is added. On a GPU whose grouped product takes the
-operands all experts are one run, and how many rows each has stays on the device.
+On a CPU a run is consecutive experts with a few hundred rows: the rows gathered for a run, and the
+run's product, stay in the cache until the update is added. On a GPU, if the grouped product
+supports the operands, all experts are one run, and the number of rows of each is not read on the
+host.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows at which a run of experts ends.
+# A run ends at the expert with which it has this number of rows.
 _ROWS = 512
 
 
@@ -22,9 +23,9 @@ class Run(NamedTuple):
 
     Attributes:
         begin, end: their rows.
-        offs: int32, where each expert's rows end, counted from the run's first.
-        hit: numbers of the experts, all of which have rows; None: of all experts, with or without.
-        experts: (number, begin, end) of each; None where only the device knows.
+        offs: int32, the end of each expert's rows, counted from the first row of the run.
+        hit: numbers of the experts, all of which have rows; None: all experts, with or without.
+        experts: (number, begin, end) of each; None if this is known only on the device.
     """
 
     begin: int
@@ -34,7 +35,7 @@ class Run(NamedTuple):
     experts: list[tuple[int, int, int]] | None
 
     def numbers(self, experts: int) -> Tensor:
-        """The expert of each row; of a row after the last expert's, the last."""
+        """The expert of each row; rows after those of the last expert get the last expert."""
         rows = torch.arange(self.begin, self.end, device=self.offs.device, dtype=torch.int32)
         return torch.searchsorted(self.offs, rows, right=True).clamp_(max=experts - 1)
 
@@ -42,8 +43,8 @@ class Run(NamedTuple):
 class Runs(NamedTuple):
     """Attributes:
     each: the runs.
-    has_all: whether every expert is in one of them.
-    rest: the first row after the last expert's; None where only the device knows.
+    has_all: whether every expert is in one of the runs.
+    rest: the first row after those of the last expert; None if known only on the device.
     """
 
     each: list[Run]
@@ -52,11 +53,11 @@ class Runs(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether one run has all rows, and only the device knows whose they are."""
+        """Whether one run has all rows, with their experts known only on the device."""
         return self.rest is None
 
     def clear_rest(self, *tensors: Tensor | None) -> None:
-        """Writes zeros to the rows after the last expert's."""
+        """Writes zeros to the rows after those of the last expert."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -77,8 +78,8 @@ def on_host(bounds: Sequence[int], device: torch.device) -> Runs:
     """Runs of a few hundred rows.
 
     Args:
-        bounds: offs, as numbers.
-        device: of the rows.
+        bounds: offs as Python numbers.
+        device: that of the rows.
     """
     each = []
     first, last, experts = 0, 0, []

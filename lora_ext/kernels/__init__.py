@@ -1,4 +1,4 @@
-"""The CUDA kernels seen from Python: what they would do for a call, and whether they may."""
+"""The CUDA kernels from Python: the plan of a call, and the checks of the kernels."""
 
 from .kernel_checks import set_check_timeout
 from .kernel_plan import (

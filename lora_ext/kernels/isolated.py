@@ -1,4 +1,4 @@
-"""Questions that a child process answers, one after the other, each in a limited time."""
+"""Requests that a child process answers one after the other, each within a time limit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import IO
 
-# To import torch and to begin with a device; and for what the host does before each launch.
+# Time to import torch and to initialise a device, and for the host's work before each launch.
 _START_S = 300.0
 _HOST_S = 60.0
 
 
 class CannotStart(RuntimeError):
-    """The child ended, or said nothing, before its first answer was begun."""
+    """The child ended or timed out before it began its first answer."""
 
 
 class ChildLost(RuntimeError):
-    """The child ended, or said nothing, in the middle of an answer."""
+    """The child ended or timed out within an answer."""
 
 
 def answers(
@@ -35,21 +35,22 @@ def answers(
 ) -> Iterator[tuple[str, str]]:
     """Runs Python code that reads JSON and prints lines ``["begin"|"end", name, result]``.
 
-    The child imports what this process would, and is killed with all it has started when the
-    iteration ends. It need not answer everything: nothing more comes where it ends between answers.
+    The child imports the same modules as this process would. It is killed, with all processes that
+    it has started, when the iteration ends. It need not answer everything: if it ends between
+    answers, the iteration ends.
 
     Args:
-        code: for ``python -c``.
-        request: what the child reads from standard input.
-        timeout_s: of an answer, beside a minute for the host; None: no limit.
-        begins: called with each name that begins.
+        code: the argument of ``python -c``.
+        request: the input that the child reads from standard input.
+        timeout_s: limit for an answer, besides a minute for the host; None: no limit.
+        begins: called with each name when its answer begins.
 
     Yields:
         Each name and its result.
 
     Raises:
-        CannotStart: nothing was begun, which says nothing about any name.
-        ChildLost: with what happened, to the name that had begun.
+        CannotStart: no answer was begun, so nothing is known about any name.
+        ChildLost: what happened to the child, during the answer for the name that had begun.
     """
     limit = None if timeout_s is None else timeout_s + _HOST_S
     with tempfile.TemporaryFile("w+") as said:
@@ -86,7 +87,7 @@ def _conversation(
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    with suppress(BrokenPipeError), child.stdin:  # it may have ended, as its output says
+    with suppress(BrokenPipeError), child.stdin:  # it may have ended; its output shows this
         json.dump(request, child.stdin)
     current, begun = "", False
     while True:
@@ -121,7 +122,7 @@ def _conversation(
 
 
 def _parsed(line: str) -> list[str] | None:
-    """None for what others print."""
+    """The parsed line; None for a line that other code printed."""
     try:
         answer = json.loads(line)
     except ValueError:
@@ -133,6 +134,6 @@ def _parsed(line: str) -> list[str] | None:
 def _kill(child: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    # A process in the middle of a driver's call ends when that does.
+    # A process within a call of the driver ends only when the call does.
     with suppress(subprocess.TimeoutExpired):
         child.wait(timeout=30)

@@ -1,7 +1,8 @@
-"""Checks CUDA kernels ahead of their first use, by default in a process of its own.
+"""Checks CUDA kernels before their first use, by default in a separate process.
 
-Kernels that hang or fault leave a process without its device. So a child computes the small cases
-(csrc/op/check/kernel_set.h), this process keeps what it found, and a lost child costs one check.
+A process whose kernels hang or fault can no longer use its device. So a child process computes the
+small cases (csrc/op/check/kernel_set.h), this process keeps the results, and a lost child costs one
+check.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from ..device import indexed
 from .isolated import CannotStart, ChildLost, answers
 
 TIMEOUT_S = 10.0
-# A child that is to be trusted with more kernels after so many were lost would be lost as well.
+# After this number of lost children no more are started: they would be lost as well.
 _MOST_LOST = 4
 _CHILD = "from lora_ext.kernels.kernel_checks import serve; serve()"
 _UNKNOWN = "could not be checked: "
 
 
 def every_kernel(device: torch.device, early: bool | None = None) -> list[_C.Kernels]:
-    """All that a device can be asked for, of one adapter and of many.
+    """All sets of kernels that a device can run, for one adapter and for many.
 
-    early: with early launches or without; None is as they are set.
+    early: with PDL or without; None takes the current setting.
     """
     card = _C.cuda_card(device)
     early = _C.early_launch() if early is None else early
@@ -44,25 +45,25 @@ def check_kernels(
 ) -> dict[str, str]:
     """Compares kernels with the op in float64 now, instead of at their first use.
 
-    What is known is not checked again. Torch's random generators stay as they are.
+    Kernels with a known result are not checked again. The state of torch's random generators does
+    not change.
 
     Args:
         device: a CUDA device; default: the current one.
-        kernels: of ``_C.all_kernels`` or ``_C.kernels_of``; default: all that the card can be
-            asked for.
-        timeout_s: how long each may take after its launch has returned; None: as long as it likes,
-            as under compute-sanitizer.
-        isolated: whether a child process checks them; default: on CUDA. Where none can start, this
-            process does.
+        kernels: from ``_C.all_kernels`` or ``_C.kernels_of``; default: all that the card can run.
+        timeout_s: how long each may take after its launch has returned; None: no limit, for example
+            under compute-sanitizer.
+        isolated: whether a child process checks them; default: on CUDA. If no child can be started,
+            this process checks them.
         begins: called with a name before each check.
 
     Returns:
-        The name of each that failed, now or before, and what failed; empty if all may be used. What
-        begins with "could not be checked" is not remembered, and is tried again.
+        The name of each that failed, now or before, and what failed; empty if all may be used. A
+        result that begins with "could not be checked" is not remembered, so the check is repeated.
 
     Raises:
-        RuntimeError: the build has no CUDA kernels, or there is no such device; or, in this
-            process, kernels have not ended in time or have left the device unusable.
+        RuntimeError: the build has no CUDA kernels, or there is no such device; or, if this process
+            checks them, kernels have not ended in time or have left the device unusable.
     """
     if not _C.with_cuda:
         raise RuntimeError(
@@ -87,15 +88,15 @@ def check_kernels(
 
 
 def check_results(device: torch.device | str | None = None) -> dict[str, str]:
-    """By name, "passed" or what failed, of all kernels that have been checked on a device."""
+    """All kernels that have been checked on a device: name -> "passed" or what failed."""
     return dict(_C.check_results(indexed(device)))
 
 
 def set_check_timeout(seconds: float | None) -> None:
-    """How long kernels may take in the check of their first use; None: as long as they like.
+    """Sets how long kernels may take in the check at their first use; None: no limit.
 
-    10 s by default, after their launch has returned. Beyond, the call raises a RuntimeError: such
-    kernels may never end, and until then nothing else of the process can run on the device.
+    The default is 10 s after their launch has returned. After that the call raises a RuntimeError:
+    such kernels may never end, and until they do nothing else of the process can run on the device.
 
     Raises:
         RuntimeError: the build has no CUDA kernels.
@@ -137,7 +138,7 @@ def _results(
         try:
             for _, result in answers(_CHILD, request, timeout_s, begins):
                 yield left.pop(0), result
-            lost += 1  # if it has left some, its device was gone
+            lost += 1  # if kernels are left unchecked, the child had lost its device
         except ChildLost as error:
             lost += 1
             yield left.pop(0), str(error)
@@ -170,7 +171,7 @@ def _results_here(
 def serve() -> None:
     """The child's part of `isolated.answers`: reads a request, prints lines.
 
-    It ends after kernels that have left it without a device.
+    It ends after kernels that have made its device unusable.
     """
     import warnings
 

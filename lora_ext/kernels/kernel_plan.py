@@ -1,4 +1,4 @@
-"""Which CUDA kernels compute a LoRA linear: the planner's answer for shapes, cards and tensors."""
+"""Which CUDA kernels compute a LoRA linear: the planner's plan for shapes, cards and tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..device import indexed
 from ..dtypes import HALVES
 from ..invariance import invariance_note
 
-# Compute capability times 10, SMs, and bytes of shared memory: of an SM, of a block at most.
+# Compute capability times 10, number of SMs, bytes of shared memory of an SM and, at most, of a
+# block.
 CARDS = {
     "A100": _C.Card(80, 108, 167936, 166912),
     "A10": _C.Card(86, 72, 102400, 101376),
@@ -25,13 +26,13 @@ CARDS = {
 
 @dataclass(frozen=True)
 class CallPlan:
-    """How one call of `lora_linear` computes; str() is for people.
+    """How one call of `lora_linear` is computed; str() gives a readable text.
 
     Attributes:
         forward, backward: the plans, each with ``kernel`` (False: the library route), ``hybrid``
             (the library's base product, our kernels for the rest), ``reason``, ``workspace``
             (bytes) and more; None on the CPU.
-        forward_check, backward_check: what the device's check has said about the kernels: "passed",
+        forward_check, backward_check: the result of the kernels' check on the device: "passed",
             "not yet", or what failed; "" without kernels or without a device.
         cpu: "" on CUDA; on the CPU, the kernels or the reason for the library route.
     """
@@ -68,7 +69,7 @@ def plan(
     aligned: bool = True,
     route: str = "auto",
 ) -> CallPlan:
-    """The plan for a shape on a card, which need not be there: pure arithmetic.
+    """The plan for a shape on a card; pure arithmetic, so the card need not be present.
 
     Args:
         rows, in_features, out_features, rank: M, K, N and r of `lora_linear`.
@@ -76,11 +77,11 @@ def plan(
         dtype: of x and weight.
         adapter_dtype: of lora_a and lora_b; default: dtype.
         dropout: whether dropout_p > 0.
-        aligned: whether rows of every operand begin at multiples of 16 bytes.
-        route: "auto", "kernel", "hybrid" or "library", as `set_cuda_route` takes it.
+        aligned: whether the rows of every operand begin at multiples of 16 bytes.
+        route: "auto", "kernel", "hybrid" or "library", as in `set_cuda_route`.
 
     Raises:
-        ValueError: the card, the route or a size is not one.
+        ValueError: the card, the route or a size is not valid.
     """
     if min(rows, in_features, out_features, rank) < 1:
         raise ValueError(
@@ -107,7 +108,7 @@ def problem_of(
     adapter_dtype: torch.dtype,
     dropout: bool,
 ) -> _C.Problem:
-    """Of contiguous operands, as `plan` takes them."""
+    """The planner's problem for contiguous operands; arguments as in `plan`."""
     problem = _C.Problem(rows, out_features, in_features, rank)
     problem.half_dtype = dtype in HALVES
     problem.float_adapters = adapter_dtype == torch.float32
@@ -135,7 +136,7 @@ def _flat(x: Tensor) -> Tensor:
 def explain_call(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float = 0.0
 ) -> CallPlan:
-    """How ``lora_linear(x, weight, lora_a, lora_b, dropout_p=...)`` computes, and its backward."""
+    """How ``lora_linear(x, weight, lora_a, lora_b, dropout_p=...)`` is computed, with backward."""
     x, weight, lora_a, lora_b = (t.detach() for t in (_flat(x), weight, lora_a, lora_b))
     rank = lora_a.shape[0]
     if x.device.type == "cpu":
@@ -150,18 +151,18 @@ def explain_call(
 def explain_cuda_call(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float
 ) -> CallPlan:
-    """`explain_call` for operands that the kernel route takes; x is [M, K]."""
+    """`explain_call` for operands that the kernel route supports; x is [M, K]."""
     forward = _C.explain_forward(x, weight, lora_a, lora_b, dropout_p)
     backward = _C.explain_backward(x, weight, lora_a, lora_b, dropout_p)
     return CallPlan(forward.plan, backward.plan, forward.check, backward.check)
 
 
 def set_early_launch(enabled: bool) -> None:
-    """Whether a kernel may begin before the one before it has ended, for the whole process.
+    """Sets whether a kernel may begin before the previous one has ended, for the whole process.
 
-    Programmatic dependent launch, on compute capability 9.0: `lora_gemm` begins while the kernel
-    that makes its low-rank operand still runs, and waits for it; `lora_wgrad` begins on SMs that
-    the last tiles of dX leave idle. On by default.
+    This is programmatic dependent launch (PDL), on compute capability 9.0: `lora_gemm` begins while
+    the kernel that computes its low-rank operand still runs, and waits for it; `lora_wgrad` begins
+    on SMs that the last tiles of dX leave idle. On by default.
 
     Raises:
         RuntimeError: the build has no CUDA kernels.
@@ -175,13 +176,13 @@ def set_early_launch(enabled: bool) -> None:
 
 
 def set_reserved_sms(count: int) -> None:
-    """How many SMs of each device the kernels leave to others, for the whole process.
+    """Sets how many SMs of each device the kernels leave to other work, for the whole process.
 
-    Calls are planned for what is left. A persistent grid divides its tiles among as many blocks as
-    the device holds; beside NCCL's kernels, under MPS or in a green context not all of them start
-    at once, and those that come late do a full share, so that a product can take up to twice as
-    long. What the others hold (NCCL: `NCCL_MAX_CTAS`) is reserved here; 0 by default. Fewer SMs
-    mean other splits of sums, whose last bits may differ.
+    Calls are planned for the remaining SMs. A persistent grid divides its tiles among as many
+    blocks as fit on the device. Next to NCCL's kernels, under MPS or in a green context not all of
+    them start at once, and those that start late process as many tiles as the others, so a product
+    can take up to twice as long. Reserve the SMs that the other work uses (NCCL: `NCCL_MAX_CTAS`);
+    0 by default. With fewer SMs sums are split differently, so last bits may differ.
 
     Raises:
         ValueError: a negative count.
@@ -203,13 +204,13 @@ def set_cuda_route(name: str) -> None:
     """Chooses the route of half-precision calls on CUDA, for the whole process.
 
     Args:
-        name: "auto" lets the planner choose; "kernel" takes our kernels wherever they can compute
+        name: "auto" lets the planner choose; "kernel" uses our kernels wherever they can compute
             the call, and torch's for x W^T and dY W whose rows do not begin at multiples of 16
-            bytes; "hybrid" the same, but torch's products for every x W^T and dY W; "library" takes
-            torch's products for everything.
+            bytes; "hybrid" does the same, but uses torch's products for every x W^T and dY W;
+            "library" uses torch's products for everything.
 
     Raises:
-        ValueError: the name is none of these.
+        ValueError: the name is not one of these.
         RuntimeError: the build has no CUDA kernels.
     """
     if not _C.with_cuda:

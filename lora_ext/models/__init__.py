@@ -1,4 +1,4 @@
-"""Models with our layers: their adapters chosen, merged, counted and taken out again."""
+"""Functions for models with our layers: select, merge, count and remove adapters."""
 
 from .apply import apply_lora
 from .config import LoRAConfig

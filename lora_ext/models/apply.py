@@ -1,4 +1,4 @@
-"""Putting adapters into a model."""
+"""Adds adapters to a model."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def apply_lora(
     nn.Linear, transformers' Conv1D, nn.Embedding and 1x1 nn.Conv2d are replaced by layers that
     share their parameters, and so are the quantised linear layers of bitsandbytes, torchao, HQQ and
     transformers (`lora_ext.nn.LoRAQuantizedLinear`) and its experts (`lora_ext.nn.LoRAExperts`,
-    which have no dropout); other subclasses are refused, since they may compute something else. A
-    model that has adapters gets one more, inactive until `set_adapter`; the first is active at
-    once. Biases and modules to save exist once: those that a further config names are trained too.
+    which have no dropout); other subclasses raise an error, since they may compute something else.
+    A model that has adapters gets one more, inactive until `set_adapter`; the first is active at
+    once. Biases and modules to save exist only once for all adapters: those that a later config
+    names are trained in addition.
 
     Args:
         model: any nn.Module that holds such layers.
-        config: which ones, and what adapter.
-        adapter: its name.
+        config: selects the layers and describes the adapter.
+        adapter: the name of the adapter.
         pack: on a CPU, keep packed copies of frozen weights where that was measured to be faster,
             as in `lora_ext.accelerate`.
 
@@ -55,8 +56,8 @@ def apply_lora(
         The model.
 
     Raises:
-        TypeError: config is no LoRAConfig.
-        ValueError: no layer matches (near matches are named), a module that is named cannot be
+        TypeError: config is not a LoRAConfig.
+        ValueError: no layer matches (the message names near matches), a selected module cannot be
             adapted, a module to save holds or shares an adapted weight, or the adapter exists. The
             model is then unchanged.
     """
@@ -103,7 +104,7 @@ def apply_lora(
         return model
     for layer in layers:
         if len(layer.adapters) == 1:
-            layer.set_adapter(())  # as in the layers that have other adapters
+            layer.set_adapter(())  # inactive, as in the layers that have other adapters
     for module in biases:
         module.get_parameter("bias").requires_grad_(True)
     for module in saved:
@@ -120,7 +121,7 @@ def _trained_biases(model: nn.Module, layers: list[LoRALayer], bias: str) -> lis
 
 @contextmanager
 def frozen_only_by_success(model: nn.Module) -> Iterator[None]:
-    """On an error all parameters have the requires_grad that they had."""
+    """Within the block, on an error, requires_grad of all parameters is restored."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -131,7 +132,7 @@ def frozen_only_by_success(model: nn.Module) -> Iterator[None]:
 
 
 def _warn_of_other_experts(model: nn.Module) -> None:
-    """Warns of experts that stay frozen since their layout is not known."""
+    """Warns of experts that stay frozen since their layout is unknown."""
     found = {
         type(module).__name__
         for module in model.modules()
@@ -148,7 +149,7 @@ def _warn_of_other_experts(model: nn.Module) -> None:
 
 
 def _adaptable(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
-    """The module, or what takes its place."""
+    """The module, or the module that replaces it."""
     if isinstance(module, (LoRALayer, LoRAModule)):
         return module
     kind = replacement_for(module)
@@ -161,7 +162,7 @@ def _adaptable(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
 def _layers_of(
     module: LoRALayer | LoRAModule, path: str, config: LoRAConfig
 ) -> Iterable[tuple[LoRALayer, AdapterSpec]]:
-    """The layers of a target, each with the adapter that it gets."""
+    """The layers of a target, each with the spec of its adapter."""
     if isinstance(module, LoRALayer):
         return [(module, config.spec_for(path))]
     return chosen(module, path, config, ALL_LINEAR)
@@ -175,7 +176,7 @@ def _add(layer: LoRALayer, adapter: str, spec: AdapterSpec, config: LoRAConfig, 
 
 
 def _check_saved(adapted: list, saved: list[nn.Module]) -> None:
-    """Raises ValueError where training a module whole would train a weight that LoRA freezes."""
+    """Raises ValueError if training a module whole would train a weight that LoRA freezes."""
     for root in saved:
         inside = {id(part) for part in (*root.modules(), *root.parameters())}
         for path, layer in adapted:
@@ -187,7 +188,7 @@ def _check_saved(adapted: list, saved: list[nn.Module]) -> None:
 
 
 def install(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
-    """Puts modules in the place of others, given by id, wherever the model holds them."""
+    """Replaces modules, given by id, wherever the model holds them."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in replaced:

@@ -14,7 +14,7 @@ from .patterns import matches
 BIASES = ("none", "all", "lora_only")
 
 
-# Of PEFT's LoraConfig: what to write instead.
+# Fields of PEFT's LoraConfig, and what to write instead.
 _WORDS_OF_PEFT = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -37,13 +37,13 @@ class LoRAConfig:
 
     Attributes:
         target_modules: one pattern or several; ``"all-linear"`` is every linear layer (nn.Linear,
-            transformers' Conv1D and quantised ones) and the experts of mixtures, but for the output
-            embedding and what modules_to_save names. Experts are chosen by their module, too
-            (``"experts"``), and a part of them, or a router, by its name (``"experts.down_proj"``,
-            ``"mlp.gate"``).
+            transformers' Conv1D and quantised ones) and the experts of mixtures, except the output
+            embedding and the modules that modules_to_save names. Experts can also be selected by
+            their module (``"experts"``), and one of their parameters, or a router, by its name
+            (``"experts.down_proj"``, ``"mlp.gate"``).
         r, alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
         exclude_modules: patterns of modules that get none.
-        rank_pattern: pattern -> r where it differs; the first that matches wins.
+        rank_pattern: pattern -> r where it differs; the first match counts.
         alpha_pattern: pattern -> alpha where it differs.
         bias: which biases of the base are trained: "none", "all", or "lora_only", those of layers
             with an adapter.
@@ -53,7 +53,7 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value is out of its range.
-        TypeError: a name is PEFT's; the message has the one here.
+        TypeError: a name is one of PEFT's fields; the message has the name to use here.
     """
 
     target_modules: str | Sequence[str]
@@ -110,7 +110,7 @@ class LoRAConfig:
 
 
 def not_a_config(given: object) -> str:
-    """What came instead, for an error. The name of PEFT's config differs in a letter's case."""
+    """What was passed instead, for a message. PEFT's class name differs only in letter case."""
     name = type(given).__name__
     if not type(given).__module__.startswith("peft."):
         return name

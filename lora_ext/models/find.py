@@ -1,4 +1,4 @@
-"""Which modules of a model a config chooses, and what takes their place."""
+"""Which modules of a model a config selects, and which classes replace them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .patterns import is_pattern, matches
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (LoRALinear, LoRAQuantizedLinear)
-# What expressions have, for which PEFT takes a string, and names and globs do not.
+# Characters of regular expressions, which PEFT reads from a string, that names and globs lack.
 _EXPRESSION = re.compile(r"[\\()|^$]")
 
 
 def replacement_for(module: nn.Module) -> type[LoRALayer] | type[LoRAModule] | None:
-    """The class that takes the module's place, None for what LoRA is not defined on here."""
+    """The class that replaces the module, None if LoRA is not supported on it."""
     if is_experts(module):
         return LoRAExperts
     if is_conv1d(module):
@@ -43,7 +43,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[tuple[str, nn.Mod
     """The (path, module) pairs that get the adapter, each module once.
 
     Raises:
-        ValueError: a pattern matches nothing, or only what cannot be adapted.
+        ValueError: a pattern matches nothing, or only modules that cannot be adapted.
     """
     modules = _modules_of(model)
     inside_saved = [path for path, _ in modules if _matches_any(config.modules_to_save, path)]
@@ -83,7 +83,7 @@ def find_saved(model: nn.Module, config: LoRAConfig) -> list[nn.Module]:
 
 
 def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of all but the model itself and parts of our own layers, each a module too."""
+    """(path, module) of all modules except the model itself and the parts of our own layers."""
     own = own_parts(model)
     named = model.named_modules(remove_duplicate=False)
     return [(path, module) for path, module in named if path and id(module) not in own]
@@ -120,7 +120,7 @@ def _all_linear(
 def _matched(
     pattern: str, candidates: list, modules: list, of_mixtures: set[int]
 ) -> list[tuple[str, nn.Module]]:
-    """The modules that a pattern chooses; of_mixtures are ids of experts and routers."""
+    """The modules that a pattern selects; of_mixtures: the ids of experts and routers."""
     hits = [(path, module) for path, module in candidates if matches(pattern, path)]
     if not hits:
         hits = [

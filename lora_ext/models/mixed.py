@@ -1,4 +1,4 @@
-"""`use_adapters`: a model whose samples, or tokens, each have an adapter of their own."""
+"""`use_adapters`: selects an adapter for each sample, or each token, of a batch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def use_adapters(
     *,
     repeats: int = 1,
 ) -> Iterator[nn.Module]:
-    """Within the block each sample, or each token, has an adapter of its own, or none.
+    """Within the block each sample, or each token, has its own adapter, or none.
 
         y[m] = base(x)[m] + scaling_g (drop(x)[m] A_g^T) B_g^T        g the adapter of row m
 
-    The active adapters do not count. Forward and backward, in training too: an adapter's gradient
-    is that of its own rows. A layer that lacks an adapter computes the base for its rows.
+    The active adapters are not used. It works in forward and backward, also in training: the
+    gradient of an adapter is that of its own rows. A layer that lacks an adapter computes the base
+    alone for the rows of this adapter.
 
         with lora_ext.use_adapters(model, ["fr", "de", None]):      # a name for each sample
             loss = model(**batch).loss
@@ -38,18 +39,18 @@ def use_adapters(
         model: with layers of `apply_lora`, with an `AdapterPool`, or a model of PEFT after
             `accelerate`.
         names: one for each sample of the batch, None for the base alone; or, with an index,
-            distinct names that it counts.
+            distinct names, which the index refers to.
         index: int32 ``[batch]`` or ``[batch, tokens]``, from -1 (the base alone) to len(names) - 1.
-            A model that gets one token of each sample, as generate's steps do, takes each sample's
-            last. It is read when the block is entered.
-        repeats: how often generate repeats each sample, beside itself ([a, a, b, b]): the larger
+            If the model gets one token of each sample, as in the steps of generate, the last index
+            of each sample is used. The index is read when the block is entered.
+        repeats: how often generate repeats each sample, next to itself ([a, a, b, b]): the larger
             of num_beams and num_return_sequences. x may have batch or batch * repeats samples.
 
     Raises:
-        IndexError: the index counts what is not there.
+        IndexError: a value in index is out of range.
         RuntimeError: another thread has a block open; a block that was entered later in this task
             is still open; in a forward: adapters are merged.
-        TypeError: an argument is of another type.
+        TypeError: an argument has another type.
         ValueError: a name is unknown; in a forward: rows are not those of the samples, or a layer
             of PEFT cannot give rows different adapters.
     """
@@ -157,7 +158,7 @@ def _device_of(layer: Any) -> torch.device:
 
 
 def _slots(layers: Sequence[LoRALayer], names: Sequence[str], index: Tensor) -> Tensor | None:
-    """The index with slots of the pool in the place of names, if all names are the pool's."""
+    """The index with slots of the pool instead of names, if all names belong to the pool."""
     pool = next((layer.pool for layer in layers if layer.pool is not None), None)
     if pool is None or not all(name in pool.names for name in names):
         return None
@@ -167,7 +168,7 @@ def _slots(layers: Sequence[LoRALayer], names: Sequence[str], index: Tensor) -> 
 
 @contextmanager
 def _told(others: Sequence[Any], rows: RowAdapters) -> Iterator[None]:
-    """PEFT's own forwards: modules to save, convolutions and so on."""
+    """Within the block PEFT's own forwards get the names: modules to save, convolutions etc."""
     from ..peft.mixed_batch import NOBODY, told_names
 
     names = rows.sample_names(NOBODY)

@@ -1,9 +1,10 @@
-"""Which parameters of a mixture's experts and routers a config chooses, with which adapter.
+"""Which parameters of a mixture's experts and routers a config selects, and with which adapter.
 
-"all-linear" and what names or matches the experts' module take all its weights, as PEFT does for
+"all-linear", and patterns that match the experts' module, select all its weights, as PEFT does for
 the model types that it knows: ``gate_up_proj`` holds two projections, so its rank is 2 r and its
-alpha 2 alpha. A name with the module's in it, such as "experts.down_proj", takes that one alone,
-with r and alpha as they are. A router is taken if it is named ("mlp.gate", "mlp.gate.weight").
+alpha 2 alpha. A parameter's name with that of the module, such as "experts.down_proj", selects this
+parameter only, with r and alpha unchanged. A router is selected by its name ("mlp.gate",
+"mlp.gate.weight").
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from ..nn.module import adaptable_parameters
 from .config import LoRAConfig
 from .patterns import is_name_of, is_pattern, matches
 
-# A parameter with the rows of two projections.
+# The parameter that has the rows of two projections.
 _FUSED = "gate_up_proj"
 
 
 def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
-    """The ids of the modules beside experts whose weight has a row for each of them, and that are
-    no linear layers.
+    """The ids of routers: modules next to experts whose weight has a row for each expert, and that
+    are not linear layers.
 
     Args:
         modules: the (path, module) pairs of a model.
@@ -47,7 +48,7 @@ def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
 
 
 def names_parameter(pattern: str, path: str, module: nn.Module) -> bool:
-    """Whether a pattern is the name of a parameter of a module, with a part of its path."""
+    """Whether a pattern is the name of a module's parameter, with a part of the module's path."""
     if is_pattern(pattern) or "." not in pattern:
         return False
     return any(is_name_of(pattern, f"{path}.{name}") for name in adaptable_parameters(module))
@@ -56,12 +57,12 @@ def names_parameter(pattern: str, path: str, module: nn.Module) -> bool:
 def chosen(
     module: LoRAModule, path: str, config: LoRAConfig, all_linear: str
 ) -> Iterable[tuple[LoRAParameter, AdapterSpec]]:
-    """The parameters of a module that the config chooses, each with its adapter.
+    """The parameters of a module that the config selects, each with its adapter.
 
     Args:
         module: experts or a router, at `path`.
-        config: one whose targets the module is.
-        all_linear: the word that chooses all linear layers.
+        config: a config that has the module among its targets.
+        all_linear: the word that selects all linear layers.
     """
     targets = config.target_modules
     is_whole = any(pattern == all_linear or matches(pattern, path) for pattern in targets)

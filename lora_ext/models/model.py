@@ -1,4 +1,4 @@
-"""Adapters of a whole model: all its layers at once."""
+"""Functions for the adapters of a whole model: all its layers at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from ..peft.report import peft_layers
 from .config import BIASES
 
-# Attribute of a module that is trained whole: the names of the adapters that it belongs to.
+# Attribute of a module that is trained whole: the names of the adapters to which it belongs.
 SAVED_BY = "lora_ext_saved_by"
 # Attribute of a module: the names of the adapters with which its bias is trained and stored.
 BIAS_SAVED_BY = "lora_ext_bias_saved_by"
@@ -25,20 +25,20 @@ _UNNAMED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 def named_modules(
     model: nn.Module, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The model's ``named_modules`` with the paths that its state dict has."""
+    """The model's ``named_modules`` with the paths of its state dict."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         yield ".".join(part for part in path.split(".") if part not in _UNNAMED), module
 
 
 def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, LoRALayer]]:
-    """The (path, layer) pairs of the layers with adapters; shared ones once, or at each path."""
+    """The (path, layer) pairs of layers with adapters; shared layers once, or at each path."""
     for path, module in named_modules(model, remove_duplicate):
         if isinstance(module, LoRALayer):
             yield path, module
 
 
 def own_parts(model: nn.Module) -> set[int]:
-    """The ids of the modules that are parts of layers with adapters, and not in the base model."""
+    """The ids of modules that are parts of layers with adapters and are not in the base model."""
     layers = [layer for _, layer in lora_layers(model)]
     own = {id(part) for layer in layers for part in layer.modules()}
     own -= {id(layer) for layer in layers if not isinstance(layer, LoRAParameter)}
@@ -54,13 +54,13 @@ def saved_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tupl
 
 
 def own(module: nn.Module, attribute: str, adapter: str) -> None:
-    """Notes that what the attribute (SAVED_BY, BIAS_SAVED_BY) speaks of is the adapter's too."""
+    """Adds the adapter to the names in the module's attribute SAVED_BY or BIAS_SAVED_BY."""
     names = getattr(module, attribute, ())
     setattr(module, attribute, (*(name for name in names if name != adapter), adapter))
 
 
 def disown(model: nn.Module, adapter: str | None = None) -> None:
-    """Takes back what `own` noted for an adapter, or for all."""
+    """Undoes `own` for an adapter, or for all."""
     for module in model.modules():
         for attribute in (SAVED_BY, BIAS_SAVED_BY):
             names = [n for n in getattr(module, attribute, ()) if adapter not in (None, n)]
@@ -71,7 +71,7 @@ def disown(model: nn.Module, adapter: str | None = None) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Takes back the whole parameters that FSDP2 leaves in its root after a forward without a
+    """Reshards the parameters that FSDP2 leaves unsharded in its root after a forward without a
     backward: each rank has a copy of them, rounded by the mixed precision policy."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # slow to import; absent if unused
     if fsdp is not None:
@@ -80,7 +80,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-# What a PeftModel has in the place of each function here.
+# The equivalent of each function here in a PeftModel.
 _OF_PEFT = {
     "models.set_adapter": "model.set_adapter(name)",
     "models.delete_adapter": "model.delete_adapter(name)",
@@ -125,9 +125,9 @@ def checked_names(model: nn.Module, names: str | Iterable[str], function: str) -
 
 
 def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
-    """Makes exactly these adapters active and trainable; where several are, their updates add up.
+    """Makes exactly these adapters active and trainable; the updates of several add up.
 
-    Modules that were trained whole for an adapter exist once: they stay as they are.
+    Modules that were trained whole for an adapter exist only once: they do not change.
 
     Raises:
         ValueError: no layer has one of the names, or a name comes twice.
@@ -138,7 +138,7 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forgets an adapter in every layer. The layers stay, as does what else is active.
+    """Removes an adapter from every layer. The layers and the other active adapters stay.
 
     Raises:
         ValueError: no layer has the name.
@@ -153,12 +153,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
     """Merges adapters into a second weight in every layer, or, on an error, in none.
 
-    W + sum of scaling * B A in float32, rounded once. What the model computes stays the same:
-    active adapters that are not merged are added as before. The weights themselves are kept:
-    `unmerge` is exact and state dicts hold them. See `LoRALayer.merge`.
+    W + sum of scaling * B A is computed in float32 and rounded once. The model's function stays the
+    same: active adapters that are not merged are added as before. The original weights are kept:
+    `unmerge` is exact and state dicts contain them. See `LoRALayer.merge`.
 
     Args:
-        names: active adapters; None merges what is active in each layer.
+        names: active adapters; None merges the active adapters of each layer.
 
     Raises:
         ValueError: no layer has one of the names, or it is not active.
@@ -173,7 +173,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
 
 
 def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function: str) -> list:
-    """All that merging makes, before any layer is changed."""
+    """All merged tensors, computed before any layer is changed."""
     check_not_peft(model, function)
     reshard(model)
     wanted = None if names is None else checked_names(model, names, function)
@@ -189,7 +189,7 @@ def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function
 
 
 def unmerge(model: nn.Module) -> None:
-    """Drops the merged weights; the weights have the bits that they always had."""
+    """Drops the merged weights; the original weights were never changed."""
     check_not_peft(model, "models.unmerge")
     for _, layer in lora_layers(model):
         layer.unmerge()
@@ -197,7 +197,7 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes what it did before it had adapters."""
+    """Within the block the model computes the base model, without adapters."""
     check_not_peft(model, "models.disable_adapters")
     with ExitStack() as stack:
         for _, layer in lora_layers(model):
@@ -206,7 +206,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freezes all but the active adapters, the modules to save and, if asked, biases.
+    """Freezes everything except the active adapters, the modules to save and, optionally, biases.
 
     loralib's function of this name, with inactive adapters frozen too.
 

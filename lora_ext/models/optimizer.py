@@ -20,13 +20,13 @@ def lora_plus_groups(
     """Groups for a torch optimizer with LoRA+'s rates: lora_b learns `ratio` times faster.
 
     LoRA+ (Hayou et al. 2024) shows that one rate for both factors is too small for lora_b in wide
-    layers. What is trained besides (biases, modules to save) has the rate `lr`.
+    layers. Other trained parameters (biases, modules to save) have the rate `lr`.
 
     Args:
         model: with adapters; parameters that need no gradient are left out.
         lr: rate of lora_a and of the rest.
         ratio: rate of lora_b over lr; the paper advises 16 and up for hard tasks.
-        weight_decay: of all matrices; vectors have none.
+        weight_decay: for all matrices; vectors have none.
         embedding_lr: rate of both factors of embeddings, as in PEFT's create_loraplus_optimizer.
 
     Returns:

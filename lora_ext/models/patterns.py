@@ -1,4 +1,4 @@
-r"""Patterns that choose modules by their dotted paths.
+r"""Patterns that select modules by their dotted paths.
 
 "q_proj", "attn.q_proj"   a name: the path, or its end at a dot, as in PEFT's lists
 "*_proj", "layers.?.q"    a glob (any of * ? [): `fnmatch` on the path or on its end at a dot;
@@ -14,7 +14,7 @@ from functools import lru_cache
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether the pattern chooses the module at `path`.
+    """Whether the pattern selects the module at `path`.
 
     Raises:
         ValueError: the expression is not valid.
@@ -25,7 +25,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def is_pattern(pattern: str) -> bool:
-    """Whether it is a glob or an expression, no name."""
+    """Whether it is a glob or a regular expression, not a name."""
     return pattern.startswith("re:") or any(mark in pattern for mark in "*?[")
 
 

@@ -1,4 +1,4 @@
-"""How many parameters of a model are trained."""
+"""The number of a model's parameters that are trained."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .model import adapter_names, lora_layers
 
 @dataclass(frozen=True)
 class TrainableParameters:
-    """Counts of parameters; str() is a sentence.
+    """Numbers of parameters; str() is a sentence.
 
     Attributes:
-        trainable, total: of the whole model, adapters included, shared ones once; of quantised
-            layers with adapters the weight's elements, however they are packed.
+        trainable, total: for the whole model including adapters, shared parameters once; for
+            quantised layers with adapters, the elements of the weight, however they are packed.
         adapters: name -> number of elements, active or not.
         adapter_bytes: name -> bytes, as saved.
     """

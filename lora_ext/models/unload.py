@@ -1,4 +1,4 @@
-"""Taking adapters out of a model: merged into its weights, or not."""
+"""Removes adapters from a model, with or without merging them into its weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .model import check_not_peft, compute_merged, disown, lora_layers, reshard
 
 
 def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = None) -> nn.Module:
-    """Replaces the layers by plain ones with the adapters merged in, in place; PEFT's function.
+    """Replaces the layers by plain ones with the adapters merged in, in place, as PEFT does.
 
-    Sums in float32, rounded once. All or nothing: if an update is not finite nothing is replaced.
-    The model keeps one weight a layer; the original is gone unless something else holds it, such as
-    a tied embedding, which keeps its values.
+    Sums are computed in float32 and rounded once. If an update is not finite nothing is replaced.
+    The model keeps one weight for each layer; the original is freed unless something else holds it,
+    such as a tied embedding, which keeps its values.
 
     Args:
-        adapters: None merges what is active.
+        adapters: None merges the active ones.
 
     Returns:
         The model, without adapters.
@@ -47,7 +47,7 @@ def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = No
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Replaces the layers by plain ones with the original weights, in place; adapters are gone.
+    """Replaces the layers by plain ones with the original weights, in place; drops the adapters.
 
     Raises:
         ValueError: the model itself is a layer.

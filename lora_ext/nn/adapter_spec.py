@@ -1,4 +1,4 @@
-"""What one adapter is in one layer, and the numbers that it may have."""
+"""The settings of one adapter in one layer, and their valid ranges."""
 
 from __future__ import annotations
 

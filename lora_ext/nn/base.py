@@ -1,12 +1,12 @@
-"""LoRALayer: named adapters on a frozen base layer, whatever the base computes.
+"""LoRALayer: named adapters on a frozen base layer of any kind.
 
 The base's own parameters keep their names (``weight``, ``bias``) and are never written, so that the
-base's checkpoints load unchanged and `unmerge` has nothing to undo. Each class is one subject, and
-knows those above it alone:
+base's checkpoints load unchanged and `unmerge` has nothing to undo. Each class has one purpose and
+uses only the classes above it:
 
-    DropIn            the place of a module of torch
-    NamedAdapters     the adapters beside its weight
-    LoRALayer         what a forward adds: active, merged or disabled, and each row its own
+    DropIn            replaces a module of torch
+    NamedAdapters     holds the adapters next to its weight
+    LoRALayer         selects what a forward adds: active, merged, disabled or per-row adapters
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .merging import merged_tensors
 from .named_adapters import NamedAdapters
 from .row_adapters import RowAdapters, in_force
 
-# Each forward of a layer takes one of these; `path` says which and why.
+# Each forward of a layer takes one of these paths; `path` returns which one and why.
 PATHS = ("fused", "packed", "library", "merged", "added", "base")
 
 
@@ -34,15 +34,15 @@ class LoRALayer(NamedAdapters):
 
     merged_weight: Tensor | None
     merged_bias: Tensor | None
-    # What a block of `use_adapters` gives the layer, on the instance while it is open.
+    # Set on the instance while a block of `use_adapters` is open.
     row_adapters: Any = None
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
         self.merged_adapters: tuple[str, ...] = ()
-        # One entry for each block of disable_adapters that is open, in whatever thread.
+        # One entry for each open block of disable_adapters, in any thread.
         self._disabled: list[None] = []
-        # Caches, not state: absent from state dicts, carried by .to(), copies and pickles.
+        # Caches, not state: not in state dicts, but kept by .to(), copies and pickles.
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
 
@@ -53,13 +53,13 @@ class LoRALayer(NamedAdapters):
         return self.merged_weight is not None
 
     def merge(self, names: str | Iterable[str] | None = None) -> None:
-        """Computes W + sum of scaling * B A in float32 beside W, and uses it from now on.
+        """Computes W + sum of scaling * B A in float32 as a second weight, and uses it from now on.
 
-        What the layer computes stays the same: active adapters that are not merged are added to the
-        merged weight's product. W is kept, so `unmerge` is exact; the price is a second weight in
-        memory (`lora_ext.models.merge_and_unload` keeps one). The merged weight is a snapshot:
-        merge again after the adapters change. ``train()`` and loading a state dict unmerge. No
-        gradient reaches an adapter that is merged.
+        The layer's function stays the same: active adapters that are not merged are added to the
+        product with the merged weight. W is kept, so `unmerge` is exact, at the cost of a second
+        weight in memory (`lora_ext.models.merge_and_unload` keeps one). The merged weight is a
+        snapshot: merge again after the adapters change. ``train()`` and loading a state dict
+        unmerge. Merged adapters get no gradient.
 
         Args:
             names: active adapters; None merges all of them.
@@ -73,7 +73,7 @@ class LoRALayer(NamedAdapters):
         self.install_merged(*self.compute_merged(names))
 
     def check_active(self, names: Iterable[str], at: str = "") -> None:
-        """Raises ValueError for names that `merge` would add to what the layer computes."""
+        """Raises ValueError for names that are not active: merging them would change the output."""
         inactive = [name for name in names if name not in self.active_adapters]
         if inactive:
             raise ValueError(
@@ -92,16 +92,16 @@ class LoRALayer(NamedAdapters):
     def install_merged(
         self, names: tuple[str, ...], weight: Tensor | None, bias: Tensor | None
     ) -> None:
-        """Puts tensors of `compute_merged` in place; cannot fail."""
+        """Sets the tensors of `compute_merged`; cannot fail."""
         self.merged_adapters = names
         self.merged_weight, self.merged_bias = weight, bias
 
     def unmerge(self) -> None:
-        """Drops the merged weight. W was never written: it has the bits it always had."""
+        """Drops the merged weight. W was never written, so it is unchanged."""
         self.install_merged((), None, None)
 
     def _set_active(self, names: Iterable[str]) -> None:
-        """A weight merged from any other adapter is unmerged."""
+        """Sets the active adapters; a weight merged from any other adapter is unmerged."""
         names = tuple(names)
         if not set(self.merged_adapters) <= set(names):
             self.unmerge()
@@ -133,13 +133,13 @@ class LoRALayer(NamedAdapters):
         finally:
             self._disabled.pop()
 
-    # What a forward does.
+    # What a forward computes.
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """(one of `PATHS`, the reason) of the next forward.
 
         Args:
-            rows: rows of x flattened to ``[rows, in]``, which choose the kernel; None for many.
+            rows: number of rows of x as ``[rows, in]``, which selects the kernel; None for many.
         """
         rows_of_block = self.adapters_of_rows()
         if not self.adapters and rows_of_block is None:
@@ -166,7 +166,7 @@ class LoRALayer(NamedAdapters):
         return self._path_of_rows(names), f"each row its own adapter, {len(names)} in this batch"
 
     def workspace_bytes(self) -> int:
-        """What a forward needs for a weight that is dequantised for it."""
+        """Bytes that a forward needs for a dequantised weight."""
         return 0
 
     def _pool_reason(self) -> str:
@@ -177,31 +177,31 @@ class LoRALayer(NamedAdapters):
         return "library"
 
     def adapters_of_rows(self) -> RowAdapters | None:
-        """The block of `use_adapters` that counts for a forward now, if one is open."""
+        """The open block of `use_adapters` that applies to a forward now, or None."""
         return None if self.row_adapters is None else in_force(self)
 
     @property
     def added_adapters(self) -> tuple[str, ...]:
-        """The active adapters that the merged weight does not hold."""
+        """The active adapters that the merged weight does not contain."""
         if not self.merged_adapters:
             return self.active_adapters
         return tuple(name for name in self.active_adapters if name not in self.merged_adapters)
 
     @property
     def computes_base(self) -> bool:
-        """Whether a forward is that of the base, with the merged weight if there is one."""
+        """Whether a forward computes the base only, with the merged weight if there is one."""
         return bool(self._disabled) or not self.added_adapters
 
     def base_operands(self) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of the base's product: the merged ones, if they are to be used."""
+        """(weight, bias) of the base's product: the merged tensors if they are in use."""
         if self.merged_weight is None or self._disabled:
             return self.weight, self.bias
         return self.merged_weight, self.bias if self.merged_bias is None else self.merged_bias
 
-    # nn.Module's own.
+    # Methods of nn.Module.
 
     def train(self, mode: bool = True) -> LoRALayer:
-        """As nn.Module's; training mode unmerges, since merged adapters get no gradient."""
+        """As nn.Module.train; training mode unmerges, since merged adapters get no gradient."""
         if mode and self.merged:
             self.unmerge()
         return super().train(mode)

@@ -12,16 +12,16 @@ from .fused import FusedLoRALayer
 class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
     """A 1x1 convolution, which is a linear layer over channels, with adapters.
 
-        y[:, :, i, j] = W x[:, :, i s, j s] + bias + the low-rank update, s the stride
+        y[:, :, i, j] = W x[:, :, i s, j s] + bias + the low-rank update        s: the stride
 
     lora_a is ``[r, in_channels]`` and lora_b ``[out_channels, r]``; PEFT stores the same numbers
-    with two more dimensions of one. Fastest on channels_last input, which needs no copy; the output
-    is channels_last.
+    with two more dimensions of size 1. It is fastest on channels_last input, which needs no copy;
+    the output is channels_last.
 
-    The constructor takes nn.Conv2d's arguments and adds no adapter; that is `add_adapter`'s.
+    The constructor takes nn.Conv2d's arguments and adds no adapter; use `add_adapter`.
 
     Raises:
-        ValueError: it is not a 1x1 convolution with one group and no padding.
+        ValueError: the arguments are not those of a 1x1 convolution with one group and no padding.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""DropIn: a layer in the place of a module of torch, with its parameters, settings and hooks."""
+"""DropIn: a layer that replaces a module of torch, with its parameters, settings and hooks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class DropIn(nn.Module):
 
     Attributes:
         base_type: the class that was replaced, or the nn.Module that the layer derives from.
-        base_attributes: what stood on that module beside nn.Module's own.
+        base_attributes: the attributes of that module other than nn.Module's own.
     """
 
     weight: Any  # a Parameter, as the base declares it
     bias: Any
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
-        """Call after the base's own constructor, or with the module that is replaced."""
+        """Call it after the base's own constructor, or with the module that is replaced."""
         kept = self.__dict__ if base is None else base.__dict__
         self.base_attributes = {k: v for k, v in kept.items() if k not in nn.Module().__dict__}
         self.base_type = self._own_base() if base is None else type(base)
@@ -45,16 +45,16 @@ class DropIn(nn.Module):
 
     @classmethod
     def around(cls, base: nn.Module) -> Any:
-        """The layer without an adapter in the place of `base`.
+        """The layer that replaces `base`, without an adapter.
 
         It shares the parameters (no copy), the mode and the dictionaries of hooks, so that handles
         held elsewhere still remove their hooks.
 
         Raises:
-            TypeError: base is of another class (a subclass may compute something else), or it is
-                changed: weight_norm, a forward on the instance (accelerate), parameters, buffers or
-                modules of the caller's, hooks on its state dict.
-            ValueError: base has a setting that the layer has not.
+            TypeError: base is of another class (a subclass may compute something else), or it was
+                modified: weight_norm, a forward on the instance (accelerate), additional
+                parameters, buffers or modules, hooks on its state dict.
+            ValueError: base has a setting that the layer does not support.
         """
         cls._check_base(base)
         where = f"lora_ext.nn.{cls.__name__}: expected a plain {type(base).__name__}, but"
@@ -74,7 +74,7 @@ class DropIn(nn.Module):
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
-        """Raises TypeError or ValueError for what `around` cannot replace."""
+        """Raises TypeError or ValueError for a module that `around` cannot replace."""
         if type(base) is not cls._own_base():
             raise TypeError(
                 f"lora_ext.nn.{cls.__name__}: expected exactly {cls._own_base().__name__}, but got "

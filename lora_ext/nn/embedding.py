@@ -21,9 +21,9 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
         y = W[ids] + scaling * lora_a[:, ids]^T lora_b^T
 
-    lora_a is ``[r, num_embeddings]``, zero at first, lora_b ``[embedding_dim, r]``, normal at
-    first, as in loralib and PEFT. There is nothing for dropout to act on: a spec's dropout is
-    ignored, as PEFT ignores it. The update is a lookup and a small product by torch.
+    lora_a is ``[r, num_embeddings]``, initially zero, lora_b ``[embedding_dim, r]``, initially
+    normal, as in loralib and PEFT. Dropout has no input to act on, so a spec's dropout is ignored,
+    as in PEFT. The update is a lookup and a small product by torch.
 
     Args:
         num_embeddings, embedding_dim, padding_idx, device, dtype: nn.Embedding's.
@@ -84,7 +84,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         refuse("an embedding")
         for name in self.added_adapters:
             lora_a, lora_b = self._checked_factors(name)
-            # A sparse gradient could not pass the transposition.
+            # A sparse gradient cannot pass through the transposition.
             update = self._look_up(input, lora_a.t(), sparse=False) @ lora_b.t()
             y = y + update * self.adapters[name].scaling
         return y.to(self.weight.dtype)
@@ -101,7 +101,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return lora_a, lora_b
 
     def _mixed(self, ids: Tensor, rows: RowAdapters) -> Tensor:
-        """The layer on ids, each with the adapter that a block gives its row."""
+        """The layer on ids, each row with the adapter that the block selects for it."""
         y = self._look_up(ids, self.weight)
         if self._disabled:
             return y

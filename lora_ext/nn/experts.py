@@ -14,13 +14,13 @@ from .adapter_spec import MAX_RANK
 from .module import LoRAModule
 from .parameter import LoRAParameter
 
-# What transformers' decorator puts on each instance.
+# Attributes that transformers' decorator sets on each instance.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether it is a module of experts under transformers' `use_experts_implementation`, with or
-    without adapters: its weights are two stacks ``[E, ...]``."""
+    """Whether it is a module of experts, with or without adapters, whose class is decorated with
+    transformers' `use_experts_implementation`: its weights are two stacks ``[E, ...]``."""
     kind = module.base_type if isinstance(module, LoRAModule) else type(module)
     return all(mark in module.__dict__ for mark in _MARKS) and is_decorated(kind)
 
@@ -31,11 +31,11 @@ class LoRAExperts(LoRAModule):
         z = x W1_e^T (+ b1_e) + s1 (x A1_e^T) B1_e^T        h = gate(z)
         y = h W2_e^T (+ b2_e) + s2 (h A2_e^T) B2_e^T        out[t] = sum over its experts of w y
 
-    for the experts e that the router gave token t. It stands for the classes of transformers that
-    are decorated with `use_experts_implementation`, and is of a class of its own that derives from
-    the base's, too. `lora` has a `LoRAParameter` for each stack: ``gate_up_proj`` (``up_proj``
-    where there is no gate) and ``down_proj``, each with lora_a ``[E r, in]`` and lora_b
-    ``[out, r E]`` as PEFT's ParamWrapper has them.
+    for the experts e that the router selected for token t. It replaces modules of transformers
+    whose class is decorated with `use_experts_implementation`; its class is made for each of them
+    and also derives from theirs. `lora` has a `LoRAParameter` for each stack: ``gate_up_proj``
+    (``up_proj`` if there is no gate) and ``down_proj``, each with lora_a ``[E r, in]`` and lora_b
+    ``[out, r E]`` as in PEFT's ParamWrapper.
     """
 
     @classmethod
@@ -74,7 +74,7 @@ class LoRAExperts(LoRAModule):
         return lora_experts(experts, *found, _adapters(up), _adapters(down))
 
     def _obstacle(self) -> str:
-        """Why `lora_experts` cannot compute the layer whatever x is, or ""."""
+        """Why `lora_experts` cannot compute the layer for any x, or ""."""
         for layer in self._pair():
             if sum(map(layer.rank, layer.added_adapters)) > MAX_RANK:
                 return f"the ranks of the active adapters sum to more than {MAX_RANK}"

@@ -38,9 +38,9 @@ class FusedLoRALayer(Packable, LoRALayer):
     def adapted(self, x: Tensor) -> Tensor:
         """The layer with its active adapters on x ``[..., in]``: ``[..., out]``.
 
-        Several adapters become one of the summed rank, and share one dropout mask. What one call of
-        the op cannot do (`obstacle`, a nested x, ONNX, torch.func) is done by torch in PEFT's
-        order.
+        Several adapters become one with the sum of their ranks, and share one dropout mask. Cases
+        that one call of the op does not support (`obstacle`, a nested x, ONNX, torch.func) are
+        computed by torch in PEFT's order of operations.
         """
         if isinstance(x, Proxy):
             return self._traced(x)
@@ -60,9 +60,9 @@ class FusedLoRALayer(Packable, LoRALayer):
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
     def _operand(self) -> Tensor | PackedWeight:
-        """The weight to add to as ``[out, in]``, or its pack."""
+        """The base's weight as ``[out, in]``, or its pack."""
         if self.packed is not None and self.packed.weight is not self.weight:
-            self.packed = None  # another weight took the place of the packed one, as in FSDP
+            self.packed = None  # the packed weight was replaced by another, as in FSDP
         weight, _ = self.base_operands()
         if not is_plain(weight) and type(weight).__module__.startswith("torchao."):
             raise TypeError(
@@ -75,7 +75,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         return self.matrix(weight)
 
     def mixed(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        """The layer on x ``[..., in]``, each row with the adapter that a block gives it."""
+        """The layer on x ``[..., in]``, each row with the adapter that the block selects for it."""
         if isinstance(x, Proxy):
             return self._traced(x)
         check_dense(x)
@@ -94,11 +94,11 @@ class FusedLoRALayer(Packable, LoRALayer):
         return "fused"
 
     def _updates(self) -> list[Update]:
-        """What the active adapters add."""
+        """The updates of the active adapters."""
         return [self._update(name) for name in self.added_adapters]
 
     def _updates_of(self, names: Sequence[str]) -> list[Update]:
-        """What these adapters add; the plain ones in a microsecond each."""
+        """The updates of these adapters; plain ones take a microsecond each."""
         tables, adapters, training = self.__dict__["_modules"], self.adapters, self.training
         first, second = tables["lora_a"]._parameters, tables["lora_b"]._parameters
         subtracted = tables["lora_a_init"]._parameters
@@ -124,7 +124,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         return found
 
     def _update(self, name: str) -> Update:
-        """What one adapter adds, of the layer's own or of its pool."""
+        """The update of one adapter, of the layer or of its pool."""
         spec = self.adapters[name]
         dropout = spec.dropout if self.training else 0.0
         bias = self.lora_bias[name] if spec.lora_bias else None

@@ -1,4 +1,4 @@
-"""First values of lora_a and lora_b."""
+"""Initial values of lora_a and lora_b."""
 
 import math
 
@@ -10,21 +10,21 @@ from .adapter_spec import AdapterSpec
 
 @torch.no_grad()
 def kaiming_(lora_a: Tensor, lora_b: Tensor) -> None:
-    """lora_a as nn.Linear's weight (Kaiming uniform, a = sqrt(5)), lora_b zero: loralib's."""
+    """lora_a as nn.Linear's weight (Kaiming uniform, a = sqrt(5)), lora_b zero, as in loralib."""
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
     nn.init.zeros_(lora_b)
 
 
 @torch.no_grad()
 def gaussian_(lora_a: Tensor, lora_b: Tensor, r: int) -> None:
-    """lora_a normal of standard deviation 1 / r, lora_b zero: PEFT's "gaussian"."""
+    """lora_a normal with standard deviation 1 / r, lora_b zero, as PEFT's "gaussian"."""
     nn.init.normal_(lora_a, std=1.0 / r)
     nn.init.zeros_(lora_b)
 
 
 @torch.no_grad()
 def embedding_(lora_a: Tensor, lora_b: Tensor) -> None:
-    """lora_a zero, lora_b standard normal: loralib's and PEFT's for embeddings."""
+    """lora_a zero, lora_b standard normal, as in loralib and PEFT for embeddings."""
     nn.init.zeros_(lora_a)
     nn.init.normal_(lora_b)
 

@@ -13,7 +13,7 @@ from ..kernels.kernel_plan import problem_of
 from ..packed_weight import PackedWeight
 from .updates import Update
 
-# Rows of x that stand for "many".
+# The number of rows of x that represents "many".
 MANY_ROWS = 2**31
 
 
@@ -24,8 +24,8 @@ def kernel_path(
 
     Args:
         operand: the base's weight ``[out, in]``, or its pack.
-        updates: what is added.
-        rows: of x flattened to ``[rows, in]``; None for many.
+        updates: the updates that are added.
+        rows: number of rows of x as ``[rows, in]``; None for many.
     """
     rows = MANY_ROWS if rows is None else rows
     weight = operand.matrix if isinstance(operand, PackedWeight) else operand
@@ -59,7 +59,7 @@ def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) 
 
 
 def cuda_path(device: torch.device, problem: _C.Problem, dtype: torch.dtype) -> tuple[str, str]:
-    """`kernel_path` on a device of the kernel route."""
+    """`kernel_path` on a device that supports the kernel route."""
     explained = _C.explain_problem(device, problem, dtype == torch.float16)
     forward, check = explained.plan, explained.check
     if not forward.kernel:

@@ -1,4 +1,5 @@
-"""One layer's part of an `lora_ext.AdapterPool`: a slot for each adapter, in tensors that stay."""
+"""One layer's part of an `lora_ext.AdapterPool`: a slot for each adapter, in tensors whose
+addresses do not change."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .adapter_spec import AdapterSpec
 
 
 class SlotContent(NamedTuple):
-    """What a slot held, to be put back."""
+    """The content of a slot, to be restored."""
 
     spec: AdapterSpec | None
     parameters: tuple[nn.Parameter, nn.Parameter] | None
@@ -26,21 +27,21 @@ class LayerPool(nn.Module):
 
         slot s:  lora_a[s, :ranks[s]], lora_b[s, :, :ranks[s]], scaling[s]
 
-    Whatever is added, replaced or removed is written into these tensors, which keep their
-    addresses: a captured graph goes on reading them. The buffers follow the model to another device
-    or dtype, as the parameters do, whose memory is theirs; neither is part of a state dict. torch
-    counts the changes of each parameter apart: one adapter's step is no change of another, between
-    whose forward and backward it may fall.
+    Adding, replacing and removing adapters writes into these tensors, which keep their addresses,
+    so a captured graph continues to read them. The buffers, and the parameters that share their
+    memory, follow the model to another device or dtype; neither is part of a state dict. Each
+    parameter has its own version counter: a step of one adapter does not count as a change of
+    another adapter that is between its forward and backward.
 
     Attributes:
         lora_a: ``[capacity, max_rank, in]``.
         lora_b: ``[capacity, out, max_rank]``; on the CPU its memory is ``[capacity, max_rank,
-            out]``, so that a slot's first ranks are dense, as torch's fused optimizers need them.
-        ranks: int32 ``[capacity]``, 0 for a slot that is free, or whose adapter is not in this
+            out]``, so that a slot's first ranks are dense, as torch's fused optimizers require.
+        ranks: int32 ``[capacity]``, 0 for a slot that is free or whose adapter is not in this
             layer.
         scaling: float32 ``[capacity]``.
-        names: name -> slot, one dictionary for all layers of a pool.
-        specs: name -> `AdapterSpec` here, for the adapters that this layer has.
+        names: name -> slot, one dictionary that all layers of a pool share.
+        specs: name -> `AdapterSpec` in this layer, for the adapters that it has.
         slots: name -> (lora_a ``[r, in]``, lora_b ``[out, r]``), leaf parameters whose memory is
             the slot's.
     """
@@ -74,17 +75,17 @@ class LayerPool(nn.Module):
         self.names = names
         self.specs: dict[str, AdapterSpec] = {}
         self.slots: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-        # Where `held` copies to: to allocate it anew would take longer than the copy.
+        # The buffer for the copies of `held`: allocating it each time takes longer than the copy.
         self._spare: tuple[Tensor, Tensor] | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs and name in self.names
 
-    # What a forward takes.
+    # Used by a forward.
 
     def needs_lists(self, layer: nn.Module, x: Tensor) -> bool:
-        """Whether a forward takes the parameters of the names in use, for their gradients, their
-        dropout or another dtype, in the place of the whole pool."""
+        """Whether a forward uses the parameters of the adapters in the batch instead of the whole
+        pool, because of gradients, dropout or another dtype."""
         dtype = self.lora_a.dtype
         if torch.is_grad_enabled() or layer.training or dtype is torch.float64:
             return True
@@ -104,15 +105,15 @@ class LayerPool(nn.Module):
         )
 
     def added(self, y: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        """The same onto what a base, of whatever kind, returned for x."""
+        """The update of each row's slot added onto y, the output of any base for x."""
         return lora_update(
             y, x, self.lora_a, self.lora_b, self.scaling, index=index, ranks=self.ranks
         )
 
-    # What a pool does.
+    # Used by a pool.
 
     def held(self, name: str) -> SlotContent:
-        """A copy of an adapter's content, for `put_back`; it holds until the next one."""
+        """A copy of an adapter's content, for `put_back`; valid until the next call."""
         found = self.slots.get(name) if name in self else None
         if found is None:
             return SlotContent(None, None, None)
@@ -127,7 +128,7 @@ class LayerPool(nn.Module):
     def write(
         self, name: str, slot: int, spec: AdapterSpec | None, values: Any, trainable: bool
     ) -> None:
-        """Puts (lora_a, lora_b) into a slot; parameters of the same rank stay what they are.
+        """Writes (lora_a, lora_b) into a slot; parameters with the same rank are kept.
 
         Args:
             spec, values: None if the adapter is not in this layer.
@@ -180,14 +181,14 @@ class LayerPool(nn.Module):
         for name, spec in self.specs.items():
             if name in self.names:
                 numbers[self.names[name]] = spec.scaling
-        # float32 whatever the model's dtype
+        # float32 for any dtype of the model
         self.scaling = torch.tensor(numbers, dtype=torch.float32, device=self.ranks.device)
         for name, found in list(self.slots.items()):
             if name not in self.names:
                 continue
             views = self._views(self.names[name], self.specs[name].r, found[0].requires_grad)
             if self.lora_a.is_meta != found[0].is_meta:
-                self.slots[name] = views  # as nn.Module does, on the meta device for one
+                self.slots[name] = views  # new parameters, as in nn.Module, e.g. on meta
                 continue
             for parameter, view in zip(found, views, strict=True):
                 parameter.data = view.data
@@ -215,19 +216,19 @@ class LayerPool(nn.Module):
 
 
 def _laid_out(lora_b: Tensor) -> Tensor:
-    """``[capacity, out, max_rank]`` with dense slots; on CUDA in rows, as kernels read them."""
+    """``[capacity, out, max_rank]`` with dense slots; on CUDA contiguous, for the kernels."""
     return lora_b.contiguous() if lora_b.is_cuda else lora_b.mT.contiguous().mT
 
 
 def _counted_apart(view: Tensor) -> Tensor:
-    """The same memory with a version counter of its own."""
+    """A tensor on the same memory with a separate version counter."""
     place = view.storage_offset(), view.shape, view.stride()
     return view.new_empty(0).set_(view.untyped_storage(), *place)
 
 
 def let_go(parameters: tuple[nn.Parameter, nn.Parameter] | None) -> None:
-    """Takes the slot's memory from parameters that an optimizer may still hold."""
+    """Detaches parameters, which an optimizer may still hold, from the slot's memory."""
     for parameter in parameters or ():
         parameter.grad = None
         parameter.data = parameter.data.new_empty(0)
-        parameter.detach().zero_()  # a change that torch counts: a backward must not go on without
+        parameter.detach().zero_()  # raises the version: a backward that needs it must fail

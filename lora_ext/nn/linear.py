@@ -20,14 +20,14 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
 
         y = x W^T + bias + scaling * (drop(x) lora_a^T) lora_b^T
 
-    The weight is frozen and keeps nn.Linear's keys in the state dict; the bias is trained or not as
-    the caller wants. Further adapters come by `add_adapter`; `set_adapter` chooses one or several.
+    The weight is frozen and keeps nn.Linear's keys in the state dict; the caller decides whether
+    the bias is trained. `add_adapter` adds adapters; `set_adapter` activates one or several.
 
     Args:
         in_features, out_features, bias, device, dtype: nn.Linear's.
         r: rank; 0 adds no adapter.
         alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
-        fan_in_fan_out: the weight is stored as ``[in, out]``, as transformers' Conv1D has it.
+        fan_in_fan_out: the weight is stored as ``[in, out]``, as in transformers' Conv1D.
         adapter_dtype: of lora_a ``[r, in]`` and lora_b ``[out, r]``; None is float32 on a half
             weight, else the weight's dtype.
 
@@ -55,7 +55,7 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
         fan_in_fan_out: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        # Before anything is allocated.
+        # Checked before anything is allocated.
         spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
         super().__init__(in_features, out_features, bias, device, dtype)
         self._init_lora()
@@ -78,14 +78,14 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
-        """The layer around an existing one, whose weight, bias and hooks it shares.
+        """Makes the layer from an existing one, whose weight, bias and hooks it shares.
 
         Args:
             linear: an nn.Linear, or transformers' Conv1D; frozen from now on.
             r, alpha, dropout, use_rslora, init, lora_bias, adapter_dtype: the constructor's.
 
         Raises:
-            TypeError: linear is neither (a subclass may compute something else).
+            TypeError: linear is neither of them (a subclass may compute something else).
             ValueError: a number is out of its range.
         """
         spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
@@ -107,7 +107,7 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
 
     def as_base(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         if self.fan_in_fan_out and self.base_type is nn.Linear:
-            weight = weight.t().contiguous()  # nn.Linear has no other layout
+            weight = weight.t().contiguous()  # the only layout of nn.Linear
         return super().as_base(weight, bias)
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
             rows = self.adapters_of_rows()
             if rows is not None:
                 return self.mixed(input, rows)
-        if type(self) is LoRALinear:  # a subclass may have another `matrix` or `factors`
+        if type(self) is LoRALinear:  # a subclass may override `matrix` or `factors`
             operands = quick_operands(self, input)
             if operands is not None:
                 return lora_linear(input, *operands)
@@ -132,7 +132,7 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer with weight ``[in, out]``; without an
-    import of transformers."""
+    """Whether it is transformers' Conv1D, a linear layer with weight ``[in, out]``; does not import
+    transformers."""
     kind = type(module)
     return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")

@@ -1,4 +1,4 @@
-"""LoRAMergedLinear: one weight for several projections, each with factors of its own or none."""
+"""LoRAMergedLinear: one weight for several projections, each with its own factors or none."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class LoRAMergedLinear(LoRALinear):
 
         y[group] = x W[group]^T + scaling * (drop(x) lora_a[group]^T) lora_b[group]^T
 
-    with an update for the E groups that ``enable_lora`` names. Stored as loralib stores it: lora_a
-    ``[E r, in]``, lora_b ``[E out / G, r]``. One call of the fused op with the factors
-    ``[E r, in]`` and ``[out, E r]``, the second in blocks.
+    with an update for the E groups that ``enable_lora`` enables. The factors are stored as in
+    loralib: lora_a ``[E r, in]``, lora_b ``[E out / G, r]``. A forward is one call of the fused op
+    with the factors ``[E r, in]`` and ``[out, E r]``; the second has a block for each group.
 
     Make it with `enable_groups` around a layer that has no adapter yet, or by
     `lora_ext.loralib.convert_loralib`.
@@ -26,7 +26,7 @@ class LoRAMergedLinear(LoRALinear):
     enable_lora: tuple[bool, ...] = (True,)
 
     def enable_groups(self, enable_lora: Sequence[bool]) -> None:
-        """Says which groups have an update; before the first adapter.
+        """Sets which groups have an update; to be called before the first adapter is added.
 
         Raises:
             ValueError: there is an adapter, the number of groups does not divide out_features, or

@@ -1,4 +1,4 @@
-"""The weight and bias of a layer with its adapters added in."""
+"""The merged weight and bias of a layer with adapters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..experts.factors import a_by_expert, b_by_expert
 if TYPE_CHECKING:
     from .base import LoRALayer
 
-# Rows of the weight that are widened at a time: bounds the temporaries to 16 MiB at 4096 columns.
+# Rows of the weight that are widened at a time: limits temporaries to 16 MiB at 4096 columns.
 _ROWS = 512
 
 
 def merged_tensors(layer: LoRALayer, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """(W + sum of scaling * B A, bias + sum of scaling * lora_bias) as new tensors.
 
-    The bias is None where no adapter has one: the base's own holds.
+    The bias is None if no adapter has one: the base's bias is then used.
 
-    Sums are made in float32 (float64 for a float64 weight), whatever autocast says, and rounded
+    Sums are computed in float32 (float64 for a float64 weight), also under autocast, and rounded
     once to the weight's dtype.
 
     Raises:
@@ -69,7 +69,7 @@ def _merge_matrix(
 
 
 def _merged_bias(layer: LoRALayer, names: Sequence[str], wide: torch.dtype) -> Tensor | None:
-    """The base's bias with the adapters' own, None if they have none."""
+    """The base's bias plus those of the adapters, None if these have none."""
     total = None
     for name in names:
         if name in layer.lora_bias:

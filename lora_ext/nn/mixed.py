@@ -1,7 +1,7 @@
-"""A layer whose rows have different adapters: one call of the op for those that agree in dropout
-and dtype, one more for each other dropout and dtype.
+"""A layer whose rows have different adapters: one call of the op for the adapters with the same
+dropout and dtype, and one more for each other dropout and dtype.
 
-    y[m] = base(x)[m] + s_g ((drop(x)[m] A_g^T) B_g^T + bias_g)        g the adapter of row m
+    y[m] = base(x)[m] + s_g ((drop(x)[m] A_g^T) B_g^T + bias_g)        g: the adapter of row m
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mixed_linear(
     updates: Sequence[Update],
     rows: RowIndex,
 ) -> Tensor:
-    """A base that is a weight, with the updates of the adapters that the layer has.
+    """The product with a weight, plus the updates of the adapters that the layer has.
 
     Args:
         x: ``[..., in]``.
@@ -50,7 +50,7 @@ def mixed_linear(
 
 
 def mixed_onto(y: Tensor, x: Tensor, updates: Sequence[Update], rows: RowIndex) -> Tensor:
-    """The updates onto what any base returned for x, as a new tensor of its dtype."""
+    """The updates added onto y, the output of any base for x, as a new tensor of y's dtype."""
     dtype_of_base = y.dtype
     y = _with_biases(y, x.shape[:-1], updates, rows)
     for part in _parts(updates, x):
@@ -70,19 +70,19 @@ def mixed_lookup(
     rows: RowIndex,
     look_up: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """What an embedding returned for ids, with each row's own column of A as its S:
+    """The updates added onto y, an embedding's output for ids. S of a row is a column of A:
 
         y[m] + s_g A_g[:, ids[m]]^T B_g^T
 
-    S comes from one lookup for each adapter in all rows, of r numbers a row; the product with B is
-    `lora_update`'s, for which an identity stands as A.
+    S is computed by one lookup for each adapter over all rows, r numbers a row; the product with B
+    is computed by `lora_update` with an identity as A.
 
     Args:
         y: ``[..., dim]``.
         ids: ``[...]``.
         updates: at least one, with lora_a ``[r, vocab]``.
         rows: the block.
-        look_up: of the ids in a table ``[vocab, r]``.
+        look_up: looks up the ids in a table ``[vocab, r]``.
     """
     index = rows.index_of(ids.shape, y.device, [update.name for update in updates])
     mine = index.view(*ids.shape, 1)
@@ -101,7 +101,7 @@ def mixed_lookup(
 
 
 def _parts(updates: Sequence[Update], x: Tensor) -> list[list[Update]]:
-    """The updates as lists of those that can be one call, with factors as the op takes them."""
+    """The updates, grouped into lists that can be one call each, with factors for the op."""
     first = updates[0]
     dtype, dropout = first.lora_a.dtype, first.dropout
     alike = all(u.lora_a.dtype is dtype and u.dropout == dropout for u in updates)
@@ -124,7 +124,7 @@ def _operands(
     lora_a = [update.lora_a for update in part]
     lora_b = [update.lora_b for update in part]
     scalings = tuple([update.scaling for update in part])
-    if part[0].lora_b.dtype is torch.float64:  # for which the op's float32 is too coarse
+    if part[0].lora_b.dtype is torch.float64:  # a float32 scaling would be too coarse
         lora_b = [b * s for b, s in zip(lora_b, scalings, strict=True)]
         scalings = (1.0,) * len(part)
     scaling = rows.scaling_of(scalings, x.device)
@@ -133,7 +133,7 @@ def _operands(
 
 
 def _with_biases(y: Tensor, lead: torch.Size, updates: Sequence[Update], rows: RowIndex) -> Tensor:
-    """y with each row's lora_bias, scaled, in at least float32; y where there is none."""
+    """y plus each row's scaled lora_bias, in at least float32; y itself if there is none."""
     biased = [update for update in updates if update.bias is not None]
     if not biased:
         return y

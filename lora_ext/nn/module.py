@@ -10,25 +10,26 @@ from torch import Tensor, nn
 from .parameter import LoRAParameter
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-# The child that holds the adapters, and what else is set beside what the base has.
+# The child that holds the adapters, and the other attributes that are set besides the base's.
 _LAYERS = "lora"
 _OWN = frozenset(("base_type", *_TABLES))
 
 
 class LoRAModule(nn.Module):
-    """A module whose forward uses its parameters in its own way, with adapters on some of them.
+    """A module of any class with adapters on some of its parameters.
 
-        y = base(x) with W + scaling * B A in the place of each such parameter W
+        y = base(x) with W + scaling * B A instead of each such parameter W
 
-    It is of a class of its own that derives from the base's, too, such as LoRAQwen3MoeTopKRouter.
-    It shares the base's tensors, mode and hooks, whose names and keys stay; `around` makes one.
-    W + scaling * B A is computed in each forward, so this is for small parameters, such as a
-    router's weight; `lora_ext.nn.LoRAExperts` does better for experts.
+    Its class is made for the base's class and also derives from it, such as
+    LoRAQwen3MoeTopKRouter. It shares the base's tensors, mode and hooks, and keeps their names and
+    keys; `around` makes one. W + scaling * B A is computed in each forward, so this is for small
+    parameters, such as a router's weight; `lora_ext.nn.LoRAExperts` is better for experts.
 
     Attributes:
         lora: parameter's name -> `LoRAParameter`.
-        kind: this class, or the one of this file's family that the module's own derives from.
-        base_type: the class that it stands for.
+        kind: this class, or the subclass of it in this package that the module's class derives
+            from.
+        base_type: the class of the module that it replaces.
     """
 
     lora: nn.ModuleDict
@@ -37,14 +38,14 @@ class LoRAModule(nn.Module):
 
     @classmethod
     def around(cls, base: nn.Module, parameters: Iterable[str] | None = None) -> Any:
-        """The module in the place of `base`, without an adapter.
+        """The module that replaces `base`, without an adapter.
 
         Args:
             base: any module; it is not changed.
-            parameters: those that may have adapters; None for the class's own choice.
+            parameters: names of those that may have adapters; None for the default of the class.
 
         Raises:
-            TypeError: base has a forward or parameters that are computed.
+            TypeError: base has a forward on the instance, or parametrized parameters.
         """
         name = f"lora_ext.nn.{cls.__name__}"
         if "forward" in base.__dict__:
@@ -73,7 +74,7 @@ class LoRAModule(nn.Module):
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
-        """Raises TypeError or ValueError for what `around` cannot replace."""
+        """Raises TypeError or ValueError for a module that `around` cannot replace."""
 
     def _adopt(self, base: nn.Module) -> None:
         self.__dict__.update(base.__dict__)
@@ -81,10 +82,10 @@ class LoRAModule(nn.Module):
             self.__dict__[table] = base.__dict__[table].copy()
 
     def restored(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A module of the class that was replaced, with its parameters, or others of a merge.
+        """A module of the class that was replaced, with its parameters or merged ones.
 
         Args:
-            weights: parameter's name -> the tensor to have instead.
+            weights: parameter's name -> the tensor to use instead.
         """
         base = self.base_type.__new__(self.base_type)
         nn.Module.__init__(base)
@@ -111,11 +112,11 @@ class LoRAModule(nn.Module):
         return self.standing_in(weights).forward(*args, **kwargs)
 
     def standing_in(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """A module of the base's class with other tensors in the place of parameters, for one
-        forward: nothing of this module is changed, so threads do not see one another's."""
+        """A module of the base's class with other tensors instead of parameters, for one forward:
+        this module is not changed, so threads do not affect each other."""
         module = self.base_type.__new__(self.base_type)
         module.__dict__.update(self.__dict__)
-        module.__dict__.update(weights)  # found before what is in `_parameters`
+        module.__dict__.update(weights)  # takes precedence over `_parameters`
         return module
 
     def adapted_path(self, rows: int | None) -> tuple[str, str]:
@@ -123,13 +124,13 @@ class LoRAModule(nn.Module):
         return "library", "the module's own forward with W + scaling B A"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class is made where it is needed, and has no name by which pickle could find it.
+        # The class is made at run time, so pickle cannot find it by name.
         return _new, (self.kind, self.base_type), self.__dict__
 
 
 def adaptable_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that may have adapters, in its order: stacks of matrices, or, if
-    it has none, matrices."""
+    """The parameters of a module that may have adapters, in its order: stacks of matrices, or
+    matrices if it has no stacks."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
     stacks = tuple(name for name, parameter in own.items() if parameter.dim() == 3)
     return stacks or tuple(name for name, parameter in own.items() if parameter.dim() == 2)
@@ -139,7 +140,7 @@ _classes: dict[tuple[type, type], type[LoRAModule]] = {}
 
 
 def _new(kind: type[LoRAModule], base_type: type[nn.Module]) -> LoRAModule:
-    """An empty module of the class over a base's."""
+    """An empty module of the class made for the base's class."""
     found = _classes.get((kind, base_type))
     if found is None:
         words = {"__module__": kind.__module__, "__doc__": kind.__doc__, "kind": kind}

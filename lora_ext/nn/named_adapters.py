@@ -1,14 +1,14 @@
-"""NamedAdapters: adapters by name beside a frozen weight, and their first values.
+"""NamedAdapters: adapters by name next to a frozen weight, and their initial values.
 
     adapters      name -> AdapterSpec
     lora_a        name -> [r, in]         lora_a_init   name -> [r, in]    (PiSSA and OLoRA)
     lora_b        name -> [out, r]        lora_b_init   name -> [out, r]
     lora_bias     name -> [out]           (where the spec has lora_bias)
 
-PiSSA and OLoRA start from factors of the weight. Their authors take the initial product out of the
-weight; here the weight stays and the layer computes W + s (B A - B0 A0), a product of rank 2 r, so
-that any number of them can be added, switched, merged and deleted, and a bfloat16 weight is not
-rounded a second time.
+PiSSA and OLoRA start from factors of the weight. In the papers the initial product is subtracted
+from the weight; here the weight is kept and the layer computes W + s (B A - B0 A0), a product of
+rank 2 r. So any number of them can be added, switched, merged and deleted, and a bfloat16 weight is
+not rounded a second time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .row_adapters import RowAdapters, forget
 
 
 class NamedAdapters(DropIn):
-    """The adapters of a layer; what a forward does with them, `LoRALayer` says.
+    """The adapters of a layer; `LoRALayer` defines how a forward uses them.
 
     Attributes:
         adapters: name -> `AdapterSpec`, in the order in which they were added.
@@ -40,23 +40,23 @@ class NamedAdapters(DropIn):
         # The layer's part of an `AdapterPool`, a `LayerPool`.
         self.pool: Any = None
         self.lora_a = nn.ParameterDict()
-        # Never called, but seen: nn.TransformerEncoderLayer reads linear1.weight itself, past the
-        # adapters, unless a module within has a hook.
+        # This hook is never called, but its presence matters: nn.TransformerEncoderLayer reads
+        # linear1.weight directly, without the adapters, unless a module within it has a hook.
         self.lora_a.register_forward_pre_hook(_unused_hook)
         self.lora_b = nn.ParameterDict()
         self.lora_bias = nn.ParameterDict()
         self.lora_a_init = nn.ParameterDict()
         self.lora_b_init = nn.ParameterDict()
 
-    # What a subclass says of its base.
+    # Overridden by a subclass for its base.
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The ``[out, in]`` view of a tensor that is laid out as ``self.weight``."""
+        """The ``[out, in]`` view of a tensor in the layout of ``self.weight``."""
         raise NotImplementedError
 
     @property
     def stored_weight(self) -> Tensor:
-        """What the base keeps of its weight; its device is that of the adapters."""
+        """The tensor in which the base stores its weight; the adapters are on its device."""
         return self.weight
 
     @property
@@ -66,11 +66,11 @@ class NamedAdapters(DropIn):
         return out_features, in_features
 
     def weight_values(self) -> Tensor:
-        """The weight ``[out, in]`` for an init that starts from it."""
+        """The weight ``[out, in]``, for an init that uses its values."""
         return self.matrix(self.weight.detach())
 
     def factor_dtype(self, wanted: torch.dtype | None = None) -> torch.dtype:
-        """That of an adapter for which `wanted` is None: float32, on a float64 weight float64."""
+        """The dtype of an adapter; if `wanted` is None float32, on a float64 weight float64."""
         if wanted is not None:
             return wanted
         return torch.float64 if self.stored_weight.dtype == torch.float64 else torch.float32
@@ -81,7 +81,7 @@ class NamedAdapters(DropIn):
         return (r, in_features), (out_features, r)
 
     def initialize(self, name: str) -> None:
-        """Gives the adapter its first values, by its spec's init."""
+        """Sets the initial values of the adapter, by the init of its spec."""
         spec, lora_a, lora_b = self.adapters[name], self.lora_a[name], self.lora_b[name]
         if spec.init == "kaiming":
             initialize.kaiming_(lora_a, lora_b)
@@ -96,14 +96,14 @@ class NamedAdapters(DropIn):
             self._freeze_init(name)
 
     def spec_of(self, name: str) -> AdapterSpec | None:
-        """The spec of one of the layer's adapters or of its pool's, None if there is none."""
+        """The spec of an adapter of the layer or of its pool, None if there is none."""
         spec = self.adapters.get(name)
         if spec is None and self.pool is not None and name in self.pool:
             return self.pool.specs[name]
         return spec
 
     def rank(self, name: str) -> int:
-        """R of `factors`: what the adapter costs."""
+        """R of `factors`, the rank that determines the adapter's cost."""
         if name not in self.adapters and self.pool is not None:
             return self.pool.specs[name].r
         return self.lora_a[name].shape[0] * (2 if name in self.lora_a_init else 1)
@@ -117,12 +117,13 @@ class NamedAdapters(DropIn):
         return [n for n in rows.names if n in own or (n in specs and n in names)]
 
     def _freeze_init(self, name: str) -> None:
-        """Keeps the present factors as those to subtract."""
+        """Stores the current factors as those to subtract."""
         for table, kept in ((self.lora_a, self.lora_a_init), (self.lora_b, self.lora_b_init)):
             kept[name] = nn.Parameter(table[name].detach().clone(), requires_grad=False)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(A ``[R, in]``, B ``[out, R]``) with delta W = scaling * B A; R = r, or 2 r for PiSSA."""
+        """(A ``[R, in]``, B ``[out, R]``) with delta W = scaling * B A; R is r, or 2 r if the init
+        is subtracted."""
         if name not in self.adapters and self.pool is not None:
             return self.pool.slots[name]
         lora_a, lora_b = self.lora_a[name], self.lora_b[name]
@@ -134,10 +135,11 @@ class NamedAdapters(DropIn):
     # Adapters by name.
 
     def add_adapter(self, name: str, spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
-        """Adds an adapter and freezes the weight. One that is alone becomes active and trainable.
+        """Adds an adapter and freezes the weight. If it is the only one, it becomes active and
+        trainable.
 
         Args:
-            name: without dots; it is part of the state dict's keys.
+            name: without dots, since it is part of the state dict's keys.
             spec: rank, alpha and so on.
             dtype: of the factors; None is float32 on a half weight, else the weight's.
 
@@ -160,7 +162,7 @@ class NamedAdapters(DropIn):
                     out_features = self.matrix_shape[0]
                     self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, **like))
                 self.initialize(name)
-            except BaseException:  # an interrupt too leaves no half-made adapter
+            except BaseException:  # also an interrupt must not leave an incomplete adapter
                 self._remove(name)
                 raise
         weight.requires_grad_(False)
@@ -201,12 +203,12 @@ class NamedAdapters(DropIn):
                 )
 
     def _check_weight(self, where: str) -> None:
-        """Raises ValueError for a weight beside which there can be no adapter."""
+        """Raises ValueError for a weight on which there can be no adapter."""
         if not self.weight.is_floating_point():
             raise ValueError(f"{where}: expected a floating weight, but got {self.weight.dtype}")
 
     def delete_adapter(self, name: str) -> None:
-        """Forgets an adapter; if it was active the others stay so, if it was merged, unmerges.
+        """Removes an adapter; other active adapters stay active; unmerges if it was merged.
 
         Raises:
             ValueError: no adapter has this name.
@@ -220,8 +222,8 @@ class NamedAdapters(DropIn):
 
     def check_whole(self, method: str) -> None:
         """Raises RuntimeError if the weight is sharded over processes."""
-        # FSDP keeps a list of parameters of its own: it would neither shard nor average a new one,
-        # and would put a deleted one back.
+        # FSDP keeps its own list of parameters: it would neither shard nor average a new one, and
+        # would restore a deleted one.
         if hasattr(self.stored_weight, "full_tensor"):
             raise RuntimeError(
                 f"lora_ext.nn.{type(self).__name__}.{method}: expected a whole weight, but it is "
@@ -237,7 +239,7 @@ class NamedAdapters(DropIn):
     def set_adapter(self, names: str | Iterable[str]) -> None:
         """Makes exactly these adapters active and trainable; their updates add up.
 
-        A weight merged from any other is unmerged.
+        A weight merged from any other adapter is unmerged.
 
         Raises:
             ValueError: no adapter has one of the names, or a name comes twice.
@@ -266,7 +268,7 @@ class NamedAdapters(DropIn):
         return names
 
     def tables(self) -> dict[str, nn.ParameterDict]:
-        """All that belongs to adapters: attribute name -> ParameterDict by adapter."""
+        """All tables of the adapters: attribute name -> ParameterDict by adapter."""
         names = ("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init")
         return {name: getattr(self, name) for name in names}
 
@@ -279,9 +281,9 @@ class NamedAdapters(DropIn):
         return ", ".join([super().extra_repr(), f"adapters={{{'; '.join(shown)}}}"])
 
     def __repr__(self) -> str:
-        # On one line, like the layer that it replaces, without the tables of parameters.
+        # One line, like the repr of the replaced layer, without the tables of parameters.
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
 def _unused_hook(module: nn.Module, args: Any) -> None:
-    """Of a ParameterDict, which nobody calls."""
+    """The hook of a ParameterDict, which is never called."""

@@ -1,4 +1,4 @@
-"""LoRAParameter: adapters on one parameter of a module that is no matrix product itself."""
+"""LoRAParameter: adapters on one parameter of a module that is not itself a matrix product."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class LoRAParameter(LoRALayer):
 
         W_e + scaling * B_e A_e        e < E
 
-    The factors are kept as PEFT keeps them, the matrices' index slowest in A, fastest in B:
+    The factors are stored as in PEFT, with e as the slowest index in A and the fastest in B:
 
         lora_a  [E r, in]    A_e = lora_a.view(E, r, in)[e]
         lora_b  [out, r E]   B_e = lora_b.view(out, r, E)[:, :, e]
 
-    A part of a `LoRAModule`, which computes with it, and never called. The parameter is the
-    module's: it is in no table of this layer.
+    It is a part of a `LoRAModule`, which computes with it; it is never called itself. The parameter
+    belongs to the module and is not registered in this layer.
 
     Args:
         module: holds the parameter; not a child of this layer.
@@ -72,7 +72,7 @@ class LoRAParameter(LoRALayer):
         return (self.count * r, in_features), (out_features, r * self.count)
 
     def rank(self, name: str) -> int:
-        """Of each matrix."""
+        """The rank of each matrix's update."""
         return self.lora_a[name].shape[0] // self.count
 
     def factors_of_each(self, name: str) -> tuple[Tensor, Tensor]:
@@ -113,8 +113,8 @@ class LoRAParameter(LoRALayer):
         return self.merged or bool(self.added_adapters)
 
     def effective_weight(self) -> Tensor:
-        """W + sum over active adapters of scaling * B A, laid out as W, in W's dtype; gradients
-        reach the factors."""
+        """W + sum over active adapters of scaling * B A, in W's layout and dtype, differentiable in
+        the factors."""
         weight, _ = self.base_operands()
         with torch.autocast(weight.device.type, enabled=False):
             for name in self.added_adapters:

@@ -1,4 +1,4 @@
-"""LoRAQuantizedLinear: linear layers of other libraries, quantised, with adapters."""
+"""LoRAQuantizedLinear: quantised linear layers of other libraries, with adapters."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ class LoRAQuantizedLinear(FusedLoRALayer):
 
         y = base(x) + sum over active adapters of scaling * ((drop(x) lora_a^T) lora_b^T + bias)
 
-    Where the base multiplies by its dequantised weight, base and update are one call of the op on
-    it, forward and backward; else the base runs as it is and `lora_update` adds the rest. `path`
-    says which, and why. The layers are those of `lora_ext.quantized.layers`.
+    If the base multiplies by its dequantised weight, base and update are one call of the op with
+    this weight, forward and backward; otherwise the base's own forward runs and `lora_update` adds
+    the rest. `path` returns which, and why. `lora_ext.quantized.layers` lists the supported layers.
 
-    `around` and `from_linear` make one. It is of a class of its own that derives from the base's,
-    too, such as LoRALinear4bit from bitsandbytes' Linear4bit: what the base keeps stays under its
+    `around` and `from_linear` make one. Its class is made for the base's class and also derives
+    from it, such as LoRALinear4bit from bitsandbytes' Linear4bit: the base's attributes keep their
     names, and its own methods write and read its part of a state dict.
 
     Shape:
         x ``[..., in_features]`` to y ``[..., out_features]`` in the dtype that the base returns;
-        lora_a ``[r, in_features]``, lora_b ``[out_features, r]``, float32 unless an adapter_dtype
-        says another.
+        lora_a ``[r, in_features]``, lora_b ``[out_features, r]``, float32 unless adapter_dtype is
+        given.
 
     `merge` raises RuntimeError: W + B A would have to be quantised again.
     """
 
-    # The class that the layer stands for is the base of its own class, see `class_over`.
+    # The replaced class is a base of the layer's own class, see `class_over`.
     in_features: int
     out_features: int
 
     @classmethod
     def around(cls, base: nn.Module) -> Any:
-        """The layer without an adapter in the place of `base`, whose tensors, mode and hooks it
-        shares.
+        """The layer that replaces `base`, without an adapter; it shares the tensors, mode and hooks
+        of `base`.
 
         Raises:
-            TypeError: base is not a quantised layer that is known, or its forward is replaced on
-                the instance.
+            TypeError: base is not a supported quantised layer, or its forward is replaced on the
+                instance.
         """
         cls._check_base(base)
         if "forward" in base.__dict__:
@@ -81,7 +81,7 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRAQuantizedLinear:
-        """The layer around a quantised one, with an adapter unless r is 0.
+        """Makes the layer from a quantised one, with an adapter unless r is 0.
 
         Args:
             linear: the base, frozen from now on.
@@ -107,11 +107,12 @@ class LoRAQuantizedLinear(FusedLoRALayer):
             )
 
     def _adopt(self, base: nn.Module) -> None:
-        """All that the base has, not only a weight and a bias: what its forward reads."""
+        """Takes over all attributes of the base, not only weight and bias: its forward reads
+        them."""
         self.__dict__.update(base.__dict__)
         for table in _TABLES:
             self.__dict__[table] = base.__dict__[table].copy()
-        # torchao puts one on the instance, which would hide ours.
+        # torchao sets one on the instance, which would hide ours.
         shown = self.__dict__.pop("extra_repr", None)
         self.base_attributes = {} if shown is None else {"extra_repr": shown}
 
@@ -132,14 +133,14 @@ class LoRAQuantizedLinear(FusedLoRALayer):
     def as_base(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         self._refuse_merge()
 
-    # What is there in the place of a dense weight.
+    # Used instead of a dense weight.
 
     @property
     def stored_weight(self) -> Tensor:
         kept = self._parameters
         found = kept.get("weight")
         if found is None:
-            found = kept.get("W_q")  # HQQ's name
+            found = kept.get("W_q")  # HQQ's name for it
         if found is None:
             raise RuntimeError(
                 f"lora_ext.nn.{type(self).__name__}: expected a weight that is quantised, but the "
@@ -162,9 +163,9 @@ class LoRAQuantizedLinear(FusedLoRALayer):
             return found.weight.dequantize(torch.float32)
 
     def _check_weight(self, where: str) -> None:
-        """Of any dtype."""
+        """Accepts a weight of any dtype."""
 
-    # What a forward does.
+    # What a forward computes.
 
     def forward(self, x: Tensor) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
@@ -174,7 +175,7 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         return self.base_forward(x) if self.computes_base else self.adapted(x)
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """What the layer computed before it had adapters."""
+        """The forward of the base layer, without adapters."""
         return self.base_type.forward(self, x)
 
     def adapted(self, x: Tensor) -> Tensor:
@@ -190,10 +191,10 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         return added(self.base_forward(x), x, updates)
 
     def base_for(self, x: Tensor | None, updates: Sequence[Update]) -> QuantizedBase | str:
-        """The base as one call of the op has it, or why it has to be called.
+        """The base for one call of the op, or why its own forward has to be called.
 
         Args:
-            x: ``[..., in]``; None for an x in the dtype that the base prefers.
+            x: ``[..., in]``; None for an x in the base's preferred dtype.
             updates: at least one.
         """
         found = quantized_base(self, x, self.base_type)
@@ -202,7 +203,7 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         return updates_obstacle(found.dtype, x, updates) or found
 
     def mixed(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        """The layer on x ``[..., in]``, each row with the adapter that a block gives it."""
+        """The layer on x ``[..., in]``, each row with the adapter that the block selects for it."""
         if isinstance(x, Proxy):
             return self._traced(x)
         check_dense(x)
@@ -232,11 +233,12 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         return "fused" if isinstance(found, QuantizedBase) else "added"
 
     def workspace_bytes(self) -> int:
-        """Of the dequantised weight, in the dtype that the base prefers; 0 if it is called."""
+        """Bytes of the dequantised weight in the base's preferred dtype; 0 if the base is called
+        itself."""
         return workspace_bytes(quantized_base(self, None, self.base_type))
 
     def pack_weight(self, backward: bool = False) -> PackedWeight:
-        """No pack, but one with the reason: the weight is quantised."""
+        """Returns a `PackedWeight` without a pack, with the reason: the weight is quantised."""
         return PackedWeight(self.stored_weight, None, None, "the weight is quantised")
 
     # Merging.
@@ -256,10 +258,10 @@ class LoRAQuantizedLinear(FusedLoRALayer):
             "adapters beside it, or save_adapter and merge into the model that was quantised"
         )
 
-    # nn.Module's own.
+    # Methods of nn.Module.
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's, also over a base that writes its own part and nothing beside."""
+        """As nn.Module.state_dict, also for a base whose own method writes only its own part."""
         if self.base_type.state_dict is nn.Module.state_dict:
             return super().state_dict(*args, **kwargs)
         words = dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)) | kwargs
@@ -273,17 +275,18 @@ class LoRAQuantizedLinear(FusedLoRALayer):
         return words["destination"]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class is made where it is needed, and has no name by which pickle could find it.
+        # The class is made at run time, so pickle cannot find it by name.
         return _new, (self.base_type,), self.__dict__
 
 
 def _needs_torch(x: Tensor) -> bool:
-    """Whether the op cannot take x, or what traces or transforms the call does not know it."""
+    """Whether the op does not support x, or a tracer or transform of the call does not support
+    the op."""
     return not is_plain(x) or x.is_nested or is_transformed() or is_onnx_export()
 
 
 def _new(base_type: type[nn.Module], base: nn.Module | None = None) -> LoRAQuantizedLinear:
-    """A layer of the class over a base's, around the base; without one, empty."""
+    """A layer of the class made for `base_type`, with the contents of `base`, or empty."""
     kind = class_over(base_type)
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
@@ -296,10 +299,10 @@ _classes: dict[type[nn.Module], type[LoRAQuantizedLinear]] = {}
 
 
 def class_over(base_type: type[nn.Module]) -> type[LoRAQuantizedLinear]:
-    """The class of the layers that stand for this one, one for each."""
+    """The class of the layers that replace this one, made once for each."""
     found = _classes.get(base_type)
     if found is None:
-        is_plain_linear = base_type is nn.Linear  # whose weight is torchao's
+        is_plain_linear = base_type is nn.Linear  # its weight is a torchao tensor
         name = "LoRATorchaoLinear" if is_plain_linear else f"LoRA{base_type.__name__}"
         words = {"__module__": __name__, "__doc__": LoRAQuantizedLinear.__doc__}
         made = type(name, (LoRAQuantizedLinear, base_type), words)
@@ -307,7 +310,7 @@ def class_over(base_type: type[nn.Module]) -> type[LoRAQuantizedLinear]:
     return found
 
 
-# What `_init_lora` and its callers put beside what the base has.
+# The attributes that `_init_lora` and its callers set besides those of the base.
 _OWN_ATTRIBUTES = frozenset(
     (
         "base_attributes",

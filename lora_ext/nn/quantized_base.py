@@ -1,4 +1,4 @@
-"""Updates on a base that is dequantised for the op, of a layer of this package or of PEFT."""
+"""Updates on a base that is dequantised for the op, for layers of this package and of PEFT."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .updates import Update, stacked, with_biases
 
 
 def linear_on(base: QuantizedBase, x: Tensor, updates: Sequence[Update]) -> Tensor:
-    """The base with the sum of the updates, one call of the op.
+    """The base plus the sum of the updates, as one call of the op.
 
     Args:
-        base: for this x.
+        base: the base for this x.
         x: ``[..., in]``.
-        updates: at least one, for which `updates_obstacle` finds nothing.
+        updates: at least one; `updates_obstacle` must return "" for them.
     """
     given = x.to(base.dtype)
     lora_a, lora_b, scaling = stacked(updates, given)
@@ -32,12 +32,12 @@ def linear_on(base: QuantizedBase, x: Tensor, updates: Sequence[Update]) -> Tens
 def mixed_linear_on(
     base: QuantizedBase, x: Tensor, updates: Sequence[Update], rows: RowIndex
 ) -> Tensor:
-    """The base with each row's own update."""
+    """The base plus each row's own update."""
     given = x.to(base.dtype)
     return mixed_linear(given, base.weight, base.call_bias, updates, rows).to(base.y_dtype)
 
 
 def pool_linear_on(base: QuantizedBase, x: Tensor, pool: Any, index: Tensor) -> Tensor:
-    """The base with the update of each row's slot of a `LayerPool`."""
+    """The base plus the update of each row's slot in a `LayerPool`."""
     given = x.to(base.dtype)
     return pool.linear(given, base.weight, base.call_bias, index).to(base.y_dtype)

@@ -1,7 +1,7 @@
-"""The commonest forward of a `LoRALinear`, decided in a microsecond: one adapter, nothing special.
+"""A fast path for the most common forward of a `LoRALinear`: one plain adapter, in a microsecond.
 
-`FusedLoRALayer.adapted` decides for all cases; with one row it would take as long as the product.
-Where the conditions here hold, it calls the op with the same operands (tested).
+`FusedLoRALayer.adapted` handles all cases; with one row its checks would take as long as the
+product. If the conditions here hold, it would call the op with the same operands (tested).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def quick_operands(layer: Any, x: Tensor) -> tuple | None:
     lora_a = tables["lora_a"]._parameters.get(name)
     lora_b = tables["lora_b"]._parameters.get(name)
     if type(weight) is not _Parameter or lora_a is None or lora_b is None:
-        return None  # computed from others, or quantised since
+        return None  # parametrized, or quantised in the meantime
     if lora_a.dtype in HALVES and (lora_a.dtype is not x.dtype or is_autocast(x)):
         return None
     packed = state["packed"]

@@ -1,11 +1,11 @@
-"""Forwards that activation checkpointing repeats in a backward, and the adapters that they had.
+"""Remembers the adapters of forwards that activation checkpointing repeats in a backward.
 
-`torch.utils.checkpoint` runs a part of the model again when its gradients are wanted, which is
-mostly after the block of `lora_ext.use_adapters` is left, or in another one. So the first run notes
-the block's adapters on what stands for the part: the context of the autograd function with
-use_reentrant=True, as of any other that runs a part in its forward and again in its backward; the
-frame of checkpoint.py with use_reentrant=False. Both live as long as the graph. The second run
-finds them on the stack that called it.
+`torch.utils.checkpoint` runs a part of the model again when its gradients are computed, usually
+after the block of `lora_ext.use_adapters` was left, or within another block. So the first run
+stores the block's adapters on an object that represents the part. With use_reentrant=True this is
+the context of the autograd function, as for any other autograd function that runs a part in its
+forward and again in its backward; with use_reentrant=False it is the frame of checkpoint.py. Both
+live as long as the graph. The second run finds them on its call stack.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _top_hooks = _autograd._top_saved_tensors_default_hooks
 
 
 def remember(rows: Any) -> None:
-    """Notes the adapters on the checkpointed parts that are running for the first time.
+    """Stores the adapters on the checkpointed parts that are running for the first time.
 
-    In the forward of an autograd function a first run records no gradients, although the block
-    does; under use_reentrant=False hooks pack what is saved.
+    Such a run is recognised as follows: in the forward of an autograd function gradients are not
+    recorded, although the block records them; with use_reentrant=False, hooks pack saved tensors.
     """
     if not torch.is_grad_enabled():
         for frame in _stack():
@@ -40,7 +40,7 @@ def remember(rows: Any) -> None:
     if part is None or getattr(part, _NOTE, None) is rows:
         return
     setattr(part, _NOTE, rows)
-    for frame in _stack():  # those around it, whose hooks are hidden
+    for frame in _stack():  # the enclosing parts, whose hooks are hidden
         if frame.f_code.co_name == "checkpoint" and frame.f_code.co_filename == _FILE:
             suspended = frame.f_locals.get("gen")
             outer = suspended and suspended.gi_frame and suspended.gi_frame.f_locals["new_frame"]
@@ -52,7 +52,7 @@ def adapters_of_repeated() -> Any:
     """The adapters of the forward that the running backward repeats, None for the active ones.
 
     Raises:
-        RuntimeError: nothing is known of it, or an adapter has been removed since.
+        RuntimeError: nothing was stored for it, or an adapter was removed in the meantime.
     """
     for frame in _stack():
         part = _context(frame, "backward")
@@ -64,7 +64,7 @@ def adapters_of_repeated() -> Any:
             found = getattr(part, _NOTE, None)
             if found is not None:
                 found.check_there()
-                remember(found)  # parts within this one run for the first time
+                remember(found)  # nested parts run for the first time
             return found
     raise RuntimeError(
         "lora_ext.use_adapters: expected to know the adapters of a forward that a backward "
@@ -75,7 +75,7 @@ def adapters_of_repeated() -> Any:
 
 
 def _context(frame: FrameType, method: str) -> Any:
-    """The context of an autograd function whose method a frame runs, else None."""
+    """The context of the autograd function whose method a frame runs, else None."""
     code = frame.f_code
     if code.co_name != method or not code.co_argcount or code.co_varnames[0] == "self":
         return None
@@ -84,13 +84,13 @@ def _context(frame: FrameType, method: str) -> Any:
 
 
 def _has_setup(context: Any) -> bool:
-    """Whether the function's forward had no context, on which to note something."""
+    """Whether the function has setup_context: its forward has no context to store anything on."""
     base = torch.autograd.Function.setup_context
     return context._forward_cls.setup_context is not base
 
 
 def _part_of_hooks() -> Any:
-    """The frame of checkpoint.py whose hooks pack what is saved now, if there is one."""
+    """The frame of checkpoint.py whose hooks pack saved tensors now, or None."""
     hooks = _top_hooks(False)
     if hooks is None:
         return None

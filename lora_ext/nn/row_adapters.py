@@ -1,8 +1,8 @@
-"""The blocks of `lora_ext.use_adapters` that are open, and which of them counts for a layer.
+"""The open blocks of `lora_ext.use_adapters`, and which of them applies to a layer.
 
-Each asyncio task has the blocks that it entered itself, by a `contextvars.ContextVar`: a layer
-holds the block that was entered last, whoever did, and asks the context whose it is. A graph of
-torch.compile, which cannot ask, takes what the layer holds.
+Each asyncio task has the blocks that it entered itself, in a `contextvars.ContextVar`. A layer
+holds the block that was entered last, by any task, and checks in the context which one applies. A
+graph of torch.compile cannot read the context and uses the block that the layer holds.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .row_index import RowIndex
 _current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident
 
-# Attribute of the layers: the block that was entered last and is open, `CLOSED`, or none.
+# Attribute of the layers: the open block that was entered last, `CLOSED`, or absent.
 _HELD = "row_adapters"
-# The block that was entered last in this context; those around it are its `outer`.
+# The block that was entered last in this context; its `outer` is the enclosing block.
 _INNERMOST: ContextVar[RowAdapters | None] = ContextVar("lora_ext_row_adapters", default=None)
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
-# By their ids, as long as anything holds them: a part that is checkpointed does after the block.
+# Blocks by id, as long as something holds them: a checkpointed part holds one after it was left.
 _BLOCKS: weakref.WeakValueDictionary[int, RowAdapters] = weakref.WeakValueDictionary()
 
 
@@ -42,7 +42,7 @@ class RowAdapters(RowIndex):
     """The adapters of one block, as long as it is open.
 
     Attributes:
-        is_pefts: whether it came as PEFT's adapter_names, whose errors are PEFT's own.
+        is_pefts: whether it was given as PEFT's adapter_names; errors are then those of PEFT.
     """
 
     def __init__(
@@ -58,21 +58,22 @@ class RowAdapters(RowIndex):
         self.is_open = True
         self.thread = _thread()
         self.records_gradients = torch.is_grad_enabled()
-        # By the id of each layer that the block is for: what it held before.
+        # id of each layer of the block -> the block that the layer held before.
         self.below: dict[int, Any] = {}
-        # The block around it in its context, and whether other contexts have some beside it.
+        # The enclosing block in its context, and whether other contexts also have open blocks.
         self.outer: RowAdapters | None = None
         self.overlaps = False
-        # A name whose adapter was removed since: another may have its place, or its name.
+        # The name of an adapter that was removed in the meantime: another adapter may have its slot
+        # or its name.
         self.gone: str | None = None
         # The generator that entered the block, if it was one.
         self.opener: FrameType | None = None
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copy or a pickle of a layer is in no block
+        return type(None), ()  # a copy or a pickle of a layer is not in a block
 
     def check_there(self) -> None:
-        """Raises RuntimeError if one of the adapters was removed since the block was entered."""
+        """Raises RuntimeError if an adapter was removed after the block was entered."""
         if self.gone is not None:
             raise RuntimeError(
                 f"lora_ext.use_adapters: expected the adapters with which the block was entered, "
@@ -82,7 +83,7 @@ class RowAdapters(RowIndex):
 
 
 class _Closed:
-    """What layers hold after a block in which gradients were recorded."""
+    """The value that layers hold after a block in which gradients were recorded."""
 
     is_open = False
 
@@ -94,18 +95,18 @@ CLOSED = _Closed()
 
 
 def in_force(layer: Any) -> RowAdapters | None:
-    """The adapters that count for the forward of a layer that is running.
+    """The adapters that apply to the running forward of a layer.
 
-    A forward that activation checkpointing repeats has those of the forward that it repeats,
-    whatever is open by now.
+    A forward that activation checkpointing repeats has the adapters of the original forward,
+    whichever block is open now.
 
     Args:
-        layer: that holds something.
+        layer: a layer that holds a block or `CLOSED`.
 
     Raises:
         RuntimeError: the block belongs to another thread or, in a generator, to another context, or
             is not the innermost one where the forward is called, or has lost an adapter, or a
-            backward repeats a forward of which nothing is known.
+            backward repeats a forward for which nothing was stored.
     """
     held = layer.row_adapters
     if is_traced():
@@ -114,7 +115,7 @@ def in_force(layer: Any) -> RowAdapters | None:
         if not held.overlaps:
             held.check_there()
             return held
-        torch._dynamo.graph_break(  # a graph cannot ask the context
+        torch._dynamo.graph_break(  # a graph cannot read the context
             "blocks of lora_ext.use_adapters overlap, each of another task; without fullgraph=True "
             "each task has its own adapters"
         )
@@ -140,7 +141,7 @@ def in_force(layer: Any) -> RowAdapters | None:
 
 
 def forget(layer: nn.Module, name: str) -> None:
-    """Says that an adapter of the layer is removed: blocks that use it have lost it."""
+    """Marks an adapter of the layer as removed in the blocks that use it."""
     for reference in _BLOCKS.valuerefs():
         rows = reference()
         if rows is not None and name in rows.names and id(layer) in rows.below:
@@ -148,12 +149,12 @@ def forget(layer: nn.Module, name: str) -> None:
 
 
 def of_context(layer: nn.Module) -> RowAdapters | None:
-    """The block that counts for a layer in this context."""
+    """The block that applies to a layer in this context."""
     return _open(_INNERMOST.get(), layer)
 
 
 def _open(rows: RowAdapters | None, layer: nn.Module) -> RowAdapters | None:
-    """Of a block and those around it the innermost that is open for a layer."""
+    """The innermost of a block and its enclosing blocks that is open for a layer."""
     while rows is not None and not (rows.is_open and id(layer) in rows.below):
         rows = rows.outer
     return rows
@@ -166,7 +167,7 @@ def given_to(
     """Within the block the layers use the adapters of `rows`; blocks of one task are nested.
 
     Args:
-        others: modules for which `of_context` finds the block, too.
+        others: modules for which `of_context` also finds the block.
 
     Raises:
         RuntimeError: another thread has a block open on one of the layers; when the block is left:
@@ -201,7 +202,7 @@ def given_to(
 
 
 def _leave(rows: RowAdapters) -> bool:
-    """Takes a block from those of this context; False if one within it is open for its layers."""
+    """Removes a block from this context; False if a nested one is still open for its layers."""
     inner = _INNERMOST.get()
     if inner is rows:
         _INNERMOST.set(rows.outer)
@@ -214,8 +215,8 @@ def _leave(rows: RowAdapters) -> bool:
 
 
 def _check_context(held: Any, layer: nn.Module) -> None:
-    """Raises RuntimeError within a generator that goes on in another context than that in which it
-    opened a block: asyncio.wait_for makes one for each step, before Python 3.12."""
+    """Raises RuntimeError in a generator that continues in another context than the one in which it
+    opened a block: before Python 3.12 asyncio.wait_for makes a context for each step."""
     known = set()
     rows = _INNERMOST.get()
     while rows is not None:
@@ -234,7 +235,8 @@ def _check_context(held: Any, layer: nn.Module) -> None:
 
 
 def _opener() -> FrameType | None:
-    """The generator with whose `with` statement a block is entered, past context managers."""
+    """The frame of the generator whose `with` statement enters a block, skipping context
+    managers."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code, caller = frame.f_code, frame.f_back
@@ -262,7 +264,7 @@ def _not_nested(what: str) -> RuntimeError:
 
 
 def _give_back(layer: nn.Module) -> None:
-    """Leaves the layer with the block that was entered last of those that are open."""
+    """Sets the layer's block to the open one that was entered last."""
     held = layer.__dict__.get(_HELD)
     leaves_graphs = False
     while isinstance(held, RowAdapters) and not held.is_open:

@@ -1,9 +1,9 @@
-"""Which adapter each row of a batch has, as one layer's op takes it.
+"""Which adapter each row of a batch has, as an index for the op of one layer.
 
-A block of `lora_ext.use_adapters` has distinct names and an int32 index into them, of samples
-``[batch]`` or of tokens ``[batch, tokens]``. A layer asks for the index of its own rows: expanded
-to the leading dimensions of its x and, where it lacks some of the adapters, counting those that it
-has. Each such tensor is made once a block, and shared by all layers.
+A block of `lora_ext.use_adapters` has distinct names and an int32 index into them, for samples
+``[batch]`` or for tokens ``[batch, tokens]``. A layer needs the index of its own rows: expanded to
+the leading dimensions of its x and, if it lacks some of the adapters, renumbered to those that it
+has. Each such tensor is made once for a block, and shared by all layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..torch_state import is_traced
 
-# No adapter has this number: the op refuses it.
+# No adapter has this number: the op raises an error.
 _NOBODY = 2**31 - 1
 
 
@@ -24,10 +24,10 @@ class RowIndex:
     """The adapters of a batch's rows.
 
     Attributes:
-        names: distinct names of adapters, which the index counts.
+        names: distinct names of adapters; the index refers to them.
         index: int32 ``[batch]`` or ``[batch, tokens]``, -1 for the base alone.
-        slots: the same with the slots of a pool in the place of names; None if the names are not
-            all a pool's.
+        slots: the same with slots of a pool instead of names; None if not all names belong to a
+            pool.
         repeats: how often the model may repeat each sample, as beam search does.
     """
 
@@ -37,20 +37,20 @@ class RowIndex:
         self.names = tuple(names)
         self.index, self.slots = index, slots
         self.repeats = repeats
-        # Tokens of the x that came last in 3 dimensions, for layers whose x is flattened.
+        # Number of tokens in the last x with 3 dimensions, for layers whose x is flattened.
         self._tokens = 0
         self._made: dict[Any, Tensor] = {}
 
     def index_of(self, lead: torch.Size, device: torch.device, names: Sequence[str]) -> Tensor:
-        """int32 ``[rows]``: for each row its place in `names`, or -1.
+        """int32 ``[rows]``: for each row its position in `names`, or -1.
 
         Args:
             lead: the shape of x without its features.
-            device: of x.
+            device: that of x.
             names: those of this block that the layer has, in the block's order.
 
         Raises:
-            ValueError: the rows are not those of the block's samples.
+            ValueError: the rows do not correspond to the block's samples.
         """
         if is_traced():
             return self._chosen(self._expanded(self.index, lead, device), names)
@@ -77,7 +77,7 @@ class RowIndex:
         return found
 
     def scaling_of(self, scalings: tuple[Any, ...], device: torch.device) -> Any:
-        """float32 ``[adapters]``, made once for the same numbers; under a compiler the numbers."""
+        """float32 ``[adapters]``, made once for the same numbers; the numbers under a compiler."""
         if any(isinstance(scaling, Tensor) for scaling in scalings):
             return torch.stack(
                 [torch.as_tensor(s, dtype=torch.float32, device=device).view(()) for s in scalings]
@@ -92,13 +92,13 @@ class RowIndex:
         return found
 
     def sample_names(self, nobody: str) -> list[str] | None:
-        """A name for each sample; None where tokens of one sample may differ."""
+        """A name for each sample; None if the tokens of one sample may differ."""
         if self.index.dim() != 1:
             return None
         return [nobody if i < 0 else self.names[i] for i in self.index.tolist()]
 
     def _chosen(self, index: Tensor, names: Sequence[str]) -> Tensor:
-        """The index counting `names` in the place of all."""
+        """The index renumbered to refer to `names`."""
         if len(names) == len(self.names):
             return index
         places = {name: place for place, name in enumerate(names)}
@@ -117,7 +117,7 @@ class RowIndex:
         index = self._repeated(index, lead)
         if index.dim() == 2:
             if lead[1] == 1:
-                index = index[:, -1:]  # a step after the prompt: each sample goes on with its last
+                index = index[:, -1:]  # a step after the prompt: the last adapter of each sample
             elif lead[1] != index.shape[1]:
                 raise self._mismatch(lead)
         return index.reshape(*index.shape, *(1 for _ in lead[index.dim() :])).expand(lead).flatten()
@@ -160,14 +160,14 @@ class RowIndex:
 
 
 def _hint_of_more(samples: int, batch: int, own: str, lead: torch.Size) -> str:
-    """What to do about x with a multiple of the block's samples, or of other rows."""
+    """What to do if x has a multiple of the block's samples, or other rows."""
     hint = (
         f"; give {own} for each of the {samples} samples, in their order: a batch of torch.cat("
         '[uncond, cond]), as in classifier-free guidance, wants the names twice, ["a", "b", "a", '
         '"b"]'
     )
     if len(lead) == 1:
-        # Rows of a vision tower: their number says nothing, and differs from layer to layer.
+        # Rows of a vision tower: their number has no meaning here and differs between layers.
         return (
             f"{hint}. Where the {samples} rows are no samples, such as the patches of all images, "
             "none can have an adapter of its own: target other layers"

@@ -1,7 +1,7 @@
 """Low-rank updates of one matrix as values, and how several of them become one call of the op.
 
-Whoever holds the adapters, a layer of this package or one of PEFT, describes the active ones as
-`Update`s; what can be one call, and with which factors, is decided here once.
+A layer of this package or of PEFT describes its active adapters as `Update`s. Which of them can be
+one call, and with which factors, is decided here for both.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .adapter_spec import MAX_RANK
 
 
 class Update(NamedTuple):
-    """scaling * ((drop(x) lora_a^T) lora_b^T + bias), the part of one active adapter.
+    """scaling * ((drop(x) lora_a^T) lora_b^T + bias), the update of one active adapter.
 
     Attributes:
         name: of the adapter, for messages.
         lora_a: ``[r, in]``.
         lora_b: ``[out, r]``.
         bias: ``[out]``, PEFT's lora_bias.
-        scaling: a float, or a tensor of one element that changes without a new graph.
-        dropout: the probability that holds in this call, 0 outside training.
+        scaling: a float, or a tensor of one element, which can change without a new graph.
+        dropout: the probability for this call, 0 outside training.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Update(NamedTuple):
 
 
 def obstacle(updates: Sequence[Update], dtype: torch.dtype) -> str:
-    """Why the updates of a base in this dtype cannot be one call of the op, or ""."""
+    """Why updates on a base in this dtype cannot be one call of the op, or ""."""
     for update in updates:
         if update.bias is not None and update.bias.itemsize > dtype.itemsize:
             return f"the lora_bias of {update.name!r} is wider than y, and the op would round it"
@@ -57,7 +57,7 @@ def obstacle(updates: Sequence[Update], dtype: torch.dtype) -> str:
 
 
 def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
-    """Why these dtypes are not one call of the op, or ""."""
+    """Why these dtypes cannot be in one call of the op, or ""."""
     if is_autocast(x):
         if torch.float64 in (x.dtype, weight, adapter):
             return "float64 under autocast"
@@ -72,7 +72,7 @@ def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
 
 
 def updates_obstacle(dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update]) -> str:
-    """Why updates of a base that multiplies in a dtype are not one call of the op, or ""."""
+    """Why updates on a base that multiplies in `dtype` cannot be one call of the op, or ""."""
     if dtype in HALVES and any(update.bias is not None for update in updates):
         # The op would round the sum of both biases, and sum dy over a float32 copy of it.
         return "a lora_bias on a half base"
@@ -81,15 +81,15 @@ def updates_obstacle(dtype: torch.dtype, x: Tensor | None, updates: Sequence[Upd
 
 
 def dtypes_obstacle(dtype: torch.dtype, x: Tensor, updates: Sequence[Update]) -> str:
-    """Why rows cannot have these updates in one call of the op, by their dtypes, or ""."""
+    """Why the dtypes do not allow per-row updates in one call of the op, or ""."""
     dtypes = {update.lora_a.dtype for update in updates}
     return next(filter(None, (dtype_obstacle(x, dtype, each) for each in dtypes)), "")
 
 
 def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(A ``[R, in]``, B ``[out, R]``, scaling) with the updates' summed product.
+    """(A ``[R, in]``, B ``[out, R]``, scaling) whose product is the sum of the updates.
 
-    Half adapters that x, as the op will see it, does not match become float32.
+    Half adapters become float32 if their dtype differs from that of x in the op.
     """
     first = updates[0]
     scalings = [update.scaling for update in updates]
@@ -110,7 +110,7 @@ def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float
 
 
 def with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None:
-    """The base's bias with those of the updates, summed in float32: the op rounds it once."""
+    """The base's bias plus those of the updates, summed in float32: the op rounds it once."""
     for update in updates:
         if update.bias is not None:
             added = update.bias * update.scaling
@@ -123,13 +123,13 @@ def with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None
 def added(y: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """y + sum of scaling * ((drop(x) A^T) B^T + bias) as a new tensor, in y's dtype.
 
-    One call of `lora_update` wherever the updates can be one, on any base's y. What it returned may
-    be held by others, and is never written.
+    It is one call of `lora_update` if the updates can be one call, for any base. y may be in use
+    elsewhere, so it is never written.
 
     Args:
-        y: ``[..., out]``, what the base returned for x.
+        y: ``[..., out]``, the output of the base for x.
         x: ``[..., in]``, any floating dtype.
-        updates: their factors in any floating dtypes.
+        updates: with factors in any floating dtypes.
     """
     if _needs_torch(y, x, updates):
         return added_in_turn(y, x, updates)
@@ -141,8 +141,8 @@ def added(y: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
 
 
 def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
-    """Whether `lora_update` cannot add the updates: a y whose shape or kind torch has to resolve, a
-    bias, which is added in the widest dtype, or updates that are not one."""
+    """Whether `lora_update` cannot add the updates: y has a shape or kind that torch has to
+    resolve, there is a bias, which is added in the widest dtype, or they cannot be one call."""
     lora_a, lora_b = updates[0].lora_a, updates[0].lora_b
     if not is_plain(y) or y.dtype not in FLOATS or y.device != x.device:
         return True
@@ -154,7 +154,7 @@ def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
 
 
 def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
-    """The updates added to the base's y in PEFT's order: sums in the widest dtype, rounded once."""
+    """The updates added to the base's y in PEFT's order: in the widest dtype, rounded once."""
     refuse("updates that torch adds")
     total = base
     for update in updates:

@@ -1,7 +1,7 @@
-"""Packing the frozen weights of a model for the CPU, where that was measured to be faster.
+"""Packs the frozen weights of a model for the CPU, where this was measured to be faster.
 
-pack      what `lora_ext.warmup` does on a CPU     trial    the times of one shape
-layers    which weights of a model there are       report   what was found, for people
+pack      the work of `lora_ext.warmup` on a CPU   trial    the times of one shape
+layers    the weights of a model                   report   the results as text
 """
 
 from .pack import DECODE_AND_TRAINING, pack_for, pack_weights, packed_bytes, unpack_weights

@@ -12,12 +12,12 @@ from ..packed_weight import Packable, unpackable_reason
 
 
 class Kind(NamedTuple):
-    """What decides which product is faster.
+    """The properties that determine which product is faster.
 
     Attributes:
         out_features, in_features: N and K.
         dtype: of weight and x.
-        transposed: the weight is kept as ``[in, out]``, as Conv1D keeps it.
+        transposed: the weight is stored as ``[in, out]``, as in Conv1D.
         bias: whether a bias is added.
     """
 
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 @dataclass
 class Weight:
-    """One parameter; of tied layers, the same."""
+    """One parameter, with the layers that use it; tied layers share one."""
 
     parameter: Tensor
     kind: Kind
@@ -43,7 +43,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Of one packed copy."""
+        """Bytes of one packed copy."""
         return self.parameter.numel() * self.parameter.element_size()
 
 
@@ -53,7 +53,7 @@ def packable_layers(model: nn.Module) -> list[Packable]:
 
 
 def weights_of(model: nn.Module) -> tuple[list[Weight], list[str]]:
-    """(those that oneDNN can pack, why others stay as they are)."""
+    """(weights that oneDNN can pack, reasons why others cannot be packed)."""
     found: dict[int, Weight] = {}
     reasons: dict[str, None] = {}
     for layer in packable_layers(model):

@@ -14,19 +14,19 @@ from .layers import Kind, Weight, packable_layers, weights_of
 from .report import Packed, Packing
 from .trial import ratio_of
 
-# A trial goes through so many bytes of weights in turn, if the model has them: more than a core's
-# share of the last level of cache.
+# A trial alternates between weights of this many bytes, if the model has them: more than a core's
+# share of the last-level cache.
 _BYTES_OF_TRIAL = 2**26
 _MOST_IN_TRIAL = 8
 
 
-# One token, a few requests' tokens, a training batch.
+# One token, the tokens of a few requests, a training batch.
 DECODE_AND_TRAINING = (1, 16, 2048)
 
 
 def default_budget() -> int:
-    """A quarter of the memory that is available now: frozen weights in float32, packed for both
-    directions, take twice their own size."""
+    """A quarter of the memory that is available now: packed copies of frozen float32 weights, for
+    both directions, take twice the size of the weights."""
     try:
         with open("/proc/meminfo") as file:
             for line in file:
@@ -48,17 +48,17 @@ def pack_weights(
     budget: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Packing:
-    """Times plain against packed products of each kind of weight, and packs where packed ones win.
+    """Times plain and packed products for each kind of weight, and packs where this is faster.
 
     Args:
         model: with LoRA layers of this package or accelerated ones of PEFT, on the CPU.
-        rows: batch times sequence length of the calls to come.
-        training: whether to pack for dX, too; None: where any parameter of the model is trained.
+        rows: batch times sequence length of later calls.
+        training: whether to pack for dX also; None: if any parameter of the model is trained.
         budget: bytes that packed copies may take; None: a quarter of the available memory.
-        say: is given a line for each kind and direction.
+        say: is called with a line for each kind and direction.
 
     Returns:
-        What was measured and packed. Packs that the model had are replaced.
+        What was measured and packed. Existing packs are replaced.
 
     Raises:
         ValueError: budget is negative.
@@ -86,11 +86,11 @@ def pack_weights(
 
 
 def pack_for(model: nn.Module, pack: bool | int | Iterable[int]) -> None:
-    """`pack_weights` as a keyword of other functions asks for it, of a model on the CPU.
+    """`pack_weights` for the keyword `pack` of other functions, for a model on the CPU.
 
     Args:
         model: as in `pack_weights`.
-        pack: False, True, or the rows of the calls to come.
+        pack: False, True, or the rows of later calls.
 
     Raises:
         ValueError: a number of rows below 1.
@@ -115,7 +115,7 @@ def unpack_weights(model: nn.Module) -> None:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """What the packs of a model's layers hold; of tied weights once."""
+    """Bytes of the packs of a model's layers; tied weights count once."""
     packs = {id(layer.packed): layer.packed for layer in packable_layers(model) if layer.packed}
     return sum(pack.nbytes for pack in packs.values())
 
@@ -145,7 +145,7 @@ def _packed(
     budget: int,
     reasons: tuple[str, ...],
 ) -> Packing:
-    """Packs as the budget allows, first where most time is saved for a byte."""
+    """Packs within the budget, first the weights that save the most time for each byte."""
 
     def saved(entry: tuple[Kind, bool, Timed]) -> float:
         kind, _, timed = entry

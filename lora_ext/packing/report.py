@@ -1,4 +1,4 @@
-"""What packing found out, for print()."""
+"""The results of packing, for print()."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Packed:
 
 @dataclass(frozen=True, repr=False)
 class Packing:
-    """All of a model; str() is for people.
+    """The results for a model; str() gives a readable text.
 
     Attributes:
         kinds: one for each kind of weight and direction.
-        budget: bytes that packs might take.
-        reasons: why other weights stay as they are.
+        budget: bytes that packs were allowed to take.
+        reasons: why other weights are not packed.
     """
 
     kinds: tuple[Packed, ...] = ()
@@ -52,7 +52,7 @@ class Packing:
 
     @property
     def nbytes(self) -> int:
-        """Of all packed copies."""
+        """Bytes of all packed copies."""
         return sum(kind.nbytes for kind in self.kinds)
 
     def __repr__(self) -> str:

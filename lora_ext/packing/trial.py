@@ -1,4 +1,4 @@
-"""Times the product of one kind of layer on plain and on packed weights, in turn."""
+"""Times the product of one kind of layer on plain and on packed weights, alternating."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..packed_weight import PackedWeight, packed_linear
 from .layers import Kind
 
 _ROUNDS, _FEWER_ROUNDS = 8, 4
-_LONG_ROUND = 0.2  # seconds, of which fewer are enough
-# The pack has to win in so many rounds of four; else it counts as slower.
+_LONG_ROUND = 0.2  # seconds; of rounds this long fewer are enough
+# The pack has to be faster in this many of four rounds; otherwise it counts as slower.
 _WINS = 3
 _SECONDS_OF_ROUND = 0.02  # at least, so that a round is not one call of some microseconds
 
@@ -29,14 +29,14 @@ def ratio_of(
     """(median microseconds of the plain product, time of the packed one over it).
 
     Args:
-        packs: of several layers, by which the products go in turn: in a model, too, the caches have
-            another layer's weight when a layer begins.
-        bias: of forward.
+        packs: packs of several layers, which the products use in turn: in a model the caches also
+            have another layer's weight when a layer begins.
+        bias: the bias of forward.
         kind, rows: of x ``[rows, in]``, or backward of dy ``[rows, out]``.
         backward: dx = dy W instead of y = x W^T + bias.
 
     Returns:
-        A ratio of at least 1 where the pack did not win in three rounds of four.
+        A ratio of at least 1 if the pack was not faster in three of four rounds.
     """
     features = kind.out_features if backward else kind.in_features
     x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0)).to(kind.dtype)
@@ -65,7 +65,7 @@ def ratio_of(
 
 
 def _seconds(product: Product, count: int, turns: int) -> float:
-    """Of one product, by all weights in turn."""
+    """Seconds of one product, using all weights in turn."""
     begin = time.perf_counter()
     for _ in range(turns):
         for i in range(count):

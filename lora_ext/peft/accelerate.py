@@ -1,4 +1,4 @@
-"""One line that puts a PEFT model on the fused op, and one that takes it off."""
+"""`accelerate` runs a PEFT model on the fused op, `decelerate` undoes this."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..packing import pack_for
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Older ones lack attributes of layers, which only a forward would miss.
+# Older versions lack attributes of layers, which would fail only in a forward.
 _MINIMUM_PEFT = (0, 19)
 
 
@@ -22,23 +22,22 @@ def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Mod
 
         model = lora_ext.accelerate(get_peft_model(base, LoraConfig(...)))
 
-    Each LoRA layer gets a subclass of its PEFT class whose forward is another; nothing else about
-    it changes. State dict, checkpoints, ``save_pretrained``, merging, adding, switching, disabling
-    and deleting adapters are PEFT's own code on PEFT's own parameters. Layers that later adapters
-    bring are accelerated too. What a layer cannot do faster it leaves to PEFT's forward, each time
-    it is called; ``print(lora_ext.explain(model))`` says which and why.
+    Each LoRA layer gets a subclass of its PEFT class with another forward; nothing else about it
+    changes. State dict, checkpoints, ``save_pretrained``, merging, adding, switching, disabling and
+    deleting adapters are PEFT's own code on PEFT's own parameters. Layers that later adapters add
+    are accelerated too. A call that a layer cannot compute faster uses PEFT's forward; this is
+    decided in each call. ``print(lora_ext.explain(model))`` shows which layers do so and why.
 
     Args:
         model: a PeftModel, or any module that holds PEFT's LoRA layers: a transformers model after
             ``add_adapter``, one that ``inject_adapter_in_model`` changed, a part of them.
-        pack: on a CPU, also keep copies of frozen weights in oneDNN's packed layout where
-            that was measured to be faster here: True, or the rows (batch times sequence length) of
-            the calls to come. `lora_ext.warmup` does the same, sets a budget of memory and says
-            what it found.
+        pack: on a CPU, also keep copies of frozen weights in oneDNN's packed layout where this was
+            measured to be faster here: True, or the rows (batch times sequence length) of later
+            calls. `lora_ext.warmup` does the same, but has a memory budget and reports its results.
 
     Returns:
-        The model. Doing it twice is doing it once. Where all layers are of other kinds, those of
-        AdaLoRA, say, a warning names them.
+        The model. A second call changes nothing. If all layers are of unsupported kinds, such as
+        those of AdaLoRA, a warning names them.
 
     Raises:
         ImportError: peft is not installed, or older than 0.19.
@@ -71,7 +70,7 @@ def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Mod
 
 
 def decelerate(model: Model) -> Model:
-    """Gives the layers that `accelerate` changed PEFT's classes again, in place.
+    """Restores PEFT's classes in the layers that `accelerate` changed, in place.
 
     Returns:
         The model; one that was not accelerated is left as it is.

@@ -1,4 +1,4 @@
-"""A chain of PEFT's parameter wrappers around one module, and what adapters it has now."""
+"""A chain of PEFT's parameter wrappers around one module, and its current adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from peft.tuners.lora import layer as peft_layers
 from ..torch_state import is_plain
 from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, has_hooks
 
-# Releases that leave the update of one adapter on a stack which has a parametrization of its own.
+# Releases that do not remove the update of one adapter from a stack that already has a
+# parametrization.
 _LEAVES_UPDATES = ("0.21.0", "0.21.1", "0.21.2")
 
 
@@ -18,9 +19,9 @@ class Target(NamedTuple):
     """One parameter of the module.
 
     Attributes:
-        wrapper: PEFT's.
+        wrapper: PEFT's wrapper.
         name: of the parameter.
-        adapters: those that add to it now.
+        adapters: the adapters that are added to it now.
     """
 
     wrapper: Any
@@ -30,7 +31,7 @@ class Target(NamedTuple):
 
 class Chain(NamedTuple):
     """Attributes:
-    targets: of the wrappers, the outermost first.
+    targets: one for each wrapper, the outermost first.
     base: the module whose parameters they wrap.
     """
 
@@ -52,7 +53,7 @@ def chain_of(outermost: Any) -> Chain:
 
 
 def chain_state(chain: Chain) -> tuple[str, str] | None:
-    """(path, reason) by what chains around all kinds of modules have in common, or None."""
+    """(path, reason) from the conditions that hold for chains around any module, or None."""
     outermost = chain.targets[0].wrapper
     for wrapper, _, _ in chain.targets:
         if wrapper._disable_adapters and wrapper.merged_adapters:

@@ -4,10 +4,10 @@
     y = g * (x W^T + s (x A^T) B^T) + bias
     y = x W^T + bias + (g - 1) * (xd W^T) + g * s (xd A^T) B^T          with dropout, xd = drop(x)
 
-PEFT makes B A of the weight's size by a product with an identity matrix, a copy of W in x's dtype,
-and their sum, in each forward. Here the norm is taken in blocks of rows of the weight; g goes into
-B, so that gradients of the adapters come from dy itself and keep their precision; the rest is added
-to the base product in blocks of rows.
+In each forward PEFT computes B A in the weight's size by a product with an identity matrix, a copy
+of W in x's dtype, and their sum. Here the norm is computed in blocks of rows of the weight; g is
+multiplied into B, so that the gradients of the adapters are computed from dy itself and keep their
+precision; the rest is added to the base product in blocks of rows.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def _magnitude_reason(layer: Any, name: str, kind: type) -> str:
 def linear(
     layer: Any, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, update: Update
 ) -> Tensor:
-    """y of the equations above, for a weight as `lora_linear` takes it."""
+    """y of the equations above, for any weight that `lora_linear` accepts."""
     factor = _factor_of(layer, weight, update, update.lora_a.dtype)
     if update.dropout == 0.0 and _is_cached(layer.lora_magnitude_vector[update.name]):
         return _scaled(x, weight, bias, update, factor)
     scaled_b = update.lora_b * factor[:, None]
     if update.dropout == 0.0:
         part = shrink(x, update.lora_a, 0.0, None)
-        # The base's y with its bias, bit for bit, where the factor is 1, as at initialisation.
+        # If the factor is 1, as at initialisation, this is bit for bit the base's y with its bias.
         offset = None if bias is None else (1 - factor) * bias
         return combine(offset, base_linear(x, weight, bias), factor, part, scaled_b, update.scaling)
     seed = draw_seed(x.device)
@@ -77,7 +77,7 @@ def _scaled(
     update: Update,
     factor: Tensor,
 ) -> Tensor:
-    """y as g times one call of the op, which with the norm at hand is the fastest."""
+    """y as g times one call of the op, the fastest way if the norm is known."""
     lora_a, lora_b, scaling = stacked([update], x)
     y = lora_linear(x, weight, lora_a, lora_b, None, scaling)
     scaled = y * factor if bias is None else torch.addcmul(bias, y, factor)
@@ -85,7 +85,7 @@ def _scaled(
 
 
 def embedding(layer: Any, y: Tensor, part: Tensor, update: Update) -> Tensor:
-    """g * (y + s S B^T) for what the base returned and S ``[..., r]``, the lookup in A."""
+    """g * (y + s S B^T) for the base's output y and S ``[..., r]``, the lookup in A."""
     table = layer._modules["base_layer"].weight
     rounded_to = torch.promote_types(table.dtype, update.lora_a.dtype)
     factor = _factor_of(layer, table.t(), update, rounded_to)
@@ -95,7 +95,7 @@ def embedding(layer: Any, y: Tensor, part: Tensor, update: Update) -> Tensor:
 def _factor_of(
     layer: Any, weight: Tensor | QuantizedWeight, update: Update, rounded_to: torch.dtype
 ) -> Tensor:
-    """g ``[out]`` for the weight as ``[out, in]``, at least float32."""
+    """g ``[out]`` for the weight ``[out, in]``, at least float32."""
     vector = layer.lora_magnitude_vector[update.name]
     norm = _cached_norm(vector, weight, update, rounded_to)
     return vector.weight.to(norm.dtype) / norm
@@ -104,10 +104,11 @@ def _factor_of(
 def _cached_norm(
     vector: Any, weight: Tensor | QuantizedWeight, update: Update, rounded_to: torch.dtype
 ) -> Tensor:
-    """The norm, kept under `peft.helpers.DoraCaching` where PEFT keeps its own, and as long."""
+    """The norm; under `peft.helpers.DoraCaching` it is cached where PEFT caches its own, and for as
+    long."""
     operands = (weight, update.lora_a, update.lora_b, update.scaling, rounded_to)
     if not _is_cached(vector):
-        if vector._dora_cache:  # not always: a checkpoint that is compiled may not write to it
+        if vector._dora_cache:  # only if needed: a compiled checkpoint must not write to it
             vector._cache_clear()
         return _norm(*operands)
     key = f"lora_ext-weight-norm-{update.name}"
@@ -123,7 +124,7 @@ def _is_cached(vector: Any) -> bool:
 
 
 def _norm(weight: Tensor | QuantizedWeight, lora_a: Tensor, *rest: Any) -> Tensor:
-    """`weight_norm`, of a quantised weight in the dtype in which PEFT has it at initialisation."""
+    """`weight_norm`; a quantised weight has the dtype that PEFT uses at initialisation."""
     if not isinstance(weight, QuantizedWeight):
         return weight_norm(weight, lora_a, *rest)
     with dense(weight, lora_a.new_empty(0, dtype=weight.dtype)) as matrix:
@@ -140,14 +141,14 @@ def weight_norm(
 ) -> Tensor:
     """||W + s B A|| of each row ``[out]``, in float32 (float64 for float64), a constant.
 
-    At initialisation the magnitude is PEFT's norm, rounded to the dtype in which PEFT computes:
-    with the same rounding here the factor is 1, and the layer is the base.
+    At initialisation the magnitude is PEFT's norm, rounded to the dtype in which PEFT computes.
+    With the same rounding here the factor is 1, and the layer computes the base.
 
     Args:
         weight: ``[out, in]``, any strides.
         lora_a: ``[r, in]``.
         lora_b: ``[out, r]``.
-        rounded_to: that dtype.
+        rounded_to: the dtype in which PEFT computes.
     """
     out_features, in_features = weight.shape
     wide = torch.float64 if torch.float64 in (lora_a.dtype, rounded_to) else torch.float32
@@ -167,7 +168,7 @@ def weight_norm(
 
 
 def _sum_over_columns(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    """The squares of each row, summed over blocks of columns."""
+    """The sum of squares of each row, over blocks of columns."""
     out_features, in_features = weight.shape
     total = lora_a.new_zeros(out_features)
     step = max(1, _BLOCK // max(1, out_features))

@@ -1,4 +1,4 @@
-"""PEFT's embedding layers: a lookup in A, and a small product added onto the base's rows."""
+"""PEFT's embedding layers: a lookup in A, and a small product added onto the base's output."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
 
 
 def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
-    """The path for ids, or for plain ones if they are None."""
+    """The path for ids, or for a plain tensor of ids if None."""
     state = adapters_state(layer)
     if state is not None:
         return ForwardPath(*state)
@@ -77,7 +77,7 @@ def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
 
 
 def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
-    """The base as it is, and the updates onto it."""
+    """The base's own forward, with the updates added."""
     base = layer._modules["base_layer"]
     parts = [
         F.embedding(

@@ -1,4 +1,4 @@
-"""Experts of transformers whose parameters have adapters of PEFT, as `lora_experts` takes them."""
+"""transformers' experts with PEFT's adapters on their parameters, as operands of `lora_experts`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .reasons import has_hooks
 
 with contextlib.suppress(ImportError):  # before transformers 5
     import transformers.integrations.moe  # noqa: F401
-decorated.is_decorated(nn.Module)  # looks once for the decorator, where no compiler traces it
+decorated.is_decorated(nn.Module)  # finds the decorator here, where no compiler traces it
 
 
 def reason(chain: Chain) -> str:
-    """Why PEFT's own forward is needed whatever the input is, or ""."""
+    """Why PEFT's own forward is needed for any input, or ""."""
     base = chain.base
     found = _module_reason(base) or decorated.obstacle(base)
     if found:
@@ -57,7 +57,7 @@ def _target_reason(target: Target, base: Any) -> str:
 
 
 def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    """(x, top_k_index, top_k_weights), or None where they need PEFT's own forward."""
+    """(x, top_k_index, top_k_weights), or None if they need PEFT's own forward."""
     if is_transformed():
         return None
     return decorated.operands(chain.base, type(chain.base), args, kwargs)
@@ -82,6 +82,6 @@ def forward(chain: Chain, operands: tuple) -> Tensor:
 
 
 def rows_of_experts(chain: Chain) -> str:
-    """What is computed, for people."""
+    """What is computed, as text."""
     names = ", ".join(sorted(target.name for target in chain.targets if target.adapters))
     return f"rows of each expert, updates of {names}"

@@ -41,8 +41,8 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
 
         y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
 
-    Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` gives a layer
-    this class, `lora_ext.decelerate` takes it back.
+    Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` sets this class
+    on a layer, `lora_ext.decelerate` restores PEFT's.
 
     Shape:
         x ``[..., in_features]`` to y ``[..., out_features]`` in the dtype that the base returns.
@@ -60,18 +60,18 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
             y = computed(self, x, linear_path(self, x))
             if y is not None:
                 return y
-        # By name: in a bound method that outlives `decelerate`, as hooks on the instance keep one,
-        # self is of PEFT's class.
+        # Called by the class's name: hooks on the instance may keep a bound method that outlives
+        # `decelerate`, in which self is of PEFT's class.
         return peft_layers.Linear.forward(self, x, *args, **kwargs)
 
     def packable(self) -> Base | None:
         base: Any = self._modules["base_layer"]
-        if base_obstacle(base):  # it is called
+        if base_obstacle(base):  # its own forward is called
             return None
         return Base(base.weight, base.bias, type(base) is not nn.Linear)
 
-    # PEFT writes to the weight's data, which no version counts. Callers look at merge's signature:
-    # diffusers asks whether it takes adapter_names.
+    # PEFT writes to the weight's data, which does not change its version. Callers inspect merge's
+    # signature: diffusers checks whether it has adapter_names.
     @functools.wraps(peft_layers.Linear.merge)
     def merge(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.packed = None
@@ -110,7 +110,7 @@ def linear_path(layer: Any, x: Tensor | None) -> ForwardPath:
     note = "" if base is None else base.note
     variant, reason = variant_of(LINEAR, layer, names)
     if variant is not None:
-        one_dimension = x is not None and x.dim() == 1  # to which PEFT adds another
+        one_dimension = x is not None and x.dim() == 1  # PEFT returns one dimension more
         reason = reason or kept or (f"{variant.name} on one row" if one_dimension else "")
     if reason:
         return ForwardPath(PEFT, reason)
@@ -123,8 +123,8 @@ def linear_path(layer: Any, x: Tensor | None) -> ForwardPath:
 def _base_or_reason(
     module: Any, x: Tensor | None, updates: Sequence[Update]
 ) -> tuple[QuantizedBase | None, str]:
-    """(base, "") of a quantised base that the op takes, (None, "") of a plain one, (None, reason)
-    of one that has to be called."""
+    """(base, "") for a quantised base that the op supports, (None, "") for a plain base, (None,
+    reason) for a base whose own forward has to be called."""
     kept = base_obstacle(module)
     if not kept:
         return None, _call_obstacle(module.weight, x, updates)
@@ -136,7 +136,7 @@ def _base_or_reason(
 
 
 def computed(layer: Any, x: Tensor, path: ForwardPath) -> Tensor | None:
-    """y of a path that is computed here, None of one that is PEFT's."""
+    """y for a path that is computed here, None for PEFT's path."""
     if path.variant is not None:
         return _of_variant(layer, x, path)
     if path.name == FUSED:
@@ -145,7 +145,7 @@ def computed(layer: Any, x: Tensor, path: ForwardPath) -> Tensor | None:
 
 
 def _call_obstacle(weight: Tensor, x: Tensor | None, updates: Sequence[Update]) -> str:
-    """Why base and updates are not one call of the op, or ""."""
+    """Why base and updates cannot be one call of the op, or ""."""
     if weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is trained"
     return updates_obstacle(weight.dtype, x, updates)
@@ -154,7 +154,7 @@ def _call_obstacle(weight: Tensor, x: Tensor | None, updates: Sequence[Update]) 
 def _fused(
     layer: Any, x: Tensor, updates: Sequence[Update], quantized: QuantizedBase | None
 ) -> Tensor:
-    """One call of the op."""
+    """Base and updates as one call of the op."""
     if quantized is None:
         base = layer._modules["base_layer"]
         lora_a, lora_b, scaling = stacked(updates, x)
@@ -175,5 +175,5 @@ def _of_variant(layer: Any, x: Tensor, path: ForwardPath) -> Tensor:
 
 
 def called(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
-    """The base called as it is, and the updates onto its y."""
+    """The base's own forward, with the updates added onto its y."""
     return added(layer._modules["base_layer"](x), x, updates)

@@ -1,9 +1,9 @@
-"""Modules some of whose matrices have adapters, as `all-linear` gives them to a mixture's router.
+"""Modules with adapters on some of their matrices, such as a mixture's router with `all-linear`.
 
-    W' = W + scaling * B A        as PEFT makes it, with the same bits: a router compares logits
+    W' = W + scaling * B A        computed as in PEFT, with the same bits: a router compares logits
 
-Such a W is small. What costs PEFT its time is to register a parametrization and to remove it; here
-the module is called with W' in place of W.
+Such a W is small. In PEFT most of the time is spent on registering and removing a parametrization;
+here the module is called with W' instead of W.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def reason(chain: Chain) -> str:
 
 
 def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    """The arguments of the module, or None where they need PEFT's own forward."""
+    """The arguments of the module, or None if they need PEFT's own forward."""
     return None if is_transformed() or kwargs.get("adapter_names") else (args, kwargs)
 
 
 def forward(chain: Chain, operands: tuple) -> Any:
-    """What the module returns, with each W + B A for W."""
+    """The module's output with W + B A instead of each W."""
     sums = {
         name: _with_updates(chain.base._parameters[name], wrapper, adapters)
         for wrapper, name, adapters in chain.targets
@@ -49,7 +49,7 @@ def forward(chain: Chain, operands: tuple) -> Any:
 
 
 def _with_updates(parameter: Tensor, wrapper: Any, adapters: list[str]) -> Tensor:
-    # In PEFT's order, for its bits.
+    # In PEFT's order of operations, to get its bits.
     delta = wrapper.get_delta_weight(adapters[0])
     for name in adapters[1:]:
         delta = delta + wrapper.get_delta_weight(name)

@@ -1,9 +1,9 @@
 """Layers of PEFT in a batch whose rows have different adapters, and PEFT's adapter_names.
 
-    y[m] = base(x)[m] + scaling_g * ((drop(x)[m] A_g^T) B_g^T + bias_g)       g the adapter of row m
+    y[m] = base(x)[m] + scaling_g * ((drop(x)[m] A_g^T) B_g^T + bias_g)       g: adapter of row m
 
-PEFT loops over the adapters, each with a copy of its samples, and refuses to in training. What is
-not computed here is left to that loop, where a name for each sample says the same.
+PEFT loops over the adapters, each with a copy of its samples, and raises an error in training.
+Cases that are not computed here are left to that loop if a name for each sample is sufficient.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _BY_ROW = "each row its own adapter"
 
 
 class ByRow:
-    """A mix-in before a class of PEFT whose rows can have different adapters."""
+    """A mix-in placed before a class of PEFT whose rows can have different adapters."""
 
-    row_adapters: Any = None  # of an open block, as in lora_ext.nn.LoRALayer
+    row_adapters: Any = None  # set while a block is open, as in lora_ext.nn.LoRALayer
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         forget(self, adapter_name)
@@ -61,7 +61,7 @@ def linear(
 
     Args:
         theirs: PEFT's class of the layer.
-        args, kwargs: of the forward, besides x; where aLoRA's adapters are, the block says.
+        args, kwargs: of the forward, besides x; the rows with aLoRA's adapters are in the block.
     """
     kwargs.pop("alora_offsets", None)
     if layer._disable_adapters or "adapter_names" in kwargs:
@@ -153,7 +153,7 @@ def embedding(
 def _reason(
     layer: Any, names: Sequence[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
 ) -> str:
-    """Why rows of a layer are PEFT's matter, whatever its x."""
+    """Why rows of a layer need PEFT's own forward for any x."""
     if layer.merged_adapters:
         return f"{layer.merged_adapters} are merged into the weight; call unmerge_adapter first"
     state = adapters_state(layer)
@@ -165,19 +165,19 @@ def _reason(
 
 
 def _rows_reason(x: Tensor, rows: RowAdapters) -> str:
-    """Of PEFT's adapter_names: why PEFT has to say that the rows are not theirs."""
+    """With PEFT's adapter_names: why PEFT has to raise its error for rows that do not fit them."""
     if rows.is_pefts and (x.dim() == 0 or len(x) != len(rows.index)):
         return "the number of samples is another"
     return ""
 
 
 def _is_called(base: Any) -> bool:
-    """Of a base that is no plain weight: whether it is not dequantised."""
+    """For a base that is not a plain weight: whether it is called, since it is not dequantised."""
     return not isinstance(dequantized_base(base, None), QuantizedBase)
 
 
 def _kept(layer: Any, x: Tensor, updates: Sequence[Update]) -> str:
-    """Why the base has to be called as it is, or ""."""
+    """Why the base's own forward has to be called, or ""."""
     base = layer._modules["base_layer"]
     reason = base_obstacle(base)
     if reason:
@@ -190,7 +190,7 @@ def _kept(layer: Any, x: Tensor, updates: Sequence[Update]) -> str:
 def _left_to_peft(
     layer: Any, theirs: Any, x: Tensor, rows: RowAdapters, reason: str, args: tuple, kwargs: dict
 ) -> Tensor:
-    """PEFT's loop, where it knows what is meant and does it right.
+    """PEFT's loop, if it supports the case and computes it correctly.
 
     Raises:
         ValueError: it does not.
@@ -213,8 +213,8 @@ def known_names(layer: Any) -> set[str]:
 
 @contextmanager
 def told_names(modules: Sequence[Any], names: Sequence[str], rows: RowAdapters) -> Iterator[None]:
-    """Within the block of `rows` PEFT's own forwards get adapter_names, as PEFT itself gives
-    them."""
+    """Within the block of `rows`, PEFT's own forwards get adapter_names in the same way as from
+    PEFT."""
     with ExitStack() as stack:
         for module in modules:
             hook = partial(_tell, names=list(names), rows=rows)
@@ -237,7 +237,7 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
     """The adapter_names of one call of a model, checked as PEFT checks them.
 
     Raises:
-        TypeError, ValueError: PEFT's own, except that training is no error.
+        TypeError, ValueError: PEFT's errors, except the one for training.
     """
     fast, others = parts_by_row(model)
     unknown = {name for name in names if name != NOBODY}

@@ -1,9 +1,9 @@
 """PEFT's wrapper of a parameter (`target_parameters`) with another forward.
 
-PEFT nests one wrapper in another for each parameter of a module, and has each register a
-parametrization, W + B A, for the time of the module's forward. Here the outermost wrapper knows
-the whole chain: of experts it computes the layer without ever making W + B A; of matrices, such
-as a router's weight, it makes that sum and hands it to the module.
+PEFT nests one wrapper in another for each parameter of a module, and each registers a
+parametrization, W + B A, during the module's forward. Here the outermost wrapper processes the
+whole chain: for experts it computes the layer without computing W + B A; for matrices, such as a
+router's weight, it computes this sum and passes it to the module.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class ParamWrapper(peft_layers.ParamWrapper):
     """`peft.tuners.lora.layer.ParamWrapper`, the outermost of its chain, with another forward and
     nothing else.
 
-        forward(hidden_states, top_k_index, top_k_weights)     of experts: `lora_ext.experts`
-        forward(...)     of any other module, each W of the chain being W + B A in that call
+        forward(hidden_states, top_k_index, top_k_weights)     for experts: `lora_ext.experts`
+        forward(...)     for any other module, with W + B A for each W of the chain
 
-    Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` gives a wrapper
-    this class, `lora_ext.decelerate` takes it back.
+    Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` sets this class
+    on a wrapper, `lora_ext.decelerate` restores PEFT's.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,8 @@ class ParamWrapper(peft_layers.ParamWrapper):
                 operands = kind.operands(chain, (x, *args), kwargs)
                 if operands is not None:
                     return kind.forward(chain, operands)
-        # By name: in a bound method that outlives `decelerate`, self is of PEFT's class.
+        # Called by the class's name: in a bound method that outlives `decelerate`, self is of
+        # PEFT's class.
         return peft_layers.ParamWrapper.forward(self, x, *args, **kwargs)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What a linear layer of PEFT holds, as operands of the op."""
+"""Converts the contents of a linear layer of PEFT to operands of the op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..packed_weight import PackedWeight
 
 
 def update_of(layer: Any, name: str) -> Update:
-    """What one adapter of a PEFT layer adds."""
+    """The update of one adapter of a PEFT layer."""
     tables = layer._modules
     lora_b = tables["lora_B"]._modules[name]
     dropout = tables["lora_dropout"]._modules[name]
@@ -23,8 +23,8 @@ def update_of(layer: Any, name: str) -> Update:
 
 
 def quick_updates(layer: Any, names: Sequence[str]) -> list[Update] | None:
-    """`update_of` each name in a microsecond, None where one is not plain: the conditions are those
-    of `adapter_reason`."""
+    """`update_of` each name in a microsecond, or None if one is not plain, by the conditions of
+    `adapter_reason`."""
     tables = layer._modules
     first, second = tables["lora_A"]._modules, tables["lora_B"]._modules
     dropouts, scalings = tables["lora_dropout"]._modules, layer.scaling
@@ -60,12 +60,12 @@ def quick_updates(layer: Any, names: Sequence[str]) -> list[Update] | None:
 
 
 def operand_of(layer: Any) -> Tensor | PackedWeight:
-    """The weight of a layer's base as ``[out, in]``, or its pack."""
+    """The weight ``[out, in]`` of a layer's base, or its pack."""
     base, packed = layer._modules["base_layer"], layer.__dict__.get("packed")
     if packed is not None:
         if packed.weight is base.weight and packed.is_packed:
             return packed
-        layer.packed = None  # of another weight, or dropped
+        layer.packed = None  # it was dropped, or belongs to another weight
     return matrix_of(base)
 
 

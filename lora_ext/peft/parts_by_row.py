@@ -1,4 +1,4 @@
-"""Which parts of a model, of this package or of PEFT, can give rows different adapters."""
+"""Which layers of a model, of this package or of PEFT, support different adapters for rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 
 def parts_by_row(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """(the layers whose rows can have different adapters, what else of PEFT has parts for each
-    adapter); imports nothing that is not imported, and looks into no layer."""
+    """(the layers whose rows can have different adapters, other modules of PEFT with a part for
+    each adapter); imports no further modules and does not inspect the contents of layers."""
     lora: Any = sys.modules.get("peft.tuners.lora.layer")
     other: Any = sys.modules.get("peft.utils.other")
     theirs = () if lora is None else (lora.LoraLayer, other.AuxiliaryTrainingWrapper)

@@ -2,10 +2,10 @@
 
     y = base(x) + sum over active adapters of scaling * ((drop(x) A^T) B^T + bias)
 
-Where the base multiplies by its dequantised weight, the op does: it dequantises into a workspace,
-forward and backward. Else the base runs as it is and `lora_update` adds the rest, without the
-full-size copies of x, of the update and of the base's output that PEFT makes. Each class exists
-where PEFT has its own.
+If the base multiplies by its dequantised weight, the op does so too: it dequantises into a
+workspace, forward and backward. Otherwise the base's own forward runs and `lora_update` adds the
+rest, without the full-size copies of x, of the update and of the base's output that PEFT makes.
+Each class exists only if PEFT has the corresponding one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .linear import computed, linear_path
 
 
 def forward_over(theirs: Any) -> Any:
-    """The forward of a class in the place of `theirs`, which it calls by name: in a bound method
+    """The forward of a class that replaces `theirs`. It calls `theirs` by name: in a bound method
     that outlives `decelerate`, self is of PEFT's class."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -40,7 +40,7 @@ def forward_over(theirs: Any) -> Any:
 
 
 class _Quantized(mixed_batch.ByRow):
-    """A mix-in before PEFT's class."""
+    """A mix-in placed before PEFT's class."""
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""

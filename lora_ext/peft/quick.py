@@ -1,7 +1,8 @@
-"""The commonest forward, decided in a few microseconds: one plain adapter on a plain nn.Linear.
+"""A fast path for the most common forward: one plain adapter on a plain nn.Linear.
 
-`linear_path` decides for all cases and says why; with small inputs it would take as long as the
-products. The conditions here imply that it answers "fused" with the same operands (tested).
+`linear_path` handles all cases and gives the reason; with small inputs it would take as long as the
+products. Here the decision takes a few microseconds; the conditions imply that `linear_path` would
+return "fused" with the same operands (tested).
 """
 
 from __future__ import annotations

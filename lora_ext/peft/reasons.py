@@ -1,12 +1,13 @@
-"""Which path one forward of a PEFT layer takes, and why: asked by each forward and by `explain`.
+"""Which path one forward of a PEFT layer takes, and why: used by each forward and by `explain`.
 
     fused    one call of `lora_linear` computes base and update
-    added    the base module is called as it is, `lora_update` adds onto its y
+    added    the base module's own forward is called, `lora_update` adds onto its y
     peft     PEFT's own forward
     base     the base module alone: adapters disabled, merged, or none of the active ones is here
 
-A layer has to earn the faster paths: whatever is not known to give PEFT's result, such as a hook on
-a part that would not be called, takes the next one. Reasons are constants, so that asking is cheap.
+A faster path is taken only if it is known to give PEFT's result; otherwise, for example with a hook
+on a part that would not be called, the next one is taken. Reasons are constants, so that this is
+cheap.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
 HOOKED = "a factor or its dropout has hooks"
 _DEVICES = ("cpu", "cuda", "meta")
-# Attribute of a layer: the forward that had replaced PEFT's on the instance before `accelerate`.
+# Attribute of a layer: the forward that replaced PEFT's on the instance before `accelerate`.
 REPLACED = "replaced_forward"
 
 
@@ -40,10 +41,10 @@ class ForwardPath(NamedTuple):
 
     Attributes:
         name: FUSED, ADDED, PEFT or BASE.
-        reason: why, for people.
-        updates: of the active adapters, where we compute them.
-        variant: of LoRA, which the one update is; None for plain updates.
-        base: of a quantised layer, what the op multiplies by.
+        reason: why, as text.
+        updates: those of the active adapters, if they are computed here.
+        variant: the variant of LoRA of the only update; None for plain updates.
+        base: for a quantised layer, the base for the op.
     """
 
     name: str
@@ -54,9 +55,10 @@ class ForwardPath(NamedTuple):
 
 
 def adapters_state(layer: Any) -> tuple[str, str] | None:
-    """(path, reason) of a layer that adds nothing, None of one that adds its active adapters.
+    """(path, reason) for a layer that adds nothing, None for one that adds its active adapters.
 
-    A forward on the instance is no reason: where the layer's own runs, it was called by that.
+    A forward on the instance is not a reason: if the layer's own forward runs, the one on the
+    instance has called it.
     """
     if layer._disable_adapters:
         return BASE, "adapters are disabled"
@@ -70,7 +72,7 @@ def adapters_state(layer: Any) -> tuple[str, str] | None:
 
 
 def is_passed_over(layer: Any) -> bool:
-    """Whether what has replaced the layer's forward on the instance calls PEFT's."""
+    """Whether the forward on the instance calls PEFT's forward instead of the layer's."""
     forward = layer.__dict__.get("forward")
     if forward is None:
         return False
@@ -87,14 +89,14 @@ def active_names(layer: Any, table: Mapping[str, Any]) -> list[str]:
 
 
 def no_export_reason() -> str:
-    """Why a program that is exported or traced has PEFT's own forward, or ""."""
+    """Why a program that is exported or traced uses PEFT's own forward, or ""."""
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return "the model is exported or traced"
     return ""
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody watches or changes what passes through the module."""
+    """Whether hooks observe or change the module's inputs, outputs or gradients."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -104,10 +106,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether another forward on the instance does more than to move x to the module's device.
+    """Whether a forward on the instance does more than move x to the module's device.
 
-    That is what hooks of accelerate do that dispatch a model to several devices, and the hook on
-    the layer has moved x already.
+    Moving x is what accelerate's hooks for models on several devices do; the hook on the layer has
+    already moved x.
     """
     state = module.__dict__
     if "forward" not in state:
@@ -184,7 +186,7 @@ def input_reason(layer: Any, x: Tensor, names: Sequence[str]) -> str:
 
 
 def base_obstacle(base: nn.Module) -> str:
-    """Why the base module has to be called as it is, or ""."""
+    """Why the base module's own forward has to be called, or ""."""
     if type(base) is not nn.Linear and not is_conv1d(base):
         return "the base layer is not exactly nn.Linear or Conv1D"
     if has_hooks(base):
@@ -200,8 +202,8 @@ def base_obstacle(base: nn.Module) -> str:
 
 
 def dequantized_base(base: nn.Module, x: Tensor | None) -> QuantizedBase | str | None:
-    """A base that is no plain weight as the op takes it, why it does not, or None of one that is in
-    no form that is known."""
+    """A base other than a plain weight, in the form for the op; or why the op does not support it;
+    or None if the form of the base is unknown."""
     found = quantized_base(base, x)
     if found is not None and (has_hooks(base) or is_replaced(base)):
         return "the base layer has hooks, or another forward on the instance"

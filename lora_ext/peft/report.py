@@ -13,9 +13,9 @@ from .reasons import ADDED, BASE, FUSED, PEFT, adapters_state, dequantized_base,
 
 
 def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The (path, layer) pairs of PEFT's LoRA layers; imports nothing that is not imported.
+    """The (path, layer) pairs of PEFT's LoRA layers; imports no further modules.
 
-    Of nested wrappers of parameters, the outermost, which stands for all.
+    For nested wrappers of parameters only the outermost, which represents all.
     """
     lora: Any = sys.modules.get("peft.tuners.lora.layer")
     if lora is None:
@@ -46,11 +46,11 @@ def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:
 
 
 def peft_workspace_bytes(layer: Any, path: str) -> int:
-    """Of the base of a PEFT layer on a path, if it is dequantised there; else 0."""
+    """Workspace of the base of a PEFT layer on a path, if it is dequantised there; else 0."""
     if path == FUSED:
         return workspace_bytes(dequantized_base(layer.get_base_layer(), None))
     if path != ADDED or type(layer.get_base_layer()) is nn.Embedding:
         return 0
     from .linear import linear_path
 
-    return workspace_bytes(linear_path(layer, None).base)  # DoRA's
+    return workspace_bytes(linear_path(layer, None).base)  # for DoRA

@@ -1,12 +1,12 @@
-"""The sums that `lora_update` is not: DoRA's and an embedding's, in blocks of rows.
+"""Sums that `lora_update` does not support, for DoRA and embeddings, in blocks of rows.
 
     S = drop(x) A^T                                            `shrink`
     y = base + factor * u + s S B^T                            `combine`
 
-PEFT makes this sum in the widest dtype and rounds it once. `lora_update` knows no factor: what it
-would be given for base + factor * u is either rounded, or as large as a float32 y. And an embedding
-has S without an x. Blocks of rows bound the wide temporaries. Saved for backward are x, S, u, the
-factors and a seed.
+PEFT computes this sum in the widest dtype and rounds it once. `lora_update` has no factor: its y,
+base + factor * u, would either be rounded or have the size of a float32 y. And an embedding has S
+without an x. Blocks of rows limit the wide temporaries. Saved for backward are x, S, u, the factors
+and a seed.
 
 Under torch.compile the same formulas are traced without blocks, which the compiler fuses itself.
 """
@@ -26,13 +26,13 @@ from ..dtypes import HALVES
 from ..functional import dropout_mask
 from ..invariance import refuse
 
-# Elements of a block: 1 MiB of float32, which stays in a core's cache; on a GPU, which needs more
-# to be busy, 64 MiB.
+# Elements of a block: 1 MiB of float32, which stays in a core's cache; 64 MiB on a GPU, which needs
+# more work at a time.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 
 
 def shrink(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """S = drop(x) A^T ``[..., r]`` in at least float32, the mask from the seed."""
+    """S = drop(x) A^T ``[..., r]`` in at least float32, with the mask of the seed."""
     lora_a = _at_least_float32(lora_a)
     if torch.compiler.is_compiling():
         return F.linear(_dropped(x.to(lora_a.dtype), p, seed, 0), lora_a)
@@ -50,10 +50,10 @@ def combine(
     """base + factor * u + scaling * S B^T, rounded once.
 
     Args:
-        base: ``[..., out]``; ``[out]`` beside u; None for 0 beside u.
+        base: ``[..., out]``; with u also ``[out]``, or None for 0.
         u: ``[..., out]`` or None.
-        factor: ``[out]``, of u, at least float32.
-        part: S ``[..., r]``, of `shrink`.
+        factor: ``[out]``, the factor of u, at least float32.
+        part: S ``[..., r]`` from `shrink`.
         lora_b: ``[out, r]``, used in at least float32.
         scaling: of S B^T.
 
@@ -75,7 +75,7 @@ def _combined(base: Any, u: Any, factor: Any, update: Tensor) -> Tensor:
 
 
 def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x ``[..., in]`` as `shrink` sees it: the mask of the seed, what is kept divided by its
+    """drop(x) ``[..., in]`` as in `shrink`: the mask of the seed, kept elements divided by the keep
     probability."""
     return _dropped(x, p, seed, 0)
 
@@ -175,7 +175,8 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum(own: Tensor, other: Tensor | None) -> Tensor:
-    """other + own in the wider dtype; own, which nobody else holds, is written where it can be."""
+    """other + own in the wider dtype; own must not be in use elsewhere, since it is overwritten if
+    possible."""
     if other is None:
         return own
     wide = torch.promote_types(own.dtype, other.dtype)
@@ -207,5 +208,5 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Products in the dtypes that they are given, on the tensor's device."""
+    """Within the block products keep the dtypes of their operands, on the tensor's device."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""The classes of PEFT and those that stand in for them, and giving modules the one or the other."""
+"""PEFT's classes and the subclasses that replace them, and switching modules between them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .reasons import REPLACED
 
 
 class LoraModel(peft_model.LoraModel):
-    """`peft.tuners.lora.LoraModel` whose later adapters are accelerated too, and whose mixed
-    batches (adapter_names) are `lora_ext.use_adapters`.
+    """`peft.tuners.lora.LoraModel` in which later adapters are also accelerated, and mixed batches
+    (adapter_names) use `lora_ext.use_adapters`.
 
     A further adapter may target modules that had none: PEFT wraps those in new layers of its own
     classes.
@@ -32,12 +32,12 @@ class LoraModel(peft_model.LoraModel):
         self, model: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
-        if isinstance(self, LoraModel):  # not in a bound method that outlived `decelerate`
+        if isinstance(self, LoraModel):  # false in a bound method that outlived `decelerate`
             swap(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """What a call's adapter_names do: here in training, too."""
+        """Applies the adapter_names of a call; here also in training."""
         names = kwargs.get("adapter_names")
         is_ours = names is not None and kwargs.get("alora_offsets") is None
         if not (is_ours and isinstance(self, LoraModel)):
@@ -60,10 +60,11 @@ def classes() -> dict[type, type]:
 
 
 def swap(model: nn.Module, back: bool = False) -> int:
-    """Gives each module of exactly a known class the other one; returns how many layers changed.
+    """Switches each module of exactly a known class to the other class; returns the number of
+    layers that changed.
 
-    Of nested wrappers of parameters the outermost computes for all, and the others are PEFT's. What
-    has replaced the forward of a layer on the instance keeps calling PEFT's; `explain` says so.
+    Of nested wrappers of parameters only the outermost is switched; it computes all of them. A
+    forward that was set on a layer's instance continues to call PEFT's; `explain` reports this.
     """
     backward = {ours: theirs for theirs, ours in classes().items()}
     table = backward if back else classes()

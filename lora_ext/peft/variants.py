@@ -1,6 +1,6 @@
-"""PEFT's variants of LoRA that are computed here, by PEFT's class of each; the others are PEFT's.
+"""The variants of LoRA that are computed here, by PEFT's class; others use PEFT's forward.
 
-A variant is a module that has its equations, such as `dora`, and an entry in the tables below.
+A variant consists of a module with its equations, such as `dora`, and an entry in the tables below.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from . import dora
 
 class Variant(NamedTuple):
     """Attributes:
-    name: for people.
+    name: for messages.
     reason: (layer, adapter's name) -> why this adapter needs PEFT's forward, or "".
-    forward: y of the layer with the one adapter. Of a linear layer (layer, x, weight, bias,
-        update), the weight as `lora_linear` takes it; of an embedding (layer, y, S, update), with
-        what the base returned and S ``[..., r]`` from the lookup in A.
+    forward: y of the layer with one adapter. For a linear layer (layer, x, weight, bias, update),
+        with any weight that `lora_linear` accepts; for an embedding (layer, y, S, update), with
+        the base's output y and S ``[..., r]`` from the lookup in A.
     """
 
     name: str
@@ -36,14 +36,14 @@ LINEAR: Table = {
 EMBEDDING: Table = {
     variants.DoraEmbeddingVariant: Variant("DoRA", dora.embedding_reason, dora.embedding),
 }
-# What a row of a batch with different adapters may have: from its invocation on, aLoRA computes
-# plain LoRA, and nothing before.
+# Variants that rows of a batch with different adapters may have: aLoRA computes plain LoRA from its
+# invocation tokens on, and nothing before them.
 _PLAIN_BY_ROW = getattr(variants, "ALoraLinearVariant", None)
 
 
 def variant_of(table: Table, layer: Any, names: Sequence[str]) -> tuple[Variant | None, str]:
-    """(the variant of a layer's active adapters, None if they are plain; why PEFT's forward is
-    needed, or "")."""
+    """(the variant of a layer's active adapters, None if they are plain; the reason for PEFT's
+    forward, or "")."""
     kept, found = layer.lora_variant, None
     for name in names if kept else ():
         if name not in kept:
@@ -58,10 +58,10 @@ def variant_of(table: Table, layer: Any, names: Sequence[str]) -> tuple[Variant 
 
 
 def row_reason(layer: Any, names: Sequence[str], is_pefts: bool) -> str:
-    """Why rows with these adapters are PEFT's matter, or "".
+    """Why rows with these adapters need PEFT's forward, or "".
 
     Args:
-        is_pefts: whether they came as PEFT's adapter_names.
+        is_pefts: whether they were given as PEFT's adapter_names.
     """
     for name in names if layer.lora_variant else ():
         variant = layer.lora_variant.get(name)

@@ -1,4 +1,4 @@
-"""Many adapters of one model in tensors of fixed size, to be served and trained."""
+"""Many adapters of one model in tensors of fixed size, for serving and training."""
 
 from .pool import AdapterPool
 

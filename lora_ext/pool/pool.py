@@ -1,4 +1,4 @@
-"""AdapterPool: room for a number of adapters of one model."""
+"""AdapterPool: a fixed number of slots for adapters of one model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class AdapterPool:
 
         y[m] = x[m] W^T + bias + scaling[s] (drop(x)[m] lora_a[s]^T) lora_b[s]^T   s = slot of m
 
-    `lora_ext.use_adapters` says which sample has which adapter; outside of its blocks the pool adds
-    nothing. Adapters are added, replaced and removed while the model serves: what is written goes
-    into tensors that keep their addresses, and the next forward reads it. Nothing else is kept of
-    an adapter.
+    `lora_ext.use_adapters` selects the adapter of each sample; outside of its blocks the pool adds
+    nothing. Adapters can be added, replaced and removed while the model is serving: they are
+    written into tensors that keep their addresses, and the next forward reads them. Nothing else of
+    an adapter is stored.
 
         pool = lora_ext.AdapterPool(model, capacity=64, max_rank=16, target_modules="all-linear")
         pool.add("fr", "folder-of-peft")                      # checked as by load_adapter
@@ -39,10 +39,11 @@ class AdapterPool:
         with lora_ext.use_adapters(model, ["fr", "new", None]):
             ...
 
-    Each adapter has parameters of its own, whose memory is the slot's: an optimizer, a learning
-    rate and clipping for each. They are not among ``model.parameters()``, and the pool is not in
-    ``model.state_dict()``: `save` keeps an adapter. The pool follows ``model.to(...)``, and copies
-    and pickles of the model hold their own; `AdapterPool.of` finds that.
+    Each adapter has its own parameters, which share the memory of its slot, so each can have its
+    own optimizer, learning rate and clipping. They are not in ``model.parameters()``, and the pool
+    is not in ``model.state_dict()``: use `save` to store an adapter. The pool follows
+    ``model.to(...)``; copies and pickles of the model have their own pool, which `AdapterPool.of`
+    returns.
 
     Args:
         model: any nn.Module, with or without adapters of this package; changed in place, its
@@ -54,8 +55,8 @@ class AdapterPool:
         dtype: of the factors; None is float32 on a half base, else the base's.
 
     Raises:
-        ValueError: a number is out of its range, the model has a pool, no layer matches, one that
-            matches cannot have a pool, or the layers are PEFT's.
+        ValueError: a number is out of its range, the model already has a pool, no layer matches, a
+            layer that matches cannot have a pool, or the layers are PEFT's.
     """
 
     def __init__(
@@ -98,10 +99,10 @@ class AdapterPool:
 
     @classmethod
     def of(cls, model: nn.Module) -> AdapterPool:
-        """The pool of a model that has one, such as a copy or what was unpickled.
+        """The pool of a model that has one, such as a copied or unpickled model.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the model has no pool.
         """
         layers = {path: layer for path, layer in lora_layers(model) if layer.pool is not None}
         if not layers:
@@ -116,11 +117,11 @@ class AdapterPool:
         found._names = pool.names
         return found
 
-    # What is in it.
+    # Queries.
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters, in the order in which they came."""
+        """Names of the adapters, in the order in which they were added."""
         return list(self._names)
 
     def __contains__(self, name: object) -> bool:
@@ -139,17 +140,17 @@ class AdapterPool:
         )
 
     def slot(self, name: str) -> int:
-        """The adapter's place in each layer's tensors, which it keeps as long as it is there."""
+        """The adapter's index in each layer's tensors, which does not change until `remove`."""
         return self._names[self._known(name, "slot")]
 
     def specs(self, name: str) -> dict[str, AdapterSpec]:
-        """Path of each layer that has the adapter -> its rank, alpha and dropout there."""
+        """Path of each layer that has the adapter -> its rank, alpha and dropout in the layer."""
         self._known(name, "specs")
         return {p: layer.pool.specs[name] for p, layer in self.layers.items() if name in layer.pool}
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters, ``<path>.lora_a`` ``[r, in]`` and ``<path>.lora_b`` ``[out,
-        r]``: leaves whose memory is the slot's. `add` and `replace` take the same keys."""
+        r]``: leaf tensors that share the slot's memory. `add` and `replace` take the same keys."""
         self._known(name, "tensors")
         found = {}
         for path, layer in self.layers.items():
@@ -159,11 +160,11 @@ class AdapterPool:
         return found
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The adapter's parameters, for an optimizer of its own. They stay the same until the
-        adapter is removed, or replaced by one of other ranks."""
+        """The adapter's parameters, for its own optimizer. They stay the same until the adapter is
+        removed, or replaced by one with other ranks."""
         return list(self.tensors(name).values())
 
-    # What changes it.
+    # Changes.
 
     def add(
         self,
@@ -173,23 +174,24 @@ class AdapterPool:
         *,
         trainable: bool | None = None,
     ) -> list[nn.Parameter]:
-        """Puts an adapter into a free slot. It is all there or, after an error, not at all.
+        """Writes an adapter into a free slot: completely or, after an error, not at all.
 
         Args:
-            name: a new one.
+            name: a name that is not in use.
             source: a `LoRAConfig`, for random first values; a folder in PEFT's format; or tensors
                 with the keys of `tensors`, of any floating dtype and device.
-            config: beside tensors: their alpha, dropout and use_rslora.
-            trainable: whether the parameters want gradients; None: a new one's do.
+            config: for tensors: their alpha, dropout and use_rslora.
+            trainable: whether the parameters require gradients; None: those of a new adapter with
+                random values do.
 
         Returns:
             `parameters` of the adapter.
 
         Raises:
             AdapterError: a ValueError: the name is taken, the pool is full, a rank is above
-                max_rank, shapes do not fit, values are not finite, a layer is not the pool's, or
-                the adapter is more than plain LoRA.
-            TypeError: source is of another type.
+                max_rank, shapes do not fit, values are not finite, a layer is not in the pool, or
+                the adapter is not plain LoRA.
+            TypeError: source has another type.
         """
         with naming("add", name):
             if not isinstance(name, str) or not name or "." in name:
@@ -212,9 +214,9 @@ class AdapterPool:
     def replace(
         self, name: str, source: Source, config: LoRAConfig | None = None
     ) -> list[nn.Parameter]:
-        """Puts another adapter into the slot of one. After an error, an interrupt too, the slot
-        holds what it held. Where a layer's rank stays, so do its parameters; others are new, and
-        those before are let go: they are empty.
+        """Replaces the adapter in a slot. After an error or an interrupt, the slot is unchanged.
+        Layers in which the rank stays the same keep their parameters; the others get new ones, and
+        the previous parameters become empty.
 
         Args:
             name: of the adapter.
@@ -234,8 +236,8 @@ class AdapterPool:
         return self.parameters(name)
 
     def remove(self, name: str) -> None:
-        """Frees the adapter's slot. Its parameters are let go: they are empty. Blocks of
-        `use_adapters` that use it are at an end: a forward in them is an error.
+        """Frees the adapter's slot. Its parameters become empty. In open blocks of `use_adapters`
+        that use it, a forward raises an error.
 
         Raises:
             AdapterError: no adapter has the name.
@@ -256,7 +258,7 @@ class AdapterPool:
         Args:
             name: of the adapter.
             folder: a local path.
-            information: base_model_name_or_path, revision and task_type of `save_adapter`.
+            information: base_model_name_or_path, revision and task_type for `save_adapter`.
 
         Raises:
             AdapterError: no adapter has the name, or a value is not finite.
@@ -269,7 +271,7 @@ class AdapterPool:
         return read(self.model, self.layers, self.max_rank, source, config)
 
     def _write(self, name: str, slot: int, incoming: Incoming, trainable: bool) -> None:
-        """Writes all layers or none; what is replaced is kept until all is written."""
+        """Writes all layers or none; the previous content is kept until everything is written."""
         held: list[tuple[LayerPool, Any]] = []
         try:
             for path, layer in self.layers.items():
@@ -299,7 +301,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _layer_for(path: str, module: nn.Module) -> LoRALayer:
-    """The module, or the layer that takes its place."""
+    """The module, or the layer that replaces it."""
     if isinstance(module, LoRALayer):
         layer: Any = module
     else:

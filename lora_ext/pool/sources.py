@@ -1,4 +1,4 @@
-"""What is put into a pool, read and checked as a whole before anything is written."""
+"""Reads the adapters to write into a pool; an adapter is checked completely before any write."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Incoming:
     """An adapter, ready to be written.
 
     Attributes:
-        specs: path of a layer -> the adapter there.
+        specs: path of a layer -> the adapter's spec in this layer.
         values: path -> (lora_a ``[r, in]``, lora_b ``[out, r]``).
-        is_new: whether it is random, to be trained.
+        is_new: whether it has random values and is to be trained.
     """
 
     specs: dict[str, AdapterSpec] = field(default_factory=dict)
@@ -45,11 +45,11 @@ def read(
     source: Source,
     config: LoRAConfig | None,
 ) -> Incoming:
-    """The adapter of a source, as `AdapterPool.add` takes it.
+    """Reads the adapter of a source; sources are those of `AdapterPool.add`.
 
     Raises:
         AdapterError: a ValueError; it does not fit the pool, or its folder cannot be read.
-        TypeError: source is of another type.
+        TypeError: source has another type.
     """
     dtype = next(iter(layers.values())).pool.lora_a.dtype
     if isinstance(source, LoRAConfig):
@@ -76,7 +76,7 @@ def read(
 def _random(
     model: nn.Module, layers: Mapping[str, LoRALayer], config: LoRAConfig, dtype: torch.dtype
 ) -> Incoming:
-    """A new adapter in the layers that the config names."""
+    """A new adapter with random values in the layers that the config selects."""
     incoming = Incoming(is_new=True)
     for path, module in find_targets(model, config):
         layer = _known(path, layers) if module is layers.get(path) else _known(path, {})
@@ -103,7 +103,8 @@ def _of_tensors(
     config: LoRAConfig | None,
     dtype: torch.dtype,
 ) -> Incoming:
-    """Keys are ``<path>.lora_a`` and ``<path>.lora_b``; the ranks are those of the shapes."""
+    """The adapter in tensors with keys ``<path>.lora_a`` and ``<path>.lora_b``; their shapes give
+    the ranks."""
     if config is None:
         raise AdapterError(
             "expected a config beside tensors, a LoRAConfig with their alpha, dropout and "
@@ -136,8 +137,8 @@ def _of_tensors(
 
 
 def _fitting(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value, or its copy in a dtype in which it may overflow; what is wider takes it as it is
-    when it is written."""
+    """The value, or its copy in `dtype` if the conversion may overflow; a wider dtype cannot, so
+    the value is then converted when it is written."""
     value = value.detach()
     return value if torch.promote_types(value.dtype, dtype) is dtype else value.to(dtype)
 
@@ -199,14 +200,14 @@ def _check_values(path: str, spec: AdapterSpec, layer: LoRALayer, values: Sequen
             raise AdapterError(
                 f"{path!r}: expected {name} of shape {list(shape)}, but got {list(value.shape)}"
             )
-        # The sum of what is finite is too, but for an overflow, and takes a third of the time.
+        # A sum of finite values is finite except for an overflow, and takes a third of the time.
         if not (math.isfinite(value.sum()) or torch.isfinite(value).all()):
             raise AdapterError(f"{path!r}: expected finite values in {name}, but got others")
 
 
 @contextmanager
 def naming(method: str, name: str) -> Iterator[None]:
-    """Puts the method and the adapter before the message of an error."""
+    """Adds the method and the adapter to the beginning of an error's message."""
     try:
         yield
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Quantised bases: weights that are stored in another form, as `lora_linear` takes them.
+"""Quantised bases: weights stored in another form, as operands of `lora_linear`.
 
-weight       what a format says of itself       layers    which layers have one
-linear       the op on a dequantised weight     base      what a layer is to the op, for one x
+weight       the interface of a format          layers    which layers have a quantised weight
+linear       the op on a dequantised weight     base      a layer as base of the op, for one x
 of_*         the layers of each library         workspace the memory that layers share
 """
 

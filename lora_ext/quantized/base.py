@@ -1,4 +1,4 @@
-"""What a quantised layer is to the op, for one x."""
+"""A quantised layer as the base of one call of the op."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class QuantizedBase(NamedTuple):
     """The base of one call.
 
     Attributes:
-        weight: what it multiplies by.
+        weight: the weight that x is multiplied by.
         bias: ``[out]`` or None.
-        dtype: that of the product; x is brought to it.
-        y_dtype: that of the y that the layer returns.
+        dtype: the dtype of the product; x is cast to it.
+        y_dtype: the dtype of the y that the layer returns.
     """
 
     weight: QuantizedWeight
@@ -28,7 +28,7 @@ class QuantizedBase(NamedTuple):
 
     @property
     def call_bias(self) -> Tensor | None:
-        """The bias as the op takes it, in the product's dtype or float32."""
+        """The bias for the op, in the product's dtype or float32."""
         bias = self.bias
         if bias is None or bias.dtype in (self.dtype, torch.float32):
             return bias
@@ -36,23 +36,24 @@ class QuantizedBase(NamedTuple):
 
     @property
     def note(self) -> str:
-        """What `lora_ext.explain` says of it."""
+        """The note for `lora_ext.explain`."""
         mib = self.weight.workspace_bytes(self.dtype) / 2**20
         return f"{self.weight.format} through a workspace of {mib:.3g} MiB"
 
 
 def workspace_bytes(found: QuantizedBase | str | None) -> int:
-    """Of the dequantised weight of what `quantized_base` found, 0 where it is not dequantised."""
+    """Bytes of the dequantised weight of `quantized_base`'s result, 0 if it is not dequantised."""
     return found.weight.workspace_bytes(found.dtype) if isinstance(found, QuantizedBase) else 0
 
 
 def dtype_as_stored(stored: torch.dtype, x: Tensor | None) -> torch.dtype | None:
-    """That of a product which never casts the weight to x's dtype, None where x is in another."""
+    """The dtype of a product that never casts the weight to x's dtype; None if x's dtype
+    differs."""
     if x is None:
         return stored
     return compute_dtype(x) if is_autocast(x) or x.dtype == stored else None
 
 
 def with_bias_dtype(dtype: torch.dtype, bias: Tensor | None) -> torch.dtype:
-    """That of ``y + bias``, out of place, for a y in a dtype."""
+    """The dtype of ``y + bias``, out of place, for a y in `dtype`."""
     return dtype if bias is None else torch.promote_types(dtype, bias.dtype)

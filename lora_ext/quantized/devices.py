@@ -1,4 +1,4 @@
-"""Which devices dequantise by kernels of this package."""
+"""Which devices dequantise with the kernels of this package."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _found: dict[torch.device, bool] = {}
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether this build's kernels run there, and are right about a small weight.
+    """Whether this build's kernels run on the device, with correct results for a small weight.
 
-    Asked once for each device, at the first weight on it; while a CUDA graph is captured, which
-    nobody may wait for, the answer is no and is not kept. Where it is no, as in a build without
-    CUDA or on another card, libraries' own kernels are to run.
+    This is tested once for each device, at the first weight on it. While a CUDA graph is captured,
+    when synchronising is not allowed, the answer is no and is not stored. If it is no, as in a
+    build without CUDA or on another card, the libraries' own kernels are to be used.
     """
     if device.type == "cpu":
         return True
@@ -27,16 +27,16 @@ def has_kernels(device: torch.device) -> bool:
     return _found[device]
 
 
-# As torch.compiler.assume_constant_result does, which would import all of torch._dynamo: a second.
+# As torch.compiler.assume_constant_result, which would import all of torch._dynamo: one second.
 has_kernels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _are_right(device: torch.device) -> bool:
     try:
         wrong = [dtype for dtype in (torch.float32, torch.bfloat16) if _differs(device, dtype)]
-    except torch.OutOfMemoryError:  # says nothing of the kernels
+    except torch.OutOfMemoryError:  # no information about the kernels
         raise
-    except RuntimeError:  # NotImplementedError, where the op has no kernel, is one
+    except RuntimeError:  # includes NotImplementedError, raised if the op has no kernel
         return False
     if wrong:
         warnings.warn(
@@ -48,7 +48,8 @@ def _are_right(device: torch.device) -> bool:
 
 
 def _differs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Of every code beside every other, in tiles and what is left of one."""
+    """Whether results differ for every code next to every other, in full tiles and a partial
+    one."""
     codes = torch.arange(2100, device=device) * 37 % 256
     table, scales = (torch.linspace(-1.3, 1.7, n, device=device) ** 3 for n in (16, 256))
     scale = torch.arange(66, device=device) * 5
@@ -64,5 +65,5 @@ def _differs(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _scales_of(scales: Tensor, codes: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
     made = scales[codes] * factor.repeat_interleave(16)[: len(codes)]
-    made = made + offset  # rounded twice
+    made = made + offset  # rounded after the product and after the sum
     return made.repeat_interleave(64)[:4200]

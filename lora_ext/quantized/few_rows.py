@@ -1,8 +1,8 @@
-"""A few rows on a layer that has a product of its own, which does not dequantise: by that product,
-with `lora_update` after it, or by the op on the dequantised weight.
+"""A few rows on a layer whose library has a product without dequantisation: this product followed
+by `lora_update`, or the op on the dequantised weight.
 
-What was measured on this device decides (`lora_ext.warmup`), else a number of rows. The former is
-kept in this process alone.
+The choice uses measurements on this device (`lora_ext.warmup`), otherwise a number of rows. The
+measurements are kept in this process only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FEW_ROWS = "few rows, for which the library has a product of its own"
 
 
 class Kind(NamedTuple):
-    """What decides which is faster."""
+    """The properties that determine which is faster."""
 
     device: torch.device
     format: str
@@ -34,19 +34,19 @@ class Kind(NamedTuple):
 
 
 _measured: dict[Kind, Measured] = {}
-_forced: list[bool] = []  # within `forced`, the innermost last
+_forced: list[bool] = []  # open blocks of `forced`, the innermost last
 
 
 def own_product_wins(
     weight: QuantizedWeight, x: Tensor, dtype: torch.dtype, most_rows: int
 ) -> bool:
-    """Whether x ``[..., in]`` is to be multiplied by the layer's own product.
+    """Whether x ``[..., in]`` is to be multiplied with the layer's own product.
 
     Args:
         weight: the layer's.
-        x: without a gradient.
+        x: the input, which needs no gradient.
         dtype: of the product.
-        most_rows: up to which the own product is taken where nothing was measured.
+        most_rows: the own product is taken up to this number of rows if nothing was measured.
     """
     if _forced:
         return _forced[-1]
@@ -57,23 +57,24 @@ def own_product_wins(
 
 
 def kind_of(weight: QuantizedWeight, dtype: torch.dtype) -> Kind:
-    """The key of products on a weight in a dtype."""
+    """The key for products with a weight in `dtype`."""
     return Kind(weight.device, weight.format, weight.shape, dtype)
 
 
 def keep(kind: Kind, times: Sequence[tuple[int, float]]) -> None:
-    """From now on calls go by these (rows, time of the op over that of the own product)."""
+    """Sets the measurements for later calls: (rows, time of the op over that of the own
+    product)."""
     _measured[kind] = tuple(times)
 
 
 def forget() -> None:
-    """Nothing counts as measured."""
+    """Discards all measurements."""
     _measured.clear()
 
 
 @contextmanager
 def forced(own_product: bool) -> Iterator[None]:
-    """Within, each layer with a product of its own takes it, or none does: to time both."""
+    """Within the block each layer with its own product uses it, or none does: to time both."""
     _forced.append(own_product)
     try:
         yield

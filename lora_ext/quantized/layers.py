@@ -1,8 +1,8 @@
-"""Quantised layers of other libraries as bases of the op: by which weight and in which dtype each
-multiplies, or why it has to be called as it is.
+"""Quantised layers of other libraries as bases of the op: the weight and the dtype of their
+product, or why the layer's own forward has to be called.
 
-A layer is taken where its own forward multiplies x by the dequantised weight. Where it quantises x,
-too, its product is another, and `lora_update` adds to it.
+A layer is supported if its own forward multiplies x by the dequantised weight. If it also quantises
+x, its product is different, and `lora_update` adds onto its output.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ __all__ = ["QuantizedBase", "is_quantized", "quantized_base"]
 def quantized_base(
     layer: nn.Module, x: Tensor | None, kind: type | None = None
 ) -> QuantizedBase | str | None:
-    """The base for x, or why the layer has to be called; None of a layer that is not quantised.
+    """The base for x, or why the layer has to be called; None for a layer that is not quantised.
 
     Args:
         layer: of any class.
-        x: ``[..., in]``; None for an x in the dtype that the layer prefers.
-        kind: of a layer with adapters of ours, the class that it stands for; None for its own.
+        x: ``[..., in]``; None for an x in the layer's preferred dtype.
+        kind: for a layer of this package with adapters, the class that it replaces; None for the
+            layer's own class.
     """
     find = _kind_of(type(layer) if kind is None else kind)
     if find is None:
@@ -44,13 +45,13 @@ def quantized_base(
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether `quantized_base` knows the layer."""
+    """Whether `quantized_base` supports the layer's class."""
     return quantized_base(layer, None) is not None
 
 
 _Finder = Callable[[Any, Tensor | None], QuantizedBase | str | None]
 
-# By name, since none of these libraries has to be there.
+# By name, since none of these libraries has to be installed.
 _FINDERS: dict[str, _Finder] = {
     "bitsandbytes.nn.modules.Linear4bit": four_bit_base,
     "bitsandbytes.nn.modules.LinearNF4": four_bit_base,

@@ -1,10 +1,10 @@
-"""`lora_linear` on a quantised weight: the op on what a workspace holds, forward and backward.
+"""`lora_linear` on a quantised weight: the op on a dequantised weight, forward and backward.
 
-    W  = dequantize(weight)        into the workspace, in either direction
+    W  = dequantize(weight)        into a workspace, in forward and again in backward
     y  = x W^T + bias + scaling * (drop(x) A^T) B^T
     dX = dY W + ...                (the op's equations)
 
-Saved for backward: what the op saves, and the quantised weight itself.
+Saved for backward: the tensors that the op saves, and the quantised weight itself.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ops = torch.ops.lora_ext
 
 
 class Call(NamedTuple):
-    """What a call has beside tensors with a gradient.
+    """The arguments of a call other than tensors with a gradient.
 
     Attributes:
-        weight: the base's.
-        adapters: how many; of many, a list or a pool, with `groups`.
-        scaling: a number, or of many a float32 tensor.
+        weight: the base's weight.
+        adapters: number of adapters; with `groups` many, as a list or a pool.
+        scaling: a number, or with many adapters a float32 tensor.
         dropout_p, seed: as in `lora_linear`.
-        groups: (index, offs, ranks) of many adapters, or None.
+        groups: (index, offs, ranks) for many adapters, or None.
     """
 
     weight: QuantizedWeight
@@ -49,11 +49,11 @@ def quantized_linear(
     lora_b: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
-    """y of one adapter or of many, in the dtype to which autocast brings x, or in x's."""
+    """y with one adapter or many, in the autocast dtype of x, or in x's dtype."""
     _check(call.weight, x)
     if not is_autocast(x):
         return _apply(call, x, bias, lora_a, lora_b)
-    # As the op's own autocast: float32 adapters are never rounded.
+    # As in the op's own autocast, float32 adapters are never rounded.
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
     x = x.to(dtype)
@@ -77,7 +77,7 @@ def _apply(
                 "lora_ext.reference.lora_linear_reference"
             )
         return _QuantizedLinear.apply(call, x, bias, *lora_a, *lora_b)
-    # There needs_input_grad is true all the same, and S would be made for nobody.
+    # needs_input_grad is true without grad mode too, so S would be computed without being used.
     with dense(call.weight, x) as weight:
         return _forward(call, x, weight, lora_a, lora_b, bias)
 
@@ -109,8 +109,9 @@ def _check(weight: QuantizedWeight, x: Tensor) -> None:
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
-        # One parameter for all: torch.compile tells by their number whether there is a ctx, and
-        # with the factors alone as the last it takes a call of one adapter for one without.
+        # One *args for all: torch.compile decides by the number of parameters whether there is a
+        # ctx, and with only the factors in *args it mistakes a call with one adapter for one
+        # without ctx.
         call, x, bias, *factors = operands
         half = len(factors) // 2
         lora_a, lora_b = factors[:half], factors[half:]
@@ -143,7 +144,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 return None, *_backward(
                     call, grad, x, weight, lora_a, lora_b, s, want_x, want_bias, want
                 )
-        # Without dX nobody reads it.
+        # It is read only for dX.
         weight = x.new_empty(()).expand(call.weight.shape)
         return None, *_backward(call, grad, x, weight, lora_a, lora_b, s, want_x, want_bias, want)
 
@@ -170,7 +171,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def _options(call: Call) -> dict[str, Any]:
-    """What the op takes beside tensors with a gradient."""
+    """The op's arguments other than tensors with a gradient."""
     options = {"dropout_p": call.dropout_p, "seed": call.seed}
     if call.groups is None:
         return options | {"scaling": call.scaling}
@@ -186,7 +187,7 @@ def _forward(
     lora_b: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
-    if call.groups is None:  # vmap can take no list apart
+    if call.groups is None:  # vmap does not support lists
         return _ops.lora(x, weight, None, *lora_a, *lora_b, bias=bias, **_options(call))
     return _ops.lora_grouped(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
 
@@ -214,12 +215,12 @@ def _backward(
     want_bias: bool,
     want: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dbias, gradients of the factors), None where not wanted."""
+    """(dx, dbias, gradients of the factors), None if not requested."""
     half = len(want) // 2
     wanted = ([want_x, want_bias], list(want[:half]), list(want[half:]))
     dx, da, db, dbias = _ops.lora_backward(
         grad, s, *wanted, x, weight, None, lora_a, lora_b, **_options(call)
     )
-    found = iter((*da, *db))  # of those that are wanted alone
+    found = iter((*da, *db))  # contains only the requested ones
     gradients = [next(found) if wants else None for wants in want]
     return dx if want_x else None, dbias if want_bias else None, *gradients

@@ -6,8 +6,8 @@
                     panels of 32 rows with absmax in bfloat16
     Linear8bitLt    W = code * (SCB / 127), a scale for each row
 
-By kernels of this package, bit for bit what bitsandbytes computes, without the temporary tensors of
-its own; on a device that these do not run on, by bitsandbytes' kernels.
+Kernels of this package dequantise them, bit for bit as bitsandbytes but without its temporary
+tensors; on a device that these do not support, bitsandbytes' kernels do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ops = torch.ops.lora_ext
 
 
 class FourBitWeight(QuantizedWeight):
-    """Of a `bitsandbytes.nn.Linear4bit`: its packed codes and their `QuantState`."""
+    """The weight of a `bitsandbytes.nn.Linear4bit`: its packed codes and their `QuantState`."""
 
     def __init__(self, packed: Tensor, state: Any) -> None:
         self.packed, self.state = packed, state
@@ -40,7 +40,7 @@ class FourBitWeight(QuantizedWeight):
         return getattr(self.state, "packing_format_for_cpu", False)
 
     def tensors(self) -> list[Tensor]:
-        # Not those of `offset` and tables, which nobody changes.
+        # Without `offset` and the tables, which never change.
         state = self.state
         return [self.packed, state.absmax, *([state.state2.absmax] if state.nested else [])]
 
@@ -52,7 +52,7 @@ class FourBitWeight(QuantizedWeight):
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.device)
         if self.device.type == "meta":
-            return out  # wherever the scales are
+            return out  # on any device of the scales
         codes = self.packed.detach().view(torch.uint8).view(-1)
         if not has_kernels(self.device):
             self._dequantize_by_library(codes, out)
@@ -82,15 +82,15 @@ class FourBitWeight(QuantizedWeight):
 
 
 def _half_scales(state: Any) -> Tensor:
-    """Nested scales that are computed in half: bitsandbytes quantises those of a half weight again
-    when it brings the weight back from panels, and then reads them in the weight's dtype."""
+    """Nested scales that are computed in half: when bitsandbytes converts a half weight back from
+    panels it quantises the scales again, and then reads them in the weight's dtype."""
     second, codes = state.state2, state.absmax.flatten()
     factor = second.absmax.float().repeat_interleave(second.blocksize)[: codes.numel()]
     return ((second.code[codes.long()] * factor).to(second.dtype) + state.offset).float()
 
 
 class EightBitWeight(QuantizedWeight):
-    """Of a `bitsandbytes.nn.Linear8bitLt`: its codes CB and their scales SCB."""
+    """The weight of a `bitsandbytes.nn.Linear8bitLt`: its codes CB and their scales SCB."""
 
     format, dtype = "int8", torch.float32
 
@@ -120,7 +120,7 @@ class EightBitWeight(QuantizedWeight):
 
 
 def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
-    """Of a `Linear4bit`: the base for x, or why it has to be called."""
+    """The base of a `Linear4bit` for x, or why it has to be called."""
     weight = layer._parameters["weight"]
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if state is None:
@@ -145,7 +145,7 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if has_kernel and dtype != torch.bfloat16:
         return _ROUNDS_X
     if is_autocast(x):
-        # Its y is rounded to the autocast dtype, as PEFT's update is there, and then x's again.
+        # y is rounded to the autocast dtype, as is PEFT's update, and then cast to x's dtype.
         if dtype != torch.get_autocast_dtype(x.device.type):
             return "its compute_dtype is not autocast's"
     elif dtype != x.dtype:
@@ -155,24 +155,25 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
 
 _ROUNDS_X = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
 
-# In eval on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x 4096 on
-# two cores that and the update took 1.06 of the base alone on 64 rows, the op 1.38; on 256 rows
-# 1.28 and 1.08.
+# In eval mode on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x
+# 4096 on two cores this product and the update took 1.06 of the time of the base alone with 64
+# rows, the op 1.38; with 256 rows 1.28 and 1.08.
 _CPU_ROWS = 127
-# On CUDA it has such a kernel too, without gradients, which it takes for 4 rows at most on every
-# card, and for more where its own timings of that card say so.
+# On CUDA it also has such a kernel, without gradients, which it uses for up to 4 rows on every
+# card, and for more rows if its own timings of the card favour it.
 _CUDA_ROWS = 4
 
 
 def _has_kernel(layer: Any, x: Tensor | None) -> bool:
-    """Whether its forward multiplies without dequantising; None is an x without a gradient."""
+    """Whether its forward multiplies without dequantising; x None: an x without a gradient."""
     if layer.training or layer.weight.device.type != "cpu" or layer.out_features % 32:
         return False
     return layer.support_avx512bf16_for_cpu and not (x is not None and x.requires_grad)
 
 
 def _has_cuda_kernel(layer: Any, state: Any, x: Tensor) -> bool:
-    """Whether bitsandbytes (from 0.50 on) has one that multiplies this x without dequantising."""
+    """Whether bitsandbytes (from 0.50 on) has a kernel that multiplies this x without
+    dequantising."""
     if not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
         return False
     if layer.in_features % state.blocksize or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
@@ -181,7 +182,7 @@ def _has_cuda_kernel(layer: Any, state: Any, x: Tensor) -> bool:
 
 
 def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
-    """Of a `Linear8bitLt`: the base for x, or why it has to be called."""
+    """The base of a `Linear8bitLt` for x, or why it has to be called."""
     state, weight = layer.state, layer._parameters["weight"]
     # A weight that FSDP gathered has lost both; the layer's own forward then fails.
     codes, scale = getattr(weight, "CB", None), getattr(weight, "SCB", None)

@@ -1,7 +1,7 @@
-"""The weights of diffusers' GGUF layers, an nn.Linear over ggml's blocks.
+"""The weights of diffusers' GGUF layers, an nn.Linear on ggml's blocks.
 
-Dequantised by diffusers, then brought to the compute dtype, as the layer's own forward does for any
-number of rows.
+diffusers dequantises them; they are then cast to the compute dtype, as in the layer's own forward
+for any number of rows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ OTHER_DTYPE = "x is not in the compute dtype, which the layer's product needs"
 
 
 class DiffusersGgufWeight(GgufWeight):
-    """Of a `GGUFLinear`: a `GGUFParameter` ``[out, bytes of a row]``.
+    """The weight of a `GGUFLinear`: a `GGUFParameter` ``[out, bytes of a row]``.
 
     Attributes:
-        dtype: the compute dtype, to which the dequantised values are brought.
+        dtype: the compute dtype, to which the dequantised values are cast.
     """
 
     def __init__(self, layer: Any) -> None:

@@ -1,7 +1,7 @@
 """The weights of transformers' block-wise FP8 layers.
 
-In 8 bits or 4 they go to kernels that quantise x, too. A weight of more than one byte, as a
-checkpoint that was not quantised leaves, is multiplied by as it is.
+Weights of 8 or 4 bits go to kernels that also quantise x. A weight with more than one byte for each
+element, as from a checkpoint that was not quantised, is used directly in the product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRAINED = "the base weight is trained"
 
 
 class StoredWeight(QuantizedWeight):
-    """Of an `FP8Linear` whose weight is of a floating dtype that the op takes."""
+    """The weight of an `FP8Linear` if it has a floating dtype that the op supports."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.detach()

@@ -1,8 +1,8 @@
 """The weights of transformers' packed GGUF layers: ggml's blocks of 32 or 256 elements of a row.
 
-Dequantised by transformers, in the dtype of x, as the layer's forward does from nine rows on. Up to
-eight rows it calls a kernel that reads the blocks; on a CPU, for which there is none, W is taken
-for any number of rows.
+transformers dequantises them in the dtype of x, as in the layer's forward from nine rows on. Up to
+eight rows it calls a kernel that reads the blocks; on a CPU, where there is no such kernel, W is
+used for any number of rows.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .weight import QuantizedWeight
 
 FEW_ROWS = "up to 8 rows go to ggml's kernel, which reads the blocks"
 
-# Elements at a time: the library's functions have several temporaries, which a cache should hold.
+# Elements at a time: the library's functions have several temporaries, which should fit in a cache.
 _CPU_CHUNK = 1 << 19
 _CHUNK = 1 << 24
 
 
 class GgufWeight(QuantizedWeight):
-    """Of a `GgufLinear`: ``[out, bytes of a row]`` in uint8.
+    """The weight of a `GgufLinear`: ``[out, bytes of a row]`` in uint8.
 
     Attributes:
-        dtype: that in which its forward dequantises, x's; autocast then rounds W again.
-        permutation: the order ``[in]`` in which its forward reads the columns of x, or None.
-            W's columns are put into x's own order.
+        dtype: that in which its forward dequantises: x's dtype; autocast then rounds W again.
+        permutation: the order ``[in]`` in which its forward reads the columns of x, or None. The
+            columns of W are reordered to x's own order.
     """
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
@@ -63,7 +63,7 @@ class GgufWeight(QuantizedWeight):
         """Some rows, ``[stop - start, in]`` in `dtype`."""
         blocks = self.blocks[start:stop]
         if self.device.type == "cpu":
-            # Of `dequantize_blocks` what a CPU runs, without its search for a kernel to download.
+            # The CPU part of `dequantize_blocks`, without the search for a kernel to download.
             from transformers.integrations.gguf.dequant import dequantize
 
             return dequantize(blocks, self.type, self.dtype).reshape(-1, self.shape[1])
@@ -77,14 +77,14 @@ def gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
 
     Args:
         layer: a `GgufLinear`.
-        x: ``[..., in]``; None for many rows in float32, in which its kernels compute.
+        x: ``[..., in]``; None for many rows in float32, the dtype in which its kernels compute.
     """
     if x is None:
         weight = GgufWeight(layer, torch.float32)
         return QuantizedBase(weight, layer.bias, torch.float32, torch.float32)
     if layer.weight.device.type != "cpu" and x.numel() <= _max_rows() * layer.in_features:
         return FEW_ROWS
-    # Under autocast, too, y is brought back to x's dtype.
+    # Also under autocast, y is cast back to x's dtype.
     return QuantizedBase(GgufWeight(layer, x.dtype), layer.bias, compute_dtype(x), x.dtype)
 
 

@@ -19,7 +19,7 @@ NOT_YET = "its weight is not quantised yet"
 OTHER_BACKEND = "HQQ's backend has kernels of its own"
 OTHER_DTYPE = "x is not in HQQ's compute_dtype, which its product needs"
 
-# Names of the forward that `HQQLinear.set_backend` puts on the class.
+# Names of the forward that `HQQLinear.set_backend` sets on the class.
 _PLAIN = (
     "forward_pytorch",
     "forward_pytorch_compile",
@@ -29,8 +29,8 @@ _PLAIN = (
 
 
 class HQQWeight(QuantizedWeight):
-    """Of an `HQQLinear`, which is kept: what its scales need, such as copies from host memory, only
-    its own `dequantize` knows."""
+    """The weight of an `HQQLinear`. It keeps the layer, since only the layer's own `dequantize` can
+    prepare the scales, for example copy them from host memory."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -62,6 +62,6 @@ def hqq_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     dtype = dtype_as_stored(layer.compute_dtype, x)
     if dtype is None:
         return OTHER_DTYPE
-    # It is a clone, no parameter: a gradient would go to the bias of the layer that was quantised.
+    # It is a clone, not a parameter: a gradient would go to the bias of the original layer.
     bias = None if layer.bias is None else layer.bias.detach()
     return QuantizedBase(HQQWeight(layer), bias, dtype, dtype)

@@ -1,12 +1,12 @@
-"""Layers of torchao: an nn.Linear with a tensor subclass in the place of its weight.
+"""Layers of torchao: an nn.Linear with a tensor subclass as its weight.
 
     Int8Tensor                  W = code * scale, for each row, for all rows, or for groups of a row
     IntxUnpackedToInt8Tensor    W = (code - zero) * scale, 1 to 8 bits, in groups of a row
     Float8Tensor                W = code * scale, for each row, for all rows, or for blocks
     NF4Tensor                   W = table[code] * scale of its block, scales quantised again
 
-The forwards dequantise in the dtype that the weight had, and cast. Types that quantise x, too, or
-that only a kernel can read, are called.
+The forwards dequantise in the original dtype of the weight, and cast. For types that also quantise
+x, or that only a kernel can read, the layer's own forward is called.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TRAINED = "the base weight is trained"
 
 
 def torchao_base(layer: Any, x: Tensor | None) -> QuantizedBase | str | None:
-    """The base of an nn.Linear, why it has to be called, or None where its weight is not torchao's.
+    """The base of an nn.Linear, or why it has to be called, or None if its weight is not torchao's.
 
     Args:
         layer: an nn.Linear.
-        x: ``[..., in]``; None for an x in the dtype that the weight had.
+        x: ``[..., in]``; None for an x in the original dtype of the weight.
     """
     weight = layer._parameters.get("weight")
     if not type(weight).__module__.startswith("torchao."):
@@ -66,7 +66,7 @@ def _int8(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase |
         found = ScaledCodesWeight(weight, "int8")
     if x is None:
         return QuantizedBase(found, bias, weight.dtype, weight.dtype)
-    # Under autocast, too, y is brought back to x's dtype.
+    # Also under autocast, y is cast back to x's dtype.
     return QuantizedBase(found, bias, compute_dtype(x), x.dtype)
 
 
@@ -97,13 +97,15 @@ def _nf4(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase | 
 
 
 def _codes(weight: Any, format: str) -> TorchaoWeight:
-    """Of codes that are scaled in groups of a row; with zero points only torchao computes it."""
+    """The weight for codes with scales for groups of a row; with zero points torchao computes
+    it."""
     if weight.device.type != "cpu" or weight.block_size[0] != 1:
         return TorchaoWeight(weight, format)
     return (TorchaoWeight if _has_zero_points(weight.zero_point) else CodesWeight)(weight, format)
 
 
-# Of each tensor of zero points its version and whether one is not zero: asking a GPU waits for it.
+# For each tensor of zero points, its version and whether any is not zero: reading this from a GPU
+# synchronises with it.
 _zero_points: Any = WeakIdKeyDictionary()
 
 
@@ -123,7 +125,7 @@ _FINDERS: dict[str, Callable[[Any, Tensor | None, Tensor | None], QuantizedBase 
     "Float8Tensor": _float8,
     "NF4Tensor": _nf4,
 }
-# None of these has a `dequantize`; those with the common reason quantise x, too.
+# None of these has a `dequantize`; those with the common reason also quantise x.
 _CALLED = {
     "Int4Tensor": "torchao's Int4Tensor can be read by mslk's kernels alone",
     "Int4PreshuffledTensor": "torchao's Int4PreshuffledTensor can be read by mslk's kernels alone",

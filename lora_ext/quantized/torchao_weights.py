@@ -1,11 +1,11 @@
 """torchao's tensors as weights of the op.
 
     TorchaoWeight   any, by torchao's own `dequantize`
-    CodesWeight     W = code * scale of its run of a row, codes of 8 bits without zero points
+    CodesWeight     W = code * scale of its group of a row, codes of 8 bits without zero points
     NF4Weight       W = table[code] * scale of its block, scales quantised again
 
-The last two are written by this package's kernels on the CPU, bit for bit what torchao computes,
-without temporary tensors; elsewhere, and where a graph is traced, torchao computes them.
+On the CPU this package's kernels write the last two, bit for bit as torchao but without temporary
+tensors; on other devices, and while a graph is traced, torchao computes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ops = torch.ops.lora_ext
 
 
 class TorchaoWeight(QuantizedWeight):
-    """Of a tensor that its forward dequantises in the dtype it had, and then casts."""
+    """A tensor that the layer's forward dequantises in its original dtype and then casts."""
 
     def __init__(self, tensor: Any, format: str) -> None:
         self.tensor, self.format = tensor, format
@@ -37,7 +37,7 @@ class TorchaoWeight(QuantizedWeight):
 
 
 class _WrittenWeight(TorchaoWeight):
-    """One that a kernel writes, in the dtype it had; subclasses say how."""
+    """A weight that a kernel writes in its original dtype; subclasses define how."""
 
     def __init__(self, tensor: Any, format: str) -> None:
         super().__init__(tensor, format)
@@ -69,13 +69,14 @@ class CodesWeight(_WrittenWeight):
 
     def _write(self, out: Tensor) -> None:
         codes, scale = self.tensor.qdata.contiguous(), self.tensor.scale.float().flatten()
-        # As a matrix of runs; one scale for all is every row's.
+        # As a matrix of groups; a single scale is used for every row.
         runs = max(scale.numel(), self.shape[0])
         _ops.dequantize_8bit(codes, scale.expand(runs).contiguous(), 1.0, out.view(runs, -1))
 
 
 class ScaledCodesWeight(CodesWeight):
-    """Of a forward that multiplies by codes and then scales: W is rounded once, to any dtype."""
+    """The weight for a forward that multiplies by codes and then scales: W is rounded once, to any
+    dtype."""
 
     def writes(self, dtype: torch.dtype) -> bool:
         return self.by_kernel
@@ -85,7 +86,7 @@ class ScaledCodesWeight(CodesWeight):
 
 
 class NF4Weight(_WrittenWeight):
-    """NF4Tensor. What it calls `dequantize` is another function: of its table alone."""
+    """NF4Tensor. Its own method `dequantize` is a different function, of its table only."""
 
     def _by_library(self, dtype: torch.dtype) -> Tensor:
         return self.tensor.get_original_weight().to(dtype)

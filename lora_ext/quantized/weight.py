@@ -1,4 +1,4 @@
-"""A frozen weight that is stored in another form than floating values."""
+"""A frozen weight that is not stored as floating values."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from . import workspace
 
 
 class QuantizedWeight(ABC):
-    """What a quantised layer keeps of its weight, and how it becomes ``[out, in]``.
+    """The weight of a quantised layer in its stored form, and its conversion to ``[out, in]``.
 
-    `lora_linear` takes one in the weight's place: it writes the weight into a workspace, multiplies
-    by it, and does so again in backward. Nothing of full size is kept.
+    `lora_linear` accepts one instead of the weight: it writes the weight into a workspace,
+    multiplies by it, and does so again in backward. No tensor of full size is kept.
 
     Attributes:
-        format: the name of the form, for people.
+        format: the name of the form, for messages.
         shape: ``(out, in)``.
-        device: where it is.
-        dtype: in which its library dequantises it where nobody says another.
+        device: its device.
+        dtype: the default dtype in which its library dequantises it.
     """
 
     format: str
@@ -31,21 +31,21 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight ``[out, in]`` in a dtype, rounded once, as its library computes it.
+        """The weight ``[out, in]`` in `dtype`, rounded once, as its library computes it.
 
         Args:
             dtype: float32, bfloat16 or float16.
-            out: contiguous ``[out, in]`` of the dtype, which may be written and returned; only
-                where `writes` says so.
+            out: contiguous ``[out, in]`` in `dtype`, which may be written and returned; to be
+                passed only if `writes` is true.
         """
 
     def tensors(self) -> Sequence[Tensor]:
-        """What `dequantize` reads. Backward refuses a weight of which one was changed in place
-        since forward; by default none is watched."""
+        """The tensors that `dequantize` reads. Backward raises an error if one of them was changed
+        in place after forward; by default there are none to check."""
         return ()
 
     def writes(self, dtype: torch.dtype) -> bool:
-        """Whether `dequantize` writes into `out`; else it returns a tensor of its own."""
+        """Whether `dequantize` writes into `out`; otherwise it returns a new tensor."""
         return False
 
     @property
@@ -54,7 +54,7 @@ class QuantizedWeight(ABC):
         return False
 
     def workspace_bytes(self, dtype: torch.dtype) -> int:
-        """What a layer needs beside its saved tensors while it runs."""
+        """Bytes that a layer needs besides its saved tensors while it runs."""
         return self.shape[0] * self.shape[1] * dtype.itemsize
 
     def __repr__(self) -> str:
@@ -62,12 +62,12 @@ class QuantizedWeight(ABC):
 
 
 class dense:
-    """The weight as a tensor of the dtype of x, on which the call is, within a block.
+    """Within a block, the weight as a tensor in the dtype of x, the input of the call.
 
         with dense(weight, x) as matrix:
             y = x @ matrix.t()
 
-    The tensor is a workspace that others write to afterwards: it must not outlive the block.
+    The tensor is a workspace that is overwritten later: it must not be used after the block.
     """
 
     def __init__(self, weight: QuantizedWeight, x: Tensor) -> None:
@@ -95,18 +95,18 @@ class dense:
 
 
 class Versions:
-    """How often what a weight is read from had been changed in place, at some time.
+    """The version counters, at some time, of the tensors from which a weight is read.
 
-    What autograd knows of a tensor that is saved for backward; a quantised weight is none.
+    autograd records them for a tensor that is saved for backward; a quantised weight is no tensor.
     """
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        # Tensors of inference mode count no changes; a graph that is traced has checks of its own.
+        # Inference tensors have no version counter; a traced graph has its own checks.
         found = () if torch.compiler.is_compiling() else weight.tensors()
         self.found = [(tensor, tensor._version) for tensor in found if not tensor.is_inference()]
 
     def check(self) -> None:
-        """Raises RuntimeError if one was changed since."""
+        """Raises RuntimeError if one was changed since then."""
         if any(tensor._version != version for tensor, version in self.found):
             raise RuntimeError(
                 "lora_ext.lora_linear: expected in backward the quantised weight of forward, but "

@@ -1,8 +1,8 @@
-"""Memory for one dequantised weight at a time: one tensor for each device, stream and dtype, which
-all layers share and the largest of them sizes.
+"""Memory for one dequantised weight at a time: one tensor for each device, stream and dtype. All
+layers share it, and it has the size of the largest layer.
 
-It stays, since mapping and clearing the pages of a fresh one takes a CPU as long as writing the
-weight. A thread that finds it in use gets another, of which the larger is kept.
+It is kept, since mapping and clearing the pages of a new one takes a CPU as long as writing the
+weight. A thread that finds it in use gets another one; the larger of the two is kept.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _kept: dict[Any, Tensor] = {}
 
 
 def is_shared(x: Tensor) -> bool:
-    """Whether a call on x can use the shared memory: not where it is traced, whose graph has memory
-    of its own, nor on meta, which needs none, nor while a CUDA graph is captured, which must not
-    see it replaced."""
+    """Whether a call on x can use the shared memory: not if it is traced, since a graph has its own
+    memory, nor on meta, which needs none, nor while a CUDA graph is captured, since the memory may
+    be replaced later."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def take(count: int, x: Tensor) -> Tensor:
-    """A flat tensor of at least `count` elements of x's dtype, the caller's until `give`."""
-    # popped, not read: whoever comes meanwhile finds none
+    """A flat tensor of at least `count` elements of x's dtype, owned by the caller until `give`."""
+    # pop, so that other threads do not find it meanwhile
     found = _kept.pop(_key(x), None)
     if found is not None and found.numel() >= count:
         return found
@@ -36,7 +36,7 @@ def take(count: int, x: Tensor) -> Tensor:
 
 
 def give(buffer: Tensor) -> None:
-    """Back to those that are shared."""
+    """Returns a tensor to the shared ones."""
     key = _key(buffer)
     other = _kept.get(key)
     if other is None or other.numel() < buffer.numel():
@@ -50,12 +50,12 @@ def nbytes(device: torch.device | str | None = None) -> int:
 
 
 def release() -> None:
-    """Frees what is kept; the next layer allocates it anew."""
+    """Frees the memory that is kept; the next layer allocates it again."""
     _kept.clear()
 
 
 def _key(tensor: Tensor) -> Any:
     device = tensor.device
-    # Work on a stream is in order, so that a weight is read before the next one is written.
+    # Work on a stream runs in order, so a weight is read before the next one is written.
     stream = torch.cuda.current_stream(device).cuda_stream if tensor.is_cuda else 0
     return device, stream, tensor.dtype

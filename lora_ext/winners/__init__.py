@@ -1,12 +1,12 @@
-"""Measured dispatch: which route of `lora_linear` was fastest on this card, for which layers.
+"""Autotune cache: which route of `lora_linear` was fastest on this card, for which layers.
 
-`lora_ext.warmup` times the routes and keeps the winners in a file of the user's cache, which
-`import lora_ext` reads. The planner goes by it wherever a call's layer was timed with at least half
-and at most twice the rows; elsewhere by its prediction. `load_winners` pins a file.
+`lora_ext.warmup` times the routes and stores the winners in a file of the user's cache, which
+`import lora_ext` reads. The planner uses them for a call whose layer was timed with at least half
+and at most twice the rows, and otherwise its prediction. `load_winners` pins a file.
 
     python -m lora_ext.winners --layer 4096x4096 --layer 4096x14336 --rank 16 --rows 2048
 
-does the same from a shell. Tables of cards that were measured come with the package, in
+does the same from a shell. The package contains tables of measured cards in
 `lora_ext/winners/measured`.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m lora_ext.winners`: time the routes of layers on this card and keep the fastest."""
+"""`python -m lora_ext.winners`: times the routes of layers on this card and keeps the fastest."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _show() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 2 where there is nothing to time, 1 if --table cannot be written, else 0."""
+    """Returns exit status 2 if there is nothing to time, 1 if --table cannot be written, else 0."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.show:

@@ -1,4 +1,4 @@
-"""How calls are timed on a device: the one place that reads a clock."""
+"""Times calls on a device: the only module here that reads a clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WARM_UP = 3
 _ROUNDS = 25
 
 Call = Callable[[], object]
-# Runs a call once, and returns how to read its microseconds later.
+# Runs a call once, and returns a function that reads its microseconds later.
 Timer = Callable[[Call], Callable[[], float]]
 
 
@@ -21,11 +21,11 @@ def in_turn(
     device: torch.device,
     prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Microseconds of each call, one a round, in a new order each round.
+    """Microseconds of each call, once in each round, in a new order in each round.
 
     Args:
         calls: by name, on this device.
-        prepare: is given a name before its call, untimed.
+        prepare: is called with the name before its call; not timed.
     """
     times_call, order, names = timer(device), random.Random(0), list(calls)
     readers: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
@@ -42,9 +42,9 @@ def in_turn(
 def timer(device: torch.device) -> Timer:
     """A timer of calls on a device.
 
-    On CUDA, everything in the L2 cache is evicted first, as it is in a model's pass between two
-    calls of the same layer. That also keeps the device busy while the host prepares the call. Its
-    times can be read once the device is synchronised.
+    On CUDA, the L2 cache is first cleared of all data, as between two calls of the same layer in a
+    model. This also keeps the device busy while the host prepares the call. The times can be read
+    after the device is synchronised.
     """
     if device.type != "cuda":
         return _on_host

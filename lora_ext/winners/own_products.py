@@ -1,4 +1,5 @@
-"""Times layers on quantised bases that have a product of their own for few rows, beside the op."""
+"""Times layers on quantised bases whose library has its own product for few rows, against the
+op."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from ..quantized.few_rows import FEW_ROWS, Kind, forced, keep, kind_of
 from ..quantized.layers import quantized_base
 from . import clock
 
-_RANK = 16  # of the update, which both have
+_RANK = 16  # rank of the update, the same for both
 
 
 class _Layer(NamedTuple):
-    """A quantised layer below adapters.
+    """The quantised base of a layer with adapters.
 
     Attributes:
-        forward: its own.
-        base_for: what `quantized_base` finds for an x.
+        forward: its own forward.
+        base_for: the result of `quantized_base` for an x.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -33,15 +34,15 @@ class _Layer(NamedTuple):
 def measure(
     model: nn.Module, rows: Iterable[int], device: torch.device, say: Callable[[str], object]
 ) -> list[str]:
-    """Times each kind of layer on a device whose library has a product without dequantising, with
-    `lora_update` after it, beside the op; `few_rows` goes by that from now on.
+    """Times each kind of layer on a device whose library has a product without dequantisation: this
+    product followed by `lora_update`, and the op. `few_rows` uses the results from now on.
 
     Args:
-        model: its layers are called without gradients, and as they are: on a CPU in eval mode
-            bitsandbytes then changes the order of its codes.
-        rows: batch times sequence length of the calls to come.
-        device: of the layers that are timed.
-        say: is given each line.
+        model: its layers are called without gradients and in their current mode: on a CPU in eval
+            mode bitsandbytes then changes the order of its codes.
+        rows: batch times sequence length of later calls.
+        device: the device of the layers that are timed.
+        say: is called with each line.
 
     Returns:
         A line of text for each kind and number of rows.
@@ -72,7 +73,7 @@ def _kinds(model: nn.Module, device: torch.device) -> dict[Kind, tuple[_Layer, Q
             has_own = layer.base_for(x) == FEW_ROWS
         if not has_own:
             continue
-        layer.forward(x)  # after which the codes may be in another order
+        layer.forward(x)  # may change the order of the codes
         base = layer.base_for(None)
         if isinstance(base, QuantizedBase):
             found.setdefault(kind_of(base.weight, base.dtype), (layer, base))
@@ -97,7 +98,7 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
 
 
 def _microseconds(layer: _Layer, base: QuantizedBase, rows: int) -> tuple[float, float]:
-    """(its own product and the update, the op), medians of rounds in turn."""
+    """(its own product and the update, the op), medians of alternating rounds."""
     out_features, in_features = base.weight.shape
     words = {"dtype": base.dtype, "device": base.weight.device}
     x, lora_a = torch.ones(rows, in_features, **words), torch.ones(_RANK, in_features, **words)

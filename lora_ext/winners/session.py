@@ -1,4 +1,4 @@
-"""`lora_ext.warmup`: checks and times kernels once, so that no later call has to."""
+"""`lora_ext.warmup`: checks and times kernels once, before later calls."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, repr=False)
 class Warmup:
-    """What `warmup` found; str() is for people.
+    """The results of `warmup`; str() gives a readable text.
 
     Attributes:
-        entries: the winner of each shape, forward and backward apart, with its times.
+        entries: the winner of each shape, forward and backward separately, with its times.
         timed: how many of them are new.
         failed: a line for each set of kernels that failed its check; they are not used.
-        path: the file that has the winners; None if nothing was timed or read.
-        note: why nothing was checked or timed, or what was left out; "" otherwise.
-        packing: of a model on the CPU, which weights were packed.
-        own_products: of quantised layers whose library multiplies without dequantising, a line for
-            each kind and number of rows: that product or the op. Kept in this process alone.
+        path: the file with the winners; None if nothing was timed or read.
+        note: why nothing was checked or timed, or what was omitted; "" otherwise.
+        packing: for a model on the CPU, which weights were packed.
+        own_products: for quantised layers whose library multiplies without dequantising, a line for
+            each kind and number of rows: that product or the op. Kept in this process only.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -49,7 +49,7 @@ class Warmup:
     own_products: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """One line, as in a list or at a prompt."""
+        """One line, for lists and interactive use."""
         if self.packing is not None:
             return f"Warmup({self.packing!r})"
         what = f"{len(self.entries)} winners, {self.timed} new, {len(self.failed)} failed checks"
@@ -84,53 +84,55 @@ def warmup(
     pack_budget: int | None = None,
     progress: bool | Say = True,
 ) -> Warmup:
-    """Checks the kernels that these layers can take, and finds out which are fastest here.
+    """Checks the kernels that these layers can use, and measures which are fastest here.
 
         lora_ext.warmup(model, rows=(1, 4096))      # once
 
-    On a CPU it times each kind of frozen weight as it is and in oneDNN's packed layout, forward
-    and, where any parameter is trained, backward, and keeps a packed copy where that is faster by
-    5 % at least, in three rounds of four. A call goes by the measured number of rows that is
-    nearest to its own. `PackedWeight` says what drops a pack. On a GPU:
+    On a CPU it times each kind of frozen weight in its original and in oneDNN's packed layout, for
+    forward and, if any parameter is trained, backward. It keeps a packed copy if this is faster by
+    at least 5 %, in three rounds of four. A call uses the measurement whose number of rows is
+    nearest to its own. `PackedWeight` describes when a pack is dropped. On a GPU:
 
     The kernels of every route of `lora_linear` (hybrid, and our own with each tile) are compared
     with float64 on small cases, in a child process; then the routes are timed on this card for each
-    layer and number of rows, forward and backward apart. The library stays where no other is faster
-    by 1 % in three rounds of four.
-    The winners are kept in the user's cache, for this card, torch, driver and build: the planner
-    goes by them from now on, in later processes, too, and `explain` says "measured on this card".
-    What the cache has is not timed again, and what this process has checked costs nothing.
-    Layers over 4-bit weights of bitsandbytes are timed by its own product, too.
+    layer and number of rows, forward and backward separately. The library's route is kept unless
+    another one is faster by 1 % in three rounds of four.
+    The winners are stored in the user's cache, for this card, torch, driver and build: the planner
+    uses them from now on, also in later processes, and `explain` reports "measured on this card".
+    Shapes in the cache are not timed again, and kernels that this process has checked are not
+    checked again. Layers with 4-bit weights of bitsandbytes are also timed with its own product.
 
-    Nothing is timed under ``torch.use_deterministic_algorithms``, where no winner of the cache
-    counts, nor where a file is pinned (`load_winners`): then kernels are checked, no more. Routes
-    differ by rounding, so a new winner can change a result's last bits. Torch's random generators
-    stay as they are. Not for a CUDA graph's capture: call it before.
+    Nothing is timed under ``torch.use_deterministic_algorithms``, where the cache is not used, nor
+    if a file is pinned (`load_winners`): then kernels are only checked. Routes differ in rounding,
+    so a new winner can change the last bits of a result. The state of torch's random generators
+    does not change. Do not call it while a CUDA graph is captured, but before.
 
     Args:
         layers: a model with LoRA layers of this package or of PEFT; or a sequence of layers, each
-            (out_features, in_features, rank) or a dict with these names and, if wanted,
+            (out_features, in_features, rank) or a dict with these names and, optionally,
             float_adapters, dropout (bools) and rows.
-        rows: batch times sequence length of the calls to come, one number or several. A winner
-            counts from half to twice its rows.
+        rows: batch times sequence length of later calls, one number or several. A winner is used
+            from half to twice its rows.
         device: a CUDA device, or "cpu"; default: the model's, if that is CUDA, else the current
             CUDA device, else the CPU.
         dtype: of x and weight, bfloat16 or float16, which share their winners; default: bfloat16.
-        winners: a file in place of the cache, made if it is not there, and pinned afterwards; what
-            it has is not timed again. Ranks that `load_winners` it choose alike.
+        winners: a file to use instead of the cache; it is created if it does not exist, and pinned
+            afterwards; shapes in it are not timed again. Ranks that load it with `load_winners`
+            choose the same routes.
         pack_budget: bytes that packed copies may take on a CPU, a copy of the weight for each
-            direction; None: a quarter of the memory that is available.
-        progress: whether to say what is timed on stderr, or a function that is given each line.
+            direction; None: a quarter of the available memory.
+        progress: whether to print what is timed to stderr, or a function that is called with each
+            line.
 
     Returns:
-        The winners and the checks that failed. Where there are no CUDA kernels or no GPU, an empty
-        one whose note says so.
+        The winners and the checks that failed. Without CUDA kernels or a GPU the result is empty,
+        and its note gives the reason.
 
     Raises:
-        ValueError: the model has no LoRA linear, a size is none, or the budget is negative.
+        ValueError: the model has no LoRA linear, a size is not valid, or the budget is negative.
         TypeError: a layer or dtype of another kind.
-        TableError: the file ``winners`` is corrupt, or not of this card and build; a ValueError.
-        OSError: the file ``winners`` cannot be written, while a cache that cannot is a warning; the
+        TableError: the file ``winners`` is corrupt, or not for this card and build; a ValueError.
+        OSError: the file ``winners`` cannot be written (for the cache this is only a warning); the
             winners are in use in this process.
     """
     say = _printed if progress is True else progress or _unsaid
@@ -203,7 +205,7 @@ def _unsaid(line: str) -> None:
 
 
 def _device_of(layers: Layers) -> torch.device | None:
-    """A model's, if it is on CUDA."""
+    """The device of a model, if it is on CUDA."""
     if isinstance(layers, nn.Module):
         for parameter in layers.parameters():
             if parameter.is_cuda:
@@ -212,8 +214,8 @@ def _device_of(layers: Layers) -> torch.device | None:
 
 
 def _is_for_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
-    """Whether weights are to be packed; a model that is still on the CPU of a machine with a GPU is
-    taken to be meant for that."""
+    """Whether weights are to be packed. A model on the CPU of a machine with a GPU is assumed to be
+    moved to the GPU later."""
     if device is not None:
         return torch.device(device).type == "cpu"
     has_gpu = _C.with_cuda and torch.cuda.is_available()
@@ -221,7 +223,7 @@ def _is_for_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
 
 
 def _nothing_to_do(device: torch.device | None) -> str:
-    """Why there is nothing to warm up here; "" if there is."""
+    """Why there is nothing to warm up here, or ""."""
     if not _C.with_cuda:
         return (
             "there is nothing to warm up: this build has no CUDA kernels;"
@@ -249,7 +251,7 @@ def _why_untimed(pinned: Path | None) -> str:
 
 
 class _Session:
-    """One call of `warmup`: its table as it grows."""
+    """One call of `warmup` and its growing table."""
 
     def __init__(
         self,
@@ -267,7 +269,7 @@ class _Session:
         self.unwritten: OSError | None = None
 
     def time(self, shapes: Iterable[Shape]) -> None:
-        """Times what the table does not have, and writes it after each shape."""
+        """Times the shapes that the table does not have, and writes the table after each shape."""
         known = {entry.key for entry in self.table.entries}
         todo = [shape for shape in shapes if {(shape, False), (shape, True)} - known]
         with planner_listens(self.card), torch.no_grad():

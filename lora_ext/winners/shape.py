@@ -1,4 +1,4 @@
-"""What is timed: one LoRA linear with so many rows."""
+"""The unit that is timed: one LoRA linear with a number of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import _C
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """Sizes of a LoRA linear, and what selects its kernels.
+    """Sizes of a LoRA linear, and the properties that select its kernels.
 
     Attributes:
         rows, in_features, out_features, rank: M, K, N and r of `lora_linear`.
@@ -37,10 +37,10 @@ class Shape:
 
     @property
     def problem(self) -> _C.Problem:
-        """As the planner takes it, of operands as torch allocates them."""
+        """The planner's problem, for operands with the alignment of torch's allocator."""
         problem = _C.Problem(self.rows, self.out_features, self.in_features, self.rank)
         problem.float_adapters, problem.dropout = self.float_adapters, self.dropout
-        chunk = 4 if self.float_adapters else 8  # elements of 16 bytes
+        chunk = 4 if self.float_adapters else 8  # elements in 16 bytes
         problem.aligned = self.in_features % 8 == self.out_features % 8 == 0
         problem.aligned_weight = self.in_features % 8 == 0
         problem.aligned_a = self.in_features % chunk == 0
@@ -56,12 +56,12 @@ def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
 
     Args:
         layers: a model with lora_ext's layers, or PEFT's; or a sequence of layers, each
-            (out_features, in_features, rank), or a dict of these and, if wanted, float_adapters
+            (out_features, in_features, rank), or a dict of these and, optionally, float_adapters
             and dropout. A `Shape`, or a dict with rows, has its own rows.
         rows: batch times sequence length, as the model will see it.
 
     Raises:
-        ValueError: the model has no LoRA linear, or a size is none.
+        ValueError: the model has no LoRA linear, or a size is not valid.
         TypeError: a layer is none of these.
     """
     if not isinstance(rows, (int, Iterable)):

@@ -1,4 +1,4 @@
-"""One file of measured winners: JSON for one card, torch, driver and build of lora_ext."""
+"""A file of measured winners: JSON for one card, torch, driver and build of lora_ext."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _DEPTH = 6
 
 
 class TableError(ValueError):
-    """A file is no table of this format; the text says what was expected and what came."""
+    """A file is not a table of this format; the message states what was expected and found."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What was fastest for one shape.
+    """The fastest route for one shape.
 
     Attributes:
-        shape: the layer and its rows.
-        backward: its backward, else its forward.
+        shape: the layer and its number of rows.
+        backward: whether it is for backward; else for forward.
         route: "library", "hybrid" or "kernel".
         tile: with "kernel" the tile, as in "128 x 128"; else "".
         us: candidate -> median, lower and upper quartile, in microseconds.
@@ -47,11 +47,11 @@ class Entry:
 
     @property
     def key(self) -> tuple[Shape, bool]:
-        """What it is an answer to."""
+        """The shape and direction for which it is valid."""
         return (self.shape, self.backward)
 
     def winner(self, measured: str) -> _C.Winner:
-        """As the planner takes it; measured is the end of "fastest as measured"."""
+        """The entry in the planner's form; measured: the end of the text "fastest as measured"."""
         shape = self.shape
         return _C.Winner(
             backward=self.backward,
@@ -69,12 +69,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """The entries of a file, and where they are valid.
+    """The entries of a file, and the versions for which they are valid.
 
     Attributes:
         card: the driver's name of the GPU.
         torch: torch.__version__, whose library routes were timed.
-        driver: the CUDA version that the driver takes.
+        driver: the CUDA version that the driver supports.
         lora_ext, build: version and compiled extension whose kernels were timed.
         entries: at most one for a shape and direction.
     """
@@ -88,12 +88,12 @@ class Table:
 
     @property
     def origin(self) -> tuple[str, ...]:
-        """What its measurements are of."""
+        """The card and versions that were measured."""
         return tuple(getattr(self, name) for name in _ORIGIN)
 
     @property
     def described(self) -> str:
-        """The origin, for people."""
+        """The origin as text."""
         build = f"lora_ext {self.lora_ext} (build {self.build})"
         return f"{self.card}, torch {self.torch}, CUDA driver {self.driver}, {build}"
 
@@ -121,7 +121,8 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(table: Table, path: Path) -> None:
-    """Replaces the file in one step; whoever reads or interrupts finds the old or the new one."""
+    """Replaces the file atomically: readers, also after an interrupt, find the old or the new
+    one."""
     names = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION}
     names |= dict(zip(_ORIGIN, table.origin, strict=True))
     head = json.dumps(names, indent=1)[:-2]
@@ -146,7 +147,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
 
 
 def _expect(value: Any, kind: type, what: str) -> Any:
-    # bool is an int to Python, but not here
+    # bool is a subclass of int, but it is not accepted here
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise TableError(f"expected {what} to be of {kind.__name__}, but got {value!r:.60}")
     return value

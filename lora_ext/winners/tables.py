@@ -1,4 +1,4 @@
-"""Which tables the planner goes by: a pinned file, or the package's and on top the user's own."""
+"""Which tables the planner uses: a pinned file, or the package's tables and then the user's own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .table import Entry, Table, TableError, read_table
 
 PACKAGED = Path(__file__).with_name("measured")
 
-# The user's choice, by card; nothing else counts for such a card.
+# The pinned tables by card; no other table is used for such a card.
 _pinned: dict[str, tuple[Table, Path]] = {}
 
 
 def user_folder() -> Path:
-    """Where `lora_ext.warmup` keeps its tables.
+    """The folder in which `lora_ext.warmup` stores its tables.
 
     Raises:
         RuntimeError: the user has no home folder.
@@ -37,7 +37,7 @@ def empty_table(card: str) -> Table:
 
 
 def file_of(table: Table, folder: Path) -> Path:
-    """The one file in a folder for a table's card and versions."""
+    """The file in a folder for a table's card and versions."""
     return folder / f"{_slug(table.card)}{_suffix(table.torch, table.lora_ext)}"
 
 
@@ -45,7 +45,7 @@ def table_path(folder: Path, device: torch.device | None = None) -> Path:
     """The file in a folder for a device with this torch and lora_ext.
 
     Args:
-        folder: any; the user's is `user_folder()`.
+        folder: any folder; the user's is `user_folder()`.
         device: a CUDA device; default: the current one.
     """
     return file_of(empty_table(_C.cuda_card(indexed(device)).name), folder)
@@ -61,7 +61,7 @@ def cache_file(card: str) -> Path:
 
 
 def cached_table(path: Path, card: str) -> Table:
-    """The table in a file of the cache, if it is of this card and build; else an empty one."""
+    """The table in a file of the cache, if it is for this card and build; else an empty one."""
     empty = empty_table(card)
     try:
         found = read_table(path)
@@ -77,7 +77,7 @@ def given_table(path: Path, card: str) -> Table:
     """The table in a file that the user names.
 
     Raises:
-        TableError: it is no table, or not of this card, torch, driver and build of lora_ext.
+        TableError: it is not a table, or not for this card, torch, driver and build of lora_ext.
         OSError: it cannot be read.
     """
     found, expected = read_table(path), empty_table(card)
@@ -90,18 +90,19 @@ def given_table(path: Path, card: str) -> Table:
 
 
 def load_winners(path: str | Path | None, device: torch.device | str | None = None) -> None:
-    """Pins a file of winners: the planner goes by it alone for this card, in this process.
+    """Pins a file of winners: the planner uses only this file for this card, in this process.
 
-    Layers that the file does not have go by the planner's prediction, never by the user's cache;
-    so the choice depends on the problem and the file, and ranks that are given the same file
-    choose alike. A pinned file counts under ``torch.use_deterministic_algorithms``, too.
+    For layers that are not in the file it uses its prediction, never the user's cache; so the
+    choice depends only on the problem and the file, and ranks with the same file choose the same
+    routes. A pinned file is also used under ``torch.use_deterministic_algorithms``.
 
     Args:
-        path: what ``lora_ext.warmup(..., winners=path)`` wrote; None: back to the cache.
+        path: a file from ``lora_ext.warmup(..., winners=path)``; None: back to the cache.
         device: a CUDA device of the card; default: the current one.
 
     Raises:
-        TableError: the file is corrupt, or not of this card, torch, driver and build; a ValueError.
+        TableError: the file is corrupt, or not for this card, torch, driver and build; a
+            ValueError.
         OSError: it cannot be read.
         RuntimeError: the build has no CUDA kernels, or torch finds no CUDA device.
     """
@@ -122,7 +123,7 @@ def load_winners(path: str | Path | None, device: torch.device | str | None = No
 
 
 def pin(table: Table, path: Path) -> None:
-    """Makes the planner go by a table alone for its card."""
+    """Makes the planner use only this table for its card."""
     _pinned[table.card] = (table, path)
     install([])
 
@@ -135,12 +136,13 @@ def pinned_at(card: str) -> Path | None:
 def load_cached(folder: Path | None = None, also: Table | None = None) -> list[Table]:
     """Reads the package's and the user's tables and gives them to the planner.
 
-    Called by ``import lora_ext`` in builds with CUDA kernels. A file that is corrupt, or of another
-    format, is ignored with a warning; one of another torch, driver or build without.
+    Called by ``import lora_ext`` in builds with CUDA kernels. A file that is corrupt, or has
+    another format, is ignored with a warning; a file for another torch, driver or build without a
+    warning.
 
     Args:
         folder: the user's tables; default: `user_folder()`.
-        also: a table that goes over all of these.
+        also: a table that takes precedence over these.
 
     Returns:
         The tables in use, the package's first.
@@ -160,7 +162,7 @@ def load_cached(folder: Path | None = None, also: Table | None = None) -> list[T
 
 
 def install(packaged: list[Table], own: list[Table] | None = None) -> None:
-    """Gives tables to the planner; of two entries for the same, the last counts.
+    """Passes tables to the planner; of two entries with the same key, the last is used.
 
     Args:
         packaged: measured on other cards of the same name.

@@ -20,7 +20,7 @@ from .tables import load_cached
 LIBRARY = "library"
 _DROPOUT = 0.05
 _SCALING = 2.0
-# A route takes the library's place if it wins by this much in three rounds of four.
+# A route is preferred to the library if it is faster by this margin in three rounds of four.
 _LEAST_GAIN = 0.01
 
 _forward = torch.ops.lora_ext.lora_forward.default
@@ -31,19 +31,19 @@ Times = dict[str, list[float]]  # candidate -> microseconds of each round
 
 @dataclass(frozen=True)
 class Candidate:
-    """A route, with "kernel" also its tile."""
+    """A route; for "kernel" also its tile."""
 
     route: str
     tile: str = ""
 
     @property
     def name(self) -> str:
-        """As it stands in a table."""
+        """The name in a table."""
         return f"{self.route} {self.tile}".strip()
 
 
 def candidates_for(card: _C.Card, shape: Shape, backward: bool) -> list[Candidate]:
-    """All that the card can do for a shape; the library first."""
+    """All candidates that the card supports for a shape; the library first."""
     tiles = _C.tiles_of(
         card, backward=backward, float_adapters=shape.float_adapters, dropout=shape.dropout
     )
@@ -52,7 +52,7 @@ def candidates_for(card: _C.Card, shape: Shape, backward: bool) -> list[Candidat
 
 
 def kernels_for(card: _C.Card, shapes: Iterable[Shape], dtype: torch.dtype) -> list[_C.Kernels]:
-    """The kernels that calls of these shapes can take, by any route and tile, each once."""
+    """The kernels that calls of these shapes can use, with any route and tile, each once."""
     found: dict[str, _C.Kernels] = {}
     for shape in shapes:
         problem = shape.problem
@@ -109,18 +109,19 @@ class Trial:
         return (self.x, self.weight, None, *factors, _SCALING, None, self.dropout_p, self.seed)
 
     def run(self, backward: bool) -> object:
-        """One direction."""
+        """Runs one direction."""
         return self.backward() if backward else self.forward()
 
     def explained(self, backward: bool) -> _C.Explained:
-        """What the op would do now."""
+        """The plan that the op would use now."""
         explain = _C.explain_backward if backward else _C.explain_forward
         return explain(self.x, self.weight, self.lora_a, self.lora_b, self.dropout_p)
 
 
 @contextmanager
 def planner_listens(card: _C.Card) -> Iterator[None]:
-    """No route set by the user; afterwards the planner knows what the tables on disk say."""
+    """Within the block no route is set by the user; afterwards the planner has the tables on disk
+    again."""
     route = _C.cuda_route()
     _C.set_cuda_route("auto")
     try:
@@ -132,13 +133,13 @@ def planner_listens(card: _C.Card) -> Iterator[None]:
 
 
 def _request(card: _C.Card, shape: Shape, backward: bool, candidate: Candidate) -> None:
-    """Makes the planner take a candidate for the shape."""
+    """Makes the planner choose a candidate for the shape."""
     entry = Entry(shape, backward, candidate.route, candidate.tile, {})
     _C.replace_winners(card.name, [entry.winner("in a trial")])
 
 
 def _runs_as_asked(explained: _C.Explained, candidate: Candidate) -> bool:
-    """Whether the call takes the candidate's route; kernels that fail their check do not."""
+    """Whether the call uses the candidate's route; it does not if the kernels fail their check."""
     plan = explained.plan
     if candidate.route == LIBRARY:
         return not plan.kernel
@@ -149,7 +150,7 @@ def _runs_as_asked(explained: _C.Explained, candidate: Candidate) -> bool:
 def _times_of(
     trial: Trial, card: _C.Card, backward: bool, candidates: Sequence[Candidate]
 ) -> Times:
-    """Microseconds of each candidate that runs here, one a round, in a new order each round."""
+    """Microseconds of each candidate that runs here, once in each round, in a new order."""
 
     def call() -> object:
         return trial.run(backward)
@@ -191,7 +192,7 @@ def _summary(ordered: list[float]) -> tuple[float, float, float]:
 def measure(trial: Trial, card: _C.Card, backward: bool) -> Entry:
     """Times every route of one direction, in a new order in each round.
 
-    The library stays where no other is faster by 1 % in three rounds of four. Kernels that fail
+    The library wins unless another is faster by 1 % in three rounds of four. Kernels that fail
     their check are not timed. Call it under `planner_listens`.
     """
     candidates = candidates_for(card, trial.shape, backward)

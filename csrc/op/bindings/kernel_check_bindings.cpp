@@ -13,8 +13,8 @@ using kernel_set::Kernels;
 
 std::string spoken(const std::string& result) { return result.empty() ? "passed" : result; }
 
-// Torch's own warnings reach Python only from some of the paths into an op; this one always, so
-// that it can be filtered, or made an error.
+// torch's own warnings reach Python only from some of the paths into an op. This one always does,
+// so that Python can filter it or turn it into an error.
 void warn_in_python(const std::string& text) {
   const py::gil_scoped_acquire gil;
   if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw py::error_already_set();

@@ -1,4 +1,4 @@
-// Which kernels a plan takes, and the small case of each, in the module lora_ext._C.
+// Which kernels a plan uses, and the small case of each, in the module lora_ext._C.
 #include <pybind11/operators.h>
 
 #include <map>
@@ -19,7 +19,7 @@ std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
   return {small.problem, plan::make_plan(card, small.problem, small.request)};
 }
 
-// With many adapters where there are groups, an index for each row.
+// With groups != 0 the plan is for many adapters with an index for each row.
 plan::Plan plan_as_asked(const plan::Card& card, plan::Problem problem, bool backward,
                          const std::string& choice, const std::string& tile, bool early_launch,
                          int64_t groups) {
@@ -29,8 +29,9 @@ plan::Plan plan_as_asked(const plan::Card& card, plan::Problem problem, bool bac
   return plan::make_plan(card, problem, request);
 }
 
-// What tests hold against the limits of a card: offsets and pitches in the workspace, as plan.h has
-// them, and the tile's shared memory and grids. kNone is what a plan has not.
+// The numbers that tests compare with the limits of a card: offsets and pitches in the workspace,
+// as in plan.h, and the tile's shared memory and grids. kNone stands for a number that the plan
+// does not have.
 std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
   plan::Tile tile = plan::Tile::kDecode;
   std::map<std::string, int64_t> numbers;
@@ -73,7 +74,7 @@ void bind_kernel_set(py::module& m) {
       .def("__hash__", [](const Kernels& kernels) { return py::hash(py::str(kernels.name())); })
       .def("__repr__", &Kernels::name);
   m.def("plan_numbers", &plan_numbers, py::arg("plan"));
-  // As tests hold them against a plain loop over blocks.
+  // Tests compare these with a plain loop over blocks.
   using Shares = plan::DecodeShares;
   py::class_<Shares>(m, "DecodeShares")
       .def(py::init([](int tiles, int s_tiles, int steps, int blocks) {

@@ -38,7 +38,7 @@ kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& w
       ForwardArgs{x, Base{weight}, Update::one(lora_a, lora_b, 1.0, DropoutArgs{dropout_p})});
 }
 
-// Without a gradient of y, of one that is contiguous.
+// If grad is not given, a contiguous gradient of y is assumed.
 kernel_route::Explained explain_backward(const at::Tensor& x, const at::Tensor& weight,
                                          const at::Tensor& lora_a, const at::Tensor& lora_b,
                                          double dropout_p, const std::optional<at::Tensor>& grad) {
@@ -142,7 +142,7 @@ void bind_prediction(py::module& m) {
       py::arg("card"), py::arg("problem"), py::arg("plan"), py::arg("backward"));
 }
 
-// `get` of a plan of tiles; 0 of others.
+// The result of `get` for a tiled plan; 0 for others.
 template <class Get>
 auto of_tiled(const Get& get) {
   return [get](const plan::Plan& p) {
@@ -151,7 +151,7 @@ auto of_tiled(const Get& get) {
   };
 }
 
-// lora_gemm's tile, or lora_decode's; without a product, the smallest.
+// The tile of lora_gemm or of lora_decode; the smallest if the plan has no product.
 plan::Tile tile_of(const plan::Plan& p) {
   if (p.decode() != nullptr) return plan::Tile::kDecode;
   const bool has_gemm = p.tiled() != nullptr && p.tiled()->gemm;

@@ -10,11 +10,11 @@
 namespace lora_ext {
 
 void bind_plan(pybind11::module& m);
-// After bind_plan.
+// To be called after bind_plan.
 void bind_kernel_set(pybind11::module& m);
 void bind_kernel_check(pybind11::module& m);
 
-// Of "auto", "hybrid", "kernel" or "library"; ValueError for others.
+// From "auto", "hybrid", "kernel" or "library"; ValueError for other names.
 plan::Choice choice_of(const std::string& name);
 
 }  // namespace lora_ext

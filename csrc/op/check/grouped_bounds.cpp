@@ -1,5 +1,5 @@
-// S of rows without an adapter, and past an adapter's rank, is not written: anything is allowed
-// there.
+// S is not written in rows without an adapter, nor in columns beyond the adapter's rank: any value
+// is allowed there.
 #include "op/check/grouped_bounds.h"
 
 #include <ATen/ops/full_like.h>
@@ -13,18 +13,19 @@
 namespace lora_ext::kernel_bounds {
 namespace {
 
-// The rows of an adapter, or, of -1, those of none.
+// The rows of an adapter; for -1, the rows without an adapter.
 at::Tensor rows_of(const Update& update, int64_t adapter) {
   return update.grouping->index->reshape({-1}).eq(adapter).nonzero().reshape({-1});
 }
 
-// One adapter as the bounds of one take it: what its mask drops makes the sums smaller.
+// One adapter, for the bounds of a call with one adapter. They hold for any mask: what it drops
+// only makes the sums smaller.
 Update update_of(const Update& update, int64_t g) {
   return Update::one(update.lora_a[g], update.lora_b[g], update.grouping->scaling[g].item<double>(),
                      update.dropout);
 }
 
-// None: factors of zeros.
+// No update: factors of zeros.
 Update no_update(const Update& update) {
   return Update::one(at::zeros({1, update.in_features()}, update.lora_a[0].options()),
                      at::zeros({update.out_features(), 1}, update.lora_b[0].options()), 1.0);

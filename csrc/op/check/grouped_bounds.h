@@ -1,5 +1,5 @@
-// How far results of the kernels of many adapters may be from the op's in float64: for each
-// adapter's rows and gradients as kernel_bounds.h says.
+// Error bounds for the kernels with many adapters, against the op in float64: the bounds of
+// kernel_bounds.h, applied to the rows and gradients of each adapter.
 #pragma once
 
 #include "common/call.h"

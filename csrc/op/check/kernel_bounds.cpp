@@ -1,15 +1,15 @@
 // The kernels multiply halves exactly and add in float32. They round
 //   - Y and dX, and the adapters' gradients where those are half: once, by u;
-//   - s S and dS: once, by u, with half adapters; with float ones they keep two halves, as A and B
-//     do, which lose u^2 each, and the product of both second halves is left out: four such losses
-//     in S, dS and what is made of them;
-//   - in a hybrid plan, the low-rank product once more, by u, before the base product comes onto
-//     it; and the library may add parts of that product in half;
-//   - each sum of d products, in whatever order and also where tensor cores truncate: by less than
-//     d 2^-23 of its size on the way.
-// Losses of different numbers are independent, so those of a sum of products add as the root of the
-// sum of squares of the products; kMost is well above what the largest of 300,000 elements is off
-// by, and below what one lost second half makes.
+//   - s S and dS: once, by u, with half adapters; with float adapters they are kept as two halves,
+//     as are A and B, which loses u^2 each, and the product of both second halves (lo lo) is left
+//     out: four such losses in S, in dS and in the results computed from them;
+//   - in a hybrid plan, the low-rank product once more, by u, before the base product is added onto
+//     it; and the library may add parts of the base product in half;
+//   - each sum of d products, in any order and also where tensor cores truncate: by less than
+//     d 2^-23 of its intermediate size.
+// Rounding errors of different numbers are independent, so in a sum of products they add up to the
+// root of the sum of squares of the products; kMost is well above the error of the worst of 300,000
+// elements, and below the error that one missing second half causes.
 #include "op/check/kernel_bounds.h"
 
 #include <ATen/ops/mm.h>
@@ -23,19 +23,19 @@ namespace {
 constexpr double kMost = 8;
 
 struct Roundings {
-  double half;        // of a result in x's dtype
-  double low_rank;    // what S and dS lose, in a sum
-  double of_s;        // S's own sum, which is kept in float
-  double once_more;   // hybrid: of the low-rank product
-  double base;        // hybrid: of the base product, in a sum
-  double of_adapter;  // of a gradient in an adapter's dtype
+  double half;        // rounding of a result to x's dtype
+  double low_rank;    // rounding of S and dS, as factors in a sum
+  double of_s;        // rounding of S itself, which is kept in float
+  double once_more;   // hybrid: rounding of the low-rank product
+  double base;        // hybrid: rounding of the base product, in a sum
+  double of_adapter;  // rounding of a gradient to the adapter's dtype
 
   template <class Args>
   Roundings(const Args& args, bool hybrid) {
     const bool float16 = args.x.scalar_type() == at::kHalf;
     const bool float_adapters = args.update.a().scalar_type() == at::kFloat;
     half = float16 ? 0x1p-11 : 0x1p-8;
-    // Second halves of float16 are subnormal for numbers below 2^-3: 2^-25 is lost, not u^2.
+    // In float16 the second half of a number below 2^-3 is subnormal: 2^-25 is lost, not u^2.
     const double two_halves = 4 * (float16 ? 0x1p-19 : 0x1p-16);
     low_rank = kMost * (float_adapters ? two_halves : half);
     of_s = float_adapters ? low_rank : 0;
@@ -54,12 +54,12 @@ std::optional<at::Tensor> doubled(const std::optional<at::Tensor>& tensor) {
   return tensor ? std::optional<at::Tensor>(tensor->to(at::kDouble)) : std::nullopt;
 }
 
-// factor times the root of the sum of squares, of the products that p q sums.
+// factor times the root of the sum of the squares of the products that p q sums.
 at::Tensor spread(const at::Tensor& p, const at::Tensor& q, double factor = 1) {
   return at::mm(p.square(), q.square()).sqrt_().mul_(factor);
 }
 
-// Of Y or dX: base is the spread of the base product, low that of the low-rank one.
+// The bound of Y or dX: base is the spread of the base product, low that of the low-rank product.
 at::Tensor allowed_of(const at::Tensor& result, const at::Tensor& base, const at::Tensor& low,
                       int64_t products, const Roundings& rounding) {
   const double sum = sum_of(products);

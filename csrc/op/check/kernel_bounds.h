@@ -1,5 +1,5 @@
-// How far results of the kernels may be from the op's in float64, element by element, from where
-// the kernels round.
+// Error bounds for the kernels against the op in float64, for each element, derived from the places
+// where the kernels round.
 #pragma once
 
 #include "common/call.h"
@@ -10,8 +10,8 @@ namespace lora_ext::kernel_bounds {
 ForwardArgs in_double(const ForwardArgs& args);
 BackwardArgs in_double(const BackwardArgs& args);
 
-// Shapes as the results' own; `exact` are the operands in float64, `expected` what comes of them.
-// Gradients that are not needed are undefined.
+// The bounds have the shapes of the results; `exact` are the operands in float64, `expected` the
+// results for them. Gradients that are not needed are undefined.
 Forward allowed(const ForwardArgs& args, const ForwardArgs& exact, const Forward& expected,
                 bool hybrid);
 Backward allowed(const BackwardArgs& args, const BackwardArgs& exact, const Backward& expected,

@@ -42,21 +42,21 @@ std::function<void(const std::string&)>& warning() {
   return warn;
 }
 
-// Scattered numbers in (-size, size) that are no one's random numbers: torch's generator must stay
-// as it is.
+// Scattered numbers in (-size, size), computed without a random generator: the state of torch's
+// generator must not change.
 at::Tensor numbers(at::IntArrayRef shape, double step, double size, const at::TensorOptions& like) {
   const int64_t count = c10::multiply_integers(shape);
   const at::Tensor scattered = at::arange(count, like.dtype(at::kFloat)).mul_(step).sin_();
   return scattered.mul_(43758.5).frac_().mul_(size).view(shape).to(like.dtype());
 }
 
-// "" or what differs.
+// "" if the values agree, else what differs.
 std::string compare(const char* what, const at::Tensor& got, const at::Tensor& expected,
                     const at::Tensor& allowed) {
   const at::Tensor off = got.to(at::kDouble).sub_(expected).abs_();
-  // What nobody writes may be anything, NaN among it.
+  // Elements that no kernel writes may have any value, also NaN: their bound is infinite.
   const at::Tensor excess = off.sub(allowed).masked_fill_(allowed.isinf(), 0);
-  if (excess.max().item<double>() <= 0) return "";  // NaN is not
+  if (excess.max().item<double>() <= 0) return "";  // false for NaN
   const int64_t worst = excess.argmax().item<int64_t>();
   std::ostringstream text;
   text << what << " differs from its value in float64 by " << off.flatten()[worst].item<double>()
@@ -65,11 +65,11 @@ std::string compare(const char* what, const at::Tensor& got, const at::Tensor& e
   return text.str();
 }
 
+// S has no values in rows without an adapter; their bound is infinite.
 std::string compare_all(const Forward& got, const Forward& expected, const Forward& allowed) {
   const std::string y = compare("y", got.y, expected.y, allowed.y);
   return y.empty() ? compare("s", got.s, expected.s, allowed.s) : y;
 }
-// Of rows without an adapter, S has nothing.
 std::string compare_all(const Backward& got, const Backward& expected, const Backward& allowed) {
   std::string off = compare("dx", got.dx, expected.dx, allowed.dx);
   for (size_t g = 0; off.empty() && g < got.dlora_a.size(); ++g) {
@@ -88,7 +88,7 @@ auto by_library(const Args& args) {
     return library_route::backward(args);
 }
 
-// Throws where the kernels never may end, or have left the device unusable.
+// Throws if the kernels may never end, or have left the device unusable.
 void wait_for(const at::Device& device, const Kernels& kernels) {
   const double seconds = timeout();
   const std::optional<std::string> error = kernel_launch::wait(device, seconds);
@@ -118,10 +118,10 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   const at::Device device = args.x.device();
   const auto exact = kernel_bounds::in_double(args);
   const auto expected = by_library(exact);
-  // A base that is given is no product of the library's, which would be rounded once more.
+  // A given base is not a product of the library, so it is not rounded once more.
   const auto allowed =
       kernel_bounds::allowed(args, exact, expected, kernels.hybrid && !kernels.given_base);
-  // What was queued before may take any time, and its errors are not the kernels'.
+  // Work that was queued before may take any time, and its errors do not come from the kernels.
   const auto before = kernel_launch::wait(device, std::numeric_limits<double>::infinity());
   LORA_EXT_CHECK(before == "", "expected ", device,
                  " in order, but got an error of what ran before: ", before.value_or(""));
@@ -134,8 +134,9 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   }
 }
 
-// Five adapters of the ranks up to the largest, one without rows, and rows without an adapter: of
-// every fourth row, so that tiles have several and their rows do not lie together.
+// Five adapters with ranks up to the largest, two of them without rows, and rows without an
+// adapter. Each of the others has every fourth row, so that a tile has rows of several adapters and
+// the rows of one adapter are not contiguous.
 std::string run_grouped_case(const plan::Card& card, const Kernels& kernels,
                              const plan::Request& request, const at::Tensor& x, const at::Tensor& w,
                              const Update& one, const at::TensorOptions& options) {

@@ -5,7 +5,7 @@
 namespace lora_ext::kernel_set {
 namespace {
 
-// One pass over dY is for few columns.
+// The rank tails that are checked. One pass over dY is used for few columns.
 std::vector<int> tails_of(const Kernels& kernels) {
   if (!plan::facts_of(kernels.tile).wgmma) return {0};
   if (kernels.backward && plan::facts_of(kernels.tile).in_grid) return {4};
@@ -13,8 +13,8 @@ std::vector<int> tails_of(const Kernels& kernels) {
   return {kernels.wide && !kernels.float_adapters ? 4 : 1};
 }
 
-// With early launches, too, dX whose T is made in the same grid begins no other kernel where both
-// adapters are frozen.
+// Whether sets with and without PDL exist. Also with PDL enabled, an in-grid dX (T is computed in
+// the same grid) triggers no dependent kernel if both adapters are frozen.
 std::vector<bool> early_of(const Kernels& kernels, bool early_launch) {
   const plan::TileFacts& tile = plan::facts_of(kernels.tile);
   if (!early_launch || !tile.wgmma) return {false};
@@ -22,7 +22,7 @@ std::vector<bool> early_of(const Kernels& kernels, bool early_launch) {
   return kernels.backward ? std::vector<bool>{true, false} : std::vector<bool>{false};
 }
 
-// Of forwards alone, and without dropout.
+// lora_decode runs in a forward only, and without dropout.
 void add_decode(Kernels kernels, std::vector<Kernels>& all) {
   kernels.tile = plan::Tile::kDecode, kernels.vector = true;
   kernels.early = false, kernels.tail = 0;
@@ -32,7 +32,8 @@ void add_decode(Kernels kernels, std::vector<Kernels>& all) {
   }
 }
 
-// Of one dtype, of adapters and activations, and dropout, with each tile; and the hybrid route's.
+// The sets for one dtype of adapters and activations and one value of dropout: with each tile, and
+// for the hybrid route.
 void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
                std::vector<Kernels>& all) {
   const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
@@ -61,7 +62,8 @@ void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
   }
 }
 
-// Columns up to 16, up to 32, and more, with one half of an adapter or two; and the tail.
+// A rank that gives up to 16 columns, up to 32, or more, with an adapter in one half or in two; and
+// the requested tail.
 int64_t rank_for(const Kernels& kernels) {
   if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
   const int64_t whole = plan::facts_of(kernels.tile).in_grid ? 0 : 64;
@@ -131,7 +133,7 @@ std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
   return all;
 }
 
-// Nothing begins early.
+// Without PDL: kernels for many adapters do not use it.
 std::vector<Kernels> all_grouped_of(const plan::Card& card) {
   std::vector<Kernels> all;
   for (Kernels& each : all_of(card, false)) {
@@ -142,13 +144,14 @@ std::vector<Kernels> all_grouped_of(const plan::Card& card) {
   return all;
 }
 
-// Rows, columns and depth that no tile divides, the second wide enough for one pass over dY, and
-// the last pair of row blocks half empty. An odd depth and width make rows unaligned.
+// Rows, columns and depth are not divisible by any tile; there are enough columns for one pass over
+// dY, and the last pair of row blocks is half empty. An odd depth and width make rows unaligned.
 //
-// Two blocks, or two clusters, compute all tiles: each has a second, so that stages are used again
-// and both consumers of a pingpong tile work, and parts of T come from another cluster.
+// Two blocks, or two clusters, compute all tiles, so each computes a second tile: stages are used
+// again, both consumers of a pingpong tile work, and parts of T come from another cluster.
 //
-// Few rows have four blocks, which share most tiles, and are three fewer than there may be.
+// lora_decode runs with four blocks, which share most tiles, and with three rows fewer than its
+// instance takes.
 SmallCase small_case(const Kernels& kernels) {
   SmallCase small{{264, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
                   {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};

@@ -1,5 +1,5 @@
-// The kernels that one call uses together, as the unit that is checked on a device
-// (kernel_check.h): which there are, and a small case of each. Pure host code without torch.
+// A set of kernels: those that one call uses together. It is the unit that is checked on a device
+// (kernel_check.h). Here are all sets, and a small case for each. Pure host code without torch.
 #pragma once
 
 #include <string>
@@ -16,27 +16,26 @@ struct Kernels {
   plan::Tile tile;
   bool hybrid, vector, float_adapters, dropout;
   bool one_pass, wide;   // lora_dsdb, and its instance for more than 16 columns; backward only
-  int tail;              // of the rank, which selects instances of wgmma's tiles; else 0
-  bool early;            // some begin before the one before has ended
-  bool given_base;       // lora_gemm adds onto a y that is given; forward only
-  bool grouped = false;  // of many adapters in one call
-  int rows = 0;          // the most of lora_decode's instance; 0 of other kernels
+  int tail;              // the rank's tail, which selects instances of tiles with wgmma; else 0
+  bool early;            // some are launched with PDL
+  bool given_base;       // lora_gemm adds onto a given y; forward only
+  bool grouped = false;  // many adapters in one call
+  int rows = 0;          // the most rows that lora_decode's instance takes; 0 for other kernels
 
   auto operator<=>(const Kernels&) const = default;
-  std::string name() const;  // no two have the same
+  std::string name() const;  // unique
 };
 
-// Of a plan for the problem, which must be one with kernels.
+// The kernels of a plan for the problem; the plan must use kernels.
 Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool float16);
 
-// All that a card can be asked for, with early launches or without; none below compute capability
-// 8.0.
+// All sets that a card can run, with PDL or without; none below compute capability 8.0.
 std::vector<Kernels> all_of(const plan::Card& card, bool early_launch);
 
-// Those of many adapters, likewise.
+// All sets for many adapters that a card can run.
 std::vector<Kernels> all_grouped_of(const plan::Card& card);
 
-// A problem and a request whose plan takes just these kernels, on a card that has them. Its
+// A problem and a request whose plan uses exactly these kernels, on a card that can run them. The
 // operands are contiguous.
 struct SmallCase {
   plan::Problem problem;

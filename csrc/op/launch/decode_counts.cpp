@@ -14,14 +14,14 @@
 namespace lora_ext::kernel_launch {
 namespace {
 
-// 64 KiB a stream, which a layer of a million columns does not fill; and 1 MiB for graphs, in which
-// a launch takes 0.4 KiB for a layer of 4096 columns.
+// 64 KiB for each stream, which a layer of a million columns does not fill; and 1 MiB for graphs,
+// of which a launch takes 0.4 KiB for a layer of 4096 columns.
 constexpr int64_t kOfStream = 1 << 14, kOfGraphs = 1 << 18, kApart = 32;
 constexpr size_t kMostStreams = 64;
 
 struct OfDevice {
   std::map<uint64_t, at::Tensor> by_stream;
-  std::vector<at::Tensor> graphs;  // the last of which has room
+  std::vector<at::Tensor> graphs;  // the last one has room
   int64_t taken = kOfGraphs;
 };
 
@@ -43,8 +43,9 @@ uint32_t* of_a_graph(OfDevice& mine, int64_t count) {
   return found;
 }
 
-// While none is captured, since then nothing can be allocated for more than one graph. A replay may
-// be on any stream: so the zeros are there before a capture can begin.
+// Called while no graph is captured: what is allocated during a capture belongs to one graph only.
+// A replay may run on any stream, so this waits until the counters are zero before a capture can
+// begin.
 void make_room_for_graphs(OfDevice& mine, const at::Device& device) {
   if (2 * mine.taken < kOfGraphs) return;
   mine.graphs.push_back(zeros(device, kOfGraphs));
@@ -56,7 +57,7 @@ void make_room_for_graphs(OfDevice& mine, const at::Device& device) {
 
 uint32_t* decode_counts(const at::Device& device, int64_t count) {
   static std::mutex mutex;
-  // Never destroyed: at the end of a process the device may be gone first.
+  // Never destroyed: at the end of a process the device may already have been released.
   static auto& devices = *new std::map<int, OfDevice>();
   const std::lock_guard lock(mutex);
   OfDevice& mine = devices[index_of(device)];

@@ -1,5 +1,5 @@
-// The counts of lora_decode on the device: zero whenever a launch begins, and left at zero, so that
-// a call needs no launch of its own to clear them.
+// The counters of lora_decode on the device. They are zero when a launch begins and are left at
+// zero, so that a call needs no extra launch to clear them.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -8,10 +8,10 @@
 
 namespace lora_ext::kernel_launch {
 
-// So many for one launch on the current stream. Calls of one stream follow each other and share
-// theirs; a launch that is being captured gets its own for good, since replays of different graphs
-// may run side by side. nullptr where there are none left: then they lie in the call's workspace,
-// and are cleared before.
+// `count` counters for one launch on the current stream. Calls on one stream run one after the
+// other and share their counters. A launch that is captured gets counters of its own permanently,
+// since replays of different graphs may run concurrently. Returns nullptr if none are left: the
+// counters are then in the call's workspace and are cleared before the launch.
 uint32_t* decode_counts(const at::Device& device, int64_t count);
 
 }  // namespace lora_ext::kernel_launch

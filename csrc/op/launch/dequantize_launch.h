@@ -8,7 +8,7 @@
 
 namespace lora_ext::cuda {
 
-// Writes `out`, whose dtype it takes, on its device: the rest of the parameters is the caller's.
+// Writes `out` on its device, in its dtype. The caller sets the other parameters.
 void dequantize(kernel::Dequantize4bitParams params, const at::Tensor& out);
 void dequantize(kernel::Dequantize8bitParams params, const at::Tensor& out);
 

@@ -5,7 +5,7 @@
 namespace lora_ext::kernel_launch {
 namespace {
 
-// Matrices, or pools of them, whose rows have unit stride: themselves, or copies.
+// The matrices or pools with unit stride within a row: the tensors themselves, or copies.
 Factors with_rows(at::TensorList factors) {
   Factors out;
   out.reserve(factors.size());
@@ -15,7 +15,7 @@ Factors with_rows(at::TensorList factors) {
   return out;
 }
 
-// Without ranks, every slot of a pool has the whole rank.
+// If ranks is not given, every slot of a pool has the full rank.
 at::Tensor ranks_of(const Update& update) {
   const Grouping& many = *update.grouping;
   if (many.ranks) return many.ranks->contiguous();

@@ -1,5 +1,5 @@
-// What a launch with many adapters reads beside x and the base: factors, scalings, and which rows
-// each adapter has. Of index, offs, ranks and scaling only the addresses are read.
+// The operands of a launch with many adapters besides x and the base: factors, scalings, and which
+// rows each adapter has. On the host only the addresses of index, offs, ranks and scaling are used.
 #pragma once
 
 #include <vector>
@@ -9,12 +9,12 @@
 
 namespace lora_ext::kernel_launch {
 
-// Factors or gradients, and what keeps their memory until the launch: on the stream, freed memory
-// is not used again before the kernels have ended.
+// Factors or gradients, and the tensors that keep their memory alive until the launch. After that,
+// memory that is freed is not used again on the stream before the kernels have ended.
 class GroupedMatrices {
  public:
-  // `a` and `b` are lists or pools, as in `update`; an undefined tensor is a gradient that is not
-  // wanted.
+  // `a` and `b` are lists or pools, as in `update`; an undefined tensor is a gradient that was not
+  // requested.
   GroupedMatrices(const Update& update, at::TensorList a, at::TensorList b);
 
   const kernel::LoraGroupedMatrices& matrices() const { return matrices_; }
@@ -29,13 +29,13 @@ class GroupedOperands {
  public:
   explicit GroupedOperands(const Update& update);
 
-  // Of a call with so many rows.
+  // Fills in the operands of a call with this number of rows.
   void set(kernel::LoraGroupedOperands& operands, int64_t rows) const;
 
  private:
   int64_t adapters_, rank_;
   at::Tensor scaling_, index_, offs_;  // contiguous
-  Factors a_, b_;                      // rows of unit stride
+  Factors a_, b_;                      // unit stride within a row
   GroupedMatrices factors_;
 };
 

@@ -43,7 +43,7 @@ kernel::Matrix matrix_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr(), pitch_of(tensor), tensor.stride(1)};
 }
 
-// What calls of one adapter and of many have alike.
+// Shared by calls of one adapter and of many.
 template <class Operands, class Args>
 void set_common(Operands& o, const Args& args, const at::Tensor& workspace) {
   const Update& update = args.update;
@@ -64,7 +64,7 @@ void set_adapter(kernel::LoraLinearOperands& o, const Update& update) {
   o.scaling = static_cast<float>(update.scaling);
 }
 
-// Launches a forward whose adapters `operands` has already.
+// Launches a forward; `operands` already has the adapters.
 template <class Operands, class Launch>
 void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forward& out,
                     Operands& operands, const Launch& launch) {
@@ -84,7 +84,7 @@ void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forwa
   check_launch(launch(half_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
 }
 
-// Launches a backward whose adapters and their gradients `operands` has already.
+// Launches a backward; `operands` already has the adapters and their gradients.
 template <class Operands, class Launch>
 void launch_backward(const plan::Plan& plan, const BackwardArgs& args, const Backward& out,
                      Operands& operands, const Launch& launch) {
@@ -97,7 +97,8 @@ void launch_backward(const plan::Plan& plan, const BackwardArgs& args, const Bac
   check_launch(launch(half_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
 }
 
-// Of all, if one is wanted: the kernels make those of one kind together.
+// Allocates the gradients of all factors of a kind if one is requested: the kernels compute them
+// together.
 Factors empty_gradients(at::TensorList factors, bool any_wanted) {
   Factors out(factors.size());
   if (!any_wanted) return out;

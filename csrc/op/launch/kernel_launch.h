@@ -18,7 +18,7 @@ bool is_capturing(const at::Device& device);  // on the current stream
 plan::Problem problem_of(const ForwardArgs& args);
 plan::Problem problem_of(const BackwardArgs& args);
 
-// Waits until the current stream is done, for some seconds at most. "", or the error in which its
+// Waits for the current stream, for at most `seconds`. Returns "" or the error with which its
 // kernels ended; nullopt if they have not ended.
 std::optional<std::string> wait(const at::Device& device, double seconds);
 
@@ -26,7 +26,7 @@ class LaunchError : public c10::Error {
   using Error::Error;
 };
 
-// Launches what the plan says on the current stream; the results are allocated here. Throws
+// Launches the kernels of the plan on the current stream and allocates the results. Throws
 // LaunchError if a launch fails.
 Forward run(const plan::Plan& plan, const ForwardArgs& args);
 Backward run(const plan::Plan& plan, const BackwardArgs& args);

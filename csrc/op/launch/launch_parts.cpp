@@ -50,7 +50,7 @@ cuda::Half half_of(at::ScalarType dtype) {
 
 void check_launch(const std::string& error, const at::Device& device) {
   if (error.empty()) return;
-  // cudaErrorMemoryAllocation: what a caller may answer with a smaller batch.
+  // cudaErrorMemoryAllocation: a caller may handle it, for example with a smaller batch.
   TORCH_CHECK_WITH(OutOfMemoryError, error.find("out of memory") == std::string::npos,
                    "lora_ext: launching the kernels on ", device, " failed: ", error);
   throw LaunchError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)},

@@ -1,5 +1,5 @@
-// What launches of one adapter and of many take from tensors: pitches, alignment, the mask, the
-// workspace, the stream, and what comes of an error.
+// Shared by launches of one adapter and of many: pitches, alignment, the mask, the workspace, the
+// stream, and errors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,21 +12,21 @@
 
 namespace lora_ext::kernel_launch {
 
-// Of one row, a tensor may have any stride; this is one of whole chunks.
+// The row pitch. A tensor of one row may have any stride: the result is then a multiple of a chunk.
 int64_t pitch_of(const at::Tensor& tensor);
-// A tensor's rows can be copied in 16-byte chunks, and by a tensor map, which has no place for rows
-// that overlap.
+// Whether the rows of a tensor can be copied in 16-byte chunks, and by a tensor map, which does not
+// support rows that overlap.
 bool aligned(const at::Tensor& tensor);
-// Of a result [rows, columns] that torch's allocator aligns.
+// The same for a result [rows, columns] from torch's allocator, which aligns it.
 bool aligned_rows(int64_t columns);
 
 kernel::Mask mask_of(const DropoutArgs& dropout);
 
 at::Tensor workspace_for(int64_t bytes, const at::Tensor& like);
 
-// The current stream of a CUDA device. Elsewhere, in tests, there is none.
+// The current stream of a CUDA device; nullptr for other devices, which occur in tests.
 void* stream_of(const at::Device& device);
-// Without an index a CUDA device is the current one.
+// The index of a CUDA device; if it has none, that of the current device.
 int index_of(const at::Device& device);
 cuda::Half half_of(at::ScalarType dtype);
 

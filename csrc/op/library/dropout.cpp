@@ -13,7 +13,7 @@
 namespace lora_ext {
 namespace {
 
-// Best available: the bits are the same in all.
+// The best kernels that are available: the bits are the same with all of them.
 const cpu::SkinnyKernels& dropout_kernels() {
   static const cpu::SkinnyKernels& kernels =
       cpu::avx512_kernels() != nullptr ? *cpu::avx512_kernels()

@@ -1,5 +1,5 @@
-// Each adapter's rows as a call of library_route.h: gathered, with dropout applied beforehand by
-// the rows that they are in x, onto a y that is given.
+// The rows of each adapter are one call of library_route.h on a given y: they are gathered, and
+// dropout is applied beforehand, with the row numbers that they have in x.
 #include "op/library/grouped_library_route.h"
 
 #include <ATen/ops/empty.h>
@@ -14,7 +14,7 @@
 namespace lora_ext::library_route {
 namespace {
 
-// The rows of one segment in tensors of the call.
+// Gathers the rows of one segment from the tensors of the call, and writes them back.
 class Rows {
  public:
   Rows(const Segments& segments, const Segment& segment, const at::Device& device)
@@ -34,7 +34,7 @@ class Rows {
       tensor.index_copy_(0, index_.to(at::kLong), rows);
     }
   }
-  // rows *= keep_scale * mask, by where they are in the call.
+  // rows *= keep_scale * mask, with the row numbers of the call.
   void drop(at::Tensor& rows, const DropoutArgs& dropout) const {
     for (int64_t begin = 0, end = 0; begin < count_; begin = end) {
       while (end < count_ && at_[end] - at_[begin] == end - begin) ++end;
@@ -56,16 +56,16 @@ at::Tensor factor_of(at::TensorList factors, bool pool, int64_t rank_dim, const 
               : factors[static_cast<size_t>(segment.adapter)];
 }
 
-// The adapter of one segment; its dropout has been applied.
+// The adapter of one segment, without dropout: it has been applied to the rows.
 Update update_of(const Update& update, const Segment& segment, const double* scaling) {
   const bool pool = update.is_pool();
   return Update::one(factor_of(update.lora_a, pool, 0, segment),
                      factor_of(update.lora_b, pool, 1, segment), scaling[segment.adapter]);
 }
 
-// drop(X) of the rows, for a y of some dtype: in the adapters' where something is dropped, and at
-// least in float32 for a wider y, so that x over the probability to keep it is not rounded to a
-// half x.
+// drop(X) of the rows, for a y of the given dtype. With dropout it is in the adapters' dtype, and
+// at least in float32 for a y wider than half: x divided by the keep probability is then not
+// rounded to half.
 at::Tensor inputs_of(const at::Tensor& x, const Update& update, at::ScalarType y,
                      const Rows& rows) {
   at::Tensor own = rows.of(x);
@@ -81,7 +81,7 @@ at::Tensor on_host(const at::Tensor& scaling) {
   return scaling.to(at::TensorOptions(at::kCPU).dtype(at::kDouble)).contiguous();
 }
 
-// Where an adapter's gradient goes, if it is wanted: for a pool into the gradient of all.
+// The gradients that are requested. With a pool, all adapters write into one tensor.
 struct Gradients {
   Gradients(at::TensorList factors, const Wishes& wanted) : each(factors.size()) {
     for (size_t i = 0; i < factors.size(); ++i) {

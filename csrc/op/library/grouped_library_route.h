@@ -1,5 +1,6 @@
-// Many adapters in ATen calls, on any device and dtype: a loop over those that have rows, whose
-// rows are gathered. It reads the index on the host, so that on a GPU it waits for the device.
+// Many adapters in ATen calls, on any device and dtype: a loop over the adapters that have rows,
+// which gathers the rows of each. It reads the index on the host, so on a GPU it waits for the
+// device.
 #pragma once
 
 #include "common/call.h"

@@ -4,11 +4,11 @@
 // comes first (addmm_ reads what at::linear wrote); on CUDA the expand comes first and the base
 // GEMM accumulates onto it with beta = 1, which saves the pass that a separate add would make.
 //
-// Adapters wider than the activations (and half ones in the CPU's backward), or a given y of
-// another dtype than x: row blocks in the widest dtype, in PEFT's order of operations (base
-// rounded, delta scaled, added wide, rounded), so that Y and dX have PEFT's bits. row_blocks.h
-// bounds the wide copies of x, of dY, of the base and of an update, of which at most two live at a
-// time: no temporary grows with the rows.
+// Adapters wider than the activations (and half adapters in the CPU's backward), or a given y whose
+// dtype is not x's: row blocks in the widest dtype, in PEFT's order of operations (base rounded,
+// delta scaled, added in the wide dtype, rounded), so that Y and dX have PEFT's bits. row_blocks.h
+// bounds the wide copies of x, of dY, of the base and of an update; at most two exist at a time, so
+// no temporary grows with the number of rows.
 #include "op/library/library_route.h"
 
 #include <ATen/ops/addmm.h>
@@ -25,12 +25,12 @@
 namespace lora_ext::library_route {
 namespace {
 
-// Whether one dtype is that of x, the adapters and y.
+// Whether x, the adapters and y have the same dtype.
 bool is_of_one_dtype(const at::Tensor& x, const Update& update, at::ScalarType y) {
   return x.scalar_type() == update.a().scalar_type() && x.scalar_type() == y;
 }
 
-// The adapters in the dtype in which sums are made.
+// The adapters in the dtype in which sums are computed.
 Update widened(const Update& update, at::ScalarType y) {
   const at::ScalarType wide = accumulation_dtype(c10::promoteTypes(update.a().scalar_type(), y));
   Update own = update;
@@ -38,8 +38,8 @@ Update widened(const Update& update, at::ScalarType y) {
   return own;
 }
 
-// The CPU library's half GEMMs of small size round on the way (rms of dX 1.17 times PEFT's): there
-// the low-rank part of backward runs in float whatever the adapters' dtype.
+// The CPU library's small half GEMMs round intermediate sums (rms error of dX 1.17 times PEFT's):
+// there the low-rank part of backward runs in float for adapters of any dtype.
 bool half_on_cpu(const at::Tensor& x) { return x.is_cpu() && is_half(x.scalar_type()); }
 
 // drop(X) of some rows, in the adapters' dtype.
@@ -89,7 +89,7 @@ Forward forward_same(const ForwardArgs& args) {
     y.addmm_(s, args.update.b().t(), 1, args.update.scaling);
   } else {
     y = at::empty({args.x.size(0), args.update.out_features()}, args.x.options());
-    // beta = 0 ignores what y holds; the scaling rides on the GEMM's alpha.
+    // beta = 0 ignores the old values of y; the scaling is the GEMM's alpha.
     const at::Tensor& start = args.base.bias ? *args.base.bias : y;
     at::addmm_out(y, start, s, args.update.b().t(), args.base.bias ? 1 : 0, args.update.scaling);
     add_base_forward(y, args.x, args.base);
@@ -97,8 +97,8 @@ Forward forward_same(const ForwardArgs& args) {
   return {y, args.need_s ? s.to(accumulation_dtype(s.scalar_type())) : s};
 }
 
-// Whether dlora_b is computed as (S^T dY)^T: MKL's gemm is 8 times slower the other way round when
-// r <= 8. Above, the transposition costs more than it saves.
+// Whether dlora_b is computed as (S^T dY)^T: for r <= 8 MKL's gemm is 8 times slower without the
+// transposition. For larger r the transposition costs more than it saves.
 bool transposed_dlora_b(const at::Tensor& s) { return s.size(1) <= 8; }
 
 Backward backward_wide(const BackwardArgs& args) {
@@ -132,7 +132,7 @@ Backward backward_wide(const BackwardArgs& args) {
     if (args.wanted.dx) {
       at::Tensor delta = at::mm(ds, args.update.a());
       if (args.update.dropout.enabled()) drop_(delta, args.update.dropout, row);
-      // PEFT's autograd rounds the delta on its way through the cast of x, then adds.
+      // PEFT's autograd rounds the delta in the backward of the cast of x, then adds it.
       out.dx.narrow(0, row, count).add_(delta.to(out.dx.scalar_type()));
     }
   });
@@ -141,7 +141,7 @@ Backward backward_wide(const BackwardArgs& args) {
 }
 
 // scaling * a b. On half tensors mul_(scaling) would round the scaling itself to half; a GEMM's
-// alpha stays float. beta = 0 ignores what the output holds.
+// alpha stays float. beta = 0 ignores the old values of the output.
 at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scaling) {
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
   return at::addmm_out(out, out, a, b, 0, scaling);

@@ -1,7 +1,7 @@
-// Every block is the same call: copied to one place, whose alignment is always the same, and filled
-// up with zeros where rows are missing. What is left to the library is that the rows of one product
-// are multiplied alike wherever they lie in it. Some do not, in the last rows: so a block of equal
-// rows is tried before the first call of a kind.
+// Every block is the same call: its rows are copied into one buffer, whose alignment is always the
+// same, and missing rows are filled with zeros. What depends on the library is that it multiplies
+// all rows of one product in the same way, at any position. Some libraries do not, in the last
+// rows: so before the first call of a kind, a block of equal rows is tried.
 #include "op/route/equal_blocks.h"
 
 #include <ATen/Parallel.h>
@@ -37,7 +37,7 @@ void for_equal_blocks(int64_t rows, int64_t block, const Run& run) {
   for (int64_t row = 0; row < rows; row += block) run(row, std::min(block, rows - row));
 }
 
-// [rows, columns] of numbers of which no two sums in another order are equal.
+// [rows, columns] of numbers whose sum differs if they are added in another order.
 at::Tensor wave(int64_t rows, int64_t columns, const at::Tensor& like) {
   const at::Tensor numbers = at::arange(rows * columns, like.options().dtype(at::kDouble));
   return numbers.mul_(0.7).sin_().view({rows, columns}).to(like.scalar_type());
@@ -64,11 +64,12 @@ void check_rows_are_alike(const at::Tensor& rows, const Base& base, int64_t bloc
       " they do not on this processor; call it outside of the block, or in another dtype");
 }
 
-// What decides which kernels a block gets: forward or backward, sizes, dtypes, threads, and ours.
+// What selects the kernels of a block: forward or backward, sizes, dtypes, number of threads, and
+// the instruction set of our kernels.
 using Kind = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, at::ScalarType, at::ScalarType,
                         int, std::string>;
 
-// Calls run() for the first call of a kind.
+// Calls run() before the first call of each kind.
 template <class Run>
 void once_for(bool is_forward, const at::Tensor& x, const Update& update, int64_t block,
               const Run& run) {
@@ -143,7 +144,7 @@ Backward backward_in_blocks(const BackwardArgs& args) {
   own.wanted = Wanted::one(true, false, false);
   own.base.packed_t = std::nullopt;
   own.grad = rows_like(args.grad, block);
-  own.x = rows_like(args.x, block), own.s = rows_like(args.s, block);  // of dX nobody reads them
+  own.x = rows_like(args.x, block), own.s = rows_like(args.s, block);  // not read for dX
   try_backward(own, block);
   out.dx = rows_like(args.x, rows);
   for_equal_blocks(rows, block, [&](int64_t row, int64_t count) {

@@ -1,6 +1,6 @@
-// A call in blocks of base.row_block rows, that all have the same number of rows, so that what a
-// row gets is the same in a call of any number: a library chooses its kernels, and a route its
-// passes, by the rows.
+// Computes a call in blocks that all have base.row_block rows, so that the result of a row is the
+// same in a call with any number of rows. Otherwise the library chooses its kernels, and a route
+// its passes, by the number of rows.
 #pragma once
 
 #include "common/call.h"

@@ -28,7 +28,7 @@ std::atomic<int>& reserved() {
   return sms;
 }
 
-// Whatever a plan and the kernels' check depend on.
+// Everything that a plan and the check of its kernels depend on.
 struct PlannedCall {
   int device;
   plan::Problem problem;
@@ -61,8 +61,8 @@ plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
   return plan::make_plan(card, call.problem, request);
 }
 
-// Whether the kernels may run: they have passed their check, or pass it now. nullopt where it could
-// not be made this time.
+// Whether the kernels may run: they have passed their check, or pass it now. nullopt if the check
+// could not be made this time.
 std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
                             const PlannedCall& call) {
   if (!plan.has_kernels()) return false;
@@ -72,14 +72,14 @@ std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
   try {
     return kernel_check::check(device, kernel_launch::card_of(device), kernels).empty();
   } catch (const c10::OutOfMemoryError&) {
-    return std::nullopt;  // the call itself may still have what it needs
+    return std::nullopt;  // there may still be enough memory for the call itself
   }
 }
 
-// The plan whose kernels may run, or null for the library route. What is certain is remembered, by
-// each thread for itself: planning a call takes ten times as long as finding its plan again.
+// The plan, if its kernels may run, or null for the library route. Definite answers are cached, for
+// each thread separately: planning a call takes ten times as long as finding its plan in the cache.
 const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call) {
-  constexpr size_t kMost = 4096;  // then all are forgotten: serving has ever new shapes
+  constexpr size_t kMost = 4096;  // then the cache is cleared: serving always has new shapes
   thread_local std::map<PlannedCall, std::optional<plan::Plan>> plans;
   auto known = plans.find(call);
   if (known == plans.end()) {

@@ -1,5 +1,5 @@
-// The route of a call: on CUDA the kernels where the planner chooses them, on the CPU the vector
-// code, else the library.
+// Chooses the route of a call: on CUDA the kernels if the planner chooses them, on the CPU the
+// vector code, otherwise the library.
 #pragma once
 
 #include "common/call.h"
