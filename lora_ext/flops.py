@@ -52,9 +52,7 @@ def _ranks(
 ) -> list[int]:
     """For each adapter, its rank times its number of rows; a single adapter has all rows."""
     where = index if index is not None else offs
-    if where is None:
-        one = lora_a if isinstance(lora_a, Tensor) else lora_a[0]
-        return [one.shape[0] * _rows(x)]
+    assert where is not None
     is_pool = lora_a[0].dim() == 3
     count = len(lora_a[0]) if is_pool else len(lora_a)
     each = [lora_a[0].shape[1]] * count if is_pool else [a.shape[0] for a in lora_a]
@@ -71,32 +69,38 @@ def _ranks(
     return [rank * n for rank, n in zip(each, rows, strict=True)]
 
 
-# The op's arguments after lora_b, for the positions of index, offs and ranks.
-_LAST = ("index", "offs", "ranks")
-_BEFORE = 11
-
-
-def _groups(rest: Sequence[Any], options: dict[str, Any]) -> list[Tensor | None]:
-    given = (*rest[_BEFORE:], None, None, None)[:3]
-    return [options.get(name, value) for name, value in zip(_LAST, given, strict=True)]
-
-
 def _wanted(ranks: list[int], wanted: Sequence[bool]) -> int:
     wanted = list(wanted) * len(ranks) if len(wanted) == 1 else wanted
     return sum(rank for rank, wants in zip(ranks, wanted, strict=True) if wants)
 
 
-@register_flop_formula([_ops.lora, _ops.lora_grouped, _ops.lora_forward], get_raw=True)
-def _(x, weight, y, lora_a, lora_b, *rest, **options) -> int:
+@register_flop_formula([_ops.lora, _ops.lora_forward], get_raw=True)
+def _(x, weight, y, lora_a, *_, **__) -> int:
     out = y.shape[-1] if weight is None else weight.shape[0]
-    return _forward(x, out, weight is not None, sum(_ranks(x, lora_a, *_groups(rest, options))))
+    return _forward(x, out, weight is not None, _rows(x) * lora_a.shape[0])
 
 
 @register_flop_formula(_ops.lora_backward, get_raw=True)
-def _(grad, s, of_base, wanted_a, wanted_b, x, weight, y, lora_a, lora_b, *rest, **options) -> int:
-    each = _ranks(x, lora_a, *_groups(rest, options))
+def _(grad, s, wanted, x, weight, y, lora_a, *_, **__) -> int:
+    dx, da, db, _bias = wanted
+    ranks = _rows(x) * lora_a.shape[0]
+    return _backward(x, grad.shape[-1], weight is not None, ranks, ranks * da, ranks * db, dx)
+
+
+@register_flop_formula([_ops.lora_grouped, _ops.lora_grouped_forward], get_raw=True)
+def _(x, weight, y, lora_a, lora_b, scaling, index=None, offs=None, ranks=None, *_, **__) -> int:
+    out = y.shape[-1] if weight is None else weight.shape[0]
+    return _forward(x, out, weight is not None, sum(_ranks(x, lora_a, index, offs, ranks)))
+
+
+@register_flop_formula(_ops.lora_grouped_backward, get_raw=True)
+def _(
+    grad, s, wanted, wanted_a, wanted_b, x, weight, y, lora_a, lora_b, scaling, index=None,
+    offs=None, ranks=None, *_, **__
+) -> int:  # fmt: skip
+    each = _ranks(x, lora_a, index, offs, ranks)
     wants = (_wanted(each, wanted_a), _wanted(each, wanted_b))
-    return _backward(x, grad.shape[-1], weight is not None, sum(each), *wants, of_base[0])
+    return _backward(x, grad.shape[-1], weight is not None, sum(each), *wants, wanted[0])
 
 
 def _rows_of_experts(x: Tensor, token: Tensor | None, offs: Tensor) -> int:

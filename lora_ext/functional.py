@@ -153,8 +153,8 @@ def _linear_of_many(
     if isinstance(weight, QuantizedWeight):
         call = Call(weight, scalings, dropout_p, seed, groups)
         return quantized_linear(call, x, first, second, bias)
-    rest = (dropout_p, seed, 0, 0, False, packed, packed_t, 0)
-    return _grouped(x, weight, None, first, second, 1.0, bias, *rest, scalings, *groups)
+    rest = (dropout_p, seed, 0, 0, False, packed, packed_t)
+    return _grouped(x, weight, None, first, second, scalings, *groups, bias, *rest)
 
 
 def lora_update(
@@ -223,8 +223,7 @@ def lora_update(
     dropout = (dropout_p, seed, row_offset, col_offset)
     if not many:
         return _lora(x, None, y, lora_a, lora_b, scaling, None, *dropout)
-    groups = {"scalings": scaling, "index": index, "offs": offs, "ranks": ranks}
-    return _grouped(x, None, y, lora_a, lora_b, 1.0, None, *dropout, **groups)
+    return _grouped(x, None, y, lora_a, lora_b, scaling, index, offs, ranks, None, *dropout)
 
 
 def base_linear(

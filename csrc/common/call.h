@@ -142,8 +142,8 @@ struct BackwardArgs {
   Wanted wanted;
 
   // For calls with one adapter.
-  bool need_dlora_a() const { return wanted.dlora_a[0]; }
-  bool need_dlora_b() const { return wanted.dlora_b[0]; }
+  bool need_dlora_a() const { return wanted.any_a(); }
+  bool need_dlora_b() const { return wanted.any_b(); }
 };
 
 struct Forward {

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "common/check.h"
 #include "op/autograd_checks.h"
 #include "op/ops.h"
 
@@ -35,21 +36,12 @@ bool any_input(const at::Tensor& x, const Base& base, const Update& update, cons
          (base.bias && holds(*base.bias));
 }
 
-// Saves the pack of the transposed weight, for backward, and the storage that it was packed from.
-// The pack is loaded only if the weight still has this storage. Its address would not be enough:
-// another storage may have it by then.
-void save_pack(AutogradContext* ctx, const Base& base) {
-  if (!base.packed_t) return;
-  ctx->saved_data["packed_t"] = *base.packed_t;
-  ctx->saved_data["packed_of"] = base.weight.storage();
-}
-
-void load_pack(AutogradContext* ctx, Base& base) {
-  auto& data = ctx->saved_data;
-  if (data.count("packed_t") != 0 &&
-      data["packed_of"].toStorage().is_alias_of(base.weight.storage())) {
-    base.packed_t = data["packed_t"].toTensor();
-  }
+// Whether a weight still has the values from which a pack was made: in the same memory, which
+// `packed_of`, an alias of that weight, has kept from being given to another tensor.
+bool is_still(const at::Tensor& weight, const at::Tensor& packed_of) {
+  return weight.const_data_ptr() == packed_of.const_data_ptr() &&
+         weight.scalar_type() == packed_of.scalar_type() && weight.sizes() == packed_of.sizes() &&
+         weight.strides() == packed_of.strides();
 }
 
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
@@ -58,7 +50,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
   // TensorLists among the arguments, but not tensors inside of other values.
   static constexpr size_t kX = 0, kBase = 1, kFactors = 2;
   // The tensors that are saved before the factors; the last four only with many adapters.
-  enum Saved { kSavedX, kWeight, kS, kSeed, kScaling, kIndex, kOffs, kRanks };
+  enum Saved { kSavedX, kWeight, kPackedOf, kS, kSeed, kScaling, kIndex, kOffs, kRanks };
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
                             const at::Tensor& /*base_tensor*/, at::TensorList lora_a,
@@ -68,7 +60,8 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     auto [y, s] = ops::lora_forward(x, base, update);
     const at::Tensor none;
     const DropoutArgs& dropout = update.dropout;
-    variable_list saved = {x, base.weight, s, dropout.seed.value_or(none)};
+    const at::Tensor packed_of = base.packed_t ? base.weight.detach() : none;
+    variable_list saved = {x, base.weight, packed_of, s, dropout.seed.value_or(none)};
     if (const std::optional<Grouping>& many = update.grouping) {
       saved.insert(saved.end(), {many->scaling, many->index.value_or(none),
                                  many->offs.value_or(none), many->ranks.value_or(none)});
@@ -77,21 +70,22 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     saved.insert(saved.end(), lora_b.begin(), lora_b.end());
     ctx->save_for_backward(std::move(saved));
     auto& data = ctx->saved_data;
-    if (update.is_one()) data["scaling"] = update.scaling;
+    data["is_one"] = update.is_one();
+    data["scaling"] = update.scaling;
     data["dropout_p"] = dropout.p;
     data["row_offset"] = dropout.row_offset;
     data["col_offset"] = dropout.col_offset;
     data["cast_weight"] = base.cast_weight;
     data["has_bias"] = bias.has_value();
     data["row_block"] = base.row_block;
-    save_pack(ctx, base);
+    if (base.packed_t) data["packed_t"] = *base.packed_t;
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    const bool is_one = data.count("scaling") != 0;
+    const bool is_one = data["is_one"].toBool();
     const size_t begin = is_one ? kScaling : kRanks + 1, factors = (saved.size() - begin) / 2;
     const size_t bias = kFactors + 2 * factors;
     variable_list out(bias + 3);
@@ -99,12 +93,14 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     if (!grad.defined()) return out;
     Base base{saved[kWeight]};
     base.cast_weight = data["cast_weight"].toBool(), base.row_block = data["row_block"].toInt();
-    load_pack(ctx, base);
+    if (data.count("packed_t") != 0 && is_still(base.weight, saved[kPackedOf])) {
+      base.packed_t = data["packed_t"].toTensor();
+    }
     const auto first = saved.begin() + static_cast<int64_t>(begin);
     const auto middle = first + static_cast<int64_t>(factors);
     Update update{{first, middle},
                   {middle, saved.end()},
-                  is_one ? data["scaling"].toDouble() : 1.0,
+                  data["scaling"].toDouble(),
                   {data["dropout_p"].toDouble(), optional(saved[kSeed]),
                    data["row_offset"].toSymInt(), data["col_offset"].toSymInt()}};
     if (!is_one) {
@@ -112,32 +108,32 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
                                  optional(saved[kRanks])};
     }
     if (base.is_given() && ctx->needs_input_grad(kBase)) out[kBase] = grad;
-    const WantedOfBase wanted{ctx->needs_input_grad(kX),
-                              data["has_bias"].toBool() && ctx->needs_input_grad(bias)};
-    c10::List<bool> wanted_a, wanted_b;
+    Wanted wanted{ctx->needs_input_grad(kX), Wishes(factors), Wishes(factors),
+                  data["has_bias"].toBool() && ctx->needs_input_grad(bias)};
     for (size_t i = 0; i < factors; ++i) {
-      wanted_a.push_back(ctx->needs_input_grad(kFactors + i));
-      wanted_b.push_back(ctx->needs_input_grad(kFactors + factors + i));
+      wanted.dlora_a[i] = ctx->needs_input_grad(kFactors + i);
+      wanted.dlora_b[i] = ctx->needs_input_grad(kFactors + factors + i);
     }
     variable_list da, db;
-    std::tie(out[kX], da, db, out[bias]) = ops::lora_backward(
-        grad, saved[kS], wanted, wanted_a, wanted_b, saved[kSavedX], base, update);
-    place(da, wanted_a, out, kFactors);
-    place(db, wanted_b, out, kFactors + factors);
+    std::tie(out[kX], da, db, out[bias]) =
+        ops::lora_backward(grad, saved[kS], wanted, saved[kSavedX], base, update);
+    place(da, wanted.dlora_a, out, kFactors);
+    place(db, wanted.dlora_b, out, kFactors + factors);
     return out;
   }
 
   // Puts the requested gradients at their positions among all inputs.
-  static void place(const variable_list& gradients, const c10::List<bool>& wanted,
-                    variable_list& out, size_t at) {
+  static void place(const variable_list& gradients, const Wishes& wanted, variable_list& out,
+                    size_t at) {
     size_t next = 0;
     for (size_t i = 0; i < wanted.size(); ++i) {
-      if (wanted.get(i)) out[at + i] = gradients[next++];
+      if (wanted[i]) out[at + i] = gradients[next++];
     }
   }
 };
 
 at::Tensor lora_autograd(const at::Tensor& x, const Base& base, const Update& update) {
+  LORA_EXT_CHECK(tensor_of(base).defined(), "expected a weight or a y, but got neither");
   check_no_tangents(base, any_input(x, base, update, has_tangent));
   if (at::GradMode::is_enabled()) {
     check_frozen(base);
@@ -151,13 +147,12 @@ at::Tensor lora_autograd(const at::Tensor& x, const Base& base, const Update& up
   return ops::lora(x, base, update);
 }
 
-Gradients lora_backward_autograd(const at::Tensor& grad, const at::Tensor& s, WantedOfBase wanted,
-                                 const c10::List<bool>& wanted_a, const c10::List<bool>& wanted_b,
+Gradients lora_backward_autograd(const at::Tensor& grad, const at::Tensor& s, const Wanted& wanted,
                                  const at::Tensor& x, const Base& base, const Update& update) {
   Gradients out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = ops::lora_backward(grad, s, wanted, wanted_a, wanted_b, x, base, update);
+    out = ops::lora_backward(grad, s, wanted, x, base, update);
   }
   if (!at::GradMode::is_enabled()) return out;
   auto& [dx, da, db, dbias] = out;
@@ -177,8 +172,11 @@ Gradients lora_backward_autograd(const at::Tensor& grad, const at::Tensor& s, Wa
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {
   m.impl("lora", TORCH_FN(Lora::flat<lora_autograd>));
   m.impl("lora_grouped", TORCH_FN(LoraGrouped::flat<lora_autograd>));
-  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<lora_backward_autograd>));
+  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<backward_of_one<lora_backward_autograd>>));
+  m.impl("lora_grouped_backward",
+         TORCH_FN(LoraGroupedBackward::flat<backward_of_many<lora_backward_autograd>>));
   m.impl("lora_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lora_grouped_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("dropout_mask", torch::CppFunction::makeFallthrough());
 }
 

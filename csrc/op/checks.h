@@ -10,13 +10,8 @@ namespace lora_ext {
 void check_forward(const at::Tensor& x, const Base& base, const Update& update);
 
 // grad is dY [..., N], s is S [M, r].
-void check_backward(const at::Tensor& grad, const at::Tensor& x, const Base& base,
-                    const Update& update, const at::Tensor& s);
-
-// wanted_a and wanted_b: for each tensor of lora_a and of lora_b, whether its gradient is
-// requested.
-Wanted checked_wanted(WantedOfBase of_base, const c10::List<bool>& wanted_a,
-                      const c10::List<bool>& wanted_b, const Base& base, const Update& update);
+void check_backward(const at::Tensor& grad, const at::Tensor& s, const Wanted& wanted,
+                    const at::Tensor& x, const Base& base, const Update& update);
 
 // The dtype must be float64, float32, bfloat16 or float16.
 void check_supported(const char* op, const char* name, at::ScalarType dtype);

@@ -1,4 +1,4 @@
-// The op layer: lora_ext::lora, lora_grouped, lora_forward and lora_backward for real tensors on
+// The op layer: lora_ext::lora, lora_grouped, their forwards and backwards for real tensors on
 // the CPU and on CUDA. Checks, flattens to 2-D, and calls the route of the device.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -55,12 +55,10 @@ std::vector<at::Tensor> defined_of(at::TensorList gradients) {
   return out;
 }
 
-Gradients lora_backward(const at::Tensor& grad, const at::Tensor& s, WantedOfBase of_base,
-                        const c10::List<bool>& wanted_a, const c10::List<bool>& wanted_b,
+Gradients lora_backward(const at::Tensor& grad, const at::Tensor& s, const Wanted& wanted,
                         const at::Tensor& x, const Base& base, const Update& update) {
   const NoAutocast no_autocast;
-  const Wanted wanted = checked_wanted(of_base, wanted_a, wanted_b, base, update);
-  check_backward(grad, x, base, update, s);
+  check_backward(grad, s, wanted, x, base, update);
   const at::ScalarType dtype = x.scalar_type();
   at::Tensor dbias;
   if (wanted.dbias) dbias = sum_of_rows(grad, base.weight.size(0), accumulation_dtype(dtype));
@@ -81,7 +79,10 @@ void register_lora(torch::Library& m) {
   m.impl("lora", TORCH_FN(Lora::flat<lora>));
   m.impl("lora_grouped", TORCH_FN(LoraGrouped::flat<lora>));
   m.impl("lora_forward", TORCH_FN(LoraForward::flat<lora_forward>));
-  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<lora_backward>));
+  m.impl("lora_grouped_forward", TORCH_FN(LoraGroupedForward::flat<lora_forward>));
+  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<backward_of_one<lora_backward>>));
+  m.impl("lora_grouped_backward",
+         TORCH_FN(LoraGroupedBackward::flat<backward_of_many<lora_backward>>));
 }
 
 }  // namespace

@@ -37,11 +37,9 @@ at::Tensor lora_meta(const at::Tensor& x, const Base& base, const Update& update
   return std::get<0>(lora_forward_meta(x, base, update));
 }
 
-Gradients lora_backward_meta(const at::Tensor& grad, const at::Tensor& s, WantedOfBase of_base,
-                             const c10::List<bool>& wanted_a, const c10::List<bool>& wanted_b,
+Gradients lora_backward_meta(const at::Tensor& grad, const at::Tensor& s, const Wanted& wanted,
                              const at::Tensor& x, const Base& base, const Update& update) {
-  const Wanted wanted = checked_wanted(of_base, wanted_a, wanted_b, base, update);
-  check_backward(grad, x, base, update, s);
+  check_backward(grad, s, wanted, x, base, update);
   at::Tensor dbias;
   if (wanted.dbias) {
     dbias = unfilled({base.weight.sym_size(0)}, grad, accumulation_dtype(x.scalar_type()));
@@ -62,7 +60,10 @@ TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
   m.impl("lora", TORCH_FN(Lora::flat<lora_meta>));
   m.impl("lora_grouped", TORCH_FN(LoraGrouped::flat<lora_meta>));
   m.impl("lora_forward", TORCH_FN(LoraForward::flat<lora_forward_meta>));
-  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<lora_backward_meta>));
+  m.impl("lora_grouped_forward", TORCH_FN(LoraGroupedForward::flat<lora_forward_meta>));
+  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<backward_of_one<lora_backward_meta>>));
+  m.impl("lora_grouped_backward",
+         TORCH_FN(LoraGroupedBackward::flat<backward_of_many<lora_backward_meta>>));
   m.impl("dropout_mask", TORCH_FN(dropout_mask_meta));
 }
 

@@ -69,7 +69,7 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> Runs | None:
 def _update_of(pools: Pools, run: Run) -> dict[str, Any]:
     """The op's arguments for many adapters with offs, without dropout."""
     lora_a, lora_b = [pools.lora_a], [pools.lora_b]
-    return {"lora_a": lora_a, "lora_b": lora_b, "scalings": pools.scaling, "offs": run.offs}
+    return {"lora_a": lora_a, "lora_b": lora_b, "scaling": pools.scaling, "offs": run.offs}
 
 
 def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
         sums = products.forward(part, weight, bias, run)
         if factors is not None:
             pools = pools_of(factors, experts, run.hit, weight.dtype)
-            sums, s[where] = _ops.lora_forward(part, None, sums, **_update_of(pools, run))
+            sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **_update_of(pools, run))
         if taken.is_whole:
             y = sums
         else:
@@ -190,7 +190,7 @@ def _update_backward(
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
     pools = pools_of(factors, experts, run.hit, weight.dtype)
     wanted = ([want_x, False], [want_a], [want_b])
-    dx, (*da,), (*db,), _ = _ops.lora_backward(
+    dx, (*da,), (*db,), _ = _ops.lora_grouped_backward(
         grad, s.contiguous(), *wanted, x, None, None, **_update_of(pools, run)
     )
     gradients.write(run.hit, da[0] if da else None, db[0] if db else None)

@@ -67,8 +67,10 @@ _kinds: dict[type, _Finder | None] = {}
 
 
 def _kind_of(kind: type) -> _Finder | None:
-    try:
+    # A compiled graph would be guarded by what the cache holds, and compiled again when it grows.
+    if not torch.compiler.is_compiling() and kind in _kinds:
         return _kinds[kind]
-    except KeyError:
-        found = _FINDERS.get(f"{kind.__module__}.{kind.__qualname__}")
-        return _kinds.setdefault(kind, found)
+    found = _FINDERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    if not torch.compiler.is_compiling():
+        _kinds[kind] = found
+    return found

@@ -171,12 +171,12 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def _options(call: Call) -> dict[str, Any]:
-    """The op's arguments other than tensors with a gradient."""
-    options = {"dropout_p": call.dropout_p, "seed": call.seed}
+    """What the op takes beside tensors with a gradient."""
+    options = {"scaling": call.scaling, "dropout_p": call.dropout_p, "seed": call.seed}
     if call.groups is None:
-        return options | {"scaling": call.scaling}
+        return options
     index, offs, ranks = call.groups
-    return options | {"scalings": call.scaling, "index": index, "offs": offs, "ranks": ranks}
+    return options | {"index": index, "offs": offs, "ranks": ranks}
 
 
 def _forward(
@@ -187,7 +187,7 @@ def _forward(
     lora_b: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
-    if call.groups is None:  # vmap does not support lists
+    if call.groups is None:
         return _ops.lora(x, weight, None, *lora_a, *lora_b, bias=bias, **_options(call))
     return _ops.lora_grouped(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
 
@@ -200,7 +200,9 @@ def _forward_for_backward(
     lora_b: Sequence[Tensor],
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return _ops.lora_forward(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
+    if call.groups is None:
+        return _ops.lora_forward(x, weight, None, *lora_a, *lora_b, bias=bias, **_options(call))
+    return _ops.lora_grouped_forward(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
 
 
 def _backward(
@@ -216,11 +218,19 @@ def _backward(
     want: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(dx, dbias, gradients of the factors), None if not requested."""
+    if call.groups is None:
+        wanted = [want_x, *want, want_bias]
+        dx, da, db, dbias = _ops.lora_backward(
+            grad, s, wanted, x, weight, None, *lora_a, *lora_b, **_options(call)
+        )
+        found = (dx, dbias, da, db)
+        flags = (want_x, want_bias, *want)
+        return tuple(g if wants else None for g, wants in zip(found, flags, strict=True))
     half = len(want) // 2
     wanted = ([want_x, want_bias], list(want[:half]), list(want[half:]))
-    dx, da, db, dbias = _ops.lora_backward(
+    dx, da, db, dbias = _ops.lora_grouped_backward(
         grad, s, *wanted, x, weight, None, lora_a, lora_b, **_options(call)
     )
-    found = iter((*da, *db))  # contains only the requested ones
+    found = iter((*da, *db))  # only those that are requested
     gradients = [next(found) if wants else None for wants in want]
     return dx if want_x else None, dbias if want_bias else None, *gradients

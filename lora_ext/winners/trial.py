@@ -100,12 +100,11 @@ class Trial:
 
     def backward(self) -> tuple[Tensor, ...]:
         """Gradients of x, lora_a and lora_b."""
-        wanted = ([True, False], [True], [True])
-        dx, (da,), (db,), _ = _backward(self.grad, self.s, *wanted, *self._operands())
-        return dx, da, db
+        wanted = [True, True, True, False]
+        return _backward(self.grad, self.s, wanted, *self._operands())[:3]
 
     def _operands(self) -> tuple[Any, ...]:
-        factors = ([self.lora_a], [self.lora_b])
+        factors = (self.lora_a, self.lora_b)
         return (self.x, self.weight, None, *factors, _SCALING, None, self.dropout_p, self.seed)
 
     def run(self, backward: bool) -> object:

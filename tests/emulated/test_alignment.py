@@ -17,14 +17,11 @@ lora_ext.kernels.set_early_launch(False)
 M, K, N = 70, 96, 136
 ROWS = {"x": (M, K), "grad": (M, N), "weight": (N, K), "lora_a": (16, K), "lora_b": (N, 16)}
 def forward(x, weight, a, b):
-    return torch.ops.lora_ext.lora_forward(x, weight, None, [a], [b], 2.0)
+    return torch.ops.lora_ext.lora_forward(x, weight, None, a, b, 2.0)
 
 def backward(grad, x, weight, a, b, s):
-    inputs = (x, weight, None, [a], [b], 2.0)
-    dx, (da,), (db,), _ = torch.ops.lora_ext.lora_backward(
-        grad, s, [True, False], [True], [True], *inputs
-    )
-    return dx, da, db
+    inputs = (x, weight, None, a, b, 2.0)
+    return torch.ops.lora_ext.lora_backward(grad, s, [True, True, True, False], *inputs)[:3]
 
 
 def numbers(shape, seed):

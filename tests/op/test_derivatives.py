@@ -71,3 +71,18 @@ def test_functions_transformed_by_torch_func_name_the_reference(call, name, leav
 def test_the_reference_has_second_derivatives(call, name, leaves):
     by = getattr(reference, f"{name}_reference")
     assert gradgradcheck(lambda *tensors: call(*tensors, by), tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("name", ["lora_linear", "lora_update"])
+def test_batched_gradients_are_those_of_a_loop(device, name):
+    """`is_grads_batched` is a vmap over the backward, which cannot take lists of tensors."""
+    problem = make_problem(6, 5, 4, 3, (F64, F64), device)
+    leaves = [leaf(getattr(problem, each)) for each in INPUTS]
+    x, *factors = leaves
+    first = (x, problem.weight) if name == "lora_linear" else (problem.grad, x)
+    y = getattr(lora_ext, name)(*first, *factors)
+    grads = torch.stack([problem.grad, problem.grad * 2])
+    found = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    one = torch.autograd.grad(y, leaves, problem.grad)
+    for batched, single in zip(found, one, strict=True):
+        torch.testing.assert_close(batched, torch.stack([single, single * 2]))

@@ -228,11 +228,11 @@ def test_opcheck(device, pair, dropout_p):
     tensors = (y, problem.x, problem.lora_a, problem.lora_b)
     tail = (0.7, dropout_p, seed, 2, 1)
     torch.library.opcheck(OPS.lora.default, op_calls.update_inputs(*map(leaf, tensors), *tail))
-    inputs = op_calls.one_in_lists(op_calls.update_inputs(*tensors, *tail))
+    inputs = op_calls.update_inputs(*tensors, *tail)
     torch.library.opcheck(OPS.lora_forward.default, inputs)
     _, s = op_calls.lora_update_forward(*tensors, *tail)
-    operands = op_calls.one_in_lists(op_calls.update_inputs(None, *tensors[1:], *tail))
-    inputs = (grad, s, [True, False], [False], [True], *operands)
+    operands = op_calls.update_inputs(None, *tensors[1:], *tail)
+    inputs = (grad, s, [True, False, True, False], *operands)
     torch.library.opcheck(OPS.lora_backward.default, inputs)
 
 

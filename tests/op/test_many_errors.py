@@ -189,13 +189,25 @@ def test_a_backward_wants_a_wish_for_each_factor():
     operands = (many.x, many.weight, many.lora_a, many.lora_b)
     _, s = op_calls.lora_linear_grouped_forward(*operands, groups)
     with pytest.raises(
-        RuntimeError, match="expected a wish for each of the 2 factors, but got 1 and 2"
+        RuntimeError,
+        match="gradient of each of the 2 factors, but got 1 and 2",
     ):
         wanted = ([True, False], [True], [True, True])
         op_calls.lora_linear_grouped_backward(many.grad, *operands, s, groups, wanted)
     with pytest.raises(RuntimeError, match=r"expected s of shape \[6, 3\], but got \[6, 2\]"):
         wanted = ([True, False], [True] * 2, [True] * 2)
         op_calls.lora_linear_grouped_backward(many.grad, *operands, s[:, :2], groups, wanted)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "said"),
+    [((0, 0), "at least one adapter"), ((1, 2), "as many lora_b as lora_a"), ((2, 2), "neither")],
+)
+def test_the_op_itself_refuses_lists_without_rows(adapters, said):
+    many = make_many(6, 16, 24, (2, 2), bias=False)
+    lists = (factors[:n] for factors, n in zip((many.lora_a, many.lora_b), adapters, strict=True))
+    with pytest.raises(RuntimeError, match=said):
+        op_calls.lora_linear_grouped(many.x, many.weight, *lists, (many.scaling,))
 
 
 def test_more_rows_than_an_int32_counts():

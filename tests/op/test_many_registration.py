@@ -35,18 +35,18 @@ def sample(name, device, **options):
 def test_opcheck_lora_linear_grouped(device, name, dropout_p):
     many = sample(name, device).each_factor(leaf)
     seed = torch.tensor(3, device=device) if dropout_p else None
-    rest = (1.0, leaf(many.bias), dropout_p, seed, 2, 1)
+    rest = (*grouped(many.scaling, many.index), leaf(many.bias), dropout_p, seed, 2, 1)
     inputs = (leaf(many.x), many.weight, None, many.lora_a, many.lora_b, *rest)
-    torch.library.opcheck(OPS.lora_grouped.default, inputs, grouped(many.scaling, many.index))
+    torch.library.opcheck(OPS.lora_grouped.default, inputs)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck_lora_update_grouped(device, name):
     many = sample(name, device, given=SAMPLES[name][1][0]).each_factor(leaf)
     seed = torch.tensor(3, device=device)
-    rest = (1.0, None, 0.5, seed, 2, 1)
+    rest = (*grouped(many.scaling, many.index), None, 0.5, seed, 2, 1)
     inputs = (leaf(many.x), None, leaf(many.y), many.lora_a, many.lora_b, *rest)
-    torch.library.opcheck(OPS.lora_grouped.default, inputs, grouped(many.scaling, many.index))
+    torch.library.opcheck(OPS.lora_grouped.default, inputs)
 
 
 @pytest.mark.parametrize("by", ["index", "offs"])
@@ -56,8 +56,9 @@ def test_opcheck_of_a_pool(device, by):
     many = make_many(30, 16, 24, (1,) * 4, device=device)
     offs = torch.tensor([3, 9, 9, 25], dtype=torch.int32, device=device)
     groups = (many.index, None, ranks) if by == "index" else (None, offs, ranks)
-    inputs = (leaf(many.x), many.weight, None, [leaf(a)], [leaf(b)])
-    torch.library.opcheck(OPS.lora_grouped.default, inputs, grouped(many.scaling, *groups))
+    rest = grouped(many.scaling, *groups)
+    inputs = (leaf(many.x), many.weight, None, [leaf(a)], [leaf(b)], *rest)
+    torch.library.opcheck(OPS.lora_grouped.default, inputs)
 
 
 MASKS = [

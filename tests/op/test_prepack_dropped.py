@@ -190,17 +190,20 @@ def test_a_weight_of_inference_mode_is_not_packed():
         assert prepack(weight).is_packed
 
 
-def test_a_packed_transpose_does_not_outlive_a_change_before_backward():
-    """`weight.data = other` between forward and backward: dX is of the other, as torch's is."""
+@pytest.mark.parametrize("is_near", [False, True])
+def test_a_packed_transpose_does_not_outlive_a_change_before_backward(is_near):
+    """`weight.data = other` between forward and backward: dX is of the other, as torch's is; also
+    where the other is in the same storage."""
     problem = make_problem(60, 40, 70, 5)
     dy = torch.randn(60, 70)
     grads = []
     for is_packed in (True, False):
-        weight = problem.weight.clone()
+        both = torch.stack([problem.weight, problem.weight.flip(0)])
+        weight = both[0] if is_near else problem.weight.clone()
         operand = prepack(weight, backward=True) if is_packed else weight
         x = problem.x.clone().requires_grad_()
         y = lora_linear(x, operand, problem.lora_a, problem.lora_b)
-        weight.data = weight.flip(0)
+        weight.data = both[1] if is_near else weight.flip(0)
         y.backward(dy)
         grads.append(x.grad)
     torch.testing.assert_close(*grads)

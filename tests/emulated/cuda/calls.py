@@ -112,14 +112,13 @@ class Call:
 
     def backward(self, s: torch.Tensor) -> list[torch.Tensor]:
         """dX, dA and dB."""
-        wanted = ([True, False], [True], [True])
-        found = torch.ops.lora_ext.lora_backward(self.grad, s, *wanted, *self.operands())
-        dx, (da,), (db,), _ = found
-        return [dx, da, db]
+        wanted = [True, True, True, False]
+        found = torch.ops.lora_ext.lora_backward(self.grad, s, wanted, *self.operands())
+        return list(found[:3])
 
     def operands(self) -> tuple:
         """As the op has them."""
-        factors = ([self.lora_a], [self.lora_b])
+        factors = (self.lora_a, self.lora_b)
         return (self.x, self.weight, None, *factors, 2.0, None, self.dropout_p, self.seed)
 
     def both(self) -> list[torch.Tensor]:
