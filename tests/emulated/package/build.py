@@ -34,7 +34,15 @@ BUILT = build.ROOT.joinpath(
 # What Python reads there: the package, what the tests here call, and the op's own tests.
 CALLS = [f"tests/emulated/{name}/calls.py" for name in ("cuda", "package")]
 PACKAGE_FILES = ("lora_ext", *CALLS)
-OP_TESTS = ("op", "conftest.py", "helpers.py", "many_helpers.py", "rest.py", "two_processes.py")
+OP_TESTS = (
+    "op",
+    "conftest.py",
+    "helpers.py",
+    "many_helpers.py",
+    "op_calls.py",
+    "rest.py",
+    "two_processes.py",
+)
 EXPERTS_TEST = "experts/test_experts_grouped.py"
 TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in (*OP_TESTS, EXPERTS_TEST)))
 
