@@ -46,6 +46,13 @@ TORCH_LIBRARY(lora_ext, m) {
 
 namespace {
 
+template <class Op>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow(name, "")
+      .template typed<decltype(Op::template flat<nullptr>)>();
+}
+
 c10::List<bool> to_list(const Wishes& wishes) {
   c10::List<bool> list;
   for (const bool wish : wishes) list.push_back(wish);
@@ -61,23 +68,23 @@ std::vector<at::Tensor> to_list(const at::Tensor& gradient, bool wanted) {
 namespace ops {
 
 at::Tensor lora(const at::Tensor& x, const Base& base, const Update& update) {
-  static const auto one = Lora::find("lora_ext::lora");
-  static const auto many = LoraGrouped::find("lora_ext::lora_grouped");
+  static const auto one = find<Lora>("lora_ext::lora");
+  static const auto many = find<LoraGrouped>("lora_ext::lora_grouped");
   return update.is_one() ? Lora::call(one, x, base, update)
                          : LoraGrouped::call(many, x, base, update);
 }
 
 YAndS lora_forward(const at::Tensor& x, const Base& base, const Update& update) {
-  static const auto one = LoraForward::find("lora_ext::lora_forward");
-  static const auto many = LoraGroupedForward::find("lora_ext::lora_grouped_forward");
+  static const auto one = find<LoraForward>("lora_ext::lora_forward");
+  static const auto many = find<LoraGroupedForward>("lora_ext::lora_grouped_forward");
   return update.is_one() ? LoraForward::call(one, x, base, update)
                          : LoraGroupedForward::call(many, x, base, update);
 }
 
 Gradients lora_backward(const at::Tensor& grad, const at::Tensor& s, const Wanted& wanted,
                         const at::Tensor& x, const Base& base, const Update& update) {
-  static const auto one = LoraBackward::find("lora_ext::lora_backward");
-  static const auto many = LoraGroupedBackward::find("lora_ext::lora_grouped_backward");
+  static const auto one = find<LoraBackward>("lora_ext::lora_backward");
+  static const auto many = find<LoraGroupedBackward>("lora_ext::lora_grouped_backward");
   if (!update.is_one()) {
     return LoraGroupedBackward::call(many, grad, s, {wanted.dx, wanted.dbias},
                                      to_list(wanted.dlora_a), to_list(wanted.dlora_b), x, base,

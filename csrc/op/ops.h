@@ -44,12 +44,6 @@ struct OneOp {
                     {dropout_p, seed, std::move(row_offset), std::move(col_offset)}));
   }
 
-  static auto find(const char* name) {
-    return c10::Dispatcher::singleton()
-        .findSchemaOrThrow(name, "")
-        .template typed<decltype(flat<nullptr>)>();
-  }
-
   template <class Handle>
   static Result call(const Handle& op, Own... own, const at::Tensor& x, const Base& base,
                      const Update& u) {
@@ -83,12 +77,6 @@ struct GroupedOp {
                    1.0,
                    {dropout_p, seed, std::move(row_offset), std::move(col_offset)},
                    Grouping{scaling, index, offs, ranks}});
-  }
-
-  static auto find(const char* name) {
-    return c10::Dispatcher::singleton()
-        .findSchemaOrThrow(name, "")
-        .template typed<decltype(flat<nullptr>)>();
   }
 
   template <class Handle>
