@@ -12,8 +12,6 @@
 
 #include "common/base_linear.h"
 #include "cpu/dispatch.h"
-#include "cpu/few_rows.h"
-#include "cpu/grouped.h"
 #include "cpu/operands.h"
 
 namespace lora_ext::cpu {

@@ -41,5 +41,15 @@ namespace cpu {
 // adapters side by side.
 Forward experts_few_rows(const ExpertsArgs& args);
 
+// B of some experts as a pool of the grouped op:
+//
+//     pool[i, n, j] = b[n, j E + e_i]        b [N, r E]: the expert is the fastest index
+//
+// Returns the pool [n, N, r] of the experts `hit` [n], int64; b is contiguous.
+at::Tensor experts_gather(const at::Tensor& b, const at::Tensor& hit, int64_t experts);
+// Writes a contiguous pool [n, N, r] in b's dtype into b.
+void experts_scatter(const at::Tensor& b, const at::Tensor& hit, int64_t experts,
+                     const at::Tensor& pool);
+
 }  // namespace cpu
 }  // namespace lora_ext

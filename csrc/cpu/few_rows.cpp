@@ -1,11 +1,10 @@
 // S is split over rows, or with one row over ranks; Y is split over columns. No sum is split, so
 // results do not depend on the number of threads.
-#include "cpu/few_rows.h"
-
 #include <ATen/ops/empty.h>
 
 #include "common/base_linear.h"
 #include "cpu/dispatch.h"
+#include "cpu/driver.h"
 #include "cpu/operands.h"
 #include "cpu/work_split.h"
 

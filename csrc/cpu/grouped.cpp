@@ -9,13 +9,11 @@
 // A thread packs an adapter's factors once for consecutive pieces, into its own memory: packed
 // factors of all adapters never exist at a time. A piece of columns is a separate problem, with
 // every pointer moved to its first column.
-#include "cpu/grouped.h"
-
 #include <ATen/ops/zeros.h>
 
 #include "common/base_linear.h"
 #include "cpu/dispatch.h"
-#include "cpu/factor.h"
+#include "cpu/driver.h"
 #include "cpu/groups.h"
 #include "cpu/operands.h"
 #include "cpu/work_split.h"

@@ -15,7 +15,6 @@ namespace {
 #include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
 #include "cpu/simd_few_rows.h"
-#include "cpu/simd_table.h"
 #include "cpu/simd_dequantize.h"
 // clang-format on
 

@@ -1,7 +1,7 @@
 // Shrink and expand for so few rows that packing a factor would cost more than its product: the
-// factor is read once, in its original layout.
+// factor is read once, in its original layout. And the table of all passes.
 //
-// Included after `#pragma GCC target`, inside an anonymous namespace per file.
+// Included after `#pragma GCC target` and simd_passes.h, inside an anonymous namespace per file.
 //
 //     shrink   along the columns   T[m, j] = sum over lanes of sum_c P[m, c] Q[c, j]
 //              along the rank      four sums of every fourth column, added at the end
@@ -225,4 +225,41 @@ void expand_few(const ExpandArgs& args, const AdapterView& u, Range rows) {
       });
     });
   });
+}
+
+// ---- the table of all passes ----
+
+template <class Isa>
+void shrink_any(const ShrinkArgs& args, Range rows) {
+  with_dtype(args.dtype, [&](auto type) { shrink<Isa, decltype(type)>(args, rows); });
+}
+
+template <class Isa>
+void expand_any(const ExpandArgs& args, Range rows) {
+  with_dtype(args.dtype, [&](auto type) { expand<Isa, decltype(type)>(args, rows); });
+}
+
+template <class Isa>
+void wgrad_any(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
+  with_dtype(args.dtype, [&](auto type) { wgrad<Isa, decltype(type)>(args, expand, cols); });
+}
+
+template <class Isa>
+constexpr SkinnyKernels make_kernels(const char* name) {
+  return {name,
+          kRowGranule,
+          kColGranule,
+          shrink_panel_bytes<Isa>,
+          pack_shrink<Isa>,
+          expand_panel_bytes<Isa>,
+          pack_expand<Isa>,
+          TLayout{kRowGranule, nullptr, nullptr},
+          TLayout{kRowGranule, nullptr, nullptr},
+          shrink_any<Isa>,
+          expand_any<Isa>,
+          wgrad_any<Isa>,
+          kFewRows,
+          shrink_few<Isa>,
+          expand_few<Isa>,
+          dropout_bits<Isa>};
 }

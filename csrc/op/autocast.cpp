@@ -3,7 +3,6 @@
 // inside forward and again inside backward, so that no cast copy is saved. A given y keeps its
 // dtype, which is the result's.
 #include <ATen/autocast_mode.h>
-#include <torch/library.h>
 
 #include "op/ops.h"
 
@@ -37,18 +36,12 @@ at::Tensor lora_autocast(const at::Tensor& x, const Base& base, const Update& up
 
 }  // namespace
 
-template <c10::DispatchKey key, c10::DeviceType device>
-void register_autocast(torch::Library& m) {
-  m.impl("lora", TORCH_FN((Lora::flat<lora_autocast<key, device>>)));
-  m.impl("lora_grouped", TORCH_FN((LoraGrouped::flat<lora_autocast<key, device>>)));
-}
-
 TORCH_LIBRARY_IMPL(lora_ext, AutocastCPU, m) {
-  register_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>(m);
+  register_lora<lora_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>>(m);
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, AutocastCUDA, m) {
-  register_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>(m);
+  register_lora<lora_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>>(m);
 }
 
 }  // namespace lora_ext

@@ -6,15 +6,14 @@
 // the weight is frozen and has none, and the gradient of a given y is that of the output. A factor
 // without rows has a gradient of zeros, as with grouped_mm: which factors these are is known only
 // on the device.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "common/check.h"
-#include "op/autograd_checks.h"
 #include "op/ops.h"
 
 namespace lora_ext {
@@ -22,6 +21,78 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// ---- what is refused; each message names an alternative ----
+
+// First derivatives only: under create_graph the gradients pass through this identity, whose own
+// backward raises.
+struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
+  static variable_list forward(AutogradContext* ctx, const variable_list& gradients,
+                               at::TensorList /*inputs*/, const std::string& name) {
+    ctx->saved_data["name"] = name;
+    variable_list out;
+    for (const at::Tensor& gradient : gradients) out.push_back(gradient.view_as(gradient));
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& /*grads*/) {
+    const std::string name = ctx->saved_data["name"].toStringRef();
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "lora_ext.", name,
+        ": expected first derivatives only, but got a second backward (create_graph=True); use "
+        "lora_ext.reference.",
+        name, "_reference for higher derivatives");
+  }
+};
+
+void check_no_tangents(const Base& base, bool any) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !any, "lora_ext.", base.op(),
+      ": expected reverse-mode autograd, but got a forward-mode tangent; use "
+      "lora_ext.reference.",
+      base.op(), "_reference for forward mode");
+}
+
+void check_frozen(const Base& base) {
+  LORA_EXT_CHECK(base.is_given() || !base.weight.requires_grad(),
+                 "expected a frozen weight, but got one that requires grad: no gradient is "
+                 "computed for it; call weight.requires_grad_(False)");
+}
+
+// torch refuses C++ Functions inside its function transforms, but its message names no alternative.
+void check_transforms(const Base& base) {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (!functorch) return;
+  try {
+    functorch->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "lora_ext.", base.op(),
+        ": expected a call outside of torch.func's transforms (grad, vjp, vmap of a "
+        "gradient), which cannot see into a C++ autograd Function, but got one inside; "
+        "use lora_ext.reference.",
+        base.op(), "_reference there");
+  }
+}
+
+// In grad mode, replaces the gradients of a call by copies whose own backward raises: there is no
+// second derivative (create_graph). Undefined gradients stay undefined.
+void refuse_double_backward(const std::vector<at::Tensor*>& gradients, const variable_list& inputs,
+                            const char* name) {
+  const auto requires_grad = [](const at::Tensor& input) { return input.requires_grad(); };
+  if (std::none_of(inputs.begin(), inputs.end(), requires_grad)) return;
+  variable_list defined;
+  for (const at::Tensor* gradient : gradients) {
+    if (gradient->defined()) defined.push_back(*gradient);
+  }
+  defined = NoDoubleBackward::apply(defined, at::TensorList(inputs), std::string(name));
+  size_t next = 0;
+  for (at::Tensor* gradient : gradients) {
+    if (gradient->defined()) *gradient = defined[next++];
+  }
+}
+
+// ---- the Function ----
 
 bool requires_grad(const at::Tensor& tensor) { return tensor.requires_grad(); }
 bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
@@ -170,14 +241,10 @@ Gradients lora_backward_autograd(const at::Tensor& grad, const at::Tensor& s, co
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {
-  m.impl("lora", TORCH_FN(Lora::flat<lora_autograd>));
-  m.impl("lora_grouped", TORCH_FN(LoraGrouped::flat<lora_autograd>));
-  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<backward_of_one<lora_backward_autograd>>));
-  m.impl("lora_grouped_backward",
-         TORCH_FN(LoraGroupedBackward::flat<backward_of_many<lora_backward_autograd>>));
+  register_lora<lora_autograd>(m);
+  register_backward<lora_backward_autograd>(m);
   m.impl("lora_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("lora_grouped_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("dropout_mask", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace lora_ext

@@ -6,7 +6,6 @@
 
 #include "common/bounds.h"
 #include "common/check.h"
-#include "op/flatten.h"
 
 namespace lora_ext {
 namespace {

@@ -10,7 +10,6 @@
 
 #include "common/check.h"
 #include "cpu/dispatch.h"
-#include "cpu/expert_pools.h"
 #include "op/checks.h"
 
 namespace lora_ext {

@@ -1,8 +1,6 @@
 // Schemas of the torch library `lora_ext`, and calls of its ops through the dispatcher.
 #include "op/ops.h"
 
-#include <torch/library.h>
-
 #include <string>
 
 namespace lora_ext {
@@ -39,9 +37,6 @@ TORCH_LIBRARY(lora_ext, m) {
       "lora_grouped_backward(Tensor grad, Tensor s, bool[2] wanted, bool[] wanted_a, "
       "bool[] wanted_b, " +
       many + ") -> (Tensor, Tensor[], Tensor[], Tensor)");
-  define(
-      "dropout_mask(Tensor seed, SymInt rows, SymInt cols, float dropout_p, SymInt row_offset=0, "
-      "SymInt col_offset=0) -> Tensor");
 }
 
 namespace {

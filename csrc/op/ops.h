@@ -2,13 +2,14 @@
 // and lora_grouped, lora_grouped_forward and lora_grouped_backward for many.
 //
 // A schema has flat arguments; here they become the structs of common/call.h, for every backend.
-// LoraForward::flat<kernel> is what TORCH_LIBRARY_IMPL registers for a kernel that takes structs.
+// register_all takes the kernels of a backend, which take structs.
 // The same kernel serves one adapter and many. They have separate schemas because list arguments
 // cost a call from Python 1 us of 9, and because vmap (batched gradients) cannot take lists.
 #pragma once
 
 #include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
 
 #include <array>
 #include <tuple>
@@ -130,6 +131,27 @@ Gradients backward_of_many(const at::Tensor& grad, const at::Tensor& s, std::arr
                 {wanted[0], Wishes(wanted_a.begin(), wanted_a.end()),
                  Wishes(wanted_b.begin(), wanted_b.end()), wanted[1]},
                 x, base, update);
+}
+
+// Registers a backend's kernels: each serves one adapter and many.
+template <Lora::Kernel kernel>
+void register_lora(torch::Library& m) {
+  m.impl("lora", TORCH_FN(Lora::flat<kernel>));
+  m.impl("lora_grouped", TORCH_FN(LoraGrouped::flat<kernel>));
+}
+
+template <BackwardKernel kernel>
+void register_backward(torch::Library& m) {
+  m.impl("lora_backward", TORCH_FN(LoraBackward::flat<backward_of_one<kernel>>));
+  m.impl("lora_grouped_backward", TORCH_FN(LoraGroupedBackward::flat<backward_of_many<kernel>>));
+}
+
+template <Lora::Kernel lora, LoraForward::Kernel forward, BackwardKernel backward>
+void register_all(torch::Library& m) {
+  register_lora<lora>(m);
+  m.impl("lora_forward", TORCH_FN(LoraForward::flat<forward>));
+  m.impl("lora_grouped_forward", TORCH_FN(LoraGroupedForward::flat<forward>));
+  register_backward<backward>(m);
 }
 
 // Calls through the dispatcher, of the op for one adapter or for many, by what the update has.

@@ -2,11 +2,11 @@
 // library `lora_ext` (ops.cpp), reached as torch.ops.lora_ext.
 #include <torch/csrc/utils/pybind.h>
 
-#include "common/row_blocks.h"
+#include "common/rows.h"
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
 #include "cuda/device.h"
-#include "op/bindings/plan_bindings.h"
+#include "op/bindings/bindings.h"
 
 #if defined(__clang__)
 #define LORA_EXT_COMPILER "clang " __clang_version__

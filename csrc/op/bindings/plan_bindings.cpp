@@ -1,13 +1,12 @@
-#include "op/bindings/plan_bindings.h"
-
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
 #include <map>
 
 #include "cuda/device.h"
+#include "op/bindings/bindings.h"
 #include "op/launch/kernel_launch.h"
-#include "op/route/kernel_route.h"
+#include "op/route/route.h"
 #include "plan/plan.h"
 #include "plan/predict.h"
 #include "plan/predict_library.h"

@@ -9,8 +9,6 @@
 #include "common/base_linear.h"
 #include "cuda/device.h"
 #include "cuda/lora_grouped.h"
-#include "op/launch/decode_counts.h"
-#include "op/launch/grouped_operands.h"
 #include "op/launch/launch_parts.h"
 
 namespace lora_ext::kernel_launch {

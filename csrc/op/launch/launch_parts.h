@@ -1,13 +1,17 @@
-// Shared by launches of one adapter and of many: pitches, alignment, the mask, the workspace, the
-// stream, and errors.
+// Parts of a launch: pitches, alignment, the mask, the workspace, the stream, errors; the operands
+// of many adapters; and the counters of lora_decode.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "common/call.h"
 #include "cuda/lora_linear.h"
+#include "kernel/lora_grouped_linear.h"
 #include "kernel/mask_operand.h"
 
 namespace lora_ext::kernel_launch {
@@ -32,5 +36,46 @@ cuda::Half half_of(at::ScalarType dtype);
 
 // Throws LaunchError, or OutOfMemoryError, unless the error is empty.
 void check_launch(const std::string& error, const at::Device& device);
+
+// Factors or gradients, and the tensors that keep their memory alive until the launch. After that,
+// memory that is freed is not used again on the stream before the kernels have ended.
+class GroupedMatrices {
+ public:
+  // `a` and `b` are lists or pools, as in `update`; an undefined tensor is a gradient that was not
+  // requested.
+  GroupedMatrices(const Update& update, at::TensorList a, at::TensorList b);
+
+  const kernel::LoraGroupedMatrices& matrices() const { return matrices_; }
+
+ private:
+  kernel::LoraGroupedMatrices matrices_{};
+  at::Tensor ranks_;
+  std::vector<kernel::LoraGroupedEntry> entries_;
+};
+
+// The operands of a launch with many adapters besides x and the base: factors, scalings, and which
+// rows each adapter has. On the host only the addresses of index, offs, ranks and scaling are used.
+class GroupedOperands {
+ public:
+  explicit GroupedOperands(const Update& update);
+
+  // Fills in the operands of a call with this number of rows.
+  void set(kernel::LoraGroupedOperands& operands, int64_t rows) const;
+
+ private:
+  int64_t adapters_, rank_;
+  at::Tensor scaling_, index_, offs_;  // contiguous
+  Factors a_, b_;                      // unit stride within a row
+  GroupedMatrices factors_;
+};
+
+// The counters of lora_decode on the device. They are zero when a launch begins and are left at
+// zero, so that a call needs no extra launch to clear them.
+//
+// `count` counters for one launch on the current stream. Calls on one stream run one after the
+// other and share their counters. A launch that is captured gets counters of its own permanently,
+// since replays of different graphs may run concurrently. Returns nullptr if none are left: the
+// counters are then in the call's workspace and are cleared before the launch.
+uint32_t* decode_counts(const at::Device& device, int64_t count);
 
 }  // namespace lora_ext::kernel_launch

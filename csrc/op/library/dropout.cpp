@@ -1,14 +1,18 @@
-// The mask, and masked copies for the library route, on the CPU; on CUDA by dropout_launch.cpp.
+// The mask, and masked copies for the library route. On CUDA the current stream and device come
+// through c10's virtual guard: no CUDA header of torch, no libc10_cuda, so that one source links
+// against a CPU torch and a CUDA torch alike.
 #include "op/library/dropout.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "common/check.h"
 #include "cpu/skinny.h"
 #include "cuda/device.h"
-#include "op/library/dropout_launch.h"
+#include "cuda/dropout.h"
 
 namespace lora_ext {
 namespace {
@@ -58,10 +62,56 @@ void drop_cpu(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout, 
   });
 }
 
+// ---- CUDA ----
+
+cuda::Element element_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return cuda::Element::kFloat64;
+    case at::kBFloat16:
+      return cuda::Element::kBFloat16;
+    case at::kHalf:
+      return cuda::Element::kFloat16;
+    default:
+      return cuda::Element::kFloat32;
+  }
+}
+
+void launch(cuda::Element element, const at::Tensor& out, const cuda::DropoutParams& params) {
+  const c10::DeviceGuard device(out.device());
+  const c10::impl::VirtualGuardImpl guard(out.device().type());
+  void* stream = guard.getStream(out.device()).native_handle();
+  const std::string error = cuda::launch_dropout(element, params, stream);
+  LORA_EXT_CHECK(error.empty(), "launching dropout on ", out.device(), " failed: ", error);
+}
+
+cuda::DropoutParams params_of(const at::Tensor& out, const DropoutArgs& dropout,
+                              int64_t first_row) {
+  cuda::DropoutParams params{};
+  params.out = out.mutable_data_ptr();
+  params.rows = out.size(0);
+  params.cols = out.size(1);
+  params.out_pitch = out.stride(0);
+  params.seed = dropout.seed->const_data_ptr<int64_t>();
+  params.row_offset = dropout.first_row() + first_row;
+  params.col_offset = dropout.first_col();
+  params.keep_count = dropout.keep_count();
+  params.keep_scale = dropout.keep_scale();
+  return params;
+}
+
+void drop_cuda(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
+               int64_t first_row) {
+  cuda::DropoutParams params = params_of(out, dropout, first_row);
+  params.x = x.const_data_ptr();
+  params.x_pitch = x.stride(0);
+  launch(element_of(x.scalar_type()), out, params);
+}
+
 void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
                int64_t first_row) {
   if (x.is_cpu()) return drop_cpu(x, out, dropout, first_row);
-  if (x.is_cuda() && cuda::is_built()) return cuda::drop(x, out, dropout, first_row);
+  if (x.is_cuda() && cuda::is_built()) return drop_cuda(x, out, dropout, first_row);
   LORA_EXT_CHECK(false, "expected CPU tensors with dropout in this build, but got ", x.device(),
                  "; lora_ext.build_info() says why CUDA kernels were not built");
 }
@@ -79,7 +129,7 @@ void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
 }
 
 void fill_dropout_mask(at::Tensor& mask, const DropoutArgs& dropout) {
-  if (mask.is_cuda()) return cuda::dropout_mask(mask, dropout);
+  if (mask.is_cuda()) return launch(cuda::Element::kMask, mask, params_of(mask, dropout, 0));
   const int64_t cols = mask.size(1);
   auto* out = mask.mutable_data_ptr<bool>();
   for_mask_rows(dropout, 0, mask.size(0), cols, [&](int64_t m, const uint32_t* bits) {

@@ -6,7 +6,7 @@
 //
 // Adapters wider than the activations (and half adapters in the CPU's backward), or a given y whose
 // dtype is not x's: row blocks in the widest dtype, in PEFT's order of operations (base rounded,
-// delta scaled, added in the wide dtype, rounded), so that Y and dX have PEFT's bits. row_blocks.h
+// delta scaled, added in the wide dtype, rounded), so that Y and dX have PEFT's bits. rows.h
 // bounds the wide copies of x, of dY, of the base and of an update; at most two exist at a time, so
 // no temporary grows with the number of rows.
 #include "op/library/library_route.h"
@@ -18,9 +18,8 @@
 #include <ATen/ops/zeros.h>
 
 #include "common/base_linear.h"
-#include "common/row_blocks.h"
+#include "common/rows.h"
 #include "op/library/dropout.h"
-#include "op/library/grouped_library_route.h"
 
 namespace lora_ext::library_route {
 namespace {

@@ -2,8 +2,6 @@
 // same, and missing rows are filled with zeros. What depends on the library is that it multiplies
 // all rows of one product in the same way, at any position. Some libraries do not, in the last
 // rows: so before the first call of a kind, a block of equal rows is tried.
-#include "op/route/equal_blocks.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>

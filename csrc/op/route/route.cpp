@@ -1,10 +1,133 @@
 #include "op/route/route.h"
 
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+
 #include "cpu/driver.h"
+#include "op/check/kernel_check.h"
 #include "op/launch/kernel_launch.h"
 #include "op/library/library_route.h"
-#include "op/route/equal_blocks.h"
-#include "op/route/kernel_route.h"
+#include "plan/winners.h"
+
+namespace lora_ext::kernel_route {
+namespace {
+
+std::atomic<plan::Choice>& choice() {
+  static std::atomic<plan::Choice> current{plan::Choice::kAuto};
+  return current;
+}
+
+std::atomic<bool>& early_launch() {
+  static std::atomic<bool> enabled{true};
+  return enabled;
+}
+
+std::atomic<int>& reserved() {
+  static std::atomic<int> sms{0};
+  return sms;
+}
+
+// Everything that a plan and the check of its kernels depend on.
+struct PlannedCall {
+  int device;
+  plan::Problem problem;
+  bool float16;
+  plan::Choice choice;
+  bool early_launch, deterministic;
+  int reserved_sms;
+  uint64_t winners;
+
+  auto operator<=>(const PlannedCall&) const = default;
+};
+
+PlannedCall call_of(const at::Device& device, const plan::Problem& problem, bool float16) {
+  return {device.index(), problem,           float16,
+          choice(),       early_launch(),    at::globalContext().deterministicAlgorithms(),
+          reserved_sms(), winners::version()};
+}
+
+template <class Args>
+PlannedCall call_of(const Args& args) {
+  return call_of(args.x.device(), kernel_launch::problem_of(args),
+                 args.x.scalar_type() == at::kHalf);
+}
+
+plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
+  plan::Card card = kernel_launch::card_of(device);
+  card.sms = std::max(2, card.sms - call.reserved_sms);  // a cluster has two
+  plan::Request request = winners::request_for(card, call.problem, call.choice, call.deterministic);
+  request.early_launch = call.early_launch;
+  return plan::make_plan(card, call.problem, request);
+}
+
+// Whether the kernels may run: they have passed their check, or pass it now. nullopt if the check
+// could not be made this time.
+std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
+                            const PlannedCall& call) {
+  if (!plan.has_kernels()) return false;
+  const kernel_set::Kernels kernels = kernel_set::of_plan(plan, call.problem, call.float16);
+  if (kernel_check::result(device, kernels).empty()) return true;
+  if (kernel_launch::is_capturing(device)) return std::nullopt;
+  try {
+    return kernel_check::check(device, kernel_launch::card_of(device), kernels).empty();
+  } catch (const c10::OutOfMemoryError&) {
+    return std::nullopt;  // there may still be enough memory for the call itself
+  }
+}
+
+// The plan, if its kernels may run, or null for the library route. Definite answers are cached, for
+// each thread separately: planning a call takes ten times as long as finding its plan in the cache.
+const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call) {
+  constexpr size_t kMost = 4096;  // then the cache is cleared: serving always has new shapes
+  thread_local std::map<PlannedCall, std::optional<plan::Plan>> plans;
+  auto known = plans.find(call);
+  if (known == plans.end()) {
+    std::optional<plan::Plan> plan = plan_of(device, call);
+    const std::optional<bool> may = may_run(device, *plan, call);
+    if (!may) return nullptr;
+    if (!*may) plan.reset();
+    if (plans.size() >= kMost) plans.clear();
+    known = plans.emplace(call, std::move(plan)).first;
+  }
+  return known->second ? &*known->second : nullptr;
+}
+
+template <class Result, class Args>
+std::optional<Result> run(const Args& args) {
+  const plan::Plan* plan = checked_plan(args.x.device(), call_of(args));
+  if (plan == nullptr) return std::nullopt;
+  return kernel_launch::run(*plan, args);
+}
+
+Explained explained(const at::Device& device, const PlannedCall& call) {
+  const plan::Plan plan = plan_of(device, call);
+  if (!plan.has_kernels()) return {plan, ""};
+  const std::string result =
+      kernel_check::result(device, kernel_set::of_plan(plan, call.problem, call.float16));
+  return {plan, result.empty() ? "passed" : result};
+}
+
+}  // namespace
+
+Explained explain(const ForwardArgs& args) { return explained(args.x.device(), call_of(args)); }
+Explained explain(const BackwardArgs& args) { return explained(args.x.device(), call_of(args)); }
+Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16) {
+  return explained(device, call_of(device, problem, float16));
+}
+
+std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
+std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
+void set_choice(plan::Choice wanted) { choice() = wanted; }
+plan::Choice current_choice() { return choice(); }
+void set_early_launch(bool enabled) { early_launch() = enabled; }
+bool current_early_launch() { return early_launch(); }
+void set_reserved_sms(int count) { reserved() = count; }
+int reserved_sms() { return reserved(); }
+
+}  // namespace lora_ext::kernel_route
 
 namespace lora_ext::route {
 

@@ -15,7 +15,7 @@
 #include <cstring>
 
 #include "emulated/cuda/runtime.h"
-#include "op/launch/decode_counts.h"
+#include "op/launch/launch_parts.h"
 
 namespace {
 

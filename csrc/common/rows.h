@@ -1,14 +1,34 @@
-// Loops over blocks of rows, so that temporaries have a few rows only.
+// The rows of a call: in blocks, so that temporaries have a few rows only; and sorted by adapter, on
+// the host, where the rows of one adapter form a segment.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "common/bounds.h"
+#include "common/call.h"
 
 namespace lora_ext {
+
+struct Segment {
+  int64_t adapter;
+  int64_t begin, count;  // among the sorted rows
+  int64_t rank;
+};
+
+// Segments in the order of adapters. Adapters without rows have no segment; rows without an adapter
+// are in none. `order` maps each sorted row to the row of the call; within a segment they ascend.
+struct Segments {
+  std::vector<Segment> list;
+  std::vector<int32_t> order;
+};
+
+// Reads index, offs and ranks; on a GPU this waits for the device. Throws if one of them names an
+// adapter, a row or a rank that does not exist. `op` is the name of the Python function.
+Segments segments_of(const char* op, const Update& update, int64_t rows);
 
 // The number of rows whose copy in `dtype` stays below a bound, but at least 16. The bound is 2 MiB
 // on the CPU, which stays in a core's cache, and 256 MiB elsewhere, so that most calls are one

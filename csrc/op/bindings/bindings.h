@@ -1,4 +1,4 @@
-// The planner and its switches in the module lora_ext._C.
+// The parts of the module lora_ext._C that know of plans and kernels.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

@@ -1,4 +1,4 @@
-#include "common/segments.h"
+#include "common/rows.h"
 
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
