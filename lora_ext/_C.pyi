@@ -50,7 +50,7 @@ class Problem:
     n: int
     k: int
     rank: int
-    half_dtype: bool
+    dtype: torch.dtype
     float_adapters: bool
     dropout: bool
     given_base: bool
@@ -99,7 +99,7 @@ class Kernels:
 
     name: str
     backward: bool
-    float16: bool
+    dtype: torch.dtype
     def small_case(self, card: Card) -> tuple[Problem, Plan]:
         """The case that is computed to check them."""
 
@@ -107,7 +107,7 @@ def all_grouped_kernels(card: Card) -> list[Kernels]: ...
 def all_kernels(card: Card, early_launch: bool) -> list[Kernels]:
     """All sets of kernels that a card can run; none below compute capability 8.0."""
 
-def kernels_of(plan: Plan, problem: Problem, *, backward: bool, float16: bool) -> Kernels:
+def kernels_of(plan: Plan, problem: Problem, *, backward: bool) -> Kernels:
     """The kernels of a plan for the problem; the plan must use kernels."""
 
 def plan_as_asked(
@@ -215,7 +215,7 @@ def explain_backward(
     dropout_p: float,
     grad: torch.Tensor | None = None,
 ) -> Explained: ...
-def explain_problem(device: torch.device, problem: Problem, float16: bool) -> Explained:
+def explain_problem(device: torch.device, problem: Problem) -> Explained:
     """Explains a forward on a device, without its tensors."""
 
 def check_kernels(device: torch.device, kernels: Kernels) -> str:

@@ -55,7 +55,7 @@ def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
         return set()
     many = "lora_grouped" if groups else "lora"
     factors = " float" if groups and problem.float_adapters else ""
-    named = _C.kernels_of(plan, problem, backward=backward, float16=False).name
+    named = _C.kernels_of(plan, problem, backward=backward).name
     element = " element" if "element-wise" in named else ""
     if plan.tile == "decode" and plan.blocks:
         batch = _C.plan_numbers(plan)["batch"]

@@ -20,6 +20,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/philox.h"
 
 namespace lora_ext {
@@ -162,6 +163,37 @@ struct Backward {
   at::Tensor& da() { return dlora_a[0]; }
   at::Tensor& db() { return dlora_b[0]; }
 };
+
+// Other dtypes, which the op refuses, count as float32.
+inline Dtype dtype_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    case at::kBool:
+      return Dtype::kBool;
+    default:
+      return Dtype::kFloat32;
+  }
+}
+
+inline at::ScalarType scalar_type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return at::kDouble;
+    case Dtype::kBFloat16:
+      return at::kBFloat16;
+    case Dtype::kFloat16:
+      return at::kHalf;
+    case Dtype::kBool:
+      return at::kBool;
+    default:
+      return at::kFloat;
+  }
+}
 
 inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 

@@ -10,7 +10,7 @@ int64_t expand_depth(int64_t rank, bool u_is_half) {
 
 // Panel: for each 16 columns, each 32 inner elements, one B tile: [16 inner pairs][16 columns][2].
 int64_t expand_panel_bytes(int64_t rank, int64_t cols) {
-  return round_up(cols, kColBlock) * expand_depth(rank, false) * 2;
+  return round_up(cols, kColBlock) * expand_depth(rank, false) * kHalfBytes;
 }
 
 void pack_expand(const AdapterView& adapter, void* panel) {
@@ -34,7 +34,7 @@ void pack_expand(const AdapterView& adapter, void* panel) {
 }
 
 int64_t expand_t_bytes(int64_t rows, int64_t rank, bool u_is_half) {
-  return round_up(rows, kRowBlock) * expand_depth(rank, u_is_half) * 2;
+  return round_up(rows, kRowBlock) * expand_depth(rank, u_is_half) * kHalfBytes;
 }
 
 // packed[m] = [T_hi T_lo (T_hi)], zero beyond the rows in the last block of 32: [rows_pad, depth].
@@ -83,15 +83,15 @@ void expand_block(const ExpandArgs& args, int64_t row, int64_t rows, int64_t col
   const int64_t depth = expand_depth(args.rank, args.u_is_half);
   const auto* t = static_cast<const BFloat16*>(args.t) + row * depth;
   const auto* u = static_cast<const BFloat16*>(args.u) + col * depth;
-  constexpr int kSumStride = kColBlock * 4;
+  constexpr int64_t kSumStride = kColBlock * kFloatBytes;
   for (int64_t pair = 0; pair < kColBlock; pair += 2 * kTileRows) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += kTileDepth) {
-      _tile_loadd(4, t + k, depth * 2);
-      _tile_loadd(5, t + kTileRows * depth + k, depth * 2);
+      _tile_loadd(4, t + k, depth * kHalfBytes);
+      _tile_loadd(5, t + kTileRows * depth + k, depth * kHalfBytes);
       _tile_loadd(6, u + pair * depth + k * kTileRows, 64);
       _tile_loadd(7, u + (pair + kTileRows) * depth + k * kTileRows, 64);
       _tile_dpbf16ps(0, 4, 6);

@@ -4,7 +4,7 @@
 
 // Panel: for each 32 columns, each 16 ranks, each term, one B tile: [16 column pairs][16 ranks][2].
 int64_t shrink_panel_bytes(int64_t rank, int64_t cols) {
-  return round_up(cols, kTileDepth) * round_up(rank, kTileRows) * 2 * 2;
+  return round_up(cols, kTileDepth) * round_up(rank, kTileRows) * 2 * kHalfBytes;
 }
 
 void pack_shrink(const AdapterView& adapter, void* panel) {
@@ -52,8 +52,8 @@ void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range ra
 template <int kRankTiles>
 void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloat16* b,
                   int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch) {
-  const int64_t stride = sums_pitch * 4;
-  const int64_t a_stride = a_pitch * 2;
+  const int64_t stride = sums_pitch * kFloatBytes;
+  const int64_t a_stride = a_pitch * kHalfBytes;
   _tile_loadd(0, sums, stride);
   _tile_loadd(1, sums + kTileRows * sums_pitch, stride);
   if constexpr (kRankTiles == 2) {

@@ -13,6 +13,7 @@ struct AmxDropout {
 
 constexpr int64_t kTileRows = 16;   // rows of a tile, and columns of a float tile
 constexpr int64_t kTileDepth = 32;  // bfloat16 elements of a tile row
+constexpr int64_t kHalfBytes = sizeof(BFloat16), kFloatBytes = sizeof(float);
 constexpr int64_t kTileElements = kTileRows * kTileDepth;
 constexpr int64_t kRowBlock = 32;      // rows of a block of shrink and expand: two tiles
 constexpr int64_t kShrinkDepth = 512;  // staged columns of shrink: 32 KB

@@ -34,7 +34,7 @@ void stage_pairs(const BFloat16* src, int64_t src_pitch, RowIndex index, Range r
 }
 
 int64_t wgrad_t_bytes(int64_t rows, int64_t rank, bool /*u_is_half*/) {
-  return round_up(rows, kWgradRows) * round_up(rank, kTileRows) * 2 * 2;
+  return round_up(rows, kWgradRows) * round_up(rank, kTileRows) * 2 * kHalfBytes;
 }
 
 // For each block of rows T_hi^T and T_lo^T, zero-padded: [block][term][rank_pad][kWgradRows].
@@ -64,16 +64,16 @@ void pack_wgrad_t(const float* t, int64_t rank, bool /*u_is_half*/, Range rows, 
 // sums [16 ranks, 64 columns] += T^T P for one rank tile of a staged block.
 void wgrad_tiles(const BFloat16* t_hi, const BFloat16* t_lo, const BFloat16* p, int64_t rows,
                  float* sums) {
-  constexpr int kSumStride = kColBlock * 4;
-  constexpr int kPairStride = kColBlock * 4;
+  constexpr int64_t kSumStride = kColBlock * kFloatBytes;
+  constexpr int64_t kPairStride = 2 * kColBlock * kHalfBytes;
   _tile_loadd(0, sums, kSumStride);
   _tile_loadd(1, sums + kTileRows, kSumStride);
   _tile_loadd(2, sums + 2 * kTileRows, kSumStride);
   _tile_loadd(3, sums + 3 * kTileRows, kSumStride);
   for (int64_t m = 0; m < rows; m += kTileDepth) {
     const BFloat16* b = p + m * kColBlock;
-    _tile_loadd(4, t_hi + m, kWgradRows * 2);
-    _tile_loadd(5, t_lo + m, kWgradRows * 2);
+    _tile_loadd(4, t_hi + m, kWgradRows * kHalfBytes);
+    _tile_loadd(5, t_lo + m, kWgradRows * kHalfBytes);
     _tile_loadd(6, b, kPairStride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(0, 5, 6);
@@ -107,7 +107,8 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   uint32_t bits[kWgradRows * kBitsPitch];
   for (int64_t c0 = cols.begin; c0 < cols.end; c0 += slab) {
     const int64_t c1 = std::min(c0 + slab, cols.end);
-    std::memset(sums, 0, static_cast<size_t>(rank_pad * round_up(c1 - c0, kColBlock)) * 4);
+    std::memset(sums, 0,
+                static_cast<size_t>(rank_pad * round_up(c1 - c0, kColBlock)) * sizeof(float));
     for (int64_t m = 0; m < args.rows; m += kWgradRows) {
       const int64_t block_rows = std::min(kWgradRows, args.rows - m);
       const int64_t rows_pad = round_up(block_rows, kTileDepth);

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace lora_ext::cpu {
+#include "common/dtype.h"
 
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+namespace lora_ext::cpu {
 
 struct BFloat16 {
   uint16_t bits;

@@ -133,14 +133,14 @@ class FewRows {
       }
       for (Adapter& each : adapters) {
         switch (dtype_of(each.b->scalar_type())) {
-          case Dtype::kFloat32:
-            add_update<float>(each, n, own);
-            break;
           case Dtype::kBFloat16:
             add_update<BFloat16>(each, n, own);
             break;
           case Dtype::kFloat16:
             add_update<Float16>(each, n, own);
+            break;
+          default:
+            add_update<float>(each, n, own);
         }
       }
       for (int64_t m = 0; m < rows; ++m) from_float(own[m], y + m * width + n);
@@ -232,9 +232,9 @@ void for_numbers_of(const at::Tensor& b, void* first, const at::Tensor& hit, int
                     void* pool, const Run& run) {
   const int64_t rows = b.size(0), rank = b.size(1) / experts;
   switch (b.element_size()) {
-    case 2:
+    case sizeof(uint16_t):
       return for_numbers<uint16_t>(first, hit, experts, pool, rows, rank, run);
-    case 4:
+    case sizeof(uint32_t):
       return for_numbers<uint32_t>(first, hit, experts, pool, rows, rank, run);
     default:
       return for_numbers<uint64_t>(first, hit, experts, pool, rows, rank, run);

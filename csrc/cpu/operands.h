@@ -6,17 +6,6 @@
 
 namespace lora_ext::cpu {
 
-inline Dtype dtype_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      return Dtype::kFloat32;
-  }
-}
-
 inline Dropout dropout_of(const DropoutArgs& args) {
   if (!args.enabled()) return {};
   return {static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()), args.first_row(),
@@ -36,9 +25,8 @@ inline AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
 
 // A view of some ranks and columns of a factor.
 inline AdapterView part_of(AdapterView view, const Range& ranks, const Range& cols) {
-  const int64_t size = view.dtype == Dtype::kFloat32 ? 4 : 2;
-  view.data = static_cast<const char*>(view.data) +
-              (ranks.begin * view.rank_pitch + cols.begin * view.col_pitch) * size;
+  const int64_t first = ranks.begin * view.rank_pitch + cols.begin * view.col_pitch;
+  view.data = static_cast<const char*>(view.data) + first * element_size(view.dtype);
   view.rank = ranks.end - ranks.begin, view.cols = cols.end - cols.begin;
   return view;
 }

@@ -32,8 +32,9 @@ std::string launch_dequantize(Floating type, const kernel::Dequantize4bitParams&
       return launch<__nv_bfloat16>(kernel::dequantize_4bit<__nv_bfloat16>, params, stream);
     case Floating::kFloat16:
       return launch<__half>(kernel::dequantize_4bit<__half>, params, stream);
+    default:
+      return text_of(cudaErrorInvalidValue);
   }
-  return text_of(cudaErrorInvalidValue);
 }
 
 std::string launch_dequantize(Floating type, const kernel::Dequantize8bitParams& params,
@@ -45,8 +46,9 @@ std::string launch_dequantize(Floating type, const kernel::Dequantize8bitParams&
       return launch<__nv_bfloat16>(kernel::dequantize_8bit<__nv_bfloat16>, params, stream);
     case Floating::kFloat16:
       return launch<__half>(kernel::dequantize_8bit<__half>, params, stream);
+    default:
+      return text_of(cudaErrorInvalidValue);
   }
-  return text_of(cudaErrorInvalidValue);
 }
 
 }  // namespace lora_ext::cuda

@@ -3,11 +3,12 @@
 
 #include <string>
 
+#include "common/dtype.h"
 #include "kernel/dequantize.h"
 
 namespace lora_ext::cuda {
 
-enum class Floating { kFloat32, kBFloat16, kFloat16 };
+using Floating = Dtype;
 
 // Launches on `stream` of the current device and writes values of the type; count > 0. Returns ""
 // or the error of the launch.

@@ -88,7 +88,7 @@ std::string launch_dropout(Element element, const DropoutParams& params, void* s
       return launch<__nv_bfloat16>(params, stream);
     case Element::kFloat16:
       return launch<__half>(params, stream);
-    case Element::kMask:
+    case Element::kBool:
       return launch<bool>(params, stream);
   }
   return text_of(cudaErrorInvalidValue);

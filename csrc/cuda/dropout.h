@@ -4,13 +4,15 @@
 #include <cstdint>
 #include <string>
 
+#include "common/dtype.h"
+
 namespace lora_ext::cuda {
 
-enum class Element { kFloat64, kFloat32, kBFloat16, kFloat16, kMask };
+using Element = Dtype;  // kBool: the mask itself
 
 struct DropoutParams {
-  const void* x;  // [rows, cols], row pitch x_pitch elements; not read for kMask
-  void* out;      // [rows, cols], row pitch out_pitch elements; kMask: bool
+  const void* x;  // [rows, cols], row pitch x_pitch elements; not read for the mask
+  void* out;      // [rows, cols], row pitch out_pitch elements
   int64_t rows, cols;
   int64_t x_pitch, out_pitch;
   const int64_t* seed;  // one element on the device: a graph replay reads the new value

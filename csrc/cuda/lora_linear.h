@@ -3,11 +3,12 @@
 
 #include <string>
 
+#include "common/dtype.h"
 #include "kernel/lora_linear.h"
 
 namespace lora_ext::cuda {
 
-enum class Half { kBFloat16, kFloat16 };
+using Half = Dtype;  // kBFloat16 or kFloat16
 
 // Asynchronous on `stream` of the current device. Returns "" or the error of a launch.
 std::string launch_forward(Half half, const plan::Plan& plan,

@@ -99,7 +99,7 @@ void dequantize_4bit(const at::Tensor& packed, const at::Tensor& table, const at
                               out.numel(),
                               block,
                               out.mutable_data_ptr(),
-                              cpu::dtype_of(out.scalar_type())};
+                              dtype_of(out.scalar_type())};
   at::parallel_for(0, scale.numel(), std::max<int64_t>(1, kGrain / block),
                    [&](int64_t begin, int64_t end) {
                      const cpu::Range blocks{begin, end};
@@ -135,7 +135,7 @@ void dequantize_4bit_panels(const at::Tensor& packed, const at::Tensor& table,
                             out.size(1),
                             block,
                             out.mutable_data_ptr(),
-                            cpu::dtype_of(out.scalar_type())};
+                            dtype_of(out.scalar_type())};
   constexpr int64_t kRows = cpu::PanelArgs::kRows;
   at::parallel_for(
       0, args.rows / kRows, std::max<int64_t>(1, kGrain / (kRows * args.cols)),
@@ -157,7 +157,7 @@ void dequantize_8bit(const at::Tensor& codes, const at::Tensor& scale, double mu
   const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
   const cpu::EightBitArgs args{codes.const_data_ptr<int8_t>(), scale.const_data_ptr<float>(),
                                static_cast<float>(multiplier), out.size(1),
-                               out.mutable_data_ptr(),         cpu::dtype_of(out.scalar_type())};
+                               out.mutable_data_ptr(),         dtype_of(out.scalar_type())};
   at::parallel_for(
       0, out.size(0), std::max<int64_t>(1, kGrain / args.cols),
       [&](int64_t begin, int64_t end) { kernels.eight_bits(args, cpu::Range{begin, end}); });

@@ -28,7 +28,7 @@ std::string why_library(const Card& card, const Problem& p, const Request& reque
   if (choice == Choice::kLibrary && !request.measured.empty())
     return "fastest as measured " + request.measured;
   if (choice == Choice::kLibrary) return "the library route was asked for";
-  if (!p.half_dtype) return "the kernels compute bfloat16 and float16";
+  if (!p.half_dtype()) return "the kernels compute bfloat16 and float16";
   if (!card.error.empty()) return "CUDA cannot use the device: " + card.error;
   if (card.arch < 80) return "the kernels need compute capability 8.0 or later";
   if (choice == Choice::kKernel && !p.weight_row_major) return "the weight is not row-major";

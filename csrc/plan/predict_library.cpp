@@ -130,7 +130,7 @@ Launch library_product(const Card& card, const char* name, int64_t m, int64_t n,
 }
 
 Launches library_launches(const Card& card, const Problem& p) {
-  if (p.float_adapters && p.half_dtype)
+  if (p.float_adapters && p.half_dtype())
     return p.backward ? library_backward_wide(card, p) : library_forward_wide(card, p);
   return p.backward ? library_backward(card, p) : library_forward(card, p);
 }

@@ -7,6 +7,8 @@
 #include <optional>
 #include <string>
 
+#include "common/dtype.h"
+
 namespace lora_ext::plan {
 
 // Properties of a card. `arch` is 10 major + minor.
@@ -33,9 +35,9 @@ struct Groups {
 // The operands of a LoRA linear. "aligned": unit stride along a row, and pointer and row pitch are
 // multiples of 16 bytes.
 struct Problem {
-  int64_t m, n, k, rank;        // the largest rank, if there are groups
-  bool half_dtype = true;       // x is bfloat16 or half; others stay on the library route
-  bool float_adapters = false;  // else of x's dtype
+  int64_t m, n, k, rank;           // the largest rank, if there are groups
+  Dtype dtype = Dtype::kBFloat16;  // of x and y; of two, that which holds both
+  bool float_adapters = false;     // else of x's dtype
   bool dropout = false;
   bool given_base = false;       // y is given: there is no weight, and no base product
   bool weight_row_major = true;  // [n, k] with unit stride along k
@@ -49,6 +51,7 @@ struct Problem {
 
   auto operator<=>(const Problem&) const = default;
 
+  bool half_dtype() const { return is_half(dtype); }  // others stay on the library route
   // lora_gemm computes Y [m, n] of depth k, or dX [m, k] of depth n.
   bool has_product() const { return !backward || need_dx; }
   int64_t columns() const { return backward ? k : n; }

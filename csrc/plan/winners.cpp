@@ -39,7 +39,7 @@ bool as_allocated(const plan::Problem& p) {
 // Grouped calls are not autotuned: the best route depends on the row-to-adapter map.
 bool was_measured_so(const plan::Problem& p) {
   const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
-  return p.half_dtype && !p.given_base && !p.groups && p.weight_row_major && p.factor_rows &&
+  return p.half_dtype() && !p.given_base && !p.groups && p.weight_row_major && p.factor_rows &&
          as_allocated(p) && (all_gradients || !p.backward);
 }
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import _C
 from ..device import indexed
-from ..dtypes import HALVES
 from ..invariance import invariance_note
 
 # Compute capability times 10, number of SMs, bytes of shared memory of an SM and, at most, of a
@@ -110,7 +109,7 @@ def problem_of(
 ) -> _C.Problem:
     """The planner's problem for contiguous operands; arguments as in `plan`."""
     problem = _C.Problem(rows, out_features, in_features, rank)
-    problem.half_dtype = dtype in HALVES
+    problem.dtype = dtype
     problem.float_adapters = adapter_dtype == torch.float32
     problem.dropout = dropout
     return problem

@@ -55,12 +55,12 @@ def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) 
         updates[0].lora_a.dtype,
         any(update.dropout > 0 for update in updates),
     )
-    return cuda_path(weight.device, problem, weight.dtype)
+    return cuda_path(weight.device, problem)
 
 
-def cuda_path(device: torch.device, problem: _C.Problem, dtype: torch.dtype) -> tuple[str, str]:
+def cuda_path(device: torch.device, problem: _C.Problem) -> tuple[str, str]:
     """`kernel_path` on a device that supports the kernel route."""
-    explained = _C.explain_problem(device, problem, dtype == torch.float16)
+    explained = _C.explain_problem(device, problem)
     forward, check = explained.plan, explained.check
     if not forward.kernel:
         return "library", forward.reason

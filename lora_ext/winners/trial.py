@@ -56,6 +56,7 @@ def kernels_for(card: _C.Card, shapes: Iterable[Shape], dtype: torch.dtype) -> l
     found: dict[str, _C.Kernels] = {}
     for shape in shapes:
         problem = shape.problem
+        problem.dtype = dtype
         for backward in (False, True):
             for candidate in candidates_for(card, shape, backward):
                 plan = _C.plan_as_asked(
@@ -67,8 +68,7 @@ def kernels_for(card: _C.Card, shapes: Iterable[Shape], dtype: torch.dtype) -> l
                     early_launch=_C.early_launch(),
                 )
                 if plan.kernel:
-                    float16 = dtype == torch.float16
-                    each = _C.kernels_of(plan, problem, backward=backward, float16=float16)
+                    each = _C.kernels_of(plan, problem, backward=backward)
                     found.setdefault(each.name, each)
     return list(found.values())
 

@@ -159,9 +159,9 @@ from lora_ext.kernels.kernel_plan import problem_of
 from lora_ext.nn.kernel_path import cuda_path
 warnings.simplefilter("ignore")
 problem = problem_of(70, 96, 136, 16, torch.bfloat16, torch.float32, False)
-assert cuda_path(cpu, problem, torch.bfloat16)[0] == "fused"
+assert cuda_path(cpu, problem)[0] == "fused"
 forward()
-path, reason = cuda_path(cpu, problem, torch.bfloat16)
+path, reason = cuda_path(cpu, problem)
 assert path == "library" and "failed their check on cpu: y differs" in reason, reason
 """,
         LORA_EXT_EMULATED_FAULT=TERM_LOST,

@@ -4,6 +4,7 @@ from functools import cache
 from itertools import product
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,8 +30,7 @@ def test_each_small_case_takes_the_kernels_that_it_checks(card, early):
     assert len({kernels.name for kernels in checked}) == len(checked)
     for kernels in checked:
         problem, plan = kernels.small_case(CARDS[card])
-        backward, float16 = kernels.backward, kernels.float16
-        planned = _C.kernels_of(plan, problem, backward=backward, float16=float16)
+        planned = _C.kernels_of(plan, problem, backward=kernels.backward)
         assert planned == kernels, f"{planned} for {kernels}"
 
 
@@ -104,7 +104,8 @@ def plans_of(problem, card, backward):
 @settings(deadline=None, max_examples=200)
 @given(problems(), st.sampled_from([*CARDS, "H100"]), st.booleans(), st.booleans())
 def test_whatever_a_call_asks_for_is_checked(problem, card, backward, float16):
+    problem.dtype = torch.float16 if float16 else torch.bfloat16
     for early, plan in plans_of(problem, CARDS[card], backward):
         if plan.kernel:
-            kernels = _C.kernels_of(plan, problem, backward=backward, float16=float16)
+            kernels = _C.kernels_of(plan, problem, backward=backward)
             assert kernels in checked_on(card, early)

@@ -81,7 +81,8 @@ void bind_kernel_set(py::module& m) {
   py::class_<Kernels>(m, "Kernels")
       .def_property_readonly("name", &Kernels::name)
       .def_readonly("backward", &Kernels::backward)
-      .def_readonly("float16", &Kernels::float16)
+      .def_property_readonly("dtype",
+                             [](const Kernels& kernels) { return scalar_type_of(kernels.dtype); })
       .def("small_case", &planned_small_case, py::arg("card"))
       .def(py::self == py::self)
       .def("__hash__", [](const Kernels& kernels) { return py::hash(py::str(kernels.name())); })
@@ -112,11 +113,11 @@ void bind_kernel_set(py::module& m) {
   m.def("all_grouped_kernels", &kernel_set::all_grouped_of, py::arg("card"));
   m.def(
       "kernels_of",
-      [](const plan::Plan& plan, plan::Problem problem, bool backward, bool float16) {
+      [](const plan::Plan& plan, plan::Problem problem, bool backward) {
         problem.backward = backward;
-        return kernel_set::of_plan(plan, problem, float16);
+        return kernel_set::of_plan(plan, problem);
       },
-      py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"), py::arg("float16"));
+      py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"));
   m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
         py::arg("backward"), py::arg("choice"), py::arg("tile") = "",
         py::arg("early_launch") = true, py::arg("groups") = 0);

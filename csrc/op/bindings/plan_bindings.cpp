@@ -63,8 +63,7 @@ void bind_device(py::module& m) {
         py::arg("lora_b"), py::arg("dropout_p"));
   m.def("explain_backward", &explain_backward, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
         py::arg("lora_b"), py::arg("dropout_p"), py::arg("grad") = py::none());
-  m.def("explain_problem", &kernel_route::explain_problem, py::arg("device"), py::arg("problem"),
-        py::arg("float16"));
+  m.def("explain_problem", &kernel_route::explain_problem, py::arg("device"), py::arg("problem"));
   m.def(
       "set_cuda_route", [](const std::string& name) { kernel_route::set_choice(choice_of(name)); },
       py::arg("name"));
@@ -249,7 +248,9 @@ void bind_plan(py::module& m) {
       .def_readonly("n", &plan::Problem::n)
       .def_readonly("k", &plan::Problem::k)
       .def_readonly("rank", &plan::Problem::rank)
-      .def_readwrite("half_dtype", &plan::Problem::half_dtype)
+      .def_property(
+          "dtype", [](const plan::Problem& p) { return scalar_type_of(p.dtype); },
+          [](plan::Problem& p, at::ScalarType dtype) { p.dtype = dtype_of(dtype); })
       .def_readwrite("float_adapters", &plan::Problem::float_adapters)
       .def_readwrite("dropout", &plan::Problem::dropout)
       .def_readwrite("given_base", &plan::Problem::given_base)

@@ -113,7 +113,7 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
                      const Args& args) {
   const plan::Problem problem = kernel_launch::problem_of(args);
   const plan::Plan plan = plan::make_plan(card, problem, request);
-  const Kernels planned = kernel_set::of_plan(plan, problem, kernels.float16);
+  const Kernels planned = kernel_set::of_plan(plan, problem);
   if (planned != kernels) return "the small case takes other kernels: " + planned.name();
   const at::Device device = args.x.device();
   const auto exact = kernel_bounds::in_double(args);
@@ -171,7 +171,7 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
   const kernel_set::SmallCase small = kernel_set::small_case(kernels);
   const plan::Problem& problem = small.problem;
   const int64_t m = problem.m, n = problem.n, k = problem.k, rank = problem.rank;
-  const at::ScalarType dtype = kernels.float16 ? at::kHalf : at::kBFloat16;
+  const at::ScalarType dtype = scalar_type_of(kernels.dtype);
   const auto options = at::TensorOptions().device(device).dtype(dtype);
   const auto adapter = options.dtype(kernels.float_adapters ? at::kFloat : dtype);
   DropoutArgs dropout;

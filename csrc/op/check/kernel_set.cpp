@@ -74,7 +74,7 @@ int64_t rank_for(const Kernels& kernels) {
 
 std::string Kernels::name() const {
   std::string text = backward ? "backward" : "forward";
-  text += float16 ? " float16 " : " bfloat16 ";
+  text += dtype == Dtype::kFloat16 ? " float16 " : " bfloat16 ";
   text += hybrid ? "hybrid" : plan::facts_of(tile).name;
   if (!vector) text += " element-wise";
   if (float_adapters) text += " float32 adapters";
@@ -89,9 +89,9 @@ std::string Kernels::name() const {
   return text;
 }
 
-Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool float16) {
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem) {
   Kernels kernels{};
-  kernels.backward = problem.backward, kernels.float16 = float16;
+  kernels.backward = problem.backward, kernels.dtype = problem.dtype;
   kernels.float_adapters = problem.float_adapters, kernels.dropout = problem.dropout;
   kernels.grouped = problem.groups.has_value();
   if (const plan::Decode* decode = plan.decode()) {
@@ -115,11 +115,11 @@ std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
   };
   std::vector<Kernels> all;
   if (card.arch < 80) return all;
-  for (const bool float16 : {false, true}) {
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
     for (const bool float_adapters : {false, true}) {
       for (const bool dropout : {false, true}) {
         Kernels kernels{};
-        kernels.float16 = float16, kernels.float_adapters = float_adapters;
+        kernels.dtype = dtype, kernels.float_adapters = float_adapters;
         kernels.dropout = dropout;
         add_tiles(card, early_launch, kernels, all);
         kernels.backward = true;
@@ -160,11 +160,12 @@ SmallCase small_case(const Kernels& kernels) {
   small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
   if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.most_blocks = 4;
-  problem.backward = kernels.backward;
+  problem.backward = kernels.backward, problem.dtype = kernels.dtype;
   problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
   problem.given_base = kernels.given_base;
   problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;
-  problem.aligned_b = problem.rank * (kernels.float_adapters ? 4 : 2) % 16 == 0;
+  const Dtype adapter = kernels.float_adapters ? Dtype::kFloat32 : kernels.dtype;
+  problem.aligned_b = problem.rank * element_size(adapter) % 16 == 0;
   return small;
 }
 

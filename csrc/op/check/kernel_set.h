@@ -12,7 +12,7 @@ namespace lora_ext::kernel_set {
 // Everything that selects an instance.
 struct Kernels {
   bool backward;
-  bool float16;  // else bfloat16
+  Dtype dtype;  // kBFloat16 or kFloat16
   plan::Tile tile;
   bool hybrid, vector, float_adapters, dropout;
   bool one_pass, wide;   // lora_dsdb, and its instance for more than 16 columns; backward only
@@ -27,7 +27,7 @@ struct Kernels {
 };
 
 // The kernels of a plan for the problem; the plan must use kernels.
-Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool float16);
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem);
 
 // All sets that a card can run, with PDL or without; none below compute capability 8.0.
 std::vector<Kernels> all_of(const plan::Card& card, bool early_launch);

@@ -79,7 +79,7 @@ void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forwa
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
   if (const plan::Decode* decode = plan.decode())
     operands.counts = decode_counts(device, decode->flag_count());
-  check_launch(launch(half_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
+  check_launch(launch(dtype_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
 }
 
 // Launches a backward; `operands` already has the adapters and their gradients.
@@ -92,7 +92,7 @@ void launch_backward(const plan::Plan& plan, const BackwardArgs& args, const Bac
   operands.dy = args.grad.const_data_ptr(), operands.dy_pitch = pitch_of(args.grad);
   operands.s = args.s.const_data_ptr<float>();
   operands.dx = args.wanted.dx ? out.dx.mutable_data_ptr() : nullptr;
-  check_launch(launch(half_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
+  check_launch(launch(dtype_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
 }
 
 // Allocates the gradients of all factors of a kind if one is requested: the kernels compute them
@@ -145,7 +145,7 @@ bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_o
 
 plan::Problem problem_of(const ForwardArgs& args) {
   plan::Problem problem = common_problem(args);
-  problem.half_dtype = is_half(args.x.scalar_type()) && args.y_dtype() == args.x.scalar_type();
+  problem.dtype = dtype_of(c10::promoteTypes(args.x.scalar_type(), args.y_dtype()));
   problem.aligned =
       aligned(args.x) && aligned_rows(problem.n) && (!problem.given_base || aligned(args.base.y));
   return problem;
@@ -154,8 +154,7 @@ plan::Problem problem_of(const ForwardArgs& args) {
 plan::Problem problem_of(const BackwardArgs& args) {
   plan::Problem problem = common_problem(args);
   problem.backward = true;
-  const at::ScalarType dtype = args.x.scalar_type();
-  problem.half_dtype = is_half(dtype) && args.grad.scalar_type() == dtype;
+  problem.dtype = dtype_of(c10::promoteTypes(args.x.scalar_type(), args.grad.scalar_type()));
   problem.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k);
   problem.need_dx = args.wanted.dx, problem.need_dlora_a = args.wanted.any_a();
   problem.need_dlora_b = args.wanted.any_b();

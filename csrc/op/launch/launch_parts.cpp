@@ -15,6 +15,9 @@
 namespace lora_ext::kernel_launch {
 namespace {
 
+constexpr int64_t kChunk = 16;  // bytes that are copied at a time
+constexpr int64_t kHalvesOfChunk = kChunk / element_size(Dtype::kBFloat16);
+
 // The matrices or pools with unit stride within a row: the tensors themselves, or copies.
 Factors with_rows(at::TensorList factors) {
   Factors out;
@@ -78,17 +81,19 @@ void make_room_for_graphs(OfDevice& mine, const at::Device& device) {
 }  // namespace
 
 int64_t pitch_of(const at::Tensor& tensor) {
-  return tensor.size(0) == 1 ? (tensor.size(1) + 7) / 8 * 8 : tensor.stride(0);
+  return tensor.size(0) == 1
+             ? (tensor.size(1) + kHalvesOfChunk - 1) / kHalvesOfChunk * kHalvesOfChunk
+             : tensor.stride(0);
 }
 
 bool aligned(const at::Tensor& tensor) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
   const int64_t pitch = pitch_of(tensor);
-  return tensor.stride(-1) == 1 && pitch * bytes % 16 == 0 && pitch >= tensor.size(1) &&
-         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  return tensor.stride(-1) == 1 && pitch * bytes % kChunk == 0 && pitch >= tensor.size(1) &&
+         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunk == 0;
 }
 
-bool aligned_rows(int64_t columns) { return columns % 8 == 0; }
+bool aligned_rows(int64_t columns) { return columns % kHalvesOfChunk == 0; }
 
 kernel::Mask mask_of(const DropoutArgs& dropout) {
   kernel::Mask mask{};
@@ -112,10 +117,6 @@ void* stream_of(const at::Device& device) {
 int index_of(const at::Device& device) {
   if (device.has_index() || !device.is_cuda()) return device.index();
   return c10::impl::VirtualGuardImpl(device.type()).getDevice().index();
-}
-
-cuda::Half half_of(at::ScalarType dtype) {
-  return dtype == at::kHalf ? cuda::Half::kFloat16 : cuda::Half::kBFloat16;
 }
 
 void check_launch(const std::string& error, const at::Device& device) {

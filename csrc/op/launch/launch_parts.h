@@ -32,7 +32,6 @@ at::Tensor workspace_for(int64_t bytes, const at::Tensor& like);
 void* stream_of(const at::Device& device);
 // The index of a CUDA device; if it has none, that of the current device.
 int index_of(const at::Device& device);
-cuda::Half half_of(at::ScalarType dtype);
 
 // Throws LaunchError, or OutOfMemoryError, unless the error is empty.
 void check_launch(const std::string& error, const at::Device& device);

@@ -64,24 +64,11 @@ void drop_cpu(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout, 
 
 // ---- CUDA ----
 
-cuda::Element element_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return cuda::Element::kFloat64;
-    case at::kBFloat16:
-      return cuda::Element::kBFloat16;
-    case at::kHalf:
-      return cuda::Element::kFloat16;
-    default:
-      return cuda::Element::kFloat32;
-  }
-}
-
-void launch(cuda::Element element, const at::Tensor& out, const cuda::DropoutParams& params) {
+void launch(const at::Tensor& out, const cuda::DropoutParams& params) {
   const c10::DeviceGuard device(out.device());
   const c10::impl::VirtualGuardImpl guard(out.device().type());
   void* stream = guard.getStream(out.device()).native_handle();
-  const std::string error = cuda::launch_dropout(element, params, stream);
+  const std::string error = cuda::launch_dropout(dtype_of(out.scalar_type()), params, stream);
   LORA_EXT_CHECK(error.empty(), "launching dropout on ", out.device(), " failed: ", error);
 }
 
@@ -105,7 +92,7 @@ void drop_cuda(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
   cuda::DropoutParams params = params_of(out, dropout, first_row);
   params.x = x.const_data_ptr();
   params.x_pitch = x.stride(0);
-  launch(element_of(x.scalar_type()), out, params);
+  launch(out, params);
 }
 
 void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
@@ -129,7 +116,7 @@ void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
 }
 
 void fill_dropout_mask(at::Tensor& mask, const DropoutArgs& dropout) {
-  if (mask.is_cuda()) return launch(cuda::Element::kMask, mask, params_of(mask, dropout, 0));
+  if (mask.is_cuda()) return launch(mask, params_of(mask, dropout, 0));
   const int64_t cols = mask.size(1);
   auto* out = mask.mutable_data_ptr<bool>();
   for_mask_rows(dropout, 0, mask.size(0), cols, [&](int64_t m, const uint32_t* bits) {

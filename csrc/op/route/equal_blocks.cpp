@@ -51,9 +51,9 @@ Update waves_like(const Update& update) {
 }
 
 void check_rows_are_alike(const at::Tensor& rows, const Base& base, int64_t block) {
-  const at::ScalarType bits = rows.itemsize() == 2   ? at::kShort
-                              : rows.itemsize() == 4 ? at::kInt
-                                                     : at::kLong;
+  const at::ScalarType bits = rows.itemsize() == sizeof(int16_t)   ? at::kShort
+                              : rows.itemsize() == sizeof(int32_t) ? at::kInt
+                                                                   : at::kLong;
   const at::Tensor values = rows.view(bits);
   TORCH_CHECK_NOT_IMPLEMENTED(
       at::equal(values, values.narrow(0, 0, 1).expand_as(values)),

@@ -34,7 +34,6 @@ std::atomic<int>& reserved() {
 struct PlannedCall {
   int device;
   plan::Problem problem;
-  bool float16;
   plan::Choice choice;
   bool early_launch, deterministic;
   int reserved_sms;
@@ -43,16 +42,19 @@ struct PlannedCall {
   auto operator<=>(const PlannedCall&) const = default;
 };
 
-PlannedCall call_of(const at::Device& device, const plan::Problem& problem, bool float16) {
-  return {device.index(), problem,           float16,
-          choice(),       early_launch(),    at::globalContext().deterministicAlgorithms(),
-          reserved_sms(), winners::version()};
+PlannedCall call_of(const at::Device& device, const plan::Problem& problem) {
+  return {device.index(),
+          problem,
+          choice(),
+          early_launch(),
+          at::globalContext().deterministicAlgorithms(),
+          reserved_sms(),
+          winners::version()};
 }
 
 template <class Args>
 PlannedCall call_of(const Args& args) {
-  return call_of(args.x.device(), kernel_launch::problem_of(args),
-                 args.x.scalar_type() == at::kHalf);
+  return call_of(args.x.device(), kernel_launch::problem_of(args));
 }
 
 plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
@@ -68,7 +70,7 @@ plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
 std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
                             const PlannedCall& call) {
   if (!plan.has_kernels()) return false;
-  const kernel_set::Kernels kernels = kernel_set::of_plan(plan, call.problem, call.float16);
+  const kernel_set::Kernels kernels = kernel_set::of_plan(plan, call.problem);
   if (kernel_check::result(device, kernels).empty()) return true;
   if (kernel_launch::is_capturing(device)) return std::nullopt;
   try {
@@ -105,8 +107,7 @@ std::optional<Result> run(const Args& args) {
 Explained explained(const at::Device& device, const PlannedCall& call) {
   const plan::Plan plan = plan_of(device, call);
   if (!plan.has_kernels()) return {plan, ""};
-  const std::string result =
-      kernel_check::result(device, kernel_set::of_plan(plan, call.problem, call.float16));
+  const std::string result = kernel_check::result(device, kernel_set::of_plan(plan, call.problem));
   return {plan, result.empty() ? "passed" : result};
 }
 
@@ -114,8 +115,8 @@ Explained explained(const at::Device& device, const PlannedCall& call) {
 
 Explained explain(const ForwardArgs& args) { return explained(args.x.device(), call_of(args)); }
 Explained explain(const BackwardArgs& args) { return explained(args.x.device(), call_of(args)); }
-Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16) {
-  return explained(device, call_of(device, problem, float16));
+Explained explain_problem(const at::Device& device, const plan::Problem& problem) {
+  return explained(device, call_of(device, problem));
 }
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }

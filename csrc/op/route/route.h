@@ -45,7 +45,7 @@ struct Explained {
 Explained explain(const ForwardArgs& args);
 Explained explain(const BackwardArgs& args);
 // The same without tensors.
-Explained explain_problem(const at::Device& device, const plan::Problem& problem, bool float16);
+Explained explain_problem(const at::Device& device, const plan::Problem& problem);
 
 void set_choice(plan::Choice choice);
 plan::Choice current_choice();

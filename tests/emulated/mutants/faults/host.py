@@ -139,7 +139,7 @@ HOST = [
         "a tensor counts as aligned by its pitch alone",
         "a slice of columns begins in the middle of a chunk",
         "launch_parts.cpp",
-        "pitch >= tensor.size(1) &&\n         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0",
+        "pitch >= tensor.size(1) &&\n         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunk == 0",
         "pitch >= tensor.size(1)",
     ),
     seen_by(
