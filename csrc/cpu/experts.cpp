@@ -205,59 +205,50 @@ constexpr int64_t kGrain = 1 << 14;  // numbers worth a thread's start
 
 // Processes one row of B at a time, for all experts: a row is some KB of contiguous memory, and
 // stays in the cache while the numbers of one expert after the other are copied from it or to it.
-//
-// Calls run(number in b, number in the pool) for each number of the experts `hit`. Bits is an
-// unsigned integer of the element's size.
-template <class Bits, class Run>
-void for_numbers(void* b, const at::Tensor& hit, int64_t experts, void* pool, int64_t rows,
-                 int64_t rank, const Run& run) {
-  const int64_t count = hit.numel();
+// Bits is an unsigned integer of the element's size.
+template <class Bits, bool kToPool>
+void copy_some(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
+               int64_t experts) {
+  const at::Tensor& b = kToPool ? source : out;
+  const int64_t rows = b.size(0), rank = b.size(1) / experts, count = hit.numel();
   const int64_t* number = hit.const_data_ptr<int64_t>();
-  auto *first = static_cast<Bits*>(b), *to = static_cast<Bits*>(pool);
+  const auto* from = static_cast<const Bits*>(source.const_data_ptr());
+  auto* to = static_cast<Bits*>(out.mutable_data_ptr());
   const int64_t grain = kGrain / std::max<int64_t>(1, count * rank) + 1;
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      Bits* row = first + n * rank * experts;
       for (int64_t i = 0; i < count; ++i) {
-        Bits* own = to + (i * rows + n) * rank;
-        for (int64_t j = 0; j < rank; ++j) run(row[j * experts + number[i]], own[j]);
+        for (int64_t j = 0; j < rank; ++j) {
+          const int64_t in_b = (n * rank + j) * experts + number[i];
+          const int64_t in_pool = (i * rows + n) * rank + j;
+          to[kToPool ? in_pool : in_b] = from[kToPool ? in_b : in_pool];
+        }
       }
     }
   });
 }
 
-// The same for a tensor b whose memory begins at `first`.
-template <class Run>
-void for_numbers_of(const at::Tensor& b, void* first, const at::Tensor& hit, int64_t experts,
-                    void* pool, const Run& run) {
-  const int64_t rows = b.size(0), rank = b.size(1) / experts;
-  switch (b.element_size()) {
-    case sizeof(uint16_t):
-      return for_numbers<uint16_t>(first, hit, experts, pool, rows, rank, run);
-    case sizeof(uint32_t):
-      return for_numbers<uint32_t>(first, hit, experts, pool, rows, rank, run);
-    default:
-      return for_numbers<uint64_t>(first, hit, experts, pool, rows, rank, run);
-  }
+template <class Bits>
+void copy_bits(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
+               int64_t experts) {
+  out.dim() == 3 ? copy_some<Bits, true>(out, source, hit, experts)
+                 : copy_some<Bits, false>(out, source, hit, experts);
 }
 
 }  // namespace
 
 Forward experts_few_rows(const ExpertsArgs& args) { return FewRows(args).run(); }
 
-at::Tensor experts_gather(const at::Tensor& b, const at::Tensor& hit, int64_t experts) {
-  at::Tensor pool = at::empty({hit.numel(), b.size(0), b.size(1) / experts}, b.options());
-  void* first = const_cast<void*>(b.const_data_ptr());
-  for_numbers_of(b, first, hit, experts, pool.mutable_data_ptr(),
-                 [](const auto& from, auto& to) { to = from; });
-  return pool;
-}
-
-void experts_scatter(const at::Tensor& b, const at::Tensor& hit, int64_t experts,
-                     const at::Tensor& pool) {
-  void* from = const_cast<void*>(pool.const_data_ptr());
-  for_numbers_of(b, b.mutable_data_ptr(), hit, experts, from,
-                 [](auto& to, const auto& value) { to = value; });
+void experts_copy(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
+                  int64_t experts) {
+  switch (out.element_size()) {
+    case sizeof(uint16_t):
+      return copy_bits<uint16_t>(out, source, hit, experts);
+    case sizeof(uint32_t):
+      return copy_bits<uint32_t>(out, source, hit, experts);
+    default:
+      return copy_bits<uint64_t>(out, source, hit, experts);
+  }
 }
 
 }  // namespace lora_ext::cpu

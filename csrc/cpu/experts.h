@@ -41,15 +41,12 @@ namespace cpu {
 // adapters side by side.
 Forward experts_few_rows(const ExpertsArgs& args);
 
-// B of some experts as a pool of the grouped op:
+// Copies B of some experts, the n in `hit` (int64), to a pool of the grouped op, or a pool to them;
+// both contiguous and of one dtype. `out` is the pool if it has 3 dimensions.
 //
-//     pool[i, n, j] = b[n, j E + e_i]        b [N, r E]: the expert is the fastest index
-//
-// Returns the pool [n, N, r] of the experts `hit` [n], int64; b is contiguous.
-at::Tensor experts_gather(const at::Tensor& b, const at::Tensor& hit, int64_t experts);
-// Writes a contiguous pool [n, N, r] in b's dtype into b.
-void experts_scatter(const at::Tensor& b, const at::Tensor& hit, int64_t experts,
-                     const at::Tensor& pool);
+//     pool[i, m, j] = b[m, j E + e_i]        pool [n, N, r], b [N, r E]: the expert is fastest
+void experts_copy(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
+                  int64_t experts);
 
 }  // namespace cpu
 }  // namespace lora_ext

@@ -1,50 +1,30 @@
-// lora_ext::dequantize_4bit, dequantize_4bit_panels and dequantize_8bit write a frozen weight as
-// floating values into a tensor of the caller's. Panels exist on the CPU only.
+// lora_ext::dequantize writes a frozen weight as floating values into a tensor of the caller's.
+// kFormats lists the formats: for each, its check and its kernels on the CPU and on CUDA.
+#include "cuda/dequantize.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <bit>
 #include <cstdint>
 #include <limits>
-#include <vector>
+#include <string>
+#include <string_view>
 
 #include "common/check.h"
 #include "cpu/dispatch.h"
-#include "cpu/operands.h"
 #include "cuda/device.h"
-#include "op/launch/dequantize_launch.h"
+#include "op/launch/launch_parts.h"
 
-namespace lora_ext {
+namespace lora_ext::quantized {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // values worth a thread's start, about 5 us
-
-// Tensors on different devices are dispatched to the kernel of one of the devices; with a meta
-// tensor among them that kernel would write nothing.
-void check(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& out,
-           at::ScalarType dtype, const c10::SymInt& count) {
-  EXPECT(tensor.device() == out.device(), "expected ", name, " on out's device, ", out.device(),
-         ", but got it on ", tensor.device());
-  EXPECT_TYPE(tensor.scalar_type() == dtype, "expected ", name, " in ", dtype, ", but got ",
-              tensor.scalar_type());
-  EXPECT(tensor.is_contiguous(), "expected a contiguous ", name, ", but got strides ",
-         tensor.strides());
-  EXPECT(tensor.sym_numel() == count, "expected ", name, " of ", count, " elements, but got ",
-         tensor.sym_numel());
-}
-
-void check_out(const char* op, const at::Tensor& out) {
-  EXPECT_TYPE(is_half(out.scalar_type()) || out.scalar_type() == at::kFloat,
-              "expected out in float32, bfloat16 or float16, but got ", out.scalar_type());
-  EXPECT(out.is_contiguous(), "expected a contiguous out, but got strides ", out.strides());
-}
-
-c10::SymInt blocks_of(const char* op, const c10::SymInt& count, int64_t block) {
-  EXPECT(block >= 2 && block % 2 == 0, "expected an even block, but got ", block);
-  return count / block + (count % block != 0 ? 1 : 0);
-}
+constexpr char op[] = "dequantize";      // in messages
+constexpr int64_t kGrain = 1 << 15;      // values worth a thread's start, about 5 us
+constexpr int64_t kCodesOfFourBits = 2;  // in a byte
 
 // Scales that are 8-bit codes themselves: table[code] * scale[i / block] + offset, rounded after
 // the product and after the sum.
@@ -65,106 +45,152 @@ struct NestedScale {
   }
 };
 
-void check_4bit(const at::Tensor& packed, const at::Tensor& table, const at::Tensor& scale,
-                int64_t block, const NestedScale& nested, const at::Tensor& out) {
-  const char* op = "dequantize_4bit";
-  check_out(op, out);
-  const c10::SymInt count = out.sym_numel(), blocks = blocks_of(op, count, block);
-  check(op, "packed", packed, out, at::kByte, (count + 1) / 2);
-  check(op, "table", table, out, at::kFloat, 16);
-  check(op, "scale", scale, out, nested.table ? at::kByte : at::kFloat, blocks);
+// What a format does not have is not read.
+struct Quantized {
+  const at::Tensor &codes, &scale;
+  const std::optional<at::Tensor>& table;  // [16], float
+  int64_t block;                           // codes that share a scale
+  NestedScale nested;
+  double multiplier;  // of every scale
+};
+
+// ---- checks ----
+
+// Tensors on different devices are dispatched to the kernel of one of the devices; with a meta
+// tensor among them that kernel would write nothing.
+void check(const char* name, const at::Tensor& tensor, const at::Tensor& out, at::ScalarType dtype,
+           const c10::SymInt& count) {
+  EXPECT(tensor.device() == out.device(), "expected ", name, " on out's device, ", out.device(),
+         ", but got it on ", tensor.device());
+  EXPECT_TYPE(tensor.scalar_type() == dtype, "expected ", name, " in ", dtype, ", but got ",
+              tensor.scalar_type());
+  EXPECT(tensor.is_contiguous(), "expected a contiguous ", name, ", but got strides ",
+         tensor.strides());
+  EXPECT(tensor.sym_numel() == count, "expected ", name, " of ", count, " elements, but got ",
+         tensor.sym_numel());
+}
+
+void check_table(const Quantized& weight, const at::Tensor& out) {
+  EXPECT(weight.table, "expected a table of 16 elements, but got none");
+  check("table", *weight.table, out, at::kFloat, 16);
+}
+
+c10::SymInt blocks_of(const c10::SymInt& count, int64_t block) {
+  EXPECT(block >= 2 && block % 2 == 0, "expected an even block, but got ", block);
+  return count / block + (count % block != 0 ? 1 : 0);
+}
+
+void check_4bit(const Quantized& weight, const at::Tensor& out) {
+  const NestedScale& nested = weight.nested;
+  const c10::SymInt count = out.sym_numel(), blocks = blocks_of(count, weight.block);
+  check("codes", weight.codes, out, at::kByte, (count + 1) / kCodesOfFourBits);
+  check_table(weight, out);
+  check("scale", weight.scale, out, nested.table ? at::kByte : at::kFloat, blocks);
   EXPECT(nested.table.has_value() == nested.scale.has_value() &&
              nested.table.has_value() == nested.offset.has_value(),
          "expected all of scale_table, scale_scale and scale_offset, or none");
   if (!nested.table) return;
-  check(op, "scale_table", *nested.table, out, at::kFloat, 256);
-  check(op, "scale_scale", *nested.scale, out, at::kFloat, blocks_of(op, blocks, nested.block));
-  check(op, "scale_offset", *nested.offset, out, at::kFloat, 1);
+  check("scale_table", *nested.table, out, at::kFloat, 256);
+  check("scale_scale", *nested.scale, out, at::kFloat, blocks_of(blocks, nested.block));
+  check("scale_offset", *nested.offset, out, at::kFloat, 1);
 }
 
-void dequantize_4bit(const at::Tensor& packed, const at::Tensor& table, const at::Tensor& scale,
-                     int64_t block, const std::optional<at::Tensor>& scale_table,
-                     const std::optional<at::Tensor>& scale_scale,
-                     const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
-                     at::Tensor& out) {
-  const NestedScale nested{scale_table, scale_scale, scale_offset, scale_block};
-  check_4bit(packed, table, scale, block, nested, out);
-  if (out.numel() == 0) return;
-  const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
-  at::Tensor scales = nested.table ? at::empty({scale.numel()}, table.options()) : scale;
-  float* read = nested.table ? scales.mutable_data_ptr<float>() : nullptr;
-  const cpu::FourBitArgs args{packed.const_data_ptr<uint8_t>(),
-                              table.const_data_ptr<float>(),
-                              scales.const_data_ptr<float>(),
-                              out.numel(),
-                              block,
-                              out.mutable_data_ptr(),
-                              dtype_of(out.scalar_type())};
-  at::parallel_for(0, scale.numel(), std::max<int64_t>(1, kGrain / block),
-                   [&](int64_t begin, int64_t end) {
-                     const cpu::Range blocks{begin, end};
-                     if (read != nullptr) nested.read(scale, blocks, read + begin);
-                     kernels.four_bits(args, blocks);
-                   });
-}
-
-void check_panels(const at::Tensor& packed, const at::Tensor& table, const at::Tensor& scale,
-                  int64_t block, const at::Tensor& out) {
-  const char* op = "dequantize_4bit_panels";
-  constexpr int64_t kRows = cpu::PanelArgs::kRows;
-  check_out(op, out);
+void check_two_dims(const at::Tensor& out) {
   EXPECT(out.dim() == 2, "expected out of 2 dimensions, but got shape ", out.sym_sizes());
+}
+
+void check_panels(const Quantized& weight, const at::Tensor& out) {
+  constexpr int64_t kRows = cpu::PanelArgs::kRows;
+  const int64_t block = weight.block;
+  check_two_dims(out);
   EXPECT(block >= 32 && block % 32 == 0, "expected a block that 32 divides, but got ", block);
   const c10::SymInt rows = out.sym_size(0), cols = out.sym_size(1);
   EXPECT(rows % kRows == 0 && cols % block == 0, "expected rows that ", kRows,
          " divides and columns that the block, ", block, ", divides, but got ", out.sym_sizes());
-  check(op, "packed", packed, out, at::kByte, rows * cols / 2);
-  check(op, "table", table, out, at::kFloat, 16);
-  check(op, "scale", scale, out, at::kBFloat16, cols / block * rows);
+  check("codes", weight.codes, out, at::kByte, rows * cols / kCodesOfFourBits);
+  check_table(weight, out);
+  check("scale", weight.scale, out, at::kBFloat16, cols / block * rows);
 }
 
-void dequantize_4bit_panels(const at::Tensor& packed, const at::Tensor& table,
-                            const at::Tensor& scale, int64_t block, at::Tensor& out) {
-  check_panels(packed, table, scale, block, out);
-  if (out.numel() == 0) return;
+void check_8bit(const Quantized& weight, const at::Tensor& out) {
+  check_two_dims(out);
+  check("codes", weight.codes, out, at::kChar, out.sym_numel());
+  check("scale", weight.scale, out, at::kFloat, out.sym_size(0));
+}
+
+// ---- the CPU ----
+
+template <class Run>
+void in_parallel(int64_t pieces, int64_t values_of_piece, const Run& run) {
+  at::parallel_for(0, pieces, std::max<int64_t>(1, kGrain / values_of_piece),
+                   [&](int64_t begin, int64_t end) { run(cpu::Range{begin, end}); });
+}
+
+void dequantize_4bit(const Quantized& weight, at::Tensor& out) {
   const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
-  const cpu::PanelArgs args{packed.const_data_ptr<uint8_t>(),
-                            table.const_data_ptr<float>(),
-                            static_cast<const cpu::BFloat16*>(scale.const_data_ptr()),
+  const at::Tensor& scale = weight.scale;
+  const bool nested = weight.nested.table.has_value();
+  at::Tensor scales = nested ? at::empty({scale.numel()}, weight.table->options()) : scale;
+  float* read = nested ? scales.mutable_data_ptr<float>() : nullptr;
+  const cpu::FourBitArgs args{weight.codes.const_data_ptr<uint8_t>(),
+                              weight.table->const_data_ptr<float>(),
+                              scales.const_data_ptr<float>(),
+                              out.numel(),
+                              weight.block,
+                              out.mutable_data_ptr(),
+                              dtype_of(out.scalar_type())};
+  in_parallel(scale.numel(), weight.block, [&](cpu::Range blocks) {
+    if (read != nullptr) weight.nested.read(scale, blocks, read + blocks.begin);
+    kernels.four_bits(args, blocks);
+  });
+}
+
+void dequantize_panels(const Quantized& weight, at::Tensor& out) {
+  constexpr int64_t kRows = cpu::PanelArgs::kRows;
+  const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
+  const cpu::PanelArgs args{weight.codes.const_data_ptr<uint8_t>(),
+                            weight.table->const_data_ptr<float>(),
+                            static_cast<const cpu::BFloat16*>(weight.scale.const_data_ptr()),
                             out.size(0),
                             out.size(1),
-                            block,
+                            weight.block,
                             out.mutable_data_ptr(),
                             dtype_of(out.scalar_type())};
-  constexpr int64_t kRows = cpu::PanelArgs::kRows;
-  at::parallel_for(
-      0, args.rows / kRows, std::max<int64_t>(1, kGrain / (kRows * args.cols)),
-      [&](int64_t begin, int64_t end) { kernels.panels(args, cpu::Range{begin, end}); });
+  in_parallel(args.rows / kRows, kRows * args.cols,
+              [&](cpu::Range panels) { kernels.panels(args, panels); });
 }
 
-void check_8bit(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& out) {
-  const char* op = "dequantize_8bit";
-  check_out(op, out);
-  EXPECT(out.dim() == 2, "expected out of 2 dimensions, but got shape ", out.sym_sizes());
-  check(op, "codes", codes, out, at::kChar, out.sym_numel());
-  check(op, "scale", scale, out, at::kFloat, out.sym_size(0));
-}
-
-void dequantize_8bit(const at::Tensor& codes, const at::Tensor& scale, double multiplier,
-                     at::Tensor& out) {
-  check_8bit(codes, scale, out);
-  if (out.numel() == 0) return;
+void dequantize_8bit(const Quantized& weight, at::Tensor& out) {
   const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
-  const cpu::EightBitArgs args{codes.const_data_ptr<int8_t>(), scale.const_data_ptr<float>(),
-                               static_cast<float>(multiplier), out.size(1),
-                               out.mutable_data_ptr(),         dtype_of(out.scalar_type())};
-  at::parallel_for(
-      0, out.size(0), std::max<int64_t>(1, kGrain / args.cols),
-      [&](int64_t begin, int64_t end) { kernels.eight_bits(args, cpu::Range{begin, end}); });
+  const cpu::EightBitArgs args{weight.codes.const_data_ptr<int8_t>(),
+                               weight.scale.const_data_ptr<float>(),
+                               static_cast<float>(weight.multiplier),
+                               out.size(1),
+                               out.mutable_data_ptr(),
+                               dtype_of(out.scalar_type())};
+  in_parallel(out.size(0), args.cols, [&](cpu::Range rows) { kernels.eight_bits(args, rows); });
+}
+
+// ---- CUDA ----
+
+bool is_aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// On the current stream of out's device; `aligned` of the params counts for what is read.
+template <class Params>
+void launch(Params& params, const at::Tensor& out) {
+  params.out = out.mutable_data_ptr();
+  params.count = out.numel();
+  params.aligned &= is_aligned(params.out, 16);
+  const c10::DeviceGuard guard(out.device());
+  const std::string error = cuda::launch_dequantize(dtype_of(out.scalar_type()), params,
+                                                    kernel_launch::stream_of(out.device()));
+  LORA_EXT_CHECK(error.empty(), "dequantising on ", out.device(), " failed: ", error);
 }
 
 // The kernels replace the division by a shift.
-int bits_of(const char* op, const char* name, int64_t block, int least) {
+int bits_of(const char* name, int64_t block, int least) {
   EXPECT(std::has_single_bit(static_cast<uint64_t>(block)) && block >> least > 0 &&
              block <= int64_t{1} << 30,
          "expected on CUDA a ", name, " that is a power of two from ", 1 << least, " on, but got ",
@@ -172,98 +198,108 @@ int bits_of(const char* op, const char* name, int64_t block, int least) {
   return std::countr_zero(static_cast<uint64_t>(block));
 }
 
-void dequantize_4bit_cuda(const at::Tensor& packed, const at::Tensor& table,
-                          const at::Tensor& scale, int64_t block,
-                          const std::optional<at::Tensor>& scale_table,
-                          const std::optional<at::Tensor>& scale_scale,
-                          const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
-                          at::Tensor& out) {
-  const char* op = "dequantize_4bit";
-  const NestedScale nested{scale_table, scale_scale, scale_offset, scale_block};
-  check_4bit(packed, table, scale, block, nested, out);
+void dequantize_4bit_cuda(const Quantized& weight, at::Tensor& out) {
+  const NestedScale& nested = weight.nested;
   kernel::Dequantize4bitParams params{};
-  params.block_bits = bits_of(op, "block", block, kernel::Dequantize4bitParams::kLeastBlockBits);
-  if (nested.table) params.scale_block_bits = bits_of(op, "scale_block", scale_block, 1);
-  if (out.numel() == 0) return;
-  params.packed = packed.const_data_ptr<uint8_t>();
-  params.table = table.const_data_ptr<float>();
+  params.block_bits = bits_of("block", weight.block, params.kLeastBlockBits);
+  params.packed = weight.codes.const_data_ptr<uint8_t>();
+  params.table = weight.table->const_data_ptr<float>();
   if (nested.table) {
-    params.scale_codes = scale.const_data_ptr<uint8_t>();
+    params.scale_block_bits = bits_of("scale_block", nested.block, 1);
+    params.scale_codes = weight.scale.const_data_ptr<uint8_t>();
     params.scale_table = nested.table->const_data_ptr<float>();
     params.scale_scale = nested.scale->const_data_ptr<float>();
     params.scale_offset = nested.offset->const_data_ptr<float>();
   } else {
-    params.scale = scale.const_data_ptr<float>();
+    params.scale = weight.scale.const_data_ptr<float>();
   }
-  cuda::dequantize(params, out);
+  params.aligned = is_aligned(params.packed, 4);
+  launch(params, out);
 }
 
-void dequantize_8bit_cuda(const at::Tensor& codes, const at::Tensor& scale, double multiplier,
-                          at::Tensor& out) {
-  const char* op = "dequantize_8bit";
-  check_8bit(codes, scale, out);
+void dequantize_8bit_cuda(const Quantized& weight, at::Tensor& out) {
   EXPECT(out.size(1) <= std::numeric_limits<int32_t>::max(),
          "expected on CUDA fewer than 2^31 columns, but got ", out.size(1));
-  if (out.numel() == 0) return;
   kernel::Dequantize8bitParams params{};
-  params.codes = codes.const_data_ptr<int8_t>();
-  params.scale = scale.const_data_ptr<float>();
-  params.multiplier = static_cast<float>(multiplier);
-  cuda::dequantize(params, out);
+  params.codes = weight.codes.const_data_ptr<int8_t>();
+  params.scale = weight.scale.const_data_ptr<float>();
+  params.multiplier = static_cast<float>(weight.multiplier);
+  params.columns = static_cast<uint32_t>(out.size(1));
+  const int64_t chunk = 16 / static_cast<int64_t>(out.element_size());
+  params.aligned = is_aligned(params.codes, 8) && out.size(1) % chunk == 0;
+  launch(params, out);
 }
 
-void dequantize_4bit_meta(const at::Tensor& packed, const at::Tensor& table,
-                          const at::Tensor& scale, int64_t block,
-                          const std::optional<at::Tensor>& scale_table,
-                          const std::optional<at::Tensor>& scale_scale,
-                          const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
-                          at::Tensor& out) {
-  check_4bit(packed, table, scale, block, {scale_table, scale_scale, scale_offset, scale_block},
-             out);
+// ---- the op ----
+
+using Write = void (*)(const Quantized& weight, at::Tensor& out);
+
+struct Format {
+  const char* name;
+  void (*check)(const Quantized& weight, const at::Tensor& out);
+  Write on_cpu, on_cuda;  // null: there is no kernel
+};
+
+constexpr Format kFormats[] = {
+    {"4bit", check_4bit, dequantize_4bit, dequantize_4bit_cuda},
+    {"4bit_panels", check_panels, dequantize_panels, nullptr},
+    {"8bit", check_8bit, dequantize_8bit, dequantize_8bit_cuda},
+};
+
+const Format& format_of(std::string_view name) {
+  std::string known;
+  for (const Format& format : kFormats) {
+    if (format.name == name) return format;
+    known += known.empty() ? format.name : std::string(", ") + format.name;
+  }
+  C10_THROW_ERROR(ValueError, c10::str("lora_ext.", op, ": expected one of the formats ", known,
+                                       ", but got ", name));
 }
 
-void dequantize_4bit_panels_meta(const at::Tensor& packed, const at::Tensor& table,
-                                 const at::Tensor& scale, int64_t block, at::Tensor& out) {
-  check_panels(packed, table, scale, block, out);
+Write on_cpu(const Format& format) { return format.on_cpu; }
+Write on_cuda(const Format& format) { return format.on_cuda; }
+// Without data there is nothing to write.
+Write on_meta(const Format&) {
+  return [](const Quantized&, at::Tensor&) {};
 }
 
-void dequantize_8bit_meta(const at::Tensor& codes, const at::Tensor& scale, double /*multiplier*/,
-                          at::Tensor& out) {
-  check_8bit(codes, scale, out);
+template <Write (*write_of)(const Format& format)>
+void dequantize(std::string_view format, const at::Tensor& codes, const at::Tensor& scale,
+                at::Tensor& out, const std::optional<at::Tensor>& table, int64_t block,
+                const std::optional<at::Tensor>& scale_table,
+                const std::optional<at::Tensor>& scale_scale,
+                const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
+                double multiplier) {
+  const Quantized weight{
+      codes,     scale, table, block, {scale_table, scale_scale, scale_offset, scale_block},
+      multiplier};
+  const Format& found = format_of(format);
+  EXPECT_TYPE(is_half(out.scalar_type()) || out.scalar_type() == at::kFloat,
+              "expected out in float32, bfloat16 or float16, but got ", out.scalar_type());
+  EXPECT(out.is_contiguous(), "expected a contiguous out, but got strides ", out.strides());
+  found.check(weight, out);
+  const Write write = write_of(found);
+  TORCH_CHECK_NOT_IMPLEMENTED(write != nullptr, "lora_ext.", op, ": there is no kernel for ",
+                              format, " on ", out.device());
+  if (out.sym_numel() != 0) write(weight, out);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
-      "dequantize_4bit(Tensor packed, Tensor table, Tensor scale, int block, Tensor? scale_table, "
-      "Tensor? scale_scale, Tensor? scale_offset, int scale_block, Tensor(a!) out) -> ()",
-      tags);
-  m.def(
-      "dequantize_4bit_panels(Tensor packed, Tensor table, Tensor scale, int block, "
-      "Tensor(a!) out) -> ()",
-      tags);
-  m.def("dequantize_8bit(Tensor codes, Tensor scale, float multiplier, Tensor(a!) out) -> ()",
-        tags);
+      "dequantize(str format, Tensor codes, Tensor scale, Tensor(a!) out, *, Tensor? table=None, "
+      "int block=2, Tensor? scale_table=None, Tensor? scale_scale=None, "
+      "Tensor? scale_offset=None, int scale_block=2, float multiplier=1.0) -> ()",
+      {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit));
-  m.impl("dequantize_4bit_panels", TORCH_FN(dequantize_4bit_panels));
-  m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit));
-}
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) { m.impl(op, TORCH_FN(dequantize<on_cpu>)); }
 
 TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  if (!cuda::is_built()) return;
-  m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit_cuda));
-  m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit_cuda));
+  if (cuda::is_built()) m.impl(op, TORCH_FN(dequantize<on_cuda>));
 }
 
-TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
-  m.impl("dequantize_4bit", TORCH_FN(dequantize_4bit_meta));
-  m.impl("dequantize_4bit_panels", TORCH_FN(dequantize_4bit_panels_meta));
-  m.impl("dequantize_8bit", TORCH_FN(dequantize_8bit_meta));
-}
+TORCH_LIBRARY_IMPL(lora_ext, Meta, m) { m.impl(op, TORCH_FN(dequantize<on_meta>)); }
 
-}  // namespace lora_ext
+}  // namespace lora_ext::quantized

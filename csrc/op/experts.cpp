@@ -1,7 +1,6 @@
 // The ops that lora_ext/experts uses on the CPU besides lora_grouped: a projection of experts that
-// have few rows each; and gathering B of some experts into a pool, or writing the gradient of a
-// pool into that of B. None of them is differentiable: the passes of lora_ext/experts/projection.py
-// call them.
+// have few rows each; and copying B of some experts into a pool, or the gradient of a pool into
+// that of B. Neither is differentiable: the passes of lora_ext/experts/projection.py call them.
 #include "cpu/experts.h"
 
 #include <torch/library.h>
@@ -95,30 +94,22 @@ std::tuple<at::Tensor, at::Tensor> experts_few_rows(
   return {out.y, out.s};
 }
 
-void check_hit(const char* op, const at::Tensor& lora_b, const at::Tensor& hit, int64_t experts) {
+void experts_copy(at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
+                  int64_t experts) {
+  const char* op = "experts_copy";
+  const at::Tensor &lora_b = out.dim() == 3 ? source : out, &pool = out.dim() == 3 ? out : source;
   EXPECT(experts > 0 && lora_b.dim() == 2 && lora_b.size(1) % experts == 0 &&
              lora_b.is_contiguous() && lora_b.is_cpu(),
          "expected a contiguous lora_b of shape [out_features, r ", experts, "], but got ",
          lora_b.sizes());
   check_supported(op, "lora_b", lora_b.scalar_type());
   check_below(op, "experts", numbers_of(op, "hit", hit), experts);
-}
-
-at::Tensor experts_gather(const at::Tensor& lora_b, const at::Tensor& hit, int64_t experts) {
-  check_hit("experts_gather", lora_b, hit, experts);
-  return cpu::experts_gather(lora_b, hit, experts);
-}
-
-void experts_scatter(at::Tensor& lora_b, const at::Tensor& hit, int64_t experts,
-                     const at::Tensor& pool) {
-  const char* op = "experts_scatter";
-  check_hit(op, lora_b, hit, experts);
   const std::array<int64_t, 3> shape{hit.numel(), lora_b.size(0), lora_b.size(1) / experts};
   EXPECT(pool.sizes() == at::IntArrayRef(shape) && pool.is_contiguous() &&
              pool.scalar_type() == lora_b.scalar_type() && pool.is_cpu(),
          "expected a contiguous pool of lora_b's dtype and shape ", at::IntArrayRef(shape),
          ", but got ", pool.scalar_type(), " of ", pool.sizes());
-  cpu::experts_scatter(lora_b, hit, experts, pool);
+  cpu::experts_copy(out, source, hit, experts);
 }
 
 }  // namespace
@@ -127,14 +118,13 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "experts_few_rows(Tensor x, Tensor? token, Tensor weight, Tensor? bias, Tensor[] lora_a, "
       "Tensor[] lora_b, float[] scalings, int[] experts) -> (Tensor, Tensor)");
-  m.def("experts_gather(Tensor lora_b, Tensor hit, int experts) -> Tensor");
-  m.def("experts_scatter(Tensor(a!) lora_b, Tensor hit, int experts, Tensor pool) -> ()");
+  // Between lora_b and a pool, which has 3 dimensions.
+  m.def("experts_copy(Tensor(a!) out, Tensor source, Tensor hit, int experts) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   m.impl("experts_few_rows", TORCH_FN(experts_few_rows));
-  m.impl("experts_gather", TORCH_FN(experts_gather));
-  m.impl("experts_scatter", TORCH_FN(experts_scatter));
+  m.impl("experts_copy", TORCH_FN(experts_copy));
 }
 
 }  // namespace lora_ext

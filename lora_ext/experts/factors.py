@@ -147,7 +147,10 @@ def _some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
 def _pool_of_b(lora_b: Tensor, experts: int, hit: Tensor | None) -> Tensor:
     """``[n, out, r]``, contiguous."""
     if lora_b.is_cpu:
-        return _ops.experts_gather(lora_b.contiguous(), _numbers(experts, hit), experts)
+        numbers = _numbers(experts, hit)
+        pool = lora_b.new_empty(len(numbers), len(lora_b), lora_b.shape[1] // experts)
+        _ops.experts_copy(pool, lora_b.contiguous(), numbers, experts)
+        return pool
     return _some(b_by_expert(lora_b, experts), hit).contiguous()
 
 
@@ -162,7 +165,7 @@ def _put_b(gradient: Tensor, experts: int, hit: Tensor | None, part: Tensor) -> 
     """Writes ``[n, out, r]`` into a gradient of PEFT's layout."""
     if gradient.is_cpu:
         part = part.to(gradient.dtype).contiguous()
-        _ops.experts_scatter(gradient, _numbers(experts, hit), experts, part)
+        _ops.experts_copy(gradient, part, _numbers(experts, hit), experts)
     else:
         _put(b_by_expert(gradient, experts), hit, part)
 

@@ -56,8 +56,8 @@ def _differs(device: torch.device, dtype: torch.dtype) -> bool:
     factor, offset = torch.linspace(0.1, 3, 5, device=device), torch.full((1,), 0.7, device=device)
     out = torch.empty(4200, dtype=dtype, device=device)
     packed, quantised = codes.to(torch.uint8), scale.to(torch.uint8)
-    nested = (scales, factor, offset, 16)
-    _ops.dequantize_4bit(packed, table, quantised, 64, *nested, out)
+    nested = {"scale_table": scales, "scale_scale": factor, "scale_offset": offset}
+    _ops.dequantize("4bit", packed, quantised, out, table=table, block=64, **nested, scale_block=16)
     values = table[torch.stack([codes >> 4, codes & 15], 1).flatten()]
     expected = values * _scales_of(scales, scale % 256, factor, offset)
     return not torch.equal(out, expected.to(dtype))

@@ -54,18 +54,27 @@ class FourBitWeight(QuantizedWeight):
         if self.device.type == "meta":
             return out  # on any device of the scales
         codes = self.packed.detach().view(torch.uint8).view(-1)
+        blocks = {"table": state.code, "block": state.blocksize}
         if not has_kernels(self.device):
             self._dequantize_by_library(codes, out)
         elif self.in_panels:
-            _ops.dequantize_4bit_panels(codes, state.code, state.absmax, state.blocksize, out)
+            _ops.dequantize("4bit_panels", codes, state.absmax, out, **blocks)
         elif state.nested and state.state2.dtype == torch.float32:
             second = state.state2
-            nested = (second.code, second.absmax, state.offset, second.blocksize)
-            _ops.dequantize_4bit(codes, state.code, state.absmax, state.blocksize, *nested, out)
+            _ops.dequantize(
+                "4bit",
+                codes,
+                state.absmax,
+                out,
+                **blocks,
+                scale_table=second.code,
+                scale_scale=second.absmax,
+                scale_offset=state.offset,
+                scale_block=second.blocksize,
+            )
         else:
             absmax = _half_scales(state) if state.nested else state.absmax.float()
-            none = (None, None, None, 2)
-            _ops.dequantize_4bit(codes, state.code, absmax, state.blocksize, *none, out)
+            _ops.dequantize("4bit", codes, absmax, out, **blocks)
         return out
 
     def _dequantize_by_library(self, codes: Tensor, out: Tensor) -> None:
@@ -112,7 +121,7 @@ class EightBitWeight(QuantizedWeight):
             return out
         if has_kernels(self.device):
             scale = self.scale.float().contiguous()
-            _ops.dequantize_8bit(self.codes.contiguous(), scale, 1.0 / 127.0, out)
+            _ops.dequantize("8bit", self.codes.contiguous(), scale, out, multiplier=1.0 / 127.0)
         else:
             factor = self.scale.unsqueeze(1).mul(1.0 / 127.0)
             torch.mul(self.codes.to(dtype), factor, out=out)

@@ -71,7 +71,7 @@ class CodesWeight(_WrittenWeight):
         codes, scale = self.tensor.qdata.contiguous(), self.tensor.scale.float().flatten()
         # As a matrix of groups; a single scale is used for every row.
         runs = max(scale.numel(), self.shape[0])
-        _ops.dequantize_8bit(codes, scale.expand(runs).contiguous(), 1.0, out.view(runs, -1))
+        _ops.dequantize("8bit", codes, scale.expand(runs).contiguous(), out.view(runs, -1))
 
 
 class ScaledCodesWeight(CodesWeight):
@@ -97,5 +97,5 @@ class NF4Weight(_WrittenWeight):
             tensor.quantized_scalers, tensor.quantization_factor, tensor.scaler_block_size
         )
         codes, table = tensor.quantized_data.contiguous(), tensor.nf4.float()
-        once = (None, None, None, 2)  # the scales are no longer quantised
-        _ops.dequantize_4bit(codes, table, scale.float(), tensor.block_size, *once, out)
+        # The scales are no longer quantised.
+        _ops.dequantize("4bit", codes, scale.float(), out, table=table, block=tensor.block_size)

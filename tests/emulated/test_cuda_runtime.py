@@ -241,10 +241,11 @@ def both(op, tensors, numbers, shape, dtype, before, before_out):
     assert torch.equal(out.cpu(), expected), (op, shape, dtype, before, before_out)
 
 def four_bits(packed, table, scale, one, two, three, block, scale_block, out):
-    ops.dequantize_4bit(packed, table, scale, block, one, two, three, scale_block, out)
+    nested = dict(scale_table=one, scale_scale=two, scale_offset=three, scale_block=scale_block)
+    ops.dequantize("4bit", packed, scale, out, table=table, block=block, **nested)
 
 def eight_bits(codes, scale, multiplier, out):
-    ops.dequantize_8bit(codes, scale, multiplier, out)
+    ops.dequantize("8bit", codes, scale, out, multiplier=multiplier)
 
 def floats(*shape):
     return torch.randn(shape, generator=generator)
@@ -360,13 +361,13 @@ ops = torch.ops.lora_ext
 def call(block=64, scale_block=None, table=there, cols=8):
     packed, scale = torch.zeros(4 * cols, dtype=torch.uint8, device=there), torch.zeros(1)
     out = torch.empty(8, cols, device=there)
-    none = (None, None, None, 2)
+    parts = dict(table=torch.zeros(16, device=table), block=block)
     if scale_block is not None:
         scale = scale.byte()
-        none = (torch.zeros(256).to(there), torch.zeros(1).to(there), torch.zeros(1).to(there))
-        none = (*none, scale_block)
-    scale = scale.to(there)
-    ops.dequantize_4bit(packed, torch.zeros(16, device=table), scale, block, *none, out)
+        zeros = [torch.zeros(size).to(there) for size in (256, 1, 1)]
+        parts |= dict(zip(("scale_table", "scale_scale", "scale_offset"), zeros))
+        parts["scale_block"] = scale_block
+    ops.dequantize("4bit", packed, scale.to(there), out, **parts)
 
 def refused(words, **options):
     with pytest.raises(RuntimeError, match=words):

@@ -171,9 +171,12 @@ OPS = torch.ops.lora_ext
             ),
             "of tokens below 1",
         ),
-        (lambda x, w, a, b: OPS.experts_gather(b, torch.tensor([6]), EXPERTS), "below"),
-        (lambda x, w, a, b: OPS.experts_gather(b, torch.tensor([0]), 5), "lora_b"),
-        (lambda x, w, a, b: OPS.experts_scatter(b, torch.tensor([0]), EXPERTS, b), "pool"),
+        (
+            lambda x, w, a, b: OPS.experts_copy(a.view(1, 24, -1), b, torch.tensor([6]), EXPERTS),
+            "below",
+        ),
+        (lambda x, w, a, b: OPS.experts_copy(a.view(1, 24, -1), b, torch.tensor([0]), 5), "lora_b"),
+        (lambda x, w, a, b: OPS.experts_copy(b, b, torch.tensor([0]), EXPERTS), "pool"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(call, message):

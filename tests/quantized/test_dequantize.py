@@ -22,7 +22,7 @@ def test_panels(isa, dtype, rows, cols, block):
     packed = (upper << 4 | lower).to(torch.uint8).contiguous()
     scale = torch.rand(cols // block, rows, generator=generator).bfloat16()
     out = torch.empty(rows, cols, dtype=dtype)
-    ops.dequantize_4bit_panels(packed, TABLE, scale, block, out)
+    ops.dequantize("4bit_panels", packed, scale, out, table=TABLE, block=block)
     expected = TABLE[codes] * scale.float().t().repeat_interleave(block, 1)
     assert torch.equal(out, expected.to(dtype))
 
@@ -32,7 +32,7 @@ def test_nan_and_infinity(isa, dtype):
     packed, scale, parts, _ = four_bit_case(256, 64)
     scale = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-45])
     out = torch.empty(256, dtype=dtype)
-    ops.dequantize_4bit(packed, TABLE, scale, 64, *parts, out)
+    ops.dequantize("4bit", packed, scale, out, **parts)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
     expected = (TABLE[codes] * scale.repeat_interleave(64)).to(dtype)
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
@@ -45,7 +45,7 @@ def test_the_same_bits_whatever_the_threads():
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
         out = torch.empty(1 << 20, dtype=BF16)
-        ops.dequantize_4bit(packed, TABLE, scale, 64, *parts, out)
+        ops.dequantize("4bit", packed, scale, out, **parts)
         found.append(out)
     torch.set_num_threads(threads)
     assert all(torch.equal(out, found[0]) for out in found)
@@ -59,13 +59,14 @@ def test_the_same_bits_whatever_the_threads():
 )
 def test_four_bits_on_cuda(count, block, nested, dtype, cuda):
     packed, scale, parts, expected = four_bit_case(count, block, nested=nested)
-    packed, table, scale, *parts = (
-        part.to(cuda) if isinstance(part, torch.Tensor) else part
-        for part in (packed, TABLE, scale, *parts)
-    )
+    packed, scale = packed.to(cuda), scale.to(cuda)
+    parts = {
+        name: part.to(cuda) if isinstance(part, torch.Tensor) else part
+        for name, part in parts.items()
+    }
     for before in (0, 1):  # aligned, and not
         out = torch.full((before + count,), float("nan"), dtype=dtype, device=cuda)[before:]
-        ops.dequantize_4bit(packed, table, scale, block, *parts, out)
+        ops.dequantize("4bit", packed, scale, out, **parts)
         assert torch.equal(out.cpu(), expected.to(dtype))
 
 
@@ -77,8 +78,8 @@ def test_eight_bits_on_cuda(rows, cols, dtype, cuda):
     codes = torch.randint(-128, 128, (rows, cols), generator=generator).to(torch.int8)
     scale = torch.rand(rows, generator=generator) * 5
     out, expected = (torch.empty(rows, cols, dtype=dtype, device=d) for d in (cuda, "cpu"))
-    ops.dequantize_8bit(codes, scale, 1.0 / 127.0, expected)
-    ops.dequantize_8bit(codes.to(cuda), scale.to(cuda), 1.0 / 127.0, out)
+    ops.dequantize("8bit", codes, scale, expected, multiplier=1.0 / 127.0)
+    ops.dequantize("8bit", codes.to(cuda), scale.to(cuda), out, multiplier=1.0 / 127.0)
     assert torch.equal(out.cpu(), expected)
 
 
@@ -109,20 +110,19 @@ def test_a_device_without_memory_is_asked_again(monkeypatch):
 
 def test_registration():
     packed, scale, parts, _ = four_bit_case(256, 64, nested=2)
-    opcheck(ops.dequantize_4bit.default, (packed, TABLE, scale, 64, *parts, torch.empty(4, 64)))
+    op = ops.dequantize.default
+    opcheck(op, ("4bit", packed, scale, torch.empty(4, 64)), parts)
     codes = torch.zeros(4, 6, dtype=torch.int8)
-    opcheck(ops.dequantize_8bit.default, (codes, torch.rand(4), 1.0, torch.empty(4, 6)))
+    opcheck(op, ("8bit", codes, torch.rand(4), torch.empty(4, 6)), {"multiplier": 0.5})
     panels = torch.zeros(32 * 32, dtype=torch.uint8)
-    scale = torch.rand(2, 32).bfloat16()
-    arguments = (panels, TABLE, scale, 32, torch.empty(32, 64))
-    opcheck(ops.dequantize_4bit_panels.default, arguments)
+    arguments = ("4bit_panels", panels, torch.rand(2, 32).bfloat16(), torch.empty(32, 64))
+    opcheck(op, arguments, {"table": TABLE, "block": 32})
 
 
 def four_bit_call(**changes):
     packed, scale, parts, _ = four_bit_case(256, 64)
-    call = {"packed": packed, "table": TABLE, "scale": scale, "block": 64, "out": torch.empty(256)}
-    names = ("scale_table", "scale_scale", "scale_offset", "scale_block")
-    return ops.dequantize_4bit(**{**call, **dict(zip(names, parts, strict=True)), **changes})
+    call = {"format": "4bit", "codes": packed, "scale": scale, "out": torch.empty(256), **parts}
+    return ops.dequantize(**{**call, **changes})
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,11 @@ def four_bit_call(**changes):
     [
         ({"out": torch.empty(256, dtype=F64)}, TypeError, "out in float32, bfloat16 or float16"),
         ({"out": torch.empty(512)[::2]}, RuntimeError, "a contiguous out"),
-        ({"out": torch.empty(258)}, RuntimeError, "packed of 129 elements, but got 128"),
-        ({"packed": torch.zeros(128)}, TypeError, "packed in Byte, but got Float"),
+        ({"out": torch.empty(258)}, RuntimeError, "codes of 129 elements, but got 128"),
+        ({"codes": torch.zeros(128)}, TypeError, "codes in Byte, but got Float"),
         ({"table": torch.zeros(8)}, RuntimeError, "table of 16 elements, but got 8"),
+        ({"table": None}, RuntimeError, "a table of 16 elements, but got none"),
+        ({"format": "5bit"}, ValueError, "the formats 4bit, 4bit_panels, 8bit, but got 5bit"),
         ({"scale": torch.zeros(3)}, RuntimeError, "scale of 4 elements, but got 3"),
         ({"scale": torch.zeros(4).half()}, TypeError, "scale in Float, but got Half"),
         ({"block": 3}, RuntimeError, "an even block, but got 3"),
@@ -142,18 +144,18 @@ def four_bit_call(**changes):
     ],
 )
 def test_errors_of_four_bits(changes, error, message):
-    with pytest.raises(error, match=f"lora_ext.dequantize_4bit: .*{message}"):
+    with pytest.raises(error, match=f"lora_ext.dequantize: .*{message}"):
         four_bit_call(**changes)
 
 
 def test_other_errors():
     codes, scale = torch.zeros(4, 6, dtype=torch.int8), torch.rand(4)
-    with pytest.raises(RuntimeError, match="dequantize_8bit: expected out of 2 dimensions"):
-        ops.dequantize_8bit(codes, scale, 1.0, torch.empty(24))
+    with pytest.raises(RuntimeError, match="dequantize: expected out of 2 dimensions"):
+        ops.dequantize("8bit", codes, scale, torch.empty(24))
     with pytest.raises(RuntimeError, match="expected scale of 4 elements, but got 3"):
-        ops.dequantize_8bit(codes, scale[:3], 1.0, torch.empty(4, 6))
+        ops.dequantize("8bit", codes, scale[:3], torch.empty(4, 6))
     panels, scale = torch.zeros(32 * 32, dtype=torch.uint8), torch.rand(2, 32).bfloat16()
     with pytest.raises(RuntimeError, match="expected rows that 32 divides and columns that the"):
-        ops.dequantize_4bit_panels(panels, TABLE, scale, 32, torch.empty(64, 48))
+        ops.dequantize("4bit_panels", panels, scale, torch.empty(64, 48), table=TABLE, block=32)
     with pytest.raises(RuntimeError, match="expected a block that 32 divides, but got 16"):
-        ops.dequantize_4bit_panels(panels, TABLE, scale, 16, torch.empty(32, 64))
+        ops.dequantize("4bit_panels", panels, scale, torch.empty(32, 64), table=TABLE, block=16)

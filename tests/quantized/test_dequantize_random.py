@@ -4,7 +4,7 @@ By itself: a machine with a GPU may lack hypothesis, and is to run the other tes
 """
 
 import torch
-from dequantize_helpers import DTYPES, TABLE, four_bit_case
+from dequantize_helpers import DTYPES, four_bit_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ def test_four_bits(count, block, nested, dtype, isa):
     out = torch.full((count,), float("nan"), dtype=dtype)
     _C.set_cpu_isa(isa)
     try:
-        ops.dequantize_4bit(packed, TABLE, scale, block, *parts, out)
+        ops.dequantize("4bit", packed, scale, out, **parts)
     finally:
         _C.set_cpu_isa("auto")
     assert torch.equal(out, expected.to(dtype))
@@ -46,7 +46,7 @@ def test_eight_bits(rows, cols, dtype, isa):
     out = torch.full((rows, cols), float("nan"), dtype=dtype)
     _C.set_cpu_isa(isa)
     try:
-        ops.dequantize_8bit(codes, scale, 1.0 / 127.0, out)
+        ops.dequantize("8bit", codes, scale, out, multiplier=1.0 / 127.0)
     finally:
         _C.set_cpu_isa("auto")
     expected = codes.float() * (scale * torch.tensor(1.0 / 127.0))[:, None]

@@ -269,23 +269,22 @@ def test_tensors_of_two_devices():
     """A meta tensor among the others must not leave `out` as it is."""
     codes, scale = torch.zeros(4, 6, dtype=torch.int8), torch.rand(4)
     with pytest.raises(RuntimeError, match="on out's device, cpu, but got it on meta"):
-        ops.dequantize_8bit(codes.to("meta"), scale, 1.0, torch.empty(4, 6))
+        ops.dequantize("8bit", codes.to("meta"), scale, torch.empty(4, 6))
     with pytest.raises(RuntimeError, match="on out's device, cpu, but got it on meta"):
-        ops.dequantize_8bit(codes, scale.to("meta"), 1.0, torch.empty(4, 6))
+        ops.dequantize("8bit", codes, scale.to("meta"), torch.empty(4, 6))
     with pytest.raises(RuntimeError, match="on out's device, meta, but got it on cpu"):
-        ops.dequantize_8bit(codes, scale, 1.0, torch.empty(4, 6, device="meta"))
+        ops.dequantize("8bit", codes, scale, torch.empty(4, 6, device="meta"))
 
 
 @pytest.mark.parametrize("block", [2**62, 2**63 - 2])
 def test_blocks_larger_than_any_weight(block):
     packed = torch.arange(32, dtype=torch.uint8)
     table, out = torch.linspace(-1, 1, 16), torch.empty(64)
-    none = (None, None, None, 2)
-    ops.dequantize_4bit(packed, table, torch.tensor([2.0]), block, *none, out)
+    ops.dequantize("4bit", packed, torch.tensor([2.0]), out, table=table, block=block)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
     assert torch.equal(out, table[codes] * 2.0)
     with pytest.raises(RuntimeError, match="expected scale of 1 elements, but got 2"):
-        ops.dequantize_4bit(packed, table, torch.ones(2), block, *none, out)
+        ops.dequantize("4bit", packed, torch.ones(2), out, table=table, block=block)
 
 
 def test_scales_in_another_dtype():

@@ -87,7 +87,7 @@ DEQUANTIZE = [
         "(params.count + 1) / kBlockValues",
     ),
     of_cuda(
-        "launch/dequantize_launch.cpp",
+        "op/dequantize.cpp",
         "dequantize_out_counts_as_aligned",
         "stores are of 16 bytes wherever out begins",
         "a view may begin anywhere",
@@ -95,7 +95,7 @@ DEQUANTIZE = [
         "",
     ),
     of_cuda(
-        "launch/dequantize_launch.cpp",
+        "op/dequantize.cpp",
         "dequantize_rows_count_as_whole_chunks",
         "chunks of codes of 8 bits are whole whatever a row's length",
         "a chunk would have two scales",
@@ -107,7 +107,7 @@ DEQUANTIZE = [
         "dequantize_block_of_scales",
         "scales are quantised in blocks as long as the codes'",
         "they have their own",
-        'bits_of(op, "scale_block", scale_block, 1)',
-        'bits_of(op, "scale_block", block, 1)',
+        'bits_of("scale_block", nested.block, 1)',
+        'bits_of("scale_block", weight.block, 1)',
     ),
 ]
