@@ -95,7 +95,7 @@ def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool)
     """The tiles that the card supports for a call with some rank."""
 
 class Kernels:
-    """The kernels that one call uses: the unit that is checked (csrc/op/check/kernel_set.h)."""
+    """The kernels that one call uses: the unit that is checked (csrc/op/check/kernel_check.h)."""
 
     name: str
     backward: bool

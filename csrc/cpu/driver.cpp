@@ -50,16 +50,8 @@ at::Tensor shrink(const SkinnyKernels& kernels, const at::Tensor& p, const Adapt
   const int64_t rows = p.size(0);
   at::Tensor t = at::empty({rows, adapter.rank}, p.options().dtype(at::kFloat));
   const at::Tensor panel = packed(adapter, kernels.shrink_panel_bytes, kernels.pack_shrink);
-  const ShrinkArgs args{p.const_data_ptr(),
-                        dtype_of(p.scalar_type()),
-                        p.stride(0),
-                        adapter.cols,
-                        adapter.rank,
-                        panel.const_data_ptr(),
-                        adapter.dtype == Dtype::kBFloat16,
-                        static_cast<float>(scale),
-                        t.mutable_data_ptr<float>(),
-                        dropout};
+  const ShrinkArgs args =
+      shrink_args(p, adapter, panel.const_data_ptr(), scale, t.mutable_data_ptr<float>(), dropout);
   parallel_ranges(rows, kernels.row_granule, adapter.cols * adapter.rank,
                   [&](Range range) { kernels.shrink(args, range); });
   return t;
@@ -76,25 +68,12 @@ at::Tensor packed_t(const TLayout& layout, const at::Tensor& t, bool u_is_half) 
   return out;
 }
 
-ExpandArgs expand_args(at::Tensor& y, const at::Tensor& t, const at::Tensor& panel,
-                       const AdapterView& adapter, double scale, const Dropout& dropout) {
-  return {y.mutable_data_ptr(),
-          dtype_of(y.scalar_type()),
-          y.stride(0),
-          adapter.cols,
-          adapter.rank,
-          panel.const_data_ptr(),
-          adapter.dtype == Dtype::kBFloat16,
-          static_cast<float>(scale),
-          t.const_data_ptr(),
-          dropout};
-}
-
 void expand(const SkinnyKernels& kernels, at::Tensor& y, const at::Tensor& t,
             const AdapterView& adapter, double scale, const Dropout& dropout) {
   const at::Tensor panel = packed(adapter, kernels.expand_panel_bytes, kernels.pack_expand);
   const at::Tensor rows_t = packed_t(kernels.expand_t, t, adapter.dtype == Dtype::kBFloat16);
-  const ExpandArgs args = expand_args(y, rows_t, panel, adapter, scale, dropout);
+  const ExpandArgs args =
+      expand_args(y, adapter, panel.const_data_ptr(), scale, rows_t.const_data_ptr(), dropout);
   parallel_ranges(y.size(0), kernels.row_granule, adapter.cols * adapter.rank,
                   [&](Range range) { kernels.expand(args, range); });
 }
@@ -184,7 +163,8 @@ std::optional<Backward> backward(const BackwardArgs& args) {
       packed(lora_a, passes.over_x->expand_panel_bytes, passes.over_x->pack_expand);
   const at::Tensor rows_t = packed_t(passes.over_x->expand_t, ds, lora_a.dtype == Dtype::kBFloat16);
   wgrad(*passes.over_x, args.x, ds, out.da(), 0, keep_scale, dropout,
-        expand_args(out.dx, rows_t, panel, lora_a, keep_scale, dropout));
+        expand_args(out.dx, lora_a, panel.const_data_ptr(), keep_scale, rows_t.const_data_ptr(),
+                    dropout));
   return out;
 }
 

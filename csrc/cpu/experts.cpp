@@ -96,17 +96,8 @@ class FewRows {
   void multiply(const Product& piece) const {
     alignas(64) float t[kMostRows * kPieceColumns];
     const int64_t ranks = piece.view.rank, rows = piece.rows.end - piece.rows.begin;
-    const ShrinkArgs args{args_.x.const_data_ptr(),
-                          dtype_of(args_.x.scalar_type()),
-                          args_.x.stride(0),
-                          piece.view.cols,
-                          ranks,
-                          nullptr,
-                          false,
-                          1.0f,
-                          t,
-                          Dropout{},
-                          {where_.data() + piece.rows.begin}};
+    const ShrinkArgs args = shrink_args(args_.x, piece.view, nullptr, 1.0, t, Dropout{},
+                                        {where_.data() + piece.rows.begin});
     kernels_.shrink_few(args, piece.view, {0, rows});
     for (int64_t m = 0; m < rows; ++m) {
       std::copy_n(t + m * ranks, ranks, piece.to + m * piece.pitch);

@@ -32,16 +32,7 @@ at::Tensor shrink_of_few(const SkinnyKernels& kernels, const at::Tensor& p, cons
                          double scale, const Dropout& dropout) {
   const int64_t rows = p.size(0), work = (rows + kReadRows) * q.rank * q.cols;
   at::Tensor t = at::empty({rows, q.rank}, p.options().dtype(at::kFloat));
-  const ShrinkArgs args{p.const_data_ptr(),
-                        dtype_of(p.scalar_type()),
-                        p.stride(0),
-                        q.cols,
-                        q.rank,
-                        nullptr,
-                        false,
-                        static_cast<float>(scale),
-                        t.mutable_data_ptr<float>(),
-                        dropout};
+  const ShrinkArgs args = shrink_args(p, q, nullptr, scale, t.mutable_data_ptr<float>(), dropout);
   if (rows > 1) {
     in_granules(rows, 1, work, [&](Range range) { kernels.shrink_few(args, q, range); });
     return t;
@@ -59,21 +50,11 @@ void expand_few(const SkinnyKernels& kernels, const at::Tensor& y, const at::Ten
                 const AdapterView& u, double scale, const Dropout& dropout) {
   const int64_t rows = y.size(0), work = (rows + kReadRows) * u.rank * u.cols;
   in_granules(u.cols, kColumnGranule, work, [&](Range columns) {
-    const int64_t cols = columns.end - columns.begin;
-    Dropout own = dropout;
-    own.col_offset += columns.begin;
-    const ExpandArgs args{
-        static_cast<char*>(y.mutable_data_ptr()) + columns.begin * y.element_size(),
-        dtype_of(y.scalar_type()),
-        y.stride(0),
-        cols,
-        u.rank,
-        nullptr,
-        false,
-        static_cast<float>(scale),
-        t.const_data_ptr<float>(),
-        own};
-    kernels.expand_few(args, part_of(u, {0, u.rank}, columns), {0, rows});
+    const AdapterView part = part_of(u, {0, u.rank}, columns);
+    ExpandArgs args = expand_args(y, part, nullptr, scale, t.const_data_ptr<float>(), dropout);
+    args.y = static_cast<char*>(args.y) + columns.begin * y.element_size();
+    args.dropout.col_offset += columns.begin;
+    kernels.expand_few(args, part, {0, rows});
   });
 }
 

@@ -49,33 +49,17 @@ char* at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
 // T = scale * drop(P) Q for rows of P.
 ShrinkArgs shrink_args(const at::Tensor& p, const Groups::Rows& rows, const Factor& q, float scale,
                        float* t, const Dropout& dropout) {
-  return {const_at_element(p, rows.first, 0),
-          dtype_of(p.scalar_type()),
-          p.stride(0),
-          q.view().cols,
-          q.view().rank,
-          q.panel(),
-          q.is_half(),
-          scale,
-          t,
-          dropout,
-          rows.index};
+  ShrinkArgs args = shrink_args(p, q.view(), q.panel(), scale, t, dropout, rows.index);
+  args.p = const_at_element(p, rows.first, 0);
+  return args;
 }
 
 // Y += scale * mask * (T U) for rows of Y, from `column` on.
 ExpandArgs expand_args(const at::Tensor& y, const Groups::Rows& rows, int64_t column,
                        const Factor& u, float scale, const void* t, const Dropout& dropout) {
-  return {at_element(y, rows.first, column),
-          dtype_of(y.scalar_type()),
-          y.stride(0),
-          u.view().cols,
-          u.view().rank,
-          u.panel(),
-          u.is_half(),
-          scale,
-          t,
-          dropout,
-          rows.index};
+  ExpandArgs args = expand_args(y, u.view(), u.panel(), scale, t, dropout, rows.index);
+  args.y = at_element(y, rows.first, column);
+  return args;
 }
 
 // Whether the vector kernels can compute the call: they do not support float64, nor float16 factors

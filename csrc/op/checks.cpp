@@ -82,6 +82,15 @@ std::string name_of(const char* list, const Update& update, size_t i) {
   return update.is_one() ? list : std::string(list) + "[" + std::to_string(i) + "]";
 }
 
+// Calls visit(name of the list, factor, its number in the list).
+template <class Visit>
+void for_factors(const Update& update, const Visit& visit) {
+  for (size_t i = 0; i < update.lora_a.size(); ++i) {
+    visit("lora_a", update.lora_a[i], i);
+    visit("lora_b", update.lora_b[i], i);
+  }
+}
+
 // Called before anything is read from the shapes.
 void check_lists(const char* op, const Update& update) {
   const auto &lora_a = update.lora_a, &lora_b = update.lora_b;
@@ -96,13 +105,11 @@ void check_lists(const char* op, const Update& update) {
     return;
   }
   const int64_t dims = update.is_pool() ? 3 : 2;
-  for (size_t i = 0; i < lora_a.size(); ++i) {
-    for (const auto& [list, factor] : {std::pair("lora_a", &lora_a[i]), {"lora_b", &lora_b[i]}}) {
-      EXPECT(factor->dim() == dims, "expected ", name_of(list, update, i), " of ", dims,
-             dims == 2 ? " dimensions, as in a list" : " dimensions, as in a pool", ", but got ",
-             factor->dim(), ": ", factor->sym_sizes());
-    }
-  }
+  for_factors(update, [&](const char* list, const at::Tensor& factor, size_t i) {
+    EXPECT(factor.dim() == dims, "expected ", name_of(list, update, i), " of ", dims,
+           dims == 2 ? " dimensions, as in a list" : " dimensions, as in a pool", ", but got ",
+           factor.dim(), ": ", factor.sym_sizes());
+  });
 }
 
 // name: that of lora_a in messages.
@@ -166,24 +173,17 @@ void check_update_dtypes(const char* op, at::ScalarType dtype, const Update& upd
   const bool may_be_float = is_half(dtype) && adapter == at::kFloat;
   EXPECT_TYPE(adapter == dtype || may_be_float, "expected lora_a of x's dtype ", dtype,
               is_half(dtype) ? " or float32" : "", ", but got ", adapter);
-  for (size_t i = 0; i < update.lora_a.size(); ++i) {
-    for (const auto& [list, factor] :
-         {std::pair("lora_a", &update.lora_a[i]), {"lora_b", &update.lora_b[i]}}) {
-      EXPECT_TYPE(factor->scalar_type() == adapter, "expected ", name_of(list, update, i), " of ",
-                  name_of("lora_a", update, 0), "'s dtype ", adapter, ", but got ",
-                  factor->scalar_type());
-    }
-  }
+  for_factors(update, [&](const char* list, const at::Tensor& factor, size_t i) {
+    EXPECT_TYPE(factor.scalar_type() == adapter, "expected ", name_of(list, update, i), " of ",
+                name_of("lora_a", update, 0), "'s dtype ", adapter, ", but got ",
+                factor.scalar_type());
+  });
 }
 
 void check_update_devices(const char* op, const at::Tensor& x, const Update& update) {
-  for (size_t i = 0; i < update.lora_a.size(); ++i) {
-    for (const auto& [list, factor] :
-         {std::pair("lora_a", &update.lora_a[i]), {"lora_b", &update.lora_b[i]}}) {
-      if (factor->device() == x.device()) continue;
-      check_same_device(op, name_of(list, update, i), *factor, x);
-    }
-  }
+  for_factors(update, [&](const char* list, const at::Tensor& factor, size_t i) {
+    if (factor.device() != x.device()) check_same_device(op, name_of(list, update, i), factor, x);
+  });
 }
 
 void check_one_per_adapter(const char* op, const char* name, const at::Tensor& tensor,

@@ -71,7 +71,7 @@ void check(const char* name, const at::Tensor& tensor, const at::Tensor& out, at
 }
 
 void check_table(const Quantized& weight, const at::Tensor& out) {
-  EXPECT(weight.table, "expected a table of 16 elements, but got none");
+  EXPECT(weight.table.has_value(), "expected a table of 16 elements, but got none");
   check("table", *weight.table, out, at::kFloat, 16);
 }
 

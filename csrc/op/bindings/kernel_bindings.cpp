@@ -6,9 +6,7 @@
 
 #include "op/bindings/bindings.h"
 #include "op/check/kernel_check.h"
-#include "op/check/kernel_set.h"
 #include "op/launch/kernel_launch.h"
-#include "op/route/route.h"
 #include "plan/decode_shares.h"
 
 namespace lora_ext {
@@ -154,7 +152,6 @@ void bind_kernel_check(py::module& m) {
       py::arg("device"), py::arg("kernels"), py::arg("result"));
   m.def("set_check_timeout", &kernel_check::set_timeout, py::arg("seconds"));
   m.def("check_timeout", &kernel_check::timeout);
-  m.def("early_launch", &kernel_route::current_early_launch);
 }
 
 }  // namespace lora_ext

@@ -65,14 +65,20 @@ void bind_device(py::module& m) {
         py::arg("lora_b"), py::arg("dropout_p"), py::arg("grad") = py::none());
   m.def("explain_problem", &kernel_route::explain_problem, py::arg("device"), py::arg("problem"));
   m.def(
-      "set_cuda_route", [](const std::string& name) { kernel_route::set_choice(choice_of(name)); },
+      "set_cuda_route",
+      [](const std::string& name) { kernel_route::settings().choice = choice_of(name); },
       py::arg("name"));
-  m.def("set_early_launch", &kernel_route::set_early_launch, py::arg("enabled"));
-  m.def("set_reserved_sms", &kernel_route::set_reserved_sms, py::arg("count"));
-  m.def("reserved_sms", &kernel_route::reserved_sms);
+  m.def(
+      "set_early_launch", [](bool enabled) { kernel_route::settings().early_launch = enabled; },
+      py::arg("enabled"));
+  m.def("early_launch", [] { return kernel_route::settings().early_launch.load(); });
+  m.def(
+      "set_reserved_sms", [](int count) { kernel_route::settings().reserved_sms = count; },
+      py::arg("count"));
+  m.def("reserved_sms", [] { return kernel_route::settings().reserved_sms.load(); });
   m.def("cuda_route", [] {
     for (const auto& [name, choice] : kChoices)
-      if (choice == kernel_route::current_choice()) return name;
+      if (choice == kernel_route::settings().choice) return name;
     return std::string("auto");
   });
 }

@@ -1,4 +1,5 @@
-// Which kernels have been compared with the op in float64 on a device, and with what result.
+// Sets of kernels, and which of them have been compared with the op in float64 on a device, with what
+// result.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -8,7 +9,47 @@
 #include <utility>
 #include <vector>
 
-#include "op/check/kernel_set.h"
+#include "plan/plan.h"
+
+// A set is what one call uses together: the unit that is checked. Here are all sets, and a small
+// case for each.
+namespace lora_ext::kernel_set {
+
+// Everything that selects an instance.
+struct Kernels {
+  bool backward;
+  Dtype dtype;  // kBFloat16 or kFloat16
+  plan::Tile tile;
+  bool hybrid, vector, float_adapters, dropout;
+  bool one_pass, wide;   // lora_dsdb, and its instance for more than 16 columns; backward only
+  int tail;              // the rank's tail, which selects instances of tiles with wgmma; else 0
+  bool early;            // some are launched with PDL
+  bool given_base;       // lora_gemm adds onto a given y; forward only
+  bool grouped = false;  // many adapters in one call
+  int rows = 0;          // the most rows that lora_decode's instance takes; 0 for other kernels
+
+  auto operator<=>(const Kernels&) const = default;
+  std::string name() const;  // unique
+};
+
+// The kernels of a plan for the problem; the plan must use kernels.
+Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem);
+
+// All sets that a card can run, with PDL or without; none below compute capability 8.0.
+std::vector<Kernels> all_of(const plan::Card& card, bool early_launch);
+
+// All sets for many adapters that a card can run.
+std::vector<Kernels> all_grouped_of(const plan::Card& card);
+
+// A problem and a request whose plan uses exactly these kernels, on a card that can run them. The
+// operands are contiguous.
+struct SmallCase {
+  plan::Problem problem;
+  plan::Request request;
+};
+SmallCase small_case(const Kernels& kernels);
+
+}  // namespace lora_ext::kernel_set
 
 namespace lora_ext::kernel_check {
 

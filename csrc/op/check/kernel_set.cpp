@@ -1,5 +1,4 @@
-#include "op/check/kernel_set.h"
-
+#include "op/check/kernel_check.h"
 #include "plan/tiles.h"
 
 namespace lora_ext::kernel_set {

@@ -3,7 +3,6 @@
 #include <ATen/Context.h>
 
 #include <algorithm>
-#include <atomic>
 #include <map>
 
 #include "cpu/driver.h"
@@ -14,21 +13,6 @@
 
 namespace lora_ext::kernel_route {
 namespace {
-
-std::atomic<plan::Choice>& choice() {
-  static std::atomic<plan::Choice> current{plan::Choice::kAuto};
-  return current;
-}
-
-std::atomic<bool>& early_launch() {
-  static std::atomic<bool> enabled{true};
-  return enabled;
-}
-
-std::atomic<int>& reserved() {
-  static std::atomic<int> sms{0};
-  return sms;
-}
 
 // Everything that a plan and the check of its kernels depend on.
 struct PlannedCall {
@@ -43,12 +27,13 @@ struct PlannedCall {
 };
 
 PlannedCall call_of(const at::Device& device, const plan::Problem& problem) {
+  const Settings& set = settings();
   return {device.index(),
           problem,
-          choice(),
-          early_launch(),
+          set.choice,
+          set.early_launch,
           at::globalContext().deterministicAlgorithms(),
-          reserved_sms(),
+          set.reserved_sms,
           winners::version()};
 }
 
@@ -113,6 +98,11 @@ Explained explained(const at::Device& device, const PlannedCall& call) {
 
 }  // namespace
 
+Settings& settings() {
+  static Settings set;
+  return set;
+}
+
 Explained explain(const ForwardArgs& args) { return explained(args.x.device(), call_of(args)); }
 Explained explain(const BackwardArgs& args) { return explained(args.x.device(), call_of(args)); }
 Explained explain_problem(const at::Device& device, const plan::Problem& problem) {
@@ -121,12 +111,6 @@ Explained explain_problem(const at::Device& device, const plan::Problem& problem
 
 std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(args); }
 std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
-void set_choice(plan::Choice wanted) { choice() = wanted; }
-plan::Choice current_choice() { return choice(); }
-void set_early_launch(bool enabled) { early_launch() = enabled; }
-bool current_early_launch() { return early_launch(); }
-void set_reserved_sms(int count) { reserved() = count; }
-int reserved_sms() { return reserved(); }
 
 }  // namespace lora_ext::kernel_route
 

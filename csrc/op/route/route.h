@@ -2,6 +2,7 @@
 // vector code, otherwise the library.
 #pragma once
 
+#include <atomic>
 #include <optional>
 #include <string>
 
@@ -47,13 +48,12 @@ Explained explain(const BackwardArgs& args);
 // The same without tensors.
 Explained explain_problem(const at::Device& device, const plan::Problem& problem);
 
-void set_choice(plan::Choice choice);
-plan::Choice current_choice();
-// Whether a kernel may begin before the previous one has ended (PDL).
-void set_early_launch(bool enabled);
-bool current_early_launch();
-// The number of SMs of each device that plans leave to other work.
-void set_reserved_sms(int count);
-int reserved_sms();
+// What the user sets, for all threads.
+struct Settings {
+  std::atomic<plan::Choice> choice{plan::Choice::kAuto};
+  std::atomic<bool> early_launch{true};  // a kernel may begin before the previous one ends (PDL)
+  std::atomic<int> reserved_sms{0};      // of each device, which plans leave to other work
+};
+Settings& settings();
 
 }  // namespace lora_ext::kernel_route
