@@ -256,14 +256,7 @@ const Format& format_of(std::string_view name) {
                                        ", but got ", name));
 }
 
-Write on_cpu(const Format& format) { return format.on_cpu; }
-Write on_cuda(const Format& format) { return format.on_cuda; }
-// Without data there is nothing to write.
-Write on_meta(const Format&) {
-  return [](const Quantized&, at::Tensor&) {};
-}
-
-template <Write (*write_of)(const Format& format)>
+template <Write Format::* on_device>
 void dequantize(std::string_view format, const at::Tensor& codes, const at::Tensor& scale,
                 at::Tensor& out, const std::optional<at::Tensor>& table, int64_t block,
                 const std::optional<at::Tensor>& scale_table,
@@ -278,10 +271,11 @@ void dequantize(std::string_view format, const at::Tensor& codes, const at::Tens
               "expected out in float32, bfloat16 or float16, but got ", out.scalar_type());
   EXPECT(out.is_contiguous(), "expected a contiguous out, but got strides ", out.strides());
   found.check(weight, out);
-  const Write write = write_of(found);
+  if (out.is_meta()) return;  // there is nothing to write
+  const Write write = found.*on_device;
   TORCH_CHECK_NOT_IMPLEMENTED(write != nullptr, "lora_ext.", op, ": there is no kernel for ",
                               format, " on ", out.device());
-  if (out.sym_numel() != 0) write(weight, out);
+  if (out.numel() != 0) write(weight, out);
 }
 
 }  // namespace
@@ -294,12 +288,12 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(lora_ext, CPU, m) { m.impl(op, TORCH_FN(dequantize<on_cpu>)); }
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) { m.impl(op, TORCH_FN(dequantize<&Format::on_cpu>)); }
 
 TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  if (cuda::is_built()) m.impl(op, TORCH_FN(dequantize<on_cuda>));
+  if (cuda::is_built()) m.impl(op, TORCH_FN(dequantize<&Format::on_cuda>));
 }
 
-TORCH_LIBRARY_IMPL(lora_ext, Meta, m) { m.impl(op, TORCH_FN(dequantize<on_meta>)); }
+TORCH_LIBRARY_IMPL(lora_ext, Meta, m) { m.impl(op, TORCH_FN(dequantize<&Format::on_cpu>)); }
 
 }  // namespace lora_ext::quantized
