@@ -11,11 +11,11 @@ from torch import nn
 
 import lora_ext
 from lora_ext import LoRAConfig
+from lora_ext.autotune import session
 from lora_ext.nn import LoRALinear
 from lora_ext.packed_weight import Wins
 from lora_ext.packing import pack, pack_weights
 from lora_ext.packing.trial import ratio_of
-from lora_ext.winners import session
 
 pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
 

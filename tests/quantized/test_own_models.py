@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import nn
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig, winners
+from lora_ext import AdapterPool, LoRAConfig, autotune
 from lora_ext.models import (
     delete_adapter,
     disable_adapters,
@@ -253,7 +253,7 @@ def test_explain(kind):
 @pytest.mark.parametrize("kind", FEW)
 def test_shapes_to_warm_up(kind):
     """A GPU has the kernels of the dequantised weight: the layer's sizes, not the packed ones."""
-    shapes = winners.shapes_of(adapted(Net(kind), r=4), 16)
+    shapes = autotune.shapes_of(adapted(Net(kind), r=4), 16)
     sizes = {(shape.in_features, shape.out_features, shape.rank) for shape in shapes}
     assert sizes == {(WIDTH, HEIGHT, 4), (HEIGHT, WIDTH, 4)}
 

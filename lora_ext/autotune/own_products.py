@@ -54,8 +54,8 @@ def measure(
             for count in counts:
                 own, op = _microseconds(layer, base, count)
                 times.append((count, op / own))
-                winner = "its own product" if own < op else "the op"
-                line = f"{kind}, {count} rows: {winner} (own {own:.1f} us, op {op:.1f} us)"
+                faster = "its own product" if own < op else "the op"
+                line = f"{kind}, {count} rows: {faster} (own {own:.1f} us, op {op:.1f} us)"
                 say(line)
                 lines.append(line)
             keep(kind, times)

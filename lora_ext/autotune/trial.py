@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import _C
 from . import clock
+from .cache_file import Entry
+from .planner_cache import load_cached
 from .shape import Shape
-from .table import Entry
-from .tables import load_cached
 
 LIBRARY = "library"
 _DROPOUT = 0.05
@@ -38,7 +38,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The name in a table."""
+        """The name in a cache file."""
         return f"{self.route} {self.tile}".strip()
 
 
@@ -119,7 +119,7 @@ class Trial:
 
 @contextmanager
 def planner_listens(card: _C.Card) -> Iterator[None]:
-    """Within the block no route is set by the user; afterwards the planner has the tables on disk
+    """Within the block no route is set by the user; afterwards the planner has the cache files
     again."""
     route = _C.cuda_route()
     _C.set_cuda_route("auto")
@@ -127,14 +127,14 @@ def planner_listens(card: _C.Card) -> Iterator[None]:
         yield
     finally:
         _C.set_cuda_route(route)
-        _C.replace_winners(card.name, [])
+        _C.replace_autotune_cache(card.name, [])
         load_cached()
 
 
 def _request(card: _C.Card, shape: Shape, backward: bool, candidate: Candidate) -> None:
     """Makes the planner choose a candidate for the shape."""
     entry = Entry(shape, backward, candidate.route, candidate.tile, {})
-    _C.replace_winners(card.name, [entry.winner("in a trial")])
+    _C.replace_autotune_cache(card.name, [entry.for_planner("in a trial")])
 
 
 def _runs_as_asked(explained: _C.Explained, candidate: Candidate) -> bool:
@@ -169,7 +169,7 @@ def _times_of(
 
 
 def _fastest(times: Times) -> str:
-    """The winner: the library, unless another is faster by a margin in three rounds of four."""
+    """The library, unless another is faster by a margin in three rounds of four."""
     best = min(times, key=lambda name: statistics.median(times[name]))
     ratios = sorted(a / b for a, b in zip(times[best], times[LIBRARY], strict=True))
     clearly = ratios[(3 * len(ratios)) // 4] <= 1.0 - _LEAST_GAIN
@@ -177,9 +177,9 @@ def _fastest(times: Times) -> str:
 
 
 def _entry(shape: Shape, backward: bool, candidates: Sequence[Candidate], times: Times) -> Entry:
-    winner = next(c for c in candidates if c.name == _fastest(times))
+    fastest = next(c for c in candidates if c.name == _fastest(times))
     us = {name: _summary(sorted(values)) for name, values in times.items()}
-    return Entry(shape, backward, winner.route, winner.tile, us)
+    return Entry(shape, backward, fastest.route, fastest.tile, us)
 
 
 def _summary(ordered: list[float]) -> tuple[float, float, float]:
