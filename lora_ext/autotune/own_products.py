@@ -113,5 +113,5 @@ def _microseconds(layer: _Layer, base: QuantizedBase, rows: int) -> tuple[float,
     calls = {"own": own, "op": op}
     for call in (own, op) * clock.WARM_UP:
         call()
-    times = clock.in_turn(calls, base.weight.device)
+    times = clock.interleaved_us(calls, base.weight.device)
     return statistics.median(times["own"]), statistics.median(times["op"])

@@ -20,7 +20,7 @@ from . import own_products
 from .cache_file import Cache, Entry, write_cache
 from .planner_cache import cache_or_empty, checked_cache, load_cached, pin, pinned_at, user_file
 from .shape import Layers, Shape, shapes_of
-from .trial import Trial, kernels_for, measure, planner_listens
+from .trial import Trial, kernels_for, measure, route_by_planner
 
 Say = Callable[[str], object]
 
@@ -273,7 +273,7 @@ class _Session:
         """Times the shapes that the cache does not have, and writes its file after each shape."""
         known = {entry.key for entry in self.cache.entries}
         todo = [shape for shape in shapes if {(shape, False), (shape, True)} - known]
-        with planner_listens(self.card), torch.no_grad():
+        with route_by_planner(self.card), torch.no_grad():
             for number, shape in enumerate(todo, 1):
                 try:
                     self._time(shape, f"{number} of {len(todo)}: ")

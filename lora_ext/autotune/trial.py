@@ -118,7 +118,7 @@ class Trial:
 
 
 @contextmanager
-def planner_listens(card: _C.Card) -> Iterator[None]:
+def route_by_planner(card: _C.Card) -> Iterator[None]:
     """Within the block no route is set by the user; afterwards the planner has the cache files
     again."""
     route = _C.cuda_route()
@@ -161,7 +161,7 @@ def _times_of(
             call()
         if _runs_as_asked(trial.explained(backward), candidate):
             timed[candidate.name] = candidate
-    return clock.in_turn(
+    return clock.interleaved_us(
         dict.fromkeys(timed, call),
         trial.device,
         lambda name: _request(card, trial.shape, backward, timed[name]),
@@ -192,7 +192,7 @@ def measure(trial: Trial, card: _C.Card, backward: bool) -> Entry:
     """Times every route of one direction, in a new order in each round.
 
     The library wins unless another is faster by 1 % in three rounds of four. Kernels that fail
-    their check are not timed. Call it under `planner_listens`.
+    their check are not timed. Call it under `route_by_planner`.
     """
     candidates = candidates_for(card, trial.shape, backward)
     times = _times_of(trial, card, backward, candidates)

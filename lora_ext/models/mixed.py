@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import LoRALayer, LoRAParameter
 from ..nn.row_adapters import RowAdapters, given_to
-from ..peft.parts_by_row import parts_by_row
+from ..peft.per_row_modules import per_row_modules
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def use_adapters(
         raise TypeError(
             f"lora_ext.use_adapters: expected a model (nn.Module), but got {type(model).__name__}"
         )
-    layers, others = parts_by_row(model)
+    layers, others = per_row_modules(model)
     own = [layer for layer in layers if isinstance(layer, LoRALayer)]
     if not layers:
         what = "PEFT's layers, not accelerated" if others else "no layer with adapters"

@@ -37,7 +37,7 @@ def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tup
             yield path, module
 
 
-def own_parts(model: nn.Module) -> set[int]:
+def adapter_modules(model: nn.Module) -> set[int]:
     """The ids of modules that are parts of layers with adapters and are not in the base model."""
     layers = [layer for _, layer in lora_layers(model)]
     own = {id(part) for layer in layers for part in layer.modules()}

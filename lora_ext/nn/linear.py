@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..functional import lora_linear
 from ..packed_weight import Base
 from .adapter_spec import AdapterSpec
+from .fast_path import fast_path_operands
 from .fused import FusedLoRALayer
-from .quick import quick_operands
 
 DEFAULT_ADAPTER = "default"
 
@@ -122,7 +122,7 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
             if rows is not None:
                 return self.mixed(input, rows)
         if type(self) is LoRALinear:  # a subclass may override `matrix` or `factors`
-            operands = quick_operands(self, input)
+            operands = fast_path_operands(self, input)
             if operands is not None:
                 return lora_linear(input, *operands)
         if not self.computes_base:

@@ -18,8 +18,8 @@ from ..nn.updates import Update, added, stacked, updates_obstacle, with_biases
 from ..packed_weight import Base, Packable
 from ..quantized.base import QuantizedBase
 from . import mixed_batch
-from .parts import matrix_of, operand_of, update_of
-from .quick import quick_forward
+from .fast_path import fast_path_forward
+from .operands import matrix_of, operand_of, update_of
 from .reasons import (
     ADDED,
     BASE,
@@ -54,7 +54,7 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
             if rows is not None:
                 return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)
         if not (args or kwargs) and type(self) is not peft_layers.Linear:
-            y = quick_forward(self, x)
+            y = fast_path_forward(self, x)
             if y is not None:
                 return y
             y = computed(self, x, linear_path(self, x))

@@ -24,8 +24,8 @@ from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
 from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
 from ..torch_state import is_plain, is_traced
-from .parts import operand_of, quick_updates, update_of
-from .parts_by_row import parts_by_row
+from .operands import fast_path_updates, operand_of, update_of
+from .per_row_modules import per_row_modules
 from .reasons import (
     ADDED,
     BASE,
@@ -70,7 +70,7 @@ def linear(
     table = tables["lora_A"]._modules
     names = [name for name in rows.names if name in table]
     reason = _reason(layer, names, rows, args, kwargs) or input_reason(layer, x, names)
-    updates = quick_updates(layer, names)
+    updates = fast_path_updates(layer, names)
     if updates is None:
         for name in names:
             reason = reason or adapter_reason(layer, name)
@@ -239,7 +239,7 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
     Raises:
         TypeError, ValueError: PEFT's errors, except the one for training.
     """
-    fast, others = parts_by_row(model)
+    fast, others = per_row_modules(model)
     unknown = {name for name in names if name != NOBODY}
     for layer in (*fast, *others):
         if unknown and isinstance(layer, LoraLayer):

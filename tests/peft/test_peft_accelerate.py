@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 import lora_ext
 from benchmarks.memory import peak_bytes
 from lora_ext.functional import draw_seed
+from lora_ext.peft.fast_path import fast_path_operands
 from lora_ext.peft.linear import linear_path
-from lora_ext.peft.quick import quick_operands
 
 CASES = [
     (kind, adapters)
@@ -220,15 +220,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_quick_decision_is_the_full_one(change):
-    """Where `quick_operands` answers, `linear_path` says fused with the same operands."""
+def test_the_fast_path_has_the_operands_of_the_full_one(change):
+    """Where `fast_path_operands` answers, `linear_path` says fused with the same operands."""
     model = accelerated(layer_model("linear", "three", lora_dropout=0.25))
     model.set_adapter("a")
     layer = model.base_model.model[0]
     CHANGES[change](layer)
     x = make_x("linear", F64 if change == "x in another dtype" else F32)
     with torch.autocast("cpu", enabled=change == "autocast"):
-        operands, path = quick_operands(layer, x), linear_path(layer, x)
+        operands, path = fast_path_operands(layer, x), linear_path(layer, x)
     assert (operands is not None) == (change in ("nothing", "scaling", "p"))
     if operands is not None:
         weight, lora_a, lora_b, bias, scaling, p = operands
