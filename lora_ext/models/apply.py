@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..nn import LoRALayer, LoRAModule
-from ..nn.adapter_spec import AdapterSpec
+from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from ..nn.experts import is_experts
-from ..nn.linear import DEFAULT_ADAPTER
 from ..packing import pack_for
 from .config import LoRAConfig, not_a_config
 from .find import ALL_LINEAR, find_saved, find_targets, replacement_for

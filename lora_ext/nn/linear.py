@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from ..packed_weight import Base
-from .adapter_spec import AdapterSpec
+from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from .fast_path import fast_path_operands
-from .fused import FusedLoRALayer
-
-DEFAULT_ADAPTER = "default"
+from .from_linear import FromLinear
 
 
-class LoRALinear(FusedLoRALayer, nn.Linear):
+class LoRALinear(FromLinear, nn.Linear):
     """A drop-in for nn.Linear with low-rank adapters on a frozen weight (Hu et al. 2021).
 
         y = x W^T + bias + scaling * (drop(x) lora_a^T) lora_b^T
@@ -64,35 +62,6 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
             self.weight = nn.Parameter(self.weight.detach().t().contiguous())
         if spec is not None:
             self.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        *,
-        r: int = 8,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        init: str = "kaiming",
-        lora_bias: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> LoRALinear:
-        """Makes the layer from an existing one, whose weight, bias and hooks it shares.
-
-        Args:
-            linear: an nn.Linear, or transformers' Conv1D; frozen from now on.
-            r, alpha, dropout, use_rslora, init, lora_bias, adapter_dtype: the constructor's.
-
-        Raises:
-            TypeError: linear is neither of them (a subclass may compute something else).
-            ValueError: a number is out of its range.
-        """
-        spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
-        layer = cls.around(linear)
-        if spec is not None:
-            layer.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
-        return layer
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:

@@ -84,7 +84,10 @@ def made_of_half_pairs(isa, pair, dtype) -> bool:
 @dropouts
 @pytest.mark.parametrize("dtype", [None, F64, F32, BF16, F16], ids=lambda d: d and short(d))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_max_error_is_at_most_twice_that_of_torch(isa, device, pair, dropout_p, dtype, shape):
+def test_y_and_gradients_dy_dx_da_db_with_and_without_dropout(
+    isa, device, pair, dropout_p, dtype, shape
+):
+    """Errors at most twice those of torch."""
     problem, y, grad = make(*shape, pair, device, dtype, scaling=1.3)
     ours = run(y, problem, grad, dropout_p)
     exact, theirs = (reference(y, problem, grad, dropout_p, wide) for wide in (F64, None))
