@@ -17,6 +17,7 @@ from peft_helpers import (
     WIDTH,
     accelerated,
     layer_model,
+    lora_modules,
     make_x,
     net,
     paths,
@@ -191,6 +192,24 @@ def test_dora_is_the_base_at_initialisation(kind, width, mode):
         assert torch.equal(y, wanted)
     error, limit = max_error(y, wanted.double()), max_error(theirs, wanted.double())
     assert error <= 2 * limit + 16 * torch.finfo(dtype).eps * wanted.abs().max().item()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_dora_against_finite_differences(kind, dropout):
+    """The norm is a constant, so that lora_A's and lora_B's own gradients are not the whole
+    derivative: x and the magnitude are checked, the rest beside PEFT in `test_same_in_float64`."""
+    model = lora_ext.accelerate(layer_model(kind, "dora", F64, lora_dropout=dropout))
+    (layer,) = lora_modules(model).values()
+    x = make_x(kind, F64, 3)
+    magnitude = layer.lora_magnitude_vector["a"].weight
+
+    def run(*_):
+        torch.manual_seed(4)
+        return model(x)
+
+    inputs = (magnitude,) if kind == "embedding" else (x.requires_grad_(), magnitude)
+    assert torch.autograd.gradcheck(run, inputs)
 
 
 @pytest.mark.parametrize("adapters", [name for name in ADAPTERS if name != "lora_bias"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import BF16
+from layer_helpers import snapshot
 from own_helpers import KINDS, OF_PEFT, Net, adapted, make_x, same
 from peft import PeftModel
 from torch import nn
@@ -12,15 +13,11 @@ from lora_ext.models import lora_state_dict
 from lora_ext.nn import LoRAQuantizedLinear
 
 
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_dict(kind):
     """The base's entries are those that it has alone; adapters come beside them."""
     model = Net(kind)
-    plain = state(model)
+    plain = snapshot(model)
     adapted(model)
     own = {n for n, p in model.named_parameters() if "lora_" in n}
     found = model.state_dict()
@@ -46,11 +43,11 @@ def test_a_state_dict_goes_back(kind):
         # It has no entry for what describes its weight, with adapters or without.
         for one in (model, Net(kind)):
             with pytest.raises(RuntimeError, match=r"Unexpected key.*up\.weight\.absmax"):
-                one.load_state_dict(state(one))
+                one.load_state_dict(snapshot(one))
         return
     other = adapted(Net(kind))
     nn.init.zeros_(other.up.lora_b["default"])
-    other.load_state_dict(state(model))
+    other.load_state_dict(snapshot(model))
     assert torch.equal(other(x), y)
 
 
