@@ -27,7 +27,7 @@ HALVES = (BF16, F16)
 DTYPE_PAIRS = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
 
 # From so many rows on the CPU's own kernels pack the factors at every rank; at ranks up to 32 from
-# 17 on in forward and 8 in backward. Below they read them as they lie.
+# 17 on in forward and 8 in backward. Below they read them in their original layout.
 KERNEL_ROWS = 48
 
 

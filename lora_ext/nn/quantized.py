@@ -19,7 +19,7 @@ from .fused import FusedLoRALayer, check_dense
 from .mixed import mixed_onto
 from .quantized_base import linear_on, mixed_linear_on, pool_linear_on
 from .row_adapters import RowAdapters
-from .updates import Update, added, added_in_turn, dtypes_obstacle, updates_obstacle
+from .updates import Update, added, added_by_torch, dtypes_obstacle, updates_obstacle
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -154,7 +154,7 @@ class LoRAQuantizedLinear(FromLinear):
             return self._traced(x)
         updates = self._updates()
         if _needs_torch(x):
-            return added_in_turn(self.base_forward(x), x, updates)
+            return added_by_torch(self.base_forward(x), x, updates)
         found = self.base_for(x, updates)
         if isinstance(found, QuantizedBase):
             return linear_on(found, x, updates)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft_helpers import accelerated, exact_model, reasons
 from torch import Tensor
 
-from lora_ext.experts import Experts, ExpertsAdapter, few_rows, lora_experts, runs
+from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, few_rows, lora_experts
 from lora_ext.experts.factors import Factors
 
 ROUNDED = "float32 gate"  # by the gate itself
@@ -33,7 +33,7 @@ def assert_as_peft(model, *operands, kind="plain") -> None:
 @pytest.fixture(params=[8, 512])
 def run_rows(request, monkeypatch):
     """Rows at which a run of experts ends."""
-    monkeypatch.setattr(runs, "_ROWS", request.param)
+    monkeypatch.setattr(expert_groups, "_ROWS", request.param)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])

@@ -283,7 +283,7 @@ def test_the_real_peft_layer_agrees_with_the_reference(device, pair, dropout_p):
 
 
 def test_every_route_was_reached():
-    """The sizes above run the kernels, of few rows those that read factors as they lie."""
+    """The sizes above run the kernels, of few rows those that read factors in their own layout."""
     for name in _C.available_cpu_isas():
         _C.set_cpu_isa(name)
         assert {_C.cpu_library_reason(dtype, 512) for dtype in (F32, *HALVES)} == {""}
