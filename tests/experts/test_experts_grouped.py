@@ -18,7 +18,7 @@ EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
 
 @pytest.fixture(autouse=True)
 def grouped(monkeypatch):
-    """No run of experts is made by numbers that the host reads."""
+    """No group of experts is made by numbers that the host reads."""
     monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(expert_groups, "on_host", None)
 

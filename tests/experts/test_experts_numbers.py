@@ -31,8 +31,8 @@ def assert_as_peft(model, *operands, kind="plain") -> None:
 
 
 @pytest.fixture(params=[8, 512])
-def run_rows(request, monkeypatch):
-    """Rows at which a run of experts ends."""
+def group_rows(request, monkeypatch):
+    """Rows at which a group of experts ends."""
     monkeypatch.setattr(expert_groups, "_ROWS", request.param)
 
 
@@ -46,7 +46,7 @@ def test_no_tokens(kind):
 
 @pytest.mark.parametrize("tokens", [1, 7, 128])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_layout(kind, tokens, run_rows):
+def test_each_layout(kind, tokens, group_rows):
     assert_as_peft(mixture(kind), *make_routes(tokens), kind=kind)
 
 
@@ -66,7 +66,7 @@ def test_adapters_of_one_parameter(kind, name, adapters):
         ([[3, 3], [1, 1]], "twice the same"),
     ],
 )
-def test_routes(index, what, run_rows):
+def test_routes(index, what, group_rows):
     index = torch.tensor(index)
     x, _, weights = make_routes(*index.shape)
     assert_as_peft(mixture("plain", TWO), x, index, weights)
