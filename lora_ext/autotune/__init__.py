@@ -1,6 +1,6 @@
 """Autotune cache: which route of `lora_linear` was fastest on this card, for which layers.
 
-`lora_ext.warmup` times the routes and writes them to a file of the user's cache, which
+`lora_ext.warmup` times the routes and writes the fastest to a file of the user's cache, which
 `import lora_ext` reads. The planner uses them for a call whose layer was timed with at least half
 and at most twice the rows, and otherwise its prediction. `pin_cache` pins a file.
 

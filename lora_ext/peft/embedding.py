@@ -11,15 +11,7 @@ from torch import Tensor
 from ..nn.row_adapters import current_row_adapters
 from ..nn.updates import Update
 from . import mixed_batch
-from .reasons import (
-    ADDED,
-    BASE,
-    PEFT,
-    ForwardPath,
-    active_names,
-    adapters_state,
-    embedding_reason,
-)
+from .reasons import ADDED, BASE, PEFT, ForwardPath, active_names, adapters_state, embedding_reason
 from .row_blocks import combine
 from .variants import EMBEDDING, variant_of
 

@@ -2,15 +2,7 @@
 
 import pytest
 import torch
-from expert_helpers import (
-    EXPERTS,
-    KINDS,
-    assert_close,
-    make_experts,
-    make_routes,
-    mixture,
-    run,
-)
+from expert_helpers import EXPERTS, KINDS, assert_close, make_experts, make_routes, mixture, run
 from helpers import BF16, F16, F32, F64, pair_id
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -5,16 +5,7 @@ from dataclasses import replace
 import op_calls
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    HALVES,
-    leaf,
-    make_problem,
-    run_ours,
-)
+from helpers import BF16, F16, F32, F64, HALVES, leaf, make_problem, run_ours
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
