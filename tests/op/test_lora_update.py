@@ -237,18 +237,3 @@ def test_opcheck(device, pair, dropout_p):
     operands = op_calls.update_inputs(None, *tensors[1:], *tail)
     inputs = (grad, s, [True, False, True, False], *operands)
     torch.library.opcheck(OPS.lora_backward.default, inputs)
-
-
-@pytest.mark.skipif(EMULATED, reason="the compiler is the same")
-@dropouts
-def test_compiled(dropout_p):
-    problem, y, grad = make(60, 16, 24, 3)
-    seed = torch.tensor(3)
-
-    def call(y, x, a, b):
-        return lora_ext.lora_update(y.sin(), x, a, b, 0.7, dropout_p, seed).cos()
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
-    found, wanted = (differentiated(f, y, problem, grad) for f in (compiled, call))
-    for name in NAMES:
-        torch.testing.assert_close(found[name], wanted[name], msg=name)
