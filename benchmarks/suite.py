@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .machine import describe
 from .report import publish
-from .results import Document, has_findings, new_document
+from .results import Document, Row, has_findings, keep, new_document
 from .targets import MISS
 
 Options = Mapping[str, dict[str, Any]]  # flag -> keywords of argparse's add_argument
@@ -65,6 +65,15 @@ class Suite:
         faults = self.conclude(document)
         status = finish(document, path, faults, not getattr(options, "no_plots", False))
         return 130 if interrupted else status
+
+
+def measure_each(
+    document: Document, name: str, cases: Iterable[Any], measure: Callable[[Any], Row], path: Path
+) -> None:
+    """Adds measure(case) of each case to document[name], and writes the file after each."""
+    for case in cases:
+        document.setdefault(name, []).append(measure(case))
+        keep(document, path)
 
 
 def wrong(document: Document, what: str, reference: str) -> list[str]:

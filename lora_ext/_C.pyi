@@ -167,8 +167,8 @@ class DecodeShares:
     @property
     def chunks(self) -> int: ...
 
-class Winner:
-    """The fastest route for one layer and number of rows on a card (csrc/plan/winners.h)."""
+class AutotuneEntry:
+    """The fastest route for one layer and number of rows on a card (csrc/plan/autotune_cache.h)."""
 
     def __init__(
         self,
@@ -185,10 +185,10 @@ class Winner:
         measured: str,
     ) -> None: ...
 
-def replace_winners(card: str, winners: list[Winner], pinned: bool = False) -> None:
-    """Replaces all winners that the planner has for a card, given by the driver's name.
+def replace_autotune_cache(card: str, entries: list[AutotuneEntry], pinned: bool = False) -> None:
+    """Replaces all entries of the autotune cache for a card, given by the driver's name.
 
-    Pinned winners are also used under torch.use_deterministic_algorithms.
+    Pinned entries are also used under torch.use_deterministic_algorithms.
     """
 
 # Without CUDA kernels in the build (with_cuda) the rest finds no card and runs nothing.

@@ -17,7 +17,7 @@ The rest is in modules that are named after their purpose:
     functional   the op, its dropout mask, packed weights      adapters   folders of adapters
     nn           layers                                        loralib    loralib's models
     models       what a model's layers do together             kernels    plans, cards, routes
-    reference    the op in torch alone                         winners    routes that were timed
+    reference    the op in torch alone                         autotune   routes that were timed
     pool         many adapters in tensors of fixed size
 """
 
@@ -34,9 +34,10 @@ except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
 # Not in __all__: `from lora_ext import *` must not hide torch's nn or functional.
-from . import adapters, functional, kernels, loralib, models, nn, pool, reference, winners  # noqa: F401
+from . import adapters, autotune, functional, kernels, loralib, models, nn, pool, reference  # noqa: F401
 from . import flops as flops  # registers the formulas with torch's FLOP counter
 from .adapters import load_adapter, save_adapter
+from .autotune import load_cached, warmup
 from .functional import lora_linear, lora_update, prepack
 from .invariance import batch_invariant
 from .models import LoRAConfig, apply_lora, use_adapters
@@ -44,7 +45,6 @@ from .nn import LoRALinear
 from .peft import accelerate, decelerate
 from .pool import AdapterPool
 from .reports import explain
-from .winners import load_cached, warmup
 
 __version__ = version()
 

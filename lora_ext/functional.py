@@ -238,7 +238,7 @@ def base_linear(
 def _check_scaling(function: str, scaling: Scaling) -> None:
     if type(scaling) is float:
         return
-    if scaling is None or isinstance(scaling, str):
+    if scaling is None or isinstance(scaling, str | list | tuple):
         raise TypeError(f"lora_ext.{function}: expected a number scaling, but got {scaling!r}")
     check_no_gradient(function, scaling)
 

@@ -12,8 +12,7 @@ from .models.apply import frozen_only_by_success, install
 from .models.config import BIASES
 from .models.model import checked_names, lora_layers
 from .nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
-from .nn.adapter_spec import AdapterSpec
-from .nn.linear import DEFAULT_ADAPTER
+from .nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 
 __all__ = ["convert_loralib", "load_loralib_state_dict", "loralib_state_dict"]
 

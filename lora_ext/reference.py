@@ -60,7 +60,13 @@ def lora_update_reference(
         one: Any = (lora_a, lora_b, scaling)
         update = F.linear(F.linear(wide, one[0]), one[1]) * one[2]
         return (y + update).to(y.dtype)
-    each = torch.as_tensor(scaling, dtype=torch.float64).expand(len(lora_a))
+    given = torch.as_tensor(scaling, dtype=torch.float64)
+    each = given.expand(len(lora_a)) if given.dim() == 0 else given
+    if len(each) != len(lora_a):
+        raise RuntimeError(
+            f"lora_ext.reference: expected one scaling, or one for each of {len(lora_a)} adapters, "
+            f"but got {len(each)}"
+        )
     adapters = index.reshape(-1)
     inputs = wide.reshape(len(adapters), x.shape[-1])
     out = y.reshape(len(adapters), y.shape[-1])

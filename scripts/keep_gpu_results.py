@@ -4,7 +4,7 @@
 
 FOLDER is `make gpu`'s --out, NAME what the machine is called under benchmarks/results/. Results,
 report and pictures, which are drawn here, go there; golden vectors to the conformance tests, which
-then compare the execution layer with them; the table of winners into the package. Then
+then compare the execution layer with them; the autotune cache file into the package. Then
 docs/verification.md is written anew.
 """
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, results  # noqa: E402
-from lora_ext.winners import read_table  # noqa: E402
+from lora_ext.autotune import read_cache  # noqa: E402
 
 
 def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
@@ -34,17 +34,17 @@ def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
         raise ValueError(f"{folder} holds a trial on a CPU; only a GPU's results are kept")
     own = root / "benchmarks" / "results" / name / "gpu"
     golden = root / "emulator" / "conformance" / "golden"
-    tables = root / "lora_ext" / "winners" / "measured"
+    measured = root / "lora_ext" / "autotune" / "measured"
     found = {folder / "results.json": own / "results.json"}
     for pattern, target in (
         ("report.md", own),
         ("*.png", own),
         ("golden/*.json", golden),
-        ("tuning/*.json", tables),
+        ("tuning/*.json", measured),
     ):
         found |= {path: target / path.name for path in sorted(folder.glob(pattern))}
     for path in folder.glob("tuning/*.json"):
-        read_table(path)
+        read_cache(path)
     return found
 
 

@@ -132,7 +132,7 @@ def kernels() -> str:
         ["the op's own tests pass on the kernels: two routes for 8.0, and Hopper's",
          "emulator-verified", "`tests/emulated/test_package.py`"],
         ["CUDA calls of `csrc/cuda/` are what the plan says and CUDA allows; failing ones are seen",
-         "emulator-verified", "`tests/emulated/test_cuda_runtime.py`"],
+         "emulator-verified", "`tests/emulated/test_cuda_launches.py`"],
         ["no spill, local memory, serialised product, or barrier in a main loop, for sm_80 and"
          " sm_90a", "compiled", "`make sass`"],
         [f"golden vectors of the PTX functions: {cards}", "not shown", "`make gpu`"],

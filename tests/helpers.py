@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import op_calls
 import torch
@@ -27,8 +30,20 @@ HALVES = (BF16, F16)
 DTYPE_PAIRS = [(F64, F64), (F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
 
 # From so many rows on the CPU's own kernels pack the factors at every rank; at ranks up to 32 from
-# 17 on in forward and 8 in backward. Below they read them as they lie.
+# 17 on in forward and 8 in backward. Below they read them in their original layout.
 KERNEL_ROWS = 48
+
+
+def by_torch_save(thing: Any) -> Any:
+    """A copy by torch.save and torch.load."""
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_pickle(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
 
 
 def short(dtype: torch.dtype) -> str:

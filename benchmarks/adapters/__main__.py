@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from .. import results
-from ..suite import NO_PLOTS, ONLY, Suite, wrong
+from ..suite import NO_PLOTS, ONLY, Suite, measure_each, wrong
 from ..timing import Plan
-from .cases import all_cases
+from .cases import Case, all_cases
 from .measure import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=15, seconds=1.5, patience=2.0)
@@ -19,11 +19,14 @@ _SHORT = {"action": "store_true", "help": "only what the targets are read from"}
 
 def _measure(options: argparse.Namespace, document: results.Document, path: Path) -> None:
     plan = _SHORT_PLAN if options.short else _PLAN
-    for case in all_cases():
-        if options.only in case.id and (case.group == "target" or not options.short):
-            print(case.id, file=sys.stderr, flush=True)
-            document["cases"].append(measure(case, plan))
-            results.keep(document, path)
+    cases = [c for c in all_cases() if c.group == "target" or not options.short]
+
+    def measured(case: Case) -> results.Row:
+        print(case.id, file=sys.stderr, flush=True)
+        return measure(case, plan)
+
+    chosen = [case for case in cases if options.only in case.id]
+    measure_each(document, "cases", chosen, measured, path)
 
 
 def _conclude(document: results.Document) -> list[str]:

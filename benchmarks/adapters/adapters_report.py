@@ -6,15 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import markdown
-from ..markdown import (
-    milliseconds,
-    peak_columns,
-    present,
-    quotient,
-    ratio_columns,
-    table,
-    table_of,
-)
+from ..markdown import milliseconds, peak_columns, present, quotient, ratio_columns, table, table_of
 from ..results import Document, Row, is_disturbed, ratio
 from ..shapes import FORWARD, STEP
 from ..variants import floor_of

@@ -11,7 +11,7 @@ import lora_ext
 
 from .. import minilm, results
 from . import claims, data
-from .classifier import Batch, load_classifier
+from .classifier import Batch, largest_batch, load_classifier
 from .demonstration import ROWS, Say, batches_to_learn, demonstration, train_all
 from .round_trip import peft_files, round_trip
 from .trained_models import (
@@ -24,7 +24,7 @@ from .trained_models import (
     TrainedModel,
     make_variants,
 )
-from .training import accuracy, predict, step_memories, train
+from .training import step_memories, train
 
 HALF_STEPS = 16
 _SLOW_HALF = 3.0  # x the float32 step; some processors emulate bfloat16
@@ -76,10 +76,9 @@ def measure_half(classes: int, batches: list[Batch], float_ms: float) -> dict:
     if half_ms > _SLOW_HALF * float_ms:
         return {"skipped": f"a frozen step takes {half_ms:.0f} ms, {float_ms:.0f} ms in float32"}
     curves = train(variants, batches[:HALF_STEPS], lambda line: None)
-    largest = max(batches, key=lambda batch: batch.ids.numel())
     return {
         "timing": {name: curve.passes.summary() for name, curve in curves.items()},
-        "memory": step_memories(variants, largest),
+        "memory": step_memories(variants, largest_batch(batches)),
     }
 
 
@@ -98,21 +97,15 @@ def run(options: argparse.Namespace, document: results.Document, say: Say) -> No
     variants = make_variants(base, list(LABELS))
     document["settings"] = describe_settings(variants["ours"], base.encoder, batches)
     say(str(lora_ext.models.trainable_parameters(variants["ours"].model)))
-    curves = train_all(document, variants, batches, say)
+    curves, logits = train_all(document, variants, batches, held_out, say)
     document["updates"] = {name: curve.updates.summary() for name, curve in curves.items()}
 
-    say("predicting the held-out sentences")
-    logits = {name: predict(variant.model, held_out) for name, variant in variants.items()}
-    document["accuracy"] = {name: accuracy(found, held_out) for name, found in logits.items()}
     folder = options.out / "adapter"
     say(f"saving to {folder}, loading, merging; opening the folder with PEFT")
     trained, expected = variants["ours_dropout"].model, logits["ours_dropout"]
     document["round_trip"] = round_trip(trained, expected, held_out, folder)
     document["peft_files"] = peft_files(variants["peft_dropout"].model)
 
-    say("peak memory")
-    largest = max(batches, key=lambda batch: batch.ids.numel())
-    document["memory"] = step_memories(variants, largest)
     say("a few steps in bfloat16")
     floor_ms = document["timing"]["frozen"]["ms"]
     document["half"] = measure_half(len(dataset.areas), batches, floor_ms)

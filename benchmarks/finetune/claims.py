@@ -39,26 +39,31 @@ def _data(document: Document) -> list[Check]:
     ]
 
 
-def _accuracy(document: Document) -> list[Check]:
-    majority = document["data"]["majority"]
+def accuracy_check(document: Document, name: str, lead: str = "") -> Check:
+    """Whether a model is better than always answering the most frequent area."""
+    majority, found = document["data"]["majority"], document["accuracy"][name]
     claim = f"{100 * LEAST_GAIN:g} points above the majority class ({majority:.1%}) on held-out"
-    return [
-        check_of(f"{LABELS[name]}: {claim}", f"{found:.1%}", found >= majority + LEAST_GAIN)
-        for name, found in document["accuracy"].items()
-        if name.startswith("ours")
-    ]
+    return check_of(f"{lead}{claim}", f"{found:.1%}", found >= majority + LEAST_GAIN)
+
+
+def _accuracy(document: Document) -> list[Check]:
+    names = [name for name in document["accuracy"] if name.startswith("ours")]
+    return [accuracy_check(document, name, f"{LABELS[name]}: ") for name in names]
+
+
+def loss_check(document: Document, lead: str = "") -> Check:
+    """Whether the losses are those of PEFT's training. lead: the claim's first words."""
+    deviation = document["deviation"]
+    found = "not finite" if deviation is None else f"{deviation:.1e}"
+    return check_of(
+        f"{lead}each step's loss within {MOST_DEVIATION:g} of PEFT's, relative",
+        f"largest deviation {found}",
+        deviation is not None and deviation <= MOST_DEVIATION,
+    )
 
 
 def _agreement(document: Document) -> list[Check]:
-    deviation = document["deviation"]
-    found = "not finite" if deviation is None else f"{deviation:.1e}"
-    return [
-        check_of(
-            f"without dropout each step's loss within {MOST_DEVIATION:g} of PEFT's, relative",
-            f"largest deviation {found}",
-            deviation is not None and deviation <= MOST_DEVIATION,
-        )
-    ]
+    return [loss_check(document, "without dropout ")]
 
 
 def _predictions(document: Document) -> list[Check]:

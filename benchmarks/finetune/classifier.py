@@ -86,6 +86,11 @@ def batches_of(
     return [batch_of(texts[start : start + rows], tokenizer) for start in starts]
 
 
+def largest_batch(batches: Sequence[Batch]) -> Batch:
+    """The one with the most tokens, padding included."""
+    return max(batches, key=lambda batch: batch.ids.numel())
+
+
 def training_order(lengths: Sequence[int], rows: int, seed: int) -> list[int]:
     """A random order in which each `rows` neighbours are of similar length: little padding.
 

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..results import Document
 from ..suite import Suite
-from .classifier import Batch, batches_of, training_order
+from .classifier import Batch, batches_of, largest_batch, training_order
 from .data import Dataset
 from .trained_models import SEED, TrainedModel
-from .training import Curve, largest_deviation, train
+from .training import Curve, accuracy, largest_deviation, predict, step_memories, train
 
 ROWS = 16  # texts in a step
 PREDICTED_TOGETHER = 48  # held-out texts
@@ -68,13 +70,25 @@ def batches_to_learn(
 
 
 def train_all(
-    document: Document, variants: Mapping[str, TrainedModel], batches: Sequence[Batch], say: Say
-) -> dict[str, Curve]:
-    """`train`; losses, times and the deviation from PEFT's losses go into the document."""
+    document: Document,
+    variants: Mapping[str, TrainedModel],
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    say: Say,
+) -> tuple[dict[str, Curve], dict[str, Tensor]]:
+    """`train`, `predict` and `step_memories`, returns curves and logits of the held-out texts.
+
+    Losses, times, the deviation from PEFT's losses, accuracies and peaks go into the document.
+    """
     say(f"{len(batches)} steps of {ROWS} sentences, {len(variants)} models in turns")
     curves = train(variants, batches, say)
     document["losses"] = {name: curve.losses for name, curve in curves.items()}
     document["timing"] = {name: curve.passes.summary() for name, curve in curves.items()}
     deviation = largest_deviation(curves["ours"].losses, curves["peft"].losses)
     document["deviation"] = deviation if math.isfinite(deviation) else None
-    return curves
+    say("predicting the held-out sentences")
+    logits = {name: predict(variant.model, held_out) for name, variant in variants.items()}
+    document["accuracy"] = {name: accuracy(found, held_out) for name, found in logits.items()}
+    say("peak memory")
+    document["memory"] = step_memories(variants, largest_batch(batches))
+    return curves, logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import markdown
-from ..markdown import mebibytes, milliseconds, quotient, table, with_quartiles
+from ..markdown import claims_table, mebibytes, milliseconds, quotient, table, with_quartiles
 from ..results import Document, peak_ratio, ratio
 from .trained_models import LABELS
 
@@ -39,11 +39,6 @@ _METHOD = """\
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
-
-
-def _claims(document: Document) -> str:
-    rows = [["yes" if c["holds"] else "**NO**", c["claim"], c["found"]] for c in document["checks"]]
-    return table(["holds", "claim", "found"], rows, (0, 1, 2))
 
 
 def _data(document: Document) -> str:
@@ -144,7 +139,7 @@ def text(document: Document, images: Sequence[str]) -> str:
     """The whole report."""
     training = (_settings(document), _training(document), _against_peft(document))
     bodies = [
-        ("What is claimed, and whether it holds", _claims(document)),
+        ("What is claimed, and whether it holds", claims_table(document)),
         ("Training", "\n\n".join(training)),
         ("bfloat16 encoder, dropout on", _half(document)),
         ("The adapter", _adapter(document)),

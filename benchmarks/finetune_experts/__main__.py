@@ -16,7 +16,7 @@ from ..finetune import data
 from ..finetune.classifier import Batch, Classifier, load_classifier
 from ..finetune.demonstration import ROWS, Say, batches_to_learn, demonstration, train_all
 from ..finetune.trained_models import make_variants
-from ..finetune.training import accuracy, predict, step_memories
+from ..finetune.training import predict
 from . import claims, mixture
 from .models import LABELS, adapted
 
@@ -72,17 +72,9 @@ def run(options: argparse.Namespace, document: results.Document, say: Say) -> No
         "trainable": sum(p.numel() for p in variants["ours"].trainable.values()),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    train_all(document, variants, batches, say)
-
-    say("predicting the held-out sentences; opening the folder with PEFT")
-    document["accuracy"] = {
-        name: accuracy(predict(variant.model, held_out), held_out)
-        for name, variant in variants.items()
-    }
+    train_all(document, variants, batches, held_out, say)
+    say("opening the folder with PEFT")
     document["folder"] = opened_by_peft(model, held_out, options.out / "adapter")
-    say("peak memory")
-    largest = max(batches, key=lambda batch: batch.ids.numel())
-    document["memory"] = step_memories(variants, largest)
 
 
 SUITE = demonstration(

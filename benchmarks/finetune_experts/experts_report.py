@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import markdown
-from ..markdown import mebibytes, milliseconds, quotient, table
+from ..markdown import claims_table, mebibytes, milliseconds, quotient, table
 from ..results import Document, peak_ratio, ratio
 from .models import LABELS
 
@@ -24,13 +24,6 @@ _METHOD = """\
 - Memory is what torch's allocator holds at the peak of forward and backward on the batch with the
   most tokens, above what was live before.\
 """
-
-
-def _claims(document: Document) -> str:
-    rows = [
-        ["pass" if c["holds"] else "**MISS**", c["claim"], c["found"]] for c in document["checks"]
-    ]
-    return table(["", "claim", "found"], rows, (0, 1, 2))
 
 
 def _training(document: Document) -> str:
@@ -68,7 +61,7 @@ def _training(document: Document) -> str:
 def text(document: Document, images: Sequence[str]) -> str:
     """The whole report."""
     bodies = [
-        ("What is claimed, and whether it holds", _claims(document)),
+        ("What is claimed, and whether it holds", claims_table(document)),
         ("Training", _training(document)),
         ("Method", _METHOD),
     ]

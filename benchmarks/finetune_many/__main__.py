@@ -9,6 +9,7 @@ import torch
 
 from .. import minilm, results
 from ..finetune import data
+from ..finetune.classifier import largest_batch
 from ..finetune.demonstration import Say, demonstration
 from . import claims, serving
 from .tasks import ROWS, mixed_batches, tasks_of
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace, document: results.Document, say: Say) -> No
         document["served"][dtype] = serving.compared(mixed, single, requests)
 
     say("peak memory")
-    document["memory"] = peaks(runs, max(batches, key=lambda batch: batch.ids.numel()))
+    document["memory"] = peaks(runs, largest_batch(batches))
 
 
 SUITE = demonstration(

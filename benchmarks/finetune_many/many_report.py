@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import markdown
-from ..markdown import mebibytes, quotient, table, with_quartiles
+from ..markdown import claims_table, mebibytes, quotient, table, with_quartiles
 from ..results import Document, peak_ratio, ratio
 
 LABELS = {
@@ -34,13 +34,6 @@ _METHOD = """\
   with its adapter active. Differences of logits are relative to the largest. In bfloat16 the
   encoder is rounded, adapters and heads stay in float32.\
 """
-
-
-def _claims(document: Document) -> str:
-    rows = [
-        ["pass" if c["holds"] else "**MISS**", c["claim"], c["found"]] for c in document["checks"]
-    ]
-    return table(["", "claim", "found"], rows, (0, 1, 2))
 
 
 def _tasks(document: Document) -> str:
@@ -86,7 +79,7 @@ def _times(document: Document) -> str:
 def text(document: Document, images: Sequence[str]) -> str:
     """The whole report."""
     bodies = [
-        ("What is claimed, and whether it holds", _claims(document)),
+        ("What is claimed, and whether it holds", claims_table(document)),
         ("The tasks", _tasks(document)),
         ("Time and memory", _times(document)),
         ("Method", _METHOD),

@@ -90,13 +90,13 @@ def _check(fields: Fields, device: str) -> Fields:
 
 def _tune(fields: Fields, device: str) -> Fields:
     import lora_ext
-    from lora_ext.winners import Shape, read_table, table_path
+    from lora_ext.autotune import Shape, cache_path, read_cache
 
-    path = table_path(Path(fields["folder"]))
-    found = lora_ext.warmup([Shape(**fields["shape"])], winners=path)
+    path = cache_path(Path(fields["folder"]))
+    found = lora_ext.warmup([Shape(**fields["shape"])], cache=path)
     if found.note:
         raise RuntimeError(found.note)
-    entries = read_table(path).entries
+    entries = read_cache(path).entries
     won = [entry for entry in entries if entry.route != "library"]
     return {"entries": len(entries), "not_library": len(won)}
 

@@ -1,4 +1,4 @@
-"""Stages that measure, each in children: ceilings, cells, many adapters, the planner's table."""
+"""Stages that measure, each in children: ceilings, cells, many adapters, the autotune cache."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def predict(run: Run) -> None:
 
 
 def tuning(run: Run, seconds: float) -> Result:
-    """`lora_ext.warmup` for the headline's layers; the table is one that the package may ship."""
+    """`lora_ext.warmup` for the headline's layers; the file is one that the package may ship."""
     if run.device != "cuda":
         return missing("routes are timed on a GPU")
     until = time.monotonic() + seconds

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from .. import results
-from ..suite import ONLY, Suite
+from ..suite import ONLY, Suite, measure_each
 from ..timing import Plan
-from . import experts, generate, mixed_batch, overhead, packed, quantized
+from . import experts, generate, mixed_batch, overhead, packed, quantized, step
 from .cases import all_cases, mixed_cases, quantized_cases
-from .step import measure
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
 _OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
@@ -23,15 +23,14 @@ def _measure(options: argparse.Namespace, document: results.Document, path: Path
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    for case in (*all_cases(), *quantized_cases()):
-        if "models" in options.parts and options.only in case.id:
-            document["cases"].append(measure(case, _PLAN, progress))
-            results.keep(document, path)
     document["mixed"] = []
-    for case in mixed_cases():
-        if "mixed" in options.parts and options.only in case.id:
-            document["mixed"].append(mixed_batch.measure(case, _PLAN, progress))
-            results.keep(document, path)
+    for part, name, cases, module in (
+        ("models", "cases", (*all_cases(), *quantized_cases()), step),
+        ("mixed", "mixed", mixed_cases(), mixed_batch),
+    ):
+        chosen = [c for c in cases if part in options.parts and options.only in c.id]
+        measure = partial(module.measure, plan=_PLAN, progress=progress)
+        measure_each(document, name, chosen, measure, path)
     if "quantized_layers" in options.parts and quantized.is_available():
         document["quantized_layers"] = quantized.measure_layers(_OVERHEAD_PLAN, progress)
     elif "quantized_layers" in options.parts:

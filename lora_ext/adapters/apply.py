@@ -13,7 +13,7 @@ from ..models.model import (
     SAVED_BY,
     adapter_names,
     mark_only_lora_as_trainable,
-    own,
+    mark_saved,
 )
 from .errors import AdapterError
 from .placement import Placement, Stored, Target
@@ -112,4 +112,4 @@ def _mark(placement: Placement, adapter: str) -> None:
             if id(stored.holder) not in inside
         ]
     for module, attribute in owned:
-        own(module, attribute, adapter)
+        mark_saved(module, attribute, adapter)

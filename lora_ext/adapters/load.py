@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.model import adapter_names, check_not_peft, reshard
-from ..nn.linear import DEFAULT_ADAPTER
+from ..nn.adapter_spec import DEFAULT_ADAPTER
 from .apply import apply, written
 from .check import check_entries, check_keys
 from .errors import WAY_OUT, AdapterError, shown

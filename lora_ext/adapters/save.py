@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.model import check_not_peft, reshard
-from ..nn.linear import DEFAULT_ADAPTER
+from ..nn.adapter_spec import DEFAULT_ADAPTER
 from .content import Content
 from .errors import AdapterError, shown
 from .folder import replace_adapter

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..models.find import replacement_for
-from ..models.model import named_modules, own_parts
+from ..models.model import adapter_modules, named_modules
 from ..models.patterns import is_name_of
 from ..nn import LoRALayer
 from ..nn.experts import is_experts
@@ -21,7 +21,7 @@ from .peft_config import AdapterConfig
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """Path -> module, without the model itself and without parts of layers with adapters."""
-    own = own_parts(model)
+    own = adapter_modules(model)
     named = named_modules(model, remove_duplicate)
     return {path: module for path, module in named if path and id(module) not in own}
 

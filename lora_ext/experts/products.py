@@ -1,4 +1,4 @@
-"""The base's products of a run: the rows of each expert times its matrix.
+"""The base's products of a group: the rows of each expert times its matrix.
 
     forward      x W_e^T + b_e
     backward     g W_e
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from .runs import Run
+from .expert_groups import ExpertGroup
 
 # The devices on which the grouped product is one kernel. On a CPU torch loops over all experts.
 DEVICES = ("cuda",)
@@ -47,15 +47,15 @@ def _is_aligned(matrices: Tensor) -> bool:
     return all(stride * matrices.element_size() % _ALIGNMENT == 0 for stride in others)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, run: Run) -> Tensor:
-    """The products ``[rows, out]`` for the rows of the run."""
-    if run.experts is None:
-        y = grouped_mm(x, weight.transpose(1, 2), offs=run.offs)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, group: ExpertGroup) -> Tensor:
+    """The products ``[rows, out]`` for the rows of the group."""
+    if group.experts is None:
+        y = grouped_mm(x, weight.transpose(1, 2), offs=group.offs)
         if bias is not None:
-            y += bias[run.numbers(len(bias))]
+            y += bias[group.numbers(len(bias))]
         return y
     y = weight.new_empty(len(x), weight.shape[1])
-    for expert, begin, end in run.experts:
+    for expert, begin, end in group.experts:
         matrix = weight[expert].t()
         if bias is None:
             torch.mm(x[begin:end], matrix, out=y[begin:end])
@@ -64,22 +64,22 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, run: Run) -> Tensor:
     return y
 
 
-def backward(grad: Tensor, weight: Tensor, run: Run, out: Tensor | None) -> Tensor:
-    """The products ``[rows, in]`` for the rows of the run, written into `out`, which is needed if
+def backward(grad: Tensor, weight: Tensor, group: ExpertGroup, out: Tensor | None) -> Tensor:
+    """The products ``[rows, in]`` for the rows of the group, written into `out`, which is needed if
     each expert has its own product."""
-    if run.experts is None:
-        return grouped_mm(grad, weight, offs=run.offs)
+    if group.experts is None:
+        return grouped_mm(grad, weight, offs=group.offs)
     assert out is not None
-    for expert, begin, end in run.experts:
+    for expert, begin, end in group.experts:
         torch.mm(grad[begin:end], weight[expert], out=out[begin:end])
     return out
 
 
-def dot_bias(grad: Tensor, bias: Tensor, run: Run) -> Tensor:
+def dot_bias(grad: Tensor, bias: Tensor, group: ExpertGroup) -> Tensor:
     """<g, b_e> ``[rows]`` in at least float32."""
-    if run.experts is None:
-        return dot(grad, bias[run.numbers(len(bias))])
-    parts = [dot(grad[begin:end], bias[expert]) for expert, begin, end in run.experts]
+    if group.experts is None:
+        return dot(grad, bias[group.numbers(len(bias))])
+    parts = [dot(grad[begin:end], bias[expert]) for expert, begin, end in group.experts]
     return torch.cat(parts)
 
 

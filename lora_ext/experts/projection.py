@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import few_rows, products, runs
+from . import expert_groups, few_rows, products
+from .expert_groups import ExpertGroup, ExpertGroups
 from .factors import Factors, Gradients, Pools, pools_of
-from .runs import Run, Runs
 
 _ops = torch.ops.lora_ext
 
@@ -58,18 +58,18 @@ class Rows(NamedTuple):
         return len(self.values) if self.token is None else len(self.token)
 
 
-def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> Runs | None:
-    """All experts as one run, if the grouped product supports it; else None."""
+def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> ExpertGroups | None:
+    """All experts as one group, if the grouped product supports it; else None."""
     given = rows.values if rows.token is None else None
     if products.are_grouped(weight, rows.size, given):
-        return runs.on_device(offs, rows.size)
+        return expert_groups.on_device(offs, rows.size)
     return None
 
 
-def _update_of(pools: Pools, run: Run) -> dict[str, Any]:
+def _update_of(pools: Pools, group: ExpertGroup) -> dict[str, Any]:
     """The op's arguments for many adapters with offs, without dropout."""
     lora_a, lora_b = [pools.lora_a], [pools.lora_b]
-    return {"lora_a": lora_a, "lora_b": lora_b, "scaling": pools.scaling, "offs": run.offs}
+    return {"lora_a": lora_a, "lora_b": lora_b, "scaling": pools.scaling, "offs": group.offs}
 
 
 def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,19 +81,19 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
         numbers = few_rows.numbers_of(bounds, x.size, weight, factors)
         if numbers:
             return few_rows.forward(*x, weight, bias, factors, numbers)
-        taken = runs.on_host(bounds, weight.device)
+        taken = expert_groups.on_host(bounds, weight.device)
     experts, out_features, _ = weight.shape
     rank = 0 if factors is None else factors.rank(experts)
     wide = torch.promote_types(weight.dtype, torch.float32)
     y = weight.new_empty(0 if taken.is_whole else x.size, out_features)
     s = weight.new_empty(x.size, rank, dtype=wide)
-    for run in taken.each:
-        where = slice(run.begin, run.end)
-        part = x.part(run.begin, run.end)
-        sums = products.forward(part, weight, bias, run)
+    for group in taken.each:
+        where = slice(group.begin, group.end)
+        part = x.part(group.begin, group.end)
+        sums = products.forward(part, weight, bias, group)
         if factors is not None:
-            pools = pools_of(factors, experts, run.hit, weight.dtype)
-            sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **_update_of(pools, run))
+            pools = pools_of(factors, experts, group.hit, weight.dtype)
+            sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **_update_of(pools, group))
         if taken.is_whole:
             y = sums
         else:
@@ -130,7 +130,7 @@ def backward(
     weight, bias, factors = projection
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
-    taken = _on_device(grad, weight, offs) or runs.on_host(offs.tolist(), weight.device)
+    taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
     gradients = None
     if factors is not None:
         gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, taken.has_all)
@@ -139,17 +139,17 @@ def backward(
         dx = weight.new_empty(0 if taken.is_whole else len(s), in_features)
     dweights = s.new_empty(len(s)) if want_x and weights is not None else None
     needs_x = weights is not None or any(want_a)
-    for run in taken.each:
-        where = slice(run.begin, run.end)
-        g = grad.part(run.begin, run.end)
-        part = x.part(run.begin, run.end) if needs_x else None
+    for group in taken.each:
+        where = slice(group.begin, group.end)
+        g = grad.part(group.begin, group.end)
+        part = x.part(group.begin, group.end) if needs_x else None
         own_weights = None if weights is None else weights[where]
         dpart = None
         if dx is not None:
-            dpart = products.backward(g, weight, run, None if taken.is_whole else dx[where])
+            dpart = products.backward(g, weight, group, None if taken.is_whole else dx[where])
         if gradients is not None:
             low_rank = _update_backward(
-                g, part, own_weights, projection, s[where], run, gradients, want_x
+                g, part, own_weights, projection, s[where], group, gradients, want_x
             )
             if dpart is not None and low_rank is not None:
                 dpart += low_rank
@@ -157,7 +157,7 @@ def backward(
             assert part is not None and dpart is not None
             dweights[where] = products.dot(part, dpart)
             if bias is not None:
-                dweights[where] += products.dot_bias(g, bias, run)
+                dweights[where] += products.dot_bias(g, bias, group)
             dpart *= own_weights[:, None]
         if taken.is_whole:
             dx = dpart
@@ -173,7 +173,7 @@ def _update_backward(
     weights: Tensor | None,
     projection: Projection,
     s: Tensor,
-    run: Run,
+    group: ExpertGroup,
     gradients: Gradients,
     want_x: bool,
 ) -> Tensor | None:
@@ -188,10 +188,10 @@ def _update_backward(
         x, s = (x * weights[:, None]).to(x.dtype), s * weights[:, None]
     if x is None:  # only its shape and dtype are used
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
-    pools = pools_of(factors, experts, run.hit, weight.dtype)
+    pools = pools_of(factors, experts, group.hit, weight.dtype)
     wanted = ([want_x, False], [want_a], [want_b])
     dx, (*da,), (*db,), _ = _ops.lora_grouped_backward(
-        grad, s.contiguous(), *wanted, x, None, None, **_update_of(pools, run)
+        grad, s.contiguous(), *wanted, x, None, None, **_update_of(pools, group)
     )
-    gradients.write(run.hit, da[0] if da else None, db[0] if db else None)
+    gradients.write(group.hit, da[0] if da else None, db[0] if db else None)
     return dx

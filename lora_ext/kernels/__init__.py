@@ -1,14 +1,7 @@
 """The CUDA kernels from Python: the plan of a call, and the checks of the kernels."""
 
 from .kernel_checks import set_check_timeout
-from .kernel_plan import (
-    CARDS,
-    CallPlan,
-    plan,
-    set_cuda_route,
-    set_early_launch,
-    set_reserved_sms,
-)
+from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_early_launch, set_reserved_sms
 
 __all__ = [
     "CARDS",

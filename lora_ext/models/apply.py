@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..nn import LoRALayer, LoRAModule
-from ..nn.adapter_spec import AdapterSpec
+from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from ..nn.experts import is_experts
-from ..nn.linear import DEFAULT_ADAPTER
 from ..packing import pack_for
 from .config import LoRAConfig, not_a_config
 from .find import ALL_LINEAR, find_saved, find_targets, replacement_for
@@ -23,7 +22,7 @@ from .model import (
     check_not_peft,
     lora_layers,
     mark_only_lora_as_trainable,
-    own,
+    mark_saved,
     reshard,
 )
 
@@ -95,9 +94,9 @@ def apply_lora(
     install(model, replaced)
     biases = _trained_biases(model, layers, config.bias)
     for module in saved:
-        own(module, SAVED_BY, adapter)
+        mark_saved(module, SAVED_BY, adapter)
     for module in biases:
-        own(module, BIAS_SAVED_BY, adapter)
+        mark_saved(module, BIAS_SAVED_BY, adapter)
     if not others:
         mark_only_lora_as_trainable(model, config.bias)
         pack_for(model, pack)

@@ -16,7 +16,7 @@ from ..nn.module import LoRAModule
 from ..quantized.layers import is_quantized
 from .config import LoRAConfig
 from .mixtures import names_parameter, routers
-from .model import own_parts
+from .model import adapter_modules
 from .patterns import is_pattern, matches
 
 ALL_LINEAR = "all-linear"
@@ -84,7 +84,7 @@ def find_saved(model: nn.Module, config: LoRAConfig) -> list[nn.Module]:
 
 def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of all modules except the model itself and the parts of our own layers."""
-    own = own_parts(model)
+    own = adapter_modules(model)
     named = model.named_modules(remove_duplicate=False)
     return [(path, module) for path, module in named if path and id(module) not in own]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import LoRALayer, LoRAParameter
 from ..nn.row_adapters import RowAdapters, given_to
-from ..peft.parts_by_row import parts_by_row
+from ..peft.per_row_modules import per_row_modules
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def use_adapters(
         raise TypeError(
             f"lora_ext.use_adapters: expected a model (nn.Module), but got {type(model).__name__}"
         )
-    layers, others = parts_by_row(model)
+    layers, others = per_row_modules(model)
     own = [layer for layer in layers if isinstance(layer, LoRALayer)]
     if not layers:
         what = "PEFT's layers, not accelerated" if others else "no layer with adapters"
@@ -74,7 +74,7 @@ def use_adapters(
     with ExitStack() as stack:
         stack.enter_context(given_to(layers, rows, others))
         if others:
-            stack.enter_context(_told(others, rows))
+            stack.enter_context(_names_in_forwards(others, rows))
         yield model
 
 
@@ -167,11 +167,11 @@ def _slots(layers: Sequence[LoRALayer], names: Sequence[str], index: Tensor) -> 
 
 
 @contextmanager
-def _told(others: Sequence[Any], rows: RowAdapters) -> Iterator[None]:
+def _names_in_forwards(others: Sequence[Any], rows: RowAdapters) -> Iterator[None]:
     """Within the block PEFT's own forwards get the names: modules to save, convolutions etc."""
-    from ..peft.mixed_batch import NOBODY, told_names
+    from ..peft.mixed_batch import BASE_NAME, names_in_forwards
 
-    names = rows.sample_names(NOBODY)
+    names = rows.sample_names(BASE_NAME)
     if names is None:
         kind = type(others[0]).__name__
         raise ValueError(
@@ -179,5 +179,5 @@ def _told(others: Sequence[Any], rows: RowAdapters) -> Iterator[None]:
             f"{kind} cannot give tokens of one sample different adapters, but got "
             f"{list(rows.index.shape)}"
         )
-    with told_names(others, names, rows):
+    with names_in_forwards(others, names, rows):
         yield

@@ -37,7 +37,7 @@ def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tup
             yield path, module
 
 
-def own_parts(model: nn.Module) -> set[int]:
+def adapter_modules(model: nn.Module) -> set[int]:
     """The ids of modules that are parts of layers with adapters and are not in the base model."""
     layers = [layer for _, layer in lora_layers(model)]
     own = {id(part) for layer in layers for part in layer.modules()}
@@ -53,14 +53,14 @@ def saved_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tupl
             yield path, module
 
 
-def own(module: nn.Module, attribute: str, adapter: str) -> None:
+def mark_saved(module: nn.Module, attribute: str, adapter: str) -> None:
     """Adds the adapter to the names in the module's attribute SAVED_BY or BIAS_SAVED_BY."""
     names = getattr(module, attribute, ())
     setattr(module, attribute, (*(name for name in names if name != adapter), adapter))
 
 
-def disown(model: nn.Module, adapter: str | None = None) -> None:
-    """Undoes `own` for an adapter, or for all."""
+def unmark_saved(model: nn.Module, adapter: str | None = None) -> None:
+    """Undoes `mark_saved` for an adapter, or for all."""
     for module in model.modules():
         for attribute in (SAVED_BY, BIAS_SAVED_BY):
             names = [n for n in getattr(module, attribute, ()) if adapter not in (None, n)]
@@ -147,7 +147,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for _, layer in lora_layers(model):
         if name in layer.adapters:
             layer.delete_adapter(name)
-    disown(model, name)
+    unmark_saved(model, name)
 
 
 def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:

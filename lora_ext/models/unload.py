@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from .apply import install
-from .model import check_not_peft, compute_merged, disown, lora_layers, reshard
+from .model import check_not_peft, compute_merged, lora_layers, reshard, unmark_saved
 
 
 def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = None) -> nn.Module:
@@ -42,7 +42,7 @@ def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = No
             replaced[id(layer)] = layer.as_base(weight, layer.bias if bias is None else bias)
     replaced |= {id(module): module.restored(weights) for module, weights in merged.items()}
     install(model, replaced)
-    disown(model)
+    unmark_saved(model)
     return model
 
 
@@ -61,7 +61,7 @@ def unload(model: nn.Module) -> nn.Module:
         layer.check_whole("unload")
     replaced: list[Any] = [each for each in layers if not isinstance(each, LoRAParameter)]
     install(model, {id(each): each.restored() for each in [*replaced, *_modules(model)]})
-    disown(model)
+    unmark_saved(model)
     return model
 
 

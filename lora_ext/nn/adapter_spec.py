@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+DEFAULT_ADAPTER = "default"  # name of an adapter that is given none
 MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .merging import merged_tensors
 from .named_adapters import NamedAdapters
-from .row_adapters import RowAdapters, in_force
+from .row_adapters import RowAdapters, current_row_adapters
 
 # Each forward of a layer takes one of these paths; `path` returns which one and why.
 PATHS = ("fused", "packed", "library", "merged", "added", "base")
@@ -178,7 +178,7 @@ class LoRALayer(NamedAdapters):
 
     def adapters_of_rows(self) -> RowAdapters | None:
         """The open block of `use_adapters` that applies to a forward now, or None."""
-        return None if self.row_adapters is None else in_force(self)
+        return None if self.row_adapters is None else current_row_adapters(self)
 
     @property
     def added_adapters(self) -> tuple[str, ...]:

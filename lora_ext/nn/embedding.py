@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from ..invariance import refuse
 from . import initialize
-from .adapter_spec import AdapterSpec
+from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from .base import LoRALayer
-from .linear import DEFAULT_ADAPTER
 from .mixed import mixed_lookup
 from .row_adapters import RowAdapters
 from .updates import Update

@@ -16,7 +16,7 @@ from .base import LoRALayer
 from .kernel_path import kernel_path
 from .mixed import mixed_linear
 from .row_adapters import RowAdapters
-from .updates import Update, added_in_turn, obstacle, stacked, with_biases
+from .updates import Update, added_by_torch, obstacle, stacked, with_biases
 
 
 def check_dense(x: Tensor) -> None:
@@ -48,7 +48,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         is_others = x.is_nested or is_onnx_export() or is_transformed()
         if is_others or obstacle(updates, self.weight.dtype):
             weight, bias = self.base_operands()
-            return added_in_turn(F.linear(x, self.matrix(weight), bias), x, updates)
+            return added_by_torch(F.linear(x, self.matrix(weight), bias), x, updates)
         lora_a, lora_b, scaling = stacked(updates, x)
         _, bias = self.base_operands()
         dropout_p = updates[0].dropout

@@ -226,7 +226,7 @@ def _counted_apart(view: Tensor) -> Tensor:
     return view.new_empty(0).set_(view.untyped_storage(), *place)
 
 
-def let_go(parameters: tuple[nn.Parameter, nn.Parameter] | None) -> None:
+def detach_from_pool(parameters: tuple[nn.Parameter, nn.Parameter] | None) -> None:
     """Detaches parameters, which an optimizer may still hold, from the slot's memory."""
     for parameter in parameters or ():
         parameter.grad = None

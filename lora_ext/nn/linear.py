@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear
 from ..packed_weight import Base
-from .adapter_spec import AdapterSpec
-from .fused import FusedLoRALayer
-from .quick import quick_operands
-
-DEFAULT_ADAPTER = "default"
+from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
+from .fast_path import fast_path_operands
+from .from_linear import FromLinear
 
 
-class LoRALinear(FusedLoRALayer, nn.Linear):
+class LoRALinear(FromLinear, nn.Linear):
     """A drop-in for nn.Linear with low-rank adapters on a frozen weight (Hu et al. 2021).
 
         y = x W^T + bias + scaling * (drop(x) lora_a^T) lora_b^T
@@ -66,35 +64,6 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
             self.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        *,
-        r: int = 8,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        init: str = "kaiming",
-        lora_bias: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> LoRALinear:
-        """Makes the layer from an existing one, whose weight, bias and hooks it shares.
-
-        Args:
-            linear: an nn.Linear, or transformers' Conv1D; frozen from now on.
-            r, alpha, dropout, use_rslora, init, lora_bias, adapter_dtype: the constructor's.
-
-        Raises:
-            TypeError: linear is neither of them (a subclass may compute something else).
-            ValueError: a number is out of its range.
-        """
-        spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
-        layer = cls.around(linear)
-        if spec is not None:
-            layer.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
-        return layer
-
-    @classmethod
     def _check_base(cls, base: nn.Module) -> None:
         if not is_conv1d(base):
             super()._check_base(base)
@@ -122,7 +91,7 @@ class LoRALinear(FusedLoRALayer, nn.Linear):
             if rows is not None:
                 return self.mixed(input, rows)
         if type(self) is LoRALinear:  # a subclass may override `matrix` or `factors`
-            operands = quick_operands(self, input)
+            operands = fast_path_operands(self, input)
             if operands is not None:
                 return lora_linear(input, *operands)
         if not self.computes_base:

@@ -39,7 +39,7 @@ def mixed_linear(
     if any(update.bias is not None for update in updates):
         return mixed_onto(base_linear(x, weight, bias), x, updates, rows)
     y = None
-    for part in _parts(updates, x):
+    for part in _by_call(updates, x):
         lora_a, lora_b, scaling, p, index = _operands(part, x, rows)
         if y is None:
             y = lora_linear(x, weight, lora_a, lora_b, bias, scaling, p, index=index)
@@ -53,7 +53,7 @@ def mixed_onto(y: Tensor, x: Tensor, updates: Sequence[Update], rows: RowIndex) 
     """The updates added onto y, the output of any base for x, as a new tensor of y's dtype."""
     dtype_of_base = y.dtype
     y = _with_biases(y, x.shape[:-1], updates, rows)
-    for part in _parts(updates, x):
+    for part in _by_call(updates, x):
         given = x
         dtype = part[0].lora_a.dtype
         if not (is_autocast(x) or (x.dtype in HALVES and dtype == torch.float32)):
@@ -100,7 +100,7 @@ def mixed_lookup(
         return lora_update(y, part, lora_a, lora_b, index=index)
 
 
-def _parts(updates: Sequence[Update], x: Tensor) -> list[list[Update]]:
+def _by_call(updates: Sequence[Update], x: Tensor) -> list[list[Update]]:
     """The updates, grouped into lists that can be one call each, with factors for the op."""
     first = updates[0]
     dtype, dropout = first.lora_a.dtype, first.dropout

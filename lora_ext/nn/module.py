@@ -109,9 +109,9 @@ class LoRAModule(nn.Module):
         }
         if not weights:
             return self.base_type.forward(self, *args, **kwargs)
-        return self.standing_in(weights).forward(*args, **kwargs)
+        return self.with_tensors(weights).forward(*args, **kwargs)
 
-    def standing_in(self, weights: Mapping[str, Tensor]) -> nn.Module:
+    def with_tensors(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A module of the base's class with other tensors instead of parameters, for one forward:
         this module is not changed, so threads do not affect each other."""
         module = self.base_type.__new__(self.base_type)

@@ -14,18 +14,17 @@ from ..packed_weight import PackedWeight
 from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
 from ..torch_state import is_onnx_export, is_plain, is_transformed
-from .adapter_spec import AdapterSpec
+from .from_linear import FromLinear
 from .fused import FusedLoRALayer, check_dense
-from .linear import DEFAULT_ADAPTER
 from .mixed import mixed_onto
 from .quantized_base import linear_on, mixed_linear_on, pool_linear_on
 from .row_adapters import RowAdapters
-from .updates import Update, added, added_in_turn, dtypes_obstacle, updates_obstacle
+from .updates import Update, added, added_by_torch, dtypes_obstacle, updates_obstacle
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-class LoRAQuantizedLinear(FusedLoRALayer):
+class LoRAQuantizedLinear(FromLinear):
     """A frozen, quantised linear layer of another library with low-rank adapters.
 
         y = base(x) + sum over active adapters of scaling * ((drop(x) lora_a^T) lora_b^T + bias)
@@ -67,35 +66,6 @@ class LoRAQuantizedLinear(FusedLoRALayer):
                 "accelerate.hooks.remove_hook_from_module(model, recurse=True))"
             )
         return _new(type(base), base)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Module,
-        *,
-        r: int = 8,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        init: str = "kaiming",
-        lora_bias: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> LoRAQuantizedLinear:
-        """Makes the layer from a quantised one, with an adapter unless r is 0.
-
-        Args:
-            linear: the base, frozen from now on.
-            r, alpha, dropout, use_rslora, init, lora_bias, adapter_dtype: as in `LoRALinear`.
-
-        Raises:
-            TypeError: as `around`.
-            ValueError: a number is out of its range.
-        """
-        spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
-        layer = cls.around(linear)
-        if spec is not None:
-            layer.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
-        return layer
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
@@ -184,7 +154,7 @@ class LoRAQuantizedLinear(FusedLoRALayer):
             return self._traced(x)
         updates = self._updates()
         if _needs_torch(x):
-            return added_in_turn(self.base_forward(x), x, updates)
+            return added_by_torch(self.base_forward(x), x, updates)
         found = self.base_for(x, updates)
         if isinstance(found, QuantizedBase):
             return linear_on(found, x, updates)

@@ -94,7 +94,7 @@ class _Closed:
 CLOSED = _Closed()
 
 
-def in_force(layer: Any) -> RowAdapters | None:
+def current_row_adapters(layer: Any) -> RowAdapters | None:
     """The adapters that apply to the running forward of a layer.
 
     A forward that activation checkpointing repeats has the adapters of the original forward,

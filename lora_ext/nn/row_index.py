@@ -17,7 +17,7 @@ from torch import Tensor
 from ..torch_state import is_traced
 
 # No adapter has this number: the op raises an error.
-_NOBODY = 2**31 - 1
+_NO_NAME = 2**31 - 1
 
 
 class RowIndex:
@@ -103,7 +103,7 @@ class RowIndex:
             return index
         places = {name: place for place, name in enumerate(names)}
         count = len(self.names)
-        table = [_NOBODY, -1, *(places.get(name, -1) for name in self.names), _NOBODY]
+        table = [_NO_NAME, -1, *(places.get(name, -1) for name in self.names), _NO_NAME]
         numbers = torch.tensor(table, dtype=torch.int32, device=index.device)
         return numbers[(index + 2).clamp(0, count + 2)]
 

@@ -132,7 +132,7 @@ def added(y: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
         updates: with factors in any floating dtypes.
     """
     if _needs_torch(y, x, updates):
-        return added_in_turn(y, x, updates)
+        return added_by_torch(y, x, updates)
     lora_a, lora_b, scaling = stacked(updates, x)
     wide_beside_half = x.dtype in HALVES and lora_a.dtype == torch.float32
     if not (wide_beside_half or is_autocast(x)):
@@ -153,7 +153,7 @@ def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
     return any(update.bias is not None for update in updates)
 
 
-def added_in_turn(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
+def added_by_torch(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """The updates added to the base's y in PEFT's order: in the widest dtype, rounded once."""
     refuse("updates that torch adds")
     total = base

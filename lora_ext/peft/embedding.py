@@ -8,18 +8,10 @@ import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
-from ..nn.row_adapters import in_force
+from ..nn.row_adapters import current_row_adapters
 from ..nn.updates import Update
 from . import mixed_batch
-from .reasons import (
-    ADDED,
-    BASE,
-    PEFT,
-    ForwardPath,
-    active_names,
-    adapters_state,
-    embedding_reason,
-)
+from .reasons import ADDED, BASE, PEFT, ForwardPath, active_names, adapters_state, embedding_reason
 from .row_blocks import combine
 from .variants import EMBEDDING, variant_of
 
@@ -36,7 +28,7 @@ class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
-            rows = in_force(self)
+            rows = current_row_adapters(self)
             if rows is not None:
                 return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)
         if not (args or kwargs) and type(self) is not peft_layers.Embedding:
@@ -47,8 +39,8 @@ class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
-        if self.row_adapters is not None and in_force(self) is not None:
-            return mixed_batch.embedding_path(self, in_force(self))
+        if self.row_adapters is not None and current_row_adapters(self) is not None:
+            return mixed_batch.embedding_path(self, current_row_adapters(self))
         path = embedding_path(self, None)
         return path.name, path.reason
 

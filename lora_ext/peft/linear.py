@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..functional import lora_linear
 from ..nn.kernel_path import kernel_path
 from ..nn.quantized_base import linear_on
-from ..nn.row_adapters import in_force
+from ..nn.row_adapters import current_row_adapters
 from ..nn.updates import Update, added, stacked, updates_obstacle, with_biases
 from ..packed_weight import Base, Packable
 from ..quantized.base import QuantizedBase
 from . import mixed_batch
-from .parts import matrix_of, operand_of, update_of
-from .quick import quick_forward
+from .fast_path import fast_path_forward
+from .operands import matrix_of, operand_of, update_of
 from .reasons import (
     ADDED,
     BASE,
@@ -50,11 +50,11 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
-            rows = in_force(self)
+            rows = current_row_adapters(self)
             if rows is not None:
                 return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)
         if not (args or kwargs) and type(self) is not peft_layers.Linear:
-            y = quick_forward(self, x)
+            y = fast_path_forward(self, x)
             if y is not None:
                 return y
             y = computed(self, x, linear_path(self, x))
@@ -83,8 +83,8 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""
-        if self.row_adapters is not None and in_force(self) is not None:
-            return mixed_batch.linear_path(self, in_force(self))
+        if self.row_adapters is not None and current_row_adapters(self) is not None:
+            return mixed_batch.linear_path(self, current_row_adapters(self))
         path = linear_path(self, None)
         if path.name != FUSED or path.base is not None:
             return path.name, path.reason

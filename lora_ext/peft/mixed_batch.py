@@ -24,8 +24,8 @@ from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
 from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
 from ..torch_state import is_plain, is_traced
-from .parts import operand_of, quick_updates, update_of
-from .parts_by_row import parts_by_row
+from .operands import fast_path_updates, operand_of, update_of
+from .per_row_modules import per_row_modules
 from .reasons import (
     ADDED,
     BASE,
@@ -40,7 +40,7 @@ from .reasons import (
 )
 from .variants import row_reason
 
-NOBODY = "__base__"
+BASE_NAME = "__base__"
 _BY_ROW = "each row its own adapter"
 
 
@@ -70,7 +70,7 @@ def linear(
     table = tables["lora_A"]._modules
     names = [name for name in rows.names if name in table]
     reason = _reason(layer, names, rows, args, kwargs) or input_reason(layer, x, names)
-    updates = quick_updates(layer, names)
+    updates = fast_path_updates(layer, names)
     if updates is None:
         for name in names:
             reason = reason or adapter_reason(layer, name)
@@ -195,7 +195,7 @@ def _left_to_peft(
     Raises:
         ValueError: it does not.
     """
-    names = rows.sample_names(NOBODY)
+    names = rows.sample_names(BASE_NAME)
     here = [name for name in rows.names if name in known_names(layer)]
     refused = layer.merged_adapters or row_reason(layer, here, rows.is_pefts)
     if rows.is_pefts or (names is not None and len(x) == len(names) and not refused):
@@ -212,18 +212,22 @@ def known_names(layer: Any) -> set[str]:
 
 
 @contextmanager
-def told_names(modules: Sequence[Any], names: Sequence[str], rows: RowAdapters) -> Iterator[None]:
+def names_in_forwards(
+    modules: Sequence[Any], names: Sequence[str], rows: RowAdapters
+) -> Iterator[None]:
     """Within the block of `rows`, PEFT's own forwards get adapter_names in the same way as from
     PEFT."""
     with ExitStack() as stack:
         for module in modules:
-            hook = partial(_tell, names=list(names), rows=rows)
+            hook = partial(_add_adapter_names, names=list(names), rows=rows)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _tell(module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters) -> Any:
+def _add_adapter_names(
+    module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters
+) -> Any:
     if not is_traced() and of_context(module) is not rows:
         return None
     repeats = rows.repeats
@@ -239,8 +243,8 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
     Raises:
         TypeError, ValueError: PEFT's errors, except the one for training.
     """
-    fast, others = parts_by_row(model)
-    unknown = {name for name in names if name != NOBODY}
+    fast, others = per_row_modules(model)
+    unknown = {name for name in names if name != BASE_NAME}
     for layer in (*fast, *others):
         if unknown and isinstance(layer, LoraLayer):
             unknown -= known_names(layer)
@@ -262,13 +266,13 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
             rest = [module for module in others if (id(module) in inside) == is_inside]
             rows = rows_of_names(given, own, is_pefts=True)
             stack.enter_context(given_to(own, rows, rest))
-            stack.enter_context(told_names(rest, given, rows))
+            stack.enter_context(names_in_forwards(rest, given, rows))
         yield
 
 
 def rows_of_names(names: Sequence[str], layers: Sequence[Any], is_pefts: bool) -> RowAdapters:
-    distinct = list(dict.fromkeys(name for name in names if name != NOBODY))
-    places = {name: place for place, name in enumerate(distinct)} | {NOBODY: -1}
+    distinct = list(dict.fromkeys(name for name in names if name != BASE_NAME))
+    places = {name: place for place, name in enumerate(distinct)} | {BASE_NAME: -1}
     device = next((p.device for layer in layers[:1] for p in layer.parameters()), None)
     index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
     return RowAdapters(distinct, index, is_pefts=is_pefts)

@@ -16,7 +16,7 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available, is_hqq_av
 from peft.tuners.lora import torchao as peft_torchao
 from torch import Tensor
 
-from ..nn.row_adapters import in_force
+from ..nn.row_adapters import current_row_adapters
 from . import mixed_batch
 from .linear import computed, linear_path
 
@@ -27,7 +27,7 @@ def forward_over(theirs: Any) -> Any:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.__dict__.get("row_adapters") is not None:
-            rows = in_force(self)
+            rows = current_row_adapters(self)
             if rows is not None:
                 return mixed_batch.linear(self, theirs, x, rows, args, kwargs)
         if not (args or kwargs) and type(self) is not theirs:
@@ -44,8 +44,8 @@ class _Quantized(mixed_batch.ByRow):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""
-        if self.row_adapters is not None and in_force(self) is not None:
-            return mixed_batch.linear_path(self, in_force(self))
+        if self.row_adapters is not None and current_row_adapters(self) is not None:
+            return mixed_batch.linear_path(self, current_row_adapters(self))
         path = linear_path(self, None)
         return path.name, path.reason
 

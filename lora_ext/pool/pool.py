@@ -17,7 +17,7 @@ from ..models.model import adapter_names, check_not_peft, lora_layers
 from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAModule
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect
 from ..nn.fused import FusedLoRALayer
-from ..nn.layer_pool import LayerPool, let_go
+from ..nn.layer_pool import LayerPool, detach_from_pool
 from ..nn.row_adapters import forget
 from .sources import Incoming, Source, naming, read
 
@@ -250,7 +250,7 @@ class AdapterPool:
         for layer in self.layers.values():
             layer.pool.write(name, slot, None, None, False)
         for parameters in held:
-            let_go(parameters)
+            detach_from_pool(parameters)
 
     def save(self, name: str, folder: str | os.PathLike[str], **information: str | None) -> None:
         """Writes an adapter as a folder in PEFT's format, as `save_adapter` does.
@@ -285,7 +285,7 @@ class AdapterPool:
             raise
         for pool, content in held:
             if content.parameters is not None and pool.slots.get(name) is not content.parameters:
-                let_go(content.parameters)
+                detach_from_pool(content.parameters)
 
     def _known(self, name: str, method: str) -> str:
         if name not in self._names:

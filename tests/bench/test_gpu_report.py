@@ -9,8 +9,8 @@ from bench_helpers import MACHINE, QUICK, measured_run, new_run, small, syntheti
 from benchmarks import report, results, runner, shapes
 from benchmarks.gpu import cases, gpu_targets, measure, predicted, profile, stages
 from lora_ext import _C
+from lora_ext.autotune import Cache, write_cache
 from lora_ext.kernels import CARDS
-from lora_ext.winners import Table, write_table
 
 
 def test_predictions_stand_beside_measurements(tmp_path):
@@ -147,15 +147,15 @@ def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
     for name in ("report.md", "roofline.png", "golden/h100.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("")
-    table = Table("NVIDIA H100", "2.11.0", "13.0", "0.1.0", "0f", ())
-    write_table(table, folder / "tuning" / "a.json")
+    cache = Cache("NVIDIA H100", "2.11.0", "13.0", "0.1.0", "0f", ())
+    write_cache(cache, folder / "tuning" / "a.json")
     found = {str(target.relative_to(root)) for target in places(folder, "h100", root).values()}
     assert found == {
         "benchmarks/results/h100/gpu/results.json",
         "benchmarks/results/h100/gpu/report.md",
         "benchmarks/results/h100/gpu/roofline.png",
         "emulator/conformance/golden/h100.json",
-        "lora_ext/winners/measured/a.json",
+        "lora_ext/autotune/measured/a.json",
     }
     with pytest.raises(ValueError, match="expected a name like"):
         places(folder, "../h100")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BF16, F32, F64, short
-from step_helpers import assert_same, differing, run
+from step_helpers import assert_same, differing, run, under_autocast
 from torch.utils.checkpoint import checkpoint
 
 from contract.adapters import DIFFERENT
@@ -47,17 +47,11 @@ def test_under_autocast(kind, layer, adapters, use_reentrant):
     subject = kind.make(layer, adapters, dropout=DIFFERENT)
     model, x = subject.model, subject.x()
 
-    def under_autocast(function):
-        def step(x):
-            with torch.autocast("cpu", BF16):
-                return function(x)
-
-        return step
-
     region = region_of(model)
-    plain = run(under_autocast(region), model, x)
+    plain = run(under_autocast(region, "cpu"), model, x)
     assert plain["y"].dtype == BF16
-    assert_same(run(under_autocast(checkpointed(region, use_reentrant)), model, x), plain)
+    repeated = under_autocast(checkpointed(region, use_reentrant), "cpu")
+    assert_same(run(repeated, model, x), plain)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=short)

@@ -9,14 +9,7 @@ import two_processes
 from two_processes import WORLD, CallsOfOps, half
 
 import lora_ext
-from contract.test_distributed import (
-    NEAR_PEFT,
-    STEPS,
-    alike,
-    assert_near,
-    train_alone,
-    values,
-)
+from contract.test_distributed import NEAR_PEFT, STEPS, alike, assert_near, train_alone, values
 from lora_ext.peft.reasons import HOOKED
 
 case, test_two_processes = two_processes.cases(__name__)

@@ -10,7 +10,7 @@ import torch
 import two_processes
 from helpers import BF16, F32
 from torch import nn
-from two_processes import WORLD, CallsOfOps, half
+from two_processes import WORLD, CallsOfOps, gradients_of, half, whole
 
 import lora_ext
 from contract.cases import KINDS
@@ -34,14 +34,8 @@ def alike(*adapters, dropout=0.0, count=2):
 
 def train(subject, forward, ranks, seeds=None):
     """Steps on the parts of these ranks, averaged; name -> gradient of the last one."""
-    optimizer = torch.optim.SGD([p for p in subject.model.parameters() if p.requires_grad], 0.05)
-    for batch in subject.x(8 * STEPS).chunk(STEPS):
-        optimizer.zero_grad()
-        for rank in ranks:
-            torch.manual_seed(seeds[rank] if seeds else 0)
-            (forward(half(batch, rank)).square().mean() / len(ranks)).backward()
-        optimizer.step()
-    return {name: whole(p.grad) for name, p in named(subject) if p.grad is not None}
+    batches = subject.x(8 * STEPS).chunk(STEPS)
+    return two_processes.train(subject.model, batches, ranks, forward, seeds=seeds)
 
 
 def train_alone(subject, seeds=None):
@@ -50,10 +44,6 @@ def train_alone(subject, seeds=None):
 
 def named(subject):
     return list(subject.model.named_parameters())
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def values(subject):
@@ -130,7 +120,7 @@ def ddp_with_an_adapter_for_each_sample(rank):
                 with lora_ext.use_adapters(subject.model, ["a", "b", "c"], rows):
                     (forward(half(x, one)).square().mean() / len(ranks)).backward()
             optimizer.step()
-        return {name: whole(p.grad) for name, p in named(subject) if p.grad is not None}
+        return gradients_of(subject.model)
 
     for subject, alone in alike("three"):
         before = values(subject)

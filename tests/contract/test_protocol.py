@@ -2,13 +2,11 @@
 dtypes, modes."""
 
 import copy
-import io
-import pickle
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64
+from helpers import BF16, F16, F32, F64, by_pickle, by_torch_save
 from layer_helpers import assert_same_state, snapshot
 from peft_helpers import FAST, as_float64, step
 from torch.func import functional_call
@@ -102,15 +100,7 @@ def test_a_copy_has_hooks_of_its_own(kind):
 # ---- copies and state ----
 
 
-def by_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
-WAYS["torch.save"] = by_torch_save
+WAYS = {"deepcopy": copy.deepcopy, "pickle": by_pickle, "torch.save": by_torch_save}
 
 
 @torch.no_grad()

@@ -63,6 +63,14 @@ def package():
 
 
 @pytest.fixture(scope="session")
+def cuda_package():
+    """The package of cuda/, on our CUDA runtime, built."""
+    from emulated.cuda import build  # which needs torch
+
+    return build.make()
+
+
+@pytest.fixture(scope="session")
 def programs(request):
     """All programs of all selected tests that use this fixture, compiled."""
     using = [item for item in request.session.items if "programs" in item.fixturenames]

@@ -19,7 +19,7 @@ WHOLE_OP = "lora_linear_sequence"
 PLANNER = [
     str(path.relative_to(build.ROOT))
     for path in sorted((build.ROOT / "csrc" / "plan").glob("*.cpp"))
-    if path.stem != "winners"  # which programs do not ask
+    if path.stem != "autotune_cache"  # which programs do not ask
 ]
 KNOWN_FAULT = "tests/emulated/mutants/known_fault.cpp"
 

@@ -199,7 +199,7 @@ call()
 
 # The clock gives the route that runs as many microseconds as it is told.
 WARM_UP = """
-from lora_ext.winners import Shape, clock, trial
+from lora_ext.autotune import Shape, clock, trial
 shape = Shape(70, 96, 136, 16, True, True)
 told = {"kernel 128 x 128": 10.0, "hybrid": 20.0}
 asked, request = [], trial._request
@@ -248,10 +248,10 @@ print(found)
     )
     said = python(code, HOME=str(tmp_path))
     assert "lora_ext.warmup: 1 of 1: 96x136 r=16 M=70" in said
-    assert "2 of 2 winners are new" in said
+    assert "2 of 2 entries are new" in said
     python(
         """
-from lora_ext.winners import Shape
+from lora_ext.autotune import Shape
 _, plan = call()
 assert "fastest as measured on this card" in plan.forward.reason, plan
 found = lora_ext.warmup([Shape(70, 96, 136, 16, True, True)], device="cpu")
@@ -261,12 +261,12 @@ assert found.timed == 0 and len(found.entries) == 2, found
     )
 
 
-def test_a_pinned_file_of_winners_gives_every_process_the_same_bits(tmp_path):
-    path, results = str(tmp_path / "winners.json"), str(tmp_path / "results.pt")
+def test_a_pinned_cache_file_gives_every_process_the_same_bits(tmp_path):
+    path, results = str(tmp_path / "autotune.json"), str(tmp_path / "results.pt")
     python(
         WARM_UP
         + f"""
-lora_ext.warmup([shape], device="cpu", winners={path!r})
+lora_ext.warmup([shape], device="cpu", cache={path!r})
 results, plan = call()
 assert plan.forward.tile == "128 x 128" and {path!r} in plan.forward.reason, plan
 assert not same(results, library())
@@ -275,7 +275,7 @@ torch.save(results, {results!r})
     )
     python(
         f"""
-lora_ext.winners.load_winners({path!r}, "cpu")
+lora_ext.autotune.pin_cache({path!r}, "cpu")
 torch.use_deterministic_algorithms(True)
 results, plan = call()
 assert plan.forward.tile == "128 x 128" and same(results, torch.load({results!r})), plan
@@ -301,7 +301,7 @@ print(found)
 
 def test_a_remembered_plan_counts_as_long_as_what_it_was_planned_for():
     python("""
-from lora_ext.winners import Entry, Shape, tables
+from lora_ext.autotune import Entry, Shape, planner_cache
 planned, _ = call()
 _C.set_cuda_route("kernel")
 on_kernels, plan = call()
@@ -310,13 +310,13 @@ assert same(call()[0], on_kernels)
 _C.set_cuda_route("auto")
 assert same(call()[0], planned)
 won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", "128 x 64", {}) for back in (0, 1)]
-tables.install([], [tables.empty_table(card.name).with_entries(won)])
+planner_cache.install([], [planner_cache.empty_cache(card.name).with_entries(won)])
 assert same(call()[0], on_kernels)
 torch.use_deterministic_algorithms(True)
 assert same(call()[0], planned)  # what was measured and not pinned counts no more
 torch.use_deterministic_algorithms(False)
 assert same(call()[0], on_kernels)
-tables.install([], [tables.empty_table(card.name)])
+planner_cache.install([], [planner_cache.empty_cache(card.name)])
 assert same(call()[0], planned)
 """)
 
@@ -324,13 +324,13 @@ assert same(call()[0], planned)
 def test_every_tile_of_hopper_agrees_with_the_library():
     python(
         """
-from lora_ext.winners import Entry, Shape, tables
+from lora_ext.autotune import Entry, Shape, planner_cache
 expected = library()
 tiles = _C.tiles_of(card, backward=True, float_adapters=True, dropout=True)
 assert list(tiles) == ["128 x 128", "128 x 64", "wgmma 128 x 256", "pingpong 128 x 192"]
 for tile in tiles:
     won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", tile, {}) for back in (0, 1)]
-    tables.install([], [tables.empty_table(card.name).with_entries(won)])
+    planner_cache.install([], [planner_cache.empty_cache(card.name).with_entries(won)])
     results, plan = call()
     assert plan.forward.tile == plan.backward.tile == tile, plan
     assert plan.forward_check == plan.backward_check == "passed", plan

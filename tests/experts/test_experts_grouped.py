@@ -11,16 +11,16 @@ from helpers import BF16, F16, F32, F64, pair_id
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from lora_ext.experts import Experts, ExpertsAdapter, lora_experts, products, runs
+from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, lora_experts, products
 
 EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
 
 
 @pytest.fixture(autouse=True)
 def grouped(monkeypatch):
-    """No run of experts is made by numbers that the host reads."""
+    """No group of experts is made by numbers that the host reads."""
     monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(runs, "on_host", None)
+    monkeypatch.setattr(expert_groups, "on_host", None)
 
 
 def swiglu(z: Tensor) -> Tensor:

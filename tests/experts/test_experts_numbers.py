@@ -2,22 +2,14 @@
 
 import pytest
 import torch
-from expert_helpers import (
-    EXPERTS,
-    KINDS,
-    assert_close,
-    make_experts,
-    make_routes,
-    mixture,
-    run,
-)
+from expert_helpers import EXPERTS, KINDS, assert_close, make_experts, make_routes, mixture, run
 from helpers import BF16, F16, F32, F64, pair_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_helpers import accelerated, exact_model, reasons
 from torch import Tensor
 
-from lora_ext.experts import Experts, ExpertsAdapter, few_rows, lora_experts, runs
+from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, few_rows, lora_experts
 from lora_ext.experts.factors import Factors
 
 ROUNDED = "float32 gate"  # by the gate itself
@@ -31,9 +23,9 @@ def assert_as_peft(model, *operands, kind="plain") -> None:
 
 
 @pytest.fixture(params=[8, 512])
-def run_rows(request, monkeypatch):
-    """Rows at which a run of experts ends."""
-    monkeypatch.setattr(runs, "_ROWS", request.param)
+def group_rows(request, monkeypatch):
+    """Rows at which a group of experts ends."""
+    monkeypatch.setattr(expert_groups, "_ROWS", request.param)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])
@@ -46,7 +38,7 @@ def test_no_tokens(kind):
 
 @pytest.mark.parametrize("tokens", [1, 7, 128])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_layout(kind, tokens, run_rows):
+def test_each_layout(kind, tokens, group_rows):
     assert_as_peft(mixture(kind), *make_routes(tokens), kind=kind)
 
 
@@ -66,7 +58,7 @@ def test_adapters_of_one_parameter(kind, name, adapters):
         ([[3, 3], [1, 1]], "twice the same"),
     ],
 )
-def test_routes(index, what, run_rows):
+def test_routes(index, what, group_rows):
     index = torch.tensor(index)
     x, _, weights = make_routes(*index.shape)
     assert_as_peft(mixture("plain", TWO), x, index, weights)

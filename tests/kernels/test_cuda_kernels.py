@@ -79,7 +79,7 @@ def test_kernels_agree_with_the_library_route(shape, dtype, wide):
 
 def won_by(tile, shape, wide, dropout, backward):
     rows, k, n, rank = shape
-    return _C.Winner(
+    return _C.AutotuneEntry(
         backward=backward,
         float_adapters=wide,
         dropout=dropout,
@@ -110,7 +110,7 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
                 assert_decode_agrees(card, shape, wide)
                 continue
             won = [won_by(t, shape, wide, dropout_p > 0, i == 1) for i, t in enumerate(tiles)]
-            _C.replace_winners(card.name, won)
+            _C.replace_autotune_cache(card.name, won)
             torch.manual_seed(5)
             assert_near(step(*given, dropout_p=dropout_p), expected, BF16)
             plan = lora_ext.explain(*given, dropout_p)
@@ -118,8 +118,8 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
             assert "in-grid" in tiles[1] or plan.backward.tile == tiles[1]
             assert plan.forward_check == plan.backward_check == "passed", plan
     finally:
-        _C.replace_winners(card.name, [])
-        lora_ext.winners.load_cached()
+        _C.replace_autotune_cache(card.name, [])
+        lora_ext.autotune.load_cached()
 
 
 def assert_decode_agrees(card, shape, wide):
@@ -128,7 +128,7 @@ def assert_decode_agrees(card, shape, wide):
         few = (rows, *shape[1:])
         given = operands(*few, BF16, F32 if wide else None)
         expected = library(*given)
-        _C.replace_winners(card.name, [won_by("decode", few, wide, False, False)])
+        _C.replace_autotune_cache(card.name, [won_by("decode", few, wide, False, False)])
         assert_near(step(*given), expected, BF16)
         plan = lora_ext.explain(*given)
         assert plan.forward.tile == "decode" and plan.forward_check == "passed", plan

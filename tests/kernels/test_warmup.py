@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lora_ext
-from lora_ext import _C, winners
-from lora_ext.winners import Entry, Shape, TableError, session, tables
-from lora_ext.winners import __main__ as command
+from lora_ext import _C, autotune
+from lora_ext.autotune import CacheError, Entry, Shape, planner_cache, session
+from lora_ext.autotune import __main__ as command
 
 CARD = "A card of the tests"
 H100 = _C.Card(90, 132, 233472, 232448, CARD)
@@ -59,13 +59,13 @@ def card(monkeypatch, tmp_path):
         monkeypatch.setattr(_C, name, value, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(tables, "user_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(planner_cache, "user_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(session, "Trial", found.trial)
     monkeypatch.setattr(session, "measure", found.measure)
     monkeypatch.setattr(session, "check_kernels", found.check)
     yield found
-    tables._pinned.clear()
-    _C.replace_winners(CARD, [])
+    planner_cache._pinned.clear()
+    _C.replace_autotune_cache(CARD, [])
 
 
 def warmed(rows=64, **words):
@@ -80,7 +80,7 @@ def test_without_kernels_or_a_gpu_there_is_nothing_to_warm_up(capsys):
     if _C.with_cuda and torch.cuda.is_available():
         pytest.skip("there is a card")
     found = lora_ext.warmup([LAYER])
-    assert found == winners.Warmup(note=found.note) and str(found) == found.note
+    assert found == autotune.Warmup(note=found.note) and str(found) == found.note
     assert "there is nothing to warm up: " in found.note and "CUDA" in found.note
     assert capsys.readouterr().err == f"lora_ext.warmup: {found.note}\n"
 
@@ -106,9 +106,9 @@ def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
     sizes = [1, 16, 2048]
     assert card.timed == [(Shape(m, 4096, 1024, 16), back) for m in sizes for back in (0, 1)]
     assert found.timed == len(found.entries) == 6 and not found.failed and not found.note
-    assert winners.read_table(found.path).entries == found.entries
+    assert autotune.read_cache(found.path).entries == found.entries
     assert before.predicted_us and "measured" not in before.reason
-    assert repr(found) == "Warmup(6 winners, 6 new, 0 failed checks)"
+    assert repr(found) == "Warmup(6 entries, 6 new, 0 failed checks)"
     plan = planned()
     assert plan.tile == "128 x 128" and plan.reason.startswith("fastest as measured on this card")
     assert _C.cuda_route() == "auto"
@@ -125,7 +125,7 @@ def test_a_second_call_costs_nothing(card):
 
 def test_another_process_checks_but_times_nothing(card):
     warmed()
-    _C.replace_winners(CARD, [])
+    _C.replace_autotune_cache(CARD, [])
     card.timed.clear(), card.checked.clear()
     assert warmed().timed == 0
     assert not card.timed and card.checked
@@ -152,24 +152,24 @@ def test_only_what_is_missing_is_timed(card):
 
 
 @pytest.mark.parametrize("change", ["driver", "build"])
-def test_winners_of_another_driver_or_build_do_not_survive(card, monkeypatch, change):
+def test_entries_of_another_driver_or_build_do_not_survive(card, monkeypatch, change):
     path = warmed().path
     card.timed.clear()
     if change == "driver":
         monkeypatch.setattr(_C, "cuda_driver", lambda: "13.1", raising=False)
     else:
-        monkeypatch.setattr(tables, "build_id", lambda: "another")
-    assert winners.load_cached() == []
+        monkeypatch.setattr(planner_cache, "build_id", lambda: "another")
+    assert autotune.load_cached() == []
     assert warmed().timed == 2
-    assert winners.load_cached() == [winners.read_table(path)]
+    assert autotune.load_cached() == [autotune.read_cache(path)]
 
 
 def test_a_corrupt_cache_is_a_warning_and_made_anew(card):
     path = warmed().path
     path.write_text("{ half a")
-    with pytest.warns(UserWarning, match=rf"ignores the winners in {path}: .*expected JSON"):
+    with pytest.warns(UserWarning, match=rf"ignores the autotune cache in {path}: .*expected JSON"):
         found = warmed()
-    assert found.timed == 2 and winners.read_table(path).entries == found.entries
+    assert found.timed == 2 and autotune.read_cache(path).entries == found.entries
 
 
 def test_progress_is_said(card, capsys):
@@ -188,17 +188,17 @@ def test_nothing_is_timed_under_deterministic_algorithms(card, deterministic):
     assert found.entries == () and found.path is None
 
 
-def test_a_file_of_winners_is_made_then_pinned_and_read(card, tmp_path):
-    path = tmp_path / "winners.json"
-    found = warmed(winners=path)
-    assert found.timed == 2 and found.path == path and not tables.user_folder().exists()
+def test_a_cache_file_is_made_then_pinned_and_read(card, tmp_path):
+    path = tmp_path / "autotune.json"
+    found = warmed(cache=path)
+    assert found.timed == 2 and found.path == path and not planner_cache.user_folder().exists()
     assert planned(64).reason == f"fastest as measured on {CARD}, pinned by {path}"
     card.timed.clear()
-    again = warmed(winners=str(path))
+    again = warmed(cache=str(path))
     assert again.timed == 0 and not card.timed and again.entries == found.entries
-    winners.load_winners(None)
+    autotune.pin_cache(None)
     assert "measured" not in planned(64).reason
-    winners.load_winners(path)
+    autotune.pin_cache(path)
     assert planned(64).tile == "128 x 128"
     other = warmed(rows=512)
     assert not card.timed and other.note.startswith(f"nothing is timed while {path} is pinned")
@@ -206,53 +206,53 @@ def test_a_file_of_winners_is_made_then_pinned_and_read(card, tmp_path):
 
 def test_a_pinned_file_counts_under_deterministic_algorithms(card, tmp_path, deterministic):
     torch.use_deterministic_algorithms(False)
-    warmed(winners=tmp_path / "winners.json")
+    warmed(cache=tmp_path / "autotune.json")
     torch.use_deterministic_algorithms(True)
     assert planned(64).tile == "128 x 128"
 
 
 @pytest.mark.parametrize("spoil", ["corrupt", "card", "torch", "driver", "build"])
 def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path, spoil):
-    path = tmp_path / "winners.json"
-    warmed(winners=path)
-    winners.load_winners(None)
+    path = tmp_path / "autotune.json"
+    warmed(cache=path)
+    autotune.pin_cache(None)
     if spoil == "corrupt":
         path.write_text(path.read_text()[:-20])
     else:
-        winners.write_table(replace(winners.read_table(path), **{spoil: "another"}), path)
+        autotune.write_cache(replace(autotune.read_cache(path), **{spoil: "another"}), path)
     card.timed.clear()
     for call in (
-        lambda: winners.load_winners(path),
-        lambda: warmed(winners=path),
+        lambda: autotune.pin_cache(path),
+        lambda: warmed(cache=path),
     ):
-        with pytest.raises(TableError, match=f"{path}: expected"):
+        with pytest.raises(CacheError, match=f"{path}: expected"):
             call()
     assert not card.timed and "measured" not in planned(64).reason
 
 
 def test_a_file_that_is_not_there_cannot_be_pinned(card, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        winners.load_winners(tmp_path / "none.json")
+        autotune.pin_cache(tmp_path / "none.json")
 
 
 @pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
 def test_without_kernels_no_file_can_be_pinned(tmp_path):
     with pytest.raises(RuntimeError, match="no CUDA kernels to choose from"):
-        winners.load_winners(tmp_path / "none.json")
-    winners.load_winners(None)
+        autotune.pin_cache(tmp_path / "none.json")
+    autotune.pin_cache(None)
 
 
-def test_winners_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatch, tmp_path):
-    def full(table, path):
+def test_entries_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatch, tmp_path):
+    def full(cache, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(session, "write_table", full)
+    monkeypatch.setattr(session, "write_cache", full)
     with pytest.warns(UserWarning, match="in use, but not kept: .*No space left"):
         warmed(rows=(64, 512))
     assert len(card.timed) == 4 and planned(64).tile == planned(512).tile == "128 x 128"
     with pytest.raises(OSError, match="No space left"):
-        lora_ext.warmup([LAYER], rows=128, winners=tmp_path / "winners.json", progress=False)
-    assert planned(128).reason.endswith("winners.json")
+        lora_ext.warmup([LAYER], rows=128, cache=tmp_path / "autotune.json", progress=False)
+    assert planned(128).reason.endswith("autotune.json")
 
 
 def test_an_interrupt_keeps_the_shapes_timed_so_far(card):
@@ -264,7 +264,7 @@ def test_an_interrupt_keeps_the_shapes_timed_so_far(card):
     with pytest.raises(KeyboardInterrupt):
         warmed(rows=(64, 512))
     assert planned(64).tile == "128 x 128" and "measured" not in planned(512).reason
-    assert len(winners.load_cached()[0].entries) == 2
+    assert len(autotune.load_cached()[0].entries) == 2
 
 
 def test_a_shape_that_does_not_fit_is_left_out(card):
@@ -285,9 +285,9 @@ def test_a_device_without_an_index_is_the_current_one(card, monkeypatch, tmp_pat
     monkeypatch.setattr(_C, "cuda_card", lambda device: asked.append(device) or H100)
     for device in ("cuda", torch.device("cuda"), None):
         path = warmed(device=device).path
-        winners.load_winners(path, device)
-        winners.load_winners(None)
-        tables.table_path(tmp_path, None if device is None else torch.device(device))
+        autotune.pin_cache(path, device)
+        autotune.pin_cache(None)
+        planner_cache.cache_path(tmp_path, None if device is None else torch.device(device))
     lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda"))
     assert set(asked) == {torch.device("cuda", 3)} and len(asked) == 10
     lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda", 1))
@@ -297,10 +297,10 @@ def test_a_device_without_an_index_is_the_current_one(card, monkeypatch, tmp_pat
 def test_layers_can_be_given_in_every_form():
     expected = [Shape(8, 4096, 1024, 16), Shape(32, 4096, 1024, 16)]
     named = NAMED
-    assert winners.shapes_of([LAYER], [32, 8]) == expected
-    assert winners.shapes_of([LAYER, named, named], (8, 32)) == expected
-    assert winners.shapes_of([{**named, "rows": 8}, expected[1]], 4) == expected
-    wide = winners.shapes_of([{**named, "float_adapters": True, "dropout": True}], 8)
+    assert autotune.shapes_of([LAYER], [32, 8]) == expected
+    assert autotune.shapes_of([LAYER, named, named], (8, 32)) == expected
+    assert autotune.shapes_of([{**named, "rows": 8}, expected[1]], 4) == expected
+    wide = autotune.shapes_of([{**named, "float_adapters": True, "dropout": True}], 8)
     assert wide == [Shape(8, 4096, 1024, 16, True, True)]
 
 
@@ -333,10 +333,10 @@ def test_only_half_dtypes_are_timed():
 def test_shapes_of_a_model():
     model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 48))
     with pytest.raises(ValueError, match="has none"):
-        winners.shapes_of(model, [16])
+        autotune.shapes_of(model, [16])
     config = lora_ext.LoRAConfig("all-linear", r=4, dropout=0.1)
     model = lora_ext.apply_lora(model.bfloat16(), config)
-    found = winners.shapes_of(model, [16, 32])
+    found = autotune.shapes_of(model, [16, 32])
     assert {(s.rows, s.in_features, s.out_features) for s in found} == {
         (16, 48, 32), (32, 48, 32), (16, 32, 48), (32, 32, 48)
     }  # fmt: skip
@@ -347,8 +347,8 @@ def test_shapes_of_a_peft_model():
     peft = pytest.importorskip("peft")
     model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Embedding(9, 7)).bfloat16()
     config = peft.LoraConfig(r=4, target_modules=["0", "1"], lora_dropout=0.1)
-    found = winners.shapes_of(peft.get_peft_model(model, config), [16])
-    assert found == [winners.Shape(16, 48, 32, 4, True, True)]
+    found = autotune.shapes_of(peft.get_peft_model(model, config), [16])
+    assert found == [autotune.Shape(16, 48, 32, 4, True, True)]
 
 
 @pytest.mark.skipif(_C.with_cuda and torch.cuda.is_available(), reason="there is a card")
@@ -372,7 +372,7 @@ def test_bad_arguments_are_explained(words, capsys):
 def test_the_command_times_and_shows(card, capsys):
     arguments = ["--layer", "4096x1024", "--rows", "64", "--adapters", "half", "--dropout", "off"]
     assert command.main(arguments) == 0
-    assert "2 of 2 winners are new, in " in capsys.readouterr().out
+    assert "2 of 2 entries are new, in " in capsys.readouterr().out
     assert command.main(["--show"]) == 0
     said = capsys.readouterr().out
     assert f"{CARD}, torch {torch.__version__}, CUDA driver 13.0, lora_ext " in said
@@ -380,12 +380,12 @@ def test_the_command_times_and_shows(card, capsys):
 
 
 @pytest.mark.gpu
-def test_a_warm_shape_is_not_slower_than_the_library_by_its_own_table(cuda, tmp_path):
+def test_a_warm_shape_is_not_slower_than_the_library_by_its_own_cache(cuda, tmp_path):
     layer = {"out_features": 1024, "in_features": 1024, "rank": 16, "dropout": True}
-    path = tmp_path / "winners.json"
-    found = lora_ext.warmup([layer], 512, winners=path)
+    path = tmp_path / "autotune.json"
+    found = lora_ext.warmup([layer], 512, cache=path)
     try:
-        assert winners.read_table(path).entries == found.entries
+        assert autotune.read_cache(path).entries == found.entries
         for one in found.entries:
             chosen = f"{one.route} {one.tile}".strip()
             assert one.us[chosen][0] <= one.us["library"][0]
@@ -394,4 +394,4 @@ def test_a_warm_shape_is_not_slower_than_the_library_by_its_own_table(cuda, tmp_
         a, b = w[:16], w[:, :16].contiguous()
         assert "fastest as measured" in str(lora_ext.explain(x, w, a, b, 0.05))
     finally:
-        winners.load_winners(None)
+        autotune.pin_cache(None)

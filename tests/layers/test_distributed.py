@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import two_processes
 from helpers import BF16, F32
+from step_helpers import under_autocast
 from torch import nn
 from two_processes import WORLD, gradients_of, half, plain_name, whole
 
@@ -226,15 +227,8 @@ def fsdp_under_autocast(rank):
     net, alone = make_net(), make_net()
     shard(net)
 
-    def under_autocast(model):
-        def forward(ids):
-            with torch.autocast("cpu", BF16):
-                return model(ids)
-
-        return forward
-
-    gradients = train(net, [rank], 1, under_autocast(net))
-    assert_equal(gradients, train(alone, BOTH, 1, under_autocast(alone)))
+    gradients = train(net, [rank], 1, under_autocast(net, "cpu"))
+    assert_equal(gradients, train(alone, BOTH, 1, under_autocast(alone, "cpu")))
 
 
 @case

@@ -5,10 +5,10 @@ a gradient: frozen models with adapters are such.
 """
 
 import copy
-import io
 
 import pytest
 import torch
+from helpers import by_torch_save
 from layer_helpers import randomize
 from torch import nn
 
@@ -119,11 +119,8 @@ def test_layers_put_in_by_hand():
 def test_copies_keep_the_guard():
     encoder, x = make_encoder(), make_x()
     randomize(apply_lora(encoder, LoRAConfig("linear1")))
-    file = io.BytesIO()
-    torch.save(encoder, file)
-    file.seek(0)
     wanted = plainly(encoder, x)
-    for other in (copy.deepcopy(encoder), torch.load(file, weights_only=False)):
+    for other in (copy.deepcopy(encoder), by_torch_save(encoder)):
         with torch.no_grad():
             assert torch.allclose(other(x), wanted, atol=1e-10)
         assert fused_layers(other, x) == 0

@@ -6,17 +6,7 @@ import op_calls
 import philox_reference
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    keep_scale_of,
-    make_problem,
-    mask_of,
-    pair_id,
-    run_ours,
-)
+from helpers import BF16, F16, F32, F64, keep_scale_of, make_problem, mask_of, pair_id, run_ours
 
 import lora_ext
 from lora_ext.functional import dropout_mask

@@ -1,4 +1,4 @@
-"""lora_linear and lora_update with an adapter for each row: values and gradients."""
+"""Grouped rows, an adapter for each row: y, the gradients dx, dA, dB of each adapter, dropout."""
 
 import math
 from dataclasses import replace
@@ -54,7 +54,10 @@ def check_errors(many, dropout_p, pair, isa, given=None):
 @dropouts
 @kinds
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_max_error_is_at_most_twice_that_of_a_loop(isa, device, pair, dropout_p, kind, shape):
+def test_y_and_gradients_dx_da_db_with_and_without_dropout(
+    isa, device, pair, dropout_p, kind, shape
+):
+    """Of grouped rows: errors at most twice those of a loop over the adapters."""
     many = make_many(*shape, pair=pair, device=device, kind=kind)
     check_errors(many, dropout_p, pair, isa)
 

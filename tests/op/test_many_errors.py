@@ -151,6 +151,12 @@ def test_refuses(name, error, words, changes):
         getattr(lora_ext, name)(**good(name, **changes))
 
 
+def test_the_reference_refuses_a_scaling_for_some_adapters():
+    many = good(scaling=[2.0])
+    with pytest.raises(RuntimeError, match="one for each of 3 adapters, but got 1"):
+        lora_ext.reference.lora_linear_reference(**many)
+
+
 def test_the_good_case_is_good():
     lora_ext.lora_linear(**good())
     lora_ext.lora_linear(**good(**pool(5, 0, 2)))

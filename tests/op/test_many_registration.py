@@ -6,12 +6,7 @@ import pytest
 import torch
 from helpers import BF16, F32, F64, leaf
 from many_helpers import make_many, run
-from op_calls import (
-    OPS,
-    grouped,
-    lora_linear_grouped_backward,
-    lora_linear_grouped_forward,
-)
+from op_calls import OPS, grouped, lora_linear_grouped_backward, lora_linear_grouped_forward
 
 import lora_ext
 

@@ -81,7 +81,8 @@ def made_of_half_pairs(isa, pair) -> bool:
 @pairs
 @dropouts
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_max_error_is_at_most_twice_that_of_peft(isa, device, pair, dropout_p, shape):
+def test_y_and_gradients_dx_da_db_with_and_without_dropout(isa, device, pair, dropout_p, shape):
+    """Errors at most twice those of PEFT."""
     problem = make_problem(*shape, pair, device, scaling=1.3)
     (ours, exact), peft = ours_and_exact(problem, dropout_p), runs_of_peft(problem, dropout_p)
     eps = torch.finfo(accumulation_dtype(pair[0])).eps
@@ -282,7 +283,7 @@ def test_the_real_peft_layer_agrees_with_the_reference(device, pair, dropout_p):
 
 
 def test_every_route_was_reached():
-    """The sizes above run the kernels, of few rows those that read factors as they lie."""
+    """The sizes above run the kernels, of few rows those that read factors in their own layout."""
     for name in _C.available_cpu_isas():
         _C.set_cpu_isa(name)
         assert {_C.cpu_library_reason(dtype, 512) for dtype in (F32, *HALVES)} == {""}

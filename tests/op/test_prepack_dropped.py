@@ -1,28 +1,17 @@
 """PackedWeight: what drops a pack, which no change of its weight outlives."""
 
 import copy
-import io
 import pickle
 import weakref
 
 import pytest
 import torch
-from helpers import F32, F64, make_problem
+from helpers import F32, F64, by_pickle, by_torch_save, make_problem
 from pack_helpers import call, packed_weight
 from torch import nn
 
 from lora_ext import lora_linear, prepack
 from lora_ext.functional import PackedWeight
-
-
-def by_torch_save(packed):
-    file = io.BytesIO()
-    torch.save(packed, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-def by_pickle(packed):
-    return pickle.loads(pickle.dumps(packed))
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, by_pickle, by_torch_save])

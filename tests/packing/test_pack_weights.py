@@ -11,11 +11,11 @@ from torch import nn
 
 import lora_ext
 from lora_ext import LoRAConfig
+from lora_ext.autotune import session
 from lora_ext.nn import LoRALinear
 from lora_ext.packed_weight import Wins
 from lora_ext.packing import pack, pack_weights
 from lora_ext.packing.trial import ratio_of
-from lora_ext.winners import session
 
 pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
 
@@ -290,9 +290,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
 def test_a_pack_does_not_outlive_a_change_of_an_accelerated_model(
-    ratios, monkeypatch, change, quick
+    ratios, monkeypatch, change, fast
 ):
     model = accelerated(net())
     lora_ext.warmup(model, rows=(54,), progress=False)
@@ -301,8 +301,8 @@ def test_a_pack_does_not_outlive_a_change_of_an_accelerated_model(
     with torch.no_grad():
         CHANGES[change](model)
     plain = plain_copy(model)
-    if not quick:
-        monkeypatch.setattr("lora_ext.peft.linear.quick_forward", lambda layer, x: None)
+    if not fast:
+        monkeypatch.setattr("lora_ext.peft.linear.fast_path_forward", lambda layer, x: None)
     x = torch.randn(54, WIDTH)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), plain.base_model.model.up(x))

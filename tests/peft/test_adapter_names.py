@@ -5,14 +5,7 @@ import pytest
 import torch
 from contract.accelerated import PEFT
 from helpers import BF16, F64
-from peft_helpers import (
-    layer_model,
-    lora_modules,
-    make_ids,
-    make_x,
-    net,
-    plain_copy,
-)
+from peft_helpers import layer_model, lora_modules, make_ids, make_x, net, plain_copy
 
 import lora_ext
 

@@ -17,6 +17,7 @@ from peft_helpers import (
     WIDTH,
     accelerated,
     layer_model,
+    lora_modules,
     make_x,
     net,
     paths,
@@ -29,8 +30,8 @@ from transformers.pytorch_utils import Conv1D
 import lora_ext
 from benchmarks.memory import peak_bytes
 from lora_ext.functional import draw_seed
+from lora_ext.peft.fast_path import fast_path_operands
 from lora_ext.peft.linear import linear_path
-from lora_ext.peft.quick import quick_operands
 
 CASES = [
     (kind, adapters)
@@ -193,6 +194,24 @@ def test_dora_is_the_base_at_initialisation(kind, width, mode):
     assert error <= 2 * limit + 16 * torch.finfo(dtype).eps * wanted.abs().max().item()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_dora_against_finite_differences(kind, dropout):
+    """The norm is a constant, so that lora_A's and lora_B's own gradients are not the whole
+    derivative: x and the magnitude are checked, the rest beside PEFT in `test_same_in_float64`."""
+    model = lora_ext.accelerate(layer_model(kind, "dora", F64, lora_dropout=dropout))
+    (layer,) = lora_modules(model).values()
+    x = make_x(kind, F64, 3)
+    magnitude = layer.lora_magnitude_vector["a"].weight
+
+    def run(*_):
+        torch.manual_seed(4)
+        return model(x)
+
+    inputs = (magnitude,) if kind == "embedding" else (x.requires_grad_(), magnitude)
+    assert torch.autograd.gradcheck(run, inputs)
+
+
 @pytest.mark.parametrize("adapters", [name for name in ADAPTERS if name != "lora_bias"])
 def test_paths_of_a_whole_model(adapters):
     fast = accelerated(net(adapters, F64))
@@ -220,15 +239,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_quick_decision_is_the_full_one(change):
-    """Where `quick_operands` answers, `linear_path` says fused with the same operands."""
+def test_the_fast_path_has_the_operands_of_the_full_one(change):
+    """Where `fast_path_operands` answers, `linear_path` says fused with the same operands."""
     model = accelerated(layer_model("linear", "three", lora_dropout=0.25))
     model.set_adapter("a")
     layer = model.base_model.model[0]
     CHANGES[change](layer)
     x = make_x("linear", F64 if change == "x in another dtype" else F32)
     with torch.autocast("cpu", enabled=change == "autocast"):
-        operands, path = quick_operands(layer, x), linear_path(layer, x)
+        operands, path = fast_path_operands(layer, x), linear_path(layer, x)
     assert (operands is not None) == (change in ("nothing", "scaling", "p"))
     if operands is not None:
         weight, lora_a, lora_b, bias, scaling, p = operands

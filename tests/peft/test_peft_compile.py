@@ -14,16 +14,7 @@ import torch
 from helpers import F64
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_helpers import (
-    Net,
-    layer_model,
-    make_ids,
-    make_x,
-    net,
-    peft_model,
-    randomize,
-    step,
-)
+from peft_helpers import Net, layer_model, make_ids, make_x, net, peft_model, randomize, step
 from torch import nn
 
 import lora_ext

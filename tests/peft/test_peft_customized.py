@@ -178,7 +178,7 @@ class Doubling(nn.Linear):
 
 
 class Tanh(nn.Linear):
-    """Its output is what tanh saves for backward: writing to it would spoil the gradient."""
+    """Its output is saved for backward: writing to it would spoil the gradient (peft#1372)."""
 
     def forward(self, input):
         return torch.tanh(super().forward(input))

@@ -14,7 +14,7 @@ from peft_helpers import accelerated, make_ids, net, peft_model, plain_copy, ran
 from torch import nn
 
 import lora_ext
-from lora_ext.peft.parts import quick_updates, update_of
+from lora_ext.peft.operands import fast_path_updates, update_of
 from lora_ext.peft.reasons import adapter_reason
 
 NAMES = ["a", "__base__", "c", "b", "a", "c"]
@@ -190,15 +190,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_quick_way_decides_as_the_slow_one(change):
-    """What `quick_updates` takes, `adapter_reason` has nothing against, and the updates agree."""
+def test_the_fast_path_decides_as_the_full_one(change):
+    """`adapter_reason` finds nothing wrong with what `fast_path_updates` takes; both agree."""
     model = net("three", F64, lora_dropout=0.3).train()
     layer = lora_ext.accelerate(model).base_model.model.up
-    quick = quick_updates(layer, ["a", "b", "c"])
-    assert quick == [update_of(layer, name) for name in "abc"]
+    fast = fast_path_updates(layer, ["a", "b", "c"])
+    assert fast == [update_of(layer, name) for name in "abc"]
     assert [adapter_reason(layer, name) for name in "abc"] == ["", "", ""]
     CHANGES[change](layer)
-    assert quick_updates(layer, ["a", "b", "c"]) is None
+    assert fast_path_updates(layer, ["a", "b", "c"]) is None
     assert adapter_reason(layer, "b")
     if change == "dtype":
         return

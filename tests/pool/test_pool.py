@@ -1,9 +1,7 @@
 """AdapterPool: what is in it, what changes it, and that nothing but the whole of it is seen."""
 
 import copy
-import io
 import itertools
-import pickle
 from functools import partial
 
 import peft
@@ -11,7 +9,7 @@ import pytest
 import torch
 from adapter_helpers import LINEAR, from_peft, make_ids, make_zoo, save_peft
 from adapter_helpers import peft_model as zoo_of_peft
-from helpers import BF16, F16, F32, F64
+from helpers import BF16, F16, F32, F64, by_pickle, by_torch_save
 from pool_helpers import (
     LAYERS,
     assert_close,
@@ -306,15 +304,8 @@ def test_folders_that_are_more_than_plain_lora(tmp_path):
 def test_copies_hold_their_own_pool():
     pool = make_pool()
     wanted = mixed(pool).detach()
-    stream = io.BytesIO()
-    torch.save(pool.model, stream)
-    stream.seek(0)
-    for model in (
-        copy.deepcopy(pool.model),
-        pickle.loads(pickle.dumps(pool.model)),
-        torch.load(stream, weights_only=False),
-    ):
-        other = AdapterPool.of(model)
+    for copied in (copy.deepcopy, by_pickle, by_torch_save):
+        other = AdapterPool.of(copied(pool.model))
         assert (other.names, other.capacity, other.max_rank) == (["a", "b"], 4, 6)
         assert torch.equal(mixed(other).detach(), wanted)
         assert [p.requires_grad for p in other.parameters("a")] == [True] * 14

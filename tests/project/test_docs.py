@@ -98,7 +98,7 @@ def test_every_public_name_is_in_the_reference():
         assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
     top = {name for name in lora_ext.__all__ if not name.startswith("_")}
     assert len(top) <= 16 and top <= set(written)
-    # Constants and second names are written once; reference and winners have parts of their own.
+    # Constants and second names are written once; reference and autotune have parts of their own.
     for module in ("adapters", "functional", "kernels", "loralib", "models", "nn", "pool"):
         public = set(getattr(lora_ext, module).__all__) - top - {"CARDS", "LoRALayer"}
         assert {f"{module}.{name}" for name in public} <= set(written)

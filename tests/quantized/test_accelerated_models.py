@@ -2,12 +2,11 @@
 compilation, copies, pickles, casts and state dicts."""
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
-from helpers import BF16, F32
+from helpers import BF16, F32, by_pickle, by_torch_save
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft_helpers import paths, randomize, step
 from quantized_models import KINDS, make_x, quantized_net
@@ -103,13 +102,7 @@ def test_pickle(kind, way):
     model = fused(quantized_net(kind))
     wanted = step(model, make_x())
     model.zero_grad()
-    if way == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = by_pickle(model) if way == "pickle" else by_torch_save(model)
     assert set(paths(twin).values()) == {"fused"}
     assert_same(step(twin, make_x()), wanted)
 

@@ -8,10 +8,10 @@ from torch import nn
 
 import lora_ext
 from lora_ext import LoRAConfig
+from lora_ext.autotune import clock, own_products
 from lora_ext.quantized import few_rows
 from lora_ext.quantized.layers import QuantizedBase, quantized_base
 from lora_ext.quantized.of_bitsandbytes import FourBitWeight
-from lora_ext.winners import clock, own_products
 
 needs_own_product = pytest.mark.skipif(
     not F4.has_avx512bf16(), reason="needs a CPU with AVX512_BF16"
@@ -87,8 +87,8 @@ def test_calls_go_by_the_faster(kind, faster, monkeypatch):
     said = []
     lines = own_products.measure(model, [16, 256], CPU, said.append)
     assert lines == said and len(lines) == 2 and f"nf4 in panels {K}x{N} bfloat16" in lines[0]
-    winner = "its own product" if faster == "own" else "the op"
-    assert all(f"rows: {winner} (own" in line for line in lines)
+    product = "its own product" if faster == "own" else "the op"
+    assert all(f"rows: {product} (own" in line for line in lines)
     with torch.no_grad():
         for rows in (1, 16, 300):
             x = torch.randn(rows, K).to(BF16)

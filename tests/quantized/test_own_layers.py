@@ -1,12 +1,10 @@
 """Layers of this package over quantised bases: their numbers, gradients and lifecycle."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, pair_id, rms_error, short
+from helpers import BF16, F16, F32, by_pickle, by_torch_save, pair_id, rms_error, short
 from own_helpers import (
     DTYPES,
     FEW,
@@ -214,10 +212,7 @@ def test_copies_and_pickles(kind):
     y = layer(x)
     copies = [copy.deepcopy(layer)]
     if kind != "torchao":  # which gives its layers a method that cannot be pickled
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        copies += [torch.load(file, weights_only=False), pickle.loads(pickle.dumps(layer))]
+        copies += [by_torch_save(layer), by_pickle(layer)]
     for other in copies:
         assert type(other) is type(layer) and torch.equal(other(x), y)
         nn.init.zeros_(other.lora_b["default"])

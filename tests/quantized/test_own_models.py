@@ -1,35 +1,19 @@
-"""Models with quantised layers and adapters of this package: applied, saved, served, taken out."""
+"""Models with quantised layers and adapters of this package: applied, explained, trained, moved."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 from format_helpers import needs, plain_linear
 from helpers import BF16, F32
-from own_helpers import (
-    FEW,
-    HEIGHT,
-    KINDS,
-    OF_PEFT,
-    WIDTH,
-    Net,
-    adapted,
-    base,
-    gradients,
-    make_grad,
-    make_x,
-    same,
-)
-from peft import PeftModel
+from own_helpers import FEW, HEIGHT, KINDS, WIDTH, Net, adapted, base, gradients, make_grad, make_x
 from torch import nn
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig, winners
+from lora_ext import LoRAConfig, autotune
 from lora_ext.models import (
     delete_adapter,
     disable_adapters,
-    lora_state_dict,
     mark_only_lora_as_trainable,
     merge,
     merge_and_unload,
@@ -38,10 +22,6 @@ from lora_ext.models import (
     unload,
 )
 from lora_ext.nn import LoRALinear, LoRAQuantizedLinear
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,87 +89,6 @@ def test_merging_is_refused(kind):
     assert type(model.up) is type(base(kind)) and type(model.down) is nn.Linear
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_state_dict(kind):
-    """The base's entries are those that it has alone; adapters come beside them."""
-    model = Net(kind)
-    plain = state(model)
-    adapted(model)
-    own = {n for n, p in model.named_parameters() if "lora_" in n}
-    found = model.state_dict()
-    assert set(found) == set(plain) | own and len(own) == 6
-    assert all(same(found[name], value) for name, value in plain.items())
-    assert set(lora_state_dict(model)) == own
-    prefixed = nn.ModuleDict({"a": model}).state_dict(prefix="b.")
-    assert set(prefixed) == {f"b.a.{name}" for name in found}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_dict_goes_back(kind):
-    """Of the adapters alone, and of the whole where the base alone takes its own."""
-    model, other, x = adapted(Net(kind)), adapted(Net(kind)), make_x()
-    for parameter in other.parameters():
-        if parameter.requires_grad:
-            nn.init.zeros_(parameter)
-    y = model(x)
-    missing, unexpected = other.load_state_dict(lora_state_dict(model), strict=False)[:2]
-    assert torch.equal(other(x), y)
-    assert not unexpected and not any("lora_" in name for name in missing)
-    if kind.startswith(("nf4", "fp4")):
-        # It has no entry for what describes its weight, with adapters or without.
-        for one in (model, Net(kind)):
-            with pytest.raises(RuntimeError, match=r"Unexpected key.*up\.weight\.absmax"):
-                one.load_state_dict(state(one))
-        return
-    other = adapted(Net(kind))
-    nn.init.zeros_(other.up.lora_b["default"])
-    other.load_state_dict(state(model))
-    assert torch.equal(other(x), y)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_save_and_load(kind, tmp_path):
-    model, x = adapted(Net(kind), use_rslora=True, rank_pattern={"up": 3}), make_x()
-    lora_ext.save_adapter(model, tmp_path / "a")
-    other = lora_ext.load_adapter(Net(kind), tmp_path / "a")
-    assert isinstance(other.up, LoRAQuantizedLinear) and other.up.lora_a["default"].shape[0] == 3
-    assert torch.equal(other(x), model(x))
-    lora_ext.load_adapter(other, tmp_path / "a", "again", trainable=True)
-    assert other.up.active_adapters == ("default",)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_init_of_the_weight_is_saved_as_plain_lora(init, tmp_path):
-    """With W kept it is one; a folder that says so of another weight is refused."""
-    pytest.importorskip("bitsandbytes")
-    model, x = adapted(Net("nf4"), init=init, r=4), make_x()
-    lora_ext.save_adapter(model, tmp_path / "a")
-    other = lora_ext.load_adapter(Net("nf4"), tmp_path / "a")
-    torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-3)
-    config = tmp_path / "a" / "adapter_config.json"
-    text = config.read_text()
-    assert '"init_lora_weights": true' in text
-    config.write_text(text.replace('"init_lora_weights": true', f'"init_lora_weights": "{init}"'))
-    refused = f"'up', which is quantised, but got .*{init}"
-    with pytest.raises(lora_ext.adapters.AdapterError, match=refused):
-        lora_ext.load_adapter(Net("nf4"), tmp_path / "a")
-
-
-@pytest.mark.parametrize("kind", OF_PEFT)
-def test_pefts_folder_in_and_out(kind, tmp_path):
-    model, x = adapted(Net(kind, BF16)), make_x(BF16)
-    lora_ext.save_adapter(model, tmp_path / "ours")
-    plain = Net(kind, BF16)
-    plain.is_loaded_in_4bit = "4bit" in type(plain.up).__name__
-    plain.is_loaded_in_8bit = "8bit" in type(plain.up).__name__
-    theirs = PeftModel.from_pretrained(plain, tmp_path / "ours", is_trainable=True)
-    y = model(x)
-    assert (theirs(x) - y).abs().max() <= 2e-2 * y.abs().max()
-    theirs.save_pretrained(tmp_path / "theirs")
-    other = lora_ext.load_adapter(Net(kind, BF16), tmp_path / "theirs")
-    assert torch.equal(other(x), y)
-
-
 @pytest.mark.parametrize("kind", [p for p in FEW if p.id != "hqq"])
 def test_biases_are_trained_if_asked(kind):
     model, x = Net(kind), make_x()
@@ -253,108 +152,9 @@ def test_explain(kind):
 @pytest.mark.parametrize("kind", FEW)
 def test_shapes_to_warm_up(kind):
     """A GPU has the kernels of the dequantised weight: the layer's sizes, not the packed ones."""
-    shapes = winners.shapes_of(adapted(Net(kind), r=4), 16)
+    shapes = autotune.shapes_of(adapted(Net(kind), r=4), 16)
     sizes = {(shape.in_features, shape.out_features, shape.rank) for shape in shapes}
     assert sizes == {(WIDTH, HEIGHT, 4), (HEIGHT, WIDTH, 4)}
-
-
-NAMES = ["a", None, "b", "a", "b", None]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", FEW)
-def test_rows_with_adapters_of_their_own(kind, training):
-    """y and gradients of a mixed batch are those of its samples in turn."""
-    model = adapted(Net(kind), "a")
-    adapted(model, "b", r=4, alpha=3.0)
-    model.train(training)
-    x = make_x(lead=(6, 12))
-    wanted = []
-    for row, name in enumerate(NAMES):
-        set_adapter(model, () if name is None else name)
-        wanted.append(model(x[row : row + 1]))
-    set_adapter(model, ["a", "b"])
-    with lora_ext.use_adapters(model, NAMES):
-        found = model(x)
-        kinds = {layer.path for layer in lora_ext.explain(model)}
-    if training:
-        assert kinds == {"fused"}
-    else:  # int8 is called, nf4 where bitsandbytes has a kernel for this processor
-        assert "fused" in kinds and kinds <= {"fused", "added"}
-        assert kind != "int8" or "added" in kinds
-    if training or kind != "int8":  # whose x is quantised by its largest element, of all rows
-        torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-3)
-    found.square().sum().backward()
-    own = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    assert len(own) == 12
-    model.zero_grad()
-    torch.cat(wanted).square().sum().backward()
-    if training or kind != "int8":
-        for name, parameter in model.named_parameters():
-            if name in own:
-                scale = own[name].abs().max().item()
-                torch.testing.assert_close(own[name], parameter.grad, rtol=1e-3, atol=1e-4 * scale)
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_a_pool(kind, tmp_path):
-    """Served without gradients from the slots, trained from their views, as adapters of the model
-    itself."""
-    model, x = Net(kind), make_x(lead=(6, 12))
-    wanted_model = adapted(adapted(Net(kind), "a"), "b", r=4, alpha=3.0)
-    for name in ("a", "b"):
-        lora_ext.save_adapter(wanted_model, tmp_path / name, name)
-    pool = AdapterPool(model, capacity=3, max_rank=8)
-    assert len(pool.layers) == 3 and isinstance(model.up, LoRAQuantizedLinear)
-    plain = Net(kind)(x)
-    assert torch.equal(model(x), plain)
-    for name in ("a", "b"):
-        pool.add(name, tmp_path / name)
-    pool.add("new", LoRAConfig("all-linear", r=2))
-    for mode in (True, False):
-        model.train(mode)
-        wanted_model.train(mode)
-        with lora_ext.use_adapters(wanted_model, NAMES):
-            wanted = wanted_model(x)
-        with lora_ext.use_adapters(model, NAMES):
-            found = model(x)
-            with torch.no_grad():
-                served = model(x)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(served, wanted, rtol=1e-4, atol=1e-3)
-    with lora_ext.use_adapters(model, ["new"] * 6):
-        model.train()(x).square().mean().backward()
-    assert all(p.grad is not None for p in pool.parameters("new"))
-    pool.save("b", tmp_path / "out")
-    again = lora_ext.load_adapter(Net(kind), tmp_path / "out")
-    assert torch.equal(again.up.lora_a["default"], model.up.pool.slots["b"][0])
-    pool.remove("a")
-    assert copy.deepcopy(model).up.pool is not model.up.pool
-    unload(model)
-    assert type(model.up) is type(base(kind)) and not hasattr(model.up, "pool")
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_compiled_rows(kind):
-    """Of adapters of the model with gradients, and of a pool without."""
-    x = make_x(lead=(6, 12))
-    torch._dynamo.reset()
-    model = adapted(adapted(Net(kind), "a"), "b", r=4)
-    set_adapter(model, ["a", "b"])
-    with lora_ext.use_adapters(model, NAMES):
-        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-3)
-    found.sum().backward()
-    assert model.up.lora_a["b"].grad is not None
-    model = Net(kind).eval()
-    pool = AdapterPool(model, capacity=2, max_rank=8)
-    pool.add("a", LoRAConfig("all-linear", r=4))
-    for parameter in pool.parameters("a"):
-        nn.init.normal_(parameter)
-    torch._dynamo.reset()
-    with lora_ext.use_adapters(model, ["a", None] * 3), torch.no_grad():
-        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", [p for p in KINDS if p.id in ("nf4", "int8")])

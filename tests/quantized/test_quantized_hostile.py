@@ -13,19 +13,14 @@ import lora_ext
 from lora_ext.quantized import workspace
 from lora_ext.quantized.layers import quantized_base
 
+pytestmark = pytest.mark.usefixtures("fresh_workspace")
+
 ops = torch.ops.lora_ext
 
 
 def case(lead=(20,)):
     problem = make_problem(lead, 64, 48, 4, (F32, F32))
     return problem, quantized_rows(problem.weight)
-
-
-@pytest.fixture(autouse=True)
-def fresh_workspace():
-    workspace.release()
-    yield
-    workspace.release()
 
 
 # ---- the weight, between forward and backward ----

@@ -15,15 +15,10 @@ from benchmarks.memory import peak_bytes
 from lora_ext.functional import base_linear
 from lora_ext.quantized import workspace
 
+pytestmark = pytest.mark.usefixtures("fresh_workspace")
+
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
 SHAPES = [((60,), 96, 130, 8), ((2, 33), 128, 64, 16), ((1,), 40, 24, 4), ((0,), 40, 24, 4)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_workspace():
-    workspace.release()
-    yield
-    workspace.release()
 
 
 def operands(lead, k, n, rank, pair, **words):

@@ -88,17 +88,17 @@ winners::Winner winner_of(bool backward, bool float_adapters, bool dropout, int6
                           const std::string& tile, const std::string& measured) {
   const plan::Choice choice = choice_of(route);
   const std::optional<plan::Tile> asked = plan::tile_named(tile);
-  if (choice == plan::Choice::kAuto) throw py::value_error("lora_ext: auto wins nothing");
+  if (choice == plan::Choice::kAuto) throw py::value_error("lora_ext: auto is no route");
   if (!tile.empty() && !asked) throw py::value_error("lora_ext: there is no tile " + tile);
   return {{backward, float_adapters, dropout, n, k, rank}, rows, {choice, asked, measured}};
 }
 
 void bind_winners(py::module& m) {
-  py::class_<winners::Winner>(m, "Winner")
+  py::class_<winners::Winner>(m, "AutotuneEntry")
       .def(py::init(&winner_of), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
            py::arg("dropout"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("rank"),
            py::arg("route"), py::arg("tile"), py::arg("measured"));
-  m.def("replace_winners", &winners::replace, py::arg("card"), py::arg("winners"),
+  m.def("replace_autotune_cache", &winners::replace, py::arg("card"), py::arg("entries"),
         py::arg("pinned") = false);
   m.def(
       "tiles_of",

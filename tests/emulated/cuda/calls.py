@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lora_ext
+from emulated.comparisons import close, same  # noqa: F401
 from lora_ext import _C
 from lora_ext.kernels.kernel_plan import CallPlan, explain_cuda_call
 
@@ -138,17 +139,6 @@ class Call:
 
     def plan(self) -> CallPlan:
         return explain_cuda_call(self.x, self.weight, self.lora_a, self.lora_b, self.dropout_p)
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def close(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return all(
-        (one.float() - other.float()).abs().max() <= 2**-6 * other.float().abs().max()
-        for one, other in zip(results, expected, strict=True)
-    )
 
 
 __all__ = [name for name in dir() if not name.startswith("_")] + ["_C", "lora_ext", "pytest"]

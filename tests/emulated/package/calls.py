@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora_ext
+from emulated.comparisons import close, same  # noqa: F401
 from lora_ext import _C
 from lora_ext.kernels.kernel_checks import check_kernels, check_results
 from lora_ext.kernels.kernel_plan import CallPlan, explain_cuda_call
@@ -58,17 +59,6 @@ def by_library(run: Callable[[], Any]) -> Any:
 
 def library() -> list[torch.Tensor]:
     return by_library(call)[0]
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def close(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return all(
-        (one - other).abs().max() <= 2**-6 * other.abs().max()
-        for one, other in zip(results, expected, strict=True)
-    )
 
 
 def named(start: str) -> list:

@@ -54,8 +54,8 @@ def measure(
             for count in counts:
                 own, op = _microseconds(layer, base, count)
                 times.append((count, op / own))
-                winner = "its own product" if own < op else "the op"
-                line = f"{kind}, {count} rows: {winner} (own {own:.1f} us, op {op:.1f} us)"
+                faster = "its own product" if own < op else "the op"
+                line = f"{kind}, {count} rows: {faster} (own {own:.1f} us, op {op:.1f} us)"
                 say(line)
                 lines.append(line)
             keep(kind, times)
@@ -113,5 +113,5 @@ def _microseconds(layer: _Layer, base: QuantizedBase, rows: int) -> tuple[float,
     calls = {"own": own, "op": op}
     for call in (own, op) * clock.WARM_UP:
         call()
-    times = clock.in_turn(calls, base.weight.device)
+    times = clock.interleaved_us(calls, base.weight.device)
     return statistics.median(times["own"]), statistics.median(times["op"])

@@ -1,4 +1,4 @@
-"""A file of measured winners: JSON for one card, torch, driver and build of lora_ext."""
+"""A file of the autotune cache: JSON for one card, torch, driver and build of lora_ext."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..adapters.errors import AdapterError
 from ..adapters.strict_json import parse_json
 from .shape import Shape
 
-SCHEMA = "lora_ext.winners"
+SCHEMA = "lora_ext.autotune"
 SCHEMA_VERSION = 1
 ROUTES = ("library", "hybrid", "kernel")
 _ORIGIN = ("card", "torch", "driver", "lora_ext", "build")
@@ -23,8 +23,8 @@ _MOST_BYTES = 16 << 20
 _DEPTH = 6
 
 
-class TableError(ValueError):
-    """A file is not a table of this format; the message states what was expected and found."""
+class CacheError(ValueError):
+    """A file is not a cache file of this format; the message states what was expected and found."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Entry:
         """The shape and direction for which it is valid."""
         return (self.shape, self.backward)
 
-    def winner(self, measured: str) -> _C.Winner:
+    def for_planner(self, measured: str) -> _C.AutotuneEntry:
         """The entry in the planner's form; measured: the end of the text "fastest as measured"."""
         shape = self.shape
-        return _C.Winner(
+        return _C.AutotuneEntry(
             backward=self.backward,
             float_adapters=shape.float_adapters,
             dropout=shape.dropout,
@@ -68,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
+class Cache:
     """The entries of a file, and the versions for which they are valid.
 
     Attributes:
@@ -97,36 +97,36 @@ class Table:
         build = f"lora_ext {self.lora_ext} (build {self.build})"
         return f"{self.card}, torch {self.torch}, CUDA driver {self.driver}, {build}"
 
-    def with_entries(self, entries: Iterable[Entry]) -> Table:
-        """The table with entries added; one for the same shape and direction is replaced."""
+    def with_entries(self, entries: Iterable[Entry]) -> Cache:
+        """The cache with entries added; one for the same shape and direction is replaced."""
         merged = {entry.key: entry for entry in (*self.entries, *entries)}
         return replace(self, entries=tuple(merged.values()))
 
 
-def read_table(path: Path) -> Table:
-    """The table in a file.
+def read_cache(path: Path) -> Cache:
+    """The entries in a file.
 
     Raises:
-        TableError: it is not one.
+        CacheError: it is not one.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
-        raise TableError(f"{path}: expected at most {_MOST_BYTES} bytes, but got more")
+        raise CacheError(f"{path}: expected at most {_MOST_BYTES} bytes, but got more")
     try:
-        return _table(parse_json(data, _DEPTH))
-    except (AdapterError, TableError) as error:
-        raise TableError(f"{path}: {error}") from None
+        return _cache(parse_json(data, _DEPTH))
+    except (AdapterError, CacheError) as error:
+        raise CacheError(f"{path}: {error}") from None
 
 
-def write_table(table: Table, path: Path) -> None:
+def write_cache(cache: Cache, path: Path) -> None:
     """Replaces the file atomically: readers, also after an interrupt, find the old or the new
     one."""
     names = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION}
-    names |= dict(zip(_ORIGIN, table.origin, strict=True))
+    names |= dict(zip(_ORIGIN, cache.origin, strict=True))
     head = json.dumps(names, indent=1)[:-2]
-    lines = ",\n  ".join(json.dumps(_plain(e), allow_nan=False) for e in table.entries)
+    lines = ",\n  ".join(json.dumps(_plain(e), allow_nan=False) for e in cache.entries)
     text = f'{head},\n "entries": [\n  {lines}\n ]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
@@ -149,47 +149,47 @@ def _plain(entry: Entry) -> dict[str, Any]:
 def _expect(value: Any, kind: type, what: str) -> Any:
     # bool is a subclass of int, but it is not accepted here
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise TableError(f"expected {what} to be of {kind.__name__}, but got {value!r:.60}")
+        raise CacheError(f"expected {what} to be of {kind.__name__}, but got {value!r:.60}")
     return value
 
 
 def _member(value: Any, name: str, kind: type) -> Any:
     if not isinstance(value, dict) or name not in value:
-        raise TableError(f"expected an object with {name!r}, but got {value!r:.60}")
+        raise CacheError(f"expected an object with {name!r}, but got {value!r:.60}")
     return _expect(value[name], kind, repr(name))
 
 
-def _table(document: Any) -> Table:
+def _cache(document: Any) -> Cache:
     schema = (_member(document, "schema", str), _member(document, "schema_version", int))
     if schema != (SCHEMA, SCHEMA_VERSION):
-        raise TableError(f"expected {SCHEMA} version {SCHEMA_VERSION}, but got {schema}")
+        raise CacheError(f"expected {SCHEMA} version {SCHEMA_VERSION}, but got {schema}")
     entries = tuple(map(_entry, _member(document, "entries", list)))
     if len({entry.key for entry in entries}) < len(entries):
-        raise TableError("expected one entry for a shape and direction, but got two")
-    return Table(**{name: _member(document, name, str) for name in _ORIGIN}, entries=entries)
+        raise CacheError("expected one entry for a shape and direction, but got two")
+    return Cache(**{name: _member(document, name, str) for name in _ORIGIN}, entries=entries)
 
 
 def _entry(value: Any) -> Entry:
     names = ("rows", "in_features", "out_features", "rank")
     sizes = {name: _member(value, name, int) for name in names}
     if not all(1 <= size < 2**40 for size in sizes.values()):
-        raise TableError(f"expected sizes of at least 1 and below 2^40, but got {sizes}")
+        raise CacheError(f"expected sizes of at least 1 and below 2^40, but got {sizes}")
     wide, dropout = _member(value, "float_adapters", bool), _member(value, "dropout", bool)
     shape = Shape(**sizes, float_adapters=wide, dropout=dropout)
     route, tile = _member(value, "route", str), _member(value, "tile", str)
     if route not in ROUTES:
-        raise TableError(f"expected a route of {', '.join(ROUTES)}, but got {route!r:.60}")
+        raise CacheError(f"expected a route of {', '.join(ROUTES)}, but got {route!r:.60}")
     us = {name: _times(name, figures) for name, figures in _member(value, "us", dict).items()}
     entry = Entry(shape, _member(value, "backward", bool), route, tile, us)
     try:
-        entry.winner("")
+        entry.for_planner("")
     except ValueError as error:
-        raise TableError(str(error)) from None
+        raise CacheError(str(error)) from None
     return entry
 
 
 def _times(name: str, figures: Any) -> tuple[float, float, float]:
     if not (isinstance(figures, list) and len(figures) == 3):
-        raise TableError(f"expected three times of {name!r:.60}, but got {figures!r:.60}")
+        raise CacheError(f"expected three times of {name!r:.60}, but got {figures!r:.60}")
     median, p25, p75 = (_expect(figure, float, "a time") for figure in figures)
     return median, p25, p75

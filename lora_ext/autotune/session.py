@@ -17,10 +17,10 @@ from ..dtypes import HALVES
 from ..kernels.kernel_checks import check_kernels
 from ..packing import DECODE_AND_TRAINING, Packing, pack_weights
 from . import own_products
+from .cache_file import Cache, Entry, write_cache
+from .planner_cache import cache_or_empty, checked_cache, load_cached, pin, pinned_at, user_file
 from .shape import Layers, Shape, shapes_of
-from .table import Entry, Table, write_table
-from .tables import cache_file, cached_table, given_table, load_cached, pin, pinned_at
-from .trial import Trial, kernels_for, measure, planner_listens
+from .trial import Trial, kernels_for, measure, route_by_planner
 
 Say = Callable[[str], object]
 
@@ -30,10 +30,10 @@ class Warmup:
     """The results of `warmup`; str() gives a readable text.
 
     Attributes:
-        entries: the winner of each shape, forward and backward separately, with its times.
+        entries: the fastest route of each shape, forward and backward separately, with its times.
         timed: how many of them are new.
         failed: a line for each set of kernels that failed its check; they are not used.
-        path: the file with the winners; None if nothing was timed or read.
+        path: the cache file; None if nothing was timed or read.
         note: why nothing was checked or timed, or what was omitted; "" otherwise.
         packing: for a model on the CPU, which weights were packed.
         own_products: for quantised layers whose library multiplies without dequantising, a line for
@@ -52,7 +52,7 @@ class Warmup:
         """One line, for lists and interactive use."""
         if self.packing is not None:
             return f"Warmup({self.packing!r})"
-        what = f"{len(self.entries)} winners, {self.timed} new, {len(self.failed)} failed checks"
+        what = f"{len(self.entries)} entries, {self.timed} new, {len(self.failed)} failed checks"
         return f"Warmup({self.note if self.note and not self.entries else what})"
 
     def __str__(self) -> str:
@@ -62,16 +62,16 @@ class Warmup:
         lines += [f"failed: {line}" for line in self.failed]
         lines += self.own_products
         if self.path is not None:
-            lines.append(f"{self.timed} of {len(self.entries)} winners are new, in {self.path}")
+            lines.append(f"{self.timed} of {len(self.entries)} entries are new, in {self.path}")
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def line_of(entry: Entry) -> str:
-    """One line of text: shape, winner, and every candidate's microseconds."""
+    """One line of text: shape, fastest route, and every candidate's microseconds."""
     direction = "backward" if entry.backward else "forward"
-    winner = f"{entry.route} {entry.tile}".strip()
+    fastest = f"{entry.route} {entry.tile}".strip()
     times = ", ".join(f"{name} {median:.1f} us" for name, (median, _, _) in entry.us.items())
-    return f"{entry.shape}, {direction}: {winner} ({times})"
+    return f"{entry.shape}, {direction}: {fastest} ({times})"
 
 
 def warmup(
@@ -80,7 +80,7 @@ def warmup(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    winners: str | Path | None = None,
+    cache: str | Path | None = None,
     pack_budget: int | None = None,
     progress: bool | Say = True,
 ) -> Warmup:
@@ -97,27 +97,28 @@ def warmup(
     with float64 on small cases, in a child process; then the routes are timed on this card for each
     layer and number of rows, forward and backward separately. The library's route is kept unless
     another one is faster by 1 % in three rounds of four.
-    The winners are stored in the user's cache, for this card, torch, driver and build: the planner
-    uses them from now on, also in later processes, and `explain` reports "measured on this card".
-    Shapes in the cache are not timed again, and kernels that this process has checked are not
-    checked again. Layers with 4-bit weights of bitsandbytes are also timed with its own product.
+    The fastest routes are stored in the user's autotune cache, for this card, torch, driver and
+    build: the planner uses them from now on, also in later processes, and `explain` reports
+    "measured on this card". Shapes in the cache are not timed again, and kernels that this process
+    has checked are not checked again. Layers with 4-bit weights of bitsandbytes are also timed with
+    its own product.
 
     Nothing is timed under ``torch.use_deterministic_algorithms``, where the cache is not used, nor
-    if a file is pinned (`load_winners`): then kernels are only checked. Routes differ in rounding,
-    so a new winner can change the last bits of a result. The state of torch's random generators
+    if a file is pinned (`pin_cache`): then kernels are only checked. Routes differ in rounding,
+    so a new entry can change the last bits of a result. The state of torch's random generators
     does not change. Do not call it while a CUDA graph is captured, but before.
 
     Args:
         layers: a model with LoRA layers of this package or of PEFT; or a sequence of layers, each
             (out_features, in_features, rank) or a dict with these names and, optionally,
             float_adapters, dropout (bools) and rows.
-        rows: batch times sequence length of later calls, one number or several. A winner is used
+        rows: batch times sequence length of later calls, one number or several. An entry is used
             from half to twice its rows.
         device: a CUDA device, or "cpu"; default: the model's, if that is CUDA, else the current
             CUDA device, else the CPU.
-        dtype: of x and weight, bfloat16 or float16, which share their winners; default: bfloat16.
-        winners: a file to use instead of the cache; it is created if it does not exist, and pinned
-            afterwards; shapes in it are not timed again. Ranks that load it with `load_winners`
+        dtype: of x and weight, bfloat16 or float16, which share their entries; default: bfloat16.
+        cache: a file to use instead of the user's cache; it is created if it does not exist, and
+            pinned afterwards; shapes in it are not timed again. Ranks that load it with `pin_cache`
             choose the same routes.
         pack_budget: bytes that packed copies may take on a CPU, a copy of the weight for each
             direction; None: a quarter of the available memory.
@@ -125,15 +126,15 @@ def warmup(
             line.
 
     Returns:
-        The winners and the checks that failed. Without CUDA kernels or a GPU the result is empty,
+        The entries and the checks that failed. Without CUDA kernels or a GPU the result is empty,
         and its note gives the reason.
 
     Raises:
         ValueError: the model has no LoRA linear, a size is not valid, or the budget is negative.
         TypeError: a layer or dtype of another kind.
-        TableError: the file ``winners`` is corrupt, or not for this card and build; a ValueError.
-        OSError: the file ``winners`` cannot be written (for the cache this is only a warning); the
-            winners are in use in this process.
+        CacheError: the file ``cache`` is corrupt, or not for this card and build; a ValueError.
+        OSError: the file ``cache`` cannot be written (the user's: only a warning); the entries are
+            in use in this process.
     """
     say = _printed if progress is True else progress or _unsaid
     shapes = shapes_of(layers, rows)
@@ -154,11 +155,11 @@ def warmup(
     if nothing:
         say(nothing)
         return Warmup(note=nothing)
-    pinned = pinned_at(card.name) if winners is None else None
-    path = Path(winners) if winners is not None else pinned or cache_file(card.name)
-    given = path.exists() if winners is not None else pinned is not None
-    table = given_table(path, card.name) if given else cached_table(path, card.name)
-    session = _Session(device, card, dtype or torch.bfloat16, table, path, say)
+    pinned = pinned_at(card.name) if cache is None else None
+    path = Path(cache) if cache is not None else pinned or user_file(card.name)
+    given = path.exists() if cache is not None else pinned is not None
+    known = checked_cache(path, card.name) if given else cache_or_empty(path, card.name)
+    session = _Session(device, card, dtype or torch.bfloat16, known, path, say)
     note, own = _why_untimed(pinned), []
     failed = check_kernels(
         device,
@@ -174,23 +175,23 @@ def warmup(
                 counts = {shape.rows for shape in shapes}
                 own = own_products.measure(layers, counts, device, say)
     finally:
-        if winners is not None:
-            pin(session.table, path)
+        if cache is not None:
+            pin(session.cache, path)
         elif pinned is None:
-            load_cached(also=session.table)
+            load_cached(also=session.cache)
     if session.unwritten is not None:
-        if winners is not None:
+        if cache is not None:
             raise session.unwritten
         warnings.warn(
-            f"lora_ext.warmup: the winners are in use, but not kept: {session.unwritten}",
+            f"lora_ext.warmup: the new entries are in use, but not kept: {session.unwritten}",
             stacklevel=2,
         )
     wanted = set(shapes)
     return Warmup(
-        tuple(entry for entry in session.table.entries if entry.shape in wanted),
+        tuple(entry for entry in session.cache.entries if entry.shape in wanted),
         session.timed,
         tuple(f"{name}: {why}" for name, why in failed.items()),
-        path if session.table.entries else None,
+        path if session.cache.entries else None,
         "; ".join(filter(None, (note, *session.left_out))),
         own_products=tuple(own),
     )
@@ -244,39 +245,39 @@ def _no_kernels_for(card: _C.Card) -> str:
 
 def _why_untimed(pinned: Path | None) -> str:
     if pinned is not None:
-        return f"nothing is timed while {pinned} is pinned (lora_ext.winners.load_winners)"
+        return f"nothing is timed while {pinned} is pinned (lora_ext.autotune.pin_cache)"
     if torch.are_deterministic_algorithms_enabled():
         return "nothing is timed under torch.use_deterministic_algorithms"
     return ""
 
 
 class _Session:
-    """One call of `warmup` and its growing table."""
+    """One call of `warmup` and its growing cache."""
 
     def __init__(
         self,
         device: torch.device,
         card: _C.Card,
         dtype: torch.dtype,
-        table: Table,
+        cache: Cache,
         path: Path,
         say: Say,
     ) -> None:
         self.device, self.card, self.dtype = device, card, dtype
-        self.table, self.path, self.say = table, path, say
+        self.cache, self.path, self.say = cache, path, say
         self.timed = 0
         self.left_out: list[str] = []
         self.unwritten: OSError | None = None
 
     def time(self, shapes: Iterable[Shape]) -> None:
-        """Times the shapes that the table does not have, and writes the table after each shape."""
-        known = {entry.key for entry in self.table.entries}
+        """Times the shapes that the cache does not have, and writes its file after each shape."""
+        known = {entry.key for entry in self.cache.entries}
         todo = [shape for shape in shapes if {(shape, False), (shape, True)} - known]
-        with planner_listens(self.card), torch.no_grad():
+        with route_by_planner(self.card), torch.no_grad():
             for number, shape in enumerate(todo, 1):
                 try:
                     self._time(shape, f"{number} of {len(todo)}: ")
-                    write_table(self.table, self.path)
+                    write_cache(self.cache, self.path)
                 except torch.OutOfMemoryError:
                     self.left_out.append(f"{shape} does not fit into the memory that is free")
                 except OSError as error:
@@ -289,5 +290,5 @@ class _Session:
             entry = measure(trial, self.card, backward)
             self.say(prefix + line_of(entry))
             entries.append(entry)
-        self.table = self.table.with_entries(entries)
+        self.cache = self.cache.with_entries(entries)
         self.timed += len(entries)

@@ -16,7 +16,7 @@ Call = Callable[[], object]
 Timer = Callable[[Call], Callable[[], float]]
 
 
-def in_turn(
+def interleaved_us(
     calls: Mapping[str, Call],
     device: torch.device,
     prepare: Callable[[str], object] = lambda name: None,

@@ -1,8 +1,8 @@
 """Which rows and experts are processed together.
 
-On a CPU a run is consecutive experts with a few hundred rows: the rows gathered for a run, and the
-run's product, stay in the cache until the update is added. On a GPU, if the grouped product
-supports the operands, all experts are one run, and the number of rows of each is not read on the
+On a CPU a group is consecutive experts with a few hundred rows: the rows gathered for a group, and
+the group's product, stay in the cache until the update is added. On a GPU, if the grouped product
+supports the operands, all experts are one group, and the number of rows of each is not read on the
 host.
 """
 
@@ -14,16 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A run ends at the expert with which it has this number of rows.
+# A group ends at the expert with which it has this number of rows.
 _ROWS = 512
 
 
-class Run(NamedTuple):
+class ExpertGroup(NamedTuple):
     """Consecutive experts.
 
     Attributes:
         begin, end: their rows.
-        offs: int32, the end of each expert's rows, counted from the first row of the run.
+        offs: int32, the end of each expert's rows, counted from the first row of the group.
         hit: numbers of the experts, all of which have rows; None: all experts, with or without.
         experts: (number, begin, end) of each; None if this is known only on the device.
     """
@@ -40,20 +40,20 @@ class Run(NamedTuple):
         return torch.searchsorted(self.offs, rows, right=True).clamp_(max=experts - 1)
 
 
-class Runs(NamedTuple):
+class ExpertGroups(NamedTuple):
     """Attributes:
-    each: the runs.
-    has_all: whether every expert is in one of the runs.
+    each: the groups.
+    has_all: whether every expert is in one of the groups.
     rest: the first row after those of the last expert; None if known only on the device.
     """
 
-    each: list[Run]
+    each: list[ExpertGroup]
     has_all: bool
     rest: int | None
 
     @property
     def is_whole(self) -> bool:
-        """Whether one run has all rows, with their experts known only on the device."""
+        """Whether one group has all rows, with their experts known only on the device."""
         return self.rest is None
 
     def clear_rest(self, *tensors: Tensor | None) -> None:
@@ -69,13 +69,13 @@ class Runs(NamedTuple):
                 tensor[self.rest :] = 0
 
 
-def on_device(offs: Tensor, rows: int) -> Runs:
-    """All experts in one run."""
-    return Runs([Run(0, rows, offs, None, None)], True, None)
+def on_device(offs: Tensor, rows: int) -> ExpertGroups:
+    """All experts in one group."""
+    return ExpertGroups([ExpertGroup(0, rows, offs, None, None)], True, None)
 
 
-def on_host(bounds: Sequence[int], device: torch.device) -> Runs:
-    """Runs of a few hundred rows.
+def on_host(bounds: Sequence[int], device: torch.device) -> ExpertGroups:
+    """Groups of a few hundred rows.
 
     Args:
         bounds: offs as Python numbers.
@@ -90,8 +90,8 @@ def on_host(bounds: Sequence[int], device: torch.device) -> Runs:
         if experts and (last - first >= _ROWS or number + 1 == len(bounds)):
             each.append(_run(first, last, experts, len(bounds), device))
             first, experts = last, []
-    count = sum(len(run.experts or ()) for run in each)
-    return Runs(each, count == len(bounds), last)
+    count = sum(len(group.experts or ()) for group in each)
+    return ExpertGroups(each, count == len(bounds), last)
 
 
 def _run(
@@ -100,9 +100,9 @@ def _run(
     experts: list[tuple[int, int, int]],
     all_experts: int,
     device: torch.device,
-) -> Run:
+) -> ExpertGroup:
     offs = torch.tensor([end for *_, end in experts], dtype=torch.int32, device=device)
     hit = None
     if len(experts) < all_experts:
         hit = torch.tensor([number for number, *_ in experts], device=device)
-    return Run(first, last, offs, hit, experts)
+    return ExpertGroup(first, last, offs, hit, experts)

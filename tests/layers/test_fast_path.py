@@ -1,4 +1,4 @@
-"""LoRALinear's quick decision answers where it may, with the operands of the full one."""
+"""The fast path of LoRALinear: taken where allowed, with the operands of the full path."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from lora_ext import prepack
 from lora_ext.nn import AdapterSpec, fused
-from lora_ext.nn.quick import quick_operands
+from lora_ext.nn.fast_path import fast_path_operands
 
 SPECS = {"a": AdapterSpec(4, 6.0, dropout=0.25), "b": AdapterSpec(3, 3.0)}
 
@@ -35,7 +35,7 @@ def nothing(layer):
 
 
 parametrized = parametrize.register_parametrization
-# What changes -> (whether the quick decision may still answer, what is done to the layer).
+# What changes -> (whether the fast path may still be taken, what is done to the layer).
 CHANGES = {
     "nothing": (True, nothing),
     "eval": (True, lambda layer: layer.eval()),
@@ -85,13 +85,13 @@ def region(change: str, layer):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_quick_decision_is_the_full_one(change, monkeypatch):
+def test_the_fast_path_has_the_operands_of_the_full_one(change, monkeypatch):
     layer = layer_with(change)
     x = x_for(change, layer)
     called = []
     monkeypatch.setattr(fused, "lora_linear", lambda *operands: called.append(operands))
     with region(change, layer):
-        operands = quick_operands(layer, x)
+        operands = fast_path_operands(layer, x)
         if CHANGES[change][0]:
             layer.adapted(x)
     assert (operands is not None) == CHANGES[change][0]
@@ -99,8 +99,8 @@ def test_the_quick_decision_is_the_full_one(change, monkeypatch):
         return
     ((full_x, *full),) = called
     assert full_x is x and len(full) == len(operands)
-    for quick, wanted in zip(operands, full, strict=True):
-        assert quick is wanted or quick == wanted
+    for fast, wanted in zip(operands, full, strict=True):
+        assert fast is wanted or fast == wanted
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if "dtype" not in name])
@@ -113,13 +113,13 @@ def test_a_forward_is_the_same_with_and_without_it(change, monkeypatch):
             return layer(x)
 
     y = forward()
-    monkeypatch.setattr("lora_ext.nn.linear.quick_operands", lambda layer, x: None)
+    monkeypatch.setattr("lora_ext.nn.linear.fast_path_operands", lambda layer, x: None)
     assert torch.equal(y, forward())
 
 
 def test_subclasses_decide_for_themselves(monkeypatch):
     layer = make_layer("merged_linear")
-    monkeypatch.setattr("lora_ext.nn.linear.quick_operands", None)  # would raise if it were asked
+    monkeypatch.setattr("lora_ext.nn.linear.fast_path_operands", None)  # must not be called
     assert layer(torch.randn(5, IN)).shape == (5, layer.out_features)
 
 
@@ -128,10 +128,10 @@ def test_a_traced_forward_takes_the_full_decision(monkeypatch):
     x, found = torch.randn(5, IN), []
 
     def asked(layer, x):
-        found.append(quick_operands(layer, x))
+        found.append(fast_path_operands(layer, x))
         return found[-1]
 
-    monkeypatch.setattr("lora_ext.nn.linear.quick_operands", asked)
+    monkeypatch.setattr("lora_ext.nn.linear.fast_path_operands", asked)
     traced = torch.jit.trace(layer, x, check_trace=False)
     assert found == [None]
     assert torch.equal(traced(x), layer(x))

@@ -1,4 +1,4 @@
-"""`python -m lora_ext.winners`: times the routes of layers on this card and keeps the fastest."""
+"""`python -m lora_ext.autotune`: times the routes of layers on this card and keeps the fastest."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from .cache_file import CacheError
+from .planner_cache import load_cached
 from .session import line_of, warmup
 from .shape import Shape
-from .table import TableError
-from .tables import load_cached
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lora_ext.winners", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lora_ext.autotune", description=__doc__)
     parser.add_argument("--layer", type=_size, action="append", default=[], metavar="INxOUT")
     parser.add_argument("--rank", type=_count, nargs="+", default=[16])
     parser.add_argument("--rows", type=_count, nargs="+", default=[2048], help="batch times length")
@@ -38,8 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dropout", choices=("off", "on", "both"), default="both")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default=None, help="default: the current CUDA device")
-    parser.add_argument("--table", type=Path, default=None, help="default: in the user's cache")
-    parser.add_argument("--show", action="store_true", help="print the tables in use")
+    parser.add_argument(
+        "--cache", type=Path, default=None, help="default: a file in the user's folder"
+    )
+    parser.add_argument("--show", action="store_true", help="print the cache files in use")
     return parser
 
 
@@ -48,17 +50,17 @@ def _chosen(name: str, both: str, true: str) -> list[bool]:
 
 
 def _show() -> int:
-    tables = load_cached()
-    for table in tables:
-        print(f"{table.described}:")
-        print(*(f"  {line_of(entry)}" for entry in table.entries), sep="\n")
-    if not tables:
-        print("no tables: the planner goes by its prediction")
+    caches = load_cached()
+    for cache in caches:
+        print(f"{cache.described}:")
+        print(*(f"  {line_of(entry)}" for entry in cache.entries), sep="\n")
+    if not caches:
+        print("the autotune cache is empty: the planner uses its prediction")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns exit status 2 if there is nothing to time, 1 if --table cannot be written, else 0."""
+    """Returns exit status 2 if there is nothing to time, 1 if --cache cannot be written, else 0."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.show:
@@ -80,16 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shapes,
             device=options.device,
             dtype=getattr(torch, options.dtype),
-            winners=options.table,
+            cache=options.cache,
         )
-    except (RuntimeError, TableError) as error:
+    except (RuntimeError, CacheError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the shapes timed so far are in the table", file=sys.stderr)
+        print("interrupted: the shapes timed so far are in the cache", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"the winners are not written: {error}", file=sys.stderr)
+        print(f"the cache is not written: {error}", file=sys.stderr)
         return 1
     if not found.entries:
         print(found.note, file=sys.stderr)

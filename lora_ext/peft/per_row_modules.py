@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 
-def parts_by_row(model: nn.Module) -> tuple[list[Any], list[Any]]:
+def per_row_modules(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """(the layers whose rows can have different adapters, other modules of PEFT with a part for
     each adapter); imports no further modules and does not inspect the contents of layers."""
     lora: Any = sys.modules.get("peft.tuners.lora.layer")

@@ -1,28 +1,12 @@
-"""Layers in autograd: in-place activations on y, hooks."""
+"""Hooks of a layer and of its factors, in eager mode and compiled."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from step_helpers import OUT, assert_same, make, run
+from step_helpers import OUT, make, run
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
-
-
-@pytest.mark.parametrize(
-    "name", ["linear", "several", "lora_bias", "merged", "convolution", "one row"]
-)
-def test_an_in_place_activation_on_the_output(counter, name):
-    """The output is nobody else's: neither an input's view nor what backward needs."""
-    module, x = make(name, 0.4)
-    plain = run(lambda x: F.relu(module(x)), module, x)
-
-    def in_place(x):
-        return F.relu_(module(x))
-
-    assert_same(run(in_place, module, x), plain)
-    assert_same(run(torch.compile(in_place, backend=counter, fullgraph=True), module, x), plain)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -16,7 +16,7 @@ from ..torch_state import is_autocast, is_traced, is_transformed
 _Parameter = nn.Parameter
 
 
-def quick_operands(layer: Any, x: Tensor) -> tuple | None:
+def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
     """(weight, lora_a, lora_b, bias, scaling, dropout_p) for `lora_linear`, or None."""
     state = layer.__dict__
     names = state["active_adapters"]

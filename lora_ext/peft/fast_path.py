@@ -24,13 +24,13 @@ _is_autocast_enabled = torch.is_autocast_enabled
 _transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
-def quick_forward(layer: Any, x: Tensor) -> Tensor | None:
+def fast_path_forward(layer: Any, x: Tensor) -> Tensor | None:
     """y of a `lora_ext.peft.linear.Linear`, or None where `linear_path` has to decide."""
-    operands = quick_operands(layer, x)
+    operands = fast_path_operands(layer, x)
     return None if operands is None else lora_linear(x, *operands)
 
 
-def quick_operands(layer: Any, x: Tensor) -> tuple | None:
+def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
     """(weight, lora_a, lora_b, bias, scaling, dropout_p) for `lora_linear`, or None."""
     state = layer.__dict__
     name = state["_active_adapter"]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import _C
 from . import clock
+from .cache_file import Entry
+from .planner_cache import load_cached
 from .shape import Shape
-from .table import Entry
-from .tables import load_cached
 
 LIBRARY = "library"
 _DROPOUT = 0.05
@@ -38,7 +38,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The name in a table."""
+        """The name in a cache file."""
         return f"{self.route} {self.tile}".strip()
 
 
@@ -118,8 +118,8 @@ class Trial:
 
 
 @contextmanager
-def planner_listens(card: _C.Card) -> Iterator[None]:
-    """Within the block no route is set by the user; afterwards the planner has the tables on disk
+def route_by_planner(card: _C.Card) -> Iterator[None]:
+    """Within the block no route is set by the user; afterwards the planner has the cache files
     again."""
     route = _C.cuda_route()
     _C.set_cuda_route("auto")
@@ -127,14 +127,14 @@ def planner_listens(card: _C.Card) -> Iterator[None]:
         yield
     finally:
         _C.set_cuda_route(route)
-        _C.replace_winners(card.name, [])
+        _C.replace_autotune_cache(card.name, [])
         load_cached()
 
 
 def _request(card: _C.Card, shape: Shape, backward: bool, candidate: Candidate) -> None:
     """Makes the planner choose a candidate for the shape."""
     entry = Entry(shape, backward, candidate.route, candidate.tile, {})
-    _C.replace_winners(card.name, [entry.winner("in a trial")])
+    _C.replace_autotune_cache(card.name, [entry.for_planner("in a trial")])
 
 
 def _runs_as_asked(explained: _C.Explained, candidate: Candidate) -> bool:
@@ -161,7 +161,7 @@ def _times_of(
             call()
         if _runs_as_asked(trial.explained(backward), candidate):
             timed[candidate.name] = candidate
-    return clock.in_turn(
+    return clock.interleaved_us(
         dict.fromkeys(timed, call),
         trial.device,
         lambda name: _request(card, trial.shape, backward, timed[name]),
@@ -169,7 +169,7 @@ def _times_of(
 
 
 def _fastest(times: Times) -> str:
-    """The winner: the library, unless another is faster by a margin in three rounds of four."""
+    """The library, unless another is faster by a margin in three rounds of four."""
     best = min(times, key=lambda name: statistics.median(times[name]))
     ratios = sorted(a / b for a, b in zip(times[best], times[LIBRARY], strict=True))
     clearly = ratios[(3 * len(ratios)) // 4] <= 1.0 - _LEAST_GAIN
@@ -177,9 +177,9 @@ def _fastest(times: Times) -> str:
 
 
 def _entry(shape: Shape, backward: bool, candidates: Sequence[Candidate], times: Times) -> Entry:
-    winner = next(c for c in candidates if c.name == _fastest(times))
+    fastest = next(c for c in candidates if c.name == _fastest(times))
     us = {name: _summary(sorted(values)) for name, values in times.items()}
-    return Entry(shape, backward, winner.route, winner.tile, us)
+    return Entry(shape, backward, fastest.route, fastest.tile, us)
 
 
 def _summary(ordered: list[float]) -> tuple[float, float, float]:
@@ -192,7 +192,7 @@ def measure(trial: Trial, card: _C.Card, backward: bool) -> Entry:
     """Times every route of one direction, in a new order in each round.
 
     The library wins unless another is faster by 1 % in three rounds of four. Kernels that fail
-    their check are not timed. Call it under `planner_listens`.
+    their check are not timed. Call it under `route_by_planner`.
     """
     candidates = candidates_for(card, trial.shape, backward)
     times = _times_of(trial, card, backward, candidates)

@@ -22,7 +22,7 @@ def update_of(layer: Any, name: str) -> Update:
     return Update(name, lora_a, lora_b.weight, lora_b.bias, layer.scaling[name], p)
 
 
-def quick_updates(layer: Any, names: Sequence[str]) -> list[Update] | None:
+def fast_path_updates(layer: Any, names: Sequence[str]) -> list[Update] | None:
     """`update_of` each name in a microsecond, or None if one is not plain, by the conditions of
     `adapter_reason`."""
     tables = layer._modules

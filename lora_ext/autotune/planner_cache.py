@@ -1,0 +1,217 @@
+"""The cache files that the planner uses: a pinned one, or the package's and then the user's own."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .. import _C
+from ..build_info import build_id, version
+from ..device import indexed
+from .cache_file import Cache, CacheError, Entry, read_cache
+
+PACKAGED = Path(__file__).with_name("measured")
+
+# The pinned files by card; no other file is used for such a card.
+_pinned: dict[str, tuple[Cache, Path]] = {}
+
+
+def user_folder() -> Path:
+    """The folder in which `lora_ext.warmup` writes its files.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    return Path.home() / ".cache" / "lora_ext" / "autotune"
+
+
+def empty_cache(card: str) -> Cache:
+    """A cache for this torch, driver and build of lora_ext without entries."""
+    driver = _C.cuda_driver() if _C.with_cuda else ""
+    return Cache(card, str(torch.__version__), driver, version(), build_id(), ())
+
+
+def file_of(cache: Cache, folder: Path) -> Path:
+    """The file in a folder for a cache's card and versions."""
+    return folder / f"{_slug(cache.card)}{_suffix(cache.torch, cache.lora_ext)}"
+
+
+def cache_path(folder: Path, device: torch.device | None = None) -> Path:
+    """The file in a folder for a device with this torch and lora_ext.
+
+    Args:
+        folder: any folder; the user's is `user_folder()`.
+        device: a CUDA device; default: the current one.
+    """
+    return file_of(empty_cache(_C.cuda_card(indexed(device)).name), folder)
+
+
+def user_file(card: str) -> Path:
+    """The file of the user's cache for a card.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    return file_of(empty_cache(card), user_folder())
+
+
+def cache_or_empty(path: Path, card: str) -> Cache:
+    """The cache in a file, if it is for this card and build; else an empty one."""
+    empty = empty_cache(card)
+    try:
+        found = read_cache(path)
+    except FileNotFoundError:
+        return empty
+    except (OSError, CacheError) as error:
+        _ignored(path, error)
+        return empty
+    return found if found.origin == empty.origin else empty
+
+
+def checked_cache(path: Path, card: str) -> Cache:
+    """The cache in a file that the user names.
+
+    Raises:
+        CacheError: it is not a cache file, or for another card, torch, driver or build of lora_ext.
+        OSError: it cannot be read.
+    """
+    found, expected = read_cache(path), empty_cache(card)
+    if found.origin != expected.origin:
+        raise CacheError(
+            f"{path}: expected a cache for {expected.described}, but got one for"
+            f" {found.described}; lora_ext.warmup(..., cache=...) measures a new one"
+        )
+    return found
+
+
+def pin_cache(path: str | Path | None, device: torch.device | str | None = None) -> None:
+    """Pins a cache file: the planner uses only this file for this card, in this process.
+
+    For layers that are not in the file it uses its prediction, never the user's cache; so the
+    choice depends only on the problem and the file, and ranks with the same file choose the same
+    routes. A pinned file is also used under ``torch.use_deterministic_algorithms``.
+
+    Args:
+        path: a file from ``lora_ext.warmup(..., cache=path)``; None: back to the cache.
+        device: a CUDA device of the card; default: the current one.
+
+    Raises:
+        CacheError: the file is corrupt, or not for this card, torch, driver and build; a
+            ValueError.
+        OSError: it cannot be read.
+        RuntimeError: the build has no CUDA kernels, or torch finds no CUDA device.
+    """
+    if path is None:
+        for card in _pinned:
+            _C.replace_autotune_cache(card, [])
+        _pinned.clear()
+        if _C.with_cuda:
+            load_cached()
+        return
+    if not _C.with_cuda:
+        raise RuntimeError(
+            "lora_ext.autotune.pin_cache: this build has no CUDA kernels to choose from;"
+            " lora_ext.build_info() says why"
+        )
+    path = Path(path)
+    pin(checked_cache(path, _C.cuda_card(indexed(device)).name), path)
+
+
+def pin(cache: Cache, path: Path) -> None:
+    """Makes the planner use only this cache for its card."""
+    _pinned[cache.card] = (cache, path)
+    install([])
+
+
+def pinned_at(card: str) -> Path | None:
+    """The file that is pinned for a card."""
+    return _pinned[card][1] if card in _pinned else None
+
+
+def load_cached(folder: Path | None = None, also: Cache | None = None) -> list[Cache]:
+    """Reads the package's and the user's cache files and gives them to the planner.
+
+    Called by ``import lora_ext`` in builds with CUDA kernels. A file that is corrupt, or has
+    another format, is ignored with a warning; a file for another torch, driver or build without a
+    warning.
+
+    Args:
+        folder: the user's files; default: `user_folder()`.
+        also: a cache that takes precedence over these.
+
+    Returns:
+        The caches in use, the package's first.
+    """
+    packaged = list(_caches_in(PACKAGED, f"*--lora_ext-{_slug(version())}.json", lambda _: True))
+    try:
+        folder = folder or user_folder()
+    except RuntimeError:
+        own = []
+    else:
+        suffix = _suffix(str(torch.__version__), version())
+        own = list(_caches_in(folder, f"*{suffix}", _is_of_this_build))
+    if also is not None:
+        own.append(also)
+    install(packaged, own)
+    return [*packaged, *own]
+
+
+def install(packaged: list[Cache], own: list[Cache] | None = None) -> None:
+    """Passes caches to the planner; of two entries with the same key, the last is used.
+
+    Args:
+        packaged: measured on other cards of the same name.
+        own: measured on this machine.
+    """
+    by_card: dict[str, dict[object, tuple[Entry, str]]] = {}
+    for cache, where in (
+        *((cache, f"on another {cache.card} with torch {cache.torch}") for cache in packaged),
+        *((cache, f"on this card with torch {cache.torch}") for cache in own or []),
+    ):
+        entries = by_card.setdefault(cache.card, {})
+        entries.update({entry.key: (entry, where) for entry in cache.entries})
+    for card, entries in by_card.items():
+        known = [entry.for_planner(where) for entry, where in entries.values()]
+        _C.replace_autotune_cache(card, known)
+    for card, (cache, path) in _pinned.items():
+        known = [entry.for_planner(f"on {card}, pinned by {path}") for entry in cache.entries]
+        _C.replace_autotune_cache(card, known, pinned=True)
+
+
+def _is_of_this_build(cache: Cache) -> bool:
+    return replace(cache, entries=()) == empty_cache(cache.card)
+
+
+def _caches_in(folder: Path, pattern: str, counts: Callable[[Cache], bool]) -> Iterator[Cache]:
+    try:
+        paths = sorted(folder.glob(pattern))
+    except OSError as error:
+        _ignored(folder, error)
+        return
+    for path in paths:
+        try:
+            cache = read_cache(path)
+        except (OSError, CacheError) as error:
+            _ignored(path, error)
+            continue
+        if file_of(cache, folder) != path:
+            _ignored(path, f"it says it is of {cache.card}, torch {cache.torch}")
+        elif counts(cache):
+            yield cache
+
+
+def _ignored(path: Path, reason: object) -> None:
+    warnings.warn(f"lora_ext ignores the autotune cache in {path}: {reason}", stacklevel=4)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+
+
+def _suffix(torch_version: str, own_version: str) -> str:
+    return f"--torch-{_slug(torch_version)}--lora_ext-{_slug(own_version)}.json"

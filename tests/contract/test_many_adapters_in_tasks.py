@@ -1,0 +1,162 @@
+"""`use_adapters` on both kinds of layer: which tasks, threads and copies are in a block."""
+
+import asyncio
+import contextlib
+import contextvars
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import F64
+from row_helpers import batch, run
+
+import lora_ext
+from contract.cases import assert_close, cases, every_kind
+
+NAMES = ["a", None, "c", "b", "a", "c"]
+
+
+async def in_tasks(subject, call, every):
+    """What a forward gives in tasks whose blocks overlap, None for a task without one; the first
+    ones leave first."""
+
+    async def serve(names, steps):
+        found = []
+        with lora_ext.use_adapters(subject.model, names) if names else torch.no_grad():
+            for _ in range(steps):
+                await asyncio.sleep(0)
+                found.append(call().detach())
+        return found
+
+    return await asyncio.gather(*(serve(n, steps) for steps, n in enumerate(every, 2)))
+
+
+@cases(["net", "linear", "conv2d", "embedding"], ["three"])
+def test_tasks_of_asyncio_have_their_own_adapters(kind, layer, adapters):
+    subject = kind.make(layer, adapters, F64)
+    x = batch(subject)
+    every = [NAMES, ["b"] * 6, None, NAMES[::-1]]
+    for names, found in zip(
+        every, asyncio.run(in_tasks(subject, lambda: subject(x), every)), strict=True
+    ):
+        wanted = run(subject, names, x)["y"] if names else subject(x)
+        assert all(torch.equal(y, wanted) for y in found)
+
+
+def test_a_task_has_the_block_in_which_it_was_made(subject):
+    x = batch(subject)
+
+    async def parent():
+        with lora_ext.use_adapters(subject.model, NAMES):
+            return await asyncio.create_task(child()), subject(x)
+
+    async def child():
+        with lora_ext.use_adapters(subject.model, ["b"] * 6):
+            await asyncio.sleep(0)
+        return subject(x)
+
+    assert all(torch.equal(y, run(subject, NAMES, x)["y"]) for y in asyncio.run(parent()))
+
+
+def test_tasks_of_a_compiled_model(forget_graphs, counter, subject):
+    """A graph cannot ask whose the adapters are: tasks that overlap leave it, or it says so."""
+    x, every = batch(subject), [NAMES, ["b"] * 6]
+    compiled = torch.compile(subject.model, backend=counter)
+    for names, found in zip(
+        every, asyncio.run(in_tasks(subject, lambda: compiled(x), every)), strict=True
+    ):
+        assert all(torch.equal(y, run(subject, names, x)["y"]) for y in found)
+    torch._dynamo.reset()
+    whole = torch.compile(subject.model, backend=counter, fullgraph=True)
+    with pytest.raises(Exception, match="use_adapters overlap, each of another task"):
+        asyncio.run(in_tasks(subject, lambda: whole(x), every))
+
+
+def test_generators_that_take_turns_are_refused(subject):
+    """Two streams of one thread: whose adapters a forward has would be who came last."""
+    x = batch(subject)
+
+    @contextlib.contextmanager
+    def opened(names):
+        with lora_ext.use_adapters(subject.model, names):
+            yield
+
+    def stream(names):
+        with opened(names):
+            while True:
+                yield subject(x)
+
+    first, second = stream(NAMES), stream(["b"] * 6)
+    assert torch.equal(next(first), run(subject, NAMES, x)["y"])
+    assert torch.equal(next(second), run(subject, ["b"] * 6, x)["y"])
+    with pytest.raises(RuntimeError, match="a generator that is suspended has one open"):
+        next(first)
+    second.close()
+    with opened(NAMES), opened(["b"] * 6):
+        assert torch.equal(subject(x), run(subject, ["b"] * 6, x)["y"])
+
+
+def test_a_generator_that_goes_on_in_another_context_is_refused(subject):
+    """As asyncio.wait_for has it before Python 3.12, a task for each step; a context that is not
+    the block's knows nothing of it, or of another one alone."""
+    x = batch(subject)
+
+    def stream():
+        with lora_ext.use_adapters(subject.model, NAMES):
+            while True:
+                yield subject(x)
+
+    async def waiting(steps):
+        async def in_steps():
+            with lora_ext.use_adapters(subject.model, NAMES):
+                while True:
+                    yield subject(x)
+
+        first = in_steps()
+        for _ in range(steps):
+            await asyncio.create_task(anext(first))
+
+    match = "goes on in another task or context"
+    with pytest.raises(RuntimeError, match=match):
+        asyncio.run(waiting(2))
+    for outer in (contextlib.nullcontext(), lora_ext.use_adapters(subject.model, ["b"] * 6)):
+        with outer:
+            streaming, context = stream(), contextvars.copy_context()
+            assert torch.equal(context.run(next, streaming), run(subject, NAMES, x)["y"])
+            assert torch.equal(context.run(next, streaming), run(subject, NAMES, x)["y"])
+            with pytest.raises(RuntimeError, match=match):
+                next(streaming)
+
+
+@every_kind
+def test_copies_and_pickles_are_in_no_block(kind):
+    subject = kind.make("net", "three", F64)
+    x = batch(subject, 2)
+    plain = subject(x)
+    with lora_ext.use_adapters(subject.model, ["a", "b"]):
+        copied = copy.deepcopy(subject.model)
+        pickled = pickle.loads(pickle.dumps(subject.model))
+    assert torch.equal(copied(x), plain)
+    assert torch.equal(pickled(x), plain)
+
+
+def test_another_thread_is_refused(subject):
+    x = batch(subject, 2)
+
+    def entered():
+        with lora_ext.use_adapters(subject.model, ["a", "b"]):
+            pass
+
+    def refused(call):
+        with pytest.raises(RuntimeError, match="thread"):
+            call()
+
+    with lora_ext.use_adapters(subject.model, ["a", "b"]), ThreadPoolExecutor(1) as thread:
+        for call in (
+            lora_ext.use_adapters(subject.model, ["a", "b"]).__enter__,
+            lambda: subject(x),
+        ):
+            thread.submit(refused, call).result()
+        assert_close(subject(x), run(subject, ["a", "b"], x)["y"])

@@ -1,0 +1,186 @@
+"""Scripts for child processes of the package on our CUDA runtime, and what runs them."""
+
+import pytest
+import torch
+
+from emulated.cuda import build as cuda_build
+from emulated.package import build
+
+# Of each file of tests that runs them.
+RUNS_CUDA = [
+    pytest.mark.kernels,
+    pytest.mark.usefixtures("cuda_package"),
+    pytest.mark.skipif(
+        torch.version.cuda is not None, reason="this torch has a CUDA device itself"
+    ),
+]
+
+BEGIN = """
+import warnings
+from emulated.cuda.calls import *
+"""
+
+
+def python(code: str) -> str:
+    """What a child process says that runs the code; it must end well."""
+    done = build.run(["-c", BEGIN + code], package=cuda_build.PACKAGE, PYTHONPATH="tests")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout + done.stderr
+
+
+def asked(arch: int, route: str, options: str) -> str:
+    """A call on both routes, whose launches are compared with its plan."""
+    return (
+        f"""
+card({arch}, route="{route}")
+set_device(0)
+call = Call(k=520, n=528, apart=8, {options})
+assert close(call.both(), call.library())
+record()
+results = call.forward()
+forward = record()
+results += call.backward(results[1])
+backward = record()
+assert settled() and current_device() == 0
+
+def early(calls):
+    return [kernel_of(each) for each in launches(calls) if each["programmatic"]]
+
+plan = call.plan()
+assert plan.forward_check == plan.backward_check == "passed", plan
+"""
+        + """
+for planned, calls, n, k, results in (
+    (plan.forward, forward, call.n, call.k, results[:1]),
+    (plan.backward, backward, call.k, call.n, results[2:3]),
+):
+    launched = kernels(calls)
+    assert all(each["device"] == 1 for each in launches(calls))
+    product = "ingrid" if planned.in_grid else "gemm"
+    assert launched.count(product) == 1, launched
+    # The product may begin early where it waits for T, and lora_wgrad beside it.
+    assert ("reduce" in launched) != planned.in_grid
+    assert early(calls) == (
+        [product] * ("begins early" in str(planned).split("lora_wgrad")[0])
+        + ["wgrad"] * planned.early_wgrad
+    ), (launched, early(calls), str(planned))
+    assert "ingrid" not in early(calls)
+    in_clusters = [kernel_of(each) for each in launches(calls) if each["cluster"] != [1, 1, 1]]
+    assert in_clusters == [product] * planned.wgmma
+    assert all(each["cluster"] in ([1, 1, 1], [2, 1, 1]) for each in launches(calls))
+    names = [each["call"] for each in calls if each["call"] != "cuTensorMapEncodeTiled"]
+    assert names.count("cudaMemsetAsync") == planned.in_grid
+    if planned.in_grid:  # ticket, written, and a flag for each row block, in pairs
+        cleared = names.index("cudaMemsetAsync")
+        flags = 2 * 32 + 2 * ((call.rows + 255) // 256)
+        clear = [each for each in calls if each["call"] == "cudaMemsetAsync"]
+        assert [(each["value"], each["bytes"]) for each in clear] == [(0, 4 * flags)]
+        after = launched[launched.index("ingrid"):]
+        assert names[cleared:].count("cudaLaunchKernelEx") == len(after)
+    maps = {each["data"]: each for each in calls if each["call"] == "cuTensorMapEncodeTiled"}
+    if planned.wgmma:
+        # Kept by their key: those of weight and of results may be of a call before.
+        left = call.x if planned is plan.forward else call.grad
+        expected = [(left, call.rows, k)] if left.data_ptr() in maps else []
+        if call.weight.data_ptr() in maps:
+            expected.append((call.weight, call.n, call.k))
+        for tensor, rows, columns in expected:
+            found = maps[tensor.data_ptr()]
+            assert (found["rows"], found["columns"]) == (rows, columns)
+            assert found["stride"] == 2 * tensor.stride(0) > 2 * columns, found
+        for found in maps.values():
+            assert found["box"][0] == 64 and found["box"][1] <= 256
+    else:
+        assert not maps
+"""
+    )
+
+
+FIRST_USE = """
+card(90, route="kernel")
+first = Call()
+y, s = first.forward()
+gradients = first.backward(s)  # all kept: a new Y in the place of a Y or dY would find its map
+call = Call(apart=16)
+record()
+results = call.forward()
+maps = [each for each in record() if each["call"] == "cuTensorMapEncodeTiled"]
+strides = {each["data"]: (each["rows"], each["columns"], each["stride"]) for each in maps}
+for tensor in (call.x, call.weight, call.lora_a):
+    assert strides[tensor.data_ptr()] == (*tensor.shape, 2 * (tensor.shape[1] + 16)), strides
+assert strides[results[0].data_ptr()] == (300, 520, 2 * 520)
+assert close(call.both(), call.library())
+"""
+
+
+DROPOUT = """
+card(75)
+places = ((1, 0, 0), (70, 5, 0), (64, 32, 3), (300, 40, 2**33), (33, 8, 1), (31, 31, 0))
+for columns, first_column, first_row in places:
+    seed = torch.tensor(3**30)
+    masks = [
+        lora_ext.functional.dropout_mask(
+            on, 5, columns, 0.3, row_offset=first_row, col_offset=first_column
+        )
+        for on in (seed, seed.to("cuda"))
+    ]
+    assert torch.equal(masks[0], masks[1].cpu()), (columns, first_column)
+    assert 0 < masks[0].sum() < masks[0].numel() or columns == 1
+assert last_error() == 0 and record()
+"""
+
+
+DEQUANTIZE = """
+card(80)
+ops = torch.ops.lora_ext
+there = torch.device("cuda", 1)
+generator = torch.Generator().manual_seed(0)
+
+def after(tensor, before):  # as it is, behind so many elements
+    whole = torch.zeros(before + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    whole[before:] = tensor.flatten()
+    return whole[before:].view(tensor.shape)
+
+def both(op, tensors, numbers, shape, dtype, before, before_out):
+    expected = torch.empty(shape, dtype=dtype)
+    op(*tensors, *numbers, expected)
+    given = [each if each is None else after(each.to(there), before) for each in tensors]
+    out = after(torch.full(shape, float("nan"), dtype=dtype, device=there), before_out)
+    op(*given, *numbers, out)
+    assert torch.equal(out.cpu(), expected), (op, shape, dtype, before, before_out)
+
+def four_bits(packed, table, scale, one, two, three, block, scale_block, out):
+    nested = dict(scale_table=one, scale_scale=two, scale_offset=three, scale_block=scale_block)
+    ops.dequantize("4bit", packed, scale, out, table=table, block=block, **nested)
+
+def eight_bits(codes, scale, multiplier, out):
+    ops.dequantize("8bit", codes, scale, out, multiplier=multiplier)
+
+def floats(*shape):
+    return torch.randn(shape, generator=generator)
+
+def bytes_of(*shape):
+    return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+
+record()
+launched = 0
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for shape, block, *before in (
+        ((64, 512), 64, 0, 0), ((3, 5), 32, 0, 0), ((40, 250), 4096, 0, 0),
+        ((9, 1000), 128, 1, 0), ((9, 1000), 128, 0, 1),
+    ):
+        count = shape[0] * shape[1]
+        packed, blocks = bytes_of((count + 1) // 2), -(-count // block)
+        tensors = (packed, floats(16), floats(blocks), None, None, None)
+        both(four_bits, tensors, (block, 2), shape, dtype, *before)
+        nested = (floats(256), floats(-(-blocks // 16)), floats(1))
+        tensors = (packed, floats(16), bytes_of(blocks), *nested)
+        both(four_bits, tensors, (block, 16), shape, dtype, *before)
+        tensors = (bytes_of(*shape).view(torch.int8), floats(shape[0]))
+        both(eight_bits, tensors, (1.0 / 127.0,), shape, dtype, *before)
+        launched += 3
+calls = record()
+assert [each["call"] for each in calls] == ["cudaLaunchKernelEx"] * launched, calls
+assert {kernel_of(each) for each in calls} == {"dequantize4bit", "dequantize8bit"}
+assert {each["device"] for each in calls} == {1} and current_device() == 0 and last_error() == 0
+"""

@@ -1,0 +1,95 @@
+"""lora_decode on our CUDA runtime: one launch, and where the counts of its blocks are."""
+
+import pytest
+
+from emulated.cuda.scripts import RUNS_CUDA, python
+
+pytestmark = RUNS_CUDA
+
+
+FEW_ROWS = """
+there = torch.device("cuda", 1)
+_C.set_cuda_route("kernel")
+
+def asked(call):
+    record()
+    y, s = call.forward()
+    calls = record()
+    cleared = [each["bytes"] for each in calls if each["call"] == "cudaMemsetAsync"]
+    return [y.cpu(), s.cpu()], kernels(calls), cleared
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("options", ["", ", float_adapters=True"])
+def test_few_rows_are_one_launch_that_clears_nothing(arch, options):
+    python(
+        f"card({arch})\n"
+        + FEW_ROWS
+        + f"made = [Call(rows=rows, k=264, n=536, rank=16, apart=8{options})"
+        + """ for rows in (1, 13, 64)]
+for call in made:
+    assert close(call.both(), call.library())  # and the check, and what is cleared once
+    results, launched, cleared = asked(call)
+    assert launched == ["decode"] and cleared == [], (launched, cleared)
+    assert close(results, call.library()[:2])
+    again, _, _ = asked(call)
+    assert same(results, again)
+    plan = call.plan()
+    assert plan.forward.tile == "decode" and plan.forward_check == "passed", plan
+"""
+    )
+
+
+def test_few_rows_in_a_graph_have_counts_of_their_own():
+    python(
+        "card(90)\n"
+        + FEW_ROWS
+        + """
+call = Call(rows=7, k=264, n=536, rank=16)
+expected, _, _ = asked(call)
+card(90, capturing=True)
+for _ in range(3):
+    results, launched, cleared = asked(call)
+    assert launched == ["decode"] and cleared == [] and same(results, expected)
+# A stream whose id CUDA does not say: in the workspace, cleared before.
+card(90)
+fail("cudaStreamGetId", 1, LAUNCH_FAILURE)
+results, launched, cleared = asked(call)
+assert launched == ["decode"] and cleared == [4 * (9 + 1 + 1)], (launched, cleared)
+assert same(results, expected) and last_error() == 0
+"""
+    )
+
+
+def test_a_stream_has_no_more_counts_than_it_says():
+    """Those of a million columns; a launch for more has its own, in its workspace."""
+    python("card(80)\nassert has_counts(1, 1 << 14) and not has_counts(1, (1 << 14) + 1)")
+
+
+def test_few_rows_of_many_adapters_are_one_launch_from_a_pool_and_two_from_a_list():
+    python(
+        "card(80)\n"
+        + FEW_ROWS
+        + """
+torch.manual_seed(0)
+def normal(*shape):
+    return (0.1 * torch.randn(*shape)).bfloat16()
+x, w, a, b = normal(9, 136), normal(264, 136), normal(4, 16, 136), normal(4, 264, 16)
+index = torch.tensor([3, -1, 0, 0, 2, 3, -1, 1, 2], dtype=torch.int32)
+base = torch.nn.functional.linear(x.float(), w.float())
+for row, adapter in enumerate(index.tolist()):
+    if adapter >= 0:
+        base[row] += 2 * b[adapter].float() @ (a[adapter].float() @ x[row].float())
+on = [each.to(there) for each in (x, w, a, b, index)]
+lists = [[each.to(there) for each in pool] for pool in (a, b)]
+for factors, expected in ((on[2:4], ["decode"]), (lists, ["groupedentries", "decode"])):
+    for _ in range(2):
+        record()
+        y = lora_ext.lora_linear(on[0], on[1], *factors, scaling=2.0, index=on[4])
+        calls = record()
+        assert close([y.cpu()], [base])
+    assert kernels(calls) == expected, calls
+    assert not [each for each in calls if each["call"] == "cudaMemsetAsync"]
+"""
+    )

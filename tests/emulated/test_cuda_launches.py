@@ -1,0 +1,98 @@
+"""csrc/cuda/ on our CUDA runtime: what the op asks of CUDA, and that a wrong call is seen."""
+
+import pytest
+
+from emulated import mutants
+from emulated.cuda.scripts import DEQUANTIZE, DROPOUT, FIRST_USE, RUNS_CUDA, asked, python
+
+pytestmark = RUNS_CUDA
+
+# On Hopper: T made in the same grid, in both directions; with dropout, in dX alone; and with float
+# adapters before the product.
+CALLS = [
+    (80, "kernel", "rank=24"),
+    (80, "hybrid", "rank=8, float_adapters=True, dropout_p=0.25"),
+    (86, "kernel", "rank=8, dropout_p=0.25"),
+    (90, "kernel", "rank=40"),
+    (90, "kernel", "rank=40, dropout_p=0.25"),
+    (90, "kernel", "rank=8, float_adapters=True"),
+    (90, "hybrid", "rank=40"),
+]
+
+
+@pytest.mark.parametrize(("arch", "route", "options"), CALLS)
+def test_cuda_is_asked_for_what_the_plan_says(arch, route, options):
+    python(asked(arch, route, options))
+
+
+RESERVED = """
+SMS = 8  # of the runtime's device
+card(arch, route="kernel")
+call = Call(rows=1300, k=72, n=1040, **options)
+results, blocks = {}, {}
+for reserved in (0, 3, SMS):
+    lora_ext.kernels.set_reserved_sms(reserved)
+    call.forward()  # the kernels' check
+    record()
+    results[reserved] = call.forward()[0]
+    [product] = [e for e in launches(record()) if kernel_of(e) in ("gemm", "ingrid")]
+    blocks[reserved] = product["grid"][0]
+if arch == 90:  # one block an SM, in clusters of two; two SMs stay at least
+    assert blocks == {0: SMS, 3: 4, SMS: 2}, blocks
+else:  # as many on each SM as the tile lets
+    assert blocks[0] // SMS == blocks[3] // 5 == blocks[SMS] // 2 >= 1, blocks
+for each in results.values():
+    assert close([each], [results[0]])
+lora_ext.kernels.set_reserved_sms(0)
+"""
+
+
+# A process each: a device does not change its generation, by which plans are kept.
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [(80, {"rank": 16}), (90, {"rank": 16}), (90, {"rank": 16, "float_adapters": True})],
+)
+def test_reserved_sms_are_left_to_others(arch, options):
+    python(f"arch, options = {arch}, {options}\n{RESERVED}")
+
+
+def test_first_use_of_a_tensor_makes_its_map_with_its_own_pitch():
+    python(FIRST_USE)
+
+
+def test_shared_memory_is_allowed_once_on_each_device():
+    """The runtime refuses launches above what was allowed; the record has no refusal."""
+    python("""
+card(90, route="kernel")
+for index in (0, 1, 0):
+    call = Call(device=torch.device("cuda", index))
+    assert close(call.both(), call.library())
+    assert max(each["shared"] for each in record() if "shared" in each) > 200 * 1024
+""")
+
+
+def test_a_cuda_device_without_an_index_is_the_current_one():
+    python("""
+card(90)
+for index in (1, 0):
+    set_device(index)
+    found = _C.cuda_card(torch.device("cuda"))
+    assert (found.name, found.arch, found.error) == ("emulated sm_90", 90, ""), found.error
+assert last_error() == 0
+assert lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda")).forward.reason
+unknown = _C.cuda_card(torch.device("cuda", 5))
+assert (unknown.arch, unknown.name) == (0, "") and "invalid device ordinal" in unknown.error
+assert last_error() == 0
+""")
+
+
+@pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("cuda")])
+def test_a_wrong_call_of_cuda_is_seen(mutant):
+    calls = [asked(90, "kernel", "rank=40"), asked(80, "kernel", "rank=24"), FIRST_USE, DROPOUT]
+    calls.insert(0 if mutant.startswith("dequantize") else len(calls), DEQUANTIZE)
+    for code in calls:
+        try:
+            python(f"plant({mutant!r})\n{code}")
+        except AssertionError:
+            return
+    pytest.fail("no call sees it")

@@ -1,0 +1,111 @@
+"""Models with quantised layers and adapters of this package: an adapter for each row, and pools."""
+
+import copy
+
+import pytest
+import torch
+from own_helpers import FEW, Net, adapted, base, make_x
+from torch import nn
+
+import lora_ext
+from lora_ext import AdapterPool, LoRAConfig
+from lora_ext.models import set_adapter, unload
+from lora_ext.nn import LoRAQuantizedLinear
+
+NAMES = ["a", None, "b", "a", "b", None]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", FEW)
+def test_rows_with_adapters_of_their_own(kind, training):
+    """y and gradients of a mixed batch are those of its samples in turn."""
+    model = adapted(Net(kind), "a")
+    adapted(model, "b", r=4, alpha=3.0)
+    model.train(training)
+    x = make_x(lead=(6, 12))
+    wanted = []
+    for row, name in enumerate(NAMES):
+        set_adapter(model, () if name is None else name)
+        wanted.append(model(x[row : row + 1]))
+    set_adapter(model, ["a", "b"])
+    with lora_ext.use_adapters(model, NAMES):
+        found = model(x)
+        kinds = {layer.path for layer in lora_ext.explain(model)}
+    if training:
+        assert kinds == {"fused"}
+    else:  # int8 is called, nf4 where bitsandbytes has a kernel for this processor
+        assert "fused" in kinds and kinds <= {"fused", "added"}
+        assert kind != "int8" or "added" in kinds
+    if training or kind != "int8":  # whose x is quantised by its largest element, of all rows
+        torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-3)
+    found.square().sum().backward()
+    own = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert len(own) == 12
+    model.zero_grad()
+    torch.cat(wanted).square().sum().backward()
+    if training or kind != "int8":
+        for name, parameter in model.named_parameters():
+            if name in own:
+                scale = own[name].abs().max().item()
+                torch.testing.assert_close(own[name], parameter.grad, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_pool(kind, tmp_path):
+    """Served without gradients from the slots, trained from their views, as adapters of the model
+    itself."""
+    model, x = Net(kind), make_x(lead=(6, 12))
+    wanted_model = adapted(adapted(Net(kind), "a"), "b", r=4, alpha=3.0)
+    for name in ("a", "b"):
+        lora_ext.save_adapter(wanted_model, tmp_path / name, name)
+    pool = AdapterPool(model, capacity=3, max_rank=8)
+    assert len(pool.layers) == 3 and isinstance(model.up, LoRAQuantizedLinear)
+    plain = Net(kind)(x)
+    assert torch.equal(model(x), plain)
+    for name in ("a", "b"):
+        pool.add(name, tmp_path / name)
+    pool.add("new", LoRAConfig("all-linear", r=2))
+    for mode in (True, False):
+        model.train(mode)
+        wanted_model.train(mode)
+        with lora_ext.use_adapters(wanted_model, NAMES):
+            wanted = wanted_model(x)
+        with lora_ext.use_adapters(model, NAMES):
+            found = model(x)
+            with torch.no_grad():
+                served = model(x)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(served, wanted, rtol=1e-4, atol=1e-3)
+    with lora_ext.use_adapters(model, ["new"] * 6):
+        model.train()(x).square().mean().backward()
+    assert all(p.grad is not None for p in pool.parameters("new"))
+    pool.save("b", tmp_path / "out")
+    again = lora_ext.load_adapter(Net(kind), tmp_path / "out")
+    assert torch.equal(again.up.lora_a["default"], model.up.pool.slots["b"][0])
+    pool.remove("a")
+    assert copy.deepcopy(model).up.pool is not model.up.pool
+    unload(model)
+    assert type(model.up) is type(base(kind)) and not hasattr(model.up, "pool")
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_compiled_rows(kind):
+    """Of adapters of the model with gradients, and of a pool without."""
+    x = make_x(lead=(6, 12))
+    torch._dynamo.reset()
+    model = adapted(adapted(Net(kind), "a"), "b", r=4)
+    set_adapter(model, ["a", "b"])
+    with lora_ext.use_adapters(model, NAMES):
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-3)
+    found.sum().backward()
+    assert model.up.lora_a["b"].grad is not None
+    model = Net(kind).eval()
+    pool = AdapterPool(model, capacity=2, max_rank=8)
+    pool.add("a", LoRAConfig("all-linear", r=4))
+    for parameter in pool.parameters("a"):
+        nn.init.normal_(parameter)
+    torch._dynamo.reset()
+    with lora_ext.use_adapters(model, ["a", None] * 3), torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-2)
