@@ -13,7 +13,7 @@
 #include "common/check.h"
 #include "cpu/dispatch.h"
 #include "cpu/operands.h"
-#include "cuda/device.h"
+#include "kernels/device.h"
 #include "op/launch/dequantize_launch.h"
 
 namespace lora_ext {

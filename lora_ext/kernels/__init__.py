@@ -6,7 +6,7 @@ from .kernel_plan import (
     CallPlan,
     plan,
     set_cuda_route,
-    set_early_launch,
+    set_pdl,
     set_reserved_sms,
 )
 
@@ -16,6 +16,6 @@ __all__ = [
     "plan",
     "set_check_timeout",
     "set_cuda_route",
-    "set_early_launch",
+    "set_pdl",
     "set_reserved_sms",
 ]

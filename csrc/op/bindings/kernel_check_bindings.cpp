@@ -53,7 +53,7 @@ void bind_kernel_check(py::module& m) {
       py::arg("device"), py::arg("kernels"), py::arg("result"));
   m.def("set_check_timeout", &kernel_check::set_timeout, py::arg("seconds"));
   m.def("check_timeout", &kernel_check::timeout);
-  m.def("early_launch", &kernel_route::current_early_launch);
+  m.def("use_pdl", &kernel_route::current_pdl);
 }
 
 }  // namespace lora_ext

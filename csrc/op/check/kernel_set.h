@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "plan/plan.h"
+#include "kernels/plan/plan.h"
 
 namespace lora_ext::kernel_set {
 
@@ -30,7 +30,7 @@ struct Kernels {
 Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem, bool float16);
 
 // All sets that a card can run, with PDL or without; none below compute capability 8.0.
-std::vector<Kernels> all_of(const plan::Card& card, bool early_launch);
+std::vector<Kernels> all_of(const plan::Card& card, bool use_pdl);
 
 // All sets for many adapters that a card can run.
 std::vector<Kernels> all_grouped_of(const plan::Card& card);

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <vector>
 
-#include "cuda/device.h"
+#include "kernels/device.h"
 #include "op/launch/kernel_launch.h"
 #include "op/launch/launch_parts.h"
 

@@ -5,7 +5,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "common/check.h"
-#include "cuda/dequantize.h"
+#include "kernels/dequantize.h"
 
 namespace lora_ext::cuda {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "kernel/dequantize.h"
+#include "kernels/dequantize.h"
 
 namespace lora_ext::cuda {
 

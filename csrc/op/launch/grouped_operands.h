@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/call.h"
-#include "kernel/lora_grouped_linear.h"
+#include "kernels/lora_grouped.h"
 
 namespace lora_ext::kernel_launch {
 

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "common/call.h"
-#include "cuda/lora_linear.h"
-#include "kernel/mask_operand.h"
+#include "kernels/lora_linear.h"
+#include "kernels/tile/mask_operand.h"
 
 namespace lora_ext::kernel_launch {
 

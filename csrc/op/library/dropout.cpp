@@ -7,7 +7,7 @@
 
 #include "common/check.h"
 #include "cpu/skinny.h"
-#include "cuda/device.h"
+#include "kernels/device.h"
 #include "op/library/dropout_launch.h"
 
 namespace lora_ext {

@@ -6,7 +6,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "common/check.h"
-#include "cuda/dropout.h"
+#include "kernels/dropout.h"
 
 namespace lora_ext::cuda {
 namespace {

@@ -6,9 +6,9 @@
 #include <atomic>
 #include <map>
 
+#include "kernels/plan/autotune_cache.h"
 #include "op/check/kernel_check.h"
 #include "op/launch/kernel_launch.h"
-#include "plan/winners.h"
 
 namespace lora_ext::kernel_route {
 namespace {
@@ -18,7 +18,7 @@ std::atomic<plan::Choice>& choice() {
   return current;
 }
 
-std::atomic<bool>& early_launch() {
+std::atomic<bool>& use_pdl() {
   static std::atomic<bool> enabled{true};
   return enabled;
 }
@@ -34,7 +34,7 @@ struct PlannedCall {
   plan::Problem problem;
   bool float16;
   plan::Choice choice;
-  bool early_launch, deterministic;
+  bool use_pdl, deterministic;
   int reserved_sms;
   uint64_t winners;
 
@@ -42,9 +42,10 @@ struct PlannedCall {
 };
 
 PlannedCall call_of(const at::Device& device, const plan::Problem& problem, bool float16) {
-  return {device.index(), problem,           float16,
-          choice(),       early_launch(),    at::globalContext().deterministicAlgorithms(),
-          reserved_sms(), winners::version()};
+  return {device.index(), problem,
+          float16,        choice(),
+          use_pdl(),      at::globalContext().deterministicAlgorithms(),
+          reserved_sms(), autotune::version()};
 }
 
 template <class Args>
@@ -56,8 +57,9 @@ PlannedCall call_of(const Args& args) {
 plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
   plan::Card card = kernel_launch::card_of(device);
   card.sms = std::max(2, card.sms - call.reserved_sms);  // a cluster has two
-  plan::Request request = winners::request_for(card, call.problem, call.choice, call.deterministic);
-  request.early_launch = call.early_launch;
+  plan::Request request =
+      autotune::request_for(card, call.problem, call.choice, call.deterministic);
+  request.use_pdl = call.use_pdl;
   return plan::make_plan(card, call.problem, request);
 }
 
@@ -120,8 +122,8 @@ std::optional<Forward> forward(const ForwardArgs& args) { return run<Forward>(ar
 std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward>(args); }
 void set_choice(plan::Choice wanted) { choice() = wanted; }
 plan::Choice current_choice() { return choice(); }
-void set_early_launch(bool enabled) { early_launch() = enabled; }
-bool current_early_launch() { return early_launch(); }
+void set_pdl(bool enabled) { use_pdl() = enabled; }
+bool current_pdl() { return use_pdl(); }
 void set_reserved_sms(int count) { reserved() = count; }
 int reserved_sms() { return reserved(); }
 

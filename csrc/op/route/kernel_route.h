@@ -1,4 +1,4 @@
-// The kernel route: a LoRA linear by the kernels of csrc/kernel/, if the planner chooses them.
+// The kernel route: a LoRA linear by the kernels of csrc/kernels/, if the planner chooses them.
 //
 // Until a card has measured evidence, the first use of each kernel on a device compares a small
 // case with the op in float64. A kernel that disagrees, or cannot be launched, is not used again on
@@ -9,7 +9,7 @@
 #include <string>
 
 #include "common/call.h"
-#include "plan/plan.h"
+#include "kernels/plan/plan.h"
 
 namespace lora_ext::kernel_route {
 
@@ -32,8 +32,8 @@ Explained explain_problem(const at::Device& device, const plan::Problem& problem
 void set_choice(plan::Choice choice);
 plan::Choice current_choice();
 // Whether a kernel may begin before the previous one has ended (PDL).
-void set_early_launch(bool enabled);
-bool current_early_launch();
+void set_pdl(bool enabled);
+bool current_pdl();
 // The number of SMs of each device that plans leave to other work.
 void set_reserved_sms(int count);
 int reserved_sms();
