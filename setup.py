@@ -66,7 +66,7 @@ LEAST_DROPOUT_ARCH = (
     70  # dropout needs nothing of a card, and the library route runs on any of torch's
 )
 DROPOUT = "csrc/kernels/launch/dropout.cu"
-NO_CUDA = "csrc/kernels/launch/none.cpp"  # in place of csrc/kernels/launch/*.cu, which no other C++ file knows of
+NO_CUDA = "csrc/kernels/launch/none.cpp"  # in place of its .cu, which no other C++ file knows of
 
 PROBE = """
 #include <cuda_runtime.h>
@@ -387,7 +387,8 @@ class BuildExt(BuildExtension):
         toolkit.say_old_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
             jobs = [
-                pool.submit(toolkit.compile, path, self.build_temp) for path in sources("kernels/launch/*.cu")
+                pool.submit(toolkit.compile, path, self.build_temp)
+                for path in sources("kernels/launch/*.cu")
             ]
             extension.extra_objects += [job.result() for job in jobs]
         extension.library_dirs += toolkit.library_dirs

@@ -149,7 +149,7 @@ def predicted_launches(
     card: Card, problem: Problem, plan: Plan, backward: bool
 ) -> list[Launch]: ...
 def plan_numbers(plan: Plan) -> dict[str, int]:
-    """Offsets and pitches in the workspace, shared memory, size of the tile (csrc/kernels/plan/plan.h)."""
+    """Offsets and pitches in the workspace, shared memory, the tile's size: kernels/plan/plan.h."""
 
 class DecodeShares:
     """How lora_decode shares its work among blocks (csrc/kernels/plan/decode_shares.h)."""
@@ -168,7 +168,7 @@ class DecodeShares:
     def chunks(self) -> int: ...
 
 class Winner:
-    """The fastest route for one layer and number of rows on a card (csrc/kernels/plan/autotune_cache.h)."""
+    """The fastest route for a layer and rows on a card (kernels/plan/autotune_cache.h)."""
 
     def __init__(
         self,

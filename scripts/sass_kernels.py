@@ -121,7 +121,7 @@ class Kernel:
     def objections_to_loops(self) -> list[str]:
         """Memory barriers hold a warp up, those wider than a block until L2 has answered.
 
-        Around the main loop, once a tile, fence.proxy.async is one for the block alone, an fused-shrink
+        Around the main loop, once a tile, fence.proxy.async is one for the block alone, a fused
         kernel draws and publishes jobs, and lora_decode counts parts of tiles.
         """
         found = []

@@ -2,7 +2,7 @@
 
 A program of kernels/ is three things: the host program, the kernels that it launches, and the
 sources of csrc/kernels/plan/. The copies of csrc/ that mutants are planted in come first on the
-include path. `python -m emulated.programs [FLAVOUR ...]`, with PYTHONPATH=tests, builds all programs.
+include path. `python -m emulated.programs [FLAVOUR ...]`, with PYTHONPATH=tests, builds all.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""csrc/kernels/launch/ on our CUDA runtime: what the op asks of CUDA, and what it does if that fails."""
+"""kernels/launch/ on our CUDA runtime: what the op asks of CUDA, and what it does if that fails."""
 
 import pytest
 import torch

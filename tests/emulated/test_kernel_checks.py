@@ -203,8 +203,8 @@ assert set(failed) == {{each.name for each in asked}} and failed, failed
 def test_every_fused_shrink_kernel_passes():
     python(
         """
-fused_shrink = [k for k in _C.all_kernels(card, True) if "fused-shrink" in k.name and "bfloat16" in k.name]
-assert fused_shrink and check_kernels("cpu", fused_shrink) == {}
+fused = [k for k in _C.all_kernels(card, True) if "fused-shrink" in k.name and "bfloat16" in k.name]
+assert fused and check_kernels("cpu", fused) == {}
 """,
         "90",
     )

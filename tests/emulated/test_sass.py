@@ -190,7 +190,7 @@ def test_a_tile_is_the_way_past_the_wide_stores_of_a_whole_warp():
     assert sass_paths.tile_of(TILE.replace(".128", "")) == []
 
 
-def test_only_the_jobs_of_an_fused_shrink_kernel_may_have_memory_barriers():
+def test_only_the_jobs_of_a_fused_shrink_kernel_may_have_memory_barriers():
     once_a_job, once_a_step = [loop(), loop(main=False, membar=4)], [loop(membar=1)]
     for name, loops, wrong in [
         ("lora_gemm", once_a_job, True),

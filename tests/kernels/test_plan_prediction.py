@@ -165,7 +165,9 @@ def test_an_epilogue_weighs_more_in_a_shallow_product():
         return last.flop
 
     # 8 waves of 66 pairs of tiles, k, the rank and 64 columns deep
-    share = _C.main_loop_share(lora_ext.kernels.CARDS["H100"], "fused-shrink 128 x 256", masked=False)
+    share = _C.main_loop_share(
+        lora_ext.kernels.CARDS["H100"], "fused-shrink 128 x 256", masked=False
+    )
     for k in (512, 4096):
         assert gemm(k) == pytest.approx(8 * 132 * 2 * 128 * 256 * (k + 16 + 64) / share)
 

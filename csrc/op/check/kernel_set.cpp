@@ -13,7 +13,7 @@ std::vector<int> tails_of(const Kernels& kernels) {
   return {kernels.wide && !kernels.float_adapters ? 4 : 1};
 }
 
-// Whether sets with and without PDL exist. Also with PDL enabled, an fused-shrink dX (T is computed
+// Whether sets with and without PDL exist. Also with PDL enabled, a fused-shrink dX (T is computed
 // in the same grid) triggers no dependent kernel if both adapters are frozen.
 std::vector<bool> early_of(const Kernels& kernels, bool use_pdl) {
   const plan::TileFacts& tile = plan::facts_of(kernels.tile);

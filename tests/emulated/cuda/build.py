@@ -1,4 +1,4 @@
-"""Builds build/emulator/cuda/lora_ext: the package with csrc/kernels/launch/ itself, on our CUDA runtime.
+"""Builds build/emulator/cuda/lora_ext: the package with kernels/launch/ itself, on our runtime.
 
 All sources are the package's own. runtime.cpp stands for the CUDA runtime and device.cpp for the
 CUDA device of torch, so that a call on CUDA tensors goes the way it goes on a GPU, from the op to

@@ -111,7 +111,9 @@ def check_complete() -> None:
                 raise ValueError(f"{name}: expected a program of PROGRAMS to catch it")
     for fault in FAULTS:
         if not programs_of(fault):
-            raise ValueError(f"{fault.name}: expected a program, as its file has kernels of several")
+            raise ValueError(
+                f"{fault.name}: expected a program, as its file has kernels of several"
+            )
 
 
 def rule_wraps(source: Source) -> list[Wrap]:

@@ -75,7 +75,13 @@ LOADS = [
         "first_t_not_awaited",
         "the T of the first row blocks is taken to be there",
         "another cluster makes it",
-        ((FUSED_SHRINK, READY, "    if (at.row >= Tile::kPairM) jobs.wait_until_ready(at.row);\n"),),
+        (
+            (
+                FUSED_SHRINK,
+                READY,
+                "    if (at.row >= Tile::kPairM) jobs.wait_until_ready(at.row);\n",
+            ),
+        ),
     ),
     Fault(
         "t_proxy_fence_before_grid",
