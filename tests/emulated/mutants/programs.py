@@ -21,7 +21,6 @@ PROGRAMS = {
         "tile/mask.in_step",
         "tile/mask.draw_for_element",
         "tile/mask.draw",
-        "tile/bias",
     ),
     "lora_gemm_sm90a": (
         "gemm/sm90a/kernel",

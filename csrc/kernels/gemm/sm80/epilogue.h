@@ -5,12 +5,47 @@
 // In each 16 x 8 block, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1.
 #pragma once
 #include "kernels/gemm/params.h"
-#include "kernels/tile/bias.h"
 #include "kernels/tile/halves.h"
 #include "kernels/tile/mask.h"
 #include "ptx/thread.h"
 
 namespace lora_ext::kernel {
+
+// The bias added to the columns of Y, stored in float or in Y's type.
+template <class T>
+struct Bias {
+  const void* data;  // [n], or null
+  bool in_float;
+  int n;
+
+  // Returns the bias of two neighbouring columns in each of kBlocks blocks of 8 columns, in a
+  // lane's layout of the accumulators of mma and wgmma; the first column is `column`. Returns 0 if
+  // there is no bias, and past the last column.
+  template <int kBlocks>
+  __device__ __forceinline__ void load(float (&values)[kBlocks][2], int column) const {
+    if (data == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) values[i][0] = values[i][1] = 0.f;
+    } else if (in_float) {
+      load_from(values, static_cast<const float*>(data), column);
+    } else {
+      load_from(values, static_cast<const T*>(data), column);
+    }
+  }
+
+  template <int kBlocks, class Element>
+  __device__ __forceinline__ void load_from(float (&values)[kBlocks][2], const Element* bias,
+                                            int column) const {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = column + i * 8 + e;
+        values[i][e] = at < n ? static_cast<float>(bias[at]) : 0.f;
+      }
+    }
+  }
+};
 
 template <class T, class Tile, bool kAddsOntoBase, class Rows>
 struct LoraGemmEpilogue {

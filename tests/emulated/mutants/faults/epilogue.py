@@ -114,7 +114,7 @@ EPILOGUE = [
         "bias_in_pairs",
         "both columns of a pair are read where the first of them is inside",
         "with an odd number of columns the last read goes past the array",
-        (("tile/bias.h", "at < n ? static_cast", "column + i * 8 < n ? static_cast"),),
+        (("gemm/sm80/epilogue.h", "at < n ? static_cast", "column + i * 8 < n ? static_cast"),),
     ),
     of_epilogue(
         "bias_by_fragment_row",
