@@ -65,8 +65,8 @@ LEAST_KERNEL_ARCH = 80
 LEAST_DROPOUT_ARCH = (
     70  # dropout needs nothing of a card, and the library route runs on any of torch's
 )
-DROPOUT = "csrc/cuda/dropout.cu"
-NO_CUDA = "csrc/cuda/none.cpp"  # in place of csrc/cuda/*.cu, which no other C++ file knows of
+DROPOUT = "csrc/kernels/launch/dropout.cu"
+NO_CUDA = "csrc/kernels/launch/none.cpp"  # in place of its .cu, which no other C++ file knows of
 
 PROBE = """
 #include <cuda_runtime.h>
@@ -329,7 +329,7 @@ class BuildExt(BuildExtension):
         check_compiler()
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
         self.extensions[0].sources = units_of(self.extensions[0].sources)
-        total = len(self.extensions[0].sources) + len(sources("cuda/*.cu"))
+        total = len(self.extensions[0].sources) + len(sources("kernels/launch/*.cu"))
         with progress_line(self.build_temp, total):
             self.build_all()
 
@@ -387,7 +387,8 @@ class BuildExt(BuildExtension):
         toolkit.say_old_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
             jobs = [
-                pool.submit(toolkit.compile, path, self.build_temp) for path in sources("cuda/*.cu")
+                pool.submit(toolkit.compile, path, self.build_temp)
+                for path in sources("kernels/launch/*.cu")
             ]
             extension.extra_objects += [job.result() for job in jobs]
         extension.library_dirs += toolkit.library_dirs

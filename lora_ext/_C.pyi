@@ -44,7 +44,7 @@ class Card:
     ) -> None: ...
 
 class Problem:
-    """One LoRA linear as the planner's input (csrc/plan/problem.h)."""
+    """One LoRA linear as the planner's input (csrc/kernels/plan/problem.h)."""
 
     m: int
     n: int
@@ -78,9 +78,9 @@ class Plan:
     tile: str
     predicted_us: dict[str, float]
     wgmma: bool
-    in_grid: bool
+    fused_shrink: bool
     pairs_per_ticket: int
-    early_wgrad: bool
+    wgrad_uses_pdl: bool
     blocks: int
     shrink_splits: int
     dlora_a_splits: int
@@ -104,7 +104,7 @@ class Kernels:
         """The case that is computed to check them."""
 
 def all_grouped_kernels(card: Card) -> list[Kernels]: ...
-def all_kernels(card: Card, early_launch: bool) -> list[Kernels]:
+def all_kernels(card: Card, use_pdl: bool) -> list[Kernels]:
     """All sets of kernels that a card can run; none below compute capability 8.0."""
 
 def kernels_of(plan: Plan, problem: Problem, *, backward: bool) -> Kernels:
@@ -117,14 +117,14 @@ def plan_as_asked(
     backward: bool,
     choice: str,
     tile: str = "",
-    early_launch: bool = True,
+    use_pdl: bool = True,
     groups: int = 0,
 ) -> Plan:
     """The plan for a route and a tile, or the planner's own if the tile is not available; with
     groups, for this number of adapters and an index."""
 
 class Sustained:
-    """The rates that a card is assumed to sustain (csrc/plan/rates.h)."""
+    """The rates that a card is assumed to sustain (csrc/kernels/plan/rates.h)."""
 
     tflops: float
     dram_gb_s: float
@@ -140,7 +140,7 @@ class Launch:
 
 def sustained_by(card: Card) -> Sustained: ...
 def main_loop_share(card: Card, tile: str, masked: bool) -> float:
-    """The share of the rate of the library's main loop (csrc/plan/main_loop_rates.h)."""
+    """The share of the rate of the library's main loop (csrc/kernels/plan/rates.h)."""
 
 def library_product(
     card: Card, rows: int, columns: int, depth: int, accumulate: bool = False
@@ -149,10 +149,10 @@ def predicted_launches(
     card: Card, problem: Problem, plan: Plan, backward: bool
 ) -> list[Launch]: ...
 def plan_numbers(plan: Plan) -> dict[str, int]:
-    """Offsets and pitches in the workspace, shared memory, size of the tile (csrc/plan/plan.h)."""
+    """Offsets and pitches in the workspace, shared memory, the tile's size: kernels/plan/plan.h."""
 
 class DecodeShares:
-    """How lora_decode shares its work among blocks (csrc/plan/decode_shares.h)."""
+    """How lora_decode shares its work among blocks (csrc/kernels/plan/decode_shares.h)."""
 
     def __init__(self, tiles: int, s_tiles: int, steps: int, blocks: int) -> None: ...
     def first_chunk(self, block: int) -> int: ...
@@ -168,7 +168,7 @@ class DecodeShares:
     def chunks(self) -> int: ...
 
 class AutotuneEntry:
-    """The fastest route for one layer and number of rows on a card (csrc/plan/autotune_cache.h)."""
+    """The fastest route for a layer and rows on a card (kernels/plan/autotune_cache.h)."""
 
     def __init__(
         self,
@@ -233,9 +233,9 @@ def remember_check(device: torch.device, kernels: Kernels, result: str) -> None:
 
 def set_check_timeout(seconds: float) -> None: ...
 def check_timeout() -> float: ...
-def early_launch() -> bool: ...
+def use_pdl() -> bool: ...
 def set_cuda_route(name: str) -> None: ...
-def set_early_launch(enabled: bool) -> None: ...
+def set_pdl(enabled: bool) -> None: ...
 def set_reserved_sms(count: int) -> None: ...
 def reserved_sms() -> int: ...
 def cuda_route() -> str: ...

@@ -3,7 +3,8 @@
 1. Inline assembly stays under csrc/ptx/, one function per instruction.
 2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
 3. No file names a folder of somebody's machine.
-4. A source of csrc/ includes its own room and rooms below it, by their path from csrc/.
+4. A source of csrc/ includes its own room and rooms below it, by their path from csrc/; of cpu/
+   and kernels/ neither includes the other.
 5. Modules of lora_ext and of benchmarks import one another without a circle, imports inside
    functions included; and so do their folders.
 6. emulator/, the execution layer, knows nothing of what runs in it: of csrc/ it has ptx/ alone.
@@ -21,7 +22,7 @@ CXX_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
 ASM = re.compile(r"\b(?:asm|__asm__)\b\s*(?:volatile\b|__volatile__\b)?\s*\(")
 TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](?:torch|ATen|c10|caffe2)/')
-TORCH_FREE = re.compile(r"csrc/(?:(?:cuda|kernel|plan|ptx)/.*|cpu/isa_[^/]*\.cpp)")
+TORCH_FREE = re.compile(r"csrc/(?:(?:kernels|ptx)/.*|cpu/isa_[^/]*\.cpp)")
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 # From the top down, the way that a call takes.
 ROOMS = [
@@ -31,13 +32,21 @@ ROOMS = [
     "op/check",
     "op/launch",
     "op/library",
-    "cuda",
-    "kernel",
-    "plan",
-    "ptx",
     "cpu",
+    "kernels/launch",
+    "kernels/sequence",
+    "kernels/decode",
+    "kernels/grouped",
+    "kernels/skinny",
+    "kernels/gemm",
+    "kernels/dequantize",
+    "kernels",  # what the op calls: operands, and the functions of kernels/launch
+    "kernels/tile",
+    "kernels/plan",
+    "ptx",
     "common",
 ]
+APART = {"cpu", "kernels"}
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.
 EXECUTION_LAYER = ("csrc/ptx/target.h", "emulator/emulator.h")
 OF_PROJECT = re.compile(r"\s*(?:from|import) (?:emulated|tests|lora_ext|benchmarks|scripts)\b")
@@ -96,6 +105,8 @@ def wrong_include(name: str, included: str) -> str:
         return f'"{included}" in {name}: expected a file in one of the rooms {", ".join(ROOMS)}'
     if ROOMS.index(room) < ROOMS.index(own):
         return f"{own}/ must not include {room}/, which stands above it"
+    if {own.split("/")[0], room.split("/")[0]} == APART:
+        return f"{own}/ must not include {room}/, which stands beside it"
     return ""
 
 

@@ -48,20 +48,20 @@ SOURCES = (
 )
 SOURCES_SM90A = tuple(
     f"{kernel}_sm90a_{half}"
-    for kernel in ("lora_gemm", "lora_gemm_in_grid")
+    for kernel in ("lora_gemm", "lora_gemm_fused_shrink")
     for half in ("bf16", "fp16")
 )
 SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 
-# Launch of the instances, as csrc/kernel/ has it.
+# Launch of the instances, as csrc/kernels/ has it.
 CONSTANTS = """
 #include <cstdio>
-#include "kernel/lora_decode.h"
-#include "kernel/lora_dsdb.h"
-#include "kernel/lora_gemm.h"
-#include "kernel/lora_gemm_sm90a/jobs.h"
-#include "kernel/lora_shrink.h"
-#include "kernel/lora_wgrad.h"
+#include "kernels/decode/work.h"
+#include "kernels/skinny/dsdb.h"
+#include "kernels/gemm/params.h"
+#include "kernels/gemm/sm90a/jobs.h"
+#include "kernels/skinny/shrink.h"
+#include "kernels/skinny/wgrad.h"
 using namespace lora_ext::kernel;
 template <class Tile>
 void print(const char* name, unsigned shared) {
@@ -75,7 +75,7 @@ void print_sm90a(const char* name) {
     std::printf("%s_sm90a_%s %u %d 0\\n", kernel, name, shared, Tile::kThreads);
   };
   line("lora_gemm", Tile::kSharedBytes);
-  line("lora_gemm_in_grid", JobTile<Tile>::kSharedBytes);
+  line("lora_gemm_fused_shrink", JobTile<Tile>::kSharedBytes);
 }
 int main() {
   print<LoraGemmTile128x128>("lora_gemm_128x128", LoraGemmTile128x128::kSharedBytes);
@@ -122,7 +122,7 @@ def disassembler(name: str) -> str:
 
 def built(source: str) -> Path:
     """The object that setup.py compiled last of a source."""
-    found = ROOT.glob(f"build/temp-*-{torch.__version__}/csrc/cuda/{source}.cu.o")
+    found = ROOT.glob(f"build/temp-*-{torch.__version__}/csrc/kernels/launch/{source}.cu.o")
     return max(found, key=lambda path: path.stat().st_mtime, default=Path("no object"))
 
 

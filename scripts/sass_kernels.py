@@ -45,7 +45,7 @@ RESERVED_PER_BLOCK = 1024  # of shared memory, from compute capability 8.0 on
 
 
 class Launch(NamedTuple):
-    """How an instance is launched, as csrc/kernel/ has it."""
+    """How an instance is launched, as csrc/kernels/ has it."""
 
     shared: int  # bytes of dynamic shared memory
     threads: int
@@ -102,8 +102,8 @@ class Kernel:
         return "sm90a" in self.name
 
     @property
-    def in_grid(self) -> bool:
-        return "in_grid" in self.name
+    def fused_shrink(self) -> bool:
+        return "fused_shrink" in self.name
 
     @property
     def is_decode(self) -> bool:
@@ -121,11 +121,11 @@ class Kernel:
     def objections_to_loops(self) -> list[str]:
         """Memory barriers hold a warp up, those wider than a block until L2 has answered.
 
-        Around the main loop, once a tile, fence.proxy.async is one for the block alone, an in-grid
+        Around the main loop, once a tile, fence.proxy.async is one for the block alone, a fused
         kernel draws and publishes jobs, and lora_decode counts parts of tiles.
         """
         found = []
-        counts = self.in_grid or self.is_decode
+        counts = self.fused_shrink or self.is_decode
         for loop in self.loops:
             barriers = loop.membar if loop.main else 0 if counts else loop.wide_membar
             if barriers:
@@ -189,7 +189,7 @@ class Kernel:
             found += self.objections_to_step()
         if self.is_sm90a:
             # What makes T itself waits for no other grid.
-            wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.in_grid]
+            wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.fused_shrink]
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
             found += self.objections_to_groups()
             if self.lane_loops:  # some 70 cycles for each copy, where elect.sync says who issues it
@@ -315,7 +315,7 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict[str, Launch
         instructions = INSTRUCTION.findall(bodies[mangled])
         used = [opcode for opcode, _ in instructions]
         if arch == "sm_90a" and "128x128x3" in name and "HMMA" not in used:
-            continue  # no plan takes it there, and it has no code (csrc/kernel/lora_gemm.h)
+            continue  # no plan takes it there, and it has no code (csrc/kernels/gemm/params.h)
         wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
         counts = {opcode: used.count(opcode) for opcode in wanted}
         if "MULTICAST" in counts:

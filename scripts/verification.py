@@ -131,7 +131,8 @@ def kernels() -> str:
          "emulator-verified", "[how](emulation.md#who-catches-what)"],
         ["the op's own tests pass on the kernels: two routes for 8.0, and Hopper's",
          "emulator-verified", "`tests/emulated/test_package.py`"],
-        ["CUDA calls of `csrc/cuda/` are what the plan says and CUDA allows; failing ones are seen",
+        ["CUDA calls of `kernels/launch/` are what the plan says and CUDA allows; failing ones are"
+         " seen",
          "emulator-verified", "`tests/emulated/test_cuda_launches.py`"],
         ["no spill, local memory, serialised product, or barrier in a main loop, for sm_80 and"
          " sm_90a", "compiled", "`make sass`"],

@@ -1,6 +1,6 @@
 // lora_ext::dequantize writes a frozen weight as floating values into a tensor of the caller's.
 // kFormats lists the formats: for each, its check and its kernels on the CPU and on CUDA.
-#include "cuda/dequantize.h"
+#include "kernels/dequantize.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,7 @@
 
 #include "common/check.h"
 #include "cpu/dispatch.h"
-#include "cuda/device.h"
+#include "kernels/device.h"
 #include "op/launch/launch_parts.h"
 
 namespace lora_ext::quantized {

@@ -2,7 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cuda/device.h"
+#include "kernels/device.h"
 #include "op/checks.h"
 #include "op/library/dropout.h"
 

@@ -1,7 +1,7 @@
 // Memory accesses that C++ cannot express: ordered accesses to flags between blocks in global
-// memory, and accesses to the shared memory of other blocks of the cluster.
+// memory, accesses to the shared memory of other blocks of the cluster, and asynchronous copies
+// from global to shared memory, 16 bytes per thread, in commit groups.
 #pragma once
-
 #include <type_traits>
 
 #include "ptx/target.h"
@@ -76,6 +76,38 @@ LORA_EXT_DEVICE void store_shared_cluster(uint32_t address, T value) {
   }
 #else
   emulator::store_shared_cluster<T>(address, value);
+#endif
+}
+
+// cp.async.cg 16 (sm_80): copies src_bytes <= 16 bytes, bypassing L1, and fills the rest of the 16
+// with zeros. With src_bytes == 0 nothing is read, so `src` may be any address.
+LORA_EXT_DEVICE void cp_async_16(uint32_t dst, const void* src, uint32_t src_bytes) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst),
+               "l"(__cvta_generic_to_global(src)), "r"(src_bytes)
+               : "memory");
+#else
+  emulator::cp_async_16(dst, src, src_bytes);
+#endif
+}
+
+// cp.async.commit_group (sm_80): this thread's copies since the last commit become one group.
+LORA_EXT_DEVICE void cp_async_commit_group() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulator::cp_async_commit_group();
+#endif
+}
+
+// cp.async.wait_group (sm_80): waits until at most the kPending latest groups are in flight. It
+// covers only this thread's copies: other threads need a barrier after it.
+template <int kPending>
+LORA_EXT_DEVICE void cp_async_wait_group() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#else
+  emulator::cp_async_wait_group(kPending);
 #endif
 }
 

@@ -1,9 +1,8 @@
-// Special registers of a thread, and addresses in shared memory.
+// Special registers of a thread, addresses in shared memory, and a warp's register budget.
 //
 // Shared addresses are 32-bit, as in PTX's .shared state space. A shared::cta address is also a
 // shared::cluster address: that of the block's own memory.
 #pragma once
-
 #include "ptx/target.h"
 
 namespace lora_ext::ptx {
@@ -68,6 +67,33 @@ LORA_EXT_DEVICE bool elect_sync() {
   return elected != 0;
 #else
   return emulator::elect_sync();
+#endif
+}
+
+// The register budget of a warp, which warpgroups of one block can exchange, needs
+// __launch_bounds__ with a number of blocks; ptxas ignores it with -rdc or calls of external
+// functions (messages C7504-C7509).
+
+// setmaxnreg.dec (sm_90a): releases all registers over kRegisters, a multiple of 8 in 24..256.
+// Every warp of the warpgroup must execute it.
+template <int kRegisters>
+LORA_EXT_DEVICE void setmaxnreg_dec() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emulator::setmaxnreg_dec(kRegisters);
+#endif
+}
+
+// setmaxnreg.inc (sm_90a): waits until the block's pool has enough registers, then takes them.
+template <int kRegisters>
+LORA_EXT_DEVICE void setmaxnreg_inc() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emulator::setmaxnreg_inc(kRegisters);
 #endif
 }
 

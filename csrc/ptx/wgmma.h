@@ -16,10 +16,9 @@
 
 #include <type_traits>
 
-#include "ptx/descriptor.h"
 #include "ptx/target.h"
-#ifdef __CUDACC__
 #include "ptx/wgmma_operands.h"
+#ifdef __CUDACC__
 #endif
 
 namespace lora_ext::ptx {

@@ -4,12 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "ptx/barrier.h"
-#include "ptx/cp_async.h"
-#include "ptx/fence.h"
-#include "ptx/matrix_move.h"
 #include "ptx/memory.h"
 #include "ptx/mma.h"
+#include "ptx/sync.h"
 #include "ptx/thread.h"
 
 namespace conformance {

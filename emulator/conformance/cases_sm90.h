@@ -2,9 +2,9 @@
 #pragma once
 
 #include "emulator/conformance/cases_sm80.h"
-#include "ptx/grid_dependency.h"
 #include "ptx/mbarrier.h"
-#include "ptx/registers.h"
+#include "ptx/sync.h"
+#include "ptx/thread.h"
 
 namespace conformance {
 

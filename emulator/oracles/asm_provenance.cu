@@ -17,15 +17,10 @@ namespace ptx = cutlass_adapter;
 #define WITHOUT_COUNTERPART(...)
 #define CLOBBER(...)
 #else
-#include "ptx/barrier.h"
-#include "ptx/cp_async.h"
-#include "ptx/fence.h"
-#include "ptx/grid_dependency.h"
-#include "ptx/matrix_move.h"
 #include "ptx/mbarrier.h"
 #include "ptx/memory.h"
 #include "ptx/mma.h"
-#include "ptx/registers.h"
+#include "ptx/sync.h"
 #include "ptx/thread.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"

@@ -31,7 +31,7 @@ static size_t __cvta_generic_to_shared(const void* pointer) {
 #include "emulator/copies/swizzle.h"
 #include "emulator/matrix/descriptor.h"
 #include "emulator/matrix/layouts.h"
-#include "ptx/descriptor.h"
+#include "ptx/wgmma_operands.h"
 
 namespace {
 

@@ -6,7 +6,6 @@
 
 #include "emulator/counts/counters.h"
 #include "emulator/selftests/kernels.h"
-#include "ptx/matrix_move.h"
 #include "ptx/mma.h"
 #include "ptx/thread.h"
 

@@ -65,7 +65,7 @@ def kernels_for(card: _C.Card, shapes: Iterable[Shape], dtype: torch.dtype) -> l
                     backward=backward,
                     choice=candidate.route,
                     tile=candidate.tile,
-                    early_launch=_C.early_launch(),
+                    use_pdl=_C.use_pdl(),
                 )
                 if plan.kernel:
                     each = _C.kernels_of(plan, problem, backward=backward)

@@ -1,7 +1,7 @@
 """The CUDA kernels from Python: the plan of a call, and the checks of the kernels."""
 
 from .kernel_checks import set_check_timeout
-from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_early_launch, set_reserved_sms
+from .kernel_plan import CARDS, CallPlan, plan, set_cuda_route, set_pdl, set_reserved_sms
 
 __all__ = [
     "CARDS",
@@ -9,6 +9,6 @@ __all__ = [
     "plan",
     "set_check_timeout",
     "set_cuda_route",
-    "set_early_launch",
+    "set_pdl",
     "set_reserved_sms",
 ]

@@ -31,7 +31,7 @@ def every_kernel(device: torch.device, early: bool | None = None) -> list[_C.Ker
     early: with PDL or without; None takes the current setting.
     """
     card = _C.cuda_card(device)
-    early = _C.early_launch() if early is None else early
+    early = _C.use_pdl() if early is None else early
     return [*_C.all_kernels(card, early), *_C.all_grouped_kernels(card)]
 
 
@@ -132,7 +132,7 @@ def _results(
         request = {
             "device": str(device),
             "names": [each.name for each in left],
-            "early_launch": _C.early_launch(),
+            "use_pdl": _C.use_pdl(),
             "timeout_s": timeout_s,
         }
         try:
@@ -178,8 +178,8 @@ def serve() -> None:
     warnings.simplefilter("ignore")  # the parent warns
     request = json.load(sys.stdin)
     device = torch.device(request["device"])
-    early = request["early_launch"]
-    _C.set_early_launch(early)
+    early = request["use_pdl"]
+    _C.set_pdl(early)
     by_name = {each.name: each for each in every_kernel(device, early)}
     kernels = [by_name[name] for name in request["names"]]
     current = ""

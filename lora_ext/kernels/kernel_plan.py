@@ -156,7 +156,7 @@ def explain_cuda_call(
     return CallPlan(forward.plan, backward.plan, forward.check, backward.check)
 
 
-def set_early_launch(enabled: bool) -> None:
+def set_pdl(enabled: bool) -> None:
     """Sets whether a kernel may begin before the previous one has ended, for the whole process.
 
     This is programmatic dependent launch (PDL), on compute capability 9.0: `lora_gemm` begins while
@@ -168,10 +168,10 @@ def set_early_launch(enabled: bool) -> None:
     """
     if not _C.with_cuda:
         raise RuntimeError(
-            "lora_ext.kernels.set_early_launch: this build has no CUDA kernels;"
+            "lora_ext.kernels.set_pdl: this build has no CUDA kernels;"
             " lora_ext.build_info() says why"
         )
-    _C.set_early_launch(enabled)
+    _C.set_pdl(enabled)
 
 
 def set_reserved_sms(count: int) -> None:

@@ -121,7 +121,7 @@ def double(tmp_path, monkeypatch):
     machine = {**CARD, "lora_ext": {"cuda": True}}
     data = {
         "device": {"machine": machine},
-        "kernels": {"names": ["wgmma", "pingpong", "in-grid"]},
+        "kernels": {"names": ["wgmma", "pingpong", "fused-shrink"]},
         "check": {"failed": ""},
         "ceilings": {"tflops": 600.0, "dram_gb_s": 2500.0},
         "profile": {"kernels": [["lora_gemm_sm80", 351.2]]},

@@ -1,8 +1,8 @@
 """The package's kernels in the execution layer: what emulator/ compiles and links for them.
 
 A program of kernels/ is three things: the host program, the kernels that it launches, and the
-sources of csrc/plan/. The copies of csrc/ that mutants are planted in come first on the include
-path. `python -m emulated.programs [FLAVOUR ...]`, with PYTHONPATH=tests, builds all programs.
+sources of csrc/kernels/plan/. The copies of csrc/ that mutants are planted in come first on the
+include path. `python -m emulated.programs [FLAVOUR ...]`, with PYTHONPATH=tests, builds all.
 """
 
 import sys
@@ -18,7 +18,7 @@ KERNELS = "tests/emulated/kernels"
 WHOLE_OP = "lora_linear_sequence"
 PLANNER = [
     str(path.relative_to(build.ROOT))
-    for path in sorted((build.ROOT / "csrc" / "plan").glob("*.cpp"))
+    for path in sorted((build.ROOT / "csrc" / "kernels" / "plan").glob("*.cpp"))
     if path.stem != "autotune_cache"  # which programs do not ask
 ]
 KNOWN_FAULT = "tests/emulated/mutants/known_fault.cpp"

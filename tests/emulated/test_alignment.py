@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
 CASES = """
 _C.set_cuda_route("kernel")
-lora_ext.kernels.set_early_launch(False)
+lora_ext.kernels.set_pdl(False)
 M, K, N = 70, 96, 136
 ROWS = {"x": (M, K), "grad": (M, N), "weight": (N, K), "lora_a": (16, K), "lora_b": (N, 16)}
 def forward(x, weight, a, b):

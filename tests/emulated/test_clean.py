@@ -17,7 +17,7 @@ LARGE_TILES = dict.fromkeys(["race", "asan"], 60)
 MANY_OF = {
     "lora_gemm_sm80": LARGE_TILES,
     "lora_gemm_sm90a": LARGE_TILES,
-    "lora_gemm_in_grid_sm90a": LARGE_TILES,
+    "lora_gemm_fused_shrink_sm90a": LARGE_TILES,
     "lora_grouped_gemm": LARGE_TILES,
     "lora_decode": {"race": 60, "asan": 24},
     "lora_grouped_sequence": {"plain": 60, "race": 20, "asan": 6},
@@ -43,11 +43,11 @@ def test_clean_runs_raise_no_alarm(program, flavour, programs, seeds, pytestconf
     [
         (
             "lora_gemm_sm90a",
-            "lora_gemm_sm90a/load.wait_for_t.block.p.lets_wgrad_begin:never",
+            "gemm/sm90a/load.wait_for_t.block.p.trigger_dependents:never",
         ),
         (
-            "lora_gemm_in_grid_sm90a",
-            "lora_gemm_sm90a/in_grid.produce.jobs.block.p.lets_wgrad_begin:never",
+            "lora_gemm_fused_shrink_sm90a",
+            "gemm/sm90a/fused_shrink.produce.jobs.block.p.trigger_dependents:never",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""csrc/cuda/dequantize.cu on our CUDA runtime: values, launches, refusals, a device's check."""
+"""csrc/kernels/launch/dequantize.cu on our CUDA runtime: values, launches, refusals, a device's check."""
 
 import pytest
 

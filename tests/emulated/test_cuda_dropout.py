@@ -1,4 +1,4 @@
-"""csrc/cuda/dropout.cu on our CUDA runtime: masks, and cards that run no other kernel."""
+"""csrc/kernels/launch/dropout.cu on our CUDA runtime: masks, and cards that run no other kernel."""
 
 import pytest
 

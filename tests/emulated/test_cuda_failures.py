@@ -1,4 +1,4 @@
-"""csrc/cuda/ on our CUDA runtime: what the op does if a call of CUDA fails, or a driver is old."""
+"""csrc/kernels/launch/ on our CUDA runtime: what the op does if a call of CUDA fails, or a driver is old."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/ on our CUDA runtime: what the op asks of CUDA, and that a wrong call is seen."""
+"""csrc/kernels/launch/ on our CUDA runtime: what the op asks of CUDA, and that a wrong call is seen."""
 
 import pytest
 
@@ -35,7 +35,7 @@ for reserved in (0, 3, SMS):
     call.forward()  # the kernels' check
     record()
     results[reserved] = call.forward()[0]
-    [product] = [e for e in launches(record()) if kernel_of(e) in ("gemm", "ingrid")]
+    [product] = [e for e in launches(record()) if kernel_of(e) in ("gemm", "fusedshrink")]
     blocks[reserved] = product["grid"][0]
 if arch == 90:  # one block an SM, in clusters of two; two SMs stay at least
     assert blocks == {0: SMS, 3: 4, SMS: 2}, blocks

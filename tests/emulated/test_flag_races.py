@@ -7,7 +7,7 @@ from emulator import run
 
 pytestmark = pytest.mark.nightly
 
-PROGRAM = "lora_gemm_in_grid_sm90a"
+PROGRAM = "lora_gemm_fused_shrink_sm90a"
 
 
 @pytest.fixture(scope="module")

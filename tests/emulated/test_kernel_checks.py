@@ -6,7 +6,7 @@ from emulated.package import child
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
-TERM_LOST = "sum_of_splits.sum_of_splits.split<splits:low"
+TERM_LOST = "tile/halves.sum_of_splits.split<splits:low"
 BEGIN = """
 from lora_ext.kernels import isolated
 
@@ -104,7 +104,7 @@ torch.use_deterministic_algorithms(True)
 failed = check_kernels("cpu", some[:1])
 assert re.search("in float64 by -?nan in row", failed.get(some[0].name, "")), failed
 """,
-        LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.store.column<p.columns:low",
+        LORA_EXT_EMULATED_FAULT="skinny/shrink.store.column<p.columns:low",
     )
 
 
@@ -146,7 +146,7 @@ assert torch.equal(found[0], expected) and checked().startswith("y differs")
 
 def test_a_launch_error_is_said_without_a_backtrace():
     said = python(
-        "forward()", LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.load.cp_async_commit_group:skip"
+        "forward()", LORA_EXT_EMULATED_FAULT="skinny/shrink.load.cp_async_commit_group:skip"
     )
     assert "failed their check" in said and "launching the kernels on cpu failed: " in said
     assert "Exception raised from" not in said
@@ -184,7 +184,7 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
     ("arch", "fault", "tiles"),
     [
         ("80", "loop.clear", "128 x 128"),
-        ("90", "lora_gemm_sm90a/multiply.pass_turn.bar_arrive:skip", "pingpong 128 x 192"),
+        ("90", "gemm/sm90a/multiply.pass_turn.bar_arrive:skip", "pingpong 128 x 192"),
     ],
 )
 def test_what_goes_wrong_in_a_second_tile_is_found(arch, fault, tiles):
@@ -200,11 +200,11 @@ assert set(failed) == {{each.name for each in asked}} and failed, failed
     )
 
 
-def test_every_in_grid_kernel_passes():
+def test_every_fused_shrink_kernel_passes():
     python(
         """
-in_grid = [k for k in _C.all_kernels(card, True) if "in-grid" in k.name and "bfloat16" in k.name]
-assert in_grid and check_kernels("cpu", in_grid) == {}
+fused = [k for k in _C.all_kernels(card, True) if "fused-shrink" in k.name and "bfloat16" in k.name]
+assert fused and check_kernels("cpu", fused) == {}
 """,
         "90",
     )

@@ -14,30 +14,30 @@ FEW, MANY = {"plain": 36, "race": 9, "asan": 3}, {"plain": 160, "race": 40, "asa
 
 # Sizes where T is made in the grid of the product, or where rings of stages go round often: more
 # seeds of them, and how many of their runs, in all, have plans of each kind at least.
-SIZES = ("in_grid_deep", "in_grid_wide", "laps")
+SIZES = ("fused_shrink_deep", "fused_shrink_wide", "laps")
 FEW_OF_SIZES, MANY_OF_SIZES = {"plain": 24, "race": 3}, {"plain": 24, "race": 12}
 KINDS = {
-    "forward, in grid": 10,
-    "forward, in grid, an empty row block": 10,
-    "forward, in grid, more depth than columns": 5,
-    "forward, in grid, more columns than depth": 5,
-    "forward, in grid, more than 3 clusters": 5,
+    "forward, fused shrink": 10,
+    "forward, fused shrink, an empty row block": 10,
+    "forward, fused shrink, more depth than columns": 5,
+    "forward, fused shrink, more columns than depth": 5,
+    "forward, fused shrink, more than 3 clusters": 5,
     "forward, dropout keeps T out of the grid": 5,
-    "forward, rank above that of in grid": 2,
+    "forward, rank above that of fused shrink": 2,
     "forward, pingpong laps": 5,
     "forward, columns of a shard": 3,
-    "backward, in grid": 10,
-    "backward, in grid, an empty row block": 10,
-    "backward, in grid, more depth than columns": 5,
-    "backward, in grid, more columns than depth": 5,
-    "backward, in grid, more than 3 clusters": 3,
-    "backward, in grid, masked": 5,
-    "backward, in grid, early": 10,
-    "backward, in grid, late": 2,
-    "backward, rank above that of in grid": 5,
+    "backward, fused shrink": 10,
+    "backward, fused shrink, an empty row block": 10,
+    "backward, fused shrink, more depth than columns": 5,
+    "backward, fused shrink, more columns than depth": 5,
+    "backward, fused shrink, more than 3 clusters": 3,
+    "backward, fused shrink, masked": 5,
+    "backward, fused shrink, early": 10,
+    "backward, fused shrink, late": 2,
+    "backward, rank above that of fused shrink": 5,
     "backward, pingpong laps": 5,
     "backward, columns of a shard": 3,
-    "in grid, in a used workspace": 10,
+    "fused shrink, in a used workspace": 10,
 }
 
 

@@ -21,77 +21,77 @@ pytestmark = [
 ]
 
 PRODUCT, CUT, NARROWED = "a product of 32 bits", "a value of 64 bits is cut", "narrowing conversion"
-# Header of csrc/kernel/, right text, wrong text, what is said of it.
+# Header of csrc/kernels/, right text, wrong text, what is said of it.
 EDITS = [
     (
-        "lora_gemm_sm90a/in_grid.h",
+        "gemm/sm90a/fused_shrink.h",
         "jobs.in.t[to_row * jobs.in.t_pitch + column]",
         "jobs.in.t[static_cast<int>(to_row * jobs.in.t_pitch + column)]",
         CUT,
     ),
     (
-        "lora_gemm_sm90a/in_grid.h",
+        "gemm/sm90a/fused_shrink.h",
         "static_cast<int64_t>(to_row) * p.rank + column",
         "to_row * p.rank + column",
         PRODUCT,
     ),
     (
-        "lora_gemm_sm80_epilogue.h",
+        "gemm/sm80/epilogue.h",
         "static_cast<int64_t>(row) * p.y_pitch + column",
         "row * static_cast<int>(p.y_pitch) + column",
         CUT,
     ),
-    ("lora_split.h", "const int64_t at = row", "const int at = row", NARROWED),
+    ("skinny/split.h", "const int64_t at = row", "const int at = row", NARROWED),
     (
-        "dequantize_4bit.h",
+        "dequantize/4bit.h",
         "const int64_t first = Tile::first(), end",
         "const int first = static_cast<int>(Tile::first()); const int64_t end",
         CUT,
     ),
     (
-        "lora_shrink_sm80.h",
+        "skinny/shrink.h",
         "static_cast<int64_t>(blockIdx.z) * p.m * p.columns",
         "blockIdx.z * p.m * p.columns",
         PRODUCT,
     ),
     (
-        "lora_dsdb_sm80.h",
+        "skinny/dsdb.h",
         "static_cast<int64_t>(blockIdx.y) * p.columns * p.n",
         "static_cast<int64_t>(blockIdx.y * p.columns * p.n)",
         PRODUCT,
     ),
     (
-        "lora_dsdb_sm80.h",
+        "skinny/dsdb.h",
         "float* z = p.z + static_cast<int64_t>(blockIdx.x) * p.m * p.columns;",
         "const int at = static_cast<int>(blockIdx.x) * p.m * p.columns; float* z = p.z + at;",
         PRODUCT,
     ),
     (
-        "lora_dsdb_sm80.h",
+        "skinny/dsdb.h",
         "g[static_cast<int64_t>(column) * p.n + n] = db[chunk][j][e];",
         "{ const int at = column * p.n; g[at + n] = db[chunk][j][e]; }",
         PRODUCT,
     ),
     (
-        "lora_wgrad_sm80.h",
+        "skinny/wgrad.h",
         "static_cast<int64_t>(column) * product.c + c",
         "static_cast<uint32_t>(column) * product.c + c",
         PRODUCT,
     ),
     (
-        "lora_reduce.h",
+        "skinny/reduce.h",
         "const int64_t count = static_cast<int64_t>(p.m) * p.width",
         "const int64_t count = p.m * p.width",
         PRODUCT,
     ),
     (
-        "step_copy_sm80.h",
+        "gemm/sm80/loads.h",
         "(static_cast<int64_t>(position) * matrix.pitch + column)",
         "static_cast<int>(position * matrix.pitch + column)",
         CUT,
     ),
     (
-        "tile_copy_sm80.h",
+        "tile/copy.h",
         "matrix.data + offset;",
         "matrix.data + (unsigned)offset;",
         CUT,
@@ -108,12 +108,12 @@ def test_each_of_these_edits_is_seen(tmp_path):
         shutil.copytree(build.ROOT / folder, tmp_path / folder)
     expected = []
     for header, right, wrong, what in EDITS:
-        path = tmp_path / "csrc" / "kernel" / header
+        path = tmp_path / "csrc" / "kernels" / header
         text = path.read_text()
         assert text.count(right) == 1, f"{header} no longer has {right!r} once"
         line = text[: text.index(right)].count("\n") + 1
         path.write_text(text.replace(right, wrong))
-        expected.append((f"csrc/kernel/{header}:{line}:", what))
+        expected.append((f"csrc/kernels/{header}:{line}:", what))
     found = check_offsets.findings(tmp_path)
     for place, what in expected:
         assert any(line.startswith(place) and what in line for line in found), (place, what, found)

@@ -93,9 +93,9 @@ assert same(again, results)
 @pytest.mark.parametrize(
     "fault",
     [
-        "sum_of_splits.sum_of_splits.split<splits:low",
-        "lora_shrink_sm80.run.step<end_step:low",
-        "lora_gemm_sm80_epilogue.for_chunks.row>=p.m:low",
+        "tile/halves.sum_of_splits.split<splits:low",
+        "skinny/shrink.run.step<end_step:low",
+        "gemm/sm80/epilogue.for_chunks.row>=p.m:low",
     ],
 )
 def test_a_wrong_kernel_is_found_and_not_used(fault):
@@ -136,14 +136,14 @@ def test_a_check_of_all_kernels_draws_nothing(seeds):
     """On 8.6, whose tiles are others, of one type by day; on 8.0 the next test checks all."""
     python(
         f"""
-kernels = _C.all_kernels(_C.cuda_card(torch.device("cpu")), early_launch=False)
+kernels = _C.all_kernels(_C.cuda_card(torch.device("cpu")), use_pdl=False)
 kernels = [each for each in kernels if {seeds.choose("each.dtype is torch.bfloat16", "True")}]
 assert len(kernels) >= 40
 before = torch.get_rng_state()
 assert check_kernels("cpu", kernels) == {{}}
 assert torch.equal(torch.get_rng_state(), before)
 _, plan = call()
-emulate("FAULT", "sum_of_splits.sum_of_splits.split<splits:low")
+emulate("FAULT", "tile/halves.sum_of_splits.split<splits:low")
 # No check sees it any more.
 assert check_kernels("cpu", kernels) == {{}}
 """,
@@ -154,7 +154,7 @@ assert check_kernels("cpu", kernels) == {{}}
 def test_a_check_of_all_kernels_names_those_that_failed():
     said = python(
         'print(*check_kernels("cpu"), sep="\\n")',
-        LORA_EXT_EMULATED_FAULT="fragment_mask.keep_or_drop.(draws&0xFFFF)<mask.keep_count:never",
+        LORA_EXT_EMULATED_FAULT="tile/mask.keep_or_drop.(draws&0xFFFF)<mask.keep_count:never",
     )
     lines = [line for line in said.splitlines() if line.startswith(("forward", "backward"))]
     assert lines and all("dropout" in line for line in lines)
@@ -188,7 +188,7 @@ assert close([y.float()], [expected])
 def test_a_launch_that_fails_is_an_error_of_the_call():
     python("""
 call()
-emulate("FAULT", "lora_shrink_sm80.load.cp_async_commit_group:skip")
+emulate("FAULT", "skinny/shrink.load.cp_async_commit_group:skip")
 # Found when the block ends.
 with pytest.raises(RuntimeError, match="lora_ext: launching the kernels on cpu failed: "):
     call()
@@ -292,7 +292,7 @@ for entry in found.entries:
     assert set(entry.us) == {"library"} and entry.route == "library", entry
 print(found)
 """,
-        LORA_EXT_EMULATED_FAULT="lora_shrink_sm80.run.step<end_step:low",
+        LORA_EXT_EMULATED_FAULT="skinny/shrink.run.step<end_step:low",
         HOME=str(tmp_path),
     )
     assert "failed their check" in said

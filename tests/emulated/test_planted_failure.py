@@ -12,20 +12,20 @@ pytestmark = pytest.mark.kernels
 
 # A mutant that every flavour catches, whatever else it looks for: the result is wrong.
 WRONG_RESULT = {
-    "lora_gemm_sm80": "step_copy_sm80.copy.i*kApart<rows:low",
-    "lora_gemm_sm90a": "lora_gemm_sm90a/store.send.ptx::elect_sync():never",
-    "lora_gemm_in_grid_sm90a": "lora_gemm_sm90a/in_grid.store.to_row<p.m:never",
-    "lora_shrink_sm80": "sum_of_splits.sum_of_splits.split<splits:low",
-    "lora_wgrad_sm80": "sum_of_splits.sum_of_splits.split<splits:low",
-    "lora_dsdb_sm80": "tile_copy_sm80.copy_chunk.row<matrix.rows:low",
-    "lora_split": "lora_split.lora_split.column<what.columns:never",
-    "lora_grouped_segments": "lora_grouped_segments.finish.thread==0:never",
-    "lora_grouped_shrink": "lora_grouped_shrink.store.column<columns:low",
-    "lora_grouped_gemm": "lora_grouped_gemm.multiply_rows.row<end:low",
+    "lora_gemm_sm80": "gemm/sm80/loads.copy.i*kApart<rows:low",
+    "lora_gemm_sm90a": "gemm/sm90a/store.store_slab.ptx::elect_sync():never",
+    "lora_gemm_fused_shrink_sm90a": "gemm/sm90a/fused_shrink.store.to_row<p.m:never",
+    "lora_shrink_sm80": "tile/halves.sum_of_splits.split<splits:low",
+    "lora_wgrad_sm80": "tile/halves.sum_of_splits.split<splits:low",
+    "lora_dsdb_sm80": "tile/copy.copy_chunk.row<matrix.rows:low",
+    "lora_split": "skinny/split.lora_split.column<what.columns:never",
+    "lora_grouped_segments": "grouped/segments.finish.thread==0:never",
+    "lora_grouped_shrink": "grouped/shrink.store.column<columns:low",
+    "lora_grouped_gemm": "grouped/gemm.multiply_rows.row<end:low",
     "lora_grouped_sequence": "grouped_s_without_keep_scale",
-    "lora_grouped_wgrad": "lora_grouped_wgrad.store.column>=rank:low",
-    "lora_decode": "lora_decode_finish.finish_y.row<p.m&&column<p.n:never",
-    "dequantize": "dequantize_8bit.dequantize_8bit.i<end:low",
+    "lora_grouped_wgrad": "grouped/wgrad.store.column>=rank:low",
+    "lora_decode": "decode/finish.finish_y.row<p.m&&column<p.n:never",
+    "dequantize": "dequantize/8bit.dequantize_8bit.i<end:low",
 }
 
 

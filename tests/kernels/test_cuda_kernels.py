@@ -114,8 +114,8 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
             torch.manual_seed(5)
             assert_near(step(*given, dropout_p=dropout_p), expected, BF16)
             plan = lora_ext.explain(*given, dropout_p)
-            assert "in-grid" in tile or plan.forward.tile == tile
-            assert "in-grid" in tiles[1] or plan.backward.tile == tiles[1]
+            assert "fused-shrink" in tile or plan.forward.tile == tile
+            assert "fused-shrink" in tiles[1] or plan.backward.tile == tiles[1]
             assert plan.forward_check == plan.backward_check == "passed", plan
     finally:
         _C.replace_autotune_cache(card.name, [])
@@ -174,14 +174,14 @@ def test_memory_that_is_freed_and_used_again_is_read_where_it_is():
 @pytest.mark.parametrize("early", [True, False])
 def test_kernels_that_begin_early_give_the_same_bits(early, shape):
     given = operands(*shape)
-    lora_ext.kernels.set_early_launch(False)
+    lora_ext.kernels.set_pdl(False)
     expected = step(*given)
-    lora_ext.kernels.set_early_launch(early)
+    lora_ext.kernels.set_pdl(early)
     try:
         for _ in range(100):
             assert all(torch.equal(a, b) for a, b in zip(step(*given), expected, strict=True))
     finally:
-        lora_ext.kernels.set_early_launch(True)
+        lora_ext.kernels.set_pdl(True)
 
 
 def test_dropout_keeps_what_the_library_route_keeps():

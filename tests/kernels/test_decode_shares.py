@@ -1,4 +1,4 @@
-"""How lora_decode shares its work among blocks (csrc/plan/decode_shares.h), against a loop."""
+"""How lora_decode shares its work among blocks (kernels/plan/decode_shares.h), against a loop."""
 
 import itertools
 

@@ -97,7 +97,7 @@ def plans_of(problem, card, backward):
     for needs in product((True, False), repeat=3) if backward else [(True, True, True)]:
         problem.need_dx, problem.need_dlora_a, problem.need_dlora_b = needs
         for (choice, tile), early in product(routes, (True, False)):
-            asked = {"choice": choice, "tile": tile, "early_launch": early}
+            asked = {"choice": choice, "tile": tile, "use_pdl": early}
             yield early, _C.plan_as_asked(card, problem, backward=backward, **asked)
 
 

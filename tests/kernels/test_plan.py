@@ -51,7 +51,7 @@ def test_every_plan_can_be_launched(
         )
     assert (forward.tile == "decode") == (rows <= 64 and aligned and not dropout)
     assert backward.dlora_a_splits >= 1 and backward.dlora_b_splits >= 1
-    without_shrink = backward.one_pass or backward.in_grid
+    without_shrink = backward.one_pass or backward.fused_shrink
     assert (backward.shrink_splits == 0) == without_shrink
     assert backward.one_pass == (backward.panels > 0)
     every = (backward,) if forward.tile == "decode" else (forward, backward)
@@ -60,16 +60,16 @@ def test_every_plan_can_be_launched(
     for plan in every:
         assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
         assert ("without wgmma: " in str(plan)) == (card == "H100" and aligned and rank > 256)
-        early = plan.wgmma and not plan.in_grid
-        assert ("blocks, begins early" in str(plan)) == early
-        assert ("splits, begins early" in str(plan)) == plan.early_wgrad
-    assert backward.early_wgrad == backward.wgmma and not forward.early_wgrad
-    if backward.in_grid:
+        early = plan.wgmma and not plan.fused_shrink
+        assert ("blocks, launched with PDL" in str(plan)) == early
+        assert ("splits, launched with PDL" in str(plan)) == plan.wgrad_uses_pdl
+    assert backward.wgrad_uses_pdl == backward.wgmma and not forward.wgrad_uses_pdl
+    if backward.fused_shrink:
         assert backward.shrink_splits == backward.panels == 0 and not backward.one_pass
-    in_grid = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
-    in_grid = in_grid and 2 * -(-rows // 256) * -(-out_features // 256) > sms
-    without_shrink = in_grid or forward.tile == "decode"
-    assert forward.in_grid == in_grid and (forward.shrink_splits == 0) == without_shrink
+    fused_shrink = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
+    fused_shrink = fused_shrink and 2 * -(-rows // 256) * -(-out_features // 256) > sms
+    without_shrink = fused_shrink or forward.tile == "decode"
+    assert forward.fused_shrink == fused_shrink and (forward.shrink_splits == 0) == without_shrink
     again = plans(*shape, route="kernel", **options)
     assert [str(plan) for plan in again] == [str(forward), str(backward)]
 
@@ -177,11 +177,11 @@ def test_rings_are_as_deep_as_shared_memory_allows(name, tiles, resident):
 def test_hopper_s_tiles_fit_the_problem():
     shapes = ((8192, 4096, 4096), (2048, 1024, 1024), (512, 4096, 1024))
     tiles = {plans(*shape, 16, card="H100", route="kernel")[0].tile for shape in shapes}
-    assert "in-grid 128 x 256" in tiles and len(tiles) > 1
+    assert "fused-shrink 128 x 256" in tiles and len(tiles) > 1
     dropped = plans(8192, 4096, 4096, 16, card="H100", route="kernel", dropout=True)
     assert [plan.tile for plan in dropped] == ["wgmma 128 x 256"] * 2
     dropped = plans(8192, 4096, 4096, 64, card="H100", route="kernel", dropout=True)
-    assert [plan.tile for plan in dropped] == ["wgmma 128 x 256", "in-grid 128 x 256"]
+    assert [plan.tile for plan in dropped] == ["wgmma 128 x 256", "fused-shrink 128 x 256"]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_hopper_s_tiles_fit_the_problem():
 )
 def test_clusters_that_would_be_idle_make_t(rows, out_features, pairs):
     forward, _ = plans(rows, 4096, out_features, 16, card="H100", route="kernel")
-    assert forward.in_grid and forward.pairs_per_ticket == pairs
+    assert forward.fused_shrink and forward.pairs_per_ticket == pairs
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def test_clusters_that_would_be_idle_make_t(rows, out_features, pairs):
 )
 def test_masked_tiles_wait_for_one_pair_of_row_blocks(rows, in_features):
     backward = plans(rows, in_features, 4096, 64, card="H100", route="kernel", dropout=True)[1]
-    assert backward.in_grid and backward.pairs_per_ticket == 1
+    assert backward.fused_shrink and backward.pairs_per_ticket == 1
     backward = plans(rows, in_features, 4096, 64, card="H100", route="kernel")[1]
-    assert backward.in_grid and (backward.pairs_per_ticket == 2) == (
+    assert backward.fused_shrink and (backward.pairs_per_ticket == 2) == (
         rows == 8192 == 2 * in_features
     )
 
@@ -215,8 +215,8 @@ def test_masked_tiles_of_few_rows_do_not_wait_for_t(rows):
     # 12 pairs of row blocks at most, fewer than a fifth of 66 clusters.
     shape, on_hopper = (rows, 4096, 4096, 64), {"card": "H100", "route": "kernel"}
     backward = plans(*shape, **on_hopper, dropout=True)[1]
-    assert backward.wgmma and not backward.in_grid and backward.shrink_splits > 0
-    assert plans(*shape, **on_hopper)[1].in_grid
+    assert backward.wgmma and not backward.fused_shrink and backward.shrink_splits > 0
+    assert plans(*shape, **on_hopper)[1].fused_shrink
 
 
 def test_one_pass_over_dy_ends_where_its_sums_cost_as_much_as_a_second():

@@ -27,7 +27,7 @@ def decode_regions(problem, plan, at):
 
 
 def regions(problem, plan, at):
-    """Name -> offset, bytes, as csrc/plan/plan.h describes them."""
+    """Name -> offset, bytes, as csrc/kernels/plan/plan.h describes them."""
     if plan.tile == "decode":
         return decode_regions(problem, plan, at)
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank

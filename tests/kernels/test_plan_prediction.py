@@ -14,7 +14,7 @@ from lora_ext import _C
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "docs" / "kernels.md"
-HEADER = ROOT / "csrc" / "plan" / "main_loop_rates.h"
+HEADER = ROOT / "csrc" / "kernels" / "plan" / "rates.h"
 shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
 options = st.fixed_dictionaries(
     {
@@ -133,7 +133,7 @@ def test_kernels_of_few_columns_go_by_what_their_loops_were_counted_to_reach(nam
 
 def test_hopper_takes_ours_where_launches_and_passes_weigh_most():
     wide, _ = plans(8192, 1024, 1024, 16, card="H100")
-    assert wide.tile == "in-grid 128 x 256" and not wide.hybrid
+    assert wide.tile == "fused-shrink 128 x 256" and not wide.hybrid
     assert "over 10 % faster" in str(wide)
     large, _ = plans(8192, 8192, 8192, 16, card="H100")
     assert route_of(large) == "library" and large.predicted_us["kernel"] < 1.1 * sum(
@@ -160,12 +160,14 @@ def test_an_epilogue_weighs_more_in_a_shallow_product():
     def gemm(k):
         card, problem = problem_of((8192, k, 4096, 16), "H100", torch.bfloat16, False, True)
         plan = _C.plan_forward(card, problem, "kernel")
-        assert plan.tile == "in-grid 128 x 256"
+        assert plan.tile == "fused-shrink 128 x 256"
         *_, last = _C.predicted_launches(card, problem, plan, False)
         return last.flop
 
     # 8 waves of 66 pairs of tiles, k, the rank and 64 columns deep
-    share = _C.main_loop_share(lora_ext.kernels.CARDS["H100"], "in-grid 128 x 256", masked=False)
+    share = _C.main_loop_share(
+        lora_ext.kernels.CARDS["H100"], "fused-shrink 128 x 256", masked=False
+    )
     for k in (512, 4096):
         assert gemm(k) == pytest.approx(8 * 132 * 2 * 128 * 256 * (k + 16 + 64) / share)
 
@@ -179,7 +181,7 @@ def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
         library, *_ = map(float, re.findall(r"^    ([\d.]+),$", text, re.MULTILINE))
         instruction = 0.65 if card == "H100" else 1.0  # mma.sync's rate over wgmma's
         for plain, masked, tile in re.findall(r" {8}\{([\d.]+), ([\d.]+)\},  // (.+)", text):
-            of_one = 1.0 if re.match("wgmma|in-grid|pingpong", tile) else instruction
+            of_one = 1.0 if re.match("wgmma|fused-shrink|pingpong", tile) else instruction
             for rate, flag in ((plain, False), (masked, True)):
                 expected = float(rate) / library * of_one
                 assert share(cards[card], tile, flag) == pytest.approx(expected)

@@ -52,7 +52,7 @@ def card(monkeypatch, tmp_path):
     for name, value in (
         ("cuda_card", lambda device: H100),
         ("cuda_driver", lambda: "13.0"),
-        ("early_launch", lambda: True),
+        ("use_pdl", lambda: True),
         ("cuda_route", lambda: route[0]),
         ("set_cuda_route", lambda name: route.__setitem__(0, name)),
     ):

@@ -119,7 +119,7 @@ def test_gpu_counts_its_budget_from_the_start_of_make(make):
 
 def test_an_edited_source_is_compiled_before_what_needs_it(make, tmp_path):
     tree = tmp_path / "tree"
-    compiled = ["csrc/op/ops.cpp", "csrc/kernel/sm90a/kernel.h", "setup.py", "pyproject.toml"]
+    compiled = ["csrc/op/ops.cpp", "csrc/kernels/gemm/sm90a/kernel.h", "setup.py", "pyproject.toml"]
     compiled.append("build_backend/lora_ext_backend.py")
     (tree / "tests").mkdir(parents=True)
     (tree / "emulator").mkdir()

@@ -53,7 +53,7 @@ def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice)
     assert facts["cuda"] is False
     said = {"auto": "No nvcc was found", "0": "LORA_EXT_CUDA=0", "no-card": "there is no card"}
     assert said[choice] in facts["cuda_reason"]
-    assert extension.sources == ["csrc/cuda/none.cpp"]
+    assert extension.sources == ["csrc/kernels/launch/none.cpp"]
     assert extension.extra_objects == []
 
 
@@ -98,7 +98,7 @@ def toolkit(build_ext, monkeypatch, tmp_path):
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
         command.build_temp = str(tmp_path / "objects")
         facts = command.add_cuda(extension)
-        compiled = re.findall(r"(.*) -c (csrc/cuda/\S+)", log.read_text())
+        compiled = re.findall(r"(.*) -c (csrc/kernels/launch/\S+)", log.read_text())
         return facts, {Path(source).name: options for options, source in compiled}
 
     return install
@@ -119,7 +119,7 @@ def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
     toolkit, tmp_path, build_ext, setup_py, monkeypatch
 ):
     names = setup_py["CudaToolkit"].__init__.__globals__
-    files = ["csrc/cuda/dropout.cu", "csrc/cuda/lora_grouped.cu"]
+    files = ["csrc/kernels/launch/dropout.cu", "csrc/kernels/launch/lora_linear.cu"]
     monkeypatch.setitem(names, "sources", lambda pattern: files)
     toolkit()
     command, extension = build_ext
@@ -128,7 +128,7 @@ def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
     def compiled_again() -> int:
         log.write_text("")
         command.add_cuda(extension)
-        return log.read_text().count(" -c csrc/cuda/")
+        return log.read_text().count(" -c csrc/kernels/launch/")
 
     assert compiled_again() == 0
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
@@ -142,7 +142,7 @@ def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
 @pytest.mark.parametrize("release", ["11.8", "12.0", "12.5", "12.6", "13.1", "14.0"])
 def test_an_older_nvcc_builds_for_the_cpu_and_says_why(toolkit, release):
     facts, compiled = toolkit(release)
-    kernels = {path.name for path in Path(ROOT, "csrc/cuda").glob("*.cu")}
+    kernels = {path.name for path in Path(ROOT, "csrc/kernels/launch").glob("*.cu")}
     if facts["cuda"] is False:
         assert release < "12.6" and not compiled
         assert f"nvcc {release} is older than 12.6" in facts["cuda_reason"]

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "plan/plan.h"
+#include "kernels/plan/plan.h"
 
 namespace lora_ext {
 

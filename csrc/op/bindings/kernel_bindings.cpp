@@ -4,10 +4,10 @@
 
 #include <map>
 
+#include "kernels/plan/decode_shares.h"
 #include "op/bindings/bindings.h"
 #include "op/check/kernel_check.h"
 #include "op/launch/kernel_launch.h"
-#include "plan/decode_shares.h"
 
 namespace lora_ext {
 namespace {
@@ -23,11 +23,11 @@ std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
 
 // With groups != 0 the plan is for many adapters with an index for each row.
 plan::Plan plan_as_asked(const plan::Card& card, plan::Problem problem, bool backward,
-                         const std::string& choice, const std::string& tile, bool early_launch,
+                         const std::string& choice, const std::string& tile, bool use_pdl,
                          int64_t groups) {
   problem.backward = backward;
   if (groups != 0) problem.groups = plan::Groups{groups, true};
-  const plan::Request request{choice_of(choice), plan::tile_named(tile), "", early_launch};
+  const plan::Request request{choice_of(choice), plan::tile_named(tile), "", use_pdl};
   return plan::make_plan(card, problem, request);
 }
 
@@ -43,14 +43,14 @@ std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
                {"b", p->b},
                {"t", p->t},
                {"z", p->z},
-               {"flags", p->in_grid ? p->in_grid->flags : plan::kNone},
+               {"flags", p->fused_shrink ? p->fused_shrink->flags : plan::kNone},
                {"s", p->s},
                {"g_a", p->g_a},
                {"g_b", p->g_b},
                {"a_pitch", p->a_pitch},
                {"terms", p->terms},
                {"z_columns", p->z_columns},
-               {"flag_count", p->in_grid ? p->in_grid->flag_count() : 0}};
+               {"flag_count", p->fused_shrink ? p->fused_shrink->flag_count() : 0}};
   }
   if (const plan::Decode* p = plan.decode()) {
     numbers = {{"sums", p->sums},   {"s_sums", p->s_sums},
@@ -107,7 +107,7 @@ void bind_kernel_set(py::module& m) {
       .def_property_readonly("slots", &Shares::slots)
       .def_property_readonly("s_slots", &Shares::s_slots)
       .def_property_readonly("chunks", &Shares::chunks);
-  m.def("all_kernels", &kernel_set::all_of, py::arg("card"), py::arg("early_launch"));
+  m.def("all_kernels", &kernel_set::all_of, py::arg("card"), py::arg("use_pdl"));
   m.def("all_grouped_kernels", &kernel_set::all_grouped_of, py::arg("card"));
   m.def(
       "kernels_of",
@@ -117,8 +117,8 @@ void bind_kernel_set(py::module& m) {
       },
       py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"));
   m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
-        py::arg("backward"), py::arg("choice"), py::arg("tile") = "",
-        py::arg("early_launch") = true, py::arg("groups") = 0);
+        py::arg("backward"), py::arg("choice"), py::arg("tile") = "", py::arg("use_pdl") = true,
+        py::arg("groups") = 0);
 }
 
 void bind_kernel_check(py::module& m) {

@@ -5,7 +5,7 @@
 #include "common/rows.h"
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
-#include "cuda/device.h"
+#include "kernels/device.h"
 #include "op/bindings/bindings.h"
 
 #if defined(__clang__)

@@ -3,15 +3,14 @@
 
 #include <map>
 
-#include "cuda/device.h"
+#include "kernels/device.h"
+#include "kernels/plan/autotune_cache.h"
+#include "kernels/plan/plan.h"
+#include "kernels/plan/predict.h"
+#include "kernels/plan/rates.h"
 #include "op/bindings/bindings.h"
 #include "op/launch/kernel_launch.h"
 #include "op/route/route.h"
-#include "plan/plan.h"
-#include "plan/predict.h"
-#include "plan/predict_library.h"
-#include "plan/rates.h"
-#include "plan/winners.h"
 
 namespace lora_ext {
 namespace {
@@ -27,7 +26,7 @@ plan::Plan plan_for(const plan::Card& card, const plan::Problem& problem,
                     const std::string& choice) {
   const bool deterministic = at::globalContext().deterministicAlgorithms();
   return plan::make_plan(card, problem,
-                         winners::request_for(card, problem, choice_of(choice), deterministic));
+                         autotune::request_for(card, problem, choice_of(choice), deterministic));
 }
 
 kernel_route::Explained explain_forward(const at::Tensor& x, const at::Tensor& weight,
@@ -69,9 +68,9 @@ void bind_device(py::module& m) {
       [](const std::string& name) { kernel_route::settings().choice = choice_of(name); },
       py::arg("name"));
   m.def(
-      "set_early_launch", [](bool enabled) { kernel_route::settings().early_launch = enabled; },
+      "set_pdl", [](bool enabled) { kernel_route::settings().use_pdl = enabled; },
       py::arg("enabled"));
-  m.def("early_launch", [] { return kernel_route::settings().early_launch.load(); });
+  m.def("use_pdl", [] { return kernel_route::settings().use_pdl.load(); });
   m.def(
       "set_reserved_sms", [](int count) { kernel_route::settings().reserved_sms = count; },
       py::arg("count"));
@@ -83,7 +82,7 @@ void bind_device(py::module& m) {
   });
 }
 
-winners::Winner winner_of(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
+autotune::Entry winner_of(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
                           int64_t k, int64_t rank, const std::string& route,
                           const std::string& tile, const std::string& measured) {
   const plan::Choice choice = choice_of(route);
@@ -94,11 +93,11 @@ winners::Winner winner_of(bool backward, bool float_adapters, bool dropout, int6
 }
 
 void bind_winners(py::module& m) {
-  py::class_<winners::Winner>(m, "AutotuneEntry")
+  py::class_<autotune::Entry>(m, "AutotuneEntry")
       .def(py::init(&winner_of), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
            py::arg("dropout"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("rank"),
            py::arg("route"), py::arg("tile"), py::arg("measured"));
-  m.def("replace_autotune_cache", &winners::replace, py::arg("card"), py::arg("entries"),
+  m.def("replace_autotune_cache", &autotune::replace, py::arg("card"), py::arg("entries"),
         py::arg("pinned") = false);
   m.def(
       "tiles_of",
@@ -194,14 +193,15 @@ void bind_plans(py::module& m) {
                              [](const Plan& p) { return plan::facts_of(tile_of(p)).wgmma; })
       .def_property_readonly("blocks", &blocks_of)
       .def_property_readonly("columns", &columns_of)
-      .def_property_readonly("in_grid",
-                             of_tiled([](const Tiled& t) { return t.in_grid.has_value(); }))
+      .def_property_readonly("fused_shrink",
+                             of_tiled([](const Tiled& t) { return t.fused_shrink.has_value(); }))
       .def_property_readonly("pairs_per_ticket", of_tiled([](const Tiled& t) {
-                               return t.in_grid ? t.in_grid->pairs_per_ticket : 1;
+                               return t.fused_shrink ? t.fused_shrink->pairs_per_ticket : 1;
                              }))
       .def_property_readonly("one_pass", of_tiled([](const Tiled& t) { return t.one_pass(); }))
       .def_property_readonly("panels", of_tiled([](const Tiled& t) { return t.panels; }))
-      .def_property_readonly("early_wgrad", of_tiled([](const Tiled& t) { return t.early_wgrad; }))
+      .def_property_readonly("wgrad_uses_pdl",
+                             of_tiled([](const Tiled& t) { return t.wgrad_uses_pdl; }))
       .def_property_readonly("shrink_splits",
                              of_tiled([](const Tiled& t) { return t.shrink.splits; }))
       .def_property_readonly("dlora_a_splits",

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "plan/plan.h"
+#include "kernels/plan/plan.h"
 
 // A set is what one call uses together: the unit that is checked. Here are all sets, and a small
 // case for each.
@@ -36,7 +36,7 @@ struct Kernels {
 Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem);
 
 // All sets that a card can run, with PDL or without; none below compute capability 8.0.
-std::vector<Kernels> all_of(const plan::Card& card, bool early_launch);
+std::vector<Kernels> all_of(const plan::Card& card, bool use_pdl);
 
 // All sets for many adapters that a card can run.
 std::vector<Kernels> all_grouped_of(const plan::Card& card);

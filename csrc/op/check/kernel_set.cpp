@@ -1,5 +1,5 @@
+#include "kernels/plan/tiles.h"
 #include "op/check/kernel_check.h"
-#include "plan/tiles.h"
 
 namespace lora_ext::kernel_set {
 namespace {
@@ -7,17 +7,17 @@ namespace {
 // The rank tails that are checked. One pass over dY is used for few columns.
 std::vector<int> tails_of(const Kernels& kernels) {
   if (!plan::facts_of(kernels.tile).wgmma) return {0};
-  if (kernels.backward && plan::facts_of(kernels.tile).in_grid) return {4};
+  if (kernels.backward && plan::facts_of(kernels.tile).fused_shrink) return {4};
   if (!kernels.one_pass) return {1, 4};
   return {kernels.wide && !kernels.float_adapters ? 4 : 1};
 }
 
-// Whether sets with and without PDL exist. Also with PDL enabled, an in-grid dX (T is computed in
-// the same grid) triggers no dependent kernel if both adapters are frozen.
-std::vector<bool> early_of(const Kernels& kernels, bool early_launch) {
+// Whether sets with and without PDL exist. Also with PDL enabled, a fused-shrink dX (T is computed
+// in the same grid) triggers no dependent kernel if both adapters are frozen.
+std::vector<bool> early_of(const Kernels& kernels, bool use_pdl) {
   const plan::TileFacts& tile = plan::facts_of(kernels.tile);
-  if (!early_launch || !tile.wgmma) return {false};
-  if (!tile.in_grid) return {true};
+  if (!use_pdl || !tile.wgmma) return {false};
+  if (!tile.fused_shrink) return {true};
   return kernels.backward ? std::vector<bool>{true, false} : std::vector<bool>{false};
 }
 
@@ -33,17 +33,16 @@ void add_decode(Kernels kernels, std::vector<Kernels>& all) {
 
 // The sets for one dtype of adapters and activations and one value of dropout: with each tile, and
 // for the hybrid route.
-void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
-               std::vector<Kernels>& all) {
+void add_tiles(const plan::Card& card, bool use_pdl, Kernels kernels, std::vector<Kernels>& all) {
   const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
   for (const plan::Tile tile : plan::tiles_of(card, call)) {
-    if (plan::facts_of(tile).in_grid && kernels.one_pass) continue;
+    if (plan::facts_of(tile).fused_shrink && kernels.one_pass) continue;
     if (tile == plan::Tile::kDecode) {
       add_decode(kernels, all);
       continue;
     }
     kernels.tile = tile, kernels.vector = true;
-    for (const bool early : early_of(kernels, early_launch)) {
+    for (const bool early : early_of(kernels, use_pdl)) {
       for (const int tail : tails_of(kernels)) {
         kernels.early = early, kernels.tail = tail;
         all.push_back(kernels);
@@ -65,7 +64,7 @@ void add_tiles(const plan::Card& card, bool early_launch, Kernels kernels,
 // the requested tail.
 int64_t rank_for(const Kernels& kernels) {
   if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
-  const int64_t whole = plan::facts_of(kernels.tile).in_grid ? 0 : 64;
+  const int64_t whole = plan::facts_of(kernels.tile).fused_shrink ? 0 : 64;
   return kernels.tail == 1 ? whole + 8 : 40;
 }
 
@@ -102,13 +101,13 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem) {
   kernels.hybrid = plan.hybrid(), kernels.vector = tiled.vector;
   kernels.one_pass = tiled.one_pass(), kernels.wide = tiled.one_pass() && tiled.columns > 16;
   if (tiled.gemm && plan::facts_of(kernels.tile).wgmma)
-    kernels.tail = plan::tail_of(tiled.width, problem.backward && tiled.in_grid);
-  kernels.early = (tiled.gemm && tiled.gemm->early) || tiled.early_wgrad;
+    kernels.tail = plan::tail_of(tiled.width, problem.backward && tiled.fused_shrink);
+  kernels.early = (tiled.gemm && tiled.gemm->use_pdl) || tiled.wgrad_uses_pdl;
   kernels.given_base = !problem.backward && tiled.base == plan::Base::kGiven;
   return kernels;
 }
 
-std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
+std::vector<Kernels> all_of(const plan::Card& card, bool use_pdl) {
   struct Dsdb {
     bool one_pass, wide;
   };
@@ -120,11 +119,11 @@ std::vector<Kernels> all_of(const plan::Card& card, bool early_launch) {
         Kernels kernels{};
         kernels.dtype = dtype, kernels.float_adapters = float_adapters;
         kernels.dropout = dropout;
-        add_tiles(card, early_launch, kernels, all);
+        add_tiles(card, use_pdl, kernels, all);
         kernels.backward = true;
         for (const Dsdb dsdb : {Dsdb{false, false}, Dsdb{true, false}, Dsdb{true, true}}) {
           kernels.one_pass = dsdb.one_pass, kernels.wide = dsdb.wide;
-          add_tiles(card, early_launch, kernels, all);
+          add_tiles(card, use_pdl, kernels, all);
         }
       }
     }
@@ -155,7 +154,7 @@ SmallCase small_case(const Kernels& kernels) {
   SmallCase small{{264, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
                   {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};
   if (!kernels.hybrid) small.request.tile = kernels.tile;
-  small.request.early_launch = kernels.early;
+  small.request.use_pdl = kernels.early;
   small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
   if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.most_blocks = 4;

@@ -7,8 +7,8 @@
 #include <unordered_map>
 
 #include "common/base_linear.h"
-#include "cuda/device.h"
-#include "cuda/lora_grouped.h"
+#include "kernels/device.h"
+#include "kernels/lora_grouped.h"
 #include "op/launch/launch_parts.h"
 
 namespace lora_ext::kernel_launch {

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "common/call.h"
-#include "plan/plan.h"
+#include "kernels/plan/plan.h"
 
 namespace lora_ext::kernel_launch {
 

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <vector>
 
-#include "cuda/device.h"
+#include "kernels/device.h"
 #include "op/launch/kernel_launch.h"
 
 namespace lora_ext::kernel_launch {

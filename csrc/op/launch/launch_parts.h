@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "common/call.h"
-#include "cuda/lora_linear.h"
-#include "kernel/lora_grouped_linear.h"
-#include "kernel/mask_operand.h"
+#include "kernels/lora_grouped.h"
+#include "kernels/lora_linear.h"
+#include "kernels/tile/mask_operand.h"
 
 namespace lora_ext::kernel_launch {
 

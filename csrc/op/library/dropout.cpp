@@ -11,8 +11,8 @@
 
 #include "common/check.h"
 #include "cpu/skinny.h"
-#include "cuda/device.h"
-#include "cuda/dropout.h"
+#include "kernels/device.h"
+#include "kernels/dropout.h"
 
 namespace lora_ext {
 namespace {

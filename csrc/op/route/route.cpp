@@ -6,10 +6,10 @@
 #include <map>
 
 #include "cpu/driver.h"
+#include "kernels/plan/autotune_cache.h"
 #include "op/check/kernel_check.h"
 #include "op/launch/kernel_launch.h"
 #include "op/library/library_route.h"
-#include "plan/winners.h"
 
 namespace lora_ext::kernel_route {
 namespace {
@@ -19,7 +19,7 @@ struct PlannedCall {
   int device;
   plan::Problem problem;
   plan::Choice choice;
-  bool early_launch, deterministic;
+  bool use_pdl, deterministic;
   int reserved_sms;
   uint64_t winners;
 
@@ -31,10 +31,10 @@ PlannedCall call_of(const at::Device& device, const plan::Problem& problem) {
   return {device.index(),
           problem,
           set.choice,
-          set.early_launch,
+          set.use_pdl,
           at::globalContext().deterministicAlgorithms(),
           set.reserved_sms,
-          winners::version()};
+          autotune::version()};
 }
 
 template <class Args>
@@ -45,8 +45,8 @@ PlannedCall call_of(const Args& args) {
 plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
   plan::Card card = kernel_launch::card_of(device);
   card.sms = std::max(2, card.sms - call.reserved_sms);  // a cluster has two
-  plan::Request request = winners::request_for(card, call.problem, call.choice, call.deterministic);
-  request.early_launch = call.early_launch;
+  plan::Request request = autotune::request_for(card, call.problem, call.choice, call.deterministic);
+  request.use_pdl = call.use_pdl;
   return plan::make_plan(card, call.problem, request);
 }
 

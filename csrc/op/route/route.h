@@ -7,7 +7,7 @@
 #include <string>
 
 #include "common/call.h"
-#include "plan/plan.h"
+#include "kernels/plan/plan.h"
 
 namespace lora_ext::route {
 
@@ -51,7 +51,7 @@ Explained explain_problem(const at::Device& device, const plan::Problem& problem
 // What the user sets, for all threads.
 struct Settings {
   std::atomic<plan::Choice> choice{plan::Choice::kAuto};
-  std::atomic<bool> early_launch{true};  // a kernel may begin before the previous one ends (PDL)
+  std::atomic<bool> use_pdl{true};  // a kernel may begin before the previous one ends (PDL)
   std::atomic<int> reserved_sms{0};      // of each device, which plans leave to other work
 };
 Settings& settings();

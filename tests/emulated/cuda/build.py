@@ -1,4 +1,4 @@
-"""Builds build/emulator/cuda/lora_ext: the package with csrc/cuda/ itself, on our CUDA runtime.
+"""Builds build/emulator/cuda/lora_ext: the package with kernels/launch/ itself, on our runtime.
 
 All sources are the package's own. runtime.cpp stands for the CUDA runtime and device.cpp for the
 CUDA device of torch, so that a call on CUDA tensors goes the way it goes on a GPU, from the op to
@@ -17,7 +17,7 @@ PACKAGE = build.BUILD / "cuda"
 
 @dataclass(frozen=True)
 class CudaObject(programs.Object):
-    """A source of csrc/cuda/."""
+    """A source of csrc/kernels/launch/."""
 
     def command(self) -> list[str]:
         included = [
@@ -33,7 +33,7 @@ class CudaObject(programs.Object):
 
 def objects() -> list[build.Object]:
     return [
-        *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("cuda/*.cu")),
+        *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("kernels/launch/*.cu")),
         *torchs_half(),
         TorchObject(FLAVOUR, "tests/emulated/cuda/device.cpp", kernels=False),
         programs.Object(FLAVOUR, "tests/emulated/cuda/runtime.cpp", kernels=False),

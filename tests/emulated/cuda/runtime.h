@@ -1,8 +1,9 @@
-// The part of the CUDA runtime that csrc/cuda/ uses, compiled by g++: checks its arguments, keeps a
-// record, runs kernels in the execution layer, and fails where a test wants it to.
+// The part of the CUDA runtime that csrc/kernels/launch/ uses, compiled by g++: checks its
+// arguments, keeps a record, runs kernels in the execution layer, and fails where a test wants it
+// to.
 //
-// Included before each source of csrc/cuda/ (-include), so that these launch what they launch on a
-// GPU. runtime.cpp has the functions of cuda_runtime_api.h.
+// Included before each source of csrc/kernels/launch/ (-include), so that these launch what they
+// launch on a GPU. runtime.cpp has the functions of cuda_runtime_api.h.
 #pragma once
 #include <cuda_runtime.h>
 

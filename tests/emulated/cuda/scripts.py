@@ -56,26 +56,26 @@ for planned, calls, n, k, results in (
 ):
     launched = kernels(calls)
     assert all(each["device"] == 1 for each in launches(calls))
-    product = "ingrid" if planned.in_grid else "gemm"
+    product = "fusedshrink" if planned.fused_shrink else "gemm"
     assert launched.count(product) == 1, launched
     # The product may begin early where it waits for T, and lora_wgrad beside it.
-    assert ("reduce" in launched) != planned.in_grid
+    assert ("reduce" in launched) != planned.fused_shrink
     assert early(calls) == (
-        [product] * ("begins early" in str(planned).split("lora_wgrad")[0])
-        + ["wgrad"] * planned.early_wgrad
+        [product] * ("launched with PDL" in str(planned).split("lora_wgrad")[0])
+        + ["wgrad"] * planned.wgrad_uses_pdl
     ), (launched, early(calls), str(planned))
-    assert "ingrid" not in early(calls)
+    assert "fusedshrink" not in early(calls)
     in_clusters = [kernel_of(each) for each in launches(calls) if each["cluster"] != [1, 1, 1]]
     assert in_clusters == [product] * planned.wgmma
     assert all(each["cluster"] in ([1, 1, 1], [2, 1, 1]) for each in launches(calls))
     names = [each["call"] for each in calls if each["call"] != "cuTensorMapEncodeTiled"]
-    assert names.count("cudaMemsetAsync") == planned.in_grid
-    if planned.in_grid:  # ticket, written, and a flag for each row block, in pairs
+    assert names.count("cudaMemsetAsync") == planned.fused_shrink
+    if planned.fused_shrink:  # ticket, written, and a flag for each row block, in pairs
         cleared = names.index("cudaMemsetAsync")
         flags = 2 * 32 + 2 * ((call.rows + 255) // 256)
         clear = [each for each in calls if each["call"] == "cudaMemsetAsync"]
         assert [(each["value"], each["bytes"]) for each in clear] == [(0, 4 * flags)]
-        after = launched[launched.index("ingrid"):]
+        after = launched[launched.index("fusedshrink"):]
         assert names[cleared:].count("cudaLaunchKernelEx") == len(after)
     maps = {each["data"]: each for each in calls if each["call"] == "cuTensorMapEncodeTiled"}
     if planned.wgmma:

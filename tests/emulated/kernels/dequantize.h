@@ -1,8 +1,8 @@
 // All instances of the dequantisation kernels.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/dequantize_4bit.h"
-#include "kernel/dequantize_8bit.h"
+#include "kernels/dequantize/4bit.h"
+#include "kernels/dequantize/8bit.h"
 
 // X(variant, T)
 #define DEQUANTIZE_VARIANTS(X) \

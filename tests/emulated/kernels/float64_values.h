@@ -2,7 +2,7 @@
 // add.
 #pragma once
 #include "emulated/kernels/reference.h"
-#include "kernel/halves.h"
+#include "kernels/tile/halves.h"
 
 namespace kernels {
 

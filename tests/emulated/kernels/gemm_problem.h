@@ -1,7 +1,7 @@
 // A random problem of lora_gemm, Y = P Q + mask * (T U) + bias, or onto a base, and the expected Y.
 #pragma once
 #include "emulated/kernels/operand.h"
-#include "kernel/halves.h"
+#include "kernels/tile/halves.h"
 
 namespace kernels {
 
@@ -16,7 +16,7 @@ struct GemmProblem {
   const int terms = random() % 3 == 0 ? 3 : 1;
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   const bool with_bias = !kMasked && random() % 4 != 0, float_bias = random() % 2;
-  const bool lets_wgrad_begin = random() % 4 != 0;
+  const bool trigger_dependents = random() % 4 != 0;
   const Stored p{m, depth, numbers, random, "p"};
   const Stored q{kMNMajor ? depth : n, kMNMajor ? n : depth, numbers, random, "q"};
   std::unique_ptr<Stored> t[3], u[3];
@@ -55,7 +55,7 @@ struct GemmProblem {
       params.base_pitch = in_place ? y.pitch() : base->pitch();
     }
     params.whole_chunks = kAlignment == Alignment::kVector;
-    params.float_bias = float_bias, params.lets_wgrad_begin = lets_wgrad_begin;
+    params.float_bias = float_bias, params.trigger_dependents = trigger_dependents;
     params.m = m, params.n = n, params.k = k, params.rank = rank, params.terms = terms;
     params.mask = mask.parameters();
     return params;

@@ -6,7 +6,7 @@
 
 #include "emulated/kernels/grouped_rows.h"
 #include "emulated/kernels/operand.h"
-#include "kernel/halves.h"
+#include "kernels/tile/halves.h"
 
 namespace kernels {
 

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "emulator/memory/global_memory.h"
-#include "kernel/lora_grouped.h"
+#include "kernels/lora_grouped.h"
 
 namespace kernels {
 

@@ -4,7 +4,7 @@
 #include "emulated/kernels/dequantize.h"
 #include "emulated/kernels/lora_decode.h"
 #include "emulated/kernels/lora_dsdb_sm80.h"
-#include "emulated/kernels/lora_gemm_in_grid_sm90a.h"
+#include "emulated/kernels/lora_gemm_fused_shrink_sm90a.h"
 #include "emulated/kernels/lora_gemm_sm80.h"
 #include "emulated/kernels/lora_gemm_sm90a.h"
 #include "emulated/kernels/lora_shrink_sm80.h"

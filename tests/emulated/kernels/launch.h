@@ -2,7 +2,7 @@
 #pragma once
 #include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
-#include "kernel/lora_gemm_sm90a/launch.h"
+#include "kernels/gemm/sm90a/launch.h"
 
 namespace kernels {
 
@@ -14,11 +14,11 @@ __global__ void clear(V* flags, int64_t count) {
 }
 INSTANCE(clear<uint32_t>(uint32_t*, int64_t))
 
-// Launches as csrc/cuda/ does, on a card that holds `most` clusters.
+// Launches as csrc/kernels/launch/ does, on a card that holds `most` clusters.
 struct Launch {
   emulator::Stream& stream;
   int64_t most = 1;
-  int early_launches = 0;
+  int pdl_launches = 0;
 
   template <class T>
   CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
@@ -44,17 +44,17 @@ struct Launch {
 
   template <class Params>
   void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
-                  const Params& params, bool early = false) {
-    early_launches += early;
+                  const Params& params, bool use_pdl = false) {
+    pdl_launches += use_pdl;
     stream.launch({.grid = grid,
                    .block = dim3(threads),
                    .shared_bytes = shared_bytes,
-                   .programmatic_dependent = early},
+                   .programmatic_dependent = use_pdl},
                   kernel, params);
   }
   template <class... Params>
   void operator()(void (*kernel)(Params...), const Sm90aLaunch& how, const Params&... params) {
-    early_launches += how.dependent;
+    pdl_launches += how.dependent;
     stream.launch({.grid = how.grid,
                    .block = dim3(how.threads),
                    .cluster = how.cluster,

@@ -11,8 +11,7 @@
 #include "emulated/kernels/grouped_factors.h"
 #include "emulated/kernels/launch.h"
 #include "emulated/kernels/linear_case.h"
-#include "kernel/lora_decode_launch.h"
-#include "kernel/lora_decode_params.h"
+#include "kernels/decode/launch.h"
 
 namespace kernels {
 namespace {

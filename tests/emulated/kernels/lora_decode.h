@@ -1,7 +1,7 @@
 // The instances of lora_decode, all that there are.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_decode_sm80.h"
+#include "kernels/decode/kernel.h"
 
 // X(variant, T, the factors' type, rows at most)
 #define LORA_DECODE_VARIANTS(X)                \

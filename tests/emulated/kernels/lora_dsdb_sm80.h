@@ -1,7 +1,7 @@
 // The instances of lora_dsdb_sm80 that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_dsdb_sm80.h"
+#include "kernels/skinny/dsdb.h"
 
 // X(variant, T, columns, alignment)
 #define LORA_DSDB_SM80_VARIANTS(X)                  \

@@ -1,7 +1,7 @@
 // The instances of lora_gemm_sm80 that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_gemm_sm80.h"
+#include "kernels/gemm/sm80/kernel.h"
 
 // X(variant, T, tile, MN-major, masked)
 #define LORA_GEMM_SM80_VARIANTS(X)                                      \

@@ -1,9 +1,9 @@
 // The instances of lora_gemm_sm90a.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_gemm_sm90a/kernel.h"
+#include "kernels/gemm/sm90a/kernel.h"
 
-// All that csrc/cuda/ has. X(variant, T, MN-major, masked, tile, planned)
+// All that csrc/kernels/launch/ has. X(variant, T, MN-major, masked, tile, planned)
 #define LORA_GEMM_SM90A_TILES(X, product, ...)              \
   X(product##_128x256, __VA_ARGS__, 128x256, kWgmma128x256) \
   X(product##_128x192_pingpong, __VA_ARGS__, 128x192Pingpong, kPingpong128x192)

@@ -1,7 +1,7 @@
 // The instances of lora_grouped_gemm_sm80 that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_grouped_gemm.h"
+#include "kernels/grouped/gemm.h"
 
 // X(variant, T, the factors' type, tile, MN-major, masked)
 #define LORA_GROUPED_GEMM_VARIANTS(X)                                                  \

@@ -3,8 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_grouped_entries.h"
-#include "kernel/lora_grouped_segments.h"
+#include "kernels/grouped/segments.h"
 
 namespace lora_ext::kernel {
 INSTANCE(lora_grouped_entries<__half>(LoraGroupedEntriesParams))

@@ -2,7 +2,7 @@
 // layer.
 #pragma once
 #include "emulator/emulator.h"
-#include "kernel/lora_grouped_sequence.h"
+#include "kernels/sequence/grouped_sequence.h"
 
 namespace lora_ext::kernel {
 

@@ -1,8 +1,8 @@
 // The instances of lora_grouped_wgrad and lora_grouped_reduce_wgrad that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_grouped_reduce_wgrad.h"
-#include "kernel/lora_grouped_wgrad.h"
+#include "kernels/grouped/reduce.h"
+#include "kernels/grouped/wgrad.h"
 
 // X(variant, T, the factors' type, masked, alignment)
 #define LORA_GROUPED_WGRAD_VARIANTS(X)                                   \

@@ -46,14 +46,14 @@ class LinearTest {
   // Any of the card's tiles, or the planner's. T is mostly computed in the grid where possible.
   plan::Request request(bool backward) {
     plan::Request asked{case_.choice};
-    asked.early_launch = case_.early;
+    asked.use_pdl = case_.early;
     const plan::Call call{backward, case_.float_adapters, case_.dropout};
     auto tiles = plan::tiles_of(case_.card, call);
     std::erase(tiles, plan::Tile::kDecode);  // which few rows take if no tile is requested
     if (random_() % 3 != 0) asked.tile = tiles[random_() % tiles.size()];
-    const auto in_grid = [](plan::Tile tile) { return plan::facts_of(tile).in_grid; };
-    const auto first = std::find_if(tiles.begin(), tiles.end(), in_grid);
-    if (case_.wants_in_grid && first != tiles.end() && random_() % 4 != 0) asked.tile = *first;
+    const auto fused_shrink = [](plan::Tile tile) { return plan::facts_of(tile).fused_shrink; };
+    const auto first = std::find_if(tiles.begin(), tiles.end(), fused_shrink);
+    if (case_.wants_fused_shrink && first != tiles.end() && random_() % 4 != 0) asked.tile = *first;
     return asked;
   }
 
@@ -99,7 +99,8 @@ class LinearTest {
       used_workspace_.resize(workspace->size(), emulator::kPoisonByte);
       workspace->fill(0);  // tells the race checker that it is initialised
       std::copy_n(used_workspace_.begin(), workspace->size(), workspace->begin());
-      if (plan.tiled() != nullptr && plan.tiled()->in_grid) tell("in grid, in a used workspace");
+      if (plan.tiled() != nullptr && plan.tiled()->fused_shrink)
+        tell("fused shrink, in a used workspace");
     }
     return workspace;
   }
@@ -162,7 +163,7 @@ class LinearTest {
     p.aligned = dy_.aligned() && w_.aligned() && x_.aligned() && k_ % 8 == 0;
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
-    p.need_dx = case_.wants_in_grid || (needs & 1), p.need_dlora_a = needs & 2,
+    p.need_dx = case_.wants_fused_shrink || (needs & 1), p.need_dlora_a = needs & 2,
     p.need_dlora_b = needs & 4;
     const plan::Plan plan = plan::make_plan(case_.card, p, request(true));
     tell_plan("backward", plan, case_, mask_);
@@ -181,8 +182,8 @@ class LinearTest {
     for (int calls = random_() % 4 == 0 ? 2 : 1; calls > 0; --calls) {
       const int early = backward<T>(stream, plan, g, case_.clusters);
       const plan::Tiled& tiled = *plan.tiled();
-      if (early != (tiled.gemm && tiled.gemm->early) + tiled.early_wgrad)
-        differ("%d kernels were launched to begin early", early);
+      if (early != (tiled.gemm && tiled.gemm->use_pdl) + tiled.wgrad_uses_pdl)
+        differ("%d kernels were launched with PDL", early);
     }
     GlobalBuffer<T> dx_after(dx.size(), "dx after the call");
     stream.launch({.grid = dim3(2), .block = dim3(64)}, copy<T>, static_cast<const T*>(dx.data()),
@@ -250,8 +251,8 @@ const Program program{"lora_linear_sequence",
                        {"tall", 300, 64, 72},
                        {"wide", 40, 520, 130},
                        {"early", 300, 264, 136},
-                       {"in_grid_deep", 300, 264, 392},
-                       {"in_grid_wide", 520, 392, 136},
+                       {"fused_shrink_deep", 300, 264, 392},
+                       {"fused_shrink_wide", 520, 392, 136},
                        {"laps", 300, 584, 648},
                        {"tiny", 3, 1, 5},
                        {"every_rank", 33, 40, 72}}};

@@ -1,7 +1,7 @@
 // The whole LoRA linear in emulation: plans run as they run on a GPU, on a stream of the layer.
 #pragma once
 #include "emulator/emulator.h"
-#include "kernel/lora_linear_sequence.h"
+#include "kernels/sequence/linear_sequence.h"
 
 namespace lora_ext::kernel {
 

@@ -16,7 +16,7 @@ int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearB
              int64_t clusters) {
   kernels::Launch launch{stream, clusters};
   launch_lora_linear<T>(plan, operands, launch);
-  return launch.early_launches;
+  return launch.pdl_launches;
 }
 
 #define SEQUENCE(T)                                                                         \

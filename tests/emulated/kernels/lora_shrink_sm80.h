@@ -1,8 +1,8 @@
 // The instances of lora_shrink_sm80 and lora_reduce that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_reduce.h"
-#include "kernel/lora_shrink_sm80.h"
+#include "kernels/skinny/reduce.h"
+#include "kernels/skinny/shrink.h"
 
 // X(variant, T, MN-major, masked, alignment)
 #define LORA_SHRINK_SM80_VARIANTS(X)                                 \

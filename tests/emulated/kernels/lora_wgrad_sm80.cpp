@@ -21,8 +21,8 @@ void run_wgrad(const Case& run) {
   const int terms = 1 + static_cast<int>(random() % 2), width = padded(rank);
   const int columns = terms * width;
   const RandomMask mask(numbers, random);
-  constexpr bool kMayBeginEarly = kAlignment == Alignment::kVector;
-  const bool product_writes_u = kMayBeginEarly && random() % 2;
+  constexpr bool kUsesPdl = kAlignment == Alignment::kVector;
+  const bool product_writes_u = kUsesPdl && random() % 2;
   constexpr uint32_t kParts = 2;  // blocks of the grids before
   constexpr int kOffset = Layout<kAlignment>::kOffset;
 
@@ -77,7 +77,7 @@ void run_wgrad(const Case& run) {
                               static_cast<unsigned>(splits)),
                  .block = dim3(Tile::kThreads),
                  .shared_bytes = Tile::kSharedBytes,
-                 .programmatic_dependent = kMayBeginEarly && random() % 4 != 0},
+                 .programmatic_dependent = kUsesPdl && random() % 4 != 0},
                 lora_wgrad_sm80<T, kMasked, kAlignment>, params);
   stream.launch(
       {.grid = dim3(1 + static_cast<unsigned>(random() % 3), static_cast<unsigned>(products)),

@@ -1,8 +1,8 @@
 // The instances of lora_wgrad_sm80 and lora_reduce_wgrad that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernel/lora_reduce_wgrad.h"
-#include "kernel/lora_wgrad_sm80.h"
+#include "kernels/skinny/reduce.h"
+#include "kernels/skinny/wgrad.h"
 
 // X(variant, T, masked, alignment)
 #define LORA_WGRAD_SM80_VARIANTS(X)                       \

@@ -3,8 +3,8 @@
 #pragma once
 #include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
-#include "ptx/grid_dependency.h"
 #include "ptx/memory.h"
+#include "ptx/sync.h"
 
 namespace kernels {
 

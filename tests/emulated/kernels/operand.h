@@ -7,8 +7,8 @@
 
 #include "emulated/kernels/reference.h"
 #include "emulated/kernels/reference_mask.h"
-#include "kernel/halves.h"
-#include "kernel/lora_gemm.h"
+#include "kernels/gemm/params.h"
+#include "kernels/tile/halves.h"
 
 namespace kernels {
 

@@ -4,7 +4,7 @@
 
 #include "emulated/kernels/neighbours.h"
 #include "emulated/kernels/operand.h"
-#include "kernel/lora_linear.h"
+#include "kernels/lora_linear.h"
 
 namespace kernels {
 

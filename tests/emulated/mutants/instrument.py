@@ -10,9 +10,20 @@ from pathlib import Path
 from emulated.mutants import as_named, edits, rules
 from emulated.mutants.faults import FAULTS
 from emulated.mutants.harmless import HARMLESS
-from emulated.mutants.programs import COPIES, CSRC, PROGRAMS, ROOT, Mutant, mutants_of_faults
+from emulated.mutants.programs import (
+    COPIES,
+    CSRC,
+    PROGRAMS,
+    ROOT,
+    Mutant,
+    is_of,
+    mutants_of_faults,
+    programs_of,
+)
 from emulated.mutants.source import Source
 from emulated.mutants.wrap import Wrap, apply, number
+
+HOST_FOLDERS = ("launch", "plan")
 
 
 @cache
@@ -28,7 +39,10 @@ def sources() -> list[Source]:
 
 
 def is_kernel(path: Path) -> bool:
-    return path.suffix == ".h" and "kernel" in path.relative_to(CSRC).parts[:-1]
+    """A header in a folder of kernels/, but for those of the host alone."""
+    room, *folders = path.relative_to(CSRC).parts[:-1]
+    is_inside = room == "kernels" and bool(folders) and folders[0] not in HOST_FOLDERS
+    return path.suffix == ".h" and is_inside
 
 
 @cache
@@ -80,8 +94,8 @@ def program_mutants(program: str) -> list[Mutant]:
     """By the rules, then the edits of its sources, then what else is to be seen by it."""
     found = []
     for source in sources():
-        if source.stem in PROGRAMS.get(program, ()):
-            for name in (name for wrap in rule_wraps(source) for name in wrap.mutants):
+        for name in (name for wrap in rule_wraps(source) for name in wrap.mutants):
+            if is_of(program, name):
                 why = HARMLESS.get(name) or HARMLESS.get(f"{program} {name}", "")
                 found.append(Mutant(program, name, why, caught=not why))
     return [*found, *mutants_of_faults(program)]
@@ -91,10 +105,15 @@ def check_complete() -> None:
     """Every mutant has a program, and no two have one name or one number."""
     if len({number(name) for name in names()}) != len(names()):
         raise ValueError("two mutants have one number: rename one")
-    covered = {stem for stems in PROGRAMS.values() for stem in stems}
     for source in sources():
-        if rule_wraps(source) and source.stem not in covered:
-            raise ValueError(f"{source.path}: expected a program of PROGRAMS to catch its mutants")
+        for name in (name for wrap in rule_wraps(source) for name in wrap.mutants):
+            if not any(is_of(program, name) for program in PROGRAMS):
+                raise ValueError(f"{name}: expected a program of PROGRAMS to catch it")
+    for fault in FAULTS:
+        if not programs_of(fault):
+            raise ValueError(
+                f"{fault.name}: expected a program, as its file has kernels of several"
+            )
 
 
 def rule_wraps(source: Source) -> list[Wrap]:

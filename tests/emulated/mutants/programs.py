@@ -11,65 +11,59 @@ CSRC = ROOT / "csrc"
 COPIES = ROOT / "build" / "emulator" / "instrumented"
 
 # The programs of kernels/ and the sources whose mutants each of them must catch, by their paths in
-# csrc/kernel/.
+# csrc/kernels/; of a file with kernels of several programs, "path.function".
 PROGRAMS = {
     "lora_gemm_sm80": (
-        "lora_gemm_sm80",
-        "lora_gemm_sm80_loads",
-        "lora_gemm_sm80_fragments",
-        "lora_gemm_sm80_epilogue",
-        "step_copy_sm80",
-        "mask_shares",
-        "mask",
-        "bias",
+        "gemm/sm80/kernel",
+        "gemm/sm80/loads",
+        "gemm/sm80/fragments",
+        "gemm/sm80/epilogue",
+        "tile/mask.in_step",
+        "tile/mask.draw_for_element",
+        "tile/mask.draw",
     ),
     "lora_gemm_sm90a": (
-        "lora_gemm_sm90a/kernel",
-        "lora_gemm_sm90a/pipeline",
-        "lora_gemm_sm90a/load",
-        "lora_gemm_sm90a/multiply",
-        "lora_gemm_sm90a/mask_ahead",
-        "lora_gemm_sm90a/store",
-        "lora_gemm_sm90a/tile_bias",
+        "gemm/sm90a/kernel",
+        "gemm/sm90a/pipeline",
+        "gemm/sm90a/load",
+        "gemm/sm90a/multiply",
+        "gemm/sm90a/mask_ahead",
+        "gemm/sm90a/store",
     ),
-    "lora_gemm_in_grid_sm90a": ("lora_gemm_sm90a/in_grid", "lora_gemm_sm90a/jobs"),
+    "lora_gemm_fused_shrink_sm90a": ("gemm/sm90a/fused_shrink", "gemm/sm90a/jobs"),
     "lora_shrink_sm80": (
-        "lora_shrink_sm80",
-        "lora_reduce",
-        "fragment_mask",
-        "sum_of_splits",
-        "tile_copy_sm80",
+        "skinny/shrink",
+        "skinny/reduce.lora_reduce",
+        "tile/mask.keep_or_drop",
+        "tile/halves.sum_of_splits",
+        "tile/copy",
     ),
     "lora_wgrad_sm80": (
-        "lora_wgrad_sm80",
-        "lora_reduce_wgrad",
-        "fragment_mask",
-        "sum_of_splits",
-        "tile_copy_sm80",
+        "skinny/wgrad",
+        "skinny/reduce.lora_reduce_wgrad",
+        "tile/mask.keep_or_drop",
+        "tile/halves.sum_of_splits",
+        "tile/copy",
     ),
-    "lora_dsdb_sm80": ("lora_dsdb_sm80", "tile_copy_sm80"),
-    "lora_split": ("lora_split", "halves"),
+    "lora_dsdb_sm80": ("skinny/dsdb", "tile/copy"),
+    "lora_split": ("skinny/split", "tile/halves.high_half"),
     "lora_decode": (
-        "lora_decode_sm80",
-        "lora_decode_finish",
-        "lora_decode_low_rank",
-        "lora_decode_table",
-        "lora_decode_work",
+        "decode/kernel",
+        "decode/finish",
+        "decode/low_rank",
+        "decode/table",
+        "decode/work",
     ),
-    "dequantize": ("dequantize_4bit", "dequantize_8bit", "dequantized_tile"),
-    "lora_grouped_segments": (
-        "lora_grouped_segments",
-        "lora_grouped_ranks",
-        "lora_grouped_entries",
-    ),
+    "dequantize": ("dequantize/4bit", "dequantize/8bit", "dequantize/tile"),
+    "lora_grouped_segments": ("grouped/segments", "grouped/operands.rank_of"),
     "lora_grouped_shrink": (
-        "lora_grouped_shrink",
-        "lora_grouped_reduce",
-        "lora_grouped_operands",
+        "grouped/shrink",
+        "grouped/reduce.lora_grouped_reduce",
+        *(f"grouped/operands.{name}" for name in ("copy", "entry_of", "half_at", "in_chunks")),
     ),
-    "lora_grouped_gemm": ("lora_grouped_gemm", "lora_grouped_rows"),
-    "lora_grouped_sequence": ("lora_grouped_params", "lora_grouped_sequence"),
-    "lora_grouped_wgrad": ("lora_grouped_wgrad", "lora_grouped_reduce_wgrad"),
+    "lora_grouped_gemm": ("grouped/gemm", "grouped/operands.operator()"),
+    "lora_grouped_sequence": ("sequence/grouped_params", "sequence/grouped_sequence"),
+    "lora_grouped_wgrad": ("grouped/wgrad", "grouped/reduce.lora_grouped_reduce_wgrad"),
 }
 
 
@@ -95,6 +89,11 @@ def programs_of(fault: Fault) -> list[str]:
         return [fault.program]
     stems = {file.removesuffix(".h") for file, _, _ in fault.edits}
     return [program for program, files in PROGRAMS.items() if stems & set(files)]
+
+
+def is_of(program: str, mutant: str) -> bool:
+    """Whether a program must catch a mutant of the rules."""
+    return mutant.startswith(tuple(f"{what}." for what in PROGRAMS.get(program, ())))
 
 
 def copy_of(path: Path) -> Path:

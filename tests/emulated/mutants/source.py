@@ -12,7 +12,7 @@ from tree_sitter import Node
 
 from emulated.mutants.programs import CSRC
 
-KERNELS = CSRC / "kernel"
+KERNELS = CSRC / "kernels"
 PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_cpp.language()))
 CUDA_WORDS = re.compile(
     rb"__(?:device|global|host|forceinline|grid_constant)__|__launch_bounds__\([^()]*\)"
@@ -53,7 +53,7 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """The path within csrc/kernel/, or of another file its name, without the suffix."""
+        """The path within csrc/kernels/, or of another file its name, without the suffix."""
         path = self.path.with_suffix("")
         return str(path.relative_to(KERNELS)) if path.is_relative_to(KERNELS) else path.name
 

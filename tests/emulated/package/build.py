@@ -1,7 +1,8 @@
 """Builds build/emulator/package/lora_ext: the package, with the kernels running in emulation.
 
-The Python sources and the C++ objects are the package's own, and device.cpp stands for csrc/cuda/:
-planner, tensors, workspace, checks and autograd run as they do on a GPU, on CPU tensors.
+The Python sources and the C++ objects are the package's own, and device.cpp stands for
+csrc/kernels/launch/: planner, tensors, workspace, checks and autograd run as they do on a GPU, on
+CPU tensors.
 """
 
 import os
@@ -26,7 +27,7 @@ PACKAGE = build.BUILD / "package"
 FLAVOUR = "plain"
 KERNELS = f"{programs.KERNELS}/{programs.WHOLE_OP}_kernels.cpp"
 DEVICE = "tests/emulated/package/device.cpp"
-NO_CUDA = "csrc/cuda/none.cpp"
+NO_CUDA = "csrc/kernels/launch/none.cpp"
 # As setup.py names it.
 BUILT = build.ROOT.joinpath(
     "build", f"temp-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
@@ -107,7 +108,7 @@ def what_built_objects_read() -> dict[str, set[Path]]:
 
 
 def torchs_half() -> list[build.Object]:
-    """csrc/ without csrc/cuda/: the objects of the normal build, whatever its device library is.
+    """csrc/ without kernels/launch/: the objects of the normal build, whatever its device library.
 
     Compiled here is what has a copy with mutants or includes one: so in one program a function of a
     header is always the same.

@@ -4,7 +4,7 @@
 // graph. LORA_EXT_EMULATED_ARCH is the card, 80 by default. LORA_EXT_EMULATED_HANG simulates
 // kernels that never end, as seen by "wait", or in "launch". LORA_EXT_EMULATED_THROW simulates a
 // failing launch: out of "memory", an "error" of torch, or the "end" of the process.
-#include "cuda/device.h"
+#include "kernels/device.h"
 
 #include <c10/util/Exception.h>
 
@@ -17,16 +17,16 @@
 #include <string>
 #include <thread>
 
-#include "cuda/dequantize.h"
-#include "cuda/dropout.h"
-#include "cuda/lora_grouped.h"
-#include "cuda/lora_linear.h"
 #include "emulated/kernels/lora_grouped_sequence.h"
 #include "emulated/kernels/lora_linear_sequence.h"
 #include "emulated/mutants/known_fault.h"
 #include "emulator/fault.h"
 #include "emulator/machine/config.h"
 #include "emulator/machine/fail.h"
+#include "kernels/dequantize.h"
+#include "kernels/dropout.h"
+#include "kernels/lora_grouped.h"
+#include "kernels/lora_linear.h"
 
 namespace lora_ext::cuda {
 namespace {

@@ -2,12 +2,12 @@
 
 from emulated.mutants.faults.fault import Fault
 
-PRODUCER = "lora_gemm_sm90a/load.h"
-EPILOGUE = "lora_gemm_sm90a/store.h"
-BLOCK = "lora_gemm_sm90a/pipeline.h"
-JOBS = "lora_gemm_sm90a/jobs.h"
-IN_GRID = "lora_gemm_sm90a/in_grid.h"
-ROLES = "lora_gemm_sm90a/kernel.h"
+PRODUCER = "gemm/sm90a/load.h"
+EPILOGUE = "gemm/sm90a/store.h"
+BLOCK = "gemm/sm90a/pipeline.h"
+JOBS = "gemm/sm90a/jobs.h"
+FUSED_SHRINK = "gemm/sm90a/fused_shrink.h"
+ROLES = "gemm/sm90a/kernel.h"
 
 EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);\n"
 HALF = "    multicast_half<kColumns>(ring, right, k0, at.column);\n"
@@ -47,7 +47,7 @@ CONTROLS = [
             "ptx::load_acquire_gpu(ready) < 4 * Tile::kConsumers",
         ),
         (
-            IN_GRID,
+            FUSED_SHRINK,
             BARRIER,
             "    __syncwarp();\n    if (consumer.lane == 0) ptx::atomic_add_release_gpu("
             "jobs.in.ready + row / Tile::kM, 1);\n" + BARRIER,
@@ -65,8 +65,8 @@ CONTROLS = [
         "barrier.cluster.wait waits for all threads that have not exited",
         (
             ROLES,
-            "    block.leave();\n",
-            "    if (threadIdx.x >= 32 && threadIdx.x < Tile::kWarpgroup) return;\n    block.leave();\n",
+            "    block.sync_before_exit();\n",
+            "    if (threadIdx.x >= 32 && threadIdx.x < Tile::kWarpgroup) return;\n    block.sync_before_exit();\n",
         ),
     ),
     control(

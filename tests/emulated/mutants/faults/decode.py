@@ -2,11 +2,11 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-of_work = faults_of("lora_decode_work.h")
-of_finish = faults_of("lora_decode_finish.h")
-of_main = faults_of("lora_decode_sm80.h")
-of_table = faults_of("lora_decode_table.h")
-of_low_rank = faults_of("lora_decode_low_rank.h")
+of_work = faults_of("decode/work.h")
+of_finish = faults_of("decode/finish.h")
+of_main = faults_of("decode/kernel.h")
+of_table = faults_of("decode/table.h")
+of_low_rank = faults_of("decode/low_rank.h")
 
 
 def of_program(file: str):
@@ -20,8 +20,8 @@ def of_program(file: str):
 
 of_plan = of_program("workspace.cpp")
 of_shares = of_program("decode_shares.h")
-of_params = of_program("lora_decode_params.h")
-of_launch = of_program("lora_decode_launch.h")
+of_params = of_program("decode/launch.h")
+of_launch = of_program("decode/launch.h")
 
 DECODE = [
     of_main(
@@ -29,8 +29,8 @@ DECODE = [
         "a block has one slot for its partial sums of Y",
         "it leaves those of every tile that it comes through, whose other parts may be late",
         (
-            "finish.keep(p.sums, tile + static_cast<int>(blockIdx.x), acc);",
-            "finish.keep(p.sums, static_cast<int>(blockIdx.x), acc);",
+            "finish.store_partial(p.sums, tile + static_cast<int>(blockIdx.x), acc);",
+            "finish.store_partial(p.sums, static_cast<int>(blockIdx.x), acc);",
         ),
     ),
     of_shares(
@@ -111,9 +111,9 @@ DECODE = [
         "T may not be written when the last tile of S is counted",
         (
             "    finish.finish_s(walk.tile, parts.slot, parts.count);\n"
-            "    if (come(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles))) bring_s();\n",
-            "    const bool last = come(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles));\n"
-            "    finish.finish_s(walk.tile, parts.slot, parts.count);\n    if (last) bring_s();\n",
+            "    if (arrive_is_last(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles))) signal_s_ready();\n",
+            "    const bool last = arrive_is_last(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles));\n"
+            "    finish.finish_s(walk.tile, parts.slot, parts.count);\n    if (last) signal_s_ready();\n",
         ),
     ),
     of_main(

@@ -2,9 +2,9 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-of_4bit = faults_of("dequantize_4bit.h")
-of_8bit = faults_of("dequantize_8bit.h")
-of_tile = faults_of("dequantized_tile.h")
+of_4bit = faults_of("dequantize/4bit.h")
+of_8bit = faults_of("dequantize/8bit.h")
+of_tile = faults_of("dequantize/tile.h")
 
 
 def of_cuda(file: str, name: str, what: str, why: str, old: str, new: str) -> Fault:
@@ -79,7 +79,7 @@ DEQUANTIZE = [
         ("rounded_pair<T>(v[2], v[3])", "rounded_pair<T>(v[3], v[2])"),
     ),
     of_cuda(
-        "cuda/dequantize.cu",
+        "kernels/launch/dequantize.cu",
         "dequantize_whole_blocks_alone",
         "the grid has whole blocks of the weight alone",
         "the last one may not be whole",

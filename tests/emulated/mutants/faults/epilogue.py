@@ -2,7 +2,7 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-FILE = "lora_gemm_sm90a/store.h"
+FILE = "gemm/sm90a/store.h"
 
 FENCE = "    ptx::fence_proxy_async_shared();\n"
 SYNC = "    __syncwarp();\n"
@@ -114,7 +114,7 @@ EPILOGUE = [
         "bias_in_pairs",
         "both columns of a pair are read where the first of them is inside",
         "with an odd number of columns the last read goes past the array",
-        (("bias.h", "at < n ? static_cast", "column + i * 8 < n ? static_cast"),),
+        (("gemm/sm80/epilogue.h", "at < n ? static_cast", "column + i * 8 < n ? static_cast"),),
     ),
     of_epilogue(
         "bias_by_fragment_row",
@@ -128,7 +128,7 @@ EPILOGUE = [
         "they write it at the same time, in pingpong schedules for different tiles",
         (
             (
-                "lora_gemm_sm90a/tile_bias.h",
+                FILE,
                 " + static_cast<size_t>(consumer) * Tile::kBiasColumns;",
                 ";",
             ),

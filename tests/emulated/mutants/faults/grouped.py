@@ -3,8 +3,8 @@
 from emulated.mutants.faults.fault import Fault, faults_of
 
 PROGRAM = "lora_grouped_sequence"
-of_gemm = faults_of("lora_grouped_gemm.h")
-of_scan = faults_of("lora_grouped_segments.h")
+of_gemm = faults_of("grouped/gemm.h")
+of_scan = faults_of("grouped/segments.h")
 
 
 def of_op(file: str, *arguments: str):
@@ -18,13 +18,13 @@ def of_op(file: str, *arguments: str):
 
 
 LONG = ("--size", "long")  # segments of several pieces
-of_params = of_op("lora_grouped_params.h")
-of_sequence = of_op("lora_grouped_sequence.h")
-of_many_entries = of_op("lora_grouped_sequence.h", "--size", "many")
+of_params = of_op("sequence/grouped_params.h")
+of_sequence = of_op("sequence/grouped_sequence.h")
+of_many_entries = of_op("sequence/grouped_sequence.h", "--size", "many")
 of_plan = of_op("tile_choice.cpp", *LONG)
 of_tables = of_op("tile_choice.cpp")
 of_counts = of_op("workspace.cpp", "--size", "many")
-of_partial_sums = of_op("lora_grouped_params.h", *LONG)
+of_partial_sums = of_op("sequence/grouped_params.h", *LONG)
 
 GROUPED = [
     of_params(

@@ -1,17 +1,17 @@
 """What stands around the kernels: plans, parameters, their order, and offsets past 2^31.
 
 Seen by the whole op in emulation, by programs whose rows lie far apart, by the package's own tests
-(program "package") and by csrc/cuda/ on the emulated runtime (program "cuda").
+(program "package") and by csrc/kernels/launch/ on the emulated runtime (program "cuda").
 """
 
 from emulated.mutants.faults.fault import Fault
 
 PLAN = "tile_choice.cpp"
-PARAMS = "lora_linear_params.h"
-SEQUENCE = "lora_linear_sequence.h"
+PARAMS = "sequence/linear_params.h"
+SEQUENCE = "sequence/linear_sequence.h"
 LAUNCH = "kernel_launch.cpp"
-DEEP = ("--size", "in_grid_deep")
-WIDE = ("--size", "in_grid_wide")
+DEEP = ("--size", "fused_shrink_deep")
+WIDE = ("--size", "fused_shrink_wide")
 
 
 def whole_op(name: str, what: str, why: str, file: str, old: str, new: str, size=DEEP) -> Fault:
@@ -28,10 +28,10 @@ def seen_by(program: str, name: str, what: str, why: str, file: str, old: str, n
 
 HOST = [
     whole_op(
-        "in_grid_as_dependent",
+        "fused_shrink_as_dependent",
         "the kernel that makes its own T may begin before the one before it ends",
         "it draws tickets and adds to flags before their clear is visible",
-        "lora_gemm_sm90a/launch.h",
+        "gemm/sm90a/launch.h",
         "JobTile<Tile>::kSharedBytes, false};",
         "JobTile<Tile>::kSharedBytes, true};",
     ),
@@ -46,17 +46,17 @@ HOST = [
     whole_op(
         "flags_over_partial_sums",
         "the flags lie where dA's partial sums do",
-        "a wgrad that begins early overwrites what it waits for",
+        "a wgrad launched with PDL overwrites what it waits for",
         PARAMS,
-        "return at<uint32_t>(plan_.in_grid->flags);",
-        "return at<uint32_t>(plan_.g_a != plan::kNone ? plan_.g_a : plan_.in_grid->flags);",
+        "return at<uint32_t>(plan_.fused_shrink->flags);",
+        "return at<uint32_t>(plan_.g_a != plan::kNone ? plan_.g_a : plan_.fused_shrink->flags);",
     ),
     whole_op(
         "ready_flags_not_cleared",
         "only the ticket and the parts are cleared",
         "in a used workspace T is read before it is written",
         SEQUENCE,
-        "launch_.clear(params_.flags(), plan_.in_grid->flag_count());",
+        "launch_.clear(params_.flags(), plan_.fused_shrink->flag_count());",
         "launch_.clear(params_.flags(), 2 * plan::kFlagsApart);",
     ),
     whole_op(
@@ -69,11 +69,11 @@ HOST = [
         WIDE,
     ),
     whole_op(
-        "in_grid_up_to_rank_128",
+        "fused_shrink_up_to_rank_128",
         "ranks up to 128 make T in the same grid",
         "the kernel makes one step of 64 columns of T",
         PLAN,
-        "p.rank <= kMostInGridRank",
+        "p.rank <= kMostFusedShrinkRank",
         "p.rank <= 128",
     ),
     whole_op(
@@ -81,8 +81,8 @@ HOST = [
         "as many parts are awaited as there are row blocks",
         "each has two",
         PARAMS,
-        "product.parts = parts_of_t(plan_.in_grid->row_blocks);",
-        "product.parts = static_cast<uint32_t>(plan_.in_grid->row_blocks);",
+        "product.parts = parts_of_t(plan_.fused_shrink->row_blocks);",
+        "product.parts = static_cast<uint32_t>(plan_.fused_shrink->row_blocks);",
     ),
     whole_op(
         "factor_of_a_backward",
@@ -93,23 +93,23 @@ HOST = [
         "return {a_halves().hi, b_halves().pitch};",
     ),
     whole_op(
-        "s_not_stored_in_grid",
+        "s_not_stored_fused_shrink",
         "the forward kernel that makes its own T stores no S",
         "backward reads it",
         SEQUENCE,
-        "params_.in_grid(f.s)",
-        "params_.in_grid(nullptr)",
+        "params_.fused_shrink(f.s)",
+        "params_.fused_shrink(nullptr)",
     ),
     whole_op(
         "flags_not_cleared",
         "no flag is cleared",
         "a workspace comes as the allocator has it",
         SEQUENCE,
-        "    launch_.clear(params_.flags(), plan_.in_grid->flag_count());\n",
+        "    launch_.clear(params_.flags(), plan_.fused_shrink->flag_count());\n",
         "",
     ),
     whole_op(
-        "in_grid_without_scaling",
+        "fused_shrink_without_scaling",
         "T is not scaled where the product makes it",
         "Y and dX lack the scaling",
         PARAMS,
@@ -120,7 +120,7 @@ HOST = [
         "split_source_in_int",
         "the offset into the matrix to split is an int",
         "lora_split",
-        "lora_split.h",
+        "skinny/split.h",
         "row * what.row_stride + column * what.column_stride",
         "static_cast<int>(row * what.row_stride + column * what.column_stride)",
     ),
@@ -156,8 +156,8 @@ HOST = [
         "every_kernel_begins_early",
         "all launches have the attribute of programmatic dependents",
         "kernels that do not wait read what is not there",
-        "cuda/stream_launch.h",
-        "launch.numAttrs = early ? 1 : 0;",
+        "kernels/launch/stream_launch.h",
+        "launch.numAttrs = use_pdl ? 1 : 0;",
         "launch.numAttrs = 1;",
     ),
     seen_by(
@@ -165,7 +165,7 @@ HOST = [
         "clear_counts_bytes",
         "a quarter of the flags is cleared",
         "cudaMemsetAsync counts bytes",
-        "cuda/stream_launch.h",
+        "kernels/launch/stream_launch.h",
         "static_cast<size_t>(count) * sizeof *flags",
         "static_cast<size_t>(count)",
     ),
@@ -174,7 +174,7 @@ HOST = [
         "pitch_of_the_width",
         "a tensor map's pitch is its width",
         "rows may lie apart",
-        "cuda/stream_launch.h",
+        "kernels/launch/stream_launch.h",
         "{data, kType, rows, columns, pitch, box_rows}",
         "{data, kType, rows, columns, columns, box_rows}",
     ),
@@ -183,7 +183,7 @@ HOST = [
         "first_group_of_eight",
         "the first group of a row's draws is col_offset / 8",
         "groups own columns of a run of 32",
-        "cuda/dropout.cu",
+        "kernels/launch/dropout.cu",
         "first_group = params.col_offset / 32 * 4",
         "first_group = params.col_offset / 8",
     ),
@@ -192,7 +192,7 @@ HOST = [
         "every_cluster_begins_early",
         "all launches in clusters have the attribute of programmatic dependents",
         "the kernel that makes its own T must not begin before its flags are clear",
-        "cuda/stream_launch.h",
+        "kernels/launch/stream_launch.h",
         "launch.numAttrs = how.dependent ? 2 : 1;",
         "launch.numAttrs = 2;",
     ),

@@ -2,8 +2,8 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-FILE = "lora_gemm_sm90a/jobs.h"
-IN_GRID = "lora_gemm_sm90a/in_grid.h"
+FILE = "gemm/sm90a/jobs.h"
+FUSED_SHRINK = "gemm/sm90a/fused_shrink.h"
 
 EMPTY = "      ptx::mbarrier_wait_cluster(empty(ring.slot), ring.parity ^ 1);\n"
 STORE = (
@@ -22,7 +22,7 @@ BARRIER = "    consumer.epilogue.warpgroup_barrier();\n"
 CALL = "    if (consumer.epilogue.thread == 0) jobs.publish(row);\n"
 
 of_jobs = faults_of(FILE)
-of_shrink = faults_of(IN_GRID)
+of_shrink = faults_of(FUSED_SHRINK)
 
 
 JOBS = [
@@ -181,11 +181,11 @@ JOBS = [
         "they lie past the block's allocation",
         (
             (
-                "lora_gemm_sm90a/launch.h",
+                "gemm/sm90a/launch.h",
                 "Tile::kThreads, JobTile<Tile>::kSharedBytes, false",
                 "Tile::kThreads, Tile::kSharedBytes, false",
             ),
         ),
-        program="lora_gemm_in_grid_sm90a",
+        program="lora_gemm_fused_shrink_sm90a",
     ),
 ]

@@ -2,11 +2,11 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-PRODUCER = "lora_gemm_sm90a/load.h"
-CONSUMER = "lora_gemm_sm90a/multiply.h"
-BLOCK = "lora_gemm_sm90a/pipeline.h"
-JOBS = "lora_gemm_sm90a/jobs.h"
-IN_GRID = "lora_gemm_sm90a/in_grid.h"
+PRODUCER = "gemm/sm90a/load.h"
+CONSUMER = "gemm/sm90a/multiply.h"
+BLOCK = "gemm/sm90a/pipeline.h"
+JOBS = "gemm/sm90a/jobs.h"
+FUSED_SHRINK = "gemm/sm90a/fused_shrink.h"
 
 EMPTY = "    ptx::mbarrier_wait(block.empty(ring.slot), ring.parity ^ 1);\n"
 EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);\n"
@@ -39,7 +39,7 @@ LOADS = [
         "t_load_before_ready",
         "the flag of T is awaited after the load of T has been issued",
         "the copy may read T before it has been written",
-        ((IN_GRID, READY + LOW_RANK, LOW_RANK + READY),),
+        ((FUSED_SHRINK, READY + LOW_RANK, LOW_RANK + READY),),
     ),
     Fault(
         "t_proxy_fence_before_acquire",
@@ -69,13 +69,19 @@ LOADS = [
         "t_awaited_by_one_rank",
         "only block 0 of the cluster awaits the T of its row block",
         "block 1 loads another row block's T, which another cluster may still be computing",
-        ((IN_GRID, READY, "    if (jobs.block.rank == 0) jobs.wait_until_ready(at.row);\n"),),
+        ((FUSED_SHRINK, READY, "    if (jobs.block.rank == 0) jobs.wait_until_ready(at.row);\n"),),
     ),
     Fault(
         "first_t_not_awaited",
         "the T of the first row blocks is taken to be there",
         "another cluster makes it",
-        ((IN_GRID, READY, "    if (at.row >= Tile::kPairM) jobs.wait_until_ready(at.row);\n"),),
+        (
+            (
+                FUSED_SHRINK,
+                READY,
+                "    if (at.row >= Tile::kPairM) jobs.wait_until_ready(at.row);\n",
+            ),
+        ),
     ),
     Fault(
         "t_proxy_fence_before_grid",
@@ -142,7 +148,7 @@ LOADS = [
         (
             (
                 BLOCK,
-                "ptx::mbarrier_init(empty(slot), kLeave);",
+                "ptx::mbarrier_init(empty(slot), kReleases);",
                 "ptx::mbarrier_init(empty(slot), Tile::kReaders);",
             ),
             (
@@ -159,7 +165,7 @@ LOADS = [
         (
             (
                 BLOCK,
-                "ptx::mbarrier_init(empty(slot), kLeave);",
+                "ptx::mbarrier_init(empty(slot), kReleases);",
                 "ptx::mbarrier_init(empty(slot), Tile::kReaders);",
             ),
         ),

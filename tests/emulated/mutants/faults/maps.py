@@ -2,7 +2,7 @@
 
 from emulated.mutants.faults.fault import Fault
 
-FILE = "lora_gemm_sm90a/launch.h"
+FILE = "gemm/sm90a/launch.h"
 
 
 def of_maps(name: str, what: str, why: str, old: str, new: str) -> Fault:

@@ -2,9 +2,9 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-CONSUMER = "lora_gemm_sm90a/multiply.h"
+CONSUMER = "gemm/sm90a/multiply.h"
 
-of_mask = faults_of("lora_gemm_sm90a/mask_ahead.h")
+of_mask = faults_of("gemm/sm90a/mask_ahead.h")
 
 
 MASK = [

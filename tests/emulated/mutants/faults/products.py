@@ -2,10 +2,10 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-CONSUMER = "lora_gemm_sm90a/multiply.h"
-PRODUCER = "lora_gemm_sm90a/load.h"
-BLOCK = "lora_gemm_sm90a/pipeline.h"
-ROLES = "lora_gemm_sm90a/kernel.h"
+CONSUMER = "gemm/sm90a/multiply.h"
+PRODUCER = "gemm/sm90a/load.h"
+BLOCK = "gemm/sm90a/pipeline.h"
+ROLES = "gemm/sm90a/kernel.h"
 
 FULL = "    ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);\n"
 EMPTY = "    ptx::mbarrier_wait(block.empty(ring.slot), ring.parity ^ 1);\n"

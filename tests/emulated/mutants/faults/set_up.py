@@ -2,7 +2,7 @@
 
 from emulated.mutants.faults.fault import Fault
 
-BLOCK = "lora_gemm_sm90a/pipeline.h"
+BLOCK = "gemm/sm90a/pipeline.h"
 INITS = "      for (int slot = 0; slot < Tile::kStages; ++slot) {\n"
 FENCE = "      ptx::fence_mbarrier_init();\n"
 LEAVE = "    ptx::cluster_arrive();\n"

@@ -2,14 +2,14 @@
 
 from emulated.mutants.faults.fault import Fault
 
-CONSUMER = "lora_gemm_sm90a/multiply.h"
-PRODUCER = "lora_gemm_sm90a/load.h"
-EPILOGUE = "lora_gemm_sm90a/store.h"
-BLOCK = "lora_gemm_sm90a/pipeline.h"
-COPY = "tile_copy_sm80.h"
-STEP_COPY = "step_copy_sm80.h"
-MAIN_LOOP = "lora_gemm_sm80.h"
-STORE = "lora_gemm_sm80_epilogue.h"
+CONSUMER = "gemm/sm90a/multiply.h"
+PRODUCER = "gemm/sm90a/load.h"
+EPILOGUE = "gemm/sm90a/store.h"
+BLOCK = "gemm/sm90a/pipeline.h"
+COPY = "tile/copy.h"
+STEP_COPY = "gemm/sm80/loads.h"
+MAIN_LOOP = "gemm/sm80/kernel.h"
+STORE = "gemm/sm80/epilogue.h"
 
 WAIT = "    ptx::cluster_wait();\n"
 SET_UP = "    ptx::cluster_arrive_relaxed();\n" + WAIT
@@ -154,7 +154,7 @@ THOUGHT = [
         (
             MAIN_LOOP,
             "      finish_step(walk, loads);\n      if (loads.steps == 0) loads.begin_part();\n",
-            "      const uint32_t stage = following(walk.stage);\n"
+            "      const uint32_t stage = next_stage(walk.stage);\n"
             "      Fragments early;\n      warp.load(early, stage, 0);\n"
             "      finish_step(walk, loads);\n      if (loads.steps == 0) loads.begin_part();\n",
         ),
@@ -176,10 +176,10 @@ THOUGHT = [
         (
             MAIN_LOOP,
             "        gemm.finish_step(walk, loads);\n        loads.step();\n",
-            "        loads.stage = gemm.following(loads.stage);\n        loads.step();\n"
+            "        loads.stage = gemm.next_stage(loads.stage);\n        loads.step();\n"
             "        ptx::cp_async_commit_group();\n"
             "        ptx::cp_async_wait_group<Gemm::TileOf::kStages - 1>();\n"
-            "        __syncthreads();\n        walk.stage = gemm.following(walk.stage);\n",
+            "        __syncthreads();\n        walk.stage = gemm.next_stage(walk.stage);\n",
         ),
     ),
     thought(
@@ -199,6 +199,7 @@ THOUGHT = [
     thought(
         "halves.low",
         "no low half is kept",
-        ("halves.h", "rounded<T>(left * kLoScale<T>)", "rounded<T>(0.f)"),
+        ("tile/halves.h", "rounded<T>(left * kLoScale<T>)", "rounded<T>(0.f)"),
+        program="lora_split",
     ),
 ]

@@ -1,0 +1,160 @@
+// lora_grouped_wgrad: the gradients of many adapters, each a sum over its own rows.
+//
+//     dA_g   P = drop(X), U = dS      P^T U over g's rows, [rank, K]
+//     dB_g   P = dY,      U = s S     here [N, rank]
+//
+// lora_wgrad on one piece of an adapter's positions. A segment of one piece writes its gradient
+// directly; the pieces of a longer one write partial sums, which lora_grouped_reduce_wgrad sums in
+// their order. With floats, U's hi and lo halves are in one tile, 32 columns each, so that a thread
+// has both parts of a sum.
+#pragma once
+#include "kernels/grouped/operands.h"
+#include "kernels/skinny/wgrad.h"
+
+namespace lora_ext::kernel {
+
+template <class T>
+struct LoraGroupedWgradProduct {
+  const T* p;      // [m, c], by row
+  const T* u;      // [m, u_pitch], by position
+  float* partial;  // [slots, most_rank, c]
+  int64_t p_pitch, u_pitch;
+  int c, c_tiles;
+  bool masked;  // whether P is masked; only in masked kernels
+};
+
+template <class T>
+struct LoraGroupedWgradParams {
+  LoraGroupedWgradProduct<T> product[2];  // dA, dB; no tiles if not wanted
+  LoraGroupedFactors gradients, factors;  // only the ranks of the factors are used
+  const LoraGroupedPiece* pieces;
+  const int* order;
+  int m, most_rank;
+  int lo_column;  // first lo column of U, if the factors are in floats
+  Mask mask;
+};
+
+template <class T, class F, bool kMasked, Alignment kAlignment>
+struct LoraGroupedWgradSm80 {
+  using Tile = LoraWgradTile;
+  using Copy = TileCopy<T, Tile::kThreads, kAlignment>;
+  using Multiply = LoraWgradMultiply<T, kMasked>;
+  static constexpr bool kSplit = std::is_same_v<F, float>;
+  static constexpr int kColumns = kSplit ? Tile::kColumns / 2 : Tile::kColumns;  // along the rank
+
+  const LoraGroupedWgradParams<T>& p;
+  const LoraGroupedPiece piece;
+  const bool of_b;
+  const LoraGroupedWgradProduct<T>& product = p.product[of_b];
+  const int rank = rank_of(p.factors, piece.adapter, p.most_rank);
+  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
+  const int c0 = (static_cast<int>(blockIdx.y) - (of_b ? p.product[0].c_tiles : 0)) * Tile::kC;
+  const int column0 = static_cast<int>(blockIdx.z) * kColumns;
+  const int steps = (piece.count + Tile::kM - 1) / Tile::kM;
+
+  __device__ __forceinline__ int row_at(int position) const {
+    return position < piece.count ? PositionedRows{p.order, p.m}(piece.begin + position) : p.m;
+  }
+  __device__ __forceinline__ static uint32_t stage_of(int step) {
+    return static_cast<uint32_t>(step % Tile::kStages) * Tile::kStageBytes;
+  }
+
+  __device__ __forceinline__ void load(int step) const {
+    if (step < steps) {
+      const Copy copy{shared};
+      const uint32_t tile = stage_of(step);
+      constexpr int kChunks = Tile::kC / 8, kRowsAtOnce = Tile::kThreads / kChunks;
+      const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+#pragma unroll
+      for (int i = 0; i < Tile::kM / kRowsAtOnce; ++i) {
+        const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsAtOnce;
+        copy.copy_chunk(tile + panel_chunk_offset<Tile::kM>(row, chunk),
+                        {product.p, product.p_pitch, p.m, product.c}, row_at(step * Tile::kM + row),
+                        c0 + chunk * 8);
+      }
+      load_u(tile + Tile::kLeftBytes, step);
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  // U is in the workspace, in whole chunks.
+  __device__ __forceinline__ void load_u(uint32_t tile, int step) const {
+    const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{shared};
+#pragma unroll
+    for (int i = 0; i < Tile::kM * 8 / Tile::kThreads; ++i) {
+      const int index = static_cast<int>(threadIdx.x) + i * Tile::kThreads;
+      const int row = index / 8, chunk = index % 8 % (kColumns / 8);
+      const int64_t lo = static_cast<int64_t>(index % 8 / (kColumns / 8)) * p.lo_column;
+      copy.copy_chunk(
+          tile + row_chunk_offset(row, index % 8),
+          {product.u + piece.begin * product.u_pitch + lo, product.u_pitch, piece.count, rank},
+          step * Tile::kM + row, column0 + chunk * 8);
+    }
+  }
+
+  // Adds the lo half of each sum to its hi half, if there are two.
+  __device__ __forceinline__ static void add_lo(typename Multiply::Accumulators& acc) {
+    constexpr int kApart = Multiply::kColumnBlocks / 2;
+#pragma unroll
+    for (int i = 0; i < Multiply::kRowBlocks * kApart * 4; ++i) {
+      float (&row)[Multiply::kColumnBlocks][4] = acc[i / (kApart * 4)];
+      const int j = i / 4 % kApart;
+      row[j][i % 4] += row[j + kApart][i % 4] * (1.f / kLoScale<T>);
+    }
+  }
+
+  __device__ __forceinline__ void store(const Multiply& multiply,
+                                        const typename Multiply::Accumulators& acc) const {
+    const LoraGroupedEntry to = entry_of<F>(p.gradients, piece.adapter);
+    float* partial = product.partial + static_cast<int64_t>(piece.slot) * p.most_rank * product.c;
+    multiply.for_each(acc, [&](int c, int in_tile, float sum) {
+      const int64_t column = column0 + in_tile;
+      if (c >= product.c || in_tile >= kColumns || column >= rank) return;
+      if (piece.slot >= 0) {
+        partial[column * product.c + c] = sum;
+      } else if (of_b) {
+        static_cast<F*>(to.b)[c * to.b_pitch + column] = to_element(sum);
+      } else {
+        static_cast<F*>(to.a)[column * to.a_pitch + c] = to_element(sum);
+      }
+    });
+  }
+  // drop(X) includes keep_scale, but the elements multiplied here are those of X, not scaled.
+  __device__ __forceinline__ F to_element(float sum) const {
+    const float scaled = product.masked ? p.mask.keep_scale * sum : sum;
+    if constexpr (kSplit) {
+      return scaled;
+    } else {
+      return rounded<F>(scaled);
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    if (column0 >= rank) return;
+    for (int i = 0; i < Tile::kStages - 1; ++i) load(i);
+    const Multiply multiply{p.mask, c0};
+    typename Multiply::Accumulators acc;
+    multiply.clear(acc);
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait_group<Tile::kStages - 2>();
+      __syncthreads();  // before a read of the loaded stage and before a write to the freed one
+      load(step + Tile::kStages - 1);
+      multiply.multiply(acc, shared + stage_of(step), step * Tile::kM, product.masked,
+                        [&](int position) { return row_at(position); });
+    }
+    if constexpr (kSplit) add_lo(acc);
+    store(multiply, acc);
+  }
+};
+
+// Grid: pieces, tiles along the columns of X and then of dY, tiles along the largest rank.
+template <class T, class F, bool kMasked, Alignment kAlignment>
+__global__ void __launch_bounds__(LoraWgradTile::kThreads)
+    lora_grouped_wgrad_sm80(const __grid_constant__ LoraGroupedWgradParams<T> p) {
+  const LoraGroupedPiece piece = p.pieces[blockIdx.x];
+  if (piece.count == 0) return;
+  const bool of_b = static_cast<int>(blockIdx.y) >= p.product[0].c_tiles;
+  LoraGroupedWgradSm80<T, F, kMasked, kAlignment>{p, piece, of_b}.run();
+}
+
+}  // namespace lora_ext::kernel

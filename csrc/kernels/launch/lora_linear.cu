@@ -1,0 +1,47 @@
+#include "kernels/launch/error.h"
+#include "kernels/launch/instances.h"
+#include "kernels/lora_grouped.h"
+#include "kernels/lora_linear.h"
+
+namespace lora_ext::cuda {
+namespace {
+
+template <class Operands>
+std::string launch_one(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
+  StreamLaunch launch(static_cast<cudaStream_t>(stream));
+  half == Half::kBFloat16 ? kernel::launch_lora_linear<__nv_bfloat16>(plan, operands, launch)
+                          : kernel::launch_lora_linear<__half>(plan, operands, launch);
+  return text_of(launch.error());
+}
+
+template <class Operands>
+std::string launch_many(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
+  StreamLaunch launch(static_cast<cudaStream_t>(stream));
+  half == Half::kBFloat16 ? kernel::launch_lora_grouped<__nv_bfloat16>(plan, operands, launch)
+                          : kernel::launch_lora_grouped<__half>(plan, operands, launch);
+  return text_of(launch.error());
+}
+
+}  // namespace
+
+std::string launch_forward(Half half, const plan::Plan& plan,
+                           const kernel::LoraLinearForward& operands, void* stream) {
+  return launch_one(half, plan, operands, stream);
+}
+
+std::string launch_backward(Half half, const plan::Plan& plan,
+                            const kernel::LoraLinearBackward& operands, void* stream) {
+  return launch_one(half, plan, operands, stream);
+}
+
+std::string launch_grouped_forward(Half half, const plan::Plan& plan,
+                                   const kernel::LoraGroupedForward& operands, void* stream) {
+  return launch_many(half, plan, operands, stream);
+}
+
+std::string launch_grouped_backward(Half half, const plan::Plan& plan,
+                                    const kernel::LoraGroupedBackward& operands, void* stream) {
+  return launch_many(half, plan, operands, stream);
+}
+
+}  // namespace lora_ext::cuda

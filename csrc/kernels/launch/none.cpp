@@ -1,0 +1,50 @@
+// The device library of a build without CUDA: it has no kernels; every function reports that.
+#include "kernels/dequantize.h"
+#include "kernels/device.h"
+#include "kernels/dropout.h"
+#include "kernels/lora_grouped.h"
+#include "kernels/lora_linear.h"
+
+namespace lora_ext::cuda {
+namespace {
+
+constexpr char kNone[] = "this build has no CUDA kernels; lora_ext.build_info() says why";
+
+}  // namespace
+
+bool is_built() { return false; }
+bool has_kernels(bool) { return false; }
+plan::Card card_of(int) {
+  plan::Card card{};
+  card.error = kNone;
+  return card;
+}
+std::string driver() { return "none"; }
+bool is_capturing(void*) { return false; }
+std::optional<uint64_t> stream_id(void*) { return std::nullopt; }
+std::string clear(int32_t*, int64_t, void*) { return kNone; }
+std::optional<std::string> wait(void*, double) { return kNone; }
+
+std::string launch_forward(Half, const plan::Plan&, const kernel::LoraLinearForward&, void*) {
+  return kNone;
+}
+std::string launch_backward(Half, const plan::Plan&, const kernel::LoraLinearBackward&, void*) {
+  return kNone;
+}
+std::string launch_grouped_forward(Half, const plan::Plan&, const kernel::LoraGroupedForward&,
+                                   void*) {
+  return kNone;
+}
+std::string launch_grouped_backward(Half, const plan::Plan&, const kernel::LoraGroupedBackward&,
+                                    void*) {
+  return kNone;
+}
+std::string launch_dropout(Element, const DropoutParams&, void*) { return kNone; }
+std::string launch_dequantize(Floating, const kernel::Dequantize4bitParams&, void*) {
+  return kNone;
+}
+std::string launch_dequantize(Floating, const kernel::Dequantize8bitParams&, void*) {
+  return kNone;
+}
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,131 @@
+// Launches kernels on a stream of the current device and keeps the first error.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
+
+#include "kernels/gemm/sm90a/launch.h"
+#include "kernels/launch/tensor_map.h"
+
+namespace lora_ext::cuda {
+
+class StreamLaunch {
+ public:
+  explicit StreamLaunch(cudaStream_t stream) : stream_(stream) {}
+
+  // With PDL, the kernel may start as soon as the one before triggers it
+  // (griddepcontrol.launch_dependents).
+  template <class Params>
+  void operator()(void (*kernel)(Params), dim3 grid, unsigned threads, uint32_t shared_bytes,
+                  const Params& params, bool use_pdl = false) {
+    if (error_ == cudaSuccess)
+      error_ = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+    if (error_ != cudaSuccess) return;
+    cudaLaunchAttribute attribute = programmatic();
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = grid, launch.blockDim = dim3(threads);
+    launch.dynamicSmemBytes = shared_bytes, launch.stream = stream_;
+    launch.attrs = &attribute, launch.numAttrs = use_pdl ? 1 : 0;
+    error_ = cudaLaunchKernelEx(&launch, kernel, params);
+  }
+
+  void clear(uint32_t* flags, int64_t count) {
+    if (error_ == cudaSuccess)
+      error_ = cudaMemsetAsync(flags, 0, static_cast<size_t>(count) * sizeof *flags, stream_);
+  }
+
+  // Launches in clusters, as kernels/gemm/sm90a/launch.h describes.
+  template <class... Params>
+  void operator()(void (*kernel)(Params...), const kernel::Sm90aLaunch& how,
+                  const Params&... params) {
+    if (error_ != cudaSuccess) return;
+    ClusterConfiguration configuration(how, stream_);
+    error_ = cudaLaunchKernelEx(&configuration.launch, kernel, params...);
+  }
+
+  template <class T>
+  CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
+    constexpr CUtensorMapDataType kType = std::is_same_v<T, __half>
+                                              ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    CUtensorMap map{};
+    if (error_ == cudaSuccess)
+      error_ = tensor_map({data, kType, rows, columns, pitch, box_rows}, &map);
+    return map;
+  }
+
+  // Number of clusters resident at a time, at least 1, so that a grid is never empty. The SMs of a
+  // cluster must be neighbours; only the driver knows how many such groups there are.
+  template <class Kernel>
+  int64_t clusters(Kernel kernel, const kernel::Sm90aLaunch& how) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, int> known;
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    int device = 0;
+    note(cudaGetDevice(&device));
+    note(allow_shared(function, how.shared_bytes));
+    if (error_ != cudaSuccess) return 1;
+    const std::lock_guard lock(mutex);
+    int& most = known[{function, device}];
+    if (most == 0) {
+      ClusterConfiguration configuration(how, stream_);
+      note(cudaOccupancyMaxActiveClusters(&most, function, &configuration.launch));
+    }
+    return most > 0 ? most : 1;
+  }
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  // A launch configuration points to its attributes, so both have one lifetime.
+  struct ClusterConfiguration {
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t launch = {};
+
+    ClusterConfiguration(const kernel::Sm90aLaunch& how, cudaStream_t stream) {
+      attributes[0].id = cudaLaunchAttributeClusterDimension;
+      attributes[0].val.clusterDim = {how.cluster.x, how.cluster.y, how.cluster.z};
+      attributes[1] = programmatic();
+      launch.gridDim = how.grid, launch.blockDim = dim3(how.threads);
+      launch.dynamicSmemBytes = how.shared_bytes, launch.stream = stream;
+      launch.attrs = attributes, launch.numAttrs = how.dependent ? 2 : 1;
+    }
+    ClusterConfiguration(const ClusterConfiguration&) = delete;
+    ClusterConfiguration& operator=(const ClusterConfiguration&) = delete;
+  };
+
+  static cudaLaunchAttribute programmatic() {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return attribute;
+  }
+
+  // More than 48 KiB of dynamic shared memory must be allowed for a kernel, once on each device.
+  static cudaError_t allow_shared(const void* kernel, uint32_t shared_bytes) {
+    if (shared_bytes <= 48 * 1024) return cudaSuccess;
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> allowed;
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const std::lock_guard lock(mutex);
+    if (allowed.contains({kernel, device})) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error == cudaSuccess) allowed.insert({kernel, device});
+    return error;
+  }
+
+  void note(cudaError_t error) {
+    if (error_ == cudaSuccess) error_ = error;
+  }
+
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,145 @@
+// lora_grouped: many LoRA adapters in one batch. Each row of X takes one adapter g, or none:
+//
+//     Y    = X W^T + bias + s_g (drop(X) A_g^T) B_g^T
+//     dS   = s_g dY B_g
+//     dX   = dY W + mask * (dS A_g)
+//     dA_g = dS^T drop(X)              over the rows of g
+//     dB_g = s_g dY^T S                over the rows of g
+//
+// Plain C++ without device code, as lora_linear.h: what the kernels' tables hold, the operands as
+// raw pointers, and the functions that launch a plan.
+//
+// The host knows neither the adapter of a row nor the ranks of the adapters, only the largest
+// possible numbers: grids and workspace follow from those, and grouped/segments.h makes the
+// tables below on the device. Rows are processed in the order of their adapters, each at a
+// "position"; rows without an adapter come last, or, where ranges of rows are given, stay in place.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "kernels/lora_linear.h"
+#include "kernels/plan/plan.h"
+#include "kernels/tile/mask_operand.h"
+
+namespace lora_ext::kernel {
+
+// The map from rows to adapters: either an index per row, or the ends of ranges of rows. An index
+// that names no adapter, as -1 does, and one that names an adapter of rank 0 mean none.
+struct LoraGroupedRows {
+  const int* index;  // [m], or null
+  const int* ends;   // [groups], used without an index; clamped to ascend and to end at m
+  int m, groups;
+  int most_rank;  // larger ranks count as this, negative ones as 0
+};
+
+// One adapter's matrices, A [rank, k] and B [n, rank], with the pitch of their rows.
+struct LoraGroupedEntry {
+  void *a, *b;
+  int64_t a_pitch, b_pitch;  // elements
+  int rank;
+};
+
+// The matrices of all adapters, or their gradients: a table, or a pool with a fixed stride.
+struct LoraGroupedFactors {
+  const LoraGroupedEntry* entries;  // [groups], or null
+  void *a, *b;                      // of a pool: [groups, most_rank, k] and [groups, n, most_rank]
+  int64_t a_stride, b_stride, a_pitch, b_pitch;  // elements
+  const int* ranks;                              // [groups]
+};
+
+// A segment: the positions of one adapter that has rows and a rank. The last segment is followed by
+// an entry that begins at INT_MAX.
+struct LoraGroupedSegment {
+  int adapter, begin, end, rank;
+  int steps;  // of 64 along the rank, of all segments before
+};
+
+// A piece: positions of one adapter that one block processes; it may be empty.
+struct LoraGroupedPiece {
+  int adapter, begin, count;
+  int slot;  // of its partial sum, if its segment has several pieces; else -1
+};
+
+// How the sum over an adapter's rows is computed: from `pieces` partial sums, the first in `slot`,
+// or, if there is one piece, directly. Without rows there is no piece.
+struct LoraGroupedSum {
+  int pieces, slot;
+};
+
+// Tables on the device, written by grouped/segments.h.
+struct LoraGroupedTables {
+  static constexpr int kTileRows = 64;      // rows of `tiles`, which are pieces
+  static constexpr int kRowTileRows = 128;  // rows of lora_gemm's tiles, which may span segments
+
+  int* order;                    // [m], the row at each position; null where that is the position
+  LoraGroupedSegment* segments;  // [groups + 1]
+  int* first;                    // [row tiles + 1], the first segment that ends past its beginning
+  LoraGroupedPiece* tiles;       // [tile_count]
+  LoraGroupedPiece* pieces;      // [piece_count], for sums over rows
+  LoraGroupedSum* sums;          // [groups]
+  int* counts;                   // [chunks, groups + 1], used with an index
+  int piece_rows, tile_count, piece_count;
+
+  // Upper bounds that the host knows. Pieces never span segments.
+  static constexpr int tiles_of(int m, int groups, int rows) {
+    return (m + rows - 1) / rows + (groups < m ? groups : m);
+  }
+  // Number of partial sums of segments with several pieces: a segment with `count` rows, more than
+  // `rows`, has at most 2 (count / rows) pieces.
+  static constexpr int slots_of(int m, int rows) { return 2 * (m / rows); }
+};
+
+// The operands follow. Their values on the device may change between replays of a graph: index or
+// ends, ranks, scalings, and adapters within their pool.
+
+// All factors, or all gradients of factors, in floats or in X's type: a pool, or a list that the
+// host has. A gradient has the layout of its factor.
+struct LoraGroupedMatrices {
+  LoraGroupedFactors pool;       // its entries are null; has ranks also if these are gradients
+  const LoraGroupedEntry* list;  // [groups], on the host; null for a pool
+};
+
+struct LoraGroupedOperands {
+  int64_t m, n, k;
+  LoraGroupedRows rows;
+  const float* scaling;  // [groups], on the device
+  LoraGroupedMatrices factors;
+  bool float_adapters;
+  const void *x, *weight;
+  int64_t x_pitch, weight_pitch;
+  bool dropout;
+  Mask mask;  // of X, by original row; keep_scale is 1 without dropout
+  unsigned char* workspace;
+};
+
+struct LoraGroupedForward : LoraGroupedOperands {
+  const void* bias;  // [n], in float or X's type; may be null
+  bool float_bias;
+  const void* base;  // [m, n], onto which Y is added, in a plan for a given base; else null
+  int64_t base_pitch;
+  void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
+  float* s;  // [m, most_rank]; of a row only its rank's columns are written, without one none
+  uint32_t* counts;  // as in LoraLinearForward
+};
+
+struct LoraGroupedBackward : LoraGroupedOperands {
+  const void* dy;
+  int64_t dy_pitch;
+  const float* s;  // as forward has written it
+  void* dx;        // [m, k], contiguous, or null; in a hybrid plan without dY W
+  // All elements are written; in a pool those past a rank with zeros.
+  LoraGroupedMatrices gradients;
+  bool need_da, need_db;
+};
+
+}  // namespace lora_ext::kernel
+
+namespace lora_ext::cuda {
+
+// Asynchronous on `stream` of the current device. Returns "" or the error of a launch.
+std::string launch_grouped_forward(Half half, const plan::Plan& plan,
+                                   const kernel::LoraGroupedForward& operands, void* stream);
+std::string launch_grouped_backward(Half half, const plan::Plan& plan,
+                                    const kernel::LoraGroupedBackward& operands, void* stream);
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,68 @@
+// The LoRA linear on a device: its operands as raw pointers, and the functions that launch a plan.
+//
+//     forward    S = drop(X) A^T            Y  = X W^T + s S B^T + bias
+//     backward   dS = s dY B                dX = dY W + mask * (dS A)
+//                dA = dS^T drop(X)          dB = s dY^T S
+//
+// Plain C++ without device code: the op includes it in builds without CUDA, too.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "common/dtype.h"
+#include "kernels/plan/plan.h"
+#include "kernels/tile/mask_operand.h"
+
+namespace lora_ext::kernel {
+
+struct Matrix {
+  const void* data;
+  int64_t row_stride, column_stride;
+};
+
+// Operands of forward and backward. Adapters are in float or, like everything else, in T.
+struct LoraLinearOperands {
+  int64_t m, n, k;
+  int rank;
+  const void *x, *weight;
+  int64_t x_pitch, weight_pitch;
+  Matrix a, b;
+  bool float_adapters;
+  float scaling;
+  bool dropout;
+  Mask mask;  // keep_scale is 1 without dropout
+  unsigned char* workspace;
+};
+
+struct LoraLinearForward : LoraLinearOperands {
+  const void* bias;  // in float or T; may be null
+  bool float_bias;
+  const void* base;  // [m, n], onto which Y is added, in a plan for a given base; else null
+  int64_t base_pitch;
+  void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
+  float* s;  // [m, rank]
+  // For lora_decode: as many zeros as the plan has flags; null if they are in the workspace.
+  uint32_t* counts;
+};
+
+struct LoraLinearBackward : LoraLinearOperands {
+  const void* dy;
+  int64_t dy_pitch;
+  const float* s;  // [m, rank]
+  void* dx;        // [m, k], contiguous, or null; in a hybrid plan without dY W
+  void *da, *db;   // [rank, k] and [n, rank], in the adapters' type; or null
+};
+
+}  // namespace lora_ext::kernel
+
+namespace lora_ext::cuda {
+
+using Half = Dtype;  // kBFloat16 or kFloat16
+
+// Asynchronous on `stream` of the current device. Returns "" or the error of a launch.
+std::string launch_forward(Half half, const plan::Plan& plan,
+                           const kernel::LoraLinearForward& operands, void* stream);
+std::string launch_backward(Half half, const plan::Plan& plan,
+                            const kernel::LoraLinearBackward& operands, void* stream);
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,90 @@
+#include "kernels/plan/autotune_cache.h"
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <mutex>
+
+namespace lora_ext::autotune {
+namespace {
+
+using ByRows = std::map<int64_t, plan::Request>;
+
+struct Table {
+  std::map<Layer, ByRows> layers;
+  bool pinned = false;
+};
+struct Tables {
+  std::mutex mutex;
+  std::map<std::string, Table> by_card;
+};
+Tables& tables() {
+  static Tables all;
+  return all;
+}
+
+std::atomic<uint64_t>& versions() {
+  static std::atomic<uint64_t> count{0};
+  return count;
+}
+
+// Tensors that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
+bool as_allocated(const plan::Problem& p) {
+  const bool x = p.k % 8 == 0, y = p.n % 8 == 0;
+  const int64_t chunk = p.float_adapters ? 4 : 8;
+  return p.aligned == (x && y) && p.aligned_weight == x && p.aligned_a == (p.k % chunk == 0) &&
+         p.aligned_b == (p.rank % chunk == 0);
+}
+
+// Grouped calls are not autotuned: the best route depends on the row-to-adapter map.
+bool was_measured_so(const plan::Problem& p) {
+  const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
+  return p.half_dtype() && !p.given_base && !p.groups && p.weight_row_major && p.factor_rows &&
+         as_allocated(p) && (all_gradients || !p.backward);
+}
+
+double distance(int64_t one, int64_t other) {
+  return static_cast<double>(std::max(one, other)) / static_cast<double>(std::min(one, other));
+}
+
+const plan::Request* nearest(const ByRows& by_rows, int64_t rows) {
+  const plan::Request* found = nullptr;
+  double least = 2.0;
+  for (const auto& [measured, request] : by_rows) {
+    if (distance(measured, rows) > least) continue;
+    least = distance(measured, rows);
+    found = &request;
+  }
+  return found;
+}
+
+}  // namespace
+
+void replace(const std::string& card, const std::vector<Entry>& entries, bool pinned) {
+  Table table{{}, pinned};
+  for (const Entry& entry : entries) table.layers[entry.layer][entry.rows] = entry.request;
+  const std::lock_guard lock(tables().mutex);
+  tables().by_card[card] = std::move(table);
+  ++versions();
+}
+
+uint64_t version() { return versions(); }
+
+plan::Request request_for(const plan::Card& card, const plan::Problem& p, plan::Choice choice,
+                          bool reproducible) {
+  const plan::Request asked{choice};
+  if (choice != plan::Choice::kAuto || !was_measured_so(p)) return asked;
+  const std::lock_guard lock(tables().mutex);
+  const auto table = tables().by_card.find(card.name);
+  if (table == tables().by_card.end() || (reproducible && !table->second.pinned)) return asked;
+  const std::map<Layer, ByRows>& layers = table->second.layers;
+  const auto by_rows = layers.find({p.backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
+  if (by_rows == layers.end()) return asked;
+  const plan::Request* found = nearest(by_rows->second, p.m);
+  // The fastest route for few rows may not support twice as many.
+  const bool fits =
+      found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMostDecodeRows);
+  return fits ? *found : asked;
+}
+
+}  // namespace lora_ext::autotune

@@ -1,0 +1,41 @@
+// The autotune cache: which route was fastest on a card, for the shapes that were timed there
+// (`lora_ext.warmup`). The planner looks here before it uses its prediction.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/plan/plan.h"
+
+namespace lora_ext::autotune {
+
+// The key of a measurement, without the number of rows. bfloat16 and float16 run the same kernels.
+struct Layer {
+  bool backward, float_adapters, dropout;
+  int64_t n, k, rank;
+
+  auto operator<=>(const Layer&) const = default;
+};
+
+struct Entry {
+  Layer layer;
+  int64_t rows;
+  plan::Request request;
+};
+
+// Replaces all entries of a card. The name is the driver's. Pinned: the user has supplied them, so
+// that they are the same in every run.
+void replace(const std::string& card, const std::vector<Entry>& entries, bool pinned);
+
+// Number of replacements so far: plans made before the last one are no longer valid.
+uint64_t version();
+
+// Returns the request for a problem: the user's, unless that is kAuto and the card has an entry for
+// the layer. If the choice must be reproducible, only pinned entries count. The entry with the
+// nearest number of rows is used, if it is within a factor of 2. Measurements are of operands as
+// torch allocates them and of all gradients; other problems have no entry.
+plan::Request request_for(const plan::Card& card, const plan::Problem& problem, plan::Choice choice,
+                          bool reproducible);
+
+}  // namespace lora_ext::autotune

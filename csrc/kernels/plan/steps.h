@@ -1,0 +1,30 @@
+// The steps of a plan, in order (plan.h names their files), and the arithmetic that they share.
+#pragma once
+#include <cstdint>
+
+#include "kernels/plan/decode_shares.h"
+#include "kernels/plan/plan.h"
+
+namespace lora_ext::plan {
+
+constexpr int64_t kStep = 64;  // depth of one step of all main loops
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }
+inline double area(int64_t rows, int64_t columns) {
+  return static_cast<double>(rows) * static_cast<double>(columns);
+}
+
+// Sets the reason, and the sequence of kernels, if any.
+Plan choose_kernels(const Card& card, const Problem& problem, const Request& request);
+// Sets the tiles, splits and blocks of that sequence.
+void choose_tiles(Plan& plan, const Card& card, const Problem& problem, const Request& request);
+// Sets the offsets of intermediates in the workspace, and its size.
+void place_in_workspace(Plan& plan, const Problem& problem);
+
+inline DecodeShares shares_of(const Decode& plan, const Problem& p) {
+  return {static_cast<int>(plan.tiles), static_cast<int>(plan.s_tiles),
+          static_cast<int>(blocks_of(p.k, kStep)), plan.blocks};
+}
+
+}  // namespace lora_ext::plan

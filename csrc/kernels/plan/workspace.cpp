@@ -1,0 +1,91 @@
+// Offsets of intermediates in one workspace.
+#include "kernels/plan/steps.h"
+
+namespace lora_ext::plan {
+namespace {
+
+constexpr int64_t kHalf = 2, kFloat = 4;  // bytes
+
+struct Workspace {
+  static constexpr int64_t kAlignBytes = 256;
+  int64_t bytes = 0;
+  int64_t take(int64_t elements, int64_t size) {
+    const int64_t offset = bytes;
+    bytes += rounded_up(elements * size, kAlignBytes);
+    return offset;
+  }
+};
+
+void place_tables(Tables& tables, const Problem& p, Workspace& workspace) {
+  const Groups& groups = *p.groups;
+  const bool gradients = p.backward && (p.need_dlora_a || p.need_dlora_b);
+  if (groups.listed) tables.entries = workspace.take(groups.count, kGroupedEntryBytes);
+  if (groups.listed && gradients)
+    tables.gradient_entries = workspace.take(groups.count, kGroupedEntryBytes);
+  if (groups.indexed) {
+    tables.order = workspace.take(p.m, 4);
+    tables.counts = workspace.take(blocks_of(p.m, kGroupedChunk) * (groups.count + 1), 4);
+  }
+  tables.segments = workspace.take(groups.count + 1, kGroupedSegmentBytes);
+  tables.first = workspace.take(blocks_of(p.m, kGroupedRowTileRows) + 1, 4);
+  tables.tiles = workspace.take(tables.tile_count, kGroupedPieceBytes);
+  tables.pieces = workspace.take(tables.piece_count, kGroupedPieceBytes);
+  tables.sums = workspace.take(groups.count, kGroupedSumBytes);
+}
+
+// Halves of A and B, unless the kernels can read A and B directly: in the kernels' type, with rows
+// of whole chunks.
+void place_factors(Tiled& plan, const Problem& p, Workspace& workspace) {
+  const bool needs_a = p.has_product() || !p.backward, needs_b = p.need_ds() || !p.backward;
+  if (needs_a) plan.a_pitch = rounded_up(p.k, 8);
+  if (needs_a && (p.float_adapters || !p.aligned_a))
+    plan.a = workspace.take(plan.terms * p.rank * plan.a_pitch, kHalf);
+  if (needs_b && (p.float_adapters || !p.aligned_b || p.rank % 8 != 0))
+    plan.b = workspace.take(p.n * plan.columns, kHalf);
+}
+
+void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
+  if (plan.tables) {
+    place_tables(*plan.tables, p, workspace);  // kernels of many adapters read A and B directly
+  } else {
+    place_factors(plan, p, workspace);
+  }
+  const int64_t halves = p.m * plan.columns;
+  const bool need_t = !p.backward || p.need_ds();
+  const bool need_db = p.backward && p.need_dlora_b, need_da = p.backward && p.need_dlora_a;
+  if (need_db) plan.s = workspace.take(halves, kHalf);
+  if (plan.fused_shrink)
+    plan.fused_shrink->flags = workspace.take(plan.fused_shrink->flag_count(), kFloat);
+  if (need_t && !plan.fused_shrink)
+    plan.z = workspace.take(plan.t_sums() * p.m * plan.z_columns, kFloat);
+  if (need_t) plan.t = workspace.take(halves, kHalf);
+  // Partial sums: with one adapter one per split, with many adapters one per slot.
+  const auto sums = [&](const Splits& splits) {
+    return plan.tables ? plan.tables->slots * p.rank : int64_t{splits.splits} * plan.columns;
+  };
+  if (need_db) plan.g_b = workspace.take(sums(plan.dlora_b) * p.n, kFloat);
+  if (need_da) plan.g_a = workspace.take(sums(plan.dlora_a) * p.k, kFloat);
+}
+
+void place_decode(Decode& plan, const Problem& p, Workspace& workspace) {
+  const DecodeTile& tile = decode_tile_for(p.m);
+  const DecodeShares shares = shares_of(plan, p);
+  const int64_t elements = tile.rows * tile.batch;
+  if (p.groups && p.groups->listed)
+    plan.entries = workspace.take(p.groups->count, kGroupedEntryBytes);
+  plan.sums = workspace.take(shares.slots() * elements, kFloat);
+  plan.s_sums = workspace.take(shares.s_slots() * elements, kFloat);
+  plan.t = workspace.take(p.m * plan.terms * plan.width, kHalf);
+  plan.flags = workspace.take(plan.flag_count(), kFloat);
+}
+
+}  // namespace
+
+void place_in_workspace(Plan& plan, const Problem& p) {
+  Workspace workspace;
+  if (auto* tiled = std::get_if<Tiled>(&plan.sequence)) place_tiled(*tiled, p, workspace);
+  if (auto* decode = std::get_if<Decode>(&plan.sequence)) place_decode(*decode, p, workspace);
+  plan.workspace = workspace.bytes;
+}
+
+}  // namespace lora_ext::plan

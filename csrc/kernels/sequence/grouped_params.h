@@ -1,0 +1,177 @@
+// Parameters of each kernel of the LoRA linear with many adapters, from a plan (plan::Tiled), the
+// operands, and the tables and intermediates in the workspace.
+#pragma once
+#include <algorithm>
+
+#include "kernels/grouped/gemm.h"
+#include "kernels/grouped/reduce.h"
+#include "kernels/grouped/segments.h"
+#include "kernels/grouped/shrink.h"
+#include "kernels/grouped/wgrad.h"
+#include "kernels/lora_grouped.h"
+
+namespace lora_ext::kernel {
+
+static_assert(LoraGroupedTables::kTileRows == plan::kGroupedTileRows &&
+              LoraGroupedTables::kRowTileRows == plan::kGroupedRowTileRows &&
+              LoraGroupedSegmentsParams::kChunk == plan::kGroupedChunk);
+static_assert(sizeof(LoraGroupedEntry) == plan::kGroupedEntryBytes &&
+              sizeof(LoraGroupedSegment) == plan::kGroupedSegmentBytes &&
+              sizeof(LoraGroupedPiece) == plan::kGroupedPieceBytes &&
+              sizeof(LoraGroupedSum) == plan::kGroupedSumBytes);
+
+template <class T>
+class LoraGroupedParams {
+ public:
+  LoraGroupedParams(const plan::Tiled& plan, const LoraGroupedOperands& operands)
+      : plan_(plan), tables_(*plan.tables), o_(operands) {}
+
+  LoraGroupedEntry* entries() const { return at<LoraGroupedEntry>(tables_.entries); }
+  LoraGroupedEntry* gradient_entries() const {
+    return at<LoraGroupedEntry>(tables_.gradient_entries);
+  }
+
+  LoraGroupedSegmentsParams segments() const { return {o_.rows, factors(), tables()}; }
+
+  // Z = drop(X) A_g^T
+  LoraGroupedShrinkParams<T> shrink() const {
+    LoraGroupedShrinkParams<T> params = shrink_of(o_.x, o_.x_pitch, o_.k);
+    params.mask = o_.mask;
+    return params;
+  }
+  // Z = dY B_g
+  LoraGroupedShrinkParams<T> shrink(const LoraGroupedBackward& g) const {
+    return shrink_of(g.dy, g.dy_pitch, o_.n);
+  }
+
+  // S and T from Z
+  LoraGroupedReduceParams<T> reduce(float* s) const {
+    LoraGroupedReduceParams<T> params = reduce_to(plan_.t);
+    params.s = s, params.keep_scale = o_.mask.keep_scale;
+    return params;
+  }
+  // T = dS from Z
+  LoraGroupedReduceParams<T> reduce() const { return reduce_to(plan_.t); }
+  // s S from S
+  LoraGroupedReduceParams<T> reduce_saved(const float* s) const {
+    LoraGroupedReduceParams<T> params = reduce_to(plan_.s);
+    params.saved = s;
+    return params;
+  }
+
+  // Y = X W^T + T B_g^T + bias, or base + T B_g^T
+  LoraGroupedGemmParams<T> gemm(const LoraGroupedForward& f) const {
+    LoraGroupedGemmParams<T> params = gemm_of(o_.x, o_.x_pitch, o_.n, o_.k, f.y);
+    params.gemm.bias = f.bias, params.gemm.float_bias = f.float_bias;
+    params.gemm.base = static_cast<const T*>(f.base), params.gemm.base_pitch = f.base_pitch;
+    return params;
+  }
+  // dX = dY W + mask * (T A_g)
+  LoraGroupedGemmParams<T> gemm(const LoraGroupedBackward& g) const {
+    LoraGroupedGemmParams<T> params = gemm_of(g.dy, g.dy_pitch, o_.k, o_.n, g.dx);
+    params.gemm.mask = o_.mask;
+    return params;
+  }
+
+  // dA_g = dS^T drop(X), dB_g = dY^T (s S), or partial sums of them
+  LoraGroupedWgradParams<T> wgrad(const LoraGroupedBackward& g) const {
+    LoraGroupedWgradParams<T> params{};
+    const auto product = [&](const void* p, int64_t pitch, int64_t u, int64_t c, int64_t partial) {
+      return LoraGroupedWgradProduct<T>{
+          static_cast<const T*>(p),
+          at<T>(u),
+          at<float>(partial),
+          pitch,
+          plan_.columns,
+          static_cast<int>(c),
+          static_cast<int>((c + LoraWgradTile::kC - 1) / LoraWgradTile::kC),
+          false};
+    };
+    if (g.need_da) params.product[0] = product(o_.x, o_.x_pitch, plan_.t, o_.k, plan_.g_a);
+    if (g.need_db) params.product[1] = product(g.dy, g.dy_pitch, plan_.s, o_.n, plan_.g_b);
+    params.product[0].masked = o_.dropout;
+    params.gradients = gradients(g), params.factors = factors();
+    params.pieces = at<LoraGroupedPiece>(tables_.pieces), params.order = at<int>(tables_.order);
+    params.m = static_cast<int>(o_.m), params.most_rank = o_.rows.most_rank;
+    params.lo_column = plan_.width, params.mask = o_.mask;
+    return params;
+  }
+  LoraGroupedReduceWgradParams reduce_wgrad(const LoraGroupedBackward& g) const {
+    LoraGroupedReduceWgradParams params{};
+    params.gradient[0] = {at<float>(plan_.g_a), g.need_da ? static_cast<int>(o_.k) : 0,
+                          o_.mask.keep_scale};
+    params.gradient[1] = {at<float>(plan_.g_b), g.need_db ? static_cast<int>(o_.n) : 0, 1.f};
+    params.gradients = gradients(g), params.factors = factors();
+    params.sums = at<LoraGroupedSum>(tables_.sums), params.most_rank = o_.rows.most_rank;
+    return params;
+  }
+
+ private:
+  template <class V>
+  V* at(int64_t offset) const {
+    return offset == plan::kNone ? nullptr : reinterpret_cast<V*>(o_.workspace + offset);
+  }
+  LoraGroupedFactors factors() const {
+    LoraGroupedFactors factors = o_.factors.pool;
+    factors.entries = entries();
+    return factors;
+  }
+  LoraGroupedFactors gradients(const LoraGroupedBackward& g) const {
+    LoraGroupedFactors gradients = g.gradients.pool;
+    gradients.entries = gradient_entries();
+    return gradients;
+  }
+  LoraGroupedTables tables() const {
+    return {at<int>(tables_.order),
+            at<LoraGroupedSegment>(tables_.segments),
+            at<int>(tables_.first),
+            at<LoraGroupedPiece>(tables_.tiles),
+            at<LoraGroupedPiece>(tables_.pieces),
+            at<LoraGroupedSum>(tables_.sums),
+            at<int>(tables_.counts),
+            tables_.piece_rows,
+            tables_.tile_count,
+            tables_.piece_count};
+  }
+
+  LoraGroupedShrinkParams<T> shrink_of(const void* x, int64_t pitch, int64_t k) const {
+    LoraGroupedShrinkParams<T> params{};
+    params.x = static_cast<const T*>(x), params.x_pitch = pitch, params.z = at<float>(plan_.z);
+    params.m = static_cast<int>(o_.m), params.k = static_cast<int>(k);
+    params.z_pitch = plan_.z_columns, params.most_rank = o_.rows.most_rank;
+    params.steps_per_split = plan_.shrink.steps_per_split, params.factors = factors();
+    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
+    return params;
+  }
+  LoraGroupedReduceParams<T> reduce_to(int64_t t) const {
+    LoraGroupedReduceParams<T> params{};
+    params.z = at<float>(plan_.z), params.scaling = o_.scaling;
+    params.t[0] = at<T>(t), params.t[1] = plan_.terms == 2 ? at<T>(t) + plan_.width : nullptr;
+    params.t_pitch = plan_.columns, params.m = static_cast<int>(o_.m);
+    params.splits = plan_.shrink.splits, params.terms = plan_.terms;
+    params.z_pitch = plan_.z_columns, params.most_rank = o_.rows.most_rank;
+    params.keep_scale = 1.f, params.factors = factors();
+    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
+    return params;
+  }
+  LoraGroupedGemmParams<T> gemm_of(const void* p, int64_t pitch, int64_t n, int64_t k,
+                                   void* y) const {
+    LoraGroupedGemmParams<T> params{};
+    params.gemm.p = static_cast<const T*>(p), params.gemm.p_pitch = pitch;
+    params.gemm.q = static_cast<const T*>(o_.weight), params.gemm.q_pitch = o_.weight_pitch;
+    params.gemm.y = static_cast<T*>(y), params.gemm.y_pitch = n;
+    params.gemm.m = static_cast<int>(o_.m), params.gemm.n = static_cast<int>(n);
+    params.gemm.k = plan_.base != plan::Base::kKernel ? 0 : static_cast<int>(k);
+    params.gemm.whole_chunks = plan_.vector;
+    params.t = at<T>(plan_.t), params.gemm.t_pitch = plan_.columns, params.lo_column = plan_.width;
+    params.factors = factors(), params.segments = at<LoraGroupedSegment>(tables_.segments);
+    params.first = at<int>(tables_.first), params.order = at<int>(tables_.order);
+    return params;
+  }
+
+  const plan::Tiled& plan_;
+  const plan::Tables& tables_;
+  const LoraGroupedOperands& o_;
+};
+
+}  // namespace lora_ext::kernel

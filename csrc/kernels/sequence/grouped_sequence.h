@@ -1,0 +1,178 @@
+// The LoRA linear with many adapters as a sequence of kernels: follows a plan (plan.h) on operands
+// in one workspace.
+//
+//     few rows   entries -> decode: S, T, Y
+//     forward    entries -> count, scan, place -> shrink: Z -> reduce: S, T -> gemm: Y
+//     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS; reduce: s S
+//                -> gemm: dX -> wgrad: dA, dB, or partial sums -> reduce_wgrad: dA, dB
+//
+// Without a list there are no entries to write; without an index, count and place are left out. In
+// a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and dX.
+// The interface of a launcher is that of sequence/linear_sequence.h.
+#pragma once
+#include "kernels/decode/launch.h"
+#include "kernels/sequence/grouped_params.h"
+
+namespace lora_ext::kernel {
+
+// The table of a list's matrices; none for a pool.
+template <class T, class Launch>
+void write_entries(const LoraGroupedMatrices& matrices, int groups, LoraGroupedEntry* to,
+                   Launch& launch) {
+  if (to == nullptr) return;
+  using Params = LoraGroupedEntriesParams;
+  for (int first = 0; first < groups; first += Params::kMost) {
+    Params params{};
+    params.count = std::min(groups - first, Params::kMost), params.to = to + first;
+    std::copy_n(matrices.list + first, params.count, params.entries);
+    launch(lora_grouped_entries<T>, dim3(1), Params::kMost, 0, params);
+  }
+}
+
+// F is the type of the factors, float or T.
+template <class T, class F, class Launch>
+class LoraGroupedSequence {
+ public:
+  LoraGroupedSequence(const plan::Tiled& plan, const LoraGroupedOperands& operands, Launch& launch)
+      : plan_(plan), o_(operands), params_(plan, operands), launch_(launch) {}
+
+  void forward(const LoraGroupedForward& f) {
+    write_entries<T>(o_.factors, o_.rows.groups, params_.entries(), launch_);
+    segments();
+    shrink<false>(params_.shrink(), o_.dropout);
+    reduce(params_.reduce(f.s));
+    gemm<false, false>(params_.gemm(f));
+  }
+
+  void backward(const LoraGroupedBackward& g) {
+    const bool wants_wgrad = g.need_da || g.need_db;
+    write_entries<T>(o_.factors, o_.rows.groups, params_.entries(), launch_);
+    if (wants_wgrad)
+      write_entries<T>(g.gradients, o_.rows.groups, params_.gradient_entries(), launch_);
+    segments();
+    if (g.dx != nullptr || g.need_da) {
+      shrink<true>(params_.shrink(g), false);
+      reduce(params_.reduce());
+    }
+    if (g.need_db) reduce(params_.reduce_saved(g.s));
+    if (g.dx != nullptr)
+      o_.dropout ? gemm<true, true>(params_.gemm(g)) : gemm<true, false>(params_.gemm(g));
+    if (wants_wgrad) wgrad(g);
+  }
+
+ private:
+  static constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
+
+  static unsigned blocks_of(int64_t count, int64_t size) {
+    return static_cast<unsigned>((count + size - 1) / size);
+  }
+
+  void segments() {
+    using Params = LoraGroupedSegmentsParams;
+    const Params params = params_.segments();
+    const dim3 chunks(blocks_of(o_.m, Params::kChunk));
+    const auto run = [&](auto kernel, dim3 grid) {
+      launch_(kernel, grid, Params::kThreads, Params::kSharedBytes, params);
+    };
+    if (o_.rows.index != nullptr) run(lora_grouped_count<T>, chunks);
+    run(lora_grouped_scan<T>, dim3(1));
+    if (o_.rows.index != nullptr) run(lora_grouped_place<T>, chunks);
+  }
+
+  template <bool kMNMajor>
+  void shrink(const LoraGroupedShrinkParams<T>& params, bool masked) {
+    using Tile = LoraShrinkTile;
+    const dim3 grid(static_cast<unsigned>(plan_.tables->tile_count),
+                    blocks_of(params.z_pitch, Tile::kN),
+                    static_cast<unsigned>(plan_.shrink.splits));
+    const auto run = [&](auto kernel) {
+      launch_(kernel, grid, Tile::kThreads, Tile::kSlabs, params);
+    };
+    const bool vector = plan_.vector;
+    if constexpr (!kMNMajor) {
+      if (masked) {
+        return vector ? run(lora_grouped_shrink_sm80<T, F, kMNMajor, true, kV>)
+                      : run(lora_grouped_shrink_sm80<T, F, kMNMajor, true, kE>);
+      }
+    }
+    return vector ? run(lora_grouped_shrink_sm80<T, F, kMNMajor, false, kV>)
+                  : run(lora_grouped_shrink_sm80<T, F, kMNMajor, false, kE>);
+  }
+
+  void reduce(const LoraGroupedReduceParams<T>& params) {
+    launch_(lora_grouped_reduce<T>, dim3(static_cast<unsigned>(plan_.tables->tile_count)), 256, 0,
+            params);
+  }
+
+  template <bool kMNMajor, bool kMasked>
+  void gemm(const LoraGroupedGemmParams<T>& params) {
+    plan_.gemm->tile == plan::Tile::kDeep128x128
+        ? gemm_of<LoraGemmTile128x128Deep, kMNMajor, kMasked>(params)
+        : gemm_of<LoraGemmTile128x64, kMNMajor, kMasked>(params);
+  }
+  template <class Tile, bool kMNMajor, bool kMasked>
+  void gemm_of(const LoraGroupedGemmParams<T>& params) {
+    launch_(lora_grouped_gemm_sm80<T, F, Tile, kMNMajor, kMasked>,
+            dim3(static_cast<unsigned>(plan_.gemm->blocks)), Tile::kThreads, Tile::kSharedBytes,
+            params);
+  }
+
+  void wgrad(const LoraGroupedBackward& g) {
+    using Tile = LoraWgradTile;
+    const LoraGroupedWgradParams<T> params = params_.wgrad(g);
+    constexpr int kColumns = LoraGroupedWgradSm80<T, F, false, kV>::kColumns;
+    const int c_tiles = params.product[0].c_tiles + params.product[1].c_tiles;
+    const dim3 grid(static_cast<unsigned>(plan_.tables->piece_count),
+                    static_cast<unsigned>(c_tiles), blocks_of(o_.rows.most_rank, kColumns));
+    const auto run = [&](auto kernel) {
+      launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, params);
+    };
+    const bool vector = plan_.vector;
+    if (o_.dropout) {
+      vector ? run(lora_grouped_wgrad_sm80<T, F, true, kV>)
+             : run(lora_grouped_wgrad_sm80<T, F, true, kE>);
+    } else {
+      vector ? run(lora_grouped_wgrad_sm80<T, F, false, kV>)
+             : run(lora_grouped_wgrad_sm80<T, F, false, kE>);
+    }
+    // Most adapters have one piece, and nothing to sum.
+    constexpr unsigned kBlocks = 16;
+    launch_(lora_grouped_reduce_wgrad<T, F>,
+            dim3(static_cast<unsigned>(o_.rows.groups), kBlocks, 2), 256, 0,
+            params_.reduce_wgrad(g));
+  }
+
+  const plan::Tiled& plan_;
+  const LoraGroupedOperands& o_;
+  const LoraGroupedParams<T> params_;
+  Launch& launch_;
+};
+
+// Few rows.
+template <class T, class F, class Launch>
+void decode_lora_grouped(const plan::Decode& plan, const LoraGroupedForward& f, Launch& launch) {
+  auto* entries = plan.entries == plan::kNone
+                      ? nullptr
+                      : reinterpret_cast<LoraGroupedEntry*>(f.workspace + plan.entries);
+  write_entries<T>(f.factors, f.rows.groups, entries, launch);
+  launch_lora_decode<T, F>(plan, lora_decode_params<T>(plan, f, entries), f.counts == nullptr,
+                           launch);
+}
+
+// Functions as in sequence/linear_sequence.h, so that their kernels are compiled in one place.
+template <class T, class Launch>
+void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedForward& f, Launch& launch) {
+  if (const plan::Decode* decode = plan.decode())
+    return f.float_adapters ? decode_lora_grouped<T, float>(*decode, f, launch)
+                            : decode_lora_grouped<T, T>(*decode, f, launch);
+  f.float_adapters ? LoraGroupedSequence<T, float, Launch>(*plan.tiled(), f, launch).forward(f)
+                   : LoraGroupedSequence<T, T, Launch>(*plan.tiled(), f, launch).forward(f);
+}
+
+template <class T, class Launch>
+void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedBackward& g, Launch& launch) {
+  g.float_adapters ? LoraGroupedSequence<T, float, Launch>(*plan.tiled(), g, launch).backward(g)
+                   : LoraGroupedSequence<T, T, Launch>(*plan.tiled(), g, launch).backward(g);
+}
+
+}  // namespace lora_ext::kernel

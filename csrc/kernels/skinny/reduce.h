@@ -1,0 +1,90 @@
+// lora_reduce: sums the splits of a skinny product, in one fixed order.
+//
+//     S = keep_scale * sum of Z         over splits, hi + lo / kLoScale   [m, rank]
+//     T = scaling * S                   in X's type, as hi and lo         [m, width] each
+#pragma once
+#include <cstdint>
+
+#include "kernels/tile/halves.h"
+#include "ptx/sync.h"
+#include "ptx/target.h"
+
+namespace lora_ext::kernel {
+
+template <class T>
+struct LoraReduceParams {
+  const float*
+      z;     // [splits, m, z_pitch]: the rank's columns, with two terms lo's from lo_column on
+  float* s;  // [m, rank]; may be null
+  T* t[2];   // [m, width], hi and lo; lo may be null
+  int64_t t_pitch;
+  int m, rank, splits, terms;
+  int z_pitch, lo_column;
+  int width;  // >= rank; T's columns past the rank become zero
+  float keep_scale, scaling;
+};
+
+// One thread per element of T. lora_gemm may start at once (PDL): it waits before it reads T.
+template <class T>
+__global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
+  ptx::griddepcontrol_launch_dependents();
+  const int64_t count = static_cast<int64_t>(p.m) * p.width;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step) {
+    const int64_t row = i / p.width, column = i % p.width;
+    float t = 0.f;
+    if (column < p.rank) {
+      const float s = p.keep_scale * sum_of_splits<T>(p.z + row * p.z_pitch + column, p.splits,
+                                                      static_cast<int64_t>(p.m) * p.z_pitch,
+                                                      p.terms, p.lo_column);
+      if (p.s != nullptr) p.s[row * p.rank + column] = s;
+      t = p.scaling * s;
+    }
+    p.t[0][row * p.t_pitch + column] = high_half<T>(t);
+    if (p.t[1] != nullptr) p.t[1][row * p.t_pitch + column] = low_half<T>(t);
+  }
+}
+
+// lora_reduce_wgrad: sums the splits of lora_wgrad and lora_dsdb into the gradients of A and B.
+//
+//     dA = scale * sum of G^T       over splits, hi + lo / kLoScale      [rank, K]
+//     dB = scale * sum of G                                              [N, rank]
+
+struct LoraReduceGradient {
+  const float* g;  // [splits, g_columns, c]; with two terms lo's columns begin at lo_column
+  void* gradient;  // [rank, c], or [c, rank] if transposed; float, or the kernel's T
+  int c, rank, splits, terms;
+  int g_columns, lo_column;
+  bool transposed, in_float;
+  float scale;
+};
+
+struct LoraReduceWgradParams {
+  LoraReduceGradient gradient[2];  // one per blockIdx.y
+};
+
+// One thread per element, neighbouring threads along c.
+template <class T>
+__global__ void __launch_bounds__(256)
+    lora_reduce_wgrad(const __grid_constant__ LoraReduceWgradParams p) {
+  const LoraReduceGradient& what = p.gradient[blockIdx.y];
+  const int64_t count = static_cast<int64_t>(what.rank) * what.c;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step) {
+    const int64_t column = i / what.c, c = i % what.c;
+    const float value =
+        what.scale * sum_of_splits<T>(what.g + i, what.splits,
+                                      static_cast<int64_t>(what.g_columns) * what.c, what.terms,
+                                      static_cast<int64_t>(what.lo_column) * what.c);
+    const int64_t at = what.transposed ? c * what.rank + column : i;
+    if (what.in_float) {
+      static_cast<float*>(what.gradient)[at] = value;
+    } else {
+      static_cast<T*>(what.gradient)[at] = rounded<T>(value);
+    }
+  }
+}
+
+}  // namespace lora_ext::kernel
