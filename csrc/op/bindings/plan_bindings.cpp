@@ -82,7 +82,7 @@ void bind_device(py::module& m) {
   });
 }
 
-autotune::Entry winner_of(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
+autotune::Entry autotune_entry(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
                           int64_t k, int64_t rank, const std::string& route,
                           const std::string& tile, const std::string& measured) {
   const plan::Choice choice = choice_of(route);
@@ -92,9 +92,9 @@ autotune::Entry winner_of(bool backward, bool float_adapters, bool dropout, int6
   return {{backward, float_adapters, dropout, n, k, rank}, rows, {choice, asked, measured}};
 }
 
-void bind_winners(py::module& m) {
+void bind_autotune_cache(py::module& m) {
   py::class_<autotune::Entry>(m, "AutotuneEntry")
-      .def(py::init(&winner_of), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
+      .def(py::init(&autotune_entry), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
            py::arg("dropout"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("rank"),
            py::arg("route"), py::arg("tile"), py::arg("measured"));
   m.def("replace_autotune_cache", &autotune::replace, py::arg("card"), py::arg("entries"),
@@ -271,7 +271,7 @@ void bind_plan(py::module& m) {
       .def_readwrite("need_dlora_b", &plan::Problem::need_dlora_b);
   bind_plans(m);
   bind_prediction(m);
-  bind_winners(m);
+  bind_autotune_cache(m);
   bind_device(m);
 }
 

@@ -21,7 +21,7 @@ struct PlannedCall {
   plan::Choice choice;
   bool use_pdl, deterministic;
   int reserved_sms;
-  uint64_t winners;
+  uint64_t cache_version;
 
   auto operator<=>(const PlannedCall&) const = default;
 };
