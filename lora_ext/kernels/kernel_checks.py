@@ -1,8 +1,8 @@
 """Checks CUDA kernels before their first use, by default in a separate process.
 
 A process whose kernels hang or fault can no longer use its device. So a child process computes the
-small cases (csrc/op/check/kernel_check.h), this process keeps the results, and a lost child costs one
-check.
+small cases (csrc/op/check/kernel_check.h), this process keeps the results, and a lost child costs
+one check.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_quick_leaves_out_what_is_not(tmp_path):
 
 
 def test_sanitizers_see_every_kind_of_tile():
-    """The kinds that csrc/kernels/plan/tiles.h has, each by its smallest tile."""
+    """The kinds that csrc/kernels/plan/problem.h has, each by its smallest tile."""
     card = lora_ext.kernels.CARDS["H100"]
     tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
     chosen = smallest_of_each_kind(tiles)

@@ -1,4 +1,4 @@
-"""csrc/kernels/launch/dequantize.cu on our CUDA runtime: values, launches, refusals, a device's check."""
+"""kernels/launch/dequantize.cu on our CUDA runtime: values, launches, refusals, its check."""
 
 import pytest
 

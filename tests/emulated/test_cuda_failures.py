@@ -1,4 +1,4 @@
-"""csrc/kernels/launch/ on our CUDA runtime: what the op does if a call of CUDA fails, or a driver is old."""
+"""kernels/launch/ on our CUDA runtime: what the op does if a call fails or a driver is old."""
 
 import pytest
 

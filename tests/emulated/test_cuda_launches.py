@@ -1,4 +1,4 @@
-"""csrc/kernels/launch/ on our CUDA runtime: what the op asks of CUDA, and that a wrong call is seen."""
+"""kernels/launch/ on our CUDA runtime: what the op asks of CUDA, and that a wrong call is seen."""
 
 import pytest
 

@@ -41,11 +41,11 @@ EDITS = [
         "row * static_cast<int>(p.y_pitch) + column",
         CUT,
     ),
-    ("skinny/split.h", "const int64_t at = row", "const int at = row", NARROWED),
+    ("skinny/elementwise.h", "const int64_t at = row", "const int at = row", NARROWED),
     (
-        "dequantize/4bit.h",
-        "const int64_t first = Tile::first(), end",
-        "const int first = static_cast<int>(Tile::first()); const int64_t end",
+        "dequantize/formats.h",
+        "const int64_t row = first / p.columns;",
+        "const int row = static_cast<int>(first / p.columns);",
         CUT,
     ),
     (
@@ -79,7 +79,7 @@ EDITS = [
         PRODUCT,
     ),
     (
-        "skinny/reduce.h",
+        "skinny/elementwise.h",
         "const int64_t count = static_cast<int64_t>(p.m) * p.width",
         "const int64_t count = p.m * p.width",
         PRODUCT,

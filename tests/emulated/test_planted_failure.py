@@ -18,14 +18,14 @@ WRONG_RESULT = {
     "lora_shrink_sm80": "tile/halves.sum_of_splits.split<splits:low",
     "lora_wgrad_sm80": "tile/halves.sum_of_splits.split<splits:low",
     "lora_dsdb_sm80": "tile/copy.copy_chunk.row<matrix.rows:low",
-    "lora_split": "skinny/split.lora_split.column<what.columns:never",
+    "lora_split": "skinny/elementwise.lora_split.column<what.columns:never",
     "lora_grouped_segments": "grouped/segments.finish.thread==0:never",
     "lora_grouped_shrink": "grouped/shrink.store.column<columns:low",
     "lora_grouped_gemm": "grouped/gemm.multiply_rows.row<end:low",
     "lora_grouped_sequence": "grouped_s_without_keep_scale",
     "lora_grouped_wgrad": "grouped/wgrad.store.column>=rank:low",
     "lora_decode": "decode/finish.finish_y.row<p.m&&column<p.n:never",
-    "dequantize": "dequantize/8bit.dequantize_8bit.i<end:low",
+    "dequantize": "dequantize/formats.dequantize_8bit.i<end:low",
 }
 
 

@@ -212,7 +212,7 @@ def test_launches_are_those_of_the_kernels():
         pytest.skip("no nvcc found: put a CUDA toolkit's nvcc on PATH or set CUDA_HOME")
     sass.BUILD.mkdir(parents=True, exist_ok=True)
     launches = sass.constants()
-    plan = (build.ROOT / "csrc" / "kernels" / "plan" / "tiles.h").read_text()
+    plan = (build.ROOT / "csrc" / "kernels" / "plan" / "problem.h").read_text()
     planned = re.findall(r"\{(\d+), \d+, (\d+), (\d+)\}", plan)
     assert len(planned) == 4
     for batch, shared, resident in planned:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("csrc/op/lora.cpp", '#include "checks.h"', True),
         ("csrc/op/lora.cpp", '#include "kernels/lora_linear.h"', False),
         ("csrc/kernels/gemm/sm80/kernel.h", '#include "kernels/tile/halves.h"', False),
-        ("csrc/kernels/gemm/sm80/kernel.h", '#include "kernels/skinny/split.h"', True),
+        ("csrc/kernels/gemm/sm80/kernel.h", '#include "kernels/skinny/elementwise.h"', True),
         ("csrc/kernels/tile/halves.h", '#include "kernels/lora_linear.h"', True),
         ("csrc/cpu/driver.cpp", '#include "kernels/plan/plan.h"', True),
         ("csrc/kernels/plan/plan.cpp", '#include "cpu/driver.h"', True),

@@ -4,9 +4,8 @@
 #include <cuda_runtime.h>
 
 #include "kernels/dequantize.h"
-#include "kernels/dequantize/4bit.h"
-#include "kernels/dequantize/8bit.h"
-#include "kernels/launch/error.h"
+#include "kernels/dequantize/formats.h"
+#include "kernels/launch/driver.h"
 
 namespace lora_ext::cuda {
 namespace {

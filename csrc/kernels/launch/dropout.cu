@@ -10,7 +10,7 @@
 
 #include "common/philox.h"
 #include "kernels/dropout.h"
-#include "kernels/launch/error.h"
+#include "kernels/launch/driver.h"
 
 namespace lora_ext::cuda {
 namespace {

@@ -1,4 +1,4 @@
-#include "kernels/launch/error.h"
+#include "kernels/launch/driver.h"
 #include "kernels/launch/instances.h"
 #include "kernels/lora_grouped.h"
 #include "kernels/lora_linear.h"

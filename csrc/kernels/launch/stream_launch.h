@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "kernels/gemm/sm90a/launch.h"
-#include "kernels/launch/tensor_map.h"
+#include "kernels/launch/driver.h"
 
 namespace lora_ext::cuda {
 

@@ -2,7 +2,7 @@
 // intermediates are in one workspace. Pure host code without torch or CUDA; equal inputs give equal
 // plans.
 //
-//     problem.h, tiles.h    inputs: card, problem, request; the tiles that kernels have
+//     problem.h             inputs: card, problem; the tiles that kernels have
 //     plan.cpp              the plan that is asked for, or the one with the least predicted time
 //         kernels.cpp       1. which kernels, and why
 //         tile_choice.cpp   2. their tiles, splits and blocks
@@ -17,7 +17,6 @@
 #include <variant>
 
 #include "kernels/plan/problem.h"
-#include "kernels/plan/tiles.h"
 
 namespace lora_ext::plan {
 

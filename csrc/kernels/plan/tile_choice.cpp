@@ -3,8 +3,8 @@
 #include <limits>
 
 #include "kernels/plan/predict.h"
+#include "kernels/plan/problem.h"
 #include "kernels/plan/steps.h"
-#include "kernels/plan/tiles.h"
 
 namespace lora_ext::plan {
 namespace {

@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "kernels/grouped/gemm.h"
-#include "kernels/grouped/reduce.h"
 #include "kernels/grouped/segments.h"
 #include "kernels/grouped/shrink.h"
 #include "kernels/grouped/wgrad.h"

@@ -7,9 +7,8 @@
 #include "kernels/gemm/sm90a/jobs.h"
 #include "kernels/lora_linear.h"
 #include "kernels/skinny/dsdb.h"
-#include "kernels/skinny/reduce.h"
+#include "kernels/skinny/elementwise.h"
 #include "kernels/skinny/shrink.h"
-#include "kernels/skinny/split.h"
 #include "kernels/skinny/wgrad.h"
 
 namespace lora_ext::kernel {

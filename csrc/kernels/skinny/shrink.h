@@ -1,4 +1,4 @@
-// lora_shrink: the skinny product of the LoRA linear, split along k. skinny/reduce.h sums the
+// lora_shrink: the skinny product of the LoRA linear, split along k. skinny/elementwise.h sums the
 // splits.
 //
 //     forward   Z[split] = drop(X) A^T     over the split's range of k       [m, columns]

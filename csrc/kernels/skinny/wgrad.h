@@ -1,4 +1,5 @@
-// lora_wgrad: gradients of the adapters, split along the rows. skinny/reduce.h sums the splits.
+// lora_wgrad: gradients of the adapters, split along the rows. skinny/elementwise.h sums the
+// splits.
 //
 //     G[split]^T = P^T U            over the split's range of the m rows    [columns, c]
 //

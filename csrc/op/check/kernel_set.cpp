@@ -1,4 +1,4 @@
-#include "kernels/plan/tiles.h"
+#include "kernels/plan/problem.h"
 #include "op/check/kernel_check.h"
 
 namespace lora_ext::kernel_set {

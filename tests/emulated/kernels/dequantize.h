@@ -1,8 +1,7 @@
 // All instances of the dequantisation kernels.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernels/dequantize/4bit.h"
-#include "kernels/dequantize/8bit.h"
+#include "kernels/dequantize/formats.h"
 
 // X(variant, T)
 #define DEQUANTIZE_VARIANTS(X) \

@@ -1,7 +1,7 @@
 // A gradient of an adapter in global memory: [rank, c] or transposed, in float or T.
 #pragma once
 #include "emulated/kernels/operand.h"
-#include "kernels/skinny/reduce.h"
+#include "kernels/skinny/elementwise.h"
 
 namespace kernels {
 

@@ -1,7 +1,6 @@
 // The instances of lora_grouped_shrink and lora_grouped_reduce that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernels/grouped/reduce.h"
 #include "kernels/grouped/shrink.h"
 
 // X(variant, T, the factors' type, MN-major, masked, alignment)

@@ -1,7 +1,6 @@
 // The instances of lora_grouped_wgrad and lora_grouped_reduce_wgrad that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernels/grouped/reduce.h"
 #include "kernels/grouped/wgrad.h"
 
 // X(variant, T, the factors' type, masked, alignment)

@@ -1,7 +1,7 @@
 // The instances of lora_shrink_sm80 and lora_reduce that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernels/skinny/reduce.h"
+#include "kernels/skinny/elementwise.h"
 #include "kernels/skinny/shrink.h"
 
 // X(variant, T, MN-major, masked, alignment)

@@ -1,7 +1,7 @@
 // The instances of lora_split that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernels/skinny/split.h"
+#include "kernels/skinny/elementwise.h"
 
 // X(variant, T)
 #define LORA_SPLIT_VARIANTS(X) \

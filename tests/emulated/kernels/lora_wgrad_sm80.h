@@ -1,7 +1,7 @@
 // The instances of lora_wgrad_sm80 and lora_reduce_wgrad that the tests run.
 #pragma once
 #include "emulated/kernels/instance.h"
-#include "kernels/skinny/reduce.h"
+#include "kernels/skinny/elementwise.h"
 #include "kernels/skinny/wgrad.h"
 
 // X(variant, T, masked, alignment)

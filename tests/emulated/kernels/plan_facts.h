@@ -5,7 +5,7 @@
 
 #include "emulated/kernels/linear_case.h"
 #include "emulated/kernels/operand.h"
-#include "kernels/gemm/sm90a/tile.h"
+#include "kernels/gemm/sm90a/pipeline.h"
 
 namespace kernels {
 

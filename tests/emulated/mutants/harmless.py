@@ -65,7 +65,7 @@ HARMLESS = {
         "zeros of no adapter's rows are kept, too, where nobody reads them"
     ),
     "grouped/segments.run.first<groups+1:high": "a batch of no adapters more",
-    "skinny/reduce.lora_reduce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
+    "skinny/elementwise.lora_reduce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
     "gemm/sm90a/jobs.schedule.job<count():high": "a ticket is drawn that nobody reads",
     "gemm/sm90a/jobs.next.threadIdx.x>=Tile::kWarpgroup:low": "that thread reads no ticket",
     "skinny/wgrad.wait_for_dx.blockIdx.x+blockIdx.y+blockIdx.z==0:always": (

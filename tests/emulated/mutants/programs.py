@@ -33,20 +33,20 @@ PROGRAMS = {
     "lora_gemm_fused_shrink_sm90a": ("gemm/sm90a/fused_shrink", "gemm/sm90a/jobs"),
     "lora_shrink_sm80": (
         "skinny/shrink",
-        "skinny/reduce.lora_reduce",
+        "skinny/elementwise.lora_reduce",
         "tile/mask.keep_or_drop",
         "tile/halves.sum_of_splits",
         "tile/copy",
     ),
     "lora_wgrad_sm80": (
         "skinny/wgrad",
-        "skinny/reduce.lora_reduce_wgrad",
+        "skinny/elementwise.lora_reduce_wgrad",
         "tile/mask.keep_or_drop",
         "tile/halves.sum_of_splits",
         "tile/copy",
     ),
     "lora_dsdb_sm80": ("skinny/dsdb", "tile/copy"),
-    "lora_split": ("skinny/split", "tile/halves.high_half"),
+    "lora_split": ("skinny/elementwise.lora_split", "tile/halves.high_half"),
     "lora_decode": (
         "decode/kernel",
         "decode/finish",
@@ -54,16 +54,15 @@ PROGRAMS = {
         "decode/table",
         "decode/work",
     ),
-    "dequantize": ("dequantize/4bit", "dequantize/8bit", "dequantize/tile"),
+    "dequantize": ("dequantize/formats",),
     "lora_grouped_segments": ("grouped/segments", "grouped/operands.rank_of"),
     "lora_grouped_shrink": (
         "grouped/shrink",
-        "grouped/reduce.lora_grouped_reduce",
         *(f"grouped/operands.{name}" for name in ("copy", "entry_of", "half_at", "in_chunks")),
     ),
     "lora_grouped_gemm": ("grouped/gemm", "grouped/operands.operator()"),
     "lora_grouped_sequence": ("sequence/grouped_params", "sequence/grouped_sequence"),
-    "lora_grouped_wgrad": ("grouped/wgrad", "grouped/reduce.lora_grouped_reduce_wgrad"),
+    "lora_grouped_wgrad": ("grouped/wgrad",),
 }
 
 

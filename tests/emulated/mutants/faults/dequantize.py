@@ -2,9 +2,9 @@
 
 from emulated.mutants.faults.fault import Fault, faults_of
 
-of_4bit = faults_of("dequantize/4bit.h")
-of_8bit = faults_of("dequantize/8bit.h")
-of_tile = faults_of("dequantize/tile.h")
+of_4bit = faults_of("dequantize/formats.h")
+of_8bit = faults_of("dequantize/formats.h")
+of_tile = faults_of("dequantize/formats.h")
 
 
 def of_cuda(file: str, name: str, what: str, why: str, old: str, new: str) -> Fault:

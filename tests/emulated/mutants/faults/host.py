@@ -120,7 +120,7 @@ HOST = [
         "split_source_in_int",
         "the offset into the matrix to split is an int",
         "lora_split",
-        "skinny/split.h",
+        "skinny/elementwise.h",
         "row * what.row_stride + column * what.column_stride",
         "static_cast<int>(row * what.row_stride + column * what.column_stride)",
     ),

@@ -1,11 +1,18 @@
-// Tensor maps of row-major matrices, encoded by the driver.
+// What launches need of CUDA besides launching: errors as text, and tensor maps of row-major
+// matrices, which the driver encodes. device.cu defines them.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
 
 namespace lora_ext::cuda {
+
+// Returns "" for cudaSuccess; else the runtime's message, with both versions if the driver is older
+// than the runtime of this build. Clears the error: otherwise the next caller to query it, torch or
+// this library, would report it for its own call.
+std::string text_of(cudaError_t error);
 
 struct TensorMapKey {
   const void* data;
