@@ -17,7 +17,7 @@ struct LoraGroupedShrinkParams {
   const T* x;  // [m, k]
   float* z;    // [splits, m, z_pitch], by position; with floats lo's columns follow hi's
   int64_t x_pitch;
-  int m, k, z_pitch, most_rank;
+  int m, k, z_pitch, max_rank;
   int steps_per_split;  // of 64 along k
   LoraGroupedFactors factors;
   const LoraGroupedPiece* tiles;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
   const LoraGroupedPiece piece = p.tiles[blockIdx.x];
   if (piece.count == 0) return;
   const LoraGroupedEntry entry = entry_of<F>(p.factors, piece.adapter);
-  const int rank = clamped_rank(entry.rank, p.most_rank);
+  const int rank = clamped_rank(entry.rank, p.max_rank);
   const int width = whole_chunks(rank), columns = Shrink::Factor::kSplit ? 2 * width : rank;
   if (static_cast<int>(blockIdx.y) * LoraShrinkTile::kN >= columns) return;
   const typename Shrink::Factor factor{static_cast<const F*>(kMNMajor ? entry.b : entry.a),
@@ -125,19 +125,19 @@ __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
 
 // lora_grouped_reduce: sums the splits of lora_grouped_shrink, in one fixed order.
 //
-//     S = keep_scale * sum of Z     over splits, hi + lo / kLoScale    [m, most_rank], by row
+//     S = keep_scale * sum of Z     over splits, hi + lo / kLoScale    [m, max_rank], by row
 //     T = s_g S                     in X's type, as hi and lo          [m, width] each, by position
 //
 // Or T alone from a saved S. Only the columns of a row's own rank are read and written.
 template <class T>
 struct LoraGroupedReduceParams {
   const float* z;        // [splits, m, z_pitch], by position; null if S is given
-  float* s;              // [m, most_rank], written; may be null
-  const float* saved;    // [m, most_rank]; may be null
+  float* s;              // [m, max_rank], written; may be null
+  const float* saved;    // [m, max_rank]; may be null
   const float* scaling;  // [groups]
   T* t[2];               // [m, t_pitch], hi and lo; lo may be null
   int64_t t_pitch;
-  int m, splits, terms, z_pitch, most_rank;
+  int m, splits, terms, z_pitch, max_rank;
   float keep_scale;
   LoraGroupedFactors factors;
   const LoraGroupedPiece* tiles;
@@ -149,11 +149,11 @@ template <class T>
 __global__ void __launch_bounds__(256)
     lora_grouped_reduce(const __grid_constant__ LoraGroupedReduceParams<T> p) {
   const LoraGroupedPiece piece = p.tiles[blockIdx.x];
-  const int rank = rank_of(p.factors, piece.adapter, p.most_rank), width = whole_chunks(rank);
+  const int rank = rank_of(p.factors, piece.adapter, p.max_rank), width = whole_chunks(rank);
   for (int i = static_cast<int>(threadIdx.x); i < piece.count * rank; i += 256) {
     const int at = piece.begin + i / rank, row = PositionedRows{p.order, p.m}(at);
     const int64_t position = at, column = i % rank;
-    const int64_t in_s = static_cast<int64_t>(row) * p.most_rank + column;
+    const int64_t in_s = static_cast<int64_t>(row) * p.max_rank + column;
     float s = 0.f;
     if (p.saved != nullptr) {
       s = p.saved[in_s];

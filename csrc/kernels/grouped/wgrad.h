@@ -17,7 +17,7 @@ template <class T>
 struct LoraGroupedWgradProduct {
   const T* p;      // [m, c], by row
   const T* u;      // [m, u_pitch], by position
-  float* partial;  // [slots, most_rank, c]
+  float* partial;  // [slots, max_rank, c]
   int64_t p_pitch, u_pitch;
   int c, c_tiles;
   bool masked;  // whether P is masked; only in masked kernels
@@ -29,7 +29,7 @@ struct LoraGroupedWgradParams {
   LoraGroupedFactors gradients, factors;  // only the ranks of the factors are used
   const LoraGroupedPiece* pieces;
   const int* order;
-  int m, most_rank;
+  int m, max_rank;
   int lo_column;  // first lo column of U, if the factors are in floats
   Mask mask;
 };
@@ -46,7 +46,7 @@ struct LoraGroupedWgradSm80 {
   const LoraGroupedPiece piece;
   const bool of_b;
   const LoraGroupedWgradProduct<T>& product = p.product[of_b];
-  const int rank = rank_of(p.factors, piece.adapter, p.most_rank);
+  const int rank = rank_of(p.factors, piece.adapter, p.max_rank);
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
   const int c0 = (static_cast<int>(blockIdx.y) - (of_b ? p.product[0].c_tiles : 0)) * Tile::kC;
   const int column0 = static_cast<int>(blockIdx.z) * kColumns;
@@ -106,7 +106,7 @@ struct LoraGroupedWgradSm80 {
   __device__ __forceinline__ void store(const Multiply& multiply,
                                         const typename Multiply::Accumulators& acc) const {
     const LoraGroupedEntry to = entry_of<F>(p.gradients, piece.adapter);
-    float* partial = product.partial + static_cast<int64_t>(piece.slot) * p.most_rank * product.c;
+    float* partial = product.partial + static_cast<int64_t>(piece.slot) * p.max_rank * product.c;
     multiply.for_each(acc, [&](int c, int in_tile, float sum) {
       const int64_t column = column0 + in_tile;
       if (c >= product.c || in_tile >= kColumns || column >= rank) return;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(LoraWgradTile::kThreads)
 //     0                                         if g has no rows; in a pool also past its rank
 
 struct LoraGroupedReduceGradient {
-  const float* partial;  // [slots, most_rank, c]
+  const float* partial;  // [slots, max_rank, c]
   int c;                 // 0 if the gradient is not wanted
   float scale;
 };
@@ -174,7 +174,7 @@ struct LoraGroupedReduceWgradParams {
   LoraGroupedReduceGradient gradient[2];  // dA, dB: one for each blockIdx.z
   LoraGroupedFactors gradients, factors;
   const LoraGroupedSum* sums;
-  int most_rank;
+  int max_rank;
 };
 
 // Grid: adapters, blocks for the elements of a gradient, gradients. Neighbouring threads are
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(256)
   const LoraGroupedReduceGradient& what = p.gradient[of_b];
   const LoraGroupedSum sum = p.sums[adapter];
   const LoraGroupedEntry to = entry_of<F>(p.gradients, adapter);
-  const int rank = rank_of(p.factors, adapter, p.most_rank);
-  const int end = p.gradients.entries == nullptr ? p.most_rank : rank;
+  const int rank = rank_of(p.factors, adapter, p.max_rank);
+  const int end = p.gradients.entries == nullptr ? p.max_rank : rank;
   const int first = sum.pieces == 1 ? rank : 0, ranks = end - first;  // one piece: complete
   const int64_t count = static_cast<int64_t>(ranks) * what.c;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(256)
     const int64_t c = of_b ? i / ranks : i % what.c;
     float value = 0.f;
     if (column < rank) {
-      const int64_t size = static_cast<int64_t>(p.most_rank) * what.c;
+      const int64_t size = static_cast<int64_t>(p.max_rank) * what.c;
       value = what.scale * sum_of_splits<T>(what.partial + sum.slot * size + column * what.c + c,
                                             sum.pieces, size, 1, 0);
     }

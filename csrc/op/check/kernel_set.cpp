@@ -155,9 +155,9 @@ SmallCase small_case(const Kernels& kernels) {
                   {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};
   if (!kernels.hybrid) small.request.tile = kernels.tile;
   small.request.use_pdl = kernels.early;
-  small.request.most_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
+  small.request.max_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
-  if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.most_blocks = 4;
+  if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.max_blocks = 4;
   problem.backward = kernels.backward, problem.dtype = kernels.dtype;
   problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
   problem.given_base = kernels.given_base;
