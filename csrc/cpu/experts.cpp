@@ -17,7 +17,7 @@
 namespace lora_ext::cpu {
 namespace {
 
-constexpr int64_t kPieceColumns = 256, kMostRows = 4;
+constexpr int64_t kPieceColumns = 256, kMaxRows = 4;
 constexpr int64_t kLine = 64;          // bytes
 constexpr int64_t kPrefetched = 2048;  // bytes ahead
 // Reading a factor takes as long as the products of this number of rows.
@@ -25,7 +25,7 @@ constexpr int64_t kFactorRows = 3;
 
 // The product of some rows with some ranks of a factor, or with some columns of a weight.
 struct Product {
-  Range rows;        // of one expert; at most kMostRows
+  Range rows;        // of one expert; at most kMaxRows
   AdapterView view;  // at most kPieceColumns ranks
   float* to;
   int64_t pitch;
@@ -65,7 +65,7 @@ class FewRows {
     const int64_t rows = args_.rows();
     for (int64_t begin = 0, end = 0; begin < rows; begin = end) {
       const int64_t expert = args_.experts[begin];
-      while (end < rows && end - begin < kMostRows && args_.experts[end] == expert) ++end;
+      while (end < rows && end - begin < kMaxRows && args_.experts[end] == expert) ++end;
       const Range own{begin, end};
       add(pieces, own, view_of(args_.weight.select(0, expert), 0), sums_, 0);
       int64_t column = 0;
@@ -94,7 +94,7 @@ class FewRows {
   }
 
   void multiply(const Product& piece) const {
-    alignas(64) float t[kMostRows * kPieceColumns];
+    alignas(64) float t[kMaxRows * kPieceColumns];
     const int64_t ranks = piece.view.rank, rows = piece.rows.end - piece.rows.begin;
     const ShrinkArgs args = shrink_args(args_.x, piece.view, nullptr, 1.0, t, Dropout{},
                                         {where_.data() + piece.rows.begin});

@@ -9,7 +9,7 @@
 namespace lora_ext::kernel {
 
 struct Dequantize4bitParams {
-  static constexpr int kLeastBlockBits = 5;
+  static constexpr int kMinBlockBits = 5;
 
   const uint8_t* packed;       // two codes a byte, the first in the upper half
   const float* table;          // 16 values

@@ -29,7 +29,7 @@ struct LoraGroupedRows {
   const int* index;  // [m], or null
   const int* ends;   // [groups], used without an index; clamped to ascend and to end at m
   int m, groups;
-  int most_rank;  // larger ranks count as this, negative ones as 0
+  int max_rank;  // larger ranks count as this, negative ones as 0
 };
 
 // One adapter's matrices, A [rank, k] and B [n, rank], with the pitch of their rows.
@@ -42,7 +42,7 @@ struct LoraGroupedEntry {
 // The matrices of all adapters, or their gradients: a table, or a pool with a fixed stride.
 struct LoraGroupedFactors {
   const LoraGroupedEntry* entries;  // [groups], or null
-  void *a, *b;                      // of a pool: [groups, most_rank, k] and [groups, n, most_rank]
+  void *a, *b;                      // of a pool: [groups, max_rank, k] and [groups, n, max_rank]
   int64_t a_stride, b_stride, a_pitch, b_pitch;  // elements
   const int* ranks;                              // [groups]
 };
@@ -118,7 +118,7 @@ struct LoraGroupedForward : LoraGroupedOperands {
   const void* base;  // [m, n], onto which Y is added, in a plan for a given base; else null
   int64_t base_pitch;
   void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
-  float* s;  // [m, most_rank]; of a row only its rank's columns are written, without one none
+  float* s;  // [m, max_rank]; of a row only its rank's columns are written, without one none
   uint32_t* counts;  // as in LoraLinearForward
 };
 

@@ -201,7 +201,7 @@ int bits_of(const char* name, int64_t block, int least) {
 void dequantize_4bit_cuda(const Quantized& weight, at::Tensor& out) {
   const NestedScale& nested = weight.nested;
   kernel::Dequantize4bitParams params{};
-  params.block_bits = bits_of("block", weight.block, params.kLeastBlockBits);
+  params.block_bits = bits_of("block", weight.block, params.kMinBlockBits);
   params.packed = weight.codes.const_data_ptr<uint8_t>();
   params.table = weight.table->const_data_ptr<float>();
   if (nested.table) {

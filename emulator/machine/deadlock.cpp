@@ -67,14 +67,14 @@ std::string describe_waiting_threads() {
       }
     }
   }
-  constexpr size_t kMostLines = 24;
-  for (size_t i = 0; i < order.size() && i < kMostLines; ++i) {
+  constexpr size_t kMaxLines = 24;
+  for (size_t i = 0; i < order.size() && i < kMaxLines; ++i) {
     const Waiting& waiting = by_description[order[i]];
     text += "\n    ";
     for (const auto& [block, lanes] : waiting.lanes) text += describe(*block, lanes) + ", ";
     text += format("%u threads ", waiting.threads) + order[i];
   }
-  if (order.size() > kMostLines) text += format("\n    and %zu more", order.size() - kMostLines);
+  if (order.size() > kMaxLines) text += format("\n    and %zu more", order.size() - kMaxLines);
   text += half_full;
   size_t not_started = 0;
   for (const auto& grid : m.grids) not_started += grid->clusters_to_start.size();

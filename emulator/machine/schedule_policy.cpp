@@ -92,7 +92,7 @@ void update_freeze() {
     if (--frozen.turns == 0) frozen = {};
     return;
   }
-  constexpr uint32_t kTurnsBetweenFreezes = 64, kMostTurnsFrozen = 512;
+  constexpr uint32_t kTurnsBetweenFreezes = 64, kMaxTurnsFrozen = 512;
   if (!m.rng.one_in(kTurnsBetweenFreezes)) return;
   const Warp& warp = *m.ready_warps[m.rng.below(static_cast<uint32_t>(m.ready_warps.size()))];
   frozen.block = warp.block;
@@ -101,7 +101,7 @@ void update_freeze() {
     frozen.first = warp.warpgroup() * kWarpgroupWarps;
     frozen.last = frozen.first + kWarpgroupWarps - 1;
   }
-  frozen.turns = 1 + m.rng.below(kMostTurnsFrozen);
+  frozen.turns = 1 + m.rng.below(kMaxTurnsFrozen);
 }
 
 void thaw() { g_policy.frozen = {}; }

@@ -122,8 +122,8 @@ bool retry_all_pollers() {
   if (m.pollers.empty()) return false;
   if (m.progress != g_polls.progress_at_retry) g_polls.vain_retries = 0;
   g_polls.progress_at_retry = m.progress;
-  constexpr uint32_t kMostVainRetries = 200;
-  if (++g_polls.vain_retries > kMostVainRetries) return false;
+  constexpr uint32_t kMaxVainRetries = 200;
+  if (++g_polls.vain_retries > kMaxVainRetries) return false;
   while (!m.pollers.empty()) retry_poller(*m.pollers.back());
   return true;
 }

@@ -64,7 +64,7 @@ TEST(priority_prefers_a_warp_and_changes_seldom) {
 TEST(freezing_leaves_warps_behind) {
   const KeepConfig keep;
   config().schedule = Schedule::Random;
-  int most_behind[2] = {};
+  int max_behind[2] = {};
   for (const bool freeze : {false, true}) {
     config().freeze = freeze;
     for (config().seed = 1; config().seed <= 8; ++config().seed) {
@@ -76,14 +76,14 @@ TEST(freezing_leaves_warps_behind) {
           if (threadIdx.x % 128 == 0) {
             ++steps[group];
             if (steps[1 - group] < 300) {
-              most_behind[freeze] = std::max(most_behind[freeze], steps[group] - steps[1 - group]);
+              max_behind[freeze] = std::max(max_behind[freeze], steps[group] - steps[1 - group]);
             }
           }
         }
       });
     }
   }
-  CHECK(most_behind[1] > most_behind[0] + 20);
+  CHECK(max_behind[1] > max_behind[0] + 20);
 }
 
 TEST(a_thread_that_yields_lets_every_other_run) {

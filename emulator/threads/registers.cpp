@@ -10,7 +10,7 @@ namespace emulator {
 namespace {
 
 constexpr uint32_t kGranule = 8;
-constexpr uint32_t kLeast = 24, kMost = 256;
+constexpr uint32_t kMin = 24, kMax = 256;
 
 // All warps of a warpgroup execute the same sequence of setmaxnreg (PTX ISA).
 void record_request(Warp& warp, int32_t request) {
@@ -31,9 +31,9 @@ void record_request(Warp& warp, int32_t request) {
 }
 
 void check_count(uint32_t registers, const char* name) {
-  if (registers % kGranule != 0 || registers < kLeast || registers > kMost) {
+  if (registers % kGranule != 0 || registers < kMin || registers > kMax) {
     fail(ErrorKind::Misuse, "%s %u: the count must be a multiple of %u in %u..%u", name, registers,
-         kGranule, kLeast, kMost);
+         kGranule, kMin, kMax);
   }
 }
 
@@ -52,7 +52,7 @@ std::string RegisterPool::describe() const {
 
 uint32_t default_registers(uint32_t threads, uint32_t registers_per_sm) {
   const uint32_t warps = (threads + kWarpSize - 1) / kWarpSize;
-  return std::min(kMost, registers_per_sm / (warps * kWarpSize) / kGranule * kGranule);
+  return std::min(kMax, registers_per_sm / (warps * kWarpSize) / kGranule * kGranule);
 }
 
 void setmaxnreg_dec(uint32_t registers) {

@@ -83,7 +83,7 @@ struct LoraDecodeFinish {
         const float sum =
             kSplit ? acc[j][e] + acc[j][e + 2 * kSplit] * (1.f / kLoScale<T>) : acc[j][e];
         const bool inside = rank < own.rank;
-        if (inside && p.s != nullptr) p.s[static_cast<int64_t>(row) * p.most_rank + rank] = sum;
+        if (inside && p.s != nullptr) p.s[static_cast<int64_t>(row) * p.max_rank + rank] = sum;
         const float value = inside ? scaling * sum : 0.f;
         T* t = p.t + static_cast<int64_t>(row) * p.t_pitch + rank;
         t[0] = high_half<T>(value);

@@ -35,7 +35,7 @@ LoraDecodeParams<T> decode_params(const plan::Decode& plan, const Forward& f) {
 template <class T>
 LoraDecodeParams<T> lora_decode_params(const plan::Decode& plan, const LoraLinearForward& f) {
   LoraDecodeParams<T> params = decode_params<T>(plan, f);
-  params.groups = 1, params.most_rank = f.rank, params.scaling = f.scaling;
+  params.groups = 1, params.max_rank = f.rank, params.scaling = f.scaling;
   params.factors.a = const_cast<void*>(f.a.data), params.factors.a_pitch = f.a.row_stride;
   params.factors.b = const_cast<void*>(f.b.data), params.factors.b_pitch = f.b.row_stride;
   return params;
@@ -46,7 +46,7 @@ template <class T>
 LoraDecodeParams<T> lora_decode_params(const plan::Decode& plan, const LoraGroupedForward& f,
                                        const LoraGroupedEntry* entries) {
   LoraDecodeParams<T> params = decode_params<T>(plan, f);
-  params.index = f.rows.index, params.groups = f.rows.groups, params.most_rank = f.rows.most_rank;
+  params.index = f.rows.index, params.groups = f.rows.groups, params.max_rank = f.rows.max_rank;
   params.factors = f.factors.pool, params.factors.entries = entries;
   params.scalings = f.scaling;
   return params;

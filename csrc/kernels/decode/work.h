@@ -29,14 +29,14 @@ struct LoraDecodeParams {
   const T* w;        // [n, k]
   const void* bias;  // [n], in float or T; may be null
   T* y;              // [m, n]
-  float* s;          // [m, most_rank], of which each row's rank is written; may be null
+  float* s;          // [m, max_rank], of which each row's rank is written; may be null
   int64_t x_pitch, w_pitch, y_pitch;
   int m, n, k;
   bool float_bias;
 
   const int* index;  // [m], the adapter of each row; other values mean none. Null: 0 for all
   int groups;        // number of adapters
-  int most_rank;
+  int max_rank;
   LoraGroupedFactors factors;  // if ranks is null, all have the largest rank
   const float* scalings;       // [groups]; if null, `scaling` is that of all
   float scaling;

@@ -42,7 +42,7 @@ template <class T>
 __device__ __forceinline__ void dequantize_tile(const Dequantize4bitParams& p, int64_t first) {
   using Tile = DequantizedTile<T>;
   using Codes = std::conditional_t<Tile::kChunk == 8, uint32_t, uint16_t>;
-  static_assert(Tile::kValues >> Dequantize4bitParams::kLeastBlockBits <= 32);
+  static_assert(Tile::kValues >> Dequantize4bitParams::kMinBlockBits <= 32);
   const auto lane = static_cast<int>(threadIdx.x) % 32;
   const auto* packed = reinterpret_cast<const Codes*>(p.packed + first / 2) + lane;
   uint32_t codes[Tile::kChunks];

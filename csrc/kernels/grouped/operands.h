@@ -8,16 +8,16 @@
 
 namespace lora_ext::kernel {
 
-// Ranks are clamped to 0..most_rank.
-__device__ __forceinline__ int clamped_rank(int rank, int most_rank) {
-  return min(max(rank, 0), most_rank);
+// Ranks are clamped to 0..max_rank.
+__device__ __forceinline__ int clamped_rank(int rank, int max_rank) {
+  return min(max(rank, 0), max_rank);
 }
 
 __device__ __forceinline__ int rank_of(const LoraGroupedFactors& factors, int adapter,
-                                       int most_rank) {
+                                       int max_rank) {
   return clamped_rank(
       factors.entries != nullptr ? factors.entries[adapter].rank : factors.ranks[adapter],
-      most_rank);
+      max_rank);
 }
 
 // Rows of X, Y or their gradients in the order of their adapters, by position; past the last

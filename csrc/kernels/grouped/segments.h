@@ -21,15 +21,15 @@ namespace lora_ext::kernel {
 // lora_grouped_entries: writes a list of adapters that the host has as a table on the device.
 // Entries are kernel parameters, so that the launch can be captured and no copy is waited for.
 struct LoraGroupedEntriesParams {
-  static constexpr int kMost = 64;  // per launch: 2.5 of the 4 KiB that parameters may have
-  LoraGroupedEntry entries[kMost];
+  static constexpr int kMax = 64;  // per launch: 2.5 of the 4 KiB that parameters may have
+  LoraGroupedEntry entries[kMax];
   LoraGroupedEntry* to;
   int count;
 };
 
 // One block, one thread per entry; entries do not depend on T.
 template <class T>
-__global__ void __launch_bounds__(LoraGroupedEntriesParams::kMost)
+__global__ void __launch_bounds__(LoraGroupedEntriesParams::kMax)
     lora_grouped_entries(const __grid_constant__ LoraGroupedEntriesParams p) {
   const int i = static_cast<int>(threadIdx.x);
   if (i < p.count) p.to[i] = p.entries[i];
@@ -58,7 +58,7 @@ struct LoraGroupedChunk {
     if (row >= p.rows.m) return -1;
     const int adapter = p.rows.index[row], groups = p.rows.groups;
     if (adapter < 0 || adapter >= groups) return groups;
-    return rank_of(p.factors, adapter, p.rows.most_rank) == 0 ? groups : adapter;
+    return rank_of(p.factors, adapter, p.rows.max_rank) == 0 ? groups : adapter;
   }
   __device__ __forceinline__ int* counts() const {
     return p.tables.counts + static_cast<int64_t>(blockIdx.x) * (p.rows.groups + 1);
@@ -194,7 +194,7 @@ struct LoraGroupedScan {
   __device__ __forceinline__ void batch(int key, Carry& carry) const {
     const LoraGroupedTables& t = p.tables;
     const Range range = range_of(key, carry);
-    const int rank = key < groups ? rank_of(p.factors, key, p.rows.most_rank) : 0;
+    const int rank = key < groups ? rank_of(p.factors, key, p.rows.max_rank) : 0;
     const int count = rank > 0 ? range.end - range.begin : 0,
               pieces = blocks_of(count, t.piece_rows);
     const int tiles = blocks_of(count, LoraGroupedTables::kTileRows);

@@ -17,7 +17,7 @@ struct LoraGroupedShrinkParams {
   const T* x;  // [m, k]
   float* z;    // [splits, m, z_pitch], by position; with floats lo's columns follow hi's
   int64_t x_pitch;
-  int m, k, z_pitch, most_rank;
+  int m, k, z_pitch, max_rank;
   int steps_per_split;  // of 64 along k
   LoraGroupedFactors factors;
   const LoraGroupedPiece* tiles;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
   const LoraGroupedPiece piece = p.tiles[blockIdx.x];
   if (piece.count == 0) return;
   const LoraGroupedEntry entry = entry_of<F>(p.factors, piece.adapter);
-  const int rank = clamped_rank(entry.rank, p.most_rank);
+  const int rank = clamped_rank(entry.rank, p.max_rank);
   const int width = whole_chunks(rank), columns = Shrink::Factor::kSplit ? 2 * width : rank;
   if (static_cast<int>(blockIdx.y) * LoraShrinkTile::kN >= columns) return;
   const typename Shrink::Factor factor{static_cast<const F*>(kMNMajor ? entry.b : entry.a),

@@ -17,7 +17,7 @@ template <class T>
 struct LoraGroupedWgradProduct {
   const T* p;      // [m, c], by row
   const T* u;      // [m, u_pitch], by position
-  float* partial;  // [slots, most_rank, c]
+  float* partial;  // [slots, max_rank, c]
   int64_t p_pitch, u_pitch;
   int c, c_tiles;
   bool masked;  // whether P is masked; only in masked kernels
@@ -29,7 +29,7 @@ struct LoraGroupedWgradParams {
   LoraGroupedFactors gradients, factors;  // only the ranks of the factors are used
   const LoraGroupedPiece* pieces;
   const int* order;
-  int m, most_rank;
+  int m, max_rank;
   int lo_column;  // first lo column of U, if the factors are in floats
   Mask mask;
 };
@@ -46,7 +46,7 @@ struct LoraGroupedWgradSm80 {
   const LoraGroupedPiece piece;
   const bool of_b;
   const LoraGroupedWgradProduct<T>& product = p.product[of_b];
-  const int rank = rank_of(p.factors, piece.adapter, p.most_rank);
+  const int rank = rank_of(p.factors, piece.adapter, p.max_rank);
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
   const int c0 = (static_cast<int>(blockIdx.y) - (of_b ? p.product[0].c_tiles : 0)) * Tile::kC;
   const int column0 = static_cast<int>(blockIdx.z) * kColumns;
@@ -106,7 +106,7 @@ struct LoraGroupedWgradSm80 {
   __device__ __forceinline__ void store(const Multiply& multiply,
                                         const typename Multiply::Accumulators& acc) const {
     const LoraGroupedEntry to = entry_of<F>(p.gradients, piece.adapter);
-    float* partial = product.partial + static_cast<int64_t>(piece.slot) * p.most_rank * product.c;
+    float* partial = product.partial + static_cast<int64_t>(piece.slot) * p.max_rank * product.c;
     multiply.for_each(acc, [&](int c, int in_tile, float sum) {
       const int64_t column = column0 + in_tile;
       if (c >= product.c || in_tile >= kColumns || column >= rank) return;

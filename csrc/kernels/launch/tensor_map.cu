@@ -53,7 +53,7 @@ struct Hash {
 bool has_tensor_maps() { return encode_function() != nullptr; }
 
 cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map) {
-  constexpr size_t kMost = 4096;  // 700 KiB; a limit, since activations keep getting new addresses
+  constexpr size_t kMax = 4096;  // 700 KiB; a limit, since activations keep getting new addresses
   thread_local std::unordered_map<TensorMapKey, CUtensorMap, Hash> kept;
   if (const auto known = kept.find(key); known != kept.end()) {
     *map = known->second;
@@ -61,7 +61,7 @@ cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map) {
   }
   const cudaError_t error = encode(key, map);
   if (error != cudaSuccess) return error;
-  if (kept.size() == kMost) kept.clear();
+  if (kept.size() == kMax) kept.clear();
   kept.emplace(key, *map);
   return cudaSuccess;
 }

@@ -83,7 +83,7 @@ plan::Request request_for(const plan::Card& card, const plan::Problem& p, plan::
   const plan::Request* found = nearest(by_rows->second, p.m);
   // The fastest route for few rows may not support twice as many.
   const bool fits =
-      found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMostDecodeRows);
+      found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMaxDecodeRows);
   return fits ? *found : asked;
 }
 

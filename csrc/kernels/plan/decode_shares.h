@@ -15,9 +15,9 @@ struct DecodeShares {
   static constexpr int kChunk = 2;
   // Least units of a block, unless there is one block: fewer would not fill its pipeline of copies,
   // leave more partial sums than they save, and be less than what a chunk takes away.
-  static constexpr int kLeastUnits = 4;
+  static constexpr int kMinUnits = 4;
   // Keeps all numbers here below 2^31: W would have 16 TiB.
-  static constexpr int kMostUnits = 1 << 30, kMostBlocks = 1 << 15;
+  static constexpr int kMaxUnits = 1 << 30, kMaxBlocks = 1 << 15;
 
   int tiles, s_tiles, steps;  // of Y, of S, and of each tile along k
   int blocks;

@@ -8,15 +8,15 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr int64_t kMostGroups = int64_t{1} << 20, kMostColumnTiles = 65535;
+constexpr int64_t kMaxGroups = int64_t{1} << 20, kMaxColumnTiles = 65535;
 // Largest number of rows of all factors A, in blocks of 16, with which S is a small part of
 // lora_decode's work.
-constexpr int64_t kMostFactorRows = 4096;
+constexpr int64_t kMaxFactorRows = 4096;
 
 std::string why_library_of_many(const Problem& p) {
   if (p.groups->count < 1) return "there are no adapters";
-  if (p.groups->count > kMostGroups) return "more than 2^20 adapters";
-  if (blocks_of(p.n, 128) + blocks_of(p.k, 128) > kMostColumnTiles)
+  if (p.groups->count > kMaxGroups) return "more than 2^20 adapters";
+  if (blocks_of(p.n, 128) + blocks_of(p.k, 128) > kMaxColumnTiles)
     return "too many columns for one grid";
   return "";
 }
@@ -86,11 +86,11 @@ Decode decode(const Problem& p) {
 // Few rows, with one adapter or an index of adapters.
 bool fits_decode(const Card& card, const Problem& p) {
   if (p.backward || p.dropout || (p.groups && !p.groups->indexed)) return false;
-  if (p.m < 1 || p.m > kMostDecodeRows || p.n < 1 || p.k < 1) return false;
+  if (p.m < 1 || p.m > kMaxDecodeRows || p.n < 1 || p.k < 1) return false;
   if (!p.kernels_can_make_base() || !p.factor_rows) return false;
   const Decode plan = decode(p);
-  return p.adapters() * plan.width * plan.terms <= kMostFactorRows &&
-         plan.tiles + plan.s_tiles <= DecodeShares::kMostUnits / (blocks_of(p.k, kStep) + 1) &&
+  return p.adapters() * plan.width * plan.terms <= kMaxFactorRows &&
+         plan.tiles + plan.s_tiles <= DecodeShares::kMaxUnits / (blocks_of(p.k, kStep) + 1) &&
          decode_tile_for(p.m).shared <= card.shared_per_block;
 }
 

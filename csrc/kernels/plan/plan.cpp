@@ -59,14 +59,14 @@ Plan predicted_best(const Card& card, const Problem& p, const Request& request) 
   const double other = best.has_kernels() ? us.hybrid : us.library;
   Request kernels = request;
   kernels.choice = Choice::kKernel;
-  const bool too_few = p.m < kFewestRows && choose_kernels(card, p, kernels).decode() == nullptr;
+  const bool too_few = p.m < kMinRows && choose_kernels(card, p, kernels).decode() == nullptr;
   if (!too_few && p.kernels_can_make_base() && p.has_product()) {
     Plan kernel = planned(Choice::kKernel, us.kernel);
     if (us.kernel < most_of_others(kernel) * other) best = std::move(kernel);
   }
   best.reason = reason_of(best, p);
   if (too_few && !p.given_base)
-    best.reason += ", as for all fewer than " + std::to_string(kFewestRows) + " rows";
+    best.reason += ", as for all fewer than " + std::to_string(kMinRows) + " rows";
   best.predicted = us;
   return best;
 }

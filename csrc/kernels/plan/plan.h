@@ -32,14 +32,14 @@ struct Request {
   std::optional<Tile> tile{};
   std::string measured{};  // end of "fastest as measured ..."; "" if the user asks
   bool use_pdl = true;     // PDL: a kernel may start before the one before it ends
-  int most_blocks = std::numeric_limits<int>::max();  // of lora_gemm; fewer have more tiles each
+  int max_blocks = std::numeric_limits<int>::max();  // of lora_gemm; fewer have more tiles each
 };
 
 struct Gemm {
   Tile tile;
   int blocks;    // persistent; of wgmma, as many as may be resident
   bool use_pdl;  // PDL: starts before the kernel that writes T has ended; wgmma only
-  int most_blocks = std::numeric_limits<int>::max();  // by the request, and for wgmma by the card
+  int max_blocks = std::numeric_limits<int>::max();  // by the request, and for wgmma by the card
 };
 
 // The last dimension of a grid: `splits` parts of a sum, each of steps_per_split steps of 64.

@@ -18,7 +18,7 @@ namespace lora_ext::plan {
 // The error of a prediction. Our own base product is chosen only if it leads by more.
 constexpr double kPredictionError = 0.10;
 // With fewer rows than half of a tile, most of its products would multiply zeros.
-constexpr int64_t kFewestRows = 64;
+constexpr int64_t kMinRows = 64;
 
 // A kernel, or a call of the library. `flop` includes what idle SMs could have done meanwhile, and
 // is divided by the fraction of the library's rate that the kernel reaches. `times`: the number of

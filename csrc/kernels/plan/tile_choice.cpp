@@ -43,7 +43,7 @@ namespace {
 
 constexpr int64_t kMinSteps = 4;  // per split: its pipeline of copies needs two to fill
 
-constexpr int64_t kMostWgmmaRank = 256, kMostFusedShrinkRank = 64;
+constexpr int64_t kMaxWgmmaRank = 256, kMaxFusedShrinkRank = 64;
 
 // Enough splits for two blocks on every SM, but none too short to fill its pipeline of copies.
 Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
@@ -59,7 +59,7 @@ std::string why_no_wgmma(const Card& card, const Problem& p) {
   if (card.arch != 90) return "only compute capability 9.0 has it";
   if (!card.sm90a_code) return "this build has no code for 9.0a";
   if (!card.tensor_maps) return "the driver encodes no tensor maps";
-  if (p.rank > kMostWgmmaRank) return "the rank is above 256";
+  if (p.rank > kMaxWgmmaRank) return "the rank is above 256";
   if (p.groups) return "it cannot keep one adapter's sums from the rows of another";
   return "";
 }
@@ -95,7 +95,7 @@ const TileFacts& choose_tile(const Card& card, const Problem& p, const Request& 
   const bool wgmma = why_no_wgmma(card, p).empty();
   // lora_dsdb computes dS without another pass over dY.
   const bool may_fused_shrink =
-      wgmma && fits_fused_shrink(call_of(p)) && p.rank <= kMostFusedShrinkRank && !plan.one_pass();
+      wgmma && fits_fused_shrink(call_of(p)) && p.rank <= kMaxFusedShrinkRank && !plan.one_pass();
   const bool fused_shrink = may_fused_shrink && fused_shrink_pays(card, p);
   double best_time = 0;
   for (const TileFacts& tile : kTiles) {
@@ -118,8 +118,8 @@ Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
   // As many clusters as are resident, which the driver tells; if some SMs are reserved for other
   // work, no more than fit on the rest.
   const int most = tile.wgmma ? card.sms : std::numeric_limits<int>::max();
-  return {tile.tile, std::min(static_cast<int>(blocks), request.most_blocks),
-          tile.wgmma && !tile.fused_shrink && request.use_pdl, std::min(most, request.most_blocks)};
+  return {tile.tile, std::min(static_cast<int>(blocks), request.max_blocks),
+          tile.wgmma && !tile.fused_shrink && request.use_pdl, std::min(most, request.max_blocks)};
 }
 
 // Whole waves of tiles leave some clusters idle at the end. If only those compute T before their
@@ -127,13 +127,13 @@ Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
 // of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and up to two are
 // tried. Masked tiles begin with T, which is complete the sooner the more clusters compute it.
 int choose_pairs_per_ticket(const Card& card, const Problem& p, const TileFacts& tile) {
-  constexpr int kMost = 2;
+  constexpr int kMax = 2;
   if (p.dropout) return 1;
   const int64_t clusters = std::max(1, card.sms / 2), row_pairs = blocks_of(p.m, 2 * tile.rows);
   const int64_t tiles = row_pairs * blocks_of(p.columns(), tile.columns);
   const int64_t idle = rounded_up(tiles, clusters) - tiles;
   if (row_pairs <= idle) return 1;
-  return blocks_of(row_pairs, kMost) <= idle ? kMost : 1;
+  return blocks_of(row_pairs, kMax) <= idle ? kMax : 1;
 }
 
 void choose_product(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
@@ -204,9 +204,9 @@ void choose_decode(Decode& plan, const Card& card, const Problem& p, const Reque
       std::clamp<int64_t>(card.shared_per_sm / (tile.shared + 1024), 1, tile.resident);
   plan.blocks = 1;
   const int64_t units = shares_of(plan, p).units();
-  const int64_t wanted = std::max<int64_t>(1, units / DecodeShares::kLeastUnits);
+  const int64_t wanted = std::max<int64_t>(1, units / DecodeShares::kMinUnits);
   const auto blocks = static_cast<int>(std::min(wanted, card.sms * resident));
-  plan.blocks = std::min(blocks, request.most_blocks);
+  plan.blocks = std::min(blocks, request.max_blocks);
 }
 
 }  // namespace

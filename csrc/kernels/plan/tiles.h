@@ -53,7 +53,7 @@ struct DecodeTile {
 };
 constexpr DecodeTile kDecodeTiles[] = {
     {8, 64, 46396, 2}, {16, 64, 51804, 2}, {32, 128, 83116, 1}, {64, 128, 100652, 1}};
-constexpr int64_t kMostDecodeRows = 64;
+constexpr int64_t kMaxDecodeRows = 64;
 static_assert(facts_of(Tile::kDecode).shared == kDecodeTiles[3].shared);
 constexpr const DecodeTile& decode_tile_for(int64_t m) {
   const DecodeTile* tile = kDecodeTiles;

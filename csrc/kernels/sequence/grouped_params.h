@@ -92,7 +92,7 @@ class LoraGroupedParams {
     params.product[0].masked = o_.dropout;
     params.gradients = gradients(g), params.factors = factors();
     params.pieces = at<LoraGroupedPiece>(tables_.pieces), params.order = at<int>(tables_.order);
-    params.m = static_cast<int>(o_.m), params.most_rank = o_.rows.most_rank;
+    params.m = static_cast<int>(o_.m), params.max_rank = o_.rows.max_rank;
     params.lo_column = plan_.width, params.mask = o_.mask;
     return params;
   }
@@ -102,7 +102,7 @@ class LoraGroupedParams {
                           o_.mask.keep_scale};
     params.gradient[1] = {at<float>(plan_.g_b), g.need_db ? static_cast<int>(o_.n) : 0, 1.f};
     params.gradients = gradients(g), params.factors = factors();
-    params.sums = at<LoraGroupedSum>(tables_.sums), params.most_rank = o_.rows.most_rank;
+    params.sums = at<LoraGroupedSum>(tables_.sums), params.max_rank = o_.rows.max_rank;
     return params;
   }
 
@@ -138,7 +138,7 @@ class LoraGroupedParams {
     LoraGroupedShrinkParams<T> params{};
     params.x = static_cast<const T*>(x), params.x_pitch = pitch, params.z = at<float>(plan_.z);
     params.m = static_cast<int>(o_.m), params.k = static_cast<int>(k);
-    params.z_pitch = plan_.z_columns, params.most_rank = o_.rows.most_rank;
+    params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
     params.steps_per_split = plan_.shrink.steps_per_split, params.factors = factors();
     params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
     return params;
@@ -149,7 +149,7 @@ class LoraGroupedParams {
     params.t[0] = at<T>(t), params.t[1] = plan_.terms == 2 ? at<T>(t) + plan_.width : nullptr;
     params.t_pitch = plan_.columns, params.m = static_cast<int>(o_.m);
     params.splits = plan_.shrink.splits, params.terms = plan_.terms;
-    params.z_pitch = plan_.z_columns, params.most_rank = o_.rows.most_rank;
+    params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
     params.keep_scale = 1.f, params.factors = factors();
     params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
     return params;

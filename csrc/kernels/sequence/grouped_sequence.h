@@ -21,11 +21,11 @@ void write_entries(const LoraGroupedMatrices& matrices, int groups, LoraGroupedE
                    Launch& launch) {
   if (to == nullptr) return;
   using Params = LoraGroupedEntriesParams;
-  for (int first = 0; first < groups; first += Params::kMost) {
+  for (int first = 0; first < groups; first += Params::kMax) {
     Params params{};
-    params.count = std::min(groups - first, Params::kMost), params.to = to + first;
+    params.count = std::min(groups - first, Params::kMax), params.to = to + first;
     std::copy_n(matrices.list + first, params.count, params.entries);
-    launch(lora_grouped_entries<T>, dim3(1), Params::kMost, 0, params);
+    launch(lora_grouped_entries<T>, dim3(1), Params::kMax, 0, params);
   }
 }
 
@@ -123,7 +123,7 @@ class LoraGroupedSequence {
     constexpr int kColumns = LoraGroupedWgradSm80<T, F, false, kV>::kColumns;
     const int c_tiles = params.product[0].c_tiles + params.product[1].c_tiles;
     const dim3 grid(static_cast<unsigned>(plan_.tables->piece_count),
-                    static_cast<unsigned>(c_tiles), blocks_of(o_.rows.most_rank, kColumns));
+                    static_cast<unsigned>(c_tiles), blocks_of(o_.rows.max_rank, kColumns));
     const auto run = [&](auto kernel) {
       launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, params);
     };

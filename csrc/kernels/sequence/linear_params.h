@@ -24,7 +24,7 @@ class LoraLinearParams {
   struct Split {
     LoraSplitParams<T> params{};
     unsigned matrices = 0;
-    int64_t most_elements = 0;
+    int64_t max_elements = 0;
   };
   Split split(bool a, bool b, const float* s) const {
     Split out;
@@ -40,7 +40,7 @@ class LoraLinearParams {
                                            static_cast<int>(width),
                                            in_float,
                                            scale};
-      out.most_elements = std::max(out.most_elements, rows * width);
+      out.max_elements = std::max(out.max_elements, rows * width);
     };
     if (a && plan_.a != plan::kNone)
       add(o_.a, o_.float_adapters, 1.f, a_halves(), o_.rank, o_.k, plan_.a_pitch);
@@ -155,7 +155,7 @@ class LoraLinearParams {
   struct ReduceWgrad {
     LoraReduceWgradParams params{};
     unsigned gradients = 0;
-    int64_t most_elements = 0;
+    int64_t max_elements = 0;
   };
   ReduceWgrad reduce_wgrad(const LoraLinearBackward& g) const {
     ReduceWgrad out;
@@ -172,7 +172,7 @@ class LoraLinearParams {
                                               transposed,
                                               o_.float_adapters,
                                               scale};
-      out.most_elements = std::max(out.most_elements, c * o_.rank);
+      out.max_elements = std::max(out.max_elements, c * o_.rank);
     };
     if (g.da != nullptr) add(plan_.dlora_a, o_.k, plan_.g_a, g.da, false, o_.mask.keep_scale);
     if (g.db != nullptr) add(plan_.dlora_b, o_.n, plan_.g_b, g.db, true, 1.f);

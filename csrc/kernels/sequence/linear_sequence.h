@@ -43,7 +43,7 @@ class LoraLinearSequence {
     split(params_.split(/*a=*/true, /*b=*/true, nullptr));
     if (plan_.fused_shrink)
       return fused_shrink(params_.gemm(f), params_.fused_shrink(f.s), params_.factor(f),
-                          {plan_.gemm->tile, false, false, false, plan_.gemm->most_blocks});
+                          {plan_.gemm->tile, false, false, false, plan_.gemm->max_blocks});
     shrink<false>(params_.shrink(), dropout_);
     reduce(params_.reduce(f.s));
     gemm<false, false>(params_.gemm(f));
@@ -70,7 +70,7 @@ class LoraLinearSequence {
     const LoraGemmParams<T> params = params_.gemm(g);
     if (plan_.fused_shrink)
       return fused_shrink(params, params_.fused_shrink(nullptr), params_.factor(g),
-                          {plan_.gemm->tile, true, dropout_, false, plan_.gemm->most_blocks});
+                          {plan_.gemm->tile, true, dropout_, false, plan_.gemm->max_blocks});
     dropout_ ? gemm<true, true>(params) : gemm<true, false>(params);
   }
 
@@ -79,13 +79,13 @@ class LoraLinearSequence {
   }
   // For kernels with one thread per element and a grid-stride loop.
   static unsigned blocks_for(int64_t elements) {
-    constexpr int64_t kMostBlocks = 2048;
-    return static_cast<unsigned>(std::min<int64_t>((elements + 255) / 256, kMostBlocks));
+    constexpr int64_t kMaxBlocks = 2048;
+    return static_cast<unsigned>(std::min<int64_t>((elements + 255) / 256, kMaxBlocks));
   }
 
   void split(const typename Params::Split& split) {
     if (split.matrices == 0) return;
-    launch_(lora_split<T>, dim3(blocks_for(split.most_elements), split.matrices), 256, 0,
+    launch_(lora_split<T>, dim3(blocks_for(split.max_elements), split.matrices), 256, 0,
             split.params);
   }
 
@@ -124,7 +124,7 @@ class LoraLinearSequence {
     const plan::Gemm& gemm = *plan_.gemm;
     if (plan::facts_of(gemm.tile).wgmma)
       return launch_lora_gemm_sm90a<T>(
-          params, {gemm.tile, kMNMajor, kMasked, gemm.use_pdl, gemm.most_blocks}, launch_);
+          params, {gemm.tile, kMNMajor, kMasked, gemm.use_pdl, gemm.max_blocks}, launch_);
     switch (gemm.tile) {
       case plan::Tile::k128x128:
         return gemm_sm80<LoraGemmTile128x128, kMNMajor, kMasked>(params);
@@ -175,7 +175,7 @@ class LoraLinearSequence {
 
   void reduce_wgrad(const typename Params::ReduceWgrad& sums) {
     if (sums.gradients == 0) return;
-    launch_(lora_reduce_wgrad<T>, dim3(blocks_for(sums.most_elements), sums.gradients), 256, 0,
+    launch_(lora_reduce_wgrad<T>, dim3(blocks_for(sums.max_elements), sums.gradients), 256, 0,
             sums.params);
   }
 

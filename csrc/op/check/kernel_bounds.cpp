@@ -8,7 +8,7 @@
 //   - each sum of d products, in any order and also where tensor cores truncate: by less than
 //     d 2^-23 of its intermediate size.
 // Rounding errors of different numbers are independent, so in a sum of products they add up to the
-// root of the sum of squares of the products; kMost is well above the error of the worst of 300,000
+// root of the sum of squares of the products; kMax is well above the error of the worst of 300,000
 // elements, and below the error that one missing second half causes.
 #include "op/check/kernel_bounds.h"
 
@@ -22,7 +22,7 @@
 namespace lora_ext::kernel_bounds {
 namespace {
 
-constexpr double kMost = 8;
+constexpr double kMax = 8;
 
 struct Roundings {
   double half;        // rounding of a result to x's dtype
@@ -39,9 +39,9 @@ struct Roundings {
     half = float16 ? 0x1p-11 : 0x1p-8;
     // In float16 the second half of a number below 2^-3 is subnormal: 2^-25 is lost, not u^2.
     const double two_halves = 4 * (float16 ? 0x1p-19 : 0x1p-16);
-    low_rank = kMost * (float_adapters ? two_halves : half);
+    low_rank = kMax * (float_adapters ? two_halves : half);
     of_s = float_adapters ? low_rank : 0;
-    once_more = base = hybrid ? kMost * half : 0;
+    once_more = base = hybrid ? kMax * half : 0;
     of_adapter = float_adapters ? 0 : half;
   }
 };

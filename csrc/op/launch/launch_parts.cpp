@@ -42,7 +42,7 @@ const int32_t* numbers_at(const at::Tensor& numbers) {
 // 64 KiB for each stream, which a layer of a million columns does not fill; and 1 MiB for graphs,
 // of which a launch takes 0.4 KiB for a layer of 4096 columns.
 constexpr int64_t kOfStream = 1 << 14, kOfGraphs = 1 << 18, kApart = 32;
-constexpr size_t kMostStreams = 64;
+constexpr size_t kMaxStreams = 64;
 
 struct OfDevice {
   std::map<uint64_t, at::Tensor> by_stream;
@@ -164,7 +164,7 @@ GroupedOperands::GroupedOperands(const Update& update)
 void GroupedOperands::set(kernel::LoraGroupedOperands& operands, int64_t rows) const {
   operands.rows.index = numbers_at(index_), operands.rows.ends = numbers_at(offs_);
   operands.rows.m = static_cast<int>(rows), operands.rows.groups = static_cast<int>(adapters_);
-  operands.rows.most_rank = static_cast<int>(rank_);
+  operands.rows.max_rank = static_cast<int>(rank_);
   operands.scaling = scaling_.const_data_ptr<float>();
   operands.factors = factors_.matrices();
 }
@@ -181,7 +181,7 @@ uint32_t* decode_counts(const at::Device& device, int64_t count) {
   if (!stream || count > kOfStream) return nullptr;
   auto found = mine.by_stream.find(*stream);
   if (found == mine.by_stream.end()) {
-    if (mine.by_stream.size() >= kMostStreams) return nullptr;
+    if (mine.by_stream.size() >= kMaxStreams) return nullptr;
     found = mine.by_stream.emplace(*stream, zeros(device, kOfStream)).first;
   }
   return data_of(found->second);

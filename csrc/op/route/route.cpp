@@ -68,7 +68,7 @@ std::optional<bool> may_run(const at::Device& device, const plan::Plan& plan,
 // The plan, if its kernels may run, or null for the library route. Definite answers are cached, for
 // each thread separately: planning a call takes ten times as long as finding its plan in the cache.
 const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call) {
-  constexpr size_t kMost = 4096;  // then the cache is cleared: serving always has new shapes
+  constexpr size_t kMax = 4096;  // then the cache is cleared: serving always has new shapes
   thread_local std::map<PlannedCall, std::optional<plan::Plan>> plans;
   auto known = plans.find(call);
   if (known == plans.end()) {
@@ -76,7 +76,7 @@ const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call
     const std::optional<bool> may = may_run(device, *plan, call);
     if (!may) return nullptr;
     if (!*may) plan.reset();
-    if (plans.size() >= kMost) plans.clear();
+    if (plans.size() >= kMax) plans.clear();
     known = plans.emplace(call, std::move(plan)).first;
   }
   return known->second ? &*known->second : nullptr;

@@ -88,9 +88,9 @@ void compare_bytes(int64_t count, double code_bytes, bool aligned, int64_t aroun
 
 // Draws whole tiles; one value less, or more; or any number.
 template <class T>
-int64_t draw_count(int most_tiles, Random& random) {
+int64_t draw_count(int max_tiles, Random& random) {
   constexpr int64_t kTile = DequantizedTile<T>::kValues;
-  const auto tiles = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(most_tiles));
+  const auto tiles = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(max_tiles));
   const auto kind = random() % 4;
   if (kind == 0) return tiles * kTile;
   if (kind == 1) return tiles * kTile - 1;
@@ -160,8 +160,8 @@ struct FourBits {
 
 template <class T>
 void run_four_bits(const Case& run, Random& random) {
-  const auto [name, tiles, most_block, odd] = run.size;
-  const int64_t block = most_block >> random() % 3;
+  const auto [name, tiles, max_block, odd] = run.size;
+  const int64_t block = max_block >> random() % 3;
   const bool aligned = !odd || random() % 2 == 0;
   const FourBits weight(draw_count<T>(tiles, random), block, random() % 2,
                         aligned ? 4 * static_cast<int64_t>(random() % 3) : 1, random);
@@ -181,11 +181,11 @@ void run_four_bits(const Case& run, Random& random) {
 template <class T>
 void run_eight_bits(const Case& run, Random& random) {
   constexpr int64_t kChunk = DequantizedTile<T>::kChunk;
-  const auto [name, tiles, most_columns, odd] = run.size;
+  const auto [name, tiles, max_columns, odd] = run.size;
   const bool aligned = !odd || random() % 2 == 0;
   // Rows of at least a chunk, of which tiles may have a whole number; unaligned ones with any
   // number of columns.
-  auto columns = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(most_columns));
+  auto columns = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(max_columns));
   if (aligned) columns = kChunk * (random() % 2 ? columns : int64_t{1} << random() % 6);
   const int64_t rows = (draw_count<T>(tiles, random) + columns - 1) / columns;
   const int64_t count = rows * columns, before = aligned ? 8 * int64_t(random() % 3) : 3;

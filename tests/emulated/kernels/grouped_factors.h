@@ -27,7 +27,7 @@ struct GroupedPool {
       : pooled(pooled_),
         a_pitch(a_pitch_),
         b_pitch(b_pitch_),
-        a_stride(rows.most_rank * a_pitch + between),
+        a_stride(rows.max_rank * a_pitch + between),
         b_stride(n * b_pitch + between),
         ranks(rows.ranks, "ranks"),
         all_a(static_cast<size_t>(rows.groups * a_stride), "A of adapters"),
@@ -80,7 +80,7 @@ class GroupedFactors {
         whole_(random() % 2),
         // Not all of a pool is a stride's multiple, nor all of a list 16 bytes.
         pool(rows, n, pooled_, whole_ ? padded(k) : k + 3,
-             whole_ ? padded(rows.most_rank + 8) : rows.most_rank + 1, whole_ ? 8 : 1, NAN) {
+             whole_ ? padded(rows.max_rank + 8) : rows.max_rank + 1, whole_ ? 8 : 1, NAN) {
     const auto drawn = [&](int lines, int columns) {
       Matrix<F> matrix = random_matrix<F>(lines, columns, std::max(1, columns), numbers, random);
       for (F& value : matrix.values)
@@ -136,7 +136,7 @@ struct GroupedGradients {
       : rows(rows_),
         n(n_),
         k(k_),
-        pool(rows, n, pooled, k + kBetween, rows.most_rank + kBetween, kBetween, kUnwritten) {}
+        pool(rows, n, pooled, k + kBetween, rows.max_rank + kBetween, kBetween, kUnwritten) {}
 
   bool same_bits(const GroupedGradients& other) const {
     const auto same = [](const GlobalBuffer<F>& a, const GlobalBuffer<F>& b) {
@@ -150,7 +150,7 @@ struct GroupedGradients {
   template <class Expected>
   void compare(char factor, bool wanted, bool exact, const Expected& expected) const {
     const bool of_a = factor == 'a';
-    const int lines = of_a ? rows.most_rank : n, width = of_a ? k : rows.most_rank;
+    const int lines = of_a ? rows.max_rank : n, width = of_a ? k : rows.max_rank;
     for (int g = 0; g < rows.groups; ++g) {
       const std::string name =
           emulator::format("dlora_%c of adapter %d of rank %d", factor, g, rows.rank(g));

@@ -15,13 +15,13 @@ namespace kernels {
 
 // The adapter of each row. `adapter_of[row]` is -1 without an adapter.
 struct GroupedRows {
-  int m, groups, most_rank;
+  int m, groups, max_rank;
   bool indexed;
   std::vector<int> ranks, given, adapter_of;  // ranks as the device has them, then an index or ends
   std::unique_ptr<GlobalBuffer<int>> buffer;
 
-  GroupedRows(int m_, int groups_, int most_rank_, Random& random)
-      : m(m_), groups(groups_), most_rank(most_rank_), indexed(random() % 2), adapter_of(m_, -1) {
+  GroupedRows(int m_, int groups_, int max_rank_, Random& random)
+      : m(m_), groups(groups_), max_rank(max_rank_), indexed(random() % 2), adapter_of(m_, -1) {
     const auto draw = [&](int from, int to) {
       return from + static_cast<int>(random() % static_cast<uint64_t>(to - from + 1));
     };
@@ -30,8 +30,8 @@ struct GroupedRows {
       const int kind = odd_ranks ? draw(0, 5) : 5;
       ranks.push_back(kind == 0   ? 0
                       : kind == 1 ? -draw(1, 9)
-                      : kind == 2 ? most_rank + draw(1, 99)
-                                  : draw(1, most_rank));
+                      : kind == 2 ? max_rank + draw(1, 99)
+                                  : draw(1, max_rank));
     }
     indexed ? draw_index(draw) : draw_ends(draw);
     buffer = std::make_unique<GlobalBuffer<int>>(given, indexed ? "index" : "ends");
@@ -39,11 +39,11 @@ struct GroupedRows {
       if (adapter >= 0 && rank(adapter) == 0) adapter = -1;
   }
 
-  int rank(int adapter) const { return std::clamp(ranks[adapter], 0, most_rank); }
+  int rank(int adapter) const { return std::clamp(ranks[adapter], 0, max_rank); }
   int rank_of_row(int row) const { return adapter_of[row] < 0 ? 0 : rank(adapter_of[row]); }
   LoraGroupedRows parameters() const {
     return {indexed ? buffer->data() : nullptr, indexed ? nullptr : buffer->data(), m, groups,
-            most_rank};
+            max_rank};
   }
 
   // Gives an index's rows the adapters of the rows from the last on, in place on the device.

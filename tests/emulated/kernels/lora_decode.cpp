@@ -88,9 +88,9 @@ class Decode {
     if (many_ && random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     if (spoiled_ >= 0) factors_.spoil(spoiled_);
     // The plan has the instance for the number of rows of X, or none if A has too many rows.
-    const int adapters = std::min(rows_.groups, m_), kMostRows = 4096;
+    const int adapters = std::min(rows_.groups, m_), kMaxRows = 4096;
     by_plan_ = random_() % 2 && plan::decode_tile_for(m_).batch == kBatch &&
-               adapters * width_ * (kSplit ? 2 : 1) <= kMostRows;
+               adapters * width_ * (kSplit ? 2 : 1) <= kMaxRows;
     y_.emplace(m_, by_plan_ ? n_ : n_ + 3, false, from_double<T>(kUnwritten), "y");
     by_plan_ ? make_plan() : lay_out();
   }
@@ -158,7 +158,7 @@ class Decode {
 
   // Grids of one block, of as many as there may be, and of any in between.
   void lay_out() {
-    const int most = std::max(1, tiles() * steps() / plan::DecodeShares::kLeastUnits);
+    const int most = std::max(1, tiles() * steps() / plan::DecodeShares::kMinUnits);
     const int any = 1 + static_cast<int>(random_() % static_cast<uint64_t>(most));
     blocks_ = std::min(random_() % 4 == 0 ? most : any, 40);
     const plan::DecodeShares shares{tiles(), s_tiles(), steps(), blocks_};
@@ -221,7 +221,7 @@ class Decode {
     p.s = with_s_ ? s_.data() : nullptr;
     p.m = m_, p.n = n_, p.k = k_;
     p.index = many_ ? rows_.buffer->data() : nullptr;
-    p.groups = rows_.groups, p.most_rank = rank_;
+    p.groups = rows_.groups, p.max_rank = rank_;
     p.factors = factors_.pool.parameters();
     if (!many_) p.factors.ranks = nullptr;
     p.scaling = scalings_[0], p.scalings = many_ ? scalings_.data() : nullptr;

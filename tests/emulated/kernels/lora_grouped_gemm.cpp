@@ -17,9 +17,9 @@ class GroupedGemm {
   Random random_;
   const int m_, n_, depth_;
   const int k_ = random_() % 3 == 0 || kAlignment == Alignment::kElement ? 0 : depth_;
-  const int most_rank_ = draw_rank();
+  const int max_rank_ = draw_rank();
   const GroupedRows rows_{m_, 1 + static_cast<int>(random_() % (random_() % 2 ? 6 : 2 * m_)),
-                          most_rank_, random_};
+                          max_rank_, random_};
   const Numbers numbers_ = random_() % 2 ? Numbers::Integers : Numbers::Reals;
   GroupedTables tables_{rows_, 64};
   const std::vector<int> order_ = GroupedTables::positions(rows_);
@@ -29,7 +29,7 @@ class GroupedGemm {
   const Bias<T> bias_{n_, numbers_, random_};
   const Operand<T, kAlignment> base_{m_, n_, numbers_, random_, "base"};
   const RandomMask mask_{numbers_, random_};
-  const int width_ = padded(rows_.most_rank);
+  const int width_ = padded(rows_.max_rank);
   const WrittenRows<T> t_{m_, (kSplit ? 2 : 1) * width_ + 8, false, from_double<T>(NAN), "t"};
   const WrittenRows<T> y_{m_,    n_ + 8 - n_ % 8 * (kAlignment == Alignment::kVector),
                           false, from_double<T>(kUnwritten),

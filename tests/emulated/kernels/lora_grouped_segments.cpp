@@ -22,19 +22,19 @@ void compare_table(const char* name, const GlobalBuffer<V>& got, const GlobalBuf
 
 void write_entries(emulator::Stream& stream, const std::vector<LoraGroupedEntry>& list,
                    LoraGroupedEntry* to) {
-  constexpr size_t kMost = LoraGroupedEntriesParams::kMost;
-  for (size_t first = 0; first < list.size(); first += kMost) {
+  constexpr size_t kMax = LoraGroupedEntriesParams::kMax;
+  for (size_t first = 0; first < list.size(); first += kMax) {
     LoraGroupedEntriesParams params{};
-    params.to = to + first, params.count = static_cast<int>(std::min(kMost, list.size() - first));
+    params.to = to + first, params.count = static_cast<int>(std::min(kMax, list.size() - first));
     std::copy_n(list.begin() + first, params.count, params.entries);
-    stream.launch({.grid = dim3(1), .block = dim3(kMost)}, lora_grouped_entries<__half>, params);
+    stream.launch({.grid = dim3(1), .block = dim3(kMax)}, lora_grouped_entries<__half>, params);
   }
 }
 
 void run_segments(const Case& run) {
-  const auto [name, m, groups, most_rank] = run.size;
+  const auto [name, m, groups, max_rank] = run.size;
   Random random(run.seed);
-  const GroupedRows rows(m, groups, most_rank, random);
+  const GroupedRows rows(m, groups, max_rank, random);
   const int piece_rows = 64 * (1 + static_cast<int>(random() % 4));
   GroupedTables got(rows, piece_rows), expected(rows, piece_rows);
   expected.fill(rows);

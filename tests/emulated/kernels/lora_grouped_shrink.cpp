@@ -34,10 +34,10 @@ void run_shrink(const Case& run) {
   Random random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   constexpr int kRanks[] = {1, 8, 17, 64, 65, 130};
-  const int most_rank = kRanks[random() % std::size(kRanks)];
+  const int max_rank = kRanks[random() % std::size(kRanks)];
   constexpr bool kSplit = std::is_same_v<F, float>;
-  const int width = padded(most_rank), terms = kSplit ? 2 : 1;
-  const GroupedRows rows(m, groups, most_rank, random);
+  const int width = padded(max_rank), terms = kSplit ? 2 : 1;
+  const GroupedRows rows(m, groups, max_rank, random);
   GroupedTables tables(rows, 64);
   tables.fill(rows);
   const auto order = GroupedTables::positions(rows);
@@ -56,14 +56,14 @@ void run_shrink(const Case& run) {
   const int t_pitch = width + 8;
   const bool with_s = random() % 4, with_lo = random() % 2;
   const auto unwritten = from_double<T>(kUnwritten);
-  const WrittenRows<float> s(m, most_rank, false, kUnwritten, "s");
+  const WrittenRows<float> s(m, max_rank, false, kUnwritten, "s");
   const WrittenRows<T> hi(m, t_pitch, false, unwritten, "hi"),
       lo(m, t_pitch, false, unwritten, "lo"),
       again(m, t_pitch, false, unwritten, "hi from the saved s");
 
   LoraGroupedShrinkParams<T> shrink{};
   shrink.x = x.data(), shrink.x_pitch = x.pitch(), shrink.z = z.data(), shrink.z_pitch = z_pitch;
-  shrink.m = m, shrink.k = k, shrink.most_rank = most_rank;
+  shrink.m = m, shrink.k = k, shrink.max_rank = max_rank;
   shrink.steps_per_split = steps_per_split, shrink.factors = factors.pool.parameters();
   shrink.tiles = tables.tiles.data(), shrink.order = tables.parameters().order;
   shrink.mask = mask.parameters();
@@ -71,7 +71,7 @@ void run_shrink(const Case& run) {
   reduce.z = z.data(), reduce.s = with_s ? s.data() : nullptr, reduce.scaling = scaling.data();
   reduce.t[0] = hi.data(), reduce.t[1] = with_lo ? lo.data() : nullptr, reduce.t_pitch = t_pitch;
   reduce.m = m, reduce.splits = splits, reduce.terms = terms, reduce.z_pitch = z_pitch;
-  reduce.most_rank = most_rank, reduce.keep_scale = kMasked ? mask.keep_scale : 1.f;
+  reduce.max_rank = max_rank, reduce.keep_scale = kMasked ? mask.keep_scale : 1.f;
   reduce.factors = shrink.factors, reduce.tiles = shrink.tiles, reduce.order = shrink.order;
   LoraGroupedReduceParams<T> from_saved = reduce;
   from_saved.z = nullptr, from_saved.s = nullptr, from_saved.saved = s.data();
@@ -96,7 +96,7 @@ void run_shrink(const Case& run) {
       if (!with_lo || j >= rank) compare("lo", row, j, lo(position, j), to_double(unwritten), 0);
       if (j >= rank) {
         compare("hi", row, j, hi(position, j), to_double(unwritten), 0);
-        if (j < most_rank) compare("s", row, j, s(row, j), kUnwritten, 0);
+        if (j < max_rank) compare("s", row, j, s(row, j), kUnwritten, 0);
         continue;
       }
       Bounded expected;

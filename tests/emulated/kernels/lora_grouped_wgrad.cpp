@@ -17,10 +17,10 @@ void run_wgrad(const Case& run) {
   Random random(run.seed);
   const Numbers numbers = random() % 2 ? Numbers::Integers : Numbers::Reals;
   constexpr int kRanks[] = {1, 8, 17, 33, 65};
-  const int most_rank = kRanks[random() % std::size(kRanks)];
+  const int max_rank = kRanks[random() % std::size(kRanks)];
   constexpr bool kSplit = std::is_same_v<F, float>;
-  const int width = padded(most_rank), u_columns = (kSplit ? 2 : 1) * width;
-  const GroupedRows rows(m, groups, most_rank, random);
+  const int width = padded(max_rank), u_columns = (kSplit ? 2 : 1) * width;
+  const GroupedRows rows(m, groups, max_rank, random);
   const int piece_rows = 64 * (1 + static_cast<int>(random() % 3));
   GroupedTables tables(rows, piece_rows);
   tables.fill(rows);
@@ -42,7 +42,7 @@ void run_wgrad(const Case& run) {
     p.emplace_back(m, columns[i], numbers, random, "p");
     u.emplace_back(m, u_columns, numbers, random, "u");
     const bool wants = wanted >> i & 1;
-    partial.emplace_back(static_cast<size_t>(wants ? slots : 0) * most_rank * columns[i],
+    partial.emplace_back(static_cast<size_t>(wants ? slots : 0) * max_rank * columns[i],
                          "partial sums");
     const int tiles = wants ? static_cast<int>(blocks_of(columns[i], LoraWgradTile::kC)) : 0;
     params.product[i] = {p[i].data(), u[i].data(), partial[i].data(),  p[i].pitch(), u[i].pitch(),
@@ -53,7 +53,7 @@ void run_wgrad(const Case& run) {
   params.gradients = sums.gradients = gradients.pool.parameters();
   params.factors.ranks = sums.factors.ranks = ranks.data();
   params.pieces = tables.pieces.data(), params.order = tables.parameters().order;
-  params.m = m, params.most_rank = sums.most_rank = most_rank, params.lo_column = width;
+  params.m = m, params.max_rank = sums.max_rank = max_rank, params.lo_column = width;
   params.mask = mask.parameters();
   sums.sums = tables.sums.data();
 
@@ -63,7 +63,7 @@ void run_wgrad(const Case& run) {
   stream.launch(
       {.grid = dim3(static_cast<unsigned>(tables.pieces.size()),
                     static_cast<unsigned>(params.product[0].c_tiles + params.product[1].c_tiles),
-                    blocks_of(most_rank, kColumns)),
+                    blocks_of(max_rank, kColumns)),
        .block = dim3(Tile::kThreads),
        .shared_bytes = Tile::kSharedBytes},
       lora_grouped_wgrad_sm80<T, F, kMasked, kAlignment>, params);

@@ -11,7 +11,7 @@
 //   load.h      the producer: what a stage receives
 //   multiply.h  the consumers: the main loop
 //   mask_ahead.h  dropout's bits, drawn while the tensor core works
-//   store.h, store.h  the epilogue: bias, rounding, slabs
+//   store.h     the epilogue: bias, rounding, slabs
 //   jobs.h, fused_shrink.h  the kernel that computes its own T
 //   launch.h    from parameters to a launch of either
 //

@@ -18,7 +18,7 @@ struct Sm90aChoice {
   plan::Tile tile;                                    // a wgmma tile
   bool mn_major, masked;                              // dX, and dX with dropout
   bool dependent;                                     // as in Sm90aLaunch
-  int most_blocks = std::numeric_limits<int>::max();  // two per cluster
+  int max_blocks = std::numeric_limits<int>::max();  // two per cluster
 };
 
 // How to launch lora_gemm_sm90a.
@@ -92,7 +92,7 @@ int64_t pairs_of_tiles(const LoraGemmParams<T>& p) {
 }
 
 inline unsigned clusters_for(int64_t jobs, int64_t resident, const Sm90aChoice& choice) {
-  const int64_t most = std::max(1, choice.most_blocks / 2);
+  const int64_t most = std::max(1, choice.max_blocks / 2);
   return static_cast<unsigned>(std::min({jobs, resident, most}));
 }
 

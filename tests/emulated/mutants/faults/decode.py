@@ -73,7 +73,7 @@ DECODE = [
         "decode_s_is_scaled",
         "S is kept with its scaling",
         "backward scales it again",
-        ("p.most_rank + rank] = sum;", "p.most_rank + rank] = scaling * sum;"),
+        ("p.max_rank + rank] = sum;", "p.max_rank + rank] = scaling * sum;"),
     ),
     of_finish(
         "decode_lo_beside_rank",
@@ -150,7 +150,7 @@ DECODE = [
         "past its own there may be anything",
         (
             "adapters[before] = {adapter_of[row], rank_at(p, adapter_of[row]), blocks_before, of_batch};",
-            "adapters[before] = {adapter_of[row], p.most_rank, blocks_before, of_batch};",
+            "adapters[before] = {adapter_of[row], p.max_rank, blocks_before, of_batch};",
         ),
     ),
     of_plan(

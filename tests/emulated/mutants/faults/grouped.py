@@ -72,7 +72,7 @@ GROUPED = [
         "the width is whole chunks, and every kernel reads it there",
         (
             "params.lo_column = plan_.width, params.mask",
-            "params.lo_column = o_.rows.most_rank, params.mask",
+            "params.lo_column = o_.rows.max_rank, params.mask",
         ),
     ),
     of_many_entries(

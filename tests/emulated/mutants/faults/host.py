@@ -73,7 +73,7 @@ HOST = [
         "ranks up to 128 make T in the same grid",
         "the kernel makes one step of 64 columns of T",
         PLAN,
-        "p.rank <= kMostFusedShrinkRank",
+        "p.rank <= kMaxFusedShrinkRank",
         "p.rank <= 128",
     ),
     whole_op(
