@@ -69,7 +69,7 @@ struct Grouping {
 
 // Most calls have one adapter: its list needs no allocation.
 using Factors = c10::SmallVector<at::Tensor, 1>;
-using Wishes = c10::SmallVector<bool, 1>;
+using NeedsGrad = c10::SmallVector<bool, 1>;
 
 // The trained part: scaling * (drop(x) lora_a^T) lora_b^T. One adapter, for all rows, has one
 // matrix in each list.
@@ -125,10 +125,10 @@ struct ForwardArgs {
 // The gradients that a backward is to compute.
 struct Wanted {
   bool dx = true;
-  Wishes dlora_a, dlora_b;  // for each tensor of lora_a and lora_b
+  NeedsGrad dlora_a, dlora_b;  // for each tensor of lora_a and lora_b
   bool dbias = false;       // computed by the op, not by the route
 
-  static Wanted one(bool dx, bool a, bool b) { return {dx, Wishes{a}, Wishes{b}}; }
+  static Wanted one(bool dx, bool a, bool b) { return {dx, NeedsGrad{a}, NeedsGrad{b}}; }
   bool any_a() const { return std::find(dlora_a.begin(), dlora_a.end(), true) != dlora_a.end(); }
   bool any_b() const { return std::find(dlora_b.begin(), dlora_b.end(), true) != dlora_b.end(); }
   bool any() const { return dx || any_a() || any_b(); }

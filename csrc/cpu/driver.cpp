@@ -99,7 +99,7 @@ std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank)
 
 bool is_few(int64_t rows, int64_t most, const Update& update) {
   return rows <= (update.rank() > kHighRank ? kFewRowsOfHighRank : most) &&
-         lie_for_few_rows(update);
+         strides_suit_few_rows(update);
 }
 
 bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& update) {

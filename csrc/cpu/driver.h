@@ -20,7 +20,7 @@ std::optional<Backward> backward(const BackwardArgs& args);
 //
 // Whether the kernels for few rows can read the factors: lora_a needs unit stride along its columns
 // or its rank, lora_b along its rank.
-bool lie_for_few_rows(const Update& update);
+bool strides_suit_few_rows(const Update& update);
 
 // Y += s S B^T with S = scale drop(X) A^T, where Y is the result of the base.
 Forward forward_few_rows(const ForwardArgs& args);

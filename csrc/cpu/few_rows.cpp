@@ -73,7 +73,7 @@ at::Tensor wgrad_of_few(const SkinnyKernels& kernels, const at::Tensor& p, const
 
 }  // namespace
 
-bool lie_for_few_rows(const Update& update) {
+bool strides_suit_few_rows(const Update& update) {
   const AdapterView a = view_of(update.a(), 0), b = view_of(update.b(), 1);
   return (a.col_pitch == 1 || a.rank_pitch == 1) && b.rank_pitch == 1;
 }

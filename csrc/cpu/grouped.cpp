@@ -72,7 +72,7 @@ bool has_passes(at::ScalarType x, at::ScalarType y) {
 // The gradients of lora_a or of lora_b: a list of tensors, or one tensor for a pool.
 class Gradient {
  public:
-  Gradient(const Update& update, at::TensorList factors, const Wishes& wanted, int64_t rank_dim,
+  Gradient(const Update& update, at::TensorList factors, const NeedsGrad& wanted, int64_t rank_dim,
            const Groups& groups)
       : pool_(update.is_pool()), rank_dim_(rank_dim), each(factors.size()) {
     std::vector<bool> is_written(factors.size(), false);

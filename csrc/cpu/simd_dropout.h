@@ -12,7 +12,7 @@
 //               c3 = lo(M0 (group ^ k0))               table of groups
 //
 // which leaves 9 of 14 multiplications per call. Isa::kDropoutWords words are computed at a time by
-// Isa::dropout_words(table, RowState, keys, keep_count, words).
+// Isa::dropout_words(table, DropoutRow, keys, keep_count, words).
 #pragma once
 
 struct DropoutKeys {

@@ -179,7 +179,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
                                  optional(saved[kRanks])};
     }
     if (base.is_given() && ctx->needs_input_grad(kBase)) out[kBase] = grad;
-    Wanted wanted{ctx->needs_input_grad(kX), Wishes(factors), Wishes(factors),
+    Wanted wanted{ctx->needs_input_grad(kX), NeedsGrad(factors), NeedsGrad(factors),
                   data["has_bias"].toBool() && ctx->needs_input_grad(bias)};
     for (size_t i = 0; i < factors; ++i) {
       wanted.dlora_a[i] = ctx->needs_input_grad(kFactors + i);
@@ -194,7 +194,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
   }
 
   // Puts the requested gradients at their positions among all inputs.
-  static void place(const variable_list& gradients, const Wishes& wanted, variable_list& out,
+  static void place(const variable_list& gradients, const NeedsGrad& wanted, variable_list& out,
                     size_t at) {
     size_t next = 0;
     for (size_t i = 0; i < wanted.size(); ++i) {

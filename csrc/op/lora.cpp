@@ -95,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor> lora_forward(const at::Tensor& x, const Base&
 }
 
 // One gradient for each factor whose gradient is requested.
-std::vector<at::Tensor> zeros_of(at::TensorList factors, const Wishes& wanted) {
+std::vector<at::Tensor> zeros_of(at::TensorList factors, const NeedsGrad& wanted) {
   std::vector<at::Tensor> out;
   for (size_t i = 0; i < factors.size(); ++i) {
     if (wanted[i]) out.push_back(at::zeros(factors[i].sizes(), factors[i].options()));
@@ -141,7 +141,7 @@ at::Tensor unfilled_like(const at::Tensor& tensor) {
   return unfilled(tensor.sym_sizes(), tensor, tensor.scalar_type());
 }
 
-std::vector<at::Tensor> unfilled_of(at::TensorList factors, const Wishes& wanted) {
+std::vector<at::Tensor> unfilled_of(at::TensorList factors, const NeedsGrad& wanted) {
   std::vector<at::Tensor> out;
   for (size_t i = 0; i < factors.size(); ++i) {
     if (wanted[i]) out.push_back(unfilled_like(factors[i]));

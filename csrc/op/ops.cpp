@@ -48,7 +48,7 @@ auto find(const char* name) {
       .template typed<decltype(Op::template flat<nullptr>)>();
 }
 
-c10::List<bool> to_list(const Wishes& wishes) {
+c10::List<bool> to_list(const NeedsGrad& wishes) {
   c10::List<bool> list;
   for (const bool wish : wishes) list.push_back(wish);
   return list;

@@ -119,7 +119,7 @@ template <BackwardKernel kernel>
 FourTensors backward_of_one(const at::Tensor& grad, const at::Tensor& s, std::array<bool, 4> wanted,
                             const at::Tensor& x, const Base& base, const Update& update) {
   const auto [dx, da, db, dbias] = kernel(
-      grad, s, {wanted[0], Wishes{wanted[1]}, Wishes{wanted[2]}, wanted[3]}, x, base, update);
+      grad, s, {wanted[0], NeedsGrad{wanted[1]}, NeedsGrad{wanted[2]}, wanted[3]}, x, base, update);
   return {dx, da.empty() ? at::Tensor() : da[0], db.empty() ? at::Tensor() : db[0], dbias};
 }
 
@@ -128,8 +128,8 @@ Gradients backward_of_many(const at::Tensor& grad, const at::Tensor& s, std::arr
                            const c10::List<bool>& wanted_a, const c10::List<bool>& wanted_b,
                            const at::Tensor& x, const Base& base, const Update& update) {
   return kernel(grad, s,
-                {wanted[0], Wishes(wanted_a.begin(), wanted_a.end()),
-                 Wishes(wanted_b.begin(), wanted_b.end()), wanted[1]},
+                {wanted[0], NeedsGrad(wanted_a.begin(), wanted_a.end()),
+                 NeedsGrad(wanted_b.begin(), wanted_b.end()), wanted[1]},
                 x, base, update);
 }
 

@@ -18,8 +18,6 @@
 
 #include "ptx/target.h"
 #include "ptx/wgmma_operands.h"
-#ifdef __CUDACC__
-#endif
 
 namespace lora_ext::ptx {
 

@@ -30,7 +30,7 @@ inline void case_thread(Recorder& recorder) {
   recorder.output("alignment", alignment);
 }
 
-// ---- barrier.h ----------------------------------------------------------------------------------
+// ---- sync.h -------------------------------------------------------------------------------------
 
 // Warps 0 and 1 exchange values at barrier 1; warp 2 signals warp 3 at barrier 15.
 __global__ void exchange_at_barriers(const uint32_t* in, uint32_t* out) {
@@ -56,7 +56,7 @@ inline void case_barriers(Recorder& recorder) {
   recorder.output("out", out);
 }
 
-// ---- cp_async.h ---------------------------------------------------------------------------------
+// ---- memory.h: cp.async -------------------------------------------------------------------------
 
 // Each thread copies 16 bytes twice, in two groups; the data of the first is read while the second
 // may be in flight.
@@ -87,7 +87,7 @@ inline void case_cp_async(Recorder& recorder) {
   recorder.output("out", out);
 }
 
-// ---- matrix_move.h ------------------------------------------------------------------------------
+// ---- mma.h: ldmatrix ----------------------------------------------------------------------------
 
 constexpr uint32_t kRowBytes = 16,
                    kRows = 64;  // shared memory of the matrix moves: rows in any order
@@ -193,7 +193,7 @@ void case_mma(Recorder& recorder, bool integers) {
   recorder.output("d", d, {16, 8});
 }
 
-// ---- memory.h and fence.h -----------------------------------------------------------------------
+// ---- memory.h and sync.h ------------------------------------------------------------------------
 
 // Block 0 publishes values under a flag, block 1 reads them; block 0 releases by the atomic alone,
 // then once more by a fence.

@@ -8,7 +8,7 @@
 
 namespace conformance {
 
-// ---- matrix_move.h ------------------------------------------------------------------------------
+// ---- mma.h: stmatrix ----------------------------------------------------------------------------
 
 // rows [32]: the row that each lane addresses, no two the same.
 __global__ void store_rows(const uint32_t* in, const uint32_t* rows, unsigned char* out) {
@@ -209,7 +209,7 @@ inline void case_mbarrier_cluster(Recorder& recorder) {
   recorder.output("seen", seen);
 }
 
-// ---- registers.h, grid_dependency.h -------------------------------------------------------------
+// ---- thread.h, sync.h ---------------------------------------------------------------------------
 
 // 168 registers per thread at launch; 40 for the first warpgroup leave 232 for the others.
 __global__ void __launch_bounds__(384, 1) trade_registers(const uint32_t* in, uint32_t* out) {

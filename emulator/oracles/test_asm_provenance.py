@@ -210,10 +210,10 @@ def test_every_wrong_modifier_and_swap_is_seen(our_ptx, ours):
 # Edits of the headers that the compiler accepts: header, right text, wrong text, a kernel that must
 # differ then.
 WRONG_HEADERS = [
-    ("barrier.h", 'sync %0, %1;" ::"r"(id)', 'sync %1, %0;" ::"r"(id)', "bar_sync"),
-    ("cp_async.h", '"n"(kPending)', '"n"(kPending + 1)', "cp_async_wait_group"),
+    ("sync.h", 'sync %0, %1;" ::"r"(id)', 'sync %1, %0;" ::"r"(id)', "bar_sync"),
+    ("memory.h", '"n"(kPending)', '"n"(kPending + 1)', "cp_async_wait_group"),
     ("mma.h", '"r"(b[0]), "r"(b[1])', '"r"(b[1]), "r"(b[0])', "mma_m16n8k16_f16"),
-    ("matrix_move.h", '(r[0]), "=r"(r[1])', '(r[1]), "=r"(r[0])', "ldmatrix_x2_trans"),
+    ("mma.h", '(r[0]), "=r"(r[1])', '(r[1]), "=r"(r[0])', "ldmatrix_x2_trans"),
     ("wgmma_operands.h", '"%0, %1, %2, %3"', '"%1, %0, %2, %3"', "wgmma_ss_bf16_256_kK_kK"),
     ("wgmma_operands.h", '"+f"(d[i + 1])', '"=f"(d[i + 1])', "wgmma_ss_f16_64_kK_kMN"),
     ("wgmma.h", '"n"(kTransposeA),', '"n"(kTransposeB),', "wgmma_ss_f16_8_kK_kMN"),

@@ -1,7 +1,7 @@
 // Sustained rates of a card, and the fraction of them that kernels reach.
 //
 // What main loops reach of the tensor rate was recorded in November 2026 by a replay of nvcc
-// 13.0.88's machine code that is no longer in the tree; see tag before-pruning.
+// 13.0.88's machine code that is no longer in the tree.
 #pragma once
 #include "kernels/plan/predict.h"
 #include "kernels/plan/steps.h"

@@ -158,7 +158,7 @@ std::string run_grouped_case(const plan::Card& card, const Kernels& kernels,
                                          : Base{w, numbers({n}, 12.9, 1, options)};
     return run_case(card, kernels, request, ForwardArgs{x, base, update});
   }
-  const Wishes all(kAdapters, true);
+  const NeedsGrad all(kAdapters, true);
   return run_case(card, kernels, request,
                   BackwardArgs{numbers({m, n}, 12.47, 1, options), x, Base{w}, update,
                                numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),

@@ -23,7 +23,7 @@ struct Kernels {
   bool hybrid, vector, float_adapters, dropout;
   bool one_pass, wide;   // lora_dsdb, and its instance for more than 16 columns; backward only
   int tail;              // the rank's tail, which selects instances of tiles with wgmma; else 0
-  bool early;            // some are launched with PDL
+  bool uses_pdl;         // some are launched with PDL
   bool given_base;       // lora_gemm adds onto a given y; forward only
   bool grouped = false;  // many adapters in one call
   int rows = 0;          // the most rows that lora_decode's instance takes; 0 for other kernels

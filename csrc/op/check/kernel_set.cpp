@@ -14,7 +14,7 @@ std::vector<int> tails_of(const Kernels& kernels) {
 
 // Whether sets with and without PDL exist. Also with PDL enabled, a fused-shrink dX (T is computed
 // in the same grid) triggers no dependent kernel if both adapters are frozen.
-std::vector<bool> early_of(const Kernels& kernels, bool use_pdl) {
+std::vector<bool> pdl_of(const Kernels& kernels, bool use_pdl) {
   const plan::TileFacts& tile = plan::facts_of(kernels.tile);
   if (!use_pdl || !tile.wgmma) return {false};
   if (!tile.fused_shrink) return {true};
@@ -24,7 +24,7 @@ std::vector<bool> early_of(const Kernels& kernels, bool use_pdl) {
 // lora_decode runs in a forward only, and without dropout.
 void add_decode(Kernels kernels, std::vector<Kernels>& all) {
   kernels.tile = plan::Tile::kDecode, kernels.vector = true;
-  kernels.early = false, kernels.tail = 0;
+  kernels.uses_pdl = false, kernels.tail = 0;
   for (const plan::DecodeTile& tile : plan::kDecodeTiles) {
     kernels.rows = static_cast<int>(tile.batch);
     all.push_back(kernels);
@@ -42,15 +42,15 @@ void add_tiles(const plan::Card& card, bool use_pdl, Kernels kernels, std::vecto
       continue;
     }
     kernels.tile = tile, kernels.vector = true;
-    for (const bool early : early_of(kernels, use_pdl)) {
+    for (const bool uses_pdl : pdl_of(kernels, use_pdl)) {
       for (const int tail : tails_of(kernels)) {
-        kernels.early = early, kernels.tail = tail;
+        kernels.uses_pdl = uses_pdl, kernels.tail = tail;
         all.push_back(kernels);
       }
     }
   }
   kernels.tile = plan::Tile::k128x64, kernels.hybrid = true, kernels.tail = 0;
-  kernels.early = false;
+  kernels.uses_pdl = false;
   for (const bool vector : {true, false}) {
     kernels.vector = vector;
     for (const bool given_base : {false, true}) {
@@ -80,7 +80,7 @@ std::string Kernels::name() const {
   if (one_pass) text += " one pass";
   if (wide) text += " wide";
   if (tail != 0) text += " tail " + std::to_string(tail);
-  if (early) text += " early";
+  if (uses_pdl) text += " PDL";
   if (given_base) text += " onto a base";
   if (grouped) text += " many adapters";
   if (rows != 0) text += " up to " + std::to_string(rows) + " rows";
@@ -102,7 +102,7 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem) {
   kernels.one_pass = tiled.one_pass(), kernels.wide = tiled.one_pass() && tiled.columns > 16;
   if (tiled.gemm && plan::facts_of(kernels.tile).wgmma)
     kernels.tail = plan::tail_of(tiled.width, problem.backward && tiled.fused_shrink);
-  kernels.early = (tiled.gemm && tiled.gemm->use_pdl) || tiled.wgrad_uses_pdl;
+  kernels.uses_pdl = (tiled.gemm && tiled.gemm->use_pdl) || tiled.wgrad_uses_pdl;
   kernels.given_base = !problem.backward && tiled.base == plan::Base::kGiven;
   return kernels;
 }
@@ -154,7 +154,7 @@ SmallCase small_case(const Kernels& kernels) {
   SmallCase small{{264, kernels.vector ? 536 : 531, kernels.vector ? 264 : 259, rank_for(kernels)},
                   {kernels.hybrid ? plan::Choice::kHybrid : plan::Choice::kKernel}};
   if (!kernels.hybrid) small.request.tile = kernels.tile;
-  small.request.use_pdl = kernels.early;
+  small.request.use_pdl = kernels.uses_pdl;
   small.request.max_blocks = plan::facts_of(kernels.tile).wgmma ? 4 : 2;
   plan::Problem& problem = small.problem;
   if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.max_blocks = 4;

@@ -106,7 +106,7 @@ Factors empty_gradients(at::TensorList factors, bool any_wanted) {
   return out;
 }
 
-void forget_unwanted(Factors& gradients, const Wishes& wanted) {
+void forget_unwanted(Factors& gradients, const NeedsGrad& wanted) {
   for (size_t i = 0; i < gradients.size(); ++i) {
     if (!wanted[i]) gradients[i] = at::Tensor();
   }

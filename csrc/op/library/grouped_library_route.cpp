@@ -81,7 +81,7 @@ at::Tensor on_host(const at::Tensor& scaling) {
 
 // The gradients that are requested. With a pool, all adapters write into one tensor.
 struct Gradients {
-  Gradients(at::TensorList factors, const Wishes& wanted) : each(factors.size()) {
+  Gradients(at::TensorList factors, const NeedsGrad& wanted) : each(factors.size()) {
     for (size_t i = 0; i < factors.size(); ++i) {
       if (wanted[i]) each[i] = at::zeros(factors[i].sizes(), factors[i].options());
     }

@@ -4,7 +4,7 @@
 //          --slab--> Y
 //
 // Persistent blocks: each iterates over tiles of Y. Start reading at run(), the loop over tiles;
-// step(), the body of the main loop; gemm/sm80/loads.h, what each step loads.
+// multiply_main(), the main loop; gemm/sm80/loads.h, what each step loads.
 //
 // Invariant: the stage of the step that is being multiplied has arrived. To keep it, the last
 // quarter of a step waits for the stage of the next step.
@@ -125,9 +125,9 @@ struct LoraGemmSm80 {
     warp.load(now, walk.stage, 0);
 #pragma unroll 1
     for (int left = (p.k + Tile::kK - 1) / Tile::kK; left > 0; --left) {
-      quarter<false>(acc, now, then, walk.stage, 1, loads);
-      quarter<false>(acc, then, now, walk.stage, 2, loads);
-      quarter<false>(acc, now, then, walk.stage, 3, loads);
+      multiply_quarter<false>(acc, now, then, walk.stage, 1, loads);
+      multiply_quarter<false>(acc, then, now, walk.stage, 2, loads);
+      multiply_quarter<false>(acc, now, then, walk.stage, 3, loads);
       finish_step(walk, loads);
       if (loads.steps == 0) loads.begin_part();
       if (adapters.copies_apart(loads)) {
@@ -135,7 +135,7 @@ struct LoraGemmSm80 {
         warp.multiply(acc, then);
         warp.load(now, walk.stage, 0);
       } else {
-        quarter<true>(acc, then, now, walk.stage, 0, loads);
+        multiply_quarter<true>(acc, then, now, walk.stage, 0, loads);
       }
     }
   }

@@ -164,10 +164,10 @@ THOUGHT = [
         "a stage is given up before its last fragments are loaded",
         (
             MAIN_LOOP,
-            "      quarter<false>(acc, now, then, walk.stage, 3, loads);\n"
+            "      multiply_quarter<false>(acc, now, then, walk.stage, 3, loads);\n"
             "      finish_step(walk, loads);\n",
             "      const uint32_t stage = walk.stage;\n      finish_step(walk, loads);\n"
-            "      quarter<false>(acc, now, then, stage, 3, loads);\n",
+            "      multiply_quarter<false>(acc, now, then, stage, 3, loads);\n",
         ),
     ),
     thought(
