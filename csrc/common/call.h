@@ -126,7 +126,7 @@ struct ForwardArgs {
 struct Wanted {
   bool dx = true;
   NeedsGrad dlora_a, dlora_b;  // for each tensor of lora_a and lora_b
-  bool dbias = false;       // computed by the op, not by the route
+  bool dbias = false;          // computed by the op, not by the route
 
   static Wanted one(bool dx, bool a, bool b) { return {dx, NeedsGrad{a}, NeedsGrad{b}}; }
   bool any_a() const { return std::find(dlora_a.begin(), dlora_a.end(), true) != dlora_a.end(); }

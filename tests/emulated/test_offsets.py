@@ -44,6 +44,12 @@ EDITS = [
     ("skinny/elementwise.h", "const int64_t at = row", "const int at = row", NARROWED),
     (
         "dequantize/formats.h",
+        "scale_of(p, (first >> p.block_bits) + min(lane, last_block))",
+        "scale_of(p, static_cast<int>(first >> p.block_bits) + min(lane, last_block))",
+        CUT,
+    ),
+    (
+        "dequantize/formats.h",
         "const int64_t row = first / p.columns;",
         "const int row = static_cast<int>(first / p.columns);",
         CUT,

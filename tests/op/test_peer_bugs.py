@@ -4,8 +4,10 @@ Docstrings name the peers' public reports.
 """
 
 import faulthandler
+import gc
 import mmap
 import multiprocessing
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ from helpers import (
     F32,
     F64,
     assert_exact,
+    leaf,
     make_problem,
     masked,
     pair_id,
@@ -208,6 +211,20 @@ def test_layers_in_eight_threads(isa, device):
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(agrees, range(8)))
+
+
+def test_nothing_outlives_its_owner(isa, device):
+    """torchtune#904: a cache kept models alive."""
+    problem = make_problem(60, 40, 30, 4, device=device)
+    tensors = [leaf(t.clone()) for t in (problem.x, problem.lora_a, problem.lora_b)]
+    weight = problem.weight.clone()
+    packed = lora_ext.prepack(weight, backward=True)
+    y = lora_ext.lora_linear(tensors[0], packed, *tensors[1:], dropout_p=0.5)
+    y.sum().backward()
+    watched = [weakref.ref(t) for t in (*tensors, weight, packed, y)]
+    del tensors, weight, packed, y
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * len(watched)
 
 
 def test_memory_is_flat_over_many_calls(isa):

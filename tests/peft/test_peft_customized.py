@@ -184,7 +184,16 @@ class Tanh(nn.Linear):
         return torch.tanh(super().forward(input))
 
 
-@pytest.mark.parametrize("kind", [Doubling, Tanh])
+class View(nn.Linear):
+    """Its output is a view of a tensor that it keeps."""
+
+    def forward(self, input):
+        self.kept = torch.zeros(len(input), 2, self.out_features, dtype=input.dtype)
+        self.kept[:, 0] = super().forward(input).detach()
+        return self.kept[:, 0]
+
+
+@pytest.mark.parametrize("kind", [Doubling, Tanh, View])
 @pytest.mark.parametrize("adapters", ["one", "three", "lora_bias"])
 @pytest.mark.parametrize("dtype", [F64, BF16])
 def test_a_subclass_of_linear_is_called_as_it_is(kind, adapters, dtype):
@@ -194,6 +203,9 @@ def test_a_subclass_of_linear_is_called_as_it_is(kind, adapters, dtype):
     assert reasons(fast) == {("added", "the base layer is not exactly nn.Linear or Conv1D")}
     tolerance = 1e-11 if dtype == F64 else 2e-2
     torch.testing.assert_close(step(fast, x), step(model, x), rtol=tolerance, atol=tolerance)
+    if kind is View:
+        kept, theirs = (one.base_model.model[0].base_layer.kept for one in (fast, model))
+        assert torch.equal(kept, theirs)
 
 
 class OneRow(nn.Linear):

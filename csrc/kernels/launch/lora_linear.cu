@@ -6,20 +6,35 @@
 namespace lora_ext::cuda {
 namespace {
 
-template <class Operands>
-std::string launch_one(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
+// Calls run(launch, T{}) for the element type.
+template <class Run>
+std::string launch_half(Half half, void* stream, const Run& run) {
   StreamLaunch launch(static_cast<cudaStream_t>(stream));
-  half == Half::kBFloat16 ? kernel::launch_lora_linear<__nv_bfloat16>(plan, operands, launch)
-                          : kernel::launch_lora_linear<__half>(plan, operands, launch);
+  switch (half) {
+    case Half::kBFloat16:
+      run(launch, __nv_bfloat16{});
+      break;
+    case Half::kFloat16:
+      run(launch, __half{});
+      break;
+    default:
+      return "expected bfloat16 or float16 activations";
+  }
   return text_of(launch.error());
 }
 
 template <class Operands>
+std::string launch_one(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
+  return launch_half(half, stream, [&](StreamLaunch& launch, auto element) {
+    kernel::launch_lora_linear<decltype(element)>(plan, operands, launch);
+  });
+}
+
+template <class Operands>
 std::string launch_many(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
-  StreamLaunch launch(static_cast<cudaStream_t>(stream));
-  half == Half::kBFloat16 ? kernel::launch_lora_grouped<__nv_bfloat16>(plan, operands, launch)
-                          : kernel::launch_lora_grouped<__half>(plan, operands, launch);
-  return text_of(launch.error());
+  return launch_half(half, stream, [&](StreamLaunch& launch, auto element) {
+    kernel::launch_lora_grouped<decltype(element)>(plan, operands, launch);
+  });
 }
 
 }  // namespace

@@ -45,7 +45,8 @@ PlannedCall call_of(const Args& args) {
 plan::Plan plan_of(const at::Device& device, const PlannedCall& call) {
   plan::Card card = kernel_launch::card_of(device);
   card.sms = std::max(2, card.sms - call.reserved_sms);  // a cluster has two
-  plan::Request request = autotune::request_for(card, call.problem, call.choice, call.deterministic);
+  plan::Request request =
+      autotune::request_for(card, call.problem, call.choice, call.deterministic);
   request.use_pdl = call.use_pdl;
   return plan::make_plan(card, call.problem, request);
 }

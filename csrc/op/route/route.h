@@ -51,8 +51,8 @@ Explained explain_problem(const at::Device& device, const plan::Problem& problem
 // What the user sets, for all threads.
 struct Settings {
   std::atomic<plan::Choice> choice{plan::Choice::kAuto};
-  std::atomic<bool> use_pdl{true};  // a kernel may begin before the previous one ends (PDL)
-  std::atomic<int> reserved_sms{0};      // of each device, which plans leave to other work
+  std::atomic<bool> use_pdl{true};   // a kernel may begin before the previous one ends (PDL)
+  std::atomic<int> reserved_sms{0};  // of each device, which plans leave to other work
 };
 Settings& settings();
 

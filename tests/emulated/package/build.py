@@ -34,7 +34,7 @@ BUILT = build.ROOT.joinpath(
 )
 # What Python reads there: the package, what the tests here call, and the op's own tests.
 CALLS = [f"tests/emulated/{name}/calls.py" for name in ("cuda", "package")]
-PACKAGE_FILES = ("lora_ext", *CALLS)
+PACKAGE_FILES = ("lora_ext", "tests/emulated/comparisons.py", *CALLS)
 OP_TESTS = (
     "op",
     "conftest.py",

@@ -15,9 +15,9 @@ namespace lora_ext::kernel {
 
 // Which instance computes a product, and on how many blocks.
 struct Sm90aChoice {
-  plan::Tile tile;                                    // a wgmma tile
-  bool mn_major, masked;                              // dX, and dX with dropout
-  bool dependent;                                     // as in Sm90aLaunch
+  plan::Tile tile;                                   // a wgmma tile
+  bool mn_major, masked;                             // dX, and dX with dropout
+  bool dependent;                                    // as in Sm90aLaunch
   int max_blocks = std::numeric_limits<int>::max();  // two per cluster
 };
 
