@@ -27,4 +27,7 @@ constexpr int64_t element_size(Dtype dtype) {
   return 0;
 }
 
+// In the 16 bytes that kernels copy at a time.
+constexpr int64_t chunk_elements(Dtype dtype) { return 16 / element_size(dtype); }
+
 }  // namespace lora_ext

@@ -82,9 +82,9 @@ void bind_device(py::module& m) {
   });
 }
 
-autotune::Entry autotune_entry(bool backward, bool float_adapters, bool dropout, int64_t rows, int64_t n,
-                          int64_t k, int64_t rank, const std::string& route,
-                          const std::string& tile, const std::string& measured) {
+autotune::Entry autotune_entry(bool backward, bool float_adapters, bool dropout, int64_t rows,
+                               int64_t n, int64_t k, int64_t rank, const std::string& route,
+                               const std::string& tile, const std::string& measured) {
   const plan::Choice choice = choice_of(route);
   const std::optional<plan::Tile> asked = plan::tile_named(tile);
   if (choice == plan::Choice::kAuto) throw py::value_error("lora_ext: auto is no route");
@@ -131,7 +131,8 @@ void bind_prediction(py::module& m) {
   m.def(
       "library_product",
       [](const plan::Card& card, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
-        return plan::library_product(card, "", rows, columns, depth, accumulate);
+        const Dtype dtype = plan::Problem{}.dtype;
+        return plan::library_product(card, dtype, "", rows, columns, depth, accumulate);
       },
       py::arg("card"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
       py::arg("accumulate") = false);

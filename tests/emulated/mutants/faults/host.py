@@ -130,7 +130,7 @@ HOST = [
         "backward takes whole chunks whatever the width of dX is",
         "rows of dX begin in the middle of a chunk",
         LAUNCH,
-        "aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k)",
+        "aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k, problem.dtype)",
         "aligned(args.grad) && aligned(args.x)",
     ),
     seen_by(
