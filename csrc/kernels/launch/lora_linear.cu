@@ -9,17 +9,19 @@ namespace {
 template <class Operands>
 std::string launch_one(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
   StreamLaunch launch(static_cast<cudaStream_t>(stream));
-  half == Half::kBFloat16 ? kernel::launch_lora_linear<__nv_bfloat16>(plan, operands, launch)
-                          : kernel::launch_lora_linear<__half>(plan, operands, launch);
-  return text_of(launch.error());
+  const bool known = with_half(half, [&](auto type) {
+    kernel::launch_lora_linear<typename decltype(type)::type>(plan, operands, launch);
+  });
+  return text_of(known ? launch.error() : cudaErrorInvalidValue);
 }
 
 template <class Operands>
 std::string launch_many(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
   StreamLaunch launch(static_cast<cudaStream_t>(stream));
-  half == Half::kBFloat16 ? kernel::launch_lora_grouped<__nv_bfloat16>(plan, operands, launch)
-                          : kernel::launch_lora_grouped<__half>(plan, operands, launch);
-  return text_of(launch.error());
+  const bool known = with_half(half, [&](auto type) {
+    kernel::launch_lora_grouped<typename decltype(type)::type>(plan, operands, launch);
+  });
+  return text_of(known ? launch.error() : cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/tile/element.h"
 #include "ptx/memory.h"
 #include "ptx/thread.h"
 
@@ -37,6 +38,7 @@ __device__ __forceinline__ uint32_t panel_chunk_offset(int row, int chunk) {
 // Copies one chunk, of which `elements` from `source` on are inside; if 0, nothing is read.
 template <class T, Alignment kAlignment>
 struct ChunkCopy {
+  static_assert(Element<T>::kChunk == 8, "here, and in the tiles of all kernels");
   const uint32_t shared;
 
   __device__ __forceinline__ void copy(uint32_t to, const T* source, int elements) const {

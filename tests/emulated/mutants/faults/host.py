@@ -175,8 +175,8 @@ HOST = [
         "a tensor map's pitch is its width",
         "rows may lie apart",
         "kernels/launch/stream_launch.h",
-        "{data, kType, rows, columns, pitch, box_rows}",
-        "{data, kType, rows, columns, columns, box_rows}",
+        "rows, columns, pitch, box_rows}",
+        "rows, columns, columns, box_rows}",
     ),
     seen_by(
         "cuda",
