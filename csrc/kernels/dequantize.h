@@ -1,4 +1,4 @@
-// Dequantisation on a device: parameters of the kernels, and the functions that launch them. Plain
+// Dequantisation on a device: parameters of the kernels, and the function that launches them. Plain
 // C++ without device code.
 #pragma once
 #include <cstdint>

@@ -1,8 +1,8 @@
 // The dequantisation kernel of each format, and the tile of a warp and its stores, which they
 // share.
 //
-// A format has here its dequantize_tile, dequantize_one, kernel, and dequantize_kernel, which selects
-// the kernel by its parameters; those are in kernels/dequantize.h.
+// A format has here its dequantize_tile, dequantize_one and kernel, and a dequantize_kernel, which
+// finds the kernel of its parameters; those are in kernels/dequantize.h.
 //
 // A warp writes kChunks times 512 consecutive bytes, 16 per lane: every store of a warp fills whole
 // sectors. The loads of codes, kChunks of them in flight, are consecutive, too.
