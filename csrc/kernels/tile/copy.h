@@ -61,7 +61,6 @@ struct TileCopy {
     int rows, columns;
   };
   static constexpr int kOfChunk = Element<T>::kChunk;
-  static_assert(kOfChunk == 8, "copy_chunk() limits a chunk to 8 elements");
 
   const uint32_t shared;
 
@@ -72,7 +71,7 @@ struct TileCopy {
     const bool inside = row < matrix.rows && left > 0;
     const int64_t offset = static_cast<int64_t>(row) * matrix.pitch + column;
     const T* source = matrix.data + offset;
-    const int elements = !inside ? 0 : left >= 8 ? 8 : left;
+    const int elements = !inside ? 0 : min(left, kOfChunk);
     ChunkCopy<T, kAlignment>{shared}.copy(to, source, elements);
   }
 
