@@ -6,8 +6,7 @@ struct AmxDropout {
   static constexpr int kDropoutWords = 2;
   static void dropout_words(const uint64_t* products, const DropoutRow& row,
                             const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
-    avx512_dropout_words(products, row.c0, row.c1, row.c2_part, keys.k0, keys.k1, keep_count,
-                         words);
+    avx512_dropout_words(products, row, keys, keep_count, words);
   }
 };
 

@@ -37,9 +37,9 @@
 namespace lora_ext::cpu {
 namespace {
 
-#include "cpu/simd_avx512_dropout.h"
 #include "cpu/simd_dropout.h"
 // clang-format off
+#include "cpu/simd_avx512_dropout.h"
 #include "cpu/wgrad_store.h"
 #include "cpu/amx_tiles.h"
 #include "cpu/amx_shrink.h"

@@ -21,9 +21,9 @@
 namespace lora_ext::cpu {
 namespace {
 
-#include "cpu/simd_avx512_dropout.h"
 #include "cpu/simd_dropout.h"
 // clang-format off
+#include "cpu/simd_avx512_dropout.h"
 #include "cpu/wgrad_store.h"
 #include "cpu/simd_packs.h"
 #include "cpu/simd_passes.h"
@@ -160,8 +160,7 @@ struct Avx512 {
 
   static void dropout_words(const uint64_t* products, const DropoutRow& row,
                             const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
-    avx512_dropout_words(products, row.c0, row.c1, row.c2_part, keys.k0, keys.k1, keep_count,
-                         words);
+    avx512_dropout_words(products, row, keys, keep_count, words);
   }
 };
 

@@ -83,21 +83,10 @@ struct Portable {
                             const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
     uint32_t bits = 0;
     for (int q = 0; q < 4; ++q) {
-      uint32_t c0 = row.c0, c1 = row.c1;
-      uint32_t c2 = static_cast<uint32_t>(products[q] >> 32) ^ row.c2_part;
-      uint32_t c3 = static_cast<uint32_t>(products[q]);
-      for (int round = 2; round < philox::kRounds; ++round) {
-        const uint64_t p0 = uint64_t{philox::kMul0} * c0;
-        const uint64_t p1 = uint64_t{philox::kMul1} * c2;
-        c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.k0[round];
-        c1 = static_cast<uint32_t>(p1);
-        c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.k1[round];
-        c3 = static_cast<uint32_t>(p0);
-      }
-      const uint32_t draws[4] = {c0, c1, c2, c3};
+      const philox::Words draws = dropout_draw(products[q], row, keys);
       for (int j = 0; j < 4; ++j) {
-        bits |= uint32_t{(draws[j] & 0xFFFFu) < keep_count} << (8 * j + 2 * q);
-        bits |= uint32_t{(draws[j] >> 16) < keep_count} << (8 * j + 2 * q + 1);
+        bits |= uint32_t{(draws.w[j] & 0xFFFFu) < keep_count} << (8 * j + 2 * q);
+        bits |= uint32_t{(draws.w[j] >> 16) < keep_count} << (8 * j + 2 * q + 1);
       }
     }
     *words = bits;

@@ -1,5 +1,5 @@
 // Eight Philox calls in the 64-bit lanes of one register: 64 columns of dropout bits.
-// Shared by the AVX-512 and AMX files; included after their target pragma.
+// Shared by the AVX-512 and AMX files; included after their target pragma and simd_dropout.h.
 #pragma once
 
 // 16-bit lanes: per 32 columns the four draws of a in order, then those of b; returns one bit per
@@ -10,23 +10,22 @@ inline uint32_t avx512_kept(__m512i a, __m512i b, __m512i last) {
   return _mm512_cmple_epu16_mask(_mm512_permutex2var_epi32(a, order, b), last);
 }
 
-inline void avx512_dropout_words(const uint64_t* products, uint32_t row_c0, uint32_t row_c1,
-                                 uint32_t row_c2_part, const uint32_t* k0, const uint32_t* k1,
-                                 uint32_t keep_count, uint32_t* words) {
+inline void avx512_dropout_words(const uint64_t* products, const DropoutRow& row,
+                                 const DropoutKeys& keys, uint32_t keep_count, uint32_t* words) {
   constexpr int kXor3 = 0x96;
   const __m512i mul0 = _mm512_set1_epi64(philox::kMul0);
   const __m512i mul1 = _mm512_set1_epi64(philox::kMul1);
   const __m512i product = _mm512_loadu_si512(products);
-  __m512i c0 = _mm512_set1_epi64(row_c0), c1 = _mm512_set1_epi64(row_c1);
-  __m512i c2 = _mm512_xor_si512(_mm512_srli_epi64(product, 32), _mm512_set1_epi64(row_c2_part));
+  __m512i c0 = _mm512_set1_epi64(row.c0), c1 = _mm512_set1_epi64(row.c1);
+  __m512i c2 = _mm512_xor_si512(_mm512_srli_epi64(product, 32), _mm512_set1_epi64(row.c2_part));
   __m512i c3 = product;
   for (int round = 2; round < philox::kRounds; ++round) {
     const __m512i p0 = _mm512_mul_epu32(c0, mul0);
     const __m512i p1 = _mm512_mul_epu32(c2, mul1);
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0[round]),
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(keys.k0[round]),
                                    kXor3);
     c1 = p1;
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1[round]),
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(keys.k1[round]),
                                    kXor3);
     c3 = p0;
   }

@@ -46,6 +46,23 @@ struct DropoutRow {
   }
 };
 
+// Rounds 3 to 7 without vectors: philox::draw of the row and the group of the product.
+inline philox::Words dropout_draw(uint64_t product, const DropoutRow& row,
+                                  const DropoutKeys& keys) {
+  uint32_t c0 = row.c0, c1 = row.c1;
+  uint32_t c2 = static_cast<uint32_t>(product >> 32) ^ row.c2_part;
+  uint32_t c3 = static_cast<uint32_t>(product);
+  for (int round = 2; round < philox::kRounds; ++round) {
+    const uint64_t p0 = uint64_t{philox::kMul0} * c0;
+    const uint64_t p1 = uint64_t{philox::kMul1} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.k0[round];
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.k1[round];
+    c3 = static_cast<uint32_t>(p0);
+  }
+  return {{c0, c1, c2, c3}};
+}
+
 // 512 columns at a time: 64 groups of products, 512 B of table.
 constexpr int64_t kDropoutSlab = 512;
 

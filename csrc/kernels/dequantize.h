@@ -1,8 +1,9 @@
-// Dequantisation on a device: parameters of the kernels, and the functions that launch them. Plain
+// Dequantisation on a device: parameters of the kernels, and the function that launches them. Plain
 // C++ without device code.
 #pragma once
 #include <cstdint>
 #include <string>
+#include <variant>
 
 #include "common/dtype.h"
 
@@ -34,6 +35,9 @@ struct Dequantize8bitParams {
   bool aligned;  // codes to 8 bytes, out to 16 bytes; rows are whole 16-byte chunks of out
 };
 
+// Those of any format.
+using DequantizeParams = std::variant<Dequantize4bitParams, Dequantize8bitParams>;
+
 }  // namespace lora_ext::kernel
 
 namespace lora_ext::cuda {
@@ -42,9 +46,6 @@ using Floating = Dtype;
 
 // Launches on `stream` of the current device, without synchronising with the host, and writes
 // values of the type; count > 0. Returns "" or the error of the launch.
-std::string launch_dequantize(Floating type, const kernel::Dequantize4bitParams& params,
-                              void* stream);
-std::string launch_dequantize(Floating type, const kernel::Dequantize8bitParams& params,
-                              void* stream);
+std::string launch_dequantize(Floating type, const kernel::DequantizeParams& params, void* stream);
 
 }  // namespace lora_ext::cuda

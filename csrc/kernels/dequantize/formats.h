@@ -1,8 +1,8 @@
 // The dequantisation kernel of each format, and the tile of a warp and its stores, which they
 // share.
 //
-// A format has here its dequantize_tile, dequantize_one and kernel; its parameters and the function
-// that launches it in kernels/dequantize.h; its instances in launch/dequantize.cu.
+// A format has here its dequantize_tile, dequantize_one and kernel, and a dequantize_kernel, which
+// finds the kernel of its parameters; those are in kernels/dequantize.h.
 //
 // A warp writes kChunks times 512 consecutive bytes, 16 per lane: every store of a warp fills whole
 // sectors. The loads of codes, kChunks of them in flight, are consecutive, too.
@@ -123,6 +123,11 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   }
 }
 
+template <class T>
+auto dequantize_kernel(const Dequantize4bitParams&) {
+  return dequantize_4bit<T>;
+}
+
 // dequantize_8bit: dequantises 8-bit codes, bit for bit as cpu/dequantize.h does.
 //
 //     out[n, k] = code[n, k] * (scale[n] * multiplier)
@@ -173,6 +178,11 @@ __global__ void __launch_bounds__(kDequantizeThreads)
   } else {
     for (int64_t i = first + threadIdx.x % 32; i < end; i += 32) dequantize_one<T>(p, i);
   }
+}
+
+template <class T>
+auto dequantize_kernel(const Dequantize8bitParams&) {
+  return dequantize_8bit<T>;
 }
 
 }  // namespace lora_ext::kernel

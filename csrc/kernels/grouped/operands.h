@@ -3,6 +3,7 @@
 #pragma once
 #include "kernels/lora_grouped.h"
 #include "kernels/tile/copy.h"
+#include "kernels/tile/element.h"
 #include "kernels/tile/halves.h"
 #include "ptx/target.h"
 
@@ -50,6 +51,7 @@ __device__ __forceinline__ LoraGroupedEntry entry_of(const LoraGroupedFactors& f
 template <class T, class F, bool kRankInside, int kThreads>
 struct FactorTile {
   static constexpr bool kSplit = std::is_same_v<F, float>;
+  static constexpr int kOfChunk = Element<T>::kChunk;
   const F* data;
   int64_t pitch;
   int rank, depth;
@@ -77,23 +79,23 @@ struct FactorTile {
   template <int kRows, int kColumns>
   __device__ __forceinline__ void copy(uint32_t shared, uint32_t tile, int first_row,
                                        int first_column) const {
-    constexpr int kRowChunks = kColumns / 8, kAll = kRows * kRowChunks;
+    constexpr int kRowChunks = kColumns / kOfChunk, kAll = kRows * kRowChunks;
     static_assert(kColumns % 64 == 0 && kAll % kThreads == 0);
     const bool whole = in_chunks();
     const int rows = kRankInside ? depth : rank, columns = kRankInside ? rank : depth;
 #pragma unroll 1
     for (int index = static_cast<int>(threadIdx.x); index < kAll; index += kThreads) {
       const int in_tile = index / kRowChunks, chunk = index % kRowChunks;
-      const int row = first_row + in_tile, column = first_column + chunk * 8;
+      const int row = first_row + in_tile, column = first_column + chunk * kOfChunk;
       const uint32_t to = tile + panel_chunk_offset<kRows>(in_tile, chunk);
       if (whole) {
-        const int left = row < rows ? min(max(columns - column, 0), 8) : 0;
+        const int left = row < rows ? min(max(columns - column, 0), kOfChunk) : 0;
         ptx::cp_async_16(shared + to, data + row * pitch + column,
                          static_cast<uint32_t>(left) * sizeof(T));
       } else {
         T* halves = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
+        for (int e = 0; e < kOfChunk; ++e)
           halves[e] = kRankInside ? half_at(column + e, row) : half_at(row, column + e);
       }
     }

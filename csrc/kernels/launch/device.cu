@@ -164,8 +164,10 @@ cudaError_t encode(const TensorMapKey& key, CUtensorMap* map) {
   if (encode_tiled == nullptr) return cudaErrorNotSupported;
   const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(key.columns),
                                    static_cast<cuuint64_t>(key.rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(key.pitch) * 2};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(key.box_rows)}, element_strides[] = {1, 1};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(key.pitch * key.element_bytes)};
+  const cuuint32_t box[] = {128u / static_cast<cuuint32_t>(key.element_bytes),
+                            static_cast<cuuint32_t>(key.box_rows)};
+  const cuuint32_t element_strides[] = {1, 1};
   const CUresult result =
       encode_tiled(map, key.type, 2, const_cast<void*>(key.data), dimensions, strides, box,
                    element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -16,14 +16,15 @@ std::string text_of(cudaError_t error);
 
 struct TensorMapKey {
   const void* data;
-  CUtensorMapDataType type;  // of a 16-bit type
+  CUtensorMapDataType type;
+  int element_bytes;
   int rows, columns;
   int64_t pitch;  // elements
   int box_rows;
   bool operator==(const TensorMapKey&) const = default;
 };
 
-// Boxes of box_rows x 64 elements with the 128-byte swizzle, zeros outside of the matrix. Maps are
+// Boxes of box_rows x 128 bytes with the 128-byte swizzle, zeros outside of the matrix. Maps are
 // cached per thread by their key: a weight's is encoded once. The driver's function is looked up at
 // run time, so that libcuda need not be linked.
 cudaError_t tensor_map(const TensorMapKey& key, CUtensorMap* map);

@@ -6,35 +6,22 @@
 namespace lora_ext::cuda {
 namespace {
 
-// Calls run(launch, T{}) for the element type.
-template <class Run>
-std::string launch_half(Half half, void* stream, const Run& run) {
-  StreamLaunch launch(static_cast<cudaStream_t>(stream));
-  switch (half) {
-    case Half::kBFloat16:
-      run(launch, __nv_bfloat16{});
-      break;
-    case Half::kFloat16:
-      run(launch, __half{});
-      break;
-    default:
-      return "expected bfloat16 or float16 activations";
-  }
-  return text_of(launch.error());
-}
-
 template <class Operands>
 std::string launch_one(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
-  return launch_half(half, stream, [&](StreamLaunch& launch, auto element) {
-    kernel::launch_lora_linear<decltype(element)>(plan, operands, launch);
+  StreamLaunch launch(static_cast<cudaStream_t>(stream));
+  const bool known = with_half(half, [&](auto type) {
+    kernel::launch_lora_linear<typename decltype(type)::type>(plan, operands, launch);
   });
+  return text_of(known ? launch.error() : cudaErrorInvalidValue);
 }
 
 template <class Operands>
 std::string launch_many(Half half, const plan::Plan& plan, const Operands& operands, void* stream) {
-  return launch_half(half, stream, [&](StreamLaunch& launch, auto element) {
-    kernel::launch_lora_grouped<decltype(element)>(plan, operands, launch);
+  StreamLaunch launch(static_cast<cudaStream_t>(stream));
+  const bool known = with_half(half, [&](auto type) {
+    kernel::launch_lora_grouped<typename decltype(type)::type>(plan, operands, launch);
   });
+  return text_of(known ? launch.error() : cudaErrorInvalidValue);
 }
 
 }  // namespace

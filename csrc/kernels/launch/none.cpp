@@ -40,11 +40,6 @@ std::string launch_grouped_backward(Half, const plan::Plan&, const kernel::LoraG
   return kNone;
 }
 std::string launch_dropout(Element, const DropoutParams&, void*) { return kNone; }
-std::string launch_dequantize(Floating, const kernel::Dequantize4bitParams&, void*) {
-  return kNone;
-}
-std::string launch_dequantize(Floating, const kernel::Dequantize8bitParams&, void*) {
-  return kNone;
-}
+std::string launch_dequantize(Floating, const kernel::DequantizeParams&, void*) { return kNone; }
 
 }  // namespace lora_ext::cuda

@@ -10,6 +10,7 @@
 
 #include "kernels/gemm/sm90a/launch.h"
 #include "kernels/launch/driver.h"
+#include "kernels/tile/element.h"
 
 namespace lora_ext::cuda {
 
@@ -49,12 +50,11 @@ class StreamLaunch {
 
   template <class T>
   CUtensorMap encode(const T* data, int rows, int columns, int64_t pitch, int box_rows) {
-    constexpr CUtensorMapDataType kType = std::is_same_v<T, __half>
-                                              ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    using Type = kernel::Element<T>;
     CUtensorMap map{};
     if (error_ == cudaSuccess)
-      error_ = tensor_map({data, kType, rows, columns, pitch, box_rows}, &map);
+      error_ =
+          tensor_map({data, Type::kTensorMap, Type::kBytes, rows, columns, pitch, box_rows}, &map);
     return map;
   }
 

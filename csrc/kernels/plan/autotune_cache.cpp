@@ -30,10 +30,11 @@ std::atomic<uint64_t>& versions() {
 
 // Tensors that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
 bool as_allocated(const plan::Problem& p) {
-  const bool x = p.k % 8 == 0, y = p.n % 8 == 0;
-  const int64_t chunk = p.float_adapters ? 4 : 8;
-  return p.aligned == (x && y) && p.aligned_weight == x && p.aligned_a == (p.k % chunk == 0) &&
-         p.aligned_b == (p.rank % chunk == 0);
+  const int64_t chunk = chunk_elements(p.dtype);
+  const int64_t of_adapters = p.float_adapters ? chunk_elements(Dtype::kFloat32) : chunk;
+  const bool x = p.k % chunk == 0, y = p.n % chunk == 0;
+  return p.aligned == (x && y) && p.aligned_weight == x &&
+         p.aligned_a == (p.k % of_adapters == 0) && p.aligned_b == (p.rank % of_adapters == 0);
 }
 
 // Grouped calls are not autotuned: the best route depends on the row-to-adapter map.

@@ -65,7 +65,7 @@ Tiled tiled(const Problem& p, const Request& request) {
   Tiled plan;
   plan.base = base_of(p, request);
   plan.terms = p.float_adapters ? 2 : 1;
-  plan.width = static_cast<int>(rounded_up(p.rank, 8));
+  plan.width = static_cast<int>(rounded_up(p.rank, chunk_elements(p.dtype)));
   plan.columns = plan.terms * plan.width;
   plan.vector = p.aligned;
   plan.panels = panels_of(p, plan.columns);

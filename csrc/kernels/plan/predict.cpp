@@ -8,7 +8,7 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr double kHalf = 2, kFloat = 4;  // bytes
+constexpr double kFloat = 4;  // bytes
 
 // The time of a tile outside of its products, as the columns of k that its main loop could have
 // multiplied in that time. Counted in the machine code, wgmma's epilogue takes 1.2 % of a depth of
@@ -79,20 +79,22 @@ double wait_for_t(const FusedShrink& fused_shrink, const Waves& waves, bool mask
 // Only a low-rank product, added onto the library's product or onto a given y.
 Launch low_rank_gemm(const Card& card, const Problem& p, const Tiled& plan, double factors) {
   const double y = area(p.m, p.columns());
-  const double onto = plan.base == Base::kGiven && !p.backward ? kHalf * y : 0.0;
+  const double onto = plan.base == Base::kGiven && !p.backward ? element_bytes(p) * y : 0.0;
   const MainLoopRate& rate = main_loops_of(card).tiles[static_cast<int>(Tile::k128x64)];
-  return skinny(card, "lora_gemm", kHalf * y + factors + onto, y, plan.columns, rate.plain,
-                p.masked_product() ? kDrawFlop : 0.0);
+  return skinny(card, "lora_gemm", element_bytes(p) * y + factors + onto, y, plan.columns,
+                rate.plain, p.masked_product() ? kDrawFlop : 0.0);
 }
 
 Launch lora_gemm(const Card& card, const Problem& p, const Tiled& plan) {
   const int64_t columns = p.columns(), depth = p.depth();
-  const double factors = kHalf * static_cast<double>(rank_terms(p)) * area(p.rank, p.m + columns);
+  const double factors =
+      element_bytes(p) * static_cast<double>(rank_terms(p)) * area(p.rank, p.m + columns);
   if (plan.base != Base::kKernel) return low_rank_gemm(card, p, plan, factors);
   const TileFacts& tile = facts_of(plan.gemm->tile);
   const Waves waves = waves_of(card, tile, p);
-  double bytes = kHalf * (area(p.m, depth) + area(columns, depth) + area(p.m, columns)) + factors;
-  if (plan.fused_shrink) bytes += kHalf * area(p.rank, depth + p.m);
+  double bytes =
+      element_bytes(p) * (area(p.m, depth) + area(columns, depth) + area(p.m, columns)) + factors;
+  if (plan.fused_shrink) bytes += element_bytes(p) * area(p.rank, depth + p.m);
   const bool masked = p.masked_product();
   const double wave = tile_flop(card, tile, depth + low_rank_depth(p), masked) * card.sms;
   const double wait = plan.fused_shrink ? wait_for_t(*plan.fused_shrink, waves, masked) : 0.0;
@@ -124,28 +126,30 @@ double t_sum_bytes(const Problem& p, const Tiled& plan) {
 Launches tiled_forward(const Card& card, const Problem& p, const Tiled& plan) {
   Launches launches;
   if (plan.a != kNone || plan.b != kNone)
-    launches.add("lora_split", area(p.rank, p.k + p.n) * (kFloat + 2 * kHalf));
+    launches.add("lora_split", area(p.rank, p.k + p.n) * (kFloat + 2 * element_bytes(p)));
   if (plan.fused_shrink) {
     launches.add("flags", 0.0);
   } else {
     const double sums = t_sum_bytes(p, plan);
-    const double bytes = kHalf * (area(p.m, p.k) + area(p.rank, p.k)) + sums;
+    const double bytes = element_bytes(p) * (area(p.m, p.k) + area(p.rank, p.k)) + sums;
     launches.add(skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns,
                         rate_of(main_loops_of(card).shrink, p.dropout)));
-    launches.add("lora_reduce", sums + area(p.m, plan.columns) * (kHalf + kFloat));
+    launches.add("lora_reduce", sums + area(p.m, plan.columns) * (element_bytes(p) + kFloat));
   }
   launches.add(lora_gemm(card, p, plan));
-  if (plan.base == Base::kLibrary) launches.add(library_product(card, "base", p.m, p.n, p.k, true));
+  if (plan.base == Base::kLibrary)
+    launches.add(library_product(card, p.dtype, "base", p.m, p.n, p.k, true));
   return launches;
 }
 
 Launch wgrad_launch(const Card& card, const Problem& p, const Tiled& plan) {
-  const double t = kHalf * area(p.m, plan.columns);
+  const double t = element_bytes(p) * area(p.m, plan.columns);
   Launch wgrad{"lora_wgrad", 0.0, 0.0};
   const auto add = [&](int64_t columns, int splits, bool masked) {
     const double sums = kFloat * splits * area(plan.columns, columns);
-    const Launch one = skinny(card, "", kHalf * area(p.m, columns) + t + sums, area(p.m, columns),
-                              plan.columns, rate_of(main_loops_of(card).wgrad, masked));
+    const Launch one =
+        skinny(card, "", element_bytes(p) * area(p.m, columns) + t + sums, area(p.m, columns),
+               plan.columns, rate_of(main_loops_of(card).wgrad, masked));
     wgrad.bytes += one.bytes, wgrad.flop += one.flop;
   };
   if (plan.dlora_a.splits > 0) add(p.k, plan.dlora_a.splits, p.dropout);
@@ -169,21 +173,22 @@ void add_products(const Card& card, const Problem& p, const Tiled& plan, Launche
 }
 
 Launches tiled_backward(const Card& card, const Problem& p, const Tiled& plan) {
-  const double t = kHalf * area(p.m, plan.columns), dy = area(p.m, p.n);
+  const double t = element_bytes(p) * area(p.m, plan.columns), dy = area(p.m, p.n);
   const double sums_b = kFloat * plan.dlora_b.splits * area(plan.columns, p.n);
   const double sums_a = kFloat * plan.dlora_a.splits * area(plan.columns, p.k);
   const double sums = t_sum_bytes(p, plan);
   Launches launches;
   if (plan.s != kNone || plan.a != kNone || plan.b != kNone) {
-    const double adapters = p.float_adapters ? area(p.rank, p.k + p.n) * (kFloat + 2 * kHalf) : 0.0;
+    const double adapters =
+        p.float_adapters ? area(p.rank, p.k + p.n) * (kFloat + 2 * element_bytes(p)) : 0.0;
     launches.add("lora_split", area(p.m, p.rank) * kFloat + t + adapters);
   }
   if (plan.one_pass()) {
     const double rate = main_loops_of(card).dsdb[plan.columns > 16];
     const double flop = 4.0 * dy * plan.columns / share_on_mma(card, rate);
-    launches.add("lora_dsdb", kHalf * dy + t + sums + sums_b, flop);
+    launches.add("lora_dsdb", element_bytes(p) * dy + t + sums + sums_b, flop);
   } else if (plan.shrink.splits > 0) {
-    launches.add(skinny(card, "lora_shrink", kHalf * dy + sums, dy, plan.columns,
+    launches.add(skinny(card, "lora_shrink", element_bytes(p) * dy + sums, dy, plan.columns,
                         main_loops_of(card).shrink.plain));
   }
   if (plan.fused_shrink) launches.add("flags", 0.0);
@@ -191,7 +196,7 @@ Launches tiled_backward(const Card& card, const Problem& p, const Tiled& plan) {
   add_products(card, p, plan, launches);
   if (plan.g_a != kNone || plan.g_b != kNone) launches.add("lora_reduce_wgrad", sums_a + sums_b);
   if (plan.base == Base::kLibrary && p.need_dx)
-    launches.add(library_product(card, "dX", p.m, p.k, p.n, true));
+    launches.add(library_product(card, p.dtype, "dX", p.m, p.k, p.n, true));
   return launches;
 }
 
@@ -205,11 +210,11 @@ int64_t rounds_of(const Problem& p) {
 // in; and the steps of a block; plus the start and the end of the grid.
 Launch lora_decode(const Card& card, const Problem& p, const Decode& plan) {
   const DecodeTile& tile = decode_tile_for(p.m);
-  const double of_factor = p.float_adapters ? 4 : 2;
+  const double element = element_bytes(p), of_factor = p.float_adapters ? kFloat : element;
   const auto each = static_cast<double>(p.adapters());
-  const double once = 2 * (area(p.n, p.k) + area(p.m, p.k) + area(p.m, p.n)) +
+  const double once = element * (area(p.n, p.k) + area(p.m, p.k) + area(p.m, p.n)) +
                       each * of_factor * area(p.rank, p.k + p.n);
-  const double x_again = 2 * area(plan.tiles + plan.s_tiles - 1, p.m * p.k);
+  const double x_again = element * area(plan.tiles + plan.s_tiles - 1, p.m * p.k);
   const double sums = 8 * area(plan.tiles + plan.blocks, tile.rows * tile.batch);
   const DecodeShares shares = shares_of(plan, p);
   const int64_t steps = shares.units() + DecodeShares::kChunk * shares.all_chunks();
@@ -227,7 +232,7 @@ Launch lora_decode(const Card& card, const Problem& p, const Decode& plan) {
 // of each adapter.
 double us_of_many(const Card& card, const Problem& p, const Tiled& plan) {
   const Sustained rates = sustained_by(card);
-  const double element = p.float_adapters ? kFloat : kHalf;
+  const double element = p.float_adapters ? kFloat : element_bytes(p);
   const auto others = static_cast<double>(p.adapters() - 1);
   const auto factors = static_cast<double>(p.rank * (p.k + p.n));
   double sum = microseconds(

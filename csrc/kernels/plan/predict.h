@@ -53,8 +53,8 @@ double predicted_us(const Card& card, const Problem& problem, const Plan& plan);
 
 // Of the library route: the library's product [m, n] = [m, k] [k, n]; if it accumulates, it also
 // reads what it adds to.
-Launch library_product(const Card& card, const char* name, int64_t m, int64_t n, int64_t k,
-                       bool accumulate = false);
+Launch library_product(const Card& card, Dtype dtype, const char* name, int64_t m, int64_t n,
+                       int64_t k, bool accumulate = false);
 Launches library_launches(const Card& card, const Problem& problem);
 
 }  // namespace lora_ext::plan

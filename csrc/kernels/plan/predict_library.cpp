@@ -8,7 +8,7 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr double kHalf = 2, kFloat = 4;  // bytes
+constexpr double kFloat = 4;  // bytes
 
 // Tiles that the library chooses from, the smaller ones at a lower rate.
 struct LibraryTile {
@@ -22,11 +22,11 @@ constexpr int64_t kLibrarySplit = 512;  // least depth of a split of k
 // With adapters of x's dtype: first the expand, then the base product, accumulated onto it.
 Launches library_forward(const Card& card, const Problem& p) {
   Launches launches;
-  if (p.dropout) launches.add("dropout", 2 * kHalf * area(p.m, p.k));
-  launches.add(library_product(card, "x A^T", p.m, p.rank, p.k));
-  launches.add("S to float32", (kHalf + kFloat) * area(p.m, p.rank));
-  launches.add(library_product(card, "S B^T", p.m, p.n, p.rank, p.given_base));
-  if (!p.given_base) launches.add(library_product(card, "base", p.m, p.n, p.k, true));
+  if (p.dropout) launches.add("dropout", 2 * element_bytes(p) * area(p.m, p.k));
+  launches.add(library_product(card, p.dtype, "x A^T", p.m, p.rank, p.k));
+  launches.add("S to float32", (element_bytes(p) + kFloat) * area(p.m, p.rank));
+  launches.add(library_product(card, p.dtype, "S B^T", p.m, p.n, p.rank, p.given_base));
+  if (!p.given_base) launches.add(library_product(card, p.dtype, "base", p.m, p.n, p.k, true));
   return launches;
 }
 
@@ -48,18 +48,18 @@ Launches library_forward_wide(const Card& card, const Problem& p) {
   const double x = area(p.m, p.k), y = area(p.m, p.n);
   Launches launches;
   if (p.given_base) {
-    launches.add("copy of y", 2 * kHalf * y);
+    launches.add("copy of y", 2 * element_bytes(p) * y);
   } else {
-    launches.add(library_product(card, "base", p.m, p.n, p.k));
+    launches.add(library_product(card, p.dtype, "base", p.m, p.n, p.k));
   }
   WidePasses passes(p, launches);
-  passes.add("x to float32", (kHalf + kFloat) * x);
+  passes.add("x to float32", (element_bytes(p) + kFloat) * x);
   if (p.dropout) passes.add("dropout of x", 2 * kFloat * x);
   passes.add("x A^T", kFloat * x);
   passes.add("S B^T", kFloat * y);
   passes.add("times s", 2 * kFloat * y);
-  passes.add("plus", (kHalf + 2 * kFloat) * y);
-  passes.add("round", (kFloat + kHalf) * y);
+  passes.add("plus", (element_bytes(p) + 2 * kFloat) * y);
+  passes.add("round", (kFloat + element_bytes(p)) * y);
   return launches;
 }
 
@@ -67,52 +67,53 @@ Launches library_backward(const Card& card, const Problem& p) {
   const double x = area(p.m, p.k);
   Launches launches;
   if (p.need_dlora_b) {
-    launches.add("S to half", (kHalf + kFloat) * area(p.m, p.rank));
-    launches.add(library_product(card, "dB", p.n, p.rank, p.m));
+    launches.add("S to half", (element_bytes(p) + kFloat) * area(p.m, p.rank));
+    launches.add(library_product(card, p.dtype, "dB", p.n, p.rank, p.m));
   }
-  if (p.need_dx && !p.given_base) launches.add(library_product(card, "dX", p.m, p.k, p.n));
+  if (p.need_dx && !p.given_base) launches.add(library_product(card, p.dtype, "dX", p.m, p.k, p.n));
   if (!p.need_dx && !p.need_dlora_a) return launches;
-  launches.add(library_product(card, "dS", p.m, p.rank, p.n));
+  launches.add(library_product(card, p.dtype, "dS", p.m, p.rank, p.n));
   if (p.need_dlora_a) {
-    if (p.dropout) launches.add("dropout of x", 2 * kHalf * x);
-    launches.add(library_product(card, "dA", p.rank, p.k, p.m));
+    if (p.dropout) launches.add("dropout of x", 2 * element_bytes(p) * x);
+    launches.add(library_product(card, p.dtype, "dA", p.rank, p.k, p.m));
   }
   if (!p.need_dx) return launches;
   const bool plus = p.dropout && !p.given_base;
-  launches.add(library_product(card, "dS A", p.m, p.k, p.rank, !p.dropout && !p.given_base));
-  if (p.dropout) launches.add("dropout of dS A", 2 * kHalf * x);
-  if (plus) launches.add("plus", 3 * kHalf * x);
+  launches.add(
+      library_product(card, p.dtype, "dS A", p.m, p.k, p.rank, !p.dropout && !p.given_base));
+  if (p.dropout) launches.add("dropout of dS A", 2 * element_bytes(p) * x);
+  if (plus) launches.add("plus", 3 * element_bytes(p) * x);
   return launches;
 }
 
 Launches library_backward_wide(const Card& card, const Problem& p) {
   const double x = area(p.m, p.k), y = area(p.m, p.n);
   Launches launches;
-  if (p.need_dx && p.given_base) launches.add("zeros", kHalf * x);
-  if (p.need_dx && !p.given_base) launches.add(library_product(card, "dX", p.m, p.k, p.n));
+  if (p.need_dx && p.given_base) launches.add("zeros", element_bytes(p) * x);
+  if (p.need_dx && !p.given_base) launches.add(library_product(card, p.dtype, "dX", p.m, p.k, p.n));
   WidePasses passes(p, launches);
-  passes.add("dY to float32", (kHalf + kFloat) * y);
+  passes.add("dY to float32", (element_bytes(p) + kFloat) * y);
   passes.add("times s", 2 * kFloat * y);
   if (p.need_dlora_b) passes.add("dB", kFloat * y);
   if (!p.need_dx && !p.need_dlora_a) return launches;
   passes.add("dS", kFloat * y);
   if (p.need_dlora_a) {
-    passes.add("x to float32", (kHalf + kFloat) * x);
+    passes.add("x to float32", (element_bytes(p) + kFloat) * x);
     if (p.dropout) passes.add("dropout of x", 2 * kFloat * x);
     passes.add("dA", kFloat * x);
   }
   if (!p.need_dx) return launches;
   passes.add("dS A", kFloat * x);
   if (p.dropout) passes.add("dropout of dS A", 2 * kFloat * x);
-  passes.add("round", (kFloat + kHalf) * x);
-  passes.add("plus", 3 * kHalf * x);
+  passes.add("round", (kFloat + element_bytes(p)) * x);
+  passes.add("plus", 3 * element_bytes(p) * x);
   return launches;
 }
 
 }  // namespace
 
-Launch library_product(const Card& card, const char* name, int64_t m, int64_t n, int64_t k,
-                       bool accumulate) {
+Launch library_product(const Card& card, Dtype dtype, const char* name, int64_t m, int64_t n,
+                       int64_t k, bool accumulate) {
   double least = 0.0;
   for (const LibraryTile& tile : kLibraryTiles) {
     const int64_t tiles = blocks_of(m, tile.rows) * blocks_of(n, tile.columns);
@@ -125,7 +126,8 @@ Launch library_product(const Card& card, const char* name, int64_t m, int64_t n,
     if (least == 0.0 || flop < least) least = flop;
   }
   const double passes = accumulate ? 2 : 1;
-  return {name, kHalf * (area(m, k) + area(n, k) + passes * area(m, n)), least};
+  const auto element = static_cast<double>(element_size(dtype));
+  return {name, element * (area(m, k) + area(n, k) + passes * area(m, n)), least};
 }
 
 Launches library_launches(const Card& card, const Problem& p) {

@@ -14,6 +14,8 @@ inline int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count,
 inline double area(int64_t rows, int64_t columns) {
   return static_cast<double>(rows) * static_cast<double>(columns);
 }
+// Bytes of a number of x's dtype, in which also the weight, y and T are stored.
+inline double element_bytes(const Problem& p) { return static_cast<double>(element_size(p.dtype)); }
 
 // Sets the reason, and the sequence of kernels, if any.
 Plan choose_kernels(const Card& card, const Problem& problem, const Request& request);

@@ -4,7 +4,7 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr int64_t kHalf = 2, kFloat = 4;  // bytes
+constexpr int64_t kFloat = 4;  // bytes
 
 struct Workspace {
   static constexpr int64_t kAlignBytes = 256;
@@ -37,11 +37,12 @@ void place_tables(Tables& tables, const Problem& p, Workspace& workspace) {
 // of whole chunks.
 void place_factors(Tiled& plan, const Problem& p, Workspace& workspace) {
   const bool needs_a = p.has_product() || !p.backward, needs_b = p.need_ds() || !p.backward;
-  if (needs_a) plan.a_pitch = rounded_up(p.k, 8);
+  const int64_t element = element_size(p.dtype), chunk = chunk_elements(p.dtype);
+  if (needs_a) plan.a_pitch = rounded_up(p.k, chunk);
   if (needs_a && (p.float_adapters || !p.aligned_a))
-    plan.a = workspace.take(plan.terms * p.rank * plan.a_pitch, kHalf);
-  if (needs_b && (p.float_adapters || !p.aligned_b || p.rank % 8 != 0))
-    plan.b = workspace.take(p.n * plan.columns, kHalf);
+    plan.a = workspace.take(plan.terms * p.rank * plan.a_pitch, element);
+  if (needs_b && (p.float_adapters || !p.aligned_b || p.rank % chunk != 0))
+    plan.b = workspace.take(p.n * plan.columns, element);
 }
 
 void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
@@ -50,15 +51,15 @@ void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
   } else {
     place_factors(plan, p, workspace);
   }
-  const int64_t halves = p.m * plan.columns;
+  const int64_t halves = p.m * plan.columns, element = element_size(p.dtype);
   const bool need_t = !p.backward || p.need_ds();
   const bool need_db = p.backward && p.need_dlora_b, need_da = p.backward && p.need_dlora_a;
-  if (need_db) plan.s = workspace.take(halves, kHalf);
+  if (need_db) plan.s = workspace.take(halves, element);
   if (plan.fused_shrink)
     plan.fused_shrink->flags = workspace.take(plan.fused_shrink->flag_count(), kFloat);
   if (need_t && !plan.fused_shrink)
     plan.z = workspace.take(plan.t_sums() * p.m * plan.z_columns, kFloat);
-  if (need_t) plan.t = workspace.take(halves, kHalf);
+  if (need_t) plan.t = workspace.take(halves, element);
   // Partial sums: with one adapter one per split, with many adapters one per slot.
   const auto sums = [&](const Splits& splits) {
     return plan.tables ? plan.tables->slots * p.rank : int64_t{splits.splits} * plan.columns;
@@ -75,7 +76,7 @@ void place_decode(Decode& plan, const Problem& p, Workspace& workspace) {
     plan.entries = workspace.take(p.groups->count, kGroupedEntryBytes);
   plan.sums = workspace.take(shares.slots() * elements, kFloat);
   plan.s_sums = workspace.take(shares.s_slots() * elements, kFloat);
-  plan.t = workspace.take(p.m * plan.terms * plan.width, kHalf);
+  plan.t = workspace.take(p.m * plan.terms * plan.width, element_size(p.dtype));
   plan.flags = workspace.take(plan.flag_count(), kFloat);
 }
 

@@ -1,4 +1,4 @@
-// Copies from global memory into tiles of shared memory, in 16-byte chunks of 8 elements.
+// Copies from global memory into tiles of shared memory, in 16-byte chunks.
 //
 // A tile is one or more panels side by side, each with rows of kChunks chunks. The chunks of a row
 // are swizzled, so that the eight rows of an ldmatrix are in different banks. Elements outside of
@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/tile/element.h"
 #include "ptx/memory.h"
 #include "ptx/thread.h"
 
@@ -37,6 +38,8 @@ __device__ __forceinline__ uint32_t panel_chunk_offset(int row, int chunk) {
 // Copies one chunk, of which `elements` from `source` on are inside; if 0, nothing is read.
 template <class T, Alignment kAlignment>
 struct ChunkCopy {
+  static constexpr int kOfChunk = Element<T>::kChunk;
+
   const uint32_t shared;
 
   __device__ __forceinline__ void copy(uint32_t to, const T* source, int elements) const {
@@ -45,7 +48,7 @@ struct ChunkCopy {
     } else {
       T* chunk = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) chunk[i] = i < elements ? source[i] : T(0.f);
+      for (int i = 0; i < kOfChunk; ++i) chunk[i] = i < elements ? source[i] : T(0.f);
     }
   }
 };
@@ -57,17 +60,18 @@ struct TileCopy {
     int64_t pitch;
     int rows, columns;
   };
+  static constexpr int kOfChunk = Element<T>::kChunk;
 
   const uint32_t shared;
 
-  // Copies the 8 elements of a row from `column` on into the chunk at `to`.
+  // Copies a chunk's elements of a row from `column` on into the chunk at `to`.
   __device__ __forceinline__ void copy_chunk(uint32_t to, const Matrix& matrix, int row,
                                              int column) const {
     const int left = matrix.columns - column;
     const bool inside = row < matrix.rows && left > 0;
     const int64_t offset = static_cast<int64_t>(row) * matrix.pitch + column;
     const T* source = matrix.data + offset;
-    const int elements = !inside ? 0 : left >= 8 ? 8 : left;
+    const int elements = !inside ? 0 : min(left, kOfChunk);
     ChunkCopy<T, kAlignment>{shared}.copy(to, source, elements);
   }
 
@@ -85,7 +89,7 @@ struct TileCopy {
   template <int kRows, int kColumns, int kChunks = 8, class RowOf>
   __device__ __forceinline__ void copy_rows(uint32_t tile, const Matrix& matrix, int first_column,
                                             const RowOf& row_of) const {
-    constexpr int kRowChunks = kColumns / 8, kAll = kRows * kRowChunks;
+    constexpr int kRowChunks = kColumns / kOfChunk, kAll = kRows * kRowChunks;
     static_assert(kRowChunks % kChunks == 0);
     static_assert(kAll % kThreads == 0 || kAll < kThreads);
     constexpr int kCopies = (kAll + kThreads - 1) / kThreads;
@@ -97,7 +101,7 @@ struct TileCopy {
       const int row = index / kRowChunks, chunk = index % kRowChunks;
       const auto panel = static_cast<uint32_t>(chunk / kChunks * kRows * kChunks * 16);
       copy_chunk(tile + panel + row_chunk_offset<kChunks>(row, chunk % kChunks), matrix,
-                 row_of(row), first_column + chunk * 8);
+                 row_of(row), first_column + chunk * kOfChunk);
     }
   }
 };

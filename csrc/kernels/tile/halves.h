@@ -16,6 +16,7 @@ __device__ __forceinline__ T rounded(float value) {
   if constexpr (std::is_same_v<T, __half>) {
     return __float2half_rn(value);
   } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
     return __float2bfloat16_rn(value);
   }
 }
@@ -28,6 +29,7 @@ __device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     memcpy(&bits, &pair, sizeof bits);
   } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     memcpy(&bits, &pair, sizeof bits);
   }

@@ -131,7 +131,8 @@ void bind_prediction(py::module& m) {
   m.def(
       "library_product",
       [](const plan::Card& card, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
-        return plan::library_product(card, "", rows, columns, depth, accumulate);
+        const Dtype dtype = plan::Problem{}.dtype;
+        return plan::library_product(card, dtype, "", rows, columns, depth, accumulate);
       },
       py::arg("card"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
       py::arg("accumulate") = false);

@@ -34,11 +34,10 @@ struct Roundings {
 
   template <class Args>
   Roundings(const Args& args, bool hybrid) {
-    const bool float16 = args.x.scalar_type() == at::kHalf;
+    const KernelDtype& type = kernel_dtype(dtype_of(args.x.scalar_type()));
     const bool float_adapters = args.update.a().scalar_type() == at::kFloat;
-    half = float16 ? 0x1p-11 : 0x1p-8;
-    // In float16 the second half of a number below 2^-3 is subnormal: 2^-25 is lost, not u^2.
-    const double two_halves = 4 * (float16 ? 0x1p-19 : 0x1p-16);
+    half = type.rounding;
+    const double two_halves = 4 * type.of_two;
     low_rank = kMax * (float_adapters ? two_halves : half);
     of_s = float_adapters ? low_rank : 0;
     once_more = base = hybrid ? kMax * half : 0;

@@ -72,7 +72,7 @@ int64_t rank_for(const Kernels& kernels) {
 
 std::string Kernels::name() const {
   std::string text = backward ? "backward" : "forward";
-  text += dtype == Dtype::kFloat16 ? " float16 " : " bfloat16 ";
+  text += std::string(" ") + kernel_dtype(dtype).name + " ";
   text += hybrid ? "hybrid" : plan::facts_of(tile).name;
   if (!vector) text += " element-wise";
   if (float_adapters) text += " float32 adapters";
@@ -113,11 +113,11 @@ std::vector<Kernels> all_of(const plan::Card& card, bool use_pdl) {
   };
   std::vector<Kernels> all;
   if (card.arch < 80) return all;
-  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+  for (const KernelDtype& type : kKernelDtypes) {
     for (const bool float_adapters : {false, true}) {
       for (const bool dropout : {false, true}) {
         Kernels kernels{};
-        kernels.dtype = dtype, kernels.float_adapters = float_adapters;
+        kernels.dtype = type.dtype, kernels.float_adapters = float_adapters;
         kernels.dropout = dropout;
         add_tiles(card, use_pdl, kernels, all);
         kernels.backward = true;

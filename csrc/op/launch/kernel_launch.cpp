@@ -146,8 +146,8 @@ bool is_capturing(const at::Device& device) { return cuda::is_capturing(stream_o
 plan::Problem problem_of(const ForwardArgs& args) {
   plan::Problem problem = common_problem(args);
   problem.dtype = dtype_of(c10::promoteTypes(args.x.scalar_type(), args.y_dtype()));
-  problem.aligned =
-      aligned(args.x) && aligned_rows(problem.n) && (!problem.given_base || aligned(args.base.y));
+  problem.aligned = aligned(args.x) && aligned_rows(problem.n, problem.dtype) &&
+                    (!problem.given_base || aligned(args.base.y));
   return problem;
 }
 
@@ -155,7 +155,7 @@ plan::Problem problem_of(const BackwardArgs& args) {
   plan::Problem problem = common_problem(args);
   problem.backward = true;
   problem.dtype = dtype_of(c10::promoteTypes(args.x.scalar_type(), args.grad.scalar_type()));
-  problem.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k);
+  problem.aligned = aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k, problem.dtype);
   problem.need_dx = args.wanted.dx, problem.need_dlora_a = args.wanted.any_a();
   problem.need_dlora_b = args.wanted.any_b();
   return problem;

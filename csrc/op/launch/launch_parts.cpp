@@ -16,7 +16,6 @@ namespace lora_ext::kernel_launch {
 namespace {
 
 constexpr int64_t kChunk = 16;  // bytes that are copied at a time
-constexpr int64_t kHalvesOfChunk = kChunk / element_size(Dtype::kBFloat16);
 
 // The matrices or pools with unit stride within a row: the tensors themselves, or copies.
 Factors with_rows(at::TensorList factors) {
@@ -81,9 +80,9 @@ void make_room_for_graphs(OfDevice& mine, const at::Device& device) {
 }  // namespace
 
 int64_t pitch_of(const at::Tensor& tensor) {
-  return tensor.size(0) == 1
-             ? (tensor.size(1) + kHalvesOfChunk - 1) / kHalvesOfChunk * kHalvesOfChunk
-             : tensor.stride(0);
+  if (tensor.size(0) != 1) return tensor.stride(0);
+  const int64_t chunk = kChunk / static_cast<int64_t>(tensor.element_size());
+  return (tensor.size(1) + chunk - 1) / chunk * chunk;
 }
 
 bool aligned(const at::Tensor& tensor) {
@@ -93,7 +92,7 @@ bool aligned(const at::Tensor& tensor) {
          reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunk == 0;
 }
 
-bool aligned_rows(int64_t columns) { return columns % kHalvesOfChunk == 0; }
+bool aligned_rows(int64_t columns, Dtype dtype) { return columns % chunk_elements(dtype) == 0; }
 
 kernel::Mask mask_of(const DropoutArgs& dropout) {
   kernel::Mask mask{};

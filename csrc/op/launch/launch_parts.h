@@ -22,7 +22,7 @@ int64_t pitch_of(const at::Tensor& tensor);
 // support rows that overlap.
 bool aligned(const at::Tensor& tensor);
 // The same for a result [rows, columns] from torch's allocator, which aligns it.
-bool aligned_rows(int64_t columns);
+bool aligned_rows(int64_t columns, Dtype dtype);
 
 kernel::Mask mask_of(const DropoutArgs& dropout);
 

@@ -3,6 +3,7 @@
 #include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
 #include "kernels/gemm/sm90a/launch.h"
+#include "kernels/tile/element.h"
 
 namespace kernels {
 
@@ -26,9 +27,9 @@ struct Launch {
     const cuuint64_t dimensions[] = {static_cast<cuuint64_t>(columns),
                                      static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(pitch) * sizeof(T)};
-    const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, element_strides[] = {1, 1};
-    const CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint32_t box[] = {128 / sizeof(T), static_cast<cuuint32_t>(box_rows)},
+                     element_strides[] = {1, 1};
+    const CUtensorMapDataType type = lora_ext::kernel::Element<T>::kTensorMap;
     const CUresult result = emulator::encode_tensor_map_tiled(
         &map, type, 2, const_cast<T*>(data), dimensions, strides, box, element_strides,
         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,

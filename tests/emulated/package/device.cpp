@@ -137,11 +137,6 @@ std::string launch_grouped_backward(Half half, const plan::Plan& plan,
 
 // For CUDA tensors, which do not exist here.
 std::string launch_dropout(Element, const DropoutParams&, void*) { std::abort(); }
-std::string launch_dequantize(Floating, const kernel::Dequantize4bitParams&, void*) {
-  std::abort();
-}
-std::string launch_dequantize(Floating, const kernel::Dequantize8bitParams&, void*) {
-  std::abort();
-}
+std::string launch_dequantize(Floating, const kernel::DequantizeParams&, void*) { std::abort(); }
 
 }  // namespace lora_ext::cuda

@@ -8,6 +8,7 @@
 
 #include "kernels/gemm/params.h"
 #include "kernels/tile/copy.h"
+#include "kernels/tile/element.h"
 
 namespace lora_ext::kernel {
 
@@ -31,7 +32,8 @@ struct StepCopy {
     int rows, columns;
   };
 
-  static constexpr int kRowChunks = kColumns / 8, kApart = kThreads / kRowChunks;
+  static constexpr int kOfChunk = Element<T>::kChunk;
+  static constexpr int kRowChunks = kColumns / kOfChunk, kApart = kThreads / kRowChunks;
   static constexpr int kCopies = kRows / kApart;
   static_assert(kThreads % kRowChunks == 0 && kRows % kApart == 0);
   static_assert(kApart % 8 == 0,
@@ -53,7 +55,7 @@ struct StepCopy {
   // Begins at (first_row, first_column).
   __device__ __forceinline__ void begin(const Matrix& matrix, int first_row, int first_column,
                                         const Rows& row_of) {
-    const int column = first_column + chunk_in_row * 8;
+    const int column = first_column + chunk_in_row * kOfChunk;
     position = first_row + row_in_tile;
     rows = matrix.rows - position, columns = matrix.columns - column;
     if constexpr (Rows::kInOrder) {
@@ -68,7 +70,7 @@ struct StepCopy {
 
   // Copies the thread's i-th chunk of the step.
   __device__ __forceinline__ void copy(uint32_t tile, int i) {
-    const int elements = i * kApart < rows ? min(max(columns, 0), 8) : 0;
+    const int elements = i * kApart < rows ? min(max(columns, 0), kOfChunk) : 0;
     const uint32_t to = tile + in_tile + static_cast<uint32_t>(i * kApart) * 128;
     if constexpr (Rows::kInOrder) {
       chunk.copy(to, source + i * apart, elements);

@@ -130,7 +130,7 @@ HOST = [
         "backward takes whole chunks whatever the width of dX is",
         "rows of dX begin in the middle of a chunk",
         LAUNCH,
-        "aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k)",
+        "aligned(args.grad) && aligned(args.x) && aligned_rows(problem.k, problem.dtype)",
         "aligned(args.grad) && aligned(args.x)",
     ),
     seen_by(
@@ -175,8 +175,8 @@ HOST = [
         "a tensor map's pitch is its width",
         "rows may lie apart",
         "kernels/launch/stream_launch.h",
-        "{data, kType, rows, columns, pitch, box_rows}",
-        "{data, kType, rows, columns, columns, box_rows}",
+        "rows, columns, pitch, box_rows}",
+        "rows, columns, columns, box_rows}",
     ),
     seen_by(
         "cuda",
