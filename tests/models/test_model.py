@@ -211,6 +211,12 @@ def test_explained_path_is_the_one_that_runs(dtype, dropout, rows, packed):
         assert path == ("packed" if layer.packed and layer.packed.is_packed else "fused")
 
 
+@pytest.mark.parametrize("rank, dtype, says", [(96, BF16, 0), (97, BF16, 1), (97, F32, 0)], ids=str)
+def test_explain_of_a_high_rank_says_which_sums_may_be_slower(rank, dtype, says):
+    layer = LoRALinear(128, 128, r=rank, dtype=dtype)
+    assert ("summed in float32" in layer.path(200)[1]) == bool(says)
+
+
 def test_explain_names_every_path():
     model = nn.ModuleDict({f"l{i}": nn.Linear(32, 32) for i in range(7)})
     apply_lora(model, LoRAConfig("l*"), "a")
