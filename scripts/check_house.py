@@ -3,7 +3,7 @@
 1. Inline assembly stays under csrc/ptx/, one function per instruction.
 2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
 3. No file names a folder of somebody's machine.
-4. A source of csrc/ includes its own room and rooms below it, by their path from csrc/; of cpu/
+4. A source of csrc/ includes its own folder and folders below it, by their path from csrc/; of cpu/
    and kernels/ neither includes the other.
 5. Modules of lora_ext and of benchmarks import one another without a circle, imports inside
    functions included; and so do their folders.
@@ -25,7 +25,7 @@ TORCH_INCLUDE = re.compile(r'^\s*#\s*include\s*[<"](?:torch|ATen|c10|caffe2)/')
 TORCH_FREE = re.compile(r"csrc/(?:(?:kernels|ptx)/.*|cpu/isa_[^/]*\.cpp)")
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 # From the top down, the way that a call takes.
-ROOMS = [
+FOLDERS = [
     "op/bindings",
     "op",
     "op/route",
@@ -86,27 +86,27 @@ def breaches(name: str, text: str) -> list[tuple[int, str]]:
 
 def reaches_out(line: str) -> bool:
     include = INCLUDE.match(line)
-    room = include[1].rpartition("/")[0].split("/")[0] if include else ""
-    return room not in ("", "emulator", "ptx") or OF_PROJECT.match(line) is not None
+    folder = include[1].rpartition("/")[0].split("/")[0] if include else ""
+    return folder not in ("", "emulator", "ptx") or OF_PROJECT.match(line) is not None
 
 
-def room_of(path: str) -> str:
-    """The innermost room that a path from csrc/ is in, or ""."""
+def folder_of(path: str) -> str:
+    """The innermost folder that a path from csrc/ is in, or ""."""
     folders = [str(folder) for folder in Path(path).parents]
-    return next((folder for folder in folders if folder in ROOMS), "")
+    return next((folder for folder in folders if folder in FOLDERS), "")
 
 
 def wrong_include(name: str, included: str) -> str:
     """Why a source of csrc/ must not include a file; "" if it may."""
     if (name, included) == EXECUTION_LAYER:
         return ""
-    own, room = room_of(name.removeprefix("csrc/")), room_of(included)
-    if not own or not room:
-        return f'"{included}" in {name}: expected a file in one of the rooms {", ".join(ROOMS)}'
-    if ROOMS.index(room) < ROOMS.index(own):
-        return f"{own}/ must not include {room}/, which stands above it"
-    if {own.split("/")[0], room.split("/")[0]} == APART:
-        return f"{own}/ must not include {room}/, which stands beside it"
+    own, folder = folder_of(name.removeprefix("csrc/")), folder_of(included)
+    if not own or not folder:
+        return f'"{included}" in {name}: expected a file in one of the folders {", ".join(FOLDERS)}'
+    if FOLDERS.index(folder) < FOLDERS.index(own):
+        return f"{own}/ must not include {folder}/, which stands above it"
+    if {own.split("/")[0], folder.split("/")[0]} == APART:
+        return f"{own}/ must not include {folder}/, which stands beside it"
     return ""
 
 
