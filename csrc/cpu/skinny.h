@@ -130,8 +130,10 @@ struct SkinnyKernels {
   // The same products for at most so many rows with a factor in its original layout, unpacked: q or
   // u and q_is_half or u_is_half of the arguments are not read. 0, and null, if there are none.
   int64_t few_rows;
-  void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q, Range rows);  // strides_suit_few_rows
-  void (*expand_few)(const ExpandArgs& args, const AdapterView& u, Range rows);  // strides_suit_few_rows
+  void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q,
+                     Range rows);  // strides_suit_few_rows
+  void (*expand_few)(const ExpandArgs& args, const AdapterView& u,
+                     Range rows);  // strides_suit_few_rows
 
   // Bit c of word c / 32 in row m of `pitch` words is set when (index[rows.begin + m],
   // cols.begin + c) is kept.
