@@ -128,12 +128,11 @@ struct SkinnyKernels {
   void (*wgrad)(const WgradArgs& args, const ExpandArgs& expand, Range cols);
 
   // The same products for at most so many rows with a factor in its original layout, unpacked: q or
-  // u and q_is_half or u_is_half of the arguments are not read. 0, and null, if there are none.
+  // u and q_is_half or u_is_half of the arguments are not read. The factors are those that
+  // strides_suit_few_rows accepts. 0, and null, if there are none.
   int64_t few_rows;
-  void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q,
-                     Range rows);  // strides_suit_few_rows
-  void (*expand_few)(const ExpandArgs& args, const AdapterView& u,
-                     Range rows);  // strides_suit_few_rows
+  void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q, Range rows);
+  void (*expand_few)(const ExpandArgs& args, const AdapterView& u, Range rows);
 
   // Bit c of word c / 32 in row m of `pitch` words is set when (index[rows.begin + m],
   // cols.begin + c) is kept.
