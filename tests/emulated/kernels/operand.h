@@ -8,6 +8,7 @@
 #include "emulated/kernels/reference.h"
 #include "emulated/kernels/reference_mask.h"
 #include "kernels/gemm/params.h"
+#include "kernels/tile/copy.h"
 #include "kernels/tile/halves.h"
 
 namespace kernels {
