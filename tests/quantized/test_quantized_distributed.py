@@ -142,7 +142,7 @@ def fsdp2_that_shards_the_bases_in_mixed_precision(rank):
     words = {"dtype": BF16, "tolerance": 0.1, "mp_policy": policy}
     for storage in (torch.uint8, BF16):
         sharded_like_one_process(rank, "bnb nf4", stored_as(storage), **words)
-    with pytest.raises(RuntimeError, match="expected packed of 4096 elements, but got 2048"):
+    with pytest.raises(RuntimeError, match="expected codes of 4096 elements, but got 2048"):
         sharded_like_one_process(rank, "bnb nf4", stored_as(F32), **words)
 
 
