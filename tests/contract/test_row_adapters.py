@@ -1,6 +1,8 @@
 """`use_adapters` on both kinds of layer beside formulas that are none of ours, in a loop over the
 adapters: values and gradients in every dtype, dropout, idle adapters."""
 
+import math
+
 import pytest
 import torch
 from helpers import BF16, F16, F32, F64, short
@@ -133,6 +135,29 @@ def test_each_adapter_has_its_own_dropout(kind, layer, adapters, ps):
     for name, same in ((None, True), *((n, p == 0.0) for n, p in dropout.items())):
         own = [i for i, one in enumerate(mixed) if one == name]
         assert torch.allclose(found[own], plain[own], rtol=0, atol=1e-5) == same, name
+
+
+@cases(EVERYTHING, ["three", "lora_bias of one"])
+def test_nan_of_an_adapter_reaches_its_own_rows_alone(kind, layer, adapters):
+    """Nor the gradients of the others."""
+    subject = kind.make(layer, adapters)
+    x = subject.x(120)
+    names = names_of(x)
+    clean = run(subject, names, x)
+    for broken in ("a", "b"):
+        before = [factor.detach().clone() for factor in subject.factors(broken)]
+        for factor in subject.factors(broken):
+            factor.data.fill_(math.nan)
+        found = run(subject, names, x)
+        mine = torch.tensor([name == broken for name in names])
+        assert found["y"][mine].isnan().flatten(1).all(1).all()
+        for name in {"y", "dx"} & set(clean):
+            assert torch.equal(found[name][~mine], clean[name][~mine]), name
+        for other in {"a", "b", "c"} - {broken}:
+            for key in keys_of(subject, other):
+                assert torch.equal(found[key], clean[key]), key
+        for factor, value in zip(subject.factors(broken), before, strict=True):
+            factor.data.copy_(value)
 
 
 @cases(EVERYTHING[1:], ["three"])

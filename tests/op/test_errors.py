@@ -176,6 +176,7 @@ WRONG_UPDATES = {
     "lora_a is 1-d": ({"lora_a": torch.zeros(7)}, ["lora_a", "1 dimensions"]),
     "ranks differ": ({"lora_b": torch.zeros(6, 4)}, ["lora_b", "3]", "[6, 4]"]),
     "scaling": ({"scaling": math.nan}, ["scaling", "nan"]),
+    "scaling that requires grad": WRONG_NUMBERS["scaling that requires grad"],
     "probability": ({"dropout_p": 1.0}, ["dropout_p", "[0, 1)", "1"]),
     "offset": ({"row_offset": -1}, [">= 0", "-1"]),
 }
