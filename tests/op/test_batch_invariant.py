@@ -43,7 +43,7 @@ def both(problem: Problem, first: int, rows: int):
 )
 @given(
     sizes=st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 130)),
-    parts=st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(1, 100)), min_size=4),
+    parts=st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(1, ROWS)), min_size=4),
     threads=st.sampled_from([1, 2]),
 )
 @example((256, 384, 16), [(7, 1), (40, 2), (100, 7), (3, 33)], 1)  # F.linear's own rows differ
