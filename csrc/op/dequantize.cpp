@@ -225,7 +225,7 @@ void dequantize_8bit_cuda(const Quantized& weight, at::Tensor& out) {
   params.scale = weight.scale.const_data_ptr<float>();
   params.multiplier = static_cast<float>(weight.multiplier);
   params.columns = static_cast<uint32_t>(out.size(1));
-  const int64_t chunk = 16 / static_cast<int64_t>(out.element_size());
+  const int64_t chunk = chunk_elements(dtype_of(out.scalar_type()));
   params.aligned = is_aligned(params.codes, 8) && out.size(1) % chunk == 0;
   launch(params, out);
 }
