@@ -124,6 +124,7 @@ def run(module, folder):
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         context = mp.spawn(_run_cases, (module, str(folder), names), nprocs=WORLD, join=False)
     reports = [folder / f"rank{rank}.json" for rank in range(WORLD)]
+    unfinished = "the process did not come to its end"
     deadline, seen = 0.0, None
     try:
         while not context.join(timeout=0.2):
@@ -132,13 +133,14 @@ def run(module, folder):
                 deadline, seen = time.monotonic() + CASE_SECONDS, sizes
             if time.monotonic() > deadline:
                 break
+    except mp.ProcessExitedException as error:
+        unfinished = f"{unfinished}: {error}"
     finally:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
                 process.join()
     found = [json.loads(path.read_text()) if path.exists() else {} for path in reports]
-    unfinished = "the process did not come to its end"
     return {
         name: [f"rank {rank}: {report.get(name, unfinished)}" for rank, report in enumerate(found)]
         for name in names
@@ -173,6 +175,9 @@ def _run_cases(rank, module, folder, names):
             dist.destroy_process_group()
     if connected:
         dist.destroy_process_group()
+    # Without the interpreter's end: there Python (3.11) ends a thread of torch's that asks for the
+    # GIL by unwinding it, and the process aborts ("terminate called without an active exception").
+    os._exit(0)
 
 
 def _start_group(rank, path):
