@@ -9,22 +9,26 @@ constexpr const char* kLibrary = "library";
 
 struct Choice {
   const char* name;
-  const SkinnyKernels* general;   // any dtype; null on the library route
-  const SkinnyKernels* bfloat16;  // null on the library route
+  const SkinnyKernels* general;        // any dtype; null on the library route
+  const SkinnyKernels* bfloat16;       // null on the library route
+  const FusedGemmKernels* fused_gemm;  // null: there are none
   const DequantizeKernels* dequantize;
 };
 
 std::vector<Choice> choices() {
   std::vector<Choice> found;
   if (amx_kernels() != nullptr && avx512_kernels() != nullptr) {
-    found.push_back({amx_kernels()->name, avx512_kernels(), amx_kernels(), avx512_dequantize()});
+    found.push_back({amx_kernels()->name, avx512_kernels(), amx_kernels(), avx512_fused_gemm(),
+                     avx512_dequantize()});
   }
-  const auto add = [&](const SkinnyKernels* kernels, const DequantizeKernels* dequantize) {
-    if (kernels != nullptr) found.push_back({kernels->name, kernels, kernels, dequantize});
+  const auto add = [&](const SkinnyKernels* kernels, const FusedGemmKernels* fused_gemm,
+                       const DequantizeKernels* dequantize) {
+    if (kernels == nullptr) return;
+    found.push_back({kernels->name, kernels, kernels, fused_gemm, dequantize});
   };
-  add(avx512_kernels(), avx512_dequantize());
-  add(avx2_kernels(), avx2_dequantize());
-  add(portable_kernels(), portable_dequantize());
+  add(avx512_kernels(), avx512_fused_gemm(), avx512_dequantize());
+  add(avx2_kernels(), avx2_fused_gemm(), avx2_dequantize());
+  add(portable_kernels(), nullptr, portable_dequantize());
   return found;
 }
 
@@ -49,7 +53,7 @@ std::vector<std::string> available_isas() {
 std::string current_isa() { return current().load()->name; }
 
 bool set_isa(const std::string& name) {
-  static const Choice library{kLibrary, nullptr, nullptr, portable_dequantize()};
+  static const Choice library{kLibrary, nullptr, nullptr, nullptr, portable_dequantize()};
   if (name == kLibrary || name == "auto") {
     current().store(name == kLibrary ? &library : &available().front());
     return true;
@@ -69,6 +73,8 @@ const SkinnyKernels* kernels_for(Dtype dtype) {
 }
 
 const SkinnyKernels* kernels_for_few_rows() { return current().load()->general; }
+
+const FusedGemmKernels* fused_gemm_kernels() { return current().load()->fused_gemm; }
 
 const DequantizeKernels& dequantize_kernels() { return *current().load()->dequantize; }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/dequantize.h"
+#include "cpu/fused_gemm.h"
 #include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
@@ -23,6 +24,9 @@ const SkinnyKernels* kernels_for(Dtype dtype);
 
 // The same for so few rows that tiles of 32 would be mostly empty.
 const SkinnyKernels* kernels_for_few_rows();
+
+// The kernels for the layer in one pass; null where there are none and on the library route.
+const FusedGemmKernels* fused_gemm_kernels();
 
 // The kernels of the same instruction set; the portable ones on the library route.
 const DequantizeKernels& dequantize_kernels();

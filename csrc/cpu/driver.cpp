@@ -121,11 +121,15 @@ std::optional<Forward> forward(const ForwardArgs& args) {
   if (takes_library(args.x, args.y_dtype(), args.update)) return std::nullopt;
   if (is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
   const Passes passes = passes_of(args.x, args.y_dtype());
+  const AdapterView lora_b = view_of(args.update.b(), 1);
+  const at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0),
+                              keep_scale_of(args.update.dropout), dropout_of(args.update.dropout));
+  if (uses_fused_gemm(args.x.scalar_type(), args.base, true)) {
+    const LowRank update{s, lora_b, args.update.scaling};
+    return Forward{fused_forward(args.x, args.base, &update), s};
+  }
   at::Tensor y = base_forward(args.x, args.base);
-  const double keep_scale = keep_scale_of(args.update.dropout);
-  at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0), keep_scale,
-                        dropout_of(args.update.dropout));
-  expand(*passes.over_y, y, s, view_of(args.update.b(), 1), args.update.scaling, Dropout{});
+  expand(*passes.over_y, y, s, lora_b, args.update.scaling, Dropout{});
   return Forward{y, s};
 }
 
@@ -137,7 +141,8 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   const Passes passes = passes_of(args.x, y);
   Backward out = Backward::one();
   const ExpandArgs no_expand{};
-  if (args.wanted.dx) out.dx = base_backward(args.grad, args.x, args.base);
+  const bool fused = args.wanted.dx && uses_fused_gemm(args.x.scalar_type(), args.base, false);
+  if (args.wanted.dx && !fused) out.dx = base_backward(args.grad, args.x, args.base);
   if (args.need_dlora_b()) {
     out.db() = at::empty(args.update.b().sizes(), args.update.b().options());
     wgrad(*passes.over_y, args.grad, args.s, out.db(), 1, args.update.scaling, Dropout{},
@@ -150,12 +155,15 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   const AdapterView lora_a = view_of(args.update.a(), 0);
   const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.b(), 1),
                                args.update.scaling, Dropout{});
-  if (!args.need_dlora_a()) {
+  if (fused) {
+    const LowRank update{ds, lora_a, keep_scale, dropout};
+    out.dx = fused_backward(args.grad, args.base, &update);
+  } else if (!args.need_dlora_a()) {
     expand(*passes.over_x, out.dx, ds, lora_a, keep_scale, dropout);
-    return out;
   }
+  if (!args.need_dlora_a()) return out;
   out.da() = at::empty(args.update.a().sizes(), args.update.a().options());
-  if (!args.wanted.dx) {
+  if (!args.wanted.dx || fused) {
     wgrad(*passes.over_x, args.x, ds, out.da(), 0, keep_scale, dropout, no_expand);
     return out;
   }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/call.h"
+#include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
 
@@ -32,5 +33,21 @@ Backward backward_few_rows(const BackwardArgs& args);
 // Many adapters: the low-rank part of each in vector code over the adapter's rows. nullopt as above.
 std::optional<Forward> forward_grouped(const ForwardArgs& args);
 std::optional<Backward> backward_grouped(const BackwardArgs& args);
+
+// T U of one adapter; T is [M, r] in float, U a view of the factor as [r, cols].
+struct LowRank {
+  const at::Tensor& t;
+  const AdapterView& u;
+  double scale;
+  Dropout dropout{};
+};
+
+// Whether the base product and the low-rank part are computed in one pass (cpu/fused_gemm.h).
+bool uses_fused_gemm(at::ScalarType x, const Base& base, bool is_forward);
+
+// Y of x and the base, a fresh tensor [M, N]; without low_rank the base's part alone.
+at::Tensor fused_forward(const at::Tensor& x, const Base& base, const LowRank* low_rank);
+// dX of dY and the base, a fresh tensor [M, K] in grad's dtype.
+at::Tensor fused_backward(const at::Tensor& grad, const Base& base, const LowRank* low_rank);
 
 }  // namespace lora_ext::cpu

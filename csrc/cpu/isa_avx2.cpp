@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cpu/dequantize.h"
+#include "cpu/fused_gemm.h"
 #include "cpu/skinny.h"
 
 #if defined(__x86_64__)
@@ -28,6 +29,7 @@ namespace {
 #include "cpu/simd_passes.h"
 #include "cpu/simd_few_rows.h"
 #include "cpu/simd_dequantize.h"
+#include "cpu/simd_fused_gemm.h"
 // clang-format on
 
 struct Avx2 {
@@ -158,6 +160,7 @@ struct Avx2 {
 };
 
 constexpr SkinnyKernels kKernels = make_kernels<Avx2>("avx2");
+constexpr FusedGemmKernels kFusedGemm = make_fused_gemm<Avx2>(&kKernels);
 constexpr DequantizeKernels kDequantize = make_dequantize<Avx2>();
 
 }  // namespace
@@ -192,9 +195,11 @@ namespace lora_ext::cpu {
 
 #if defined(__x86_64__)
 const SkinnyKernels* avx2_kernels() { return is_supported() ? &kKernels : nullptr; }
+const FusedGemmKernels* avx2_fused_gemm() { return is_supported() ? &kFusedGemm : nullptr; }
 const DequantizeKernels* avx2_dequantize() { return is_supported() ? &kDequantize : nullptr; }
 #else
 const SkinnyKernels* avx2_kernels() { return nullptr; }
+const FusedGemmKernels* avx2_fused_gemm() { return nullptr; }
 const DequantizeKernels* avx2_dequantize() { return nullptr; }
 #endif
 

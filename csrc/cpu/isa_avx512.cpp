@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cpu/dequantize.h"
+#include "cpu/fused_gemm.h"
 #include "cpu/skinny.h"
 
 #if defined(__x86_64__)
@@ -29,6 +30,7 @@ namespace {
 #include "cpu/simd_passes.h"
 #include "cpu/simd_few_rows.h"
 #include "cpu/simd_dequantize.h"
+#include "cpu/simd_fused_gemm.h"
 // clang-format on
 
 struct Avx512 {
@@ -165,6 +167,7 @@ struct Avx512 {
 };
 
 constexpr SkinnyKernels kKernels = make_kernels<Avx512>("avx512");
+constexpr FusedGemmKernels kFusedGemm = make_fused_gemm<Avx512>(&kKernels);
 constexpr DequantizeKernels kDequantize = make_dequantize<Avx512>();
 
 }  // namespace
@@ -192,9 +195,11 @@ bool is_supported() {
 }  // namespace
 
 const SkinnyKernels* avx512_kernels() { return is_supported() ? &kKernels : nullptr; }
+const FusedGemmKernels* avx512_fused_gemm() { return is_supported() ? &kFusedGemm : nullptr; }
 const DequantizeKernels* avx512_dequantize() { return is_supported() ? &kDequantize : nullptr; }
 #else
 const SkinnyKernels* avx512_kernels() { return nullptr; }
+const FusedGemmKernels* avx512_fused_gemm() { return nullptr; }
 const DequantizeKernels* avx512_dequantize() { return nullptr; }
 #endif
 

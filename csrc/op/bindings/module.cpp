@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "common/rows.h"
+#include "cpu/brgemm.h"
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
 #include "kernels/device.h"
@@ -32,6 +33,22 @@ PYBIND11_MODULE(_C, m) {
         throw py::value_error("lora_ext: expected one of " + known + ", but got " + name);
       },
       py::arg("name"));
+  m.def(
+      "set_cpu_panels",
+      [](const std::string& name) {
+        if (cpu::set_panels(name)) return;
+        throw py::value_error("lora_ext: expected one of auto, none, float32, bfloat16, but got " +
+                              name);
+      },
+      py::arg("name"));
+  m.def(
+      "cpu_panels",
+      [](const at::ScalarType& x) -> std::optional<at::ScalarType> {
+        const auto panels = cpu::panel_dtype(lora_ext::dtype_of(x));
+        if (!panels) return {};
+        return lora_ext::scalar_type_of(*panels);
+      },
+      py::arg("x_dtype"));
   m.def(
       "cpu_library_reason",
       [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, rank); },

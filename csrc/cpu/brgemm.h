@@ -1,0 +1,29 @@
+// oneDNN's microkernel C (+)= A B, batch-reduce GEMM, as libtorch_cpu exports it
+// (ATen/native/CPUBlas.h), and the processors on which a layer's product is made of it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "common/dtype.h"
+#include "cpu/fused_gemm.h"
+
+namespace lora_ext::cpu {
+
+// The dtype of A and B with which x of this dtype is multiplied, or nullopt: by torch's linear.
+// float: A is converted, too. The answer depends on the processor, on what the library offers there
+// (tried once), on torch.backends.mkldnn and on set_panels.
+std::optional<Dtype> panel_dtype(Dtype x);
+
+// "auto", "none", or "float32" or "bfloat16" wherever the library has them; false: another name.
+bool set_panels(const std::string& name);
+
+// C (+)= A times a panel of float or bfloat16: m rows of A, at a pitch of a_pitch elements; C is
+// float [m, 64]; `add`: to what it has.
+void multiply_panel(Dtype dtype, int64_t m, int64_t k, const void* a, int64_t a_pitch,
+                    const void* panel, bool add, float* c);
+// Ends a thread's products: on AMX it gives the tiles back.
+void release_panels(Dtype dtype);
+
+}  // namespace lora_ext::cpu
