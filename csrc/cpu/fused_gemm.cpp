@@ -20,8 +20,8 @@ namespace lora_ext::cpu {
 namespace {
 
 constexpr int64_t kRowsOfTile = 64;
-constexpr int64_t kDepth = 512;       // of a block at most: a panel of floats has 128 KB
-constexpr int64_t kPanels = 2;        // of a group: a converted tile of P is used by each of them
+constexpr int64_t kPanelBytes = 160 << 10;  // at most: a block has up to 640 floats of the depth
+constexpr int64_t kPanels = 2;        // of a group, if each uses a tile of P that is converted
 constexpr int64_t kChunkRows = 1024;  // for each chunk the panels are packed anew
 constexpr int64_t kMinChunkRows = 128;
 
@@ -39,7 +39,8 @@ struct Product {
 
   bool converts() const { return p_dtype != panel; }
   int64_t block_depth() const {
-    const int64_t even = divide_up(depth, divide_up(depth, kDepth));
+    const int64_t most = kPanelBytes / (kPanelCols * static_cast<int64_t>(element_size(panel)));
+    const int64_t even = divide_up(depth, divide_up(depth, most));
     return std::min(depth, round_up(even, 16));
   }
 };
@@ -54,7 +55,7 @@ struct Tasks {
 
 // About four tasks for each thread, by smaller groups and then by shorter chunks.
 Tasks tasks_of(const Product& product, int64_t threads) {
-  Tasks tasks{kPanels, kChunkRows, 0, 0};
+  Tasks tasks{product.converts() ? kPanels : 1, kChunkRows, 0, 0};
   const auto divide = [&] {
     tasks.groups = divide_up(product.tile.cols, tasks.panels * kPanelCols);
     tasks.chunks = divide_up(product.rows, tasks.chunk_rows);
