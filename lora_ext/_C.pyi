@@ -16,6 +16,31 @@ def set_cpu_isa(name: str) -> None:
         ValueError: the name is unknown or not available here.
     """
 
+def cpu_panels(x_dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of the panels in which products of x_dtype are computed in one pass with the
+    low-rank part, or None: torch's linear, and passes around it."""
+
+def set_cpu_panels(name: str) -> None:
+    """Selects panels of "float32" or "bfloat16" wherever this processor has such products, "none",
+    or "auto" for what is fastest; for tests and timing.
+
+    Raises:
+        ValueError: another name.
+    """
+
+def cpu_product(
+    p: torch.Tensor, q: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """out = p q + bias, the base product as a layer computes it on the CPU; no arguments are
+    checked.
+
+    Args:
+        p: ``[rows, depth]``; its last stride is 1, as that of out.
+        q: ``[depth, cols]``, any strides.
+        bias: ``[cols]`` or None.
+        out: ``[rows, cols]``; all of one dtype.
+    """
+
 def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:
     """Why a call takes the library route, or "" if the vector kernels compute it."""
 

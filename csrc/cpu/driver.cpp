@@ -124,7 +124,7 @@ std::optional<Forward> forward(const ForwardArgs& args) {
   const AdapterView lora_b = view_of(args.update.b(), 1);
   const at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0),
                               keep_scale_of(args.update.dropout), dropout_of(args.update.dropout));
-  if (uses_fused_gemm(args.x.scalar_type(), args.base, true)) {
+  if (uses_fused_gemm(args.x, args.base, true)) {
     const LowRank update{s, lora_b, args.update.scaling};
     return Forward{fused_forward(args.x, args.base, &update), s};
   }
@@ -141,7 +141,7 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   const Passes passes = passes_of(args.x, y);
   Backward out = Backward::one();
   const ExpandArgs no_expand{};
-  const bool fused = args.wanted.dx && uses_fused_gemm(args.x.scalar_type(), args.base, false);
+  const bool fused = args.wanted.dx && uses_fused_gemm(args.grad, args.base, false);
   if (args.wanted.dx && !fused) out.dx = base_backward(args.grad, args.x, args.base);
   if (args.need_dlora_b()) {
     out.db() = at::empty(args.update.b().sizes(), args.update.b().options());

@@ -42,12 +42,22 @@ struct LowRank {
   Dropout dropout{};
 };
 
-// Whether the base product and the low-rank part are computed in one pass (cpu/fused_gemm.h).
-bool uses_fused_gemm(at::ScalarType x, const Base& base, bool is_forward);
+// Whether the base product of P, x or dY, and the low-rank part are computed in one pass
+// (cpu/fused_gemm.h).
+bool uses_fused_gemm(const at::Tensor& p, const Base& base, bool is_forward);
 
 // Y of x and the base, a fresh tensor [M, N]; without low_rank the base's part alone.
 at::Tensor fused_forward(const at::Tensor& x, const Base& base, const LowRank* low_rank);
 // dX of dY and the base, a fresh tensor [M, K] in grad's dtype.
 at::Tensor fused_backward(const at::Tensor& grad, const Base& base, const LowRank* low_rank);
+
+// The base's part alone, in that way or by the library.
+at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
+at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base);
+
+// P Q + bias into out [rows, cols], all of one dtype; P and out have last stride 1. By panels, or by
+// torch where those are not faster.
+void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
+             at::Tensor& out);
 
 }  // namespace lora_ext::cpu

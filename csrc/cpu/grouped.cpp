@@ -11,7 +11,6 @@
 // every pointer moved to its first column.
 #include <ATen/ops/zeros.h>
 
-#include "common/base_linear.h"
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
 #include "cpu/groups.h"
@@ -131,19 +130,13 @@ class BackwardPass {
         db_(args.update, args.update.lora_b, args.wanted.dlora_b, 1, groups) {}
 
   Backward run() {
-    if (args_.wanted.dx) dx_ = dx_of_base();
+    if (args_.wanted.dx) dx_ = backward_of_base(args_.grad, args_.x, args_.base);
     make_ds();
     make_columns();
     return {dx_, da_.each, db_.each};
   }
 
  private:
-  at::Tensor dx_of_base() const {
-    return uses_fused_gemm(args_.x.scalar_type(), args_.base, false)
-               ? fused_backward(args_.grad, args_.base, nullptr)
-               : base_backward(args_.grad, args_.x, args_.base);
-  }
-
   bool needs_ds(const Segment& segment) const { return args_.wanted.dx || da_.wants(segment); }
 
   void make_ds() {
@@ -242,9 +235,7 @@ std::optional<Forward> forward_grouped(const ForwardArgs& args) {
   const int64_t rows = args.x.size(0);
   const Groups groups(args.update, segments_of(args.base.op(), args.update, rows),
                       args.x.scalar_type(), args.y_dtype());
-  const at::Tensor y = uses_fused_gemm(args.x.scalar_type(), args.base, true)
-                           ? fused_forward(args.x, args.base, nullptr)
-                           : base_forward(args.x, args.base);
+  const at::Tensor y = forward_of_base(args.x, args.base);
   const at::Tensor s = at::empty({rows, args.update.rank()}, at::kFloat);
   const std::vector<RowPiece> pieces = pieces_of_rows(groups, args.x.size(1) + y.size(1));
   const int64_t threads = threads_for(work_of(pieces));

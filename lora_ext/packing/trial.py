@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ..packed_weight import PackedWeight, packed_linear
 from .layers import Kind
 
@@ -44,7 +44,10 @@ def ratio_of(
     packed: list[Any] = [pack.copies[backward] for pack in packs]
 
     def plainly(i: int) -> Tensor:
-        return x.mm(plain[i]) if backward else F.linear(x, plain[i], bias)
+        weight = plain[i] if backward else plain[i].t()
+        y = x.new_empty(rows, weight.shape[1])
+        _C.cpu_product(x, weight, None if backward else bias, y)
+        return y
 
     def from_pack(i: int) -> Tensor:
         return packed_linear(x, packed[i], None if backward else bias)

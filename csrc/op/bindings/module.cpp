@@ -49,6 +49,8 @@ PYBIND11_MODULE(_C, m) {
         return lora_ext::scalar_type_of(*panels);
       },
       py::arg("x_dtype"));
+  m.def("cpu_product", &cpu::product, py::arg("p"), py::arg("q"), py::arg("bias"), py::arg("out"),
+        py::call_guard<py::gil_scoped_release>());
   m.def(
       "cpu_library_reason",
       [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, rank); },

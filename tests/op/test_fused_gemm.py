@@ -1,0 +1,181 @@
+"""The layer in one pass on the CPU, with panels of each dtype: integers without tolerance at the
+edges of tiles, panels and blocks, bits, and what is not read."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    F16,
+    F32,
+    accumulation_dtype,
+    make_problem,
+    masked,
+    max_error,
+    pair_id,
+    run_float64,
+    run_in_order,
+    run_integers,
+    run_ours,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lora_ext
+from lora_ext import _C
+
+PAIRS = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)]
+
+
+# (dtype of the panels, dtypes of x and of the adapters)
+CASES = [*(("float32", pair) for pair in PAIRS), *(("bfloat16", pair) for pair in PAIRS[1:3])]
+cases = pytest.mark.parametrize(
+    ("panels", "pair"),
+    [pytest.param(name, pair, id=f"{name}-{pair_id(pair)}") for name, pair in CASES],
+    indirect=["panels"],
+)
+
+
+@pytest.fixture
+def panels(request):
+    """Sets the panels; skips where the library has none for halves of x."""
+    _C.set_cpu_panels(request.param)
+    if _C.cpu_panels(BF16) != getattr(torch, request.param):
+        pytest.skip(f"there are no products by panels of {request.param} here")
+    yield request.param
+    _C.set_cpu_panels("auto")
+
+
+def with_weight_of(problem, layout):
+    """The same weight, [in, out] in memory as Conv1D's, or rows of a wider matrix with NaN."""
+    weight = problem.weight
+    if layout == "transposed":
+        weight = weight.t().contiguous().t()
+    elif layout == "part":
+        wide = torch.full((len(weight), weight.shape[1] + 3), float("nan"), dtype=weight.dtype)
+        wide[:, : weight.shape[1]] = weight
+        weight = wide[:, : weight.shape[1]]
+    return replace(problem, weight=weight)
+
+
+# M, K, N, r: one tile, tails in each dimension, and a depth of three blocks of floats and two of
+# bfloat16, forward and backward.
+SHAPES = [(8, 1, 1, 1), (64, 64, 64, 16), (67, 95, 129, 5), (131, 1291, 65, 3), (203, 63, 1299, 17)]
+
+
+@cases
+@pytest.mark.parametrize("layout", ["rows", "transposed", "part"])
+@pytest.mark.parametrize("sizes", SHAPES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_integers_are_exact(panels, pair, layout, sizes):
+    problem = make_problem(*sizes, pair, scaling=0.25, integers=1 if max(sizes) > 999 else 8)
+    run_integers(with_weight_of(problem, layout), 0.5)
+
+
+@cases
+def test_errors_are_those_of_one_rounding(panels, pair):
+    """At most twice that of products in order, rounded where PEFT rounds, and a floor."""
+    problem = make_problem(130, 1291, 257, 16, pair)
+    mask = masked(problem, 0.3)
+    ours, exact = run_ours(problem, 0.3), run_float64(problem, *mask)
+    theirs = run_in_order(problem, *mask)
+    floor = torch.finfo(accumulation_dtype(pair[0])).eps
+    for name in ("y", "dx", "dlora_a", "dlora_b"):
+        wanted = getattr(exact, name)
+        allowed = 2 * max_error(getattr(theirs, name), wanted) + floor * wanted.abs().max().item()
+        assert max_error(getattr(ours, name), wanted) <= allowed, name
+
+
+@cases
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 150), st.integers(1, 40))
+def test_any_shape(panels, pair, rows, in_features, out_features, rank):
+    sizes = (rows, in_features, out_features, rank)
+    run_integers(make_problem(*sizes, pair, scaling=0.25, integers=4), 0.5)
+
+
+@cases
+def test_a_row_has_the_same_bits_in_any_batch_and_number_of_threads(panels, pair):
+    problem = make_problem(301, 700, 190, 7, pair, bias=False)
+    x, weight, lora_a, lora_b = problem.operands
+    grad = problem.grad
+
+    def run(rows):
+        leaf = x[:rows].clone().requires_grad_()
+        y = lora_ext.lora_linear(leaf, weight, lora_a, lora_b, None, 0.7)
+        return y, torch.autograd.grad(y, leaf, grad[:rows])[0]
+
+    whole = run(301)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 5):
+            torch.set_num_threads(threads)
+            for rows in (33, 64, 65, 130, 301):
+                for part, all_rows in zip(run(rows), whole, strict=True):
+                    assert torch.equal(part, all_rows[:rows]), (threads, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("panels", ["float32", "bfloat16"], indirect=True)
+def test_only_what_belongs_to_x_is_read(panels):
+    """Rows of a wider tensor, at an odd depth: panels of bfloat16 are padded to an even one."""
+    problem = make_problem(70, 131, 66, 4, (BF16, BF16))
+    wide = torch.full((70, 200), float("nan"), dtype=BF16)
+    wide[:, :131] = problem.x
+    run, other = run_ours(problem), run_ours(replace(problem, x=wide[:, :131]))
+    for name in ("y", "dx", "dlora_a", "dlora_b"):
+        assert torch.equal(getattr(run, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("panels", ["float32", "bfloat16"], indirect=True)
+def test_nan_in_a_row_stays_in_it(panels):
+    problem = make_problem(70, 40, 66, 4, (BF16, BF16))
+    problem.x[5, 3] = float("nan")
+    y = run_ours(problem).y
+    assert y[5].isnan().all() and not y[:5].isnan().any() and not y[6:].isnan().any()
+
+
+@pytest.mark.parametrize("panels", ["float32"], indirect=True)
+def test_the_librarys_switch_is_obeyed(panels):
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert _C.cpu_panels(F32) is None
+        run_integers(make_problem(20, 9, 7, 2, integers=4, scaling=0.25))
+
+
+def test_other_names_are_refused():
+    with pytest.raises(ValueError, match="expected one of auto, none, float32, bfloat16, but got"):
+        _C.set_cpu_panels("half")
+
+
+CHILD = """
+import torch, lora_ext
+from lora_ext import _C
+from test_fused_gemm import BF16, F16, F32, make_problem, run_integers
+for name in ("auto", "float32", "bfloat16"):
+    _C.set_cpu_panels(name)
+    for dtype in (F32, BF16, F16):
+        run_integers(make_problem(70, 95, 66, 5, (dtype, F32), scaling=0.25, integers=8), 0.5)
+        print(name, str(dtype)[6:], str(_C.cpu_panels(dtype))[6:])
+"""
+
+
+@pytest.mark.skipif("avx2" not in _C.available_cpu_isas(), reason="the library has no limit here")
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
+def test_a_processor_without_products_of_halves(limit):
+    """The library's kernels as on an older processor: those of bfloat16 raise, and are not used."""
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": limit}
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    run = [sys.executable, "-c", CHILD]
+    child = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    said = child.stdout.splitlines()
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert f"float32 {dtype} float32" in said
+    assert "bfloat16 bfloat16 bfloat16" not in said
+    assert "auto bfloat16 bfloat16" not in said
