@@ -31,14 +31,16 @@ def set_cpu_panels(name: str) -> None:
 def cpu_product(
     p: torch.Tensor, q: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    """out = p q + bias, the base product as a layer computes it on the CPU; no arguments are
-    checked.
+    """out = p q + bias, the base product as a layer computes it on the CPU.
 
     Args:
-        p: ``[rows, depth]``; its last stride is 1, as that of out.
+        p: ``[rows, depth]``.
         q: ``[depth, cols]``, any strides.
         bias: ``[cols]`` or None.
-        out: ``[rows, cols]``; all of one dtype.
+        out: ``[rows, cols]``, which is written.
+
+    Raises:
+        RuntimeError: torch's, for sizes or dtypes that do not fit.
     """
 
 def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:

@@ -45,7 +45,8 @@ struct Base {
   bool cast_weight = false;              // weight and bias have any dtype and are rounded to x's
   std::optional<at::Tensor> packed{};    // weight in oneDNN's layout, for a forward
   std::optional<at::Tensor> packed_t{};  // weight^T in oneDNN's layout, for a backward
-  // y and dx are computed in blocks of this number of rows; 0: in one block.
+  // If positive, a row of y and dx has the same bits in any number of rows, at need by blocks of
+  // this number.
   int64_t row_block = 0;
   at::Tensor y{};  // given instead of a weight, in a forward: [M, N], last stride 1, any dtype
 

@@ -5,8 +5,11 @@
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <exception>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
@@ -54,7 +57,8 @@ bool has_float16() { return false; }
 bool has_dot_bfloat16() { return false; }
 #endif
 
-// The dtype of the panels where they are faster than torch's linear, on processors without AMX:
+// The dtype of the panels where they are faster than torch's linear. With AMX that is several times
+// as fast on halves as floats are. On other processors:
 //
 // float32   Not on Intel's, where torch's product is MKL's: it has no passes to save that cost as
 //           much as panels are slower.
@@ -64,33 +68,69 @@ bool has_dot_bfloat16() { return false; }
 //           linear on 2048 rows of 1024 x 1024 took 25.6 ms, panels of floats 16.
 std::optional<Dtype> faster_panels(Dtype x) {
   if (x == Dtype::kFloat32) return is_intel() || !has_float() ? std::nullopt : std::optional(x);
-  if (x == Dtype::kFloat16 && has_float16()) return {};
+  if (has_amx() || (x == Dtype::kFloat16 && has_float16())) return {};
   if (x == Dtype::kBFloat16 && has_dot_bfloat16() && !is_intel() && has_bfloat16()) return x;
   return has_float() ? std::optional(Dtype::kFloat32) : std::nullopt;
+}
+
+bool has_panels() {
+  return at::globalContext().userEnabledMkldnn() && fused_gemm_kernels() != nullptr;
+}
+
+// Whether a row of A has the same bits in C in products of any number of rows.
+template <class T>
+bool rows_are_alike(Dtype dtype) {
+  constexpr int64_t kRows = 64, kDepth = 150;
+  std::vector<T> a(kRows * kDepth), panel(kDepth * kPanelCols);
+  std::vector<float> one(kPanelCols), c(kRows * kPanelCols);
+  for (int64_t i = 0; i < kRows * kDepth; ++i)
+    a[i] = std::sin(0.7F * static_cast<float>(i % kDepth));
+  for (size_t i = 0; i < panel.size(); ++i) panel[i] = std::sin(0.3F * static_cast<float>(i));
+  multiply_panel(dtype, 1, kDepth, a.data(), kDepth, panel.data(), false, one.data());
+  bool alike = true;
+  for (int64_t rows = kRows; rows > 1; rows /= 2) {
+    multiply_panel(dtype, rows, kDepth, a.data(), kDepth, panel.data(), false, c.data());
+    for (int64_t row = 0; row < rows; ++row) {
+      alike &= std::equal(one.begin(), one.end(), c.begin() + row * kPanelCols);
+    }
+  }
+  release_panels(dtype);
+  return alike;
 }
 
 }  // namespace
 
 std::optional<Dtype> panel_dtype(Dtype x) {
-  if (!at::globalContext().userEnabledMkldnn() || fused_gemm_kernels() == nullptr) return {};
+  if (!has_panels()) return {};
   switch (asked().load()) {
     case Panels::kNone:
       return {};
     case Panels::kFloat:
       return has_float() ? std::optional(Dtype::kFloat32) : std::nullopt;
     case Panels::kBFloat16:
-      if (x == Dtype::kBFloat16 && has_bfloat16()) return Dtype::kBFloat16;
-      return {};
+      return x == Dtype::kBFloat16 && has_bfloat16() ? std::optional(x) : std::nullopt;
     case Panels::kAuto:
       break;
   }
-  // With AMX torch's linear on half types is several times as fast as floats are.
-  static const std::optional<Dtype> faster[] = {faster_panels(Dtype::kFloat32),
-                                                faster_panels(Dtype::kBFloat16),
-                                                faster_panels(Dtype::kFloat16)};
-  if (x == Dtype::kFloat32) return faster[0];
-  if (has_amx()) return {};
-  return faster[x == Dtype::kBFloat16 ? 1 : 2];
+  static const std::optional<Dtype> of_float = faster_panels(Dtype::kFloat32);
+  static const std::optional<Dtype> of_bfloat16 = faster_panels(Dtype::kBFloat16);
+  static const std::optional<Dtype> of_float16 = faster_panels(Dtype::kFloat16);
+  return x == Dtype::kFloat32    ? of_float
+         : x == Dtype::kBFloat16 ? of_bfloat16
+         : x == Dtype::kFloat16  ? of_float16
+                                 : std::nullopt;
+}
+
+std::optional<Dtype> batch_invariant_panel_dtype(Dtype x) {
+  if (asked().load() == Panels::kNone || !has_panels()) return {};
+  if (x != Dtype::kFloat32 && has_amx()) return {};
+  const std::optional<Dtype> faster = panel_dtype(x);
+  if (faster == Dtype::kBFloat16) {
+    static const bool alike = rows_are_alike<at::BFloat16>(Dtype::kBFloat16);
+    return alike ? faster : std::nullopt;
+  }
+  static const bool alike = has_float() && rows_are_alike<float>(Dtype::kFloat32);
+  return alike ? std::optional(Dtype::kFloat32) : std::nullopt;
 }
 
 bool set_panels(const std::string& name) {

@@ -15,6 +15,9 @@ namespace lora_ext::cpu {
 // float: A is converted, too. The answer depends on the processor, on what the library offers there
 // (tried once), on torch.backends.mkldnn and on set_panels.
 std::optional<Dtype> panel_dtype(Dtype x);
+// The same for rows whose bits must not depend on their number: also where torch's linear is faster.
+// Products of any number of rows are compared once.
+std::optional<Dtype> batch_invariant_panel_dtype(Dtype x);
 
 // "auto", "none", or "float32" or "bfloat16" wherever the library has them; false: another name.
 bool set_panels(const std::string& name);

@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 
 #include "common/base_linear.h"
+#include "cpu/brgemm.h"
 #include "cpu/dispatch.h"
 #include "cpu/operands.h"
 
@@ -116,17 +117,25 @@ std::string library_reason(at::ScalarType x, int64_t rank) {
   return reason_for_library(x, x, rank);
 }
 
+bool is_batch_invariant(at::ScalarType x, const Update& update) {
+  return reason_for_library(x, x, update.rank()).empty() &&
+         batch_invariant_panel_dtype(dtype_of(x)).has_value();
+}
+
 std::optional<Forward> forward(const ForwardArgs& args) {
   if (!args.update.is_one()) return forward_grouped(args);
   if (takes_library(args.x, args.y_dtype(), args.update)) return std::nullopt;
-  if (is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
+  const bool any_number = args.base.row_block > 0;
+  if (!any_number && is_few(args.x.size(0), kFewForwardRows, args.update)) {
+    return forward_few_rows(args);
+  }
   const Passes passes = passes_of(args.x, args.y_dtype());
   const AdapterView lora_b = view_of(args.update.b(), 1);
   const at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0),
                               keep_scale_of(args.update.dropout), dropout_of(args.update.dropout));
-  if (uses_fused_gemm(args.x, args.base, true)) {
+  if (const std::optional<Dtype> panel = fused_panel(args.x, args.base, true)) {
     const LowRank update{s, lora_b, args.update.scaling};
-    return Forward{fused_forward(args.x, args.base, &update), s};
+    return Forward{fused_forward(args.x, args.base, *panel, &update), s};
   }
   at::Tensor y = base_forward(args.x, args.base);
   expand(*passes.over_y, y, s, lora_b, args.update.scaling, Dropout{});
@@ -137,11 +146,15 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   if (!args.update.is_one()) return backward_grouped(args);
   const at::ScalarType y = args.grad.scalar_type();
   if (takes_library(args.x, y, args.update)) return std::nullopt;
-  if (is_few(args.x.size(0), kFewBackwardRows, args.update)) return backward_few_rows(args);
+  const bool any_number = args.base.row_block > 0;
+  if (!any_number && is_few(args.x.size(0), kFewBackwardRows, args.update)) {
+    return backward_few_rows(args);
+  }
   const Passes passes = passes_of(args.x, y);
   Backward out = Backward::one();
   const ExpandArgs no_expand{};
-  const bool fused = args.wanted.dx && uses_fused_gemm(args.grad, args.base, false);
+  const std::optional<Dtype> fused =
+      args.wanted.dx ? fused_panel(args.grad, args.base, false) : std::nullopt;
   if (args.wanted.dx && !fused) out.dx = base_backward(args.grad, args.x, args.base);
   if (args.need_dlora_b()) {
     out.db() = at::empty(args.update.b().sizes(), args.update.b().options());
@@ -157,7 +170,7 @@ std::optional<Backward> backward(const BackwardArgs& args) {
                                args.update.scaling, Dropout{});
   if (fused) {
     const LowRank update{ds, lora_a, keep_scale, dropout};
-    out.dx = fused_backward(args.grad, args.base, &update);
+    out.dx = fused_backward(args.grad, args.base, *fused, &update);
   } else if (!args.need_dlora_a()) {
     expand(*passes.over_x, out.dx, ds, lora_a, keep_scale, dropout);
   }

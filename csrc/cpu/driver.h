@@ -12,6 +12,10 @@ namespace lora_ext::cpu {
 // Why a call takes the library route, or "" if the vector kernels compute it.
 std::string library_reason(at::ScalarType x, int64_t rank);
 
+// Whether a row of y and dx has the same bits in any number of rows if base.row_block is set;
+// otherwise such a call is made in equal blocks.
+bool is_batch_invariant(at::ScalarType x, const Update& update);
+
 // nullopt if the library computes the call.
 std::optional<Forward> forward(const ForwardArgs& args);
 std::optional<Backward> backward(const BackwardArgs& args);
@@ -42,21 +46,22 @@ struct LowRank {
   Dropout dropout{};
 };
 
-// Whether the base product of P, x or dY, and the low-rank part are computed in one pass
-// (cpu/fused_gemm.h).
-bool uses_fused_gemm(const at::Tensor& p, const Base& base, bool is_forward);
+// The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in
+// one pass (cpu/fused_gemm.h). Batch-invariant calls are, wherever they can be.
+std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward);
 
 // Y of x and the base, a fresh tensor [M, N]; without low_rank the base's part alone.
-at::Tensor fused_forward(const at::Tensor& x, const Base& base, const LowRank* low_rank);
+at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
+                         const LowRank* low_rank);
 // dX of dY and the base, a fresh tensor [M, K] in grad's dtype.
-at::Tensor fused_backward(const at::Tensor& grad, const Base& base, const LowRank* low_rank);
+at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
+                          const LowRank* low_rank);
 
 // The base's part alone, in that way or by the library.
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
-// P Q + bias into out [rows, cols], all of one dtype; P and out have last stride 1. By panels, or by
-// torch where those are not faster.
+// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors.
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
              at::Tensor& out);
 

@@ -28,9 +28,10 @@ constexpr int64_t kPanelBytes = 160 << 10;  // at most: a block has up to 640 fl
 constexpr int64_t kPanels = 2;        // of a group, if each uses a tile of P that is converted
 constexpr int64_t kChunkRows = 1024;  // for each chunk the panels are packed anew
 constexpr int64_t kMinChunkRows = 128;
-// Of fewer rows the library's product is faster, since it packs nothing; not of dY with W^T. At 8
-// rows of 1024 x 1024 and 4096 x 4096 panels took 0.97 to 1.14 of its time, at 16 rows 0.80.
-constexpr int64_t kMinForwardRows = 8;
+// With fewer rows the library's product is faster, since it packs nothing: at 8 rows of 1024 x 1024
+// and 4096 x 4096 panels took 0.97 to 1.14 of its time, at 16 rows 0.80. Halves that are converted
+// and not transposed took 0.97 to 1.06 even with one row.
+constexpr int64_t kMinRows = 8;
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
@@ -211,9 +212,17 @@ void run(const Product& product) {
   });
 }
 
-// `out` has last stride 1.
+// The dtype of the panels if they are the faster way to P Q.
+std::optional<Dtype> faster_panel(const at::Tensor& p, const at::Tensor& q) {
+  const Dtype dtype = dtype_of(p.scalar_type());
+  const std::optional<Dtype> panel = panel_dtype(dtype);
+  const bool is_copied = panel && *panel != dtype && q.stride(1) == 1;
+  return is_copied || p.size(0) >= kMinRows ? panel : std::nullopt;
+}
+
+// All of one dtype; P and out have last stride 1.
 void fused_product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-                   const LowRank* low_rank, const at::Tensor& out) {
+                   const LowRank* low_rank, Dtype panel, const at::Tensor& out) {
   const FusedGemmKernels& kernels = *fused_gemm_kernels();
   const Dtype dtype = dtype_of(p.scalar_type());
   at::Tensor u, bias_row;
@@ -232,45 +241,56 @@ void fused_product(const at::Tensor& p, const at::Tensor& q, const std::optional
     tile.u = u.const_data_ptr(), tile.scale = static_cast<float>(low_rank->scale);
     tile.dropout = low_rank->dropout;
   }
-  run({kernels, *panel_dtype(dtype), static_cast<const char*>(p.const_data_ptr()), dtype,
-       p.stride(0), p.size(0), p.size(1),
-       MatrixView{q.const_data_ptr(), dtype, q.stride(0), q.stride(1)}, tile});
+  run({kernels, panel, static_cast<const char*>(p.const_data_ptr()), dtype, p.stride(0), p.size(0),
+       p.size(1), MatrixView{q.const_data_ptr(), dtype, q.stride(0), q.stride(1)}, tile});
 }
 
 }  // namespace
 
-bool uses_fused_gemm(const at::Tensor& p, const Base& base, bool is_forward) {
-  if (base.is_given() || (is_forward ? base.packed : base.packed_t)) return false;
-  if (is_forward && p.size(0) < kMinForwardRows) return false;
-  return panel_dtype(dtype_of(p.scalar_type())).has_value();
+std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward) {
+  if (base.is_given()) return {};
+  if (base.row_block > 0) return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
+  if (is_forward ? base.packed : base.packed_t) return {};
+  return faster_panel(p, is_forward ? base.weight.t() : base.weight);
 }
 
-at::Tensor fused_forward(const at::Tensor& x, const Base& base, const LowRank* low_rank) {
+at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
+                         const LowRank* low_rank) {
   const at::Tensor y = at::empty({x.size(0), base.weight.size(0)}, x.options());
-  fused_product(x, base.weight.t(), base.bias, low_rank, y);
+  fused_product(x, base.weight.t(), base.bias, low_rank, panel, y);
   return y;
 }
 
-at::Tensor fused_backward(const at::Tensor& grad, const Base& base, const LowRank* low_rank) {
+at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
+                          const LowRank* low_rank) {
   const at::Tensor dx = at::empty({grad.size(0), base.weight.size(1)}, grad.options());
-  fused_product(grad, base.weight, std::nullopt, low_rank, dx);
+  fused_product(grad, base.weight, std::nullopt, low_rank, panel, dx);
   return dx;
 }
 
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base) {
-  return uses_fused_gemm(x, base, true) ? fused_forward(x, base, nullptr) : base_forward(x, base);
+  const std::optional<Dtype> panel = fused_panel(x, base, true);
+  return panel ? fused_forward(x, base, *panel, nullptr) : base_forward(x, base);
 }
 
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base) {
-  return uses_fused_gemm(grad, base, false) ? fused_backward(grad, base, nullptr)
-                                            : base_backward(grad, x, base);
+  const std::optional<Dtype> panel = fused_panel(grad, base, false);
+  return panel ? fused_backward(grad, base, *panel, nullptr) : base_backward(grad, x, base);
 }
 
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
              at::Tensor& out) {
-  if (p.numel() != 0 && out.numel() != 0 && panel_dtype(dtype_of(p.scalar_type()))) {
-    fused_product(p, q, bias, nullptr, out);
-  } else if (bias) {
+  const auto has_type_of_p = [&](const at::Tensor& t) {
+    return t.scalar_type() == p.scalar_type();
+  };
+  const bool fits = p.dim() == 2 && q.dim() == 2 && p.size(1) == q.size(0) &&
+                    out.sizes() == at::IntArrayRef{p.size(0), q.size(1)} &&
+                    (!bias || (bias->numel() == q.size(1) && has_type_of_p(*bias)));
+  const bool is_plain = fits && has_type_of_p(q) && has_type_of_p(out) && p.numel() != 0 &&
+                        out.numel() != 0 && p.stride(1) == 1 && out.stride(1) == 1;
+  if (const auto panel = is_plain ? faster_panel(p, q) : std::nullopt) {
+    fused_product(p, q, bias, nullptr, *panel, out);
+  } else if (bias) {  // torch's errors say what does not fit
     at::addmm_out(out, *bias, p, q);
   } else {
     at::mm_out(out, p, q);

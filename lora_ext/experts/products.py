@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from .. import _C
 from .expert_groups import ExpertGroup
 
 # The devices on which the grouped product is one kernel. On a CPU torch loops over all experts.
@@ -56,11 +57,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, group: ExpertGroup) 
         return y
     y = weight.new_empty(len(x), weight.shape[1])
     for expert, begin, end in group.experts:
-        matrix = weight[expert].t()
-        if bias is None:
-            torch.mm(x[begin:end], matrix, out=y[begin:end])
-        else:
-            torch.addmm(bias[expert], x[begin:end], matrix, out=y[begin:end])
+        own_bias = None if bias is None else bias[expert]
+        _product(x[begin:end], weight[expert].t(), own_bias, y[begin:end])
     return y
 
 
@@ -71,8 +69,18 @@ def backward(grad: Tensor, weight: Tensor, group: ExpertGroup, out: Tensor | Non
         return grouped_mm(grad, weight, offs=group.offs)
     assert out is not None
     for expert, begin, end in group.experts:
-        torch.mm(grad[begin:end], weight[expert], out=out[begin:end])
+        _product(grad[begin:end], weight[expert], None, out[begin:end])
     return out
+
+
+def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = p q + bias"""
+    if p.is_cpu:
+        _C.cpu_product(p, q, bias, out)
+    elif bias is None:
+        torch.mm(p, q, out=out)
+    else:
+        torch.addmm(bias, p, q, out=out)
 
 
 def dot_bias(grad: Tensor, bias: Tensor, group: ExpertGroup) -> Tensor:

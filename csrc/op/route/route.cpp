@@ -116,9 +116,18 @@ std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward
 }  // namespace lora_ext::kernel_route
 
 namespace lora_ext::route {
+namespace {
+
+template <class Args>
+bool needs_blocks(const Args& args) {
+  return args.base.row_block > 0 &&
+         !(args.x.is_cpu() && cpu::is_batch_invariant(args.x.scalar_type(), args.update));
+}
+
+}  // namespace
 
 Forward forward(ForwardArgs args) {
-  if (args.base.row_block > 0) return forward_in_blocks(args);
+  if (needs_blocks(args)) return forward_in_blocks(args);
   std::optional<at::Tensor>& bias = args.base.bias;
   if (kernel_launch::has_kernels(args.x.device())) {
     if (bias) bias = bias->contiguous();
@@ -132,7 +141,7 @@ Forward forward(ForwardArgs args) {
 }
 
 Backward backward(const BackwardArgs& args) {
-  if (args.base.row_block > 0) return backward_in_blocks(args);
+  if (needs_blocks(args)) return backward_in_blocks(args);
   if (kernel_launch::has_kernels(args.x.device())) {
     if (std::optional<Backward> out = kernel_route::backward(args)) return *std::move(out);
   }
