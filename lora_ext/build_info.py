@@ -146,6 +146,8 @@ def build_info() -> BuildInfo:
                             without kernels
         cpu_isa             CPU kernel set in use: "amx", "avx512", "avx2" or "portable"
         cpu_isas_available  list of the kernel sets that this processor runs
+        cpu_panels          list of dtypes of x whose layers are computed in one pass here, each
+                            with the dtype in which it multiplies, such as "bfloat16:float32"
     """
     facts, missing = _build_facts()
     unknown = f"unknown: {missing}"
@@ -171,11 +173,18 @@ def build_info() -> BuildInfo:
             info["cuda_driver"] = extension.cuda_driver()
         info["cpu_isa"] = extension.cpu_isa()
         info["cpu_isas_available"] = list(extension.available_cpu_isas())
+        info["cpu_panels"] = _panels(extension)
     except Exception as error:  # ImportError, or whatever its first call raises
         info["extension"] = f"not loaded: {torch_mismatch() or missing or error}"
         info["cpu_isa"] = "unknown: the extension is not loaded"
-        info["cpu_isas_available"] = []
+        info["cpu_isas_available"], info["cpu_panels"] = [], []
     return info
+
+
+def _panels(extension: Any) -> list[str]:
+    torch = importlib.import_module("torch")  # it is there, or the extension would not be
+    found = {x: extension.cpu_panels(x) for x in (torch.float32, torch.bfloat16, torch.float16)}
+    return [f"{str(x)[6:]}:{str(panels)[6:]}" for x, panels in found.items() if panels]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`batch_invariant`: makes the bits of a row the same in a batch of any size.
 
 Libraries choose their kernels by the number of rows, and so do our routes. So y and dX are computed
+by panels, whose kernels treat all rows alike (csrc/cpu/fused_gemm.cpp), or, where there are none,
 in blocks that all have `ROW_BLOCK` rows (csrc/op/route/equal_blocks.cpp).
 """
 
@@ -46,9 +47,9 @@ class batch_invariant:
         lora_ext.batch_invariant(False)
 
     Without it the last bits of a row may depend on the number of rows in the batch, as with
-    ``F.linear``: decoding and scoring then do not give the same bits. Within the block,
-    `lora_linear` and the layers that use it multiply blocks of 32 rows, the last one padded with
-    zeros, so that every row goes through the same products. dX has the mode of its forward, at any
+    ``F.linear``: decoding and scoring then do not give the same bits. Within the block, every row
+    of `lora_linear` and of the layers that use it goes through the same products: by panels, or in
+    blocks of 32 rows, the last one padded with zeros. dX has the mode of its forward, at any
     time and in any thread. Gradients of factors and biases are sums over all rows, the same as
     without it.
 
@@ -63,8 +64,8 @@ class batch_invariant:
     Raises:
         NotImplementedError: at a call that it does not support: an adapter for each row, a
             quantised weight, `lora_update`, experts, embeddings, DoRA, CUDA; or if torch's products
-            do not multiply all rows of a block alike, which is tested once for each shape and
-            dtype.
+            are needed and do not multiply all rows of a block alike, which is tested once for each
+            shape and dtype.
         TypeError: mode is not a bool.
     """
 
@@ -127,7 +128,7 @@ def row_block(x: Tensor) -> int:
 
 def invariance_note() -> str:
     """The note that `lora_ext.explain` adds to the reason of a call."""
-    return f"; batch-invariant, in blocks of {ROW_BLOCK} rows" if is_on() else ""
+    return "; batch-invariant" if is_on() else ""
 
 
 def refuse(what: str) -> None:

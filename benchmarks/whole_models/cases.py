@@ -1,4 +1,4 @@
-"""The models: MiniLM with its own weights, a Llama and a GPT-2 of random ones."""
+"""The models: MiniLM with its own weights, two Llamas and a GPT-2 of random ones."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from torch import Tensor, nn
 from .. import minilm
 from . import quantized
 
+# 4 layers of 1024, and the shape of a Llama of 135M parameters: 30 layers of 576.
+_LLAMA, _LLAMA_135M = "Llama", "Llama 135M"
 # 2048 tokens each.
-BATCH, LENGTH = {"MiniLM": 16, "Llama": 4, "GPT-2": 4}, {"MiniLM": 128, "Llama": 512, "GPT-2": 512}
+BATCH = {"MiniLM": 16, _LLAMA: 4, _LLAMA_135M: 4, "GPT-2": 4}
+LENGTH = {"MiniLM": 128, _LLAMA: 512, _LLAMA_135M: 512, "GPT-2": 512}
+_SHALLOW = [model for model in BATCH if model != _LLAMA_135M]
 # How the paths of the layers end.
+_LLAMA_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _ATTENTION = {
     "MiniLM": ["query", "key", "value", "attention.output.dense"],
-    "Llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    _LLAMA: _LLAMA_ATTENTION,
+    _LLAMA_135M: _LLAMA_ATTENTION,
     "GPT-2": ["attn.c_attn", "attn.c_proj"],
 }
+_LLAMA_MLP = ["gate_proj", "up_proj", "down_proj"]
 _MLP = {
     "MiniLM": ["intermediate.dense", "output.dense"],
-    "Llama": ["gate_proj", "up_proj", "down_proj"],
+    _LLAMA: _LLAMA_MLP,
+    _LLAMA_135M: _LLAMA_MLP,
     "GPT-2": ["mlp.c_fc", "mlp.c_proj"],
 }
 # GPT-2 has transformers' Conv1D in the place of nn.Linear; quantised all are of bitsandbytes.
@@ -31,7 +39,7 @@ _LINEAR_KINDS = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 class Case:
     """One model and the layers of it that get adapters."""
 
-    model: str  # "MiniLM", "Llama" or "GPT-2"
+    model: str  # a key of BATCH
     layers: str  # "attention" or "all linear"
     dtype: str = "bfloat16"  # of the base
     form: str = ""  # of its linear layers, one of quantized.FORMS, or dense
@@ -49,14 +57,15 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """All models, attention only and all linear layers."""
-    return [Case(model, layers) for model in BATCH for layers in ("attention", "all linear")]
+    """All models, attention only and all linear layers; of the deep one all linear layers only."""
+    cases = [Case(model, layers) for model in _SHALLOW for layers in ("attention", "all linear")]
+    return [*cases, Case(_LLAMA_135M, "all linear")]
 
 
 def quantized_cases() -> list[Case]:
     """All models over quantised bases, where bitsandbytes is installed."""
     forms = quantized.FORMS if quantized.is_available() else ()
-    return [Case(model, "all linear", form=form) for form in forms for model in BATCH]
+    return [Case(model, "all linear", form=form) for form in forms for model in _SHALLOW]
 
 
 def mixed_cases() -> list[Case]:
@@ -91,12 +100,13 @@ def _dense_model(case: Case) -> nn.Module:
         )
         model = transformers.GPT2Model(config).to(dtype)
     else:
+        is_deep = case.model == _LLAMA_135M
         config = transformers.LlamaConfig(
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_hidden_layers=4,
-            num_attention_heads=16,
-            num_key_value_heads=16,
+            hidden_size=576 if is_deep else 1024,
+            intermediate_size=1536 if is_deep else 2816,
+            num_hidden_layers=30 if is_deep else 4,
+            num_attention_heads=9 if is_deep else 16,
+            num_key_value_heads=3 if is_deep else 16,
             vocab_size=4096,
             use_cache=False,
         )

@@ -49,7 +49,9 @@ def kernel_path(
             "; its products are summed in float32: a processor with fast bfloat16 products may "
             "multiply bfloat16 adapters of such a rank faster in PEFT"
         )
-    return path, f"{_C.cpu_isa()} kernels, rank {rank}{note}"
+    panels = None if path == "packed" else _C.cpu_panels(weight.dtype)
+    one_pass = "" if panels is None else f" in one pass by panels of {str(panels)[6:]}"
+    return path, f"{_C.cpu_isa()} kernels{one_pass}, rank {rank}{note}"
 
 
 def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) -> tuple[str, str]:

@@ -36,6 +36,7 @@ KEYS = [
     "cuda_driver",
     "cpu_isa",
     "cpu_isas_available",
+    "cpu_panels",
 ]
 
 
@@ -114,6 +115,8 @@ def test_build_info_describes_this_build():
     assert info["torch_cuda"] == torch.version.cuda
     assert info["cuda"] == recorded["cuda"] == lora_ext._C.with_cuda
     assert info["cpu_isa"] in [*info["cpu_isas_available"], "library"]
+    with_panels = {x for x in ("float32", "bfloat16") if lora_ext._C.cpu_panels(getattr(torch, x))}
+    assert {entry.split(":")[0] for entry in info["cpu_panels"]} - {"float16"} == with_panels
     assert re.search(r"\d+\.\d+", info["compiler"])
     if info["cuda"]:
         assert info["cuda_archs"]
@@ -167,7 +170,7 @@ def test_build_info_survives_an_extension_that_does_not_load(monkeypatch, error)
     assert list(info) == KEYS
     assert info["extension"] == f"not loaded: {error}"
     assert info["cpu_isa"].startswith("unknown")
-    assert info["cpu_isas_available"] == []
+    assert info["cpu_isas_available"] == info["cpu_panels"] == []
 
 
 @pytest.mark.parametrize(
