@@ -114,9 +114,8 @@ def lora_linear(
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
     elif isinstance(weight, QuantizedWeight):
-        refuse("a quantised weight")
         seed = draw_seed(x.device) if dropout_p > 0.0 else None
-        call = Call(weight, scaling, dropout_p, seed)
+        call = Call(weight, scaling, dropout_p, seed, row_block=row_block(x))
         return quantized_linear(call, x, (lora_a,), (lora_b,), bias)
     elif not isinstance(weight, Tensor):
         raise _not_a_tensor("lora_linear", weight=weight)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..invariance import is_on
 from ..packed_weight import Measured, near
 from .weight import QuantizedWeight
 
@@ -40,7 +41,8 @@ _forced: list[bool] = []  # open blocks of `forced`, the innermost last
 def own_product_wins(
     weight: QuantizedWeight, x: Tensor, dtype: torch.dtype, most_rows: int
 ) -> bool:
-    """Whether x ``[..., in]`` is to be multiplied with the layer's own product.
+    """Whether x ``[..., in]`` is to be multiplied with the layer's own product; within
+    `lora_ext.batch_invariant` none is.
 
     Args:
         weight: the layer's.
@@ -48,6 +50,8 @@ def own_product_wins(
         dtype: of the product.
         most_rows: the own product is taken up to this number of rows if nothing was measured.
     """
+    if is_on():
+        return False
     if _forced:
         return _forced[-1]
     in_features = weight.shape[1]

@@ -33,6 +33,7 @@ class Call(NamedTuple):
         scaling: a number, or with many adapters a float32 tensor.
         dropout_p, seed: as in `lora_linear`.
         groups: (index, offs, ranks) for many adapters, or None.
+        row_block: the op's, for one adapter: positive in `lora_ext.batch_invariant`.
     """
 
     weight: QuantizedWeight
@@ -40,6 +41,7 @@ class Call(NamedTuple):
     dropout_p: float
     seed: Tensor | None
     groups: tuple[Tensor | None, ...] | None = None
+    row_block: int = 0
 
 
 def quantized_linear(
@@ -174,7 +176,7 @@ def _options(call: Call) -> dict[str, Any]:
     """What the op takes beside tensors with a gradient."""
     options = {"scaling": call.scaling, "dropout_p": call.dropout_p, "seed": call.seed}
     if call.groups is None:
-        return options
+        return options | {"row_block": call.row_block}
     index, offs, ranks = call.groups
     return options | {"index": index, "offs": offs, "ranks": ranks}
 

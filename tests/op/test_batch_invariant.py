@@ -5,6 +5,7 @@ By itself: a machine with a GPU may lack hypothesis, and is to run the other tes
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn as nn
 from helpers import BF16, DTYPE_PAIRS, F32, Problem, make_problem, pair_id
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from quantized_helpers import quantized_rows
 
 import lora_ext
 from lora_ext import LoRAConfig, batch_invariant
@@ -183,6 +185,19 @@ def test_compiled(counter, forget_graphs):
 
 def refused(what: str):
     return pytest.raises(NotImplementedError, match=f"batch_invariant: expected .*but got {what}")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_quantised_weight(dtype):
+    """Dequantised, it is a weight as any other, also for a few rows."""
+    problem = make_problem(200, 70, 90, 9, (dtype, dtype))
+    problem = replace(problem, weight=quantized_rows(problem.weight.float()))
+    with batch_invariant():
+        y, dx = both(problem, 0, 200)
+        for first, rows in [(0, 1), (3, 7), (31, 33), (50, 130)]:
+            own_y, own_dx = both(problem, first, rows)
+            assert torch.equal(own_y, y[first : first + rows]), (first, rows)
+            assert torch.equal(own_dx, dx[first : first + rows]), (first, rows)
 
 
 def test_the_rest_is_refused():
