@@ -43,7 +43,9 @@ cases = pytest.mark.parametrize(
 
 @pytest.fixture
 def panels(request):
-    """Sets the panels; skips where the library has none for halves of x."""
+    """Sets the panels; skips where the library has none, or nothing takes them."""
+    if request.param == "bfloat16" and "amx" in _C.available_cpu_isas():
+        pytest.skip("with AMX bfloat16 is multiplied by torch's linear")
     _C.set_cpu_panels(request.param)
     if _C.cpu_panels(BF16) != getattr(torch, request.param):
         pytest.skip(f"there are no products by panels of {request.param} here")
