@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cmath>
 #include <exception>
+#include <iterator>
+#include <string_view>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -17,6 +19,7 @@ namespace lora_ext::cpu {
 namespace {
 
 enum class Panels { kAuto, kNone, kFloat, kBFloat16 };
+constexpr std::string_view kNames[] = {"auto", "none", "float32", "bfloat16"};
 
 std::atomic<Panels>& asked() {
   static std::atomic<Panels> panels{Panels::kAuto};
@@ -83,8 +86,7 @@ bool rows_are_alike(Dtype dtype) {
   constexpr int64_t kRows = 64, kDepth = 150;
   std::vector<T> a(kRows * kDepth), panel(kDepth * kPanelCols);
   std::vector<float> one(kPanelCols), c(kRows * kPanelCols);
-  for (int64_t i = 0; i < kRows * kDepth; ++i)
-    a[i] = std::sin(0.7F * static_cast<float>(i % kDepth));
+  for (size_t i = 0; i < a.size(); ++i) a[i] = std::sin(0.7F * static_cast<float>(i % kDepth));
   for (size_t i = 0; i < panel.size(); ++i) panel[i] = std::sin(0.3F * static_cast<float>(i));
   multiply_panel(dtype, 1, kDepth, a.data(), kDepth, panel.data(), false, one.data());
   bool alike = true;
@@ -134,17 +136,9 @@ std::optional<Dtype> batch_invariant_panel_dtype(Dtype x) {
 }
 
 bool set_panels(const std::string& name) {
-  if (name == "auto") {
-    asked().store(Panels::kAuto);
-  } else if (name == "none") {
-    asked().store(Panels::kNone);
-  } else if (name == "float32") {
-    asked().store(Panels::kFloat);
-  } else if (name == "bfloat16") {
-    asked().store(Panels::kBFloat16);
-  } else {
-    return false;
-  }
+  const auto* const found = std::find(std::begin(kNames), std::end(kNames), name);
+  if (found == std::end(kNames)) return false;
+  asked().store(static_cast<Panels>(found - std::begin(kNames)));
   return true;
 }
 

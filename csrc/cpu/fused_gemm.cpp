@@ -24,6 +24,8 @@ namespace {
 
 constexpr int64_t kCacheLine = 16;  // floats; convert writes whole vectors
 constexpr int64_t kRowsOfTile = 64;
+// In elements: with more, offsets within a tile would not fit the library's 32 bits.
+constexpr int64_t kMaxPitch = 1 << 22;
 constexpr int64_t kPanelBytes = 160 << 10;  // at most: a block has up to 640 floats of the depth
 constexpr int64_t kPanels = 2;        // of a group, if each uses a tile of P that is converted
 constexpr int64_t kChunkRows = 1024;  // for each chunk the panels are packed anew
@@ -220,11 +222,19 @@ std::optional<Dtype> faster_panel(const at::Tensor& p, const at::Tensor& q) {
   return is_copied || p.size(0) >= kMinRows ? panel : std::nullopt;
 }
 
+// P in memory as the library takes A: rows that neither overlap nor lie too far apart.
+at::Tensor with_plain_rows(const at::Tensor& p) {
+  const bool is_plain = p.stride(0) >= p.size(1) && p.stride(0) <= kMaxPitch;
+  return is_plain ? p : p.clone(at::MemoryFormat::Contiguous);
+}
+
 // All of one dtype; P and out have last stride 1.
-void fused_product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-                   const LowRank* low_rank, Dtype panel, const at::Tensor& out) {
+void fused_product(const at::Tensor& any_p, const at::Tensor& q,
+                   const std::optional<at::Tensor>& bias, const LowRank* low_rank, Dtype panel,
+                   const at::Tensor& out) {
   const FusedGemmKernels& kernels = *fused_gemm_kernels();
-  const Dtype dtype = dtype_of(p.scalar_type());
+  const Dtype dtype = dtype_of(any_p.scalar_type());
+  const at::Tensor p = panel == dtype ? with_plain_rows(any_p) : any_p;
   at::Tensor u, bias_row;
   TileArgs tile{};
   tile.y = out.mutable_data_ptr(), tile.dtype = dtype;

@@ -2,7 +2,8 @@
 // Included after simd_passes.h, inside an anonymous namespace per file.
 #pragma once
 
-// panel[d][c] = float(Q(d, c)), [depth, 64]
+// panel[d][c] = float(Q(d, c)), [depth, 64]. Columns that Q does not have are multiplied, too, and
+// never stored: zeros, so that the sums are not slow with what was in memory.
 template <class Isa>
 void pack_float_panel(const MatrixView& q, Range depth, Range cols, float* panel) {
   const int64_t rows = depth.end - depth.begin, width = cols.end - cols.begin;

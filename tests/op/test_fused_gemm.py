@@ -134,6 +134,33 @@ def test_only_what_belongs_to_x_is_read(panels):
         assert torch.equal(getattr(run, name), getattr(other, name)), name
 
 
+@cases
+@pytest.mark.parametrize(
+    "pitch", [0, 3, 2**23], ids=["one row for all", "rows that overlap", "far"]
+)
+def test_rows_at_any_pitch(panels, pair, pitch):
+    """The library's kernels want rows that do not overlap; offsets within a tile of 64 rows of the
+    last ones do not fit 32 bits."""
+    weight, lora_a, lora_b = make_problem(1, 21, 30, 4, pair).operands[1:]
+
+    def strided(columns):
+        rows = torch.empty_strided((65, columns), (pitch, 1), dtype=pair[0])
+        for row in rows:
+            row.copy_(torch.randn(columns))
+        return rows
+
+    def run(x, grad):
+        x.requires_grad_()
+        y = lora_ext.lora_linear(x, weight, lora_a, lora_b, None, 0.25)
+        return y, torch.autograd.grad(y, x, grad)[0]
+
+    x, grad = strided(21), strided(30)
+    copies = x.contiguous(), grad.contiguous()
+    assert (x.stride(), copies[0].stride()) == ((pitch, 1), (21, 1))
+    for ours, wanted in zip(run(x, grad), run(*copies), strict=True):
+        assert torch.equal(ours, wanted)
+
+
 @pytest.mark.parametrize("panels", ["float32", "bfloat16"], indirect=True)
 def test_nan_in_a_row_stays_in_it(panels):
     problem = make_problem(70, 40, 66, 4, (BF16, BF16))
