@@ -64,21 +64,21 @@ struct Tasks {
   int64_t count() const { return groups * chunks; }
 };
 
-// About four tasks for each thread, by smaller groups and then by shorter chunks.
+// About four tasks for each thread, by shorter chunks and then by smaller groups.
 Tasks tasks_of(const Product& product, int64_t threads) {
-  Tasks tasks{product.converts() ? kPanels : 1, kChunkRows, 0, 0};
+  const int64_t rows = round_up(product.rows, kRowsOfTile);
+  Tasks tasks{product.converts() ? kPanels : 1, std::min(kChunkRows, rows), 0, 0};
   const auto divide = [&] {
     tasks.groups = divide_up(product.tile.cols, tasks.panels * kPanelCols);
     tasks.chunks = divide_up(product.rows, tasks.chunk_rows);
   };
   divide();
-  if (threads == 1) return tasks;
-  while (tasks.count() < 4 * threads && tasks.chunk_rows > kMinChunkRows &&
-         product.rows > tasks.chunk_rows / 2) {
-    tasks.chunk_rows /= 2;
+  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+  while (tasks.count() < wanted && tasks.chunk_rows > kMinChunkRows) {
+    tasks.chunk_rows = std::max(kMinChunkRows, round_up(tasks.chunk_rows / 2, kRowsOfTile));
     divide();
   }
-  if (tasks.count() < 4 * threads) {
+  if (tasks.count() < wanted) {
     tasks.panels = 1;
     divide();
   }
