@@ -1,6 +1,5 @@
 // The rows of each adapter are one call of library_route.h on a given y: they are gathered, and
 // dropout is applied beforehand, with the row numbers that they have in x.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
