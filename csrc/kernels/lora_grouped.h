@@ -6,8 +6,8 @@
 //     dA_g = dS^T drop(X)              over the rows of g
 //     dB_g = s_g dY^T S                over the rows of g
 //
-// Plain C++ without device code, as lora_linear.h: what the kernels' tables hold, the operands as
-// raw pointers, and the functions that launch a plan.
+// Plain C++ without device code, as lora_linear.h, which has the function that launches a plan:
+// what the kernels' tables hold, and the operands as raw pointers.
 //
 // The host knows neither the adapter of a row nor the ranks of the adapters, only the largest
 // possible numbers: grids and workspace follow from those, and grouped/segments.h makes the
@@ -15,7 +15,6 @@
 // "position"; rows without an adapter come last, or, where ranges of rows are given, stay in place.
 #pragma once
 #include <cstdint>
-#include <string>
 
 #include "kernels/lora_linear.h"
 #include "kernels/plan/plan.h"
@@ -103,13 +102,3 @@ struct LoraGroupedBackward : LoraGroupedOperands, BackwardOperands {
 };
 
 }  // namespace lora_ext::kernel
-
-namespace lora_ext::cuda {
-
-// As in lora_linear.h.
-std::string launch_lora(Dtype dtype, const plan::Plan& plan,
-                        const kernel::LoraGroupedForward& operands, void* stream);
-std::string launch_lora(Dtype dtype, const plan::Plan& plan,
-                        const kernel::LoraGroupedBackward& operands, void* stream);
-
-}  // namespace lora_ext::cuda

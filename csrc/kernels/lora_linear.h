@@ -1,4 +1,4 @@
-// The LoRA linear on a device: its operands as raw pointers, and the functions that launch a plan.
+// The LoRA linear on a device: its operands as raw pointers, and the function that launches a plan.
 //
 //     forward    S = drop(X) A^T            Y  = X W^T + s S B^T + bias
 //     backward   dS = s dY B                dX = dY W + mask * (dS A)
@@ -64,11 +64,10 @@ struct LoraLinearBackward : LoraLinearOperands, BackwardOperands {
 
 namespace lora_ext::cuda {
 
-// Asynchronous on `stream` of the current device; the dtype is kBFloat16 or kFloat16. Returns "" or
-// the error of a launch.
-std::string launch_lora(Dtype dtype, const plan::Plan& plan,
-                        const kernel::LoraLinearForward& operands, void* stream);
-std::string launch_lora(Dtype dtype, const plan::Plan& plan,
-                        const kernel::LoraLinearBackward& operands, void* stream);
+// Operands: LoraLinearForward or -Backward, LoraGroupedForward or -Backward; dtype: kBFloat16 or
+// kFloat16. Asynchronous on `stream` of the current device. Returns "" or the error of a launch.
+template <class Operands>
+std::string launch_lora(Dtype dtype, const plan::Plan& plan, const Operands& operands,
+                        void* stream);
 
 }  // namespace lora_ext::cuda

@@ -1,7 +1,7 @@
 // The mask, and masked copies for the library route. On CUDA the current stream and device come
 // through c10's virtual guard: no CUDA header of torch, no libc10_cuda, so that one source links
 // against a CPU torch and a CUDA torch alike.
-#include "op/library/dropout.h"
+#include "kernels/dropout.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -12,7 +12,7 @@
 #include "common/check.h"
 #include "cpu/skinny.h"
 #include "kernels/device.h"
-#include "kernels/dropout.h"
+#include "op/library/library_route.h"
 
 namespace lora_ext {
 namespace {

@@ -5,7 +5,6 @@
 
 #include "common/base_linear.h"
 #include "common/rows.h"
-#include "op/library/dropout.h"
 #include "op/library/library_route.h"
 
 namespace lora_ext::library_route {

@@ -103,6 +103,7 @@ std::string clear(int32_t* numbers, int64_t count, void*) {
 
 bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }
 
+template <>
 std::string launch_lora(Dtype dtype, const plan::Plan& plan,
                         const kernel::LoraLinearForward& operands, void*) {
   return run([&](emulator::Stream& stream) {
@@ -111,6 +112,7 @@ std::string launch_lora(Dtype dtype, const plan::Plan& plan,
   });
 }
 
+template <>
 std::string launch_lora(Dtype dtype, const plan::Plan& plan,
                         const kernel::LoraLinearBackward& operands, void*) {
   return run([&](emulator::Stream& stream) {
@@ -119,6 +121,7 @@ std::string launch_lora(Dtype dtype, const plan::Plan& plan,
   });
 }
 
+template <>
 std::string launch_lora(Dtype dtype, const plan::Plan& plan,
                         const kernel::LoraGroupedForward& operands, void*) {
   return run([&](emulator::Stream& stream) {
@@ -127,6 +130,7 @@ std::string launch_lora(Dtype dtype, const plan::Plan& plan,
   });
 }
 
+template <>
 std::string launch_lora(Dtype dtype, const plan::Plan& plan,
                         const kernel::LoraGroupedBackward& operands, void*) {
   return run([&](emulator::Stream& stream) {
