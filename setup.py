@@ -16,6 +16,7 @@ Environment, read at build time only:
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -66,6 +67,10 @@ LEAST_DROPOUT_ARCH = (
     70  # dropout needs nothing of a card, and the library route runs on any of torch's
 )
 DROPOUT = "csrc/kernels/launch/dropout.cu"
+# Compiled once for each part and type of the kernels' instances, as instances.h names them.
+INSTANCES = "csrc/kernels/launch/instances.cu"
+PARTS = ["linear", "grouped", "decode", "gemm_sm90a", "gemm_fused_shrink_sm90a"]
+TYPES = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 NO_CUDA = "csrc/kernels/launch/none.cpp"  # in place of its .cu, which no other C++ file knows of
 
 PROBE = """
@@ -82,6 +87,16 @@ int main() {
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path) for path in Path("csrc").glob(pattern))
+
+
+def cuda_units() -> list[tuple[str, str, list[str]]]:
+    """Of each nvcc command: the .cu file, the path that its object has without a suffix, macros."""
+    paths = sources("kernels/launch/*.cu")
+    units = [(path, path.removesuffix(".cu"), []) for path in paths if path != INSTANCES]
+    for part, type in itertools.product(PARTS if INSTANCES in paths else [], TYPES):
+        macros = [f"-DLORA_EXT_PART=LORA_EXT_{part.upper()}", f"-DLORA_EXT_TYPE={TYPES[type]}"]
+        units.append((INSTANCES, str(Path(INSTANCES).with_name(f"lora_{part}_{type}")), macros))
+    return units
 
 
 def units_of(sources: list[str]) -> list[str]:
@@ -234,14 +249,14 @@ class CudaToolkit:
                 flush=True,
             )
 
-    def compile(self, source: str, build_temp: str) -> str:
+    def compile(self, source: str, stem: str, macros: list[str], build_temp: str) -> str:
         """Compiles one .cu file, unless its object is up to date; returns the object's path."""
-        target = Path(build_temp, source).with_suffix(".cu.o")
+        target = Path(build_temp, f"{stem}.cu.o")
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".command")
         report = target.with_suffix(".ptxas")
         archs = arch_flags(self.archs_of(source))
-        command = [str(self.nvcc), *self.flags, *archs, "-Icsrc", "-MD", "-MF", str(depends)]
-        command += ["-c", source, "-o", str(target)]
+        command = [str(self.nvcc), *self.flags, *macros, *archs, "-Icsrc"]
+        command += ["-MD", "-MF", str(depends), "-c", source, "-o", str(target)]
         made_by = f"nvcc {self.version}: {shlex.join(command)}"
         if target.exists() and stamp.exists() and stamp.read_text() == made_by:
             listed = depends.read_text().partition(":")[2].replace("\\\n", " ")
@@ -257,7 +272,7 @@ class CudaToolkit:
             if not PTXAS_REPORT.match(line):
                 print(line)
         if status != 0:
-            raise CompileError(f"nvcc failed on {source}")
+            raise CompileError(f"nvcc failed on {source} for {stem}")
         report.write_text(said)
         stamp.write_text(made_by)
         return str(target)
@@ -329,7 +344,7 @@ class BuildExt(BuildExtension):
         check_compiler()
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
         self.extensions[0].sources = units_of(self.extensions[0].sources)
-        total = len(self.extensions[0].sources) + len(sources("kernels/launch/*.cu"))
+        total = len(self.extensions[0].sources) + len(cuda_units())
         with progress_line(self.build_temp, total):
             self.build_all()
 
@@ -386,10 +401,7 @@ class BuildExt(BuildExtension):
             return without_cuda(extension, reason)
         toolkit.say_old_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
-            jobs = [
-                pool.submit(toolkit.compile, path, self.build_temp)
-                for path in sources("kernels/launch/*.cu")
-            ]
+            jobs = [pool.submit(toolkit.compile, *unit, self.build_temp) for unit in cuda_units()]
             extension.extra_objects += [job.result() for job in jobs]
         extension.library_dirs += toolkit.library_dirs
         extension.extra_link_args += CUDART_LINK

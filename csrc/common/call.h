@@ -17,8 +17,8 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
-#include <vector>
 
 #include "common/dtype.h"
 #include "common/philox.h"
@@ -165,35 +165,16 @@ struct Backward {
   at::Tensor& db() { return dlora_b[0]; }
 };
 
-// Other dtypes, which the op refuses, count as float32.
-inline Dtype dtype_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return Dtype::kFloat64;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    case at::kBool:
-      return Dtype::kBool;
-    default:
-      return Dtype::kFloat32;
-  }
-}
+// In the order of Dtype.
+constexpr at::ScalarType kScalarTypes[] = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf,
+                                           at::kBool};
+inline at::ScalarType scalar_type_of(Dtype dtype) { return kScalarTypes[static_cast<int>(dtype)]; }
 
-inline at::ScalarType scalar_type_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return at::kDouble;
-    case Dtype::kBFloat16:
-      return at::kBFloat16;
-    case Dtype::kFloat16:
-      return at::kHalf;
-    case Dtype::kBool:
-      return at::kBool;
-    default:
-      return at::kFloat;
-  }
+// Other dtypes, which the op refuses, count as float32.
+inline Dtype dtype_of(at::ScalarType scalar_type) {
+  const auto* found = std::find(std::begin(kScalarTypes), std::end(kScalarTypes), scalar_type);
+  const bool known = found != std::end(kScalarTypes);
+  return known ? static_cast<Dtype>(found - std::begin(kScalarTypes)) : Dtype::kFloat32;
 }
 
 inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }

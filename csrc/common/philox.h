@@ -70,3 +70,20 @@ inline double keep_scale_of(uint32_t keep_count) {
 }
 
 }  // namespace lora_ext::philox
+
+namespace lora_ext::kernel {
+
+// The mask of a CUDA kernel's operand: that of (row_offset + row, col_offset + column). tile/mask.h
+// draws it.
+struct Mask {
+  const int64_t* seed;  // on the device, so that the replay of a graph reads a new one
+  int64_t row_offset, col_offset;
+  uint32_t keep_count;
+  float keep_scale;
+
+  // Whether one draw decides exactly the 8 elements of a row that a lane holds in four fragments of
+  // 8 columns, side by side, that begin at a multiple of 32.
+  LORA_EXT_HOST_DEVICE bool aligned_to_draws() const;
+};
+
+}  // namespace lora_ext::kernel

@@ -42,10 +42,8 @@ using DequantizeParams = std::variant<Dequantize4bitParams, Dequantize8bitParams
 
 namespace lora_ext::cuda {
 
-using Floating = Dtype;
-
 // Launches on `stream` of the current device, without synchronising with the host, and writes
-// values of the type; count > 0. Returns "" or the error of the launch.
-std::string launch_dequantize(Floating type, const kernel::DequantizeParams& params, void* stream);
+// values of the dtype, a floating one; count > 0. Returns "" or the error of the launch.
+std::string launch_dequantize(Dtype dtype, const kernel::DequantizeParams& params, void* stream);
 
 }  // namespace lora_ext::cuda

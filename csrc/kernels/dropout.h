@@ -8,8 +8,6 @@
 
 namespace lora_ext::cuda {
 
-using Element = Dtype;  // kBool: the mask itself
-
 struct DropoutParams {
   const void* x;  // [rows, cols], row pitch x_pitch elements; not read for the mask
   void* out;      // [rows, cols], row pitch out_pitch elements
@@ -21,8 +19,8 @@ struct DropoutParams {
   double keep_scale;
 };
 
-// out = kept ? keep_scale * x : 0, or the mask itself. Asynchronous on `stream` of the current
-// device. Returns "" or the error of the launch.
-std::string launch_dropout(Element element, const DropoutParams& params, void* stream);
+// out = kept ? keep_scale * x : 0, or with kBool the mask itself. Asynchronous on `stream` of the
+// current device. Returns "" or the error of the launch.
+std::string launch_dropout(Dtype dtype, const DropoutParams& params, void* stream);
 
 }  // namespace lora_ext::cuda

@@ -6,8 +6,8 @@
 //     dA_g = dS^T drop(X)              over the rows of g
 //     dB_g = s_g dY^T S                over the rows of g
 //
-// Plain C++ without device code, as lora_linear.h: what the kernels' tables hold, the operands as
-// raw pointers, and the functions that launch a plan.
+// Plain C++ without device code, as lora_linear.h, which has the function that launches a plan:
+// what the kernels' tables hold, and the operands as raw pointers.
 //
 // The host knows neither the adapter of a row nor the ranks of the adapters, only the largest
 // possible numbers: grids and workspace follow from those, and grouped/segments.h makes the
@@ -15,11 +15,9 @@
 // "position"; rows without an adapter come last, or, where ranges of rows are given, stay in place.
 #pragma once
 #include <cstdint>
-#include <string>
 
 #include "kernels/lora_linear.h"
 #include "kernels/plan/plan.h"
-#include "kernels/tile/mask_operand.h"
 
 namespace lora_ext::kernel {
 
@@ -79,14 +77,6 @@ struct LoraGroupedTables {
   LoraGroupedSum* sums;          // [groups]
   int* counts;                   // [chunks, groups + 1], used with an index
   int piece_rows, tile_count, piece_count;
-
-  // Upper bounds that the host knows. Pieces never span segments.
-  static constexpr int tiles_of(int m, int groups, int rows) {
-    return (m + rows - 1) / rows + (groups < m ? groups : m);
-  }
-  // Number of partial sums of segments with several pieces: a segment with `count` rows, more than
-  // `rows`, has at most 2 (count / rows) pieces.
-  static constexpr int slots_of(int m, int rows) { return 2 * (m / rows); }
 };
 
 // The operands follow. Their values on the device may change between replays of a graph: index or
@@ -99,47 +89,16 @@ struct LoraGroupedMatrices {
   const LoraGroupedEntry* list;  // [groups], on the host; null for a pool
 };
 
-struct LoraGroupedOperands {
-  int64_t m, n, k;
+struct LoraGroupedOperands : LoraOperands {
   LoraGroupedRows rows;
   const float* scaling;  // [groups], on the device
   LoraGroupedMatrices factors;
-  bool float_adapters;
-  const void *x, *weight;
-  int64_t x_pitch, weight_pitch;
-  bool dropout;
-  Mask mask;  // of X, by original row; keep_scale is 1 without dropout
-  unsigned char* workspace;
 };
-
-struct LoraGroupedForward : LoraGroupedOperands {
-  const void* bias;  // [n], in float or X's type; may be null
-  bool float_bias;
-  const void* base;  // [m, n], onto which Y is added, in a plan for a given base; else null
-  int64_t base_pitch;
-  void* y;   // [m, n], contiguous; in a hybrid plan without X W^T
-  float* s;  // [m, max_rank]; of a row only its rank's columns are written, without one none
-  uint32_t* counts;  // as in LoraLinearForward
-};
-
-struct LoraGroupedBackward : LoraGroupedOperands {
-  const void* dy;
-  int64_t dy_pitch;
-  const float* s;  // as forward has written it
-  void* dx;        // [m, k], contiguous, or null; in a hybrid plan without dY W
+struct LoraGroupedForward : LoraGroupedOperands, ForwardOperands {};
+struct LoraGroupedBackward : LoraGroupedOperands, BackwardOperands {
   // All elements are written; in a pool those past a rank with zeros.
   LoraGroupedMatrices gradients;
   bool need_da, need_db;
 };
 
 }  // namespace lora_ext::kernel
-
-namespace lora_ext::cuda {
-
-// Asynchronous on `stream` of the current device. Returns "" or the error of a launch.
-std::string launch_grouped_forward(Half half, const plan::Plan& plan,
-                                   const kernel::LoraGroupedForward& operands, void* stream);
-std::string launch_grouped_backward(Half half, const plan::Plan& plan,
-                                    const kernel::LoraGroupedBackward& operands, void* stream);
-
-}  // namespace lora_ext::cuda

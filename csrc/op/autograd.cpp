@@ -22,7 +22,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// ---- what is refused; each message names an alternative ----
+// ---- what is refused ----
+
+// op: the name of the Python function, whose reference is the alternative.
+void refuse(const std::string& op, const char* expected, const char* for_what) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "lora_ext.", op, ": expected ", expected,
+                              "; use lora_ext.reference.", op, "_reference ", for_what);
+}
 
 // First derivatives only: under create_graph the gradients pass through this identity, whose own
 // backward raises.
@@ -36,28 +42,12 @@ struct NoDoubleBackward : torch::autograd::Function<NoDoubleBackward> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& /*grads*/) {
-    const std::string name = ctx->saved_data["name"].toStringRef();
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "lora_ext.", name,
-        ": expected first derivatives only, but got a second backward (create_graph=True); use "
-        "lora_ext.reference.",
-        name, "_reference for higher derivatives");
+    refuse(ctx->saved_data["name"].toStringRef(),
+           "first derivatives only, but got a second backward (create_graph=True)",
+           "for higher derivatives");
+    return {};
   }
 };
-
-void check_no_tangents(const Base& base, bool any) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !any, "lora_ext.", base.op(),
-      ": expected reverse-mode autograd, but got a forward-mode tangent; use "
-      "lora_ext.reference.",
-      base.op(), "_reference for forward mode");
-}
-
-void check_frozen(const Base& base) {
-  LORA_EXT_CHECK(base.is_given() || !base.weight.requires_grad(),
-                 "expected a frozen weight, but got one that requires grad: no gradient is "
-                 "computed for it; call weight.requires_grad_(False)");
-}
 
 // torch refuses C++ Functions inside its function transforms, but its message names no alternative.
 void check_transforms(const Base& base) {
@@ -66,20 +56,19 @@ void check_transforms(const Base& base) {
   try {
     functorch->checkSupportsCppAutogradFunction();
   } catch (const c10::Error&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "lora_ext.", base.op(),
-        ": expected a call outside of torch.func's transforms (grad, vjp, vmap of a "
-        "gradient), which cannot see into a C++ autograd Function, but got one inside; "
-        "use lora_ext.reference.",
-        base.op(), "_reference there");
+    refuse(base.op(),
+           "a call outside of torch.func's transforms (grad, vjp, vmap of a gradient), which "
+           "cannot see into a C++ autograd Function, but got one inside",
+           "there");
   }
 }
+
+bool requires_grad(const at::Tensor& tensor) { return tensor.requires_grad(); }
 
 // In grad mode, replaces the gradients of a call by copies whose own backward raises: there is no
 // second derivative (create_graph). Undefined gradients stay undefined.
 void refuse_double_backward(const std::vector<at::Tensor*>& gradients, const variable_list& inputs,
                             const char* name) {
-  const auto requires_grad = [](const at::Tensor& input) { return input.requires_grad(); };
   if (std::none_of(inputs.begin(), inputs.end(), requires_grad)) return;
   variable_list defined;
   for (const at::Tensor* gradient : gradients) {
@@ -94,7 +83,6 @@ void refuse_double_backward(const std::vector<at::Tensor*>& gradients, const var
 
 // ---- the Function ----
 
-bool requires_grad(const at::Tensor& tensor) { return tensor.requires_grad(); }
 bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
 const at::Tensor& tensor_of(const Base& base) { return base.is_given() ? base.y : base.weight; }
@@ -205,9 +193,13 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
 
 at::Tensor lora_autograd(const at::Tensor& x, const Base& base, const Update& update) {
   LORA_EXT_CHECK(tensor_of(base).defined(), "expected a weight or a y, but got neither");
-  check_no_tangents(base, any_input(x, base, update, has_tangent));
+  if (any_input(x, base, update, has_tangent)) {
+    refuse(base.op(), "reverse-mode autograd, but got a forward-mode tangent", "for forward mode");
+  }
   if (at::GradMode::is_enabled()) {
-    check_frozen(base);
+    LORA_EXT_CHECK(base.is_given() || !base.weight.requires_grad(),
+                   "expected a frozen weight, but got one that requires grad: no gradient is "
+                   "computed for it; call weight.requires_grad_(False)");
     if (any_input(x, base, update, requires_grad)) {
       check_transforms(base);
       return LoraFunction::apply(x, tensor_of(base), at::TensorList(update.lora_a),

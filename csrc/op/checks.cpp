@@ -15,15 +15,6 @@ bool supported(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
-}  // namespace
-
-void check_supported(const char* op, const char* name, at::ScalarType dtype) {
-  EXPECT_TYPE(supported(dtype), "expected ", name,
-              " of dtype float64, float32, bfloat16 or float16, but got ", dtype);
-}
-
-namespace {
-
 // ---- dtypes and devices ----
 
 void check_same_device(const char* op, const std::string& name, const at::Tensor& tensor,
@@ -180,21 +171,13 @@ void check_update_dtypes(const char* op, at::ScalarType dtype, const Update& upd
   });
 }
 
-void check_update_devices(const char* op, const at::Tensor& x, const Update& update) {
-  for_factors(update, [&](const char* list, const at::Tensor& factor, size_t i) {
-    if (factor.device() != x.device()) check_same_device(op, name_of(list, update, i), factor, x);
-  });
-}
-
-void check_one_per_adapter(const char* op, const char* name, const at::Tensor& tensor,
-                           const c10::SymInt& adapters) {
-  EXPECT(tensor.dim() == 1 && tensor.sym_size(0) == adapters, "expected ", name, " of shape [",
-         adapters, "], one for each adapter, but got ", tensor.sym_sizes());
-}
-
 void check_grouping(const char* op, const at::Tensor& x, const Update& update) {
   const Grouping& many = *update.grouping;
   const c10::SymInt adapters = update.sym_adapters(), rows = sym_rows(x);
+  const auto check_one_per_adapter = [&](const char* name, const at::Tensor& tensor) {
+    EXPECT(tensor.dim() == 1 && tensor.sym_size(0) == adapters, "expected ", name, " of shape [",
+           adapters, "], one for each adapter, but got ", tensor.sym_sizes());
+  };
   EXPECT(many.index.has_value() != many.offs.has_value(),
          "expected an index of adapters for each row, or offs, the ends of their rows, but got ",
          many.index ? "both" : "neither");
@@ -206,19 +189,19 @@ void check_grouping(const char* op, const at::Tensor& x, const Update& update) {
            rows, " rows of x ", x.sym_sizes(), ", but got ", many.index->sym_sizes());
   } else {
     check_int32(op, "offs", *many.offs, x);
-    check_one_per_adapter(op, "offs", *many.offs, adapters);
+    check_one_per_adapter("offs", *many.offs);
   }
   if (many.ranks) {
     EXPECT(update.is_pool(), "expected ranks with a pool alone: those of a list are in its shapes");
     check_int32(op, "ranks", *many.ranks, x);
-    check_one_per_adapter(op, "ranks", *many.ranks, adapters);
+    check_one_per_adapter("ranks", *many.ranks);
   }
   const at::ScalarType scaling = many.scaling.scalar_type();
   const bool may_be_double = x.scalar_type() == at::kDouble;
   EXPECT_TYPE(scaling == at::kFloat || (may_be_double && scaling == at::kDouble),
               "expected scaling of dtype float32", may_be_double ? " or float64" : "", ", but got ",
               scaling);
-  check_one_per_adapter(op, "scaling", many.scaling, adapters);
+  check_one_per_adapter("scaling", many.scaling);
   check_same_device(op, "scaling", many.scaling, x);
 }
 
@@ -238,11 +221,9 @@ void check_seed(const char* op, const at::Tensor& seed) {
   EXPECT(seed.sym_numel() == 1, "expected seed of one element, but got shape ", seed.sym_sizes());
 }
 
-void check_probability(const char* op, double dropout_p) {
+void check_numbers(const char* op, double dropout_p, const c10::SymInt& row_offset,
+                   const c10::SymInt& col_offset) {
   EXPECT(dropout_p >= 0.0 && dropout_p < 1.0, "expected dropout_p in [0, 1), but got ", dropout_p);
-}
-
-void check_offsets(const char* op, const c10::SymInt& row_offset, const c10::SymInt& col_offset) {
   EXPECT(row_offset >= 0 && col_offset >= 0, "expected row_offset and col_offset >= 0, but got ",
          row_offset, " and ", col_offset);
   // The mask's groups, four for each 32 columns, are numbered in 32 bits.
@@ -250,14 +231,12 @@ void check_offsets(const char* op, const c10::SymInt& row_offset, const c10::Sym
 }
 
 void check_dropout(const char* op, const at::Tensor& x, const DropoutArgs& dropout) {
-  check_probability(op, dropout.p);
-  check_offsets(op, dropout.row_offset, dropout.col_offset);
-  if (dropout.p > 0.0) {
-    EXPECT(dropout.seed.has_value(), "expected a seed with dropout_p = ", dropout.p,
-           ": an int64 tensor of one element on x's device");
-    check_seed(op, *dropout.seed);
-    check_same_device(op, "seed", *dropout.seed, x);
-  }
+  check_numbers(op, dropout.p, dropout.row_offset, dropout.col_offset);
+  if (dropout.p == 0.0) return;
+  EXPECT(dropout.seed.has_value(), "expected a seed with dropout_p = ", dropout.p,
+         ": an int64 tensor of one element on x's device");
+  check_seed(op, *dropout.seed);
+  check_same_device(op, "seed", *dropout.seed, x);
 }
 
 // ---- all ----
@@ -277,7 +256,9 @@ void check_operands(const char* op, const at::Tensor& x, const Base& base, const
     check_same_device(op, "weight", base.weight, x);
     if (base.bias) check_same_device(op, "bias", *base.bias, x);
   }
-  check_update_devices(op, x, update);
+  for_factors(update, [&](const char* list, const at::Tensor& factor, size_t i) {
+    if (factor.device() != x.device()) check_same_device(op, name_of(list, update, i), factor, x);
+  });
   if (update.is_one()) {
     check_scaling(op, x, update.scaling);
   } else {
@@ -290,6 +271,11 @@ void check_operands(const char* op, const at::Tensor& x, const Base& base, const
 }
 
 }  // namespace
+
+void check_supported(const char* op, const char* name, at::ScalarType dtype) {
+  EXPECT_TYPE(supported(dtype), "expected ", name,
+              " of dtype float64, float32, bfloat16 or float16, but got ", dtype);
+}
 
 void check_forward(const at::Tensor& x, const Base& base, const Update& update) {
   const char* op = base.op();
@@ -324,8 +310,7 @@ void check_dropout_mask(const at::Tensor& seed, const c10::SymInt& rows, const c
                         const c10::SymInt& col_offset) {
   constexpr char op[] = "dropout_mask";
   EXPECT(rows >= 0 && cols >= 0, "expected rows and cols >= 0, but got ", rows, " and ", cols);
-  check_probability(op, dropout_p);
-  check_offsets(op, row_offset, col_offset);
+  check_numbers(op, dropout_p, row_offset, col_offset);
   check_seed(op, seed);
 }
 

@@ -132,13 +132,11 @@ void dequantize_4bit(const Quantized& weight, at::Tensor& out) {
   const bool nested = weight.nested.table.has_value();
   at::Tensor scales = nested ? at::empty({scale.numel()}, weight.table->options()) : scale;
   float* read = nested ? scales.mutable_data_ptr<float>() : nullptr;
-  const cpu::FourBitArgs args{weight.codes.const_data_ptr<uint8_t>(),
-                              weight.table->const_data_ptr<float>(),
-                              scales.const_data_ptr<float>(),
-                              out.numel(),
-                              weight.block,
-                              out.mutable_data_ptr(),
-                              dtype_of(out.scalar_type())};
+  cpu::FourBitArgs args{};
+  args.packed = weight.codes.const_data_ptr<uint8_t>();
+  args.table = weight.table->const_data_ptr<float>(), args.scale = scales.const_data_ptr<float>();
+  args.count = out.numel(), args.block = weight.block;
+  args.out = out.mutable_data_ptr(), args.dtype = dtype_of(out.scalar_type());
   in_parallel(scale.numel(), weight.block, [&](cpu::Range blocks) {
     if (read != nullptr) weight.nested.read(scale, blocks, read + blocks.begin);
     kernels.four_bits(args, blocks);
@@ -148,26 +146,23 @@ void dequantize_4bit(const Quantized& weight, at::Tensor& out) {
 void dequantize_panels(const Quantized& weight, at::Tensor& out) {
   constexpr int64_t kRows = cpu::PanelArgs::kRows;
   const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
-  const cpu::PanelArgs args{weight.codes.const_data_ptr<uint8_t>(),
-                            weight.table->const_data_ptr<float>(),
-                            static_cast<const cpu::BFloat16*>(weight.scale.const_data_ptr()),
-                            out.size(0),
-                            out.size(1),
-                            weight.block,
-                            out.mutable_data_ptr(),
-                            dtype_of(out.scalar_type())};
+  cpu::PanelArgs args{};
+  args.packed = weight.codes.const_data_ptr<uint8_t>();
+  args.table = weight.table->const_data_ptr<float>();
+  args.scale = static_cast<const cpu::BFloat16*>(weight.scale.const_data_ptr());
+  args.rows = out.size(0), args.cols = out.size(1), args.block = weight.block;
+  args.out = out.mutable_data_ptr(), args.dtype = dtype_of(out.scalar_type());
   in_parallel(args.rows / kRows, kRows * args.cols,
               [&](cpu::Range panels) { kernels.panels(args, panels); });
 }
 
 void dequantize_8bit(const Quantized& weight, at::Tensor& out) {
   const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
-  const cpu::EightBitArgs args{weight.codes.const_data_ptr<int8_t>(),
-                               weight.scale.const_data_ptr<float>(),
-                               static_cast<float>(weight.multiplier),
-                               out.size(1),
-                               out.mutable_data_ptr(),
-                               dtype_of(out.scalar_type())};
+  cpu::EightBitArgs args{};
+  args.codes = weight.codes.const_data_ptr<int8_t>();
+  args.scale = weight.scale.const_data_ptr<float>();
+  args.multiplier = static_cast<float>(weight.multiplier), args.cols = out.size(1);
+  args.out = out.mutable_data_ptr(), args.dtype = dtype_of(out.scalar_type());
   in_parallel(out.size(0), args.cols, [&](cpu::Range rows) { kernels.eight_bits(args, rows); });
 }
 

@@ -4,7 +4,7 @@
 
 #include "kernels/device.h"
 #include "op/checks.h"
-#include "op/library/dropout.h"
+#include "op/library/library_route.h"
 
 namespace lora_ext {
 namespace {

@@ -18,7 +18,7 @@ WRONG_RESULT = {
     "lora_shrink_sm80": "tile/halves.sum_of_splits.split<splits:low",
     "lora_wgrad_sm80": "tile/halves.sum_of_splits.split<splits:low",
     "lora_dsdb_sm80": "tile/copy.copy_chunk.row<matrix.rows:low",
-    "lora_split": "skinny/elementwise.lora_split.column<what.columns:never",
+    "lora_split": "skinny/elementwise.lora_split.column<matrix.columns:never",
     "lora_grouped_segments": "grouped/segments.finish.thread==0:never",
     "lora_grouped_shrink": "grouped/shrink.store.column<columns:low",
     "lora_grouped_gemm": "grouped/gemm.multiply_rows.row<end:low",

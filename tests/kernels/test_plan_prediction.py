@@ -15,6 +15,8 @@ from lora_ext import _C
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "docs" / "kernels.md"
 HEADER = ROOT / "csrc" / "kernels" / "plan" / "rates.h"
+COUNTED = ("A100", "L40S", "H100")  # the columns of its tables
+NUMBER = r"\d\.\d{3}"
 shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
 options = st.fixed_dictionaries(
     {
@@ -24,6 +26,12 @@ options = st.fixed_dictionaries(
         "aligned": st.booleans(),
     }
 )
+
+
+def counted(table: str) -> list[float]:
+    """The numbers of one of the header's tables."""
+    text = HEADER.read_text().split(f"{table}[] = " if "Dsdb" in table else f"{table} = ")[1]
+    return [float(number) for number in re.findall(NUMBER, text.partition(";")[0])]
 
 
 def route_of(plan):
@@ -110,12 +118,11 @@ def test_main_loops_on_mma_sync_are_taken_with_a_lead_alone(card, rows, k, n, dr
 @pytest.mark.parametrize("name", ["A100", "H100"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_kernels_of_few_columns_go_by_what_their_loops_were_counted_to_reach(name, dropout):
-    text = HEADER.read_text().split(f"kMainLoopsOn{name} = ")[1]
-    [library] = re.findall(r"^    ([\d.]+),$", text, re.MULTILINE)[:1]
-    rates = {
-        kernel: (float(plain), float(masked))
-        for plain, masked, kernel in re.findall(r"^ {4}\{(.+), (.+)\},  // (\w+)$", text, re.M)[:3]
-    }
+    column = COUNTED.index(name)
+    rates = {f"lora_{kernel}": counted(f"k{kernel.title()}Rate") for kernel in ("shrink", "wgrad")}
+    rates = {kernel: (row[2 * column], row[2 * column + 1]) for kernel, row in rates.items()}
+    rates["lora_dsdb"] = [counted("kDsdbRate")[column]]  # of 16 columns
+    library = counted("kLibraryRate")[column]
     card, problem = problem_of((8192, 4096, 4096, 16), name, torch.bfloat16, dropout, True)
     instruction = 0.65 if name == "H100" else 1.0
     products = {"lora_shrink": 128, "lora_wgrad": 128, "lora_dsdb": 64}  # of an element
@@ -126,7 +133,7 @@ def test_kernels_of_few_columns_go_by_what_their_loops_were_counted_to_reach(nam
             if launch.name not in products:
                 continue
             masked = dropout and launch.name != "lora_dsdb"
-            share = rates[launch.name][masked] / float(library) * instruction
+            share = rates[launch.name][masked] / library * instruction
             expected = 8192 * 4096 * products[launch.name] / share
             assert launch.flop == pytest.approx(expected), launch.name
 
@@ -175,16 +182,16 @@ def test_an_epilogue_weighs_more_in_a_shallow_product():
 def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
     cards, share = lora_ext.kernels.CARDS, _C.main_loop_share
     # As the header has it, over the library's.
-    rows = HEADER.read_text().split("constexpr MainLoopRates kMainLoopsOn")[1:]
-    for card, text in zip(("A100", "L40S", "H100"), rows, strict=True):
-        assert text.startswith(card)
-        library, *_ = map(float, re.findall(r"^    ([\d.]+),$", text, re.MULTILINE))
-        instruction = 0.65 if card == "H100" else 1.0  # mma.sync's rate over wgmma's
-        for plain, masked, tile in re.findall(r" {8}\{([\d.]+), ([\d.]+)\},  // (.+)", text):
+    tiles = re.findall(r"^ {4}\{(.+)\},  // (.+)$", HEADER.read_text(), re.MULTILINE)
+    assert len(tiles) == 6
+    for text, tile in tiles:
+        row = [float(number) for number in re.findall(NUMBER, text)]
+        for column, card in enumerate(COUNTED):
+            instruction = 0.65 if card == "H100" else 1.0  # mma.sync's rate over wgmma's
             of_one = 1.0 if re.match("wgmma|fused-shrink|pingpong", tile) else instruction
-            for rate, flag in ((plain, False), (masked, True)):
-                expected = float(rate) / library * of_one
-                assert share(cards[card], tile, flag) == pytest.approx(expected)
+            for rate, masked in zip(row[2 * column : 2 * column + 2], (False, True), strict=True):
+                expected = rate / counted("kLibraryRate")[column] * of_one
+                assert share(cards[card], tile, masked) == pytest.approx(expected)
     assert share(cards["A10"], "128 x 64", False) == share(cards["L40S"], "128 x 64", False)
     # Compute capability 8.7 has shared memory for all tiles.
     orin = _C.Card(87, 16, 167936, 166912)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -137,6 +138,23 @@ def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
     assert compiled_again() == 2
     os.utime(tmp_path / "header.h", (2**32, 2**32))
     assert compiled_again() == 2
+
+
+def test_instances_are_compiled_once_for_each_part_and_type(toolkit, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    toolkit()
+    macros = r"-DLORA_EXT_PART=(\w+) -DLORA_EXT_TYPE=(\w+) .* -c (\S+) -o (\S+)"
+    commands = re.findall(macros, (tmp_path / "log").read_text())
+    folder = Path("csrc/kernels/launch")
+    declared = re.findall(r"#define (\w+)\(kind, T\)", (ROOT / folder / "instances.h").read_text())
+    parts = [name for name in declared if name != "LORA_EXT_ALL"]
+    wanted = [(part, type) for part in parts for type in ("__nv_bfloat16", "__half")]
+    assert sorted(command[:2] for command in commands) == sorted(wanted)
+    assert {source for _, _, source, _ in commands} == {str(folder / "instances.cu")}
+    objects = {Path(target).name.removesuffix(".cu.o") for *_, target in commands}
+    sass = runpy.run_path(str(ROOT / "scripts" / "sass.py"))
+    assert len(objects) == len(wanted)
+    assert objects == set(sass["SOURCES_OF"]["sm_90a"]) - {"dequantize"}
 
 
 @pytest.mark.parametrize("release", ["11.8", "12.0", "12.5", "12.6", "13.1", "14.0"])

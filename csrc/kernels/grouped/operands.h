@@ -3,7 +3,6 @@
 #pragma once
 #include "kernels/lora_grouped.h"
 #include "kernels/tile/copy.h"
-#include "kernels/tile/element.h"
 #include "kernels/tile/halves.h"
 #include "ptx/target.h"
 

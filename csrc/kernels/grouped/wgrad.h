@@ -184,23 +184,24 @@ __global__ void __launch_bounds__(256)
     lora_grouped_reduce_wgrad(const __grid_constant__ LoraGroupedReduceWgradParams p) {
   const int adapter = static_cast<int>(blockIdx.x);
   const bool of_b = blockIdx.z == 1;
-  const LoraGroupedReduceGradient& what = p.gradient[of_b];
+  const LoraGroupedReduceGradient& gradient = p.gradient[of_b];
   const LoraGroupedSum sum = p.sums[adapter];
   const LoraGroupedEntry to = entry_of<F>(p.gradients, adapter);
   const int rank = rank_of(p.factors, adapter, p.max_rank);
   const int end = p.gradients.entries == nullptr ? p.max_rank : rank;
   const int first = sum.pieces == 1 ? rank : 0, ranks = end - first;  // one piece: complete
-  const int64_t count = static_cast<int64_t>(ranks) * what.c;
+  const int64_t count = static_cast<int64_t>(ranks) * gradient.c;
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < count;
        i += step) {
-    const int64_t column = first + (of_b ? i % ranks : i / what.c);
-    const int64_t c = of_b ? i / ranks : i % what.c;
+    const int64_t column = first + (of_b ? i % ranks : i / gradient.c);
+    const int64_t c = of_b ? i / ranks : i % gradient.c;
     float value = 0.f;
     if (column < rank) {
-      const int64_t size = static_cast<int64_t>(p.max_rank) * what.c;
-      value = what.scale * sum_of_splits<T>(what.partial + sum.slot * size + column * what.c + c,
-                                            sum.pieces, size, 1, 0);
+      const int64_t size = static_cast<int64_t>(p.max_rank) * gradient.c;
+      value = gradient.scale *
+              sum_of_splits<T>(gradient.partial + sum.slot * size + column * gradient.c + c,
+                               sum.pieces, size, 1, 0);
     }
     F* element = of_b ? static_cast<F*>(to.b) + c * to.b_pitch + column
                       : static_cast<F*>(to.a) + column * to.a_pitch + c;

@@ -22,24 +22,16 @@ std::string launch(const Params& params, void* stream) {
   return text_of(cudaLaunchKernelEx(&launch, kernel::dequantize_kernel<T>(params), params));
 }
 
-template <class Params>
-std::string launch_as(Floating type, const Params& params, void* stream) {
-  switch (type) {
-    case Floating::kFloat32:
-      return launch<float>(params, stream);
-    case Floating::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-    case Floating::kFloat16:
-      return launch<__half>(params, stream);
-    default:
-      return text_of(cudaErrorInvalidValue);
-  }
-}
-
 }  // namespace
 
-std::string launch_dequantize(Floating type, const kernel::DequantizeParams& params, void* stream) {
-  return std::visit([&](const auto& format) { return launch_as(type, format, stream); }, params);
+std::string launch_dequantize(Dtype dtype, const kernel::DequantizeParams& params, void* stream) {
+  std::string error = text_of(cudaErrorInvalidValue);
+  const auto launch_format = [&](const auto& format) {
+    with_type<float, __nv_bfloat16, __half>(
+        dtype, [&](auto type) { error = launch<typename decltype(type)::type>(format, stream); });
+  };
+  std::visit(launch_format, params);
+  return error;
 }
 
 }  // namespace lora_ext::cuda

@@ -31,72 +31,12 @@ std::string too_old(int version) {
          "reinstall lora_ext with a toolkit of " + text_of_version(version) + " or older";
 }
 
-}  // namespace
-
-std::string text_of(cudaError_t error) {
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();
-  const std::string text = cudaGetErrorString(error);
-  const int version = driver_version();
-  if (version == 0 || version >= CUDART_VERSION) return text;
-  return text + " (the driver takes CUDA " + text_of_version(version) + ", " + too_old(version) +
-         ")";
-}
-
-std::string driver() {
-  const int version = driver_version();
-  if (version == 0) return "none";
-  if (version >= CUDART_VERSION) return text_of_version(version);
-  return text_of_version(version) + ", " + too_old(version);
-}
-
-namespace {
-
 // Defined by setup.py; without it, kernels with wgmma are empty on every card.
 #ifdef LORA_EXT_WITH_SM90A
 constexpr bool kHasSm90aCode = true;
 #else
 constexpr bool kHasSm90aCode = false;
 #endif
-
-}  // namespace
-
-bool is_built() { return true; }
-bool has_kernels(bool is_cuda) { return is_cuda; }
-
-plan::Card card_of(int device) {
-  plan::Card card{};
-  cudaDeviceProp properties{};
-  card.error = text_of(cudaGetDeviceProperties(&properties, device));
-  if (!card.error.empty()) return card;
-  card.arch = 10 * properties.major + properties.minor;
-  card.sms = properties.multiProcessorCount;
-  card.shared_per_sm = static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
-  card.shared_per_block = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
-  card.name = properties.name;
-  card.tensor_maps = has_tensor_maps();
-  card.sm90a_code = kHasSm90aCode;
-  return card;
-}
-
-bool is_capturing(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  return !text_of(error).empty() || status != cudaStreamCaptureStatusNone;
-}
-
-std::optional<uint64_t> stream_id(void* stream) {
-  unsigned long long id = 0;
-  const cudaError_t error = cudaStreamGetId(static_cast<cudaStream_t>(stream), &id);
-  return text_of(error).empty() ? std::optional<uint64_t>(id) : std::nullopt;
-}
-
-std::string clear(int32_t* numbers, int64_t count, void* stream) {
-  return text_of(cudaMemsetAsync(numbers, 0, static_cast<size_t>(count) * sizeof *numbers,
-                                 static_cast<cudaStream_t>(stream)));
-}
-
-namespace {
 
 // A query would invalidate a capture that another thread has begun in the global mode, which is
 // torch's default, although it has nothing to do with this stream.
@@ -110,37 +50,6 @@ class BesideCaptures {
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the previous mode
 };
-
-}  // namespace
-
-// Polls, since a wait in the driver cannot be aborted.
-std::optional<std::string> wait(void* stream, double seconds) {
-  using Clock = std::chrono::steady_clock;
-  const BesideCaptures beside;
-  cudaEvent_t done = nullptr;
-  cudaError_t error = cudaEventCreateWithFlags(&done, cudaEventDisableTiming);
-  if (error != cudaSuccess) return text_of(error);
-  error = cudaEventRecord(done, static_cast<cudaStream_t>(stream));
-  const Clock::time_point start = Clock::now();
-  bool ended = true;
-  while (error == cudaSuccess) {
-    error = cudaEventQuery(done);
-    if (error != cudaErrorNotReady) break;
-    cudaGetLastError();  // clears "not ready", which is no error
-    error = cudaSuccess;
-    if (std::chrono::duration<double>(Clock::now() - start).count() > seconds) {
-      ended = false;
-      break;
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
-  }
-  const std::string text = text_of(error);
-  cudaEventDestroy(done);
-  if (!ended) return std::nullopt;
-  return text;
-}
-
-namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -186,6 +95,85 @@ struct Hash {
 };
 
 }  // namespace
+
+std::string text_of(cudaError_t error) {
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  const std::string text = cudaGetErrorString(error);
+  const int version = driver_version();
+  if (version == 0 || version >= CUDART_VERSION) return text;
+  return text + " (the driver takes CUDA " + text_of_version(version) + ", " + too_old(version) +
+         ")";
+}
+
+std::string driver() {
+  const int version = driver_version();
+  if (version == 0) return "none";
+  if (version >= CUDART_VERSION) return text_of_version(version);
+  return text_of_version(version) + ", " + too_old(version);
+}
+
+bool is_built() { return true; }
+bool has_kernels(bool is_cuda) { return is_cuda; }
+
+plan::Card card_of(int device) {
+  plan::Card card{};
+  cudaDeviceProp properties{};
+  card.error = text_of(cudaGetDeviceProperties(&properties, device));
+  if (!card.error.empty()) return card;
+  card.arch = 10 * properties.major + properties.minor;
+  card.sms = properties.multiProcessorCount;
+  card.shared_per_sm = static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
+  card.shared_per_block = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+  card.name = properties.name;
+  card.tensor_maps = has_tensor_maps();
+  card.sm90a_code = kHasSm90aCode;
+  return card;
+}
+
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  return !text_of(error).empty() || status != cudaStreamCaptureStatusNone;
+}
+
+std::optional<uint64_t> stream_id(void* stream) {
+  unsigned long long id = 0;
+  const cudaError_t error = cudaStreamGetId(static_cast<cudaStream_t>(stream), &id);
+  return text_of(error).empty() ? std::optional<uint64_t>(id) : std::nullopt;
+}
+
+std::string clear(int32_t* numbers, int64_t count, void* stream) {
+  return text_of(cudaMemsetAsync(numbers, 0, static_cast<size_t>(count) * sizeof *numbers,
+                                 static_cast<cudaStream_t>(stream)));
+}
+
+// Polls, since a wait in the driver cannot be aborted.
+std::optional<std::string> wait(void* stream, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const BesideCaptures beside;
+  cudaEvent_t done = nullptr;
+  cudaError_t error = cudaEventCreateWithFlags(&done, cudaEventDisableTiming);
+  if (error != cudaSuccess) return text_of(error);
+  error = cudaEventRecord(done, static_cast<cudaStream_t>(stream));
+  const Clock::time_point start = Clock::now();
+  bool ended = true;
+  while (error == cudaSuccess) {
+    error = cudaEventQuery(done);
+    if (error != cudaErrorNotReady) break;
+    cudaGetLastError();  // clears "not ready", which is no error
+    error = cudaSuccess;
+    if (std::chrono::duration<double>(Clock::now() - start).count() > seconds) {
+      ended = false;
+      break;
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  const std::string text = text_of(error);
+  cudaEventDestroy(done);
+  if (!ended) return std::nullopt;
+  return text;
+}
 
 bool has_tensor_maps() { return encode_function() != nullptr; }
 

@@ -1,11 +1,16 @@
-// What launches need of CUDA besides launching: errors as text, and tensor maps of row-major
-// matrices, which the driver encodes. device.cu defines them.
+// What launches need of CUDA besides launching: the types of dtypes, errors as text, and tensor
+// maps of row-major matrices, which the driver encodes. device.cu defines the functions.
 #pragma once
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
+
+#include "common/dtype.h"
 
 namespace lora_ext::cuda {
 
@@ -13,6 +18,24 @@ namespace lora_ext::cuda {
 // than the runtime of this build. Clears the error: otherwise the next caller to query it, torch or
 // this library, would report it for its own call.
 std::string text_of(cudaError_t error);
+
+template <class T>
+constexpr Dtype kDtypeOf = Dtype::kFloat32;
+template <>
+inline constexpr Dtype kDtypeOf<double> = Dtype::kFloat64;
+template <>
+inline constexpr Dtype kDtypeOf<__nv_bfloat16> = Dtype::kBFloat16;
+template <>
+inline constexpr Dtype kDtypeOf<__half> = Dtype::kFloat16;
+template <>
+inline constexpr Dtype kDtypeOf<bool> = Dtype::kBool;
+
+// Calls call(std::type_identity<T>()) for the one of Types that has a dtype, and returns whether
+// one has.
+template <class... Types, class Call>
+bool with_type(Dtype dtype, const Call& call) {
+  return ((kDtypeOf<Types> == dtype && (call(std::type_identity<Types>()), true)) || ...);
+}
 
 struct TensorMapKey {
   const void* data;

@@ -8,6 +8,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "common/philox.h"
 #include "kernels/dropout.h"
 #include "kernels/launch/driver.h"
@@ -16,17 +18,8 @@ namespace lora_ext::cuda {
 namespace {
 
 template <class T>
-struct Accumulate {
-  using Type = float;
-};
-template <>
-struct Accumulate<double> {
-  using Type = double;
-};
-
-template <class T>
 __device__ void write(const DropoutParams& params, int64_t m, int64_t c, bool kept) {
-  using Sum = typename Accumulate<T>::Type;
+  using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const T x = static_cast<const T*>(params.x)[m * params.x_pitch + c];
   const Sum value = static_cast<Sum>(x) * static_cast<Sum>(params.keep_scale);
   static_cast<T*>(params.out)[m * params.out_pitch + c] = static_cast<T>(kept ? value : Sum{0});
@@ -78,20 +71,11 @@ std::string launch(const DropoutParams& params, void* stream) {
 
 }  // namespace
 
-std::string launch_dropout(Element element, const DropoutParams& params, void* stream) {
-  switch (element) {
-    case Element::kFloat64:
-      return launch<double>(params, stream);
-    case Element::kFloat32:
-      return launch<float>(params, stream);
-    case Element::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-    case Element::kFloat16:
-      return launch<__half>(params, stream);
-    case Element::kBool:
-      return launch<bool>(params, stream);
-  }
-  return text_of(cudaErrorInvalidValue);
+std::string launch_dropout(Dtype dtype, const DropoutParams& params, void* stream) {
+  std::string error = text_of(cudaErrorInvalidValue);
+  with_type<double, float, __nv_bfloat16, __half, bool>(
+      dtype, [&](auto type) { error = launch<typename decltype(type)::type>(params, stream); });
+  return error;
 }
 
 }  // namespace lora_ext::cuda

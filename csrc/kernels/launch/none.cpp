@@ -25,21 +25,18 @@ std::optional<uint64_t> stream_id(void*) { return std::nullopt; }
 std::string clear(int32_t*, int64_t, void*) { return kNone; }
 std::optional<std::string> wait(void*, double) { return kNone; }
 
-std::string launch_forward(Half, const plan::Plan&, const kernel::LoraLinearForward&, void*) {
+template <class Operands>
+std::string launch_lora(Dtype, const plan::Plan&, const Operands&, void*) {
   return kNone;
 }
-std::string launch_backward(Half, const plan::Plan&, const kernel::LoraLinearBackward&, void*) {
-  return kNone;
-}
-std::string launch_grouped_forward(Half, const plan::Plan&, const kernel::LoraGroupedForward&,
-                                   void*) {
-  return kNone;
-}
-std::string launch_grouped_backward(Half, const plan::Plan&, const kernel::LoraGroupedBackward&,
-                                    void*) {
-  return kNone;
-}
-std::string launch_dropout(Element, const DropoutParams&, void*) { return kNone; }
-std::string launch_dequantize(Floating, const kernel::DequantizeParams&, void*) { return kNone; }
+template std::string launch_lora(Dtype, const plan::Plan&, const kernel::LoraLinearForward&, void*);
+template std::string launch_lora(Dtype, const plan::Plan&, const kernel::LoraLinearBackward&,
+                                 void*);
+template std::string launch_lora(Dtype, const plan::Plan&, const kernel::LoraGroupedForward&,
+                                 void*);
+template std::string launch_lora(Dtype, const plan::Plan&, const kernel::LoraGroupedBackward&,
+                                 void*);
+std::string launch_dropout(Dtype, const DropoutParams&, void*) { return kNone; }
+std::string launch_dequantize(Dtype, const kernel::DequantizeParams&, void*) { return kNone; }
 
 }  // namespace lora_ext::cuda

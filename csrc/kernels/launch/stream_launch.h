@@ -10,7 +10,7 @@
 
 #include "kernels/gemm/sm90a/launch.h"
 #include "kernels/launch/driver.h"
-#include "kernels/tile/element.h"
+#include "kernels/tile/copy.h"
 
 namespace lora_ext::cuda {
 
@@ -41,10 +41,10 @@ class StreamLaunch {
 
   // Launches in clusters, as kernels/gemm/sm90a/launch.h describes.
   template <class... Params>
-  void operator()(void (*kernel)(Params...), const kernel::Sm90aLaunch& how,
+  void operator()(void (*kernel)(Params...), const kernel::Sm90aLaunch& config,
                   const Params&... params) {
     if (error_ != cudaSuccess) return;
-    ClusterConfiguration configuration(how, stream_);
+    ClusterConfiguration configuration(config, stream_);
     error_ = cudaLaunchKernelEx(&configuration.launch, kernel, params...);
   }
 
@@ -61,18 +61,18 @@ class StreamLaunch {
   // Number of clusters resident at a time, at least 1, so that a grid is never empty. The SMs of a
   // cluster must be neighbours; only the driver knows how many such groups there are.
   template <class Kernel>
-  int64_t clusters(Kernel kernel, const kernel::Sm90aLaunch& how) {
+  int64_t clusters(Kernel kernel, const kernel::Sm90aLaunch& config) {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, int> known;
     const auto* function = reinterpret_cast<const void*>(kernel);
     int device = 0;
     note(cudaGetDevice(&device));
-    note(allow_shared(function, how.shared_bytes));
+    note(allow_shared(function, config.shared_bytes));
     if (error_ != cudaSuccess) return 1;
     const std::lock_guard lock(mutex);
     int& most = known[{function, device}];
     if (most == 0) {
-      ClusterConfiguration configuration(how, stream_);
+      ClusterConfiguration configuration(config, stream_);
       note(cudaOccupancyMaxActiveClusters(&most, function, &configuration.launch));
     }
     return most > 0 ? most : 1;
@@ -86,13 +86,13 @@ class StreamLaunch {
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t launch = {};
 
-    ClusterConfiguration(const kernel::Sm90aLaunch& how, cudaStream_t stream) {
+    ClusterConfiguration(const kernel::Sm90aLaunch& config, cudaStream_t stream) {
       attributes[0].id = cudaLaunchAttributeClusterDimension;
-      attributes[0].val.clusterDim = {how.cluster.x, how.cluster.y, how.cluster.z};
+      attributes[0].val.clusterDim = {config.cluster.x, config.cluster.y, config.cluster.z};
       attributes[1] = programmatic();
-      launch.gridDim = how.grid, launch.blockDim = dim3(how.threads);
-      launch.dynamicSmemBytes = how.shared_bytes, launch.stream = stream;
-      launch.attrs = attributes, launch.numAttrs = how.dependent ? 2 : 1;
+      launch.gridDim = config.grid, launch.blockDim = dim3(config.threads);
+      launch.dynamicSmemBytes = config.shared_bytes, launch.stream = stream;
+      launch.attrs = attributes, launch.numAttrs = config.dependent ? 2 : 1;
     }
     ClusterConfiguration(const ClusterConfiguration&) = delete;
     ClusterConfiguration& operator=(const ClusterConfiguration&) = delete;

@@ -35,9 +35,8 @@ struct DecodeShares {
     return {count / blocks, count % blocks, blocks};
   }
 
-  LORA_EXT_HOST_DEVICE int chunks() const {
-    return (steps + kChunk - 1) / kChunk;
-  }  // of a tile of S
+  // Of a tile of S.
+  LORA_EXT_HOST_DEVICE int chunks() const { return (steps + kChunk - 1) / kChunk; }
   LORA_EXT_HOST_DEVICE int all_chunks() const { return s_tiles * chunks(); }
   LORA_EXT_HOST_DEVICE int units() const { return tiles * steps; }
   LORA_EXT_HOST_DEVICE int first_chunk(int block) const {

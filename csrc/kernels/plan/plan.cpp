@@ -74,16 +74,6 @@ Plan predicted_best(const Card& card, const Problem& p, const Request& request) 
   return best;
 }
 
-}  // namespace
-
-Plan make_plan(const Card& card, const Problem& p, const Request& request) {
-  if (request.choice != Choice::kAuto) return as_asked(card, p, request);
-  Plan library = choose_kernels(card, p, request);
-  return library.has_kernels() ? predicted_best(card, p, request) : library;
-}
-
-namespace {
-
 std::string number(int64_t count, const char* of) { return std::to_string(count) + " " + of; }
 
 std::string describe_gemm(const Tiled& plan, const char* kernel) {
@@ -154,6 +144,12 @@ std::string describe_decode(const Decode& plan) {
 }
 
 }  // namespace
+
+Plan make_plan(const Card& card, const Problem& p, const Request& request) {
+  if (request.choice != Choice::kAuto) return as_asked(card, p, request);
+  Plan library = choose_kernels(card, p, request);
+  return library.has_kernels() ? predicted_best(card, p, request) : library;
+}
 
 // "library 12 us, hybrid 11 us"; routes that were left out are not listed.
 std::string Predicted::describe() const {

@@ -11,6 +11,7 @@
 //     autotune_cache.cpp    the autotune cache, which has priority over a prediction
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
@@ -75,6 +76,14 @@ constexpr int64_t kGroupedEntryBytes = 40, kGroupedSegmentBytes = 20, kGroupedPi
 
 // Tables of many adapters, defined in lora_grouped.h.
 struct Tables {
+  // Upper bounds of the numbers of pieces of `rows` rows, which never span segments, and of partial
+  // sums of segments with several pieces: one with `count` rows, more than `rows`, has at most
+  // 2 (count / rows).
+  static constexpr int64_t pieces_of(int64_t m, int64_t groups, int64_t rows) {
+    return (m + rows - 1) / rows + std::min(groups, m);
+  }
+  static constexpr int64_t slots_of(int64_t m, int64_t rows) { return 2 * (m / rows); }
+
   int piece_rows;  // rows of one partial sum of the gradients
   int tile_count, piece_count, slots;
   // Byte offsets.

@@ -37,18 +37,6 @@ constexpr double kShareOfDram = 2.5;
 constexpr double kL2Share = 1.75;
 constexpr double kEndsUs = 1.5, kRoundUs = 0.5;
 
-// Waves of tiles, or of pairs of tiles on pairs of SMs; and how full the last one is.
-struct Waves {
-  int64_t whole, workers, tiles;
-  int64_t idle() const { return whole * workers - tiles; }
-};
-Waves waves_of(const Card& card, const TileFacts& tile, const Problem& p) {
-  const int64_t together = tile.wgmma ? 2 : 1;
-  const int64_t workers = std::max<int64_t>(1, card.sms / together);
-  const int64_t tiles = blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
-  return {blocks_of(tiles, workers), workers, tiles};
-}
-
 // Passes over m x k or m x n elements in our skinny kernels, whose columns are rounded up to 64.
 Launch skinny(const Card& card, const char* name, double bytes, double elements, int columns,
               double of_tensor_rate, double draws = 0.0) {
@@ -80,7 +68,7 @@ double wait_for_t(const FusedShrink& fused_shrink, const Waves& waves, bool mask
 Launch low_rank_gemm(const Card& card, const Problem& p, const Tiled& plan, double factors) {
   const double y = area(p.m, p.columns());
   const double onto = plan.base == Base::kGiven && !p.backward ? element_bytes(p) * y : 0.0;
-  const MainLoopRate& rate = main_loops_of(card).tiles[static_cast<int>(Tile::k128x64)];
+  const MainLoopRate& rate = on(card, kTileRates[static_cast<int>(Tile::k128x64)]);
   return skinny(card, "lora_gemm", element_bytes(p) * y + factors + onto, y, plan.columns,
                 rate.plain, p.masked_product() ? kDrawFlop : 0.0);
 }
@@ -133,7 +121,7 @@ Launches tiled_forward(const Card& card, const Problem& p, const Tiled& plan) {
     const double sums = t_sum_bytes(p, plan);
     const double bytes = element_bytes(p) * (area(p.m, p.k) + area(p.rank, p.k)) + sums;
     launches.add(skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns,
-                        rate_of(main_loops_of(card).shrink, p.dropout)));
+                        rate_of(on(card, kShrinkRate), p.dropout)));
     launches.add("lora_reduce", sums + area(p.m, plan.columns) * (element_bytes(p) + kFloat));
   }
   launches.add(lora_gemm(card, p, plan));
@@ -149,7 +137,7 @@ Launch wgrad_launch(const Card& card, const Problem& p, const Tiled& plan) {
     const double sums = kFloat * splits * area(plan.columns, columns);
     const Launch one =
         skinny(card, "", element_bytes(p) * area(p.m, columns) + t + sums, area(p.m, columns),
-               plan.columns, rate_of(main_loops_of(card).wgrad, masked));
+               plan.columns, rate_of(on(card, kWgradRate), masked));
     wgrad.bytes += one.bytes, wgrad.flop += one.flop;
   };
   if (plan.dlora_a.splits > 0) add(p.k, plan.dlora_a.splits, p.dropout);
@@ -184,12 +172,12 @@ Launches tiled_backward(const Card& card, const Problem& p, const Tiled& plan) {
     launches.add("lora_split", area(p.m, p.rank) * kFloat + t + adapters);
   }
   if (plan.one_pass()) {
-    const double rate = main_loops_of(card).dsdb[plan.columns > 16];
+    const double rate = on(card, kDsdbRate[plan.columns > 16]);
     const double flop = 4.0 * dy * plan.columns / share_on_mma(card, rate);
     launches.add("lora_dsdb", element_bytes(p) * dy + t + sums + sums_b, flop);
   } else if (plan.shrink.splits > 0) {
     launches.add(skinny(card, "lora_shrink", element_bytes(p) * dy + sums, dy, plan.columns,
-                        main_loops_of(card).shrink.plain));
+                        on(card, kShrinkRate).plain));
   }
   if (plan.fused_shrink) launches.add("flags", 0.0);
   if (plan.z != kNone) launches.add("lora_reduce", sums + t);
@@ -250,6 +238,13 @@ double us_of_many(const Card& card, const Problem& p, const Tiled& plan) {
 }
 
 }  // namespace
+
+Waves waves_of(const Card& card, const TileFacts& tile, const Problem& p) {
+  const int64_t together = tile.wgmma ? 2 : 1;
+  const int64_t workers = std::max<int64_t>(1, card.sms / together);
+  const int64_t tiles = blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
+  return {blocks_of(tiles, workers), workers, tiles};
+}
 
 double tiles_flop(const Card& card, const TileFacts& tile, const Problem& p) {
   const Waves waves = waves_of(card, tile, p);

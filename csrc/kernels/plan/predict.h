@@ -44,7 +44,13 @@ class Launches {
   int count_ = 0;
 };
 
-// lora_gemm's tiles over Y or dX; flop as in Launch.
+// Waves of lora_gemm's tiles over Y or dX; with wgmma of pairs of tiles, on pairs of SMs.
+struct Waves {
+  int64_t whole, workers, tiles;
+  int64_t idle() const { return whole * workers - tiles; }  // workers without one of the last tiles
+};
+Waves waves_of(const Card& card, const TileFacts& tile, const Problem& problem);
+// flop as in Launch.
 double tiles_flop(const Card& card, const TileFacts& tile, const Problem& problem);
 
 // The launches of a plan on any route; for many adapters only those that one adapter has, too.

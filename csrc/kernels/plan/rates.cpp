@@ -31,8 +31,8 @@ const Generation& generation_of(const Card& card) {
   return *found;
 }
 
-static_assert(std::size(kMainLoopsOnA100.tiles) == static_cast<size_t>(Tile::kDecode));
-static_assert(std::size(kMainLoopsOnA100.decode_us) == std::size(kDecodeTiles));
+static_assert(std::size(kTileRates) == static_cast<size_t>(Tile::kDecode));
+static_assert(std::size(kDecodeUs) == std::size(kDecodeTiles));
 
 }  // namespace
 
@@ -48,26 +48,20 @@ double microseconds(const Launch& launch, const Sustained& rates) {
   return std::max(products, copies) + static_cast<double>(launch.times) * rates.gap_us;
 }
 
-const MainLoopRates& main_loops_of(const Card& card) {
-  if (card.arch >= 90 && card.arch < 120) return kMainLoopsOnH100;
-  return two_blocks_fit(card) ? kMainLoopsOnA100 : kMainLoopsOnL40S;
-}
-
 double share_on_mma(const Card& card, double of_tensor_rate) {
-  return of_tensor_rate / main_loops_of(card).library * generation_of(card).mma_share;
+  return of_tensor_rate / on(card, kLibraryRate) * generation_of(card).mma_share;
 }
 
 double main_loop_share(const Card& card, const TileFacts& tile, bool masked) {
   if (tile.tile == Tile::kDecode) return 0.0;  // see decode_step_us
-  const MainLoopRates& rates = main_loops_of(card);
-  const double rate = rate_of(rates.tiles[static_cast<int>(tile.tile)], masked);
-  return tile.wgmma ? rate / rates.library : share_on_mma(card, rate);
+  const double rate = rate_of(on(card, kTileRates[static_cast<int>(tile.tile)]), masked);
+  return tile.wgmma ? rate / on(card, kLibraryRate) : share_on_mma(card, rate);
 }
 
 double decode_step_us(const Card& card, const DecodeTile& tile) {
   size_t at = 0;
   while (kDecodeTiles[at].batch != tile.batch) ++at;
-  return main_loops_of(card).decode_us[at];
+  return on(card, kDecodeUs[at]);
 }
 
 }  // namespace lora_ext::plan

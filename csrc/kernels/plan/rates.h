@@ -12,64 +12,34 @@ namespace lora_ext::plan {
 struct MainLoopRate {
   double plain, masked;
 };
-// The rates on one card: of the library's kernels, of those of kTiles, in its order, and of the
-// skinny kernels, lora_dsdb's for 16 and for 32 columns; and microseconds of a step of lora_decode,
-// for all blocks that an SM has, for each of kDecodeTiles.
-struct MainLoopRates {
-  double library;
-  MainLoopRate tiles[6];
-  MainLoopRate shrink, wgrad;
-  double dsdb[2];
-  double decode_us[4];
-};
 
-constexpr MainLoopRates kMainLoopsOnA100 = {
-    0.942,
-    {
-        {0.913, 0.870},  // 128 x 128
-        {0.824, 0.816},  // deep 128 x 128
-        {0.734, 0.754},  // 128 x 64
-        {0.000, 0.000},  // fused-shrink 128 x 256
-        {0.000, 0.000},  // wgmma 128 x 256
-        {0.000, 0.000},  // pingpong 128 x 192
-    },
-    {0.494, 0.324},  // lora_shrink
-    {0.470, 0.495},  // lora_wgrad
-    {0.198, 0.322},  // lora_dsdb
-    {0.440, 0.510, 0.667, 0.977},
-};
+// The rates of main loops on the cards that were counted: A100, L40S, H100. Any other card has
+// those of one of them: 10.x, whose mma.sync was not counted, as 9.0; others by shared memory.
+template <class Rate>
+using OnCards = Rate[3];
+template <class Rate>
+const Rate& on(const Card& card, const OnCards<Rate>& rates) {
+  if (card.arch >= 90 && card.arch < 120) return rates[2];
+  return rates[two_blocks_fit(card) ? 0 : 1];
+}
 
-constexpr MainLoopRates kMainLoopsOnL40S = {
-    0.942,
-    {
-        {0.640, 0.667},  // 128 x 128
-        {0.936, 0.936},  // deep 128 x 128
-        {0.613, 0.613},  // 128 x 64
-        {0.000, 0.000},  // fused-shrink 128 x 256
-        {0.000, 0.000},  // wgmma 128 x 256
-        {0.000, 0.000},  // pingpong 128 x 192
-    },
-    {0.494, 0.324},  // lora_shrink
-    {0.470, 0.495},  // lora_wgrad
-    {0.198, 0.322},  // lora_dsdb
-    {0.548, 0.271, 0.549, 0.681},
+constexpr OnCards<double> kLibraryRate = {0.942, 0.942, 1.000};
+// In the order of kTiles.
+constexpr OnCards<MainLoopRate> kTileRates[] = {
+    {{0.913, 0.870}, {0.640, 0.667}, {0.785, 0.847}},  // 128 x 128
+    {{0.824, 0.816}, {0.936, 0.936}, {0.821, 0.851}},  // deep 128 x 128
+    {{0.734, 0.754}, {0.613, 0.613}, {0.577, 0.571}},  // 128 x 64
+    {{0.000, 0.000}, {0.000, 0.000}, {1.000, 1.000}},  // fused-shrink 128 x 256
+    {{0.000, 0.000}, {0.000, 0.000}, {1.000, 1.000}},  // wgmma 128 x 256
+    {{0.000, 0.000}, {0.000, 0.000}, {0.923, 0.923}},  // pingpong 128 x 192
 };
-
-constexpr MainLoopRates kMainLoopsOnH100 = {
-    1.000,
-    {
-        {0.785, 0.847},  // 128 x 128
-        {0.821, 0.851},  // deep 128 x 128
-        {0.577, 0.571},  // 128 x 64
-        {1.000, 1.000},  // fused-shrink 128 x 256
-        {1.000, 1.000},  // wgmma 128 x 256
-        {0.923, 0.923},  // pingpong 128 x 192
-    },
-    {0.383, 0.269},  // lora_shrink
-    {0.504, 0.420},  // lora_wgrad
-    {0.204, 0.336},  // lora_dsdb
-    {0.369, 0.418, 0.529, 0.817},
-};
+constexpr OnCards<MainLoopRate> kShrinkRate = {{0.494, 0.324}, {0.494, 0.324}, {0.383, 0.269}};
+constexpr OnCards<MainLoopRate> kWgradRate = {{0.470, 0.495}, {0.470, 0.495}, {0.504, 0.420}};
+// With 16 columns, and with 32.
+constexpr OnCards<double> kDsdbRate[] = {{0.198, 0.198, 0.204}, {0.322, 0.322, 0.336}};
+// Microseconds of a step of lora_decode, for all blocks of an SM, in the order of kDecodeTiles.
+constexpr OnCards<double> kDecodeUs[] = {
+    {0.440, 0.548, 0.369}, {0.510, 0.271, 0.418}, {0.667, 0.549, 0.529}, {0.977, 0.681, 0.817}};
 
 // Rate of the library's half product at 4096 x 4096 x 4096; of a copy, read and written bytes
 // together; time from the end of a kernel to the start of the next, in a graph.
@@ -79,8 +49,6 @@ struct Sustained {
 Sustained sustained_by(const Card& card);
 double microseconds(const Launch& launch, const Sustained& rates);
 
-// Chosen by card: 10.x, whose mma.sync was not counted, as 9.0; others by their shared memory.
-const MainLoopRates& main_loops_of(const Card& card);
 inline double rate_of(const MainLoopRate& rate, bool masked) {
   return masked ? rate.masked : rate.plain;
 }

@@ -17,30 +17,6 @@ bool is_as_deep_as_fits(const TileFacts& tile, const Card& card) {
   return tile.tile != Tile::kDeep128x128 || !two_blocks_fit(card);
 }
 
-}  // namespace
-
-std::optional<Tile> tile_named(const std::string& name) {
-  for (const TileFacts& tile : kTiles)
-    if (name == tile.name) return tile.tile;
-  return std::nullopt;
-}
-
-bool fits(const TileFacts& tile, const Card& card, const Call& call) {
-  return is_as_deep_as_fits(tile, card) && tile.shared <= card.shared_per_block &&
-         (!tile.wgmma || (card.arch == 90 && card.sm90a_code && card.tensor_maps)) &&
-         (!tile.fused_shrink || fits_fused_shrink(call)) &&
-         (tile.tile != Tile::kDecode || (!call.backward && !call.dropout));
-}
-
-std::vector<Tile> tiles_of(const Card& card, const Call& call) {
-  std::vector<Tile> tiles;
-  for (const TileFacts& tile : kTiles)
-    if (fits(tile, card, call)) tiles.push_back(tile.tile);
-  return tiles;
-}
-
-namespace {
-
 constexpr int64_t kMinSteps = 4;  // per split: its pipeline of copies needs two to fill
 
 constexpr int64_t kMaxWgmmaRank = 256, kMaxFusedShrinkRank = 64;
@@ -64,10 +40,14 @@ std::string why_no_wgmma(const Card& card, const Problem& p) {
   return "";
 }
 
-// Number of blocks that have work; wgmma's blocks form pairs along the rows.
-int64_t blocks_with_work(const TileFacts& tile, const Problem& p) {
-  const int64_t together = tile.wgmma ? 2 : 1;
-  return together * blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
+// Number of blocks that have work.
+int64_t blocks_with_work(const Card& card, const TileFacts& tile, const Problem& p) {
+  return (tile.wgmma ? 2 : 1) * waves_of(card, tile, p).tiles;
+}
+
+// Blocks on all SMs at once, by shared memory and by registers.
+int64_t resident_blocks(const Card& card, int64_t shared, int64_t by_registers) {
+  return card.sms * std::clamp<int64_t>(card.shared_per_sm / (shared + 1024), 1, by_registers);
 }
 
 // Masked tiles take T first, so all clusters wait while T is computed: 0.3 of the time of a tile of
@@ -82,7 +62,7 @@ bool masked_t_pays(const Card& card, int64_t m) {
 // tiles than clusters: then all would wait for T.
 bool fused_shrink_pays(const Card& card, const Problem& p) {
   return (!p.dropout || masked_t_pays(card, p.m)) &&
-         blocks_with_work(facts_of(Tile::kFusedShrink128x256), p) > card.sms;
+         blocks_with_work(card, facts_of(Tile::kFusedShrink128x256), p) > card.sms;
 }
 
 // The requested tile, if the card and the call can have it; else the one whose waves are predicted
@@ -112,9 +92,8 @@ const TileFacts& choose_tile(const Card& card, const Problem& p, const Request& 
 
 Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
                  const TileFacts& tile) {
-  const int64_t fit = card.shared_per_sm / (tile.shared + 1024);
-  const int64_t resident = std::clamp<int64_t>(fit, 1, tile.resident);
-  const int64_t blocks = std::min(blocks_with_work(tile, p), card.sms * resident);
+  const int64_t blocks =
+      std::min(blocks_with_work(card, tile, p), resident_blocks(card, tile.shared, tile.resident));
   // As many clusters as are resident, which the driver tells; if some SMs are reserved for other
   // work, no more than fit on the rest.
   const int most = tile.wgmma ? card.sms : std::numeric_limits<int>::max();
@@ -129,9 +108,7 @@ Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
 int choose_pairs_per_ticket(const Card& card, const Problem& p, const TileFacts& tile) {
   constexpr int kMax = 2;
   if (p.dropout) return 1;
-  const int64_t clusters = std::max(1, card.sms / 2), row_pairs = blocks_of(p.m, 2 * tile.rows);
-  const int64_t tiles = row_pairs * blocks_of(p.columns(), tile.columns);
-  const int64_t idle = rounded_up(tiles, clusters) - tiles;
+  const int64_t row_pairs = blocks_of(p.m, 2 * tile.rows), idle = waves_of(card, tile, p).idle();
   if (row_pairs <= idle) return 1;
   return blocks_of(row_pairs, kMax) <= idle ? kMax : 1;
 }
@@ -183,9 +160,10 @@ void choose_tables(Tiled& plan, const Card& card, const Problem& p) {
     if (p.need_dlora_a) plan.dlora_a = pieces;
     if (p.need_dlora_b) plan.dlora_b = pieces;
   }
-  tables.tile_count = static_cast<int>(blocks_of(p.m, kGroupedTileRows) + p.adapters());
-  tables.piece_count = static_cast<int>(blocks_of(p.m, tables.piece_rows) + p.adapters());
-  tables.slots = static_cast<int>(2 * (p.m / tables.piece_rows));
+  const int64_t rows = tables.piece_rows, groups = p.groups->count;
+  tables.tile_count = static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedTileRows));
+  tables.piece_count = static_cast<int>(Tables::pieces_of(p.m, groups, rows));
+  tables.slots = static_cast<int>(Tables::slots_of(p.m, rows));
 }
 
 void choose_tiled(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
@@ -200,16 +178,35 @@ void choose_tiled(Tiled& plan, const Card& card, const Problem& p, const Request
 
 void choose_decode(Decode& plan, const Card& card, const Problem& p, const Request& request) {
   const DecodeTile& tile = decode_tile_for(p.m);
-  const int64_t resident =
-      std::clamp<int64_t>(card.shared_per_sm / (tile.shared + 1024), 1, tile.resident);
   plan.blocks = 1;
   const int64_t units = shares_of(plan, p).units();
   const int64_t wanted = std::max<int64_t>(1, units / DecodeShares::kMinUnits);
-  const auto blocks = static_cast<int>(std::min(wanted, card.sms * resident));
+  const auto blocks =
+      static_cast<int>(std::min(wanted, resident_blocks(card, tile.shared, tile.resident)));
   plan.blocks = std::min(blocks, request.max_blocks);
 }
 
 }  // namespace
+
+std::optional<Tile> tile_named(const std::string& name) {
+  for (const TileFacts& tile : kTiles)
+    if (name == tile.name) return tile.tile;
+  return std::nullopt;
+}
+
+bool fits(const TileFacts& tile, const Card& card, const Call& call) {
+  return is_as_deep_as_fits(tile, card) && tile.shared <= card.shared_per_block &&
+         (!tile.wgmma || (card.arch == 90 && card.sm90a_code && card.tensor_maps)) &&
+         (!tile.fused_shrink || fits_fused_shrink(call)) &&
+         (tile.tile != Tile::kDecode || (!call.backward && !call.dropout));
+}
+
+std::vector<Tile> tiles_of(const Card& card, const Call& call) {
+  std::vector<Tile> tiles;
+  for (const TileFacts& tile : kTiles)
+    if (fits(tile, card, call)) tiles.push_back(tile.tile);
+  return tiles;
+}
 
 void choose_tiles(Plan& plan, const Card& card, const Problem& p, const Request& request) {
   if (auto* tiled = std::get_if<Tiled>(&plan.sequence)) choose_tiled(*tiled, card, p, request);

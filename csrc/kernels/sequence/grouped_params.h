@@ -1,8 +1,6 @@
 // Parameters of each kernel of the LoRA linear with many adapters, from a plan (plan::Tiled), the
 // operands, and the tables and intermediates in the workspace.
 #pragma once
-#include <algorithm>
-
 #include "kernels/grouped/gemm.h"
 #include "kernels/grouped/segments.h"
 #include "kernels/grouped/shrink.h"
@@ -76,15 +74,15 @@ class LoraGroupedParams {
   LoraGroupedWgradParams<T> wgrad(const LoraGroupedBackward& g) const {
     LoraGroupedWgradParams<T> params{};
     const auto product = [&](const void* p, int64_t pitch, int64_t u, int64_t c, int64_t partial) {
-      return LoraGroupedWgradProduct<T>{
-          static_cast<const T*>(p),
-          at<T>(u),
-          at<float>(partial),
-          pitch,
-          plan_.columns,
-          static_cast<int>(c),
-          static_cast<int>((c + LoraWgradTile::kC - 1) / LoraWgradTile::kC),
-          false};
+      const auto c_tiles = static_cast<int>((c + LoraWgradTile::kC - 1) / LoraWgradTile::kC);
+      return LoraGroupedWgradProduct<T>{static_cast<const T*>(p),
+                                        at<T>(u),
+                                        at<float>(partial),
+                                        pitch,
+                                        plan_.columns,
+                                        static_cast<int>(c),
+                                        c_tiles,
+                                        false};
     };
     if (g.need_da) params.product[0] = product(o_.x, o_.x_pitch, plan_.t, o_.k, plan_.g_a);
     if (g.need_db) params.product[1] = product(g.dy, g.dy_pitch, plan_.s, o_.n, plan_.g_b);
@@ -121,16 +119,15 @@ class LoraGroupedParams {
     return gradients;
   }
   LoraGroupedTables tables() const {
-    return {at<int>(tables_.order),
-            at<LoraGroupedSegment>(tables_.segments),
-            at<int>(tables_.first),
-            at<LoraGroupedPiece>(tables_.tiles),
-            at<LoraGroupedPiece>(tables_.pieces),
-            at<LoraGroupedSum>(tables_.sums),
-            at<int>(tables_.counts),
-            tables_.piece_rows,
-            tables_.tile_count,
-            tables_.piece_count};
+    LoraGroupedTables tables{};
+    tables.order = at<int>(tables_.order), tables.first = at<int>(tables_.first);
+    tables.segments = at<LoraGroupedSegment>(tables_.segments);
+    tables.tiles = at<LoraGroupedPiece>(tables_.tiles);
+    tables.pieces = at<LoraGroupedPiece>(tables_.pieces);
+    tables.sums = at<LoraGroupedSum>(tables_.sums), tables.counts = at<int>(tables_.counts);
+    tables.piece_rows = tables_.piece_rows, tables.tile_count = tables_.tile_count;
+    tables.piece_count = tables_.piece_count;
+    return tables;
   }
 
   LoraGroupedShrinkParams<T> shrink_of(const void* x, int64_t pitch, int64_t k) const {

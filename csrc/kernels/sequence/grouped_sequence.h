@@ -61,8 +61,6 @@ class LoraGroupedSequence {
   }
 
  private:
-  static constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
-
   static unsigned blocks_of(int64_t count, int64_t size) {
     return static_cast<unsigned>((count + size - 1) / size);
   }
@@ -85,18 +83,12 @@ class LoraGroupedSequence {
     const dim3 grid(static_cast<unsigned>(plan_.tables->tile_count),
                     blocks_of(params.z_pitch, Tile::kN),
                     static_cast<unsigned>(plan_.shrink.splits));
-    const auto run = [&](auto kernel) {
-      launch_(kernel, grid, Tile::kThreads, Tile::kSlabs, params);
-    };
-    const bool vector = plan_.vector;
-    if constexpr (!kMNMajor) {
-      if (masked) {
-        return vector ? run(lora_grouped_shrink_sm80<T, F, kMNMajor, true, kV>)
-                      : run(lora_grouped_shrink_sm80<T, F, kMNMajor, true, kE>);
-      }
-    }
-    return vector ? run(lora_grouped_shrink_sm80<T, F, kMNMajor, false, kV>)
-                  : run(lora_grouped_shrink_sm80<T, F, kMNMajor, false, kE>);
+    constexpr bool kMaybeMasked = !kMNMajor;  // X may be, dY is not
+    with_alignment(plan_.vector, [&](auto alignment) {
+      launch_(masked ? lora_grouped_shrink_sm80<T, F, kMNMajor, kMaybeMasked, alignment>
+                     : lora_grouped_shrink_sm80<T, F, kMNMajor, false, alignment>,
+              grid, Tile::kThreads, Tile::kSlabs, params);
+    });
   }
 
   void reduce(const LoraGroupedReduceParams<T>& params) {
@@ -120,21 +112,15 @@ class LoraGroupedSequence {
   void wgrad(const LoraGroupedBackward& g) {
     using Tile = LoraWgradTile;
     const LoraGroupedWgradParams<T> params = params_.wgrad(g);
-    constexpr int kColumns = LoraGroupedWgradSm80<T, F, false, kV>::kColumns;
+    constexpr int kColumns = LoraGroupedWgradSm80<T, F, false, Alignment::kVector>::kColumns;
     const int c_tiles = params.product[0].c_tiles + params.product[1].c_tiles;
     const dim3 grid(static_cast<unsigned>(plan_.tables->piece_count),
                     static_cast<unsigned>(c_tiles), blocks_of(o_.rows.max_rank, kColumns));
-    const auto run = [&](auto kernel) {
-      launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, params);
-    };
-    const bool vector = plan_.vector;
-    if (o_.dropout) {
-      vector ? run(lora_grouped_wgrad_sm80<T, F, true, kV>)
-             : run(lora_grouped_wgrad_sm80<T, F, true, kE>);
-    } else {
-      vector ? run(lora_grouped_wgrad_sm80<T, F, false, kV>)
-             : run(lora_grouped_wgrad_sm80<T, F, false, kE>);
-    }
+    with_alignment(plan_.vector, [&](auto alignment) {
+      launch_(o_.dropout ? lora_grouped_wgrad_sm80<T, F, true, alignment>
+                         : lora_grouped_wgrad_sm80<T, F, false, alignment>,
+              grid, Tile::kThreads, Tile::kSharedBytes, params);
+    });
     // Most adapters have one piece, and nothing to sum.
     constexpr unsigned kBlocks = 16;
     launch_(lora_grouped_reduce_wgrad<T, F>,
@@ -161,7 +147,7 @@ void decode_lora_grouped(const plan::Decode& plan, const LoraGroupedForward& f, 
 
 // Functions as in sequence/linear_sequence.h, so that their kernels are compiled in one place.
 template <class T, class Launch>
-void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedForward& f, Launch& launch) {
+void launch_lora(const plan::Plan& plan, const LoraGroupedForward& f, Launch& launch) {
   if (const plan::Decode* decode = plan.decode())
     return f.float_adapters ? decode_lora_grouped<T, float>(*decode, f, launch)
                             : decode_lora_grouped<T, T>(*decode, f, launch);
@@ -170,7 +156,7 @@ void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedForward& f, La
 }
 
 template <class T, class Launch>
-void launch_lora_grouped(const plan::Plan& plan, const LoraGroupedBackward& g, Launch& launch) {
+void launch_lora(const plan::Plan& plan, const LoraGroupedBackward& g, Launch& launch) {
   g.float_adapters ? LoraGroupedSequence<T, float, Launch>(*plan.tiled(), g, launch).backward(g)
                    : LoraGroupedSequence<T, T, Launch>(*plan.tiled(), g, launch).backward(g);
 }

@@ -29,16 +29,12 @@ class LoraLinearParams {
     Split out;
     const auto add = [&](const Matrix& from, bool in_float, float scale, Halves to, int64_t rows,
                          int64_t columns, int64_t width) {
-      out.params.matrix[out.matrices++] = {from.data,
-                                           {const_cast<T*>(to.hi), const_cast<T*>(to.lo)},
-                                           from.row_stride,
-                                           from.column_stride,
-                                           to.pitch,
-                                           static_cast<int>(rows),
-                                           static_cast<int>(columns),
-                                           static_cast<int>(width),
-                                           in_float,
-                                           scale};
+      auto& matrix = out.params.matrix[out.matrices++];
+      matrix.m = from.data, matrix.in_float = in_float, matrix.scale = scale;
+      matrix.row_stride = from.row_stride, matrix.column_stride = from.column_stride;
+      matrix.halves[0] = const_cast<T*>(to.hi), matrix.halves[1] = const_cast<T*>(to.lo);
+      matrix.pitch = to.pitch, matrix.rows = static_cast<int>(rows);
+      matrix.columns = static_cast<int>(columns), matrix.width = static_cast<int>(width);
       out.max_elements = std::max(out.max_elements, rows * width);
     };
     if (a && plan_.a != plan::kNone)
@@ -160,17 +156,11 @@ class LoraLinearParams {
     ReduceWgrad out;
     const auto add = [&](const plan::Splits& splits, int64_t c, int64_t partial, void* gradient,
                          bool transposed, float scale) {
-      out.params.gradient[out.gradients++] = {at<float>(partial),
-                                              gradient,
-                                              static_cast<int>(c),
-                                              o_.rank,
-                                              splits.splits,
-                                              plan_.terms,
-                                              plan_.columns,
-                                              plan_.width,
-                                              transposed,
-                                              o_.float_adapters,
-                                              scale};
+      LoraReduceGradient& sum = out.params.gradient[out.gradients++];
+      sum.g = at<float>(partial), sum.gradient = gradient, sum.c = static_cast<int>(c);
+      sum.rank = o_.rank, sum.splits = splits.splits, sum.terms = plan_.terms;
+      sum.g_columns = plan_.columns, sum.lo_column = plan_.width;
+      sum.transposed = transposed, sum.in_float = o_.float_adapters, sum.scale = scale;
       out.max_elements = std::max(out.max_elements, c * o_.rank);
     };
     if (g.da != nullptr) add(plan_.dlora_a, o_.k, plan_.g_a, g.da, false, o_.mask.keep_scale);

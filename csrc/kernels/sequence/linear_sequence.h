@@ -94,18 +94,12 @@ class LoraLinearSequence {
     using Tile = LoraShrinkTile;
     const dim3 grid(blocks_of(params.m, Tile::kM), blocks_of(params.columns, Tile::kN),
                     static_cast<unsigned>(plan_.shrink.splits));
-    const auto run = [&](auto kernel) {
-      launch_(kernel, grid, Tile::kThreads, Tile::kSlabs, params);
-    };
-    constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
-    if constexpr (!kMNMajor) {
-      if (masked) {
-        return plan_.vector ? run(lora_shrink_sm80<T, kMNMajor, true, kV>)
-                            : run(lora_shrink_sm80<T, kMNMajor, true, kE>);
-      }
-    }
-    return plan_.vector ? run(lora_shrink_sm80<T, kMNMajor, false, kV>)
-                        : run(lora_shrink_sm80<T, kMNMajor, false, kE>);
+    constexpr bool kMaybeMasked = !kMNMajor;  // X may be, dY is not
+    with_alignment(plan_.vector, [&](auto alignment) {
+      launch_(masked ? lora_shrink_sm80<T, kMNMajor, kMaybeMasked, alignment>
+                     : lora_shrink_sm80<T, kMNMajor, false, alignment>,
+              grid, Tile::kThreads, Tile::kSlabs, params);
+    });
   }
 
   void reduce(const LoraReduceParams<T>& params) {
@@ -149,11 +143,10 @@ class LoraLinearSequence {
     using Tile = LoraDsdbTile<kColumns>;
     const dim3 grid(static_cast<unsigned>(plan_.panels),
                     static_cast<unsigned>(plan_.dlora_b.splits));
-    const auto run = [&](auto kernel) {
-      launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, params);
-    };
-    plan_.vector ? run(lora_dsdb_sm80<T, kColumns, Alignment::kVector>)
-                 : run(lora_dsdb_sm80<T, kColumns, Alignment::kElement>);
+    with_alignment(plan_.vector, [&](auto alignment) {
+      launch_(lora_dsdb_sm80<T, kColumns, alignment>, grid, Tile::kThreads, Tile::kSharedBytes,
+              params);
+    });
   }
 
   void wgrad(const typename Params::Wgrad& wgrad) {
@@ -161,16 +154,11 @@ class LoraLinearSequence {
     using Tile = LoraWgradTile;
     const dim3 grid(blocks_of(wgrad.widest, Tile::kC), blocks_of(plan_.columns, Tile::kColumns),
                     wgrad.splits);
-    const auto run = [&](auto kernel) {
-      launch_(kernel, grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params, plan_.wgrad_uses_pdl);
-    };
-    constexpr Alignment kV = Alignment::kVector, kE = Alignment::kElement;
-    // The masked instance also if only dB is wanted: only that one was checked.
-    if (dropout_) {
-      plan_.vector ? run(lora_wgrad_sm80<T, true, kV>) : run(lora_wgrad_sm80<T, true, kE>);
-    } else {
-      plan_.vector ? run(lora_wgrad_sm80<T, false, kV>) : run(lora_wgrad_sm80<T, false, kE>);
-    }
+    with_alignment(plan_.vector, [&](auto alignment) {
+      // The masked instance also if only dB is wanted: only that one was checked.
+      launch_(dropout_ ? lora_wgrad_sm80<T, true, alignment> : lora_wgrad_sm80<T, false, alignment>,
+              grid, Tile::kThreads, Tile::kSharedBytes, wgrad.params, plan_.wgrad_uses_pdl);
+    });
   }
 
   void reduce_wgrad(const typename Params::ReduceWgrad& sums) {
@@ -188,7 +176,7 @@ class LoraLinearSequence {
 // Functions rather than members of the class: member functions defined in a class are inline, and
 // their kernels would be compiled wherever they are called.
 template <class T, class Launch>
-void launch_lora_linear(const plan::Plan& plan, const LoraLinearForward& f, Launch& launch) {
+void launch_lora(const plan::Plan& plan, const LoraLinearForward& f, Launch& launch) {
   const plan::Decode* decode = plan.decode();
   if (decode == nullptr) return LoraLinearSequence<T, Launch>(*plan.tiled(), f, launch).forward(f);
   const LoraDecodeParams<T> params = lora_decode_params<T>(*decode, f);
@@ -198,7 +186,7 @@ void launch_lora_linear(const plan::Plan& plan, const LoraLinearForward& f, Laun
 }
 
 template <class T, class Launch>
-void launch_lora_linear(const plan::Plan& plan, const LoraLinearBackward& g, Launch& launch) {
+void launch_lora(const plan::Plan& plan, const LoraLinearBackward& g, Launch& launch) {
   LoraLinearSequence<T, Launch>(*plan.tiled(), g, launch).backward(g);
 }
 

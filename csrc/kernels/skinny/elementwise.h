@@ -35,23 +35,24 @@ struct LoraSplitParams {
 // One thread per element.
 template <class T>
 __global__ void __launch_bounds__(256) lora_split(const __grid_constant__ LoraSplitParams<T> p) {
-  const LoraSplitMatrix<T>& what = p.matrix[blockIdx.y];
-  const int64_t count = static_cast<int64_t>(what.rows) * what.width;
+  const LoraSplitMatrix<T>& matrix = p.matrix[blockIdx.y];
+  const int64_t count = static_cast<int64_t>(matrix.rows) * matrix.width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += step) {
-    const int64_t row = i / what.width, column = i % what.width;
+    const int64_t row = i / matrix.width, column = i % matrix.width;
     float value = 0.f;
-    if (column < what.columns) {
-      const int64_t at = row * what.row_stride + column * what.column_stride;
-      if (what.in_float) {
-        value = what.scale * static_cast<const float*>(what.m)[at];
+    if (column < matrix.columns) {
+      const int64_t at = row * matrix.row_stride + column * matrix.column_stride;
+      if (matrix.in_float) {
+        value = matrix.scale * static_cast<const float*>(matrix.m)[at];
       } else {
-        value = what.scale * static_cast<float>(static_cast<const T*>(what.m)[at]);
+        value = matrix.scale * static_cast<float>(static_cast<const T*>(matrix.m)[at]);
       }
     }
-    what.halves[0][row * what.pitch + column] = high_half<T>(value);
-    if (what.halves[1] != nullptr) what.halves[1][row * what.pitch + column] = low_half<T>(value);
+    matrix.halves[0][row * matrix.pitch + column] = high_half<T>(value);
+    if (matrix.halves[1] != nullptr)
+      matrix.halves[1][row * matrix.pitch + column] = low_half<T>(value);
   }
 }
 
@@ -115,21 +116,21 @@ struct LoraReduceWgradParams {
 template <class T>
 __global__ void __launch_bounds__(256)
     lora_reduce_wgrad(const __grid_constant__ LoraReduceWgradParams p) {
-  const LoraReduceGradient& what = p.gradient[blockIdx.y];
-  const int64_t count = static_cast<int64_t>(what.rank) * what.c;
+  const LoraReduceGradient& sum = p.gradient[blockIdx.y];
+  const int64_t count = static_cast<int64_t>(sum.rank) * sum.c;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += step) {
-    const int64_t column = i / what.c, c = i % what.c;
+    const int64_t column = i / sum.c, c = i % sum.c;
     const float value =
-        what.scale * sum_of_splits<T>(what.g + i, what.splits,
-                                      static_cast<int64_t>(what.g_columns) * what.c, what.terms,
-                                      static_cast<int64_t>(what.lo_column) * what.c);
-    const int64_t at = what.transposed ? c * what.rank + column : i;
-    if (what.in_float) {
-      static_cast<float*>(what.gradient)[at] = value;
+        sum.scale * sum_of_splits<T>(sum.g + i, sum.splits,
+                                     static_cast<int64_t>(sum.g_columns) * sum.c, sum.terms,
+                                     static_cast<int64_t>(sum.lo_column) * sum.c);
+    const int64_t at = sum.transposed ? c * sum.rank + column : i;
+    if (sum.in_float) {
+      static_cast<float*>(sum.gradient)[at] = value;
     } else {
-      static_cast<T*>(what.gradient)[at] = rounded<T>(value);
+      static_cast<T*>(sum.gradient)[at] = rounded<T>(value);
     }
   }
 }

@@ -90,7 +90,7 @@ struct LoraWgradMultiply {
       const auto row = [&](int which) {
         return static_cast<uint64_t>(dropout.row_offset + row_of(first + which));
       };
-      if (dropout.in_step()) {
+      if (dropout.aligned_to_draws()) {
         const philox::Words own = philox::draw(seed, row(odd), philox::group_of(at));
 #pragma unroll
         for (int word = 0; word < 4; ++word) {

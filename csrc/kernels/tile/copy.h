@@ -4,22 +4,44 @@
 // are swizzled, so that the eight rows of an ldmatrix are in different banks. Elements outside of
 // the matrix become zero.
 #pragma once
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
-#include "kernels/tile/element.h"
 #include "ptx/memory.h"
 #include "ptx/thread.h"
 
 namespace lora_ext::kernel {
+
+// What copies know of the type of their elements. There are no others than these.
+template <class T, CUtensorMapDataType kType>
+struct ElementOf {
+  static constexpr int kBytes = sizeof(T);
+  static constexpr int kChunk = 16 / kBytes;  // elements of a chunk
+  static constexpr CUtensorMapDataType kTensorMap = kType;
+};
+
+template <class T>
+struct Element;
+template <>
+struct Element<__nv_bfloat16> : ElementOf<__nv_bfloat16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16> {};
+template <>
+struct Element<__half> : ElementOf<__half, CU_TENSOR_MAP_DATA_TYPE_FLOAT16> {};
 
 // What a kernel may assume about addresses, pitches and boundaries.
 enum class Alignment {
   kVector,   // all pointers to 16-bit elements and all pitches are multiples of 16 bytes
   kElement,  // nothing: loads and stores are single elements
 };
+// Calls run(std::integral_constant<Alignment, ...>()).
+template <class Run>
+void with_alignment(bool vector, const Run& run) {
+  vector ? run(std::integral_constant<Alignment, Alignment::kVector>())
+         : run(std::integral_constant<Alignment, Alignment::kElement>());
+}
 
 // Offset of a chunk in a panel. Eight rows of 16-byte chunks c must fall into the eight different
 // 16-byte columns of the 128 bytes of all banks: rows of 8 chunks use c ^ row; shorter rows change

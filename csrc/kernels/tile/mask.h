@@ -3,11 +3,10 @@
 #include <vector_types.h>  // __device__, which is empty for a host compiler
 
 #include "common/philox.h"
-#include "kernels/tile/mask_operand.h"
 
 namespace lora_ext::kernel {
 
-LORA_EXT_HOST_DEVICE bool Mask::in_step() const { return col_offset % 32 == 0; }
+LORA_EXT_HOST_DEVICE bool Mask::aligned_to_draws() const { return col_offset % 32 == 0; }
 
 // The 16 bits that decide one element, in the low half. The word is selected by masks, since an
 // array indexed at run time would be in local memory.
@@ -39,11 +38,11 @@ struct MaskShares {
   __device__ __forceinline__ uint32_t draw(int row, int column) const {
     const auto at_row = static_cast<uint64_t>(mask.row_offset + row);
     const auto at_column = static_cast<uint64_t>(mask.col_offset + column);
-    return mask.in_step() ? draw_in_step(at_row, at_column) : draw_each(at_row, at_column);
+    return mask.aligned_to_draws() ? draw_aligned(at_row, at_column) : draw_each(at_row, at_column);
   }
 
   // If columns are counted from a multiple of 32, one draw decides all elements, in their order.
-  __device__ __forceinline__ uint32_t draw_in_step(uint64_t row, uint64_t column) const {
+  __device__ __forceinline__ uint32_t draw_aligned(uint64_t row, uint64_t column) const {
     const philox::Words words = philox::draw(seed, row, philox::group_of(column));
     uint32_t bits = 0;
 #pragma unroll

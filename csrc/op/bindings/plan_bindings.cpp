@@ -51,9 +51,7 @@ kernel_route::Explained explain_backward(const at::Tensor& x, const at::Tensor& 
 }
 
 void bind_device(py::module& m) {
-  m.def(
-      "cuda_card", [](const at::Device& device) { return kernel_launch::card_of(device); },
-      py::arg("device"));
+  m.def("cuda_card", &kernel_launch::card_of, py::arg("device"));
   m.def("cuda_driver", &cuda::driver);
   py::class_<kernel_route::Explained>(m, "Explained")
       .def_readonly("plan", &kernel_route::Explained::plan)

@@ -51,10 +51,6 @@ double scale_of(const DropoutArgs& dropout) {
   return dropout.enabled() ? dropout.keep_scale() : 1.0;
 }
 
-std::optional<at::Tensor> doubled(const std::optional<at::Tensor>& tensor) {
-  return tensor ? std::optional<at::Tensor>(tensor->to(at::kDouble)) : std::nullopt;
-}
-
 // factor times the root of the sum of the squares of the products that p q sums.
 at::Tensor spread(const at::Tensor& p, const at::Tensor& q, double factor = 1) {
   return at::mm(p.square(), q.square()).sqrt_().mul_(factor);
@@ -164,7 +160,7 @@ ForwardArgs in_double(const ForwardArgs& args) {
   at::Tensor& base = exact.base.is_given() ? exact.base.y : exact.base.weight;
   for (at::Tensor* each : {&exact.x, &base}) *each = each->to(at::kDouble);
   exact.update = in_double(args.update);
-  exact.base.bias = doubled(args.base.bias);
+  if (exact.base.bias) exact.base.bias = exact.base.bias->to(at::kDouble);
   exact.base.packed = std::nullopt;
   return exact;
 }

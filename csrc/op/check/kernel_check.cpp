@@ -10,7 +10,6 @@
 #include <limits>
 #include <map>
 #include <mutex>
-#include <sstream>
 #include <tuple>
 
 #include "common/check.h"
@@ -51,18 +50,16 @@ at::Tensor numbers(at::IntArrayRef shape, double step, double size, const at::Te
 }
 
 // "" if the values agree, else what differs.
-std::string compare(const char* what, const at::Tensor& got, const at::Tensor& expected,
+std::string compare(const char* name, const at::Tensor& got, const at::Tensor& expected,
                     const at::Tensor& allowed) {
   const at::Tensor off = got.to(at::kDouble).sub_(expected).abs_();
   // Elements that no kernel writes may have any value, also NaN: their bound is infinite.
   const at::Tensor excess = off.sub(allowed).masked_fill_(allowed.isinf(), 0);
   if (excess.max().item<double>() <= 0) return "";  // false for NaN
   const int64_t worst = excess.argmax().item<int64_t>();
-  std::ostringstream text;
-  text << what << " differs from its value in float64 by " << off.flatten()[worst].item<double>()
-       << " in row " << worst / got.size(1) << ", column " << worst % got.size(1) << ", more than "
-       << allowed.flatten()[worst].item<double>();
-  return text.str();
+  return c10::str(name, " differs from its value in float64 by ",
+                  off.flatten()[worst].item<double>(), " in row ", worst / got.size(1), ", column ",
+                  worst % got.size(1), ", more than ", allowed.flatten()[worst].item<double>());
 }
 
 // S has no values in rows without an adapter; their bound is infinite.
@@ -93,16 +90,12 @@ void wait_for(const at::Device& device, const Kernels& kernels) {
   const double seconds = timeout();
   const std::optional<std::string> error = kernel_launch::wait(device, seconds);
   if (error == "") return;
-  std::ostringstream what;
-  if (error) {
-    what << "ended in an error of the device: " << *error;
-  } else {
-    what << "had not ended " << seconds << " s after their launch";
-  }
-  remember(device, kernels, what.str());
+  const std::string failure = error ? "ended in an error of the device: " + *error
+                                    : c10::str("had not ended ", seconds, " s after their launch");
+  remember(device, kernels, failure);
   LORA_EXT_CHECK(
       false, "the kernels \"", kernels.name(), "\", checked before their first use on ", device,
-      ", ", what.str(),
+      ", ", failure,
       ". This process can use the device no more: restart it, and call "
       "lora_ext.kernels.set_cuda_route(\"library\") first, or lora_ext.warmup(model, rows=...), "
       "which checks in a process of its own.");
@@ -134,35 +127,23 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   }
 }
 
-// Five adapters with ranks up to the largest, two of them without rows, and rows without an
+// Five adapters with ranks up to that of `one`, two of them without rows, and rows without an
 // adapter. Each of the others has every fourth row, so that a tile has rows of several adapters and
 // the rows of one adapter are not contiguous.
-std::string run_grouped_case(const plan::Card& card, const Kernels& kernels,
-                             const plan::Request& request, const at::Tensor& x, const at::Tensor& w,
-                             const Update& one, const at::TensorOptions& options) {
+Update many_of(const Update& one, int64_t rows, const at::TensorOptions& options) {
   constexpr int64_t kAdapters = 5;
-  const int64_t m = x.size(0), n = w.size(0), rank = one.rank();
   Update update;
   update.dropout = one.dropout;
   for (int64_t g = 0; g < kAdapters; ++g) {
-    const int64_t own = std::max<int64_t>(1, rank - 7 * g);
+    const int64_t own = std::max<int64_t>(1, one.rank() - 7 * g);
     update.lora_a.push_back(one.a().narrow(0, 0, own).mul(1.0 + 0.25 * double(g)));
     update.lora_b.push_back(one.b().narrow(1, 0, own).contiguous());
   }
-  const at::Tensor turns = at::arange(m, options.dtype(at::kInt));
+  const at::Tensor turns = at::arange(rows, options.dtype(at::kInt));
   update.grouping =
       Grouping{at::arange(1, kAdapters + 1, options.dtype(at::kFloat)).mul_(0.5),
                turns.add(turns.floor_divide(4)).remainder(kAdapters).sub_(1).to(at::kInt)};
-  if (!kernels.backward) {
-    const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
-                                         : Base{w, numbers({n}, 12.9, 1, options)};
-    return run_case(card, kernels, request, ForwardArgs{x, base, update});
-  }
-  const NeedsGrad all(kAdapters, true);
-  return run_case(card, kernels, request,
-                  BackwardArgs{numbers({m, n}, 12.47, 1, options), x, Base{w}, update,
-                               numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),
-                               Wanted{true, all, all}});
+  return update;
 }
 
 std::string run_small_case(const at::Device& device, const plan::Card& card,
@@ -182,20 +163,19 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
   const at::Tensor x = numbers({m, k}, 12.71, 1, options), w = numbers({n, k}, 12.37, 0.1, options);
   const at::Tensor a = numbers({rank, k}, 12.53, 0.1, adapter);
   const at::Tensor b = numbers({n, rank}, 12.29, 0.1, adapter);
-  const Update update = Update::one(a, b, 2.0, dropout);
-  if (kernels.grouped) return run_grouped_case(card, kernels, small.request, x, w, update, options);
+  Update update = Update::one(a, b, 2.0, dropout);
+  if (kernels.grouped) update = many_of(update, m, options);
   if (!kernels.backward) {
     const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
                                          : Base{w, numbers({n}, 12.9, 1, options)};
     return run_case(card, kernels, small.request, ForwardArgs{x, base, update});
   }
-  const BackwardArgs args{numbers({m, n}, 12.47, 1, options),
-                          x,
-                          Base{w},
-                          update,
-                          numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat)),
-                          Wanted::one(problem.need_dx, problem.need_dlora_a, problem.need_dlora_b)};
-  return run_case(card, kernels, small.request, args);
+  const size_t factors = update.lora_a.size();
+  const Wanted wanted{problem.need_dx, NeedsGrad(factors, problem.need_dlora_a),
+                      NeedsGrad(factors, problem.need_dlora_b)};
+  const at::Tensor grad = numbers({m, n}, 12.47, 1, options);
+  const at::Tensor s = numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat));
+  return run_case(card, kernels, small.request, BackwardArgs{grad, x, Base{w}, update, s, wanted});
 }
 
 }  // namespace

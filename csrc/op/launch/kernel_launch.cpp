@@ -41,9 +41,15 @@ kernel::Matrix matrix_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr(), pitch_of(tensor), tensor.stride(1)};
 }
 
-// Shared by calls of one adapter and of many.
+void set_adapter(kernel::LoraLinearOperands& o, const Update& update) {
+  o.rank = static_cast<int>(update.rank());
+  o.a = matrix_of(update.a()), o.b = matrix_of(update.b());
+  o.scaling = static_cast<float>(update.scaling);
+}
+
+// The operands of one adapter, or of many, already have the adapters and their gradients.
 template <class Operands, class Args>
-void set_common(Operands& o, const Args& args, const at::Tensor& workspace) {
+void launch(const plan::Plan& plan, const Args& args, Operands& o) {
   const Update& update = args.update;
   o.m = args.x.size(0), o.n = update.out_features(), o.k = args.x.size(1);
   o.x = args.x.const_data_ptr(), o.x_pitch = pitch_of(args.x);
@@ -53,22 +59,16 @@ void set_common(Operands& o, const Args& args, const at::Tensor& workspace) {
   o.float_adapters = update.a().scalar_type() == at::kFloat;
   o.dropout = update.dropout.enabled();
   o.mask = mask_of(update.dropout);
+  const at::Tensor workspace = at::empty({plan.workspace}, args.x.options().dtype(at::kByte));
   o.workspace = workspace.mutable_data_ptr<uint8_t>();
-}
-
-void set_adapter(kernel::LoraLinearOperands& o, const Update& update) {
-  o.rank = static_cast<int>(update.rank());
-  o.a = matrix_of(update.a()), o.b = matrix_of(update.b());
-  o.scaling = static_cast<float>(update.scaling);
-}
-
-// Launches a forward; `operands` already has the adapters.
-template <class Operands, class Launch>
-void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forward& out,
-                    Operands& operands, const Launch& launch) {
   const at::Device device = args.x.device();
-  const at::Tensor workspace = workspace_for(plan.workspace, args.x);
-  set_common(operands, args, workspace);
+  check_launch(cuda::launch_lora(dtype_of(args.x.scalar_type()), plan, o, stream_of(device)),
+               device);
+}
+
+template <class Operands>
+void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forward& out,
+                    Operands& operands) {
   if (args.base.bias) {
     operands.bias = args.base.bias->const_data_ptr();
     operands.float_bias = args.base.bias->scalar_type() == at::kFloat;
@@ -78,21 +78,17 @@ void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forwa
   }
   operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
   if (const plan::Decode* decode = plan.decode())
-    operands.counts = decode_counts(device, decode->flag_count());
-  check_launch(launch(dtype_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
+    operands.counts = decode_counts(args.x.device(), decode->flag_count());
+  launch(plan, args, operands);
 }
 
-// Launches a backward; `operands` already has the adapters and their gradients.
-template <class Operands, class Launch>
+template <class Operands>
 void launch_backward(const plan::Plan& plan, const BackwardArgs& args, const Backward& out,
-                     Operands& operands, const Launch& launch) {
-  const at::Device device = args.x.device();
-  const at::Tensor workspace = workspace_for(plan.workspace, args.x);
-  set_common(operands, args, workspace);
+                     Operands& operands) {
   operands.dy = args.grad.const_data_ptr(), operands.dy_pitch = pitch_of(args.grad);
   operands.s = args.s.const_data_ptr<float>();
   operands.dx = args.wanted.dx ? out.dx.mutable_data_ptr() : nullptr;
-  check_launch(launch(dtype_of(args.x.scalar_type()), plan, operands, stream_of(device)), device);
+  launch(plan, args, operands);
 }
 
 // Allocates the gradients of all factors of a kind if one is requested: the kernels compute them
@@ -170,12 +166,12 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   if (update.is_one()) {
     kernel::LoraLinearForward operands{};
     set_adapter(operands, update);
-    launch_forward(plan, args, out, operands, cuda::launch_forward);
+    launch_forward(plan, args, out, operands);
   } else {
     const GroupedOperands many(update);
     kernel::LoraGroupedForward operands{};
     many.set(operands, rows);
-    launch_forward(plan, args, out, operands, cuda::launch_grouped_forward);
+    launch_forward(plan, args, out, operands);
   }
   if (plan.library_base()) add_base_forward(out.y, args.x, args.base);
   return out;
@@ -192,7 +188,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
     kernel::LoraLinearBackward operands{};
     set_adapter(operands, update);
     operands.da = gradient_at(out.da()), operands.db = gradient_at(out.db());
-    launch_backward(plan, args, out, operands, cuda::launch_backward);
+    launch_backward(plan, args, out, operands);
   } else {
     const GroupedOperands many(update);
     const GroupedMatrices gradients(update, out.dlora_a, out.dlora_b);
@@ -200,7 +196,7 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
     many.set(operands, args.x.size(0));
     operands.gradients = gradients.matrices();
     operands.need_da = wanted.any_a(), operands.need_db = wanted.any_b();
-    launch_backward(plan, args, out, operands, cuda::launch_grouped_backward);
+    launch_backward(plan, args, out, operands);
   }
   if (plan.library_base() && wanted.dx) add_base_backward(out.dx, args.grad, args.base);
   forget_unwanted(out.dlora_a, wanted.dlora_a);

@@ -7,7 +7,6 @@
 #include <limits>
 #include <map>
 #include <mutex>
-#include <vector>
 
 #include "kernels/device.h"
 #include "op/launch/kernel_launch.h"
@@ -102,10 +101,6 @@ kernel::Mask mask_of(const DropoutArgs& dropout) {
             dropout.keep_count(), static_cast<float>(dropout.keep_scale())};
   }
   return mask;
-}
-
-at::Tensor workspace_for(int64_t bytes, const at::Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte));
 }
 
 void* stream_of(const at::Device& device) {

@@ -12,7 +12,6 @@
 #include "common/call.h"
 #include "kernels/lora_grouped.h"
 #include "kernels/lora_linear.h"
-#include "kernels/tile/mask_operand.h"
 
 namespace lora_ext::kernel_launch {
 
@@ -25,8 +24,6 @@ bool aligned(const at::Tensor& tensor);
 bool aligned_rows(int64_t columns, Dtype dtype);
 
 kernel::Mask mask_of(const DropoutArgs& dropout);
-
-at::Tensor workspace_for(int64_t bytes, const at::Tensor& like);
 
 // The current stream of a CUDA device; nullptr for other devices, which occur in tests.
 void* stream_of(const at::Device& device);

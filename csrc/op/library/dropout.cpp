@@ -1,7 +1,7 @@
 // The mask, and masked copies for the library route. On CUDA the current stream and device come
 // through c10's virtual guard: no CUDA header of torch, no libc10_cuda, so that one source links
 // against a CPU torch and a CUDA torch alike.
-#include "op/library/dropout.h"
+#include "kernels/dropout.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -12,7 +12,7 @@
 #include "common/check.h"
 #include "cpu/skinny.h"
 #include "kernels/device.h"
-#include "kernels/dropout.h"
+#include "op/library/library_route.h"
 
 namespace lora_ext {
 namespace {
@@ -75,32 +75,23 @@ void launch(const at::Tensor& out, const cuda::DropoutParams& params) {
 cuda::DropoutParams params_of(const at::Tensor& out, const DropoutArgs& dropout,
                               int64_t first_row) {
   cuda::DropoutParams params{};
-  params.out = out.mutable_data_ptr();
-  params.rows = out.size(0);
-  params.cols = out.size(1);
-  params.out_pitch = out.stride(0);
+  params.out = out.mutable_data_ptr(), params.out_pitch = out.stride(0);
+  params.rows = out.size(0), params.cols = out.size(1);
   params.seed = dropout.seed->const_data_ptr<int64_t>();
-  params.row_offset = dropout.first_row() + first_row;
-  params.col_offset = dropout.first_col();
-  params.keep_count = dropout.keep_count();
-  params.keep_scale = dropout.keep_scale();
+  params.row_offset = dropout.first_row() + first_row, params.col_offset = dropout.first_col();
+  params.keep_count = dropout.keep_count(), params.keep_scale = dropout.keep_scale();
   return params;
-}
-
-void drop_cuda(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
-               int64_t first_row) {
-  cuda::DropoutParams params = params_of(out, dropout, first_row);
-  params.x = x.const_data_ptr();
-  params.x_pitch = x.stride(0);
-  launch(out, params);
 }
 
 void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
                int64_t first_row) {
   if (x.is_cpu()) return drop_cpu(x, out, dropout, first_row);
-  if (x.is_cuda() && cuda::is_built()) return drop_cuda(x, out, dropout, first_row);
-  LORA_EXT_CHECK(false, "expected CPU tensors with dropout in this build, but got ", x.device(),
+  LORA_EXT_CHECK(x.is_cuda() && cuda::is_built(),
+                 "expected CPU tensors with dropout in this build, but got ", x.device(),
                  "; lora_ext.build_info() says why CUDA kernels were not built");
+  cuda::DropoutParams params = params_of(out, dropout, first_row);
+  params.x = x.const_data_ptr(), params.x_pitch = x.stride(0);
+  launch(out, params);
 }
 
 }  // namespace

@@ -1,12 +1,10 @@
 // The rows of each adapter are one call of library_route.h on a given y: they are gathered, and
 // dropout is applied beforehand, with the row numbers that they have in x.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
 #include "common/base_linear.h"
 #include "common/rows.h"
-#include "op/library/dropout.h"
 #include "op/library/library_route.h"
 
 namespace lora_ext::library_route {

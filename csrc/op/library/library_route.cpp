@@ -19,7 +19,6 @@
 
 #include "common/base_linear.h"
 #include "common/rows.h"
-#include "op/library/dropout.h"
 
 namespace lora_ext::library_route {
 namespace {

@@ -1,4 +1,4 @@
-// The library route: the LoRA linear in ATen calls, on any device and dtype.
+// The library route: the LoRA linear in ATen calls, on any device and dtype; and its dropout.
 #pragma once
 
 #include "common/call.h"
@@ -14,3 +14,15 @@ Forward forward_grouped(const ForwardArgs& args);
 Backward backward_grouped(const BackwardArgs& args);
 
 }  // namespace lora_ext::library_route
+
+// Dropout outside of the kernels that draw the mask themselves.
+namespace lora_ext {
+
+// keep_scale * mask * x of rows [first_row, ...) as a new tensor; x is [rows, K].
+at::Tensor dropped(const at::Tensor& x, const DropoutArgs& dropout, int64_t first_row);
+// x *= keep_scale * mask in place; x must be a temporary of the caller.
+void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row);
+// mask [rows, cols] of bool: true where the element is kept.
+void fill_dropout_mask(at::Tensor& mask, const DropoutArgs& dropout);
+
+}  // namespace lora_ext

@@ -97,9 +97,10 @@ struct GroupedTables {
   GlobalBuffer<int> first{size((m + 127) / 128 + 1), "first"};
   GlobalBuffer<int> counts{size(indexed ? (m + 255) / 256 * (groups + 1) : 0), "counts"};
   GlobalBuffer<LoraGroupedSegment> segments{size(groups + 1), "segments"};
-  GlobalBuffer<LoraGroupedPiece> tiles{size(LoraGroupedTables::tiles_of(m, groups, 64)), "tiles"};
-  GlobalBuffer<LoraGroupedPiece> pieces{size(LoraGroupedTables::tiles_of(m, groups, piece_rows)),
-                                        "pieces"};
+  GlobalBuffer<LoraGroupedPiece> tiles{size(lora_ext::plan::Tables::pieces_of(m, groups, 64)),
+                                       "tiles"};
+  GlobalBuffer<LoraGroupedPiece> pieces{
+      size(lora_ext::plan::Tables::pieces_of(m, groups, piece_rows)), "pieces"};
   GlobalBuffer<LoraGroupedSum> sums{size(groups), "sums"};
 
   GroupedTables(const GroupedRows& rows, int piece_rows_)

@@ -3,7 +3,7 @@
 #include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
 #include "kernels/gemm/sm90a/launch.h"
-#include "kernels/tile/element.h"
+#include "kernels/tile/copy.h"
 
 namespace kernels {
 
@@ -54,13 +54,13 @@ struct Launch {
                   kernel, params);
   }
   template <class... Params>
-  void operator()(void (*kernel)(Params...), const Sm90aLaunch& how, const Params&... params) {
-    pdl_launches += how.dependent;
-    stream.launch({.grid = how.grid,
-                   .block = dim3(how.threads),
-                   .cluster = how.cluster,
-                   .shared_bytes = how.shared_bytes,
-                   .programmatic_dependent = how.dependent},
+  void operator()(void (*kernel)(Params...), const Sm90aLaunch& config, const Params&... params) {
+    pdl_launches += config.dependent;
+    stream.launch({.grid = config.grid,
+                   .block = dim3(config.threads),
+                   .cluster = config.cluster,
+                   .shared_bytes = config.shared_bytes,
+                   .programmatic_dependent = config.dependent},
                   kernel, params...);
   }
   void clear(uint32_t* flags, int64_t count) {

@@ -76,7 +76,7 @@ void run_segments(const Case& run) {
     if (sum.pieces != wanted.pieces || (sum.pieces > 1 && sum.slot != wanted.slot))
       differ("sums[%d]: expected %d from %d on, but got %d from %d on", g, wanted.pieces,
              wanted.slot, sum.pieces, sum.slot);
-    if (sum.pieces > 1 && sum.slot + sum.pieces > LoraGroupedTables::slots_of(m, piece_rows))
+    if (sum.pieces > 1 && sum.slot + sum.pieces > lora_ext::plan::Tables::slots_of(m, piece_rows))
       differ("sums[%d] has more slots than there are", g);
   }
 }

@@ -9,13 +9,13 @@ template <class T>
 void grouped_forward(emulator::Stream& stream, const plan::Plan& plan,
                      const LoraGroupedForward& operands) {
   kernels::Launch launch{stream};
-  launch_lora_grouped<T>(plan, operands, launch);
+  launch_lora<T>(plan, operands, launch);
 }
 template <class T>
 void grouped_backward(emulator::Stream& stream, const plan::Plan& plan,
                       const LoraGroupedBackward& operands) {
   kernels::Launch launch{stream};
-  launch_lora_grouped<T>(plan, operands, launch);
+  launch_lora<T>(plan, operands, launch);
 }
 
 #define SEQUENCE(T)                                                       \

@@ -37,7 +37,7 @@ void run_wgrad(const Case& run) {
   std::deque<Operand<T, kAlignment>> p;
   std::deque<VectorOperand<T>> u;
   std::deque<GlobalBuffer<float>> partial;
-  const int slots = LoraGroupedTables::slots_of(m, piece_rows);
+  const auto slots = static_cast<int>(lora_ext::plan::Tables::slots_of(m, piece_rows));
   for (int i = 0; i < 2; ++i) {
     p.emplace_back(m, columns[i], numbers, random, "p");
     u.emplace_back(m, u_columns, numbers, random, "u");

@@ -9,13 +9,13 @@ template <class T>
 void forward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearForward& operands,
              int64_t clusters) {
   kernels::Launch launch{stream, clusters};
-  launch_lora_linear<T>(plan, operands, launch);
+  launch_lora<T>(plan, operands, launch);
 }
 template <class T>
 int backward(emulator::Stream& stream, const plan::Plan& plan, const LoraLinearBackward& operands,
              int64_t clusters) {
   kernels::Launch launch{stream, clusters};
-  launch_lora_linear<T>(plan, operands, launch);
+  launch_lora<T>(plan, operands, launch);
   return launch.pdl_launches;
 }
 

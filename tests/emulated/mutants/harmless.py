@@ -15,9 +15,9 @@ EVERY_LANE = "every lane waits for its bulk groups, of which only the elected on
 
 HARMLESS = {
     "gemm/sm90a/mask_ahead.begin.tile==of_tile:never": "all bits are drawn again",
-    "tile/mask.in_step.col_offset%32==0:never": ONE_DRAW_EACH,
-    "skinny/shrink.mask.dropout.in_step():never": ONE_DRAW_EACH,
-    "skinny/wgrad.mask.dropout.in_step():never": ONE_DRAW_EACH,
+    "tile/mask.aligned_to_draws.col_offset%32==0:never": ONE_DRAW_EACH,
+    "skinny/shrink.mask.dropout.aligned_to_draws():never": ONE_DRAW_EACH,
+    "skinny/wgrad.mask.dropout.aligned_to_draws():never": ONE_DRAW_EACH,
     "skinny/shrink.mask.k16%2==0:always": "the other half of the columns is drawn for again",
     "tile/halves.high_half.fabsf(value)>kLargest:low": LARGE_FLOAT,
     "tile/halves.high_half.fabsf(value)>kLargest:high": LARGE_FLOAT,
@@ -32,7 +32,7 @@ HARMLESS = {
     "gemm/sm80/kernel.multiply_main.adapters.copies_apart(loads):never": (
         "one adapter's steps have no other copies"
     ),
-    "tile/mask.draw.mask.in_step():never": ONE_DRAW_EACH,
+    "tile/mask.draw.mask.aligned_to_draws():never": ONE_DRAW_EACH,
     "gemm/sm90a/pipeline.place_of.row_pairs-first>=kGroup:high": "as in gemm/sm80",
     "gemm/sm80/epilogue.add_base.e<left:always": "what lies beside Y's columns is not stored",
     "gemm/sm80/epilogue.add_base.e<left:high": "what lies beside Y's columns is not stored",

@@ -18,7 +18,7 @@ PROGRAMS = {
         "gemm/sm80/loads",
         "gemm/sm80/fragments",
         "gemm/sm80/epilogue",
-        "tile/mask.in_step",
+        "tile/mask.aligned_to_draws",
         "tile/mask.draw_for_element",
         "tile/mask.draw",
     ),

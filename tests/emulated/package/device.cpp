@@ -103,40 +103,44 @@ std::string clear(int32_t* numbers, int64_t count, void*) {
 
 bool is_capturing(void*) { return environment("LORA_EXT_EMULATED_CAPTURE") == "1"; }
 
-std::string launch_forward(Half half, const plan::Plan& plan,
-                           const kernel::LoraLinearForward& operands, void*) {
+template <>
+std::string launch_lora(Dtype dtype, const plan::Plan& plan,
+                        const kernel::LoraLinearForward& operands, void*) {
   return run([&](emulator::Stream& stream) {
-    half == Half::kBFloat16 ? kernel::forward<__nv_bfloat16>(stream, plan, operands, kSms / 2)
-                            : kernel::forward<__half>(stream, plan, operands, kSms / 2);
+    dtype == Dtype::kBFloat16 ? kernel::forward<__nv_bfloat16>(stream, plan, operands, kSms / 2)
+                              : kernel::forward<__half>(stream, plan, operands, kSms / 2);
   });
 }
 
-std::string launch_backward(Half half, const plan::Plan& plan,
-                            const kernel::LoraLinearBackward& operands, void*) {
+template <>
+std::string launch_lora(Dtype dtype, const plan::Plan& plan,
+                        const kernel::LoraLinearBackward& operands, void*) {
   return run([&](emulator::Stream& stream) {
-    half == Half::kBFloat16 ? kernel::backward<__nv_bfloat16>(stream, plan, operands, kSms / 2)
-                            : kernel::backward<__half>(stream, plan, operands, kSms / 2);
+    dtype == Dtype::kBFloat16 ? kernel::backward<__nv_bfloat16>(stream, plan, operands, kSms / 2)
+                              : kernel::backward<__half>(stream, plan, operands, kSms / 2);
   });
 }
 
-std::string launch_grouped_forward(Half half, const plan::Plan& plan,
-                                   const kernel::LoraGroupedForward& operands, void*) {
+template <>
+std::string launch_lora(Dtype dtype, const plan::Plan& plan,
+                        const kernel::LoraGroupedForward& operands, void*) {
   return run([&](emulator::Stream& stream) {
-    half == Half::kBFloat16 ? kernel::grouped_forward<__nv_bfloat16>(stream, plan, operands)
-                            : kernel::grouped_forward<__half>(stream, plan, operands);
+    dtype == Dtype::kBFloat16 ? kernel::grouped_forward<__nv_bfloat16>(stream, plan, operands)
+                              : kernel::grouped_forward<__half>(stream, plan, operands);
   });
 }
 
-std::string launch_grouped_backward(Half half, const plan::Plan& plan,
-                                    const kernel::LoraGroupedBackward& operands, void*) {
+template <>
+std::string launch_lora(Dtype dtype, const plan::Plan& plan,
+                        const kernel::LoraGroupedBackward& operands, void*) {
   return run([&](emulator::Stream& stream) {
-    half == Half::kBFloat16 ? kernel::grouped_backward<__nv_bfloat16>(stream, plan, operands)
-                            : kernel::grouped_backward<__half>(stream, plan, operands);
+    dtype == Dtype::kBFloat16 ? kernel::grouped_backward<__nv_bfloat16>(stream, plan, operands)
+                              : kernel::grouped_backward<__half>(stream, plan, operands);
   });
 }
 
 // For CUDA tensors, which do not exist here.
-std::string launch_dropout(Element, const DropoutParams&, void*) { std::abort(); }
-std::string launch_dequantize(Floating, const kernel::DequantizeParams&, void*) { std::abort(); }
+std::string launch_dropout(Dtype, const DropoutParams&, void*) { std::abort(); }
+std::string launch_dequantize(Dtype, const kernel::DequantizeParams&, void*) { std::abort(); }
 
 }  // namespace lora_ext::cuda

@@ -8,7 +8,6 @@
 
 #include "kernels/gemm/params.h"
 #include "kernels/tile/copy.h"
-#include "kernels/tile/element.h"
 
 namespace lora_ext::kernel {
 

@@ -21,7 +21,7 @@ struct Sm90aChoice {
   int max_blocks = std::numeric_limits<int>::max();  // two per cluster
 };
 
-// How to launch lora_gemm_sm90a.
+// The launch configuration of lora_gemm_sm90a.
 struct Sm90aLaunch {
   dim3 grid, cluster;
   unsigned threads;
@@ -32,24 +32,18 @@ struct Sm90aLaunch {
   bool dependent;
 };
 
-template <class Tile>
+// Shared has the shared memory of the blocks.
+template <class Tile, class Shared = Tile>
 constexpr bool is_wgmma_as_planned(plan::Tile tile) {
   const plan::TileFacts& facts = plan::facts_of(tile);
   return facts.tile == tile && facts.wgmma && facts.rows == Tile::kM && facts.columns == Tile::kN &&
-         facts.shared == Tile::kSharedBytes;
+         facts.shared == Shared::kSharedBytes;
 }
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kWgmma128x256));
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x192Pingpong>(plan::Tile::kPingpong128x192));
-
-template <class Tile>
-constexpr bool is_fused_shrink_as_planned(plan::Tile tile) {
-  const plan::TileFacts& facts = plan::facts_of(tile);
-  return facts.tile == tile && facts.fused_shrink && facts.rows == Tile::kM &&
-         facts.columns == Tile::kN && facts.shared == JobTile<Tile>::kSharedBytes;
-}
-static_assert(
-    is_fused_shrink_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kFusedShrink128x256));
-
+static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x256, JobTile<LoraGemmSm90aTile128x256>>(
+    plan::Tile::kFusedShrink128x256));
+static_assert(plan::facts_of(plan::Tile::kFusedShrink128x256).fused_shrink);
 static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers);
 
 // Tensor maps of P and T, and of Q and U (fused-shrink also A), with the boxes of the stages.
@@ -109,10 +103,10 @@ template <class T, class Tile, bool kMNMajor, bool kMasked, class Launch>
 void launch_tile(const LoraGemmParams<T>& p, const Sm90aChoice& choice, Launch& launch) {
   with_instance_for<T, Tile, kMNMajor, kMasked>(p.rank, [&](auto kernel) {
     const dim3 cluster(Tile::kClusterSize);
-    Sm90aLaunch how{cluster, cluster, Tile::kThreads, Tile::kSharedBytes, choice.dependent};
-    how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how), choice);
+    Sm90aLaunch config{cluster, cluster, Tile::kThreads, Tile::kSharedBytes, choice.dependent};
+    config.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, config), choice);
     const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
-    launch(kernel, how, maps_of<Tile, kMNMajor>(p, encode), p);
+    launch(kernel, config, maps_of<Tile, kMNMajor>(p, encode), p);
   });
 }
 
@@ -146,13 +140,13 @@ void launch_fused_shrink_tail(const LoraGemmParams<T>& p, const LoraFusedShrinkP
                               Launch& launch) {
   const auto kernel = lora_gemm_fused_shrink_sm90a<T, Tile, kMNMajor, kMasked, kTail>;
   const dim3 cluster(Tile::kClusterSize);
-  Sm90aLaunch how{cluster, cluster, Tile::kThreads, JobTile<Tile>::kSharedBytes, false};
-  how.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, how), choice);
+  Sm90aLaunch config{cluster, cluster, Tile::kThreads, JobTile<Tile>::kSharedBytes, false};
+  config.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, config), choice);
   const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
   const LoraFusedShrinkMaps maps{maps_of<Tile, kMNMajor>(p, encode),
                                  right_map<Tile, kMNMajor, kShrinkColumns<kTail>>(
                                      factor.a, p.rank, p.k, factor.pitch, encode)};
-  launch(kernel, how, maps, p, in);
+  launch(kernel, config, maps, p, in);
 }
 
 template <class T, bool kMNMajor, bool kMasked, class Launch>

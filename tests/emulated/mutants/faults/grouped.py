@@ -104,8 +104,8 @@ GROUPED = [
         "there is a piece for each so many rows",
         "a piece has rows of one adapter, so that there may be one more for each",
         (
-            "static_cast<int>(blocks_of(p.m, tables.piece_rows) + p.adapters())",
-            "static_cast<int>(blocks_of(p.m, tables.piece_rows))",
+            "static_cast<int>(Tables::pieces_of(p.m, groups, rows))",
+            "static_cast<int>(blocks_of(p.m, rows))",
         ),
     ),
     of_plan(
@@ -113,8 +113,8 @@ GROUPED = [
         "partial sums have a slot for each whole piece of rows",
         "a segment a little longer than a piece has two",
         (
-            "static_cast<int>(2 * (p.m / tables.piece_rows))",
-            "static_cast<int>(p.m / tables.piece_rows)",
+            "static_cast<int>(Tables::slots_of(p.m, rows))",
+            "static_cast<int>(p.m / rows)",
         ),
     ),
     of_gemm(

@@ -121,8 +121,8 @@ HOST = [
         "the offset into the matrix to split is an int",
         "lora_split",
         "skinny/elementwise.h",
-        "row * what.row_stride + column * what.column_stride",
-        "static_cast<int>(row * what.row_stride + column * what.column_stride)",
+        "row * matrix.row_stride + column * matrix.column_stride",
+        "static_cast<int>(row * matrix.row_stride + column * matrix.column_stride)",
     ),
     seen_by(
         "package",
@@ -193,7 +193,7 @@ HOST = [
         "all launches in clusters have the attribute of programmatic dependents",
         "the kernel that makes its own T must not begin before its flags are clear",
         "kernels/launch/stream_launch.h",
-        "launch.numAttrs = how.dependent ? 2 : 1;",
+        "launch.numAttrs = config.dependent ? 2 : 1;",
         "launch.numAttrs = 2;",
     ),
 ]
