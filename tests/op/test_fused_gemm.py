@@ -25,6 +25,7 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pack_helpers import packable
 
 import lora_ext
 from lora_ext import _C
@@ -167,6 +168,20 @@ def test_nan_in_a_row_stays_in_it(panels):
     problem.x[5, 3] = float("nan")
     y = run_ours(problem).y
     assert y[5].isnan().all() and not y[:5].isnan().any() and not y[6:].isnan().any()
+
+
+@pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("panels", ["float32"], indirect=True)
+def test_a_pack_is_taken_where_there_is_one(panels):
+    problem = make_problem(32, 64, 48, 4)
+    packed = lora_ext.prepack(problem.weight, backward=True)
+    for weight, is_library in ((packed, True), (problem.weight, False)):
+        x = problem.x.clone().requires_grad_()
+        with torch.autograd.profiler.profile() as profile:
+            y = lora_ext.lora_linear(x, weight, problem.lora_a, problem.lora_b)
+            y.backward(problem.grad)
+        calls = [event.name for event in profile.function_events]
+        assert calls.count("mkldnn::_linear_pointwise") == 2 * is_library
 
 
 @pytest.mark.parametrize("panels", ["float32"], indirect=True)
