@@ -136,7 +136,6 @@ def _linear_of_many(
     *groups: Tensor | None,
 ) -> Tensor:
     packed = packed_t = None
-    refuse("an adapter for each row")
     if not isinstance(x, Tensor):
         raise _not_a_tensor("lora_linear", x=x)
     if x.is_nested:
@@ -150,9 +149,9 @@ def _linear_of_many(
     first, second, scalings = operands("lora_linear", x, lora_a, lora_b, scaling)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     if isinstance(weight, QuantizedWeight):
-        call = Call(weight, scalings, dropout_p, seed, groups)
+        call = Call(weight, scalings, dropout_p, seed, groups, row_block(x))
         return quantized_linear(call, x, first, second, bias)
-    rest = (dropout_p, seed, 0, 0, False, packed, packed_t)
+    rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
     return _grouped(x, weight, None, first, second, scalings, *groups, bias, *rest)
 
 

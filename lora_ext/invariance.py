@@ -53,20 +53,21 @@ class batch_invariant:
     time and in any thread. Gradients of factors and biases are sums over all rows, the same as
     without it.
 
-    It supports one or several active adapters on a dense or quantised weight on the CPU, in every
-    dtype. Packed weights are not used, nor a library's own products with quantised ones. Other
-    layers of a model, such as its attention, base layers without adapters and merged ones, are
-    computed by torch, and are as invariant as torch makes them.
+    It supports dense and quantised weights on the CPU, in every dtype, and an adapter for each row
+    where the products are by panels (not in float64, nor in half types with AMX). Packed weights
+    are not used, nor a library's own products with quantised ones. Other layers of a model, such as
+    its attention, base layers without adapters and merged ones, are computed by torch, and are as
+    invariant as torch makes them.
 
     Args:
         mode: True or False sets it for the process at once; in a ``with`` statement it holds for
             the block only.
 
     Raises:
-        NotImplementedError: at a call that it does not support: an adapter for each row,
-            `lora_update`, experts, embeddings, DoRA, CUDA; or if torch's products
-            are needed and do not multiply all rows of a block alike, which is tested once for each
-            shape and dtype.
+        NotImplementedError: at a call that it does not support: `lora_update`, experts,
+            embeddings, DoRA, CUDA; an adapter for each row where there are no panels; or if torch's
+            products are needed and do not multiply all rows of a block alike, which is tested once
+            for each shape and dtype.
         TypeError: mode is not a bool.
     """
 
@@ -119,7 +120,7 @@ def is_on() -> bool:
 
 
 def row_block(x: Tensor) -> int:
-    """The op's row_block for a call with one adapter; 0 if the mode is off."""
+    """The op's row_block for a call; 0 if the mode is off."""
     if not is_on():
         return 0
     if x.device.type not in ("cpu", "meta"):
@@ -136,7 +137,7 @@ def refuse(what: str) -> None:
     """Raises NotImplementedError if the mode is on; what: the call that it does not support."""
     if is_on():
         raise NotImplementedError(
-            "lora_ext.batch_invariant: expected adapters of all rows on a weight on the CPU, "
+            "lora_ext.batch_invariant: expected a weight on the CPU, dense or quantised, "
             f"but got {what}, where a row's bits may depend on the number of rows; make this call "
             "outside of the block, or in one of batch_invariant(False)"
         )

@@ -151,7 +151,8 @@ class BackwardPass {
     run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
       const Segment& segment = *piece.segment;
       Factor& b = state[static_cast<size_t>(thread)].b;
-      b.for_shrink(segment, groups_.b(segment), *groups_.passes(segment).over_y);
+      const SkinnyKernels& kernels = *groups_.passes(segment).over_y;
+      b.for_shrink(segment, groups_.b(segment), kernels, groups_.few_rows(kernels));
       float* t = Groups::ds_of(ds_, segment, piece.rows.begin);
       b.shrink(shrink_args(args_.grad, groups_.rows_of(segment, piece.rows), b,
                            groups_.scaling(segment), t, Dropout{}),
@@ -234,7 +235,7 @@ std::optional<Forward> forward_grouped(const ForwardArgs& args) {
   if (!has_passes(args.x.scalar_type(), args.y_dtype())) return std::nullopt;
   const int64_t rows = args.x.size(0);
   const Groups groups(args.update, segments_of(args.base.op(), args.update, rows),
-                      args.x.scalar_type(), args.y_dtype());
+                      args.x.scalar_type(), args.y_dtype(), args.base.row_block > 0);
   const at::Tensor y = forward_of_base(args.x, args.base);
   const at::Tensor s = at::empty({rows, args.update.rank()}, at::kFloat);
   const std::vector<RowPiece> pieces = pieces_of_rows(groups, args.x.size(1) + y.size(1));
@@ -249,11 +250,11 @@ std::optional<Forward> forward_grouped(const ForwardArgs& args) {
     float* in_place = groups.s_in_place(s, segment, piece.rows);
     float* t = in_place;
     if (t == nullptr) t = static_cast<float*>(own.s.of(count * segment.rank * sizeof(float)));
-    own.a.for_shrink(segment, groups.a(segment), *passes.over_x);
+    own.a.for_shrink(segment, groups.a(segment), *passes.over_x, groups.few_rows(*passes.over_x));
     own.a.shrink(
         shrink_args(args.x, where, own.a, groups.keep_scale(), t, groups.dropout_at(where, 0)),
         count);
-    own.b.for_expand(segment, groups.b(segment), *passes.over_y);
+    own.b.for_expand(segment, groups.b(segment), *passes.over_y, groups.few_rows(*passes.over_y));
     const void* packed =
         packed_t(passes.over_y->expand_t, t, count, segment.rank, own.b.is_half(), own.t);
     own.b.expand(expand_args(y, where, 0, own.b, groups.scaling(segment), packed, Dropout{}),
@@ -268,7 +269,7 @@ std::optional<Backward> backward_grouped(const BackwardArgs& args) {
     return std::nullopt;
   }
   const Groups groups(args.update, segments_of(args.base.op(), args.update, args.x.size(0)),
-                      args.x.scalar_type(), args.grad.scalar_type());
+                      args.x.scalar_type(), args.grad.scalar_type(), args.base.row_block > 0);
   return BackwardPass(args, groups).run();
 }
 

@@ -22,14 +22,16 @@ constexpr int64_t kTileRows = 33;
 
 }  // namespace
 
-Groups::Groups(const Update& update, Segments segments, at::ScalarType x, at::ScalarType y)
+Groups::Groups(const Update& update, Segments segments, at::ScalarType x, at::ScalarType y,
+               bool any_number)
     : update_(update),
       segments_(std::move(segments)),
       scaling_(update.grouping->scaling.contiguous()),
       x_(dtype_of(x)),
       y_(dtype_of(y)),
       dropout_(dropout_of(update.dropout)),
-      keep_scale_(dropout_.enabled() ? static_cast<float>(update.dropout.keep_scale()) : 1.f) {}
+      keep_scale_(dropout_.enabled() ? static_cast<float>(update.dropout.keep_scale()) : 1.f),
+      any_number_(any_number) {}
 
 Passes Groups::passes(const Segment& segment) const {
   if (segment.count >= kTileRows) return {kernels_for(x_), kernels_for(y_)};

@@ -13,8 +13,14 @@ namespace lora_ext::cpu {
 
 class Groups {
  public:
-  Groups(const Update& update, Segments segments, at::ScalarType x, at::ScalarType y);
+  // any_number: a row's bits must not depend on the number of rows of its adapter.
+  Groups(const Update& update, Segments segments, at::ScalarType x, at::ScalarType y,
+         bool any_number);
 
+  // The most rows of a segment for which factors are read in their original layout.
+  int64_t few_rows(const SkinnyKernels& kernels) const {
+    return any_number_ ? 0 : kernels.few_rows;
+  }
   const std::vector<Segment>& segments() const { return segments_.list; }
   int64_t rows() const { return static_cast<int64_t>(segments_.order.size()); }
   Passes passes(const Segment& segment) const;
@@ -55,6 +61,7 @@ class Groups {
   Dtype x_, y_;
   Dropout dropout_;
   float keep_scale_;
+  bool any_number_;
 };
 
 // Rows of one segment; work in multiply-adds.
@@ -95,14 +102,16 @@ class Scratch {
 // segment, or in its original layout if the segment has few rows.
 class Factor {
  public:
-  void for_shrink(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels) {
-    few_ = segment.count <= kernels.few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
+  void for_shrink(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels,
+                  int64_t few_rows) {
+    few_ = segment.count <= few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
     if (!is_new(segment, view, kernels) || few_) return;
     panel_ = scratch_.of(kernels.shrink_panel_bytes(view.rank, view.cols));
     kernels.pack_shrink(view, panel_);
   }
-  void for_expand(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels) {
-    few_ = segment.count <= kernels.few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
+  void for_expand(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels,
+                  int64_t few_rows) {
+    few_ = segment.count <= few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
     if (!is_new(segment, view, kernels) || few_) return;
     pack_expand();
   }

@@ -15,7 +15,8 @@ constexpr char kManyAdapters[] =
     "Tensor? ranks=None, ";
 constexpr char kRest[] =
     "Tensor? bias=None, float dropout_p=0.0, Tensor? seed=None, SymInt row_offset=0, "
-    "SymInt col_offset=0, bool cast_weight=False, Tensor? packed=None, Tensor? packed_t=None";
+    "SymInt col_offset=0, bool cast_weight=False, Tensor? packed=None, Tensor? packed_t=None, "
+    "int row_block=0";
 
 }  // namespace
 
@@ -25,7 +26,7 @@ TORCH_LIBRARY(lora_ext, m) {
   m.set_python_module("lora_ext");
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
-  const std::string one = std::string(kInputs) + kOneAdapter + kRest + ", int row_block=0";
+  const std::string one = std::string(kInputs) + kOneAdapter + kRest;
   const std::string many = std::string(kInputs) + kManyAdapters + kRest;
   define("lora(" + one + ") -> Tensor");
   define("lora_grouped(" + many + ") -> Tensor");

@@ -69,15 +69,16 @@ struct GroupedOp {
                      double dropout_p, const std::optional<at::Tensor>& seed,
                      c10::SymInt row_offset, c10::SymInt col_offset, bool cast_weight,
                      const std::optional<at::Tensor>& packed,
-                     const std::optional<at::Tensor>& packed_t) {
+                     const std::optional<at::Tensor>& packed_t, int64_t row_block) {
     const at::Tensor none;
-    return kernel(own..., x,
-                  {weight.value_or(none), bias, cast_weight, packed, packed_t, 0, y.value_or(none)},
-                  {{lora_a.begin(), lora_a.end()},
-                   {lora_b.begin(), lora_b.end()},
-                   1.0,
-                   {dropout_p, seed, std::move(row_offset), std::move(col_offset)},
-                   Grouping{scaling, index, offs, ranks}});
+    return kernel(
+        own..., x,
+        {weight.value_or(none), bias, cast_weight, packed, packed_t, row_block, y.value_or(none)},
+        {{lora_a.begin(), lora_a.end()},
+         {lora_b.begin(), lora_b.end()},
+         1.0,
+         {dropout_p, seed, std::move(row_offset), std::move(col_offset)},
+         Grouping{scaling, index, offs, ranks}});
   }
 
   template <class Handle>
@@ -87,7 +88,7 @@ struct GroupedOp {
     const Grouping& g = *u.grouping;
     return op.call(own..., x, optional(base.weight), optional(base.y), u.lora_a, u.lora_b,
                    g.scaling, g.index, g.offs, g.ranks, base.bias, d.p, d.seed, d.row_offset,
-                   d.col_offset, base.cast_weight, base.packed, base.packed_t);
+                   d.col_offset, base.cast_weight, base.packed, base.packed_t, base.row_block);
   }
 };
 

@@ -33,7 +33,7 @@ class Call(NamedTuple):
         scaling: a number, or with many adapters a float32 tensor.
         dropout_p, seed: as in `lora_linear`.
         groups: (index, offs, ranks) for many adapters, or None.
-        row_block: the op's, for one adapter: positive in `lora_ext.batch_invariant`.
+        row_block: the op's, positive in `lora_ext.batch_invariant`.
     """
 
     weight: QuantizedWeight
@@ -174,9 +174,14 @@ class _QuantizedProduct(torch.autograd.Function):
 
 def _options(call: Call) -> dict[str, Any]:
     """What the op takes beside tensors with a gradient."""
-    options = {"scaling": call.scaling, "dropout_p": call.dropout_p, "seed": call.seed}
+    options = {
+        "scaling": call.scaling,
+        "dropout_p": call.dropout_p,
+        "seed": call.seed,
+        "row_block": call.row_block,
+    }
     if call.groups is None:
-        return options | {"row_block": call.row_block}
+        return options
     index, offs, ranks = call.groups
     return options | {"index": index, "offs": offs, "ranks": ranks}
 

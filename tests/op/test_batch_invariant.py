@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn as nn
-from helpers import BF16, DTYPE_PAIRS, F32, Problem, make_problem, pair_id
+from helpers import BF16, DTYPE_PAIRS, F32, F64, Problem, make_problem, pair_id
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from quantized_helpers import quantized_rows
@@ -200,14 +200,41 @@ def test_a_quantised_weight(dtype):
             assert torch.equal(own_dx, dx[first : first + rows]), (first, rows)
 
 
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
+@pytest.mark.parametrize("is_quantised", [False, True])
+def test_an_adapter_for_each_row(isa, pair, is_quantised):
+    """Whatever other rows there are, of its adapter and of others; up to 32 rows an adapter's
+    factors are read otherwise where bits do not count."""
+    if pair[0] is F64 or (isa == "amx" and pair[0] is not F32) or isa in ("library", "portable"):
+        with batch_invariant(), pytest.raises(NotImplementedError, match="by panels"):
+            of_rows(make_problem(4, 8, 6, 2, pair), torch.arange(4), False)
+        return
+    problem = make_problem(200, 70, 90, 9, pair)
+    with batch_invariant():
+        y, dx = of_rows(problem, torch.arange(200), is_quantised)
+        for rows in (torch.tensor([7]), torch.arange(3, 12), torch.arange(0, 200, 3)):
+            own_y, own_dx = of_rows(problem, rows, is_quantised)
+            assert torch.equal(own_y, y[rows])
+            assert torch.equal(own_dx, dx[rows])
+    assert not torch.equal(y, of_rows(problem, torch.arange(200), is_quantised, 0)[0])
+
+
+def of_rows(problem: Problem, rows: torch.Tensor, is_quantised: bool, shift: int = 1):
+    """(y, dX) of some rows, each with one of three adapters or none."""
+    index = ((rows + shift) % 4 - 1).to(torch.int32)
+    weight = quantized_rows(problem.weight.float()) if is_quantised else problem.weight
+    lora_a = [problem.lora_a * scale for scale in (1.0, 0.5, -1.0)]
+    x = problem.x[rows].clone().requires_grad_()
+    y = lora_ext.lora_linear(x, weight, lora_a, [problem.lora_b] * 3, index=index)
+    return y.detach(), torch.autograd.grad(y, x, problem.grad[rows])[0]
+
+
 def test_the_rest_is_refused():
     problem = make_problem(4, 8, 6, 2)
-    x, weight, lora_a, lora_b = problem.operands
+    x, _, lora_a, lora_b = problem.operands
     index = torch.zeros(4, dtype=torch.int32)
     y = torch.zeros(4, 6)
     with batch_invariant():
-        with refused("an adapter for each row"):
-            lora_ext.lora_linear(x, weight, [lora_a], [lora_b], index=index)
         with refused("lora_update"):
             lora_ext.lora_update(y, x, lora_a, lora_b)
         with refused("lora_update"):

@@ -118,10 +118,17 @@ std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward
 namespace lora_ext::route {
 namespace {
 
+// Throws if a row's bits would depend on the number of rows.
 template <class Args>
 bool needs_blocks(const Args& args) {
-  return args.base.row_block > 0 &&
-         !(args.x.is_cpu() && cpu::is_batch_invariant(args.x.scalar_type(), args.update));
+  if (args.base.row_block == 0) return false;
+  if (args.x.is_cpu() && cpu::is_batch_invariant(args.x.scalar_type(), args.update)) return false;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      args.update.is_one(),
+      "lora_ext.batch_invariant: expected a processor and a dtype whose products by panels give "
+      "every row the same bits, as an adapter for each row needs, but got ",
+      args.x.scalar_type(), " on this one; call it outside of the block, or in another dtype");
+  return true;
 }
 
 }  // namespace
