@@ -125,6 +125,14 @@ def test_other_dtypes_have_the_same_masks(pair, tokens, is_grouped, monkeypatch)
         assert_close(found, other, 6e-2)
 
 
+def test_h_is_kept_where_a_trained_gate_computed_it():
+    """Masked rows are a copy: the gradients of the router's weights are of h itself."""
+    experts = Experts.of(make_experts("plain"))._replace(is_gate_trained=True)
+    factors, operands = make_factors(experts), make_routes(9, 3)
+    found = step(lora_experts, experts, factors, *operands)
+    assert_close(found, step(by_masks, experts, factors, *operands), 1e-11)
+
+
 @pytest.mark.parametrize("p", [0.05, 1 / 65536, 1 - 2.0**-20])
 def test_kept_elements_are_scaled_by_the_rounded_probability(p):
     experts = Experts.of(make_experts("plain"))
