@@ -29,6 +29,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(_SEED_LIMIT, (), dtype=torch.int64, device=device)
 
 
+def keep_scale_of(dropout_p: float) -> float:
+    """1 / keep probability, which is a multiple of 1/65536: the factor of what dropout keeps."""
+    return 65536 / max(1, int((1 - dropout_p) * 65536 + 0.5))
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | PackedWeight | QuantizedWeight,

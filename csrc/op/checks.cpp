@@ -305,10 +305,9 @@ void check_backward(const at::Tensor& grad, const at::Tensor& s, const Wanted& w
   check_same_device(op, "s", s, x);
 }
 
-void check_dropout_mask(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& cols,
-                        double dropout_p, const c10::SymInt& row_offset,
+void check_dropout_mask(const char* op, const at::Tensor& seed, const c10::SymInt& rows,
+                        const c10::SymInt& cols, double dropout_p, const c10::SymInt& row_offset,
                         const c10::SymInt& col_offset) {
-  constexpr char op[] = "dropout_mask";
   EXPECT(rows >= 0 && cols >= 0, "expected rows and cols >= 0, but got ", rows, " and ", cols);
   check_numbers(op, dropout_p, row_offset, col_offset);
   check_seed(op, seed);

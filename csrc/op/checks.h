@@ -1,4 +1,4 @@
-// Checks of the arguments of lora_linear, lora_update and dropout_mask, on real and on symbolic
+// Checks of the arguments of lora_linear, lora_update and of masks, on real and on symbolic
 // shapes. The values of index, offs and ranks are not read here: common/rows.h checks them on the
 // host, and kernels on a GPU treat a number that is out of range as "no adapter".
 #pragma once
@@ -32,9 +32,9 @@ void check_backward(const at::Tensor& grad, const at::Tensor& s, const Wanted& w
 // The dtype must be float64, float32, bfloat16 or float16.
 void check_supported(const char* op, const char* name, at::ScalarType dtype);
 
-// The seed, shape, probability and offsets of dropout_mask.
-void check_dropout_mask(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& cols,
-                        double dropout_p, const c10::SymInt& row_offset,
-                        const c10::SymInt& col_offset);
+// The seed, shape, probability and offsets of a mask.
+void check_dropout_mask(const char* op, const at::Tensor& seed, const c10::SymInt& rows,
+                        const c10::SymInt& cols, double dropout_p,
+                        const c10::SymInt& row_offset = 0, const c10::SymInt& col_offset = 0);
 
 }  // namespace lora_ext

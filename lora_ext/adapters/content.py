@@ -138,6 +138,16 @@ class Content:
         ranks = {names[path]: spec.r for path, spec in self.specs.items()}
         alphas = {names[path]: _alpha(spec, use_rslora) for path, spec in self.specs.items()}
         dropouts = [spec.dropout for spec in self.specs.values()]
+        parameters = [*self.parameters, *(names[path] for path in as_parameters)]
+        if parameters and any(dropouts):
+            warnings.warn(
+                "lora_ext.save_adapter: lora_dropout 0 is stored, since PEFT refuses a folder with "
+                "another for the experts of a mixture; to train on with dropout, put "
+                f'"lora_dropout": {max(dropouts)} into adapter_config.json before '
+                "lora_ext.load_adapter",
+                stacklevel=4,
+            )
+            dropouts = [0.0]
         if len(set(dropouts)) > 1:
             warnings.warn(
                 "lora_ext.save_adapter: PEFT's format has one dropout for all layers; of "
@@ -147,12 +157,6 @@ class Content:
         r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
         modules = [path for path in self.layers if path not in as_parameters]
         target_modules, exclude_modules = module_names(self.model, modules, self.saved_names)
-        parameters = [*self.parameters, *(names[path] for path in as_parameters)]
-        if parameters and any(dropouts):
-            raise AdapterError(
-                "expected dropout 0 beside adapters on parameters, for which PEFT has none, but "
-                f"got {max(dropouts)}"
-            )
         return AdapterConfig(
             r=r,
             alpha=alpha,
@@ -186,7 +190,8 @@ class Content:
     def _can_be_parameter(self, path: str, layer: LoRALayer) -> bool:
         spec = self.specs[path]
         is_plain = type(layer) is LoRALinear and not layer.fan_in_fan_out
-        return is_plain and not spec.dropout and not spec.lora_bias
+        has_dropout = spec.dropout and not self.parameters  # beside parameters 0 is stored
+        return is_plain and not has_dropout and not spec.lora_bias
 
     # ---- what is stored whole ----
 

@@ -165,7 +165,7 @@ def with_stacks(
 
     Raises:
         AdapterError: an expert's factors are missing, or differ in rank, size or alpha; or there is
-            dropout.
+            dropout beside a router.
     """
     modules = base_modules(model)
     at_router = routers(list(modules.items()))
@@ -186,11 +186,11 @@ def with_stacks(
         others[key.replace(found[1], path) if found else key] = entry
     if not (apart or names):
         return file, config
-    if config.dropout:
+    if config.dropout and names:
         raise AdapterError(
-            "expected lora_dropout 0 for experts and routers, which are parameters since "
-            "transformers 5 and have none in a PeftModel either, but got "
-            f"{config.dropout}; it matters in training alone: to load the adapter without, put "
+            f"expected lora_dropout 0 beside an adapter on the router {names[0]!r}, which is a "
+            f"parameter since transformers 5 and is computed as W + B A, but got {config.dropout}; "
+            "it matters in training alone: to load the adapter without, put "
             '"lora_dropout": 0 into adapter_config.json'
         )
     stacks = {p: _stacks(p, modules[p], factors, config) for p, factors in apart.items()}

@@ -3,8 +3,9 @@
     Projected       z ``[S, N]`` of x ``[T, H]``, or of sorted rows
     GateDown        out ``[T, H]`` of z ``[S, N]`` and the router's weights
 
-Saved for backward: x (not gathered), z (the input of the gate), the routes and S ``[S, R]`` of each
-projection; not the gathered rows, not h = gate(z), which is computed again, and not y.
+Saved for backward: x (not gathered), z (the input of the gate), the routes, and of each projection
+S ``[S, R]`` and the seed of dropout; not the gathered rows, not a mask, not h = gate(z), which is
+computed again, and not y.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops, projection, routing
+from .dropout import Dropout
 from .factors import Factors
 from .projection import Projection, Rows
 from .routing import Routes
@@ -30,6 +32,8 @@ class Call(NamedTuple):
         scalings: those of the adapters.
         routes: the routes of the rows.
         slots: k, the number of rows of each token.
+        dropout_p: the probability of dropout of the update's input.
+        seed: that of its mask; None: no dropout.
     """
 
     weight: Tensor
@@ -37,6 +41,15 @@ class Call(NamedTuple):
     scalings: tuple[float, ...]
     routes: Routes
     slots: int
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+    def dropout(self, of_tokens: bool) -> Dropout | None:
+        """Whose masks have a row for each token, or for each slot."""
+        if self.seed is None:
+            return None
+        rows = self.routes.token if of_tokens else self.routes.perm
+        return Dropout(self.dropout_p, self.seed, rows)
 
     def projection(self, factors: tuple[Tensor, ...]) -> Projection:
         if not factors:
@@ -61,13 +74,14 @@ def passes() -> Any:
 
 
 def _save(ctx: Any, call: Call, *tensors: Tensor | None) -> None:
-    ctx.call = call._replace(routes=None)  # pyright: ignore[reportArgumentType]
-    ctx.save_for_backward(*call.routes, *tensors)
+    ctx.call = call._replace(routes=None, seed=None)  # pyright: ignore[reportArgumentType]
+    ctx.save_for_backward(*call.routes, call.seed, *tensors)
 
 
 def _saved(ctx: Any) -> tuple[Call, list[Tensor]]:
-    perm, token, offs, *tensors = ctx.saved_tensors  # once: a checkpoint unpacks each tensor once
-    return ctx.call._replace(routes=Routes(perm, token, offs)), tensors
+    # Once: a checkpoint unpacks each tensor once.
+    perm, token, offs, seed, *tensors = ctx.saved_tensors
+    return ctx.call._replace(routes=Routes(perm, token, offs), seed=seed), tensors
 
 
 def _halves(wants: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
@@ -84,7 +98,8 @@ class Projected(torch.autograd.Function):
         # ctx.
         call, of_tokens, x, *factors = operands
         rows = Rows(x, call.routes.token if of_tokens else None)
-        y, s = passes().forward(rows, call.projection(tuple(factors)), call.routes.offs)
+        dropout = call.dropout(of_tokens)
+        y, s = passes().forward(rows, call.projection(tuple(factors)), call.routes.offs, dropout)
         _save(ctx, call, x, s, *factors)
         ctx.of_tokens = of_tokens
         return y
@@ -103,6 +118,7 @@ class Projected(torch.autograd.Function):
             call.routes.offs,
             want_x,
             *_halves(tuple(wants)),
+            call.dropout(ctx.of_tokens),
         )
         dx = found.dx
         if dx is not None and ctx.of_tokens:
@@ -122,7 +138,8 @@ class GateDown(torch.autograd.Function):
     def forward(ctx: Any, *operands: Any) -> Tensor:
         call, gate, z, weights, *factors = operands
         h = z if gate is None else gate(z)
-        y, s = passes().forward(Rows(h), call.projection(tuple(factors)), call.routes.offs)
+        own = call.projection(tuple(factors))
+        y, s = passes().forward(Rows(h), own, call.routes.offs, call.dropout(False))
         _save(ctx, call, z, weights, s, *factors)
         ctx.gate = gate
         return passes().sum_of_slots(y, call.routes.perm, weights.reshape(-1), call.slots)
@@ -147,6 +164,7 @@ class GateDown(torch.autograd.Function):
             call.routes.offs,
             want_z or want_weights,
             *_halves(tuple(wants)),
+            call.dropout(False),
         )
         dz = found.dx if want_z else None
         if dz is not None and ctx.gate is not None:

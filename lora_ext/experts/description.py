@@ -50,14 +50,16 @@ class Experts(NamedTuple):
 
 
 class ExpertsAdapter(NamedTuple):
-    """scaling * B_e A_e for each expert e of one projection, in PEFT's layout.
+    """scaling * B_e A_e drop(x) for each expert e of one projection, in PEFT's layout.
 
     Attributes:
         lora_a: ``[E r, in]``; A_e is the rows from e r to (e + 1) r.
         lora_b: ``[out, r E]``; B_e is the columns e, e + E, e + 2 E, ...
         scaling: a number, or a tensor of one element, which can change without a new graph.
+        dropout: the probability that an element of x is zero in the update of this call.
     """
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: float | Tensor
+    dropout: float = 0.0

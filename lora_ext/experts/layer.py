@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
+from ..functional import draw_seed, keep_scale_of
 from ..invariance import refuse
 from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
@@ -24,9 +25,13 @@ def lora_experts(
 ) -> Tensor:
     """The experts that a router chose for each token, each with a low-rank update.
 
-        z = x W1_e^T + b1_e + s1 (x A1_e^T) B1_e^T        h = gate(z)
-        y = h W2_e^T + b2_e + s2 (h A2_e^T) B2_e^T        y = norm(y)
-        out[t] = sum over t's k slots of weight * y       in the slots' order
+        z = x W1_e^T + b1_e + s1 (drop(x) A1_e^T) B1_e^T        h = gate(z)
+        y = h W2_e^T + b2_e + s2 (drop(h) A2_e^T) B2_e^T        y = norm(y)
+        out[t] = sum over t's k slots of weight * y             in the slots' order
+
+    drop(x) has a mask for each token, the same for all of its experts; drop(h) has one for each
+    slot. Each call draws a seed for each projection with dropout from torch's generator; a mask
+    depends on it and on the token, or on the token and the slot: not on the numbers of experts.
 
     Differentiable once in x, the weights and the factors; never in W1, W2 or their biases.
 
@@ -36,10 +41,14 @@ def lora_experts(
         top_k_index: ``[T, k]``, integers; a number that is E or larger is no expert: it adds
             nothing and has no gradient.
         top_k_weights: ``[T, k]``, any floating dtype.
-        up, down: the active adapters of each projection; their updates add.
+        up, down: the active adapters of each projection; their updates add. Those of one projection
+            share its mask, so they have the same dropout.
 
     Returns:
         ``[T, H]`` in x's dtype.
+
+    Raises:
+        ValueError: adapters of one projection differ in dropout.
     """
     refuse("experts")
     count = experts.up.shape[0]
@@ -73,17 +82,34 @@ def _call(
     adapters = [_with_number(adapter) for adapter in adapters]
     scalings = tuple(float(adapter.scaling) for adapter in adapters)
     factors = [adapter.lora_a for adapter in adapters] + [adapter.lora_b for adapter in adapters]
-    return Call(weight, bias, scalings, routes, slots), factors
+    call = Call(weight, bias, scalings, routes, slots)
+    p = _dropout_of(adapters)
+    if p > 0.0:
+        scalings = tuple(scaling * keep_scale_of(p) for scaling in scalings)
+        call = call._replace(scalings=scalings, dropout_p=p, seed=draw_seed(weight.device))
+    return call, factors
+
+
+def _dropout_of(adapters: Sequence[ExpertsAdapter]) -> float:
+    """The probability of dropout of a projection's adapters."""
+    found = sorted({adapter.dropout for adapter in adapters})
+    if len(found) > 1:
+        raise ValueError(
+            "lora_ext.experts.lora_experts: expected one dropout for all active adapters of a "
+            f"mixture's experts, which share a mask, but got {found}; give them the same, or set "
+            "one of them active at a time"
+        )
+    return found[0] if found else 0.0
 
 
 def _with_number(adapter: ExpertsAdapter) -> ExpertsAdapter:
     """The adapter with a number as scaling: a scaling in a tensor is multiplied into B."""
-    lora_a, lora_b, scaling = adapter
+    lora_a, lora_b, scaling, dropout = adapter
     if not isinstance(scaling, Tensor):
         return adapter
     if lora_a.dtype in HALVES:  # a half B times a scaling would be rounded again
         lora_a, lora_b = lora_a.float(), lora_b.float()
-    return ExpertsAdapter(lora_a, lora_b * scaling, 1.0)
+    return ExpertsAdapter(lora_a, lora_b * scaling, 1.0, dropout)
 
 
 def _weighted(y: Tensor, routes: Routes, weights: Tensor) -> Tensor:

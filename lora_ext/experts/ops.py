@@ -13,13 +13,16 @@ from torch import Tensor
 
 from . import projection as eager
 from . import routing
+from .dropout import Dropout
 from .factors import Factors
 from .projection import Backward, Projection, Rows
 
 
-def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Rows, projection: Projection, offs: Tensor, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
     """`projection.forward`, as an op."""
-    return _forward(*x, *_flat(projection), offs)
+    return _forward(*x, *_flat(projection), offs, *_flat_dropout(dropout))
 
 
 def backward(
@@ -32,10 +35,12 @@ def backward(
     want_x: bool,
     want_a: Sequence[bool],
     want_b: Sequence[bool],
+    dropout: Dropout | None = None,
 ) -> Backward:
     """`projection.backward`, as an op."""
     wanted = [want_x, want_x and weights is not None, *want_a, *want_b]
-    found = iter(_backward(*grad, *x, weights, *_flat(projection), s, offs, wanted))
+    operands = (*grad, *x, weights, *_flat(projection), s, offs)
+    found = iter(_backward(*operands, *_flat_dropout(dropout), wanted))
     dx, dweights, *factors = [next(found) if wants else None for wants in wanted]
     return Backward(dx, dweights, factors[: len(want_a)], factors[len(want_a) :])
 
@@ -50,6 +55,15 @@ def _flat(projection: Projection) -> tuple:
     if factors is None:
         return weight, bias, [], [], []
     return weight, bias, *map(list, factors)
+
+
+def _flat_dropout(dropout: Dropout | None) -> tuple:
+    # Not a global: a traced program would make its number an input.
+    return (0.0, None, None) if dropout is None else dropout
+
+
+def _dropout(p: float, seed: Tensor | None, rows: Tensor | None) -> Dropout | None:
+    return None if seed is None or rows is None else Dropout(p, seed, rows)
 
 
 def _projection(
@@ -72,13 +86,16 @@ def _forward(
     lora_b: list[Tensor],
     scalings: list[float],
     offs: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    mask_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     projection = _projection(weight, bias, lora_a, lora_b, scalings)
-    return eager.forward(Rows(x, token), projection, offs)
+    return eager.forward(Rows(x, token), projection, offs, _dropout(dropout_p, seed, mask_rows))
 
 
 @_forward.register_fake
-def _(x, token, weight, bias, lora_a, lora_b, scalings, offs):
+def _(x, token, weight, bias, lora_a, lora_b, scalings, offs, dropout_p, seed, mask_rows):
     rows = (x if token is None else token).shape[0]  # len() would make it a constant
     experts, out_features, _ = weight.shape
     rank = sum(a.shape[0] // experts for a in lora_a)
@@ -100,6 +117,9 @@ def _backward(
     scalings: list[float],
     s: Tensor,
     offs: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    mask_rows: Tensor | None,
     wanted: list[bool],
 ) -> list[Tensor]:
     adapters = len(lora_a)
@@ -113,13 +133,15 @@ def _backward(
         wanted[0],
         wanted[2 : 2 + adapters],
         wanted[2 + adapters :],
+        _dropout(dropout_p, seed, mask_rows),
     )
     every = (found.dx, found.dweights, *found.dlora_a, *found.dlora_b)
     return [gradient for gradient in every if gradient is not None]
 
 
 @_backward.register_fake
-def _(grad, grad_token, x, token, weights, weight, bias, lora_a, lora_b, scalings, s, offs, wanted):
+def _(grad, grad_token, x, token, weights, weight, bias, lora_a, lora_b, scalings, s, *rest):
+    wanted = rest[-1]
     rows = s.shape[0]
     every = (
         weight.new_empty(rows, weight.shape[2]),

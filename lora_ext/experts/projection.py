@@ -1,13 +1,14 @@
 """One projection of all experts on rows that are sorted by expert, forward and backward.
 
-    y = x W_e^T + b_e + s (x A_e^T) B_e^T         for the rows of each expert e
+    y = x W_e^T + b_e + s (drop(x) A_e^T) B_e^T         for the rows of each expert e
 
-    g = dy:      dx' = g W_e + s (g B_e) A_e
+    g = dy:      dx' = g W_e + s mask * ((g B_e) A_e)
     weights w:   dx = w dx',  dw = <x, dx'> + <g, b_e>
-                 dA_e = s (g B_e)^T (w x),  dB_e = s g^T (w x A_e^T)
+                 dA_e = s (g B_e)^T (w drop(x)),  dB_e = s g^T (w drop(x) A_e^T)
 
-With weights, y is multiplied by them later, and g is the gradient of the sum of these products: so
-y is not needed for dw. W has no gradient.
+Here drop(x) is mask * x, and s is multiplied by keep_scale (`dropout`). With weights, y is
+multiplied by them later, and g is the gradient of the sum of these products: so y is not needed for
+dw. W has no gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import expert_groups, few_rows, products
+from .dropout import Dropout
 from .expert_groups import ExpertGroup, ExpertGroups
 from .factors import Factors, Gradients, Pools, pools_of
 
@@ -54,6 +56,11 @@ class Rows(NamedTuple):
         return self.values.index_select(0, self.token[begin:end])
 
     @property
+    def is_gathered(self) -> bool:
+        """Whether `part` makes a copy."""
+        return self.token is not None
+
+    @property
     def size(self) -> int:
         return len(self.values) if self.token is None else len(self.token)
 
@@ -67,20 +74,23 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> ExpertGroups | None:
 
 
 def _update_of(pools: Pools, group: ExpertGroup) -> dict[str, Any]:
-    """The op's arguments for many adapters with offs, without dropout."""
+    """The op's arguments for many adapters with offs; dropout is applied to rows beforehand."""
     lora_a, lora_b = [pools.lora_a], [pools.lora_b]
     return {"lora_a": lora_a, "lora_b": lora_b, "scaling": pools.scaling, "offs": group.offs}
 
 
-def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tensor]:
-    """(y ``[S, out]``, s ``[S, R]``); s is x A^T in at least float32, empty without adapters."""
+def forward(
+    x: Rows, projection: Projection, offs: Tensor, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y ``[S, out]``, s ``[S, R]``): s is drop(x) A^T in at least float32, empty if no factors."""
     weight, bias, factors = projection
     taken = _on_device(x, weight, offs)
     if taken is None:
         bounds = offs.tolist()
-        numbers = few_rows.numbers_of(bounds, x.size, weight, factors)
-        if numbers:
-            return few_rows.forward(*x, weight, bias, factors, numbers)
+        if dropout is None:
+            numbers = few_rows.numbers_of(bounds, x.size, weight, factors)
+            if numbers:
+                return few_rows.forward(*x, weight, bias, factors, numbers)
         taken = expert_groups.on_host(bounds, weight.device)
     experts, out_features, _ = weight.shape
     rank = 0 if factors is None else factors.rank(experts)
@@ -93,6 +103,8 @@ def forward(x: Rows, projection: Projection, offs: Tensor) -> tuple[Tensor, Tens
         sums = products.forward(part, weight, bias, group)
         if factors is not None:
             pools = pools_of(factors, experts, group.hit, weight.dtype)
+            if dropout is not None:
+                part = dropout.drop(part, group, in_place=x.is_gathered)
             sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **_update_of(pools, group))
         if taken.is_whole:
             y = sums
@@ -125,6 +137,7 @@ def backward(
     want_x: bool,
     want_a: Sequence[bool],
     want_b: Sequence[bool],
+    dropout: Dropout | None = None,
 ) -> Backward:
     """The gradients of the equations above; weights ``[S]``, sorted, or None for 1."""
     weight, bias, factors = projection
@@ -149,7 +162,16 @@ def backward(
             dpart = products.backward(g, weight, group, None if taken.is_whole else dx[where])
         if gradients is not None:
             low_rank = _update_backward(
-                g, part, own_weights, projection, s[where], group, gradients, want_x
+                g,
+                part,
+                x.is_gathered,
+                own_weights,
+                projection,
+                s[where],
+                group,
+                gradients,
+                want_x,
+                dropout,
             )
             if dpart is not None and low_rank is not None:
                 dpart += low_rank
@@ -170,14 +192,20 @@ def backward(
 def _update_backward(
     grad: Tensor,
     x: Tensor | None,
+    is_own_x: bool,
     weights: Tensor | None,
     projection: Projection,
     s: Tensor,
     group: ExpertGroup,
     gradients: Gradients,
     want_x: bool,
+    dropout: Dropout | None,
 ) -> Tensor | None:
-    """Returns dx' of the update and writes the gradients of the factors."""
+    """Returns dx' of the update and writes the gradients of the factors.
+
+    Args:
+        is_own_x: whether x may be overwritten.
+    """
     weight, _, factors = projection
     assert factors is not None
     experts = len(weight)
@@ -186,6 +214,9 @@ def _update_backward(
     if weights is not None:
         assert x is not None
         x, s = (x * weights[:, None]).to(x.dtype), s * weights[:, None]
+        is_own_x = True
+    if dropout is not None and x is not None and want_a:
+        x = dropout.drop(x, group, in_place=is_own_x)
     if x is None:  # only its shape and dtype are used
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
     pools = pools_of(factors, experts, group.hit, weight.dtype)
@@ -194,4 +225,6 @@ def _update_backward(
         grad, s.contiguous(), *wanted, x, None, None, **_update_of(pools, group)
     )
     gradients.write(group.hit, da[0] if da else None, db[0] if db else None)
+    if dropout is not None and want_x:
+        dropout.drop(dx, group, in_place=True)
     return dx

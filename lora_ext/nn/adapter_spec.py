@@ -57,12 +57,7 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         check_rank(self.r, "nn.AdapterSpec")
         check_alpha(self.alpha, "nn.AdapterSpec")
-        expect(
-            _is_finite(self.dropout) and 0.0 <= self.dropout < 1.0,
-            "nn.AdapterSpec",
-            "dropout in [0, 1)",
-            self.dropout,
-        )
+        check_dropout(self.dropout, "nn.AdapterSpec")
         expect(self.init in INITS, "nn.AdapterSpec", f"init to be one of {INITS}", self.init)
 
     @property
@@ -83,6 +78,10 @@ def check_rank(rank: Any, where: str) -> None:
         f"an integer rank r of 1 to {MAX_RANK}",
         rank,
     )
+
+
+def check_dropout(p: Any, where: str, name: str = "dropout") -> None:
+    expect(_is_finite(p) and 0.0 <= p < 1.0, where, f"{name} in [0, 1)", p)
 
 
 def check_alpha(alpha: Any, where: str) -> None:

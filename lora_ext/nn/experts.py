@@ -28,15 +28,18 @@ def is_experts(module: nn.Module) -> bool:
 class LoRAExperts(LoRAModule):
     """The experts of a mixture with low-rank adapters on their frozen stacks of weights.
 
-        z = x W1_e^T (+ b1_e) + s1 (x A1_e^T) B1_e^T        h = gate(z)
-        y = h W2_e^T (+ b2_e) + s2 (h A2_e^T) B2_e^T        out[t] = sum over its experts of w y
+        z = x W1_e^T (+ b1_e) + s1 (drop(x) A1_e^T) B1_e^T     h = gate(z)
+        y = h W2_e^T (+ b2_e) + s2 (drop(h) A2_e^T) B2_e^T     out[t] = sum over its experts of w y
 
     for the experts e that the router selected for token t. It replaces modules of transformers
     whose class is decorated with `use_experts_implementation`; its class is made for each of them
     and also derives from theirs. `lora` has a `LoRAParameter` for each stack: ``gate_up_proj``
     (``up_proj`` if there is no gate) and ``down_proj``, each with lora_a ``[E r, in]`` and lora_b
-    ``[out, r E]`` as in PEFT's ParamWrapper.
+    ``[out, r E]`` as in PEFT's ParamWrapper. In training a token has one mask of x for all of its
+    experts, and one of h for each; the active adapters of a stack share it and have one dropout.
     """
+
+    has_dropout = True
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
@@ -65,13 +68,35 @@ class LoRAExperts(LoRAModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         up, down = self._pair()
-        if not (_adds(up) or _adds(down)) or self._obstacle() or is_transformed():
+        if not (_adds(up) or _adds(down)):
             return super().forward(*args, **kwargs)
-        found = operands(self, self.base_type, args, kwargs)
+        reason = self._obstacle()
+        if not reason and is_transformed():
+            reason = "a transform of torch.func or forward-mode AD is active"
+        found = None if reason else operands(self, self.base_type, args, kwargs)
         if found is None:
+            self._refuse_dropout(reason or "these arguments are not those of experts")
             return super().forward(*args, **kwargs)
         experts = Experts.of(self)._replace(up=up.base_operands()[0], down=down.base_operands()[0])
-        return lora_experts(experts, *found, _adapters(up), _adapters(down))
+        return lora_experts(experts, *found, self._adapters(up), self._adapters(down))
+
+    def _adapters(self, layer: LoRAParameter) -> list[ExpertsAdapter]:
+        found = []
+        for name in layer.added_adapters if _adds(layer) else ():
+            spec = layer.adapters[name]
+            p = spec.dropout if self.training else 0.0
+            found.append(ExpertsAdapter(*layer.factors(name), spec.scaling, p))
+        return found
+
+    def _refuse_dropout(self, reason: str) -> None:
+        """Raises RuntimeError where W + scaling B A would leave out the dropout of an update."""
+        most = max(each.dropout for layer in self._pair() for each in self._adapters(layer))
+        if most > 0.0:
+            raise RuntimeError(
+                f"lora_ext.nn.LoRAExperts: expected experts that lora_ext computes for dropout "
+                f"{most} in training, but got a forward with W + scaling B A, which has none: "
+                f"{reason}; call model.eval(), or train with dropout=0"
+            )
 
     def _obstacle(self) -> str:
         """Why `lora_experts` cannot compute the layer for any x, or ""."""
@@ -90,12 +115,3 @@ class LoRAExperts(LoRAModule):
 def _adds(layer: LoRAParameter) -> bool:
     """Whether a forward now adds the update of an adapter that is not merged."""
     return layer.changes_weight and bool(layer.added_adapters)
-
-
-def _adapters(layer: LoRAParameter) -> list[ExpertsAdapter]:
-    if not _adds(layer):
-        return []
-    return [
-        ExpertsAdapter(*layer.factors(name), layer.adapters[name].scaling)
-        for name in layer.added_adapters
-    ]

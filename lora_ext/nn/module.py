@@ -29,11 +29,14 @@ class LoRAModule(nn.Module):
         lora: parameter's name -> `LoRAParameter`.
         kind: this class, or the subclass of it in this package that the module's class derives
             from.
+        has_dropout: whether adapters on its parameters may have dropout, which W + scaling * B A
+            has no place for.
         base_type: the class of the module that it replaces.
     """
 
     lora: nn.ModuleDict
     kind: type[LoRAModule]
+    has_dropout = False
     base_type: type[nn.Module]
 
     @classmethod

@@ -82,11 +82,12 @@ class LoRAParameter(LoRALayer):
 
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
         where = f"lora_ext.nn.LoRAParameter.add_adapter: {self.parameter!r}"
-        if spec.dropout:
+        if spec.dropout and not self.module.has_dropout:
             raise ValueError(
-                f"{where}: expected dropout 0 for an adapter on the experts of a mixture, but got "
-                f"{spec.dropout}; set dropout=0, or leave the experts out by "
-                "exclude_modules=['experts'] and keep it for the other layers"
+                f"{where}: expected dropout 0 for an adapter on a parameter of a "
+                f"{self.module.base_type.__name__}, which computes with W + B A, but got "
+                f"{spec.dropout}; set dropout=0, or leave the module out (of a router: without its "
+                "name in target_modules) and keep it for the other layers"
             )
         if spec.lora_bias:
             raise ValueError(f"{where}: expected no lora_bias, which PEFT has for modules alone")

@@ -17,7 +17,12 @@ Model = TypeVar("Model", bound=nn.Module)
 _MINIMUM_PEFT = (0, 19)
 
 
-def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Model:
+def accelerate(
+    model: Model,
+    *,
+    pack: bool | int | Iterable[int] = False,
+    expert_dropout: float | None = None,
+) -> Model:
     """Runs the LoRA layers of a PEFT model on the fused op, in place.
 
         model = lora_ext.accelerate(get_peft_model(base, LoraConfig(...)))
@@ -34,6 +39,11 @@ def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Mod
         pack: on a CPU, also keep copies of frozen weights in oneDNN's packed layout where this was
             measured to be faster here: True, or the rows (batch times sequence length) of later
             calls. `lora_ext.warmup` does the same, but has a memory budget and reports its results.
+        expert_dropout: probability in [0, 1) that an element of the input of an adapter on the
+            experts of a mixture is zero, in training. PEFT refuses lora_dropout for these; here
+            the LoraConfig has lora_dropout 0 and the probability is given in each `accelerate`,
+            since files do not store it. Adapters that are added later have it, too. None leaves it
+            as it is, 0 turns it off.
 
     Returns:
         The model. A second call changes nothing. If all layers are of unsupported kinds, such as
@@ -42,12 +52,15 @@ def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Mod
     Raises:
         ImportError: peft is not installed, or older than 0.19.
         TypeError: model is not an nn.Module.
-        ValueError: no module of it is a LoRA layer of PEFT.
+        ValueError: no module of it is a LoRA layer of PEFT; expert_dropout is out of its range, or
+            there are no experts with adapters, or some need PEFT's forward. The model is then
+            unchanged.
     """
     _check(model, "accelerate")
     _import_peft("accelerate")
     from peft.tuners.lora import LoraLayer
 
+    from . import expert_dropout as of_experts
     from .swap import classes, swap
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -57,7 +70,11 @@ def accelerate(model: Model, *, pack: bool | int | Iterable[int] = False) -> Mod
             f"{type(model).__name__} without one; call peft.get_peft_model(model, LoraConfig(...)) "
             "first, or use lora_ext.apply_lora instead of PEFT"
         )
+    if expert_dropout is not None:
+        of_experts.check(model, expert_dropout)
     swap(model)
+    if expert_dropout is not None:
+        of_experts.put(model, expert_dropout)
     if not any(type(layer) in classes().values() for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         warnings.warn(
@@ -81,9 +98,11 @@ def decelerate(model: Model) -> Model:
     """
     _check(model, "decelerate")
     _import_peft("decelerate")
+    from .expert_dropout import remove
     from .swap import swap
 
     swap(model, back=True)
+    remove(model)
     return model
 
 

@@ -14,6 +14,9 @@ from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, h
 # parametrization.
 _LEAVES_UPDATES = ("0.21.0", "0.21.1", "0.21.2")
 
+# Attribute of wrappers of experts: `accelerate`'s expert_dropout.
+EXPERT_DROPOUT = "expert_dropout"
+
 
 class Target(NamedTuple):
     """One parameter of the module.
@@ -37,6 +40,14 @@ class Chain(NamedTuple):
 
     targets: list[Target]
     base: Any
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropout in experts for a forward now, 0 outside training."""
+        if not self.targets[0].wrapper.training:
+            return 0.0
+        states = [target.wrapper.__dict__ for target in self.targets]
+        return max(state.get(EXPERT_DROPOUT, 0.0) for state in states)
 
 
 def chain_of(outermost: Any) -> Chain:

@@ -65,6 +65,7 @@ def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
 
 def forward(chain: Chain, operands: tuple) -> Tensor:
     """``[T, H]`` of the experts with their adapters."""
+    p = chain.dropout
     found: dict[str, list[ExpertsAdapter]] = {}
     for wrapper, name, adapters in chain.targets:
         found[name] = [
@@ -72,6 +73,7 @@ def forward(chain: Chain, operands: tuple) -> Tensor:
                 wrapper.lora_A[adapter].weight,
                 wrapper.lora_B[adapter].weight,
                 wrapper.scaling[adapter],
+                p,
             )
             for adapter in adapters
         ]
@@ -84,4 +86,5 @@ def forward(chain: Chain, operands: tuple) -> Tensor:
 def rows_of_experts(chain: Chain) -> str:
     """What is computed, as text."""
     names = ", ".join(sorted(target.name for target in chain.targets if target.adapters))
-    return f"rows of each expert, updates of {names}"
+    dropout = f", expert_dropout {chain.dropout}" if chain.dropout else ""
+    return f"rows of each expert, updates of {names}{dropout}"

@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
-from . import experts, matrices
+from . import expert_dropout, experts, matrices
 from .chain import chain_of, chain_state
 from .reasons import ADDED, FUSED, PEFT
 
@@ -30,13 +30,15 @@ class ParamWrapper(peft_layers.ParamWrapper):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        chain = chain_of(self)
-        if type(self) is not peft_layers.ParamWrapper and chain_state(chain) is None:
-            kind = matrices if matrices.are_all(chain) else experts
-            if not kind.reason(chain):
-                operands = kind.operands(chain, (x, *args), kwargs)
-                if operands is not None:
-                    return kind.forward(chain, operands)
+        if type(self) is not peft_layers.ParamWrapper:
+            chain = chain_of(self)
+            if chain_state(chain) is None:
+                kind = matrices if matrices.are_all(chain) else experts
+                if not kind.reason(chain):
+                    operands = kind.operands(chain, (x, *args), kwargs)
+                    if operands is not None:
+                        return kind.forward(chain, operands)
+            expert_dropout.refuse_pefts_forward(chain)
         # Called by the class's name: in a bound method that outlives `decelerate`, self is of
         # PEFT's class.
         return peft_layers.ParamWrapper.forward(self, x, *args, **kwargs)

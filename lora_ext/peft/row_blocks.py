@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dtypes import HALVES
-from ..functional import dropout_mask
+from ..functional import dropout_mask, keep_scale_of
 from ..invariance import refuse
 
 # Elements of a block: 1 MiB of float32, which stays in a core's cache; 64 MiB on a GPU, which needs
@@ -188,8 +188,7 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None, row: int) -> Tensor:
     if seed is None:
         return x
     keep = dropout_mask(seed, x.shape[:-1].numel(), x.shape[-1], p, row)
-    keep_scale = 65536 / max(1, int((1 - p) * 65536 + 0.5))
-    return torch.where(keep.view(x.shape), x * keep_scale, 0.0)
+    return torch.where(keep.view(x.shape), x * keep_scale_of(p), 0.0)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

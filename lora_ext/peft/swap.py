@@ -11,7 +11,7 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import model as peft_model
 from torch import nn
 
-from . import mixed_batch
+from . import expert_dropout, mixed_batch
 from .embedding import Embedding
 from .linear import Linear
 from .param_wrapper import ParamWrapper
@@ -34,6 +34,7 @@ class LoraModel(peft_model.LoraModel):
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
         if isinstance(self, LoraModel):  # false in a bound method that outlived `decelerate`
             swap(model)
+            expert_dropout.put_on_new(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -95,7 +95,6 @@ def test_as_many_parameters_as_peft_without_the_router():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"dropout": 0.1}, r"dropout 0 for .* experts .*exclude_modules=\['experts'\]"),
         ({"lora_bias": True}, "no lora_bias"),
         ({"init": "pissa"}, "init 'kaiming' or 'gaussian'"),
         ({"r": 300}, "an integer rank r of 1 to 512, but got 600"),

@@ -6,6 +6,8 @@ from expert_helpers import assert_close, make_routes, mixture, run
 from helpers import BF16, F32, F64
 from peft_helpers import accelerated
 
+import lora_ext
+
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
 
 
@@ -29,6 +31,21 @@ def test_without_gradients_and_float32_adapters(forget_graphs, counter):
     operands = make_routes(9, dtype=BF16)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*operands), model(*operands))
+
+
+def test_dropout(forget_graphs, counter):
+    """Seeds are drawn in the graph, by the generator's state."""
+    model = lora_ext.accelerate(mixture("plain", TWO), expert_dropout=0.3).train()
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
+    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    counts, found = [], {}
+    for tokens in (9, 17):
+        for name, one in (("eager", model), ("compiled", compiled)):
+            torch.manual_seed(tokens)
+            found[name] = run(one, *make_routes(tokens))
+        assert_close(found["compiled"], found["eager"], 1e-12)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
 
 
 def test_inductor(forget_graphs, cxx_compiler):
@@ -55,8 +72,10 @@ def test_ops_keep_their_contract(name, monkeypatch):
         return real(*operands)
 
     monkeypatch.setattr(ops, own, noted)
-    model = accelerated(mixture("transposed, biases, interleaved", TWO))
-    run(model, *make_routes(9, dtype=F64))
+    model = mixture("transposed, biases, interleaved", TWO)
+    for p in (0.0, 0.3):
+        lora_ext.accelerate(model, expert_dropout=p).train()
+        run(model, *make_routes(9, dtype=F64))
     assert given
     for operands in given:
         torch.library.opcheck(real, operands, test_utils=("test_schema", "test_faketensor"))

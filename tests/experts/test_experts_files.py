@@ -194,7 +194,6 @@ HOSTILE = {
         {},
         r"lora_B.weight': expected shape \[16, 15\]",
     ),
-    "dropout": (None, {"lora_dropout": 0.1}, "expected dropout 0 for an adapter on the experts"),
     "lora_bias": (None, {"lora_bias": True}, "lora_B.bias' is missing|no lora_bias"),
     "pissa": (None, {"init_lora_weights": "pissa"}, "expected init 'kaiming' or 'gaussian'"),
     "an unknown layout": (None, {"lora_B_layout": "?"}, "lora_B_layout to be one of .*but got '?'"),

@@ -92,7 +92,7 @@ def make_case(
 def by_sums(experts, x, index, weights, up, down) -> Tensor:
     """The layer with W + B A of every expert, as PEFT and grouped products give it."""
     stacks = []
-    for weight, ((a, b, scaling),) in ((experts.up, up), (experts.down, down)):
+    for weight, ((a, b, scaling, _),) in ((experts.up, up), (experts.down, down)):
         weight = weight.transpose(1, 2) if experts.is_transposed else weight
         first = a.view(EXPERTS, RANK, -1)
         delta = torch.einsum("ore,eri->eoi", b.view(len(b), RANK, EXPERTS), first)

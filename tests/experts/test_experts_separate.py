@@ -86,6 +86,14 @@ def test_some_layers_of_experts(is_kept, words, tmp_path):
     torch.testing.assert_close(logits(found), logits(model))
 
 
+def test_dropout_without_an_adapter_on_the_router(tmp_path):
+    """Which has none; PEFT refuses it for the experts, too."""
+    of_layers("qwen3_moe", tmp_path, lambda key: ".mlp.gate." not in key, lora_dropout=0.3)
+    ours = load_adapter(mixture("qwen3_moe"), tmp_path, trainable=True)
+    assert torch.equal(logits(ours.eval()), logits(ours))
+    assert not torch.equal(logits(ours.train()), logits(ours))
+
+
 HOSTILE = {
     "one missing": (
         lambda t: t.pop(EXPERTS + "3.up_proj.lora_B.weight"),

@@ -1,6 +1,8 @@
-// Dropout for the library route on CUDA: one Philox call and eight elements of a row per thread.
+// Dropout apart from products on CUDA: one Philox call and eight elements of a row per thread.
 //
 //     out[m, c] = kept(seed, row_offset + m, col_offset + c) ? keep_scale * x[m, c] : 0
+//
+// or with row mask_rows[m] of the mask, for rows that are not where their masks are.
 //
 // Memory-bound: 2 * sizeof(T) bytes per element. Threads of a warp take consecutive groups, which
 // own column pairs 8 apart among 32 columns, so a warp covers 256 consecutive columns.
@@ -41,8 +43,9 @@ __global__ void __launch_bounds__(256) dropout_kernel(const DropoutParams params
        i += step) {
     const int64_t m = i / num_groups;
     const int64_t group = first_group + i % num_groups;
-    const philox::Words words = philox::draw(seed, static_cast<uint64_t>(params.row_offset + m),
-                                             static_cast<uint32_t>(group));
+    const int64_t row = params.row_offset + (params.mask_rows == nullptr ? m : params.mask_rows[m]);
+    const philox::Words words =
+        philox::draw(seed, static_cast<uint64_t>(row), static_cast<uint32_t>(group));
     const int64_t first_col = group / 4 * 32 + group % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {

@@ -9,6 +9,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <array>
+
 #include "common/check.h"
 #include "cpu/skinny.h"
 #include "kernels/device.h"
@@ -26,17 +28,19 @@ const cpu::SkinnyKernels& dropout_kernels() {
   return kernels;
 }
 
-// Calls row(m, bits) for each row of the mask, bits as words of 32 columns.
-template <class Row>
-void for_mask_rows(const DropoutArgs& args, int64_t first_row, int64_t rows, int64_t cols,
+// Calls row(m, bits) for each of some rows, with the bits of the mask's row number_of(m) as words of
+// 32 columns.
+template <class Number, class Row>
+void for_mask_rows(const DropoutArgs& args, const Number& number_of, int64_t rows, int64_t cols,
                    const Row& row) {
-  const cpu::Dropout dropout{static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()),
-                             args.first_row() + first_row, args.first_col(), args.keep_count()};
+  const auto seed = static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>());
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, cols));
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> bits(static_cast<size_t>((cols + 31) / 32));
     for (int64_t m = begin; m < end; ++m) {
-      dropout_kernels().dropout_bits(dropout, {}, {m, m + 1}, {0, cols}, bits.data(),
+      const cpu::Dropout dropout{seed, args.first_row() + number_of(m), args.first_col(),
+                                 args.keep_count()};
+      dropout_kernels().dropout_bits(dropout, {}, {0, 1}, {0, cols}, bits.data(),
                                      static_cast<int64_t>(bits.size()));
       row(m, bits.data());
     }
@@ -53,12 +57,47 @@ void drop_cpu(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout, 
     const auto* in = x.const_data_ptr<scalar_t>();
     auto* to = out.mutable_data_ptr<scalar_t>();
     const int64_t cols = x.size(1);
-    for_mask_rows(dropout, first_row, x.size(0), cols, [&](int64_t m, const uint32_t* bits) {
+    const auto number_of = [&](int64_t m) { return first_row + m; };
+    for_mask_rows(dropout, number_of, x.size(0), cols, [&](int64_t m, const uint32_t* bits) {
       for (int64_t c = 0; c < cols; ++c) {
         const auto value = static_cast<acc_t>(in[m * x.stride(0) + c]) * scale;
         to[m * out.stride(0) + c] = static_cast<scalar_t>(is_kept(bits, c) ? value : acc_t{0});
       }
     });
+  });
+}
+
+// For each byte of bits eight words, all ones for a bit that is set: a vector's mask by one load.
+template <class Word>
+const std::array<std::array<Word, 8>, 256>& words_of_bytes() {
+  static const auto words = [] {
+    std::array<std::array<Word, 8>, 256> out{};
+    for (size_t byte = 0; byte < out.size(); ++byte) {
+      for (size_t bit = 0; bit < 8; ++bit) {
+        out[byte][bit] = (byte >> bit & 1u) != 0 ? static_cast<Word>(~Word{0}) : Word{0};
+      }
+    }
+    return out;
+  }();
+  return words;
+}
+
+// x &= mask, whatever the dtype of this size.
+template <class Word>
+void drop_rows_cpu(at::Tensor& x, const int64_t* mask_rows, const DropoutArgs& dropout) {
+  const auto& words = words_of_bytes<Word>();
+  auto* data = static_cast<Word*>(x.mutable_data_ptr());
+  const int64_t cols = x.size(1), pitch = x.stride(0), whole = cols / 8 * 8;
+  const auto number_of = [&](int64_t m) { return mask_rows[m]; };
+  for_mask_rows(dropout, number_of, x.size(0), cols, [&](int64_t m, const uint32_t* bits) {
+    Word* row = data + m * pitch;
+    for (int64_t c = 0; c < whole; c += 8) {
+      const auto& kept = words[bits[c / 32] >> (c % 32) & 0xFFu];
+      for (size_t i = 0; i < 8; ++i) row[c + static_cast<int64_t>(i)] &= kept[i];
+    }
+    for (int64_t c = whole; c < cols; ++c) {
+      if (!is_kept(bits, c)) row[c] = 0;
+    }
   });
 }
 
@@ -96,6 +135,25 @@ void drop_into(const at::Tensor& x, at::Tensor& out, const DropoutArgs& dropout,
 
 }  // namespace
 
+void drop_rows_(at::Tensor& x, const at::Tensor& mask_rows, const DropoutArgs& dropout) {
+  if (!dropout.enabled() || x.numel() == 0) return;
+  const auto* rows = mask_rows.const_data_ptr<int64_t>();
+  if (x.is_cuda()) {
+    cuda::DropoutParams params = params_of(x, dropout, 0);
+    params.x = params.out, params.x_pitch = params.out_pitch;
+    params.mask_rows = rows, params.keep_scale = 1.0;
+    return launch(x, params);
+  }
+  switch (x.element_size()) {
+    case 2:
+      return drop_rows_cpu<uint16_t>(x, rows, dropout);
+    case 4:
+      return drop_rows_cpu<uint32_t>(x, rows, dropout);
+    default:
+      return drop_rows_cpu<uint64_t>(x, rows, dropout);
+  }
+}
+
 at::Tensor dropped(const at::Tensor& x, const DropoutArgs& dropout, int64_t first_row) {
   at::Tensor out = at::empty(x.sizes(), x.options());
   drop_into(x, out, dropout, first_row);
@@ -110,7 +168,8 @@ void fill_dropout_mask(at::Tensor& mask, const DropoutArgs& dropout) {
   if (mask.is_cuda()) return launch(mask, params_of(mask, dropout, 0));
   const int64_t cols = mask.size(1);
   auto* out = mask.mutable_data_ptr<bool>();
-  for_mask_rows(dropout, 0, mask.size(0), cols, [&](int64_t m, const uint32_t* bits) {
+  const auto number_of = [](int64_t m) { return m; };
+  for_mask_rows(dropout, number_of, mask.size(0), cols, [&](int64_t m, const uint32_t* bits) {
     for (int64_t c = 0; c < cols; ++c) out[m * cols + c] = is_kept(bits, c);
   });
 }

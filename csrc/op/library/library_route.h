@@ -22,6 +22,9 @@ namespace lora_ext {
 at::Tensor dropped(const at::Tensor& x, const DropoutArgs& dropout, int64_t first_row);
 // x *= keep_scale * mask in place; x must be a temporary of the caller.
 void drop_(at::Tensor& x, const DropoutArgs& dropout, int64_t first_row);
+// Sets to zero, in place, the elements of x [rows, K] that are not kept; the others are not scaled.
+// Row m of x has the mask's row mask_rows[m] (int64, contiguous, on x's device).
+void drop_rows_(at::Tensor& x, const at::Tensor& mask_rows, const DropoutArgs& dropout);
 // mask [rows, cols] of bool: true where the element is kept.
 void fill_dropout_mask(at::Tensor& mask, const DropoutArgs& dropout);
 
