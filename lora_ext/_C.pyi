@@ -16,9 +16,13 @@ def set_cpu_isa(name: str) -> None:
         ValueError: the name is unknown or not available here.
     """
 
-def cpu_panels(x_dtype: torch.dtype) -> torch.dtype | None:
+cpu_panel_rows: int
+"""The number of rows from which on products are by panels."""
+
+def cpu_panels(x_dtype: torch.dtype, batch_invariant: bool = False) -> torch.dtype | None:
     """The dtype of the panels in which products of x_dtype are computed in one pass with the
-    low-rank part, or None: torch's linear, and passes around it."""
+    low-rank part, or None: torch's linear, and passes around it; batch_invariant: within
+    `lora_ext.batch_invariant`."""
 
 def set_cpu_panels(name: str) -> None:
     """Selects panels of "float32" or "bfloat16" wherever this processor has such products, "none",
@@ -40,7 +44,7 @@ def cpu_product(
         out: ``[rows, cols]``, which is written.
 
     Raises:
-        RuntimeError: torch's, for sizes or dtypes that do not fit.
+        RuntimeError: torch's, for what `torch.addmm` and `torch.mm` with out refuse.
     """
 
 def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:

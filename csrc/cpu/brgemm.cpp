@@ -4,6 +4,9 @@
 
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -30,8 +33,8 @@ std::atomic<Panels>& asked() {
 bool is_available(Dtype dtype) {
   alignas(64) float a[kPanelCols] = {}, panel[2 * kPanelCols] = {}, c[kPanelCols];
   try {
+    const PanelProducts products(dtype);
     multiply_panel(dtype, 1, 2, a, 2, panel, false, c);
-    release_panels(dtype);
     return true;
   } catch (const std::exception&) {
     return false;
@@ -52,7 +55,12 @@ bool has_amx() { return amx_kernels() != nullptr; }
 
 #if defined(__x86_64__)
 bool is_intel() { return __builtin_cpu_is("intel") != 0; }
-bool has_float16() { return __builtin_cpu_supports("avx512fp16") != 0; }
+// Not every compiler's __builtin_cpu_supports knows the name of AVX512_FP16.
+bool has_float16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __builtin_cpu_supports("avx512f") != 0 &&
+         __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 23 & 1u) != 0;
+}
 bool has_dot_bfloat16() { return __builtin_cpu_supports("avx512bf16") != 0; }
 #else
 bool is_intel() { return false; }
@@ -80,30 +88,37 @@ bool has_panels() {
   return at::globalContext().userEnabledMkldnn() && fused_gemm_kernels() != nullptr;
 }
 
-// Whether a row of A has the same bits in C in products of any number of rows.
+// Whether a row of A has the same bits in C in products of any number of rows, in a first block of
+// the depth and in one that is added.
 template <class T>
 bool rows_are_alike(Dtype dtype) {
-  constexpr int64_t kRows = 64, kDepth = 150;
-  std::vector<T> a(kRows * kDepth), panel(kDepth * kPanelCols);
+  constexpr int64_t kRows = 64, kDepth = 151, kAdded = 37;
+  std::vector<T> a(kRows * kDepth), panel((kDepth + 1) * kPanelCols);
   std::vector<float> one(kPanelCols), c(kRows * kPanelCols);
   for (size_t i = 0; i < a.size(); ++i) a[i] = std::sin(0.7F * static_cast<float>(i % kDepth));
   for (size_t i = 0; i < panel.size(); ++i) panel[i] = std::sin(0.3F * static_cast<float>(i));
-  multiply_panel(dtype, 1, kDepth, a.data(), kDepth, panel.data(), false, one.data());
+  const auto multiply = [&](int64_t rows, std::vector<float>& sums) {
+    multiply_panel(dtype, rows, kDepth, a.data(), kDepth, panel.data(), false, sums.data());
+    multiply_panel(dtype, rows, kAdded, a.data(), kDepth, panel.data(), true, sums.data());
+  };
+  const PanelProducts products(dtype);
+  multiply(1, one);
   bool alike = true;
   for (int64_t rows = kRows; rows > 1; rows /= 2) {
-    multiply_panel(dtype, rows, kDepth, a.data(), kDepth, panel.data(), false, c.data());
+    multiply(rows, c);
     for (int64_t row = 0; row < rows; ++row) {
       alike &= std::equal(one.begin(), one.end(), c.begin() + row * kPanelCols);
     }
   }
-  release_panels(dtype);
   return alike;
 }
 
 }  // namespace
 
 std::optional<Dtype> panel_dtype(Dtype x) {
-  if (!has_panels()) return {};
+  const bool is_half_or_float =
+      x == Dtype::kFloat32 || x == Dtype::kBFloat16 || x == Dtype::kFloat16;
+  if (!is_half_or_float || !has_panels()) return {};
   switch (asked().load()) {
     case Panels::kNone:
       return {};
@@ -117,14 +132,11 @@ std::optional<Dtype> panel_dtype(Dtype x) {
   static const std::optional<Dtype> of_float = faster_panels(Dtype::kFloat32);
   static const std::optional<Dtype> of_bfloat16 = faster_panels(Dtype::kBFloat16);
   static const std::optional<Dtype> of_float16 = faster_panels(Dtype::kFloat16);
-  return x == Dtype::kFloat32    ? of_float
-         : x == Dtype::kBFloat16 ? of_bfloat16
-         : x == Dtype::kFloat16  ? of_float16
-                                 : std::nullopt;
+  return x == Dtype::kFloat32 ? of_float : x == Dtype::kBFloat16 ? of_bfloat16 : of_float16;
 }
 
 std::optional<Dtype> batch_invariant_panel_dtype(Dtype x) {
-  if (asked().load() == Panels::kNone || !has_panels()) return {};
+  if (asked().load() == Panels::kNone || !has_panels() || x == Dtype::kFloat64) return {};
   if (x != Dtype::kFloat32 && has_amx()) return {};
   const std::optional<Dtype> faster = panel_dtype(x);
   if (faster == Dtype::kBFloat16) {
@@ -154,6 +166,6 @@ void multiply_panel(Dtype dtype, int64_t m, int64_t k, const void* a, int64_t a_
   }
 }
 
-void release_panels(Dtype dtype) { at::native::cpublas::brgemm_release(dtype == Dtype::kBFloat16); }
+PanelProducts::~PanelProducts() { at::native::cpublas::brgemm_release(dtype_ == Dtype::kBFloat16); }
 
 }  // namespace lora_ext::cpu

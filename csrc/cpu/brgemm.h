@@ -26,7 +26,16 @@ bool set_panels(const std::string& name);
 // float [m, 64]; `add`: to what it has.
 void multiply_panel(Dtype dtype, int64_t m, int64_t k, const void* a, int64_t a_pitch,
                     const void* panel, bool add, float* c);
-// Ends a thread's products: on AMX it gives the tiles back.
-void release_panels(Dtype dtype);
+// While a thread multiplies: at its end AMX's tiles are given back.
+class PanelProducts {
+ public:
+  explicit PanelProducts(Dtype dtype) : dtype_(dtype) {}
+  PanelProducts(const PanelProducts&) = delete;
+  PanelProducts& operator=(const PanelProducts&) = delete;
+  ~PanelProducts();
+
+ private:
+  Dtype dtype_;
+};
 
 }  // namespace lora_ext::cpu

@@ -125,17 +125,15 @@ bool is_batch_invariant(at::ScalarType x, const Update& update) {
 std::optional<Forward> forward(const ForwardArgs& args) {
   if (!args.update.is_one()) return forward_grouped(args);
   if (takes_library(args.x, args.y_dtype(), args.update)) return std::nullopt;
-  const bool any_number = args.base.row_block > 0;
-  if (!any_number && is_few(args.x.size(0), kFewForwardRows, args.update)) {
-    return forward_few_rows(args);
-  }
+  const std::optional<Dtype> fused = fused_panel(args.x, args.base, true);
+  if (!fused && is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
   const Passes passes = passes_of(args.x, args.y_dtype());
   const AdapterView lora_b = view_of(args.update.b(), 1);
   const at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0),
                               keep_scale_of(args.update.dropout), dropout_of(args.update.dropout));
-  if (const std::optional<Dtype> panel = fused_panel(args.x, args.base, true)) {
+  if (fused) {
     const LowRank update{s, lora_b, args.update.scaling};
-    return Forward{fused_forward(args.x, args.base, *panel, &update), s};
+    return Forward{fused_forward(args.x, args.base, *fused, &update), s};
   }
   at::Tensor y = base_forward(args.x, args.base);
   expand(*passes.over_y, y, s, lora_b, args.update.scaling, Dropout{});
@@ -146,15 +144,14 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   if (!args.update.is_one()) return backward_grouped(args);
   const at::ScalarType y = args.grad.scalar_type();
   if (takes_library(args.x, y, args.update)) return std::nullopt;
-  const bool any_number = args.base.row_block > 0;
-  if (!any_number && is_few(args.x.size(0), kFewBackwardRows, args.update)) {
+  const std::optional<Dtype> fused =
+      args.wanted.dx ? fused_panel(args.grad, args.base, false) : std::nullopt;
+  if (!fused && is_few(args.x.size(0), kFewBackwardRows, args.update)) {
     return backward_few_rows(args);
   }
   const Passes passes = passes_of(args.x, y);
   Backward out = Backward::one();
   const ExpandArgs no_expand{};
-  const std::optional<Dtype> fused =
-      args.wanted.dx ? fused_panel(args.grad, args.base, false) : std::nullopt;
   if (args.wanted.dx && !fused) out.dx = base_backward(args.grad, args.x, args.base);
   if (args.need_dlora_b()) {
     out.db() = at::empty(args.update.b().sizes(), args.update.b().options());

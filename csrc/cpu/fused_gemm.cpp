@@ -8,6 +8,7 @@
 #include "cpu/fused_gemm.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -24,17 +25,12 @@ namespace {
 
 constexpr int64_t kCacheLine = 16;  // floats; convert writes whole vectors
 constexpr int64_t kRowsOfTile = 64;
-// In elements: with more, offsets within a tile would not fit the library's 32 bits.
-constexpr int64_t kMaxPitch = 1 << 22;
+// Deeper rows lie too far apart for the library's 32-bit offsets within a tile.
+constexpr int64_t kMaxDepth = 1 << 22;
 constexpr int64_t kPanelBytes = 160 << 10;  // at most: a block has up to 640 floats of the depth
 constexpr int64_t kPanels = 2;        // of a group, if each uses a tile of P that is converted
 constexpr int64_t kChunkRows = 1024;  // for each chunk the panels are packed anew
 constexpr int64_t kMinChunkRows = 128;
-// With fewer rows the library's product is faster, since it packs nothing: at 8 rows of 1024 x 1024
-// and 4096 x 4096 panels took 0.97 to 1.14 of its time, at 16 rows 0.80. Halves that are converted
-// and not transposed took 0.97 to 1.06 even with one row.
-constexpr int64_t kMinRows = 8;
-
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Y = P Q and what TileArgs adds; all that the tasks read.
@@ -205,12 +201,12 @@ void run(const Product& product) {
   const at::Tensor memory = at::empty({used * bytes}, at::kByte);
   char* first = static_cast<char*>(memory.mutable_data_ptr());
   at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
+    const PanelProducts products(product.panel);
     for (int64_t thread = begin; thread < end; ++thread) {
       Worker worker(product, tasks, first + thread * bytes);
       const int64_t last = (thread + 1) * tasks.count() / used;
       for (int64_t task = thread * tasks.count() / used; task < last; ++task) worker.run(task);
     }
-    release_panels(product.panel);
   });
 }
 
@@ -218,14 +214,15 @@ void run(const Product& product) {
 std::optional<Dtype> faster_panel(const at::Tensor& p, const at::Tensor& q) {
   const Dtype dtype = dtype_of(p.scalar_type());
   const std::optional<Dtype> panel = panel_dtype(dtype);
+  if (p.size(1) > kMaxDepth) return {};
   const bool is_copied = panel && *panel != dtype && q.stride(1) == 1;
-  return is_copied || p.size(0) >= kMinRows ? panel : std::nullopt;
+  return is_copied || p.size(0) >= kMinPanelRows ? panel : std::nullopt;
 }
 
-// P in memory as the library takes A: rows that neither overlap nor lie too far apart.
-at::Tensor with_plain_rows(const at::Tensor& p) {
-  const bool is_plain = p.stride(0) >= p.size(1) && p.stride(0) <= kMaxPitch;
-  return is_plain ? p : p.clone(at::MemoryFormat::Contiguous);
+// P in memory as the library takes A. It keeps a kernel for each pitch, so that of a wider matrix,
+// as a slice has it, would add one more; and rows may overlap, or lie too far apart.
+at::Tensor with_own_pitch(const at::Tensor& p) {
+  return p.stride(0) == p.size(1) ? p : p.clone(at::MemoryFormat::Contiguous);
 }
 
 // All of one dtype; P and out have last stride 1.
@@ -234,7 +231,7 @@ void fused_product(const at::Tensor& any_p, const at::Tensor& q,
                    const at::Tensor& out) {
   const FusedGemmKernels& kernels = *fused_gemm_kernels();
   const Dtype dtype = dtype_of(any_p.scalar_type());
-  const at::Tensor p = panel == dtype ? with_plain_rows(any_p) : any_p;
+  const at::Tensor p = panel == dtype ? with_own_pitch(any_p) : any_p;
   at::Tensor u, bias_row;
   TileArgs tile{};
   tile.y = out.mutable_data_ptr(), tile.dtype = dtype;
@@ -259,7 +256,8 @@ void fused_product(const at::Tensor& any_p, const at::Tensor& q,
 
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward) {
   if (base.is_given()) return {};
-  if (base.row_block > 0) return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
+  if (base.row_block > 0 && p.size(1) <= kMaxDepth)
+    return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
   if (is_forward ? base.packed : base.packed_t) return {};
   return faster_panel(p, is_forward ? base.weight.t() : base.weight);
 }
@@ -290,17 +288,26 @@ at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const B
 
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
              at::Tensor& out) {
-  const auto has_type_of_p = [&](const at::Tensor& t) {
-    return t.scalar_type() == p.scalar_type();
+  // Whether a pointer says all of a tensor: what torch's dispatcher resolves goes to torch.
+  const auto is_plain = [&](const at::Tensor& t) {
+    const c10::DispatchKeySet keys = t.key_set();
+    return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == p.scalar_type() &&
+           !keys.has_any(
+               c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Negative,
+                                    c10::DispatchKey::Conjugate, c10::DispatchKey::ZeroTensor})) &&
+           !(at::GradMode::is_enabled() && t.requires_grad());
   };
-  const bool fits = p.dim() == 2 && q.dim() == 2 && p.size(1) == q.size(0) &&
+  const bool has_panels = p.scalar_type() == at::kFloat || is_half(p.scalar_type());
+  const bool fits = has_panels && p.dim() == 2 && q.dim() == 2 && p.size(1) == q.size(0) &&
                     out.sizes() == at::IntArrayRef{p.size(0), q.size(1)} &&
-                    (!bias || (bias->numel() == q.size(1) && has_type_of_p(*bias)));
-  const bool is_plain = fits && has_type_of_p(q) && has_type_of_p(out) && p.numel() != 0 &&
-                        out.numel() != 0 && p.stride(1) == 1 && out.stride(1) == 1;
-  if (const auto panel = is_plain ? faster_panel(p, q) : std::nullopt) {
+                    (!bias || (bias->dim() == 1 && bias->size(0) == q.size(1) && is_plain(*bias)));
+  const bool by_pointers = fits && is_plain(p) && is_plain(q) && is_plain(out) && p.numel() != 0 &&
+                           out.numel() != 0 && p.stride(1) == 1 && out.stride(1) == 1 &&
+                           out.stride(0) >= out.size(1);
+  if (const auto panel = by_pointers ? faster_panel(p, q) : std::nullopt) {
     fused_product(p, q, bias, nullptr, *panel, out);
-  } else if (bias) {  // torch's errors say what does not fit
+    out.unsafeGetTensorImpl()->bump_version();
+  } else if (bias) {
     at::addmm_out(out, *bias, p, q);
   } else {
     at::mm_out(out, p, q);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _C
 from .expert_groups import ExpertGroup
@@ -74,8 +75,8 @@ def backward(grad: Tensor, weight: Tensor, group: ExpertGroup, out: Tensor | Non
 
 
 def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = p q + bias"""
-    if p.is_cpu:
+    """out = p q + bias, by torch's functions where modes look on, such as torch's FLOP counter."""
+    if p.is_cpu and not is_in_torch_dispatch_mode():
         _C.cpu_product(p, q, bias, out)
     elif bias is None:
         torch.mm(p, q, out=out)

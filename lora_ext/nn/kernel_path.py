@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..invariance import invariance_note
+from ..invariance import invariance_note, is_on
 from ..kernels.kernel_plan import problem_of
 from ..packed_weight import PackedWeight
 from .updates import Update
@@ -49,7 +49,10 @@ def kernel_path(
             "; its products are summed in float32: a processor with fast bfloat16 products may "
             "multiply bfloat16 adapters of such a rank faster in PEFT"
         )
-    panels = None if path == "packed" else _C.cpu_panels(weight.dtype)
+    invariant = is_on()
+    panels = None
+    if path != "packed" and (invariant or rows >= _C.cpu_panel_rows):
+        panels = _C.cpu_panels(weight.dtype, invariant)
     one_pass = "" if panels is None else f" in one pass by panels of {str(panels)[6:]}"
     return path, f"{_C.cpu_isa()} kernels{one_pass}, rank {rank}{note}"
 

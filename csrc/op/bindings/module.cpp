@@ -43,12 +43,15 @@ PYBIND11_MODULE(_C, m) {
       py::arg("name"));
   m.def(
       "cpu_panels",
-      [](const at::ScalarType& x) -> std::optional<at::ScalarType> {
-        const auto panels = cpu::panel_dtype(lora_ext::dtype_of(x));
+      [](const at::ScalarType& x, bool batch_invariant) -> std::optional<at::ScalarType> {
+        const auto panels = batch_invariant
+                                ? cpu::batch_invariant_panel_dtype(lora_ext::dtype_of(x))
+                                : cpu::panel_dtype(lora_ext::dtype_of(x));
         if (!panels) return {};
         return lora_ext::scalar_type_of(*panels);
       },
-      py::arg("x_dtype"));
+      py::arg("x_dtype"), py::arg("batch_invariant") = false);
+  m.attr("cpu_panel_rows") = cpu::kMinPanelRows;
   m.def("cpu_product", &cpu::product, py::arg("p"), py::arg("q"), py::arg("bias"), py::arg("out"),
         py::call_guard<py::gil_scoped_release>());
   m.def(
