@@ -7,7 +7,8 @@ Environment, read at build time only:
     LORA_EXT_CUDA         auto (default): CUDA kernels if nvcc can build a program here;
                           1: fail if it cannot;  0: CPU kernels only;  no-card: the same, as
                           make says where there is no card
-    TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; default: DEFAULT_ARCHS
+    TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; 9.0 is taken as 9.0a;
+                          default: DEFAULT_ARCHS
     CUDA_HOME             CUDA toolkit; default: that of the nvcc on PATH
     CXX                   C++ compiler, g++ 12 or clang 14 or newer; default: c++
     MAX_JOBS              compilers at a time; default: one a core and 2 GiB of memory, but no
@@ -149,17 +150,32 @@ def is_below(arch: str, least: int) -> bool:
     return int(arch_number(arch).rstrip("af")) < least
 
 
+def with_90a(archs: list[str]) -> list[str]:
+    """["9.0+PTX"] -> ["9.0a", "9.0+PTX"]: code with Hopper's own kernels, whose PTX no later card
+    would run. Containers and torch's own list say 9.0, in which those kernels are empty.
+    """
+    has_90a = "90a" in map(arch_number, archs)
+    taken = []
+    for arch in archs:
+        is_hopper = arch_number(arch) == "90"
+        if is_hopper and not has_90a:
+            taken.append("9.0a")
+            has_90a = True
+        if not is_hopper or arch.endswith("+PTX"):
+            taken.append(arch)
+    return taken
+
+
 def arch_flags(archs: list[str]) -> list[str]:
     """["8.0+PTX"] -> the -gencode flags for sm_80 code and compute_80 PTX.
 
-    Beside 9.0a none for sm_90: a Hopper might load that, in which the kernels on wgmma are empty.
+    Never for sm_90: a Hopper might load that beside sm_90a (`with_90a`), without its own kernels.
     """
     flags = []
-    has_90a = "90a" in map(arch_number, archs)
     for arch in archs:
         number = arch_number(arch)
         codes = ["compute"] if arch.endswith("+PTX") else []
-        if not (number == "90" and has_90a):
+        if number != "90":
             codes.insert(0, "sm")
         flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
     return flags
@@ -175,7 +191,9 @@ class CudaToolkit:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHS
         asked = re.split(r"[;,\s]+", archs)
         self.old_archs = [arch for arch in asked if is_below(arch, LEAST_KERNEL_ARCH)]
-        self.archs = [arch for arch in asked if arch not in self.old_archs] or ["8.0"]
+        new_archs = [arch for arch in asked if arch not in self.old_archs] or ["8.0"]
+        self.archs = with_90a(new_archs)
+        self.is_changed = self.archs != new_archs
         self.flags = [*NVCC_FLAGS]
         if "90a" in map(arch_number, self.archs):
             self.flags.append("-DLORA_EXT_WITH_SM90A")
@@ -226,7 +244,14 @@ class CudaToolkit:
         old = [arch for arch in self.old_archs if int(arch_number(arch)) in known]
         return [*dict.fromkeys([*oldest, *old, *self.archs])]
 
-    def say_old_archs(self) -> None:
+    def say_archs(self) -> None:
+        """What the list of architectures asked for and is compiled otherwise."""
+        if self.is_changed:
+            print(
+                "lora_ext: 9.0 is compiled as 9.0a, which has Hopper's own kernels on wgmma; the "
+                f"kernels are for {' '.join(self.archs)}",
+                flush=True,
+            )
         if self.old_archs:
             print(
                 f"lora_ext: the kernels need compute capability 8.0: for {' '.join(self.old_archs)}"
@@ -384,7 +409,7 @@ class BuildExt(BuildExtension):
             raise CompileError(f"LORA_EXT_CUDA=1, but the CUDA kernels cannot be built. {reason}")
         if reason:
             return without_cuda(extension, reason)
-        toolkit.say_old_archs()
+        toolkit.say_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
             jobs = [
                 pool.submit(toolkit.compile, path, self.build_temp)
