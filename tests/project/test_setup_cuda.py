@@ -186,6 +186,48 @@ def test_cards_below_8_0_get_dropout_and_never_fail_the_build(
 
 
 @pytest.mark.parametrize(
+    ("cards", "nvcc", "added", "said"),
+    [
+        ([(12, 0)], (75, 80, 90, 100, 120), ["12.0"], "12.0 is added for the card here, of 12.0"),
+        ([(10, 3)], (75, 80, 90, 100, 120), ["10.0"], "10.0 is added for the card here, of 10.3"),
+        ([(12, 0)] * 2 + [(10, 0)], (75, 80, 90, 100, 120), ["10.0", "12.0"], "12.0 is added"),
+        ([(12, 0)], (75, 80, 90), [], "nvcc 13.0 has no code for the card here, of 12.0"),
+        ([(8, 0), (8, 6), (8, 9), (9, 0)], (75, 80, 86, 89, 90), [], ""),
+        ([(7, 5)], (75, 80, 90), [], ""),
+        ([RuntimeError("CUDA driver initialization failed")], (75, 80, 90), [], ""),
+        ([], (75, 80, 90), [], ""),
+    ],
+)
+def test_the_default_list_has_the_cards_that_are_there(
+    toolkit, monkeypatch, capsys, cards, nvcc, added, said
+):
+    def capability(index):
+        if isinstance(cards[index], Exception):
+            raise cards[index]
+        return cards[index]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(cards))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
+    monkeypatch.setattr("torch.cuda.get_device_capability", capability)
+    facts, compiled = toolkit(archs=nvcc)
+    assert facts["cuda_archs"] == ["8.0+PTX", "9.0a", *added]
+    codes = ["sm_80", "compute_80", "sm_90a", *(f"sm_{arch.replace('.', '')}" for arch in added)]
+    for options in compiled.values():
+        assert codes_of(options)[-len(codes) :] == codes
+    words = capsys.readouterr().out
+    assert said in words and ("the card here" in words) == bool(said)
+
+
+def test_a_list_that_is_asked_for_is_left_as_it_is_whatever_card_is_there(toolkit, monkeypatch):
+    def never():
+        raise AssertionError("asked for a card")
+
+    monkeypatch.setattr("torch.cuda.is_available", never)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert toolkit()[0]["cuda_archs"] == ["8.0"]
+
+
+@pytest.mark.parametrize(
     ("archs", "codes", "said"),
     [
         # As an image of NGC has it, less what is below 8.0.
