@@ -7,7 +7,8 @@ Environment, read at build time only:
     LORA_EXT_CUDA         auto (default): CUDA kernels if nvcc can build a program here;
                           1: fail if it cannot;  0: CPU kernels only;  no-card: the same, as
                           make says where there is no card
-    TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; default: DEFAULT_ARCHS
+    TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; 9.0 is taken as 9.0a;
+                          default: DEFAULT_ARCHS and the cards here
     CUDA_HOME             CUDA toolkit; default: that of the nvcc on PATH
     CXX                   C++ compiler, g++ 12 or clang 14 or newer; default: c++
     MAX_JOBS              compilers at a time; default: one a core and 2 GiB of memory, but no
@@ -164,20 +165,45 @@ def is_below(arch: str, least: int) -> bool:
     return int(arch_number(arch).rstrip("af")) < least
 
 
+def with_90a(archs: list[str]) -> list[str]:
+    """["9.0+PTX"] -> ["9.0a", "9.0+PTX"]: code with Hopper's own kernels, whose PTX no later card
+    would run. Containers and torch's own list say 9.0, in which those kernels are empty.
+    """
+    has_90a = "90a" in map(arch_number, archs)
+    taken = []
+    for arch in archs:
+        is_hopper = arch_number(arch) == "90"
+        if is_hopper and not has_90a:
+            taken.append("9.0a")
+            has_90a = True
+        if not is_hopper or arch.endswith("+PTX"):
+            taken.append(arch)
+    return taken
+
+
 def arch_flags(archs: list[str]) -> list[str]:
     """["8.0+PTX"] -> the -gencode flags for sm_80 code and compute_80 PTX.
 
-    Beside 9.0a none for sm_90: a Hopper might load that, in which the kernels on wgmma are empty.
+    Never for sm_90: a Hopper might load that beside sm_90a (`with_90a`), without its own kernels.
     """
     flags = []
-    has_90a = "90a" in map(arch_number, archs)
     for arch in archs:
         number = arch_number(arch)
         codes = ["compute"] if arch.endswith("+PTX") else []
-        if not (number == "90" and has_90a):
+        if number != "90":
             codes.insert(0, "sm")
         flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
     return flags
+
+
+def cards_here() -> list[int]:
+    """[120] where torch sees an RTX 5090; nothing where it sees no card or the driver is broken."""
+    try:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = {torch.cuda.get_device_capability(index) for index in range(count)}
+    except Exception:  # of whatever kind: a build needs no card
+        return []
+    return sorted(10 * major + minor for major, minor in found)
 
 
 class CudaToolkit:
@@ -187,10 +213,15 @@ class CudaToolkit:
         home = os.environ.get("CUDA_HOME")
         path = os.path.join(home, "bin") if home else f"{os.environ['PATH']}:/usr/local/cuda/bin"
         self.nvcc = shutil.which("nvcc", path=path)
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or DEFAULT_ARCHS
-        asked = re.split(r"[;,\s]+", archs)
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+        self.is_default = not archs
+        asked = re.split(r"[;,\s]+", archs or DEFAULT_ARCHS)
         self.old_archs = [arch for arch in asked if is_below(arch, LEAST_KERNEL_ARCH)]
-        self.archs = [arch for arch in asked if arch not in self.old_archs] or ["8.0"]
+        new_archs = [arch for arch in asked if arch not in self.old_archs] or ["8.0"]
+        self.archs = with_90a(new_archs)
+        self.notes = []  # what is compiled otherwise than the list says
+        if self.archs != new_archs:
+            self.notes.append("9.0 is compiled as 9.0a, which has Hopper's own kernels on wgmma")
         self.flags = [*NVCC_FLAGS]
         if "90a" in map(arch_number, self.archs):
             self.flags.append("-DLORA_EXT_WITH_SM90A")
@@ -216,6 +247,8 @@ class CudaToolkit:
                 least = ".".join(map(str, LEAST_NVCC))
                 return f"nvcc {self.version} is older than {least}: {CUDA_ADVICE}."
             link = ["-shared", "-cudart=static", "-o", f"{program}.so"]
+            if self.is_default:
+                self.add_cards(cards_here())
             kernel_archs = arch_flags(self.archs)
             status, said = run(
                 [self.nvcc, *self.flags, *kernel_archs, str(program), *link], **there
@@ -231,17 +264,41 @@ class CudaToolkit:
         line = re.search(rf"^#\$ {name}=(.*)$", settings, re.MULTILINE)
         return [os.path.normpath(flag[2:]) for flag in shlex.split(line[1])] if line else []
 
+    def known_archs(self) -> list[int]:
+        listed = run([str(self.nvcc), "--list-gpu-arch"])[1]
+        return sorted(map(int, re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)))
+
+    def add_cards(self, cards: list[int]) -> None:
+        """Adds code for these cards where the list has none that they run, but PTX, which their
+        drivers would compile at first use. A card runs code of its major version, up to its minor.
+        """
+        for card in cards:
+            have = [int(arch_number(arch).rstrip("af")) for arch in self.archs]
+            if card < LEAST_KERNEL_ARCH or any(card // 10 * 10 <= arch <= card for arch in have):
+                continue
+            name = f"{card // 10}.{card % 10}"
+            runs = [arch for arch in self.known_archs() if card // 10 * 10 <= arch <= card]
+            if runs:
+                self.archs.append(f"{runs[-1] // 10}.{runs[-1] % 10}")
+                self.notes.append(f"{self.archs[-1]} is added for the card here, of {name}")
+            else:
+                self.notes.append(
+                    f"nvcc {self.version} has no code for the card here, of {name}: its driver "
+                    "compiles PTX at first use; a newer toolkit has it"
+                )
+
     def archs_of(self, source: str) -> list[str]:
         """The kernels' architectures; dropout's besides are the older ones that nvcc knows."""
         if source != DROPOUT:
             return self.archs
-        listed = run([str(self.nvcc), "--list-gpu-arch"])[1]
-        known = sorted(map(int, re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)))
+        known = self.known_archs()
         oldest = [f"{arch / 10}" for arch in known if arch >= LEAST_DROPOUT_ARCH][:1]
         old = [arch for arch in self.old_archs if int(arch_number(arch)) in known]
         return [*dict.fromkeys([*oldest, *old, *self.archs])]
 
-    def say_old_archs(self) -> None:
+    def say_archs(self) -> None:
+        for note in self.notes:
+            print(f"lora_ext: {note}; the kernels are for {' '.join(self.archs)}", flush=True)
         if self.old_archs:
             print(
                 f"lora_ext: the kernels need compute capability 8.0: for {' '.join(self.old_archs)}"
@@ -399,7 +456,7 @@ class BuildExt(BuildExtension):
             raise CompileError(f"LORA_EXT_CUDA=1, but the CUDA kernels cannot be built. {reason}")
         if reason:
             return without_cuda(extension, reason)
-        toolkit.say_old_archs()
+        toolkit.say_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
             jobs = [pool.submit(toolkit.compile, *unit, self.build_temp) for unit in cuda_units()]
             extension.extra_objects += [job.result() for job in jobs]

@@ -16,6 +16,7 @@ def setup_py(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     for variable in ("CUDA_HOME", "CXX", "LORA_EXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     return runpy.run_path("setup.py")
 
 

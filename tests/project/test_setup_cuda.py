@@ -29,12 +29,17 @@ def test_arch_flags(setup_py):
         ("", ["8.0+PTX", "9.0a"], True),
         ("8.6 9.0a; 10.0+PTX", ["8.6", "9.0a", "10.0+PTX"], True),
         ("8.0 9.0a+PTX", ["8.0", "9.0a+PTX"], True),
-        ("8.0;9.0", ["8.0", "9.0"], False),
-        ("9.0+PTX", ["9.0+PTX"], False),
+        ("8.0;9.0", ["8.0", "9.0a"], True),
+        ("9.0+PTX", ["9.0a", "9.0+PTX"], True),
+        ("9.0 9.0a 9.0", ["9.0a"], True),
+        ("9.0 9.0a+PTX", ["9.0a+PTX"], True),
+        ("8.0 12.0", ["8.0", "12.0"], False),
     ],
 )
 def test_arch_list_is_honoured(setup_py, monkeypatch, asked, archs, has_wgmma):
-    """Kernels on wgmma are empty for others than 9.0a, and lora_wgrad would wait for them."""
+    """Kernels on wgmma are empty for others than 9.0a, and lora_wgrad would wait for them; 9.0,
+    as containers preset it, is taken as 9.0a.
+    """
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     toolkit = setup_py["CudaToolkit"]()
     assert toolkit.archs == archs
@@ -198,10 +203,67 @@ def test_cards_below_8_0_get_dropout_and_never_fail_the_build(
             assert codes == kernels, name
 
 
-@pytest.mark.parametrize("plain", ["9.0", "9.0+PTX"])
-def test_no_empty_kernels_on_wgmma_beside_those_of_9_0a(setup_py, plain):
-    """Those of 9.0 are empty, and a Hopper could load either."""
-    codes = codes_of(" ".join(setup_py["arch_flags"](["8.0", plain, "9.0a"])))
-    assert "sm_90a" in codes and "sm_90" not in codes
-    assert ("compute_90" in codes) == plain.endswith("+PTX")
-    assert "sm_90" in codes_of(" ".join(setup_py["arch_flags"](["8.0", plain])))
+@pytest.mark.parametrize(
+    ("cards", "nvcc", "added", "said"),
+    [
+        ([(12, 0)], (75, 80, 90, 100, 120), ["12.0"], "12.0 is added for the card here, of 12.0"),
+        ([(10, 3)], (75, 80, 90, 100, 120), ["10.0"], "10.0 is added for the card here, of 10.3"),
+        ([(12, 0)] * 2 + [(10, 0)], (75, 80, 90, 100, 120), ["10.0", "12.0"], "12.0 is added"),
+        ([(12, 0)], (75, 80, 90), [], "nvcc 13.0 has no code for the card here, of 12.0"),
+        ([(8, 0), (8, 6), (8, 9), (9, 0)], (75, 80, 86, 89, 90), [], ""),
+        ([(7, 5)], (75, 80, 90), [], ""),
+        ([RuntimeError("CUDA driver initialization failed")], (75, 80, 90), [], ""),
+        ([], (75, 80, 90), [], ""),
+    ],
+)
+def test_the_default_list_has_the_cards_that_are_there(
+    toolkit, monkeypatch, capsys, cards, nvcc, added, said
+):
+    def capability(index):
+        if isinstance(cards[index], Exception):
+            raise cards[index]
+        return cards[index]
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(cards))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
+    monkeypatch.setattr("torch.cuda.get_device_capability", capability)
+    facts, compiled = toolkit(archs=nvcc)
+    assert facts["cuda_archs"] == ["8.0+PTX", "9.0a", *added]
+    codes = ["sm_80", "compute_80", "sm_90a", *(f"sm_{arch.replace('.', '')}" for arch in added)]
+    for options in compiled.values():
+        assert codes_of(options)[-len(codes) :] == codes
+    words = capsys.readouterr().out
+    assert said in words and ("the card here" in words) == bool(said)
+
+
+def test_a_list_that_is_asked_for_is_left_as_it_is_whatever_card_is_there(toolkit, monkeypatch):
+    def never():
+        raise AssertionError("asked for a card")
+
+    monkeypatch.setattr("torch.cuda.is_available", never)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert toolkit()[0]["cuda_archs"] == ["8.0"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "codes", "said"),
+    [
+        # As an image of NGC has it, less what is below 8.0.
+        ("8.0 8.6 9.0 10.0 12.0+PTX", ["sm_90a"], "8.0 8.6 9.0a 10.0 12.0+PTX"),
+        ("8.0;9.0+PTX", ["sm_90a", "compute_90"], "8.0 9.0a 9.0+PTX"),
+        ("9.0 9.0a", ["sm_90a"], "9.0a"),
+        ("9.0a 9.0+PTX", ["sm_90a", "compute_90"], None),
+        ("9.0a+PTX", ["sm_90a", "compute_90a"], None),
+    ],
+)
+def test_9_0_is_compiled_as_9_0a_and_said(toolkit, monkeypatch, capsys, archs, codes, said):
+    """Kernels on wgmma of 9.0 are empty, and a Hopper could load either."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    facts, compiled = toolkit(archs=(75, 80, 86, 90, 100, 120))
+    for options in compiled.values():
+        assert [code for code in codes_of(options) if "_90" in code] == codes
+    words = capsys.readouterr().out
+    assert ("9.0 is compiled as 9.0a" in words) == (said is not None)
+    if said is not None:
+        assert f"the kernels are for {said}\n" in words
+        assert facts["cuda_archs"] == said.split()
