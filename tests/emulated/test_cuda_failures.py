@@ -112,6 +112,65 @@ assert call.plan().forward_check == "passed" and last_error() == 0
 """)
 
 
+MANY = """
+there = torch.device("cuda", 1)
+def many(rows, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    x, w = [torch.randn(size, 136, dtype=dtype).to(there) for size in (rows, 264)]
+    a, b = [torch.randn(4, *shape, dtype=dtype).to(there) for shape in ((16, 136), (264, 16))]
+    index = (torch.arange(rows) % 4).int().to(there)
+    for each in (x, a, b):
+        each.requires_grad_()
+    return lora_ext.lora_linear(x, w, a, b, scaling=2.0, index=index)
+
+def refused(call, said):
+    record()
+    with pytest.raises(RuntimeError, match=said):
+        call()
+    assert record() == []
+"""
+
+
+@pytest.mark.parametrize("rows", [9, 70])
+def test_many_adapters_are_not_captured_before_their_check_and_the_error_says_so(rows):
+    """By the library route, which reads their index on the host, the capture would be lost."""
+    python(
+        f"card(80, capturing=True, route='kernel')\nrows = {rows}\n"
+        + MANY
+        + """
+first = rf"kernels that were checked before .* but got .* x of .{rows}, 136. and 4 adapters"
+refused(lambda: many(rows), f"lora_linear: {first} .* call the layer once .* before the capture")
+card(80)
+y = many(rows)
+card(80, capturing=True)
+again = many(rows)
+assert torch.equal(y, again) and kernels(record())
+refused(again.sum().backward, first)
+card(80)
+many(rows).sum().backward()
+card(80, capturing=True)
+many(rows).sum().backward()
+with torch.no_grad():  # one adapter is as it was
+    Call(rows=rows, dtype=torch.float16).forward()
+"""
+    )
+
+
+def test_many_adapters_by_the_library_route_are_not_captured():
+    python(
+        "card(80, capturing=True)\n"
+        + MANY
+        + """
+refused(lambda: many(70, torch.float32), "needs nothing on the host .* outside of the capture")
+_C.set_cuda_route("library")
+refused(lambda: many(70), "needs nothing on the host .* x of .* the library route is taken")
+Call().both()
+card(80)
+many(70).sum().backward()
+"""
+    )
+
+
 def test_a_driver_without_tensor_maps_leaves_wgmma_out():
     python("""
 card(90, route="kernel")

@@ -67,6 +67,34 @@ def test_a_stream_has_no_more_counts_than_it_says():
     python("card(80)\nassert has_counts(1, 1 << 14) and not has_counts(1, (1 << 14) + 1)")
 
 
+def test_a_wait_for_one_device_holds_up_no_other():
+    """Whose launch it may wait for: with a thread for each device and a collective between them."""
+    python(
+        """
+from threading import Thread
+from time import monotonic, sleep
+card(80)
+keep_busy(1)
+first = [Thread(target=has_counts, args=(1, 9), daemon=True) for _ in range(2)]
+for thread in first:
+    thread.start()
+end = monotonic() + 30
+while waiting() < 2 and monotonic() < end:
+    sleep(0.01)
+assert waiting() >= 2
+other = Thread(target=has_counts, args=(0, 9), daemon=True)
+other.start()
+other.join(30)
+assert not other.is_alive() and all(thread.is_alive() for thread in first)
+keep_busy(-1)
+for thread in first:
+    thread.join(30)
+    assert not thread.is_alive()
+assert has_counts(1, 9) and last_error() == 0
+"""
+    )
+
+
 def test_few_rows_of_many_adapters_are_one_launch_from_a_pool_and_two_from_a_list():
     python(
         "card(80)\n"

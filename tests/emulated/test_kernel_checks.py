@@ -179,15 +179,17 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
 
 
 # In a tile after a block's first: accumulators as the tile before left them; and the turn that one
-# consumer of a pingpong tile leaves to the other.
+# consumer of a pingpong tile leaves to the other. In a launch after the first: counts as that left
+# them.
 @pytest.mark.parametrize(
     ("arch", "fault", "tiles"),
     [
         ("80", "loop.clear", "128 x 128"),
         ("90", "gemm/sm90a/multiply.pass_turn.bar_arrive:skip", "pingpong 128 x 192"),
+        ("80", "decode_counts_stay", "decode up to 8 rows"),
     ],
 )
-def test_what_goes_wrong_in_a_second_tile_is_found(arch, fault, tiles):
+def test_what_goes_wrong_in_a_second_tile_or_launch_is_found(arch, fault, tiles):
     python(
         f"""
 warnings.simplefilter("ignore")

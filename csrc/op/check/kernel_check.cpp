@@ -77,6 +77,18 @@ std::string compare_all(const Backward& got, const Backward& expected, const Bac
   return off;
 }
 
+// "" if a second launch gives the same values, else what differs. Only what has no bound may have
+// any value.
+std::string compare_launches(const Forward& first, const Forward& second, const Forward& allowed) {
+  const auto differs = [](const at::Tensor& one, const at::Tensor& other, const at::Tensor& bound) {
+    return one.ne(other).logical_and_(bound.isfinite()).any().item<bool>();
+  };
+  const char* off = differs(first.y, second.y, allowed.y)   ? "y"
+                    : differs(first.s, second.s, allowed.s) ? "s"
+                                                            : nullptr;
+  return off == nullptr ? "" : c10::str(off, " of a second launch differs from that of the first");
+}
+
 template <class Args>
 auto by_library(const Args& args) {
   if constexpr (std::is_same_v<Args, ForwardArgs>)
@@ -121,7 +133,16 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   try {
     const auto got = kernel_launch::run(plan, args);
     wait_for(device, kernels);
-    return compare_all(got, expected, allowed);
+    std::string off = compare_all(got, expected, allowed);
+    if constexpr (std::is_same_v<Args, ForwardArgs>) {
+      // lora_decode counts from what the launch before has left.
+      if (off.empty() && plan.decode()) {
+        const Forward again = kernel_launch::run(plan, args);
+        wait_for(device, kernels);
+        off = compare_launches(got, again, allowed);
+      }
+    }
+    return off;
   } catch (const kernel_launch::LaunchError& error) {
     return error.what_without_backtrace();
   }

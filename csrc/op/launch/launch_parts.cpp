@@ -43,6 +43,7 @@ constexpr int64_t kOfStream = 1 << 14, kOfGraphs = 1 << 18, kApart = 32;
 constexpr size_t kMaxStreams = 64;
 
 struct OfDevice {
+  std::mutex mutex;  // never held while a thread allocates or waits for a stream
   std::map<uint64_t, at::Tensor> by_stream;
   std::vector<at::Tensor> graphs;  // the last one has room
   int64_t taken = kOfGraphs;
@@ -68,12 +69,28 @@ uint32_t* of_a_graph(OfDevice& mine, int64_t count) {
 
 // Called while no graph is captured: what is allocated during a capture belongs to one graph only.
 // A replay may run on any stream, so this waits until the counters are zero before a capture can
-// begin.
+// begin. What the stream waits for may need another thread's launch, which must not wait for this.
 void make_room_for_graphs(OfDevice& mine, const at::Device& device) {
-  if (2 * mine.taken < kOfGraphs) return;
-  mine.graphs.push_back(zeros(device, kOfGraphs));
-  mine.taken = 0;
+  const auto has_room = [&] { return 2 * mine.taken < kOfGraphs; };
+  {
+    const std::lock_guard lock(mine.mutex);
+    if (has_room()) return;
+  }
+  at::Tensor room = zeros(device, kOfGraphs);
   wait(device, std::numeric_limits<double>::infinity());
+  const std::lock_guard lock(mine.mutex);
+  if (has_room()) return;  // another thread has made it meanwhile
+  mine.graphs.push_back(std::move(room));
+  mine.taken = 0;
+}
+
+OfDevice& counts_of(const at::Device& device) {
+  static std::mutex mutex;
+  // Never destroyed: at the end of a process the device may already have been released.
+  static auto& devices = *new std::map<int, OfDevice>();
+  const int index = index_of(device);
+  const std::lock_guard lock(mutex);
+  return devices[index];
 }
 
 }  // namespace
@@ -164,21 +181,23 @@ void GroupedOperands::set(kernel::LoraGroupedOperands& operands, int64_t rows) c
 }
 
 uint32_t* decode_counts(const at::Device& device, int64_t count) {
-  static std::mutex mutex;
-  // Never destroyed: at the end of a process the device may already have been released.
-  static auto& devices = *new std::map<int, OfDevice>();
-  const std::lock_guard lock(mutex);
-  OfDevice& mine = devices[index_of(device)];
-  if (is_capturing(device)) return of_a_graph(mine, count);
+  OfDevice& mine = counts_of(device);
+  if (is_capturing(device)) {
+    const std::lock_guard lock(mine.mutex);
+    return of_a_graph(mine, count);
+  }
   make_room_for_graphs(mine, device);
   const std::optional<uint64_t> stream = cuda::stream_id(stream_of(device));
   if (!stream || count > kOfStream) return nullptr;
-  auto found = mine.by_stream.find(*stream);
-  if (found == mine.by_stream.end()) {
+  {
+    const std::lock_guard lock(mine.mutex);
+    const auto found = mine.by_stream.find(*stream);
+    if (found != mine.by_stream.end()) return data_of(found->second);
     if (mine.by_stream.size() >= kMaxStreams) return nullptr;
-    found = mine.by_stream.emplace(*stream, zeros(device, kOfStream)).first;
   }
-  return data_of(found->second);
+  at::Tensor made = zeros(device, kOfStream);
+  const std::lock_guard lock(mine.mutex);  // on this stream, another thread may have made them
+  return data_of(mine.by_stream.try_emplace(*stream, std::move(made)).first->second);
 }
 
 }  // namespace lora_ext::kernel_launch

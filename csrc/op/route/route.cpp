@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 
+#include "common/check.h"
 #include "cpu/driver.h"
 #include "kernels/plan/autotune_cache.h"
 #include "op/check/kernel_check.h"
@@ -83,18 +84,44 @@ const plan::Plan* checked_plan(const at::Device& device, const PlannedCall& call
   return known->second ? &*known->second : nullptr;
 }
 
-template <class Result, class Args>
-std::optional<Result> run(const Args& args) {
-  const plan::Plan* plan = checked_plan(args.x.device(), call_of(args));
-  if (plan == nullptr) return std::nullopt;
-  return kernel_launch::run(*plan, args);
-}
-
 Explained explained(const at::Device& device, const PlannedCall& call) {
   const plan::Plan plan = plan_of(device, call);
   if (!plan.has_kernels()) return {plan, ""};
   const std::string result = kernel_check::result(device, kernel_set::of_plan(plan, call.problem));
   return {plan, result.empty() ? "passed" : result};
+}
+
+// The library route of many adapters reads on the host which adapter each row has: while a graph is
+// captured CUDA refuses that with an error that names no cause, and the graph is lost.
+template <class Args>
+void expect_no_capture(const Args& args) {
+  const at::Device device = args.x.device();
+  if (args.update.is_one() || !kernel_launch::is_capturing(device)) return;
+  const Explained found = explained(device, call_of(args));
+  const char* op = args.base.op();
+  const std::string call = c10::str("x of ", args.x.sizes(), " and ", args.update.adapters(),
+                                    " adapters of rank ", args.update.rank(), " at most");
+  EXPECT(!found.plan.has_kernels() || (found.check != "not yet" && found.check != "passed"),
+         "expected kernels that were checked before a CUDA graph is captured, but got their first "
+         "use in a capture, with ",
+         call,
+         ": call the layer once with these shapes and dtypes before the capture, and its backward "
+         "if that is captured");
+  EXPECT(false,
+         "expected a call that needs nothing on the host while a CUDA graph is captured, but with ",
+         call, " the library route is taken, which reads there which adapter each row has (",
+         found.plan.has_kernels() ? found.check : found.plan.reason,
+         "): call the layer outside of the capture");
+}
+
+template <class Result, class Args>
+std::optional<Result> run(const Args& args) {
+  const plan::Plan* plan = checked_plan(args.x.device(), call_of(args));
+  if (plan == nullptr) {
+    expect_no_capture(args);
+    return std::nullopt;
+  }
+  return kernel_launch::run(*plan, args);
 }
 
 }  // namespace

@@ -33,7 +33,8 @@ Backward backward_in_blocks(const BackwardArgs& args);
 namespace lora_ext::kernel_route {
 
 // nullopt if the library route is to be taken: because of the planner, of a check that failed, or
-// of a kernel that cannot be checked while a graph is captured.
+// of a kernel that cannot be checked while a graph is captured (an error with many adapters, whose
+// library route cannot be captured).
 std::optional<Forward> forward(const ForwardArgs& args);
 std::optional<Backward> backward(const BackwardArgs& args);
 

@@ -26,6 +26,8 @@ OLDEST_DRIVER = 11080  # of an earlier major version than any toolkit that build
 
 be = _runtime.emulated_cuda_be  # (arch, driver version, whether a graph is being captured)
 set_device = _runtime.emulated_cuda_set_device
+keep_busy = _runtime.emulated_cuda_keep_busy
+waiting = _runtime.emulated_cuda_waiting
 has_counts = _runtime.emulated_cuda_has_counts
 current_device = _runtime.emulated_cuda_device
 last_error = _runtime.emulated_cuda_last_error

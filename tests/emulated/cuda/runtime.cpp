@@ -22,7 +22,9 @@ struct Driver {
   int arch = 90;
   int version = CUDART_VERSION;
   bool capturing = false;
-  std::map<std::string, std::pair<int, int>> failing;       // call -> which one from now, error
+  int busy = -1;                                       // the device whose streams never end, or -1
+  int waiting = 0;                                     // queries that have been answered so
+  std::map<std::string, std::pair<int, int>> failing;  // call -> which one from now, error
   std::map<std::pair<const void*, int>, int> shared_bytes;  // of (kernel, device), as allowed
   std::ostringstream record;                                // a line of JSON for each call
   std::string read;
@@ -204,6 +206,16 @@ void emulated_cuda_plant(const char* mutant) { emulated::plant_known_fault(mutan
 void emulated_cuda_fail(const char* call, int nth, int error) {
   driver().failing[call] = {nth, error};
 }
+// From now on work on this device does not end; -1: it all ends.
+void emulated_cuda_keep_busy(int device) {
+  const std::lock_guard lock(driver().mutex);
+  driver().busy = device, driver().waiting = 0;
+}
+// How often something has asked whether that work has ended.
+int emulated_cuda_waiting() {
+  const std::lock_guard lock(driver().mutex);
+  return driver().waiting;
+}
 // Whether a failure that was asked for has not happened.
 int emulated_cuda_still_to_fail() { return static_cast<int>(driver().failing.size()); }
 // The records since the last call of this function.
@@ -291,7 +303,8 @@ cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
   return cudaSuccess;
 }
 
-// A launch returns when its kernel has ended, so every event is done once it is recorded.
+// A launch returns when its kernel has ended, so every event is done once it is recorded, unless a
+// test says otherwise.
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   static char one;
   *event = reinterpret_cast<cudaEvent_t>(&one);
@@ -303,7 +316,9 @@ cudaError_t cudaEventQuery(cudaEvent_t) {
   const std::lock_guard lock(driver().mutex);
   if (capture_mode != cudaStreamCaptureModeRelaxed)
     return refuse(cudaErrorStreamCaptureUnsupported, "a query that ends another thread's capture");
-  return cudaSuccess;
+  if (driver().busy != current_device()) return cudaSuccess;
+  ++driver().waiting;
+  return done(cudaErrorNotReady);
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(*mode, capture_mode);
