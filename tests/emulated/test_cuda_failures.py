@@ -114,19 +114,24 @@ assert call.plan().forward_check == "passed" and last_error() == 0
 
 MANY = """
 there = torch.device("cuda", 1)
-def many(rows, dtype=torch.bfloat16):
+def operands(rows, dtype=torch.bfloat16):
     torch.manual_seed(0)
     x, w = [torch.randn(size, 136, dtype=dtype).to(there) for size in (rows, 264)]
     a, b = [torch.randn(4, *shape, dtype=dtype).to(there) for shape in ((16, 136), (264, 16))]
-    index = (torch.arange(rows) % 4).int().to(there)
-    for each in (x, a, b):
-        each.requires_grad_()
-    return lora_ext.lora_linear(x, w, a, b, scaling=2.0, index=index)
+    scaling, index = torch.full((4,), 2.0).to(there), (torch.arange(rows) % 4).int().to(there)
+    return x, w, None, [a], [b], scaling, index
 
-def refused(call, said):
+def forward(given):
+    return torch.ops.lora_ext.lora_grouped_forward(*given)
+
+def backward(given, y, s):
+    wanted = [True, False], [True], [True]
+    return torch.ops.lora_ext.lora_grouped_backward(y, s, *wanted, *given)
+
+def refused(call, *arguments, said):
     record()
     with pytest.raises(RuntimeError, match=said):
-        call()
+        call(*arguments)
     assert record() == []
 """
 
@@ -138,18 +143,19 @@ def test_many_adapters_are_not_captured_before_their_check_and_the_error_says_so
         f"card(80, capturing=True, route='kernel')\nrows = {rows}\n"
         + MANY
         + """
-first = rf"kernels that were checked before .* but got .* x of .{rows}, 136. and 4 adapters"
-refused(lambda: many(rows), f"lora_linear: {first} .* call the layer once .* before the capture")
+first = rf"expected kernels that were checked before .* x of .{rows}, 136. and 4 adapters"
+given = operands(rows)
+refused(forward, given, said=f"lora_linear: {first} .* call the layer once .* before the capture")
 card(80)
-y = many(rows)
+y, s = forward(given)
 card(80, capturing=True)
-again = many(rows)
+again, _ = forward(given)
 assert torch.equal(y, again) and kernels(record())
-refused(again.sum().backward, first)
+refused(backward, given, y, s, said=first)
 card(80)
-many(rows).sum().backward()
+wanted = backward(given, y, s)
 card(80, capturing=True)
-many(rows).sum().backward()
+assert torch.equal(backward(given, y, s)[0], wanted[0])
 with torch.no_grad():  # one adapter is as it was
     Call(rows=rows, dtype=torch.float16).forward()
 """
@@ -161,12 +167,13 @@ def test_many_adapters_by_the_library_route_are_not_captured():
         "card(80, capturing=True)\n"
         + MANY
         + """
-refused(lambda: many(70, torch.float32), "needs nothing on the host .* outside of the capture")
+wide, given = operands(70, torch.float32), operands(70)
+refused(forward, wide, said="needs nothing on the host .* outside of the capture")
 _C.set_cuda_route("library")
-refused(lambda: many(70), "needs nothing on the host .* x of .* the library route is taken")
+refused(forward, given, said="needs nothing on the host .* x of .* the library route is taken")
 Call().both()
 card(80)
-many(70).sum().backward()
+forward(given)
 """
     )
 
