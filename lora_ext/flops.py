@@ -109,14 +109,15 @@ def _rows_of_experts(x: Tensor, token: Tensor | None, offs: Tensor) -> int:
 
 
 @register_flop_formula(_ops.experts_forward, get_raw=True)
-def _(x, token, weight, bias, lora_a, lora_b, scalings, offs, **__) -> int:
+def _(x, token, weight, bias, lora_a, lora_b, scalings, offs, *_, **__) -> int:
     experts, out, _ = weight.shape
     x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
     return _forward(x, out, True, len(x) * sum(a.shape[0] // experts for a in lora_a))
 
 
 @register_flop_formula(_ops.experts_backward, get_raw=True)
-def _(grad, _g, x, token, _w, weight, _b, lora_a, lora_b, _s, s, offs, wanted, **__) -> int:
+def _(grad, _g, x, token, _w, weight, _b, lora_a, lora_b, _s, s, offs, *rest, **__) -> int:
+    wanted = rest[-1]
     experts, out, _ = weight.shape
     x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
     each = [len(x) * (a.shape[0] // experts) for a in lora_a]

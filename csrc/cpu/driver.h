@@ -48,11 +48,11 @@ struct LowRank {
 
 // With fewer rows the library's product is faster, since it packs nothing: at 8 rows of 1024 x 1024
 // and 4096 x 4096 panels took 0.97 to 1.14 of its time, at 16 rows 0.80. Halves that are converted
-// and not transposed took 0.97 to 1.06 even with one row.
+// and not transposed took 0.97 to 1.06 even with one row: the base's product alone, then passes.
 constexpr int64_t kMinPanelRows = 8;
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in
-// one pass (cpu/fused_gemm.h). Batch-invariant calls are, wherever they can be.
+// one pass (cpu/fused_gemm.h).
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward);
 
 // Y of x and the base, a fresh tensor [M, N]; without low_rank the base's part alone.

@@ -2,7 +2,6 @@
 // results do not depend on the number of threads.
 #include <ATen/ops/empty.h>
 
-#include "common/base_linear.h"
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
 #include "cpu/operands.h"
@@ -82,7 +81,7 @@ bool strides_suit_few_rows(const Update& update) {
 Forward forward_few_rows(const ForwardArgs& args) {
   const SkinnyKernels& kernels = *kernels_for_few_rows();
   const Update& update = args.update;
-  const at::Tensor y = base_forward(args.x, args.base);
+  const at::Tensor y = forward_of_base(args.x, args.base);
   const at::Tensor s = shrink_of_few(kernels, args.x, view_of(update.a(), 0),
                                      keep_scale_of(update.dropout), dropout_of(update.dropout));
   expand_few(kernels, y, s, view_of(update.b(), 1), update.scaling, Dropout{});
@@ -102,7 +101,7 @@ Backward backward_few_rows(const BackwardArgs& args) {
   const at::Tensor ds =
       shrink_of_few(kernels, args.grad, view_of(update.b(), 1), update.scaling, Dropout{});
   if (args.wanted.dx) {
-    out.dx = base_backward(args.grad, args.x, args.base);
+    out.dx = backward_of_base(args.grad, args.x, args.base);
     expand_few(kernels, out.dx, ds, view_of(update.a(), 0), keep_scale, dropout);
   }
   if (args.need_dlora_a()) {

@@ -219,6 +219,16 @@ std::optional<Dtype> faster_panel(const at::Tensor& p, const at::Tensor& q) {
   return is_copied || p.size(0) >= kMinPanelRows ? panel : std::nullopt;
 }
 
+// That of the base's product; batch-invariant calls are by panels wherever they can be.
+std::optional<Dtype> base_panel(const at::Tensor& p, const Base& base, bool is_forward) {
+  if (base.is_given()) return {};
+  if (base.row_block > 0 && p.size(1) <= kMaxDepth) {
+    return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
+  }
+  if (is_forward ? base.packed : base.packed_t) return {};
+  return faster_panel(p, is_forward ? base.weight.t() : base.weight);
+}
+
 // P in memory as the library takes A. It keeps a kernel for each pitch, so that of a wider matrix,
 // as a slice has it, would add one more; and rows may overlap, or lie too far apart.
 at::Tensor with_own_pitch(const at::Tensor& p) {
@@ -255,11 +265,8 @@ void fused_product(const at::Tensor& any_p, const at::Tensor& q,
 }  // namespace
 
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward) {
-  if (base.is_given()) return {};
-  if (base.row_block > 0 && p.size(1) <= kMaxDepth)
-    return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
-  if (is_forward ? base.packed : base.packed_t) return {};
-  return faster_panel(p, is_forward ? base.weight.t() : base.weight);
+  return p.size(0) >= kMinPanelRows || base.row_block > 0 ? base_panel(p, base, is_forward)
+                                                          : std::nullopt;
 }
 
 at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
@@ -277,12 +284,12 @@ at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
 }
 
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base) {
-  const std::optional<Dtype> panel = fused_panel(x, base, true);
+  const std::optional<Dtype> panel = base_panel(x, base, true);
   return panel ? fused_forward(x, base, *panel, nullptr) : base_forward(x, base);
 }
 
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base) {
-  const std::optional<Dtype> panel = fused_panel(grad, base, false);
+  const std::optional<Dtype> panel = base_panel(grad, base, false);
   return panel ? fused_backward(grad, base, *panel, nullptr) : base_backward(grad, x, base);
 }
 
