@@ -71,10 +71,10 @@ bool has_dot_bfloat16() { return false; }
 // The dtype of the panels where they are faster than torch's linear. With AMX that is several times
 // as fast on halves as floats are. On other processors:
 //
-// float32   Not on Intel's, where torch's product is MKL's: it has no passes to save that cost as
-//           much as panels are slower.
-// float16   Where there is no AVX512_FP16, torch's linear takes 4.7 times as long as on floats.
-// bfloat16  In bfloat16 where AVX512_BF16 has twice the products of floats (AMD's Zen 4). Intel's
+// float32   Not on Intel's: there torch's product is MKL's, and faster than panels by more than the
+//           passes around it cost (a Xeon: panels take 1.0 to 1.3 of it, with passes 1.0 to 1.1).
+// float16   Where there is no AVX512_FP16: on a Zen 4 torch's linear took 4.7 times float32's.
+// bfloat16  In bfloat16 where AVX512_BF16 has twice the products of floats (a Zen 4). Intel's
 //           cores run it at less than half of that rate if they have no AMX, or hide it: torch's
 //           linear on 2048 rows of 1024 x 1024 took 25.6 ms, panels of floats 16.
 std::optional<Dtype> faster_panels(Dtype x) {
