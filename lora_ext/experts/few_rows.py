@@ -38,6 +38,8 @@ def numbers_of(
     if bounds[-1] < rows or _C.cpu_isa() == "library":
         return []
     if factors is not None:
+        if factors.ends is not None:  # the op adds all adapters to each row
+            return []
         every = (*factors.lora_a, *factors.lora_b)
         if any(each.dtype not in (*HALVES, torch.float32) for each in every):
             return []
@@ -69,7 +71,7 @@ def forward(
         factors: of the active adapters, or None.
         numbers: the expert of each row.
     """
-    lora_a, lora_b, scalings = factors or ((), (), ())
+    lora_a, lora_b, scalings, _ = factors or ((), (), (), None)
     return _op(
         x if x.stride(1) == 1 else x.contiguous(),
         token,

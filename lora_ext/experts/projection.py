@@ -14,7 +14,7 @@ dw. W has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from . import expert_groups, few_rows, products
 from .dropout import Dropout
 from .expert_groups import ExpertGroup, ExpertGroups
 from .factors import Factors, Gradients, Pools, pools_of
+from .row_factors import pools_by_row
 
 _ops = torch.ops.lora_ext
 
@@ -31,12 +32,19 @@ class Projection(NamedTuple):
     """Attributes:
     weight: ``[E, out, in]``, any strides.
     bias: ``[E, out]`` or None.
-    factors: of the active adapters, or None.
+    factors: of the active adapters, or of those that rows have; or None.
     """
 
     weight: Tensor
     bias: Tensor | None
     factors: Factors | None
+
+    def on_host(self) -> Projection:
+        """With the ends of rows on the host, where they are read once for each group."""
+        factors = self.factors
+        if factors is None or factors.ends is None:
+            return self
+        return self._replace(factors=factors._replace(ends=factors.ends.cpu()))
 
 
 class Rows(NamedTuple):
@@ -73,10 +81,9 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> ExpertGroups | None:
     return None
 
 
-def _update_of(pools: Pools, group: ExpertGroup) -> dict[str, Any]:
-    """The op's arguments for many adapters with offs; dropout is applied to rows beforehand."""
-    lora_a, lora_b = [pools.lora_a], [pools.lora_b]
-    return {"lora_a": lora_a, "lora_b": lora_b, "scaling": pools.scaling, "offs": group.offs}
+def _pools_of(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dtype) -> Pools:
+    make = pools_of if factors.ends is None else pools_by_row
+    return make(factors, experts, group, dtype)
 
 
 def forward(
@@ -92,6 +99,7 @@ def forward(
             if numbers:
                 return few_rows.forward(*x, weight, bias, factors, numbers)
         taken = expert_groups.on_host(bounds, weight.device)
+        factors = projection.on_host().factors
     experts, out_features, _ = weight.shape
     rank = 0 if factors is None else factors.rank(experts)
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -102,10 +110,10 @@ def forward(
         part = x.part(group.begin, group.end)
         sums = products.forward(part, weight, bias, group)
         if factors is not None:
-            pools = pools_of(factors, experts, group.hit, weight.dtype)
+            pools = _pools_of(factors, experts, group, weight.dtype)
             if dropout is not None:
                 part = dropout.drop(part, group, in_place=x.is_gathered)
-            sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **_update_of(pools, group))
+            sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **pools.arguments())
         if taken.is_whole:
             y = sums
         else:
@@ -143,10 +151,15 @@ def backward(
     weight, bias, factors = projection
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
-    taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
+    taken = _on_device(grad, weight, offs)
+    if taken is None:
+        taken = expert_groups.on_host(offs.tolist(), weight.device)
+        projection = projection.on_host()
     gradients = None
     if factors is not None:
-        gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, taken.has_all)
+        # Of rows with adapters of their own, each adapter has to have rows of each expert.
+        has_all = taken.has_all and (factors.ends is None or taken.is_whole)
+        gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, has_all)
     dx = None
     if want_x:
         dx = weight.new_empty(0 if taken.is_whole else len(s), in_features)
@@ -219,12 +232,12 @@ def _update_backward(
         x = dropout.drop(x, group, in_place=is_own_x)
     if x is None:  # only its shape and dtype are used
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
-    pools = pools_of(factors, experts, group.hit, weight.dtype)
+    pools = _pools_of(factors, experts, group, weight.dtype)
     wanted = ([want_x, False], [want_a], [want_b])
     dx, (*da,), (*db,), _ = _ops.lora_grouped_backward(
-        grad, s.contiguous(), *wanted, x, None, None, **_update_of(pools, group)
+        grad, s.contiguous(), *wanted, x, None, None, **pools.arguments()
     )
-    gradients.write(group.hit, da[0] if da else None, db[0] if db else None)
+    gradients.write(group, pools, da[0] if da else None, db[0] if db else None)
     if dropout is not None and want_x:
         dropout.drop(dx, group, in_place=True)
     return dx

@@ -26,6 +26,8 @@ def per_row_modules(model: nn.Module) -> tuple[list[Any], list[Any]]:
         if hasattr(type(module), "row_adapters"):
             layers.append(module)
             base = children.get("base_layer")
+            while theirs and isinstance(base, lora.ParamWrapper):  # computed by the outermost
+                base = base._modules.get("base_layer")
             if base is not None:
                 stack.append(base)
             continue
