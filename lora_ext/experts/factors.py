@@ -3,8 +3,8 @@
     lora_A [E r, in]     A_e = rows e r .. (e + 1) r       already a pool
     lora_B [out, r E]    B_e = columns e, e + E, ...       the expert is fastest: copied into a pool
 
-Several adapters that all rows have become one adapter with the sum of their ranks; where each row
-has one of them, `row_factors` makes the pools. Only experts with rows are copied.
+Several adapters that all rows have become one adapter with the sum of their ranks; rows with
+adapters of their own are in `row_factors`. Only experts with rows are copied.
 """
 
 from __future__ import annotations
@@ -43,12 +43,6 @@ class Factors(NamedTuple):
         is_one = all(scaling == first for scaling in self.scalings)
         return first if is_one and (dtype != torch.float64 or first == 1.0) else None
 
-    def is_in_b(self, dtype: torch.dtype) -> bool:
-        """Whether each scaling is multiplied into its B, for an x in `dtype`."""
-        if self.ends is None:
-            return self.scaling(dtype) is None
-        return dtype == torch.float64 and any(scaling != 1.0 for scaling in self.scalings)
-
     def ranks(self, experts: int) -> list[int]:
         """The rank of one expert, for each adapter."""
         return [len(a) // experts for a in self.lora_a]
@@ -61,35 +55,41 @@ class Factors(NamedTuple):
 
 
 class Pools(NamedTuple):
-    """The grouped op's arguments for the rows of a group.
+    """The update of a group's rows, as the grouped op takes it.
 
     Attributes:
         lora_a: ``[n, R, in]``.
         lora_b: ``[n, out, R]``.
-        scaling: ``[n]`` float32.
+        scaling: ``[n]`` float32, all elements equal.
         offs: int32 ``[n]``, the end of the rows of each, counted from the first row of the group.
-        ranks: int32 ``[n]``, or None: each has R.
-        parts: where each row has one of the adapters, for each of them (the elements of the pools
-            that are its, their experts), both int64; else None, for all experts of the group.
     """
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: Tensor
     offs: Tensor
-    ranks: Tensor | None = None
-    parts: Sequence[tuple[Tensor, Tensor]] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Those of the op, besides x; dropout is applied to rows beforehand."""
         lists = {"lora_a": [self.lora_a], "lora_b": [self.lora_b]}
-        return {**lists, "scaling": self.scaling, "offs": self.offs, "ranks": self.ranks}
+        return {**lists, "scaling": self.scaling, "offs": self.offs}
+
+
+class Updates:
+    """The updates of all groups, for an x in `dtype`."""
+
+    def __init__(self, factors: Factors, experts: int, dtype: torch.dtype) -> None:
+        self._given = factors, experts, dtype
+
+    def of(self, group: ExpertGroup) -> Pools:
+        factors, experts, dtype = self._given
+        return pools_of(factors, experts, group, dtype)
 
 
 def pools_of(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dtype) -> Pools:
     """The factors of a group's experts as pools, for an x in `dtype`."""
     kept, hit = dtype_of(factors, dtype), group.hit
-    first = [some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
+    first = [_some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
     second = [pool_of_b(b, experts, hit).to(kept) for b in factors.lora_b]
     scaling = factors.scaling(dtype)
     if scaling is None:
@@ -104,7 +104,8 @@ def pools_of(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dt
 def dtype_of(factors: Factors, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the pools: one that the op supports with x and that rounds no factor to half."""
     is_same = all(factor.dtype == dtype for factor in (*factors.lora_a, *factors.lora_b))
-    if dtype in HALVES and not (is_same and not factors.is_in_b(dtype)):
+    is_op_scaling = factors.ends is not None or factors.scaling(dtype) is not None
+    if dtype in HALVES and not (is_same and is_op_scaling):
         return torch.float32
     return dtype
 
@@ -129,34 +130,35 @@ class Gradients:
     ) -> None:
         make = torch.empty_like if has_all else torch.zeros_like
         self._factors, self._experts = factors, experts
-        self._is_in_b = factors.is_in_b(dtype)
-        self.lora_a = _made(make, factors.lora_a, wanted_a)
-        self.lora_b = _made(make, factors.lora_b, wanted_b)
+        self._is_in_b = factors.scaling(dtype) is None
+        self.lora_a = made(make, factors.lora_a, wanted_a)
+        self.lora_b = made(make, factors.lora_b, wanted_b)
 
     def write(
-        self, group: ExpertGroup, pools: Pools, lora_a: Tensor | None, lora_b: Tensor | None
+        self, group: ExpertGroup, update: Pools, lora_a: list[Tensor], lora_b: list[Tensor]
     ) -> None:
-        """Writes the gradients of a group's pools, if requested."""
+        """Writes the gradients of a group's pools, lists of one or empty, if requested."""
+        self._write(group.hit, lora_a[0] if lora_a else None, lora_b[0] if lora_b else None)
+
+    def finish(self) -> None:
+        """To be called after the last group."""
+
+    def _write(self, hit: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
         begin = 0
-        for i, rank in enumerate(self._factors.ranks(self._experts)):
-            slots, hit, own = None, group.hit, slice(begin, begin + rank)
-            if pools.parts is None:
-                begin += rank
-            else:
-                (slots, hit), own = pools.parts[i], slice(rank)
-            if rank == 0 or (hit is not None and len(hit) == 0):
-                continue
-            of_a, of_b = self.lora_a[i], self.lora_b[i]
+        for i, of_a in enumerate(self.lora_a):
+            rank = len(self._factors.lora_a[i]) // self._experts
+            ranks, begin = slice(begin, begin + rank), begin + rank
+            of_b = self.lora_b[i]
             if of_a is not None and lora_a is not None:
-                _put(a_by_expert(of_a, self._experts), hit, some(lora_a, slots)[:, own])
+                _put(a_by_expert(of_a, self._experts), hit, lora_a[:, ranks])
             if of_b is not None and lora_b is not None:
-                part = some(lora_b, slots)[:, :, own]
+                part = lora_b[:, :, ranks]
                 if self._is_in_b:
                     part = part * self._factors.scalings[i]
-                _put_b(of_b, self._experts, hit, part)
+                put_b(of_b, self._experts, hit, part)
 
 
-def _made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+def made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     contiguous = torch.contiguous_format
     return [
         make(factor, memory_format=contiguous) if wants else None
@@ -174,7 +176,7 @@ def b_by_expert(lora_b: Tensor, experts: int) -> Tensor:
     return lora_b.reshape(len(lora_b), -1, experts).permute(2, 0, 1)
 
 
-def some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
+def _some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
     return by_expert if hit is None else by_expert.index_select(0, hit)
 
 
@@ -185,7 +187,7 @@ def pool_of_b(lora_b: Tensor, experts: int, hit: Tensor | None) -> Tensor:
         pool = lora_b.new_empty(len(numbers), len(lora_b), lora_b.shape[1] // experts)
         _ops.experts_copy(pool, lora_b.contiguous(), numbers, experts)
         return pool
-    return some(b_by_expert(lora_b, experts), hit).contiguous()
+    return _some(b_by_expert(lora_b, experts), hit).contiguous()
 
 
 def _put(by_expert: Tensor, hit: Tensor | None, part: Tensor) -> None:
@@ -195,7 +197,7 @@ def _put(by_expert: Tensor, hit: Tensor | None, part: Tensor) -> None:
         by_expert.index_copy_(0, hit, part.to(by_expert.dtype))
 
 
-def _put_b(gradient: Tensor, experts: int, hit: Tensor | None, part: Tensor) -> None:
+def put_b(gradient: Tensor, experts: int, hit: Tensor | None, part: Tensor) -> None:
     """Writes ``[n, out, r]`` into a gradient of PEFT's layout."""
     if gradient.is_cpu:
         part = part.to(gradient.dtype).contiguous()

@@ -14,7 +14,7 @@ dw. W has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from torch import Tensor
 from . import expert_groups, few_rows, products
 from .dropout import Dropout
 from .expert_groups import ExpertGroup, ExpertGroups
-from .factors import Factors, Gradients, Pools, pools_of
-from .row_factors import pools_by_row
+from .factors import Factors, Gradients, Updates
+from .row_factors import RowGradients, RowUpdates
 
 _ops = torch.ops.lora_ext
 
@@ -38,13 +38,6 @@ class Projection(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     factors: Factors | None
-
-    def on_host(self) -> Projection:
-        """With the ends of rows on the host, where they are read once for each group."""
-        factors = self.factors
-        if factors is None or factors.ends is None:
-            return self
-        return self._replace(factors=factors._replace(ends=factors.ends.cpu()))
 
 
 class Rows(NamedTuple):
@@ -81,9 +74,9 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> ExpertGroups | None:
     return None
 
 
-def _pools_of(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dtype) -> Pools:
-    make = pools_of if factors.ends is None else pools_by_row
-    return make(factors, experts, group, dtype)
+def _updates_of(factors: Factors, experts: int, dtype: torch.dtype) -> Updates | RowUpdates:
+    make = Updates if factors.ends is None else RowUpdates
+    return make(factors, experts, dtype)
 
 
 def forward(
@@ -99,21 +92,22 @@ def forward(
             if numbers:
                 return few_rows.forward(*x, weight, bias, factors, numbers)
         taken = expert_groups.on_host(bounds, weight.device)
-        factors = projection.on_host().factors
     experts, out_features, _ = weight.shape
     rank = 0 if factors is None else factors.rank(experts)
     wide = torch.promote_types(weight.dtype, torch.float32)
     y = weight.new_empty(0 if taken.is_whole else x.size, out_features)
     s = weight.new_empty(x.size, rank, dtype=wide)
+    updates = None if factors is None else _updates_of(factors, experts, weight.dtype)
     for group in taken.each:
         where = slice(group.begin, group.end)
         part = x.part(group.begin, group.end)
         sums = products.forward(part, weight, bias, group)
-        if factors is not None:
-            pools = _pools_of(factors, experts, group, weight.dtype)
+        update = None if updates is None else updates.of(group)
+        if update is not None:
             if dropout is not None:
                 part = dropout.drop(part, group, in_place=x.is_gathered)
-            sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **pools.arguments())
+            sums, own = _ops.lora_grouped_forward(part, None, sums, **update.arguments())
+            s[where, : own.shape[1]] = own
         if taken.is_whole:
             y = sums
         else:
@@ -151,15 +145,14 @@ def backward(
     weight, bias, factors = projection
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
-    taken = _on_device(grad, weight, offs)
-    if taken is None:
-        taken = expert_groups.on_host(offs.tolist(), weight.device)
-        projection = projection.on_host()
-    gradients = None
+    taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
+    gradients = updates = None
     if factors is not None:
-        # Of rows with adapters of their own, each adapter has to have rows of each expert.
-        has_all = taken.has_all and (factors.ends is None or taken.is_whole)
-        gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, has_all)
+        updates = _updates_of(factors, experts, weight.dtype)
+        if factors.ends is None:
+            gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, taken.has_all)
+        else:
+            gradients = RowGradients(factors, experts, want_a, want_b)
     dx = None
     if want_x:
         dx = weight.new_empty(0 if taken.is_whole else len(s), in_features)
@@ -173,15 +166,17 @@ def backward(
         dpart = None
         if dx is not None:
             dpart = products.backward(g, weight, group, None if taken.is_whole else dx[where])
-        if gradients is not None:
+        update = None if updates is None else updates.of(group)
+        if gradients is not None and update is not None:
             low_rank = _update_backward(
                 g,
                 part,
                 x.is_gathered,
                 own_weights,
-                projection,
+                weight,
                 s[where],
                 group,
+                update,
                 gradients,
                 want_x,
                 dropout,
@@ -199,6 +194,7 @@ def backward(
     taken.clear_rest(dx, dweights)
     if gradients is None:
         return Backward(dx, dweights, [], [])
+    gradients.finish()
     return Backward(dx, dweights, gradients.lora_a, gradients.lora_b)
 
 
@@ -207,10 +203,11 @@ def _update_backward(
     x: Tensor | None,
     is_own_x: bool,
     weights: Tensor | None,
-    projection: Projection,
+    weight: Tensor,
     s: Tensor,
     group: ExpertGroup,
-    gradients: Gradients,
+    update: Any,
+    gradients: Any,
     want_x: bool,
     dropout: Dropout | None,
 ) -> Tensor | None:
@@ -218,10 +215,9 @@ def _update_backward(
 
     Args:
         is_own_x: whether x may be overwritten.
+        update: what `_updates_of` gives for the group.
+        gradients: of the same kind.
     """
-    weight, _, factors = projection
-    assert factors is not None
-    experts = len(weight)
     want_a = any(a is not None for a in gradients.lora_a)
     want_b = any(b is not None for b in gradients.lora_b)
     if weights is not None:
@@ -232,12 +228,14 @@ def _update_backward(
         x = dropout.drop(x, group, in_place=is_own_x)
     if x is None:  # only its shape and dtype are used
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
-    pools = _pools_of(factors, experts, group, weight.dtype)
-    wanted = ([want_x, False], [want_a], [want_b])
-    dx, (*da,), (*db,), _ = _ops.lora_grouped_backward(
-        grad, s.contiguous(), *wanted, x, None, None, **pools.arguments()
+    arguments = update.arguments()
+    lists = len(arguments["lora_a"])
+    wanted = ([want_x, False], [want_a] * lists, [want_b] * lists)
+    rank = max(each.shape[-2] for each in arguments["lora_a"])
+    dx, da, db, _ = _ops.lora_grouped_backward(
+        grad, s[:, :rank].contiguous(), *wanted, x, None, None, **arguments
     )
-    gradients.write(group, pools, da[0] if da else None, db[0] if db else None)
+    gradients.write(group, update, da, db)
     if dropout is not None and want_x:
         dropout.drop(dx, group, in_place=True)
     return dx

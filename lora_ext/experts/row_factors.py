@@ -1,99 +1,185 @@
-"""The factors of rows that have adapters of their own, as pools of the grouped op.
+"""The factors of rows that have adapters of their own, as lists of matrices for the grouped op.
 
-An element of a pool is a segment: the rows of one expert and one adapter, or of one expert alone,
-which have rank 0. Segments are in the order of rows, as the routes sort them.
+The rows of a group are sorted by expert and, of one expert, by adapter; rows with the base alone
+come first. Each pair of an expert and an adapter that has rows is an element of the op's lists:
 
-    pool of A [n, R, in]     A_e of the segment's adapter in its first r ranks
-    pool of B [n, out, R]    B_e likewise
+    A_e [r, in]     a view of PEFT's lora_A, which has the expert as its slowest index
+    B_e [out, r]    a copy: lora_B has the expert as its fastest index, so that the numbers of many
+                    experts are in one cache line; they are copied for a block of experts at a time
+
+Ranks may differ, and nothing is padded. Which pairs have rows is read on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .expert_groups import ExpertGroup
-from .factors import Factors, Pools, a_by_expert, dtype_of, pool_of_b, some
+from .factors import Factors, a_by_expert, dtype_of, made, pool_of_b, put_b
 
-class Segments(NamedTuple):
-    """Attributes:
-    offs: int32 ``[n]``, the end of the rows of each, counted from the first row of the group.
-    adapters: the adapter of each, -1 for the base alone.
-    parts: for each adapter (its segments, their experts), int64.
+# Experts whose B is copied at a time: a cache line of half precision.
+_BLOCK = 32
+
+
+class RowUpdate(NamedTuple):
+    """The update of a group's rows, as the grouped op takes it.
+
+    Attributes:
+        lora_a: ``[r, in]`` of each pair.
+        lora_b: ``[out, r]``.
+        scaling: one for each pair.
+        index: int32 ``[rows]``, the pair of each row, or -1.
+        pairs: (expert, adapter) of each.
     """
 
-    offs: Tensor
-    adapters: Sequence[int]
-    parts: list[tuple[Tensor, Tensor]]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    scaling: Tensor
+    index: Tensor
+    pairs: list[tuple[int, int]]
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the op, besides x; dropout is applied to rows beforehand."""
+        lists = {"lora_a": self.lora_a, "lora_b": self.lora_b}
+        return {**lists, "scaling": self.scaling, "index": self.index}
 
 
-def pools_by_row(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dtype) -> Pools:
-    """The factors of a group's segments as pools, for an x in `dtype`."""
-    assert factors.ends is not None
-    found = _on_device if group.experts is None else _on_host
-    offs, adapters, parts = found(factors.ends, len(factors.lora_a), experts, group)
-    ranks = factors.ranks(experts)
-    each = [0 if adapter < 0 else ranks[adapter] for adapter in adapters]
-    kept, most = dtype_of(factors, dtype), factors.rank(experts)
-    # What is past a rank is not read, but would be a NaN's source if it were.
-    make = torch.empty if min(each) == most else torch.zeros
-    sides = {"dtype": kept, "device": offs.device}
-    lora_a = make(len(each), most, factors.lora_a[0].shape[1], **sides)
-    lora_b = make(len(each), factors.lora_b[0].shape[0], most, **sides)
-    is_in_b = factors.is_in_b(dtype)
-    for i, (slots, hit) in enumerate(parts):
-        rank = ranks[i]
-        if rank == 0 or len(slots) == 0:
-            continue
-        first = some(a_by_expert(factors.lora_a[i], experts), hit)
-        lora_a[:, :rank].index_copy_(0, slots, first.to(kept))
-        second = pool_of_b(factors.lora_b[i], experts, hit).to(kept)
-        if is_in_b:
-            second = second * factors.scalings[i]
-        lora_b[:, :, :rank].index_copy_(0, slots, second)
-    own = [1.0 if is_in_b or adapter < 0 else factors.scalings[adapter] for adapter in adapters]
-    scaling = torch.tensor(own, dtype=torch.float32, device=offs.device)
-    counts = None
-    if min(each) < most:
-        counts = torch.tensor(each, dtype=torch.int32, device=offs.device)
-    return Pools(lora_a, lora_b, scaling, offs, counts, parts)
+class RowUpdates:
+    """The updates of all groups, in their order, for an x in `dtype`."""
+
+    def __init__(self, factors: Factors, experts: int, dtype: torch.dtype) -> None:
+        assert factors.ends is not None
+        self._factors, self._experts = factors, experts
+        self._ends: list[int] = factors.ends.tolist()
+        self._kept = dtype_of(factors, dtype)
+        self._wide = torch.promote_types(dtype, torch.float32)
+        self._ranks = factors.ranks(experts)
+        self._a = [
+            a_by_expert(a, experts).unbind(0) if rank else ()
+            for a, rank in zip(factors.lora_a, self._ranks, strict=True)
+        ]
+        # B_e of the pairs of a block of experts.
+        self._b: dict[tuple[int, int], Tensor] = {}
+        self._block_end = 0
+
+    def of(self, group: ExpertGroup) -> RowUpdate | None:
+        """None if no row of the group has an adapter on this projection."""
+        first, last = _span(group, self._experts)
+        pairs, numbers, counts = self._pairs(first, last, group.begin)
+        if not pairs:
+            return None
+        if last > self._block_end:
+            self._copy_b(first, max(last, min(first + _BLOCK, self._experts)))
+        device = group.offs.device
+        scalings = [self._factors.scalings[adapter] for _, adapter in pairs]
+        index = torch.repeat_interleave(
+            torch.tensor(numbers, dtype=torch.int32), torch.tensor(counts)
+        )
+        rest = group.end - group.begin - len(index)
+        index = torch.nn.functional.pad(index, (0, rest), value=-1)
+        return RowUpdate(
+            [self._a[adapter][expert].to(self._kept) for expert, adapter in pairs],
+            [self._b[pair] for pair in pairs],
+            torch.tensor(scalings, dtype=self._wide, device=device),
+            index.to(device),
+            pairs,
+        )
+
+    def _pairs(
+        self, first: int, last: int, begin: int
+    ) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+        """(the pairs with rows of some experts; the pair, or -1, and the number of rows of each run
+        of rows)."""
+        kinds = len(self._ranks) + 1
+        pairs, numbers, counts = [], [], []
+        for place in range(first * kinds, last * kinds):
+            end = self._ends[place]
+            if end == begin:
+                continue
+            expert, adapter = place // kinds, place % kinds - 1
+            has_update = adapter >= 0 and self._ranks[adapter] > 0
+            numbers.append(len(pairs) if has_update else -1)
+            counts.append(end - begin)
+            if has_update:
+                pairs.append((expert, adapter))
+            begin = end
+        return pairs, numbers, counts
+
+    def _copy_b(self, first: int, last: int) -> None:
+        """Copies B of the pairs with rows of some experts."""
+        begin = self._ends[first * (len(self._ranks) + 1) - 1] if first else 0
+        pairs, _, _ = self._pairs(first, last, begin)
+        self._b.clear()
+        self._block_end = last
+        for adapter, hit in _by_adapter(pairs).items():
+            lora_b = self._factors.lora_b[adapter]
+            numbers = torch.tensor(hit, device=lora_b.device)
+            pool = pool_of_b(lora_b, self._experts, numbers).to(self._kept)
+            for expert, matrix in zip(hit, pool.unbind(0), strict=True):
+                self._b[expert, adapter] = matrix
 
 
-def _on_host(ends: Tensor, adapters: int, experts: int, group: ExpertGroup) -> Segments:
-    """The segments that have rows."""
-    assert group.experts is not None
-    kinds = adapters + 1
-    first, last = group.experts[0][0], group.experts[-1][0]
-    offs: list[int] = []
-    own: list[int] = []
-    slots: list[list[int]] = [[] for _ in range(adapters)]
-    hit: list[list[int]] = [[] for _ in range(adapters)]
-    before = group.begin
-    for place, end in enumerate(ends[first * kinds : (last + 1) * kinds].tolist()):
-        if end == before:
-            continue
-        expert, adapter = first + place // kinds, place % kinds - 1
-        if adapter >= 0:
-            slots[adapter].append(len(offs))
-            hit[adapter].append(expert)
-        offs.append(end - group.begin)
-        own.append(adapter)
-        before = end
-    device = group.offs.device
-    parts = [
-        (torch.tensor(s, dtype=torch.int64), torch.tensor(e, dtype=torch.int64))
-        for s, e in zip(slots, hit, strict=True)
-    ]
-    parts = [(s.to(device), e.to(device)) for s, e in parts]
-    return Segments(torch.tensor(offs, dtype=torch.int32, device=device), own, parts)
+class RowGradients:
+    """Gradients of factors in PEFT's layout, from those of the pairs.
+
+    Args:
+        wanted_a, wanted_b: for which adapters the gradient is requested.
+    """
+
+    def __init__(
+        self,
+        factors: Factors,
+        experts: int,
+        wanted_a: Sequence[bool],
+        wanted_b: Sequence[bool],
+    ) -> None:
+        self._experts = experts
+        self.lora_a = made(torch.zeros_like, factors.lora_a, wanted_a)
+        self.lora_b = made(torch.zeros_like, factors.lora_b, wanted_b)
+        self._a = [
+            () if a is None or len(a) == 0 else a_by_expert(a, experts).unbind(0)
+            for a in self.lora_a
+        ]
+        # Gradients of B_e of a block of experts, which are put into lora_b together.
+        self._b: dict[tuple[int, int], Tensor] = {}
+
+    def write(
+        self, group: ExpertGroup, update: RowUpdate, lora_a: list[Tensor], lora_b: list[Tensor]
+    ) -> None:
+        """Writes the gradients of a group's pairs; empty lists if they are not requested."""
+        for (expert, adapter), part in zip(update.pairs, lora_a, strict=False):
+            if self.lora_a[adapter] is not None:
+                self._a[adapter][expert].copy_(part)
+        first = next(iter(self._b), (0, 0))[0]
+        if self._b and update.pairs[-1][0] >= first + _BLOCK:
+            self.finish()
+        self._b.update(zip(update.pairs, lora_b, strict=False))
+
+    def finish(self) -> None:
+        """To be called after the last group."""
+        for adapter, hit in _by_adapter(list(self._b)).items():
+            gradient = self.lora_b[adapter]
+            if gradient is not None:
+                part = torch.stack([self._b[expert, adapter] for expert in hit])
+                numbers = torch.tensor(hit, device=gradient.device)
+                put_b(gradient, self._experts, numbers, part)
+        self._b.clear()
 
 
-def _on_device(ends: Tensor, adapters: int, experts: int, group: ExpertGroup) -> Segments:
-    """All segments, with and without rows: which ones have any is not read on the host."""
-    kinds = adapters + 1
-    numbers = torch.arange(experts, device=ends.device)
-    parts = [(numbers * kinds + adapter + 1, numbers) for adapter in range(adapters)]
-    return Segments(ends, list(range(-1, adapters)) * experts, parts)
+def _span(group: ExpertGroup, experts: int) -> tuple[int, int]:
+    """(first, last + 1) of a group's experts."""
+    if group.experts is None:
+        return 0, experts
+    return group.experts[0][0], group.experts[-1][0] + 1
+
+
+def _by_adapter(pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
+    """The experts of each adapter."""
+    found: dict[int, list[int]] = {}
+    for expert, adapter in pairs:
+        found.setdefault(adapter, []).append(expert)
+    return found
