@@ -12,6 +12,7 @@ from helpers import BF16, F16, F32, F64, pair_id
 from torch import Tensor
 
 from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, few_rows, lora_experts
+from lora_ext.experts.factors import Factors
 
 RANKS, SCALINGS = (3, 1, 2, 2), (0.5, -2.0, 1.5, 1.0)
 UP, DOWN = (0, 1, 3), (0, 2, 3)  # the adapters of each projection; 3 has no rows
@@ -160,8 +161,7 @@ def test_dropout_is_that_of_the_token_and_column(kind):
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 64])
 @pytest.mark.parametrize("pair", [(F64, F64), (F32, F32), (BF16, BF16), (F16, F32)], ids=pair_id)
-def test_one_adapter_of_all_tokens_has_its_bits_alone(pair, tokens, monkeypatch):
-    monkeypatch.setattr(few_rows, "MOST_ROWS", 0)  # the op of few rows takes no such tokens
+def test_one_adapter_of_all_tokens_has_its_bits_alone(pair, tokens):
     layer = layer_of("plain", tokens, pair, one=True)
     found, alone = layer.mixed(), layer.call(0, layer.grad())
     assert all(torch.equal(found[name], alone[name]) for name in alone)
@@ -207,6 +207,17 @@ def test_the_same_bits_each_time(two_threads):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("wanted", [{"x"}, {"weights"}, {"up0a", "down2a"}, {"x", "up1b"}])
+def test_only_the_gradients_that_are_wanted(wanted):
+    layer = layer_of(tokens=20)
+    exact = layer.mixed()
+    for name, leaf in layer.leaves().items():
+        leaf.requires_grad_(name in wanted)
+    found = layer.mixed()
+    assert found.keys() == {"y", *wanted}
+    assert all(torch.equal(found[name], exact[name]) for name in found)
+
+
 @pytest.mark.parametrize("is_tensor", [False, True])
 def test_a_scaling_in_a_tensor(is_tensor):
     layer = layer_of()
@@ -246,3 +257,37 @@ def test_other_numbers_of_adapters_are_refused():
     layer = layer_of()
     with pytest.raises(ValueError, match=r"the same adapters in up and down .* got 4 and 3"):
         layer._replace(down=layer.down[:3]).mixed()
+
+
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, BF16)], ids=pair_id)
+def test_few_rows(pair):
+    """Of adapters of two ranks and of rank 0, and of no adapter; each rounded once."""
+    weight, ranks = torch.randn(EXPERTS, 24, 40).to(pair[0]), (3, 2, 0)
+    bias, x = torch.randn(EXPERTS, 24).to(pair[0]), torch.randn(7, 40).to(pair[0])
+    lora_a = [torch.randn(EXPERTS * r, 40).to(pair[1]) for r in ranks]
+    lora_b = [torch.randn(24, r * EXPERTS).to(pair[1]) for r in ranks]
+    scalings = (0.5, -2.0, 1.0)
+    numbers, adapters = [1, 2, 2, 5, 5, 5, 5], [0, -1, 1, -1, 0, 0, 2]
+    keys = torch.tensor([4 * e + a + 1 for e, a in zip(numbers, adapters, strict=True)])
+    ends = torch.searchsorted(keys, torch.arange(4 * EXPERTS), right=True).int()
+    factors = Factors(lora_a, lora_b, scalings, ends)
+    y, s = few_rows.forward(x, None, weight, bias, factors, numbers)
+    assert s.shape == (7, 3)
+    half = torch.finfo(pair[0]).eps / 2
+    for m, (e, a) in enumerate(zip(numbers, adapters, strict=True)):
+        exact = weight[e].double() @ x[m].double() + bias[e].double()
+        if a >= 0 and ranks[a]:
+            low_rank = lora_a[a].double().view(EXPERTS, -1, 40)[e] @ x[m].double()
+            exact += scalings[a] * (lora_b[a].double().view(24, -1, EXPERTS)[..., e] @ low_rank)
+            torch.testing.assert_close(s[m, : ranks[a]].double(), low_rank, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(y[m].double(), exact, rtol=1.01 * half, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"), [([1], "from -1"), ([-2], "from -1"), ([0, 0], "one for each expert")]
+)
+def test_adapters_that_the_op_of_few_rows_refuses(adapters, message):
+    x, weight = torch.ones(1, 40, dtype=BF16), torch.ones(EXPERTS, 24, 40, dtype=BF16)
+    a, b = torch.ones(EXPERTS * 2, 40), torch.ones(24, 2 * EXPERTS)
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        torch.ops.lora_ext.experts_few_rows(x, None, weight, None, [a], [b], [1.0], [0], adapters)

@@ -12,6 +12,7 @@ from peft_helpers import plain_copy
 
 import lora_ext
 from lora_ext import LoRAConfig
+from lora_ext.nn import rows_apart
 
 # fr and de are on experts and routers, too, it on attention alone.
 NAMES = ["fr", None, "it", "de", "fr"]
@@ -158,6 +159,39 @@ def test_generation_and_beams(whose):
         with lora_ext.use_adapters(model, [name], repeats=2):
             own = model.generate(input_ids=ids[row : row + 1], **words)
         assert torch.equal(found[row], own[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("whose", MODELS)
+def test_activation_checkpointing(whose, use_reentrant):
+    """What is repeated in backward has its adapters after the block, too."""
+    model = MODELS[whose]("qwen3_moe").train()
+    exact = step(model, NAMES)
+    words = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    model.gradient_checkpointing_enable(**words)
+    model.enable_input_require_grads()
+    found = step(model, NAMES)
+    assert torch.equal(found[0], exact[0])
+    assert all(torch.equal(found[1][name], value) for name, value in exact[1].items())
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_module_is_called_for_the_rows_of_each(is_compiled, monkeypatch):
+    """In a traced program for all rows, of which its own are taken."""
+    monkeypatch.setattr(rows_apart, "is_traced", lambda: is_compiled)
+    x, index = torch.randn(2, 3, 4), torch.tensor([1, -1, -1, 1, 0, 1])
+    seen = []
+
+    def call(place, rows):
+        seen.append(len(rows))
+        return rows * (place + 2), (rows[:, :1] + place,)
+
+    y, (other,) = rows_apart.by_adapter(call, x, index, 3)
+    rows, place = x.flatten(0, 1), index[:, None]
+    assert torch.equal(y, rows * (place + 2)) and torch.equal(other, rows[:, :1] + place)
+    assert seen == ([6] * 4 if is_compiled else [2, 1, 3])
+    with pytest.raises(ValueError, match=r"tensors of \d rows, as a router, but got \[4\]"):
+        rows_apart.by_adapter(lambda place, rows: rows.sum(0), x[:, :1], index[:2], 3)
 
 
 @pytest.mark.parametrize("whose", MODELS)
