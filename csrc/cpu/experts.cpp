@@ -232,10 +232,13 @@ class FewRows {
 
 // ---- B as a pool ----
 
-constexpr int64_t kGrain = 1 << 14;  // numbers worth a thread's start
+constexpr int64_t kGrain = 1 << 14;     // numbers worth a thread's start
+constexpr int64_t kBytesOfB = 1 << 15;  // of rows of B that are processed at a time: a core's L1
 
-// Processes one row of B at a time, for all experts: a row is some KB of contiguous memory, and
-// stays in the cache while the numbers of one expert after the other are copied from it or to it.
+// Processes some rows of B at a time, for all experts: they are contiguous memory, and stay in the
+// cache while the numbers of one expert after the other are copied from them or to them. In the pool
+// these rows are contiguous for each expert, so that whole cache lines are used before the next
+// expert's: experts are often a power of 2 bytes apart, and the cache holds few such lines.
 // Bits is an unsigned integer of the element's size.
 template <class Bits, bool kToPool>
 void copy_some(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
@@ -245,13 +248,16 @@ void copy_some(const at::Tensor& out, const at::Tensor& source, const at::Tensor
   const int64_t* number = hit.const_data_ptr<int64_t>();
   const auto* from = static_cast<const Bits*>(source.const_data_ptr());
   auto* to = static_cast<Bits*>(out.mutable_data_ptr());
+  const int64_t bytes = rank * experts * static_cast<int64_t>(sizeof(Bits));
+  const int64_t step = std::max<int64_t>(1, kBytesOfB / std::max<int64_t>(1, bytes));
   const int64_t grain = kGrain / std::max<int64_t>(1, count * rank) + 1;
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t ranks = (std::min(first + step, end) - first) * rank;
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = 0; j < rank; ++j) {
-          const int64_t in_b = (n * rank + j) * experts + number[i];
-          const int64_t in_pool = (i * rows + n) * rank + j;
+        int64_t in_b = first * rank * experts + number[i];
+        int64_t in_pool = (i * rows + first) * rank;
+        for (int64_t j = 0; j < ranks; ++j, in_b += experts, ++in_pool) {
           to[kToPool ? in_pool : in_b] = from[kToPool ? in_b : in_pool];
         }
       }

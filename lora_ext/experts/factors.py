@@ -89,7 +89,7 @@ class Updates:
 def pools_of(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dtype) -> Pools:
     """The factors of a group's experts as pools, for an x in `dtype`."""
     kept, hit = dtype_of(factors, dtype), group.hit
-    first = [_some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
+    first = [some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
     second = [pool_of_b(b, experts, hit).to(kept) for b in factors.lora_b]
     scaling = factors.scaling(dtype)
     if scaling is None:
@@ -176,18 +176,27 @@ def b_by_expert(lora_b: Tensor, experts: int) -> Tensor:
     return lora_b.reshape(len(lora_b), -1, experts).permute(2, 0, 1)
 
 
-def _some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
+def some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
     return by_expert if hit is None else by_expert.index_select(0, hit)
 
 
-def pool_of_b(lora_b: Tensor, experts: int, hit: Tensor | None) -> Tensor:
-    """``[n, out, r]``, contiguous."""
+def pool_of_b(
+    lora_b: Tensor, experts: int, hit: Tensor | None, memory: Tensor | None = None
+) -> Tensor:
+    """``[n, out, r]``, contiguous.
+
+    Args:
+        memory: a pool that is no longer used, which may be overwritten.
+    """
     if lora_b.is_cpu:
         numbers = _numbers(experts, hit)
-        pool = lora_b.new_empty(len(numbers), len(lora_b), lora_b.shape[1] // experts)
+        if memory is not None and len(memory) >= len(numbers):
+            pool = memory[: len(numbers)]
+        else:
+            pool = lora_b.new_empty(len(numbers), len(lora_b), lora_b.shape[1] // experts)
         _ops.experts_copy(pool, lora_b.contiguous(), numbers, experts)
         return pool
-    return _some(b_by_expert(lora_b, experts), hit).contiguous()
+    return some(b_by_expert(lora_b, experts), hit).contiguous()
 
 
 def _put(by_expert: Tensor, hit: Tensor | None, part: Tensor) -> None:

@@ -62,9 +62,10 @@ class RowUpdates:
             a_by_expert(a, experts).unbind(0) if rank else ()
             for a, rank in zip(factors.lora_a, self._ranks, strict=True)
         ]
-        # B_e of the pairs of a block of experts.
+        # B_e of the pairs of a block of experts, and the memory of each adapter for the next block.
         self._b: dict[tuple[int, int], Tensor] = {}
         self._block_end = 0
+        self._memory: dict[int, Tensor] = {}
 
     def of(self, group: ExpertGroup) -> RowUpdate | None:
         """None if no row of the group has an adapter on this projection."""
@@ -118,7 +119,9 @@ class RowUpdates:
         for adapter, hit in _by_adapter(pairs).items():
             lora_b = self._factors.lora_b[adapter]
             numbers = torch.tensor(hit, device=lora_b.device)
-            pool = pool_of_b(lora_b, self._experts, numbers).to(self._kept)
+            pool = pool_of_b(lora_b, self._experts, numbers, self._memory.get(adapter))
+            self._memory.setdefault(adapter, pool)
+            pool = pool.to(self._kept)
             for expert, matrix in zip(hit, pool.unbind(0), strict=True):
                 self._b[expert, adapter] = matrix
 
@@ -138,8 +141,9 @@ class RowGradients:
         wanted_b: Sequence[bool],
     ) -> None:
         self._experts = experts
-        self.lora_a = made(torch.zeros_like, factors.lora_a, wanted_a)
-        self.lora_b = made(torch.zeros_like, factors.lora_b, wanted_b)
+        has_all = _have_all(factors, experts)
+        self.lora_a = _gradients(factors.lora_a, wanted_a, has_all)
+        self.lora_b = _gradients(factors.lora_b, wanted_b, has_all)
         self._a = [
             () if a is None or len(a) == 0 else a_by_expert(a, experts).unbind(0)
             for a in self.lora_a
@@ -168,6 +172,25 @@ class RowGradients:
                 numbers = torch.tensor(hit, device=gradient.device)
                 put_b(gradient, self._experts, numbers, part)
         self._b.clear()
+
+
+def _have_all(factors: Factors, experts: int) -> list[bool]:
+    """For each adapter, whether it has rows of every expert."""
+    assert factors.ends is not None
+    ends = factors.ends.cpu()
+    counts = ends.diff(prepend=ends.new_zeros(1)).view(experts, -1)
+    return (counts > 0).all(0)[1:].tolist()
+
+
+def _gradients(
+    factors: Sequence[Tensor], wanted: Sequence[bool], has_all: list[bool]
+) -> list[Tensor | None]:
+    """Zeros where not all experts will be written."""
+    found: list[Tensor | None] = []
+    for factor, wants, is_whole in zip(factors, wanted, has_all, strict=True):
+        make = torch.empty_like if is_whole else torch.zeros_like
+        found += made(make, [factor], [wants])
+    return found
 
 
 def _span(group: ExpertGroup, experts: int) -> tuple[int, int]:
