@@ -37,12 +37,8 @@ HUB = str(ROOT / "scripts" / "peft_suite_hub.py")
 SECONDS = 3600  # of one file
 FAST = ("fused", "library", "added")
 
-# Tests that only PEFT's own forward can pass -> why.
-_MIXED = "it expects PEFT's refusal of mixed batches, and here they are computed"
-_DECODERS = "tests/test_target_parameters.py::TestDecoderModelsTargetParameters::"
+# Cases that only PEFT's own forward can pass -> why.
 EXPECTED = {
-    f"{_DECODERS}test_mixed_adapter_batches": _MIXED,
-    f"{_DECODERS}test_generate_with_mixed_adapter_batches": _MIXED,
     "tests/test_target_parameters.py::TestTargetParameters::"
     "test_target_parameter_result_caching_works": "it counts PEFT's sums W + B A of all experts, "
     "and here none is made",
@@ -206,7 +202,7 @@ def count(results: Results, adapted: str, way_of: Callable[[dict], str]) -> Coun
             passed, way = ours["outcome"] == "passed", way_of(ours)
             counts.update({"cases": 1, "passed": passed, way: 1, f"{way} passed": passed})
             if not passed:
-                why = EXPECTED.get(case.partition("[")[0]) or first_line(ours)
+                why = EXPECTED.get(case) or first_line(ours)
                 found.failures.append(f"- `{case}`: {ours['outcome']}. {why}")
         if counts:
             total += counts
