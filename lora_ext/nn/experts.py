@@ -69,6 +69,9 @@ class LoRAExperts(LoRAModule):
         return layers[up_name(self)], layers["down_proj"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows, names = self._rows()
+        if rows is not None and names:
+            return self._mixed(names, rows, args, kwargs)
         up, down = self._pair()
         if not (_adds(up) or _adds(down)):
             return super().forward(*args, **kwargs)

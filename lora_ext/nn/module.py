@@ -110,16 +110,9 @@ class LoRAModule(nn.Module):
         return list(self._modules[_LAYERS]._modules.values())  # type: ignore[union-attr,return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows = self._rows()
-        if rows is not None:
-            layers = [layer for layer in self.layers() if layer.adapters_enabled]
-            for layer in layers:
-                layer.check_unmerged()
-            here = {name for layer in layers for name in layer.row_names(rows)}
-            names = [name for name in rows.names if name in here]
-            if names:
-                return self._mixed(names, rows, args, kwargs)
-            return self.base_type.forward(self, *args, **kwargs)
+        rows, names = self._rows()
+        if rows is not None and names:
+            return self._mixed(names, rows, args, kwargs)
         weights = {
             layer.parameter: layer.effective_weight()
             for layer in self.layers()
@@ -129,13 +122,18 @@ class LoRAModule(nn.Module):
             return self.base_type.forward(self, *args, **kwargs)
         return self.with_tensors(weights).forward(*args, **kwargs)
 
-    def _rows(self) -> RowAdapters | None:
-        """The open block of `use_adapters` that applies to a forward now, or None."""
-        for layer in self.layers():
-            rows = layer.adapters_of_rows()
-            if rows is not None:
-                return rows
-        return None
+    def _rows(self) -> tuple[RowAdapters | None, list[str]]:
+        """(the open block of `use_adapters` that applies to a forward now, or None; the adapters of
+        it that the module has)."""
+        found = (layer.adapters_of_rows() for layer in self.layers())
+        rows = next((block for block in found if block is not None), None)
+        if rows is None:
+            return None, []
+        layers = [layer for layer in self.layers() if layer.adapters_enabled]
+        for layer in layers:
+            layer.check_unmerged()
+        here = {name for layer in layers for name in layer.row_names(rows)}
+        return rows, [name for name in rows.names if name in here]
 
     def _mixed(
         self, names: list[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
