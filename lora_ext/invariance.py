@@ -1,7 +1,7 @@
 """`batch_invariant`: makes the bits of a row the same in a batch of any size.
 
 Libraries choose their kernels by the number of rows, and so do our routes. So y and dX are computed
-by panels, whose kernels treat all rows alike (csrc/cpu/fused_gemm.cpp), or, where there are none,
+by panels, whose kernels treat all rows alike (csrc/cpu/fused_product.cpp), or, without panels,
 in blocks that all have `ROW_BLOCK` rows (csrc/op/route/equal_blocks.cpp).
 """
 

@@ -13,6 +13,7 @@
 #include "common/base_linear.h"
 #include "cpu/brgemm.h"
 #include "cpu/dispatch.h"
+#include "cpu/fused_product.h"
 #include "cpu/operands.h"
 
 namespace lora_ext::cpu {
@@ -119,6 +120,7 @@ std::string library_reason(at::ScalarType x, int64_t rank) {
 
 bool is_batch_invariant(at::ScalarType x, const Update& update) {
   return reason_for_library(x, x, update.rank()).empty() &&
+         std::max(update.in_features(), update.out_features()) <= kMaxPanelDepth &&
          batch_invariant_panel_dtype(dtype_of(x)).has_value();
 }
 
@@ -132,8 +134,8 @@ std::optional<Forward> forward(const ForwardArgs& args) {
   const at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0),
                               keep_scale_of(args.update.dropout), dropout_of(args.update.dropout));
   if (fused) {
-    const LowRank update{s, lora_b, args.update.scaling};
-    return Forward{fused_forward(args.x, args.base, *fused, &update), s};
+    const LowRank update = LowRank::one(s, lora_b, args.update.scaling);
+    return Forward{fused_forward(args.x, args.base, *fused, update), s};
   }
   at::Tensor y = base_forward(args.x, args.base);
   expand(*passes.over_y, y, s, lora_b, args.update.scaling, Dropout{});
@@ -166,8 +168,8 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.b(), 1),
                                args.update.scaling, Dropout{});
   if (fused) {
-    const LowRank update{ds, lora_a, keep_scale, dropout};
-    out.dx = fused_backward(args.grad, args.base, *fused, &update);
+    const LowRank update = LowRank::one(ds, lora_a, keep_scale, dropout);
+    out.dx = fused_backward(args.grad, args.base, *fused, update);
   } else if (!args.need_dlora_a()) {
     expand(*passes.over_x, out.dx, ds, lora_a, keep_scale, dropout);
   }

@@ -3,9 +3,10 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/call.h"
-#include "cpu/skinny.h"
+#include "cpu/fused_gemm.h"
 
 namespace lora_ext::cpu {
 
@@ -38,12 +39,18 @@ Backward backward_few_rows(const BackwardArgs& args);
 std::optional<Forward> forward_grouped(const ForwardArgs& args);
 std::optional<Backward> backward_grouped(const BackwardArgs& args);
 
-// T U of one adapter; T is [M, r] in float, U a view of the factor as [r, cols].
+// The low-rank part of a product in one pass: nothing, that of one adapter, or of many.
 struct LowRank {
-  const at::Tensor& t;
-  const AdapterView& u;
-  double scale;
+  std::vector<RowUpdate> updates{};  // in the order of their rows
   Dropout dropout{};
+  RowIndex rows{};  // the order in which rows are multiplied
+
+  // T is [M, r] in float, U a view of the factor as [r, cols].
+  static LowRank one(const at::Tensor& t, const AdapterView& u, double scale,
+                     const Dropout& dropout = {}) {
+    const Range all{0, t.size(0)};
+    return {{{all, t.const_data_ptr<float>(), u, static_cast<float>(scale)}}, dropout};
+  }
 };
 
 // With fewer rows the library's product is faster, since it packs nothing: at 8 rows of 1024 x 1024
@@ -52,15 +59,15 @@ struct LowRank {
 constexpr int64_t kMinPanelRows = 8;
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in
-// one pass (cpu/fused_gemm.h).
+// one pass (cpu/fused_product.h).
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward);
 
-// Y of x and the base, a fresh tensor [M, N]; without low_rank the base's part alone.
+// Y of x, the base and low_rank, a fresh tensor [M, N].
 at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
-                         const LowRank* low_rank);
+                         const LowRank& low_rank);
 // dX of dY and the base, a fresh tensor [M, K] in grad's dtype.
 at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
-                          const LowRank* low_rank);
+                          const LowRank& low_rank);
 
 // The base's part alone, in that way or by the library.
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
