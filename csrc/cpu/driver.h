@@ -15,7 +15,7 @@ std::string library_reason(at::ScalarType x, int64_t rank);
 
 // Whether a row of y and dx has the same bits in any number of rows if base.row_block is set;
 // otherwise such a call is made in equal blocks.
-bool is_batch_invariant(at::ScalarType x, const Update& update);
+bool is_batch_invariant(at::ScalarType x, at::ScalarType y, const Update& update);
 
 // nullopt if the library computes the call.
 std::optional<Forward> forward(const ForwardArgs& args);
@@ -73,8 +73,9 @@ at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
-// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors.
+// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors. batch_invariant: by
+// panels if they can compute it, whatever is faster.
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-             at::Tensor& out);
+             at::Tensor& out, bool batch_invariant);
 
 }  // namespace lora_ext::cpu

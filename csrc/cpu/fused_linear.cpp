@@ -90,7 +90,7 @@ at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const B
 }
 
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-             at::Tensor& out) {
+             at::Tensor& out, bool batch_invariant) {
   // Whether a pointer says all of a tensor: what torch's dispatcher resolves goes to torch.
   const auto is_plain = [&](const at::Tensor& t) {
     const c10::DispatchKeySet keys = t.key_set();
@@ -107,7 +107,12 @@ void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::T
   const bool by_pointers = fits && is_plain(p) && is_plain(q) && is_plain(out) && p.numel() != 0 &&
                            out.numel() != 0 && p.stride(1) == 1 && out.stride(1) == 1 &&
                            out.stride(0) >= out.size(1);
-  if (const auto panel = by_pointers ? faster_panel(p, q) : std::nullopt) {
+  const auto panel_of = [&] {
+    return batch_invariant && p.size(1) <= kMaxPanelDepth
+               ? batch_invariant_panel_dtype(dtype_of(p.scalar_type()))
+               : faster_panel(p, q);
+  };
+  if (const auto panel = by_pointers ? panel_of() : std::nullopt) {
     fused_product(p, q, bias, {}, *panel, out);
     out.unsafeGetTensorImpl()->bump_version();
   } else if (bias) {
