@@ -108,19 +108,32 @@ def _rows_of_experts(x: Tensor, token: Tensor | None, offs: Tensor) -> int:
     return int(offs[-1]) if len(offs) and _has_values(offs) else rows
 
 
+def _ranks_of_experts(
+    rows: int, experts: int, lora_a: Sequence[Tensor], ends: Tensor | None
+) -> list[int]:
+    """For each adapter, its rank times its number of rows, which is that of all without ends."""
+    each = [a.shape[0] // experts for a in lora_a]
+    if ends is None:
+        return [rows * rank for rank in each]
+    if not _has_values(ends):
+        return [max(each) * rows] + [0] * (len(each) - 1)
+    counts = ends.diff(prepend=ends.new_zeros(1)).view(experts, -1).sum(0).tolist()
+    return [rank * n for rank, n in zip(each, counts[1:], strict=True)]
+
+
 @register_flop_formula(_ops.experts_forward, get_raw=True)
-def _(x, token, weight, bias, lora_a, lora_b, scalings, offs, *_, **__) -> int:
+def _(x, token, weight, bias, lora_a, lora_b, scalings, ends, offs, *_, **__) -> int:
     experts, out, _ = weight.shape
     x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
-    return _forward(x, out, True, len(x) * sum(a.shape[0] // experts for a in lora_a))
+    return _forward(x, out, True, sum(_ranks_of_experts(len(x), experts, lora_a, ends)))
 
 
 @register_flop_formula(_ops.experts_backward, get_raw=True)
-def _(grad, _g, x, token, _w, weight, _b, lora_a, lora_b, _s, s, offs, *rest, **__) -> int:
+def _(grad, _g, x, token, _w, weight, _b, lora_a, lora_b, _s, ends, s, offs, *rest, **__) -> int:
     wanted = rest[-1]
     experts, out, _ = weight.shape
     x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
-    each = [len(x) * (a.shape[0] // experts) for a in lora_a]
+    each = _ranks_of_experts(len(x), experts, lora_a, ends)
     dx, adapters = wanted[0], len(each)
     wants = (_wanted(each, wanted[2 : 2 + adapters]), _wanted(each, wanted[2 + adapters :]))
     return _backward(x, out, True, sum(each), *wants, dx)

@@ -6,9 +6,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "cpu/dispatch.h"
 #include "cpu/operands.h"
@@ -45,7 +47,8 @@ class FewRows {
   Forward run() {
     const int64_t rows = args_.rows(), columns = args_.weight.size(1);
     const auto floats = args_.x.options().dtype(at::kFloat);
-    sums_ = at::empty({rows, columns}, floats), s_ = at::empty({rows, args_.rank()}, floats);
+    sums_ = at::empty({rows, columns}, floats);
+    s_ = at::zeros({rows, args_.rank()}, floats);  // a row may have a smaller rank, or no adapter
     y_ = at::empty({rows, columns}, args_.weight.options());
     if (args_.bias) bias_ = args_.bias->to(at::kFloat);
     multiply();
@@ -68,18 +71,35 @@ class FewRows {
       while (end < rows && end - begin < kMaxRows && args_.experts[end] == expert) ++end;
       const Range own{begin, end};
       add(pieces, own, view_of(args_.weight.select(0, expert), 0), sums_, 0);
-      int64_t column = 0;
-      for (size_t i = 0; i < args_.lora_a.size(); ++i) {
-        const int64_t rank = args_.rank_of(i);
-        const AdapterView all = view_of(args_.lora_a[i], 0);
-        const Range ranks{expert * rank, (expert + 1) * rank};
-        add(pieces, own, part_of(all, ranks, {0, all.cols}), s_, column);
-        column += rank;
-      }
+      args_.adapters ? add_own(pieces, own) : add_all(pieces, own);
     }
     int64_t work = 0;
     for (const Product& piece : pieces) work += piece.work;
     run_pieces(pieces, threads_for(work), [&](int64_t, const Product& piece) { multiply(piece); });
+  }
+
+  // The products with A of all adapters, for rows of one expert.
+  void add_all(std::vector<Product>& pieces, Range rows) {
+    int64_t column = 0;
+    for (size_t i = 0; i < args_.lora_a.size(); column += args_.rank_of(i++)) {
+      add(pieces, rows, a_of(i, args_.experts[rows.begin]), s_, column);
+    }
+  }
+
+  // Those with A of each row's adapter.
+  void add_own(std::vector<Product>& pieces, Range rows) {
+    const std::vector<int64_t>& adapters = *args_.adapters;
+    for (int64_t begin = rows.begin, end = begin; begin < rows.end; begin = end) {
+      const int64_t adapter = adapters[begin];
+      while (end < rows.end && adapters[end] == adapter) ++end;
+      if (adapter >= 0) add(pieces, {begin, end}, a_of(adapter, args_.experts[begin]), s_, 0);
+    }
+  }
+
+  AdapterView a_of(size_t i, int64_t expert) const {
+    const int64_t rank = args_.rank_of(i);
+    const AdapterView all = view_of(args_.lora_a[i], 0);
+    return part_of(all, {expert * rank, (expert + 1) * rank}, {0, all.cols});
   }
 
   static void add(std::vector<Product>& pieces, Range rows, const AdapterView& view,
@@ -113,8 +133,10 @@ class FewRows {
     const float* sums = sums_.const_data_ptr<float>();
     std::vector<Adapter> adapters;
     int64_t first = 0;
-    for (size_t i = 0; i < args_.lora_a.size(); first += args_.rank_of(i++)) {
+    for (size_t i = 0; i < args_.lora_a.size(); ++i) {
       adapters.push_back(adapter(i, first));
+      if (adapters.back().rows.empty()) adapters.pop_back();
+      if (!args_.adapters) first += args_.rank_of(i);
     }
     std::vector<float> own(args_.experts.size());
     for (int64_t n = columns.begin; n < columns.end; ++n) {
@@ -142,46 +164,64 @@ class FewRows {
     const at::Tensor* b;
     int64_t rank;
     float scaling;
-    std::vector<float> s;        // [rank, M]
-    std::vector<float> sums;     // [M]
-    std::vector<int64_t> lines;  // one expert for each cache line that is read
+    std::vector<int64_t> rows, experts;  // those that have it, m of them, and the expert of each
+    std::vector<float> s;                // [rank, m]
+    std::vector<float> sums;             // [m]
+    std::vector<int64_t> lines;          // one expert for each cache line that is read
   };
 
   Adapter adapter(size_t i, int64_t first) const {
-    const auto rows = static_cast<size_t>(args_.rows());
-    const int64_t rank = args_.rank_of(i), size = args_.lora_b[i].element_size();
     Adapter out{&args_.lora_b[i],
-                rank,
+                args_.rank_of(i),
                 static_cast<float>(args_.scalings[i]),
-                std::vector<float>(rank * rows),
-                std::vector<float>(rows),
+                rows_of(i),
+                {},
+                {},
+                {},
                 {}};
+    const size_t rows = out.rows.size();
+    out.s.resize(out.rank * rows), out.sums.resize(rows);
     const float* s = s_.const_data_ptr<float>() + first;
     int64_t last = -1;
     for (size_t m = 0; m < rows; ++m) {
-      for (int64_t j = 0; j < rank; ++j) out.s[j * rows + m] = s[m * s_.size(1) + j];
-      const int64_t line = args_.experts[m] * size / kLine;
-      if (line != last) out.lines.push_back(args_.experts[m]);
+      const int64_t row = out.rows[m], expert = args_.experts[row];
+      for (int64_t j = 0; j < out.rank; ++j) out.s[j * rows + m] = s[row * s_.size(1) + j];
+      out.experts.push_back(expert);
+      const int64_t line = expert * out.b->element_size() / kLine;
+      if (line != last) out.lines.push_back(expert);
       last = line;
     }
     return out;
   }
 
+  std::vector<int64_t> rows_of(size_t adapter) const {
+    std::vector<int64_t> rows(args_.experts.size());
+    std::iota(rows.begin(), rows.end(), 0);
+    if (args_.adapters) {
+      const auto is_another = [&](int64_t row) {
+        return (*args_.adapters)[row] != static_cast<int64_t>(adapter);
+      };
+      rows.erase(std::remove_if(rows.begin(), rows.end(), is_another), rows.end());
+    }
+    return rows;
+  }
+
   // own[m] += scaling * sum_j s[m, j] B_e[n, j]
   template <class Value>
   void add_update(Adapter& adapter, int64_t n, std::vector<float>& own) const {
-    const size_t rows = own.size();
+    const size_t rows = adapter.rows.size();
     const int64_t experts = args_.weight.size(0), ahead = kPrefetched / sizeof(Value);
     const auto* at = static_cast<const Value*>(adapter.b->const_data_ptr());
     at += n * adapter.rank * experts;
     const float* s = adapter.s.data();
+    const int64_t* expert_of = adapter.experts.data();
     float* sums = adapter.sums.data();
     std::fill_n(sums, rows, 0.0f);
     for (int64_t j = 0; j < adapter.rank; ++j, at += experts, s += rows) {
       for (const int64_t expert : adapter.lines) __builtin_prefetch(at + ahead + expert);
-      for (size_t m = 0; m < rows; ++m) sums[m] += s[m] * to_float(at[args_.experts[m]]);
+      for (size_t m = 0; m < rows; ++m) sums[m] += s[m] * to_float(at[expert_of[m]]);
     }
-    for (size_t m = 0; m < rows; ++m) own[m] += adapter.scaling * sums[m];
+    for (size_t m = 0; m < rows; ++m) own[adapter.rows[m]] += adapter.scaling * sums[m];
   }
 
   const ExpertsArgs& args_;
@@ -192,10 +232,13 @@ class FewRows {
 
 // ---- B as a pool ----
 
-constexpr int64_t kGrain = 1 << 14;  // numbers worth a thread's start
+constexpr int64_t kGrain = 1 << 14;     // numbers worth a thread's start
+constexpr int64_t kBytesOfB = 1 << 15;  // of rows of B that are processed at a time: a core's L1
 
-// Processes one row of B at a time, for all experts: a row is some KB of contiguous memory, and
-// stays in the cache while the numbers of one expert after the other are copied from it or to it.
+// Processes some rows of B at a time, for all experts: they are contiguous memory, and stay in the
+// cache while the numbers of one expert after the other are copied from them or to them. In the pool
+// these rows are contiguous for each expert, so that whole cache lines are used before the next
+// expert's: experts are often a power of 2 bytes apart, and the cache holds few such lines.
 // Bits is an unsigned integer of the element's size.
 template <class Bits, bool kToPool>
 void copy_some(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
@@ -205,13 +248,16 @@ void copy_some(const at::Tensor& out, const at::Tensor& source, const at::Tensor
   const int64_t* number = hit.const_data_ptr<int64_t>();
   const auto* from = static_cast<const Bits*>(source.const_data_ptr());
   auto* to = static_cast<Bits*>(out.mutable_data_ptr());
+  const int64_t bytes = rank * experts * static_cast<int64_t>(sizeof(Bits));
+  const int64_t step = std::max<int64_t>(1, kBytesOfB / std::max<int64_t>(1, bytes));
   const int64_t grain = kGrain / std::max<int64_t>(1, count * rank) + 1;
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t ranks = (std::min(first + step, end) - first) * rank;
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = 0; j < rank; ++j) {
-          const int64_t in_b = (n * rank + j) * experts + number[i];
-          const int64_t in_pool = (i * rows + n) * rank + j;
+        int64_t in_b = first * rank * experts + number[i];
+        int64_t in_pool = (i * rows + first) * rank;
+        for (int64_t j = 0; j < ranks; ++j, in_b += experts, ++in_pool) {
           to[kToPool ? in_pool : in_b] = from[kToPool ? in_b : in_pool];
         }
       }

@@ -3,11 +3,14 @@
 //
 //     s[m] = x[m] A_e^T,  y[m] = x[m] W_e^T + b_e + scaling * s[m] B_e^T        e: row m's expert
 //
+// A row has all adapters, or one of its own, or none.
+//
 // In B the expert is the fastest index. B is read in this layout, once for all experts.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -25,20 +28,25 @@ struct ExpertsArgs {
   std::vector<at::Tensor> lora_a, lora_b;
   std::vector<double> scalings;  // one for each adapter
   std::vector<int64_t> experts;  // the expert of each row
+  // The only adapter of each row, or -1; nullopt: each row has all. Some may have rank 0.
+  std::optional<std::vector<int64_t>> adapters{};
 
   int64_t rows() const { return static_cast<int64_t>(experts.size()); }
   int64_t rank_of(size_t adapter) const { return lora_a[adapter].size(0) / weight.size(0); }
+  // The columns of s.
   int64_t rank() const {
-    int64_t sum = 0;
-    for (size_t i = 0; i < lora_a.size(); ++i) sum += rank_of(i);
-    return sum;
+    int64_t sum = 0, most = 0;
+    for (size_t i = 0; i < lora_a.size(); ++i) {
+      sum += rank_of(i), most = std::max(most, rank_of(i));
+    }
+    return adapters ? most : sum;
   }
 };
 
 namespace cpu {
 
 // Returns y [M, N] in the weight's dtype, rounded once, and s [M, R] in float32: the S of all
-// adapters side by side.
+// adapters side by side, or that of the row's own adapter in its first ranks.
 Forward experts_few_rows(const ExpertsArgs& args);
 
 // Copies B of some experts, the n in `hit` (int64), to a pool of the grouped op, or a pool to them;

@@ -42,6 +42,18 @@ void check_token(const char* op, const ExpertsArgs& args) {
   check_below(op, "tokens", tokens, args.x.size(0));
 }
 
+void check_adapters(const char* op, const ExpertsArgs& args) {
+  if (!args.adapters) return;
+  EXPECT(args.adapters->size() == args.experts.size(), "expected ", args.rows(),
+         " adapters, one for each expert named, but got ", args.adapters->size());
+  const auto count = static_cast<int64_t>(args.lora_a.size());
+  for (const int64_t adapter : *args.adapters) {
+    TORCH_CHECK_INDEX(adapter >= -1 && adapter < count, "lora_ext.", op,
+                      ": expected numbers of adapters from -1 (none) to ", count - 1, ", but got ",
+                      adapter);
+  }
+}
+
 void check_matrix(const char* op, const char* name, const at::Tensor& factor,
                   at::IntArrayRef shape) {
   const at::ScalarType dtype = factor.scalar_type();
@@ -78,14 +90,16 @@ void check_few_rows(const char* op, const ExpertsArgs& args) {
     check_matrix(op, "lora_a", args.lora_a[i], {experts * rank, in});
     check_matrix(op, "lora_b", args.lora_b[i], {out, rank * experts});
   }
+  check_adapters(op, args);
 }
 
 std::tuple<at::Tensor, at::Tensor> experts_few_rows(
     const at::Tensor& x, const std::optional<at::Tensor>& token, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, at::TensorList lora_a, at::TensorList lora_b,
-    at::ArrayRef<double> scalings, at::IntArrayRef experts) {
-  const ExpertsArgs args{
+    at::ArrayRef<double> scalings, at::IntArrayRef experts, at::OptionalIntArrayRef adapters) {
+  ExpertsArgs args{
       x, token, weight, bias, lora_a.vec(), lora_b.vec(), scalings.vec(), experts.vec()};
+  if (adapters) args.adapters = adapters->vec();
   check_few_rows("experts_few_rows", args);
   TORCH_CHECK(cpu::kernels_for_few_rows() != nullptr,
               "lora_ext.experts_few_rows: expected an instruction set of the CPU's kernels, but the"
@@ -117,7 +131,8 @@ void experts_copy(at::Tensor& out, const at::Tensor& source, const at::Tensor& h
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "experts_few_rows(Tensor x, Tensor? token, Tensor weight, Tensor? bias, Tensor[] lora_a, "
-      "Tensor[] lora_b, float[] scalings, int[] experts) -> (Tensor, Tensor)");
+      "Tensor[] lora_b, float[] scalings, int[] experts, int[]? adapters=None) -> (Tensor, "
+      "Tensor)");
   // Between lora_b and a pool, which has 3 dimensions.
   m.def("experts_copy(Tensor(a!) out, Tensor source, Tensor hit, int experts) -> ()");
 }

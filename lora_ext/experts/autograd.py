@@ -56,7 +56,9 @@ class Call(NamedTuple):
             return Projection(self.weight, self.bias, None)
         half = len(factors) // 2
         return Projection(
-            self.weight, self.bias, Factors(factors[:half], factors[half:], self.scalings)
+            self.weight,
+            self.bias,
+            Factors(factors[:half], factors[half:], self.scalings, self.routes.ends),
         )
 
 
@@ -80,8 +82,8 @@ def _save(ctx: Any, call: Call, *tensors: Tensor | None) -> None:
 
 def _saved(ctx: Any) -> tuple[Call, list[Tensor]]:
     # Once: a checkpoint unpacks each tensor once.
-    perm, token, offs, seed, *tensors = ctx.saved_tensors
-    return ctx.call._replace(routes=Routes(perm, token, offs), seed=seed), tensors
+    perm, token, offs, ends, seed, *tensors = ctx.saved_tensors
+    return ctx.call._replace(routes=Routes(perm, token, offs, ends), seed=seed), tensors
 
 
 def _halves(wants: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:

@@ -66,10 +66,10 @@ def forward(
         token: ``[S]``: the index in x of each row.
         weight: ``[E, out, in]``.
         bias: ``[E, out]`` or None.
-        factors: of the active adapters, or None.
+        factors: of the active adapters, or of those that rows have; or None.
         numbers: the expert of each row.
     """
-    lora_a, lora_b, scalings = factors or ((), (), ())
+    lora_a, lora_b, scalings, ends = factors or ((), (), (), None)
     return _op(
         x if x.stride(1) == 1 else x.contiguous(),
         token,
@@ -79,4 +79,15 @@ def forward(
         [each.contiguous() for each in lora_b],
         list(scalings),
         numbers,
+        None if ends is None else _adapters_of(ends, len(lora_a)),
     )
+
+
+def _adapters_of(ends: Tensor, adapters: int) -> list[int]:
+    """The adapter of each row, or -1."""
+    found, last = [], 0
+    for place, end in enumerate(ends.tolist()):
+        if end > last:
+            found += [place % (adapters + 1) - 1] * (end - last)
+            last = end
+    return found

@@ -12,7 +12,7 @@ from ..functional import draw_seed, keep_scale_of
 from ..invariance import refuse
 from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
-from .routing import Routes, places_of, routes_of
+from .routing import Routes, places_of, routes_by_adapter, routes_of
 
 
 def lora_experts(
@@ -20,8 +20,9 @@ def lora_experts(
     x: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    up: Sequence[ExpertsAdapter] = (),
-    down: Sequence[ExpertsAdapter] = (),
+    up: Sequence[ExpertsAdapter | None] = (),
+    down: Sequence[ExpertsAdapter | None] = (),
+    adapter_index: Tensor | None = None,
 ) -> Tensor:
     """The experts that a router chose for each token, each with a low-rank update.
 
@@ -42,17 +43,28 @@ def lora_experts(
             nothing and has no gradient.
         top_k_weights: ``[T, k]``, any floating dtype.
         up, down: the active adapters of each projection; their updates add. Those of one projection
-            share its mask, so they have the same dropout.
+            share its mask, so they have the same dropout. With adapter_index: the adapters that
+            tokens may have, the same ones in the same order, None for one that the projection
+            lacks; an empty sequence for a projection without any.
+        adapter_index: ``[T]``, integers: which of the adapters a token has alone, -1 for none. On a
+            GPU and in a traced program a number out of range counts as -1.
 
     Returns:
         ``[T, H]`` in x's dtype.
 
     Raises:
-        ValueError: adapters of one projection differ in dropout.
+        IndexError: a number in adapter_index is out of range.
+        ValueError: adapters of one projection differ in dropout; adapter_index has another shape or
+            dtype, or up and down have other numbers of adapters.
     """
     refuse("experts")
     count = experts.up.shape[0]
-    routes = routes_of(top_k_index, count)
+    adapters = max(len(up), len(down))
+    if adapter_index is None or adapters == 0:
+        routes = routes_of(top_k_index, count)
+    else:
+        _check_index(adapter_index, len(x), up, down)
+        routes = routes_by_adapter(top_k_index, count, adapter_index, adapters)
     slots = top_k_index.shape[-1]
     first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots)
     second, second_factors = _call(experts, experts.down, experts.down_bias, down, routes, slots)
@@ -73,13 +85,13 @@ def _call(
     experts: Experts,
     weight: Tensor,
     bias: Tensor | None,
-    adapters: Sequence[ExpertsAdapter],
+    given: Sequence[ExpertsAdapter | None],
     routes: Routes,
     slots: int,
 ) -> tuple[Call, list[Tensor]]:
     if experts.is_transposed:
         weight = weight.transpose(1, 2)
-    adapters = [_with_number(adapter) for adapter in adapters]
+    adapters = [_with_number(adapter) for adapter in _with_rank_0(given, weight)]
     scalings = tuple(float(adapter.scaling) for adapter in adapters)
     factors = [adapter.lora_a for adapter in adapters] + [adapter.lora_b for adapter in adapters]
     call = Call(weight, bias, scalings, routes, slots)
@@ -88,6 +100,48 @@ def _call(
         scalings = tuple(scaling * keep_scale_of(p) for scaling in scalings)
         call = call._replace(scalings=scalings, dropout_p=p, seed=draw_seed(weight.device))
     return call, factors
+
+
+def _with_rank_0(
+    given: Sequence[ExpertsAdapter | None], weight: Tensor
+) -> Sequence[ExpertsAdapter]:
+    """The adapters of a projection, those that it lacks with rank 0; none if it lacks all."""
+    here = [adapter for adapter in given if adapter is not None]
+    if len(here) == len(given) or not here:
+        return here
+    like = here[0]
+    lacking = ExpertsAdapter(
+        like.lora_a.new_empty(0, weight.shape[2]),
+        like.lora_b.new_empty(weight.shape[1], 0),
+        1.0,
+        like.dropout,
+    )
+    return [lacking if adapter is None else adapter for adapter in given]
+
+
+def _check_index(
+    index: Tensor, tokens: int, up: Sequence[ExpertsAdapter | None], down: Sequence
+) -> None:
+    where = "lora_ext.experts.lora_experts: expected"
+    if len({len(up) or len(down), len(down) or len(up)}) > 1:
+        raise ValueError(
+            f"{where} the same adapters in up and down beside adapter_index, None for one that a "
+            f"projection lacks, but got {len(up)} and {len(down)}"
+        )
+    if index.shape != (tokens,) or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"{where} adapter_index of integers and shape [{tokens}], one for each token, but got "
+            f"{index.dtype} of {list(index.shape)}"
+        )
+    if torch.compiler.is_compiling() or not index.is_cpu or not tokens:
+        return
+    adapters = max(len(up), len(down))
+    low, high = int(index.min()), int(index.max())
+    if low < -1 or high >= adapters:
+        raise IndexError(
+            f"{where} adapter_index from -1 to {adapters - 1} for {adapters} adapters, but got "
+            f"{low if low < -1 else high}"
+        )
 
 
 def _dropout_of(adapters: Sequence[ExpertsAdapter]) -> float:

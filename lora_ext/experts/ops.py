@@ -53,8 +53,8 @@ def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int)
 def _flat(projection: Projection) -> tuple:
     weight, bias, factors = projection
     if factors is None:
-        return weight, bias, [], [], []
-    return weight, bias, *map(list, factors)
+        return weight, bias, [], [], [], None
+    return weight, bias, *map(list, factors[:3]), factors.ends
 
 
 def _flat_dropout(dropout: Dropout | None) -> tuple:
@@ -72,8 +72,9 @@ def _projection(
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scalings: list[float],
+    ends: Tensor | None,
 ) -> Projection:
-    return Projection(weight, bias, Factors(lora_a, lora_b, scalings) if lora_a else None)
+    return Projection(weight, bias, Factors(lora_a, lora_b, scalings, ends) if lora_a else None)
 
 
 @torch.library.custom_op("lora_ext::experts_forward", mutates_args=())
@@ -85,20 +86,21 @@ def _forward(
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scalings: list[float],
+    ends: Tensor | None,
     offs: Tensor,
     dropout_p: float,
     seed: Tensor | None,
     mask_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    projection = _projection(weight, bias, lora_a, lora_b, scalings)
+    projection = _projection(weight, bias, lora_a, lora_b, scalings, ends)
     return eager.forward(Rows(x, token), projection, offs, _dropout(dropout_p, seed, mask_rows))
 
 
 @_forward.register_fake
-def _(x, token, weight, bias, lora_a, lora_b, scalings, offs, dropout_p, seed, mask_rows):
+def _(x, token, weight, bias, lora_a, lora_b, scalings, ends, offs, dropout_p, seed, mask_rows):
     rows = (x if token is None else token).shape[0]  # len() would make it a constant
     experts, out_features, _ = weight.shape
-    rank = sum(a.shape[0] // experts for a in lora_a)
+    rank = Factors(lora_a, lora_b, scalings, ends).rank(experts) if lora_a else 0
     wide = torch.promote_types(weight.dtype, torch.float32)
     return weight.new_empty(rows, out_features), weight.new_empty(rows, rank, dtype=wide)
 
@@ -115,6 +117,7 @@ def _backward(
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scalings: list[float],
+    ends: Tensor | None,
     s: Tensor,
     offs: Tensor,
     dropout_p: float,
@@ -127,7 +130,7 @@ def _backward(
         Rows(grad, grad_token),
         Rows(x, token),
         weights,
-        _projection(weight, bias, lora_a, lora_b, scalings),
+        _projection(weight, bias, lora_a, lora_b, scalings, ends),
         s,
         offs,
         wanted[0],
@@ -140,7 +143,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, grad_token, x, token, weights, weight, bias, lora_a, lora_b, scalings, s, *rest):
+def _(grad, grad_token, x, token, weights, weight, bias, lora_a, lora_b, scalings, ends, s, *rest):
     wanted = rest[-1]
     rows = s.shape[0]
     every = (

@@ -22,7 +22,8 @@ from torch import Tensor
 from . import expert_groups, few_rows, products
 from .dropout import Dropout
 from .expert_groups import ExpertGroup, ExpertGroups
-from .factors import Factors, Gradients, Pools, pools_of
+from .factors import Factors, Gradients, Updates
+from .row_factors import RowGradients, RowUpdates
 
 _ops = torch.ops.lora_ext
 
@@ -31,7 +32,7 @@ class Projection(NamedTuple):
     """Attributes:
     weight: ``[E, out, in]``, any strides.
     bias: ``[E, out]`` or None.
-    factors: of the active adapters, or None.
+    factors: of the active adapters, or of those that rows have; or None.
     """
 
     weight: Tensor
@@ -73,10 +74,9 @@ def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> ExpertGroups | None:
     return None
 
 
-def _update_of(pools: Pools, group: ExpertGroup) -> dict[str, Any]:
-    """The op's arguments for many adapters with offs; dropout is applied to rows beforehand."""
-    lora_a, lora_b = [pools.lora_a], [pools.lora_b]
-    return {"lora_a": lora_a, "lora_b": lora_b, "scaling": pools.scaling, "offs": group.offs}
+def _updates_of(factors: Factors, experts: int, dtype: torch.dtype) -> Updates | RowUpdates:
+    make = Updates if factors.ends is None else RowUpdates
+    return make(factors, experts, dtype)
 
 
 def forward(
@@ -97,15 +97,17 @@ def forward(
     wide = torch.promote_types(weight.dtype, torch.float32)
     y = weight.new_empty(0 if taken.is_whole else x.size, out_features)
     s = weight.new_empty(x.size, rank, dtype=wide)
+    updates = None if factors is None else _updates_of(factors, experts, weight.dtype)
     for group in taken.each:
         where = slice(group.begin, group.end)
         part = x.part(group.begin, group.end)
         sums = products.forward(part, weight, bias, group)
-        if factors is not None:
-            pools = pools_of(factors, experts, group.hit, weight.dtype)
+        update = None if updates is None else updates.of(group)
+        if update is not None:
             if dropout is not None:
                 part = dropout.drop(part, group, in_place=x.is_gathered)
-            sums, s[where] = _ops.lora_grouped_forward(part, None, sums, **_update_of(pools, group))
+            sums, own = _ops.lora_grouped_forward(part, None, sums, **update.arguments())
+            s[where, : own.shape[1]] = own
         if taken.is_whole:
             y = sums
         else:
@@ -144,9 +146,13 @@ def backward(
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
     taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
-    gradients = None
+    gradients = updates = None
     if factors is not None:
-        gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, taken.has_all)
+        updates = _updates_of(factors, experts, weight.dtype)
+        if factors.ends is None:
+            gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, taken.has_all)
+        else:
+            gradients = RowGradients(factors, experts, want_a, want_b)
     dx = None
     if want_x:
         dx = weight.new_empty(0 if taken.is_whole else len(s), in_features)
@@ -160,15 +166,17 @@ def backward(
         dpart = None
         if dx is not None:
             dpart = products.backward(g, weight, group, None if taken.is_whole else dx[where])
-        if gradients is not None:
+        update = None if updates is None else updates.of(group)
+        if gradients is not None and update is not None:
             low_rank = _update_backward(
                 g,
                 part,
                 x.is_gathered,
                 own_weights,
-                projection,
+                weight,
                 s[where],
                 group,
+                update,
                 gradients,
                 want_x,
                 dropout,
@@ -186,6 +194,7 @@ def backward(
     taken.clear_rest(dx, dweights)
     if gradients is None:
         return Backward(dx, dweights, [], [])
+    gradients.finish()
     return Backward(dx, dweights, gradients.lora_a, gradients.lora_b)
 
 
@@ -194,10 +203,11 @@ def _update_backward(
     x: Tensor | None,
     is_own_x: bool,
     weights: Tensor | None,
-    projection: Projection,
+    weight: Tensor,
     s: Tensor,
     group: ExpertGroup,
-    gradients: Gradients,
+    update: Any,
+    gradients: Any,
     want_x: bool,
     dropout: Dropout | None,
 ) -> Tensor | None:
@@ -205,10 +215,9 @@ def _update_backward(
 
     Args:
         is_own_x: whether x may be overwritten.
+        update: what `_updates_of` gives for the group.
+        gradients: of the same kind.
     """
-    weight, _, factors = projection
-    assert factors is not None
-    experts = len(weight)
     want_a = any(a is not None for a in gradients.lora_a)
     want_b = any(b is not None for b in gradients.lora_b)
     if weights is not None:
@@ -219,12 +228,14 @@ def _update_backward(
         x = dropout.drop(x, group, in_place=is_own_x)
     if x is None:  # only its shape and dtype are used
         x = weight.new_empty(()).expand(len(grad), weight.shape[2])
-    pools = pools_of(factors, experts, group.hit, weight.dtype)
-    wanted = ([want_x, False], [want_a], [want_b])
-    dx, (*da,), (*db,), _ = _ops.lora_grouped_backward(
-        grad, s.contiguous(), *wanted, x, None, None, **_update_of(pools, group)
+    arguments = update.arguments()
+    lists = len(arguments["lora_a"])
+    wanted = ([want_x, False], [want_a] * lists, [want_b] * lists)
+    rank = max(each.shape[-2] for each in arguments["lora_a"])
+    dx, da, db, _ = _ops.lora_grouped_backward(
+        grad, s[:, :rank].contiguous(), *wanted, x, None, None, **arguments
     )
-    gradients.write(group.hit, da[0] if da else None, db[0] if db else None)
+    gradients.write(group, update, da, db)
     if dropout is not None and want_x:
         dropout.drop(dx, group, in_place=True)
     return dx

@@ -3,6 +3,9 @@
     S = T k rows; sorted row j is slot perm[j] % k of token perm[j] // k
     expert e has the sorted rows from offs[e - 1] to offs[e]
 
+Where rows have adapters of their own, the rows of an expert are sorted by adapter: those without
+one first. So one order serves the base's products and the updates.
+
 A number that is no expert, such as expert parallelism gives to the slots of other ranks, is sorted
 to the end, after offs[-1]: those rows are zero.
 """
@@ -23,19 +26,47 @@ class Routes(NamedTuple):
     perm: ``[S]`` int64, the flat slot of each sorted row.
     token: ``[S]`` int64, its token.
     offs: ``[E]`` int32.
+    ends: ``[E (n + 1)]`` int32, the end of the rows of each expert and each of n adapters: of an
+        expert that of its rows without an adapter, then of adapter 0, 1, ...; None if all rows
+        have the same adapters.
     """
 
     perm: Tensor
     token: Tensor
     offs: Tensor
+    ends: Tensor | None = None
 
 
 def routes_of(top_k_index: Tensor, experts: int) -> Routes:
     """The routes for expert numbers ``[T, k]``; the slots of one expert keep their order."""
     ids, perm = torch.sort(top_k_index.reshape(-1), stable=True)
-    numbers = torch.arange(experts, device=ids.device, dtype=ids.dtype)
-    offs = torch.searchsorted(ids, numbers, right=True, out_int32=True)
-    return Routes(perm, perm // top_k_index.shape[-1], offs)
+    return Routes(perm, perm // top_k_index.shape[-1], _ends_of(ids, experts))
+
+
+def routes_by_adapter(
+    top_k_index: Tensor, experts: int, adapter_index: Tensor, adapters: int
+) -> Routes:
+    """The routes of rows with adapters of their own; the slots of one expert and adapter keep their
+    order.
+
+    Args:
+        adapter_index: ``[T]`` integers, from 0 to adapters - 1; any other is the base alone.
+    """
+    kinds = adapters + 1
+    own = adapter_index.long() + 1
+    own = own.masked_fill((own < 0) | (own >= kinds), 0)[:, None]
+    # Clamped, so that the product cannot overflow: a number that is no expert may be any.
+    ids = top_k_index.long().clamp(max=experts) * kinds + own
+    ids, perm = torch.sort(ids.reshape(-1), stable=True)
+    ends = _ends_of(ids, experts * kinds)
+    offs = ends.view(experts, kinds)[:, -1].contiguous()
+    return Routes(perm, perm // top_k_index.shape[-1], offs, ends)
+
+
+def _ends_of(ids: Tensor, count: int) -> Tensor:
+    """int32 ``[count]``: the end of each number in sorted ones."""
+    numbers = torch.arange(count, device=ids.device, dtype=ids.dtype)
+    return torch.searchsorted(ids, numbers, right=True, out_int32=True)
 
 
 def places_of(perm: Tensor) -> Tensor:

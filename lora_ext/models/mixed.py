@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import LoRALayer, LoRAParameter
+from ..nn import LoRALayer
 from ..nn.row_adapters import RowAdapters, given_to
 from ..peft.per_row_modules import per_row_modules
 
@@ -68,7 +68,6 @@ def use_adapters(
         )
     distinct, index = _checked(names, index, repeats)
     _check_known(distinct, layers)
-    _check_rows_can_differ(distinct, own)
     index = index.detach().to(_device_of(layers[0]), copy=True)
     rows = RowAdapters(distinct, index, _slots(own, distinct, index), repeats)
     with ExitStack() as stack:
@@ -124,7 +123,9 @@ def _checked(
 def _names_of(layer: Any) -> set[str]:
     if isinstance(layer, LoRALayer):
         return {*layer.adapters, *(() if layer.pool is None else layer.pool.names)}
-    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
+    from ..peft.mixed_batch import known_names
+
+    return known_names(layer)
 
 
 def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:
@@ -141,20 +142,10 @@ def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:
         )
 
 
-def _check_rows_can_differ(names: Sequence[str], layers: Sequence[LoRALayer]) -> None:
-    for layer in layers:
-        found = [name for name in names if name in layer.adapters]
-        if found and isinstance(layer, LoRAParameter):
-            raise ValueError(
-                f"lora_ext.use_adapters: expected adapters of layers whose rows can differ, but "
-                f"{found[0]!r} is on {layer.parameter!r} of a {type(layer.module).__name__}, too; "
-                "choose one adapter for the whole batch by models.set_adapter"
-            )
-
-
 def _device_of(layer: Any) -> torch.device:
-    base = layer if isinstance(layer, LoRALayer) else layer.base_layer
-    return next(base.parameters()).device
+    if isinstance(layer, LoRALayer):
+        return layer.stored_weight.device
+    return next(layer.base_layer.parameters()).device
 
 
 def _slots(layers: Sequence[LoRALayer], names: Sequence[str], index: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ from ..torch_state import is_transformed
 from .adapter_spec import MAX_RANK
 from .module import LoRAModule
 from .parameter import LoRAParameter
+from .row_adapters import RowAdapters
 
 # Attributes that transformers' decorator sets on each instance.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
@@ -40,6 +41,7 @@ class LoRAExperts(LoRAModule):
     """
 
     has_dropout = True
+    path_of_rows = "fused"
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
@@ -81,12 +83,30 @@ class LoRAExperts(LoRAModule):
         return lora_experts(experts, *found, self._adapters(up), self._adapters(down))
 
     def _adapters(self, layer: LoRAParameter) -> list[ExpertsAdapter]:
-        found = []
-        for name in layer.added_adapters if _adds(layer) else ():
-            spec = layer.adapters[name]
-            p = spec.dropout if self.training else 0.0
-            found.append(ExpertsAdapter(*layer.factors(name), spec.scaling, p))
-        return found
+        names = layer.added_adapters if _adds(layer) else ()
+        return [self._adapter(layer, name) for name in names]
+
+    def _adapter(self, layer: LoRAParameter, name: str) -> ExpertsAdapter:
+        spec = layer.adapters[name]
+        p = spec.dropout if self.training else 0.0
+        return ExpertsAdapter(*layer.factors(name), spec.scaling, p)
+
+    def _mixed(
+        self, names: list[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        reason = obstacle(self)
+        if not reason and is_transformed():
+            reason = "a transform of torch.func or forward-mode AD is active"
+        found = None if reason else operands(self, self.base_type, args, kwargs)
+        if found is None:
+            reason = reason or "these arguments are not those of experts"
+            self._refuse_rows(f"needs transformers' own forward: {reason}")
+        index = rows.index_of_tokens(len(found[0]), found[0].device, names)
+        up, down = (
+            [self._adapter(layer, name) if layer.has(name) else None for name in names]
+            for layer in self._pair()
+        )
+        return lora_experts(Experts.of(self), *found, up, down, index)
 
     def _refuse_dropout(self, reason: str) -> None:
         """Raises RuntimeError where W + scaling B A would leave out the dropout of an update."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from ..torch_state import is_plain, is_transformed
 from .parameter import LoRAParameter
+from .row_adapters import RowAdapters
+from .rows_apart import by_adapter
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 # The child that holds the adapters, and the other attributes that are set besides the base's.
@@ -31,12 +34,14 @@ class LoRAModule(nn.Module):
             from.
         has_dropout: whether adapters on its parameters may have dropout, which W + scaling * B A
             has no place for.
+        path_of_rows: the path of a forward whose rows have different adapters.
         base_type: the class of the module that it replaces.
     """
 
     lora: nn.ModuleDict
     kind: type[LoRAModule]
     has_dropout = False
+    path_of_rows = "library"
     base_type: type[nn.Module]
 
     @classmethod
@@ -105,6 +110,16 @@ class LoRAModule(nn.Module):
         return list(self._modules[_LAYERS]._modules.values())  # type: ignore[union-attr,return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self._rows()
+        if rows is not None:
+            layers = [layer for layer in self.layers() if layer.adapters_enabled]
+            for layer in layers:
+                layer.check_unmerged()
+            here = {name for layer in layers for name in layer.row_names(rows)}
+            names = [name for name in rows.names if name in here]
+            if names:
+                return self._mixed(names, rows, args, kwargs)
+            return self.base_type.forward(self, *args, **kwargs)
         weights = {
             layer.parameter: layer.effective_weight()
             for layer in self.layers()
@@ -113,6 +128,47 @@ class LoRAModule(nn.Module):
         if not weights:
             return self.base_type.forward(self, *args, **kwargs)
         return self.with_tensors(weights).forward(*args, **kwargs)
+
+    def _rows(self) -> RowAdapters | None:
+        """The open block of `use_adapters` that applies to a forward now, or None."""
+        for layer in self.layers():
+            rows = layer.adapters_of_rows()
+            if rows is not None:
+                return rows
+        return None
+
+    def _mixed(
+        self, names: list[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """A forward whose rows have different adapters: one call for the rows of each.
+
+        Args:
+            names: those of the block that the module has.
+        """
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if not is_plain(x) or x.dim() < 2 or is_transformed():
+            self._refuse_rows("gets more than one plain x, or is under a transform of torch.func")
+        if x.dim() == 2:
+            index = rows.index_of_tokens(len(x), x.device, names)
+        else:
+            index = rows.index_of(x.shape[:-1], x.device, names)
+
+        def call(place: int, own: Tensor) -> Any:
+            name = names[place] if place >= 0 else None
+            weights = {
+                layer.parameter: layer.weight_of_row(name if layer.has(name) else None)
+                for layer in self.layers()
+            }
+            return self.with_tensors(weights).forward(own)
+
+        return by_adapter(call, x, index, len(names))
+
+    def _refuse_rows(self, reason: str) -> NoReturn:
+        raise ValueError(
+            "lora_ext.use_adapters: expected a layer whose rows can have different adapters, but a "
+            f"{type(self).__name__} {reason}; choose one adapter for the whole batch by "
+            "lora_ext.models.set_adapter, or leave the module out by exclude_modules"
+        )
 
     def with_tensors(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A module of the base's class with other tensors instead of parameters, for one forward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,6 +72,10 @@ class LoRAParameter(LoRALayer):
         out_features, in_features = self.matrix_shape
         return (self.count * r, in_features), (out_features, r * self.count)
 
+    def has(self, name: str | None) -> bool:
+        """Whether a forward may add an adapter here: it is on this parameter, and not disabled."""
+        return name in self.adapters and self.adapters_enabled
+
     def rank(self, name: str) -> int:
         """The rank of each matrix's update."""
         return self.lora_a[name].shape[0] // self.count
@@ -117,8 +122,15 @@ class LoRAParameter(LoRALayer):
         """W + sum over active adapters of scaling * B A, in W's layout and dtype, differentiable in
         the factors."""
         weight, _ = self.base_operands()
+        return self._with(weight, self.added_adapters)
+
+    def weight_of_row(self, name: str | None) -> Tensor:
+        """W + scaling * B A of one adapter, or W alone, as `effective_weight`."""
+        return self._with(self.weight, () if name is None else (name,))
+
+    def _with(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            for name in self.added_adapters:
+            for name in names:
                 lora_a, lora_b = self.factors_of_each(name)
                 delta = self.matrix((lora_b * self.adapters[name].scaling) @ lora_a)
                 weight = weight + delta.to(weight.dtype).view(weight.shape)
@@ -126,6 +138,9 @@ class LoRAParameter(LoRALayer):
 
     def _adapted_path(self, rows: int | None) -> tuple[str, str]:
         return self.module.adapted_path(rows)
+
+    def _path_of_rows(self, names: Sequence[str]) -> str:
+        return self.module.path_of_rows
 
     def extra_repr(self) -> str:
         return f"{self.parameter}: {list(self.weight.shape)}{super().extra_repr()}"

@@ -63,6 +63,16 @@ class RowIndex:
             self._made[key] = found
         return found
 
+    def index_of_tokens(self, tokens: int, device: torch.device, names: Sequence[str]) -> Tensor:
+        """`index_of` for an x ``[tokens, in]`` that is known to hold all tokens of all samples, as
+        a mixture's router and experts get it."""
+        batch = self.index.shape[0]
+        lead = torch.Size((tokens,))
+        # An index of samples needs no repeats: a repeated sample's tokens are as more tokens of it.
+        if (self.index.dim() == 1 or self.repeats == 1) and batch and tokens % batch == 0:
+            lead = torch.Size((batch, tokens // batch))
+        return self.index_of(lead, device, names)
+
     def slots_of(self, lead: torch.Size, device: torch.device) -> Tensor:
         """int32 ``[rows]``: for each row its slot of the pool, or -1; errors as in `index_of`."""
         assert self.slots is not None

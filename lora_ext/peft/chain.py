@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import peft
@@ -24,7 +25,7 @@ class Target(NamedTuple):
     Attributes:
         wrapper: PEFT's wrapper.
         name: of the parameter.
-        adapters: the adapters that are added to it now.
+        adapters: the adapters that are added to it now: to all rows, or each to its rows.
     """
 
     wrapper: Any
@@ -50,15 +51,23 @@ class Chain(NamedTuple):
         return max(state.get(EXPERT_DROPOUT, 0.0) for state in states)
 
 
-def chain_of(outermost: Any) -> Chain:
-    """The chain that begins with a wrapper."""
+def chain_of(outermost: Any, names: Sequence[str] | None = None) -> Chain:
+    """The chain that begins with a wrapper.
+
+    Args:
+        names: the adapters that rows have, instead of the active ones.
+    """
     targets: list[Target] = []
     module: Any = outermost
     while isinstance(module, peft_layers.ParamWrapper):
         is_off = module._disable_adapters or module.merged_adapters
         tables: Any = module._modules
-        names = [] if is_off else active_names(module, tables["lora_A"]._modules)
-        targets.append(Target(module, module.parameter_name, names))
+        table = tables["lora_A"]._modules
+        if names is None:
+            here = [] if is_off else active_names(module, table)
+        else:
+            here = [name for name in names if name in table]
+        targets.append(Target(module, module.parameter_name, here))
         module = tables["base_layer"]
     return Chain(targets, module)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +19,12 @@ with contextlib.suppress(ImportError):  # before transformers 5
 decorated.is_decorated(nn.Module)  # finds the decorator here, where no compiler traces it
 
 
-def reason(chain: Chain) -> str:
-    """Why PEFT's own forward is needed for any input, or ""."""
+def reason(chain: Chain, by_row: bool = False) -> str:
+    """Why PEFT's own forward is needed for any input, or "".
+
+    Args:
+        by_row: whether each row has one of the adapters instead of all.
+    """
     base = chain.base
     found = _module_reason(base) or decorated.obstacle(base)
     if found:
@@ -27,7 +32,7 @@ def reason(chain: Chain) -> str:
     for target in chain.targets:
         if target.name not in (decorated.up_name(base), "down_proj"):
             return "a parameter other than the experts' weights has adapters"
-        found = found or _target_reason(target, base)
+        found = found or _target_reason(target, base, by_row)
     return found
 
 
@@ -39,7 +44,7 @@ def _module_reason(base: Any) -> str:
     return "the experts have hooks" if has_hooks(base) else ""
 
 
-def _target_reason(target: Target, base: Any) -> str:
+def _target_reason(target: Target, base: Any, by_row: bool) -> str:
     wrapper, name, adapters = target
     experts, *sides = base._parameters[name].shape
     if experts == 1:
@@ -50,9 +55,12 @@ def _target_reason(target: Target, base: Any) -> str:
     rank = 0
     for adapter in adapters:
         lora_a, lora_b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        rank += lora_a.shape[0] // experts
+        own = lora_a.shape[0] // experts
+        rank = max(rank, own) if by_row else rank + own
         if (lora_a.shape[1], lora_b.shape[0]) != (in_features, out_features):
             return "the factors are of the weight's other side"
+    if rank > MAX_RANK and by_row:
+        return f"an adapter's rank is more than {MAX_RANK}"
     return f"the ranks of the active adapters sum to more than {MAX_RANK}" * (rank > MAX_RANK)
 
 
@@ -66,21 +74,44 @@ def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
 def forward(chain: Chain, operands: tuple) -> Tensor:
     """``[T, H]`` of the experts with their adapters."""
     p = chain.dropout
-    found: dict[str, list[ExpertsAdapter]] = {}
-    for wrapper, name, adapters in chain.targets:
-        found[name] = [
-            ExpertsAdapter(
-                wrapper.lora_A[adapter].weight,
-                wrapper.lora_B[adapter].weight,
-                wrapper.scaling[adapter],
-                p,
-            )
-            for adapter in adapters
-        ]
-    down = found.pop("down_proj", [])
-    up = next(iter(found.values()), [])
+    up, down = (
+        [] if target is None else [_adapter(target, name, p) for name in target.adapters]
+        for target in _pair(chain)
+    )
     x, index, weights = operands
     return lora_experts(Experts.of(chain.base), x, index, weights, up, down)
+
+
+def forward_by_row(
+    chain: Chain, operands: tuple, names: Sequence[str], adapter_index: Tensor
+) -> Tensor:
+    """``[T, H]`` of the experts, with the adapter of each token.
+
+    Args:
+        names: the adapters that adapter_index ``[T]`` refers to.
+    """
+    p = chain.dropout
+    up, down = (
+        []
+        if target is None
+        else [_adapter(target, name, p) if name in target.adapters else None for name in names]
+        for target in _pair(chain)
+    )
+    x, index, weights = operands
+    return lora_experts(Experts.of(chain.base), x, index, weights, up, down, adapter_index)
+
+
+def _pair(chain: Chain) -> tuple[Target | None, Target | None]:
+    """The targets of the first projection and of the second."""
+    found = {target.name: target for target in chain.targets}
+    down = found.pop("down_proj", None)
+    return next(iter(found.values()), None), down
+
+
+def _adapter(target: Target, name: str, p: float) -> ExpertsAdapter:
+    wrapper = target.wrapper
+    lora_a, lora_b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+    return ExpertsAdapter(lora_a, lora_b, wrapper.scaling[name], p)
 
 
 def rows_of_experts(chain: Chain) -> str:

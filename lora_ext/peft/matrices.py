@@ -35,7 +35,12 @@ def reason(chain: Chain) -> str:
 
 def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """The arguments of the module, or None if they need PEFT's own forward."""
-    return None if is_transformed() or kwargs.get("adapter_names") else (args, kwargs)
+    return (args, kwargs) if are_supported() and not kwargs.get("adapter_names") else None
+
+
+def are_supported() -> bool:
+    """Whether the module can be called with other weights now."""
+    return not is_transformed()
 
 
 def forward(chain: Chain, operands: tuple) -> Any:

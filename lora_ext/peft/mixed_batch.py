@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
@@ -207,8 +208,10 @@ def _left_to_peft(
 
 
 def known_names(layer: Any) -> set[str]:
-    """Names of the adapters of a LoRA layer of PEFT."""
-    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
+    """Names of the adapters of a LoRA layer of PEFT, or of all in a chain of wrappers."""
+    names = {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
+    inner = layer._modules["base_layer"]
+    return names | known_names(inner) if isinstance(inner, ParamWrapper) else names
 
 
 @contextmanager

@@ -13,23 +13,31 @@ from typing import Any
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
-from . import expert_dropout, experts, matrices
+from ..nn.row_adapters import current_row_adapters
+from . import expert_dropout, experts, matrices, mixed_batch, mixed_wrappers
 from .chain import chain_of, chain_state
 from .reasons import ADDED, FUSED, PEFT
 
 
-class ParamWrapper(peft_layers.ParamWrapper):
+class ParamWrapper(mixed_batch.ByRow, peft_layers.ParamWrapper):
     """`peft.tuners.lora.layer.ParamWrapper`, the outermost of its chain, with another forward and
     nothing else.
 
         forward(hidden_states, top_k_index, top_k_weights)     for experts: `lora_ext.experts`
         forward(...)     for any other module, with W + B A for each W of the chain
 
+    Within a block of `lora_ext.use_adapters`, and with PEFT's adapter_names, rows have different
+    adapters: `mixed_wrappers`.
+
     Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` sets this class
     on a wrapper, `lora_ext.decelerate` restores PEFT's.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.__dict__.get("row_adapters") is not None:
+            rows = current_row_adapters(self)
+            if rows is not None:
+                return mixed_wrappers.forward(self, x, rows, args, kwargs)
         if type(self) is not peft_layers.ParamWrapper:
             chain = chain_of(self)
             if chain_state(chain) is None:
@@ -45,6 +53,10 @@ class ParamWrapper(peft_layers.ParamWrapper):
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on tensors in the parameters' dtype is computed, and why."""
+        if self.row_adapters is not None:
+            block = current_row_adapters(self)
+            if block is not None:
+                return mixed_wrappers.path(self, block)
         chain = chain_of(self)
         state = chain_state(chain)
         if state is not None:

@@ -14,6 +14,7 @@ def per_row_modules(model: nn.Module) -> tuple[list[Any], list[Any]]:
     lora: Any = sys.modules.get("peft.tuners.lora.layer")
     other: Any = sys.modules.get("peft.utils.other")
     theirs = () if lora is None else (lora.LoraLayer, other.AuxiliaryTrainingWrapper)
+    wrapper = getattr(lora, "ParamWrapper", ())
     layers: list[Any] = []
     others: list[Any] = []
     stack, seen = [model], set()
@@ -26,6 +27,8 @@ def per_row_modules(model: nn.Module) -> tuple[list[Any], list[Any]]:
         if hasattr(type(module), "row_adapters"):
             layers.append(module)
             base = children.get("base_layer")
+            while isinstance(base, wrapper):  # computed by the outermost
+                base = base._modules.get("base_layer")
             if base is not None:
                 stack.append(base)
             continue

@@ -242,12 +242,9 @@ def test_any_implementation_of_transformers_is_the_same(implementation):
         torch.testing.assert_close(logits(model), logits(mixture(dtype=torch.float32)))
 
 
-def test_rows_cannot_differ_yet(tmp_path):
+def test_a_pool_has_no_room_for_experts(tmp_path):
     model = apply_lora(mixture(), LoRAConfig("all-linear", r=2))
     apply_lora(model, LoRAConfig("q_proj", r=2), "attention")
-    message = "'default' is on '(gate_up|down)_proj' of a LoRAQwen3MoeExperts"
-    with pytest.raises(ValueError, match=message), lora_ext.use_adapters(model, ["default"]):
-        pass
     plain, model = mixture(), randomized(model)
     with lora_ext.use_adapters(model, ["attention", None]):  # experts as they were
         torch.testing.assert_close(logits(model)[1], logits(plain)[1])

@@ -48,6 +48,16 @@ def test_dropout(forget_graphs, counter):
     assert len(set(counts)) == 1
 
 
+def test_tokens_with_adapters_of_their_own(forget_graphs, counter):
+    model = accelerated(mixture("plain", TWO))
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
+    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    for tokens in (9, 18):
+        with lora_ext.use_adapters(model, ["x", None, "y"]):
+            operands = make_routes(tokens)
+            assert_close(run(compiled, *operands), run(model, *operands), 1e-12)
+
+
 def test_inductor(forget_graphs, cxx_compiler):
     """The gate, the router's weights and the sums between the ops become code of inductor."""
     model = accelerated(mixture("transposed, biases, interleaved", dtype=F32))
@@ -75,6 +85,8 @@ def test_ops_keep_their_contract(name, monkeypatch):
     model = mixture("transposed, biases, interleaved", TWO)
     for p in (0.0, 0.3):
         lora_ext.accelerate(model, expert_dropout=p).train()
+        run(model, *make_routes(9, dtype=F64))
+    with lora_ext.use_adapters(model, ["y", "x", None]):
         run(model, *make_routes(9, dtype=F64))
     assert given
     for operands in given:

@@ -124,6 +124,37 @@ def test_errors_are_at_most_twice_those_of_sums(device, pair, with_bias, is_tran
         assert error <= 2 * of_sums + floor
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32)], ids=pair_id)
+def test_tokens_with_adapters_of_their_own(device, pair, tokens):
+    """One on both projections, one on the first alone, and none."""
+    case = make_case(pair, device, tokens, with_bias=True)
+    adapters = torch.arange(tokens, device=device) % 3 - 1
+
+    def mixed(experts, x, index, weights, up, down) -> Tensor:
+        ups, downs = [*up, up[0]._replace(scaling=1.5)], [*down, None]
+        return lora_experts(experts, x, index, weights, ups, downs, adapters)
+
+    def each(experts, x, index, weights, up, down) -> Tensor:
+        out = torch.zeros_like(x)
+        for adapter, scalings in ((-1, (0.0, 0.0)), (0, (0.5, -2.0)), (1, (1.5, 0.0))):
+            own = (adapters == adapter).nonzero().flatten()
+            first, second = (
+                [side[0]._replace(scaling=scaling)]
+                for side, scaling in zip((up, down), scalings, strict=True)
+            )
+            y = by_sums(experts, x[own], index[own], weights[own], first, second)
+            out = out.index_add(0, own, y)
+        return out
+
+    exact = case.to(F64).step(each)
+    for own, theirs, value in zip(case.step(mixed), case.step(each), exact, strict=True):
+        assert own.dtype == theirs.dtype
+        floor = 4 * torch.finfo(own.dtype).eps * float(value.norm())
+        error, of_sums = (float((each - value).norm()) for each in (own, theirs))
+        assert error <= 2 * of_sums + floor
+
+
 @pytest.mark.gpu
 def test_nothing_is_read_on_the_host(cuda):
     """Of a second call: at the first the kernels are checked."""

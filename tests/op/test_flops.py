@@ -104,19 +104,23 @@ def test_traced_rows_count_with_the_largest_rank():
     assert ours == FROZEN + 2 * ROWS * 8 * (IN + OUT)
 
 
-def test_experts():
+@pytest.mark.parametrize("by_row", [False, True])
+def test_experts(by_row):
     """The op of traced programs counts what the eager products do."""
     experts, ranks = 4, (2, 3)
     weight = torch.randn(experts, OUT, IN)
     a = [torch.randn(experts * r, IN) for r in ranks]
     b = [torch.randn(OUT, experts * r) for r in ranks]
-    each = Projection(weight, None, Factors(a, b, (0.5, 0.5)))
+    ends = [1, 2, 3, 3, 3, 3, 5, 5, 10, 10, 13, 17]  # of the base alone, and of two adapters
+    ends = torch.tensor(ends, dtype=torch.int32) if by_row else None
+    each = Projection(weight, None, Factors(a, b, (0.5, 0.5), ends))
     offs = torch.tensor([3, 3, 10, 17], dtype=torch.int32)  # three rows are no expert's
     x, grad = Rows(torch.randn(ROWS, IN)), Rows(torch.randn(ROWS, OUT))
     _, s = projection.forward(x, each, offs)
     eager = count(lambda: projection.forward(x, each, offs))
     assert eager == count(lambda: ops.forward(x, each, offs))
-    assert eager == 2 * 17 * (IN * OUT + 5 * (IN + OUT))
+    ranks = 4 * 2 + 10 * 3 if by_row else 17 * 5  # summed over rows
+    assert eager == 2 * (17 * IN * OUT + ranks * (IN + OUT))
     wants = (None, each, s, offs, True, (True, True), (True, True))
     eager = count(lambda: projection.backward(grad, x, *wants))
     assert eager == count(lambda: ops.backward(grad, x, *wants))

@@ -1,0 +1,112 @@
+"""PEFT's wrappers of parameters in a batch whose rows have different adapters, which PEFT refuses.
+
+experts     `lora_experts` with the adapter of each token
+matrices    the module is called once for each adapter, with W + B A of this adapter
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from peft.tuners.lora import layer as peft_layers
+from torch import Tensor
+
+from ..nn.row_adapters import RowAdapters
+from ..nn.rows_apart import by_adapter
+from ..torch_state import is_plain
+from . import experts, matrices
+from .chain import Chain, chain_of, chain_state
+from .reasons import ADDED, BASE, FUSED, PEFT
+
+_BY_ROW = "each row its own adapter"
+
+
+def forward(layer: Any, x: Any, rows: RowAdapters, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward of the outermost wrapper within a block."""
+    kwargs.pop("alora_offsets", None)
+    if layer._disable_adapters:
+        return peft_layers.ParamWrapper.forward(layer, x, *args, **kwargs)
+    chain, names = _chain_of(layer, rows)
+    reason = _reason(chain)
+    if reason:
+        _refuse(chain, reason)
+    if not names:
+        return chain.base(x, *args, **kwargs)
+    if matrices.are_all(chain):
+        return _of_matrices(chain, names, x, rows, args, kwargs)
+    operands = experts.operands(chain, (x, *args), kwargs)
+    if operands is None:
+        _refuse(chain, "these arguments, or a transform of torch.func, are not supported")
+    index = rows.index_of_tokens(len(operands[0]), operands[0].device, names)
+    return experts.forward_by_row(chain, operands, names, index)
+
+
+def path(layer: Any, rows: RowAdapters) -> tuple[str, str]:
+    """(path, reason) of the outermost wrapper within a block, for `lora_ext.explain`."""
+    if layer._disable_adapters:
+        return BASE, "adapters are disabled"
+    chain, names = _chain_of(layer, rows)
+    reason = _reason(chain)
+    if reason:
+        return PEFT, f"{_BY_ROW}, which PEFT refuses: {reason}"
+    if not names:
+        return BASE, "none of the adapters that rows have is in this layer"
+    what = f"{_BY_ROW}, {len(names)} in this batch"
+    if matrices.are_all(chain):
+        return ADDED, f"{what}: {matrices.SUM}, for the rows of each"
+    return FUSED, f"{what}: {experts.rows_of_experts(chain)}"
+
+
+def _chain_of(layer: Any, rows: RowAdapters) -> tuple[Chain, list[str]]:
+    """The chain, and the adapters of the block that any of its parameters has."""
+    chain = chain_of(layer, rows.names)
+    here = {name for target in chain.targets for name in target.adapters}
+    return chain, [name for name in rows.names if name in here]
+
+
+def _reason(chain: Chain) -> str:
+    """Why rows cannot have different adapters, for any x, or ""."""
+    for target in chain.targets:
+        merged = target.wrapper.merged_adapters
+        if merged:
+            return f"{merged} are merged into the weight; call unmerge_adapter first"
+    state = chain_state(chain)
+    if state is not None:
+        return state[1] if state[0] == PEFT else ""
+    if matrices.are_all(chain):
+        return matrices.reason(chain)
+    return experts.reason(chain, by_row=True)
+
+
+def _refuse(chain: Chain, reason: str) -> NoReturn:
+    raise ValueError(
+        "lora_ext.use_adapters: expected a layer whose rows can have different adapters, but in a "
+        f"{type(chain.base).__name__} {reason}; choose one adapter for the whole batch by "
+        "model.set_adapter, or leave the module out of target_parameters"
+    )
+
+
+def _of_matrices(
+    chain: Chain,
+    names: list[str],
+    x: Any,
+    rows: RowAdapters,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    if args or kwargs or not is_plain(x) or x.dim() < 2 or not matrices.are_supported():
+        _refuse(chain, "the module gets more than one plain x, or under a transform of torch.func")
+    if x.dim() == 2:
+        index = rows.index_of_tokens(len(x), x.device, names)
+    else:
+        index = rows.index_of(x.shape[:-1], x.device, names)
+
+    def call(place: int, own: Tensor) -> Any:
+        name = names[place] if place >= 0 else None
+        targets = [
+            target._replace(adapters=[name] if name in target.adapters else [])
+            for target in chain.targets
+        ]
+        return matrices.forward(chain._replace(targets=targets), ((own,), {}))
+
+    return by_adapter(call, x, index, len(names))
