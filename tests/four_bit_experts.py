@@ -22,12 +22,13 @@ TABLES = {
     "fp4": [0, 0.005, 0.67, 1, 0.33, 0.5, 0.17, 0.25, 0, -0.005, -0.67, -1, -0.33, -0.5]
     + [-0.17, -0.25],
 }
-# A second block of 4 scales lies across the experts, as 256 do in the library where E is odd.
+# Blocks of 48 second scales begin with an expert, those of 50 lie across experts, as some of 256 do in
+# the library.
 FORMS = {
     "nf4": ("nf4", None),
     "fp4": ("fp4", None),
     "nested": ("nf4", 48),
-    "straddling": ("nf4", 7),
+    "straddling": ("nf4", 50),
 }
 
 
