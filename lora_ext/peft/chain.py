@@ -9,7 +9,7 @@ from peft.tuners.lora import layer as peft_layers
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..quantized.stack import QuantizedStack
-from ..quantized.stacks import PARAMETRIZED, parametrized, stack_of, stacks_of
+from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
 from ..torch_state import is_onnx_export, is_plain
 from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, has_hooks
 
@@ -115,8 +115,8 @@ def _parametrization_reason(chain: Chain, name: str) -> str:
     reason = stack_of(chain.base, name)
     if isinstance(reason, QuantizedStack):
         return ""
-    kinds = [type(part).__name__ for part in parametrized(chain.base)[name]._modules.values()]
-    if _LEFT in kinds:
+    first, *others = parametrized(chain.base)[name]._modules.values()
+    if is_four_bits(first) and any(type(other).__name__ == _LEFT for other in others):
         return (
             f"peft {peft.__version__} left an update in the parameter in an earlier forward of its "
             "own; load the model again and accelerate it before its first forward"
