@@ -17,13 +17,12 @@ from torch.nn.utils import parametrize
 HIDDEN, INNER, BLOCK = 64, 96, 32
 # The library's tables, rounded: any sixteen values would do.
 TABLES = {
-    "nf4": [-1, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56]
-    + [0.72, 1],
-    "fp4": [0, 0.005, 0.67, 1, 0.33, 0.5, 0.17, 0.25, 0, -0.005, -0.67, -1, -0.33, -0.5]
-    + [-0.17, -0.25],
+    "nf4": [-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6, 0.7, 1],
+    "fp4": [0, 0.005, 0.67, 1, 0.33, 0.5, 0.17, 0.25],
 }
-# Blocks of 48 second scales begin with an expert, those of 50 lie across experts, as some of 256 do in
-# the library.
+TABLES["fp4"] += [-value for value in TABLES["fp4"]]
+# Blocks of 48 second scales begin with an expert, those of 50 lie across experts, as some of 256 do
+# in the library.
 FORMS = {
     "nf4": ("nf4", None),
     "fp4": ("fp4", None),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..quantized.stacks import parametrized
 from ..quantized.stacks import parameter_names as names_in
+from ..quantized.stacks import parametrized
 from .errors import AdapterError, some
 from .parameters import is_named
 from .targets import base_modules, selected_paths

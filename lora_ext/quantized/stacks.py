@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..torch_state import is_plain
 from .four_bit_stack import FourBitStack, four_bit_stack
 from .stack import FlatStack, QuantizedStack
 
@@ -49,7 +51,36 @@ def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedStack | str | No
     parts = list(found._modules.values())
     if len(parts) != 1 or not is_four_bits(parts[0]) or "original" not in found._parameters:
         return PARAMETRIZED
-    return four_bit_stack(found._parameters["original"], parts[0].quant_state)
+    return _four_bits(parts[0], found._parameters["original"])
+
+
+# For each parametrization, the properties of its tensors and the stack of them: a forward asks a
+# dozen times, and checking them takes 15 us.
+_made: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+
+
+def _four_bits(part: Any, codes: Tensor) -> FourBitStack | str:
+    state = part.quant_state
+    if torch.compiler.is_compiling() or not is_plain(codes):
+        return four_bit_stack(codes, state)
+    scale = state.absmax
+    # The tensors of a kept stack keep their storages, so that no other has their addresses.
+    key = (codes.data_ptr(), codes.nbytes, codes.device, state.code, state.quant_type, state.dtype)
+    key += (scale.data_ptr(), scale.dtype, scale.device, state.shape, state.blocksize)
+    if state.nested:
+        second = state.state2
+        key += (second.absmax.data_ptr(), second.code, second.blocksize, state.offset)
+    found = _made.get(part)
+    if found is None or not _is_same(found[0], key):
+        _made[part] = found = (key, four_bit_stack(codes, state))
+    return found[1]
+
+
+def _is_same(first: tuple, second: tuple) -> bool:
+    """Equality of properties, and identity of tensors."""
+    return len(first) == len(second) and all(
+        a is b if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True)
+    )
 
 
 def stacks_of(module: nn.Module) -> list[QuantizedStack]:

@@ -19,7 +19,7 @@ from four_bit_experts import (
     two_mixtures,
 )
 from helpers import BF16, F16, F32, F64, short
-from peft_helpers import accelerated, reasons
+from peft_helpers import reasons
 from torch import nn
 
 import lora_ext

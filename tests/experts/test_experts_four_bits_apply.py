@@ -94,7 +94,7 @@ def test_merging_is_refused():
 
 
 def test_taking_out_and_copies():
-    packed, dense = two_models()
+    packed, _ = two_models()
     plain, keys, kinds = (
         logits(packed),
         list(packed.state_dict()),
