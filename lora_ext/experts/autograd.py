@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..quantized.stack import QuantizedStack
 from . import ops, projection, routing
 from .dropout import Dropout
 from .factors import Factors
@@ -27,7 +28,7 @@ class Call(NamedTuple):
     """The arguments of a projection other than tensors with a gradient.
 
     Attributes:
-        weight: ``[E, out, in]``.
+        weight: ``[E, out, in]``, or a quantised stack of this shape.
         bias: ``[E, out]`` or None.
         scalings: those of the adapters.
         routes: the routes of the rows.
@@ -36,7 +37,7 @@ class Call(NamedTuple):
         seed: that of its mask; None: no dropout.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedStack
     bias: Tensor | None
     scalings: tuple[float, ...]
     routes: Routes

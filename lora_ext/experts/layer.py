@@ -10,6 +10,7 @@ from torch import Tensor
 from ..dtypes import HALVES
 from ..functional import draw_seed, keep_scale_of
 from ..invariance import refuse
+from ..quantized.stack import QuantizedStack
 from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
 from .routing import Routes, places_of, routes_by_adapter, routes_of
@@ -83,7 +84,7 @@ def lora_experts(
 
 def _call(
     experts: Experts,
-    weight: Tensor,
+    weight: Tensor | QuantizedStack,
     bias: Tensor | None,
     given: Sequence[ExpertsAdapter | None],
     routes: Routes,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..quantized.stack import QuantizedStack
 from . import expert_groups, few_rows, products
 from .dropout import Dropout
 from .expert_groups import ExpertGroup, ExpertGroups
@@ -30,12 +31,12 @@ _ops = torch.ops.lora_ext
 
 class Projection(NamedTuple):
     """Attributes:
-    weight: ``[E, out, in]``, any strides.
+    weight: ``[E, out, in]``, any strides, or quantised.
     bias: ``[E, out]`` or None.
     factors: of the active adapters, or of those that rows have; or None.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedStack
     bias: Tensor | None
     factors: Factors | None
 
@@ -66,7 +67,7 @@ class Rows(NamedTuple):
         return len(self.values) if self.token is None else len(self.token)
 
 
-def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> ExpertGroups | None:
+def _on_device(rows: Rows, weight: Tensor | QuantizedStack, offs: Tensor) -> ExpertGroups | None:
     """All experts as one group, if the grouped product supports it; else None."""
     given = rows.values if rows.token is None else None
     if products.are_grouped(weight, rows.size, given):
