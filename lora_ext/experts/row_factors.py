@@ -32,20 +32,20 @@ class RowUpdate(NamedTuple):
         lora_a: ``[r, in]`` of each pair.
         lora_b: ``[out, r]``.
         scaling: one for each pair.
-        index: int32 ``[rows]``, the pair of each row, or -1.
+        of_row: int32 ``[rows]``, the pair of each row, or -1.
         pairs: (expert, adapter) of each.
     """
 
     lora_a: list[Tensor]
     lora_b: list[Tensor]
     scaling: Tensor
-    index: Tensor
+    of_row: Tensor
     pairs: list[tuple[int, int]]
 
     def arguments(self) -> dict[str, Any]:
         """Those of the op, besides x; dropout is applied to rows beforehand."""
         lists = {"lora_a": self.lora_a, "lora_b": self.lora_b}
-        return {**lists, "scaling": self.scaling, "index": self.index}
+        return {**lists, "scaling": self.scaling, "index": self.of_row}
 
 
 class RowUpdates:

@@ -123,9 +123,7 @@ def _checked(
 def _names_of(layer: Any) -> set[str]:
     if isinstance(layer, LoRALayer):
         return {*layer.adapters, *(() if layer.pool is None else layer.pool.names)}
-    from ..peft.mixed_batch import known_names
-
-    return known_names(layer)
+    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
 
 
 def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:

@@ -152,7 +152,7 @@ class LoRAModule(nn.Module):
         Args:
             names: those of the block that the module has.
         """
-        x = args[0] if len(args) == 1 and not kwargs else None
+        x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not is_plain(x) or x.dim() < 2 or is_transformed():
             self._refuse_rows("gets more than one plain x, or is under a transform of torch.func")
         if x.dim() == 2:

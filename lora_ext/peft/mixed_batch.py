@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
@@ -208,10 +207,8 @@ def _left_to_peft(
 
 
 def known_names(layer: Any) -> set[str]:
-    """Names of the adapters of a LoRA layer of PEFT, or of all in a chain of wrappers."""
-    names = {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
-    inner = layer._modules["base_layer"]
-    return names | known_names(inner) if isinstance(inner, ParamWrapper) else names
+    """Names of the adapters of a LoRA layer of PEFT; all wrappers of a chain have the same."""
+    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def per_row_modules(model: nn.Module) -> tuple[list[Any], list[Any]]:
         children = module._modules
         if hasattr(type(module), "row_adapters"):
             layers.append(module)
-            base = children.get("base_layer")
+            base: Any = children.get("base_layer")
             while isinstance(base, wrapper):  # computed by the outermost
                 base = base._modules.get("base_layer")
             if base is not None:

@@ -11,7 +11,14 @@ from expert_helpers import EXPERTS, KINDS, assert_close, make_experts, make_rout
 from helpers import BF16, F16, F32, F64, pair_id
 from torch import Tensor
 
-from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, few_rows, lora_experts
+from lora_ext.experts import (
+    Experts,
+    ExpertsAdapter,
+    expert_groups,
+    few_rows,
+    lora_experts,
+    row_factors,
+)
 from lora_ext.experts.factors import Factors
 
 RANKS, SCALINGS = (3, 1, 2, 2), (0.5, -2.0, 1.5, 1.0)
@@ -140,8 +147,9 @@ def layer_of(
 
 @pytest.fixture(params=[8, 512])
 def group_rows(request, monkeypatch):
-    """Rows at which a group of experts ends."""
+    """Rows at which a group of experts ends; with few, few experts whose B is copied together."""
     monkeypatch.setattr(expert_groups, "_ROWS", request.param)
+    monkeypatch.setattr(row_factors, "_BLOCK", 2 if request.param == 8 else 32)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
@@ -186,7 +194,7 @@ def test_numbers_of_no_expert_add_nothing():
     layer = layer_of(tokens=9)
     x, index, weights = layer.operands
     index = index.clone()
-    index[0, 1] = index[3, 0] = 2**62  # times the number of adapters it would not fit
+    index[0, 1] = index[3, 0] = (2**64 + 4) // 5  # times the kinds of rows it would be 4
     index[5] = EXPERTS
     layer = layer._replace(operands=(x, index, weights))
     found = layer.mixed()
