@@ -62,6 +62,7 @@ def parameter_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     short = tuple(sorted({".".join(name.split(".")[-2:]) for name in names}))
     # PEFT finds the parameters of modules with parametrizations by their whole names alone.
     is_whole = any(parametrized(modules[name.rpartition(".")[0]]) for name in names)
+    others: list[str] = []
     for targets in (tuple(names),) if is_whole else (short, tuple(names)):
         others = [name for name in every if is_named(name, targets) and name not in names]
         if not others:

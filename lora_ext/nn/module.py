@@ -180,7 +180,7 @@ class LoRAModule(nn.Module):
     def with_tensors(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A module of the base's class with other tensors instead of parameters, for one forward:
         this module is not changed, so threads do not affect each other."""
-        kind = self.base_type
+        kind: Any = self.base_type
         if parametrized(self):  # in whose class torch put a property for each such parameter
             kind = kind.__bases__[0]
         module = kind.__new__(kind)

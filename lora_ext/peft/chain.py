@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import peft
 from peft.tuners.lora import layer as peft_layers
+from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..quantized.stack import QuantizedStack
@@ -99,7 +100,8 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
             return PEFT, reason
     for wrapper, name, adapters in chain.targets:
         stored = stack_of(chain.base, name)
-        if not (isinstance(stored, QuantizedStack) or is_plain(stored)):
+        is_dense = isinstance(stored, Tensor) and is_plain(stored)
+        if not (is_dense or isinstance(stored, QuantizedStack)):
             return PEFT, "a parameter is quantised or sharded"
         for adapter in adapters:
             reason = adapter_reason(wrapper, adapter)

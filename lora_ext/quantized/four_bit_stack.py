@@ -175,7 +175,7 @@ class FourBitStack(QuantizedStack):
     ) -> FourBitStack:
         codes, scale, table, *second = tensors
         kind, size, count, rows, columns, is_transposed, last = numbers
-        nested = Nested(*second, last) if second else None
+        nested = Nested(second[0], second[1], second[2], last) if second else None
         blocks = Blocks(_KINDS[kind], table, size)
         made = cls(codes, scale, nested, blocks, (count, rows, columns), dtype)
         made.is_transposed = bool(is_transposed)

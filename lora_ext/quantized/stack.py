@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class QuantizedStack(ABC):
         other.is_transposed = not self.is_transposed
         return other
 
-    def new_empty(self, *sizes: int | Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    def new_empty(self, *sizes: Any, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*sizes, dtype=dtype or self.dtype, device=self.device)
 
     def __repr__(self) -> str:
