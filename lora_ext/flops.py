@@ -125,7 +125,8 @@ def _ranks_of_experts(
 
 @register_flop_formula(_ops.experts_forward, get_raw=True)
 def _(
-    x, token, weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, offs, *_, **__
+    x, token, weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, _r, offs, *_,
+    **__
 ) -> int:  # fmt: skip
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
     x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
@@ -134,8 +135,8 @@ def _(
 
 @register_flop_formula(_ops.experts_backward, get_raw=True)
 def _(
-    grad, _g, x, token, _w, weight, numbers, dtype, _b, lora_a, lora_b, _s, ends, s, offs, *rest,
-    **__
+    grad, _g, x, token, _w, weight, numbers, dtype, _b, lora_a, lora_b, _s, ends, _r, s, offs,
+    *rest, **__
 ) -> int:  # fmt: skip
     wanted = rest[-1]
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape

@@ -35,6 +35,7 @@ class Call(NamedTuple):
         slots: k, the number of rows of each token.
         dropout_p: the probability of dropout of the update's input.
         seed: that of its mask; None: no dropout.
+        row_block: the op's, positive in `lora_ext.batch_invariant`.
     """
 
     weight: Tensor | QuantizedStack
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     slots: int
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    row_block: int = 0
 
     def dropout(self, of_tokens: bool) -> Dropout | None:
         """Whose masks have a row for each token, or for each slot."""
@@ -54,12 +56,13 @@ class Call(NamedTuple):
 
     def projection(self, factors: tuple[Tensor, ...]) -> Projection:
         if not factors:
-            return Projection(self.weight, self.bias, None)
+            return Projection(self.weight, self.bias, None, self.row_block)
         half = len(factors) // 2
         return Projection(
             self.weight,
             self.bias,
             Factors(factors[:half], factors[half:], self.scalings, self.routes.ends),
+            self.row_block,
         )
 
 

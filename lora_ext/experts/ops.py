@@ -54,8 +54,8 @@ def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int)
 def _flat(projection: Projection) -> tuple:
     flat, factors = flat_weight(projection.weight), projection.factors
     if factors is None:
-        return *flat, projection.bias, [], [], [], None
-    return *flat, projection.bias, *map(list, factors[:3]), factors.ends
+        return *flat, projection.bias, [], [], [], None, projection.row_block
+    return *flat, projection.bias, *map(list, factors[:3]), factors.ends, projection.row_block
 
 
 def _flat_dropout(dropout: Dropout | None) -> tuple:
@@ -76,9 +76,10 @@ def _projection(
     lora_b: list[Tensor],
     scalings: list[float],
     ends: Tensor | None,
+    row_block: int,
 ) -> Projection:
     factors = Factors(lora_a, lora_b, scalings, ends) if lora_a else None
-    return Projection(weight_from_flat(weight, numbers, dtype), bias, factors)
+    return Projection(weight_from_flat(weight, numbers, dtype), bias, factors, row_block)
 
 
 @torch.library.custom_op("lora_ext::experts_forward", mutates_args=())
@@ -93,12 +94,15 @@ def _forward(
     lora_b: list[Tensor],
     scalings: list[float],
     ends: Tensor | None,
+    row_block: int,
     offs: Tensor,
     dropout_p: float,
     seed: Tensor | None,
     mask_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    projection = _projection(weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends)
+    projection = _projection(
+        weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, row_block
+    )
     return eager.forward(Rows(x, token), projection, offs, _dropout(dropout_p, seed, mask_rows))
 
 
@@ -126,6 +130,7 @@ def _backward(
     lora_b: list[Tensor],
     scalings: list[float],
     ends: Tensor | None,
+    row_block: int,
     s: Tensor,
     offs: Tensor,
     dropout_p: float,
@@ -138,7 +143,7 @@ def _backward(
         Rows(grad, grad_token),
         Rows(x, token),
         weights,
-        _projection(weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends),
+        _projection(weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, row_block),
         s,
         offs,
         wanted[0],
@@ -152,7 +157,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, grad_token, x, token, weights, weight, numbers, dtype, bias, lora_a, lora_b, *rest):
-    s, wanted = rest[2], rest[-1]
+    s, wanted = rest[3], rest[-1]
     rows, shape = s.shape[0], weight_from_flat(weight, numbers, dtype).shape
     every = (
         s.new_empty(rows, shape[2], dtype=dtype),

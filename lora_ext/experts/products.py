@@ -56,9 +56,17 @@ def _is_aligned(matrices: Tensor) -> bool:
 
 
 def forward(
-    x: Tensor, weight: Tensor | QuantizedStack, bias: Tensor | None, group: ExpertGroup
+    x: Tensor,
+    weight: Tensor | QuantizedStack,
+    bias: Tensor | None,
+    group: ExpertGroup,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """The products ``[rows, out]`` for the rows of the group."""
+    """The products ``[rows, out]`` for the rows of the group.
+
+    Args:
+        batch_invariant: whether a row's bits must not depend on the number of rows; on a CPU.
+    """
     if group.experts is None:
         assert isinstance(weight, Tensor)
         y = grouped_mm(x, weight.transpose(1, 2), offs=group.offs)
@@ -69,12 +77,16 @@ def forward(
     for expert, begin, end in group.experts:
         own_bias = None if bias is None else bias[expert]
         with _matrix(weight, expert, x) as matrix:
-            _product(x[begin:end], matrix.t(), own_bias, y[begin:end])
+            _product(x[begin:end], matrix.t(), own_bias, y[begin:end], batch_invariant)
     return y
 
 
 def backward(
-    grad: Tensor, weight: Tensor | QuantizedStack, group: ExpertGroup, out: Tensor | None
+    grad: Tensor,
+    weight: Tensor | QuantizedStack,
+    group: ExpertGroup,
+    out: Tensor | None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The products ``[rows, in]`` for the rows of the group, written into `out`, which is needed if
     each expert has its own product."""
@@ -84,7 +96,7 @@ def backward(
     assert out is not None
     for expert, begin, end in group.experts:
         with _matrix(weight, expert, grad) as matrix:
-            _product(grad[begin:end], matrix, None, out[begin:end])
+            _product(grad[begin:end], matrix, None, out[begin:end], batch_invariant)
     return out
 
 
@@ -97,10 +109,10 @@ def _matrix(
     return nullcontext(weight[expert])
 
 
-def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor, batch_invariant: bool) -> None:
     """out = p q + bias, by torch's functions where modes look on, such as torch's FLOP counter."""
     if p.is_cpu and not is_in_torch_dispatch_mode():
-        _C.cpu_product(p, q, bias, out)
+        _C.cpu_product(p, q, bias, out, batch_invariant)
     elif bias is None:
         torch.mm(p, q, out=out)
     else:
