@@ -109,7 +109,7 @@ def _call(
 
 
 def _with_rank_0(
-    given: Sequence[ExpertsAdapter | None], weight: Tensor
+    given: Sequence[ExpertsAdapter | None], weight: Tensor | QuantizedStack
 ) -> Sequence[ExpertsAdapter]:
     """The adapters of a projection, those that it lacks with rank 0; none if it lacks all."""
     here = [adapter for adapter in given if adapter is not None]

@@ -224,7 +224,7 @@ def _update_backward(
     x: Tensor | None,
     is_own_x: bool,
     weights: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | QuantizedStack,
     s: Tensor,
     group: ExpertGroup,
     update: Any,
