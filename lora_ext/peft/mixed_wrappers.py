@@ -29,14 +29,14 @@ def forward(layer: Any, x: Any, rows: RowAdapters, args: tuple, kwargs: dict[str
     chain, names = _chain_of(layer, rows)
     reason = _reason(chain)
     if reason:
-        _refuse(chain, reason)
+        _refuse(chain, rows, reason)
     if not names:
         return chain.base(x, *args, **kwargs)
     if matrices.are_all(chain):
         return _of_matrices(chain, names, x, rows, args, kwargs)
     operands = experts.operands(chain, (x, *args), kwargs)
     if operands is None:
-        _refuse(chain, "these arguments, or a transform of torch.func, are not supported")
+        _refuse(chain, rows, "these arguments, or a transform of torch.func, are not supported")
     index = rows.index_of_tokens(len(operands[0]), operands[0].device, names)
     return experts.forward_by_row(chain, operands, names, index)
 
@@ -78,9 +78,15 @@ def _reason(chain: Chain) -> str:
     return experts.reason(chain, by_row=True)
 
 
-def _refuse(chain: Chain, reason: str) -> NoReturn:
+def _refuse(chain: Chain, rows: RowAdapters, reason: str) -> NoReturn:
+    where = "lora_ext.use_adapters: expected"
+    if rows.is_pefts:  # PEFT's own words, too, on which its callers may rely
+        where = (
+            "lora.ParamWrapper does not support mixed adapter batches yet. lora_ext.accelerate "
+            "expected"
+        )
     raise ValueError(
-        "lora_ext.use_adapters: expected a layer whose rows can have different adapters, but in a "
+        f"{where} a layer whose rows can have different adapters, but in a "
         f"{type(chain.base).__name__} {reason}; choose one adapter for the whole batch by "
         "model.set_adapter, or leave the module out of target_parameters"
     )
@@ -95,7 +101,9 @@ def _of_matrices(
     kwargs: dict[str, Any],
 ) -> Any:
     if args or kwargs or not is_plain(x) or x.dim() < 2 or not matrices.are_supported():
-        _refuse(chain, "the module gets more than one plain x, or under a transform of torch.func")
+        _refuse(
+            chain, rows, "the module gets more than one plain x, or under a transform of torch.func"
+        )
     if x.dim() == 2:
         index = rows.index_of_tokens(len(x), x.device, names)
     else:

@@ -308,9 +308,10 @@ def _layer_for(path: str, module: nn.Module) -> LoRALayer:
         kind = replacement_for(module)
         if kind is None or issubclass(kind, LoRAModule):
             raise ValueError(
-                f"lora_ext.AdapterPool: expected layers whose rows can have different adapters, "
-                f"but target_modules chooses {path!r}, a {type(module).__name__} of a mixture; "
-                "leave them out by exclude_modules=['experts']"
+                "lora_ext.AdapterPool: expected linear layers and 1x1 convolutions, for which it "
+                f"has slots, but target_modules chooses {path!r}, a {type(module).__name__} of a "
+                "mixture; leave them out by exclude_modules=['experts'], or use adapters of "
+                "apply_lora, which use_adapters gives to each sample, too"
             )
         try:
             layer = kind.around(module)

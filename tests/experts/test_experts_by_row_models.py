@@ -302,7 +302,9 @@ def wrapper_of(model):
 def test_what_needs_pefts_forward_is_refused(change, message, is_pefts):
     model = alone_on_experts()
     change(model)
-    with pytest.raises(ValueError, match=message):
+    # PEFT's tests look for its words.
+    words = "lora.ParamWrapper does not support mixed adapter batches yet. .*" if is_pefts else ""
+    with pytest.raises(ValueError, match=f"{words}{message}"):
         if is_pefts:
             model(*make_routes(2), adapter_names=["x", "__base__"])
         else:
