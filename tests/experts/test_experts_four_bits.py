@@ -143,6 +143,36 @@ def test_few_tokens_take_the_bits_of_dense_experts(tokens, dtype, form, dequanti
     assert (dequantised == []) == (isa != "library")
 
 
+CODES = torch.zeros(3, 4, BLOCK // 2, dtype=torch.uint8)
+PARTS = {"scale": torch.ones(12), "table": torch.ones(16), "block": BLOCK}
+NESTED = {"scale_table": torch.ones(256), "scale_scale": torch.ones(2), "scale_block": 8}
+NESTED |= {"scale_offset": torch.ones(()), "scale": torch.ones(12, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": CODES[0]}, r"contiguous codes of shape \[experts, out_features, in_f.* of \[4"),
+        ({"weight": CODES.int()}, "in uint8, but got Int"),
+        ({"x": torch.ones(1, BLOCK)}, "x in bfloat16 or float16, but got Float"),
+        ({"block": 24}, "even block that divides the 32 input features, but got 24"),
+        ({"scale": torch.ones(11)}, "scale of 12 elements in Float"),
+        ({"table": None}, "a table beside codes of 4 bits, but got none"),
+        ({"table": torch.ones(15)}, "table of 16 elements"),
+        (NESTED | {"scale": torch.ones(12)}, "scale of 12 elements in Byte"),
+        (NESTED | {"scale_scale": torch.ones(3)}, "scale_scale of 2 elements"),
+        (NESTED | {"scale_offset": None}, "a scale_offset beside codes"),
+        (NESTED | {"scale_block": 0}, "positive scale_block, but got 0"),
+    ],
+)
+def test_what_the_op_refuses(change, message):
+    """The kernel would read beyond them."""
+    words = {"x": torch.ones(1, BLOCK, dtype=BF16), "weight": CODES} | PARTS | change
+    x, weight = words.pop("x"), words.pop("weight")
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        torch.ops.lora_ext.experts_few_rows(x, None, weight, None, [], [], [], [0], **words)
+
+
 def test_the_workspace_is_one_expert(monkeypatch):
     packed, _ = two_mixtures()
     model = lora_ext.accelerate(packed)
