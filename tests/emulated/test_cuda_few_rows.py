@@ -62,6 +62,47 @@ assert same(results, expected) and last_error() == 0
     )
 
 
+def test_nothing_but_results_lives_on_in_the_pool_of_a_graph():
+    """Else torch.compile(mode="reduce-overhead") raises an error after a first call, which it runs
+    in its pool, or after a capture."""
+    python(
+        "card(90)\n"
+        + FEW_ROWS
+        + """
+call = Call(rows=7, k=264, n=536, rank=16)
+open_pool(1)
+for capturing in (False, True):
+    card(90, capturing=capturing)
+    results = call.forward()
+    assert pool() == {each.data_ptr() for each in results}, pool()
+    del results
+    assert pool() == set()
+open_pool(0)
+assert last_error() == 0
+"""
+    )
+
+
+@pytest.mark.parametrize("call", ["cudaMalloc", "cudaMemsetAsync"])
+def test_without_memory_for_them_counts_are_in_the_workspace(call):
+    python(
+        "card(90)\n"
+        + FEW_ROWS
+        + f"""
+call = Call(rows=7, k=264, n=536, rank=16)
+expected = call.library()[:2]
+fail({call!r}, 1, OUT_OF_MEMORY)
+call.forward()  # and the check; not asked for again
+for capturing in (False, False, True):
+    card(90, capturing=capturing)
+    results, launched, cleared = asked(call)
+    assert launched == ["decode"] and cleared == [4 * (9 + 1 + 1)], (launched, cleared)
+    assert close(results, expected)
+assert settled()
+"""
+    )
+
+
 def test_a_stream_has_no_more_counts_than_it_says():
     """Those of a million columns; a launch for more has its own, in its workspace."""
     python("card(80)\nassert has_counts(1, 1 << 14) and not has_counts(1, (1 << 14) + 1)")

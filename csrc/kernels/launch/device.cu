@@ -143,9 +143,18 @@ std::optional<uint64_t> stream_id(void* stream) {
   return text_of(error).empty() ? std::optional<uint64_t>(id) : std::nullopt;
 }
 
-std::string clear(int32_t* numbers, int64_t count, void* stream) {
-  return text_of(cudaMemsetAsync(numbers, 0, static_cast<size_t>(count) * sizeof *numbers,
-                                 static_cast<cudaStream_t>(stream)));
+uint32_t* permanent_zeros(int64_t count, void* stream) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(uint32_t);
+  void* made = nullptr;
+  {
+    const BesideCaptures beside;
+    if (!text_of(cudaMalloc(&made, bytes)).empty()) return nullptr;
+  }
+  if (text_of(cudaMemsetAsync(made, 0, bytes, static_cast<cudaStream_t>(stream))).empty())
+    return static_cast<uint32_t*>(made);
+  const BesideCaptures beside;
+  cudaFree(made);
+  return nullptr;
 }
 
 // Polls, since a wait in the driver cannot be aborted.

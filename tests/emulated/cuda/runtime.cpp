@@ -340,6 +340,21 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   const std::lock_guard lock(driver().mutex);
   if (const cudaError_t error = begin("cudaMemsetAsync"); error != cudaSuccess) return error;
+// Uninitialised memory, as device.cpp's. Another thread may be capturing, in the global mode.
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaMalloc"); error != cudaSuccess) return error;
+  if (driver().capturing || capture_mode != cudaStreamCaptureModeRelaxed)
+    return refuse(cudaErrorStreamCaptureUnsupported, "an allocation that ends a capture");
+  *data = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
+  std::memset(*data, 0xFF, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* data) {
+  std::free(data);
+  return cudaSuccess;
+}
+
   if (stream != stream_of(current_device()))
     return refuse(cudaErrorInvalidResourceHandle, "a stream of another device than the current");
   if (capture_mode != cudaStreamCaptureModeGlobal)
