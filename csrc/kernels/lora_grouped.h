@@ -42,7 +42,7 @@ struct LoraGroupedFactors {
   const LoraGroupedEntry* entries;  // [groups], or null
   void *a, *b;                      // of a pool: [groups, max_rank, k] and [groups, n, max_rank]
   int64_t a_stride, b_stride, a_pitch, b_pitch;  // elements
-  const int* ranks;                              // [groups]
+  const int* ranks;                              // [groups]; null if all have the largest
 };
 
 // A segment: the positions of one adapter that has rows and a rank. The last segment is followed by

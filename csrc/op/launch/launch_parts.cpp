@@ -1,7 +1,5 @@
 #include "op/launch/launch_parts.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <limits>
@@ -26,15 +24,6 @@ Factors with_rows(at::TensorList factors) {
   return out;
 }
 
-// If ranks is not given, every slot of a pool has the full rank.
-at::Tensor ranks_of(const Update& update) {
-  const Grouping& many = *update.grouping;
-  if (many.ranks) return many.ranks->contiguous();
-  return at::full({update.adapters()}, update.rank(), many.scaling.options().dtype(at::kInt));
-}
-
-// Never of torch's allocator: torch.compile's graphs run the first calls of a function, too, with
-// all that it allocates in a pool of their own, in which nothing but results may live on.
 const int32_t* numbers_at(const at::Tensor& numbers) {
   return numbers.defined() ? numbers.const_data_ptr<int32_t>() : nullptr;
 }
@@ -44,6 +33,8 @@ const int32_t* numbers_at(const at::Tensor& numbers) {
 constexpr int64_t kOfStream = 1 << 14, kOfGraphs = 1 << 18, kApart = 32;
 constexpr size_t kMaxStreams = 64;
 
+// Never of torch's allocator: torch.compile's graphs run the first calls of a function, too, with
+// all that it allocates in a pool of their own, in which nothing but results may live on.
 struct OfDevice {
   std::mutex mutex;  // never held while a thread allocates or waits for a stream
   std::map<uint64_t, uint32_t*> by_stream;
@@ -152,8 +143,8 @@ GroupedMatrices::GroupedMatrices(const Update& update, at::TensorList a, at::Ten
     pool.a_stride = a[0].defined() ? a[0].stride(0) : 0;
     pool.b_stride = b[0].defined() ? b[0].stride(0) : 0;
     pool.a_pitch = pitch(a[0]), pool.b_pitch = pitch(b[0]);
-    ranks_ = ranks_of(update);
-    pool.ranks = ranks_.const_data_ptr<int32_t>();
+    if (update.grouping->ranks) ranks_ = update.grouping->ranks->contiguous();
+    pool.ranks = numbers_at(ranks_);
     return;
   }
   entries_.reserve(a.size());
