@@ -1,4 +1,5 @@
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <chrono>
 #include <functional>
@@ -16,12 +17,15 @@ std::string text_of_version(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Returns 0 without a driver.
+// Returns 0 without a driver. Asks the driver itself, since cudaDriverGetVersion may initialise it,
+// after which CUDA cannot be used in a process that is forked: `import lora_ext` may ask.
 int driver_version() {
   int version = 0;
-  if (cudaDriverGetVersion(&version) == cudaSuccess) return version;
-  cudaGetLastError();
-  return 0;
+  void* library = dlopen("libcuda.so.1", RTLD_NOW);  // kept open: the runtime uses it, too
+  if (library == nullptr) return 0;
+  const auto get =
+      reinterpret_cast<decltype(&cuDriverGetVersion)>(dlsym(library, "cuDriverGetVersion"));
+  return get != nullptr && get(&version) == CUDA_SUCCESS ? version : 0;
 }
 
 std::string too_old(int version) {

@@ -130,6 +130,21 @@ cudaStream_t stream_of(int device) {
   return reinterpret_cast<cudaStream_t>(uintptr_t{16} * (device + 1));
 }
 
+namespace {
+CUresult driver_version(int* version) {
+  *version = driver().version;
+  return CUDA_SUCCESS;
+}
+}  // namespace
+
+void* open_driver(const char* name, int) {
+  return std::strcmp(name, "libcuda.so.1") == 0 && driver().version > 0 ? &driver() : nullptr;
+}
+void* find_in_driver(void* opened, const char* function) {
+  if (opened != &driver() || std::strcmp(function, "cuDriverGetVersion") != 0) return nullptr;
+  return reinterpret_cast<void*>(&driver_version);
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* parameters,
                    const Enqueue& enqueue) {
   const std::lock_guard lock(driver().mutex);
@@ -260,9 +275,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = driver().version;
-  return cudaSuccess;
+cudaError_t cudaDriverGetVersion(int*) {
+  return refuse(cudaErrorNotPermitted, "a question that initialises the driver");
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -326,20 +340,6 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 }
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  const std::lock_guard lock(driver().mutex);
-  if (const cudaError_t error = begin("cudaFuncSetAttribute"); error != cudaSuccess) return error;
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
-    return refuse(cudaErrorInvalidValue, "an attribute that this runtime does not know");
-  if (value < 0 || value > shared_per_block())
-    return refuse(cudaErrorInvalidValue, "more shared memory than a block can have");
-  driver().shared_bytes[{kernel, current_device()}] = value;
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
-  const std::lock_guard lock(driver().mutex);
-  if (const cudaError_t error = begin("cudaMemsetAsync"); error != cudaSuccess) return error;
 // Uninitialised memory, as device.cpp's. Another thread may be capturing, in the global mode.
 cudaError_t cudaMalloc(void** data, size_t bytes) {
   const std::lock_guard lock(driver().mutex);
@@ -355,6 +355,20 @@ cudaError_t cudaFree(void* data) {
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaFuncSetAttribute"); error != cudaSuccess) return error;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
+    return refuse(cudaErrorInvalidValue, "an attribute that this runtime does not know");
+  if (value < 0 || value > shared_per_block())
+    return refuse(cudaErrorInvalidValue, "more shared memory than a block can have");
+  driver().shared_bytes[{kernel, current_device()}] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaMemsetAsync"); error != cudaSuccess) return error;
   if (stream != stream_of(current_device()))
     return refuse(cudaErrorInvalidResourceHandle, "a stream of another device than the current");
   if (capture_mode != cudaStreamCaptureModeGlobal)
