@@ -75,7 +75,7 @@ struct LoraGroupedTables {
   LoraGroupedPiece* tiles;       // [tile_count]
   LoraGroupedPiece* pieces;      // [piece_count], for sums over rows
   LoraGroupedSum* sums;          // [groups]
-  int* counts;                   // [chunks, groups + 1], used with an index
+  int* counts;                   // [groups + 1, chunks], used with an index
   int piece_rows, tile_count, piece_count;
 };
 

@@ -42,7 +42,7 @@ __device__ __forceinline__ LoraGroupedEntry entry_of(const LoraGroupedFactors& f
   if (factors.entries != nullptr) return factors.entries[adapter];
   return {static_cast<F*>(factors.a) + adapter * factors.a_stride,
           static_cast<F*>(factors.b) + adapter * factors.b_stride, factors.a_pitch, factors.b_pitch,
-          factors.ranks != nullptr ? factors.ranks[adapter] : INT_MAX};
+          rank_of(factors, adapter, INT_MAX)};
 }
 
 // Tiles of A [rank, depth] or B [depth, rank] of one adapter as halves of T; floats as hi and,
