@@ -6,20 +6,21 @@ from collections.abc import Callable
 
 import torch
 
+from lora_ext.autotune.clock import evicting
+
 from .timing import Function, Sample
 
 
 class CudaMeter:
     """CUDA events on the current stream, around each call by itself.
 
-    Before a call a buffer of twice the L2 cache is overwritten, so that the call finds none of its
-    operands there; weights, too, which a rotation of inputs would leave in place. While that runs,
-    the host prepares the call: of the host's time only what exceeds it is seen.
+    Before a call the L2 cache is evicted, so that the call finds none of its operands there;
+    weights, too, which a rotation of inputs would leave in place. While that runs, the host
+    prepares the call: of the host's time only what exceeds it is seen.
     """
 
     def __init__(self) -> None:
-        size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self._evicting = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self._evict = evicting(torch.device("cuda", torch.cuda.current_device()))
 
     def __call__(self, function: Function, inner: int) -> Sample:
         """Time `inner` calls."""
@@ -27,7 +28,7 @@ class CudaMeter:
         torch.cuda.synchronize()
         for _ in range(inner):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._evicting.zero_()
+            self._evict()
             start.record()
             function()
             end.record()

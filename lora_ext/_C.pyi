@@ -33,7 +33,11 @@ def set_cpu_panels(name: str) -> None:
     """
 
 def cpu_product(
-    p: torch.Tensor, q: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    p: torch.Tensor,
+    q: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    batch_invariant: bool = False,
 ) -> None:
     """out = p q + bias, the base product as a layer computes it on the CPU.
 
@@ -42,6 +46,8 @@ def cpu_product(
         q: ``[depth, cols]``, any strides.
         bias: ``[cols]`` or None.
         out: ``[rows, cols]``, which is written.
+        batch_invariant: whether a row's bits must not depend on the number of rows, wherever panels
+            can compute the product.
 
     Raises:
         RuntimeError: torch's, for what `torch.addmm` and `torch.mm` with out refuse.

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .quantized.stacks import weight_from_flat
+
 _ops = torch.ops.lora_ext
 
 
@@ -122,16 +124,22 @@ def _ranks_of_experts(
 
 
 @register_flop_formula(_ops.experts_forward, get_raw=True)
-def _(x, token, weight, bias, lora_a, lora_b, scalings, ends, offs, *_, **__) -> int:
-    experts, out, _ = weight.shape
+def _(
+    x, token, weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, _r, offs, *_,
+    **__
+) -> int:  # fmt: skip
+    experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
     x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
     return _forward(x, out, True, sum(_ranks_of_experts(len(x), experts, lora_a, ends)))
 
 
 @register_flop_formula(_ops.experts_backward, get_raw=True)
-def _(grad, _g, x, token, _w, weight, _b, lora_a, lora_b, _s, ends, s, offs, *rest, **__) -> int:
+def _(
+    grad, _g, x, token, _w, weight, numbers, dtype, _b, lora_a, lora_b, _s, ends, _r, s, offs,
+    *rest, **__
+) -> int:  # fmt: skip
     wanted = rest[-1]
-    experts, out, _ = weight.shape
+    experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
     x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
     each = _ranks_of_experts(len(x), experts, lora_a, ends)
     dx, adapters = wanted[0], len(each)

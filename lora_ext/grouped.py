@@ -76,6 +76,8 @@ def _scaling(function: str, scaling: Scaling, adapters: int, x: Tensor) -> Tenso
     }
     try:
         if isinstance(scaling, Sequence):
+            if not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_initialized():
+                return _copied(scaling, **kind)
             return torch.tensor(scaling, **kind)
         return torch.full((adapters,), float(scaling), **kind)
     except (TypeError, ValueError) as error:
@@ -83,3 +85,11 @@ def _scaling(function: str, scaling: Scaling, adapters: int, x: Tensor) -> Tenso
             f"lora_ext.{function}: expected scaling to be a number, a sequence of numbers or a "
             f"float32 tensor, one for each adapter, but got {scaling!r}"
         ) from error
+
+
+def _copied(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CUDA device, without waiting for it: from pinned memory. A graph that is captured would
+    read that again in each replay, so there torch refuses the copy, as it does from other memory.
+    """
+    pinned = not torch.cuda.is_current_stream_capturing()
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)

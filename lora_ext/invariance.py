@@ -1,7 +1,7 @@
 """`batch_invariant`: makes the bits of a row the same in a batch of any size.
 
 Libraries choose their kernels by the number of rows, and so do our routes. So y and dX are computed
-by panels, whose kernels treat all rows alike (csrc/cpu/fused_gemm.cpp), or, where there are none,
+by panels, whose kernels treat all rows alike (csrc/cpu/fused_product.cpp), or, without panels,
 in blocks that all have `ROW_BLOCK` rows (csrc/op/route/equal_blocks.cpp).
 """
 
@@ -54,18 +54,18 @@ class batch_invariant:
     without it.
 
     It supports dense and quantised weights on the CPU, in every dtype, and an adapter for each row
-    where the products are by panels (not in float64, nor in half types with AMX). Packed weights
-    are not used, nor a library's own products with quantised ones. Other layers of a model, such as
-    its attention, base layers without adapters and merged ones, are computed by torch, and are as
-    invariant as torch makes them.
+    and experts where the products are by panels (not in float64, nor in half types with AMX).
+    Packed weights are not used, nor a library's own products with quantised ones. Other layers of a
+    model, such as its attention, base layers without adapters and merged ones, are computed by
+    torch, and are as invariant as torch makes them.
 
     Args:
         mode: True or False sets it for the process at once; in a ``with`` statement it holds for
             the block only.
 
     Raises:
-        NotImplementedError: at a call that it does not support: `lora_update`, experts,
-            embeddings, DoRA, CUDA; an adapter for each row where there are no panels; or if torch's
+        NotImplementedError: at a call that it does not support: `lora_update`, embeddings, DoRA,
+            CUDA; an adapter for each row, or experts, where there are no panels; or if torch's
             products are needed and do not multiply all rows of a block alike, which is tested once
             for each shape and dtype.
         TypeError: mode is not a bool.

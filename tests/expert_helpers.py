@@ -34,14 +34,14 @@ class SmallConfig:
     _experts_implementation = "eager"
     num_experts_per_tok = 2
 
-    def __init__(self, experts: int = EXPERTS) -> None:
-        self.experts = experts
+    def __init__(self, experts: int = EXPERTS, sizes: tuple[int, int] = (HIDDEN, INNER)) -> None:
+        self.experts, self.sizes = experts, sizes
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         known = {"act": "silu", "latent": None, "eps": 1e-6, "alpha": 1.7, "softcap": 2.0}
-        known |= {"limit": 1.5, "norm": True, "inter": INNER, "hidden": HIDDEN}
+        known |= {"limit": 1.5, "norm": True, "inter": self.sizes[1], "hidden": self.sizes[0]}
         return next((each for part, each in known.items() if part in name), self.experts)
 
 
@@ -58,11 +58,13 @@ def decorated_types() -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def make_experts(kind: str | tuple[str, str], experts: int = EXPERTS) -> nn.Module:
+def make_experts(
+    kind: str | tuple[str, str], experts: int = EXPERTS, sizes: tuple[int, int] = (HIDDEN, INNER)
+) -> nn.Module:
     """Frozen experts with random numbers in float64, their biases included."""
     model, name = KINDS[kind] if isinstance(kind, str) else kind
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    made = getattr(module, name)(SmallConfig(experts)).double()
+    made = getattr(module, name)(SmallConfig(experts, sizes)).double()
     for parameter in made.parameters():
         parameter.normal_(std=0.3).requires_grad_(False)
     return made
@@ -90,14 +92,16 @@ def mixture(
     dtype: torch.dtype = F64,
     adapter_dtype: torch.dtype | None = None,
     experts: int = EXPERTS,
+    base: nn.Module | None = None,
 ) -> nn.Module:
     """PEFT's model of a mixture; all adapters active, random.
 
     Args:
         names: the parameters that have adapters.
         adapter_dtype: None for dtype.
+        base: the experts; None for some of the kind.
     """
-    base = make_experts(kind, experts).to(dtype)
+    base = make_experts(kind, experts).to(dtype) if base is None else base
     targets = [f"experts.{name}" for name in (both(base) if names is None else names)]
     given = adapters or {"x": {"r": 3, "lora_alpha": 5}}
     configs = {
@@ -116,11 +120,16 @@ def mixture(
 
 
 def make_routes(
-    tokens: int, slots: int = 2, experts: int = EXPERTS, dtype: torch.dtype = F64, seed: int = 0
+    tokens: int,
+    slots: int = 2,
+    experts: int = EXPERTS,
+    dtype: torch.dtype = F64,
+    seed: int = 0,
+    hidden: int = HIDDEN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, index, weights); a token's experts are different ones."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, HIDDEN, generator=generator, dtype=F64).to(dtype)
+    x = torch.randn(tokens, hidden, generator=generator, dtype=F64).to(dtype)
     order = torch.rand(tokens, experts, generator=generator).argsort(1)
     weights = torch.rand(tokens, slots, generator=generator, dtype=F64).to(dtype)
     return x, order[:, :slots], weights

@@ -54,6 +54,23 @@ struct EightBitArgs {
   Dtype dtype;
 };
 
+// Scales that are 8-bit codes themselves: table[code] * scale[i / block] + offset, rounded after the
+// product and after the sum.
+struct NestedScales {
+  const uint8_t* codes;
+  const float* table;  // 256 values
+  const float* scale;  // one per block of codes
+  float offset;
+  int64_t block;
+
+  // Writes the scales of a range to out, from its start.
+  void read(Range range, float* out) const {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      out[i - range.begin] = table[codes[i]] * scale[i / block] + offset;
+    }
+  }
+};
+
 struct DequantizeKernels {
   void (*four_bits)(const FourBitArgs& args, Range blocks);
   void (*panels)(const PanelArgs& args, Range panels);

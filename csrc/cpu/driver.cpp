@@ -13,6 +13,7 @@
 #include "common/base_linear.h"
 #include "cpu/brgemm.h"
 #include "cpu/dispatch.h"
+#include "cpu/fused_product.h"
 #include "cpu/operands.h"
 
 namespace lora_ext::cpu {
@@ -98,8 +99,9 @@ std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank)
   return is_half(y) && is_half(x) && x != y ? "x and y of two half types" : "";
 }
 
-bool is_few(int64_t rows, int64_t most, const Update& update) {
-  return rows <= (update.rank() > kHighRank ? kFewRowsOfHighRank : most) &&
+// A batch-invariant call has the passes of many rows.
+bool is_few(int64_t rows, int64_t most, const Base& base, const Update& update) {
+  return base.row_block == 0 && rows <= (update.rank() > kHighRank ? kFewRowsOfHighRank : most) &&
          strides_suit_few_rows(update);
 }
 
@@ -117,8 +119,9 @@ std::string library_reason(at::ScalarType x, int64_t rank) {
   return reason_for_library(x, x, rank);
 }
 
-bool is_batch_invariant(at::ScalarType x, const Update& update) {
-  return reason_for_library(x, x, update.rank()).empty() &&
+bool is_batch_invariant(at::ScalarType x, at::ScalarType y, const Update& update) {
+  return reason_for_library(x, y, update.rank()).empty() &&
+         std::max(update.in_features(), update.out_features()) <= kMaxPanelDepth &&
          batch_invariant_panel_dtype(dtype_of(x)).has_value();
 }
 
@@ -126,14 +129,15 @@ std::optional<Forward> forward(const ForwardArgs& args) {
   if (!args.update.is_one()) return forward_grouped(args);
   if (takes_library(args.x, args.y_dtype(), args.update)) return std::nullopt;
   const std::optional<Dtype> fused = fused_panel(args.x, args.base, true);
-  if (!fused && is_few(args.x.size(0), kFewForwardRows, args.update)) return forward_few_rows(args);
+  if (!fused && is_few(args.x.size(0), kFewForwardRows, args.base, args.update))
+    return forward_few_rows(args);
   const Passes passes = passes_of(args.x, args.y_dtype());
   const AdapterView lora_b = view_of(args.update.b(), 1);
   const at::Tensor s = shrink(*passes.over_x, args.x, view_of(args.update.a(), 0),
                               keep_scale_of(args.update.dropout), dropout_of(args.update.dropout));
   if (fused) {
-    const LowRank update{s, lora_b, args.update.scaling};
-    return Forward{fused_forward(args.x, args.base, *fused, &update), s};
+    const LowRank update = LowRank::one(s, lora_b, args.update.scaling);
+    return Forward{fused_forward(args.x, args.base, *fused, update), s};
   }
   at::Tensor y = base_forward(args.x, args.base);
   expand(*passes.over_y, y, s, lora_b, args.update.scaling, Dropout{});
@@ -146,7 +150,7 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   if (takes_library(args.x, y, args.update)) return std::nullopt;
   const std::optional<Dtype> fused =
       args.wanted.dx ? fused_panel(args.grad, args.base, false) : std::nullopt;
-  if (!fused && is_few(args.x.size(0), kFewBackwardRows, args.update)) {
+  if (!fused && is_few(args.x.size(0), kFewBackwardRows, args.base, args.update)) {
     return backward_few_rows(args);
   }
   const Passes passes = passes_of(args.x, y);
@@ -166,8 +170,8 @@ std::optional<Backward> backward(const BackwardArgs& args) {
   const at::Tensor ds = shrink(*passes.over_y, args.grad, view_of(args.update.b(), 1),
                                args.update.scaling, Dropout{});
   if (fused) {
-    const LowRank update{ds, lora_a, keep_scale, dropout};
-    out.dx = fused_backward(args.grad, args.base, *fused, &update);
+    const LowRank update = LowRank::one(ds, lora_a, keep_scale, dropout);
+    out.dx = fused_backward(args.grad, args.base, *fused, update);
   } else if (!args.need_dlora_a()) {
     expand(*passes.over_x, out.dx, ds, lora_a, keep_scale, dropout);
   }

@@ -3,9 +3,10 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/call.h"
-#include "cpu/skinny.h"
+#include "cpu/fused_gemm.h"
 
 namespace lora_ext::cpu {
 
@@ -14,7 +15,7 @@ std::string library_reason(at::ScalarType x, int64_t rank);
 
 // Whether a row of y and dx has the same bits in any number of rows if base.row_block is set;
 // otherwise such a call is made in equal blocks.
-bool is_batch_invariant(at::ScalarType x, const Update& update);
+bool is_batch_invariant(at::ScalarType x, at::ScalarType y, const Update& update);
 
 // nullopt if the library computes the call.
 std::optional<Forward> forward(const ForwardArgs& args);
@@ -38,12 +39,18 @@ Backward backward_few_rows(const BackwardArgs& args);
 std::optional<Forward> forward_grouped(const ForwardArgs& args);
 std::optional<Backward> backward_grouped(const BackwardArgs& args);
 
-// T U of one adapter; T is [M, r] in float, U a view of the factor as [r, cols].
+// The low-rank part of a product in one pass: nothing, that of one adapter, or of many.
 struct LowRank {
-  const at::Tensor& t;
-  const AdapterView& u;
-  double scale;
+  std::vector<RowUpdate> updates{};  // in the order of their rows
   Dropout dropout{};
+  RowIndex rows{};  // the order in which rows are multiplied
+
+  // T is [M, r] in float, U a view of the factor as [r, cols].
+  static LowRank one(const at::Tensor& t, const AdapterView& u, double scale,
+                     const Dropout& dropout = {}) {
+    const Range all{0, t.size(0)};
+    return {{{all, t.const_data_ptr<float>(), u, static_cast<float>(scale)}}, dropout};
+  }
 };
 
 // With fewer rows the library's product is faster, since it packs nothing: at 8 rows of 1024 x 1024
@@ -52,22 +59,23 @@ struct LowRank {
 constexpr int64_t kMinPanelRows = 8;
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in
-// one pass (cpu/fused_gemm.h).
+// one pass (cpu/fused_product.h).
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward);
 
-// Y of x and the base, a fresh tensor [M, N]; without low_rank the base's part alone.
+// Y of x, the base and low_rank, a fresh tensor [M, N].
 at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
-                         const LowRank* low_rank);
+                         const LowRank& low_rank);
 // dX of dY and the base, a fresh tensor [M, K] in grad's dtype.
 at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
-                          const LowRank* low_rank);
+                          const LowRank& low_rank);
 
 // The base's part alone, in that way or by the library.
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
-// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors.
+// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors. batch_invariant: by
+// panels if they can compute it, whatever is faster.
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-             at::Tensor& out);
+             at::Tensor& out, bool batch_invariant);
 
 }  // namespace lora_ext::cpu

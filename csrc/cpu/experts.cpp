@@ -1,7 +1,8 @@
 // First the products with W and A, in pieces of some columns of one expert; then y, where a thread
 // takes a range of columns for all experts: one column of B for all experts is some KB of
 // contiguous memory, although each expert has only one number in some hundred bytes of it. No sum
-// is split, so results do not depend on the number of threads.
+// is split, so results do not depend on the number of threads. A weight of 4 bits is dequantised in
+// strips of some rows, each right before its product: the values stay in a core's cache.
 #include "cpu/experts.h"
 
 #include <ATen/Parallel.h>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "cpu/dequantize.h"
 #include "cpu/dispatch.h"
 #include "cpu/operands.h"
 #include "cpu/work_split.h"
@@ -24,6 +26,9 @@ constexpr int64_t kLine = 64;          // bytes
 constexpr int64_t kPrefetched = 2048;  // bytes ahead
 // Reading a factor takes as long as the products of this number of rows.
 constexpr int64_t kFactorRows = 3;
+// Dequantising a weight takes as long as the products of this number of rows.
+constexpr int64_t kFourBitRows = 2;
+constexpr int64_t kStrip = 1 << 14;  // dequantised values at a time: 32 KB
 
 // The product of some rows with some ranks of a factor, or with some columns of a weight.
 struct Product {
@@ -32,6 +37,7 @@ struct Product {
   float* to;
   int64_t pitch;
   int64_t work;
+  int64_t first_code = -1;  // of a weight of 4 bits, whose view has no data
 };
 
 class FewRows {
@@ -49,7 +55,7 @@ class FewRows {
     const auto floats = args_.x.options().dtype(at::kFloat);
     sums_ = at::empty({rows, columns}, floats);
     s_ = at::zeros({rows, args_.rank()}, floats);  // a row may have a smaller rank, or no adapter
-    y_ = at::empty({rows, columns}, args_.weight.options());
+    y_ = at::empty({rows, columns}, args_.x.options());
     if (args_.bias) bias_ = args_.bias->to(at::kFloat);
     multiply();
     const Dtype dtype = dtype_of(y_.scalar_type());
@@ -70,7 +76,7 @@ class FewRows {
       const int64_t expert = args_.experts[begin];
       while (end < rows && end - begin < kMaxRows && args_.experts[end] == expert) ++end;
       const Range own{begin, end};
-      add(pieces, own, view_of(args_.weight.select(0, expert), 0), sums_, 0);
+      add_weight(pieces, own, expert);
       args_.adapters ? add_own(pieces, own) : add_all(pieces, own);
     }
     int64_t work = 0;
@@ -102,6 +108,21 @@ class FewRows {
     return part_of(all, {expert * rank, (expert + 1) * rank}, {0, all.cols});
   }
 
+  void add_weight(std::vector<Product>& pieces, Range rows, int64_t expert) const {
+    if (!args_.blocks) {
+      return add(pieces, rows, view_of(args_.weight.select(0, expert), 0), sums_, 0);
+    }
+    const int64_t columns = args_.weight.size(1), in = args_.in_features();
+    const Dtype dtype = dtype_of(args_.x.scalar_type());
+    float* to = sums_.mutable_data_ptr<float>() + rows.begin * columns;
+    const int64_t count = rows.end - rows.begin + kFactorRows + kFourBitRows;
+    for (int64_t begin = 0; begin < columns; begin += kPieceColumns) {
+      const int64_t some = std::min(kPieceColumns, columns - begin);
+      pieces.push_back({rows, AdapterView{nullptr, dtype, in, 1, some, in}, to + begin, columns,
+                        count * some * in, (expert * columns + begin) * in});
+    }
+  }
+
   static void add(std::vector<Product>& pieces, Range rows, const AdapterView& view,
                   const at::Tensor& out, int64_t column) {
     float* to = out.mutable_data_ptr<float>() + rows.begin * out.size(1) + column;
@@ -114,6 +135,41 @@ class FewRows {
   }
 
   void multiply(const Product& piece) const {
+    if (piece.first_code < 0) return multiply_values(piece);
+    const int64_t in = piece.view.cols, step = std::max<int64_t>(1, kStrip / in);
+    std::vector<uint16_t> values(step * in);
+    std::vector<float> scales(step * in / args_.blocks->block);
+    for (int64_t begin = 0; begin < piece.view.rank; begin += step) {
+      const int64_t end = std::min(begin + step, piece.view.rank);
+      Product strip = piece;
+      strip.view.data = values.data(), strip.view.rank = end - begin, strip.to += begin;
+      dequantize(piece.first_code + begin * in, (end - begin) * in, scales.data(), values.data(),
+                 piece.view.dtype);
+      multiply_values(strip);
+    }
+  }
+
+  void dequantize(int64_t first, int64_t count, float* scales, void* values, Dtype dtype) const {
+    const FourBitBlocks& blocks = *args_.blocks;
+    const int64_t block = first / blocks.block, some = count / blocks.block;
+    FourBitArgs args{};
+    args.packed = args_.weight.const_data_ptr<uint8_t>() + first / 2;
+    args.table = blocks.table->const_data_ptr<float>();
+    args.count = count, args.block = blocks.block, args.out = values, args.dtype = dtype;
+    if (blocks.is_nested()) {
+      const NestedScales nested{blocks.scale.const_data_ptr<uint8_t>(),
+                                blocks.scale_table->const_data_ptr<float>(),
+                                blocks.scale_scale->const_data_ptr<float>(),
+                                *blocks.scale_offset->const_data_ptr<float>(), blocks.scale_block};
+      nested.read({block, block + some}, scales);
+      args.scale = scales;
+    } else {
+      args.scale = blocks.scale.const_data_ptr<float>() + block;
+    }
+    dequantize_kernels().four_bits(args, {0, some});
+  }
+
+  void multiply_values(const Product& piece) const {
     alignas(64) float t[kMaxRows * kPieceColumns];
     const int64_t ranks = piece.view.rank, rows = piece.rows.end - piece.rows.begin;
     const ShrinkArgs args = shrink_args(args_.x, piece.view, nullptr, 1.0, t, Dropout{},

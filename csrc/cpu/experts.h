@@ -18,11 +18,24 @@
 
 namespace lora_ext {
 
+// How the codes of a weight of 4 bits become values: table[code] * scale of its block.
+struct FourBitBlocks {
+  at::Tensor scale;                 // [E N K / block] float; uint8 if these are codes themselves
+  std::optional<at::Tensor> table;  // [16] float
+  int64_t block = 0;                // divides K
+  // Of scales that are codes, as cpu::NestedScales; else none.
+  std::optional<at::Tensor> scale_table, scale_scale, scale_offset;
+  int64_t scale_block = 0;
+
+  bool is_nested() const { return scale_table.has_value(); }
+};
+
 struct ExpertsArgs {
   at::Tensor x;                     // [M, K], or [T, K] with tokens; last stride 1
   std::optional<at::Tensor> token;  // [M], int64: for each row its index in x
-  at::Tensor weight;                // [E, N, K], its stride 1 along N or K
-  std::optional<at::Tensor> bias;   // [E, N], contiguous
+  at::Tensor weight;                // [E, N, K], its stride 1 along N or K; or codes [E, N, K / 2]
+  std::optional<FourBitBlocks> blocks;  // of codes
+  std::optional<at::Tensor> bias;       // [E, N], contiguous
   // For each adapter [E r, K], where A_e is the r rows from e r on, and [N, r E], where B_e is the
   // columns e + j E. Contiguous.
   std::vector<at::Tensor> lora_a, lora_b;
@@ -31,6 +44,7 @@ struct ExpertsArgs {
   // The only adapter of each row, or -1; nullopt: each row has all. Some may have rank 0.
   std::optional<std::vector<int64_t>> adapters{};
 
+  int64_t in_features() const { return weight.size(2) * (blocks ? 2 : 1); }
   int64_t rows() const { return static_cast<int64_t>(experts.size()); }
   int64_t rank_of(size_t adapter) const { return lora_a[adapter].size(0) / weight.size(0); }
   // The columns of s.
@@ -45,8 +59,8 @@ struct ExpertsArgs {
 
 namespace cpu {
 
-// Returns y [M, N] in the weight's dtype, rounded once, and s [M, R] in float32: the S of all
-// adapters side by side, or that of the row's own adapter in its first ranks.
+// Returns y [M, N] in x's dtype, rounded once, and s [M, R] in float32: the S of all adapters side by
+// side, or that of the row's own adapter in its first ranks.
 Forward experts_few_rows(const ExpertsArgs& args);
 
 // Copies B of some experts, the n in `hit` (int64), to a pool of the grouped op, or a pool to them;

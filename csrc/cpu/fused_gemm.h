@@ -5,7 +5,8 @@
 //     forward   P = X,  Q = W^T, T = S,  U = B^T         backward   P = dY, Q = W, T = dS, U = A
 //
 // Y is computed in tiles of 64 x 64 sums, which are rounded once. A panel is 64 columns of Q, or a
-// part of its depth, packed for the microkernel in cpu/brgemm.h.
+// part of its depth, packed for the microkernel in cpu/brgemm.h. With many adapters, T, U and scale
+// are those of the adapter of row m.
 #pragma once
 
 #include "cpu/skinny.h"
@@ -16,18 +17,24 @@ namespace lora_ext::cpu {
 // rounded up to an even number and zeros there.
 constexpr int64_t kPanelCols = 64;
 
-// What is added to a tile before it is stored.
+// Consecutive rows of a product with one adapter, and their low-rank part.
+struct RowUpdate {
+  Range rows;
+  const float* t;  // [rows, u.rank], dense
+  AdapterView u;   // [rank, columns of Y]
+  float scale;
+};
+
+// Where a tile is stored, and what is added to it. Row m of the product is row rows[m] of P, of Y
+// and of the mask.
 struct TileArgs {
-  void* y;  // [rows, cols], row pitch y_pitch elements
+  void* y;  // row pitch y_pitch elements
   Dtype dtype;
   int64_t y_pitch;
-  int64_t cols;
-  const void* bias;  // [cols] in dtype, or null
-  const float* t;    // [rows, rank], or null: no low-rank part
-  int64_t rank;
-  const void* u;  // packed by pack_expand of the same instruction set
-  float scale;
-  Dropout dropout;
+  const void* bias;       // [columns of Y] in dtype, or null
+  const float* low_rank;  // of the tile, row pitch 64; or null
+  Dropout dropout;        // of the low-rank part
+  RowIndex rows;
 };
 
 // A strided matrix: element (d, c) of Q.
@@ -44,9 +51,13 @@ struct FusedGemmKernels {
   // Packs at most 64 columns; the panel has zeros in the others.
   void (*pack_float)(const MatrixView& q, Range depth, Range cols, float* panel);
   void (*pack_bfloat16)(const MatrixView& q, Range depth, Range cols, BFloat16* panel);
-  // out[i, d] = float(p[i, d]) for d in [0, depth); it writes whole vectors.
-  void (*convert)(const void* p, Dtype dtype, int64_t pitch, int64_t rows, int64_t depth,
-                  float* out, int64_t out_pitch);
+  // out[i, d] = float(p[index[rows.begin + i], d]) for d in [0, depth); it writes whole vectors.
+  void (*convert)(const void* p, Dtype dtype, int64_t pitch, RowIndex index, Range rows,
+                  int64_t depth, float* out, int64_t out_pitch);
+  // out[i, c] = scale * (T U)[i, c] for `rows` rows of T, and columns of U that were packed by
+  // pack_expand of `skinny`: at most 64 x 64, row pitch 64.
+  void (*low_rank_tile)(const RowUpdate& update, int64_t first_row, int64_t rows, int64_t width,
+                        const void* u, float* out);
   // Rounds and stores at most 64 x 64 sums, which have a row pitch of 64.
   void (*store_tile)(const TileArgs& args, const float* sums, Range rows, Range cols);
 };

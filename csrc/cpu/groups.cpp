@@ -45,6 +45,17 @@ Groups::Rows Groups::rows_of(const Segment& segment, Range range) const {
   return {0, {at}};
 }
 
+std::vector<int32_t> Groups::order_of_all(int64_t rows) const {
+  std::vector<int32_t> order = segments_.order;
+  std::vector<bool> has_adapter(static_cast<size_t>(rows), false);
+  for (const int32_t row : order) has_adapter[static_cast<size_t>(row)] = true;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!has_adapter[static_cast<size_t>(row)]) order.push_back(static_cast<int32_t>(row));
+  }
+  if (std::is_sorted(order.begin(), order.end())) order.clear();
+  return order;
+}
+
 Dropout Groups::dropout_at(const Rows& rows, int64_t column) const {
   Dropout own = dropout_;
   own.row_offset += rows.first, own.col_offset += column;

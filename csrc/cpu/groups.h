@@ -38,14 +38,17 @@ class Groups {
     RowIndex index;
   };
   Rows rows_of(const Segment& segment, Range range) const;
+  // All `rows` rows of the call in the order of the segments, then those without an adapter; empty
+  // if this is their own order.
+  std::vector<int32_t> order_of_all(int64_t rows) const;
+  const Dropout& dropout() const { return dropout_; }
   // The mask for those rows, from `column` on.
   Dropout dropout_at(const Rows& rows, int64_t column) const;
 
-  // The passes take S and dS of a segment as dense [rows, rank]. dS, a temporary, is stored this
-  // way. S is [M, max rank] with the rows in the order of x, so a segment's part may or may not be
-  // dense.
-  static float* ds_of(const at::Tensor& ds, const Segment& segment, int64_t row) {
-    return ds.mutable_data_ptr<float>() + segment.begin * ds.size(1) + row * segment.rank;
+  // The passes take S and dS of a segment as dense [rows, rank]. A temporary T is stored this way.
+  // S is [M, max rank] with the rows in the order of x, so a segment's part may or may not be dense.
+  static float* dense_part(const at::Tensor& t, const Segment& segment, int64_t row) {
+    return t.mutable_data_ptr<float>() + segment.begin * t.size(1) + row * segment.rank;
   }
   // The address in S if the passes can use it in place; else nullptr.
   float* s_in_place(const at::Tensor& s, const Segment& segment, Range rows) const;

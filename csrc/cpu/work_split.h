@@ -15,10 +15,10 @@ inline int64_t threads_for(int64_t work) {
   return std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
 }
 
-// Calls run(thread, piece) for every piece; each thread runs consecutive pieces. A piece has a
-// field `work`. The result of a piece does not depend on the thread that runs it.
-template <class Piece, class Run>
-void run_pieces(const std::vector<Piece>& pieces, int64_t threads, const Run& run) {
+// Consecutive pieces for each thread: those of thread t begin at [t] and end at [t + 1]. A piece has
+// a field `work`, of which each thread gets about the same.
+template <class Piece>
+std::vector<size_t> shares_of(const std::vector<Piece>& pieces, int64_t threads) {
   int64_t total = 0;
   for (const Piece& piece : pieces) total += piece.work;
   std::vector<size_t> firsts(static_cast<size_t>(threads) + 1, pieces.size());
@@ -31,6 +31,14 @@ void run_pieces(const std::vector<Piece>& pieces, int64_t threads, const Run& ru
     }
     before += pieces[i].work;
   }
+  return firsts;
+}
+
+// Calls run(thread, piece) for every piece. The result of a piece does not depend on the thread that
+// runs it.
+template <class Piece, class Run>
+void run_pieces(const std::vector<Piece>& pieces, int64_t threads, const Run& run) {
+  const std::vector<size_t> firsts = shares_of(pieces, threads);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (auto t = static_cast<size_t>(begin); t < static_cast<size_t>(end); ++t) {
       for (size_t i = firsts[t]; i < firsts[t + 1]; ++i) {

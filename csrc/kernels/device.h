@@ -28,8 +28,10 @@ bool is_capturing(void* stream);
 // An id that, unlike the handle, no other stream of the process has or will have; nullopt if CUDA
 // does not tell. Not while a graph is being captured.
 std::optional<uint64_t> stream_id(void* stream);
-// Sets numbers to zero, on the stream. Returns "" or the error.
-std::string clear(int32_t* numbers, int64_t count, void* stream);
+// Numbers that are zero for what comes next on the stream, in memory of the current device that is
+// never freed and that torch's allocator does not know; nullptr if there is none. Not while a graph
+// is being captured on the stream.
+uint32_t* permanent_zeros(int64_t count, void* stream);
 // Waits until the stream is done, for at most `seconds`. Returns "", or the error of its kernels;
 // nullopt if they have not ended.
 std::optional<std::string> wait(void* stream, double seconds);

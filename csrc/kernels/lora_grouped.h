@@ -42,7 +42,7 @@ struct LoraGroupedFactors {
   const LoraGroupedEntry* entries;  // [groups], or null
   void *a, *b;                      // of a pool: [groups, max_rank, k] and [groups, n, max_rank]
   int64_t a_stride, b_stride, a_pitch, b_pitch;  // elements
-  const int* ranks;                              // [groups]
+  const int* ranks;                              // [groups]; null if all have the largest
 };
 
 // A segment: the positions of one adapter that has rows and a rank. The last segment is followed by
@@ -75,7 +75,7 @@ struct LoraGroupedTables {
   LoraGroupedPiece* tiles;       // [tile_count]
   LoraGroupedPiece* pieces;      // [piece_count], for sums over rows
   LoraGroupedSum* sums;          // [groups]
-  int* counts;                   // [chunks, groups + 1], used with an index
+  int* counts;                   // [groups + 1, chunks], used with an index
   int piece_rows, tile_count, piece_count;
 };
 

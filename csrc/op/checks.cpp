@@ -266,8 +266,8 @@ void check_operands(const char* op, const at::Tensor& x, const Base& base, const
   }
   check_dropout(op, x, update.dropout);
   EXPECT(base.row_block >= 0, "expected row_block >= 0, but got ", base.row_block);
-  EXPECT(!base.is_given() || (base.row_block == 0 && !base.packed && !base.packed_t),
-         "expected neither a row_block nor a packed weight beside a y that is given");
+  EXPECT(!base.is_given() || (!base.packed && !base.packed_t),
+         "expected no packed weight beside a y that is given");
 }
 
 }  // namespace

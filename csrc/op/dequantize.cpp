@@ -26,8 +26,7 @@ constexpr char op[] = "dequantize";      // in messages
 constexpr int64_t kGrain = 1 << 15;      // values worth a thread's start, about 5 us
 constexpr int64_t kCodesOfFourBits = 2;  // in a byte
 
-// Scales that are 8-bit codes themselves: table[code] * scale[i / block] + offset, rounded after
-// the product and after the sum.
+// Scales that are 8-bit codes themselves, as cpu::NestedScales.
 struct NestedScale {
   std::optional<at::Tensor> table{};   // [256]
   std::optional<at::Tensor> scale{};   // one for each block of codes
@@ -35,13 +34,10 @@ struct NestedScale {
   int64_t block = 1;
 
   void read(const at::Tensor& codes, cpu::Range range, float* out) const {
-    const uint8_t* code = codes.const_data_ptr<uint8_t>();
-    const float* values = table->const_data_ptr<float>();
-    const float* factor = scale->const_data_ptr<float>();
-    const float added = *offset->const_data_ptr<float>();
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      out[i - range.begin] = values[code[i]] * factor[i / block] + added;
-    }
+    const cpu::NestedScales scales{codes.const_data_ptr<uint8_t>(), table->const_data_ptr<float>(),
+                                   scale->const_data_ptr<float>(), *offset->const_data_ptr<float>(),
+                                   block};
+    scales.read(range, out);
   }
 };
 

@@ -63,8 +63,42 @@ void check_matrix(const char* op, const char* name, const at::Tensor& factor,
          " contiguous, of shape ", shape, ", but got ", factor.sizes());
 }
 
-void check_few_rows(const char* op, const ExpertsArgs& args) {
-  const at::Tensor &x = args.x, &weight = args.weight;
+// One tensor of the numbers by which codes become values.
+void check_part(const char* op, const char* name, const std::optional<at::Tensor>& given,
+                at::ScalarType dtype, int64_t count) {
+  EXPECT(given.has_value(), "expected a ", name, " beside codes of 4 bits, but got none");
+  const at::Tensor& part = *given;
+  EXPECT(
+      part.scalar_type() == dtype && part.numel() == count && part.is_contiguous() && part.is_cpu(),
+      "expected a contiguous ", name, " of ", count, " elements in ", dtype, ", but got ",
+      part.scalar_type(), " of ", part.sizes());
+}
+
+void check_codes(const char* op, const ExpertsArgs& args) {
+  const at::Tensor& codes = args.weight;
+  const FourBitBlocks& blocks = *args.blocks;
+  EXPECT(codes.scalar_type() == at::kByte && codes.dim() == 3 && codes.size(0) > 0 &&
+             codes.is_contiguous() && codes.is_cpu(),
+         "expected contiguous codes of shape [experts, out_features, in_features / 2] in uint8, but"
+         " got ",
+         codes.scalar_type(), " of ", codes.sizes());
+  EXPECT_TYPE(is_half(args.x.scalar_type()), "expected x in bfloat16 or float16, but got ",
+              args.x.scalar_type());
+  const int64_t block = blocks.block, count = 2 * codes.numel();
+  EXPECT(block > 0 && block % 2 == 0 && args.in_features() % block == 0,
+         "expected an even block that divides the ", args.in_features(),
+         " input features, but got ", block);
+  check_part(op, "scale", blocks.scale, blocks.is_nested() ? at::kByte : at::kFloat, count / block);
+  check_part(op, "table", blocks.table, at::kFloat, 16);
+  if (!blocks.is_nested()) return;
+  EXPECT(blocks.scale_block > 0, "expected a positive scale_block, but got ", blocks.scale_block);
+  const int64_t some = (count / block + blocks.scale_block - 1) / blocks.scale_block;
+  check_part(op, "scale_table", blocks.scale_table, at::kFloat, 256);
+  check_part(op, "scale_scale", blocks.scale_scale, at::kFloat, some);
+  check_part(op, "scale_offset", blocks.scale_offset, at::kFloat, 1);
+}
+
+void check_values(const char* op, const at::Tensor& x, const at::Tensor& weight) {
   EXPECT(weight.dim() == 3 && weight.size(0) > 0 && weight.is_cpu() &&
              (weight.stride(1) == 1 || weight.stride(2) == 1),
          "expected weight of shape [experts, out_features, in_features], one of the last two of"
@@ -73,7 +107,16 @@ void check_few_rows(const char* op, const ExpertsArgs& args) {
   EXPECT_TYPE(is_half(weight.scalar_type()) && x.scalar_type() == weight.scalar_type(),
               "expected x and weight both in bfloat16 or in float16, but got ", x.scalar_type(),
               " and ", weight.scalar_type());
-  const int64_t experts = weight.size(0), out = weight.size(1), in = weight.size(2);
+}
+
+void check_few_rows(const char* op, const ExpertsArgs& args) {
+  const at::Tensor &x = args.x, &weight = args.weight;
+  if (args.blocks) {
+    check_codes(op, args);
+  } else {
+    check_values(op, x, weight);
+  }
+  const int64_t experts = weight.size(0), out = weight.size(1), in = args.in_features();
   EXPECT(x.dim() == 2 && x.size(1) == in && x.stride(1) == 1 && x.is_cpu(),
          "expected x of shape [rows, ", in, "], contiguous along its columns, but got ", x.sizes());
   check_below(op, "experts", args.experts, experts);
@@ -96,9 +139,17 @@ void check_few_rows(const char* op, const ExpertsArgs& args) {
 std::tuple<at::Tensor, at::Tensor> experts_few_rows(
     const at::Tensor& x, const std::optional<at::Tensor>& token, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, at::TensorList lora_a, at::TensorList lora_b,
-    at::ArrayRef<double> scalings, at::IntArrayRef experts, at::OptionalIntArrayRef adapters) {
+    at::ArrayRef<double> scalings, at::IntArrayRef experts, at::OptionalIntArrayRef adapters,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& table, int64_t block,
+    const std::optional<at::Tensor>& scale_table, const std::optional<at::Tensor>& scale_scale,
+    const std::optional<at::Tensor>& scale_offset, int64_t scale_block) {
+  std::optional<FourBitBlocks> blocks;
+  if (scale) {
+    blocks =
+        FourBitBlocks{*scale, table, block, scale_table, scale_scale, scale_offset, scale_block};
+  }
   ExpertsArgs args{
-      x, token, weight, bias, lora_a.vec(), lora_b.vec(), scalings.vec(), experts.vec()};
+      x, token, weight, blocks, bias, lora_a.vec(), lora_b.vec(), scalings.vec(), experts.vec()};
   if (adapters) args.adapters = adapters->vec();
   check_few_rows("experts_few_rows", args);
   TORCH_CHECK(cpu::kernels_for_few_rows() != nullptr,
@@ -131,8 +182,9 @@ void experts_copy(at::Tensor& out, const at::Tensor& source, const at::Tensor& h
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "experts_few_rows(Tensor x, Tensor? token, Tensor weight, Tensor? bias, Tensor[] lora_a, "
-      "Tensor[] lora_b, float[] scalings, int[] experts, int[]? adapters=None) -> (Tensor, "
-      "Tensor)");
+      "Tensor[] lora_b, float[] scalings, int[] experts, int[]? adapters=None, *, "
+      "Tensor? scale=None, Tensor? table=None, int block=0, Tensor? scale_table=None, "
+      "Tensor? scale_scale=None, Tensor? scale_offset=None, int scale_block=0) -> (Tensor, Tensor)");
   // Between lora_b and a pool, which has 3 dimensions.
   m.def("experts_copy(Tensor(a!) out, Tensor source, Tensor hit, int experts) -> ()");
 }

@@ -35,8 +35,11 @@ std::vector<int64_t> with_last(const at::Tensor& tensor, int64_t last) {
 // weight's original dtype, so it is not used where the weight is cast. Under autocast the bias is
 // rounded as the weight is; otherwise it may be wider than x.
 Base flat_base(const Base& base, at::ScalarType dtype) {
-  if (base.is_given()) return Base::given(base.y.defined() ? flattened(base.y) : at::Tensor());
   Base own = base;
+  if (base.is_given()) {
+    if (base.y.defined()) own.y = flattened(base.y);
+    return own;
+  }
   if (base.weight.scalar_type() != dtype) {
     own.weight = base.weight.to(dtype);
     own.packed = own.packed_t = std::nullopt;

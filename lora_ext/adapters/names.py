@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..quantized.stacks import parameter_names as names_in
+from ..quantized.stacks import parametrized
 from .errors import AdapterError, some
 from .parameters import is_named
 from .targets import base_modules, selected_paths
@@ -55,9 +57,13 @@ def parameter_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         AdapterError: others have names that end alike.
     """
-    every = [f"{p}.{n}" for p, module in base_modules(model).items() for n in module._parameters]
+    modules = base_modules(model)
+    every = [f"{p}.{n}" for p, module in modules.items() for n in names_in(module)]
     short = tuple(sorted({".".join(name.split(".")[-2:]) for name in names}))
-    for targets in (short, tuple(names)):
+    # PEFT finds the parameters of modules with parametrizations by their whole names alone.
+    is_whole = any(parametrized(modules[name.rpartition(".")[0]]) for name in names)
+    others: list[str] = []
+    for targets in (tuple(names),) if is_whole else (short, tuple(names)):
         others = [name for name in every if is_named(name, targets) and name not in names]
         if not others:
             return targets

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..nn.parameter import LoRAParameter
+from ..quantized.stacks import parameter_names
 from .errors import AdapterError, shown, some
 from .layout import PREFIX, Slot
 from .peft_config import AdapterConfig
@@ -52,7 +53,7 @@ def is_named(name: str, targets: Iterable[str]) -> bool:
 
 def named_parameters(path: str, module: nn.Module, targets: Iterable[str]) -> list[str]:
     """The module's own parameters that target_parameters names, the innermost first."""
-    own = (name for name, parameter in module._parameters.items() if parameter is not None)
+    own = parameter_names(module)
     return [name for name in own if is_named(f"{path}.{name}", targets)]
 
 
@@ -95,7 +96,7 @@ def order_of(layer: LoRAParameter, entry: Entry | None, config: AdapterConfig) -
         entry: of its lora_A; None if there is none.
         config: the adapter's.
     """
-    if layer.weight.dim() == 2:
+    if len(layer.weight_shape) == 2:
         return FactorOrder(1)
     out_features, in_features = layer.matrix_shape
     width = entry.shape[1] if entry and len(entry.shape) == 2 else in_features
@@ -165,6 +166,37 @@ def parameter_of(path: str, name: str, layers: Iterable[LoRAParameter]) -> LoRAP
             f"but it names {name!r}"
         )
     return found[name]
+
+
+def in_file(
+    path: str, layers: Mapping[str, LoRAParameter], entries: Mapping[str, Entry]
+) -> list[str]:
+    """The names of parameters, that of the innermost wrapper first.
+
+    PEFT wraps the parameters of quantised experts by the alphabet, of others in the module's order,
+    and a file of the ones may be loaded into the others: the factors' sizes say what they are of.
+
+    Args:
+        path: of the module.
+        layers: by the parameters' names, in the order of this module's wrappers.
+        entries: of the file.
+    """
+    names = list(layers)
+
+    def fits(order: list[str]) -> bool:
+        depths = reversed(range(len(order)))
+        return all(_is_of(layers[n], path, d, entries) for n, d in zip(order, depths, strict=True))
+
+    return names[::-1] if not fits(names) and fits(names[::-1]) else names
+
+
+def _is_of(layer: LoRAParameter, path: str, depth: int, entries: Mapping[str, Entry]) -> bool:
+    """Whether factors in a file have the sizes of a parameter's, swapped or not."""
+    slots = parameter_slots(path, depth, ((0, 0), (0, 0)))
+    lora_a, lora_b = (entries.get(slot.key) for slot in slots)
+    if lora_a is None or lora_b is None or len(lora_a.shape) != 2 or len(lora_b.shape) != 2:
+        return False
+    return {lora_a.shape[1], lora_b.shape[0]} == set(layer.matrix_shape)
 
 
 def parameter_slots(path: str, depth: int, shapes: tuple[tuple[int, int], ...]) -> list[Slot]:

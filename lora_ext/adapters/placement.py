@@ -19,6 +19,7 @@ from .owners import bias_of, check_real
 from .parameters import (
     FactorOrder,
     check_wrappers,
+    in_file,
     named_parameters,
     order_of,
     parameter_of,
@@ -172,9 +173,10 @@ class Placement:
         """The targets of a module that PEFT wraps for parameters, the innermost first."""
         module = self.modules[path]
         around = module_for(path, module)
+        layers = {each: parameter_of(path, each, around.layers()) for each in names}
+        names = in_file(path, layers, entries)
         for depth, parameter in zip(reversed(range(len(names))), names, strict=True):
-            name = f"{path}.{parameter}"
-            layer = parameter_of(path, parameter, around.layers())
+            name, layer = f"{path}.{parameter}", layers[parameter]
             check_real(repr(name), layer.weight)
             entry = entries.get(parameter_slots(path, depth, ((0, 0), (0, 0)))[0].key)
             order = order_of(layer, entry, self.config)

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from ..experts.decorated import up_name
 from ..models.mixtures import routers
 from ..nn.experts import is_experts
+from ..quantized.stack import QuantizedStack
+from ..quantized.stacks import stack_of
 from .alphas import find_alphas
 from .errors import AdapterError, shown, some
 from .layout import PREFIX, path_of_factor
@@ -248,7 +250,9 @@ def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> 
         adapted = tuple(part for part in rows[name] if any(part == of for of, _, _ in factors))
         if not adapted:
             continue
-        count, *sides = module._parameters[name].shape
+        stored = stack_of(module, name)
+        assert isinstance(stored, (Tensor, QuantizedStack))
+        count, *sides = stored.shape
         in_features, out_features = sides if module.is_transposed else reversed(sides)
         own = {key: entry for key, entry in factors.items() if key[0] in adapted}
         features = (in_features, out_features // len(rows[name]))

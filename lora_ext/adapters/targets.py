@@ -14,6 +14,7 @@ from ..models.model import adapter_modules, named_modules
 from ..models.patterns import is_name_of
 from ..nn import LoRALayer
 from ..nn.experts import is_experts
+from ..quantized.stacks import parameter_names
 from .errors import some
 from .parameters import is_named
 from .peft_config import AdapterConfig
@@ -92,7 +93,9 @@ def warn_of_other_parameters(
     """
     if not names:
         return
-    every = {f"{p}.{n}" for p, module in base_modules(model).items() for n in module._parameters}
+    every = {
+        f"{p}.{n}" for p, module in base_modules(model).items() for n in parameter_names(module)
+    }
     adapted = {*adapted, *(f"{path}.weight" for path in adapted)}
     others = {each for each in every if is_named(each, names)} - adapted
     others |= {name for name in names if not any(is_named(each, [name]) for each in every)}

@@ -165,6 +165,7 @@ def _times_of(
         dict.fromkeys(timed, call),
         trial.device,
         lambda name: _request(card, trial.shape, backward, timed[name]),
+        capture=True,
     )
 
 

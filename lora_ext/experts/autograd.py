@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..quantized.stack import QuantizedStack
 from . import ops, projection, routing
 from .dropout import Dropout
 from .factors import Factors
@@ -27,22 +28,24 @@ class Call(NamedTuple):
     """The arguments of a projection other than tensors with a gradient.
 
     Attributes:
-        weight: ``[E, out, in]``.
+        weight: ``[E, out, in]``, or a quantised stack of this shape.
         bias: ``[E, out]`` or None.
         scalings: those of the adapters.
         routes: the routes of the rows.
         slots: k, the number of rows of each token.
         dropout_p: the probability of dropout of the update's input.
         seed: that of its mask; None: no dropout.
+        row_block: the op's, positive in `lora_ext.batch_invariant`.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedStack
     bias: Tensor | None
     scalings: tuple[float, ...]
     routes: Routes
     slots: int
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    row_block: int = 0
 
     def dropout(self, of_tokens: bool) -> Dropout | None:
         """Whose masks have a row for each token, or for each slot."""
@@ -53,12 +56,13 @@ class Call(NamedTuple):
 
     def projection(self, factors: tuple[Tensor, ...]) -> Projection:
         if not factors:
-            return Projection(self.weight, self.bias, None)
+            return Projection(self.weight, self.bias, None, self.row_block)
         half = len(factors) // 2
         return Projection(
             self.weight,
             self.bias,
             Factors(factors[:half], factors[half:], self.scalings, self.routes.ends),
+            self.row_block,
         )
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATS
+from ..quantized.stack import QuantizedStack
+from ..quantized.stacks import stack_of, stacks_of
 from ..torch_state import is_plain
 
 # The forwards of transformers, which all compute the same. Nothing is known about others.
@@ -42,6 +44,24 @@ def up_name(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
+def weight_of(module: Any, name: str) -> Tensor | QuantizedStack:
+    """The weight of a projection of a module without an `obstacle`, not dequantised."""
+    found = stack_of(module, name)
+    assert isinstance(found, (Tensor, QuantizedStack))
+    return found
+
+
+def quantised_note(module: Any) -> str:
+    """How quantised experts are computed, as the end of a text; "" if none are."""
+    formats = sorted({stack.format for stack in stacks_of(module)})
+    return f", {' and '.join(formats)}, one dequantised at a time" if formats else ""
+
+
+def workspace_bytes(module: Any) -> int:
+    """Bytes of the largest dequantised expert, 0 if the experts are not quantised."""
+    return max((stack.matrix_bytes for stack in stacks_of(module)), default=0)
+
+
 def obstacle(module: Any) -> str:
     """Why `lora_experts` cannot compute a decorated module for any input, or ""."""
     if module._is_expert_parallel:
@@ -51,9 +71,9 @@ def obstacle(module: Any) -> str:
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         return "the model is exported or traced"
     names = (up_name(module), "down_proj")
-    first = module._parameters.get(names[0])
+    first = stack_of(module, names[0])
     for name in names:
-        reason = _weight_obstacle(module._parameters.get(name), first)
+        reason = _weight_obstacle(stack_of(module, name), first)
         if reason:
             return reason
     biases = [getattr(module, f"{name}_bias") for name in names] if module.has_bias else []
@@ -61,7 +81,9 @@ def obstacle(module: Any) -> str:
 
 
 def _weight_obstacle(weight: Any, first: Any) -> str:
-    if not (is_plain(weight) and weight.dim() == 3 and weight.dtype in FLOATS):
+    if isinstance(weight, str):
+        return weight
+    if not (isinstance(weight, QuantizedStack) or _is_dense(weight)):
         return "the experts' weights are computed, quantised or sharded"
     if weight.dtype != first.dtype or weight.device != first.device:
         return "the experts' weights differ in dtype or device"
@@ -70,7 +92,11 @@ def _weight_obstacle(weight: Any, first: Any) -> str:
     return "the experts' weights are trained" if _is_trained(weight) else ""
 
 
-def _is_trained(weight: Tensor) -> bool:
+def _is_dense(weight: Any) -> bool:
+    return is_plain(weight) and weight.dim() == 3 and weight.dtype in FLOATS
+
+
+def _is_trained(weight: Tensor | QuantizedStack) -> bool:
     return weight.requires_grad and torch.is_grad_enabled()
 
 
@@ -93,7 +119,7 @@ def operands(
     if len(args) != 3 or not all(map(is_plain, args)):
         return None
     x, index, weights = args
-    down = module.down_proj
+    down = weight_of(module, "down_proj")
     is_fit = (
         x.dim() == index.dim() == weights.dim() == 2
         and index.shape == weights.shape

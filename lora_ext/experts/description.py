@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .decorated import up_name
+from ..quantized.stack import QuantizedStack
+from .decorated import up_name, weight_of
 
 
 class Experts(NamedTuple):
     """The frozen part of the experts, E matrices for each of two projections.
 
     Attributes:
-        up: ``[E, N, H]``, gate and up together or up alone; ``[E, H, N]`` if transposed.
+        up: ``[E, N, H]``, gate and up together or up alone; ``[E, H, N]`` if transposed. This
+            and `down` may be quantised.
         down: ``[E, H, I]``; ``[E, I, H]`` if it is transposed.
         up_bias, down_bias: ``[E, N]`` and ``[E, H]``, or None.
         is_transposed: whether both have ``[in, out]`` for each expert.
@@ -23,8 +25,8 @@ class Experts(NamedTuple):
         is_gate_trained: whether the gate has parameters that require a gradient.
     """
 
-    up: Tensor
-    down: Tensor
+    up: Tensor | QuantizedStack
+    down: Tensor | QuantizedStack
     gate: Callable[[Tensor], Tensor]
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
@@ -37,8 +39,8 @@ class Experts(NamedTuple):
         """The experts of a module decorated with transformers' `use_experts_implementation`."""
         name = up_name(module)
         return cls(
-            getattr(module, name),
-            module.down_proj,
+            weight_of(module, name),
+            weight_of(module, "down_proj"),
             # `_apply_gate` exists also in a module without a gate, but it would split its input.
             module._apply_gate if module.has_gate else module.act_fn,
             getattr(module, f"{name}_bias") if module.has_bias else None,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..dtypes import HALVES
 from ..functional import draw_seed, keep_scale_of
-from ..invariance import refuse
+from ..invariance import row_block
+from ..quantized.stack import QuantizedStack
 from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
 from .routing import Routes, places_of, routes_by_adapter, routes_of
@@ -54,10 +55,12 @@ def lora_experts(
 
     Raises:
         IndexError: a number in adapter_index is out of range.
+        NotImplementedError: within `lora_ext.batch_invariant`, on a GPU, or in a dtype without
+            products by panels.
         ValueError: adapters of one projection differ in dropout; adapter_index has another shape or
             dtype, or up and down have other numbers of adapters.
     """
-    refuse("experts")
+    block = row_block(x)
     count = experts.up.shape[0]
     adapters = max(len(up), len(down))
     if adapter_index is None or adapters == 0:
@@ -66,8 +69,10 @@ def lora_experts(
         _check_index(adapter_index, len(x), up, down)
         routes = routes_by_adapter(top_k_index, count, adapter_index, adapters)
     slots = top_k_index.shape[-1]
-    first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots)
-    second, second_factors = _call(experts, experts.down, experts.down_bias, down, routes, slots)
+    first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots, block)
+    second, second_factors = _call(
+        experts, experts.down, experts.down_bias, down, routes, slots, block
+    )
     with torch.autocast(x.device.type, enabled=False):
         z = Projected.apply(first, True, x.to(experts.up.dtype), *first_factors)
         gate, h = experts.gate, z
@@ -83,18 +88,19 @@ def lora_experts(
 
 def _call(
     experts: Experts,
-    weight: Tensor,
+    weight: Tensor | QuantizedStack,
     bias: Tensor | None,
     given: Sequence[ExpertsAdapter | None],
     routes: Routes,
     slots: int,
+    block: int,
 ) -> tuple[Call, list[Tensor]]:
     if experts.is_transposed:
         weight = weight.transpose(1, 2)
     adapters = [_with_number(adapter) for adapter in _with_rank_0(given, weight)]
     scalings = tuple(float(adapter.scaling) for adapter in adapters)
     factors = [adapter.lora_a for adapter in adapters] + [adapter.lora_b for adapter in adapters]
-    call = Call(weight, bias, scalings, routes, slots)
+    call = Call(weight, bias, scalings, routes, slots, row_block=block)
     p = _dropout_of(adapters)
     if p > 0.0:
         scalings = tuple(scaling * keep_scale_of(p) for scaling in scalings)
@@ -103,7 +109,7 @@ def _call(
 
 
 def _with_rank_0(
-    given: Sequence[ExpertsAdapter | None], weight: Tensor
+    given: Sequence[ExpertsAdapter | None], weight: Tensor | QuantizedStack
 ) -> Sequence[ExpertsAdapter]:
     """The adapters of a projection, those that it lacks with rank 0; none if it lacks all."""
     here = [adapter for adapter in given if adapter is not None]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..quantized.stacks import flat_weight, weight_from_flat
 from . import projection as eager
 from . import routing
 from .dropout import Dropout
@@ -51,10 +52,10 @@ def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int)
 
 
 def _flat(projection: Projection) -> tuple:
-    weight, bias, factors = projection
+    flat, factors = flat_weight(projection.weight), projection.factors
     if factors is None:
-        return weight, bias, [], [], [], None
-    return weight, bias, *map(list, factors[:3]), factors.ends
+        return *flat, projection.bias, [], [], [], None, projection.row_block
+    return *flat, projection.bias, *map(list, factors[:3]), factors.ends, projection.row_block
 
 
 def _flat_dropout(dropout: Dropout | None) -> tuple:
@@ -67,42 +68,51 @@ def _dropout(p: float, seed: Tensor | None, rows: Tensor | None) -> Dropout | No
 
 
 def _projection(
-    weight: Tensor,
+    weight: list[Tensor],
+    numbers: list[int],
+    dtype: torch.dtype,
     bias: Tensor | None,
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scalings: list[float],
     ends: Tensor | None,
+    row_block: int,
 ) -> Projection:
-    return Projection(weight, bias, Factors(lora_a, lora_b, scalings, ends) if lora_a else None)
+    factors = Factors(lora_a, lora_b, scalings, ends) if lora_a else None
+    return Projection(weight_from_flat(weight, numbers, dtype), bias, factors, row_block)
 
 
 @torch.library.custom_op("lora_ext::experts_forward", mutates_args=())
 def _forward(
     x: Tensor,
     token: Tensor | None,
-    weight: Tensor,
+    weight: list[Tensor],
+    numbers: list[int],
+    dtype: torch.dtype,
     bias: Tensor | None,
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scalings: list[float],
     ends: Tensor | None,
+    row_block: int,
     offs: Tensor,
     dropout_p: float,
     seed: Tensor | None,
     mask_rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    projection = _projection(weight, bias, lora_a, lora_b, scalings, ends)
+    projection = _projection(
+        weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, row_block
+    )
     return eager.forward(Rows(x, token), projection, offs, _dropout(dropout_p, seed, mask_rows))
 
 
 @_forward.register_fake
-def _(x, token, weight, bias, lora_a, lora_b, scalings, ends, offs, dropout_p, seed, mask_rows):
+def _(x, token, weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, *rest):
     rows = (x if token is None else token).shape[0]  # len() would make it a constant
-    experts, out_features, _ = weight.shape
+    experts, out_features, _ = weight_from_flat(weight, numbers, dtype).shape
     rank = Factors(lora_a, lora_b, scalings, ends).rank(experts) if lora_a else 0
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.new_empty(rows, out_features), weight.new_empty(rows, rank, dtype=wide)
+    wide = torch.promote_types(dtype, torch.float32)
+    return x.new_empty(rows, out_features, dtype=dtype), x.new_empty(rows, rank, dtype=wide)
 
 
 @torch.library.custom_op("lora_ext::experts_backward", mutates_args=())
@@ -112,12 +122,15 @@ def _backward(
     x: Tensor,
     token: Tensor | None,
     weights: Tensor | None,
-    weight: Tensor,
+    weight: list[Tensor],
+    numbers: list[int],
+    dtype: torch.dtype,
     bias: Tensor | None,
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     scalings: list[float],
     ends: Tensor | None,
+    row_block: int,
     s: Tensor,
     offs: Tensor,
     dropout_p: float,
@@ -130,7 +143,7 @@ def _backward(
         Rows(grad, grad_token),
         Rows(x, token),
         weights,
-        _projection(weight, bias, lora_a, lora_b, scalings, ends),
+        _projection(weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, row_block),
         s,
         offs,
         wanted[0],
@@ -143,11 +156,11 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, grad_token, x, token, weights, weight, bias, lora_a, lora_b, scalings, ends, s, *rest):
-    wanted = rest[-1]
-    rows = s.shape[0]
+def _(grad, grad_token, x, token, weights, weight, numbers, dtype, bias, lora_a, lora_b, *rest):
+    s, wanted = rest[3], rest[-1]
+    rows, shape = s.shape[0], weight_from_flat(weight, numbers, dtype).shape
     every = (
-        weight.new_empty(rows, weight.shape[2]),
+        s.new_empty(rows, shape[2], dtype=dtype),
         s.new_empty(rows),
         *(torch.empty_like(f, memory_format=torch.contiguous_format) for f in (*lora_a, *lora_b)),
     )

@@ -4,10 +4,13 @@
     backward     g W_e
 
 torch's grouped product computes all experts at once on a GPU, in bfloat16 and if its alignment
-rules hold; otherwise there is one product for each expert.
+rules hold; otherwise there is one product for each expert. Quantised experts are dequantised one at
+a time for their product, those with rows alone.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch.nn.functional import grouped_mm
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _C
+from ..quantized.stack import QuantizedStack
 from .expert_groups import ExpertGroup
 
 # The devices on which the grouped product is one kernel. On a CPU torch loops over all experts.
@@ -23,7 +27,7 @@ _LEAST_CARD = (8, 0)
 _ALIGNMENT = 16  # bytes
 
 
-def are_grouped(weight: Tensor, rows: int, given: Tensor | None) -> bool:
+def are_grouped(weight: Tensor | QuantizedStack, rows: int, given: Tensor | None) -> bool:
     """Whether the grouped product supports a call, forward and backward.
 
     Args:
@@ -32,6 +36,8 @@ def are_grouped(weight: Tensor, rows: int, given: Tensor | None) -> bool:
         given: rows that are used in place, not gathered.
     """
     if weight.device.type not in DEVICES or weight.dtype != torch.bfloat16 or rows == 0:
+        return False
+    if isinstance(weight, QuantizedStack):
         return False
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < _LEAST_CARD:
         return False
@@ -49,9 +55,20 @@ def _is_aligned(matrices: Tensor) -> bool:
     return all(stride * matrices.element_size() % _ALIGNMENT == 0 for stride in others)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, group: ExpertGroup) -> Tensor:
-    """The products ``[rows, out]`` for the rows of the group."""
+def forward(
+    x: Tensor,
+    weight: Tensor | QuantizedStack,
+    bias: Tensor | None,
+    group: ExpertGroup,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """The products ``[rows, out]`` for the rows of the group.
+
+    Args:
+        batch_invariant: whether a row's bits must not depend on the number of rows; on a CPU.
+    """
     if group.experts is None:
+        assert isinstance(weight, Tensor)
         y = grouped_mm(x, weight.transpose(1, 2), offs=group.offs)
         if bias is not None:
             y += bias[group.numbers(len(bias))]
@@ -59,25 +76,43 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, group: ExpertGroup) 
     y = weight.new_empty(len(x), weight.shape[1])
     for expert, begin, end in group.experts:
         own_bias = None if bias is None else bias[expert]
-        _product(x[begin:end], weight[expert].t(), own_bias, y[begin:end])
+        with _matrix(weight, expert, x) as matrix:
+            _product(x[begin:end], matrix.t(), own_bias, y[begin:end], batch_invariant)
     return y
 
 
-def backward(grad: Tensor, weight: Tensor, group: ExpertGroup, out: Tensor | None) -> Tensor:
+def backward(
+    grad: Tensor,
+    weight: Tensor | QuantizedStack,
+    group: ExpertGroup,
+    out: Tensor | None,
+    batch_invariant: bool = False,
+) -> Tensor:
     """The products ``[rows, in]`` for the rows of the group, written into `out`, which is needed if
     each expert has its own product."""
     if group.experts is None:
+        assert isinstance(weight, Tensor)
         return grouped_mm(grad, weight, offs=group.offs)
     assert out is not None
     for expert, begin, end in group.experts:
-        _product(grad[begin:end], weight[expert], None, out[begin:end])
+        with _matrix(weight, expert, grad) as matrix:
+            _product(grad[begin:end], matrix, None, out[begin:end], batch_invariant)
     return out
 
 
-def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def _matrix(
+    weight: Tensor | QuantizedStack, expert: int, x: Tensor
+) -> AbstractContextManager[Tensor]:
+    """Within a block, the matrix ``[out, in]`` of an expert, in x's dtype."""
+    if isinstance(weight, QuantizedStack):
+        return weight.matrix(expert, x)
+    return nullcontext(weight[expert])
+
+
+def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor, batch_invariant: bool) -> None:
     """out = p q + bias, by torch's functions where modes look on, such as torch's FLOP counter."""
     if p.is_cpu and not is_in_torch_dispatch_mode():
-        _C.cpu_product(p, q, bias, out)
+        _C.cpu_product(p, q, bias, out, batch_invariant)
     elif bias is None:
         torch.mm(p, q, out=out)
     else:

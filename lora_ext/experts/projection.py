@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _C
+from ..quantized.stack import QuantizedStack
 from . import expert_groups, few_rows, products
 from .dropout import Dropout
 from .expert_groups import ExpertGroup, ExpertGroups
@@ -30,14 +32,16 @@ _ops = torch.ops.lora_ext
 
 class Projection(NamedTuple):
     """Attributes:
-    weight: ``[E, out, in]``, any strides.
+    weight: ``[E, out, in]``, any strides, or quantised.
     bias: ``[E, out]`` or None.
     factors: of the active adapters, or of those that rows have; or None.
+    row_block: the op's, positive in `lora_ext.batch_invariant`.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedStack
     bias: Tensor | None
     factors: Factors | None
+    row_block: int = 0
 
 
 class Rows(NamedTuple):
@@ -66,7 +70,7 @@ class Rows(NamedTuple):
         return len(self.values) if self.token is None else len(self.token)
 
 
-def _on_device(rows: Rows, weight: Tensor, offs: Tensor) -> ExpertGroups | None:
+def _on_device(rows: Rows, weight: Tensor | QuantizedStack, offs: Tensor) -> ExpertGroups | None:
     """All experts as one group, if the grouped product supports it; else None."""
     given = rows.values if rows.token is None else None
     if products.are_grouped(weight, rows.size, given):
@@ -79,15 +83,28 @@ def _updates_of(factors: Factors, experts: int, dtype: torch.dtype) -> Updates |
     return make(factors, experts, dtype)
 
 
+def _check_invariant(projection: Projection) -> None:
+    """Raises NotImplementedError if a row's bits are not to depend on the number of rows, but
+    would."""
+    dtype = projection.weight.dtype
+    if projection.row_block and _C.cpu_panels(dtype, batch_invariant=True) is None:
+        raise NotImplementedError(
+            "lora_ext.batch_invariant: expected experts in a dtype whose products by panels give "
+            f"every row the same bits on this processor, but got {dtype}; make this call outside "
+            "of the block, or in another dtype"
+        )
+
+
 def forward(
     x: Rows, projection: Projection, offs: Tensor, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
     """(y ``[S, out]``, s ``[S, R]``): s is drop(x) A^T in at least float32, empty if no factors."""
-    weight, bias, factors = projection
+    weight, bias, factors, row_block = projection
+    _check_invariant(projection)
     taken = _on_device(x, weight, offs)
     if taken is None:
         bounds = offs.tolist()
-        if dropout is None:
+        if dropout is None and not row_block:
             numbers = few_rows.numbers_of(bounds, x.size, weight, factors)
             if numbers:
                 return few_rows.forward(*x, weight, bias, factors, numbers)
@@ -101,12 +118,14 @@ def forward(
     for group in taken.each:
         where = slice(group.begin, group.end)
         part = x.part(group.begin, group.end)
-        sums = products.forward(part, weight, bias, group)
+        sums = products.forward(part, weight, bias, group, row_block > 0)
         update = None if updates is None else updates.of(group)
         if update is not None:
             if dropout is not None:
                 part = dropout.drop(part, group, in_place=x.is_gathered)
-            sums, own = _ops.lora_grouped_forward(part, None, sums, **update.arguments())
+            sums, own = _ops.lora_grouped_forward(
+                part, None, sums, **update.arguments(), row_block=row_block
+            )
             s[where, : own.shape[1]] = own
         if taken.is_whole:
             y = sums
@@ -142,7 +161,7 @@ def backward(
     dropout: Dropout | None = None,
 ) -> Backward:
     """The gradients of the equations above; weights ``[S]``, sorted, or None for 1."""
-    weight, bias, factors = projection
+    weight, bias, factors, row_block = projection
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
     taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
@@ -165,7 +184,8 @@ def backward(
         own_weights = None if weights is None else weights[where]
         dpart = None
         if dx is not None:
-            dpart = products.backward(g, weight, group, None if taken.is_whole else dx[where])
+            out = None if taken.is_whole else dx[where]
+            dpart = products.backward(g, weight, group, out, row_block > 0)
         update = None if updates is None else updates.of(group)
         if gradients is not None and update is not None:
             low_rank = _update_backward(
@@ -180,6 +200,7 @@ def backward(
                 gradients,
                 want_x,
                 dropout,
+                row_block,
             )
             if dpart is not None and low_rank is not None:
                 dpart += low_rank
@@ -203,13 +224,14 @@ def _update_backward(
     x: Tensor | None,
     is_own_x: bool,
     weights: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | QuantizedStack,
     s: Tensor,
     group: ExpertGroup,
     update: Any,
     gradients: Any,
     want_x: bool,
     dropout: Dropout | None,
+    row_block: int,
 ) -> Tensor | None:
     """Returns dx' of the update and writes the gradients of the factors.
 
@@ -233,7 +255,7 @@ def _update_backward(
     wanted = ([want_x, False], [want_a] * lists, [want_b] * lists)
     rank = max(each.shape[-2] for each in arguments["lora_a"])
     dx, da, db, _ = _ops.lora_grouped_backward(
-        grad, s[:, :rank].contiguous(), *wanted, x, None, None, **arguments
+        grad, s[:, :rank].contiguous(), *wanted, x, None, None, **arguments, row_block=row_block
     )
     gradients.write(group, update, da, db)
     if dropout is not None and want_x:

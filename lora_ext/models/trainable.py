@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import LoRAQuantizedLinear
+from ..nn import LoRAParameter, LoRAQuantizedLinear
 from .model import adapter_names, lora_layers
 
 
@@ -51,6 +52,8 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
         if isinstance(layer, LoRAQuantizedLinear):
             out_features, in_features = layer.matrix_shape
             packed += out_features * in_features - layer.stored_weight.numel()
+        elif isinstance(layer, LoRAParameter) and layer.stack is not None:
+            packed += math.prod(layer.stack.shape) - layer.stored_weight.numel()
         for table in layer.tables().values():
             for name, parameter in table.items():
                 counts[name] += parameter.numel()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
-from ..experts.decorated import is_decorated, obstacle, operands, up_name
+from ..experts.decorated import is_decorated, obstacle, operands, quantised_note, up_name
+from ..quantized.stack import QuantizedStack
+from ..quantized.stacks import PARAMETRIZED, parametrized, stack_of, stacks_of
 from ..torch_state import is_transformed
 from .adapter_spec import MAX_RANK
 from .module import LoRAModule
@@ -38,10 +40,25 @@ class LoRAExperts(LoRAModule):
     (``up_proj`` if there is no gate) and ``down_proj``, each with lora_a ``[E r, in]`` and lora_b
     ``[out, r E]`` as in PEFT's ParamWrapper. In training a token has one mask of x for all of its
     experts, and one of h for each; the active adapters of a stack share it and have one dropout.
+
+    The stacks may be in bitsandbytes' 4 bits: each expert that has rows is dequantised for its own
+    product, and no other, also where no adapter is active.
     """
 
     has_dropout = True
     path_of_rows = "fused"
+
+    @classmethod
+    def _check_parametrized(cls, name: str, base: nn.Module) -> None:
+        for each in parametrized(base):
+            reason = stack_of(base, each)
+            if reason == PARAMETRIZED:
+                super()._check_parametrized(name, base)
+            if isinstance(reason, str):
+                raise ValueError(
+                    f"{name}: expected quantised experts that can be dequantised one at a time, "
+                    f"but of {each!r}: {reason}; exclude_modules=['experts'] leaves them out"
+                )
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
@@ -73,7 +90,7 @@ class LoRAExperts(LoRAModule):
         if rows is not None and names:
             return self._mixed(names, rows, args, kwargs)
         up, down = self._pair()
-        if not (_adds(up) or _adds(down)):
+        if not (_adds(up) or _adds(down) or stacks_of(self)):
             return super().forward(*args, **kwargs)
         reason = self._obstacle()
         if not reason and is_transformed():
@@ -82,7 +99,8 @@ class LoRAExperts(LoRAModule):
         if found is None:
             self._refuse_dropout(reason or "these arguments are not those of experts")
             return super().forward(*args, **kwargs)
-        experts = Experts.of(self)._replace(up=up.base_operands()[0], down=down.base_operands()[0])
+        experts = Experts.of(self)
+        experts = experts._replace(up=_weight(up, experts.up), down=_weight(down, experts.down))
         return lora_experts(experts, *found, self._adapters(up), self._adapters(down))
 
     def _adapters(self, layer: LoRAParameter) -> list[ExpertsAdapter]:
@@ -113,7 +131,8 @@ class LoRAExperts(LoRAModule):
 
     def _refuse_dropout(self, reason: str) -> None:
         """Raises RuntimeError where W + scaling B A would leave out the dropout of an update."""
-        most = max(each.dropout for layer in self._pair() for each in self._adapters(layer))
+        found = (each.dropout for layer in self._pair() for each in self._adapters(layer))
+        most = max(found, default=0.0)
         if most > 0.0:
             raise RuntimeError(
                 f"lora_ext.nn.LoRAExperts: expected experts that lora_ext computes for dropout "
@@ -132,7 +151,12 @@ class LoRAExperts(LoRAModule):
         reason = self._obstacle()
         if reason:
             return "library", f"{reason}: transformers' forward with W + scaling B A"
-        return "fused", "rows sorted by expert, base and update of each"
+        return "fused", f"rows sorted by expert, base and update of each{quantised_note(self)}"
+
+
+def _weight(layer: LoRAParameter, own: Tensor | QuantizedStack) -> Tensor | QuantizedStack:
+    """The weight of a projection: the module's own, or the merged one."""
+    return own if isinstance(own, QuantizedStack) else layer.base_operands()[0]
 
 
 def _adds(layer: LoRAParameter) -> bool:

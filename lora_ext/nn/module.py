@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from ..quantized.stack import QuantizedStack
+from ..quantized.stacks import parameter_names, parametrized, stack_of
 from ..torch_state import is_plain, is_transformed
 from .parameter import LoRAParameter
 from .row_adapters import RowAdapters
@@ -62,12 +64,7 @@ class LoRAModule(nn.Module):
                 "the instance; remove that first (of accelerate's hooks: "
                 "accelerate.hooks.remove_hook_from_module(model, recurse=True))"
             )
-        if "parametrizations" in base._modules:
-            raise TypeError(
-                f"{name}: expected a {type(base).__name__} with plain parameters, but some are "
-                "computed (quantised experts are, by bitsandbytes); leave the module out by "
-                "exclude_modules, or torch.nn.utils.parametrize.remove_parametrizations first"
-            )
+        cls._check_parametrized(name, base)
         cls._check_base(base)
         module = _new(cls, type(base))
         module._adopt(base)
@@ -75,10 +72,20 @@ class LoRAModule(nn.Module):
         transposed = bool(getattr(base, "is_transposed", False))
         layers = {}
         for each in names:
-            is_stack = base._parameters[each].dim() == 3  # pyright: ignore
+            is_stack = len(_shape(base, each)) == 3
             layers[each] = LoRAParameter(module, each, transposed and is_stack)
         module.lora = nn.ModuleDict(layers)
         return module
+
+    @classmethod
+    def _check_parametrized(cls, name: str, base: nn.Module) -> None:
+        """Raises TypeError for a module some of whose parameters are computed."""
+        if parametrized(base):
+            raise TypeError(
+                f"{name}: expected a {type(base).__name__} with plain parameters, but some are "
+                "computed; leave the module out by exclude_modules, or "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
@@ -113,13 +120,14 @@ class LoRAModule(nn.Module):
         rows, names = self._rows()
         if rows is not None and names:
             return self._mixed(names, rows, args, kwargs)
+        layers = self.layers()
+        if not any(layer.changes_weight for layer in layers):
+            return self.base_type.forward(self, *args, **kwargs)
         weights = {
             layer.parameter: layer.effective_weight()
-            for layer in self.layers()
-            if layer.changes_weight
+            for layer in layers
+            if layer.changes_weight or layer.stack is not None
         }
-        if not weights:
-            return self.base_type.forward(self, *args, **kwargs)
         return self.with_tensors(weights).forward(*args, **kwargs)
 
     def _rows(self) -> tuple[RowAdapters | None, list[str]]:
@@ -171,7 +179,10 @@ class LoRAModule(nn.Module):
     def with_tensors(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A module of the base's class with other tensors instead of parameters, for one forward:
         this module is not changed, so threads do not affect each other."""
-        module = self.base_type.__new__(self.base_type)
+        kind: Any = self.base_type
+        if parametrized(self):  # in whose class torch put a property for each such parameter
+            kind = kind.__bases__[0]
+        module = kind.__new__(kind)
         module.__dict__.update(self.__dict__)
         module.__dict__.update(weights)  # takes precedence over `_parameters`
         return module
@@ -186,11 +197,19 @@ class LoRAModule(nn.Module):
 
 
 def adaptable_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that may have adapters, in its order: stacks of matrices, or
-    matrices if it has no stacks."""
-    own = {name: p for name, p in module._parameters.items() if p is not None}
-    stacks = tuple(name for name, parameter in own.items() if parameter.dim() == 3)
-    return stacks or tuple(name for name, parameter in own.items() if parameter.dim() == 2)
+    """The parameters of a module that may have adapters, in the order in which PEFT wraps them:
+    stacks of matrices, or matrices if it has no stacks."""
+    shapes = {name: _shape(module, name) for name in parameter_names(module)}
+    stacks = tuple(name for name, shape in shapes.items() if len(shape) == 3)
+    return stacks or tuple(name for name, shape in shapes.items() if len(shape) == 2)
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a parameter, plain or quantised; () of one that is computed otherwise."""
+    found = stack_of(module, name)
+    if isinstance(found, QuantizedStack):
+        return found.sizes
+    return tuple(found.shape) if isinstance(found, Tensor) else ()
 
 
 _classes: dict[tuple[type, type], type[LoRAModule]] = {}

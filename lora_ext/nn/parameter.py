@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..experts.factors import a_by_expert, b_by_expert
+from ..quantized.stack import QuantizedStack
+from ..quantized.stacks import stack_of, stored_parameter
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
 
@@ -24,7 +26,8 @@ class LoRAParameter(LoRALayer):
         lora_b  [out, r E]   B_e = lora_b.view(out, r, E)[:, :, e]
 
     It is a part of a `LoRAModule`, which computes with it; it is never called itself. The parameter
-    belongs to the module and is not registered in this layer.
+    belongs to the module and is not registered in this layer. A stack may be quantised: `weight` is
+    then its codes, and merging into it raises RuntimeError.
 
     Args:
         module: holds the parameter; not a child of this layer.
@@ -48,12 +51,25 @@ class LoRAParameter(LoRALayer):
 
     @property
     def weight(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.module._parameters[self.parameter]
+        return stored_parameter(self.module, self.parameter)
+
+    @property
+    def stack(self) -> QuantizedStack | None:
+        """The weight if it is quantised."""
+        found = stack_of(self.module, self.parameter)
+        return found if isinstance(found, QuantizedStack) else None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter, also of a quantised one."""
+        stack = self.stack
+        return tuple(self.weight.shape) if stack is None else stack.sizes
 
     @property
     def count(self) -> int:
         """E, 1 for a matrix."""
-        return self.weight.shape[0] if self.weight.dim() == 3 else 1
+        shape = self.weight_shape
+        return shape[0] if len(shape) == 3 else 1
 
     def name_at(self, path: str) -> str:
         """The parameter's name in the model, for this layer's path there."""
@@ -65,8 +81,8 @@ class LoRAParameter(LoRALayer):
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        out_features, in_features = self.matrix(self.weight).shape[-2:]
-        return out_features, in_features
+        rows, columns = self.weight_shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         out_features, in_features = self.matrix_shape
@@ -104,11 +120,12 @@ class LoRAParameter(LoRALayer):
         super()._check_new(name, spec)
 
     def _check_weight(self, where: str) -> None:
-        super()._check_weight(where)
-        if self.weight.dim() not in (2, 3):
+        if self.stack is None:
+            super()._check_weight(where)
+        if len(self.weight_shape) not in (2, 3):
             raise ValueError(
                 f"{where}: expected {self.parameter!r} to be a matrix or a stack of matrices, but "
-                f"got shape {list(self.weight.shape)}"
+                f"got shape {list(self.weight_shape)}"
             )
 
     @property
@@ -121,12 +138,16 @@ class LoRAParameter(LoRALayer):
     def effective_weight(self) -> Tensor:
         """W + sum over active adapters of scaling * B A, in W's layout and dtype, differentiable in
         the factors."""
-        weight, _ = self.base_operands()
-        return self._with(weight, self.added_adapters)
+        base = self.base_operands()[0] if self.stack is None else self._own_weight()
+        return self._with(base, self.added_adapters if self.changes_weight else ())
 
     def weight_of_row(self, name: str | None) -> Tensor:
         """W + scaling * B A of one adapter, or W alone, as `effective_weight`."""
-        return self._with(self.weight, () if name is None else (name,))
+        return self._with(self._own_weight(), () if name is None else (name,))
+
+    def _own_weight(self) -> Tensor:
+        """W; of quantised matrices all, which their library dequantises."""
+        return self.weight if self.stack is None else getattr(self.module, self.parameter)
 
     def _with(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -136,6 +157,26 @@ class LoRAParameter(LoRALayer):
                 weight = weight + delta.to(weight.dtype).view(weight.shape)
         return weight
 
+    def compute_merged(
+        self, names: str | Iterable[str] | None = None
+    ) -> tuple[tuple[str, ...], Tensor | None, Tensor | None]:
+        if self.stack is None:
+            return super().compute_merged(names)
+        names = self._known(self.active_adapters if names is None else names, "merge")
+        if names:
+            raise RuntimeError(
+                f"lora_ext.nn.LoRAParameter.merge: expected a dense {self.parameter!r} to merge "
+                "into, but it is quantised, and W + B A, quantised again, would be another layer; "
+                "keep the adapters beside it, or save_adapter and merge into the model that was "
+                "quantised"
+            )
+        return names, None, None
+
+    def workspace_bytes(self) -> int:
+        """Bytes of one dequantised matrix of a quantised stack; else 0."""
+        stack = self.stack
+        return 0 if stack is None else stack.matrix_bytes
+
     def _adapted_path(self, rows: int | None) -> tuple[str, str]:
         return self.module.adapted_path(rows)
 
@@ -143,4 +184,4 @@ class LoRAParameter(LoRALayer):
         return self.module.path_of_rows
 
     def extra_repr(self) -> str:
-        return f"{self.parameter}: {list(self.weight.shape)}{super().extra_repr()}"
+        return f"{self.parameter}: {list(self.weight_shape)}{super().extra_repr()}"

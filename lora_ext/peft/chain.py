@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 
 import peft
 from peft.tuners.lora import layer as peft_layers
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..torch_state import is_plain
+from ..quantized.stack import QuantizedStack
+from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
+from ..torch_state import is_onnx_export, is_plain
 from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, has_hooks
 
 # Releases that do not remove the update of one adapter from a stack that already has a
 # parametrization.
 _LEAVES_UPDATES = ("0.21.0", "0.21.1", "0.21.2")
+# The class of such an update.
+_LEFT = "_LoraFactorsProxy"
 
 # Attribute of wrappers of experts: `accelerate`'s expert_dropout.
 EXPERT_DROPOUT = "expert_dropout"
@@ -73,7 +79,8 @@ def chain_of(outermost: Any, names: Sequence[str] | None = None) -> Chain:
 
 
 def chain_state(chain: Chain) -> tuple[str, str] | None:
-    """(path, reason) from the conditions that hold for chains around any module, or None."""
+    """(path, reason) from the conditions that hold for chains around any module, or None: to
+    compute what is added, or a quantised base, which the module would dequantise as a whole."""
     outermost = chain.targets[0].wrapper
     for wrapper, _, _ in chain.targets:
         if wrapper._disable_adapters and wrapper.merged_adapters:
@@ -83,13 +90,18 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
             return state
         if wrapper is not outermost and (has_hooks(wrapper) or "forward" in wrapper.__dict__):
             return PEFT, "the wrapper of another parameter of the module has hooks"
-    if not any(target.adapters for target in chain.targets):
-        return adapters_state(outermost) or (BASE, "none of the active adapters is in this layer")
-    parameters = chain.base._parameters
-    if "parametrizations" in chain.base._modules:
-        return PEFT, _parametrizations_reason(chain)
+    if not has_updates(chain):
+        is_observed = _has_any_global_hook() or is_onnx_export()
+        if is_observed or not stacks_of(chain.base):
+            return base_state(chain)
+    for name in parametrized(chain.base):
+        reason = _parametrization_reason(chain, name)
+        if reason:
+            return PEFT, reason
     for wrapper, name, adapters in chain.targets:
-        if not is_plain(parameters[name]):
+        stored = stack_of(chain.base, name)
+        is_dense = isinstance(stored, Tensor) and is_plain(stored)
+        if not (is_dense or isinstance(stored, QuantizedStack)):
             return PEFT, "a parameter is quantised or sharded"
         for adapter in adapters:
             reason = adapter_reason(wrapper, adapter)
@@ -98,12 +110,32 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
     return None
 
 
-def _parametrizations_reason(chain: Chain) -> str:
-    reason = "the module has parametrizations"
+def has_updates(chain: Chain) -> bool:
+    """Whether a forward now adds anything."""
+    return any(target.adapters for target in chain.targets)
+
+
+def base_state(chain: Chain) -> tuple[str, str]:
+    """(path, reason) of a forward that adds nothing."""
+    none_here = "none of the active adapters is in this layer"
+    return adapters_state(chain.targets[0].wrapper) or (BASE, none_here)
+
+
+def _parametrization_reason(chain: Chain, name: str) -> str:
+    """Why PEFT's forward is needed for a parametrized parameter of the module, or ""."""
+    reason = stack_of(chain.base, name)
+    if isinstance(reason, QuantizedStack):
+        return ""
+    first, *others = parametrized(chain.base)[name]._modules.values()
+    if is_four_bits(first) and any(type(other).__name__ == _LEFT for other in others):
+        return (
+            f"peft {peft.__version__} left an update in the parameter in an earlier forward of its "
+            "own; load the model again and accelerate it before its first forward"
+        )
     is_left = any(
-        len(adapters) == 1 and wrapper.num_experts > 1 and name not in chain.base._parameters
-        for wrapper, name, adapters in chain.targets
+        len(adapters) == 1 and wrapper.num_experts > 1 and target in parametrized(chain.base)
+        for wrapper, target, adapters in chain.targets
     )
-    if is_left and peft.__version__ in _LEAVES_UPDATES:
-        reason += f", to which peft {peft.__version__} adds the update once more in each forward"
-    return reason
+    note = f", to which peft {peft.__version__} adds the update once more in each forward"
+    is_noted = is_left and peft.__version__ in _LEAVES_UPDATES
+    return (reason if isinstance(reason, str) else PARAMETRIZED) + note * is_noted

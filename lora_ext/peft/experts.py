@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..nn.adapter_spec import MAX_RANK
+from ..quantized.stacks import has_own_hooks_alone
 from ..torch_state import is_transformed
 from .chain import Chain, Target
 from .reasons import has_hooks
@@ -41,12 +42,13 @@ def _module_reason(base: Any) -> str:
         return "the module is not one of transformers' use_experts_implementation"
     if "forward" in base.__dict__:
         return "the experts' forward is replaced on the instance"
-    return "the experts have hooks" if has_hooks(base) else ""
+    has_others = has_hooks(base) and not has_own_hooks_alone(base)
+    return "the experts have hooks" if has_others else ""
 
 
 def _target_reason(target: Target, base: Any, by_row: bool) -> str:
     wrapper, name, adapters = target
-    experts, *sides = base._parameters[name].shape
+    experts, *sides = decorated.weight_of(base, name).shape
     if experts == 1:
         return "one expert, whose factors PEFT takes for a matrix's"
     in_features, out_features = sides if base.is_transposed else reversed(sides)
@@ -117,5 +119,6 @@ def _adapter(target: Target, name: str, p: float) -> ExpertsAdapter:
 def rows_of_experts(chain: Chain) -> str:
     """What is computed, as text."""
     names = ", ".join(sorted(target.name for target in chain.targets if target.adapters))
+    updates = f", updates of {names}" if names else ""
     dropout = f", expert_dropout {chain.dropout}" if chain.dropout else ""
-    return f"rows of each expert, updates of {names}{dropout}"
+    return f"rows of each expert{updates}{dropout}{decorated.quantised_note(chain.base)}"

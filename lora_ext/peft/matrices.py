@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..dtypes import FLOATS
+from ..quantized.stacks import stack_of
 from ..torch_state import is_transformed
 from .chain import Chain
 from .reasons import no_export_reason
@@ -23,7 +24,8 @@ SUM = "the module is called with W + B A, as PEFT makes it"
 
 def are_all(chain: Chain) -> bool:
     """Whether each parameter of the chain is a matrix."""
-    return all(chain.base._parameters[name].dim() == 2 for _, name, _ in chain.targets)
+    stored = [stack_of(chain.base, name) for _, name, _ in chain.targets]
+    return all(isinstance(each, Tensor) and each.dim() == 2 for each in stored)
 
 
 def reason(chain: Chain) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
+from ..experts import decorated
 from ..nn.row_adapters import current_row_adapters
 from . import expert_dropout, experts, matrices, mixed_batch, mixed_wrappers
-from .chain import chain_of, chain_state
+from .chain import base_state, chain_of, chain_state, has_updates
 from .reasons import ADDED, FUSED, PEFT
 
 
@@ -65,4 +66,11 @@ class ParamWrapper(mixed_batch.ByRow, peft_layers.ParamWrapper):
             reason = matrices.reason(chain)
             return (PEFT, reason) if reason else (ADDED, matrices.SUM)
         reason = experts.reason(chain)
+        if not has_updates(chain):
+            path, why = base_state(chain)
+            return path, why if reason else f"{why}: {experts.rows_of_experts(chain)}"
         return (PEFT, reason) if reason else (FUSED, experts.rows_of_experts(chain))
+
+    def workspace_bytes(self) -> int:
+        """Bytes of one dequantised expert."""
+        return decorated.workspace_bytes(chain_of(self).base)

@@ -47,6 +47,8 @@ def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:
 
 def peft_workspace_bytes(layer: Any, path: str) -> int:
     """Workspace of the base of a PEFT layer on a path, if it is dequantised there; else 0."""
+    if path == FUSED and hasattr(type(layer), "workspace_bytes"):
+        return layer.workspace_bytes()
     if path == FUSED:
         return workspace_bytes(dequantized_base(layer.get_base_layer(), None))
     if path != ADDED or type(layer.get_base_layer()) is nn.Embedding:

@@ -12,12 +12,13 @@ def test_dropout_on_cuda_has_the_bits_of_the_cpu():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-def test_cards_below_8_0_drop_on_the_library_route(dtype):
+@pytest.mark.parametrize("apart", [3, 4])  # with 4, neighbours are loaded and stored in pairs
+def test_cards_below_8_0_drop_on_the_library_route(dtype, apart):
     python(
         f"""
 card(75)
 options = dict(rows=9, k=70, n=24, rank=4, dropout_p=0.25, dtype=torch.{dtype})
-options |= dict(apart=3, between=7.0)
+options |= dict(apart={apart}, between=7.0)
 call = Call(**options)
 _C.set_cpu_isa("library")
 assert close(call.both(), Call(device=torch.device("cpu"), **options).both())

@@ -62,6 +62,47 @@ assert same(results, expected) and last_error() == 0
     )
 
 
+def test_nothing_but_results_lives_on_in_the_pool_of_a_graph():
+    """Else torch.compile(mode="reduce-overhead") raises an error after a first call, which it runs
+    in its pool, or after a capture."""
+    python(
+        "card(90)\n"
+        + FEW_ROWS
+        + """
+call = Call(rows=7, k=264, n=536, rank=16)
+open_pool(1)
+for capturing in (False, True):
+    card(90, capturing=capturing)
+    results = call.forward()
+    assert pool() == {each.data_ptr() for each in results}, pool()
+    del results
+    assert pool() == set()
+open_pool(0)
+assert last_error() == 0
+"""
+    )
+
+
+@pytest.mark.parametrize("call", ["cudaMalloc", "cudaMemsetAsync"])
+def test_without_memory_for_them_counts_are_in_the_workspace(call):
+    python(
+        "card(90)\n"
+        + FEW_ROWS
+        + f"""
+call = Call(rows=7, k=264, n=536, rank=16)
+expected = call.library()[:2]
+fail({call!r}, 1, OUT_OF_MEMORY)
+call.forward()  # and the check; not asked for again
+for capturing in (False, False, True):
+    card(90, capturing=capturing)
+    results, launched, cleared = asked(call)
+    assert launched == ["decode"] and cleared == [4 * (9 + 1 + 1)], (launched, cleared)
+    assert close(results, expected)
+assert settled()
+"""
+    )
+
+
 def test_a_stream_has_no_more_counts_than_it_says():
     """Those of a million columns; a launch for more has its own, in its workspace."""
     python("card(80)\nassert has_counts(1, 1 << 14) and not has_counts(1, (1 << 14) + 1)")
@@ -119,5 +160,35 @@ for factors, expected in ((on[2:4], ["decode"]), (lists, ["groupedentries", "dec
         assert close([y.cpu()], [base])
     assert kernels(calls) == expected, calls
     assert not [each for each in calls if each["call"] == "cudaMemsetAsync"]
+"""
+    )
+
+
+@pytest.mark.parametrize("rows", [9, 200])
+def test_a_pool_without_ranks_makes_none(rows):
+    """All slots have the largest: the same bits as if they were given, no op that writes them."""
+    python(
+        "card(80)\n"
+        + FEW_ROWS
+        + f"""
+rows = {rows}
+torch.manual_seed(0)
+def normal(*shape):
+    return (0.1 * torch.randn(*shape)).bfloat16().to(there)
+x, w, a, b = normal(rows, 136), normal(264, 136), normal(4, 16, 136), normal(4, 264, 16)
+index = (torch.arange(rows, dtype=torch.int32) * 7 % 5 - 1).to(there)
+scaling = torch.tensor([1.0, 2.0, 0.5, 3.0]).to(there)
+ranks = torch.full((4,), 16, dtype=torch.int32).to(there)
+def called(ranks):
+    return [lora_ext.lora_linear(x, w, a, b, scaling=scaling, index=index, ranks=ranks).cpu()]
+
+given = called(ranks)
+called(None)  # checked
+for each in (ranks, None):
+    ops()
+    found = called(each)
+    assert same(found, given)
+    # The op itself allocates; torch computes nothing for it, and copies the result to the CPU.
+    assert set(ops()) <= set(["aten::copy_", "aten::_to_copy"]), each
 """
     )

@@ -199,7 +199,7 @@ def test_clusters_that_would_be_idle_make_t(rows, out_features, pairs):
 
 @pytest.mark.parametrize(
     ("rows", "in_features"),
-    [(3584, 4096), (8192, 4096), (8448, 4096), (8192, 14336), (65536, 1024)],
+    [(6912, 4096), (8192, 4096), (8448, 4096), (8192, 14336), (65536, 1024)],
 )
 def test_masked_tiles_wait_for_one_pair_of_row_blocks(rows, in_features):
     backward = plans(rows, in_features, 4096, 64, card="H100", route="kernel", dropout=True)[1]
@@ -210,9 +210,9 @@ def test_masked_tiles_wait_for_one_pair_of_row_blocks(rows, in_features):
     )
 
 
-@pytest.mark.parametrize("rows", [1536, 2048, 3072])
+@pytest.mark.parametrize("rows", [1536, 2048, 3072, 6656])
 def test_masked_tiles_of_few_rows_do_not_wait_for_t(rows):
-    # 12 pairs of row blocks at most, fewer than a fifth of 66 clusters.
+    # 26 pairs of row blocks at most, fewer than two fifths of 66 clusters.
     shape, on_hopper = (rows, 4096, 4096, 64), {"card": "H100", "route": "kernel"}
     backward = plans(*shape, **on_hopper, dropout=True)[1]
     assert backward.wgmma and not backward.fused_shrink and backward.shrink_splits > 0
@@ -226,6 +226,23 @@ def test_one_pass_over_dy_ends_where_its_sums_cost_as_much_as_a_second():
     assert plans(4096, 4096, 4096, 16, **wide)[1].one_pass
     assert not plans(4096, 4096, 4096, 17, **wide)[1].one_pass
     assert not plans(4096, 4096, 64, 16)[1].one_pass  # 64 columns of dY, and 16 of sums
+
+
+@pytest.mark.parametrize(
+    ("rows", "out_features", "panels", "splits"),
+    [
+        (1024, 1024, 1, 16),  # a block for each 64 rows, of which there are fewer than 132 SMs
+        (4096, 1024, 1, 64),
+        (1024, 4096, 4, 16),
+        (4096, 4096, 4, 32),  # of two steps: 33 for each of 132 SMs to have a block
+        (8192, 14336, 14, 9),
+    ],
+)
+def test_one_pass_over_dy_has_a_block_for_every_sm_if_there_are_rows(
+    rows, out_features, panels, splits
+):
+    backward = plans(rows, 4096, out_features, 16, card="H100", route="hybrid")[1]
+    assert (backward.panels, backward.dlora_b_splits) == (panels, splits)
 
 
 def test_workspace_is_small_beside_the_activations():

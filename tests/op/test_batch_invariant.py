@@ -188,6 +188,16 @@ def refused(what: str):
     return pytest.raises(NotImplementedError, match=f"batch_invariant: expected .*but got {what}")
 
 
+def test_a_weight_that_is_too_deep_for_panels():
+    """Its rows are multiplied in equal blocks. Without them the bits of these rows differ."""
+    problem = make_problem(5, (1 << 22) + 1, 1, 1, (F32, F32), bias=False)
+    with batch_invariant(), torch.no_grad():
+        one, all_rows = (
+            lora_ext.lora_linear(problem.x[:rows], *problem.operands[1:]) for rows in (1, 5)
+        )
+    assert torch.equal(one, all_rows[:1])
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_quantised_weight(dtype):
     """Dequantised, it is a weight as any other, also for a few rows."""

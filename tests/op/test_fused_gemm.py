@@ -13,6 +13,7 @@ from helpers import (
     BF16,
     F16,
     F32,
+    F64,
     make_problem,
     masked,
     max_error,
@@ -24,6 +25,8 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from many_helpers import KINDS, make_many, run_loop
+from many_helpers import run as run_many
 from pack_helpers import packable
 
 import lora_ext
@@ -257,3 +260,48 @@ def test_a_processor_without_products_of_halves(limit):
         assert f"float32 {dtype} float32" in said
     assert "bfloat16 bfloat16 bfloat16" not in said
     assert "auto bfloat16 bfloat16" not in said
+
+
+# ---- an adapter for each row ----
+
+
+@cases
+@pytest.mark.parametrize("kind", ["ranges", "mixed"])
+def test_rows_have_the_bits_of_a_call_with_their_adapter_alone(panels, pair, kind):
+    """Wherever they are in the batch; rows without one have those of the base."""
+    ranks, dropout_p = (1, 16, 33), 0.3
+    many = make_many(300, 700, 190, ranks, pair, kind=kind)
+    bias = many.bias
+    seed = torch.tensor(1)
+
+    def of_one(g):
+        leaf = many.x.clone().requires_grad_()
+        factors = [f.clone().requires_grad_() for f in (many.lora_a[g], many.lora_b[g])]
+        scaling = many.scaling[g].item()
+        y = torch.ops.lora_ext.lora(
+            leaf, many.weight, None, *factors, scaling, bias=bias, dropout_p=dropout_p, seed=seed
+        )
+        y.backward(many.grad)
+        return {"y": y.detach(), "dx": leaf.grad}
+
+    together = run_many(many, dropout_p)
+    for g in range(-1, len(ranks)):
+        rows = (many.index == g).nonzero().flatten()
+        assert len(rows) > 50  # a factor of fewer rows is read in its own layout, by other sums
+        if g < 0:
+            zeros = [torch.zeros_like(f) for f in many.lora_b]
+            alone = run_many(replace(many, lora_b=zeros), dropout_p)
+        else:
+            alone = of_one(g)
+        for name, value in alone.items():
+            if name in ("y", "dx"):
+                assert torch.equal(together[name][rows], value[rows]), (g, name)
+
+
+@cases
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_adapters_on_integers_are_exact(panels, pair, kind):
+    many = make_many(203, 95, 129, (5, 1, 17), pair, kind=kind, integers=2)
+    exact = run_loop(many, dtype=F64)
+    for name, value in run_many(many).items():
+        assert torch.equal(value, exact[name].to(value.dtype)), name

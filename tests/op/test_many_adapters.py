@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import op_calls
 import pytest
@@ -20,7 +21,7 @@ from many_helpers import (
 from torch.autograd import gradcheck
 
 import lora_ext
-from lora_ext import _C, reference
+from lora_ext import _C, grouped, reference
 
 # Segments of few rows, of many, of more than a piece; columns that are no multiple of anything.
 SHAPES = [(1, 40, 24), (9, 129, 95), (67, 64, 257), (450, 130, 70)]
@@ -218,6 +219,24 @@ def test_offsets_name_a_part_of_the_whole_mask(isa, device, offset):
     assert torch.equal(ours["dx"], torch.where(mask, 2 * wanted["dx"], 0))
     for g in range(2):
         assert torch.equal(ours[f"dlora_a[{g}]"], wanted[f"dlora_a[{g}]"])
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_sequence_of_scalings_is_copied_to_a_card_without_waiting(capturing, monkeypatch):
+    """In a capture as ever: torch refuses it, since replays would read the memory again."""
+    asked = []
+    copied = SimpleNamespace(to=lambda device, **words: asked.append((device, words)))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(
+        torch, "tensor", lambda numbers, **words: asked.append((numbers, words)) or copied
+    )
+    x = SimpleNamespace(is_cuda=True, device="cuda:1", dtype=torch.bfloat16)
+    grouped._scaling("lora_linear", [1.0, 2.0], 2, x)
+    assert asked == [
+        ([1.0, 2.0], {"dtype": torch.float32, "pin_memory": not capturing}),
+        ("cuda:1", {"non_blocking": not capturing}),
+    ]
 
 
 @pytest.mark.parametrize("given", [None, F64], ids=["linear", "update"])

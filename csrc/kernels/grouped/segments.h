@@ -3,7 +3,9 @@
 // for bit:
 //
 //     count    for each chunk of rows, how many each adapter has         only with an index
-//     scan     one block: where each adapter, and each chunk of it, begins, and all tables
+//     scan     one block: where each adapter, and each chunk of it, begins, and all tables. The
+//              counts lie by adapter, and of each by chunk, so that this is one sum over all of
+//              them, of many at a time, instead of a chain of loads along the chunks
 //     place    each row at its position                                  only with an index
 //
 // The kernels do not depend on T, the type of X: they are templates so that each file of kernels
@@ -43,6 +45,8 @@ struct LoraGroupedSegmentsParams {
   LoraGroupedRows rows;
   LoraGroupedFactors factors;
   LoraGroupedTables tables;
+
+  __device__ __forceinline__ int chunks() const { return (rows.m + kChunk - 1) / kChunk; }
 };
 
 // A chunk of rows, one row per thread.
@@ -60,8 +64,9 @@ struct LoraGroupedChunk {
     if (adapter < 0 || adapter >= groups) return groups;
     return rank_of(p.factors, adapter, p.rows.max_rank) == 0 ? groups : adapter;
   }
-  __device__ __forceinline__ int* counts() const {
-    return p.tables.counts + static_cast<int64_t>(blockIdx.x) * (p.rows.groups + 1);
+  // Of this chunk's rows with a key.
+  __device__ __forceinline__ int& count_of(int key) const {
+    return p.tables.counts[static_cast<int64_t>(key) * p.chunks() + blockIdx.x];
   }
   // Rows of the chunk with this thread's key among the first `count`.
   __device__ __forceinline__ int count_equal(int key, int count) const {
@@ -82,11 +87,11 @@ __global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
   const LoraGroupedChunk chunk{p};
   const int key = chunk.key();
   constexpr int kThreads = LoraGroupedSegmentsParams::kThreads;
-  for (int i = chunk.thread; i < p.rows.groups + 1; i += kThreads) chunk.counts()[i] = 0;
+  for (int i = chunk.thread; i < p.rows.groups + 1; i += kThreads) chunk.count_of(i) = 0;
   chunk.publish(key);
   // The last row with a key in its chunk knows their number.
   const int before = chunk.count_equal(key, chunk.thread);
-  if (key >= 0 && before + 1 == chunk.count_equal(key, kThreads)) chunk.counts()[key] = before + 1;
+  if (key >= 0 && before + 1 == chunk.count_equal(key, kThreads)) chunk.count_of(key) = before + 1;
 }
 
 // Grid: chunks.
@@ -97,7 +102,7 @@ __global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
   const int key = chunk.key();
   chunk.publish(key);
   if (key >= 0)
-    p.tables.order[chunk.counts()[key] + chunk.count_equal(key, chunk.thread)] = chunk.row;
+    p.tables.order[chunk.count_of(key) + chunk.count_equal(key, chunk.thread)] = chunk.row;
 }
 
 struct LoraGroupedScan {
@@ -140,24 +145,27 @@ struct LoraGroupedScan {
     return exclusive_scan(value, carry, [](int a, int b) { return max(a, b); });
   }
 
-  // Number of rows with this key; `counts` then has where in them each chunk begins.
-  __device__ __forceinline__ int count_rows(int key) const {
-    int* counts = p.tables.counts + key;
+  // Makes of each count the position at which its rows begin.
+  __device__ __forceinline__ void begin_chunks() const {
+    constexpr int kEach = 16;  // of a thread at a time: 64 adapters in 8192 rows are all at once
+    const int64_t all = static_cast<int64_t>(groups + 1) * p.chunks();
     int rows = 0;
-    for (int chunk = 0; chunk < blocks_of(m, LoraGroupedSegmentsParams::kChunk); ++chunk) {
-      const int here = *counts;
-      *counts = rows;
-      rows += here;
-      counts += groups + 1;
+    for (int64_t first = 0; first < all; first += kThreads * kEach) {
+      int* counts = p.tables.counts + first + thread * kEach;
+      const int64_t left = all - first - thread * kEach;
+      int of_each[kEach], sum = 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) of_each[i] = i < left ? counts[i] : 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) sum += of_each[i];
+      int begin = exclusive_sum(sum, rows);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (i < left) counts[i] = begin;
+        begin += of_each[i];
+      }
     }
-    return rows;
-  }
-  __device__ __forceinline__ void begin_chunks_at(int key, int begin) const {
-    int* counts = p.tables.counts + key;
-    for (int chunk = 0; chunk < blocks_of(m, LoraGroupedSegmentsParams::kChunk); ++chunk) {
-      *counts += begin;
-      counts += groups + 1;
-    }
+    __syncthreads();  // before other threads read them
   }
 
   // Totals of all batches of adapters so far.
@@ -171,10 +179,9 @@ struct LoraGroupedScan {
   };
   __device__ __forceinline__ Range range_of(int key, Carry& carry) const {
     if (p.rows.index != nullptr) {
-      const int count = key <= groups ? count_rows(key) : 0;
-      const int begin = exclusive_sum(count, carry.rows);
-      if (key <= groups) begin_chunks_at(key, begin);
-      return {begin, begin + count};
+      if (key >= groups) return {m, m};
+      const int* begin = p.tables.counts + static_cast<int64_t>(key) * p.chunks();
+      return {*begin, begin[p.chunks()]};  // rows without an adapter begin after the last one's
     }
     const int end = key < groups ? min(max(p.rows.ends[key], 0), m) : 0;
     const int begin = exclusive_max(end, carry.rows);
@@ -230,8 +237,9 @@ struct LoraGroupedScan {
   }
 
   __device__ __forceinline__ void run() const {
+    if (p.rows.index != nullptr) begin_chunks();
     Carry carry{};
-    for (int first = 0; first < groups + 1; first += kThreads) batch(first + thread, carry);
+    for (int first = 0; first < groups; first += kThreads) batch(first + thread, carry);
     finish(carry);
   }
 };

@@ -1,4 +1,5 @@
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <chrono>
 #include <functional>
@@ -16,12 +17,15 @@ std::string text_of_version(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Returns 0 without a driver.
+// Returns 0 without a driver. Asks the driver itself, since cudaDriverGetVersion may initialise it,
+// after which CUDA cannot be used in a process that is forked: `import lora_ext` may ask.
 int driver_version() {
   int version = 0;
-  if (cudaDriverGetVersion(&version) == cudaSuccess) return version;
-  cudaGetLastError();
-  return 0;
+  void* library = dlopen("libcuda.so.1", RTLD_NOW);  // kept open: the runtime uses it, too
+  if (library == nullptr) return 0;
+  const auto get =
+      reinterpret_cast<decltype(&cuDriverGetVersion)>(dlsym(library, "cuDriverGetVersion"));
+  return get != nullptr && get(&version) == CUDA_SUCCESS ? version : 0;
 }
 
 std::string too_old(int version) {
@@ -143,9 +147,18 @@ std::optional<uint64_t> stream_id(void* stream) {
   return text_of(error).empty() ? std::optional<uint64_t>(id) : std::nullopt;
 }
 
-std::string clear(int32_t* numbers, int64_t count, void* stream) {
-  return text_of(cudaMemsetAsync(numbers, 0, static_cast<size_t>(count) * sizeof *numbers,
-                                 static_cast<cudaStream_t>(stream)));
+uint32_t* permanent_zeros(int64_t count, void* stream) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(uint32_t);
+  void* made = nullptr;
+  {
+    const BesideCaptures beside;
+    if (!text_of(cudaMalloc(&made, bytes)).empty()) return nullptr;
+  }
+  if (text_of(cudaMemsetAsync(made, 0, bytes, static_cast<cudaStream_t>(stream))).empty())
+    return static_cast<uint32_t*>(made);
+  const BesideCaptures beside;
+  cudaFree(made);
+  return nullptr;
 }
 
 // Polls, since a wait in the driver cannot be aborted.

@@ -22,7 +22,7 @@ plan::Card card_of(int) {
 std::string driver() { return "none"; }
 bool is_capturing(void*) { return false; }
 std::optional<uint64_t> stream_id(void*) { return std::nullopt; }
-std::string clear(int32_t*, int64_t, void*) { return kNone; }
+uint32_t* permanent_zeros(int64_t, void*) { return nullptr; }
 std::optional<std::string> wait(void*, double) { return kNone; }
 
 template <class Operands>

@@ -22,10 +22,12 @@ constexpr TileEnd kEndOnMma{128, 192}, kEndOnWgmma{64, 64};
 // A draw for eight elements of a low-rank product alone takes some 80 instructions, of which an SM
 // issues 128 per clock; here in operations per element of mma.sync on an H100's SM meanwhile.
 constexpr double kDrawFlop = 150;
-// A job that computes T for a pair of row blocks, relative to a pair of tiles of 128 x 256: it
-// fills stages of a third of the bytes, each in about that fraction of the time that a tile
-// multiplies one.
-constexpr double kJobTiles = 0.3;
+// A job that computes T for a pair of row blocks, in tiles of 128 x 256: in each step a block fills
+// a stage with 128 rows of P and half of the pair's tile of A, at what an SM draws from L2, while a
+// tile multiplies a stage at 4096 operations a clock. Beside tiles, which draw most of L2's rate, it
+// takes longer (assumed).
+constexpr double kL2BytesPerClock = 37.1, kTileClocks = 2.0 * 128 * 256 * 64 / 4096;
+constexpr double kBesideTiles = 1.2;
 // The fraction of a card's bandwidth that some of its SMs can draw, over the fraction of SMs.
 constexpr double kShareOfDram = 2.5;
 
@@ -44,6 +46,14 @@ Launch skinny(const Card& card, const char* name, double bytes, double elements,
   return {name, bytes, elements * (flop + draws) / share_on_mma(card, of_tensor_rate)};
 }
 
+// A kernel with a block for each part: SMs have whole blocks, and the one with the most ends last.
+// A block alone on an SM is assumed to be as fast as several together.
+Launch in_waves(const Card& card, Launch launch, int64_t blocks) {
+  launch.flop *=
+      static_cast<double>(blocks_of(blocks, card.sms) * card.sms) / static_cast<double>(blocks);
+  return launch;
+}
+
 // One product of floats is three of halves: hi hi, hi lo, lo hi.
 int64_t rank_terms(const Problem& p) { return p.float_adapters ? 3 : 1; }
 int64_t low_rank_depth(const Problem& p) { return rank_terms(p) * 16 * blocks_of(p.rank, 16); }
@@ -56,11 +66,19 @@ double tile_flop(const Card& card, const TileFacts& tile, int64_t depth, bool ma
   return 2.0 * area(tile.rows, tile.columns) * static_cast<double>(depth) / share;
 }
 
-// Time, in tiles, for which all wait for T, unless clusters without a last tile compute it.
-double wait_for_t(const FusedShrink& fused_shrink, const Waves& waves, bool masked) {
-  const double job = kJobTiles * fused_shrink.pairs_per_ticket;
+double job_tiles(const Problem& p) {
+  const double bytes =
+      element_bytes(p) * 64.0 * (128.0 + 8.0 * static_cast<double>(blocks_of(p.rank, 16)));
+  return bytes / kL2BytesPerClock / kTileClocks;
+}
+
+// Time, in tiles, for which all wait for T. If clusters without a last tile compute it, the others
+// wait at the end of their first tiles, for what a job takes longer than a tile.
+double wait_for_t(const Problem& p, const FusedShrink& fused_shrink, const Waves& waves) {
+  const double job = job_tiles(p) * fused_shrink.pairs_per_ticket;
   const int64_t tickets = blocks_of(fused_shrink.row_blocks / 2, fused_shrink.pairs_per_ticket);
-  if (!masked && tickets <= waves.idle()) return 0.0;
+  if (!p.masked_product() && tickets <= waves.idle())
+    return std::max(0.0, kBesideTiles * job - 1.0);
   return job * static_cast<double>(blocks_of(tickets, waves.workers));
 }
 
@@ -85,7 +103,7 @@ Launch lora_gemm(const Card& card, const Problem& p, const Tiled& plan) {
   if (plan.fused_shrink) bytes += element_bytes(p) * area(p.rank, depth + p.m);
   const bool masked = p.masked_product();
   const double wave = tile_flop(card, tile, depth + low_rank_depth(p), masked) * card.sms;
-  const double wait = plan.fused_shrink ? wait_for_t(*plan.fused_shrink, waves, masked) : 0.0;
+  const double wait = plan.fused_shrink ? wait_for_t(p, *plan.fused_shrink, waves) : 0.0;
   return {"lora_gemm", bytes, wave * (static_cast<double>(waves.whole) + wait)};
 }
 
@@ -111,6 +129,10 @@ double t_sum_bytes(const Problem& p, const Tiled& plan) {
   return kFloat * plan.t_sums() * area(p.m, plan.columns);
 }
 
+int64_t shrink_blocks(const Problem& p, const Tiled& plan) {
+  return blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64) * plan.shrink.splits;
+}
+
 Launches tiled_forward(const Card& card, const Problem& p, const Tiled& plan) {
   Launches launches;
   if (plan.a != kNone || plan.b != kNone)
@@ -120,8 +142,10 @@ Launches tiled_forward(const Card& card, const Problem& p, const Tiled& plan) {
   } else {
     const double sums = t_sum_bytes(p, plan);
     const double bytes = element_bytes(p) * (area(p.m, p.k) + area(p.rank, p.k)) + sums;
-    launches.add(skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns,
-                        rate_of(on(card, kShrinkRate), p.dropout)));
+    launches.add(in_waves(card,
+                          skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns,
+                                 rate_of(on(card, kShrinkRate), p.dropout)),
+                          shrink_blocks(p, plan)));
     launches.add("lora_reduce", sums + area(p.m, plan.columns) * (element_bytes(p) + kFloat));
   }
   launches.add(lora_gemm(card, p, plan));
@@ -133,16 +157,18 @@ Launches tiled_forward(const Card& card, const Problem& p, const Tiled& plan) {
 Launch wgrad_launch(const Card& card, const Problem& p, const Tiled& plan) {
   const double t = element_bytes(p) * area(p.m, plan.columns);
   Launch wgrad{"lora_wgrad", 0.0, 0.0};
+  int64_t blocks = 0;
   const auto add = [&](int64_t columns, int splits, bool masked) {
     const double sums = kFloat * splits * area(plan.columns, columns);
     const Launch one =
         skinny(card, "", element_bytes(p) * area(p.m, columns) + t + sums, area(p.m, columns),
                plan.columns, rate_of(on(card, kWgradRate), masked));
     wgrad.bytes += one.bytes, wgrad.flop += one.flop;
+    blocks += blocks_of(columns, 128) * blocks_of(plan.columns, 64) * splits;
   };
   if (plan.dlora_a.splits > 0) add(p.k, plan.dlora_a.splits, p.dropout);
   if (plan.db_apart()) add(p.n, plan.dlora_b.splits, false);
-  return wgrad;
+  return in_waves(card, wgrad, blocks);
 }
 
 // Adds the products of dX and of the gradients of A and B.
@@ -174,10 +200,13 @@ Launches tiled_backward(const Card& card, const Problem& p, const Tiled& plan) {
   if (plan.one_pass()) {
     const double rate = on(card, kDsdbRate[plan.columns > 16]);
     const double flop = 4.0 * dy * plan.columns / share_on_mma(card, rate);
-    launches.add("lora_dsdb", element_bytes(p) * dy + t + sums + sums_b, flop);
+    launches.add(in_waves(card, {"lora_dsdb", element_bytes(p) * dy + t + sums + sums_b, flop},
+                          int64_t{plan.panels} * plan.dlora_b.splits));
   } else if (plan.shrink.splits > 0) {
-    launches.add(skinny(card, "lora_shrink", element_bytes(p) * dy + sums, dy, plan.columns,
-                        on(card, kShrinkRate).plain));
+    launches.add(in_waves(card,
+                          skinny(card, "lora_shrink", element_bytes(p) * dy + sums, dy,
+                                 plan.columns, on(card, kShrinkRate).plain),
+                          shrink_blocks(p, plan)));
   }
   if (plan.fused_shrink) launches.add("flags", 0.0);
   if (plan.z != kNone) launches.add("lora_reduce", sums + t);

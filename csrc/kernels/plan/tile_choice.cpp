@@ -17,15 +17,18 @@ bool is_as_deep_as_fits(const TileFacts& tile, const Card& card) {
   return tile.tile != Tile::kDeep128x128 || !two_blocks_fit(card);
 }
 
-constexpr int64_t kMinSteps = 4;  // per split: its pipeline of copies needs two to fill
+// Per split: a pipeline of copies needs two to fill. A step of lora_dsdb is long: its pipeline turns
+// over several times in one, and blocks of several steps would leave most SMs without a block.
+constexpr int64_t kMinSteps = 4, kMinStepsOfDsdb = 1;
 
 constexpr int64_t kMaxWgmmaRank = 256, kMaxFusedShrinkRank = 64;
 
 // Enough splits for two blocks on every SM, but none too short to fill its pipeline of copies.
-Splits choose_splits(const Card& card, int64_t blocks, int64_t length) {
+Splits choose_splits(const Card& card, int64_t blocks, int64_t length,
+                     int64_t min_steps = kMinSteps) {
   const int64_t steps = blocks_of(length, kStep);
   const int64_t wanted = std::max<int64_t>(1, 2 * card.sms / blocks);
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / kMinSteps));
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / min_steps));
   const int64_t per_split = blocks_of(steps, splits);
   return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
 }
@@ -50,12 +53,12 @@ int64_t resident_blocks(const Card& card, int64_t shared, int64_t by_registers) 
   return card.sms * std::clamp<int64_t>(card.shared_per_sm / (shared + 1024), 1, by_registers);
 }
 
-// Masked tiles take T first, so all clusters wait while T is computed: 0.3 of the time of a tile of
+// Masked tiles take T first, so all clusters wait while T is computed: half of the time of a tile of
 // 256 columns, if each computes at most one pair of row blocks (predicted; both have the depth of
 // the product). This saves a pass over dY, which takes longer the more rows there are: at an H100's
-// rates both take the same time where a fifth of the clusters compute T.
+// rates both take the same time where two fifths of the clusters compute T.
 bool masked_t_pays(const Card& card, int64_t m) {
-  return 5 * blocks_of(m, 2 * facts_of(Tile::kFusedShrink128x256).rows) >= card.sms / 2;
+  return 5 * blocks_of(m, 2 * facts_of(Tile::kFusedShrink128x256).rows) >= card.sms;
 }
 
 // T is computed in the same grid where possible, which saves two launches, unless there are fewer
@@ -103,8 +106,9 @@ Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
 
 // Whole waves of tiles leave some clusters idle at the end. If only those compute T before their
 // first tile, it costs no time if they are done when the others have done their first tiles: a pair
-// of row blocks takes 0.3 of the time of a tile of 256 columns (predicted), and up to two are
-// tried. Masked tiles begin with T, which is complete the sooner the more clusters compute it.
+// of row blocks takes half of the time of a tile of 256 columns (predicted). With two, the others
+// wait for a tenth of a tile or more, but that is less than a pair takes a cluster that multiplies
+// to the end. Masked tiles begin with T, which is complete the sooner the more clusters compute it.
 int choose_pairs_per_ticket(const Card& card, const Problem& p, const TileFacts& tile) {
   constexpr int kMax = 2;
   if (p.dropout) return 1;
@@ -138,7 +142,8 @@ void choose_gradients(Tiled& plan, const Card& card, const Problem& p, bool use_
   const auto splits = [&](int64_t blocks) { return choose_splits(card, blocks, p.m); };
   const int64_t column_tiles = blocks_of(plan.columns, 64);
   if (plan.one_pass()) {
-    plan.dlora_b = splits(2 * plan.panels);  // one block per SM
+    // One block per SM.
+    plan.dlora_b = choose_splits(card, 2 * plan.panels, p.m, kMinStepsOfDsdb);
   } else if (p.need_dlora_b) {
     plan.dlora_b = splits(blocks_of(p.n, 128) * column_tiles);
   }

@@ -1,7 +1,5 @@
 #include "op/launch/launch_parts.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <limits>
@@ -26,13 +24,6 @@ Factors with_rows(at::TensorList factors) {
   return out;
 }
 
-// If ranks is not given, every slot of a pool has the full rank.
-at::Tensor ranks_of(const Update& update) {
-  const Grouping& many = *update.grouping;
-  if (many.ranks) return many.ranks->contiguous();
-  return at::full({update.adapters()}, update.rank(), many.scaling.options().dtype(at::kInt));
-}
-
 const int32_t* numbers_at(const at::Tensor& numbers) {
   return numbers.defined() ? numbers.const_data_ptr<int32_t>() : nullptr;
 }
@@ -42,46 +33,50 @@ const int32_t* numbers_at(const at::Tensor& numbers) {
 constexpr int64_t kOfStream = 1 << 14, kOfGraphs = 1 << 18, kApart = 32;
 constexpr size_t kMaxStreams = 64;
 
+// Never of torch's allocator: torch.compile's graphs run the first calls of a function, too, with
+// all that it allocates in a pool of their own, in which nothing but results may live on.
 struct OfDevice {
   std::mutex mutex;  // never held while a thread allocates or waits for a stream
-  std::map<uint64_t, at::Tensor> by_stream;
-  std::vector<at::Tensor> graphs;  // the last one has room
-  int64_t taken = kOfGraphs;
+  std::map<uint64_t, uint32_t*> by_stream;
+  uint32_t* graphs = nullptr;  // the last room; those before belong to their graphs
+  int64_t taken = kOfGraphs;   // of it
+  bool refused = false;        // there was no memory, which is not asked for in each call
 };
 
-at::Tensor zeros(const at::Device& device, int64_t count) {
-  const at::Tensor made = at::empty({count}, at::TensorOptions().device(device).dtype(at::kInt));
-  check_launch(cuda::clear(made.mutable_data_ptr<int32_t>(), count, stream_of(device)), device);
+uint32_t* make_zeros(OfDevice& mine, const at::Device& device, int64_t count) {
+  {
+    const std::lock_guard lock(mine.mutex);
+    if (mine.refused) return nullptr;
+  }
+  uint32_t* made = cuda::permanent_zeros(count, stream_of(device));
+  const std::lock_guard lock(mine.mutex);
+  mine.refused = made == nullptr;
   return made;
-}
-
-uint32_t* data_of(const at::Tensor& counts) {
-  return reinterpret_cast<uint32_t*>(counts.mutable_data_ptr<int32_t>());
 }
 
 uint32_t* of_a_graph(OfDevice& mine, int64_t count) {
   const int64_t apart = (count + kApart - 1) / kApart * kApart;
   if (mine.taken + apart > kOfGraphs) return nullptr;
-  uint32_t* found = data_of(mine.graphs.back()) + mine.taken;
+  uint32_t* found = mine.graphs + mine.taken;
   mine.taken += apart;
   return found;
 }
 
-// Called while no graph is captured: what is allocated during a capture belongs to one graph only.
-// A replay may run on any stream, so this waits until the counters are zero before a capture can
-// begin. What the stream waits for may need another thread's launch, which must not wait for this.
+// Called while no graph is captured on the stream, which allows no wait. A replay may run on any
+// stream, so this waits until the counters are zero before a capture can begin. What the stream
+// waits for may need another thread's launch, which must not wait for this.
 void make_room_for_graphs(OfDevice& mine, const at::Device& device) {
   const auto has_room = [&] { return 2 * mine.taken < kOfGraphs; };
   {
     const std::lock_guard lock(mine.mutex);
     if (has_room()) return;
   }
-  at::Tensor room = zeros(device, kOfGraphs);
+  uint32_t* room = make_zeros(mine, device, kOfGraphs);
+  if (room == nullptr) return;
   wait(device, std::numeric_limits<double>::infinity());
   const std::lock_guard lock(mine.mutex);
-  if (has_room()) return;  // another thread has made it meanwhile
-  mine.graphs.push_back(std::move(room));
-  mine.taken = 0;
+  if (has_room()) return;  // another thread has made it meanwhile; these are left
+  mine.graphs = room, mine.taken = 0;
 }
 
 OfDevice& counts_of(const at::Device& device) {
@@ -148,8 +143,8 @@ GroupedMatrices::GroupedMatrices(const Update& update, at::TensorList a, at::Ten
     pool.a_stride = a[0].defined() ? a[0].stride(0) : 0;
     pool.b_stride = b[0].defined() ? b[0].stride(0) : 0;
     pool.a_pitch = pitch(a[0]), pool.b_pitch = pitch(b[0]);
-    ranks_ = ranks_of(update);
-    pool.ranks = ranks_.const_data_ptr<int32_t>();
+    if (update.grouping->ranks) ranks_ = update.grouping->ranks->contiguous();
+    pool.ranks = numbers_at(ranks_);
     return;
   }
   entries_.reserve(a.size());
@@ -192,12 +187,13 @@ uint32_t* decode_counts(const at::Device& device, int64_t count) {
   {
     const std::lock_guard lock(mine.mutex);
     const auto found = mine.by_stream.find(*stream);
-    if (found != mine.by_stream.end()) return data_of(found->second);
+    if (found != mine.by_stream.end()) return found->second;
     if (mine.by_stream.size() >= kMaxStreams) return nullptr;
   }
-  at::Tensor made = zeros(device, kOfStream);
+  uint32_t* made = make_zeros(mine, device, kOfStream);
+  if (made == nullptr) return nullptr;
   const std::lock_guard lock(mine.mutex);  // on this stream, another thread may have made them
-  return data_of(mine.by_stream.try_emplace(*stream, std::move(made)).first->second);
+  return mine.by_stream.try_emplace(*stream, made).first->second;
 }
 
 }  // namespace lora_ext::kernel_launch

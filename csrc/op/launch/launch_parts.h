@@ -70,7 +70,7 @@ class GroupedOperands {
 //
 // `count` counters for one launch on the current stream. Calls on one stream run one after the
 // other and share their counters. A launch that is captured gets counters of its own permanently,
-// since replays of different graphs may run concurrently. Returns nullptr if none are left: the
+// since replays of different graphs may run concurrently. Returns nullptr if there are none: the
 // counters are then in the call's workspace and are cleared before the launch.
 uint32_t* decode_counts(const at::Device& device, int64_t count);
 

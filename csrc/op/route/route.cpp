@@ -145,16 +145,20 @@ std::optional<Backward> backward(const BackwardArgs& args) { return run<Backward
 namespace lora_ext::route {
 namespace {
 
+at::ScalarType y_dtype(const ForwardArgs& args) { return args.y_dtype(); }
+at::ScalarType y_dtype(const BackwardArgs& args) { return args.grad.scalar_type(); }
+
 // Throws if a row's bits would depend on the number of rows.
 template <class Args>
 bool needs_blocks(const Args& args) {
   if (args.base.row_block == 0) return false;
-  if (args.x.is_cpu() && cpu::is_batch_invariant(args.x.scalar_type(), args.update)) return false;
+  const at::ScalarType x = args.x.scalar_type();
+  if (args.x.is_cpu() && cpu::is_batch_invariant(x, y_dtype(args), args.update)) return false;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      args.update.is_one(),
+      args.update.is_one() && !args.base.is_given(),
       "lora_ext.batch_invariant: expected a processor and a dtype whose products by panels give "
-      "every row the same bits, as an adapter for each row needs, but got ",
-      args.x.scalar_type(), " on this one; call it outside of the block, or in another dtype");
+      "every row the same bits, as an adapter for each row and experts need, but got ",
+      x, " on this one; call it outside of the block, or in another dtype");
   return true;
 }
 

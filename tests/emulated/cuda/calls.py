@@ -15,7 +15,8 @@ from lora_ext import _C
 from lora_ext.kernels.kernel_plan import CallPlan, explain_cuda_call
 
 _runtime = ctypes.CDLL(_C.__file__)
-_runtime.emulated_cuda_record.restype = ctypes.c_char_p
+for _name in ("record", "pool", "ops"):
+    getattr(_runtime, f"emulated_cuda_{_name}").restype = ctypes.c_char_p
 torch.cuda._lazy_init = lambda: None  # which a torch without CUDA raises an error in
 torch.cuda.current_device = _runtime.emulated_cuda_device
 torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)
@@ -29,6 +30,7 @@ set_device = _runtime.emulated_cuda_set_device
 keep_busy = _runtime.emulated_cuda_keep_busy
 waiting = _runtime.emulated_cuda_waiting
 has_counts = _runtime.emulated_cuda_has_counts
+open_pool = _runtime.emulated_cuda_open_pool
 current_device = _runtime.emulated_cuda_device
 last_error = _runtime.emulated_cuda_last_error
 
@@ -48,6 +50,16 @@ def fail(call: str, nth: int, error: int) -> None:
 
 def plant(mutant: str) -> None:
     _runtime.emulated_cuda_plant(mutant.encode())
+
+
+def pool() -> set[int]:
+    """Addresses of what lives in the pool that open_pool(1) has opened."""
+    return set(map(int, _runtime.emulated_cuda_pool().split()))
+
+
+def ops() -> list[str]:
+    """Torch's own ops on CUDA tensors since the last time."""
+    return _runtime.emulated_cuda_ops().decode().split()
 
 
 def settled() -> bool:

@@ -13,6 +13,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <set>
+#include <string>
+#include <utility>
 
 #include "emulated/cuda/runtime.h"
 #include "op/launch/launch_parts.h"
@@ -45,15 +49,36 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
 };
 
+// The private pool of torch's graph trees: what is allocated while it is open is in it until it is
+// freed. Of that, only what a call returns may live on.
+struct Pool {
+  std::mutex mutex;
+  bool open = false;
+  std::set<void*> live;
+  std::string read;
+};
+Pool& pool() {
+  static auto& one = *new Pool();
+  return one;
+}
+
+void release(void* data) {
+  const std::lock_guard lock(pool().mutex);
+  pool().live.erase(data);
+  std::free(data);
+}
+
 // Uninitialised memory: bytes of ones, NaN in every type.
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     const size_t whole = (bytes + 511) / 512 * 512;
     void* data = whole == 0 ? nullptr : std::aligned_alloc(512, whole);
     if (data != nullptr) std::memset(data, 0xFF, whole);
-    return {data, data, &std::free, device_number(current_device())};
+    const std::lock_guard lock(pool().mutex);
+    if (data != nullptr && pool().open) pool().live.insert(data);
+    return {data, data, &release, device_number(current_device())};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override {
     std::memcpy(to, from, bytes);
   }
@@ -110,8 +135,16 @@ void follow(const at::Tensor& tensor, const at::Tensor& resized) {
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(now.sizes(), now.strides());
 }
 
+// The names of the ops that have run so, each followed by a space.
+std::mutex ops_mutex;
+std::string ops, read_ops;
+
 // Runs any op of torch on the CPU.
 void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  {
+    const std::lock_guard lock(ops_mutex);
+    ops += op.schema().name() + " ";
+  }
   const size_t count = op.schema().arguments().size();
   std::vector<std::pair<at::Tensor, at::Tensor>> known;  // on the CPU, and the op's own
   at::Device device = device_number(current_device());
@@ -164,6 +197,27 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 extern "C" int emulated_cuda_has_counts(int device, int count) {
   const c10::DeviceGuard guard(device_number(device));
   return lora_ext::kernel_launch::decode_counts(device_number(device), count) != nullptr;
+}
+
+// The ops of torch since the last call of this function.
+extern "C" const char* emulated_cuda_ops() {
+  const std::lock_guard lock(ops_mutex);
+  read_ops = std::exchange(ops, "");
+  return read_ops.c_str();
+}
+
+// From now on memory comes from the pool of a graph, or no longer does.
+extern "C" void emulated_cuda_open_pool(int open) {
+  const std::lock_guard lock(pool().mutex);
+  pool().open = open != 0;
+}
+// The addresses of what lives in it, each followed by a space.
+extern "C" const char* emulated_cuda_pool() {
+  const std::lock_guard lock(pool().mutex);
+  pool().read.clear();
+  for (void* data : pool().live)
+    pool().read += std::to_string(reinterpret_cast<uintptr_t>(data)) + " ";
+  return pool().read.c_str();
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {

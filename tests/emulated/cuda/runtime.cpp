@@ -130,6 +130,21 @@ cudaStream_t stream_of(int device) {
   return reinterpret_cast<cudaStream_t>(uintptr_t{16} * (device + 1));
 }
 
+namespace {
+CUresult driver_version(int* version) {
+  *version = driver().version;
+  return CUDA_SUCCESS;
+}
+}  // namespace
+
+void* open_driver(const char* name, int) {
+  return std::strcmp(name, "libcuda.so.1") == 0 && driver().version > 0 ? &driver() : nullptr;
+}
+void* find_in_driver(void* opened, const char* function) {
+  if (opened != &driver() || std::strcmp(function, "cuDriverGetVersion") != 0) return nullptr;
+  return reinterpret_cast<void*>(&driver_version);
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* parameters,
                    const Enqueue& enqueue) {
   const std::lock_guard lock(driver().mutex);
@@ -260,9 +275,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = driver().version;
-  return cudaSuccess;
+cudaError_t cudaDriverGetVersion(int*) {
+  return refuse(cudaErrorNotPermitted, "a question that initialises the driver");
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -325,6 +339,21 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+
+// Uninitialised memory, as device.cpp's. Another thread may be capturing, in the global mode.
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  const std::lock_guard lock(driver().mutex);
+  if (const cudaError_t error = begin("cudaMalloc"); error != cudaSuccess) return error;
+  if (driver().capturing || capture_mode != cudaStreamCaptureModeRelaxed)
+    return refuse(cudaErrorStreamCaptureUnsupported, "an allocation that ends a capture");
+  *data = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
+  std::memset(*data, 0xFF, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* data) {
+  std::free(data);
+  return cudaSuccess;
+}
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const std::lock_guard lock(driver().mutex);

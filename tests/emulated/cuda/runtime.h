@@ -22,6 +22,10 @@ int current_device();
 void set_current_device(int device);
 cudaStream_t stream_of(int device);
 
+// The driver's library, as device.cu opens it.
+void* open_driver(const char* name, int mode);
+void* find_in_driver(void* driver, const char* function);
+
 // Queues the kernel on a stream of the layer.
 using Enqueue = std::function<void(Stream&, const LaunchConfig&)>;
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* parameters,
@@ -57,6 +61,10 @@ struct Dimensions {
 #undef blockDim
 inline constexpr emulator::cuda::Dimensions<emulator::grid_dimensions> gridDim;
 inline constexpr emulator::cuda::Dimensions<emulator::block_dimensions> blockDim;
+
+#include <dlfcn.h>
+#define dlopen ::emulator::cuda::open_driver
+#define dlsym ::emulator::cuda::find_in_driver
 
 // The header's own version takes untyped pointers, from which no kernel can be called here.
 #define cudaLaunchKernelEx ::emulator::cuda::launch_kernel_ex

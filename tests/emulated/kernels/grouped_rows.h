@@ -20,7 +20,8 @@ struct GroupedRows {
   std::vector<int> ranks, given, adapter_of;  // ranks as the device has them, then an index or ends
   std::unique_ptr<GlobalBuffer<int>> buffer;
 
-  GroupedRows(int m_, int groups_, int max_rank_, Random& random)
+  // `alike`: all adapters have the largest rank.
+  GroupedRows(int m_, int groups_, int max_rank_, Random& random, bool alike = false)
       : m(m_), groups(groups_), max_rank(max_rank_), indexed(random() % 2), adapter_of(m_, -1) {
     const auto draw = [&](int from, int to) {
       return from + static_cast<int>(random() % static_cast<uint64_t>(to - from + 1));
@@ -28,7 +29,8 @@ struct GroupedRows {
     const bool odd_ranks = random() % 3 == 0;
     for (int g = 0; g < groups; ++g) {
       const int kind = odd_ranks ? draw(0, 5) : 5;
-      ranks.push_back(kind == 0   ? 0
+      ranks.push_back(alike       ? max_rank
+                      : kind == 0 ? 0
                       : kind == 1 ? -draw(1, 9)
                       : kind == 2 ? max_rank + draw(1, 99)
                                   : draw(1, max_rank));

@@ -64,7 +64,9 @@ HARMLESS = {
     "decode/kernel.part_of_s.finish.has_s(walk.tile):always": (
         "zeros of no adapter's rows are kept, too, where nobody reads them"
     ),
-    "grouped/segments.run.first<groups+1:high": "a batch of no adapters more",
+    "grouped/segments.begin_chunks.first<all:high": "a round of no counts more",
+    "grouped/segments.begin_chunks.i<left:low": "nothing begins behind the last count",
+    "grouped/segments.run.first<groups:high": "a batch of no adapters more",
     "skinny/elementwise.lora_reduce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
     "gemm/sm90a/jobs.schedule.job<count():high": "a ticket is drawn that nobody reads",
     "gemm/sm90a/jobs.next.threadIdx.x>=Tile::kWarpgroup:low": "that thread reads no ticket",

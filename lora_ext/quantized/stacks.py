@@ -1,0 +1,118 @@
+"""How a module stores a parameter ``[E, ...]``, without reading a property that dequantises it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..torch_state import is_plain
+from .four_bit_stack import FourBitStack, four_bit_stack
+from .stack import FlatStack, QuantizedStack
+
+PARAMETRIZED = "the module has parametrizations"
+# By name, since bitsandbytes does not have to be installed.
+_PARAMETRIZE = "bitsandbytes.nn.parametrize"
+_FOUR_BITS = f"{_PARAMETRIZE}.Bnb4bitParametrization"
+
+
+def parametrized(module: nn.Module) -> dict[str, Any]:
+    """The lists of parametrizations of a module's parameters, by their names."""
+    found: Any = module._modules.get("parametrizations")
+    return {} if found is None else found._modules
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters, parametrized ones included, in the order in which
+    PEFT wraps them: the module's, or the alphabet's if it has parametrizations."""
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    others = parametrized(module)
+    return sorted({*own, *others}) if others else own
+
+
+def stored_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter as it is stored: of a parametrized one the original, such as the codes."""
+    kept = module._parameters.get(name)
+    if kept is None:
+        found = parametrized(module).get(name)
+        return None if found is None else found._parameters.get("original")
+    return kept
+
+
+def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedStack | str | None:
+    """The parameter, or its stack if bitsandbytes quantised it; why neither can be had, as text;
+    None if there is no such parameter."""
+    found = parametrized(module).get(name)
+    if found is None:
+        return module._parameters.get(name)
+    parts = list(found._modules.values())
+    if len(parts) != 1 or not is_four_bits(parts[0]) or "original" not in found._parameters:
+        return PARAMETRIZED
+    return _four_bits(parts[0], found._parameters["original"])
+
+
+# For each parametrization, the properties of its tensors and the stack of them: a forward asks a
+# dozen times, and checking them takes 15 us.
+_made: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+
+
+def _four_bits(part: Any, codes: Tensor) -> FourBitStack | str:
+    state = part.quant_state
+    if torch.compiler.is_compiling() or not is_plain(codes):
+        return four_bit_stack(codes, state)
+    scale = state.absmax
+    # The tensors of a kept stack keep their storages, so that no other has their addresses.
+    key = (codes.data_ptr(), codes.nbytes, codes.device, state.code, state.quant_type, state.dtype)
+    key += (scale.data_ptr(), scale.dtype, scale.device, state.shape, state.blocksize)
+    if state.nested:
+        second = state.state2
+        key += (second.absmax.data_ptr(), second.code, second.blocksize, state.offset)
+    found = _made.get(part)
+    if found is None or not _is_same(found[0], key):
+        _made[part] = found = (key, four_bit_stack(codes, state))
+    return found[1]
+
+
+def _is_same(first: tuple, second: tuple) -> bool:
+    """Equality of properties, and identity of tensors."""
+    return len(first) == len(second) and all(
+        a is b if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True)
+    )
+
+
+def stacks_of(module: nn.Module) -> list[QuantizedStack]:
+    """The quantised parameters of a module."""
+    found = [stack_of(module, name) for name in parametrized(module)]
+    return [stack for stack in found if isinstance(stack, QuantizedStack)]
+
+
+def is_four_bits(part: nn.Module) -> bool:
+    """Whether a parametrization is bitsandbytes' own, and nothing else is computed in it."""
+    kind = type(part)
+    if f"{kind.__module__}.{kind.__qualname__}" != _FOUR_BITS:
+        return False
+    return "forward" not in part.__dict__ and not (part._forward_hooks or part._forward_pre_hooks)
+
+
+def has_own_hooks_alone(module: nn.Module) -> bool:
+    """Whether its forward's hooks are those of bitsandbytes' parametrization, which cache the
+    dequantised parameters in a forward of the module: without one there is nothing to cache."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return all(getattr(hook, "__module__", None) == _PARAMETRIZE for hook in hooks)
+
+
+def flat_weight(weight: Tensor | QuantizedStack) -> FlatStack:
+    """A weight as the arguments of an op; a tensor has no numbers."""
+    return FlatStack([weight], [], weight.dtype) if isinstance(weight, Tensor) else weight.flat()
+
+
+def weight_from_flat(
+    tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+) -> Tensor | QuantizedStack:
+    """The weight of what `flat_weight` returned."""
+    return FourBitStack.from_flat(tensors, numbers, dtype) if numbers else tensors[0]

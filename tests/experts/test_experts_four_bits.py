@@ -1,0 +1,337 @@
+"""Experts in bitsandbytes' 4 bits, in PEFT's models: the numbers of the same experts dense, and
+only those that have rows are dequantised, one at a time."""
+
+import copy
+
+import pytest
+import torch
+from expert_helpers import assert_close, make_routes
+from four_bit_experts import (
+    BLOCK,
+    FORMS,
+    HIDDEN,
+    INNER,
+    make_four_bits,
+    parts_of,
+    states_of,
+    step,
+    two_experts,
+    two_mixtures,
+)
+from helpers import BF16, F16, F32, F64, short
+from peft_helpers import reasons
+from torch import nn
+
+import lora_ext
+from lora_ext.experts import Experts, lora_experts
+from lora_ext.quantized import workspace
+from lora_ext.quantized.four_bit_stack import FourBitStack
+from lora_ext.quantized.stacks import stack_of
+
+KINDS = ["plain", "transposed, biases, interleaved", "no gate", "norm"]
+TOKENS = [0, 1, 7, 64]
+
+
+def routes(tokens, dtype=F32, **words):
+    return make_routes(tokens, dtype=dtype, hidden=HIDDEN, **words)
+
+
+def of_one_expert(tokens, expert, dtype=F32):
+    x, index, weights = routes(tokens, dtype)
+    return x, torch.full_like(index[:, :1], expert), weights[:, :1]
+
+
+def assert_same_bits(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+def assert_not_dequantised_whole(model):
+    assert parts_of(model) and all(part.calls == 0 for part in parts_of(model))
+
+
+@pytest.fixture
+def dequantised(monkeypatch):
+    """The numbers of the experts that are dequantised, in their order."""
+    numbers, stored = [], FourBitStack.stored
+    monkeypatch.setattr(
+        FourBitStack, "stored", lambda self, number: numbers.append(number) or stored(self, number)
+    )
+    return numbers
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_of_dense_experts(kind, form, tokens):
+    packed, dense = map(lora_ext.accelerate, two_mixtures(kind, form))
+    assert_same_bits(step(packed, routes(tokens)), step(dense, routes(tokens)))
+    assert_not_dequantised_whole(packed)
+
+
+@pytest.mark.parametrize("tokens", TOKENS[1:])  # of no token PEFT's own has no gradient
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+def test_the_numbers_of_peft_on_dense_experts(dtype, tokens):
+    packed, dense = two_mixtures(dtype=dtype, adapter_dtype=F32)
+    x, index, weights = routes(tokens, dtype)
+    exact = step(dense.double(), (x.double(), index, weights.double()))
+    found = step(lora_ext.accelerate(packed), (x, index, weights))
+    assert_close(found, exact, {F32: 1e-5, BF16: 3e-2, F16: 4e-3}[dtype])
+    assert_not_dequantised_whole(packed)
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_dropout(kind):
+    found = []
+    for model in two_mixtures(kind, "nested"):
+        lora_ext.accelerate(model, expert_dropout=0.3).train()
+        torch.manual_seed(3)
+        found.append(step(model, routes(7)))
+    assert_same_bits(*found)
+
+
+def test_one_quantised_parameter_beside_a_dense_one():
+    packed, dense = two_experts()
+    nn.utils.parametrize.remove_parametrizations(packed, "down_proj", leave_parametrized=False)
+    del packed._parameters["down_proj"]
+    packed.down_proj = copy.deepcopy(dense.down_proj)
+    found = [lora_experts(Experts.of(each), *routes(7)) for each in (packed, dense)]
+    assert torch.equal(*found) and parts_of(packed)[0].calls == 0
+
+
+# ---- what is read ----
+
+
+@torch.no_grad()
+def poison_all_but(expert, model):
+    """Every scale that is not of the expert becomes NaN."""
+    for state in states_of(model):
+        count = len(state.absmax) // 6
+        first, last, floats = expert * count, (expert + 1) * count, state.absmax
+        if state.nested:
+            floats, second = state.state2.absmax, state.state2.blocksize
+            first, last = first // second, -(-last // second)
+        floats[:first] = floats[last:] = float("nan")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_experts_without_rows_are_not_read(form, tokens, dequantised):
+    """One expert is dequantised, once in each direction for each projection."""
+    packed, dense = map(lora_ext.accelerate, two_mixtures(form=form))
+    operands = of_one_expert(tokens, 3)
+    wanted = step(dense, operands)
+    poison_all_but(3, packed)
+    assert_same_bits(step(packed, operands), wanted)
+    assert dequantised == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=short)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_take_the_bits_of_dense_experts(tokens, dtype, form, dequantised, isa):
+    """In the op for few rows, by strips: no expert is dequantised as a whole."""
+    packed, dense = map(lora_ext.accelerate, two_mixtures("plain", form, dtype, adapter_dtype=F32))
+    operands = of_one_expert(tokens, 3, dtype)
+    poison_all_but(3, packed)
+    with torch.no_grad():
+        assert torch.equal(packed(*operands), dense(*operands))
+    assert (dequantised == []) == (isa != "library")
+
+
+CODES = torch.zeros(3, 4, BLOCK // 2, dtype=torch.uint8)
+PARTS = {"scale": torch.ones(12), "table": torch.ones(16), "block": BLOCK}
+NESTED = {"scale_table": torch.ones(256), "scale_scale": torch.ones(2), "scale_block": 8}
+NESTED |= {"scale_offset": torch.ones(()), "scale": torch.ones(12, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": CODES[0]}, r"contiguous codes of shape \[experts, out_features, in_f.* of \[4"),
+        ({"weight": CODES.int()}, "in uint8, but got Int"),
+        ({"x": torch.ones(1, BLOCK)}, "x in bfloat16 or float16, but got Float"),
+        ({"block": 24}, "even block that divides the 32 input features, but got 24"),
+        ({"scale": torch.ones(11)}, "scale of 12 elements in Float"),
+        ({"table": None}, "a table beside codes of 4 bits, but got none"),
+        ({"table": torch.ones(15)}, "table of 16 elements"),
+        (NESTED | {"scale": torch.ones(12)}, "scale of 12 elements in Byte"),
+        (NESTED | {"scale_scale": torch.ones(3)}, "scale_scale of 2 elements"),
+        (NESTED | {"scale_offset": None}, "a scale_offset beside codes"),
+        (NESTED | {"scale_block": 0}, "positive scale_block, but got 0"),
+    ],
+)
+def test_what_the_op_refuses(change, message):
+    """The kernel would read beyond them."""
+    words = {"x": torch.ones(1, BLOCK, dtype=BF16), "weight": CODES} | PARTS | change
+    x, weight = words.pop("x"), words.pop("weight")
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        torch.ops.lora_ext.experts_few_rows(x, None, weight, None, [], [], [], [0], **words)
+
+
+def test_the_workspace_is_one_expert(monkeypatch):
+    packed, _ = two_mixtures()
+    model = lora_ext.accelerate(packed)
+    workspace.release()
+    try:
+        step(model, routes(64))
+        assert workspace.nbytes() == 2 * INNER * HIDDEN * 4
+        assert lora_ext.explain(model).workspace_bytes == 2 * INNER * HIDDEN * 4
+    finally:
+        workspace.release()
+
+
+def test_nothing_is_written_to():
+    packed, _ = two_mixtures(form="nested")
+    model = lora_ext.accelerate(packed)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = copy.deepcopy(states_of(model))
+    step(model, routes(7))
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for found, wanted in zip(states_of(model), states, strict=True):
+        assert torch.equal(found.absmax, wanted.absmax)
+        assert torch.equal(found.state2.absmax, wanted.state2.absmax)
+    # Of the parametrizations nothing is left over, as in PEFT's own forward.
+    assert [
+        len(each)
+        for each in packed.base_model.model.experts.get_base_layer().parametrizations.values()
+    ] == [1, 1]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(use_reentrant):
+    model = lora_ext.accelerate(two_mixtures()[0])
+    wanted = step(model, routes(7))
+
+    def region(*operands):
+        return torch.utils.checkpoint.checkpoint(model, *operands, use_reentrant=use_reentrant)
+
+    region.zero_grad, region.named_parameters = model.zero_grad, model.named_parameters
+    region.modules = model.modules
+    assert_same_bits(step(region, routes(7)), wanted)
+
+
+def test_adapters_that_are_off():
+    """The base, too, is computed without dequantising all experts."""
+    packed, dense = map(lora_ext.accelerate, two_mixtures())
+    with packed.disable_adapter(), dense.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(packed(*routes(7)), dense(*routes(7)))
+        ((path, reason),) = reasons(packed)
+    assert path == "base"
+    assert reason == "adapters are disabled: rows of each expert, nf4, one dequantised at a time"
+    assert_not_dequantised_whole(packed)
+
+
+def test_autocast_inference_mode_and_a_copy():
+    packed, dense = map(lora_ext.accelerate, two_mixtures())
+    with torch.autocast("cpu", BF16):
+        assert_same_bits(step(packed, routes(7)), step(dense, routes(7)))
+    with torch.inference_mode():
+        assert torch.equal(packed(*routes(7)), dense(*routes(7)))
+    twin = copy.deepcopy(packed)
+    assert_same_bits(step(twin, routes(7)), step(dense, routes(7)))
+    assert_not_dequantised_whole(twin)
+
+
+@pytest.mark.parametrize("form", ["nf4", "straddling"])
+def test_one_graph(form, forget_graphs, counter):
+    model = lora_ext.accelerate(two_mixtures(form=form)[0])
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
+    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    compiled.modules = model.modules
+    counts = []
+    for tokens in (9, 17):
+        assert_close(step(compiled, routes(tokens)), step(model, routes(tokens)), 1e-6)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+    assert_not_dequantised_whole(model)
+
+
+# ---- what PEFT computes ----
+
+
+def explained(change, **words):
+    packed = two_mixtures(**words)[0]
+    model = lora_ext.accelerate(packed)
+    wrapper = next(m for m in model.modules() if hasattr(m, "get_base_layer"))
+    change(wrapper.get_base_layer())
+    ((path, reason),) = reasons(model)
+    assert path == "peft"
+    return reason
+
+
+def set_state(**values):
+    def change(experts):
+        vars(experts.parametrizations["down_proj"][0].quant_state).update(values)
+
+    return change
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def register_doubled(experts):
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", Doubled(), unsafe=True)
+
+
+REASONS = {
+    "experts of 64 x 96 do not begin with a block of 4096 codes each": set_state(blocksize=4096),
+    "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way": set_state(
+        blocksize=64
+    ),
+    "a quantised parameter has a form that is not known": set_state(quant_type="int3"),
+    "a quantised parameter is not a stack of matrices": set_state(shape=(6 * 64, 96)),
+    "the codes of a quantised parameter are sharded": set_state(shape=(12, 64, 96)),
+    "the scales of a quantised parameter are not in float32": set_state(
+        absmax=torch.ones(6 * 64 * 96 // BLOCK, dtype=F64)
+    ),
+    "the codes of a quantised parameter are on another device than their scales": set_state(
+        absmax=torch.ones(6 * 64 * 96 // BLOCK, device="meta")
+    ),
+    "the experts' weights differ in dtype or device": set_state(dtype=BF16),
+    "the experts have hooks": lambda experts: experts.register_forward_hook(lambda _, __, y: y),
+    "the module has parametrizations": register_doubled,
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons_for_pefts_forward(reason):
+    assert explained(REASONS[reason]).startswith(reason)
+
+
+def test_pefts_leftovers_are_not_added_to():
+    """A forward of PEFT 0.21's before `accelerate` leaves its update in the parameter."""
+    packed = two_mixtures()[0]
+    with torch.no_grad():
+        packed(*routes(3))
+    left = [
+        len(each)
+        for each in packed.base_model.model.experts.get_base_layer().parametrizations.values()
+    ]
+    ((path, reason),) = reasons(lora_ext.accelerate(packed))
+    if left == [1, 1]:
+        assert path == "fused"
+    else:
+        assert path == "peft" and "accelerate it before its first forward" in reason
+
+
+def test_a_router_in_4_bits_is_pefts():
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, BLOCK))
+
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    model = nn.ModuleDict({"gate": Router()})
+    make_four_bits(model["gate"], "weight")
+    assert stack_of(model["gate"], "weight") == "a quantised parameter is not a stack of matrices"

@@ -1,0 +1,187 @@
+"""apply_lora on mixtures whose experts are in bitsandbytes' 4 bits: the model's verbs and files."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from four_bit_experts import FORMS, dequantised, make_four_bits, parts_of
+from helpers import BF16, F32
+from mixture_helpers import logits, mixture, randomized, some_ids
+from torch import nn
+
+import lora_ext
+from lora_ext import LoRAConfig, apply_lora
+from lora_ext.nn import LoRAExperts
+
+SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "intermediate_size": 96}
+TYPES = {"qwen3_moe": SIZES, "gpt_oss": SIZES}
+
+
+def experts_of(model):
+    return [module for path, module in model.named_modules() if path.endswith("mlp.experts")]
+
+
+def two_models(kind="qwen3_moe", form="nf4", dtype=F32):
+    """(a model with experts in 4 bits, the same model dense)."""
+    packed = mixture(kind, dtype, **TYPES[kind])
+    dense = copy.deepcopy(packed)
+    for module, other in zip(experts_of(packed), experts_of(dense), strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            make_four_bits(module, name, form)
+            found = module.parametrizations[name]
+            other.get_parameter(name).data = dequantised(found.original, found[0].quant_state)
+    return packed, dense
+
+
+def adapted(models, *targets, **words):
+    """With the same random adapters: their order in the models differs."""
+    config = LoRAConfig(targets or ["all-linear"], r=3, alpha=6, **words)
+    first, *others = [randomized(apply_lora(model, config)) for model in models]
+    for other in others:
+        other.load_state_dict(lora_ext.models.lora_state_dict(first), strict=False)
+    return [first, *others]
+
+
+def calls(model):
+    return sum(part.calls for part in parts_of(model))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_bits_of_dense_experts(kind, form):
+    models = adapted(two_models(kind, form), dropout=0.2)
+    found = []
+    for model in models:
+        torch.manual_seed(2)
+        y = logits(model.train())
+        y.square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if "lora_" in n} | {"y": y})
+    packed, dense = found
+    assert all(torch.equal(packed[name], value) for name, value in dense.items())
+    assert packed.keys() == dense.keys() and calls(models[0]) == 0
+    paths = {(each.kind, each.path) for each in lora_ext.explain(models[0])}
+    assert ("LoRAParameter", "fused") in paths
+    assert "nf4, one dequantised" in str(lora_ext.explain(models[0])) or form == "fp4"
+
+
+def test_generation():
+    packed, dense = adapted(two_models(dtype=BF16))
+    found = [
+        model.generate(some_ids(shape=(1, 5)), max_new_tokens=4, do_sample=False)
+        for model in (packed, dense)
+    ]
+    assert torch.equal(*found) and calls(packed) == 0
+
+
+def test_adapters_that_are_off_or_of_none():
+    packed, dense = adapted(two_models())
+    with lora_ext.models.disable_adapters(packed), lora_ext.models.disable_adapters(dense):
+        torch.testing.assert_close(logits(packed), logits(dense))
+    lora_ext.models.set_adapter(packed, [])
+    lora_ext.models.set_adapter(dense, [])
+    torch.testing.assert_close(logits(packed), logits(dense))
+    assert calls(packed) == 0
+
+
+def test_merging_is_refused():
+    packed, _ = adapted(two_models(), "experts")
+    before = logits(packed)
+    for verb in (lora_ext.models.merge, lora_ext.models.merge_and_unload):
+        with pytest.raises(RuntimeError, match=r"dense 'down_proj' to merge into, but it is"):
+            verb(packed)
+    assert torch.equal(logits(packed), before)
+
+
+def test_taking_out_and_copies():
+    packed, _ = two_models()
+    plain, keys, kinds = (
+        logits(packed),
+        list(packed.state_dict()),
+        [type(m) for m in packed.modules()],
+    )
+    tensors = {name: value.clone() for name, value in packed.state_dict().items()}
+    adapted([packed])
+    twin = copy.deepcopy(packed)
+    assert torch.equal(logits(twin), logits(packed))
+    after = packed.state_dict()
+    assert [key for key in after if ".lora" not in key] == keys
+    assert all(torch.equal(after[name], value) for name, value in tensors.items())
+    lora_ext.models.unload(packed)
+    assert [type(m) for m in packed.modules()] == kinds and list(packed.state_dict()) == keys
+    assert torch.equal(logits(packed), plain)
+
+
+def test_counts():
+    packed, dense = adapted(two_models())
+    found, wanted = map(lora_ext.models.trainable_parameters, (packed, dense))
+    assert (found.trainable, found.total) == (wanted.trainable, wanted.total)
+    assert lora_ext.explain(packed).workspace_bytes == 2 * 96 * 64 * 4
+
+
+def test_another_forward_dequantises_all():
+    """Where the experts cannot be computed here, by the library's own function."""
+    packed, dense = adapted(two_models(), "experts")
+    for model in (packed, dense):
+        for module in model.modules():
+            if isinstance(module, LoRAExperts):
+                module._is_expert_parallel = True
+    torch.testing.assert_close(logits(packed), logits(dense))
+    assert calls(packed) == 4
+    assert "the experts are parallel" in str(lora_ext.explain(packed))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda e: nn.utils.parametrize.register_parametrization(
+                e, "down_proj", Doubled(), unsafe=True
+            ),
+            "some are computed; leave the module out by exclude_modules",
+        ),
+        (
+            lambda e: setattr(e.parametrizations["down_proj"][0].quant_state, "blocksize", 4096),
+            "of 'down_proj': experts of 64 x 96 do not begin with a block of 4096 codes each; excl",
+        ),
+    ],
+)
+def test_experts_that_cannot_have_adapters_are_refused(change, message):
+    model, _ = two_models()
+    change(experts_of(model)[0])
+    with pytest.raises(ValueError, match=message):
+        apply_lora(model, LoRAConfig("all-linear"))
+    apply_lora(model, LoRAConfig("all-linear", exclude_modules=["experts"]))
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize("into", ["4 bits", "dense"])
+@pytest.mark.parametrize("source", ["4 bits", "dense"])
+def test_files_from_one_into_the_other(source, into, tmp_path):
+    """PEFT wraps the parameters of quantised experts in another order than those of dense ones."""
+    models = dict(zip(("4 bits", "dense"), adapted(two_models()), strict=True))
+    lora_ext.save_adapter(models[source], tmp_path)
+    other = dict(zip(("4 bits", "dense"), two_models(), strict=True))[into]
+    lora_ext.load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(models[into]))
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["4 bits", "dense"])
+def test_peft_reads_our_files_and_we_read_its(place, tmp_path):
+    base, plain = two_models()[place], two_models()[place]
+    (model,) = adapted([base], "experts")
+    lora_ext.save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "ours")
+    lora_ext.accelerate(theirs)
+    assert torch.equal(logits(theirs), logits(model))
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = two_models()[place]
+    lora_ext.load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(logits(again), logits(model))
