@@ -185,3 +185,18 @@ def test_peft_reads_our_files_and_we_read_its(place, tmp_path):
     again = two_models()[place]
     lora_ext.load_adapter(again, tmp_path / "theirs")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_samples_with_adapters_of_their_own():
+    """Those of the experts in 4 bits have the bits of dense ones; another adapter is another y."""
+    models = adapted(two_models())
+    ids = some_ids()
+    found = []
+    for model in models:
+        with torch.no_grad(), lora_ext.use_adapters(model, ["default", None]):
+            found.append(model(ids).logits)
+        with torch.no_grad(), lora_ext.use_adapters(model, [None, None]):
+            base = model(ids).logits
+        torch.testing.assert_close(found[-1][1], base[1])
+        assert not torch.allclose(found[-1][0], base[0])
+    assert torch.equal(*found)
