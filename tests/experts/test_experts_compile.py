@@ -3,6 +3,8 @@
 import pytest
 import torch
 from expert_helpers import assert_close, make_routes, mixture, run
+from four_bit_experts import HIDDEN as HIDDEN_OF_4_BITS
+from four_bit_experts import parts_of, two_mixtures
 from helpers import BF16, F32, F64
 from peft_helpers import accelerated
 
@@ -56,6 +58,20 @@ def test_tokens_with_adapters_of_their_own(forget_graphs, counter):
         with lora_ext.use_adapters(model, ["x", None, "y"]):
             operands = make_routes(tokens)
             assert_close(run(compiled, *operands), run(model, *operands), 1e-12)
+
+
+@pytest.mark.parametrize("form", ["nf4", "straddling"])
+def test_experts_in_4_bits(form, forget_graphs, counter):
+    model = lora_ext.accelerate(two_mixtures(form=form)[0])
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
+    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    counts = []
+    for tokens in (9, 17):
+        operands = make_routes(tokens, dtype=F32, hidden=HIDDEN_OF_4_BITS)
+        assert_close(run(compiled, *operands), run(model, *operands), 1e-6)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+    assert all(part.calls == 0 for part in parts_of(model))
 
 
 def test_inductor(forget_graphs, cxx_compiler):

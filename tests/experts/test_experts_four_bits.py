@@ -239,20 +239,6 @@ def test_autocast_inference_mode_and_a_copy():
     assert_not_dequantised_whole(twin)
 
 
-@pytest.mark.parametrize("form", ["nf4", "straddling"])
-def test_one_graph(form, forget_graphs, counter):
-    model = lora_ext.accelerate(two_mixtures(form=form)[0])
-    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
-    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
-    compiled.modules = model.modules
-    counts = []
-    for tokens in (9, 17):
-        assert_close(step(compiled, routes(tokens)), step(model, routes(tokens)), 1e-6)
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1
-    assert_not_dequantised_whole(model)
-
-
 # ---- what PEFT computes ----
 
 
