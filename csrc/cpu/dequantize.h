@@ -12,6 +12,7 @@
 // distributes over threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/dtypes.h"
@@ -65,8 +66,10 @@ struct NestedScales {
 
   // Writes the scales of a range to out, from its start.
   void read(Range range, float* out) const {
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      out[i - range.begin] = table[codes[i]] * scale[i / block] + offset;
+    for (int64_t i = range.begin; i < range.end;) {
+      const float factor = scale[i / block];
+      const int64_t end = std::min(range.end, (i / block + 1) * block);
+      for (; i < end; ++i) *out++ = table[codes[i]] * factor + offset;
     }
   }
 };

@@ -184,7 +184,8 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
       "experts_few_rows(Tensor x, Tensor? token, Tensor weight, Tensor? bias, Tensor[] lora_a, "
       "Tensor[] lora_b, float[] scalings, int[] experts, int[]? adapters=None, *, "
       "Tensor? scale=None, Tensor? table=None, int block=0, Tensor? scale_table=None, "
-      "Tensor? scale_scale=None, Tensor? scale_offset=None, int scale_block=0) -> (Tensor, Tensor)");
+      "Tensor? scale_scale=None, Tensor? scale_offset=None, int scale_block=0) -> (Tensor, "
+      "Tensor)");
   // Between lora_b and a pool, which has 3 dimensions.
   m.def("experts_copy(Tensor(a!) out, Tensor source, Tensor hit, int experts) -> ()");
 }
