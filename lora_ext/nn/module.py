@@ -126,6 +126,10 @@ class LoRAModule(nn.Module):
             names = [name for name in rows.names if name in here]
             if names:
                 return self._mixed(names, rows, args, kwargs)
+        return self._of_all_rows(args, kwargs)
+
+    def _of_all_rows(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A forward whose rows have the same adapters, or none."""
         layers = self.layers()
         if not any(layer.changes_weight for layer in layers):
             return self.base_type.forward(self, *args, **kwargs)

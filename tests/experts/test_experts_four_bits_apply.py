@@ -185,3 +185,19 @@ def test_peft_reads_our_files_and_we_read_its(place, tmp_path):
     again = two_models()[place]
     lora_ext.load_adapter(again, tmp_path / "theirs")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_an_adapter_for_each_sample():
+    models = two_models()
+    for name, rank in (("fr", 3), ("de", 2)):
+        for model in models:
+            apply_lora(model, LoRAConfig("experts", r=rank, alpha=6), name)
+    packed, dense = models
+    dense.load_state_dict(lora_ext.models.lora_state_dict(randomized(packed)), strict=False)
+    for names in (["fr", "de"], [None, "de"], [None, None]):
+        found = []
+        for model in models:
+            with lora_ext.use_adapters(model, names):
+                found.append(logits(model))
+        torch.testing.assert_close(*found)
+    assert calls(packed) == 0
