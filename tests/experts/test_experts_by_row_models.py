@@ -267,6 +267,21 @@ def test_rows_that_are_no_samples_are_refused():
         of_rows(model, ["y", "x"], make_routes(6), torch.zeros(2, 4, dtype=torch.int32))
 
 
+def test_an_index_of_tokens_of_repeated_samples():
+    """Of a step after a prompt each sample has its last token's adapter."""
+    model, step = alone_on_experts(), make_routes(6)
+    wanted = of_rows(model, ["x", "x", "x", "y", "y", "y"], step)
+    for width in (2, 4):
+        index = torch.tensor([[1, 1, 1, 0][-width:], [0, 0, 0, 1][-width:]], dtype=torch.int32)
+        block = lora_ext.use_adapters(model, ["x", "y"], index, repeats=3)
+        with torch.no_grad(), block:
+            model(*make_routes(6 * width))
+            torch.testing.assert_close(model(*step), wanted, rtol=1e-10, atol=1e-10)
+    same = lora_ext.use_adapters(model, ["x", "y"], torch.zeros(2, 3).int(), repeats=3)
+    with same, pytest.raises(ValueError, match="6 may be 3 tokens of 2 samples, or one of each"):
+        model(*step)
+
+
 @pytest.mark.parametrize("names", [["gate_up_proj"], ["down_proj"]])
 def test_one_parameter(names):
     """The outermost wrapper need not be that of an adapter's parameter."""
