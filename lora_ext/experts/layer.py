@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..invariance import row_block
 from ..quantized.stack import QuantizedStack
 from .autograd import Call, GateDown, Projected
 from .description import Experts, ExpertsAdapter
+from .gate_blocks import in_equal_blocks
 from .routing import Routes, places_of, routes_by_adapter, routes_of
 
 
@@ -61,6 +63,8 @@ def lora_experts(
             dtype, or up and down have other numbers of adapters.
     """
     block = row_block(x)
+    if block and not torch.compiler.is_compiling():
+        experts = experts._replace(gate=partial(in_equal_blocks, experts.gate))
     count = experts.up.shape[0]
     adapters = max(len(up), len(down))
     if adapter_index is None or adapters == 0:

@@ -85,20 +85,17 @@ class LoRAExperts(LoRAModule):
         layers: Any = self._modules["lora"]
         return layers[up_name(self)], layers["down_proj"]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows, names = self._rows()
-        if rows is not None and names:
-            return self._mixed(names, rows, args, kwargs)
+    def _of_all_rows(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         up, down = self._pair()
         if not (_adds(up) or _adds(down) or stacks_of(self)):
-            return super().forward(*args, **kwargs)
+            return super()._of_all_rows(args, kwargs)
         reason = self._obstacle()
         if not reason and is_transformed():
             reason = "a transform of torch.func or forward-mode AD is active"
         found = None if reason else operands(self, self.base_type, args, kwargs)
         if found is None:
             self._refuse_dropout(reason or "these arguments are not those of experts")
-            return super().forward(*args, **kwargs)
+            return super()._of_all_rows(args, kwargs)
         experts = Experts.of(self)
         experts = experts._replace(up=_weight(up, experts.up), down=_weight(down, experts.down))
         return lora_experts(experts, *found, self._adapters(up), self._adapters(down))

@@ -120,6 +120,10 @@ class LoRAModule(nn.Module):
         rows, names = self._rows()
         if rows is not None and names:
             return self._mixed(names, rows, args, kwargs)
+        return self._of_all_rows(args, kwargs)
+
+    def _of_all_rows(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A forward whose rows have the same adapters, or none."""
         layers = self.layers()
         if not any(layer.changes_weight for layer in layers):
             return self.base_type.forward(self, *args, **kwargs)

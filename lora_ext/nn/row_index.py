@@ -71,7 +71,34 @@ class RowIndex:
         # An index of samples needs no repeats: a repeated sample's tokens are as more tokens of it.
         if (self.index.dim() == 1 or self.repeats == 1) and batch and tokens % batch == 0:
             lead = torch.Size((batch, tokens // batch))
-        return self.index_of(lead, device, names)
+        if self.index.dim() == 1 or self.repeats == 1:
+            return self.index_of(lead, device, names)
+        known = 0 if is_traced() else self._tokens
+        found = self.index_of(self._of_repeats(lead, known), device, names)
+        if not is_traced():
+            self._tokens = known  # of an x with 3 dimensions: this one may be of another step
+        return found
+
+    def _of_repeats(self, lead: torch.Size, known: int) -> torch.Size:
+        """The samples, repeated or not, and tokens of x, for an index of tokens.
+
+        Args:
+            known: number of tokens in the last x with 3 dimensions, or 0.
+
+        Raises:
+            ValueError: rows may be those of a prompt, and as well those of a step after one.
+        """
+        batch, width = self.index.shape
+        counts = [(s, t) for s in (batch, batch * self.repeats) for t in {width, 1}]
+        fits = [pair for pair in counts if pair[0] * pair[1] == lead[0]]
+        fits = [pair for pair in fits if pair[1] == known] or fits
+        if len(fits) > 1:
+            raise ValueError(
+                f"lora_ext.use_adapters: expected rows of which the samples are known, but "
+                f"{lead[0]} may be {width} tokens of {batch} samples, or one of each repeated "
+                f"{self.repeats} times; give an index of samples, or repeat it and omit repeats"
+            )
+        return torch.Size(fits[0]) if fits else lead
 
     def slots_of(self, lead: torch.Size, device: torch.device) -> Tensor:
         """int32 ``[rows]``: for each row its slot of the pool, or -1; errors as in `index_of`."""

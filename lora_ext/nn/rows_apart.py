@@ -16,31 +16,36 @@ def by_adapter(call: Callable[[int, Tensor], Any], x: Tensor, index: Tensor, ada
     """The outputs of all rows, in their order.
 
     Args:
-        call: the module with the weight of one adapter, -1 for its own, for some rows of x:
-            returns a tensor, or a tuple of tensors, whose first dimension is the rows.
+        call: the module with the weight of one adapter, -1 for its own, for some rows of x, whose
+            dimensions before the last but one are then 1: returns a tensor, or a tuple of tensors,
+            which begin with the dimensions of its x without the features, or with the rows.
         x: ``[..., in]``.
         index: int32 ``[rows]``, the adapter of each row, or -1.
         adapters: their number.
 
     Returns:
-        As from a call with all rows of an x of two dimensions.
+        As from a call with x.
 
     Raises:
         ValueError: the module returns something else than rows.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    lead = x.shape[:-1]
     if is_traced():  # how many rows each has is not known: all rows with each
-        outputs = [call(place, rows) for place in range(-1, adapters)]
-        return _zipped(outputs, [len(rows)] * len(outputs), lambda parts: _chosen(parts, index))
+        outputs = [call(place, x) for place in range(-1, adapters)]
+        return _zipped(outputs, [lead] * len(outputs), lead, lambda parts: _chosen(parts, index))
     order = torch.argsort(index, stable=True)
     counts = torch.bincount(index + 1, minlength=adapters + 1).tolist()
     here = [(place - 1, count) for place, count in enumerate(counts) if count]
     if len(here) <= 1:
-        return call(here[0][0] if here else -1, rows)
+        return call(here[0][0] if here else -1, x)
     back = torch.argsort(order)
-    split = rows[order].split([count for _, count in here])
-    outputs = [call(place, part) for (place, _), part in zip(here, split, strict=True)]
-    return _zipped(outputs, [count for _, count in here], lambda parts: torch.cat(parts)[back])
+    leads = [torch.Size((*[1] * (len(lead) - 1), count)) for _, count in here]
+    split = x.reshape(-1, x.shape[-1])[order].split([count for _, count in here])
+    outputs = [
+        call(place, part.view(*own, -1))
+        for (place, _), part, own in zip(here, split, leads, strict=True)
+    ]
+    return _zipped(outputs, leads, lead, lambda parts: torch.cat(parts)[back])
 
 
 def _chosen(parts: list[Tensor], index: Tensor) -> Tensor:
@@ -52,13 +57,28 @@ def _chosen(parts: list[Tensor], index: Tensor) -> Tensor:
     return chosen
 
 
-def _zipped(outputs: list[Any], rows: list[int], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """The joined outputs; of each output its rows are the first dimension."""
-    first = outputs[0]
-    if isinstance(first, tuple):
+def _zipped(
+    outputs: list[Any],
+    leads: list[torch.Size],
+    lead: torch.Size,
+    join: Callable[[list[Tensor]], Tensor],
+) -> Any:
+    """The joined outputs.
+
+    Args:
+        leads: of the x of each output the shape without the features.
+        lead: of the x of all rows.
+        join: of tensors whose first dimension is the rows.
+    """
+    if isinstance(outputs[0], tuple):
         columns = list(zip(*outputs, strict=True))
-        return tuple(_zipped(list(column), rows, join) for column in columns)
-    for each, count in zip(outputs, rows, strict=True):
+        return tuple(_zipped(list(column), leads, lead, join) for column in columns)
+    pairs = list(zip(outputs, leads, strict=True))
+    if all(isinstance(each, Tensor) and each.shape[: len(own)] == own for each, own in pairs):
+        last = len(lead) - 1
+        return join([each.flatten(0, last) for each in outputs]).unflatten(0, lead)
+    for each, own in pairs:
+        count = own.numel()
         if not isinstance(each, Tensor) or each.dim() == 0 or len(each) != count:
             got = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise ValueError(

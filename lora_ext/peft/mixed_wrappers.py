@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
 from ..nn.row_adapters import RowAdapters
@@ -22,16 +21,18 @@ _BY_ROW = "each row its own adapter"
 
 
 def forward(layer: Any, x: Any, rows: RowAdapters, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward of the outermost wrapper within a block."""
+    """The forward of the outermost wrapper within a block, whose adapters are not disabled."""
     kwargs.pop("alora_offsets", None)
-    if layer._disable_adapters:
-        return peft_layers.ParamWrapper.forward(layer, x, *args, **kwargs)
     chain, names = _chain_of(layer, rows)
     reason = _reason(chain)
     if reason:
         _refuse(chain, rows, reason)
     if not names:
-        return chain.base(x, *args, **kwargs)
+        is_ours = chain_state(chain) is None  # of experts in 4 bits
+        operands = experts.operands(chain, (x, *args), kwargs) if is_ours else None
+        if operands is None:
+            return chain.base(x, *args, **kwargs)
+        return experts.forward(chain, operands)
     if matrices.are_all(chain):
         return _of_matrices(chain, names, x, rows, args, kwargs)
     operands = experts.operands(chain, (x, *args), kwargs)
@@ -43,14 +44,14 @@ def forward(layer: Any, x: Any, rows: RowAdapters, args: tuple, kwargs: dict[str
 
 def path(layer: Any, rows: RowAdapters) -> tuple[str, str]:
     """(path, reason) of the outermost wrapper within a block, for `lora_ext.explain`."""
-    if layer._disable_adapters:
-        return BASE, "adapters are disabled"
     chain, names = _chain_of(layer, rows)
     reason = _reason(chain)
     if reason:
         return PEFT, f"{_BY_ROW}, which PEFT refuses: {reason}"
     if not names:
-        return BASE, "none of the adapters that rows have is in this layer"
+        why = "none of the adapters that rows have is in this layer"
+        is_ours = chain_state(chain) is None
+        return BASE, f"{why}: {experts.rows_of_experts(chain)}" if is_ours else why
     what = f"{_BY_ROW}, {len(names)} in this batch"
     if matrices.are_all(chain):
         return ADDED, f"{what}: {matrices.SUM}, for the rows of each"

@@ -37,7 +37,7 @@ class ParamWrapper(mixed_batch.ByRow, peft_layers.ParamWrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.__dict__.get("row_adapters") is not None:
             rows = current_row_adapters(self)
-            if rows is not None:
+            if rows is not None and not self._disable_adapters:
                 return mixed_wrappers.forward(self, x, rows, args, kwargs)
         if type(self) is not peft_layers.ParamWrapper:
             chain = chain_of(self)
@@ -56,7 +56,7 @@ class ParamWrapper(mixed_batch.ByRow, peft_layers.ParamWrapper):
         """How the next forward on tensors in the parameters' dtype is computed, and why."""
         if self.row_adapters is not None:
             block = current_row_adapters(self)
-            if block is not None:
+            if block is not None and not self._disable_adapters:
                 return mixed_wrappers.path(self, block)
         chain = chain_of(self)
         state = chain_state(chain)

@@ -8,7 +8,7 @@ from helpers import BF16, F16, F32, F64
 
 import lora_ext
 from lora_ext import _C
-from lora_ext.experts import Experts, ExpertsAdapter, lora_experts
+from lora_ext.experts import Experts, ExpertsAdapter, gate_blocks, lora_experts
 
 EXPERTS, SIZES, TOKENS, SLOTS = 5, (96, 128), 70, 2
 
@@ -76,6 +76,32 @@ def test_a_token_has_the_same_bits_in_any_batch(dtype, given, kind):
             part = some(experts, up, down, index, first, count, dtype)
             for name, own, all_rows in zip(("y", "dx"), part, whole, strict=True):
                 assert torch.equal(own, all_rows[first : first + count]), (name, first, count)
+
+
+@pytest.mark.parametrize("sizes", [(16, 24), (17, 23)])
+@pytest.mark.parametrize("kind", ["own gate", "no gate"])
+def test_gates_of_rows_that_are_no_whole_vectors(kind, sizes, monkeypatch):
+    """torch's functions compute the last elements of a call one by one, with other bits."""
+    if _C.cpu_panels(F32, batch_invariant=True) is None:
+        pytest.skip("no products by panels")
+    monkeypatch.setitem(globals(), "SIZES", sizes)
+    experts = layer(kind, F32)
+    up, down = adapters(experts, F32)
+    with lora_ext.batch_invariant():
+        whole = some(experts, up, down, None, 0, TOKENS, F32)
+        for first, count in ((0, 1), (3, 6), (5, 33), (7, 41)):
+            part = some(experts, up, down, None, first, count, F32)
+            for own, all_rows in zip(part, whole, strict=True):
+                assert torch.equal(own, all_rows[first : first + count]), (first, count)
+
+
+@pytest.mark.parametrize("columns", [1, 24, 23, 1536, 1537, 14336, 50000])
+def test_rows_of_a_gates_call(columns):
+    rows = gate_blocks.rows_of_a_call(columns)
+    assert rows == 1 or (rows * columns % 256 == 0 and rows * columns <= 32768)
+    z = torch.randn(rows + 1, columns)
+    assert torch.equal(gate_blocks.in_equal_blocks(torch.neg, z), -z)
+    assert gate_blocks.in_equal_blocks(torch.neg, z[:0]).shape == (0, columns)
 
 
 def test_without_it_they_differ():

@@ -9,6 +9,7 @@ from mixture_helpers import mixture, randomized, some_ids
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft_helpers import plain_copy
+from torch import nn
 
 import lora_ext
 from lora_ext import LoRAConfig
@@ -182,7 +183,8 @@ def test_a_module_is_called_for_the_rows_of_each(is_compiled, monkeypatch):
     x, index = torch.randn(2, 3, 4), torch.tensor([1, -1, -1, 1, 0, 1])
     seen = []
 
-    def call(place, rows):
+    def call(place, own):
+        rows = own.flatten(0, -2)
         seen.append(len(rows))
         return rows * (place + 2), (rows[:, :1] + place,)
 
@@ -191,7 +193,7 @@ def test_a_module_is_called_for_the_rows_of_each(is_compiled, monkeypatch):
     assert torch.equal(y, rows * (place + 2)) and torch.equal(other, rows[:, :1] + place)
     assert seen == ([6] * 4 if is_compiled else [2, 1, 3])
     with pytest.raises(ValueError, match=r"tensors of \d rows, as a router, but got \[4\]"):
-        rows_apart.by_adapter(lambda place, rows: rows.sum(0), x[:, :1], index[:2], 3)
+        rows_apart.by_adapter(lambda place, rows: rows.sum(0), x[:, 0], index[:2], 3)
 
 
 @pytest.mark.parametrize("whose", MODELS)
@@ -226,6 +228,24 @@ def of_rows(model, names, operands, index=None):
         return model(*operands)
 
 
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("names", [["x", "x"], ["x", None], ["y", "x"]])
+def test_a_matrix_whose_module_keeps_the_samples(names, is_traced, monkeypatch):
+    """As of a linear layer: y has the dimensions of x."""
+    monkeypatch.setattr(rows_apart, "is_traced", lambda: is_traced)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), config, "x")
+    model.add_adapter("y", config)
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    lora_ext.accelerate(randomized(model))
+    with torch.no_grad():
+        y = model(x, adapter_names=[name or "__base__" for name in names])
+        assert y.shape == (2, 5, 3)
+        for sample, name in enumerate(names):
+            model.base_model.set_adapter(name or [])
+            torch.testing.assert_close(y[sample], plain_copy(model)(x)[sample])
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_samples_are_found_in_the_rows(tokens):
     model = alone_on_experts()
@@ -245,6 +265,21 @@ def test_rows_that_are_no_samples_are_refused():
         of_rows(model, ["y", "x"], make_routes(5))
     with pytest.raises(ValueError, match="expected x of shape"):
         of_rows(model, ["y", "x"], make_routes(6), torch.zeros(2, 4, dtype=torch.int32))
+
+
+def test_an_index_of_tokens_of_repeated_samples():
+    """Of a step after a prompt each sample has its last token's adapter."""
+    model, step = alone_on_experts(), make_routes(6)
+    wanted = of_rows(model, ["x", "x", "x", "y", "y", "y"], step)
+    for width in (2, 4):
+        index = torch.tensor([[1, 1, 1, 0][-width:], [0, 0, 0, 1][-width:]], dtype=torch.int32)
+        block = lora_ext.use_adapters(model, ["x", "y"], index, repeats=3)
+        with torch.no_grad(), block:
+            model(*make_routes(6 * width))
+            torch.testing.assert_close(model(*step), wanted, rtol=1e-10, atol=1e-10)
+    same = lora_ext.use_adapters(model, ["x", "y"], torch.zeros(2, 3).int(), repeats=3)
+    with same, pytest.raises(ValueError, match="6 may be 3 tokens of 2 samples, or one of each"):
+        model(*step)
 
 
 @pytest.mark.parametrize("names", [["gate_up_proj"], ["down_proj"]])

@@ -321,3 +321,17 @@ def test_a_router_in_4_bits_is_pefts():
     model = nn.ModuleDict({"gate": Router()})
     make_four_bits(model["gate"], "weight")
     assert stack_of(model["gate"], "weight") == "a quantised parameter is not a stack of matrices"
+
+
+def test_samples_without_an_adapter():
+    """Also in a block of `use_adapters` no expert without rows is dequantised."""
+    packed, dense = map(lora_ext.accelerate, two_mixtures())
+    for names in (["x", None], [None, None]):
+        found = []
+        for model in (packed, dense):
+            with lora_ext.use_adapters(model, names):
+                found.append(step(model, routes(6)))
+                with model.disable_adapter():
+                    found[-1]["base"] = model(*routes(6))
+        assert_close(*found, 1e-5)
+    assert_not_dequantised_whole(packed)
