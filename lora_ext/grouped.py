@@ -92,4 +92,6 @@ def _copied(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) 
     read that again in each replay, so there torch refuses the copy, as it does from other memory.
     """
     pinned = not torch.cuda.is_current_stream_capturing()
-    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+    # The host by its name: torch.set_default_device may name another, whose memory has no pages.
+    host = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned)
+    return host.to(device, non_blocking=pinned)

@@ -136,7 +136,8 @@ class FewRows {
 
   void multiply(const Product& piece) const {
     if (piece.first_code < 0) return multiply_values(piece);
-    const int64_t in = piece.view.cols, step = std::max<int64_t>(1, kStrip / in);
+    const int64_t in = piece.view.cols;
+    const int64_t step = std::max<int64_t>(1, kStrip / std::max<int64_t>(1, in));
     std::vector<uint16_t> values(step * in);
     std::vector<float> scales(step * in / args_.blocks->block);
     for (int64_t begin = 0; begin < piece.view.rank; begin += step) {

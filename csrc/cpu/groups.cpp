@@ -34,7 +34,8 @@ Groups::Groups(const Update& update, Segments segments, at::ScalarType x, at::Sc
       any_number_(any_number) {}
 
 Passes Groups::passes(const Segment& segment) const {
-  if (segment.count >= kTileRows) return {kernels_for(x_), kernels_for(y_)};
+  // Tiles round S of a given y in bfloat16 to two terms: other bits than vector code has.
+  if (segment.count >= kTileRows && !any_number_) return {kernels_for(x_), kernels_for(y_)};
   return {kernels_for_few_rows(), kernels_for_few_rows()};
 }
 

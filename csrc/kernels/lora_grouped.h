@@ -85,7 +85,7 @@ struct LoraGroupedTables {
 // All factors, or all gradients of factors, in floats or in X's type: a pool, or a list that the
 // host has. A gradient has the layout of its factor.
 struct LoraGroupedMatrices {
-  LoraGroupedFactors pool;       // its entries are null; has ranks also if these are gradients
+  LoraGroupedFactors pool;       // its entries are null; has the same ranks if these are gradients
   const LoraGroupedEntry* list;  // [groups], on the host; null for a pool
 };
 

@@ -173,6 +173,14 @@ def test_what_the_op_refuses(change, message):
         torch.ops.lora_ext.experts_few_rows(x, None, weight, None, [], [], [], [0], **words)
 
 
+def test_the_op_without_input_features():
+    """No strip of them is dequantised."""
+    x, codes = torch.ones(1, 0, dtype=BF16), CODES[..., :0]
+    parts = PARTS | {"scale": torch.ones(0)}
+    y, _ = torch.ops.lora_ext.experts_few_rows(x, None, codes, None, [], [], [], [0], **parts)
+    assert torch.equal(y, torch.zeros(1, 4, dtype=BF16))
+
+
 def test_the_workspace_is_one_expert(monkeypatch):
     packed, _ = two_mixtures()
     model = lora_ext.accelerate(packed)

@@ -234,7 +234,7 @@ def test_a_sequence_of_scalings_is_copied_to_a_card_without_waiting(capturing, m
     x = SimpleNamespace(is_cuda=True, device="cuda:1", dtype=torch.bfloat16)
     grouped._scaling("lora_linear", [1.0, 2.0], 2, x)
     assert asked == [
-        ([1.0, 2.0], {"dtype": torch.float32, "pin_memory": not capturing}),
+        ([1.0, 2.0], {"dtype": torch.float32, "device": "cpu", "pin_memory": not capturing}),
         ("cuda:1", {"non_blocking": not capturing}),
     ]
 
