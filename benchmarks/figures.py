@@ -20,6 +20,7 @@ COLOURS = {
     "frozen": "#777777",
     "ours": "#c1272d",
     "ours_packed": "#f28e2b",
+    "ours_dropout": "#f2b134",
     "ours_fp32": "#8c1d40",
     "ours_kernel": "#e0651f",
     "ours_library": "#d99a9b",

@@ -30,7 +30,7 @@ _MODULES = {
     "finetune_many": "finetune_many.many",
     "finetune_experts": "finetune_experts.experts",
 }
-_WITHOUT_PICTURES = ("finetune", "finetune_many", "finetune_experts")
+_WITHOUT_PICTURES = ("finetune", "finetune_many")
 
 
 def _of_kind(document: Document, what: str) -> Any:

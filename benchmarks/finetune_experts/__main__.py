@@ -17,8 +17,10 @@ from ..finetune.classifier import Batch, Classifier, load_classifier
 from ..finetune.demonstration import ROWS, Say, batches_to_learn, demonstration, train_all
 from ..finetune.trained_models import make_variants
 from ..finetune.training import predict
+from ..finetune_many.tasks import tasks_of
 from . import claims, mixture
 from .models import LABELS, adapted
+from .two_tasks import TASKS, two_tasks
 
 STEPS = 80
 HELD_OUT = 240  # texts, of all lengths
@@ -75,6 +77,9 @@ def run(options: argparse.Namespace, document: results.Document, say: Say) -> No
     train_all(document, variants, batches, held_out, say)
     say("opening the folder with PEFT")
     document["folder"] = opened_by_peft(model, held_out, options.out / "adapter")
+    tasks, encoder = tasks_of(dataset)[:TASKS], mixture.encoder()
+    width = encoder.config.hidden_size
+    document["two_tasks"] = two_tasks(encoder, width, tasks, len(batches), tokenizer, say)
 
 
 SUITE = demonstration(

@@ -2,10 +2,51 @@
 
 from __future__ import annotations
 
+import math
+
 from ..finetune.claims import Check, accuracy_check, check_of, loss_check
-from ..results import Document, peak_ratio
+from ..results import Document, peak_ratio, ratio
+from .two_tasks import LABELS, passes
 
 MOST_DIFFERENCE = 1e-4  # of the largest logit
+MOST_OF_LOSSES = 1e-3  # of a task's losses, which begin at ln 2
+MOST_LEFT = 0.9  # of a task's first pass, in its last
+
+
+def _two_tasks(document: Document) -> list[Check]:
+    found = document["two_tasks"]
+    checks = []
+    for name, claim in (
+        ("peft", "two tasks in one batch, without dropout: losses of PEFT's, one after the other"),
+        ("dropout", "with dropout, given the same masks: losses of each task alone"),
+    ):
+        differences = found["differences"][name]
+        worst = math.inf if None in differences else max(differences)
+        checks.append(
+            check_of(
+                f"{claim}, within {MOST_OF_LOSSES:g}",
+                f"largest difference {worst:.1e} in {len(differences)} tasks",
+                worst <= MOST_OF_LOSSES,
+            )
+        )
+    left = []
+    for name in LABELS:
+        means = [passes(found, name, place) for place in range(len(found["tasks"]))]
+        left += [each[-1] / each[0] for each in means]
+    faster = ratio(found, "ours_dropout", "peft")
+    return [
+        *checks,
+        check_of(
+            f"the losses of both tasks fall below {MOST_LEFT:g} of their first pass over the texts",
+            f"to {max(left):.2f} or less",
+            all(each < MOST_LEFT for each in left),
+        ),
+        check_of(
+            "a step of both in one batch, with dropout, takes less time than PEFT's without",
+            "too few undisturbed steps" if faster is None else f"{faster.median:.2f} x the time",
+            faster is not None and faster.median < 1,
+        ),
+    ]
 
 
 def evaluate(document: Document) -> list[Check]:
@@ -36,4 +77,5 @@ def evaluate(document: Document) -> list[Check]:
             "not measured" if memory is None else f"{memory:.2f} x",
             memory is not None and memory < 1,
         ),
+        *_two_tasks(document),
     ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import markdown
-from ..markdown import claims_table, mebibytes, milliseconds, quotient, table
+from ..markdown import claims_table, mebibytes, milliseconds, quotient, table, with_quartiles
 from ..results import Document, peak_ratio, ratio
 from .models import LABELS
+from .two_tasks import LABELS as LABELS_OF_TWO
+from .two_tasks import passes
 
 _METHOD = """\
 - Texts, split, batches and AdamW are those of `make demo`, with fewer steps and held-out texts.
@@ -22,7 +24,14 @@ _METHOD = """\
   other process disturbed. frozen trains the head alone, with a gradient that flows through all
   layers, in transformers' own forward of experts, which PEFT's wrappers call, too.
 - Memory is what torch's allocator holds at the peak of forward and backward on the batch with the
-  most tokens, above what was live before.\
+  most tokens, above what was live before.
+- Two tasks, each with a rank, a rate, a head and an AdamW of its own, tell one area of the standard
+  library from the others, as in `make demo-many`; they see the same texts in each pass. lora_ext
+  takes the rows of both in one batch (`use_adapters`), with dropout on attention and experts or
+  without. PEFT refuses both on experts, dropout and a mixed batch: it takes no dropout, and a step
+  of each task on its own rows, without the padding that only the other's need. Losses with dropout
+  are for that reason compared with lora_ext's own: a task alone has the whole batch, in which the
+  other's rows have no adapter, so that its rows have the same masks.\
 """
 
 
@@ -58,11 +67,36 @@ def _training(document: Document) -> str:
     return f"{said}\n\n{table(header, rows)}"
 
 
+def _two_tasks(document: Document) -> str:
+    found = document["two_tasks"]
+    rows = []
+    for name, label in LABELS_OF_TWO.items():
+        means = [passes(found, name, place) for place in range(len(found["tasks"]))]
+        rows.append(
+            [
+                label,
+                *(f"{each[0]:.3f} to {each[-1]:.3f}" for each in means),
+                with_quartiles(found["timing"][name]),
+                quotient(ratio(found, name, "peft"), spread=name != "peft"),
+                mebibytes(found["memory"][name]["peak"]),
+                quotient(peak_ratio(found, name, "peft")),
+            ]
+        )
+    names = [f"{task['name']}, r = {task['rank']}" for task in found["tasks"]]
+    header = ["a step of both tasks", *names, "forward + backward", "x PEFT", "peak", "x PEFT"]
+    said = (
+        f"{found['steps']} steps of {found['rows']} texts of each task, {found['passes']} passes "
+        "over the same texts. A task's column has the mean losses of the first pass and the last."
+    )
+    return f"{said}\n\n{table(header, rows)}"
+
+
 def text(document: Document, images: Sequence[str]) -> str:
     """The whole report."""
     bodies = [
         ("What is claimed, and whether it holds", claims_table(document)),
         ("Training", _training(document)),
+        ("Two tasks in one batch, with dropout", _two_tasks(document)),
         ("Method", _METHOD),
     ]
     return markdown.page(

@@ -56,20 +56,30 @@ def name_of(place: int) -> str:
 
 
 def make_tenants(
-    encoder: nn.Module, width: int, count: int, kind: str, dropout: float = 0.0
+    encoder: nn.Module,
+    width: int,
+    count: int,
+    kind: str,
+    dropout: float = 0.0,
+    targets: Sequence[str] = TARGETS,
+    stacks: Sequence[str] = (),
 ) -> Tenants:
     """A copy of the encoder with `count` adapters; of either kind with the same values.
 
     Args:
         width: of its hidden states.
         kind: "ours" or "peft".
+        targets: names of the linear layers with adapters.
+        stacks: names of the experts' weights with adapters.
     """
     encoder = copy.deepcopy(encoder)
     names = [name_of(place) for place in range(count)]
     if kind == "ours":
         for place, name in enumerate(names):
             rank = rank_of(place)
-            config = lora_ext.LoRAConfig(TARGETS, r=rank, alpha=2 * rank, dropout=dropout)
+            config = lora_ext.LoRAConfig(
+                [*targets, *stacks], r=rank, alpha=2 * rank, dropout=dropout
+            )
             lora_ext.apply_lora(encoder, config, name)
         lora_ext.models.set_adapter(encoder, names)
         model = encoder
@@ -77,7 +87,7 @@ def make_tenants(
         def activate(name: str) -> None:
             lora_ext.models.set_adapter(encoder, name)
     else:
-        model = _with_peft(encoder, names, dropout)
+        model = _with_peft(encoder, names, dropout, targets, stacks)
         activate = model.base_model.set_adapter
     model.train()
     torch.manual_seed(SEED)
@@ -90,12 +100,24 @@ def make_tenants(
     return Tenants(model, heads, parameters, optimizers, activate)
 
 
-def _with_peft(encoder: nn.Module, names: Sequence[str], dropout: float) -> Any:
+def _with_peft(
+    encoder: nn.Module,
+    names: Sequence[str],
+    dropout: float,
+    targets: Sequence[str],
+    stacks: Sequence[str],
+) -> Any:
     from peft import LoraConfig, get_peft_model
 
     def config(place: int) -> LoraConfig:
         rank = rank_of(place)
-        return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=TARGETS)
+        return LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            target_parameters=list(stacks) or None,
+        )
 
     model: Any = get_peft_model(encoder, config(0), names[0])
     for place, name in enumerate(names[1:], 1):

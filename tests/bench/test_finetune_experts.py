@@ -11,8 +11,10 @@ from transformers import BertConfig, BertModel
 from benchmarks import report, results
 from benchmarks.finetune import training
 from benchmarks.finetune.classifier import Batch, Classifier
+from benchmarks.finetune.data import Text
 from benchmarks.finetune.trained_models import make_variants
-from benchmarks.finetune_experts import claims, mixture, models
+from benchmarks.finetune_experts import claims, mixture, models, two_tasks
+from benchmarks.finetune_many.tasks import Task
 
 
 @pytest.fixture
@@ -44,6 +46,47 @@ def test_the_mixture_starts_as_the_dense_model_and_trains_as_peft(encoder):
     assert curves["frozen"].losses[1:] != curves["ours"].losses[1:]
 
 
+def tokenizer(sentences, **words):
+    if isinstance(sentences, str):
+        return {"input_ids": [ord(letter) % 40 for letter in sentences]}
+    rows = [torch.tensor(tokenizer(sentence)["input_ids"]) for sentence in sentences]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def test_two_tasks_in_one_batch_are_each_alone_and_pefts(encoder):
+    letters = "abcdefgh"
+    texts = [Text(letters[: 3 + i % 5] + letters[i % 8], i % 2, str(i)) for i in range(24)]
+    tasks = [Task("first", tuple(texts), ()), Task("second", tuple(texts[::-1]), ())]
+    base, lines = mixture.upcycled(encoder), []
+    found = two_tasks.two_tasks(base, 16, tasks, 12, tokenizer, lines.append)
+    assert found["steps"] == 12 and len(lines) == 5
+    assert max(found["differences"]["peft"]) < 1e-5
+    assert max(found["differences"]["dropout"]) < 1e-5
+    losses = found["losses"]
+    assert losses["ours_dropout"][0] == pytest.approx(losses["ours"][0], rel=1e-5)  # B is zero
+    assert losses["ours_dropout"][1:] != losses["ours"][1:]
+    assert found["timing"].keys() == found["memory"].keys() == two_tasks.LABELS.keys()
+    assert [len(two_tasks.passes(found, "peft", place)) for place in range(2)] == [4, 4]
+
+
+def trained_two_tasks(**changes):
+    times = zip(two_tasks.LABELS, (100, 90, 400), strict=True)
+    found = {
+        "steps": 4,
+        "passes": 4,
+        "rows": 4,
+        "tasks": [{"name": n, "rank": 4, "rate": 1e-3} for n in ("first", "second")],
+        "losses": {
+            name: [[0.7, 0.6], [0.5, 0.5], [0.4, 0.4], [0.3, 0.2]] for name in two_tasks.LABELS
+        },
+        "timing": {name: summary(ms) for name, ms in times},
+        "differences": {"peft": [1e-6, 1e-6], "dropout": [0.0, 1e-6]},
+        "memory": {name: {"peak": 1 << 20} for name in two_tasks.LABELS},
+    }
+    return found | changes
+
+
 def document():
     """A finished run in which every claim holds."""
     found = results.new_document("finetune_experts", MACHINE)
@@ -61,6 +104,7 @@ def document():
         "fused": 4,
         "layers": 4,
         "folder": {"texts": 5, "same_answers": 5, "difference": 1e-6},
+        "two_tasks": trained_two_tasks(),
     }
 
 
@@ -70,8 +114,10 @@ def test_the_report_says_what_holds(tmp_path):
     assert all(check["holds"] for check in good["checks"])
     path = tmp_path / "results.json"
     results.write(good, path)
-    text = report.text(results.read(path))
+    text = report.write(results.read(path), path).read_text()
     assert "lora_ext's steps take 0.43" in text and "MISS" not in text
+    assert "0.700 to 0.300" in text and "0.25 (0.25-0.25)" in text
+    assert "](losses.png)" in text and (tmp_path / "losses.png").stat().st_size > 1000
     assert json.loads(path.read_text())["kind"] == "finetune_experts"
 
 
@@ -85,8 +131,12 @@ def test_the_report_says_what_holds(tmp_path):
         {"fused": 3},
         {"folder": {"texts": 5, "same_answers": 4, "difference": 1e-6}},
         {"memory": {"ours": {"peak": 2}, "peft": {"peak": 1}}},
+        {"two_tasks": trained_two_tasks(differences={"peft": [1e-6, 2e-3], "dropout": [0, 0]})},
+        {"two_tasks": trained_two_tasks(differences={"peft": [0, 0], "dropout": [None, 0]})},
+        {"two_tasks": trained_two_tasks(losses=dict.fromkeys(two_tasks.LABELS, [[0.7, 0.7]] * 4))},
+        {"two_tasks": trained_two_tasks(timing=dict.fromkeys(two_tasks.LABELS, summary(1.0)))},
     ],
-    ids=str,
+    ids=lambda change: ", ".join(change),
 )
 def test_a_claim_that_does_not_hold_is_said(change):
     failed = [check for check in claims.evaluate(document() | change) if not check["holds"]]
