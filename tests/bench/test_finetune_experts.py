@@ -54,7 +54,8 @@ def tokenizer(sentences, **words):
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def test_two_tasks_in_one_batch_are_each_alone_and_pefts(encoder):
+def test_two_tasks_in_one_batch_are_each_alone_and_pefts(encoder, monkeypatch):
+    monkeypatch.setattr(two_tasks, "DROPOUT", 0.4)  # of other masks the losses are seen to differ
     letters = "abcdefgh"
     texts = [Text(letters[: 3 + i % 5] + letters[i % 8], i % 2, str(i)) for i in range(24)]
     tasks = [Task("first", tuple(texts), ()), Task("second", tuple(texts[::-1]), ())]
