@@ -32,27 +32,17 @@ struct Words {
   uint32_t w[4];
 };
 
-// The high half of a product. On a GPU nvcc makes of a product of 64 bits one instruction for both
-// halves, and another that adds zero to one of them.
-LORA_EXT_HOST_DEVICE uint32_t high_half_of_product(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-  return __umulhi(a, b);
-#else
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
-#endif
-}
-
 LORA_EXT_HOST_DEVICE Words draw(uint64_t seed, uint64_t row, uint32_t group) {
   uint32_t c0 = static_cast<uint32_t>(row), c1 = group;
   uint32_t c2 = 0, c3 = static_cast<uint32_t>(row >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
-    const uint32_t high0 = high_half_of_product(kMul0, c0), low0 = kMul0 * c0;
-    const uint32_t high1 = high_half_of_product(kMul1, c2), low1 = kMul1 * c2;
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
+    const uint64_t p0 = static_cast<uint64_t>(kMul0) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(kMul1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
     k0 += kWeyl0;
     k1 += kWeyl1;
   }

@@ -38,7 +38,7 @@ struct LoraDecodeParams {
   int groups;        // number of adapters
   int max_rank;
   LoraGroupedFactors factors;
-  const float* scalings;  // [groups]; if null, `scaling` is that of all
+  const float* scalings;       // [groups]; if null, `scaling` is that of all
   float scaling;
 
   float* sums;    // [DecodeShares::slots()], each of a tile's elements
