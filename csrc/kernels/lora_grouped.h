@@ -42,7 +42,7 @@ struct LoraGroupedFactors {
   const LoraGroupedEntry* entries;  // [groups], or null
   void *a, *b;                      // of a pool: [groups, max_rank, k] and [groups, n, max_rank]
   int64_t a_stride, b_stride, a_pitch, b_pitch;  // elements
-  const int* ranks;                              // [groups]; null if all have the largest
+  const int* ranks;                              // [groups]
 };
 
 // A segment: the positions of one adapter that has rows and a rank. The last segment is followed by
@@ -85,7 +85,7 @@ struct LoraGroupedTables {
 // All factors, or all gradients of factors, in floats or in X's type: a pool, or a list that the
 // host has. A gradient has the layout of its factor.
 struct LoraGroupedMatrices {
-  LoraGroupedFactors pool;       // its entries are null; has the same ranks if these are gradients
+  LoraGroupedFactors pool;       // its entries are null; has ranks also if these are gradients
   const LoraGroupedEntry* list;  // [groups], on the host; null for a pool
 };
 

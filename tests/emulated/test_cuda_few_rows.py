@@ -162,33 +162,3 @@ for factors, expected in ((on[2:4], ["decode"]), (lists, ["groupedentries", "dec
     assert not [each for each in calls if each["call"] == "cudaMemsetAsync"]
 """
     )
-
-
-@pytest.mark.parametrize("rows", [9, 200])
-def test_a_pool_without_ranks_makes_none(rows):
-    """All slots have the largest: the same bits as if they were given, no op that writes them."""
-    python(
-        "card(80)\n"
-        + FEW_ROWS
-        + f"""
-rows = {rows}
-torch.manual_seed(0)
-def normal(*shape):
-    return (0.1 * torch.randn(*shape)).bfloat16().to(there)
-x, w, a, b = normal(rows, 136), normal(264, 136), normal(4, 16, 136), normal(4, 264, 16)
-index = (torch.arange(rows, dtype=torch.int32) * 7 % 5 - 1).to(there)
-scaling = torch.tensor([1.0, 2.0, 0.5, 3.0]).to(there)
-ranks = torch.full((4,), 16, dtype=torch.int32).to(there)
-def called(ranks):
-    return [lora_ext.lora_linear(x, w, a, b, scaling=scaling, index=index, ranks=ranks).cpu()]
-
-given = called(ranks)
-called(None)  # checked
-for each in (ranks, None):
-    ops()
-    found = called(each)
-    assert same(found, given)
-    # The op itself allocates; torch computes nothing for it, and copies the result to the CPU.
-    assert set(ops()) <= set(["aten::copy_", "aten::_to_copy"]), each
-"""
-    )

@@ -55,7 +55,8 @@ struct LoraDecodeTable {
   }
   template <class T>
   __device__ __forceinline__ static int rank_at(const LoraDecodeParams<T>& p, int adapter) {
-    return rank_of(p.factors, adapter, p.max_rank);
+    const bool all_alike = p.factors.entries == nullptr && p.factors.ranks == nullptr;
+    return all_alike ? p.max_rank : rank_of(p.factors, adapter, p.max_rank);
   }
 
   // Called by all threads of the block.

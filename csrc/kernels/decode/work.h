@@ -37,7 +37,7 @@ struct LoraDecodeParams {
   const int* index;  // [m], the adapter of each row; other values mean none. Null: 0 for all
   int groups;        // number of adapters
   int max_rank;
-  LoraGroupedFactors factors;
+  LoraGroupedFactors factors;  // if ranks is null, all have the largest rank
   const float* scalings;       // [groups]; if null, `scaling` is that of all
   float scaling;
 

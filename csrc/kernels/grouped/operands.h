@@ -1,8 +1,6 @@
 // What the kernels of many adapters read of one: its rank, its rows, its entry, and tiles of its
 // factors as halves.
 #pragma once
-#include <climits>
-
 #include "kernels/lora_grouped.h"
 #include "kernels/tile/copy.h"
 #include "kernels/tile/halves.h"
@@ -17,8 +15,9 @@ __device__ __forceinline__ int clamped_rank(int rank, int max_rank) {
 
 __device__ __forceinline__ int rank_of(const LoraGroupedFactors& factors, int adapter,
                                        int max_rank) {
-  if (factors.entries != nullptr) return clamped_rank(factors.entries[adapter].rank, max_rank);
-  return factors.ranks != nullptr ? clamped_rank(factors.ranks[adapter], max_rank) : max_rank;
+  return clamped_rank(
+      factors.entries != nullptr ? factors.entries[adapter].rank : factors.ranks[adapter],
+      max_rank);
 }
 
 // Rows of X, Y or their gradients in the order of their adapters, by position; past the last
@@ -42,7 +41,7 @@ __device__ __forceinline__ LoraGroupedEntry entry_of(const LoraGroupedFactors& f
   if (factors.entries != nullptr) return factors.entries[adapter];
   return {static_cast<F*>(factors.a) + adapter * factors.a_stride,
           static_cast<F*>(factors.b) + adapter * factors.b_stride, factors.a_pitch, factors.b_pitch,
-          rank_of(factors, adapter, INT_MAX)};
+          factors.ranks[adapter]};
 }
 
 // Tiles of A [rank, depth] or B [depth, rank] of one adapter as halves of T; floats as hi and,
