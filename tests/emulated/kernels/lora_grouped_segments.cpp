@@ -51,7 +51,7 @@ void run_segments(const Case& run) {
     p.factors.entries = entries.data();
     write_entries(stream, list, entries.data());
   } else {
-    p.factors.ranks = alike ? nullptr : ranks.data();
+    p.factors.ranks = ranks.data();
   }
   const auto launch = [&](int blocks, void (*kernel)(Params)) {
     stream.launch({.grid = dim3(static_cast<unsigned>(blocks)),
