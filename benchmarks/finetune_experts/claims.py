@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from ..finetune.claims import Check, accuracy_check, check_of, loss_check
+from ..finetune_many.claims import losses_check
 from ..results import Document, peak_ratio, ratio
 from .two_tasks import LABELS, passes
 
 MOST_DIFFERENCE = 1e-4  # of the largest logit
-MOST_OF_LOSSES = 1e-3  # of a task's losses, which begin at ln 2
 MOST_LEFT = 0.9  # of a task's first pass, in its last
 
 
@@ -20,15 +18,7 @@ def _two_tasks(document: Document) -> list[Check]:
         ("peft", "two tasks in one batch, without dropout: losses of PEFT's, one after the other"),
         ("dropout", "with dropout, given the same masks: losses of each task alone"),
     ):
-        differences = found["differences"][name]
-        worst = math.inf if None in differences else max(differences)
-        checks.append(
-            check_of(
-                f"{claim}, within {MOST_OF_LOSSES:g}",
-                f"largest difference {worst:.1e} in {len(differences)} tasks",
-                worst <= MOST_OF_LOSSES,
-            )
-        )
+        checks.append(losses_check(claim, found["differences"][name]))
     left = []
     for name in LABELS:
         means = [passes(found, name, place) for place in range(len(found["tasks"]))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..finetune.claims import Check, check_of
 from ..results import Document, ratio
@@ -13,6 +14,20 @@ MOST_IN_BFLOAT16 = 5e-2
 LEAST_ACCURACY = 0.65  # a guess is right half of the time
 
 
+def losses_check(claim: str, differences: Sequence[float | None]) -> Check:
+    """Whether the losses of each task differ by at most `MOST_DIFFERENCE`.
+
+    Args:
+        differences: the largest of each task; None: not finite.
+    """
+    worst = max(math.inf if each is None else each for each in differences)
+    return check_of(
+        f"{claim}, within {MOST_DIFFERENCE:g}",
+        f"largest difference {worst:.1e} in {len(differences)} tasks",
+        worst <= MOST_DIFFERENCE,
+    )
+
+
 def _losses(document: Document) -> list[Check]:
     claims = {
         "in_turn": "without dropout each task's losses are those of its training alone",
@@ -21,15 +36,7 @@ def _losses(document: Document) -> list[Check]:
     }
     checks = []
     for name, claim in claims.items():
-        found = document["differences"][name]
-        worst = math.inf if None in found else max(found)
-        checks.append(
-            check_of(
-                f"{claim}, within {MOST_DIFFERENCE:g}",
-                f"largest difference {worst:.1e} in {len(found)} tasks",
-                worst <= MOST_DIFFERENCE,
-            )
-        )
+        checks.append(losses_check(claim, document["differences"][name]))
     return checks
 
 

@@ -158,10 +158,7 @@ class LoRAModule(nn.Module):
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not is_plain(x) or x.dim() < 2 or is_transformed():
             self._refuse_rows("gets more than one plain x, or is under a transform of torch.func")
-        if x.dim() == 2:
-            index = rows.index_of_tokens(len(x), x.device, names)
-        else:
-            index = rows.index_of(x.shape[:-1], x.device, names)
+        index = rows.index_for(x, names)
 
         def call(place: int, own: Tensor) -> Any:
             name = names[place] if place >= 0 else None

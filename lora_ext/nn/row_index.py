@@ -63,6 +63,13 @@ class RowIndex:
             self._made[key] = found
         return found
 
+    def index_for(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The index of the rows of x ``[tokens, in]`` or ``[..., in]``: `index_of_tokens`, or
+        `index_of`."""
+        if x.dim() == 2:
+            return self.index_of_tokens(len(x), x.device, names)
+        return self.index_of(x.shape[:-1], x.device, names)
+
     def index_of_tokens(self, tokens: int, device: torch.device, names: Sequence[str]) -> Tensor:
         """`index_of` for an x ``[tokens, in]`` that is known to hold all tokens of all samples, as
         a mixture's router and experts get it."""

@@ -105,10 +105,7 @@ def _of_matrices(
         _refuse(
             chain, rows, "the module gets more than one plain x, or under a transform of torch.func"
         )
-    if x.dim() == 2:
-        index = rows.index_of_tokens(len(x), x.device, names)
-    else:
-        index = rows.index_of(x.shape[:-1], x.device, names)
+    index = rows.index_for(x, names)
 
     def call(place: int, own: Tensor) -> Any:
         name = names[place] if place >= 0 else None
