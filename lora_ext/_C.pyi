@@ -37,7 +37,6 @@ def cpu_product(
     q: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    batch_invariant: bool = False,
 ) -> None:
     """out = p q + bias, the base product as a layer computes it on the CPU.
 
@@ -46,8 +45,6 @@ def cpu_product(
         q: ``[depth, cols]``, any strides.
         bias: ``[cols]`` or None.
         out: ``[rows, cols]``, which is written.
-        batch_invariant: whether a row's bits must not depend on the number of rows, wherever panels
-            can compute the product.
 
     Raises:
         RuntimeError: torch's, for what `torch.addmm` and `torch.mm` with out refuse.

@@ -62,10 +62,10 @@ constexpr int64_t kMinPanelRows = 8;
 // one pass (cpu/fused_product.h).
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward);
 
-// Y of x, the base and low_rank, a fresh tensor [M, N].
+// Y of x, the base and low_rank, [M, N]: base.out, or a fresh tensor.
 at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
                          const LowRank& low_rank);
-// dX of dY and the base, a fresh tensor [M, K] in grad's dtype.
+// dX of dY and the base, [M, K] in grad's dtype, the same.
 at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
                           const LowRank& low_rank);
 
@@ -73,9 +73,8 @@ at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
-// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors. batch_invariant: by
-// panels if they can compute it, whatever is faster.
+// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors.
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-             at::Tensor& out, bool batch_invariant);
+             at::Tensor& out);
 
 }  // namespace lora_ext::cpu

@@ -287,62 +287,8 @@ class FewRows {
   at::Tensor sums_, s_, y_, bias_;
 };
 
-// ---- B as a pool ----
-
-constexpr int64_t kGrain = 1 << 14;     // numbers worth a thread's start
-constexpr int64_t kBytesOfB = 1 << 15;  // of rows of B that are processed at a time: a core's L1
-
-// Processes some rows of B at a time, for all experts: they are contiguous memory, and stay in the
-// cache while the numbers of one expert after the other are copied from them or to them. In the pool
-// these rows are contiguous for each expert, so that whole cache lines are used before the next
-// expert's: experts are often a power of 2 bytes apart, and the cache holds few such lines.
-// Bits is an unsigned integer of the element's size.
-template <class Bits, bool kToPool>
-void copy_some(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
-               int64_t experts) {
-  const at::Tensor& b = kToPool ? source : out;
-  const int64_t rows = b.size(0), rank = b.size(1) / experts, count = hit.numel();
-  const int64_t* number = hit.const_data_ptr<int64_t>();
-  const auto* from = static_cast<const Bits*>(source.const_data_ptr());
-  auto* to = static_cast<Bits*>(out.mutable_data_ptr());
-  const int64_t bytes = rank * experts * static_cast<int64_t>(sizeof(Bits));
-  const int64_t step = std::max<int64_t>(1, kBytesOfB / std::max<int64_t>(1, bytes));
-  const int64_t grain = kGrain / std::max<int64_t>(1, count * rank) + 1;
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t ranks = (std::min(first + step, end) - first) * rank;
-      for (int64_t i = 0; i < count; ++i) {
-        int64_t in_b = first * rank * experts + number[i];
-        int64_t in_pool = (i * rows + first) * rank;
-        for (int64_t j = 0; j < ranks; ++j, in_b += experts, ++in_pool) {
-          to[kToPool ? in_pool : in_b] = from[kToPool ? in_b : in_pool];
-        }
-      }
-    }
-  });
-}
-
-template <class Bits>
-void copy_bits(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
-               int64_t experts) {
-  out.dim() == 3 ? copy_some<Bits, true>(out, source, hit, experts)
-                 : copy_some<Bits, false>(out, source, hit, experts);
-}
-
 }  // namespace
 
 Forward experts_few_rows(const ExpertsArgs& args) { return FewRows(args).run(); }
-
-void experts_copy(const at::Tensor& out, const at::Tensor& source, const at::Tensor& hit,
-                  int64_t experts) {
-  switch (out.element_size()) {
-    case sizeof(uint16_t):
-      return copy_bits<uint16_t>(out, source, hit, experts);
-    case sizeof(uint32_t):
-      return copy_bits<uint32_t>(out, source, hit, experts);
-    default:
-      return copy_bits<uint64_t>(out, source, hit, experts);
-  }
-}
 
 }  // namespace lora_ext::cpu

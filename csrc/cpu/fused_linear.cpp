@@ -3,6 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <c10/util/Exception.h>
 
 #include "common/base_linear.h"
 #include "cpu/brgemm.h"
@@ -14,13 +15,28 @@
 namespace lora_ext::cpu {
 namespace {
 
-// The dtype of the panels if they are the faster way to P Q.
-std::optional<Dtype> faster_panel(const at::Tensor& p, const at::Tensor& q) {
+// The dtype of the panels if they are the faster way to P Q, with this number of rows for each Q.
+std::optional<Dtype> faster_panel(const at::Tensor& p, const at::Tensor& q, int64_t rows) {
   const Dtype dtype = dtype_of(p.scalar_type());
   const std::optional<Dtype> panel = panel_dtype(dtype);
   if (p.size(1) > kMaxPanelDepth) return {};
   const bool is_copied = panel && *panel != dtype && q.stride(1) == 1;
-  return is_copied || p.size(0) >= kMinPanelRows ? panel : std::nullopt;
+  return is_copied || rows >= kMinPanelRows ? panel : std::nullopt;
+}
+
+// The rows of each matrix, on average.
+int64_t rows_of_each(const at::Tensor& p, const Base& base) {
+  return p.size(0) / std::max<int64_t>(1, static_cast<int64_t>(base.experts.size()));
+}
+
+// The weight as Q, or that of an expert.
+at::Tensor matrix_of(const Base& base, bool is_forward, int64_t expert = 0) {
+  const at::Tensor weight = base.experts.empty() ? base.weight : base.weight.select(0, expert);
+  return is_forward ? weight.t() : weight;
+}
+
+std::optional<at::Tensor> bias_of(const Base& base, int64_t expert) {
+  return base.bias ? std::optional(base.bias->select(0, expert)) : std::nullopt;
 }
 
 // That of the base's product; batch-invariant calls are by panels wherever they can be.
@@ -30,7 +46,7 @@ std::optional<Dtype> base_panel(const at::Tensor& p, const Base& base, bool is_f
     return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
   }
   if (is_forward ? base.packed : base.packed_t) return {};
-  return faster_panel(p, is_forward ? base.weight.t() : base.weight);
+  return faster_panel(p, matrix_of(base, is_forward), rows_of_each(p, base));
 }
 
 // P in memory as the library takes A. It keeps a kernel for each pitch, so that of a wider matrix,
@@ -39,17 +55,13 @@ at::Tensor with_own_pitch(const at::Tensor& p) {
   return p.stride(0) == p.size(1) ? p : p.clone(at::MemoryFormat::Contiguous);
 }
 
-// All of one dtype; P and out have last stride 1.
-void fused_product(const at::Tensor& any_p, const at::Tensor& q,
-                   const std::optional<at::Tensor>& bias, const LowRank& low_rank, Dtype panel,
-                   const at::Tensor& out) {
+// All of one dtype; P and out have last stride 1. Q and its bias are those of each part, of which
+// `q` has the strides.
+void fused_product(const at::Tensor& any_p, const at::Tensor& q, const std::vector<BasePart>& parts,
+                   const LowRank& low_rank, Dtype panel, const at::Tensor& out) {
   const Dtype dtype = dtype_of(any_p.scalar_type());
   const RowIndex rows = low_rank.rows;
   const at::Tensor p = panel == dtype && rows.at == nullptr ? with_own_pitch(any_p) : any_p;
-  at::Tensor bias_row;
-  if (bias) bias_row = bias->contiguous();
-  const std::vector<BasePart> parts{
-      {{0, p.size(0)}, q.const_data_ptr(), bias ? bias_row.const_data_ptr() : nullptr}};
   TileArgs tile{};
   tile.y = out.mutable_data_ptr(), tile.dtype = dtype, tile.y_pitch = out.stride(0);
   tile.dropout = low_rank.dropout, tile.rows = rows;
@@ -58,39 +70,81 @@ void fused_product(const at::Tensor& any_p, const at::Tensor& q,
             low_rank.updates});
 }
 
+BasePart part_of(Range rows, const at::Tensor& q, const at::Tensor* bias) {
+  return {rows, q.const_data_ptr(), bias == nullptr ? nullptr : bias->const_data_ptr()};
+}
+
+// The base's product in one pass with low_rank, to base.out or to a fresh tensor.
+at::Tensor fused_product(const at::Tensor& p, const Base& base, Dtype panel,
+                         const LowRank& low_rank, bool is_forward) {
+  const at::Tensor q = matrix_of(base, is_forward);
+  const at::Tensor out =
+      base.out.defined() ? base.out : at::empty({p.size(0), q.size(1)}, p.options());
+  const bool has_bias = is_forward && base.bias.has_value();
+  at::Tensor bias;
+  if (has_bias) bias = base.bias->contiguous();
+  std::vector<BasePart> parts;
+  if (base.experts.empty()) parts = {part_of({0, p.size(0)}, q, has_bias ? &bias : nullptr)};
+  for (const ExpertRows& each : base.experts) {
+    at::Tensor row;
+    if (has_bias) row = bias.select(0, each.expert);
+    parts.push_back(part_of({each.begin, each.end}, matrix_of(base, is_forward, each.expert),
+                            has_bias ? &row : nullptr));
+  }
+  fused_product(p, q, parts, low_rank, panel, out);
+  return out;
+}
+
+// A product for each expert, to base.out.
+at::Tensor products_of_experts(const at::Tensor& p, const Base& base, bool is_forward) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      base.row_block == 0,
+      "lora_ext.batch_invariant: expected experts that panels can multiply, in "
+      "a dtype that has them and with at most ",
+      kMaxPanelDepth, " columns, but got ", base.weight.scalar_type(), " of ", base.weight.sizes(),
+      "; call them outside of the block");
+  for (const ExpertRows& each : base.experts) {
+    const int64_t count = each.end - each.begin;
+    at::Tensor out = base.out.narrow(0, each.begin, count);
+    product(p.narrow(0, each.begin, count), matrix_of(base, is_forward, each.expert),
+            is_forward ? bias_of(base, each.expert) : std::nullopt, out);
+  }
+  return base.out;
+}
+
 }  // namespace
 
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward) {
-  return p.size(0) >= kMinPanelRows || base.row_block > 0 ? base_panel(p, base, is_forward)
-                                                          : std::nullopt;
+  return rows_of_each(p, base) >= kMinPanelRows || base.row_block > 0
+             ? base_panel(p, base, is_forward)
+             : std::nullopt;
 }
 
 at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
                          const LowRank& low_rank) {
-  const at::Tensor y = at::empty({x.size(0), base.weight.size(0)}, x.options());
-  fused_product(x, base.weight.t(), base.bias, low_rank, panel, y);
-  return y;
+  return fused_product(x, base, panel, low_rank, true);
 }
 
 at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
                           const LowRank& low_rank) {
-  const at::Tensor dx = at::empty({grad.size(0), base.weight.size(1)}, grad.options());
-  fused_product(grad, base.weight, std::nullopt, low_rank, panel, dx);
-  return dx;
+  return fused_product(grad, base, panel, low_rank, false);
 }
 
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base) {
   const std::optional<Dtype> panel = base_panel(x, base, true);
-  return panel ? fused_forward(x, base, *panel, {}) : base_forward(x, base);
+  if (panel) return fused_forward(x, base, *panel, {});
+  return base.experts.empty() ? base_forward(x, base) : products_of_experts(x, base, true);
 }
 
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base) {
   const std::optional<Dtype> panel = base_panel(grad, base, false);
-  return panel ? fused_backward(grad, base, *panel, {}) : base_backward(grad, x, base);
+  if (panel) return fused_backward(grad, base, *panel, {});
+  return base.experts.empty() ? base_backward(grad, x, base)
+                              : products_of_experts(grad, base, false);
 }
 
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-             at::Tensor& out, bool batch_invariant) {
+             at::Tensor& out) {
   // Whether a pointer says all of a tensor: what torch's dispatcher resolves goes to torch.
   const auto is_plain = [&](const at::Tensor& t) {
     const c10::DispatchKeySet keys = t.key_set();
@@ -107,13 +161,10 @@ void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::T
   const bool by_pointers = fits && is_plain(p) && is_plain(q) && is_plain(out) && p.numel() != 0 &&
                            out.numel() != 0 && p.stride(1) == 1 && out.stride(1) == 1 &&
                            out.stride(0) >= out.size(1);
-  const auto panel_of = [&] {
-    return batch_invariant && p.size(1) <= kMaxPanelDepth
-               ? batch_invariant_panel_dtype(dtype_of(p.scalar_type()))
-               : faster_panel(p, q);
-  };
-  if (const auto panel = by_pointers ? panel_of() : std::nullopt) {
-    fused_product(p, q, bias, {}, *panel, out);
+  if (const auto panel = by_pointers ? faster_panel(p, q, p.size(0)) : std::nullopt) {
+    at::Tensor bias_row;
+    if (bias) bias_row = bias->contiguous();
+    fused_product(p, q, {part_of({0, p.size(0)}, q, bias ? &bias_row : nullptr)}, {}, *panel, out);
     out.unsafeGetTensorImpl()->bump_version();
   } else if (bias) {
     at::addmm_out(out, *bias, p, q);

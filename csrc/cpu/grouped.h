@@ -2,6 +2,7 @@
 // segment, and the low-rank parts of a product in one pass.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -75,17 +76,20 @@ inline std::optional<Dtype> panel_of(const Groups& groups, const at::Tensor& p, 
   return has_rows && base.row_block == 0 ? fused_panel(p, base, is_forward) : std::nullopt;
 }
 
-// T U of all segments, in the rows' given order; T is stored by dense parts.
+// T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.
 template <class ViewOf, class ScaleOf>
 LowRank low_rank_of(const Groups& groups, const std::vector<int32_t>& order, const at::Tensor& t,
                     const ViewOf& view_of, const ScaleOf& scale_of) {
   LowRank found;
   for (const Segment& segment : groups.segments()) {
-    found.updates.push_back({{segment.begin, segment.begin + segment.count},
+    const int64_t first = order.empty() ? groups.first_row(segment) : segment.begin;
+    found.updates.push_back({{first, first + segment.count},
                              Groups::dense_part(t, segment, 0),
                              view_of(segment),
                              scale_of(segment)});
   }
+  std::sort(found.updates.begin(), found.updates.end(),
+            [](const RowUpdate& a, const RowUpdate& b) { return a.rows.begin < b.rows.begin; });
   found.rows.at = order.empty() ? nullptr : order.data();
   return found;
 }

@@ -17,17 +17,20 @@ namespace {
 // The gradients of lora_a or of lora_b: a list of tensors, or one tensor for a pool.
 class Gradient {
  public:
-  Gradient(const Update& update, at::TensorList factors, const NeedsGrad& wanted, int64_t rank_dim,
-           const Groups& groups)
+  Gradient(const Update& update, at::TensorList factors, const NeedsGrad& wanted,
+           const Factors& given, int64_t rank_dim, const Groups& groups)
       : pool_(update.is_pool()), rank_dim_(rank_dim), each(factors.size()) {
-    std::vector<bool> is_written(factors.size(), false);
-    if (!pool_) {
-      for (const Segment& segment : groups.segments()) is_written[segment.adapter] = true;
+    // Whether all of it will be written.
+    std::vector<bool> is_whole(factors.size(), false);
+    const auto segments = static_cast<int64_t>(groups.segments().size());
+    if (pool_) is_whole[0] = segments == update.adapters() && !update.grouping->ranks;
+    for (const Segment& segment : groups.segments()) {
+      if (!pool_) is_whole[segment.adapter] = true;
     }
     for (size_t i = 0; i < factors.size(); ++i) {
       if (!wanted[i]) continue;
-      each[i] = is_written[i] ? at::empty(factors[i].sizes(), factors[i].options())
-                              : at::zeros(factors[i].sizes(), factors[i].options());
+      each[i] = given.empty() ? at::empty(factors[i].sizes(), factors[i].options()) : given[i];
+      if (!is_whole[i]) each[i].zero_();
     }
   }
 
@@ -72,8 +75,8 @@ class BackwardPass {
   BackwardPass(const BackwardArgs& args, const Groups& groups)
       : args_(args),
         groups_(groups),
-        da_(args.update, args.update.lora_a, args.wanted.dlora_a, 0, groups),
-        db_(args.update, args.update.lora_b, args.wanted.dlora_b, 1, groups) {}
+        da_(args.update, args.update.lora_a, args.wanted.dlora_a, args.wanted.to_a, 0, groups),
+        db_(args.update, args.update.lora_b, args.wanted.dlora_b, args.wanted.to_b, 1, groups) {}
 
   Backward run() {
     const std::optional<Dtype> panel =

@@ -47,13 +47,17 @@ Groups::Rows Groups::rows_of(const Segment& segment, Range range) const {
 }
 
 std::vector<int32_t> Groups::order_of_all(int64_t rows) const {
+  const std::vector<Segment>& list = segments_.list;
+  const bool are_consecutive = std::all_of(list.begin(), list.end(), [&](const Segment& segment) {
+    return rows_of(segment, {0, segment.count}).index.at == nullptr;
+  });
+  if (are_consecutive) return {};
   std::vector<int32_t> order = segments_.order;
   std::vector<bool> has_adapter(static_cast<size_t>(rows), false);
   for (const int32_t row : order) has_adapter[static_cast<size_t>(row)] = true;
   for (int64_t row = 0; row < rows; ++row) {
     if (!has_adapter[static_cast<size_t>(row)]) order.push_back(static_cast<int32_t>(row));
   }
-  if (std::is_sorted(order.begin(), order.end())) order.clear();
   return order;
 }
 

@@ -39,8 +39,9 @@ class Groups {
   };
   Rows rows_of(const Segment& segment, Range range) const;
   // All `rows` rows of the call in the order of the segments, then those without an adapter; empty
-  // if this is their own order.
+  // if each segment has consecutive rows, which then stay in their own order.
   std::vector<int32_t> order_of_all(int64_t rows) const;
+  int64_t first_row(const Segment& segment) const { return segments_.order[segment.begin]; }
   const Dropout& dropout() const { return dropout_; }
   // The mask for those rows, from `column` on.
   Dropout dropout_at(const Rows& rows, int64_t column) const;

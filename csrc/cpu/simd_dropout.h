@@ -86,7 +86,7 @@ void dropout_bits(const Dropout& dropout, RowIndex index, Range rows, Range cols
       products[i] = uint64_t{philox::kMul0} * (static_cast<uint32_t>(group0 + i) ^ keys.k0[0]);
     }
     for (int64_t m = rows.begin; m < rows.end; ++m) {
-      const DropoutRow row(static_cast<uint64_t>(dropout.row_offset + index[m]), keys);
+      const DropoutRow row(static_cast<uint64_t>(dropout.mask_row(index[m])), keys);
       for (int64_t i = 0; i < rounded; ++i) {
         Isa::dropout_words(products + i * Isa::kDropoutWords * 4, row, keys, dropout.keep_count,
                            words + i * Isa::kDropoutWords);

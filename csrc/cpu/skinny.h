@@ -28,8 +28,12 @@ struct Dropout {
   int64_t row_offset = 0;
   int64_t col_offset = 0;
   uint32_t keep_count = philox::kKeepOne;
+  const int64_t* rows = nullptr;  // the mask's row of each row, counted from row_offset on; or null
 
   bool enabled() const { return keep_count < philox::kKeepOne; }
+  int64_t mask_row(int64_t row) const {
+    return rows == nullptr ? row_offset + row : rows[row_offset + row];
+  }
 };
 
 // Positions of the rows of a pass: row m of P and Y, and of the mask, is rows[m]. T has them in the

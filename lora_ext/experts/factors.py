@@ -62,17 +62,38 @@ class Pools(NamedTuple):
         lora_b: ``[n, out, R]``.
         scaling: ``[n]`` float32, all elements equal.
         offs: int32 ``[n]``, the end of the rows of each, counted from the first row of the group.
+        experts: the number of each; empty if it is known only on the device.
     """
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: Tensor
     offs: Tensor
+    experts: tuple[int, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         """Those of the op, besides x; dropout is applied to rows beforehand."""
         lists = {"lora_a": [self.lora_a], "lora_b": [self.lora_b]}
         return {**lists, "scaling": self.scaling, "offs": self.offs}
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of S."""
+        return self.lora_a.shape[1]
+
+    def part(self, expert: int, begin: int, end: int) -> Pools:
+        """The update of one expert's rows alone."""
+        one = self._place(expert)
+        offs = self.offs[one] - begin
+        return Pools(self.lora_a[one], self.lora_b[one], self.scaling[one], offs, self.experts)
+
+    def gradients_of(self, expert: int, gradients: list[Tensor]) -> list[Tensor]:
+        """Those of one expert, of a list of the pool's or an empty one."""
+        return [each[self._place(expert)] for each in gradients]
+
+    def _place(self, expert: int) -> slice:
+        place = self.experts.index(expert)
+        return slice(place, place + 1)
 
 
 class Updates:
@@ -98,7 +119,8 @@ def pools_of(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dt
     lora_a = first[0] if len(first) == 1 else torch.cat(first, 1)
     lora_b = second[0] if len(second) == 1 else torch.cat(second, 2)
     scalings = torch.full((len(lora_a),), scaling, dtype=torch.float32, device=lora_a.device)
-    return Pools(lora_a, lora_b, scalings, group.offs)
+    numbers = tuple(expert for expert, _, _ in group.experts or ())
+    return Pools(lora_a, lora_b, scalings, group.offs, numbers)
 
 
 def dtype_of(factors: Factors, dtype: torch.dtype) -> torch.dtype:
@@ -140,6 +162,14 @@ class Gradients:
         """Writes the gradients of a group's pools, lists of one or empty, if requested."""
         self._write(group.hit, lora_a[0] if lora_a else None, lora_b[0] if lora_b else None)
 
+    def targets(self, update: Pools) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors for the gradients of a group's pools, which `write` is given then; empty lists if
+        no gradient is requested."""
+        return (
+            [torch.empty_like(update.lora_a)] if is_any(self.lora_a) else [],
+            [torch.empty_like(update.lora_b)] if is_any(self.lora_b) else [],
+        )
+
     def finish(self) -> None:
         """To be called after the last group."""
 
@@ -156,6 +186,10 @@ class Gradients:
                 if self._is_in_b:
                     part = part * self._factors.scalings[i]
                 put_b(of_b, self._experts, hit, part)
+
+
+def is_any(gradients: Sequence[Tensor | None]) -> bool:
+    return any(each is not None for each in gradients)
 
 
 def made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:

@@ -4,8 +4,9 @@
     backward     g W_e
 
 torch's grouped product computes all experts at once on a GPU, in bfloat16 and if its alignment
-rules hold; otherwise there is one product for each expert. Quantised experts are dequantised one at
-a time for their product, those with rows alone.
+rules hold; otherwise there is one product for each expert. On a CPU these are calls that `one_pass`
+does not compute. Quantised experts are dequantised one at a time for their product, those with rows
+alone.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .. import _C
 from ..quantized.stack import QuantizedStack
 from .expert_groups import ExpertGroup
 
@@ -60,13 +59,8 @@ def forward(
     weight: Tensor | QuantizedStack,
     bias: Tensor | None,
     group: ExpertGroup,
-    batch_invariant: bool = False,
 ) -> Tensor:
-    """The products ``[rows, out]`` for the rows of the group.
-
-    Args:
-        batch_invariant: whether a row's bits must not depend on the number of rows; on a CPU.
-    """
+    """The products ``[rows, out]`` for the rows of the group."""
     if group.experts is None:
         assert isinstance(weight, Tensor)
         y = grouped_mm(x, weight.transpose(1, 2), offs=group.offs)
@@ -77,7 +71,7 @@ def forward(
     for expert, begin, end in group.experts:
         own_bias = None if bias is None else bias[expert]
         with _matrix(weight, expert, x) as matrix:
-            _product(x[begin:end], matrix.t(), own_bias, y[begin:end], batch_invariant)
+            _product(x[begin:end], matrix.t(), own_bias, y[begin:end])
     return y
 
 
@@ -86,7 +80,6 @@ def backward(
     weight: Tensor | QuantizedStack,
     group: ExpertGroup,
     out: Tensor | None,
-    batch_invariant: bool = False,
 ) -> Tensor:
     """The products ``[rows, in]`` for the rows of the group, written into `out`, which is needed if
     each expert has its own product."""
@@ -96,7 +89,7 @@ def backward(
     assert out is not None
     for expert, begin, end in group.experts:
         with _matrix(weight, expert, grad) as matrix:
-            _product(grad[begin:end], matrix, None, out[begin:end], batch_invariant)
+            _product(grad[begin:end], matrix, None, out[begin:end])
     return out
 
 
@@ -109,11 +102,9 @@ def _matrix(
     return nullcontext(weight[expert])
 
 
-def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor, batch_invariant: bool) -> None:
-    """out = p q + bias, by torch's functions where modes look on, such as torch's FLOP counter."""
-    if p.is_cpu and not is_in_torch_dispatch_mode():
-        _C.cpu_product(p, q, bias, out, batch_invariant)
-    elif bias is None:
+def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = p q + bias."""
+    if bias is None:
         torch.mm(p, q, out=out)
     else:
         torch.addmm(bias, p, q, out=out)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .. import _C
 from ..quantized.stack import QuantizedStack
-from . import expert_groups, few_rows, products
+from . import expert_groups, few_rows, one_pass, products
 from .dropout import Dropout
 from .expert_groups import ExpertGroup, ExpertGroups
-from .factors import Factors, Gradients, Updates
+from .factors import Factors, Gradients, Updates, is_any
 from .row_factors import RowGradients, RowUpdates
 
 _ops = torch.ops.lora_ext
@@ -115,11 +115,16 @@ def forward(
     y = weight.new_empty(0 if taken.is_whole else x.size, out_features)
     s = weight.new_empty(x.size, rank, dtype=wide)
     updates = None if factors is None else _updates_of(factors, experts, weight.dtype)
+    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors, dropout)
     for group in taken.each:
         where = slice(group.begin, group.end)
         part = x.part(group.begin, group.end)
-        sums = products.forward(part, weight, bias, group, row_block > 0)
         update = None if updates is None else updates.of(group)
+        if is_one_pass:
+            own = one_pass.forward(part, weight, bias, group, update, dropout, row_block, y[where])
+            s[where, : own.shape[1]] = own
+            continue
+        sums = products.forward(part, weight, bias, group)
         if update is not None:
             if dropout is not None:
                 part = dropout.drop(part, group, in_place=x.is_gathered)
@@ -161,7 +166,7 @@ def backward(
     dropout: Dropout | None = None,
 ) -> Backward:
     """The gradients of the equations above; weights ``[S]``, sorted, or None for 1."""
-    weight, bias, factors, row_block = projection
+    weight, bias, factors, _ = projection
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
     taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
@@ -177,33 +182,17 @@ def backward(
         dx = weight.new_empty(0 if taken.is_whole else len(s), in_features)
     dweights = s.new_empty(len(s)) if want_x and weights is not None else None
     needs_x = weights is not None or any(want_a)
+    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors, dropout)
     for group in taken.each:
         where = slice(group.begin, group.end)
         g = grad.part(group.begin, group.end)
         part = x.part(group.begin, group.end) if needs_x else None
         own_weights = None if weights is None else weights[where]
-        dpart = None
-        if dx is not None:
-            out = None if taken.is_whole else dx[where]
-            dpart = products.backward(g, weight, group, out, row_block > 0)
         update = None if updates is None else updates.of(group)
-        if gradients is not None and update is not None:
-            low_rank = _update_backward(
-                g,
-                part,
-                x.is_gathered,
-                own_weights,
-                weight,
-                s[where],
-                group,
-                update,
-                gradients,
-                want_x,
-                dropout,
-                row_block,
-            )
-            if dpart is not None and low_rank is not None:
-                dpart += low_rank
+        out = None if dx is None or taken.is_whole else dx[where]
+        operands = _Operands(g, part, x.is_gathered, own_weights, s[where], want_x)
+        run = _in_one_pass if is_one_pass else _in_passes
+        dpart = run(operands, projection, group, update, gradients, dropout, out)
         if dweights is not None and own_weights is not None:
             assert part is not None and dpart is not None
             dweights[where] = products.dot(part, dpart)
@@ -219,45 +208,105 @@ def backward(
     return Backward(dx, dweights, gradients.lora_a, gradients.lora_b)
 
 
-def _update_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    is_own_x: bool,
-    weights: Tensor | None,
-    weight: Tensor | QuantizedStack,
-    s: Tensor,
+class _Operands(NamedTuple):
+    """The rows of a group in a backward.
+
+    Attributes:
+        grad: ``[rows, out]``.
+        x: ``[rows, in]``, or None if it is not read.
+        is_own_x: whether x may be overwritten.
+        weights: ``[rows]``, or None for 1.
+        s: ``[rows, R]`` of forward.
+        wants_x: whether dX is requested.
+    """
+
+    grad: Tensor
+    x: Tensor | None
+    is_own_x: bool
+    weights: Tensor | None
+    s: Tensor
+    wants_x: bool
+
+    def weighted(self, weight: Tensor | QuantizedStack) -> tuple[Tensor, Tensor, bool]:
+        """(x and S times the weights, whether that x may be overwritten)."""
+        if self.x is None:  # only its shape and dtype are used
+            rows = weight.new_empty(()).expand(len(self.grad), weight.shape[2])
+            return rows, self.s, False
+        if self.weights is None:
+            return self.x, self.s, self.is_own_x
+        by_row = self.weights[:, None]
+        return (self.x * by_row).to(self.x.dtype), self.s * by_row, True
+
+
+def _in_one_pass(
+    operands: _Operands,
+    projection: Projection,
     group: ExpertGroup,
     update: Any,
     gradients: Any,
-    want_x: bool,
     dropout: Dropout | None,
-    row_block: int,
+    out: Tensor | None,
 ) -> Tensor | None:
-    """Returns dx' of the update and writes the gradients of the factors.
+    """Writes the gradients of the factors, and returns dX' in `out`.
 
     Args:
-        is_own_x: whether x may be overwritten.
         update: what `_updates_of` gives for the group.
         gradients: of the same kind.
     """
-    want_a = any(a is not None for a in gradients.lora_a)
-    want_b = any(b is not None for b in gradients.lora_b)
-    if weights is not None:
-        assert x is not None
-        x, s = (x * weights[:, None]).to(x.dtype), s * weights[:, None]
-        is_own_x = True
-    if dropout is not None and x is not None and want_a:
+    weight = projection.weight
+    x, s, _ = operands.weighted(weight)
+    dlora_a, dlora_b = ([], []) if update is None else gradients.targets(update)
+    one_pass.backward(
+        operands.grad,
+        x,
+        s,
+        weight,
+        group,
+        update,
+        dropout,
+        projection.row_block,
+        out,
+        dlora_a,
+        dlora_b,
+    )
+    if update is not None:
+        gradients.write(group, update, dlora_a, dlora_b)
+    return out
+
+
+def _in_passes(
+    operands: _Operands,
+    projection: Projection,
+    group: ExpertGroup,
+    update: Any,
+    gradients: Any,
+    dropout: Dropout | None,
+    out: Tensor | None,
+) -> Tensor | None:
+    """The same by the base's product, and a pass for the update onto it."""
+    weight, row_block = projection.weight, projection.row_block
+    grad, wants_x = operands.grad, operands.wants_x
+    dx = products.backward(grad, weight, group, out) if wants_x else None
+    if update is None:
+        return dx
+    wants_a, wants_b = is_any(gradients.lora_a), is_any(gradients.lora_b)
+    x, s, is_own_x = operands.weighted(weight)
+    if dropout is not None and operands.x is not None and wants_a:
         x = dropout.drop(x, group, in_place=is_own_x)
-    if x is None:  # only its shape and dtype are used
-        x = weight.new_empty(()).expand(len(grad), weight.shape[2])
     arguments = update.arguments()
     lists = len(arguments["lora_a"])
-    wanted = ([want_x, False], [want_a] * lists, [want_b] * lists)
-    rank = max(each.shape[-2] for each in arguments["lora_a"])
-    dx, da, db, _ = _ops.lora_grouped_backward(
-        grad, s[:, :rank].contiguous(), *wanted, x, None, None, **arguments, row_block=row_block
+    wanted = ([wants_x, False], [wants_a] * lists, [wants_b] * lists)
+    low_rank, da, db, _ = _ops.lora_grouped_backward(
+        grad,
+        s[:, : update.rank].contiguous(),
+        *wanted,
+        x,
+        None,
+        None,
+        **arguments,
+        row_block=row_block,
     )
     gradients.write(group, update, da, db)
-    if dropout is not None and want_x:
-        dropout.drop(dx, group, in_place=True)
+    if dx is not None:
+        dx += low_rank if dropout is None else dropout.drop(low_rank, group, in_place=True)
     return dx

@@ -12,6 +12,7 @@ Ranks may differ, and nothing is padded. Which pairs have rows is read on the ho
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .expert_groups import ExpertGroup
-from .factors import Factors, a_by_expert, dtype_of, made, pool_of_b, put_b
+from .factors import Factors, a_by_expert, dtype_of, is_any, made, pool_of_b, put_b
 
 # Experts whose B is copied at a time: a cache line of half precision.
 _BLOCK = 32
@@ -46,6 +47,28 @@ class RowUpdate(NamedTuple):
         """Those of the op, besides x; dropout is applied to rows beforehand."""
         lists = {"lora_a": self.lora_a, "lora_b": self.lora_b}
         return {**lists, "scaling": self.scaling, "index": self.of_row}
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of S: the largest rank."""
+        return max(len(a) for a in self.lora_a)
+
+    def part(self, expert: int, begin: int, end: int) -> RowUpdate | None:
+        """The update of one expert's rows alone; None if none of them has one."""
+        some = self._pairs_of(expert)
+        if some.start == some.stop:
+            return None
+        of_row = (self.of_row[begin:end] - some.start).clamp_(min=-1)
+        lists = self.lora_a[some], self.lora_b[some]
+        return RowUpdate(*lists, self.scaling[some], of_row, self.pairs[some])
+
+    def gradients_of(self, expert: int, gradients: list[Tensor]) -> list[Tensor]:
+        """Those of one expert, of a list of the pairs' or an empty one."""
+        return gradients[self._pairs_of(expert)]
+
+    def _pairs_of(self, expert: int) -> slice:
+        first = bisect_left(self.pairs, (expert, 0))
+        return slice(first, bisect_left(self.pairs, (expert + 1, 0)))
 
 
 class RowUpdates:
@@ -148,30 +171,85 @@ class RowGradients:
             () if a is None or len(a) == 0 else a_by_expert(a, experts).unbind(0)
             for a in self.lora_a
         ]
-        # Gradients of B_e of a block of experts, which are put into lora_b together.
-        self._b: dict[tuple[int, int], Tensor] = {}
+        # Of each adapter the experts whose gradient of B_e is not in lora_b yet, and these
+        # gradients: those of a block of experts are put into lora_b together.
+        self._hit: list[list[int]] = [[] for _ in factors.lora_b]
+        self._memory: list[Tensor | None] = [None] * len(factors.lora_b)
+        self._block_end = 0
+        self._are_own = False
+
+    def targets(self, update: RowUpdate) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors for the gradients of a group's pairs, which `write` is given then; empty lists if
+        no gradient is requested."""
+        self._are_own = True
+        return self._targets_a(update), self._targets_b(update)
 
     def write(
         self, group: ExpertGroup, update: RowUpdate, lora_a: list[Tensor], lora_b: list[Tensor]
     ) -> None:
-        """Writes the gradients of a group's pairs; empty lists if they are not requested."""
+        """Takes the gradients of a group's pairs: those of `targets`, or others, which are copied;
+        empty lists if they are not requested."""
+        if not self._are_own:
+            own_a, own_b = self.targets(update)
+            for own, given in zip((*own_a, *own_b), (*lora_a, *lora_b), strict=True):
+                own.copy_(given)
+            lora_a = own_a
+        self._are_own = False
         for (expert, adapter), part in zip(update.pairs, lora_a, strict=False):
-            if self.lora_a[adapter] is not None:
+            gradient = self.lora_a[adapter]
+            if gradient is not None and gradient.dtype != part.dtype:
                 self._a[adapter][expert].copy_(part)
-        first = next(iter(self._b), (0, 0))[0]
-        if self._b and update.pairs[-1][0] >= first + _BLOCK:
+
+    def _targets_a(self, update: RowUpdate) -> list[Tensor]:
+        """Rows of the gradients themselves where the dtype is the same."""
+        if not is_any(self.lora_a):
+            return []
+        found = []
+        for (expert, adapter), factor in zip(update.pairs, update.lora_a, strict=True):
+            gradient = self.lora_a[adapter]
+            in_place = gradient is not None and gradient.dtype == factor.dtype
+            found.append(self._a[adapter][expert] if in_place else torch.empty_like(factor))
+        return found
+
+    def _targets_b(self, update: RowUpdate) -> list[Tensor]:
+        """Rows of each adapter's memory for a block of experts."""
+        if not is_any(self.lora_b):
+            return []
+        if update.pairs[-1][0] >= self._block_end:
             self.finish()
-        self._b.update(zip(update.pairs, lora_b, strict=False))
+            self._block_end = update.pairs[0][0] + _BLOCK
+        places: dict[int, list[int]] = {}
+        for place, (_, adapter) in enumerate(update.pairs):
+            places.setdefault(adapter, []).append(place)
+        found = list(update.lora_b)  # of the same shapes
+        for adapter, own in places.items():
+            memory = self._memory_for(adapter, len(own), found[own[0]])
+            hit = self._hit[adapter]
+            for place, matrix in zip(own, memory[len(hit) :].unbind(0), strict=False):
+                found[place] = matrix
+            hit += [update.pairs[place][0] for place in own]
+        return found
+
+    def _memory_for(self, adapter: int, count: int, like: Tensor) -> Tensor:
+        """Memory with room for so many matrices more."""
+        memory, used = self._memory[adapter], len(self._hit[adapter])
+        if memory is None or len(memory) < used + count:
+            self._put(adapter)
+            memory = like.new_empty(max(_BLOCK, count), *like.shape)
+            self._memory[adapter] = memory
+        return memory
 
     def finish(self) -> None:
         """To be called after the last group."""
-        for adapter, hit in _by_adapter(list(self._b)).items():
-            gradient = self.lora_b[adapter]
-            if gradient is not None:
-                part = torch.stack([self._b[expert, adapter] for expert in hit])
-                numbers = torch.tensor(hit, device=gradient.device)
-                put_b(gradient, self._experts, numbers, part)
-        self._b.clear()
+        for adapter in range(len(self._hit)):
+            self._put(adapter)
+
+    def _put(self, adapter: int) -> None:
+        gradient, memory, hit = self.lora_b[adapter], self._memory[adapter], self._hit[adapter]
+        if gradient is not None and memory is not None and hit:
+            numbers = torch.tensor(hit, device=gradient.device)
+            put_b(gradient, self._experts, numbers, memory[: len(hit)])
+        hit.clear()
 
 
 def _have_all(factors: Factors, experts: int) -> list[bool]:

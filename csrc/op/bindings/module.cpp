@@ -53,7 +53,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x_dtype"), py::arg("batch_invariant") = false);
   m.attr("cpu_panel_rows") = cpu::kMinPanelRows;
   m.def("cpu_product", &cpu::product, py::arg("p"), py::arg("q"), py::arg("bias"), py::arg("out"),
-        py::arg("batch_invariant") = false, py::call_guard<py::gil_scoped_release>());
+        py::call_guard<py::gil_scoped_release>());
   m.def(
       "cpu_library_reason",
       [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, rank); },
