@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import torch
 
 with_cuda: bool
@@ -17,12 +19,22 @@ def set_cpu_isa(name: str) -> None:
     """
 
 cpu_panel_rows: int
-"""The number of rows from which on products are by panels."""
+"""The number of rows from which on a product by panels is one pass with the low-rank part."""
 
 def cpu_panels(x_dtype: torch.dtype, batch_invariant: bool = False) -> torch.dtype | None:
-    """The dtype of the panels in which products of x_dtype are computed in one pass with the
-    low-rank part, or None: torch's linear, and passes around it; batch_invariant: within
-    `lora_ext.batch_invariant`."""
+    """The dtype of the panels in which products of x_dtype are computed by the rule for this
+    processor, or None: torch's linear; batch_invariant: within `lora_ext.batch_invariant`."""
+
+def cpu_panels_of(
+    x_dtype: torch.dtype, depth: int, cols: int, transposed: bool, rows: int
+) -> torch.dtype | None:
+    """The dtype of the panels of a product p q, as measured (`set_measured_panels`) or by the rule,
+    or None: torch's product.
+
+    Args:
+        depth, cols, transposed: of q, as in `set_measured_panels`.
+        rows: of p.
+    """
 
 def set_cpu_panels(name: str) -> None:
     """Selects panels of "float32" or "bfloat16" wherever this processor has such products, "none",
@@ -37,6 +49,7 @@ def cpu_product(
     q: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
+    panels: str | None = None,
 ) -> None:
     """out = p q + bias, the base product as a layer computes it on the CPU.
 
@@ -45,9 +58,33 @@ def cpu_product(
         q: ``[depth, cols]``, any strides.
         bias: ``[cols]`` or None.
         out: ``[rows, cols]``, which is written.
+        panels: "none" for torch's product, or the dtype of panels; None: as a layer computes it.
 
     Raises:
+        ValueError: panels that this processor cannot multiply with p's dtype.
         RuntimeError: torch's, for what `torch.addmm` and `torch.mm` with out refuse.
+    """
+
+def cpu_panel_candidates(x_dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtypes of panels with which x can be multiplied on this processor, fast or not."""
+
+def set_measured_panels(
+    x_dtype: torch.dtype,
+    depth: int,
+    cols: int,
+    transposed: bool,
+    measured: Sequence[tuple[int, torch.dtype | None]],
+) -> None:
+    """Which panels products p q take from now on in this process, by the nearest number of rows.
+
+    Args:
+        depth, cols: q is ``[depth, cols]``.
+        transposed: whether q is a transposed matrix, as the weight is in a forward.
+        measured: (rows, dtype of the panels or None for torch's product); empty: the rule by
+            processor and rows holds again.
+
+    Raises:
+        ValueError: rows below 1.
     """
 
 def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:

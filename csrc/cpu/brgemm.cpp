@@ -115,20 +115,32 @@ bool rows_are_alike(Dtype dtype) {
 
 }  // namespace
 
-std::optional<Dtype> panel_dtype(Dtype x) {
+bool has_panels_of(Dtype panel, Dtype x) {
   const bool is_half_or_float =
       x == Dtype::kFloat32 || x == Dtype::kBFloat16 || x == Dtype::kFloat16;
-  if (!is_half_or_float || !has_panels()) return {};
+  if (!is_half_or_float || !has_panels()) return false;
+  if (panel == Dtype::kBFloat16) return x == panel && has_bfloat16();
+  return panel == Dtype::kFloat32 && has_float();
+}
+
+bool panels_are_auto() { return asked().load() == Panels::kAuto; }
+
+std::optional<Dtype> panel_dtype(Dtype x) {
+  const auto if_possible = [&](Dtype panel) {
+    return has_panels_of(panel, x) ? std::optional(panel) : std::nullopt;
+  };
+  if (!has_panels()) return {};
   switch (asked().load()) {
     case Panels::kNone:
       return {};
     case Panels::kFloat:
-      return has_float() ? std::optional(Dtype::kFloat32) : std::nullopt;
+      return if_possible(Dtype::kFloat32);
     case Panels::kBFloat16:
-      return x == Dtype::kBFloat16 && has_bfloat16() ? std::optional(x) : std::nullopt;
+      return if_possible(Dtype::kBFloat16);
     case Panels::kAuto:
       break;
   }
+  if (x == Dtype::kFloat64) return {};
   static const std::optional<Dtype> of_float = faster_panels(Dtype::kFloat32);
   static const std::optional<Dtype> of_bfloat16 = faster_panels(Dtype::kBFloat16);
   static const std::optional<Dtype> of_float16 = faster_panels(Dtype::kFloat16);

@@ -19,6 +19,11 @@ std::optional<Dtype> panel_dtype(Dtype x);
 // Products of any number of rows are compared once.
 std::optional<Dtype> batch_invariant_panel_dtype(Dtype x);
 
+// Whether P of dtype x can be multiplied in panels of this dtype, fast or not.
+bool has_panels_of(Dtype panel, Dtype x);
+// Whether set_panels asked for nothing else.
+bool panels_are_auto();
+
 // "auto", "none", or "float32" or "bfloat16" wherever the library has them; false: another name.
 bool set_panels(const std::string& name);
 

@@ -53,11 +53,6 @@ struct LowRank {
   }
 };
 
-// With fewer rows the library's product is faster, since it packs nothing: at 8 rows of 1024 x 1024
-// and 4096 x 4096 panels took 0.97 to 1.14 of its time, at 16 rows 0.80. Halves that are converted
-// and not transposed took 0.97 to 1.06 even with one row: the base's product alone, then passes.
-constexpr int64_t kMinPanelRows = 8;
-
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in
 // one pass (cpu/fused_product.h).
 std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward);
@@ -73,8 +68,9 @@ at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
 at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
 at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base);
 
-// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors.
+// out = P Q + bias, by panels or by torch, whichever is faster; torch's errors. panels: "none", or the
+// dtype of panels to be used where P, Q and out can be read by pointers.
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-             at::Tensor& out);
+             at::Tensor& out, const std::optional<std::string>& panels = {});
 
 }  // namespace lora_ext::cpu

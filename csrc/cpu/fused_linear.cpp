@@ -11,22 +11,28 @@
 #include "cpu/driver.h"
 #include "cpu/fused_product.h"
 #include "cpu/operands.h"
+#include "cpu/panel_choice.h"
 
 namespace lora_ext::cpu {
 namespace {
 
-// The dtype of the panels if they are the faster way to P Q, with this number of rows for each Q.
-std::optional<Dtype> faster_panel(const at::Tensor& p, const at::Tensor& q, int64_t rows) {
-  const Dtype dtype = dtype_of(p.scalar_type());
-  const std::optional<Dtype> panel = panel_dtype(dtype);
-  if (p.size(1) > kMaxPanelDepth) return {};
-  const bool is_copied = panel && *panel != dtype && q.stride(1) == 1;
-  return is_copied || rows >= kMinPanelRows ? panel : std::nullopt;
+// By the name of a candidate; "none": torch's product.
+std::optional<Dtype> named_panel(const std::string& name, Dtype x) {
+  if (name == "none") return {};
+  const Dtype panel = name == "bfloat16" ? Dtype::kBFloat16 : Dtype::kFloat32;
+  TORCH_CHECK_VALUE((panel == Dtype::kBFloat16 || name == "float32") && has_panels_of(panel, x),
+                    "lora_ext: expected panels that this processor can multiply with ",
+                    scalar_type_of(x), ", or none, but got ", name);
+  return panel;
 }
 
 // The rows of each matrix, on average.
 int64_t rows_of_each(const at::Tensor& p, const Base& base) {
   return p.size(0) / std::max<int64_t>(1, static_cast<int64_t>(base.experts.size()));
+}
+
+ProductKind kind_of(const at::Tensor& p, const at::Tensor& q) {
+  return {dtype_of(p.scalar_type()), q.size(0), q.size(1), q.stride(1) != 1};
 }
 
 // The weight as Q, or that of an expert.
@@ -46,7 +52,7 @@ std::optional<Dtype> base_panel(const at::Tensor& p, const Base& base, bool is_f
     return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
   }
   if (is_forward ? base.packed : base.packed_t) return {};
-  return faster_panel(p, matrix_of(base, is_forward), rows_of_each(p, base));
+  return faster_panel(kind_of(p, matrix_of(base, is_forward)), rows_of_each(p, base));
 }
 
 // P in memory as the library takes A. It keeps a kernel for each pitch, so that of a wider matrix,
@@ -144,7 +150,7 @@ at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const B
 }
 
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
-             at::Tensor& out) {
+             at::Tensor& out, const std::optional<std::string>& panels) {
   // Whether a pointer says all of a tensor: what torch's dispatcher resolves goes to torch.
   const auto is_plain = [&](const at::Tensor& t) {
     const c10::DispatchKeySet keys = t.key_set();
@@ -161,7 +167,11 @@ void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::T
   const bool by_pointers = fits && is_plain(p) && is_plain(q) && is_plain(out) && p.numel() != 0 &&
                            out.numel() != 0 && p.stride(1) == 1 && out.stride(1) == 1 &&
                            out.stride(0) >= out.size(1);
-  if (const auto panel = by_pointers ? faster_panel(p, q, p.size(0)) : std::nullopt) {
+  const auto panel_of = [&]() -> std::optional<Dtype> {
+    return panels ? named_panel(*panels, dtype_of(p.scalar_type()))
+                  : faster_panel(kind_of(p, q), p.size(0));
+  };
+  if (const auto panel = by_pointers ? panel_of() : std::nullopt) {
     at::Tensor bias_row;
     if (bias) bias_row = bias->contiguous();
     fused_product(p, q, {part_of({0, p.size(0)}, q, bias ? &bias_row : nullptr)}, {}, *panel, out);

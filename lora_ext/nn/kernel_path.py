@@ -49,10 +49,12 @@ def kernel_path(
             "; its products are summed in float32: a processor with fast bfloat16 products may "
             "multiply bfloat16 adapters of such a rank faster in PEFT"
         )
-    invariant = is_on()
     panels = None
-    if path != "packed" and (invariant or rows >= _C.cpu_panel_rows):
-        panels = _C.cpu_panels(weight.dtype, invariant)
+    if is_on():
+        panels = _C.cpu_panels(weight.dtype, batch_invariant=True)
+    elif path != "packed" and rows >= _C.cpu_panel_rows:
+        out, within = weight.shape
+        panels = _C.cpu_panels_of(weight.dtype, within, out, weight.stride(0) != 1, rows)
     one_pass = "" if panels is None else f" in one pass by panels of {str(panels)[6:]}"
     return path, f"{_C.cpu_isa()} kernels{one_pass}, rank {rank}{note}"
 

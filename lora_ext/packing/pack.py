@@ -1,18 +1,21 @@
-"""Packs the frozen weights of a model where the packed product was measured to be faster."""
+"""Measures which products of a model's frozen weights are fastest: by panels or by torch, and packs
+the weights where that is faster still."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import _C
 from ..packed_weight import MOST_TIME, PackedWeight, Wins, prepack
 from .layers import Kind, Weight, packable_layers, weights_of
-from .report import Packed, Packing
-from .trial import ratio_of
+from .report import Packed, Packing, Panels
+from .trial import panels_of, ratio_of
 
 # A trial alternates between weights of this many bytes, if the model has them: more than a core's
 # share of the last-level cache.
@@ -49,6 +52,7 @@ def pack_weights(
     say: Callable[[str], object] = lambda line: None,
 ) -> Packing:
     """Times plain and packed products for each kind of weight, and packs where this is faster.
+    Plain products, packed or not, go by panels or by torch from then on, whichever is faster.
 
     Args:
         model: with LoRA layers of this package or accelerated ones of PEFT, on the CPU.
@@ -77,12 +81,15 @@ def pack_weights(
     if training is None:
         training = any(parameter.requires_grad for parameter in model.parameters())
     directions = (False, True) if training else (False,)
-    found = []
+    found, panels = [], []
     for kind, group in groups.items():
         for backward in directions:
             say(f"times {kind}, {'backward' if backward else 'forward'}")
-            found.append((kind, backward, _measured(kind, group, counts, backward)))
-    return _packed(found, groups, budget, tuple(reasons))
+            own, timed = _measured(kind, group, counts, backward)
+            panels.append(own)
+            found.append((kind, backward, timed))
+    packing = _packed(found, groups, budget, tuple(reasons))
+    return replace(packing, panels=tuple(panels))
 
 
 def pack_for(model: nn.Module, pack: bool | int | Iterable[int]) -> None:
@@ -123,14 +130,31 @@ def packed_bytes(model: nn.Module) -> int:
 Timed = tuple[tuple[int, float, float], ...]  # rows, microseconds of the plain product, ratio
 
 
-def _measured(kind: Kind, group: list[Weight], counts: list[int], backward: bool) -> Timed:
+def _measured(
+    kind: Kind, group: list[Weight], counts: list[int], backward: bool
+) -> tuple[Panels, Timed]:
+    """The panels that are fastest, which calls take from now on; and the packs beside them."""
     bytes_of_one = max(1, group[0].nbytes)
     count = min(len(group), _MOST_IN_TRIAL, max(1, _BYTES_OF_TRIAL // bytes_of_one))
     packs = [_pack(weight, not backward, backward) for weight in group[:count]]
     bias = group[0].bias
     bias = None if bias is None else bias.detach().to(kind.dtype)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return tuple((rows, *ratio_of(packs, bias, kind, rows, backward)) for rows in counts)
+        keep_panels(kind, backward, [])
+        panels = tuple((rows, *panels_of(packs, kind, rows, backward)) for rows in counts)
+        keep_panels(kind, backward, [(rows, panel) for rows, panel, _ in panels])
+        timed = tuple((rows, *ratio_of(packs, bias, kind, rows, backward)) for rows in counts)
+    return Panels(kind, backward, panels), timed
+
+
+def keep_panels(
+    kind: Kind, backward: bool, measured: Sequence[tuple[int, torch.dtype | None]]
+) -> None:
+    """Sets the panels for products of a kind in this process; none measured: as by the rule."""
+    depth, cols = kind.in_features, kind.out_features
+    if backward:
+        depth, cols = cols, depth
+    _C.set_measured_panels(kind.dtype, depth, cols, backward == kind.transposed, measured)
 
 
 def _pack(weight: Weight, forward: bool, backward: bool) -> PackedWeight:

@@ -10,12 +10,12 @@ from peft_helpers import HEIGHT, WIDTH, accelerated, exact_model, make_ids, net,
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig
+from lora_ext import _C, LoRAConfig
 from lora_ext.autotune import session
 from lora_ext.nn import LoRALinear
 from lora_ext.packed_weight import Wins
 from lora_ext.packing import pack, pack_weights
-from lora_ext.packing.trial import ratio_of
+from lora_ext.packing.trial import panels_of, ratio_of
 
 pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
 
@@ -29,7 +29,24 @@ def ratios(monkeypatch):
         "ratio_of",
         lambda packs, bias, kind, rows, backward: (100.0, found.get((backward, rows), 0.5)),
     )
+    monkeypatch.setattr(pack, "panels_of", lambda packs, kind, rows, backward: (None, 1.0))
     return found
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """What a test measures is not used by later ones."""
+    kinds = []
+    kept = pack.keep_panels
+
+    def keep(kind, backward, measured):
+        kinds.append((kind, backward))
+        kept(kind, backward, measured)
+
+    monkeypatch.setattr(pack, "keep_panels", keep)
+    yield
+    for kind, backward in kinds:
+        kept(kind, backward, [])
 
 
 def layer(dtype=F32, **words) -> LoRALinear:
@@ -91,6 +108,68 @@ def test_backward_alone(ratios):
     other.sum().backward()
     torch.testing.assert_close(found[0].grad, found[1].grad)
     assert torch.equal(model.lora_b.default.grad, plain.lora_b.default.grad)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_call_takes_the_panels_that_were_measured(transposed, ratios, monkeypatch, request):
+    """Panels of floats are slower than torch at few rows, or everywhere: by the rule none are taken
+    for 4 rows."""
+    if F32 not in _C.cpu_panel_candidates(F32):
+        pytest.skip("no panels of floats here")
+    ratios |= {(backward, rows): 1.0 for backward in (False, True) for rows in (4, 64)}
+    found = {4: F32, 64: None}
+    monkeypatch.setattr(pack, "panels_of", lambda packs, kind, rows, backward: (found[rows], 0.5))
+    model = layer(fan_in_fan_out=transposed)
+    plain = {panels: products(model, panels) for panels in ("none", "float32", "auto")}
+    packing = pack_weights(model, (4, 64))
+    assert "panels of float32 at 4 rows (0.50 of what" in str(packing)
+    for rows, panels in ((4, "float32"), (3, "float32"), (64, "none"), (20, "none")):
+        for own, asked in zip(products(model)[rows], plain[panels][rows], strict=True):
+            assert torch.equal(own, asked), (rows, panels)
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(products(model, "none")[4], plain["none"][4], strict=True)
+    )
+    request.getfixturevalue("deterministic")
+    for rows in (4, 64):
+        for own, ruled in zip(products(model)[rows], plain["auto"][rows], strict=True):
+            assert torch.equal(own, ruled)
+
+
+def products(model, panels=None):
+    """{rows: (W x, dY W) as a layer computes them}, or with these panels."""
+    found = {}
+    weight = model.weight.detach()
+    kept = weight if model.fan_in_fan_out else weight.t()
+    for rows in (3, 4, 20, 64):
+        x, grad = (
+            torch.randn(rows, 24, generator=seeded()),
+            torch.randn(rows, 40, generator=seeded()),
+        )
+        own = torch.empty(rows, 40), torch.empty(rows, 24)
+        named = None if panels == "auto" else panels
+        _C.cpu_product(x, kept, None, own[0], named)
+        _C.cpu_product(grad, kept.t(), None, own[1], named)
+        found[rows] = own
+    return found
+
+
+def seeded():
+    return torch.Generator().manual_seed(1)
+
+
+def test_which_panels_are_timed():
+    """Each candidate beside the rule's; a candidate by another name is refused."""
+    packs = [lora_ext.prepack(torch.randn(40, 24))]
+    kind = pack.Kind(40, 24, F32, False, False)
+    for backward in (False, True):
+        panels, ratio = panels_of(packs, kind, 16, backward)
+        assert panels in (None, *_C.cpu_panel_candidates(F32)) and 0.0 < ratio <= 1.0
+    for name in ("bfloat16", "float"):
+        with pytest.raises(ValueError, match="expected panels that this processor can multiply"):
+            _C.cpu_product(torch.ones(2, 3), torch.ones(3, 4), None, torch.empty(2, 4), name)
+    with pytest.raises(ValueError, match="rows of at least 1"):
+        _C.set_measured_panels(F32, 3, 4, False, [(0, None)])
 
 
 def test_the_budget_goes_where_most_is_saved_for_a_byte(ratios, monkeypatch):

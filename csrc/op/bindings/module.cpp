@@ -6,6 +6,7 @@
 #include "cpu/brgemm.h"
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
+#include "cpu/panel_choice.h"
 #include "kernels/device.h"
 #include "op/bindings/bindings.h"
 
@@ -52,8 +53,43 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x_dtype"), py::arg("batch_invariant") = false);
   m.attr("cpu_panel_rows") = cpu::kMinPanelRows;
+  m.def(
+      "cpu_panels_of",
+      [](const at::ScalarType& x, int64_t depth, int64_t cols, bool transposed,
+         int64_t rows) -> std::optional<at::ScalarType> {
+        const auto panel =
+            cpu::faster_panel({lora_ext::dtype_of(x), depth, cols, transposed}, rows);
+        if (!panel) return {};
+        return lora_ext::scalar_type_of(*panel);
+      },
+      py::arg("x_dtype"), py::arg("depth"), py::arg("cols"), py::arg("transposed"),
+      py::arg("rows"));
   m.def("cpu_product", &cpu::product, py::arg("p"), py::arg("q"), py::arg("bias"), py::arg("out"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("panels") = std::nullopt, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cpu_panel_candidates",
+      [](const at::ScalarType& x) {
+        std::vector<at::ScalarType> found;
+        for (const auto panel : cpu::panel_candidates(lora_ext::dtype_of(x))) {
+          found.push_back(lora_ext::scalar_type_of(panel));
+        }
+        return found;
+      },
+      py::arg("x_dtype"));
+  m.def(
+      "set_measured_panels",
+      [](const at::ScalarType& x, int64_t depth, int64_t cols, bool transposed,
+         const std::vector<std::pair<int64_t, std::optional<at::ScalarType>>>& measured) {
+        std::vector<cpu::MeasuredPanel> found;
+        for (const auto& [rows, panel] : measured) {
+          if (rows < 1) throw py::value_error("lora_ext: expected rows of at least 1");
+          found.push_back({rows, panel ? std::optional(lora_ext::dtype_of(*panel)) : std::nullopt});
+        }
+        cpu::set_measured_panels({lora_ext::dtype_of(x), depth, cols, transposed},
+                                 std::move(found));
+      },
+      py::arg("x_dtype"), py::arg("depth"), py::arg("cols"), py::arg("transposed"),
+      py::arg("measured"));
   m.def(
       "cpu_library_reason",
       [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, rank); },
