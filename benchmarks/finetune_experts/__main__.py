@@ -16,7 +16,7 @@ from ..finetune import data
 from ..finetune.classifier import Batch, Classifier, load_classifier
 from ..finetune.demonstration import ROWS, Say, batches_to_learn, demonstration, train_all
 from ..finetune.trained_models import make_variants
-from ..finetune.training import predict
+from ..finetune.training import largest_deviation, predict
 from ..finetune_many.tasks import tasks_of
 from . import claims, mixture
 from .models import LABELS, adapted
@@ -74,7 +74,12 @@ def run(options: argparse.Namespace, document: results.Document, say: Say) -> No
         "trainable": sum(p.numel() for p in variants["ours"].trainable.values()),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    train_all(document, variants, batches, held_out, say)
+    curves, _ = train_all(document, variants, batches, held_out, say)
+    same = mixture.steps_with_same_routes(model, variants["peft"].model, len(batches))
+    document["same_routes"] = same
+    if same:
+        losses = [curves[name].losses[:same] for name in ("ours", "peft")]
+        document["deviation"] = largest_deviation(*losses)
     say("opening the folder with PEFT")
     document["folder"] = opened_by_peft(model, held_out, options.out / "adapter")
     tasks, encoder = tasks_of(dataset)[:TASKS], mixture.encoder()

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from ..finetune.claims import Check, accuracy_check, check_of, loss_check
+from ..finetune.claims import MOST_DEVIATION, Check, accuracy_check, check_of
 from ..finetune_many.claims import losses_check
 from ..results import Document, peak_ratio, ratio
 from .two_tasks import LABELS, passes
 
 MOST_DIFFERENCE = 1e-4  # of the largest logit
+LEAST_STEPS = 2  # so that a gradient is among what is compared
 MOST_LEFT = 0.9  # of a task's first pass, in its last
+
+
+def _losses(document: Document) -> Check:
+    """PEFT's losses, as long as tokens have the same experts: then each step computes the same."""
+    deviation, steps = document["deviation"], document["same_routes"]
+    shown = "not finite" if deviation is None else f"{deviation:.1e}"
+    return check_of(
+        f"each step's loss within {MOST_DEVIATION:g} of PEFT's, relative, until a rounding gives a "
+        "token another expert",
+        f"largest deviation {shown} in the first {steps} of {document['settings']['steps']} steps",
+        steps >= LEAST_STEPS and deviation is not None and deviation <= MOST_DEVIATION,
+    )
 
 
 def _two_tasks(document: Document) -> list[Check]:
@@ -50,7 +63,7 @@ def evaluate(document: Document) -> list[Check]:
             f"{start:.1e} of the largest logit",
             start <= MOST_DIFFERENCE,
         ),
-        loss_check(document),
+        _losses(document),
         accuracy_check(document, "ours"),
         check_of(
             "every layer of experts is computed by lora_ext's own path",

@@ -23,6 +23,9 @@ _METHOD = """\
   medians with quartiles in brackets; "!" marks a model that has fewer than three steps that no
   other process disturbed. frozen trains the head alone, with a gradient that flows through all
   layers, in transformers' own forward of experts, which PEFT's wrappers call, too.
+- Losses are compared with PEFT's as long as all tokens have the same experts in both models: where
+  a token's second and third score are nearly the same, a rounding decides between two experts, and
+  from there on the two are trained on other routes.
 - Memory is what torch's allocator holds at the peak of forward and backward on the batch with the
   most tokens, above what was live before.
 - Two tasks, each with a rank, a rate, a head and an AdamW of its own, tell one area of the standard

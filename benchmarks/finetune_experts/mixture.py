@@ -8,6 +8,7 @@ token sum to one: so before training the mixture computes what MiniLM does.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -22,15 +23,22 @@ _SEED = 3
 
 
 class Router(nn.Module):
-    """Which experts each token gets, and with what weights; frozen."""
+    """Which experts each token gets, and with what weights; frozen.
+
+    Attributes:
+        routes: a digest of the experts of each call in training mode.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(EXPERTS, width) / width**0.5)
+        self.routes: list[bytes] = []
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, H] -> (experts [tokens, k], weights [tokens, k])."""
         scores, index = nn.functional.linear(x, self.weight).topk(CHOSEN)
+        if self.training:
+            self.routes.append(hashlib.sha256(index.numpy().tobytes()).digest())
         return index, scores.softmax(-1)
 
 
@@ -64,6 +72,19 @@ class Mixture(nn.Module):
         """hidden [rows, tokens, H] -> the same shape."""
         x = hidden.flatten(0, -2)
         return self.experts(x, *self.router(x)).view(hidden.shape)
+
+
+def steps_with_same_routes(model: nn.Module, other: nn.Module, steps: int) -> int:
+    """The number of training steps, from the first on, in which every token had the same experts in
+    both models. Where two experts of a token have nearly the same score, a rounding decides."""
+    each, others = (
+        [module.routes[:steps] for module in found.modules() if isinstance(module, Router)]
+        for found in (model, other)
+    )
+    for step in range(steps):
+        if any(a[step] != b[step] for a, b in zip(each, others, strict=True)):
+            return step
+    return steps
 
 
 def upcycled(encoder: Any) -> Any:

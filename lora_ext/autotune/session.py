@@ -88,10 +88,12 @@ def warmup(
 
         lora_ext.warmup(model, rows=(1, 4096))      # once
 
-    On a CPU it times each kind of frozen weight in its original and in oneDNN's packed layout, for
-    forward and, if any parameter is trained, backward. It keeps a packed copy if this is faster by
-    at least 5 %, in three rounds of four. A call uses the measurement whose number of rows is
-    nearest to its own. `PackedWeight` describes when a pack is dropped. On a GPU:
+    On a CPU it times each kind of frozen weight, for forward and, if any parameter is trained,
+    backward: by torch's product and by panels in its original layout, and in oneDNN's packed one.
+    Panels other than by the rule, and a packed copy, are taken if they are faster by at least 5 %,
+    in three rounds of four. A call uses the measurement whose number of rows is nearest to its own;
+    those of panels hold for all weights of this kind in the process. `PackedWeight` describes when
+    a pack is dropped. On a GPU:
 
     The kernels of every route of `lora_linear` (hybrid, and our own with each tile) are compared
     with float64 on small cases, in a child process; then the routes are timed on this card for each
