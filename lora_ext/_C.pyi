@@ -190,9 +190,10 @@ def plan_as_asked(
     tile: str = "",
     use_pdl: bool = True,
     groups: int = 0,
+    listed: bool = False,
 ) -> Plan:
     """The plan for a route and a tile, or the planner's own if the tile is not available; with
-    groups, for this number of adapters and an index."""
+    groups, for this number of adapters, in a list or a pool, and an index."""
 
 class Sustained:
     """The rates that a card is assumed to sustain (csrc/kernels/plan/rates.h)."""

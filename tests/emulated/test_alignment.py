@@ -113,6 +113,74 @@ def test_a_wrong_alignment_is_seen(mutant):
         python(f"{CASES}\n{each}\n{ODD}", LORA_EXT_EMULATED_FAULT=mutant)
 
 
+# Rows of three adapters and of none, in a list or a pool, whose tensors are those of CASES three
+# times over. Rows of a pool's tensors lie as if they were of one matrix.
+MANY = """
+RANKS, ADAPTERS = (16, 12, 5), 3
+index = (torch.arange(M) * 7 % 5 - 1).clamp(max=2).int()
+scaling, kinds = torch.tensor([2.0, 0.5, 1.0]), {"list": ADAPTERS, "pool": 1}
+
+def factors_of(kind, matrix, ranks):  # of [rows of all adapters, columns]
+    each = matrix.unflatten(0, (ADAPTERS, -1))
+    return [each] if kind == "pool" else [own[r] for own, r in zip(each, ranks)]
+
+def run(kind, grad, x, weight, a, b):
+    a = factors_of(kind, a, [slice(r) for r in RANKS])
+    b = factors_of(kind, b, [(slice(None), slice(r)) for r in RANKS])
+    ranks = torch.tensor(RANKS).int() if kind == "pool" else None
+    inputs = (x, weight, None, a, b, scaling, index, None, ranks)
+    y, s = torch.ops.lora_ext.lora_grouped_forward(*inputs)
+    wanted = [True] * kinds[kind]
+    dx, da, db, _ = torch.ops.lora_ext.lora_grouped_backward(
+        grad, s, [True, False], wanted, wanted, *inputs
+    )
+    return y, dx, *da, *db
+
+def check_many(names, view, sizes=ROWS, kind="list"):
+    shapes = {
+        each: (ADAPTERS * rows if each.startswith("lora") else rows, columns)
+        for each, (rows, columns) in sizes.items()
+    }
+    given = {each: numbers(shape, seed) for seed, (each, shape) in enumerate(shapes.items())}
+    make, *how = view
+    for name in names:
+        given[name], _ = make(given[name], *how)
+    operands = [given[each] for each in ("grad", "x", "weight", "lora_a", "lora_b")]
+    expected = run(kind, *(each.double() for each in operands))
+    for one, other in zip(run(kind, *operands), expected, strict=True):
+        off = (one.double() - other).abs().max()
+        assert off <= 2**-6 * other.abs().max(), (kind, names, make.__name__, *how)
+
+def check_all_many(kind):
+    views = [(pitched, 1), (pitched, 8), (sliced, 1), (sliced, 4), (one_row,), (overlapping,)]
+    for name in ROWS:
+        for view in views:
+            check_many([name], view, kind=kind)
+    passed = check_results("cpu")
+    assert set(passed.values()) == {"passed"} and all("many adapters" in each for each in passed)
+    assert len({"element-wise" in each for each in passed}) == 2, passed
+"""
+ODD_MANY = ODD.replace("check(", "check_many(")
+
+
+@pytest.mark.parametrize("kind", ["list", "pool"])
+def test_an_operand_of_many_adapters_lies_otherwise(kind):
+    python(f"{CASES}{MANY}check_all_many({kind!r})")
+
+
+@pytest.mark.parametrize("kind", ["list", "pool"])
+def test_many_adapters_with_an_odd_number_of_columns_in_rows_of_whole_chunks(kind):
+    odd = ODD_MANY.replace(", odd)", f", odd, {kind!r})")
+    python(CASES + MANY + odd)
+
+
+@pytest.mark.parametrize("mutant", ["backward_without_aligned_dx", "aligned_without_the_pointer"])
+def test_a_wrong_alignment_is_seen_with_many_adapters(mutant):
+    each = "for name in ROWS: check_many([name], (sliced, 1))"
+    with pytest.raises(AssertionError):
+        python(f"{CASES}{MANY}{each}\n{ODD_MANY}", LORA_EXT_EMULATED_FAULT=mutant)
+
+
 # Of one row, the stride is any number.
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_one_row_has_no_pitch(arch):

@@ -82,6 +82,26 @@ assert last_error() == 0
 """)
 
 
+def test_a_workspace_is_of_one_stream_of_its_own_device():
+    """Whatever the current device is: on another stream, work may still read the weight in it."""
+    python("""
+from lora_ext.quantized import workspace
+
+card(80)
+kept = {}
+for index, number in 2 * [(0, 0), (0, 1), (1, 0), (1, 1)]:
+    x = torch.zeros(1).to(torch.device("cuda", index))
+    set_stream(index, number)
+    for current in (0, 1):
+        set_device(current)
+        buffer = workspace.take(8, x)
+        assert buffer.device == x.device
+        assert kept.setdefault((index, number), buffer.data_ptr()) == buffer.data_ptr()
+        workspace.give(buffer)
+assert len(set(kept.values())) == 4
+""")
+
+
 def test_dequantising_on_cuda_says_what_it_cannot_do():
     python("""
 card(80)

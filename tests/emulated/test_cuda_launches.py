@@ -3,7 +3,16 @@
 import pytest
 
 from emulated import mutants
-from emulated.cuda.scripts import DEQUANTIZE, DROPOUT, FIRST_USE, RUNS_CUDA, asked, python
+from emulated.cuda.scripts import (
+    COUNTS,
+    DEQUANTIZE,
+    DROPOUT,
+    FIRST_USE,
+    RUNS_CUDA,
+    asked,
+    python,
+    unlike,
+)
 
 pytestmark = RUNS_CUDA
 
@@ -71,6 +80,15 @@ for index in (0, 1, 0):
 """)
 
 
+# With fewer clusters at a time than its SMs have room for, or of another generation.
+UNLIKE = [(90, 6, 2, 4), (80, 3, 0, 6)]
+
+
+@pytest.mark.parametrize("cards", UNLIKE)
+def test_each_of_two_unlike_cards_has_its_own_plan_check_and_grid(cards):
+    python(unlike(*cards))
+
+
 def test_a_cuda_device_without_an_index_is_the_current_one():
     python("""
 card(90)
@@ -90,7 +108,8 @@ assert last_error() == 0
 def test_a_wrong_call_of_cuda_is_seen(mutant):
     calls = [asked(90, "kernel", "rank=40"), asked(80, "kernel", "rank=24"), FIRST_USE, DROPOUT]
     calls.insert(0 if mutant.startswith("dequantize") else len(calls), DEQUANTIZE)
-    for code in calls:
+    of_devices = [COUNTS, *(unlike(*cards) for cards in UNLIKE)]
+    for code in of_devices if mutant.startswith("devices") else calls:
         try:
             python(f"plant({mutant!r})\n{code}")
         except AssertionError:

@@ -1,5 +1,7 @@
 """Whatever is planned fits the card: shared memory, grids, tensor maps, and the workspace."""
 
+from itertools import product
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernel_set import CARDS, plans_of, problems
@@ -98,6 +100,60 @@ def check(problem, card, backward):
 @given(problems(), st.sampled_from(sorted(CARDS)), st.booleans())
 def test_a_plan_fits_its_card(problem, card, backward):
     check(problem, CARDS[card], backward)
+
+
+def tables_of_many(problem, plan, at, groups, listed, backward):
+    """Name -> offset, bytes, as csrc/kernels/lora_grouped.h describes them. One is only too small
+    where 256 bytes, by which they are rounded, do not hide it."""
+    if plan.tile == "decode":
+        found = decode_regions(problem, plan, at)
+        return found | ({"entries": (at["entries"], 40 * groups)} if listed else {})
+    m, n, k, rank, taken = problem.m, problem.n, problem.k, problem.rank, min(groups, problem.m)
+
+    def most_pieces(rows, adapters):
+        return (m - adapters) // rows + adapters
+
+    assert at["tile_count"] >= most_pieces(64, taken)
+    assert at["piece_count"] >= most_pieces(at["piece_rows"], taken)
+    several = min(groups, m // (at["piece_rows"] + 1))  # adapters with more than one piece
+    assert at["slots"] >= (most_pieces(at["piece_rows"], several) if several else 0)
+    sizes = {
+        "entries": 40 * groups,
+        "gradient_entries": 40 * groups,
+        "order": 4 * m,
+        "counts": 4 * (groups + 1) * blocks_of(m, 256),
+        "segments": 20 * (groups + 1),
+        "first": 4 * (blocks_of(m, 128) + 1),
+        "tiles": 16 * at["tile_count"],
+        "pieces": 16 * at["piece_count"],
+        "sums": 8 * groups,
+        "t": 2 * m * plan.columns,
+        "z": 4 * plan.shrink_splits * m * at["z_columns"],
+        "s": 2 * m * plan.columns,
+        "g_a": 4 * at["slots"] * rank * k,
+        "g_b": 4 * at["slots"] * rank * n,
+    }
+    absent = set() if backward else {"gradient_entries", "s", "g_a", "g_b"}
+    absent |= set() if listed else {"entries", "gradient_entries"}
+    assert absent == {name for name in sizes if at[name] == NONE}
+    # Of no slots there are no partial sums.
+    return {name: (at[name], size) for name, size in sizes.items() if at[name] != NONE and size}
+
+
+def test_many_adapters_have_room_for_their_tables_at_every_number_of_them():
+    """Also where all but the last entry of a table fill 256 bytes: 64 adapters, 8192 rows, or as
+    many tiles of few rows as there are adapters here."""
+    tiles = set()
+    for groups, m, listed, backward in product(
+        range(1, 131), (1, 9, 65, 257, 640, 8192), (False, True), (False, True)
+    ):
+        problem = _C.Problem(m, 64 * groups, 72, 16)
+        asked = {"backward": backward, "choice": "kernel", "groups": groups, "listed": listed}
+        plan = _C.plan_as_asked(CARDS["A100"], problem, **asked)
+        found = tables_of_many(problem, plan, _C.plan_numbers(plan), groups, listed, backward)
+        check_workspace(found, plan.workspace)
+        tiles.add(plan.tile)
+    assert tiles >= {"decode", "128 x 64"}
 
 
 # Beyond any memory, where only the numbers could go wrong.

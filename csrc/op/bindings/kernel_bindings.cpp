@@ -21,12 +21,12 @@ std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
   return {small.problem, plan::make_plan(card, small.problem, small.request)};
 }
 
-// With groups != 0 the plan is for many adapters with an index for each row.
+// With groups != 0 the plan is for many adapters with an index for each row, in a list or a pool.
 plan::Plan plan_as_asked(const plan::Card& card, plan::Problem problem, bool backward,
                          const std::string& choice, const std::string& tile, bool use_pdl,
-                         int64_t groups) {
+                         int64_t groups, bool listed) {
   problem.backward = backward;
-  if (groups != 0) problem.groups = plan::Groups{groups, true};
+  if (groups != 0) problem.groups = plan::Groups{groups, true, listed};
   const plan::Request request{choice_of(choice), plan::tile_named(tile), "", use_pdl};
   return plan::make_plan(card, problem, request);
 }
@@ -51,13 +51,35 @@ std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
                {"terms", p->terms},
                {"z_columns", p->z_columns},
                {"flag_count", p->fused_shrink ? p->fused_shrink->flag_count() : 0}};
+    if (p->tables) {
+      const plan::Tables& tables = *p->tables;
+      numbers.insert({{"entries", tables.entries},
+                      {"gradient_entries", tables.gradient_entries},
+                      {"order", tables.order},
+                      {"counts", tables.counts},
+                      {"segments", tables.segments},
+                      {"first", tables.first},
+                      {"tiles", tables.tiles},
+                      {"pieces", tables.pieces},
+                      {"sums", tables.sums},
+                      {"piece_rows", tables.piece_rows},
+                      {"tile_count", tables.tile_count},
+                      {"piece_count", tables.piece_count},
+                      {"slots", tables.slots}});
+    }
   }
   if (const plan::Decode* p = plan.decode()) {
-    numbers = {{"sums", p->sums},   {"s_sums", p->s_sums},
-               {"t", p->t},         {"flags", p->flags},
-               {"batch", p->batch}, {"terms", p->terms},
-               {"tiles", p->tiles}, {"s_tiles", p->s_tiles},
-               {"width", p->width}, {"flag_count", p->flag_count()}};
+    numbers = {{"sums", p->sums},
+               {"s_sums", p->s_sums},
+               {"t", p->t},
+               {"flags", p->flags},
+               {"batch", p->batch},
+               {"terms", p->terms},
+               {"tiles", p->tiles},
+               {"s_tiles", p->s_tiles},
+               {"width", p->width},
+               {"flag_count", p->flag_count()},
+               {"entries", p->entries}};
   }
   const plan::TileFacts& facts = plan::facts_of(tile);
   numbers.insert({{"shared", facts.shared}, {"rows", facts.rows}, {"columns", facts.columns}});
@@ -118,7 +140,7 @@ void bind_kernel_set(py::module& m) {
       py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"));
   m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
         py::arg("backward"), py::arg("choice"), py::arg("tile") = "", py::arg("use_pdl") = true,
-        py::arg("groups") = 0);
+        py::arg("groups") = 0, py::arg("listed") = false);
 }
 
 void bind_kernel_check(py::module& m) {

@@ -17,19 +17,33 @@ from lora_ext.kernels.kernel_plan import CallPlan, explain_cuda_call
 _runtime = ctypes.CDLL(_C.__file__)
 for _name in ("record", "pool", "ops"):
     getattr(_runtime, f"emulated_cuda_{_name}").restype = ctypes.c_char_p
+_runtime.emulated_cuda_counts.restype = ctypes.c_void_p
+_runtime.emulated_cuda_device_of.argtypes = [ctypes.c_void_p]
+
+
+def _handle(device: torch.device | None) -> int:
+    """Of the current stream, as torch says it: those that are default streams all have 0."""
+    index = current_device() if device is None or device.index is None else device.index
+    number = _runtime.emulated_cuda_stream(index)
+    return number and 1 + 2 * number + index
+
+
 torch.cuda._lazy_init = lambda: None  # which a torch without CUDA raises an error in
 torch.cuda.current_device = _runtime.emulated_cuda_device
-torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)
+torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=_handle(device))
 torch.cuda.is_current_stream_capturing = lambda: False
 
 OUT_OF_MEMORY, INVALID_DEVICE, NO_IMAGE, LAUNCH_FAILURE = 2, 101, 209, 719
 OLDEST_DRIVER = 11080  # of an earlier major version than any toolkit that builds the kernels
 
 be = _runtime.emulated_cuda_be  # (arch, driver version, whether a graph is being captured)
+be_unlike = _runtime.emulated_cuda_be_unlike  # (device, arch, SMs, clusters of two at a time)
 set_device = _runtime.emulated_cuda_set_device
+set_stream = _runtime.emulated_cuda_set_stream  # (device, number)
 keep_busy = _runtime.emulated_cuda_keep_busy
 waiting = _runtime.emulated_cuda_waiting
-has_counts = _runtime.emulated_cuda_has_counts
+counts = _runtime.emulated_cuda_counts  # (device, count): their address, or None
+device_of = _runtime.emulated_cuda_device_of  # of an address of cudaMalloc's
 open_pool = _runtime.emulated_cuda_open_pool
 current_device = _runtime.emulated_cuda_device
 last_error = _runtime.emulated_cuda_last_error

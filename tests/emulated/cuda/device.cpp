@@ -40,11 +40,16 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   c10::Stream getStream(c10::Device device) const override {
-    return c10::Stream(c10::Stream::DEFAULT, device.has_index() ? device : getDevice());
+    const c10::Device own = device.has_index() ? device : getDevice();
+    return c10::Stream(c10::Stream::UNSAFE, own, current_stream(own.index()));
   }
-  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::Stream exchangeStream(c10::Stream stream) const override {
+    const c10::Stream before = getStream(stream.device());
+    set_current_stream(stream.device_index(), static_cast<int>(stream.id()));
+    return before;
+  }
   void* getStreamNativeHandle(c10::Stream stream) const override {
-    return stream_of(stream.device_index());
+    return stream_of(stream.device_index(), static_cast<int>(stream.id()));
   }
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
 };
@@ -192,11 +197,11 @@ void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
-// For tests, by ctypes: whether the current stream of a device has `count` arrival counts for one
-// launch.
-extern "C" int emulated_cuda_has_counts(int device, int count) {
+// For tests, by ctypes: `count` arrival counts for one launch on the current stream of a device, or
+// null.
+extern "C" const void* emulated_cuda_counts(int device, int count) {
   const c10::DeviceGuard guard(device_number(device));
-  return lora_ext::kernel_launch::decode_counts(device_number(device), count) != nullptr;
+  return lora_ext::kernel_launch::decode_counts(device_number(device), count);
 }
 
 // The ops of torch since the last call of this function.

@@ -3,8 +3,10 @@
 
 #include <cxxabi.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -16,16 +18,25 @@
 namespace emulator::cuda {
 namespace {
 
+constexpr int kSms = 8;
+
+// What a device is. Clusters of two that are resident at a time may be fewer than its SMs have room
+// for.
+struct Card {
+  int arch = 90, sms = kSms, clusters = kSms / 2;
+};
+
 // State that tests set, and that they read. Kernels run one at a time: the layer has one machine.
 struct Driver {
   std::recursive_mutex mutex;
-  int arch = 90;
+  Card cards[kDevices];
   int version = CUDART_VERSION;
   bool capturing = false;
   int busy = -1;                                       // the device whose streams never end, or -1
   int waiting = 0;                                     // queries that have been answered so
   std::map<std::string, std::pair<int, int>> failing;  // call -> which one from now, error
   std::map<std::pair<const void*, int>, int> shared_bytes;  // of (kernel, device), as allowed
+  std::map<const void*, int> device_of_memory;              // of cudaMalloc, by its first byte
   std::ostringstream record;                                // a line of JSON for each call
   std::string read;
 };
@@ -36,11 +47,12 @@ Driver& driver() {
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int device_of_thread = 0;
+thread_local int streams_of_thread[kDevices] = {};  // the number of each device's current stream
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
-constexpr int kSms = 8;
-int shared_per_block() {
-  return driver().arch == 86 ? 101376 : driver().arch == 90 ? 232448 : 166912;
+int shared_per_block(int device) {
+  const int arch = driver().cards[device].arch;
+  return arch == 86 ? 101376 : arch == 90 ? 232448 : 166912;
 }
 
 cudaError_t done(cudaError_t error) {
@@ -126,11 +138,18 @@ std::string why_invalid(const cudaLaunchConfig_t& config, const Attributes& attr
 
 int current_device() { return device_of_thread; }
 void set_current_device(int device) { device_of_thread = device; }
-cudaStream_t stream_of(int device) {
-  return reinterpret_cast<cudaStream_t>(uintptr_t{16} * (device + 1));
+int current_stream(int device) { return streams_of_thread[device]; }
+void set_current_stream(int device, int number) { streams_of_thread[device] = number; }
+cudaStream_t stream_of(int device, int number) {
+  return reinterpret_cast<cudaStream_t>(uintptr_t{16} * (number * kDevices + device + 1));
 }
 
 namespace {
+// Whether it is the current stream of the current device.
+bool is_current(cudaStream_t stream) {
+  return stream == stream_of(device_of_thread, current_stream(device_of_thread));
+}
+
 CUresult driver_version(int* version) {
   *version = driver().version;
   return CUDA_SUCCESS;
@@ -153,8 +172,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const c
   std::string wrong = read_attributes(config, attributes);
   if (wrong.empty()) wrong = why_invalid(config, attributes, kernel);
   if (!wrong.empty()) return refuse(cudaErrorInvalidConfiguration, wrong);
-  if (config.stream != stream_of(device_of_thread))
-    return refuse(cudaErrorInvalidResourceHandle, "a stream of another device than the current");
+  if (!is_current(config.stream))
+    return refuse(cudaErrorInvalidResourceHandle, "a stream that is not the current one");
   driver().record << R"({"call": "cudaLaunchKernelEx", "parameters": ")" << demangled(parameters)
                   << R"(", "grid": )" << json(config.gridDim) << R"(, "cluster": )"
                   << json(attributes.cluster) << R"(, "threads": )" << config.blockDim.x
@@ -213,7 +232,12 @@ extern "C" {
 // For tests, by ctypes.
 
 void emulated_cuda_be(int arch, int version, int capturing) {
-  driver().arch = arch, driver().version = version, driver().capturing = capturing != 0;
+  for (Card& card : driver().cards) card = {.arch = arch};
+  driver().version = version, driver().capturing = capturing != 0;
+}
+// From now on one of the devices is another card than the other.
+void emulated_cuda_be_unlike(int device, int arch, int sms, int clusters) {
+  driver().cards[device] = {arch, sms, clusters};
 }
 // The nth call from now of a function fails with an error.
 void emulated_cuda_plant(const char* mutant) { emulated::plant_known_fault(mutant); }
@@ -243,6 +267,16 @@ const char* emulated_cuda_record() {
 int emulated_cuda_last_error() { return last_error; }
 void emulated_cuda_set_device(int device) { set_current_device(device); }
 int emulated_cuda_device() { return current_device(); }
+// The current stream of a device in this thread.
+void emulated_cuda_set_stream(int device, int number) { set_current_stream(device, number); }
+int emulated_cuda_stream(int device) { return current_stream(device); }
+// The device of what cudaMalloc has returned, from its first byte up to that of the next; -1 for
+// none.
+int emulated_cuda_device_of(const void* data) {
+  const std::lock_guard lock(driver().mutex);
+  const auto next = driver().device_of_memory.upper_bound(data);
+  return next == driver().device_of_memory.begin() ? -1 : std::prev(next)->second;
+}
 
 // The runtime.
 
@@ -292,12 +326,13 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     return error;
   if (device < 0 || device >= kDevices) return done(cudaErrorInvalidDevice);
   std::memset(static_cast<void*>(properties), 0, sizeof *properties);
-  const std::string name = "emulated sm_" + std::to_string(driver().arch);
+  const Card& card = driver().cards[device];
+  const std::string name = "emulated sm_" + std::to_string(card.arch);
   name.copy(properties->name, sizeof properties->name - 1);
-  properties->major = driver().arch / 10, properties->minor = driver().arch % 10;
-  properties->multiProcessorCount = kSms;
-  properties->sharedMemPerBlockOptin = shared_per_block();
-  properties->sharedMemPerMultiprocessor = shared_per_block() + 1024;
+  properties->major = card.arch / 10, properties->minor = card.arch % 10;
+  properties->multiProcessorCount = card.sms;
+  properties->sharedMemPerBlockOptin = shared_per_block(device);
+  properties->sharedMemPerMultiprocessor = shared_per_block(device) + 1024;
   return cudaSuccess;
 }
 
@@ -348,9 +383,12 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
     return refuse(cudaErrorStreamCaptureUnsupported, "an allocation that ends a capture");
   *data = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
   std::memset(*data, 0xFF, bytes);
+  driver().device_of_memory[*data] = current_device();
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* data) {
+  const std::lock_guard lock(driver().mutex);
+  driver().device_of_memory.erase(data);
   std::free(data);
   return cudaSuccess;
 }
@@ -360,7 +398,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   if (const cudaError_t error = begin("cudaFuncSetAttribute"); error != cudaSuccess) return error;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
     return refuse(cudaErrorInvalidValue, "an attribute that this runtime does not know");
-  if (value < 0 || value > shared_per_block())
+  if (value < 0 || value > shared_per_block(current_device()))
     return refuse(cudaErrorInvalidValue, "more shared memory than a block can have");
   driver().shared_bytes[{kernel, current_device()}] = value;
   return cudaSuccess;
@@ -369,8 +407,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   const std::lock_guard lock(driver().mutex);
   if (const cudaError_t error = begin("cudaMemsetAsync"); error != cudaSuccess) return error;
-  if (stream != stream_of(current_device()))
-    return refuse(cudaErrorInvalidResourceHandle, "a stream of another device than the current");
+  if (!is_current(stream))
+    return refuse(cudaErrorInvalidResourceHandle, "a stream that is not the current one");
   if (capture_mode != cudaStreamCaptureModeGlobal)
     return refuse(cudaErrorInvalidValue, "a capture mode that was not put back");
   driver().record << R"({"call": "cudaMemsetAsync", "value": )" << value << R"(, "bytes": )"
@@ -389,7 +427,9 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
   if (wrong.empty()) wrong = why_invalid(*config, attributes, kernel);
   if (!wrong.empty()) return refuse(cudaErrorInvalidConfiguration, wrong);
   const dim3& cluster = attributes.cluster;
-  *clusters = kSms / static_cast<int>(cluster.x * cluster.y * cluster.z);
+  const Card& card = driver().cards[current_device()];
+  *clusters =
+      std::min(card.clusters, card.sms / static_cast<int>(cluster.x * cluster.y * cluster.z));
   return cudaSuccess;
 }
 

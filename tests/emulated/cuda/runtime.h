@@ -16,11 +16,14 @@
 
 namespace emulator::cuda {
 
-// Two devices of one kind. Device d has one stream, stream_of(d).
+// Two devices, of one kind unless a test says otherwise, with streams numbered from 0, the default.
+// A thread has a current device, and of each device a current stream.
 constexpr int kDevices = 2;
 int current_device();
 void set_current_device(int device);
-cudaStream_t stream_of(int device);
+int current_stream(int device);
+void set_current_stream(int device, int number);
+cudaStream_t stream_of(int device, int number);
 
 // The driver's library, as device.cu opens it.
 void* open_driver(const char* name, int mode);

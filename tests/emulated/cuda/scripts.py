@@ -113,6 +113,56 @@ assert close(call.both(), call.library())
 """
 
 
+def unlike(arch: int, sms: int, clusters: int, blocks: int) -> str:
+    """A call on a Hopper of 8 SMs and on another card, whichever is the current one: it is planned
+    and checked for its own, with so many blocks of its product."""
+    return (
+        f"""
+card(90, route="kernel")
+be_unlike(1, {arch}, {sms}, {clusters})
+archs, blocks = (90, {arch}), (8, {blocks})
+"""
+        + """
+def products():
+    return [each for each in launches(record()) if kernel_of(each) in ("gemm", "fusedshrink")]
+
+for index in (0, 1, 0):
+    there = torch.device("cuda", index)
+    call = Call(rows=600, k=72, n=520, rank=16, device=there)
+    set_device(1 - index)
+    new = not _C.check_results(there)
+    record()
+    y, _ = call.forward()
+    assert len(products()) == 1 + new  # and that of the check
+    y, _ = call.forward()
+    [product] = products()
+    assert (product["device"], product["grid"][0]) == (index, blocks[index]), product
+    assert product["cluster"] == ([2, 1, 1] if archs[index] == 90 else [1, 1, 1])
+    assert close([y.cpu()], call.library()[:1]) and current_device() == 1 - index
+assert last_error() == 0
+"""
+    )
+
+
+# Counts of few rows, with a bound that a layer of a million columns is beyond.
+COUNTS = """
+card(80)
+of_streams = {}
+for index, number in 2 * [(0, 0), (0, 1), (1, 0), (1, 1)]:
+    set_stream(index, number)
+    for current in (0, 1):
+        set_device(current)
+        found = counts(index, 9)
+        assert device_of(found) == index
+        assert of_streams.setdefault((index, number), found) == found
+    assert counts(index, 1 << 14) == found and not counts(index, (1 << 14) + 1)
+card(80, capturing=True)
+of_graphs = [(index, counts(index, 9)) for index in (0, 1, 0, 1)]
+assert all(device_of(found) == index for index, found in of_graphs)
+assert len({*of_streams.values(), *(found for _, found in of_graphs)}) == 4 + 4
+"""
+
+
 DROPOUT = """
 card(75)
 places = ((1, 0, 0), (70, 5, 0), (64, 32, 3), (300, 40, 2**33), (33, 8, 1), (31, 31, 0))

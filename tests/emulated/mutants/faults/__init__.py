@@ -1,6 +1,7 @@
 """Faults that are edits of the text. Each is wrong on the hardware, some only by the letter of the PTX ISA.
 
 thought.py     what the rules cannot know
+devices.py     what belongs to one of several devices or streams
 others         slips of a hand that writes such kernels: statements moved across each other, the
                wrong barrier, rank, scope or proxy, layouts that disagree
 controls.py    legal edits, which must raise no alarm
@@ -9,6 +10,7 @@ controls.py    legal edits, which must raise no alarm
 from emulated.mutants.faults.controls import CONTROLS
 from emulated.mutants.faults.decode import DECODE
 from emulated.mutants.faults.dequantize import DEQUANTIZE
+from emulated.mutants.faults.devices import DEVICES
 from emulated.mutants.faults.epilogue import EPILOGUE
 from emulated.mutants.faults.grouped import GROUPED
 from emulated.mutants.faults.host import HOST
@@ -22,5 +24,5 @@ from emulated.mutants.faults.thought import THOUGHT
 
 FAULTS = [
     *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),
-    *(*DECODE, *DEQUANTIZE, *CONTROLS),
+    *(*DECODE, *DEQUANTIZE, *DEVICES, *CONTROLS),
 ]
