@@ -201,7 +201,8 @@ class AdapterPool:
             name: a name that is not in use.
             source: a `LoRAConfig`, for random first values; a folder in PEFT's format; or tensors
                 with the keys of `tensors`, of any floating dtype and device.
-            config: for tensors: their alpha, dropout and use_rslora.
+            config: for tensors: their alpha, dropout and use_rslora; where its target_modules give
+                `gate_up_proj` 2 alpha, that has it here, too.
             trainable: whether the parameters require gradients; None: those of a new adapter with
                 random values do.
 
