@@ -81,8 +81,8 @@ def apply_lora(
     with frozen_only_by_success(model):
         try:
             for path, module in targets:
-                in_place = _adaptable(path, module)
-                for layer, spec in _layers_of(in_place, path, config):
+                in_place = in_place_of(path, module)
+                for layer, spec in layers_of(in_place, path, config):
                     _add(layer, adapter, spec, config, path)
                     layers.append(layer)
                 if in_place is not module:
@@ -147,8 +147,12 @@ def _warn_of_other_experts(model: nn.Module) -> None:
         )
 
 
-def _adaptable(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
-    """The module, or the module that replaces it."""
+def in_place_of(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
+    """The target itself if it has layers of adapters, else a new module that may replace it.
+
+    Raises:
+        ValueError: it cannot have adapters.
+    """
     if isinstance(module, (LoRALayer, LoRAModule)):
         return module
     kind = replacement_for(module)
@@ -158,7 +162,7 @@ def _adaptable(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
         raise ValueError(f"{error} (at {path!r})") from None
 
 
-def _layers_of(
+def layers_of(
     module: LoRALayer | LoRAModule, path: str, config: LoRAConfig
 ) -> Iterable[tuple[LoRALayer, AdapterSpec]]:
     """The layers of a target, each with the spec of its adapter."""

@@ -105,7 +105,8 @@ class LoRAExperts(LoRAModule):
         return [self._adapter(layer, name) for name in names]
 
     def _adapter(self, layer: LoRAParameter, name: str) -> ExpertsAdapter:
-        spec = layer.adapters[name]
+        spec = layer.spec_of(name)
+        assert spec is not None
         p = spec.dropout if self.training else 0.0
         return ExpertsAdapter(*layer.factors(name), spec.scaling, p)
 

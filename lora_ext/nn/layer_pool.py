@@ -44,6 +44,8 @@ class LayerPool(nn.Module):
         specs: name -> `AdapterSpec` in this layer, for the adapters that it has.
         slots: name -> (lora_a ``[r, in]``, lora_b ``[out, r]``), leaf parameters whose memory is
             the slot's.
+        matrix_shape: (out, in).
+        max_rank: of the pool.
     """
 
     lora_a: Tensor
@@ -61,12 +63,13 @@ class LayerPool(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        out_features, in_features = shape
+        self.matrix_shape, self.max_rank = shape, max_rank
         like = {"dtype": dtype, "device": device}
+        shape_a, shape_b = self.shapes(self.largest_rank)
         with torch.inference_mode(False):
             tensors = {
-                "lora_a": torch.zeros(capacity, max_rank, in_features, **like),
-                "lora_b": _laid_out(torch.zeros(capacity, out_features, max_rank, **like)),
+                "lora_a": torch.zeros(capacity, *shape_a, **like),
+                "lora_b": self._laid_out(torch.zeros(capacity, *shape_b, **like)),
                 "ranks": torch.zeros(capacity, dtype=torch.int32, device=device),
                 "scaling": torch.zeros(capacity, dtype=torch.float32, device=device),
             }
@@ -80,6 +83,26 @@ class LayerPool(nn.Module):
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs and name in self.names
+
+    # The layout of a slot, which a subclass may have in another way.
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank of an adapter that fills its slot."""
+        return self.max_rank
+
+    def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of an adapter's lora_a and lora_b."""
+        out_features, in_features = self.matrix_shape
+        return (rank, in_features), (out_features, rank)
+
+    def _parts(self, lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The memory of an adapter of this rank in the tensors of a slot."""
+        return lora_a[:rank], lora_b[:, :rank]
+
+    def _laid_out(self, lora_b: Tensor) -> Tensor:
+        """``[capacity, out, max_rank]`` with dense slots; on CUDA contiguous, for the kernels."""
+        return lora_b.contiguous() if lora_b.is_cuda else lora_b.mT.contiguous().mT
 
     # Used by a forward.
 
@@ -121,8 +144,8 @@ class LayerPool(nn.Module):
         if self._spare is None:
             with torch.inference_mode(False):
                 self._spare = torch.empty_like(self.lora_a[0]), torch.empty_like(self.lora_b[0])
-        rank = first.shape[0]
-        kept = self._spare[0][:rank].copy_(first), self._spare[1][:, :rank].copy_(second)
+        lora_a, lora_b = self._parts(*self._spare, self.specs[name].r)
+        kept = lora_a.copy_(first), lora_b.copy_(second)
         return SlotContent(self.specs[name], found, kept)
 
     def write(
@@ -167,7 +190,7 @@ class LayerPool(nn.Module):
 
     def _views(self, slot: int, rank: int, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
         with torch.inference_mode(False):
-            lora_a, lora_b = self.lora_a[slot, :rank], self.lora_b[slot, :, :rank]
+            lora_a, lora_b = self._parts(self.lora_a[slot], self.lora_b[slot], rank)
             first, second = _counted_apart(lora_a), _counted_apart(lora_b)
             return nn.Parameter(first, trainable), nn.Parameter(second, trainable)
 
@@ -175,7 +198,7 @@ class LayerPool(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LayerPool:
         super()._apply(fn, recurse)
-        self.lora_b = _laid_out(self.lora_b)
+        self.lora_b = self._laid_out(self.lora_b)
         self._spare = None
         numbers = [0.0] * len(self.ranks)
         for name, spec in self.specs.items():
@@ -213,11 +236,6 @@ class LayerPool(nn.Module):
                 for parameter, flag in zip(views, flags, strict=True):
                     parameter.requires_grad_(bool(flag))
                 self.slots[name] = views
-
-
-def _laid_out(lora_b: Tensor) -> Tensor:
-    """``[capacity, out, max_rank]`` with dense slots; on CUDA contiguous, for the kernels."""
-    return lora_b.contiguous() if lora_b.is_cuda else lora_b.mT.contiguous().mT
 
 
 def _counted_apart(view: Tensor) -> Tensor:

@@ -90,11 +90,11 @@ class LoRAParameter(LoRALayer):
 
     def has(self, name: str | None) -> bool:
         """Whether a forward may add an adapter here: it is on this parameter, and not disabled."""
-        return name in self.adapters and self.adapters_enabled
+        return name is not None and self.spec_of(name) is not None and self.adapters_enabled
 
     def rank(self, name: str) -> int:
         """The rank of each matrix's update."""
-        return self.lora_a[name].shape[0] // self.count
+        return self.factors(name)[0].shape[0] // self.count
 
     def factors_of_each(self, name: str) -> tuple[Tensor, Tensor]:
         """Views (A ``[E, r, in]``, B ``[E, out, r]``)."""
@@ -102,7 +102,15 @@ class LoRAParameter(LoRALayer):
         return a_by_expert(lora_a, self.count), b_by_expert(lora_b, self.count)
 
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
-        where = f"lora_ext.nn.LoRAParameter.add_adapter: {self.parameter!r}"
+        self.check_spec(f"lora_ext.nn.LoRAParameter.add_adapter: {self.parameter!r}", spec)
+        super()._check_new(name, spec)
+
+    def check_spec(self, where: str, spec: AdapterSpec) -> None:
+        """Raises ValueError for an adapter that a parameter cannot have.
+
+        Args:
+            where: the beginning of the message.
+        """
         if spec.dropout and not self.module.has_dropout:
             raise ValueError(
                 f"{where}: expected dropout 0 for an adapter on a parameter of a "
@@ -117,7 +125,6 @@ class LoRAParameter(LoRALayer):
                 f"{where}: expected init 'kaiming' or 'gaussian', but got {spec.init!r}, which is "
                 "for linear layers"
             )
-        super()._check_new(name, spec)
 
     def _check_weight(self, where: str) -> None:
         if self.stack is None:
@@ -153,7 +160,9 @@ class LoRAParameter(LoRALayer):
         with torch.autocast(weight.device.type, enabled=False):
             for name in names:
                 lora_a, lora_b = self.factors_of_each(name)
-                delta = self.matrix((lora_b * self.adapters[name].scaling) @ lora_a)
+                spec = self.spec_of(name)
+                assert spec is not None
+                delta = self.matrix((lora_b * spec.scaling) @ lora_a)
                 weight = weight + delta.to(weight.dtype).view(weight.shape)
         return weight
 

@@ -11,15 +11,16 @@ from torch import nn
 
 from ..adapters import AdapterError, save_adapter
 from ..models import LoRAConfig
-from ..models.apply import install
-from ..models.find import find_targets, replacement_for
+from ..models.apply import in_place_of, install, layers_of
+from ..models.find import find_targets
 from ..models.model import adapter_names, check_not_peft, lora_layers
-from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAModule
+from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAParameter
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect
 from ..nn.fused import FusedLoRALayer
 from ..nn.layer_pool import LayerPool, detach_from_pool
+from ..nn.parameter_pool import ParameterPool
 from ..nn.row_adapters import forget
-from .sources import Incoming, Source, naming, read
+from .sources import Incoming, Source, layer_name, naming, read
 
 
 class AdapterPool:
@@ -51,7 +52,9 @@ class AdapterPool:
         capacity: number of slots.
         max_rank: of each slot, 1 to 512.
         target_modules, exclude_modules: as in `LoRAConfig`: nn.Linear, Conv1D, 1x1 nn.Conv2d,
-            quantised linear layers.
+            quantised linear layers, the experts of mixtures and, by their names, routers. Where
+            LoRAConfig gives a stack of two projections 2 r (`gate_up_proj`, by "all-linear"), its
+            slots have 2 max_rank.
         dtype: of the factors; None is float32 on a half base, else the base's.
 
     Raises:
@@ -78,24 +81,36 @@ class AdapterPool:
                 f"lora_ext.{where}: expected a model without a pool, but it has one; "
                 "AdapterPool.of(model) finds it"
             )
-        config = LoRAConfig(target_modules, exclude_modules=exclude_modules)
-        targets = [(path, _layer_for(path, m), m) for path, m in find_targets(model, config)]
+        # Of rank 1, so that a layer's rank is how many projections it has.
+        config = LoRAConfig(target_modules, r=1, exclude_modules=exclude_modules)
         self.model = model
         self.capacity, self.max_rank = capacity, max_rank
         self._names: dict[str, int] = {}
-        pools = [self._pool_for(layer, dtype) for _, layer, _ in targets]
+        self.layers: dict[str, LoRALayer] = {}
+        pools: list[LayerPool] = []
+        replaced: dict[int, nn.Module] = {}
+        for path, module in find_targets(model, config):
+            in_place = in_place_of(path, module)
+            for layer, spec in layers_of(in_place, path, config):
+                _check_layer(path, layer)
+                self.layers[layer_name(path, layer)] = layer
+                pools.append(self._pool_for(layer, spec.r, dtype))
+            if in_place is not module:
+                replaced[id(module)] = in_place
+        expect(bool(pools), where, "a layer that exclude_modules leaves", config.exclude_modules)
         if not adapter_names(model):
             model.requires_grad_(False)
-        self.layers: dict[str, LoRALayer] = {}
-        for (path, layer, _), pool in zip(targets, pools, strict=True):
+        for layer, pool in zip(self.layers.values(), pools, strict=True):
             layer.stored_weight.requires_grad_(False)
             layer.pool = pool
-            self.layers[path] = layer
-        install(model, {id(m): layer for _, layer, m in targets if layer is not m})
+        install(model, replaced)
 
-    def _pool_for(self, layer: LoRALayer, dtype: torch.dtype | None) -> LayerPool:
-        where = (layer.factor_dtype(dtype), layer.stored_weight.device)
-        return LayerPool(layer.matrix_shape, self.capacity, self.max_rank, self._names, *where)
+    def _pool_for(self, layer: LoRALayer, projections: int, dtype: torch.dtype | None) -> LayerPool:
+        place = (layer.factor_dtype(dtype), layer.stored_weight.device)
+        words = (layer.matrix_shape, self.capacity, self.max_rank, self._names, *place)
+        if isinstance(layer, LoRAParameter):
+            return ParameterPool(*words, layer.count, projections)
+        return LayerPool(*words)
 
     @classmethod
     def of(cls, model: nn.Module) -> AdapterPool:
@@ -104,7 +119,11 @@ class AdapterPool:
         Raises:
             ValueError: the model has no pool.
         """
-        layers = {path: layer for path, layer in lora_layers(model) if layer.pool is not None}
+        layers = {
+            layer.name_at(path) if isinstance(layer, LoRAParameter) else path: layer
+            for path, layer in lora_layers(model)
+            if layer.pool is not None
+        }
         if not layers:
             raise ValueError(
                 f"lora_ext.AdapterPool.of: expected a model with a pool, but the "
@@ -113,7 +132,7 @@ class AdapterPool:
         found = cls.__new__(cls)
         found.model, found.layers = model, layers
         pool = next(iter(layers.values())).pool
-        found.capacity, found.max_rank = pool.lora_a.shape[:2]
+        found.capacity, found.max_rank = len(pool.ranks), pool.max_rank
         found._names = pool.names
         return found
 
@@ -144,13 +163,15 @@ class AdapterPool:
         return self._names[self._known(name, "slot")]
 
     def specs(self, name: str) -> dict[str, AdapterSpec]:
-        """Path of each layer that has the adapter -> its rank, alpha and dropout in the layer."""
+        """Path of each layer that has the adapter -> its rank, alpha and dropout in the layer. That
+        of a mixture's experts is their parameter's, such as ``...experts.down_proj``."""
         self._known(name, "specs")
         return {p: layer.pool.specs[name] for p, layer in self.layers.items() if name in layer.pool}
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters, ``<path>.lora_a`` ``[r, in]`` and ``<path>.lora_b`` ``[out,
-        r]``: leaf tensors that share the slot's memory. `add` and `replace` take the same keys."""
+        r]``, of E experts ``[E r, in]`` and ``[out, r E]`` as in `LoRAParameter`: leaf tensors that
+        share the slot's memory. `add` and `replace` take the same keys."""
         self._known(name, "tensors")
         found = {}
         for path, layer in self.layers.items():
@@ -180,7 +201,8 @@ class AdapterPool:
             name: a name that is not in use.
             source: a `LoRAConfig`, for random first values; a folder in PEFT's format; or tensors
                 with the keys of `tensors`, of any floating dtype and device.
-            config: for tensors: their alpha, dropout and use_rslora.
+            config: for tensors: their alpha, dropout and use_rslora; where its target_modules give
+                `gate_up_proj` 2 alpha, that has it here, too.
             trainable: whether the parameters require gradients; None: those of a new adapter with
                 random values do.
 
@@ -268,7 +290,7 @@ class AdapterPool:
         save_adapter(self.model, folder, name, bias="none", **information)
 
     def _read(self, source: Source, config: LoRAConfig | None) -> Incoming:
-        return read(self.model, self.layers, self.max_rank, source, config)
+        return read(self.model, self.layers, source, config)
 
     def _write(self, name: str, slot: int, incoming: Incoming, trainable: bool) -> None:
         """Writes all layers or none; the previous content is kept until everything is written."""
@@ -300,30 +322,14 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _layer_for(path: str, module: nn.Module) -> LoRALayer:
-    """The module, or the layer that replaces it."""
-    if isinstance(module, LoRALayer):
-        layer: Any = module
-    else:
-        kind = replacement_for(module)
-        if kind is None or issubclass(kind, LoRAModule):
-            raise ValueError(
-                "lora_ext.AdapterPool: expected linear layers and 1x1 convolutions, for which it "
-                f"has slots, but target_modules chooses {path!r}, a {type(module).__name__} of a "
-                "mixture; leave them out by exclude_modules=['experts'], or use adapters of "
-                "apply_lora, which use_adapters gives to each sample, too"
-            )
-        try:
-            layer = kind.around(module)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{error} (at {path!r})") from None
-    plain = type(layer) is LoRALinear or (
+def _check_layer(path: str, layer: LoRALayer) -> None:
+    """Raises ValueError for a layer that cannot have a pool."""
+    plain = type(layer) in (LoRALinear, LoRAParameter) or (
         isinstance(layer, FusedLoRALayer) and not isinstance(layer, LoRALinear)
     )
     if not plain or isinstance(layer, LoRAMergedLinear | LoRAEmbedding):
         raise ValueError(
-            "lora_ext.AdapterPool: expected linear layers and 1x1 convolutions, but target_modules "
-            f"chooses {path!r}, a {type(layer).__name__}"
+            "lora_ext.AdapterPool: expected linear layers, 1x1 convolutions, experts and routers, "
+            f"but target_modules chooses {path!r}, a {type(layer).__name__}"
         )
     layer.check_whole("AdapterPool")
-    return layer

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..adapters.errors import AdapterError
+from ..adapters.errors import AdapterError, some
 from ..adapters.load import read_placement
-from ..adapters.placement import Placement
+from ..adapters.parameters import is_named
+from ..adapters.placement import Placement, Target
 from ..models import LoRAConfig
+from ..models.apply import layers_of
 from ..models.config import not_a_config
 from ..models.find import find_targets
-from ..nn import LoRALayer, initialize
+from ..nn import LoRALayer, LoRAModule, LoRAParameter, initialize
 from ..nn.adapter_spec import AdapterSpec
 
 Source = LoRAConfig | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -29,7 +31,8 @@ class Incoming:
 
     Attributes:
         specs: path of a layer -> the adapter's spec in this layer.
-        values: path -> (lora_a ``[r, in]``, lora_b ``[out, r]``).
+        values: path -> (lora_a ``[r, in]``, lora_b ``[out, r]``), of a `LoRAParameter` in its
+            layout.
         is_new: whether it has random values and is to be trained.
     """
 
@@ -41,7 +44,6 @@ class Incoming:
 def read(
     model: nn.Module,
     layers: Mapping[str, LoRALayer],
-    max_rank: int,
     source: Source,
     config: LoRAConfig | None,
 ) -> Incoming:
@@ -68,9 +70,14 @@ def read(
             + not_a_config(source)
         )
     for path, spec in incoming.specs.items():
-        _check_spec(path, spec, max_rank)
+        _check_spec(path, spec, layers[path])
         _check_values(path, spec, layers[path], incoming.values[path])
     return incoming
+
+
+def layer_name(path: str, layer: LoRALayer) -> str:
+    """A layer's path in a pool: that of its module, or of a parameter in it."""
+    return f"{path}.{layer.parameter}" if isinstance(layer, LoRAParameter) else path
 
 
 def _random(
@@ -78,9 +85,9 @@ def _random(
 ) -> Incoming:
     """A new adapter with random values in the layers that the config selects."""
     incoming = Incoming(is_new=True)
-    for path, module in find_targets(model, config):
-        layer = _known(path, layers) if module is layers.get(path) else _known(path, {})
-        spec = config.spec_for(path)
+    for path, layer, spec in _targets(model, config):
+        if layer is None or layer is not layers.get(path):
+            raise _unknown(path)
         if spec.init not in ("kaiming", "gaussian"):
             raise AdapterError(
                 f"expected init 'kaiming' or 'gaussian', but got {spec.init!r}, which subtracts "
@@ -95,6 +102,18 @@ def _random(
             initialize.gaussian_(lora_a, lora_b, spec.r)
         incoming.specs[path], incoming.values[path] = spec, (lora_a, lora_b)
     return incoming
+
+
+def _targets(
+    model: nn.Module, config: LoRAConfig
+) -> Iterator[tuple[str, LoRALayer | None, AdapterSpec]]:
+    """(path, layer, spec) of what a config selects; no layer where the model has none."""
+    for path, module in find_targets(model, config):
+        if isinstance(module, LoRALayer | LoRAModule):
+            for layer, spec in layers_of(module, path, config):
+                yield layer_name(path, layer), layer, spec
+        else:
+            yield path, None, config.spec_for(path)
 
 
 def _of_tensors(
@@ -121,19 +140,28 @@ def _of_tensors(
     plain, specs = config.spec_for(""), {}
     has_patterns = bool(config.rank_pattern or config.alpha_pattern)
     for path in paths:
-        _known(path, layers)
+        layer = _known(path, layers)
         lora_a, lora_b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
         if not all(isinstance(t, Tensor) and t.dim() == 2 for t in (lora_a, lora_b)):
             raise AdapterError(f"{path!r}: expected two matrices as lora_a and lora_b")
-        spec = config.spec_for(path) if has_patterns else plain
-        rank = lora_a.shape[0]
-        if rank not in specs or has_patterns:
-            specs[rank] = AdapterSpec(
+        spec, rank = plain, len(lora_a)
+        if isinstance(layer, LoRAParameter):
+            spec, rank = _spec_of(path, layer, config), len(lora_a) // layer.count or 1
+        elif has_patterns:
+            spec = config.spec_for(path)
+        if (rank, spec.alpha) not in specs:
+            specs[rank, spec.alpha] = AdapterSpec(
                 rank, spec.alpha, spec.dropout, spec.use_rslora, lora_bias=spec.lora_bias
             )
-        incoming.specs[path] = specs[rank]
+        incoming.specs[path] = specs[rank, spec.alpha]
         incoming.values[path] = _fitting(lora_a, dtype), _fitting(lora_b, dtype)
     return incoming
+
+
+def _spec_of(path: str, layer: LoRAParameter, config: LoRAConfig) -> AdapterSpec:
+    """The spec that a config gives a parameter, also if it does not select it."""
+    found = layers_of(layer.module, path.rpartition(".")[0], config)
+    return next((spec for each, spec in found if each is layer), config.spec_for(path))
 
 
 def _fitting(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,43 +186,65 @@ def _of_folder(
                     f"expected plain LoRA, but got init {target.spec.init!r}; save_adapter after "
                     "load_adapter writes it as such"
                 )
-            if target.order is not None:
-                raise AdapterError(
-                    f"expected adapters of linear layers, but it is on {target.name!r}, too, a "
-                    "parameter, for which a pool has no room; load_adapter takes it"
-                )
-            _known(target.path, layers)
+            _known(_name_of(target), layers)
+        _check_parameters(placement, layers)
 
     placement = read_placement(model, folder, dtype, check)
     incoming = Incoming()
     for target in placement.targets:
-        incoming.specs[target.path] = target.spec
-        incoming.values[target.path] = (target.values["lora_a"], target.values["lora_b"])
+        name = _name_of(target)
+        incoming.specs[name] = target.spec
+        incoming.values[name] = (target.values["lora_a"], target.values["lora_b"])
     return incoming
+
+
+def _check_parameters(placement: Placement, layers: Mapping[str, LoRALayer]) -> None:
+    """Checks that the file has factors of each parameter of the pool that its config names."""
+    found = {_name_of(target) for target in placement.targets}
+    parameters = (name for name, layer in layers.items() if isinstance(layer, LoRAParameter))
+    named = (name for name in parameters if is_named(name, placement.config.target_parameters))
+    missing = [name for name in named if name not in found]
+    if missing:
+        raise AdapterError(
+            f"expected factors of all that target_parameters names, but the file has none of "
+            f"{some(missing)}; without them another result would be served"
+        )
+
+
+def _name_of(target: Target) -> str:
+    return layer_name(target.path, target.layer)
 
 
 def _known(path: str, layers: Mapping[str, LoRALayer]) -> LoRALayer:
     if path not in layers:
-        raise AdapterError(
-            f"expected an adapter of the pool's layers, but it is for {path!r} too; make the pool "
-            "with target_modules that choose it"
-        )
+        raise _unknown(path)
     return layers[path]
 
 
-def _check_spec(path: str, spec: AdapterSpec, max_rank: int) -> None:
-    if spec.r > max_rank:
+def _unknown(path: str) -> AdapterError:
+    return AdapterError(
+        f"expected an adapter of the pool's layers, but it is for {path!r} too; make the pool with "
+        "target_modules that choose it"
+    )
+
+
+def _check_spec(path: str, spec: AdapterSpec, layer: LoRALayer) -> None:
+    pool = layer.pool
+    if spec.r > pool.largest_rank:
+        given = "the pool's max_rank"
+        if pool.largest_rank > pool.max_rank:
+            given = f"of {pool.projections} projections with {given} each"
         raise AdapterError(
-            f"{path!r}: expected a rank of at most {max_rank}, the pool's max_rank, but got "
-            f"{spec.r}"
+            f"{path!r}: expected a rank of at most {pool.largest_rank}, {given}, but got {spec.r}"
         )
+    if isinstance(layer, LoRAParameter):
+        layer.check_spec(repr(path), spec)
     if spec.lora_bias:
         raise AdapterError(f"{path!r}: expected no lora_bias, for which a pool has no room")
 
 
 def _check_values(path: str, spec: AdapterSpec, layer: LoRALayer, values: Sequence[Tensor]) -> None:
-    out_features, in_features = layer.pool.lora_b.shape[1], layer.pool.lora_a.shape[2]
-    shapes = ((spec.r, in_features), (out_features, spec.r))
+    shapes = layer.pool.shapes(spec.r)
     for name, value, shape in zip(("lora_a", "lora_b"), values, shapes, strict=True):
         if value.shape != shape:
             raise AdapterError(

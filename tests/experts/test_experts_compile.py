@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from expert_helpers import assert_close, make_routes, mixture, run
+from expert_helpers import Mixture, assert_close, make_experts, make_routes, mixture, run
 from four_bit_experts import HIDDEN as HIDDEN_OF_4_BITS
 from four_bit_experts import parts_of, two_mixtures
 from helpers import BF16, F32, F64
@@ -107,3 +107,28 @@ def test_ops_keep_their_contract(name, monkeypatch):
     assert given
     for operands in given:
         torch.library.opcheck(real, operands, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_pool(forget_graphs, counter):
+    """Another index, and other values of the same ranks, are no new graph."""
+    model = Mixture(make_experts("plain"))
+    pool = lora_ext.AdapterPool(model, 2, 3, "experts")
+    config = lora_ext.LoRAConfig("experts", r=2, init="gaussian")
+    pool.add("x", config)
+    pool.add("y", lora_ext.LoRAConfig("experts.down_proj", r=1))
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    operands, found = make_routes(9), []
+    for index in ([0, 1, -1], [1, 0, 0], [-1, 1, 1]):
+        randomize_(pool.parameters("x") + pool.parameters("y"))
+        with lora_ext.use_adapters(model, ["x", "y"], torch.tensor(index, dtype=torch.int32)):
+            found.append(model(*operands))
+            torch.testing.assert_close(compiled(*operands), found[-1], rtol=1e-12, atol=1e-12)
+        pool.replace("x", config)
+    assert counter.frame_count == 1
+    assert not torch.equal(found[0], found[1])
+
+
+@torch.no_grad()
+def randomize_(parameters):
+    for parameter in parameters:
+        parameter.normal_(std=0.3)
