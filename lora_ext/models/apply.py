@@ -38,7 +38,8 @@ def apply_lora(
 
     nn.Linear, transformers' Conv1D, nn.Embedding and 1x1 nn.Conv2d are replaced by layers that
     share their parameters, and so are the quantised linear layers of bitsandbytes, torchao, HQQ and
-    transformers (`lora_ext.nn.LoRAQuantizedLinear`) and its experts (`lora_ext.nn.LoRAExperts`);
+    transformers (`lora_ext.nn.LoRAQuantizedLinear`) and transformers' experts, dense or quantised
+    (`lora_ext.nn.LoRAExperts`);
     other subclasses raise an error, since they may compute something else.
     A model that has adapters gets one more, inactive until `set_adapter`; the first is active at
     once. Biases and modules to save exist only once for all adapters: those that a later config

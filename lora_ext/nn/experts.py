@@ -10,7 +10,7 @@ from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
 from ..experts.decorated import is_decorated, obstacle, operands, quantised_note, up_name
 from ..quantized.stack import QuantizedStack
-from ..quantized.stacks import PARAMETRIZED, parametrized, stack_of, stacks_of
+from ..quantized.stacks import PARAMETRIZED, parameter_names, stack_of, stacks_of
 from ..torch_state import is_transformed
 from .adapter_spec import MAX_RANK
 from .module import LoRAModule
@@ -41,19 +41,19 @@ class LoRAExperts(LoRAModule):
     ``[out, r E]`` as in PEFT's ParamWrapper. In training a token has one mask of x for all of its
     experts, and one of h for each; the active adapters of a stack share it and have one dropout.
 
-    The stacks may be in bitsandbytes' 4 bits: each expert that has rows is dequantised for its own
-    product, and no other, also where no adapter is active.
+    The stacks may be in bitsandbytes' 4 bits, or in torchao's int8 or float8: each expert that has
+    rows is dequantised for its own product, and no other, also where no adapter is active.
     """
 
     has_dropout = True
     path_of_rows = "fused"
 
     @classmethod
-    def _check_parametrized(cls, name: str, base: nn.Module) -> None:
-        for each in parametrized(base):
+    def _check_stored(cls, name: str, base: nn.Module) -> None:
+        for each in parameter_names(base):
             reason = stack_of(base, each)
             if reason == PARAMETRIZED:
-                super()._check_parametrized(name, base)
+                super()._check_stored(name, base)
             if isinstance(reason, str):
                 raise ValueError(
                     f"{name}: expected quantised experts that can be dequantised one at a time, "

@@ -64,7 +64,7 @@ class LoRAModule(nn.Module):
                 "the instance; remove that first (of accelerate's hooks: "
                 "accelerate.hooks.remove_hook_from_module(model, recurse=True))"
             )
-        cls._check_parametrized(name, base)
+        cls._check_stored(name, base)
         cls._check_base(base)
         module = _new(cls, type(base))
         module._adopt(base)
@@ -78,7 +78,7 @@ class LoRAModule(nn.Module):
         return module
 
     @classmethod
-    def _check_parametrized(cls, name: str, base: nn.Module) -> None:
+    def _check_stored(cls, name: str, base: nn.Module) -> None:
         """Raises TypeError for a module some of whose parameters are computed."""
         if parametrized(base):
             raise TypeError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..experts.factors import a_by_expert, b_by_expert
 from ..quantized.stack import QuantizedStack
-from ..quantized.stacks import stack_of, stored_parameter
+from ..quantized.stacks import stack_of, stored_parameter, whole_parameter
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
 
@@ -154,7 +154,7 @@ class LoRAParameter(LoRALayer):
 
     def _own_weight(self) -> Tensor:
         """W; of quantised matrices all, which their library dequantises."""
-        return self.weight if self.stack is None else getattr(self.module, self.parameter)
+        return self.weight if self.stack is None else whole_parameter(self.module, self.parameter)
 
     def _with(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):

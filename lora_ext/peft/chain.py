@@ -100,6 +100,8 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
             return PEFT, reason
     for wrapper, name, adapters in chain.targets:
         stored = stack_of(chain.base, name)
+        if isinstance(stored, str):
+            return PEFT, stored
         is_dense = isinstance(stored, Tensor) and is_plain(stored)
         if not (is_dense or isinstance(stored, QuantizedStack)):
             return PEFT, "a parameter is quantised or sharded"

@@ -45,8 +45,13 @@ def torchao_base(layer: Any, x: Tensor | None) -> QuantizedBase | str | None:
     name = type(weight).__name__
     find = _FINDERS.get(name)
     if find is None:
-        return _CALLED.get(name, f"torchao's {name} is not known")
+        return reason_of_type(name)
     return find(weight, layer._parameters.get("bias"), x)
+
+
+def reason_of_type(name: str) -> str:
+    """Why a tensor of this type cannot be dequantised here."""
+    return _CALLED.get(name, f"torchao's {name} is not known")
 
 
 def _int8(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase | str:
@@ -60,7 +65,7 @@ def _int8(weight: Any, bias: Tensor | None, x: Tensor | None) -> QuantizedBase |
         found = _codes(weight, f"int8 in groups of {group}")
     elif weight.scale.numel() not in (1, rows):
         return ROW_BLOCKS
-    elif _has_zero_points(weight.zero_point):
+    elif has_zero_points(weight.zero_point):
         return ZERO_POINTS
     else:
         found = ScaledCodesWeight(weight, "int8")
@@ -101,7 +106,7 @@ def _codes(weight: Any, format: str) -> TorchaoWeight:
     it."""
     if weight.device.type != "cpu" or weight.block_size[0] != 1:
         return TorchaoWeight(weight, format)
-    return (TorchaoWeight if _has_zero_points(weight.zero_point) else CodesWeight)(weight, format)
+    return (TorchaoWeight if has_zero_points(weight.zero_point) else CodesWeight)(weight, format)
 
 
 # For each tensor of zero points, its version and whether any is not zero: reading this from a GPU
@@ -109,7 +114,8 @@ def _codes(weight: Any, format: str) -> TorchaoWeight:
 _zero_points: Any = WeakIdKeyDictionary()
 
 
-def _has_zero_points(points: Tensor | None) -> bool:
+def has_zero_points(points: Tensor | None) -> bool:
+    """Whether any is not 0; no, where their values cannot be read."""
     if points is None or points.is_meta or torch.compiler.is_compiling():
         return False
     version = 0 if points.is_inference() else points._version

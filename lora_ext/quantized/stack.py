@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -53,7 +53,14 @@ class QuantizedStack(ABC):
 
     @abstractmethod
     def flat(self) -> FlatStack:
-        """What `stacks.weight_from_flat` makes the same stack of."""
+        """What `from_flat` makes the same stack of."""
+
+    @classmethod
+    @abstractmethod
+    def from_flat(
+        cls, tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+    ) -> QuantizedStack:
+        """The stack of what `flat` returned."""
 
     @contextmanager
     def matrix(self, number: int, x: Tensor) -> Iterator[Tensor]:
@@ -95,3 +102,10 @@ class QuantizedStack(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.shape)}, {self.format}, {self.device})"
+
+
+def is_same(first: tuple, second: tuple) -> bool:
+    """Equality of the properties that a stack was made of, and identity of tensors."""
+    return len(first) == len(second) and all(
+        a is b if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True)
+    )

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from ..torch_state import is_plain
 from .four_bit_stack import FourBitStack, four_bit_stack
-from .stack import FlatStack, QuantizedStack
+from .stack import FlatStack, QuantizedStack, is_same
+from .torchao_stack import TorchaoStack, torchao_stack
 
 PARAMETRIZED = "the module has parametrizations"
 # By name, since bitsandbytes does not have to be installed.
 _PARAMETRIZE = "bitsandbytes.nn.parametrize"
 _FOUR_BITS = f"{_PARAMETRIZE}.Bnb4bitParametrization"
+# An op has their places here as the first of a stack's numbers.
+_KINDS: tuple[type[QuantizedStack], ...] = (FourBitStack, TorchaoStack)
 
 
 def parametrized(module: nn.Module) -> dict[str, Any]:
@@ -43,15 +46,23 @@ def stored_parameter(module: nn.Module, name: str) -> Tensor | None:
 
 
 def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedStack | str | None:
-    """The parameter, or its stack if bitsandbytes quantised it; why neither can be had, as text;
-    None if there is no such parameter."""
+    """The parameter, or its stack if bitsandbytes or torchao quantised it; why neither can be had,
+    as text; None if there is no such parameter."""
     found = parametrized(module).get(name)
     if found is None:
-        return module._parameters.get(name)
+        kept = module._parameters.get(name)
+        stack = None if kept is None or is_plain(kept) else torchao_stack(kept)
+        return kept if stack is None else stack
     parts = list(found._modules.values())
     if len(parts) != 1 or not is_four_bits(parts[0]) or "original" not in found._parameters:
         return PARAMETRIZED
     return _four_bits(parts[0], found._parameters["original"])
+
+
+def whole_parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter's values; of quantised matrices all, which their library dequantises."""
+    found = getattr(module, name)
+    return found if is_plain(found) else found.dequantize()
 
 
 # For each parametrization, the properties of its tensors and the stack of them: a forward asks a
@@ -71,21 +82,14 @@ def _four_bits(part: Any, codes: Tensor) -> FourBitStack | str:
         second = state.state2
         key += (second.absmax.data_ptr(), second.code, second.blocksize, state.offset)
     found = _made.get(part)
-    if found is None or not _is_same(found[0], key):
+    if found is None or not is_same(found[0], key):
         _made[part] = found = (key, four_bit_stack(codes, state))
     return found[1]
 
 
-def _is_same(first: tuple, second: tuple) -> bool:
-    """Equality of properties, and identity of tensors."""
-    return len(first) == len(second) and all(
-        a is b if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True)
-    )
-
-
 def stacks_of(module: nn.Module) -> list[QuantizedStack]:
     """The quantised parameters of a module."""
-    found = [stack_of(module, name) for name in parametrized(module)]
+    found = [stack_of(module, name) for name in parameter_names(module)]
     return [stack for stack in found if isinstance(stack, QuantizedStack)]
 
 
@@ -108,11 +112,17 @@ def has_own_hooks_alone(module: nn.Module) -> bool:
 
 def flat_weight(weight: Tensor | QuantizedStack) -> FlatStack:
     """A weight as the arguments of an op; a tensor has no numbers."""
-    return FlatStack([weight], [], weight.dtype) if isinstance(weight, Tensor) else weight.flat()
+    if isinstance(weight, Tensor):
+        return FlatStack([weight], [], weight.dtype)
+    tensors, numbers, dtype = weight.flat()
+    return FlatStack(tensors, [_KINDS.index(type(weight)), *numbers], dtype)
 
 
 def weight_from_flat(
     tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
 ) -> Tensor | QuantizedStack:
     """The weight of what `flat_weight` returned."""
-    return FourBitStack.from_flat(tensors, numbers, dtype) if numbers else tensors[0]
+    if not numbers:
+        return tensors[0]
+    kind, *others = numbers
+    return _KINDS[kind].from_flat(tensors, others, dtype)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torchao_experts
 from expert_helpers import Mixture, assert_close, make_experts, make_routes, mixture, run
 from four_bit_experts import HIDDEN as HIDDEN_OF_4_BITS
 from four_bit_experts import parts_of, two_mixtures
 from helpers import BF16, F32, F64
 from peft_helpers import accelerated
+from torchao_experts import forms
 
 import lora_ext
 
@@ -72,6 +74,19 @@ def test_experts_in_4_bits(form, forget_graphs, counter):
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1
     assert all(part.calls == 0 for part in parts_of(model))
+
+
+@pytest.mark.parametrize("form", forms("stand-in points", "int8"))
+def test_experts_of_torchao(form, forget_graphs, counter):
+    model = lora_ext.accelerate(torchao_experts.two_mixtures(form=form)[0])
+    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
+    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
+    counts = []
+    for tokens in (9, 17):
+        operands = make_routes(tokens, dtype=F32, hidden=HIDDEN_OF_4_BITS)
+        assert_close(run(compiled, *operands), run(model, *operands), 1e-6)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
 
 
 def test_inductor(forget_graphs, cxx_compiler):
