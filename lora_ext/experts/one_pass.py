@@ -40,7 +40,7 @@ def supports(
         return False
     if type(weight) not in (Tensor, Parameter) and not isinstance(weight, QuantizedStack):
         return False
-    if dropout is not None and dropout.p >= 1.0:
+    if 0 in weight.shape or (dropout is not None and dropout.p >= 1.0):
         return False
     rank = 1 if factors is None else factors.rank(weight.shape[0])
     return not _C.cpu_library_reason(weight.dtype, rank)
