@@ -1,8 +1,14 @@
-"""Adapter files from before transformers 5, which had a linear layer for each expert.
+"""Adapter files whose factors are those of each expert's gate, up and down projection: files from
+before transformers 5, which had a linear layer for each expert.
 
     <path>.<e>.gate_proj.lora_A.weight [r, in], lora_B.weight [out, r]      w1 in Mixtral
     <path>.<e>.up_proj...                                                   w3
     <path>.<e>.down_proj...                                                 w2
+
+Others have one tensor for all experts, as Tinker and SGLang: with 1 instead of E where all have the
+same factor, which are A of gate and up and B of down ("shared outer").
+
+    <path>.w1.lora_A.weight [E, r, in], lora_B.weight [E, out, r]
 
 Now one stack has the rows of gate and up. Its factors combine those of both,
 
@@ -38,10 +44,11 @@ from .targets import base_modules
 from .tensors import Entry, TensorFile
 
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
-_OF_EXPERT = re.compile(r"(.+)\.(0|[1-9]\d{0,5})\.(gate_proj|up_proj|down_proj|w1|w3|w2)")
+_PROJECTION = re.compile(r"(.+?)(?:\.(0|[1-9]\d{0,5}))?\.(gate_proj|up_proj|down_proj|w1|w3|w2)")
 _TODAY = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
-# (projection, "A" or "B", expert) -> its entry in the file
+_ALL = -1  # in the place of an expert's number
+# (projection, "A" or "B", expert or _ALL) -> its entry in the file
 Factors = dict[tuple[str, str, int], Entry]
 
 
@@ -82,6 +89,10 @@ class Stack:
         shapes = {"A": (self.rank, in_features), "B": (out_features, self.rank)}
         for part in self.adapted:
             for factor, shape in shapes.items():
+                whole = self.factors.get((part, factor, _ALL))
+                if whole is not None:
+                    _check(whole, (1, *shape), (self.count, *shape))
+                    continue
                 for e in range(self.count):
                     entry = self.factors.get((part, factor, e))
                     if entry is None:
@@ -89,12 +100,12 @@ class Stack:
                             f"expected {part} of each of the {self.count} experts of "
                             f"{self.name!r}, but lora_{factor} of expert {e} is missing"
                         )
-                    if entry.shape != shape or not entry.is_floating:
-                        raise AdapterError(
-                            f"{shown(entry.name, 200)}: expected shape {list(shape)} and a "
-                            f"floating dtype, but got {list(entry.shape)} and {entry.dtype}"
-                        )
-        more = [entry.name for (_, _, e), entry in self.factors.items() if e >= self.count]
+                    _check(entry, shape)
+        more = [
+            entry.name
+            for (part, factor, e), entry in self.factors.items()
+            if e >= self.count or (e != _ALL and (part, factor, _ALL) in self.factors)
+        ]
         if more:
             raise AdapterError(
                 f"expected factors of the {self.count} experts of {self.name!r}, but got "
@@ -119,11 +130,7 @@ class Stack:
 
     def read(self, file: TensorFile, factor: str, dtype: torch.dtype | None) -> Tensor:
         """The factor as PEFT stores it for a stack."""
-        every = range(self.count)
-        parts = [
-            torch.stack([file.read(self.factors[part, factor, e], dtype) for e in every])
-            for part in self.adapted
-        ]
+        parts = [self._of_each(file, part, factor, dtype) for part in self.adapted]
         if factor == "A":
             return torch.cat(parts, 1).flatten(0, 1)
         out = self.features[1]
@@ -132,6 +139,25 @@ class Stack:
             row, column = self.rows.index(part) * out, number * self.rank
             lora_b[row : row + out, column : column + self.rank] = each.permute(1, 2, 0)
         return lora_b.flatten(1)
+
+    def _of_each(
+        self, file: TensorFile, part: str, factor: str, dtype: torch.dtype | None
+    ) -> Tensor:
+        """A projection's factor ``[E, ...]``."""
+        whole = self.factors.get((part, factor, _ALL))
+        if whole is not None:
+            return file.read(whole, dtype).expand(self.count, -1, -1)
+        every = range(self.count)
+        return torch.stack([file.read(self.factors[part, factor, e], dtype) for e in every])
+
+
+def _check(entry: Entry, *shapes: tuple[int, ...]) -> None:
+    """Raises AdapterError for an entry with none of the shapes."""
+    if entry.shape not in shapes or not entry.is_floating:
+        raise AdapterError(
+            f"{shown(entry.name, 200)}: expected shape {' or '.join(map(str, map(list, shapes)))} "
+            f"and a floating dtype, but got {list(entry.shape)} and {entry.dtype}"
+        )
 
 
 class _StackedFile(TensorFile):
@@ -162,8 +188,8 @@ def with_stacks(
     file: TensorFile, config: AdapterConfig, model: nn.Module
 ) -> tuple[TensorFile, AdapterConfig]:
     """A file and its config as if PEFT had written them for the model's stacks. Both are returned
-    unchanged if no key belongs to a single expert, or to a router that target_parameters does not
-    name.
+    unchanged if no key belongs to a projection of experts, or to a router that target_parameters
+    does not name.
 
     Raises:
         AdapterError: an expert's factors are missing, or differ in rank, size or alpha; or there is
@@ -177,10 +203,10 @@ def with_stacks(
     for key, entry in file.entries.items():
         found = _FACTOR.fullmatch(key)
         path = _path_of_today(found[1], modules) if found else ""
-        of_expert = _OF_EXPERT.fullmatch(path)
-        if found and of_expert and _is_taken(modules.get(of_expert[1])):
-            part = _TODAY.get(of_expert[3], of_expert[3])
-            apart.setdefault(of_expert[1], {})[part, found[2], int(of_expert[2])] = entry
+        of = _PROJECTION.fullmatch(path)
+        if found and of and _is_taken(modules.get(of[1])):
+            part, expert = _TODAY.get(of[3], of[3]), _ALL if of[2] is None else int(of[2])
+            apart.setdefault(of[1], {})[part, found[2], expert] = entry
             continue
         name = f"{path}.weight"
         if id(modules.get(path)) in at_router and not is_named(name, config.target_parameters):
@@ -203,8 +229,8 @@ def with_stacks(
     keys = dict(_keys(stacks))
     if len(others | keys) + sum(map(len, apart.values())) != len(file.entries) + len(keys):
         raise AdapterError(
-            "expected each tensor once, but the file has one by its name in transformers 4 and by "
-            "that in 5"
+            "expected each tensor once, but the file has one by two of its names, such as those in "
+            "transformers 4 and 5"
         )
     config = replace(
         config,
@@ -245,6 +271,13 @@ def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> 
         up_name(module): ("gate_proj", "up_proj") if module.has_gate else ("up_proj",),
         "down_proj": ("down_proj",),
     }
+    known = [part for parts in rows.values() for part in parts]
+    others = {part for part, _, _ in factors} - set(known)
+    if others:
+        raise AdapterError(
+            f"expected factors of {known} of {path!r}, which has no other projections, but got "
+            f"{sorted(others)}"
+        )
     found = []
     for name in named_parameters(path, module, [f"{path}.{each}" for each in rows]):
         adapted = tuple(part for part in rows[name] if any(part == of for of, _, _ in factors))
@@ -256,8 +289,8 @@ def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> 
         in_features, out_features = sides if module.is_transposed else reversed(sides)
         own = {key: entry for key, entry in factors.items() if key[0] in adapted}
         features = (in_features, out_features // len(rows[name]))
-        first = own.get((adapted[0], "A", 0))
-        found_rank = first.shape[0] if first and first.shape else 0
+        first = own.get((adapted[0], "A", 0)) or own.get((adapted[0], "A", _ALL))
+        found_rank = first.shape[-2] if first and len(first.shape) > 1 else 0
         rank = found_rank if found_rank in config.rank_pattern.values() else config.r
         stack = Stack(f"{path}.{name}", rows[name], adapted, count, rank, features, own)
         stack.check()

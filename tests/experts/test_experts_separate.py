@@ -1,9 +1,11 @@
-"""Files of adapters on experts from before transformers 5, with keys for each expert's layers."""
+"""Files of adapters on experts from before transformers 5, with keys for each expert's layers, and
+files with a tensor of all experts for each, which some may share."""
 
 import warnings
 
 import pytest
 import torch
+from expert_helpers import Mixture, make_experts
 from hostile_helpers import assert_refused
 from mixture_helpers import edit, edited, loaded_by_peft, logits, mixture, peft_mixture, put
 
@@ -128,3 +130,75 @@ def test_layers_of_experts_that_do_not_fit(name, valid, tmp_path):
     tensors, fields, message = HOSTILE[name]
     folder = edited(valid, tmp_path, tensors, **fields)
     assert_refused(folder, message, mixture(), ["experts.down_proj"])
+
+
+# ---- one tensor for all experts ----
+
+
+def of_all(tensors, shared=("w1.lora_A", "w3.lora_A", "w2.lora_B")):
+    """Random factors of all experts of a projection in one tensor, of some the same for all."""
+    generator = torch.Generator().manual_seed(2)
+    tensors.clear()
+    for layer in range(2):
+        for part, sides in {"w1": (16, 12), "w3": (16, 12), "w2": (12, 16)}.items():
+            for factor, shape in {"A": (3, sides[0]), "B": (sides[1], 3)}.items():
+                name = f"{part}.lora_{factor}"
+                values = torch.randn(1 if name in shared else 5, *shape, generator=generator)
+                key = EXPERTS.replace("layers.0", f"layers.{layer}")
+                tensors[f"{key}{name}.weight"] = values
+
+
+def of_each(tensors):
+    """The same, apart."""
+    for key in list(tensors):
+        values, (start, end) = tensors.pop(key), key.split("experts.")
+        for e in range(5):
+            tensors[f"{start}experts.{e}.{end}"] = values[min(e, len(values) - 1)].clone()
+
+
+OF_ALL = {"target_modules": "all-linear", "target_parameters": None, "rank_pattern": {}}
+OF_ALL |= {"alpha_pattern": {}, "r": 3, "lora_alpha": 6}
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_factors_of_all_experts_in_one_tensor(is_shared, valid, tmp_path):
+    def tensors(found):
+        of_all(found) if is_shared else of_all(found, ())
+
+    whole = edited(valid, tmp_path / "whole", tensors, **OF_ALL)
+    apart = edited(whole, tmp_path / "apart", of_each)
+    found = logits(load_adapter(mixture(), whole))
+    assert torch.equal(found, logits(load_adapter(mixture(), apart)))
+    assert not torch.equal(found, logits(mixture()))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("w1.lora_A", (2, 3, 16), r"shape \[1, 3, 16\] or \[5, 3, 16\] and a f.*, but got \[2, 3"),
+        ("w1.lora_A", (3,), r"shape \[1, 3, 16\] or \[5, 3, 16\] and a f.*, but got \[3\]"),
+        ("2.w1.lora_A", (3, 16), "of the 5 experts .*but got .*experts.2.w1.lora_A"),
+        ("gate_proj.lora_A", (1, 3, 16), "each tensor once"),
+    ],
+)
+def test_factors_of_all_experts_that_do_not_fit(name, shape, message, valid, tmp_path):
+    def tensors(found):
+        of_all(found)
+        put(f"{EXPERTS}{name}.weight", *shape)(found)
+
+    folder = edited(valid, tmp_path, tensors, **OF_ALL)
+    assert_refused(folder, message, mixture(), ["experts.down_proj"])
+
+
+def test_a_gate_that_experts_do_not_have(valid, tmp_path):
+    """Its factors would be left out."""
+
+    def tensors(found):
+        found.clear()
+        put("base_model.model.experts.w1.lora_A.weight", 1, 3, 16)(found)
+
+    folder = edited(valid, tmp_path, tensors, **OF_ALL)
+    model = Mixture(make_experts("no gate"))
+    message = r"of \['up_proj', 'down_proj'\] of 'experts', .*but got \['gate_proj'\]"
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder)
