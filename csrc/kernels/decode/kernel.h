@@ -39,7 +39,7 @@ struct LoraDecodeSm80 {
     const LoraDecodeAdapter& own = table.adapters[table.number_of_block(block)];
     const int rank = (block - own.first_block) * (kSplit ? 8 : 16) + (kSplit ? within % 8 : within);
     const int left = p.k - column;
-    if (rank >= own.rank || left <= 0) return {nullptr, 0, true, false};
+    if (rank >= own.rank || left <= 0) return {reinterpret_cast<const F*>(p.w), 0, true, false};
     const LoraGroupedEntry entry = decode_entry<F>(p, own.adapter);
     const auto bytes = static_cast<uintptr_t>(entry.a_pitch) * sizeof(F);
     return {static_cast<const F*>(entry.a) + rank * entry.a_pitch + column, left,
