@@ -250,8 +250,15 @@ def main() -> int:
         print(table_of_loops(examined), "\n")
         dividing = [kernel.divisions for kernel in examined if kernel.divisions]
         print(f"{sum(dividing)} divisions in main loops, of {len(dividing)} kernels")
-        waiting = [f"{each.name} ({each.waited_loads})" for each in examined if each.waited_loads]
-        print(f"plain loads between a barrier and the next product: {', '.join(waiting) or 'none'}")
+        waiting = [
+            f"{each.name} ({each.waited_loads} in {each.round_trips})"
+            for each in examined
+            if each.waited_loads
+        ]
+        print(
+            "plain loads between a barrier and the next product, and round trips in which they"
+            f" come: {', '.join(waiting) or 'none'}"
+        )
         print(
             "\n".join(problems)
             or "no spill, no local memory, no serialised product, no memory barrier in a main loop"

@@ -23,11 +23,15 @@ COUNTED = {
 }
 
 # Kernels, by the beginning of their names or a word in them, whose main loops are known to have a
-# block wait for plain loads, and why.
+# block wait for plain loads: round trips through memory at most on a way from a barrier to the
+# next product, loops on it once, and what they bring. Others have none.
 KNOWN_TO_WAIT = {
-    r"lora_grouped_(gemm|shrink|wgrad) ": "factors come by element; a tile's adapters and rows",
-    r"lora_decode ": "factors that are float, or at odd addresses, come element by element",
-    r".* element$": "operands at odd addresses, whose elements no asynchronous copy takes",
+    r".* element$": (18, "operands at odd addresses, whose elements no asynchronous copy takes"),
+    r"lora_grouped_(gemm|shrink|wgrad) ": (
+        1,
+        "floats of some chunks of a factor, all at once; an adapter and rows of the tile",
+    ),
+    r"lora_decode ": (1, "a chunk of a factor that is float, or at odd addresses"),
 }
 # An A100's tensor core takes 8 cycles for 16 x 8 x 16, in which its SMSP issues 8 instructions.
 MOST_INSTRUCTIONS_A_PRODUCT = 8
@@ -65,6 +69,7 @@ class MultiplyingLoop:
     instructions: int = 0
     counted: dict[str, int] = field(default_factory=dict)  # of them, by COUNTED
     waited_loads: int = 0  # plain loads between a barrier and the first product behind it
+    round_trips: int = 0  # in which they come, where each waits for a store of the one before
 
 
 @dataclass
@@ -132,8 +137,10 @@ class Kernel:
                 found.append(f"{barriers} MEMBAR in the loop at {loop.place}")
             if loop.local:
                 found.append(f"{loop.local} LDL and STL in the loop at {loop.place}")
-            if loop.waited_loads and not any(re.match(each, self.name) for each in KNOWN_TO_WAIT):
-                found.append(f"{loop.waited_loads} plain loads before products at {loop.place}")
+            if loop.round_trips > self.known_round_trips:
+                loads = f"{loop.waited_loads} plain loads before products at {loop.place}"
+                most = f"expected {self.known_round_trips} at most"
+                found.append(f"{loads}: {loop.round_trips} round trips, {most}")
             products = loop.counted.get("tensor", 0)
             most = MOST_INSTRUCTIONS_A_PRODUCT * products
             if self.name.startswith("lora_gemm ") and loop.main and loop.instructions > most:
@@ -148,9 +155,19 @@ class Kernel:
         return sum(loop.divisions for loop in self.loops if loop.main)
 
     @property
+    def known_round_trips(self) -> int:
+        known = (most for each, (most, _) in KNOWN_TO_WAIT.items() if re.match(each, self.name))
+        return next(known, 0)
+
+    @property
     def waited_loads(self) -> int:
         """In its main loops."""
         return sum(loop.waited_loads for loop in self.loops)
+
+    @property
+    def round_trips(self) -> int:
+        """In its main loops."""
+        return max((loop.round_trips for loop in self.loops), default=0)
 
     @property
     def instructions_a_value(self) -> float:
@@ -281,6 +298,7 @@ def multiplying_loops(text: str) -> list[MultiplyingLoop]:
             len(loop.body),
             {name: loop.count(*opcodes) for name, opcodes in COUNTED.items()},
             len(sass_loops.waited_loads(text, loop)) if loop in main else 0,
+            sass_loops.round_trips(text, loop) if loop in main else 0,
         )
         for loop in loops
         if loop.multiplies

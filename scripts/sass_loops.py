@@ -145,10 +145,11 @@ def main_loops(loops: list[Loop]) -> Iterator[Loop]:
             yield loop
 
 
-def waited_loads(text: str, loop: Loop) -> list[Instruction]:
-    """Plain loads of a loop behind a barrier and before the next product, on whatever way.
+def behind_barriers(text: str, loop: Loop) -> tuple[list[Instruction], nx.DiGraph]:
+    """The kernel's instructions, and which of a loop's may follow each behind a barrier.
 
-    All warps of a block stand at the barrier, so no other warp multiplies while they arrive.
+    By index, up to the next product. All warps of a block stand at the barrier, so no other warp
+    multiplies while they arrive.
     """
     instructions, labels = instructions_of(text)
     inside = {each.address for each in loop.body}
@@ -160,4 +161,48 @@ def waited_loads(text: str, loop: Loop) -> list[Instruction]:
     graph = graph_of(instructions, labels).subgraph(before)
     barriers = {at for at in graph if instructions[at].opcode in BARRIERS}
     seen = barriers.union(*(nx.descendants(graph, at) for at in barriers))
-    return [instructions[at] for at in sorted(seen) if instructions[at].opcode in PLAIN_LOADS]
+    return instructions, graph.subgraph(seen)
+
+
+def waited_loads(text: str, loop: Loop) -> list[Instruction]:
+    """Plain loads of a loop behind a barrier and before the next product, on whatever way."""
+    instructions, graph = behind_barriers(text, loop)
+    return [instructions[at] for at in sorted(graph) if instructions[at].opcode in PLAIN_LOADS]
+
+
+def round_trips(text: str, loop: Loop) -> int:
+    """How often a warp waits for plain loads on a way from a barrier to the next product, at most.
+
+    What is stored to shared memory has been waited for, and loads behind the store are the next
+    round trip. A loop on the way is gone through once.
+    """
+    instructions, graph = behind_barriers(text, loop)
+    way = without_jumps_back(graph)
+    # On the ways to each instruction: round trips if none, or some, of the last has been stored.
+    under_way, stored = dict.fromkeys(way, 0), dict.fromkeys(way, 0)
+    most = 0
+    for at in nx.topological_sort(way):
+        under_way[at] = max((under_way[each] for each in way.pred[at]), default=0)
+        stored[at] = max((stored[each] for each in way.pred[at]), default=0)
+        if instructions[at].opcode in PLAIN_LOADS:
+            under_way[at] = max(under_way[at], stored[at] + 1)
+        elif instructions[at].opcode == "STS":
+            stored[at] = max(under_way[at], stored[at])
+        most = max(most, under_way[at])
+    return most
+
+
+def without_jumps_back(graph: nx.DiGraph) -> nx.DiGraph:
+    """What is left of a graph without the edges by which it has cycles."""
+    on_the_way: set[int] = set()
+    back = []
+    for tail, head, kind in nx.dfs_labeled_edges(graph):
+        if kind == "forward":
+            on_the_way.add(head)
+        elif kind == "reverse":
+            on_the_way.discard(head)
+        elif head in on_the_way:
+            back.append((tail, head))
+    left = nx.DiGraph(graph)
+    left.remove_edges_from(back)
+    return left

@@ -44,9 +44,9 @@ def test_consumer_cards_hold_all_but_hopper_s(examined):
     assert too_large == {k.name for k in kernels if k.is_sm90a}
 
 
-def loop(main=True, membar=0, wide=None, local=0, divisions=0, instructions=500, waited=0):
+def loop(main=True, membar=0, wide=None, local=0, divisions=0, instructions=500, waited=(0, 0)):
     wide = membar if wide is None else wide
-    rest = (divisions, instructions, {"tensor": 64}, waited)
+    rest = (divisions, instructions, {"tensor": 64}, *waited)
     return sass_kernels.MultiplyingLoop("0770-0c80", main, membar, wide, local, *rest)
 
 
@@ -94,7 +94,7 @@ def decoding(step, loops=LOOPS):
         (kernel(loops=[loop(membar=1, wide=0)]), "1 MEMBAR in the loop"),
         (kernel(loops=[loop(local=3)]), "3 LDL and STL in the loop"),
         (kernel(loops=[]), "no loop multiplies"),
-        (kernel(loops=[loop(waited=8)]), "8 plain loads before products at 0770-0c80"),
+        (kernel(loops=[loop(waited=(8, 1))]), "8 plain loads before products at 0770-0c80: 1 round"),
         (kernel(loops=[loop(instructions=513)]), "513 instructions for 64 products at 0770-0c80"),
         (kernel(loops=[loop(divisions=2)]), None),
         (sm90a_kernel(), None),
@@ -128,17 +128,19 @@ def test_what_is_wrong_is_named(kernel, words):
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("lora_grouped_gemm 128x64 bf16 float", True),
-        ("lora_decode bf16 float 8", True),
-        ("lora_wgrad bf16 masked element", True),
-        ("lora_shrink bf16 masked", False),
-        ("lora_gemm 128x64 bf16", False),
+        ("lora_grouped_gemm 128x64 bf16 float", 1),
+        ("lora_decode bf16 float 8", 1),
+        ("lora_grouped_shrink bf16 float element", 18),
+        ("lora_wgrad bf16 masked element", 18),
+        ("lora_shrink bf16 masked", 0),
+        ("lora_gemm 128x64 bf16", 0),
     ],
 )
-def test_loads_that_a_block_waits_for_are_an_error_where_they_are_not_known(name, known):
-    found = kernel(name, [loop(waited=8)], step=150)
-    assert found.waited_loads == 8
-    assert any("plain loads" in line for line in found.objections()) != known
+def test_round_trips_that_a_block_waits_for_are_an_error_where_they_are_not_known(name, known):
+    for trips in known, known + 1:
+        found = kernel(name, [loop(waited=(36, trips))], step=150)
+        assert (found.waited_loads, found.round_trips) == (36, trips)
+        assert any("plain loads" in line for line in found.objections()) == (trips > known)
 
 
 STEP = """

@@ -148,6 +148,62 @@ def test_loads_between_a_barrier_and_the_next_product(place, instruction, waited
     assert (loop.waited_loads, loop.counted["tensor"]) == (waited, 1)
 
 
+# How floats of a factor came to the main loop of lora_grouped_shrink: the first by a generic
+# pointer, each in the way of the next, then as they come now.
+ONE_BY_ONE = """
+    LD.E R24, [R22.64]
+    F2FP.BF16.PACK_AB R24, RZ, R24
+    STS.U16 [R30], R24
+    @P2 BRA `(.L_x_3)
+    LD.E R24, [R22.64+0x4]
+    F2FP.BF16.PACK_AB R24, RZ, R24
+    STS.U16 [R30+0x2], R24
+.L_x_3:
+    LD.E R24, [R22.64+0x8]
+    F2FP.BF16.PACK_AB R24, RZ, R24
+    STS.U16 [R30+0x4], R24
+"""
+TOGETHER = """
+    @!P2 BRA `(.L_x_3)
+    @P3 LDG.E R24, [R22.64]
+    @P4 LDG.E R25, [R22.64+0x4]
+    BRA `(.L_x_4)
+.L_x_3:
+    LDG.E.128 R24, [R22.64]
+    LDG.E.128 R28, [R22.64+0x10]
+.L_x_4:
+    F2FP.BF16.PACK_AB R24, R25, R24
+    STS.128 [R30], R24
+"""
+
+
+@pytest.mark.parametrize(
+    ("copies", "trips", "loads"),
+    [
+        (ONE_BY_ONE, 3, 3),
+        (TOGETHER, 1, 4),
+        (TOGETHER + TOGETHER.replace("L_x_3", "L_x_5").replace("L_x_4", "L_x_6"), 2, 8),
+        (TOGETHER.replace("STS.128", "STG.E.128"), 1, 4),
+        ("    STS [R30], RZ", 0, 0),
+        ("    STS [R30], RZ\n    LDG.E R24, [R22.64]", 1, 1),
+    ],
+)
+def test_round_trips_of_a_way_with_a_loop_on_it(copies, trips, loads):
+    text = f"""
+.L_x_1:
+    BAR.SYNC.DEFER_BLOCKING 0x0
+.L_x_2:
+{copies.strip(chr(10))}
+    @P0 BRA `(.L_x_2)
+    HMMA.16816.F32.BF16 R4, R8, R12, R4
+    LDG.E R2, [R4.64]
+    @P1 BRA `(.L_x_1)
+    EXIT
+"""
+    [loop] = sass_kernels.multiplying_loops(listing(text))
+    assert (loop.round_trips, loop.waited_loads) == (trips, loads)
+
+
 def test_a_jump_back_to_what_it_does_not_always_pass_is_no_loop():
     text = listing("""
     @P0 BRA `(.L_x_1)

@@ -7,6 +7,7 @@
 #pragma once
 #include "kernels/decode/finish.h"
 #include "kernels/tile/copy.h"
+#include "kernels/tile/factor_chunk.h"
 #include "ptx/memory.h"
 #include "ptx/mma.h"
 #include "ptx/sync.h"
@@ -31,48 +32,52 @@ struct LoraDecodeSm80 {
   const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_memory());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  // Copies a chunk of a row of A as halves, zeros past the last adapter's rank. With floats, the
-  // lower eight rows of each 16 are lo.
-  __device__ __forceinline__ void copy_factor_chunk(uint32_t to, int row_of_s, int column) const {
-    const int block = row_of_s / 16;
-    const T* nothing = p.w;
+  // Where A has a chunk of a row of S; nowhere past the last adapter's rank. With floats, the lower
+  // eight rows of each 16 are lo.
+  __device__ __forceinline__ FactorPlace<F> place_of(int row_of_s, int column) const {
+    const int block = row_of_s / 16, within = row_of_s % 16;
     const LoraDecodeAdapter& own = table.adapters[table.number_of_block(block)];
-    const int within = row_of_s % 16;
     const int rank = (block - own.first_block) * (kSplit ? 8 : 16) + (kSplit ? within % 8 : within);
     const int left = p.k - column;
-    if (rank >= own.rank || left <= 0) return ptx::cp_async_16(shared + to, nothing, 0);
+    if (rank >= own.rank || left <= 0) return {reinterpret_cast<const F*>(p.w), 0, true, false};
     const LoraGroupedEntry entry = decode_entry<F>(p, own.adapter);
-    const F* from = static_cast<const F*>(entry.a) + rank * entry.a_pitch + column;
-    if constexpr (!kSplit) {
-      const auto bytes = static_cast<uintptr_t>(entry.a_pitch) * sizeof(T);
-      if ((reinterpret_cast<uintptr_t>(entry.a) | bytes) % 16 == 0)
-        return ptx::cp_async_16(shared + to, from, static_cast<uint32_t>(min(left, 8)) * sizeof(T));
-    }
-    T* halves = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
+    const auto bytes = static_cast<uintptr_t>(entry.a_pitch) * sizeof(F);
+    return {static_cast<const F*>(entry.a) + rank * entry.a_pitch + column, left,
+            (reinterpret_cast<uintptr_t>(entry.a) | bytes) % 16 == 0, within >= 8};
+  }
+
+  // Copies a step of S's rows of A; of floats kTogether chunks of a thread are in flight at once.
+  template <int kTogether = 1>
+  __device__ __forceinline__ void load_factors(const Walk& walk, int stage) const {
+    constexpr int kAll = Tile::kRows * 8;
+    static_assert(kAll % (kTogether * Tile::kThreads) == 0);
+    const uint32_t tile = static_cast<uint32_t>(stage) * Tile::kStageBytes;
+#pragma unroll 1
+    for (int index = static_cast<int>(threadIdx.x); index < kAll;
+         index += kTogether * Tile::kThreads) {
+      uint32_t to[kTogether];
+      FactorPlace<F> places[kTogether];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      halves[i] = T(0.f);
-      if (i < left) {
-        if constexpr (kSplit) {
-          halves[i] = within < 8 ? high_half<T>(from[i]) : low_half<T>(from[i]);
-        } else {
-          halves[i] = from[i];
-        }
+      for (int i = 0; i < kTogether; ++i) {
+        const int row = (index + i * Tile::kThreads) / 8, chunk = index % 8;
+        to[i] = tile + row_chunk_offset(row, chunk);
+        places[i] = place_of(walk.tile * Tile::kRows + row, walk.step * Tile::kK + chunk * 8);
       }
+      copy_factor_chunks<T>(shared, to, places);
     }
   }
 
-  // Issues the copies of a step.
+  // Issues the copies of a step, and waits for floats, unless they are left to load_first_floats.
+  template <bool kFloats>
   __device__ __forceinline__ void load(const Walk& walk, int stage) const {
     const Copy copy{shared};
     const uint32_t tile = static_cast<uint32_t>(stage) * Tile::kStageBytes;
-    const int k0 = walk.step * Tile::kK, row0 = walk.tile * Tile::kRows;
+    const int k0 = walk.step * Tile::kK;
     if (walk.of_s) {
-#pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < Tile::kRows * 8; i += Tile::kThreads)
-        copy_factor_chunk(tile + row_chunk_offset(i / 8, i % 8), row0 + i / 8, k0 + i % 8 * 8);
+      if constexpr (kFloats || !kSplit) load_factors(walk, stage);
     } else {
-      copy.template copy_tile<Tile::kRows, Tile::kK>(tile, {p.w, p.w_pitch, p.n, p.k}, row0, k0);
+      copy.template copy_tile<Tile::kRows, Tile::kK>(tile, {p.w, p.w_pitch, p.n, p.k},
+                                                     walk.tile * Tile::kRows, k0);
     }
     if (threadIdx.x < Tile::kBatch * 8) {
       copy.template copy_tile<Tile::kBatch, Tile::kK>(tile + Tile::kWeightBytes,
@@ -81,12 +86,24 @@ struct LoraDecodeSm80 {
   }
   // Loads the block's next step. A cp.async group is committed for every step, even past the last,
   // so that "all but the latest kStages - 2" always means the step to multiply.
+  template <bool kFloats = true>
   __device__ __forceinline__ void load_next(Walk& walk, int stage) const {
     if (walk.step < walk.end || work.next(walk)) {
-      load(walk, stage);
+      load<kFloats>(walk, stage);
       ++walk.step;
     }
     ptx::cp_async_commit_group();
+  }
+  // Loads the floats of the first steps, all of whose other copies are under way. There are no sums
+  // yet, so there are registers for several chunks.
+  __device__ __forceinline__ void load_first_floats(Walk walk) const {
+#pragma unroll 1
+    for (int i = 0; i < Tile::kStages - 1; ++i) {
+      if (walk.step == walk.end) work.next(walk);
+      if (!walk.of_s) return;  // S comes first
+      load_factors<4>(walk, i);
+      ++walk.step;
+    }
   }
   __device__ __forceinline__ static int next_stage(int stage) {
     return (stage + 1) % Tile::kStages;
@@ -166,7 +183,8 @@ struct LoraDecodeSm80 {
 
   __device__ __forceinline__ void run() const {
     Walk loads = work.begin(), products = loads;
-    for (int i = 0; i < Tile::kStages - 1; ++i) load_next(loads, i);
+    for (int i = 0; i < Tile::kStages - 1; ++i) load_next<false>(loads, i);
+    if constexpr (kSplit) load_first_floats(products);
     int stage = 0, filled = Tile::kStages - 1;
     while (work.next(products)) {
       Accumulators acc;

@@ -101,14 +101,15 @@ struct ManyAdapters {
     const LoraGroupedEntry entry = entry_of<F>(g.factors, step.segment.adapter);
     const int lo_from = kTerms == 3 && step.term == 1 ? 0 : INT_MAX;
     const uint32_t to = loads.stage + Tile::kLeftBytes;
+    constexpr int kFloatChunks = Tile::kN == 64 ? 4 : 2;
     if constexpr (kMNMajor) {
       const FactorTile<T, F, false, Tile::kThreads> a{static_cast<const F*>(entry.a), entry.a_pitch,
                                                       rank, g.gemm.n, lo_from};
-      a.template copy<Tile::kK, Tile::kN>(loads.shared, to, step.k0, at.column);
+      a.template copy<Tile::kK, Tile::kN, kFloatChunks>(loads.shared, to, step.k0, at.column);
     } else {
       const FactorTile<T, F, true, Tile::kThreads> b{static_cast<const F*>(entry.b), entry.b_pitch,
                                                      rank, g.gemm.n, lo_from};
-      b.template copy<Tile::kN, Tile::kK>(loads.shared, to, at.column, step.k0);
+      b.template copy<Tile::kN, Tile::kK, kFloatChunks>(loads.shared, to, at.column, step.k0);
     }
   }
 

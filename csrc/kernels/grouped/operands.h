@@ -3,7 +3,7 @@
 #pragma once
 #include "kernels/lora_grouped.h"
 #include "kernels/tile/copy.h"
-#include "kernels/tile/halves.h"
+#include "kernels/tile/factor_chunk.h"
 #include "ptx/target.h"
 
 namespace lora_ext::kernel {
@@ -45,8 +45,7 @@ __device__ __forceinline__ LoraGroupedEntry entry_of(const LoraGroupedFactors& f
 }
 
 // Tiles of A [rank, depth] or B [depth, rank] of one adapter as halves of T; floats as hi and,
-// along the rank from `lo_from` on, lo. Copied in 16-byte chunks, asynchronously where the chunks
-// of T are aligned.
+// along the rank from `lo_from` on, lo.
 template <class T, class F, bool kRankInside, int kThreads>
 struct FactorTile {
   static constexpr bool kSplit = std::is_same_v<F, float>;
@@ -54,49 +53,46 @@ struct FactorTile {
   const F* data;
   int64_t pitch;
   int rank, depth;
-  int lo_from;
+  int lo_from;  // of floats: a multiple of kOfChunk, or above all ranks
 
+  // Whether rows begin at multiples of 16 bytes.
   __device__ __forceinline__ bool in_chunks() const {
-    const auto bytes = static_cast<uintptr_t>(pitch * static_cast<int64_t>(sizeof(T)));
-    return !kSplit && (reinterpret_cast<uintptr_t>(data) | bytes) % 16 == 0;
+    const auto bytes = static_cast<uintptr_t>(pitch * static_cast<int64_t>(sizeof(F)));
+    return (reinterpret_cast<uintptr_t>(data) | bytes) % 16 == 0;
   }
 
-  __device__ __forceinline__ T half_at(int at_rank, int across) const {
-    const bool lo = at_rank >= lo_from;
-    const int of_rank = lo ? at_rank - lo_from : at_rank;
-    if (of_rank >= rank || across >= depth) return T(0.f);
-    const int64_t row = kRankInside ? across : of_rank;
-    const F value = data[row * pitch + (kRankInside ? of_rank : across)];
+  // Where the factor has the chunk of the tile that begins at a row and column.
+  __device__ __forceinline__ FactorPlace<F> place_of(int row, int column, bool whole) const {
+    bool lo = false;
     if constexpr (kSplit) {
-      return lo ? low_half<T>(value) : high_half<T>(value);
-    } else {
-      return value;
+      int& at_rank = kRankInside ? column : row;
+      lo = at_rank >= lo_from;
+      if (lo) at_rank -= lo_from;
     }
+    const int rows = kRankInside ? depth : rank, columns = kRankInside ? rank : depth;
+    return {data + row * pitch + column, row < rows ? columns - column : 0, whole, lo};
   }
 
-  // Copies kRows x kColumns from (first_row, first_column) on, in the panels of tile/copy.h.
-  template <int kRows, int kColumns>
+  // Copies kRows x kColumns from (first_row, first_column) on, in the panels of tile/copy.h. Of
+  // floats, kFloatChunks of a thread are in flight at once: as many as there are registers for.
+  template <int kRows, int kColumns, int kFloatChunks = 2>
   __device__ __forceinline__ void copy(uint32_t shared, uint32_t tile, int first_row,
                                        int first_column) const {
     constexpr int kRowChunks = kColumns / kOfChunk, kAll = kRows * kRowChunks;
-    static_assert(kColumns % 64 == 0 && kAll % kThreads == 0);
+    constexpr int kTogether = kSplit ? kFloatChunks : 1;
+    static_assert(kColumns % 64 == 0 && kAll % (kTogether * kThreads) == 0);
     const bool whole = in_chunks();
-    const int rows = kRankInside ? depth : rank, columns = kRankInside ? rank : depth;
 #pragma unroll 1
-    for (int index = static_cast<int>(threadIdx.x); index < kAll; index += kThreads) {
-      const int in_tile = index / kRowChunks, chunk = index % kRowChunks;
-      const int row = first_row + in_tile, column = first_column + chunk * kOfChunk;
-      const uint32_t to = tile + panel_chunk_offset<kRows>(in_tile, chunk);
-      if (whole) {
-        const int left = row < rows ? min(max(columns - column, 0), kOfChunk) : 0;
-        ptx::cp_async_16(shared + to, data + row * pitch + column,
-                         static_cast<uint32_t>(left) * sizeof(T));
-      } else {
-        T* halves = reinterpret_cast<T*>(ptx::dynamic_shared_memory() + to);
+    for (int index = static_cast<int>(threadIdx.x); index < kAll; index += kTogether * kThreads) {
+      uint32_t to[kTogether];
+      FactorPlace<F> places[kTogether];
 #pragma unroll
-        for (int e = 0; e < kOfChunk; ++e)
-          halves[e] = kRankInside ? half_at(column + e, row) : half_at(row, column + e);
+      for (int i = 0; i < kTogether; ++i) {
+        const int at = index + i * kThreads, in_tile = at / kRowChunks, chunk = at % kRowChunks;
+        to[i] = tile + panel_chunk_offset<kRows>(in_tile, chunk);
+        places[i] = place_of(first_row + in_tile, first_column + chunk * kOfChunk, whole);
       }
+      copy_factor_chunks<T>(shared, to, places);
     }
   }
 };

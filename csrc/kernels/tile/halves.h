@@ -53,15 +53,19 @@ __device__ __forceinline__ T high_half(float value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     constexpr float kLargest = 0x1.FEp127f, kLargestFloat = 0x1.FFFFFEp127f;
     if (fabsf(value) > kLargest && fabsf(value) <= kLargestFloat)
-      return rounded<T>(copysignf(kLargest, value));
+      value = copysignf(kLargest, value);
   }
   return rounded<T>(value);
 }
 
 template <class T>
-__device__ __forceinline__ T low_half(float value) {
-  const float left = value - static_cast<float>(high_half<T>(value));
+__device__ __forceinline__ T low_half(float value, T high) {
+  const float left = value - static_cast<float>(high);
   return rounded<T>(left * kLoScale<T>);
+}
+template <class T>
+__device__ __forceinline__ T low_half(float value) {
+  return low_half(value, high_half<T>(value));
 }
 
 // The sum of a skinny product's splits: hi + lo / kLoScale, each summed over the splits, which are

@@ -9,6 +9,7 @@ NEXT_GRID = (
 )
 LARGE_FLOAT = "a float as large as that and one more are the same"
 EIGHT_STORES = "eight stores of 2 bytes, where one of 16 would do"
+EIGHT_LOADS = "eight loads of a float, where two of 16 bytes would do"
 ONE_BY_ONE = "two loads of an element, where one of both would do"
 OTHERS = "adapters without a row in a part of the batch are multiplied for it, too, and not added"
 EVERY_LANE = "every lane waits for its bulk groups, of which only the elected one has any"
@@ -23,6 +24,8 @@ HARMLESS = {
     "tile/halves.high_half.fabsf(value)>kLargest:high": LARGE_FLOAT,
     "tile/halves.high_half.fabsf(value)<=kLargestFloat:low": LARGE_FLOAT,
     "tile/halves.high_half.fabsf(value)<=kLargestFloat:high": LARGE_FLOAT,
+    "tile/factor_chunk.load.kSplit&&place.aligned&&place.left>=kElements:never": EIGHT_LOADS,
+    "tile/factor_chunk.load.place.left>=kElements:high": EIGHT_LOADS,
     "gemm/sm80/loads.place_of.row_tiles-first>=kGroup:high": (
         "eight rows that are left are a group"
     ),

@@ -58,9 +58,9 @@ PROGRAMS = {
     "lora_grouped_segments": ("grouped/segments", "grouped/operands.rank_of"),
     "lora_grouped_shrink": (
         "grouped/shrink",
-        *(f"grouped/operands.{name}" for name in ("copy", "entry_of", "half_at", "in_chunks")),
+        *(f"grouped/operands.{name}" for name in ("copy", "entry_of", "place_of", "in_chunks")),
     ),
-    "lora_grouped_gemm": ("grouped/gemm", "grouped/operands.operator()"),
+    "lora_grouped_gemm": ("grouped/gemm", "grouped/operands.operator()", "tile/factor_chunk"),
     "lora_grouped_sequence": ("sequence/grouped_params", "sequence/grouped_sequence"),
     "lora_grouped_wgrad": ("grouped/wgrad",),
 }
