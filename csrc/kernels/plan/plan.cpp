@@ -86,7 +86,8 @@ std::string Plan::describe() const {
   for (const Launch& launch : launches_of(*this)) {
     std::string name = launch.name;
     if (many != nullptr && name.starts_with("lora_")) name.insert(5, "grouped_");
-    text << "\n  " << name << ", " << launch.blocks << " blocks, " << launch.us(card) << " us";
+    if (launch.flop > 0) name += ", " + std::to_string(launch.blocks) + " blocks";
+    if (launch.us(card) > 0) text << "\n  " << name << ", " << launch.us(card) << " us";
   }
   if (tiled() != nullptr && tiled()->gemm) {
     const Gemm& gemm = *tiled()->gemm;

@@ -133,7 +133,7 @@ std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
     if (each == request.tile) return {each};
     if (tile.wgmma == wgmma) tiles.push_back(each);
   }
-  return tiles;
+  return tiles.empty() ? std::vector{Tile::k128x64} : tiles;
 }
 
 void choose_tiles(Plan& plan, const Request& request) {
