@@ -94,7 +94,7 @@ def decoding(step, loops=LOOPS):
         (kernel(loops=[loop(membar=1, wide=0)]), "1 MEMBAR in the loop"),
         (kernel(loops=[loop(local=3)]), "3 LDL and STL in the loop"),
         (kernel(loops=[]), "no loop multiplies"),
-        (kernel(loops=[loop(waited=(8, 1))]), "8 plain loads before products at 0770-0c80: 1 round"),
+        (kernel(loops=[loop(waited=(8, 1))]), "8 plain loads before products at 0770-0c80: 1"),
         (kernel(loops=[loop(instructions=513)]), "513 instructions for 64 products at 0770-0c80"),
         (kernel(loops=[loop(divisions=2)]), None),
         (sm90a_kernel(), None),
