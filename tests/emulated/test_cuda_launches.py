@@ -89,6 +89,38 @@ def test_each_of_two_unlike_cards_has_its_own_plan_check_and_grid(cards):
     python(unlike(*cards))
 
 
+@pytest.mark.parametrize("loading", ["cudaFuncSetAttribute", "cudaOccupancyMaxActiveClusters"])
+def test_a_kernel_that_is_loaded_on_a_busy_device_holds_up_no_other(loading):
+    """Whose launch the work of that device may wait for."""
+    python(
+        f"card(90, route='kernel')\nload_in({loading!r})"
+        + """
+from threading import Thread
+from time import monotonic, sleep
+devices = [torch.device("cuda", index) for index in (0, 1)]
+calls = [Call(rows=70, k=72, n=136, rank=8, device=each) for each in devices]
+for each in devices:  # which wait for a stream
+    for kernels_of_card in _C.all_kernels(_C.cuda_card(each), True):
+        _C.remember_check(each, kernels_of_card, "passed")
+keep_busy(1)
+busy, other = (Thread(target=calls[index].forward, daemon=True) for index in (1, 0))
+busy.start()
+end = monotonic() + 60
+while waiting() == 0 and monotonic() < end:
+    sleep(0.01)
+assert waiting() > 0
+other.start()
+other.join(60)
+assert not other.is_alive() and busy.is_alive()
+keep_busy(-1)
+busy.join(60)
+assert not busy.is_alive() and last_error() == 0
+for call in calls:
+    assert close(call.both(), call.library())
+"""
+    )
+
+
 def test_a_cuda_device_without_an_index_is_the_current_one():
     python("""
 card(90)

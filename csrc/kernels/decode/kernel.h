@@ -161,7 +161,16 @@ struct LoraDecodeSm80 {
     const auto parts = work.shares.s_parts(walk.tile);
     if (!arrive_is_last(p.s_arrivals + walk.tile, static_cast<uint32_t>(parts.count))) return;
     finish.finish_s(walk.tile, parts.slot, parts.count);
-    if (arrive_is_last(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles))) signal_s_ready();
+    if (s_is_complete()) signal_s_ready();
+  }
+
+  // Whether the tile of S that this block has finished is the last. A single one is not counted:
+  // that would be two round trips through L2 before the tiles of Y can have S.
+  __device__ __forceinline__ bool s_is_complete() const {
+    if (work.shares.s_tiles > 1)
+      return arrive_is_last(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles));
+    __syncthreads();  // between the block's stores of T and the counts of its threads
+    return true;
   }
 
   // S is complete: one more arrival at each tile of Y, which is the last one if all others have

@@ -12,7 +12,7 @@
 // resident.
 //
 // S is computed in the same way, before Y: rows of A form tiles as rows of W do, and the blocks
-// that compute them get that much less of Y. The block that arrives last at the last tile of S then
+// that compute them get that much less of Y. The block that finishes the last tile of S then
 // arrives at every tile of Y once more, for S.
 #pragma once
 #include <cstdint>
@@ -46,7 +46,8 @@ struct LoraDecodeParams {
   T* t;           // [m, t_pitch]: hi in `width` columns and, with factors in float, lo in as many
   int t_pitch, width;
   // Zero at launch, and reset to zero by the kernel, so that a graph can be replayed: the number of
-  // arrivals at each tile of Y, at each tile of S, and the number of tiles of S that are complete.
+  // arrivals at each tile of Y, at each tile of S, and the number of tiles of S that are complete,
+  // which is not counted where there is one.
   uint32_t* arrivals;    // [tiles]
   uint32_t* s_arrivals;  // [tiles of S]
   uint32_t* s_tiles;     // [1]

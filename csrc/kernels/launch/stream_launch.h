@@ -60,6 +60,9 @@ class StreamLaunch {
 
   // Number of clusters resident at a time, at least 1, so that a grid is never empty. The SMs of a
   // cluster must be neighbours; only the driver knows how many such groups there are.
+  //
+  // Here and in allow_shared no lock is held while the driver is asked: it may load the kernel
+  // then, and wait for work on the device, which may need another thread's launch on another one.
   template <class Kernel>
   int64_t clusters(Kernel kernel, const kernel::Sm90aLaunch& config) {
     static std::mutex mutex;
@@ -69,13 +72,17 @@ class StreamLaunch {
     note(cudaGetDevice(&device));
     note(allow_shared(function, config.shared_bytes));
     if (error_ != cudaSuccess) return 1;
-    const std::lock_guard lock(mutex);
-    int& most = known[{function, device}];
-    if (most == 0) {
-      ClusterConfiguration configuration(config, stream_);
-      note(cudaOccupancyMaxActiveClusters(&most, function, &configuration.launch));
+    {
+      const std::lock_guard lock(mutex);
+      if (const auto found = known.find({function, device}); found != known.end())
+        return found->second;
     }
-    return most > 0 ? most : 1;
+    int most = 0;
+    ClusterConfiguration configuration(config, stream_);
+    note(cudaOccupancyMaxActiveClusters(&most, function, &configuration.launch));
+    if (most <= 0) return 1;
+    const std::lock_guard lock(mutex);
+    return known.try_emplace({function, device}, most).first->second;
   }
 
   cudaError_t error() const { return error_; }
@@ -112,12 +119,16 @@ class StreamLaunch {
     static std::set<std::pair<const void*, int>> allowed;
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    const std::lock_guard lock(mutex);
-    if (allowed.contains({kernel, device})) return cudaSuccess;
+    {
+      const std::lock_guard lock(mutex);
+      if (allowed.contains({kernel, device})) return cudaSuccess;
+    }
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error == cudaSuccess) allowed.insert({kernel, device});
-    return error;
+    if (error != cudaSuccess) return error;
+    const std::lock_guard lock(mutex);
+    allowed.insert({kernel, device});
+    return cudaSuccess;
   }
 
   void note(cudaError_t error) {

@@ -62,6 +62,11 @@ def fail(call: str, nth: int, error: int) -> None:
     _runtime.emulated_cuda_fail(call.encode(), nth, error)
 
 
+def load_in(call: str) -> None:
+    """In this function kernels are loaded, for which a device that is kept busy lets it wait."""
+    _runtime.emulated_cuda_load_in(call.encode())
+
+
 def plant(mutant: str) -> None:
     _runtime.emulated_cuda_plant(mutant.encode())
 

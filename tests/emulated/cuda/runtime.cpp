@@ -4,6 +4,7 @@
 #include <cxxabi.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -32,16 +33,18 @@ struct Driver {
   Card cards[kDevices];
   int version = CUDART_VERSION;
   bool capturing = false;
-  int busy = -1;                                       // the device whose streams never end, or -1
-  int waiting = 0;                                     // queries that have been answered so
-  std::map<std::string, std::pair<int, int>> failing;  // call -> which one from now, error
+  int busy = -1;      // the device whose streams never end, or -1
+  int waiting = 0;    // queries that have been answered so, and loads
+  std::string loads;  // the call that loads a kernel: it waits for them
+  std::condition_variable_any idle;
+  std::map<std::string, std::pair<int, int>> failing;       // call -> which one from now, error
   std::map<std::pair<const void*, int>, int> shared_bytes;  // of (kernel, device), as allowed
   std::map<const void*, int> device_of_memory;              // of cudaMalloc, by its first byte
   std::ostringstream record;                                // a line of JSON for each call
   std::string read;
 };
 Driver& driver() {
-  static Driver one;
+  static auto& one = *new Driver();  // never destroyed: at the end threads may still wait in it
   return one;
 }
 
@@ -76,8 +79,13 @@ int planned_failure(const char* call) {
   return error;
 }
 
-// Called at the begin of every call; returns an error if the call is to fail.
+// Called at the begin of every call, by a thread that has locked the driver once; returns an error
+// if the call is to fail.
 cudaError_t begin(const char* call) {
+  while (driver().loads == call && driver().busy == device_of_thread) {
+    ++driver().waiting;
+    driver().idle.wait(driver().mutex);
+  }
   if (driver().version < CUDART_VERSION / 1000 * 1000)
     return done(driver().version == 0 ? cudaErrorNoDevice : cudaErrorInsufficientDriver);
   return done(static_cast<cudaError_t>(planned_failure(call)));
@@ -249,8 +257,14 @@ void emulated_cuda_fail(const char* call, int nth, int error) {
 void emulated_cuda_keep_busy(int device) {
   const std::lock_guard lock(driver().mutex);
   driver().busy = device, driver().waiting = 0;
+  driver().idle.notify_all();
 }
-// How often something has asked whether that work has ended.
+// From now on a call of this function loads a kernel, which may wait for work on the device.
+void emulated_cuda_load_in(const char* call) {
+  const std::lock_guard lock(driver().mutex);
+  driver().loads = call;
+}
+// How often something has asked whether that work has ended, or has begun to wait for it.
 int emulated_cuda_waiting() {
   const std::lock_guard lock(driver().mutex);
   return driver().waiting;

@@ -58,6 +58,7 @@ HARMLESS = {
     "decode/finish.finish_s.inside:always": (
         "past a rank S is zero but where x is infinite, which it is in no case"
     ),
+    "decode/kernel.s_is_complete.work.shares.s_tiles>1:always": "a single tile is counted, too",
     "decode/kernel.signal_s_ready.first<work.shares.tiles:high": "a round without tiles",
     "decode/low_rank.load_pair.places%sizeof(Pair)==0&&column+1<rank:never": ONE_BY_ONE,
     "decode/low_rank.load_pair.column+1<rank:low": ONE_BY_ONE,

@@ -111,8 +111,8 @@ DECODE = [
         "T may not be written when the last tile of S is counted",
         (
             "    finish.finish_s(walk.tile, parts.slot, parts.count);\n"
-            "    if (arrive_is_last(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles))) signal_s_ready();\n",
-            "    const bool last = arrive_is_last(p.s_tiles, static_cast<uint32_t>(work.shares.s_tiles));\n"
+            "    if (s_is_complete()) signal_s_ready();\n",
+            "    const bool last = s_is_complete();\n"
             "    finish.finish_s(walk.tile, parts.slot, parts.count);\n    if (last) signal_s_ready();\n",
         ),
     ),

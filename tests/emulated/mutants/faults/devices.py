@@ -27,7 +27,8 @@ DEVICES = [
         "as many clusters are resident on a device as on the first",
         "another card has other SMs, and other groups of them",
         LAUNCH,
-        ("known[{function, device}]", "known[{function, 0}]"),
+        ("known.find({function, device})", "known.find({function, 0})"),
+        ("known.try_emplace({function, device}, most)", "known.try_emplace({function, 0}, most)"),
     ),
     fault(
         "devices_share_counts",
